@@ -1,0 +1,358 @@
+"""The bundle's manifest: the only thing that the exporter and the runtimes share.
+
+``manifest.json`` names every file of a bundle with its size and SHA-256, every graph with its tensors,
+and every state tensor with the input and the output that must be bound to one buffer.
+Standard library only, so that any tool can read a bundle.
+
+The schema version is one integer. A runtime reads its own version and older ones it knows;
+a newer one is refused, because guessing at an unknown field could silently change results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sinkrt.errors import BundleError, problem
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1}
+STATE_KINDS = ("sink_k", "sink_v", "window_k", "window_v")
+TARGETS = ("onnx", "tensorrt")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output.
+
+    name: its name in the graph. shape: static, every axis >= 1. dtype: a key of ``DTYPE_BYTES``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        _check(bool(self.name), "tensor name", "''", "a name")
+        _check(all(n >= 1 for n in self.shape), f"shape of '{self.name}'", self.shape, "every axis >= 1")
+        _check(self.dtype in DTYPE_BYTES, f"dtype of '{self.name}'", self.dtype, " | ".join(DTYPE_BYTES))
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        size = DTYPE_BYTES[self.dtype]
+        for n in self.shape:
+            size *= n
+        return size
+
+
+@dataclasses.dataclass(frozen=True)
+class StateSpec:
+    """One state tensor of one layer: `input` and `output` must be bound to the same buffer.
+
+    kind: ``sink_k | sink_v`` of shape [B, Hkv, S, D] or ``window_k | window_v`` of shape [B, Hkv, W, D].
+    """
+
+    layer: int
+    kind: str
+    input: str
+    output: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        _check(self.layer >= 0, "state layer", self.layer, ">= 0")
+        _check(self.kind in STATE_KINDS, "state kind", self.kind, " | ".join(STATE_KINDS))
+        _check(self.input != self.output, "state output name", self.output, "a name other than the input's")
+        TensorSpec(self.input, self.shape, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return TensorSpec(self.input, self.shape, self.dtype).nbytes
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX graph. `inputs` and `outputs` leave the states out: `Manifest.states` lists those.
+
+    file: path inside the bundle. num_tokens: T, tokens of each stream in one run.
+    """
+
+    file: str
+    num_tokens: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def __post_init__(self) -> None:
+        _check(self.num_tokens >= 1, "graph num_tokens", self.num_tokens, ">= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What the bundle was made from. Counts, not units; `family` is transformers' model_type."""
+
+    name: str
+    architecture: str
+    family: str
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    num_parameters: int
+    position_scheme: str
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for field in ("num_layers", "num_q_heads", "num_kv_heads", "head_dim", "hidden_size", "vocab_size"):
+            _check(getattr(self, field) >= 1, f"model.{field}", getattr(self, field), ">= 1")
+        _check(
+            self.num_q_heads % self.num_kv_heads == 0,
+            "model.num_q_heads",
+            self.num_q_heads,
+            f"a multiple of num_kv_heads={self.num_kv_heads}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamFacts:
+    """The cache's geometry, in tokens: S, W, B and the chunk size T of the prefill graph.
+
+    position_limit: the first stream position that the graph's integer phase cannot take.
+    """
+
+    num_sink_tokens: int
+    window_size: int
+    batch: int
+    chunk_size: int
+    position_limit: int
+
+    def __post_init__(self) -> None:
+        _check(self.num_sink_tokens >= 0, "stream.num_sink_tokens", self.num_sink_tokens, ">= 0")
+        _check(self.window_size >= 1, "stream.window_size", self.window_size, ">= 1")
+        _check(self.batch >= 1, "stream.batch", self.batch, ">= 1")
+        _check(
+            1 <= self.chunk_size <= self.window_size,
+            "stream.chunk_size",
+            self.chunk_size,
+            f"1 .. window_size={self.window_size}",
+        )
+
+    @property
+    def capacity(self) -> int:
+        """C = S + W, tokens."""
+        return self.num_sink_tokens + self.window_size
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFacts:
+    """Tokenizer files inside the bundle. `chat_template` is a Jinja file or None."""
+
+    file: str
+    chat_template: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class FileFacts:
+    """Size in bytes and SHA-256 (hex) of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        _check(self.bytes >= 0, "file size", self.bytes, ">= 0 bytes")
+        _check(re.fullmatch("[0-9a-f]{64}", self.sha256) is not None, "file sha256", self.sha256, "64 hex digits")
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Everything that a runtime knows about a bundle.
+
+    weights_dtype: ``float32 | float16``, the dtype of weights and arithmetic.
+    graphs: by role; ``decode`` is always there, ``prefill`` may be.
+    files: every other file of the bundle by path (with '/'), manifest.json excepted.
+    producer: versions of what made it, for bug reports.
+    """
+
+    schema_version: int
+    target: str
+    weights_dtype: str
+    model: ModelFacts
+    stream: StreamFacts
+    graphs: Mapping[str, GraphSpec]
+    states: tuple[StateSpec, ...]
+    tokenizer: TokenizerFacts | None
+    files: Mapping[str, FileFacts]
+    producer: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        _check(self.target in TARGETS, "target", self.target, " | ".join(TARGETS))
+        _check(self.weights_dtype in ("float32", "float16"), "weights_dtype", self.weights_dtype, "float32 | float16")
+        _check("decode" in self.graphs, "graphs", sorted(self.graphs), "a graph named 'decode'")
+        for graph in self.graphs.values():
+            _check(graph.file in self.files, "graph file", graph.file, "a file that 'files' lists")
+        for path in self.files:
+            _check(_is_inside(path), "file path", path, "a relative path inside the bundle")
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all state tensors together, constant for the life of a session."""
+        return sum(state.nbytes for state in self.states)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the model's weights and the cache's geometry: what a saved state depends on.
+
+        Files that do not change the meaning of a state (tokenizer, graphs, engines) are left out,
+        so that a state survives a rebuilt engine.
+        """
+        weights = {path: f.sha256 for path, f in self.files.items() if path.startswith("weights")}
+        facts = [dataclasses.asdict(self.model), dataclasses.asdict(self.stream), self.weights_dtype, weights]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Stable text: the same bundle gives the same bytes."""
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parse and validate.
+
+        Raises: BundleError for malformed text, an unknown or missing key, or a newer schema.
+        """
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise BundleError(
+                problem(MANIFEST_NAME, received=f"invalid JSON ({error})", expected="a manifest", fix="export again")
+            ) from None
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if not isinstance(version, int) or isinstance(version, bool):
+            raise BundleError(
+                problem("schema_version", received=version, expected="an integer", fix="export the model again")
+            )
+        if version > SCHEMA_VERSION:
+            raise BundleError(
+                problem(
+                    "schema_version",
+                    received=version,
+                    expected=f"at most {SCHEMA_VERSION}",
+                    fix="this bundle was made by a newer sinkexport: upgrade this runtime",
+                )
+            )
+        return _build(cls, raw, "manifest")
+
+
+def load_manifest(bundle: Path) -> Manifest:
+    """Read ``bundle/manifest.json``.
+
+    Raises: BundleError if it is missing or invalid.
+    """
+    path = bundle / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "a bundle needs one" if isinstance(error, FileNotFoundError) else str(error)
+        raise BundleError(
+            problem(
+                MANIFEST_NAME,
+                received=f"no readable file at '{path}' ({reason})",
+                expected="a folder that 'sinkexport export' wrote",
+                fix="check the path or export the model",
+            )
+        ) from None
+    return Manifest.from_json(text)
+
+
+def hash_file(path: Path) -> FileFacts:
+    """Size and SHA-256 of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return FileFacts(os.path.getsize(path), digest.hexdigest())
+
+
+def check_files(bundle: Path, manifest: Manifest, *, hashes: bool = True) -> None:
+    """Compare every file of the bundle with the manifest: size always, SHA-256 if `hashes`.
+
+    Raises: BundleError naming the first file that is missing or differs.
+    """
+    for name, facts in sorted(manifest.files.items()):
+        path = bundle / name
+        if not path.is_file():
+            raise BundleError(
+                problem(name, received="no such file", expected="every file of the bundle", fix="copy the whole folder")
+            )
+        size = path.stat().st_size
+        if size != facts.bytes:
+            raise BundleError(
+                problem(name, received=f"{size} bytes", expected=f"{facts.bytes} bytes", fix="copy or export it again")
+            )
+        if hashes and (found := hash_file(path).sha256) != facts.sha256:
+            raise BundleError(
+                problem(
+                    name,
+                    received=f"sha256 {found[:12]}..",
+                    expected=f"{facts.sha256[:12]}..",
+                    fix="the file is corrupt: copy or export it again",
+                )
+            )
+
+
+def _is_inside(path: str) -> bool:
+    parts = path.split("/")
+    return bool(path) and not path.startswith("/") and "\\" not in path and ".." not in parts and "" not in parts
+
+
+def _check(ok: bool, what: str, received: object, expected: str) -> None:
+    if not ok:
+        raise BundleError(problem(what, received=received, expected=expected, fix="export the model again"))
+
+
+T = TypeVar("T")
+
+
+def _build(cls: type[T], raw: Any, where: str) -> T:
+    """Make a dataclass of parsed JSON, strictly: no unknown key, no missing one, no wrong type."""
+    if not isinstance(raw, dict):
+        raise BundleError(problem(where, received=type(raw).__name__, expected="an object", fix="export again"))
+    hints = typing.get_type_hints(cls)
+    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(raw) - names):
+        raise BundleError(problem(where, received=f"unknown key '{unknown[0]}'", expected=", ".join(sorted(names)),
+                                  fix="remove it or export again"))
+    if missing := sorted(names - set(raw)):
+        raise BundleError(problem(where, received=f"no key '{missing[0]}'", expected="every key", fix="export again"))
+    return cls(**{name: _value(hints[name], raw[name], f"{where}.{name}") for name in names})
+
+
+def _value(hint: Any, raw: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):  # the schema's only unions are "X | None"
+        if raw is None:
+            return None
+        return _value(next(arg for arg in args if arg is not type(None)), raw, where)
+    if origin is tuple:
+        _check(isinstance(raw, list), where, type(raw).__name__, "a list")
+        return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
+    if origin is not None and issubclass(origin, Mapping):
+        _check(isinstance(raw, dict), where, type(raw).__name__, "an object")
+        return {key: _value(args[1], item, f"{where}.{key}") for key, item in raw.items()}
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), raw, where)
+    ok = isinstance(raw, hint) and not (hint is int and isinstance(raw, bool))
+    _check(ok, where, f"{type(raw).__name__} {raw!r}"[:60], hint.__name__)
+    return raw
