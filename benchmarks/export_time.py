@@ -1,0 +1,89 @@
+"""Export time and peak memory against the builder of onnxruntime-genai, from the same Hugging Face folder.
+
+    python benchmarks/export_time.py MODEL [--repeats N] [--json FILE] [--peer-python PYTHON]
+
+Each export runs in a fresh process; imports are not counted. The builder loads the model as part of its work, so the
+column to compare is the total.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from harness import environment, table, write_json
+from peers import plain_folder, run_export
+
+
+def run_once(kind: str, folder: Path, python: str, scratch: Path) -> dict[str, float]:
+    """One export into a throw-away folder."""
+    with tempfile.TemporaryDirectory(dir=scratch) as out:
+        return run_export(kind, folder, Path(out) / "model", python)
+
+
+def summary(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Medians of the times, the largest peak."""
+    result = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    result["peak_mb"] = max(run["peak_mb"] for run in runs)
+    result["total_s"] = result.get("load_s", 0.0) + result["export_s"]
+    return result
+
+
+def show(result: dict[str, Any]) -> str:
+    """The table for people."""
+    rows = []
+    for name, figures in result["contenders"].items():
+        load = f"{figures['load_s']:.1f}" if "load_s" in figures else "(inside)"
+        peak = f"{figures['peak_mb']:.0f}"
+        ratio = f"{figures['peak_mb'] * 1e6 / result['weight_bytes']:.1f}"
+        rows.append([name, load, f"{figures['export_s']:.1f}", f"{figures['total_s']:.1f}", peak, ratio])
+    facts = result["environment"]
+    return "\n".join(
+        [
+            f"{result['model']}, fp32, {result['weight_bytes'] / 1e6:.0f} MB of weights; median of {result['repeats']}",
+            f"{facts['cpu']}, {facts['logical_cpus']} CPUs, commit {facts['commit']}",
+            "",
+            table(["exporter", "load s", "export s", "total s", "peak MB", "peak / weights"], rows),
+        ]
+    )
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="Hugging Face folder or .gguf file")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--no-peer", action="store_true", help="only sinkexport")
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter of an environment with the builder")
+    parser.add_argument("--cache", type=Path, default=Path("bundles/peers"), help="folder for converted models")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    arguments = parser.parse_args()
+
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+    folder = plain_folder(arguments.model, arguments.cache)
+    kinds = {"sinkexport": sys.executable} | ({} if arguments.no_peer else {"genai": arguments.peer_python})
+    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    for _ in range(arguments.repeats):  # in turns: A B A B
+        for kind, python in kinds.items():
+            print(f"{kind} ..", file=sys.stderr)
+            runs[kind].append(run_once(kind, folder, python, arguments.cache))
+    contenders = {kind: summary(results) for kind, results in runs.items()}
+    result = {
+        "environment": environment(os.cpu_count() or 1),
+        "model": folder.name,
+        "repeats": arguments.repeats,
+        "weight_bytes": contenders["sinkexport"].pop("weight_bytes"),
+        "contenders": contenders,
+    }
+    print(show(result))
+    if arguments.json:
+        write_json(arguments.json, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""One export in a process of its own: its time without the imports, and its peak memory, as one JSON line.
+
+    python benchmarks/export_worker.py sinkexport|genai FOLDER OUT
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def run_sinkexport(folder: str, out: str) -> dict[str, float]:
+    """Seconds to load and to export."""
+    from sinkexport.config import ExportConfig
+    from sinkexport.pipeline import export_loaded
+    from sinkexport.sources import load_model
+
+    config = ExportConfig()
+    start = time.perf_counter()
+    loaded = load_model(folder, "float32")
+    load_s = time.perf_counter() - start
+    weight_bytes = sum(p.nbytes for p in loaded.model.parameters())
+    start = time.perf_counter()
+    export_loaded(loaded, Path(out), config)
+    return {"load_s": load_s, "export_s": time.perf_counter() - start, "weight_bytes": weight_bytes}
+
+
+def run_genai(folder: str, out: str) -> dict[str, float]:
+    """Seconds of onnxruntime-genai's builder, fp32 for the CPU; it loads the model itself."""
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+    with tempfile.TemporaryDirectory() as cache:
+        start = time.perf_counter()
+        options = parse_extra_options(None, folder, out, "fp32", "cpu", cache, [])
+        create_model(None, folder, out, "fp32", "cpu", cache, **options)
+        return {"export_s": time.perf_counter() - start}
+
+
+def main() -> None:
+    """Run one export and print what it took."""
+    kind, folder, out = sys.argv[1:]
+    reply = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # both exporters may print
+    result = {"sinkexport": run_sinkexport, "genai": run_genai}[kind](folder, out)
+    result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    print(json.dumps(result), file=reply, flush=True)
+
+
+if __name__ == "__main__":
+    main()

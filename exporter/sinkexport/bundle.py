@@ -1,0 +1,117 @@
+"""Write a bundle to disk: all of it or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from sinkrt.contract import MANIFEST_NAME, FileFacts, TokenizerFacts, hash_file
+from sinkrt.errors import UsageError, problem
+
+from sinkexport.graph.build import WEIGHTS_FILE
+
+PAGE_BYTES = 4096
+"""Large weights start on a page, so that runtimes can map the file."""
+
+
+@contextlib.contextmanager
+def staged_bundle(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends well and vanishes when it does not.
+
+    Raises: UsageError if `out` holds something already (unless it is a bundle and `overwrite`), or the disk is full.
+    """
+    _refuse_to_replace(out, overwrite)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    try:
+        yield stage
+        stage.chmod(0o755)  # mkdtemp makes it private
+        _sync(stage)
+        if out.exists():
+            retired = stage.with_name(f"{stage.name}-old")
+            out.rename(retired)
+            stage.rename(out)
+            shutil.rmtree(retired)
+        else:
+            stage.rename(out)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def write_graph(model: ir.Model, folder: Path, file: str, progress: Callable[[int, int], None]) -> None:
+    """Write an ONNX file and its weights, one tensor at a time."""
+
+    def report(_tensor: ir.TensorProtocol, info: Any) -> None:
+        progress(info.index + 1, info.total)
+
+    ir.save(model, folder / file, external_data=WEIGHTS_FILE, alignment=PAGE_BYTES, callback=report)
+
+
+def write_tokenizer(tokenizer: Any | None, folder: Path) -> TokenizerFacts | None:
+    """Save tokenizer files and chat template; None if there is no tokenizer or it has no tokenizer.json."""
+    if tokenizer is None:
+        return None
+    tokenizer.save_pretrained(folder)
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    template = "chat_template.jinja"
+    return TokenizerFacts("tokenizer.json", template if (folder / template).is_file() else None)
+
+
+def hash_bundle(folder: Path) -> dict[str, FileFacts]:
+    """Size and SHA-256 of every file of a bundle but the manifest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse before minutes of work what would not fit.
+
+    Raises: UsageError.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise UsageError(
+            problem("disk", received=f"{free / 1e6:.0f} MB free", expected=f"at least {needed_bytes / 1e6:.0f} MB",
+                    fix="free some space or choose another folder")
+        )  # fmt: skip
+
+
+def _refuse_to_replace(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if overwrite and (out / MANIFEST_NAME).is_file():
+        return
+    what = "a bundle" if (out / MANIFEST_NAME).is_file() else "something that is not a bundle"
+    fix = "pass --overwrite" if what == "a bundle" else "choose another folder"
+    raise UsageError(problem("output", received=f"'{out}', which holds {what}", expected="a new folder", fix=fix))
+
+
+def _sync(folder: Path) -> None:
+    """Reach the disk before the rename does, so that a power cut cannot leave a bundle with empty files."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _unwritable(out: Path, error: OSError) -> UsageError:
+    reason = {errno.ENOSPC: "the disk is full", errno.EFBIG: "the file size limit is reached"}.get(
+        error.errno or 0, error.strerror or str(error)
+    )
+    return UsageError(problem("output", received=f"'{out}' ({reason})", expected="a folder that can be written",
+                              fix="nothing was left behind; free space or choose another folder"))  # fmt: skip

@@ -1,0 +1,68 @@
+"""``sinkexport export``: a Hugging Face model to a bundle."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE, WEIGHT_DTYPES, ExportConfig
+
+STAGES = {
+    "load": "Loading the model",
+    "probe": "Reading its attention",
+    "trace": "Tracing one decode step",
+    "convert": "Converting to ONNX",
+    "write": "Writing weights",
+    "hash": "Hashing files",
+    "done": "Done",
+}
+
+
+@click.command(name="export")
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle.")
+@click.option("--sink-tokens", type=int, default=DEFAULT_NUM_SINK_TOKENS, show_default=True, metavar="S",
+              help="First tokens that are kept for ever.")  # fmt: skip
+@click.option("--window", type=int, default=DEFAULT_WINDOW_SIZE, show_default=True, metavar="W",
+              help="Most recent tokens that are kept.")  # fmt: skip
+@click.option("--batch", type=int, default=1, show_default=True, metavar="B", help="Streams decoded together.")
+@click.option("--dtype", type=click.Choice(sorted(WEIGHT_DTYPES)), default="fp32", show_default=True,
+              help="Of weights, arithmetic and cache.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
+def command(
+    model: str, output: Path, sink_tokens: int, window: int, batch: int, dtype: str, overwrite: bool
+) -> None:
+    """Export MODEL (a local directory, a .gguf file or a Hub id) to a bundle."""
+    config = ExportConfig(sink_tokens, window, batch, dtype)  # bad numbers are told before torch is loaded
+    from sinkexport.pipeline import export
+
+    start = time.perf_counter()
+    with _shown_progress() as progress:
+        manifest = export(model, output, config, overwrite=overwrite, progress=progress)
+    facts = manifest.model
+    click.echo(
+        f"{output}: {facts.name} ({facts.num_parameters / 1e6:.0f}M parameters, {facts.num_layers} layers), "
+        f"S={sink_tokens} W={window} B={batch} {dtype}, "
+        f"{sum(f.bytes for f in manifest.files.values()) / 1e6:.0f} MB + {manifest.state_bytes / 1e6:.1f} MB state, "
+        f"{time.perf_counter() - start:.1f} s"
+    )
+
+
+@contextmanager
+def _shown_progress() -> Iterator[object]:
+    """A bar on a terminal; nothing where stderr is a file or a pipe."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=STAGES[stage], completed=done, total=total if stage == "write" else None)
+
+        yield show

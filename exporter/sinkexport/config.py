@@ -1,0 +1,50 @@
+"""What the user asks of an export."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sinkrt.errors import UsageError, problem
+
+WEIGHT_DTYPES = {"fp32": "float32", "fp16": "float16"}
+"""Command-line spelling -> dtype name of the manifest."""
+
+DEFAULT_NUM_SINK_TOKENS = 4
+DEFAULT_WINDOW_SIZE = 1020
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Geometry and precision of a bundle.
+
+    num_sink_tokens: S >= 0, first tokens of a stream that are kept for ever (StreamingLLM, arXiv:2309.17453).
+    window_size: W >= 1, most recent tokens kept.
+    batch: B >= 1, streams decoded together, each with a position of its own.
+    dtype: ``fp32 | fp16``, of weights, arithmetic and cache.
+
+    Raises: UsageError.
+    """
+
+    num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS
+    window_size: int = DEFAULT_WINDOW_SIZE
+    batch: int = 1
+    dtype: str = "fp32"
+
+    def __post_init__(self) -> None:
+        for name, option, low in (
+            ("num_sink_tokens", "--sink-tokens", 0),
+            ("window_size", "--window", 1),
+            ("batch", "--batch", 1),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise UsageError(problem(name, received=repr(value), expected=f"an integer >= {low}",
+                                         fix=f"change {option}"))
+        if self.dtype not in WEIGHT_DTYPES:
+            raise UsageError(problem("dtype", received=repr(self.dtype), expected=" | ".join(WEIGHT_DTYPES),
+                                     fix="change --dtype"))
+
+    @property
+    def capacity(self) -> int:
+        """C = S + W, tokens."""
+        return self.num_sink_tokens + self.window_size

@@ -1,0 +1,1 @@
+"""From a traced model to the ONNX graphs of a bundle."""

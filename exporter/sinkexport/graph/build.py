@@ -1,0 +1,123 @@
+"""Traced decode step -> the ONNX model of a bundle, by torch's converter and the passes of this package."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from sinkrt.contract import GraphSpec, StateSpec, TensorSpec
+from sinkrt.errors import UsageError, problem
+
+from sinkexport.graph.edit import known_shape
+from sinkexport.graph.operators import translations
+from sinkexport.graph.passes.constants import complete_shapes, fold_small_constants
+from sinkexport.graph.passes.expand_operators import expand_operators
+from sinkexport.graph.passes.norms import fuse_rms_norms
+from sinkexport.graph.passes.static_reshape import make_reshapes_static
+from sinkexport.graph.passes.weights import fold_weight_transposes, merge_projections
+
+OPSET = 24
+IR_VERSION = 11
+"""ONNX 1.19, the first with opset 24."""
+
+WEIGHTS_FILE = "weights.bin"
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltGraph:
+    """An ONNX model that still holds its weights by reference, and what the manifest says of it."""
+
+    model: ir.Model
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    states: tuple[StateSpec, ...]
+
+    def spec(self, file: str) -> GraphSpec:
+        """The manifest's entry, once the graph has a file."""
+        return GraphSpec(file, known_shape(self.model.graph.inputs[0])[1], self.inputs, self.outputs)
+
+
+def build_graph(program: torch.export.ExportedProgram, state_kinds: Sequence[str], num_layers: int) -> BuiltGraph:
+    """Convert a traced decode step.
+
+    state_kinds: the states of one layer in the order of the trace's inputs.
+
+    Raises: UsageError naming the torch operators that have no ONNX form.
+    """
+    model = _convert(program)
+    fold_small_constants(model)
+    complete_shapes(model)
+    make_reshapes_static(model)
+    fuse_rms_norms(model)
+    fold_weight_transposes(model)
+    merge_projections(model)
+    expand_operators(model)
+    make_reshapes_static(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)
+    states = _name_tensors(model.graph, state_kinds, num_layers)
+    common.NameFixPass()(model)
+    common.TopologicalSortPass()(model)
+    model.ir_version, model.producer_name, model.graph.name = IR_VERSION, "sinkexport", "decode"
+    inputs = tuple(_spec(value) for value in model.graph.inputs[:2])
+    outputs = tuple(_spec(value) for value in model.graph.outputs[:1])
+    return BuiltGraph(model, inputs, outputs, states)
+
+
+def _convert(program: torch.export.ExportedProgram) -> ir.Model:
+    with _quiet():
+        try:
+            converted = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
+                custom_translation_table=translations(),
+            )  # fmt: skip
+        except torch.onnx.errors.OnnxExporterError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise UsageError(
+                problem("model", received=f"an operation that ONNX cannot express ({reason})",
+                        expected="a supported family", fix="see 'sinkexport inspect families'")
+            ) from error  # fmt: skip
+    if converted is None:
+        raise RuntimeError("torch.onnx.export returned nothing")
+    return converted.model
+
+
+def _name_tensors(graph: ir.Graph, state_kinds: Sequence[str], num_layers: int) -> tuple[StateSpec, ...]:
+    """Give inputs and outputs the names of the contract and list the states."""
+    ids, position, *states = graph.inputs
+    logits, *next_states = graph.outputs
+    ids.name, position.name, logits.name = "ids", "position", "logits"
+    names = [(layer, kind) for layer in range(num_layers) for kind in state_kinds]
+    specs = []
+    for (layer, kind), before, after in zip(names, states, next_states, strict=True):
+        before.name, after.name = f"{kind}.{layer}", f"{kind}.{layer}.next"
+        spec = _spec(before)
+        specs.append(StateSpec(layer, kind, spec.name, after.name, spec.shape, spec.dtype))
+    return tuple(specs)
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    if value.dtype is None:
+        raise ValueError(f"'{value.name}' has no type")
+    return TensorSpec(str(value.name), known_shape(value), str(value.dtype.numpy()))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's converter warns of packages that it does not need here."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,68 @@
+"""Write standard ONNX nodes as expressions, with shapes kept static as they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from sinkexport.graph.edit import constant, known_shape, typed
+
+
+class Builder:
+    """Collects nodes in order; the caller inserts them.
+
+    Element-wise results take the broadcast shape of their inputs and the type of the first.
+    """
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.nodes: list[ir.Node] = []
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        shape: Sequence[int] | None = None,
+        dtype: ir.DataType | None = None,
+        **attributes: int | float | str | Sequence[int],
+    ) -> ir.Value:
+        """Add one node with one output."""
+        node = ir.node(op_type, list(inputs), attributes)
+        self.nodes.append(node)
+        if shape is None:
+            shape = np.broadcast_shapes(*(known_shape(value) for value in inputs))
+        return typed(node.outputs[0], shape, dtype or inputs[0].dtype)
+
+    def split(self, value: ir.Value, sizes: Sequence[int], axis: int) -> list[ir.Value]:
+        """Cut `value` along `axis` into pieces of `sizes`."""
+        node = ir.node(
+            "Split", [value, self.ints(sizes, "split")], {"axis": axis}, num_outputs=len(sizes)
+        )
+        self.nodes.append(node)
+        shape = list(known_shape(value))
+        for output, size in zip(node.outputs, sizes, strict=True):
+            shape[axis] = size
+            typed(output, shape, value.dtype)
+        return list(node.outputs)
+
+    def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """`value` itself if it has this shape already."""
+        if known_shape(value) == tuple(shape):
+            return value
+        return self.op("Reshape", [value, self.ints(shape, "shape")], shape)
+
+    def matmul(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """a [..., M, K] @ b [..., K, N], leading axes broadcast."""
+        left, right = known_shape(a), known_shape(b)
+        leading = np.broadcast_shapes(left[:-2], right[:-2])
+        return self.op("MatMul", [a, b], (*leading, left[-2], right[-1]))
+
+    def ints(self, values: Sequence[int] | int | np.ndarray, hint: str) -> ir.Value:
+        """An int64 constant."""
+        return constant(self.graph, np.asarray(values, dtype=np.int64), hint)
+
+    def scalar(self, value: float, dtype: ir.DataType | None) -> ir.Value:
+        """A floating-point constant of shape []."""
+        return constant(self.graph, np.asarray(value, dtype=(dtype or ir.DataType.FLOAT).numpy()), "scalar")

@@ -1,0 +1,70 @@
+"""Small tools that the graph passes share, on top of onnx-ir."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+
+def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape of `value` if every axis is known."""
+    if value is None or value.shape is None or any(not isinstance(n, int) for n in value.shape):
+        return None
+    return tuple(int(n) for n in value.shape)  # type: ignore[arg-type]
+
+
+def known_shape(value: ir.Value) -> tuple[int, ...]:
+    """The shape of a value of a bundle's graph: always static.
+
+    Raises: ValueError if it is not.
+    """
+    shape = static_shape(value)
+    if shape is None:
+        raise ValueError(f"'{value.name}' has no static shape: {value.shape}")
+    return shape
+
+
+def is_weight(value: ir.Value | None) -> bool:
+    """Whether `value` is a constant of the graph."""
+    return value is not None and value.is_initializer() and value.const_value is not None
+
+
+def typed(value: ir.Value, shape: Sequence[int], dtype: ir.DataType | None) -> ir.Value:
+    """Set the shape and the type of a new value, and hand it back."""
+    value.shape, value.dtype = ir.Shape(shape), dtype
+    return value
+
+
+def constant(graph: ir.Graph, array: np.ndarray, hint: str) -> ir.Value:
+    """An initializer of this content, made once however often it is asked for."""
+    digest = hashlib.sha256(repr((array.dtype.str, array.shape)).encode() + array.tobytes()).hexdigest()
+    name = f"const.{hint}.{digest[:12]}"
+    if name not in graph.initializers:
+        tensor = ir.Tensor(array, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.register_initializer(value)
+    return graph.initializers[name]
+
+
+def lazy_weight(
+    graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], np.ndarray]
+) -> ir.Value:
+    """An initializer that is computed while it is written, so that no second copy of the weights is ever held."""
+    tensor = ir.LazyTensor(lambda: ir.Tensor(make(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def replace_node(node: ir.Node, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> None:
+    """Put `nodes` in the place of `node`, whose outputs `outputs` take over (graph outputs included)."""
+    graph = node.graph
+    if not isinstance(graph, ir.Graph):
+        raise ValueError(f"'{node.name}' is not in a graph")
+    graph.insert_before(node, list(nodes))
+    for old, new in zip(node.outputs, outputs, strict=True):
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)

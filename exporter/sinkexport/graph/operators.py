@@ -1,0 +1,86 @@
+"""The operators of domain ``ai.sinkexport`` as ONNX schemas, and their translation from the traced torch form."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import onnx.defs
+import onnxscript
+import torch
+
+DOMAIN = "ai.sinkexport"
+VERSION = 1
+SINK_ATTENTION = "SinkAttention"
+STREAM_ANGLES = "StreamAngles"
+
+_FLOATS = ["tensor(float)", "tensor(float16)"]
+_Parameter = onnx.defs.OpSchema.FormalParameter
+_Attribute = onnx.defs.OpSchema.Attribute
+_Option = onnx.defs.OpSchema.FormalParameterOption
+
+
+def _schema(
+    name: str, inputs: list[Any], outputs: list[str], output_type: str, attributes: dict[str, Any]
+) -> onnx.defs.OpSchema:
+    return onnx.defs.OpSchema(
+        name, DOMAIN, VERSION, inputs=inputs,
+        outputs=[_Parameter(output, output_type) for output in outputs],
+        type_constraints=[("T", _FLOATS, "Weights and cache")],
+        attributes=[_Attribute(key, kind) for key, kind in attributes.items()],
+    )  # fmt: skip
+
+
+@functools.cache
+def schemas() -> Mapping[str, onnx.defs.OpSchema]:
+    """Both operators by name. Inputs and attributes are explained at their torch form (model/attention.py)."""
+    kinds = onnx.defs.OpSchema.AttrType
+    optional = [
+        _Parameter(name, "T", "", param_option=_Option.Optional)
+        for name in ("sink_k", "sink_v", "window_k", "window_v")
+    ]
+    sink_attention = _schema(
+        SINK_ATTENTION,
+        [
+            *(_Parameter(name, "T") for name in ("q", "k", "v")),
+            *optional,
+            _Parameter("position", "tensor(int64)"),
+            *(_Parameter(name, "T", "", param_option=_Option.Optional) for name in ("shift_cos", "shift_sin")),
+        ],
+        ["out", "next_sink_k", "next_sink_v", "next_window_k", "next_window_v"],
+        "T",
+        {"scale": kinds.FLOAT, "softcap": kinds.FLOAT, "interleaved": kinds.INT},
+    )
+    stream_angles = _schema(
+        STREAM_ANGLES,
+        [_Parameter("position", "tensor(int64)"), _Parameter("frequency", "tensor(int64)")],
+        ["cos", "sin"],
+        "tensor(float)",
+        {"behind": kinds.INT},
+    )
+    return {SINK_ATTENTION: sink_attention, STREAM_ANGLES: stream_angles}
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """torch operator -> function that adds the ONNX node, for ``torch.onnx.export(custom_translation_table=...)``."""
+    opset = onnxscript.values.Opset(DOMAIN, VERSION)
+    attention = onnxscript.values.Op(opset, SINK_ATTENTION, schemas()[SINK_ATTENTION])
+    angles = onnxscript.values.Op(opset, STREAM_ANGLES, schemas()[STREAM_ANGLES])
+
+    def translate_attention(
+        q: Any, k: Any, v: Any, sink_k: Any, sink_v: Any, window_k: Any, window_v: Any, position: Any,
+        shift_cos: Any, shift_sin: Any, scale: float, softcap: float, interleaved: bool,
+    ) -> Any:  # fmt: skip
+        return attention(
+            q, k, v, sink_k, sink_v, window_k, window_v, position, shift_cos, shift_sin,
+            scale=scale, softcap=softcap, interleaved=int(interleaved),
+        )  # fmt: skip
+
+    def translate_angles(position: Any, frequency: Any, behind: int) -> Any:
+        return angles(position, frequency, behind=behind)
+
+    return {
+        torch.ops.sinkexport.sink_attention.default: translate_attention,
+        torch.ops.sinkexport.stream_angles.default: translate_angles,
+    }

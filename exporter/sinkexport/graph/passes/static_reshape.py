@@ -1,0 +1,60 @@
+"""Reshapes with constant targets, none in a row, none that changes nothing; moving unit axes is a Reshape too.
+
+With one token a step most of a model's view and transpose calls move no data, but each would still be a node,
+and its target shape would be put together from pieces at run time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from sinkexport.graph.edit import constant, known_shape, static_shape, typed
+
+_VIEWS = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Identity", "Expand"))
+
+
+def make_reshapes_static(model: ir.Model) -> None:
+    """Turn every view of the graph into at most one Reshape with a constant shape."""
+    graph = model.graph
+    for node in list(graph):
+        if node.domain or node.op_type not in _VIEWS:
+            continue
+        source, result = node.inputs[0], node.outputs[0]
+        if source is None or static_shape(source) is None or static_shape(result) is None or not _moves_no_data(node):
+            continue
+        while _is_view(source.producer()) and source.producer().inputs[0] is not None:  # type: ignore[union-attr]
+            source = source.producer().inputs[0]  # type: ignore[union-attr]
+        _replace_by_view(graph, node, source)
+
+
+def _moves_no_data(node: ir.Node) -> bool:
+    source, result = node.inputs[0], node.outputs[0]
+    before, after = known_shape(source), known_shape(result)  # type: ignore[arg-type]
+    if node.op_type == "Expand":
+        return before == after or np.prod(before) == np.prod(after)
+    if node.op_type == "Transpose":
+        perm = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(len(before))[::-1]
+        moved = [axis for axis in perm if before[axis] != 1]
+        return moved == sorted(moved)
+    return True
+
+
+def _is_view(node: ir.Node | None) -> bool:
+    return node is not None and not node.domain and node.op_type == "Reshape"
+
+
+def _replace_by_view(graph: ir.Graph, node: ir.Node, source: ir.Value) -> None:
+    result = node.outputs[0]
+    shape = known_shape(result)
+    if known_shape(source) == shape and not result.is_graph_output():
+        ir.convenience.replace_all_uses_with(result, source)
+        graph.remove(node, safe=True)
+        return
+    target = constant(graph, np.array(shape, dtype=np.int64), "shape")
+    view = ir.node("Reshape", [source, target], name=node.name)
+    typed(view.outputs[0], shape, result.dtype)
+    view.outputs[0].name = result.name
+    graph.insert_before(node, view)
+    ir.convenience.replace_all_uses_with(result, view.outputs[0], replace_graph_outputs=True)
+    graph.remove(node, safe=True)

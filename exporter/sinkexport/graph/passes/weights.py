@@ -1,0 +1,132 @@
+"""Weights in the orientation that MatMul reads, and projections of one input joined into one MatMul.
+
+A decode step reads every weight once, so its speed is that of memory; fewer, larger products reach more of the
+bandwidth and leave fewer nodes. Everything is computed lazily, while the weights file is written.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import onnx_ir as ir
+
+from sinkexport.graph.edit import constant, is_weight, known_shape, lazy_weight, typed
+
+
+def fold_weight_transposes(model: ir.Model) -> None:
+    """x @ Transpose(W): W is stored transposed, or read by Gemm(transB=1) if something else needs it as it is.
+
+    The second case is an embedding that is tied to the output projection: it stays one tensor in the file.
+    """
+    graph = model.graph
+    for node in list(graph):
+        if node.domain or node.op_type != "Transpose" or not is_weight(node.inputs[0]):
+            continue
+        weight = node.inputs[0]
+        if weight is None or len(known_shape(weight)) != 2:
+            continue
+        users = [use.node for use in node.outputs[0].uses()]
+        if any(user.domain or user.op_type != "MatMul" or user.inputs[1] is not node.outputs[0] for user in users):
+            continue
+        if len(weight.uses()) > 1:
+            for user in users:
+                _use_gemm(graph, user, weight)
+        else:
+            rows, columns = known_shape(weight)
+            source = weight.const_value
+            transposed = lazy_weight(
+                graph, f"{weight.name}.T", weight.dtype, (columns, rows),  # type: ignore[arg-type]
+                lambda source=source: np.ascontiguousarray(source.numpy().T),  # type: ignore[misc, union-attr]
+            )  # fmt: skip
+            ir.convenience.replace_all_uses_with(node.outputs[0], transposed)
+        graph.remove(node, safe=True)
+
+
+def _use_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
+    """MatMul(x, W^T) with x [..., K] -> Gemm over x [rows, K] with transB."""
+    x, result = matmul.inputs[0], matmul.outputs[0]
+    if x is None:
+        raise ValueError(f"MatMul '{matmul.name}' without an input")
+    *_, depth = known_shape(x)
+    rows = int(np.prod(known_shape(x))) // depth
+    width = known_shape(weight)[0]
+    flat = ir.node("Reshape", [x, constant(graph, np.array([rows, depth]), "shape")])
+    typed(flat.outputs[0], (rows, depth), x.dtype)
+    gemm = ir.node("Gemm", [flat.outputs[0], weight], {"transB": 1}, name=matmul.name)
+    typed(gemm.outputs[0], (rows, width), x.dtype)
+    view = ir.node("Reshape", [gemm.outputs[0], constant(graph, np.array(known_shape(result)), "shape")])
+    typed(view.outputs[0], known_shape(result), x.dtype)
+    graph.insert_before(matmul, [flat, gemm, view])
+    ir.convenience.replace_all_uses_with(result, view.outputs[0], replace_graph_outputs=True)
+    graph.remove(matmul, safe=True)
+
+
+def merge_projections(model: ir.Model) -> None:
+    """MatMuls of one input with weights of their own become one MatMul and a Split (q, k, v; gate, up).
+
+    Biases are joined as well if every one of them has one.
+    """
+    graph = model.graph
+    by_input: dict[ir.Value, list[ir.Node]] = defaultdict(list)
+    for node in graph:
+        if not node.domain and node.op_type == "MatMul" and node.inputs[0] is not None and is_weight(node.inputs[1]):
+            weight = node.inputs[1]
+            if weight is not None and len(known_shape(weight)) == 2 and len(weight.uses()) == 1:
+                by_input[node.inputs[0]].append(node)
+    for x, matmuls in by_input.items():
+        if len(matmuls) > 1:
+            _merge(graph, x, matmuls)
+
+
+def _merge(graph: ir.Graph, x: ir.Value, matmuls: list[ir.Node]) -> None:
+    weights = [node.inputs[1] for node in matmuls]
+    widths = [known_shape(w)[1] for w in weights]  # type: ignore[arg-type]
+    results = [node.outputs[0] for node in matmuls]
+    additions = [_bias_addition(result) for result in results]
+    name = "+".join(str(w.name) for w in weights)  # type: ignore[union-attr]
+    merged = _joined(graph, name, weights)  # type: ignore[arg-type]
+    product = ir.node("MatMul", [x, merged], name=matmuls[0].name)
+    shape = (*known_shape(x)[:-1], sum(widths))
+    nodes, value = [product], typed(product.outputs[0], shape, x.dtype)
+    if all(addition is not None for addition in additions):
+        biases = [_weight_operand(addition) for addition in additions]  # type: ignore[arg-type]
+        bias = _joined(graph, "+".join(str(b.name) for b in biases), biases)
+        nodes.append(ir.node("Add", [value, bias]))
+        value = typed(nodes[-1].outputs[0], shape, x.dtype)
+        results = [addition.outputs[0] for addition in additions]  # type: ignore[union-attr]
+        replaced = [*matmuls, *additions]
+    else:
+        replaced = list(matmuls)
+    sizes = constant(graph, np.array(widths, dtype=np.int64), "split")
+    split = ir.node("Split", [value, sizes], {"axis": -1}, num_outputs=len(widths))
+    for part, result in zip(split.outputs, results, strict=True):
+        typed(part, known_shape(result), x.dtype)
+    graph.insert_before(matmuls[0], [*nodes, split])
+    for part, result in zip(split.outputs, results, strict=True):
+        ir.convenience.replace_all_uses_with(result, part, replace_graph_outputs=True)
+    graph.remove([node for node in reversed(replaced) if node is not None], safe=True)
+
+
+def _bias_addition(product: ir.Value) -> ir.Node | None:
+    """The Add of a 1-D weight that is the only reader of `product`."""
+    uses = list(product.uses())
+    if len(uses) != 1 or uses[0].node.op_type != "Add" or uses[0].node.domain or product.is_graph_output():
+        return None
+    other = _weight_operand(uses[0].node)
+    return uses[0].node if other is not None and known_shape(other) == known_shape(product)[-1:] else None
+
+
+def _weight_operand(node: ir.Node) -> ir.Value | None:
+    return next((value for value in node.inputs if is_weight(value)), None)
+
+
+def _joined(graph: ir.Graph, name: str, weights: list[ir.Value]) -> ir.Value:
+    """Weights side by side along the last axis."""
+    sources = [weight.const_value for weight in weights]
+    *rest, _ = known_shape(weights[0])
+    width = sum(known_shape(weight)[-1] for weight in weights)
+    return lazy_weight(
+        graph, name, weights[0].dtype, (*rest, width),  # type: ignore[arg-type]
+        lambda: np.concatenate([source.numpy() for source in sources], axis=-1),  # type: ignore[union-attr]
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The torch side of an export: what is traced."""

@@ -1,0 +1,119 @@
+"""The torch form of the two operators that the exported graphs are made of.
+
+Both are opaque to the tracer: a traced model contains one node for each call, which graph passes then turn into
+standard ONNX operators or leave for a plugin. The bodies here really compute, so that the traced model can also
+be run in torch and compared with the float64 oracle.
+"""
+
+from __future__ import annotations
+
+import torch
+
+TURN = 2**32
+"""Units of a full turn in fixed-point phase."""
+
+POSITION_LIMIT = 2**47
+"""First stream position whose phase would leave int64 (hi = t / 2^16 stays below 2^31, so hi * f below 2^63)."""
+
+
+@torch.library.custom_op("sinkexport::stream_angles", mutates_args=())
+def stream_angles(
+    position: torch.Tensor, frequency: torch.Tensor, behind: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of ``max(0, position - behind) * frequency`` turns, exact to float32 below ``POSITION_LIMIT``.
+
+    position: int64 [B]. frequency: int64 [R/2], turns a token in units of 2^-32.
+    behind: tokens; 0 gives the rotation of a token itself, C - 1 the shift that brings it back to the sinks.
+    Returns: cos, sin float32 [B, 1, R/2].
+
+    float32 ``t * inv_freq`` is 0.25 rad wrong at t = 4M; here the phase is an integer modulo 2^32 and only its
+    final value in [-pi, pi) is rounded. t is split as hi * 2^16 + lo to keep every product inside int64.
+    """
+    t = (position - behind).clamp(min=0)[:, None, None]  # [B, 1, 1]
+    hi, lo = t // 2**16, t % 2**16
+    phase = (hi * frequency % TURN * 2**16 + lo * frequency) % TURN  # [B, 1, R/2]
+    centred = (phase + TURN // 2) % TURN - TURN // 2  # in [-2^31, 2^31): halves the rounding
+    angle = centred.to(torch.float32) * (2 * torch.pi / TURN)
+    return angle.cos(), angle.sin()
+
+
+@stream_angles.register_fake
+def _(position: torch.Tensor, frequency: torch.Tensor, behind: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (position.shape[0], 1, frequency.shape[0])
+    return torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("sinkexport::sink_attention", mutates_args=())
+def sink_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink_k: torch.Tensor | None,
+    sink_v: torch.Tensor | None,
+    window_k: torch.Tensor,
+    window_v: torch.Tensor,
+    position: torch.Tensor,
+    shift_cos: torch.Tensor | None,
+    shift_sin: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One decode step of attention over sinks and window (StreamingLLM, arXiv:2309.17453).
+
+    q: [B, Hq, 1, D], k and v: [B, Hkv, 1, D], rotated at their stream position; position: int64 [B].
+    sink_k, sink_v: [B, Hkv, S, D] (None if S = 0), window_k, window_v: [B, Hkv, W, D].
+    shift_cos, shift_sin: [B, 1, R/2], of ``max(0, t - (C - 1))`` tokens: the query is turned back by it for the
+    sinks, whose distance stops growing once the cache is full (None: no sinks or no positions).
+    softcap: 0 for none, else logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv:2408.00118).
+    Returns: attention output [B, Hq, 1, D] and the four states after the step ([B, Hkv, 0, D] for absent sinks).
+    """
+    batch, num_q_heads, _, head_dim = q.shape
+    num_kv_heads, window_size = window_k.shape[1], window_k.shape[2]
+    if sink_k is None or sink_v is None:
+        sink_k = sink_v = window_k.new_zeros(batch, num_kv_heads, 0, head_dim)
+    num_sinks = sink_k.shape[2]
+    is_token = (torch.arange(num_sinks) == position[:, None])[:, None, :, None]  # [B, 1, S, 1]
+    sink_k, sink_v = torch.where(is_token, k, sink_k), torch.where(is_token, v, sink_v)
+    slot = ((position - num_sinks) % window_size)[:, None, None, None].expand(-1, num_kv_heads, 1, head_dim)
+    window_k, window_v = window_k.scatter(2, slot, k), window_v.scatter(2, slot, v)
+
+    q_sink = q
+    if shift_cos is not None and shift_sin is not None:
+        q_sink = torch.onnx.ops.rotary_embedding(
+            q, shift_cos, -shift_sin, interleaved=interleaved, rotary_embedding_dim=2 * shift_cos.shape[-1]
+        )
+    group = num_q_heads // num_kv_heads
+
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(group, dim=1)  # [B, Hq, ., D]
+
+    logits = torch.cat((q_sink @ heads(sink_k).mT, q @ heads(window_k).mT), dim=-1) * scale  # [B, Hq, 1, C]
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    # Sink j is there from t = j on, slot i from t = S + i on: entry n of sinks-then-slots from t = n on.
+    is_there = torch.arange(num_sinks + window_size) <= position[:, None]  # [B, C]
+    weights = logits.masked_fill(~is_there[:, None, None, :], float("-inf")).softmax(dim=-1)
+    out = weights @ heads(torch.cat((sink_v, window_v), dim=2))
+    return out, sink_k.clone(), sink_v.clone(), window_k, window_v
+
+
+@sink_attention.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink_k: torch.Tensor | None,
+    sink_v: torch.Tensor | None,
+    window_k: torch.Tensor,
+    window_v: torch.Tensor,
+    position: torch.Tensor,
+    shift_cos: torch.Tensor | None,
+    shift_sin: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    none = window_k.new_empty(q.shape[0], window_k.shape[1], 0, q.shape[3])
+    sinks = [none if s is None else torch.empty_like(s) for s in (sink_k, sink_v)]
+    return torch.empty_like(q), sinks[0], sinks[1], torch.empty_like(window_k), torch.empty_like(window_v)

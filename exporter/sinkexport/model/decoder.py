@@ -1,0 +1,198 @@
+"""One decode step of a Hugging Face model over explicit state tensors, as a module that can be traced.
+
+The model's own code runs unchanged; only two things are swapped for the length of a trace. Its rotary embedding
+hands out cos = 1 and sin = 0 (so the model's rotation is the identity, which `fold_rotation` removes from the
+trace), and its attention function rotates once with exact phase and calls the sink-attention operator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from sinkrt.contract import STATE_KINDS
+from sinkrt.errors import UsageError, problem
+
+from sinkexport.config import ExportConfig
+from sinkexport.model.attention import sink_attention, stream_angles
+from sinkexport.model.fold_rotation import fold_rotation
+from sinkexport.model.interface import intercept_attention
+from sinkexport.model.rope import (
+    AttentionShape,
+    HandedOutRotary,
+    ModelRotary,
+    find_rotary,
+    lay_out,
+    replaced_module,
+)
+
+IGNORED_ARGUMENTS = frozenset(
+    # What families pass to the attention function without changing what a single step computes.
+    ("dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "training",
+     "output_hidden_states", "return_dict", "logits_to_keep", "past_key_values", "position_embeddings",
+     "token_type_ids", "deterministic", "output_router_logits")
+)  # fmt: skip
+
+
+class DecodeStep(torch.nn.Module):
+    """``forward(ids, position, states) -> (logits, next states)``, one token a stream.
+
+    ids: int64 [B, 1]. position: int64 [B]. states: layer by layer, in the order of ``state_kinds``.
+    logits: float32 [B, vocab].
+    """
+
+    def __init__(self, model: Any, config: ExportConfig, shape: AttentionShape, rotary: ModelRotary) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.shape = shape
+        self.rotary = rotary
+        self.register_buffer("frequency", rotary.frequency, persistent=False)
+
+    @property
+    def state_kinds(self) -> tuple[str, ...]:
+        """State tensors of a layer, in the order in which `states` holds them."""
+        return STATE_KINDS if self.config.num_sink_tokens else STATE_KINDS[2:]
+
+    def state_shape(self, kind: str) -> tuple[int, int, int, int]:
+        """[B, Hkv, S or W, D] of one state tensor."""
+        length = self.config.num_sink_tokens if kind.startswith("sink") else self.config.window_size
+        return (self.config.batch, self.shape.num_kv_heads, length, self.shape.head_dim)
+
+    def forward(
+        self, ids: torch.Tensor, position: torch.Tensor, states: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        step = _Step(self, position, states)
+        with intercept_attention(self.model, step.attend):
+            # position_ids reach the model only so that `_refuse_other_uses_of_position` can see who reads them.
+            output = self.model(input_ids=ids, position_ids=position[:, None], use_cache=False)
+        return output.logits[:, -1].to(torch.float32), step.next_states
+
+
+class _Step:
+    """What the attention calls of one forward pass share."""
+
+    def __init__(self, decode: DecodeStep, position: torch.Tensor, states: list[torch.Tensor]) -> None:
+        self._decode = decode
+        self._position = position
+        per_layer = len(decode.state_kinds)
+        self._states = [states[i : i + per_layer] for i in range(0, len(states), per_layer)]
+        self._next: list[list[torch.Tensor] | None] = [None] * len(self._states)
+        frequency = decode.get_buffer("frequency")
+        self._cos, self._sin = stream_angles(position, frequency, 0)  # [B, 1, R/2]
+        self._shift_cos, self._shift_sin = stream_angles(position, frequency, decode.config.capacity - 1)
+
+    @property
+    def next_states(self) -> list[torch.Tensor]:
+        if any(layer is None for layer in self._next):
+            raise RuntimeError("an attention layer did not run; the probe should have refused this model")
+        return [state for layer in self._next if layer is not None for state in layer]
+
+    def attend(
+        self,
+        module: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        _mask: torch.Tensor | None = None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """transformers' attention interface: q [B, Hq, 1, D], k and v [B, Hkv, 1, D] -> [B, 1, Hq, D]."""
+        config, layer = self._decode.config, int(module.layer_idx)
+        _refuse_arguments(layer, config, sliding_window, others)
+        spec = self._decode.rotary.layers[layer]
+        shift = (None, None)
+        if spec.rotary_dim:
+            q, k = (self._rotated(x, layer) for x in (q, k))
+            shift = (self._shift_cos.to(q.dtype), self._shift_sin.to(q.dtype))
+        states = self._states[layer]
+        sinks = states[:2] if config.num_sink_tokens else [None, None]
+        out, *updated = sink_attention(
+            q, k, v, *sinks, *states[-2:], self._position,
+            *(shift if config.num_sink_tokens else (None, None)),
+            float(scaling if scaling is not None else q.shape[-1] ** -0.5), float(softcap or 0.0), spec.interleaved,
+        )  # fmt: skip
+        self._next[layer] = updated if config.num_sink_tokens else updated[2:]
+        return out.transpose(1, 2), None  # [B, 1, Hq, D]
+
+    def _rotated(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        spec, scaling = self._decode.rotary.layers[layer], self._decode.rotary.scaling
+        cos, sin = self._cos, self._sin
+        if scaling != 1.0:
+            cos, sin = cos * scaling, sin * scaling
+        partial = spec.rotary_dim if spec.rotary_dim < x.shape[-1] else 0  # 0: all of the head
+        return torch.onnx.ops.rotary_embedding(
+            x, cos.to(x.dtype), sin.to(x.dtype), interleaved=spec.interleaved, rotary_embedding_dim=partial
+        )
+
+
+def trace(decode: DecodeStep) -> torch.export.ExportedProgram:
+    """Trace one decode step, with the model's own rotation folded away. Parameters are not copied.
+
+    Raises: UsageError if the model reads positions anywhere but in its rotary embedding.
+    """
+    config = decode.config
+    ids = torch.zeros(config.batch, 1, dtype=torch.int64)
+    position = torch.zeros(config.batch, dtype=torch.int64)
+    dtype = next(decode.model.parameters()).dtype
+    kinds = decode.state_kinds * decode.shape.num_layers
+    states = [torch.zeros(decode.state_shape(kind), dtype=dtype) for kind in kinds]
+    with torch.no_grad(), _identity_rotation(decode, dtype):
+        program = torch.export.export(decode, (ids, position, states), strict=False)
+    fold_rotation(program)
+    _refuse_other_uses_of_position(program)
+    return program
+
+
+def _refuse_other_uses_of_position(program: torch.export.ExportedProgram) -> None:
+    """Learned positions, ALiBi or length-dependent scaling read the position ids that the model is handed."""
+    _, position, *_ = program.graph_signature.user_inputs
+    ours = (torch.ops.sinkexport.stream_angles.default, torch.ops.sinkexport.sink_attention.default)
+    node = next(n for n in program.graph_module.graph.nodes if n.name == position)
+    strangers = [user for user in node.users if user.target not in ours]
+    if strangers:
+        raise UsageError(
+            problem(
+                "positions",
+                received=f"a use outside the rotary embedding ({strangers[0].target})",
+                expected="rotary positions only",
+                fix="this model cannot be exported exactly",
+            )
+        )
+
+
+@contextlib.contextmanager
+def _identity_rotation(decode: DecodeStep, dtype: torch.dtype) -> Iterator[None]:
+    name, _ = find_rotary(decode.model)
+    ones = lay_out(torch.ones(decode.config.batch, 1, decode.rotary.frequency.numel(), dtype=dtype),
+                   decode.rotary.cos_layout)
+    with replaced_module(decode.model, name, HandedOutRotary(ones, torch.zeros_like(ones))):
+        yield
+
+
+def _refuse_arguments(layer: int, config: ExportConfig, sliding_window: int | None, others: dict[str, Any]) -> None:
+    """Refuse what a family passes to its attention function and the operator does not know."""
+    if sliding_window is not None and sliding_window < config.capacity:
+        raise UsageError(
+            problem(
+                "sinks + window",
+                received=f"{config.capacity} tokens, more than layer {layer}'s own sliding window",
+                expected=f"at most {sliding_window} tokens",
+                fix="lower --window",
+            )
+        )
+    unknown = sorted(key for key, value in others.items() if value is not None and key not in IGNORED_ARGUMENTS)
+    if unknown:
+        raise UsageError(
+            problem(
+                "attention",
+                received=f"the argument '{unknown[0]}' in layer {layer}",
+                expected="plain softmax attention",
+                fix="this model cannot be exported exactly",
+            )
+        )

@@ -1,0 +1,146 @@
+"""Remove the identity rotation from a trace: x * 1 + turned(x) * 0 is x.
+
+Works on any family's rotary code, since it follows values and not names: what stems from the handed-out cos is
+known to be all ones, from sin all zeros, and multiplying, adding, slicing and joining with those is resolved.
+A rotation that is not recognised stays in the graph: slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+
+_KEEPS_CONTENT = frozenset(
+    (aten.unsqueeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default, aten.expand.default,
+     aten.slice.Tensor, aten.select.int, aten.to.dtype, aten.clone.default, aten.repeat_interleave.self_int,
+     aten.contiguous.default, aten.alias.default, aten.detach.default, aten._to_copy.default, aten.transpose.int)
+)  # fmt: skip
+
+
+def fold_rotation(program: torch.export.ExportedProgram) -> int:
+    """Simplify `program` in place. Returns the number of nodes removed."""
+    graph = program.graph_module.graph
+    before = len(graph.nodes)
+    uniform = _handed_out(program)
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        _drop_no_op(node)
+        known = _uniform_value(node, uniform)
+        if known is not None:
+            uniform[node] = known
+        elif (replacement := _simplified(node, uniform)) is not None:
+            node.replace_all_uses_with(replacement)
+    _join_adjacent_slices(graph)
+    for node in reversed(list(graph.nodes)):
+        # Asserts on metadata have no users and no effect on values; custom operators always have users here.
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
+    program.graph_module.recompile()
+    return before - len(graph.nodes)
+
+
+def _handed_out(program: torch.export.ExportedProgram) -> dict[Node, float]:
+    """The placeholders of `HandedOutRotary.cos` and `.sin`."""
+    values: dict[Node, float] = {}
+    buffers = program.graph_signature.inputs_to_buffers
+    for node in program.graph_module.graph.nodes:
+        name = buffers.get(node.name, "") if node.op == "placeholder" else ""
+        if name.endswith("rotary_emb.cos"):
+            values[node] = 1.0
+        elif name.endswith("rotary_emb.sin"):
+            values[node] = 0.0
+    return values
+
+
+_COPIES = frozenset(
+    (aten.to.dtype, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.dropout.default,
+     aten._to_copy.default, aten.detach.default, aten.slice.Tensor)
+)  # fmt: skip
+
+
+def _drop_no_op(node: Node) -> None:
+    """Casts to the type that a tensor has, slices of all of it, and dropout or clones that change nothing."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node) or node.target not in _COPIES:
+        return
+    if node.target is aten.dropout.default and node.args[2]:
+        return
+    if _same_tensor(source, node):
+        node.replace_all_uses_with(source)
+
+
+def _uniform_value(node: Node, uniform: dict[Node, float]) -> float | None:
+    """The one number that all elements of `node` have, if that is known."""
+    known = [uniform.get(arg) if isinstance(arg, Node) else None for arg in node.args]
+    if node.target in _KEEPS_CONTENT:
+        return known[0]
+    if node.target is aten.cat.default:
+        parts = {uniform.get(part) for part in node.args[0]}  # type: ignore[union-attr]
+        return parts.pop() if len(parts) == 1 else None
+    if node.target is aten.neg.default and known[0] is not None:
+        return -known[0] + 0.0
+    if node.target is aten.mul.Tensor and 0.0 in known:
+        return 0.0
+    folds: dict[Any, Callable[[float, float], float]] = {
+        aten.mul.Tensor: operator.mul, aten.add.Tensor: operator.add, aten.sub.Tensor: operator.sub,
+    }  # fmt: skip
+    if node.target in folds and len(known) == 2 and not node.kwargs and None not in known:
+        return folds[node.target](*known)  # type: ignore[arg-type]
+    return None
+
+
+def _simplified(node: Node, uniform: dict[Node, float]) -> Node | None:
+    """What `node` equals if one of its operands is all ones or all zeros."""
+    if node.target not in (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor) or node.kwargs:
+        return None
+    left, right = node.args
+    neutral = 1.0 if node.target is aten.mul.Tensor else 0.0
+    if isinstance(right, Node) and uniform.get(right) == neutral and _same_tensor(left, node):
+        return left  # type: ignore[return-value]
+    if node.target is not aten.sub.Tensor and isinstance(left, Node) and uniform.get(left) == neutral:
+        return right if _same_tensor(right, node) else None  # type: ignore[return-value]
+    return None
+
+
+def _join_adjacent_slices(graph: Graph) -> None:
+    """cat(x[..., :r], x[..., r:]) is x: what partial rotary leaves behind."""
+    for node in list(graph.nodes):
+        if node.target is not aten.cat.default:
+            continue
+        parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+        source = _sliced_whole(list(parts), int(dim), node)
+        if source is not None:
+            node.replace_all_uses_with(source)
+
+
+def _sliced_whole(parts: list[Any], dim: int, node: Node) -> Node | None:
+    source, end = None, 0
+    rank = node.meta["val"].dim()
+    parts = [part for part in parts if part.meta["val"].numel()]  # a head that turns whole has an empty rest
+    if len(parts) == 1 and _same_tensor(parts[0], node):
+        return parts[0]  # type: ignore[no-any-return]
+    for part in parts:
+        if not isinstance(part, Node) or part.target is not aten.slice.Tensor or len(part.args) > 4:
+            return None
+        origin, axis, start, stop = (*part.args, 0, None, None)[:4] if len(part.args) < 4 else part.args
+        if source not in (None, origin) or int(axis) % rank != dim % rank or start != end:  # type: ignore[arg-type]
+            return None
+        source, end = origin, stop
+    if isinstance(source, Node) and _same_tensor(source, node):
+        return source
+    return None
+
+
+def _same_tensor(candidate: Any, node: Node) -> bool:
+    """Same shape and type: replacing cannot hide a broadcast or a cast."""
+    if not isinstance(candidate, Node):
+        return False
+    a, b = candidate.meta.get("val"), node.meta.get("val")
+    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype

@@ -1,0 +1,56 @@
+"""Reroute a model's attention through transformers' attention interface, for as long as a context lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from sinkrt.errors import UsageError, problem
+
+AttentionFunction = Callable[..., tuple[torch.Tensor, None]]
+
+
+@contextlib.contextmanager
+def intercept_attention(model: torch.nn.Module, function: AttentionFunction) -> Iterator[None]:
+    """Every softmax attention of `model` calls ``function(module, q, k, v, mask, scaling=..., ...)`` instead.
+
+    q: [B, Hq, T, D], k and v: [B, Hkv, T, D], as the model rotated them. Must return ([B, T, Hq, D], None).
+    No mask is registered under the name, so transformers builds none.
+
+    Raises: UsageError if the model does not use the interface.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = f"sinkexport-{uuid.uuid4().hex}"  # contexts may nest
+    before = model.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS.register(name, function)
+    try:
+        try:
+            model.set_attn_implementation(name)  # type: ignore[operator]
+        except (ValueError, AttributeError, ImportError) as error:
+            raise _unsupported(model) from error
+        if model.config._attn_implementation != name:
+            raise _unsupported(model)
+        yield
+    finally:
+        _restore(model, before)
+        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
+
+
+def _restore(model: Any, implementation: str | None) -> None:
+    with contextlib.suppress(ValueError, AttributeError, ImportError):
+        model.set_attn_implementation(implementation)
+
+
+def _unsupported(model: torch.nn.Module) -> UsageError:
+    return UsageError(
+        problem(
+            "model",
+            received=f"{type(model).__name__}, which does not use transformers' attention interface",
+            expected="a family of 'sinkexport inspect families'",
+            fix="this model needs an adapter",
+        )
+    )

@@ -1,0 +1,148 @@
+"""The whole export: load, probe, trace, convert, write."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from sinkrt.contract import MANIFEST_NAME, SCHEMA_VERSION, Manifest, ModelFacts, StreamFacts
+from sinkrt.errors import UsageError, problem
+
+from sinkexport.bundle import hash_bundle, require_space, staged_bundle, write_graph, write_tokenizer
+from sinkexport.config import WEIGHT_DTYPES, ExportConfig
+from sinkexport.families import refusal_of_capacity
+from sinkexport.graph.build import build_graph
+from sinkexport.model.attention import POSITION_LIMIT
+from sinkexport.model.decoder import DecodeStep, trace
+from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
+from sinkexport.sources import LoadedModel, load_model, refuse_architecture
+
+Progress = Callable[[str, int, int], None]
+"""Told of the work: (stage, done, total)."""
+
+PRODUCERS = ("sinkexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+SMALL_FILES_BYTES = 64 * 2**20
+"""Room for graph, tokenizer and manifest beside the weights."""
+
+
+def export(
+    source: str,
+    out: Path | str,
+    config: ExportConfig | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Export the model `source` (local directory, ``.gguf`` file or Hub id) to the bundle folder `out`.
+
+    Raises: UsageError with the reason if the model cannot be exported exactly or `out` cannot be written.
+    """
+    config = config or ExportConfig()
+    report = progress or (lambda _stage, _done, _total: None)
+    report("load", 0, 1)
+    loaded = load_model(source, WEIGHT_DTYPES[config.dtype])
+    report("load", 1, 1)
+    return export_loaded(loaded, out, config, overwrite=overwrite, progress=report)
+
+
+def export_loaded(
+    loaded: LoadedModel,
+    out: Path | str,
+    config: ExportConfig,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Export a model that is in memory already, in the dtype of its parameters, which must be `config`'s.
+
+    The model is left as it was.
+
+    Raises: UsageError.
+    """
+    report = progress or (lambda _stage, _done, _total: None)
+    model, out = loaded.model, Path(out)
+    _check_model(model, config)
+    with staged_bundle(out, overwrite=overwrite) as stage:
+        require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
+        report("probe", 0, 1)
+        shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers)
+        report("trace", 0, 1)
+        decode = DecodeStep(model, config, shape, rotary).eval()
+        program = trace(decode)
+        report("convert", 0, 1)
+        built = build_graph(program, decode.state_kinds, shape.num_layers)
+        write_graph(built.model, stage, "decode.onnx", lambda done, total: report("write", done, total))
+        onnx.checker.check_model(stage / "decode.onnx")
+        tokenizer = write_tokenizer(loaded.tokenizer, stage)
+        report("hash", 0, 1)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            target="onnx",
+            weights_dtype=WEIGHT_DTYPES[config.dtype],
+            model=_model_facts(loaded, shape, rotary, vocab_size=built.outputs[0].shape[-1]),
+            stream=StreamFacts(config.num_sink_tokens, config.window_size, config.batch, 1, POSITION_LIMIT),
+            graphs={"decode": built.spec("decode.onnx")},
+            states=built.states,
+            tokenizer=tokenizer,
+            files=hash_bundle(stage),
+            producer=_producers(),
+        )
+        (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    report("done", 1, 1)
+    return manifest
+
+
+def _check_model(model: Any, config: ExportConfig) -> None:
+    refuse_architecture(model.config)
+    if limit := refusal_of_capacity(model.config, config.capacity):
+        raise UsageError(problem("sinks + window", received=f"{config.capacity} tokens", expected=limit,
+                                 fix="lower --window"))  # fmt: skip
+    wanted = getattr(torch, WEIGHT_DTYPES[config.dtype])
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != wanted:
+            raise UsageError(problem(f"dtype of '{name}'", received=parameter.dtype, expected=str(wanted),
+                                     fix="load the model with that dtype"))  # fmt: skip
+        if not bool(torch.isfinite(parameter).all()):
+            raise UsageError(problem(f"weights '{name}'", received="NaN or Inf", expected="finite numbers",
+                                     fix="check the model, or use --dtype fp32 if it overflows fp16"))  # fmt: skip
+
+
+def _model_facts(loaded: LoadedModel, shape: AttentionShape, rotary: ModelRotary, *, vocab_size: int) -> ModelFacts:
+    config = loaded.model.config.get_text_config()
+    generation = getattr(loaded.model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
+    eos = config.eos_token_id if eos is None else eos
+    return ModelFacts(
+        name=loaded.name,
+        architecture=type(loaded.model).__name__,
+        family=config.model_type,
+        num_layers=shape.num_layers,
+        num_q_heads=shape.num_q_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        hidden_size=config.hidden_size,
+        vocab_size=vocab_size,
+        num_parameters=sum(p.numel() for p in loaded.model.parameters()),
+        position_scheme=_position_scheme(shape, rotary),
+        bos_token_id=config.bos_token_id,
+        eos_token_ids=tuple([] if eos is None else [eos] if isinstance(eos, int) else eos),
+    )
+
+
+def _position_scheme(shape: AttentionShape, rotary: ModelRotary) -> str:
+    turning = [spec for spec in rotary.layers if spec.rotary_dim]
+    if not turning:
+        return "none"
+    spec = turning[0]
+    parts = [f"rope {spec.rotary_dim} of {shape.head_dim}", "interleaved" if spec.interleaved else "halves"]
+    if len(turning) < len(rotary.layers):
+        parts.append(f"in {len(turning)} of {len(rotary.layers)} layers")
+    return ", ".join(parts)
+
+
+def _producers() -> Mapping[str, str]:
+    return {name: importlib.metadata.version(name) for name in PRODUCERS}

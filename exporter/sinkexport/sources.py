@@ -1,0 +1,117 @@
+"""Load a Hugging Face causal LM from a local directory, a ``.gguf`` file or a Hub id."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sinkrt.errors import SinkError, UsageError, problem
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode on the CPU, its tokenizer if the source has one, and a name for the manifest."""
+
+    model: Any
+    tokenizer: Any | None
+    name: str
+
+
+def load_model(source: str, dtype: str = "float32") -> LoadedModel:
+    """Load `source` with weights in `dtype` (``float32 | float16``).
+
+    Raises: UsageError if there is no such model or transformers cannot load it.
+    """
+    import torch
+    import transformers
+
+    path = Path(source)
+    location: dict[str, Any]
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise _no_model(source, "no such file")
+        location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        name = path.stem
+    else:
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise _no_model(source, "a folder without config.json")
+        if not path.is_dir() and (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1):
+            raise _no_model(source, "no such folder")
+        location = {"pretrained_model_name_or_path": source}
+        name = path.resolve().name if path.is_dir() else source
+    with _quiet_transformers(), _readable_errors(source):
+        config = transformers.AutoConfig.from_pretrained(**location)
+        refuse_architecture(config)
+        model = transformers.AutoModelForCausalLM.from_pretrained(**location, dtype=getattr(torch, dtype))
+        tokenizer = _load_tokenizer(location, path)
+    return LoadedModel(model.eval(), tokenizer, name)
+
+
+def refuse_architecture(config: Any) -> None:
+    """Refuse before gigabytes are read what the configuration alone rules out.
+
+    Raises: UsageError with the reason.
+    """
+    from sinkexport.families import refusal_of_config
+
+    if reason := refusal_of_config(config):
+        raise UsageError(
+            problem(
+                "model",
+                received=f"{config.model_type}, which {reason}",
+                expected="a decoder-only model with rotary positions",
+                fix="see 'sinkexport inspect families'",
+            )
+        )
+
+
+def _load_tokenizer(location: dict[str, Any], path: Path) -> Any | None:
+    """The tokenizer, or None for a model folder that has none: such a bundle takes ids only."""
+    import transformers
+
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if path.is_dir() and not any((path / name).is_file() for name in files):
+        return None
+    return transformers.AutoTokenizer.from_pretrained(**location)
+
+
+@contextlib.contextmanager
+def _readable_errors(source: str) -> Iterator[None]:
+    """Turn what transformers raises for a bad source (dozens of types) into one line."""
+    try:
+        yield
+    except SinkError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise _no_model(source, str(error).strip().splitlines()[0] if str(error) else type(error).__name__) from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars or advice of other libraries on the terminal while ours is shown."""
+    import transformers
+
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _no_model(source: str, reason: str) -> UsageError:
+    return UsageError(
+        problem(
+            "model",
+            received=f"'{source}' ({reason})",
+            expected="a model folder, a .gguf file or a Hub id",
+            fix="check the path or the network",
+        )
+    )

@@ -1,0 +1,64 @@
+"""Tiny models with random weights, one for each family that is exported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+VOCAB_SIZE = 97
+
+_COMMON = dict(
+    vocab_size=VOCAB_SIZE, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+    num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+_NO_GROUPS = {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"}
+
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {**_COMMON, "head_dim": 16}),
+    "llama-tied": ("LlamaConfig", {**_COMMON, "head_dim": 8, "tie_word_embeddings": True}),
+    "llama-mha": ("LlamaConfig", {**_COMMON, "num_key_value_heads": 6, "attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": ("LlamaConfig", {**_COMMON, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+    "llama-linear-rope": ("LlamaConfig", {**_COMMON, "rope_parameters": {
+        "rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "llama-yarn": ("LlamaConfig", {**_COMMON, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}}),
+    "mistral": ("MistralConfig", {**_COMMON, "sliding_window": None}),
+    "mistral-sliding": ("MistralConfig", {**_COMMON, "sliding_window": 64}),
+    "qwen2": ("Qwen2Config", _COMMON),
+    "qwen3": ("Qwen3Config", {**_COMMON, "head_dim": 16}),
+    "phi": ("PhiConfig", {**_COMMON, "partial_rotary_factor": 0.5}),
+    "phi3": ("Phi3Config", _COMMON),
+    "phi3-partial": ("Phi3Config", {**_COMMON, "partial_rotary_factor": 0.5}),
+    "gpt_neox": ("GPTNeoXConfig", {**_NO_GROUPS, "rotary_pct": 0.25, "hidden_size": 96}),
+    "olmo": ("OlmoConfig", _COMMON),
+    "olmo2": ("Olmo2Config", _COMMON),
+    "stablelm": ("StableLmConfig", {**_COMMON, "hidden_size": 96, "partial_rotary_factor": 0.25}),
+    "granite": ("GraniteConfig", {**_COMMON, "attention_multiplier": 0.2, "residual_multiplier": 0.5,
+                                  "embedding_multiplier": 3.0, "logits_scaling": 2.0}),
+    "smollm3": ("SmolLM3Config", {**_COMMON, "num_hidden_layers": 4}),
+    "starcoder2": ("Starcoder2Config", {**_COMMON, "use_bias": True}),
+    "cohere": ("CohereConfig", _COMMON),
+    "glm": ("GlmConfig", {**_COMMON, "head_dim": 8}),
+    "gemma": ("GemmaConfig", {**_COMMON, "head_dim": 16}),
+    "gemma2": ("Gemma2Config", {**_COMMON, "head_dim": 16, "sliding_window": 64, "attn_logit_softcapping": 5.0,
+                                "query_pre_attn_scalar": 16}),
+}  # fmt: skip
+
+
+def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of `TINY` in evaluation mode, with weights large enough for attention to matter."""
+    config_class, arguments = TINY[name]
+    torch.manual_seed(seed)
+    config = getattr(transformers, config_class)(**arguments)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # default initialisation gives all but uniform attention
+                parameter.normal_(0.0, 0.25)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.to(dtype)
