@@ -1,0 +1,93 @@
+"""The command line: ``sinkexport``. Commands are loaded when they are called, so that `run` never imports torch."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+
+import click
+from sinkrt.errors import SinkError
+
+from sinkexport import __version__
+
+COMMANDS = {
+    "export": "Turn a Hugging Face model into a bundle.",
+    "run": "Stream text from a bundle, for ever if you like.",
+    "verify": "Compare a bundle with Hugging Face and with the definition of streaming.",
+    "inspect": "Show what a bundle holds, or which model families export.",
+}
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+EXPORT_PACKAGES = frozenset(("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate"))
+
+
+class LazyGroup(click.Group):
+    """A group whose commands live in modules of their own, imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"sinkexport.commands.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """The overview comes from the table above: help must not import anything heavy."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sinkexport")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:  # noqa: ARG001 - read by main()
+    """Export language models once, decode forever in constant memory.
+
+    \b
+      sinkexport export MODEL -o DIR      a model to a bundle
+      sinkexport run DIR --chat           talk to it for weeks
+    """
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 ok, 1 failed check, 2 bad usage or input, 130 interrupted."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        _fail("interrupted", EXIT_INTERRUPTED, debug)
+    except BrokenPipeError:
+        # The reader has gone, as after `| head`. Point stdout elsewhere, or the exit would fail on flushing it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except click.exceptions.ClickException as error:
+        _fail(_usage(error), EXIT_BAD_INPUT, debug)
+    except SinkError as error:
+        _fail(str(error), EXIT_BAD_INPUT, debug)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in EXPORT_PACKAGES:
+            raise
+        _fail(f"this command needs the package '{error.name}': pip install 'sinkexport[export]'",
+              EXIT_BAD_INPUT, debug)  # fmt: skip
+
+
+def _usage(error: click.exceptions.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    hint = f"; see '{context.command_path} --help'" if context else ""
+    return " ".join(error.format_message().split()) + hint
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    click.echo(f"sinkexport: error: {message}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""ONNX Runtime on the CPU, with every input and output bound to a buffer that is allocated once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from sinkrt.contract import Manifest, TensorSpec
+from sinkrt.errors import BackendError, BundleError, problem
+
+ALIGNMENT_BYTES = 64
+"""A cache line, and what vector kernels like best."""
+
+_ORT_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+    "int8": "tensor(int8)",
+}
+
+
+class OrtBackend:
+    """Implements `Backend`. Each state's input and output are one buffer, so TensorScatter writes one slot in place.
+
+    threads: of one operator; None leaves the choice to ONNX Runtime (all physical cores).
+
+    Raises: BundleError if the graph is unreadable or is not what the manifest says; BackendError if ONNX Runtime
+    cannot run it.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, threads: int | None) -> None:
+        graph = manifest.graphs["decode"]
+        self._session = _open(bundle / graph.file, threads)
+        state_inputs = [TensorSpec(s.input, s.shape, s.dtype) for s in manifest.states]
+        state_outputs = [TensorSpec(s.output, s.shape, s.dtype) for s in manifest.states]
+        _compare("input", self._session.get_inputs(), [*graph.inputs, *state_inputs])
+        _compare("output", self._session.get_outputs(), [*graph.outputs, *state_outputs])
+
+        self._arrays = {spec.name: _zeros(spec) for spec in (*graph.inputs, *graph.outputs, *state_inputs)}
+        self._binding = self._session.io_binding()
+        for spec in (*graph.inputs, *state_inputs):
+            self._binding.bind_ortvalue_input(spec.name, self._value(spec.name))
+        for spec in graph.outputs:
+            self._binding.bind_ortvalue_output(spec.name, self._value(spec.name))
+        for state in manifest.states:
+            self._binding.bind_ortvalue_output(state.output, self._value(state.input))
+        self._states = {state.input: self._arrays[state.input] for state in manifest.states}
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self._arrays["ids"]
+
+    @property
+    def position(self) -> np.ndarray:
+        return self._arrays["position"]
+
+    @property
+    def logits(self) -> np.ndarray:
+        return self._arrays["logits"]
+
+    @property
+    def states(self) -> Mapping[str, np.ndarray]:
+        return self._states
+
+    def run(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # ONNX Runtime's errors have no common base but this
+            raise BackendError(
+                problem("decode step", received=_first_line(error), expected="a run without error",
+                        fix="reset or reload the session")
+            ) from error  # fmt: skip
+
+    def _value(self, name: str) -> ort.OrtValue:
+        # An OrtValue over numpy memory: no copy, the array and ONNX Runtime see the same bytes.
+        return ort.OrtValue.ortvalue_from_numpy(self._arrays[name])
+
+
+def _open(path: Path, threads: int | None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors only; they are raised as well
+    # One graph, one stream of nodes: threads serve single operators, and a memory arena would only hold more memory.
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise BundleError(
+            problem(path.name, received=f"a graph that ONNX Runtime refuses ({_first_line(error)})",
+                    expected="a graph that 'sinkexport export' wrote", fix="export the model again")
+        ) from error  # fmt: skip
+
+
+def _compare(kind: str, found: list[ort.NodeArg], wanted: list[TensorSpec]) -> None:
+    """The graph must have exactly the tensors that the manifest names."""
+    actual = {arg.name: (tuple(arg.shape), arg.type) for arg in found}
+    expected = {spec.name: (spec.shape, _ORT_TYPES[spec.dtype]) for spec in wanted}
+    for name in [*expected, *actual]:
+        if actual.get(name) != expected.get(name):
+            raise BundleError(
+                problem(f"graph {kind} '{name}'", received=actual.get(name, "nothing"),
+                        expected=str(expected.get(name, "nothing")), fix="graph and manifest differ: export again")
+            )  # fmt: skip
+
+
+def _zeros(spec: TensorSpec) -> np.ndarray:
+    """Aligned, and zero: slots that hold no token yet are masked, but NaN times a weight of zero would be NaN."""
+    raw = np.zeros(spec.nbytes + ALIGNMENT_BYTES, dtype=np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT_BYTES
+    return raw[start : start + spec.nbytes].view(spec.dtype).reshape(spec.shape)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
