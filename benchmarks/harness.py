@@ -37,7 +37,7 @@ class Stats:
 def environment(threads: int, packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     """Commit, machine and versions: without them a number says nothing."""
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "cpu": _cpu_model(),
         "logical_cpus": os.cpu_count(),

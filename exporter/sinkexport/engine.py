@@ -202,7 +202,7 @@ def _one_line(text: str) -> str:
 
 
 def _make_logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):
         """Keeps errors and warnings instead of printing them."""
 
         def __init__(self) -> None:
@@ -221,7 +221,7 @@ def _make_logger(trt: Any) -> Any:
 
 
 def _make_writer(trt: Any, file: IO[bytes] | None) -> Any:
-    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+    class Writer(trt.IStreamWriter):
         """Counts the engine's bytes and passes them on to `file`, if any."""
 
         def __init__(self) -> None:

@@ -11,12 +11,12 @@ import onnx
 import torch
 from sinkrt.contract import MANIFEST_NAME, SCHEMA_VERSION, Manifest, ModelFacts, StreamFacts
 from sinkrt.errors import UsageError, problem
+from sinkrt.ring import POSITION_LIMIT
 
 from sinkexport.bundle import hash_bundle, require_space, staged_bundle, write_graph, write_tokenizer
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.families import refusal_of_capacity
 from sinkexport.graph.build import build_graph
-from sinkexport.model.attention import POSITION_LIMIT
 from sinkexport.model.decoder import DecodeStep, trace
 from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
 from sinkexport.sources import LoadedModel, load_model, refuse_architecture

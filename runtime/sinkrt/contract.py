@@ -332,8 +332,14 @@ def _build(cls: type[T], raw: Any, where: str) -> T:
     hints = typing.get_type_hints(cls)
     names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(raw) - names):
-        raise BundleError(problem(where, received=f"unknown key '{unknown[0]}'", expected=", ".join(sorted(names)),
-                                  fix="remove it or export again"))
+        raise BundleError(
+            problem(
+                where,
+                received=f"unknown key '{unknown[0]}'",
+                expected=", ".join(sorted(names)),
+                fix="remove it or export again",
+            )
+        )
     if missing := sorted(names - set(raw)):
         raise BundleError(problem(where, received=f"no key '{missing[0]}'", expected="every key", fix="export again"))
     return cls(**{name: _value(hints[name], raw[name], f"{where}.{name}") for name in names})

@@ -34,8 +34,8 @@ def save_state(path: Path, manifest: Manifest, states: Mapping[str, np.ndarray],
             save_file({**states, "position": position}, temporary, metadata=metadata)
     except OSError as error:
         raise UsageError(
-            problem("state file", received=f"'{path}' ({error.strerror or error})", expected="a file that can be written",
-                    fix="choose another path")
+            problem("state file", received=f"'{path}' ({error.strerror or error})",
+                    expected="a file that can be written", fix="choose another path")
         ) from error  # fmt: skip
 
 

@@ -9,10 +9,18 @@ import transformers
 
 VOCAB_SIZE = 97
 
-_COMMON = dict(
-    vocab_size=VOCAB_SIZE, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
-    num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 _NO_GROUPS = {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"}
 
 TINY: dict[str, tuple[str, dict[str, Any]]] = {

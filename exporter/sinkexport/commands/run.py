@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -139,7 +140,7 @@ def _decoded_lines() -> Iterator[str]:
     """Lines of stdin, cut at READ_BYTES where there is no line break, never inside a character."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     text = ""
-    while block := sys.stdin.buffer.read1(READ_BYTES):
+    while block := os.read(sys.stdin.fileno(), READ_BYTES):  # returns as soon as there is anything
         text += decoder.decode(block)
         *lines, text = text.splitlines(keepends=True) or [""]
         yield from lines

@@ -34,7 +34,9 @@ def is_weight(value: ir.Value | None) -> bool:
 
 def typed(value: ir.Value, shape: Sequence[int], dtype: ir.DataType | None) -> ir.Value:
     """Set the shape and the type of a new value, and hand it back."""
-    value.shape, value.dtype = ir.Shape(shape), dtype
+    value.shape = ir.Shape(shape)
+    if dtype is not None:
+        value.dtype = dtype
     return value
 
 

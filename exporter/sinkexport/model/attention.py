@@ -8,12 +8,7 @@ be run in torch and compared with the float64 oracle.
 from __future__ import annotations
 
 import torch
-
-TURN = 2**32
-"""Units of a full turn in fixed-point phase."""
-
-POSITION_LIMIT = 2**47
-"""First stream position whose phase would leave int64 (hi = t / 2^16 stays below 2^31, so hi * f below 2^63)."""
+from sinkrt.ring import TURN
 
 
 @torch.library.custom_op("sinkexport::stream_angles", mutates_args=())

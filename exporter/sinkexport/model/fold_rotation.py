@@ -82,17 +82,17 @@ def _uniform_value(node: Node, uniform: dict[Node, float]) -> float | None:
     if node.target in _KEEPS_CONTENT:
         return known[0]
     if node.target is aten.cat.default:
-        parts = {uniform.get(part) for part in node.args[0]}  # type: ignore[union-attr]
+        parts = {uniform.get(part) for part in node.args[0]}
         return parts.pop() if len(parts) == 1 else None
     if node.target is aten.neg.default and known[0] is not None:
         return -known[0] + 0.0
     if node.target is aten.mul.Tensor and 0.0 in known:
         return 0.0
-    folds: dict[Any, Callable[[float, float], float]] = {
+    folds: dict[Any, Callable[..., float]] = {
         aten.mul.Tensor: operator.mul, aten.add.Tensor: operator.add, aten.sub.Tensor: operator.sub,
     }  # fmt: skip
     if node.target in folds and len(known) == 2 and not node.kwargs and None not in known:
-        return folds[node.target](*known)  # type: ignore[arg-type]
+        return folds[node.target](*known)
     return None
 
 
@@ -103,9 +103,9 @@ def _simplified(node: Node, uniform: dict[Node, float]) -> Node | None:
     left, right = node.args
     neutral = 1.0 if node.target is aten.mul.Tensor else 0.0
     if isinstance(right, Node) and uniform.get(right) == neutral and _same_tensor(left, node):
-        return left  # type: ignore[return-value]
+        return left
     if node.target is not aten.sub.Tensor and isinstance(left, Node) and uniform.get(left) == neutral:
-        return right if _same_tensor(right, node) else None  # type: ignore[return-value]
+        return right if _same_tensor(right, node) else None
     return None
 
 
@@ -125,12 +125,12 @@ def _sliced_whole(parts: list[Any], dim: int, node: Node) -> Node | None:
     rank = node.meta["val"].dim()
     parts = [part for part in parts if part.meta["val"].numel()]  # a head that turns whole has an empty rest
     if len(parts) == 1 and _same_tensor(parts[0], node):
-        return parts[0]  # type: ignore[no-any-return]
+        return parts[0]
     for part in parts:
         if not isinstance(part, Node) or part.target is not aten.slice.Tensor or len(part.args) > 4:
             return None
         origin, axis, start, stop = (*part.args, 0, None, None)[:4] if len(part.args) < 4 else part.args
-        if source not in (None, origin) or int(axis) % rank != dim % rank or start != end:  # type: ignore[arg-type]
+        if source not in (None, origin) or int(axis) % rank != dim % rank or start != end:
             return None
         source, end = origin, stop
     if isinstance(source, Node) and _same_tensor(source, node):

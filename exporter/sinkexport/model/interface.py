@@ -29,7 +29,7 @@ def intercept_attention(model: torch.nn.Module, function: AttentionFunction) -> 
     ALL_ATTENTION_FUNCTIONS.register(name, function)
     try:
         try:
-            model.set_attn_implementation(name)  # type: ignore[operator]
+            model.set_attn_implementation(name)
         except (ValueError, AttributeError, ImportError) as error:
             raise _unsupported(model) from error
         if model.config._attn_implementation != name:

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from sinkrt.errors import UsageError, problem
-phase_frequency = lambda f: round(f / 6.283185307179586 * 2**32)
+from sinkrt.ring import phase_frequency
 
 from sinkexport.model.interface import intercept_attention
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
@@ -109,7 +110,7 @@ class HandedOutRotary(torch.nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, *_args: Any, **_kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.cos, self.sin  # type: ignore[return-value]
+        return self.cos, self.sin
 
 
 @contextlib.contextmanager

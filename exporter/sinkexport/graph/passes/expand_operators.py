@@ -12,11 +12,11 @@ import math
 
 import numpy as np
 import onnx_ir as ir
+from sinkrt.ring import TURN
 
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, replace_node
 from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION, STREAM_ANGLES
-from sinkexport.model.attention import TURN
 
 
 def expand_operators(model: ir.Model) -> None:

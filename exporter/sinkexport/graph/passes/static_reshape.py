@@ -23,9 +23,7 @@ def make_reshapes_static(model: ir.Model) -> None:
         source, result = node.inputs[0], node.outputs[0]
         if source is None or static_shape(source) is None or static_shape(result) is None or not _moves_no_data(node):
             continue
-        while _is_view(source.producer()) and source.producer().inputs[0] is not None:  # type: ignore[union-attr]
-            source = source.producer().inputs[0]  # type: ignore[union-attr]
-        _replace_by_view(graph, node, source)
+        _replace_by_view(graph, node, _before_views(source))
 
 
 def _moves_no_data(node: ir.Node) -> bool:
@@ -40,8 +38,13 @@ def _moves_no_data(node: ir.Node) -> bool:
     return True
 
 
-def _is_view(node: ir.Node | None) -> bool:
-    return node is not None and not node.domain and node.op_type == "Reshape"
+def _before_views(value: ir.Value) -> ir.Value:
+    """What a chain of Reshapes started from."""
+    node = value.producer()
+    while node is not None and not node.domain and node.op_type == "Reshape" and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value
 
 
 def _replace_by_view(graph: ir.Graph, node: ir.Node, source: ir.Value) -> None:

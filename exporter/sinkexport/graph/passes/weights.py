@@ -6,6 +6,7 @@ bandwidth and leave fewer nodes. Everything is computed lazily, while the weight
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 
 import numpy as np
@@ -37,10 +38,16 @@ def fold_weight_transposes(model: ir.Model) -> None:
             source = weight.const_value
             transposed = lazy_weight(
                 graph, f"{weight.name}.T", weight.dtype, (columns, rows),  # type: ignore[arg-type]
-                lambda source=source: np.ascontiguousarray(source.numpy().T),  # type: ignore[misc, union-attr]
+                functools.partial(_transposed, source),
             )  # fmt: skip
             ir.convenience.replace_all_uses_with(node.outputs[0], transposed)
         graph.remove(node, safe=True)
+
+
+def _transposed(tensor: ir.TensorProtocol | None) -> np.ndarray:
+    if tensor is None:
+        raise ValueError("a weight without content")
+    return np.ascontiguousarray(tensor.numpy().T)
 
 
 def _use_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
@@ -80,18 +87,17 @@ def merge_projections(model: ir.Model) -> None:
 
 
 def _merge(graph: ir.Graph, x: ir.Value, matmuls: list[ir.Node]) -> None:
-    weights = [node.inputs[1] for node in matmuls]
-    widths = [known_shape(w)[1] for w in weights]  # type: ignore[arg-type]
+    weights = [weight for node in matmuls if (weight := node.inputs[1]) is not None]
+    widths = [known_shape(w)[1] for w in weights]
     results = [node.outputs[0] for node in matmuls]
     additions = [_bias_addition(result) for result in results]
-    name = "+".join(str(w.name) for w in weights)  # type: ignore[union-attr]
-    merged = _joined(graph, name, weights)  # type: ignore[arg-type]
+    merged = _joined(graph, weights)
     product = ir.node("MatMul", [x, merged], name=matmuls[0].name)
     shape = (*known_shape(x)[:-1], sum(widths))
     nodes, value = [product], typed(product.outputs[0], shape, x.dtype)
     if all(addition is not None for addition in additions):
-        biases = [_weight_operand(addition) for addition in additions]  # type: ignore[arg-type]
-        bias = _joined(graph, "+".join(str(b.name) for b in biases), biases)
+        biases = [bias for addition in additions if (bias := _weight_operand(addition)) is not None]
+        bias = _joined(graph, biases)
         nodes.append(ir.node("Add", [value, bias]))
         value = typed(nodes[-1].outputs[0], shape, x.dtype)
         results = [addition.outputs[0] for addition in additions]  # type: ignore[union-attr]
@@ -117,13 +123,14 @@ def _bias_addition(product: ir.Value) -> ir.Node | None:
     return uses[0].node if other is not None and known_shape(other) == known_shape(product)[-1:] else None
 
 
-def _weight_operand(node: ir.Node) -> ir.Value | None:
-    return next((value for value in node.inputs if is_weight(value)), None)
+def _weight_operand(node: ir.Node | None) -> ir.Value | None:
+    return next((value for value in node.inputs if is_weight(value)), None) if node is not None else None
 
 
-def _joined(graph: ir.Graph, name: str, weights: list[ir.Value]) -> ir.Value:
+def _joined(graph: ir.Graph, weights: list[ir.Value]) -> ir.Value:
     """Weights side by side along the last axis."""
     sources = [weight.const_value for weight in weights]
+    name = "+".join(str(weight.name) for weight in weights)
     *rest, _ = known_shape(weights[0])
     width = sum(known_shape(weight)[-1] for weight in weights)
     return lazy_weight(

@@ -1,0 +1,144 @@
+"""``sinkexport verify``: parity of a bundle with its Hugging Face model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from sinkrt.errors import UsageError, problem
+
+if TYPE_CHECKING:
+    from sinkexport.verify import VerifyReport
+
+STAGES = {
+    "load": "Loading bundle and model",
+    "dense": "Running the dense model",
+    "stream": "Streaming both",
+    "prefill": "Prefilling in pieces",
+}
+AGAINST = {
+    "dense": "transformers, before eviction",
+    "streaming": "keys re-rotated every step",
+    "prefill": "the bundle, token by token",
+}
+
+
+@click.command(name="verify")
+@click.argument("bundle", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--against", required=True, metavar="MODEL",
+              help="The model that was exported: a local directory, a .gguf file or a Hub id.")  # fmt: skip
+@click.option("--text", "text_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+              help="Text to stream, repeated if too short.  [default: random ids]")  # fmt: skip
+@click.option("--wraps", type=click.IntRange(min=1), default=6, show_default=True, metavar="N",
+              help="How often the window is overwritten after it has filled.")  # fmt: skip
+@click.option("--dense-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N",
+              help="Positions compared with the dense model, at most the cache's capacity.")  # fmt: skip
+@click.option("--tolerance", type=float, metavar="X",
+              help="Largest error of a logit as a share of the logits' spread.  [default: 1e-3 fp32, 5e-2 fp16]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random ids.")
+@click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True)
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Write the report as JSON too.")  # fmt: skip
+def command(
+    bundle: Path,
+    against: str,
+    text_file: Path | None,
+    wraps: int,
+    dense_tokens: int,
+    tolerance: float | None,
+    seed: int,
+    backend: str,
+    json_file: Path | None,
+) -> None:
+    """Check that the bundle DIR computes what its model computes.
+
+    Logits are compared with transformers' dense forward pass before the window fills, with a reference that
+    re-rotates every key in every step over several wraps of the window, and between prefill and single steps.
+    Exit code 1 if any error is above the tolerance.
+    """
+    text = None if text_file is None else _read_text(text_file)
+    from sinkexport.verify import verify
+
+    with _shown_progress() as progress:
+        report = verify(
+            bundle, against, text=text, wraps=wraps, tolerance=tolerance, dense_tokens=dense_tokens, seed=seed,
+            backend=backend, progress=progress,
+        )  # fmt: skip
+    if json_file is not None:
+        _write(json_file, report.to_json())
+    _print_report(report)
+    if not report.passed:
+        raise SystemExit(1)
+
+
+def _print_report(report: VerifyReport) -> None:
+    table = Table("comparison", "against", box=None, pad_edge=False)
+    for header in ("positions", "max error", "of spread", "worst at", "top-1 equal", ""):
+        table.add_column(header, justify="right")
+    for c in report.comparisons:
+        table.add_row(
+            c.name,
+            AGAINST[c.name],
+            f"{c.positions:,}",
+            f"{c.max_error:.2e}",
+            f"{c.max_relative_error:.2e}",
+            f"{c.worst_position:,}",
+            f"{c.top1_agreement:.2%}",
+            "ok" if c.failed_position is None else "FAILED",
+        )
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(
+        f"{report.bundle} against {report.model}: S={report.num_sink_tokens} W={report.window_size} B={report.batch} "
+        f"{report.weights_dtype}; {report.wraps} wraps, {report.num_tokens:,} tokens ({report.ids}); "
+        f"tolerance {report.tolerance:.1e} of the logits' spread",
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(table)
+    for failure in report.failures:
+        click.echo(f"FAILED {failure}", err=True)
+    if report.passed:
+        click.echo("passed")
+
+
+@contextmanager
+def _shown_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left on a terminal; nothing where stderr is a file or a pipe."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
+        tasks = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(STAGES[stage], total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            problem("--text", received=f"'{path}' ({error})", expected="UTF-8 text", fix="convert the file")
+        ) from None
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            problem("--json", received=f"'{path}' ({error.strerror})", expected="a file that can be written",
+                    fix="choose another path")
+        ) from None  # fmt: skip
