@@ -110,8 +110,10 @@ def _sync(folder: Path) -> None:
 
 
 def _unwritable(out: Path, error: OSError) -> UsageError:
-    reason = {errno.ENOSPC: "the disk is full", errno.EFBIG: "the file size limit is reached"}.get(
-        error.errno or 0, error.strerror or str(error)
-    )
+    if error.errno is None:  # NumPy's short writes
+        reason = "a write was cut short: the disk is full or a file size limit is reached"
+    else:
+        known = {errno.ENOSPC: "the disk is full", errno.EFBIG: "the file size limit is reached"}
+        reason = known.get(error.errno, error.strerror or str(error))
     return UsageError(problem("output", received=f"'{out}' ({reason})", expected="a folder that can be written",
                               fix="nothing was left behind; free space or choose another folder"))  # fmt: skip

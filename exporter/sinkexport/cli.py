@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 import click
 from sinkrt.errors import SinkError
@@ -15,10 +16,11 @@ from sinkexport import __version__
 COMMANDS = {
     "export": "Turn a Hugging Face model into a bundle.",
     "run": "Stream text from a bundle, for ever if you like.",
-    "verify": "Compare a bundle with Hugging Face and with the definition of streaming.",
-    "inspect": "Show what a bundle holds, or which model families export.",
+    "verify": "Compare a bundle with its model.",
+    "inspect": "Show what a bundle holds, or which families export.",
 }
 EXIT_BAD_INPUT = 2
+EXIT_INTERNAL = 70
 EXIT_INTERRUPTED = 130
 EXPORT_PACKAGES = frozenset(("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate"))
 
@@ -41,7 +43,7 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="sinkexport")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
@@ -50,14 +52,21 @@ def cli(debug: bool) -> None:
     \b
       sinkexport export MODEL -o DIR      a model to a bundle
       sinkexport run DIR --chat           talk to it for weeks
+
+    `sinkexport COMMAND --help` tells a command's options.
     """
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 ok, 1 failed check, 2 bad usage or input, 130 interrupted."""
+    """Entry point.
+
+    Exit codes: 0 ok, 1 failed check, 2 bad usage or input, 70 a bug of ours, 130 interrupted. Errors are one line
+    on stderr, with a traceback before it if ``--debug`` was given.
+    """
     debug = "--debug" in sys.argv[1:]
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="sinkexport", standalone_mode=False)
+        sys.stdout.flush()  # a reader that has gone is noticed here, not after the handlers below
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, click.exceptions.Abort):
@@ -71,21 +80,33 @@ def main() -> None:
         _fail(str(error), EXIT_BAD_INPUT, debug)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in EXPORT_PACKAGES:
-            raise
+            _fail(_bug(error), EXIT_INTERNAL, debug)
         _fail(f"this command needs the package '{error.name}': pip install 'sinkexport[export]'",
               EXIT_BAD_INPUT, debug)  # fmt: skip
+    except OSError as error:  # a file without read permission, a full disk
+        _fail(f"{error.strerror or error}" + (f": '{error.filename}'" if error.filename else ""), EXIT_BAD_INPUT, debug)
+    except MemoryError:
+        _fail("not enough memory: use a smaller model or window, or fp16", EXIT_BAD_INPUT, debug)
+    except Exception as error:
+        _fail(_bug(error), EXIT_INTERNAL, debug)
 
 
 def _usage(error: click.exceptions.ClickException) -> str:
     context = getattr(error, "ctx", None)
     hint = f"; see '{context.command_path} --help'" if context else ""
-    return " ".join(error.format_message().split()) + hint
+    return error.format_message().rstrip(".") + hint
 
 
-def _fail(message: str, code: int, debug: bool) -> None:
+def _bug(error: Exception) -> str:
+    return (
+        f"unexpected {type(error).__name__}: {error}; this is a bug: report it with what 'sinkexport --debug ..' prints"
+    )
+
+
+def _fail(message: str, code: int, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
-    click.echo(f"sinkexport: error: {message}", err=True)
+    click.echo(f"sinkexport: error: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
 

@@ -1,17 +1,22 @@
-"""Pick the next token: greedy, temperature, top-k, top-p and repetition penalty, as transformers defines them."""
+"""Pick the next token: greedy, temperature, top-k, top-p and repetition penalty, as transformers defines them.
+
+The order is transformers' too: repetition penalty, temperature, top-k, top-p.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections import deque
-from collections.abc import Iterable
+import secrets
 
 import numpy as np
 import numpy.typing as npt
 
-from sinkrt.contract import Manifest
-from sinkrt.errors import UsageError, problem
+from sinkrt.errors import BackendError, UsageError, problem
+
+SEED_LIMIT = 2**64
+FIRST_CANDIDATES = 1024
+"""Tokens that top-p sorts at first: sorting a whole vocabulary costs more than the model's own small operators."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +25,7 @@ class SamplingParams:
 
     temperature: 0 is greedy. top_k: keep the k likeliest tokens (0: all). top_p: keep the smallest set whose
     probability reaches p (arXiv:1904.09751). repetition_penalty: > 1 makes tokens of the cache's reach less likely
-    (arXiv:1909.05858). seed: None draws one.
+    (arXiv:1909.05858). seed: 0 .. 2^64-1; None draws one.
 
     Raises: UsageError.
     """
@@ -39,52 +44,99 @@ class SamplingParams:
             math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
             "repetition_penalty", self.repetition_penalty, "> 0 (1: none)",
         )  # fmt: skip
-        _require(self.seed is None or self.seed >= 0, "seed", self.seed, ">= 0")
+        _require(self.seed is None or 0 <= self.seed < SEED_LIMIT, "seed", self.seed, f"0 .. {SEED_LIMIT - 1}")
 
 
 class Sampler:
-    """Samples one stream. Remembers as many tokens as the cache holds, so its memory is constant too."""
+    """Samples one stream. Holds no history: what it picks depends on its arguments and the seed alone.
 
-    def __init__(self, params: SamplingParams, manifest: Manifest) -> None:
+    vocab_size: length of the logits.
+    """
+
+    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
         self._params = params
-        self._recent: deque[int] = deque(maxlen=manifest.stream.capacity)
-        self._random = np.random.default_rng(params.seed)
+        self._seed = secrets.randbits(64) if params.seed is None else params.seed
+        self._scratch = np.empty(vocab_size, dtype=np.float32)
 
-    def observe(self, tokens: Iterable[int]) -> None:
-        """Count tokens that were fed, a prompt's say, for the repetition penalty."""
-        self._recent.extend(int(token) for token in tokens)
+    def sample(self, logits: npt.NDArray[np.float32], recent: npt.NDArray[np.int64], position: int) -> int:
+        """The token that follows.
 
-    def sample(self, logits: npt.NDArray[np.float32]) -> int:
-        """The next token of float32 [vocab] logits, which are left as they are."""
+        logits: float32 [vocab], left as they are. recent: int64 [N], tokens for the repetition penalty; negative
+        entries are none. position: where in the stream the new token will lie. With the same seed, the random draw
+        depends on the position only, so a stream that is saved and loaded goes on as if nothing had happened.
+
+        Raises: BackendError if the logits are not numbers.
+        """
         params = self._params
-        if params.repetition_penalty != 1.0 and self._recent:
-            logits = logits.copy()
-            seen = np.unique(np.fromiter(self._recent, dtype=np.int64))
-            values = logits[seen]
-            logits[seen] = np.where(values < 0, values * params.repetition_penalty, values / params.repetition_penalty)
-        token = int(logits.argmax()) if params.temperature == 0 else self._draw(logits)
-        self._recent.append(token)
-        return token
+        if params.repetition_penalty != 1.0:
+            logits = penalized(logits, recent, params.repetition_penalty, self._scratch)
+        best = int(logits.argmax())  # a NaN counts as the largest
+        if not math.isfinite(logits[best]):
+            raise BackendError(
+                problem("logits", received=logits[best], expected="finite numbers",
+                        fix="reset the stream; if this is an fp16 bundle that overflows, export with --dtype fp32")
+            )  # fmt: skip
+        if params.temperature == 0:
+            return best
+        ids, weights = candidates(logits, params, self._scratch)
+        cumulative = np.cumsum(weights, dtype=np.float64)
+        pick = int(np.searchsorted(cumulative, self._uniform(position) * cumulative[-1], side="right"))
+        # Rounding may carry the product up to the sum itself: then the last token of any weight is meant.
+        return int(ids[min(pick, int(np.searchsorted(cumulative, cumulative[-1])))])
 
-    def _draw(self, logits: npt.NDArray[np.float32]) -> int:
-        probabilities = token_probabilities(logits, self._params)
-        return int(self._random.choice(probabilities.size, p=probabilities))
+    def _uniform(self, position: int) -> float:
+        """A number in [0, 1) for this seed and position: a counter-based generator needs no state."""
+        bits = int(np.random.Philox(key=self._seed, counter=position).random_raw())
+        return (bits >> 11) * 2.0**-53
 
 
-def token_probabilities(logits: npt.NDArray[np.float32], params: SamplingParams) -> npt.NDArray[np.float64]:
-    """float64 [vocab] probabilities after temperature, top-k and top-p, in that order. Ties at the k-th are kept."""
-    scaled = logits.astype(np.float64) / params.temperature
-    if 0 < params.top_k < scaled.size:
-        kth = np.partition(scaled, -params.top_k)[-params.top_k]
-        scaled[scaled < kth] = -np.inf
-    probabilities = np.exp(scaled - scaled.max())
-    probabilities /= probabilities.sum()
+def penalized(
+    logits: npt.NDArray[np.float32], recent: npt.NDArray[np.int64], penalty: float, out: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """Logits with those of `recent` tokens divided by `penalty` if positive and multiplied if not, written to `out`."""
+    np.copyto(out, logits)
+    seen = recent[recent >= 0]
+    values = logits[seen]
+    out[seen] = np.where(values < 0, values * penalty, values / penalty)  # a token seen twice is penalized once
+    return out
+
+
+def candidates(
+    logits: npt.NDArray[np.float32], params: SamplingParams, out: npt.NDArray[np.float32] | None = None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Token ids [N] and their weights float32 [N] > 0 up to a common factor, after temperature, top-k and top-p.
+
+    The likeliest token weighs 1. Ties at the k-th place are all kept. `params.temperature` must be above 0.
+    `out`: float32 [vocab] scratch, which may be `logits` itself.
+    """
+    out = np.empty_like(logits) if out is None else out
+    # The maximum first: a temperature close to 0 would overflow otherwise.
+    np.subtract(logits, logits.max(), out=out)
+    with np.errstate(over="ignore"):  # far below the maximum, which is exp(-inf) = 0
+        np.divide(out, params.temperature, out=out, casting="same_kind")
+    ids = np.arange(out.size)
+    if 0 < params.top_k < out.size:
+        kth = np.partition(out, -params.top_k)[-params.top_k]
+        ids = np.flatnonzero(out >= kth)
+    weights = np.exp(out[ids])
     if params.top_p < 1.0:
-        order = np.argsort(-probabilities, kind="stable")
-        before = np.cumsum(probabilities[order]) - probabilities[order]
-        probabilities[order[before >= params.top_p]] = 0.0
-        probabilities /= probabilities.sum()
-    return probabilities
+        keep = _nucleus(weights, params.top_p)
+        ids, weights = ids[keep], weights[keep]
+    return ids, weights
+
+
+def _nucleus(weights: npt.NDArray[np.float32], top_p: float) -> npt.NDArray[np.int64]:
+    """Indices of the fewest largest weights whose share of the sum reaches `top_p`."""
+    goal = top_p * float(weights.sum(dtype=np.float64))
+    count = min(FIRST_CANDIDATES, weights.size)
+    while True:
+        top = np.arange(weights.size) if count == weights.size else np.argpartition(weights, -count)[-count:]
+        top = top[np.argsort(-weights[top], kind="stable")]
+        cumulative = np.cumsum(weights[top], dtype=np.float64)
+        if cumulative[-1] >= goal or count == weights.size:
+            # A token stays if those before it do not reach the goal by themselves: the first one always does.
+            return top[: int(np.searchsorted(cumulative, goal)) + 1]
+        count = min(count * 8, weights.size)
 
 
 def _require(ok: bool, what: str, received: object, expected: str) -> None:

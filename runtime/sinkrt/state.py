@@ -1,37 +1,54 @@
-"""Save and load a session's stream state as safetensors.
+"""Save and load a session's stream as safetensors.
 
-A file holds every state tensor and `position` (int64 [B]); its metadata name the format's version and the bundle's
-fingerprint, so that a state can never be continued with other weights or another cache geometry.
+A file holds every state tensor by its input name, `position` (int64 [B], tokens taken) and `recent_ids`
+(int64 [B, C], the ids of the last C tokens, that of token t at t mod C, -1 where there is none: sampling looks back
+at them). Its metadata name the format, its version and the bundle's fingerprint, so that a stream can never be
+continued with other weights or another cache geometry.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from sinkrt.contract import Manifest
 from sinkrt.errors import StateError, UsageError, problem
 
 FORMAT = "sinkrt-state"
 VERSION = "1"
+_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int8": "I8"}
 
 
-def save_state(path: Path, manifest: Manifest, states: Mapping[str, np.ndarray], position: np.ndarray) -> None:
-    """Write the state to `path`, whole or not at all: a crash leaves the file that was there before.
+def state_tensors(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor of a state file, by name."""
+    stream = manifest.stream
+    return {
+        **{state.input: (state.shape, state.dtype) for state in manifest.states},
+        "position": ((stream.batch,), "int64"),
+        "recent_ids": ((stream.batch, stream.capacity), "int64"),
+    }
+
+
+def save_state(path: Path, manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write the tensors of `state_tensors` to `path`, whole or not at all: a crash leaves the file that was there.
+
+    Written straight from the buffers, so saving needs no memory to speak of.
 
     Raises: UsageError if the file cannot be written.
     """
     metadata = {"format": FORMAT, "version": VERSION, "fingerprint": manifest.fingerprint}
     try:
-        with _replaced_file(path) as temporary:
-            save_file({**states, "position": position}, temporary, metadata=metadata)
+        with _replacing(path) as file:
+            _write_safetensors(file, tensors, metadata)
     except OSError as error:
         raise UsageError(
             problem("state file", received=f"'{path}' ({error.strerror or error})",
@@ -39,15 +56,14 @@ def save_state(path: Path, manifest: Manifest, states: Mapping[str, np.ndarray],
         ) from error  # fmt: skip
 
 
-def read_state(path: Path, manifest: Manifest) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Read and check a state file: ({input name: array}, position int64 [B]).
+def read_state(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+    """Read and check a state file: the tensors of `state_tensors`.
 
     Raises: StateError if it is missing, truncated, of another version or of another bundle.
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            _check_metadata(path, metadata, manifest)
+            _check_metadata(path, file.metadata() or {}, manifest)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -55,8 +71,7 @@ def read_state(path: Path, manifest: Manifest) -> tuple[dict[str, np.ndarray], n
             problem("state file", received=f"'{path}' ({reason})", expected="a whole file that save_state wrote",
                     fix="use another save")
         ) from error  # fmt: skip
-    wanted = {state.input: (state.shape, state.dtype) for state in manifest.states}
-    wanted["position"] = ((manifest.stream.batch,), "int64")
+    wanted = state_tensors(manifest)
     found = {name: (tensor.shape, str(tensor.dtype)) for name, tensor in tensors.items()}
     for name in [*wanted, *found]:
         if wanted.get(name) != found.get(name):
@@ -64,13 +79,9 @@ def read_state(path: Path, manifest: Manifest) -> tuple[dict[str, np.ndarray], n
                 problem(f"state '{name}'", received=found.get(name, "nothing"),
                         expected=str(wanted.get(name, "nothing")), fix="use a state that this bundle saved")
             )  # fmt: skip
-    position = tensors.pop("position")
-    if (position < 0).any() or (position >= manifest.stream.position_limit).any():
-        raise StateError(
-            problem("state position", received=position.tolist(),
-                    expected=f"0 .. {manifest.stream.position_limit - 1}", fix="use another save")
-        )  # fmt: skip
-    return tensors, position
+    _check_range("position", tensors["position"], 0, manifest.stream.position_limit)
+    _check_range("recent_ids", tensors["recent_ids"], -1, manifest.model.vocab_size - 1)
+    return tensors
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, str], manifest: Manifest) -> None:
@@ -87,16 +98,63 @@ def _check_metadata(path: Path, metadata: Mapping[str, str], manifest: Manifest)
             )
 
 
+def _check_range(name: str, values: np.ndarray, low: int, high: int) -> None:
+    outside = values[(values < low) | (values > high)]
+    if outside.size:
+        raise StateError(
+            problem(f"state '{name}'", received=int(outside[0]), expected=f"{low} .. {high}", fix="use another save")
+        )
+
+
+def _write_safetensors(file: BinaryIO, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """The format's own writer copies every tensor first; this one does not.
+
+    Layout: uint64 little-endian header size, JSON header padded with spaces to 8 bytes, tensors without gaps.
+    """
+    # Wide elements first, so that every tensor is aligned to its element.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name, tensor in ordered:
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[str(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start + tensor.nbytes],
+        }
+        start += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for _, tensor in ordered:
+        file.write(tensor.reshape(-1).view(np.uint8).data)
+
+
 @contextlib.contextmanager
-def _replaced_file(path: Path) -> Iterator[Path]:
+def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A temporary file in the same folder that takes the place of `path` once it has reached the disk."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
+        # "x" makes it anew with the permissions that the user's umask grants; tempfile would make it private.
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name survive a power cut, where folders can be synced (not on Windows)."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
-from sinkrt.contract import Manifest, load_manifest
+from rich.text import Text
+from sinkrt.contract import FileFacts, Manifest, load_manifest
 
+from sinkexport.console import table_console
 from sinkexport.families import describe
 
 MB = 1e6
@@ -18,17 +20,18 @@ MB = 1e6
 
 @click.command(name="inspect")
 @click.argument("what", metavar="DIR|families")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable: the manifest, or the families.")
 def command(what: str, as_json: bool) -> None:
-    """Show a bundle, or the table of model families."""
+    """Show the bundle DIR, or the table of model families."""
     if what == "families" and not Path(what).exists():
         _show_families(as_json)
         return
-    manifest = load_manifest(Path(what))
+    bundle = Path(what)
+    manifest = load_manifest(bundle)
     if as_json:
         click.echo(manifest.to_json(), nl=False)
     else:
-        _show_bundle(manifest)
+        _show_bundle(bundle, manifest)
 
 
 def _show_families(as_json: bool) -> None:
@@ -36,35 +39,70 @@ def _show_families(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(family) for family in families], indent=1))
         return
-    table = Table("family", "models", "positions", "exports", "remark")
+    table = Table("family", "models", "positions", "exports", "remark", box=None, pad_edge=False)
     for family in families:
         table.add_row(family.family, family.examples, family.positions, "yes" if family.exact else "no", family.reason)
-    Console().print(table)
+    table_console().print(table)
 
 
-def _show_bundle(manifest: Manifest) -> None:
+def _show_bundle(bundle: Path, manifest: Manifest) -> None:
     model, stream = manifest.model, manifest.stream
-    files = {name: facts.bytes for name, facts in manifest.files.items()}
-    weights = sum(size for name, size in files.items() if name.startswith("weights"))
-    per_token = sum(state.nbytes // state.shape[2] for state in manifest.states if state.kind.startswith("window"))
     rows = [
         ("model", f"{model.name} ({model.architecture}, {model.num_parameters / 1e6:.1f}M parameters)"),
         ("layers", f"{model.num_layers} x {model.num_q_heads} query heads, {model.num_kv_heads} key heads "
                    f"of {model.head_dim}"),
+        ("vocabulary", f"{model.vocab_size} tokens; end of text: {_listed(model.eos_token_ids)}"),
         ("positions", f"{model.position_scheme}; up to {stream.position_limit:.1e} tokens"),
-        ("cache", f"{stream.num_sink_tokens} sinks + window of {stream.window_size} = {stream.capacity} tokens, "
-                  f"{stream.batch} stream(s)"),
-        ("weights", f"{weights / MB:.1f} MB, {manifest.weights_dtype}"),
-        ("state", f"{manifest.state_bytes / MB:.1f} MB for ever ({per_token / 1e3:.1f} kB a token of window)"),
-        ("graphs", ", ".join(f"{role}: {g.file}, {g.num_tokens} token(s) a run"
-                             for role, g in manifest.graphs.items())),
+        ("cache", f"{stream.num_sink_tokens} sinks + window of {stream.window_size} = {stream.capacity} tokens"),
+        ("streams", f"{stream.batch}"),
         ("target", manifest.target),
+        *((f"{role} graph", f"{graph.file}, {graph.num_tokens} token(s) a run")
+          for role, graph in manifest.graphs.items()),
         ("tokenizer", "none: token ids only" if manifest.tokenizer is None else
          manifest.tokenizer.file + (", chat template" if manifest.tokenizer.chat_template else "")),
-        ("files", ", ".join(f"{name} {size / MB:.1f} MB" for name, size in sorted(files.items()))),
-        ("made by", ", ".join(f"{name} {version}" for name, version in manifest.producer.items())),
+        ("made by", _listed(f"{name} {version}" for name, version in manifest.producer.items())),
     ]  # fmt: skip
-    table = Table(show_header=False, box=None)
+    facts = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows:
-        table.add_row(f"[bold]{name}[/bold]", value)
-    Console().print(table)
+        facts.add_row(Text(name, style="bold"), Text(value))  # Text: names may hold what rich takes for markup
+    console = table_console()
+    for table in (facts, _memory(manifest), _files(bundle, manifest)):
+        console.print(table)
+        console.print()
+
+
+def _memory(manifest: Manifest) -> Table:
+    """Bytes that decoding holds; they are all there is, however long the stream."""
+    table = Table("memory", "dtype", box=None, pad_edge=False)
+    table.add_column("MB", justify="right")
+    weights = sum(facts.bytes for name, facts in manifest.files.items() if name.startswith("weights"))
+    table.add_row("weights", manifest.weights_dtype, f"{weights / MB:.1f}")
+    for label, kind in (("sink keys and values", "sink"), ("window keys and values", "window")):
+        states = [state for state in manifest.states if state.kind.startswith(kind)]
+        if states:
+            dtypes = _listed(sorted({state.dtype for state in states}))
+            table.add_row(label, dtypes, f"{sum(state.nbytes for state in states) / MB:.1f}")
+    table.add_row("all, for ever", "", f"{(weights + manifest.state_bytes) / MB:.1f}")
+    return table
+
+
+def _files(bundle: Path, manifest: Manifest) -> Table:
+    table = Table("file", box=None, pad_edge=False)
+    table.add_column("bytes", justify="right")
+    table.add_column("sha256")
+    table.add_column("")
+    for name, facts in sorted(manifest.files.items()):
+        table.add_row(Text(name), f"{facts.bytes:,}", facts.sha256[:16], _condition(bundle / name, facts))
+    return table
+
+
+def _condition(path: Path, facts: FileFacts) -> str:
+    """Whether the file is there in full; `run` and `verify` compare the hashes as well."""
+    if not path.is_file():
+        return "missing"
+    size = path.stat().st_size
+    return "" if size == facts.bytes else f"has {size:,} bytes"
+
+
+def _listed(items: Iterator[str] | tuple[int, ...] | list[str]) -> str:
+    return ", ".join(str(item) for item in items) or "none"

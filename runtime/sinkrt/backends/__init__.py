@@ -4,25 +4,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sinkrt.backends.base import Backend
+from sinkrt.backends.base import Backend, check_decode_graph
 from sinkrt.contract import Manifest
 from sinkrt.errors import BackendError, UsageError, problem
 
 BACKENDS = ("ort", "ort-cuda", "tensorrt")
 
 
+def check_backend(name: str) -> None:
+    """Tell early, before gigabytes are read, that a backend cannot be had.
+
+    Raises: UsageError for an unknown name; BackendError for one that this version does not have.
+    """
+    if name not in BACKENDS:
+        raise UsageError(
+            problem("backend", received=f"'{name}'", expected=" | ".join(BACKENDS), fix="choose one of them")
+        )
+    if name != "ort":
+        raise BackendError(
+            problem("backend", received=f"'{name}', which is planned but not in this version",
+                    expected="ort (ONNX Runtime on the CPU)", fix="leave --backend out or pass ort")
+        )  # fmt: skip
+
+
 def load_backend(name: str, bundle: Path, manifest: Manifest, threads: int | None) -> Backend:
     """Load the decode graph of a bundle and allocate every buffer.
 
-    Raises: UsageError for an unknown name; BackendError if it cannot run here.
+    Raises: UsageError, BackendError as `check_backend`; BundleError if the graph is not what a backend runs.
     """
-    if name == "ort":
-        from sinkrt.backends.ort import OrtBackend
+    check_backend(name)
+    check_decode_graph(manifest)
+    from sinkrt.backends.ort import OrtBackend
 
-        return OrtBackend(bundle, manifest, threads)
-    if name in BACKENDS:
-        raise BackendError(
-            problem("backend", received=f"'{name}', which this version does not have yet", expected="ort",
-                    fix="pass --backend ort")
-        )  # fmt: skip
-    raise UsageError(problem("backend", received=f"'{name}'", expected=" | ".join(BACKENDS), fix="choose one of them"))
+    return OrtBackend(bundle, manifest, threads)

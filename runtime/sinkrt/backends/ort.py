@@ -86,9 +86,11 @@ class OrtBackend:
 
 def _open(path: Path, threads: int | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors only; they are raised as well
-    # One graph, one stream of nodes: threads serve single operators, and a memory arena would only hold more memory.
+    options.log_severity_level = 4  # nothing on stderr: errors are raised, and told in one line by whoever catches
+    # One graph, one stream of nodes: the threads serve single operators.
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    # Threads spin while a step runs and sleep between steps: the host has other work to do on its cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

@@ -1,0 +1,120 @@
+"""The main job on a real model: SmolLM2-135M-Instruct, from GGUF to text past the window, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sinkexport.sources import LoadedModel, load_model
+from sinkrt import Session
+
+pytestmark = pytest.mark.slow
+
+WINDOW = 28
+CHARACTERS = "naïve café — 日本語のテキスト, العربية, हिन्दी, 👩‍🚀🚀 e\u0301 done"
+
+
+def model_file() -> Path:
+    path = os.environ.get("SINKEXPORT_SMOLLM2")
+    if not path:
+        if os.environ.get("SINKEXPORT_NO_SKIP"):
+            pytest.fail("SINKEXPORT_SMOLLM2 is not set")
+        pytest.skip("SINKEXPORT_SMOLLM2 names no SmolLM2-135M-Instruct GGUF file; 'make test' sets it")
+    return Path(path)
+
+
+def sinkexport(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sinkexport.cli", *arguments], input=stdin, capture_output=True, text=True, check=True
+    )
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2") / "bundle"
+    sinkexport("export", str(model_file()), "-o", str(folder), "--window", str(WINDOW))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load_model(str(model_file()))
+
+
+def test_bundle_facts(bundle: Path) -> None:
+    facts = json.loads(sinkexport("inspect", str(bundle), "--json").stdout)
+    assert facts["model"]["num_layers"] == 30
+    assert facts["model"]["num_parameters"] == 134_515_008
+    weights = facts["files"]["weights.bin"]["bytes"]
+    assert 538.0e6 < weights < 538.5e6  # the tied embedding once
+
+
+def test_tokenizer_and_chat_template_are_those_of_transformers(bundle: Path, loaded: LoadedModel) -> None:
+    ours, theirs = Session.load(bundle).tokenizer, loaded.tokenizer
+    messages = [{"role": "user", "content": CHARACTERS}, {"role": "assistant", "content": "ok"},
+                {"role": "user", "content": "more"}]  # fmt: skip
+    assert theirs is not None
+    assert ours.encode(CHARACTERS) == theirs.encode(CHARACTERS)
+    assert ours.render_chat(messages) == theirs.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    decoder = ours.streaming_decoder()
+    pieces = [decoder.push(token) for token in ours.encode(CHARACTERS, special=False)]
+    assert "".join(pieces) + decoder.flush() == CHARACTERS
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_dense_parity_and_greedy_text(bundle: Path, loaded: LoadedModel) -> None:
+    session = Session.load(bundle)
+    ids = session.tokenizer.encode("The quick brown fox jumps over the lazy dog. In the beginning God created")
+    with torch.no_grad():
+        dense = loaded.model(torch.tensor([ids])).logits[0].numpy()
+    for token, want in zip(ids, dense, strict=True):
+        got = session.step([token])[0]
+        assert np.abs(got - want).max() < 2e-3
+        assert int(got.argmax()) == int(want.argmax())
+    generated: Any = loaded.model.generate(
+        torch.tensor([ids]), max_new_tokens=30, do_sample=False, repetition_penalty=1.0, eos_token_id=None
+    )
+    session.reset()
+    text = "".join(session.generate(ids, max_tokens=30, ignore_eos=True))
+    assert text == session.tokenizer.decode(generated[0, len(ids) :].tolist())
+
+
+def test_verify_passes_over_six_wraps(bundle: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    sinkexport("verify", str(bundle), "--against", str(model_file()), "--wraps", "6", "--json", str(report))
+    assert json.loads(report.read_text())["passed"] is True
+
+
+def test_streams_three_windows_from_another_folder_in_constant_memory(bundle: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere" / "renamed"
+    shutil.copytree(bundle, moved)
+    done = sinkexport(
+        "run", str(moved), "--prompt", "Once upon a time", "--ignore-eos", "--max-tokens", str(4 * WINDOW), "--stats"
+    )
+    assert len(done.stdout.split()) > WINDOW  # words, not noise
+    assert f"{4 * WINDOW} tokens" in done.stderr
+    growth = float(done.stderr.split("MiB since the first token")[0].rsplit("(", 1)[1])
+    assert growth < 2.0
+
+
+def test_chat_answers_each_line(bundle: Path) -> None:
+    done = sinkexport("run", str(bundle), "--chat", "--max-tokens", "12", stdin="Say hello.\n\nWhat is 2+2?\n")
+    assert len([line for line in done.stdout.splitlines() if line.strip()]) >= 2
+
+
+def test_half_precision_bundle(tmp_path: Path) -> None:
+    sinkexport("export", str(model_file()), "-o", str(tmp_path / "half"), "--window", str(WINDOW), "--dtype", "fp16")
+    session = Session.load(tmp_path / "half")
+    weights = session.manifest.files["weights.bin"].bytes
+    assert 269.0e6 < weights < 269.5e6
+    assert "Paris" in "".join(session.generate("The capital of France is", max_tokens=4, ignore_eos=True))

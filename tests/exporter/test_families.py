@@ -1,0 +1,95 @@
+"""Every family: exported bundles against Hugging Face (dense) and against the independent streaming reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sinkexport.config import ExportConfig
+from sinkexport.families import EXPORTED
+from sinkexport.pipeline import export_loaded
+from sinkexport.reference import streaming_reference
+from sinkexport.sources import LoadedModel
+from sinkrt import Session
+
+from tests.exporter.tiny_models import TINY, VOCAB_SIZE, tiny_model
+
+WRAPS = 6
+
+
+def random_ids(batch: int, num_tokens: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, VOCAB_SIZE, (batch, num_tokens))
+
+
+def exported(model: Any, folder: Path, config: ExportConfig) -> Session:
+    export_loaded(LoadedModel(model, None, "tiny"), folder, config)
+    return Session.load(folder, threads=1)  # tiny graphs: idle threads would only spin against torch's
+
+
+def assert_streams_like_reference(session: Session, model: Any, ids: np.ndarray, tolerance: float) -> None:
+    """Every step's logits, relative to the size of the reference's own."""
+    stream = session.manifest.stream
+    with streaming_reference(model, stream.num_sink_tokens, stream.window_size) as reference:
+        for t, column in enumerate(ids.T):
+            want = reference.step(torch.from_numpy(column)).float().numpy()
+            error = np.abs(session.step(column) - want).max()
+            assert error <= tolerance * max(1.0, float(np.abs(want).max())), f"step {t}: error {error}"
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_dense_and_streaming(name: str, tmp_path: Path) -> None:
+    config = ExportConfig(num_sink_tokens=4, window_size=12, batch=2)
+    model = tiny_model(name)
+    ids = random_ids(config.batch, config.capacity + WRAPS * config.window_size + 3)
+    with torch.no_grad():
+        dense = model(torch.from_numpy(ids[:, : config.capacity])).logits.numpy()
+    session = exported(model, tmp_path / "bundle", config)
+    for t in range(config.capacity):
+        error = np.abs(session.step(ids[:, t]) - dense[:, t]).max()
+        assert error <= 1e-4 * max(1.0, float(np.abs(dense).max())), f"position {t}: error {error}"
+    session.reset()
+    assert_streams_like_reference(session, model, ids, 1e-4)
+
+
+@pytest.mark.parametrize(("num_sinks", "window", "batch"), [(0, 5, 1), (1, 1, 1), (7, 3, 3), (0, 1, 2), (4, 33, 1)])
+@pytest.mark.parametrize("name", ["llama", "smollm3"])
+def test_odd_geometries(name: str, num_sinks: int, window: int, batch: int, tmp_path: Path) -> None:
+    config = ExportConfig(num_sink_tokens=num_sinks, window_size=window, batch=batch)
+    model = tiny_model(name, seed=1)
+    session = exported(model, tmp_path / "bundle", config)
+    ids = random_ids(batch, config.capacity + WRAPS * window + 2, seed=2)
+    assert_streams_like_reference(session, model, ids, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt_neox", "phi3-partial"])
+def test_half_precision(name: str, tmp_path: Path) -> None:
+    config = ExportConfig(num_sink_tokens=4, window_size=12, batch=1, dtype="fp16")
+    model = tiny_model(name, dtype=torch.float16)
+    session = exported(model, tmp_path / "bundle", config)
+    assert session.manifest.weights_dtype == "float16"
+    assert {state.dtype for state in session.manifest.states} == {"float16"}
+    # The same weights in float32 are the truth; half precision may lose what its 11 bits lose over the layers.
+    ids = random_ids(1, config.capacity + WRAPS * config.window_size)
+    assert_streams_like_reference(session, model.float(), ids, 3e-2)
+
+
+def test_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    ids = torch.from_numpy(random_ids(1, 9))
+    before_names = [name for name, _ in model.named_modules()]
+    implementation = model.config._attn_implementation
+    with torch.no_grad():
+        before = model(ids).logits
+        exported(model, tmp_path / "bundle", ExportConfig(2, 6))
+        after = model(ids).logits
+    assert torch.equal(before, after)
+    assert [name for name, _ in model.named_modules()] == before_names
+    assert model.config._attn_implementation == implementation
+
+
+def test_every_listed_family_is_tested_here() -> None:
+    tested = {tiny_model(name).config.model_type for name in TINY}
+    assert {family.family for family in EXPORTED} == tested

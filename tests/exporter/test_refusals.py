@@ -1,0 +1,187 @@
+"""What cannot be exported exactly is refused with the reason, and nothing half-written is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from sinkexport.config import ExportConfig
+from sinkexport.pipeline import export, export_loaded
+from sinkexport.sources import LoadedModel, load_model
+from sinkrt import UsageError
+
+from tests.exporter.tiny_models import TINY, tiny_model
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
+}  # fmt: skip
+
+REFUSED = {
+    "gpt2": (transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4), "absolute position"),
+    "opt": (transformers.OPTConfig(**_SMALL, ffn_dim=32, word_embed_proj_dim=32), "absolute position"),
+    "bloom": (transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4), "ALiBi"),
+    "mpt": (transformers.MptConfig(vocab_size=50, d_model=32, n_layers=2, n_heads=4), "ALiBi"),
+    "falcon": (transformers.FalconConfig(**_SMALL), "attention interface"),
+    "mamba": (transformers.MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2), "no attention"),
+    "dynamic": (
+        transformers.LlamaConfig(**_SMALL, rope_parameters={
+            "rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        "dynamic rotary scaling",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_families_that_are_not_exact(name: str, tmp_path: Path) -> None:
+    config, reason = REFUSED[name]
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UsageError, match=reason):
+        export_loaded(LoadedModel(model, None, name), tmp_path / "out", ExportConfig(2, 6))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_encoder_decoder_is_refused_from_its_configuration(tmp_path: Path) -> None:
+    transformers.T5Config(vocab_size=50, d_model=32, num_layers=1).save_pretrained(tmp_path / "t5")
+    with pytest.raises(UsageError, match="encoder-decoder"):
+        load_model(str(tmp_path / "t5"))
+
+
+def test_learned_sink_logits(tmp_path: Path) -> None:
+    """Refused by what attention receives, even if the table of families did not list it."""
+    model = tiny_model("llama")
+    attention = model.model.layers[0].self_attn
+    forward = attention.forward
+
+    def with_sinks(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs, s_aux=torch.zeros(6))
+
+    attention.forward = with_sinks
+    with pytest.raises(UsageError, match="s_aux"):
+        export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(2, 6))
+
+
+def test_positions_read_elsewhere(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+
+    class Shifted(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+            self.config = inner.config
+            self.positions = torch.nn.Embedding(512, 48)
+
+        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any) -> Any:
+            embedded = self.inner.model.embed_tokens(input_ids) + self.positions(position_ids)
+            return self.inner(inputs_embeds=embedded, position_ids=position_ids, **kwargs)
+
+        def set_attn_implementation(self, name: str) -> None:
+            self.inner.set_attn_implementation(name)
+
+    with pytest.raises(UsageError, match="outside the rotary embedding"):
+        export_loaded(LoadedModel(Shifted(model), None, "x"), tmp_path / "out", ExportConfig(2, 6))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["mistral-sliding", "gemma2"])
+def test_capacity_past_the_models_own_window(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="sliding window"):
+        export_loaded(LoadedModel(tiny_model(name), None, name), tmp_path / "out", ExportConfig(4, 61))
+
+
+def test_longrope_only_up_to_its_original_length(tmp_path: Path) -> None:
+    arguments = {**TINY["phi3"][1], "max_position_embeddings": 256, "original_max_position_embeddings": 64}
+    factors = [1.0 + 0.1 * i for i in range(4)]
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors,
+            "original_max_position_embeddings": 64, "factor": 4.0}  # fmt: skip
+    config = transformers.Phi3Config(**arguments, rope_parameters=rope)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UsageError, match="longrope"):
+        export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 61))
+    export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 60))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value: float, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    with pytest.raises(UsageError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(2, 6))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"window_size": 0}, {"num_sink_tokens": -1}, {"batch": 0}, {"dtype": "bf16"}, {"window_size": 2.5}]
+)
+def test_bad_geometry(bad: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"received .* expected .*; change --"):
+        ExportConfig(**bad)
+
+
+@pytest.mark.parametrize("source", ["/nowhere/at/all", "./missing.gguf", "missing.gguf"])
+def test_missing_sources(source: str) -> None:
+    with pytest.raises(UsageError, match="model: received"):
+        load_model(source)
+
+
+def test_output_that_is_taken(tmp_path: Path) -> None:
+    loaded = LoadedModel(tiny_model("llama"), None, "x")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not a bundle"):
+        export_loaded(loaded, tmp_path, ExportConfig(2, 6), overwrite=True)
+    export_loaded(loaded, tmp_path / "out", ExportConfig(2, 6))
+    with pytest.raises(UsageError, match="--overwrite"):
+        export_loaded(loaded, tmp_path / "out", ExportConfig(2, 7))
+    export_loaded(loaded, tmp_path / "out", ExportConfig(2, 7), overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "out"]
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def _export_command(model: Path, out: Path) -> list[str]:
+    return [sys.executable, "-m", "sinkexport.cli", "export", str(model), "-o", str(out), "--window", "12"]
+
+
+def test_full_disk_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    """A limit on the size of a file stands in for a full disk: the write of the weights fails in the middle."""
+    out = tmp_path / "out" / "bundle"
+    limited = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); \
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); \
+sys.argv = {_export_command(tiny_folder, out)[2:]!r}; runpy.run_module('sinkexport.cli', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "file size limit" in done.stderr
+    assert not out.exists()
+    assert list(out.parent.iterdir()) == []
+
+
+def test_interrupted_export_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "bundle"
+    process = subprocess.Popen(_export_command(tiny_folder, out), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out.parent.exists() and any(out.parent.iterdir())) and time.monotonic() < deadline:
+        time.sleep(0.005)  # until the temporary folder is there
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stderr.strip().splitlines()[-1] == "sinkexport: error: interrupted"
+    assert "Traceback" not in stderr
+    assert not out.exists()
+    assert list(out.parent.iterdir()) == []
+
+
+def test_model_folder_without_tokenizer(tiny_folder: Path, tmp_path: Path) -> None:
+    manifest = export(str(tiny_folder), tmp_path / "bundle", ExportConfig(2, 6))
+    assert manifest.tokenizer is None
