@@ -68,7 +68,8 @@ $(BUNDLE)/manifest.json: $(MODEL) $(VENV)/.export $(SOURCES)
 	$(BIN)/sinkexport export $(MODEL) -o $(BUNDLE) --overwrite
 
 demo: $(BUNDLE)/manifest.json
-	$(BIN)/sinkexport run $(BUNDLE) --prompt '$(DEMO_PROMPT)' --ignore-eos --max-tokens $(DEMO_TOKENS) --stats
+	$(BIN)/sinkexport run $(BUNDLE) --prompt '$(DEMO_PROMPT)' --ignore-eos --max-tokens $(DEMO_TOKENS) --stats \
+	  --temperature 0.8 --top-p 0.9 --repetition-penalty 1.1 --seed 1
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 

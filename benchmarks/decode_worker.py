@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import sys
 import time
 from typing import Any, Protocol
+
+from harness import peak_memory_mb
 
 
 class Contender(Protocol):
@@ -136,7 +137,7 @@ def main() -> None:
             token = contender.step(token)
             times_ms.append((time.perf_counter() - start) * 1e3)
             tokens.append(token)
-        reply(ms=times_ms, tokens=tokens, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+        reply(ms=times_ms, tokens=tokens, peak_mb=peak_memory_mb())
 
 
 if __name__ == "__main__":

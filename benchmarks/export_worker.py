@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from harness import peak_memory_mb
 
 
 def run_sinkexport(folder: str, out: str) -> dict[str, float]:
@@ -47,7 +48,7 @@ def main() -> None:
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # both exporters may print
     result = {"sinkexport": run_sinkexport, "genai": run_genai}[kind](folder, out)
-    result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    result["peak_mb"] = peak_memory_mb()
     print(json.dumps(result), file=reply, flush=True)
 
 

@@ -93,3 +93,12 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def peak_memory_mb() -> float:
+    """Most memory this process ever had resident, in MB.
+
+    Not getrusage: its figure survives exec, so a worker would report what its parent had used.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6

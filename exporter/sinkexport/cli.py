@@ -25,8 +25,25 @@ EXIT_INTERRUPTED = 130
 EXPORT_PACKAGES = frozenset(("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate"))
 
 
+class _Interrupted(Exception):
+    """Ctrl-C inside a command."""
+
+
+class _ReaderGone(Exception):
+    """Nobody reads stdout any more, as after ``| head``."""
+
+
 class LazyGroup(click.Group):
     """A group whose commands live in modules of their own, imported on use."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        # click's `main` would add an empty line to the first and exit with 1 for the second.
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Interrupted from error
+        except BrokenPipeError as error:
+            raise _ReaderGone from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(COMMANDS)
@@ -65,14 +82,15 @@ def main() -> None:
     """
     debug = "--debug" in sys.argv[1:]
     try:
-        cli.main(prog_name="sinkexport", standalone_mode=False)
-        sys.stdout.flush()  # a reader that has gone is noticed here, not after the handlers below
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+        code = cli.main(prog_name="sinkexport", standalone_mode=False)
+        sys.stdout.flush()  # a reader that has gone is noticed here, where it can still be handled
+        sys.exit(code)  # None, but for a command that called `ctx.exit(code)`
+    except (_Interrupted, KeyboardInterrupt, click.exceptions.Abort):
+        if sys.stderr.isatty():
+            click.echo(err=True)  # the terminal has shown ^C, or the text that was cut short
         _fail("interrupted", EXIT_INTERRUPTED, debug)
-    except BrokenPipeError:
-        # The reader has gone, as after `| head`. Point stdout elsewhere, or the exit would fail on flushing it.
+    except (_ReaderGone, BrokenPipeError):
+        # Point stdout elsewhere, or Python would fail on flushing it at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except click.exceptions.ClickException as error:
         _fail(_usage(error), EXIT_BAD_INPUT, debug)

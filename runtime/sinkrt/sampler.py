@@ -18,6 +18,9 @@ SEED_LIMIT = 2**64
 FIRST_CANDIDATES = 1024
 """Tokens that top-p sorts at first: sorting a whole vocabulary costs more than the model's own small operators."""
 
+_SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
+"""Anything below is greedy as well, and would be 0 in float32."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -113,7 +116,7 @@ def candidates(
     # The maximum first: a temperature close to 0 would overflow otherwise.
     np.subtract(logits, logits.max(), out=out)
     with np.errstate(over="ignore"):  # far below the maximum, which is exp(-inf) = 0
-        np.divide(out, params.temperature, out=out, casting="same_kind")
+        np.divide(out, max(params.temperature, _SMALLEST_TEMPERATURE), out=out, casting="same_kind")
     ids = np.arange(out.size)
     if 0 < params.top_k < out.size:
         kth = np.partition(out, -params.top_k)[-params.top_k]

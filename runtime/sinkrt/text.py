@@ -55,7 +55,7 @@ class Tokenizer:
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(bundle / facts.file))
         except Exception as error:  # the library raises plain Exception
-            raise BundleError(problem(facts.file, received=str(error)[:120], expected="a tokenizer of 'tokenizers'",
+            raise BundleError(problem(facts.file, received=_one_line(error), expected="a tokenizer of 'tokenizers'",
                                       fix="export the model again")) from error  # fmt: skip
         model = manifest.model
         special = {
@@ -70,7 +70,7 @@ class Tokenizer:
             if _TOKENIZER_CONFIG in manifest.files:  # what the tokenizer itself calls its special tokens goes first
                 special |= _special_tokens(json.loads((bundle / _TOKENIZER_CONFIG).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise BundleError(problem("tokenizer files", received=str(error)[:120], expected="UTF-8 text and JSON",
+            raise BundleError(problem("tokenizer files", received=_one_line(error), expected="UTF-8 text and JSON",
                                       fix="export the model again")) from error  # fmt: skip
         return cls(tokenizer, template, special)
 
@@ -129,7 +129,7 @@ class Tokenizer:
                 **self._special_tokens,
             )
         except Exception as error:  # templates are programs: they fail in any way
-            raise UsageError(problem("chat", received=f"messages that the template refuses ({error})",
+            raise UsageError(problem("chat", received=f"messages that the template refuses ({_one_line(error)})",
                                      expected="roles in the order that the model knows",
                                      fix="see the model's card")) from error  # fmt: skip
 
@@ -212,7 +212,7 @@ def _compiled(template: str) -> jinja2.Template:
     try:
         return environment.from_string(template)
     except jinja2.TemplateError as error:
-        raise BundleError(problem("chat template", received=f"line that is no Jinja ({error})",
+        raise BundleError(problem("chat template", received=f"text that is no Jinja ({_one_line(error)})",
                                   expected="a template", fix="export the model again")) from error  # fmt: skip
 
 
@@ -230,6 +230,10 @@ def _to_json(
 ) -> str:
     # jinja2's own filter escapes for HTML, which a prompt is not.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _raise_exception(message: str) -> Any:

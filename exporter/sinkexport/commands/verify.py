@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.console import table_console
+
 if TYPE_CHECKING:
     from sinkexport.verify import VerifyReport
 
@@ -93,7 +95,7 @@ def _print_report(report: VerifyReport) -> None:
             f"{c.top1_agreement:.2%}",
             "ok" if c.failed_position is None else "FAILED",
         )
-    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = table_console()
     console.print(
         f"{report.bundle} against {report.model}: S={report.num_sink_tokens} W={report.window_size} B={report.batch} "
         f"{report.weights_dtype}; {report.wraps} wraps, {report.num_tokens:,} tokens ({report.ids}); "

@@ -1,0 +1,486 @@
+"""The command line: text on stdout as it is produced, one line for every error, exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sinkexport.cli import COMMANDS, main
+from sinkrt import Session
+
+from tests.runtime.toy import BOS, EOS, Toy, build_toy, rehash
+
+COMMAND = [sys.executable, "-m", "sinkexport.cli"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """`sinkexport` in this process."""
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["sinkexport", *map(str, arguments)])
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return Result(code, out, err)
+
+    return call
+
+
+def run(*arguments: object, stdin: bytes = b"", **options: Any) -> Result:
+    """`sinkexport` in a process of its own."""
+    done = subprocess.run([*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, timeout=60, **options)
+    return Result(done.returncode, done.stdout.decode(errors="surrogateescape"), done.stderr.decode())
+
+
+def assert_error(result: Result, message: str, code: int = 2) -> None:
+    assert result.code == code, result
+    assert result.err.startswith("sinkexport: error: "), result.err
+    assert result.err.count("\n") == 1, result.err
+    assert message in result.err
+
+
+def greedy(bundle: Path, ids: list[int], count: int) -> str:
+    """What `run` must print for these ids: the text of greedy decoding, end of text ignored."""
+    with Session.load(bundle, threads=1) as session:
+        logits = session.prefill(ids)
+        answer = []
+        for _ in range(count):
+            answer.append(int(logits[0].argmax()))
+            logits = session.step(answer[-1:])
+        return session.tokenizer.decode(answer)
+
+
+# --- overview --------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command(cli: Callable[..., Result]) -> None:
+    for flag in ("--help", "-h"):
+        result = cli(flag)
+        assert result.code == 0
+        assert all(name in result.out and text in result.out for name, text in COMMANDS.items())
+
+
+def test_help_of_run_and_inspect(cli: Callable[..., Result]) -> None:
+    for command in ("run", "inspect"):
+        result = cli(command, "--help")
+        assert result.code == 0
+        assert result.out.startswith(f"Usage: sinkexport {command} [OPTIONS] DIR")
+
+
+def test_version(cli: Callable[..., Result]) -> None:
+    from sinkexport import __version__
+
+    assert cli("--version").out == f"sinkexport, version {__version__}\n"
+
+
+def test_the_entry_point_is_main() -> None:
+    found = importlib.metadata.entry_points(group="console_scripts", name="sinkexport")
+    if not found:
+        pytest.skip("not installed: running from the source folder")
+    assert next(iter(found)).load() is main
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+def test_prompt(cli: Callable[..., Result], toy_bundle: Path) -> None:
+    result = cli("run", toy_bundle, "--prompt", "Hello", "--max-tokens", 25, "--ignore-eos")
+    assert result == Result(0, greedy(toy_bundle, list(b"Hello"), 25) + "\n", "")
+
+
+def test_stdin_is_a_prompt(toy_bundle: Path) -> None:
+    text = "One line\nand anöther 🙂\n\nno line break"
+    result = run("run", toy_bundle, "--max-tokens", 25, "--ignore-eos", stdin=text.encode())
+    assert result == Result(0, greedy(toy_bundle, list(text.encode()), 25) + "\n", "")
+
+
+def test_stdin_longer_than_any_buffer(toy_bundle: Path) -> None:
+    text = b"0123456789abcdef" * 3000 + b"\n" + b"x" * 9000
+    result = run("run", toy_bundle, "--max-tokens", 5, "--ignore-eos", "--stats", stdin=text)
+    with Session.load(toy_bundle, threads=1) as session:
+        assert result.out == "".join(session.generate(list(text), max_tokens=5, ignore_eos=True)) + "\n"
+    assert f"position {len(text) + 5}" in result.err
+
+
+def test_stdin_is_fed_as_it_arrives(toy_bundle: Path) -> None:
+    """All of a pipe that is still open has been fed, but for the last token, which starts the answer."""
+    process = subprocess.Popen(
+        [*COMMAND, "run", str(toy_bundle), "--max-tokens", "3", "--ignore-eos", "--stats"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin and process.stdout
+    for _ in range(40):
+        process.stdin.write(b"a line of text\n")
+        process.stdin.flush()
+        time.sleep(0.005)
+    assert not select.select([process.stdout], [], [], 0.2)[0], "the answer must wait for the end of the input"
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert f"position {40 * 15 + 3}" in err.decode()
+    assert out.endswith(b"\n")
+
+
+def test_pieces_are_flushed_one_by_one(toy_bundle: Path) -> None:
+    """Endless output arrives while the process goes on."""
+    process = subprocess.Popen(
+        [*COMMAND, "run", str(toy_bundle), "--prompt", "a", "--ignore-eos"], stdout=subprocess.PIPE
+    )
+    assert process.stdout
+    first = os.read(process.stdout.fileno(), 1)
+    assert first and process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
+def test_sampling_options_arrive(cli: Callable[..., Result], toy_bundle: Path) -> None:
+    options = {"temperature": 1.4, "top_k": 60, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 5}
+    flags = [str(part) for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    result = cli("run", toy_bundle, "--prompt", "Hi", "--max-tokens", 30, "--ignore-eos", *flags)
+    with Session.load(toy_bundle, threads=1) as session:
+        want = "".join(session.generate("Hi", max_tokens=30, ignore_eos=True, **options))  # type: ignore[arg-type]
+    assert result.out == want + "\n"
+    assert want != greedy(toy_bundle, list(b"Hi"), 30)
+
+
+def test_stats(cli: Callable[..., Result], toy_bundle: Path) -> None:
+    result = cli("run", toy_bundle, "--prompt", "Hi", "--max-tokens", 30, "--ignore-eos", "--stats", "--threads", 1)
+    assert result.code == 0
+    assert result.err.count("\n") == 1
+    for part in ("tokens, ", "ms/token median", "ms p99", "position 32", "5.0 windows of 6", "memory ", "state "):
+        assert part in result.err
+
+
+def test_a_stream_in_two_runs_is_the_stream_in_one(
+    cli: Callable[..., Result], toy_bundle: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    whole = cli("run", toy_bundle, "--prompt", "abcdefghijkl", "--max-tokens", 12, "--ignore-eos")
+    first = cli("run", toy_bundle, "--prompt", "abcdefgh", "--max-tokens", 1, "--ignore-eos", "--save-state", state)
+    assert first.code == 0
+    with Session.load(toy_bundle, threads=1) as session:
+        session.prefill(list(b"abcdefgh"))
+        session.save_state(state)
+    second = cli("run", toy_bundle, "--prompt", "ijkl", "--max-tokens", 12, "--ignore-eos", "--load-state", state)
+    assert second == whole
+
+
+def test_save_state_holds_what_was_fed_and_said(cli: Callable[..., Result], toy_bundle: Path, tmp_path: Path) -> None:
+    cli("run", toy_bundle, "--prompt", "abc", "--max-tokens", 7, "--ignore-eos", "--save-state", tmp_path / "state")
+    with Session.load(toy_bundle, threads=1) as session:
+        session.load_state(tmp_path / "state")
+        assert session.position[0] == 10
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminated"])
+def test_a_stopped_run_saves_its_state(toy_bundle: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
+    state = tmp_path / "state"
+    process = subprocess.Popen(
+        [*COMMAND, "run", str(toy_bundle), "--prompt", "a", "--ignore-eos", "--save-state", str(state), "--stats"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout
+    os.read(process.stdout.fileno(), 1)
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    lines = err.decode().splitlines()
+    assert "ms/token" in lines[0]
+    assert lines[1:] == (["sinkexport: error: interrupted"] if code == 130 else [])
+    with Session.load(toy_bundle, threads=1) as session:
+        session.load_state(state)
+        assert session.position[0] > 1
+
+
+def test_a_run_that_fed_nothing_keeps_the_old_state(
+    cli: Callable[..., Result], toy_bundle: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    cli("run", toy_bundle, "--prompt", "abc", "--max-tokens", 1, "--save-state", state)
+    before = state.read_bytes()
+    assert_error(cli("run", toy_bundle, "--prompt", "", "--save-state", state), "no tokens")
+    assert state.read_bytes() == before
+
+
+def test_a_reader_that_leaves(toy_bundle: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "run", str(toy_bundle), "--prompt", "a", "--ignore-eos"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout and process.stderr
+    os.read(process.stdout.fileno(), 1)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr.read() == b""
+
+
+def test_a_terminal_that_knows_ascii_only(toy_bundle: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = run("run", toy_bundle, "--prompt", "Hello", "--max-tokens", 60, "--ignore-eos", env=environment)
+    assert result.code == 0
+    assert result.out.isascii() and "?" in result.out
+
+
+# --- chat ------------------------------------------------------------------------------------------------------------
+
+
+def chat_ids(bundle: Path, messages: list[str], count: int, system: str | None = None) -> tuple[list[str], int]:
+    """Answers and final position of a chat whose whole history is one list of ids, as the toy's template has it."""
+    answers, position = [], 0
+    with Session.load(bundle, threads=1) as session:
+        for turn, message in enumerate(messages):
+            opening = [BOS] if system is None else [*f"[system]{system}".encode(), EOS, *b"\n"]
+            ids = [EOS, *b"\n"] if turn else opening
+            ids += [*f"[user]{message}".encode(), EOS, *b"\n[assistant]"]
+            logits, answer = session.prefill(ids), []
+            while len(answer) < count and (token := int(logits[0].argmax())) != EOS:
+                answer.append(token)
+                logits = session.step([token])
+            answers.append(session.tokenizer.decode(answer))
+            position = int(session.position[0])
+    return answers, position
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_chat_piped(toy_bundle: Path, system: str | None) -> None:
+    """Each line gets an answer, the history is the ring: nothing is fed twice."""
+    messages = ["Hello there", "and again 🙂", "bye"]
+    flags = [] if system is None else ["--system", system]
+    stdin = "Hello there\n\n   \nand again 🙂\r\nbye".encode()  # blank lines are no messages
+    result = run("run", toy_bundle, "--chat", "--max-tokens", 12, "--stats", *flags, stdin=stdin)
+    answers, position = chat_ids(toy_bundle, messages, 12, system)
+    assert result.code == 0
+    assert result.out == "".join(answer + "\n" for answer in answers)
+    assert f"position {position}" in result.err
+
+
+def test_chat_goes_on_after_a_restart(toy_bundle: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    first = run("run", toy_bundle, "--chat", "--max-tokens", 9, "--save-state", state, stdin=b"one\n")
+    second = run("run", toy_bundle, "--chat", "--max-tokens", 9, "--load-state", state, stdin=b"two\n")
+    answers, _ = chat_ids(toy_bundle, ["one", "two"], 9)
+    assert first.out + second.out == "".join(answer + "\n" for answer in answers)
+    late = run("run", toy_bundle, "--chat", "--load-state", state, "--system", "x", stdin=b"two\n")
+    assert_error(late, "--system")
+
+
+def test_chat_on_a_terminal(toy_bundle: Path) -> None:
+    """Answers come while the conversation goes on, with a prompt before every message."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, "run", str(toy_bundle), "--chat", "--max-tokens", "4"],
+        stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    os.close(theirs)
+    assert process.stdout and process.stderr
+    answers, _ = chat_ids(toy_bundle, ["one", "two"], 4)
+    for message, answer in zip(("one", "two"), answers, strict=True):
+        assert os.read(process.stderr.fileno(), 10) == b"> "
+        os.write(ours, message.encode() + b"\n")
+        got = b""
+        while len(got) < len(answer.encode()) + 1:
+            got += os.read(process.stdout.fileno(), 100)
+        assert got.decode() == answer + "\n"
+    os.write(ours, b"\x04")  # Ctrl-D
+    assert process.wait(timeout=60) == 0
+    os.close(ours)
+
+
+def test_chat_without_messages(toy_bundle: Path) -> None:
+    assert run("run", toy_bundle, "--chat", stdin=b"\n\n") == Result(0, "", "")
+
+
+def test_chat_needs_a_template(tmp_path: Path) -> None:
+    bundle = build_toy(tmp_path / "bundle", chat=False)
+    assert_error(run("run", bundle, "--chat", stdin=b"hi\n"), "chat template")
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Missing command"),
+        (("frobnicate",), "No such command 'frobnicate'"),
+        (("--frobnicate",), "No such option"),
+        (("run",), "Missing argument 'DIR'"),
+        (("run", "BUNDLE", "--frobnicate"), "--frobnicate"),
+        (("run", "BUNDLE", "--max-tokens", "many"), "--max-tokens"),
+        (("run", "BUNDLE", "--max-tokens", "0"), "--max-tokens"),
+        (("run", "BUNDLE", "--backend", "abacus"), "--backend"),
+        (("run", "BUNDLE", "--backend", "ort-cuda", "--prompt", "a"), "not in this version"),
+        (("run", "BUNDLE", "--backend", "tensorrt", "--prompt", "a"), "not in this version"),
+        (("run", "BUNDLE", "--threads", "0", "--prompt", "a"), "threads: received 0"),
+        (("run", "BUNDLE", "--prompt", "a", "--temperature", "-1"), "temperature: received -1.0"),
+        (("run", "BUNDLE", "--prompt", "a", "--temperature", "nan"), "temperature: received nan"),
+        (("run", "BUNDLE", "--prompt", "a", "--top-p", "2"), "top_p: received 2.0"),
+        (("run", "BUNDLE", "--prompt", "a", "--top-k", "-1"), "top_k: received -1"),
+        (("run", "BUNDLE", "--prompt", "a", "--repetition-penalty", "0"), "repetition_penalty: received 0.0"),
+        (("run", "BUNDLE", "--prompt", "a", "--seed", "-1"), "seed: received -1"),
+        (("run", "BUNDLE", "--prompt", ""), "prompt: received no tokens"),
+        (("run", "BUNDLE", "--prompt", "\udcff"), "valid UTF-8"),
+        (("run", "BUNDLE", "--prompt", "a", "--chat"), "--prompt"),
+        (("run", "BUNDLE", "--prompt", "a", "--system", "b"), "--system"),
+        (("run", "BUNDLE", "--prompt", "a", "--load-state", "/nowhere/state"), "state file"),
+        (("run", "BUNDLE", "--prompt", "a", "--save-state", "/nowhere/state"), "--save-state"),
+        (("run", "/nowhere", "--prompt", "a"), "manifest.json"),
+        (("inspect",), "Missing argument"),
+        (("inspect", "/nowhere"), "manifest.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_one_line(
+    cli: Callable[..., Result], toy_bundle: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = cli(*(str(toy_bundle) if argument == "BUNDLE" else argument for argument in arguments))
+    assert_error(result, message)
+    assert result.out == ""
+
+
+def test_no_text_on_stdin(toy_bundle: Path) -> None:
+    assert_error(run("run", toy_bundle), "stdin: received no text")
+
+
+def test_text_for_a_bundle_of_ids(cli: Callable[..., Result], tmp_path: Path) -> None:
+    assert_error(cli("run", build_toy(tmp_path / "b", tokenizer=False), "--prompt", "a"), "tokenizer")
+
+
+def test_two_streams_cannot_print_one_text(cli: Callable[..., Result], tmp_path: Path) -> None:
+    assert_error(cli("run", build_toy(tmp_path / "b", Toy(batch=2)), "--prompt", "a"), "batch 1")
+
+
+def test_corrupt_weights_are_named(cli: Callable[..., Result], tmp_path: Path) -> None:
+    bundle = build_toy(tmp_path / "bundle")
+    weights = bytearray((bundle / "weights.bin").read_bytes())
+    weights[100] ^= 1
+    (bundle / "weights.bin").write_bytes(weights)
+    assert_error(cli("run", bundle, "--prompt", "a"), "weights.bin: received sha256")
+
+
+def test_a_state_of_another_bundle(cli: Callable[..., Result], toy_bundle: Path, tmp_path: Path) -> None:
+    other = build_toy(tmp_path / "other", Toy(seed=1))
+    cli("run", other, "--prompt", "a", "--max-tokens", 1, "--save-state", tmp_path / "state")
+    assert_error(cli("run", toy_bundle, "--prompt", "a", "--load-state", tmp_path / "state"), "fingerprint")
+
+
+def test_the_position_limit_ends_a_run_with_its_text_told(cli: Callable[..., Result], tmp_path: Path) -> None:
+    bundle = build_toy(tmp_path / "bundle", Toy(position_limit=12))
+    result = cli("run", bundle, "--prompt", "abcd", "--ignore-eos")
+    assert_error(result, "position: received 12")
+
+
+def test_a_file_that_may_not_be_read(
+    cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = build_toy(tmp_path / "bundle")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "weights.bin")
+
+    monkeypatch.setattr("sinkrt.contract.hash_file", refuse)
+    assert_error(cli("run", toy_bundle, "--prompt", "a"), "Permission denied: 'weights.bin'")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 2, "not enough memory"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, "pip install 'sinkexport[export]'"),
+        (ModuleNotFoundError("No module named 'onnx.reference'", name="onnx.reference"), 2, "sinkexport[export]"),
+        (ZeroDivisionError("division\nby zero"), 70, "unexpected ZeroDivisionError: division by zero"),
+        (ModuleNotFoundError("No module named 'zlib'", name="zlib"), 70, "unexpected ModuleNotFoundError"),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_other_errors(
+    cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Session, "load", fail)
+    result = cli("run", "anything", "--prompt", "a")
+    assert_error(result, message, code)
+    debug = cli("--debug", "run", "anything", "--prompt", "a")
+    assert debug.code == code
+    assert "Traceback" in debug.err and type(error).__name__ in debug.err
+    assert debug.err.splitlines()[-1] + "\n" == result.err
+
+
+# --- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_a_bundle(cli: Callable[..., Result], toy_bundle: Path) -> None:
+    result = cli("inspect", toy_bundle)
+    assert (result.code, result.err) == (0, "")
+    weights = (toy_bundle / "weights.bin").stat().st_size
+    parts = (
+        "toy (ToyForCausalLM", "1 x 4 query heads, 2 key heads of 8", "258 tokens", "2 sinks + window of 6",
+        "decode.onnx, 1 token(s)", "tokenizer.json, chat template", f"{weights:,}", "all, for ever",
+    )  # fmt: skip
+    for part in parts:
+        assert part in result.out, part
+
+
+def test_inspect_tells_what_is_missing(cli: Callable[..., Result], tmp_path: Path) -> None:
+    bundle = build_toy(tmp_path / "bundle", tokenizer=False)
+    (bundle / "weights.bin").unlink()
+    (bundle / "decode.onnx").write_bytes(b"abc")
+    result = cli("inspect", bundle)
+    assert result.code == 0
+    rows = {line.split()[0]: line for line in result.out.splitlines() if line}
+    assert rows["weights.bin"].rstrip().endswith("missing")
+    assert rows["decode.onnx"].rstrip().endswith("has 3 bytes")
+    assert "none: token ids only" in rows["tokenizer"]
+
+
+def test_inspect_as_json(cli: Callable[..., Result], toy_bundle: Path) -> None:
+    result = cli("inspect", toy_bundle, "--json")
+    assert json.loads(result.out) == json.loads((toy_bundle / "manifest.json").read_text(encoding="utf-8"))
+
+
+def test_names_with_brackets_are_shown_as_they_are(cli: Callable[..., Result], tmp_path: Path) -> None:
+    bundle = build_toy(tmp_path / "bundle")
+    (bundle / "[red]notes.txt").write_text("x", encoding="utf-8")
+    rehash(bundle)
+    assert "[red]notes.txt" in cli("inspect", bundle).out
+
+
+def test_inspect_families(cli: Callable[..., Result]) -> None:
+    from sinkexport.families import describe
+
+    table, rows = cli("inspect", "families"), json.loads(cli("inspect", "families", "--json").out)
+    assert table.code == 0
+    assert [row["family"] for row in rows] == [family.family for family in describe()]
+    assert all(row["family"] in table.out for row in rows)
+
+
+def test_a_bundle_named_families(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_toy(tmp_path / "families")
+    monkeypatch.chdir(tmp_path)
+    assert "ToyForCausalLM" in cli("inspect", "families").out
