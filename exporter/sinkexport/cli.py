@@ -25,11 +25,11 @@ EXIT_INTERRUPTED = 130
 EXPORT_PACKAGES = frozenset(("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate"))
 
 
-class _Interrupted(Exception):
+class _CtrlCError(Exception):
     """Ctrl-C inside a command."""
 
 
-class _ReaderGone(Exception):
+class _ReaderGoneError(Exception):
     """Nobody reads stdout any more, as after ``| head``."""
 
 
@@ -41,9 +41,9 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise _Interrupted from error
+            raise _CtrlCError from error
         except BrokenPipeError as error:
-            raise _ReaderGone from error
+            raise _ReaderGoneError from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(COMMANDS)
@@ -85,11 +85,11 @@ def main() -> None:
         code = cli.main(prog_name="sinkexport", standalone_mode=False)
         sys.stdout.flush()  # a reader that has gone is noticed here, where it can still be handled
         sys.exit(code)  # None, but for a command that called `ctx.exit(code)`
-    except (_Interrupted, KeyboardInterrupt, click.exceptions.Abort):
+    except (_CtrlCError, KeyboardInterrupt, click.exceptions.Abort):
         if sys.stderr.isatty():
             click.echo(err=True)  # the terminal has shown ^C, or the text that was cut short
         _fail("interrupted", EXIT_INTERRUPTED, debug)
-    except (_ReaderGone, BrokenPipeError):
+    except (_ReaderGoneError, BrokenPipeError):
         # Point stdout elsewhere, or Python would fail on flushing it at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except click.exceptions.ClickException as error:

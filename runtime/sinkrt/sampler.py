@@ -110,18 +110,20 @@ def candidates(
     """Token ids [N] and their weights float32 [N] > 0 up to a common factor, after temperature, top-k and top-p.
 
     The likeliest token weighs 1. Ties at the k-th place are all kept. `params.temperature` must be above 0.
-    `out`: float32 [vocab] scratch, which may be `logits` itself.
+    `out`: float32 [vocab] scratch, which may be `logits` itself and may come back as the weights.
     """
     out = np.empty_like(logits) if out is None else out
     # The maximum first: a temperature close to 0 would overflow otherwise.
     np.subtract(logits, logits.max(), out=out)
     with np.errstate(over="ignore"):  # far below the maximum, which is exp(-inf) = 0
         np.divide(out, max(params.temperature, _SMALLEST_TEMPERATURE), out=out, casting="same_kind")
-    ids = np.arange(out.size)
     if 0 < params.top_k < out.size:
         kth = np.partition(out, -params.top_k)[-params.top_k]
         ids = np.flatnonzero(out >= kth)
-    weights = np.exp(out[ids])
+        weights = np.exp(out[ids])
+    else:
+        ids = np.arange(out.size)
+        weights = np.exp(out, out=out)
     if params.top_p < 1.0:
         keep = _nucleus(weights, params.top_p)
         ids, weights = ids[keep], weights[keep]

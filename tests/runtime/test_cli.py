@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import io
+import itertools
 import json
 import os
 import pty
-import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -125,32 +127,60 @@ def test_stdin_longer_than_any_buffer(toy_bundle: Path) -> None:
     assert f"position {len(text) + 5}" in result.err
 
 
-def test_stdin_is_fed_as_it_arrives(toy_bundle: Path) -> None:
-    """All of a pipe that is still open has been fed, but for the last token, which starts the answer."""
-    process = subprocess.Popen(
-        [*COMMAND, "run", str(toy_bundle), "--max-tokens", "3", "--ignore-eos", "--stats"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdin and process.stdout
-    for _ in range(40):
-        process.stdin.write(b"a line of text\n")
-        process.stdin.flush()
-        time.sleep(0.005)
-    assert not select.select([process.stdout], [], [], 0.2)[0], "the answer must wait for the end of the input"
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert f"position {40 * 15 + 3}" in err.decode()
-    assert out.endswith(b"\n")
+def test_stdin_is_fed_as_it_arrives(
+    cli: Callable[..., Result], toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each line is fed before the next is sent, but for its last token: only the end of the input starts the answer."""
+    line, fed = b"a line of text\n", []
+    reader, writer = os.pipe()
+    prefill = Session.prefill
+
+    def recorded(self: Session, ids: Any) -> Any:
+        logits = prefill(self, ids)
+        fed.append(int(self.position[0]))
+        return logits
+
+    def send() -> None:
+        for number in range(1, 6):
+            os.write(writer, line)
+            deadline = time.monotonic() + 10
+            while fed[-1:] != [number * len(line) - 1] and time.monotonic() < deadline:
+                time.sleep(0.005)
+        os.close(writer)
+
+    monkeypatch.setattr(Session, "prefill", recorded)
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reader))
+    sender = threading.Thread(target=send)
+    sender.start()
+    result = cli("run", toy_bundle, "--max-tokens", 3, "--ignore-eos")
+    sender.join()
+    assert fed == [*(number * len(line) - 1 for number in range(1, 6)), 5 * len(line)]
+    assert result == Result(0, greedy(toy_bundle, list(5 * line), 3) + "\n", "")
 
 
-def test_pieces_are_flushed_one_by_one(toy_bundle: Path) -> None:
-    """Endless output arrives while the process goes on."""
+def test_every_piece_is_flushed(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Terminal(io.StringIO):
+        def flush(self) -> None:
+            told.append(self.getvalue())
+
+    monkeypatch.setattr(sys, "argv", ["sinkexport", "run", str(toy_bundle), "--prompt", "Hi", "--max-tokens", "20"])
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    with pytest.raises(SystemExit):
+        main()
+    with Session.load(toy_bundle, threads=1) as session:
+        pieces = list(session.generate("Hi", max_tokens=20))
+    assert told[: len(pieces)] == list(itertools.accumulate(pieces))
+
+
+def test_an_endless_run_tells_its_text_while_it_goes_on(toy_bundle: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "run", str(toy_bundle), "--prompt", "a", "--ignore-eos"], stdout=subprocess.PIPE
     )
     assert process.stdout
-    first = os.read(process.stdout.fileno(), 1)
-    assert first and process.poll() is None
+    for _ in range(5):
+        assert os.read(process.stdout.fileno(), 1000) and process.poll() is None
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
@@ -370,7 +400,9 @@ def test_text_for_a_bundle_of_ids(cli: Callable[..., Result], tmp_path: Path) ->
 
 
 def test_two_streams_cannot_print_one_text(cli: Callable[..., Result], tmp_path: Path) -> None:
-    assert_error(cli("run", build_toy(tmp_path / "b", Toy(batch=2)), "--prompt", "a"), "batch 1")
+    bundle = build_toy(tmp_path / "bundle", Toy(batch=2))
+    for arguments in (["--prompt", "a"], ["--chat"], []):
+        assert_error(cli("run", bundle, *arguments), "run: received a bundle of 2 streams, expected batch 1")
 
 
 def test_corrupt_weights_are_named(cli: Callable[..., Result], tmp_path: Path) -> None:
@@ -394,10 +426,8 @@ def test_the_position_limit_ends_a_run_with_its_text_told(cli: Callable[..., Res
 
 
 def test_a_file_that_may_not_be_read(
-    cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Callable[..., Result], toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = build_toy(tmp_path / "bundle")
-
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "weights.bin")
 

@@ -64,6 +64,9 @@ def command(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows no emoji must not end the stream
     with Session.load(bundle, backend, threads=threads) as session:
+        if session.batch != 1:
+            raise UsageError(problem("run", received=f"a bundle of {session.batch} streams", expected="batch 1",
+                                     fix="export with --batch 1, or use sinkrt.Session"))  # fmt: skip
         tokenizer = session.tokenizer
         if load_state is not None:
             session.load_state(load_state)

@@ -93,13 +93,25 @@ class _SinkAttention:
         weights = b.op("Softmax", [b.op("Add", [joined, self._mask(len(grouped) + 2, q.dtype)])], axis=-1)
         pieces = b.split(weights, [length for *_, length in keys_and_queries], -1) if self._num_sinks else [weights]
         values = [*([sinks[1]] if self._num_sinks else []), window[1]]
-        parts = [
-            b.matmul(piece, b.reshape(value, (*shared, known_shape(value)[2], head_dim)))
-            for piece, value in zip(pieces, values, strict=True)
-        ]  # [B, Hkv, G, 1, D] each
+        parts = [self._weighted_sum(pieces[-1], values[-1], shared)]
+        if self._num_sinks:
+            parts.insert(0, self._weighted_sum(pieces[0], values[0], shared, of_sinks=True))
         out = parts[0] if len(parts) == 1 else b.op("Add", parts)
         out = b.reshape(out, (batch, num_q_heads, 1, head_dim))
         self._finish([out, *(states if self._num_sinks else [None, None, *states])])
+
+    def _weighted_sum(
+        self, weights: ir.Value, values: ir.Value, shared: tuple[int, ...], *, of_sinks: bool = False
+    ) -> ir.Value:
+        """weights [B, Hkv, (G,) 1, n] over values [B, Hkv, n, D] -> [B, Hkv, (G,) 1, D]."""
+        b = self._b
+        *_, length, head_dim = known_shape(values)
+        if len(shared) > 2 or not of_sinks:
+            return b.matmul(weights, b.reshape(values, (*shared, length, head_dim)))
+        # One query head a key head: TensorRT-RTX 1.7.1 crashes while it builds this product of 1 x S by S x D next
+        # to that of the window. For a handful of sinks a sum of products is as quick.
+        products = b.op("Mul", [b.reshape(weights, (*shared, length, 1)), values])
+        return b.op("ReduceSum", [products, b.ints([-2], "axes")], (*shared, 1, head_dim), keepdims=1)
 
     def _finish(self, outputs: list[ir.Value | None]) -> None:
         """Absent sinks have outputs that nothing reads: they vanish with the node."""
