@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
+from types import FrameType
 from typing import NoReturn
 
 import click
@@ -38,12 +41,17 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         # click's `main` would add an empty line to the first and exit with 1 for the second.
+        interrupts = _recorded_interrupts()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise _CtrlCError from error
         except BrokenPipeError as error:
             raise _ReaderGoneError from error
+        except Exception as error:
+            if interrupts:  # libraries turn Ctrl-C into errors of their own: torch's tracer and converter do
+                raise _CtrlCError from error
+            raise
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(COMMANDS)
@@ -107,6 +115,27 @@ def main() -> None:
         _fail("not enough memory: use a smaller model or window, or fp16", EXIT_BAD_INPUT, debug)
     except Exception as error:
         _fail(_bug(error), EXIT_INTERNAL, debug)
+
+
+def _recorded_interrupts() -> list[int]:
+    """A list that grows with every Ctrl-C from now on; each still raises KeyboardInterrupt.
+
+    One that strikes inside a finalizer cannot be raised; Python would print its traceback and go on.
+    """
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    def quiet(unraisable: sys.UnraisableHookArgs) -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            sys.__unraisablehook__(unraisable)
+
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, note)
+        sys.unraisablehook = quiet
+    return seen
 
 
 def _usage(error: click.exceptions.ClickException) -> str:

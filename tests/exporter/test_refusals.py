@@ -173,7 +173,9 @@ def test_interrupted_export_leaves_nothing(tiny_folder: Path, tmp_path: Path) ->
     deadline = time.monotonic() + 60
     while not (out.parent.exists() and any(out.parent.iterdir())) and time.monotonic() < deadline:
         time.sleep(0.005)  # until the temporary folder is there
-    os.kill(process.pid, signal.SIGINT)
+    while process.poll() is None and time.monotonic() < deadline + 60:
+        os.kill(process.pid, signal.SIGINT)  # again and again, as a user would: one may strike inside a finalizer
+        time.sleep(2.0)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert stderr.strip().splitlines()[-1] == "sinkexport: error: interrupted"

@@ -292,7 +292,7 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     with pytest.raises(SystemExit) as stopped:
         cli.main()
         raise SystemExit(0)  # main() returns where there is nothing to tell
-    code = stopped.value.code
+    code = stopped.value.code or 0  # None: all went well
     assert isinstance(code, int)
     return code
 
