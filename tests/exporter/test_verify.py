@@ -20,7 +20,7 @@ from sinkexport.config import ExportConfig
 from sinkexport.pipeline import export_loaded
 from sinkexport.reference import StreamingReference, streaming_reference
 from sinkexport.sources import LoadedModel
-from sinkexport.verify import DEFAULT_TOLERANCE, VerifyReport, compare, verify
+from sinkexport.verify import DEFAULT_TOLERANCE, VerifyReport, compare, default_tolerance, verify
 from sinkrt.contract import Manifest, load_manifest
 from sinkrt.errors import BundleError, UsageError
 
@@ -93,6 +93,18 @@ def test_report_as_json(bundle: Path, loaded: LoadedModel) -> None:
     assert facts["passed"] is True
     assert facts["tolerance"] == DEFAULT_TOLERANCE["float32"]
     assert [(c["name"], c["positions"]) for c in facts["comparisons"][:2]] == [("dense", 5), ("streaming", C + W)]
+
+
+def test_default_tolerance_grows_with_the_float32_angles_of_the_reference(bundle: Path) -> None:
+    manifest = load_manifest(bundle)
+
+    def tolerance(dtype: str, window_size: int) -> float:
+        stream = dataclasses.replace(manifest.stream, window_size=window_size)
+        return default_tolerance(dataclasses.replace(manifest, weights_dtype=dtype, stream=stream))
+
+    assert tolerance("float32", 60) == DEFAULT_TOLERANCE["float32"] == 1e-3
+    assert tolerance("float32", 8188) == pytest.approx(2e-6 * 8192)
+    assert tolerance("float16", 8188) == DEFAULT_TOLERANCE["float16"]
 
 
 def test_half_precision(tmp_path: Path, loaded: LoadedModel) -> None:

@@ -43,7 +43,8 @@ AGAINST = {
 @click.option("--dense-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N",
               help="Positions compared with the dense model, at most the cache's capacity.")  # fmt: skip
 @click.option("--tolerance", type=float, metavar="X",
-              help="Largest error of a logit as a share of the logits' spread.  [default: 1e-3 fp32, 0.25 fp16]")
+              help="Largest error of a logit as a share of the logits' spread.  "
+                   "[default: 1e-3 (fp32) or 0.25 (fp16), at least 2e-6 times S + W]")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random ids.")
 @click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
