@@ -45,7 +45,7 @@ $(VENV)/.export: pyproject.toml constraints.txt | $(BIN)/python
 # What the tests need besides.
 $(VENV)/.dev: $(VENV)/.export
 	@echo "Installing the development tools into $(VENV)"
-	$(PIP) -e '.[export,tensorrt,dev]'
+	$(PIP) -e '.[export,plot,serve,tensorrt,dev]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev

@@ -20,12 +20,21 @@ COMMANDS = {
     "export": "Turn a Hugging Face model into a bundle.",
     "run": "Stream text from a bundle, for ever if you like.",
     "verify": "Compare a bundle with its model.",
+    "eval": "Streaming perplexity over a long text, with a plot.",
+    "bench": "Measure speed and memory of a bundle.",
+    "analyze": "Find a model's attention sinks and recommend how many to keep.",
+    "serve": "Serve a bundle over the OpenAI HTTP API.",
     "inspect": "Show what a bundle holds, or which families export.",
 }
 EXIT_BAD_INPUT = 2
 EXIT_INTERNAL = 70
 EXIT_INTERRUPTED = 130
-EXPORT_PACKAGES = frozenset(("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate"))
+OPTIONAL_PACKAGES = {
+    **dict.fromkeys(("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate"), "export"),
+    "matplotlib": "plot",
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic"), "serve"),
+}
+"""The extra that installs each package which the runtime alone does not need."""
 
 
 class _CtrlCError(Exception):
@@ -105,9 +114,10 @@ def main() -> None:
     except SinkError as error:
         _fail(str(error), EXIT_BAD_INPUT, debug)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in EXPORT_PACKAGES:
+        extra = OPTIONAL_PACKAGES.get((error.name or "").partition(".")[0])
+        if extra is None:
             _fail(_bug(error), EXIT_INTERNAL, debug)
-        _fail(f"this command needs the package '{error.name}': pip install 'sinkexport[export]'",
+        _fail(f"this command needs the package '{error.name}': pip install 'sinkexport[{extra}]'",
               EXIT_BAD_INPUT, debug)  # fmt: skip
     except OSError as error:  # a file without read permission, a full disk
         _fail(f"{error.strerror or error}" + (f": '{error.filename}'" if error.filename else ""), EXIT_BAD_INPUT, debug)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,8 @@ from sinkexport.families import refusal_of_capacity
 from sinkexport.graph.build import build_graph
 from sinkexport.model.decoder import DecodeStep, trace
 from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
+from sinkexport.progress import Report, silent
 from sinkexport.sources import LoadedModel, load_model, refuse_architecture
-
-Progress = Callable[[str, int, int], None]
-"""Told of the work: (stage, done, total)."""
 
 PRODUCERS = ("sinkexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 SMALL_FILES_BYTES = 64 * 2**20
@@ -35,18 +33,17 @@ def export(
     config: ExportConfig | None = None,
     *,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    report: Report = silent,
 ) -> Manifest:
     """Export the model `source` (local directory, ``.gguf`` file or Hub id) to the bundle folder `out`.
 
     Raises: UsageError with the reason if the model cannot be exported exactly or `out` cannot be written.
     """
     config = config or ExportConfig()
-    report = progress or (lambda _stage, _done, _total: None)
     report("load", 0, 1)
     loaded = load_model(source, WEIGHT_DTYPES[config.dtype])
     report("load", 1, 1)
-    return export_loaded(loaded, out, config, overwrite=overwrite, progress=report)
+    return export_loaded(loaded, out, config, overwrite=overwrite, report=report)
 
 
 def export_loaded(
@@ -55,7 +52,7 @@ def export_loaded(
     config: ExportConfig,
     *,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    report: Report = silent,
 ) -> Manifest:
     """Export a model that is in memory already, in the dtype of its parameters, which must be `config`'s.
 
@@ -63,7 +60,6 @@ def export_loaded(
 
     Raises: UsageError.
     """
-    report = progress or (lambda _stage, _done, _total: None)
     model, out = loaded.model, Path(out)
     _check_model(model, config)
     with staged_bundle(out, overwrite=overwrite) as stage:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,14 +24,12 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.session import Session
 from sinkrt.text import Tokenizer
 
+from sinkexport.progress import Report, silent
 from sinkexport.reference import streaming_reference
 from sinkexport.sources import LoadedModel, load_model
 
 Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
-Progress = Callable[[str, int, int], None]
-"""Told of the work: (stage, done, total)."""
-
 DEFAULT_TOLERANCE: Mapping[str, float] = {"float32": 1e-3, "float16": 0.25}
 """Largest error of a logit, as a share of the spread of its step's logits, by the bundle's weights_dtype.
 
@@ -134,7 +132,7 @@ def verify(
     dense_tokens: int = DEFAULT_DENSE_TOKENS,
     seed: int = 0,
     backend: str = "ort",
-    progress: Progress | None = None,
+    report: Report = silent,
 ) -> VerifyReport:
     """Compare the bundle with the model `source` (directory, ``.gguf`` file, Hub id, or one loaded in float32).
 
@@ -146,7 +144,6 @@ def verify(
     Raises: UsageError for bad arguments, a model that is not the bundle's, or text and no tokenizer;
         BundleError for a broken bundle; BackendError.
     """
-    report = progress or (lambda _stage, _done, _total: None)
     _check_arguments(wraps, tolerance, dense_tokens)
     manifest = load_manifest(Path(bundle))
     tokens = None if text is None else _encode(Path(bundle), manifest, text)
@@ -187,7 +184,7 @@ def compare(
     ids: Ids,
     tolerance: float,
     dense_tokens: int,
-    report: Progress,
+    report: Report,
 ) -> Iterator[Comparison]:
     """The three comparisons over ids [B, N]; a failed one is the last.
 
@@ -251,7 +248,7 @@ def _torch_threads(count: int) -> Iterator[None]:
 
 
 def _compare_prefill(
-    session: Stream, ids: Ids, at_ends: Mapping[int, Logits], tolerance: float, report: Progress
+    session: Stream, ids: Ids, at_ends: Mapping[int, Logits], tolerance: float, report: Report
 ) -> Comparison:
     """Feed the start of the stream again in pieces and compare the logits at their ends."""
     tally, start, total = _Tally("prefill", tolerance), 0, max(at_ends)
@@ -318,7 +315,7 @@ class _Tally:
         )
 
 
-def _dense_logits(model: Any, ids: Ids, report: Progress) -> Logits:
+def _dense_logits(model: Any, ids: Ids, report: Report) -> Logits:
     """The model's own logits [B, n, vocab], with its default attention and no cache."""
     report("dense", 0, 1)
     with torch.no_grad():

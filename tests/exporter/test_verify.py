@@ -72,7 +72,7 @@ def by_name(report: VerifyReport) -> dict[str, Any]:
 def test_good_bundle(bundle: Path, loaded: LoadedModel) -> None:
     threads = torch.get_num_threads()
     stages: list[tuple[str, int, int]] = []
-    report = verify(bundle, loaded, progress=lambda *stage: stages.append(stage))
+    report = verify(bundle, loaded, report=lambda *stage: stages.append(stage))
     found = by_name(report)
     assert report.passed
     assert report.failures == ()

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE, WEIGHT_DTYPES, ExportConfig
+from sinkexport.progress import shown_progress
 
 STAGES = {
     "load": "Loading the model",
@@ -44,8 +40,8 @@ def command(
     from sinkexport.pipeline import export
 
     start = time.perf_counter()
-    with _shown_progress() as progress:
-        manifest = export(model, output, config, overwrite=overwrite, progress=progress)
+    with shown_progress(STAGES) as show:
+        manifest = export(model, output, config, overwrite=overwrite, report=show)
     facts = manifest.model
     click.echo(
         f"{output}: {facts.name} ({facts.num_parameters / 1e6:.0f}M parameters, {facts.num_layers} layers), "
@@ -54,15 +50,3 @@ def command(
         f"{time.perf_counter() - start:.1f} s"
     )
 
-
-@contextmanager
-def _shown_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal; nothing where stderr is a file or a pipe."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=STAGES[stage], completed=done, total=total if stage == "write" else None)
-
-        yield show

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.console import table_console
+from sinkexport.progress import shown_progress
 
 if TYPE_CHECKING:
     from sinkexport.verify import VerifyReport
@@ -69,10 +65,10 @@ def command(
     text = None if text_file is None else _read_text(text_file)
     from sinkexport.verify import verify
 
-    with _shown_progress() as progress:
+    with shown_progress(STAGES) as show:
         report = verify(
             bundle, against, text=text, wraps=wraps, tolerance=tolerance, dense_tokens=dense_tokens, seed=seed,
-            backend=backend, progress=progress,
+            backend=backend, report=show,
         )  # fmt: skip
     if json_file is not None:
         _write(json_file, report.to_json())
@@ -110,22 +106,6 @@ def _print_report(report: VerifyReport) -> None:
     if report.passed:
         click.echo("passed")
 
-
-@contextmanager
-def _shown_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the time left on a terminal; nothing where stderr is a file or a pipe."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
-        tasks = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(STAGES[stage], total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield show
 
 
 def _read_text(path: Path) -> str:
