@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 from sinkrt.errors import BackendError, BundleError, SinkError, StateError, UsageError
 
 if TYPE_CHECKING:
-    from sinkrt.session import Session
+    from sinkrt.session import Session, StreamCopy
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "BundleError", "Session", "SinkError", "StateError", "UsageError", "__version__"]
+__all__ = [
+    "BackendError", "BundleError", "Session", "SinkError", "StateError", "StreamCopy", "UsageError", "__version__",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     # Session brings ONNX Runtime along; the exporter and manifest readers need neither.
-    if name == "Session":
-        from sinkrt.session import Session
+    if name in ("Session", "StreamCopy"):
+        from sinkrt import session
 
-        return Session
+        return getattr(session, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

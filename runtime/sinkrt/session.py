@@ -11,7 +11,8 @@ the cache holds the first S and the last W of them, exactly as if each had been 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -19,15 +20,38 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from sinkrt.answer import Answer, AnswerParams
 from sinkrt.backends import check_backend, load_backend
 from sinkrt.backends.base import Backend
 from sinkrt.contract import Manifest, check_files, load_manifest
-from sinkrt.errors import UsageError, problem
-from sinkrt.sampler import Sampler, SamplingParams
+from sinkrt.errors import StateError, UsageError, problem
+from sinkrt.sampler import SamplingParams
 from sinkrt.state import read_state, save_state
+from sinkrt.text import MAX_PENDING
 
 if TYPE_CHECKING:
     from sinkrt.text import Tokenizer
+
+STEPS_OF_A_CHUNK = 8
+"""A chunk of T tokens is about this much faster than T steps (measured on a CPU); shorter rests go step by step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamCopy:
+    """One stream taken out of a session.
+
+    states: by input name, without the batch axis. recent_ids: int64 [C]. logits: float32 [vocab].
+    """
+
+    states: Mapping[str, np.ndarray]
+    position: int
+    recent_ids: npt.NDArray[np.int64]
+    logits: npt.NDArray[np.float32]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(a.nbytes for a in (*self.states.values(), self.recent_ids, self.logits))
 
 
 class Session:
@@ -46,6 +70,8 @@ class Session:
         # The last C ids of each stream, that of token t at t mod C; -1: none. For the repetition penalty.
         self._recent_ids = np.full((stream.batch, stream.capacity), -1, dtype=np.int64)
         self._streams = np.arange(stream.batch)
+        self._chunk: tuple[int, int, npt.NDArray[np.int64]] | None = None  # (stream, position, ids) now running
+        self._damaged: set[int] = set()  # streams in the middle of whose chunk the backend failed
         self._tokenizer: Tokenizer | None = None
 
     @classmethod
@@ -115,68 +141,146 @@ class Session:
         backend = self._loaded()
         return {"ids": backend.ids, "position": backend.position, "logits": backend.logits, **backend.states}
 
-    def step(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Feed one token to each stream.
+    @property
+    def chunk_size(self) -> int:
+        """T, tokens that one run of the prefill graph takes; 1 if the bundle has none."""
+        return self._manifest.stream.chunk_size
 
-        ids: int [B]. Returns: logits float32 [B, vocab] of the next token; the array is reused by the next call.
+    @property
+    def logits(self) -> npt.NDArray[np.float32]:
+        """float32 [B, vocab]: of the token after each stream's last one; the array is reused by the next call.
 
-        Raises: UsageError for a wrong shape, type or id; BackendError if the step failed (no position advances).
+        A row means nothing while its stream is at position 0.
         """
-        tokens = self._checked(ids, (self.batch,))
-        self._check_room(1)
-        return self._run(tokens)
+        return self._loaded().logits
 
-    def prefill(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Feed N >= 1 tokens to each stream.
+    def recent_ids(self, stream: int = 0) -> npt.NDArray[np.int64]:
+        """int64 [N], N <= C: the last tokens that a stream took, oldest first.
 
-        ids: int [B, N], or [N] if B is 1. Returns: logits float32 [B, vocab] after the last token; the array is
-        reused by the next call.
-
-        Raises: UsageError, before any token is fed; BackendError, with `position` at the first token that failed.
+        Raises: UsageError for an unknown stream.
         """
+        (stream,) = self._chosen([stream])
+        position = int(self._position[stream])
+        count = min(position, self.capacity)
+        ids: npt.NDArray[np.int64] = self._recent_ids[stream, np.arange(position - count, position) % self.capacity]
+        return ids
+
+    def step(self, ids: npt.ArrayLike, streams: Sequence[int] | None = None) -> npt.NDArray[np.float32]:
+        """Feed one token to each stream, or to some: the others do not notice.
+
+        ids: int [B], or one for each of `streams`. Returns: logits float32 [B, vocab] of the next token, those of idle
+        streams unchanged; the array is reused by the next call.
+
+        Raises: UsageError for a wrong shape, type, id or stream; StateError for a stream that an error has cut short;
+        BackendError if the step failed (no position advances).
+        """
+        active = self._chosen(streams)
+        tokens = self._checked(ids, (len(active),))
+        self._check_room(active, np.ones(len(active), dtype=np.int64))
+        return self._run(tokens, active)
+
+    def prefill(
+        self,
+        ids: npt.ArrayLike,
+        num_valid: npt.ArrayLike | None = None,
+        streams: Sequence[int] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Feed tokens to each stream, or to some: exactly as if they came one by one, but faster.
+
+        ids: int [B, N], N >= 1, a row for each of `streams` if given; [N] if that is one row.
+        num_valid: int, how many leading ids of each row count, 1 .. N; None: all.
+        Returns: logits float32 [B, vocab] after each stream's last token, those of idle streams unchanged; the array
+        is reused by the next call.
+
+        Raises: UsageError, before any token is fed; StateError for a stream that an error has cut short; BackendError,
+        with `position` at the first token that failed.
+        """
+        active = self._chosen(streams)
         array = _integers(ids)
-        if array.ndim == 1 and self.batch == 1:
+        if array.ndim == 1 and len(active) == 1:
             array = array[None, :]
         if array.size == 0:
             raise UsageError(problem("prompt", received="no tokens", expected="at least one", fix="give some text"))
-        tokens = self._checked(array, (self.batch, array.shape[-1] if array.ndim else 1))
-        self._check_room(tokens.shape[1])
-        for column in tokens.T:
-            logits = self._run(column)
-        return logits
+        width = array.shape[-1] if array.ndim else 1
+        tokens = self._checked(array, (len(active), width))
+        counts = _checked_counts(num_valid, len(active), width)
+        self._check_room(active, counts)
+        done = self._run_chunks(tokens, counts, active)
+        for i in range(int(done.min()), int(counts.max())):
+            rows = np.flatnonzero((done <= i) & (i < counts))
+            if rows.size:
+                self._run(tokens[rows, i], active[rows])
+        return self.logits
 
-    def reset(self) -> None:
-        """Forget everything: all streams start again at position 0."""
+    def reset(self, streams: Sequence[int] | None = None) -> None:
+        """Forget everything: all streams, or some, start again at position 0.
+
+        Raises: UsageError for an unknown stream.
+        """
+        chosen = self._chosen(streams, damaged=True)
         # The position first: at 0 every slot is masked, so an interrupt cannot leave a stream that is half there.
-        self._position.fill(0)
-        self._recent_ids.fill(-1)
+        self._position[chosen] = 0
+        self._recent_ids[chosen] = -1
         for state in self._loaded().states.values():
-            state.fill(0)
+            state[chosen] = 0
+        self._damaged.difference_update(chosen.tolist())
+
+    def copy_stream(self, stream: int) -> StreamCopy:
+        """All that there is of one stream, to go on with later in any stream of this bundle.
+
+        Raises: UsageError for an unknown stream; StateError for one that an error has cut short.
+        """
+        (stream,) = self._chosen([stream])
+        backend = self._loaded()
+        return StreamCopy(
+            states={name: state[stream].copy() for name, state in backend.states.items()},
+            position=int(self._position[stream]),
+            recent_ids=self._recent_ids[stream].copy(),
+            logits=backend.logits[stream].copy(),
+        )
+
+    def place_stream(self, stream: int, copy: StreamCopy) -> None:
+        """Let `stream` go on where `copy` was taken, with the very same bits; what it held is forgotten.
+
+        Raises: UsageError for an unknown stream or the copy of another bundle's.
+        """
+        (stream,) = self._chosen([stream], damaged=True)
+        backend = self._loaded()
+        shapes = {name: state.shape[1:] for name, state in backend.states.items()}
+        if shapes != {name: state.shape for name, state in copy.states.items()}:
+            raise UsageError(problem("stream", received="a copy from another bundle", expected="one of this bundle",
+                                     fix="use copy_stream of the same bundle"))  # fmt: skip
+        self._position[stream] = 0  # as in `reset`; the copy's position comes last
+        for name, state in backend.states.items():
+            state[stream] = copy.states[name]
+        backend.logits[stream] = copy.logits
+        self._recent_ids[stream] = copy.recent_ids
+        self._position[stream] = copy.position
+        self._damaged.discard(stream)
 
     def save_state(self, path: str | Path) -> None:
-        """Write sinks, window, position and recent ids to a safetensors file, atomically.
+        """Write sinks, window, position, recent ids and logits to a safetensors file, atomically.
 
-        Raises: UsageError if it cannot be written.
+        Raises: UsageError if it cannot be written; StateError if an error has cut a stream short.
         """
-        streams = {"position": self._position, "recent_ids": self._recent_ids}
-        save_state(Path(path), self._manifest, {**self._loaded().states, **streams})
+        self._chosen(None)
+        save_state(Path(path), self._manifest, self._kept())
 
     def load_state(self, path: str | Path) -> None:
         """Go on where `save_state` was called, with the very same bits. A failed load changes nothing.
 
         Raises: StateError if the file is truncated, of another version or of another bundle.
         """
-        states = self._loaded().states
+        kept = self._kept()
         tensors = read_state(Path(path), self._manifest)
         self._position.fill(0)  # as in `reset`; the file's position comes last
-        for name, state in states.items():
-            state[...] = tensors[name]
-        self._recent_ids[...] = tensors["recent_ids"]
-        self._position[...] = tensors["position"]
+        for name in [*(name for name in kept if name != "position"), "position"]:
+            kept[name][...] = tensors[name]
+        self._damaged.clear()
 
     def generate(
         self,
-        prompt: str | Sequence[int] | npt.NDArray[np.integer],
+        prompt: str | Sequence[int] | npt.NDArray[np.integer] | None,
         *,
         max_tokens: int | None = None,
         temperature: float = 0.0,
@@ -184,52 +288,51 @@ class Session:
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
+        stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
     ) -> Iterator[str]:
         """Feed `prompt`, a text or ids, and yield the answer's text piece by piece, whole characters only.
 
+        prompt: None goes on where the stream stands, as after `load_state` in the middle of an answer.
         max_tokens: None goes on until the model ends its text, or for ever with `ignore_eos`.
+        stop: one or several texts; the answer ends before the first that comes.
         The other options are those of `SamplingParams`. The prompt is fed at once, each token of the answer before
         the piece that it completes is yielded. The stream goes on: a later call continues it. The token that ends
         a text is not fed.
 
         Raises: UsageError if the prompt is empty or an option is out of range, before any token is fed, and if B
-        is not 1 or the bundle has no tokenizer; BackendError.
+        is not 1 or the bundle has no tokenizer; StateError, BackendError.
         """
         if self.batch != 1:
             raise UsageError(problem("generate", received=f"a bundle of {self.batch} streams", expected="batch 1",
-                                     fix="use prefill and step, or export with --batch 1"))  # fmt: skip
-        if max_tokens is not None and max_tokens < 1:
-            raise UsageError(problem("max_tokens", received=max_tokens, expected=">= 1", fix="leave it out for all"))
-        params = SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
-        tokenizer = self.tokenizer
-        ids: npt.ArrayLike = prompt
-        if isinstance(prompt, str):
-            ids = tokenizer.encode_next(prompt) if self._position[0] else tokenizer.encode(prompt)
+                                     fix="use a Scheduler, or export with --batch 1"))  # fmt: skip
+        params = AnswerParams(max_tokens, (stop,) if isinstance(stop, str) else tuple(stop), ignore_eos)
+        sampling = SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
+        tokenizer, model = self.tokenizer, self._manifest.model
+        earlier: list[int] = []
+        if prompt is None:
+            if not self._position[0]:
+                raise UsageError(problem("prompt", received="none", expected="some text: the stream is empty",
+                                         fix="give a prompt, or load a state"))  # fmt: skip
+            earlier = self.recent_ids()[-MAX_PENDING:].tolist()
         # Fed here, not at the first next(): a generator's body runs late, and so would its errors.
-        logits = self.prefill(ids)
-        sampler = Sampler(params, self._manifest.model.vocab_size)
-        return self._pieces(logits, sampler, tokenizer, max_tokens, ignore_eos)
+        elif isinstance(prompt, str):
+            self.prefill(tokenizer.encode_next(prompt) if self._position[0] else tokenizer.encode(prompt))
+        else:
+            self.prefill(prompt)
+        return self._pieces(
+            Answer(tokenizer, model.eos_token_ids, model.vocab_size, sampling, params, earlier)
+        )
 
-    def _pieces(
-        self,
-        logits: npt.NDArray[np.float32],
-        sampler: Sampler,
-        tokenizer: Tokenizer,
-        max_tokens: int | None,
-        ignore_eos: bool,
-    ) -> Iterator[str]:
-        decoder = tokenizer.streaming_decoder()
-        count = 0
-        while max_tokens is None or count < max_tokens:
-            token = sampler.sample(logits[0], self._recent_ids[0], int(self._position[0]))
-            if not ignore_eos and token in self._manifest.model.eos_token_ids:
+    def _pieces(self, answer: Answer) -> Iterator[str]:
+        while answer.finish_reason is None:
+            token = answer.pick(self.logits[0], self._recent_ids[0], int(self._position[0]))
+            if token is None:
                 break
-            logits = self.step([token])
-            count += 1
-            if piece := decoder.push(token):
+            self.step([token])
+            if piece := answer.push(token):
                 yield piece
-        if rest := decoder.flush():
+        if rest := answer.flush():
             yield rest
 
     def close(self) -> None:
@@ -249,31 +352,109 @@ class Session:
             raise UsageError(problem("session", received="a closed one", expected="an open one", fix="load it again"))
         return self._backend
 
-    def _run(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """One token a stream, checked by the caller. ids: int64 [B]."""
+    def _kept(self) -> dict[str, np.ndarray]:
+        """What makes up the streams, by the names of a state file: the session's own arrays."""
         backend = self._loaded()
-        backend.ids[:, 0] = ids
+        return {**backend.states, "logits": backend.logits, "recent_ids": self._recent_ids, "position": self._position}
+
+    def _chosen(self, streams: Sequence[int] | None, *, damaged: bool = False) -> npt.NDArray[np.int64]:
+        """int64 [n]: the streams meant, all if None. `damaged` ones are refused unless allowed.
+
+        Raises: UsageError, StateError.
+        """
+        self._settle_chunk()
+        chosen = self._streams if streams is None else np.asarray(_integers(streams), dtype=np.int64).reshape(-1)
+        unknown = chosen[(chosen < 0) | (chosen >= self.batch)]
+        if unknown.size or not chosen.size or np.unique(chosen).size != chosen.size:
+            received = f"{list(chosen)}" if not unknown.size else f"stream {unknown[0]}"
+            raise UsageError(problem("streams", received=received, expected=f"some of 0 .. {self.batch - 1}, each once",
+                                     fix="use a stream of this bundle"))  # fmt: skip
+        if not damaged and (broken := self._damaged.intersection(chosen.tolist())):
+            raise StateError(
+                problem(f"stream {min(broken)}", received="one that an error cut short inside a chunk",
+                        expected="a whole stream", fix="reset it, or load a saved state")
+            )  # fmt: skip
+        return chosen
+
+    def _run(self, ids: npt.NDArray[np.int64], active: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """One token for each active stream, checked by the caller. ids, active: int64 [n].
+
+        The graph knows no idle streams. They take some token at the position that comes next: it lands in the slot
+        of the token that this very position evicts, which nothing reads any more, and is overwritten when the
+        position is really taken.
+        """
+        backend = self._loaded()
+        idle = np.delete(self._streams, active) if active.size < self.batch else active[:0]
+        kept_logits = backend.logits[idle]  # a copy
+        backend.ids[active, 0] = ids
         backend.position[...] = self._position
         backend.run()
-        self._recent_ids[self._streams, self._position % self.capacity] = ids
+        backend.logits[idle] = kept_logits
+        self._recent_ids[active, self._position[active] % self.capacity] = ids
         # Last: until here the token does not count, and running its position again overwrites all that it wrote.
-        self._position += 1
+        self._position[active] += 1
         return backend.logits
 
-    def _check_room(self, num_tokens: int) -> None:
+    def _run_chunks(
+        self, tokens: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], active: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Feed what chunks are good for. tokens: int64 [n, N]; counts, active: [n]. Returns how many were fed, [n].
+
+        A chunk costs the same however few tokens it holds, about as much as T / 8 steps; a shorter rest is left.
+        """
+        done = np.zeros_like(counts)
+        if self.chunk_size == 1:
+            return done
+        worthwhile = max(2, self.chunk_size // STEPS_OF_A_CHUNK)
+        for row, stream in enumerate(active.tolist()):
+            while (rest := int(counts[row] - done[row])) >= worthwhile:
+                size = min(rest, self.chunk_size)
+                self._run_chunk(stream, tokens[row, done[row] : done[row] + size])
+                done[row] += size
+        return done
+
+    def _run_chunk(self, stream: int, ids: npt.NDArray[np.int64]) -> None:
+        """One run of the prefill graph: 1 .. T tokens of one stream."""
+        backend, position = self._loaded(), int(self._position[stream])
+        backend.logits[stream, 0] = np.nan  # a run that has reached its end overwrites it
+        self._chunk = (stream, position, ids)
+        try:
+            backend.run_chunk(stream, ids, position)
+        finally:
+            self._settle_chunk()
+
+    def _settle_chunk(self) -> None:
+        """Count the tokens of a chunk that has run, whatever came after it; give up a stream whose chunk has not.
+
+        Unlike a step, a chunk overwrites tokens that it would read again. So one that was cut short cannot be
+        repeated, and an interrupt between the run and its bookkeeping must not lose that it has run.
+        """
+        if self._chunk is None or self._backend is None:
+            return
+        stream, position, ids = self._chunk
+        if np.isnan(self._backend.logits[stream, 0]):
+            self._damaged.add(stream)
+        else:
+            slots = np.arange(position, position + ids.size) % self.capacity
+            self._recent_ids[stream, slots] = ids
+            self._position[stream] = position + ids.size
+        self._chunk = None
+
+    def _check_room(self, active: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> None:
         limit = self._manifest.stream.position_limit
-        if int(self._position.max()) + num_tokens > limit:
-            raise UsageError(
-                problem("position", received=f"{int(self._position.max())} and {num_tokens} more tokens",
-                        expected=f"at most {limit} tokens in a stream", fix="reset the session")
-            )  # fmt: skip
+        for position, count in zip(self._position[active].tolist(), counts.tolist(), strict=True):
+            if position + count > limit:
+                raise UsageError(
+                    problem("position", received=f"{position} and {count} more tokens",
+                            expected=f"at most {limit} tokens in a stream", fix="reset the stream")
+                )  # fmt: skip
 
     def _checked(self, ids: npt.ArrayLike, shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
         array = _integers(ids)
         if array.shape != shape:
             raise UsageError(
                 problem("ids", received=f"{array.dtype} {list(array.shape)}", expected=f"integers {list(shape)}",
-                        fix="give each of the bundle's streams its tokens")
+                        fix="give each stream its tokens")
             )  # fmt: skip
         vocab_size = self._manifest.model.vocab_size
         outside = array[(array < 0) | (array >= vocab_size)]
@@ -285,7 +466,23 @@ class Session:
         return array.astype(np.int64, copy=False)
 
 
-def _integers(ids: npt.ArrayLike) -> np.ndarray:
+def _checked_counts(num_valid: npt.ArrayLike | None, rows: int, width: int) -> npt.NDArray[np.int64]:
+    """int64 [rows], each 1 .. width.
+
+    Raises: UsageError.
+    """
+    if num_valid is None:
+        return np.full(rows, width, dtype=np.int64)
+    counts = _integers(num_valid, "num_valid").reshape(-1)
+    if counts.shape != (rows,) or counts.min() < 1 or counts.max() > width:
+        raise UsageError(
+            problem("num_valid", received=counts.tolist(), expected=f"{rows} number(s) in 1 .. {width}",
+                    fix="leave a stream without tokens out of `streams`")
+        )  # fmt: skip
+    return counts.astype(np.int64, copy=False)
+
+
+def _integers(ids: npt.ArrayLike, what: str = "ids") -> np.ndarray:
     """An array of integers, of any shape; an empty list counts as one.
 
     Raises: UsageError.
@@ -299,5 +496,5 @@ def _integers(ids: npt.ArrayLike) -> np.ndarray:
             return array
         received = f"{array.dtype} {list(array.shape)}"
     raise UsageError(
-        problem("ids", received=received, expected="an array of integers", fix="convert them to token ids")
+        problem(what, received=received, expected="an array of integers", fix="convert them to integers")
     )

@@ -1,9 +1,10 @@
 """Save and load a session's stream as safetensors.
 
-A file holds every state tensor by its input name, `position` (int64 [B], tokens taken) and `recent_ids`
-(int64 [B, C], the ids of the last C tokens, that of token t at t mod C, -1 where there is none: sampling looks back
-at them). Its metadata name the format, its version and the bundle's fingerprint, so that a stream can never be
-continued with other weights or another cache geometry.
+A file holds every state tensor by its input name, `position` (int64 [B], tokens taken), `recent_ids` (int64 [B, C],
+the ids of the last C tokens, that of token t at t mod C, -1 where there is none: sampling looks back at them) and
+`logits` (float32 [B, vocab], of the token that comes next: an answer can go on where it was cut short). Its metadata
+name the format, its version and the bundle's fingerprint, so that a stream can never be continued with other weights
+or another cache geometry.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sinkrt.contract import Manifest
 from sinkrt.errors import StateError, UsageError, problem
 
 FORMAT = "sinkrt-state"
-VERSION = "1"
+VERSION = "2"
 _SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int8": "I8"}
 
 
@@ -35,6 +36,7 @@ def state_tensors(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], str]]:
         **{state.input: (state.shape, state.dtype) for state in manifest.states},
         "position": ((stream.batch,), "int64"),
         "recent_ids": ((stream.batch, stream.capacity), "int64"),
+        "logits": ((stream.batch, manifest.model.vocab_size), "float32"),
     }
 
 

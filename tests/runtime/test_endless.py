@@ -49,7 +49,7 @@ def test_a_state_is_written_in_place_in_one_slot(session: Session) -> None:
 def test_values_bound_are_the_arrays(session: Session) -> None:
     """ONNX Runtime's own view of every output is the session's array, state outputs included."""
     backend = session._backend
-    outputs: list[ort.OrtValue] = backend._binding.get_outputs()  # type: ignore[union-attr]
+    outputs: list[ort.OrtValue] = backend._step.binding.get_outputs()  # type: ignore[union-attr]
     own = {session.buffers["logits"].ctypes.data, *(b.ctypes.data for b in session.buffers.values())}
     assert len(outputs) == 5
     for value in outputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,7 @@ def test_a_failing_graph_is_one_line(session: Session, monkeypatch: pytest.Monke
         def run_with_iobinding(self, _binding: object) -> None:
             raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : node 7\nmore\nlines")
 
-    monkeypatch.setattr(backend, "_session", Broken())
+    monkeypatch.setattr(backend, "_step", dataclasses.replace(backend._step, session=Broken()))
     with pytest.raises(BackendError, match="node 7") as caught:
         session.step([1])
     assert_one_line(caught.value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sinkrt.backends.base import Backend, check_decode_graph
+from sinkrt.backends.base import Backend, check_graphs
 from sinkrt.contract import Manifest
 from sinkrt.errors import BackendError, UsageError, problem
 
@@ -28,12 +28,12 @@ def check_backend(name: str) -> None:
 
 
 def load_backend(name: str, bundle: Path, manifest: Manifest, threads: int | None) -> Backend:
-    """Load the decode graph of a bundle and allocate every buffer.
+    """Load the graphs of a bundle and allocate every buffer.
 
     Raises: UsageError, BackendError as `check_backend`; BundleError if the graph is not what a backend runs.
     """
     check_backend(name)
-    check_decode_graph(manifest)
+    check_graphs(manifest)
     from sinkrt.backends.ort import OrtBackend
 
     return OrtBackend(bundle, manifest, threads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,10 +12,10 @@ from sinkrt.errors import BundleError, problem
 
 
 class Backend(Protocol):
-    """A loaded decode graph with all of its buffers, allocated once.
+    """The loaded graphs of a bundle with all of their buffers, allocated once.
 
     ids: int64 [B, 1] and position: int64 [B], written by the session before `run`.
-    logits: float32 [B, vocab], overwritten by `run`.
+    logits: float32 [B, vocab], overwritten by `run`, and a row of it by `run_chunk`.
     states: the state tensors by input name; `run` changes them in place.
     """
 
@@ -38,21 +38,41 @@ class Backend(Protocol):
         """
         ...
 
+    def run_chunk(self, stream: int, ids: np.ndarray, position: int) -> None:
+        """Feed ids, int64 [n], 1 <= n <= chunk_size, to one stream, the first of them at `position`; writes its logits.
 
-def check_decode_graph(manifest: Manifest) -> None:
-    """The decode graph must be the one that `Backend` speaks of: these inputs and outputs and no others.
+        Raises: BackendError. The stream is lost then: what a chunk overwrites it would read again.
+        """
+        ...
+
+
+def check_graphs(manifest: Manifest) -> None:
+    """The graphs must be those that `Backend` speaks of: these inputs and outputs and no others.
+
+    decode: one token of each of the B streams. prefill: 1 .. T tokens of one stream, so that a stream that is long to
+    prefill costs the others nothing; it is there if T > 1.
 
     Raises: BundleError.
     """
-    graph, batch = manifest.graphs["decode"], manifest.stream.batch
-    inputs = (TensorSpec("ids", (batch, 1), "int64"), TensorSpec("position", (batch,), "int64"))
-    outputs = (TensorSpec("logits", (batch, manifest.model.vocab_size), "float32"),)
-    for kind, found, wanted in (("inputs", graph.inputs, inputs), ("outputs", graph.outputs, outputs)):
-        if sorted(found, key=lambda spec: spec.name) != list(wanted):
-            raise BundleError(
-                problem(f"{kind} of the decode graph", received=_shown(found), expected=_shown(wanted),
-                        fix="export the model again")
-            )  # fmt: skip
+    stream, vocab_size = manifest.stream, manifest.model.vocab_size
+    roles = {"decode": (stream.batch, 1), "prefill": (1, stream.chunk_size)}
+    if stream.chunk_size == 1:
+        del roles["prefill"]
+    if sorted(manifest.graphs) != sorted(roles):
+        raise BundleError(problem("graphs", received=", ".join(sorted(manifest.graphs)), expected=", ".join(roles),
+                                  fix="export the model again"))  # fmt: skip
+    for role, (batch, num_tokens) in roles.items():
+        graph = manifest.graphs[role]
+        inputs = [TensorSpec("ids", (batch, num_tokens), "int64"), TensorSpec("position", (batch,), "int64")]
+        if role == "prefill":
+            inputs.insert(1, TensorSpec("num_valid", (batch,), "int64"))
+        outputs = [TensorSpec("logits", (batch, vocab_size), "float32")]
+        for kind, found, wanted in (("inputs", graph.inputs, inputs), ("outputs", graph.outputs, outputs)):
+            if sorted(found, key=lambda spec: spec.name) != wanted:
+                raise BundleError(
+                    problem(f"{kind} of the {role} graph", received=_shown(found), expected=_shown(wanted),
+                            fix="export the model again")
+                )  # fmt: skip
     names = [name for state in manifest.states for name in (state.input, state.output)]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -61,5 +81,5 @@ def check_decode_graph(manifest: Manifest) -> None:
         )
 
 
-def _shown(specs: tuple[TensorSpec, ...]) -> str:
+def _shown(specs: Sequence[TensorSpec]) -> str:
     return ", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in specs) or "nothing"

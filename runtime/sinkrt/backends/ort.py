@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,35 +25,34 @@ _ORT_TYPES = {
 
 
 class OrtBackend:
-    """Implements `Backend`. Each state's input and output are one buffer, so TensorScatter writes one slot in place.
+    """Implements `Backend`. Each state's input and output are one buffer, so TensorScatter writes its slots in place.
 
     threads: of one operator; None leaves the choice to ONNX Runtime (all physical cores).
 
-    Raises: BundleError if the graph is unreadable or is not what the manifest says; BackendError if ONNX Runtime
+    Raises: BundleError if a graph is unreadable or is not what the manifest says; BackendError if ONNX Runtime
     cannot run it.
     """
 
     def __init__(self, bundle: Path, manifest: Manifest, threads: int | None) -> None:
+        self._states = {s.input: _zeros(TensorSpec(s.input, s.shape, s.dtype)) for s in manifest.states}
         graph = manifest.graphs["decode"]
-        self._session = _open(bundle / graph.file, threads)
-        state_inputs = [TensorSpec(s.input, s.shape, s.dtype) for s in manifest.states]
-        state_outputs = [TensorSpec(s.output, s.shape, s.dtype) for s in manifest.states]
-        _compare("input", self._session.get_inputs(), [*graph.inputs, *state_inputs])
-        _compare("output", self._session.get_outputs(), [*graph.outputs, *state_outputs])
-
-        self._arrays = {spec.name: _zeros(spec) for spec in (*graph.inputs, *graph.outputs, *state_inputs)}
-        self._binding = self._session.io_binding()
-        for spec in (*graph.inputs, *state_inputs):
-            self._binding.bind_ortvalue_input(spec.name, self._value(spec.name))
-        for spec in graph.outputs:
-            self._binding.bind_ortvalue_output(spec.name, self._value(spec.name))
-        for state in manifest.states:
-            self._binding.bind_ortvalue_output(state.output, self._value(state.input))
-        self._states = {state.input: self._arrays[state.input] for state in manifest.states}
+        self._arrays = {spec.name: _zeros(spec) for spec in (*graph.inputs, *graph.outputs)}
+        self._decode = _Graph(bundle, manifest, "decode", threads)
+        self._step = self._decode.bind({**self._arrays, **self._states})
+        self._chunks: list[_Binding] = []  # by stream
+        if prefill := manifest.graphs.get("prefill"):
+            self._prefill = _Graph(bundle, manifest, "prefill", threads)
+            self._chunk_inputs = {spec.name: _zeros(spec) for spec in prefill.inputs}
+            for stream in range(manifest.stream.batch):
+                rows = {"logits": self.logits, **self._states}  # the prefill graph sees one stream: a row of each
+                views = {name: array[stream : stream + 1] for name, array in rows.items()}
+                self._chunks.append(self._prefill.bind({**self._chunk_inputs, **views}))
         # ONNX Runtime allocates intermediate results in the first run: have that behind us when the stream starts.
         self.run()
-        for state_array in self._states.values():
-            state_array.fill(0)
+        for stream in range(len(self._chunks)):
+            self.run_chunk(stream, np.zeros(1, dtype=np.int64), 0)
+        for array in (self.logits, *self._states.values()):
+            array.fill(0)
 
     @property
     def ids(self) -> np.ndarray:
@@ -71,17 +71,62 @@ class OrtBackend:
         return self._states
 
     def run(self) -> None:
+        self._step.run()
+
+    def run_chunk(self, stream: int, ids: np.ndarray, position: int) -> None:
+        inputs = self._chunk_inputs
+        inputs["ids"][0, : ids.size] = ids
+        inputs["ids"][0, ids.size :] = 0  # any token: what is not valid is computed and dropped
+        inputs["position"][0], inputs["num_valid"][0] = position, ids.size
+        self._chunks[stream].run()
+
+
+class _Graph:
+    """One graph of the bundle, loaded."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, role: str, threads: int | None) -> None:
+        graph = manifest.graphs[role]
+        batch = graph.inputs[0].shape[0]
+        self._role, self._states, self._graph = role, manifest.states, graph
+        self._session = _open(bundle / graph.file, threads)
+        shapes = {state.input: (batch, *state.shape[1:]) for state in manifest.states}
+        state_inputs = [TensorSpec(s.input, shapes[s.input], s.dtype) for s in manifest.states]
+        state_outputs = [TensorSpec(s.output, shapes[s.input], s.dtype) for s in manifest.states]
+        _compare("input", self._session.get_inputs(), [*graph.inputs, *state_inputs])
+        _compare("output", self._session.get_outputs(), [*graph.outputs, *state_outputs])
+
+    def bind(self, arrays: Mapping[str, np.ndarray]) -> _Binding:
+        """Tie the graph to buffers: inputs and outputs by name, states by the names of their inputs."""
+        # An OrtValue over NumPy memory: no copy, the array and ONNX Runtime see the same bytes.
+        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+        binding = self._session.io_binding()
+        for spec in self._graph.inputs:
+            binding.bind_ortvalue_input(spec.name, values[spec.name])
+        for spec in self._graph.outputs:
+            binding.bind_ortvalue_output(spec.name, values[spec.name])
+        for state in self._states:
+            binding.bind_ortvalue_input(state.input, values[state.input])
+            binding.bind_ortvalue_output(state.output, values[state.input])
+        return _Binding(self._role, self._session, binding)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Binding:
+    """A graph with its buffers, ready to run any number of times."""
+
+    role: str
+    session: ort.InferenceSession
+    binding: ort.IOBinding
+
+    def run(self) -> None:
+        """Raises: BackendError."""
         try:
-            self._session.run_with_iobinding(self._binding)
+            self.session.run_with_iobinding(self.binding)
         except Exception as error:  # ONNX Runtime's errors have no common base but this
             raise BackendError(
-                problem("decode step", received=_first_line(error), expected="a run without error",
+                problem(f"{self.role} run", received=_first_line(error), expected="a run without error",
                         fix="reset or reload the session")
             ) from error  # fmt: skip
-
-    def _value(self, name: str) -> ort.OrtValue:
-        # An OrtValue over numpy memory: no copy, the array and ONNX Runtime see the same bytes.
-        return ort.OrtValue.ortvalue_from_numpy(self._arrays[name])
 
 
 def _open(path: Path, threads: int | None) -> ort.InferenceSession:

@@ -1,0 +1,150 @@
+"""One answer in the making: which token comes next, which text may be shown already, and when to stop.
+
+Knows nothing of sessions: a `Session` or a `Scheduler` asks it for a token, feeds that, and pushes it back for its
+text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from sinkrt.errors import UsageError, problem
+from sinkrt.sampler import Sampler, SamplingParams
+from sinkrt.text import Tokenizer
+
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
+"""Together they bound the text that is held back because it may become a stop sequence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerParams:
+    """How long an answer goes on.
+
+    max_tokens: None for no limit. stop: texts that end the answer, which does not show them.
+    ignore_eos: go on when the model ends its text.
+
+    Raises: UsageError.
+    """
+
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UsageError(problem("max_tokens", received=self.max_tokens, expected=">= 1",
+                                     fix="leave it out for all"))  # fmt: skip
+        if len(self.stop) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_CHARACTERS for text in self.stop):
+            raise UsageError(
+                problem("stop", received=f"{len(self.stop)} texts of {[len(text) for text in self.stop]} characters",
+                        expected=f"at most {MAX_STOPS} texts of 1 .. {MAX_STOP_CHARACTERS} characters",
+                        fix="leave empty ones out")
+            )  # fmt: skip
+
+
+class Answer:
+    """The state of one answer.
+
+    eos_token_ids: tokens that end the model's text. earlier: ids that the stream took just before, if the answer goes
+    on where another was cut short: a character that began in them is completed.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        eos_token_ids: Collection[int],
+        vocab_size: int,
+        sampling: SamplingParams,
+        params: AnswerParams,
+        earlier: Sequence[int] = (),
+    ) -> None:
+        self._sampler = Sampler(sampling, vocab_size)
+        self._decoder = tokenizer.streaming_decoder()
+        for token in earlier:
+            self._decoder.push(token)
+        self._matcher = StopMatcher(params.stop)
+        self._params = params
+        self._eos = frozenset(() if params.ignore_eos else eos_token_ids)
+        self._num_tokens = 0
+        self._finish_reason: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens pushed so far."""
+        return self._num_tokens
+
+    @property
+    def finish_reason(self) -> str | None:
+        """``stop``: the model ended its text or wrote a stop sequence; ``length``: max_tokens; None: it goes on."""
+        return self._finish_reason
+
+    def pick(self, logits: npt.NDArray[np.float32], recent: npt.NDArray[np.int64], position: int) -> int | None:
+        """The next token to feed, or None at the end of the text. Arguments as in `Sampler.sample`.
+
+        Raises: BackendError if the logits are not numbers.
+        """
+        token = self._sampler.sample(logits, recent, position)
+        if token in self._eos:
+            self._finish_reason = "stop"
+            return None
+        return token
+
+    def push(self, token: int) -> str:
+        """Count a token that was fed. Returns the text that it lets be shown, often none or more than one word."""
+        self._num_tokens += 1
+        piece = self._matcher.push(self._decoder.push(token))
+        if self._matcher.matched:
+            self._finish_reason = "stop"
+        elif self._num_tokens == self._params.max_tokens:
+            self._finish_reason = "length"
+        return piece
+
+    def flush(self) -> str:
+        """What was held back, once the answer is over."""
+        return self._matcher.flush(self._decoder.flush())
+
+
+class StopMatcher:
+    """Passes text on up to the first of some stop sequences, however it is cut into pieces.
+
+    Only an end that may become a stop sequence is held back, so at most the longest one less a character.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self._matched = False
+
+    @property
+    def matched(self) -> bool:
+        """Whether a stop sequence has come: nothing is passed on any more."""
+        return self._matched
+
+    def push(self, piece: str) -> str:
+        """Take a piece and return what may be shown."""
+        if self._matched or not piece:
+            return ""
+        text = self._held + piece
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self._matched, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self, piece: str = "") -> str:
+        """Take the last piece and return all that is left."""
+        text = self.push(piece)
+        held, self._held = self._held, ""
+        return text if self._matched else text + held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` begin `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
