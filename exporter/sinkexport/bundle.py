@@ -17,6 +17,9 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.graph.build import WEIGHTS_FILE
 
+SMALL_WEIGHT_BYTES = 2**20
+"""Larger constants must be shared between the graphs of a bundle."""
+
 PAGE_BYTES = 4096
 """Large weights start on a page, so that runtimes can map the file."""
 
@@ -57,6 +60,23 @@ def write_graph(model: ir.Model, folder: Path, file: str, progress: Callable[[in
         progress(info.index + 1, info.total)
 
     ir.save(model, folder / file, external_data=WEIGHTS_FILE, alignment=PAGE_BYTES, callback=report)
+
+
+def write_graph_with_weights_of(model: ir.Model, folder: Path, file: str, other: str) -> None:
+    """Write an ONNX file that reads its weights from those of another graph of the folder, by their names.
+
+    Raises: RuntimeError if a large weight is not there: it would be held twice.
+    """
+    written = ir.load(folder / other).graph.initializers
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        found = written.get(name)
+        shared = None if found is None else found.const_value
+        if isinstance(shared, ir.ExternalTensor) and (shared.dtype, shared.shape) == (value.dtype, value.shape):
+            value.const_value = shared
+        elif tensor is not None and tensor.nbytes > SMALL_WEIGHT_BYTES:
+            raise RuntimeError(f"weight '{name}' of {file} is not in {other}; this is a bug of the graph passes")
+    ir.save(model, folder / file)
 
 
 def write_tokenizer(tokenizer: Any | None, folder: Path) -> TokenizerFacts | None:

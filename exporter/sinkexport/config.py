@@ -11,6 +11,7 @@ WEIGHT_DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 DEFAULT_NUM_SINK_TOKENS = 4
 DEFAULT_WINDOW_SIZE = 1020
+DEFAULT_CHUNK_SIZE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,8 @@ class ExportConfig:
     num_sink_tokens: S >= 0, first tokens of a stream that are kept for ever (StreamingLLM, arXiv:2309.17453).
     window_size: W >= 1, most recent tokens kept.
     batch: B >= 1, streams decoded together, each with a position of its own.
+    chunk_size: T, tokens that the prefill graph takes in one run, 1 .. W; None: `DEFAULT_CHUNK_SIZE` or W, whichever
+    is less. 1: no prefill graph, half the time to export.
     dtype: ``fp32 | fp16``, of weights, arithmetic and cache.
 
     Raises: UsageError.
@@ -29,20 +32,33 @@ class ExportConfig:
     window_size: int = DEFAULT_WINDOW_SIZE
     batch: int = 1
     dtype: str = "fp32"
+    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         for name, option, low in (
             ("num_sink_tokens", "--sink-tokens", 0),
             ("window_size", "--window", 1),
             ("batch", "--batch", 1),
+            ("chunk_size", "--chunk", 1),
         ):
             value = getattr(self, name)
+            if name == "chunk_size" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise UsageError(problem(name, received=repr(value), expected=f"an integer >= {low}",
                                          fix=f"change {option}"))
         if self.dtype not in WEIGHT_DTYPES:
             raise UsageError(problem("dtype", received=repr(self.dtype), expected=" | ".join(WEIGHT_DTYPES),
                                      fix="change --dtype"))
+
+        if self.num_tokens_per_chunk > self.window_size:
+            raise UsageError(problem("chunk_size", received=self.chunk_size, expected=f"at most W = {self.window_size}",
+                                     fix="lower --chunk or raise --window"))
+
+    @property
+    def num_tokens_per_chunk(self) -> int:
+        """T, with the default filled in."""
+        return min(DEFAULT_CHUNK_SIZE, self.window_size) if self.chunk_size is None else self.chunk_size
 
     @property
     def capacity(self) -> int:

@@ -13,11 +13,18 @@ from sinkrt.contract import MANIFEST_NAME, SCHEMA_VERSION, Manifest, ModelFacts,
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import POSITION_LIMIT
 
-from sinkexport.bundle import hash_bundle, require_space, staged_bundle, write_graph, write_tokenizer
+from sinkexport.bundle import (
+    hash_bundle,
+    require_space,
+    staged_bundle,
+    write_graph,
+    write_graph_with_weights_of,
+    write_tokenizer,
+)
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.families import refusal_of_capacity
-from sinkexport.graph.build import build_graph
-from sinkexport.model.decoder import DecodeStep, trace
+from sinkexport.graph.build import BuiltGraph, build_graph
+from sinkexport.model.decoder import StreamStep, trace
 from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
 from sinkexport.progress import Report, silent
 from sinkexport.sources import LoadedModel, load_model, refuse_architecture
@@ -66,13 +73,18 @@ def export_loaded(
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
         report("probe", 0, 1)
         shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers)
-        report("trace", 0, 1)
-        decode = DecodeStep(model, config, shape, rotary).eval()
-        program = trace(decode)
-        report("convert", 0, 1)
-        built = build_graph(program, decode.state_kinds, shape.num_layers)
+        report("decode", 0, 1)
+        built = _build(loaded, config, shape, rotary, "decode", config.batch, 1)
+        graphs = {"decode": built.spec("decode.onnx")}
         write_graph(built.model, stage, "decode.onnx", lambda done, total: report("write", done, total))
-        onnx.checker.check_model(stage / "decode.onnx")
+        if (num_tokens := config.num_tokens_per_chunk) > 1:
+            report("prefill", 0, 1)
+            # Of one stream: a long prompt then costs the other streams nothing.
+            chunk = _build(loaded, config, shape, rotary, "prefill", 1, num_tokens)
+            graphs["prefill"] = chunk.spec("prefill.onnx")
+            write_graph_with_weights_of(chunk.model, stage, "prefill.onnx", "decode.onnx")
+        for graph in graphs.values():
+            onnx.checker.check_model(stage / graph.file)
         tokenizer = write_tokenizer(loaded.tokenizer, stage)
         report("hash", 0, 1)
         manifest = Manifest(
@@ -80,8 +92,8 @@ def export_loaded(
             target="onnx",
             weights_dtype=WEIGHT_DTYPES[config.dtype],
             model=_model_facts(loaded, shape, rotary, vocab_size=built.outputs[0].shape[-1]),
-            stream=StreamFacts(config.num_sink_tokens, config.window_size, config.batch, 1, POSITION_LIMIT),
-            graphs={"decode": built.spec("decode.onnx")},
+            stream=StreamFacts(config.num_sink_tokens, config.window_size, config.batch, num_tokens, POSITION_LIMIT),
+            graphs=graphs,
             states=built.states,
             tokenizer=tokenizer,
             files=hash_bundle(stage),
@@ -90,6 +102,19 @@ def export_loaded(
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     report("done", 1, 1)
     return manifest
+
+
+def _build(
+    loaded: LoadedModel,
+    config: ExportConfig,
+    shape: AttentionShape,
+    rotary: ModelRotary,
+    role: str,
+    batch: int,
+    num_tokens: int,
+) -> BuiltGraph:
+    step = StreamStep(loaded.model, config, shape, rotary, batch=batch, num_tokens=num_tokens).eval()
+    return build_graph(trace(step), role, step.state_kinds, shape.num_layers)
 
 
 def _check_model(model: Any, config: ExportConfig) -> None:

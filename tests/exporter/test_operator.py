@@ -25,11 +25,12 @@ class Operator(torch.nn.Module):
         self.register_buffer("frequency", torch.tensor([phase_frequency(float(f)) for f in inv_freq]))
         self.capacity, self.scale, self.softcap, self.interleaved = capacity, scale, softcap, interleaved
 
-    def forward(self, q, k, v, position, states):
+    def forward(self, q, k, v, position, states, num_valid=None):
+        num_tokens = q.shape[2]
         dim = 2 * self.frequency.shape[0]
         partial = dim if dim < q.shape[-1] else 0
-        cos, sin = stream_angles(position, self.frequency, 0)
-        shift = stream_angles(position, self.frequency, self.capacity - 1)
+        cos, sin = stream_angles(position, self.frequency, num_tokens, 0)
+        shift = stream_angles(position, self.frequency, num_tokens, self.capacity - 1)
         q, k = (
             torch.onnx.ops.rotary_embedding(x, cos, sin, interleaved=self.interleaved, rotary_embedding_dim=partial)
             for x in (q, k)
@@ -37,7 +38,7 @@ class Operator(torch.nn.Module):
         sinks = states[:2] if len(states) == 4 else [None, None]
         angles = shift if len(states) == 4 else (None, None)
         out = sink_attention(
-            q, k, v, *sinks, *states[-2:], position, *angles, self.scale, self.softcap, self.interleaved
+            q, k, v, *sinks, *states[-2:], position, *angles, num_valid, self.scale, self.softcap, self.interleaved
         )
         return [out[0], *(out[1:] if len(states) == 4 else out[3:])]
 
@@ -54,25 +55,18 @@ CASES = [
 ]
 
 
+FORMS = pytest.mark.parametrize("form", ["torch", "onnx"])
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("form", ["torch", "onnx"])
+@FORMS
 def test_against_oracle(case: tuple, form: str) -> None:
-    batch, num_q, num_kv, dim, rotary_dim, num_sinks, window, softcap, interleaved = case
-    capacity, scale = num_sinks + window, dim**-0.5
-    inv_freq = 10000.0 ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
-    oracle = SinkAttentionOracle(
-        batch=batch, num_sink_tokens=num_sinks, window_size=window, inv_freq=inv_freq, interleaved=interleaved,
-        scale=scale, softcap=softcap,
-    )  # fmt: skip
-    operator = Operator(inv_freq, capacity, scale, softcap, interleaved)
-    shapes = [(batch, num_kv, num_sinks, dim)] * 2 * bool(num_sinks) + [(batch, num_kv, window, dim)] * 2
-    states = [torch.zeros(shape) for shape in shapes]
-    step = operator if form == "torch" else _onnx_step(operator, case, states)
+    (batch, *_), (num_sinks, window) = case, case[5:7]
+    oracle, operator, states = _subject(case)
+    step = operator if form == "torch" else _onnx_form(operator, case, 1)
     random = np.random.default_rng(7)
-    for t in range(3 * capacity + 7):
-        q, k, v = (
-            2 * random.standard_normal((batch, heads, 1, dim)).astype(np.float32) for heads in (num_q, num_kv, num_kv)
-        )
+    for t in range(3 * (num_sinks + window) + 7):
+        q, k, v = _random_tokens(random, case, 1)
         want = oracle.step(q[:, :, 0], k[:, :, 0], v[:, :, 0])
         position = torch.full((batch,), t)
         with torch.no_grad():
@@ -80,11 +74,77 @@ def test_against_oracle(case: tuple, form: str) -> None:
         np.testing.assert_allclose(np.asarray(out)[:, :, 0], want, atol=2e-5, err_msg=f"t = {t}")
 
 
-def _onnx_step(operator: Operator, case: tuple, states: list[torch.Tensor]):
+CHUNKS = [
+    # T of each of CASES, and some where the sinks straddle chunks, T = W, and T = 2
+    *((case, min(case[6], 5)) for case in CASES if case[6] > 1),
+    ((2, 4, 2, 8, 8, 5, 6, 0.0, False), 2),
+    ((2, 4, 2, 8, 8, 7, 3, 0.0, False), 3),
+    ((3, 2, 2, 8, 8, 1, 16, 0.0, False), 16),
+    ((2, 4, 1, 8, 4, 0, 4, 2.0, True), 4),
+    ((4, 2, 1, 8, 8, 13, 5, 0.0, True), 4),
+]
+
+
+@pytest.mark.parametrize(("case", "num_tokens"), CHUNKS, ids=str)
+@FORMS
+@pytest.mark.parametrize("seed", [0, 1])
+def test_chunks_against_oracle(case: tuple, num_tokens: int, form: str, seed: int) -> None:
+    """Each stream takes 0 .. T tokens of every chunk, so that their positions drift apart; idle ones change nothing."""
+    (batch, *_), (num_sinks, window) = case, case[5:7]
+    oracle, operator, states = _subject(case)
+    chunk = operator if form == "torch" else _onnx_form(operator, case, num_tokens)
+    random = np.random.default_rng(seed)
+    position = np.zeros(batch, dtype=np.int64)
+    while position.min() < 6 * window + num_sinks + 7:
+        counts = random.integers(0, num_tokens + 1, batch)
+        if seed == 1:
+            counts[0] = num_tokens  # whole chunks only
+        q, k, v = _random_tokens(random, case, num_tokens)
+        before = [state.numpy().copy() for state in states]
+        with torch.no_grad():
+            out, *states = chunk(
+                *(torch.from_numpy(x) for x in (q, k, v)), torch.from_numpy(position), states, torch.from_numpy(counts)
+            )
+        for b in range(batch):
+            for i in range(counts[b]):
+                want = oracle.step_stream(b, q[b, :, i], k[b, :, i], v[b, :, i])
+                at = f"stream {b}, t = {position[b]} + {i}"
+                np.testing.assert_allclose(np.asarray(out)[b, :, i], want, atol=2e-5, err_msg=at)
+            if not counts[b]:
+                assert all(np.array_equal(old[b], new[b]) for old, new in zip(before, states, strict=True))
+        assert np.isfinite(np.asarray(out)).all()
+        position += counts
+
+
+def _subject(case: tuple) -> tuple[SinkAttentionOracle, Operator, list[torch.Tensor]]:
+    """Oracle, operator and empty states of a case."""
+    batch, _, num_kv, dim, rotary_dim, num_sinks, window, softcap, interleaved = case
+    inv_freq = 10000.0 ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
+    scale = dim**-0.5
+    oracle = SinkAttentionOracle(
+        batch=batch, num_sink_tokens=num_sinks, window_size=window, inv_freq=inv_freq, interleaved=interleaved,
+        scale=scale, softcap=softcap,
+    )  # fmt: skip
+    shapes = [(batch, num_kv, num_sinks, dim)] * 2 * bool(num_sinks) + [(batch, num_kv, window, dim)] * 2
+    operator = Operator(inv_freq, num_sinks + window, scale, softcap, interleaved)
+    return oracle, operator, [torch.zeros(shape) for shape in shapes]
+
+
+def _random_tokens(random: np.random.Generator, case: tuple, num_tokens: int) -> tuple[np.ndarray, ...]:
+    """q [B, Hq, T, D], k and v [B, Hkv, T, D]."""
     batch, num_q, num_kv, dim, *_ = case
-    q, k, v = torch.zeros(batch, num_q, 1, dim), torch.zeros(batch, num_kv, 1, dim), torch.zeros(batch, num_kv, 1, dim)
-    program = torch.export.export(operator, (q, k, v, torch.zeros(batch, dtype=torch.int64), states), strict=False)
-    model = _convert(program)
+    shapes = [(batch, heads, num_tokens, dim) for heads in (num_q, num_kv, num_kv)]
+    return tuple(2 * random.standard_normal(shape).astype(np.float32) for shape in shapes)
+
+
+def _onnx_form(operator: Operator, case: tuple, num_tokens: int):
+    """The operator as ONNX Runtime runs it, each state's input and output being one buffer."""
+    batch = case[0]
+    states = _subject(case)[2]
+    tokens = [torch.from_numpy(x) for x in _random_tokens(np.random.default_rng(0), case, num_tokens)]
+    num_valid = [] if num_tokens == 1 else [torch.ones(batch, dtype=torch.int64)]
+    arguments = (*tokens, torch.zeros(batch, dtype=torch.int64), states, *num_valid)
+    model = _convert(torch.export.export(operator, arguments, strict=False))
     fold_small_constants(model)
     expand_operators(model)
     common.NameFixPass()(model)
@@ -92,10 +152,18 @@ def _onnx_step(operator: Operator, case: tuple, states: list[torch.Tensor]):
     assert model.opset_imports == {"": OPSET}
     model.ir_version = IR_VERSION
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
-    names = [value.name for value in session.get_inputs()]
+    inputs, outputs = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
 
-    def step(q, k, v, position, states):
-        feeds = dict(zip(names, (x.numpy() for x in (q, k, v, position, *states)), strict=True))
-        return [torch.from_numpy(x) for x in session.run(None, feeds)]
+    def run(q, k, v, position, states, *num_valid):
+        binding = session.io_binding()
+        arrays = [x.numpy().copy() for x in (q, k, v, position, *states, *num_valid)]
+        for name, array in zip(inputs, arrays, strict=True):
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        own = arrays[4 : 4 + len(states)]
+        binding.bind_output(outputs[0])
+        for name, array in zip(outputs[1:], own, strict=True):
+            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
+        session.run_with_iobinding(binding)
+        return [torch.from_numpy(array) for array in (binding.get_outputs()[0].numpy(), *own)]
 
-    return step
+    return run

@@ -42,7 +42,7 @@ _ONNX_DTYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 
 @dataclasses.dataclass(frozen=True)
 class Toy:
-    """Geometry of a toy: S, W, B, query and key heads, head size D. `seed` draws the weights."""
+    """Geometry of a toy: S, W, B, query and key heads, head size D, chunk size T. `seed` draws the weights."""
 
     num_sink_tokens: int = 2
     window_size: int = 6
@@ -52,6 +52,7 @@ class Toy:
     head_dim: int = 8
     seed: int = 0
     position_limit: int = POSITION_LIMIT
+    chunk_size: int = 1
 
     @property
     def capacity(self) -> int:
@@ -99,14 +100,17 @@ def build_toy(folder: Path, toy: Toy | None = None, *, tokenizer: bool = True, c
     """Write a bundle and return its folder."""
     toy = toy or Toy()
     folder.mkdir(parents=True, exist_ok=True)
-    onnx.save(
-        _model(toy),
-        folder / "decode.onnx",
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location="weights.bin",
-        size_threshold=1024,  # shapes and other small constants must stay in the graph
-    )
+    for role, location in (("decode", "weights.bin"), ("prefill", "weights_prefill.bin")):
+        if role == "prefill" and toy.chunk_size == 1:
+            continue
+        onnx.save(
+            _model(toy, role),
+            folder / f"{role}.onnx",
+            save_as_external_data=True,
+            all_tensors_to_one_file=True,
+            location=location,
+            size_threshold=1024,  # shapes and other small constants must stay in the graph
+        )
     if tokenizer:
         toy_tokenizer().save(str(folder / "tokenizer.json"))
         if chat:
@@ -138,12 +142,8 @@ def toy_manifest(toy: Toy, tokenizer: TokenizerFacts | None, files: dict[str, Fi
             vocab_size=VOCAB_SIZE, num_parameters=sum(w.size for w in toy.weights().values()),
             position_scheme="none", bos_token_id=BOS, eos_token_ids=(EOS,),
         ),
-        stream=StreamFacts(toy.num_sink_tokens, toy.window_size, toy.batch, 1, toy.position_limit),
-        graphs={"decode": GraphSpec(
-            "decode.onnx", 1,
-            (TensorSpec("ids", (toy.batch, 1), "int64"), TensorSpec("position", (toy.batch,), "int64")),
-            (TensorSpec("logits", (toy.batch, VOCAB_SIZE), "float32"),),
-        )},
+        stream=StreamFacts(toy.num_sink_tokens, toy.window_size, toy.batch, toy.chunk_size, toy.position_limit),
+        graphs={role: _graph_spec(toy, role) for role in ("decode", "prefill")[: 1 + (toy.chunk_size > 1)]},
         states=tuple(
             StateSpec(0, kind, f"{kind}.0", f"{kind}.0.next", (toy.batch, toy.num_kv_heads, size, toy.head_dim),
                       "float32")
@@ -153,6 +153,14 @@ def toy_manifest(toy: Toy, tokenizer: TokenizerFacts | None, files: dict[str, Fi
         files=files,
         producer={"tests": "1"},
     )  # fmt: skip
+
+
+def _graph_spec(toy: Toy, role: str) -> GraphSpec:
+    batch, num_tokens = (toy.batch, 1) if role == "decode" else (1, toy.chunk_size)
+    inputs = [TensorSpec("ids", (batch, num_tokens), "int64"), TensorSpec("position", (batch,), "int64")]
+    if role == "prefill":
+        inputs.append(TensorSpec("num_valid", (batch,), "int64"))
+    return GraphSpec(f"{role}.onnx", num_tokens, tuple(inputs), (TensorSpec("logits", (batch, VOCAB_SIZE), "float32"),))
 
 
 def toy_tokenizer() -> tokenizers.Tokenizer:
@@ -200,14 +208,47 @@ class _Graph:
         return name
 
 
-def _model(toy: Toy) -> onnx.ModelProto:
+def _model(toy: Toy, role: str) -> onnx.ModelProto:
+    """decode: one token of each stream. prefill: T tokens of one stream, one after the other as decode does them."""
     g = _Graph()
-    sinks, window, batch, dim = toy.num_sink_tokens, toy.window_size, toy.batch, toy.head_dim
-    groups = toy.num_q_heads // toy.num_kv_heads
     for name, weight in toy.weights().items():
         g.constant(weight, np.float32, name)
+    spec = _graph_spec(toy, role)
+    batch = spec.inputs[0].shape[0]
+    kinds = [kind for kind, _ in _state_sizes(toy)]
+    states = {kind: f"{kind}.0" for kind in kinds}
+    if role == "decode":
+        logits, after = _step(g, toy, batch, "ids", "position", states)
+    else:
+        logits, after = g.constant(np.zeros((1, VOCAB_SIZE)), np.float32), states
+        for i in range(toy.chunk_size):
+            token = g.add("Gather", "ids", g.constant([i]), axis=1)
+            position = g.add("Add", "position", g.constant(i))
+            new_logits, new = _step(g, toy, batch, token, position, after)
+            counts = g.add("Less", g.constant([i]), "num_valid")  # [1]
+            logits = g.add("Where", counts, new_logits, logits)
+            after = {kind: g.add("Where", counts, new[kind], after[kind]) for kind in kinds}
+    for kind in kinds:
+        g.add("Identity", after[kind], output=f"{kind}.0.next")
+    g.add("Identity", logits, output="logits")
+    sizes = {f"{kind}.0": (batch, toy.num_kv_heads, size, toy.head_dim) for kind, size in _state_sizes(toy)}
+    graph = helper.make_graph(
+        g.nodes,
+        "toy",
+        [_value_info(s) for s in (*spec.inputs, *(TensorSpec(n, shape, "float32") for n, shape in sizes.items()))],
+        [_value_info(s) for s in (*spec.outputs, *(TensorSpec(f"{n}.next", x, "float32") for n, x in sizes.items()))],
+        g.constants,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
 
-    x = g.add("Gather", "embedding", "ids")  # [B, 1, E]
+
+def _step(
+    g: _Graph, toy: Toy, batch: int, ids: str, position: str, states: dict[str, str]
+) -> tuple[str, dict[str, str]]:
+    """One token [B, 1] of each stream: logits [B, V] and the states afterwards."""
+    sinks, window, dim = toy.num_sink_tokens, toy.window_size, toy.head_dim
+    groups = toy.num_q_heads // toy.num_kv_heads
+    x = g.add("Gather", "embedding", ids)  # [B, 1, E]
     # Query heads of one key head become rows of one matrix: [B, Hkv, G, D].
     q = g.add("Reshape", g.add("MatMul", x, "wq"), g.constant([batch, toy.num_kv_heads, groups, dim]))
     q = g.add("Mul", q, g.constant(1 / np.sqrt(dim), np.float32))
@@ -216,42 +257,29 @@ def _model(toy: Toy) -> onnx.ModelProto:
         for name in ("wk", "wv")
     )
 
-    after_sinks = g.add("Sub", "position", g.constant(sinks))  # [B]
+    after_sinks = g.add("Sub", position, g.constant(sinks))  # [B]
     slot = g.add("Mod", after_sinks, g.constant(window))  # floor: 0 .. W-1 while t < S too
-    keys, values, valid = [], [], []
-    t = g.add("Reshape", "position", g.constant([batch, 1, 1, 1]))
+    after, valid = {}, []
+    t = g.add("Reshape", position, g.constant([batch, 1, 1, 1]))
     if sinks:
         index = g.constant(np.arange(sinks).reshape(1, 1, sinks, 1))
         here = g.add("Equal", index, t)  # [B, 1, S, 1]
-        keys.append(g.add("Where", here, k, "sink_k.0", output="sink_k.0.next"))
-        values.append(g.add("Where", here, v, "sink_v.0", output="sink_v.0.next"))
+        after["sink_k"] = g.add("Where", here, k, states["sink_k"])
+        after["sink_v"] = g.add("Where", here, v, states["sink_v"])
         valid.append(g.add("LessOrEqual", g.constant(np.arange(sinks).reshape(1, 1, 1, sinks)), t))
-    keys.append(g.add("TensorScatter", "window_k.0", k, slot, output="window_k.0.next", axis=2, mode="linear"))
-    values.append(g.add("TensorScatter", "window_v.0", v, slot, output="window_v.0.next", axis=2, mode="linear"))
+    after["window_k"] = g.add("TensorScatter", states["window_k"], k, slot, axis=2, mode="linear")
+    after["window_v"] = g.add("TensorScatter", states["window_v"], v, slot, axis=2, mode="linear")
     count = g.add("Add", g.add("Reshape", after_sinks, g.constant([batch, 1, 1, 1])), g.constant(1))
     valid.append(g.add("Less", g.constant(np.arange(window).reshape(1, 1, 1, window)), count))  # [B, 1, 1, W]
 
-    key = g.add("Concat", *keys, axis=2)  # [B, Hkv, C, D]
-    value = g.add("Concat", *values, axis=2)
+    key = g.add("Concat", *(after[kind] for kind in after if kind.endswith("k")), axis=2)  # [B, Hkv, C, D]
+    value = g.add("Concat", *(after[kind] for kind in after if kind.endswith("v")), axis=2)
     scores = g.add("MatMul", q, g.add("Transpose", key, perm=[0, 1, 3, 2]))  # [B, Hkv, G, C]
     scores = g.add("Where", g.add("Concat", *valid, axis=3), scores, g.constant(-1e9, np.float32))
     attended = g.add("MatMul", g.add("Softmax", scores, axis=-1), value)  # [B, Hkv, G, D]
     flat = g.add("Reshape", attended, g.constant([batch, 1, toy.num_q_heads * dim]))
     logits = g.add("MatMul", g.add("Add", x, flat), "head")  # [B, 1, V]
-    g.add("Reshape", logits, g.constant([batch, VOCAB_SIZE]), output="logits")
-
-    manifest = toy_manifest(toy, None, {"decode.onnx": FileFacts(0, "0" * 64)})
-    states = [TensorSpec(s.input, s.shape, s.dtype) for s in manifest.states]
-    next_states = [TensorSpec(s.output, s.shape, s.dtype) for s in manifest.states]
-    decode = manifest.graphs["decode"]
-    graph = helper.make_graph(
-        g.nodes,
-        "toy",
-        [_value_info(spec) for spec in (*decode.inputs, *states)],
-        [_value_info(spec) for spec in (*decode.outputs, *next_states)],
-        g.constants,
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    return g.add("Reshape", logits, g.constant([batch, VOCAB_SIZE])), after
 
 
 def _value_info(spec: TensorSpec) -> onnx.ValueInfoProto:

@@ -13,9 +13,9 @@ from sinkexport.progress import shown_progress
 STAGES = {
     "load": "Loading the model",
     "probe": "Reading its attention",
-    "trace": "Tracing one decode step",
-    "convert": "Converting to ONNX",
+    "decode": "Building the decode graph",
     "write": "Writing weights",
+    "prefill": "Building the prefill graph",
     "hash": "Hashing files",
     "done": "Done",
 }
@@ -29,14 +29,16 @@ STAGES = {
 @click.option("--window", type=int, default=DEFAULT_WINDOW_SIZE, show_default=True, metavar="W",
               help="Most recent tokens that are kept.")  # fmt: skip
 @click.option("--batch", type=int, default=1, show_default=True, metavar="B", help="Streams decoded together.")
+@click.option("--chunk", type=int, metavar="N",
+              help="Tokens that prefill takes at once; 1: no prefill graph.  [default: 64, at most W]")  # fmt: skip
 @click.option("--dtype", type=click.Choice(sorted(WEIGHT_DTYPES)), default="fp32", show_default=True,
               help="Of weights, arithmetic and cache.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
 def command(
-    model: str, output: Path, sink_tokens: int, window: int, batch: int, dtype: str, overwrite: bool
+    model: str, output: Path, sink_tokens: int, window: int, batch: int, chunk: int | None, dtype: str, overwrite: bool
 ) -> None:
     """Export MODEL (a local directory, a .gguf file or a Hub id) to a bundle."""
-    config = ExportConfig(sink_tokens, window, batch, dtype)  # bad numbers are told before torch is loaded
+    config = ExportConfig(sink_tokens, window, batch, dtype, chunk)  # bad numbers are told before torch is loaded
     from sinkexport.pipeline import export
 
     start = time.perf_counter()
@@ -45,7 +47,7 @@ def command(
     facts = manifest.model
     click.echo(
         f"{output}: {facts.name} ({facts.num_parameters / 1e6:.0f}M parameters, {facts.num_layers} layers), "
-        f"S={sink_tokens} W={window} B={batch} {dtype}, "
+        f"S={sink_tokens} W={window} B={batch} T={manifest.stream.chunk_size} {dtype}, "
         f"{sum(f.bytes for f in manifest.files.values()) / 1e6:.0f} MB + {manifest.state_bytes / 1e6:.1f} MB state, "
         f"{time.perf_counter() - start:.1f} s"
     )

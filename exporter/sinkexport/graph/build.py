@@ -1,4 +1,4 @@
-"""Traced decode step -> the ONNX model of a bundle, by torch's converter and the passes of this package."""
+"""A traced run of a model -> an ONNX model of a bundle, by torch's converter and the passes of this package."""
 
 from __future__ import annotations
 
@@ -43,10 +43,13 @@ class BuiltGraph:
         return GraphSpec(file, known_shape(self.model.graph.inputs[0])[1], self.inputs, self.outputs)
 
 
-def build_graph(program: torch.export.ExportedProgram, state_kinds: Sequence[str], num_layers: int) -> BuiltGraph:
-    """Convert a traced decode step.
+def build_graph(
+    program: torch.export.ExportedProgram, role: str, state_kinds: Sequence[str], num_layers: int
+) -> BuiltGraph:
+    """Convert a traced run.
 
-    state_kinds: the states of one layer in the order of the trace's inputs.
+    role: ``decode`` or ``prefill``, the graph's name. state_kinds: the states of one layer in the order of the trace's
+    inputs: ids, position, the states, and num_valid if there is one.
 
     Raises: UsageError naming the torch operators that have no ONNX form.
     """
@@ -62,11 +65,10 @@ def build_graph(program: torch.export.ExportedProgram, state_kinds: Sequence[str
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
-    states = _name_tensors(model.graph, state_kinds, num_layers)
+    inputs, states = _name_tensors(model.graph, state_kinds, num_layers)
     common.NameFixPass()(model)
     common.TopologicalSortPass()(model)
-    model.ir_version, model.producer_name, model.graph.name = IR_VERSION, "sinkexport", "decode"
-    inputs = tuple(_spec(value) for value in model.graph.inputs[:2])
+    model.ir_version, model.producer_name, model.graph.name = IR_VERSION, "sinkexport", role
     outputs = tuple(_spec(value) for value in model.graph.outputs[:1])
     return BuiltGraph(model, inputs, outputs, states)
 
@@ -89,18 +91,24 @@ def _convert(program: torch.export.ExportedProgram) -> ir.Model:
     return converted.model
 
 
-def _name_tensors(graph: ir.Graph, state_kinds: Sequence[str], num_layers: int) -> tuple[StateSpec, ...]:
-    """Give inputs and outputs the names of the contract and list the states."""
-    ids, position, *states = graph.inputs
+def _name_tensors(
+    graph: ir.Graph, state_kinds: Sequence[str], num_layers: int
+) -> tuple[tuple[TensorSpec, ...], tuple[StateSpec, ...]]:
+    """Give inputs and outputs the names of the contract; list the inputs that are no states, and the states."""
+    num_states = len(state_kinds) * num_layers
+    ids, position, *rest = graph.inputs
+    states, num_valid = rest[:num_states], rest[num_states:]
     logits, *next_states = graph.outputs
     ids.name, position.name, logits.name = "ids", "position", "logits"
+    for value in num_valid:
+        value.name = "num_valid"
     names = [(layer, kind) for layer in range(num_layers) for kind in state_kinds]
     specs = []
     for (layer, kind), before, after in zip(names, states, next_states, strict=True):
         before.name, after.name = f"{kind}.{layer}", f"{kind}.{layer}.next"
         spec = _spec(before)
         specs.append(StateSpec(layer, kind, spec.name, after.name, spec.shape, spec.dtype))
-    return tuple(specs)
+    return tuple(_spec(value) for value in (ids, position, *num_valid)), tuple(specs)
 
 
 def _spec(value: ir.Value) -> TensorSpec:

@@ -9,11 +9,13 @@ import onnx_ir as ir
 
 from sinkexport.graph.edit import constant, known_shape, typed
 
+_COMPARISONS = frozenset(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
+
 
 class Builder:
     """Collects nodes in order; the caller inserts them.
 
-    Element-wise results take the broadcast shape of their inputs and the type of the first.
+    Element-wise results take the broadcast shape of their inputs and the type of the first; comparisons are bool.
     """
 
     def __init__(self, graph: ir.Graph) -> None:
@@ -33,7 +35,9 @@ class Builder:
         self.nodes.append(node)
         if shape is None:
             shape = np.broadcast_shapes(*(known_shape(value) for value in inputs))
-        return typed(node.outputs[0], shape, dtype or inputs[0].dtype)
+        if dtype is None:
+            dtype = ir.DataType.BOOL if op_type in _COMPARISONS else inputs[0].dtype
+        return typed(node.outputs[0], shape, dtype)
 
     def split(self, value: ir.Value, sizes: Sequence[int], axis: int) -> list[ir.Value]:
         """Cut `value` along `axis` into pieces of `sizes`."""
@@ -62,6 +66,10 @@ class Builder:
     def ints(self, values: Sequence[int] | int | np.ndarray, hint: str) -> ir.Value:
         """An int64 constant."""
         return constant(self.graph, np.asarray(values, dtype=np.int64), hint)
+
+    def bools(self, values: np.ndarray, hint: str) -> ir.Value:
+        """A constant of truth values."""
+        return constant(self.graph, values, hint)
 
     def scalar(self, value: float, dtype: ir.DataType | None) -> ir.Value:
         """A floating-point constant of shape []."""

@@ -61,12 +61,16 @@ def lazy_weight(
     return value
 
 
-def replace_node(node: ir.Node, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> None:
-    """Put `nodes` in the place of `node`, whose outputs `outputs` take over (graph outputs included)."""
+def replace_node(node: ir.Node, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value | None]) -> None:
+    """Put `nodes` in the place of `node`, whose outputs `outputs` take over (graph outputs included).
+
+    None: an output that nothing reads, which vanishes with the node.
+    """
     graph = node.graph
     if not isinstance(graph, ir.Graph):
         raise ValueError(f"'{node.name}' is not in a graph")
     graph.insert_before(node, list(nodes))
     for old, new in zip(node.outputs, outputs, strict=True):
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        if new is not None:
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     graph.remove(node, safe=True)

@@ -47,6 +47,7 @@ def schemas() -> Mapping[str, onnx.defs.OpSchema]:
             *optional,
             _Parameter("position", "tensor(int64)"),
             *(_Parameter(name, "T", "", param_option=_Option.Optional) for name in ("shift_cos", "shift_sin")),
+            _Parameter("num_valid", "tensor(int64)", "", param_option=_Option.Optional),
         ],
         ["out", "next_sink_k", "next_sink_v", "next_window_k", "next_window_v"],
         "T",
@@ -57,7 +58,7 @@ def schemas() -> Mapping[str, onnx.defs.OpSchema]:
         [_Parameter("position", "tensor(int64)"), _Parameter("frequency", "tensor(int64)")],
         ["cos", "sin"],
         "tensor(float)",
-        {"behind": kinds.INT},
+        {"num_tokens": kinds.INT, "behind": kinds.INT},
     )
     return {SINK_ATTENTION: sink_attention, STREAM_ANGLES: stream_angles}
 
@@ -70,15 +71,15 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     def translate_attention(
         q: Any, k: Any, v: Any, sink_k: Any, sink_v: Any, window_k: Any, window_v: Any, position: Any,
-        shift_cos: Any, shift_sin: Any, scale: float, softcap: float, interleaved: bool,
+        shift_cos: Any, shift_sin: Any, num_valid: Any, scale: float, softcap: float, interleaved: bool,
     ) -> Any:  # fmt: skip
         return attention(
-            q, k, v, sink_k, sink_v, window_k, window_v, position, shift_cos, shift_sin,
+            q, k, v, sink_k, sink_v, window_k, window_v, position, shift_cos, shift_sin, num_valid,
             scale=scale, softcap=softcap, interleaved=int(interleaved),
         )  # fmt: skip
 
-    def translate_angles(position: Any, frequency: Any, behind: int) -> Any:
-        return angles(position, frequency, behind=behind)
+    def translate_angles(position: Any, frequency: Any, num_tokens: int, behind: int) -> Any:
+        return angles(position, frequency, num_tokens=num_tokens, behind=behind)
 
     return {
         torch.ops.sinkexport.sink_attention.default: translate_attention,

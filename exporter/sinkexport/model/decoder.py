@@ -1,4 +1,4 @@
-"""One decode step of a Hugging Face model over explicit state tensors, as a module that can be traced.
+"""T tokens of a Hugging Face model over explicit state tensors, as a module that can be traced.
 
 The model's own code runs unchanged; only two things are swapped for the length of a trace. Its rotary embedding
 hands out cos = 1 and sin = 0 (so the model's rotation is the identity, which `fold_rotation` removes from the
@@ -36,19 +36,31 @@ IGNORED_ARGUMENTS = frozenset(
 )  # fmt: skip
 
 
-class DecodeStep(torch.nn.Module):
-    """``forward(ids, position, states) -> (logits, next states)``, one token a stream.
+class StreamStep(torch.nn.Module):
+    """``forward(ids, position, states, num_valid) -> (logits, next states)``: T tokens of each of B streams.
 
-    ids: int64 [B, 1]. position: int64 [B]. states: layer by layer, in the order of ``state_kinds``.
-    logits: float32 [B, vocab].
+    ids: int64 [B, T]. position: int64 [B], of the first token. states: layer by layer, in the order of ``state_kinds``.
+    num_valid: int64 [B], how many of the T tokens count; left out if T = 1.
+    logits: float32 [B, vocab], after the last token that counts.
     """
 
-    def __init__(self, model: Any, config: ExportConfig, shape: AttentionShape, rotary: ModelRotary) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: ExportConfig,
+        shape: AttentionShape,
+        rotary: ModelRotary,
+        *,
+        batch: int,
+        num_tokens: int,
+    ) -> None:
         super().__init__()
         self.model = model
         self.config = config
         self.shape = shape
         self.rotary = rotary
+        self.batch = batch
+        self.num_tokens = num_tokens
         self.register_buffer("frequency", rotary.frequency, persistent=False)
 
     @property
@@ -59,30 +71,44 @@ class DecodeStep(torch.nn.Module):
     def state_shape(self, kind: str) -> tuple[int, int, int, int]:
         """[B, Hkv, S or W, D] of one state tensor."""
         length = self.config.num_sink_tokens if kind.startswith("sink") else self.config.window_size
-        return (self.config.batch, self.shape.num_kv_heads, length, self.shape.head_dim)
+        return (self.batch, self.shape.num_kv_heads, length, self.shape.head_dim)
 
     def forward(
-        self, ids: torch.Tensor, position: torch.Tensor, states: list[torch.Tensor]
+        self,
+        ids: torch.Tensor,
+        position: torch.Tensor,
+        states: list[torch.Tensor],
+        num_valid: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        step = _Step(self, position, states)
-        with intercept_attention(self.model, step.attend):
+        step = _Step(self, position, states, num_valid)
+        with intercept_attention(self.model, step.attend), _only_last_token(self.model, num_valid):
             # position_ids reach the model only so that `_refuse_other_uses_of_position` can see who reads them.
-            output = self.model(input_ids=ids, position_ids=position[:, None], use_cache=False)
-        return output.logits[:, -1].to(torch.float32), step.next_states
+            positions = position[:, None] + torch.arange(self.num_tokens)  # [B, T]
+            output = self.model(input_ids=ids, position_ids=positions, use_cache=False)
+        logits = output.logits if output.logits.shape[1] == 1 else _last_token(output.logits, num_valid)
+        return logits[:, 0].to(torch.float32), step.next_states
 
 
 class _Step:
     """What the attention calls of one forward pass share."""
 
-    def __init__(self, decode: DecodeStep, position: torch.Tensor, states: list[torch.Tensor]) -> None:
-        self._decode = decode
+    def __init__(
+        self,
+        stream: StreamStep,
+        position: torch.Tensor,
+        states: list[torch.Tensor],
+        num_valid: torch.Tensor | None,
+    ) -> None:
+        self._stream = stream
         self._position = position
-        per_layer = len(decode.state_kinds)
+        self._num_valid = num_valid
+        per_layer = len(stream.state_kinds)
         self._states = [states[i : i + per_layer] for i in range(0, len(states), per_layer)]
         self._next: list[list[torch.Tensor] | None] = [None] * len(self._states)
-        frequency = decode.get_buffer("frequency")
-        self._cos, self._sin = stream_angles(position, frequency, 0)  # [B, 1, R/2]
-        self._shift_cos, self._shift_sin = stream_angles(position, frequency, decode.config.capacity - 1)
+        frequency, num_tokens = stream.get_buffer("frequency"), stream.num_tokens
+        self._cos, self._sin = stream_angles(position, frequency, num_tokens, 0)  # [B, T, R/2]
+        behind = stream.config.capacity - 1
+        self._shift_cos, self._shift_sin = stream_angles(position, frequency, num_tokens, behind)
 
     @property
     def next_states(self) -> list[torch.Tensor]:
@@ -102,10 +128,10 @@ class _Step:
         sliding_window: int | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
-        """transformers' attention interface: q [B, Hq, 1, D], k and v [B, Hkv, 1, D] -> [B, 1, Hq, D]."""
-        config, layer = self._decode.config, int(module.layer_idx)
+        """transformers' attention interface: q [B, Hq, T, D], k and v [B, Hkv, T, D] -> [B, T, Hq, D]."""
+        config, layer = self._stream.config, int(module.layer_idx)
         _refuse_arguments(layer, config, sliding_window, others)
-        spec = self._decode.rotary.layers[layer]
+        spec = self._stream.rotary.layers[layer]
         shift = (None, None)
         if spec.rotary_dim:
             q, k = (self._rotated(x, layer) for x in (q, k))
@@ -114,14 +140,14 @@ class _Step:
         sinks = states[:2] if config.num_sink_tokens else [None, None]
         out, *updated = sink_attention(
             q, k, v, *sinks, *states[-2:], self._position,
-            *(shift if config.num_sink_tokens else (None, None)),
+            *(shift if config.num_sink_tokens else (None, None)), self._num_valid,
             float(scaling if scaling is not None else q.shape[-1] ** -0.5), float(softcap or 0.0), spec.interleaved,
         )  # fmt: skip
         self._next[layer] = updated if config.num_sink_tokens else updated[2:]
-        return out.transpose(1, 2), None  # [B, 1, Hq, D]
+        return out.transpose(1, 2), None  # [B, T, Hq, D]
 
     def _rotated(self, x: torch.Tensor, layer: int) -> torch.Tensor:
-        spec, scaling = self._decode.rotary.layers[layer], self._decode.rotary.scaling
+        spec, scaling = self._stream.rotary.layers[layer], self._stream.rotary.scaling
         cos, sin = self._cos, self._sin
         if scaling != 1.0:
             cos, sin = cos * scaling, sin * scaling
@@ -131,19 +157,45 @@ class _Step:
         )
 
 
-def trace(decode: DecodeStep) -> torch.export.ExportedProgram:
-    """Trace one decode step, with the model's own rotation folded away. Parameters are not copied.
+@contextlib.contextmanager
+def _only_last_token(model: Any, num_valid: torch.Tensor | None) -> Iterator[None]:
+    """The output projection sees the last token that counts and no other: it is a fifth of a small model's work."""
+    head = model.get_output_embeddings()
+    if num_valid is None or head is None:
+        yield
+        return
+
+    def narrow(_module: Any, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (_last_token(arguments[0], num_valid),)
+
+    hook = head.register_forward_pre_hook(narrow)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _last_token(values: torch.Tensor, num_valid: torch.Tensor | None) -> torch.Tensor:
+    """values [B, T, N] of the last token that counts: [B, 1, N]."""
+    if num_valid is None:
+        return values[:, -1:]
+    last = (num_valid - 1).clamp(min=0)[:, None, None].expand(-1, 1, values.shape[-1])
+    return values.gather(1, last)
+
+
+def trace(stream: StreamStep) -> torch.export.ExportedProgram:
+    """Trace one run, with the model's own rotation folded away. Parameters are not copied.
 
     Raises: UsageError if the model reads positions anywhere but in its rotary embedding.
     """
-    config = decode.config
-    ids = torch.zeros(config.batch, 1, dtype=torch.int64)
-    position = torch.zeros(config.batch, dtype=torch.int64)
-    dtype = next(decode.model.parameters()).dtype
-    kinds = decode.state_kinds * decode.shape.num_layers
-    states = [torch.zeros(decode.state_shape(kind), dtype=dtype) for kind in kinds]
-    with torch.no_grad(), _identity_rotation(decode, dtype):
-        program = torch.export.export(decode, (ids, position, states), strict=False)
+    ids = torch.zeros(stream.batch, stream.num_tokens, dtype=torch.int64)
+    position = torch.zeros(stream.batch, dtype=torch.int64)
+    dtype = next(stream.model.parameters()).dtype
+    kinds = stream.state_kinds * stream.shape.num_layers
+    states = [torch.zeros(stream.state_shape(kind), dtype=dtype) for kind in kinds]
+    num_valid = () if stream.num_tokens == 1 else (torch.ones_like(position),)
+    with torch.no_grad(), _identity_rotation(stream, dtype):
+        program = torch.export.export(stream, (ids, position, states, *num_valid), strict=False)
     fold_rotation(program)
     _refuse_other_uses_of_position(program)
     return program
@@ -167,11 +219,11 @@ def _refuse_other_uses_of_position(program: torch.export.ExportedProgram) -> Non
 
 
 @contextlib.contextmanager
-def _identity_rotation(decode: DecodeStep, dtype: torch.dtype) -> Iterator[None]:
-    name, _ = find_rotary(decode.model)
-    ones = lay_out(torch.ones(decode.config.batch, 1, decode.rotary.frequency.numel(), dtype=dtype),
-                   decode.rotary.cos_layout)
-    with replaced_module(decode.model, name, HandedOutRotary(ones, torch.zeros_like(ones))):
+def _identity_rotation(stream: StreamStep, dtype: torch.dtype) -> Iterator[None]:
+    name, _ = find_rotary(stream.model)
+    shape = (stream.batch, stream.num_tokens, stream.rotary.frequency.numel())
+    ones = lay_out(torch.ones(shape, dtype=dtype), stream.rotary.cos_layout)
+    with replaced_module(stream.model, name, HandedOutRotary(ones, torch.zeros_like(ones))):
         yield
 
 

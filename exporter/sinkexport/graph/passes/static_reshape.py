@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from sinkexport.graph.edit import constant, known_shape, static_shape, typed
+from sinkexport.graph.builder import Builder
+from sinkexport.graph.edit import known_shape, replace_node, static_shape
 
 _VIEWS = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Identity", "Expand"))
 
@@ -54,10 +55,7 @@ def _replace_by_view(graph: ir.Graph, node: ir.Node, source: ir.Value) -> None:
         ir.convenience.replace_all_uses_with(result, source)
         graph.remove(node, safe=True)
         return
-    target = constant(graph, np.array(shape, dtype=np.int64), "shape")
-    view = ir.node("Reshape", [source, target], name=node.name)
-    typed(view.outputs[0], shape, result.dtype)
-    view.outputs[0].name = result.name
-    graph.insert_before(node, view)
-    ir.convenience.replace_all_uses_with(result, view.outputs[0], replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    b = Builder(graph)
+    view = b.op("Reshape", [source, b.ints(shape, "shape")], shape, result.dtype)
+    view.name = result.name
+    replace_node(node, b.nodes, [view])

@@ -12,7 +12,8 @@ from collections import defaultdict
 import numpy as np
 import onnx_ir as ir
 
-from sinkexport.graph.edit import constant, is_weight, known_shape, lazy_weight, typed
+from sinkexport.graph.builder import Builder
+from sinkexport.graph.edit import is_weight, known_shape, lazy_weight, replace_node
 
 
 def fold_weight_transposes(model: ir.Model) -> None:
@@ -56,17 +57,10 @@ def _use_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
     if x is None:
         raise ValueError(f"MatMul '{matmul.name}' without an input")
     *_, depth = known_shape(x)
-    rows = int(np.prod(known_shape(x))) // depth
-    width = known_shape(weight)[0]
-    flat = ir.node("Reshape", [x, constant(graph, np.array([rows, depth]), "shape")])
-    typed(flat.outputs[0], (rows, depth), x.dtype)
-    gemm = ir.node("Gemm", [flat.outputs[0], weight], {"transB": 1}, name=matmul.name)
-    typed(gemm.outputs[0], (rows, width), x.dtype)
-    view = ir.node("Reshape", [gemm.outputs[0], constant(graph, np.array(known_shape(result)), "shape")])
-    typed(view.outputs[0], known_shape(result), x.dtype)
-    graph.insert_before(matmul, [flat, gemm, view])
-    ir.convenience.replace_all_uses_with(result, view.outputs[0], replace_graph_outputs=True)
-    graph.remove(matmul, safe=True)
+    rows, width = int(np.prod(known_shape(x))) // depth, known_shape(weight)[0]
+    b = Builder(graph)
+    product = b.op("Gemm", [b.reshape(x, (rows, depth)), weight], (rows, width), transB=1)
+    replace_node(matmul, b.nodes, [b.reshape(product, known_shape(result))])
 
 
 def merge_projections(model: ir.Model) -> None:
@@ -91,27 +85,19 @@ def _merge(graph: ir.Graph, x: ir.Value, matmuls: list[ir.Node]) -> None:
     widths = [known_shape(w)[1] for w in weights]
     results = [node.outputs[0] for node in matmuls]
     additions = [_bias_addition(result) for result in results]
-    merged = _joined(graph, weights)
-    product = ir.node("MatMul", [x, merged], name=matmuls[0].name)
-    shape = (*known_shape(x)[:-1], sum(widths))
-    nodes, value = [product], typed(product.outputs[0], shape, x.dtype)
+    b = Builder(graph)
+    value = b.matmul(x, _joined(graph, weights))
+    replaced = list(matmuls)
     if all(addition is not None for addition in additions):
         biases = [bias for addition in additions if (bias := _weight_operand(addition)) is not None]
-        bias = _joined(graph, biases)
-        nodes.append(ir.node("Add", [value, bias]))
-        value = typed(nodes[-1].outputs[0], shape, x.dtype)
-        results = [addition.outputs[0] for addition in additions]  # type: ignore[union-attr]
-        replaced = [*matmuls, *additions]
-    else:
-        replaced = list(matmuls)
-    sizes = constant(graph, np.array(widths, dtype=np.int64), "split")
-    split = ir.node("Split", [value, sizes], {"axis": -1}, num_outputs=len(widths))
-    for part, result in zip(split.outputs, results, strict=True):
-        typed(part, known_shape(result), x.dtype)
-    graph.insert_before(matmuls[0], [*nodes, split])
-    for part, result in zip(split.outputs, results, strict=True):
+        value = b.op("Add", [value, _joined(graph, biases)])
+        results = [addition.outputs[0] for addition in additions if addition is not None]
+        replaced += [addition for addition in additions if addition is not None]
+    parts = b.split(value, widths, -1)
+    graph.insert_before(matmuls[0], b.nodes)
+    for part, result in zip(parts, results, strict=True):
         ir.convenience.replace_all_uses_with(result, part, replace_graph_outputs=True)
-    graph.remove([node for node in reversed(replaced) if node is not None], safe=True)
+    graph.remove(list(reversed(replaced)), safe=True)
 
 
 def _bias_addition(product: ir.Value) -> ir.Node | None:

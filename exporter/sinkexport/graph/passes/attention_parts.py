@@ -1,0 +1,92 @@
+"""What the two portable forms of SinkAttention have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from sinkexport.graph.builder import Builder
+from sinkexport.graph.edit import known_shape
+
+
+class PerRun:
+    """Values that depend on positions alone: computed once a run and shared by all layers."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._values: dict[object, ir.Value] = {}
+
+    def once(self, key: object, before: ir.Node, build: Callable[[Builder], ir.Value]) -> ir.Value:
+        """Build a value the first time that it is asked for, before the first node that needs it."""
+        if key not in self._values:
+            b = Builder(self._graph)
+            value = build(b)
+            self._graph.insert_before(before, b.nodes)
+            self._values[key] = value
+        return self._values[key]
+
+
+class AttentionParts:
+    """One SinkAttention node about to be expanded, and its pieces that do not depend on the number of tokens.
+
+    batch, num_q_heads, num_tokens, head_dim: B, Hq, T, D. num_kv_heads, group: Hkv, Hq / Hkv.
+    num_sinks, window_size: S, W. b: collects the new nodes.
+    """
+
+    def __init__(self, graph: ir.Graph, node: ir.Node, per_run: PerRun) -> None:
+        self.node, self.b, self._per_run = node, Builder(graph), per_run
+        self.q, self.k, self.v = (operand(node, i) for i in range(3))
+        self.batch, self.num_q_heads, self.num_tokens, self.head_dim = known_shape(self.q)
+        self.num_kv_heads = known_shape(self.k)[1]
+        self.group = self.num_q_heads // self.num_kv_heads
+        self.window_size = known_shape(operand(node, 5))[2]
+        self.num_sinks = known_shape(operand(node, 3))[2] if optional(node, 3) is not None else 0
+        self.position = operand(node, 7)
+
+    def once(self, name: str, build: Callable[[Builder], ir.Value]) -> ir.Value:
+        """A value that all layers of the same geometry share."""
+        geometry = (self.num_sinks, self.window_size, self.num_kv_heads, self.group, self.q.dtype)
+        return self._per_run.once((name, self.position, geometry), self.node, build)
+
+    def scaled(self, q: ir.Value) -> ir.Value:
+        """q times the attention's scale."""
+        return self.b.op("Mul", [q, self.b.scalar(self.node.attributes["scale"].as_float(), q.dtype)])
+
+    def turned_back(self, q: ir.Value) -> ir.Value:
+        """The query as the sinks see it, R(-shift) q; q itself in a layer without positions."""
+        cos, sin = optional(self.node, 8), optional(self.node, 9)
+        if cos is None or sin is None:
+            return q
+        minus_sin = self._per_run.once(("minus", sin), self.node, lambda b: b.op("Neg", [sin]))
+        rotary_dim = 2 * known_shape(cos)[-1]
+        return self.b.op(
+            "RotaryEmbedding", [q, cos, minus_sin], known_shape(q),
+            interleaved=self.node.attributes["interleaved"].as_int(),
+            rotary_embedding_dim=rotary_dim if rotary_dim < self.head_dim else 0,
+        )  # fmt: skip
+
+    def softcapped(self, logits: ir.Value) -> ir.Value:
+        """``cap * tanh(logits / cap)`` if there is a cap."""
+        cap = self.node.attributes["softcap"].as_float()
+        if not cap:
+            return logits
+        b = self.b
+        squashed = b.op("Tanh", [b.op("Mul", [logits, b.scalar(1.0 / cap, logits.dtype)])])
+        return b.op("Mul", [squashed, b.scalar(cap, logits.dtype)])
+
+
+def optional(node: ir.Node, index: int) -> ir.Value | None:
+    """An input that may be absent; trailing absent ones are not even listed."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def operand(node: ir.Node, index: int) -> ir.Value:
+    """An input that must be there.
+
+    Raises: ValueError.
+    """
+    value = optional(node, index)
+    if value is None:
+        raise ValueError(f"{node.op_type} '{node.name}' has no input {index}")
+    return value

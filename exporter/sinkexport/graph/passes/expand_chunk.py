@@ -1,0 +1,198 @@
+"""SinkAttention over a chunk of T <= W tokens a stream, in standard operators: exactly T single tokens.
+
+Early tokens of a chunk still need keys that later ones evict. So the rows that the chunk evicts are taken out first,
+then the chunk is written, and attention reads three parts: sinks, window and evicted rows, each entry masked by the
+distance that DESIGN's definition gives it. A token that does not count (num_valid) writes back the row that it found.
+
+This order is carried by data alone: what is written depends on what was taken out, and attention reads what was
+written. So it is safe that a state's input and output are one buffer, whatever order a runtime chooses.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import onnx_ir as ir
+
+from sinkexport.graph.builder import Builder
+from sinkexport.graph.edit import known_shape, replace_node
+from sinkexport.graph.passes.attention_parts import AttentionParts, operand
+
+
+class ChunkAttention(AttentionParts):
+    """Expands one node with T > 1. t: position of a token; p: position of the first; n: num_valid."""
+
+    def expand(self) -> None:
+        b, rows = self.b, self.group * self.num_tokens
+        sinks, window, evicted = self._write()
+        q = self.scaled(self.q)
+        parts = [(q, *window), (q, *evicted)]
+        if sinks:
+            # A sink inside this very chunk is at its true distance, which a shift of 0 gives: t <= S + W - 2 = C - 2.
+            parts.insert(0, (self.turned_back(q), *sinks))
+        heads = (self.batch, self.num_kv_heads)
+        lengths = [known_shape(keys)[2] for _, keys, _ in parts]
+        entries = sum(lengths)
+        logits = [
+            b.matmul(b.reshape(query, (*heads, rows, self.head_dim)), self._transposed(keys))
+            for query, keys, _ in parts
+        ]  # [B, Hkv, G*T, S], [.., W] and [.., T]
+        joined = b.op("Concat", logits, (*heads, rows, entries), axis=-1)
+        joined = self.softcapped(b.reshape(joined, (*heads, self.group, self.num_tokens, entries)))
+        weights = b.op("Softmax", [b.op("Add", [joined, self._mask()])], axis=-1)
+        pieces = b.split(b.reshape(weights, (*heads, rows, entries)), lengths, -1)
+        sums = [b.matmul(piece, values) for piece, (*_, values) in zip(pieces, parts, strict=True)]
+        out = functools.reduce(lambda x, y: b.op("Add", [x, y]), sums)  # [B, Hkv, G*T, D]
+        out = b.reshape(out, (self.batch, self.num_q_heads, self.num_tokens, self.head_dim))
+        replace_node(self.node, b.nodes, [out, *(sinks or (None, None)), *window])
+
+    def _write(self) -> tuple[tuple[ir.Value, ...], tuple[ir.Value, ...], tuple[ir.Value, ...]]:
+        """(k, v) of sinks (none if S = 0) and window after the chunk, and of the T rows that it evicts."""
+        b, node = self.b, self.node
+        chunk_shape = (self.batch, self.num_kv_heads, self.num_tokens, self.head_dim)
+        sinks, window, evicted = [], [], []
+        for i, new in ((3, self.k), (4, self.v)):
+            if self.num_sinks:
+                old = operand(node, i)
+                taken = self._rows(new, self._sink_sources(), known_shape(old))
+                sinks.append(b.op("Where", [self._becomes_sink(), taken, old], known_shape(old), new.dtype))
+        for i, new in ((5, self.k), (6, self.v)):
+            old = operand(node, i)
+            evicted.append(self._rows(old, self._slots(), chunk_shape))
+            kept = b.op("Where", [self._counts(), new, evicted[-1]], chunk_shape, new.dtype)
+            window.append(
+                b.op("TensorScatter", [old, kept, self._first_slot()], known_shape(old), mode="circular", axis=2)
+            )
+        return tuple(sinks), tuple(window), tuple(evicted)
+
+    def _rows(self, values: ir.Value, index: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+        """Rows of values [B, Hkv, n, D] by their index in the flat [B*Hkv*n, D]."""
+        b = self.b
+        flat = b.reshape(values, (int(np.prod(known_shape(values)[:-1])), self.head_dim))
+        return b.op("Gather", [flat, index], shape, values.dtype, axis=0)
+
+    def _transposed(self, keys: ir.Value) -> ir.Value:
+        """[B, Hkv, n, D] -> [B, Hkv, D, n]; runtimes fold it into the product that follows."""
+        batch, heads, length, head_dim = known_shape(keys)
+        return self.b.op("Transpose", [keys], (batch, heads, head_dim, length), perm=(0, 1, 3, 2))
+
+    # --- what depends on positions alone ---
+
+    def _column(self, b: Builder, value: ir.Value, rank: int) -> ir.Value:
+        """[B] -> [B, 1, ..]."""
+        return b.reshape(value, (self.batch, *[1] * (rank - 1)))
+
+    def _num_valid(self) -> ir.Value:
+        return operand(self.node, 10)
+
+    def _first_slot(self) -> ir.Value:
+        """int64 [B]: (p - S) mod W."""
+
+        def build(b: Builder) -> ir.Value:
+            after_sinks = b.op("Sub", [self.position, b.ints(self.num_sinks, "num_sinks")])
+            return b.op("Mod", [after_sinks, b.ints(self.window_size, "window_size")])
+
+        return self.once("first slot", build)
+
+    def _slots(self) -> ir.Value:
+        """int64 [B, Hkv, T]: where the chunk's tokens go, as rows of the flat window.
+
+        A sink's row is masked until it is written again, as in a step.
+        """
+
+        def build(b: Builder) -> ir.Value:
+            first = self._column(b, self._first_slot(), 3)
+            tokens = b.ints(np.arange(self.num_tokens).reshape(1, 1, -1), "tokens")
+            slot = b.op("Mod", [b.op("Add", [first, tokens]), b.ints(self.window_size, "window_size")])
+            return b.op("Add", [slot, self._row_offsets(b, self.window_size)])
+
+        return self.once("slots", build)
+
+    def _sink_sources(self) -> ir.Value:
+        """int64 [B, Hkv, S]: the chunk's token j - p that sink j is, as a row of the flat chunk; any if it is none."""
+
+        def build(b: Builder) -> ir.Value:
+            sinks = b.ints(np.arange(self.num_sinks).reshape(1, 1, -1), "sinks")
+            token = b.op("Sub", [sinks, self._column(b, self.position, 3)])
+            token = b.op("Max", [b.op("Min", [token, b.ints(self.num_tokens - 1, "last")]), b.ints(0, "zero")])
+            return b.op("Add", [token, self._row_offsets(b, self.num_tokens)])
+
+        return self.once("sink sources", build)
+
+    def _row_offsets(self, b: Builder, length: int) -> ir.Value:
+        """int64 [B, Hkv, 1]: the first row of each head in the flat [B*Hkv*length, D]."""
+        heads = np.arange(self.batch * self.num_kv_heads).reshape(self.batch, self.num_kv_heads, 1)
+        return b.ints(heads * length, "first_rows")
+
+    def _becomes_sink(self) -> ir.Value:
+        """bool [B, 1, S, 1]: p <= j < p + n."""
+
+        def build(b: Builder) -> ir.Value:
+            sinks = b.ints(np.arange(self.num_sinks).reshape(1, 1, -1, 1), "sinks")
+            first = self._column(b, self.position, 4)
+            end = b.op("Add", [first, self._column(b, self._num_valid(), 4)])
+            return b.op("And", [b.op("GreaterOrEqual", [sinks, first]), b.op("Less", [sinks, end])])
+
+        return self.once("becomes sink", build)
+
+    def _counts(self) -> ir.Value:
+        """bool [B, 1, T, 1]: whether a token of the chunk is valid."""
+
+        def build(b: Builder) -> ir.Value:
+            tokens = b.ints(np.arange(self.num_tokens).reshape(1, 1, -1, 1), "tokens")
+            return b.op("Less", [tokens, self._column(b, self._num_valid(), 4)])
+
+        return self.once("counts", build)
+
+    def _mask(self) -> ir.Value:
+        """[B, 1, 1, T, S + W + T]: 0 where token t sees an entry; where it does not, what makes its weight 0.
+
+        That is the lowest finite number: -inf would give NaN in rows that see nothing, those of an idle stream.
+        """
+        dtype = self.q.dtype or ir.DataType.FLOAT
+
+        def build(b: Builder) -> ir.Value:
+            parts = [self._sees_window(b), self._sees_evicted(b)]
+            if self.num_sinks:
+                parts.insert(0, self._sees_sinks(b))
+            entries = sum(known_shape(part)[-1] for part in parts)
+            shape = (self.batch, 1, 1, self.num_tokens, entries)
+            seen = b.reshape(b.op("Concat", parts, (shape[0], *shape[3:]), axis=-1), shape)
+            lowest = float(np.finfo(dtype.numpy()).min)
+            return b.op("Where", [seen, b.scalar(0.0, dtype), b.scalar(lowest, dtype)], shape, dtype)
+
+        return self.once("mask", build)
+
+    def _positions(self, b: Builder) -> ir.Value:
+        """int64 [B, T, 1]: t of each token of the chunk."""
+        tokens = b.ints(np.arange(self.num_tokens).reshape(1, -1, 1), "tokens")
+        return b.op("Add", [self._column(b, self.position, 3), tokens])
+
+    def _sees_sinks(self, b: Builder) -> ir.Value:
+        """bool [B, T, S]: j <= t."""
+        sinks = b.ints(np.arange(self.num_sinks).reshape(1, 1, -1), "sinks")
+        return b.op("LessOrEqual", [sinks, self._positions(b)])
+
+    def _sees_window(self, b: Builder) -> ir.Value:
+        """bool [B, T, W]: the token u in a slot after the chunk is no sink, and none that comes later: S <= u <= t.
+
+        u = last - ((last - S - slot) mod W), last = p + n - 1. It cannot be too old: t - u < W for every valid t.
+        """
+        last = b.op("Sub", [b.op("Add", [self.position, self._num_valid()]), b.ints(1, "one")])
+        last = self._column(b, last, 3)
+        slots = b.ints(np.arange(self.window_size).reshape(1, 1, -1) + self.num_sinks, "slots_after_sinks")
+        age = b.op("Mod", [b.op("Sub", [last, slots]), b.ints(self.window_size, "window_size")])  # [B, 1, W]
+        token = b.op("Sub", [last, age])
+        is_no_sink = b.op("GreaterOrEqual", [token, b.ints(self.num_sinks, "num_sinks")])
+        return b.op("And", [is_no_sink, b.op("LessOrEqual", [token, self._positions(b)])])
+
+    def _sees_evicted(self, b: Builder) -> ir.Value:
+        """bool [B, T, T]: token i sees the row that token m replaces, u = p + m - W, if u >= S, i < m and m < n."""
+        tokens = np.arange(self.num_tokens)
+        earlier = b.bools(tokens[:, None] < tokens[None, :], "earlier")
+        replaced = b.op("Add", [self._column(b, self.position, 3),
+                                b.ints(tokens.reshape(1, 1, -1) - self.window_size, "replaced")])
+        in_window = b.op("GreaterOrEqual", [replaced, b.ints(self.num_sinks, "num_sinks")])
+        valid = b.op("Less", [b.ints(tokens.reshape(1, 1, -1), "tokens"), self._column(b, self._num_valid(), 3)])
+        return b.op("And", [b.op("And", [in_window, valid]), earlier])
