@@ -23,6 +23,7 @@ class ExportConfig:
     batch: B >= 1, streams decoded together, each with a position of its own.
     chunk_size: T, tokens that the prefill graph takes in one run, 1 .. W; None: `DEFAULT_CHUNK_SIZE` or W, whichever
     is less. 1: no prefill graph, half the time to export.
+    pin_system: a system message that the sinks must cover; num_sink_tokens is raised if it is longer.
     dtype: ``fp32 | fp16``, of weights, arithmetic and cache.
 
     Raises: UsageError.
@@ -33,6 +34,7 @@ class ExportConfig:
     batch: int = 1
     dtype: str = "fp32"
     chunk_size: int | None = None
+    pin_system: str | None = None
 
     def __post_init__(self) -> None:
         for name, option, low in (

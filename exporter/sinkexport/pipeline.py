@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from sinkrt.contract import MANIFEST_NAME, SCHEMA_VERSION, Manifest, ModelFacts, StreamFacts
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import POSITION_LIMIT
+from sinkrt.text import OPENING_MESSAGES, common_start
 
 from sinkexport.bundle import (
     hash_bundle,
@@ -68,6 +70,7 @@ def export_loaded(
     Raises: UsageError.
     """
     model, out = loaded.model, Path(out)
+    config = _with_pinned_system(loaded.tokenizer, config)
     _check_model(model, config)
     with staged_bundle(out, overwrite=overwrite) as stage:
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
@@ -115,6 +118,27 @@ def _build(
 ) -> BuiltGraph:
     step = StreamStep(loaded.model, config, shape, rotary, batch=batch, num_tokens=num_tokens).eval()
     return build_graph(trace(step), role, step.state_kinds, shape.num_layers)
+
+
+def _with_pinned_system(tokenizer: Any | None, config: ExportConfig) -> ExportConfig:
+    """The config with as many sinks as the opening of a conversation under its system message has tokens.
+
+    Raises: UsageError if the model has no chat template.
+    """
+    if config.pin_system is None:
+        return config
+    if getattr(tokenizer, "chat_template", None) is None or tokenizer is None:
+        raise UsageError(problem("--pin-system", received="a model without a chat template",
+                                 expected="an instruction-tuned model", fix="use --sink-tokens"))  # fmt: skip
+    first, second = (
+        tokenizer.apply_chat_template(
+            [{"role": "system", "content": config.pin_system}, {"role": "user", "content": message}],
+            add_generation_prompt=True, tokenize=True, return_dict=False,
+        )
+        for message in OPENING_MESSAGES
+    )  # fmt: skip
+    needed = common_start(first, second)
+    return dataclasses.replace(config, num_sink_tokens=max(config.num_sink_tokens, needed))
 
 
 def _check_model(model: Any, config: ExportConfig) -> None:

@@ -24,8 +24,8 @@ class RawReader(Protocol):
     def read(self, size: int, /) -> bytes | None: ...
 
 
-def utf8_lines(source: RawReader) -> Iterator[str]:
-    """Lines of a byte stream as they arrive, line breaks included; bytes that are no UTF-8 become U+FFFD.
+def utf8_lines(source: RawReader) -> Iterator[list[str]]:
+    """Lines of a byte stream, those of one read together, line breaks included; what is no UTF-8 becomes U+FFFD.
 
     A line longer than `READ_BYTES` characters comes in parts, cut before a space if it has one, never inside a
     character. So memory stays constant even if no line break ever comes.
@@ -35,14 +35,16 @@ def utf8_lines(source: RawReader) -> Iterator[str]:
     while block := source.read(READ_BYTES):
         text += decoder.decode(block)
         *lines, text = text.split("\n")
-        yield from (line + "\n" for line in lines)
+        parts = [line + "\n" for line in lines]
         while len(text) > READ_BYTES:
             cut = text.rfind(" ", 1, READ_BYTES)
             cut = READ_BYTES if cut < 0 else cut
-            yield text[:cut]
+            parts.append(text[:cut])
             text = text[cut:]
+        if parts:
+            yield parts
     if text := text + decoder.decode(b"", final=True):
-        yield text
+        yield [text]
 
 
 def complete_lines(source: BinaryIO) -> Iterator[str]:

@@ -335,6 +335,19 @@ class Session:
         if rest := answer.flush():
             yield rest
 
+    def require_pinned(self, system: str) -> None:
+        """Make sure that the sinks cover this system message, so that a conversation never forgets it.
+
+        Raises: UsageError with the number of sinks that it needs; UsageError if there is no chat template.
+        """
+        needed = self.tokenizer.opening_size(system)
+        if needed > self.num_sink_tokens:
+            raise UsageError(
+                problem("system message", received=f"one that takes {needed} tokens with its frame",
+                        expected=f"at most the bundle's {self.num_sink_tokens} sinks",
+                        fix=f"export with --pin-system, or --sink-tokens {needed}")
+            )  # fmt: skip
+
     def close(self) -> None:
         """Release the backend and its memory; the session cannot be used afterwards. Closing twice is fine."""
         self._backend = None

@@ -133,6 +133,20 @@ class Tokenizer:
                                      expected="roles in the order that the model knows",
                                      fix="see the model's card")) from error  # fmt: skip
 
+    def opening_size(self, system: str) -> int:
+        """Tokens with which every conversation under this system message begins, up to the user's first words.
+
+        As many sinks keep the message in the cache for ever.
+
+        Raises: UsageError as `render_chat` does.
+        """
+        first, second = (
+            self.encode(self.render_chat([{"role": "system", "content": system}, {"role": "user", "content": message}]),
+                        special=False)
+            for message in OPENING_MESSAGES
+        )  # fmt: skip
+        return common_start(first, second)
+
     def render_next_turn(self, message: str) -> str:
         """What the chat template adds for one more user message after an answer, the opening not repeated.
 
@@ -149,6 +163,15 @@ class Tokenizer:
                         expected="one that keeps them as they are", fix="use --prompt, or feed the turns as text")
             )  # fmt: skip
         return rest
+
+
+def common_start(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading ids two texts share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+OPENING_MESSAGES = ("0", "?")
+"""Two user messages that begin differently: what two conversations share up to them is their opening."""
 
 
 class StreamingDecoder:

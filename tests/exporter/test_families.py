@@ -29,14 +29,34 @@ def exported(model: Any, folder: Path, config: ExportConfig) -> Session:
     return Session.load(folder, threads=1)  # tiny graphs: idle threads would only spin against torch's
 
 
+def assert_close(got: np.ndarray, want: np.ndarray, tolerance: float, where: str) -> None:
+    """Relative to the size of what is wanted."""
+    error = float(np.abs(got - want).max())
+    assert error <= tolerance * max(1.0, float(np.abs(want).max())), f"{where}: error {error}"
+
+
 def assert_streams_like_reference(session: Session, model: Any, ids: np.ndarray, tolerance: float) -> None:
-    """Every step's logits, relative to the size of the reference's own."""
+    """Every step's logits, then those after prefilled pieces of the same streams."""
     stream = session.manifest.stream
+    wanted = []
     with streaming_reference(model, stream.num_sink_tokens, stream.window_size) as reference:
         for t, column in enumerate(ids.T):
-            want = reference.step(torch.from_numpy(column)).float().numpy()
-            error = np.abs(session.step(column) - want).max()
-            assert error <= tolerance * max(1.0, float(np.abs(want).max())), f"step {t}: error {error}"
+            wanted.append(reference.step(torch.from_numpy(column)).float().numpy())
+            assert_close(session.step(column), wanted[-1], tolerance, f"step {t}")
+    session.reset()
+    random = np.random.default_rng(5)
+    longest = 2 * stream.capacity + stream.chunk_size
+    while (behind := np.flatnonzero(session.position < ids.shape[1])).size:
+        # Some of the streams, each by a length of its own: their positions drift apart.
+        streams = random.choice(behind, random.integers(1, behind.size + 1), replace=False)
+        at = session.position[streams]
+        counts = np.minimum(random.integers(1, longest, streams.size), ids.shape[1] - at)
+        rows = np.zeros((streams.size, counts.max()), dtype=np.int64)
+        for row, stream_, start, count in zip(rows, streams, at, counts, strict=True):
+            row[:count] = ids[stream_, start : start + count]
+        logits = session.prefill(rows, counts, streams)
+        for stream_, end in zip(streams, at + counts, strict=True):
+            assert_close(logits[stream_], wanted[end - 1][stream_], tolerance, f"prefill of {stream_} up to {end}")
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
@@ -48,16 +68,18 @@ def test_dense_and_streaming(name: str, tmp_path: Path) -> None:
         dense = model(torch.from_numpy(ids[:, : config.capacity])).logits.numpy()
     session = exported(model, tmp_path / "bundle", config)
     for t in range(config.capacity):
-        error = np.abs(session.step(ids[:, t]) - dense[:, t]).max()
-        assert error <= 1e-4 * max(1.0, float(np.abs(dense).max())), f"position {t}: error {error}"
+        assert_close(session.step(ids[:, t]), dense[:, t], 1e-4, f"position {t}")
     session.reset()
     assert_streams_like_reference(session, model, ids, 1e-4)
 
 
-@pytest.mark.parametrize(("num_sinks", "window", "batch"), [(0, 5, 1), (1, 1, 1), (7, 3, 3), (0, 1, 2), (4, 33, 1)])
+@pytest.mark.parametrize(
+    ("num_sinks", "window", "batch", "chunk"),
+    [(0, 5, 1, 5), (1, 1, 1, 1), (7, 3, 3, 2), (0, 1, 2, 1), (4, 33, 1, 16), (9, 6, 2, 4), (2, 24, 2, 24)],
+)
 @pytest.mark.parametrize("name", ["llama", "smollm3"])
-def test_odd_geometries(name: str, num_sinks: int, window: int, batch: int, tmp_path: Path) -> None:
-    config = ExportConfig(num_sink_tokens=num_sinks, window_size=window, batch=batch)
+def test_odd_geometries(name: str, num_sinks: int, window: int, batch: int, chunk: int, tmp_path: Path) -> None:
+    config = ExportConfig(num_sink_tokens=num_sinks, window_size=window, batch=batch, chunk_size=chunk)
     model = tiny_model(name, seed=1)
     session = exported(model, tmp_path / "bundle", config)
     ids = random_ids(batch, config.capacity + WRAPS * window + 2, seed=2)

@@ -23,7 +23,7 @@ def cut_at_first(text: str, stops: list[str]) -> str:
 
 
 @given(st.text("ab\n", max_size=40), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3), st.data())
-def test_the_matcher_cuts_where_a_search_of_the_whole_text_does(text: str, stops: list[str], data: st.DataObject) -> None:
+def test_the_matcher_cuts_where_a_search_of_it_all_does(text: str, stops: list[str], data: st.DataObject) -> None:
     matcher, shown, rest = StopMatcher(stops), "", text
     while rest and not matcher.matched:
         size = data.draw(st.integers(1, len(rest)))
@@ -125,7 +125,8 @@ for piece in session.generate("Hello", temperature=0.9, seed=3, ignore_eos=True)
 def test_killed_and_resumed_is_as_if_nothing_had_happened(tmp_path: Path) -> None:
     bundle = build_toy(tmp_path / "bundle", Toy(chunk_size=4))
     state = tmp_path / "state"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(bundle), str(state)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", KILLED, str(bundle), str(state)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for _ in range(5):
         process.stdout.readline()

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from sinkexport.cli import COMMANDS, main
 from sinkrt import Session
@@ -225,6 +226,39 @@ def test_save_state_holds_what_was_fed_and_said(cli: Callable[..., Result], toy_
         assert session.position[0] == 10
 
 
+def test_a_killed_run_resumes_from_its_last_save(toy_bundle: Path, tmp_path: Path) -> None:
+    """kill -9 in mid-answer, then --resume: the stream is the one of a run that nobody disturbed."""
+    state, options = tmp_path / "state", ("--ignore-eos", "--temperature", "0.9", "--seed", "4")
+    process = subprocess.Popen(
+        [*COMMAND, "run", str(toy_bundle), "--prompt", "a", *options, "--save-state", str(state), "--save-every", "20"],
+        stdout=subprocess.DEVNULL,
+    )
+    while not state.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    with Session.load(toy_bundle, threads=1) as session:
+        session.load_state(state)
+        reached = int(session.position[0])
+        assert reached >= 21
+        run("run", toy_bundle, "--resume", "--load-state", state, "--save-state", state, "--max-tokens", 30, *options)
+        session.load_state(state)
+        resumed = session.recent_ids().tolist(), session.logits.copy()
+        session.reset()
+        for _ in session.generate("a", max_tokens=reached + 29, ignore_eos=True, temperature=0.9, seed=4):
+            pass
+        assert session.recent_ids().tolist() == resumed[0]
+        assert np.array_equal(session.logits, resumed[1])
+
+
+def test_stop_ends_an_answer_before_the_text(cli: Callable[..., Result], toy_bundle: Path) -> None:
+    options = ("run", toy_bundle, "--prompt", "Hello", "--max-tokens", 60, "--ignore-eos")
+    whole = cli(*options).out
+    stop = whole[20:23]
+    assert cli(*options, "--stop", "nowhere", "--stop", stop).out == whole[: whole.index(stop)] + "\n"
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminated"])
 def test_a_stopped_run_saves_its_state(toy_bundle: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
     state = tmp_path / "state"
@@ -377,6 +411,13 @@ def test_chat_needs_a_template(tmp_path: Path) -> None:
         (("run", "BUNDLE", "--prompt", "a", "--system", "b"), "--system"),
         (("run", "BUNDLE", "--prompt", "a", "--load-state", "/nowhere/state"), "state file"),
         (("run", "BUNDLE", "--prompt", "a", "--save-state", "/nowhere/state"), "--save-state"),
+        (("run", "BUNDLE", "--prompt", "a", "--save-every", "5"), "--save-every: received without --save-state"),
+        (("run", "BUNDLE", "--prompt", "a", "--save-every", "0"), "--save-every"),
+        (("run", "BUNDLE", "--resume"), "--resume: received without --load-state"),
+        (("run", "BUNDLE", "--resume", "--load-state", "x", "--prompt", "a"), "--resume: received with --chat or"),
+        (("run", "BUNDLE", "--prompt", "a", "--stop", ""), "stop: received"),
+        (("run", "BUNDLE", "--chat", "--pin-system"), "--pin-system: received without --system"),
+        (("run", "BUNDLE", "--chat", "--system", "Be brief.", "--pin-system"), "--sink-tokens 25"),
         (("run", "/nowhere", "--prompt", "a"), "manifest.json"),
         (("inspect",), "Missing argument"),
         (("inspect", "/nowhere"), "manifest.json"),

@@ -11,8 +11,12 @@ import time
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sinkexport.streams import READ_BYTES, RunMeter, complete_lines, resident_bytes, utf8_lines
+from sinkexport.streams import READ_BYTES, RawReader, RunMeter, complete_lines, resident_bytes, utf8_lines
 from sinkrt import Session
+
+
+def all_lines(source: RawReader) -> list[str]:
+    return [line for lines in utf8_lines(source) for line in lines]
 
 
 class Blocks:
@@ -31,7 +35,7 @@ def test_nothing_is_lost_wherever_it_is_cut(text: str, cuts: list[int]) -> None:
     data = text.encode()
     edges = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
     blocks = [data[a:b] for a, b in itertools.pairwise(edges)]
-    lines = list(utf8_lines(Blocks(blocks)))
+    lines = all_lines(Blocks(blocks))
     assert "".join(lines) == text
     assert all("\n" not in line[:-1] for line in lines)
 
@@ -39,12 +43,12 @@ def test_nothing_is_lost_wherever_it_is_cut(text: str, cuts: list[int]) -> None:
 @settings(max_examples=100)
 @given(st.binary(max_size=50))
 def test_bytes_that_are_no_text_become_replacements(data: bytes) -> None:
-    assert "".join(utf8_lines(io.BytesIO(data))) == data.decode(errors="replace")
+    assert "".join(all_lines(io.BytesIO(data))) == data.decode(errors="replace")
 
 
 def test_a_line_without_end_comes_in_bounded_parts() -> None:
     text = "wörd " * 5000 + "x" * 20_000 + "🙂" * 3000
-    parts = list(utf8_lines(io.BytesIO(text.encode())))
+    parts = all_lines(io.BytesIO(text.encode()))
     assert "".join(parts) == text
     assert max(map(len, parts)) <= READ_BYTES
     assert all(part.startswith(" ") for part in parts[1:5]), "words stay whole where there are spaces"
@@ -56,7 +60,7 @@ def test_lines_come_as_soon_as_they_are_there() -> None:
 
     def consume() -> None:
         with os.fdopen(reader, "rb", buffering=0) as source:
-            arrived.extend((line, time.monotonic()) for line in utf8_lines(source))
+            arrived.extend((line, time.monotonic()) for lines in utf8_lines(source) for line in lines)
 
     thread = threading.Thread(target=consume)
     thread.start()

@@ -31,14 +31,18 @@ STAGES = {
 @click.option("--batch", type=int, default=1, show_default=True, metavar="B", help="Streams decoded together.")
 @click.option("--chunk", type=int, metavar="N",
               help="Tokens that prefill takes at once; 1: no prefill graph.  [default: 64, at most W]")  # fmt: skip
+@click.option("--pin-system", metavar="TEXT",
+              help="Raise S until the sinks cover this system message, so that no chat forgets it.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(sorted(WEIGHT_DTYPES)), default="fp32", show_default=True,
               help="Of weights, arithmetic and cache.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
 def command(
-    model: str, output: Path, sink_tokens: int, window: int, batch: int, chunk: int | None, dtype: str, overwrite: bool
+    model: str, output: Path, sink_tokens: int, window: int, batch: int, chunk: int | None, pin_system: str | None,
+    dtype: str, overwrite: bool,
 ) -> None:
     """Export MODEL (a local directory, a .gguf file or a Hub id) to a bundle."""
-    config = ExportConfig(sink_tokens, window, batch, dtype, chunk)  # bad numbers are told before torch is loaded
+    # Bad numbers are told before torch is loaded.
+    config = ExportConfig(sink_tokens, window, batch, dtype, chunk, pin_system)
     from sinkexport.pipeline import export
 
     start = time.perf_counter()
@@ -47,7 +51,7 @@ def command(
     facts = manifest.model
     click.echo(
         f"{output}: {facts.name} ({facts.num_parameters / 1e6:.0f}M parameters, {facts.num_layers} layers), "
-        f"S={sink_tokens} W={window} B={batch} T={manifest.stream.chunk_size} {dtype}, "
+        f"S={manifest.stream.num_sink_tokens} W={window} B={batch} T={manifest.stream.chunk_size} {dtype}, "
         f"{sum(f.bytes for f in manifest.files.values()) / 1e6:.0f} MB + {manifest.state_bytes / 1e6:.1f} MB state, "
         f"{time.perf_counter() - start:.1f} s"
     )
