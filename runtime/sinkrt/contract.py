@@ -207,6 +207,11 @@ class Manifest:
             _check(_is_inside(path), "file path", path, "a relative path inside the bundle")
 
     @property
+    def weights_bytes(self) -> int:
+        """Bytes of the weights files."""
+        return sum(facts.bytes for path, facts in self.files.items() if path.startswith("weights"))
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of all state tensors together, constant for the life of a session."""
         return sum(state.nbytes for state in self.states)

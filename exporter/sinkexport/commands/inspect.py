@@ -75,14 +75,13 @@ def _memory(manifest: Manifest) -> Table:
     """Bytes that decoding holds; they are all there is, however long the stream."""
     table = Table("memory", "dtype", box=None, pad_edge=False)
     table.add_column("MB", justify="right")
-    weights = sum(facts.bytes for name, facts in manifest.files.items() if name.startswith("weights"))
-    table.add_row("weights", manifest.weights_dtype, f"{weights / MB:.1f}")
+    table.add_row("weights", manifest.weights_dtype, f"{manifest.weights_bytes / MB:.1f}")
     for label, kind in (("sink keys and values", "sink"), ("window keys and values", "window")):
         states = [state for state in manifest.states if state.kind.startswith(kind)]
         if states:
             dtypes = _listed(sorted({state.dtype for state in states}))
             table.add_row(label, dtypes, f"{sum(state.nbytes for state in states) / MB:.1f}")
-    table.add_row("all, for ever", "", f"{(weights + manifest.state_bytes) / MB:.1f}")
+    table.add_row("all, for ever", "", f"{(manifest.weights_bytes + manifest.state_bytes) / MB:.1f}")
     return table
 
 

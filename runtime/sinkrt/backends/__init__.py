@@ -27,7 +27,9 @@ def check_backend(name: str) -> None:
         )  # fmt: skip
 
 
-def load_backend(name: str, bundle: Path, manifest: Manifest, threads: int | None) -> Backend:
+def load_backend(
+    name: str, bundle: Path, manifest: Manifest, threads: int | None, repack_prefill: bool | None = None
+) -> Backend:
     """Load the graphs of a bundle and allocate every buffer.
 
     Raises: UsageError, BackendError as `check_backend`; BundleError if the graph is not what a backend runs.
@@ -36,4 +38,4 @@ def load_backend(name: str, bundle: Path, manifest: Manifest, threads: int | Non
     check_graphs(manifest)
     from sinkrt.backends.ort import OrtBackend
 
-    return OrtBackend(bundle, manifest, threads)
+    return OrtBackend(bundle, manifest, threads, repack_prefill)

@@ -10,8 +10,6 @@ written. So it is safe that a state's input and output are one buffer, whatever 
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import onnx_ir as ir
 
@@ -41,9 +39,9 @@ class ChunkAttention(AttentionParts):
         joined = b.op("Concat", logits, (*heads, rows, entries), axis=-1)
         joined = self.softcapped(b.reshape(joined, (*heads, self.group, self.num_tokens, entries)))
         weights = b.op("Softmax", [b.op("Add", [joined, self._mask()])], axis=-1)
-        pieces = b.split(b.reshape(weights, (*heads, rows, entries)), lengths, -1)
-        sums = [b.matmul(piece, values) for piece, (*_, values) in zip(pieces, parts, strict=True)]
-        out = functools.reduce(lambda x, y: b.op("Add", [x, y]), sums)  # [B, Hkv, G*T, D]
+        # The values are joined: they are fewer than the weights, which would have to be cut up otherwise.
+        values = b.op("Concat", [part[2] for part in parts], (*heads, entries, self.head_dim), axis=-2)
+        out = b.matmul(b.reshape(weights, (*heads, rows, entries)), values)  # [B, Hkv, G*T, D]
         out = b.reshape(out, (self.batch, self.num_q_heads, self.num_tokens, self.head_dim))
         replace_node(self.node, b.nodes, [out, *(sinks or (None, None)), *window])
 
