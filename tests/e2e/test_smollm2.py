@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,19 +16,12 @@ import torch
 from sinkexport.sources import LoadedModel, load_model
 from sinkrt import Session
 
+from tests.real_model import smollm2_file
+
 pytestmark = pytest.mark.slow
 
 WINDOW = 28
 CHARACTERS = "naïve café — 日本語のテキスト, العربية, हिन्दी, 👩‍🚀🚀 e\u0301 done"
-
-
-def model_file() -> Path:
-    path = os.environ.get("SINKEXPORT_SMOLLM2")
-    if not path:
-        if os.environ.get("SINKEXPORT_NO_SKIP"):
-            pytest.fail("SINKEXPORT_SMOLLM2 is not set")
-        pytest.skip("SINKEXPORT_SMOLLM2 names no SmolLM2-135M-Instruct GGUF file; 'make test' sets it")
-    return Path(path)
 
 
 def sinkexport(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -41,13 +33,13 @@ def sinkexport(*arguments: str, stdin: str | None = None) -> subprocess.Complete
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2") / "bundle"
-    sinkexport("export", str(model_file()), "-o", str(folder), "--window", str(WINDOW))
+    sinkexport("export", str(smollm2_file()), "-o", str(folder), "--window", str(WINDOW))
     return folder
 
 
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
-    return load_model(str(model_file()))
+    return load_model(str(smollm2_file()))
 
 
 def test_bundle_facts(bundle: Path) -> None:
@@ -92,7 +84,7 @@ def test_dense_parity_and_greedy_text(bundle: Path, loaded: LoadedModel) -> None
 
 def test_verify_passes_over_six_wraps(bundle: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    sinkexport("verify", str(bundle), "--against", str(model_file()), "--wraps", "6", "--json", str(report))
+    sinkexport("verify", str(bundle), "--against", str(smollm2_file()), "--wraps", "6", "--json", str(report))
     assert json.loads(report.read_text())["passed"] is True
 
 
@@ -115,7 +107,7 @@ def test_chat_answers_each_line(bundle: Path) -> None:
 
 
 def test_half_precision_bundle(tmp_path: Path) -> None:
-    sinkexport("export", str(model_file()), "-o", str(tmp_path / "half"), "--window", str(WINDOW), "--dtype", "fp16")
+    sinkexport("export", str(smollm2_file()), "-o", str(tmp_path / "half"), "--window", str(WINDOW), "--dtype", "fp16")
     session = Session.load(tmp_path / "half")
     weights = session.manifest.files["weights.bin"].bytes
     assert 269.0e6 < weights < 269.5e6

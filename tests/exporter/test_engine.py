@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from sinkrt.contract import Manifest
 from sinkrt.errors import BackendError, UsageError
 
 from tests.exporter.tiny_models import TINY, tiny_model
+from tests.real_model import smollm2_file
 
 HAS_TENSORRT = importlib.util.find_spec(engine.MODULE) is not None
 # In CI a missing package is a failure, not a skip: SINKEXPORT_NO_SKIP=1 lets the error come out.
@@ -206,14 +208,14 @@ class TestExportedGraphs:
     @pytest.mark.parametrize("name", TINY)
     def test_every_family_builds(self, tmp_path: Path, name: str) -> None:
         loaded = LoadedModel(tiny_model(name), None, name)
-        check_bundle(tmp_path / "bundle", export_loaded(loaded, tmp_path / "bundle", ExportConfig(S, W)))
+        check_bundle(tmp_path / "bundle", export_loaded(loaded, tmp_path / "bundle", ExportConfig(S, W, chunk_size=1)))
 
     @pytest.mark.parametrize(
         "config",
         [
-            ExportConfig(S, W, dtype="fp16"),
-            ExportConfig(S, W, batch=3),
-            ExportConfig(0, W),
+            ExportConfig(S, W, dtype="fp16", chunk_size=1),
+            ExportConfig(S, W, batch=3, chunk_size=1),
+            ExportConfig(0, W, chunk_size=1),
             ExportConfig(S, 1),
         ],
         ids=["fp16", "batch-3", "no-sinks", "window-1"],
@@ -224,9 +226,22 @@ class TestExportedGraphs:
 
     @pytest.mark.slow
     def test_smollm2_builds(self, tmp_path: Path) -> None:
-        report = check_bundle(tmp_path / "bundle", export(str(smollm2()), tmp_path / "bundle"))
+        manifest = export(str(smollm2_file()), tmp_path / "bundle", ExportConfig(chunk_size=1))
+        report = check_bundle(tmp_path / "bundle", manifest)
         assert report.layer_types["KV_CACHE_UPDATE"] == 2 * 30
         assert report.engine_bytes > 500e6  # 135 M parameters in fp32
+
+
+@needs_tensorrt[0]
+@needs_tensorrt[1]
+def test_of_the_prefill_graph_only_the_circular_write_is_refused(tmp_path: Path) -> None:
+    """Its window wraps inside a chunk. Once TensorRT takes that, or the graph does without, this test says so."""
+    loaded = LoadedModel(tiny_model("llama"), None, "llama")
+    export_loaded(loaded, tmp_path / "bundle", ExportConfig(S, W, chunk_size=4))
+    with pytest.raises(BackendError) as caught:
+        build_engine(tmp_path / "bundle" / "prefill.onnx")
+    refused = re.findall(r"node \d+ (\w+)", str(caught.value))
+    assert refused and set(refused) == {"TensorScatter"}
 
 
 def check_bundle(bundle: Path, manifest: Manifest) -> EngineReport:
@@ -237,15 +252,6 @@ def check_bundle(bundle: Path, manifest: Manifest) -> EngineReport:
     assert {"ids", "position", *(s.input for s in manifest.states)} == set(report.inputs)
     assert {"logits", *(s.output for s in manifest.states)} == set(report.outputs)
     return report
-
-
-def smollm2() -> Path:
-    """The real model's file, which `make model` fetches."""
-    default = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    path = Path(os.environ.get("SINKEXPORT_SMOLLM2", default))
-    if not path.is_file() and os.environ.get("SINKEXPORT_NO_SKIP") != "1":
-        pytest.skip(f"no file at '{path}': run 'make model'")
-    return path
 
 
 @contextlib.contextmanager

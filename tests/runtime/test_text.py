@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from sinkrt.contract import load_manifest
 from sinkrt.text import MAX_PENDING, REPLACEMENT, StreamingDecoder, Tokenizer
 from tokenizers import decoders, models, normalizers
 
+from tests.real_model import smollm2_file
 from tests.runtime.toy import BOS, EOS, build_toy, rehash, toy_tokenizer
 
-REPOSITORY = Path(__file__).parents[2]
 TEXTS = [
     "Plain words, and a  double space.\n\tTabs\n\n",
     "naïve café, Straße, Ωμέγα, Привет, 你好世界, こんにちは, 안녕하세요",
@@ -34,14 +33,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer]:
     """transformers' tokenizer of SmolLM2-135M-Instruct, and ours read from the files that it writes."""
-    gguf = Path(
-        os.environ.get("SINKEXPORT_SMOLLM2", REPOSITORY / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf")
-    ).absolute()
-    if not gguf.is_file():
-        message = "no SmolLM2: run `make model`, or set SINKEXPORT_SMOLLM2 to its .gguf file"
-        if os.environ.get("SINKEXPORT_NO_SKIP"):
-            pytest.fail(message)
-        pytest.skip(message)
+    gguf = smollm2_file()
     theirs = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     folder = build_toy(tmp_path_factory.mktemp("smollm2") / "bundle")
     theirs.save_pretrained(folder)
