@@ -60,8 +60,10 @@ def test_far_positions(name: str, where: int, tmp_path: Path) -> None:
     moved_state(tmp_path / "near.safetensors", tmp_path / "far.safetensors", frequency, delta)
     far.load_state(tmp_path / "far.safetensors")
     assert far.position[0] == near.position[0] + delta
-    for token in random_ids(1, 3 * CONFIG.capacity, seed=5)[0]:
-        want, got = near.step([token]).copy(), far.step([token])
+    ids = random_ids(1, 3 * CONFIG.capacity, seed=5)
+    feeds = [lambda s, i=i: s.step(ids[:, i]) for i in range(ids.shape[1])]
+    for feed in (*feeds, lambda s: s.prefill(ids)):
+        want, got = feed(near).copy(), feed(far)
         assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
 
 
