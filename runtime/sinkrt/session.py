@@ -12,6 +12,7 @@ the cache holds the first S and the last W of them, exactly as if each had been 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -160,6 +161,14 @@ class Session:
     def chunk_size(self) -> int:
         """T, tokens that one run of the prefill graph takes; 1 if the bundle has none."""
         return self._manifest.stream.chunk_size
+
+    @property
+    def smallest_chunk(self) -> int:
+        """Tokens from which on one run of the prefill graph is quicker than as many steps.
+
+        A chunk costs the same however few tokens it holds.
+        """
+        return sys.maxsize if self.chunk_size == 1 else max(2, self.chunk_size // STEPS_OF_A_CHUNK)
 
     @property
     def logits(self) -> npt.NDArray[np.float32]:
@@ -428,14 +437,11 @@ class Session:
     ) -> npt.NDArray[np.int64]:
         """Feed what chunks are good for. tokens: int64 [n, N]; counts, active: [n]. Returns how many were fed, [n].
 
-        A chunk costs the same however few tokens it holds, about as much as T / 8 steps; a shorter rest is left.
+        A rest shorter than `smallest_chunk` is left.
         """
         done = np.zeros_like(counts)
-        if self.chunk_size == 1:
-            return done
-        worthwhile = max(2, self.chunk_size // STEPS_OF_A_CHUNK)
         for row, stream in enumerate(active.tolist()):
-            while (rest := int(counts[row] - done[row])) >= worthwhile:
+            while (rest := int(counts[row] - done[row])) >= self.smallest_chunk:
                 size = min(rest, self.chunk_size)
                 self._run_chunk(stream, tokens[row, done[row] : done[row] + size])
                 done[row] += size
