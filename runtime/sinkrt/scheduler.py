@@ -21,9 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sinkrt.answer import Answer, AnswerParams
+from sinkrt.conversation import NO_IDS, Conversation, starts
 from sinkrt.errors import SinkError, UsageError, problem
+from sinkrt.places import Places
 from sinkrt.sampler import SamplingParams
-from sinkrt.session import Session, StreamCopy
+from sinkrt.session import Session
 
 SLICE_TOKENS = 256
 """Tokens that a conversation keeps its stream for while others wait; parking one costs about as much as one token."""
@@ -34,6 +36,9 @@ MAX_CONVERSATIONS = 64
 @dataclasses.dataclass(frozen=True)
 class Event:
     """What one run did for one conversation.
+
+    A request's first event, with nothing in it, tells that the conversation has a stream; there is one for the first
+    token of the answer too, even if it shows no text yet.
 
     text: what its answer grew by, whole characters. finish_reason: of `Answer`, or ``error`` or ``cancelled``; None
     while it goes on. error: the reason, in one line. prompt_tokens, answer_tokens: fed so far for this request.
@@ -57,64 +62,50 @@ class Load:
     conversations: int
 
 
-@dataclasses.dataclass(eq=False)
-class _Conversation:
-    """stream: where it is now, or None. copy: what it was when it was parked. pending: ids to feed, from `fed` on."""
-
-    name: str
-    stream: int | None = None
-    copy: StreamCopy | None = None
-    pending: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    fed: int = 0
-    answer: Answer | None = None
-    placed_tokens: int = 0  # since it has had its stream
-
-    @property
-    def has_work(self) -> bool:
-        return self.answer is not None
-
-    @property
-    def num_pending(self) -> int:
-        return self.pending.size - self.fed
-
-
 class Scheduler:
     """N conversations on the B streams of `session`, which nobody else may use.
 
     max_conversations: how many are remembered, >= 1. The least recently active one without work is forgotten for a new
-    one. max_conversations - B of them may be parked, each with `Manifest.state_bytes` / B bytes.
+    one, `lasting` ones last.
     slice_tokens: how long a conversation keeps its stream while others wait.
+    max_parked_bytes: memory for parked streams (see `places.stream_bytes`); None: whatever max_conversations takes.
+    When it is full, idle conversations are forgotten; those at work wait until a stream is free.
 
     Raises: UsageError.
     """
 
     def __init__(
-        self, session: Session, *, max_conversations: int = MAX_CONVERSATIONS, slice_tokens: int = SLICE_TOKENS
+        self,
+        session: Session,
+        *,
+        max_conversations: int = MAX_CONVERSATIONS,
+        slice_tokens: int = SLICE_TOKENS,
+        max_parked_bytes: int | None = None,
     ) -> None:
         for name, value in (("max_conversations", max_conversations), ("slice_tokens", slice_tokens)):
             if value < 1:
                 raise UsageError(problem(name, received=value, expected=">= 1", fix=f"raise {name}"))
+        if max_parked_bytes is not None and max_parked_bytes < 0:
+            raise UsageError(problem("max_parked_bytes", received=max_parked_bytes, expected=">= 0", fix="raise it"))
         self._session = session
         self._max_conversations = max_conversations
-        self._slice_tokens = slice_tokens
         # By name; the least recently active first.
-        self._conversations: collections.OrderedDict[str, _Conversation] = collections.OrderedDict()
-        self._owners: list[_Conversation | None] = [None] * session.batch  # by stream
-        self._waiting: collections.deque[_Conversation] = collections.deque()  # with work, without a stream
+        self._conversations: collections.OrderedDict[str, Conversation] = collections.OrderedDict()
+        self._places = Places(session, slice_tokens, max_parked_bytes, lambda c: self.forget(c.name))
         self._stepped_last = False
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._waiting) or any(owner is not None and owner.has_work for owner in self._owners)
+        return bool(self._places.num_waiting) or any(owner.is_ready for owner in self._places.owners)
 
     @property
     def load(self) -> Load:
         """How busy it is."""
         return Load(
-            running=sum(owner is not None and owner.has_work for owner in self._owners),
-            waiting=len(self._waiting),
-            parked=sum(conversation.copy is not None for conversation in self._conversations.values()),
+            running=sum(owner.has_work for owner in self._places.owners),
+            waiting=self._places.num_waiting,
+            parked=self._places.num_parked,
             conversations=len(self._conversations),
         )
 
@@ -126,47 +117,107 @@ class Scheduler:
 
         Raises: UsageError for an unknown conversation.
         """
-        conversation = self._known(name)
-        if conversation.stream is not None:
-            return int(self._session.position[conversation.stream])
-        return 0 if conversation.copy is None else conversation.copy.position
+        return self._known(name).history.count
 
-    def submit(self, name: str, ids: npt.ArrayLike, sampling: SamplingParams, params: AnswerParams) -> None:
+    def num_pending(self, name: str) -> int:
+        """Tokens of its prompt that a conversation has not been fed yet.
+
+        Raises: UsageError for an unknown conversation.
+        """
+        return self._known(name).num_pending
+
+    def is_at_work(self, name: str) -> bool:
+        """Whether a conversation has a request that is not done.
+
+        Raises: UsageError for an unknown conversation.
+        """
+        return self._known(name).has_work
+
+    def find_start(self, ids: npt.ArrayLike) -> str | None:
+        """The idle conversation that has taken exactly the longest start of `ids`, or None; no `lasting` one.
+
+        Submitting the rest of `ids` (from `position` on) to it gives what all of `ids` give to a new one. ids: int [N].
+        """
+        tokens = np.asarray(ids, dtype=np.int64)
+        idle = [c for c in self._conversations.values() if c.history.count and not (c.has_work or c.lasting)]
+        digests = starts(tokens, [c.history.count for c in idle])
+        found = [c for c in idle if digests.get(c.history.count) == c.history.digest()]
+        return max(found, key=lambda c: c.history.count).name if found else None
+
+    def submit(
+        self,
+        name: str,
+        ids: npt.ArrayLike,
+        sampling: SamplingParams,
+        params: AnswerParams,
+        *,
+        lasting: bool = False,
+    ) -> None:
         """Queue a prompt and its answer for a conversation, which begins with it if it is new.
 
-        ids: int [N], N >= 1.
+        ids: int [N]; N = 0 lets a conversation that has begun go on. lasting: of a new conversation, that it is
+        forgotten only if no other can be.
 
         Raises: UsageError if the ids are not the model's, the conversation is at work already, or all of
         max_conversations are.
         """
         model = self._session.manifest.model
         tokens = np.asarray(ids)
-        if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+        conversation = self._conversations.get(name)
+        begun = conversation is not None and bool(conversation.history.count or conversation.num_pending)
+        if tokens.ndim != 1 or not (tokens.size or begun) or (tokens.size and tokens.dtype.kind not in "iu"):
             raise UsageError(problem("prompt", received=f"{tokens.dtype} {list(tokens.shape)}",
                                      expected="integers [N], N >= 1", fix="give some text"))  # fmt: skip
-        if tokens.min() < 0 or tokens.max() >= model.vocab_size:
-            raise UsageError(problem("token id", received=int(tokens.max()), expected=f"0 .. {model.vocab_size - 1}",
+        outside = tokens[(tokens < 0) | (tokens >= model.vocab_size)]
+        if outside.size:
+            raise UsageError(problem("token id", received=int(outside[0]), expected=f"0 .. {model.vocab_size - 1}",
                                      fix="use the tokenizer of this model"))  # fmt: skip
-        conversation = self._conversations.get(name)
         if conversation is not None and conversation.has_work:
             raise UsageError(problem("conversation", received=f"'{name}', which is at work", expected="an idle one",
                                      fix="wait for its answer, or cancel it"))  # fmt: skip
         answer = Answer(self._session.tokenizer, model.eos_token_ids, model.vocab_size, sampling, params)
         if conversation is None:
             self._make_room()
-            conversation = self._conversations[name] = _Conversation(name)
-        conversation.pending, conversation.fed, conversation.answer = tokens.astype(np.int64), 0, answer
+            conversation = self._conversations[name] = Conversation(name, lasting)
+        rest = conversation.pending[conversation.fed :]  # of a prompt that was cut short
+        conversation.pending, conversation.fed = np.concatenate([rest, tokens.astype(np.int64)]), 0
+        conversation.answer, conversation.announced, conversation.paused = answer, False, False
         self._conversations.move_to_end(name)
-        if conversation.stream is None:
-            self._waiting.append(conversation)
+        self._places.enter(conversation)
 
-    def cancel(self, name: str) -> Event | None:
+    def cancel(self, name: str, *, keep_prompt: bool = False) -> Event | None:
         """Stop what a conversation is at; it keeps the tokens that it has taken. Returns its last event, if any.
+
+        keep_prompt: what it has not taken of its prompt it takes before the next one; otherwise that is dropped.
 
         Raises: UsageError for an unknown conversation.
         """
         conversation = self._known(name)
-        return self._finished(conversation, "", "cancelled") if conversation.has_work else None
+        if not conversation.has_work:
+            return None
+        rest = conversation.pending[conversation.fed :].copy()
+        event = self._finished(conversation, "", "cancelled")
+        if keep_prompt:
+            conversation.pending = rest
+        return event
+
+    def pause(self, name: str) -> None:
+        """Let a conversation rest, because nobody takes its text: it may lose its stream, but not its place in memory.
+
+        Raises: UsageError for an unknown conversation.
+        """
+        conversation = self._known(name)
+        conversation.paused = conversation.has_work
+        self._places.stop_waiting(conversation)
+
+    def resume(self, name: str) -> None:
+        """End a pause.
+
+        Raises: UsageError for an unknown conversation.
+        """
+        conversation = self._known(name)
+        conversation.paused = False
+        self._places.enter(conversation)
 
     def forget(self, name: str) -> None:
         """Drop a conversation, at work or not.
@@ -175,8 +226,7 @@ class Scheduler:
         """
         conversation = self._known(name)
         self.cancel(name)
-        if conversation.stream is not None:
-            self._owners[conversation.stream] = None
+        self._places.leave(conversation)
         del self._conversations[name]
 
     def step(self) -> list[Event]:
@@ -186,32 +236,36 @@ class Scheduler:
 
         Returns: what became of the conversations that took part.
         """
-        self._place_waiting()
-        at_work = [owner for owner in self._owners if owner is not None and owner.has_work]
+        self._places.assign(self._by_age())
+        at_work = [owner for owner in self._places.owners if owner.is_ready]
+        events = []
+        for conversation in at_work:
+            if not conversation.announced:
+                conversation.announced = True
+                events.append(self._event(conversation, "", None))
         smallest = self._session.smallest_chunk
         in_chunks = [c for c in at_work if c.num_pending >= smallest]
         in_steps = [c for c in at_work if c.num_pending < smallest]
         if in_chunks and (self._stepped_last or not in_steps):
             self._stepped_last = False
             # The one that has had its stream for the fewest tokens goes first: prompts advance side by side.
-            return self._feed_chunk(min(in_chunks, key=lambda c: c.placed_tokens))
+            return events + self._feed_chunk(min(in_chunks, key=lambda c: c.placed_tokens))
         self._stepped_last = True
-        return self._feed_tokens(in_steps)
+        return events + self._feed_tokens(in_steps)
 
-    def _feed_chunk(self, conversation: _Conversation) -> list[Event]:
-        stream = self._stream_of(conversation)
+    def _feed_chunk(self, conversation: Conversation) -> list[Event]:
         size = min(conversation.num_pending, self._session.chunk_size)
+        ids = conversation.pending[conversation.fed : conversation.fed + size]
         try:
-            ids = conversation.pending[conversation.fed : conversation.fed + size]
-            self._session.prefill(ids, streams=[stream])
+            self._session.prefill(ids, streams=[conversation.the_stream])
         except SinkError as error:
             return [self._failed(conversation, error)]
         conversation.fed += size
-        conversation.placed_tokens += size
+        conversation.took(ids)
         return []
 
-    def _feed_tokens(self, conversations: list[_Conversation]) -> list[Event]:
-        events, fed = [], []
+    def _feed_tokens(self, conversations: list[Conversation]) -> list[Event]:
+        events, chosen = [], []
         for conversation in conversations:
             try:
                 token = self._next_token(conversation)
@@ -219,82 +273,65 @@ class Scheduler:
                 events.append(self._failed(conversation, error))
                 continue
             if token is None:
-                events.append(self._finished(conversation, self._answer_of(conversation).flush()))
+                events.append(self._finished(conversation, conversation.the_answer.flush()))
             else:
-                fed.append((conversation, token))
-        if not fed:
-            return events
-        try:
-            self._session.step([token for _, token in fed], [self._stream_of(c) for c, _ in fed])
-        except SinkError as error:
-            return events + [self._failed(conversation, error) for conversation, _ in fed]
-        for conversation, token in fed:
-            conversation.placed_tokens += 1
-            if conversation.num_pending:
-                conversation.fed += 1
-                continue
-            answer = self._answer_of(conversation)
-            text = answer.push(token)
-            if answer.finish_reason is not None:
-                events.append(self._finished(conversation, text + answer.flush()))
-            elif text:
-                events.append(self._event(conversation, text, None))
+                chosen.append((conversation, token))
+        failures = self._run(chosen)
+        for conversation, token in chosen:
+            if conversation.name in failures:
+                events.append(self._failed(conversation, failures[conversation.name]))
+            else:
+                events += self._took(conversation, token)
         return events
 
-    def _next_token(self, conversation: _Conversation) -> int | None:
+    def _run(self, chosen: list[tuple[Conversation, int]]) -> dict[str, SinkError]:
+        """Feed one token to each conversation. Returns the errors of those that cannot take theirs, by name."""
+        if not chosen:
+            return {}
+        try:
+            self._session.step([token for _, token in chosen], [c.the_stream for c, _ in chosen])
+        except SinkError as error:
+            if len(chosen) == 1:
+                return {chosen[0][0].name: error}
+            # No position has advanced: each on its own shows whose fault it is.
+            return {name: reason for one in chosen for name, reason in self._run([one]).items()}
+        return {}
+
+    def _took(self, conversation: Conversation, token: int) -> list[Event]:
+        conversation.took(np.array([token], dtype=np.int64))
+        if conversation.num_pending:
+            conversation.fed += 1
+            return []
+        answer = conversation.the_answer
+        text = answer.push(token)
+        if answer.finish_reason is not None:
+            return [self._finished(conversation, text + answer.flush())]
+        if text or answer.num_tokens == 1:
+            return [self._event(conversation, text, None)]
+        return []
+
+    def _next_token(self, conversation: Conversation) -> int | None:
         """The prompt's next token, or the answer's; None at the end of the text.
 
         Raises: SinkError.
         """
-        stream, session = self._stream_of(conversation), self._session
-        position = int(session.position[stream])
+        stream, session = conversation.the_stream, self._session
+        position = conversation.history.count
         if position >= session.manifest.stream.position_limit:
             raise UsageError(problem("conversation", received=f"{position} tokens", expected="room for more",
                                      fix="begin a new one"))  # fmt: skip
         if conversation.num_pending:
             return int(conversation.pending[conversation.fed])
-        return self._answer_of(conversation).pick(session.logits[stream], session.recent_ids(stream), position)
+        return conversation.the_answer.pick(session.logits[stream], session.recent_ids(stream), position)
 
-    # --- places ---
-
-    def _place_waiting(self) -> None:
-        """Give waiting conversations streams, first come, first served."""
-        while self._waiting:
-            stream = self._free_stream()
-            if stream is None:
-                return
-            conversation = self._waiting.popleft()
-            if conversation.copy is None:
-                self._session.reset([stream])
-            else:
-                self._session.place_stream(stream, conversation.copy)
-                conversation.copy = None
-            conversation.stream, conversation.placed_tokens = stream, 0
-            self._owners[stream] = conversation
-
-    def _free_stream(self) -> int | None:
-        """A stream for someone who waits: one that nobody has, or whose owner has no work or has had its share."""
-        for stream, owner in enumerate(self._owners):
-            if owner is None:
-                return stream
-        idle = [owner for owner in self._conversations.values() if owner.stream is not None and not owner.has_work]
-        spent = [owner for owner in self._owners if owner is not None and owner.placed_tokens >= self._slice_tokens]
-        # Of the idle ones the least recently active; of those at work the one that has had the most.
-        chosen = idle[0] if idle else max(spent, key=lambda c: c.placed_tokens, default=None)
-        return None if chosen is None else self._park(chosen)
-
-    def _park(self, conversation: _Conversation) -> int:
-        stream = self._stream_of(conversation)
-        conversation.copy, conversation.stream = self._session.copy_stream(stream), None
-        self._owners[stream] = None
-        if conversation.has_work:
-            self._waiting.append(conversation)
-        return stream
+    def _by_age(self) -> list[Conversation]:
+        """All conversations, the one to be forgotten first at the front."""
+        return sorted(self._conversations.values(), key=lambda c: c.lasting)  # stable: the least recently active first
 
     def _make_room(self) -> None:
         if len(self._conversations) < self._max_conversations:
             return
-        idle = next((c for c in self._conversations.values() if not c.has_work), None)
+        idle = next((c for c in self._by_age() if not c.has_work), None)
         if idle is None:
             raise UsageError(problem("conversations", received=f"{len(self._conversations)} at work",
                                      expected=f"fewer than {self._max_conversations}",
@@ -303,40 +340,27 @@ class Scheduler:
 
     # --- ends ---
 
-    def _finished(self, conversation: _Conversation, text: str, reason: str | None = None) -> Event:
-        event = self._event(conversation, text, reason or self._answer_of(conversation).finish_reason)
-        conversation.answer = None
-        conversation.pending, conversation.fed = conversation.pending[:0], 0
-        if conversation in self._waiting:
-            self._waiting.remove(conversation)
+    def _finished(self, conversation: Conversation, text: str, reason: str | None = None) -> Event:
+        event = self._event(conversation, text, reason or conversation.the_answer.finish_reason)
+        conversation.answer, conversation.paused = None, False
+        conversation.pending, conversation.fed = NO_IDS, 0
+        self._places.stop_waiting(conversation)
         self._conversations.move_to_end(conversation.name)
         return event
 
-    def _failed(self, conversation: _Conversation, error: SinkError) -> Event:
+    def _failed(self, conversation: Conversation, error: SinkError) -> Event:
         """The conversation is over: its stream may hold half a chunk, or numbers that are none."""
         event = dataclasses.replace(self._finished(conversation, "", "error"), error=str(error))
-        self._session.reset([self._stream_of(conversation)])
+        self._session.reset([conversation.the_stream])
         self.forget(conversation.name)
         return event
 
-    def _event(self, conversation: _Conversation, text: str, reason: str | None) -> Event:
-        return Event(conversation.name, text, reason, None, conversation.fed, self._answer_of(conversation).num_tokens)
+    def _event(self, conversation: Conversation, text: str, reason: str | None) -> Event:
+        return Event(conversation.name, text, reason, None, conversation.fed, conversation.the_answer.num_tokens)
 
-    def _known(self, name: str) -> _Conversation:
+    def _known(self, name: str) -> Conversation:
         conversation = self._conversations.get(name)
         if conversation is None:
             raise UsageError(problem("conversation", received=f"'{name}'", expected="one that has begun and is kept",
                                      fix="submit something to it first"))  # fmt: skip
         return conversation
-
-    @staticmethod
-    def _answer_of(conversation: _Conversation) -> Answer:
-        if conversation.answer is None:
-            raise RuntimeError(f"conversation '{conversation.name}' has no answer in progress")
-        return conversation.answer
-
-    @staticmethod
-    def _stream_of(conversation: _Conversation) -> int:
-        if conversation.stream is None:
-            raise RuntimeError(f"conversation '{conversation.name}' is in no stream")
-        return conversation.stream
