@@ -93,6 +93,18 @@ class Scheduler:
         self._conversations: collections.OrderedDict[str, Conversation] = collections.OrderedDict()
         self._places = Places(session, slice_tokens, max_parked_bytes, lambda c: self.forget(c.name))
         self._stepped_last = False
+        self._prompt_tokens = 0
+        self._answer_tokens = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of prompts fed so far, of all conversations."""
+        return self._prompt_tokens
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of answers fed so far, of all conversations."""
+        return self._answer_tokens
 
     @property
     def has_work(self) -> bool:
@@ -262,6 +274,7 @@ class Scheduler:
             return [self._failed(conversation, error)]
         conversation.fed += size
         conversation.took(ids)
+        self._prompt_tokens += size
         return []
 
     def _feed_tokens(self, conversations: list[Conversation]) -> list[Event]:
@@ -301,7 +314,9 @@ class Scheduler:
         conversation.took(np.array([token], dtype=np.int64))
         if conversation.num_pending:
             conversation.fed += 1
+            self._prompt_tokens += 1
             return []
+        self._answer_tokens += 1
         answer = conversation.the_answer
         text = answer.push(token)
         if answer.finish_reason is not None:

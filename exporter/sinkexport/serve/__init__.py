@@ -1,0 +1,1 @@
+"""``sinkexport serve``: a bundle behind the OpenAI HTTP API."""

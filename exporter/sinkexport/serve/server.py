@@ -1,0 +1,66 @@
+"""Engine, application and web server put together."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+
+import uvicorn
+from fastapi import FastAPI
+from sinkrt import Session
+
+from sinkexport.serve.app import create_app
+from sinkexport.serve.engine import Engine
+from sinkexport.serve.metrics import Metrics
+from sinkexport.serve.settings import Limits
+
+KEEP_ALIVE_S = 30
+
+
+class Server:
+    """A server over `session`, which nobody else may use while it runs.
+
+    model_name: what clients call the model; None for the bundle's name of it.
+
+    Raises: UsageError if the bundle has no tokenizer.
+    """
+
+    def __init__(
+        self, session: Session, limits: Limits, *, model_name: str | None = None, api_key: str | None = None,
+        log_requests: bool = False,
+    ) -> None:  # fmt: skip
+        self.model = model_name or session.manifest.model.name
+        metrics = Metrics()
+        self.engine = Engine(session, limits, metrics)
+        self.app = create_app(
+            self.engine, session.tokenizer, metrics, limits, model=self.model, batch=session.batch, api_key=api_key
+        )
+        self.app.router.lifespan_context = self._lifespan
+        self._uvicorn = uvicorn.Server(
+            uvicorn.Config(
+                self.app, http="h11", ws="none", lifespan="on", log_level="info" if log_requests else "warning", access_log=log_requests,
+                server_header=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=int(limits.grace_s),
+            )
+        )  # fmt: skip
+
+    @property
+    def started(self) -> bool:
+        """Whether requests are answered."""
+        return self._uvicorn.started
+
+    def run(self, listener: socket.socket) -> None:
+        """Serve until a signal or `stop`."""
+        self._uvicorn.run(sockets=[listener])
+
+    def stop(self) -> None:
+        """End `run`, from any thread, once requests at work are done or their time of grace is over."""
+        self._uvicorn.should_exit = True
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
+        self.engine.start()
+        try:
+            yield
+        finally:
+            self.engine.stop()

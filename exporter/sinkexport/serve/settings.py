@@ -1,0 +1,99 @@
+"""What a server allows, and who may call it."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import socket
+from pathlib import Path
+
+from sinkrt.errors import UsageError, problem
+
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Bounds of a server, each >= 1 unless told otherwise.
+
+    max_waiting: requests at work besides the B that streams can take at a time, >= 0. max_conversations: remembered,
+    those at work included. max_prompt_tokens: of one prompt, what the cache knows of it already included. max_tokens:
+    of one answer; also the default of requests that do not say. max_body_bytes: of one request. max_parked_bytes:
+    memory for conversations that are in no stream, >= 0. stall_s: seconds until a client that takes no text is given
+    up. grace_s: seconds that requests get to end when the server is stopped, >= 0.
+
+    Raises: UsageError.
+    """
+
+    max_waiting: int = 32
+    max_conversations: int = 64
+    max_prompt_tokens: int = 16384
+    max_tokens: int = 4096
+    max_body_bytes: int = MIB
+    max_parked_bytes: int = 1024 * MIB
+    stall_s: float = 60.0
+    grace_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        least = {"max_waiting": 0, "max_parked_bytes": 0, "stall_s": 0, "grace_s": 0}
+        for field in dataclasses.fields(self):
+            value, minimum = getattr(self, field.name), least.get(field.name, 1)
+            if value < minimum:
+                option = "--" + field.name.replace("_", "-")
+                raise UsageError(problem(option, received=value, expected=f">= {minimum}", fix="raise it"))
+
+
+def read_api_key(file: Path | None, environment: str | None) -> str | None:
+    """The key that clients must send: the file's content without surrounding white space, else the variable's.
+
+    Raises: UsageError if the file is unreadable or a key is empty or no printable ASCII, which headers cannot carry.
+    """
+    if file is not None:
+        try:
+            key, where = file.read_text(encoding="utf-8"), f"'{file}'"
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(problem("--api-key-file", received=f"'{file}' ({error})", expected="a readable text file",
+                                     fix="check the path")) from None  # fmt: skip
+    elif environment is not None:
+        key, where = environment, "SINKEXPORT_API_KEY"
+    else:
+        return None
+    key = key.strip()
+    if not key or not all("!" <= character <= "~" for character in key):
+        raise UsageError(problem("API key", received=f"{where} without one", expected="printable ASCII without spaces",
+                                 fix="write one line, for example of 'openssl rand -hex 32'"))  # fmt: skip
+    return key
+
+
+def check_exposure(host: str, api_key: str | None) -> None:
+    """Refuse to serve everybody on a network without a key.
+
+    Raises: UsageError, also for a host that does not resolve.
+    """
+    if api_key is None and not all(ipaddress.ip_address(address).is_loopback for address in _addresses(host)):
+        raise UsageError(
+            problem("--host", received=f"'{host}' without an API key", expected="127.0.0.1, or a key that clients send",
+                    fix="pass --api-key-file FILE, or set SINKEXPORT_API_KEY")
+        )  # fmt: skip
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes any free one.
+
+    Raises: UsageError if the port is taken or may not be had.
+    """
+    family = socket.AF_INET6 if ":" in _addresses(host)[0] else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise UsageError(problem("--port", received=f"{port} on '{host}' ({error.strerror or error})",
+                                 expected="a port that is free", fix="choose another")) from None  # fmt: skip
+
+
+def _addresses(host: str) -> list[str]:
+    try:
+        found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)  # noqa: S104 - to be refused
+    except (OSError, UnicodeError) as error:
+        raise UsageError(problem("--host", received=f"'{host}' ({error})", expected="an address of this machine",
+                                 fix="pass 127.0.0.1")) from None  # fmt: skip
+    return [str(address[0]).partition("%")[0] for *_, address in found]
