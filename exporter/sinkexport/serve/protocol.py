@@ -18,6 +18,9 @@ NAME_PATTERN = r"^[A-Za-z0-9._-]{1,64}$"
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -132,7 +135,7 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """POST /v1/completions. prompt: a text, or token ids, or a list of one of either."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     logprobs: None = None

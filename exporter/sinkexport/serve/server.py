@@ -39,8 +39,9 @@ class Server:
         self.app.router.lifespan_context = self._lifespan
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(
-                self.app, http="h11", ws="none", lifespan="on", log_level="info" if log_requests else "warning", access_log=log_requests,
-                server_header=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=int(limits.grace_s),
+                self.app, http="h11", ws="none", lifespan="on", server_header=False,
+                log_level="info" if log_requests else "warning", access_log=log_requests,
+                timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=int(limits.grace_s),
             )
         )  # fmt: skip
 
