@@ -13,6 +13,7 @@ import psutil
 import pytest
 from sinkrt import BackendError, Session, UsageError
 from sinkrt.answer import AnswerParams
+from sinkrt.places import stream_bytes
 from sinkrt.sampler import SamplingParams
 from sinkrt.scheduler import Event, Scheduler
 
@@ -252,3 +253,183 @@ def test_memory_stays_flat_over_many_conversations(session: Session) -> None:
     talk(300)
     assert talk(1500) <= 512 * 1024
     assert scheduler.load.conversations <= 5
+
+
+def run_out(scheduler: Scheduler) -> str:
+    """The text of everything that is at work."""
+    text = ""
+    while scheduler.has_work:
+        text += "".join(event.text for event in scheduler.step())
+    return text
+
+
+def test_only_the_one_that_cannot_take_its_token_fails(
+    bundles: tuple[Path, Path], session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of three that fails is one step each: nobody pays for a neighbour."""
+    scheduler, real = Scheduler(session), session.step
+    params = AnswerParams(max_tokens=12, ignore_eos=True)
+    said = {name: Said([""], []) for name in "abc"}
+
+    def step(ids: Any, streams: Any = None) -> Any:
+        if 1 in streams and scheduler.position("b") >= 5:
+            raise BackendError("out of memory")
+        return real(ids, streams)
+
+    monkeypatch.setattr(session, "step", step)
+    for i, name in enumerate("abc"):
+        scheduler.submit(name, [i + 1], SamplingParams(), params)
+    errors = []
+    while scheduler.has_work:
+        events = scheduler.step()
+        errors += [(event.conversation, event.error) for event in events if event.error]
+        collect(events, said)
+    assert errors == [("b", "out of memory")]
+    assert "b" not in scheduler
+    for i, name in ((0, "a"), (2, "c")):
+        assert said[name].texts == alone(bundles[1], [[i + 1]], SamplingParams(), params)
+
+
+def test_a_chunk_of_no_numbers_fails_alone(
+    bundles: tuple[Path, Path], session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk that overflows leaves NaN and no error; its stream is lost, and a rest of one token is still to feed."""
+    scheduler, params = Scheduler(session), AnswerParams(max_tokens=12, ignore_eos=True)
+    backend = session._backend
+    assert backend is not None
+    real = backend.run_chunk
+
+    def run_chunk(stream: int, ids: np.ndarray, position: int) -> None:
+        real(stream, ids, position)
+        if 99 in ids:
+            backend.logits[stream] = np.nan
+
+    monkeypatch.setattr(backend, "run_chunk", run_chunk)
+    said = {name: Said([""], []) for name in "ab"}
+    scheduler.submit("a", [3, 4], SamplingParams(), params)
+    scheduler.submit("b", [99] * 5, SamplingParams(), params)
+    while scheduler.has_work:
+        collect(scheduler.step(), said)
+    assert said["b"].reasons == ["error"]
+    assert said["a"].texts == alone(bundles[1], [[3, 4]], SamplingParams(), params)
+    scheduler.submit("b", [7], SamplingParams(), params)
+    assert run_out(scheduler) == alone(bundles[1], [[7]], SamplingParams(), params)[0], "its stream is whole again"
+
+
+def test_a_conversation_is_found_by_what_it_has_taken(bundles: tuple[Path, Path], session: Session) -> None:
+    scheduler, params = Scheduler(session), AnswerParams(max_tokens=5, ignore_eos=True)
+    scheduler.submit("a", [1, 2, 3], SamplingParams(), params)
+    scheduler.submit("kept", [4, 5], SamplingParams(), params, lasting=True)
+    assert scheduler.find_start([1, 2, 3]) is None, "it is at work"
+    run_out(scheduler)
+    taken = {name: session.recent_ids(stream)[-5:].tolist() for stream, name in enumerate(("a", "kept"))}
+    whole = [1, 2, 3, *taken["a"]]
+    assert scheduler.position("a") == len(whole)
+    assert scheduler.find_start([*whole, 77, 78]) == "a"
+    assert scheduler.find_start(whole) == "a"
+    assert scheduler.find_start(whole[:-1]) is None
+    assert scheduler.find_start([9, *whole[1:]]) is None
+    assert scheduler.find_start([*whole[:5], (whole[5] + 1) % 256, *whole[6:], 77]) is None
+    assert scheduler.find_start([4, 5, *taken["kept"]]) is None, "lasting ones belong to their names"
+    # The longest start wins, and going on gives what a new stream would say.
+    scheduler.submit("longer", [*whole, 77], SamplingParams(), AnswerParams(max_tokens=1, ignore_eos=True))
+    run_out(scheduler)
+    (last,) = (session.recent_ids(s)[-1] for s in range(3) if session.position[s] == len(whole) + 2)
+    assert scheduler.find_start([*whole, 77, int(last), 78]) == "longer"
+    scheduler.submit("a", [77, 78, 79], SamplingParams(), params)
+    assert run_out(scheduler) == alone(bundles[1], [[*whole, 77, 78, 79]], SamplingParams(), params)[0]
+
+
+def test_nothing_more_to_feed_goes_on_where_it_stood(bundles: tuple[Path, Path], session: Session) -> None:
+    scheduler = Scheduler(session)
+    scheduler.submit("a", [1, 2], SamplingParams(), AnswerParams(max_tokens=5, ignore_eos=True))
+    text = run_out(scheduler)
+    scheduler.submit("a", [], SamplingParams(), AnswerParams(max_tokens=5, ignore_eos=True))
+    text += run_out(scheduler)
+    with Session.load(bundles[1], threads=1) as single:
+        single.prefill([1, 2])
+        ids = []
+        for _ in range(10):
+            ids.append(int(single.logits[0].argmax()))
+            single.step(ids[-1:])
+        assert text.count("\N{REPLACEMENT CHARACTER}") or text == single.tokenizer.decode(ids)
+        assert scheduler.position("a") == 12
+        assert session.recent_ids(0).tolist() == single.recent_ids(0).tolist()
+
+
+def test_what_was_left_of_a_prompt_is_taken_with_the_next(bundles: tuple[Path, Path], session: Session) -> None:
+    params = AnswerParams(max_tokens=8, ignore_eos=True)
+    for keep in (True, False):
+        scheduler = Scheduler(session)
+        prompt, nxt = list(range(50, 90)), [7, 8, 9]
+        scheduler.submit("a", prompt, SamplingParams(), params)
+        for _ in range(3):
+            scheduler.step()
+        scheduler.cancel("a", keep_prompt=keep)
+        assert scheduler.position("a") == 12
+        assert scheduler.num_pending("a") == (28 if keep else 0)
+        assert not scheduler.has_work
+        scheduler.submit("a", nxt, SamplingParams(), params)
+        fed = prompt + nxt if keep else prompt[:12] + nxt
+        assert run_out(scheduler) == alone(bundles[1], [fed], SamplingParams(), params)[0]
+
+
+def test_a_paused_conversation_costs_nobody_a_stream(bundles: tuple[Path, Path], session: Session) -> None:
+    scheduler, params = Scheduler(session), AnswerParams(max_tokens=40, ignore_eos=True)
+    said: dict[str, Said] = {name: Said([""], []) for name in "abcd"}
+    for i, name in enumerate("abc"):
+        scheduler.submit(name, [i], SamplingParams(), params)
+    for _ in range(10):
+        collect(scheduler.step(), said)
+    for name in "abc":
+        scheduler.pause(name)
+    assert not scheduler.has_work
+    assert scheduler.step() == []
+    scheduler.submit("d", [3], SamplingParams(), params)
+    while scheduler.has_work:
+        collect(scheduler.step(), said)
+    assert said["d"].reasons == ["length"]
+    assert [said[name].reasons for name in "abc"] == [[], [], []]
+    assert scheduler.load.parked == 1, "one of the paused ones gave its stream away"
+    for name in "abc":
+        scheduler.resume(name)
+    while scheduler.has_work:
+        collect(scheduler.step(), said)
+    for i, name in enumerate("abcd"):
+        assert said[name].texts == alone(bundles[1], [[i]], SamplingParams(), params), name
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_parked_streams_have_their_memory_and_no_more(
+    bundles: tuple[Path, Path], session: Session, room: int
+) -> None:
+    """Without memory to park, those at work wait for a stream, and idle ones are forgotten, lasting ones last."""
+    scheduler = Scheduler(session, slice_tokens=4, max_parked_bytes=room * stream_bytes(session))
+    params = AnswerParams(max_tokens=30, ignore_eos=True)
+    said: dict[str, Said] = {}
+    for i in range(6):
+        said[f"c{i}"] = Said([""], [])
+        scheduler.submit(f"c{i}", [i, 5], SamplingParams(), params, lasting=i == 0)
+    while scheduler.has_work:
+        collect(scheduler.step(), said)
+        assert scheduler.load.parked <= room
+    for i in range(6):
+        assert said[f"c{i}"].texts == alone(bundles[1], [[i, 5]], SamplingParams(), params)
+    assert ("c0" in scheduler) == bool(room), "work goes before memories"
+    assert scheduler.load.conversations == 3 + room
+    copy = session.copy_stream(0)
+    assert stream_bytes(session) == copy.nbytes
+
+
+def test_the_first_event_of_a_request_tells_that_it_has_a_stream(session: Session) -> None:
+    scheduler = Scheduler(session, slice_tokens=1000)
+    for i in range(4):
+        scheduler.submit(f"c{i}", [1], SamplingParams(), AnswerParams(max_tokens=3, ignore_eos=True))
+    first = scheduler.step()
+    assert [(event.conversation, event.text, event.answer_tokens) for event in first[:3]] == [
+        (f"c{i}", "", 0) for i in range(3)
+    ]
+    later = [event for _ in range(8) for event in scheduler.step() if event.conversation == "c3"]
+    assert (later[0].text, later[0].finish_reason, later[0].answer_tokens) == ("", None, 0)
+    assert later[-1].finish_reason == "length"
+    assert (scheduler.prompt_tokens, scheduler.answer_tokens) == (4, 12)
