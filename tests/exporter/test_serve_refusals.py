@@ -95,9 +95,10 @@ def test_malformed_prompts(strict: Served, prompt: Any) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"null", b"5", b'"x"', b"\xff\xfe", b"{}" * 2,
-     b'{"messages": [{"role": "user", "content": NaN}]}', b'{"prompt": "\\ud800", "max_tokens": 1}', b"[" * 2000, b'{"a":' * 600, b'{"temperature": NaN, "prompt": "x"}',
-     b'{"temperature": 1e999, "prompt": "x"}', b'{"prompt": "x", "max_tokens": ' + b"9" * 3000 + b"}"],
+    [b"", b"{", b"[]", b"null", b"5", b'"x"', b"\xff\xfe", b"{}" * 2, b"[" * 2000, b'{"a":' * 600,
+     b'{"messages": [{"role": "user", "content": NaN}]}', b'{"prompt": "\\ud800", "max_tokens": 1}',
+     b'{"temperature": NaN, "prompt": "x"}', b'{"temperature": 1e999, "prompt": "x"}',
+     b'{"prompt": "x", "max_tokens": ' + b"9" * 3000 + b"}"],
     ids=range(15),
 )  # fmt: skip
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
