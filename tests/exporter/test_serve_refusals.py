@@ -122,7 +122,7 @@ def test_oversized_bodies(strict: Served) -> None:
 
     refusal(httpx.post(strict.url + COMPLETIONS, content=pieces(20), headers=headers), 413)  # no Content-Length
     with socket.create_connection(strict.url.removeprefix("http://").split(":")) as raw:  # type: ignore[arg-type]
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n")
         assert raw.recv(100).startswith(b"HTTP/1.1 413 ")
     refusal(httpx.post(strict.url + COMPLETIONS, json={"prompt": "x" * 201}), 400)
     code = refusal(httpx.post(strict.url + CHAT, json={"messages": [user("x" * 201)]}), 400)["code"]
@@ -217,6 +217,19 @@ def test_the_network_needs_a_key(host: str) -> None:
     check_exposure(host, KEY)
     check_exposure("127.0.0.1", None)
     check_exposure("localhost", None)
+
+
+def test_names_of_others_are_no_way_in(strict: Served) -> None:
+    """DNS rebinding: a web page's own name that points here."""
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", ""):
+        assert refusal(httpx.get(strict.url + "/v1/models", headers={"Host": host}), 403)["type"] == "permission_error"
+    for host in ("localhost", "LOCALHOST:80", "127.0.0.1:5", "[::1]:8000", "192.168.1.7", "a.localhost"):
+        assert httpx.get(strict.url + "/v1/models", headers={"Host": host}).status_code == 200
+
+
+def test_serving_needs_no_torch() -> None:
+    code = "import sys, sinkexport.serve.server; assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_keys_are_read_and_checked(tmp_path: Path) -> None:

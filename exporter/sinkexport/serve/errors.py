@@ -8,7 +8,10 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 RETRY_AFTER_S = 2
-_TYPES = {401: "authentication_error", 404: "not_found_error", 409: "conflict_error", 429: "rate_limit_error"}
+_TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error",
+    429: "rate_limit_error",
+}  # fmt: skip
 _CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "too_many_requests", 503: "unavailable"}
 
 

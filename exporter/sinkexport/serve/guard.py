@@ -1,9 +1,10 @@
-"""What every request passes before it is read: counting, the API key and the bound on its size."""
+"""What every request passes before it is read: counting, who may ask, and the bound on its size."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -54,7 +55,10 @@ class Guard:
 
     async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
-        if self._key is not None and scope["path"] not in OPEN_PATHS and not self._knows_key(headers):
+        if self._key is None:
+            if not is_local_name(headers.get(b"host", b"").decode("latin-1")):
+                raise ApiError(403, "a server without an API key is asked by address or as 'localhost' only")
+        elif scope["path"] not in OPEN_PATHS and not self._knows_key(headers):
             raise ApiError(401, "no valid API key; send 'Authorization: Bearer KEY'")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:
@@ -79,6 +83,20 @@ class Guard:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"request body: received more than expected, at most {self._max_body_bytes} bytes")
+
+
+def is_local_name(host: str) -> bool:
+    """Whether a Host header names an address or this machine.
+
+    A web page can let a name of its own point to this machine and then read all that a server without a key says; it
+    cannot do so with an address.
+    """
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name.lower() == "localhost" or name.lower().endswith(".localhost")
+    return True
 
 
 def _digest(key: bytes) -> bytes:

@@ -52,7 +52,10 @@ class Server:
 
     def run(self, listener: socket.socket) -> None:
         """Serve until a signal or `stop`."""
-        self._uvicorn.run(sockets=[listener])
+        try:
+            self._uvicorn.run(sockets=[listener])
+        finally:
+            self.engine.stop()  # a second Ctrl-C skips the orderly way
 
     def stop(self) -> None:
         """End `run`, from any thread, once requests at work are done or their time of grace is over."""
