@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -36,13 +37,15 @@ class Event:
     """What one run did for one conversation.
 
     text: what its answer grew by, whole characters. finish_reason: of `Answer`, or ``error`` or ``cancelled``; None
-    while it goes on. error: the reason, in one line. prompt_tokens, answer_tokens: fed so far for this request.
+    while it goes on. error: the reason, in one line. tokens: ids that its stream took in this run, of prompt or answer.
+    prompt_tokens, answer_tokens: fed so far for this request.
     """
 
     conversation: str
     text: str
     finish_reason: str | None
     error: str | None
+    tokens: tuple[int, ...]
     prompt_tokens: int
     answer_tokens: int
 
@@ -208,7 +211,7 @@ class Scheduler:
             return [self._failed(conversation, error)]
         conversation.fed += size
         conversation.placed_tokens += size
-        return []
+        return [self._event(conversation, "", None, ids.tolist())]
 
     def _feed_tokens(self, conversations: list[_Conversation]) -> list[Event]:
         events, fed = [], []
@@ -232,13 +235,14 @@ class Scheduler:
             conversation.placed_tokens += 1
             if conversation.num_pending:
                 conversation.fed += 1
+                events.append(self._event(conversation, "", None, [token]))
                 continue
             answer = self._answer_of(conversation)
             text = answer.push(token)
             if answer.finish_reason is not None:
-                events.append(self._finished(conversation, text + answer.flush()))
-            elif text:
-                events.append(self._event(conversation, text, None))
+                events.append(self._finished(conversation, text + answer.flush(), tokens=[token]))
+            else:
+                events.append(self._event(conversation, text, None, [token]))
         return events
 
     def _next_token(self, conversation: _Conversation) -> int | None:
@@ -303,8 +307,10 @@ class Scheduler:
 
     # --- ends ---
 
-    def _finished(self, conversation: _Conversation, text: str, reason: str | None = None) -> Event:
-        event = self._event(conversation, text, reason or self._answer_of(conversation).finish_reason)
+    def _finished(
+        self, conversation: _Conversation, text: str, reason: str | None = None, tokens: Sequence[int] = ()
+    ) -> Event:
+        event = self._event(conversation, text, reason or self._answer_of(conversation).finish_reason, tokens)
         conversation.answer = None
         conversation.pending, conversation.fed = conversation.pending[:0], 0
         if conversation in self._waiting:
@@ -319,8 +325,11 @@ class Scheduler:
         self.forget(conversation.name)
         return event
 
-    def _event(self, conversation: _Conversation, text: str, reason: str | None) -> Event:
-        return Event(conversation.name, text, reason, None, conversation.fed, self._answer_of(conversation).num_tokens)
+    def _event(
+        self, conversation: _Conversation, text: str, reason: str | None, tokens: Sequence[int] = ()
+    ) -> Event:
+        fed, answered = conversation.fed, self._answer_of(conversation).num_tokens
+        return Event(conversation.name, text, reason, None, tuple(tokens), fed, answered)
 
     def _known(self, name: str) -> _Conversation:
         conversation = self._conversations.get(name)
