@@ -4,8 +4,8 @@
 
 Each client asks questions of its own, greedily, streamed or not by turns, in fresh conversations and in a named one
 that goes on for the whole soak, and now and then leaves in the middle of an answer. A fresh answer must be the one that
-the bundle gave to the same question at the start. The server's resident memory is sampled all the time; its growth is
-that after the first fifth.
+the bundle gave to the same question at the start. The server's resident memory is sampled all the time; its growth is from
+the second fifth of the time to the last, each by its median.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -146,11 +147,13 @@ def main() -> None:
         for client in clients:
             client.result()
     code = server.stop()
-    settled = [rss for at, rss in samples if at > seconds / 5]
+    second, last = (
+        statistics.median(rss for at, rss in samples if low <= at / seconds < low + 0.2) / MIB for low in (0.2, 0.8)
+    )
     result = {
         "minutes": arguments.minutes, "clients": arguments.clients, **soak.counts,
-        "rss_mib_after_a_fifth": settled[0] / MIB, "rss_mib_at_the_end": settled[-1] / MIB,
-        "growth_mib": (settled[-1] - settled[0]) / MIB, "exit_code": code, "failures": soak.failures[:20],
+        "rss_mib_second_fifth": second, "rss_mib_last_fifth": last, "growth_mib": last - second, "exit_code": code,
+        "failures": soak.failures[:20],
         "rss_mib": [(round(at, 1), round(rss / MIB, 1)) for at, rss in samples[:: max(1, len(samples) // 100)]],
     }  # fmt: skip
     print(json.dumps({key: value for key, value in result.items() if key != "rss_mib"}, indent=1))
