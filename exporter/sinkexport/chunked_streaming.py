@@ -128,12 +128,12 @@ class ChunkedStream:
         refuse_arguments(layer, self._config, sliding_window, others)
         spec, factor = self._rotary.layers[layer], self._rotary.scaling
         q, k = (_rotated(x, self._turn, spec, factor) for x in (q, k))
+        q = q * (scaling if scaling is not None else q.shape[-1] ** -0.5)  # here: logits are many more
         seen = self._with_chunk(layer, k, v)
         back = (self._shift[0], -self._shift[1])
         logits = torch.cat(
             (_products(_rotated(q, back, spec), seen.sink_k), _products(q, seen.window_k)), dim=-1
         )  # [B, Hq, T, n]
-        logits = logits * (scaling if scaling is not None else q.shape[-1] ** -0.5)
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         weights = logits.float().masked_fill_(~self._sees, float("-inf")).softmax(dim=-1).to(v.dtype)
