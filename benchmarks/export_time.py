@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from harness import environment, table, write_json
+from harness import environment, table, where, write_json
 from peers import plain_folder, run_export
 
 
@@ -46,7 +46,7 @@ def show(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{result['model']}, fp32, {result['weight_bytes'] / 1e6:.0f} MB of weights; median of {result['repeats']}",
-            f"{facts['cpu']}, {facts['logical_cpus']} CPUs, commit {facts['commit']}",
+            where(facts),
             "",
             table(["exporter", "load s", "export s", "total s", "peak MB", "peak / weights"], rows),
         ]
