@@ -6,7 +6,8 @@ llama.cpp can be made to do what a bundle does: evict the oldest token after the
 (`llama_memory_seq_rm`, `llama_memory_seq_add`). Its keys are stored rotated, so each such step rotates every kept key
 once more, in the type of the cache. Both get the same ids and equal fp32 weights; the difference of their logits is
 llama.cpp's rounding, since a bundle never rotates a stored key again. A second llama.cpp keeps its cache in F16, which
-is its default. Both run in this process, where llama.cpp's threads spin into the bundle's time: only llama.cpp is timed.
+is its default. Both run in this process, where llama.cpp's threads spin into the bundle's time, so only llama.cpp is
+timed.
 
 "drift" is the largest difference of a logit at that step, as a share of the standard deviation of the logits.
 """

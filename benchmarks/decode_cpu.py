@@ -30,7 +30,7 @@ from sinkexport.machine import ReadProbe, physical_cores
 from sinkexport.step_bytes import weight_bytes_per_step
 from sinkexport.timing import Stats
 from sinkrt.contract import Manifest, load_manifest
-from workers import ContenderError, Worker, running
+from workers import ContenderError, Worker, packages, running
 
 WARM_UP = 3  # untimed steps at the start of each turn: caches and clocks belong to the contender again
 PAUSE_S = 0.2  # between turns, for the last contender's threads to stop spinning
@@ -41,8 +41,8 @@ PEERS = "genai,transformers,recompute,llamacpp"
 # What a contender's tokens depend on once the cache is full; whether it goes on at all, and how fast, is measured.
 PAST = {
     "sinkexport": "exact: first S and last W tokens",
-    "genai": "all tokens, in a buffer of fixed size",
-    "transformers": "all tokens, cache grows",
+    "genai": "all tokens, in a buffer whose size is given beforehand",
+    "transformers": "all tokens, in a cache that grows",
     "recompute": "exact: last C tokens",
     "llamacpp": "half the window forgotten at a time, kept keys re-rotated",
 }
@@ -147,7 +147,6 @@ def report(
                 "peak_memory_mb": far[name].peak_mb,
             }
     return {
-        "environment": environment(threads),
         "model": manifest.model.name,
         "cache": {"sinks": manifest.stream.num_sink_tokens, "window": manifest.stream.window_size},
         "bandwidth_gb_per_s": {
@@ -171,7 +170,7 @@ def show(result: dict[str, Any]) -> str:
     rows = []
     for name, c in result["contenders"].items():
         there = c.get("far")
-        past = c["past_window"] + (f"; without a larger one it stops (\"{c['stopped']}\")" if c["stopped"] else "")
+        past = c["past_window"] + (f'; stops at its end: "{c["stopped"]}"' if c["stopped"] else "; goes on")
         rows.append([
             name, f"{c['median_ms']:.1f}", f"{c['p99_ms']:.1f}", f"{c['tokens_per_s']:.1f}",
             f"{c['ratio_to_floor']:.2f}", f"{c['peak_memory_mb']:,.0f}", f"{c['same_tokens']} of {c['tokens']}",
@@ -191,7 +190,7 @@ def show(result: dict[str, Any]) -> str:
             "",
             f"`{result['environment']['command']}`",
             "",
-            table(headers, rows),
+            table(headers, rows, texts=(0, len(headers) - 1)),
         ]
     )
 
@@ -234,6 +233,7 @@ def main() -> None:
     with running(
         paths, arguments.peer_python, threads=threads, capacity=capacity, sinks=manifest.stream.num_sink_tokens
     ) as workers:
+        found = environment(threads, packages(workers))  # before our own work adds to the load
         inside, bandwidth = measure(workers, prompt[:context], context + new_tokens, turns=arguments.turns,
                                     turn=arguments.turn, threads=threads)  # fmt: skip
         stopped = cross(workers, prompt, capacity)
@@ -243,6 +243,7 @@ def main() -> None:
                              turn=arguments.turn, threads=threads)  # fmt: skip
     weights = weight_bytes_per_step(arguments.bundle / manifest.graphs["decode"].file)
     result = report(inside, far, stopped, bandwidth, manifest, weights, threads=threads) | {
+        "environment": found,
         "context_tokens": [context, context + new_tokens],
         "far_tokens": [far_context, far_limit],
     }

@@ -6,22 +6,38 @@ not have sinkexport, so it is imported late here.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("sinkexport", "onnxruntime", "onnxruntime-genai", "transformers", "torch", "llama-cpp-python", "numpy")
 
 
-def environment(threads: int) -> dict[str, Any]:
-    """Command, commit, machine and versions: without them a number says nothing."""
+def environment(threads: int, peer_packages: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Command, commit, machine and versions: without them a number says nothing.
+
+    peer_packages: versions in the peers' environment, for what is not in this one.
+    """
     from sinkexport import machine
 
-    return {**machine.environment(threads, PACKAGES), "commit": _commit(), "command": command()}
+    facts = machine.environment(threads, PACKAGES)
+    packages = {**(peer_packages or {}), **facts["packages"]}
+    return {**facts, "packages": packages, "commit": _commit(), "command": command()}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that matter in this environment."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def command() -> str:
@@ -29,13 +45,19 @@ def command() -> str:
     return shlex.join(["python", *sys.argv])
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table that is aligned as plain text too, the first column to the left, numbers to the right."""
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
+    """A Markdown table that is aligned as plain text too.
+
+    texts: columns of text, which go to the left; the others are numbers and go to the right.
+    """
     widths = [max(3, *(len(row[i]) for row in [headers, *rows])) for i in range(len(headers))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    rule = ["-" * width if i in texts else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     lines = []
-    for first, *numbers in [headers, rule, *rows]:
-        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(numbers, widths[1:], strict=True))]
+    for row in [headers, rule, *rows]:
+        cells = [
+            cell.ljust(width) if i in texts else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ from peers import contender_paths
 from sinkexport.machine import physical_cores
 from sinkexport.timing import Ratio, Stats
 from sinkrt.contract import load_manifest
-from workers import Worker, running
+from workers import Worker, packages, running
 
 WARM_UP_TOKENS = 130
 PAUSE_S = 0.2  # for the last contender's threads to stop spinning
@@ -106,9 +106,10 @@ def main() -> None:
     with running(
         paths, arguments.peer_python, threads=arguments.threads, capacity=stream.capacity, sinks=stream.num_sink_tokens
     ) as workers:
+        found = environment(arguments.threads, packages(workers))  # before our own work adds to the load
         contenders = report(measure(workers, prompt, arguments.repeats), arguments.tokens)
     result = {
-        "environment": environment(arguments.threads),
+        "environment": found,
         "model": manifest.model.name,
         "prompt_tokens": arguments.tokens,
         "chunk_size": stream.chunk_size,

@@ -3,6 +3,7 @@
 A process each: thread pools of one contender cannot spin into the time of another, and each may live in an
 environment of its own. Requests (standard input) and replies (standard output), one JSON object a line:
 
+    when the model is loaded                     ->  {"packages": {name: version}}
     {"op": "prefill", "ids": [...], "limit": n}  ->  {"ms": [t], "tokens": [first], "peak_mb": m}
     {"op": "steps", "count": n}                  ->  {"ms": [...], "tokens": [...], "peak_mb": m}
     end of input                                 ->  the process ends
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from contenders import CONTENDERS, Contender, Setup
-from harness import peak_memory_mb
+from harness import peak_memory_mb, versions
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
 
     setup = Setup(arguments.path, arguments.threads, arguments.capacity, arguments.sinks)
     contender: Contender = CONTENDERS[arguments.kind](setup)
-    reply(ready=True)
+    reply(packages=versions())
     token = -1
     for line in sys.stdin:
         request = json.loads(line)

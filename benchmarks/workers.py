@@ -41,7 +41,7 @@ class Worker:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )
-        self._reply()
+        self.packages: dict[str, str] = self._reply()["packages"]
 
     def prefill(self, ids: list[int], limit: int) -> Reply:
         """Start a stream that will have at most `limit` tokens.
@@ -78,6 +78,11 @@ class Worker:
         if not line:
             raise SystemExit(f"{self.name}: its process ended with exit code {self._process.wait()}; see above")
         return dict(json.loads(line))
+
+
+def packages(workers: list[Worker]) -> dict[str, str]:
+    """Versions of packages in all their environments."""
+    return {name: version for worker in workers for name, version in worker.packages.items()}
 
 
 @contextlib.contextmanager
