@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from contenders import LlamaCpp, Setup
-from harness import environment, table, where, write_json
+from harness import check_json, environment, table, where, write_json
 from peers import llama_gguf
 from sinkexport.machine import physical_cores
 from sinkexport.timing import Stats
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder for the F32 file; default: beside the bundle")
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
+    check_json(arguments.json)
     manifest = load_manifest(arguments.bundle)
     if manifest.stream.batch != 1 or manifest.weights_dtype != "float32":
         parser.error("a bundle of fp32 and batch 1 is needed")
@@ -107,8 +108,7 @@ def main() -> None:
         },
     }
     print(show(result))
-    if arguments.json:
-        write_json(arguments.json, result)
+    write_json(arguments.json, result)
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:

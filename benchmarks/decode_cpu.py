@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import environment, table, where, write_json
+from harness import check_json, environment, table, where, write_json
 from peers import contender_paths
 from sinkexport.machine import ReadProbe, physical_cores
 from sinkexport.step_bytes import weight_bytes_per_step
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder for converted models; default: beside the bundle")
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
+    check_json(arguments.json)
 
     manifest = load_manifest(arguments.bundle)
     if manifest.stream.batch != 1 or manifest.weights_dtype != "float32":
@@ -248,8 +249,7 @@ def main() -> None:
         "far_tokens": [far_context, far_limit],
     }
     print(show(result))
-    if arguments.json:
-        write_json(arguments.json, result)
+    write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence
 
     texts: columns of text, which go to the left; the others are numbers and go to the right.
     """
+    headers, *rows = ([cell.replace("|", r"\|") for cell in row] for row in [headers, *rows])
     widths = [max(3, *(len(row[i]) for row in [headers, *rows])) for i in range(len(headers))]
     rule = ["-" * width if i in texts else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     lines = []
@@ -71,10 +72,25 @@ def where(facts: dict[str, Any]) -> str:
     )
 
 
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Readable and stable, so that two runs can be compared with diff."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+def check_json(path: Path | None) -> None:
+    """End with one line before any work if `path` could not be written after it."""
+    from sinkexport.outputs import check_writable
+    from sinkrt.errors import UsageError
+
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(path, "--json")
+        except (UsageError, OSError) as error:
+            raise SystemExit(f"error: {error}") from None
+
+
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    """Readable and stable, so that two runs can be compared with diff. No path: nothing."""
+    from sinkexport.outputs import write_whole
+
+    if path is not None:
+        write_whole(path, json.dumps(result, indent=1, sort_keys=True) + "\n", "--json")
 
 
 def peak_memory_mb() -> float:

@@ -47,10 +47,16 @@ def llama_gguf(model: Path, cache: Path) -> Path:
     """`model`, a ``.gguf`` file, dequantised to F32 by llama.cpp itself: the very weights that the others have."""
     if model.suffix.lower() != ".gguf":
         raise SystemExit(f"llama.cpp needs a .gguf file, not '{model}': leave llamacpp out of --peers")
+    try:
+        import llama_cpp
+    except ModuleNotFoundError:
+        raise SystemExit(
+            "llama-cpp-python is not installed: pip install llama-cpp-python (it compiles for a while), or leave "
+            "llamacpp out of --peers"
+        ) from None
     target = cache / f"{model.stem}-float32.gguf"
     if target.is_file():
         return target
-    import llama_cpp
 
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype, options.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import environment, table, where, write_json
+from harness import check_json, environment, table, where, write_json
 from peers import contender_paths
 from sinkexport.machine import physical_cores
 from sinkexport.timing import Ratio, Stats
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder for converted models; default: beside the bundle")
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
+    check_json(arguments.json)
 
     manifest = load_manifest(arguments.bundle)
     stream = manifest.stream
@@ -117,8 +118,7 @@ def main() -> None:
         "contenders": contenders,
     }
     print(show(result))
-    if arguments.json:
-        write_json(arguments.json, result)
+    write_json(arguments.json, result)
 
 
 if __name__ == "__main__":
