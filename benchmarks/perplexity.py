@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from harness import environment
 from sinkexport.contenders import sinks_and_window
-from sinkexport.files import read_text, result_file
+from sinkexport.files import read_text, write_whole
 from sinkexport.perplexity import Curve, check_text, measure
+from sinkexport.plot import png
 from sinkexport.progress import shown_progress
 from sinkexport.sources import load_model
 from sinkrt.errors import SinkError, UsageError, problem
@@ -90,13 +91,10 @@ def write(folder: Path, cells: Cells, facts: dict[str, Any], sinks: list[int], w
         **facts,
         "cells": [{"num_sink_tokens": s, "window_size": w, **dataclasses.asdict(c)} for (s, w), c in cells.items()],
     }
-    with result_file(folder / "perplexity.json", "--out") as file:
-        file.write((json.dumps(figures, indent=1) + "\n").encode())
-    with result_file(folder / "perplexity.md", "--out") as file:
-        file.write(markdown(cells, sinks, windows).encode())
-    with result_file(folder / "perplexity.png", "--out") as file:
-        title = f"{facts['model']}, {facts['num_tokens']:,} tokens of {facts['text']}"
-        draw(cells, sinks, windows, title).savefig(file, format="png")
+    write_whole(folder / "perplexity.json", json.dumps(figures, indent=1) + "\n", "--out")
+    write_whole(folder / "perplexity.md", markdown(cells, sinks, windows), "--out")
+    title = f"{facts['model']}, {facts['num_tokens']:,} tokens of {facts['text']}"
+    write_whole(folder / "perplexity.png", png(draw(cells, sinks, windows, title)), "--out")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -4,8 +4,8 @@
 
 Each client asks questions of its own, greedily, streamed or not by turns, in fresh conversations and in a named one
 that goes on for the whole soak, and now and then leaves in the middle of an answer. A fresh answer must be the one that
-the bundle gave to the same question at the start. The server's resident memory is sampled all the time; its growth is from
-the second fifth of the time to the last, each by its median.
+the bundle gave to the same question at the start. The server's resident memory is sampled all the time; its growth is
+from the second fifth of the time to the last, each by its median.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import IO
-
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -40,11 +38,6 @@ def draw(report: EvalReport) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
-
-
-def save(figure: Figure, file: IO[bytes]) -> None:
-    """Write a PNG image."""
-    figure.savefig(file, format="png")
 
 
 def _points(curve: Curve) -> tuple[list[float], list[float]]:

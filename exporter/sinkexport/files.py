@@ -1,13 +1,10 @@
-"""Text files that commands read, and result files that they write only whole."""
+"""Text files that commands read, and result files: refused before long work starts, written whole or not at all."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
-from collections.abc import Iterator
+import secrets
 from pathlib import Path
-from typing import IO
 
 from sinkrt.errors import UsageError, problem
 
@@ -27,34 +24,53 @@ def read_text(path: Path, option: str) -> str:
         raise UsageError(problem(option, received=reason, expected="UTF-8 text", fix="convert the file")) from None
 
 
-@contextlib.contextmanager
-def result_file(path: Path, option: str) -> Iterator[IO[bytes]]:
-    """A file to write the result of the block to; it becomes `path` when the block succeeds.
+def check_writable(path: Path, option: str) -> None:
+    """Make sure, by trying, that `path` can be written later; what is there stays as it is.
 
-    It is made at once, beside `path`, so that a place that cannot be written shows before long work begins. After an
-    error or Ctrl-C nothing is left of it, and what `path` held before is still there.
+    option: what the user gave it with, for the message.
 
     Raises: UsageError.
     """
-    target = path.resolve()  # a link stays, and what it points to is replaced
-    if target.exists() and not target.is_file():  # a folder; or a device, which the rename would destroy
-        raise _not_writable(path, option, "no regular file")
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        if path.exists() and not path.is_file():  # /dev/stdout, a pipe
+            if not os.access(path, os.W_OK):
+                raise PermissionError(None, "no permission")
+            return
+        trial = _beside(path)
+        trial.touch(exist_ok=False)
+        trial.unlink()
     except OSError as error:
-        raise _not_writable(path, option, str(error.strerror)) from None
+        raise _unwritable(path, option, error) from None
+
+
+def write_whole(path: Path, data: str | bytes, option: str) -> None:
+    """Write `data` under a temporary name and rename it, so that a crash leaves the file that was there.
+
+    Raises: UsageError.
+    """
+    raw = data.encode() if isinstance(data, str) else data
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-        Path(name).chmod(0o644)  # mkstemp's 0600 would surprise whoever shares the file
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        if path.exists() and not path.is_file():  # nothing that could be replaced by a rename
+            path.write_bytes(raw)
+            return
+        partial = _beside(path)
+        try:
+            partial.write_bytes(raw)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(path, option, error) from None
 
 
-def _not_writable(path: Path, option: str, reason: str) -> UsageError:
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def _unwritable(path: Path, option: str, error: OSError) -> UsageError:
     return UsageError(
-        problem(option, received=f"'{path}' ({reason})", expected="a file that can be written",
+        problem(option, received=f"'{path}' ({error.strerror or error})", expected="a file that can be written",
                 fix="choose another path")
     )  # fmt: skip

@@ -21,8 +21,8 @@ from onnx import TensorProto, helper, numpy_helper
 from sinkexport import bench
 from sinkexport.bench import TURN, BenchConfig, BenchReport, PositionTimes, run_bench
 from sinkexport.cli import main
+from sinkexport.files import check_writable, write_whole
 from sinkexport.machine import READERS, MemoryMeter, ReadProbe, environment, physical_cores
-from sinkexport.outputs import check_writable, write_whole
 from sinkexport.step_bytes import weight_bytes_per_step
 from sinkexport.timing import Ratio, Stats
 from sinkrt import Session

@@ -414,7 +414,7 @@ def test_command_refuses_with_exit_code_2(
         ((*good, "--segment", 0), "segment: received 0"),
         ((*good, "--tokens", 0), "tokens: received 0"),
         ((*good, "--json", tmp_path / "no" / "x.json"), "--json: received"),
-        ((*good, "--json", tmp_path), "no regular file"),
+        ((*good, "--json", tmp_path), "it is a folder"),
         ((*good, "--plot", "/dev/null"), "--plot: received '/dev/null' (no regular file)"),
         ((*good, "--plot", tmp_path / "eval.json"), "as --json"),
         ((*good, "--compare", "--against", tmp_path / "none"), "no such folder"),

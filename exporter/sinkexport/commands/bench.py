@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from sinkexport.console import table_console
-from sinkexport.outputs import check_writable, write_whole
+from sinkexport.files import check_writable, write_whole
 from sinkexport.progress import shown_progress
 from sinkexport.streams import MIB
 

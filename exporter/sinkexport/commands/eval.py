@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.console import table_console
-from sinkexport.files import read_text, result_file
+from sinkexport.files import check_writable, read_text, write_whole
+from sinkexport.plot import png
 from sinkexport.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -66,25 +66,26 @@ def command(
     """
     _check_compare(ctx, compare, against)
     text = read_text(text_file, "--text")
-    with contextlib.ExitStack() as files:
-        json_out = files.enter_context(result_file(json_file, "--json"))
-        plot_out = None if no_plot else files.enter_context(result_file(plot_file, "--plot"))
-        if plot_out is not None:
-            if plot_file.resolve() == json_file.resolve():
-                raise UsageError(problem("--plot", received=f"'{plot_file}', as --json", expected="a file of its own",
-                                         fix="choose another path"))  # fmt: skip
-            import matplotlib.figure  # noqa: F401 - if it is missing, that should not show after an hour
-        from sinkexport.evaluate import Comparison, evaluate
+    check_writable(json_file, "--json")
+    if not no_plot:
+        check_writable(plot_file, "--plot")
+        if plot_file.resolve() == json_file.resolve():
+            raise UsageError(problem("--plot", received=f"'{plot_file}', as --json", expected="a file of its own",
+                                     fix="choose another path"))  # fmt: skip
+        import matplotlib.figure  # noqa: F401 - if it is missing, that should not show after an hour
+    from sinkexport.evaluate import Comparison, evaluate
 
-        wanted = None if against is None else Comparison(against, dense_tokens, recompute_block)
-        with shown_progress(STAGES) as show:
-            report = evaluate(
-                bundle, text, num_tokens=tokens, segment_tokens=segment, compare=wanted, backend=backend,
-                threads=threads, report=show,
-            )  # fmt: skip
-        json_out.write(report.to_json().encode())
-        if plot_out is not None:
-            _plot(report, plot_out)
+    wanted = None if against is None else Comparison(against, dense_tokens, recompute_block)
+    with shown_progress(STAGES) as show:
+        report = evaluate(
+            bundle, text, num_tokens=tokens, segment_tokens=segment, compare=wanted, backend=backend,
+            threads=threads, report=show,
+        )  # fmt: skip
+    write_whole(json_file, report.to_json(), "--json")
+    if not no_plot:
+        from sinkexport.evaluate_plot import draw
+
+        write_whole(plot_file, png(draw(report)), "--plot")
     _print_report(report)
     click.echo(f"wrote {json_file}" + ("" if no_plot else f" and {plot_file}"), err=True)
 
@@ -101,12 +102,6 @@ def _check_compare(ctx: click.Context, compare: bool, against: str | None) -> No
             option = "--" + name.replace("_", "-")
             raise UsageError(problem(option, received="without --compare", expected="a comparison",
                                      fix="add --compare"))  # fmt: skip
-
-
-def _plot(report: EvalReport, file: IO[bytes]) -> None:
-    from sinkexport.evaluate_plot import draw, save
-
-    save(draw(report), file)
 
 
 def _print_report(report: EvalReport) -> None:
