@@ -415,7 +415,6 @@ def test_command_refuses_with_exit_code_2(
         ((*good, "--tokens", 0), "tokens: received 0"),
         ((*good, "--json", tmp_path / "no" / "x.json"), "--json: received"),
         ((*good, "--json", tmp_path), "it is a folder"),
-        ((*good, "--plot", "/dev/null"), "--plot: received '/dev/null' (no regular file)"),
         ((*good, "--plot", tmp_path / "eval.json"), "as --json"),
         ((*good, "--compare", "--against", tmp_path / "none"), "no such folder"),
         ((tmp_path, "--text", text_file), "manifest.json"),
