@@ -1,11 +1,14 @@
-"""Decode time of a bundle on the CPU against onnxruntime-genai, transformers and the memory's own limit.
+"""Decode time of a bundle on the CPU against its peers and the memory's own limit, before and past the window's end.
 
     python benchmarks/decode_cpu.py BUNDLE --model MODEL [--threads N] [--json FILE] [--peer-python PYTHON]
 
 All contenders decode greedily, in fp32, from the same prompt, with the same number of threads, each in a process of
 its own; they take turns of `--turn` steps (A B C A B C ..), so that whatever else the machine does hits all of them.
-The prompt is as long as leaves every timed token inside the cache: until the window is full all contenders compute
-the same function, and the table says how many of their tokens agree.
+
+1. Inside: the prompt is as long as leaves every timed token inside the cache of C tokens. Until it is full all
+   contenders compute the same function, and the table says how many of their tokens agree.
+2. Across: each gets a cache of C tokens, a prompt of C - 2 and four steps. Who stops, says so.
+3. Far: the same with a prompt of `--far` tokens, and for those who need it a larger cache.
 
 The floor is (weight bytes that a step must read + state bytes) / measured read bandwidth of the same threads.
 """
@@ -14,153 +17,138 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from bandwidth import ReadProbe
-from harness import Stats, environment, table, write_json
-from peers import genai_folder, plain_folder
+from harness import check_json, environment, table, where, write_json
+from peers import contender_paths
+from sinkexport.machine import ReadProbe, physical_cores
+from sinkexport.step_bytes import weight_bytes_per_step
+from sinkexport.timing import Stats
 from sinkrt.contract import Manifest, load_manifest
+from workers import ContenderError, Worker, packages, running
 
-HERE = Path(__file__).parent
 WARM_UP = 3  # untimed steps at the start of each turn: caches and clocks belong to the contender again
 PAUSE_S = 0.2  # between turns, for the last contender's threads to stop spinning
-ITEM_BYTES = {onnx.TensorProto.FLOAT: 4, onnx.TensorProto.FLOAT16: 2}
+ACROSS = 2  # tokens before and after the end of the cache
+SLOW = {"recompute"}  # a step of these takes seconds: one a turn, without warm-up
+PEERS = "genai,transformers,recompute,llamacpp"
+
+# What a contender's tokens depend on once the cache is full; whether it goes on at all, and how fast, is measured.
+PAST = {
+    "sinkexport": "exact: first S and last W tokens",
+    "genai": "all tokens, in a buffer whose size is given beforehand",
+    "transformers": "all tokens, in a cache that grows",
+    "recompute": "exact: last C tokens",
+    "llamacpp": "half the window forgotten at a time, kept keys re-rotated",
+}
 
 
-class Worker:
-    """A contender's process."""
+@dataclasses.dataclass
+class Course:
+    """What a worker has done in one stream. Times in ms."""
 
-    def __init__(self, name: str, kind: str, path: Path, *, python: str, threads: int, max_length: int) -> None:
-        self.name = name
-        self.times_ms: list[float] = []
-        self.tokens: list[int] = []
-        self.peak_mb = 0.0
-        command = [python, str(HERE / "decode_worker.py"), kind, str(path), f"--threads={threads}"]
-        self._process = subprocess.Popen(
-            [*command, f"--max-length={max_length}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        )
-        self._reply()
+    times_ms: list[float] = dataclasses.field(default_factory=list)
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    peak_mb: float = 0.0
 
-    def prefill(self, ids: list[int]) -> None:
-        """Start the stream."""
-        self.tokens += self._ask(op="prefill", ids=ids)["tokens"]
-
-    def turn(self, count: int) -> None:
+    def turn(self, worker: Worker, count: int) -> None:
         """Warm-up steps, then `count` timed ones."""
-        self.tokens += self._ask(op="steps", count=WARM_UP)["tokens"]
-        reply = self._ask(op="steps", count=count)
-        self.times_ms += reply["ms"]
-        self.tokens += reply["tokens"]
-        self.peak_mb = reply["peak_mb"]
-
-    def close(self) -> None:
-        """Let the process end; kill it if it does not."""
-        try:
-            self._process.communicate(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-
-    def _ask(self, **request: object) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return self._reply()
-
-    def _reply(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name}: its process ended with exit code {self._process.wait()}; see above")
-        return dict(json.loads(line))
+        if worker.name in SLOW:
+            count = 1
+        else:
+            self.tokens += worker.steps(WARM_UP).tokens
+        reply = worker.steps(count)
+        self.times_ms += reply.ms
+        self.tokens += reply.tokens
+        self.peak_mb = reply.peak_mb
 
 
-def weight_bytes_per_step(graph: Path) -> int:
-    """Bytes of weights that one decode step has to read.
-
-    Every initializer once, but of a table that is only gathered from (an untied embedding) just the rows: nothing.
-    """
-    model = onnx.load(graph, load_external_data=False)
-    read_whole = {
-        name
-        for node in model.graph.node
-        for i, name in enumerate(node.input)
-        if not (node.op_type == "Gather" and i == 0)
-    }
-    return sum(
-        int(np.prod(tensor.dims)) * ITEM_BYTES.get(tensor.data_type, 0)
-        for tensor in model.graph.initializer
-        if tensor.name in read_whole
-    )
-
-
-def measure(workers: list[Worker], prompt: list[int], *, turns: int, turn: int, threads: int) -> dict[int, list[float]]:
+def measure(
+    workers: list[Worker], prompt: list[int], limit: int, *, turns: int, turn: int, threads: int
+) -> tuple[dict[str, Course], dict[int, list[float]]]:
     """Prefill all, then let them take turns.
 
-    Returns: GB/s by number of threads, one figure a turn. The memory has its turn as well, because on a shared machine
-    its bandwidth changes from minute to minute, and a floor is one only for what ran at the same time.
+    Returns: courses by name, and GB/s by number of threads, one figure a turn. The memory has its turn as well, because
+    on a shared machine its bandwidth changes from minute to minute, and a floor is one only for what ran at that time.
     """
     probes = {n: ReadProbe(n) for n in sorted({1, threads})}
     bandwidth: dict[int, list[float]] = {n: [] for n in probes}
+    courses = {worker.name: Course() for worker in workers}
     for worker in workers:
         print(f"{worker.name}: prefill of {len(prompt)} tokens", file=sys.stderr)
-        worker.prefill(prompt)
+        courses[worker.name].tokens += worker.prefill(prompt, limit).tokens
     for number in range(turns):
         print(f"turn {number + 1} of {turns}", file=sys.stderr)
         for worker in workers:
             time.sleep(PAUSE_S)
-            worker.turn(turn)
+            courses[worker.name].turn(worker, turn)
         time.sleep(PAUSE_S)
         for n, probe in probes.items():
             bandwidth[n].append(probe.gb_per_s(repeats=3))
-    return bandwidth
+    return courses, bandwidth
+
+
+def cross(workers: list[Worker], prompt: list[int], capacity: int) -> dict[str, str | None]:
+    """Take each over the end of a cache of `capacity` tokens; what it said if it stopped."""
+    stopped: dict[str, str | None] = {}
+    for worker in workers:
+        print(f"{worker.name}: over the end of the cache", file=sys.stderr)
+        stopped[worker.name] = None
+        try:
+            worker.prefill(prompt[: capacity - ACROSS], capacity)
+            worker.steps(2 * ACROSS)
+        except ContenderError as error:
+            stopped[worker.name] = str(error)
+    return stopped
 
 
 def agreement(ours: list[int], theirs: list[int]) -> int:
     """Tokens before the first one that differs."""
-    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
 
 
 def report(
-    workers: list[Worker],
+    inside: dict[str, Course],
+    far: dict[str, Course],
+    stopped: dict[str, str | None],
     bandwidth: dict[int, list[float]],
     manifest: Manifest,
     weights: int,
     *,
     threads: int,
-    context: tuple[int, int],
 ) -> dict[str, Any]:
     """All figures, ready for JSON. weights: bytes of them that a step reads."""
     floor_ms = (weights + manifest.state_bytes) / statistics.median(bandwidth[threads]) / 1e6
-    ours = workers[0]
+    ours = inside["sinkexport"]
     contenders = {}
-    for worker in workers:
-        stats = Stats.of(worker.times_ms)
-        contenders[worker.name] = {
+    for name, course in inside.items():
+        stats = Stats.of(course.times_ms)
+        contenders[name] = {
             **dataclasses.asdict(stats),
             "tokens_per_s": 1e3 / stats.median_ms,
             "ratio_to_floor": stats.median_ms / floor_ms,
             "times_ours": stats.median_ms / Stats.of(ours.times_ms).median_ms,
-            "peak_memory_mb": worker.peak_mb,
-            "same_tokens": agreement(ours.tokens, worker.tokens),
-            "tokens": len(worker.tokens),
+            "peak_memory_mb": course.peak_mb,
+            "same_tokens": agreement(ours.tokens, course.tokens),
+            "tokens": len(course.tokens),
+            "past_window": PAST[name],
+            "stopped": stopped[name],
         }
+        if name in far:
+            there = Stats.of(far[name].times_ms)
+            contenders[name]["far"] = {
+                **dataclasses.asdict(there),
+                "ratio_to_inside": there.median_ms / stats.median_ms,
+                "peak_memory_mb": far[name].peak_mb,
+            }
     return {
-        "environment": environment(threads),
         "model": manifest.model.name,
         "cache": {"sinks": manifest.stream.num_sink_tokens, "window": manifest.stream.window_size},
-        "context_tokens": list(context),
         "bandwidth_gb_per_s": {
             str(n): {"median": statistics.median(each), "min": min(each), "max": max(each)}
             for n, each in bandwidth.items()
@@ -173,37 +161,36 @@ def report(
 
 def show(result: dict[str, Any]) -> str:
     """The table for people."""
-    facts, context = result["environment"], result["context_tokens"]
+    inside, far = result["context_tokens"], result["far_tokens"]
     bandwidth = ", ".join(
         f"{each['median']:.1f} GB/s ({each['min']:.1f} to {each['max']:.1f}) with {n} thread{'s' * (n != '1')}"
         for n, each in result["bandwidth_gb_per_s"].items()
     )
     size = result["bytes_per_step"]
-    rows = [
-        [
-            name,
-            f"{c['median_ms']:.1f}",
-            f"{c['p99_ms']:.1f}",
-            f"{c['tokens_per_s']:.1f}",
-            f"{c['ratio_to_floor']:.2f}",
-            f"{c['times_ours']:.2f}",
-            f"{c['peak_memory_mb']:.0f}",
-            f"{c['same_tokens']} of {c['tokens']}",
-        ]
-        for name, c in result["contenders"].items()
-    ]
-    rows.append(["floor", f"{result['floor_ms']:.1f}", "", f"{1e3 / result['floor_ms']:.1f}", "1.00", "", "", ""])
+    rows = []
+    for name, c in result["contenders"].items():
+        there = c.get("far")
+        past = c["past_window"] + (f'; stops at its end: "{c["stopped"]}"' if c["stopped"] else "; goes on")
+        rows.append([
+            name, f"{c['median_ms']:.1f}", f"{c['p99_ms']:.1f}", f"{c['tokens_per_s']:.1f}",
+            f"{c['ratio_to_floor']:.2f}", f"{c['peak_memory_mb']:,.0f}", f"{c['same_tokens']} of {c['tokens']}",
+            *([f"{there['median_ms']:.1f}", f"{there['peak_memory_mb']:,.0f}"] if there else ["", ""]),
+            past,
+        ])  # fmt: skip
+    rows.append(["floor", f"{result['floor_ms']:.1f}", "", f"{1e3 / result['floor_ms']:.1f}", "1.00", *[""] * 5])
+    headers = ["contender", "ms median", "p99", "tokens/s", "x floor", "peak MB", "same tokens",
+               f"ms at {far[0]:,}", f"peak MB at {far[0]:,}", "past the window"]  # fmt: skip
     return "\n".join(
         [
             f"{result['model']}, fp32, S={result['cache']['sinks']} W={result['cache']['window']}, "
-            f"context {context[0]} to {context[1]} tokens, batch 1",
-            f"{facts['cpu']}, {facts['logical_cpus']} CPUs, {facts['threads']} threads, commit {facts['commit']}",
-            f"read bandwidth: {bandwidth}",
-            f"a step reads {size['weights'] / 1e6:.0f} MB of weights and {size['states'] / 1e6:.0f} MB of states",
+            f"context {inside[0]:,} to {inside[1]:,} tokens, then from {far[0]:,} on, batch 1",
+            where(result["environment"]),
+            f"memory reads {bandwidth}; a step reads {size['weights'] / 1e6:.0f} MB of weights and "
+            f"{size['states'] / 1e6:.0f} MB of state",
             "",
-            table(
-                ["contender", "median ms", "p99 ms", "tokens/s", "x floor", "x ours", "peak MB", "same tokens"], rows
-            ),
+            f"`{result['environment']['command']}`",
+            "",
+            table(headers, rows, texts=(0, len(headers) - 1)),
         ]
     )
 
@@ -213,58 +200,56 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--model", type=Path, required=True, help="what the bundle was exported from: folder or .gguf")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--turn", type=int, default=16, help="timed steps in a turn")
     parser.add_argument("--context", type=int, help="prompt length; default: as long as stays inside the cache")
-    parser.add_argument("--peers", default="genai,transformers", help="comma-separated; empty for none")
-    parser.add_argument("--peer-python", default=sys.executable, help="interpreter of an environment with the peers")
+    parser.add_argument("--far", type=int, help="prompt length past the window, 0 for none; default: four times C")
+    parser.add_argument("--far-turns", type=int, default=4)
+    parser.add_argument("--peers", default=PEERS, help=f"comma-separated, empty for none; default: {PEERS}")
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has onnxruntime-genai")
     parser.add_argument("--cache", type=Path, help="folder for converted models; default: beside the bundle")
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
+    check_json(arguments.json)
 
     manifest = load_manifest(arguments.bundle)
     if manifest.stream.batch != 1 or manifest.weights_dtype != "float32":
         parser.error("the peers run in fp32 with batch 1: export the bundle so")
+    capacity = manifest.stream.capacity
     new_tokens = 1 + arguments.turns * (WARM_UP + arguments.turn)
-    context = manifest.stream.capacity - new_tokens if arguments.context is None else arguments.context
-    if context < 1:
-        parser.error(f"{new_tokens} tokens do not fit a cache of {manifest.stream.capacity}: pass --context")
+    context = capacity - new_tokens if arguments.context is None else arguments.context
+    if context < 1 or capacity <= ACROSS:
+        parser.error(f"{new_tokens} tokens do not fit a cache of {capacity}: pass --context")
+    far_context = 4 * capacity if arguments.far is None else arguments.far
+    far_limit = far_context + 1 + arguments.far_turns * (WARM_UP + arguments.turn)
+
+    names = ["sinkexport", *(name for name in arguments.peers.split(",") if name)]
+    if unknown := set(names) - set(PAST):
+        parser.error(f"unknown peers {sorted(unknown)}: choose from {PEERS}")
     cache = arguments.cache or arguments.bundle.parent / "peers"
-    cache.mkdir(parents=True, exist_ok=True)
-
-    peers = [name for name in arguments.peers.split(",") if name]
-    plain = plain_folder(arguments.model, cache) if peers else None
-    paths = {"sinkexport": arguments.bundle}
-    for name in peers:
-        assert plain is not None
-        paths[name] = genai_folder(plain, cache, arguments.peer_python) if name == "genai" else plain
-    prompt = np.random.default_rng(0).integers(0, manifest.model.vocab_size, context).tolist()
-
-    workers: list[Worker] = []
-    try:
-        for name, path in paths.items():
-            python = sys.executable if name == "sinkexport" else arguments.peer_python
-            workers.append(
-                Worker(name, name, path, python=python, threads=arguments.threads, max_length=context + new_tokens)
-            )
-        bandwidth = measure(
-            workers, prompt, turns=arguments.turns, turn=arguments.turn, threads=arguments.threads
-        )
-    finally:
-        for worker in workers:
-            worker.close()
-    result = report(
-        workers,
-        bandwidth,
-        manifest,
-        weight_bytes_per_step(arguments.bundle / manifest.graphs["decode"].file),
-        threads=arguments.threads,
-        context=(context, context + new_tokens),
-    )
+    paths = contender_paths(names, arguments.bundle, arguments.model, cache, arguments.peer_python)
+    prompt = np.random.default_rng(0).integers(0, manifest.model.vocab_size, max(capacity, far_context)).tolist()
+    threads = arguments.threads
+    with running(
+        paths, arguments.peer_python, threads=threads, capacity=capacity, sinks=manifest.stream.num_sink_tokens
+    ) as workers:
+        found = environment(threads, packages(workers))  # before our own work adds to the load
+        inside, bandwidth = measure(workers, prompt[:context], context + new_tokens, turns=arguments.turns,
+                                    turn=arguments.turn, threads=threads)  # fmt: skip
+        stopped = cross(workers, prompt, capacity)
+        far: dict[str, Course] = {}
+        if far_context:
+            far, _ = measure(workers, prompt[:far_context], far_limit, turns=arguments.far_turns,
+                             turn=arguments.turn, threads=threads)  # fmt: skip
+    weights = weight_bytes_per_step(arguments.bundle / manifest.graphs["decode"].file)
+    result = report(inside, far, stopped, bandwidth, manifest, weights, threads=threads) | {
+        "environment": found,
+        "context_tokens": [context, context + new_tokens],
+        "far_tokens": [far_context, far_limit],
+    }
     print(show(result))
-    if arguments.json:
-        write_json(arguments.json, result)
+    write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from harness import environment, table, write_json
+from harness import check_json, environment, table, where, write_json
 from peers import plain_folder, run_export
 
 
@@ -46,7 +46,7 @@ def show(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{result['model']}, fp32, {result['weight_bytes'] / 1e6:.0f} MB of weights; median of {result['repeats']}",
-            f"{facts['cpu']}, {facts['logical_cpus']} CPUs, commit {facts['commit']}",
+            where(facts),
             "",
             table(["exporter", "load s", "export s", "total s", "peak MB", "peak / weights"], rows),
         ]
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("bundles/peers"), help="folder for converted models")
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
+    check_json(arguments.json)
 
     arguments.cache.mkdir(parents=True, exist_ok=True)
     folder = plain_folder(arguments.model, arguments.cache)
@@ -81,8 +82,7 @@ def main() -> None:
         "contenders": contenders,
     }
     print(show(result))
-    if arguments.json:
-        write_json(arguments.json, result)
+    write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -1,69 +1,105 @@
-"""What every benchmark shares: statistics, tables, where and with what it ran."""
+"""What every benchmark shares: tables, where and with what it ran, peak memory.
+
+Statistics and the bandwidth probe are those of `sinkexport bench`. Workers import this file in environments that need
+not have sinkexport, so it is imported late here.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
+import contextlib
 import importlib.metadata
 import json
-import os
-import platform
-import statistics
+import shlex
 import subprocess
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("sinkexport", "onnxruntime", "onnxruntime-genai", "transformers", "torch", "numpy")
+PACKAGES = ("sinkexport", "onnxruntime", "onnxruntime-genai", "transformers", "torch", "llama-cpp-python", "numpy")
 
 
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """Times of equal pieces of work, in milliseconds."""
+def environment(threads: int, peer_packages: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Command, commit, machine and versions: without them a number says nothing.
 
-    samples: int
-    median_ms: float
-    p99_ms: float
-    min_ms: float
+    peer_packages: versions in the peers' environment, for what is not in this one.
+    """
+    from sinkexport import machine
 
-    @classmethod
-    def of(cls, times_ms: Sequence[float]) -> Stats:
-        """p99 by the nearest-rank rule: a time that was really measured."""
-        ordered = sorted(times_ms)
-        rank = max(0, -(-99 * len(ordered) // 100) - 1)  # ceil(0.99 n) - 1
-        return cls(len(ordered), statistics.median(ordered), ordered[rank], ordered[0])
+    facts = machine.environment(threads, PACKAGES)
+    packages = {**(peer_packages or {}), **facts["packages"]}
+    return {**facts, "packages": packages, "commit": _commit(), "command": command()}
 
 
-def environment(threads: int, packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
-    """Commit, machine and versions: without them a number says nothing."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "cpu": _cpu_model(),
-        "logical_cpus": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "load_average_1min": os.getloadavg()[0],  # other work on the machine spoils every figure
-        "threads": threads,
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "packages": {name: version for name in packages if (version := _version(name))},
-    }
+def versions() -> dict[str, str]:
+    """Of the packages that matter in this environment."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned plain text, the first column to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
+def command() -> str:
+    """What was typed, as it can be typed again."""
+    return shlex.join(["python", *sys.argv])
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
+    """A Markdown table that is aligned as plain text too.
+
+    texts: columns of text, which go to the left; the others are numbers and go to the right.
+    """
+    headers, *rows = ([cell.replace("|", r"\|") for cell in row] for row in [headers, *rows])
+    widths = [max(3, *(len(row[i]) for row in [headers, *rows])) for i in range(len(headers))]
+    rule = ["-" * width if i in texts else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     lines = []
-    for first, *numbers in [headers, ["-" * width for width in widths], *rows]:
-        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(numbers, widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
+    for row in [headers, rule, *rows]:
+        cells = [
+            cell.ljust(width) if i in texts else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Readable and stable, so that two runs can be compared with diff."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+def where(facts: dict[str, Any]) -> str:
+    """A line or two on the machine for people."""
+    return (
+        f"{facts['cpu']}, {facts['threads']} threads of {facts['logical_cpus']} CPUs, load average "
+        f"{facts['load_average_1min']:.2f}, commit {facts['commit']}\n"
+        f"{', '.join(f'{name} {version}' for name, version in facts['packages'].items())}"
+    )
+
+
+def check_json(path: Path | None) -> None:
+    """End with one line before any work if `path` could not be written after it."""
+    from sinkexport.files import check_writable
+    from sinkrt.errors import UsageError
+
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(path, "--json")
+        except (UsageError, OSError) as error:
+            raise SystemExit(f"error: {error}") from None
+
+
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    """Readable and stable, so that two runs can be compared with diff. No path: nothing."""
+    from sinkexport.files import write_whole
+
+    if path is not None:
+        write_whole(path, json.dumps(result, indent=1, sort_keys=True) + "\n", "--json")
+
+
+def peak_memory_mb() -> float:
+    """Most memory this process ever had resident, in MB.
+
+    Not getrusage: its figure survives exec, so a worker would report what its parent had used.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
 def _commit() -> str:
@@ -76,29 +112,3 @@ def _commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown (no git checkout)"
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def peak_memory_mb() -> float:
-    """Most memory this process ever had resident, in MB.
-
-    Not getrusage: its figure survives exec, so a worker would report what its parent had used.
-    """
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6

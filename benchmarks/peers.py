@@ -1,6 +1,6 @@
-"""Prepare what the peers need: a plain Hugging Face folder, and a model built by onnxruntime-genai.
+"""Prepare what the contenders need: a plain Hugging Face folder, a model built by onnxruntime-genai, an F32 GGUF file.
 
-Both are kept in a cache folder, so that a second benchmark starts at once.
+All are kept in a cache folder, so that a second benchmark starts at once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -40,6 +41,48 @@ def plain_folder(model: Path, cache: Path) -> Path:
     AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
     partial.rename(target)
     return target
+
+
+def llama_gguf(model: Path, cache: Path) -> Path:
+    """`model`, a ``.gguf`` file, dequantised to F32 by llama.cpp itself: the very weights that the others have."""
+    if model.suffix.lower() != ".gguf":
+        raise SystemExit(f"llama.cpp needs a .gguf file, not '{model}': leave llamacpp out of --peers")
+    try:
+        import llama_cpp
+    except ModuleNotFoundError:
+        raise SystemExit(
+            "llama-cpp-python is not installed: pip install llama-cpp-python (it compiles for a while), or leave "
+            "llamacpp out of --peers"
+        ) from None
+    target = cache / f"{model.stem}-float32.gguf"
+    if target.is_file():
+        return target
+
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
+    partial = target.with_name(target.name + ".partial")
+    if code := llama_cpp.llama_model_quantize(str(model).encode(), str(partial).encode(), options):
+        raise SystemExit(f"llama.cpp could not dequantise '{model}': code {code}")
+    partial.rename(target)
+    return target
+
+
+def contender_paths(
+    names: Sequence[str], bundle: Path, model: Path, cache: Path, peer_python: str
+) -> dict[str, Path]:
+    """What each contender loads, made if it is not there. cache: created; model: folder or ``.gguf`` file."""
+    cache.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for name in names:
+        if name.startswith("sinkexport"):
+            paths[name] = bundle
+        elif name == "llamacpp":
+            paths[name] = llama_gguf(model, cache)
+        elif name == "genai":
+            paths[name] = genai_folder(plain_folder(model, cache), cache, peer_python)
+        else:
+            paths[name] = plain_folder(model, cache)
+    return paths
 
 
 def genai_folder(folder: Path, cache: Path, python: str = sys.executable) -> Path:

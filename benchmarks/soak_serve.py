@@ -31,6 +31,8 @@ import harness
 import httpx
 import openai
 import psutil
+from sinkexport.machine import physical_cores
+from sinkexport.timing import Stats
 from sinkrt import Session
 from sinkrt.answer import AnswerParams
 from sinkrt.sampler import SamplingParams
@@ -268,9 +270,9 @@ def soak(bundle: Path, minutes: float, clients: int, scripts: int, threads: int 
     steady = [mb for at, mb in memory_mb if at >= WARM_UP * 60 * minutes]
     third = max(1, len(steady) // 3)
     growth = statistics.median(steady[-third:]) - statistics.median(steady[:third])
-    waits = harness.Stats.of([1e3 * wait for wait in tally.first_token_s]) if tally.first_token_s else None
+    waits = Stats.of([1e3 * wait for wait in tally.first_token_s]) if tally.first_token_s else None
     return {
-        "environment": harness.environment(threads or psutil.cpu_count(logical=False) or 1),
+        "environment": harness.environment(threads or physical_cores()),
         "bundle": bundle.name, "clients": clients, "scripts": scripts, "seconds": round(seconds, 1),
         **{name: tally.counts[name] for name in ("requests", "answers", "left", "refused", "errors", "mismatches")},
         "server_tokens": totals, "tokens_per_s": round(totals["answer"] / seconds, 1),
@@ -290,11 +292,9 @@ def main() -> None:
     parser.add_argument("--max-growth-mb", type=float, default=8, help="of the medians of the first and last third")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        parser.error(f"--json: the folder of '{arguments.json}' does not exist")
+    harness.check_json(arguments.json)
     result = soak(arguments.bundle, arguments.minutes, arguments.clients, arguments.scripts, arguments.threads)
-    if arguments.json is not None:
-        harness.write_json(arguments.json, result)
+    harness.write_json(arguments.json, result)
     show("\n")
     names = [name for name in result if name not in ("environment", "memory_mb", "problems")]
     print(harness.table(["figure", "value"], [[name, str(result[name])] for name in names]))

@@ -154,7 +154,7 @@ def verify(
     report("load", 0, 1)
     with Session.load(bundle, backend, threads=_half_of_the_cores()) as session:  # first: it fails faster than a model
         loaded = load_model(source, "float32") if isinstance(source, str) else source
-        _check_same_model(manifest, loaded.model)
+        check_same_model(manifest, loaded.model)
         report("load", 1, 1)
         comparisons = tuple(compare(session, loaded.model, manifest, ids, limit, dense_tokens, report))
     return VerifyReport(
@@ -353,7 +353,7 @@ def _check_arguments(wraps: int, tolerance: float | None, dense_tokens: int) -> 
         raise UsageError(problem("tolerance", received=tolerance, expected="> 0", fix="change it"))
 
 
-def _check_same_model(manifest: Manifest, model: Any) -> None:
+def check_same_model(manifest: Manifest, model: Any) -> None:
     """Refuse a model that cannot be the bundle's: its logits could not even be compared."""
     config = model.config.get_text_config()
     facts = manifest.model

@@ -220,11 +220,12 @@ class Manifest:
     def fingerprint(self) -> str:
         """SHA-256 over the model's weights and the cache's geometry: what a saved state depends on.
 
-        Files that do not change the meaning of a state (tokenizer, graphs, engines) are left out,
+        What does not change the meaning of a state (tokenizer, graphs, engines, the size of a chunk) is left out,
         so that a state survives a rebuilt engine.
         """
+        geometry = {name: value for name, value in dataclasses.asdict(self.stream).items() if name != "chunk_size"}
         weights = {path: f.sha256 for path, f in self.files.items() if path.startswith("weights")}
-        facts = [dataclasses.asdict(self.model), dataclasses.asdict(self.stream), self.weights_dtype, weights]
+        facts = [dataclasses.asdict(self.model), geometry, self.weights_dtype, weights]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sinkrt.answer import Answer, AnswerParams
+from sinkrt.arguments import integers, token_ids, valid_counts
 from sinkrt.backends import check_backend, load_backend
 from sinkrt.backends.base import Backend
 from sinkrt.contract import Manifest, check_files, load_manifest
@@ -199,7 +200,7 @@ class Session:
         BackendError if the step failed (no position advances).
         """
         active = self._chosen(streams)
-        tokens = self._checked(ids, (len(active),))
+        tokens = token_ids(ids, (len(active),), self._manifest.model.vocab_size)
         self._check_room(active, np.ones(len(active), dtype=np.int64))
         return self._run(tokens, active)
 
@@ -220,14 +221,14 @@ class Session:
         with `position` at the first token that failed.
         """
         active = self._chosen(streams)
-        array = _integers(ids)
+        array = integers(ids)
         if array.ndim == 1 and len(active) == 1:
             array = array[None, :]
         if array.size == 0:
             raise UsageError(problem("prompt", received="no tokens", expected="at least one", fix="give some text"))
         width = array.shape[-1] if array.ndim else 1
-        tokens = self._checked(array, (len(active), width))
-        counts = _checked_counts(num_valid, len(active), width)
+        tokens = token_ids(array, (len(active), width), self._manifest.model.vocab_size)
+        counts = valid_counts(num_valid, len(active), width)
         self._check_room(active, counts)
         done = self._run_chunks(tokens, counts, active)
         for i in range(int(done.min()), int(counts.max())):
@@ -400,7 +401,7 @@ class Session:
         Raises: UsageError, StateError.
         """
         self._settle_chunk()
-        chosen = self._streams if streams is None else np.asarray(_integers(streams), dtype=np.int64).reshape(-1)
+        chosen = self._streams if streams is None else np.asarray(integers(streams), dtype=np.int64).reshape(-1)
         unknown = chosen[(chosen < 0) | (chosen >= self.batch)]
         if unknown.size or not chosen.size or np.unique(chosen).size != chosen.size:
             received = f"{list(chosen)}" if not unknown.size else f"stream {unknown[0]}"
@@ -482,53 +483,3 @@ class Session:
                     problem("position", received=f"{position} and {count} more tokens",
                             expected=f"at most {limit} tokens in a stream", fix="reset the stream")
                 )  # fmt: skip
-
-    def _checked(self, ids: npt.ArrayLike, shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
-        array = _integers(ids)
-        if array.shape != shape:
-            raise UsageError(
-                problem("ids", received=f"{array.dtype} {list(array.shape)}", expected=f"integers {list(shape)}",
-                        fix="give each stream its tokens")
-            )  # fmt: skip
-        vocab_size = self._manifest.model.vocab_size
-        outside = array[(array < 0) | (array >= vocab_size)]
-        if outside.size:
-            raise UsageError(
-                problem("token id", received=int(outside[0]), expected=f"0 .. {vocab_size - 1}",
-                        fix="use the tokenizer of this model")
-            )  # fmt: skip
-        return array.astype(np.int64, copy=False)
-
-
-def _checked_counts(num_valid: npt.ArrayLike | None, rows: int, width: int) -> npt.NDArray[np.int64]:
-    """int64 [rows], each 1 .. width.
-
-    Raises: UsageError.
-    """
-    if num_valid is None:
-        return np.full(rows, width, dtype=np.int64)
-    counts = _integers(num_valid, "num_valid").reshape(-1)
-    if counts.shape != (rows,) or counts.min() < 1 or counts.max() > width:
-        raise UsageError(
-            problem("num_valid", received=counts.tolist(), expected=f"{rows} number(s) in 1 .. {width}",
-                    fix="leave a stream without tokens out of `streams`")
-        )  # fmt: skip
-    return counts.astype(np.int64, copy=False)
-
-
-def _integers(ids: npt.ArrayLike, what: str = "ids") -> np.ndarray:
-    """An array of integers, of any shape; an empty list counts as one.
-
-    Raises: UsageError.
-    """
-    try:
-        array = np.asarray(ids)
-    except ValueError:  # rows of different lengths
-        received = "rows of different lengths"
-    else:
-        if array.size == 0 or np.issubdtype(array.dtype, np.integer):
-            return array
-        received = f"{array.dtype} {list(array.shape)}"
-    raise UsageError(
-        problem(what, received=received, expected="an array of integers", fix="convert them to integers")
-    )

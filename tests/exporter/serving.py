@@ -50,12 +50,13 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    bundle: Path, limits: Limits = LIMITS, *, api_key: str | None = None, send_buffer: int | None = None
-) -> Iterator[Served]:
+    bundle: Path, limits: Limits = LIMITS, *, api_key: str | None = None, pin_system: bool = False,
+    send_buffer: int | None = None,
+) -> Iterator[Served]:  # fmt: skip
     with listen("127.0.0.1", 0) as listener, Session.load(bundle, threads=1) as session:
         if send_buffer:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # connections inherit it
-        server = Server(session, limits, api_key=api_key)
+        server = Server(session, limits, api_key=api_key, pin_system=pin_system)
         thread = threading.Thread(target=server.run, args=(listener,))
         thread.start()
         try:

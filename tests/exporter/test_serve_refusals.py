@@ -187,6 +187,16 @@ def test_the_key(many_bundle: Path) -> None:
         assert served.client(KEY).completions.create(model="toy", prompt="x", max_tokens=1).choices
 
 
+def test_a_system_message_that_the_sinks_do_not_keep_is_refused_if_asked(many_bundle: Path) -> None:
+    with serving(many_bundle, pin_system=True) as served:
+        ask = served.client().chat.completions.create
+        for role in ("system", "developer"):
+            messages: Any = [{"role": role, "content": "Be brief."}, user("Hi")]
+            with pytest.raises(openai.BadRequestError, match="--sink-tokens 25"):
+                ask(model="toy", messages=messages, max_tokens=1)
+        assert ask(model="toy", messages=[user("Hi")], max_tokens=1).choices  # type: ignore[list-item]
+
+
 def test_metrics_tell_what_happened(many_bundle: Path) -> None:
     with serving(many_bundle) as served:
         client = served.client()

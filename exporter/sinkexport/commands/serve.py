@@ -33,6 +33,7 @@ KEY_VARIABLE = "SINKEXPORT_API_KEY"
               help="Longest answer, and that of requests that do not say.")  # fmt: skip
 @click.option("--max-body-bytes", type=int, default=2**20, show_default=True, metavar="N",
               help="Largest request.")  # fmt: skip
+@click.option("--pin-system", is_flag=True, help="Refuse system messages that the sinks do not keep for ever.")
 @click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True,
               help="What computes.")  # fmt: skip
 @click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: all physical cores]")
@@ -40,7 +41,7 @@ KEY_VARIABLE = "SINKEXPORT_API_KEY"
 def command(
     bundle: Path, host: str, port: int, api_key_file: Path | None, model_name: str | None, max_waiting: int,
     max_conversations: int, max_parked_mib: int, max_prompt_tokens: int, max_tokens: int, max_body_bytes: int,
-    backend: str, threads: int | None, log_requests: bool,
+    pin_system: bool, backend: str, threads: int | None, log_requests: bool,
 ) -> None:  # fmt: skip
     """Serve the bundle DIR over the OpenAI HTTP API, many conversations at a time.
 
@@ -60,7 +61,8 @@ def command(
     from sinkexport.serve.server import Server
 
     with listen(host, port) as listener, Session.load(bundle, backend, threads=threads) as session:
-        server = Server(session, limits, model_name=model_name, api_key=api_key, log_requests=log_requests)
+        server = Server(session, limits, model_name=model_name, api_key=api_key, pin_system=pin_system,
+                        log_requests=log_requests)  # fmt: skip
         where = f"[{host}]" if ":" in host else host
         facts = session.manifest.stream
         click.echo(

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
-from sinkrt.errors import UsageError, problem
 
 from sinkexport.console import table_console
+from sinkexport.files import check_writable, read_text, write_whole
 from sinkexport.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ AGAINST = {
 @click.argument("bundle", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--against", required=True, metavar="MODEL",
               help="The model that was exported: a local directory, a .gguf file or a Hub id.")  # fmt: skip
-@click.option("--text", "text_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+@click.option("--text", "text_file", type=click.Path(path_type=Path), metavar="FILE",
               help="Text to stream, repeated if too short.  [default: random ids]")  # fmt: skip
 @click.option("--wraps", type=click.IntRange(min=1), default=6, show_default=True, metavar="N",
               help="How often the window is overwritten after it has filled.")  # fmt: skip
@@ -43,7 +43,7 @@ AGAINST = {
                    "[default: 1e-3 (fp32) or 0.25 (fp16), at least 2e-6 times S + W]")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random ids.")
 @click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True)
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the report as JSON too.")  # fmt: skip
 def command(
     bundle: Path,
@@ -62,7 +62,9 @@ def command(
     re-rotates every key in every step over several wraps of the window, and between prefill and single steps.
     Exit code 1 if any error is above the tolerance.
     """
-    text = None if text_file is None else _read_text(text_file)
+    text = None if text_file is None else read_text(text_file, "--text")
+    if json_file is not None:
+        check_writable(json_file, "--json")
     from sinkexport.verify import verify
 
     with shown_progress(STAGES) as show:
@@ -71,7 +73,7 @@ def command(
             backend=backend, report=show,
         )  # fmt: skip
     if json_file is not None:
-        _write(json_file, report.to_json())
+        write_whole(json_file, report.to_json(), "--json")
     _print_report(report)
     if not report.passed:
         raise SystemExit(1)
@@ -105,23 +107,3 @@ def _print_report(report: VerifyReport) -> None:
         click.echo(f"FAILED {failure}", err=True)
     if report.passed:
         click.echo("passed")
-
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            problem("--text", received=f"'{path}' ({error})", expected="UTF-8 text", fix="convert the file")
-        ) from None
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(
-            problem("--json", received=f"'{path}' ({error.strerror})", expected="a file that can be written",
-                    fix="choose another path")
-        ) from None  # fmt: skip

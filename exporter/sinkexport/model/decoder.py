@@ -130,7 +130,7 @@ class _Step:
     ) -> tuple[torch.Tensor, None]:
         """transformers' attention interface: q [B, Hq, T, D], k and v [B, Hkv, T, D] -> [B, T, Hq, D]."""
         config, layer = self._stream.config, int(module.layer_idx)
-        _refuse_arguments(layer, config, sliding_window, others)
+        refuse_arguments(layer, config, sliding_window, others)
         spec = self._stream.rotary.layers[layer]
         shift = (None, None)
         if spec.rotary_dim:
@@ -227,7 +227,7 @@ def _identity_rotation(stream: StreamStep, dtype: torch.dtype) -> Iterator[None]
         yield
 
 
-def _refuse_arguments(layer: int, config: ExportConfig, sliding_window: int | None, others: dict[str, Any]) -> None:
+def refuse_arguments(layer: int, config: ExportConfig, sliding_window: int | None, others: dict[str, Any]) -> None:
     """Refuse what a family passes to its attention function and the operator does not know."""
     if sliding_window is not None and sliding_window < config.capacity:
         raise UsageError(

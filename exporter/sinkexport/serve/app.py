@@ -32,9 +32,13 @@ R = TypeVar("R", bound=Request)
 
 def create_app(
     engine: Engine, tokenizer: Tokenizer, metrics: Metrics, limits: Limits, *, model: str, batch: int,
-    api_key: str | None,
+    api_key: str | None, require_pinned: Callable[[str], None] | None,
 ) -> FastAPI:  # fmt: skip
-    """The application over a running engine. model: what clients call it. batch: B, streams of the session."""
+    """The application over a running engine.
+
+    model: what clients call it. batch: B, streams of the session. require_pinned: raises UsageError for a system
+    message that the sinks do not keep; None: any is welcome.
+    """
     app = FastAPI(openapi_url=None)  # its pages of documentation would load scripts from elsewhere
     app.add_middleware(Guard, metrics=metrics, api_key=api_key, max_body_bytes=limits.max_body_bytes)
     # No more than conversations: so the scheduler always finds one that it may forget for a new one.
@@ -44,7 +48,15 @@ def create_app(
     @app.post("/v1/chat/completions")
     async def chat(http: HttpRequest) -> Response:
         body = await _read(http, ChatRequest)
-        return await answer(http, body, lambda new: chat_ids(tokenizer, body, new), chat=True)
+
+        def render(new: bool) -> list[int]:
+            if require_pinned is not None:
+                for message in body.messages:
+                    if message.plain["role"] == "system":
+                        require_pinned(message.plain["content"])
+            return chat_ids(tokenizer, body, new)
+
+        return await answer(http, body, render, chat=True)
 
     @app.post("/v1/completions")
     async def completions(http: HttpRequest) -> Response:

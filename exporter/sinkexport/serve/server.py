@@ -21,21 +21,23 @@ KEEP_ALIVE_S = 30
 class Server:
     """A server over `session`, which nobody else may use while it runs.
 
-    model_name: what clients call the model; None for the bundle's name of it.
+    model_name: what clients call the model; None for the bundle's name of it. pin_system: refuse system messages that
+    the sinks do not keep for ever.
 
     Raises: UsageError if the bundle has no tokenizer.
     """
 
     def __init__(
         self, session: Session, limits: Limits, *, model_name: str | None = None, api_key: str | None = None,
-        log_requests: bool = False,
+        pin_system: bool = False, log_requests: bool = False,
     ) -> None:  # fmt: skip
         self.model = model_name or session.manifest.model.name
         metrics = Metrics()
         self.engine = Engine(session, limits, metrics)
         self.app = create_app(
-            self.engine, session.tokenizer, metrics, limits, model=self.model, batch=session.batch, api_key=api_key
-        )
+            self.engine, session.tokenizer, metrics, limits, model=self.model, batch=session.batch, api_key=api_key,
+            require_pinned=session.require_pinned if pin_system else None,
+        )  # fmt: skip
         self.app.router.lifespan_context = self._lifespan
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(

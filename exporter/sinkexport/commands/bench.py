@@ -1,0 +1,107 @@
+"""``sinkexport bench``: speed and memory of a bundle on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.table import Table
+
+from sinkexport.console import table_console
+from sinkexport.files import check_writable, write_whole
+from sinkexport.progress import shown_progress
+from sinkexport.streams import MIB
+
+if TYPE_CHECKING:
+    from sinkexport.bench import BenchReport
+
+STAGES = {
+    "load": "Loading the bundle",
+    "prefill": "Prefilling a prompt",
+    "feed": "Feeding the stream",
+    "decode": "Timing steps",
+}
+
+
+@click.command(name="bench")
+@click.argument("bundle", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--steps", type=int, default=256, show_default=True, metavar="N", help="Timed steps at each position.")
+@click.option("--warmup", type=int, default=3, show_default=True, metavar="N",
+              help="Untimed steps before each turn of 16 timed ones.")  # fmt: skip
+@click.option("--position", "positions", type=int, multiple=True, default=(2_000, 50_000), show_default=True,
+              metavar="P", help="Measure with so many tokens in the stream; repeatable.")  # fmt: skip
+@click.option("--prompt-tokens", type=int, default=1_000, show_default=True, metavar="N",
+              help="Length of the prompt whose prefill is timed.")  # fmt: skip
+@click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: all physical cores]")
+@click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random ids that are fed.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE",
+              help="Write every figure as JSON too.")  # fmt: skip
+def command(
+    bundle: Path,
+    steps: int,
+    warmup: int,
+    positions: tuple[int, ...],
+    prompt_tokens: int,
+    threads: int | None,
+    backend: str,
+    seed: int,
+    json_file: Path | None,
+) -> None:
+    """Measure how fast the bundle DIR decodes and prefills, and whether its memory grows.
+
+    Positions take turns, so that all of them meet the machine's slow moments; the memory's own bandwidth is measured
+    in between. Positions far into a stream must be reached first: 50,000 tokens take minutes.
+    """
+    from sinkexport.bench import BenchConfig, run_bench
+
+    config = BenchConfig(steps, warmup, positions, prompt_tokens, threads, backend, seed)
+    if json_file is not None:
+        check_writable(json_file, "--json")
+    with shown_progress(STAGES) as show:
+        report = run_bench(bundle, config, show)
+    if json_file is not None:
+        write_whole(json_file, report.to_json(), "--json")
+    _print_report(report)
+
+
+def _print_report(report: BenchReport) -> None:
+    figures = report.to_dict()
+    facts, machine, size = figures["bundle"], figures["environment"], figures["bytes_per_step"]
+    bandwidth, prefill, memory = figures["bandwidth_gb_per_s"], figures["prefill"], figures["memory"]
+    table = Table("decode at", box=None, pad_edge=False)
+    for header in ("steps", "ms median", "p99", "tokens/s", "GB/s", "of bandwidth", "x first", "quartiles"):
+        table.add_column(header, justify="right")
+    rows = [(f"{each['position']:,}", each, each["ratio_to_first"]) for each in figures["positions"]]
+    rows[0] = (*rows[0][:2], None)
+    for name, each, ratio in [*rows, ("all", figures["decode"], None)] if len(rows) > 1 else rows:
+        table.add_row(
+            name,
+            f"{each['samples']:,}",
+            f"{each['median_ms']:.2f}",
+            f"{each['p99_ms']:.2f}",
+            f"{each['tokens_per_s']:.1f}",
+            f"{each['gb_per_s']:.1f}",
+            f"{each['bandwidth_share']:.0%}",
+            "" if ratio is None else f"{ratio['median']:.3f}",
+            "" if ratio is None else f"{ratio['low_quartile']:.3f} .. {ratio['high_quartile']:.3f}",
+        )
+    console = table_console()
+    for line in (
+        f"{facts['model']}: {facts['weights_dtype']}, S={facts['num_sink_tokens']} W={facts['window_size']} "
+        f"B={facts['batch']} T={facts['chunk_size']}",
+        f"{machine['cpu']}, {machine['threads']} threads, load average {machine['load_average_1min']:.2f} at the start",
+        f"a step reads {size['weights'] / 1e6:.1f} MB of weights and {size['states'] / 1e6:.1f} MB of state; "
+        f"memory reads {bandwidth['median']:.1f} GB/s ({bandwidth['min']:.1f} to {bandwidth['max']:.1f}), "
+        f"so at least {figures['floor_ms']:.2f} ms",
+    ):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(table)
+    console.print(f"prefill of {prefill['prompt_tokens']:,} tokens: {prefill['median_ms']:,.0f} ms, "
+                  f"{prefill['tokens_per_s']:.1f} tokens/s")  # fmt: skip
+    if memory is not None:
+        start, growth = memory["rss_start_bytes"] / MIB, memory["rss_growth_bytes"] / MIB
+        highest = memory["rss_highest_growth_bytes"] / MIB
+        console.print(f"memory: {start:,.0f} MiB resident at the start, {growth:+.1f} MiB over the run "
+                      f"({highest:+.1f} at most)")  # fmt: skip

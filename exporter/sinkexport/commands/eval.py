@@ -1,0 +1,127 @@
+"""``sinkexport eval``: perplexity of a bundle over a long text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.table import Table
+from sinkrt.errors import UsageError, problem
+
+from sinkexport.console import table_console
+from sinkexport.files import check_writable, read_text, write_whole
+from sinkexport.plot import png
+from sinkexport.progress import shown_progress
+
+if TYPE_CHECKING:
+    from sinkexport.evaluate import EvalReport
+
+STAGES = {
+    "load": "Loading",
+    "bundle": "Bundle, token by token",
+    "sinks + window": "Sinks + window in torch",
+    "window only": "Window only",
+    "recompute": "Sliding window, recomputed",
+    "dense": "Dense model",
+}
+DEFAULT_JSON, DEFAULT_PLOT = Path("eval.json"), Path("eval.png")
+
+
+@click.command(name="eval")
+@click.argument("bundle", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--text", "text_file", required=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="UTF-8 text, the longer the better.")  # fmt: skip
+@click.option("--tokens", type=int, default=20_000, show_default=True, metavar="N",
+              help="Tokens of the text to stream, or all if it has fewer.")  # fmt: skip
+@click.option("--segment", type=int, default=512, show_default=True, metavar="N",
+              help="Tokens of each point of the curves.")  # fmt: skip
+@click.option("--compare", is_flag=True,
+              help="Predict the same tokens in torch with sinks + window, with a window only, with a sliding window "
+                   "that is recomputed, and with the dense model until its limit.")  # fmt: skip
+@click.option("--against", metavar="MODEL",
+              help="With --compare: the model that was exported, a local directory, a .gguf file or a Hub id.")
+@click.option("--dense-tokens", type=int, default=4096, show_default=True, metavar="N",
+              help="With --compare: where the dense model stops, or at its own limit if that is less.")  # fmt: skip
+@click.option("--recompute-block", type=int, metavar="N",
+              help="With --compare: tokens that each recomputation of the last S + W predicts. 1 is exact, and slow.  "
+                   "[default: (S + W) / 8]")  # fmt: skip
+@click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all physical cores]")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), default=DEFAULT_JSON, show_default=True,
+              metavar="FILE", help="Where to write all figures.")  # fmt: skip
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), default=DEFAULT_PLOT, show_default=True,
+              metavar="FILE", help="Where to write the curves as a PNG image.")  # fmt: skip
+@click.option("--no-plot", is_flag=True, help="Draw nothing: matplotlib is not needed then.")
+@click.pass_context
+def command(
+    ctx: click.Context, bundle: Path, text_file: Path, tokens: int, segment: int, compare: bool, against: str | None,
+    dense_tokens: int, recompute_block: int | None, backend: str, threads: int | None, json_file: Path,
+    plot_file: Path, no_plot: bool,
+) -> None:  # fmt: skip
+    """Measure how well the bundle DIR predicts a long text, streamed token by token.
+
+    Perplexity is exp of the mean negative log-likelihood of a token; lower is better. The table tells it for the whole
+    text, with the standard error over segments, and for the tokens before and after the cache is full.
+    """
+    _check_compare(ctx, compare, against)
+    text = read_text(text_file, "--text")
+    check_writable(json_file, "--json")
+    if not no_plot:
+        check_writable(plot_file, "--plot")
+        if plot_file.resolve() == json_file.resolve():
+            raise UsageError(problem("--plot", received=f"'{plot_file}', as --json", expected="a file of its own",
+                                     fix="choose another path"))  # fmt: skip
+        import matplotlib.figure  # noqa: F401 - if it is missing, that should not show after an hour
+    from sinkexport.evaluate import Comparison, evaluate
+
+    wanted = None if against is None else Comparison(against, dense_tokens, recompute_block)
+    with shown_progress(STAGES) as show:
+        report = evaluate(
+            bundle, text, num_tokens=tokens, segment_tokens=segment, compare=wanted, backend=backend,
+            threads=threads, report=show,
+        )  # fmt: skip
+    write_whole(json_file, report.to_json(), "--json")
+    if not no_plot:
+        from sinkexport.evaluate_plot import draw
+
+        write_whole(plot_file, png(draw(report)), "--plot")
+    _print_report(report)
+    click.echo(f"wrote {json_file}" + ("" if no_plot else f" and {plot_file}"), err=True)
+
+
+def _check_compare(ctx: click.Context, compare: bool, against: str | None) -> None:
+    """Refuse options of a comparison without one, and a comparison with nothing."""
+    if compare:
+        if against is None:
+            raise UsageError(problem("--compare", received="no model", expected="--against MODEL",
+                                     fix="name the model that was exported"))  # fmt: skip
+        return
+    for name in ("against", "dense_tokens", "recompute_block"):
+        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(problem(option, received="without --compare", expected="a comparison",
+                                     fix="add --compare"))  # fmt: skip
+
+
+def _print_report(report: EvalReport) -> None:
+    table = Table("contender", "what it is", box=None, pad_edge=False)
+    for header in ("tokens", "perplexity", "+-", "before", "after", "tokens/s"):
+        table.add_column(header, justify="right")
+    for c in report.curves:
+        table.add_row(
+            c.name,
+            c.note,
+            f"{c.num_tokens:,}",
+            *("-" if x is None else f"{x:.2f}" for x in (c.perplexity, c.standard_error)),
+            *("-" if x is None else f"{x:.2f}" for x in (c.perplexity_before, c.perplexity_after)),
+            f"{c.tokens_per_s:.1f}",
+        )
+    console = table_console()
+    console.print(
+        f"{report.model}: S={report.num_sink_tokens} W={report.window_size} {report.weights_dtype}; "
+        f"{report.num_tokens:,} tokens in segments of {report.segment_tokens:,}; before and after: the cache is full",
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(table)

@@ -1,0 +1,76 @@
+"""Text files that commands read, and result files: refused before long work starts, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from sinkrt.errors import UsageError, problem
+
+
+def read_text(path: Path, option: str) -> str:
+    """The UTF-8 text of a file that was named by `option`.
+
+    Raises: UsageError.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = f"'{path}' ({error.strerror})"
+        raise UsageError(problem(option, received=reason, expected="a readable file", fix="check the path")) from None
+    except UnicodeDecodeError as error:
+        reason = f"'{path}' ({error.reason} at byte {error.start})"
+        raise UsageError(problem(option, received=reason, expected="UTF-8 text", fix="convert the file")) from None
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Make sure, by trying, that `path` can be written later; what is there stays as it is.
+
+    option: what the user gave it with, for the message.
+
+    Raises: UsageError.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        if path.exists() and not path.is_file():  # /dev/stdout, a pipe
+            if not os.access(path, os.W_OK):
+                raise PermissionError(None, "no permission")
+            return
+        trial = _beside(path)
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        raise _unwritable(path, option, error) from None
+
+
+def write_whole(path: Path, data: str | bytes, option: str) -> None:
+    """Write `data` under a temporary name and rename it, so that a crash leaves the file that was there.
+
+    Raises: UsageError.
+    """
+    raw = data.encode() if isinstance(data, str) else data
+    try:
+        if path.exists() and not path.is_file():  # nothing that could be replaced by a rename
+            path.write_bytes(raw)
+            return
+        partial = _beside(path)
+        try:
+            partial.write_bytes(raw)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(path, option, error) from None
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def _unwritable(path: Path, option: str, error: OSError) -> UsageError:
+    return UsageError(
+        problem(option, received=f"'{path}' ({error.strerror or error})", expected="a file that can be written",
+                fix="choose another path")
+    )  # fmt: skip
