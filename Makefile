@@ -2,7 +2,7 @@
 # Both set up what they need on first use (.venv, the model) and are quick after that.
 #
 # Variables: PYTHON (>= 3.11), VENV, MODELS and BUNDLES (folders), PIP_FLAGS (more arguments for pip install),
-# DEMO_TOKENS, DEMO_PROMPT, PYTEST_FLAGS.
+# DEMO_TOKENS, DEMO_PROMPT, PYTEST_FLAGS, PEERS (of the benchmarks; llamacpp too where llama-cpp-python is built).
 
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -12,6 +12,7 @@ PIP_FLAGS   ?=
 DEMO_TOKENS ?= 3100
 DEMO_PROMPT ?= Once upon a time, in a village at the edge of a great forest,
 PYTEST_FLAGS ?=
+PEERS       ?= genai,transformers
 
 BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
@@ -25,7 +26,7 @@ SOURCES = $(shell find exporter/sinkexport -name '*.py')
 help:
 	@echo "make demo       export SmolLM2-135M and stream $(DEMO_TOKENS) tokens: three windows of 1,020"
 	@echo "make test       lint, types and all tests (test-fast: without the slow ones)"
-	@echo "make bench      decode and export times against onnxruntime-genai and transformers"
+	@echo "make bench      decode, prefill and export against onnxruntime-genai and transformers; sinkexport bench"
 	@echo "make venv       only set up $(VENV); make model: only fetch the model"
 	@echo "make clean      remove caches and bundles; distclean: also $(VENV) and $(MODELS)"
 
@@ -86,7 +87,11 @@ test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_FLAGS)
 
 bench: $(VENV)/.bench $(BUNDLE)/manifest.json
-	$(BIN)/python benchmarks/decode_cpu.py $(BUNDLE) --model $(MODEL) --json $(BUNDLES)/decode_cpu.json
+	$(BIN)/python benchmarks/decode_cpu.py $(BUNDLE) --model $(MODEL) --peers $(PEERS),recompute \
+	  --json $(BUNDLES)/decode_cpu.json
+	$(BIN)/python benchmarks/prefill_cpu.py $(BUNDLE) --model $(MODEL) --peers sinkexport-steps,$(PEERS) \
+	  --json $(BUNDLES)/prefill_cpu.json
+	$(BIN)/sinkexport bench $(BUNDLE) --json $(BUNDLES)/bench.json
 	$(BIN)/python benchmarks/export_time.py $(MODEL) --json $(BUNDLES)/export_time.json
 
 clean:
