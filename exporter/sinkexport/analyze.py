@@ -13,6 +13,7 @@ by the token that receives them. Three questions:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -204,15 +205,11 @@ def analyze(
     if limit is not None and window_tokens > limit:
         raise UsageError(problem("window tokens", received=window_tokens, expected=f"<= {limit}, the model's positions",
                                  fix="lower --window-tokens"))  # fmt: skip
-    sums = _Sums(num_candidates)
-    total = num_windows * config.num_hidden_layers
-    report("layers", 0, total)
+    sums, num_layers = _Sums(num_candidates), int(config.num_hidden_layers)
+    report("layers", 0, num_windows * num_layers)
     for number, ids in enumerate(windows.ids):
-        done = number * config.num_hidden_layers
-        weights = attention_weights(
-            loaded.model, ids, num_candidates, lambda layers, done=done: report("layers", done + layers, total)
-        )
-        sums.add(weights, number, ids)
+        tell = functools.partial(_tell, report, number * num_layers, num_windows * num_layers)
+        sums.add(attention_weights(loaded.model, ids, num_candidates, tell), number, ids)
     mean = sums.means()
     recommended, reason = recommend(mean["late"].mean(axis=(0, 1)), float(mean["base"]))
     return SinkReport(
@@ -234,6 +231,10 @@ def analyze(
         recommended=recommended,
         reason=reason,
     )
+
+
+def _tell(report: Report, before: int, total: int, layers: int) -> None:
+    report("layers", before + layers, total)
 
 
 def recommend(mass: Array, base: float) -> tuple[int, str]:
@@ -276,7 +277,7 @@ class _Sums:
             "alpha": weights.received[:, :, first],
             "base": np.array(weights.base),
             "sinks": is_sink.astype(np.float64),
-            "any_sink": is_sink.any(axis=-1).astype(np.float64),
+            "any_sink": is_sink.max(axis=-1).astype(np.float64),
             "key_norm": weights.key_norm[:, first],
             "value_norm": weights.value_norm[:, first],
         }
