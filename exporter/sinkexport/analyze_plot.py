@@ -64,4 +64,4 @@ def _draw_secondary(axes: Axes, report: SinkReport) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("position in the window")
     axes.set_ylabel("layer")
-    axes.set_title("secondary sinks (area: weight)", fontsize=10)
+    axes.set_title("later tokens looked at from afar (area: weight)", fontsize=10)
