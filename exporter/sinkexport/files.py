@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import secrets
 from pathlib import Path
@@ -9,13 +10,17 @@ from pathlib import Path
 from sinkrt.errors import UsageError, problem
 
 
-def read_text(path: Path, option: str) -> str:
-    """The UTF-8 text of a file that was named by `option`.
+def read_text(path: Path, option: str, max_bytes: int | None = None) -> str:
+    """The UTF-8 text of a file that was named by `option`, or its beginning if that has more bytes than `max_bytes`.
 
     Raises: UsageError.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(-1 if max_bytes is None else max_bytes)
+        is_cut = max_bytes is not None and len(raw) == max_bytes  # perhaps inside a character
+        text, _ = codecs.utf_8_decode(raw, "strict", not is_cut)
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         reason = f"'{path}' ({error.strerror})"
         raise UsageError(problem(option, received=reason, expected="a readable file", fix="check the path")) from None

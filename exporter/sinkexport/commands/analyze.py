@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from sinkrt.errors import UsageError, problem
@@ -18,9 +19,11 @@ from sinkexport.progress import shown_progress
 if TYPE_CHECKING:
     from sinkexport.analyze import SinkReport
 
-STAGES = {"load": "Loading the model", "windows": "Measuring attention"}
+STAGES = {"load": "Loading the model", "layers": "Measuring layers"}
 SHOWN = 12
 """Rows of a table; the JSON file has them all."""
+BYTES_PER_TOKEN = 64
+"""Of text that is read: far more than tokens have on average, so what was read is too short only if the text is."""
 
 
 @click.command(name="analyze")
@@ -41,26 +44,27 @@ def command(
 
     Tells how much attention the first tokens draw, which later tokens draw it too, and how many sinks to export with.
     """
-    text = read_text(text_file, "--text")
+    if json_file is not None and plot_file is not None and json_file.resolve() == plot_file.resolve():
+        raise UsageError(problem("--plot", received=f"'{plot_file}', as --json", expected="a file of its own",
+                                 fix="choose another path"))  # fmt: skip
     for path, option in ((json_file, "--json"), (plot_file, "--plot")):
         if path is not None:
             check_writable(path, option)
     if plot_file is not None:
         from sinkexport.analyze_plot import draw  # if matplotlib is missing, that should not show at the end
-    from sinkexport.analyze import analyze
+    text = read_text(text_file, "--text", BYTES_PER_TOKEN * max(windows, 1) * max(window_tokens, 1))
+    from sinkexport.analyze import analyze, check_geometry, text_windows
     from sinkexport.sources import load_model
 
+    check_geometry(windows, window_tokens, candidates)
     with shown_progress(STAGES) as show:
         show("load", 0, 1)
         loaded = load_model(model)
         if loaded.tokenizer is None:
             raise UsageError(problem("model", received="one without a tokenizer", expected="a tokenizer for the text",
                                      fix="use a complete model folder"))  # fmt: skip
-        # No more than is needed: a book takes seconds.
-        ids = loaded.tokenizer(text[: 32 * windows * window_tokens])["input_ids"]
-        report = analyze(
-            loaded, ids, num_windows=windows, window_tokens=window_tokens, num_candidates=candidates, report=show
-        )
+        pieces = text_windows(loaded.tokenizer, text, windows, window_tokens)
+        report = analyze(loaded, pieces, num_candidates=candidates, report=show)
     if json_file is not None:
         write_whole(json_file, report.to_json(), "--json")
     if plot_file is not None:
@@ -70,31 +74,73 @@ def command(
 
 def _print_report(model: str, report: SinkReport) -> None:
     console = table_console()
+    begins = f", each after {''.join(report.beginning)!r}" if report.beginning else ""
     console.print(
-        f"{report.model}: {report.num_windows} windows of {report.window_tokens:,} tokens; attention from afar on any "
-        f"other token: {report.base:.3%}",
+        f"{report.model}: {report.num_windows} windows of {report.window_tokens:,} tokens{begins}; attention from afar "
+        f"on any other token: {report.base:.3%}",
         markup=False,
         soft_wrap=True,
     )
-    first = Table("first token", box=None, pad_edge=False)
-    first.add_column("attention from afar", justify="right")
-    first.add_column("sink in heads", justify="right")
+    for table in (_first_tokens(report), _layers(report)):
+        console.print(table)
+        console.print()
+    if report.secondary:
+        _print_secondary(console, report)
+    click.echo(f"keep {report.recommended}: {report.reason}")
+    if report.own_window is not None and report.own_window < report.window_tokens:
+        click.echo(f"note: layers of this model look back {report.own_window:,} tokens, where a bundle always sees its "
+                   f"sinks; --window-tokens {report.own_window} measures that", err=True)  # fmt: skip
+    click.echo(f"sinkexport export {model} -o DIR --sink-tokens {report.recommended}")
+
+
+def _first_tokens(report: SinkReport) -> Table:
+    table = Table("first token", box=None, pad_edge=False)
+    table.add_column("attention from afar", justify="right")
+    table.add_column(f"alpha > {report.epsilon:g} in heads", justify="right")
     for k, (mass, share) in enumerate(zip(report.mass_by_position, report.sink_share, strict=True)):
         if k < max(4, report.recommended) or mass > 2 * report.base:
-            first.add_row(str(k), f"{mass:.2%}", f"{share:.1%}")
-    console.print(first)
-    if report.secondary:
-        later = Table("secondary sink", box=None, pad_edge=False)
-        for header in ("times", "windows", "heads", "layers", "largest weight", "first at"):
-            later.add_column(header, justify="right")
-        for sink in report.secondary[:SHOWN]:
-            layers = f"{sink.layers[0]} .. {sink.layers[-1]}" if len(sink.layers) > 1 else str(sink.layers[0])
-            later.add_row(Text(repr(sink.text)), str(sink.times), str(sink.windows), str(sink.heads), layers,
-                          f"{sink.weight:.1%}", f"{sink.positions[0]:,}")  # fmt: skip
-        console.print()
-        console.print(later)
-        if len(report.secondary) > SHOWN:
-            console.print(f"and {len(report.secondary) - SHOWN} more")
+            table.add_row(str(k), f"{mass:.2%}", f"{share:.1%}")
+    return table
+
+
+def _layers(report: SinkReport) -> Table:
+    """A row for some neighbouring layers, means over them: `SHOWN` rows at most."""
+    kept = max(1, report.recommended)
+    table = Table("layers", box=None, pad_edge=False)
+    for header in (f"on the first {kept}", "heads with a sink", "key norm", "value norm", "secondary sinks"):
+        table.add_column(header, justify="right")
+    num_layers = len(report.mass)
+    masses, step = report.mass_of_first(kept).mean(axis=1), -(-num_layers // SHOWN)
+    for start in range(0, num_layers, step):
+        rows = range(start, min(start + step, num_layers))
+        secondary = sum(sink.is_like_first and any(i in rows for i in sink.layers) for sink in report.secondary)
+        table.add_row(
+            _span(tuple(rows)),
+            f"{sum(masses[i] for i in rows) / len(rows):.1%}",
+            f"{sum(report.layer_sinks[i] for i in rows) / len(rows):.0%}",
+            f"{sum(report.key_norm[i][0] for i in rows) / len(rows):.2f}",
+            f"{sum(report.value_norm[i][0] for i in rows) / len(rows):.2f}",
+            str(secondary),
+        )
+    return table
+
+
+def _print_secondary(console: Console, report: SinkReport) -> None:
+    table = Table("later token", box=None, pad_edge=False)
+    for header in ("times", "windows", "heads", "layers", "largest weight", "at", "value norm", "likeness", "kind"):
+        table.add_column(header, justify="right")
+    for sink in report.secondary[:SHOWN]:
+        top = sink.sightings[0]
+        table.add_row(
+            Text(repr(sink.text)), str(sink.times), str(sink.windows), str(sink.heads), _span(sink.layers),
+            f"{top.weight:.1%}", f"{top.position:,}", f"{top.value_norm:.2f}", f"{top.likeness:.2f}",
+            "sink" if sink.is_like_first else "content",
+        )  # fmt: skip
+    console.print(table)
+    if len(report.secondary) > SHOWN:
+        console.print(f"and {len(report.secondary) - SHOWN} more")
     console.print()
-    click.echo(f"keep {report.recommended}: {report.reason}")
-    click.echo(f"sinkexport export {model} -o DIR --sink-tokens {report.recommended}")
+
+
+def _span(layers: tuple[int, ...]) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]} .. {layers[-1]}"

@@ -1,0 +1,216 @@
+"""Attention weights of one context, summed up by the token that receives them, a layer and a block at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sinkrt.errors import UsageError, problem
+
+from sinkexport.model.decoder import IGNORED_ARGUMENTS
+from sinkexport.model.interface import intercept_attention
+
+Array = npt.NDArray[np.float64]
+
+NEAR_TOKENS = 32
+"""A query's own neighbourhood: every head looks there, sink or not, so it does not count as looking from afar."""
+
+QUERIES_AT_ONCE = 256
+"""Rows of attention weights that exist at a time, in each head of one layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What the tokens of one context of T tokens receive, in L layers of Hq query heads.
+
+    received: [L, Hq, T], alpha_k: mean weight of token k over the queries i >= k (arXiv:2410.10781).
+    from_afar: [L, Hq, T], mean over the queries i >= k + NEAR_TOKENS that the layer lets see token k; 0 without any.
+    fair_share: [L, T], what `from_afar` would be if every query looked at all tokens it sees alike.
+    late: [L, Hq, K], mean weight of the first K tokens over the queries i >= T / 2.
+    base: mean over the same queries of the weight of one token that is neither near nor among the first K.
+    key_norm, value_norm: [L, T], Euclidean norms, mean over the key heads, over the median of the tokens from K on.
+    likeness: [L, T], cosine of a token's values, all heads in one vector, with those of token 0.
+    own_window: the smallest sliding window of the model's layers, or None.
+    """
+
+    received: Array
+    from_afar: Array
+    fair_share: Array
+    late: Array
+    base: float
+    key_norm: Array
+    value_norm: Array
+    likeness: Array
+    own_window: int | None
+
+
+def attention_weights(
+    model: Any, ids: Sequence[int], num_candidates: int, tell: Callable[[int], None] = lambda _done: None
+) -> Weights:
+    """Run `model` over ids [T] as one context and sum its attention up.
+
+    At most `QUERIES_AT_ONCE` queries' weights of one layer, float32 [Hq, n, T], exist at a time.
+    tell: told how many layers are done.
+
+    Raises: UsageError for a model that does not use transformers' attention interface, whose attention is more than a
+        softmax, or has layers without it, or gives what is not a number.
+    """
+    layers: list[_Layer] = []
+
+    def attend(
+        _module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: Any = None, **arguments: Any
+    ) -> tuple[torch.Tensor, None]:
+        _refuse_unknown(arguments, len(layers))
+        layer = _Layer(q.shape[1], len(ids), num_candidates, arguments.get("sliding_window"))
+        outputs = []
+        for start, stop in _blocks(len(ids)):
+            weights = softmax_weights(q, k, start, stop, arguments)  # [Hq, n, stop]
+            layer.add(weights, start)
+            grouped = weights.to(v.dtype).reshape(v.shape[1], -1, stop)  # [Hkv, G * n, stop]
+            outputs.append((grouped @ v[0, :, :stop]).reshape(q.shape[1], stop - start, -1))  # [Hq, n, Dv]
+        layer.look_at(k[0], v[0])
+        layers.append(layer)
+        tell(len(layers))
+        return torch.cat(outputs, dim=1).transpose(0, 1)[None], None  # [1, T, Hq, Dv]
+
+    with torch.no_grad(), intercept_attention(model, attend):
+        model(input_ids=torch.tensor([list(ids)]), use_cache=False, logits_to_keep=1)
+    num_layers = model.config.get_text_config().num_hidden_layers
+    if len(layers) != num_layers:
+        raise _refused(f"softmax attention in {len(layers)} of {num_layers} layers", "it in every layer")
+    own_windows = [layer.own_window for layer in layers if layer.own_window]
+    weights = Weights(
+        received=np.stack([layer.received for layer in layers]),
+        from_afar=np.stack([layer.from_afar for layer in layers]),
+        fair_share=np.stack([layer.fair_share for layer in layers]),
+        late=np.stack([layer.late for layer in layers]),
+        base=float(np.mean([layer.base for layer in layers])),
+        key_norm=np.stack([layer.key_norm for layer in layers]),
+        value_norm=np.stack([layer.value_norm for layer in layers]),
+        likeness=np.stack([layer.likeness for layer in layers]),
+        own_window=min(own_windows, default=None),
+    )
+    if not np.isfinite(weights.received).all() or not np.isfinite(weights.value_norm).all():
+        raise _refused("attention that is not a number", "finite weights")
+    return weights
+
+
+def softmax_weights(
+    q: torch.Tensor, k: torch.Tensor, start: int, stop: int, arguments: dict[str, Any]
+) -> torch.Tensor:
+    """Attention weights float32 [Hq, stop - start, stop] of the queries from `start` to `stop`, as the model says.
+
+    q: [1, Hq, T, D], k: [1, Hkv, T, D], rotated. arguments: what the model passes to its attention function.
+    """
+    scaling, softcap, own_window = (arguments.get(name) for name in _ARGUMENTS)
+    num_q_heads, num_kv_heads, count = q.shape[1], k.shape[1], stop - start
+    # Scaled before the product, masked in place and only where it matters: [Hq, n, stop] is what takes the time.
+    queries = q[0, :, start:stop].float() * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+    logits = queries.reshape(num_kv_heads, -1, q.shape[-1]) @ k[0, :, :stop].float().mT  # [Hkv, G * n, stop]
+    logits = logits.reshape(num_q_heads, count, stop)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    behind = torch.arange(count)[:, None] - torch.arange(count)  # [n, n], tokens from key to query
+    logits[:, :, start:].masked_fill_(behind < 0, float("-inf"))
+    if own_window:
+        behind = torch.arange(start, stop)[:, None] - torch.arange(stop)  # [n, stop]
+        logits.masked_fill_(behind >= own_window, float("-inf"))
+    return logits.softmax(dim=-1)
+
+
+_ARGUMENTS = ("scaling", "softcap", "sliding_window")
+
+
+def _blocks(size: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of blocks of queries; none has queries of both halves of the context."""
+    for first, last in ((0, size // 2), (size // 2, size)):
+        for start in range(first, last, QUERIES_AT_ONCE):
+            yield start, min(start + QUERIES_AT_ONCE, last)
+
+
+class _Layer:
+    """Sums of one layer's weights, float64 [Hq, T] by receiving token, and the means they make."""
+
+    def __init__(self, heads: int, size: int, num_candidates: int, own_window: int | None) -> None:
+        self.own_window = own_window
+        self._size, self._half, self._num_candidates = size, size // 2, num_candidates
+        self._all, self._far = (torch.zeros(heads, size, dtype=torch.float64) for _ in range(2))
+        self._late = torch.zeros(heads, num_candidates, dtype=torch.float64)
+        self._other = 0.0  # weight of tokens that are neither near nor among the first, in late queries
+
+    def add(self, weights: torch.Tensor, start: int) -> None:
+        """weights: [Hq, n, stop] of the queries from `start` to `stop`."""
+        stop = weights.shape[2]
+        total = weights.sum(dim=1).double()  # [Hq, stop]
+        # Keys before `edge` are far from all queries of the block: only the rest needs a mask.
+        edge = max(0, start - NEAR_TOKENS + 1)
+        is_far = torch.arange(start, stop)[:, None] - torch.arange(edge, stop) >= NEAR_TOKENS  # [n, stop - edge]
+        far = torch.cat((total[:, :edge], (weights[:, :, edge:] * is_far).sum(dim=1).double()), dim=1)
+        self._all[:, :stop] += total
+        self._far[:, :stop] += far
+        if start >= self._half:
+            self._late += total[:, : self._num_candidates]
+            self._other += float(far[:, self._num_candidates :].sum())
+
+    def look_at(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Norms and directions of the keys k and values v [Hkv, T, .]."""
+        self.key_norm, self.value_norm = (_relative_norms(x.float(), self._num_candidates) for x in (k, v))
+        flat = v.float().transpose(0, 1).flatten(1)  # [T, Hkv * Dv]
+        self.likeness: Array = torch.cosine_similarity(flat, flat[:1], dim=-1).double().numpy()
+
+    @property
+    def received(self) -> Array:
+        return np.asarray(self._all) / np.arange(self._size, 0, -1)  # T - k queries i >= k
+
+    @property
+    def from_afar(self) -> Array:
+        first, last = self._far_queries()
+        return np.asarray(self._far) / np.maximum(last - first, 1)
+
+    @property
+    def fair_share(self) -> Array:
+        first, last = self._far_queries()
+        seen = np.arange(1, self._size + 1)  # tokens that query i sees
+        shares = 1 / (seen if not self.own_window else np.minimum(seen, self.own_window))
+        before = np.concatenate(([0.0], np.cumsum(shares)))  # sum over the queries before i
+        fair: Array = (before[last] - before[first]) / np.maximum(last - first, 1)
+        return fair
+
+    @property
+    def late(self) -> Array:
+        return np.asarray(self._late) / (self._size - self._half)
+
+    @property
+    def base(self) -> float:
+        queries = np.arange(self._half, self._size)
+        others = np.maximum(queries - NEAR_TOKENS + 1 - self._num_candidates, 0).sum()
+        return self._other / (self._all.shape[0] * max(int(others), 1))
+
+    def _far_queries(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """First query that sees token k from afar and the one after the last, [T] each; none if they are equal."""
+        key = np.arange(self._size)
+        first = np.minimum(key + NEAR_TOKENS, self._size)
+        last = np.full(self._size, self._size) if not self.own_window else np.minimum(key + self.own_window, self._size)
+        return first, np.maximum(first, last)
+
+
+def _relative_norms(x: torch.Tensor, num_candidates: int) -> Array:
+    """x: [H, T, D]. Returns [T], the norm of each token over the median of the tokens from `num_candidates` on."""
+    norms = x.norm(dim=-1).mean(dim=0)  # [T]
+    relative: Array = (norms / norms[num_candidates:].median().clamp(min=1e-12)).double().numpy()
+    return relative
+
+
+def _refuse_unknown(arguments: dict[str, Any], layer: int) -> None:
+    """Refuse attention that is more than what `softmax_weights` computes."""
+    for name, value in sorted(arguments.items()):
+        if value is not None and name not in _ARGUMENTS and name not in IGNORED_ARGUMENTS:
+            raise _refused(f"the attention argument '{name}' in layer {layer}", "plain softmax attention")
+
+
+def _refused(received: str, expected: str) -> UsageError:
+    return UsageError(problem("model", received=received, expected=expected, fix="this model cannot be analyzed"))
