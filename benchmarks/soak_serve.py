@@ -186,7 +186,7 @@ class Player:
             for chunk in answer:
                 choice = chunk.choices[0]
                 piece = choice.text if script.kind == "completion" else choice.delta.content
-                if piece and not tokens:
+                if piece and not text:
                     self._tally.first_token_s.append(time.perf_counter() - began)
                 tokens += 1
                 text += piece or ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -17,6 +16,7 @@ from sinkrt.session import Session
 from sinkrt.text import Tokenizer
 
 from sinkexport import contenders
+from sinkexport.machine import torch_threads
 from sinkexport.perplexity import Contender, Curve, Ids, check_segment, check_text, measure
 from sinkexport.progress import Report, silent
 
@@ -108,7 +108,7 @@ def evaluate(
     check_text(ids)
     curves: list[Curve] = []
     report("load", 0, 1)
-    with _torch_threads(threads if compare is not None else None):
+    with torch_threads(threads if compare is not None else None):
         loaded = None if compare is None else _load(compare.against, manifest)
         with Session.load(bundle, backend, threads=threads) as session:
             report("load", 1, 1)
@@ -157,22 +157,6 @@ def _load(source: str | LoadedModel, manifest: Manifest) -> LoadedModel:
     loaded = load_model(source, "float32") if isinstance(source, str) else source
     check_same_model(manifest, loaded.model)
     return loaded
-
-
-@contextlib.contextmanager
-def _torch_threads(count: int | None) -> Iterator[None]:
-    """torch's operators use `count` threads inside; None leaves everything alone."""
-    if count is None:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _encode(bundle: Path, manifest: Manifest, text: str) -> Ids:

@@ -24,6 +24,7 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.session import Session
 from sinkrt.text import Tokenizer
 
+from sinkexport.machine import torch_threads
 from sinkexport.progress import Report, silent
 from sinkexport.reference import streaming_reference
 from sinkexport.sources import LoadedModel, load_model
@@ -197,7 +198,7 @@ def compare(
     at_ends: dict[int, Logits] = {}
     with (
         streaming_reference(model, stream.num_sink_tokens, stream.window_size) as reference,
-        _torch_threads(_half_of_the_cores()),
+        torch_threads(_half_of_the_cores()),
         contextlib.closing(_steps_ahead(session, ids)) as steps,
     ):
         for t, got in enumerate(steps):
@@ -235,16 +236,6 @@ def _half_of_the_cores() -> int:
     """Bundle and reference run side by side. Given all cores each, their spinning threads would stop each other:
     several times slower than either alone."""
     return max(1, torch.get_num_threads() // 2)
-
-
-@contextlib.contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _compare_prefill(

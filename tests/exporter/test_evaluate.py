@@ -15,9 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
-import transformers
 from sinkexport import cli, contenders
 from sinkexport.config import ExportConfig
 from sinkexport.evaluate import Comparison, EvalReport, evaluate
@@ -28,7 +26,7 @@ from sinkexport.reference import streaming_reference
 from sinkexport.sources import LoadedModel
 from sinkrt.errors import BackendError, BundleError, UsageError
 
-from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
+from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 S, W = 3, 12
 C = S + W
@@ -37,13 +35,6 @@ SEGMENT = 16
 IDS = np.random.default_rng(0).integers(0, VOCAB_SIZE, NUM_TOKENS)
 TEXT = " ".join(f"w{i}" for i in IDS)
 FAMILIES = ("llama", "gpt_neox", "cohere", "gemma2")
-
-
-def tiny_tokenizer() -> Any:
-    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")
 
 
 def export(model: Any, folder: Path, *, batch: int = 1, tokenizer: Any = None) -> Path:

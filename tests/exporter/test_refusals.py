@@ -118,10 +118,11 @@ def test_weights_that_are_not_finite_are_named(value: float, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "bad", [{"window_size": 0}, {"num_sink_tokens": -1}, {"batch": 0}, {"dtype": "bf16"}, {"window_size": 2.5}]
+    "bad", [{"window_size": 0}, {"num_sink_tokens": -1}, {"batch": 0}, {"dtype": "bf16"}, {"window_size": 2.5},
+            {"chunk_size": 0}, {"chunk_size": 13, "window_size": 12}, {"chunk_size": True}]
 )
 def test_bad_geometry(bad: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=r"received .* expected .*; change --"):
+    with pytest.raises(UsageError, match=r"received .* expected .*; (change|lower) --"):
         ExportConfig(**bad)
 
 

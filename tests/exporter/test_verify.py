@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
 from sinkexport import cli
@@ -24,18 +23,11 @@ from sinkexport.verify import DEFAULT_TOLERANCE, VerifyReport, compare, default_
 from sinkrt.contract import Manifest, load_manifest
 from sinkrt.errors import BundleError, UsageError
 
-from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
+from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 S, W, B = 4, 12, 2
 C = S + W
 CONFIG = ExportConfig(S, W, B)
-WORDS = {f"w{i}": i for i in range(VOCAB_SIZE)}
-
-
-def tiny_tokenizer() -> Any:
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="w0"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")
 
 
 def export(model: Any, folder: Path, config: ExportConfig = CONFIG, tokenizer: Any = None) -> Path:

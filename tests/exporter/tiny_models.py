@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 
@@ -72,3 +73,11 @@ def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) 
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.to(dtype)
+
+
+def tiny_tokenizer() -> Any:
+    """One word a token: ``w0`` to the last of the vocabulary."""
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")
