@@ -30,9 +30,11 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERNAL = 70
 EXIT_INTERRUPTED = 130
 OPTIONAL_PACKAGES = {
-    **dict.fromkeys(("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate"), "export"),
+    **dict.fromkeys(
+        ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate", "pydantic", "yaml"), "export"
+    ),
     "matplotlib": "plot",
-    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic"), "serve"),
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "serve"),
 }
 """The extra that installs each package which the runtime alone does not need."""
 

@@ -23,10 +23,15 @@ from typing import Any, TypeVar
 
 from sinkrt.errors import BundleError, problem
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: `quantization` and the scales of an INT8 window. Version 1 is read as well."""
+
 MANIFEST_NAME = "manifest.json"
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1}
 STATE_KINDS = ("sink_k", "sink_v", "window_k", "window_v")
+SCALE_KINDS = ("window_k_scale", "window_v_scale")
+"""States that an INT8 window has besides: what its entries are to be multiplied by."""
+
 TARGETS = ("onnx", "tensorrt")
 
 
@@ -59,7 +64,8 @@ class TensorSpec:
 class StateSpec:
     """One state tensor of one layer: `input` and `output` must be bound to the same buffer.
 
-    kind: ``sink_k | sink_v`` of shape [B, Hkv, S, D] or ``window_k | window_v`` of shape [B, Hkv, W, D].
+    kind: ``sink_k | sink_v`` of shape [B, Hkv, S, D], ``window_k | window_v`` of shape [B, Hkv, W, D], or, where the
+    window is int8, ``window_k_scale | window_v_scale`` of shape [B, Hkv, W]: one for each head and token.
     """
 
     layer: int
@@ -71,7 +77,8 @@ class StateSpec:
 
     def __post_init__(self) -> None:
         _check(self.layer >= 0, "state layer", self.layer, ">= 0")
-        _check(self.kind in STATE_KINDS, "state kind", self.kind, " | ".join(STATE_KINDS))
+        kinds = (*STATE_KINDS, *SCALE_KINDS)
+        _check(self.kind in kinds, "state kind", self.kind, " | ".join(kinds))
         _check(self.input != self.output, "state output name", self.output, "a name other than the input's")
         TensorSpec(self.input, self.shape, self.dtype)
 
@@ -177,13 +184,41 @@ class FileFacts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantization:
+    """How a bundle was made small. The recipe's file says all; this is what tools ask for.
+
+    recipe: its name. weights: ``int8 | int4``. activations: ``float | dynamic | static``, what products take.
+    kv: ``fp | int8``, the window's entries (sinks are never quantised).
+    calibration_sha256: of the calibration file that was used, if one was (hex).
+    thresholds: what the recipe promises, for `sinkexport verify`: ``perplexity_increase`` (0.01: 1%),
+    ``kl_divergence`` (mean, nats) and ``top1_agreement`` (share), all against floating point.
+    """
+
+    recipe: str
+    weights: str
+    activations: str
+    kv: str
+    calibration_sha256: str | None
+    thresholds: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        for field, values in (
+            ("weights", ("int8", "int4")),
+            ("activations", ("float", "dynamic", "static")),
+            ("kv", ("fp", "int8")),
+        ):
+            _check(getattr(self, field) in values, f"quantization.{field}", getattr(self, field), " | ".join(values))
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """Everything that a runtime knows about a bundle.
 
-    weights_dtype: ``float32 | float16``, the dtype of weights and arithmetic.
+    weights_dtype: ``float32 | float16``, the dtype of arithmetic, and of weights that are not quantised.
     graphs: by role; ``decode`` is always there, ``prefill`` may be.
     files: every other file of the bundle by path (with '/'), manifest.json excepted.
     producer: versions of what made it, for bug reports.
+    quantization: None for a floating-point bundle.
     """
 
     schema_version: int
@@ -196,6 +231,7 @@ class Manifest:
     tokenizer: TokenizerFacts | None
     files: Mapping[str, FileFacts]
     producer: Mapping[str, str]
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         _check(self.target in TARGETS, "target", self.target, " | ".join(TARGETS))
@@ -336,7 +372,9 @@ def _build(cls: type[T], raw: Any, where: str) -> T:
     if not isinstance(raw, dict):
         raise BundleError(problem(where, received=type(raw).__name__, expected="an object", fix="export again"))
     hints = typing.get_type_hints(cls)
-    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names = {field.name for field in fields}
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
     if unknown := sorted(set(raw) - names):
         raise BundleError(
             problem(
@@ -346,9 +384,9 @@ def _build(cls: type[T], raw: Any, where: str) -> T:
                 fix="remove it or export again",
             )
         )
-    if missing := sorted(names - set(raw)):
+    if missing := sorted(required - set(raw)):
         raise BundleError(problem(where, received=f"no key '{missing[0]}'", expected="every key", fix="export again"))
-    return cls(**{name: _value(hints[name], raw[name], f"{where}.{name}") for name in names})
+    return cls(**{name: _value(hints[name], raw[name], f"{where}.{name}") for name in names & set(raw)})
 
 
 def _value(hint: Any, raw: Any, where: str) -> Any:
@@ -365,6 +403,8 @@ def _value(hint: Any, raw: Any, where: str) -> Any:
         return {key: _value(args[1], item, f"{where}.{key}") for key, item in raw.items()}
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), raw, where)
+    if hint is float and type(raw) is int:  # JSON writes 1.0 as 1 in some tools
+        return float(raw)
     ok = isinstance(raw, hint) and not (hint is int and isinstance(raw, bool))
     _check(ok, where, f"{type(raw).__name__} {raw!r}"[:60], hint.__name__)
     return raw

@@ -1,0 +1,1 @@
+"""Quantisation: recipes, calibration and what they do to a graph."""
