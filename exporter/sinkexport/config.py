@@ -9,6 +9,10 @@ from sinkrt.errors import UsageError, problem
 WEIGHT_DTYPES = {"fp32": "float32", "fp16": "float16"}
 """Command-line spelling -> dtype name of the manifest."""
 
+KV_KINDS = ("fp", "int8")
+MAX_INT8_WINDOW = 2**18
+"""Tokens whose INT8 values can be summed in int32 with weights of 7 bits: 64 * 127 * 2^18 < 2^31."""
+
 DEFAULT_NUM_SINK_TOKENS = 4
 DEFAULT_WINDOW_SIZE = 1020
 DEFAULT_CHUNK_SIZE = 64
@@ -25,6 +29,8 @@ class ExportConfig:
     is less. 1: no prefill graph, half the time to export.
     pin_system: a system message that the sinks must cover; num_sink_tokens is raised if it is longer.
     dtype: ``fp32 | fp16``, of weights, arithmetic and cache.
+    kv: ``fp | int8``, the window's keys and values: INT8 with a scale for each key head and token. Sinks always stay in
+    `dtype`.
 
     Raises: UsageError.
     """
@@ -35,6 +41,7 @@ class ExportConfig:
     dtype: str = "fp32"
     chunk_size: int | None = None
     pin_system: str | None = None
+    kv: str = "fp"
 
     def __post_init__(self) -> None:
         for name, option, low in (
@@ -52,7 +59,12 @@ class ExportConfig:
         if self.dtype not in WEIGHT_DTYPES:
             raise UsageError(problem("dtype", received=repr(self.dtype), expected=" | ".join(WEIGHT_DTYPES),
                                      fix="change --dtype"))
-
+        if self.kv not in KV_KINDS:
+            raise UsageError(problem("kv", received=repr(self.kv), expected=" | ".join(KV_KINDS), fix="change --kv"))
+        if self.kv == "int8" and self.window_size > MAX_INT8_WINDOW:
+            raise UsageError(problem("window_size", received=self.window_size,
+                                     expected=f"at most {MAX_INT8_WINDOW} with kv int8",
+                                     fix="lower --window or use --kv fp"))
         if self.num_tokens_per_chunk > self.window_size:
             raise UsageError(problem("chunk_size", received=self.chunk_size, expected=f"at most W = {self.window_size}",
                                      fix="lower --chunk or raise --window"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE, WEIGHT_DTYPES, ExportConfig
+from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE, KV_KINDS, WEIGHT_DTYPES, ExportConfig
 from sinkexport.progress import shown_progress
 
 STAGES = {
@@ -35,14 +35,16 @@ STAGES = {
               help="Raise S until the sinks cover this system message, so that no chat forgets it.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(sorted(WEIGHT_DTYPES)), default="fp32", show_default=True,
               help="Of weights, arithmetic and cache.")  # fmt: skip
+@click.option("--kv", type=click.Choice(KV_KINDS), default="fp", show_default=True,
+              help="The window's keys and values; sinks stay in floating point.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
 def command(
     model: str, output: Path, sink_tokens: int, window: int, batch: int, chunk: int | None, pin_system: str | None,
-    dtype: str, overwrite: bool,
+    dtype: str, kv: str, overwrite: bool,
 ) -> None:
     """Export MODEL (a local directory, a .gguf file or a Hub id) to a bundle."""
     # Bad numbers are told before torch is loaded.
-    config = ExportConfig(sink_tokens, window, batch, dtype, chunk, pin_system)
+    config = ExportConfig(sink_tokens, window, batch, dtype, chunk, pin_system, kv)
     from sinkexport.pipeline import export
 
     start = time.perf_counter()
@@ -51,7 +53,8 @@ def command(
     facts = manifest.model
     click.echo(
         f"{output}: {facts.name} ({facts.num_parameters / 1e6:.0f}M parameters, {facts.num_layers} layers), "
-        f"S={manifest.stream.num_sink_tokens} W={window} B={batch} T={manifest.stream.chunk_size} {dtype}, "
+        f"S={manifest.stream.num_sink_tokens} W={window} B={batch} T={manifest.stream.chunk_size} {dtype}"
+        f"{', INT8 window' if kv == 'int8' else ''}, "
         f"{sum(f.bytes for f in manifest.files.values()) / 1e6:.0f} MB + {manifest.state_bytes / 1e6:.1f} MB state, "
         f"{time.perf_counter() - start:.1f} s"
     )
