@@ -182,8 +182,8 @@ CASES = [
     Case(1, 5, 5, 20, 20, 0, 4, softcap=2.0),
 ]
 FORMS = pytest.mark.parametrize("form", [torch_form, onnx_form], ids=["torch", "onnx"])
-TOLERANCE = {torch_form: 3e-5, onnx_form: 4e-4}
-"""Of the values' spread. ONNX Runtime's step rounds query and weights to 14 bits."""
+TOLERANCE = {torch_form: 3e-5, onnx_form: 2e-4}
+"""Of outputs of up to 25; an entry of the window that is rounded the wrong way costs 0.01 and more."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -196,9 +196,9 @@ def test_steps_against_oracle(case: Case, form: Callable) -> None:
         want = oracle.step(*(x[:, :, 0] for x in tokens))
         gap = max(gap, np.abs(want - plain.step(*(x[:, :, 0] for x in tokens))).max())
         out, states = step(tokens, positions, states, None)
-        np.testing.assert_allclose(out[:, :, 0], want, atol=2 * TOLERANCE[form], err_msg=f"t = {t}")
+        np.testing.assert_allclose(out[:, :, 0], want, atol=TOLERANCE[form], err_msg=f"t = {t}")
         assert_stored_as_defined(case, oracle, states, positions)
-    assert gap > 20 * TOLERANCE[form]  # rounding shows: a window in floating point would not pass
+    assert gap > 100 * TOLERANCE[form]  # rounding shows: a window in floating point would not pass
 
 
 CHUNKS = [
@@ -235,8 +235,8 @@ def test_pieces_of_any_length_store_the_very_same_bits(case: Case, num_tokens: i
             for i in range(counts[b]):
                 want = oracle.step_stream(b, *(x[b, :, i] for x in tokens))
                 at = f"stream {b}, t = {position[b]} + {i}"
-                np.testing.assert_allclose(out[b, :, i], want, atol=2 * TOLERANCE[torch_form], err_msg=at)
-                np.testing.assert_allclose(singles[b, :, i], want, atol=2 * TOLERANCE[form], err_msg=at)
+                np.testing.assert_allclose(out[b, :, i], want, atol=TOLERANCE[onnx_form], err_msg=at)
+                np.testing.assert_allclose(singles[b, :, i], want, atol=TOLERANCE[form], err_msg=at)
             if not counts[b]:
                 assert all(np.array_equal(old[b], new[b]) for old, new in zip(before, states, strict=True))
         position = position + counts
@@ -283,17 +283,20 @@ def test_no_entry_is_further_off_than_half_a_step(seed: int, exponent: float) ->
     assert scale.double().numpy().max() <= max(np.abs(x).max() / 127 * (1 + 2.0**-8), 2.0**-17)
 
 
-def test_half_precision_operator() -> None:
-    case = Case(2, 6, 2, 16, 16, 3, 7)
-    for num_tokens in (1, 4):
-        oracle, states = case.oracle(), case.states(np.float16)
-        run, random = onnx_form(case, num_tokens, np.float16), np.random.default_rng(1)
-        for t in range(0, 40, num_tokens):
-            tokens = [x.astype(np.float16).astype(np.float32) for x in case.tokens(random, num_tokens)]
-            want = np.stack([oracle.step(*(x[:, :, i] for x in tokens)) for i in range(num_tokens)], axis=2)
-            out, states = run(tokens, np.full(2, t), states, np.full(2, num_tokens))
-            np.testing.assert_allclose(out, want, atol=0.1, err_msg=f"t = {t}")
-            assert [state.dtype.name for state in states] == ["float16"] * 2 + ["int8"] * 2 + ["float16"] * 2
+@pytest.mark.parametrize("rotary_dim", [0, 16])
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_half_precision_operator(rotary_dim: int, num_tokens: int) -> None:
+    case = Case(2, 6, 2, 16, rotary_dim, 3, 7)
+    oracle, states = case.oracle(), case.states(np.float16)
+    run, random = onnx_form(case, num_tokens, np.float16), np.random.default_rng(1)
+    for t in range(0, 40, num_tokens):
+        tokens = [x.astype(np.float16).astype(np.float32) for x in case.tokens(random, num_tokens)]
+        want = np.stack([oracle.step(*(x[:, :, i] for x in tokens)) for i in range(num_tokens)], axis=2)
+        out, states = run(tokens, np.full(2, t), states, np.full(2, num_tokens))
+        np.testing.assert_allclose(out, want, atol=0.01 * np.abs(want).max(), err_msg=f"t = {t}")
+        assert [state.dtype.name for state in states] == ["float16"] * 2 + ["int8"] * 2 + ["float16"] * 2
+        if not rotary_dim:  # else keys are rotated in half precision first
+            assert_stored_as_defined(case, oracle, states, np.full(2, t + num_tokens - 1))
 
 
 # --- bundles ---
@@ -394,7 +397,7 @@ def test_step_makes_nothing_of_the_windows_size_in_floating_point(tmp_path: Path
 
 
 def test_refusals() -> None:
-    with pytest.raises(UsageError, match="fp | int8"):
+    with pytest.raises(UsageError, match=r"fp \| int8"):
         ExportConfig(kv="int4")
     with pytest.raises(UsageError, match="window_size"):
         ExportConfig(window_size=2**18 + 1, kv="int8")
