@@ -106,7 +106,8 @@ class SinkAttentionOracle:
         if self.kv == "int8":
             tokens[t].k_in_window, tokens[t].v_in_window = Int8Row.of(self.rotated(k, t)), Int8Row.of(v)
         cached = self.cached(tokens)
-        # Of each cached token: its key, the query as it meets this key, its value; [n, Hkv, D], [n, Hq, D], [n, Hkv, D].
+        # Of each cached token its key, the query as it meets this key, and its value:
+        # [n, Hkv, D], [n, Hq, D], [n, Hkv, D].
         met = [self.met(token, j, q, t, len(cached) - 1) for j, token in enumerate(cached)]
         keys, queries, values = (np.stack(x) for x in zip(*met, strict=True))
         group = q.shape[0] // keys.shape[1]  # query heads that share a key head
@@ -115,7 +116,7 @@ class SinkAttentionOracle:
         )
 
     def met(self, token: Token, place: int, q: Array, t: int, last_place: int) -> tuple[Array, Array, Array]:
-        """Key [Hkv, D], query [Hq, D] and value [Hkv, D] of one cached token; `place`: in the cache, t: of the query."""
+        """Key [Hkv, D], query [Hq, D] and value [Hkv, D] of one cached token; place: its own, t: the query's."""
         if token.k_in_window is None or token.v_in_window is None or place < self.num_sink_tokens:
             return self.rotated(token.k, place), self.rotated(q, last_place), token.v
         return token.k_in_window.values, self.rotated(q, t), token.v_in_window.values

@@ -32,11 +32,9 @@ def expand_operators(model: ir.Model) -> None:
             _expand_angles(graph, node)
         elif node.op_type == SINK_ATTENTION:
             one_token = known_shape(operand(node, 0))[2] == 1
-            if operand(node, 5).dtype == ir.DataType.INT8:
-                form = Int8StepAttention if one_token else Int8ChunkAttention
-            else:
-                form = StepAttention if one_token else ChunkAttention
-            form(graph, node, per_run).expand()
+            is_int8 = operand(node, 5).dtype == ir.DataType.INT8
+            step, chunk = (Int8StepAttention, Int8ChunkAttention) if is_int8 else (StepAttention, ChunkAttention)
+            (step if one_token else chunk)(graph, node, per_run).expand()
         else:
             raise ValueError(f"unknown operator {node.domain}::{node.op_type}")
     model.opset_imports.pop(DOMAIN, None)
