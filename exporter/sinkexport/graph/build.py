@@ -54,11 +54,11 @@ def build_graph(
     Raises: UsageError naming the torch operators that have no ONNX form.
     """
     model = _convert(program)
+    fold_weight_transposes(model)  # first: folded as constants, weights would be copied and lose their names
     fold_small_constants(model)
     complete_shapes(model)
     make_reshapes_static(model)
     fuse_rms_norms(model)
-    fold_weight_transposes(model)
     merge_projections(model)
     expand_operators(model)
     make_reshapes_static(model)
