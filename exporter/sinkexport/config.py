@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from sinkrt.errors import UsageError, problem
+
+if TYPE_CHECKING:
+    from sinkexport.quant.calibration import CalibrationFile
+    from sinkexport.quant.recipe import Recipe
 
 WEIGHT_DTYPES = {"fp32": "float32", "fp16": "float16"}
 """Command-line spelling -> dtype name of the manifest."""
@@ -25,6 +30,7 @@ class ExportConfig:
     is less. 1: no prefill graph, half the time to export.
     pin_system: a system message that the sinks must cover; num_sink_tokens is raised if it is longer.
     dtype: ``fp32 | fp16``, of weights, arithmetic and cache.
+    recipe: how to quantise; None: not at all. calibration: what a recipe with static ranges needs.
 
     Raises: UsageError.
     """
@@ -35,6 +41,8 @@ class ExportConfig:
     dtype: str = "fp32"
     chunk_size: int | None = None
     pin_system: str | None = None
+    recipe: Recipe | None = None
+    calibration: CalibrationFile | None = None
 
     def __post_init__(self) -> None:
         for name, option, low in (

@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 import torch
-from sinkrt.contract import MANIFEST_NAME, SCHEMA_VERSION, Manifest, ModelFacts, StreamFacts
+from sinkrt.contract import MANIFEST_NAME, SCHEMA_VERSION, Manifest, ModelFacts, Quantization, StreamFacts
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import POSITION_LIMIT
 from sinkrt.text import OPENING_MESSAGES, common_start
@@ -29,6 +29,7 @@ from sinkexport.graph.build import BuiltGraph, build_graph
 from sinkexport.model.decoder import StreamStep, trace
 from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
 from sinkexport.progress import Report, silent
+from sinkexport.quant.plan import RecipePlan
 from sinkexport.sources import LoadedModel, load_model, refuse_architecture
 
 PRODUCERS = ("sinkexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
@@ -101,6 +102,7 @@ def export_loaded(
             tokenizer=tokenizer,
             files=hash_bundle(stage),
             producer=_producers(),
+            quantization=_quantization(config),
         )
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     report("done", 1, 1)
@@ -117,7 +119,23 @@ def _build(
     num_tokens: int,
 ) -> BuiltGraph:
     step = StreamStep(loaded.model, config, shape, rotary, batch=batch, num_tokens=num_tokens).eval()
-    return build_graph(trace(step), role, step.state_kinds, shape.num_layers)
+    recipe, dtype = config.recipe, WEIGHT_DTYPES[config.dtype]
+    plan = None if recipe is None else RecipePlan(recipe, loaded.model, dtype, config.calibration)
+    return build_graph(trace(step), role, step.state_kinds, shape.num_layers, config.num_sink_tokens, plan)
+
+
+def _quantization(config: ExportConfig) -> Quantization | None:
+    recipe = config.recipe
+    if recipe is None:
+        return None
+    return Quantization(
+        recipe=recipe.name,
+        weights=f"int{recipe.weights.bits}",
+        activations=recipe.activations.mode,
+        kv=recipe.kv,
+        calibration_sha256=None if config.calibration is None else config.calibration.sha256,
+        thresholds=recipe.thresholds.model_dump(),
+    )
 
 
 def _with_pinned_system(tokenizer: Any | None, config: ExportConfig) -> ExportConfig:

@@ -28,10 +28,11 @@ class Builder:
         inputs: Sequence[ir.Value],
         shape: Sequence[int] | None = None,
         dtype: ir.DataType | None = None,
+        domain: str = "",
         **attributes: int | float | str | Sequence[int],
     ) -> ir.Value:
         """Add one node with one output."""
-        node = ir.node(op_type, list(inputs), attributes)
+        node = ir.node(op_type, list(inputs), attributes, domain=domain)
         self.nodes.append(node)
         if shape is None:
             shape = np.broadcast_shapes(*(known_shape(value) for value in inputs))
