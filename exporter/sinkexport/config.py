@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
 from sinkrt.errors import UsageError, problem
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from sinkexport.quant.calibration import CalibrationFile
     from sinkexport.quant.recipe import Recipe
 
-WEIGHT_DTYPES = {"fp32": "float32", "fp16": "float16"}
+WEIGHT_DTYPES: Mapping[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
 """Command-line spelling -> dtype name of the manifest."""
 
 DEFAULT_NUM_SINK_TOKENS = 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sinkexport.graph.passes.products import Product
 from sinkexport.graph.passes.quantize import InputScale, Treatment
@@ -23,23 +23,22 @@ class RecipePlan:
     weights may be the embedding's.
     """
 
-    def __init__(self, recipe: Recipe, model: Any, dtype: str, calibration: CalibrationFile | None = None) -> None:
+    def __init__(self, recipe: Recipe, model: Any, dtype: Literal["float32", "float16"], calibration: CalibrationFile | None = None) -> None:
         self._recipe = recipe.for_family(model.config.get_text_config().model_type)
         self._calibration = calibration
-        self._scale_dtype = dtype
-        names = {id(module.weight): set[str]() for module in _ends(model)}
-        for name, module in model.named_modules():
-            weight = getattr(module, "weight", None)
-            if weight is not None and id(weight) in names:
-                names[id(weight)].add(name)
-        embedding, head = (module.weight for module in _ends(model))
-        self._head = frozenset(names[id(head)])
-        self._embedding = frozenset(names[id(embedding)]) - self._head
+        self._scale_dtype: Literal["float32", "float16"] = dtype
+        head = model.get_output_embeddings().weight
+        # By all its names: a tied weight has that of the embedding as well.
+        self._head = frozenset(
+            name for name, module in model.named_modules() if getattr(module, "weight", None) is head
+        )
 
     def kind(self, module: str) -> object:
+        """Projections are joined if they are rounded alike."""
         return self._scheme(module)
 
     def product(self, product: Product) -> Treatment | None:
+        """What becomes of a product; its modules are all of one kind."""
         scheme = self._scheme(product.modules[0])
         if scheme is None:
             return None
@@ -51,6 +50,7 @@ class RecipePlan:
         return Treatment(scheme, input_scale=self._input_scale(product.modules))
 
     def table(self, module: str) -> WeightScheme | None:
+        """How an untied embedding is rounded: a scale for each row, as its rows are what is read."""
         if self._recipe.embeddings == "float" or self._recipe.keeps_float(module):
             return None
         return WeightScheme(8, scale_dtype=self._scale_dtype)
@@ -75,8 +75,3 @@ class RecipePlan:
         if activations.sinks == "excluded" or sinks is None or sinks <= rest:
             return InputScale(rest)
         return InputScale(sinks) if activations.sinks == "included" else InputScale(rest, sinks)
-
-
-def _ends(model: Any) -> tuple[Any, Any]:
-    """The modules of the input embedding and of the output projection."""
-    return model.get_input_embeddings(), model.get_output_embeddings()

@@ -85,7 +85,9 @@ def find_tables(graph: ir.Graph) -> Iterator[ir.Node]:
         if node.domain or node.op_type != "Gather" or not is_weight(node.inputs[0]) or is_weight(node.inputs[1]):
             continue
         table = node.inputs[0]
-        if table is not None and len(known_shape(table)) == 2 and table.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+        if table is None or table.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+            continue
+        if len(known_shape(table)) == 2:
             yield node
 
 

@@ -1,8 +1,8 @@
 """Quantised products in the operators that ONNX Runtime's CPU provider runs fast.
 
-Weights only: MatMulNBits, whose kernels read each weight once, packed. Its INT8 arithmetic (accuracy_level 4) rounds the
-input to 8 bits for each token and block of 16 to 256 channels inside the product; that costs far less accuracy than the
-weights' own rounding and is what makes it fast. onnxruntime's quantiser for it works on finished files and knows no
+Weights only: MatMulNBits, whose kernels read each weight once, packed. Its INT8 arithmetic (accuracy_level 4) rounds
+the input to 8 bits for each token and block of 16 to 256 channels inside the product; that costs far less accuracy than
+the weights' own rounding and is what makes it fast. onnxruntime's quantiser for it works on finished files and knows no
 choice of scales, so weights come from `quantized_weight` instead, with the same packing (the tests compare the two).
 
 Dynamic: DynamicQuantizeMatMul has one scale for all tokens of its input, so it serves single tokens; several are
@@ -69,8 +69,10 @@ class OrtForm:
         rows[0] = b.reshape(rows[0], (count, width))
         all_rows = b.ints(np.arange(count), "rows")
         padded = width * 8 // bits
-        values = b.op("GatherBlockQuantized", [rows[0], all_rows, *rows[1:]], (count, padded), result.dtype,
-                      domain=DOMAIN, bits=bits, block_size=block_size(weight), gather_axis=0, quantize_axis=1)  # fmt: skip
+        values = b.op(
+            "GatherBlockQuantized", [rows[0], all_rows, *rows[1:]], (count, padded), result.dtype,
+            domain=DOMAIN, bits=bits, block_size=block_size(weight), gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
         if padded != depth:
             values = b.split(values, [depth, padded - depth], 1)[0]
         replace_node(node, b.nodes, [b.reshape(values, known_shape(result))])
@@ -154,8 +156,8 @@ class OrtForm:
             self._lazy(weight, "scales", dtype or ir.DataType.FLOAT, shape, lambda: _repeated(weight.scales(), groups)),
         ]
         if not weight.scheme.symmetric:
-            parts.append(self._lazy(weight, "zero_points", ir.DataType.UINT8,
-                                    (weight.num_outputs, -(-groups * bits // 8)), lambda: packed_zeros(weight)))  # fmt: skip
+            zeros = (weight.num_outputs, -(-groups * bits // 8))
+            parts.append(self._lazy(weight, "zero_points", ir.DataType.UINT8, zeros, lambda: packed_zeros(weight)))
         return parts
 
     def _matrix(self, weight: QuantizedWeight) -> ir.Value:
@@ -197,7 +199,7 @@ class OrtForm:
 
 
 def block_size(weight: QuantizedWeight) -> int:
-    """The block of MatMulNBits: the scheme's, or the largest of which K is a multiple if it has none (32 if none is)."""
+    """The block of MatMulNBits: the scheme's; without one, the largest of which K is a multiple (32 if none is)."""
     if weight.scheme.block_size is not None:
         return weight.scheme.block_size
     return next((size for size in BLOCK_SIZES if weight.num_inputs % size == 0), 32)

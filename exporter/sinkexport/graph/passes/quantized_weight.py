@@ -95,12 +95,12 @@ class QuantizedWeight:
     @property
     def num_outputs(self) -> int:
         """N."""
-        return int(self.source.shape[0 if self.transposed else 1])
+        return int(self.source.shape.numpy()[0 if self.transposed else 1])
 
     @property
     def num_inputs(self) -> int:
         """K."""
-        return int(self.source.shape[1 if self.transposed else 0])
+        return int(self.source.shape.numpy()[1 if self.transposed else 0])
 
     @property
     def group_size(self) -> int:
@@ -246,7 +246,7 @@ def _least_squared_error(
         np.clip(rounded, scheme.lowest, scheme.highest, out=rounded)
 
     for share in CLIPPINGS:
-        round_to(np.float32(1.0 / share))
+        round_to(1.0 / share)
         np.subtract(exact, rounded, out=exact)
         np.multiply(exact, exact, out=exact)
         error = exact.sum(axis=1) * np.float32(share * share)

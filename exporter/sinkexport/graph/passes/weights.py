@@ -69,10 +69,10 @@ def _use_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
     replace_node(matmul, b.nodes, [b.reshape(product, known_shape(result))])
 
 
-def merge_projections(model: ir.Model, kind: Callable[[str], object] = lambda name: None) -> None:
+def merge_projections(model: ir.Model, kind: Callable[[str], object] | None = None) -> None:
     """MatMuls of one input with weights of their own become one MatMul and a Split (q, k, v; gate, up).
 
-    Biases are joined as well if every one of them has one. Only weights to whose names `kind` gives the same are joined.
+    Biases are joined as well if every one of them has one. kind: of a weight's name; only weights of one kind are joined.
     """
     graph = model.graph
     by_input: dict[tuple[ir.Value, object], list[ir.Node]] = defaultdict(list)
@@ -80,7 +80,7 @@ def merge_projections(model: ir.Model, kind: Callable[[str], object] = lambda na
         if not node.domain and node.op_type == "MatMul" and node.inputs[0] is not None and is_weight(node.inputs[1]):
             weight = node.inputs[1]
             if weight is not None and len(known_shape(weight)) == 2 and len(weight.uses()) == 1:
-                by_input[node.inputs[0], kind(str(weight.name))].append(node)
+                by_input[node.inputs[0], kind and kind(str(weight.name))].append(node)
     for (x, _), matmuls in by_input.items():
         if len(matmuls) > 1:
             _merge(graph, x, matmuls)
