@@ -92,7 +92,7 @@ def export_loaded(
         report("hash", 0, 1)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
-            target="onnx",
+            target=config.target,
             weights_dtype=WEIGHT_DTYPES[config.dtype],
             model=_model_facts(loaded, shape, rotary, vocab_size=built.outputs[0].shape[-1]),
             stream=StreamFacts(config.num_sink_tokens, config.window_size, config.batch, num_tokens, POSITION_LIMIT),
@@ -117,7 +117,7 @@ def _build(
     num_tokens: int,
 ) -> BuiltGraph:
     step = StreamStep(loaded.model, config, shape, rotary, batch=batch, num_tokens=num_tokens).eval()
-    return build_graph(trace(step), role, step.state_kinds, shape.num_layers)
+    return build_graph(trace(step), role, step.state_kinds, shape.num_layers, config.target)
 
 
 def _with_pinned_system(tokenizer: Any | None, config: ExportConfig) -> ExportConfig:

@@ -44,9 +44,9 @@ class BuiltGraph:
 
 
 def build_graph(
-    program: torch.export.ExportedProgram, role: str, state_kinds: Sequence[str], num_layers: int
+    program: torch.export.ExportedProgram, role: str, state_kinds: Sequence[str], num_layers: int, target: str = "onnx"
 ) -> BuiltGraph:
-    """Convert a traced run.
+    """Convert a traced run into operators that `target` takes (``onnx | tensorrt``).
 
     role: ``decode`` or ``prefill``, the graph's name. state_kinds: the states of one layer in the order of the trace's
     inputs: ids, position, the states, and num_valid if there is one.
@@ -60,7 +60,7 @@ def build_graph(
     fuse_rms_norms(model)
     fold_weight_transposes(model)
     merge_projections(model)
-    expand_operators(model)
+    expand_operators(model, target)
     make_reshapes_static(model)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
