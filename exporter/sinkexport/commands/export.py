@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import click
+from sinkrt.contract import TARGETS
 
 from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE, WEIGHT_DTYPES, ExportConfig
 from sinkexport.progress import shown_progress
@@ -35,14 +36,16 @@ STAGES = {
               help="Raise S until the sinks cover this system message, so that no chat forgets it.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(sorted(WEIGHT_DTYPES)), default="fp32", show_default=True,
               help="Of weights, arithmetic and cache.")  # fmt: skip
+@click.option("--target", type=click.Choice(TARGETS), default="onnx", show_default=True,
+              help="tensorrt: graphs that TensorRT parses and builds, prefill too.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
 def command(
     model: str, output: Path, sink_tokens: int, window: int, batch: int, chunk: int | None, pin_system: str | None,
-    dtype: str, overwrite: bool,
+    dtype: str, target: str, overwrite: bool,
 ) -> None:
     """Export MODEL (a local directory, a .gguf file or a Hub id) to a bundle."""
     # Bad numbers are told before torch is loaded.
-    config = ExportConfig(sink_tokens, window, batch, dtype, chunk, pin_system)
+    config = ExportConfig(sink_tokens, window, batch, dtype, chunk, pin_system, target)
     from sinkexport.pipeline import export
 
     start = time.perf_counter()
