@@ -67,9 +67,23 @@ class ExportConfig:
         if self.target not in TARGETS:
             raise UsageError(problem("target", received=repr(self.target), expected=" | ".join(TARGETS),
                                      fix="change --target"))
+        if self.recipe is not None:
+            self._check_recipe(self.recipe)
         if self.num_tokens_per_chunk > self.window_size:
             raise UsageError(problem("chunk_size", received=self.chunk_size, expected=f"at most W = {self.window_size}",
                                      fix="lower --chunk or raise --window"))
+
+    def _check_recipe(self, recipe: Recipe) -> None:
+        if self.target not in recipe.targets:
+            raise UsageError(problem(f"recipe '{recipe.name}'", received=f"target {self.target}",
+                                     expected=" | ".join(recipe.targets), fix="change --target or the recipe"))
+        if recipe.needs_calibration and self.calibration is None:
+            raise UsageError(problem(f"recipe '{recipe.name}'", received="no calibration",
+                                     expected="ranges of this model's activations",
+                                     fix="this version cannot find them yet: use a recipe without static ranges"))
+        if recipe.kv != "fp":
+            raise UsageError(problem(f"recipe '{recipe.name}': kv", received=recipe.kv, expected="fp in this version",
+                                     fix="set kv: fp"))
 
     @property
     def num_tokens_per_chunk(self) -> int:

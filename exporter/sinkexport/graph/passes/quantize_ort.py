@@ -143,7 +143,8 @@ class OrtForm(FormParts):
 
     def _scales(self, weight: QuantizedWeight) -> ir.Value:
         """float32 [N]."""
-        return self.lazy(weight, "scales", ir.DataType.FLOAT, (weight.num_outputs,), lambda: weight.scales()[:, 0])
+        return self.lazy(weight, "scales", ir.DataType.FLOAT, (weight.num_outputs,),
+                         lambda: weight.scales()[:, 0].astype(np.float32))  # fmt: skip
 
     def _column_sums(self, weight: QuantizedWeight) -> ir.Value:
         """float32 [N]: sums of the integers over K."""
@@ -197,7 +198,7 @@ def packed_zeros(weight: QuantizedWeight) -> np.ndarray:
         raise ValueError(f"'{weight.name}' is symmetric")
     if weight.scheme.bits == 8:
         return zeros
-    return _nibbles(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2))))
+    return _nibbles(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)), constant_values=8))
 
 
 def _nibbles(values: np.ndarray) -> np.ndarray:
