@@ -159,7 +159,7 @@ class ChunkedStream:
 
     def _as_stored(self, rows: torch.Tensor) -> torch.Tensor:
         """Keys or values [B, Hkv, n, D] as the window holds them: here in floating point, rounded if it is INT8."""
-        if self._config.kv == "fp":
+        if not self._config.has_int8_window:
             return rows
         x = rows.float()
         scale = (x.abs().amax(dim=-1, keepdim=True) / 127).clamp(2.0**-17, 65504.0).half().float()

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
+from sinkrt.contract import TARGETS
 from sinkrt.errors import UsageError, problem
 
-WEIGHT_DTYPES = {"fp32": "float32", "fp16": "float16"}
+if TYPE_CHECKING:
+    from sinkexport.quant.ranges import Ranges
+    from sinkexport.quant.recipe import Recipe
+
+WEIGHT_DTYPES: Mapping[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
 """Command-line spelling -> dtype name of the manifest."""
 
 KV_KINDS = ("fp", "int8")
@@ -29,8 +36,10 @@ class ExportConfig:
     is less. 1: no prefill graph, half the time to export.
     pin_system: a system message that the sinks must cover; num_sink_tokens is raised if it is longer.
     dtype: ``fp32 | fp16``, of weights, arithmetic and cache.
+    target: ``onnx | tensorrt``, whose operators and layers the graphs are made for. Both are standard ONNX.
+    recipe: how to quantise; None: not at all. calibration: what a recipe with static ranges needs.
     kv: ``fp | int8``, the window's keys and values: INT8 with a scale for each key head and token. Sinks always stay in
-    `dtype`.
+    `dtype`. None: as the recipe says, or ``fp``.
 
     Raises: UsageError.
     """
@@ -41,7 +50,10 @@ class ExportConfig:
     dtype: str = "fp32"
     chunk_size: int | None = None
     pin_system: str | None = None
-    kv: str = "fp"
+    target: str = "onnx"
+    recipe: Recipe | None = None
+    calibration: Ranges | None = None
+    kv: str | None = None
 
     def __post_init__(self) -> None:
         for name, option, low in (
@@ -59,15 +71,44 @@ class ExportConfig:
         if self.dtype not in WEIGHT_DTYPES:
             raise UsageError(problem("dtype", received=repr(self.dtype), expected=" | ".join(WEIGHT_DTYPES),
                                      fix="change --dtype"))
-        if self.kv not in KV_KINDS:
+        if self.target not in TARGETS:
+            raise UsageError(problem("target", received=repr(self.target), expected=" | ".join(TARGETS),
+                                     fix="change --target"))
+        if self.kv not in (None, *KV_KINDS):
             raise UsageError(problem("kv", received=repr(self.kv), expected=" | ".join(KV_KINDS), fix="change --kv"))
-        if self.kv == "int8" and self.window_size > MAX_INT8_WINDOW:
-            raise UsageError(problem("window_size", received=self.window_size,
-                                     expected=f"at most {MAX_INT8_WINDOW} with kv int8",
-                                     fix="lower --window or use --kv fp"))
+        if self.recipe is not None:
+            self._check_recipe(self.recipe)
+        if self.has_int8_window:
+            self._check_int8_window()
         if self.num_tokens_per_chunk > self.window_size:
             raise UsageError(problem("chunk_size", received=self.chunk_size, expected=f"at most W = {self.window_size}",
                                      fix="lower --chunk or raise --window"))
+
+    def _check_recipe(self, recipe: Recipe) -> None:
+        if self.target not in recipe.targets:
+            raise UsageError(problem(f"recipe '{recipe.name}'", received=f"target {self.target}",
+                                     expected=" | ".join(recipe.targets), fix="change --target or the recipe"))
+        if recipe.needs_calibration and self.calibration is None:
+            raise UsageError(problem(f"recipe '{recipe.name}'", received="no calibration",
+                                     expected="ranges of this model's activations",
+                                     fix="this version cannot find them yet: use a recipe without static ranges"))
+        if recipe.smooth is not None:
+            raise UsageError(problem(f"recipe '{recipe.name}': smooth", received=f"alpha {recipe.smooth.alpha}",
+                                     expected="none in this version", fix="leave smooth out"))
+
+    def _check_int8_window(self) -> None:
+        if self.target == "tensorrt":
+            raise UsageError(problem("kv", received="int8 with target tensorrt", expected="fp",
+                                     fix="use --kv fp: TensorRT has no operator that writes an INT8 window"))
+        if self.window_size > MAX_INT8_WINDOW:
+            raise UsageError(problem("window_size", received=self.window_size,
+                                     expected=f"at most {MAX_INT8_WINDOW} with kv int8",
+                                     fix="lower --window or use --kv fp"))
+
+    @property
+    def has_int8_window(self) -> bool:
+        """Whether keys and values of the window are INT8."""
+        return (self.kv or (self.recipe.kv if self.recipe is not None else "fp")) == "int8"
 
     @property
     def num_tokens_per_chunk(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 import torch
-from sinkrt.contract import MANIFEST_NAME, SCHEMA_VERSION, Manifest, ModelFacts, StreamFacts
+from sinkrt.contract import MANIFEST_NAME, SCHEMA_VERSION, Manifest, ModelFacts, Quantization, StreamFacts
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import POSITION_LIMIT
 from sinkrt.text import OPENING_MESSAGES, common_start
@@ -29,9 +29,13 @@ from sinkexport.graph.build import BuiltGraph, build_graph
 from sinkexport.model.decoder import StreamStep, trace
 from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
 from sinkexport.progress import Report, silent
+from sinkexport.quant.plan import RecipePlan
+from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel, load_model, refuse_architecture
 
 PRODUCERS = ("sinkexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+WINDOW_RECIPE = "int8-window"
+"""What ``kv="int8"`` means without a recipe."""
 SMALL_FILES_BYTES = 64 * 2**20
 """Room for graph, tokenizer and manifest beside the weights."""
 
@@ -70,7 +74,7 @@ def export_loaded(
     Raises: UsageError.
     """
     model, out = loaded.model, Path(out)
-    config = _with_pinned_system(loaded.tokenizer, config)
+    config = _resolved(_with_pinned_system(loaded.tokenizer, config), model.config.get_text_config().model_type)
     _check_model(model, config)
     with staged_bundle(out, overwrite=overwrite) as stage:
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
@@ -92,7 +96,7 @@ def export_loaded(
         report("hash", 0, 1)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
-            target="onnx",
+            target=config.target,
             weights_dtype=WEIGHT_DTYPES[config.dtype],
             model=_model_facts(loaded, shape, rotary, vocab_size=built.outputs[0].shape[-1]),
             stream=StreamFacts(config.num_sink_tokens, config.window_size, config.batch, num_tokens, POSITION_LIMIT),
@@ -101,6 +105,7 @@ def export_loaded(
             tokenizer=tokenizer,
             files=hash_bundle(stage),
             producer=_producers(),
+            quantization=_quantization(config),
         )
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     report("done", 1, 1)
@@ -117,7 +122,39 @@ def _build(
     num_tokens: int,
 ) -> BuiltGraph:
     step = StreamStep(loaded.model, config, shape, rotary, batch=batch, num_tokens=num_tokens).eval()
-    return build_graph(trace(step), role, step.state_kinds, shape.num_layers)
+    recipe, dtype = config.recipe, WEIGHT_DTYPES[config.dtype]
+    plan = None if recipe is None else RecipePlan(recipe, loaded.model, dtype, config.calibration)
+    return build_graph(
+        trace(step), role, step.state_kinds, shape.num_layers, config.target, config.num_sink_tokens, plan
+    )
+
+
+def _resolved(config: ExportConfig, family: str) -> ExportConfig:
+    """The config whose recipe says all: refined for the family, and with `kv`, which goes before the recipe's.
+
+    Raises: UsageError if the refined recipe cannot be followed.
+    """
+    recipe = load_recipe(WINDOW_RECIPE) if config.recipe is None and config.has_int8_window else config.recipe
+    if recipe is None:
+        return config
+    recipe = recipe.for_family(family)
+    if config.kv is not None:
+        recipe = recipe.with_kv(config.kv)
+    return dataclasses.replace(config, recipe=recipe, kv=recipe.kv)
+
+
+def _quantization(config: ExportConfig) -> Quantization | None:
+    recipe = config.recipe
+    if recipe is None:
+        return None
+    return Quantization(
+        recipe=recipe.name,
+        weights="float" if recipe.weights is None else f"int{recipe.weights.bits}",
+        activations=recipe.activations.mode,
+        kv=recipe.kv,
+        calibration_sha256=None if config.calibration is None else config.calibration.sha256,
+        thresholds=recipe.thresholds.model_dump(),
+    )
 
 
 def _with_pinned_system(tokenizer: Any | None, config: ExportConfig) -> ExportConfig:

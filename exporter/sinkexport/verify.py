@@ -147,6 +147,10 @@ def verify(
     """
     _check_arguments(wraps, tolerance, dense_tokens)
     manifest = load_manifest(Path(bundle))
+    if manifest.quantization is not None and tolerance is None:
+        raise UsageError(problem("verify", received=f"a bundle quantised by '{manifest.quantization.recipe}'",
+                                 expected="a tolerance that allows for it: rounding explains only so much",
+                                 fix="pass --tolerance, or compare perplexities with 'sinkexport eval'"))  # fmt: skip
     tokens = None if text is None else _encode(Path(bundle), manifest, text)
     stream = manifest.stream
     num_tokens = stream.capacity + wraps * stream.window_size

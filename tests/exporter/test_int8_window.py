@@ -25,6 +25,7 @@ from sinkexport.graph.passes.expand_operators import expand_operators
 from sinkexport.model.attention import sink_attention, stream_angles
 from sinkexport.model.int8_rows import dequantized, quantized
 from sinkexport.pipeline import export_loaded
+from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel
 from sinkrt import Session, UsageError
 from sinkrt.ring import Ring, phase_frequency
@@ -366,6 +367,22 @@ def test_long_run_writes_in_place_and_stays_finite(tmp_path: Path) -> None:
         changed = np.flatnonzero((session.buffers["window_k.0"] != before).any(axis=(0, 1, 3)))
         assert set(changed.tolist()) <= {(t - 4) % 12}  # one slot; nothing is ever rounded again
     assert addresses == {name: array.ctypes.data for name, array in session.buffers.items()}
+
+
+def test_manifest_tells_the_window(tmp_path: Path) -> None:
+    loaded = LoadedModel(tiny_model("llama"), None, "tiny")
+    recipe = load_recipe("int8-channel")
+    for name, config, told in (
+        ("window", CONFIG, ("int8-window", "float", "int8")),
+        ("both", dataclasses.replace(CONFIG, recipe=recipe), ("int8-channel", "int8", "int8")),
+        ("weights", dataclasses.replace(CONFIG, recipe=recipe, kv=None), ("int8-channel", "int8", "fp")),
+        ("its own", dataclasses.replace(CONFIG, recipe=recipe.with_kv("int8"), kv=None),
+         ("int8-channel", "int8", "int8")),
+    ):  # fmt: skip
+        facts = export_loaded(loaded, tmp_path / name, config).quantization
+        assert facts is not None
+        assert (facts.recipe, facts.weights, facts.kv) == told
+    assert export_loaded(loaded, tmp_path / "none", dataclasses.replace(CONFIG, kv=None)).quantization is None
 
 
 def test_state_is_smaller_and_inspect_shows_it(tmp_path: Path) -> None:

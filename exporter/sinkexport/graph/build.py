@@ -19,6 +19,10 @@ from sinkexport.graph.operators import translations
 from sinkexport.graph.passes.constants import complete_shapes, fold_small_constants
 from sinkexport.graph.passes.expand_operators import expand_operators
 from sinkexport.graph.passes.norms import fuse_rms_norms
+from sinkexport.graph.passes.products import module_of
+from sinkexport.graph.passes.quantize import Plan, quantize
+from sinkexport.graph.passes.quantize_ort import OrtForm
+from sinkexport.graph.passes.quantize_qdq import QdqForm
 from sinkexport.graph.passes.static_reshape import make_reshapes_static
 from sinkexport.graph.passes.weights import fold_weight_transposes, merge_projections
 
@@ -44,23 +48,35 @@ class BuiltGraph:
 
 
 def build_graph(
-    program: torch.export.ExportedProgram, role: str, state_kinds: Sequence[str], num_layers: int
+    program: torch.export.ExportedProgram,
+    role: str,
+    state_kinds: Sequence[str],
+    num_layers: int,
+    target: str = "onnx",
+    num_sinks: int = 0,
+    plan: Plan | None = None,
 ) -> BuiltGraph:
-    """Convert a traced run.
+    """Convert a traced run into operators that `target` takes (``onnx | tensorrt``).
 
     role: ``decode`` or ``prefill``, the graph's name. state_kinds: the states of one layer in the order of the trace's
-    inputs: ids, position, the states, and num_valid if there is one.
+    inputs: ids, position, the states, and num_valid if there is one. num_sinks: S.
+    plan: what to quantise; None: nothing.
 
-    Raises: UsageError naming the torch operators that have no ONNX form.
+    Raises: UsageError naming the torch operators that have no ONNX form, or a weight that cannot be quantised.
     """
     model = _convert(program)
+    fold_weight_transposes(model)  # first: folded as constants, weights would be copied and lose their names
     fold_small_constants(model)
     complete_shapes(model)
     make_reshapes_static(model)
     fuse_rms_norms(model)
-    fold_weight_transposes(model)
-    merge_projections(model)
-    expand_operators(model)
+    if plan is None:
+        merge_projections(model)
+    else:
+        merge_projections(model, lambda name: plan.kind(module_of(name)))
+        form = OrtForm if target == "onnx" else QdqForm
+        quantize(model, plan, form(model.graph, model.graph.inputs[1], num_sinks))
+    expand_operators(model, target)
     make_reshapes_static(model)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)

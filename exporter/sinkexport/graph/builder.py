@@ -28,16 +28,21 @@ class Builder:
         inputs: Sequence[ir.Value],
         shape: Sequence[int] | None = None,
         dtype: ir.DataType | None = None,
+        domain: str = "",
         **attributes: int | float | str | Sequence[int],
     ) -> ir.Value:
         """Add one node with one output."""
-        node = ir.node(op_type, list(inputs), attributes)
+        node = ir.node(op_type, list(inputs), attributes, domain=domain)
         self.nodes.append(node)
         if shape is None:
             shape = np.broadcast_shapes(*(known_shape(value) for value in inputs))
         if dtype is None:
             dtype = ir.DataType.BOOL if op_type in _COMPARISONS else inputs[0].dtype
         return typed(node.outputs[0], shape, dtype)
+
+    def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """`value` in another type; itself if it has that one."""
+        return value if value.dtype == dtype else self.op("Cast", [value], known_shape(value), dtype, to=int(dtype))
 
     def split(self, value: ir.Value, sizes: Sequence[int], axis: int) -> list[ir.Value]:
         """Cut `value` along `axis` into pieces of `sizes`."""

@@ -68,7 +68,7 @@ class StreamStep(torch.nn.Module):
     def state_kinds(self) -> tuple[str, ...]:
         """State tensors of a layer, in the order in which `states` holds them."""
         kinds = STATE_KINDS if self.config.num_sink_tokens else STATE_KINDS[2:]
-        return (*kinds, *SCALE_KINDS) if self.config.kv == "int8" else kinds
+        return (*kinds, *SCALE_KINDS) if self.config.has_int8_window else kinds
 
     def empty_state(self, kind: str) -> torch.Tensor:
         """One state tensor before the first token: [B, Hkv, S or W, D], or [B, Hkv, W] if it holds scales."""
@@ -76,7 +76,7 @@ class StreamStep(torch.nn.Module):
         rows = (self.batch, self.shape.num_kv_heads, length)
         if kind in SCALE_KINDS:
             return torch.zeros(rows, dtype=SCALE_DTYPE)
-        is_int8 = self.config.kv == "int8" and kind.startswith("window")
+        is_int8 = self.config.has_int8_window and kind.startswith("window")
         dtype = torch.int8 if is_int8 else next(self.model.parameters()).dtype
         return torch.zeros(*rows, self.shape.head_dim, dtype=dtype)
 

@@ -72,7 +72,19 @@ class ChunkAttention(AttentionParts):
         evicted = self._rows(state, self._slots(), self.num_tokens)
         counts = self._counts(len(known_shape(new)))
         kept = self.b.op("Where", [counts, new, evicted], known_shape(new), new.dtype)
-        return self.write_rows(state, kept, self._first_slot(), mode="circular"), evicted
+        return self._placed(state, kept), evicted
+
+    def _placed(self, state: ir.Value, kept: ir.Value) -> ir.Value:
+        """A state [B, Hkv, W, D] or [B, Hkv, W] with kept [B, Hkv, T, D] or [B, Hkv, T] in the chunk's slots.
+
+        TensorRT's parser refuses a circular TensorScatter, so there each slot selects its row. That touches the whole
+        window, T times as seldom as a step does; a slot reads no other slot, so one buffer stays safe.
+        """
+        if self.target != "tensorrt":
+            return self.write_rows(state, kept, self._first_slot(), mode="circular")
+        rows = self._rows(kept, self._token_of_slot(), self.window_size)
+        is_written = self._is_in_chunk(len(known_shape(state)))
+        return self.b.op("Where", [is_written, rows, state], known_shape(state), state.dtype)
 
     def _rows(self, values: ir.Value, index: ir.Value, num_rows: int) -> ir.Value:
         """Rows of values [B, Hkv, n, ..] by their index [B, Hkv, num_rows] in the flat [B*Hkv*n, ..]."""
@@ -117,6 +129,34 @@ class ChunkAttention(AttentionParts):
             return b.op("Add", [slot, self._row_offsets(b, self.window_size)])
 
         return self.once("slots", build)
+
+    def _age_of_slot(self) -> ir.Value:
+        """int64 [B, 1, W]: (slot - first) mod W, the token of the chunk that goes to each slot if it is < T."""
+
+        def build(b: Builder) -> ir.Value:
+            slots = b.ints(np.arange(self.window_size).reshape(1, 1, -1), "slots")
+            after_first = b.op("Sub", [slots, self._column(b, self._first_slot(), 3)])
+            return b.op("Mod", [after_first, b.ints(self.window_size, "window_size")])
+
+        return self.once("age of slot", build)
+
+    def _token_of_slot(self) -> ir.Value:
+        """int64 [B, Hkv, W]: what goes to each slot, as a row of the flat chunk; any if nothing does."""
+
+        def build(b: Builder) -> ir.Value:
+            token = b.op("Min", [self._age_of_slot(), b.ints(self.num_tokens - 1, "last")])
+            return b.op("Add", [token, self._row_offsets(b, self.num_tokens)])
+
+        return self.once("token of slot", build)
+
+    def _is_in_chunk(self, rank: int) -> ir.Value:
+        """bool [B, 1, W, 1], or [B, 1, W] for a rank of 3: the slots that the chunk writes."""
+
+        def build(b: Builder) -> ir.Value:
+            written = b.op("Less", [self._age_of_slot(), b.ints(self.num_tokens, "num_tokens")])
+            return b.reshape(written, (*known_shape(written), *[1] * (rank - 3)))
+
+        return self.once(f"in chunk of rank {rank}", build)
 
     def _sink_sources(self) -> ir.Value:
         """int64 [B, Hkv, S]: the chunk's token j - p that sink j is, as a row of the flat chunk; any if it is none."""

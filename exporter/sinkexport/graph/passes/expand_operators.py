@@ -18,8 +18,8 @@ from sinkexport.graph.passes.expand_int8_step import Int8StepAttention
 from sinkexport.graph.passes.expand_step import StepAttention
 
 
-def expand_operators(model: ir.Model) -> None:
-    """Replace every node of domain ``ai.sinkexport`` by standard operators.
+def expand_operators(model: ir.Model, target: str = "onnx") -> None:
+    """Replace every node of domain ``ai.sinkexport`` by standard operators, those that `target` takes.
 
     Attention over one token and over a chunk have forms of their own: one is bound by memory, the other by arithmetic.
     """
@@ -34,7 +34,7 @@ def expand_operators(model: ir.Model) -> None:
             one_token = known_shape(operand(node, 0))[2] == 1
             is_int8 = operand(node, 5).dtype == ir.DataType.INT8
             step, chunk = (Int8StepAttention, Int8ChunkAttention) if is_int8 else (StepAttention, ChunkAttention)
-            (step if one_token else chunk)(graph, node, per_run).expand()
+            (step if one_token else chunk)(graph, node, per_run, target).expand()
         else:
             raise ValueError(f"unknown operator {node.domain}::{node.op_type}")
     model.opset_imports.pop(DOMAIN, None)
@@ -43,7 +43,7 @@ def expand_operators(model: ir.Model) -> None:
 def _expand_angles(graph: ir.Graph, node: ir.Node) -> None:
     """cos and sin [B, T, R/2] of ``max(0, t - behind) * f`` turns; see ``model.attention.stream_angles``."""
     position, frequency = operand(node, 0), operand(node, 1)
-    batch, pairs = known_shape(position)[0], known_shape(frequency)[0]
+    (batch,) = known_shape(position)
     num_tokens, behind = (node.attributes[name].as_int() for name in ("num_tokens", "behind"))
     b = Builder(graph)
     t = b.reshape(position, (batch, 1))
@@ -60,7 +60,6 @@ def _expand_angles(graph: ir.Graph, node: ir.Node) -> None:
     phase = b.op("Add", [high_part, b.op("Mul", [low, frequency])])  # [B, T, R/2]
     centred = b.op("Sub", [b.op("Mod", [b.op("Add", [phase, b.ints(TURN // 2, "half_turn")]), turn]),
                            b.ints(TURN // 2, "half_turn")])
-    shape = (batch, num_tokens, pairs)
-    angle = b.op("Cast", [centred], shape, ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
+    angle = b.cast(centred, ir.DataType.FLOAT)
     angle = b.op("Mul", [angle, b.scalar(2 * math.pi / TURN, ir.DataType.FLOAT)])
     replace_node(node, b.nodes, [b.op("Cos", [angle]), b.op("Sin", [angle])])

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import is_weight, known_shape, lazy_weight, replace_node
+
+ROWS = "rows"
+"""Key in the metadata of a weight [K, N] that was made here: the tensors [n, K] of which it is the transpose, in order,
+as pairs (name, tensor)."""
 
 
 def fold_weight_transposes(model: ir.Model) -> None:
@@ -41,6 +46,7 @@ def fold_weight_transposes(model: ir.Model) -> None:
                 graph, f"{weight.name}.T", weight.dtype, (columns, rows),  # type: ignore[arg-type]
                 functools.partial(_transposed, source),
             )  # fmt: skip
+            transposed.meta[ROWS] = ((str(weight.name), source),)
             ir.convenience.replace_all_uses_with(node.outputs[0], transposed)
         graph.remove(node, safe=True)
 
@@ -63,19 +69,20 @@ def _use_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
     replace_node(matmul, b.nodes, [b.reshape(product, known_shape(result))])
 
 
-def merge_projections(model: ir.Model) -> None:
+def merge_projections(model: ir.Model, kind: Callable[[str], object] | None = None) -> None:
     """MatMuls of one input with weights of their own become one MatMul and a Split (q, k, v; gate, up).
 
     Biases are joined as well if every one of them has one.
+    kind: of a weight, by its name; only weights of one kind are joined. None: all are of one kind.
     """
     graph = model.graph
-    by_input: dict[ir.Value, list[ir.Node]] = defaultdict(list)
+    by_input: dict[tuple[ir.Value, object], list[ir.Node]] = defaultdict(list)
     for node in graph:
         if not node.domain and node.op_type == "MatMul" and node.inputs[0] is not None and is_weight(node.inputs[1]):
             weight = node.inputs[1]
             if weight is not None and len(known_shape(weight)) == 2 and len(weight.uses()) == 1:
-                by_input[node.inputs[0]].append(node)
-    for x, matmuls in by_input.items():
+                by_input[node.inputs[0], kind and kind(str(weight.name))].append(node)
+    for (x, _), matmuls in by_input.items():
         if len(matmuls) > 1:
             _merge(graph, x, matmuls)
 
@@ -119,7 +126,10 @@ def _joined(graph: ir.Graph, weights: list[ir.Value]) -> ir.Value:
     name = "+".join(str(weight.name) for weight in weights)
     *rest, _ = known_shape(weights[0])
     width = sum(known_shape(weight)[-1] for weight in weights)
-    return lazy_weight(
+    joined = lazy_weight(
         graph, name, weights[0].dtype, (*rest, width),  # type: ignore[arg-type]
         lambda: np.concatenate([source.numpy() for source in sources], axis=-1),  # type: ignore[union-attr]
     )  # fmt: skip
+    if all(ROWS in weight.meta for weight in weights):
+        joined.meta[ROWS] = tuple(row for weight in weights for row in weight.meta[ROWS])
+    return joined

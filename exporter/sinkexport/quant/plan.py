@@ -1,0 +1,83 @@
+"""A recipe applied to a model: what becomes of each of its products and embeddings."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from sinkexport.graph.passes.products import Product
+from sinkexport.graph.passes.quantize import InputScale, Treatment
+from sinkexport.graph.passes.quantized_weight import WeightScheme
+from sinkexport.quant.ranges import Ranges
+from sinkexport.quant.recipe import Recipe
+
+HIGHEST = 127
+"""The bound of a static range is this integer."""
+
+
+class RecipePlan:
+    """Answers what the graph pass asks. model: whose modules the recipe is applied to.
+
+    The output projection always takes floating-point inputs: its product decides the next token directly, and its
+    weights may be the embedding's.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: Any,
+        dtype: Literal["float32", "float16"],
+        calibration: Ranges | None = None,
+    ) -> None:
+        self._recipe = recipe
+        self._calibration = calibration
+        self._scale_dtype: Literal["float32", "float16"] = dtype
+        head = model.get_output_embeddings().weight
+        # By all its names: a tied weight has that of the embedding as well.
+        self._head = frozenset(
+            name for name, module in model.named_modules() if getattr(module, "weight", None) is head
+        )
+
+    def kind(self, module: str) -> object:
+        """Projections are joined if they are rounded alike."""
+        return self._scheme(module)
+
+    def product(self, product: Product) -> Treatment | None:
+        """What becomes of a product; its modules are all of one kind."""
+        scheme = self._scheme(product.modules[0])
+        if scheme is None:
+            return None
+        mode = self._recipe.activations.mode
+        if mode == "float" or product.modules[0] in self._head:
+            return Treatment(scheme)
+        if mode == "dynamic":
+            return Treatment(scheme, dynamic=True)
+        return Treatment(scheme, input_scale=self._input_scale(product.modules))
+
+    def table(self, module: str) -> WeightScheme | None:
+        """How an untied embedding is rounded: a scale for each row, as its rows are what is read."""
+        if self._recipe.embeddings == "float" or self._recipe.keeps_float(module):
+            return None
+        return WeightScheme(8, scale_dtype=self._scale_dtype)
+
+    def _scheme(self, module: str) -> WeightScheme | None:
+        """None: the module stays in floating point."""
+        recipe = self._recipe
+        if recipe.keeps_float(module):
+            return None
+        if module in self._head and recipe.lm_head != "same":
+            return None if recipe.lm_head == "float" else WeightScheme(8, scale_dtype=self._scale_dtype)
+        weights = recipe.weights
+        if weights is None:
+            return None
+        return WeightScheme(weights.bits, weights.block_size, weights.symmetric, weights.scales, self._scale_dtype)
+
+    def _input_scale(self, modules: tuple[str, ...]) -> InputScale:
+        calibration, activations = self._calibration, self._recipe.activations
+        if calibration is None or self._recipe.calibration is None:
+            raise ValueError("static ranges without a calibration")
+        # Projections that are joined read one input: their ranges are the same.
+        found = calibration.input_range(modules[0], self._recipe.calibration.method)
+        rest, sinks = found.rest / HIGHEST, None if found.sinks is None else found.sinks / HIGHEST
+        if activations.sinks == "excluded" or sinks is None or sinks <= rest:
+            return InputScale(rest)
+        return InputScale(sinks) if activations.sinks == "included" else InputScale(rest, sinks)
