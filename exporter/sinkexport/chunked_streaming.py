@@ -36,14 +36,18 @@ CosSin = tuple[torch.Tensor, torch.Tensor]
 
 
 @contextlib.contextmanager
-def chunked_streaming(model: Any, num_sink_tokens: int, window_size: int) -> Iterator[ChunkedStream]:
+def chunked_streaming(
+    model: Any, num_sink_tokens: int, window_size: int, kv: str = "fp"
+) -> Iterator[ChunkedStream]:
     """Make `model` stream with S = num_sink_tokens >= 0 and W = window_size >= 1 for the length of a context.
+
+    kv: ``fp``, or ``int8``: the window's keys and values are rounded to INT8 as they come, those of sinks are not.
 
     The model, in evaluation mode, is changed inside and left as it was, also after an exception.
 
     Raises: UsageError for a bad geometry and for a model whose attention or positions cannot be followed exactly.
     """
-    config = ExportConfig(num_sink_tokens, window_size, chunk_size=1)
+    config = ExportConfig(num_sink_tokens, window_size, chunk_size=1, kv=kv)
     if limit := refusal_of_capacity(model.config, config.capacity):
         raise UsageError(problem("sinks + window", received=f"{config.capacity} tokens", expected=limit,
                                  fix="use a smaller window"))  # fmt: skip
@@ -149,9 +153,17 @@ class ChunkedStream:
         return _Kept(
             torch.cat((kept.sink_k, k[:, :, :sinks]), dim=2),
             torch.cat((kept.sink_v, v[:, :, :sinks]), dim=2),
-            torch.cat((kept.window_k, k[:, :, sinks:]), dim=2),
-            torch.cat((kept.window_v, v[:, :, sinks:]), dim=2),
+            torch.cat((kept.window_k, self._as_stored(k[:, :, sinks:])), dim=2),
+            torch.cat((kept.window_v, self._as_stored(v[:, :, sinks:])), dim=2),
         )
+
+    def _as_stored(self, rows: torch.Tensor) -> torch.Tensor:
+        """Keys or values [B, Hkv, n, D] as the window holds them: here in floating point, rounded if it is INT8."""
+        if not self._config.has_int8_window:
+            return rows
+        x = rows.float()
+        scale = (x.abs().amax(dim=-1, keepdim=True) / 127).clamp(2.0**-17, 65504.0).half().float()
+        return (torch.clamp((x / scale).round(), -127, 127) * scale).to(rows.dtype)
 
     def _keep(self, layer: int, seen: _Kept) -> None:
         """Of the window the last W - 1 tokens: with itself, the next token has W."""

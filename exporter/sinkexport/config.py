@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 WEIGHT_DTYPES: Mapping[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
 """Command-line spelling -> dtype name of the manifest."""
 
+KV_KINDS = ("fp", "int8")
+MAX_INT8_WINDOW = 2**18
+"""Tokens whose INT8 values can be summed in int32 with weights of 7 bits: 64 * 127 * 2^18 < 2^31."""
+
 DEFAULT_NUM_SINK_TOKENS = 4
 DEFAULT_WINDOW_SIZE = 1020
 DEFAULT_CHUNK_SIZE = 64
@@ -34,6 +38,8 @@ class ExportConfig:
     dtype: ``fp32 | fp16``, of weights, arithmetic and cache.
     target: ``onnx | tensorrt``, whose operators and layers the graphs are made for. Both are standard ONNX.
     recipe: how to quantise; None: not at all. calibration: what a recipe with static ranges needs.
+    kv: ``fp | int8``, the window's keys and values: INT8 with a scale for each key head and token. Sinks always stay in
+    `dtype`. None: as the recipe says, or ``fp``.
 
     Raises: UsageError.
     """
@@ -47,6 +53,7 @@ class ExportConfig:
     target: str = "onnx"
     recipe: Recipe | None = None
     calibration: Ranges | None = None
+    kv: str | None = None
 
     def __post_init__(self) -> None:
         for name, option, low in (
@@ -67,8 +74,12 @@ class ExportConfig:
         if self.target not in TARGETS:
             raise UsageError(problem("target", received=repr(self.target), expected=" | ".join(TARGETS),
                                      fix="change --target"))
+        if self.kv not in (None, *KV_KINDS):
+            raise UsageError(problem("kv", received=repr(self.kv), expected=" | ".join(KV_KINDS), fix="change --kv"))
         if self.recipe is not None:
             self._check_recipe(self.recipe)
+        if self.has_int8_window:
+            self._check_int8_window()
         if self.num_tokens_per_chunk > self.window_size:
             raise UsageError(problem("chunk_size", received=self.chunk_size, expected=f"at most W = {self.window_size}",
                                      fix="lower --chunk or raise --window"))
@@ -84,9 +95,20 @@ class ExportConfig:
         if recipe.smooth is not None:
             raise UsageError(problem(f"recipe '{recipe.name}': smooth", received=f"alpha {recipe.smooth.alpha}",
                                      expected="none in this version", fix="leave smooth out"))
-        if recipe.kv != "fp":
-            raise UsageError(problem(f"recipe '{recipe.name}': kv", received=recipe.kv, expected="fp in this version",
-                                     fix="set kv: fp"))
+
+    def _check_int8_window(self) -> None:
+        if self.target == "tensorrt":
+            raise UsageError(problem("kv", received="int8 with target tensorrt", expected="fp",
+                                     fix="use --kv fp: TensorRT has no operator that writes an INT8 window"))
+        if self.window_size > MAX_INT8_WINDOW:
+            raise UsageError(problem("window_size", received=self.window_size,
+                                     expected=f"at most {MAX_INT8_WINDOW} with kv int8",
+                                     fix="lower --window or use --kv fp"))
+
+    @property
+    def has_int8_window(self) -> bool:
+        """Whether keys and values of the window are INT8."""
+        return (self.kv or (self.recipe.kv if self.recipe is not None else "fp")) == "int8"
 
     @property
     def num_tokens_per_chunk(self) -> int:

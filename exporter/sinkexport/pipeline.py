@@ -30,9 +30,12 @@ from sinkexport.model.decoder import StreamStep, trace
 from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
 from sinkexport.progress import Report, silent
 from sinkexport.quant.plan import RecipePlan
+from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel, load_model, refuse_architecture
 
 PRODUCERS = ("sinkexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+WINDOW_RECIPE = "int8-window"
+"""What ``kv="int8"`` means without a recipe."""
 SMALL_FILES_BYTES = 64 * 2**20
 """Room for graph, tokenizer and manifest beside the weights."""
 
@@ -71,7 +74,7 @@ def export_loaded(
     Raises: UsageError.
     """
     model, out = loaded.model, Path(out)
-    config = _for_family(_with_pinned_system(loaded.tokenizer, config), model.config.get_text_config().model_type)
+    config = _resolved(_with_pinned_system(loaded.tokenizer, config), model.config.get_text_config().model_type)
     _check_model(model, config)
     with staged_bundle(out, overwrite=overwrite) as stage:
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
@@ -126,12 +129,18 @@ def _build(
     )
 
 
-def _for_family(config: ExportConfig, family: str) -> ExportConfig:
-    """The config with what its recipe refines for the family: checked, followed and told in the manifest as refined.
+def _resolved(config: ExportConfig, family: str) -> ExportConfig:
+    """The config whose recipe says all: refined for the family, and with `kv`, which goes before the recipe's.
 
     Raises: UsageError if the refined recipe cannot be followed.
     """
-    return config if config.recipe is None else dataclasses.replace(config, recipe=config.recipe.for_family(family))
+    recipe = load_recipe(WINDOW_RECIPE) if config.recipe is None and config.has_int8_window else config.recipe
+    if recipe is None:
+        return config
+    recipe = recipe.for_family(family)
+    if config.kv is not None:
+        recipe = recipe.with_kv(config.kv)
+    return dataclasses.replace(config, recipe=recipe, kv=recipe.kv)
 
 
 def _quantization(config: ExportConfig) -> Quantization | None:
@@ -140,7 +149,7 @@ def _quantization(config: ExportConfig) -> Quantization | None:
         return None
     return Quantization(
         recipe=recipe.name,
-        weights=f"int{recipe.weights.bits}",
+        weights="float" if recipe.weights is None else f"int{recipe.weights.bits}",
         activations=recipe.activations.mode,
         kv=recipe.kv,
         calibration_sha256=None if config.calibration is None else config.calibration.sha256,

@@ -187,7 +187,7 @@ class FileFacts:
 class Quantization:
     """How a bundle was made small. The recipe's file says all; this is what tools ask for.
 
-    recipe: its name. weights: ``int8 | int4``. activations: ``float | dynamic | static``, what products take.
+    recipe: its name. weights: ``float | int8 | int4``. activations: ``float | dynamic | static``, what products take.
     kv: ``fp | int8``, the window's entries (sinks are never quantised).
     calibration_sha256: of the calibration file that was used, if one was (hex).
     thresholds: what the recipe promises, for `sinkexport verify`: ``perplexity_increase`` (0.01: 1%),
@@ -203,7 +203,7 @@ class Quantization:
 
     def __post_init__(self) -> None:
         for field, values in (
-            ("weights", ("int8", "int4")),
+            ("weights", ("float", "int8", "int4")),
             ("activations", ("float", "dynamic", "static")),
             ("kv", ("fp", "int8")),
         ):

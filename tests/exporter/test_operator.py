@@ -40,7 +40,7 @@ class Operator(torch.nn.Module):
         out = sink_attention(
             q, k, v, *sinks, *states[-2:], position, *angles, num_valid, self.scale, self.softcap, self.interleaved
         )
-        return [out[0], *(out[1:] if len(states) == 4 else out[3:])]
+        return [out[0], *(out[1:5] if len(states) == 4 else out[3:5])]
 
 
 CASES = [

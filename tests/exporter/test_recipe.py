@@ -74,6 +74,7 @@ RANGES = {"method": "minmax", "samples": 4, "length": 64}
         ({"activations": STATIC}, "calibration is needed"),
         ({"calibration": RANGES}, "calibration is of no use"),
         ({"activations": STATIC, "calibration": {**RANGES, "percentile": 99.0}}, "percentile goes with"),
+        ({"weights": None}, "without weights a recipe has activations.mode: float"),
         ({"smooth": {"alpha": 2}, "calibration": RANGES}, "smooth.alpha: received 2"),
         ({"thresholds": {}}, "thresholds.perplexity_increase: received nothing, expected a value"),
         ({"keep_float": "x"}, "keep_float: received 'x'"),
@@ -132,9 +133,17 @@ def test_export_refuses_before_any_work(options: list[str], told: str, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_int8_window_is_refused_for_now() -> None:
-    with pytest.raises(UsageError, match="kv: received int8, expected fp in this version"):
-        ExportConfig(recipe=parse_recipe(raw(kv="int8"), "r"))
+def test_an_int8_window_is_refused_for_tensorrt() -> None:
+    for config in ({"recipe": parse_recipe(raw("int8-channel", kv="int8"), "r")}, {"kv": "int8"}):
+        with pytest.raises(UsageError, match="kv: received int8 with target tensorrt"):
+            ExportConfig(target="tensorrt", **config)
+
+
+def test_kv_goes_before_the_recipe() -> None:
+    recipe = parse_recipe(raw(kv="int8"), "r")
+    assert ExportConfig(recipe=recipe).has_int8_window
+    assert not ExportConfig(recipe=recipe, kv="fp").has_int8_window
+    assert not ExportConfig().has_int8_window
 
 
 def test_smoothing_is_refused_for_now_even_with_ranges() -> None:

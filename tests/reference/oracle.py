@@ -4,6 +4,10 @@ It keeps every token of every stream unrotated and, at each step, picks the firs
 keys and query by their place in that list, and attends (StreamingLLM, arXiv:2309.17453). No ring, no stored
 rotation, no shift: nothing that the code under test could get wrong in the same way. Slow on purpose.
 
+With kv="int8" each token is rounded once, its key as it is at its stream position, and takes part as its rounded self
+for as long as it is in the window. Sinks are not rounded. A key's place in the list then no longer says how it was
+rounded, so the query is rotated to its stream position for the window's keys.
+
 Only the order of the cached tokens matters, so a stream that is at position 2^33 is checked by feeding its sinks
 and then its last W (or more) tokens.
 """
@@ -19,11 +23,35 @@ Array = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass
+class Int8Row:
+    """One token's key or value. entries: integers [Hkv, D]; scale: [Hkv], numbers that float16 can represent."""
+
+    entries: Array
+    scale: Array
+
+    @classmethod
+    def of(cls, x: Array) -> Int8Row:
+        """scale = float16(max|x| / 127) within 2^-17 .. 65504; entries = x / scale, halves to even, -127 .. 127."""
+        scale = np.clip(np.abs(x).max(axis=-1) / 127, 2.0**-17, 65504.0).astype(np.float16).astype(np.float64)
+        return cls(np.clip(np.rint(x / scale[:, None]), -127, 127), scale)
+
+    @property
+    def values(self) -> Array:
+        """[Hkv, D]."""
+        return self.entries * self.scale[:, None]
+
+
+@dataclasses.dataclass
 class Token:
-    """What attention knows of one token. k: [Hkv, D], not rotated; v: [Hkv, Dv]."""
+    """What attention knows of one token. k: [Hkv, D], not rotated; v: [Hkv, Dv].
+
+    k_in_window, v_in_window: with kv="int8", key at its stream position and value as the window holds them.
+    """
 
     k: Array
     v: Array
+    k_in_window: Int8Row | None = None
+    v_in_window: Int8Row | None = None
 
 
 class SinkAttentionOracle:
@@ -35,6 +63,7 @@ class SinkAttentionOracle:
     attention_scaling: factor on cos and sin (YaRN, arXiv:2309.00071).
     scale: factor on q . k; None for D ** -0.5.
     softcap: 0 for none, else logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118).
+    kv: ``fp | int8``, how the window holds keys and values.
     """
 
     def __init__(
@@ -48,6 +77,7 @@ class SinkAttentionOracle:
         attention_scaling: float = 1.0,
         scale: float | None = None,
         softcap: float = 0.0,
+        kv: str = "fp",
     ) -> None:
         self.num_sink_tokens = num_sink_tokens
         self.window_size = window_size
@@ -56,6 +86,7 @@ class SinkAttentionOracle:
         self.attention_scaling = attention_scaling
         self.scale = scale
         self.softcap = softcap
+        self.kv = kv
         self.streams: list[list[Token]] = [[] for _ in range(batch)]
 
     def step(self, q: npt.ArrayLike, k: npt.ArrayLike, v: npt.ArrayLike) -> Array:
@@ -70,13 +101,25 @@ class SinkAttentionOracle:
         """The same for one stream, so that streams can be at different positions. Returns [Hq, Dv]."""
         q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
         tokens = self.streams[stream]
+        t = len(tokens)
         tokens.append(Token(k, v))
+        if self.kv == "int8":
+            tokens[t].k_in_window, tokens[t].v_in_window = Int8Row.of(self.rotated(k, t)), Int8Row.of(v)
         cached = self.cached(tokens)
-        keys = np.stack([self.rotated(token.k, j) for j, token in enumerate(cached)])  # [n, Hkv, D]
-        values = np.stack([token.v for token in cached])  # [n, Hkv, Dv]
-        q = self.rotated(q, len(cached) - 1)
+        # Of each cached token its key, the query as it meets this key, and its value:
+        # [n, Hkv, D], [n, Hq, D], [n, Hkv, D].
+        met = [self.met(token, j, q, t, len(cached) - 1) for j, token in enumerate(cached)]
+        keys, queries, values = (np.stack(x) for x in zip(*met, strict=True))
         group = q.shape[0] // keys.shape[1]  # query heads that share a key head
-        return np.stack([self.attend(head, keys[:, h // group], values[:, h // group]) for h, head in enumerate(q)])
+        return np.stack(
+            [self.attend(queries[:, h], keys[:, h // group], values[:, h // group]) for h in range(q.shape[0])]
+        )
+
+    def met(self, token: Token, place: int, q: Array, t: int, last_place: int) -> tuple[Array, Array, Array]:
+        """Key [Hkv, D], query [Hq, D] and value [Hkv, D] of one cached token; place: its own, t: the query's."""
+        if token.k_in_window is None or token.v_in_window is None or place < self.num_sink_tokens:
+            return self.rotated(token.k, place), self.rotated(q, last_place), token.v
+        return token.k_in_window.values, self.rotated(q, t), token.v_in_window.values
 
     def cached(self, tokens: list[Token]) -> list[Token]:
         """The first S tokens and the last W of the others, oldest first."""
@@ -95,10 +138,10 @@ class SinkAttentionOracle:
             out[:, second] = x[:, second] * cos + x[:, first] * sin
         return out
 
-    def attend(self, q: Array, keys: Array, values: Array) -> Array:
-        """Softmax attention of one query head: q [D], keys [n, D], values [n, Dv] -> [Dv]."""
-        scale = q.shape[0] ** -0.5 if self.scale is None else self.scale
-        logits = keys @ q * scale  # [n]
+    def attend(self, queries: Array, keys: Array, values: Array) -> Array:
+        """Softmax attention of one query head: queries [n, D], keys [n, D], values [n, Dv] -> [Dv]."""
+        scale = keys.shape[1] ** -0.5 if self.scale is None else self.scale
+        logits = (queries * keys).sum(axis=1) * scale  # [n]
         if self.softcap:
             logits = self.softcap * np.tanh(logits / self.softcap)
         weights = np.exp(logits - logits.max())

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
@@ -14,6 +15,9 @@ from sinkrt.contract import MANIFEST_NAME, FileFacts, Manifest, Quantization, lo
 
 from sinkexport.console import table_console
 from sinkexport.families import describe
+
+if TYPE_CHECKING:
+    from sinkexport.quant.recipe import Recipe
 
 MB = 1e6
 
@@ -57,11 +61,17 @@ def _show_recipes(as_json: bool) -> None:
         return
     table = Table("recipe", "weights", "inputs", "output projection", "window", "targets", "", box=None, pad_edge=False)
     for recipe in recipes:
-        weights = recipe.weights
-        share = "channel" if weights.block_size is None else f"{weights.block_size} inputs"
-        table.add_row(recipe.name, f"int{weights.bits}, a scale per {share}", recipe.activations.mode, recipe.lm_head,
+        table.add_row(recipe.name, _weights(recipe), recipe.activations.mode, recipe.lm_head,
                       recipe.kv, _listed(list(recipe.targets)), recipe.description)  # fmt: skip
     table_console().print(table)
+
+
+def _weights(recipe: Recipe) -> str:
+    weights = recipe.weights
+    if weights is None:
+        return "float"
+    share = "channel" if weights.block_size is None else f"{weights.block_size} inputs"
+    return f"int{weights.bits}, a scale per {share}"
 
 
 def _show_bundle(bundle: Path, manifest: Manifest) -> None:

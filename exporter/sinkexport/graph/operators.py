@@ -9,12 +9,14 @@ from typing import Any
 import onnx.defs
 import onnxscript
 import torch
+from sinkrt.contract import SCALE_KINDS, STATE_KINDS
 
 DOMAIN = "ai.sinkexport"
 VERSION = 1
 SINK_ATTENTION = "SinkAttention"
 STREAM_ANGLES = "StreamAngles"
 
+SCALE_TYPE = "tensor(float16)"
 _FLOATS = ["tensor(float)", "tensor(float16)"]
 _Parameter = onnx.defs.OpSchema.FormalParameter
 _Attribute = onnx.defs.OpSchema.Attribute
@@ -22,12 +24,12 @@ _Option = onnx.defs.OpSchema.FormalParameterOption
 
 
 def _schema(
-    name: str, inputs: list[Any], outputs: list[str], output_type: str, attributes: dict[str, Any]
+    name: str, inputs: list[Any], outputs: list[Any], attributes: dict[str, Any]
 ) -> onnx.defs.OpSchema:
     return onnx.defs.OpSchema(
         name, DOMAIN, VERSION, inputs=inputs,
-        outputs=[_Parameter(output, output_type) for output in outputs],
-        type_constraints=[("T", _FLOATS, "Weights and cache")],
+        outputs=outputs,
+        type_constraints=[("T", _FLOATS, "Weights and sinks"), ("TW", [*_FLOATS, "tensor(int8)"], "Window")],
         attributes=[_Attribute(key, kind) for key, kind in attributes.items()],
     )  # fmt: skip
 
@@ -36,28 +38,31 @@ def _schema(
 def schemas() -> Mapping[str, onnx.defs.OpSchema]:
     """Both operators by name. Inputs and attributes are explained at their torch form (model/attention.py)."""
     kinds = onnx.defs.OpSchema.AttrType
-    optional = [
-        _Parameter(name, "T", "", param_option=_Option.Optional)
-        for name in ("sink_k", "sink_v", "window_k", "window_v")
+    states = [
+        *(_Parameter(name, "T", "", param_option=_Option.Optional) for name in STATE_KINDS[:2]),
+        *(_Parameter(name, "TW") for name in STATE_KINDS[2:]),
     ]
     sink_attention = _schema(
         SINK_ATTENTION,
         [
             *(_Parameter(name, "T") for name in ("q", "k", "v")),
-            *optional,
+            *states,
             _Parameter("position", "tensor(int64)"),
             *(_Parameter(name, "T", "", param_option=_Option.Optional) for name in ("shift_cos", "shift_sin")),
             _Parameter("num_valid", "tensor(int64)", "", param_option=_Option.Optional),
+            *(_Parameter(name, SCALE_TYPE, "", param_option=_Option.Optional) for name in SCALE_KINDS),
         ],
-        ["out", "next_sink_k", "next_sink_v", "next_window_k", "next_window_v"],
-        "T",
+        [
+            *(_Parameter(name, "T") for name in ("out", "next_sink_k", "next_sink_v")),
+            *(_Parameter(name, "TW") for name in ("next_window_k", "next_window_v")),
+            *(_Parameter(f"next_{name}", SCALE_TYPE) for name in SCALE_KINDS),
+        ],
         {"scale": kinds.FLOAT, "softcap": kinds.FLOAT, "interleaved": kinds.INT},
     )
     stream_angles = _schema(
         STREAM_ANGLES,
         [_Parameter("position", "tensor(int64)"), _Parameter("frequency", "tensor(int64)")],
-        ["cos", "sin"],
-        "tensor(float)",
+        [_Parameter(name, "tensor(float)") for name in ("cos", "sin")],
         {"num_tokens": kinds.INT, "behind": kinds.INT},
     )
     return {SINK_ATTENTION: sink_attention, STREAM_ANGLES: stream_angles}
@@ -72,9 +77,11 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def translate_attention(
         q: Any, k: Any, v: Any, sink_k: Any, sink_v: Any, window_k: Any, window_v: Any, position: Any,
         shift_cos: Any, shift_sin: Any, num_valid: Any, scale: float, softcap: float, interleaved: bool,
+        window_k_scale: Any = None, window_v_scale: Any = None,
     ) -> Any:  # fmt: skip
         return attention(
             q, k, v, sink_k, sink_v, window_k, window_v, position, shift_cos, shift_sin, num_valid,
+            window_k_scale, window_v_scale,
             scale=scale, softcap=softcap, interleaved=int(interleaved),
         )  # fmt: skip
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from sinkrt.ring import TURN
 
+from sinkexport.model.int8_rows import SCALE_DTYPE, dequantized, quantized
+
 
 @torch.library.custom_op("sinkexport::stream_angles", mutates_args=())
 def stream_angles(
@@ -42,6 +44,11 @@ def _(
     return torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.float32)
 
 
+SevenTensors = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]
+
+
 @torch.library.custom_op("sinkexport::sink_attention", mutates_args=())
 def sink_attention(
     q: torch.Tensor,
@@ -58,65 +65,83 @@ def sink_attention(
     scale: float,
     softcap: float,
     interleaved: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    window_k_scale: torch.Tensor | None = None,
+    window_v_scale: torch.Tensor | None = None,
+) -> SevenTensors:
     """T tokens of attention over sinks and window, as if they came one by one (StreamingLLM, arXiv:2309.17453).
 
     q: [B, Hq, T, D], k and v: [B, Hkv, T, D], rotated at their stream position; 1 <= T <= W.
     position: int64 [B], of the first token. num_valid: int64 [B], how many of the T tokens count, 0 .. T; None: all.
     The others are computed and dropped: they change no state, and their outputs mean nothing.
     sink_k, sink_v: [B, Hkv, S, D] (None if S = 0), window_k, window_v: [B, Hkv, W, D].
+    window_k_scale, window_v_scale: float16 [B, Hkv, W] where the window is int8 (model/int8_rows.py), else None. A
+    token is quantised once, when it comes, and is seen so by itself and by all later ones; sinks are not quantised.
     shift_cos, shift_sin: [B, T, R/2], of ``max(0, t - (C - 1))`` tokens: the query is turned back by it for the
     sinks, whose distance stops growing once the cache is full (None: no sinks or no positions).
     softcap: 0 for none, else logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv:2408.00118).
-    Returns: attention output [B, Hq, T, D] and the four states afterwards ([B, Hkv, 0, D] for absent sinks).
+    Returns: attention output [B, Hq, T, D] and the six states afterwards, those that are absent without elements.
     """
-    if sink_k is None or sink_v is None:
-        sink_k = sink_v = window_k.new_zeros(*window_k.shape[:2], 0, window_k.shape[3])
+    absent = q.new_zeros(*window_k.shape[:2], 0, window_k.shape[3])
+    no_scales = q.new_zeros(0, dtype=SCALE_DTYPE)
+    states = (
+        absent if sink_k is None else sink_k,
+        absent if sink_v is None else sink_v,
+        window_k,
+        window_v,
+        no_scales if window_k_scale is None else window_k_scale,
+        no_scales if window_v_scale is None else window_v_scale,
+    )
     q_sink = q
     if shift_cos is not None and shift_sin is not None:
         q_sink = torch.onnx.ops.rotary_embedding(
             q, shift_cos, -shift_sin, interleaved=interleaved, rotary_embedding_dim=2 * shift_cos.shape[-1]
         )
-    states = sink_k, sink_v, window_k, window_v
     outputs = []
     for i in range(q.shape[2]):
         this, this_for_sinks, this_k, this_v = (x[:, :, i : i + 1] for x in (q, q_sink, k, v))
-        out, updated = _one_token(this, this_for_sinks, this_k, this_v, states, position + i, scale, softcap)
-        outputs.append(out)
-        if num_valid is None:
-            states = updated
-        else:
-            counts = (i < num_valid)[:, None, None, None]
-            sink_k, sink_v, window_k, window_v = (
-                torch.where(counts, new, old) for new, old in zip(updated, states, strict=True)
+        updated = _written(states, this_k, this_v, position + i)
+        outputs.append(_attended(this, this_for_sinks, updated, position + i, scale, softcap))
+        if num_valid is not None:
+            counts = i < num_valid  # [B]
+            updated = tuple(
+                torch.where(counts.view(-1, *[1] * (new.dim() - 1)), new, old) if new.numel() else new
+                for new, old in zip(updated, states, strict=True)
             )
-            states = sink_k, sink_v, window_k, window_v
-    sink_k, sink_v, window_k, window_v = states
-    # A custom operator must not hand back what it was given.
-    return torch.cat(outputs, dim=2), sink_k.clone(), sink_v.clone(), window_k.clone(), window_v.clone()
+        states = updated
+    # A custom operator must not hand back what it was given, nor one tensor twice.
+    after = [state.clone() for state in states]
+    return torch.cat(outputs, dim=2), after[0], after[1], after[2], after[3], after[4], after[5]
 
 
-States = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+States = tuple[torch.Tensor, ...]
+"""sink_k, sink_v, window_k, window_v and the window's scales (no elements: the window is in floating point)."""
 
 
-def _one_token(
-    q: torch.Tensor,
-    q_sink: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    states: States,
-    position: torch.Tensor,
-    scale: float,
-    softcap: float,
-) -> tuple[torch.Tensor, States]:
-    """Write one token and attend. q, q_sink: [B, Hq, 1, D]; k, v: [B, Hkv, 1, D]. Returns the output and the states."""
-    sink_k, sink_v, window_k, window_v = states
-    num_sinks, (_, num_kv_heads, window_size, head_dim) = sink_k.shape[2], window_k.shape
+def _written(states: States, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor) -> States:
+    """The states with one token more. k, v: [B, Hkv, 1, D]."""
+    sink_k, sink_v, window_k, window_v, k_scale, v_scale = states
+    num_sinks, window_size = sink_k.shape[2], window_k.shape[2]
     is_token = (torch.arange(num_sinks) == position[:, None])[:, None, :, None]  # [B, 1, S, 1]
     sink_k, sink_v = torch.where(is_token, k, sink_k), torch.where(is_token, v, sink_v)
-    slot = ((position - num_sinks) % window_size)[:, None, None, None].expand(-1, num_kv_heads, 1, head_dim)
-    window_k, window_v = window_k.scatter(2, slot, k), window_v.scatter(2, slot, v)
-    group = q.shape[1] // num_kv_heads
+    slot = ((position - num_sinks) % window_size)[:, None, None]  # [B, 1, 1]
+    if window_k.dtype == torch.int8:
+        (k, new_k_scale), (v, new_v_scale) = quantized(k), quantized(v)
+        k_scale, v_scale = (
+            old.scatter(2, slot.expand_as(new), new) for old, new in ((k_scale, new_k_scale), (v_scale, new_v_scale))
+        )
+    row = slot[..., None].expand_as(k)  # [B, Hkv, 1, D]
+    return sink_k, sink_v, window_k.scatter(2, row, k), window_v.scatter(2, row, v), k_scale, v_scale
+
+
+def _attended(
+    q: torch.Tensor, q_sink: torch.Tensor, states: States, position: torch.Tensor, scale: float, softcap: float
+) -> torch.Tensor:
+    """Attention of one token that is written already. q, q_sink: [B, Hq, 1, D] -> [B, Hq, 1, D]."""
+    sink_k, sink_v, window_k, window_v, k_scale, v_scale = states
+    if window_k.dtype == torch.int8:
+        window_k, window_v = dequantized(window_k, k_scale, q.dtype), dequantized(window_v, v_scale, q.dtype)
+    num_sinks, window_size = sink_k.shape[2], window_k.shape[2]
+    group = q.shape[1] // window_k.shape[1]
 
     def heads(x: torch.Tensor) -> torch.Tensor:
         return x.repeat_interleave(group, dim=1)  # [B, Hq, ., D]
@@ -127,8 +152,7 @@ def _one_token(
     # Sink j is there from t = j on, slot i from t = S + i on: entry n of sinks-then-slots from t = n on.
     is_there = torch.arange(num_sinks + window_size) <= position[:, None]  # [B, C]
     weights = logits.masked_fill(~is_there[:, None, None, :], float("-inf")).softmax(dim=-1)
-    out = weights @ heads(torch.cat((sink_v, window_v), dim=2))
-    return out, (sink_k, sink_v, window_k, window_v)
+    return weights @ heads(torch.cat((sink_v, window_v), dim=2))
 
 
 @sink_attention.register_fake
@@ -147,7 +171,14 @@ def _(
     scale: float,
     softcap: float,
     interleaved: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    none = window_k.new_empty(q.shape[0], window_k.shape[1], 0, q.shape[3])
-    sinks = [none if s is None else torch.empty_like(s) for s in (sink_k, sink_v)]
-    return torch.empty_like(q), sinks[0], sinks[1], torch.empty_like(window_k), torch.empty_like(window_v)
+    window_k_scale: torch.Tensor | None = None,
+    window_v_scale: torch.Tensor | None = None,
+) -> SevenTensors:
+    none = q.new_empty(q.shape[0], window_k.shape[1], 0, q.shape[3])
+    sinks = [none.clone() if s is None else torch.empty_like(s) for s in (sink_k, sink_v)]
+    scales = [
+        q.new_empty(0, dtype=SCALE_DTYPE) if s is None else torch.empty_like(s)
+        for s in (window_k_scale, window_v_scale)
+    ]
+    windows = torch.empty_like(window_k), torch.empty_like(window_v)
+    return torch.empty_like(q), sinks[0], sinks[1], *windows, scales[0], scales[1]

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sinkrt.contract import STATE_KINDS
+from sinkrt.contract import SCALE_KINDS, STATE_KINDS
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.config import ExportConfig
 from sinkexport.model.attention import sink_attention, stream_angles
 from sinkexport.model.fold_rotation import fold_rotation
+from sinkexport.model.int8_rows import SCALE_DTYPE
 from sinkexport.model.interface import intercept_attention
 from sinkexport.model.rope import (
     AttentionShape,
@@ -66,12 +67,18 @@ class StreamStep(torch.nn.Module):
     @property
     def state_kinds(self) -> tuple[str, ...]:
         """State tensors of a layer, in the order in which `states` holds them."""
-        return STATE_KINDS if self.config.num_sink_tokens else STATE_KINDS[2:]
+        kinds = STATE_KINDS if self.config.num_sink_tokens else STATE_KINDS[2:]
+        return (*kinds, *SCALE_KINDS) if self.config.has_int8_window else kinds
 
-    def state_shape(self, kind: str) -> tuple[int, int, int, int]:
-        """[B, Hkv, S or W, D] of one state tensor."""
+    def empty_state(self, kind: str) -> torch.Tensor:
+        """One state tensor before the first token: [B, Hkv, S or W, D], or [B, Hkv, W] if it holds scales."""
         length = self.config.num_sink_tokens if kind.startswith("sink") else self.config.window_size
-        return (self.batch, self.shape.num_kv_heads, length, self.shape.head_dim)
+        rows = (self.batch, self.shape.num_kv_heads, length)
+        if kind in SCALE_KINDS:
+            return torch.zeros(rows, dtype=SCALE_DTYPE)
+        is_int8 = self.config.has_int8_window and kind.startswith("window")
+        dtype = torch.int8 if is_int8 else next(self.model.parameters()).dtype
+        return torch.zeros(*rows, self.shape.head_dim, dtype=dtype)
 
     def forward(
         self,
@@ -136,14 +143,16 @@ class _Step:
         if spec.rotary_dim:
             q, k = (self._rotated(x, layer) for x in (q, k))
             shift = (self._shift_cos.to(q.dtype), self._shift_sin.to(q.dtype))
-        states = self._states[layer]
-        sinks = states[:2] if config.num_sink_tokens else [None, None]
+        kinds = self._stream.state_kinds
+        states = dict(zip(kinds, self._states[layer], strict=True))
         out, *updated = sink_attention(
-            q, k, v, *sinks, *states[-2:], self._position,
+            q, k, v, *(states.get(kind) for kind in STATE_KINDS), self._position,
             *(shift if config.num_sink_tokens else (None, None)), self._num_valid,
             float(scaling if scaling is not None else q.shape[-1] ** -0.5), float(softcap or 0.0), spec.interleaved,
+            *(states.get(kind) for kind in SCALE_KINDS),
         )  # fmt: skip
-        self._next[layer] = updated if config.num_sink_tokens else updated[2:]
+        after = dict(zip((*STATE_KINDS, *SCALE_KINDS), updated, strict=True))
+        self._next[layer] = [after[kind] for kind in kinds]
         return out.transpose(1, 2), None  # [B, T, Hq, D]
 
     def _rotated(self, x: torch.Tensor, layer: int) -> torch.Tensor:
@@ -193,7 +202,7 @@ def trace(stream: StreamStep) -> torch.export.ExportedProgram:
     position = torch.zeros(stream.batch, dtype=torch.int64)
     dtype = next(stream.model.parameters()).dtype
     kinds = stream.state_kinds * stream.shape.num_layers
-    states = [torch.zeros(stream.state_shape(kind), dtype=dtype) for kind in kinds]
+    states = [stream.empty_state(kind) for kind in kinds]
     num_valid = () if stream.num_tokens == 1 else (torch.ones_like(position),)
     with torch.no_grad(), _identity_rotation(stream, dtype):
         program = torch.export.export(stream, (ids, position, states, *num_valid), strict=False)

@@ -67,6 +67,8 @@ class RecipePlan:
         if module in self._head and recipe.lm_head != "same":
             return None if recipe.lm_head == "float" else WeightScheme(8, scale_dtype=self._scale_dtype)
         weights = recipe.weights
+        if weights is None:
+            return None
         return WeightScheme(weights.bits, weights.block_size, weights.symmetric, weights.scales, self._scale_dtype)
 
     def _input_scale(self, modules: tuple[str, ...]) -> InputScale:

@@ -105,6 +105,8 @@ class Thresholds(_Spec):
 class Recipe(_Spec):
     """A whole recipe.
 
+    weights: None: all stay in floating point, and only the window is quantised.
+
     lm_head: the output projection: ``same`` as other weights, ``int8`` or ``float``. An embedding that is tied to it is
     stored once, as it is. embeddings: an untied one: ``int8`` (a scale for each row and block) or ``float``.
     keep_float: patterns (fnmatch) of modules whose weights and inputs stay in floating point, such as
@@ -116,7 +118,7 @@ class Recipe(_Spec):
     schema_version: Literal[1]
     name: str = pydantic.Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str
-    weights: Weights
+    weights: Weights | None = None
     activations: Activations
     smooth: Smooth | None = None
     lm_head: Literal["same", "int8", "float"] = "same"
@@ -134,11 +136,21 @@ class Recipe(_Spec):
             raise ValueError("calibration is needed by activations.mode: static and by smooth")
         if not self.needs_calibration and self.calibration is not None:
             raise ValueError("calibration is of no use without activations.mode: static or smooth")
-        if self.activations.mode != "float" and self.weights.bits != 8:
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_weights(self) -> Recipe:
+        weights, is_float = self.weights, self.activations.mode == "float"
+        if weights is None:
+            # What would quantise something else than the window is refused, so that its absence is no oversight.
+            if not is_float or self.smooth or self.lm_head != "same" or self.embeddings != "float" or self.kv != "int8":
+                raise ValueError("without weights a recipe has activations.mode: float, embeddings: float, kv: int8")
+            return self
+        if not is_float and weights.bits != 8:
             raise ValueError("INT8 activations need weights.bits: 8")
-        if self.activations.mode != "float" and self.weights.granularity != "channel":
+        if not is_float and weights.granularity != "channel":
             raise ValueError("INT8 activations need weights.granularity: channel")
-        if self.weights.granularity == "channel" and not self.weights.symmetric:
+        if weights.granularity == "channel" and not weights.symmetric:
             raise ValueError("weights.granularity: channel needs symmetric: true")
         return self
 
@@ -150,6 +162,10 @@ class Recipe(_Spec):
     def keeps_float(self, module: str) -> bool:
         """Whether a module, such as ``model.layers.3.mlp.down_proj``, stays in floating point."""
         return any(fnmatch.fnmatchcase(module, pattern) for pattern in self.keep_float)
+
+    def with_kv(self, kv: str) -> Recipe:
+        """The recipe with another window; `kv` is ``fp | int8``."""
+        return self if kv == self.kv else self.model_copy(update={"kv": kv})
 
     def for_family(self, family: str) -> Recipe:
         """The recipe with what it refines for a family of models (transformers' model_type) filled in.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape
+from sinkexport.graph.edit import known_shape, replace_node
 
 
 class PerRun:
@@ -65,6 +65,19 @@ class AttentionParts:
             interleaved=self.node.attributes["interleaved"].as_int(),
             rotary_embedding_dim=rotary_dim if rotary_dim < self.head_dim else 0,
         )  # fmt: skip
+
+    def write_rows(self, state: ir.Value, rows: ir.Value, slot: ir.Value, mode: str = "linear") -> ir.Value:
+        """A state of the window with `rows` from each stream's `slot` on, in place where a runtime can.
+
+        state: [B, Hkv, W, D], or [B, Hkv, W] for scales. rows: the same with fewer tokens. slot: int64 [B].
+        mode: ``linear``, or ``circular`` if rows may run past the end.
+        """
+        return self.b.op("TensorScatter", [state, rows, slot], known_shape(state), mode=mode, axis=2)
+
+    def replace_node(self, out: ir.Value, sinks: Sequence[ir.Value], window: Sequence[ir.Value]) -> None:
+        """Put the collected nodes in the node's place. sinks: two states or none. window: two, with scales four."""
+        outputs = [out, *(sinks or (None, None)), *window]
+        replace_node(self.node, self.b.nodes, [*outputs, *[None] * (len(self.node.outputs) - len(outputs))])
 
     def softcapped(self, logits: ir.Value) -> ir.Value:
         """``cap * tanh(logits / cap)`` if there is a cap."""

@@ -14,8 +14,11 @@ import numpy as np
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape, replace_node
+from sinkexport.graph.edit import known_shape
 from sinkexport.graph.passes.attention_parts import AttentionParts, operand
+
+Written = tuple[list[ir.Value], list[ir.Value], list[ir.Value]]
+"""States of the window, then keys and values [B, Hkv, W, D] of it, and [B, Hkv, T, D] of the rows that were evicted."""
 
 
 class ChunkAttention(AttentionParts):
@@ -23,7 +26,7 @@ class ChunkAttention(AttentionParts):
 
     def expand(self) -> None:
         b, rows = self.b, self.group * self.num_tokens
-        sinks, window, evicted = self._write()
+        sinks, (states, window, evicted) = self._write_sinks(), self._write_window()
         q = self.scaled(self.q)
         parts = [(q, *window), (q, *evicted)]
         if sinks:
@@ -43,42 +46,52 @@ class ChunkAttention(AttentionParts):
         values = b.op("Concat", [part[2] for part in parts], (*heads, entries, self.head_dim), axis=-2)
         out = b.matmul(b.reshape(weights, (*heads, rows, entries)), values)  # [B, Hkv, G*T, D]
         out = b.reshape(out, (self.batch, self.num_q_heads, self.num_tokens, self.head_dim))
-        replace_node(self.node, b.nodes, [out, *(sinks or (None, None)), *window])
+        self.replace_node(out, sinks, states)
 
-    def _write(self) -> tuple[tuple[ir.Value, ...], tuple[ir.Value, ...], tuple[ir.Value, ...]]:
-        """(k, v) of sinks (none if S = 0) and window after the chunk, and of the T rows that it evicts."""
-        b, node = self.b, self.node
-        chunk_shape = (self.batch, self.num_kv_heads, self.num_tokens, self.head_dim)
-        sinks, window, evicted = [], [], []
-        for i, new in ((3, self.k), (4, self.v)):
-            if self.num_sinks:
-                old = operand(node, i)
-                taken = self._rows(new, self._sink_sources(), known_shape(old))
-                sinks.append(b.op("Where", [self._becomes_sink(), taken, old], known_shape(old), new.dtype))
-        for i, new in ((5, self.k), (6, self.v)):
-            old = operand(node, i)
-            evicted.append(self._rows(old, self._slots(), chunk_shape))
-            kept = b.op("Where", [self._counts(), new, evicted[-1]], chunk_shape, new.dtype)
-            window.append(self._placed(old, kept))
-        return tuple(sinks), tuple(window), tuple(evicted)
+    def _write_sinks(self) -> list[ir.Value]:
+        """sink_k, sink_v after the chunk; none if S = 0."""
+        b, states = self.b, []
+        if self.num_sinks:
+            for i, new in ((3, self.k), (4, self.v)):
+                old = operand(self.node, i)
+                taken = self._rows(new, self._sink_sources(), self.num_sinks)
+                states.append(b.op("Where", [self._becomes_sink(), taken, old], known_shape(old), new.dtype))
+        return states
 
-    def _placed(self, old: ir.Value, kept: ir.Value) -> ir.Value:
-        """old [B, Hkv, W, D] with kept [B, Hkv, T, D] in the chunk's slots.
+    def _write_window(self) -> Written:
+        """The window's states after the chunk, and what attention reads."""
+        pairs = [self._exchange(operand(self.node, i), new) for i, new in ((5, self.k), (6, self.v))]
+        window, evicted = ([pair[i] for pair in pairs] for i in range(2))
+        return window, window, evicted
+
+    def _exchange(self, state: ir.Value, new: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Write the chunk's rows to a state of the window: the state afterwards, and the T rows that were there.
+
+        state: [B, Hkv, W, D] or [B, Hkv, W]. new: [B, Hkv, T, D] or [B, Hkv, T].
+        """
+        evicted = self._rows(state, self._slots(), self.num_tokens)
+        counts = self._counts(len(known_shape(new)))
+        kept = self.b.op("Where", [counts, new, evicted], known_shape(new), new.dtype)
+        return self._placed(state, kept), evicted
+
+    def _placed(self, state: ir.Value, kept: ir.Value) -> ir.Value:
+        """A state [B, Hkv, W, D] or [B, Hkv, W] with kept [B, Hkv, T, D] or [B, Hkv, T] in the chunk's slots.
 
         TensorRT's parser refuses a circular TensorScatter, so there each slot selects its row. That touches the whole
         window, T times as seldom as a step does; a slot reads no other slot, so one buffer stays safe.
         """
-        b, shape = self.b, known_shape(old)
         if self.target != "tensorrt":
-            return b.op("TensorScatter", [old, kept, self._first_slot()], shape, mode="circular", axis=2)
-        rows = self._rows(kept, self._token_of_slot(), shape)
-        return b.op("Where", [self._is_in_chunk(), rows, old], shape, old.dtype)
+            return self.write_rows(state, kept, self._first_slot(), mode="circular")
+        rows = self._rows(kept, self._token_of_slot(), self.window_size)
+        is_written = self._is_in_chunk(len(known_shape(state)))
+        return self.b.op("Where", [is_written, rows, state], known_shape(state), state.dtype)
 
-    def _rows(self, values: ir.Value, index: ir.Value, shape: tuple[int, ...]) -> ir.Value:
-        """Rows of values [B, Hkv, n, D] by their index in the flat [B*Hkv*n, D]."""
+    def _rows(self, values: ir.Value, index: ir.Value, num_rows: int) -> ir.Value:
+        """Rows of values [B, Hkv, n, ..] by their index [B, Hkv, num_rows] in the flat [B*Hkv*n, ..]."""
         b = self.b
-        flat = b.reshape(values, (int(np.prod(known_shape(values)[:-1])), self.head_dim))
-        return b.op("Gather", [flat, index], shape, values.dtype, axis=0)
+        batch, heads, length, *row = known_shape(values)
+        flat = b.reshape(values, (batch * heads * length, *row))
+        return b.op("Gather", [flat, index], (batch, heads, num_rows, *row), values.dtype, axis=0)
 
     def _transposed(self, keys: ir.Value) -> ir.Value:
         """[B, Hkv, n, D] -> [B, Hkv, D, n]; runtimes fold it into the product that follows."""
@@ -136,14 +149,14 @@ class ChunkAttention(AttentionParts):
 
         return self.once("token of slot", build)
 
-    def _is_in_chunk(self) -> ir.Value:
-        """bool [B, 1, W, 1]: the slots that the chunk writes."""
+    def _is_in_chunk(self, rank: int) -> ir.Value:
+        """bool [B, 1, W, 1], or [B, 1, W] for a rank of 3: the slots that the chunk writes."""
 
         def build(b: Builder) -> ir.Value:
             written = b.op("Less", [self._age_of_slot(), b.ints(self.num_tokens, "num_tokens")])
-            return b.reshape(written, (*known_shape(written), 1))
+            return b.reshape(written, (*known_shape(written), *[1] * (rank - 3)))
 
-        return self.once("in chunk", build)
+        return self.once(f"in chunk of rank {rank}", build)
 
     def _sink_sources(self) -> ir.Value:
         """int64 [B, Hkv, S]: the chunk's token j - p that sink j is, as a row of the flat chunk; any if it is none."""
@@ -172,14 +185,14 @@ class ChunkAttention(AttentionParts):
 
         return self.once("becomes sink", build)
 
-    def _counts(self) -> ir.Value:
-        """bool [B, 1, T, 1]: whether a token of the chunk is valid."""
+    def _counts(self, rank: int) -> ir.Value:
+        """bool [B, 1, T, 1], or [B, 1, T] for a rank of 3: whether a token of the chunk is valid."""
 
         def build(b: Builder) -> ir.Value:
-            tokens = b.ints(np.arange(self.num_tokens).reshape(1, 1, -1, 1), "tokens")
-            return b.op("Less", [tokens, self._column(b, self._num_valid(), 4)])
+            tokens = b.ints(np.arange(self.num_tokens).reshape(1, 1, -1, *[1] * (rank - 3)), "tokens")
+            return b.op("Less", [tokens, self._column(b, self._num_valid(), rank)])
 
-        return self.once("counts", build)
+        return self.once(f"counts of rank {rank}", build)
 
     def _mask(self) -> ir.Value:
         """[B, 1, 1, T, S + W + T]: 0 where token t sees an entry; where it does not, what makes its weight 0.

@@ -13,6 +13,8 @@ from sinkexport.graph.edit import known_shape, replace_node
 from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION, STREAM_ANGLES
 from sinkexport.graph.passes.attention_parts import PerRun, operand
 from sinkexport.graph.passes.expand_chunk import ChunkAttention
+from sinkexport.graph.passes.expand_int8_chunk import Int8ChunkAttention
+from sinkexport.graph.passes.expand_int8_step import Int8StepAttention
 from sinkexport.graph.passes.expand_step import StepAttention
 
 
@@ -30,7 +32,9 @@ def expand_operators(model: ir.Model, target: str = "onnx") -> None:
             _expand_angles(graph, node)
         elif node.op_type == SINK_ATTENTION:
             one_token = known_shape(operand(node, 0))[2] == 1
-            (StepAttention if one_token else ChunkAttention)(graph, node, per_run, target).expand()
+            is_int8 = operand(node, 5).dtype == ir.DataType.INT8
+            step, chunk = (Int8StepAttention, Int8ChunkAttention) if is_int8 else (StepAttention, ChunkAttention)
+            (step if one_token else chunk)(graph, node, per_run, target).expand()
         else:
             raise ValueError(f"unknown operator {node.domain}::{node.op_type}")
     model.opset_imports.pop(DOMAIN, None)

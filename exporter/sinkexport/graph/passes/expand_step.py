@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape, replace_node
+from sinkexport.graph.edit import known_shape
 from sinkexport.graph.passes.attention_parts import AttentionParts, operand
 
 
@@ -22,36 +22,53 @@ class StepAttention(AttentionParts):
 
     def expand(self) -> None:
         b = self.b
-        # With one query head a key head the plain four axes do; otherwise an axis of the group is put in between.
-        heads = (self.batch, self.num_kv_heads)
-        grouped, shared = (heads, heads) if self.group == 1 else ((*heads, self.group), (*heads, 1))
-        capacity = self.num_sinks + self.window_size
-
-        states = self._write()
-        sinks, window = states[:-2], states[-2:]
+        sinks, window = self._write_sinks(), self._write_window()
         q = self.scaled(self.q)
-        keys_and_queries = [(window[0], q, self.window_size)]
+        logits, lengths = [self._window_logits(q, window)], [self.window_size]
         if self.num_sinks:
-            keys_and_queries.insert(0, (sinks[0], self.turned_back(q), self.num_sinks))
-        logits = [
-            b.matmul(b.reshape(keys, (*shared, length, self.head_dim)), b.reshape(query, (*grouped, self.head_dim, 1)))
-            for keys, query, length in keys_and_queries
-        ]  # [B, Hkv, G, S, 1] and [B, Hkv, G, W, 1]
-        joined = logits[0] if len(logits) == 1 else b.op("Concat", logits, (*grouped, capacity, 1), axis=-2)
-        joined = self.softcapped(b.reshape(joined, (*grouped, 1, capacity)))
-        weights = b.op("Softmax", [b.op("Add", [joined, self._mask(len(grouped) + 2)])], axis=-1)
-        pieces = b.split(weights, [length for *_, length in keys_and_queries], -1) if self.num_sinks else [weights]
-        out = self._weighted_sum(pieces[-1], window[1], shared)
+            logits.insert(0, self._logits(self.turned_back(q), sinks[0]))
+            lengths.insert(0, self.num_sinks)
+        capacity = sum(lengths)
+        joined = logits[0] if len(logits) == 1 else b.op("Concat", logits, (*self._grouped, capacity, 1), axis=-2)
+        joined = self.softcapped(b.reshape(joined, (*self._grouped, 1, capacity)))
+        weights = b.op("Softmax", [b.op("Add", [joined, self._mask(len(self._grouped) + 2)])], axis=-1)
+        pieces = b.split(weights, lengths, -1) if self.num_sinks else [weights]
+        out = self._window_sum(pieces[-1], window)
         if self.num_sinks:
-            out = b.op("Add", [self._weighted_sum(pieces[0], sinks[1], shared, of_sinks=True), out])
-        out = b.reshape(out, (self.batch, self.num_q_heads, 1, self.head_dim))
-        replace_node(self.node, b.nodes, [out, *(states if self.num_sinks else [None, None, *states])])
+            out = b.op("Add", [self._weighted_sum(pieces[0], sinks[1], of_sinks=True), out])
+        self.replace_node(b.reshape(out, (self.batch, self.num_q_heads, 1, self.head_dim)), sinks, window)
 
-    def _weighted_sum(
-        self, weights: ir.Value, values: ir.Value, shared: tuple[int, ...], *, of_sinks: bool = False
-    ) -> ir.Value:
+    # With one query head a key head the plain four axes do; otherwise an axis of the group is put in between.
+
+    @property
+    def _grouped(self) -> tuple[int, ...]:
+        """[B, Hkv, (G)], leading axes of what each query head has."""
+        heads = (self.batch, self.num_kv_heads)
+        return heads if self.group == 1 else (*heads, self.group)
+
+    @property
+    def _shared(self) -> tuple[int, ...]:
+        """[B, Hkv, (1)], leading axes of what the query heads of a key head share."""
+        heads = (self.batch, self.num_kv_heads)
+        return heads if self.group == 1 else (*heads, 1)
+
+    def _window_logits(self, q: ir.Value, window: list[ir.Value]) -> ir.Value:
+        """q [B, Hq, 1, D], scaled -> [B, Hkv, (G,) W, 1]."""
+        return self._logits(q, window[0])
+
+    def _window_sum(self, weights: ir.Value, window: list[ir.Value]) -> ir.Value:
+        """weights [B, Hkv, (G,) 1, W] -> [B, Hkv, (G,) 1, D]."""
+        return self._weighted_sum(weights, window[1])
+
+    def _logits(self, q: ir.Value, keys: ir.Value) -> ir.Value:
+        """q [B, Hq, 1, D], keys [B, Hkv, n, D] -> [B, Hkv, (G,) n, 1]."""
+        b, length = self.b, known_shape(keys)[2]
+        query = b.reshape(q, (*self._grouped, self.head_dim, 1))
+        return b.matmul(b.reshape(keys, (*self._shared, length, self.head_dim)), query)
+
+    def _weighted_sum(self, weights: ir.Value, values: ir.Value, *, of_sinks: bool = False) -> ir.Value:
         """weights [B, Hkv, (G,) 1, n] over values [B, Hkv, n, D] -> [B, Hkv, (G,) 1, D]."""
-        b = self.b
+        b, shared = self.b, self._shared
         *_, length, head_dim = known_shape(values)
         if len(shared) > 2 or not of_sinks:
             return b.matmul(weights, b.reshape(values, (*shared, length, head_dim)))
@@ -60,19 +77,18 @@ class StepAttention(AttentionParts):
         products = b.op("Mul", [b.reshape(weights, (*shared, length, 1)), values])
         return b.op("ReduceSum", [products, b.ints([-2], "axes")], (*shared, 1, head_dim), keepdims=1)
 
-    def _write(self) -> list[ir.Value]:
-        """The states after this token: [sink_k, sink_v,] window_k, window_v."""
-        b, states = self.b, []
+    def _write_sinks(self) -> list[ir.Value]:
+        """sink_k, sink_v after this token; none if S = 0."""
+        states: list[ir.Value] = []
         if self.num_sinks:
             for i, new in ((3, self.k), (4, self.v)):
                 sinks = operand(self.node, i)
-                states.append(b.op("Where", [self._is_this_token(), new, sinks], known_shape(sinks), new.dtype))
-        for i, new in ((5, self.k), (6, self.v)):
-            window = operand(self.node, i)
-            states.append(
-                b.op("TensorScatter", [window, new, self._slot()], known_shape(window), mode="linear", axis=2)
-            )
+                states.append(self.b.op("Where", [self._is_this_token(), new, sinks], known_shape(sinks), new.dtype))
         return states
+
+    def _write_window(self) -> list[ir.Value]:
+        """The window's states after this token: window_k, window_v."""
+        return [self.write_rows(operand(self.node, i), new, self._slot()) for i, new in ((5, self.k), (6, self.v))]
 
     def _slot(self) -> ir.Value:
         """int64 [B]: (t - S) mod W. While t < S it names a slot that is masked until it is written again."""
