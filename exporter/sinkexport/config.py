@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+from sinkrt.contract import TARGETS
 from sinkrt.errors import UsageError, problem
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class ExportConfig:
     is less. 1: no prefill graph, half the time to export.
     pin_system: a system message that the sinks must cover; num_sink_tokens is raised if it is longer.
     dtype: ``fp32 | fp16``, of weights, arithmetic and cache.
+    target: ``onnx | tensorrt``, whose operators and layers the graphs are made for. Both are standard ONNX.
     recipe: how to quantise; None: not at all. calibration: what a recipe with static ranges needs.
 
     Raises: UsageError.
@@ -42,6 +44,7 @@ class ExportConfig:
     dtype: str = "fp32"
     chunk_size: int | None = None
     pin_system: str | None = None
+    target: str = "onnx"
     recipe: Recipe | None = None
     calibration: CalibrationFile | None = None
 
@@ -61,10 +64,26 @@ class ExportConfig:
         if self.dtype not in WEIGHT_DTYPES:
             raise UsageError(problem("dtype", received=repr(self.dtype), expected=" | ".join(WEIGHT_DTYPES),
                                      fix="change --dtype"))
-
+        if self.target not in TARGETS:
+            raise UsageError(problem("target", received=repr(self.target), expected=" | ".join(TARGETS),
+                                     fix="change --target"))
+        if self.recipe is not None:
+            self._check_recipe(self.recipe)
         if self.num_tokens_per_chunk > self.window_size:
             raise UsageError(problem("chunk_size", received=self.chunk_size, expected=f"at most W = {self.window_size}",
                                      fix="lower --chunk or raise --window"))
+
+    def _check_recipe(self, recipe: Recipe) -> None:
+        if self.target not in recipe.targets:
+            raise UsageError(problem(f"recipe '{recipe.name}'", received=f"target {self.target}",
+                                     expected=" | ".join(recipe.targets), fix="change --target or the recipe"))
+        if recipe.needs_calibration and self.calibration is None:
+            raise UsageError(problem(f"recipe '{recipe.name}'", received="no calibration",
+                                     expected="ranges of this model's activations",
+                                     fix="this version cannot find them yet: use a recipe without static ranges"))
+        if recipe.kv != "fp":
+            raise UsageError(problem(f"recipe '{recipe.name}': kv", received=recipe.kv, expected="fp in this version",
+                                     fix="set kv: fp"))
 
     @property
     def num_tokens_per_chunk(self) -> int:

@@ -93,7 +93,7 @@ def export_loaded(
         report("hash", 0, 1)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
-            target="onnx",
+            target=config.target,
             weights_dtype=WEIGHT_DTYPES[config.dtype],
             model=_model_facts(loaded, shape, rotary, vocab_size=built.outputs[0].shape[-1]),
             stream=StreamFacts(config.num_sink_tokens, config.window_size, config.batch, num_tokens, POSITION_LIMIT),
@@ -121,7 +121,9 @@ def _build(
     step = StreamStep(loaded.model, config, shape, rotary, batch=batch, num_tokens=num_tokens).eval()
     recipe, dtype = config.recipe, WEIGHT_DTYPES[config.dtype]
     plan = None if recipe is None else RecipePlan(recipe, loaded.model, dtype, config.calibration)
-    return build_graph(trace(step), role, step.state_kinds, shape.num_layers, config.num_sink_tokens, plan)
+    return build_graph(
+        trace(step), role, step.state_kinds, shape.num_layers, config.target, config.num_sink_tokens, plan
+    )
 
 
 def _quantization(config: ExportConfig) -> Quantization | None:

@@ -55,7 +55,7 @@ CASES = [
 ]
 
 
-FORMS = pytest.mark.parametrize("form", ["torch", "onnx"])
+FORMS = pytest.mark.parametrize("form", ["torch", "onnx", "tensorrt"])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -63,7 +63,7 @@ FORMS = pytest.mark.parametrize("form", ["torch", "onnx"])
 def test_against_oracle(case: tuple, form: str) -> None:
     (batch, *_), (num_sinks, window) = case, case[5:7]
     oracle, operator, states = _subject(case)
-    step = operator if form == "torch" else _onnx_form(operator, case, 1)
+    step = operator if form == "torch" else _onnx_form(operator, case, 1, form)
     random = np.random.default_rng(7)
     for t in range(3 * (num_sinks + window) + 7):
         q, k, v = _random_tokens(random, case, 1)
@@ -92,7 +92,7 @@ def test_chunks_against_oracle(case: tuple, num_tokens: int, form: str, seed: in
     """Each stream takes 0 .. T tokens of every chunk, so that their positions drift apart; idle ones change nothing."""
     (batch, *_), (num_sinks, window) = case, case[5:7]
     oracle, operator, states = _subject(case)
-    chunk = operator if form == "torch" else _onnx_form(operator, case, num_tokens)
+    chunk = operator if form == "torch" else _onnx_form(operator, case, num_tokens, form)
     random = np.random.default_rng(seed)
     position = np.zeros(batch, dtype=np.int64)
     while position.min() < 6 * window + num_sinks + 7:
@@ -137,8 +137,8 @@ def _random_tokens(random: np.random.Generator, case: tuple, num_tokens: int) ->
     return tuple(2 * random.standard_normal(shape).astype(np.float32) for shape in shapes)
 
 
-def _onnx_form(operator: Operator, case: tuple, num_tokens: int):
-    """The operator as ONNX Runtime runs it, each state's input and output being one buffer."""
+def _onnx_form(operator: Operator, case: tuple, num_tokens: int, target: str):
+    """The operator for `target` as ONNX Runtime runs it, each state's input and output being one buffer."""
     batch = case[0]
     states = _subject(case)[2]
     tokens = [torch.from_numpy(x) for x in _random_tokens(np.random.default_rng(0), case, num_tokens)]
@@ -146,7 +146,7 @@ def _onnx_form(operator: Operator, case: tuple, num_tokens: int):
     arguments = (*tokens, torch.zeros(batch, dtype=torch.int64), states, *num_valid)
     model = _convert(torch.export.export(operator, arguments, strict=False))
     fold_small_constants(model)
-    expand_operators(model)
+    expand_operators(model, target)
     common.NameFixPass()(model)
     assert all(node.domain == "" for node in model.graph)
     assert model.opset_imports == {"": OPSET}

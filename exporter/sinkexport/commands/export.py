@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+from sinkrt.contract import TARGETS
 
 from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE, WEIGHT_DTYPES, ExportConfig
 from sinkexport.progress import shown_progress
+
+if TYPE_CHECKING:
+    from sinkexport.quant.recipe import Recipe
 
 STAGES = {
     "load": "Loading the model",
@@ -35,14 +40,18 @@ STAGES = {
               help="Raise S until the sinks cover this system message, so that no chat forgets it.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(sorted(WEIGHT_DTYPES)), default="fp32", show_default=True,
               help="Of weights, arithmetic and cache.")  # fmt: skip
+@click.option("--recipe", metavar="NAME|FILE",
+              help="Quantise as a recipe says: one of 'sinkexport inspect recipes', or a .yaml file.")  # fmt: skip
+@click.option("--target", type=click.Choice(TARGETS), default="onnx", show_default=True,
+              help="tensorrt: graphs that TensorRT parses and builds, prefill too.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
 def command(
     model: str, output: Path, sink_tokens: int, window: int, batch: int, chunk: int | None, pin_system: str | None,
-    dtype: str, overwrite: bool,
+    dtype: str, recipe: str | None, target: str, overwrite: bool,
 ) -> None:
     """Export MODEL (a local directory, a .gguf file or a Hub id) to a bundle."""
     # Bad numbers are told before torch is loaded.
-    config = ExportConfig(sink_tokens, window, batch, dtype, chunk, pin_system)
+    config = ExportConfig(sink_tokens, window, batch, dtype, chunk, pin_system, target, _loaded(recipe))
     from sinkexport.pipeline import export
 
     start = time.perf_counter()
@@ -51,8 +60,17 @@ def command(
     facts = manifest.model
     click.echo(
         f"{output}: {facts.name} ({facts.num_parameters / 1e6:.0f}M parameters, {facts.num_layers} layers), "
-        f"S={manifest.stream.num_sink_tokens} W={window} B={batch} T={manifest.stream.chunk_size} {dtype}, "
+        f"S={manifest.stream.num_sink_tokens} W={window} B={batch} T={manifest.stream.chunk_size} {dtype}"
+        f"{'' if config.recipe is None else ' ' + config.recipe.name}, "
         f"{sum(f.bytes for f in manifest.files.values()) / 1e6:.0f} MB + {manifest.state_bytes / 1e6:.1f} MB state, "
         f"{time.perf_counter() - start:.1f} s"
     )
 
+
+
+def _loaded(recipe: str | None) -> Recipe | None:
+    if recipe is None:
+        return None
+    from sinkexport.quant.recipe import load_recipe
+
+    return load_recipe(recipe)

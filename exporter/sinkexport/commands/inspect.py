@@ -1,4 +1,4 @@
-"""``sinkexport inspect``: what a bundle holds, or which families export."""
+"""``sinkexport inspect``: what a bundle holds, which families export, which recipes there are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 from rich.text import Text
-from sinkrt.contract import FileFacts, Manifest, load_manifest
+from sinkrt.contract import MANIFEST_NAME, FileFacts, Manifest, Quantization, load_manifest
 
 from sinkexport.console import table_console
 from sinkexport.families import describe
@@ -19,12 +19,15 @@ MB = 1e6
 
 
 @click.command(name="inspect")
-@click.argument("what", metavar="DIR|families")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable: the manifest, or the families.")
+@click.argument("what", metavar="DIR|families|recipes")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable: the manifest, the families or the recipes.")
 def command(what: str, as_json: bool) -> None:
-    """Show the bundle DIR, or the table of model families."""
+    """Show the bundle DIR, the table of model families or that of quantisation recipes."""
     if what == "families" and not Path(what).exists():
         _show_families(as_json)
+        return
+    if what == "recipes" and not Path(what).joinpath(MANIFEST_NAME).exists():
+        _show_recipes(as_json)
         return
     bundle = Path(what)
     manifest = load_manifest(bundle)
@@ -45,6 +48,22 @@ def _show_families(as_json: bool) -> None:
     table_console().print(table)
 
 
+def _show_recipes(as_json: bool) -> None:
+    from sinkexport.quant.recipe import load_recipe, recipe_names
+
+    recipes = [load_recipe(name) for name in recipe_names()]
+    if as_json:
+        click.echo(json.dumps([recipe.model_dump() for recipe in recipes], indent=1))
+        return
+    table = Table("recipe", "weights", "inputs", "output projection", "window", "targets", "", box=None, pad_edge=False)
+    for recipe in recipes:
+        weights = recipe.weights
+        share = "channel" if weights.block_size is None else f"{weights.block_size} inputs"
+        table.add_row(recipe.name, f"int{weights.bits}, a scale per {share}", recipe.activations.mode, recipe.lm_head,
+                      recipe.kv, _listed(list(recipe.targets)), recipe.description)  # fmt: skip
+    table_console().print(table)
+
+
 def _show_bundle(bundle: Path, manifest: Manifest) -> None:
     model, stream = manifest.model, manifest.stream
     rows = [
@@ -56,6 +75,7 @@ def _show_bundle(bundle: Path, manifest: Manifest) -> None:
         ("cache", f"{stream.num_sink_tokens} sinks + window of {stream.window_size} = {stream.capacity} tokens"),
         ("streams", f"{stream.batch}"),
         ("target", manifest.target),
+        ("quantised", _quantised(manifest.quantization)),
         *((f"{role} graph", f"{graph.file}, {graph.num_tokens} token(s) a run")
           for role, graph in manifest.graphs.items()),
         ("tokenizer", "none: token ids only" if manifest.tokenizer is None else
@@ -71,11 +91,18 @@ def _show_bundle(bundle: Path, manifest: Manifest) -> None:
         console.print()
 
 
+def _quantised(facts: Quantization | None) -> str:
+    if facts is None:
+        return "no"
+    return f"{facts.recipe}: {facts.weights} weights, {facts.activations} inputs, {facts.kv} window"
+
+
 def _memory(manifest: Manifest) -> Table:
     """Bytes that decoding holds; they are all there is, however long the stream."""
     table = Table("memory", "dtype", box=None, pad_edge=False)
     table.add_column("MB", justify="right")
-    table.add_row("weights", manifest.weights_dtype, f"{manifest.weights_bytes / MB:.1f}")
+    weights = manifest.weights_dtype if manifest.quantization is None else manifest.quantization.weights
+    table.add_row("weights", weights, f"{manifest.weights_bytes / MB:.1f}")
     for label, kind in (("sink keys and values", "sink"), ("window keys and values", "window")):
         states = [state for state in manifest.states if state.kind.startswith(kind)]
         if states:

@@ -22,6 +22,7 @@ from sinkexport.graph.passes.norms import fuse_rms_norms
 from sinkexport.graph.passes.products import module_of
 from sinkexport.graph.passes.quantize import Plan, quantize
 from sinkexport.graph.passes.quantize_ort import OrtForm
+from sinkexport.graph.passes.quantize_qdq import QdqForm
 from sinkexport.graph.passes.static_reshape import make_reshapes_static
 from sinkexport.graph.passes.weights import fold_weight_transposes, merge_projections
 
@@ -51,10 +52,11 @@ def build_graph(
     role: str,
     state_kinds: Sequence[str],
     num_layers: int,
+    target: str = "onnx",
     num_sinks: int = 0,
     plan: Plan | None = None,
 ) -> BuiltGraph:
-    """Convert a traced run.
+    """Convert a traced run into operators that `target` takes (``onnx | tensorrt``).
 
     role: ``decode`` or ``prefill``, the graph's name. state_kinds: the states of one layer in the order of the trace's
     inputs: ids, position, the states, and num_valid if there is one. num_sinks: S.
@@ -72,8 +74,9 @@ def build_graph(
         merge_projections(model)
     else:
         merge_projections(model, lambda name: plan.kind(module_of(name)))
-        quantize(model, plan, OrtForm(model.graph, model.graph.inputs[1], num_sinks))
-    expand_operators(model)
+        form = OrtForm if target == "onnx" else QdqForm
+        quantize(model, plan, form(model.graph, model.graph.inputs[1], num_sinks))
+    expand_operators(model, target)
     make_reshapes_static(model)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)

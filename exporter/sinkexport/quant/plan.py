@@ -23,7 +23,13 @@ class RecipePlan:
     weights may be the embedding's.
     """
 
-    def __init__(self, recipe: Recipe, model: Any, dtype: Literal["float32", "float16"], calibration: CalibrationFile | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: Any,
+        dtype: Literal["float32", "float16"],
+        calibration: CalibrationFile | None = None,
+    ) -> None:
         self._recipe = recipe.for_family(model.config.get_text_config().model_type)
         self._calibration = calibration
         self._scale_dtype: Literal["float32", "float16"] = dtype

@@ -31,11 +31,11 @@ class AttentionParts:
     """One SinkAttention node about to be expanded, and its pieces that do not depend on the number of tokens.
 
     batch, num_q_heads, num_tokens, head_dim: B, Hq, T, D. num_kv_heads, group: Hkv, Hq / Hkv.
-    num_sinks, window_size: S, W. b: collects the new nodes.
+    num_sinks, window_size: S, W. b: collects the new nodes. target: ``onnx | tensorrt``, what the graph is for.
     """
 
-    def __init__(self, graph: ir.Graph, node: ir.Node, per_run: PerRun) -> None:
-        self.node, self.b, self._per_run = node, Builder(graph), per_run
+    def __init__(self, graph: ir.Graph, node: ir.Node, per_run: PerRun, target: str = "onnx") -> None:
+        self.node, self.b, self._per_run, self.target = node, Builder(graph), per_run, target
         self.q, self.k, self.v = (operand(node, i) for i in range(3))
         self.batch, self.num_q_heads, self.num_tokens, self.head_dim = known_shape(self.q)
         self.num_kv_heads = known_shape(self.k)[1]

@@ -59,10 +59,21 @@ class ChunkAttention(AttentionParts):
             old = operand(node, i)
             evicted.append(self._rows(old, self._slots(), chunk_shape))
             kept = b.op("Where", [self._counts(), new, evicted[-1]], chunk_shape, new.dtype)
-            window.append(
-                b.op("TensorScatter", [old, kept, self._first_slot()], known_shape(old), mode="circular", axis=2)
-            )
+            window.append(self._placed(old, kept))
         return tuple(sinks), tuple(window), tuple(evicted)
+
+    def _placed(self, old: ir.Value, kept: ir.Value) -> ir.Value:
+        """old [B, Hkv, W, ..] with kept [B, Hkv, T, ..] in the chunk's slots.
+
+        TensorRT's parser refuses a circular TensorScatter, so there each slot selects its row. That touches the whole
+        window, T times as seldom as a step does; a slot reads no other slot, so one buffer stays safe.
+        """
+        b, shape = self.b, known_shape(old)
+        if self.target != "tensorrt":
+            return b.op("TensorScatter", [old, kept, self._first_slot()], shape, mode="circular", axis=2)
+        flat = b.reshape(kept, (int(np.prod(known_shape(kept)[:3])), *shape[3:]))
+        rows = b.op("Gather", [flat, self._token_of_slot()], shape, old.dtype, axis=0)
+        return b.op("Where", [self._is_in_chunk(len(shape)), rows, old], shape, old.dtype)
 
     def _rows(self, values: ir.Value, index: ir.Value, shape: tuple[int, ...]) -> ir.Value:
         """Rows of values [B, Hkv, n, D] by their index in the flat [B*Hkv*n, D]."""
@@ -106,6 +117,34 @@ class ChunkAttention(AttentionParts):
             return b.op("Add", [slot, self._row_offsets(b, self.window_size)])
 
         return self.once("slots", build)
+
+    def _age_of_slot(self) -> ir.Value:
+        """int64 [B, 1, W]: (slot - first) mod W, the token of the chunk that goes to each slot if it is < T."""
+
+        def build(b: Builder) -> ir.Value:
+            slots = b.ints(np.arange(self.window_size).reshape(1, 1, -1), "slots")
+            after_first = b.op("Sub", [slots, self._column(b, self._first_slot(), 3)])
+            return b.op("Mod", [after_first, b.ints(self.window_size, "window_size")])
+
+        return self.once("age of slot", build)
+
+    def _token_of_slot(self) -> ir.Value:
+        """int64 [B, Hkv, W]: what goes to each slot, as a row of the flat chunk; any if nothing does."""
+
+        def build(b: Builder) -> ir.Value:
+            token = b.op("Min", [self._age_of_slot(), b.ints(self.num_tokens - 1, "last")])
+            return b.op("Add", [token, self._row_offsets(b, self.num_tokens)])
+
+        return self.once("token of slot", build)
+
+    def _is_in_chunk(self, rank: int) -> ir.Value:
+        """bool [B, 1, W, ..]: the slots that the chunk writes."""
+
+        def build(b: Builder) -> ir.Value:
+            written = b.op("Less", [self._age_of_slot(), b.ints(self.num_tokens, "num_tokens")])
+            return b.reshape(written, (*known_shape(written), *[1] * (rank - 3)))
+
+        return self.once(f"in chunk, rank {rank}", build)
 
     def _sink_sources(self) -> ir.Value:
         """int64 [B, Hkv, S]: the chunk's token j - p that sink j is, as a row of the flat chunk; any if it is none."""

@@ -16,8 +16,8 @@ from sinkexport.graph.passes.expand_chunk import ChunkAttention
 from sinkexport.graph.passes.expand_step import StepAttention
 
 
-def expand_operators(model: ir.Model) -> None:
-    """Replace every node of domain ``ai.sinkexport`` by standard operators.
+def expand_operators(model: ir.Model, target: str = "onnx") -> None:
+    """Replace every node of domain ``ai.sinkexport`` by standard operators, those that `target` takes.
 
     Attention over one token and over a chunk have forms of their own: one is bound by memory, the other by arithmetic.
     """
@@ -30,7 +30,7 @@ def expand_operators(model: ir.Model) -> None:
             _expand_angles(graph, node)
         elif node.op_type == SINK_ATTENTION:
             one_token = known_shape(operand(node, 0))[2] == 1
-            (StepAttention if one_token else ChunkAttention)(graph, node, per_run).expand()
+            (StepAttention if one_token else ChunkAttention)(graph, node, per_run, target).expand()
         else:
             raise ValueError(f"unknown operator {node.domain}::{node.op_type}")
     model.opset_imports.pop(DOMAIN, None)

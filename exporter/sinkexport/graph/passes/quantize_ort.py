@@ -13,17 +13,14 @@ INT8 inputs are unsigned with zero point 128 where they are static: on x86 the k
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import numpy as np
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import constant, known_shape, lazy_weight, replace_node
-from sinkexport.graph.passes.attention_parts import PerRun
+from sinkexport.graph.edit import constant, known_shape, replace_node
 from sinkexport.graph.passes.products import Product
 from sinkexport.graph.passes.quantize import InputScale
+from sinkexport.graph.passes.quantize_form import FormParts
 from sinkexport.graph.passes.quantized_weight import QuantizedWeight
 
 DOMAIN = "com.microsoft"
@@ -36,19 +33,16 @@ INT8_ARITHMETIC = 4
 ZERO_POINT = 128
 
 
-class OrtForm:
-    """Writes one graph. position: int64 [B] of the first token; num_sinks: S."""
+class OrtForm(FormParts):
+    """Writes one graph."""
 
     def __init__(self, graph: ir.Graph, position: ir.Value, num_sinks: int) -> None:
-        self._graph = graph
-        self._position = position
-        self._num_sinks = num_sinks
-        self._per_run = PerRun(graph)
+        super().__init__(graph, position, num_sinks)
         graph.opset_imports[DOMAIN] = 1
 
     def weight_only(self, product: Product, weight: QuantizedWeight) -> None:
         """x @ W, x in floating point."""
-        b, block = Builder(self._graph), block_size(weight)
+        b, block = Builder(self.graph), block_size(weight)
         inputs = [product.x, *self._blocks(weight, product.x.dtype)]
         result = b.op("MatMulNBits", inputs, known_shape(product.node.outputs[0]), product.x.dtype, domain=DOMAIN,
                       K=weight.num_inputs, N=weight.num_outputs, bits=weight.scheme.bits, block_size=block,
@@ -57,7 +51,7 @@ class OrtForm:
 
     def gather(self, node: ir.Node, weight: QuantizedWeight) -> None:
         """Rows of a table: taken as they are stored, then turned to floating point. They may be a product's weights."""
-        b, bits = Builder(self._graph), weight.scheme.bits
+        b, bits = Builder(self.graph), weight.scheme.bits
         ids, result = node.inputs[1], node.outputs[0]
         if ids is None or result.dtype is None:
             raise ValueError(f"Gather '{node.name}' without indices or type")
@@ -79,7 +73,7 @@ class OrtForm:
 
     def dynamic(self, product: Product, weight: QuantizedWeight) -> None:
         """x @ W, each token of x rounded to 0 .. 255 with a scale and a zero point of its own."""
-        b = Builder(self._graph)
+        b = Builder(self.graph)
         x, rows, shape = self._as_float(b, product.x), product.num_rows, known_shape(product.node.outputs[0])
         matrix, scales = self._matrix(weight), self._scales(weight)
         if rows == 1:
@@ -95,12 +89,12 @@ class OrtForm:
 
     def static(self, product: Product, weight: QuantizedWeight, scale: InputScale) -> None:
         """x @ W, x rounded with scales that calibration found."""
-        b = Builder(self._graph)
+        b = Builder(self.graph)
         x, shape = self._as_float(b, product.x), known_shape(product.node.outputs[0])
         step, before, after = self._static_scale(b, product, scale)
         if before is not None:
             x = b.op("Mul", [x, before])
-        zero = constant(self._graph, np.asarray(ZERO_POINT, np.uint8), "zero_point")
+        zero = constant(self.graph, np.asarray(ZERO_POINT, np.uint8), "zero_point")
         quantized = b.op("QuantizeLinear", [x, step, zero], known_shape(x), ir.DataType.UINT8)
         out = b.op("MatMulIntegerToFloat",
                    [quantized, self._matrix(weight), step, self._scales(weight), zero],
@@ -114,35 +108,17 @@ class OrtForm:
     ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
         """The scale, and what the tokens are to be multiplied by before and after the product, if they differ.
 
-        A single token takes the sinks' scale or the others'; of several, sinks are made smaller and the product larger.
+        A single token takes the sinks' scale or the others', which costs one small node.
         """
         rest = b.scalar(scale.rest, ir.DataType.FLOAT)
-        if scale.sinks is None or not self._num_sinks:
+        if scale.sinks is None or not self.num_sinks:
             return rest, None, None
-        rows = known_shape(product.x)[:-1]
-        is_sink = self._is_sink(product.node, rows)
-        if product.num_rows == 1:
-            sinks = b.scalar(scale.sinks, ir.DataType.FLOAT)
-            only = self._per_run.once("one token", product.node, lambda b: b.reshape(is_sink, ()))
-            return b.op("Where", [only, sinks, rest], (), ir.DataType.FLOAT), None, None
-        one, shape = b.scalar(1.0, ir.DataType.FLOAT), (*rows, 1)
-        before, after = (
-            b.op("Where", [is_sink, b.scalar(factor, ir.DataType.FLOAT), one], shape, ir.DataType.FLOAT)
-            for factor in (scale.rest / scale.sinks, scale.sinks / scale.rest)
-        )
-        return rest, before, after
-
-    def _is_sink(self, before: ir.Node, rows: tuple[int, ...]) -> ir.Value:
-        """bool [*rows, 1]: whether a token of the run, at position + 0 .. T-1 of its stream, is a sink."""
-        batch = known_shape(self._position)[0]
-
-        def build(b: Builder) -> ir.Value:
-            tokens = b.ints(np.arange(math.prod(rows) // batch).reshape(1, -1), "tokens")
-            position = b.op("Add", [b.reshape(self._position, (batch, 1)), tokens])
-            is_sink = b.op("Less", [position, b.ints(self._num_sinks, "num_sinks")])
-            return b.reshape(is_sink, (*rows, 1))
-
-        return self._per_run.once(("is sink", rows), before, build)
+        if product.num_rows > 1:
+            return rest, *self.sink_factors(b, product, scale)
+        is_sink = self.is_sink(product.node, known_shape(product.x)[:-1])
+        only = self.per_run.once("one token", product.node, lambda b: b.reshape(is_sink, ()))
+        sinks = b.scalar(scale.sinks, ir.DataType.FLOAT)
+        return b.op("Where", [only, sinks, rest], (), ir.DataType.FLOAT), None, None
 
     # --- weights ---
 
@@ -152,36 +128,28 @@ class OrtForm:
         groups = -(-weight.num_inputs // block)
         shape = (weight.num_outputs, groups)
         parts = [
-            self._lazy(weight, "packed", ir.DataType.UINT8, (*shape, block * bits // 8), lambda: packed(weight)),
-            self._lazy(weight, "scales", dtype or ir.DataType.FLOAT, shape, lambda: _repeated(weight.scales(), groups)),
+            self.lazy(weight, "packed", ir.DataType.UINT8, (*shape, block * bits // 8), lambda: packed(weight)),
+            self.lazy(weight, "scales", dtype or ir.DataType.FLOAT, shape, lambda: _repeated(weight.scales(), groups)),
         ]
         if not weight.scheme.symmetric:
             zeros = (weight.num_outputs, -(-groups * bits // 8))
-            parts.append(self._lazy(weight, "zero_points", ir.DataType.UINT8, zeros, lambda: packed_zeros(weight)))
+            parts.append(self.lazy(weight, "zero_points", ir.DataType.UINT8, zeros, lambda: packed_zeros(weight)))
         return parts
 
     def _matrix(self, weight: QuantizedWeight) -> ir.Value:
         """int8 [K, N]."""
         shape = (weight.num_inputs, weight.num_outputs)
-        return self._lazy(weight, "int8", ir.DataType.INT8, shape, lambda: np.ascontiguousarray(weight.integers().T))
+        return self.lazy(weight, "int8", ir.DataType.INT8, shape, lambda: np.ascontiguousarray(weight.integers().T))
 
     def _scales(self, weight: QuantizedWeight) -> ir.Value:
         """float32 [N]."""
-        return self._lazy(weight, "scales", ir.DataType.FLOAT, (weight.num_outputs,), lambda: weight.scales()[:, 0])
+        return self.lazy(weight, "scales", ir.DataType.FLOAT, (weight.num_outputs,),
+                         lambda: weight.scales()[:, 0].astype(np.float32))  # fmt: skip
 
     def _column_sums(self, weight: QuantizedWeight) -> ir.Value:
         """float32 [N]: sums of the integers over K."""
-        return self._lazy(weight, "sums", ir.DataType.FLOAT, (weight.num_outputs,),
+        return self.lazy(weight, "sums", ir.DataType.FLOAT, (weight.num_outputs,),
                           lambda: weight.integers().sum(axis=1, dtype=np.int32).astype(np.float32))  # fmt: skip
-
-    def _lazy(
-        self, weight: QuantizedWeight, what: str, dtype: ir.DataType, shape: tuple[int, ...],
-        make: Callable[[], np.ndarray],
-    ) -> ir.Value:  # fmt: skip
-        name = f"{weight.name}.{what}"
-        if name not in self._graph.initializers:
-            lazy_weight(self._graph, name, dtype, shape, make)
-        return self._graph.initializers[name]
 
     # --- types ---
 
@@ -230,7 +198,7 @@ def packed_zeros(weight: QuantizedWeight) -> np.ndarray:
         raise ValueError(f"'{weight.name}' is symmetric")
     if weight.scheme.bits == 8:
         return zeros
-    return _nibbles(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2))))
+    return _nibbles(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)), constant_values=8))
 
 
 def _nibbles(values: np.ndarray) -> np.ndarray:

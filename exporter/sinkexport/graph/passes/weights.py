@@ -72,7 +72,8 @@ def _use_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
 def merge_projections(model: ir.Model, kind: Callable[[str], object] | None = None) -> None:
     """MatMuls of one input with weights of their own become one MatMul and a Split (q, k, v; gate, up).
 
-    Biases are joined as well if every one of them has one. kind: of a weight's name; only weights of one kind are joined.
+    Biases are joined as well if every one of them has one.
+    kind: of a weight, by its name; only weights of one kind are joined. None: all are of one kind.
     """
     graph = model.graph
     by_input: dict[tuple[ir.Value, object], list[ir.Node]] = defaultdict(list)
