@@ -10,12 +10,13 @@ the folder TEXTS that matches the pattern, except those whose name contains `--h
 DIR becomes a plain Hugging Face folder (config.json, model.safetensors, tokenizer.json) with fresh_model.json beside:
 perplexity on the held-out text, of the model and of token frequencies alone, and all that it was made with. The same
 texts, seed, number of threads and machine give the same weights; the defaults take about five minutes on two cores
-that have bfloat16 instructions.
+that have bfloat16 instructions. A run that is cut short goes on where it was when it is started again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import time
@@ -40,6 +41,7 @@ LENGTH = 512
 """Tokens that the model sees at a time while it learns."""
 
 LEARNING_RATE, LEAST_LEARNING_RATE, WARM_UP_STEPS = 2e-3, 1e-4, 30
+CHECKPOINT_STEPS = 50
 Ids = npt.NDArray[np.int64]
 
 
@@ -121,19 +123,29 @@ def learning_rate(step: int, steps: int) -> float:
     return LEAST_LEARNING_RATE + (LEARNING_RATE - LEAST_LEARNING_RATE) * (1 + math.cos(math.pi * share)) / 2
 
 
-def train(model: Any, ids: Ids, starts: npt.NDArray[np.int64], report: Report) -> list[float]:
+def train(model: Any, ids: Ids, starts: npt.NDArray[np.int64], checkpoint: Path, report: Report) -> list[float]:
     """Returns the loss of every step, nats a token.
+
+    checkpoint: written every `CHECKPOINT_STEPS`. A run that is cut short goes on from there when it is started again;
+    nothing is drawn at random on the way, so the result is the same. It counts only for the same ids and starts.
 
     Raises: SystemExit if the loss is not a number any more.
     """
+    work = hashlib.sha256(ids.tobytes() + starts.tobytes()).hexdigest()
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]  # gains of norms
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
     )
+    losses: list[float] = []
+    if checkpoint.is_file() and (saved := torch.load(checkpoint))["work"] == work:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        losses = saved["losses"]
     model.train()
-    losses = []
     for step, row in enumerate(starts):
+        if step < len(losses):
+            continue
         sequences = torch.from_numpy(ids[row[:, None] + np.arange(LENGTH + 1)])  # [batch, LENGTH + 1]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, len(starts))
@@ -147,6 +159,10 @@ def train(model: Any, ids: Ids, starts: npt.NDArray[np.int64], report: Report) -
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise SystemExit(f"step {step}: the loss is {losses[-1]}; try another --seed or a larger --batch")
+        if (step + 1) % CHECKPOINT_STEPS == 0:
+            state = {"work": work, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+            torch.save(state, partial := checkpoint.with_suffix(".partial"))
+            partial.replace(checkpoint)
         report("train", step + 1, len(starts))
     model.eval()
     return losses
@@ -187,9 +203,12 @@ def run(arguments: argparse.Namespace) -> None:
         tokenizer = train_tokenizer(list(learnt_texts.values()))
         learnt, held = (encode(tokenizer, list(texts.values())) for texts in (learnt_texts, held_texts))
         model = transformers.LlamaForCausalLM(config(tokenizer.token_to_id(END)))
-        losses = train(model, learnt, batches(learnt, arguments.batch, arguments.steps, arguments.seed), show)
+        starts = batches(learnt, arguments.batch, arguments.steps, arguments.seed)
+        checkpoint = out / "checkpoint.pt"
+        losses = train(model, learnt, starts, checkpoint, show)
         show("measure", 0, 1)
         model_perplexity = perplexity(model, held)
+    checkpoint.unlink(missing_ok=True)
     model.save_pretrained(out)
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END).save_pretrained(out)
     facts = {
@@ -202,7 +221,7 @@ def run(arguments: argparse.Namespace) -> None:
         "steps": arguments.steps,
         "tokens_per_step": arguments.batch * LENGTH,
         "seed": arguments.seed,
-        "seconds": time.perf_counter() - start,
+        "seconds": time.perf_counter() - start,  # of the last part, if it was cut short
         "losses": losses,
         "perplexity": model_perplexity,
         "unigram_perplexity": unigram_perplexity(learnt, held),

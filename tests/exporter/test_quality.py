@@ -1,4 +1,4 @@
-"""The gate of quantised bundles: its figures are those of float64 NumPy, its thresholds hold and fail, bad input is told.
+"""The gate of quantised bundles: figures are those of float64 NumPy, thresholds hold and fail, bad input is told.
 
 The toy bundle has a definition in a few lines of NumPy, rounded weights or not; so what the gate says of it can be
 computed without any of the code that is tested.
