@@ -10,7 +10,7 @@ from sinkrt.contract import TARGETS
 from sinkrt.errors import UsageError, problem
 
 if TYPE_CHECKING:
-    from sinkexport.quant.calibration import CalibrationFile
+    from sinkexport.quant.ranges import Ranges
     from sinkexport.quant.recipe import Recipe
 
 WEIGHT_DTYPES: Mapping[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
@@ -46,7 +46,7 @@ class ExportConfig:
     pin_system: str | None = None
     target: str = "onnx"
     recipe: Recipe | None = None
-    calibration: CalibrationFile | None = None
+    calibration: Ranges | None = None
 
     def __post_init__(self) -> None:
         for name, option, low in (

@@ -21,8 +21,10 @@ from sinkexport.graph.passes.quantize_ort import OrtForm, block_size, packed, pa
 from sinkexport.graph.passes.quantize_qdq import QdqForm
 from sinkexport.graph.passes.quantized_weight import QuantizedWeight, WeightScheme
 from sinkexport.pipeline import export_loaded
+from sinkexport.quant.ranges import InputRange
 from sinkexport.quant.recipe import Recipe, load_recipe, parse_recipe
 from sinkexport.sources import LoadedModel
+from sinkexport.verify import verify
 from sinkrt import Session
 from sinkrt.errors import UsageError
 
@@ -215,7 +217,7 @@ def test_a_tensorrt_bundle_with_int8_weights_is_the_model_with_rounded_weights(n
 
     By default ONNX Runtime makes INT8 products of them, which round their inputs as well: its optimiser is off here.
     """
-    recipe = load_recipe("int8-weights")
+    recipe = load_recipe("int8-channel")
     exported(tiny_model(name), tmp_path / "q", recipe, target="tensorrt", batch=2).close()
     step = plain_steps(tmp_path / "q" / "decode.onnx")
     with exported(with_rounded_weights(tiny_model(name)), tmp_path / "f", None, batch=2) as rounded:
@@ -250,7 +252,7 @@ def test_float16_bundles_take_recipes_too(tmp_path: Path) -> None:
 def test_a_tied_table_is_stored_once_and_weights_are_small(tmp_path: Path) -> None:
     model = tiny_model("llama-tied")
     matrices = {id(p): p.numel() for p in model.parameters() if p.ndim == 2}
-    with exported(model, tmp_path / "b", load_recipe("int8-weights")) as session:
+    with exported(model, tmp_path / "b", load_recipe("int8-channel")) as session:
         graph = onnx.load(tmp_path / "b" / "decode.onnx", load_external_data=False).graph
     tables = [i.name for i in graph.initializer if i.data_type == onnx.TensorProto.UINT8 and i.dims[0] == 97]
     assert len(tables) == 1
@@ -303,7 +305,7 @@ def test_an_untied_embedding_may_stay_in_floating_point(tmp_path: Path) -> None:
     "name", [pytest.param(name, marks=needs_tensorrt) for name in ("llama", "llama-tied")]
 )
 def test_tensorrt_builds_int8_weights(name: str, tmp_path: Path) -> None:
-    with exported(tiny_model(name), tmp_path / "b", load_recipe("int8-weights"), target="tensorrt") as session:
+    with exported(tiny_model(name), tmp_path / "b", load_recipe("int8-channel"), target="tensorrt") as session:
         for graph in session.manifest.graphs.values():
             report = build_engine(tmp_path / "b" / graph.file)
             assert report.engine_bytes > 0
@@ -314,11 +316,50 @@ def test_recipes_that_cannot_be_followed_are_refused() -> None:
     with pytest.raises(UsageError, match="recipe 'int8-dynamic': received target tensorrt, expected onnx"):
         ExportConfig(recipe=load_recipe("int8-dynamic"), target="tensorrt")
     static = edited(
-        "int8-weights", activations={"mode": "static", "sinks": "separate"},
+        "int8-channel", activations={"mode": "static", "sinks": "separate"},
         calibration={"method": "minmax", "samples": 1, "length": 64},
     )  # fmt: skip
     with pytest.raises(UsageError, match="received no calibration"):
         ExportConfig(recipe=static)
+
+
+def test_verify_asks_for_a_tolerance(tmp_path: Path) -> None:
+    exported(tiny_model("llama"), tmp_path / "b", load_recipe("int8-weights")).close()
+    loaded = LoadedModel(tiny_model("llama"), None, "tiny")
+    with pytest.raises(UsageError, match="a bundle quantised by 'int8-weights'"):
+        verify(tmp_path / "b", loaded)
+    assert verify(tmp_path / "b", loaded, tolerance=2.0, wraps=1).passed
+
+
+@pytest.mark.parametrize("sinks", ["separate", "excluded", "included"])
+def test_static_ranges_reach_the_graph(sinks: str, tmp_path: Path) -> None:
+    """With ranges that fit, a static bundle is near the floating-point one; the sinks' range is used as told."""
+
+    class Fixed:
+        sha256 = "0" * 64
+
+        def input_range(self, module: str, method: str) -> InputRange:
+            assert method == "minmax"
+            return InputRange(rest=8.0, sinks=32.0)
+
+    recipe = edited("int8-channel", activations={"mode": "static", "sinks": sinks}, lm_head="int8", targets=["onnx"],
+                    calibration={"method": "minmax", "samples": 1, "length": 64})  # fmt: skip
+    ids = random_ids(1, 20)
+    with exported(tiny_model("llama"), tmp_path / "q", recipe, calibration=Fixed()) as session:
+        steps = [session.step(column).copy() for column in ids.T]
+        session.reset()
+        assert np.abs(session.prefill(ids) - steps[-1]).max() < 2e-2 * steps[-1].std()
+        assert session.manifest.quantization is not None
+        assert session.manifest.quantization.activations == "static"
+    with exported(tiny_model("llama"), tmp_path / "f", None) as session:
+        exact = [session.step(column).copy() for column in ids.T]
+    errors = [np.abs(a - b).mean() / b.std() for a, b in zip(steps, exact, strict=True)]
+    assert 1e-3 < np.mean(errors) < 0.3
+    nodes = [n.op_type for n in onnx.load(tmp_path / "q" / "decode.onnx", load_external_data=False).graph.node]
+    assert nodes.count("MatMulIntegerToFloat") == 8  # 4 products a layer
+    chosen = {"separate": 8, "excluded": 0, "included": 0}[sinks]
+    base = onnx.load(tmp_path / "f" / "decode.onnx", load_external_data=False).graph.node
+    assert nodes.count("Where") == [n.op_type for n in base].count("Where") + chosen
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:

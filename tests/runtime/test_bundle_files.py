@@ -124,6 +124,24 @@ def test_a_manifest_survives_a_round_trip(bundle: Path) -> None:
     assert manifest.state_bytes == 2 * 4 * toy.num_kv_heads * toy.head_dim * toy.capacity
 
 
+def test_bundles_of_the_first_schema_are_read(bundle: Path) -> None:
+    edited(lambda m: (m.pop("quantization"), m.update(schema_version=1)))(bundle)
+    manifest = load_manifest(bundle)
+    assert (manifest.schema_version, manifest.quantization) == (1, None)
+
+
+def test_a_quantised_bundle_says_how(bundle: Path) -> None:
+    facts = {"recipe": "mine", "weights": "int8", "activations": "static", "kv": "fp", "calibration_sha256": None,
+             "thresholds": {"perplexity_increase": 1}}  # fmt: skip
+    edited(lambda m: m.update(quantization=facts))(bundle)
+    found = load_manifest(bundle).quantization
+    assert found is not None
+    assert (found.recipe, found.thresholds) == ("mine", {"perplexity_increase": 1.0})
+    edited(lambda m: m.update(quantization={**facts, "weights": "int3"}))(bundle)
+    with pytest.raises(BundleError, match=r"quantization\.weights: received int3, expected int8 \| int4"):
+        load_manifest(bundle)
+
+
 def test_the_fingerprint_is_that_of_weights_and_geometry(bundle: Path, tmp_path: Path) -> None:
     own = load_manifest(bundle).fingerprint
     assert load_manifest(build_toy(tmp_path / "same")).fingerprint == own

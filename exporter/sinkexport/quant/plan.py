@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from sinkexport.graph.passes.products import Product
 from sinkexport.graph.passes.quantize import InputScale, Treatment
 from sinkexport.graph.passes.quantized_weight import WeightScheme
+from sinkexport.quant.ranges import Ranges
 from sinkexport.quant.recipe import Recipe
-
-if TYPE_CHECKING:
-    from sinkexport.quant.calibration import CalibrationFile
 
 HIGHEST = 127
 """The bound of a static range is this integer."""
@@ -28,7 +26,7 @@ class RecipePlan:
         recipe: Recipe,
         model: Any,
         dtype: Literal["float32", "float16"],
-        calibration: CalibrationFile | None = None,
+        calibration: Ranges | None = None,
     ) -> None:
         self._recipe = recipe.for_family(model.config.get_text_config().model_type)
         self._calibration = calibration
