@@ -123,8 +123,8 @@ def learning_rate(step: int, steps: int) -> float:
     return LEAST_LEARNING_RATE + (LEARNING_RATE - LEAST_LEARNING_RATE) * (1 + math.cos(math.pi * share)) / 2
 
 
-def train(model: Any, ids: Ids, starts: npt.NDArray[np.int64], checkpoint: Path, report: Report) -> list[float]:
-    """Returns the loss of every step, nats a token.
+def train(model: Any, ids: Ids, starts: npt.NDArray[np.int64], checkpoint: Path, report: Report) -> tuple[list[float], float]:
+    """Returns: the loss of every step, nats a token, and the seconds that all steps took.
 
     checkpoint: written every `CHECKPOINT_STEPS`. A run that is cut short goes on from there when it is started again;
     nothing is drawn at random on the way, so the result is the same. It counts only for the same ids and starts.
@@ -138,10 +138,12 @@ def train(model: Any, ids: Ids, starts: npt.NDArray[np.int64], checkpoint: Path,
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
     )
     losses: list[float] = []
+    seconds = 0.0
     if checkpoint.is_file() and (saved := torch.load(checkpoint))["work"] == work:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        losses = saved["losses"]
+        losses, seconds = saved["losses"], saved["seconds"]
+    since = time.perf_counter() - seconds
     model.train()
     for step, row in enumerate(starts):
         if step < len(losses):
@@ -160,12 +162,14 @@ def train(model: Any, ids: Ids, starts: npt.NDArray[np.int64], checkpoint: Path,
         if not math.isfinite(losses[-1]):
             raise SystemExit(f"step {step}: the loss is {losses[-1]}; try another --seed or a larger --batch")
         if (step + 1) % CHECKPOINT_STEPS == 0:
-            state = {"work": work, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+            seconds = time.perf_counter() - since
+            state = {"work": work, "losses": losses, "seconds": seconds, "model": model.state_dict(),
+                     "optimizer": optimizer.state_dict()}  # fmt: skip
             torch.save(state, partial := checkpoint.with_suffix(".partial"))
             partial.replace(checkpoint)
         report("train", step + 1, len(starts))
     model.eval()
-    return losses
+    return losses, time.perf_counter() - since
 
 
 def perplexity(model: Any, ids: Ids) -> float:
@@ -197,7 +201,6 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     torch.use_deterministic_algorithms(True)
-    start = time.perf_counter()
     with shown_progress({"tokenizer": "Tokenizer", "train": "Training", "measure": "Measuring"}) as show:
         show("tokenizer", 0, 1)
         tokenizer = train_tokenizer(list(learnt_texts.values()))
@@ -205,7 +208,7 @@ def run(arguments: argparse.Namespace) -> None:
         model = transformers.LlamaForCausalLM(config(tokenizer.token_to_id(END)))
         starts = batches(learnt, arguments.batch, arguments.steps, arguments.seed)
         checkpoint = out / "checkpoint.pt"
-        losses = train(model, learnt, starts, checkpoint, show)
+        losses, seconds = train(model, learnt, starts, checkpoint, show)
         show("measure", 0, 1)
         model_perplexity = perplexity(model, held)
     checkpoint.unlink(missing_ok=True)
@@ -221,7 +224,7 @@ def run(arguments: argparse.Namespace) -> None:
         "steps": arguments.steps,
         "tokens_per_step": arguments.batch * LENGTH,
         "seed": arguments.seed,
-        "seconds": time.perf_counter() - start,  # of the last part, if it was cut short
+        "seconds": seconds,
         "losses": losses,
         "perplexity": model_perplexity,
         "unigram_perplexity": unigram_perplexity(learnt, held),

@@ -34,8 +34,19 @@ W = 1020 over six wraps: 5e-4, of which 6e-5 is left if the reference's cos and 
 """
 
 
-PREFILL_TOLERANCE: Mapping[str, float] = {"float": 0.25, "dynamic": 0.25, "static": 0.25}
-"""Of a quantised bundle's prefill against its own steps, by what its products take."""
+ROUNDED_INPUTS_TOLERANCE = 1.5
+"""Of a bundle's prefill against its own steps, where products take INT8 inputs.
+
+Prefill and steps add in another order, so some inputs are rounded to the neighbouring integer, and layer by layer more
+of them: two roundings of one function are as far from each other as each is from the function. Measured for
+SmolLM2-135M with int8-dynamic: up to 0.83 of the spread, and a divergence of 0.02 nats a token. A token that is lost
+changes about 0.5 and cannot be told from that; predictions of something else are 3 and more away. With floating-point
+inputs nothing is rounded at run time: prefill then equals the steps bit by bit (INT8 and INT4 weights alike).
+"""
+
+ROUNDED_WINDOW_TOLERANCE = 0.05
+"""The same where only the window is INT8: a key or value may become the neighbouring integer, but it is rounded once,
+and attention takes a mean over many."""
 
 
 class Stream(Protocol):
@@ -73,9 +84,11 @@ def default_tolerance(manifest: Manifest) -> float:
 
 def prefill_tolerance(manifest: Manifest) -> float:
     """Largest `Comparison.max_relative_error` of prefill against single steps of the same bundle."""
-    if manifest.quantization is None:
-        return default_tolerance(manifest)
-    return PREFILL_TOLERANCE[manifest.quantization.activations]
+    quantization = manifest.quantization
+    if quantization is not None and quantization.activations != "float":
+        return ROUNDED_INPUTS_TOLERANCE
+    rounded_window = quantization is not None and quantization.kv == "int8"
+    return max(default_tolerance(manifest), ROUNDED_WINDOW_TOLERANCE if rounded_window else 0.0)
 
 
 def compare_prefill(
