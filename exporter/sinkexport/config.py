@@ -81,6 +81,9 @@ class ExportConfig:
             raise UsageError(problem(f"recipe '{recipe.name}'", received="no calibration",
                                      expected="ranges of this model's activations",
                                      fix="this version cannot find them yet: use a recipe without static ranges"))
+        if recipe.smooth is not None:
+            raise UsageError(problem(f"recipe '{recipe.name}': smooth", received=f"alpha {recipe.smooth.alpha}",
+                                     expected="none in this version", fix="leave smooth out"))
         if recipe.kv != "fp":
             raise UsageError(problem(f"recipe '{recipe.name}': kv", received=recipe.kv, expected="fp in this version",
                                      fix="set kv: fp"))

@@ -71,7 +71,7 @@ def export_loaded(
     Raises: UsageError.
     """
     model, out = loaded.model, Path(out)
-    config = _with_pinned_system(loaded.tokenizer, config)
+    config = _for_family(_with_pinned_system(loaded.tokenizer, config), model.config.get_text_config().model_type)
     _check_model(model, config)
     with staged_bundle(out, overwrite=overwrite) as stage:
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
@@ -124,6 +124,14 @@ def _build(
     return build_graph(
         trace(step), role, step.state_kinds, shape.num_layers, config.target, config.num_sink_tokens, plan
     )
+
+
+def _for_family(config: ExportConfig, family: str) -> ExportConfig:
+    """The config with what its recipe refines for the family: checked, followed and told in the manifest as refined.
+
+    Raises: UsageError if the refined recipe cannot be followed.
+    """
+    return config if config.recipe is None else dataclasses.replace(config, recipe=config.recipe.for_family(family))
 
 
 def _quantization(config: ExportConfig) -> Quantization | None:

@@ -110,14 +110,14 @@ def verify(
     """
     _check_arguments(wraps, tolerance, dense_tokens)
     manifest = load_manifest(Path(bundle))
-    tokens = None if text is None else _encode(Path(bundle), manifest, text)
-    stream = manifest.stream
-    num_tokens = stream.capacity + wraps * stream.window_size
-    ids = _random_ids(manifest, num_tokens, seed) if tokens is None else _spread_text(tokens, stream.batch, num_tokens)
     if manifest.quantization is not None and tolerance is None:
         raise UsageError(problem("verify", received=f"a bundle quantised by '{manifest.quantization.recipe}'",
                                  expected="a tolerance that allows for it: rounding explains only so much",
                                  fix="pass --tolerance, or compare perplexities with 'sinkexport eval'"))  # fmt: skip
+    tokens = None if text is None else _encode(Path(bundle), manifest, text)
+    stream = manifest.stream
+    num_tokens = stream.capacity + wraps * stream.window_size
+    ids = _random_ids(manifest, num_tokens, seed) if tokens is None else _spread_text(tokens, stream.batch, num_tokens)
     limit = default_tolerance(manifest) if tolerance is None else tolerance
     report("load", 0, 1)
     with Session.load(bundle, backend, threads=_half_of_the_cores()) as session:  # first: it fails faster than a model

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from onnx_ir.passes import common
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
 from sinkexport.config import ExportConfig
 from sinkexport.engine import build_engine
@@ -30,6 +31,7 @@ from sinkrt.errors import UsageError
 
 from tests.exporter.test_engine import needs_tensorrt
 from tests.exporter.test_families import random_ids
+from tests.exporter.test_quantized_weight import unpacked
 from tests.exporter.tiny_models import tiny_model
 
 FORMS = {"ort": OrtForm, "qdq": QdqForm}
@@ -62,12 +64,9 @@ class OneProduct:
 
     def run(self, x: np.ndarray, position: np.ndarray) -> np.ndarray:
         self.graph.initializers.pop("w.T", None)
-        for index, value in enumerate(self.graph.all_nodes() if hasattr(self.graph, "all_nodes") else self.graph):
-            for output in value.outputs:
-                output.name = output.name or f"value_{index}"
-        self.graph.outputs[0].name = "y"
-        proto = ir.to_proto(ir.Model(self.graph, ir_version=11))
-        session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+        model = ir.Model(self.graph, ir_version=11)
+        common.NameFixPass()(model)
+        session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
         given = {i.name: {"x": x, "position": position}[i.name] for i in session.get_inputs()}
         return session.run(None, given)[0]
 
@@ -115,15 +114,11 @@ def test_packing_is_that_of_onnxruntimes_quantiser(bits: Any, symmetric: bool) -
 
     class Theirs(QuantizedWeight):
         def integers(self) -> np.ndarray:
-            nibbles = np.stack([theirs & 15, theirs >> 4], axis=-1) if bits == 4 else theirs
-            codes = nibbles.reshape(num_outputs, depth)
+            codes = unpacked(theirs, bits).reshape(num_outputs, depth)
             return (codes.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8) if symmetric else codes
 
         def zero_points(self) -> np.ndarray | None:
-            if symmetric:
-                return None
-            codes = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(num_outputs, -1) if bits == 4 else zeros
-            return codes[:, :groups]
+            return None if symmetric else unpacked(zeros, bits)[:, :groups]
 
     weight = Theirs("w", ir.Tensor(source.T.copy(), name="w"), WeightScheme(bits, block, symmetric), transposed=True)
     np.testing.assert_array_equal(packed(weight), theirs)
@@ -292,6 +287,25 @@ def test_families_refine_a_recipe(tmp_path: Path) -> None:
     assert {name for name in floats if ".scales" not in name} == {
         f"model.model.layers.{i}.mlp.down_proj.weight.T" for i in range(2)
     }
+
+
+def test_the_manifest_tells_the_refined_recipe_and_what_is_refined_is_checked(tmp_path: Path) -> None:
+    four_bits = {"weights": {"bits": 4, "granularity": "block", "block_size": 32}}
+    with exported(tiny_model("llama"), tmp_path / "b", edited("int8-weights", families={"llama": four_bits})) as small:
+        assert small.manifest.quantization is not None
+        assert small.manifest.quantization.weights == "int4"
+    with pytest.raises(UsageError, match="kv: received int8, expected fp in this version"):
+        exported(tiny_model("llama"), tmp_path / "c", edited("int8-weights", families={"llama": {"kv": "int8"}}))
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_tied_table_follows_the_output_projection_into_floating_point(tmp_path: Path) -> None:
+    for number, changes in enumerate(({"lm_head": "float"}, {"keep_float": ["lm_head", "model.embed_tokens"]})):
+        folder = tmp_path / str(number)
+        with exported(tiny_model("llama-tied"), folder, edited("int8-weights", **changes)):
+            graph = onnx.load(folder / "decode.onnx", load_external_data=False).graph
+        tables = [i.data_type for i in graph.initializer if list(i.dims[:1]) == [97]]
+        assert tables == [onnx.TensorProto.FLOAT]
 
 
 def test_an_untied_embedding_may_stay_in_floating_point(tmp_path: Path) -> None:

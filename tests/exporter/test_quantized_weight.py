@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from onnxruntime.capi import _pybind_state as ort_quantizer
 from sinkexport.graph.edit import lazy_weight
-from sinkexport.graph.passes.quantized_weight import CLIPPINGS, QuantizedWeight, WeightScheme, quantized_weight
+from sinkexport.graph.passes.quantized_weight import CLIPPINGS, QuantizedWeight, WeightScheme
 from sinkrt.errors import UsageError
 
 SCHEMES = [
@@ -238,7 +238,8 @@ def test_nothing_is_read_before_it_is_needed() -> None:
         return random_weight(6, 32).T.copy()
 
     value = lazy_weight(graph, "lazy", ir.DataType.FLOAT, (32, 6), make)
-    q = quantized_weight(value, WeightScheme(4, 16, symmetric=False))
+    assert value.const_value is not None
+    q = QuantizedWeight("lazy", value.const_value, WeightScheme(4, 16, symmetric=False))
     assert (q.name, q.num_outputs, q.num_inputs, q.num_groups) == ("lazy", 6, 32, 2)
     assert not reads
     q.scales(), q.zero_points(), q.scales()

@@ -12,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
+from sinkexport.quant.ranges import InputRange
 from sinkexport.quant.recipe import RECIPES_FOLDER, Recipe, load_recipe, parse_recipe, recipe_names
 from sinkrt.errors import UsageError
 
@@ -133,7 +134,19 @@ def test_export_refuses_before_any_work(options: list[str], told: str, tmp_path:
 
 def test_an_int8_window_is_refused_for_now() -> None:
     with pytest.raises(UsageError, match="kv: received int8, expected fp in this version"):
-        ExportConfig(recipe=load_recipe("int8-weights").with_kv("int8"))
+        ExportConfig(recipe=parse_recipe(raw(kv="int8"), "r"))
+
+
+def test_smoothing_is_refused_for_now_even_with_ranges() -> None:
+    class Known:
+        sha256 = "0" * 64
+
+        def input_range(self, module: str, method: str) -> InputRange:
+            return InputRange(1.0, None)
+
+    recipe = parse_recipe(raw(smooth={"alpha": 0.5}, calibration=RANGES), "r")
+    with pytest.raises(UsageError, match=r"smooth: received alpha 0\.5, expected none in this version"):
+        ExportConfig(recipe=recipe, calibration=Known())
 
 
 def test_inspect_lists_them() -> None:

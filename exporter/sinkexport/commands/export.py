@@ -67,7 +67,6 @@ def command(
     )
 
 
-
 def _loaded(recipe: str | None) -> Recipe | None:
     if recipe is None:
         return None

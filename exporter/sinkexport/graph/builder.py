@@ -40,6 +40,10 @@ class Builder:
             dtype = ir.DataType.BOOL if op_type in _COMPARISONS else inputs[0].dtype
         return typed(node.outputs[0], shape, dtype)
 
+    def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """`value` in another type; itself if it has that one."""
+        return value if value.dtype == dtype else self.op("Cast", [value], known_shape(value), dtype, to=int(dtype))
+
     def split(self, value: ir.Value, sizes: Sequence[int], axis: int) -> list[ir.Value]:
         """Cut `value` along `axis` into pieces of `sizes`."""
         node = ir.node(

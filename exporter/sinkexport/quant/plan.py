@@ -28,7 +28,7 @@ class RecipePlan:
         dtype: Literal["float32", "float16"],
         calibration: Ranges | None = None,
     ) -> None:
-        self._recipe = recipe.for_family(model.config.get_text_config().model_type)
+        self._recipe = recipe
         self._calibration = calibration
         self._scale_dtype: Literal["float32", "float16"] = dtype
         head = model.get_output_embeddings().weight

@@ -6,7 +6,8 @@ A recipe says nothing of any model; `Recipe.for_family` merges what it refines f
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,10 +162,6 @@ class Recipe(_Spec):
         merged = _merged(self.model_dump(exclude_none=True), refinements)
         return parse_recipe({**merged, "families": {}}, f"recipe '{self.name}' for {family}")
 
-    def with_kv(self, kv: str | None) -> Recipe:
-        """The recipe with another kind of window; None leaves it as it is."""
-        return self if kv is None else parse_recipe({**_plain(self), "kv": kv}, f"recipe '{self.name}'")
-
 
 def load_recipe(name_or_file: str) -> Recipe:
     """A recipe of the package by its name, or one of the user's by the path of its file.
@@ -210,16 +207,10 @@ def parse_recipe(raw: Any, where: str) -> Recipe:
 
 def _as_json(raw: Any) -> str:
     """Lists become tuples and numbers floats in pydantic's JSON mode, which YAML needs as well."""
-    import json
-
     try:
         return json.dumps(raw)
     except TypeError:
         return json.dumps(str(raw))  # a date, a set: pydantic says what is wrong with it
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(exclude_none=True)
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,8 +228,7 @@ def _received(error: Mapping[str, Any]) -> str:
     value = error["input"]
     if isinstance(value, Mapping):
         return "keys that do not fit"
-    shown: Sequence[Any] | str = repr(value)
-    return f"{shown[:60]}"
+    return repr(value)[:60]
 
 
 def _expected(error: Mapping[str, Any]) -> str:

@@ -63,7 +63,7 @@ class ChunkAttention(AttentionParts):
         return tuple(sinks), tuple(window), tuple(evicted)
 
     def _placed(self, old: ir.Value, kept: ir.Value) -> ir.Value:
-        """old [B, Hkv, W, ..] with kept [B, Hkv, T, ..] in the chunk's slots.
+        """old [B, Hkv, W, D] with kept [B, Hkv, T, D] in the chunk's slots.
 
         TensorRT's parser refuses a circular TensorScatter, so there each slot selects its row. That touches the whole
         window, T times as seldom as a step does; a slot reads no other slot, so one buffer stays safe.
@@ -71,9 +71,8 @@ class ChunkAttention(AttentionParts):
         b, shape = self.b, known_shape(old)
         if self.target != "tensorrt":
             return b.op("TensorScatter", [old, kept, self._first_slot()], shape, mode="circular", axis=2)
-        flat = b.reshape(kept, (int(np.prod(known_shape(kept)[:3])), *shape[3:]))
-        rows = b.op("Gather", [flat, self._token_of_slot()], shape, old.dtype, axis=0)
-        return b.op("Where", [self._is_in_chunk(len(shape)), rows, old], shape, old.dtype)
+        rows = self._rows(kept, self._token_of_slot(), shape)
+        return b.op("Where", [self._is_in_chunk(), rows, old], shape, old.dtype)
 
     def _rows(self, values: ir.Value, index: ir.Value, shape: tuple[int, ...]) -> ir.Value:
         """Rows of values [B, Hkv, n, D] by their index in the flat [B*Hkv*n, D]."""
@@ -137,14 +136,14 @@ class ChunkAttention(AttentionParts):
 
         return self.once("token of slot", build)
 
-    def _is_in_chunk(self, rank: int) -> ir.Value:
-        """bool [B, 1, W, ..]: the slots that the chunk writes."""
+    def _is_in_chunk(self) -> ir.Value:
+        """bool [B, 1, W, 1]: the slots that the chunk writes."""
 
         def build(b: Builder) -> ir.Value:
             written = b.op("Less", [self._age_of_slot(), b.ints(self.num_tokens, "num_tokens")])
-            return b.reshape(written, (*known_shape(written), *[1] * (rank - 3)))
+            return b.reshape(written, (*known_shape(written), 1))
 
-        return self.once(f"in chunk, rank {rank}", build)
+        return self.once("in chunk", build)
 
     def _sink_sources(self) -> ir.Value:
         """int64 [B, Hkv, S]: the chunk's token j - p that sink j is, as a row of the flat chunk; any if it is none."""

@@ -39,7 +39,7 @@ def expand_operators(model: ir.Model, target: str = "onnx") -> None:
 def _expand_angles(graph: ir.Graph, node: ir.Node) -> None:
     """cos and sin [B, T, R/2] of ``max(0, t - behind) * f`` turns; see ``model.attention.stream_angles``."""
     position, frequency = operand(node, 0), operand(node, 1)
-    batch, pairs = known_shape(position)[0], known_shape(frequency)[0]
+    (batch,) = known_shape(position)
     num_tokens, behind = (node.attributes[name].as_int() for name in ("num_tokens", "behind"))
     b = Builder(graph)
     t = b.reshape(position, (batch, 1))
@@ -56,7 +56,6 @@ def _expand_angles(graph: ir.Graph, node: ir.Node) -> None:
     phase = b.op("Add", [high_part, b.op("Mul", [low, frequency])])  # [B, T, R/2]
     centred = b.op("Sub", [b.op("Mod", [b.op("Add", [phase, b.ints(TURN // 2, "half_turn")]), turn]),
                            b.ints(TURN // 2, "half_turn")])
-    shape = (batch, num_tokens, pairs)
-    angle = b.op("Cast", [centred], shape, ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
+    angle = b.cast(centred, ir.DataType.FLOAT)
     angle = b.op("Mul", [angle, b.scalar(2 * math.pi / TURN, ir.DataType.FLOAT)])
     replace_node(node, b.nodes, [b.op("Cos", [angle]), b.op("Sin", [angle])])

@@ -68,29 +68,11 @@ class StepAttention(AttentionParts):
                 sinks = operand(self.node, i)
                 states.append(b.op("Where", [self._is_this_token(), new, sinks], known_shape(sinks), new.dtype))
         for i, new in ((5, self.k), (6, self.v)):
-            states.append(self._placed(operand(self.node, i), new))
+            window = operand(self.node, i)
+            states.append(
+                b.op("TensorScatter", [window, new, self._slot()], known_shape(window), mode="linear", axis=2)
+            )
         return states
-
-    def _placed(self, old: ir.Value, new: ir.Value) -> ir.Value:
-        """old [B, Hkv, W, ..] with new [B, Hkv, 1, ..] in this token's slot.
-
-        TensorRT updates a state of four axes in floating point in place (KVCacheUpdate); it refuses TensorScatter on
-        any other, where each slot selects its row.
-        """
-        b, shape = self.b, known_shape(old)
-        if self.target == "tensorrt" and (old.dtype == ir.DataType.INT8 or len(shape) != 4):
-            return b.op("Where", [self._is_slot(len(shape)), new, old], shape, old.dtype)
-        return b.op("TensorScatter", [old, new, self._slot()], shape, mode="linear", axis=2)
-
-    def _is_slot(self, rank: int) -> ir.Value:
-        """bool [B, 1, W, ..]: the slot that this step writes."""
-
-        def build(b: Builder) -> ir.Value:
-            ones = [1] * (rank - 3)
-            slots = b.ints(np.arange(self.window_size).reshape(1, 1, -1, *ones), "slots")
-            return b.op("Equal", [slots, b.reshape(self._slot(), (self.batch, 1, 1, *ones))])
-
-        return self.once(f"is slot, rank {rank}", build)
 
     def _slot(self) -> ir.Value:
         """int64 [B]: (t - S) mod W. While t < S it names a slot that is masked until it is written again."""

@@ -29,6 +29,13 @@ class Product:
     is_table: bool
 
     @property
+    def dtype(self) -> ir.DataType:
+        """Of x and of the result."""
+        if self.x.dtype is None:
+            raise ValueError(f"'{self.x.name}' has no type")
+        return self.x.dtype
+
+    @property
     def depth(self) -> int:
         """K."""
         return known_shape(self.x)[-1]

@@ -6,7 +6,8 @@ the weights' own rounding and is what makes it fast. onnxruntime's quantiser for
 choice of scales, so weights come from `quantized_weight` instead, with the same packing (the tests compare the two).
 
 Dynamic: DynamicQuantizeMatMul has one scale for all tokens of its input, so it serves single tokens; several are
-quantised one by one, by the same formula, and multiplied by MatMulInteger. Static: MatMulIntegerToFloat.
+quantised one by one, by the same formula, and multiplied by MatMulInteger. Static: MatMulIntegerToFloat. These kernels
+take float32 only.
 
 INT8 inputs are unsigned with zero point 128 where they are static: on x86 the kernels for signed ones are slow.
 """
@@ -43,8 +44,8 @@ class OrtForm(FormParts):
     def weight_only(self, product: Product, weight: QuantizedWeight) -> None:
         """x @ W, x in floating point."""
         b, block = Builder(self.graph), block_size(weight)
-        inputs = [product.x, *self._blocks(weight, product.x.dtype)]
-        result = b.op("MatMulNBits", inputs, known_shape(product.node.outputs[0]), product.x.dtype, domain=DOMAIN,
+        inputs = [product.x, *self._blocks(weight, product.dtype)]
+        result = b.op("MatMulNBits", inputs, known_shape(product.node.outputs[0]), product.dtype, domain=DOMAIN,
                       K=weight.num_inputs, N=weight.num_outputs, bits=weight.scheme.bits, block_size=block,
                       accuracy_level=INT8_ARITHMETIC)  # fmt: skip
         replace_node(product.node, b.nodes, [result])
@@ -74,8 +75,8 @@ class OrtForm(FormParts):
     def dynamic(self, product: Product, weight: QuantizedWeight) -> None:
         """x @ W, each token of x rounded to 0 .. 255 with a scale and a zero point of its own."""
         b = Builder(self.graph)
-        x, rows, shape = self._as_float(b, product.x), product.num_rows, known_shape(product.node.outputs[0])
-        matrix, scales = self._matrix(weight), self._scales(weight)
+        x, rows, shape = b.cast(product.x, ir.DataType.FLOAT), product.num_rows, known_shape(product.node.outputs[0])
+        matrix, scales = self.matrix(weight), self._scales(weight)
         if rows == 1:
             out = b.op("DynamicQuantizeMatMul", [x, matrix, scales], shape, x.dtype, domain=DOMAIN)
         else:
@@ -83,25 +84,25 @@ class OrtForm(FormParts):
             sums = b.op("MatMulInteger", [quantized, matrix], shape, ir.DataType.INT32)
             # MatMulInteger takes one zero point for all rows only: its share is subtracted here.
             offset = b.op("Mul", [zero, self._column_sums(weight)])
-            products = b.op("Sub", [b.op("Cast", [sums], shape, x.dtype, to=int(ir.DataType.FLOAT)), offset])
+            products = b.op("Sub", [b.cast(sums, ir.DataType.FLOAT), offset])
             out = b.op("Mul", [b.op("Mul", [products, scale]), scales])
-        replace_node(product.node, b.nodes, [self._as_before(b, out, product)])
+        replace_node(product.node, b.nodes, [b.cast(out, product.dtype)])
 
     def static(self, product: Product, weight: QuantizedWeight, scale: InputScale) -> None:
         """x @ W, x rounded with scales that calibration found."""
         b = Builder(self.graph)
-        x, shape = self._as_float(b, product.x), known_shape(product.node.outputs[0])
+        x, shape = b.cast(product.x, ir.DataType.FLOAT), known_shape(product.node.outputs[0])
         step, before, after = self._static_scale(b, product, scale)
         if before is not None:
             x = b.op("Mul", [x, before])
         zero = constant(self.graph, np.asarray(ZERO_POINT, np.uint8), "zero_point")
         quantized = b.op("QuantizeLinear", [x, step, zero], known_shape(x), ir.DataType.UINT8)
         out = b.op("MatMulIntegerToFloat",
-                   [quantized, self._matrix(weight), step, self._scales(weight), zero],
+                   [quantized, self.matrix(weight), step, self._scales(weight), zero],
                    shape, ir.DataType.FLOAT, domain=DOMAIN)  # fmt: skip
         if after is not None:
             out = b.op("Mul", [out, after])
-        replace_node(product.node, b.nodes, [self._as_before(b, out, product)])
+        replace_node(product.node, b.nodes, [b.cast(out, product.dtype)])
 
     def _static_scale(
         self, b: Builder, product: Product, scale: InputScale
@@ -122,24 +123,19 @@ class OrtForm(FormParts):
 
     # --- weights ---
 
-    def _blocks(self, weight: QuantizedWeight, dtype: ir.DataType | None) -> list[ir.Value]:
+    def _blocks(self, weight: QuantizedWeight, dtype: ir.DataType) -> list[ir.Value]:
         """Integers uint8 [N, G, block * bits / 8], scales [N, G] and, if there are any, zero points of MatMulNBits."""
         bits, block = weight.scheme.bits, block_size(weight)
         groups = -(-weight.num_inputs // block)
         shape = (weight.num_outputs, groups)
         parts = [
             self.lazy(weight, "packed", ir.DataType.UINT8, (*shape, block * bits // 8), lambda: packed(weight)),
-            self.lazy(weight, "scales", dtype or ir.DataType.FLOAT, shape, lambda: _repeated(weight.scales(), groups)),
+            self.lazy(weight, "scales", dtype, shape, lambda: _repeated(weight.scales(), groups)),
         ]
         if not weight.scheme.symmetric:
             zeros = (weight.num_outputs, -(-groups * bits // 8))
             parts.append(self.lazy(weight, "zero_points", ir.DataType.UINT8, zeros, lambda: packed_zeros(weight)))
         return parts
-
-    def _matrix(self, weight: QuantizedWeight) -> ir.Value:
-        """int8 [K, N]."""
-        shape = (weight.num_inputs, weight.num_outputs)
-        return self.lazy(weight, "int8", ir.DataType.INT8, shape, lambda: np.ascontiguousarray(weight.integers().T))
 
     def _scales(self, weight: QuantizedWeight) -> ir.Value:
         """float32 [N]."""
@@ -150,20 +146,6 @@ class OrtForm(FormParts):
         """float32 [N]: sums of the integers over K."""
         return self.lazy(weight, "sums", ir.DataType.FLOAT, (weight.num_outputs,),
                           lambda: weight.integers().sum(axis=1, dtype=np.int32).astype(np.float32))  # fmt: skip
-
-    # --- types ---
-
-    def _as_float(self, b: Builder, x: ir.Value) -> ir.Value:
-        """These kernels take float32 only."""
-        if x.dtype == ir.DataType.FLOAT:
-            return x
-        return b.op("Cast", [x], known_shape(x), ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
-
-    def _as_before(self, b: Builder, out: ir.Value, product: Product) -> ir.Value:
-        dtype = product.x.dtype
-        if dtype is None or dtype == ir.DataType.FLOAT:
-            return out
-        return b.op("Cast", [out], known_shape(out), dtype, to=int(dtype))
 
 
 def block_size(weight: QuantizedWeight) -> int:
@@ -225,5 +207,4 @@ def _quantized_rows(b: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Val
     zero_point = b.op("Clip", [b.op("Round", [zero_point]), zero, highest], rows)
     shifted = b.op("Add", [b.op("Round", [b.op("Div", [x, scale])]), zero_point])
     clipped = b.op("Clip", [shifted, zero, highest], known_shape(x))
-    quantized = b.op("Cast", [clipped], known_shape(x), ir.DataType.UINT8, to=int(ir.DataType.UINT8))
-    return quantized, scale, zero_point
+    return b.cast(clipped, ir.DataType.UINT8), scale, zero_point

@@ -36,17 +36,17 @@ class QdqForm(FormParts):
     def static(self, product: Product, weight: QuantizedWeight, scale: InputScale) -> None:
         """DQ(Q(x)) @ DQ(W); sinks are made to fit the others' range and the product larger again."""
         b, x = Builder(self.graph), product.x
-        dtype, shape = x.dtype or ir.DataType.FLOAT, known_shape(x)
+        dtype, shape = product.dtype, known_shape(x)
         apart = scale.sinks is not None and self.num_sinks > 0
         before, after = self.sink_factors(b, product, scale) if apart else (None, None)
         if before is not None:
-            x = b.op("Mul", [x, self._as(b, before, dtype)])
+            x = b.op("Mul", [x, b.cast(before, dtype)])
         step = b.scalar(scale.rest, dtype)
         zero = constant(self.graph, np.asarray(0, np.int8), "zero_point")
         quantized = b.op("QuantizeLinear", [x, step, zero], shape, ir.DataType.INT8)
         out = self._product(b, product, b.op("DequantizeLinear", [quantized, step, zero], shape, dtype), weight)
         if after is not None:
-            out = b.op("Mul", [out, self._as(b, after, dtype)])
+            out = b.op("Mul", [out, b.cast(after, dtype)])
         replace_node(product.node, b.nodes, [out])
 
     def gather(self, node: ir.Node, weight: QuantizedWeight) -> None:
@@ -61,9 +61,7 @@ class QdqForm(FormParts):
         shape = known_shape(product.node.outputs[0])
         if product.is_table:
             return b.op("Gemm", [x, self._rows(b, weight)], shape, x.dtype, transB=1)
-        matrix = self.lazy(weight, "int8", ir.DataType.INT8, (weight.num_inputs, weight.num_outputs),
-                           lambda: np.ascontiguousarray(weight.integers().T))  # fmt: skip
-        return b.matmul(x, self._dequantized(b, weight, matrix, axis=1))
+        return b.matmul(x, self._dequantized(b, weight, self.matrix(weight), axis=1))
 
     def _rows(self, b: Builder, weight: QuantizedWeight) -> ir.Value:
         """[N, K] in floating point."""
@@ -80,6 +78,3 @@ class QdqForm(FormParts):
         dtype = ir.DataType.FLOAT16 if scheme.scale_dtype == "float16" else ir.DataType.FLOAT
         scales = self.lazy(weight, "scales", dtype, (weight.num_outputs,), lambda: weight.scales()[:, 0])
         return b.op("DequantizeLinear", [integers, scales], known_shape(integers), dtype, axis=axis)
-
-    def _as(self, b: Builder, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        return value if value.dtype == dtype else b.op("Cast", [value], known_shape(value), dtype, to=int(dtype))

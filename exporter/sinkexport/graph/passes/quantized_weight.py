@@ -19,8 +19,6 @@ import numpy as np
 import onnx_ir as ir
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.graph.edit import known_shape
-
 CLIPPINGS = tuple(1.0 - 0.04 * i for i in range(16))
 """Shares of the absmax scale that ``mse`` tries: 1, 0.96, .. 0.4. What lies between is reached by least squares."""
 
@@ -209,17 +207,6 @@ class QuantizedWeight:
                                          expected=f"at most {limit:g}", fix="use --dtype fp32"))  # fmt: skip
             scale = scale.astype(np.float16).astype(np.float32)
         return np.where(scale < np.finfo(np.float32).tiny, np.float32(1.0), scale).astype(np.float32)
-
-
-def quantized_weight(value: ir.Value, scheme: WeightScheme, *, transposed: bool = False,
-                     input_scale: np.ndarray | None = None) -> QuantizedWeight:  # fmt: skip
-    """The quantised form of an initializer [K, N], or [N, K] if `transposed`.
-
-    Raises: ValueError if it is no constant matrix.
-    """
-    if value.const_value is None or len(known_shape(value)) != 2:
-        raise ValueError(f"'{value.name}' is not a constant matrix")
-    return QuantizedWeight(str(value.name), value.const_value, scheme, transposed, input_scale)
 
 
 def _by_group(values: np.ndarray) -> np.ndarray:
