@@ -72,7 +72,7 @@ class EvalReport:
 
     def to_json(self) -> str:
         """The report as JSON; a number that is not finite becomes null."""
-        return json.dumps(_finite(dataclasses.asdict(self)), indent=1) + "\n"
+        return json.dumps(finite(dataclasses.asdict(self)), indent=1) + "\n"
 
 
 def evaluate(
@@ -104,7 +104,7 @@ def evaluate(
         raise UsageError(problem("eval", received=f"a bundle of {stream.batch} streams", expected="batch 1",
                                  fix="export with --batch 1"))  # fmt: skip
     block = None if compare is None else _checked_block(compare, stream.capacity)
-    ids = _encode(Path(bundle), manifest, text)[:num_tokens]
+    ids = encode(Path(bundle), manifest, text)[:num_tokens]
     check_text(ids)
     curves: list[Curve] = []
     report("load", 0, 1)
@@ -159,7 +159,7 @@ def _load(source: str | LoadedModel, manifest: Manifest) -> LoadedModel:
     return loaded
 
 
-def _encode(bundle: Path, manifest: Manifest, text: str) -> Ids:
+def encode(bundle: Path, manifest: Manifest, text: str) -> Ids:
     """int64 [n], by the bundle's tokenizer.
 
     Raises: UsageError if it gives ids that the model does not know.
@@ -185,10 +185,10 @@ def _checked_block(compare: Comparison, capacity: int) -> int:
     return block
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` with None for every float that JSON has no number for."""
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -123,14 +123,14 @@ def measure(
         note=contender.note,
         num_tokens=done,
         nll=nll_mean,
-        perplexity=_exp(nll_mean),
-        standard_error=_standard_error(sums[0], sums[1]),
-        perplexity_before=_exp(before_nats / before_tokens) if before_tokens else None,
-        perplexity_after=_exp(after_nats / after_tokens) if after_tokens else None,
+        perplexity=exponential(nll_mean),
+        standard_error=standard_error(sums[0], sums[1]),
+        perplexity_before=exponential(before_nats / before_tokens) if before_tokens else None,
+        perplexity_after=exponential(after_nats / after_tokens) if after_tokens else None,
         tokens_per_s=done / max(predicting_s, 1e-9),
         seconds=time.perf_counter() - start,
         segments=tuple(
-            Segment(max(i * segment_tokens, 1), int(count), float(nats / count), _exp(nats / count))
+            Segment(max(i * segment_tokens, 1), int(count), float(nats / count), exponential(nats / count))
             for i, (count, nats) in enumerate(sums.T)
             if count
         ),
@@ -164,7 +164,7 @@ def check_text(ids: Ids) -> None:
                                  fix="pass a longer text"))  # fmt: skip
 
 
-def _standard_error(counts: npt.NDArray[np.float64], nats: npt.NDArray[np.float64]) -> float | None:
+def standard_error(counts: npt.NDArray[np.float64], nats: npt.NDArray[np.float64]) -> float | None:
     """Of exp(sum of nats / sum of counts), over segments of unequal length: a ratio estimate, and the delta method."""
     counts, nats = counts[counts > 0], nats[counts > 0]
     num_segments, total = len(counts), counts.sum()
@@ -172,9 +172,9 @@ def _standard_error(counts: npt.NDArray[np.float64], nats: npt.NDArray[np.float6
         return None
     mean = nats.sum() / total
     variance = num_segments / (num_segments - 1) * float(((nats - mean * counts) ** 2).sum()) / total**2
-    return _exp(mean) * math.sqrt(variance)
+    return exponential(mean) * math.sqrt(variance)
 
 
-def _exp(nll: float) -> float:
+def exponential(nll: float) -> float:
     """exp, infinite where it overflows."""
     return math.exp(nll) if nll < 700 else math.inf

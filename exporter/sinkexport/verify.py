@@ -11,75 +11,38 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from sinkrt.contract import Manifest, load_manifest
 from sinkrt.errors import UsageError, problem
 from sinkrt.session import Session
 from sinkrt.text import Tokenizer
 
+from sinkexport.comparison import (
+    Comparison,
+    Ids,
+    Logits,
+    Stream,
+    Tally,
+    compare_prefill,
+    default_tolerance,
+    piece_ends,
+)
 from sinkexport.machine import torch_threads
 from sinkexport.progress import Report, silent
 from sinkexport.reference import streaming_reference
 from sinkexport.sources import LoadedModel, load_model
-
-Logits = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
-DEFAULT_TOLERANCE: Mapping[str, float] = {"float32": 1e-3, "float16": 0.25}
-"""Largest error of a logit, as a share of the spread of its step's logits, by the bundle's weights_dtype.
-
-Bundle and reference round differently (order of sums, fused operators). Measured over six wraps with W = 60: 4e-5 for
-SmolLM2-135M in float32 and up to 2e-5 for tiny random models of every family; 8e-2 and 4e-2 in float16, which rounds
-weights and large activations (the reference keeps both in float32). The tolerances leave room for larger models.
-"""
-
-TOLERANCE_PER_TOKEN = 2e-6
-"""The same for each token of the cache's capacity, where that is more.
-
-transformers multiplies position and frequency in float32, which near position C is wrong by up to C * 2^-24 radians,
-in the dense model and in the reference alike; the bundle's own angles are exact. Measured for SmolLM2-135M with
-W = 1020 over six wraps: 5e-4, of which 6e-5 is left if the reference's cos and sin are computed in float64.
-"""
 
 DEFAULT_WRAPS = 6
 DEFAULT_DENSE_TOKENS = 256
 
 BLOCK_TOKENS = 16
 """Steps that the bundle runs ahead of the reference."""
-
-
-class Stream(Protocol):
-    """What is asked of a `sinkrt.Session`."""
-
-    def step(self, ids: Ids) -> Logits: ...
-    def prefill(self, ids: Ids) -> Logits: ...
-    def reset(self) -> None: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Logits of the bundle against others'.
-
-    name: ``dense | streaming | prefill``. positions: how many were compared, in each stream.
-    max_error: largest absolute difference of a logit. max_relative_error: the largest share of the spread (standard
-    deviation over the vocabulary) of the same step's logits, at `worst_position`.
-    top1_agreement: share of steps in which both put the same token first.
-    failed_position: the first position above the tolerance, where the comparison stopped; None if there was none.
-    """
-
-    name: str
-    positions: int
-    max_error: float
-    max_relative_error: float
-    worst_position: int
-    top1_agreement: float
-    failed_position: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +140,6 @@ def verify(
     )
 
 
-def default_tolerance(manifest: Manifest) -> float:
-    """Largest `Comparison.max_relative_error` that rounding explains, for a bundle's precision and capacity."""
-    return max(DEFAULT_TOLERANCE[manifest.weights_dtype], TOLERANCE_PER_TOKEN * manifest.stream.capacity)
-
-
 def compare(
     session: Stream,
     model: Any,
@@ -196,9 +154,9 @@ def compare(
     The dense and the streaming one share one pass of the bundle over the stream.
     """
     stream, num_tokens = manifest.stream, ids.shape[1]
-    ends = _piece_ends(num_tokens, stream.capacity)
+    ends = piece_ends(num_tokens, stream.capacity)
     dense_logits = _dense_logits(model, ids[:, : min(dense_tokens, stream.capacity)], report)  # [B, n, vocab]
-    dense, streaming = _Tally("dense", tolerance), _Tally("streaming", tolerance)
+    dense, streaming = Tally("dense", tolerance), Tally("streaming", tolerance)
     at_ends: dict[int, Logits] = {}
     with (
         streaming_reference(model, stream.num_sink_tokens, stream.window_size) as reference,
@@ -218,7 +176,7 @@ def compare(
     yield streaming.result()
     if dense.failed or streaming.failed:
         return
-    yield _compare_prefill(session, ids, at_ends, tolerance, report)
+    yield compare_prefill(session, ids, at_ends, tolerance, report)
 
 
 def _steps_ahead(session: Stream, ids: Ids) -> Generator[Logits, None, None]:
@@ -240,74 +198,6 @@ def _half_of_the_cores() -> int:
     """Bundle and reference run side by side. Given all cores each, their spinning threads would stop each other:
     several times slower than either alone."""
     return max(1, torch.get_num_threads() // 2)
-
-
-def _compare_prefill(
-    session: Stream, ids: Ids, at_ends: Mapping[int, Logits], tolerance: float, report: Report
-) -> Comparison:
-    """Feed the start of the stream again in pieces and compare the logits at their ends."""
-    tally, start, total = _Tally("prefill", tolerance), 0, max(at_ends)
-    session.reset()
-    for end, want in sorted(at_ends.items()):
-        tally.add(end - 1, session.prefill(ids[:, start:end]), want)
-        report("prefill", end, total)
-        start = end
-        if tally.failed:
-            break
-    return tally.result()
-
-
-def _piece_ends(num_tokens: int, capacity: int) -> frozenset[int]:
-    """Where prefill pieces end: odd lengths before the window fills, one piece longer than the whole cache, and
-    odd lengths again, over at most two caches and a bit."""
-    lengths = [1, 2, 5, 3, 1, 7, capacity // 2 + 1, 1, capacity + 1, 4, 1, 9, capacity // 3 + 1]
-    ends, end = set(), 0
-    for length in lengths:
-        end = min(end + length, num_tokens)
-        ends.add(end)
-    return frozenset(ends)
-
-
-class _Tally:
-    """Collects one comparison, step by step."""
-
-    def __init__(self, name: str, tolerance: float) -> None:
-        self._name = name
-        self._tolerance = tolerance
-        self._positions = 0
-        self._agreed = 0.0
-        self._max_error = 0.0
-        self._worst = (0.0, 0)  # relative error, position
-        self._failed: int | None = None
-
-    @property
-    def failed(self) -> bool:
-        return self._failed is not None
-
-    def add(self, position: int, got: Logits, want: Logits) -> None:
-        """got, want: [B, vocab] of one position. What is not a number counts as an infinite error."""
-        difference = np.abs(got.astype(np.float64) - want)  # [B, vocab]
-        spread = np.maximum(want.std(axis=-1, keepdims=True, dtype=np.float64), 1e-9)  # [B, 1]
-        error, relative = (float(x.max()) for x in (difference, difference / spread))
-        if math.isnan(relative):
-            error = relative = math.inf
-        self._positions += 1
-        self._agreed += float((got.argmax(axis=-1) == want.argmax(axis=-1)).mean())
-        self._max_error = max(self._max_error, error)
-        self._worst = max(self._worst, (relative, position), key=lambda worst: worst[0])
-        if relative > self._tolerance and self._failed is None:
-            self._failed = position
-
-    def result(self) -> Comparison:
-        return Comparison(
-            name=self._name,
-            positions=self._positions,
-            max_error=self._max_error,
-            max_relative_error=self._worst[0],
-            worst_position=self._worst[1],
-            top1_agreement=self._agreed / max(self._positions, 1),
-            failed_position=self._failed,
-        )
 
 
 def _dense_logits(model: Any, ids: Ids, report: Report) -> Logits:

@@ -104,7 +104,12 @@ def _show_bundle(bundle: Path, manifest: Manifest) -> None:
 def _quantised(facts: Quantization | None) -> str:
     if facts is None:
         return "no"
-    return f"{facts.recipe}: {facts.weights} weights, {facts.activations} inputs, {facts.kv} window"
+    lines = [f"{facts.recipe}: {facts.weights} weights, {facts.activations} inputs, {facts.kv} window"]
+    if facts.calibration_sha256 is not None:
+        lines.append(f"calibration file {facts.calibration_sha256[:16]}")
+    if facts.thresholds:  # 'sinkexport verify' holds the bundle to them
+        lines.append(_listed(f"{name} {limit:g}" for name, limit in sorted(facts.thresholds.items())))
+    return "\n".join(lines)
 
 
 def _memory(manifest: Manifest) -> Table:

@@ -1,12 +1,15 @@
-"""``sinkexport verify``: parity of a bundle with its Hugging Face model."""
+"""``sinkexport verify``: parity of a bundle with its Hugging Face model, or, if it is quantised, what it lost."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
+from sinkrt.contract import MANIFEST_NAME, load_manifest
+from sinkrt.errors import UsageError, problem
 
 from sinkexport.console import table_console
 from sinkexport.files import check_writable, read_text, write_whole
@@ -14,11 +17,13 @@ from sinkexport.progress import shown_progress
 
 if TYPE_CHECKING:
     from sinkexport.verify import VerifyReport
+    from sinkexport.verify_quality import QualityReport
 
 STAGES = {
     "load": "Loading bundle and model",
     "dense": "Running the dense model",
     "stream": "Streaming both",
+    "quality": "Predicting the text with both",
     "prefill": "Prefilling in pieces",
 }
 AGAINST = {
@@ -26,57 +31,132 @@ AGAINST = {
     "streaming": "keys re-rotated every step",
     "prefill": "the bundle, token by token",
 }
+LOGITS_ONLY, QUALITY_ONLY = ("wraps", "dense_tokens", "seed"), ("tokens",)
+"""Options that only one of the two kinds of comparison has."""
+
+FIGURES = {
+    "perplexity_increase": ("perplexity increase", ".2%"),
+    "kl_divergence": ("KL divergence, mean nats a token", ".5f"),
+    "top1_agreement": ("top-1 equal", ".2%"),
+}
+"""How to show the figures that have thresholds."""
 
 
 @click.command(name="verify")
 @click.argument("bundle", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--against", required=True, metavar="MODEL",
-              help="The model that was exported: a local directory, a .gguf file or a Hub id.")  # fmt: skip
+              help="The model that was exported: a local directory, a .gguf file or a Hub id. For a quantised DIR "
+                   "also a bundle of it in floating point with the same S and W, which needs no torch.")  # fmt: skip
 @click.option("--text", "text_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="Text to stream, repeated if too short.  [default: random ids]")  # fmt: skip
+              help="Text to stream, repeated if too short; a quantised DIR needs one, which is not repeated.  "
+                   "[default: random ids]")  # fmt: skip
+@click.option("--quality", is_flag=True,
+              help="Compare predictions of a text, as for a quantised DIR, though it is not quantised.")
+@click.option("--tokens", type=click.IntRange(min=2), default=4000, show_default=True, metavar="N",
+              help="Quantised or --quality: tokens of the text, or all if it has fewer.")  # fmt: skip
 @click.option("--wraps", type=click.IntRange(min=1), default=6, show_default=True, metavar="N",
               help="How often the window is overwritten after it has filled.")  # fmt: skip
 @click.option("--dense-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N",
               help="Positions compared with the dense model, at most the cache's capacity.")  # fmt: skip
 @click.option("--tolerance", type=float, metavar="X",
               help="Largest error of a logit as a share of the logits' spread.  "
-                   "[default: 1e-3 (fp32) or 0.25 (fp16), at least 2e-6 times S + W]")  # fmt: skip
+                   "[default: 1e-3 (fp32) or 0.25 (fp16), at least 2e-6 times S + W; quantised: of prefill "
+                   "only]")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random ids.")
 @click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the report as JSON too.")  # fmt: skip
+@click.pass_context
 def command(
-    bundle: Path,
-    against: str,
-    text_file: Path | None,
-    wraps: int,
-    dense_tokens: int,
-    tolerance: float | None,
-    seed: int,
-    backend: str,
-    json_file: Path | None,
-) -> None:
+    ctx: click.Context, bundle: Path, against: str, text_file: Path | None, quality: bool, tokens: int, wraps: int,
+    dense_tokens: int, tolerance: float | None, seed: int, backend: str, json_file: Path | None,
+) -> None:  # fmt: skip
     """Check that the bundle DIR computes what its model computes.
 
     Logits are compared with transformers' dense forward pass before the window fills, with a reference that
     re-rotates every key in every step over several wraps of the window, and between prefill and single steps.
     Exit code 1 if any error is above the tolerance.
+
+    A quantised DIR cannot have the same logits. Its predictions of a text are compared with those in floating point:
+    Kullback-Leibler divergence, equal top-1 tokens, and perplexity, each against the threshold that its recipe has
+    set; and prefill with single steps. Exit code 1 if one does not hold.
     """
+    manifest = load_manifest(bundle)
+    recipe = None if manifest.quantization is None else manifest.quantization.recipe
+    by_quality = quality or recipe is not None
+    kind = f"a bundle quantised by '{recipe}'" if recipe is not None else "--quality" if quality else "logits compared"
+    _refuse_options(ctx, LOGITS_ONLY if by_quality else QUALITY_ONLY, kind)
+    if by_quality and text_file is None:
+        raise UsageError(problem("--text", received=f"none, with {kind}", expected="a text to predict",
+                                 fix="pass --text FILE"))  # fmt: skip
     text = None if text_file is None else read_text(text_file, "--text")
     if json_file is not None:
         check_writable(json_file, "--json")
-    from sinkexport.verify import verify
-
+    if not by_quality and (Path(against) / MANIFEST_NAME).is_file():
+        raise UsageError(problem("--against", received=f"'{against}', a bundle", expected="the model that was exported",
+                                 fix="or add --quality and --text to compare two bundles"))  # fmt: skip
+    report: VerifyReport | QualityReport
     with shown_progress(STAGES) as show:
-        report = verify(
-            bundle, against, text=text, wraps=wraps, tolerance=tolerance, dense_tokens=dense_tokens, seed=seed,
-            backend=backend, report=show,
-        )  # fmt: skip
+        if by_quality:
+            from sinkexport.verify_quality import verify_quality
+
+            report = found = verify_quality(
+                bundle, against, text or "", num_tokens=tokens, tolerance=tolerance, backend=backend, report=show
+            )
+            show_report = partial(_print_quality, found)
+        else:
+            from sinkexport.verify import verify
+
+            report = parity = verify(
+                bundle, against, text=text, wraps=wraps, tolerance=tolerance, dense_tokens=dense_tokens, seed=seed,
+                backend=backend, report=show,
+            )  # fmt: skip
+            show_report = partial(_print_report, parity)
     if json_file is not None:
         write_whole(json_file, report.to_json(), "--json")
-    _print_report(report)
+    show_report()
+    for failure in report.failures:
+        click.echo(f"FAILED {failure}", err=True)
     if not report.passed:
         raise SystemExit(1)
+    click.echo("passed")
+
+
+def _refuse_options(ctx: click.Context, names: tuple[str, ...], kind: str) -> None:
+    """Options that would be ignored."""
+    for name in names:
+        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(problem(option, received=f"with {kind}", expected="no such option",
+                                     fix="leave it out" if name not in QUALITY_ONLY else "add --quality"))  # fmt: skip
+
+
+def _print_quality(report: QualityReport) -> None:
+    quality = report.quality
+    console = table_console()
+    console.print(
+        f"{report.bundle} ({report.recipe or report.weights_dtype}) against {report.reference}: "
+        f"S={report.num_sink_tokens} W={report.window_size}; {quality.num_tokens:,} tokens predicted",
+        markup=False,
+        soft_wrap=True,
+    )
+    table = Table("figure", box=None, pad_edge=False)
+    for header in ("value", "limit", ""):
+        table.add_column(header, justify="right")
+    limits = {check.name: check for check in report.checks}
+    table.add_row("perplexity in floating point", f"{quality.reference_perplexity:.3f}")
+    table.add_row("perplexity", f"{quality.perplexity:.3f}")
+    for name, (label, form) in FIGURES.items():
+        value, check = f"{getattr(quality, name):{form}}", limits.get(name)
+        if name == "perplexity_increase" and quality.standard_error is not None:
+            value += f" +- {quality.standard_error:{form}}"
+        state = "" if check is None else "ok" if check.passed else "FAILED"
+        table.add_row(label, value, "" if check is None else f"{check.limit:{form}}", state)
+    table.add_row("KL divergence, worst", f"{quality.worst_kl_divergence:.3f}", "", f"token {quality.worst_token:,}")
+    prefill = report.prefill
+    table.add_row(f"prefill, error of spread, {prefill.positions} positions", f"{prefill.max_relative_error:.2e}",
+                  f"{report.prefill_tolerance:.2e}", "ok" if prefill.failed_position is None else "FAILED")  # fmt: skip
+    console.print(table)
 
 
 def _print_report(report: VerifyReport) -> None:
@@ -103,7 +183,3 @@ def _print_report(report: VerifyReport) -> None:
         soft_wrap=True,
     )
     console.print(table)
-    for failure in report.failures:
-        click.echo(f"FAILED {failure}", err=True)
-    if report.passed:
-        click.echo("passed")

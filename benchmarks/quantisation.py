@@ -1,0 +1,176 @@
+"""What does each recipe cost, and what does it save? One table over recipes.
+
+    python benchmarks/quantisation.py MODEL --text FILE [--bundle DIR ..] [--recipe NAME|FILE ..] [--kv fp,int8]
+                                      [--calibration FILE] [--sink-tokens S] [--window W] [--tokens N] [--threads N]
+                                      [--json FILE]
+
+Every bundle predicts the same tokens as MODEL in float32 with the same sinks and window (see docs/evaluation.md):
+perplexity and its increase, Kullback-Leibler divergence, share of tokens with the same favourite, and whether the
+recipe's own thresholds hold. Bundles are those named, and one for each recipe named, which is exported to a temporary
+folder. All must have the same S and W. MODEL is a model folder, a .gguf file, a Hub id, or a floating-point bundle;
+exporting needs a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import check_json, command, environment, table, where, write_json
+from sinkexport.config import ExportConfig
+from sinkexport.files import read_text
+from sinkexport.machine import physical_cores
+from sinkexport.pipeline import export_loaded
+from sinkexport.progress import shown_progress
+from sinkexport.quant.recipe import Recipe, load_recipe, recipe_names
+from sinkexport.sources import LoadedModel, load_model
+from sinkexport.verify_quality import is_bundle, verify_quality
+from sinkrt.contract import Manifest, load_manifest
+from sinkrt.errors import SinkError, UsageError, problem
+
+HEADERS = ("bundle", "weights MB", "state MB", "perplexity", "increase", "±", "KL nats", "top-1 equal", "within limits")
+STAGES = {"load": "Loading", "quality": "Predicting", "prefill": "Prefilling in pieces"}
+
+
+def variants(names: list[str], kinds: list[str]) -> list[tuple[str, Recipe]]:
+    """Each recipe with each kind of window, by what to call it.
+
+    Raises: UsageError for an unknown recipe or kind.
+    """
+    found = []
+    for name in names:
+        recipe = load_recipe(name)
+        for kv in kinds or [recipe.kv]:
+            found.append((f"{recipe.name}, kv {kv}" if kinds else recipe.name, recipe.with_kv(kv)))
+    return found
+
+
+def row(
+    name: str, bundle: Path, against: str | LoadedModel, text: str, num_tokens: int, threads: int
+) -> dict[str, Any]:
+    """The figures of one bundle."""
+    manifest = load_manifest(bundle)
+    with shown_progress({stage: f"{name}: {label}" for stage, label in STAGES.items()}) as show:
+        report = verify_quality(bundle, against, text, num_tokens=num_tokens, threads=threads, report=show)
+    return {
+        "bundle": name,
+        "quantization": None if manifest.quantization is None else dataclasses.asdict(manifest.quantization),
+        "weights_dtype": manifest.weights_dtype,
+        "num_sink_tokens": manifest.stream.num_sink_tokens,
+        "window_size": manifest.stream.window_size,
+        "weights_bytes": manifest.weights_bytes,
+        "state_bytes": manifest.state_bytes,
+        "reference": report.reference,
+        **dataclasses.asdict(report.quality),
+        "prefill_error": report.prefill.max_relative_error,
+        "failures": report.failures,
+    }
+
+
+def cells(facts: dict[str, Any]) -> list[str]:
+    error = facts["standard_error"]
+    within = "-" if facts["quantization"] is None else "no" if facts["failures"] else "yes"
+    return [
+        facts["bundle"], f"{facts['weights_bytes'] / 1e6:.1f}", f"{facts['state_bytes'] / 1e6:.1f}",
+        f"{facts['perplexity']:.3f}", f"{facts['perplexity_increase']:+.2%}", "-" if error is None else f"{error:.2%}",
+        f"{facts['kl_divergence']:.5f}", f"{facts['top1_agreement']:.2%}", within,
+    ]  # fmt: skip
+
+
+def check_geometry(manifests: list[Manifest]) -> None:
+    """Perplexities with different caches cannot stand in one table.
+
+    Raises: UsageError.
+    """
+    found = sorted({(m.stream.num_sink_tokens, m.stream.window_size) for m in manifests})
+    if len(found) > 1:
+        raise UsageError(problem("--bundle", received=", ".join(f"S={s} W={w}" for s, w in found),
+                                 expected="the same S and W for all", fix="run one table for each"))  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> None:
+    text = read_text(arguments.text, "--text")
+    named = [(path.name, path) for path in arguments.bundle]
+    check_geometry([load_manifest(path) for _, path in named])
+    recipes = variants(arguments.recipe, arguments.kv)
+    if not named and not recipes:
+        raise UsageError(problem("--recipe", received="neither recipe nor bundle", expected=", ".join(recipe_names()),
+                                 fix="name some, or pass --bundle"))  # fmt: skip
+    if is_bundle(arguments.model) and recipes:
+        raise UsageError(problem("MODEL", received=f"'{arguments.model}', a bundle", expected="a model to export",
+                                 fix="pass the model itself, or no --recipe"))  # fmt: skip
+    calibrations = [load_calibration(arguments.calibration, recipe) for _, recipe in recipes]
+    stream = load_manifest(named[0][1]).stream if named else None
+    geometry = (stream.num_sink_tokens, stream.window_size) if stream else (arguments.sink_tokens, arguments.window)
+    configs = [
+        ExportConfig(*geometry, recipe=recipe, calibration=calibration)
+        for (_, recipe), calibration in zip(recipes, calibrations, strict=True)
+    ]
+    facts = {"environment": environment(arguments.threads), "model": arguments.model, "text": arguments.text.name}
+    against = arguments.model if is_bundle(arguments.model) else load_model(arguments.model)
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, bundle: Path, **more: Any) -> None:
+        found = row(name, bundle, against, text, arguments.tokens, arguments.threads)
+        rows.append({**found, **more})
+        write_json(arguments.json, {**facts, "rows": rows})  # after each: a run that is cut short leaves what it found
+
+    for name, path in named:
+        add(name, path)
+    for (name, _), config in zip(recipes, configs, strict=True):
+        with tempfile.TemporaryDirectory(prefix="quantisation-") as folder:
+            start = time.perf_counter()
+            export_loaded(against, Path(folder) / "bundle", config)
+            add(name, Path(folder) / "bundle", export_s=time.perf_counter() - start)
+    first = rows[0]
+    print(f"{command()}\n{where(facts['environment'])}\n")
+    print(f"{first['num_tokens']:,} tokens of {arguments.text.name} predicted, S={first['num_sink_tokens']} "
+          f"W={first['window_size']}; {first['reference']}: perplexity "
+          f"{first['reference_perplexity']:.3f}\n")  # fmt: skip
+    print(table(HEADERS, [cells(found) for found in rows]))
+
+
+def load_calibration(path: Path | None, recipe: Recipe) -> Any:
+    """The calibration file of a recipe that needs one; None for others.
+
+    Raises: UsageError if none was named, or it cannot be read.
+    """
+    if not recipe.needs_calibration:
+        return None
+    if path is None:
+        raise UsageError(problem("--calibration", received="none", expected=f"a file for recipe '{recipe.name}'",
+                                 fix="make one with 'sinkexport calibrate'"))  # fmt: skip
+    from sinkexport.quant.calibration import CalibrationFile
+
+    return CalibrationFile.load(path)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a model folder, a .gguf file, a Hub id, or a floating-point bundle")
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text")
+    parser.add_argument("--bundle", type=Path, nargs="+", default=[], metavar="DIR", help="bundles to measure")
+    parser.add_argument("--recipe", nargs="+", default=[], metavar="NAME|FILE", help="recipes to export and measure")
+    parser.add_argument("--kv", type=lambda kinds: kinds.split(","), default=[], metavar="KIND,..",
+                        help="fp and int8: each recipe with these kinds of window (default: its own)")  # fmt: skip
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="for recipes with static ranges")
+    parser.add_argument("--sink-tokens", type=int, default=4, metavar="S", help="of exports; the bundles' if any")
+    parser.add_argument("--window", type=int, default=1020, metavar="W", help="of exports; the bundles' if any")
+    parser.add_argument("--tokens", type=int, default=20_000, metavar="N", help="of the text (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=physical_cores(), help="of both sides together")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure")
+    arguments = parser.parse_args()
+    check_json(arguments.json)
+    try:
+        run(arguments)
+    except SinkError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
