@@ -123,7 +123,9 @@ def learning_rate(step: int, steps: int) -> float:
     return LEAST_LEARNING_RATE + (LEARNING_RATE - LEAST_LEARNING_RATE) * (1 + math.cos(math.pi * share)) / 2
 
 
-def train(model: Any, ids: Ids, starts: npt.NDArray[np.int64], checkpoint: Path, report: Report) -> tuple[list[float], float]:
+def train(
+    model: Any, ids: Ids, starts: npt.NDArray[np.int64], checkpoint: Path, report: Report
+) -> tuple[list[float], float]:
     """Returns: the loss of every step, nats a token, and the seconds that all steps took.
 
     checkpoint: written every `CHECKPOINT_STEPS`. A run that is cut short goes on from there when it is started again;
