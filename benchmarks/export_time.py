@@ -1,6 +1,6 @@
 """Export time and peak memory against the builder of onnxruntime-genai, from the same Hugging Face folder.
 
-    python benchmarks/export_time.py MODEL [--repeats N] [--json FILE] [--peer-python PYTHON]
+    python benchmarks/export_time.py MODEL [--recipe NAME|FILE] [--repeats N] [--json FILE] [--peer-python PYTHON]
 
 Each export runs in a fresh process; imports are not counted. The builder loads the model as part of its work, so the
 column to compare is the total.
@@ -20,10 +20,10 @@ from harness import check_json, environment, table, where, write_json
 from peers import plain_folder, run_export
 
 
-def run_once(kind: str, folder: Path, python: str, scratch: Path) -> dict[str, float]:
+def run_once(kind: str, folder: Path, python: str, scratch: Path, variant: str) -> dict[str, float]:
     """One export into a throw-away folder."""
     with tempfile.TemporaryDirectory(dir=scratch) as out:
-        return run_export(kind, folder, Path(out) / "model", python)
+        return run_export(kind, folder, Path(out) / "model", python, variant)
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, float]:
@@ -45,7 +45,8 @@ def show(result: dict[str, Any]) -> str:
     facts = result["environment"]
     return "\n".join(
         [
-            f"{result['model']}, fp32, {result['weight_bytes'] / 1e6:.0f} MB of weights; median of {result['repeats']}",
+            f"{result['model']}, {result['variant']}, from {result['weight_bytes'] / 1e6:.0f} MB of weights; "
+            f"median of {result['repeats']}",
             where(facts),
             "",
             table(["exporter", "load s", "export s", "total s", "peak MB", "peak / weights"], rows),
@@ -57,6 +58,8 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="Hugging Face folder or .gguf file")
+    parser.add_argument("--recipe", default="fp32", metavar="NAME|FILE",
+                        help="quantise, without calibration; the builder then makes its int4 model")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--no-peer", action="store_true", help="only sinkexport")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter of an environment with the builder")
@@ -72,11 +75,13 @@ def main() -> None:
     for _ in range(arguments.repeats):  # in turns: A B A B
         for kind, python in kinds.items():
             print(f"{kind} ..", file=sys.stderr)
-            runs[kind].append(run_once(kind, folder, python, arguments.cache))
+            variant = "int4" if kind == "genai" and arguments.recipe != "fp32" else arguments.recipe
+            runs[kind].append(run_once(kind, folder, python, arguments.cache, variant))
     contenders = {kind: summary(results) for kind, results in runs.items()}
     result = {
         "environment": environment(os.cpu_count() or 1),
         "model": folder.name,
+        "variant": arguments.recipe,
         "repeats": arguments.repeats,
         "weight_bytes": contenders["sinkexport"].pop("weight_bytes"),
         "contenders": contenders,

@@ -1,6 +1,8 @@
 """One export in a process of its own: its time without the imports, and its peak memory, as one JSON line.
 
-    python benchmarks/export_worker.py sinkexport|genai FOLDER OUT
+    python benchmarks/export_worker.py sinkexport|genai FOLDER OUT fp32|VARIANT
+
+VARIANT is a recipe that needs no calibration, or a precision of onnxruntime-genai's builder.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ from pathlib import Path
 from harness import peak_memory_mb
 
 
-def run_sinkexport(folder: str, out: str) -> dict[str, float]:
+def run_sinkexport(folder: str, out: str, variant: str) -> dict[str, float]:
     """Seconds to load and to export."""
     from sinkexport.config import ExportConfig
     from sinkexport.pipeline import export_loaded
+    from sinkexport.quant.recipe import load_recipe
     from sinkexport.sources import load_model
 
-    config = ExportConfig()
+    config = ExportConfig(recipe=None if variant == "fp32" else load_recipe(variant))
     start = time.perf_counter()
     loaded = load_model(folder, "float32")
     load_s = time.perf_counter() - start
@@ -31,23 +34,23 @@ def run_sinkexport(folder: str, out: str) -> dict[str, float]:
     return {"load_s": load_s, "export_s": time.perf_counter() - start, "weight_bytes": weight_bytes}
 
 
-def run_genai(folder: str, out: str) -> dict[str, float]:
-    """Seconds of onnxruntime-genai's builder, fp32 for the CPU; it loads the model itself."""
+def run_genai(folder: str, out: str, variant: str) -> dict[str, float]:
+    """Seconds of onnxruntime-genai's builder for the CPU; it loads the model itself."""
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
     with tempfile.TemporaryDirectory() as cache:
         start = time.perf_counter()
-        options = parse_extra_options(None, folder, out, "fp32", "cpu", cache, [])
-        create_model(None, folder, out, "fp32", "cpu", cache, **options)
+        options = parse_extra_options(None, folder, out, variant, "cpu", cache, [])
+        create_model(None, folder, out, variant, "cpu", cache, **options)
         return {"export_s": time.perf_counter() - start}
 
 
 def main() -> None:
     """Run one export and print what it took."""
-    kind, folder, out = sys.argv[1:]
+    kind, folder, out, variant = sys.argv[1:]
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # both exporters may print
-    result = {"sinkexport": run_sinkexport, "genai": run_genai}[kind](folder, out)
+    result = {"sinkexport": run_sinkexport, "genai": run_genai}[kind](folder, out, variant)
     result["peak_mb"] = peak_memory_mb()
     print(json.dumps(result), file=reply, flush=True)
 

@@ -13,6 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
+LLAMA_TYPES = {
+    "F32": "LLAMA_FTYPE_ALL_F32",
+    "Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0",
+    "Q4_1": "LLAMA_FTYPE_MOSTLY_Q4_1",
+    "Q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0",
+}
 
 
 def plain_folder(model: Path, cache: Path) -> Path:
@@ -43,8 +49,11 @@ def plain_folder(model: Path, cache: Path) -> Path:
     return target
 
 
-def llama_gguf(model: Path, cache: Path) -> Path:
-    """`model`, a ``.gguf`` file, dequantised to F32 by llama.cpp itself: the very weights that the others have."""
+def llama_gguf(model: Path, cache: Path, kind: str = "F32") -> Path:
+    """`model`, a ``.gguf`` file, as llama.cpp itself writes it in another type of weights.
+
+    kind: of `LLAMA_TYPES`; F32 are the very weights that the others have.
+    """
     if model.suffix.lower() != ".gguf":
         raise SystemExit(f"llama.cpp needs a .gguf file, not '{model}': leave llamacpp out of --peers")
     try:
@@ -54,15 +63,15 @@ def llama_gguf(model: Path, cache: Path) -> Path:
             "llama-cpp-python is not installed: pip install llama-cpp-python (it compiles for a while), or leave "
             "llamacpp out of --peers"
         ) from None
-    target = cache / f"{model.stem}-float32.gguf"
+    target = cache / f"{model.stem}-{kind}.gguf"
     if target.is_file():
         return target
 
     options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype, options.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
+    options.ftype, options.allow_requantize = getattr(llama_cpp, LLAMA_TYPES[kind]), True
     partial = target.with_name(target.name + ".partial")
     if code := llama_cpp.llama_model_quantize(str(model).encode(), str(partial).encode(), options):
-        raise SystemExit(f"llama.cpp could not dequantise '{model}': code {code}")
+        raise SystemExit(f"llama.cpp could not convert '{model}' to {kind}: code {code}")
     partial.rename(target)
     return target
 
@@ -70,36 +79,43 @@ def llama_gguf(model: Path, cache: Path) -> Path:
 def contender_paths(
     names: Sequence[str], bundle: Path, model: Path, cache: Path, peer_python: str
 ) -> dict[str, Path]:
-    """What each contender loads, made if it is not there. cache: created; model: folder or ``.gguf`` file."""
+    """What each contender loads, made if it is not there. cache: created; model: folder or ``.gguf`` file.
+
+    After a colon a name may say in which type: ``genai:int4``, ``llamacpp:Q8_0``.
+    """
     cache.mkdir(parents=True, exist_ok=True)
     paths = {}
     for name in names:
-        if name.startswith("sinkexport"):
+        kind, _, variant = name.partition(":")
+        if kind.startswith("sinkexport"):
             paths[name] = bundle
-        elif name == "llamacpp":
-            paths[name] = llama_gguf(model, cache)
-        elif name == "genai":
-            paths[name] = genai_folder(plain_folder(model, cache), cache, peer_python)
+        elif kind == "llamacpp":
+            paths[name] = llama_gguf(model, cache, variant or "F32")
+        elif kind == "genai":
+            paths[name] = genai_folder(plain_folder(model, cache), cache, peer_python, variant or "fp32")
         else:
             paths[name] = plain_folder(model, cache)
     return paths
 
 
-def genai_folder(folder: Path, cache: Path, python: str = sys.executable) -> Path:
-    """An fp32 CPU model that onnxruntime-genai's builder makes of the Hugging Face folder `folder`."""
-    target = cache / f"{folder.name}-genai-fp32"
+def genai_folder(folder: Path, cache: Path, python: str = sys.executable, precision: str = "fp32") -> Path:
+    """A CPU model that onnxruntime-genai's builder makes of the Hugging Face folder `folder`.
+
+    precision: ``fp32 | int4``, the latter with the builder's own defaults.
+    """
+    target = cache / f"{folder.name}-genai-{precision}"
     if (target / "genai_config.json").is_file():
         return target
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    run_export("genai", folder, partial, python)
+    run_export("genai", folder, partial, python, precision)
     partial.rename(target)
     return target
 
 
-def run_export(kind: str, folder: Path, out: Path, python: str) -> dict[str, float]:
+def run_export(kind: str, folder: Path, out: Path, python: str, variant: str = "fp32") -> dict[str, float]:
     """Run ``export_worker.py``; its figures. What the exporters print is shown only if they fail."""
-    command = [python, str(HERE / "export_worker.py"), kind, str(folder), str(out)]
+    command = [python, str(HERE / "export_worker.py"), kind, str(folder), str(out), variant]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{done.stderr[-4000:]}\n{kind}: export ended with exit code {done.returncode}")

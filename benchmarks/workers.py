@@ -15,6 +15,11 @@ from typing import Any
 HERE = Path(__file__).parent
 
 
+def kind_of(name: str) -> str:
+    """Which of `contenders.CONTENDERS` a name such as ``genai:int4`` is; variants follow the colon."""
+    return name.partition(":")[0]
+
+
 class ContenderError(Exception):
     """What a contender said when it could not go on."""
 
@@ -33,7 +38,7 @@ class Worker:
 
     def __init__(self, name: str, path: Path, *, python: str, threads: int, capacity: int, sinks: int) -> None:
         self.name = name
-        command = [python, str(HERE / "worker_process.py"), name, str(path), f"--threads={threads}"]
+        command = [python, str(HERE / "worker_process.py"), kind_of(name), str(path), f"--threads={threads}"]
         self._process = subprocess.Popen(
             [*command, f"--capacity={capacity}", f"--sinks={sinks}"],
             stdin=subprocess.PIPE,
@@ -94,7 +99,7 @@ def running(
     try:
         for name, path in paths.items():
             print(f"loading {name}", file=sys.stderr)
-            python = peer_python if name == "genai" else sys.executable
+            python = peer_python if kind_of(name) == "genai" else sys.executable
             workers.append(Worker(name, path, python=python, threads=threads, capacity=capacity, sinks=sinks))
         yield workers
     finally:
