@@ -1,7 +1,7 @@
 """What does each recipe cost, and what does it save? One table over recipes.
 
     python benchmarks/quantisation.py MODEL --text FILE [--bundle DIR ..] [--recipe NAME|FILE ..] [--kv fp,int8]
-                                      [--calibration FILE] [--sink-tokens S] [--window W] [--tokens N] [--threads N]
+                                      [--sink-tokens S] [--window W] [--tokens N] [--threads N]
                                       [--json FILE]
 
 Every bundle predicts the same tokens as MODEL in float32 with the same sinks and window (see docs/evaluation.md):
@@ -103,13 +103,9 @@ def run(arguments: argparse.Namespace) -> None:
     if is_bundle(arguments.model) and recipes:
         raise UsageError(problem("MODEL", received=f"'{arguments.model}', a bundle", expected="a model to export",
                                  fix="pass the model itself, or no --recipe"))  # fmt: skip
-    calibrations = [load_calibration(arguments.calibration, recipe) for _, recipe in recipes]
     stream = load_manifest(named[0][1]).stream if named else None
     geometry = (stream.num_sink_tokens, stream.window_size) if stream else (arguments.sink_tokens, arguments.window)
-    configs = [
-        ExportConfig(*geometry, recipe=recipe, calibration=calibration)
-        for (_, recipe), calibration in zip(recipes, calibrations, strict=True)
-    ]
+    configs = [ExportConfig(*geometry, recipe=recipe) for _, recipe in recipes]
     facts = {"environment": environment(arguments.threads), "model": arguments.model, "text": arguments.text.name}
     against = arguments.model if is_bundle(arguments.model) else load_model(arguments.model)
     rows: list[dict[str, Any]] = []
@@ -134,21 +130,6 @@ def run(arguments: argparse.Namespace) -> None:
     print(table(HEADERS, [cells(found) for found in rows]))
 
 
-def load_calibration(path: Path | None, recipe: Recipe) -> Any:
-    """The calibration file of a recipe that needs one; None for others.
-
-    Raises: UsageError if none was named, or it cannot be read.
-    """
-    if not recipe.needs_calibration:
-        return None
-    if path is None:
-        raise UsageError(problem("--calibration", received="none", expected=f"a file for recipe '{recipe.name}'",
-                                 fix="make one with 'sinkexport calibrate'"))  # fmt: skip
-    from sinkexport.quant.calibration import CalibrationFile
-
-    return CalibrationFile.load(path)
-
-
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,7 +139,6 @@ def main() -> None:
     parser.add_argument("--recipe", nargs="+", default=[], metavar="NAME|FILE", help="recipes to export and measure")
     parser.add_argument("--kv", type=lambda kinds: kinds.split(","), default=[], metavar="KIND,..",
                         help="fp and int8: each recipe with these kinds of window (default: its own)")  # fmt: skip
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="for recipes with static ranges")
     parser.add_argument("--sink-tokens", type=int, default=4, metavar="S", help="of exports; the bundles' if any")
     parser.add_argument("--window", type=int, default=1020, metavar="W", help="of exports; the bundles' if any")
     parser.add_argument("--tokens", type=int, default=20_000, metavar="N", help="of the text (default: %(default)s)")
