@@ -294,8 +294,9 @@ def test_the_manifest_tells_the_refined_recipe_and_what_is_refined_is_checked(tm
     with exported(tiny_model("llama"), tmp_path / "b", edited("int8-weights", families={"llama": four_bits})) as small:
         assert small.manifest.quantization is not None
         assert small.manifest.quantization.weights == "int4"
-    with pytest.raises(UsageError, match="kv: received int8, expected fp in this version"):
-        exported(tiny_model("llama"), tmp_path / "c", edited("int8-weights", families={"llama": {"kv": "int8"}}))
+    windowed = edited("int8-channel", families={"llama": {"kv": "int8"}})
+    with pytest.raises(UsageError, match="received target tensorrt, expected onnx"):
+        exported(tiny_model("llama"), tmp_path / "c", windowed, target="tensorrt")
     assert not (tmp_path / "c").exists()
 
 

@@ -138,7 +138,7 @@ def test_a_quantised_bundle_says_how(bundle: Path) -> None:
     assert found is not None
     assert (found.recipe, found.thresholds) == ("mine", {"perplexity_increase": 1.0})
     edited(lambda m: m.update(quantization={**facts, "weights": "int3"}))(bundle)
-    with pytest.raises(BundleError, match=r"quantization\.weights: received int3, expected int8 \| int4"):
+    with pytest.raises(BundleError, match=r"quantization\.weights: received int3, expected float \| int8 \| int4"):
         load_manifest(bundle)
 
 
