@@ -1,0 +1,11 @@
+// What the kernels' parameter structs have in common. No TensorRT, no framework: CUDA's runtime header only.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+namespace sinkexport {
+
+// Of activations, sinks and floating-point windows.
+enum class DType : int { kFloat16 = 0, kBFloat16 = 1 };
+
+}  // namespace sinkexport
