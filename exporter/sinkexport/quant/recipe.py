@@ -49,15 +49,20 @@ class Activations(_Spec):
     mode: ``float``; ``dynamic``: INT8 with a scale that each token gets at run time; ``static``: INT8 with one range
     for the tensor, from calibration. sinks (static only): ``separate``: tokens 0 .. S-1 have a range of their own;
     ``excluded``: they have the others' and may be clipped; ``included``: one range for all tokens.
+    keep_float (not with ``float``): patterns (fnmatch) of modules that are fed floating point all the same; their
+    weights are rounded as others are.
     """
 
     mode: Literal["float", "dynamic", "static"]
     sinks: Literal["separate", "excluded", "included"] | None = None
+    keep_float: tuple[str, ...] = ()
 
     @pydantic.model_validator(mode="after")
     def _check_sinks(self) -> Activations:
         if (self.mode == "static") != (self.sinks is not None):
             raise ValueError("sinks goes with mode: static, and with no other")
+        if self.mode == "float" and self.keep_float:
+            raise ValueError("keep_float is of no use with mode: float")
         return self
 
 
@@ -159,9 +164,18 @@ class Recipe(_Spec):
         """Whether an export with this recipe needs a calibration file."""
         return self.activations.mode == "static" or self.smooth is not None
 
+    @property
+    def may_need_calibration(self) -> bool:
+        """Whether an export may need one once the recipe is refined for a family."""
+        return self.needs_calibration or any("calibration" in keys for keys in self.families.values())
+
     def keeps_float(self, module: str) -> bool:
         """Whether a module, such as ``model.layers.3.mlp.down_proj``, stays in floating point."""
-        return any(fnmatch.fnmatchcase(module, pattern) for pattern in self.keep_float)
+        return _matches(module, self.keep_float)
+
+    def input_mode(self, module: str) -> str:
+        """How the input of a module is treated that does not stay in floating point: ``float | dynamic | static``."""
+        return "float" if _matches(module, self.activations.keep_float) else self.activations.mode
 
     def with_kv(self, kv: str) -> Recipe:
         """The recipe with another window; `kv` is ``fp | int8``."""
@@ -219,6 +233,10 @@ def parse_recipe(raw: Any, where: str) -> Recipe:
     for family in recipe.families:
         recipe.for_family(family)
     return recipe
+
+
+def _matches(module: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)
 
 
 def _as_json(raw: Any) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from sinkexport.graph.passes.products import Product, find_products, find_tables, module_of
@@ -37,6 +39,9 @@ class Plan(Protocol):
 
     def kind(self, module: str) -> object:
         """Projections that are joined into one product must be of the same kind."""
+
+    def divisors(self, module: str) -> npt.NDArray[np.float64] | None:
+        """[K], what the input of the module is divided by, and its weights multiplied; None: nothing."""
 
     def product(self, product: Product) -> Treatment | None: ...
 

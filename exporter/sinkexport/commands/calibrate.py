@@ -1,0 +1,76 @@
+"""``sinkexport calibrate``: the ranges of a model's activations, found by streaming text."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from sinkexport.files import check_writable, read_text, write_whole
+from sinkexport.progress import Report, shown_progress
+
+STAGES = {
+    "load": "Loading the model",
+    "channels": "Streaming text: channels",
+    "ranges": "Streaming text: ranges",
+}
+
+
+@click.command(name="calibrate")
+@click.argument("model")
+@click.option("--recipe", "recipe_name", required=True, metavar="NAME|FILE",
+              help="Which ranges, and how: a recipe with 'calibration'.")  # fmt: skip
+@click.option("--text", "text_file", required=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="UTF-8 text like that which the model will stream.")  # fmt: skip
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="Where to write the result, JSON; FILE.partial beside it holds what was seen so far.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of the CPU.  [default: all physical cores]")
+def command(model: str, recipe_name: str, text_file: Path, output: Path, threads: int | None) -> None:
+    """Find the ranges of MODEL's activations (a local directory, a .gguf file or a Hub id) for a recipe.
+
+    Pieces of the text are streamed through sinks and window, past the window, as a bundle will stream. Tokens 0 .. S-1
+    are counted apart. A run that was cut short, by kill -9 too, goes on where it stopped when it is started again, to
+    the very same result. 'sinkexport inspect FILE' shows it, 'sinkexport export --calibration FILE' uses it.
+    """
+    from sinkexport.quant.recipe import load_recipe
+
+    recipe = load_recipe(recipe_name)
+    check_writable(output, "--output")
+    text = read_text(text_file, "--text")
+    from sinkexport.machine import torch_threads
+    from sinkexport.quant.calibrate import calibrate
+    from sinkexport.sources import load_model
+
+    partial = output.with_name(output.name + ".partial")
+    with shown_progress(STAGES) as show, torch_threads(threads):
+        show("load", 0, 1)
+        loaded = load_model(model)
+        start = time.perf_counter()
+        streamed = _Streamed(show)
+        found = calibrate(loaded, recipe, text, partial=partial, report=streamed)
+        seconds = time.perf_counter() - start
+    write_whole(output, found.to_json(), "--output")
+    partial.unlink(missing_ok=True)
+    apart = sum(facts.sinks is not None and facts.sinks.range > facts.rest.range for facts in found.inputs)
+    click.echo(
+        f"{output}: {len(found.inputs)} inputs of {found.model.name} for recipe '{found.recipe}', in {apart} of them "
+        f"sinks reach beyond the rest; {found.text.streamed:,} tokens, {seconds:.1f} s, "
+        f"{streamed.num_tokens / max(seconds, 1e-9):.0f} tokens/s"
+    )
+
+
+class _Streamed:
+    """Passes a report on, and counts the tokens that were streamed in this run, in all passes."""
+
+    def __init__(self, show: Report) -> None:
+        self._show = show
+        self._stage = ""
+        self._before = 0
+        self.num_tokens = 0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage == self._stage:
+            self.num_tokens += done - self._before
+        self._stage, self._before = stage, done
+        self._show(stage, done, total)

@@ -1,0 +1,268 @@
+"""Find the ranges of a model's inputs by streaming text through sinks and window, as a bundle will.
+
+One pass gives histograms, from which ranges are read. With smoothing (SmoothQuant, arXiv:2211.10438) a pass before it
+finds the channels' largest values, hence the divisors, and the histograms are those of divided inputs.
+
+A calibration that is cut short goes on where it stopped: after each piece of text all that was seen is written to a
+file beside the result. Counts and maxima do not depend on how often it was stopped, so neither does the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+import torch
+from sinkrt.errors import UsageError, problem
+
+from sinkexport import analyze, files
+from sinkexport.model.interface import intercept_attention
+from sinkexport.model.rope import AttentionShape, probe_attention
+from sinkexport.progress import Report, silent
+from sinkexport.quant import histogram
+from sinkexport.quant.calibration import (
+    FILE_SCHEMA_VERSION,
+    FORMAT,
+    CalibratedModel,
+    CalibrationFile,
+    CalibrationText,
+    InputFacts,
+    Span,
+    fingerprint,
+    rounded,
+    smooths_sinks,
+)
+from sinkexport.quant.observers import REST, SINKS, ChannelMaxima, Histograms, ResumableObserver
+from sinkexport.quant.recipe import Calibration, Recipe
+from sinkexport.quant.stream_inputs import StreamConfig, input_groups, stream_inputs
+from sinkexport.sources import LoadedModel
+
+PRODUCERS = ("sinkexport", "torch", "transformers", "numpy")
+LEAST = 1e-5
+"""Largest values of channels and of weights are taken to be at least this: a divisor must not be 0."""
+
+Ids = npt.NDArray[np.int64]
+
+
+def calibrate(
+    loaded: LoadedModel, recipe: Recipe, text: str, *, partial: Path | None = None, report: Report = silent
+) -> CalibrationFile:
+    """Stream pieces of `text` and find what `recipe` needs.
+
+    loaded: in float32. partial: where to keep what has been seen, and to go on from; for the caller to remove once the
+    result is written. One that belongs to another calibration is replaced.
+    report: told of the stages ``channels`` (with smoothing) and ``ranges``, in tokens.
+
+    Raises: UsageError if the recipe needs no calibration, the text is too short, the model cannot be streamed exactly,
+    its activations are not finite, or `partial` cannot be written.
+    """
+    model = loaded.model
+    recipe = recipe.for_family(model.config.get_text_config().model_type)
+    asked = recipe.calibration
+    if asked is None:
+        raise UsageError(problem(f"recipe '{recipe.name}'", received="no calibration in it",
+                                 expected="activations.mode: static, or smooth",
+                                 fix="export with it as it is"))  # fmt: skip
+    pieces, num_tokens = choose_pieces(loaded.tokenizer, text, asked)
+    head = model.get_output_embeddings()
+    groups = {first: members for first, members in input_groups(model).items() if model.get_submodule(first) is not head}
+    stream = StreamConfig(asked.sink_tokens, asked.window)
+    facts = {
+        "model": CalibratedModel(name=loaded.name, architecture=type(model).__name__, fingerprint=fingerprint(model)),
+        "text": CalibrationText(sha256=hashlib.sha256(text.encode()).hexdigest(), tokens=num_tokens,
+                                streamed=pieces.size),
+        "recipe": recipe.name,
+        "calibration": asked,
+        "smooth": recipe.smooth,
+        "smooth_sinks": smooths_sinks(recipe),
+        "producer": {name: importlib.metadata.version(name) for name in PRODUCERS},
+    }  # fmt: skip
+    memory = _Memory(partial, hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest(), len(pieces))
+
+    def run(stage: str, observers: Mapping[str, ResumableObserver], known: Mapping[str, ResumableObserver]) -> None:
+        """known: what has seen all pieces already, and is kept with the rest."""
+        everything = {**known, **observers}
+        stream_inputs(
+            model, pieces, stream, list(observers.values()), lambda _, done, total: report(stage, done, total),
+            groups=groups, first_piece=memory.restore(stage, everything),
+            after_piece=functools.partial(memory.keep, stage, everything),
+        )  # fmt: skip
+
+    maxima = {"maxima": ChannelMaxima()}
+    divisors: dict[str, npt.NDArray[np.float32]] = {}
+    if recipe.smooth is not None:
+        run("channels", maxima, {})
+        divisors = smoothing(model, groups, maxima["maxima"], recipe.smooth.alpha, with_sinks=smooths_sinks(recipe))
+    histograms = Histograms(divisors)
+    run("ranges", {"histograms": histograms} | ({} if divisors else maxima), maxima if divisors else {})
+    inputs = tuple(
+        InputFacts(
+            modules=members,
+            **_spans(histograms.counts[first], histograms.highest[first], asked),
+            channels=tuple(rounded(x) for x in _counted(maxima["maxima"].maxima[first], smooths_sinks(recipe))),
+            divisors=tuple(rounded(x) for x in divisors[first]) if first in divisors else None,
+        )
+        for first, members in groups.items()
+    )
+    return CalibrationFile(format=FORMAT, schema_version=FILE_SCHEMA_VERSION, inputs=inputs, **facts)
+
+
+def choose_pieces(tokenizer: Any | None, text: str, asked: Calibration) -> tuple[Ids, int]:
+    """Pieces of a text, ids [samples, length], and how many tokens it has.
+
+    The text is cut into pieces, of which the seed picks some; they stay in order. Each begins as a stream does, with
+    what the tokenizer puts before a text.
+
+    Raises: UsageError without a tokenizer, or if the text is too short.
+    """
+    if tokenizer is None:
+        raise UsageError(problem("model", received="one without a tokenizer", expected="a tokenizer for the text",
+                                 fix="use a complete model folder"))  # fmt: skip
+    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+    beginning = np.asarray(analyze.beginning(tokenizer), np.int64)
+    own = asked.length - len(beginning)
+    if own < 1 or len(ids) < asked.samples * own:
+        raise UsageError(problem("text", received=f"{len(ids):,} tokens",
+                                 expected=f"{asked.samples} pieces of {asked.length:,} tokens",
+                                 fix="use a longer text, or lower calibration.samples or length"))  # fmt: skip
+    chosen = np.sort(np.random.default_rng(asked.seed).permutation(len(ids) // own)[: asked.samples])
+    pieces = [np.concatenate([beginning, ids[i * own : (i + 1) * own]]) for i in chosen]
+    return np.stack(pieces), len(ids)
+
+
+def smoothing(
+    model: Any, groups: Mapping[str, tuple[str, ...]], maxima: ChannelMaxima, alpha: float, *, with_sinks: bool
+) -> dict[str, npt.NDArray[np.float32]]:
+    """What to divide each input by, [K] by the first module of each group, as they are written to the file.
+
+    s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), w of all layers that read x, scaled to a geometric mean of 1. Query heads
+    that share a value head share their divisors, so that the values' projection can take them over.
+    """
+    shape, _ = probe_attention(model, model.config.get_text_config().num_hidden_layers)
+    outputs = attention_outputs(model, groups)
+    found = {}
+    for first, members in groups.items():
+        x = _counted(maxima.maxima[first], with_sinks).astype(np.float64)
+        w = np.max([model.get_submodule(name).weight.detach().float().abs().amax(dim=0).numpy() for name in members],
+                   axis=0).astype(np.float64)  # fmt: skip
+        if first in outputs:
+            x, w = _shared(x, shape), _shared(w, shape)
+        divisors = np.maximum(x, LEAST) ** alpha / np.maximum(w, LEAST) ** (1.0 - alpha)
+        divisors /= np.exp(np.log(divisors).mean())
+        found[first] = np.array([rounded(value) for value in divisors], np.float32)
+    return found
+
+
+def attention_outputs(model: Any, groups: Mapping[str, tuple[str, ...]]) -> set[str]:
+    """The first modules of groups that read what attention gives, head by head, and nothing else.
+
+    One token is run to find out: their inputs lie where the attention function's results do.
+    """
+    results: list[torch.Tensor] = []  # kept, or an address could come twice
+    found: set[str] = set()
+
+    def attend(
+        _module: Any, q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, None]:
+        results.append(q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3]))  # [B, 1, Hq, D]
+        return results[-1], None
+
+    def look(name: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+        def hook(_module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+            x = arguments[0]
+            if any(x.data_ptr() == out.data_ptr() and x.numel() == out.numel() for out in results):
+                found.add(name)
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(look(name)) for name in groups]
+    try:
+        with torch.no_grad(), intercept_attention(model, attend):
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _shared(values: npt.NDArray[np.float64], shape: AttentionShape) -> npt.NDArray[np.float64]:
+    """[Hq * D]: the largest of the query heads that share a value head."""
+    heads = values.reshape(shape.num_kv_heads, -1, shape.head_dim)  # [Hkv, Hq / Hkv, D]
+    return np.broadcast_to(heads.max(axis=1, keepdims=True), heads.shape).reshape(-1)
+
+
+def _counted(maxima: npt.NDArray[np.float32], with_sinks: bool) -> npt.NDArray[np.float32]:
+    """[K] of [2, K]."""
+    return maxima.max(axis=0) if with_sinks else maxima[REST]
+
+
+def _spans(
+    counts: histogram.Counts, highest: npt.NDArray[np.float32], asked: Calibration
+) -> dict[str, Span | None]:
+    """The ranges of one input. Sinks are few and their largest values matter most: their range leaves out nothing."""
+
+    def span(of: histogram.Counts, top: float) -> Span:
+        return Span(highest=rounded(top), range=rounded(chosen_range(of, top, asked)))
+
+    sinks = rounded(highest[SINKS])
+    return {
+        "rest": span(counts[REST], float(highest[REST])),
+        "sinks": Span(highest=sinks, range=sinks) if counts[SINKS].any() else None,
+        "all": span(counts.sum(axis=0), float(highest.max())),
+    }
+
+
+def chosen_range(counts: histogram.Counts, highest: float, asked: Calibration) -> float:
+    """The bound that a method chooses for values with these counts, the largest of which is `highest`."""
+    if asked.method == "minmax" or highest == 0.0:
+        return highest
+    if asked.percentile is not None:
+        return histogram.percentile(counts, highest, asked.percentile)
+    choose = histogram.least_divergence if asked.method == "entropy" else histogram.least_squared_error
+    return choose(counts, highest)
+
+
+class _Memory:
+    """What has been seen so far, in a file. key: of this calibration; a file with another one is not read."""
+
+    def __init__(self, path: Path | None, key: str, num_pieces: int) -> None:
+        self._path = path
+        self._key = key
+        self._num_pieces = num_pieces
+
+    def keep(self, stage: str, observers: Mapping[str, ResumableObserver], done: int) -> None:
+        """Write all of it; a crash leaves the file that was there."""
+        if self._path is None:
+            return
+        arrays = {f"{name}|{key}": value for name, o in observers.items() for key, value in o.state().items()}
+        metadata = {"key": self._key, "stage": stage, "done": json.dumps(done)}
+        files.write_whole(self._path, safetensors.numpy.save(arrays, metadata), "--output")
+
+    def restore(self, stage: str, observers: Mapping[str, ResumableObserver]) -> int:
+        """Fill the observers with what was written in this stage or a later one. Returns: pieces that are done."""
+        if self._path is None or not self._path.exists():
+            return 0
+        try:
+            with safetensors.safe_open(self._path, "np") as file:
+                metadata = file.metadata() or {}
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, safetensors.SafetensorError):
+            return 0  # damaged: begin anew
+        if metadata.get("key") != self._key:
+            return 0
+        later = metadata["stage"] != stage
+        if later and stage == "ranges":  # written while channels were looked at: nothing of the ranges yet
+            return 0
+        for name, observer in observers.items():
+            prefix = f"{name}|"
+            observer.restore({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
+        return self._num_pieces if later else int(metadata["done"])
