@@ -14,6 +14,8 @@ STAGES = {
     "load": "Loading the model",
     "channels": "Streaming text: channels",
     "ranges": "Streaming text: ranges",
+    "moments": "Streaming text: moments",
+    "round": "Rounding weights",
 }
 
 
@@ -40,6 +42,7 @@ def command(model: str, recipe_name: str, text_file: Path, output: Path, threads
     text = read_text(text_file, "--text")
     from sinkexport.machine import torch_threads
     from sinkexport.quant.calibrate import calibrate
+    from sinkexport.quant.calibration import rounded_path
     from sinkexport.sources import load_model
 
     partial = output.with_name(output.name + ".partial")
@@ -48,8 +51,12 @@ def command(model: str, recipe_name: str, text_file: Path, output: Path, threads
         loaded = load_model(model)
         start = time.perf_counter()
         streamed = _Streamed(show)
-        found = calibrate(loaded, recipe, text, partial=partial, report=streamed)
+        found, rounded = calibrate(loaded, recipe, text, partial=partial, report=streamed)
         seconds = time.perf_counter() - start
+    if rounded:  # before the file that tells their hash
+        import safetensors.numpy
+
+        write_whole(rounded_path(output), safetensors.numpy.save(rounded), "--output")
     write_whole(output, found.to_json(), "--output")
     partial.unlink(missing_ok=True)
     apart = sum(facts.sinks is not None and facts.sinks.range > facts.rest.range for facts in found.inputs)
@@ -70,7 +77,7 @@ class _Streamed:
         self.num_tokens = 0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage == self._stage:
+        if stage == self._stage and stage != "round":
             self.num_tokens += done - self._before
         self._stage, self._before = stage, done
         self._show(stage, done, total)

@@ -85,6 +85,6 @@ def _loaded(recipe: str | None) -> Recipe | None:
 def _ranges(file: Path | None) -> Ranges | None:
     if file is None:
         return None
-    from sinkexport.quant.calibration import load_calibration
+    from sinkexport.quant.calibration import load_calibration, rounded_path
 
-    return load_calibration(file)
+    return load_calibration(file).with_rounded_file(rounded_path(file))

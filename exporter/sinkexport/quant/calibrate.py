@@ -1,7 +1,8 @@
 """Find the ranges of a model's inputs by streaming text through sinks and window, as a bundle will.
 
 One pass gives histograms, from which ranges are read. With smoothing (SmoothQuant, arXiv:2211.10438) a pass before it
-finds the channels' largest values, hence the divisors, and the histograms are those of divided inputs.
+finds the channels' largest values, hence the divisors, and the histograms are those of divided inputs. Where weights
+are rounded for their inputs (GPTQ, arXiv:2210.17323), passes after it gather the inputs' second moments.
 
 A calibration that is cut short goes on where it stopped: after each piece of text all that was seen is written to a
 file beside the result. Counts and maxima do not depend on how often it was stopped, so neither does the result.
@@ -13,9 +14,9 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,10 +40,13 @@ from sinkexport.quant.calibration import (
     Span,
     fingerprint,
     rounded,
+    rounding_of,
     smooths_sinks,
 )
-from sinkexport.quant.observers import REST, SINKS, ChannelMaxima, Histograms, ResumableObserver
+from sinkexport.quant.observers import REST, SINKS, Arrays, ChannelMaxima, Histograms, Resumable, ResumableObserver
+from sinkexport.quant.plan import RecipePlan
 from sinkexport.quant.recipe import Calibration, Recipe
+from sinkexport.quant.rounding import RoundedArrays, SecondMoments, batches, round_batch
 from sinkexport.quant.stream_inputs import StreamConfig, input_groups, stream_inputs
 from sinkexport.sources import LoadedModel
 
@@ -50,17 +54,33 @@ PRODUCERS = ("sinkexport", "torch", "transformers", "numpy")
 LEAST = 1e-5
 """Largest values of channels and of weights are taken to be at least this: a divisor must not be 0."""
 
+MOMENTS_BYTES = 2 * 2**30
+"""Memory for the second moments of inputs. Models that need more take more passes over the text."""
+KEPT_BYTES = 2**30
+"""What is written after each piece of text. Of more, only whole passes are kept."""
+
+CHANNELS, RANGES, MOMENTS = "channels", "ranges", "moments"
+"""Passes over the text, in their order; of the last kind there may be several."""
+
 Ids = npt.NDArray[np.int64]
+
+
+class Calibrated(NamedTuple):
+    """facts: the file. rounded: what `RoundedFile` reads, of a recipe that rounds weights for their inputs, else {}."""
+
+    facts: CalibrationFile
+    rounded: Arrays
 
 
 def calibrate(
     loaded: LoadedModel, recipe: Recipe, text: str, *, partial: Path | None = None, report: Report = silent
-) -> CalibrationFile:
+) -> Calibrated:
     """Stream pieces of `text` and find what `recipe` needs.
 
     loaded: in float32. partial: where to keep what has been seen, and to go on from; for the caller to remove once the
     result is written. One that belongs to another calibration is replaced.
-    report: told of the stages ``channels`` (with smoothing) and ``ranges``, in tokens.
+    report: told of the stages ``channels`` (with smoothing), ``ranges`` and ``moments`` (where weights are rounded for
+    their inputs), in tokens, and of ``round``, in inputs.
 
     Raises: UsageError if the recipe needs no calibration, the text is too short, the model cannot be streamed exactly,
     its activations are not finite, or `partial` cannot be written.
@@ -70,13 +90,15 @@ def calibrate(
     asked = recipe.calibration
     if asked is None:
         raise UsageError(problem(f"recipe '{recipe.name}'", received="no calibration in it",
-                                 expected="activations.mode: static, or smooth",
+                                 expected="activations.mode: static, smooth or weights.rounding: gptq",
                                  fix="export with it as it is"))  # fmt: skip
     pieces, num_tokens = choose_pieces(loaded.tokenizer, text, asked)
     head = model.get_output_embeddings()
-    groups = {first: members for first, members in input_groups(model).items() if model.get_submodule(first) is not head}
+    groups = {
+        first: members for first, members in input_groups(model).items() if model.get_submodule(first) is not head
+    }
     stream = StreamConfig(asked.sink_tokens, asked.window)
-    facts = {
+    facts: dict[str, Any] = {
         "model": CalibratedModel(name=loaded.name, architecture=type(model).__name__, fingerprint=fingerprint(model)),
         "text": CalibrationText(sha256=hashlib.sha256(text.encode()).hexdigest(), tokens=num_tokens,
                                 streamed=pieces.size),
@@ -84,26 +106,46 @@ def calibrate(
         "calibration": asked,
         "smooth": recipe.smooth,
         "smooth_sinks": smooths_sinks(recipe),
+        "rounded_weights": rounding_of(recipe),
         "producer": {name: importlib.metadata.version(name) for name in PRODUCERS},
     }  # fmt: skip
     memory = _Memory(partial, hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest(), len(pieces))
 
-    def run(stage: str, observers: Mapping[str, ResumableObserver], known: Mapping[str, ResumableObserver]) -> None:
-        """known: what has seen all pieces already, and is kept with the rest."""
+    def run(
+        stage: str, observers: Mapping[str, ResumableObserver], known: Mapping[str, Resumable], number: int = 0,
+        observed: Mapping[str, tuple[str, ...]] = groups,
+    ) -> None:  # fmt: skip
+        """known: what has seen all that it is to see, and is kept with the rest. number: of a pass of this kind."""
         everything = {**known, **observers}
         stream_inputs(
             model, pieces, stream, list(observers.values()), lambda _, done, total: report(stage, done, total),
-            groups=groups, first_piece=memory.restore(stage, everything),
-            after_piece=functools.partial(memory.keep, stage, everything),
+            groups=observed, first_piece=memory.restore((stage, number), everything),
+            after_piece=functools.partial(memory.keep, (stage, number), everything),
         )  # fmt: skip
 
     maxima = {"maxima": ChannelMaxima()}
     divisors: dict[str, npt.NDArray[np.float32]] = {}
     if recipe.smooth is not None:
-        run("channels", maxima, {})
+        run(CHANNELS, maxima, {})
         divisors = smoothing(model, groups, maxima["maxima"], recipe.smooth.alpha, with_sinks=smooths_sinks(recipe))
     histograms = Histograms(divisors)
-    run("ranges", {"histograms": histograms} | ({} if divisors else maxima), maxima if divisors else {})
+    run(RANGES, {"histograms": histograms} | ({} if divisors else maxima), maxima if divisors else {})
+    plan = RecipePlan(recipe, model, "float32")
+    schemes = {
+        name: scheme
+        for members in groups.values() for name in members
+        if (scheme := plan.scheme_for_inputs(name)) is not None
+    }  # fmt: skip
+    weights = RoundedArrays()
+    for number, batch in enumerate(batches(_of(schemes, groups), model, MOMENTS_BYTES)):
+        moments = SecondMoments()
+        known: dict[str, Resumable] = {"histograms": histograms, **maxima, "weights": weights}
+        run(MOMENTS, {"moments": moments}, known, number, batch)
+        if not weights.has(batch):
+            weights.add(round_batch(model, batch, moments, schemes, report))
+    if weights.arrays:
+        digest = hashlib.sha256(safetensors.numpy.save(weights.arrays)).hexdigest()
+        facts["rounded_weights"] = rounding_of(recipe, digest)
     inputs = tuple(
         InputFacts(
             modules=members,
@@ -113,7 +155,8 @@ def calibrate(
         )
         for first, members in groups.items()
     )
-    return CalibrationFile(format=FORMAT, schema_version=FILE_SCHEMA_VERSION, inputs=inputs, **facts)
+    found = CalibrationFile(format=FORMAT, schema_version=FILE_SCHEMA_VERSION, inputs=inputs, **facts)
+    return Calibrated(found, weights.arrays)
 
 
 def choose_pieces(tokenizer: Any | None, text: str, asked: Calibration) -> tuple[Ids, int]:
@@ -144,8 +187,8 @@ def smoothing(
 ) -> dict[str, npt.NDArray[np.float32]]:
     """What to divide each input by, [K] by the first module of each group, as they are written to the file.
 
-    s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), w of all layers that read x, scaled to a geometric mean of 1. Query heads
-    that share a value head share their divisors, so that the values' projection can take them over.
+    s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), w of all layers that read x, scaled to a geometric mean of 1. Query
+    heads that share a value head share their divisors, so that the values' projection can take them over.
     """
     shape, _ = probe_attention(model, model.config.get_text_config().num_hidden_layers)
     outputs = attention_outputs(model, groups)
@@ -232,23 +275,28 @@ def chosen_range(counts: histogram.Counts, highest: float, asked: Calibration) -
 
 
 class _Memory:
-    """What has been seen so far, in a file. key: of this calibration; a file with another one is not read."""
+    """What has been seen so far, in a file. key: of this calibration; a file with another one is not read.
+
+    A pass over the text is its kind and its number among those of its kind.
+    """
 
     def __init__(self, path: Path | None, key: str, num_pieces: int) -> None:
         self._path = path
         self._key = key
         self._num_pieces = num_pieces
 
-    def keep(self, stage: str, observers: Mapping[str, ResumableObserver], done: int) -> None:
+    def keep(self, this: tuple[str, int], observers: Mapping[str, Resumable], done: int) -> None:
         """Write all of it; a crash leaves the file that was there."""
         if self._path is None:
             return
         arrays = {f"{name}|{key}": value for name, o in observers.items() for key, value in o.state().items()}
-        metadata = {"key": self._key, "stage": stage, "done": json.dumps(done)}
+        if done < self._num_pieces and sum(value.nbytes for value in arrays.values()) > KEPT_BYTES:
+            return
+        metadata = {"key": self._key, "pass": json.dumps(this), "done": json.dumps(done)}
         files.write_whole(self._path, safetensors.numpy.save(arrays, metadata), "--output")
 
-    def restore(self, stage: str, observers: Mapping[str, ResumableObserver]) -> int:
-        """Fill the observers with what was written in this stage or a later one. Returns: pieces that are done."""
+    def restore(self, this: tuple[str, int], observers: Mapping[str, Resumable]) -> int:
+        """Fill the observers with what was written in this pass or a later one. Returns: pieces that are done."""
         if self._path is None or not self._path.exists():
             return 0
         try:
@@ -259,10 +307,19 @@ class _Memory:
             return 0  # damaged: begin anew
         if metadata.get("key") != self._key:
             return 0
-        later = metadata["stage"] != stage
-        if later and stage == "ranges":  # written while channels were looked at: nothing of the ranges yet
+        kept = tuple(json.loads(metadata["pass"]))
+        if _order(kept) < _order(this):  # nothing of this pass yet
             return 0
         for name, observer in observers.items():
             prefix = f"{name}|"
             observer.restore({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
-        return self._num_pieces if later else int(metadata["done"])
+        return int(metadata["done"]) if kept == this else self._num_pieces
+
+
+def _order(this: tuple[str, int]) -> tuple[int, int]:
+    return (CHANNELS, RANGES, MOMENTS).index(this[0]), this[1]
+
+
+def _of(modules: Container[str], groups: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """The groups that have any of these modules."""
+    return {first: members for first, members in groups.items() if any(name in modules for name in members)}

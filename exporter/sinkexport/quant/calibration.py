@@ -1,7 +1,9 @@
 """The file that a calibration writes, `calibration.json`: ranges of one model's inputs, for people and for `export`.
 
-JSON, because it is read and compared: one line for each input's ranges and for each of its vectors, numbers of 6 digits.
-What an export uses are exactly the numbers of the file. They take some kilobytes a layer, so no binary file is needed.
+JSON, because it is read and compared: one line for each input's ranges and for each of its vectors, numbers of 6
+digits. What an export uses are exactly the numbers of the file. They take some kilobytes a layer, so no binary file is
+needed, except for weights that were rounded for these inputs: those lie beside it, in a file of the same name that ends
+in ``.safetensors`` and whose hash is here.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ import numpy.typing as npt
 import pydantic
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.graph.passes.quantized_weight import Rounded, WeightScheme
 from sinkexport.quant.ranges import InputRange
-from sinkexport.quant.recipe import Calibration, Recipe, Smooth
+from sinkexport.quant.recipe import Calibration, Recipe, Smooth, Weights
+from sinkexport.quant.rounding import RoundedFile, sha256_of
 
 FILE_SCHEMA_VERSION = 1
 FORMAT = "sinkexport calibration"
@@ -79,11 +83,19 @@ class CalibrationText(_Spec):
     streamed: int
 
 
+class RoundedWeights(_Spec):
+    """Weights that were rounded for the inputs. weights, keep_float: the recipe's keys. sha256: of their file."""
+
+    weights: Weights
+    keep_float: tuple[str, ...]
+    sha256: str
+
+
 class CalibrationFile(_Spec):
     """All of `calibration.json`; implements `Ranges`.
 
     recipe: its name, for people. calibration, smooth: the recipe's keys that the numbers depend on, and
-    smooth_sinks: whether sinks counted for `channels`.
+    smooth_sinks: whether sinks counted for `channels`. rounded_weights: None: the recipe rounds to the nearest.
     producer: versions of the packages that computed it.
     """
 
@@ -94,9 +106,26 @@ class CalibrationFile(_Spec):
     calibration: Calibration
     smooth: Smooth | None
     smooth_sinks: bool
+    rounded_weights: RoundedWeights | None = None
     text: CalibrationText
     producer: Mapping[str, str]
     inputs: tuple[InputFacts, ...]
+    _rounded_file: RoundedFile | None = pydantic.PrivateAttr(default=None)
+
+    def with_rounded_file(self, path: Path) -> CalibrationFile:
+        """The same with the file that its rounded weights lie in.
+
+        Raises: UsageError if it is not there, or another one.
+        """
+        if self.rounded_weights is None:
+            return self
+        found = self.model_copy()
+        found._rounded_file = RoundedFile(path)
+        if sha256_of(path) != self.rounded_weights.sha256:
+            raise UsageError(problem("rounded weights", received=f"'{path}', of another calibration",
+                                     expected="the file that was written beside the ranges",
+                                     fix="keep the two together, or calibrate again"))  # fmt: skip
+        return found
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -121,6 +150,14 @@ class CalibrationFile(_Spec):
         """See `Ranges`."""
         found = self._facts(module).divisors
         return None if found is None else np.array(found)
+
+    def rounded(self, module: str, scheme: WeightScheme) -> Rounded:
+        """See `Ranges`."""
+        if self._rounded_file is None or module not in self._rounded_file:
+            raise UsageError(problem("calibration", received=f"no rounded weights of '{module}'",
+                                     expected="those of all layers that are quantised",
+                                     fix="calibrate again with this recipe"))  # fmt: skip
+        return self._rounded_file.read(module, scheme, len(self._facts(module).channels))
 
     def readers(self, module: str) -> tuple[str, ...]:
         """See `Ranges`."""
@@ -153,6 +190,8 @@ class CalibrationFile(_Spec):
             ("calibration", self.calibration, recipe.calibration),
             ("smooth", self.smooth, recipe.smooth),
             ("activations.sinks: included", self.smooth_sinks, smooths_sinks(recipe)),
+            ("weights", *(None if x is None else x.weights for x in (self.rounded_weights, rounding_of(recipe)))),
+            ("keep_float", *(None if x is None else x.keep_float for x in (self.rounded_weights, rounding_of(recipe)))),
         ):
             if ours != theirs:
                 raise UsageError(problem(f"calibration: {key}", received=_shown(ours),
@@ -175,8 +214,20 @@ def smooths_sinks(recipe: Recipe) -> bool:
     return recipe.smooth is not None and recipe.activations.sinks == "included"
 
 
+def rounding_of(recipe: Recipe, sha256: str = "") -> RoundedWeights | None:
+    """What a recipe rounds for inputs, and into which file."""
+    if not recipe.rounds_for_inputs or recipe.weights is None:
+        return None
+    return RoundedWeights(weights=recipe.weights, keep_float=recipe.keep_float, sha256=sha256)
+
+
+def rounded_path(path: Path) -> Path:
+    """Where the rounded weights of the calibration `path` lie."""
+    return path.with_suffix(".safetensors")
+
+
 def load_calibration(path: Path) -> CalibrationFile:
-    """Read and check a calibration file.
+    """Read and check a calibration file; what it says of rounded weights is not checked.
 
     Raises: UsageError if it cannot be read, is damaged, or is no such file.
     """

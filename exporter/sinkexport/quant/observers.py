@@ -23,14 +23,18 @@ REST, SINKS = 0, 1
 Arrays = dict[str, npt.NDArray[np.generic]]
 
 
-class ResumableObserver(Observer, Protocol):
-    """One whose memory can be written to a file and read back."""
+class Resumable(Protocol):
+    """What can be written to a file and read back."""
 
     def state(self) -> Arrays:
-        """All that it has seen."""
+        """All that it holds."""
 
     def restore(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Go on from a `state`."""
+
+
+class ResumableObserver(Observer, Resumable, Protocol):
+    """One whose memory can be kept."""
 
 
 class ChannelMaxima:
@@ -48,11 +52,11 @@ class ChannelMaxima:
             np.maximum(known[kind], rows.max(axis=0, initial=0.0), out=known[kind])
 
     def state(self) -> Arrays:
-        """See `ResumableObserver`."""
+        """See `Resumable`."""
         return dict(self.maxima)
 
     def restore(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """See `ResumableObserver`."""
+        """See `Resumable`."""
         self.maxima = {name: np.array(value, np.float32) for name, value in state.items()}
 
 
@@ -80,13 +84,13 @@ class Histograms:
             highest[kind] = max(highest[kind], np.abs(rows).max(initial=0.0))
 
     def state(self) -> Arrays:
-        """See `ResumableObserver`."""
+        """See `Resumable`."""
         return {f"counts/{name}": value for name, value in self.counts.items()} | {
             f"highest/{name}": value for name, value in self.highest.items()
         }
 
     def restore(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """See `ResumableObserver`."""
+        """See `Resumable`."""
         parts = {name: name.partition("/") for name in state}
         self.counts = {rest: np.array(state[n], np.int64) for n, (kind, _, rest) in parts.items() if kind == "counts"}
         self.highest = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 
 from sinkexport.graph.passes.products import Product
 from sinkexport.graph.passes.quantize import InputScale, Treatment
-from sinkexport.graph.passes.quantized_weight import WeightScheme
+from sinkexport.graph.passes.quantized_weight import Rounded, WeightScheme
 from sinkexport.quant.ranges import Ranges
 from sinkexport.quant.recipe import Recipe
 
@@ -49,12 +50,17 @@ class RecipePlan:
         scheme = self._scheme(product.modules[0])
         if scheme is None:
             return None
+        rounded = self._rounded(product.modules)
         mode = self._recipe.input_mode(product.modules[0])
         if mode == "float" or product.modules[0] in self._head:
-            return Treatment(scheme)
+            return Treatment(scheme, rounded)
         if mode == "dynamic":
-            return Treatment(scheme, dynamic=True)
-        return Treatment(scheme, input_scale=self._input_scale(product.modules))
+            return Treatment(scheme, rounded, dynamic=True)
+        return Treatment(scheme, rounded, input_scale=self._input_scale(product.modules))
+
+    def scheme_for_inputs(self, module: str) -> WeightScheme | None:
+        """How a module's weights are to be rounded with GPTQ; None: they are not."""
+        return None if module in self._head or not self._recipe.rounds_for_inputs else self._scheme(module)
 
     def divisors(self, module: str) -> npt.NDArray[np.float64] | None:
         """What an input is divided by: nothing where none of its readers gains by it."""
@@ -86,7 +92,25 @@ class RecipePlan:
         weights = recipe.weights
         if weights is None:
             return None
-        return WeightScheme(weights.bits, weights.block_size, weights.symmetric, weights.scales, self._scale_dtype)
+        bits = recipe.weight_bits(module)
+        # What has more bits than the rest needs no zero points: as 8 bits everywhere else.
+        symmetric = weights.symmetric or bits != weights.bits
+        return WeightScheme(bits, weights.block_size, symmetric, weights.scales, self._scale_dtype)
+
+    def _rounded(self, modules: tuple[str, ...]) -> Callable[[], Rounded] | None:
+        """What calibration rounded these modules' weights to, one after the other; None: it did not."""
+        calibration, scheme = self._calibration, self.scheme_for_inputs(modules[0])
+        if calibration is None or scheme is None:
+            return None
+
+        def read() -> Rounded:
+            parts = [calibration.rounded(module, scheme) for module in modules]
+            zeros = [part.zero_points for part in parts if part.zero_points is not None]
+            return Rounded(np.concatenate([part.integers for part in parts]),
+                           np.concatenate([part.scales for part in parts]),
+                           np.concatenate(zeros) if zeros else None)  # fmt: skip
+
+        return read
 
     def _input_scale(self, modules: tuple[str, ...]) -> InputScale:
         calibration, activations = self._calibration, self._recipe.activations

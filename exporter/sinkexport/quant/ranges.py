@@ -1,4 +1,4 @@
-"""What an export asks of a calibration: how large the inputs of products are, and how to smooth them."""
+"""What an export asks of a calibration: how large inputs are, how to smooth them, how weights were rounded for them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from sinkexport.graph.passes.quantized_weight import Rounded, WeightScheme
 from sinkexport.quant.recipe import Recipe
 
 
@@ -15,7 +16,7 @@ from sinkexport.quant.recipe import Recipe
 class InputRange:
     """Bounds of the absolute values of a product's input.
 
-    rest: of most tokens; sinks: of the first tokens of a stream, if known; all: of all tokens, by the method for `rest`.
+    rest: of most tokens; sinks: of the first tokens of a stream, if known; all: of all, by the method for `rest`.
     """
 
     rest: float
@@ -39,6 +40,9 @@ class Ranges(Protocol):
 
     def divisors(self, module: str) -> npt.NDArray[np.float64] | None:
         """[K], what the channels of the module's input are divided by (arXiv:2211.10438); None: not smoothed."""
+
+    def rounded(self, module: str, scheme: WeightScheme) -> Rounded:
+        """The module's weights as GPTQ rounded them under `scheme`. Raises: UsageError if it did not."""
 
     def readers(self, module: str) -> tuple[str, ...]:
         """All modules that read the same input as this one, itself included."""

@@ -28,6 +28,8 @@ class Weights(_Spec):
 
     bits: 8 or 4. granularity: what shares a scale: ``channel`` (an output) or ``block`` (`block_size` inputs of an
     output). symmetric: no zero points. scales: ``absmax``, or ``mse``: the clipping with the least squared error.
+    rounding: ``nearest``, or ``gptq``: what changes the products least for calibrated inputs (arXiv:2210.17323), which
+    chooses scales by itself. int8: patterns (fnmatch) of modules that have 8 bits where the others have 4.
     """
 
     bits: Literal[8, 4]
@@ -35,6 +37,16 @@ class Weights(_Spec):
     block_size: Literal[16, 32, 64, 128, 256] | None = None
     symmetric: bool = True
     scales: Literal["absmax", "mse"] = "absmax"
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    int8: tuple[str, ...] = ()
+
+    @pydantic.model_validator(mode="after")
+    def _check_rounding(self) -> Weights:
+        if self.rounding == "gptq" and self.scales != "absmax":
+            raise ValueError("rounding: gptq chooses scales by itself: leave scales out")
+        if self.int8 and self.bits != 4:
+            raise ValueError("int8 goes with bits: 4, and with no other")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _check_block(self) -> Weights:
@@ -138,9 +150,11 @@ class Recipe(_Spec):
     @pydantic.model_validator(mode="after")
     def _check_calibration(self) -> Recipe:
         if self.needs_calibration and self.calibration is None:
-            raise ValueError("calibration is needed by activations.mode: static and by smooth")
+            raise ValueError("calibration is needed by activations.mode: static, smooth and weights.rounding: gptq")
         if not self.needs_calibration and self.calibration is not None:
-            raise ValueError("calibration is of no use without activations.mode: static or smooth")
+            raise ValueError("calibration is of no use without activations.mode: static, smooth or rounding: gptq")
+        if self.rounds_for_inputs and self.smooth is not None:
+            raise ValueError("smooth does not go with weights.rounding: gptq, which rounds the weights as they were")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -162,7 +176,12 @@ class Recipe(_Spec):
     @property
     def needs_calibration(self) -> bool:
         """Whether an export with this recipe needs a calibration file."""
-        return self.activations.mode == "static" or self.smooth is not None
+        return self.activations.mode == "static" or self.smooth is not None or self.rounds_for_inputs
+
+    @property
+    def rounds_for_inputs(self) -> bool:
+        """Whether weights are rounded with GPTQ."""
+        return self.weights is not None and self.weights.rounding == "gptq"
 
     @property
     def may_need_calibration(self) -> bool:
@@ -172,6 +191,12 @@ class Recipe(_Spec):
     def keeps_float(self, module: str) -> bool:
         """Whether a module, such as ``model.layers.3.mlp.down_proj``, stays in floating point."""
         return _matches(module, self.keep_float)
+
+    def weight_bits(self, module: str) -> Literal[8, 4]:
+        """Of a module whose weights are rounded as `weights` says."""
+        if self.weights is None:
+            raise ValueError(f"recipe '{self.name}' without weights")
+        return 8 if _matches(module, self.weights.int8) else self.weights.bits
 
     def input_mode(self, module: str) -> str:
         """How the input of a module is treated that does not stay in floating point: ``float | dynamic | static``."""
