@@ -117,7 +117,7 @@ def brute_divergence(values: np.ndarray, bound: float) -> float:
         if filled.any():
             q[part][filled] = inside[part].sum() / filled.sum()
     p, q = p / p.sum(), q / q.sum()
-    return float(sum(a * np.log(a / max(b, 1e-300)) for a, b in zip(p, q, strict=True) if a > 0))
+    return float(sum(a * np.log(a / max(b, np.finfo(np.float64).tiny)) for a, b in zip(p, q, strict=True) if a > 0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -197,7 +197,7 @@ def test_ranges_and_divisors_are_those_of_the_inputs(name: str) -> None:
         sinks = torch.cat(everything.is_sink[first]).numpy()
         top = np.abs(x[~sinks]).max(axis=0)
         np.testing.assert_allclose(facts.channels, top, rtol=1e-5)
-        weight = np.max([loaded.model.get_submodule(m).weight.abs().amax(0).numpy() for m in facts.modules], axis=0)
+        weight = np.max([loaded.model.get_submodule(m).weight.detach().abs().amax(0).numpy() for m in facts.modules], axis=0)
         if first in attention:
             heads = loaded.model.config.num_attention_heads
             shared = heads // getattr(loaded.model.config, "num_key_value_heads", heads)
@@ -239,7 +239,7 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(changes: dict[str, An
 
     def killed_soon(stage: str, done: int, _total: int) -> None:
         stages.append((stage, done))
-        if done and len(stages) > 2:
+        if done and len(stages) > 3:
             raise _Killed
 
     attempts = 0
@@ -250,7 +250,7 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(changes: dict[str, An
             break
         except _Killed:
             assert partial.exists() or attempts == 1
-    assert attempts > 3
+    assert attempts >= (2 if changes else 4)
     assert got == want
     # What another calibration has left behind is not taken for one's own, nor is a damaged file.
     other = parse_recipe({**raw, "calibration": {**SMALL, "method": "entropy", "seed": 5}}, "recipe 'test'")
@@ -272,8 +272,8 @@ def write_recipe(path: Path, **changes: Any) -> Path:
 
 def test_the_command_survives_a_kill(tmp_path: Path) -> None:
     model, out = saved(tmp_path / "m"), tmp_path / "c.json"
-    (tmp_path / "t.txt").write_text(" ".join([TEXT] * 20), encoding="utf-8")
-    asked = write_recipe(tmp_path / "r.yaml", calibration={**SMALL, "samples": 250})
+    (tmp_path / "t.txt").write_text(" ".join([TEXT] * 5), encoding="utf-8")
+    asked = write_recipe(tmp_path / "r.yaml", calibration={**SMALL, "samples": 60})
     arguments = ["calibrate", str(model), "--recipe", str(asked), "--text", str(tmp_path / "t.txt"), "-o", str(out)]
     process = subprocess.Popen([sys.executable, "-m", "sinkexport.cli", *arguments, "--threads", "1"])
     partial = tmp_path / "c.json.partial"
@@ -398,14 +398,17 @@ def test_a_fingerprint_tells_models_apart_but_not_precisions() -> None:
 
 # --- smoothing and the recipe ---
 
-MULTIPLIED = {"llama": 0, "llama-mha": 0, "qwen2": 0, "gemma2": 0, "phi3": 4, "gpt_neox": 4, "phi": 4, "cohere": 0}
-"""Inputs that nothing can take the division over for, in two layers: what GELU gives, joined gates, joined values."""
 
+@pytest.mark.parametrize(
+    ("name", "target", "multiplied"),
+    [("llama", "onnx", 0), ("llama-mha", "tensorrt", 0), ("gemma2", "onnx", 4), ("gpt_neox", "onnx", 4),
+     ("phi", "onnx", 2), ("cohere", "onnx", 0)],
+)  # fmt: skip
+def test_smoothing_alone_changes_no_result(name: str, target: str, multiplied: int, tmp_path: Path) -> None:
+    """multiplied: inputs, in two layers, that nothing can take the division over for (what GELU gives, values that come
+    from one product with queries), and scales of gemma2's norms, which are a sum of constants.
 
-@pytest.mark.parametrize("target", ["onnx", "tensorrt"])
-@pytest.mark.parametrize("name", MULTIPLIED)
-def test_smoothing_alone_changes_no_result(name: str, target: str, tmp_path: Path) -> None:
-    """All weights stay in floating point (a plan that rounds nothing), and the logits stay what they were."""
+    All weights stay in floating point (a plan that rounds nothing), and the logits stay what they were."""
     loaded, asked = tiny(name), recipe(smooth={"alpha": 0.9}, activations={"mode": "static", "sinks": "separate"})
     found = calibrate(loaded, asked, TEXT)
     assert max(max(f.divisors or ()) / min(f.divisors or ()) for f in found.inputs) > 2
@@ -422,6 +425,8 @@ def test_smoothing_alone_changes_no_result(name: str, target: str, tmp_path: Pat
     geometry: dict[str, Any] = {"num_sink_tokens": 2, "window_size": 6, "chunk_size": 3, "batch": 2, "target": target}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sinkexport.pipeline.RecipePlan", OnlySmooth)
+        if name == "gemma2":  # as in models that are large: the sums are left for the runtime to fold
+            patch.setattr("sinkexport.graph.passes.constants.SMALL_ELEMENTS", 40)
         export_loaded(loaded, tmp_path / "s", ExportConfig(**geometry, recipe=asked, calibration=found))
     export_loaded(loaded, tmp_path / "f", ExportConfig(**geometry))
     ids = random_ids(2, 20)
@@ -433,9 +438,9 @@ def test_smoothing_alone_changes_no_result(name: str, target: str, tmp_path: Pat
         assert np.abs(smoothed.prefill(ids) - want).max() < 1e-4 * want.std()
     nodes = [[n.op_type for n in onnx.load(tmp_path / b / "decode.onnx", load_external_data=False).graph.node]
              for b in "sf"]  # fmt: skip
+    assert nodes[0].count("RMSNormalization") == nodes[1].count("RMSNormalization")
     extra = nodes[0].count("Mul") - nodes[1].count("Mul")
-    scales = len([n for n in nodes[0] if n == "RMSNormalization"]) if name == "gemma2" else 0
-    assert extra == MULTIPLIED[name] + (4 if scales else 0)  # gemma2: the scales of two norms a layer, folded at load
+    assert extra == multiplied
 
 
 def simulated(loaded: LoadedModel, found: CalibrationFile, asked: Recipe, ids: np.ndarray) -> np.ndarray:
