@@ -76,17 +76,21 @@ def calibrate(
     head = model.get_output_embeddings()
     groups = {first: members for first, members in input_groups(model).items() if model.get_submodule(first) is not head}
     stream = StreamConfig(asked.sink_tokens, asked.window)
-    facts = {
-        "model": CalibratedModel(name=loaded.name, architecture=type(model).__name__, fingerprint=fingerprint(model)),
-        "text": CalibrationText(sha256=hashlib.sha256(text.encode()).hexdigest(), tokens=num_tokens,
-                                streamed=pieces.size),
-        "recipe": recipe.name,
-        "calibration": asked,
-        "smooth": recipe.smooth,
-        "smooth_sinks": smooths_sinks(recipe),
-        "producer": {name: importlib.metadata.version(name) for name in PRODUCERS},
-    }  # fmt: skip
-    memory = _Memory(partial, hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest(), len(pieces))
+    result = CalibrationFile(
+        format=FORMAT,
+        schema_version=FILE_SCHEMA_VERSION,
+        model=CalibratedModel(name=loaded.name, architecture=type(model).__name__, fingerprint=fingerprint(model)),
+        recipe=recipe.name,
+        calibration=asked,
+        smooth=recipe.smooth,
+        smooth_sinks=smooths_sinks(recipe),
+        text=CalibrationText(
+            sha256=hashlib.sha256(text.encode()).hexdigest(), tokens=num_tokens, streamed=pieces.size
+        ),
+        producer={name: importlib.metadata.version(name) for name in PRODUCERS},
+        inputs=(),
+    )
+    memory = _Memory(partial, result.sha256, len(pieces))
 
     def run(stage: str, observers: Mapping[str, ResumableObserver], known: Mapping[str, ResumableObserver]) -> None:
         """known: what has seen all pieces already, and is kept with the rest."""
@@ -97,23 +101,24 @@ def calibrate(
             after_piece=functools.partial(memory.keep, stage, everything),
         )  # fmt: skip
 
-    maxima = {"maxima": ChannelMaxima()}
+    maxima, with_sinks = ChannelMaxima(), smooths_sinks(recipe)
     divisors: dict[str, npt.NDArray[np.float32]] = {}
-    if recipe.smooth is not None:
-        run("channels", maxima, {})
-        divisors = smoothing(model, groups, maxima["maxima"], recipe.smooth.alpha, with_sinks=smooths_sinks(recipe))
-    histograms = Histograms(divisors)
-    run("ranges", {"histograms": histograms} | ({} if divisors else maxima), maxima if divisors else {})
-    inputs = tuple(
-        InputFacts(
-            modules=members,
-            **_spans(histograms.counts[first], histograms.highest[first], asked),
-            channels=tuple(rounded(x) for x in _counted(maxima["maxima"].maxima[first], smooths_sinks(recipe))),
-            divisors=tuple(rounded(x) for x in divisors[first]) if first in divisors else None,
-        )
-        for first, members in groups.items()
-    )
-    return CalibrationFile(format=FORMAT, schema_version=FILE_SCHEMA_VERSION, inputs=inputs, **facts)
+    if recipe.smooth is None:
+        histograms = Histograms()
+        run("ranges", {"maxima": maxima, "histograms": histograms}, {})
+    else:
+        run("channels", {"maxima": maxima}, {})
+        divisors = smoothing(model, groups, maxima, recipe.smooth.alpha, with_sinks=with_sinks)
+        histograms = Histograms(divisors)
+        run("ranges", {"histograms": histograms}, {"maxima": maxima})
+    inputs = []
+    for first, members in groups.items():
+        rest, sinks, together = _spans(histograms.counts[first], histograms.highest[first], asked)
+        channels = tuple(rounded(x) for x in _counted(maxima.maxima[first], with_sinks))
+        divided = tuple(rounded(x) for x in divisors[first]) if first in divisors else None
+        inputs.append(InputFacts(modules=members, rest=rest, sinks=sinks, all=together, channels=channels,
+                                 divisors=divided))  # fmt: skip
+    return CalibrationFile(**{**dict(result), "inputs": tuple(inputs)})
 
 
 def choose_pieces(tokenizer: Any | None, text: str, asked: Calibration) -> tuple[Ids, int]:
@@ -207,18 +212,18 @@ def _counted(maxima: npt.NDArray[np.float32], with_sinks: bool) -> npt.NDArray[n
 
 def _spans(
     counts: histogram.Counts, highest: npt.NDArray[np.float32], asked: Calibration
-) -> dict[str, Span | None]:
-    """The ranges of one input. Sinks are few and their largest values matter most: their range leaves out nothing."""
+) -> tuple[Span, Span | None, Span]:
+    """Of the rest, of sinks and of all. Sinks are few and their largest values matter most: their range is all theirs."""
 
     def span(of: histogram.Counts, top: float) -> Span:
         return Span(highest=rounded(top), range=rounded(chosen_range(of, top, asked)))
 
     sinks = rounded(highest[SINKS])
-    return {
-        "rest": span(counts[REST], float(highest[REST])),
-        "sinks": Span(highest=sinks, range=sinks) if counts[SINKS].any() else None,
-        "all": span(counts.sum(axis=0), float(highest.max())),
-    }
+    return (
+        span(counts[REST], float(highest[REST])),
+        Span(highest=sinks, range=sinks) if counts[SINKS].any() else None,
+        span(counts.sum(axis=0), float(highest.max())),
+    )
 
 
 def chosen_range(counts: histogram.Counts, highest: float, asked: Calibration) -> float:

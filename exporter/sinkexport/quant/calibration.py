@@ -21,8 +21,8 @@ from sinkrt.errors import UsageError, problem
 from sinkexport.quant.ranges import InputRange
 from sinkexport.quant.recipe import Calibration, Recipe, Smooth
 
-FILE_SCHEMA_VERSION = 1
-FORMAT = "sinkexport calibration"
+FILE_SCHEMA_VERSION: Literal[1] = 1
+FORMAT: Literal["sinkexport calibration"] = "sinkexport calibration"
 FINGERPRINT_VALUES = 4096
 """Of each weight, at most: enough to tell two trainings of one architecture apart."""
 

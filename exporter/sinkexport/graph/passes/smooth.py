@@ -1,8 +1,8 @@
 """Move large channels of products' inputs into their weights (SmoothQuant, arXiv:2211.10438), changing no result.
 
-``x @ W = (x / d) @ (d * W)``. The division is free where the node that makes x has weights that can take it over: a norm;
-the values' projection, since attention mixes tokens and never channels; the product that a gate multiplies. Elsewhere it
-is a Mul of x. Weights stay lazy: nothing is computed before it is written.
+``x @ W = (x / d) @ (d * W)``. The division is free where the node that makes x has weights that can take it over: a
+norm; the values' projection, since attention mixes tokens and never channels; the product that a gate multiplies.
+Elsewhere it is a Mul of x. Weights stay lazy: nothing is computed before it is written.
 """
 
 from __future__ import annotations
