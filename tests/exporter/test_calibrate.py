@@ -197,7 +197,8 @@ def test_ranges_and_divisors_are_those_of_the_inputs(name: str) -> None:
         sinks = torch.cat(everything.is_sink[first]).numpy()
         top = np.abs(x[~sinks]).max(axis=0)
         np.testing.assert_allclose(facts.channels, top, rtol=1e-5)
-        weight = np.max([loaded.model.get_submodule(m).weight.detach().abs().amax(0).numpy() for m in facts.modules], axis=0)
+        weights = [loaded.model.get_submodule(module).weight.detach().abs() for module in facts.modules]
+        weight = torch.cat(weights).amax(dim=0).numpy()
         if first in attention:
             heads = loaded.model.config.num_attention_heads
             shared = heads // getattr(loaded.model.config, "num_key_value_heads", heads)
@@ -225,7 +226,7 @@ def test_a_file_comes_back_as_it_was_and_is_the_same_each_time(tmp_path: Path) -
     assert other.inputs != found.inputs
 
 
-class _Killed(Exception):
+class _KilledError(Exception):
     pass
 
 
@@ -240,7 +241,7 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(changes: dict[str, An
     def killed_soon(stage: str, done: int, _total: int) -> None:
         stages.append((stage, done))
         if done and len(stages) > 3:
-            raise _Killed
+            raise _KilledError
 
     attempts = 0
     for attempts in range(1, 20):
@@ -248,7 +249,7 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(changes: dict[str, An
         try:
             got = calibrate(tiny(), asked, TEXT, partial=partial, report=killed_soon).to_json()
             break
-        except _Killed:
+        except _KilledError:
             assert partial.exists() or attempts == 1
     assert attempts >= (2 if changes else 4)
     assert got == want

@@ -74,7 +74,7 @@ def calibrate(
                                  fix="export with it as it is"))  # fmt: skip
     pieces, num_tokens = choose_pieces(loaded.tokenizer, text, asked)
     head = model.get_output_embeddings()
-    groups = {first: members for first, members in input_groups(model).items() if model.get_submodule(first) is not head}
+    groups = {name: same for name, same in input_groups(model).items() if model.get_submodule(name) is not head}
     stream = StreamConfig(asked.sink_tokens, asked.window)
     result = CalibrationFile(
         format=FORMAT,
@@ -213,7 +213,7 @@ def _counted(maxima: npt.NDArray[np.float32], with_sinks: bool) -> npt.NDArray[n
 def _spans(
     counts: histogram.Counts, highest: npt.NDArray[np.float32], asked: Calibration
 ) -> tuple[Span, Span | None, Span]:
-    """Of the rest, of sinks and of all. Sinks are few and their largest values matter most: their range is all theirs."""
+    """Of the rest, of sinks and of all. Sinks are few and their largest values matter most: none is left out."""
 
     def span(of: histogram.Counts, top: float) -> Span:
         return Span(highest=rounded(top), range=rounded(chosen_range(of, top, asked)))

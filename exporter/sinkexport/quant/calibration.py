@@ -1,7 +1,8 @@
 """The file that a calibration writes, `calibration.json`: ranges of one model's inputs, for people and for `export`.
 
-JSON, because it is read and compared: one line for each input's ranges and for each of its vectors, numbers of 6 digits.
-What an export uses are exactly the numbers of the file. They take some kilobytes a layer, so no binary file is needed.
+JSON, because it is read and compared: one line for each input's ranges and for each of its vectors, numbers of 6
+digits. What an export uses are exactly the numbers of the file. They take tens of kilobytes a layer, so that no binary
+file is needed.
 """
 
 from __future__ import annotations

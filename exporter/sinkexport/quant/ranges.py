@@ -15,7 +15,7 @@ from sinkexport.quant.recipe import Recipe
 class InputRange:
     """Bounds of the absolute values of a product's input.
 
-    rest: of most tokens; sinks: of the first tokens of a stream, if known; all: of all tokens, by the method for `rest`.
+    rest: of most tokens; sinks: of the first tokens of a stream, if known; all: of all tokens, found as `rest` is.
     """
 
     rest: float
