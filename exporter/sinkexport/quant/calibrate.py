@@ -118,7 +118,8 @@ def calibrate(
         divided = tuple(rounded(x) for x in divisors[first]) if first in divisors else None
         inputs.append(InputFacts(modules=members, rest=rest, sinks=sinks, all=together, channels=channels,
                                  divisors=divided))  # fmt: skip
-    return CalibrationFile(**{**dict(result), "inputs": tuple(inputs)})
+    facts = {key: getattr(result, key) for key in type(result).model_fields}
+    return CalibrationFile(**{**facts, "inputs": tuple(inputs)})
 
 
 def choose_pieces(tokenizer: Any | None, text: str, asked: Calibration) -> tuple[Ids, int]:
@@ -149,8 +150,8 @@ def smoothing(
 ) -> dict[str, npt.NDArray[np.float32]]:
     """What to divide each input by, [K] by the first module of each group, as they are written to the file.
 
-    s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), w of all layers that read x, scaled to a geometric mean of 1. Query heads
-    that share a value head share their divisors, so that the values' projection can take them over.
+    s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), w of all layers that read x, scaled to a geometric mean of 1. Query
+    heads that share a value head share their divisors, so that the values' projection can take them over.
     """
     shape, _ = probe_attention(model, model.config.get_text_config().num_hidden_layers)
     outputs = attention_outputs(model, groups)
