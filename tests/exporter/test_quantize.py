@@ -352,10 +352,17 @@ def test_static_ranges_reach_the_graph(sinks: str, tmp_path: Path) -> None:
 
     class Fixed:
         sha256 = "0" * 64
+        num_sink_tokens = 2
 
-        def input_range(self, module: str, method: str) -> InputRange:
-            assert method == "minmax"
-            return InputRange(rest=8.0, sinks=32.0)
+        def input_range(self, module: str) -> InputRange:
+            return InputRange(rest=8.0, sinks=32.0, all=32.0)
+
+        def divisors(self, module: str) -> None: ...
+        def readers(self, module: str) -> tuple[str, ...]:
+            return (module,)
+
+        def check_recipe(self, recipe: Recipe) -> None: ...
+        def check_model(self, model: Any) -> None: ...
 
     recipe = edited("int8-channel", activations={"mode": "static", "sinks": sinks}, lm_head="int8", targets=["onnx"],
                     calibration={"method": "minmax", "samples": 1, "length": 64})  # fmt: skip

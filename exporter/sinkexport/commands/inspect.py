@@ -70,16 +70,15 @@ def _show_recipes(as_json: bool) -> None:
 
 
 def _show_calibration(path: Path, as_json: bool) -> None:
-    """A row for each input: how far the rest and the sinks reach, and how much of a single range would be the sinks'."""
+    """A row for each input: how far the rest and the sinks reach, and one range for both."""
     from sinkexport.quant.calibration import load_calibration
 
     found = load_calibration(path)
     if as_json:
         click.echo(found.to_json(), nl=False)
         return
-    asked, how = found.calibration, found.calibration.method
-    if asked.percentile is not None:
-        how += f" {asked.percentile:g}"
+    asked = found.calibration
+    how = asked.method if asked.percentile is None else f"{asked.method} {asked.percentile:g}"
     rows = [
         ("model", f"{found.model.name} ({found.model.architecture}, {found.model.fingerprint[:16]})"),
         ("recipe", f"{found.recipe}: {how}" + (f", smoothed, alpha {found.smooth.alpha:g}" if found.smooth else "")),

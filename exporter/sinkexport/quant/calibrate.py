@@ -14,7 +14,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,69 +94,106 @@ def calibrate(
                                  fix="export with it as it is"))  # fmt: skip
     pieces, num_tokens = choose_pieces(loaded.tokenizer, text, asked)
     head = model.get_output_embeddings()
-    groups = {
-        first: members for first, members in input_groups(model).items() if model.get_submodule(first) is not head
-    }
-    stream = StreamConfig(asked.sink_tokens, asked.window)
-    facts: dict[str, Any] = {
-        "model": CalibratedModel(name=loaded.name, architecture=type(model).__name__, fingerprint=fingerprint(model)),
-        "text": CalibrationText(sha256=hashlib.sha256(text.encode()).hexdigest(), tokens=num_tokens,
-                                streamed=pieces.size),
-        "recipe": recipe.name,
-        "calibration": asked,
-        "smooth": recipe.smooth,
-        "smooth_sinks": smooths_sinks(recipe),
-        "rounded_weights": rounding_of(recipe),
-        "producer": {name: importlib.metadata.version(name) for name in PRODUCERS},
-    }  # fmt: skip
-    memory = _Memory(partial, hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest(), len(pieces))
+    groups = {name: same for name, same in input_groups(model).items() if model.get_submodule(name) is not head}
+    result = CalibrationFile(
+        format=FORMAT,
+        schema_version=FILE_SCHEMA_VERSION,
+        model=CalibratedModel(name=loaded.name, architecture=type(model).__name__, fingerprint=fingerprint(model)),
+        recipe=recipe.name,
+        calibration=asked,
+        smooth=recipe.smooth,
+        smooth_sinks=smooths_sinks(recipe),
+        rounded_weights=rounding_of(recipe),
+        text=CalibrationText(
+            sha256=hashlib.sha256(text.encode()).hexdigest(), tokens=num_tokens, streamed=pieces.size
+        ),
+        producer={name: importlib.metadata.version(name) for name in PRODUCERS},
+        inputs=(),
+    )
+    memory = _Memory(partial, result.sha256, len(pieces))
+    passes = _Passes(model, pieces, StreamConfig(asked.sink_tokens, asked.window), memory, report)
+    found: dict[str, Any] = {"inputs": _ranges(passes, recipe, asked, groups) if recipe.needs_ranges else ()}
+    weights = _rounded_weights(passes, recipe, groups)
+    if weights:
+        digest = hashlib.sha256(safetensors.numpy.save(weights)).hexdigest()
+        found["rounded_weights"] = rounding_of(recipe, digest)
+    facts = {key: getattr(result, key) for key in type(result).model_fields}
+    return Calibrated(CalibrationFile(**{**facts, **found}), weights)
+
+
+class _Passes:
+    """Passes over the same pieces of text. known: what passes have found, which is kept with what comes after."""
+
+    def __init__(
+        self, model: Any, pieces: Ids, stream: StreamConfig, memory: _Memory, report: Report
+    ) -> None:
+        self.model = model
+        self.known: dict[str, Resumable] = {}
+        self.report = report
+        self._pieces = pieces
+        self._stream = stream
+        self._memory = memory
 
     def run(
-        stage: str, observers: Mapping[str, ResumableObserver], known: Mapping[str, Resumable], number: int = 0,
-        observed: Mapping[str, tuple[str, ...]] = groups,
-    ) -> None:  # fmt: skip
-        """known: what has seen all that it is to see, and is kept with the rest. number: of a pass of this kind."""
-        everything = {**known, **observers}
+        self,
+        stage: str,
+        observers: Mapping[str, ResumableObserver],
+        groups: Mapping[str, tuple[str, ...]],
+        number: int = 0,
+    ) -> None:
+        """stage, number: a kind of pass, and which of this kind. Does nothing if it was run to its end before."""
+        everything = {**self.known, **observers}
         stream_inputs(
-            model, pieces, stream, list(observers.values()), lambda _, done, total: report(stage, done, total),
-            groups=observed, first_piece=memory.restore((stage, number), everything),
-            after_piece=functools.partial(memory.keep, (stage, number), everything),
+            self.model, self._pieces, self._stream, list(observers.values()),
+            lambda _, done, total: self.report(stage, done, total),
+            groups=groups, first_piece=self._memory.restore((stage, number), everything),
+            after_piece=functools.partial(self._memory.keep, (stage, number), everything),
         )  # fmt: skip
 
-    maxima = {"maxima": ChannelMaxima()}
+
+def _ranges(
+    passes: _Passes, recipe: Recipe, asked: Calibration, groups: Mapping[str, tuple[str, ...]]
+) -> tuple[InputFacts, ...]:
+    maxima, with_sinks = ChannelMaxima(), smooths_sinks(recipe)
     divisors: dict[str, npt.NDArray[np.float32]] = {}
-    if recipe.smooth is not None:
-        run(CHANNELS, maxima, {})
-        divisors = smoothing(model, groups, maxima["maxima"], recipe.smooth.alpha, with_sinks=smooths_sinks(recipe))
-    histograms = Histograms(divisors)
-    run(RANGES, {"histograms": histograms} | ({} if divisors else maxima), maxima if divisors else {})
-    plan = RecipePlan(recipe, model, "float32")
+    if recipe.smooth is None:
+        histograms = Histograms()
+        passes.run(RANGES, {"maxima": maxima, "histograms": histograms}, groups)
+        passes.known["maxima"] = maxima
+    else:
+        passes.run(CHANNELS, {"maxima": maxima}, groups)
+        passes.known["maxima"] = maxima
+        divisors = smoothing(passes.model, groups, maxima, recipe.smooth.alpha, with_sinks=with_sinks)
+        histograms = Histograms(divisors)
+        passes.run(RANGES, {"histograms": histograms}, groups)
+    passes.known["histograms"] = histograms
+    inputs = []
+    for first, members in groups.items():
+        rest, sinks, together = _spans(histograms.counts[first], histograms.highest[first], asked)
+        channels = tuple(rounded(x) for x in _counted(maxima.maxima[first], with_sinks))
+        divided = tuple(rounded(x) for x in divisors[first]) if first in divisors else None
+        inputs.append(InputFacts(modules=members, rest=rest, sinks=sinks, all=together, channels=channels,
+                                 divisors=divided))  # fmt: skip
+    return tuple(inputs)
+
+
+def _rounded_weights(passes: _Passes, recipe: Recipe, groups: Mapping[str, tuple[str, ...]]) -> Arrays:
+    plan = RecipePlan(recipe, passes.model, "float32")
     schemes = {
         name: scheme
-        for members in groups.values() for name in members
+        for members in groups.values()
+        for name in members
         if (scheme := plan.scheme_for_inputs(name)) is not None
-    }  # fmt: skip
+    }
+    read = {first: members for first, members in groups.items() if any(name in schemes for name in members)}
     weights = RoundedArrays()
-    for number, batch in enumerate(batches(_of(schemes, groups), model, MOMENTS_BYTES)):
+    passes.known["weights"] = weights
+    for number, batch in enumerate(batches(read, passes.model, MOMENTS_BYTES)):
         moments = SecondMoments()
-        known: dict[str, Resumable] = {"histograms": histograms, **maxima, "weights": weights}
-        run(MOMENTS, {"moments": moments}, known, number, batch)
-        if not weights.has(batch):
-            weights.add(round_batch(model, batch, moments, schemes, report))
-    if weights.arrays:
-        digest = hashlib.sha256(safetensors.numpy.save(weights.arrays)).hexdigest()
-        facts["rounded_weights"] = rounding_of(recipe, digest)
-    inputs = tuple(
-        InputFacts(
-            modules=members,
-            **_spans(histograms.counts[first], histograms.highest[first], asked),
-            channels=tuple(rounded(x) for x in _counted(maxima["maxima"].maxima[first], smooths_sinks(recipe))),
-            divisors=tuple(rounded(x) for x in divisors[first]) if first in divisors else None,
-        )
-        for first, members in groups.items()
-    )
-    found = CalibrationFile(format=FORMAT, schema_version=FILE_SCHEMA_VERSION, inputs=inputs, **facts)
-    return Calibrated(found, weights.arrays)
+        passes.run(MOMENTS, {"moments": moments}, batch, number)
+        if not weights.has(batch):  # a run that was cut short in a later pass has them
+            weights.add(round_batch(passes.model, batch, moments, schemes, passes.report))
+    return weights.arrays
 
 
 def choose_pieces(tokenizer: Any | None, text: str, asked: Calibration) -> tuple[Ids, int]:
@@ -250,18 +287,18 @@ def _counted(maxima: npt.NDArray[np.float32], with_sinks: bool) -> npt.NDArray[n
 
 def _spans(
     counts: histogram.Counts, highest: npt.NDArray[np.float32], asked: Calibration
-) -> dict[str, Span | None]:
-    """The ranges of one input. Sinks are few and their largest values matter most: their range leaves out nothing."""
+) -> tuple[Span, Span | None, Span]:
+    """Of the rest, of sinks and of all. Sinks are few and their largest values matter most: none is left out."""
 
     def span(of: histogram.Counts, top: float) -> Span:
         return Span(highest=rounded(top), range=rounded(chosen_range(of, top, asked)))
 
     sinks = rounded(highest[SINKS])
-    return {
-        "rest": span(counts[REST], float(highest[REST])),
-        "sinks": Span(highest=sinks, range=sinks) if counts[SINKS].any() else None,
-        "all": span(counts.sum(axis=0), float(highest.max())),
-    }
+    return (
+        span(counts[REST], float(highest[REST])),
+        Span(highest=sinks, range=sinks) if counts[SINKS].any() else None,
+        span(counts.sum(axis=0), float(highest.max())),
+    )
 
 
 def chosen_range(counts: histogram.Counts, highest: float, asked: Calibration) -> float:
@@ -318,8 +355,3 @@ class _Memory:
 
 def _order(this: tuple[str, int]) -> tuple[int, int]:
     return (CHANNELS, RANGES, MOMENTS).index(this[0]), this[1]
-
-
-def _of(modules: Container[str], groups: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """The groups that have any of these modules."""
-    return {first: members for first, members in groups.items() if any(name in modules for name in members)}

@@ -1,9 +1,9 @@
 """The file that a calibration writes, `calibration.json`: ranges of one model's inputs, for people and for `export`.
 
 JSON, because it is read and compared: one line for each input's ranges and for each of its vectors, numbers of 6
-digits. What an export uses are exactly the numbers of the file. They take some kilobytes a layer, so no binary file is
-needed, except for weights that were rounded for these inputs: those lie beside it, in a file of the same name that ends
-in ``.safetensors`` and whose hash is here.
+digits. What an export uses are exactly the numbers of the file. They take tens of kilobytes a layer, so that no binary
+file is needed, except for weights that were rounded for these inputs: those lie beside it, in a file of the same name
+that ends in ``.safetensors`` and whose hash is here.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from sinkexport.quant.ranges import InputRange
 from sinkexport.quant.recipe import Calibration, Recipe, Smooth, Weights
 from sinkexport.quant.rounding import RoundedFile, sha256_of
 
-FILE_SCHEMA_VERSION = 1
-FORMAT = "sinkexport calibration"
+FILE_SCHEMA_VERSION: Literal[1] = 1
+FORMAT: Literal["sinkexport calibration"] = "sinkexport calibration"
 FINGERPRINT_VALUES = 4096
 """Of each weight, at most: enough to tell two trainings of one architecture apart."""
 
@@ -151,13 +151,13 @@ class CalibrationFile(_Spec):
         found = self._facts(module).divisors
         return None if found is None else np.array(found)
 
-    def rounded(self, module: str, scheme: WeightScheme) -> Rounded:
+    def rounded(self, module: str, scheme: WeightScheme, num_inputs: int) -> Rounded:
         """See `Ranges`."""
         if self._rounded_file is None or module not in self._rounded_file:
             raise UsageError(problem("calibration", received=f"no rounded weights of '{module}'",
                                      expected="those of all layers that are quantised",
                                      fix="calibrate again with this recipe"))  # fmt: skip
-        return self._rounded_file.read(module, scheme, len(self._facts(module).channels))
+        return self._rounded_file.read(module, scheme, num_inputs)
 
     def readers(self, module: str) -> tuple[str, ...]:
         """See `Ranges`."""

@@ -50,7 +50,7 @@ class RecipePlan:
         scheme = self._scheme(product.modules[0])
         if scheme is None:
             return None
-        rounded = self._rounded(product.modules)
+        rounded = self._rounded(product)
         mode = self._recipe.input_mode(product.modules[0])
         if mode == "float" or product.modules[0] in self._head:
             return Treatment(scheme, rounded)
@@ -97,14 +97,14 @@ class RecipePlan:
         symmetric = weights.symmetric or bits != weights.bits
         return WeightScheme(bits, weights.block_size, symmetric, weights.scales, self._scale_dtype)
 
-    def _rounded(self, modules: tuple[str, ...]) -> Callable[[], Rounded] | None:
-        """What calibration rounded these modules' weights to, one after the other; None: it did not."""
-        calibration, scheme = self._calibration, self.scheme_for_inputs(modules[0])
+    def _rounded(self, product: Product) -> Callable[[], Rounded] | None:
+        """What calibration rounded a product's weights to; None: it did not."""
+        calibration, scheme = self._calibration, self.scheme_for_inputs(product.modules[0])
         if calibration is None or scheme is None:
             return None
 
         def read() -> Rounded:
-            parts = [calibration.rounded(module, scheme) for module in modules]
+            parts = [calibration.rounded(module, scheme, product.depth) for module in product.modules]
             zeros = [part.zero_points for part in parts if part.zero_points is not None]
             return Rounded(np.concatenate([part.integers for part in parts]),
                            np.concatenate([part.scales for part in parts]),

@@ -16,7 +16,7 @@ from sinkexport.quant.recipe import Recipe
 class InputRange:
     """Bounds of the absolute values of a product's input.
 
-    rest: of most tokens; sinks: of the first tokens of a stream, if known; all: of all, by the method for `rest`.
+    rest: of most tokens; sinks: of the first tokens of a stream, if known; all: of all tokens, found as `rest` is.
     """
 
     rest: float
@@ -41,8 +41,8 @@ class Ranges(Protocol):
     def divisors(self, module: str) -> npt.NDArray[np.float64] | None:
         """[K], what the channels of the module's input are divided by (arXiv:2211.10438); None: not smoothed."""
 
-    def rounded(self, module: str, scheme: WeightScheme) -> Rounded:
-        """The module's weights as GPTQ rounded them under `scheme`. Raises: UsageError if it did not."""
+    def rounded(self, module: str, scheme: WeightScheme, num_inputs: int) -> Rounded:
+        """The module's weights [N, num_inputs] as GPTQ rounded them under `scheme`. Raises: UsageError if not."""
 
     def readers(self, module: str) -> tuple[str, ...]:
         """All modules that read the same input as this one, itself included."""

@@ -88,11 +88,11 @@ class Calibration(_Spec):
     """How ranges are found by streaming text.
 
     method: ``minmax``, ``percentile`` (of |x|), ``entropy`` (least Kullback-Leibler divergence) or ``mse`` (least
-    squared error). percentile: 50 .. 100. samples: pieces of text. length: tokens of each, past S + W so that the ring
-    wraps. sink_tokens, window: the ring while calibrating. seed: which pieces.
+    squared error); None where no ranges are needed. percentile: 50 .. 100. samples: pieces of text. length: tokens of
+    each, past S + W so that the ring wraps. sink_tokens, window: the ring while calibrating. seed: which pieces.
     """
 
-    method: Literal["minmax", "percentile", "entropy", "mse"]
+    method: Literal["minmax", "percentile", "entropy", "mse"] | None = None
     percentile: float | None = pydantic.Field(default=None, ge=50.0, le=100.0)
     samples: int = pydantic.Field(ge=1)
     length: int = pydantic.Field(ge=2)
@@ -153,6 +153,8 @@ class Recipe(_Spec):
             raise ValueError("calibration is needed by activations.mode: static, smooth and weights.rounding: gptq")
         if not self.needs_calibration and self.calibration is not None:
             raise ValueError("calibration is of no use without activations.mode: static, smooth or rounding: gptq")
+        if self.calibration is not None and self.needs_ranges != (self.calibration.method is not None):
+            raise ValueError("calibration.method goes with activations.mode: static or smooth, and with nothing else")
         if self.rounds_for_inputs and self.smooth is not None:
             raise ValueError("smooth does not go with weights.rounding: gptq, which rounds the weights as they were")
         return self
@@ -176,7 +178,12 @@ class Recipe(_Spec):
     @property
     def needs_calibration(self) -> bool:
         """Whether an export with this recipe needs a calibration file."""
-        return self.activations.mode == "static" or self.smooth is not None or self.rounds_for_inputs
+        return self.needs_ranges or self.rounds_for_inputs
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether a calibration has to find ranges of inputs."""
+        return self.activations.mode == "static" or self.smooth is not None
 
     @property
     def rounds_for_inputs(self) -> bool:

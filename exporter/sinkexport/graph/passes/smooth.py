@@ -1,8 +1,8 @@
 """Move large channels of products' inputs into their weights (SmoothQuant, arXiv:2211.10438), changing no result.
 
-``x @ W = (x / d) @ (d * W)``. The division is free where the node that makes x has weights that can take it over: a norm;
-the values' projection, since attention mixes tokens and never channels; the product that a gate multiplies. Elsewhere it
-is a Mul of x. Weights stay lazy: nothing is computed before it is written.
+``x @ W = (x / d) @ (d * W)``. The division is free where the node that makes x has weights that can take it over: a
+norm; the values' projection, since attention mixes tokens and never channels; the product that a gate multiplies.
+Elsewhere it is a Mul of x. Weights stay lazy: nothing is computed before it is written.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ def _take_over(graph: ir.Graph, x: ir.Value, factors: Floats) -> bool:
     if node.op_type in NORMS:
         return _scale_norm(graph, node, factors)
     if node.op_type == "Mul":
+        for i, value in enumerate(node.inputs):
+            if is_weight(value) and value is not None and known_shape(value) == factors.shape:
+                node.replace_input_with(i, _scaled(graph, value, factors))  # a norm in parts
+                return True
         return any(_scale_product(graph, value, factors) for value in node.inputs if value is not None)
     attention = _behind(x).producer()
     if attention is not None and attention.op_type == "SinkAttention" and _is_only_read_in_shape(x, attention):
