@@ -18,14 +18,14 @@ from sinkexport import __version__
 
 COMMANDS = {
     "export": "Turn a Hugging Face model into a bundle.",
-    "calibrate": "Find the ranges of a model's activations, for recipes that need them.",
+    "calibrate": "Find the ranges of a model's activations for a recipe.",
     "run": "Stream text from a bundle, for ever if you like.",
     "verify": "Compare a bundle with its model.",
     "eval": "Streaming perplexity over a long text, with a plot.",
     "bench": "Measure speed and memory of a bundle.",
     "analyze": "Find a model's attention sinks and recommend how many to keep.",
     "serve": "Serve a bundle over the OpenAI HTTP API.",
-    "inspect": "Show what a bundle or a calibration file holds, or which families export.",
+    "inspect": "Show a bundle, a calibration, the families or the recipes.",
 }
 EXIT_BAD_INPUT = 2
 EXIT_INTERNAL = 70

@@ -423,7 +423,9 @@ def test_smoothing_alone_changes_no_result(name: str, target: str, multiplied: i
         def divisors(self, module: str) -> Any:
             return None if module in ("lm_head", "model.embed_tokens", "embed_out") else found.divisors(module)
 
-    geometry: dict[str, Any] = {"num_sink_tokens": 2, "window_size": 6, "chunk_size": 3, "batch": 2, "target": target}
+    geometry: dict[str, Any] = {
+        "num_sink_tokens": 2, "window_size": 6, "chunk_size": 3 if "llama" in name else 1, "batch": 2, "target": target,
+    }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sinkexport.pipeline.RecipePlan", OnlySmooth)
         if name == "gemma2":  # as in models that are large: the sums are left for the runtime to fold
@@ -494,7 +496,7 @@ def test_a_bundle_computes_what_the_recipe_says(target: str, tmp_path: Path) -> 
     found = calibrate(loaded, asked, TEXT)
     ids = random_ids(1, 24)[0]
     want = simulated(loaded, found, asked, ids)
-    geometry: dict[str, Any] = {"num_sink_tokens": 2, "window_size": 6, "chunk_size": 3, "target": target}
+    geometry: dict[str, Any] = {"num_sink_tokens": 2, "window_size": 6, "chunk_size": 1, "target": target}
     export_loaded(loaded, tmp_path / "q", ExportConfig(**geometry, recipe=asked, calibration=found))
     export_loaded(loaded, tmp_path / "f", ExportConfig(**geometry))
     with Session.load(tmp_path / "q", threads=1) as session, Session.load(tmp_path / "f", threads=1) as plain:
@@ -513,7 +515,7 @@ def test_weights_only_recipes_may_smooth_and_patterns_keep_inputs(tmp_path: Path
     loaded = tiny()
     weights_only = recipe(activations={"mode": "float"}, smooth={"alpha": 0.5})
     found = calibrate(loaded, weights_only, TEXT)
-    geometry: dict[str, Any] = {"num_sink_tokens": 2, "window_size": 6, "chunk_size": 3}
+    geometry: dict[str, Any] = {"num_sink_tokens": 2, "window_size": 6, "chunk_size": 1}
     export_loaded(loaded, tmp_path / "w", ExportConfig(**geometry, recipe=weights_only, calibration=found))
     asked = recipe(keep_float=["model.layers.0.self_attn.k_proj"])
     found = calibrate(loaded, asked, TEXT)
