@@ -208,7 +208,7 @@ def _check_calibration(model: Any, config: ExportConfig) -> None:
                                  expected="none: the recipe needs no calibration",
                                  fix="leave it out"))  # fmt: skip
     ranges.check_recipe(recipe)
-    if ranges.num_sink_tokens > config.num_sink_tokens:
+    if recipe.needs_ranges and ranges.num_sink_tokens > config.num_sink_tokens:
         raise UsageError(problem("sinks", received=f"{config.num_sink_tokens} tokens, and a calibration with "
                                  f"{ranges.num_sink_tokens}", expected="at least as many as in the calibration",
                                  fix="raise --sink-tokens, or calibrate with fewer"))  # fmt: skip

@@ -19,8 +19,9 @@ from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.engine import build_engine
 from sinkexport.pipeline import export_loaded
+from sinkexport.quant import calibrate as calibration
 from sinkexport.quant import histogram
-from sinkexport.quant.calibrate import attention_outputs, calibrate, choose_pieces, chosen_range, smoothing
+from sinkexport.quant.calibrate import attention_outputs, choose_pieces, chosen_range, smoothing
 from sinkexport.quant.calibration import CalibrationFile, fingerprint, load_calibration
 from sinkexport.quant.observers import REST, SINKS, ChannelMaxima, Histograms
 from sinkexport.quant.recipe import Calibration, Recipe, load_recipe, parse_recipe
@@ -42,6 +43,10 @@ def recipe(**changes: Any) -> Recipe:
     return parse_recipe(
         {**load_recipe("int8-smooth").model_dump(exclude_none=True), "calibration": SMALL, **changes}, "recipe 'test'"
     )
+
+
+def calibrate(*arguments: Any, **keywords: Any) -> CalibrationFile:
+    return calibration.calibrate(*arguments, **keywords).facts
 
 
 def tiny(name: str = "llama", **arguments: Any) -> LoadedModel:

@@ -221,7 +221,7 @@ def test_a_tensorrt_bundle_with_int8_weights_is_the_model_with_rounded_weights(n
             assert np.abs(got - want).max() < 1e-4 * want.std()
 
 
-@pytest.mark.parametrize("recipe", ["int8-weights", "int8-dynamic", "int4-weights"])
+@pytest.mark.parametrize("recipe", ["int8-weights", "int8-dynamic", "int4-nearest"])
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt_neox", "phi", "gemma2", "qwen2"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_prefill_gives_what_steps_give(recipe: str, name: str, batch: int, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_prefill_gives_what_steps_give(recipe: str, name: str, batch: int, tmp_p
 
 def test_float16_bundles_take_recipes_too(tmp_path: Path) -> None:
     model = tiny_model("llama-tied", dtype=torch.float16)
-    for recipe in ("int8-weights", "int8-dynamic", "int4-weights"):
+    for recipe in ("int8-weights", "int8-dynamic", "int4-nearest"):
         with exported(model, tmp_path / recipe, load_recipe(recipe), dtype="fp16") as session:
             logits = session.prefill(random_ids(1, 20))
             assert np.isfinite(logits).all()

@@ -38,7 +38,7 @@ def test_shipped_recipes_load_by_name_and_by_file_and_can_be_exported(name: str)
 
 def test_the_packages_folder_is_the_projects() -> None:
     assert RECIPES_FOLDER.resolve() == FOLDER.resolve()
-    assert {"int8-weights", "int8-dynamic", "int4-weights"} <= set(recipe_names())
+    assert {"int8-weights", "int8-dynamic", "int8-smooth", "int4-weights"} <= set(recipe_names())
 
 
 def keys_of(model: type[pydantic.BaseModel], prefix: str = "") -> set[str]:
@@ -106,7 +106,7 @@ def test_files_that_hold_no_recipe(content: str, tmp_path: Path) -> None:
 
 
 def test_unknown_names_and_missing_files() -> None:
-    with pytest.raises(UsageError, match=r"received 'int9', expected int4-weights \| "):
+    with pytest.raises(UsageError, match=r"received 'int9', expected int4-nearest \| "):
         load_recipe("int9")
     with pytest.raises(UsageError, match=r"mine\.yaml.*expected a readable YAML file"):
         load_recipe("mine.yaml")

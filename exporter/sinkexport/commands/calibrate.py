@@ -1,4 +1,4 @@
-"""``sinkexport calibrate``: the ranges of a model's activations, found by streaming text."""
+"""``sinkexport calibrate``: ranges of a model's activations, and weights rounded for them, found by streaming text."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ STAGES = {
 @click.command(name="calibrate")
 @click.argument("model")
 @click.option("--recipe", "recipe_name", required=True, metavar="NAME|FILE",
-              help="Which ranges, and how: a recipe with 'calibration'.")  # fmt: skip
+              help="What to find, and how: a recipe with 'calibration'.")  # fmt: skip
 @click.option("--text", "text_file", required=True, type=click.Path(path_type=Path), metavar="FILE",
               help="UTF-8 text like that which the model will stream.")  # fmt: skip
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="Where to write the result, JSON; FILE.partial beside it holds what was seen so far.")  # fmt: skip
+              help="Where to write the result, JSON, and beside it weights that the recipe rounds for their inputs, "
+                   "as .safetensors. FILE.partial holds what was seen so far.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of the CPU.  [default: all physical cores]")
 def command(model: str, recipe_name: str, text_file: Path, output: Path, threads: int | None) -> None:
-    """Find the ranges of MODEL's activations (a local directory, a .gguf file or a Hub id) for a recipe.
+    """Find what a recipe needs to know of MODEL (a local directory, a .gguf file or a Hub id): ranges, or how to round.
 
     Pieces of the text are streamed through sinks and window, past the window, as a bundle will stream. Tokens 0 .. S-1
     are counted apart. A run that was cut short, by kill -9 too, goes on where it stopped when it is started again, to
@@ -43,6 +44,7 @@ def command(model: str, recipe_name: str, text_file: Path, output: Path, threads
     from sinkexport.machine import torch_threads
     from sinkexport.quant.calibrate import calibrate
     from sinkexport.quant.calibration import rounded_path
+    from sinkexport.quant.rounding import SCALES
     from sinkexport.sources import load_model
 
     partial = output.with_name(output.name + ".partial")
@@ -59,11 +61,16 @@ def command(model: str, recipe_name: str, text_file: Path, output: Path, threads
         write_whole(rounded_path(output), safetensors.numpy.save(rounded), "--output")
     write_whole(output, found.to_json(), "--output")
     partial.unlink(missing_ok=True)
-    apart = sum(facts.sinks is not None and facts.sinks.range > facts.rest.range for facts in found.inputs)
+    what = []
+    if found.inputs:
+        apart = sum(facts.sinks is not None and facts.sinks.range > facts.rest.range for facts in found.inputs)
+        what.append(f"{len(found.inputs)} inputs, in {apart} of them sinks reach beyond the rest")
+    if rounded:
+        layers = sum(name.endswith(SCALES) for name in rounded)
+        what.append(f"weights of {layers} layers rounded, in {rounded_path(output).name}")
     click.echo(
-        f"{output}: {len(found.inputs)} inputs of {found.model.name} for recipe '{found.recipe}', in {apart} of them "
-        f"sinks reach beyond the rest; {found.text.streamed:,} tokens, {seconds:.1f} s, "
-        f"{streamed.num_tokens / max(seconds, 1e-9):.0f} tokens/s"
+        f"{output}: {found.model.name} for recipe '{found.recipe}': {'; '.join(what)}; {found.text.streamed:,} tokens, "
+        f"{seconds:.1f} s, {streamed.num_tokens / max(seconds, 1e-9):.0f} tokens/s"
     )
 
 

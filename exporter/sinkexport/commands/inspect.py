@@ -71,17 +71,19 @@ def _show_recipes(as_json: bool) -> None:
 
 def _show_calibration(path: Path, as_json: bool) -> None:
     """A row for each input: how far the rest and the sinks reach, and one range for both."""
-    from sinkexport.quant.calibration import load_calibration
+    from sinkexport.quant.calibration import load_calibration, rounded_path
 
     found = load_calibration(path)
     if as_json:
         click.echo(found.to_json(), nl=False)
         return
-    asked = found.calibration
-    how = asked.method if asked.percentile is None else f"{asked.method} {asked.percentile:g}"
+    asked, weights = found.calibration, found.rounded_weights
+    how = [asked.method if asked.percentile is None else f"{asked.method} {asked.percentile:g}"] if asked.method else []
+    how += [f"smoothed, alpha {found.smooth.alpha:g}"] if found.smooth else []
+    how += [f"weights rounded for their inputs, in {rounded_path(path).name}"] if weights else []
     rows = [
         ("model", f"{found.model.name} ({found.model.architecture}, {found.model.fingerprint[:16]})"),
-        ("recipe", f"{found.recipe}: {how}" + (f", smoothed, alpha {found.smooth.alpha:g}" if found.smooth else "")),
+        ("recipe", f"{found.recipe}: {', '.join(how)}"),
         ("text", f"{asked.samples} pieces of {asked.length:,} tokens of {found.text.tokens:,} "
                  f"(seed {asked.seed}, {found.text.sha256[:16]})"),
         ("cache", f"{asked.sink_tokens} sinks + window of {asked.window}"),
@@ -101,8 +103,9 @@ def _show_calibration(path: Path, as_json: bool) -> None:
         )  # fmt: skip
     console = table_console()
     console.print(facts)
-    console.print()
-    console.print(table)
+    if found.inputs:
+        console.print()
+        console.print(table)
 
 
 def _together(modules: tuple[str, ...]) -> str:
