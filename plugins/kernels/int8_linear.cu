@@ -30,12 +30,14 @@ constexpr int kMaxFeatures = 1 << 21;
 
 __host__ __device__ constexpr int divideUp(int a, int b) { return (a + b - 1) / b; }
 
+// What makes an output of a sum.
 template <typename Half>
-__device__ __forceinline__ void store(const Int8LinearParams& p, int token, int output, float sum) {
-  const float bias = p.bias ? toFloat(static_cast<const Half*>(p.bias)[output]) : 0.0f;
-  static_cast<Half*>(p.y)[static_cast<size_t>(token) * p.num_outputs + output] =
-      fromFloat<Half>(fmaf(sum, p.scale[output], bias));
-}
+struct Output {
+  float scale, bias;
+  __device__ __forceinline__ Output(const Int8LinearParams& p, int output)
+      : scale(p.scale[output]), bias(p.bias ? toFloat(static_cast<const Half*>(p.bias)[output]) : 0.0f) {}
+  __device__ __forceinline__ Half operator()(float sum) const { return fromFloat<Half>(fmaf(sum, scale, bias)); }
+};
 
 // --- up to 16 tokens ---
 
@@ -152,7 +154,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Int8LinearP
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += sums[w * num_tokens * kRows + i];
-    if (first_row + i % kRows < p.num_outputs) store<Half>(p, i / kRows, first_row + i % kRows, total);
+    const int token = i / kRows, output = first_row + i % kRows;
+    if (output >= p.num_outputs) continue;
+    static_cast<Half*>(p.y)[static_cast<size_t>(token) * p.num_outputs + output] = Output<Half>(p, output)(total);
   }
 }
 
@@ -253,16 +257,19 @@ __global__ void __launch_bounds__(kManyWarps* kWarpSize)
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
-    for (int j = 0; j < kTokenTiles; ++j) {
+    for (int i = 0; i < 2; ++i) {
+      const int output = first_row + (warp * kRowTiles + r) * 16 + g + i * 8;
+      if (output >= num_outputs) continue;
+      const Output<Half> finish(p, output);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = first_token + 8 * j + 2 * t + i % 2;
-        const int output = first_row + (warp * kRowTiles + r) * 16 + g + i / 2 * 8;
-        if (token >= num_tokens || output >= num_outputs) continue;
+      for (int j = 0; j < 2 * kTokenTiles; ++j) {
+        const int token = first_token + j / 2 * 8 + 2 * t + j % 2;
+        if (token >= num_tokens) continue;
+        const float total = sum[r][j / 2][2 * i + j % 2];
         if (partial) {
-          partial[(static_cast<size_t>(blockIdx.z) * num_tokens + token) * num_outputs + output] = sum[r][j][i];
+          partial[(static_cast<size_t>(blockIdx.z) * num_tokens + token) * num_outputs + output] = total;
         } else {
-          store<Half>(p, token, output, sum[r][j][i]);
+          static_cast<Half*>(p.y)[static_cast<size_t>(token) * num_outputs + output] = finish(total);
         }
       }
     }
@@ -282,7 +289,7 @@ __global__ void __launch_bounds__(kSumThreads) sumSplits(const Int8LinearParams 
   float total = 0.0f;
 #pragma unroll 4
   for (int s = 0; s < num_splits; ++s) total += partial[s * count + i];
-  store<Half>(p, static_cast<int>(i / p.num_outputs), static_cast<int>(i % p.num_outputs), total);
+  static_cast<Half*>(p.y)[i] = Output<Half>(p, static_cast<int>(i % p.num_outputs))(total);
 }
 
 // --- launches ---
@@ -448,7 +455,7 @@ const char* int8LinearProblem(const Int8LinearParams& p) {
     if (range.address() % 16) {
       return explain("%s: received %p, expected a device pointer that is a multiple of 16", range.name, range.data);
     }
-    if (range.data && range.data != p.y && range.address() < ranges[0].address() + ranges[0].bytes &&
+    if (&range != ranges && range.data && range.address() < ranges[0].address() + ranges[0].bytes &&
         ranges[0].address() < range.address() + range.bytes) {
       return explain("y: overlaps %s, expected memory of its own", range.name);
     }
