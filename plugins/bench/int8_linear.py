@@ -92,7 +92,8 @@ def measure(library: Int8Linear, num_rows: int, num_inputs: int, num_outputs: in
     x = torch.randn(num_rows, num_inputs, dtype=torch.float16, device="cuda")
     y = torch.empty(num_rows, num_outputs, dtype=torch.float16, device="cuda")
     scale = torch.rand(num_outputs, device="cuda") * 1e-3 + 1e-4
-    weights = [torch.randint(-128, 128, (num_outputs, num_inputs), dtype=torch.int8, device="cuda") for _ in range(sets)]
+    size = (num_outputs, num_inputs)
+    weights = [torch.randint(-128, 128, size, dtype=torch.int8, device="cuda") for _ in range(sets)]
     params = [
         Int8LinearParams(
             num_rows, num_inputs, num_outputs, DTYPES["float16"], x.data_ptr(), weight.data_ptr(), scale.data_ptr(), 0,
@@ -111,10 +112,10 @@ def measure(library: Int8Linear, num_rows: int, num_inputs: int, num_outputs: in
     ours = contender(int8, sets)
     halves = [weight.half().mul_(2e-4) for weight in weights[: max(2, -(-sets // 2))]]  # twice the bytes each
     theirs = contender(lambda i: torch.mm(x, halves[i].T, out=y), len(halves))
-    size = num_inputs * num_outputs + 4 * num_outputs + 2 * num_rows * (num_inputs + num_outputs)
+    num_bytes = num_inputs * num_outputs + 4 * num_outputs + 2 * num_rows * (num_inputs + num_outputs)
     return {
-        "num_inputs": num_inputs, "num_outputs": num_outputs, "num_rows": num_rows, "bytes": size,
-        "floor_us": size / bandwidth * 1e6, "int8": ours, "fp16": theirs,
+        "num_inputs": num_inputs, "num_outputs": num_outputs, "num_rows": num_rows, "bytes": num_bytes,
+        "floor_us": num_bytes / bandwidth * 1e6, "int8": ours, "fp16": theirs,
     }  # fmt: skip
 
 
@@ -136,7 +137,7 @@ def main() -> None:
     arguments = parser.parse_args()
     library, bandwidth = Int8Linear(arguments.library), copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, copy {bandwidth / 1e9:,.0f} GB/s\n")
-    print("| K x N | M | floor us | us | p99 | GB/s | of copy | alone us | of copy | fp16 us | fp16 alone us | faster |")
+    print("| K x N | M | floor us | us | p99 us | GB/s | of copy | alone us | of copy | fp16 us | alone us | faster |")
     print("| --- " + "| ---: " * 11 + "|")
     results = []
     for num_inputs, num_outputs in SHAPES:

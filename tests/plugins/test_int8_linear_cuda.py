@@ -87,9 +87,7 @@ class Problem:
         return self.y.tensor.clone()
 
     def float64(self) -> np.ndarray:
-        x, weight, scale, bias = (
-            b.tensor.double().cpu().numpy() for b in (self.x, self.weight, self.scale, self.bias)
-        )
+        x, weight, scale, bias = (b.tensor.double().cpu().numpy() for b in (self.x, self.weight, self.scale, self.bias))
         return x @ weight.T * scale + (bias if self.has_bias else 0)
 
     def torch(self) -> torch.Tensor:
