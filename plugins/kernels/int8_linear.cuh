@@ -55,13 +55,6 @@ __device__ __forceinline__ void allowNextKernel() {
 #endif
 }
 
-// Asks for `bytes` (a multiple of 16) to be brought into L2. A hint, correct at any time: L2 is coherent.
-__device__ __forceinline__ void prefetchL2(const void* global, int bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-#endif
-}
-
 // --- halves ---
 
 // 4 INT8 in a word, first in the lowest byte, to two registers of two halves each. Exact, by placing bytes in mantissas.
