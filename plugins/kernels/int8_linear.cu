@@ -3,16 +3,17 @@
 // Both kernels multiply on the tensor cores, weights as the left factor (16 outputs a tile) and tokens as the right one
 // (8 a tile): even for one token that takes fewer instructions a weight than multiplying and adding one by one, so that
 // reading the weights is what is left. A sum over k has no order of its own, so lanes take 16 consecutive weights of a
-// row (one 16-byte load) as the four k16 tiles' share of theirs, and the same k of the tokens:
-// tile s, lane t of four: k = 16 t + 4 s .. + 3 of each 64.
+// row (one 16-byte load) as their share of four k16 tiles, and the same k of the tokens: in tile s lane t of four has
+// k = 16 t + 4 s .. + 3 of each 64.
 //
-// - Up to 16 tokens: a block owns 16 to 64 outputs and its warps split k among them, each with a ring of chunks of its own
-//   in shared memory, filled by asynchronous copies; the warps' sums are added at the end, in order. Weights are read
-//   once. No second launch, no workspace: a few blocks with that much on its way fill the memory's queue.
-// - More tokens: blocks of 64 or 128 outputs x 32 or 64 tokens, their four warps side by side along the outputs, so that
-//   each weight is converted once in a block. Where the tiles are fewer than the multiprocessors, k is split over blocks
-//   too: float32 partial sums in the workspace, added in order by a second kernel. The split depends on shapes alone, so
-//   results do not depend on the device.
+// - Up to 16 tokens: a block takes tiles of 16 or 32 outputs and its warps split k among them, each with a ring of
+//   chunks of its own in shared memory, filled by asynchronous copies; the warps' sums are added at the end of a tile,
+//   in order. Weights are read once. No second launch, no workspace: a few blocks with so much on its way fill the
+//   memory's queue.
+// - More tokens: blocks of 64 or 128 outputs x 32, 64 or 128 tokens, with four warps side by side along the outputs, so
+//   that a weight is converted once in a block (twice in the largest). Where the tiles are fewer than the
+//   multiprocessors, k is split over blocks too: float32 partial sums in the workspace, added in order by a second
+//   kernel. The split depends on shapes alone, so that the workspace does not depend on the device.
 #include "int8_linear.h"
 
 #include <algorithm>
@@ -96,45 +97,38 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Int8LinearP
     if (copy_tile < num_tiles) {
       unsigned char* const stage = ring + copy_stage * stage_bytes;
       const int first_k = (warp + copy_step * kWarps) * kFewChunk;
-      copyWeights(stage, copy_tile * kRows, first_k);
       for (int i = lane; i < num_tokens * kPieces; i += kWarpSize) {
         const int k = first_k + i % kPieces * 8;
         const bool valid = k < num_inputs;
         const Half* const from = x + (valid ? static_cast<size_t>(i / kPieces) * num_inputs + k : 0);
         copyAsync(placeOfPiece(stage, i), from, valid ? 16 : 0);
       }
+      copyWeights(stage, copy_tile * kRows, first_k);
     }
     advanceCopy();
   };
 
-  // The first stages: weights first, since they take longest and may be allowed to be read early.
+  // The first stage's weights may be allowed to be read early. Not more of them: its tokens would queue behind.
   allowNextKernel();
   if (!p.constant_weight) waitForEarlierKernels();
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) {
-    if (copy_tile < num_tiles && num_steps) {
-      copyWeights(ring + i * stage_bytes, copy_tile * kRows, (warp + copy_step * kWarps) * kFewChunk);
-    }
-    advanceCopy();
-  }
+  copyWeights(ring, copy_tile * kRows, warp * kFewChunk);
+  advanceCopy();
   if (p.constant_weight) waitForEarlierKernels();
-  const int num_pieces = num_steps ? (kStages - 1) * num_tokens * kPieces : 0;
-  constexpr int kBatch = 4 * kTokenTiles;  // loads on their way at once
-  for (int first = lane; first < num_pieces; first += kBatch * kWarpSize) {
-    uint4 pieces[kBatch];
+  uint4 pieces[kPieces * 8 * kTokenTiles / kWarpSize];
+  constexpr int kNumPieces = sizeof pieces / sizeof *pieces;
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int i = first + j * kWarpSize, stage = i / (num_tokens * kPieces), piece = i % (num_tokens * kPieces);
-      const int k = (warp + stage % max(num_steps, 1) * kWarps) * kFewChunk + piece % kPieces * 8;
-      pieces[j] = i < num_pieces && k < num_inputs
-                      ? *reinterpret_cast<const uint4*>(x + static_cast<size_t>(piece / kPieces) * num_inputs + k)
-                      : uint4{0, 0, 0, 0};
-    }
+  for (int j = 0; j < kNumPieces; ++j) {
+    const int i = lane + j * kWarpSize, k = warp * kFewChunk + i % kPieces * 8;
+    pieces[j] = i < num_tokens * kPieces && k < num_inputs
+                    ? *reinterpret_cast<const uint4*>(x + static_cast<size_t>(i / kPieces) * num_inputs + k)
+                    : uint4{0, 0, 0, 0};
+  }
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int i = first + j * kWarpSize, stage = i / (num_tokens * kPieces), piece = i % (num_tokens * kPieces);
-      if (i < num_pieces) *reinterpret_cast<uint4*>(placeOfPiece(ring + stage * stage_bytes, piece)) = pieces[j];
-    }
+  for (int i = 1; i < kStages - 1; ++i) copyNext();
+#pragma unroll
+  for (int j = 0; j < kNumPieces; ++j) {
+    const int i = lane + j * kWarpSize;
+    if (i < num_tokens * kPieces) *reinterpret_cast<uint4*>(placeOfPiece(ring, i)) = pieces[j];
   }
 
   int read_stage = 0, turn = 0;
@@ -230,6 +224,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
   constexpr int kThreads = Shape::kThreads, kRows = Shape::kRows, kTokens = Shape::kTokens;
   constexpr int kRowTiles = Shape::kRowTiles, kTokenTiles = Shape::kTokenTiles;
   constexpr int kStages = Shape::kStages, kStageBytes = Shape::kStageBytes;
+  constexpr int kPairsAtOnce = Shape::kTokenWarps > 1 ? 1 : 2;  // two would spill where 128 registers are all there is
   extern __shared__ __align__(16) unsigned char shared[];
   const int num_tokens = p.num_rows, num_inputs = p.num_inputs, num_outputs = p.num_outputs;
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
@@ -239,7 +234,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
   const int first_chunk = blockIdx.z * chunks_per_split;
   const int num_steps = min(divideUp(num_inputs, kManyChunk) - first_chunk, chunks_per_split);
 
-  allowNextKernel();
   waitForEarlierKernels();
 
   // Past the last output or token the last one is read again; sums of those are not stored.
@@ -283,7 +277,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
     copyStep(step + kStages - 1);  // into the stage that all threads have read in the step before
     const unsigned char* const stage = shared + step % kStages * kStageBytes;
     const unsigned char* const tokens = stage + kRows * kManyChunk;
-#pragma unroll 1  // unrolled it would take more registers than two blocks on a multiprocessor have
+#pragma unroll(kPairsAtOnce)
     for (int pair = 0; pair < 2; ++pair) {  // two k16 tiles, whose share of a token is one 16-byte piece
       uint32_t a[kRowTiles][2][4];
 #pragma unroll
@@ -310,6 +304,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
   }
   waitCopies<0>();
 
+  allowNextKernel();  // not before: the next one's blocks would crowd where there is room now
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -336,8 +331,8 @@ constexpr int kSumThreads = 256;
 
 // y from `partial` [num_splits, M, N], added in order.
 template <typename Half>
-__global__ void __launch_bounds__(kSumThreads) sumSplits(const Int8LinearParams p, const float* partial, int num_splits) {
-  allowNextKernel();
+__global__ void __launch_bounds__(kSumThreads)
+    sumSplits(const Int8LinearParams p, const float* __restrict__ partial, int num_splits) {
   waitForEarlierKernels();
   const size_t count = static_cast<size_t>(p.num_rows) * p.num_outputs;
   const size_t i = static_cast<size_t>(blockIdx.x) * kSumThreads + threadIdx.x;
@@ -353,8 +348,11 @@ __global__ void __launch_bounds__(kSumThreads) sumSplits(const Int8LinearParams 
 struct Device {
   bool overlaps = false;  // a kernel can be placed before the one that it waits for has ended
   int multiprocessors = 0;
-  int shared_bytes = 0;  // that a block can have
+  int shared_bytes = 0;         // that a block can have
+  int shared_bytes_of_all = 0;  // that all blocks on a multiprocessor have
 };
+
+constexpr int kReservedSharedBytes = 1024;  // of each block, by the system
 
 cudaError_t describeDevice(Device& device) {
   int index = 0, major = 0;
@@ -365,6 +363,9 @@ cudaError_t describeDevice(Device& device) {
   }
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&device.shared_bytes_of_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   }
   device.overlaps = major >= 9;
   return error;
@@ -399,13 +400,16 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int sh
 
 template <typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages>
 cudaError_t launchFew(const Int8LinearParams& p, const Device& device, cudaStream_t stream) {
+  constexpr int kMostBlocks = 3;  // on a multiprocessor: for the registers of four there is no room
   const int shared_bytes = fewSharedBytes(kRowTiles, p.num_rows, kWarps, kStages);
-  if constexpr (kStages > 2) {  // a smaller device: less on its way
+  if constexpr (kWarps > 4) {
     if (shared_bytes > device.shared_bytes) {
-      return launchFew<Half, kRowTiles, kTokenTiles, kWarps, 2>(p, device, stream);
+      return launchFew<Half, kRowTiles, kTokenTiles, 4, kStages>(p, device, stream);
     }
   }
-  const dim3 grid(std::min(divideUp(p.num_outputs, 16 * kRowTiles), device.multiprocessors));
+  const int at_once = device.shared_bytes_of_all / (shared_bytes + kReservedSharedBytes);
+  const int blocks = device.multiprocessors * std::max(1, std::min(at_once, kMostBlocks));
+  const dim3 grid(std::min(divideUp(p.num_outputs, 16 * kRowTiles), blocks));
   return launch(fewTokens<Half, kRowTiles, kTokenTiles, kWarps, kStages>, grid, kWarps * kWarpSize, shared_bytes,
                 device, stream, p);
 }
@@ -443,7 +447,7 @@ cudaError_t launchMany(const Int8LinearParams& p, const ManyPlan& plan, void* wo
 
 using Low = ManyShape<1, 4, 1, 4>;   // 64 outputs x 32 tokens
 using Wide = ManyShape<2, 8, 1, 4>;  // 128 x 64
-using Tall = ManyShape<2, 8, 2, 4>;  // 128 x 128
+using Tall = ManyShape<2, 8, 2, 3>;  // 128 x 128
 
 // Calls use(shape, plan) for the shape of tiles that a product of more than 16 tokens takes.
 template <typename Use>
@@ -457,10 +461,16 @@ auto withManyShape(const Int8LinearParams& p, Use use) {
 
 template <typename Half>
 cudaError_t launchTyped(const Int8LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
-  if (p.num_rows <= 2) return launchFew<Half, 1, 1, 8, 6>(p, device, stream);
-  if (p.num_rows <= 4) return launchFew<Half, 1, 1, 8, 4>(p, device, stream);
-  if (p.num_rows <= 8) return launchFew<Half, 2, 1, 4, 4>(p, device, stream);
-  if (p.num_rows <= kFewTokens) return launchFew<Half, 2, 2, 4, 3>(p, device, stream);
+  if (p.num_rows <= 4) return launchFew<Half, 1, 1, 8, 3>(p, device, stream);
+  if (p.num_rows <= 8) return launchFew<Half, 1, 1, 8, 2>(p, device, stream);
+  if (p.num_rows <= kFewTokens) {
+    // Taller tiles read the tokens less often, shorter ones spread better.
+    constexpr int kManyOutputs = 1 << 15;
+    if (p.num_outputs >= kManyOutputs && fewSharedBytes(2, p.num_rows, 4, 3) <= device.shared_bytes) {
+      return launchFew<Half, 2, 2, 4, 3>(p, device, stream);
+    }
+    return launchFew<Half, 1, 2, 8, 2>(p, device, stream);
+  }
   return withManyShape(p, [&](auto shape, const ManyPlan& plan) {
     return launchMany<Half, decltype(shape)>(p, plan, workspace, device, stream);
   });
