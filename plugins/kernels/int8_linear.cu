@@ -486,6 +486,7 @@ struct Range {
   const char* name;
   const void* data;
   size_t bytes;
+  bool optional = false;
   size_t address() const { return reinterpret_cast<size_t>(data); }
 };
 
@@ -527,9 +528,9 @@ const char* int8LinearProblem(const Int8LinearParams& p) {
                           {"x", p.x, rows * inputs * 2},
                           {"weight", p.weight, outputs * inputs},
                           {"scale", p.scale, outputs * sizeof(float)},
-                          {"bias", p.bias, outputs * 2}};
+                          {"bias", p.bias, outputs * 2, true}};
   for (const Range& range : ranges) {
-    if (!range.data && range.data != p.bias) {
+    if (!range.data && !range.optional) {
       return explain("%s: received null, expected a device pointer", range.name);
     }
     if (range.address() % 16) {
