@@ -1,0 +1,749 @@
+// The attention kernel itself: flash decoding on tensor cores, for a step (T = 1) and for a chunk (prefill).
+//
+// A block owns one (stream, kv head), 8 or 16 rows and one split of the cache. A row is a query head of the group at one
+// of the T tokens: row = token * group + head in group. Each warp takes every kWarps-th tile of 16 keys by itself, with
+// its own online softmax; warps meet once, at the end.
+//
+// Both products put up with any order of what they sum over, so every thread loads the 16-byte pieces that it will
+// itself feed to mma.m16n8k16 (no ldmatrix, no barrier in the loop): lane = 4 * g + c holds of
+//   S   = Q K^T    keys g and 8 + g, dimensions of piece c         (quads read 64 contiguous bytes of a key)
+//   O^T = V^T P^T  keys 2c, 2c+1, 8+2c, 9+2c, dimensions of piece g (8 lanes read 128 contiguous bytes of a value)
+// and what S leaves in a thread, head g by keys 2c, 2c+1, is what O^T wants of P there. int8 entries become exact 16-bit
+// numbers in registers; scales go to the logits and to P.
+#pragma once
+
+#include "sink_attention_common.cuh"
+
+namespace sinkexport {
+namespace detail {
+
+// What the host planned for one launch. "row chunk": kRowTiles * 8 rows of a block.
+struct AttendArgs {
+  SinkAttentionParams p;
+  // Prefill: where q, k and v of the chunk lie after `prepare`; k and v of non-sinks are int8 entries as 16-bit numbers
+  // where the window is int8, and then have scales.
+  const void* q;         // half [B, Hq, T, D]
+  const void* q_sink;    // half [B, Hq, T, D], as the sinks meet it
+  const void* k;         // half [B, Hkv, T, D]
+  const void* v;         // half [B, Hkv, T, D]
+  const void* k_scale;   // float16 [B, Hkv, T], int8 only
+  const void* v_scale;   // float16 [B, Hkv, T]
+  float* partial_out;    // [B * Hq * T, num_splits, D], not normalised
+  float2* partial_sums;  // [B * Hq * T, num_splits]: largest logit * log2(e), sum of 2^(logit - largest + kBias)
+  int num_splits;
+  int tiles_per_split;
+};
+
+// Weights are 2^(kBias + logit - largest), up to 64: keeps weight * scale of small int8 rows out of float16's denormals;
+// the largest scale of a float16 row is 516, so that 64 * scale does not overflow either.
+constexpr float kBias = 6.0f;
+
+__host__ __device__ constexpr int divUp(int a, int b) { return (a + b - 1) / b; }
+
+constexpr int kTileKeys = 16;
+
+template <int kHeadDim, bool kInt8, int kRowTiles>
+struct Config {
+  // Pieces of 8 dimensions (16 bytes of 16-bit numbers) of a key that each lane of a quad holds.
+  static constexpr int kKeyPieces = kInt8 ? 2 * divUp(kHeadDim, 64) : divUp(kHeadDim, 32);
+  // Tiles of 16 dimensions of O^T; each lane holds kOutTiles / 4 pieces of a value.
+  static constexpr int kOutTiles = kInt8 ? 8 * divUp(kHeadDim, 128) : 4 * divUp(kHeadDim, 64);
+  static constexpr int kRows = 8 * kRowTiles;
+  static constexpr int kWarps = kHeadDim > 128 ? 2 : 4;
+  static constexpr int kThreads = 32 * kWarps;
+  // Of 16-bit tiles; an int8 one takes half of it. In pieces: 2 keys and 4 values a lane.
+  static constexpr int kStageBytes = 32 * 16 * (2 * kKeyPieces + kOutTiles);
+  static constexpr int kStages = kStageBytes * kWarps * 4 <= 65536 ? 4 : 2;
+  static constexpr int kScaleWords = 9;  // 16 float16 that may begin in the middle of a word
+
+  // Shared memory: stages (later the warps' outputs) | q | q for sinks | new row | scales | sums | turns.
+  static constexpr int kRowStride = kHeadDim + 8;  // in 16-bit numbers; keeps quads of different rows off one bank
+  static constexpr int kStagesBytes = kWarps * kStages * kStageBytes;
+  static constexpr int kQueryBytes = kRows * kRowStride * 2;
+  static constexpr int kNewRowBytes = kHeadDim * 2;
+  static constexpr int kScaleBytes = kWarps * kStages * 2 * 4 * (kScaleWords + 3);
+  static constexpr int kSumsBytes = kWarps * kRows * 8;
+  static constexpr int kSharedBytes = kStagesBytes + 2 * kQueryBytes + 2 * kNewRowBytes + kScaleBytes + kSumsBytes +
+                                      4 * turnsFloats(kHeadDim);
+  static_assert(kWarps * kRows * kHeadDim * 4 <= kStagesBytes, "the warps' outputs take the place of the stages");
+  static_assert(kSharedBytes <= 99 * 1024, "more than a block of compute capability 8.6, 8.9 or 12.0 can have");
+
+  // Which piece of 8 dimensions is the i-th of lane c of a quad (keys) or of lane g of eight (values). Piece 2i and 2i+1
+  // are neighbours in int8 kernels, whose 16 bytes are 16 dimensions.
+  static __device__ constexpr int keyPiece(int i, int c) { return kInt8 ? 8 * (i / 2) + 2 * c + i % 2 : 4 * i + c; }
+  static __device__ constexpr int valuePiece(int i, int g) { return kInt8 ? 16 * (i / 2) + 2 * g + i % 2 : 8 * i + g; }
+  // Dimension of row g of an output tile; row 8 + g is the next one.
+  static __device__ constexpr int outDim(int tile, int g) { return 8 * valuePiece(tile / 4, g) + 2 * (tile % 4); }
+};
+
+// c += a . b, m16n8k16: a row-major 16 x 16, b 16 x 8, both of 16-bit numbers, c float32.
+template <DType kDType>
+__device__ void multiplyAdd(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                            uint32_t b1) {
+#if __CUDA_ARCH__ >= 800 && !defined(SINKEXPORT_NO_TENSOR_CORES)
+  if constexpr (kDType == DType::kFloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+#else
+  // Before compute capability 8.0 there is no such instruction: the same by shuffles. Slow, but the same numbers.
+  using H = Half<kDType>;
+  const int lane = threadIdx.x % 32, g = lane / 4, column = lane % 4 * 2;
+  const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+  for (int quad = 0; quad < 4; ++quad) {
+    for (int upper = 0; upper < 2; ++upper) {  // k = 8 * upper + 2 * quad + 0, 1
+      uint32_t left[2], right[2];
+      for (int i = 0; i < 2; ++i) {
+        left[i] = __shfl_sync(kFullWarp, a[2 * upper + i], 4 * g + quad);
+        right[i] = __shfl_sync(kFullWarp, b[upper], 4 * (column + i) + quad);
+      }
+      for (int row = 0; row < 2; ++row) {
+        const auto* l = reinterpret_cast<const typename H::T*>(&left[row]);
+        for (int i = 0; i < 2; ++i) {
+          const auto* r = reinterpret_cast<const typename H::T*>(&right[i]);
+          c[2 * row + i] += H::toFloat(l[0]) * H::toFloat(r[0]) + H::toFloat(l[1]) * H::toFloat(r[1]);
+        }
+      }
+    }
+  }
+#endif
+}
+
+// kBytes to shared memory in the background: the first num_bytes of them from `source`, the rest zeros.
+template <int kBytes>
+__device__ void copyAsync(void* target, const void* source, int num_bytes) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(num_bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(source), "r"(num_bytes) : "memory");
+  }
+#else
+  auto* to = static_cast<uint16_t*>(target);
+  const auto* from = static_cast<const uint16_t*>(source);
+  for (int i = 0; i < kBytes / 2; ++i) to[i] = 2 * i < num_bytes ? from[i] : uint16_t{0};
+#endif
+}
+
+__device__ inline void commitCopies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int kPending>
+__device__ void waitForCopies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// The second kernel of a launch may start before the first has ended, and waits for its results where it needs them.
+__device__ inline void letNextKernelStart() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ inline void waitForPreviousKernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Output of one row from its sums: weights were 2^(logit - largest + kBias) of logits in units of log2(e).
+struct RowSums {
+  float largest = -INFINITY;
+  float sum = 0.0f;
+};
+
+// Factor on a row's weighted sum of values, with the logit that has no value taken in.
+__device__ inline float normaliser(RowSums sums, const float* sink_logit, int head) {
+  if (sink_logit == nullptr) return sums.sum > 0.0f ? 1.0f / sums.sum : 0.0f;
+  const float extra = sink_logit[head] * kLog2E;
+  const float largest = fmaxf(sums.largest, extra);
+  if (largest == -INFINITY) return 0.0f;
+  const float factor = exp2Fast(sums.largest - largest);
+  return factor / (sums.sum * factor + exp2Fast(extra - largest + kBias));
+}
+
+// row: of [B, Hq, T]. value: of dimension d, normalised.
+template <DType kDType>
+__device__ void storeOut(const SinkAttentionParams& p, size_t row, int d, float value) {
+  using H = Half<kDType>;
+  if (p.gate != nullptr) {
+    const auto* gate = static_cast<const typename H::T*>(p.gate) + row * p.gate_dim;
+    value *= 1.0f / (1.0f + __expf(-H::toFloat(gate[p.gate_dim == 1 ? 0 : d])));
+  }
+  static_cast<typename H::T*>(p.out)[row * p.head_dim + d] = H::fromFloat(value);
+}
+
+enum Section : int { kSinks, kWindow, kChunk };
+
+// Rows 0 .. limit-1 of a section are there. `own`: the row of the step's token, which is not read, or -1.
+struct Source {
+  const char* k;
+  const char* v;
+  int limit;
+  int own;
+};
+
+template <int kHeadDim, DType kDType, bool kInt8, int kRowTiles, bool kPrefill>
+struct Attend {
+  using C = Config<kHeadDim, kInt8, kRowTiles>;
+  using H = Half<kDType>;
+  using T = typename H::T;
+
+  // Copies one tile into a stage: this lane's pieces, [piece][lane], keys first.
+  template <bool kInt8Tile>
+  static __device__ void load(const Source& source, int row0, uint4* stage, int g, int c) {
+    constexpr int kPieceDims = kInt8Tile ? 16 : 8;
+    constexpr int kRowBytes = kHeadDim * (kInt8Tile ? 1 : 2);
+    constexpr int kKeys = kInt8Tile ? C::kKeyPieces / 2 : C::kKeyPieces;
+    constexpr int kValues = kInt8Tile ? C::kOutTiles / 8 : C::kOutTiles / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row0 + 8 * half + g;
+      const bool is_there = row < source.limit && row != source.own;
+      const char* from = source.k + static_cast<size_t>(is_there ? row : 0) * kRowBytes;
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) {
+        const int piece = kInt8Tile ? 4 * i + c : C::keyPiece(i, c);
+        const bool is_read = is_there && piece < kHeadDim / kPieceDims;
+        copyAsync<16>(stage + 32 * (half * kKeys + i), from + (is_read ? 16 * piece : 0), is_read ? 16 : 0);
+      }
+    }
+#pragma unroll
+    for (int key = 0; key < 4; ++key) {
+      const int row = row0 + 8 * (key / 2) + 2 * c + key % 2;
+      const bool is_there = row < source.limit && row != source.own;
+      const char* from = source.v + static_cast<size_t>(is_there ? row : 0) * kRowBytes;
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        const int piece = kInt8Tile ? 8 * i + g : C::valuePiece(i, g);
+        const bool is_read = is_there && piece < kHeadDim / kPieceDims;
+        copyAsync<16>(stage + 32 * (2 * kKeys + key * kValues + i), from + (is_read ? 16 * piece : 0),
+                      is_read ? 16 : 0);
+      }
+    }
+  }
+
+  // Puts the step's own token into the tile that holds its row. k, v: its row in shared memory.
+  template <bool kInt8Tile>
+  static __device__ void insert(const uint4* k, const uint4* v, int own_key, uint4* stage, int g, int c) {
+    constexpr int kPieceDims = kInt8Tile ? 16 : 8;
+    constexpr int kKeys = kInt8Tile ? C::kKeyPieces / 2 : C::kKeyPieces;
+    constexpr int kValues = kInt8Tile ? C::kOutTiles / 8 : C::kOutTiles / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (8 * half + g != own_key) continue;
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) {
+        const int piece = kInt8Tile ? 4 * i + c : C::keyPiece(i, c);
+        if (piece < kHeadDim / kPieceDims) stage[32 * (half * kKeys + i)] = k[piece];
+      }
+    }
+#pragma unroll
+    for (int key = 0; key < 4; ++key) {
+      if (8 * (key / 2) + 2 * c + key % 2 != own_key) continue;
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        const int piece = kInt8Tile ? 8 * i + g : C::valuePiece(i, g);
+        if (piece < kHeadDim / kPieceDims) stage[32 * (2 * kKeys + key * kValues + i)] = v[piece];
+      }
+    }
+  }
+
+  // The warp's copy of a tile's scales, two float16 to a word. begin: the section's first row in the array.
+  static __device__ void loadScales(const void* k_scale, const void* v_scale, size_t begin, int row0, int limit,
+                                    uint32_t* target, int lane) {
+    const int word = lane % 16;
+    if (word >= C::kScaleWords) return;
+    const char* array = static_cast<const char*>(lane < 16 ? k_scale : v_scale);
+    const size_t first = (begin + row0) / 2 * 2 + 2 * word, end = begin + limit;  // in float16; from a whole word on
+    const int num_bytes = first >= end ? 0 : (first + 1 < end ? 4 : 2);
+    copyAsync<4>(target + (lane < 16 ? 0 : C::kScaleWords + 3) + word, array + (num_bytes ? 2 * first : 0), num_bytes);
+  }
+
+  // logits [row tile][keys 0-7, 8-15][4] of a tile: q . k, no scales yet.
+  template <bool kInt8Tile>
+  static __device__ void multiplyKeys(const T* q, const uint4* stage, int g, int c, float (&logits)[2][4]) {
+    constexpr int kKeys = kInt8Tile ? C::kKeyPieces / 2 : C::kKeyPieces;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) logits[half][i] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < C::kKeyPieces; ++i) {
+      // Pieces past the end of a row meet zeros in K; any finite numbers of Q will do.
+      const int piece = C::keyPiece(i, c) < kHeadDim / 8 ? C::keyPiece(i, c) : 0;
+      const uint4 q0 = *reinterpret_cast<const uint4*>(q + g * C::kRowStride + 8 * piece);
+      uint4 q1 = make_uint4(0, 0, 0, 0);
+      if constexpr (kRowTiles == 2) q1 = *reinterpret_cast<const uint4*>(q + (8 + g) * C::kRowStride + 8 * piece);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint4 k;
+        if constexpr (kInt8Tile) {
+          const uint4 bytes = stage[32 * (half * kKeys + i / 2)];
+          H::fromInt8(i % 2 ? bytes.z : bytes.x, k.x, k.y);
+          H::fromInt8(i % 2 ? bytes.w : bytes.y, k.z, k.w);
+        } else {
+          k = stage[32 * (half * kKeys + i)];
+        }
+        multiplyAdd<kDType>(logits[half], q0.x, q1.x, q0.y, q1.y, k.x, k.y);
+        multiplyAdd<kDType>(logits[half], q0.z, q1.z, q0.w, q1.w, k.z, k.w);
+      }
+    }
+  }
+
+  // weights: [row tile][keys 0-7, 8-15], pairs of 16-bit numbers.
+  template <bool kInt8Tile>
+  static __device__ void addValues(const uint32_t (&weights)[kRowTiles][2], const uint4* stage,
+                                   float (&out)[kRowTiles][C::kOutTiles][4]) {
+    constexpr int kKeys = kInt8Tile ? C::kKeyPieces / 2 : C::kKeyPieces;
+    constexpr int kValues = kInt8Tile ? C::kOutTiles / 8 : C::kOutTiles / 4;
+    const uint4* values = stage + 32 * 2 * kKeys;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      uint4 v[4];
+#pragma unroll
+      for (int key = 0; key < 4; ++key) v[key] = values[32 * (key * kValues + i)];
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        const uint32_t w[4] = {(&v[0].x)[word], (&v[1].x)[word], (&v[2].x)[word], (&v[3].x)[word]};
+        if constexpr (kInt8Tile) {
+#pragma unroll
+          for (int two = 0; two < 2; ++two) {  // dimensions 4 * word + 2 * two + 0, 1
+            uint32_t a[4];
+            H::fromInt8(__byte_perm(w[0], w[1], two ? 0x7362 : 0x5140), a[0], a[1]);
+            H::fromInt8(__byte_perm(w[2], w[3], two ? 0x7362 : 0x5140), a[2], a[3]);
+#pragma unroll
+            for (int r = 0; r < kRowTiles; ++r) {
+              multiplyAdd<kDType>(out[r][8 * i + 2 * word + two], a[0], a[1], a[2], a[3], weights[r][0], weights[r][1]);
+            }
+          }
+        } else {
+          const uint32_t a0 = __byte_perm(w[0], w[1], 0x5410), a1 = __byte_perm(w[0], w[1], 0x7632);
+          const uint32_t a2 = __byte_perm(w[2], w[3], 0x5410), a3 = __byte_perm(w[2], w[3], 0x7632);
+#pragma unroll
+          for (int r = 0; r < kRowTiles; ++r) {
+            multiplyAdd<kDType>(out[r][4 * i + word], a0, a1, a2, a3, weights[r][0], weights[r][1]);
+          }
+        }
+      }
+    }
+  }
+
+  // One row of the step's k or v, by a warp: turned, rounded, to shared memory and (if is_kept) to its place in the state.
+  static __device__ void writeNewRow(const T* row, const Turns& turns, int num_pairs, bool interleaved, bool is_int8,
+                                     bool is_kept, void* shared_row, void* state_row, __half* shared_scale,
+                                     __half* state_scale, int lane) {
+    constexpr int kEach = divUp(kHeadDim, 32);
+    float x[kEach];
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int d = 32 * i + lane;
+      x[i] = d < kHeadDim ? turned<kDType>(row, d, turns.cos, turns.sin, num_pairs, interleaved) : 0.0f;
+      largest = fmaxf(largest, fabsf(x[i]));
+    }
+    const __half scale = int8Scale(warpMax(largest));
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int d = 32 * i + lane;
+      if (d >= kHeadDim) continue;
+      if (is_int8) {
+        const auto entry = static_cast<int8_t>(int8Entry(x[i], __half2float(scale)));
+        static_cast<int8_t*>(shared_row)[d] = entry;
+        if (is_kept) static_cast<int8_t*>(state_row)[d] = entry;
+      } else {
+        const T entry = H::fromFloat(x[i]);
+        static_cast<T*>(shared_row)[d] = entry;
+        if (is_kept) static_cast<T*>(state_row)[d] = entry;
+      }
+    }
+    if (is_int8 && lane == 0) {
+      *shared_scale = scale;
+      if (is_kept) *state_scale = scale;
+    }
+  }
+
+  static __device__ void run(const AttendArgs& args) {
+    letNextKernelStart();
+    extern __shared__ uint4 shared[];
+    const SinkAttentionParams& p = args.p;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
+    const int stream = blockIdx.z / p.num_kv_heads, kv_head = blockIdx.z % p.num_kv_heads;
+    const int group = p.num_q_heads / p.num_kv_heads;
+    const int num_rows = group * p.num_tokens, row_begin = blockIdx.x * C::kRows;
+    const size_t head_row = blockIdx.z;  // of [B, Hkv]
+
+    uint4* stages = shared + warp * (C::kStages * C::kStageBytes / 16) + lane;
+    char* bytes = reinterpret_cast<char*>(shared) + C::kStagesBytes;
+    T* q_shared = reinterpret_cast<T*>(bytes);
+    T* q_sink_shared = reinterpret_cast<T*>(bytes += C::kQueryBytes);
+    uint4* new_k = reinterpret_cast<uint4*>(bytes += C::kQueryBytes);
+    uint4* new_v = reinterpret_cast<uint4*>(bytes += C::kNewRowBytes);
+    auto* scales = reinterpret_cast<uint32_t*>(bytes += C::kNewRowBytes);
+    constexpr int kScalesStride = 2 * (C::kScaleWords + 3);  // words of a stage: keys' scales, then values'
+    uint32_t* warp_scales = scales + warp * C::kStages * kScalesStride;
+    auto* sums_shared = reinterpret_cast<float2*>(bytes += C::kScaleBytes);
+    auto* turns_shared = reinterpret_cast<float*>(bytes + C::kSumsBytes);
+    __shared__ __half new_scales[2];
+
+    // --- what is there ---
+    const sinkrt::Ring ring{p.num_sinks, p.window_size};
+    const int64_t t = streamPosition(p.position, stream);
+    const int64_t newest = kPrefill ? t - 1 : t;  // newest token that the states hold, or take in this step
+    const int element = kInt8 ? 1 : 2;
+    const size_t window_row = head_row * p.window_size, sink_row = head_row * p.num_sinks;
+    const size_t chunk_row = head_row * p.num_tokens;
+    const bool is_sink = ring.isSink(t);
+    const int newest_slot = static_cast<int>(ring.slot(newest));
+    const Source sinks = {static_cast<const char*>(p.sink_k) + sink_row * kHeadDim * 2,
+                          static_cast<const char*>(p.sink_v) + sink_row * kHeadDim * 2,
+                          static_cast<int>(ring.numSinks(newest)), !kPrefill && is_sink ? static_cast<int>(t) : -1};
+    const Source window = {static_cast<const char*>(p.window_k) + window_row * kHeadDim * element,
+                           static_cast<const char*>(p.window_v) + window_row * kHeadDim * element,
+                           static_cast<int>(ring.numWindowTokens(newest)), !kPrefill && !is_sink ? newest_slot : -1};
+    const Source chunk = {static_cast<const char*>(args.k) + chunk_row * kHeadDim * 2,
+                          static_cast<const char*>(args.v) + chunk_row * kHeadDim * 2, p.num_tokens, -1};
+    auto sourceOf = [&](Section section) {
+      if (section == kSinks) return sinks;
+      return !kPrefill || section == kWindow ? window : chunk;
+    };
+
+    // --- this block's tiles: of the sinks, then of the window, then of the chunk ---
+    const int sink_tiles = divUp(p.num_sinks, kTileKeys), window_tiles = divUp(p.window_size, kTileKeys);
+    const int chunk_tiles = kPrefill ? divUp(p.num_tokens, kTileKeys) : 0;
+    const int tile_begin = blockIdx.y * args.tiles_per_split;
+    const int tile_end = min(tile_begin + args.tiles_per_split, sink_tiles + window_tiles + chunk_tiles);
+    // Chunk tokens after this block's last row's are nobody's business here.
+    const int last_token = (min(row_begin + C::kRows, num_rows) - 1) / group;
+    auto sectionOf = [&](int tile, int& row0) -> Section {
+      if (tile < sink_tiles) return row0 = tile * kTileKeys, kSinks;
+      tile -= sink_tiles;
+      if (!kPrefill || tile < window_tiles) return row0 = tile * kTileKeys, kWindow;
+      return row0 = (tile - window_tiles) * kTileKeys, kChunk;
+    };
+    auto nextTile = [&](int tile) {  // first one from `tile` on, in this warp's strides, that holds anything
+      for (; tile < tile_end; tile += C::kWarps) {
+        int row0;
+        const Section section = sectionOf(tile, row0);
+        if (row0 < sourceOf(section).limit && !(kPrefill && section == kChunk && row0 > last_token)) break;
+      }
+      return tile;
+    };
+    auto issue = [&](int tile, int stage) {
+      if (tile < tile_end) {
+        int row0;
+        const Section section = sectionOf(tile, row0);
+        const Source source = sourceOf(section);
+        uint4* target = stages + stage * (C::kStageBytes / 16);
+        if constexpr (kInt8) {
+          if (section == kWindow) load<true>(source, row0, target, g, c);
+          else load<false>(source, row0, target, g, c);
+          uint32_t* scale_target = warp_scales + stage * kScalesStride;
+          if (section == kWindow) {
+            loadScales(p.window_k_scale, p.window_v_scale, window_row, row0, source.limit, scale_target, lane);
+          } else if (kPrefill && section == kChunk) {
+            loadScales(args.k_scale, args.v_scale, chunk_row, row0, source.limit, scale_target, lane);
+          }
+        } else {
+          load<false>(source, row0, target, g, c);
+        }
+      }
+      commitCopies();
+    };
+
+    int ahead = nextTile(tile_begin + warp);  // next tile to load
+    int tiles[C::kStages];                    // being loaded, oldest first
+#pragma unroll
+    for (int i = 0; i < C::kStages - 1; ++i) {
+      tiles[i] = ahead;
+      issue(ahead, i);
+      if (ahead < tile_end) ahead = nextTile(ahead + C::kWarps);
+    }
+
+    // --- queries, and the step's own token, while the first tiles come ---
+    int own_tile = -1;
+    if constexpr (kPrefill) {
+      for (int i = threadIdx.x; i < C::kRows * (kHeadDim / 8); i += C::kThreads) {
+        const int r = i / (kHeadDim / 8), piece = i % (kHeadDim / 8), row = row_begin + r;
+        uint4 plain = make_uint4(0, 0, 0, 0), for_sinks = plain;
+        if (row < num_rows) {
+          const size_t head = static_cast<size_t>(stream) * p.num_q_heads + kv_head * group + row % group;
+          const size_t at = (head * p.num_tokens + row / group) * (kHeadDim / 8) + piece;
+          plain = static_cast<const uint4*>(args.q)[at];
+          for_sinks = static_cast<const uint4*>(args.q_sink)[at];
+        }
+        *reinterpret_cast<uint4*>(q_shared + r * C::kRowStride + 8 * piece) = plain;
+        *reinterpret_cast<uint4*>(q_sink_shared + r * C::kRowStride + 8 * piece) = for_sinks;
+      }
+    } else {
+      const Turns turns = makeTurns(p, stream, 0, t, turns_shared);
+      __syncthreads();
+      const auto* q = static_cast<const T*>(p.q) +
+                      (static_cast<size_t>(stream) * p.num_q_heads + kv_head * group + row_begin) * kHeadDim;
+#pragma unroll 4
+      for (int i = threadIdx.x; i < C::kRows * kHeadDim; i += C::kThreads) {
+        const int r = i / kHeadDim, d = i % kHeadDim;
+        float plain = 0.0f, for_sinks = 0.0f;
+        if (row_begin + r < num_rows) {
+          const T* row = q + r * kHeadDim;
+          plain = turned<kDType>(row, d, turns.cos, turns.sin, turns.num_pairs, p.interleaved);
+          for_sinks = turned<kDType>(row, d, turns.sink_cos, turns.sink_sin, turns.num_sink_pairs, p.interleaved);
+        }
+        q_shared[r * C::kRowStride + d] = H::fromFloat(plain);
+        q_sink_shared[r * C::kRowStride + d] = H::fromFloat(for_sinks);
+      }
+      const int own_row = is_sink ? sinks.own : window.own;
+      const int tile = own_row / kTileKeys + (is_sink ? 0 : sink_tiles);
+      if (tile_begin <= tile && tile < tile_end) {
+        own_tile = tile;
+        if (warp < 2) {
+          const bool is_value = warp == 1, is_int8 = kInt8 && !is_sink;
+          const bool is_kept = blockIdx.x == 0 && (p.num_valid == nullptr || p.num_valid[stream] > 0);
+          const size_t state_row = (is_sink ? sink_row : window_row) + own_row;
+          void* state = is_value ? (is_sink ? p.sink_v : p.window_v) : (is_sink ? p.sink_k : p.window_k);
+          void* state_scales = is_value ? p.window_v_scale : p.window_k_scale;
+          writeNewRow(static_cast<const T*>(is_value ? p.v : p.k) + head_row * kHeadDim, turns,
+                      is_value ? 0 : turns.num_pairs, p.interleaved, is_int8, is_kept, is_value ? new_v : new_k,
+                      static_cast<char*>(state) + state_row * kHeadDim * (is_int8 ? 1 : 2), new_scales + is_value,
+                      is_int8 ? static_cast<__half*>(state_scales) + state_row : nullptr, lane);
+        }
+      }
+    }
+    __syncthreads();
+
+    // --- rows of this thread: g of each row tile in logits, heads 2c and 2c+1 of each in outputs ---
+    int token[kRowTiles];
+    float slope[kRowTiles], sink_scale_log2[kRowTiles];
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      const int row = min(row_begin + 8 * r + g, num_rows - 1), head = kv_head * group + row % group;
+      token[r] = kPrefill ? row / group : 0;
+      slope[r] = p.alibi_slopes != nullptr ? p.alibi_slopes[head] * kLog2E : 0.0f;
+      sink_scale_log2[r] = p.sink_scale != nullptr ? __log2f(p.sink_scale[head]) : 0.0f;
+    }
+    const float logit_scale = p.scale * kLog2E;
+    float out[kRowTiles][C::kOutTiles][4];
+    RowSums sums[kRowTiles];
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int i = 0; i < C::kOutTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) out[r][i][j] = 0.0f;
+      }
+    }
+
+    for (int stage = 0; tiles[0] < tile_end; stage = stage + 1 == C::kStages ? 0 : stage + 1) {
+      __syncwarp();  // nobody reads the scales that the next copy replaces
+      tiles[C::kStages - 1] = ahead;
+      issue(ahead, stage == 0 ? C::kStages - 1 : stage - 1);
+      if (ahead < tile_end) ahead = nextTile(ahead + C::kWarps);
+      waitForCopies<C::kStages - 1>();
+      __syncwarp();
+
+      int row0;
+      const int tile = tiles[0];
+      const Section section = sectionOf(tile, row0);
+      const int limit = sourceOf(section).limit;
+      uint4* data = stages + stage * (C::kStageBytes / 16);
+      const bool is_int8 = kInt8 && section == kWindow;
+      const bool has_scales = kInt8 && (section == kWindow || (kPrefill && section == kChunk));
+      // Of keys and values 2c, 2c+1, 8+2c, 9+2c.
+      __half* tile_scales = reinterpret_cast<__half*>(warp_scales + stage * kScalesStride) +
+                            ((section == kWindow ? window_row : chunk_row) + row0) % 2;
+      if (!kPrefill && tile == own_tile) {
+        const int own_key = (section == kSinks ? sinks.own : window.own) - row0;
+        if (is_int8) {
+          if constexpr (kInt8) insert<true>(new_k, new_v, own_key, data, g, c);
+          if (lane < 2) tile_scales[lane * 2 * (C::kScaleWords + 3) + own_key] = new_scales[lane];
+          __syncwarp();
+        } else {
+          insert<false>(new_k, new_v, own_key, data, g, c);
+        }
+      }
+
+      float products[2][4];
+      const T* q = section == kSinks ? q_sink_shared : q_shared;
+      if constexpr (kInt8) {
+        if (is_int8) multiplyKeys<true>(q, data, g, c, products);
+        else multiplyKeys<false>(q, data, g, c, products);
+      } else {
+        multiplyKeys<false>(q, data, g, c, products);
+      }
+
+      float value_scale[4] = {1.0f, 1.0f, 1.0f, 1.0f}, key_scale[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+      if (has_scales) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int key = 8 * (i / 2) + 2 * c + i % 2;
+          key_scale[i] = __half2float(tile_scales[key]);
+          value_scale[i] = __half2float(tile_scales[2 * (C::kScaleWords + 3) + key]);
+        }
+      }
+
+      uint32_t weights[kRowTiles][2];
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        float logits[4];
+        float largest = sums[r].largest;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = row0 + 8 * (i / 2) + 2 * c + i % 2;
+          float x = products[i / 2][2 * r + i % 2] * key_scale[i];
+          if (p.softcap != 0.0f) x = p.softcap * kLog2E * tanhf(x * p.scale / p.softcap);
+          else x *= logit_scale;
+          bool is_seen = row < limit;
+          // Steps since the slot was written, as the newest token in the ring sees it.
+          const int age = newest_slot - row + (row > newest_slot ? p.window_size : 0);
+          if constexpr (kPrefill) {
+            if (section == kWindow) is_seen = is_seen && age + 1 + token[r] < p.window_size;
+            if (section == kChunk) is_seen = is_seen && row <= token[r];
+          }
+          if (p.alibi_slopes != nullptr) {
+            const int64_t query = min(t + token[r], ring.capacity() - 1);  // in-cache position
+            int distance = kPrefill ? age + 1 + token[r] : age;
+            if (section == kSinks) distance = static_cast<int>(query) - row;
+            if (section == kChunk) distance = token[r] - row;
+            x -= slope[r] * static_cast<float>(distance);
+          }
+          if (p.sink_scale != nullptr && row == 0) {
+            if (section == kSinks || (section == kChunk && t == 0)) x += sink_scale_log2[r];
+          }
+          logits[i] = is_seen ? x : -INFINITY;
+          largest = fmaxf(largest, logits[i]);
+        }
+        largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
+        const float base = largest == -INFINITY ? 0.0f : largest;
+        const float shrink = exp2Fast(sums[r].largest - base);
+        if (__any_sync(kFullWarp, largest > sums[r].largest)) {
+          const float even = __shfl_sync(kFullWarp, shrink, 8 * c), odd = __shfl_sync(kFullWarp, shrink, 8 * c + 4);
+#pragma unroll
+          for (int i = 0; i < C::kOutTiles; ++i) {
+            out[r][i][0] *= even, out[r][i][2] *= even;
+            out[r][i][1] *= odd, out[r][i][3] *= odd;
+          }
+        }
+        sums[r].largest = largest;
+        sums[r].sum *= shrink;
+        float weighted[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float weight = exp2Fast(logits[i] - base + kBias);
+          sums[r].sum += weight;
+          // A row that is not there may have any scale, NaN too.
+          weighted[i] = has_scales && weight != 0.0f ? weight * value_scale[i] : weight;
+        }
+        weights[r][0] = H::pack(weighted[0], weighted[1]);
+        weights[r][1] = H::pack(weighted[2], weighted[3]);
+      }
+      if constexpr (kInt8) {
+        if (is_int8) addValues<true>(weights, data, out);
+        else addValues<false>(weights, data, out);
+      } else {
+        addValues<false>(weights, data, out);
+      }
+#pragma unroll
+      for (int i = 0; i < C::kStages - 1; ++i) tiles[i] = tiles[i + 1];
+    }
+
+    // --- the warps meet ---
+    waitForCopies<0>();
+    __syncthreads();
+    auto* outs = reinterpret_cast<float*>(shared);  // [warp][row][D]
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      float sum = sums[r].sum;
+      sum += __shfl_xor_sync(kFullWarp, sum, 1);
+      sum += __shfl_xor_sync(kFullWarp, sum, 2);
+      if (c == 0) sums_shared[warp * C::kRows + 8 * r + g] = make_float2(sums[r].largest, sum);
+      float* target = outs + (warp * C::kRows + 8 * r + 2 * c) * kHeadDim;
+#pragma unroll
+      for (int i = 0; i < C::kOutTiles; ++i) {
+        const int d = C::outDim(i, g);
+        if (d >= kHeadDim) continue;
+        *reinterpret_cast<float2*>(target + d) = make_float2(out[r][i][0], out[r][i][2]);
+        *reinterpret_cast<float2*>(target + kHeadDim + d) = make_float2(out[r][i][1], out[r][i][3]);
+      }
+    }
+    __syncthreads();
+    for (int r = warp; r < C::kRows && row_begin + r < num_rows; r += C::kWarps) {
+      RowSums all;
+      float factor[C::kWarps];
+#pragma unroll
+      for (int w = 0; w < C::kWarps; ++w) all.largest = fmaxf(all.largest, sums_shared[w * C::kRows + r].x);
+#pragma unroll
+      for (int w = 0; w < C::kWarps; ++w) {
+        const float2 sum = sums_shared[w * C::kRows + r];
+        factor[w] = sum.x == -INFINITY ? 0.0f : exp2Fast(sum.x - all.largest);
+        all.sum += factor[w] * sum.y;
+      }
+      const int row = row_begin + r, head = kv_head * group + row % group;
+      const size_t out_row = (static_cast<size_t>(stream) * p.num_q_heads + head) * p.num_tokens + row / group;
+      const float normal = args.num_splits == 1 ? normaliser(all, p.sink_logit, head) : 1.0f;
+      const size_t partial = out_row * args.num_splits + blockIdx.y;
+      if (args.num_splits > 1 && lane == 0) args.partial_sums[partial] = make_float2(all.largest, all.sum);
+      for (int d = lane; d < kHeadDim; d += 32) {
+        float x = 0.0f;
+#pragma unroll
+        for (int w = 0; w < C::kWarps; ++w) x += factor[w] * outs[(w * C::kRows + r) * kHeadDim + d];
+        if (args.num_splits == 1) storeOut<kDType>(p, out_row, d, x * normal);
+        else args.partial_out[partial * kHeadDim + d] = x;
+      }
+    }
+  }
+};
+
+template <int kHeadDim, DType kDType, bool kInt8, int kRowTiles, bool kPrefill>
+__global__ void __launch_bounds__(Config<kHeadDim, kInt8, kRowTiles>::kThreads)
+    attend(const __grid_constant__ AttendArgs args) {
+  Attend<kHeadDim, kDType, kInt8, kRowTiles, kPrefill>::run(args);
+}
+
+// How a kernel of one head dimension is launched.
+struct AttendKernel {
+  const void* function;
+  int num_rows;  // of a block
+  int num_threads;
+  int num_warps;
+  int shared_bytes;
+};
+
+template <int kHeadDim, DType kDType, bool kInt8>
+AttendKernel attendKernel(bool is_prefill) {
+  constexpr int kStepTiles = 1, kPrefillTiles = 2;
+  using Step = Config<kHeadDim, kInt8, kStepTiles>;
+  using Prefill = Config<kHeadDim, kInt8, kPrefillTiles>;
+  if (is_prefill) {
+    return {reinterpret_cast<const void*>(&attend<kHeadDim, kDType, kInt8, kPrefillTiles, true>), Prefill::kRows,
+            Prefill::kThreads, Prefill::kWarps, Prefill::kSharedBytes};
+  }
+  return {reinterpret_cast<const void*>(&attend<kHeadDim, kDType, kInt8, kStepTiles, false>), Step::kRows,
+          Step::kThreads, Step::kWarps, Step::kSharedBytes};
+}
+
+// One of 8 instances for each head dimension; sink_attention_d*.cu.
+template <int kHeadDim>
+AttendKernel attendKernelOf(DType dtype, bool is_int8, bool is_prefill) {
+  if (dtype == DType::kFloat16) {
+    return is_int8 ? attendKernel<kHeadDim, DType::kFloat16, true>(is_prefill)
+                   : attendKernel<kHeadDim, DType::kFloat16, false>(is_prefill);
+  }
+  return is_int8 ? attendKernel<kHeadDim, DType::kBFloat16, true>(is_prefill)
+                 : attendKernel<kHeadDim, DType::kBFloat16, false>(is_prefill);
+}
+
+}  // namespace detail
+}  // namespace sinkexport
