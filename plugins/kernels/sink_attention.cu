@@ -233,7 +233,8 @@ struct Shape {
   }
 };
 
-// Where everything lies in the workspace, 256-byte aligned. With base = nullptr only its size counts.
+// Where everything lies in the workspace, 256-byte aligned. With base = nullptr only its size counts, and it holds what
+// any choice of pointers may need: their number is often not known yet when memory is planned.
 struct Workspace {
   AttendArgs args;
   ChunkArgs chunk;
@@ -254,7 +255,7 @@ struct Workspace {
       args.partial_out = static_cast<float*>(take(rows * num_splits * p.head_dim * sizeof(float)));
       args.partial_sums = static_cast<float2*>(take(rows * num_splits * sizeof(float2)));
     }
-    const bool is_turned = p.frequency != nullptr;
+    const bool is_turned = p.frequency != nullptr || base == nullptr;
     const bool is_turned_back = p.num_sinks > 0 && (is_turned || p.shift_cos != nullptr);
     is_prepared = isPrefill(p) && (is_turned || is_turned_back || p.int8_window);
     if (isPrefill(p)) {
@@ -296,9 +297,7 @@ struct Named {
   bool is_needed;
 };
 
-}  // namespace
-
-const char* sinkAttentionProblem(const SinkAttentionParams& p) {
+const char* shapeProblem(const SinkAttentionParams& p) {
   if (p.batch < 1 || p.batch > 64) return problemOf("batch: received %d, expected 1 .. 64", p.batch);
   if (p.num_kv_heads < 1 || p.num_kv_heads > 1023) {
     return problemOf("num_kv_heads: received %d, expected 1 .. 1023", p.num_kv_heads);
@@ -325,6 +324,13 @@ const char* sinkAttentionProblem(const SinkAttentionParams& p) {
   if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) {
     return problemOf("dtype: received %d, expected 0 (float16) or 1 (bfloat16)", static_cast<int>(p.dtype));
   }
+  return nullptr;
+}
+
+}  // namespace
+
+const char* sinkAttentionProblem(const SinkAttentionParams& p) {
+  if (const char* problem = shapeProblem(p)) return problem;
   if (!(p.scale > 0.0f) || !std::isfinite(p.scale)) {
     return problemOf("scale: received %g, expected a finite number > 0", static_cast<double>(p.scale));
   }
@@ -369,6 +375,7 @@ const char* sinkAttentionProblem(const SinkAttentionParams& p) {
 }
 
 size_t sinkAttentionWorkspaceBytes(const SinkAttentionParams& p) {
+  if (shapeProblem(p) != nullptr) return 0;
   const int most_splits = Shape(p).mostSplits(p, kMostSms * kMostBlocksPerSm);
   return Workspace(p, most_splits, nullptr).num_bytes;
 }

@@ -414,7 +414,8 @@ struct Attend {
                            static_cast<const char*>(p.window_v) + window_row * kHeadDim * element,
                            static_cast<int>(ring.numWindowTokens(newest)), !kPrefill && !is_sink ? newest_slot : -1};
     const Source chunk = {static_cast<const char*>(args.k) + chunk_row * kHeadDim * 2,
-                          static_cast<const char*>(args.v) + chunk_row * kHeadDim * 2, p.num_tokens, -1};
+                          static_cast<const char*>(args.v) + chunk_row * kHeadDim * 2,
+                          p.num_valid != nullptr ? p.num_valid[stream] : p.num_tokens, -1};
     auto sourceOf = [&](Section section) {
       if (section == kSinks) return sinks;
       return !kPrefill || section == kWindow ? window : chunk;
