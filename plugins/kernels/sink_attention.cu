@@ -138,10 +138,30 @@ template <DType kDType>
 __global__ void __launch_bounds__(kThreads) mergeSplits(const __grid_constant__ AttendArgs args) {
   extern __shared__ float outs[];  // [kWarps, D]
   detail::waitForPreviousKernel();
+  detail::letNextKernelStart();
   const SinkAttentionParams& p = args.p;
   const size_t row = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const float2* sums = args.partial_sums + row * args.num_splits;
+  const float* partials = args.partial_out + row * args.num_splits * p.head_dim;
+  constexpr int kMostPieces = 2;  // of 128 dimensions, 4 a lane
+  constexpr int kAtOnce = 4;      // splits a warp reads before it needs the first
+  auto read = [&](int split, float2& sum, float4 (&x)[kMostPieces]) {
+    const bool is_there = split < args.num_splits;
+    sum = is_there ? sums[split] : make_float2(-INFINITY, 0.0f);
+#pragma unroll
+    for (int i = 0; i < kMostPieces; ++i) {
+      const int d = 4 * (32 * i + lane);
+      x[i] = is_there && d < p.head_dim
+                 ? *reinterpret_cast<const float4*>(partials + static_cast<size_t>(split) * p.head_dim + d)
+                 : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+  };
+  float2 sum[kAtOnce];
+  float4 x[kAtOnce][kMostPieces];
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) read(warp + kWarps * i, sum[i], x[i]);
+
   RowSums all;
   for (int split = lane; split < args.num_splits; split += 32) all.largest = fmaxf(all.largest, sums[split].x);
   all.largest = detail::warpMax(all.largest);
@@ -151,16 +171,20 @@ __global__ void __launch_bounds__(kThreads) mergeSplits(const __grid_constant__ 
   for (int split = lane; split < args.num_splits; split += 32) all.sum += factorOf(sums[split].x) * sums[split].y;
   all.sum = detail::warpSum(all.sum);
 
-  constexpr int kMostPieces = 2;  // of 128 dimensions, 4 a lane
   float4 out[kMostPieces] = {};
-  for (int split = warp; split < args.num_splits; split += kWarps) {
-    const float factor = factorOf(sums[split].x);
-    const auto* partial = reinterpret_cast<const float4*>(args.partial_out + (row * args.num_splits + split) * p.head_dim);
+  for (int begin = warp; begin < args.num_splits; begin += kWarps * kAtOnce) {
+    if (begin > warp) {
 #pragma unroll
-    for (int i = 0; i < kMostPieces; ++i) {
-      if (4 * (32 * i + lane) >= p.head_dim) continue;
-      const float4 x = partial[32 * i + lane];
-      out[i].x += factor * x.x, out[i].y += factor * x.y, out[i].z += factor * x.z, out[i].w += factor * x.w;
+      for (int i = 0; i < kAtOnce; ++i) read(begin + kWarps * i, sum[i], x[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float factor = factorOf(sum[i].x);
+#pragma unroll
+      for (int j = 0; j < kMostPieces; ++j) {
+        out[j].x += factor * x[i][j].x, out[j].y += factor * x[i][j].y;
+        out[j].z += factor * x[i][j].z, out[j].w += factor * x[i][j].w;
+      }
     }
   }
 #pragma unroll
@@ -382,6 +406,27 @@ size_t sinkAttentionWorkspaceBytes(const SinkAttentionParams& p) {
 
 namespace {
 
+// A launch that may be placed before the kernel ahead of it in the stream has ended, where the device can do that.
+cudaError_t launchEarly(const void* function, dim3 grid, int num_threads, size_t shared_bytes, void** arguments,
+                        cudaStream_t stream, int compute_capability_major) {
+#if CUDART_VERSION >= 12040
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(num_threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = compute_capability_major >= 9 ? 1 : 0;
+  return cudaLaunchKernelExC(&config, function, arguments);
+#else
+  (void)compute_capability_major;
+  return cudaLaunchKernel(function, grid, dim3(num_threads), arguments, shared_bytes, stream);
+#endif
+}
+
 template <DType kDType>
 cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t stream) {
   int device = 0, num_sms = 0, shared_of_sm = 0, major = 0;
@@ -417,28 +462,13 @@ cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t s
   if (error != cudaSuccess) return error;
   void* arguments[] = {&args};
   const dim3 grid(shape.row_chunks, num_splits, p.batch * p.num_kv_heads);
-  error = cudaLaunchKernel(kernel.function, grid, dim3(kernel.num_threads), arguments, kernel.shared_bytes, stream);
+  // Both kernels wait for the one before them where they need its results, and may be placed earlier.
+  error = launchEarly(kernel.function, grid, kernel.num_threads, kernel.shared_bytes, arguments, stream, major);
   if (error != cudaSuccess) return error;
-
   if (num_splits > 1) {
-    const dim3 rows(p.batch * p.num_q_heads * p.num_tokens);
-    const size_t shared_bytes = kWarps * p.head_dim * sizeof(float);
-#if CUDART_VERSION >= 12040
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = rows;
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = major >= 9 ? 1 : 0;
-    error = cudaLaunchKernelEx(&config, mergeSplits<kDType>, args);
-#else
-    mergeSplits<kDType><<<rows, kThreads, shared_bytes, stream>>>(args);
-    error = cudaGetLastError();
-#endif
+    error = launchEarly(reinterpret_cast<const void*>(&mergeSplits<kDType>),
+                        dim3(p.batch * p.num_q_heads * p.num_tokens), kThreads, kWarps * p.head_dim * sizeof(float),
+                        arguments, stream, major);
     if (error != cudaSuccess) return error;
   }
 

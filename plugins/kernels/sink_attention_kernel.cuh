@@ -114,13 +114,15 @@ __device__ void multiplyAdd(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2
 #endif
 }
 
-// kBytes to shared memory in the background: the first num_bytes of them from `source`, the rest zeros.
+// kBytes to shared memory in the background: the first num_bytes of them from `source`, the rest zeros. With none,
+// `source` may point anywhere.
 template <int kBytes>
 __device__ void copyAsync(void* target, const void* source, int num_bytes) {
 #if __CUDA_ARCH__ >= 800
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(num_bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(num_bytes)
+                 : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(source), "r"(num_bytes) : "memory");
   }
@@ -211,25 +213,24 @@ struct Attend {
     for (int half = 0; half < 2; ++half) {
       const int row = row0 + 8 * half + g;
       const bool is_there = row < source.limit && row != source.own;
-      const char* from = source.k + static_cast<size_t>(is_there ? row : 0) * kRowBytes;
+      const char* from = source.k + static_cast<ptrdiff_t>(row) * kRowBytes;
 #pragma unroll
       for (int i = 0; i < kKeys; ++i) {
         const int piece = kInt8Tile ? 4 * i + c : C::keyPiece(i, c);
         const bool is_read = is_there && piece < kHeadDim / kPieceDims;
-        copyAsync<16>(stage + 32 * (half * kKeys + i), from + (is_read ? 16 * piece : 0), is_read ? 16 : 0);
+        copyAsync<16>(stage + 32 * (half * kKeys + i), from + 16 * piece, is_read ? 16 : 0);
       }
     }
 #pragma unroll
     for (int key = 0; key < 4; ++key) {
       const int row = row0 + 8 * (key / 2) + 2 * c + key % 2;
       const bool is_there = row < source.limit && row != source.own;
-      const char* from = source.v + static_cast<size_t>(is_there ? row : 0) * kRowBytes;
+      const char* from = source.v + static_cast<ptrdiff_t>(row) * kRowBytes;
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
         const int piece = kInt8Tile ? 8 * i + g : C::valuePiece(i, g);
         const bool is_read = is_there && piece < kHeadDim / kPieceDims;
-        copyAsync<16>(stage + 32 * (2 * kKeys + key * kValues + i), from + (is_read ? 16 * piece : 0),
-                      is_read ? 16 : 0);
+        copyAsync<16>(stage + 32 * (2 * kKeys + key * kValues + i), from + 16 * piece, is_read ? 16 : 0);
       }
     }
   }
@@ -268,7 +269,7 @@ struct Attend {
     const char* array = static_cast<const char*>(lane < 16 ? k_scale : v_scale);
     const size_t first = (begin + row0) / 2 * 2 + 2 * word, end = begin + limit;  // in float16; from a whole word on
     const int num_bytes = first >= end ? 0 : (first + 1 < end ? 4 : 2);
-    copyAsync<4>(target + (lane < 16 ? 0 : C::kScaleWords + 3) + word, array + (num_bytes ? 2 * first : 0), num_bytes);
+    copyAsync<4>(target + (lane < 16 ? 0 : C::kScaleWords + 3) + word, array + 2 * first, num_bytes);
   }
 
   // logits [row tile][keys 0-7, 8-15][4] of a tile: q . k, no scales yet.
@@ -341,10 +342,33 @@ struct Attend {
     }
   }
 
-  // One row of the step's k or v, by a warp: turned, rounded, to shared memory and (if is_kept) to its place in the state.
-  static __device__ void writeNewRow(const T* row, const Turns& turns, int num_pairs, bool interleaved, bool is_int8,
-                                     bool is_kept, void* shared_row, void* state_row, __half* shared_scale,
-                                     __half* state_scale, int lane) {
+  // Turns the block's raw rows of q where they are, and to q_sink as the sinks meet them. Each pair is one thread's.
+  static __device__ void turnQueries(T* q, T* q_sink, const Turns& turns, bool interleaved) {
+    const int num_pairs = turns.num_pairs > turns.num_sink_pairs ? turns.num_pairs : turns.num_sink_pairs;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < C::kRows * (kHeadDim / 2); i += C::kThreads) {
+      const int r = i / (kHeadDim / 2), pair = i % (kHeadDim / 2);
+      const bool is_turned = pair < num_pairs, is_split = is_turned && !interleaved;
+      const int first = r * C::kRowStride + (is_split ? pair : 2 * pair), second = first + (is_split ? num_pairs : 1);
+      const float x = H::toFloat(q[first]), y = H::toFloat(q[second]);
+      if (is_turned && turns.num_pairs > 0) {
+        const float cosine = turns.cos[pair], sine = turns.sin[pair];
+        q[first] = H::fromFloat(x * cosine - y * sine);
+        q[second] = H::fromFloat(x * sine + y * cosine);
+      }
+      const bool turns_back = is_turned && turns.num_sink_pairs > 0;
+      const float cosine = turns_back ? turns.sink_cos[pair] : 1.0f, sine = turns_back ? turns.sink_sin[pair] : 0.0f;
+      q_sink[first] = H::fromFloat(x * cosine - y * sine);
+      q_sink[second] = H::fromFloat(x * sine + y * cosine);
+    }
+  }
+
+  // The step's raw k or v in shared memory, by a warp: turned and rounded where it is, and (if is_kept) to its place in
+  // the state.
+  static __device__ void writeNewRow(void* shared_row, const Turns& turns, int num_pairs, bool interleaved, bool is_int8,
+                                     bool is_kept, void* state_row, __half* shared_scale, __half* state_scale,
+                                     int lane) {
+    const T* row = static_cast<const T*>(shared_row);
     constexpr int kEach = divUp(kHeadDim, 32);
     float x[kEach];
     float largest = 0.0f;
@@ -355,6 +379,7 @@ struct Attend {
       largest = fmaxf(largest, fabsf(x[i]));
     }
     const __half scale = int8Scale(warpMax(largest));
+    __syncwarp();  // all have read
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int d = 32 * i + lane;
@@ -376,6 +401,7 @@ struct Attend {
   }
 
   static __device__ void run(const AttendArgs& args) {
+    waitForPreviousKernel();
     letNextKernelStart();
     extern __shared__ uint4 shared[];
     const SinkAttentionParams& p = args.p;
@@ -397,6 +423,25 @@ struct Attend {
     auto* sums_shared = reinterpret_cast<float2*>(bytes += C::kScaleBytes);
     auto* turns_shared = reinterpret_cast<float*>(bytes + C::kSumsBytes);
     __shared__ __half new_scales[2];
+
+    // --- a step's q, k and v, as they are, before anything is known ---
+    if constexpr (!kPrefill) {
+      constexpr int kRowPieces = kHeadDim / 8;
+      const size_t q_row = static_cast<size_t>(stream) * p.num_q_heads + kv_head * group + row_begin;
+      const auto* q = static_cast<const uint4*>(p.q) + q_row * kRowPieces;
+      for (int i = threadIdx.x; i < (C::kRows + 2) * kRowPieces; i += C::kThreads) {
+        const int r = i / kRowPieces, piece = i % kRowPieces;
+        if (r < C::kRows) {
+          copyAsync<16>(q_shared + r * C::kRowStride + 8 * piece, q + i, row_begin + r < num_rows ? 16 : 0);
+        } else {
+          const void* row = r == C::kRows ? p.k : p.v;
+          copyAsync<16>((r == C::kRows ? new_k : new_v) + piece,
+                        static_cast<const uint4*>(row) + head_row * kRowPieces + piece, 16);
+        }
+      }
+      commitCopies();
+      prefetchTurns(p, stream);
+    }
 
     // --- what is there ---
     const sinkrt::Ring ring{p.num_sinks, p.window_size};
@@ -490,21 +535,9 @@ struct Attend {
       }
     } else {
       const Turns turns = makeTurns(p, stream, 0, t, turns_shared);
+      waitForCopies<C::kStages - 1>();  // q, k and v came first
       __syncthreads();
-      const auto* q = static_cast<const T*>(p.q) +
-                      (static_cast<size_t>(stream) * p.num_q_heads + kv_head * group + row_begin) * kHeadDim;
-#pragma unroll 4
-      for (int i = threadIdx.x; i < C::kRows * kHeadDim; i += C::kThreads) {
-        const int r = i / kHeadDim, d = i % kHeadDim;
-        float plain = 0.0f, for_sinks = 0.0f;
-        if (row_begin + r < num_rows) {
-          const T* row = q + r * kHeadDim;
-          plain = turned<kDType>(row, d, turns.cos, turns.sin, turns.num_pairs, p.interleaved);
-          for_sinks = turned<kDType>(row, d, turns.sink_cos, turns.sink_sin, turns.num_sink_pairs, p.interleaved);
-        }
-        q_shared[r * C::kRowStride + d] = H::fromFloat(plain);
-        q_sink_shared[r * C::kRowStride + d] = H::fromFloat(for_sinks);
-      }
+      turnQueries(q_shared, q_sink_shared, turns, p.interleaved);
       const int own_row = is_sink ? sinks.own : window.own;
       const int tile = own_row / kTileKeys + (is_sink ? 0 : sink_tiles);
       if (tile_begin <= tile && tile < tile_end) {
@@ -515,8 +548,7 @@ struct Attend {
           const size_t state_row = (is_sink ? sink_row : window_row) + own_row;
           void* state = is_value ? (is_sink ? p.sink_v : p.window_v) : (is_sink ? p.sink_k : p.window_k);
           void* state_scales = is_value ? p.window_v_scale : p.window_k_scale;
-          writeNewRow(static_cast<const T*>(is_value ? p.v : p.k) + head_row * kHeadDim, turns,
-                      is_value ? 0 : turns.num_pairs, p.interleaved, is_int8, is_kept, is_value ? new_v : new_k,
+          writeNewRow(is_value ? new_v : new_k, turns, is_value ? 0 : turns.num_pairs, p.interleaved, is_int8, is_kept,
                       static_cast<char*>(state) + state_row * kHeadDim * (is_int8 ? 1 : 2), new_scales + is_value,
                       is_int8 ? static_cast<__half*>(state_scales) + state_row : nullptr, lane);
         }
@@ -545,6 +577,8 @@ struct Attend {
         for (int j = 0; j < 4; ++j) out[r][i][j] = 0.0f;
       }
     }
+
+    auto keyOf = [&](int i) { return 8 * (i / 2) + 2 * c + i % 2; };  // of a tile, those of this thread's logits
 
     for (int stage = 0; tiles[0] < tile_end; stage = stage + 1 == C::kStages ? 0 : stage + 1) {
       __syncwarp();  // nobody reads the scales that the next copy replaces
@@ -588,9 +622,8 @@ struct Attend {
       if (has_scales) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int key = 8 * (i / 2) + 2 * c + i % 2;
-          key_scale[i] = __half2float(tile_scales[key]);
-          value_scale[i] = __half2float(tile_scales[2 * (C::kScaleWords + 3) + key]);
+          key_scale[i] = __half2float(tile_scales[keyOf(i)]);
+          value_scale[i] = __half2float(tile_scales[2 * (C::kScaleWords + 3) + keyOf(i)]);
         }
       }
 
@@ -598,31 +631,41 @@ struct Attend {
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
         float logits[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) logits[i] = products[i / 2][2 * r + i % 2] * (kInt8 ? key_scale[i] : 1.0f);
+        if (p.softcap != 0.0f) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) logits[i] = p.softcap * kLog2E * tanhf(logits[i] * p.scale / p.softcap);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) logits[i] *= logit_scale;
+        }
+        // Steps since a slot was written, as the newest token in the ring sees it.
+        auto ageOf = [&](int row) { return newest_slot - row + (row > newest_slot ? p.window_size : 0); };
+        if (p.alibi_slopes != nullptr) {
+          const int query = static_cast<int>(min(t + token[r], ring.capacity() - 1));  // in-cache position
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int row = row0 + keyOf(i);
+            int distance = ageOf(row) + (kPrefill ? 1 + token[r] : 0);
+            if (section == kSinks) distance = query - row;
+            if (section == kChunk) distance = token[r] - row;
+            logits[i] -= slope[r] * static_cast<float>(distance);
+          }
+        }
+        if (p.sink_scale != nullptr && row0 == 0 && (section == kSinks || (section == kChunk && t == 0))) {
+          if (c == 0) logits[0] += sink_scale_log2[r];  // key 0 of the tile is token 0
+        }
         float largest = sums[r].largest;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int row = row0 + 8 * (i / 2) + 2 * c + i % 2;
-          float x = products[i / 2][2 * r + i % 2] * key_scale[i];
-          if (p.softcap != 0.0f) x = p.softcap * kLog2E * tanhf(x * p.scale / p.softcap);
-          else x *= logit_scale;
+          const int row = row0 + keyOf(i);
           bool is_seen = row < limit;
-          // Steps since the slot was written, as the newest token in the ring sees it.
-          const int age = newest_slot - row + (row > newest_slot ? p.window_size : 0);
           if constexpr (kPrefill) {
-            if (section == kWindow) is_seen = is_seen && age + 1 + token[r] < p.window_size;
+            if (section == kWindow) is_seen = is_seen && ageOf(row) + 1 + token[r] < p.window_size;
             if (section == kChunk) is_seen = is_seen && row <= token[r];
           }
-          if (p.alibi_slopes != nullptr) {
-            const int64_t query = min(t + token[r], ring.capacity() - 1);  // in-cache position
-            int distance = kPrefill ? age + 1 + token[r] : age;
-            if (section == kSinks) distance = static_cast<int>(query) - row;
-            if (section == kChunk) distance = token[r] - row;
-            x -= slope[r] * static_cast<float>(distance);
-          }
-          if (p.sink_scale != nullptr && row == 0) {
-            if (section == kSinks || (section == kChunk && t == 0)) x += sink_scale_log2[r];
-          }
-          logits[i] = is_seen ? x : -INFINITY;
+          if (!is_seen) logits[i] = -INFINITY;
           largest = fmaxf(largest, logits[i]);
         }
         largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
@@ -639,16 +682,24 @@ struct Attend {
         }
         sums[r].largest = largest;
         sums[r].sum *= shrink;
-        float weighted[4];
+        // The sum is of weights as they were rounded, so that their errors shift nothing on average.
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float weight = exp2Fast(logits[i] - base + kBias);
-          sums[r].sum += weight;
-          // A row that is not there may have any scale, NaN too.
-          weighted[i] = has_scales && weight != 0.0f ? weight * value_scale[i] : weight;
+        for (int half = 0; half < 2; ++half) {
+          float weight[2], rounded[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            weight[i] = exp2Fast(logits[2 * half + i] - base + kBias);
+            // A row that is not there may have any scale, NaN too.
+            if (kInt8 && has_scales && weight[i] != 0.0f) weight[i] *= value_scale[2 * half + i];
+          }
+          weights[r][half] = H::pack(weight[0], weight[1]);
+          H::unpack(weights[r][half], rounded[0], rounded[1]);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (kInt8 && has_scales && rounded[i] != 0.0f) rounded[i] = __fdividef(rounded[i], value_scale[2 * half + i]);
+            sums[r].sum += rounded[i];
+          }
         }
-        weights[r][0] = H::pack(weighted[0], weighted[1]);
-        weights[r][1] = H::pack(weighted[2], weighted[3]);
       }
       if constexpr (kInt8) {
         if (is_int8) addValues<true>(weights, data, out);

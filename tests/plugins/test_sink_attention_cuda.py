@@ -191,8 +191,7 @@ def test_large_caches_one_run_on_given_states(library, record_property, case, nu
     tokens = Tokens.random(case, positions(case, count))
     k, v = stored_rows(case, tokens)
     before = Tokens(**{**vars(tokens), "positions": tokens.positions[:, :-num_tokens]})
-    rows = (x[:, :, :-num_tokens].to(case.dtype) for x in (k, v))
-    states = expected_states(case, before, *rows)
+    states = expected_states(case, before, k[:, :, :-num_tokens], v[:, :, :-num_tokens])
     streams = Streams(library, case, tokens, num_tokens)
     for name, state in states.items():
         streams.states[name].tensor.copy_(state)
