@@ -11,11 +11,11 @@
 namespace sinkexport {
 namespace detail {
 
-extern template AttendKernel attendKernelOf<64>(DType, bool, bool);
-extern template AttendKernel attendKernelOf<80>(DType, bool, bool);
-extern template AttendKernel attendKernelOf<96>(DType, bool, bool);
-extern template AttendKernel attendKernelOf<128>(DType, bool, bool);
-extern template AttendKernel attendKernelOf<256>(DType, bool, bool);
+extern template AttendKernel attendKernelOf<64>(DType, bool, int, bool);
+extern template AttendKernel attendKernelOf<80>(DType, bool, int, bool);
+extern template AttendKernel attendKernelOf<96>(DType, bool, int, bool);
+extern template AttendKernel attendKernelOf<128>(DType, bool, int, bool);
+extern template AttendKernel attendKernelOf<256>(DType, bool, int, bool);
 
 }  // namespace detail
 
@@ -207,12 +207,13 @@ __global__ void __launch_bounds__(kThreads) mergeSplits(const __grid_constant__ 
 bool isPrefill(const SinkAttentionParams& p) { return p.num_tokens > 1; }
 
 AttendKernel kernelOf(const SinkAttentionParams& p) {
+  const int group = p.num_q_heads / p.num_kv_heads;
   switch (p.head_dim) {
-    case 64: return detail::attendKernelOf<64>(p.dtype, p.int8_window, isPrefill(p));
-    case 80: return detail::attendKernelOf<80>(p.dtype, p.int8_window, isPrefill(p));
-    case 96: return detail::attendKernelOf<96>(p.dtype, p.int8_window, isPrefill(p));
-    case 128: return detail::attendKernelOf<128>(p.dtype, p.int8_window, isPrefill(p));
-    default: return detail::attendKernelOf<256>(p.dtype, p.int8_window, isPrefill(p));
+    case 64: return detail::attendKernelOf<64>(p.dtype, p.int8_window, group, isPrefill(p));
+    case 80: return detail::attendKernelOf<80>(p.dtype, p.int8_window, group, isPrefill(p));
+    case 96: return detail::attendKernelOf<96>(p.dtype, p.int8_window, group, isPrefill(p));
+    case 128: return detail::attendKernelOf<128>(p.dtype, p.int8_window, group, isPrefill(p));
+    default: return detail::attendKernelOf<256>(p.dtype, p.int8_window, group, isPrefill(p));
   }
 }
 
@@ -224,14 +225,15 @@ constexpr int kMostSms = 192;
 struct Shape {
   AttendKernel kernel;
   int row_chunks;  // blocks for the rows of one (stream, kv head)
-  int tiles;       // of 16 keys
+  int tiles;
   int row_blocks;  // blocks of one split
 
   explicit Shape(const SinkAttentionParams& p) : kernel(kernelOf(p)) {
     const int rows = p.num_q_heads / p.num_kv_heads * p.num_tokens;
     row_chunks = divUp(rows, kernel.num_rows);
-    tiles = divUp(p.num_sinks, detail::kTileKeys) + divUp(p.window_size, detail::kTileKeys) +
-            (isPrefill(p) ? divUp(p.num_tokens, detail::kTileKeys) : 0);
+    constexpr int kTileKeys = detail::tileKeys(false);
+    tiles = divUp(p.num_sinks, kTileKeys) + divUp(p.window_size, detail::tileKeys(p.int8_window)) +
+            (isPrefill(p) ? divUp(p.num_tokens, kTileKeys) : 0);
     row_blocks = row_chunks * p.batch * p.num_kv_heads;
   }
 
@@ -242,15 +244,16 @@ struct Shape {
     return by_blocks < by_tiles ? by_blocks : by_tiles;
   }
 
-  // The fewest splits that make the slowest multiprocessor's work least: rounds of blocks times a warp's tiles, and
-  // half a tile's time for a block to start and for the merge.
-  int splits(const SinkAttentionParams& p, int resident_blocks) const {
+  // The splits that take the least time by a rough model, in tiles' times: two for each tile that a warp takes after
+  // another (latency), half of one for each that the fullest multiprocessor takes (bandwidth), one for the merge.
+  int splits(const SinkAttentionParams& p, int num_sms, int blocks_of_sm) const {
     int best = 1;
     double best_cost = INFINITY;
-    for (int n = 1; n <= mostSplits(p, resident_blocks); ++n) {
-      const int warp_tiles = divUp(divUp(tiles, n), kernel.num_warps);
-      const double rounds = divUp(row_blocks * n, resident_blocks);
-      const double cost = rounds * (warp_tiles + 0.5) + (n > 1 ? 0.5 : 0.0);
+    for (int n = 1; n <= mostSplits(p, num_sms * blocks_of_sm); ++n) {
+      const int split_tiles = divUp(tiles, n);
+      const double in_a_row = divUp(row_blocks * n, num_sms * blocks_of_sm) * divUp(split_tiles, kernel.num_warps);
+      const double of_sm = divUp(row_blocks * n, num_sms) * split_tiles;
+      const double cost = 2.0 * in_a_row + 0.5 * of_sm + (n > 1 ? 1.0 : 0.0);
       if (cost < best_cost) best = n, best_cost = cost;
     }
     return best;
@@ -447,7 +450,7 @@ cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t s
   constexpr int kReservedOfBlock = 1024;
   int blocks_of_sm = shared_of_sm / (kernel.shared_bytes + kReservedOfBlock);
   blocks_of_sm = blocks_of_sm < 1 ? 1 : (blocks_of_sm > kMostBlocksPerSm ? kMostBlocksPerSm : blocks_of_sm);
-  const int num_splits = shape.splits(p, (num_sms < kMostSms ? num_sms : kMostSms) * blocks_of_sm);
+  const int num_splits = shape.splits(p, num_sms < kMostSms ? num_sms : kMostSms, blocks_of_sm);
   Workspace space(p, num_splits, workspace);
   AttendArgs& args = space.args;
   args.tiles_per_split = divUp(shape.tiles, num_splits);
