@@ -1,0 +1,153 @@
+"""Time of the INT8 linear beside PyTorch's fp16 product (cuBLAS) and the time of copying as many bytes.
+
+    python plugins/bench/int8_linear.py build/plugins/libsinkexport_capi.so [--json FILE]
+
+Needs a GPU and PyTorch. Both contenders run from CUDA graphs over as many sets of weights as are beyond the L2 cache's
+reach, so that every weight comes from memory; a sample is one replay, timed with CUDA events.
+
+back to back: launches follow each other. Kernels of compute capability 9.0 and above may begin to bring weights to L2
+    while the one before them ends; PyTorch's do not.
+alone: a kernel that does next to nothing stands before each launch, and its own time is taken off. What a launch costs
+    between other kernels, its start and its end included.
+
+The floor is all bytes that must move (weights, scales, inputs, outputs) / bandwidth of a large copy, read + written.
+GB = 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from plugins.capi.int8_linear import DTYPES, Int8Linear, Int8LinearParams
+
+# (K, N): Llama-2-7B's attention, up and down; Llama-3-8B's down and lm_head; SmolLM2-135M's up
+SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (14336, 4096), (4096, 128256), (576, 1536)]
+NUM_ROWS = [1, 4, 16, 64]
+REPLAYS, WARM_UP = 60, 10
+BEYOND_L2_BYTES = 400_000_000  # of weights in turn: eight times the largest L2 here
+COPY_BYTES = 2 << 30
+
+
+def times_us(run: Callable[[], Any], launches: int) -> list[float]:
+    """One figure a replay of a graph of `launches`: microseconds a launch."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for _ in range(WARM_UP):
+        graph.replay()
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
+    for start, end in marks:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) * 1000 / launches for start, end in marks)
+
+
+def stats(samples: list[float]) -> dict[str, float]:
+    return {"median_us": statistics.median(samples), "p99_us": samples[round(0.99 * (len(samples) - 1))]}
+
+
+def contender(launch: Callable[[int], Any], sets: int) -> dict[str, Any]:
+    """`launch(i)` uses the i-th set of weights."""
+    spacer = torch.zeros(8, device="cuda")
+
+    def back_to_back() -> None:
+        for i in range(sets):
+            launch(i)
+
+    def spaced() -> None:
+        for i in range(sets):
+            spacer.add_(1)
+            launch(i)
+
+    def spacers() -> None:
+        for _ in range(sets):
+            spacer.add_(1)
+
+    alone = statistics.median(times_us(spaced, sets)) - statistics.median(times_us(spacers, sets))
+    return {**stats(times_us(back_to_back, sets)), "alone_us": alone}
+
+
+def copy_bandwidth() -> float:
+    """Bytes read + written in a second by a device-to-device copy."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_(0, 256)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / (statistics.median(times_us(lambda: target.copy_(source), 1)) * 1e-6)
+
+
+def measure(library: Int8Linear, num_rows: int, num_inputs: int, num_outputs: int, bandwidth: float) -> dict[str, Any]:
+    sets = max(2, -(-BEYOND_L2_BYTES // (num_inputs * num_outputs)))
+    x = torch.randn(num_rows, num_inputs, dtype=torch.float16, device="cuda")
+    y = torch.empty(num_rows, num_outputs, dtype=torch.float16, device="cuda")
+    scale = torch.rand(num_outputs, device="cuda") * 1e-3 + 1e-4
+    size = (num_outputs, num_inputs)
+    weights = [torch.randint(-128, 128, size, dtype=torch.int8, device="cuda") for _ in range(sets)]
+    params = [
+        Int8LinearParams(
+            num_rows, num_inputs, num_outputs, DTYPES["float16"], x.data_ptr(), weight.data_ptr(), scale.data_ptr(), 0,
+            y.data_ptr(),
+        )
+        for weight in weights
+    ]  # fmt: skip
+    workspace = torch.empty(max(16, library.workspace_bytes(params[0])), dtype=torch.uint8, device="cuda")
+    if problem := library.problem(params[0]):
+        raise ValueError(problem)
+
+    def int8(i: int) -> None:
+        if error := library.launch(params[i], workspace.data_ptr(), torch.cuda.current_stream().cuda_stream):
+            raise RuntimeError(f"INT8 linear: received CUDA error {error}, expected 0; check the GPU's architecture")
+
+    ours = contender(int8, sets)
+    halves = [weight.half().mul_(2e-4) for weight in weights[: max(2, -(-sets // 2))]]  # twice the bytes each
+    theirs = contender(lambda i: torch.mm(x, halves[i].T, out=y), len(halves))
+    num_bytes = num_inputs * num_outputs + 4 * num_outputs + 2 * num_rows * (num_inputs + num_outputs)
+    return {
+        "num_inputs": num_inputs, "num_outputs": num_outputs, "num_rows": num_rows, "bytes": num_bytes,
+        "floor_us": num_bytes / bandwidth * 1e6, "int8": ours, "fp16": theirs,
+    }  # fmt: skip
+
+
+def row(result: dict[str, Any]) -> str:
+    ours, theirs, floor = result["int8"], result["fp16"], result["floor_us"]
+    cells = [
+        f"{result['num_inputs']} x {result['num_outputs']}", result["num_rows"], f"{floor:.1f}",
+        f"{ours['median_us']:.1f}", f"{ours['p99_us']:.1f}", f"{result['bytes'] / ours['median_us'] / 1000:,.0f}",
+        f"{100 * floor / ours['median_us']:.0f}%", f"{ours['alone_us']:.1f}", f"{100 * floor / ours['alone_us']:.0f}%",
+        f"{theirs['median_us']:.1f}", f"{theirs['alone_us']:.1f}", f"{theirs['median_us'] / ours['median_us']:.2f}",
+    ]  # fmt: skip
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", type=Path)
+    parser.add_argument("--json", type=Path, help="all figures go there")
+    arguments = parser.parse_args()
+    library, bandwidth = Int8Linear(arguments.library), copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, copy {bandwidth / 1e9:,.0f} GB/s\n")
+    print("| K x N | M | floor us | us | p99 us | GB/s | of copy | alone us | of copy | fp16 us | alone us | faster |")
+    print("| --- " + "| ---: " * 11 + "|")
+    results = []
+    for num_inputs, num_outputs in SHAPES:
+        for num_rows in NUM_ROWS:
+            results.append(measure(library, num_rows, num_inputs, num_outputs, bandwidth))
+            print(row(results[-1]), flush=True)
+    if arguments.json:
+        machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bytes_per_s": bandwidth}
+        arguments.json.write_text(json.dumps({**machine, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+// What the kernels of int8_linear.cu are made of: asynchronous copies, INT8 to half, one tensor-core product.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace sinkexport {
+namespace int8_linear {
+
+constexpr int kWarpSize = 32;
+
+// --- asynchronous copies of 16 bytes from device to shared memory ---
+
+// `size` 16, or 0: zeros are written and nothing is read. Below compute capability 8.0 the copy is done on the spot.
+__device__ __forceinline__ void copyAsync(void* shared, const void* global, int size) {
+#if __CUDA_ARCH__ >= 800
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(size)
+               : "memory");
+#else
+  *static_cast<uint4*>(shared) = size ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0};
+#endif
+}
+
+__device__ __forceinline__ void commitCopies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for this thread's copies until at most kGroups groups are on their way. Others' copies: a barrier after it.
+template <int kGroups>
+__device__ __forceinline__ void waitCopies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+#endif
+}
+
+// --- a kernel that starts while the one before it in the stream still runs (programmatic dependent launch) ---
+
+// Nothing that earlier work in the stream writes may be read, and nothing that it reads may be written, before this.
+__device__ __forceinline__ void waitForEarlierKernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel's blocks may be placed beside this one's, if it was launched so and begins with the wait above.
+__device__ __forceinline__ void allowNextKernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Asks for `bytes` (a multiple of 16) to be brought into L2. A hint, correct at any time: L2 is coherent.
+__device__ __forceinline__ void prefetchL2(const void* global, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#endif
+}
+
+// --- halves ---
+
+// 4 INT8 in a word, first in the lowest byte, to two registers of two halves each. Exact, by placing bytes in mantissas.
+__device__ __forceinline__ void dequantise(uint32_t word, uint32_t& low, uint32_t& high, __half) {
+  const uint32_t raised = word ^ 0x80808080u;  // w + 128, unsigned
+  const uint32_t offset = 0x64806480u;         // 1024 + 128; 0x64uu is 1024 + u
+  const uint32_t a = __byte_perm(raised, 0x64646464u, 0x4140), b = __byte_perm(raised, 0x64646464u, 0x4342);
+  const __half2 c = __hsub2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(offset));
+  const __half2 d = __hsub2(reinterpret_cast<const __half2&>(b), reinterpret_cast<const __half2&>(offset));
+  low = reinterpret_cast<const uint32_t&>(c);
+  high = reinterpret_cast<const uint32_t&>(d);
+}
+
+// bfloat16's mantissa holds 7 bits of the 8: 0x43uu is 128 + u below 128 and 256 at 128, so that w is the difference of
+// the two that have its lower bits and its sign.
+__device__ __forceinline__ void dequantise(uint32_t word, uint32_t& low, uint32_t& high, __nv_bfloat16) {
+  const uint32_t bits = word & 0x7f7f7f7fu, sign = word & 0x80808080u;
+  const uint32_t a = __byte_perm(bits, 0x43434343u, 0x4140), b = __byte_perm(sign, 0x43434343u, 0x4140);
+  const uint32_t c = __byte_perm(bits, 0x43434343u, 0x4342), d = __byte_perm(sign, 0x43434343u, 0x4342);
+  using Pair = __nv_bfloat162;
+  const Pair e = __hsub2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
+  const Pair f = __hsub2(reinterpret_cast<const Pair&>(c), reinterpret_cast<const Pair&>(d));
+  low = reinterpret_cast<const uint32_t&>(e);
+  high = reinterpret_cast<const uint32_t&>(f);
+}
+
+__device__ __forceinline__ float toFloat(__half value) { return __half2float(value); }
+__device__ __forceinline__ float toFloat(__nv_bfloat16 value) { return __bfloat162float(value); }
+template <typename Half>
+__device__ __forceinline__ Half fromFloat(float value);
+template <>
+__device__ __forceinline__ __half fromFloat<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 fromFloat<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+// --- the product ---
+
+// sum += a . b of a [16, 16], b [16, 8]: PTX's mma.m16n8k16. With g = lane / 4 and t = lane % 4 a lane holds
+//   a[0]: a[g, 2t ..], a[1]: a[g + 8, 2t ..], a[2]: a[g, 2t + 8 ..], a[3]: a[g + 8, 2t + 8 ..]   (two halves each)
+//   b0: b[2t .., g], b1: b[2t + 8 .., g]
+//   sum[0], sum[1]: sum[g, 2t ..], sum[2], sum[3]: sum[g + 8, 2t ..]
+#if __CUDA_ARCH__ >= 800 && !defined(SINKEXPORT_NO_MMA)
+template <typename Half>
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<Half, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+#else
+template <typename Half>
+__device__ __forceinline__ float2 toFloats(uint32_t pair) {
+  const Half* halves = reinterpret_cast<const Half*>(&pair);
+  return {toFloat(halves[0]), toFloat(halves[1])};
+}
+
+// Below compute capability 8.0 there is no such instruction: the same sums, by exchange within the warp. Right, not fast.
+template <typename Half>
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  constexpr uint32_t kAll = 0xffffffffu;
+  const int lane = threadIdx.x % kWarpSize, row = lane / 4 * 4, column = lane % 4 * 2;
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    float2 factors[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) factors[i] = toFloats<Half>(__shfl_sync(kAll, a[i], row + t));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 near = toFloats<Half>(__shfl_sync(kAll, b0, (column + i) * 4 + t));
+      const float2 far = toFloats<Half>(__shfl_sync(kAll, b1, (column + i) * 4 + t));
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {  // rows g and g + 8
+        float& total = sum[2 * j + i];
+        total = fmaf(factors[j].x, near.x, fmaf(factors[j].y, near.y, total));
+        total = fmaf(factors[2 + j].x, far.x, fmaf(factors[2 + j].y, far.y, total));
+      }
+    }
+  }
+}
+#endif
+
+}  // namespace int8_linear
+}  // namespace sinkexport

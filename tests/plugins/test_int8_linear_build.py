@@ -1,0 +1,76 @@
+"""The INT8 linear compiles, and what it checks on the host it checks on any machine."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+from plugins.capi.int8_linear import DTYPES, Int8Linear, Int8LinearParams
+from tests.plugins.int8_linear_library import build, needs_nvcc
+
+pytestmark = needs_nvcc
+
+INVALID_VALUE = 1  # cudaErrorInvalidValue
+POINTERS = ("x", "weight", "scale", "bias", "y")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Int8Linear:
+    return build(tmp_path_factory.mktemp("int8_linear"), "sm_90")
+
+
+def params(**changes: int) -> Int8LinearParams:
+    """Valid on the host, where nobody follows the pointers: 1 GiB apart from each other."""
+    values = {"num_rows": 3, "num_inputs": 64, "num_outputs": 33, "dtype": DTYPES["bfloat16"]}
+    addresses = {name: (i + 1) << 30 for i, name in enumerate(POINTERS)}
+    return Int8LinearParams(**{**values, **addresses, **changes})
+
+
+def test_what_can_be_launched(library):
+    for changes in ({}, {"bias": 0}, {"num_rows": 1 << 16}, {"num_inputs": 16}, {"num_outputs": 1}, {"dtype": 0}):
+        assert library.problem(params(**changes)) is None
+
+
+REFUSED = [
+    ({"num_rows": 0}, "num_rows: received 0, expected 1 .. 65536"),
+    ({"num_rows": -1}, "num_rows: received -1, expected 1 .. 65536"),
+    ({"num_rows": 65537}, "num_rows: received 65537, expected 1 .. 65536"),
+    ({"num_inputs": 72}, "num_inputs: received 72, expected a multiple of 16 in 16 .. 2097152; pad x and weight with"),
+    ({"num_inputs": 0}, "num_inputs: received 0, expected a multiple of 16 in"),
+    ({"num_outputs": 0}, "num_outputs: received 0, expected 1 .. 2097152"),
+    ({"dtype": 2}, "dtype: received 2, expected 0 (float16) or 1 (bfloat16)"),
+    *(({name: 0}, f"{name}: received null, expected a device pointer") for name in POINTERS if name != "bias"),
+    *(({name: (1 << 40) + 8}, f"{name}: received 0x10000000008, expected a device pointer that is a multiple of 16")
+      for name in POINTERS),
+    ({"y": 1 << 30}, "y: overlaps x, expected memory of its own"),
+    ({"y": (1 << 30) + 16 * 23}, "y: overlaps x, expected memory of its own"),
+    ({"y": (2 << 30) - 16}, "y: overlaps weight, expected memory of its own"),
+    ({"y": (4 << 30) + 64}, "y: overlaps bias, expected memory of its own"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "expected"), REFUSED, ids=[str(changes) for changes, _ in REFUSED])
+def test_what_is_refused_and_why(library, changes, expected):
+    refused = params(**changes)
+    problem = library.problem(refused)
+    assert problem is not None
+    assert problem.startswith(expected)
+    assert "\n" not in problem
+    assert library.launch(refused) == INVALID_VALUE  # before the device is asked for anything
+
+
+def test_workspace_holds_the_partial_sums_of_all_splits(library):
+    for num_rows in (1, 16):
+        assert library.workspace_bytes(params(num_rows=num_rows)) == 0
+    assert library.workspace_bytes(params(num_rows=0)) == 0
+    few_outputs = params(num_rows=64, num_inputs=4096, num_outputs=256)
+    size = library.workspace_bytes(few_outputs)
+    assert size >= 2 * 64 * 256 * 4
+    assert size % (64 * 256 * 4) == 0
+    assert library.launch(few_outputs, workspace=0) == INVALID_VALUE
+    assert library.launch(few_outputs, workspace=(1 << 40) + 8) == INVALID_VALUE
+
+
+def test_struct_is_the_one_that_was_compiled(library):
+    assert ctypes.sizeof(Int8LinearParams) == 4 * 4 + 5 * 8
