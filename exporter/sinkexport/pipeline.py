@@ -26,6 +26,7 @@ from sinkexport.bundle import (
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.families import refusal_of_capacity
 from sinkexport.graph.build import BuiltGraph, build_graph
+from sinkexport.graph.passes.plugin_operators import refuse_geometry
 from sinkexport.model.decoder import StreamStep, trace
 from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
 from sinkexport.progress import Report, silent
@@ -80,6 +81,8 @@ def export_loaded(
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
         report("probe", 0, 1)
         shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers)
+        if config.has_plugins:
+            refuse_geometry(shape.head_dim, config.batch, config.capacity)
         report("decode", 0, 1)
         built = _build(loaded, config, shape, rotary, "decode", config.batch, 1)
         graphs = {"decode": built.spec("decode.onnx")}
@@ -125,7 +128,8 @@ def _build(
     recipe, dtype = config.recipe, WEIGHT_DTYPES[config.dtype]
     plan = None if recipe is None else RecipePlan(recipe, loaded.model, dtype, config.calibration)
     return build_graph(
-        trace(step), role, step.state_kinds, shape.num_layers, config.target, config.num_sink_tokens, plan
+        trace(step), role, step.state_kinds, shape.num_layers, config.target, config.num_sink_tokens, plan,
+        plugins=config.has_plugins,
     )
 
 
