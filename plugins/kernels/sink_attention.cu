@@ -11,11 +11,11 @@
 namespace sinkexport {
 namespace detail {
 
-extern template AttendKernel attendKernelOf<64>(DType, bool, bool);
-extern template AttendKernel attendKernelOf<80>(DType, bool, bool);
-extern template AttendKernel attendKernelOf<96>(DType, bool, bool);
-extern template AttendKernel attendKernelOf<128>(DType, bool, bool);
-extern template AttendKernel attendKernelOf<256>(DType, bool, bool);
+extern template AttendKernel attendKernelOf<64>(DType, bool, int, bool);
+extern template AttendKernel attendKernelOf<80>(DType, bool, int, bool);
+extern template AttendKernel attendKernelOf<96>(DType, bool, int, bool);
+extern template AttendKernel attendKernelOf<128>(DType, bool, int, bool);
+extern template AttendKernel attendKernelOf<256>(DType, bool, int, bool);
 
 }  // namespace detail
 
@@ -138,10 +138,30 @@ template <DType kDType>
 __global__ void __launch_bounds__(kThreads) mergeSplits(const __grid_constant__ AttendArgs args) {
   extern __shared__ float outs[];  // [kWarps, D]
   detail::waitForPreviousKernel();
+  detail::letNextKernelStart();
   const SinkAttentionParams& p = args.p;
   const size_t row = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const float2* sums = args.partial_sums + row * args.num_splits;
+  const float* partials = args.partial_out + row * args.num_splits * p.head_dim;
+  constexpr int kMostPieces = 2;  // of 128 dimensions, 4 a lane
+  constexpr int kAtOnce = 4;      // splits a warp reads before it needs the first
+  auto read = [&](int split, float2& sum, float4 (&x)[kMostPieces]) {
+    const bool is_there = split < args.num_splits;
+    sum = is_there ? sums[split] : make_float2(-INFINITY, 0.0f);
+#pragma unroll
+    for (int i = 0; i < kMostPieces; ++i) {
+      const int d = 4 * (32 * i + lane);
+      x[i] = is_there && d < p.head_dim
+                 ? *reinterpret_cast<const float4*>(partials + static_cast<size_t>(split) * p.head_dim + d)
+                 : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+  };
+  float2 sum[kAtOnce];
+  float4 x[kAtOnce][kMostPieces];
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) read(warp + kWarps * i, sum[i], x[i]);
+
   RowSums all;
   for (int split = lane; split < args.num_splits; split += 32) all.largest = fmaxf(all.largest, sums[split].x);
   all.largest = detail::warpMax(all.largest);
@@ -151,16 +171,20 @@ __global__ void __launch_bounds__(kThreads) mergeSplits(const __grid_constant__ 
   for (int split = lane; split < args.num_splits; split += 32) all.sum += factorOf(sums[split].x) * sums[split].y;
   all.sum = detail::warpSum(all.sum);
 
-  constexpr int kMostPieces = 2;  // of 128 dimensions, 4 a lane
   float4 out[kMostPieces] = {};
-  for (int split = warp; split < args.num_splits; split += kWarps) {
-    const float factor = factorOf(sums[split].x);
-    const auto* partial = reinterpret_cast<const float4*>(args.partial_out + (row * args.num_splits + split) * p.head_dim);
+  for (int begin = warp; begin < args.num_splits; begin += kWarps * kAtOnce) {
+    if (begin > warp) {
 #pragma unroll
-    for (int i = 0; i < kMostPieces; ++i) {
-      if (4 * (32 * i + lane) >= p.head_dim) continue;
-      const float4 x = partial[32 * i + lane];
-      out[i].x += factor * x.x, out[i].y += factor * x.y, out[i].z += factor * x.z, out[i].w += factor * x.w;
+      for (int i = 0; i < kAtOnce; ++i) read(begin + kWarps * i, sum[i], x[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float factor = factorOf(sum[i].x);
+#pragma unroll
+      for (int j = 0; j < kMostPieces; ++j) {
+        out[j].x += factor * x[i][j].x, out[j].y += factor * x[i][j].y;
+        out[j].z += factor * x[i][j].z, out[j].w += factor * x[i][j].w;
+      }
     }
   }
 #pragma unroll
@@ -183,12 +207,13 @@ __global__ void __launch_bounds__(kThreads) mergeSplits(const __grid_constant__ 
 bool isPrefill(const SinkAttentionParams& p) { return p.num_tokens > 1; }
 
 AttendKernel kernelOf(const SinkAttentionParams& p) {
+  const int group = p.num_q_heads / p.num_kv_heads;
   switch (p.head_dim) {
-    case 64: return detail::attendKernelOf<64>(p.dtype, p.int8_window, isPrefill(p));
-    case 80: return detail::attendKernelOf<80>(p.dtype, p.int8_window, isPrefill(p));
-    case 96: return detail::attendKernelOf<96>(p.dtype, p.int8_window, isPrefill(p));
-    case 128: return detail::attendKernelOf<128>(p.dtype, p.int8_window, isPrefill(p));
-    default: return detail::attendKernelOf<256>(p.dtype, p.int8_window, isPrefill(p));
+    case 64: return detail::attendKernelOf<64>(p.dtype, p.int8_window, group, isPrefill(p));
+    case 80: return detail::attendKernelOf<80>(p.dtype, p.int8_window, group, isPrefill(p));
+    case 96: return detail::attendKernelOf<96>(p.dtype, p.int8_window, group, isPrefill(p));
+    case 128: return detail::attendKernelOf<128>(p.dtype, p.int8_window, group, isPrefill(p));
+    default: return detail::attendKernelOf<256>(p.dtype, p.int8_window, group, isPrefill(p));
   }
 }
 
@@ -200,14 +225,15 @@ constexpr int kMostSms = 192;
 struct Shape {
   AttendKernel kernel;
   int row_chunks;  // blocks for the rows of one (stream, kv head)
-  int tiles;       // of 16 keys
+  int tiles;
   int row_blocks;  // blocks of one split
 
   explicit Shape(const SinkAttentionParams& p) : kernel(kernelOf(p)) {
     const int rows = p.num_q_heads / p.num_kv_heads * p.num_tokens;
     row_chunks = divUp(rows, kernel.num_rows);
-    tiles = divUp(p.num_sinks, detail::kTileKeys) + divUp(p.window_size, detail::kTileKeys) +
-            (isPrefill(p) ? divUp(p.num_tokens, detail::kTileKeys) : 0);
+    constexpr int kTileKeys = detail::tileKeys(false);
+    tiles = divUp(p.num_sinks, kTileKeys) + divUp(p.window_size, detail::tileKeys(p.int8_window)) +
+            (isPrefill(p) ? divUp(p.num_tokens, kTileKeys) : 0);
     row_blocks = row_chunks * p.batch * p.num_kv_heads;
   }
 
@@ -218,22 +244,24 @@ struct Shape {
     return by_blocks < by_tiles ? by_blocks : by_tiles;
   }
 
-  // The fewest splits that make the slowest multiprocessor's work least: rounds of blocks times a warp's tiles, and
-  // half a tile's time for a block to start and for the merge.
-  int splits(const SinkAttentionParams& p, int resident_blocks) const {
+  // The splits that take the least time by a rough model, in tiles' times: two for each tile that a warp takes after
+  // another (latency), half of one for each that the fullest multiprocessor takes (bandwidth), one for the merge.
+  int splits(const SinkAttentionParams& p, int num_sms, int blocks_of_sm) const {
     int best = 1;
     double best_cost = INFINITY;
-    for (int n = 1; n <= mostSplits(p, resident_blocks); ++n) {
-      const int warp_tiles = divUp(divUp(tiles, n), kernel.num_warps);
-      const double rounds = divUp(row_blocks * n, resident_blocks);
-      const double cost = rounds * (warp_tiles + 0.5) + (n > 1 ? 0.5 : 0.0);
+    for (int n = 1; n <= mostSplits(p, num_sms * blocks_of_sm); ++n) {
+      const int split_tiles = divUp(tiles, n);
+      const double in_a_row = divUp(row_blocks * n, num_sms * blocks_of_sm) * divUp(split_tiles, kernel.num_warps);
+      const double of_sm = divUp(row_blocks * n, num_sms) * split_tiles;
+      const double cost = 2.0 * in_a_row + 0.5 * of_sm + (n > 1 ? 1.0 : 0.0);
       if (cost < best_cost) best = n, best_cost = cost;
     }
     return best;
   }
 };
 
-// Where everything lies in the workspace, 256-byte aligned. With base = nullptr only its size counts.
+// Where everything lies in the workspace, 256-byte aligned. With base = nullptr only its size counts, and it holds what
+// any choice of pointers may need: their number is often not known yet when memory is planned.
 struct Workspace {
   AttendArgs args;
   ChunkArgs chunk;
@@ -254,7 +282,7 @@ struct Workspace {
       args.partial_out = static_cast<float*>(take(rows * num_splits * p.head_dim * sizeof(float)));
       args.partial_sums = static_cast<float2*>(take(rows * num_splits * sizeof(float2)));
     }
-    const bool is_turned = p.frequency != nullptr;
+    const bool is_turned = p.frequency != nullptr || base == nullptr;
     const bool is_turned_back = p.num_sinks > 0 && (is_turned || p.shift_cos != nullptr);
     is_prepared = isPrefill(p) && (is_turned || is_turned_back || p.int8_window);
     if (isPrefill(p)) {
@@ -296,9 +324,7 @@ struct Named {
   bool is_needed;
 };
 
-}  // namespace
-
-const char* sinkAttentionProblem(const SinkAttentionParams& p) {
+const char* shapeProblem(const SinkAttentionParams& p) {
   if (p.batch < 1 || p.batch > 64) return problemOf("batch: received %d, expected 1 .. 64", p.batch);
   if (p.num_kv_heads < 1 || p.num_kv_heads > 1023) {
     return problemOf("num_kv_heads: received %d, expected 1 .. 1023", p.num_kv_heads);
@@ -325,6 +351,13 @@ const char* sinkAttentionProblem(const SinkAttentionParams& p) {
   if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) {
     return problemOf("dtype: received %d, expected 0 (float16) or 1 (bfloat16)", static_cast<int>(p.dtype));
   }
+  return nullptr;
+}
+
+}  // namespace
+
+const char* sinkAttentionProblem(const SinkAttentionParams& p) {
+  if (const char* problem = shapeProblem(p)) return problem;
   if (!(p.scale > 0.0f) || !std::isfinite(p.scale)) {
     return problemOf("scale: received %g, expected a finite number > 0", static_cast<double>(p.scale));
   }
@@ -369,11 +402,33 @@ const char* sinkAttentionProblem(const SinkAttentionParams& p) {
 }
 
 size_t sinkAttentionWorkspaceBytes(const SinkAttentionParams& p) {
+  if (shapeProblem(p) != nullptr) return 0;
   const int most_splits = Shape(p).mostSplits(p, kMostSms * kMostBlocksPerSm);
   return Workspace(p, most_splits, nullptr).num_bytes;
 }
 
 namespace {
+
+// A launch that may be placed before the kernel ahead of it in the stream has ended, where the device can do that.
+cudaError_t launchEarly(const void* function, dim3 grid, int num_threads, size_t shared_bytes, void** arguments,
+                        cudaStream_t stream, int compute_capability_major) {
+#if CUDART_VERSION >= 12040
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(num_threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = compute_capability_major >= 9 ? 1 : 0;
+  return cudaLaunchKernelExC(&config, function, arguments);
+#else
+  (void)compute_capability_major;
+  return cudaLaunchKernel(function, grid, dim3(num_threads), arguments, shared_bytes, stream);
+#endif
+}
 
 template <DType kDType>
 cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t stream) {
@@ -395,7 +450,7 @@ cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t s
   constexpr int kReservedOfBlock = 1024;
   int blocks_of_sm = shared_of_sm / (kernel.shared_bytes + kReservedOfBlock);
   blocks_of_sm = blocks_of_sm < 1 ? 1 : (blocks_of_sm > kMostBlocksPerSm ? kMostBlocksPerSm : blocks_of_sm);
-  const int num_splits = shape.splits(p, (num_sms < kMostSms ? num_sms : kMostSms) * blocks_of_sm);
+  const int num_splits = shape.splits(p, num_sms < kMostSms ? num_sms : kMostSms, blocks_of_sm);
   Workspace space(p, num_splits, workspace);
   AttendArgs& args = space.args;
   args.tiles_per_split = divUp(shape.tiles, num_splits);
@@ -410,28 +465,13 @@ cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t s
   if (error != cudaSuccess) return error;
   void* arguments[] = {&args};
   const dim3 grid(shape.row_chunks, num_splits, p.batch * p.num_kv_heads);
-  error = cudaLaunchKernel(kernel.function, grid, dim3(kernel.num_threads), arguments, kernel.shared_bytes, stream);
+  // Both kernels wait for the one before them where they need its results, and may be placed earlier.
+  error = launchEarly(kernel.function, grid, kernel.num_threads, kernel.shared_bytes, arguments, stream, major);
   if (error != cudaSuccess) return error;
-
   if (num_splits > 1) {
-    const dim3 rows(p.batch * p.num_q_heads * p.num_tokens);
-    const size_t shared_bytes = kWarps * p.head_dim * sizeof(float);
-#if CUDART_VERSION >= 12040
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = rows;
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = major >= 9 ? 1 : 0;
-    error = cudaLaunchKernelEx(&config, mergeSplits<kDType>, args);
-#else
-    mergeSplits<kDType><<<rows, kThreads, shared_bytes, stream>>>(args);
-    error = cudaGetLastError();
-#endif
+    error = launchEarly(reinterpret_cast<const void*>(&mergeSplits<kDType>),
+                        dim3(p.batch * p.num_q_heads * p.num_tokens), kThreads, kWarps * p.head_dim * sizeof(float),
+                        arguments, stream, major);
     if (error != cudaSuccess) return error;
   }
 

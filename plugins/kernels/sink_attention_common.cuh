@@ -27,6 +27,10 @@ struct Half<DType::kFloat16> {
     const __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
   }
+  static __device__ void unpack(uint32_t pair, float& low, float& high) {
+    const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+    low = both.x, high = both.y;
+  }
   // Bytes of 4 int8 -> {b0, b1} and {b2, b3}, exactly: 0x6400 | u is 1024 + u, u = b + 128.
   static __device__ void fromInt8(uint32_t bytes, uint32_t& low, uint32_t& high) {
     const uint32_t u = bytes ^ 0x80808080u;
@@ -50,6 +54,9 @@ struct Half<DType::kBFloat16> {
   static __device__ uint32_t pack(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  static __device__ void unpack(uint32_t pair, float& low, float& high) {
+    low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000u);
   }
   // Exactly: 0x4300 | (7 low bits) is 128 + those, and 0x4300 | sign bit is 128 or 256.
   static __device__ void fromInt8(uint32_t bytes, uint32_t& low, uint32_t& high) {
@@ -89,6 +96,20 @@ struct Turns {
 
 // Floats of shared memory that Turns needs.
 __host__ __device__ constexpr int turnsFloats(int head_dim) { return 4 * (head_dim / 2); }
+
+// Brings what makeTurns will read nearer, while the position is still on its way.
+__device__ inline void prefetchTurns(const SinkAttentionParams& p, int stream) {
+  constexpr int kLineFloats = 32;
+  const int num_pairs = p.rotary_dim / 2, at = threadIdx.x * kLineFloats;
+  if (at >= num_pairs) return;
+  auto prefetch = [](const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); };
+  if (p.frequency != nullptr) {
+    prefetch(p.frequency + at);
+  } else if (p.shift_cos != nullptr) {
+    prefetch(p.shift_cos + static_cast<size_t>(stream) * num_pairs + at);
+    prefetch(p.shift_sin + static_cast<size_t>(stream) * num_pairs + at);
+  }
+}
 
 // All threads of the block; a barrier must follow. t: position of the token, `token` of T.
 __device__ inline Turns makeTurns(const SinkAttentionParams& p, int stream, int token, int64_t t, float* shared) {

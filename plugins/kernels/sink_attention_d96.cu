@@ -3,7 +3,7 @@
 namespace sinkexport {
 namespace detail {
 
-template AttendKernel attendKernelOf<96>(DType dtype, bool is_int8, bool is_prefill);
+template AttendKernel attendKernelOf<96>(DType dtype, bool is_int8, int group, bool is_prefill);
 
 }  // namespace detail
 }  // namespace sinkexport

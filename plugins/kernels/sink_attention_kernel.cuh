@@ -1,16 +1,18 @@
 // The attention kernel itself: flash decoding on tensor cores, for a step (T = 1) and for a chunk (prefill).
 //
 // A block owns one (stream, kv head), 8 or 16 rows and one split of the cache. A row is a query head of the group at one
-// of the T tokens: row = token * group + head in group. Each warp takes every kWarps-th tile of 16 keys by itself, with
-// its own online softmax; warps meet once, at the end.
+// of the T tokens: row = token * group + head in group. Each warp takes every kWarps-th tile of keys by itself, with its
+// own online softmax; warps meet once, at the end.
 //
-// Both products put up with any order of what they sum over, so every thread loads the 16-byte pieces that it will
-// itself feed to mma.m16n8k16 (no ldmatrix, no barrier in the loop): lane = 4 * g + c holds of
-//   S   = Q K^T    keys g and 8 + g, dimensions of piece c         (quads read 64 contiguous bytes of a key)
-//   O^T = V^T P^T  keys 2c, 2c+1, 8+2c, 9+2c, dimensions of piece g (8 lanes read 128 contiguous bytes of a value)
-// and what S leaves in a thread, head g by keys 2c, 2c+1, is what O^T wants of P there. int8 entries become exact 16-bit
-// numbers in registers; scales go to the logits and to P.
+// Both products put up with any order of what they sum over, so the pieces of 16 bytes that a lane = 4 * g + c feeds to
+// mma.m16n8k16 lie side by side in shared memory (no ldmatrix, no conflicts, no barrier but the warp's):
+//   S   = Q K^T    of 8 keys each: key g, dimensions of pieces c
+//   O^T = V^T P^T  of 16 keys each: keys 2c, 2c+1, 8+2c, 9+2c, dimensions of pieces g
+// and what S leaves in a thread, head g by keys 2c, 2c+1, is what O^T wants of P there. Whole rows are read, 128 or more
+// contiguous bytes at once. int8 entries become exact 16-bit numbers in registers; scales go to the logits and to P.
 #pragma once
+
+#include <type_traits>
 
 #include "sink_attention_common.cuh"
 
@@ -40,7 +42,8 @@ constexpr float kBias = 6.0f;
 
 __host__ __device__ constexpr int divUp(int a, int b) { return (a + b - 1) / b; }
 
-constexpr int kTileKeys = 16;
+// Keys of a tile: 16 where rows are of 16-bit numbers, 32 of an int8 window, which are as many bytes.
+__host__ __device__ constexpr int tileKeys(bool is_int8) { return is_int8 ? 32 : 16; }
 
 template <int kHeadDim, bool kInt8, int kRowTiles>
 struct Config {
@@ -51,17 +54,17 @@ struct Config {
   static constexpr int kRows = 8 * kRowTiles;
   static constexpr int kWarps = kHeadDim > 128 ? 2 : 4;
   static constexpr int kThreads = 32 * kWarps;
-  // Of 16-bit tiles; an int8 one takes half of it. In pieces: 2 keys and 4 values a lane.
+  // Of any tile: pieces of 2 keys and 4 values a lane, or twice as many keys in pieces of 16 dimensions.
   static constexpr int kStageBytes = 32 * 16 * (2 * kKeyPieces + kOutTiles);
   static constexpr int kStages = kStageBytes * kWarps * 4 <= 65536 ? 4 : 2;
-  static constexpr int kScaleWords = 9;  // 16 float16 that may begin in the middle of a word
+  static constexpr int kScaleWords = 20;  // 16 or 32 float16 that may begin in the middle of a word, padded
 
   // Shared memory: stages (later the warps' outputs) | q | q for sinks | new row | scales | sums | turns.
   static constexpr int kRowStride = kHeadDim + 8;  // in 16-bit numbers; keeps quads of different rows off one bank
   static constexpr int kStagesBytes = kWarps * kStages * kStageBytes;
   static constexpr int kQueryBytes = kRows * kRowStride * 2;
   static constexpr int kNewRowBytes = kHeadDim * 2;
-  static constexpr int kScaleBytes = kWarps * kStages * 2 * 4 * (kScaleWords + 3);
+  static constexpr int kScaleBytes = kWarps * kStages * 2 * 4 * kScaleWords;
   static constexpr int kSumsBytes = kWarps * kRows * 8;
   static constexpr int kSharedBytes = kStagesBytes + 2 * kQueryBytes + 2 * kNewRowBytes + kScaleBytes + kSumsBytes +
                                       4 * turnsFloats(kHeadDim);
@@ -114,13 +117,15 @@ __device__ void multiplyAdd(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2
 #endif
 }
 
-// kBytes to shared memory in the background: the first num_bytes of them from `source`, the rest zeros.
+// kBytes to shared memory in the background: the first num_bytes of them from `source`, the rest zeros. With none,
+// `source` may point anywhere.
 template <int kBytes>
 __device__ void copyAsync(void* target, const void* source, int num_bytes) {
 #if __CUDA_ARCH__ >= 800
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(num_bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(num_bytes)
+                 : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(source), "r"(num_bytes) : "memory");
   }
@@ -200,85 +205,102 @@ struct Attend {
   using H = Half<kDType>;
   using T = typename H::T;
 
-  // Copies one tile into a stage: this lane's pieces, [piece][lane], keys first.
+  // How a tile lies in a stage: pieces [group of 8 keys][piece of a lane][lane], then [value of a lane][piece][lane].
   template <bool kInt8Tile>
-  static __device__ void load(const Source& source, int row0, uint4* stage, int g, int c) {
-    constexpr int kPieceDims = kInt8Tile ? 16 : 8;
-    constexpr int kRowBytes = kHeadDim * (kInt8Tile ? 1 : 2);
-    constexpr int kKeys = kInt8Tile ? C::kKeyPieces / 2 : C::kKeyPieces;
-    constexpr int kValues = kInt8Tile ? C::kOutTiles / 8 : C::kOutTiles / 4;
+  struct Tile {
+    static constexpr int kKeys = tileKeys(kInt8Tile);
+    static constexpr int kGroups = kKeys / 8;
+    static constexpr int kPieceDims = kInt8Tile ? 16 : 8;
+    static constexpr int kRowPieces = kHeadDim / kPieceDims;
+    static constexpr int kRowBytes = kHeadDim * (kInt8Tile ? 1 : 2);
+    static constexpr int kKeyPieces = kInt8Tile ? C::kKeyPieces / 2 : C::kKeyPieces;     // of a lane
+    static constexpr int kValuePieces = kInt8Tile ? C::kOutTiles / 8 : C::kOutTiles / 4;  // of a lane
+    static constexpr int kValues = kKeys / 4;                                             // rows of a lane
+    static constexpr int kValuesAt = 32 * kGroups * kKeyPieces;
+
+    // Where the i-th piece of lane c of a quad, or of lane g of eight, is in a row.
+    static __device__ constexpr int keyPiece(int i, int c) { return kInt8Tile ? 4 * i + c : C::keyPiece(i, c); }
+    static __device__ constexpr int valuePiece(int i, int g) { return kInt8Tile ? 8 * i + g : C::valuePiece(i, g); }
+    // The other way round: where in a group of keys a piece of key g belongs.
+    static __device__ constexpr int keyPieceAt(int piece, int g) {
+      const bool has_pairs = kInt8 && !kInt8Tile;
+      const int i = has_pairs ? 2 * (piece / 8) + piece % 2 : piece / 4, c = has_pairs ? piece % 8 / 2 : piece % 4;
+      return 32 * i + 4 * g + c;
+    }
+    // Row of the i-th value of lane c.
+    static __device__ constexpr int valueRow(int i, int c) { return 8 * (i / 2) + 2 * c + i % 2; }
+  };
+
+  // Copies one tile into a stage. Pieces past the end of a row become zeros.
+  template <bool kInt8Tile>
+  static __device__ void load(const Source& source, int row0, uint4* stage, int lane) {
+    using L = Tile<kInt8Tile>;
+    constexpr int kPadded = 4 * L::kKeyPieces;  // pieces of a row
+    auto isThere = [&](int row) { return row < source.limit && row != source.own; };
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = row0 + 8 * half + g;
-      const bool is_there = row < source.limit && row != source.own;
-      const char* from = source.k + static_cast<size_t>(is_there ? row : 0) * kRowBytes;
+    for (int group = 0; group < L::kGroups; ++group) {
 #pragma unroll
-      for (int i = 0; i < kKeys; ++i) {
-        const int piece = kInt8Tile ? 4 * i + c : C::keyPiece(i, c);
-        const bool is_read = is_there && piece < kHeadDim / kPieceDims;
-        copyAsync<16>(stage + 32 * (half * kKeys + i), from + (is_read ? 16 * piece : 0), is_read ? 16 : 0);
+      for (int i = 0; i < L::kKeyPieces; ++i) {
+        const int index = 32 * i + lane, key = index / kPadded, piece = index % kPadded;  // key of the group
+        const int row = row0 + 8 * group + key;
+        const bool is_read = isThere(row) && (kPadded == L::kRowPieces || piece < L::kRowPieces);
+        copyAsync<16>(stage + 32 * group * L::kKeyPieces + L::keyPieceAt(piece, key),
+                      source.k + static_cast<ptrdiff_t>(row) * L::kRowBytes + 16 * piece, is_read ? 16 : 0);
       }
     }
+    const int g = lane / 4, c = lane % 4;
 #pragma unroll
-    for (int key = 0; key < 4; ++key) {
-      const int row = row0 + 8 * (key / 2) + 2 * c + key % 2;
-      const bool is_there = row < source.limit && row != source.own;
-      const char* from = source.v + static_cast<size_t>(is_there ? row : 0) * kRowBytes;
+    for (int key = 0; key < L::kValues; ++key) {
+      const int row = row0 + L::valueRow(key, c);
 #pragma unroll
-      for (int i = 0; i < kValues; ++i) {
-        const int piece = kInt8Tile ? 8 * i + g : C::valuePiece(i, g);
-        const bool is_read = is_there && piece < kHeadDim / kPieceDims;
-        copyAsync<16>(stage + 32 * (2 * kKeys + key * kValues + i), from + (is_read ? 16 * piece : 0),
-                      is_read ? 16 : 0);
+      for (int i = 0; i < L::kValuePieces; ++i) {
+        const int piece = L::valuePiece(i, g);
+        const bool is_read = isThere(row) && piece < L::kRowPieces;
+        copyAsync<16>(stage + L::kValuesAt + 32 * (key * L::kValuePieces + i) + lane,
+                      source.v + static_cast<ptrdiff_t>(row) * L::kRowBytes + 16 * piece, is_read ? 16 : 0);
       }
     }
   }
 
   // Puts the step's own token into the tile that holds its row. k, v: its row in shared memory.
   template <bool kInt8Tile>
-  static __device__ void insert(const uint4* k, const uint4* v, int own_key, uint4* stage, int g, int c) {
-    constexpr int kPieceDims = kInt8Tile ? 16 : 8;
-    constexpr int kKeys = kInt8Tile ? C::kKeyPieces / 2 : C::kKeyPieces;
-    constexpr int kValues = kInt8Tile ? C::kOutTiles / 8 : C::kOutTiles / 4;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (8 * half + g != own_key) continue;
-#pragma unroll
-      for (int i = 0; i < kKeys; ++i) {
-        const int piece = kInt8Tile ? 4 * i + c : C::keyPiece(i, c);
-        if (piece < kHeadDim / kPieceDims) stage[32 * (half * kKeys + i)] = k[piece];
-      }
+  static __device__ void insert(const uint4* k, const uint4* v, int own_key, uint4* stage, int lane) {
+    using L = Tile<kInt8Tile>;
+    for (int piece = lane; piece < L::kRowPieces; piece += 32) {
+      stage[32 * (own_key / 8) * L::kKeyPieces + L::keyPieceAt(piece, own_key % 8)] = k[piece];
     }
+    const int g = lane / 4, c = lane % 4;
 #pragma unroll
-    for (int key = 0; key < 4; ++key) {
-      if (8 * (key / 2) + 2 * c + key % 2 != own_key) continue;
+    for (int key = 0; key < L::kValues; ++key) {
+      if (L::valueRow(key, c) != own_key) continue;
 #pragma unroll
-      for (int i = 0; i < kValues; ++i) {
-        const int piece = kInt8Tile ? 8 * i + g : C::valuePiece(i, g);
-        if (piece < kHeadDim / kPieceDims) stage[32 * (2 * kKeys + key * kValues + i)] = v[piece];
+      for (int i = 0; i < L::kValuePieces; ++i) {
+        const int piece = L::valuePiece(i, g);
+        if (piece < L::kRowPieces) stage[L::kValuesAt + 32 * (key * L::kValuePieces + i) + lane] = v[piece];
       }
     }
   }
 
   // The warp's copy of a tile's scales, two float16 to a word. begin: the section's first row in the array.
-  static __device__ void loadScales(const void* k_scale, const void* v_scale, size_t begin, int row0, int limit,
-                                    uint32_t* target, int lane) {
-    const int word = lane % 16;
-    if (word >= C::kScaleWords) return;
-    const char* array = static_cast<const char*>(lane < 16 ? k_scale : v_scale);
-    const size_t first = (begin + row0) / 2 * 2 + 2 * word, end = begin + limit;  // in float16; from a whole word on
+  static __device__ void loadScales(const void* k_scale, const void* v_scale, size_t begin, int row0, int num_keys,
+                                    int limit, uint32_t* target, int lane) {
+    if (lane > num_keys / 2) return;  // one word more, in case the first begins in its middle
+    const size_t first = (begin + row0) / 2 * 2 + 2 * lane, end = begin + limit;  // in float16; from a whole word on
     const int num_bytes = first >= end ? 0 : (first + 1 < end ? 4 : 2);
-    copyAsync<4>(target + (lane < 16 ? 0 : C::kScaleWords + 3) + word, array + (num_bytes ? 2 * first : 0), num_bytes);
+    copyAsync<4>(target + lane, static_cast<const char*>(k_scale) + 2 * first, num_bytes);
+    copyAsync<4>(target + C::kScaleWords + lane, static_cast<const char*>(v_scale) + 2 * first, num_bytes);
   }
 
-  // logits [row tile][keys 0-7, 8-15][4] of a tile: q . k, no scales yet.
+  // Products [group of 8 keys][4] of a tile: q . k, no scales yet.
   template <bool kInt8Tile>
-  static __device__ void multiplyKeys(const T* q, const uint4* stage, int g, int c, float (&logits)[2][4]) {
-    constexpr int kKeys = kInt8Tile ? C::kKeyPieces / 2 : C::kKeyPieces;
+  static __device__ void multiplyKeys(const T* q, const uint4* stage, int lane,
+                                      float (&products)[Tile<kInt8Tile>::kGroups][4]) {
+    using L = Tile<kInt8Tile>;
+    const int g = lane / 4, c = lane % 4;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int group = 0; group < L::kGroups; ++group) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) logits[half][i] = 0.0f;
+      for (int i = 0; i < 4; ++i) products[group][i] = 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < C::kKeyPieces; ++i) {
@@ -288,63 +310,87 @@ struct Attend {
       uint4 q1 = make_uint4(0, 0, 0, 0);
       if constexpr (kRowTiles == 2) q1 = *reinterpret_cast<const uint4*>(q + (8 + g) * C::kRowStride + 8 * piece);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int group = 0; group < L::kGroups; ++group) {
         uint4 k;
         if constexpr (kInt8Tile) {
-          const uint4 bytes = stage[32 * (half * kKeys + i / 2)];
-          H::fromInt8(i % 2 ? bytes.z : bytes.x, k.x, k.y);
-          H::fromInt8(i % 2 ? bytes.w : bytes.y, k.z, k.w);
+          const uint2 bytes = reinterpret_cast<const uint2*>(stage + 32 * (group * L::kKeyPieces + i / 2) + lane)[i % 2];
+          H::fromInt8(bytes.x, k.x, k.y);
+          H::fromInt8(bytes.y, k.z, k.w);
         } else {
-          k = stage[32 * (half * kKeys + i)];
+          k = stage[32 * (group * L::kKeyPieces + i) + lane];
         }
-        multiplyAdd<kDType>(logits[half], q0.x, q1.x, q0.y, q1.y, k.x, k.y);
-        multiplyAdd<kDType>(logits[half], q0.z, q1.z, q0.w, q1.w, k.z, k.w);
+        multiplyAdd<kDType>(products[group], q0.x, q1.x, q0.y, q1.y, k.x, k.y);
+        multiplyAdd<kDType>(products[group], q0.z, q1.z, q0.w, q1.w, k.z, k.w);
       }
     }
   }
 
-  // weights: [row tile][keys 0-7, 8-15], pairs of 16-bit numbers.
+  // weights: [row tile][group of 8 keys], pairs of 16-bit numbers.
   template <bool kInt8Tile>
-  static __device__ void addValues(const uint32_t (&weights)[kRowTiles][2], const uint4* stage,
-                                   float (&out)[kRowTiles][C::kOutTiles][4]) {
-    constexpr int kKeys = kInt8Tile ? C::kKeyPieces / 2 : C::kKeyPieces;
-    constexpr int kValues = kInt8Tile ? C::kOutTiles / 8 : C::kOutTiles / 4;
-    const uint4* values = stage + 32 * 2 * kKeys;
+  static __device__ void addValues(const uint32_t (&weights)[kRowTiles][Tile<kInt8Tile>::kGroups], const uint4* stage,
+                                   int lane, float (&out)[kRowTiles][C::kOutTiles][4]) {
+    using L = Tile<kInt8Tile>;
+    const uint4* values = stage + L::kValuesAt + lane;
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      uint4 v[4];
+    for (int step = 0; step < L::kKeys / 16; ++step) {
+      auto add = [&](int tile, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
 #pragma unroll
-      for (int key = 0; key < 4; ++key) v[key] = values[32 * (key * kValues + i)];
+        for (int r = 0; r < kRowTiles; ++r) {
+          multiplyAdd<kDType>(out[r][tile], a0, a1, a2, a3, weights[r][2 * step], weights[r][2 * step + 1]);
+        }
+      };
 #pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        const uint32_t w[4] = {(&v[0].x)[word], (&v[1].x)[word], (&v[2].x)[word], (&v[3].x)[word]};
-        if constexpr (kInt8Tile) {
+      for (int i = 0; i < L::kValuePieces; ++i) {
+        uint4 v[4];
 #pragma unroll
-          for (int two = 0; two < 2; ++two) {  // dimensions 4 * word + 2 * two + 0, 1
-            uint32_t a[4];
-            H::fromInt8(__byte_perm(w[0], w[1], two ? 0x7362 : 0x5140), a[0], a[1]);
-            H::fromInt8(__byte_perm(w[2], w[3], two ? 0x7362 : 0x5140), a[2], a[3]);
+        for (int key = 0; key < 4; ++key) v[key] = values[32 * ((4 * step + key) * L::kValuePieces + i)];
 #pragma unroll
-            for (int r = 0; r < kRowTiles; ++r) {
-              multiplyAdd<kDType>(out[r][8 * i + 2 * word + two], a[0], a[1], a[2], a[3], weights[r][0], weights[r][1]);
+        for (int word = 0; word < 4; ++word) {
+          const uint32_t w[4] = {(&v[0].x)[word], (&v[1].x)[word], (&v[2].x)[word], (&v[3].x)[word]};
+          if constexpr (kInt8Tile) {
+#pragma unroll
+            for (int two = 0; two < 2; ++two) {  // dimensions 4 * word + 2 * two + 0, 1
+              uint32_t a[4];
+              H::fromInt8(__byte_perm(w[0], w[1], two ? 0x7362 : 0x5140), a[0], a[1]);
+              H::fromInt8(__byte_perm(w[2], w[3], two ? 0x7362 : 0x5140), a[2], a[3]);
+              add(8 * i + 2 * word + two, a[0], a[1], a[2], a[3]);
             }
-          }
-        } else {
-          const uint32_t a0 = __byte_perm(w[0], w[1], 0x5410), a1 = __byte_perm(w[0], w[1], 0x7632);
-          const uint32_t a2 = __byte_perm(w[2], w[3], 0x5410), a3 = __byte_perm(w[2], w[3], 0x7632);
-#pragma unroll
-          for (int r = 0; r < kRowTiles; ++r) {
-            multiplyAdd<kDType>(out[r][4 * i + word], a0, a1, a2, a3, weights[r][0], weights[r][1]);
+          } else {
+            add(4 * i + word, __byte_perm(w[0], w[1], 0x5410), __byte_perm(w[0], w[1], 0x7632),
+                __byte_perm(w[2], w[3], 0x5410), __byte_perm(w[2], w[3], 0x7632));
           }
         }
       }
     }
   }
 
-  // One row of the step's k or v, by a warp: turned, rounded, to shared memory and (if is_kept) to its place in the state.
-  static __device__ void writeNewRow(const T* row, const Turns& turns, int num_pairs, bool interleaved, bool is_int8,
-                                     bool is_kept, void* shared_row, void* state_row, __half* shared_scale,
-                                     __half* state_scale, int lane) {
+  // Turns the block's raw rows of q where they are, and to q_sink as the sinks meet them. Each pair is one thread's.
+  static __device__ void turnQueries(T* q, T* q_sink, const Turns& turns, bool interleaved) {
+    const int num_pairs = turns.num_pairs > turns.num_sink_pairs ? turns.num_pairs : turns.num_sink_pairs;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < C::kRows * (kHeadDim / 2); i += C::kThreads) {
+      const int r = i / (kHeadDim / 2), pair = i % (kHeadDim / 2);
+      const bool is_turned = pair < num_pairs, is_split = is_turned && !interleaved;
+      const int first = r * C::kRowStride + (is_split ? pair : 2 * pair), second = first + (is_split ? num_pairs : 1);
+      const float x = H::toFloat(q[first]), y = H::toFloat(q[second]);
+      if (is_turned && turns.num_pairs > 0) {
+        const float cosine = turns.cos[pair], sine = turns.sin[pair];
+        q[first] = H::fromFloat(x * cosine - y * sine);
+        q[second] = H::fromFloat(x * sine + y * cosine);
+      }
+      const bool turns_back = is_turned && turns.num_sink_pairs > 0;
+      const float cosine = turns_back ? turns.sink_cos[pair] : 1.0f, sine = turns_back ? turns.sink_sin[pair] : 0.0f;
+      q_sink[first] = H::fromFloat(x * cosine - y * sine);
+      q_sink[second] = H::fromFloat(x * sine + y * cosine);
+    }
+  }
+
+  // The step's raw k or v in shared memory, by a warp: turned and rounded where it is, and (if is_kept) to its place in
+  // the state.
+  static __device__ void writeNewRow(void* shared_row, const Turns& turns, int num_pairs, bool interleaved, bool is_int8,
+                                     bool is_kept, void* state_row, __half* shared_scale, __half* state_scale,
+                                     int lane) {
+    const T* row = static_cast<const T*>(shared_row);
     constexpr int kEach = divUp(kHeadDim, 32);
     float x[kEach];
     float largest = 0.0f;
@@ -355,6 +401,7 @@ struct Attend {
       largest = fmaxf(largest, fabsf(x[i]));
     }
     const __half scale = int8Scale(warpMax(largest));
+    __syncwarp();  // all have read
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int d = 32 * i + lane;
@@ -376,6 +423,7 @@ struct Attend {
   }
 
   static __device__ void run(const AttendArgs& args) {
+    waitForPreviousKernel();
     letNextKernelStart();
     extern __shared__ uint4 shared[];
     const SinkAttentionParams& p = args.p;
@@ -385,18 +433,37 @@ struct Attend {
     const int num_rows = group * p.num_tokens, row_begin = blockIdx.x * C::kRows;
     const size_t head_row = blockIdx.z;  // of [B, Hkv]
 
-    uint4* stages = shared + warp * (C::kStages * C::kStageBytes / 16) + lane;
+    uint4* stages = shared + warp * (C::kStages * C::kStageBytes / 16);
     char* bytes = reinterpret_cast<char*>(shared) + C::kStagesBytes;
     T* q_shared = reinterpret_cast<T*>(bytes);
     T* q_sink_shared = reinterpret_cast<T*>(bytes += C::kQueryBytes);
     uint4* new_k = reinterpret_cast<uint4*>(bytes += C::kQueryBytes);
     uint4* new_v = reinterpret_cast<uint4*>(bytes += C::kNewRowBytes);
     auto* scales = reinterpret_cast<uint32_t*>(bytes += C::kNewRowBytes);
-    constexpr int kScalesStride = 2 * (C::kScaleWords + 3);  // words of a stage: keys' scales, then values'
+    constexpr int kScalesStride = 2 * C::kScaleWords;  // words of a stage: keys' scales, then values'
     uint32_t* warp_scales = scales + warp * C::kStages * kScalesStride;
     auto* sums_shared = reinterpret_cast<float2*>(bytes += C::kScaleBytes);
     auto* turns_shared = reinterpret_cast<float*>(bytes + C::kSumsBytes);
     __shared__ __half new_scales[2];
+
+    // --- a step's q, k and v, as they are, before anything is known ---
+    if constexpr (!kPrefill) {
+      constexpr int kRowPieces = kHeadDim / 8;
+      const size_t q_row = static_cast<size_t>(stream) * p.num_q_heads + kv_head * group + row_begin;
+      const auto* q = static_cast<const uint4*>(p.q) + q_row * kRowPieces;
+      for (int i = threadIdx.x; i < (C::kRows + 2) * kRowPieces; i += C::kThreads) {
+        const int r = i / kRowPieces, piece = i % kRowPieces;
+        if (r < C::kRows) {
+          copyAsync<16>(q_shared + r * C::kRowStride + 8 * piece, q + i, row_begin + r < num_rows ? 16 : 0);
+        } else {
+          const void* row = r == C::kRows ? p.k : p.v;
+          copyAsync<16>((r == C::kRows ? new_k : new_v) + piece,
+                        static_cast<const uint4*>(row) + head_row * kRowPieces + piece, 16);
+        }
+      }
+      commitCopies();
+      prefetchTurns(p, stream);
+    }
 
     // --- what is there ---
     const sinkrt::Ring ring{p.num_sinks, p.window_size};
@@ -414,14 +481,16 @@ struct Attend {
                            static_cast<const char*>(p.window_v) + window_row * kHeadDim * element,
                            static_cast<int>(ring.numWindowTokens(newest)), !kPrefill && !is_sink ? newest_slot : -1};
     const Source chunk = {static_cast<const char*>(args.k) + chunk_row * kHeadDim * 2,
-                          static_cast<const char*>(args.v) + chunk_row * kHeadDim * 2, p.num_tokens, -1};
+                          static_cast<const char*>(args.v) + chunk_row * kHeadDim * 2,
+                          p.num_valid != nullptr ? p.num_valid[stream] : p.num_tokens, -1};
     auto sourceOf = [&](Section section) {
       if (section == kSinks) return sinks;
       return !kPrefill || section == kWindow ? window : chunk;
     };
 
     // --- this block's tiles: of the sinks, then of the window, then of the chunk ---
-    const int sink_tiles = divUp(p.num_sinks, kTileKeys), window_tiles = divUp(p.window_size, kTileKeys);
+    constexpr int kTileKeys = tileKeys(false), kWindowKeys = tileKeys(kInt8);
+    const int sink_tiles = divUp(p.num_sinks, kTileKeys), window_tiles = divUp(p.window_size, kWindowKeys);
     const int chunk_tiles = kPrefill ? divUp(p.num_tokens, kTileKeys) : 0;
     const int tile_begin = blockIdx.y * args.tiles_per_split;
     const int tile_end = min(tile_begin + args.tiles_per_split, sink_tiles + window_tiles + chunk_tiles);
@@ -430,7 +499,7 @@ struct Attend {
     auto sectionOf = [&](int tile, int& row0) -> Section {
       if (tile < sink_tiles) return row0 = tile * kTileKeys, kSinks;
       tile -= sink_tiles;
-      if (!kPrefill || tile < window_tiles) return row0 = tile * kTileKeys, kWindow;
+      if (!kPrefill || tile < window_tiles) return row0 = tile * kWindowKeys, kWindow;
       return row0 = (tile - window_tiles) * kTileKeys, kChunk;
     };
     auto nextTile = [&](int tile) {  // first one from `tile` on, in this warp's strides, that holds anything
@@ -448,16 +517,18 @@ struct Attend {
         const Source source = sourceOf(section);
         uint4* target = stages + stage * (C::kStageBytes / 16);
         if constexpr (kInt8) {
-          if (section == kWindow) load<true>(source, row0, target, g, c);
-          else load<false>(source, row0, target, g, c);
           uint32_t* scale_target = warp_scales + stage * kScalesStride;
           if (section == kWindow) {
-            loadScales(p.window_k_scale, p.window_v_scale, window_row, row0, source.limit, scale_target, lane);
-          } else if (kPrefill && section == kChunk) {
-            loadScales(args.k_scale, args.v_scale, chunk_row, row0, source.limit, scale_target, lane);
+            load<true>(source, row0, target, lane);
+            loadScales(p.window_k_scale, p.window_v_scale, window_row, row0, kWindowKeys, source.limit, scale_target, lane);
+          } else {
+            load<false>(source, row0, target, lane);
+            if (kPrefill && section == kChunk) {
+              loadScales(args.k_scale, args.v_scale, chunk_row, row0, kTileKeys, source.limit, scale_target, lane);
+            }
           }
         } else {
-          load<false>(source, row0, target, g, c);
+          load<false>(source, row0, target, lane);
         }
       }
       commitCopies();
@@ -489,23 +560,11 @@ struct Attend {
       }
     } else {
       const Turns turns = makeTurns(p, stream, 0, t, turns_shared);
+      waitForCopies<C::kStages - 1>();  // q, k and v came first
       __syncthreads();
-      const auto* q = static_cast<const T*>(p.q) +
-                      (static_cast<size_t>(stream) * p.num_q_heads + kv_head * group + row_begin) * kHeadDim;
-#pragma unroll 4
-      for (int i = threadIdx.x; i < C::kRows * kHeadDim; i += C::kThreads) {
-        const int r = i / kHeadDim, d = i % kHeadDim;
-        float plain = 0.0f, for_sinks = 0.0f;
-        if (row_begin + r < num_rows) {
-          const T* row = q + r * kHeadDim;
-          plain = turned<kDType>(row, d, turns.cos, turns.sin, turns.num_pairs, p.interleaved);
-          for_sinks = turned<kDType>(row, d, turns.sink_cos, turns.sink_sin, turns.num_sink_pairs, p.interleaved);
-        }
-        q_shared[r * C::kRowStride + d] = H::fromFloat(plain);
-        q_sink_shared[r * C::kRowStride + d] = H::fromFloat(for_sinks);
-      }
+      turnQueries(q_shared, q_sink_shared, turns, p.interleaved);
       const int own_row = is_sink ? sinks.own : window.own;
-      const int tile = own_row / kTileKeys + (is_sink ? 0 : sink_tiles);
+      const int tile = is_sink ? own_row / kTileKeys : sink_tiles + own_row / kWindowKeys;
       if (tile_begin <= tile && tile < tile_end) {
         own_tile = tile;
         if (warp < 2) {
@@ -514,8 +573,7 @@ struct Attend {
           const size_t state_row = (is_sink ? sink_row : window_row) + own_row;
           void* state = is_value ? (is_sink ? p.sink_v : p.window_v) : (is_sink ? p.sink_k : p.window_k);
           void* state_scales = is_value ? p.window_v_scale : p.window_k_scale;
-          writeNewRow(static_cast<const T*>(is_value ? p.v : p.k) + head_row * kHeadDim, turns,
-                      is_value ? 0 : turns.num_pairs, p.interleaved, is_int8, is_kept, is_value ? new_v : new_k,
+          writeNewRow(is_value ? new_v : new_k, turns, is_value ? 0 : turns.num_pairs, p.interleaved, is_int8, is_kept,
                       static_cast<char*>(state) + state_row * kHeadDim * (is_int8 ? 1 : 2), new_scales + is_value,
                       is_int8 ? static_cast<__half*>(state_scales) + state_row : nullptr, lane);
         }
@@ -545,115 +603,129 @@ struct Attend {
       }
     }
 
-    for (int stage = 0; tiles[0] < tile_end; stage = stage + 1 == C::kStages ? 0 : stage + 1) {
-      __syncwarp();  // nobody reads the scales that the next copy replaces
-      tiles[C::kStages - 1] = ahead;
-      issue(ahead, stage == 0 ? C::kStages - 1 : stage - 1);
-      if (ahead < tile_end) ahead = nextTile(ahead + C::kWarps);
-      waitForCopies<C::kStages - 1>();
-      __syncwarp();
-
+    auto consume = [&](auto is_int8_tile, int tile, int stage) {
+      constexpr bool kInt8Tile = decltype(is_int8_tile)::value;
+      using L = Tile<kInt8Tile>;
+      constexpr int kLogits = 2 * L::kGroups;  // of a row in a thread
+      auto keyOf = [&](int i) { return 8 * (i / 2) + 2 * c + i % 2; };
       int row0;
-      const int tile = tiles[0];
       const Section section = sectionOf(tile, row0);
       const int limit = sourceOf(section).limit;
       uint4* data = stages + stage * (C::kStageBytes / 16);
-      const bool is_int8 = kInt8 && section == kWindow;
-      const bool has_scales = kInt8 && (section == kWindow || (kPrefill && section == kChunk));
-      // Of keys and values 2c, 2c+1, 8+2c, 9+2c.
+      const bool has_scales = kInt8Tile || (kInt8 && kPrefill && section == kChunk);
       __half* tile_scales = reinterpret_cast<__half*>(warp_scales + stage * kScalesStride) +
-                            ((section == kWindow ? window_row : chunk_row) + row0) % 2;
+                            ((kInt8Tile ? window_row : chunk_row) + row0) % 2;
       if (!kPrefill && tile == own_tile) {
         const int own_key = (section == kSinks ? sinks.own : window.own) - row0;
-        if (is_int8) {
-          if constexpr (kInt8) insert<true>(new_k, new_v, own_key, data, g, c);
-          if (lane < 2) tile_scales[lane * 2 * (C::kScaleWords + 3) + own_key] = new_scales[lane];
-          __syncwarp();
-        } else {
-          insert<false>(new_k, new_v, own_key, data, g, c);
-        }
+        insert<kInt8Tile>(new_k, new_v, own_key, data, lane);
+        if (kInt8Tile && lane < 2) tile_scales[lane * 2 * C::kScaleWords + own_key] = new_scales[lane];
+        __syncwarp();
       }
 
-      float products[2][4];
-      const T* q = section == kSinks ? q_sink_shared : q_shared;
-      if constexpr (kInt8) {
-        if (is_int8) multiplyKeys<true>(q, data, g, c, products);
-        else multiplyKeys<false>(q, data, g, c, products);
-      } else {
-        multiplyKeys<false>(q, data, g, c, products);
-      }
+      float products[L::kGroups][4];
+      multiplyKeys<kInt8Tile>(section == kSinks ? q_sink_shared : q_shared, data, lane, products);
 
-      float value_scale[4] = {1.0f, 1.0f, 1.0f, 1.0f}, key_scale[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+      float key_scale[kLogits], value_scale[kLogits];
       if (has_scales) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int key = 8 * (i / 2) + 2 * c + i % 2;
-          key_scale[i] = __half2float(tile_scales[key]);
-          value_scale[i] = __half2float(tile_scales[2 * (C::kScaleWords + 3) + key]);
+        for (int i = 0; i < kLogits; ++i) {
+          key_scale[i] = __half2float(tile_scales[keyOf(i)]);
+          value_scale[i] = __half2float(tile_scales[2 * C::kScaleWords + keyOf(i)]);
         }
       }
 
-      uint32_t weights[kRowTiles][2];
+      uint32_t weights[kRowTiles][L::kGroups];
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
-        float logits[4];
+        float logits[kLogits];
+#pragma unroll
+        for (int i = 0; i < kLogits; ++i) {
+          logits[i] = products[i / 2][2 * r + i % 2] * (has_scales ? key_scale[i] : 1.0f);
+        }
+        if (p.softcap != 0.0f) {
+#pragma unroll
+          for (int i = 0; i < kLogits; ++i) logits[i] = p.softcap * kLog2E * tanhf(logits[i] * p.scale / p.softcap);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kLogits; ++i) logits[i] *= logit_scale;
+        }
+        // Steps since a slot was written, as the newest token in the ring sees it.
+        auto ageOf = [&](int row) { return newest_slot - row + (row > newest_slot ? p.window_size : 0); };
+        if (p.alibi_slopes != nullptr) {
+          const int query = static_cast<int>(min(t + token[r], ring.capacity() - 1));  // in-cache position
+#pragma unroll
+          for (int i = 0; i < kLogits; ++i) {
+            const int row = row0 + keyOf(i);
+            int distance = ageOf(row) + (kPrefill ? 1 + token[r] : 0);
+            if (section == kSinks) distance = query - row;
+            if (section == kChunk) distance = token[r] - row;
+            logits[i] -= slope[r] * static_cast<float>(distance);
+          }
+        }
+        if (p.sink_scale != nullptr && row0 == 0 && (section == kSinks || (section == kChunk && t == 0))) {
+          if (c == 0) logits[0] += sink_scale_log2[r];  // key 0 of the tile is token 0
+        }
         float largest = sums[r].largest;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = row0 + 8 * (i / 2) + 2 * c + i % 2;
-          float x = products[i / 2][2 * r + i % 2] * key_scale[i];
-          if (p.softcap != 0.0f) x = p.softcap * kLog2E * tanhf(x * p.scale / p.softcap);
-          else x *= logit_scale;
+        for (int i = 0; i < kLogits; ++i) {
+          const int row = row0 + keyOf(i);
           bool is_seen = row < limit;
-          // Steps since the slot was written, as the newest token in the ring sees it.
-          const int age = newest_slot - row + (row > newest_slot ? p.window_size : 0);
           if constexpr (kPrefill) {
-            if (section == kWindow) is_seen = is_seen && age + 1 + token[r] < p.window_size;
+            if (section == kWindow) is_seen = is_seen && ageOf(row) + 1 + token[r] < p.window_size;
             if (section == kChunk) is_seen = is_seen && row <= token[r];
           }
-          if (p.alibi_slopes != nullptr) {
-            const int64_t query = min(t + token[r], ring.capacity() - 1);  // in-cache position
-            int distance = kPrefill ? age + 1 + token[r] : age;
-            if (section == kSinks) distance = static_cast<int>(query) - row;
-            if (section == kChunk) distance = token[r] - row;
-            x -= slope[r] * static_cast<float>(distance);
-          }
-          if (p.sink_scale != nullptr && row == 0) {
-            if (section == kSinks || (section == kChunk && t == 0)) x += sink_scale_log2[r];
-          }
-          logits[i] = is_seen ? x : -INFINITY;
+          if (!is_seen) logits[i] = -INFINITY;
           largest = fmaxf(largest, logits[i]);
         }
         largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
         const float base = largest == -INFINITY ? 0.0f : largest;
-        const float shrink = exp2Fast(sums[r].largest - base);
         if (__any_sync(kFullWarp, largest > sums[r].largest)) {
+          const float shrink = exp2Fast(sums[r].largest - base);
           const float even = __shfl_sync(kFullWarp, shrink, 8 * c), odd = __shfl_sync(kFullWarp, shrink, 8 * c + 4);
 #pragma unroll
           for (int i = 0; i < C::kOutTiles; ++i) {
             out[r][i][0] *= even, out[r][i][2] *= even;
             out[r][i][1] *= odd, out[r][i][3] *= odd;
           }
+          sums[r].largest = largest;
+          sums[r].sum *= shrink;
         }
-        sums[r].largest = largest;
-        sums[r].sum *= shrink;
-        float weighted[4];
+        // The sum is of weights as they were rounded, so that their errors shift nothing on average.
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float weight = exp2Fast(logits[i] - base + kBias);
-          sums[r].sum += weight;
-          // A row that is not there may have any scale, NaN too.
-          weighted[i] = has_scales && weight != 0.0f ? weight * value_scale[i] : weight;
+        for (int group = 0; group < L::kGroups; ++group) {
+          float weight[2], rounded[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            weight[i] = exp2Fast(logits[2 * group + i] - base + kBias);
+            // A row that is not there may have any scale, NaN too.
+            if (has_scales && weight[i] != 0.0f) weight[i] *= value_scale[2 * group + i];
+          }
+          weights[r][group] = H::pack(weight[0], weight[1]);
+          H::unpack(weights[r][group], rounded[0], rounded[1]);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (has_scales && rounded[i] != 0.0f) rounded[i] = __fdividef(rounded[i], value_scale[2 * group + i]);
+            sums[r].sum += rounded[i];
+          }
         }
-        weights[r][0] = H::pack(weighted[0], weighted[1]);
-        weights[r][1] = H::pack(weighted[2], weighted[3]);
       }
+      addValues<kInt8Tile>(weights, data, lane, out);
+    };
+
+    for (int stage = 0; tiles[0] < tile_end; stage = stage + 1 == C::kStages ? 0 : stage + 1) {
+      __syncwarp();  // nobody reads what the next copy replaces
+      tiles[C::kStages - 1] = ahead;
+      issue(ahead, stage == 0 ? C::kStages - 1 : stage - 1);
+      if (ahead < tile_end) ahead = nextTile(ahead + C::kWarps);
+      waitForCopies<C::kStages - 1>();
+      __syncwarp();
       if constexpr (kInt8) {
-        if (is_int8) addValues<true>(weights, data, out);
-        else addValues<false>(weights, data, out);
+        int row0;
+        if (sectionOf(tiles[0], row0) == kWindow) consume(std::true_type{}, tiles[0], stage);
+        else consume(std::false_type{}, tiles[0], stage);
       } else {
-        addValues<false>(weights, data, out);
+        consume(std::false_type{}, tiles[0], stage);
       }
 #pragma unroll
       for (int i = 0; i < C::kStages - 1; ++i) tiles[i] = tiles[i + 1];
@@ -721,28 +793,29 @@ struct AttendKernel {
   int shared_bytes;
 };
 
-template <int kHeadDim, DType kDType, bool kInt8>
-AttendKernel attendKernel(bool is_prefill) {
-  constexpr int kStepTiles = 1, kPrefillTiles = 2;
-  using Step = Config<kHeadDim, kInt8, kStepTiles>;
-  using Prefill = Config<kHeadDim, kInt8, kPrefillTiles>;
-  if (is_prefill) {
-    return {reinterpret_cast<const void*>(&attend<kHeadDim, kDType, kInt8, kPrefillTiles, true>), Prefill::kRows,
-            Prefill::kThreads, Prefill::kWarps, Prefill::kSharedBytes};
-  }
-  return {reinterpret_cast<const void*>(&attend<kHeadDim, kDType, kInt8, kStepTiles, false>), Step::kRows,
-          Step::kThreads, Step::kWarps, Step::kSharedBytes};
+template <int kHeadDim, DType kDType, bool kInt8, int kRowTiles, bool kPrefill>
+AttendKernel attendKernel() {
+  using C = Config<kHeadDim, kInt8, kRowTiles>;
+  return {reinterpret_cast<const void*>(&attend<kHeadDim, kDType, kInt8, kRowTiles, kPrefill>), C::kRows, C::kThreads,
+          C::kWarps, C::kSharedBytes};
 }
 
-// One of 8 instances for each head dimension; sink_attention_d*.cu.
+// A step's groups of up to 8 query heads make 8 rows, larger ones 16, as a chunk's do.
+template <int kHeadDim, DType kDType, bool kInt8>
+AttendKernel attendKernel(int group, bool is_prefill) {
+  if (is_prefill) return attendKernel<kHeadDim, kDType, kInt8, 2, true>();
+  return group > 8 ? attendKernel<kHeadDim, kDType, kInt8, 2, false>() : attendKernel<kHeadDim, kDType, kInt8, 1, false>();
+}
+
+// Instantiated for each head dimension in sink_attention_d*.cu.
 template <int kHeadDim>
-AttendKernel attendKernelOf(DType dtype, bool is_int8, bool is_prefill) {
+AttendKernel attendKernelOf(DType dtype, bool is_int8, int group, bool is_prefill) {
   if (dtype == DType::kFloat16) {
-    return is_int8 ? attendKernel<kHeadDim, DType::kFloat16, true>(is_prefill)
-                   : attendKernel<kHeadDim, DType::kFloat16, false>(is_prefill);
+    return is_int8 ? attendKernel<kHeadDim, DType::kFloat16, true>(group, is_prefill)
+                   : attendKernel<kHeadDim, DType::kFloat16, false>(group, is_prefill);
   }
-  return is_int8 ? attendKernel<kHeadDim, DType::kBFloat16, true>(is_prefill)
-                 : attendKernel<kHeadDim, DType::kBFloat16, false>(is_prefill);
+  return is_int8 ? attendKernel<kHeadDim, DType::kBFloat16, true>(group, is_prefill)
+                 : attendKernel<kHeadDim, DType::kBFloat16, false>(group, is_prefill);
 }
 
 }  // namespace detail

@@ -64,6 +64,9 @@ class SinkAttentionOracle:
     scale: factor on q . k; None for D ** -0.5.
     softcap: 0 for none, else logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118).
     kv: ``fp | int8``, how the window holds keys and values.
+    alibi_slopes: [Hq]; logits get slope * (place of the key - place of the query), after softcap (arXiv:2108.12409).
+    sink_logit: [Hq], one more logit of each softmax, without a value (gpt-oss).
+    sink_scale: [Hq], factor on the softmax weight of token 0 before normalising; needs a sink.
     """
 
     def __init__(
@@ -78,7 +81,12 @@ class SinkAttentionOracle:
         scale: float | None = None,
         softcap: float = 0.0,
         kv: str = "fp",
+        alibi_slopes: npt.ArrayLike | None = None,
+        sink_logit: npt.ArrayLike | None = None,
+        sink_scale: npt.ArrayLike | None = None,
     ) -> None:
+        if sink_scale is not None and num_sink_tokens < 1:
+            raise ValueError("sink_scale needs num_sink_tokens >= 1: token 0 must stay in the cache")
         self.num_sink_tokens = num_sink_tokens
         self.window_size = window_size
         self.inv_freq = np.asarray(inv_freq, dtype=np.float64)
@@ -87,17 +95,26 @@ class SinkAttentionOracle:
         self.scale = scale
         self.softcap = softcap
         self.kv = kv
+        self.alibi_slopes, self.sink_logit, self.sink_scale = (
+            None if x is None else np.asarray(x, dtype=np.float64) for x in (alibi_slopes, sink_logit, sink_scale)
+        )
         self.streams: list[list[Token]] = [[] for _ in range(batch)]
 
-    def step(self, q: npt.ArrayLike, k: npt.ArrayLike, v: npt.ArrayLike) -> Array:
+    def step(
+        self, q: npt.ArrayLike, k: npt.ArrayLike, v: npt.ArrayLike, gate: npt.ArrayLike | None = None
+    ) -> Array:
         """Add one token to every stream and attend from it.
 
         q: [B, Hq, D], k: [B, Hkv, D], v: [B, Hkv, Dv], not rotated. Returns [B, Hq, Dv].
+        gate: [B, Hq, 1] or [B, Hq, Dv], the output is multiplied by its sigmoid.
         """
         q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
-        return np.stack([self.step_stream(b, q[b], k[b], v[b]) for b in range(len(self.streams))])
+        gates = [None] * len(self.streams) if gate is None else np.asarray(gate, dtype=np.float64)
+        return np.stack([self.step_stream(b, q[b], k[b], v[b], gates[b]) for b in range(len(self.streams))])
 
-    def step_stream(self, stream: int, q: npt.ArrayLike, k: npt.ArrayLike, v: npt.ArrayLike) -> Array:
+    def step_stream(
+        self, stream: int, q: npt.ArrayLike, k: npt.ArrayLike, v: npt.ArrayLike, gate: npt.ArrayLike | None = None
+    ) -> Array:
         """The same for one stream, so that streams can be at different positions. Returns [Hq, Dv]."""
         q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
         tokens = self.streams[stream]
@@ -111,9 +128,10 @@ class SinkAttentionOracle:
         met = [self.met(token, j, q, t, len(cached) - 1) for j, token in enumerate(cached)]
         keys, queries, values = (np.stack(x) for x in zip(*met, strict=True))
         group = q.shape[0] // keys.shape[1]  # query heads that share a key head
-        return np.stack(
-            [self.attend(queries[:, h], keys[:, h // group], values[:, h // group]) for h in range(q.shape[0])]
+        out = np.stack(
+            [self.attend(h, queries[:, h], keys[:, h // group], values[:, h // group]) for h in range(q.shape[0])]
         )
+        return out if gate is None else out / (1 + np.exp(-np.asarray(gate, dtype=np.float64)))
 
     def met(self, token: Token, place: int, q: Array, t: int, last_place: int) -> tuple[Array, Array, Array]:
         """Key [Hkv, D], query [Hq, D] and value [Hkv, D] of one cached token; place: its own, t: the query's."""
@@ -138,13 +156,18 @@ class SinkAttentionOracle:
             out[:, second] = x[:, second] * cos + x[:, first] * sin
         return out
 
-    def attend(self, queries: Array, keys: Array, values: Array) -> Array:
-        """Softmax attention of one query head: queries [n, D], keys [n, D], values [n, Dv] -> [Dv]."""
+    def attend(self, head: int, queries: Array, keys: Array, values: Array) -> Array:
+        """Softmax attention of one query head: queries [n, D], keys [n, D], values [n, Dv], oldest first -> [Dv]."""
         scale = keys.shape[1] ** -0.5 if self.scale is None else self.scale
         logits = (queries * keys).sum(axis=1) * scale  # [n]
         if self.softcap:
             logits = self.softcap * np.tanh(logits / self.softcap)
-        weights = np.exp(logits - logits.max())
-        weights /= weights.sum()
+        if self.alibi_slopes is not None:
+            logits = logits + self.alibi_slopes[head] * (np.arange(len(logits)) - (len(logits) - 1))
+        largest = logits.max() if self.sink_logit is None else max(logits.max(), self.sink_logit[head])
+        weights = np.exp(logits - largest)
+        if self.sink_scale is not None:
+            weights[0] *= self.sink_scale[head]  # the oldest cached token is token 0: there is a sink
+        weights /= weights.sum() + (0.0 if self.sink_logit is None else np.exp(self.sink_logit[head] - largest))
         out: Array = weights @ values
         return out

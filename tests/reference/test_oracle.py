@@ -201,3 +201,50 @@ def test_streams_are_independent_and_may_be_at_different_positions() -> None:
             np.stack((q[12 + t, 0], q[t, 1])), np.stack((k[12 + t, 0], k[t, 1])), np.stack((v[12 + t, 0], v[t, 1]))
         )
         np.testing.assert_array_equal(got[1], alone.step_stream(0, q[t, 1], k[t, 1], v[t, 1]))
+
+
+@pytest.mark.parametrize("names", [("alibi_slopes",), ("sink_logit",), ("sink_scale",), ("gate1",), ("gateD",), (
+    "alibi_slopes", "sink_logit", "sink_scale", "gateD")], ids="-".join)  # fmt: skip
+@pytest.mark.parametrize("geometry", [(1, 1), (4, 7)], ids=lambda g: f"S{g[0]}-W{g[1]}")
+def test_extras_as_biases_and_keys_of_torch_sdpa(names: tuple[str, ...], geometry: tuple[int, int]) -> None:
+    """ALiBi and sink_scale are additive biases, sink_logit is a key of zeros with a bias and a value of zeros."""
+    heads, steps = (6, 2), 3 * sum(geometry) + 7
+    q, k, v = random_stream(heads, steps)
+    rng = np.random.default_rng(1)
+    per_head = {
+        "alibi_slopes": rng.uniform(0, 0.5, heads[0]),
+        "sink_logit": rng.normal(0, 3, heads[0]),
+        "sink_scale": rng.uniform(0, 3, heads[0]),
+    }
+    per_head = {name: values for name, values in per_head.items() if name in names}
+    gate_dim = 1 if "gate1" in names else D if "gateD" in names else 0
+    gates = rng.normal(0, 2, (steps, B, heads[0], gate_dim)) if gate_dim else [None] * steps
+    num_sinks, window = geometry
+    oracle = SinkAttentionOracle(batch=B, num_sink_tokens=num_sinks, window_size=window, **per_head)
+    cached: list[int] = []
+    for t in range(steps):
+        got = oracle.step(q[t], k[t], v[t], gates[t])
+        if len(cached) == num_sinks + window:
+            del cached[num_sinks]
+        cached.append(t)
+        n = len(cached)
+        bias = torch.zeros(heads[0], 1, n + 1, dtype=torch.float64)
+        bias[:, :, n] = torch.from_numpy(per_head.get("sink_logit", np.full(heads[0], -np.inf)))[:, None]
+        if "alibi_slopes" in per_head:
+            bias[:, 0, :n] += torch.from_numpy(per_head["alibi_slopes"])[:, None] * (torch.arange(n) - n + 1)
+        if "sink_scale" in per_head:
+            bias[:, 0, 0] += torch.from_numpy(per_head["sink_scale"]).log()
+        keys, values = (
+            torch.nn.functional.pad(torch.from_numpy(x[cached]).permute(1, 2, 0, 3), (0, 0, 0, 1)) for x in (k, v)
+        )
+        want = torch.nn.functional.scaled_dot_product_attention(
+            torch.from_numpy(q[t])[:, :, None], keys, values, attn_mask=bias, scale=D**-0.5, enable_gqa=True
+        )[:, :, 0]
+        if gate_dim:
+            want = want * torch.from_numpy(gates[t]).sigmoid()
+        np.testing.assert_allclose(got, want.numpy(), rtol=0, atol=1e-12)
+
+
+def test_sink_scale_needs_a_sink() -> None:
+    with pytest.raises(ValueError, match="num_sink_tokens >= 1"):
+        SinkAttentionOracle(batch=1, num_sink_tokens=0, window_size=4, sink_scale=[1.0])

@@ -1,0 +1,166 @@
+"""Streams on a GPU: all buffers of a launch, poisoned and guarded, fed token by token or in chunks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from plugins.capi.sink_attention import DTYPES, SinkAttention, SinkAttentionParams, StreamAnglesParams
+from tests.plugins.sink_attention_reference import Case, Tokens
+
+GUARD = 256  # bytes before and after every buffer
+
+
+class Buffer:
+    """A CUDA tensor between two guards, all bytes 0xff: NaN as halves and floats, so that reading them shows."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype) -> None:
+        size = dtype.itemsize * torch.Size(shape).numel()
+        self._whole = torch.full((2 * GUARD + -(-size // 16) * 16,), 0xFF, dtype=torch.uint8, device="cuda")
+        self._size = size
+        self.tensor = self._whole[GUARD : GUARD + size].view(dtype).view(shape)
+
+    def poison(self) -> None:
+        self._whole.fill_(0xFF)
+
+    def bits(self) -> torch.Tensor:
+        return self._whole[GUARD : GUARD + self._size].clone()
+
+    def is_untouched_outside(self) -> bool:
+        return bool((self._whole[:GUARD] == 0xFF).all() and (self._whole[GUARD + self._size :] == 0xFF).all())
+
+
+@dataclasses.dataclass
+class Streams:
+    """One layer's states and buffers for runs of T = num_tokens tokens."""
+
+    library: SinkAttention
+    case: Case
+    tokens: Tokens
+    num_tokens: int
+
+    def __post_init__(self) -> None:
+        case, count, batch = self.case, self.num_tokens, self.case.batch
+        self._positions = self.tokens.positions.tolist()
+        half = case.dtype
+        q, kv = (batch, case.num_q_heads, count, case.head_dim), (batch, case.num_kv_heads, count, case.head_dim)
+        window, sinks = (batch, case.num_kv_heads, case.window_size), (batch, case.num_kv_heads, case.num_sinks)
+        element = torch.int8 if case.kv == "int8" else half
+        self.states = {}
+        for x in "kv":
+            if case.num_sinks:
+                self.states[f"sink_{x}"] = Buffer(*sinks, case.head_dim, dtype=half)
+            self.states[f"window_{x}"] = Buffer(*window, case.head_dim, dtype=element)
+            if case.kv == "int8":
+                self.states[f"window_{x}_scale"] = Buffer(*window, dtype=torch.float16)
+        self.inputs = {
+            "q": Buffer(*q, dtype=half),
+            "k": Buffer(*kv, dtype=half),
+            "v": Buffer(*kv, dtype=half),
+            "position": Buffer(batch, 2, dtype=torch.int32),
+            "num_valid": Buffer(batch, dtype=torch.int32),
+        }
+        constants = {}
+        if case.rotation == "caller":
+            for name in ("shift_cos", "shift_sin"):
+                self.inputs[name] = Buffer(batch, count, case.rotary_dim // 2, dtype=torch.float32)
+        if case.rotation != "none":
+            self.frequency = Buffer(case.rotary_dim // 2, dtype=torch.int32)
+            self.frequency.tensor.copy_(
+                torch.where(self.tokens.frequency >= 2**31, self.tokens.frequency - 2**32, self.tokens.frequency)
+            )
+            if case.rotation == "kernel":
+                constants["frequency"] = self.frequency
+        if case.gate_dim:
+            self.inputs["gate"] = Buffer(batch, case.num_q_heads, count, case.gate_dim, dtype=half)
+        for name, values in (
+            ("alibi_slopes", self.tokens.slopes),
+            ("sink_logit", self.tokens.sink_logit),
+            ("sink_scale", self.tokens.sink_scale),
+        ):
+            if values is not None:
+                constants[name] = Buffer(case.num_q_heads, dtype=torch.float32)
+                constants[name].tensor.copy_(values)
+        self.out = Buffer(*q, dtype=half)
+        buffers = {**self.states, **self.inputs, **constants, "out": self.out}
+        self.params = SinkAttentionParams(
+            batch=batch, num_tokens=count, num_q_heads=case.num_q_heads, num_kv_heads=case.num_kv_heads,
+            head_dim=case.head_dim, num_sinks=case.num_sinks, window_size=case.window_size,
+            dtype=DTYPES[str(half).removeprefix("torch.")], int8_window=case.kv == "int8",
+            rope_scaling=case.rope_scaling, rotary_dim=case.rotary_dim, interleaved=case.interleaved, scale=case.scale,
+            softcap=case.softcap, gate_dim=case.gate_dim,
+            **{name: buffer.tensor.data_ptr() for name, buffer in buffers.items()},
+        )  # fmt: skip
+        assert self.library.problem(self.params) is None, self.library.problem(self.params)
+        self.workspace = Buffer(self.library.workspace_bytes(self.params), dtype=torch.uint8)
+        self._all = [*buffers.values(), self.workspace]
+
+    def fill(self, starts: list[int], num_valid: list[int]) -> None:
+        """Inputs of the next run: from token starts[b] of stream b on, num_valid[b] of them, then poison."""
+        for buffer in self.inputs.values():
+            buffer.poison()
+        for b, (start, count) in enumerate(zip(starts, num_valid, strict=True)):
+            position = self._positions[b][min(start, len(self._positions[b]) - 1)]
+            self.inputs["position"].tensor[b, 0] = position >> 16
+            self.inputs["position"].tensor[b, 1] = position & 0xFFFF
+            self.inputs["num_valid"].tensor[b] = count
+            for name in ("q", "k", "v", "gate"):
+                if name in self.inputs:
+                    rows = getattr(self.tokens, name)[b, :, start : start + count]
+                    self.inputs[name].tensor[b, :, :count] = rows
+
+    def launch(self) -> None:
+        """On the current stream, the angles of the shift beforehand if the caller rotates."""
+        stream = torch.cuda.current_stream().cuda_stream
+        if self.case.rotation == "caller":
+            angles = StreamAnglesParams(
+                batch=self.case.batch, num_tokens=self.num_tokens, num_frequencies=self.case.rotary_dim // 2,
+                behind=self.case.capacity - 1, position=self.inputs["position"].tensor.data_ptr(),
+                frequency=self.frequency.tensor.data_ptr(), cos=self.inputs["shift_cos"].tensor.data_ptr(),
+                sin=self.inputs["shift_sin"].tensor.data_ptr(),
+            )  # fmt: skip
+            assert self.library.launch_angles(angles, stream) == 0
+        assert self.library.launch(self.params, self.workspace.tensor.data_ptr(), stream) == 0
+
+    def run(self, starts: list[int], num_valid: list[int]) -> torch.Tensor:
+        """One run on poisoned outputs and workspace; [B, Hq, T, D]."""
+        self.fill(starts, num_valid)
+        self.out.poison()
+        self.workspace.poison()
+        self.launch()
+        return self.out.tensor.clone()
+
+    def check_guards(self) -> None:
+        assert all(buffer.is_untouched_outside() for buffer in self._all)
+
+
+def expected_states(case: Case, tokens: Tokens, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
+    """States after all tokens, of poison where nothing was written. k, v: rows as stored, before any rounding to int8.
+
+    int8 rows are float32 arithmetic here, as in exporter/sinkexport/model/int8_rows.py.
+    """
+    batch, heads, count = tokens.positions.shape[0], case.num_kv_heads, tokens.positions.shape[1]
+    states = {}
+    for x, rows in (("k", k), ("v", v)):
+        element = torch.int8 if case.kv == "int8" else case.dtype
+        window = Buffer(batch, heads, case.window_size, case.head_dim, dtype=element).tensor
+        sinks = Buffer(batch, heads, case.num_sinks, case.head_dim, dtype=case.dtype).tensor
+        scales = Buffer(batch, heads, case.window_size, dtype=torch.float16).tensor
+        sinks.copy_(rows[:, :, : case.num_sinks])
+        for b in range(batch):
+            kept = slice(max(case.num_sinks, count - case.window_size), count)
+            slots = (tokens.positions[b, kept] - case.num_sinks) % case.window_size
+            last = rows[b, :, kept]
+            if case.kv == "int8":
+                last = last.float()
+                scale = (last.abs().amax(-1) / 127).clamp(2.0**-17, 65504.0).half()
+                scales[b][:, slots] = scale
+                last = (last / scale.float()[..., None]).round().clamp(-127, 127)
+            window[b][:, slots] = last.to(element)
+        states[f"window_{x}"] = window
+        if case.num_sinks:
+            states[f"sink_{x}"] = sinks
+        if case.kv == "int8":
+            states[f"window_{x}_scale"] = scales
+    return states

@@ -1,0 +1,282 @@
+"""Sink attention on a GPU against the float64 reference and against PyTorch in the same precision.
+
+SINKEXPORT_SINK_ATTENTION: a library that holds capi/sink_attention.cpp; without it one is compiled for this GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from plugins.capi.sink_attention import SinkAttention, StreamAnglesParams
+from tests.plugins.sink_attention_library import NVCC, build
+from tests.plugins.sink_attention_reference import Case, Tokens, angles, attention, stored_rows
+from tests.plugins.sink_attention_streams import Buffer, Streams, expected_states
+
+# No CI machine has a GPU: this is run by hand, and plugins/README.md keeps what it said.
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch sees none"),
+    pytest.mark.skipif(
+        NVCC is None and "SINKEXPORT_SINK_ATTENTION" not in os.environ,
+        reason="needs CUDA's compiler (no nvcc on the PATH) or SINKEXPORT_SINK_ATTENTION",
+    ),
+]
+
+FAR = (0, 2**33 + 12345, 10**6, 2**46)  # how far beyond its usual position a stream's first token after the sinks is
+HEADS = ((4, 4), (6, 2), (8, 2), (7, 1), (16, 2), (12, 1), (71, 1))
+GEOMETRIES = ((4, 29), (0, 17), (1, 16), (20, 45), (3, 64), (5, 1), (4, 150))
+EXTRAS = (
+    {"rotation": "caller", "rotary_dim": 1.0},
+    {"rotation": "kernel", "rotary_dim": 0.5, "interleaved": True, "softcap": 4.0},
+    {"alibi": True},
+    {"rotation": "kernel", "rotary_dim": 1.0, "rope_scaling": 1.2, "sink_logit": True, "gate_dim": "D"},
+    {"rotation": "caller", "rotary_dim": 0.25, "interleaved": True, "sink_scale": True, "gate_dim": 1},
+    {"rotation": "kernel", "rotary_dim": 1.0, "alibi": True, "softcap": 10.0, "sink_logit": True, "sink_scale": True,
+     "gate_dim": 1},
+)  # fmt: skip
+
+
+def all_cases() -> list[Case]:
+    """Every head_dim x dtype x kv, each with several combinations of the rest; all of each list appear often."""
+    cases = []
+    basics = itertools.product((64, 80, 96, 128, 256), (torch.float16, torch.bfloat16), ("fp", "int8"), range(6))
+    for i, (head_dim, dtype, kv, _) in enumerate(basics):
+        heads, (num_sinks, window) = HEADS[i % len(HEADS)], GEOMETRIES[(i + i // 7) % len(GEOMETRIES)]
+        extras = dict(EXTRAS[(i + i // 6) % len(EXTRAS)])
+        if not num_sinks:
+            extras.pop("sink_scale", None)
+        if "rotary_dim" in extras:
+            extras["rotary_dim"] = int(head_dim * extras["rotary_dim"]) // 2 * 2
+        if extras.get("gate_dim") == "D":
+            extras["gate_dim"] = head_dim
+        cases.append(Case(*heads, head_dim, num_sinks, window, dtype, kv=kv, **extras))
+    return cases
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> SinkAttention:
+    torch.manual_seed(int.from_bytes(os.urandom(4)))
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if path := os.environ.get("SINKEXPORT_SINK_ATTENTION"):
+        return SinkAttention(Path(path))
+    return build(tmp_path_factory.mktemp("sink_attention"), "native")
+
+
+def positions(case: Case, count: int) -> torch.Tensor:
+    """int64 [B, N] on the GPU: each stream has its own place after the sinks, the first one the usual."""
+    index = torch.arange(count, device="cuda").expand(case.batch, -1)
+    # Multiples of W and others: rings are cut at different slots.
+    far = torch.tensor([FAR[b % len(FAR)] + b * 7 * (b % len(FAR) > 0) for b in range(case.batch)], device="cuda")
+    return torch.where(index < case.num_sinks, index, index + far[:, None])
+
+
+def is_comparable(case: Case, count: int) -> torch.Tensor:
+    """bool [B, N]: far streams have jumped there, so their outputs count once the window was filled again."""
+    index = torch.arange(count, device="cuda").expand(case.batch, -1)
+    is_near = torch.tensor([FAR[b % len(FAR)] == 0 for b in range(case.batch)], device="cuda")
+    return is_near[:, None] | (index < case.num_sinks) | (index >= case.capacity - 1)
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """|got - want| / |want|; NaN if any is."""
+    return float((got.double() - want).norm() / want.norm())
+
+
+def run_in_chunks(streams: Streams, count: int) -> torch.Tensor:
+    """All `count` tokens, T at a time where positions have no gap. Returns outputs [B, Hq, N, D]."""
+    case, batch, size = streams.case, streams.case.batch, streams.num_tokens
+    outputs = torch.empty(batch, case.num_q_heads, count, case.head_dim, dtype=case.dtype, device="cuda")
+    for state in streams.states.values():  # a far stream's window is valid from its jump on
+        for b in range(batch):
+            if FAR[b % len(FAR)]:
+                state.tensor[b].zero_()
+    done = [0] * batch
+    while min(done) < count:
+        valid = []
+        for b in range(batch):
+            # A stream that is ready idles with num_valid = 0, and now and then one that is not, too.
+            at_most = min(size, (case.num_sinks if done[b] < case.num_sinks else count) - done[b])
+            valid.append(0 if b == 1 and size > 1 and sum(done) % 5 == 1 and done[b] < min(done[0], count) else at_most)
+        if not any(valid):
+            valid = [min(size, (case.num_sinks if d < case.num_sinks else count) - d) for d in done]
+        out = streams.run(done, valid)
+        for b in range(batch):
+            outputs[b, :, done[b] : done[b] + valid[b]] = out[b, :, : valid[b]]
+            done[b] += valid[b]
+    torch.cuda.synchronize()
+    return outputs
+
+
+def check_outputs(case: Case, tokens: Tokens, got: torch.Tensor, record_property, label: str) -> None:
+    """Error at most twice PyTorch's: over all tokens, and at the steps where something changes."""
+    count = got.shape[2]
+    want, theirs = attention(case, tokens, torch.float64), attention(case, tokens, case.dtype)
+    rounded = want.to(case.dtype)
+    keep = is_comparable(case, count)
+    steps = {1, case.num_sinks, case.capacity - 1, case.capacity, case.capacity + 1, count}
+    selections = {"all": keep} | {
+        f"step{n}": keep & (torch.arange(count, device="cuda") == n - 1) for n in sorted(steps) if 1 <= n <= count
+    }
+    for name, chosen in selections.items():
+        pick = [x.transpose(1, 2)[chosen] for x in (got, want, theirs, rounded)]
+        ours, baseline, rounding = (error(pick[i], pick[1]) for i in (0, 2, 3))
+        if name == "all":
+            record_property(f"{label}_ours", ours)
+            record_property(f"{label}_pytorch", baseline)
+        # Of a few tokens PyTorch's may be nearly exact by luck: no error is asked to be below that of rounding.
+        assert ours <= 2 * max(baseline, rounding), (label, name, ours, baseline, rounding)
+
+
+def check_states(case: Case, tokens: Tokens, streams: Streams) -> None:
+    """Bit for bit where rows come as they are stored; else as the rotation's rounding allows."""
+    k, v = stored_rows(case, tokens)
+    for name, want in expected_states(case, tokens, k.to(case.dtype), v.to(case.dtype)).items():
+        got = streams.states[name].tensor
+        if case.rotation != "kernel" or "v" in name:
+            assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)), name
+    if case.rotation == "kernel":
+        expected = expected_states(case, tokens, k, v)
+        if case.num_sinks:
+            assert error(streams.states["sink_k"].tensor, k[:, :, : case.num_sinks]) < torch.finfo(case.dtype).eps
+        got, want = streams.states["window_k"].tensor, expected["window_k"]
+        is_written = torch.isfinite(want) if case.kv == "fp" else torch.isfinite(expected["window_k_scale"])
+        if case.kv == "fp":
+            assert torch.equal(torch.isfinite(got), is_written)
+            assert error(got[is_written], want[is_written].double()) < torch.finfo(case.dtype).eps
+        else:
+            scale, want_scale = streams.states["window_k_scale"].tensor, expected["window_k_scale"]
+            assert torch.equal(torch.isfinite(scale), is_written)
+            assert ((scale[is_written].float() / want_scale[is_written].float() - 1).abs() <= 2.0**-10).all()
+            assert ((got[is_written].int() - want[is_written].int()).abs() <= 1).all()
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+def test_steps_and_chunks(library, record_property, case):
+    count = 3 * case.capacity + 7
+    tokens = Tokens.random(case, positions(case, count))
+    steps = Streams(library, case, tokens, 1)
+    check_outputs(case, tokens, run_in_chunks(steps, count), record_property, "step")
+    check_states(case, tokens, steps)
+    steps.check_guards()
+    for size in {min(size, case.window_size) for size in (7, 16, 64)} - {1}:
+        chunks = Streams(library, case, tokens, size)
+        check_outputs(case, tokens, run_in_chunks(chunks, count), record_property, f"chunk{size}")
+        chunks.check_guards()
+        for name, state in steps.states.items():
+            assert torch.equal(state.bits(), chunks.states[name].bits()), name
+
+
+LARGE = (
+    Case(8, 2, 128, 4, 4092, torch.float16, rotation="caller", rotary_dim=128, batch=1),
+    Case(32, 32, 128, 4, 1020, torch.float16, kv="int8", rotation="kernel", rotary_dim=128, batch=1),
+    Case(32, 8, 128, 4, 1020, torch.bfloat16, rotation="kernel", rotary_dim=128, batch=1),
+    Case(8, 1, 256, 4, 2044, torch.bfloat16, kv="int8", alibi=True, batch=4),
+    Case(4, 2, 64, 4, 65532, torch.float16, rotation="kernel", rotary_dim=64, batch=1),
+    Case(4, 2, 96, 0, 65536, torch.bfloat16, kv="int8", rotation="kernel", rotary_dim=96, batch=1),
+    Case(2, 1, 80, 33, 991, torch.float16, kv="int8", alibi=True, sink_logit=True, batch=64),
+    Case(8, 2, 128, 64, 8192, torch.float16, kv="int8", rotation="caller", rotary_dim=128, softcap=20.0, batch=16),
+)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_caches_one_run_on_given_states(library, record_property, case, num_tokens):
+    """Many splits: the states are set from a history, one run goes on from there."""
+    count = case.capacity + num_tokens
+    tokens = Tokens.random(case, positions(case, count))
+    k, v = stored_rows(case, tokens)
+    before = Tokens(**{**vars(tokens), "positions": tokens.positions[:, :-num_tokens]})
+    states = expected_states(case, before, k[:, :, :-num_tokens], v[:, :, :-num_tokens])
+    streams = Streams(library, case, tokens, num_tokens)
+    for name, state in states.items():
+        streams.states[name].tensor.copy_(state)
+    got = streams.run([count - num_tokens] * case.batch, [num_tokens] * case.batch)
+    queries = slice(count - num_tokens, count)
+    want, theirs = (attention(case, tokens, dtype, queries) for dtype in (torch.float64, case.dtype))
+    ours, baseline = error(got, want), error(theirs, want)
+    record_property("ours", ours)
+    record_property("pytorch", baseline)
+    assert ours <= 2 * max(baseline, error(want.to(case.dtype), want)), (ours, baseline)
+    streams.check_guards()
+
+
+@pytest.mark.parametrize("kv", ["fp", "int8"])
+def test_graph_replays_are_eager_runs_to_the_bit(library, kv):
+    case = Case(8, 2, 128, 4, 300, torch.float16, kv=kv, rotation="caller", rotary_dim=128)
+    for num_tokens in (1, 8):
+        replays = 100
+        count = case.num_sinks + num_tokens * replays
+        index = torch.arange(count, device="cuda").expand(case.batch, -1)
+        tokens = Tokens.random(case, index)
+        eager, captured = (Streams(library, case, tokens, num_tokens) for _ in range(2))
+        captured.fill([0] * case.batch, [num_tokens] * case.batch)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured.launch()
+        for i in range(replays):
+            starts, valid = [i * num_tokens] * case.batch, [num_tokens] * case.batch
+            want = eager.run(starts, valid)
+            captured.fill(starts, valid)
+            captured.out.poison()
+            captured.workspace.poison()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(captured.out.tensor, want)
+        for name, state in eager.states.items():
+            assert torch.equal(state.bits(), captured.states[name].bits()), name
+
+
+def test_launches_one_after_another_without_waiting(library):
+    """The merge may be placed before its attention has ended, and the next launch right after: nobody is early."""
+    case = Case(8, 2, 128, 4, 2000, torch.float16, rotation="kernel", rotary_dim=128, batch=1)
+    tokens = Tokens.random(case, torch.arange(400, device="cuda").expand(1, -1) + 10**5)
+    streams = [Streams(library, case, tokens, 1) for _ in range(24)]
+    for one in streams[1:]:
+        one.workspace = streams[0].workspace
+    results = []
+    for wait in (True, False):
+        for i, one in enumerate(streams):
+            for state in one.states.values():
+                state.tensor.copy_(torch.linspace(-1, 1, state.tensor.numel(), device="cuda").view_as(state.tensor))
+            one.fill([200 + i], [1])
+            one.out.poison()
+        torch.cuda.synchronize()
+        for i, one in enumerate(streams):
+            if i:  # reads what the one before wrote
+                one.inputs["q"].tensor.copy_(streams[i - 1].out.tensor)
+            one.launch()
+            if wait:
+                torch.cuda.synchronize()
+        results.append(streams[-1].out.bits())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("behind", [0, 1023])
+def test_stream_angles(library, behind):
+    starts = torch.tensor([0, 5, 1020, 10**6, 2**32 - 3, 2**33 + 7, 2**47 - 64])
+    frequency = torch.randint(0, 2**32, (37,))
+    num_tokens = 17
+    position = Buffer(len(starts), 2, dtype=torch.int32)
+    position.tensor.copy_(torch.stack((starts >> 16, starts & 0xFFFF), dim=1))
+    turns = Buffer(37, dtype=torch.int32)
+    turns.tensor.copy_(torch.where(frequency >= 2**31, frequency - 2**32, frequency))
+    results = [Buffer(len(starts), num_tokens, 37, dtype=torch.float32) for _ in range(2)]
+    params = StreamAnglesParams(
+        len(starts), num_tokens, 37, behind, position.tensor.data_ptr(), turns.tensor.data_ptr(),
+        *(one.tensor.data_ptr() for one in results),
+    )  # fmt: skip
+    assert library.launch_angles(params, torch.cuda.current_stream().cuda_stream) == 0
+    angle = angles((starts[:, None] + torch.arange(num_tokens) - behind).clamp(min=0), frequency)
+    for got, want in zip(results, (angle.cos(), angle.sin()), strict=True):
+        assert (got.tensor.double().cpu() - want).abs().max() < 3e-7
+        assert got.is_untouched_outside()
+
+
+def test_angles_are_refused_without_pointers(library):
+    assert library.launch_angles(StreamAnglesParams(1, 1, 8, 0)) == 1
