@@ -21,6 +21,7 @@ class Int8LinearParams(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
+        ("constant_weight", ctypes.c_bool),
     )
 
 

@@ -3,16 +3,17 @@
 // Both kernels multiply on the tensor cores, weights as the left factor (16 outputs a tile) and tokens as the right one
 // (8 a tile): even for one token that takes fewer instructions a weight than multiplying and adding one by one, so that
 // reading the weights is what is left. A sum over k has no order of its own, so lanes take 16 consecutive weights of a
-// row (one 16-byte load) as the four k16 tiles' share of theirs, and the same k of the tokens:
-// tile s, lane t of four: k = 16 t + 4 s .. + 3 of each 64.
+// row (one 16-byte load) as their share of four k16 tiles, and the same k of the tokens: in tile s lane t of four has
+// k = 16 t + 4 s .. + 3 of each 64.
 //
-// - Up to 16 tokens: a block owns 16 to 64 outputs and its warps split k among them, each with a ring of chunks of its own
-//   in shared memory, filled by asynchronous copies; the warps' sums are added at the end, in order. Weights are read
-//   once. No second launch, no workspace: a few blocks with that much on its way fill the memory's queue.
-// - More tokens: blocks of 64 or 128 outputs x 32 or 64 tokens, their four warps side by side along the outputs, so that
-//   each weight is converted once in a block. Where the tiles are fewer than the multiprocessors, k is split over blocks
-//   too: float32 partial sums in the workspace, added in order by a second kernel. The split depends on shapes alone, so
-//   results do not depend on the device.
+// - Up to 16 tokens: a block takes tiles of 16 or 32 outputs and its warps split k among them, each with a ring of
+//   chunks of its own in shared memory, filled by asynchronous copies; the warps' sums are added at the end of a tile,
+//   in order. Weights are read once. No second launch, no workspace: a few blocks with so much on its way fill the
+//   memory's queue.
+// - More tokens: blocks of 64 or 128 outputs x 32, 64 or 128 tokens, with four warps side by side along the outputs, so
+//   that a weight is converted once in a block (twice in the largest). Where the tiles are fewer than the
+//   multiprocessors, k is split over blocks too: float32 partial sums in the workspace, added in order by a second
+//   kernel. The split depends on shapes alone, so that the workspace does not depend on the device.
 #include "int8_linear.h"
 
 #include <algorithm>
@@ -47,165 +48,221 @@ __host__ __device__ constexpr int fewStageBytes(int row_tiles, int num_tokens) {
   return 16 * row_tiles * kFewChunk + num_tokens * kFewChunk * 2;
 }
 
+__host__ __device__ constexpr int fewSharedBytes(int row_tiles, int num_tokens, int warps, int stages) {
+  const int sum_bytes = 16 * row_tiles * num_tokens * static_cast<int>(sizeof(float));
+  return warps * (stages * fewStageBytes(row_tiles, num_tokens) + 2 * sum_bytes);
+}
+
+// Each block takes every gridDim.x-th tile of outputs; chunks of k go round its warps. To a warp all that is one
+// sequence of steps, so that its copies for a tile are on their way while the one before it is finished.
 template <typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages>
-__global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Int8LinearParams p, int prefetch_bytes) {
-  constexpr int kRows = 16 * kRowTiles;  // outputs of this block
+__global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Int8LinearParams p) {
+  constexpr int kRows = 16 * kRowTiles;          // outputs of a tile
+  constexpr int kTokenBytes = 2 * kFewChunk;     // of one token in a stage
+  constexpr int kPieces = kTokenBytes / 16;      // the same in units of a copy
+  constexpr int kWeightBytes = kRows * kFewChunk;
   extern __shared__ __align__(16) unsigned char shared[];
-  const int num_tokens = p.num_rows, num_inputs = p.num_inputs;
+  const int num_tokens = p.num_rows, num_inputs = p.num_inputs, num_outputs = p.num_outputs;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-  const int first_row = blockIdx.x * kRows;
   const int stage_bytes = fewStageBytes(kRowTiles, num_tokens);
   unsigned char* const ring = shared + warp * kStages * stage_bytes;
-
-  allowNextKernel();
-  if (threadIdx.x < kRows && first_row + threadIdx.x < p.num_outputs && prefetch_bytes) {
-    prefetchL2(p.weight + static_cast<size_t>(first_row + threadIdx.x) * num_inputs, min(num_inputs, prefetch_bytes));
-  }
-  waitForEarlierKernels();
-
-  // Chunks of k go round the warps: warp, warp + kWarps, ...
-  const int num_chunks = divideUp(num_inputs, kFewChunk);
-  const int num_steps = num_chunks > warp ? divideUp(num_chunks - warp, kWarps) : 0;
-  const int row = lane / 8, unit = lane % 8;  // of 16 bytes, as this lane copies weights; then 4 rows on, and so on
-  const int8_t* const weight = p.weight + static_cast<size_t>(first_row + row) * num_inputs + unit * 16;
+  float* const all_sums = reinterpret_cast<float*>(shared + kWarps * kStages * stage_bytes);
+  const int num_tiles = divideUp(num_outputs, kRows), num_chunks = divideUp(num_inputs, kFewChunk);
+  const int num_steps = num_chunks > warp ? divideUp(num_chunks - warp, kWarps) : 0;  // of this warp in a tile
   const Half* const x = static_cast<const Half*>(p.x);
-  const auto copyStep = [&](int step) {
-    if (step < num_steps) {
-      unsigned char* const stage = ring + step % kStages * stage_bytes;
-      const int first_k = (warp + step * kWarps) * kFewChunk;
-      // 16-byte units of odd rows trade places, so that lanes of two rows read from all banks.
-      unsigned char* const to = stage + row * kFewChunk + (unit ^ (row & 1) << 2) * 16;
+
+  const auto copyWeights = [&](unsigned char* stage, int first_row, int first_k) {
+    const int row = lane / 8, unit = lane % 8;  // then 4 rows on, and so on
+    // 16-byte units of odd rows trade places, so that lanes of two rows read from all banks.
+    unsigned char* const to = stage + row * kFewChunk + (unit ^ (row & 1) << 2) * 16;
+    const size_t offset = static_cast<size_t>(first_row + row) * num_inputs + first_k + unit * 16;
 #pragma unroll
-      for (int i = 0; i < kRows / 4; ++i) {
-        const bool valid = first_row + row + 4 * i < p.num_outputs && first_k + unit * 16 < num_inputs;
-        const int8_t* const from = weight + static_cast<size_t>(4 * i) * num_inputs + first_k;
-        copyAsync(to + 4 * i * kFewChunk, valid ? from : p.weight, valid ? 16 : 0);
-      }
-      for (int i = lane; i < num_tokens * (kFewChunk / 8); i += kWarpSize) {
-        const int token = i / (kFewChunk / 8), piece = i % (kFewChunk / 8), k = first_k + piece * 8;
-        const bool valid = k < num_inputs;
-        copyAsync(stage + kRows * kFewChunk + token * kFewChunk * 2 + (piece ^ (token & 1)) * 16,
-                  valid ? x + static_cast<size_t>(token) * num_inputs + k : x, valid ? 16 : 0);
-      }
+    for (int i = 0; i < kRows / 4; ++i) {
+      const bool valid = first_row + row + 4 * i < num_outputs && first_k + unit * 16 < num_inputs;
+      const int8_t* const from = p.weight + (valid ? offset + static_cast<size_t>(4 * i) * num_inputs : 0);
+      copyAsync(to + 4 * i * kFewChunk, from, valid ? 16 : 0);
     }
+  };
+  const auto placeOfPiece = [&](unsigned char* stage, int i) -> unsigned char* {  // of odd tokens likewise
+    const int token = i / kPieces, piece = i % kPieces;
+    return stage + kWeightBytes + token * kTokenBytes + (piece ^ (token & 1)) * 16;
+  };
+  int copy_tile = blockIdx.x, copy_step = 0, copy_stage = 0;  // what is copied next, and where to
+  const auto advanceCopy = [&] {
     commitCopies();
+    if (++copy_step >= num_steps) copy_step = 0, copy_tile += gridDim.x;
+    if (++copy_stage == kStages) copy_stage = 0;
+  };
+  const auto copyNext = [&] {
+    if (copy_tile < num_tiles) {
+      unsigned char* const stage = ring + copy_stage * stage_bytes;
+      const int first_k = (warp + copy_step * kWarps) * kFewChunk;
+      for (int i = lane; i < num_tokens * kPieces; i += kWarpSize) {
+        const int k = first_k + i % kPieces * 8;
+        const bool valid = k < num_inputs;
+        const Half* const from = x + (valid ? static_cast<size_t>(i / kPieces) * num_inputs + k : 0);
+        copyAsync(placeOfPiece(stage, i), from, valid ? 16 : 0);
+      }
+      copyWeights(stage, copy_tile * kRows, first_k);
+    }
+    advanceCopy();
   };
 
-  float sum[kRowTiles][kTokenTiles][4] = {};
+  // The first stage's weights may be allowed to be read early. Not more of them: its tokens would queue behind.
+  allowNextKernel();
+  if (!p.constant_weight) waitForEarlierKernels();
+  copyWeights(ring, copy_tile * kRows, warp * kFewChunk);
+  advanceCopy();
+  if (p.constant_weight) waitForEarlierKernels();
+  uint4 pieces[kPieces * 8 * kTokenTiles / kWarpSize];
+  constexpr int kNumPieces = sizeof pieces / sizeof *pieces;
 #pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) copyStep(step);
-  for (int step = 0; step < num_steps; ++step) {
-    waitCopies<kStages - 2>();
-    __syncwarp();
-    copyStep(step + kStages - 1);  // into the stage that all lanes have read in the step before
-    const unsigned char* const stage = ring + step % kStages * stage_bytes;
-    const unsigned char* const tokens = stage + kRows * kFewChunk;
+  for (int j = 0; j < kNumPieces; ++j) {
+    const int i = lane + j * kWarpSize, k = warp * kFewChunk + i % kPieces * 8;
+    pieces[j] = i < num_tokens * kPieces && k < num_inputs
+                    ? *reinterpret_cast<const uint4*>(x + static_cast<size_t>(i / kPieces) * num_inputs + k)
+                    : uint4{0, 0, 0, 0};
+  }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {  // 64 k of the 128
-      uint4 b[kTokenTiles][2];              // 16 k of a token
+  for (int i = 1; i < kStages - 1; ++i) copyNext();
 #pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-        const int token = 8 * j + g;
+  for (int j = 0; j < kNumPieces; ++j) {
+    const int i = lane + j * kWarpSize;
+    if (i < num_tokens * kPieces) *reinterpret_cast<uint4*>(placeOfPiece(ring, i)) = pieces[j];
+  }
+
+  int read_stage = 0, turn = 0;
+  for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+    float sum[kRowTiles][kTokenTiles][4] = {};
+    for (int step = 0; step < num_steps; ++step) {
+      waitCopies<kStages - 2>();
+      __syncwarp();
+      copyNext();  // into the stage that all lanes have read in the step before
+      const unsigned char* const stage = ring + read_stage * stage_bytes;
+      const unsigned char* const tokens = stage + kWeightBytes;
+      if (++read_stage == kStages) read_stage = 0;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int piece = (half * 8 + t * 2 + i) ^ (token & 1);
-          b[j][i] = token < num_tokens ? *reinterpret_cast<const uint4*>(tokens + token * kFewChunk * 2 + piece * 16)
-                                       : uint4{0, 0, 0, 0};
+      for (int half = 0; half < 2; ++half) {  // 64 k of the 128
+        uint4 b[kTokenTiles][2];              // 16 k of a token
+#pragma unroll
+        for (int j = 0; j < kTokenTiles; ++j) {
+          const int token = 8 * j + g;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int piece = (half * 8 + t * 2 + i) ^ (token & 1);
+            b[j][i] = token < num_tokens ? *reinterpret_cast<const uint4*>(tokens + token * kTokenBytes + piece * 16)
+                                         : uint4{0, 0, 0, 0};
+          }
         }
-      }
 #pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-        const unsigned char* const rows = stage + (16 * r + g) * kFewChunk + ((half * 4 + t) ^ (g & 1) << 2) * 16;
-        const uint4 near = *reinterpret_cast<const uint4*>(rows);
-        const uint4 far = *reinterpret_cast<const uint4*>(rows + 8 * kFewChunk);
-        const uint32_t words[4][2] = {{near.x, far.x}, {near.y, far.y}, {near.z, far.z}, {near.w, far.w}};
+        for (int r = 0; r < kRowTiles; ++r) {
+          const unsigned char* const rows = stage + (16 * r + g) * kFewChunk + ((half * 4 + t) ^ (g & 1) << 2) * 16;
+          const uint4 near = *reinterpret_cast<const uint4*>(rows);
+          const uint4 far = *reinterpret_cast<const uint4*>(rows + 8 * kFewChunk);
+          const uint32_t words[4][2] = {{near.x, far.x}, {near.y, far.y}, {near.z, far.z}, {near.w, far.w}};
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
-          uint32_t a[4];
-          dequantise(words[s][0], a[0], a[2], Half{});
-          dequantise(words[s][1], a[1], a[3], Half{});
+          for (int s = 0; s < 4; ++s) {
+            uint32_t a[4];
+            dequantise(words[s][0], a[0], a[2], Half{});
+            dequantise(words[s][1], a[1], a[3], Half{});
 #pragma unroll
-          for (int j = 0; j < kTokenTiles; ++j) {
-            const uint4 piece = b[j][s / 2];
-            multiply<Half>(sum[r][j], a, s % 2 ? piece.z : piece.x, s % 2 ? piece.w : piece.y);
+            for (int j = 0; j < kTokenTiles; ++j) {
+              const uint4 piece = b[j][s / 2];
+              multiply<Half>(sum[r][j], a, s % 2 ? piece.z : piece.x, s % 2 ? piece.w : piece.y);
+            }
           }
         }
       }
     }
-  }
-  waitCopies<0>();
-  __syncthreads();
 
-  // The rings are free now: sums of all warps as [kWarps, tokens, kRows].
-  float* const sums = reinterpret_cast<float*>(shared);
+    // Sums of all warps as [kWarps, tokens, kRows], in two places by turns: who writes one has passed the barrier after
+    // the other was written, and so has everyone who reads from it.
+    float* const sums = all_sums + turn * kWarps * num_tokens * kRows;
+    turn ^= 1;
 #pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
+    for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
-    for (int j = 0; j < kTokenTiles; ++j) {
+      for (int j = 0; j < kTokenTiles; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = 8 * j + 2 * t + i % 2;
-        if (token < num_tokens) sums[(warp * num_tokens + token) * kRows + 16 * r + g + i / 2 * 8] = sum[r][j][i];
+        for (int i = 0; i < 4; ++i) {
+          const int token = 8 * j + 2 * t + i % 2;
+          if (token < num_tokens) sums[(warp * num_tokens + token) * kRows + 16 * r + g + i / 2 * 8] = sum[r][j][i];
+        }
       }
     }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < num_tokens * kRows; i += kWarps * kWarpSize) {
-    float total = 0.0f;
+    __syncthreads();
+    for (int i = threadIdx.x; i < num_tokens * kRows; i += kWarps * kWarpSize) {
+      float total = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += sums[w * num_tokens * kRows + i];
-    const int token = i / kRows, output = first_row + i % kRows;
-    if (output >= p.num_outputs) continue;
-    static_cast<Half*>(p.y)[static_cast<size_t>(token) * p.num_outputs + output] = Output<Half>(p, output)(total);
+      for (int w = 0; w < kWarps; ++w) total += sums[w * num_tokens * kRows + i];
+      const int token = i / kRows, output = tile * kRows + i % kRows;
+      if (output >= num_outputs) continue;
+      static_cast<Half*>(p.y)[static_cast<size_t>(token) * num_outputs + output] = Output<Half>(p, output)(total);
+    }
   }
 }
 
 // --- more tokens ---
 
-constexpr int kManyWarps = 4;
+constexpr int kRowWarps = 4;    // side by side along the outputs
 constexpr int kManyChunk = 64;  // k of a step
 
-__host__ __device__ constexpr int manyStageBytes(int row_tiles, int token_tiles) {
-  return kManyWarps * 16 * row_tiles * kManyChunk + 8 * token_tiles * kManyChunk * 2;
-}
+// Tiles of a warp, and warps side by side along the tokens.
+template <int kRowTiles_, int kTokenTiles_, int kTokenWarps_, int kStages_>
+struct ManyShape {
+  static constexpr int kRowTiles = kRowTiles_, kTokenTiles = kTokenTiles_, kTokenWarps = kTokenWarps_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kThreads = kRowWarps * kTokenWarps * kWarpSize;
+  static constexpr int kRows = kRowWarps * 16 * kRowTiles, kTokens = kTokenWarps * 8 * kTokenTiles;
+  static constexpr int kStageBytes = kRows * kManyChunk + kTokens * kManyChunk * 2;
+};
 
 // Grid: token tiles, output tiles, splits of k. `partial` [splits, M, N], or null if there is one split.
-template <typename Half, int kRowTiles, int kTokenTiles, int kStages>
-__global__ void __launch_bounds__(kManyWarps* kWarpSize)
+template <typename Half, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 1)
     manyTokens(const Int8LinearParams p, float* __restrict__ partial, int chunks_per_split) {
-  constexpr int kThreads = kManyWarps * kWarpSize;
-  constexpr int kRows = kManyWarps * 16 * kRowTiles, kTokens = 8 * kTokenTiles;
-  constexpr int kStageBytes = manyStageBytes(kRowTiles, kTokenTiles);
+  constexpr int kThreads = Shape::kThreads, kRows = Shape::kRows, kTokens = Shape::kTokens;
+  constexpr int kRowTiles = Shape::kRowTiles, kTokenTiles = Shape::kTokenTiles;
+  constexpr int kStages = Shape::kStages, kStageBytes = Shape::kStageBytes;
+  constexpr int kPairsAtOnce = Shape::kTokenWarps > 1 ? 1 : 2;  // two would spill where 128 registers are all there is
   extern __shared__ __align__(16) unsigned char shared[];
   const int num_tokens = p.num_rows, num_inputs = p.num_inputs, num_outputs = p.num_outputs;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  const int row_of_warp = threadIdx.x / kWarpSize % kRowWarps * 16 * kRowTiles;
+  const int token_of_warp = threadIdx.x / kWarpSize / kRowWarps * 8 * kTokenTiles;
   const int first_token = blockIdx.x * kTokens, first_row = blockIdx.y * kRows;
   const int first_chunk = blockIdx.z * chunks_per_split;
   const int num_steps = min(divideUp(num_inputs, kManyChunk) - first_chunk, chunks_per_split);
 
-  allowNextKernel();
   waitForEarlierKernels();
 
-  const Half* const x = static_cast<const Half*>(p.x);
+  // Past the last output or token the last one is read again; sums of those are not stored.
+  const int8_t* const weight = p.weight + static_cast<size_t>(first_row) * num_inputs;
+  const Half* const x = static_cast<const Half*>(p.x) + static_cast<size_t>(first_token) * num_inputs;
+  const int last_row = num_outputs - 1 - first_row, last_token = num_tokens - 1 - first_token;
   const auto copyStep = [&](int step) {
     if (step < num_steps) {
       unsigned char* const stage = shared + step % kStages * kStageBytes;
       const int first_k = (first_chunk + step) * kManyChunk;
+      {
+        constexpr int kPieces = kManyChunk / 16;
+        const int row = threadIdx.x / kPieces, k = first_k + threadIdx.x % kPieces * 16, size = k < num_inputs ? 16 : 0;
 #pragma unroll
-      for (int i = 0; i < kRows * (kManyChunk / 16) / kThreads; ++i) {
-        const int index = threadIdx.x + i * kThreads, row = index / 4, k = first_k + index % 4 * 16;
-        const bool valid = first_row + row < num_outputs && k < num_inputs;
-        const size_t offset = static_cast<size_t>(first_row + row) * num_inputs + k;
-        copyAsync(stage + index * 16, p.weight + (valid ? offset : 0), valid ? 16 : 0);
+        for (int i = 0; i < kRows; i += kThreads / kPieces) {
+          copyAsync(stage + threadIdx.x * 16 + i * kManyChunk,
+                    weight + (size ? min(row + i, last_row) * num_inputs + k : 0), size);
+        }
       }
-#pragma unroll
-      for (int i = 0; i < kTokens * (kManyChunk / 8) / kThreads; ++i) {
-        const int index = threadIdx.x + i * kThreads, token = index / 8, piece = index % 8, k = first_k + piece * 8;
-        const bool valid = first_token + token < num_tokens && k < num_inputs;
-        const size_t offset = static_cast<size_t>(first_token + token) * num_inputs + k;
+      {
+        constexpr int kPieces = kManyChunk / 8;
+        const int token = threadIdx.x / kPieces, piece = threadIdx.x % kPieces, k = first_k + piece * 8;
+        const int size = k < num_inputs ? 16 : 0;
         // 16-byte pieces of odd tokens trade places, so that lanes of two tokens read from all banks.
-        copyAsync(stage + kRows * kManyChunk + (token * 8 + (piece ^ (token & 1))) * 16, x + (valid ? offset : 0),
-                  valid ? 16 : 0);
+        unsigned char* const to = stage + kRows * kManyChunk + (token * kPieces + (piece ^ (token & 1))) * 16;
+#pragma unroll
+        for (int i = 0; i < kTokens; i += kThreads / kPieces) {
+          copyAsync(to + i * kManyChunk * 2, x + (size ? min(token + i, last_token) * num_inputs + k : 0), size);
+        }
       }
     }
     commitCopies();
@@ -220,29 +277,22 @@ __global__ void __launch_bounds__(kManyWarps* kWarpSize)
     copyStep(step + kStages - 1);  // into the stage that all threads have read in the step before
     const unsigned char* const stage = shared + step % kStages * kStageBytes;
     const unsigned char* const tokens = stage + kRows * kManyChunk;
-    uint32_t words[kRowTiles][4][2];
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      const unsigned char* const rows = stage + ((warp * kRowTiles + r) * 16 + g) * kManyChunk + t * 16;
-      const uint4 near = *reinterpret_cast<const uint4*>(rows);
-      const uint4 far = *reinterpret_cast<const uint4*>(rows + 8 * kManyChunk);
-      words[r][0][0] = near.x, words[r][1][0] = near.y, words[r][2][0] = near.z, words[r][3][0] = near.w;
-      words[r][0][1] = far.x, words[r][1][1] = far.y, words[r][2][1] = far.z, words[r][3][1] = far.w;
-    }
-#pragma unroll
+#pragma unroll(kPairsAtOnce)
     for (int pair = 0; pair < 2; ++pair) {  // two k16 tiles, whose share of a token is one 16-byte piece
       uint32_t a[kRowTiles][2][4];
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          dequantise(words[r][2 * pair + s][0], a[r][s][0], a[r][s][2], Half{});
-          dequantise(words[r][2 * pair + s][1], a[r][s][1], a[r][s][3], Half{});
-        }
+        const unsigned char* const rows = stage + (row_of_warp + 16 * r + g) * kManyChunk + t * 16 + pair * 8;
+        const uint2 near = *reinterpret_cast<const uint2*>(rows);
+        const uint2 far = *reinterpret_cast<const uint2*>(rows + 8 * kManyChunk);
+        dequantise(near.x, a[r][0][0], a[r][0][2], Half{});
+        dequantise(far.x, a[r][0][1], a[r][0][3], Half{});
+        dequantise(near.y, a[r][1][0], a[r][1][2], Half{});
+        dequantise(far.y, a[r][1][1], a[r][1][3], Half{});
       }
 #pragma unroll
       for (int j = 0; j < kTokenTiles; ++j) {
-        const int token = 8 * j + g;
+        const int token = token_of_warp + 8 * j + g;
         const uint4 b = *reinterpret_cast<const uint4*>(tokens + (token * 8 + ((t * 2 + pair) ^ (token & 1))) * 16);
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
@@ -254,16 +304,17 @@ __global__ void __launch_bounds__(kManyWarps* kWarpSize)
   }
   waitCopies<0>();
 
+  allowNextKernel();  // not before: the next one's blocks would crowd where there is room now
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int output = first_row + (warp * kRowTiles + r) * 16 + g + i * 8;
+      const int output = first_row + row_of_warp + 16 * r + g + i * 8;
       if (output >= num_outputs) continue;
       const Output<Half> finish(p, output);
 #pragma unroll
       for (int j = 0; j < 2 * kTokenTiles; ++j) {
-        const int token = first_token + j / 2 * 8 + 2 * t + j % 2;
+        const int token = first_token + token_of_warp + j / 2 * 8 + 2 * t + j % 2;
         if (token >= num_tokens) continue;
         const float total = sum[r][j / 2][2 * i + j % 2];
         if (partial) {
@@ -280,8 +331,8 @@ constexpr int kSumThreads = 256;
 
 // y from `partial` [num_splits, M, N], added in order.
 template <typename Half>
-__global__ void __launch_bounds__(kSumThreads) sumSplits(const Int8LinearParams p, const float* partial, int num_splits) {
-  allowNextKernel();
+__global__ void __launch_bounds__(kSumThreads)
+    sumSplits(const Int8LinearParams p, const float* __restrict__ partial, int num_splits) {
   waitForEarlierKernels();
   const size_t count = static_cast<size_t>(p.num_rows) * p.num_outputs;
   const size_t i = static_cast<size_t>(blockIdx.x) * kSumThreads + threadIdx.x;
@@ -296,15 +347,25 @@ __global__ void __launch_bounds__(kSumThreads) sumSplits(const Int8LinearParams 
 
 struct Device {
   bool overlaps = false;  // a kernel can be placed before the one that it waits for has ended
-  int shared_bytes = 0;   // that a block can have
+  int multiprocessors = 0;
+  int shared_bytes = 0;         // that a block can have
+  int shared_bytes_of_all = 0;  // that all blocks on a multiprocessor have
 };
+
+constexpr int kReservedSharedBytes = 1024;  // of each block, by the system
 
 cudaError_t describeDevice(Device& device) {
   int index = 0, major = 0;
   cudaError_t error = cudaGetDevice(&index);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
   if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  }
+  if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&device.shared_bytes_of_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   }
   device.overlaps = major >= 9;
   return error;
@@ -338,33 +399,31 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int sh
 }
 
 template <typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages>
-cudaError_t launchFew(const Int8LinearParams& p, int prefetch_bytes, const Device& device, cudaStream_t stream) {
-  const int ring_bytes = kWarps * fewStageBytes(kRowTiles, p.num_rows);
-  const dim3 grid(divideUp(p.num_outputs, 16 * kRowTiles));
-  if constexpr (kStages > 2) {  // a smaller device: less on its way
-    if (ring_bytes * kStages > device.shared_bytes) {
-      return launchFew<Half, kRowTiles, kTokenTiles, kWarps, kStages - 1>(p, prefetch_bytes, device, stream);
+cudaError_t launchFew(const Int8LinearParams& p, const Device& device, cudaStream_t stream) {
+  constexpr int kMostBlocks = 3;  // on a multiprocessor: for the registers of four there is no room
+  const int shared_bytes = fewSharedBytes(kRowTiles, p.num_rows, kWarps, kStages);
+  if constexpr (kWarps > 4) {
+    if (shared_bytes > device.shared_bytes) {
+      return launchFew<Half, kRowTiles, kTokenTiles, 4, kStages>(p, device, stream);
     }
   }
-  return launch(fewTokens<Half, kRowTiles, kTokenTiles, kWarps, kStages>, grid, kWarps * kWarpSize,
-                ring_bytes * kStages, device, stream, p, prefetch_bytes);
+  const int at_once = device.shared_bytes_of_all / (shared_bytes + kReservedSharedBytes);
+  const int blocks = device.multiprocessors * std::max(1, std::min(at_once, kMostBlocks));
+  const dim3 grid(std::min(divideUp(p.num_outputs, 16 * kRowTiles), blocks));
+  return launch(fewTokens<Half, kRowTiles, kTokenTiles, kWarps, kStages>, grid, kWarps * kWarpSize, shared_bytes,
+                device, stream, p);
 }
 
 // How many tiles and splits of k a product of more than 16 tokens has; of shapes alone.
 struct ManyPlan {
-  int row_tiles, token_tiles;
   dim3 grid;
   int chunks_per_split;
-  size_t partialBytes(const Int8LinearParams& p) const {
-    return grid.z > 1 ? sizeof(float) * grid.z * p.num_rows * p.num_outputs : 0;
-  }
 };
 
-ManyPlan planMany(const Int8LinearParams& p, int row_tiles, int token_tiles, int wanted_blocks) {
+template <typename Shape>
+ManyPlan planMany(const Int8LinearParams& p, int wanted_blocks) {
   constexpr int kLeastChunks = 8;  // of a split, for its first copies not to be all of it
-  ManyPlan plan{row_tiles, token_tiles, dim3(), 0};
-  plan.grid.x = divideUp(p.num_rows, 8 * token_tiles);
-  plan.grid.y = divideUp(p.num_outputs, kManyWarps * 16 * row_tiles);
+  ManyPlan plan{dim3(divideUp(p.num_rows, Shape::kTokens), divideUp(p.num_outputs, Shape::kRows)), 0};
   const int num_chunks = divideUp(p.num_inputs, kManyChunk);
   const int tiles = plan.grid.x * plan.grid.y;
   const int splits = std::max(1, std::min(wanted_blocks / tiles, num_chunks / kLeastChunks));
@@ -373,33 +432,48 @@ ManyPlan planMany(const Int8LinearParams& p, int row_tiles, int token_tiles, int
   return plan;
 }
 
-template <typename Half, int kRowTiles, int kTokenTiles, int kStages>
+template <typename Half, typename Shape>
 cudaError_t launchMany(const Int8LinearParams& p, const ManyPlan& plan, void* workspace, const Device& device,
                        cudaStream_t stream) {
   float* const partial = plan.grid.z > 1 ? static_cast<float*>(workspace) : nullptr;
-  const cudaError_t error =
-      launch(manyTokens<Half, kRowTiles, kTokenTiles, kStages>, plan.grid, kManyWarps * kWarpSize,
-             kStages * manyStageBytes(kRowTiles, kTokenTiles), device, stream, p, partial, plan.chunks_per_split);
+  const cudaError_t error = launch(manyTokens<Half, Shape>, plan.grid, Shape::kThreads,
+                                   Shape::kStages * Shape::kStageBytes, device, stream, p, partial,
+                                   plan.chunks_per_split);
   if (error != cudaSuccess || !partial) return error;
   const size_t count = static_cast<size_t>(p.num_rows) * p.num_outputs;
   const dim3 grid(static_cast<unsigned>((count + kSumThreads - 1) / kSumThreads));
   return launch(sumSplits<Half>, grid, kSumThreads, 0, device, stream, p, partial, static_cast<int>(plan.grid.z));
 }
 
-ManyPlan planMany(const Int8LinearParams& p) {
-  constexpr int kWantedBlocks = 512;
-  return planMany(p, 2, p.num_rows <= 32 ? 4 : 8, kWantedBlocks);
+using Low = ManyShape<1, 4, 1, 4>;   // 64 outputs x 32 tokens
+using Wide = ManyShape<2, 8, 1, 4>;  // 128 x 64
+using Tall = ManyShape<2, 8, 2, 3>;  // 128 x 128
+
+// Calls use(shape, plan) for the shape of tiles that a product of more than 16 tokens takes.
+template <typename Use>
+auto withManyShape(const Int8LinearParams& p, Use use) {
+  constexpr int kWantedBlocks = 264;
+  const int wide_tiles = divideUp(p.num_rows, Wide::kTokens) * divideUp(p.num_outputs, Wide::kRows);
+  if (p.num_rows <= 32 || wide_tiles < 16) return use(Low{}, planMany<Low>(p, 2 * kWantedBlocks));
+  if (p.num_rows <= 64) return use(Wide{}, planMany<Wide>(p, kWantedBlocks));
+  return use(Tall{}, planMany<Tall>(p, kWantedBlocks));
 }
 
 template <typename Half>
 cudaError_t launchTyped(const Int8LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
-  constexpr int kPrefetchBytes = 4096;  // of each weight row, while the kernel before this one runs
-  if (p.num_rows <= 4) return launchFew<Half, 1, 1, 8, 4>(p, kPrefetchBytes, device, stream);
-  if (p.num_rows <= 8) return launchFew<Half, 2, 1, 4, 4>(p, kPrefetchBytes, device, stream);
-  if (p.num_rows <= kFewTokens) return launchFew<Half, 2, 2, 4, 3>(p, kPrefetchBytes, device, stream);
-  const ManyPlan plan = planMany(p);
-  return plan.token_tiles == 4 ? launchMany<Half, 2, 4, 4>(p, plan, workspace, device, stream)
-                               : launchMany<Half, 2, 8, 4>(p, plan, workspace, device, stream);
+  if (p.num_rows <= 4) return launchFew<Half, 1, 1, 8, 3>(p, device, stream);
+  if (p.num_rows <= 8) return launchFew<Half, 1, 1, 8, 2>(p, device, stream);
+  if (p.num_rows <= kFewTokens) {
+    // Taller tiles read the tokens less often, shorter ones spread better.
+    constexpr int kManyOutputs = 1 << 15;
+    if (p.num_outputs >= kManyOutputs && fewSharedBytes(2, p.num_rows, 4, 3) <= device.shared_bytes) {
+      return launchFew<Half, 2, 2, 4, 3>(p, device, stream);
+    }
+    return launchFew<Half, 1, 2, 8, 2>(p, device, stream);
+  }
+  return withManyShape(p, [&](auto shape, const ManyPlan& plan) {
+    return launchMany<Half, decltype(shape)>(p, plan, workspace, device, stream);
+  });
 }
 
 // --- checks ---
@@ -425,7 +499,9 @@ using namespace int8_linear;
 
 size_t int8LinearWorkspaceBytes(const Int8LinearParams& params) {
   if (params.num_rows <= kFewTokens || params.num_inputs < 1 || params.num_outputs < 1) return 0;
-  return planMany(params).partialBytes(params);
+  return withManyShape(params, [&](auto, const ManyPlan& plan) {
+    return plan.grid.z > 1 ? sizeof(float) * plan.grid.z * params.num_rows * params.num_outputs : size_t{0};
+  });
 }
 
 const char* int8LinearProblem(const Int8LinearParams& p) {

@@ -55,16 +55,9 @@ __device__ __forceinline__ void allowNextKernel() {
 #endif
 }
 
-// Asks for `bytes` (a multiple of 16) to be brought into L2. A hint, correct at any time: L2 is coherent.
-__device__ __forceinline__ void prefetchL2(const void* global, int bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-#endif
-}
-
 // --- halves ---
 
-// 4 INT8 in a word, first in the lowest byte, to two registers of two halves each. Exact, by placing bytes in mantissas.
+// 4 INT8 in a word, first in the lowest byte, to two registers of two halves each: exact, bytes placed in mantissas.
 __device__ __forceinline__ void dequantise(uint32_t word, uint32_t& low, uint32_t& high, __half) {
   const uint32_t raised = word ^ 0x80808080u;  // w + 128, unsigned
   const uint32_t offset = 0x64806480u;         // 1024 + 128; 0x64uu is 1024 + u
@@ -127,7 +120,8 @@ __device__ __forceinline__ float2 toFloats(uint32_t pair) {
   return {toFloat(halves[0]), toFloat(halves[1])};
 }
 
-// Below compute capability 8.0 there is no such instruction: the same sums, by exchange within the warp. Right, not fast.
+// Below compute capability 8.0 there is no such instruction: the same sums by exchange within the warp, not as fast.
+// SINKEXPORT_NO_MMA lets any GPU take this way, for tests.
 template <typename Half>
 __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   constexpr uint32_t kAll = 0xffffffffu;

@@ -19,6 +19,11 @@ struct Int8LinearParams {
   const float* scale = nullptr;    // [N], > 0
   const void* bias = nullptr;      // half [N]; null: none
   void* y = nullptr;               // half [M, N]; sums are float32
+
+  // Nothing that was put into the stream before this and may not have ended by now writes `weight`, as is so for a
+  // model's weights. Where a kernel can start before the one ahead of it ends (compute capability 9.0 and above), its
+  // first weights are then read early; all else waits.
+  bool constant_weight = false;
 };
 
 size_t int8LinearWorkspaceBytes(const Int8LinearParams& params);

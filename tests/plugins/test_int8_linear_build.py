@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 
 from plugins.capi.int8_linear import DTYPES, Int8Linear, Int8LinearParams
@@ -70,7 +68,3 @@ def test_workspace_holds_the_partial_sums_of_all_splits(library):
     assert size % (64 * 256 * 4) == 0
     assert library.launch(few_outputs, workspace=0) == INVALID_VALUE
     assert library.launch(few_outputs, workspace=(1 << 40) + 8) == INVALID_VALUE
-
-
-def test_struct_is_the_one_that_was_compiled(library):
-    assert ctypes.sizeof(Int8LinearParams) == 4 * 4 + 5 * 8

@@ -26,7 +26,7 @@ pytestmark = [
 
 NUM_ROWS = [1, 2, 3, 4, 5, 8, 15, 16, 17, 33, 64, 100]
 # (N, K): one output, one unit of k, chunks cut short, tiles cut short, splits of unequal length, wide and tall
-SHAPES = [(1, 16), (7, 48), (33, 208), (100, 1488), (576, 576), (129, 4112), (1543, 320), (2048, 128)]
+SHAPES = [(1, 16), (7, 48), (33, 208), (100, 1488), (576, 576), (129, 4112), (4999, 320), (2048, 128)]
 GUARD = 256  # bytes before and after every buffer
 
 
@@ -67,7 +67,7 @@ class Problem:
         self.has_bias = bias
         self.params = Int8LinearParams(
             num_rows, num_inputs, num_outputs, DTYPES[str(dtype).removeprefix("torch.")], self.x.address,
-            self.weight.address, self.scale.address, self.bias.address if bias else 0, self.y.address,
+            self.weight.address, self.scale.address, self.bias.address if bias else 0, self.y.address, False,
         )  # fmt: skip
         self.workspace = Buffer((library.workspace_bytes(self.params),), torch.uint8)
 
@@ -176,7 +176,8 @@ def test_replays_in_a_graph_on_new_inputs(library, num_rows):
 
 @pytest.mark.parametrize("num_rows", [1, 5, 16, 64])
 @pytest.mark.parametrize("captured", [False, True])
-def test_each_launch_waits_for_the_one_before(library, num_rows, captured):
+@pytest.mark.parametrize("constant_weight", [False, True])
+def test_each_launch_waits_for_the_one_before(library, num_rows, captured, constant_weight):
     """A chain of launches that read what the last one wrote and write what it read, with and without waiting between.
 
     Kernels may be placed before the one ahead of them has ended: they must not read or write too early.
@@ -186,6 +187,7 @@ def test_each_launch_waits_for_the_one_before(library, num_rows, captured):
     start, ping, pong = (torch.randn(num_rows, 768, dtype=torch.float16, device="cuda") for _ in range(3))
     for i, layer in enumerate(layers):
         layer.params.x, layer.params.y = (t.data_ptr() for t in ((ping, pong) if i % 2 == 0 else (pong, ping)))
+        layer.params.constant_weight = constant_weight
         layer.workspace = layers[0].workspace
 
     def chain(wait: bool) -> None:
