@@ -35,8 +35,18 @@ int32_t runOperator(const Operator& op, const char* name, const Tensors& inputs,
 
 bool supportsType(const Operator& op, int position, const Tensors& tensors) {
   const nvinfer1::DataType type = tensors[position].type;
-  if (position >= op.numInputs()) return type == tensors[op.likeInput(position - op.numInputs())].type;
-  return op.takesType(position, type, tensors);
+  if (position < op.numInputs()) return op.takesType(position, type, tensors);
+  std::vector<nvinfer1::DataType> inputs;
+  for (int i = 0; i < op.numInputs(); ++i) inputs.push_back(tensors[i].type);
+  return type == op.outputType(position - op.numInputs(), inputs.data());
+}
+
+nvinfer1::DimsExprs outputShape(const Operator& op, int index, const nvinfer1::DimsExprs* inputs,
+                                nvinfer1::IExprBuilder& builder) {
+  nvinfer1::DimsExprs dims = inputs[op.likeInput(index)];
+  if (op.lastAxis(index) > 0) dims.d[dims.nbDims - 1] = builder.constant(op.lastAxis(index));
+  if (op.appendedAxis(index) > 0) dims.d[dims.nbDims++] = builder.constant(op.appendedAxis(index));
+  return dims;
 }
 
 bool hasShape(const Tensor& tensor, const std::vector<int64_t>& wanted) {

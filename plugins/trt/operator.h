@@ -31,10 +31,15 @@ class Operator {
 
   virtual int numInputs() const = 0;
   virtual int numOutputs() const = 0;
-  // The input whose type output `index` has, and whose shape, unless `lastAxis` says otherwise.
+  // The input that output `index` has the shape of, and the type, unless one of the next three says otherwise.
   virtual int likeInput(int index) const = 0;
+  virtual nvinfer1::DataType outputType(int index, const nvinfer1::DataType* inputs) const {
+    return inputs[likeInput(index)];
+  }
   // Length of the last axis of output `index`; 0: as in its input.
   virtual int lastAxis(int /*index*/) const { return 0; }
+  // Length of an axis that output `index` has after those of its input; 0: none.
+  virtual int appendedAxis(int /*index*/) const { return 0; }
   // The input that output `index` is the later state of; -1: none. They may and should share memory.
   virtual int aliasedInput(int /*index*/) const { return -1; }
 
@@ -58,10 +63,11 @@ constexpr const char* kPluginNamespace = "";
 
 std::unique_ptr<Operator> makeSinkAttention();
 std::unique_ptr<Operator> makeInt8Linear();
+std::unique_ptr<Operator> makeInt8Rows();
 
 inline const std::vector<OperatorKind>& operatorKinds() {
   static const std::vector<OperatorKind> kinds = {
-      {"SinkAttention", makeSinkAttention}, {"Int8Linear", makeInt8Linear}};
+      {"SinkAttention", makeSinkAttention}, {"Int8Linear", makeInt8Linear}, {"Int8Rows", makeInt8Rows}};
   return kinds;
 }
 
@@ -73,8 +79,11 @@ std::unique_ptr<Operator> makeOperator(const OperatorKind& kind, const nvinfer1:
 int32_t runOperator(const Operator& op, const char* name, const Tensors& inputs, const void* const* in,
                     void* const* out, void* workspace, cudaStream_t stream);
 
-// The type of an operator's tensor `position` in inputs-then-outputs order, given those before it.
+// Whether the tensor `position` in inputs-then-outputs order may have its type, given those before it.
 bool supportsType(const Operator& op, int position, const Tensors& tensors);
+
+nvinfer1::DimsExprs outputShape(const Operator& op, int index, const nvinfer1::DimsExprs* inputs,
+                                nvinfer1::IExprBuilder& builder);
 
 // --- small things that operators share ---
 

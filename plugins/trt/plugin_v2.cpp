@@ -44,7 +44,7 @@ class Plugin final : public IPluginV2DynamicExt {
   void serialize(void* buffer) const noexcept override { trt::serialize(op_->fields(), buffer); }
 
   DataType getOutputDataType(int32_t index, const DataType* inputs, int32_t) const noexcept override {
-    return inputs[op_->likeInput(index)];
+    return op_->outputType(index, inputs);
   }
 
   DimsExprs getOutputDimensions(int32_t index, const DimsExprs* inputs, int32_t num_inputs,
@@ -54,9 +54,7 @@ class Plugin final : public IPluginV2DynamicExt {
                                std::to_string(op_->numInputs()) + " with these fields");
       return {};
     }
-    DimsExprs dims = inputs[op_->likeInput(index)];
-    if (op_->lastAxis(index) > 0) dims.d[dims.nbDims - 1] = builder.constant(op_->lastAxis(index));
-    return dims;
+    return outputShape(*op_, index, inputs, builder);
   }
 
   bool supportsFormatCombination(int32_t position, const PluginTensorDesc* descs, int32_t num_inputs,
@@ -127,14 +125,14 @@ class Creator final : public IPluginCreator {
 
 // Registers the creators when the library is loaded.
 struct Registration {
-  Creator attention{operatorKinds()[0]}, linear{operatorKinds()[1]};
+  Creator attention{operatorKinds()[0]}, linear{operatorKinds()[1]}, rows{operatorKinds()[2]};
 
   Registration() {
     if (getPluginRegistry == nullptr) {
       logError("sinkexport", "TensorRT is not loaded, or not for all to see: load libnvinfer first, with RTLD_GLOBAL");
       return;
     }
-    for (Creator* creator : {&attention, &linear}) getPluginRegistry()->registerCreator(*creator, kPluginNamespace);
+    for (Creator* creator : {&attention, &linear, &rows}) getPluginRegistry()->registerCreator(*creator, kPluginNamespace);
   }
 } registration;
 

@@ -55,17 +55,14 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   int32_t getOutputDataTypes(DataType* types, int32_t num_outputs, const DataType* inputs,
                              int32_t num_inputs) const noexcept override {
     if (!hasCounts(num_inputs, num_outputs)) return 1;
-    for (int i = 0; i < num_outputs; ++i) types[i] = inputs[op_->likeInput(i)];
+    for (int i = 0; i < num_outputs; ++i) types[i] = op_->outputType(i, inputs);
     return 0;
   }
 
   int32_t getOutputShapes(const DimsExprs* inputs, int32_t num_inputs, const DimsExprs*, int32_t, DimsExprs* outputs,
                           int32_t num_outputs, IExprBuilder& builder) noexcept override {
     if (!hasCounts(num_inputs, num_outputs)) return 1;
-    for (int i = 0; i < num_outputs; ++i) {
-      outputs[i] = inputs[op_->likeInput(i)];
-      if (op_->lastAxis(i) > 0) outputs[i].d[outputs[i].nbDims - 1] = builder.constant(op_->lastAxis(i));
-    }
+    for (int i = 0; i < num_outputs; ++i) outputs[i] = outputShape(*op_, i, inputs, builder);
     return 0;
   }
 
@@ -166,10 +163,10 @@ extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1:
 
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(
     int32_t& count) {
-  static sinkexport::trt::Creator attention(sinkexport::trt::operatorKinds()[0]);
-  static sinkexport::trt::Creator linear(sinkexport::trt::operatorKinds()[1]);
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&attention, &linear};
-  count = 2;
+  const auto& kinds = sinkexport::trt::operatorKinds();
+  static sinkexport::trt::Creator attention(kinds[0]), linear(kinds[1]), rows(kinds[2]);
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&attention, &linear, &rows};
+  count = 3;
   return creators;
 }
 

@@ -191,8 +191,8 @@ def _split_position(graph: ir.Graph, position: ir.Value) -> None:
 
 
 def _narrow_ids(graph: ir.Graph, ids: ir.Value) -> None:
-    """int64 -> int32: indices of a Gather may be either; anything else gets int64 as before."""
-    others = [use for use in ids.uses() if use.node.op_type != "Gather" or use.node.domain or use.idx != 1]
+    """int64 -> int32: indices of a Gather may be either, Int8Rows wants it; anything else gets int64 as before."""
+    others = [use for use in ids.uses() if use.node.op_type != "Gather" and use.node.domain != DOMAIN]
     ids.dtype = ir.DataType.INT32
     if not others:
         return

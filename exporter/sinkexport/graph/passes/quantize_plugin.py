@@ -1,4 +1,4 @@
-"""Products by INT8 weights as nodes of the Int8Linear plugin; INT8 inputs with static ranges as explicit Q/DQ."""
+"""Products by INT8 weights and INT8 tables as plugin nodes; INT8 inputs with static ranges as explicit Q/DQ."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import onnx_ir as ir
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import constant, known_shape, replace_node
-from sinkexport.graph.operators import DOMAIN, INT8_LINEAR
+from sinkexport.graph.edit import known_shape, replace_node
+from sinkexport.graph.operators import DOMAIN, INT8_LINEAR, INT8_ROWS
 from sinkexport.graph.passes.plugin_operators import PLUGIN_VERSION
 from sinkexport.graph.passes.products import Product
 from sinkexport.graph.passes.quantize_qdq import QdqForm
@@ -35,23 +35,16 @@ class PluginForm(QdqForm):
         replace_node(product.node, b.nodes, [b.cast(out, product.dtype)])
 
     def gather(self, node: ir.Node, weight: QuantizedWeight) -> None:
-        """Rows of the table, as words, taken apart. b: byte of 8 bits, signed; u: the same, unsigned."""
+        """Int8Rows(ids, table, scale), float16."""
         ids, result = node.inputs[1], node.outputs[0]
         if ids is None:
             raise ValueError(f"Gather '{node.name}' without indices")
-        b, tokens = Builder(self.graph), known_shape(ids)
-        words, integer = weight.num_inputs // BYTES_OF_WORD, ir.DataType.INT32
-        rows = b.op("Gather", [self._packed(weight), ids], (*tokens, words), integer, axis=0)
-        rows = b.reshape(rows, (*tokens, words, 1))
-        shifts = constant(self.graph, (256 ** np.arange(BYTES_OF_WORD)).astype(np.int32), "shifts")
-        u = b.op("Sub", [rows, b.op("Mod", [rows, shifts])])  # floor(rows / shifts) * shifts never overflows
-        u = b.op("Mod", [b.op("Div", [u, shifts]), self._int32(256)])
-        is_negative = b.cast(b.op("GreaterOrEqual", [u, self._int32(128)]), integer)
-        entries = b.op("Sub", [u, b.op("Mul", [is_negative, self._int32(256)])])
-        entries = b.cast(b.reshape(entries, (*tokens, weight.num_inputs)), ir.DataType.FLOAT)
-        scales = b.op("Gather", [self._scales(weight), ids], tokens, ir.DataType.FLOAT, axis=0)
-        values = b.op("Mul", [entries, b.reshape(scales, (*tokens, 1))])
-        replace_node(node, b.nodes, [b.cast(values, result.dtype or ir.DataType.FLOAT)])
+        b = Builder(self.graph)
+        rows = b.op(
+            INT8_ROWS, [ids, self._packed(weight), self._scales(weight)], known_shape(result), ir.DataType.FLOAT16,
+            domain=DOMAIN, row_length=weight.num_inputs, plugin_version=PLUGIN_VERSION, plugin_namespace="",
+        )  # fmt: skip
+        replace_node(node, b.nodes, [b.cast(rows, result.dtype or ir.DataType.FLOAT)])
 
     def _packed(self, weight: QuantizedWeight) -> ir.Value:
         """int32 [N, K/4]: int8 [N, K]."""
@@ -68,9 +61,6 @@ class PluginForm(QdqForm):
         """float32 [N]."""
         return self.lazy(weight, "scale", ir.DataType.FLOAT, (weight.num_outputs,),
                          lambda: weight.scales()[:, 0].astype(np.float32))  # fmt: skip
-
-    def _int32(self, value: int) -> ir.Value:
-        return constant(self.graph, np.array(value, np.int32), "int32")
 
     def _refused(self, weight: QuantizedWeight, received: str, expected: str) -> UsageError:
         return UsageError(problem(f"weights '{weight.name}'", received=received,
