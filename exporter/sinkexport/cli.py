@@ -18,6 +18,7 @@ from sinkexport import __version__
 
 COMMANDS = {
     "export": "Turn a Hugging Face model into a bundle.",
+    "build": "Build TensorRT engines of a bundle.",
     "run": "Stream text from a bundle, for ever if you like.",
     "verify": "Compare a bundle with its model.",
     "eval": "Streaming perplexity over a long text, with a plot.",

@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 import torch
-from sinkrt.contract import MANIFEST_NAME, SCHEMA_VERSION, Manifest, ModelFacts, Quantization, StreamFacts
+from sinkrt.contract import MANIFEST_NAME, PLUGIN_ABI, SCHEMA_VERSION, Manifest, ModelFacts, Quantization, StreamFacts
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import POSITION_LIMIT
 from sinkrt.text import OPENING_MESSAGES, common_start
@@ -109,6 +109,7 @@ def export_loaded(
             files=hash_bundle(stage),
             producer=_producers(),
             quantization=_quantization(config),
+            plugin_abi=PLUGIN_ABI if config.has_plugins else None,
         )
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     report("done", 1, 1)
