@@ -189,6 +189,9 @@ def _build(trt: Any, logger: Any, graph: Path, file: IO[bytes] | None, options: 
     if not typed:
         _hold_precision(trt, network, config, float32_values(graph))
     if options.timing_cache is not None:
+        if flavour == "TensorRT-RTX":
+            raise UsageError(problem("--timing-cache", received=f"'{options.timing_cache}' with TensorRT-RTX",
+                                     expected="nothing: it keeps no timings", fix="leave it out"))  # fmt: skip
         saved = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
         if not config.set_timing_cache(config.create_timing_cache(saved), ignore_mismatch=False):
             raise UsageError(problem("--timing-cache", received=f"'{options.timing_cache}', of another TensorRT or GPU",

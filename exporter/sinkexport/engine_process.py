@@ -83,8 +83,8 @@ def _environment(folder: Path) -> dict[str, str]:
 
 def _report(raw: dict[str, Any]) -> EngineReport:
     pairs = tuple((before, after) for before, after in raw.pop("in_place"))
-    lists = {key: tuple(raw.pop(key)) for key in ("inputs", "outputs", "warnings")}
-    return EngineReport(**raw, **lists, in_place=pairs)
+    raw.update({key: tuple(raw[key]) for key in ("inputs", "outputs", "warnings")})
+    return EngineReport(**raw, in_place=pairs)
 
 
 def _main() -> int:

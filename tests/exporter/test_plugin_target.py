@@ -151,7 +151,8 @@ class TestBuilding:
         for facts, report in built.values():
             assert report.layer_types.get("PLUGIN_V3", 0) >= (0 if native else 2)
             assert (tmp_path / "b" / facts.file).stat().st_size == facts.bytes == report.engine_bytes
-        assert sorted(path.name for path in (tmp_path / "b" / "engines").iterdir()) == ["decode.engine", "prefill.engine"]
+        written = sorted(path.name for path in (tmp_path / "b" / "engines").iterdir())
+        assert written == ["decode.engine", "prefill.engine"]
         manifest = load_manifest(tmp_path / "b")
         assert manifest.engines == {role: facts for role, (facts, _) in built.items()}
 

@@ -320,7 +320,8 @@ def test_an_untied_embedding_may_stay_in_floating_point(tmp_path: Path) -> None:
     "name", [pytest.param(name, marks=needs_tensorrt) for name in ("llama", "llama-tied")]
 )
 def test_tensorrt_builds_int8_weights(name: str, tmp_path: Path) -> None:
-    with exported(tiny_model(name), tmp_path / "b", load_recipe("int8-channel"), target="tensorrt", native=True) as session:
+    recipe = load_recipe("int8-channel")
+    with exported(tiny_model(name), tmp_path / "b", recipe, target="tensorrt", native=True) as session:
         for graph in session.manifest.graphs.values():
             report = build_engine(tmp_path / "b" / graph.file)
             assert report.engine_bytes > 0

@@ -6,6 +6,7 @@ What it lacks is written out: LayerNormalization is of opset 17 but not of that 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -52,7 +53,7 @@ def lower_to_opset_17(model: ir.Model) -> None:
 
 def _axes_as_attribute(graph: ir.Graph, node: ir.Node) -> None:
     axes = optional(node, 1)
-    attributes = {"keepdims": node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1}
+    attributes: dict[str, Any] = {"keepdims": node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1}
     if axes is not None:
         if axes.const_value is None:
             raise ValueError(f"{node.op_type} '{node.name}' over axes that are found at run time")
