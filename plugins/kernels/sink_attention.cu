@@ -237,23 +237,27 @@ struct Shape {
     row_blocks = row_chunks * p.batch * p.num_kv_heads;
   }
 
-  // More splits than two rounds of resident blocks (one for prefill, whose partial results are large) gain nothing.
+  // More splits than four rounds of resident blocks (one for prefill, whose partial results are large) gain nothing.
   int mostSplits(const SinkAttentionParams& p, int resident_blocks) const {
-    const int by_blocks = divUp((isPrefill(p) ? 1 : 2) * resident_blocks, row_blocks);
+    const int by_blocks = divUp((isPrefill(p) ? 1 : 4) * resident_blocks, row_blocks);
     const int by_tiles = divUp(tiles, kernel.num_warps);
     return by_blocks < by_tiles ? by_blocks : by_tiles;
   }
 
-  // The splits that take the least time by a rough model, in tiles' times: two for each tile that a warp takes after
-  // another (latency), half of one for each that the fullest multiprocessor takes (bandwidth), one for the merge.
+  // The splits that take the least time by a rough model, fitted to an H100, in microseconds: all tiles at memory's
+  // speed, as far as multiprocessors have equal shares of them, or, if it is longer, a warp's tiles one after another.
   int splits(const SinkAttentionParams& p, int num_sms, int blocks_of_sm) const {
+    constexpr double kTile = 0.4, kTileInARow = 1.2, kRound = 0.5, kMerge = 1.5, kMergeOfSplit = 0.01;
     int best = 1;
     double best_cost = INFINITY;
     for (int n = 1; n <= mostSplits(p, num_sms * blocks_of_sm); ++n) {
-      const int split_tiles = divUp(tiles, n);
-      const double in_a_row = divUp(row_blocks * n, num_sms * blocks_of_sm) * divUp(split_tiles, kernel.num_warps);
-      const double of_sm = divUp(row_blocks * n, num_sms) * split_tiles;
-      const double cost = 2.0 * in_a_row + 0.5 * of_sm + (n > 1 ? 1.0 : 0.0);
+      const int blocks = row_blocks * n, rounds = divUp(blocks, num_sms * blocks_of_sm);
+      // One round needs no more than blocks on every multiprocessor; of several, the last should be full.
+      const int places = rounds == 1 ? num_sms * divUp(blocks, num_sms) : num_sms * blocks_of_sm * rounds;
+      const double at_once = kTile * tiles * row_blocks / num_sms * places / blocks;
+      const double in_a_row = kTileInARow * rounds * divUp(divUp(tiles, n), kernel.num_warps);
+      const double longer = at_once > in_a_row ? at_once : in_a_row;
+      const double cost = longer + 0.02 * in_a_row + kRound * rounds + (n > 1 ? kMerge + kMergeOfSplit * n : 0.0);
       if (cost < best_cost) best = n, best_cost = cost;
     }
     return best;

@@ -78,6 +78,15 @@ __device__ inline int64_t streamPosition(const int32_t* position, int stream) {
   return int64_t{position[2 * stream]} * 65536 + position[2 * stream + 1];
 }
 
+// Ring::slot of the token `offset` (-1 or 0) after a run's first one, in 32 bits: W <= 65536, and 64-bit division is slow.
+__device__ inline int slotOf(const SinkAttentionParams& p, int stream, int offset) {
+  const uint32_t window = p.window_size;
+  const uint32_t high = p.position[2 * stream], low = p.position[2 * stream + 1];
+  const uint32_t t = (high % window * 65536u + low) % window;  // below 2^32 all the way
+  const uint32_t behind = (p.num_sinks - offset) % window;     // -1 - S is t - (S + 1)
+  return static_cast<int>(t >= behind ? t - behind : t + window - behind);
+}
+
 // cos and sin of t * frequency turns: only the final phase, in [-pi, pi), is rounded.
 __device__ inline void cosSin(int64_t t, uint32_t frequency, float& cosine, float& sine) {
   const float half_turns = static_cast<float>(static_cast<int32_t>(sinkrt::phase(t, frequency))) * 0x1p-31f;

@@ -98,6 +98,7 @@ __device__ void multiplyAdd(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2
   using H = Half<kDType>;
   const int lane = threadIdx.x % 32, g = lane / 4, column = lane % 4 * 2;
   const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+#pragma unroll 1
   for (int quad = 0; quad < 4; ++quad) {
     for (int upper = 0; upper < 2; ++upper) {  // k = 8 * upper + 2 * quad + 0, 1
       uint32_t left[2], right[2];
@@ -431,6 +432,8 @@ struct Attend {
     const int stream = blockIdx.z / p.num_kv_heads, kv_head = blockIdx.z % p.num_kv_heads;
     const int group = p.num_q_heads / p.num_kv_heads;
     const int num_rows = group * p.num_tokens, row_begin = blockIdx.x * C::kRows;
+    auto tokenOf = [&](int row) { return kPrefill ? row / group : 0; };
+    auto headOf = [&](int row) { return kv_head * group + (kPrefill ? row % group : row); };
     const size_t head_row = blockIdx.z;  // of [B, Hkv]
 
     uint4* stages = shared + warp * (C::kStages * C::kStageBytes / 16);
@@ -469,11 +472,11 @@ struct Attend {
     const sinkrt::Ring ring{p.num_sinks, p.window_size};
     const int64_t t = streamPosition(p.position, stream);
     const int64_t newest = kPrefill ? t - 1 : t;  // newest token that the states hold, or take in this step
+    const int newest_slot = slotOf(p, stream, kPrefill ? -1 : 0);
     const int element = kInt8 ? 1 : 2;
     const size_t window_row = head_row * p.window_size, sink_row = head_row * p.num_sinks;
     const size_t chunk_row = head_row * p.num_tokens;
     const bool is_sink = ring.isSink(t);
-    const int newest_slot = static_cast<int>(ring.slot(newest));
     const Source sinks = {static_cast<const char*>(p.sink_k) + sink_row * kHeadDim * 2,
                           static_cast<const char*>(p.sink_v) + sink_row * kHeadDim * 2,
                           static_cast<int>(ring.numSinks(newest)), !kPrefill && is_sink ? static_cast<int>(t) : -1};
@@ -495,7 +498,7 @@ struct Attend {
     const int tile_begin = blockIdx.y * args.tiles_per_split;
     const int tile_end = min(tile_begin + args.tiles_per_split, sink_tiles + window_tiles + chunk_tiles);
     // Chunk tokens after this block's last row's are nobody's business here.
-    const int last_token = (min(row_begin + C::kRows, num_rows) - 1) / group;
+    const int last_token = tokenOf(min(row_begin + C::kRows, num_rows) - 1);
     auto sectionOf = [&](int tile, int& row0) -> Section {
       if (tile < sink_tiles) return row0 = tile * kTileKeys, kSinks;
       tile -= sink_tiles;
@@ -550,8 +553,8 @@ struct Attend {
         const int r = i / (kHeadDim / 8), piece = i % (kHeadDim / 8), row = row_begin + r;
         uint4 plain = make_uint4(0, 0, 0, 0), for_sinks = plain;
         if (row < num_rows) {
-          const size_t head = static_cast<size_t>(stream) * p.num_q_heads + kv_head * group + row % group;
-          const size_t at = (head * p.num_tokens + row / group) * (kHeadDim / 8) + piece;
+          const size_t head = static_cast<size_t>(stream) * p.num_q_heads + headOf(row);
+          const size_t at = (head * p.num_tokens + tokenOf(row)) * (kHeadDim / 8) + piece;
           plain = static_cast<const uint4*>(args.q)[at];
           for_sinks = static_cast<const uint4*>(args.q_sink)[at];
         }
@@ -586,8 +589,8 @@ struct Attend {
     float slope[kRowTiles], sink_scale_log2[kRowTiles];
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      const int row = min(row_begin + 8 * r + g, num_rows - 1), head = kv_head * group + row % group;
-      token[r] = kPrefill ? row / group : 0;
+      const int row = min(row_begin + 8 * r + g, num_rows - 1), head = headOf(row);
+      token[r] = tokenOf(row);
       slope[r] = p.alibi_slopes != nullptr ? p.alibi_slopes[head] * kLog2E : 0.0f;
       sink_scale_log2[r] = p.sink_scale != nullptr ? __log2f(p.sink_scale[head]) : 0.0f;
     }
@@ -762,8 +765,8 @@ struct Attend {
         factor[w] = sum.x == -INFINITY ? 0.0f : exp2Fast(sum.x - all.largest);
         all.sum += factor[w] * sum.y;
       }
-      const int row = row_begin + r, head = kv_head * group + row % group;
-      const size_t out_row = (static_cast<size_t>(stream) * p.num_q_heads + head) * p.num_tokens + row / group;
+      const int row = row_begin + r, head = headOf(row);
+      const size_t out_row = (static_cast<size_t>(stream) * p.num_q_heads + head) * p.num_tokens + tokenOf(row);
       const float normal = args.num_splits == 1 ? normaliser(all, p.sink_logit, head) : 1.0f;
       const size_t partial = out_row * args.num_splits + blockIdx.y;
       if (args.num_splits > 1 && lane == 0) args.partial_sums[partial] = make_float2(all.largest, all.sum);

@@ -211,7 +211,7 @@ def test_extras_as_biases_and_keys_of_torch_sdpa(names: tuple[str, ...], geometr
     heads, steps = (6, 2), 3 * sum(geometry) + 7
     q, k, v = random_stream(heads, steps)
     rng = np.random.default_rng(1)
-    per_head = {
+    per_head: dict[str, Any] = {
         "alibi_slopes": rng.uniform(0, 0.5, heads[0]),
         "sink_logit": rng.normal(0, 3, heads[0]),
         "sink_scale": rng.uniform(0, 3, heads[0]),

@@ -1,0 +1,165 @@
+// Times of the attention kernels by themselves: no framework, for any machine that CMake can build on (Jetson, too).
+//
+//   cmake -S plugins -B build/plugins -DSINKEXPORT_BENCH=ON -DCMAKE_CUDA_ARCHITECTURES=native && cmake --build build/plugins
+//   build/plugins/sink_attention [batch num_q_heads num_kv_heads capacity head_dim num_tokens]
+//
+// Each launch is timed between two CUDA events, after a warm-up; launches go round sets of buffers that together hold
+// four L2 caches. The floor is the cache's bytes, once, at the bandwidth (read and written) of a device-to-device copy
+// measured first. GB = 1e9 bytes. sink_attention.py puts PyTorch's times beside these.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "sink_attention.h"
+
+namespace {
+
+using sinkexport::SinkAttentionParams;
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
+  std::exit(1);
+}
+
+// Random bytes below 0x3c: finite halves below 1.1, int8 entries and scales of both uses.
+__global__ void fill(uint8_t* bytes, size_t count, uint32_t seed) {
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) {
+    uint32_t x = static_cast<uint32_t>(i) * 2654435761u + seed;
+    x = (x ^ (x >> 15)) * 2246822519u;
+    bytes[i] = static_cast<uint8_t>((x ^ (x >> 13)) % 0x3c);
+  }
+}
+
+class Memory {
+ public:
+  explicit Memory(size_t bytes) {
+    check(cudaMalloc(&address_, bytes + 16), "cudaMalloc");
+    fill<<<1024, 256>>>(static_cast<uint8_t*>(address_), bytes, static_cast<uint32_t>(bytes));
+    check(cudaGetLastError(), "fill");
+  }
+  Memory(Memory&& other) noexcept : address_(other.address_) { other.address_ = nullptr; }
+  Memory(const Memory&) = delete;
+  ~Memory() { cudaFree(address_); }
+  void* get() const { return address_; }
+
+ private:
+  void* address_ = nullptr;
+};
+
+struct Times {
+  double median_us;
+  double p99_us;
+};
+
+template <typename Run>
+Times timeOf(Run run) {
+  constexpr int kWarmUp = 20, kRuns = 300;
+  cudaEvent_t begin, end;
+  check(cudaEventCreate(&begin), "cudaEventCreate");
+  check(cudaEventCreate(&end), "cudaEventCreate");
+  std::vector<float> times;
+  for (int i = 0; i < kWarmUp + kRuns; ++i) {
+    check(cudaEventRecord(begin), "cudaEventRecord");
+    run(i);
+    check(cudaEventRecord(end), "cudaEventRecord");
+    check(cudaEventSynchronize(end), "run");
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
+    if (i >= kWarmUp) times.push_back(ms);
+  }
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  std::sort(times.begin(), times.end());
+  return {times[times.size() / 2] * 1e3, times[times.size() * 99 / 100] * 1e3};
+}
+
+// Bytes read and written a second.
+double copyBandwidth() {
+  constexpr size_t kBytes = size_t{256} << 20;
+  const Memory from(kBytes), to(kBytes);
+  const Times times = timeOf(
+      [&](int) { check(cudaMemcpyAsync(to.get(), from.get(), kBytes, cudaMemcpyDeviceToDevice), "cudaMemcpyAsync"); });
+  return 2.0 * kBytes / (times.median_us * 1e-6);
+}
+
+struct Shape {
+  int batch, num_q_heads, num_kv_heads, capacity, head_dim, num_tokens;
+};
+
+void measure(const Shape& shape, bool is_int8, double bandwidth, size_t l2_bytes) {
+  constexpr int kSinks = 4;
+  SinkAttentionParams p;
+  p.batch = shape.batch;
+  p.num_tokens = shape.num_tokens;
+  p.num_q_heads = shape.num_q_heads;
+  p.num_kv_heads = shape.num_kv_heads;
+  p.head_dim = shape.head_dim;
+  p.num_sinks = kSinks;
+  p.window_size = shape.capacity - kSinks;
+  p.int8_window = is_int8;
+  p.rotary_dim = shape.head_dim;
+  p.scale = 0.05f;
+  const size_t rows = size_t{2} * p.batch * p.num_kv_heads;  // of keys and values
+  const size_t window_bytes = rows * p.window_size * (is_int8 ? p.head_dim + 2 : 2 * p.head_dim);
+  const size_t cache_bytes = window_bytes + rows * kSinks * 2 * p.head_dim;
+  const size_t q_bytes = size_t{2} * p.batch * p.num_q_heads * p.num_tokens * p.head_dim;
+
+  std::vector<Memory> memory;
+  auto take = [&](size_t bytes) { return memory.emplace_back(bytes).get(); };
+  std::vector<SinkAttentionParams> sets(std::max<size_t>(2, 4 * l2_bytes / cache_bytes + 1), p);
+  const std::vector<int32_t> far(2 * p.batch, 1 << 12);  // past the capacity: every entry is there
+  for (SinkAttentionParams& one : sets) {
+    one.q = take(q_bytes);
+    one.out = take(q_bytes);
+    one.k = take(q_bytes);
+    one.v = take(q_bytes);
+    void* position = take(far.size() * sizeof(int32_t));
+    check(cudaMemcpy(position, far.data(), far.size() * sizeof(int32_t), cudaMemcpyHostToDevice), "cudaMemcpy");
+    one.position = static_cast<const int32_t*>(position);
+    one.sink_k = take(rows / 2 * kSinks * 2 * p.head_dim);
+    one.sink_v = take(rows / 2 * kSinks * 2 * p.head_dim);
+    one.window_k = take(rows / 2 * p.window_size * p.head_dim * (is_int8 ? 1 : 2));
+    one.window_v = take(rows / 2 * p.window_size * p.head_dim * (is_int8 ? 1 : 2));
+    one.window_k_scale = is_int8 ? take(rows / 2 * p.window_size * 2) : nullptr;
+    one.window_v_scale = is_int8 ? take(rows / 2 * p.window_size * 2) : nullptr;
+    one.frequency = static_cast<const uint32_t*>(take(p.rotary_dim / 2 * sizeof(uint32_t)));
+  }
+  if (const char* problem = sinkexport::sinkAttentionProblem(sets[0])) {
+    std::fprintf(stderr, "%s\n", problem);
+    std::exit(2);
+  }
+  void* workspace = take(sinkexport::sinkAttentionWorkspaceBytes(sets[0]));
+  const Times times = timeOf([&](int i) {
+    check(sinkexport::launchSinkAttention(sets[i % sets.size()], workspace, nullptr), "launchSinkAttention");
+  });
+  const double floor_us = cache_bytes / bandwidth * 1e6;
+  std::printf("B%-3d %3d/%-3d C%-6d D%-4d T%-4d %-5s %9.1f %9.1f %9.1f %9.1f %6.1f%%\n", p.batch, p.num_q_heads,
+              p.num_kv_heads, shape.capacity, p.head_dim, p.num_tokens, is_int8 ? "int8" : "fp16", cache_bytes / 1e6,
+              floor_us, times.median_us, times.p99_us, 100 * floor_us / times.median_us);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::vector<Shape> shapes = {{1, 32, 32, 1024, 128, 1}, {1, 32, 8, 1024, 128, 1},  {1, 32, 8, 65536, 128, 1},
+                               {16, 32, 8, 4096, 128, 1}, {32, 32, 8, 4096, 64, 1},  {16, 32, 32, 2048, 96, 1},
+                               {16, 8, 4, 4096, 256, 1},  {1, 32, 8, 1024, 128, 64}, {1, 32, 8, 16384, 128, 512}};
+  if (argc == 7) {
+    const auto number = [&](int i) { return std::atoi(argv[i]); };
+    shapes = {{number(1), number(2), number(3), number(4), number(5), number(6)}};
+  } else if (argc != 1) {
+    std::fprintf(stderr, "usage: %s [batch num_q_heads num_kv_heads capacity head_dim num_tokens]\n", argv[0]);
+    return 2;
+  }
+  cudaDeviceProp device;
+  check(cudaGetDeviceProperties(&device, 0), "cudaGetDeviceProperties");
+  const double bandwidth = copyBandwidth();
+  std::printf("%s, copy %.0f GB/s\n%-34s %9s %9s %9s %9s %7s\n", device.name, bandwidth / 1e9, "shape, kv", "MB",
+              "floor us", "us", "p99 us", "share");
+  for (const Shape& shape : shapes) {
+    for (const bool is_int8 : {false, true}) measure(shape, is_int8, bandwidth, device.l2CacheSize);
+  }
+  return 0;
+}
