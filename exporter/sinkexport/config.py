@@ -104,7 +104,7 @@ class ExportConfig:
     def _check_int8_window(self) -> None:
         if self.native:
             raise UsageError(problem("kv", received="int8 with --native", expected="fp",
-                                     fix="leave --native out: TensorRT alone has no operator that writes an INT8 window"))
+                                     fix="leave --native out: only the plugin writes an INT8 window"))
         if self.window_size > MAX_INT8_WINDOW:
             raise UsageError(problem("window_size", received=self.window_size,
                                      expected=f"at most {MAX_INT8_WINDOW} with kv int8",

@@ -38,9 +38,9 @@ MAX_REPORTED_ERRORS = 8  # one line has to stay readable; the rest is counted
 class BuildOptions:
     """How to build.
 
-    plugin: the library of plugins/trt; None: the graph has standard operators only. workspace_bytes: most scratch memory
-    that a layer may ask for; None: TensorRT's default. timing_cache: a file that is read if it is there and written
-    afterwards. modules: packages to try, in this order.
+    plugin: the library of plugins/trt; None: the graph has standard operators only. workspace_bytes: most scratch
+    memory that a layer may ask for; None: TensorRT's default. timing_cache: a file that is read if it is there and
+    written afterwards. modules: packages to try, in this order.
     """
 
     plugin: Path | None = None
@@ -54,7 +54,8 @@ class EngineReport:
     """What TensorRT made of one ONNX graph.
 
     tensorrt: its version. flavour: ``TensorRT | TensorRT-RTX``. plugin_abi: of the plugin that was loaded, if one was.
-    gpu, compute_capability: what it was built for, as ``9.0``; None: all that the flavour supports. layer_types: layers by type, e.g. ``{"MATRIX_MULTIPLY": 241}``.
+    gpu, compute_capability: what it was built for, as ``9.0``; None: all that the flavour supports.
+    layer_types: layers by type, e.g. ``{"MATRIX_MULTIPLY": 241}``.
     inputs, outputs: names, in the graph's order. in_place: (input, output) names of each state that a
     KVCacheUpdate layer writes in place. warnings: what TensorRT had to say, without repeats.
     parse_s, build_s: seconds. engine_bytes: size of the serialized engine, weights included.
@@ -87,8 +88,8 @@ def build_engine(graph: Path, engine: Path | None = None, options: BuildOptions 
     Where the version can, the engine is streamed out piece by piece (its file appears only when complete), so that
     memory holds the weights once while TensorRT compiles, and not the finished engine on top.
 
-    Raises: BackendError if TensorRT is missing, does not fit the plugin, refuses nodes (all of them are listed) or fails
-    to build; UsageError if a file cannot be read or written.
+    Raises: BackendError if TensorRT is missing, refuses nodes (all of them are listed) or fails to build; UsageError if
+    a file cannot be read or written, or the plugin is not one for this TensorRT.
     """
     options = options or BuildOptions()
     if not graph.is_file():

@@ -1,4 +1,4 @@
-"""Build an engine in a process of its own: TensorRT is native code that has crashed, and must not take the caller along.
+"""Build an engine in a process of its own: TensorRT is native code that has crashed, and must not take us along.
 
 The child reads its task as JSON from stdin and answers with one JSON line; what native code prints goes to stderr.
 """

@@ -400,15 +400,18 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int sh
 
 template <typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages>
 cudaError_t launchFew(const Int8LinearParams& p, const Device& device, cudaStream_t stream) {
-  constexpr int kMostBlocks = 3;  // on a multiprocessor: for the registers of four there is no room
-  const int shared_bytes = fewSharedBytes(kRowTiles, p.num_rows, kWarps, kStages);
+  const int needed_bytes = fewSharedBytes(kRowTiles, p.num_rows, kWarps, kStages);
   if constexpr (kWarps > 4) {
-    if (shared_bytes > device.shared_bytes) {
+    if (needed_bytes > device.shared_bytes) {
       return launchFew<Half, kRowTiles, kTokenTiles, 4, kStages>(p, device, stream);
     }
   }
-  const int at_once = device.shared_bytes_of_all / (shared_bytes + kReservedSharedBytes);
-  const int blocks = device.multiprocessors * std::max(1, std::min(at_once, kMostBlocks));
+  // Two blocks on a multiprocessor, each with half of the memory even if it needs less: blocks of the next launch then
+  // take the places of this one's as they end. With more room they would crowd where there is most of it.
+  constexpr int kBlocks = 2;
+  const int share = device.shared_bytes_of_all / kBlocks - kReservedSharedBytes;
+  const int shared_bytes = std::max(needed_bytes, std::min(share, device.shared_bytes));
+  const int blocks = device.multiprocessors * (needed_bytes <= share ? kBlocks : 1);
   const dim3 grid(std::min(divideUp(p.num_outputs, 16 * kRowTiles), blocks));
   return launch(fewTokens<Half, kRowTiles, kTokenTiles, kWarps, kStages>, grid, kWarps * kWarpSize, shared_bytes,
                 device, stream, p);
@@ -449,20 +452,21 @@ using Low = ManyShape<1, 4, 1, 4>;   // 64 outputs x 32 tokens
 using Wide = ManyShape<2, 8, 1, 4>;  // 128 x 64
 using Tall = ManyShape<2, 8, 2, 3>;  // 128 x 128
 
-// Calls use(shape, plan) for the shape of tiles that a product of more than 16 tokens takes.
+// Calls use(shape, plan) for the shape of tiles that a product of more than 16 tokens takes: the largest that makes
+// enough blocks.
 template <typename Use>
 auto withManyShape(const Int8LinearParams& p, Use use) {
-  constexpr int kWantedBlocks = 264;
-  const int wide_tiles = divideUp(p.num_rows, Wide::kTokens) * divideUp(p.num_outputs, Wide::kRows);
-  if (p.num_rows <= 32 || wide_tiles < 16) return use(Low{}, planMany<Low>(p, 2 * kWantedBlocks));
-  if (p.num_rows <= 64) return use(Wide{}, planMany<Wide>(p, kWantedBlocks));
-  return use(Tall{}, planMany<Tall>(p, kWantedBlocks));
+  constexpr unsigned kWantedBlocks = 264, kEnoughBlocks = 192;
+  const auto blocks = [](const ManyPlan& plan) { return plan.grid.x * plan.grid.y * plan.grid.z; };
+  const ManyPlan tall = planMany<Tall>(p, kWantedBlocks), wide = planMany<Wide>(p, kWantedBlocks);
+  if (p.num_rows > Wide::kTokens && blocks(tall) >= kEnoughBlocks) return use(Tall{}, tall);
+  if (p.num_rows > Low::kTokens && blocks(wide) >= kEnoughBlocks) return use(Wide{}, wide);
+  return use(Low{}, planMany<Low>(p, 2 * kWantedBlocks));
 }
 
 template <typename Half>
 cudaError_t launchTyped(const Int8LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
-  if (p.num_rows <= 4) return launchFew<Half, 1, 1, 8, 3>(p, device, stream);
-  if (p.num_rows <= 8) return launchFew<Half, 1, 1, 8, 2>(p, device, stream);
+  if (p.num_rows <= 8) return launchFew<Half, 1, 1, 8, 3>(p, device, stream);
   if (p.num_rows <= kFewTokens) {
     // Taller tiles read the tokens less often, shorter ones spread better.
     constexpr int kManyOutputs = 1 << 15;
@@ -482,6 +486,7 @@ struct Range {
   const char* name;
   const void* data;
   size_t bytes;
+  bool optional = false;
   size_t address() const { return reinterpret_cast<size_t>(data); }
 };
 
@@ -523,9 +528,9 @@ const char* int8LinearProblem(const Int8LinearParams& p) {
                           {"x", p.x, rows * inputs * 2},
                           {"weight", p.weight, outputs * inputs},
                           {"scale", p.scale, outputs * sizeof(float)},
-                          {"bias", p.bias, outputs * 2}};
+                          {"bias", p.bias, outputs * 2, true}};
   for (const Range& range : ranges) {
-    if (!range.data && range.data != p.bias) {
+    if (!range.data && !range.optional) {
       return explain("%s: received null, expected a device pointer", range.name);
     }
     if (range.address() % 16) {

@@ -57,6 +57,7 @@ class Int8Linear final : public Operator {
     p.scale = static_cast<const float*>(in[kScale]);
     p.bias = has_bias_ ? in[kBias] : nullptr;
     p.y = out[0];
+    p.constant_weight = true;  // of the engine
     return launchInt8Linear(p, workspace, stream);
   }
 

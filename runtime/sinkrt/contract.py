@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from sinkrt.errors import BundleError, problem
 
 SCHEMA_VERSION = 3
-"""2: `quantization` and the scales of an INT8 window. 3: `plugin_abi` and `engines`. Older versions are read as well."""
+"""2: `quantization` and the scales of an INT8 window. 3: `plugin_abi` and `engines`. Older ones are read as well."""
 
 MANIFEST_NAME = "manifest.json"
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1}
@@ -217,8 +217,8 @@ class EngineFacts:
     """An engine that 'sinkexport build' made of one graph: what runs nowhere but where it fits (`sinkrt.engines`).
 
     file: path inside the bundle. bytes, sha256: of it. graph_sha256: of the ONNX file that it was made of.
-    flavour: ``TensorRT | TensorRT-RTX``. version: of that, in full. plugin_abi: of the plugin library; None: no plugins.
-    gpu, compute_capability: of the machine that built it, as ``9.0``; None: it suits every GPU that the flavour supports.
+    flavour: ``TensorRT | TensorRT-RTX``. version: of that, in full. plugin_abi: of the plugin library; None: no plugin.
+    gpu, compute_capability: of the machine that built it, as ``9.0``; None: it suits all that the flavour supports.
     precision: ``float32 | float16``, of the products that are not quantised.
     """
 

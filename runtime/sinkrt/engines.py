@@ -1,4 +1,4 @@
-"""Whether an engine that 'sinkexport build' wrote may run here. Told before it is loaded: TensorRT itself says little."""
+"""Whether an engine that 'sinkexport build' wrote may run here, told before it is loaded: TensorRT says little."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sinkrt.errors import BackendError, problem
 class EngineHost:
     """What would run an engine.
 
-    flavour: ``TensorRT | TensorRT-RTX``. version: of it, in full. plugin_abi: of the plugin library that is loaded; None:
-    none is. compute_capability: of the GPU, as ``9.0``.
+    flavour: ``TensorRT | TensorRT-RTX``. version: of it, in full. plugin_abi: of the plugin library that is loaded;
+    None: none is. compute_capability: of the GPU, as ``9.0``.
     """
 
     flavour: str

@@ -130,7 +130,7 @@ def test_what_the_plugin_cannot_do_is_refused(tmp_path: Path) -> None:
 
 
 class TestBuilding:
-    pytestmark = [needs_plugin_build, *needs_tensorrt]
+    pytestmark = (needs_plugin_build, *needs_tensorrt)
 
     @pytest.mark.parametrize(
         ("dtype", "config"),

@@ -39,6 +39,7 @@ REFUSED = [
     ({"num_outputs": 0}, "num_outputs: received 0, expected 1 .. 2097152"),
     ({"dtype": 2}, "dtype: received 2, expected 0 (float16) or 1 (bfloat16)"),
     *(({name: 0}, f"{name}: received null, expected a device pointer") for name in POINTERS if name != "bias"),
+    ({"weight": 0, "bias": 0}, "weight: received null, expected a device pointer"),
     *(({name: (1 << 40) + 8}, f"{name}: received 0x10000000008, expected a device pointer that is a multiple of 16")
       for name in POINTERS),
     ({"y": 1 << 30}, "y: overlaps x, expected memory of its own"),

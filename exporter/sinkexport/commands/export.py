@@ -46,9 +46,9 @@ STAGES = {
               help="The window's keys and values; sinks stay in floating point.  "
                    "[default: the recipe's, or fp]")  # fmt: skip
 @click.option("--target", type=click.Choice(TARGETS), default="onnx", show_default=True,
-              help="tensorrt: for 'sinkexport build', with this project's TensorRT plugin (plugins/README.md).")  # fmt: skip
+              help="tensorrt: for 'sinkexport build', with this project's plugin (docs/tensorrt.md).")  # fmt: skip
 @click.option("--native", is_flag=True,
-              help="With --target tensorrt: standard operators only, for TensorRT >= 10.15 without the plugin.")  # fmt: skip
+              help="With --target tensorrt: standard operators, for TensorRT >= 10.15 without plugin.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
 def command(
     model: str, output: Path, sink_tokens: int, window: int, batch: int, chunk: int | None, pin_system: str | None,
