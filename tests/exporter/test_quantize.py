@@ -19,6 +19,7 @@ from sinkexport.engine import build_engine
 from sinkexport.graph.passes.products import Product
 from sinkexport.graph.passes.quantize import InputScale
 from sinkexport.graph.passes.quantize_ort import OrtForm, block_size, packed, packed_zeros
+from sinkexport.graph.passes.quantize_plugin import PluginForm
 from sinkexport.graph.passes.quantize_qdq import QdqForm
 from sinkexport.graph.passes.quantized_weight import QuantizedWeight, WeightScheme
 from sinkexport.pipeline import export_loaded
@@ -34,7 +35,7 @@ from tests.exporter.test_families import random_ids
 from tests.exporter.test_quantized_weight import unpacked
 from tests.exporter.tiny_models import tiny_model
 
-FORMS = {"ort": OrtForm, "qdq": QdqForm}
+FORMS = {"ort": OrtForm, "qdq": QdqForm, "plugin": PluginForm}
 
 
 def make_weight(rng: np.random.Generator, num_outputs: int, depth: int, scheme: WeightScheme) -> QuantizedWeight:
@@ -147,7 +148,7 @@ def test_a_token_of_zeros_is_no_trouble() -> None:
     assert not one.run(np.zeros((1, 3, 32), np.float32), np.zeros(1, np.int64)).any()
 
 
-@pytest.mark.parametrize("form", ["ort", "qdq"])
+@pytest.mark.parametrize("form", ["ort", "qdq", "plugin"])
 @pytest.mark.parametrize(("batch", "num_tokens"), [(1, 1), (2, 1), (1, 6), (2, 3)])
 @pytest.mark.parametrize("sinks", [None, 4.0])
 def test_static_products_keep_the_sinks_apart(form: str, batch: int, num_tokens: int, sinks: float | None) -> None:

@@ -21,7 +21,9 @@ INPUTS_MULTIPLE = 16
 
 class PluginForm(QdqForm):
     """Writes one graph. Weights lie in the file as int8 [N, K], declared as int32 [N, K/4], little-endian: every parser
-    takes int32 constants, none gives them a meaning of its own."""
+    takes int32 constants, none gives them a meaning of its own. Q/DQ is in float32: TensorRT 8.5 reads no other scales."""
+
+    scale_dtype = ir.DataType.FLOAT
 
     def weight_only(self, product: Product, weight: QuantizedWeight) -> None:
         """Int8Linear(x, W, scale), sums in float32; inputs and outputs in float16."""
@@ -59,7 +61,7 @@ class PluginForm(QdqForm):
 
     def _scales(self, weight: QuantizedWeight) -> ir.Value:
         """float32 [N]."""
-        return self.lazy(weight, "scale", ir.DataType.FLOAT, (weight.num_outputs,),
+        return self.lazy(weight, "scales", ir.DataType.FLOAT, (weight.num_outputs,),
                          lambda: weight.scales()[:, 0].astype(np.float32))  # fmt: skip
 
     def _refused(self, weight: QuantizedWeight, received: str, expected: str) -> UsageError:
