@@ -21,7 +21,7 @@ INPUTS_MULTIPLE = 16
 
 class PluginForm(QdqForm):
     """Writes one graph. Weights lie in the file as int8 [N, K], declared as int32 [N, K/4], little-endian: every parser
-    takes int32 constants, none gives them a meaning of its own. Q/DQ is in float32: TensorRT 8.5 reads no other scales."""
+    takes int32 constants, none gives them a meaning. Q/DQ is in float32: TensorRT 8.5 reads no other scales."""
 
     scale_dtype = ir.DataType.FLOAT
 
