@@ -152,8 +152,8 @@ def text_windows(tokenizer: Any, text: str, num_windows: int, window_tokens: int
 
     Raises: UsageError if the text is too short.
     """
-    beginning = _beginning(tokenizer)
-    piece = window_tokens - len(beginning)
+    before = beginning(tokenizer)
+    piece = window_tokens - len(before)
     needed = num_windows * piece
     chars, ids = 4 * needed, []
     while True:
@@ -167,7 +167,7 @@ def text_windows(tokenizer: Any, text: str, num_windows: int, window_tokens: int
                     expected=f"{num_windows} windows of {window_tokens:,} tokens")
         )  # fmt: skip
     starts = range(0, needed, max(piece, 1))
-    return TextWindows(tuple((*beginning, *ids[start : start + piece]) for start in starts), len(beginning))
+    return TextWindows(tuple((*before, *ids[start : start + piece]) for start in starts), len(before))
 
 
 def check_geometry(num_windows: int, window_tokens: int, num_candidates: int) -> None:
@@ -333,7 +333,7 @@ def _by_token(sightings: dict[int, list[Sighting]], tokenizer: Any) -> tuple[Sec
     return tuple(sorted(sinks, key=lambda s: (not s.is_like_first, -s.heads, -s.sightings[0].weight, s.token_id)))
 
 
-def _beginning(tokenizer: Any) -> tuple[int, ...]:
+def beginning(tokenizer: Any) -> tuple[int, ...]:
     """What the tokenizer puts before every text: a beginning-of-text token, or nothing."""
     marked, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     for start in range(len(marked) - len(plain) + 1):

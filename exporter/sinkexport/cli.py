@@ -18,6 +18,7 @@ from sinkexport import __version__
 
 COMMANDS = {
     "export": "Turn a Hugging Face model into a bundle.",
+    "calibrate": "Find the ranges of a model's activations for a recipe.",
     "build": "Build TensorRT engines of a bundle.",
     "run": "Stream text from a bundle, for ever if you like.",
     "verify": "Compare a bundle with its model.",
@@ -25,7 +26,7 @@ COMMANDS = {
     "bench": "Measure speed and memory of a bundle.",
     "analyze": "Find a model's attention sinks and recommend how many to keep.",
     "serve": "Serve a bundle over the OpenAI HTTP API.",
-    "inspect": "Show what a bundle holds, or which families export.",
+    "inspect": "Show a bundle, a calibration, the families or the recipes.",
 }
 EXIT_BAD_INPUT = 2
 EXIT_INTERNAL = 70

@@ -38,7 +38,7 @@ class ExportConfig:
     dtype: ``fp32 | fp16``, of weights, arithmetic and cache.
     target: ``onnx | tensorrt``, whose operators and layers the graphs are made for.
     native: with target ``tensorrt``, standard ONNX operators alone, without the plugins of plugins/trt.
-    recipe: how to quantise; None: not at all. calibration: what a recipe with static ranges needs.
+    recipe: how to quantise; None: not at all. calibration: what a recipe with static ranges or smoothing needs.
     kv: ``fp | int8``, the window's keys and values: INT8 with a scale for each key head and token. Sinks always stay in
     `dtype`. None: as the recipe says, or ``fp``.
 
@@ -83,6 +83,11 @@ class ExportConfig:
             raise UsageError(problem("kv", received=repr(self.kv), expected=" | ".join(KV_KINDS), fix="change --kv"))
         if self.recipe is not None:
             self._check_recipe(self.recipe)
+        if self.calibration is not None and (self.recipe is None or not self.recipe.may_need_calibration):
+            name = "none" if self.recipe is None else f"'{self.recipe.name}'"
+            raise UsageError(problem("--calibration", received=f"a file, and recipe {name}",
+                                     expected="a recipe with static ranges or smoothing",
+                                     fix="leave --calibration out or change --recipe"))
         if self.has_int8_window:
             self._check_int8_window()
         if self.num_tokens_per_chunk > self.window_size:
@@ -96,10 +101,7 @@ class ExportConfig:
         if recipe.needs_calibration and self.calibration is None:
             raise UsageError(problem(f"recipe '{recipe.name}'", received="no calibration",
                                      expected="ranges of this model's activations",
-                                     fix="this version cannot find them yet: use a recipe without static ranges"))
-        if recipe.smooth is not None:
-            raise UsageError(problem(f"recipe '{recipe.name}': smooth", received=f"alpha {recipe.smooth.alpha}",
-                                     expected="none in this version", fix="leave smooth out"))
+                                     fix="run 'sinkexport calibrate' and pass its file as --calibration"))
 
     def _check_int8_window(self) -> None:
         if self.native:

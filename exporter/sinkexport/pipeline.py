@@ -77,6 +77,7 @@ def export_loaded(
     model, out = loaded.model, Path(out)
     config = _resolved(_with_pinned_system(loaded.tokenizer, config), model.config.get_text_config().model_type)
     _check_model(model, config)
+    _check_calibration(model, config)
     with staged_bundle(out, overwrite=overwrite) as stage:
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
         report("probe", 0, 1)
@@ -128,8 +129,9 @@ def _build(
     step = StreamStep(loaded.model, config, shape, rotary, batch=batch, num_tokens=num_tokens).eval()
     recipe, dtype = config.recipe, WEIGHT_DTYPES[config.dtype]
     plan = None if recipe is None else RecipePlan(recipe, loaded.model, dtype, config.calibration)
+    num_sinks = 0 if config.calibration is None else config.calibration.num_sink_tokens
     return build_graph(
-        trace(step), role, step.state_kinds, shape.num_layers, config.target, config.num_sink_tokens, plan,
+        trace(step), role, step.state_kinds, shape.num_layers, config.target, num_sinks, plan,
         plugins=config.has_plugins,
     )
 
@@ -196,6 +198,28 @@ def _check_model(model: Any, config: ExportConfig) -> None:
         if not bool(torch.isfinite(parameter).all()):
             raise UsageError(problem(f"weights '{name}'", received="NaN or Inf", expected="finite numbers",
                                      fix="check the model, or use --dtype fp32 if it overflows fp16"))  # fmt: skip
+
+
+def _check_calibration(model: Any, config: ExportConfig) -> None:
+    """The ranges must be of this model, by this recipe, with sinks that this bundle keeps.
+
+    The window need not be the same: activations hardly depend on how far back a token sees.
+
+    Raises: UsageError.
+    """
+    ranges, recipe = config.calibration, config.recipe
+    if ranges is None or recipe is None:
+        return
+    if not recipe.needs_calibration:  # as refined for the family
+        raise UsageError(problem("--calibration", received=f"a file for recipe '{recipe.name}'",
+                                 expected="none: the recipe needs no calibration",
+                                 fix="leave it out"))  # fmt: skip
+    ranges.check_recipe(recipe)
+    if recipe.needs_ranges and ranges.num_sink_tokens > config.num_sink_tokens:
+        raise UsageError(problem("sinks", received=f"{config.num_sink_tokens} tokens, and a calibration with "
+                                 f"{ranges.num_sink_tokens}", expected="at least as many as in the calibration",
+                                 fix="raise --sink-tokens, or calibrate with fewer"))  # fmt: skip
+    ranges.check_model(model)
 
 
 def _model_facts(loaded: LoadedModel, shape: AttentionShape, rotary: ModelRotary, *, vocab_size: int) -> ModelFacts:

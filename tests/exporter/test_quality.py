@@ -252,7 +252,7 @@ def test_model_in_torch_as_reference(name: str, tmp_path: Path) -> None:
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize("recipe", ["int8-weights", "int8-dynamic", "int4-weights"])
+@pytest.mark.parametrize("recipe", ["int8-weights", "int8-dynamic", "int4-nearest"])
 def test_recipes_through_the_real_export(recipe: str, tmp_path: Path) -> None:
     """Prefill stays with the steps within the tolerance, and less is lost with more bits."""
     model = tiny_model("llama")
@@ -264,7 +264,7 @@ def test_recipes_through_the_real_export(recipe: str, tmp_path: Path) -> None:
     assert {c.name: c.limit for c in report.checks} == dict(manifest.quantization.thresholds)
     assert report.recipe == recipe
     assert report.prefill.failed_position is None
-    least, most = {"int8-weights": (0, 0.02), "int8-dynamic": (0, 0.1), "int4-weights": (0.02, 2)}[recipe]
+    least, most = {"int8-weights": (0, 0.02), "int8-dynamic": (0, 0.1), "int4-nearest": (0.02, 2)}[recipe]
     assert least < report.quality.kl_divergence < most
 
 

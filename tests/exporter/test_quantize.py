@@ -222,7 +222,7 @@ def test_a_tensorrt_bundle_with_int8_weights_is_the_model_with_rounded_weights(n
             assert np.abs(got - want).max() < 1e-4 * want.std()
 
 
-@pytest.mark.parametrize("recipe", ["int8-weights", "int8-dynamic", "int4-weights"])
+@pytest.mark.parametrize("recipe", ["int8-weights", "int8-dynamic", "int4-nearest"])
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt_neox", "phi", "gemma2", "qwen2"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_prefill_gives_what_steps_give(recipe: str, name: str, batch: int, tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_prefill_gives_what_steps_give(recipe: str, name: str, batch: int, tmp_p
 
 def test_float16_bundles_take_recipes_too(tmp_path: Path) -> None:
     model = tiny_model("llama-tied", dtype=torch.float16)
-    for recipe in ("int8-weights", "int8-dynamic", "int4-weights"):
+    for recipe in ("int8-weights", "int8-dynamic", "int4-nearest"):
         with exported(model, tmp_path / recipe, load_recipe(recipe), dtype="fp16") as session:
             logits = session.prefill(random_ids(1, 20))
             assert np.isfinite(logits).all()
@@ -354,10 +354,17 @@ def test_static_ranges_reach_the_graph(sinks: str, tmp_path: Path) -> None:
 
     class Fixed:
         sha256 = "0" * 64
+        num_sink_tokens = 2
 
-        def input_range(self, module: str, method: str) -> InputRange:
-            assert method == "minmax"
-            return InputRange(rest=8.0, sinks=32.0)
+        def input_range(self, module: str) -> InputRange:
+            return InputRange(rest=8.0, sinks=32.0, all=32.0)
+
+        def divisors(self, module: str) -> None: ...
+        def readers(self, module: str) -> tuple[str, ...]:
+            return (module,)
+
+        def check_recipe(self, recipe: Recipe) -> None: ...
+        def check_model(self, model: Any) -> None: ...
 
     recipe = edited("int8-channel", activations={"mode": "static", "sinks": sinks}, lm_head="int8", targets=["onnx"],
                     calibration={"method": "minmax", "samples": 1, "length": 64})  # fmt: skip

@@ -12,7 +12,6 @@ import yaml
 from click.testing import CliRunner
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
-from sinkexport.quant.ranges import InputRange
 from sinkexport.quant.recipe import RECIPES_FOLDER, Recipe, load_recipe, parse_recipe, recipe_names
 from sinkrt.errors import UsageError
 
@@ -30,12 +29,16 @@ def test_shipped_recipes_load_by_name_and_by_file_and_can_be_exported(name: str)
     assert recipe == load_recipe(str(FOLDER / f"{name}.yaml"))
     assert recipe.name == name
     for target in recipe.targets:
-        ExportConfig(recipe=recipe, target=target)
+        if recipe.needs_calibration:
+            with pytest.raises(UsageError, match="received no calibration, expected ranges of this model's"):
+                ExportConfig(recipe=recipe, target=target)
+        else:
+            ExportConfig(recipe=recipe, target=target)
 
 
 def test_the_packages_folder_is_the_projects() -> None:
     assert RECIPES_FOLDER.resolve() == FOLDER.resolve()
-    assert {"int8-weights", "int8-dynamic", "int4-weights"} <= set(recipe_names())
+    assert {"int8-weights", "int8-dynamic", "int8-smooth", "int4-weights"} <= set(recipe_names())
 
 
 def keys_of(model: type[pydantic.BaseModel], prefix: str = "") -> set[str]:
@@ -71,6 +74,7 @@ RANGES = {"method": "minmax", "samples": 4, "length": 64}
         ({"weights": {"bits": 4, "granularity": "block", "block_size": 33}}, "weights.block_size: received 33"),
         ({"weights": {"bits": 8, "granularity": "channel", "symmetric": False}}, "needs symmetric: true"),
         ({"activations": {"mode": "static"}}, "sinks goes with mode: static"),
+        ({"activations": {"mode": "float", "keep_float": ["*"]}}, "keep_float is of no use with mode: float"),
         ({"activations": STATIC}, "calibration is needed"),
         ({"calibration": RANGES}, "calibration is of no use"),
         ({"activations": STATIC, "calibration": {**RANGES, "percentile": 99.0}}, "percentile goes with"),
@@ -102,7 +106,7 @@ def test_files_that_hold_no_recipe(content: str, tmp_path: Path) -> None:
 
 
 def test_unknown_names_and_missing_files() -> None:
-    with pytest.raises(UsageError, match=r"received 'int9', expected int4-weights \| "):
+    with pytest.raises(UsageError, match=r"received 'int9', expected int4-nearest \| "):
         load_recipe("int9")
     with pytest.raises(UsageError, match=r"mine\.yaml.*expected a readable YAML file"):
         load_recipe("mine.yaml")
@@ -145,18 +149,6 @@ def test_kv_goes_before_the_recipe() -> None:
     assert ExportConfig(recipe=recipe).has_int8_window
     assert not ExportConfig(recipe=recipe, kv="fp").has_int8_window
     assert not ExportConfig().has_int8_window
-
-
-def test_smoothing_is_refused_for_now_even_with_ranges() -> None:
-    class Known:
-        sha256 = "0" * 64
-
-        def input_range(self, module: str, method: str) -> InputRange:
-            return InputRange(1.0, None)
-
-    recipe = parse_recipe(raw(smooth={"alpha": 0.5}, calibration=RANGES), "r")
-    with pytest.raises(UsageError, match=r"smooth: received alpha 0\.5, expected none in this version"):
-        ExportConfig(recipe=recipe, calibration=Known())
 
 
 def test_inspect_lists_them() -> None:

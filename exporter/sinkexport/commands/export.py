@@ -13,6 +13,7 @@ from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE, KV_K
 from sinkexport.progress import shown_progress
 
 if TYPE_CHECKING:
+    from sinkexport.quant.ranges import Ranges
     from sinkexport.quant.recipe import Recipe
 
 STAGES = {
@@ -42,6 +43,8 @@ STAGES = {
               help="Of weights, arithmetic and cache.")  # fmt: skip
 @click.option("--recipe", metavar="NAME|FILE",
               help="Quantise as a recipe says: one of 'sinkexport inspect recipes', or a .yaml file.")  # fmt: skip
+@click.option("--calibration", "calibration_file", type=click.Path(path_type=Path), metavar="FILE",
+              help="What 'sinkexport calibrate' wrote, for a recipe with static ranges or smoothing.")  # fmt: skip
 @click.option("--kv", type=click.Choice(KV_KINDS),
               help="The window's keys and values; sinks stay in floating point.  "
                    "[default: the recipe's, or fp]")  # fmt: skip
@@ -52,12 +55,13 @@ STAGES = {
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
 def command(
     model: str, output: Path, sink_tokens: int, window: int, batch: int, chunk: int | None, pin_system: str | None,
-    dtype: str, recipe: str | None, kv: str | None, target: str, native: bool, overwrite: bool,
+    dtype: str, recipe: str | None, calibration_file: Path | None, kv: str | None, target: str, native: bool,
+    overwrite: bool,
 ) -> None:
     """Export MODEL (a local directory, a .gguf file or a Hub id) to a bundle."""
     # Bad numbers are told before torch is loaded.
-    config = ExportConfig(sink_tokens, window, batch, dtype, chunk, pin_system, target, _loaded(recipe), kv=kv,
-                          native=native)  # fmt: skip
+    config = ExportConfig(sink_tokens, window, batch, dtype, chunk, pin_system, target, _loaded(recipe),
+                          _ranges(calibration_file), kv, native)  # fmt: skip
     from sinkexport.pipeline import export
 
     start = time.perf_counter()
@@ -79,3 +83,11 @@ def _loaded(recipe: str | None) -> Recipe | None:
     from sinkexport.quant.recipe import load_recipe
 
     return load_recipe(recipe)
+
+
+def _ranges(file: Path | None) -> Ranges | None:
+    if file is None:
+        return None
+    from sinkexport.quant.calibration import load_calibration, rounded_path
+
+    return load_calibration(file).with_rounded_file(rounded_path(file))

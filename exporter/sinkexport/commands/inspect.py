@@ -23,10 +23,10 @@ MB = 1e6
 
 
 @click.command(name="inspect")
-@click.argument("what", metavar="DIR|families|recipes")
+@click.argument("what", metavar="DIR|FILE|families|recipes")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable: the manifest, the families or the recipes.")
 def command(what: str, as_json: bool) -> None:
-    """Show the bundle DIR, the table of model families or that of quantisation recipes."""
+    """Show the bundle DIR, a calibration FILE, the table of model families or that of quantisation recipes."""
     if what == "families" and not Path(what).exists():
         _show_families(as_json)
         return
@@ -34,6 +34,9 @@ def command(what: str, as_json: bool) -> None:
         _show_recipes(as_json)
         return
     bundle = Path(what)
+    if bundle.is_file():
+        _show_calibration(bundle, as_json)
+        return
     manifest = load_manifest(bundle)
     if as_json:
         click.echo(manifest.to_json(), nl=False)
@@ -64,6 +67,53 @@ def _show_recipes(as_json: bool) -> None:
         table.add_row(recipe.name, _weights(recipe), recipe.activations.mode, recipe.lm_head,
                       recipe.kv, _listed(list(recipe.targets)), recipe.description)  # fmt: skip
     table_console().print(table)
+
+
+def _show_calibration(path: Path, as_json: bool) -> None:
+    """A row for each input: how far the rest and the sinks reach, and one range for both."""
+    from sinkexport.quant.calibration import load_calibration, rounded_path
+
+    found = load_calibration(path)
+    if as_json:
+        click.echo(found.to_json(), nl=False)
+        return
+    asked, weights = found.calibration, found.rounded_weights
+    how = [asked.method if asked.percentile is None else f"{asked.method} {asked.percentile:g}"] if asked.method else []
+    how += [f"smoothed, alpha {found.smooth.alpha:g}"] if found.smooth else []
+    how += [f"weights rounded for their inputs, in {rounded_path(path).name}"] if weights else []
+    rows = [
+        ("model", f"{found.model.name} ({found.model.architecture}, {found.model.fingerprint[:16]})"),
+        ("recipe", f"{found.recipe}: {', '.join(how)}"),
+        ("text", f"{asked.samples} pieces of {asked.length:,} tokens of {found.text.tokens:,} "
+                 f"(seed {asked.seed}, {found.text.sha256[:16]})"),
+        ("cache", f"{asked.sink_tokens} sinks + window of {asked.window}"),
+        ("made by", _listed(f"{name} {version}" for name, version in found.producer.items())),
+    ]  # fmt: skip
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows:
+        facts.add_row(Text(name, style="bold"), Text(value))
+    table = Table("input of", box=None, pad_edge=False)
+    for header in ("largest", "range", "sinks", "all in one", "widest divisor"):
+        table.add_column(header, justify="right")
+    for one in found.inputs:
+        table.add_row(
+            Text(_together(one.modules)), f"{one.rest.highest:.4g}", f"{one.rest.range:.4g}",
+            "-" if one.sinks is None else f"{one.sinks.range:.4g}", f"{one.all.range:.4g}",
+            "-" if one.divisors is None else f"{max(one.divisors):.3g}",
+        )  # fmt: skip
+    console = table_console()
+    console.print(facts)
+    if found.inputs:
+        console.print()
+        console.print(table)
+
+
+def _together(modules: tuple[str, ...]) -> str:
+    """``model.layers.0.self_attn.{q_proj,k_proj,v_proj}``."""
+    parents = {module.rpartition(".")[0] for module in modules}
+    if len(modules) == 1 or len(parents) > 1:
+        return ", ".join(modules)
+    return f"{parents.pop()}.{{{','.join(module.rpartition('.')[2] for module in modules)}}}"
 
 
 def _weights(recipe: Recipe) -> str:

@@ -26,6 +26,7 @@ from sinkexport.graph.passes.quantize import Plan, quantize
 from sinkexport.graph.passes.quantize_ort import OrtForm
 from sinkexport.graph.passes.quantize_plugin import PluginForm
 from sinkexport.graph.passes.quantize_qdq import QdqForm
+from sinkexport.graph.passes.smooth import smooth
 from sinkexport.graph.passes.static_reshape import make_reshapes_static
 from sinkexport.graph.passes.weights import fold_weight_transposes, merge_projections
 
@@ -64,8 +65,9 @@ def build_graph(
     """Convert a traced run into operators that `target` takes (``onnx | tensorrt``).
 
     role: ``decode`` or ``prefill``, the graph's name. state_kinds: the states of one layer in the order of the trace's
-    inputs: ids, position, the states, and num_valid if there is one. num_sinks: S.
-    plan: what to quantise; None: nothing. plugins: leave to TensorRT plugins what they do (target ``tensorrt`` only).
+    inputs: ids, position, the states, and num_valid if there is one.
+    plugins: leave to TensorRT plugins what they do (target ``tensorrt`` only). plan: what to quantise; None: nothing.
+    num_sinks: first tokens of a stream whose inputs it may treat apart.
 
     Raises: UsageError naming the torch operators that have no ONNX form, or a weight that cannot be quantised.
     """
@@ -79,6 +81,7 @@ def build_graph(
     if plan is None:
         merge_projections(model)
     else:
+        smooth(model, plan.divisors)
         merge_projections(model, lambda name: plan.kind(module_of(name)))
         form = OrtForm if target == "onnx" else PluginForm if plugins else QdqForm
         quantize(model, plan, form(model.graph, model.graph.inputs[1], num_sinks))

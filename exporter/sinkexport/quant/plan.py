@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from sinkexport.graph.passes.products import Product
 from sinkexport.graph.passes.quantize import InputScale, Treatment
-from sinkexport.graph.passes.quantized_weight import WeightScheme
+from sinkexport.graph.passes.quantized_weight import Rounded, WeightScheme
 from sinkexport.quant.ranges import Ranges
 from sinkexport.quant.recipe import Recipe
 
@@ -39,19 +43,38 @@ class RecipePlan:
 
     def kind(self, module: str) -> object:
         """Projections are joined if they are rounded alike."""
-        return self._scheme(module)
+        return self._scheme(module), self._recipe.input_mode(module)
 
     def product(self, product: Product) -> Treatment | None:
         """What becomes of a product; its modules are all of one kind."""
         scheme = self._scheme(product.modules[0])
         if scheme is None:
             return None
-        mode = self._recipe.activations.mode
+        rounded = self._rounded(product)
+        mode = self._recipe.input_mode(product.modules[0])
         if mode == "float" or product.modules[0] in self._head:
-            return Treatment(scheme)
+            return Treatment(scheme, rounded)
         if mode == "dynamic":
-            return Treatment(scheme, dynamic=True)
-        return Treatment(scheme, input_scale=self._input_scale(product.modules))
+            return Treatment(scheme, rounded, dynamic=True)
+        return Treatment(scheme, rounded, input_scale=self._input_scale(product.modules))
+
+    def scheme_for_inputs(self, module: str) -> WeightScheme | None:
+        """How a module's weights are to be rounded with GPTQ; None: they are not."""
+        return None if module in self._head or not self._recipe.rounds_for_inputs else self._scheme(module)
+
+    def divisors(self, module: str) -> npt.NDArray[np.float64] | None:
+        """What an input is divided by: nothing where none of its readers gains by it."""
+        calibration = self._calibration
+        if self._recipe.smooth is None or calibration is None or module in self._head:
+            return None
+        if not any(self._is_smoothed(reader) for reader in calibration.readers(module)):
+            return None
+        return calibration.divisors(module)
+
+    def _is_smoothed(self, module: str) -> bool:
+        """Only weights are rounded where an input stays in floating point: a larger spread would harm them."""
+        weights_only = self._recipe.activations.mode == "float"
+        return self._scheme(module) is not None and (weights_only or self._recipe.input_mode(module) != "float")
 
     def table(self, module: str) -> WeightScheme | None:
         """How an untied embedding is rounded: a scale for each row, as its rows are what is read."""
@@ -69,15 +92,39 @@ class RecipePlan:
         weights = recipe.weights
         if weights is None:
             return None
-        return WeightScheme(weights.bits, weights.block_size, weights.symmetric, weights.scales, self._scale_dtype)
+        bits = recipe.weight_bits(module)
+        # What has more bits than the rest needs no zero points: as 8 bits everywhere else.
+        symmetric = weights.symmetric or bits != weights.bits
+        return WeightScheme(bits, weights.block_size, symmetric, weights.scales, self._scale_dtype)
+
+    def _rounded(self, product: Product) -> Callable[[], Rounded] | None:
+        """What calibration rounded a product's weights to; None: it did not."""
+        calibration, scheme = self._calibration, self.scheme_for_inputs(product.modules[0])
+        if calibration is None or scheme is None:
+            return None
+
+        def read() -> Rounded:
+            parts = [calibration.rounded(module, scheme, product.depth) for module in product.modules]
+            zeros = [part.zero_points for part in parts if part.zero_points is not None]
+            return Rounded(np.concatenate([part.integers for part in parts]),
+                           np.concatenate([part.scales for part in parts]),
+                           np.concatenate(zeros) if zeros else None)  # fmt: skip
+
+        return read
 
     def _input_scale(self, modules: tuple[str, ...]) -> InputScale:
         calibration, activations = self._calibration, self._recipe.activations
-        if calibration is None or self._recipe.calibration is None:
+        if calibration is None:
             raise ValueError("static ranges without a calibration")
         # Projections that are joined read one input: their ranges are the same.
-        found = calibration.input_range(modules[0], self._recipe.calibration.method)
-        rest, sinks = found.rest / HIGHEST, None if found.sinks is None else found.sinks / HIGHEST
-        if activations.sinks == "excluded" or sinks is None or sinks <= rest:
-            return InputScale(rest)
-        return InputScale(sinks) if activations.sinks == "included" else InputScale(rest, sinks)
+        found = calibration.input_range(modules[0])
+        if activations.sinks == "included":
+            return InputScale(_scale(found.all))
+        if activations.sinks == "excluded" or found.sinks is None or found.sinks <= found.rest:
+            return InputScale(_scale(found.rest))
+        return InputScale(_scale(found.rest), _scale(found.sinks))
+
+
+def _scale(bound: float) -> float:
+    """Of an input that was nothing but zeros any scale is right."""
+    return (bound or 1.0) / HIGHEST

@@ -28,6 +28,8 @@ class Weights(_Spec):
 
     bits: 8 or 4. granularity: what shares a scale: ``channel`` (an output) or ``block`` (`block_size` inputs of an
     output). symmetric: no zero points. scales: ``absmax``, or ``mse``: the clipping with the least squared error.
+    rounding: ``nearest``, or ``gptq``: what changes the products least for calibrated inputs (arXiv:2210.17323), which
+    chooses scales by itself. int8: patterns (fnmatch) of modules that have 8 bits where the others have 4.
     """
 
     bits: Literal[8, 4]
@@ -35,6 +37,16 @@ class Weights(_Spec):
     block_size: Literal[16, 32, 64, 128, 256] | None = None
     symmetric: bool = True
     scales: Literal["absmax", "mse"] = "absmax"
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    int8: tuple[str, ...] = ()
+
+    @pydantic.model_validator(mode="after")
+    def _check_rounding(self) -> Weights:
+        if self.rounding == "gptq" and self.scales != "absmax":
+            raise ValueError("rounding: gptq chooses scales by itself: leave scales out")
+        if self.int8 and self.bits != 4:
+            raise ValueError("int8 goes with bits: 4, and with no other")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _check_block(self) -> Weights:
@@ -49,15 +61,20 @@ class Activations(_Spec):
     mode: ``float``; ``dynamic``: INT8 with a scale that each token gets at run time; ``static``: INT8 with one range
     for the tensor, from calibration. sinks (static only): ``separate``: tokens 0 .. S-1 have a range of their own;
     ``excluded``: they have the others' and may be clipped; ``included``: one range for all tokens.
+    keep_float (not with ``float``): patterns (fnmatch) of modules that are fed floating point all the same; their
+    weights are rounded as others are.
     """
 
     mode: Literal["float", "dynamic", "static"]
     sinks: Literal["separate", "excluded", "included"] | None = None
+    keep_float: tuple[str, ...] = ()
 
     @pydantic.model_validator(mode="after")
     def _check_sinks(self) -> Activations:
         if (self.mode == "static") != (self.sinks is not None):
             raise ValueError("sinks goes with mode: static, and with no other")
+        if self.mode == "float" and self.keep_float:
+            raise ValueError("keep_float is of no use with mode: float")
         return self
 
 
@@ -71,11 +88,11 @@ class Calibration(_Spec):
     """How ranges are found by streaming text.
 
     method: ``minmax``, ``percentile`` (of |x|), ``entropy`` (least Kullback-Leibler divergence) or ``mse`` (least
-    squared error). percentile: 50 .. 100. samples: pieces of text. length: tokens of each, past S + W so that the ring
-    wraps. sink_tokens, window: the ring while calibrating. seed: which pieces.
+    squared error); None where no ranges are needed. percentile: 50 .. 100. samples: pieces of text. length: tokens of
+    each, past S + W so that the ring wraps. sink_tokens, window: the ring while calibrating. seed: which pieces.
     """
 
-    method: Literal["minmax", "percentile", "entropy", "mse"]
+    method: Literal["minmax", "percentile", "entropy", "mse"] | None = None
     percentile: float | None = pydantic.Field(default=None, ge=50.0, le=100.0)
     samples: int = pydantic.Field(ge=1)
     length: int = pydantic.Field(ge=2)
@@ -133,9 +150,13 @@ class Recipe(_Spec):
     @pydantic.model_validator(mode="after")
     def _check_calibration(self) -> Recipe:
         if self.needs_calibration and self.calibration is None:
-            raise ValueError("calibration is needed by activations.mode: static and by smooth")
+            raise ValueError("calibration is needed by activations.mode: static, smooth and weights.rounding: gptq")
         if not self.needs_calibration and self.calibration is not None:
-            raise ValueError("calibration is of no use without activations.mode: static or smooth")
+            raise ValueError("calibration is of no use without activations.mode: static, smooth or rounding: gptq")
+        if self.calibration is not None and self.needs_ranges != (self.calibration.method is not None):
+            raise ValueError("calibration.method goes with activations.mode: static or smooth, and with nothing else")
+        if self.rounds_for_inputs and self.smooth is not None:
+            raise ValueError("smooth does not go with weights.rounding: gptq, which rounds the weights as they were")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -157,11 +178,36 @@ class Recipe(_Spec):
     @property
     def needs_calibration(self) -> bool:
         """Whether an export with this recipe needs a calibration file."""
+        return self.needs_ranges or self.rounds_for_inputs
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether a calibration has to find ranges of inputs."""
         return self.activations.mode == "static" or self.smooth is not None
+
+    @property
+    def rounds_for_inputs(self) -> bool:
+        """Whether weights are rounded with GPTQ."""
+        return self.weights is not None and self.weights.rounding == "gptq"
+
+    @property
+    def may_need_calibration(self) -> bool:
+        """Whether an export may need one once the recipe is refined for a family."""
+        return self.needs_calibration or any("calibration" in keys for keys in self.families.values())
 
     def keeps_float(self, module: str) -> bool:
         """Whether a module, such as ``model.layers.3.mlp.down_proj``, stays in floating point."""
-        return any(fnmatch.fnmatchcase(module, pattern) for pattern in self.keep_float)
+        return _matches(module, self.keep_float)
+
+    def weight_bits(self, module: str) -> Literal[8, 4]:
+        """Of a module whose weights are rounded as `weights` says."""
+        if self.weights is None:
+            raise ValueError(f"recipe '{self.name}' without weights")
+        return 8 if _matches(module, self.weights.int8) else self.weights.bits
+
+    def input_mode(self, module: str) -> str:
+        """How the input of a module is treated that does not stay in floating point: ``float | dynamic | static``."""
+        return "float" if _matches(module, self.activations.keep_float) else self.activations.mode
 
     def with_kv(self, kv: str) -> Recipe:
         """The recipe with another window; `kv` is ``fp | int8``."""
@@ -219,6 +265,10 @@ def parse_recipe(raw: Any, where: str) -> Recipe:
     for family in recipe.families:
         recipe.for_family(family)
     return recipe
+
+
+def _matches(module: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)
 
 
 def _as_json(raw: Any) -> str:

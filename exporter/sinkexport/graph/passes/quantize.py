@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from sinkexport.graph.passes.products import Product, find_products, find_tables, module_of
-from sinkexport.graph.passes.quantized_weight import QuantizedWeight, WeightScheme
+from sinkexport.graph.passes.quantized_weight import QuantizedWeight, Rounded, WeightScheme
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +26,13 @@ class InputScale:
 class Treatment:
     """What becomes of one product.
 
+    rounded: gives its matrix as it was rounded beforehand; None: it is rounded here.
     dynamic: INT8 inputs with a scale for each token, found at run time. input_scale: INT8 inputs with this scale. At
     most one of the two; neither: floating-point inputs.
     """
 
     scheme: WeightScheme
+    rounded: Callable[[], Rounded] | None = None
     dynamic: bool = False
     input_scale: InputScale | None = None
 
@@ -37,6 +42,9 @@ class Plan(Protocol):
 
     def kind(self, module: str) -> object:
         """Projections that are joined into one product must be of the same kind."""
+
+    def divisors(self, module: str) -> npt.NDArray[np.float64] | None:
+        """[K], what the input of the module is divided by, and its weights multiplied; None: nothing."""
 
     def product(self, product: Product) -> Treatment | None: ...
 
@@ -65,7 +73,8 @@ def quantize(model: ir.Model, plan: Plan, form: Form) -> None:
         if treatment is None:
             decided[product.weight] = None
             continue
-        weight = QuantizedWeight(str(product.weight.name), product.transposed, treatment.scheme, transposed=True)
+        weight = QuantizedWeight(str(product.weight.name), product.transposed, treatment.scheme, transposed=True,
+                                 rounded=treatment.rounded)  # fmt: skip
         decided[product.weight] = weight
         if treatment.dynamic:
             form.dynamic(product, weight)

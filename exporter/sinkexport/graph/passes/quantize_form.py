@@ -17,7 +17,7 @@ from sinkexport.graph.passes.quantized_weight import QuantizedWeight
 
 
 class FormParts:
-    """Of one graph. position: int64 [B] of the first token; num_sinks: S."""
+    """Of one graph. position: int64 [B] of the first token; num_sinks: first tokens of a stream that are apart."""
 
     def __init__(self, graph: ir.Graph, position: ir.Value, num_sinks: int) -> None:
         self.graph = graph

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -74,6 +74,17 @@ class _Steps(NamedTuple):
     zero_points: np.ndarray | None
 
 
+class Rounded(NamedTuple):
+    """A matrix that was rounded by other rules than those here: w = scale * (integer - zero point).
+
+    integers: [N, K], int8 if symmetric, else uint8. scales: float32 [N, G], > 0. zero_points: uint8 [N, G] or None.
+    """
+
+    integers: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray | None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """A matrix of N outputs by K inputs, in G = ceil(K / block_size) groups an output (1 if per channel).
@@ -81,6 +92,8 @@ class QuantizedWeight:
     name: of the weight, for names in the graph and for errors. source: [K, N], or [N, K] if `transposed` (as torch
     and embeddings have it; an embedding's rows are its outputs); any floating-point type.
     input_scale: [K]; the source is multiplied by it first (SmoothQuant's share of the weights); None: by 1.
+    rounded: gives what the matrix was rounded to beforehand, under the same scheme; read anew for integers and for
+    scales, so that it may come from a file. None: it is rounded here, each weight to the nearest.
     A last block that K does not fill is quantised as if zeros followed.
     """
 
@@ -89,6 +102,7 @@ class QuantizedWeight:
     scheme: WeightScheme
     transposed: bool = False
     input_scale: np.ndarray | None = None
+    rounded: Callable[[], Rounded] | None = None
 
     @property
     def num_outputs(self) -> int:
@@ -129,6 +143,8 @@ class QuantizedWeight:
 
         Raises: UsageError as `scales`.
         """
+        if self.rounded is not None:
+            return self.rounded().integers
         steps, scheme = self._steps, self.scheme
         result = np.empty((self.num_outputs, self.num_inputs), np.int8 if scheme.symmetric else np.uint8)
         for outputs, values in self._slices():
@@ -153,6 +169,9 @@ class QuantizedWeight:
 
     @functools.cached_property
     def _steps(self) -> _Steps:
+        if self.rounded is not None:
+            found = self.rounded()
+            return _Steps(self._storable(found.scales), found.zero_points)
         scales = np.empty((self.num_outputs, self.num_groups), np.float32)
         zeros = None if self.scheme.symmetric else np.empty(scales.shape, np.uint8)
         for outputs, values in self._slices():
