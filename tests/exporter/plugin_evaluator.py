@@ -27,7 +27,7 @@ class PluginBundle:
         self.manifest = manifest
         self.position = 0
         self._oracles: dict[str, SinkAttentionOracle] = {}
-        operators = [_attention(self._oracles, manifest), Int8Linear, Int8Rows]
+        operators = [_attention(self._oracles, manifest), Int8Linear, Int8Rows, QuantizeLinear, DequantizeLinear]
         self._graphs = {
             role: ReferenceEvaluator(onnx.load(folder / graph.file), new_ops=operators)
             for role, graph in manifest.graphs.items()
@@ -101,3 +101,20 @@ class Int8Rows(OpRun):
     def _run(self, ids: Any, table: Any, scale: Any, **attributes: Any) -> tuple[Any]:
         assert table.shape[1] * 4 == attributes["row_length"]
         return ((table[ids].view(np.int8).astype(np.float64) * scale[ids][..., None]).astype(np.float16),)
+
+
+# ONNX's evaluator has the next two from opset 19 on.
+
+
+class QuantizeLinear(OpRun):
+    def _run(self, x: Any, scale: Any, zero: Any, **_: Any) -> tuple[Any]:
+        assert (x.dtype, scale.dtype, zero.dtype) == (np.float32, np.float32, np.int8)
+        return (np.clip(np.rint(x / scale) + zero, -128, 127).astype(np.int8),)
+
+
+class DequantizeLinear(OpRun):
+    def _run(self, x: Any, scale: Any, zero: Any, axis: int | None = None, **_: Any) -> tuple[Any]:
+        assert (scale.dtype, zero.dtype, scale.shape) == (np.float32, np.int8, zero.shape)
+        assert not zero.any()
+        along = [-1 if i == (1 if axis is None else axis) else 1 for i in range(x.ndim)]
+        return (x.astype(np.float32) * (scale.reshape(along) if scale.ndim else scale),)

@@ -28,13 +28,15 @@ from sinkrt.engines import EngineHost, check_engine
 from sinkrt.errors import BackendError, BundleError, SinkError, UsageError
 
 from tests.exporter.plugin_evaluator import PluginBundle
+from tests.exporter.test_calibrate import TEXT, calibrate, recipe
 from tests.exporter.test_engine import needs_tensorrt
-from tests.exporter.test_quantize import with_rounded_weights
-from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
+from tests.exporter.test_quantize import plain_steps, with_rounded_weights
+from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.plugins.trt_library import needs_plugin_build
 from tests.real_model import smollm2_file
 
 S, W, T = 3, 9, 4
+NEEDS_BUILD = [needs_plugin_build, *needs_tensorrt]
 
 # Heads of 64: what the kernels start at. Small weights, so that float16 inputs of attention cost little.
 WIDE: dict[str, dict[str, Any]] = {
@@ -88,6 +90,27 @@ def test_the_plugins_graph_computes_what_the_onnx_bundle_does(name: str, config:
     assert np.median(errors) < 0.004
 
 
+def with_smooth(folder: Path, **config: Any) -> Manifest:
+    """A bundle whose products have INT8 inputs with static ranges."""
+    asked, model = recipe(), wide_model("llama-tied")
+    found = calibrate(LoadedModel(model, tiny_tokenizer(), "tiny"), asked, TEXT)
+    return exported(model, folder, **{"num_sink_tokens": 2, "target": "tensorrt", **config}, recipe=asked,
+                    calibration=found)  # fmt: skip
+
+
+def test_static_inputs_compute_what_the_native_bundle_does(tmp_path: Path) -> None:
+    manifest = with_smooth(tmp_path / "plugin")
+    with_smooth(tmp_path / "native", native=True)
+    ids = np.random.default_rng(2).integers(0, VOCAB_SIZE, 24)
+    under_test = PluginBundle(tmp_path / "plugin", manifest)
+    step = plain_steps(tmp_path / "native" / "decode.onnx")
+    errors = []
+    for t in range(len(ids)):
+        got, want = under_test.step(ids[t : t + 1]), step(ids[t : t + 1], t)
+        errors.append(np.linalg.norm(got - want) / np.linalg.norm(want))
+    assert np.median(errors) < 0.03  # float16 inputs of attention tip some values to the next code
+
+
 def test_what_tensorrt_8_is_given(tmp_path: Path) -> None:
     """Opset 17, operators that its parser has, and nothing of 64 bits that goes in or out."""
     manifest = exported(wide_model("phi3", "fp16"), tmp_path / "b", target="tensorrt", dtype="fp16", batch=2)
@@ -130,7 +153,7 @@ def test_what_the_plugin_cannot_do_is_refused(tmp_path: Path) -> None:
 
 
 class TestBuilding:
-    pytestmark = (needs_plugin_build, *needs_tensorrt)
+    pytestmark = NEEDS_BUILD
 
     @pytest.mark.parametrize(
         ("dtype", "config"),
@@ -155,6 +178,12 @@ class TestBuilding:
         assert written == ["decode.engine", "prefill.engine"]
         manifest = load_manifest(tmp_path / "b")
         assert manifest.engines == {role: facts for role, (facts, _) in built.items()}
+
+    def test_static_inputs_build(self, plugin_library: Path, tmp_path: Path) -> None:
+        with_smooth(tmp_path / "b", chunk_size=1)
+        _, report = build_bundle(tmp_path / "b", BuildOptions(plugin_library))["decode"]
+        assert report.layer_types["QUANTIZE"] >= 6
+        assert report.layer_types["PLUGIN_V3"] >= 2
 
     @pytest.mark.slow
     def test_smollm2_builds(self, plugin_library: Path, tmp_path: Path) -> None:
