@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from sinkexport.build_bundle import build_bundle
 from sinkexport.cli import cli
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
-from sinkexport.engine import BuildOptions
+from sinkexport.engine import BuildOptions, float32_values
 from sinkexport.engine_process import EngineBuildError, build_engine_apart
 from sinkexport.graph.passes.opset17 import SAME
 from sinkexport.pipeline import export, export_loaded
@@ -127,6 +127,10 @@ def test_what_tensorrt_8_is_given(tmp_path: Path) -> None:
         assert kinds <= SAME | {"SinkAttention", "Split", "ReduceMean"}
         for value in [*model.graph.input, *model.graph.output]:
             assert value.type.tensor_type.elem_type != onnx.TensorProto.INT64
+        held = float32_values(tmp_path / "b" / graph.file)  # what TensorRT 8 may not lower to float16
+        assert "logits" in held
+        assert {node.output[0] for node in model.graph.node if node.op_type == "ReduceMean"} <= held
+        assert not {node.output[0] for node in model.graph.node if node.op_type == "MatMul"} & held
         attentions = [node for node in model.graph.node if node.op_type == "SinkAttention"]
         assert len(attentions) == 2
         assert {a.name: a.s for a in attentions[0].attribute if a.name.startswith("plugin_")} == {

@@ -53,7 +53,7 @@ bool endsWith(const std::string& text, const std::string& end) {
 
 #if NV_TENSORRT_MAJOR < 10
 // Weakly typed: FP16 is allowed, and what the graph computes in float32 is held there (sinkexport.engine does the same):
-// the values named in GRAPH.float32, one a line.
+// the values named in GRAPH.float32, one a line: sinkexport.engine.float32_values(GRAPH).
 void setPrecision(INetworkDefinition& network, IBuilderConfig& config, const std::string& graph) {
   std::set<std::string> float_names;
   std::ifstream file(graph + ".float32");
