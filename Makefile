@@ -47,6 +47,7 @@ $(VENV)/.export: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: $(VENV)/.export
 	@echo "Installing the development tools into $(VENV)"
 	$(PIP) -e '.[export,plot,serve,tensorrt,dev]'
+	$(PIP) --no-deps kernel-lens  # for TensorRT's headers; what it needs to run is not wanted
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
@@ -76,6 +77,7 @@ demo: $(BUNDLE)/manifest.json
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	$(BIN)/hadolint Dockerfile
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

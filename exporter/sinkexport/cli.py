@@ -19,6 +19,7 @@ from sinkexport import __version__
 COMMANDS = {
     "export": "Turn a Hugging Face model into a bundle.",
     "calibrate": "Find the ranges of a model's activations for a recipe.",
+    "build": "Build TensorRT engines of a bundle.",
     "run": "Stream text from a bundle, for ever if you like.",
     "verify": "Compare a bundle with its model.",
     "eval": "Streaming perplexity over a long text, with a plot.",

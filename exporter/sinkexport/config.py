@@ -36,7 +36,8 @@ class ExportConfig:
     is less. 1: no prefill graph, half the time to export.
     pin_system: a system message that the sinks must cover; num_sink_tokens is raised if it is longer.
     dtype: ``fp32 | fp16``, of weights, arithmetic and cache.
-    target: ``onnx | tensorrt``, whose operators and layers the graphs are made for. Both are standard ONNX.
+    target: ``onnx | tensorrt``, whose operators and layers the graphs are made for.
+    native: with target ``tensorrt``, standard ONNX operators alone, without the plugins of plugins/trt.
     recipe: how to quantise; None: not at all. calibration: what a recipe with static ranges or smoothing needs.
     kv: ``fp | int8``, the window's keys and values: INT8 with a scale for each key head and token. Sinks always stay in
     `dtype`. None: as the recipe says, or ``fp``.
@@ -54,6 +55,7 @@ class ExportConfig:
     recipe: Recipe | None = None
     calibration: Ranges | None = None
     kv: str | None = None
+    native: bool = False
 
     def __post_init__(self) -> None:
         for name, option, low in (
@@ -74,6 +76,9 @@ class ExportConfig:
         if self.target not in TARGETS:
             raise UsageError(problem("target", received=repr(self.target), expected=" | ".join(TARGETS),
                                      fix="change --target"))
+        if self.native and self.target != "tensorrt":
+            raise UsageError(problem("native", received=f"target {self.target}", expected="target tensorrt",
+                                     fix="leave --native out: other targets are native anyway"))
         if self.kv not in (None, *KV_KINDS):
             raise UsageError(problem("kv", received=repr(self.kv), expected=" | ".join(KV_KINDS), fix="change --kv"))
         if self.recipe is not None:
@@ -99,13 +104,18 @@ class ExportConfig:
                                      fix="run 'sinkexport calibrate' and pass its file as --calibration"))
 
     def _check_int8_window(self) -> None:
-        if self.target == "tensorrt":
-            raise UsageError(problem("kv", received="int8 with target tensorrt", expected="fp",
-                                     fix="use --kv fp: TensorRT has no operator that writes an INT8 window"))
+        if self.native:
+            raise UsageError(problem("kv", received="int8 with --native", expected="fp",
+                                     fix="leave --native out: only the plugin writes an INT8 window"))
         if self.window_size > MAX_INT8_WINDOW:
             raise UsageError(problem("window_size", received=self.window_size,
                                      expected=f"at most {MAX_INT8_WINDOW} with kv int8",
                                      fix="lower --window or use --kv fp"))
+
+    @property
+    def has_plugins(self) -> bool:
+        """Whether the graphs have nodes of the TensorRT plugins."""
+        return self.target == "tensorrt" and not self.native
 
     @property
     def has_int8_window(self) -> bool:

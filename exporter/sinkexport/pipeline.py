@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 import torch
-from sinkrt.contract import MANIFEST_NAME, SCHEMA_VERSION, Manifest, ModelFacts, Quantization, StreamFacts
+from sinkrt.contract import MANIFEST_NAME, PLUGIN_ABI, SCHEMA_VERSION, Manifest, ModelFacts, Quantization, StreamFacts
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import POSITION_LIMIT
 from sinkrt.text import OPENING_MESSAGES, common_start
@@ -26,6 +26,7 @@ from sinkexport.bundle import (
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.families import refusal_of_capacity
 from sinkexport.graph.build import BuiltGraph, build_graph
+from sinkexport.graph.passes.plugin_operators import refuse_geometry
 from sinkexport.model.decoder import StreamStep, trace
 from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
 from sinkexport.progress import Report, silent
@@ -81,6 +82,8 @@ def export_loaded(
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
         report("probe", 0, 1)
         shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers)
+        if config.has_plugins:
+            refuse_geometry(shape.head_dim, config.batch, config.capacity)
         report("decode", 0, 1)
         built = _build(loaded, config, shape, rotary, "decode", config.batch, 1)
         graphs = {"decode": built.spec("decode.onnx")}
@@ -107,6 +110,7 @@ def export_loaded(
             files=hash_bundle(stage),
             producer=_producers(),
             quantization=_quantization(config),
+            plugin_abi=PLUGIN_ABI if config.has_plugins else None,
         )
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     report("done", 1, 1)
@@ -126,7 +130,10 @@ def _build(
     recipe, dtype = config.recipe, WEIGHT_DTYPES[config.dtype]
     plan = None if recipe is None else RecipePlan(recipe, loaded.model, dtype, config.calibration)
     num_sinks = 0 if config.calibration is None else config.calibration.num_sink_tokens
-    return build_graph(trace(step), role, step.state_kinds, shape.num_layers, config.target, num_sinks, plan)
+    return build_graph(
+        trace(step), role, step.state_kinds, shape.num_layers, config.target, num_sinks, plan,
+        plugins=config.has_plugins,
+    )
 
 
 def _resolved(config: ExportConfig, family: str) -> ExportConfig:

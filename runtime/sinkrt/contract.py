@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 
 from sinkrt.errors import BundleError, problem
 
-SCHEMA_VERSION = 2
-"""2: `quantization` and the scales of an INT8 window. Version 1 is read as well."""
+SCHEMA_VERSION = 3
+"""2: `quantization` and the scales of an INT8 window. 3: `plugin_abi` and `engines`. Older ones are read as well."""
 
 MANIFEST_NAME = "manifest.json"
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1}
@@ -33,6 +33,8 @@ SCALE_KINDS = ("window_k_scale", "window_v_scale")
 """States that an INT8 window has besides: what its entries are to be multiplied by."""
 
 TARGETS = ("onnx", "tensorrt")
+PLUGIN_ABI = "1"
+"""Of the TensorRT plugins whose nodes this version writes: their names, inputs, outputs and fields."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +213,35 @@ class Quantization:
 
 
 @dataclasses.dataclass(frozen=True)
+class EngineFacts:
+    """An engine that 'sinkexport build' made of one graph: what runs nowhere but where it fits (`sinkrt.engines`).
+
+    file: path inside the bundle. bytes, sha256: of it. graph_sha256: of the ONNX file that it was made of.
+    flavour: ``TensorRT | TensorRT-RTX``. version: of that, in full. plugin_abi: of the plugin library; None: no plugin.
+    gpu, compute_capability: of the machine that built it, as ``9.0``; None: it suits all that the flavour supports.
+    precision: ``float32 | float16``, of the products that are not quantised.
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+    graph_sha256: str
+    flavour: str
+    version: str
+    plugin_abi: str | None
+    gpu: str | None
+    compute_capability: str | None
+    precision: str
+
+    def __post_init__(self) -> None:
+        _check(_is_inside(self.file), "engine file", self.file, "a relative path inside the bundle")
+        FileFacts(self.bytes, self.sha256)
+        FileFacts(0, self.graph_sha256)
+        _check(self.flavour in ("TensorRT", "TensorRT-RTX"), "engine flavour", self.flavour, "TensorRT | TensorRT-RTX")
+        _check(self.precision in ("float32", "float16"), "engine precision", self.precision, "float32 | float16")
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """Everything that a runtime knows about a bundle.
 
@@ -219,6 +250,9 @@ class Manifest:
     files: every other file of the bundle by path (with '/'), manifest.json excepted.
     producer: versions of what made it, for bug reports.
     quantization: None for a floating-point bundle.
+    plugin_abi: of the TensorRT plugins that the graphs have nodes of; None: standard operators only. With plugins
+    `position` is int32 [B, 2], t >> 16 and t & 0xffff, and `ids` and `num_valid` are int32.
+    engines: by the role of their graph; None: none were built. They are not in `files`.
     """
 
     schema_version: int
@@ -232,8 +266,12 @@ class Manifest:
     files: Mapping[str, FileFacts]
     producer: Mapping[str, str]
     quantization: Quantization | None = None
+    plugin_abi: str | None = None
+    engines: Mapping[str, EngineFacts] | None = None
 
     def __post_init__(self) -> None:
+        for role in self.engines or ():
+            _check(role in self.graphs, "engines", role, "the role of a graph")
         _check(self.target in TARGETS, "target", self.target, " | ".join(TARGETS))
         _check(self.weights_dtype in ("float32", "float16"), "weights_dtype", self.weights_dtype, "float32 | float16")
         _check("decode" in self.graphs, "graphs", sorted(self.graphs), "a graph named 'decode'")

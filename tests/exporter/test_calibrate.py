@@ -430,6 +430,7 @@ def test_smoothing_alone_changes_no_result(name: str, target: str, multiplied: i
 
     geometry: dict[str, Any] = {
         "num_sink_tokens": 2, "window_size": 6, "chunk_size": 3 if "llama" in name else 1, "batch": 2, "target": target,
+        "native": target == "tensorrt",
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sinkexport.pipeline.RecipePlan", OnlySmooth)
@@ -501,7 +502,8 @@ def test_a_bundle_computes_what_the_recipe_says(target: str, tmp_path: Path) -> 
     found = calibrate(loaded, asked, TEXT)
     ids = random_ids(1, 24)[0]
     want = simulated(loaded, found, asked, ids)
-    geometry: dict[str, Any] = {"num_sink_tokens": 2, "window_size": 6, "chunk_size": 1, "target": target}
+    geometry: dict[str, Any] = {"num_sink_tokens": 2, "window_size": 6, "chunk_size": 1, "target": target,
+                                "native": target == "tensorrt"}  # fmt: skip
     export_loaded(loaded, tmp_path / "q", ExportConfig(**geometry, recipe=asked, calibration=found))
     export_loaded(loaded, tmp_path / "f", ExportConfig(**geometry))
     with Session.load(tmp_path / "q", threads=1) as session, Session.load(tmp_path / "f", threads=1) as plain:
@@ -541,7 +543,7 @@ def test_weights_only_recipes_may_smooth_and_patterns_keep_inputs(tmp_path: Path
 def test_tensorrt_builds_int8_smooth(name: str, tmp_path: Path) -> None:
     loaded, asked = tiny(name), recipe()
     found = calibrate(loaded, asked, TEXT)
-    config = ExportConfig(2, 6, chunk_size=3, recipe=asked, calibration=found, target="tensorrt")
+    config = ExportConfig(2, 6, chunk_size=3, recipe=asked, calibration=found, target="tensorrt", native=True)
     manifest = export_loaded(loaded, tmp_path / "b", config)
     for graph in manifest.graphs.values():
         report = build_engine(tmp_path / "b" / graph.file)

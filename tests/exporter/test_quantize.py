@@ -19,6 +19,7 @@ from sinkexport.engine import build_engine
 from sinkexport.graph.passes.products import Product
 from sinkexport.graph.passes.quantize import InputScale
 from sinkexport.graph.passes.quantize_ort import OrtForm, block_size, packed, packed_zeros
+from sinkexport.graph.passes.quantize_plugin import PluginForm
 from sinkexport.graph.passes.quantize_qdq import QdqForm
 from sinkexport.graph.passes.quantized_weight import QuantizedWeight, WeightScheme
 from sinkexport.pipeline import export_loaded
@@ -34,7 +35,7 @@ from tests.exporter.test_families import random_ids
 from tests.exporter.test_quantized_weight import unpacked
 from tests.exporter.tiny_models import tiny_model
 
-FORMS = {"ort": OrtForm, "qdq": QdqForm}
+FORMS = {"ort": OrtForm, "qdq": QdqForm, "plugin": PluginForm}
 
 
 def make_weight(rng: np.random.Generator, num_outputs: int, depth: int, scheme: WeightScheme) -> QuantizedWeight:
@@ -147,7 +148,7 @@ def test_a_token_of_zeros_is_no_trouble() -> None:
     assert not one.run(np.zeros((1, 3, 32), np.float32), np.zeros(1, np.int64)).any()
 
 
-@pytest.mark.parametrize("form", ["ort", "qdq"])
+@pytest.mark.parametrize("form", ["ort", "qdq", "plugin"])
 @pytest.mark.parametrize(("batch", "num_tokens"), [(1, 1), (2, 1), (1, 6), (2, 3)])
 @pytest.mark.parametrize("sinks", [None, 4.0])
 def test_static_products_keep_the_sinks_apart(form: str, batch: int, num_tokens: int, sinks: float | None) -> None:
@@ -213,7 +214,7 @@ def test_a_tensorrt_bundle_with_int8_weights_is_the_model_with_rounded_weights(n
     By default ONNX Runtime makes INT8 products of them, which round their inputs as well: its optimiser is off here.
     """
     recipe = load_recipe("int8-channel")
-    exported(tiny_model(name), tmp_path / "q", recipe, target="tensorrt", batch=2).close()
+    exported(tiny_model(name), tmp_path / "q", recipe, target="tensorrt", native=True, batch=2).close()
     step = plain_steps(tmp_path / "q" / "decode.onnx")
     with exported(with_rounded_weights(tiny_model(name)), tmp_path / "f", None, batch=2) as rounded:
         for position, ids in enumerate(random_ids(2, 20).T):
@@ -295,8 +296,8 @@ def test_the_manifest_tells_the_refined_recipe_and_what_is_refined_is_checked(tm
         assert small.manifest.quantization is not None
         assert small.manifest.quantization.weights == "int4"
     windowed = edited("int8-channel", families={"llama": {"kv": "int8"}})
-    with pytest.raises(UsageError, match="received target tensorrt, expected onnx"):
-        exported(tiny_model("llama"), tmp_path / "c", windowed, target="tensorrt")
+    with pytest.raises(UsageError, match="received int8 with --native"):
+        exported(tiny_model("llama"), tmp_path / "c", windowed, target="tensorrt", native=True)
     assert not (tmp_path / "c").exists()
 
 
@@ -320,7 +321,8 @@ def test_an_untied_embedding_may_stay_in_floating_point(tmp_path: Path) -> None:
     "name", [pytest.param(name, marks=needs_tensorrt) for name in ("llama", "llama-tied")]
 )
 def test_tensorrt_builds_int8_weights(name: str, tmp_path: Path) -> None:
-    with exported(tiny_model(name), tmp_path / "b", load_recipe("int8-channel"), target="tensorrt") as session:
+    recipe = load_recipe("int8-channel")
+    with exported(tiny_model(name), tmp_path / "b", recipe, target="tensorrt", native=True) as session:
         for graph in session.manifest.graphs.values():
             report = build_engine(tmp_path / "b" / graph.file)
             assert report.engine_bytes > 0

@@ -137,10 +137,11 @@ def test_export_refuses_before_any_work(options: list[str], told: str, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_int8_window_is_refused_for_tensorrt() -> None:
+def test_an_int8_window_is_refused_for_tensorrt_without_plugins() -> None:
     for config in ({"recipe": parse_recipe(raw("int8-channel", kv="int8"), "r")}, {"kv": "int8"}):
-        with pytest.raises(UsageError, match="kv: received int8 with target tensorrt"):
-            ExportConfig(target="tensorrt", **config)
+        with pytest.raises(UsageError, match="kv: received int8 with --native"):
+            ExportConfig(target="tensorrt", native=True, **config)
+        assert ExportConfig(target="tensorrt", **config).has_int8_window
 
 
 def test_kv_goes_before_the_recipe() -> None:

@@ -60,11 +60,14 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of `TINY` in evaluation mode, with weights large enough for attention to matter."""
+def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A model of `TINY` in evaluation mode, with weights large enough for attention to matter.
+
+    changes: of the arguments of its configuration.
+    """
     config_class, arguments = TINY[name]
     torch.manual_seed(seed)
-    config = getattr(transformers, config_class)(**arguments)
+    config = getattr(transformers, config_class)(**{**arguments, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

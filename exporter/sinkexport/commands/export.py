@@ -49,16 +49,19 @@ STAGES = {
               help="The window's keys and values; sinks stay in floating point.  "
                    "[default: the recipe's, or fp]")  # fmt: skip
 @click.option("--target", type=click.Choice(TARGETS), default="onnx", show_default=True,
-              help="tensorrt: graphs that TensorRT parses and builds, prefill too.")  # fmt: skip
+              help="tensorrt: for 'sinkexport build', with this project's plugin (docs/tensorrt.md).")  # fmt: skip
+@click.option("--native", is_flag=True,
+              help="With --target tensorrt: standard operators, for TensorRT >= 10.15 without plugin.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
 def command(
     model: str, output: Path, sink_tokens: int, window: int, batch: int, chunk: int | None, pin_system: str | None,
-    dtype: str, recipe: str | None, calibration_file: Path | None, kv: str | None, target: str, overwrite: bool,
+    dtype: str, recipe: str | None, calibration_file: Path | None, kv: str | None, target: str, native: bool,
+    overwrite: bool,
 ) -> None:
     """Export MODEL (a local directory, a .gguf file or a Hub id) to a bundle."""
     # Bad numbers are told before torch is loaded.
     config = ExportConfig(sink_tokens, window, batch, dtype, chunk, pin_system, target, _loaded(recipe),
-                          _ranges(calibration_file), kv)  # fmt: skip
+                          _ranges(calibration_file), kv, native)  # fmt: skip
     from sinkexport.pipeline import export
 
     start = time.perf_counter()

@@ -134,7 +134,9 @@ def _show_bundle(bundle: Path, manifest: Manifest) -> None:
         ("positions", f"{model.position_scheme}; up to {stream.position_limit:.1e} tokens"),
         ("cache", f"{stream.num_sink_tokens} sinks + window of {stream.window_size} = {stream.capacity} tokens"),
         ("streams", f"{stream.batch}"),
-        ("target", manifest.target),
+        ("target", manifest.target + (f", plugin {manifest.plugin_abi}" if manifest.plugin_abi else "")),
+        *((f"{role} engine", f"{engine.file}, {engine.flavour} {engine.version}, {engine.gpu or 'any GPU it supports'}")
+          for role, engine in sorted((manifest.engines or {}).items())),
         ("quantised", _quantised(manifest.quantization)),
         *((f"{role} graph", f"{graph.file}, {graph.num_tokens} token(s) a run")
           for role, graph in manifest.graphs.items()),

@@ -19,9 +19,12 @@ from sinkexport.graph.operators import translations
 from sinkexport.graph.passes.constants import complete_shapes, fold_small_constants
 from sinkexport.graph.passes.expand_operators import expand_operators
 from sinkexport.graph.passes.norms import fuse_rms_norms
+from sinkexport.graph.passes.opset17 import lower_to_opset_17
+from sinkexport.graph.passes.plugin_operators import use_plugins
 from sinkexport.graph.passes.products import module_of
 from sinkexport.graph.passes.quantize import Plan, quantize
 from sinkexport.graph.passes.quantize_ort import OrtForm
+from sinkexport.graph.passes.quantize_plugin import PluginForm
 from sinkexport.graph.passes.quantize_qdq import QdqForm
 from sinkexport.graph.passes.smooth import smooth
 from sinkexport.graph.passes.static_reshape import make_reshapes_static
@@ -56,12 +59,15 @@ def build_graph(
     target: str = "onnx",
     num_sinks: int = 0,
     plan: Plan | None = None,
+    *,
+    plugins: bool = False,
 ) -> BuiltGraph:
     """Convert a traced run into operators that `target` takes (``onnx | tensorrt``).
 
     role: ``decode`` or ``prefill``, the graph's name. state_kinds: the states of one layer in the order of the trace's
     inputs: ids, position, the states, and num_valid if there is one.
-    plan: what to quantise; None: nothing. num_sinks: first tokens of a stream whose inputs it may treat apart.
+    plugins: leave to TensorRT plugins what they do (target ``tensorrt`` only). plan: what to quantise; None: nothing.
+    num_sinks: first tokens of a stream whose inputs it may treat apart.
 
     Raises: UsageError naming the torch operators that have no ONNX form, or a weight that cannot be quantised.
     """
@@ -70,23 +76,30 @@ def build_graph(
     fold_small_constants(model)
     complete_shapes(model)
     make_reshapes_static(model)
-    fuse_rms_norms(model)
+    if not plugins:
+        fuse_rms_norms(model)
     if plan is None:
         merge_projections(model)
     else:
         smooth(model, plan.divisors)
         merge_projections(model, lambda name: plan.kind(module_of(name)))
-        form = OrtForm if target == "onnx" else QdqForm
+        form = OrtForm if target == "onnx" else PluginForm if plugins else QdqForm
         quantize(model, plan, form(model.graph, model.graph.inputs[1], num_sinks))
-    expand_operators(model, target)
-    make_reshapes_static(model)
+    if plugins:
+        use_plugins(model)
+        make_reshapes_static(model)
+        lower_to_opset_17(model)
+    else:
+        model.ir_version = IR_VERSION
+        expand_operators(model, target)
+        make_reshapes_static(model)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
     inputs, states = _name_tensors(model.graph, state_kinds, num_layers)
     common.NameFixPass()(model)
     common.TopologicalSortPass()(model)
-    model.ir_version, model.producer_name, model.graph.name = IR_VERSION, "sinkexport", role
+    model.producer_name, model.graph.name = "sinkexport", role
     outputs = tuple(_spec(value) for value in model.graph.outputs[:1])
     return BuiltGraph(model, inputs, outputs, states)
 

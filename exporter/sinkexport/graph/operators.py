@@ -15,6 +15,8 @@ DOMAIN = "ai.sinkexport"
 VERSION = 1
 SINK_ATTENTION = "SinkAttention"
 STREAM_ANGLES = "StreamAngles"
+INT8_LINEAR, INT8_ROWS = "Int8Linear", "Int8Rows"
+"""Products by INT8 weights and rows of INT8 tables, of the TensorRT plugin: made by a graph pass, never traced."""
 
 SCALE_TYPE = "tensor(float16)"
 _FLOATS = ["tensor(float)", "tensor(float16)"]

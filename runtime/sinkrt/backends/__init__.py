@@ -35,6 +35,11 @@ def load_backend(
     Raises: UsageError, BackendError as `check_backend`; BundleError if the graph is not what a backend runs.
     """
     check_backend(name)
+    if manifest.plugin_abi is not None:
+        raise BackendError(
+            problem(f"backend '{name}'", received="a bundle whose graphs need the TensorRT plugin",
+                    expected="standard operators", fix="export with --target onnx, or with --target tensorrt --native")
+        )  # fmt: skip
     check_graphs(manifest)
     from sinkrt.backends.ort import OrtBackend
 

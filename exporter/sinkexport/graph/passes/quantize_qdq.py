@@ -20,7 +20,9 @@ from sinkexport.graph.passes.quantized_weight import QuantizedWeight
 
 
 class QdqForm(FormParts):
-    """Writes one graph."""
+    """Writes one graph. scale_dtype: of scales, and of what is computed with them; None: the product's."""
+
+    scale_dtype: ir.DataType | None = None
 
     def weight_only(self, product: Product, weight: QuantizedWeight) -> None:
         """x @ DQ(W)."""
@@ -36,7 +38,8 @@ class QdqForm(FormParts):
     def static(self, product: Product, weight: QuantizedWeight, scale: InputScale) -> None:
         """DQ(Q(x)) @ DQ(W); sinks are made to fit the others' range and the product larger again."""
         b, x = Builder(self.graph), product.x
-        dtype, shape = product.dtype, known_shape(x)
+        dtype, shape = self.scale_dtype or product.dtype, known_shape(x)
+        x = b.cast(x, dtype)
         apart = scale.sinks is not None and self.num_sinks > 0
         before, after = self.sink_factors(b, product, scale) if apart else (None, None)
         if before is not None:
@@ -47,7 +50,7 @@ class QdqForm(FormParts):
         out = self._product(b, product, b.op("DequantizeLinear", [quantized, step, zero], shape, dtype), weight)
         if after is not None:
             out = b.op("Mul", [out, b.cast(after, dtype)])
-        replace_node(product.node, b.nodes, [out])
+        replace_node(product.node, b.nodes, [b.cast(out, product.dtype)])
 
     def gather(self, node: ir.Node, weight: QuantizedWeight) -> None:
         """Rows of DQ(table)."""
@@ -75,6 +78,9 @@ class QdqForm(FormParts):
             raise UsageError(problem(f"weights '{weight.name}'", received=f"{scheme.bits} bits in blocks",
                                      expected="what this target expresses: 8 bits, a scale for each channel",
                                      fix="use --target onnx or another recipe"))  # fmt: skip
-        dtype = ir.DataType.FLOAT16 if scheme.scale_dtype == "float16" else ir.DataType.FLOAT
-        scales = self.lazy(weight, "scales", dtype, (weight.num_outputs,), lambda: weight.scales()[:, 0])
-        return b.op("DequantizeLinear", [integers, scales], known_shape(integers), dtype, axis=axis)
+        dtype = self.scale_dtype or (ir.DataType.FLOAT16 if scheme.scale_dtype == "float16" else ir.DataType.FLOAT)
+        scales = self.lazy(weight, "scales", dtype, (weight.num_outputs,),
+                           lambda: weight.scales()[:, 0].astype(dtype.numpy()))  # fmt: skip
+        # TensorRT 8.5 wants zero points said.
+        zeros = constant(self.graph, np.zeros(weight.num_outputs, np.int8), "zero_points")
+        return b.op("DequantizeLinear", [integers, scales, zeros], known_shape(integers), dtype, axis=axis)

@@ -1,0 +1,69 @@
+#include "int8_rows.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace sinkexport {
+namespace {
+
+constexpr int kEntries = 16;  // that a thread reads at once
+
+template <typename T>
+__device__ T rounded(float x);
+template <>
+__device__ __half rounded<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// A block for each id.
+template <typename T>
+__global__ void int8Rows(const Int8RowsParams p) {
+  const int id = p.ids[blockIdx.x];
+  const int row = id < 0 ? 0 : (id < p.num_rows ? id : p.num_rows - 1);
+  const float scale = p.scale[row];
+  const auto* from = reinterpret_cast<const int4*>(p.table + static_cast<size_t>(row) * p.row_length);
+  T* to = static_cast<T*>(p.out) + static_cast<size_t>(blockIdx.x) * p.row_length;
+  for (int i = threadIdx.x; i < p.row_length / kEntries; i += blockDim.x) {
+    const int4 words = from[i];
+    alignas(16) int8_t entries[kEntries];
+    *reinterpret_cast<int4*>(entries) = words;
+    alignas(16) T values[kEntries];
+#pragma unroll
+    for (int k = 0; k < kEntries; ++k) values[k] = rounded<T>(static_cast<float>(entries[k]) * scale);
+    auto* target = reinterpret_cast<int4*>(to + i * kEntries);
+    target[0] = reinterpret_cast<const int4*>(values)[0];
+    target[1] = reinterpret_cast<const int4*>(values)[1];
+  }
+}
+
+}  // namespace
+
+const char* int8RowsProblem(const Int8RowsParams& p) {
+  if (p.num_ids < 1 || p.num_rows < 1) return "num_ids, num_rows: received less than 1, expected at least 1";
+  if (p.row_length < kEntries || p.row_length % kEntries != 0) return "row_length: expected a multiple of 16";
+  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return "dtype: expected float16 or bfloat16";
+  for (const void* pointer : {static_cast<const void*>(p.ids), static_cast<const void*>(p.table),
+                              static_cast<const void*>(p.scale), static_cast<const void*>(p.out)}) {
+    if (pointer == nullptr || reinterpret_cast<uintptr_t>(pointer) % 16 != 0) {
+      return "ids, table, scale, out: expected addresses that 16 divides";
+    }
+  }
+  return nullptr;
+}
+
+cudaError_t launchInt8Rows(const Int8RowsParams& p, cudaStream_t stream) {
+  if (int8RowsProblem(p) != nullptr) return cudaErrorInvalidValue;
+  constexpr int kThreads = 64;
+  if (p.dtype == DType::kFloat16) {
+    int8Rows<__half><<<p.num_ids, kThreads, 0, stream>>>(p);
+  } else {
+    int8Rows<__nv_bfloat16><<<p.num_ids, kThreads, 0, stream>>>(p);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace sinkexport

@@ -1,0 +1,90 @@
+// Inputs: x, weight, scale, and bias where a field says so. Output: y.
+#include "int8_linear.h"
+#include "operator.h"
+
+namespace sinkexport::trt {
+namespace {
+
+enum Input { kX, kWeight, kScale, kBias };
+
+class Int8Linear final : public Operator {
+ public:
+  std::unique_ptr<Operator> clone() const override { return std::make_unique<Int8Linear>(*this); }
+
+  FieldList fields() override { return {{"num_outputs", &num_outputs_}, {"has_bias", &has_bias_}}; }
+
+  std::string fieldProblem() const override {
+    if (num_outputs_ < 1) return "field 'num_outputs': received " + std::to_string(num_outputs_) + ", expected >= 1";
+    if (has_bias_ != 0 && has_bias_ != 1) {
+      return "field 'has_bias': received " + std::to_string(has_bias_) + ", expected 0 or 1";
+    }
+    return "";
+  }
+
+  int numInputs() const override { return has_bias_ ? 4 : 3; }
+  int numOutputs() const override { return 1; }
+  int likeInput(int /*index*/) const override { return kX; }
+  int lastAxis(int /*index*/) const override { return num_outputs_; }
+
+  bool takesType(int index, nvinfer1::DataType type, const Tensors& before) const override {
+    using nvinfer1::DataType;
+    switch (index) {
+      case kX: return isHalf(type);
+      case kWeight: return type == DataType::kINT32;
+      case kScale: return type == DataType::kFLOAT;
+      default: return type == before[kX].type;
+    }
+  }
+
+  std::string problem(const Tensors& inputs) const override {
+    if (inputs[kX].dims.nbDims < 1) return "x: received a scalar, expected [.., K]";
+    const Int8LinearParams p = params(inputs);
+    std::string found = shapeProblem("weight", inputs[kWeight], {p.num_outputs, p.num_inputs / 4});
+    if (found.empty()) found = shapeProblem("scale", inputs[kScale], {p.num_outputs});
+    if (found.empty() && has_bias_) found = shapeProblem("bias", inputs[kBias], {p.num_outputs});
+    if (!found.empty()) return found;
+    const char* refused = int8LinearProblem(p);
+    return refused != nullptr ? refused : "";
+  }
+
+  size_t workspaceBytes(const Tensors& inputs) const override { return int8LinearWorkspaceBytes(params(inputs)); }
+
+  cudaError_t enqueue(const Tensors& inputs, const void* const* in, void* const* out, void* workspace,
+                      cudaStream_t stream) const override {
+    Int8LinearParams p = params(inputs);
+    p.x = in[kX];
+    p.weight = static_cast<const int8_t*>(in[kWeight]);
+    p.scale = static_cast<const float*>(in[kScale]);
+    p.bias = has_bias_ ? in[kBias] : nullptr;
+    p.y = out[0];
+    p.constant_weight = true;  // of the engine
+    return launchInt8Linear(p, workspace, stream);
+  }
+
+ private:
+  // With addresses that lie far apart instead of pointers: enough for checks and sizes.
+  Int8LinearParams params(const Tensors& inputs) const {
+    const auto address = [](int i) { return reinterpret_cast<void*>(static_cast<uintptr_t>(i + 1) << 40); };
+    const nvinfer1::Dims& x = inputs[kX].dims;
+    Int8LinearParams p;
+    p.num_rows = 1;
+    for (int32_t i = 0; i + 1 < x.nbDims; ++i) p.num_rows *= static_cast<int>(x.d[i]);
+    p.num_inputs = static_cast<int>(x.d[x.nbDims - 1]);
+    p.num_outputs = num_outputs_;
+    p.dtype = halfType(inputs[kX].type);
+    p.x = address(0);
+    p.weight = static_cast<const int8_t*>(address(1));
+    p.scale = static_cast<const float*>(address(2));
+    p.bias = has_bias_ ? address(3) : nullptr;
+    p.y = address(4);
+    return p;
+  }
+
+  int32_t num_outputs_ = 0, has_bias_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Operator> makeInt8Linear() { return std::make_unique<Int8Linear>(); }
+
+}  // namespace sinkexport::trt

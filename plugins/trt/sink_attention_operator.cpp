@@ -1,0 +1,146 @@
+// Inputs: q, k, v, position, window_k, window_v; then, where a field says so, window_k_scale, window_v_scale, sink_k,
+// sink_v, frequency, num_valid. Outputs: out, window_k, window_v, then window_k_scale, window_v_scale, sink_k, sink_v.
+#include "operator.h"
+#include "sink_attention.h"
+
+namespace sinkexport::trt {
+namespace {
+
+enum Input { kQ, kK, kV, kPosition, kWindowK, kWindowV, kNumAlways };
+
+class SinkAttention final : public Operator {
+ public:
+  std::unique_ptr<Operator> clone() const override { return std::make_unique<SinkAttention>(*this); }
+
+  FieldList fields() override {
+    return {{"scale", &scale_}, {"softcap", &softcap_}, {"rope_scaling", &rope_scaling_},
+            {"rotary_dim", &rotary_dim_}, {"interleaved", &interleaved_}, {"num_sinks", &num_sinks_},
+            {"int8_window", &int8_window_}, {"has_num_valid", &has_num_valid_}};
+  }
+
+  std::string fieldProblem() const override {
+    const struct {
+      const char* name;
+      int32_t value;
+    } flags[] = {{"interleaved", interleaved_}, {"int8_window", int8_window_}, {"has_num_valid", has_num_valid_}};
+    for (const auto& flag : flags) {
+      if (flag.value != 0 && flag.value != 1) {
+        return std::string("field '") + flag.name + "': received " + std::to_string(flag.value) + ", expected 0 or 1";
+      }
+    }
+    if (num_sinks_ < 0) return "field 'num_sinks': received " + std::to_string(num_sinks_) + ", expected >= 0";
+    if (rotary_dim_ < 0 || rotary_dim_ % 2 != 0) {
+      return "field 'rotary_dim': received " + std::to_string(rotary_dim_) + ", expected an even number >= 0";
+    }
+    if (!(scale_ > 0.0f)) return "field 'scale': received " + std::to_string(scale_) + ", expected > 0";
+    if (!(softcap_ >= 0.0f)) return "field 'softcap': received " + std::to_string(softcap_) + ", expected >= 0";
+    return "";
+  }
+
+  int numInputs() const override { return hasNumValid() + frequencyAt() + (rotary_dim_ > 0 ? 1 : 0); }
+  int numOutputs() const override { return 1 + numStates(); }
+  int likeInput(int index) const override { return index == 0 ? kQ : aliasedInput(index); }
+  int aliasedInput(int index) const override { return index == 0 ? -1 : kWindowK + index - 1; }  // states in order
+
+  bool takesType(int index, nvinfer1::DataType type, const Tensors& before) const override {
+    using nvinfer1::DataType;
+    if (index == kQ) return isHalf(type);
+    if (index == kPosition || index >= frequencyAt()) return type == DataType::kINT32;
+    if (index == kWindowK || index == kWindowV) {
+      return int8_window_ ? type == DataType::kINT8 : type == before[kQ].type;
+    }
+    if (index > kWindowV && index < sinksAt()) return type == DataType::kHALF;  // scales
+    return type == before[kQ].type;
+  }
+
+  std::string problem(const Tensors& inputs) const override {
+    if (inputs[kQ].dims.nbDims != 4 || inputs[kK].dims.nbDims != 4 || inputs[kWindowK].dims.nbDims != 4) {
+      return "q, k, window_k: received other ranks, expected [B, heads, tokens, D]";
+    }
+    const SinkAttentionParams p = params(inputs);
+    const std::vector<int64_t> chunk = {p.batch, p.num_kv_heads, p.num_tokens, p.head_dim};
+    const std::vector<int64_t> window = {p.batch, p.num_kv_heads, p.window_size, p.head_dim};
+    const std::vector<int64_t> sinks = {p.batch, p.num_kv_heads, p.num_sinks, p.head_dim};
+    const std::vector<int64_t> scales = {p.batch, p.num_kv_heads, p.window_size};
+    std::string found;
+    const auto check = [&](const char* name, int index, const std::vector<int64_t>& wanted) {
+      if (found.empty()) found = shapeProblem(name, inputs[index], wanted);
+    };
+    check("k", kK, chunk);
+    check("v", kV, chunk);
+    check("position", kPosition, {p.batch, 2});
+    check("window_k", kWindowK, window);
+    check("window_v", kWindowV, window);
+    if (int8_window_) {
+      check("window_k_scale", kNumAlways, scales);
+      check("window_v_scale", kNumAlways + 1, scales);
+    }
+    if (num_sinks_ > 0) {
+      check("sink_k", sinksAt(), sinks);
+      check("sink_v", sinksAt() + 1, sinks);
+    }
+    if (rotary_dim_ > 0) check("frequency", frequencyAt(), {rotary_dim_ / 2});
+    if (has_num_valid_) check("num_valid", numInputs() - 1, {p.batch});
+    if (!found.empty()) return found;
+    const char* refused = sinkAttentionProblem(p);
+    return refused != nullptr ? refused : "";
+  }
+
+  size_t workspaceBytes(const Tensors& inputs) const override { return sinkAttentionWorkspaceBytes(params(inputs)); }
+
+  cudaError_t enqueue(const Tensors& inputs, const void* const* in, void* const* out, void* workspace,
+                      cudaStream_t stream) const override {
+    SinkAttentionParams p = params(inputs);
+    p.q = in[kQ], p.k = in[kK], p.v = in[kV];
+    p.position = static_cast<const int32_t*>(in[kPosition]);
+    p.out = out[0], p.window_k = out[1], p.window_v = out[2];
+    int next = 3;
+    if (int8_window_) p.window_k_scale = out[next], p.window_v_scale = out[next + 1], next += 2;
+    if (num_sinks_ > 0) p.sink_k = out[next], p.sink_v = out[next + 1];
+    if (rotary_dim_ > 0) p.frequency = static_cast<const uint32_t*>(in[frequencyAt()]);
+    if (has_num_valid_) p.num_valid = static_cast<const int32_t*>(in[numInputs() - 1]);
+    return launchSinkAttention(p, workspace, stream);
+  }
+
+ private:
+  int hasNumValid() const { return has_num_valid_ ? 1 : 0; }
+  int sinksAt() const { return kNumAlways + (int8_window_ ? 2 : 0); }
+  int frequencyAt() const { return sinksAt() + (num_sinks_ > 0 ? 2 : 0); }
+  int numStates() const { return frequencyAt() - kWindowK; }
+
+  // With placeholders for pointers: enough for checks and sizes.
+  SinkAttentionParams params(const Tensors& inputs) const {
+    SinkAttentionParams p;
+    const nvinfer1::Dims &q = inputs[kQ].dims, &k = inputs[kK].dims;
+    p.batch = static_cast<int>(q.d[0]);
+    p.num_q_heads = static_cast<int>(q.d[1]);
+    p.num_tokens = static_cast<int>(q.d[2]);
+    p.head_dim = static_cast<int>(q.d[3]);
+    p.num_kv_heads = static_cast<int>(k.d[1]);
+    p.window_size = static_cast<int>(inputs[kWindowK].dims.d[2]);
+    p.num_sinks = num_sinks_;
+    p.dtype = halfType(inputs[kQ].type);
+    p.int8_window = int8_window_ != 0;
+    p.q = p.k = p.v = p.out = p.window_k = p.window_v = placeholder();
+    p.position = static_cast<const int32_t*>(placeholder());
+    if (has_num_valid_) p.num_valid = static_cast<const int32_t*>(placeholder());
+    if (p.int8_window) p.window_k_scale = p.window_v_scale = placeholder();
+    if (num_sinks_ > 0) p.sink_k = p.sink_v = placeholder();
+    if (rotary_dim_ > 0) p.frequency = static_cast<const uint32_t*>(placeholder());
+    p.rope_scaling = rope_scaling_;
+    p.rotary_dim = rotary_dim_;
+    p.interleaved = interleaved_ != 0;
+    p.scale = scale_;
+    p.softcap = softcap_;
+    return p;
+  }
+
+  float scale_ = 0.0f, softcap_ = 0.0f, rope_scaling_ = 1.0f;
+  int32_t rotary_dim_ = 0, interleaved_ = 0, num_sinks_ = 0, int8_window_ = 0, has_num_valid_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Operator> makeSinkAttention() { return std::make_unique<SinkAttention>(); }
+
+}  // namespace sinkexport::trt

@@ -1,0 +1,120 @@
+"""Runs a bundle of the plugin form without TensorRT: ONNX's reference evaluator, the plugins in NumPy.
+
+SinkAttention is the float64 oracle, which keeps tokens of its own and knows nothing of rings; states pass through.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from sinkrt.contract import Manifest
+from sinkrt.ring import TURN
+
+from tests.reference.oracle import SinkAttentionOracle
+
+DOMAIN = "ai.sinkexport"
+
+
+class PluginBundle:
+    """Steps and chunks of the bundle in `folder`, all streams at one position."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.position = 0
+        self._oracles: dict[str, SinkAttentionOracle] = {}
+        operators = [_attention(self._oracles, manifest), Int8Linear, Int8Rows, QuantizeLinear, DequantizeLinear]
+        self._graphs = {
+            role: ReferenceEvaluator(onnx.load(folder / graph.file), new_ops=operators)
+            for role, graph in manifest.graphs.items()
+        }
+        self._states = {state.input: np.zeros(state.shape, state.dtype) for state in manifest.states}
+
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        """ids [B] -> logits [B, vocab]."""
+        words = np.tile([self.position >> 16, self.position & 0xFFFF], (len(ids), 1)).astype(np.int32)
+        inputs = {"ids": ids[:, None].astype(np.int32), "position": words, **self._states}
+        self.position += 1
+        return self._graphs["decode"].run(["logits"], inputs)[0]
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        """ids [N] of the only stream -> logits [1, vocab]."""
+        chunk, logits = self.manifest.stream.chunk_size, None
+        for start in range(0, len(ids), chunk):
+            part = ids[start : start + chunk]
+            words = np.array([[self.position >> 16, self.position & 0xFFFF]], np.int32)
+            inputs = {"ids": np.pad(part, (0, chunk - len(part)))[None].astype(np.int32), "position": words,
+                      "num_valid": np.array([len(part)], np.int32), **self._states}  # fmt: skip
+            logits = self._graphs["prefill"].run(["logits"], inputs)[0]
+            self.position += len(part)
+        assert logits is not None
+        return logits
+
+
+def _attention(oracles: dict[str, SinkAttentionOracle], manifest: Manifest) -> type[OpRun]:
+    class SinkAttention(OpRun):
+        op_domain = DOMAIN
+
+        def _run(self, q: Any, k: Any, v: Any, position: Any, *rest: Any, **attributes: Any) -> tuple[Any, ...]:
+            num_states = 2 + 2 * attributes["int8_window"] + 2 * (attributes["num_sinks"] > 0)
+            states, extras = rest[:num_states], list(rest[num_states:])
+            frequency = extras.pop(0) if attributes["rotary_dim"] else np.zeros(0, np.int32)
+            counts = extras.pop(0) if attributes["has_num_valid"] else np.full(len(q), q.shape[2])
+            assert not extras
+            assert position.shape == (len(q), 2)
+            assert frequency.size * 2 == attributes["rotary_dim"]
+            layer = self.onnx_node.input[4]
+            if layer not in oracles:
+                oracles[layer] = SinkAttentionOracle(
+                    batch=len(q), num_sink_tokens=attributes["num_sinks"], window_size=states[0].shape[2],
+                    inv_freq=frequency.view(np.uint32) * (2 * np.pi / TURN),
+                    interleaved=bool(attributes["interleaved"]), attention_scaling=attributes["rope_scaling"],
+                    scale=attributes["scale"], softcap=attributes["softcap"],
+                    kv="int8" if attributes["int8_window"] else "fp",
+                )  # fmt: skip
+            out = np.zeros_like(q)
+            for stream, count in enumerate(counts):
+                for i in range(count):
+                    out[stream, :, i] = oracles[layer].step_stream(stream, q[stream, :, i], k[stream, :, i],
+                                                                   v[stream, :, i])  # fmt: skip
+            return (out, *states)
+
+    return SinkAttention
+
+
+class Int8Linear(OpRun):
+    op_domain = DOMAIN
+
+    def _run(self, x: Any, weight: Any, scale: Any, **attributes: Any) -> tuple[Any]:
+        assert weight.shape == (attributes["num_outputs"], x.shape[-1] // 4)
+        rows = weight.view(np.int8).astype(np.float64) * scale[:, None]
+        return ((x.astype(np.float64) @ rows.T).astype(x.dtype),)
+
+
+class Int8Rows(OpRun):
+    op_domain = DOMAIN
+
+    def _run(self, ids: Any, table: Any, scale: Any, **attributes: Any) -> tuple[Any]:
+        assert table.shape[1] * 4 == attributes["row_length"]
+        return ((table[ids].view(np.int8).astype(np.float64) * scale[ids][..., None]).astype(np.float16),)
+
+
+# ONNX's evaluator has the next two from opset 19 on.
+
+
+class QuantizeLinear(OpRun):
+    def _run(self, x: Any, scale: Any, zero: Any, **_: Any) -> tuple[Any]:
+        assert (x.dtype, scale.dtype, zero.dtype) == (np.float32, np.float32, np.int8)
+        return (np.clip(np.rint(x / scale) + zero, -128, 127).astype(np.int8),)
+
+
+class DequantizeLinear(OpRun):
+    def _run(self, x: Any, scale: Any, zero: Any, axis: int | None = None, **_: Any) -> tuple[Any]:
+        assert (scale.dtype, zero.dtype, scale.shape) == (np.float32, np.int8, zero.shape)
+        assert not zero.any()
+        along = [-1 if i == (1 if axis is None else axis) else 1 for i in range(x.ndim)]
+        return (x.astype(np.float32) * (scale.reshape(along) if scale.ndim else scale),)

@@ -1,0 +1,96 @@
+"""The plugin library: it compiles without a warning, exports what it should, and tells bad fields by their name."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sinkrt.contract import PLUGIN_ABI
+
+from tests.exporter.test_engine import needs_tensorrt
+from tests.plugins.trt_library import needs_plugin_build
+
+pytestmark = [needs_plugin_build, *needs_tensorrt]
+
+# Creators are asked in a process of their own: what they print goes to the real stderr, and TensorRT keeps libraries.
+ASK = """
+import sys
+import numpy as np
+import tensorrt_rtx_bindings as trt
+
+class Logger(trt.ILogger):
+    def __init__(self):
+        trt.ILogger.__init__(self)
+    def log(self, severity, message):
+        pass
+
+logger = Logger()
+builder = trt.Builder(logger)
+registry = builder.get_plugin_registry()
+registry.load_library(sys.argv[1])
+creator = next(c for c in registry.all_creators if c.name == sys.argv[2])
+kinds = {"i": (np.int32, trt.PluginFieldType.INT32), "f": (np.float32, trt.PluginFieldType.FLOAT32),
+         "l": (np.int64, trt.PluginFieldType.INT64)}
+fields = []
+for argument in sys.argv[3:]:
+    name, kind, *values = argument.split(":")
+    dtype, field_type = kinds[kind]
+    fields.append(trt.PluginField(name, np.array([float(v) for v in values], dtype), field_type))
+plugin = creator.create_plugin("x", trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD)
+print("none" if plugin is None else plugin.plugin_name if hasattr(plugin, "plugin_name") else "made")
+"""
+
+ATTENTION = {"scale": "f:0.125", "softcap": "f:0", "rope_scaling": "f:1", "rotary_dim": "i:64", "interleaved": "i:0",
+             "num_sinks": "i:4", "int8_window": "i:0", "has_num_valid": "i:1"}  # fmt: skip
+LINEAR = {"num_outputs": "i:32", "has_bias": "i:0"}
+ROWS = {"row_length": "i:64"}
+GOOD = {"SinkAttention": ATTENTION, "Int8Linear": LINEAR, "Int8Rows": ROWS}
+
+
+def ask(plugin: Path, name: str, fields: dict[str, str], *more: str) -> tuple[str, str]:
+    """What a creator answers, and what it prints."""
+    arguments = [f"{key}:{value}" for key, value in fields.items()]
+    done = subprocess.run([sys.executable, "-c", ASK, str(plugin), name, *arguments, *more],
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), done.stderr.strip()
+
+
+def test_it_tells_its_abi_and_its_tensorrt(plugin_library: Path) -> None:
+    library = ctypes.CDLL(str(plugin_library))
+    library.sinkexport_plugin_abi.restype = ctypes.c_char_p
+    assert library.sinkexport_plugin_abi().decode() == PLUGIN_ABI
+    assert library.sinkexport_plugin_tensorrt_major() == 10
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_good_fields(plugin_library: Path, name: str) -> None:
+    answer, printed = ask(plugin_library, name, GOOD[name])
+    assert (answer == "none", printed) == (False, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "more", "told"),
+    [
+        ("SinkAttention", {"softcap": None}, (), "field 'softcap': missing"),
+        ("SinkAttention", {}, ("colour:i:1",), "field 'colour': unknown, expected scale, softcap"),
+        ("SinkAttention", {}, ("scale:f:1",), "field 'scale': received twice"),
+        ("SinkAttention", {"scale": "i:1"}, (), "field 'scale': received another type, expected a float32"),
+        ("SinkAttention", {"scale": "f:-1"}, (), "field 'scale': received -1"),
+        ("SinkAttention", {"rotary_dim": "i:3"}, (), "field 'rotary_dim': received 3, expected an even number"),
+        ("SinkAttention", {"num_sinks": "i:4:5"}, (), "field 'num_sinks': received 2 values, expected one"),
+        ("SinkAttention", {"interleaved": "i:2"}, (), "field 'interleaved': received 2, expected 0 or 1"),
+        ("Int8Linear", {"num_outputs": "l:4294967296"}, (), "field 'num_outputs': received 4294967296"),
+        ("Int8Linear", {"num_outputs": "i:0"}, (), "field 'num_outputs': received 0, expected >= 1"),
+        ("Int8Rows", {"row_length": "f:64"}, (), "field 'row_length': received another type, expected an int32"),
+    ],
+)
+def test_bad_fields(plugin_library: Path, name: str, changes: dict, more: tuple[str, ...], told: str) -> None:
+    fields = {key: value for key, value in {**GOOD[name], **changes}.items() if value is not None}
+    answer, printed = ask(plugin_library, name, fields, *more)
+    assert answer == "none"
+    assert printed.startswith(f"{name} plugin: {told}")
+    assert "\n" not in printed

@@ -1,0 +1,54 @@
+"""The TensorRT plugin library, compiled for the tests against the headers of PyPI's kernel-lens (TensorRT 10.14)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.plugins.sink_attention_library import KERNELS, NVCC, ROOT
+
+SOURCES = [*sorted((ROOT / "plugins/trt").glob("*.cpp")), *sorted(KERNELS.glob("*.cu"))]
+# Nothing is launched without a GPU: PTX alone, which spares ptxas, is compiled in a third of the time.
+PTX_ONLY = "-gencode=arch=compute_80,code=compute_80"
+
+
+def headers() -> Path | None:
+    """The folder of NvInfer.h; None if the package is not installed."""
+    spec = importlib.util.find_spec("kernel_lens")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / "include" / "tensorrt"
+
+
+needs_plugin_build = pytest.mark.skipif(
+    (NVCC is None or headers() is None) and not os.environ.get("SINKEXPORT_NO_SKIP"),
+    reason="needs nvcc on the PATH and TensorRT's headers: pip install --no-deps kernel-lens==2.0.1",
+)
+
+
+def build_plugin(folder: Path) -> Path:
+    """Compile and link, every warning being an error."""
+
+    def compiled(source: Path) -> Path:
+        target = folder / f"{source.name}.o"
+        _run(NVCC or "nvcc", "-std=c++17", "-O1", PTX_ONLY, "-Werror=all-warnings",
+             "-Xcompiler=-Wall,-Wextra,-Werror,-fPIC,-fvisibility=hidden", f"-I{KERNELS}",
+             f"-I{ROOT / 'runtime/cpp/include'}", "-isystem", str(headers()),
+             "-c", str(source), "-o", str(target))  # fmt: skip
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, SOURCES))
+    library = folder / "libsinkexport_plugin.so"
+    _run(NVCC or "nvcc", "-shared", PTX_ONLY, *map(str, objects), "-o", str(library))
+    return library
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
