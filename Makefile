@@ -2,7 +2,7 @@
 # Both set up what they need on first use (.venv, the model) and are quick after that.
 #
 # Variables: PYTHON (>= 3.11), VENV, MODELS and BUNDLES (folders), PIP_FLAGS (more arguments for pip install),
-# DEMO_TOKENS, DEMO_PROMPT, PYTEST_FLAGS, PEERS (of the benchmarks; llamacpp too where llama-cpp-python is built).
+# DEMO_TOKENS, DEMO_PROMPT, PYTEST_FLAGS, WORKERS (of pytest), PEERS (of the benchmarks; llamacpp too where llama-cpp-python is built).
 
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -12,6 +12,8 @@ PIP_FLAGS   ?=
 DEMO_TOKENS ?= 3100
 DEMO_PROMPT ?= Once upon a time, in a village at the edge of a great forest,
 PYTEST_FLAGS ?=
+# A file's tests share what is costly to make, and stay together; one core a worker.
+WORKERS     ?= -n 2 --dist loadfile
 PEERS       ?= genai,transformers
 
 BIN    := $(VENV)/bin
@@ -83,10 +85,10 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 test: lint types $(MODEL)
-	SINKEXPORT_SMOLLM2='$(abspath $(MODEL))' $(BIN)/python -m pytest $(PYTEST_FLAGS)
+	SINKEXPORT_SMOLLM2='$(abspath $(MODEL))' OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(PYTEST_FLAGS)
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m 'not slow' $(PYTEST_FLAGS)
 
 bench: $(VENV)/.bench $(BUNDLE)/manifest.json
 	$(BIN)/python benchmarks/decode_cpu.py $(BUNDLE) --model $(MODEL) --peers $(PEERS),recompute \

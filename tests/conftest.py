@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 from pathlib import Path
 
@@ -15,7 +17,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(scope="session")
 def plugin_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The TensorRT plugin, compiled once."""
-    from tests.plugins.trt_library import build_plugin
+    """The TensorRT plugin, compiled once, however many workers ask for it."""
+    from tests.plugins.trt_library import LIBRARY, build_plugin
 
-    return build_plugin(tmp_path_factory.mktemp("plugin"))
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "plugin"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return folder / LIBRARY if (folder / LIBRARY).exists() else build_plugin(folder)

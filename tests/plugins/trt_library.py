@@ -13,6 +13,7 @@ import pytest
 from tests.plugins.sink_attention_library import KERNELS, NVCC, ROOT
 
 SOURCES = [*sorted((ROOT / "plugins/trt").glob("*.cpp")), *sorted(KERNELS.glob("*.cu"))]
+LIBRARY = "libsinkexport_plugin.so"
 # Nothing is launched without a GPU: PTX alone, which spares ptxas, is compiled in a third of the time.
 PTX_ONLY = "-gencode=arch=compute_80,code=compute_80"
 
@@ -44,7 +45,7 @@ def build_plugin(folder: Path) -> Path:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, SOURCES))
-    library = folder / "libsinkexport_plugin.so"
+    library = folder / LIBRARY
     _run(NVCC or "nvcc", "-shared", PTX_ONLY, *map(str, objects), "-o", str(library))
     return library
 
