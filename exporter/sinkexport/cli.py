@@ -107,6 +107,8 @@ def main() -> None:
         sys.stdout.flush()  # a reader that has gone is noticed here, where it can still be handled
         sys.exit(code)  # None, but for a command that called `ctx.exit(code)`
     except (_CtrlCError, KeyboardInterrupt, click.exceptions.Abort):
+        # All is tidied up, and what is left is Python's own end: a second Ctrl-C would make it a death by signal.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         if sys.stderr.isatty():
             click.echo(err=True)  # the terminal has shown ^C, or the text that was cut short
         _fail("interrupted", EXIT_INTERRUPTED, debug)
