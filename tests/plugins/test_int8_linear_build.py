@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from plugins.capi.int8_linear import DTYPES, Int8Linear, Int8LinearParams
-from tests.plugins.int8_linear_library import build, needs_nvcc
+from tests.plugins.compiler import needs_nvcc
+from tests.plugins.int8_linear_library import build
 
 pytestmark = needs_nvcc
 

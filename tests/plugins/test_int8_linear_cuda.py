@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from plugins.capi.int8_linear import DTYPES, Int8Linear, Int8LinearParams
-from tests.plugins.int8_linear_library import NVCC, build
+from tests.plugins.compiler import NVCC
+from tests.plugins.int8_linear_library import build
 
 # No CI machine has a GPU: this is run by hand, and plugins/README.md keeps what it said.
 pytestmark = [

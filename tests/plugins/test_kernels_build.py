@@ -13,7 +13,8 @@ import pytest
 
 from plugins.capi.sink_attention import DTYPES, SinkAttention, SinkAttentionParams
 from tests.golden import make_ring
-from tests.plugins.sink_attention_library import ROOT, build, needs_nvcc
+from tests.plugins.compiler import ROOT, needs_nvcc
+from tests.plugins.sink_attention_library import build
 
 INVALID_VALUE = 1  # cudaErrorInvalidValue
 GOLDEN = json.loads(make_ring.PATH.read_text(encoding="utf-8"))

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from plugins.capi.sink_attention import SinkAttention, StreamAnglesParams
-from tests.plugins.sink_attention_library import NVCC, build
+from tests.plugins.compiler import NVCC
+from tests.plugins.sink_attention_library import build
 from tests.plugins.sink_attention_reference import Case, Tokens, angles, attention, stored_rows
 from tests.plugins.sink_attention_streams import Buffer, Streams, expected_states
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.plugins.sink_attention_library import KERNELS, NVCC, ROOT
+from tests.plugins.compiler import KERNELS, NVCC, ROOT, compile_sources, link
 
 SOURCES = [*sorted((ROOT / "plugins/trt").glob("*.cpp")), *sorted(KERNELS.glob("*.cu"))]
 LIBRARY = "libsinkexport_plugin.so"
@@ -34,22 +32,6 @@ needs_plugin_build = pytest.mark.skipif(
 
 def build_plugin(folder: Path) -> Path:
     """Compile and link, every warning being an error."""
-
-    def compiled(source: Path) -> Path:
-        target = folder / f"{source.name}.o"
-        _run(NVCC or "nvcc", "-std=c++17", "-O1", PTX_ONLY, "-Werror=all-warnings",
-             "-Xcompiler=-Wall,-Wextra,-Werror,-fPIC,-fvisibility=hidden", f"-I{KERNELS}",
-             f"-I{ROOT / 'runtime/cpp/include'}", "-isystem", str(headers()),
-             "-c", str(source), "-o", str(target))  # fmt: skip
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, SOURCES))
-    library = folder / LIBRARY
-    _run(NVCC or "nvcc", "-shared", PTX_ONLY, *map(str, objects), "-o", str(library))
-    return library
-
-
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    objects = compile_sources(folder, SOURCES, "-O1", PTX_ONLY, "-Xcompiler=-fvisibility=hidden", "-isystem",
+                              str(headers()))  # fmt: skip
+    return link(folder / LIBRARY, objects, PTX_ONLY)
