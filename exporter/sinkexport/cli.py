@@ -31,6 +31,8 @@ COMMANDS = {
 EXIT_BAD_INPUT = 2
 EXIT_INTERNAL = 70
 EXIT_INTERRUPTED = 130
+INTERRUPT_AGAIN_S = 0.05
+"""After which a Ctrl-C that Python had to swallow comes again."""
 OPTIONAL_PACKAGES = {
     **dict.fromkeys(
         ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate", "pydantic", "yaml"), "export"
@@ -136,7 +138,8 @@ def main() -> None:
 def _recorded_interrupts() -> list[int]:
     """A list that grows with every Ctrl-C from now on; each still raises KeyboardInterrupt.
 
-    One that strikes inside a finalizer cannot be raised; Python would print its traceback and go on.
+    One that strikes inside a finalizer cannot be raised; Python would print its traceback and go on. It comes again a
+    moment later.
     """
     seen: list[int] = []
 
@@ -147,6 +150,11 @@ def _recorded_interrupts() -> list[int]:
     def quiet(unraisable: sys.UnraisableHookArgs) -> None:
         if not isinstance(unraisable.exc_value, KeyboardInterrupt):
             sys.__unraisablehook__(unraisable)
+            return
+        # To this thread, so that it wakes up from whatever it waits for.
+        again = threading.Timer(INTERRUPT_AGAIN_S, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+        again.daemon = True
+        again.start()
 
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, note)

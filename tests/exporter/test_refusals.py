@@ -168,6 +168,28 @@ sys.argv = {_export_command(tiny_folder, out)[2:]!r}; runpy.run_module('sinkexpo
     assert list(out.parent.iterdir()) == []
 
 
+def test_an_interrupt_that_strikes_inside_a_finalizer_comes_again() -> None:
+    program = """
+import os, signal, sys, time
+from sinkexport.cli import _recorded_interrupts
+
+class Struck:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        sum(range(1000))
+
+seen = _recorded_interrupts()
+try:
+    Struck()
+    time.sleep(60)
+    print("slept on")
+except KeyboardInterrupt:
+    print("interrupted,", len(seen), "times")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=True)
+    assert (done.stdout, done.stderr) == ("interrupted, 2 times\n", "")
+
+
 def test_interrupted_export_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "bundle"
     process = subprocess.Popen(_export_command(tiny_folder, out), stderr=subprocess.PIPE, text=True)
