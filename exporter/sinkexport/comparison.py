@@ -37,7 +37,7 @@ W = 1020 over six wraps: 5e-4, of which 6e-5 is left if the reference's cos and 
 ROUNDED_INPUTS_TOLERANCE = 1.5
 """Of a bundle's prefill against its own steps, where products take INT8 inputs.
 
-With INT4 weights too: MatMulNBits rounds inputs to 8 bits, and for 16 tokens and more it does so otherwise than for one
+With quantised weights alone too: MatMulNBits rounds inputs to 8 bits, and for 16 tokens and more otherwise than for one
 (SmolLM2-135M: up to 0.3 of the spread, each as far from the product with float32 inputs as they are from each other).
 
 Prefill and steps add in another order, so some inputs are rounded to the neighbouring integer, and layer by layer more
@@ -88,7 +88,7 @@ def default_tolerance(manifest: Manifest) -> float:
 def prefill_tolerance(manifest: Manifest) -> float:
     """Largest `Comparison.max_relative_error` of prefill against single steps of the same bundle."""
     quantization = manifest.quantization
-    if quantization is not None and (quantization.activations != "float" or quantization.weights == "int4"):
+    if quantization is not None and (quantization.activations != "float" or quantization.weights != "float"):
         return ROUNDED_INPUTS_TOLERANCE
     rounded_window = quantization is not None and quantization.kv == "int8"
     return max(default_tolerance(manifest), ROUNDED_WINDOW_TOLERANCE if rounded_window else 0.0)
