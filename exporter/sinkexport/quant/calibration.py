@@ -18,12 +18,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pydantic
+from sinkrt.contract import hash_file
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.graph.passes.quantized_weight import Rounded, WeightScheme
 from sinkexport.quant.ranges import InputRange
 from sinkexport.quant.recipe import Calibration, Recipe, Smooth, Weights
-from sinkexport.quant.rounding import RoundedFile, sha256_of
+from sinkexport.quant.rounding import RoundedFile
 
 FILE_SCHEMA_VERSION: Literal[1] = 1
 FORMAT: Literal["sinkexport calibration"] = "sinkexport calibration"
@@ -121,7 +122,7 @@ class CalibrationFile(_Spec):
             return self
         found = self.model_copy()
         found._rounded_file = RoundedFile(path)
-        if sha256_of(path) != self.rounded_weights.sha256:
+        if hash_file(path).sha256 != self.rounded_weights.sha256:
             raise UsageError(problem("rounded weights", received=f"'{path}', of another calibration",
                                      expected="the file that was written beside the ranges",
                                      fix="keep the two together, or calibrate again"))  # fmt: skip

@@ -6,7 +6,6 @@ for each. All of them are those of the model in floating point, so the batches d
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,12 +133,6 @@ class RoundedFile:
             scales = file.get_tensor(f"{module}.{SCALES}")
             zeros = None if scheme.symmetric else file.get_tensor(f"{module}.{ZERO_POINTS}")
         return Rounded(_unpacked(integers, scheme, num_inputs), scales, zeros)
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file (hex)."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _packed(name: str, rounded: Rounded, scheme: WeightScheme) -> Arrays:
