@@ -28,31 +28,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from plugins.bench.gpu_timing import copy_bandwidth, times_us
 from plugins.capi.int8_linear import DTYPES, Int8Linear, Int8LinearParams
 
 # (K, N): Llama-2-7B's attention, up and down; Llama-3-8B's down and lm_head; SmolLM2-135M's up
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (14336, 4096), (4096, 128256), (576, 1536)]
 NUM_ROWS = [1, 4, 16, 64, 256]
-REPLAYS, WARM_UP = 60, 10
 BEYOND_L2_BYTES = 400_000_000  # of weights in turn: eight times the largest L2 here
-COPY_BYTES = 1 << 30
-
-
-def times_us(run: Callable[[], Any], launches: int) -> list[float]:
-    """One figure a replay of a graph of `launches`: microseconds a launch."""
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    for _ in range(WARM_UP):
-        graph.replay()
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
-    for start, end in marks:
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(end) * 1000 / launches for start, end in marks)
 
 
 def stats(samples: list[float]) -> dict[str, float]:
@@ -78,15 +60,6 @@ def contender(launch: Callable[[int], Any], sets: int) -> dict[str, Any]:
 
     alone = statistics.median(times_us(spaced, sets)) - statistics.median(times_us(spacers, sets))
     return {**stats(times_us(back_to_back, sets)), "alone_us": alone}
-
-
-def copy_bandwidth() -> float:
-    """Bytes read + written in a second by a device-to-device copy: the faster of the driver's and of a kernel."""
-    source = torch.randint(-(2**62), 2**62, (COPY_BYTES // 8,), device="cuda")
-    target = torch.empty_like(source)
-    ways = (lambda: target.copy_(source), lambda: torch.bitwise_not(source, out=target))
-    best_us = min(statistics.median(times_us(way, 1)) for way in ways)
-    return 2 * COPY_BYTES / (best_us * 1e-6)
 
 
 def measure(library: Int8Linear, num_rows: int, num_inputs: int, num_outputs: int, bandwidth: float) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -26,10 +25,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from plugins.bench.gpu_timing import copy_bandwidth, times_us
 from plugins.capi.sink_attention import DTYPES, SinkAttention, SinkAttentionParams
 
 NUM_SINKS = 4
-REPLAYS = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,33 +78,13 @@ def sets_past_l2(num_bytes: int) -> int:
 
 def time_us(runs: list[Callable[[], Any]]) -> tuple[float, float]:
     """Median and p99 of one run, in microseconds, all runs being in one graph that is replayed."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for run in runs[:2]:
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def all_runs() -> None:
         for run in runs:
             run()
-    for _ in range(5):
-        graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) * 1000 / len(runs) for a, b in itertools.pairwise(events))
+
+    times = times_us(all_runs, len(runs))
     return times[len(times) // 2], times[int(len(times) * 0.99)]
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by a device-to-device copy of 1 GiB."""
-    source, target = (torch.empty(2**30, dtype=torch.uint8, device="cuda").random_() for _ in range(2))
-    median, _ = time_us([lambda: target.copy_(source)])
-    return 2 * 2**30 / (median * 1e-6)
 
 
 class Fused:
@@ -168,9 +147,9 @@ class Unfused:
         first, second = t["q"].chunk(2, dim=-1)
         q_sink = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
         grouped = (shape.batch, shape.num_kv_heads, shape.num_q_heads // shape.num_kv_heads, d)
-        logits = torch.cat(
-            (q_sink.view(grouped) @ t["sink_k"].mT, t["q"].view(grouped) @ t["window_k"].mT), dim=-1
-        ) * (d**-0.5)  # [B, Hkv, G, C]
+        logits = torch.cat((q_sink.view(grouped) @ t["sink_k"].mT, t["q"].view(grouped) @ t["window_k"].mT), dim=-1) * (
+            d**-0.5
+        )  # [B, Hkv, G, C]
         weights = logits.softmax(-1, dtype=torch.float32).half()
         out = weights[..., :NUM_SINKS] @ t["sink_v"] + weights[..., NUM_SINKS:] @ t["window_v"]
         return out.view(shape.batch, shape.num_q_heads, 1, d)
@@ -183,8 +162,9 @@ class Sdpa:
         def normal(heads: int, count: int) -> torch.Tensor:
             return torch.randn(shape.batch, heads, count, shape.head_dim, device="cuda", dtype=torch.float16)
 
-        self.q, self.k, self.v = normal(shape.num_q_heads, 1), *(
-            normal(shape.num_kv_heads, shape.capacity) for _ in range(2)
+        self.q, self.k, self.v = (
+            normal(shape.num_q_heads, 1),
+            *(normal(shape.num_kv_heads, shape.capacity) for _ in range(2)),
         )
 
     def __call__(self) -> torch.Tensor:

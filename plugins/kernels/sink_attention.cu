@@ -217,7 +217,6 @@ AttendKernel kernelOf(const SinkAttentionParams& p) {
   }
 }
 
-constexpr int kMostBlocksPerSm = 3;
 // Workspaces are sized for this many multiprocessors, so that a size computed on one machine (or with no GPU at all) is
 // enough on another.
 constexpr int kMostSms = 192;
@@ -231,9 +230,9 @@ struct Shape {
   explicit Shape(const SinkAttentionParams& p) : kernel(kernelOf(p)) {
     const int rows = p.num_q_heads / p.num_kv_heads * p.num_tokens;
     row_chunks = divUp(rows, kernel.num_rows);
-    constexpr int kTileKeys = detail::tileKeys(false);
-    tiles = divUp(p.num_sinks, kTileKeys) + divUp(p.window_size, detail::tileKeys(p.int8_window)) +
-            (isPrefill(p) ? divUp(p.num_tokens, kTileKeys) : 0);
+    const int tile_keys = detail::tileKeys(p.int8_window, false);
+    tiles = divUp(p.num_sinks, tile_keys) + divUp(p.window_size, detail::tileKeys(p.int8_window, p.int8_window)) +
+            (isPrefill(p) ? divUp(p.num_tokens, tile_keys) : 0);
     row_blocks = row_chunks * p.batch * p.num_kv_heads;
   }
 
@@ -247,15 +246,17 @@ struct Shape {
   // The splits that take the least time by a rough model, fitted to an H100, in microseconds: all tiles at memory's
   // speed, as far as multiprocessors have equal shares of them, or, if it is longer, a warp's tiles one after another.
   int splits(const SinkAttentionParams& p, int num_sms, int blocks_of_sm) const {
-    constexpr double kTile = 0.4, kTileInARow = 1.2, kRound = 0.5, kMerge = 1.5, kMergeOfSplit = 0.01;
+    const double bytes = (p.int8_window ? 0.5 : 1.0) * p.head_dim / 128;  // of a tile, in units of 8 KiB
+    const double tile = 0.4 * bytes, tile_in_a_row = 0.4 + 0.8 * bytes;
+    constexpr double kRound = 0.5, kMerge = 1.5, kMergeOfSplit = 0.01;
     int best = 1;
     double best_cost = INFINITY;
     for (int n = 1; n <= mostSplits(p, num_sms * blocks_of_sm); ++n) {
       const int blocks = row_blocks * n, rounds = divUp(blocks, num_sms * blocks_of_sm);
       // One round needs no more than blocks on every multiprocessor; of several, the last should be full.
       const int places = rounds == 1 ? num_sms * divUp(blocks, num_sms) : num_sms * blocks_of_sm * rounds;
-      const double at_once = kTile * tiles * row_blocks / num_sms * places / blocks;
-      const double in_a_row = kTileInARow * rounds * divUp(divUp(tiles, n), kernel.num_warps);
+      const double at_once = tile * tiles * row_blocks / num_sms * places / blocks;
+      const double in_a_row = tile_in_a_row * rounds * divUp(divUp(tiles, n), kernel.num_warps);
       const double longer = at_once > in_a_row ? at_once : in_a_row;
       const double cost = longer + 0.02 * in_a_row + kRound * rounds + (n > 1 ? kMerge + kMergeOfSplit * n : 0.0);
       if (cost < best_cost) best = n, best_cost = cost;
@@ -407,7 +408,8 @@ const char* sinkAttentionProblem(const SinkAttentionParams& p) {
 
 size_t sinkAttentionWorkspaceBytes(const SinkAttentionParams& p) {
   if (shapeProblem(p) != nullptr) return 0;
-  const int most_splits = Shape(p).mostSplits(p, kMostSms * kMostBlocksPerSm);
+  const Shape shape(p);
+  const int most_splits = shape.mostSplits(p, kMostSms * shape.kernel.blocks_of_sm);
   return Workspace(p, most_splits, nullptr).num_bytes;
 }
 
@@ -453,7 +455,7 @@ cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t s
   const AttendKernel& kernel = shape.kernel;
   constexpr int kReservedOfBlock = 1024;
   int blocks_of_sm = shared_of_sm / (kernel.shared_bytes + kReservedOfBlock);
-  blocks_of_sm = blocks_of_sm < 1 ? 1 : (blocks_of_sm > kMostBlocksPerSm ? kMostBlocksPerSm : blocks_of_sm);
+  blocks_of_sm = blocks_of_sm < 1 ? 1 : (blocks_of_sm > kernel.blocks_of_sm ? kernel.blocks_of_sm : blocks_of_sm);
   const int num_splits = shape.splits(p, num_sms < kMostSms ? num_sms : kMostSms, blocks_of_sm);
   Workspace space(p, num_splits, workspace);
   AttendArgs& args = space.args;

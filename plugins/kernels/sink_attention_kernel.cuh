@@ -42,8 +42,10 @@ constexpr float kBias = 6.0f;
 
 __host__ __device__ constexpr int divUp(int a, int b) { return (a + b - 1) / b; }
 
-// Keys of a tile: 16 where rows are of 16-bit numbers, 32 of an int8 window, which are as many bytes.
-__host__ __device__ constexpr int tileKeys(bool is_int8) { return is_int8 ? 32 : 16; }
+// Keys of a tile: 16, but only 8 of 16-bit rows beside an int8 window, so that all tiles are of one size in bytes.
+__host__ __device__ constexpr int tileKeys(bool window_is_int8, bool tile_is_int8) {
+  return window_is_int8 && !tile_is_int8 ? 8 : 16;
+}
 
 template <int kHeadDim, bool kInt8, int kRowTiles>
 struct Config {
@@ -52,15 +54,19 @@ struct Config {
   // Tiles of 16 dimensions of O^T; each lane holds kOutTiles / 4 pieces of a value.
   static constexpr int kOutTiles = kInt8 ? 8 * divUp(kHeadDim, 128) : 4 * divUp(kHeadDim, 64);
   static constexpr int kRows = 8 * kRowTiles;
-  static constexpr int kWarps = kHeadDim > 128 ? 2 : 4;
+  static constexpr int kWarps = kHeadDim > 128 && !kInt8 ? 2 : 4;
   static constexpr int kThreads = 32 * kWarps;
-  // Of any tile: pieces of 2 keys and 4 values a lane, or twice as many keys in pieces of 16 dimensions.
-  static constexpr int kStageBytes = 32 * 16 * (2 * kKeyPieces + kOutTiles);
-  static constexpr int kStages = kStageBytes * kWarps * 4 <= 65536 ? 4 : 2;
-  static constexpr int kScaleWords = 20;  // 16 or 32 float16 that may begin in the middle of a word, padded
+  // Of any tile: pieces of 2 keys and 4 values a lane, of 16 dimensions where they are int8.
+  static constexpr int kStageBytes = 32 * 16 * (2 * kKeyPieces + kOutTiles) / (kInt8 ? 2 : 1);
+  static constexpr int kStages = !kInt8 && kStageBytes * kWarps * 4 <= 65536 ? 4 : 2;
+  // int8 takes more arithmetic a byte, and more warps to hide it: four blocks, as far as registers go.
+  static constexpr int kBlocksOfSm = kHeadDim > 128 ? (kRowTiles == 1 ? 3 : 2) : (kInt8 && kRowTiles == 1 ? 4 : 3);
+  static constexpr int kScaleWords = 12;  // 16 float16 that may begin in the middle of a word, padded
 
   // Shared memory: stages (later the warps' outputs) | q | q for sinks | new row | scales | sums | turns.
-  static constexpr int kRowStride = kHeadDim + 8;  // in 16-bit numbers; keeps quads of different rows off one bank
+  // In 16-bit numbers. The pieces that 8 lanes read of two rows lie in different banks: rows are 64 bytes out of step
+  // (modulo 128) where a quad reads 64 in a row, 16 where it reads every other 16.
+  static constexpr int kRowStride = kInt8 ? 64 * divUp(kHeadDim, 64) + 8 : 64 * divUp(kHeadDim - 32, 64) + 32;
   static constexpr int kStagesBytes = kWarps * kStages * kStageBytes;
   static constexpr int kQueryBytes = kRows * kRowStride * 2;
   static constexpr int kNewRowBytes = kHeadDim * 2;
@@ -118,8 +124,8 @@ __device__ void multiplyAdd(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2
 #endif
 }
 
-// kBytes to shared memory in the background: the first num_bytes of them from `source`, the rest zeros. With none,
-// `source` may point anywhere.
+// kBytes to shared memory in the background: the first num_bytes of them from `source`, the rest zeros. `source`
+// points to memory that may be read even if there are none.
 template <int kBytes>
 __device__ void copyAsync(void* target, const void* source, int num_bytes) {
 #if __CUDA_ARCH__ >= 800
@@ -209,8 +215,9 @@ struct Attend {
   // How a tile lies in a stage: pieces [group of 8 keys][piece of a lane][lane], then [value of a lane][piece][lane].
   template <bool kInt8Tile>
   struct Tile {
-    static constexpr int kKeys = tileKeys(kInt8Tile);
+    static constexpr int kKeys = tileKeys(kInt8, kInt8Tile);
     static constexpr int kGroups = kKeys / 8;
+    static constexpr int kSteps = divUp(kKeys, 16);  // of the second product
     static constexpr int kPieceDims = kInt8Tile ? 16 : 8;
     static constexpr int kRowPieces = kHeadDim / kPieceDims;
     static constexpr int kRowBytes = kHeadDim * (kInt8Tile ? 1 : 2);
@@ -232,33 +239,45 @@ struct Attend {
     static __device__ constexpr int valueRow(int i, int c) { return 8 * (i / 2) + 2 * c + i % 2; }
   };
 
-  // Copies one tile into a stage. Pieces past the end of a row become zeros.
+  // Copies one tile into a stage. Pieces past the end of a row become zeros, as do rows that are not there.
   template <bool kInt8Tile>
   static __device__ void load(const Source& source, int row0, uint4* stage, int lane) {
     using L = Tile<kInt8Tile>;
+    // Nearly all tiles are whole: no row needs a look of its own.
+    const bool is_whole = row0 + L::kKeys <= source.limit && (source.own < row0 || source.own >= row0 + L::kKeys);
+    if (is_whole) loadRows<kInt8Tile, true>(source, row0, stage, lane);
+    else loadRows<kInt8Tile, false>(source, row0, stage, lane);
+  }
+
+  template <bool kInt8Tile, bool kWhole>
+  static __device__ void loadRows(const Source& source, int row0, uint4* stage, int lane) {
+    using L = Tile<kInt8Tile>;
     constexpr int kPadded = 4 * L::kKeyPieces;  // pieces of a row
-    auto isThere = [&](int row) { return row < source.limit && row != source.own; };
+    const char* k = source.k + static_cast<size_t>(row0) * L::kRowBytes;
+    const char* v = source.v + static_cast<size_t>(row0) * L::kRowBytes;
+    const int num_rows = source.limit - row0, own = source.own - row0;
+    auto isThere = [&](int row) { return kWhole || (row < num_rows && row != own); };  // row: of the tile
 #pragma unroll
     for (int group = 0; group < L::kGroups; ++group) {
 #pragma unroll
       for (int i = 0; i < L::kKeyPieces; ++i) {
-        const int index = 32 * i + lane, key = index / kPadded, piece = index % kPadded;  // key of the group
-        const int row = row0 + 8 * group + key;
+        const int index = 32 * i + lane, row = 8 * group + index / kPadded, piece = index % kPadded;
         const bool is_read = isThere(row) && (kPadded == L::kRowPieces || piece < L::kRowPieces);
-        copyAsync<16>(stage + 32 * group * L::kKeyPieces + L::keyPieceAt(piece, key),
-                      source.k + static_cast<ptrdiff_t>(row) * L::kRowBytes + 16 * piece, is_read ? 16 : 0);
+        // Row 0 of a tile that is loaded is there, or the new token's: its memory may be read.
+        copyAsync<16>(stage + 32 * group * L::kKeyPieces + L::keyPieceAt(piece, row % 8),
+                      k + (is_read ? row * L::kRowBytes + 16 * piece : 0), is_read ? 16 : 0);
       }
     }
     const int g = lane / 4, c = lane % 4;
 #pragma unroll
     for (int key = 0; key < L::kValues; ++key) {
-      const int row = row0 + L::valueRow(key, c);
+      const int row = L::valueRow(key, c);
 #pragma unroll
       for (int i = 0; i < L::kValuePieces; ++i) {
         const int piece = L::valuePiece(i, g);
         const bool is_read = isThere(row) && piece < L::kRowPieces;
         copyAsync<16>(stage + L::kValuesAt + 32 * (key * L::kValuePieces + i) + lane,
-                      source.v + static_cast<ptrdiff_t>(row) * L::kRowBytes + 16 * piece, is_read ? 16 : 0);
+                      v + (is_read ? row * L::kRowBytes + 16 * piece : 0), is_read ? 16 : 0);
       }
     }
   }
@@ -288,8 +307,9 @@ struct Attend {
     if (lane > num_keys / 2) return;  // one word more, in case the first begins in its middle
     const size_t first = (begin + row0) / 2 * 2 + 2 * lane, end = begin + limit;  // in float16; from a whole word on
     const int num_bytes = first >= end ? 0 : (first + 1 < end ? 4 : 2);
-    copyAsync<4>(target + lane, static_cast<const char*>(k_scale) + 2 * first, num_bytes);
-    copyAsync<4>(target + C::kScaleWords + lane, static_cast<const char*>(v_scale) + 2 * first, num_bytes);
+    const size_t at = num_bytes > 0 ? 2 * first : 0;
+    copyAsync<4>(target + lane, static_cast<const char*>(k_scale) + at, num_bytes);
+    copyAsync<4>(target + C::kScaleWords + lane, static_cast<const char*>(v_scale) + at, num_bytes);
   }
 
   // Products [group of 8 keys][4] of a tile: q . k, no scales yet.
@@ -333,18 +353,21 @@ struct Attend {
     using L = Tile<kInt8Tile>;
     const uint4* values = stage + L::kValuesAt + lane;
 #pragma unroll
-    for (int step = 0; step < L::kKeys / 16; ++step) {
+    for (int step = 0; step < L::kSteps; ++step) {
       auto add = [&](int tile, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
-          multiplyAdd<kDType>(out[r][tile], a0, a1, a2, a3, weights[r][2 * step], weights[r][2 * step + 1]);
+          const uint32_t upper = 2 * step + 1 < L::kGroups ? weights[r][(2 * step + 1) % L::kGroups] : 0;
+          multiplyAdd<kDType>(out[r][tile], a0, a1, a2, a3, weights[r][2 * step], upper);
         }
       };
 #pragma unroll
       for (int i = 0; i < L::kValuePieces; ++i) {
         uint4 v[4];
 #pragma unroll
-        for (int key = 0; key < 4; ++key) v[key] = values[32 * ((4 * step + key) * L::kValuePieces + i)];
+        for (int key = 0; key < 4; ++key) {
+          v[key] = 4 * step + key < L::kValues ? values[32 * ((4 * step + key) * L::kValuePieces + i)] : uint4{};
+        }
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
           const uint32_t w[4] = {(&v[0].x)[word], (&v[1].x)[word], (&v[2].x)[word], (&v[3].x)[word]};
@@ -492,7 +515,7 @@ struct Attend {
     };
 
     // --- this block's tiles: of the sinks, then of the window, then of the chunk ---
-    constexpr int kTileKeys = tileKeys(false), kWindowKeys = tileKeys(kInt8);
+    constexpr int kTileKeys = tileKeys(kInt8, false), kWindowKeys = tileKeys(kInt8, kInt8);
     const int sink_tiles = divUp(p.num_sinks, kTileKeys), window_tiles = divUp(p.window_size, kWindowKeys);
     const int chunk_tiles = kPrefill ? divUp(p.num_tokens, kTileKeys) : 0;
     const int tile_begin = blockIdx.y * args.tiles_per_split;
@@ -614,6 +637,7 @@ struct Attend {
       int row0;
       const Section section = sectionOf(tile, row0);
       const int limit = sourceOf(section).limit;
+      const bool is_whole = row0 + L::kKeys <= limit;
       uint4* data = stages + stage * (C::kStageBytes / 16);
       const bool has_scales = kInt8Tile || (kInt8 && kPrefill && section == kChunk);
       __half* tile_scales = reinterpret_cast<__half*>(warp_scales + stage * kScalesStride) +
@@ -671,13 +695,15 @@ struct Attend {
         float largest = sums[r].largest;
 #pragma unroll
         for (int i = 0; i < kLogits; ++i) {
-          const int row = row0 + keyOf(i);
-          bool is_seen = row < limit;
-          if constexpr (kPrefill) {
-            if (section == kWindow) is_seen = is_seen && ageOf(row) + 1 + token[r] < p.window_size;
-            if (section == kChunk) is_seen = is_seen && row <= token[r];
+          if (kPrefill || !is_whole) {
+            const int row = row0 + keyOf(i);
+            bool is_seen = row < limit;
+            if constexpr (kPrefill) {
+              if (section == kWindow) is_seen = is_seen && ageOf(row) + 1 + token[r] < p.window_size;
+              if (section == kChunk) is_seen = is_seen && row <= token[r];
+            }
+            if (!is_seen) logits[i] = -INFINITY;
           }
-          if (!is_seen) logits[i] = -INFINITY;
           largest = fmaxf(largest, logits[i]);
         }
         largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
@@ -694,17 +720,21 @@ struct Attend {
           sums[r].largest = largest;
           sums[r].sum *= shrink;
         }
-        // The sum is of weights as they were rounded, so that their errors shift nothing on average.
+        // The sum is of weights as they were rounded, so that their errors shift nothing on average; with scales, whose
+        // division is slow, in bfloat16 only: float16's errors are of the output's own size.
+        constexpr bool kSumsRounded = !kInt8Tile || kDType == DType::kBFloat16;
 #pragma unroll
         for (int group = 0; group < L::kGroups; ++group) {
           float weight[2], rounded[2];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             weight[i] = exp2Fast(logits[2 * group + i] - base + kBias);
+            if (!kSumsRounded) sums[r].sum += weight[i];
             // A row that is not there may have any scale, NaN too.
             if (has_scales && weight[i] != 0.0f) weight[i] *= value_scale[2 * group + i];
           }
           weights[r][group] = H::pack(weight[0], weight[1]);
+          if (!kSumsRounded) continue;
           H::unpack(weights[r][group], rounded[0], rounded[1]);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
@@ -782,7 +812,8 @@ struct Attend {
 };
 
 template <int kHeadDim, DType kDType, bool kInt8, int kRowTiles, bool kPrefill>
-__global__ void __launch_bounds__(Config<kHeadDim, kInt8, kRowTiles>::kThreads)
+__global__ void __launch_bounds__(Config<kHeadDim, kInt8, kRowTiles>::kThreads,
+                                  Config<kHeadDim, kInt8, kRowTiles>::kBlocksOfSm)
     attend(const __grid_constant__ AttendArgs args) {
   Attend<kHeadDim, kDType, kInt8, kRowTiles, kPrefill>::run(args);
 }
@@ -794,13 +825,14 @@ struct AttendKernel {
   int num_threads;
   int num_warps;
   int shared_bytes;
+  int blocks_of_sm;  // at most
 };
 
 template <int kHeadDim, DType kDType, bool kInt8, int kRowTiles, bool kPrefill>
 AttendKernel attendKernel() {
   using C = Config<kHeadDim, kInt8, kRowTiles>;
   return {reinterpret_cast<const void*>(&attend<kHeadDim, kDType, kInt8, kRowTiles, kPrefill>), C::kRows, C::kThreads,
-          C::kWarps, C::kSharedBytes};
+          C::kWarps, C::kSharedBytes, C::kBlocksOfSm};
 }
 
 // A step's groups of up to 8 query heads make 8 rows, larger ones 16, as a chunk's do.
