@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,10 +44,12 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
             raise _no_model(source, "no such folder")
         location = {"pretrained_model_name_or_path": source}
         name = path.resolve().name if path.is_dir() else source
-    with _quiet_transformers(), _readable_errors(source):
+    with _quiet_transformers(), _readable_errors(source), _gguf_read_once():
         config = transformers.AutoConfig.from_pretrained(**location)
         refuse_architecture(config)
-        model = transformers.AutoModelForCausalLM.from_pretrained(**location, dtype=getattr(torch, dtype))
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **location, config=config, dtype=getattr(torch, dtype)
+        )
         tokenizer = _load_tokenizer(location, path)
     return LoadedModel(model.eval(), tokenizer, name)
 
@@ -77,6 +80,26 @@ def _load_tokenizer(location: dict[str, Any], path: Path) -> Any | None:
     if path.is_dir() and not any((path / name).is_file() for name in files):
         return None
     return transformers.AutoTokenizer.from_pretrained(**location)
+
+
+@contextlib.contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """transformers parses a GGUF file, its vocabulary included, anew for configuration, weights and tokenizer, and
+    makes the table of an architecture's names anew for each module: most of the time that loading takes.
+    """
+    try:
+        import gguf
+    except ImportError:  # transformers says so, if the source is such a file
+        yield
+        return
+    costly = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in costly.items():
+            setattr(gguf, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in costly.items():
+            setattr(gguf, name, function)
 
 
 @contextlib.contextmanager

@@ -62,6 +62,11 @@ std::vector<nvinfer1::PluginField> asPluginFields(const FieldList& fields) {
   return result;
 }
 
+FieldNames::FieldNames(const FieldList& list) : fields(asPluginFields(list)) {
+  for (nvinfer1::PluginField& field : fields) field.data = nullptr;
+  collection = {static_cast<int32_t>(fields.size()), fields.data()};
+}
+
 size_t serializedBytes(const FieldList& fields) { return fields.size() * kValueBytes; }
 
 void serialize(const FieldList& fields, void* buffer) {

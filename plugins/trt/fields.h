@@ -29,6 +29,16 @@ std::string readFields(const FieldList& fields, const nvinfer1::PluginFieldColle
 // The same fields as TensorRT wants to see them; they point at the values.
 std::vector<nvinfer1::PluginField> asPluginFields(const FieldList& fields);
 
+// Names and types of fields, without values: what a creator tells. Not to be moved: the collection points inside.
+struct FieldNames {
+  std::vector<nvinfer1::PluginField> fields;
+  nvinfer1::PluginFieldCollection collection;
+
+  explicit FieldNames(const FieldList& list);
+  FieldNames(const FieldNames&) = delete;
+  FieldNames& operator=(const FieldNames&) = delete;
+};
+
 // 4 bytes a field in the list's order, little-endian as all platforms of TensorRT are.
 size_t serializedBytes(const FieldList& fields);
 void serialize(const FieldList& fields, void* buffer);

@@ -90,17 +90,13 @@ class Plugin final : public IPluginV2DynamicExt {
 
 class Creator final : public IPluginCreator {
  public:
-  explicit Creator(const OperatorKind& kind)
-      : kind_(kind), op_(kind.make()), fields_(asPluginFields(op_->fields())),
-        collection_{static_cast<int32_t>(fields_.size()), fields_.data()} {
-    for (PluginField& field : fields_) field.data = nullptr;  // names and types only
-  }
+  explicit Creator(const OperatorKind& kind) : kind_(kind), names_(kind.make()->fields()) {}
 
   const char* getPluginName() const noexcept override { return kind_.name; }
   const char* getPluginVersion() const noexcept override { return kPluginVersion; }
   const char* getPluginNamespace() const noexcept override { return kPluginNamespace; }
   void setPluginNamespace(const char*) noexcept override {}
-  const PluginFieldCollection* getFieldNames() noexcept override { return &collection_; }
+  const PluginFieldCollection* getFieldNames() noexcept override { return &names_.collection; }
 
   IPluginV2DynamicExt* createPlugin(const char*, const PluginFieldCollection* given) noexcept override {
     std::unique_ptr<Operator> op = makeOperator(kind_, given);
@@ -118,9 +114,7 @@ class Creator final : public IPluginCreator {
 
  private:
   const OperatorKind& kind_;
-  std::unique_ptr<Operator> op_;
-  std::vector<PluginField> fields_;
-  PluginFieldCollection collection_;
+  FieldNames names_;
 };
 
 // Registers the creators when the library is loaded.

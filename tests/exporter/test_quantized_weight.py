@@ -182,16 +182,6 @@ def agree(found: np.ndarray, expected: np.ndarray) -> None:
     assert (difference == 0).mean() > 0.995
 
 
-def test_input_scale_multiplies_inputs() -> None:
-    weight = random_weight(12, 32)
-    factors = np.exp2(np.random.default_rng(5).integers(-3, 4, 32)).astype(np.float32)
-    for transposed in (True, False):
-        scaled = quantized(weight, WeightScheme(8), transposed=transposed, input_scale=factors)
-        plain = quantized(weight * factors, WeightScheme(8))
-        np.testing.assert_array_equal(scaled.integers(), plain.integers())
-        np.testing.assert_array_equal(scaled.scales(), plain.scales())
-
-
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
 def test_orientation_and_slices_change_nothing(scheme: WeightScheme, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight(150, 48, seed=6)

@@ -91,7 +91,6 @@ class QuantizedWeight:
 
     name: of the weight, for names in the graph and for errors. source: [K, N], or [N, K] if `transposed` (as torch
     and embeddings have it; an embedding's rows are its outputs); any floating-point type.
-    input_scale: [K]; the source is multiplied by it first (SmoothQuant's share of the weights); None: by 1.
     rounded: gives what the matrix was rounded to beforehand, under the same scheme; read anew for integers and for
     scales, so that it may come from a file. None: it is rounded here, each weight to the nearest.
     A last block that K does not fill is quantised as if zeros followed.
@@ -101,7 +100,6 @@ class QuantizedWeight:
     source: ir.TensorProtocol
     scheme: WeightScheme
     transposed: bool = False
-    input_scale: np.ndarray | None = None
     rounded: Callable[[], Rounded] | None = None
 
     @property
@@ -158,7 +156,7 @@ class QuantizedWeight:
         return result
 
     def dequantized(self) -> np.ndarray:
-        """float32 [N, K]: what the integers stand for. With `input_scale`, the scaled weights."""
+        """float32 [N, K]: what the integers stand for."""
         values = self.integers().astype(np.float32)
         for group in range(self.num_groups):
             columns = slice(group * self.group_size, (group + 1) * self.group_size)
@@ -196,8 +194,6 @@ class QuantizedWeight:
             outputs = slice(start, min(start + step, self.num_outputs))
             part = source[outputs].T if self.transposed else source[:, outputs]
             values = np.array(part, dtype=np.float32, order="C")
-            if self.input_scale is not None:
-                values *= self.input_scale.astype(np.float32)[:, None]
             if missing:
                 values = np.concatenate([values, np.zeros((missing, values.shape[1]), np.float32)])
             yield outputs, values.reshape(self.num_groups, self.group_size, -1)
