@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sinkrt.contract import TARGETS
 from sinkrt.errors import UsageError, problem
+from sinkrt.ring import Ring
 
 if TYPE_CHECKING:
     from sinkexport.quant.ranges import Ranges
@@ -131,3 +132,13 @@ class ExportConfig:
     def capacity(self) -> int:
         """C = S + W, tokens."""
         return self.num_sink_tokens + self.window_size
+
+    def ring(self, own_window: int | None) -> Ring:
+        """The cache of a layer in which the model itself sees `own_window` tokens, the newest included; None: all.
+
+        S + W tokens, unless the model's own window is smaller: then exactly that window, without sinks, as the model
+        has it.
+        """
+        if own_window is not None and own_window < self.capacity:
+            return Ring(0, own_window)
+        return Ring(self.num_sink_tokens, self.window_size)

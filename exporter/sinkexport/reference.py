@@ -5,12 +5,14 @@ that is no sink is thrown out before each step, and then all keys and the query 
 cache. Slow and obvious, in contrast to an exported graph, which rotates a key once and never touches it again.
 
 Rotation and attention are the model's own functions, called from the model's own source file. Nothing here knows
-how a family pairs or lays out its rotary dimensions, and nothing is shared with the code that exports rotation.
+how a family pairs or lays out its rotary dimensions, and nothing is shared with the code that exports rotation. A layer
+in which the model itself sees fewer tokens than the cache holds keeps just those, and no sinks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.families.adapters import has_alibi
 from sinkexport.model.interface import intercept_attention
 
 Observer = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -68,10 +71,11 @@ class StreamingReference:
         self._num_sink_tokens = num_sink_tokens
         self._capacity = num_sink_tokens + window_size
         self._observer = observer
-        self._rotary_parent, self._rotary = _find_rotary(model)
+        self._rotary_name, rotary = _find_rotary(model)
+        self._rotary = copy.deepcopy(rotary)  # some change their frequencies by the positions that they are asked for
         self._rotates: dict[torch.nn.Module, bool] = {}  # by attention module; some layers have no positions
         self._cached: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}  # k, v [B, Hkv, n, D], unrotated
-        self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None  # [1, n, .] each, for the cache's n places
+        self._cos_sin: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = {}  # [1, C, .] each, by type of layer
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed one token to each stream. ids: int64 [B]. Returns logits [B, vocab] in the model's dtype."""
@@ -94,17 +98,15 @@ class StreamingReference:
         **arguments: Any,
     ) -> tuple[torch.Tensor, None]:
         """transformers' attention interface. q: [B, Hq, 1, D], k and v: [B, Hkv, 1, D] -> [B, 1, Hq, D]."""
-        _refuse_own_window(arguments.get("sliding_window"), self._capacity)
-        keys, values = self._append(module, k, v)
+        keys, values = self._append(module, k, v, arguments.get("sliding_window"))
         query = q
         if self._rotates[module]:
-            cos, sin = self._places(keys)
+            cos, sin = self._places(module, keys)
             query = _rotated(module, q, cos[:, -1:], sin[:, -1:])
             keys = _rotated(module, keys, cos, sin)
         # The family's own plain attention knows its groups, softcap and whatever else it passes along.
-        out: torch.Tensor = _own_function(module, "eager_attention_forward")(
-            module, query, keys, values, None, **arguments
-        )[0]
+        own = _own_function(module, "eager_attention_forward", _adapted_attention)
+        out: torch.Tensor = own(module, query, keys, values, None, **arguments)[0]
         if self._observer is not None:
             self._observer(module, q, k, v, out)
         return out, None
@@ -122,11 +124,11 @@ class StreamingReference:
         num_layers = self._model.config.get_text_config().num_hidden_layers
         if len(plain) != num_layers:
             raise _refused(f"{len(plain)} attention layers of {num_layers}", "softmax attention in every layer")
-        cos, sin = self._rotary(next(iter(plain.values())), torch.tensor([[PROBE_POSITION]]))
         for module, before in plain.items():
             after = turned[module]
             self._rotates[module] = not torch.equal(before, after)
             if self._rotates[module]:
+                cos, sin = self._rotary(before, torch.tensor([[PROBE_POSITION]]), **self._layer_type(module))
                 tolerance = 64 * torch.finfo(before.dtype).eps * float(before.abs().max())
                 if not torch.allclose(_rotated(module, before, cos, sin), after, rtol=0, atol=tolerance):
                     raise _refused("a query that is more than a rotation of its unrotated self", "plain rotation")
@@ -134,34 +136,52 @@ class StreamingReference:
     @contextlib.contextmanager
     def no_rotation(self) -> Iterator[None]:
         """The model's rotary embedding hands out cos = 1 and sin = 0: x * 1 + rotate_half(x) * 0 is x exactly."""
-        name = next(key for key, module in self._rotary_parent.named_children() if module is self._rotary)
-        setattr(self._rotary_parent, name, _NoRotation(self._rotary))
+        if self._rotary is None:
+            yield
+            return
+        parent, _, name = self._rotary_name.rpartition(".")
+        original = self._model.get_submodule(self._rotary_name)
+        setattr(self._model.get_submodule(parent), name, _NoRotation(original))
         try:
             yield
         finally:
-            setattr(self._rotary_parent, name, self._rotary)
+            setattr(self._model.get_submodule(parent), name, original)
 
-    def _append(self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _append(
+        self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, own_window: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Throw out the oldest token that is no sink if the cache is full, then add the new one: [B, Hkv, n, D]."""
+        num_sinks, capacity = self._num_sink_tokens, self._capacity
+        if own_window is not None and own_window < capacity:
+            num_sinks, capacity = 0, own_window
         if module in self._cached:
             keys, values = self._cached[module]
-            if keys.shape[2] == self._capacity:
+            if keys.shape[2] == capacity:
                 keys, values = (
-                    torch.cat((x[:, :, : self._num_sink_tokens], x[:, :, self._num_sink_tokens + 1 :]), dim=2)
-                    for x in (keys, values)
+                    torch.cat((x[:, :, :num_sinks], x[:, :, num_sinks + 1 :]), dim=2) for x in (keys, values)
                 )
             k, v = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
         self._cached[module] = (k, v)
         return k, v
 
-    def _places(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _places(self, module: Any, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The model's own cos and sin of in-cache positions 0 .. n-1, [1, n, .], n = keys.shape[2].
 
-        They stay the same from the step on that fills the cache, and are the same in all layers.
+        The model is asked for those of a full cache: some rotate by the length of the text, and the keys of a shorter
+        one would not fit the next one's.
         """
-        if self._cos_sin is None or self._cos_sin[0].shape[1] != keys.shape[2]:
-            self._cos_sin = self._rotary(keys, torch.arange(keys.shape[2])[None])
-        return self._cos_sin
+        layer_type = self._layer_type(module)
+        key = layer_type.get("layer_type")
+        if key not in self._cos_sin:
+            self._cos_sin[key] = self._rotary(keys, torch.arange(self._capacity)[None], **layer_type)
+        cos, sin = self._cos_sin[key]
+        return cos[:, : keys.shape[2]], sin[:, : keys.shape[2]]
+
+    def _layer_type(self, module: Any) -> dict[str, str]:
+        """The further argument of a rotary embedding that has frequencies for each type of layer."""
+        if isinstance(getattr(self._rotary, "rope_type", None), dict):
+            return {"layer_type": module.config.layer_types[module.layer_idx]}
+        return {}
 
     def _recorded(self, *, rotation: bool) -> dict[torch.nn.Module, torch.Tensor]:
         """Each attention's query [1, Hq, 1, D] for one token at PROBE_POSITION, by module."""
@@ -213,37 +233,45 @@ def _rotated(module: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: t
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
-def _own_function(module: torch.nn.Module, name: str) -> Callable[..., Any]:
+def _own_function(
+    module: torch.nn.Module, name: str, default: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
     """A function of the source file in which the module's class is."""
     source = sys.modules[type(module).__module__]
-    function: Callable[..., Any] | None = getattr(source, name, None)
+    function: Callable[..., Any] | None = getattr(source, name, default)
     if function is None:
         raise _refused(f"{source.__name__} without {name}()", "a family built like Llama")
     return function
 
 
-def _find_rotary(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """(parent, rotary embedding) of a model that has one."""
+def _adapted_attention(
+    _module: torch.nn.Module, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, _mask: None, *,
+    scaling: float, alibi_slopes: torch.Tensor | None = None,
+) -> tuple[torch.Tensor]:  # fmt: skip
+    """Attention of a family that has no such function: q [B, Hq, 1, D] over [B, Hkv, n, D] -> [B, 1, Hq, D].
+
+    alibi_slopes: [Hq], by in-cache distance.
+    """
+    keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (keys, values))
+    logits = q @ keys.mT * scaling  # [B, Hq, 1, n]
+    if alibi_slopes is not None:
+        places = torch.arange(keys.shape[2])
+        logits = logits + alibi_slopes.view(-1, 1, 1) * (places - places[-1])
+    return ((logits.softmax(dim=-1).to(values.dtype) @ values).transpose(1, 2),)
+
+
+def _find_rotary(model: torch.nn.Module) -> tuple[str, Any]:
+    """Name and rotary embedding of a model that has one, or ("", None) for one with ALiBi."""
     found = [
-        (model.get_submodule(name.rpartition(".")[0]), module)
+        (name, module)
         for name, module in model.named_modules()
-        if name.split(".")[-1] == "rotary_emb" and hasattr(module, "inv_freq")
+        if name.split(".")[-1] == "rotary_emb" and any("inv_freq" in key for key, _ in module.named_buffers())
     ]
+    if not found and has_alibi(model):
+        return "", None
     if len(found) != 1:
-        raise _refused(f"{len(found)} rotary embeddings with one set of frequencies", "exactly one")
+        raise _refused(f"{len(found)} rotary embeddings", "exactly one")
     return found[0]
-
-
-def _refuse_own_window(sliding_window: int | None, capacity: int) -> None:
-    if sliding_window is not None and sliding_window < capacity:
-        raise UsageError(
-            problem(
-                "sinks + window",
-                received=f"{capacity} tokens, more than the model's own sliding window",
-                expected=f"at most {sliding_window} tokens",
-                fix="use a smaller window",
-            )
-        )
 
 
 def _refused(received: str, expected: str) -> UsageError:

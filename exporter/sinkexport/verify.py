@@ -33,6 +33,7 @@ from sinkexport.comparison import (
     default_tolerance,
     piece_ends,
 )
+from sinkexport.families import rotates_by_length
 from sinkexport.machine import torch_threads
 from sinkexport.progress import Report, silent
 from sinkexport.reference import streaming_reference
@@ -155,6 +156,8 @@ def compare(
     """
     stream, num_tokens = manifest.stream, ids.shape[1]
     ends = piece_ends(num_tokens, stream.capacity)
+    if rotates_by_length(model.config, stream.capacity):
+        dense_tokens = stream.capacity  # a shorter text would be rotated otherwise
     dense_logits = _dense_logits(model, ids[:, : min(dense_tokens, stream.capacity)], report)  # [B, n, vocab]
     dense, streaming = Tally("dense", tolerance), Tally("streaming", tolerance)
     at_ends: dict[int, Logits] = {}

@@ -67,7 +67,8 @@ class StateSpec:
     """One state tensor of one layer: `input` and `output` must be bound to the same buffer.
 
     kind: ``sink_k | sink_v`` of shape [B, Hkv, S, D], ``window_k | window_v`` of shape [B, Hkv, W, D], or, where the
-    window is int8, ``window_k_scale | window_v_scale`` of shape [B, Hkv, W]: one for each head and token.
+    window is int8, ``window_k_scale | window_v_scale`` of shape [B, Hkv, W]: one for each head and token. A layer whose
+    own sliding window is smaller than S + W has that window for W, and no sinks.
     """
 
     layer: int
