@@ -239,45 +239,36 @@ struct Attend {
     static __device__ constexpr int valueRow(int i, int c) { return 8 * (i / 2) + 2 * c + i % 2; }
   };
 
-  // Copies one tile into a stage. Pieces past the end of a row become zeros, as do rows that are not there.
+  // Copies one tile into a stage. Pieces past the end of a row become zeros.
   template <bool kInt8Tile>
   static __device__ void load(const Source& source, int row0, uint4* stage, int lane) {
     using L = Tile<kInt8Tile>;
-    // Nearly all tiles are whole: no row needs a look of its own.
-    const bool is_whole = row0 + L::kKeys <= source.limit && (source.own < row0 || source.own >= row0 + L::kKeys);
-    if (is_whole) loadRows<kInt8Tile, true>(source, row0, stage, lane);
-    else loadRows<kInt8Tile, false>(source, row0, stage, lane);
-  }
-
-  template <bool kInt8Tile, bool kWhole>
-  static __device__ void loadRows(const Source& source, int row0, uint4* stage, int lane) {
-    using L = Tile<kInt8Tile>;
     constexpr int kPadded = 4 * L::kKeyPieces;  // pieces of a row
-    const char* k = source.k + static_cast<size_t>(row0) * L::kRowBytes;
-    const char* v = source.v + static_cast<size_t>(row0) * L::kRowBytes;
-    const int num_rows = source.limit - row0, own = source.own - row0;
-    auto isThere = [&](int row) { return kWhole || (row < num_rows && row != own); };  // row: of the tile
+    auto isThere = [&](int row) { return row < source.limit && row != source.own; };
 #pragma unroll
     for (int group = 0; group < L::kGroups; ++group) {
 #pragma unroll
       for (int i = 0; i < L::kKeyPieces; ++i) {
-        const int index = 32 * i + lane, row = 8 * group + index / kPadded, piece = index % kPadded;
+        const int index = 32 * i + lane, key = index / kPadded, piece = index % kPadded;  // key of the group
+        const int row = row0 + 8 * group + key;
         const bool is_read = isThere(row) && (kPadded == L::kRowPieces || piece < L::kRowPieces);
-        // Row 0 of a tile that is loaded is there, or the new token's: its memory may be read.
-        copyAsync<16>(stage + 32 * group * L::kKeyPieces + L::keyPieceAt(piece, row % 8),
-                      k + (is_read ? row * L::kRowBytes + 16 * piece : 0), is_read ? 16 : 0);
+        copyAsync<16>(stage + 32 * group * L::kKeyPieces + L::keyPieceAt(piece, key),
+                      source.k + static_cast<size_t>(is_read ? row : 0) * L::kRowBytes +
+                          (kPadded == L::kRowPieces || is_read ? 16 * piece : 0),
+                      is_read ? 16 : 0);
       }
     }
     const int g = lane / 4, c = lane % 4;
 #pragma unroll
     for (int key = 0; key < L::kValues; ++key) {
-      const int row = L::valueRow(key, c);
+      const int row = row0 + L::valueRow(key, c);
 #pragma unroll
       for (int i = 0; i < L::kValuePieces; ++i) {
         const int piece = L::valuePiece(i, g);
         const bool is_read = isThere(row) && piece < L::kRowPieces;
         copyAsync<16>(stage + L::kValuesAt + 32 * (key * L::kValuePieces + i) + lane,
-                      v + (is_read ? row * L::kRowBytes + 16 * piece : 0), is_read ? 16 : 0);
+                      source.v + static_cast<size_t>(is_read ? row : 0) * L::kRowBytes + (is_read ? 16 * piece : 0),
+                      is_read ? 16 : 0);
       }
     }
   }
@@ -637,7 +628,6 @@ struct Attend {
       int row0;
       const Section section = sectionOf(tile, row0);
       const int limit = sourceOf(section).limit;
-      const bool is_whole = row0 + L::kKeys <= limit;
       uint4* data = stages + stage * (C::kStageBytes / 16);
       const bool has_scales = kInt8Tile || (kInt8 && kPrefill && section == kChunk);
       __half* tile_scales = reinterpret_cast<__half*>(warp_scales + stage * kScalesStride) +
@@ -695,15 +685,13 @@ struct Attend {
         float largest = sums[r].largest;
 #pragma unroll
         for (int i = 0; i < kLogits; ++i) {
-          if (kPrefill || !is_whole) {
-            const int row = row0 + keyOf(i);
-            bool is_seen = row < limit;
-            if constexpr (kPrefill) {
-              if (section == kWindow) is_seen = is_seen && ageOf(row) + 1 + token[r] < p.window_size;
-              if (section == kChunk) is_seen = is_seen && row <= token[r];
-            }
-            if (!is_seen) logits[i] = -INFINITY;
+          const int row = row0 + keyOf(i);
+          bool is_seen = row < limit;
+          if constexpr (kPrefill) {
+            if (section == kWindow) is_seen = is_seen && ageOf(row) + 1 + token[r] < p.window_size;
+            if (section == kChunk) is_seen = is_seen && row <= token[r];
           }
+          if (!is_seen) logits[i] = -INFINITY;
           largest = fmaxf(largest, logits[i]);
         }
         largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
