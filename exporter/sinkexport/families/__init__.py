@@ -92,6 +92,17 @@ def describe() -> list[Family]:
     return [*EXPORTED, *REFUSED]
 
 
+def markdown_table() -> str:
+    """README's table of families."""
+    rows = [("family", "models", "positions", "layers", "exact", "remark", "tested by"), ("---",) * 7]
+    for family in describe():
+        tested = ", ".join(f"`{name}`" for name in family.tested_by)
+        name, exact = f"`{family.family}`", "yes" if family.exact else "refused"
+        facts = (family.examples, family.positions, family.layers)
+        rows.append((name, *facts, exact, family.reason or "-", tested or "-"))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
 def refusal_of_config(config: Any) -> str | None:
     """Why a transformers configuration rules out an exact export, or None if it does not.
 
