@@ -29,6 +29,7 @@ from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.build import BuiltGraph, build_graph
 from sinkexport.graph.passes.plugin_operators import refuse_extras, refuse_geometry
 from sinkexport.model.decoder import StreamStep, trace
+from sinkexport.model.experts import has_experts
 from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
 from sinkexport.progress import Report, silent
 from sinkexport.quant.plan import RecipePlan
@@ -87,7 +88,8 @@ def export_loaded(
         _check_rings(config, rings)
         if config.has_plugins:
             refuse_geometry(shape.head_dim, config.batch, max(ring.capacity for ring in rings))
-            refuse_extras(alibi=shape.alibi_slopes is not None, sink_logits=shape.has_sink_logits)
+            refuse_extras(alibi=shape.alibi_slopes is not None, sink_logits=shape.has_sink_logits,
+                          experts=has_experts(model))  # fmt: skip
         report("decode", 0, 1)
         built = _build(loaded, config, shape, rotary, "decode", config.batch, 1)
         graphs = {"decode": built.spec("decode.onnx")}
