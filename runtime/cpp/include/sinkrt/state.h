@@ -1,0 +1,31 @@
+// Save and load a session's streams as safetensors: the files of runtime/sinkrt/state.py, in both directions.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "sinkrt/manifest.h"
+
+namespace sinkrt {
+
+// The tensors of a state file: the states by input name, then position, recent_ids and logits.
+std::vector<TensorSpec> stateTensors(const Manifest& manifest);
+
+// Write a state file, whole or not at all. read: copies the tensor of this index in `stateTensors` to the buffer.
+// Throws Error(kUsage) if the file cannot be written.
+void saveState(const std::string& path, const Manifest& manifest,
+               const std::function<void(size_t index, void* target)>& read);
+
+// The tensors of a checked state file by name, as bytes.
+using StateFile = std::map<std::string, std::vector<char>>;
+
+// Throws Error(kState) if the file is missing, truncated, of another version or of another bundle.
+StateFile readState(const std::string& path, const Manifest& manifest);
+
+// The same of a file's content; `name` is for messages.
+StateFile parseState(const std::string& name, const char* data, size_t size, const Manifest& manifest);
+
+}  // namespace sinkrt
