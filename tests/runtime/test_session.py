@@ -253,7 +253,7 @@ def test_a_failing_graph_is_one_line(session: Session, monkeypatch: pytest.Monke
     backend: Any = session._backend
 
     class Broken:
-        def run_with_iobinding(self, _binding: object) -> None:
+        def run_with_iobinding(self, _binding: object, _options: object) -> None:
             raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : node 7\nmore\nlines")
 
     monkeypatch.setattr(backend, "_step", dataclasses.replace(backend._step, session=Broken()))
