@@ -26,8 +26,7 @@ struct TensorSpec {
   std::vector<int64_t> shape;
   std::string dtype;
 
-  int64_t elements() const;
-  int64_t bytes() const { return elements() * dtypeBytes(dtype); }
+  int64_t bytes() const;
 };
 
 // One state tensor of one layer: `input` and `output` must be bound to the same buffer.

@@ -74,9 +74,10 @@ class Session {
   // Returns the number of tokens. Throws Error.
   int64_t generate(const std::vector<int64_t>& prompt, const GenerateParams& params,
                    const std::function<bool(int64_t id)>& on_token);
-  // The same in text; `on_text` gets whole characters. Needs a tokenizer that `tokenizer` can read.
+  // The same in text. `on_text` gets each id with the whole characters that it completes, often none, and at the end
+  // what is left with the id -1, if anything. Needs a tokenizer that `tokenizer` can read.
   int64_t generateText(const std::string& prompt, const GenerateParams& params,
-                       const std::function<bool(std::string_view piece)>& on_text);
+                       const std::function<bool(int64_t id, std::string_view piece)>& on_text);
 
   // Forget everything: all streams, or one, start again at position 0.
   void reset();

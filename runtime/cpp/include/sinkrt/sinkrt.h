@@ -60,8 +60,8 @@ typedef struct sinkrt_facts {
   int64_t state_bytes;     /* of all states together */
 } sinkrt_facts;
 
-/* One token of an answer. text: the UTF-8 it completes, size bytes, often none; NULL where there is no tokenizer.
- * Return 0 to stop. */
+/* One token of an answer. text: the UTF-8 that it completes, size bytes, often none, not ended by 0; NULL in answers to
+ * ids. At the end of a text, what is left of an incomplete character comes with the id -1. Return 0 to stop. */
 typedef int (*sinkrt_token_callback)(void* context, int64_t id, const char* text, size_t size);
 
 /* Reason of the calling thread's last failure, one line; "" if there was none. Valid until the thread's next call. */
@@ -83,7 +83,7 @@ SINKRT_API sinkrt_status sinkrt_logits(sinkrt_session* session, const float** lo
 SINKRT_API sinkrt_status sinkrt_prefill(sinkrt_session* session, int64_t stream, const int64_t* ids, int64_t count);
 /* Feed one token to each stream: ids [B]. */
 SINKRT_API sinkrt_status sinkrt_step(sinkrt_session* session, const int64_t* ids);
-/* Feed text or ids (both NULL: go on) and hand over the answer token by token. Batch 1. */
+/* Feed text or ids (NULL: go on) and hand over the answer token by token. Batch 1. sampling may be NULL. */
 SINKRT_API sinkrt_status sinkrt_generate(sinkrt_session* session, const char* prompt, const sinkrt_sampling* sampling,
                                          sinkrt_token_callback callback, void* context);
 SINKRT_API sinkrt_status sinkrt_generate_ids(sinkrt_session* session, const int64_t* ids, int64_t count,

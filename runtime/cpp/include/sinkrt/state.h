@@ -19,13 +19,17 @@ std::vector<TensorSpec> stateTensors(const Manifest& manifest);
 void saveState(const std::string& path, const Manifest& manifest,
                const std::function<void(size_t index, void* target)>& read);
 
-// The tensors of a checked state file by name, as bytes.
-using StateFile = std::map<std::string, std::vector<char>>;
+// A checked state file: its content, and where in it each tensor of `stateTensors` begins.
+struct StateFile {
+  std::vector<char> content;
+  std::map<std::string, size_t> starts;
+
+  const char* tensor(const std::string& name) const { return content.data() + starts.at(name); }
+};
 
 // Throws Error(kState) if the file is missing, truncated, of another version or of another bundle.
 StateFile readState(const std::string& path, const Manifest& manifest);
-
 // The same of a file's content; `name` is for messages.
-StateFile parseState(const std::string& name, const char* data, size_t size, const Manifest& manifest);
+StateFile parseState(const std::string& name, std::vector<char> content, const Manifest& manifest);
 
 }  // namespace sinkrt

@@ -32,6 +32,10 @@ class Tokenizer {
   std::string decode(const int64_t* ids, size_t count, bool keep_special = false) const;
   // The bytes that one id stands for; empty for special tokens and unknown ids. Valid as long as the tokenizer.
   std::string_view bytes(int64_t id) const;
+  // Whether an id has text: one that is known and not special.
+  bool hasText(int64_t id) const;
+  // Bytes of the longest token.
+  size_t longest() const;
   // The id of a token by its text, e.g. "<|im_end|>"; -1: there is none.
   int64_t id(std::string_view token) const;
 
@@ -45,6 +49,9 @@ class Tokenizer {
 // construction.
 class StreamingDecoder {
  public:
+  // Tokens held back: a character has at most 4 bytes, so more are no character.
+  static constexpr size_t kMaxPending = 8;
+
   explicit StreamingDecoder(const Tokenizer& tokenizer);
 
   // The text that `id` completes: empty while a character is incomplete, and for special tokens. Valid until the next
@@ -54,9 +61,13 @@ class StreamingDecoder {
   std::string_view flush();
 
  private:
+  std::string_view piece();
+
   const Tokenizer& tokenizer_;
-  std::string pending_;
-  std::string piece_;
+  std::string context_;      // bytes of the ids of the last piece
+  std::string pending_;      // bytes after them that are no whole character yet
+  size_t num_pending_ = 0;   // ids that they are of
+  std::string joined_, before_, whole_;  // both; the text of context_, and of both
 };
 
 }  // namespace sinkrt
