@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 from sinkrt.contract import MANIFEST_NAME, SCHEMA_VERSION, EngineFacts, Manifest, check_files, hash_file, load_manifest
+from sinkrt.engines import PLUGIN_FILE
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.engine import BuildOptions, EngineReport
@@ -51,6 +53,8 @@ def build_bundle(
         )
         built[role] = (facts, done)
         report(role, 1, 1)
+    if options.plugin is not None and (bundle / PLUGIN_FILE).resolve() != options.plugin.resolve():
+        shutil.copyfile(options.plugin, bundle / PLUGIN_FILE)  # a session finds it beside the engines
     changed = dataclasses.replace(
         manifest, schema_version=SCHEMA_VERSION, engines={role: facts for role, (facts, _) in built.items()}
     )

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from sinkrt.contract import PLUGIN_ABI
 from sinkrt.errors import BackendError, UsageError, problem
+from sinkrt.tensorrt_library import flavour as flavour_of
+from sinkrt.tensorrt_library import is_strongly_typed, load_plugin, make_logger, one_line
 
 MODULE = "tensorrt_rtx_bindings"
 MODULES = ("tensorrt", MODULE)
@@ -98,26 +99,9 @@ def build_engine(graph: Path, engine: Path | None = None, options: BuildOptions 
         )
     trt = _load_tensorrt(options.modules)
     # TensorRT calls the logger through a raw pointer: it has to outlive the builder, the network and the parser.
-    logger = _make_logger(trt)
+    logger = make_logger(trt)
     with _replacing(engine) as file:
         return _build(trt, logger, graph, file, options)
-
-
-def plugin_facts(plugin: Path) -> tuple[str, int]:
-    """The ABI of a plugin library and the major version of the TensorRT that it was compiled for.
-
-    Raises: UsageError.
-    """
-    try:
-        # For all to see: a plugin of TensorRT 8 finds the registry among the process's symbols.
-        library = ctypes.CDLL(str(plugin.resolve()), mode=ctypes.RTLD_GLOBAL)
-        abi, major = library.sinkexport_plugin_abi, library.sinkexport_plugin_tensorrt_major
-    except (OSError, AttributeError) as error:
-        raise UsageError(problem("--plugin", received=f"'{plugin}' ({_one_line(str(error))})",
-                                 expected="the library libsinkexport_plugin.so",
-                                 fix="build it as plugins/README.md says")) from None  # fmt: skip
-    abi.restype = ctypes.c_char_p
-    return abi().decode(), int(major())
 
 
 def _load_tensorrt(modules: tuple[str, ...]) -> Any:
@@ -126,7 +110,7 @@ def _load_tensorrt(modules: tuple[str, ...]) -> Any:
         try:
             return importlib.import_module(module)
         except (ImportError, OSError) as error:  # OSError: the wheel with the shared libraries is missing or unfit
-            failures.append(f"{type(error).__name__}: {_one_line(str(error))}")
+            failures.append(f"{type(error).__name__}: {one_line(str(error))}")
     raise BackendError(
         problem(
             "TensorRT",
@@ -137,40 +121,10 @@ def _load_tensorrt(modules: tuple[str, ...]) -> Any:
     )
 
 
-def _flavour(trt: Any) -> str:
-    return "TensorRT-RTX" if trt.__name__.startswith(MODULE.partition("_bindings")[0]) else "TensorRT"
-
-
-def _is_strongly_typed(trt: Any) -> bool:
-    """TensorRT 10 and later and all of TensorRT-RTX."""
-    return _flavour(trt) == "TensorRT-RTX" or int(trt.__version__.partition(".")[0]) >= 10
-
-
-def _load_plugin(trt: Any, builder: Any, plugin: Path) -> str:
-    """Make the plugins known to TensorRT; returns their ABI."""
-    typed, version = _is_strongly_typed(trt), f"{_flavour(trt)} {trt.__version__}"
-    if not typed:  # the registry's symbols, for the library to find: Python loads TensorRT for itself alone
-        with contextlib.suppress(OSError):
-            ctypes.CDLL("libnvinfer.so.8", mode=ctypes.RTLD_GLOBAL)
-    abi, major = plugin_facts(plugin)
-    for what, received, expected, fits in (
-        ("ABI", abi, PLUGIN_ABI, abi == PLUGIN_ABI),
-        ("TensorRT", f"one for TensorRT {major}", f"one for {version}", (major >= 10) == typed),
-    ):
-        if not fits:
-            raise UsageError(problem(f"--plugin: {what}", received=received, expected=expected,
-                                     fix="compile the plugin of this version (plugins/README.md)"))  # fmt: skip
-    if typed and builder.get_plugin_registry().load_library(str(plugin.resolve())) is None:
-        raise UsageError(problem("--plugin", received=f"'{plugin}', which {version} does not load",
-                                 expected="the library libsinkexport_plugin.so",
-                                 fix="build it as plugins/README.md says"))  # fmt: skip
-    return abi
-
-
 def _build(trt: Any, logger: Any, graph: Path, file: IO[bytes] | None, options: BuildOptions) -> EngineReport:
     builder = trt.Builder(logger)
-    abi = None if options.plugin is None else _load_plugin(trt, builder, options.plugin)
-    typed, flavour = _is_strongly_typed(trt), _flavour(trt)
+    abi = None if options.plugin is None else load_plugin(trt, builder.get_plugin_registry(), options.plugin)
+    typed, flavour = is_strongly_typed(trt), flavour_of(trt)
     # Strongly typed: the graph's own dtypes are final, TensorRT may not lower a float32 sum to float16.
     flag = trt.NetworkDefinitionCreationFlag
     network = builder.create_network(1 << int(flag.STRONGLY_TYPED if typed else flag.EXPLICIT_BATCH))
@@ -313,7 +267,7 @@ def _parse_failure(trt: Any, parser: Any, logger: Any, graph: Path) -> BackendEr
     found, fix = [], "report it with the graph: exports should build"
     for i in range(parser.num_errors):
         error = parser.get_error(i)
-        cause = _one_line(error.desc())
+        cause = one_line(error.desc())
         why = f"{error.code().name}, {cause} in {error.func()}"
         if hasattr(error, "node_operator") and error.node_operator():  # TensorRT 8 only counts nodes
             name = f" '{error.node_name()}'" if error.node_name() else ""
@@ -325,7 +279,7 @@ def _parse_failure(trt: Any, parser: Any, logger: Any, graph: Path) -> BackendEr
         problem(
             f"'{graph.name}'",
             received=_listing(found) or "an unreadable ONNX file",
-            expected=f"a graph that {_flavour(trt)} {trt.__version__} parses",
+            expected=f"a graph that {flavour_of(trt)} {trt.__version__} parses",
             fix=fix,
         )
     )
@@ -335,7 +289,7 @@ def _write_failure(error: OSError) -> UsageError:
     return UsageError(
         problem(
             "engine file",
-            received=_one_line(str(error)),
+            received=one_line(str(error)),
             expected="a writable place with enough room",
             fix="free some space or choose another path",
         )
@@ -368,33 +322,8 @@ def _listing(items: list[str]) -> str:
     return shown + (f"; and {len(items) - MAX_REPORTED_ERRORS} more" if len(items) > MAX_REPORTED_ERRORS else "")
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-# TensorRT's interfaces are base classes, which exist only once the package is imported: hence classes in functions.
-
-
-def _make_logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):
-        """Keeps errors and warnings instead of printing them."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.warnings: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.errors.append(_one_line(message))
-            # A second build in one process warns that the first one's logger stays registered: harmless noise.
-            elif severity == trt.ILogger.Severity.WARNING and "createInferBuilder differs" not in message:
-                self.warnings.append(_one_line(message))
-
-    return Logger()
-
-
 def _make_writer(trt: Any, file: IO[bytes] | None) -> Any:
+    # A class in a function: its base exists only once the package is imported.
     class Writer(trt.IStreamWriter):
         """Counts the engine's bytes and passes them on to `file`, if any."""
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from sinkrt.contract import Manifest, hash_file
 from sinkrt.errors import BackendError, problem
 
+PLUGIN_FILE = "engines/libsinkexport_plugin.so"
+"""Where 'sinkexport build' puts the plugin, and sessions look for it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineHost:
@@ -37,7 +40,7 @@ def check_engine(bundle: Path, manifest: Manifest, role: str, host: EngineHost, 
     wanted = (
         ("its graph", graph.sha256[:12], facts.graph_sha256[:12]),
         ("flavour", host.flavour, facts.flavour),
-        ("version", host.version, facts.version),
+        ("version", _three_parts(host.version), _three_parts(facts.version)),
         ("plugin ABI", host.plugin_abi, facts.plugin_abi),
         ("compute capability", host.compute_capability, facts.compute_capability or host.compute_capability),
     )
@@ -53,3 +56,8 @@ def check_engine(bundle: Path, manifest: Manifest, role: str, host: EngineHost, 
     if hashes and hash_file(path).sha256 != facts.sha256:
         raise BackendError(problem(f"'{facts.file}'", received="other content", expected="what was built", fix=rebuild))
     return path
+
+
+def _three_parts(version: str) -> str:
+    """``8.5.3`` of ``8.5.3.1``: the C++ library tells no more of itself, and no more decides."""
+    return ".".join(version.split(".")[:3])

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from sinkrt.answer import Answer, AnswerParams
 from sinkrt.arguments import integers, token_ids, valid_counts
 from sinkrt.backends import check_backend, load_backend
-from sinkrt.backends.base import Backend
+from sinkrt.backends.base import Backend, StateArray
 from sinkrt.contract import Manifest, check_files, load_manifest
 from sinkrt.errors import StateError, UsageError, problem
 from sinkrt.sampler import SamplingParams
@@ -153,7 +153,7 @@ class Session:
         return self._tokenizer
 
     @property
-    def buffers(self) -> dict[str, np.ndarray]:
+    def buffers(self) -> dict[str, StateArray]:
         """Every buffer of the session by tensor name, for inspection: their addresses never change."""
         backend = self._loaded()
         return {"ids": backend.ids, "position": backend.position, "logits": backend.logits, **backend.states}
@@ -390,7 +390,7 @@ class Session:
             raise UsageError(problem("session", received="a closed one", expected="an open one", fix="load it again"))
         return self._backend
 
-    def _kept(self) -> dict[str, np.ndarray]:
+    def _kept(self) -> dict[str, StateArray]:
         """What makes up the streams, by the names of a state file: the session's own arrays."""
         backend = self._loaded()
         return {**backend.states, "logits": backend.logits, "recent_ids": self._recent_ids, "position": self._position}

@@ -21,6 +21,7 @@ from typing import BinaryIO
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from sinkrt.backends.base import StateArray
 from sinkrt.contract import Manifest
 from sinkrt.errors import StateError, UsageError, problem
 
@@ -40,10 +41,10 @@ def state_tensors(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
-def save_state(path: Path, manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> None:
+def save_state(path: Path, manifest: Manifest, tensors: Mapping[str, StateArray]) -> None:
     """Write the tensors of `state_tensors` to `path`, whole or not at all: a crash leaves the file that was there.
 
-    Written straight from the buffers, so saving needs no memory to speak of.
+    Written straight from the buffers, so saving needs no memory to speak of; tensors on a device come one by one.
 
     Raises: UsageError if the file cannot be written.
     """
@@ -108,7 +109,7 @@ def _check_range(name: str, values: np.ndarray, low: int, high: int) -> None:
         )
 
 
-def _write_safetensors(file: BinaryIO, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+def _write_safetensors(file: BinaryIO, tensors: Mapping[str, StateArray], metadata: Mapping[str, str]) -> None:
     """The format's own writer copies every tensor first; this one does not.
 
     Layout: uint64 little-endian header size, JSON header padded with spaces to 8 bytes, tensors without gaps.
@@ -129,7 +130,7 @@ def _write_safetensors(file: BinaryIO, tensors: Mapping[str, np.ndarray], metada
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
     for _, tensor in ordered:
-        file.write(tensor.reshape(-1).view(np.uint8).data)
+        file.write(np.asarray(tensor).reshape(-1).view(np.uint8).data)
 
 
 @contextlib.contextmanager

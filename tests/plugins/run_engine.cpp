@@ -1,251 +1,100 @@
-// Builds a bundle's engines with the plugin and decodes given tokens on a GPU: what a test compares logits of.
+// Decodes given tokens with a bundle's decode engine, states in buffers of their own that take turns as input and
+// output: what TensorRT allows and libsinkrt never does. The plugin then copies each state first.
 //
-//   run_engine BUNDLE PLUGIN TOKENS LOGITS BATCH VOCAB PREFILL CHUNK [separate]
+//   run_engine BUNDLE TOKENS LOGITS
 //
-// TOKENS: int32 [N, B]. The first PREFILL of each stream go through prefill.onnx in chunks of CHUNK, if there are any,
-// the others through decode.onnx. LOGITS: float32 [N - PREFILL + (PREFILL > 0), B, VOCAB], after the prompt and after
-// each step. separate: states' inputs and outputs get buffers of their own, which take turns; otherwise they share one.
-// Needs TensorRT 8.5 or newer. Prints one line of facts; exits with 1 after one line on what went wrong.
-#include <NvInfer.h>
-#include <NvOnnxParser.h>
+// TOKENS: int32 [N, B]. LOGITS: float32 [N, B, vocab]. The engine is one that sinkrt_build wrote, for a bundle with the
+// plugin. Exits with 1 after one line on what went wrong.
+#include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
-#include <dlfcn.h>
 
-#include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <map>
 #include <memory>
-#include <set>
 #include <string>
 #include <vector>
 
-using namespace nvinfer1;
+#include "backends/tensorrt_library.h"
+#include "sinkrt/manifest.h"
 
 namespace {
 
-[[noreturn]] void fail(const std::string& line) {
-  std::fprintf(stderr, "run_engine: %s\n", line.c_str());
-  std::exit(1);
+void check(bool ok, const std::string& what) {
+  if (!ok) throw sinkrt::Error(sinkrt::Code::kBackend, what);
 }
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess) fail(cudaGetErrorString(error));
+std::vector<char> contentOf(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  check(static_cast<bool>(file), path + ": not there");
+  return {std::istreambuf_iterator<char>(file), {}};
 }
 
-struct Logger : ILogger {
-  void log(Severity severity, const char* text) noexcept override {
-    if (severity <= Severity::kERROR) std::fprintf(stderr, "TensorRT: %s\n", text);
-  }
-} logger;
-
-size_t bytesOf(const Dims& dims, DataType type) {
-  size_t size = type == DataType::kINT8 || type == DataType::kBOOL ? 1 : type == DataType::kHALF ? 2 : 4;
-  for (int32_t i = 0; i < dims.nbDims; ++i) size *= dims.d[i];
-  return size;
+char* allocated(int64_t bytes) {
+  void* memory = nullptr;
+  check(cudaMalloc(&memory, static_cast<size_t>(bytes)) == cudaSuccess, "too little GPU memory");
+  check(cudaMemset(memory, 0, static_cast<size_t>(bytes)) == cudaSuccess, "cudaMemset");
+  return static_cast<char*>(memory);
 }
 
-bool endsWith(const std::string& text, const std::string& end) {
-  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+void run(const std::string& bundle, const std::string& tokens_file, const std::string& logits_file) {
+  const sinkrt::Manifest manifest = sinkrt::loadManifest(bundle);
+  sinkrt::TensorrtLibrary& library = sinkrt::TensorrtLibrary::get();
+  library.loadPlugin("", bundle + "/engines/libsinkexport_plugin.so");
+  const std::unique_ptr<nvinfer1::IRuntime> runtime(library.createRuntime());
+  const std::vector<char> plan = contentOf(bundle + "/" + manifest.engines.at("decode").file);
+  const std::unique_ptr<nvinfer1::ICudaEngine> engine(runtime->deserializeCudaEngine(plan.data(), plan.size()));
+  check(engine != nullptr, "engine: " + library.logger().takeErrors());
+  const std::unique_ptr<nvinfer1::IExecutionContext> context(engine->createExecutionContext());
+  check(context != nullptr, "context: " + library.logger().takeErrors());
+
+  std::map<std::string, char*> buffers, others;  // of inputs and logits by name; others: of the states' outputs
+  const sinkrt::GraphSpec& graph = manifest.graphs.at("decode");
+  for (const auto* specs : {&graph.inputs, &graph.outputs}) {
+    for (const sinkrt::TensorSpec& spec : *specs) buffers[spec.name] = allocated(spec.bytes());
+  }
+  for (const sinkrt::StateSpec& state : manifest.states) {
+    buffers[state.input] = allocated(state.bytes());
+    others[state.input] = allocated(state.bytes());
+  }
+  const std::vector<char> tokens = contentOf(tokens_file);
+  const size_t ids_bytes = static_cast<size_t>(manifest.stream.batch) * 4;
+  std::vector<char> logits(static_cast<size_t>(graph.outputs.at(0).bytes()));
+  std::vector<int32_t> positions(static_cast<size_t>(manifest.stream.batch) * 2);
+  std::ofstream out(logits_file, std::ios::binary);
+  for (size_t t = 0; t < tokens.size() / ids_bytes; ++t) {
+    for (size_t b = 0; b < positions.size(); b += 2) {
+      positions[b] = static_cast<int32_t>(t >> 16);
+      positions[b + 1] = static_cast<int32_t>(t & 0xffff);
+    }
+    for (const auto& [name, buffer] : buffers) {
+      if (others.count(name) == 0) check(context->setTensorAddress(name.c_str(), buffer), name + ": address refused");
+    }
+    for (const sinkrt::StateSpec& state : manifest.states) {
+      check(context->setTensorAddress(state.input.c_str(), buffers[state.input]) &&
+                context->setTensorAddress(state.output.c_str(), others[state.input]),
+            state.input + ": address refused");
+    }
+    cudaMemcpy(buffers["ids"], tokens.data() + t * ids_bytes, ids_bytes, cudaMemcpyHostToDevice);
+    cudaMemcpy(buffers["position"], positions.data(), positions.size() * 4, cudaMemcpyHostToDevice);
+    check(context->enqueueV3(nullptr), "run: " + library.logger().takeErrors());
+    check(cudaMemcpy(logits.data(), buffers["logits"], logits.size(), cudaMemcpyDeviceToHost) == cudaSuccess, "run");
+    out.write(logits.data(), static_cast<std::streamsize>(logits.size()));
+    for (const sinkrt::StateSpec& state : manifest.states) std::swap(buffers[state.input], others[state.input]);
+  }
 }
-
-#if NV_TENSORRT_MAJOR < 10
-// Weakly typed: FP16 is allowed, and what the graph computes in float32 is held there (sinkexport.engine does the same):
-// the values named in GRAPH.float32, one a line: sinkexport.engine.float32_values(GRAPH).
-void setPrecision(INetworkDefinition& network, IBuilderConfig& config, const std::string& graph) {
-  std::set<std::string> float_names;
-  std::ifstream file(graph + ".float32");
-  for (std::string name; std::getline(file, name);) float_names.insert(name);
-  config.setFlag(BuilderFlag::kFP16);
-  config.setFlag(BuilderFlag::kOBEY_PRECISION_CONSTRAINTS);
-  int held = 0;
-  for (int32_t i = 0; i < network.getNbLayers(); ++i) {
-    ILayer* layer = network.getLayer(i);
-    if (layer->getNbOutputs() != 1 || float_names.count(layer->getOutput(0)->getName()) == 0) continue;
-    layer->setPrecision(DataType::kFLOAT);
-    layer->setOutputType(0, DataType::kFLOAT);
-    ++held;
-  }
-  std::printf("%d layers, %d held in float32; ", network.getNbLayers(), held);
-  for (int32_t i = 0; i < network.getNbInputs() + network.getNbOutputs(); ++i) {
-    ITensor* tensor = i < network.getNbInputs() ? network.getInput(i) : network.getOutput(i - network.getNbInputs());
-    if (tensor->getType() != DataType::kINT8) continue;
-    config.setFlag(BuilderFlag::kINT8);
-    tensor->setDynamicRange(-127.0f, 127.0f);  // it only passes through; TensorRT wants some range
-  }
-}
-#endif
-
-std::vector<char> build(const std::string& graph) {
-  std::unique_ptr<IBuilder> builder(createInferBuilder(logger));
-#if NV_TENSORRT_MAJOR >= 10
-  const uint32_t flags = 1U << static_cast<uint32_t>(NetworkDefinitionCreationFlag::kSTRONGLY_TYPED);
-#else
-  const uint32_t flags = 1U << static_cast<uint32_t>(NetworkDefinitionCreationFlag::kEXPLICIT_BATCH);
-#endif
-  std::unique_ptr<INetworkDefinition> network(builder->createNetworkV2(flags));
-  std::unique_ptr<nvonnxparser::IParser> parser(nvonnxparser::createParser(*network, logger));
-  if (!parser->parseFromFile(graph.c_str(), static_cast<int>(ILogger::Severity::kERROR))) {
-    fail(graph + ": " + (parser->getNbErrors() > 0 ? parser->getError(0)->desc() : "not parsed"));
-  }
-  std::unique_ptr<IBuilderConfig> config(builder->createBuilderConfig());
-  config->setMemoryPoolLimit(MemoryPoolType::kWORKSPACE, size_t{1} << 30);
-#if NV_TENSORRT_MAJOR >= 10
-  config->setPreviewFeature(PreviewFeature::kALIASED_PLUGIN_IO_10_03, true);
-#else
-  config->setTacticSources(0);  // no cuBLAS, no cuDNN
-  setPrecision(*network, *config, graph);
-#endif
-  std::unique_ptr<IHostMemory> plan(builder->buildSerializedNetwork(*network, *config));
-  if (plan == nullptr) fail(graph + ": not built");
-  const auto* data = static_cast<const char*>(plan->data());
-  return {data, data + plan->size()};
-}
-
-using Buffers = std::map<std::string, char*>;
-
-struct Engine {
-  std::unique_ptr<ICudaEngine> engine;
-  std::unique_ptr<IExecutionContext> context;
-
-  Engine(IRuntime& runtime, const std::string& graph) {
-    const std::vector<char> plan = build(graph);
-    std::printf("%s %.1f MB; ", graph.substr(graph.rfind('/') + 1).c_str(), plan.size() / 1e6);
-    engine.reset(runtime.deserializeCudaEngine(plan.data(), plan.size()));
-    if (engine == nullptr) fail(graph + ": not deserialised");
-    context.reset(engine->createExecutionContext());
-  }
-
-  size_t bytes(const std::string& name) const {
-    return bytesOf(engine->getTensorShape(name.c_str()), engine->getTensorDataType(name.c_str()));
-  }
-
-  std::vector<std::string> names() const {
-    std::vector<std::string> result;
-    for (int32_t i = 0; i < engine->getNbIOTensors(); ++i) result.emplace_back(engine->getIOTensorName(i));
-    return result;
-  }
-
-  void bind(const std::string& name, void* address) {
-    if (!context->setTensorAddress(name.c_str(), address)) fail(name + ": address not taken");
-  }
-
-  void run(cudaStream_t stream) {
-    if (!context->enqueueV3(stream)) fail("run refused");
-  }
-};
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 9) fail("received too few arguments, expected BUNDLE PLUGIN TOKENS LOGITS BATCH VOCAB PREFILL CHUNK");
-  const std::string bundle = argv[1];
-  const int batch = std::atoi(argv[5]), vocab = std::atoi(argv[6]), prefill = std::atoi(argv[7]), chunk = std::atoi(argv[8]);
-  const bool separate = argc > 9 && std::string(argv[9]) == "separate";
-#if NV_TENSORRT_MAJOR >= 10
-  if (getPluginRegistry()->loadLibrary(argv[2]) == nullptr) fail(std::string(argv[2]) + ": not loaded");
-#else
-  if (dlopen(argv[2], RTLD_NOW | RTLD_GLOBAL) == nullptr) fail(dlerror());
-#endif
-
-  std::ifstream file(argv[3], std::ios::binary);
-  const std::vector<char> raw{std::istreambuf_iterator<char>(file), {}};
-  std::vector<int32_t> tokens(raw.size() / 4);  // [N, B]
-  std::memcpy(tokens.data(), raw.data(), raw.size());
-  const int num_tokens = static_cast<int>(tokens.size()) / batch;
-
-  std::unique_ptr<IRuntime> runtime(createInferRuntime(logger));
-  Engine decode(*runtime, bundle + "/decode.onnx");
-  std::unique_ptr<Engine> chunks;
-  if (prefill > 0) chunks = std::make_unique<Engine>(*runtime, bundle + "/prefill.onnx");
-
-  Buffers buffers, others;
-  for (const std::string& name : decode.names()) {
-    if (endsWith(name, ".next")) continue;
-    for (Buffers* each : {&buffers, &others}) {
-      check(cudaMalloc(reinterpret_cast<void**>(&(*each)[name]), decode.bytes(name)));
-      check(cudaMemset((*each)[name], 0, decode.bytes(name)));
-    }
+  try {
+    check(argc == 4, "received other words than BUNDLE TOKENS LOGITS");
+    run(argv[1], argv[2], argv[3]);
+    return 0;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "run_engine: %s\n", error.what());
+    return 1;
   }
-  int32_t* chunk_inputs = nullptr;  // ids [T], position [2], num_valid [1], each on 256 bytes of its own
-  const size_t ids_bytes = (chunk * 4 + 255) / 256 * 256;
-  check(cudaMalloc(reinterpret_cast<void**>(&chunk_inputs), ids_bytes + 512));
-
-  cudaStream_t stream;
-  check(cudaStreamCreate(&stream));
-  std::ofstream out(argv[4], std::ios::binary);
-  std::vector<float> logits(static_cast<size_t>(batch) * vocab);
-  const auto keep = [&] {
-    check(cudaMemcpyAsync(logits.data(), buffers["logits"], logits.size() * 4, cudaMemcpyDeviceToHost, stream));
-    check(cudaStreamSynchronize(stream));
-    out.write(reinterpret_cast<const char*>(logits.data()), static_cast<std::streamsize>(logits.size() * 4));
-  };
-
-  for (int s = 0; s < batch && prefill > 0; ++s) {  // a row of each state
-    for (const std::string& name : chunks->names()) {
-      if (name == "ids" || name == "position" || name == "num_valid") continue;
-      const std::string state = endsWith(name, ".next") ? name.substr(0, name.size() - 5) : name;
-      chunks->bind(name, buffers[state] + s * chunks->bytes(name));
-    }
-    chunks->bind("ids", chunk_inputs);
-    chunks->bind("position", reinterpret_cast<char*>(chunk_inputs) + ids_bytes);
-    chunks->bind("num_valid", reinterpret_cast<char*>(chunk_inputs) + ids_bytes + 256);
-    for (int start = 0; start < prefill; start += chunk) {
-      const int count = std::min(chunk, prefill - start);
-      std::vector<int32_t> ids(chunk, 0);
-      for (int i = 0; i < count; ++i) ids[i] = tokens[(start + i) * batch + s];
-      const int32_t position[2] = {start >> 16, start & 0xffff};
-      check(cudaMemcpy(chunk_inputs, ids.data(), chunk * 4, cudaMemcpyHostToDevice));
-      check(cudaMemcpy(reinterpret_cast<char*>(chunk_inputs) + ids_bytes, position, 8, cudaMemcpyHostToDevice));
-      check(cudaMemcpy(reinterpret_cast<char*>(chunk_inputs) + ids_bytes + 256, &count, 4, cudaMemcpyHostToDevice));
-      chunks->run(stream);
-      check(cudaStreamSynchronize(stream));
-    }
-  }
-  if (prefill > 0) keep();
-
-  for (int t = prefill; t < num_tokens; ++t) {
-    for (const std::string& name : decode.names()) {
-      const bool is_next = endsWith(name, ".next");
-      const std::string state = is_next ? name.substr(0, name.size() - 5) : name;
-      decode.bind(name, is_next && separate ? others[state] : buffers[state]);
-    }
-    std::vector<int32_t> positions;
-    for (int s = 0; s < batch; ++s) positions.insert(positions.end(), {t >> 16, t & 0xffff});
-    check(cudaMemcpy(buffers["ids"], &tokens[static_cast<size_t>(t) * batch], batch * 4, cudaMemcpyHostToDevice));
-    check(cudaMemcpy(buffers["position"], positions.data(), batch * 8, cudaMemcpyHostToDevice));
-    decode.run(stream);
-    keep();
-    if (separate) {
-      for (const std::string& name : decode.names()) {
-        if (endsWith(name, ".next")) std::swap(buffers[name.substr(0, name.size() - 5)], others[name.substr(0, name.size() - 5)]);
-      }
-    }
-  }
-
-  cudaGraph_t graph;
-  cudaGraphExec_t replay;
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  decode.run(stream);
-  check(cudaStreamEndCapture(stream, &graph));
-#if CUDART_VERSION >= 12000
-  check(cudaGraphInstantiate(&replay, graph, 0));
-#else
-  check(cudaGraphInstantiate(&replay, graph, nullptr, nullptr, 0));
-#endif
-  constexpr int kRuns = 50;
-  cudaEvent_t start, end;
-  check(cudaEventCreate(&start));
-  check(cudaEventCreate(&end));
-  for (int i = 0; i < 3; ++i) check(cudaGraphLaunch(replay, stream));
-  check(cudaEventRecord(start, stream));
-  for (int i = 0; i < kRuns; ++i) check(cudaGraphLaunch(replay, stream));
-  check(cudaEventRecord(end, stream));
-  check(cudaEventSynchronize(end));
-  float ms = 0.0f;
-  check(cudaEventElapsedTime(&ms, start, end));
-  std::printf("%d tokens, %.3f ms/step in a CUDA graph\n", num_tokens, ms / kRuns);
-  return 0;
 }

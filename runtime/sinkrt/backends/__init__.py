@@ -12,19 +12,14 @@ BACKENDS = ("ort", "ort-cuda", "tensorrt")
 
 
 def check_backend(name: str) -> None:
-    """Tell early, before gigabytes are read, that a backend cannot be had.
+    """Tell early, before gigabytes are read, that there is no such backend.
 
-    Raises: UsageError for an unknown name; BackendError for one that this version does not have.
+    Raises: UsageError.
     """
     if name not in BACKENDS:
         raise UsageError(
             problem("backend", received=f"'{name}'", expected=" | ".join(BACKENDS), fix="choose one of them")
         )
-    if name != "ort":
-        raise BackendError(
-            problem("backend", received=f"'{name}', which is planned but not in this version",
-                    expected="ort (ONNX Runtime on the CPU)", fix="leave --backend out or pass ort")
-        )  # fmt: skip
 
 
 def load_backend(
@@ -32,15 +27,23 @@ def load_backend(
 ) -> Backend:
     """Load the graphs of a bundle and allocate every buffer.
 
-    Raises: UsageError, BackendError as `check_backend`; BundleError if the graph is not what a backend runs.
+    Raises: UsageError as `check_backend`; BackendError if the backend is not installed or there is no GPU for it;
+    BundleError if the graph is not what a backend runs.
     """
     check_backend(name)
+    check_graphs(manifest)
+    if name == "tensorrt":
+        from sinkrt.backends.tensorrt import TensorrtBackend
+
+        return TensorrtBackend(bundle, manifest)
     if manifest.plugin_abi is not None:
         raise BackendError(
             problem(f"backend '{name}'", received="a bundle whose graphs need the TensorRT plugin",
-                    expected="standard operators", fix="export with --target onnx, or with --target tensorrt --native")
+                    expected="standard operators",
+                    fix="pass --backend tensorrt, or export with --target onnx")
         )  # fmt: skip
-    check_graphs(manifest)
-    from sinkrt.backends.ort import OrtBackend
+    from sinkrt.backends.ort import OrtBackend, load_on_gpu
 
+    if name == "ort-cuda":
+        return load_on_gpu(bundle, manifest, threads)
     return OrtBackend(bundle, manifest, threads, repack_prefill)

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from sinkrt.contract import Manifest, TensorSpec
 from sinkrt.errors import BundleError, problem
+
+
+class StateArray(Protocol):
+    """A state tensor: a NumPy array, or one in device memory whose rows are read and written by copies."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def itemsize(self) -> int: ...
+
+    def __array__(self) -> np.ndarray: ...
+
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+    def __setitem__(self, key: Any, value: Any, /) -> None: ...
 
 
 class Backend(Protocol):
@@ -29,7 +51,7 @@ class Backend(Protocol):
     def logits(self) -> np.ndarray: ...
 
     @property
-    def states(self) -> Mapping[str, np.ndarray]: ...
+    def states(self) -> Mapping[str, StateArray]: ...
 
     def run(self) -> None:
         """Decode one token a stream.
@@ -50,7 +72,8 @@ def check_graphs(manifest: Manifest) -> None:
     """The graphs must be those that `Backend` speaks of: these inputs and outputs and no others.
 
     decode: one token of each of the B streams. prefill: 1 .. T tokens of one stream, so that a stream that is long to
-    prefill costs the others nothing; it is there if T > 1.
+    prefill costs the others nothing; it is there if T > 1. With the TensorRT plugin numbers are int32, and a position t
+    is t >> 16 and t & 0xffff.
 
     Raises: BundleError.
     """
@@ -61,11 +84,14 @@ def check_graphs(manifest: Manifest) -> None:
     if sorted(manifest.graphs) != sorted(roles):
         raise BundleError(problem("graphs", received=", ".join(sorted(manifest.graphs)), expected=", ".join(roles),
                                   fix="export the model again"))  # fmt: skip
+    has_plugin = manifest.plugin_abi is not None
+    dtype = "int32" if has_plugin else "int64"
     for role, (batch, num_tokens) in roles.items():
         graph = manifest.graphs[role]
-        inputs = [TensorSpec("ids", (batch, num_tokens), "int64"), TensorSpec("position", (batch,), "int64")]
+        position = (batch, 2) if has_plugin else (batch,)
+        inputs = [TensorSpec("ids", (batch, num_tokens), dtype), TensorSpec("position", position, dtype)]
         if role == "prefill":
-            inputs.insert(1, TensorSpec("num_valid", (batch,), "int64"))
+            inputs.insert(1, TensorSpec("num_valid", (batch,), dtype))
         outputs = [TensorSpec("logits", (batch, vocab_size), "float32")]
         for kind, found, wanted in (("inputs", graph.inputs, inputs), ("outputs", graph.outputs, outputs)):
             if sorted(found, key=lambda spec: spec.name) != wanted:

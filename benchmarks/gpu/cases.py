@@ -1,0 +1,148 @@
+"""Small bundles for the TensorRT plugin that differ in one thing each, and what they must compute.
+
+    python benchmarks/gpu/cases.py make FOLDER                                    (no GPU; ONNX Runtime and torch)
+    python benchmarks/gpu/cases.py check FOLDER --tools DIR --plugin FILE [-- options of sinkrt_build]
+
+A case is a Llama with random weights: B streams, a prompt in chunks, steps over two wraps of the window. Expected
+logits come from ONNX Runtime's CPU in float32: a bundle of the same weights, recipe and window type without plugin.
+`check` builds engines, decodes with the C++ runtime and prints a line of JSON with the errors, relative to the norm of
+the expected logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+S, W, CHUNK, PROMPT, STEPS = 4, 60, 16, 100, 150
+VOCAB = 1024
+# Median and largest relative error that pass: float16 products and attention against float32.
+LIMITS = (0.02, 0.06)
+
+
+def _case(head_dim: int = 64, **others: Any) -> dict[str, Any]:
+    return {"head_dim": head_dim, "recipe": None, "kv": "fp", "batch": 1, "separate": False, **others}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "fp16 products": _case(),
+    "int8 weights": _case(recipe="int8-channel"),
+    "int8 window": _case(recipe="int8-channel", kv="int8"),
+    "int8 window, fp16 products": _case(kv="int8"),
+    "3 streams": _case(recipe="int8-channel", batch=3),
+    "3 streams, int8 window": _case(recipe="int8-channel", kv="int8", batch=3),
+    "separate buffers": _case(recipe="int8-channel", separate=True),
+    "separate buffers, int8 window": _case(recipe="int8-channel", kv="int8", separate=True),
+    "heads of 80": _case(80, recipe="int8-channel"),
+    "heads of 96": _case(96, recipe="int8-channel"),
+    "heads of 128": _case(128, recipe="int8-channel"),
+    "heads of 256": _case(256, recipe="int8-channel"),
+}
+
+
+def folder_of(root: Path, name: str) -> Path:
+    """Where a case lies."""
+    return root / name.replace(" ", "-").replace(",", "")
+
+
+def make(root: Path) -> None:
+    """Write bundles, tokens and expected logits."""
+    import torch
+    import transformers
+    from sinkexport.config import ExportConfig
+    from sinkexport.pipeline import export_loaded
+    from sinkexport.quant.recipe import load_recipe
+    from sinkexport.sources import LoadedModel
+    from sinkrt import Session
+
+    for index, (name, case) in enumerate(CASES.items()):
+        torch.manual_seed(index)
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": case["head_dim"]}
+        config = transformers.LlamaConfig(vocab_size=VOCAB, hidden_size=256, intermediate_size=512,
+                                          num_hidden_layers=3, tie_word_embeddings=False, **heads)  # fmt: skip
+        model = transformers.LlamaForCausalLM(config).to(torch.float16).to(torch.float32).eval()
+        geometry = {
+            "num_sink_tokens": S, "window_size": W, "batch": case["batch"], "chunk_size": CHUNK, "kv": case["kv"],
+            "recipe": None if case["recipe"] is None else load_recipe(case["recipe"]),
+        }  # fmt: skip
+        folder = folder_of(root, name)
+        export_loaded(LoadedModel(model, None, name), folder / "expected", ExportConfig(**geometry), overwrite=True)
+        export_loaded(LoadedModel(model.to(torch.float16), None, name), folder / "bundle",
+                      ExportConfig(**geometry, target="tensorrt", dtype="fp16"), overwrite=True)  # fmt: skip
+        tokens = np.random.default_rng(index).integers(0, VOCAB, (PROMPT + STEPS, case["batch"]), np.int32)
+        tokens.tofile(folder / "tokens.bin")
+        with Session.load(folder / "expected") as session:
+            if case["separate"]:  # decode only, from the first token
+                rows = [session.step(row).copy() for row in tokens]
+            else:
+                rows = [session.prefill(tokens[:PROMPT].T).copy()]
+                rows += [session.step(row).copy() for row in tokens[PROMPT:]]
+        np.save(folder / "expected.npy", np.stack(rows).astype(np.float16))  # [N, B, vocab]
+        for file in (folder / "expected").iterdir():
+            file.unlink()
+        (folder / "expected").rmdir()
+        print(f"{name}: made", flush=True)
+
+
+def check(root: Path, tools: Path, plugin: Path, build_options: list[str], timeout_s: float) -> list[dict[str, Any]]:
+    """Build and run every case; a failure of one is told in its row."""
+    rows = []
+    for name, case in CASES.items():
+        folder, logits_file = folder_of(root, name), folder_of(root, name) / "logits.bin"
+        build = [tools / "sinkrt_build", folder / "bundle", "--plugin", plugin, *build_options]
+        if case["separate"]:
+            run: list[Any] = [tools / "run_engine", folder / "bundle", folder / "tokens.bin", logits_file]
+        else:
+            run = [tools / "probe", "replay", folder / "bundle", folder / "tokens.bin", logits_file, PROMPT]
+        row: dict[str, Any] = {"case": name}
+        for command in (build, run):
+            try:
+                done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False,
+                                      timeout=timeout_s)  # fmt: skip
+            except subprocess.TimeoutExpired:
+                row["failed"] = f"{command[0].name}: more than {timeout_s:.0f} s"
+                break
+            if done.returncode != 0:
+                row["failed"] = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:400]
+                break
+        else:
+            want = np.load(folder / "expected.npy").astype(np.float32)
+            got = np.fromfile(logits_file, np.float32).reshape(want.shape)
+            errors = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
+            row |= {
+                "error_median": float(np.median(errors)), "error_max": float(errors.max()),
+                "agree": float((got.argmax(-1) == want.argmax(-1)).mean()),
+                "passed": bool(np.median(errors) < LIMITS[0] and errors.max() < LIMITS[1]),
+            }  # fmt: skip
+            logits_file.unlink()
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def main() -> int:
+    """Make or check; 1 if a case failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=("make", "check"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tools", type=Path, help="folder of sinkrt_build, probe and run_engine")
+    parser.add_argument("--plugin", type=Path)
+    parser.add_argument("--timeout", type=float, default=60, help="seconds for a build or a run")
+    parser.add_argument("build_options", nargs="*", help="for sinkrt_build, behind --")
+    arguments = parser.parse_args()
+    if arguments.task == "make":
+        make(arguments.folder)
+        return 0
+    rows = check(arguments.folder, arguments.tools, arguments.plugin, arguments.build_options, arguments.timeout)
+    print(json.dumps({"cases": rows}))
+    return 0 if all(row.get("passed") for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,423 @@
+"""The C++ runtime on a GPU, end to end: parity, endurance, speed against the floor and against others, faults.
+
+    python benchmarks/gpu/e2e.py --tensorrt DIR --tools DIR --plugin FILE --work DIR --out DIR \
+        [--model MODEL.gguf --references DIR] [--cases DIR] [--parts smollm2,shape8,..] [--budget SECONDS]
+
+--tensorrt: folder of libnvinfer and its parser. --tools: where benchmarks/gpu/CMakeLists.txt was built. --plugin:
+libsinkexport_plugin.so for that TensorRT. --work: bundles are kept there, and used again by a second call.
+--references: fp16.npz, int8.npz, int8-kv8.npz of reference.py; --cases: what cases.py made.
+
+Each step has a time limit of its own and may fail without stopping the rest. --out gets a log for each step,
+results.json after each step, and table.md, which is printed at the end. Parts, in the order in which they are run:
+
+smollm2      exports with --model, engines, 500 greedy tokens and logits against the references
+soak         100,000 tokens: memory, latency, allocations; tokens a round trip; sampling; faults
+cases        the plugin's cases (cases.py)
+shape8       Llama-2-7B's shapes, 8 of its 32 layers: floor, decode, transformers, recomputation, onnxruntime-gpu
+shape32      all 32 layers
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from reference import compare
+
+HERE = Path(__file__).parent
+PARTS = ("smollm2", "soak", "cases", "shape8", "shape32")
+RECIPES = {  # bundles of --model: options of 'sinkexport export'
+    "fp16": [],
+    "int8": ["--recipe", "int8-channel"],
+    "int8-kv8": ["--recipe", "int8-channel", "--kv", "int8"],
+}
+WINDOWS = (4092, 1020)
+LARGEST_WINDOW = 4092
+STUB = 'extern "C" bool initLibNvInferPlugins(void*, const char*) { return true; }\n'
+
+
+class StepError(Exception):
+    """A step did not do what it should; the line says why."""
+
+
+class Bench:
+    """Runs steps and keeps what they found."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.out, self.work = arguments.out.absolute(), arguments.work.absolute()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.results: dict[str, Any] = {}
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.started = time.monotonic()
+        self.environment = {**os.environ, "CUDA_MODULE_LOADING": "LAZY"}
+        if arguments.tensorrt is not None:
+            folder = arguments.tensorrt.absolute()
+            libraries = [str(folder)]
+            if not list(folder.glob("libnvinfer_plugin.so*")):  # the parser is linked with it, and needs nothing of it
+                libraries.append(str(self._stub()))
+            libraries += filter(None, [os.environ.get("LD_LIBRARY_PATH")])
+            self.environment["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
+
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.arguments.budget - (time.monotonic() - self.started)
+
+    def run(self, name: str, command: Sequence[Any], limit_s: float, *, gpu_environment: bool = True) -> str:
+        """Run a program; its output goes to OUT/NAME.log.
+
+        Returns its standard output. Raises: StepError.
+        """
+        limit = min(limit_s, self.left())
+        if limit < 5:
+            raise StepError("no time left")
+        log = self.out / f"{name.replace(' ', '-')}.log"
+        start = time.monotonic()
+        with log.open("ab") as file:
+            file.write(f"$ {' '.join(map(str, command))}\n".encode())
+            file.flush()
+            process = subprocess.Popen(
+                list(map(str, command)), stdout=subprocess.PIPE, stderr=file, start_new_session=True,
+                env=self.environment if gpu_environment else None,
+            )  # fmt: skip
+            self.running.add(process)
+            try:
+                out, _ = process.communicate(timeout=limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                out, _ = process.communicate()
+                file.write(out)
+                raise StepError(f"more than {limit:.0f} s") from None
+            finally:
+                self.running.discard(process)
+            file.write(out)
+        print(f"[{time.monotonic() - self.started:5.0f} s] {name}: {time.monotonic() - start:.1f} s, "
+              f"exit code {process.returncode}", flush=True)  # fmt: skip
+        if process.returncode != 0:
+            lines = log.read_text(errors="replace").strip().splitlines()
+            raise StepError(f"exit code {process.returncode}: {lines[-1][:300]}")
+        return out.decode(errors="replace")
+
+    def stop(self) -> None:
+        """End what is still running: exports that came too late."""
+        for process in tuple(self.running):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def found(self, name: str, **facts: Any) -> None:
+        """Keep facts of a step, on disk at once."""
+        self.results.setdefault(name, {}).update(facts)
+        (self.out / "results.json").write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+        print(f"[{time.monotonic() - self.started:5.0f} s] {name}: {json.dumps(facts)[:600]}", flush=True)
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Any:
+        """A failure is a fact, too."""
+        try:
+            yield
+        except Exception as error:
+            self.found(name, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
+
+    def probe(self, name: str, *words: Any, limit_s: float = 120) -> dict[str, Any]:
+        """The last line of a probe's output, as JSON."""
+        out = self.run(name, [self.arguments.tools / "probe", *words], limit_s)
+        answer: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+        return answer
+
+    def build(self, name: str, bundle: Path, limit_s: float) -> None:
+        """Engines of a bundle, unless it has them already."""
+        if json.loads((bundle / "manifest.json").read_text())["engines"]:
+            return
+        command = [self._tool("sinkrt_build"), bundle, "--plugin", self.arguments.plugin]
+        if self.arguments.tactic_sources is not None:
+            command += ["--tactic-sources", self.arguments.tactic_sources]
+        start = time.monotonic()
+        self.run(f"build {name}", command, limit_s)
+        self.found(name, build_s=round(time.monotonic() - start, 1))
+
+    def _tool(self, name: str) -> Path:
+        for place in (self.arguments.tools / name, self.arguments.tools / "sinkrt" / name):
+            if place.is_file():
+                return place
+        raise StepError(f"no '{name}' in --tools")
+
+    def _stub(self) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix="stub-"))
+        (folder / "stub.cpp").write_text(STUB)
+        library = folder / "libnvinfer_plugin.so.8"
+        subprocess.run(["g++", "-shared", "-fPIC", "-o", library, folder / "stub.cpp"], check=True)
+        return folder
+
+
+# --- a real model -----------------------------------------------------------------------------------------------------
+
+
+def export_model(bench: Bench, name: str) -> Path:
+    """A bundle of --model with the plugin."""
+    bundle = bench.work / f"smollm2-{name}"
+    if not (bundle / "manifest.json").is_file():
+        command = [sys.executable, "-m", "sinkexport.cli", "export", bench.arguments.model, "-o", bundle,
+                   "--target", "tensorrt", "--dtype", "fp16", *RECIPES[name]]  # fmt: skip
+        bench.run(f"export {name}", command, 240, gpu_environment=False)
+    return bundle
+
+
+def smollm2(bench: Bench, exports: dict[str, Future[Path]]) -> None:
+    """Tokens and logits against ONNX Runtime's."""
+    for name in RECIPES:
+        title = f"smollm2 {name}"
+        with bench.step(title):
+            bundle = exports[name].result()
+            bench.build(title, bundle, 240)
+            with np.load(bench.arguments.references / f"{name}.npz") as file:
+                want = dict(file)
+            scratch = Path(tempfile.mkdtemp(dir=bench.work))
+            want["prompt"].astype(np.int32).tofile(scratch / "prompt")
+            count = len(want["tokens"])
+            generated = bench.probe(f"{title} generate", "generate", bundle, scratch / "prompt", scratch / "tokens",
+                                    count, 16)  # fmt: skip
+            tokens = np.fromfile(scratch / "tokens", np.int32)
+            np.concatenate([want["prompt"], want["tokens"]])[:-1].astype(np.int32).tofile(scratch / "fed")
+            bench.probe(f"{title} replay", "replay", bundle, scratch / "fed", scratch / "logits", len(want["prompt"]))
+            logits = np.fromfile(scratch / "logits", np.float32).reshape(count, -1)
+            bench.found(title, **compare(logits, tokens, want), **generated)
+            shutil.rmtree(scratch)
+
+
+def soak(bench: Bench) -> None:
+    """Endurance, allocations, round trips, sampling, faults: of the fp16 bundle, which `smollm2` has built."""
+    bundle = bench.work / "smollm2-fp16"
+    with bench.step("faults at load"):
+        faults_at_load(bench, bundle)
+    with bench.step("faults"):
+        bench.found("faults", **bench.probe("faults", "faults", bundle))
+    with bench.step("allocations"):
+        bench.found("allocations", **bench.probe("allocations", "soak", bundle, 10_000, 1))
+    for at_once in (1, 4, 16, 64):
+        for name in RECIPES:
+            if (bench.work / f"smollm2-{name}/engines/decode.engine").is_file():
+                with bench.step(f"{at_once} at once {name}"):
+                    bench.found(f"{at_once} at once {name}", **bench.probe(
+                        f"round trips {name}", "soak", bench.work / f"smollm2-{name}", 3200, at_once))  # fmt: skip
+    with bench.step("logits to the host"):
+        bench.found("logits to the host", **bench.probe("logits", "soak", bundle, 3000, 1, "logits"))
+    with bench.step("sampling"):
+        prompt = bench.work / "prompt.bin"
+        np.arange(1, 40, dtype=np.int32).tofile(prompt)
+        bench.found("sampling", **bench.probe("sampling", "sampling", bundle, prompt, 300))
+    with bench.step("soak"):
+        bench.found("soak", **bench.probe("soak", "soak", bundle, 100_000, 16, limit_s=200))
+
+
+def faults_at_load(bench: Bench, bundle: Path) -> None:
+    """Bundles that are broken in one way each: exit code 2 and one line."""
+    engine = bundle / "engines/decode.engine"
+    size = engine.stat().st_size
+
+    def truncated(copy: Path) -> None:
+        (copy / "engines/decode.engine").unlink()
+        with engine.open("rb") as source, (copy / "engines/decode.engine").open("wb") as target:
+            target.write(source.read(size // 2))
+
+    def damaged_but_consistent(copy: Path) -> None:
+        truncated(copy)
+        edit(copy, bytes=size // 2)
+
+    def edit(copy: Path, **facts: Any) -> None:
+        raw = json.loads((copy / "manifest.json").read_text())
+        raw["engines"]["decode"].update(facts)
+        (copy / "manifest.json").unlink()
+        (copy / "manifest.json").write_text(json.dumps(raw, indent=1, sort_keys=True))
+
+    def plugin(content: bytes | None) -> Any:
+        def change(copy: Path) -> None:
+            (copy / "engines/libsinkexport_plugin.so").unlink()
+            if content is not None:
+                (copy / "engines/libsinkexport_plugin.so").write_bytes(content)
+
+        return change
+
+    broken: dict[str, Any] = {
+        "no plugin": plugin(None), "plugin is no library": plugin(b"nothing"), "truncated engine": truncated,
+        "truncated engine, manifest says so": damaged_but_consistent,
+        "another GPU": lambda copy: edit(copy, compute_capability="8.7"),
+        "another TensorRT": lambda copy: edit(copy, version="8.4.1.5"),
+        "no engine": lambda copy: (copy / "engines/decode.engine").unlink(),
+    }  # fmt: skip
+    for name, change in broken.items():
+        copy = Path(tempfile.mkdtemp(dir=bench.work)) / "bundle"
+        shutil.copytree(bundle, copy, copy_function=os.link)
+        change(copy)
+        done = subprocess.run([bench.arguments.tools / "probe", "load", copy], capture_output=True, text=True,
+                              check=False, env=bench.environment, timeout=60)  # fmt: skip
+        lines = done.stderr.strip().splitlines()
+        bench.found("faults at load", **{name: {"exit": done.returncode, "lines": len(lines), "says": lines[-1:]}})
+        shutil.rmtree(copy.parent)
+
+
+# --- Llama-2-7B's shapes ----------------------------------------------------------------------------------------------
+
+
+def make_shape(bench: Bench, layers: int, recipe: str | None, target: str = "tensorrt") -> Path:
+    """A random bundle with the largest window."""
+    name = f"shape{layers}-{recipe or 'fp16'}-{target}"
+    if not (bench.work / name / "manifest.json").is_file():
+        options = ["--recipe", recipe] if recipe else []
+        command = [sys.executable, HERE / "shape.py", bench.work / name, "--layers", layers,
+                   "--window", LARGEST_WINDOW, "--target", target, *options]  # fmt: skip
+        bench.run(f"make {name}", command, 480, gpu_environment=False)
+    return bench.work / name
+
+
+def step_bytes(bundle: Path) -> int:
+    """Weights and states that a step reads."""
+    from sinkexport.step_bytes import weight_bytes_per_step
+    from sinkrt.contract import load_manifest
+
+    manifest = load_manifest(bundle)
+    return weight_bytes_per_step(bundle / manifest.graphs["decode"].file) + manifest.state_bytes
+
+
+def shape(bench: Bench, layers: int, made: dict[str, Future[Path]]) -> None:
+    """Decode against the floor and the others."""
+    with bench.step("bandwidth"):
+        if "bandwidth" not in bench.results:
+            bench.found("bandwidth", **bench.probe("bandwidth", "bandwidth"))
+    copy_gb_per_s = bench.results["bandwidth"]["copy_gb_per_s"]
+    for recipe in (None, "int8-channel"):
+        for window in WINDOWS:
+            title = f"{layers} layers, {recipe or 'fp16'}, W={window}"
+            with bench.step(title):
+                bundle = made[f"{layers} {recipe}"].result()
+                if window != LARGEST_WINDOW:
+                    smaller = bench.work / f"{bundle.name}-{window}"
+                    command = [sys.executable, HERE / "shape.py", smaller, "--from", bundle, "--window", window]
+                    bench.run(f"window {title}", command, 60, gpu_environment=False)
+                    bundle = smaller
+                bench.build(title, bundle, 400)
+                floor_ms = step_bytes(bundle) / copy_gb_per_s / 1e6
+                for at_once in (1, 16):
+                    found = bench.probe(f"decode {title}", "soak", bundle, 640, at_once)
+                    ms = found["ms_per_token"]
+                    bench.found(title, floor_ms=round(floor_ms, 4), **{
+                        f"ms_per_token_{at_once}": ms, f"times_floor_{at_once}": round(ms / floor_ms, 3),
+                        "device_bytes": found["device_bytes"],
+                    })  # fmt: skip
+                for engine in (bundle / "engines").glob("*.engine"):  # the next one needs its room
+                    engine.unlink()
+    python = [sys.executable, HERE / "peers.py"]
+    for task in ("recompute", "transformers"):
+        with bench.step(f"{layers} layers, {task}"):
+            command = [*python, task, "--layers", layers, "--context", LARGEST_WINDOW + 4]
+            out = bench.run(f"{task} {layers}", command, 120, gpu_environment=False)
+            bench.found(f"{layers} layers, {task}", **json.loads(out.strip().splitlines()[-1]))
+    if f"{layers} onnx" in made:
+        with bench.step(f"{layers} layers, ort-cuda"):
+            bundle = made[f"{layers} onnx"].result()
+            command = [*python, "ort-cuda", bundle]
+            if bench.arguments.onnxruntime_gpu is not None:
+                paths = [str(bench.arguments.onnxruntime_gpu), *filter(None, [os.environ.get("PYTHONPATH")])]
+                command = ["env", f"PYTHONPATH={os.pathsep.join(paths)}", *command]
+            out = bench.run(f"ort-cuda {layers}", command, 150, gpu_environment=False)
+            bench.found(f"{layers} layers, ort-cuda", **json.loads(out.strip().splitlines()[-1]))
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
+def cases(bench: Bench) -> None:
+    """cases.py, as a step."""
+    with bench.step("cases"):
+        build = [] if bench.arguments.tactic_sources is None else ["--tactic-sources", bench.arguments.tactic_sources]
+        tools = Path(tempfile.mkdtemp(dir=bench.work))
+        for name in ("sinkrt_build", "probe", "run_engine"):
+            (tools / name).symlink_to(bench._tool(name).absolute())
+        copy = bench.work / "cases"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(bench.arguments.cases, copy)
+        with contextlib.suppress(StepError):  # exit code 1: a case failed, and its row says why
+            bench.run("cases", [sys.executable, HERE / "cases.py", "check", copy, "--tools", tools, "--plugin",
+                                bench.arguments.plugin, "--timeout", 60, "--", *build], 400)  # fmt: skip
+        lines = (bench.out / "cases.log").read_text().splitlines()
+        bench.found("cases", rows=[json.loads(line) for line in lines if line.startswith('{"case"')])
+
+
+def table(results: dict[str, Any]) -> str:
+    """What matters, a line each."""
+    lines = []
+    for name, facts in results.items():
+        if "failed" in facts:
+            lines.append(f"{name:34} FAILED {facts['failed'][:200]}")
+        elif name == "cases":
+            lines += [
+                f"case {row['case']:29} " + (f"FAILED {row['failed'][:160]}" if "failed" in row else
+                f"{'ok ' if row['passed'] else 'BAD'} error {row['error_median']:.1e} max {row['error_max']:.1e} "
+                f"agree {row['agree']:.3f}") for row in facts["rows"]
+            ]  # fmt: skip
+        elif name.startswith("faults at load"):
+            lines += [f"{name}: {key}: exit {v['exit']}, {v['lines']} line(s): {v['says']}" for key, v in facts.items()]
+        else:
+            shown = [f"{key}={round(value, 5) if isinstance(value, float) else value}" for key, value in facts.items()]
+            lines.append(f"{name:34} {' '.join(shown)}")
+    return "\n".join(lines)
+
+
+def parsed() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for option in ("tensorrt", "tools", "plugin", "work", "out", "model", "references", "cases", "onnxruntime-gpu"):
+        parser.add_argument(f"--{option}", type=Path, required=option in ("tools", "plugin", "work", "out"))
+    parser.add_argument("--tactic-sources", type=int, help="for sinkrt_build; 0: without cuBLAS and cuDNN")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--budget", type=float, default=3600, help="seconds for all of it")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the parts. Exports, which need no GPU, go on beside."""
+    arguments = parsed()
+    bench, parts = Bench(arguments), arguments.parts.split(",")
+    pool = ThreadPoolExecutor(4)
+    exports: dict[str, Future[Path]] = {}
+    if "smollm2" in parts:
+        exports = {name: pool.submit(export_model, bench, name) for name in RECIPES}
+    made: dict[str, Future[Path]] = {}
+    for layers in (8, 32):
+        if f"shape{layers}" in parts:
+            made |= {f"{layers} {r}": pool.submit(make_shape, bench, layers, r) for r in (None, "int8-channel")}
+            if arguments.onnxruntime_gpu is not None and layers == 8:
+                made[f"{layers} onnx"] = pool.submit(make_shape, bench, layers, None, "onnx")
+    with bench.step("bandwidth"):
+        bench.found("bandwidth", **bench.probe("bandwidth", "bandwidth"))
+    if "cases" in parts:  # first of all: exports are still under way
+        cases(bench)
+    if "smollm2" in parts:
+        smollm2(bench, exports)
+    if "soak" in parts:
+        soak(bench)
+    for layers in (8, 32):
+        if f"shape{layers}" in parts:
+            shape(bench, layers, made)
+    pool.shutdown(wait=False, cancel_futures=True)
+    bench.stop()
+    text = table(bench.results)
+    (bench.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+// Errors that a user can cause, each told in one line: what, received, expected, fix. Twin of runtime/sinkrt/errors.py.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace sinkrt {
+
+// The values are those of `sinkrt_status` in sinkrt.h.
+enum class Code {
+  kUsage = 1,        // bad input: an argument, an id, a shape
+  kBundle = 2,       // a bundle that is missing, corrupt, newer than this runtime or inconsistent
+  kState = 3,        // a saved state that is truncated, of another model or of another version
+  kBackend = 4,      // a backend that is not there or cannot run the bundle
+  kOutOfMemory = 5,  // the host or the device has too little
+  kInternal = 6,     // a fault of this library
+};
+
+// The only type that this library throws on purpose (std::bad_alloc passes through).
+class Error : public std::runtime_error {
+ public:
+  Error(Code code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  Code code() const { return code_; }
+
+ private:
+  Code code_;
+};
+
+// One line in the house form, e.g. "window size: received 0, expected >= 1; pass --window".
+inline std::string problem(const std::string& what, const std::string& received, const std::string& expected,
+                           const std::string& fix) {
+  return what + ": received " + received + ", expected " + expected + "; " + fix;
+}
+
+}  // namespace sinkrt

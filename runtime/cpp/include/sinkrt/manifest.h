@@ -1,0 +1,146 @@
+// The bundle's manifest, all that a runtime knows of a model. Twin of runtime/sinkrt/contract.py, which says what every
+// field means.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "sinkrt/error.h"
+#include "sinkrt/ring.h"
+
+namespace sinkrt {
+
+constexpr int64_t kSchemaVersion = 3;
+constexpr const char* kManifestName = "manifest.json";
+constexpr const char* kPluginAbi = "1";
+
+// Bytes of one element of a dtype (float32, float16, int64, int32, int8); 0: unknown.
+int64_t dtypeBytes(const std::string& dtype);
+
+// A graph input or output, of static shape.
+struct TensorSpec {
+  std::string name;
+  std::vector<int64_t> shape;
+  std::string dtype;
+
+  int64_t bytes() const;
+};
+
+// One state tensor of one layer: `input` and `output` must be bound to the same buffer.
+struct StateSpec {
+  int64_t layer = 0;
+  std::string kind;  // sink_k | sink_v | window_k | window_v | window_k_scale | window_v_scale
+  std::string input;
+  std::string output;
+  std::vector<int64_t> shape;  // [B, ...]
+  std::string dtype;
+
+  TensorSpec tensor() const { return {input, shape, dtype}; }
+  int64_t bytes() const { return tensor().bytes(); }
+  int64_t rowBytes() const { return bytes() / shape[0]; }  // of one stream
+};
+
+// One graph. `inputs` and `outputs` leave the states out.
+struct GraphSpec {
+  std::string file;
+  int64_t num_tokens = 0;  // T
+  std::vector<TensorSpec> inputs;
+  std::vector<TensorSpec> outputs;
+};
+
+struct ModelFacts {
+  std::string name;
+  std::string architecture;
+  std::string family;
+  int64_t num_layers = 0;
+  int64_t num_q_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t hidden_size = 0;
+  int64_t vocab_size = 0;
+  int64_t num_parameters = 0;
+  std::string position_scheme;
+  std::optional<int64_t> bos_token_id;
+  std::vector<int64_t> eos_token_ids;
+};
+
+// S, W, B, T, in tokens, and the first position that the graph's integer phase cannot take.
+struct StreamFacts {
+  int64_t num_sink_tokens = 0;
+  int64_t window_size = 0;
+  int64_t batch = 0;
+  int64_t chunk_size = 0;
+  int64_t position_limit = 0;
+
+  int64_t capacity() const { return num_sink_tokens + window_size; }  // C
+};
+
+struct TokenizerFacts {
+  std::string file;
+  std::optional<std::string> chat_template;
+};
+
+struct FileFacts {
+  int64_t bytes = 0;
+  std::string sha256;  // 64 hex digits
+};
+
+struct Quantization {
+  std::string recipe;
+  std::string weights;
+  std::string activations;
+  std::string kv;
+  std::optional<std::string> calibration_sha256;
+  std::map<std::string, double> thresholds;
+};
+
+struct EngineFacts {
+  std::string file;
+  int64_t bytes = 0;
+  std::string sha256;
+  std::string graph_sha256;
+  std::string flavour;  // TensorRT | TensorRT-RTX
+  std::string version;
+  std::optional<std::string> plugin_abi;
+  std::optional<std::string> gpu;
+  std::optional<std::string> compute_capability;
+  std::string precision;
+};
+
+struct Manifest {
+  int64_t schema_version = 0;
+  std::string target;  // onnx | tensorrt
+  std::string weights_dtype;
+  ModelFacts model;
+  StreamFacts stream;
+  std::map<std::string, GraphSpec> graphs;  // by role: decode, and prefill if T > 1
+  std::vector<StateSpec> states;
+  std::optional<TokenizerFacts> tokenizer;
+  std::map<std::string, FileFacts> files;
+  std::map<std::string, std::string> producer;
+  std::optional<Quantization> quantization;
+  std::optional<std::string> plugin_abi;
+  std::map<std::string, EngineFacts> engines;  // by role; empty: none were built
+
+  int64_t weightsBytes() const;
+  int64_t stateBytes() const;
+  // What a saved state depends on: the same digits as Python's `Manifest.fingerprint`.
+  std::string fingerprint() const;
+
+  // Parse and validate. Throws Error(kBundle) for malformed text, an unknown or missing key, or a newer schema.
+  static Manifest fromJson(const std::string& text);
+};
+
+// Read bundle/manifest.json. Throws Error(kBundle).
+Manifest loadManifest(const std::string& bundle);
+
+// Size and SHA-256 of a file. Throws Error(kBundle) if it cannot be read.
+FileFacts hashFile(const std::string& path);
+
+// Compare every file of the bundle with the manifest: size always, SHA-256 if `hashes`. Throws Error(kBundle).
+void checkFiles(const std::string& bundle, const Manifest& manifest, bool hashes = true);
+
+}  // namespace sinkrt

@@ -1,0 +1,73 @@
+// Byte-level BPE out of a tokenizer.json (SmolLM2, GPT-2, Llama 3, Qwen). Twin of runtime/sinkrt/text.py, whose ids and
+// texts it gives; it has no chat templates, which are Python's Jinja. Other kinds of tokenizer are refused with the
+// reason: their bundles still run on ids.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace sinkrt {
+
+class Tokenizer {
+ public:
+  // Throws Error(kBundle) for a file that is unreadable or of a kind that is not supported.
+  static Tokenizer load(const std::string& path);
+  static Tokenizer fromJson(const std::string& text, const std::string& name);
+
+  ~Tokenizer();
+  Tokenizer(Tokenizer&&) noexcept;
+  Tokenizer& operator=(Tokenizer&&) noexcept;
+
+  // Ids of UTF-8 text; `special` adds what the model starts its texts with, if anything.
+  // Throws Error(kUsage) for text that is not valid UTF-8.
+  std::vector<int64_t> encode(std::string_view text, bool special = true) const;
+  // Ids of a text inside a stream: nothing that marks the beginning of one is added.
+  std::vector<int64_t> encodeNext(std::string_view text) const;
+
+  // The text of some ids, special tokens left out unless `keep_special`; unknown ids are left out. Bytes that are no
+  // UTF-8 become U+FFFD.
+  std::string decode(const int64_t* ids, size_t count, bool keep_special = false) const;
+  // The bytes that one id stands for; empty for special tokens and unknown ids. Valid as long as the tokenizer.
+  std::string_view bytes(int64_t id) const;
+  // Whether an id has text: one that is known and not special.
+  bool hasText(int64_t id) const;
+  // Bytes of the longest token.
+  size_t longest() const;
+  // The id of a token by its text, e.g. "<|im_end|>"; -1: there is none.
+  int64_t id(std::string_view token) const;
+
+ private:
+  struct Data;
+  explicit Tokenizer(std::unique_ptr<Data> data);
+  std::unique_ptr<Data> data_;
+};
+
+// Turns ids into text as they come, never splitting a character that spans several tokens. Allocates nothing after
+// construction.
+class StreamingDecoder {
+ public:
+  // Tokens held back: a character has at most 4 bytes, so more are no character.
+  static constexpr size_t kMaxPending = 8;
+
+  explicit StreamingDecoder(const Tokenizer& tokenizer);
+
+  // The text that `id` completes: empty while a character is incomplete, and for special tokens. Valid until the next
+  // call.
+  std::string_view push(int64_t id);
+  // What is left when the ids end inside a character, with U+FFFD for what is missing.
+  std::string_view flush();
+
+ private:
+  std::string_view piece();
+
+  const Tokenizer& tokenizer_;
+  std::string context_;      // bytes of the ids of the last piece
+  std::string pending_;      // bytes after them that are no whole character yet
+  size_t num_pending_ = 0;   // ids that they are of
+  std::string joined_, before_, whole_;  // both; the text of context_, and of both
+};
+
+}  // namespace sinkrt

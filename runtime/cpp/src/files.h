@@ -1,0 +1,46 @@
+// Files, read whole or in pieces, with the reason if they cannot be.
+#pragma once
+
+#include <cerrno>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include <sys/stat.h>
+
+namespace sinkrt {
+
+struct FileCloser {
+  void operator()(std::FILE* file) const { std::fclose(file); }
+};
+using File = std::unique_ptr<std::FILE, FileCloser>;
+
+// Bytes of a regular file; -1: there is none.
+inline int64_t fileSize(const std::string& path) {
+  struct stat facts {};
+  return ::stat(path.c_str(), &facts) == 0 && S_ISREG(facts.st_mode) ? int64_t{facts.st_size} : -1;
+}
+
+// The content of a file. False, with the reason in `out`, if it cannot be read.
+template <typename Bytes>
+bool readFile(const std::string& path, Bytes& out) {
+  const auto failed = [&](const char* reason) {
+    out.assign(reason, reason + std::strlen(reason));
+    return false;
+  };
+  const int64_t size = fileSize(path);
+  const File file(std::fopen(path.c_str(), "rb"));
+  if (!file) return failed(std::strerror(errno));
+  if (size < 0) return failed("not a regular file");
+  out.resize(static_cast<size_t>(size));
+  if (std::fread(out.data(), 1, out.size(), file.get()) != out.size()) return failed("cut short while it was read");
+  return true;
+}
+
+inline std::string joined(const std::string& folder, const std::string& name) {
+  return folder.empty() || folder.back() == '/' ? folder + name : folder + "/" + name;
+}
+
+}  // namespace sinkrt

@@ -1,0 +1,207 @@
+"""TensorRT (8.5, 8.6, 10, 11) or TensorRT-RTX over the engines that 'sinkexport build' put into a bundle.
+
+Steps and chunks are recorded as CUDA graphs where the version can; states are bound in place, input and output to one
+buffer. The engine decides which package is wanted: ``tensorrt`` or ``tensorrt_rtx``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sinkrt.backends.base import StateArray
+from sinkrt.backends.cuda import ALIGNMENT_BYTES, Cuda, DeviceArray, Staged
+from sinkrt.contract import Manifest, TensorSpec
+from sinkrt.engines import PLUGIN_FILE, EngineHost, check_engine
+from sinkrt.errors import BackendError, problem
+from sinkrt.tensorrt_library import load_plugin, make_logger, one_line
+
+PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "TensorRT": ("tensorrt",),
+    "TensorRT-RTX": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+}
+
+
+class TensorrtBackend:
+    """Implements `Backend` on the first GPU.
+
+    Raises: BackendError if the package, the GPU or the engines are missing or do not fit together.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+        facts = (manifest.engines or {}).get("decode")
+        if facts is None:
+            raise BackendError(problem("decode engine", received="none", expected="one in the bundle",
+                                       fix="run 'sinkexport build' on this machine"))  # fmt: skip
+        trt = import_package(facts.flavour)
+        self._cuda = Cuda()
+        self._logger = make_logger(trt)  # TensorRT keeps a raw pointer to it
+        self._runtime = trt.Runtime(self._logger)
+        abi = None
+        if manifest.plugin_abi is not None:
+            abi = load_plugin(trt, trt.get_plugin_registry(), bundle / PLUGIN_FILE, "plugin")
+        host = EngineHost(facts.flavour, str(trt.__version__), abi, self._cuda.compute_capability)
+        self._engines = {
+            role: _Engine(self._runtime, self._logger, role, check_engine(bundle, manifest, role, host))
+            for role in manifest.graphs
+        }
+        self._has_plugin = manifest.plugin_abi is not None
+        self._states = {s.input: self._cuda.zeros(TensorSpec(s.input, s.shape, s.dtype)) for s in manifest.states}
+        self._outputs = {state.input: state.output for state in manifest.states}
+        batch, vocab_size = manifest.stream.batch, manifest.model.vocab_size
+        self._ids, self._position = np.zeros((batch, 1), np.int64), np.zeros(batch, np.int64)
+        self._logits = Staged(self._cuda, TensorSpec("logits", (batch, vocab_size), "float32"))
+        self._inputs = {role: self._staged(manifest, role) for role in manifest.graphs}
+        decode = self._engines["decode"]
+        decode.bind({**self._devices("decode"), "logits": self._logits.device, **self._bound(self._states)})
+        decode.execute(self._cuda)  # what a first run does cannot be recorded
+        self._step = self._cuda.record(lambda: decode.execute(self._cuda)) or (lambda: decode.execute(self._cuda))
+        self._chunks = [self._chunk(stream) for stream in range(batch)] if "prefill" in manifest.graphs else []
+        self._cuda.synchronize()
+        for state in self._states.values():
+            state[...] = 0
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self._ids
+
+    @property
+    def position(self) -> np.ndarray:
+        return self._position
+
+    @property
+    def logits(self) -> np.ndarray:
+        return self._logits.host
+
+    @property
+    def states(self) -> Mapping[str, StateArray]:
+        return self._states
+
+    def run(self) -> None:
+        inputs = self._inputs["decode"]
+        inputs["ids"].host[...] = self._ids
+        inputs["position"].host[...] = self._laid_out(self._position)
+        self._go(inputs, self._step)
+
+    def run_chunk(self, stream: int, ids: np.ndarray, position: int) -> None:
+        inputs = self._inputs["prefill"]
+        inputs["ids"].host[0, : ids.size] = ids
+        inputs["ids"].host[0, ids.size :] = 0  # any token: what is not valid is computed and dropped
+        inputs["position"].host[...] = self._laid_out(np.array([position]))
+        inputs["num_valid"].host[...] = ids.size
+        # The host's logits are what counts: a loaded state, and rows that a step of others has left alone, are there.
+        self._logits.upload()
+        self._go(inputs, self._chunks[stream])
+
+    def _go(self, inputs: Mapping[str, Staged], work: Callable[[], None]) -> None:
+        for each in inputs.values():
+            each.upload()
+        work()
+        self._cuda.synchronize()
+        self._logits.download()
+
+    def _laid_out(self, position: np.ndarray) -> np.ndarray:
+        """As the graphs take positions, int64 [B]: [B], or [B, 2] with the plugin."""
+        return np.stack([position >> 16, position & 0xFFFF], axis=1) if self._has_plugin else position
+
+    def _staged(self, manifest: Manifest, role: str) -> dict[str, Staged]:
+        return {spec.name: Staged(self._cuda, spec) for spec in manifest.graphs[role].inputs}
+
+    def _devices(self, role: str) -> dict[str, DeviceArray]:
+        return {name: each.device for name, each in self._inputs[role].items()}
+
+    def _bound(self, states: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
+        """States by the names of their inputs and, the same buffers, of their outputs."""
+        return {**states, **{self._outputs[name]: array for name, array in states.items()}}
+
+    def _chunk(self, stream: int) -> Callable[[], None]:
+        """A run of the prefill engine on one stream's rows.
+
+        A row that does not lie where TensorRT wants addresses is copied to where it does, and back.
+        """
+        engine, cuda = self._engines["prefill"], self._cuda
+        rows = {"logits": self._logits.device.row(stream), **{n: s.row(stream) for n, s in self._states.items()}}
+        copies = {
+            name: cuda.zeros(TensorSpec(name, row.shape, str(row.dtype)))
+            for name, row in rows.items() if row.address % ALIGNMENT_BYTES
+        }  # fmt: skip
+        seen = {**rows, **copies}
+        bound = {**self._devices("prefill"), "logits": seen.pop("logits"), **self._bound(seen)}
+
+        def work() -> None:
+            for name, copy in copies.items():
+                cuda.on_device(copy.address, rows[name].address, copy.nbytes)
+            engine.bind(bound)
+            engine.execute(cuda)
+            for name, copy in copies.items():
+                cuda.on_device(rows[name].address, copy.address, copy.nbytes)
+
+        self._inputs["prefill"]["num_valid"].host[...] = 1
+        self._inputs["prefill"]["num_valid"].upload()
+        work()
+        return cuda.record(work) or work
+
+
+class _Engine:
+    """One graph's engine with an execution context."""
+
+    def __init__(self, runtime: Any, logger: Any, role: str, path: Path) -> None:
+        self._logger, self._role = logger, role
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        context = None if engine is None else engine.create_execution_context()
+        if context is None:
+            raise BackendError(
+                problem(f"{role} engine", received=_said(logger),
+                        expected="an engine that runs here, and room for it on the GPU",
+                        fix="free GPU memory, or run 'sinkexport build' on this machine")
+            )  # fmt: skip
+        self._engine, self._context = engine, context
+        self._names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+
+    def bind(self, arrays: Mapping[str, DeviceArray]) -> None:
+        """Tie all inputs and outputs to buffers.
+
+        Raises: BackendError if the engine has others.
+        """
+        if different := sorted(self._names ^ set(arrays)):
+            raise BackendError(problem(f"{self._role} engine", received=f"'{different[0]}'",
+                                       expected="the tensors that the manifest names",
+                                       fix="run 'sinkexport build' again"))  # fmt: skip
+        for name, array in arrays.items():
+            self._context.set_tensor_address(name, array.address)
+
+    def execute(self, cuda: Cuda) -> None:
+        """Put a run on the stream.
+
+        Raises: BackendError.
+        """
+        if not self._context.execute_async_v3(cuda.stream):
+            raise BackendError(problem(f"{self._role} run", received=_said(self._logger),
+                                       expected="a run without error", fix="load the session again"))  # fmt: skip
+
+
+def import_package(flavour: str) -> Any:
+    """The Python package that runs engines of this flavour.
+
+    Raises: BackendError.
+    """
+    failures = []
+    for package in PACKAGES[flavour]:
+        try:
+            return importlib.import_module(package)
+        except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
+            failures.append(one_line(f"{type(error).__name__}: {error}"))
+    fix = "pip install 'sinkexport[tensorrt]'" if flavour == "TensorRT-RTX" else "install NVIDIA's 'tensorrt'"
+    raise BackendError(problem(flavour, received="; ".join(failures), fix=fix,
+                               expected=" or ".join(f"'{package}'" for package in PACKAGES[flavour])))  # fmt: skip
+
+
+def _said(logger: Any) -> str:
+    """TensorRT's reason: the first error, which the others follow from."""
+    reason = logger.errors[0] if logger.errors else "a refusal without a reason"
+    logger.errors.clear()
+    return str(reason)

@@ -1,0 +1,92 @@
+"""What building and running engines share: TensorRT's Python package, its logger, this project's plugin in it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from pathlib import Path
+from typing import Any
+
+from sinkrt.contract import PLUGIN_ABI
+from sinkrt.errors import UsageError, problem
+
+PLUGIN_LIBRARY = "libsinkexport_plugin.so"
+
+
+def flavour(trt: Any) -> str:
+    """``TensorRT | TensorRT-RTX``."""
+    return "TensorRT-RTX" if trt.__name__.startswith("tensorrt_rtx") else "TensorRT"
+
+
+def is_strongly_typed(trt: Any) -> bool:
+    """TensorRT 10 and later and all of TensorRT-RTX."""
+    return flavour(trt) == "TensorRT-RTX" or int(trt.__version__.partition(".")[0]) >= 10
+
+
+def plugin_facts(plugin: Path, what: str = "--plugin") -> tuple[str, int]:
+    """The ABI of a plugin library and the major version of the TensorRT that it was compiled for.
+
+    what: where it comes from, for messages.
+
+    Raises: UsageError.
+    """
+    try:
+        # For all to see: a plugin of TensorRT 8 finds the registry among the process's symbols.
+        library = ctypes.CDLL(str(plugin.resolve()), mode=ctypes.RTLD_GLOBAL)
+        abi, major = library.sinkexport_plugin_abi, library.sinkexport_plugin_tensorrt_major
+    except (OSError, AttributeError) as error:
+        raise UsageError(problem(what, received=f"'{plugin}' ({one_line(str(error))})",
+                                 expected=f"the library {PLUGIN_LIBRARY}",
+                                 fix="build it as plugins/README.md says")) from None  # fmt: skip
+    abi.restype = ctypes.c_char_p
+    return abi().decode(), int(major())
+
+
+def load_plugin(trt: Any, registry: Any, plugin: Path, what: str = "--plugin") -> str:
+    """Make the plugins known to TensorRT; returns their ABI.
+
+    Raises: UsageError if it is not a plugin for this TensorRT.
+    """
+    typed, version = is_strongly_typed(trt), f"{flavour(trt)} {trt.__version__}"
+    if not typed:  # the registry's symbols, for the library to find: Python loads TensorRT for itself alone
+        with contextlib.suppress(OSError):
+            ctypes.CDLL("libnvinfer.so.8", mode=ctypes.RTLD_GLOBAL)
+    abi, major = plugin_facts(plugin, what)
+    for detail, received, expected, fits in (
+        ("ABI", abi, PLUGIN_ABI, abi == PLUGIN_ABI),
+        ("TensorRT", f"one for TensorRT {major}", f"one for {version}", (major >= 10) == typed),
+    ):
+        if not fits:
+            raise UsageError(problem(f"{what}: {detail}", received=received, expected=expected,
+                                     fix="compile the plugin of this version (plugins/README.md)"))  # fmt: skip
+    if typed and registry.load_library(str(plugin.resolve())) is None:
+        raise UsageError(problem(what, received=f"'{plugin}', which {version} does not load",
+                                 expected=f"the library {PLUGIN_LIBRARY}",
+                                 fix="build it as plugins/README.md says"))  # fmt: skip
+    return abi
+
+
+def make_logger(trt: Any) -> Any:
+    """An ILogger with lists `errors` and `warnings`. A class in a function: its base exists only with the package."""
+
+    class Logger(trt.ILogger):
+        """Keeps errors and warnings instead of printing them."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.errors.append(one_line(message))
+            # A second build in one process warns that the first one's logger stays registered: harmless noise.
+            elif severity == trt.ILogger.Severity.WARNING and "createInferBuilder differs" not in message:
+                self.warnings.append(one_line(message))
+
+    return Logger()
+
+
+def one_line(text: str) -> str:
+    """Without line breaks and runs of spaces."""
+    return " ".join(text.split())
