@@ -85,12 +85,12 @@ int64_t probe_decode(const void* tokenizer, const int64_t* ids, int64_t count, i
   });
 }
 
-// The pieces of a streaming decoder, each ended by a 0x01 byte, and what `flush` gives.
+// The pieces of a streaming decoder, each ended by a 0xff byte, and what `flush` gives.
 int64_t probe_stream(const void* tokenizer, const int64_t* ids, int64_t count, char* out, int64_t room) {
   return guarded([&] {
     sinkrt::StreamingDecoder decoder(*static_cast<const sinkrt::Tokenizer*>(tokenizer));
     std::string all;
-    for (int64_t i = 0; i < count; ++i) all.append(decoder.push(ids[i])).append("\x01");
+    for (int64_t i = 0; i < count; ++i) all.append(decoder.push(ids[i])).append("\xff");
     all.append(decoder.flush());
     return given(all, out, room);
   });

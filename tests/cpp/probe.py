@@ -90,15 +90,15 @@ class CppTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
-        return self._text("decode", ids, int(keep_special))
+        return self._bytes("decode", ids, int(keep_special)).decode()
 
     def stream(self, ids: Sequence[int]) -> list[str]:
         """The piece of each id, and what `flush` gives."""
-        return self._text("stream", ids).split("\x01")
+        return [piece.decode() for piece in self._bytes("stream", ids).split(b"\xff")]
 
-    def _text(self, name: str, ids: Sequence[int], *more: object) -> str:
+    def _bytes(self, name: str, ids: Sequence[int], *more: object) -> bytes:
         array = np.asarray(ids, dtype=np.int64)
         out = ctypes.create_string_buffer(16 * ROOM)
         size = self._probe.call(name, self._handle, array.ctypes.data_as(_INT64S), ctypes.c_int64(array.size), *more,
                                 out, ctypes.c_int64(16 * ROOM))  # fmt: skip
-        return out.raw[:size].decode()
+        return out.raw[:size]
