@@ -327,8 +327,7 @@ int64_t dtypeBytes(const std::string& dtype) {
   return dtype == "int8" ? 1 : 0;
 }
 
-// Saturates, so that no manifest can overflow it.
-int64_t TensorSpec::bytes() const {
+int64_t tensorBytes(const std::vector<int64_t>& shape, const std::string& dtype) {
   int64_t total = dtypeBytes(dtype);
   for (const int64_t n : shape) {
     if (__builtin_mul_overflow(total, n, &total)) return kMost;
