@@ -32,6 +32,7 @@ from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
 from sinkexport.progress import Report, silent
 from sinkexport.quant.plan import RecipePlan
 from sinkexport.quant.recipe import load_recipe
+from sinkexport.sink_token import with_sink_token
 from sinkexport.sources import LoadedModel, load_model, refuse_architecture
 
 PRODUCERS = ("sinkexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
@@ -75,6 +76,10 @@ def export_loaded(
     Raises: UsageError.
     """
     model, out = loaded.model, Path(out)
+    if config.sink_token is not None:
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        tokenizer = with_sink_token(loaded.tokenizer, config.sink_token, vocab_size)
+        loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
     config = _resolved(_with_pinned_system(loaded.tokenizer, config), model.config.get_text_config().model_type)
     _check_model(model, config)
     _check_calibration(model, config)
