@@ -87,12 +87,13 @@ def export_loaded(
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
         report("probe", 0, 1)
         shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
-        rings = [config.ring(own_window) for own_window in shape.own_windows]
+        config = _without_chunks(config) if shape.recurrent else config
+        rings = [config.ring(own) for layer, own in enumerate(shape.own_windows) if layer not in shape.recurrent]
         _check_rings(config, rings)
         if config.has_plugins:
             refuse_geometry(shape.head_dim, config.batch, max(ring.capacity for ring in rings))
             refuse_extras(alibi=shape.alibi_slopes is not None, sink_logits=shape.has_sink_logits,
-                          experts=has_experts(model))  # fmt: skip
+                          experts=has_experts(model), linear=bool(shape.recurrent))  # fmt: skip
         report("decode", 0, 1)
         built = _build(loaded, config, shape, rotary, "decode", config.batch, 1)
         graphs = {"decode": built.spec("decode.onnx")}
@@ -204,6 +205,18 @@ def _check_model(model: Any, config: ExportConfig) -> None:
         if not bool(torch.isfinite(parameter).all()):
             raise UsageError(problem(f"weights '{name}'", received="NaN or Inf", expected="finite numbers",
                                      fix="check the model, or use --dtype fp32 if it overflows fp16"))  # fmt: skip
+
+
+def _without_chunks(config: ExportConfig) -> ExportConfig:
+    """The config for a model with linear attention, whose states every run of the graph moves on.
+
+    Raises: UsageError for what needs a run that leaves a stream alone: idle streams, and chunks that are not full.
+    """
+    for option, value in (("--batch", config.batch), ("--chunk", config.chunk_size or 1)):
+        if value != 1:
+            raise UsageError(problem(option, received=value, fix=f"use {option} 1",
+                                     expected="1 for a model with layers of linear attention"))  # fmt: skip
+    return dataclasses.replace(config, chunk_size=1)
 
 
 def _check_rings(config: ExportConfig, rings: Sequence[Ring]) -> None:

@@ -22,6 +22,7 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import has_alibi
 from sinkexport.model.interface import intercept_attention
+from sinkexport.model.recurrent import linear_layers, recurrent_cache
 
 Observer = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Told of each attention: (module, q [B, Hq, 1, D], k and v [B, Hkv, 1, D] of the new token, not rotated,
@@ -75,18 +76,23 @@ class StreamingReference:
         self._rotary = copy.deepcopy(rotary)  # some change their frequencies by the positions that they are asked for
         self._rotates: dict[torch.nn.Module, bool] = {}  # by attention module; some layers have no positions
         self._cached: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}  # k, v [B, Hkv, n, D], unrotated
+        self._recurrent = recurrent_cache(model)  # of the layers without softmax attention
         self._cos_sin: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = {}  # [1, C, .] each, by type of layer
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed one token to each stream. ids: int64 [B]. Returns logits [B, vocab] in the model's dtype."""
         with torch.no_grad():
-            output = self._model(input_ids=ids[:, None], position_ids=torch.zeros_like(ids)[:, None], use_cache=False)
+            output = self._model(
+                input_ids=ids[:, None], position_ids=torch.zeros_like(ids)[:, None],
+                past_key_values=self._recurrent, use_cache=False,
+            )  # fmt: skip
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
     def reset(self) -> None:
         """Forget all tokens."""
         self._cached.clear()
+        self._recurrent = recurrent_cache(self._model)
 
     def attend(
         self,
@@ -121,7 +127,7 @@ class StreamingReference:
         """
         plain = self._recorded(rotation=False)
         turned = self._recorded(rotation=True)
-        num_layers = self._model.config.get_text_config().num_hidden_layers
+        num_layers = self._model.config.get_text_config().num_hidden_layers - len(linear_layers(self._model))
         if len(plain) != num_layers:
             raise _refused(f"{len(plain)} attention layers of {num_layers}", "softmax attention in every layer")
         for module, before in plain.items():

@@ -10,6 +10,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sinkexport.chunked_streaming import chunked_streaming, visible
+from sinkexport.model.recurrent import linear_layers
 from sinkexport.reference import streaming_reference
 from sinkrt.errors import UsageError
 from sinkrt.ring import Ring
@@ -52,7 +53,8 @@ def test_equals_the_reference(name: str, num_sink_tokens: int, window_size: int,
     ids = random_ids(num_sink_tokens + 5 * window_size + 3)
     want = by_token(model, ids, num_sink_tokens, window_size)
     got = by_chunk(model, ids, num_sink_tokens, window_size, chunk)
-    assert error(got, want) < 1e-4
+    # transformers sums linear attention in another order over a chunk than over single tokens.
+    assert error(got, want) < (1e-3 if linear_layers(model) else 1e-4)
     # It would show if the sinks' distance were wrong, or one token more or less were kept.
     other = by_chunk(model, ids, num_sink_tokens, window_size + 1, chunk)
     assert error(other, want) > 1e-2

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from sinkexport.model.recurrent import linear_layers
 from sinkexport.reference import streaming_reference
 from sinkrt.errors import UsageError
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -43,7 +44,9 @@ def test_dense_before_the_window_fills(name: str) -> None:
     ids = random_ids(C + 3)
     want, got = dense(model, ids), streamed(model, ids)
     scale = float(want.std())
-    assert float((got - want)[:, :C].abs().max()) < 2e-5 * scale
+    # transformers sums linear attention in another order over a text than over single tokens.
+    tolerance = 5e-4 if linear_layers(model) else 2e-5
+    assert float((got - want)[:, :C].abs().max()) < tolerance * scale
     assert float((got - want)[:, C:].abs().max()) > 1e-2 * scale  # from the first eviction on it is another thing
 
 
@@ -66,7 +69,7 @@ def test_every_attention_equals_the_oracle(name: str, geometry: tuple[int, int])
     with streaming_reference(model, *geometry, observer=observe) as reference:
         for t in range(ids.shape[1]):
             reference.step(ids[:, t])
-    assert len(oracles) == model.config.num_hidden_layers
+    assert len(oracles) == model.config.num_hidden_layers - len(linear_layers(model))
     assert worst < 1e-5
 
 
