@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from tests.reference.oracle import SinkAttentionOracle
 S, W = 3, 6
 C = S + W
 B = 2
-INTERLEAVED = ("cohere", "cohere2", "glm")
+INTERLEAVED = ("cohere", "cohere2", "glm", "gptj", "codegen")
 
 
 def random_ids(steps: int, seed: int = 0) -> torch.Tensor:
@@ -54,7 +55,7 @@ def test_dense_before_the_window_fills(name: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_every_attention_equals_the_oracle(name: str, geometry: tuple[int, int]) -> None:
     model = tiny_model(name)
-    rotary = getattr(model.base_model, "rotary_emb", None)
+    rotary = getattr(model.base_model, "rotary_emb", None) or table_of_sinusoids(model)
     oracles: dict[Any, SinkAttentionOracle] = {}
     worst = 0.0
 
@@ -91,12 +92,21 @@ def oracle_of(
         inv_freq=getattr(rotary, f"{prefix}inv_freq") if has_rotary else (),
         interleaved=name in INTERLEAVED,
         attention_scaling=getattr(rotary, f"{prefix}attention_scaling", 1.0) if has_rotary else 1.0,
-        scale=next(getattr(module, key) for key in ("scaling", "inv_norm_factor", "softmax_scale")
-                   if hasattr(module, key)),
+        scale=next((getattr(module, key) for key in ("scaling", "inv_norm_factor", "softmax_scale")
+                    if hasattr(module, key)), None),
         softcap=getattr(module, "attn_logit_softcapping", None) or 0.0,
         alibi_slopes=slopes,
         sink_logit=module.sinks.detach() if hasattr(module, "sinks") else None,
     )  # fmt: skip
+
+
+def table_of_sinusoids(model: Any) -> Any:
+    """GPT-J's and CodeGen's frequencies, from the angles of place 1 in the tables that transformers makes."""
+    table = getattr(model.base_model.h[0], "attn", None) if hasattr(model.base_model, "h") else None
+    if not hasattr(table, "embed_positions"):
+        return None
+    sin, cos = table.embed_positions[1].double().chunk(2)
+    return types.SimpleNamespace(inv_freq=torch.atan2(sin, cos), attention_scaling=1.0)
 
 
 def alibi_slopes(model: Any) -> np.ndarray | None:

@@ -86,6 +86,10 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_text": ("Qwen3_5TextConfig", {
         **_COMMON, "layer_types": ["linear_attention", "full_attention"], "head_dim": 16,
         "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}),
+    "gptj": ("GPTJConfig", {"vocab_size": VOCAB_SIZE, "n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 8,
+                            "n_positions": 512}),
+    "codegen": ("CodeGenConfig", {"vocab_size": VOCAB_SIZE, "n_embd": 96, "n_layer": 2, "n_head": 8, "rotary_dim": 4,
+                                  "n_positions": 512, "n_ctx": 512}),
 }  # fmt: skip
 
 

@@ -71,6 +71,8 @@ EXPORTED = (
               "gated attention and delta rule; one stream, prefilled token by token; mixture of experts"),
     _exported("qwen3_5_text", "Qwen3.5, text", "RoPE, partial", "linear + full",
               "gated attention and delta rule; one stream, prefilled token by token"),
+    _exported("gptj", "GPT-J 6B", "RoPE, partial and interleaved", reason="parallel residual"),
+    _exported("codegen", "CodeGen", "RoPE, partial and interleaved", reason="parallel residual"),
     _exported("bloom", "BLOOM, BLOOMZ", "ALiBi"),
     _exported("mpt", "MPT", "ALiBi", reason="clipped queries, keys and values"),
     _exported("falcon", "Falcon 7B-180B, Falcon-RW", "RoPE, or ALiBi in Falcon-RW",
@@ -84,8 +86,6 @@ REFUSED = (
     Family("opt", "OPT", "learned absolute", "full", False, _ABSOLUTE),
     Family("gpt_bigcode", "StarCoder", "learned absolute", "full", False, _ABSOLUTE),
     Family("gpt_neo", "GPT-Neo", "learned absolute", "sliding + full", False, _ABSOLUTE),
-    Family("gptj", "GPT-J", "RoPE, interleaved", "full", False, "does not use transformers' attention interface"),
-    Family("codegen", "CodeGen", "RoPE, interleaved", "full", False, "does not use transformers' attention interface"),
     Family("mamba", "Mamba", "recurrent", "recurrent", False, "has no attention"),
     Family("t5", "T5", "relative bias", "full", False, "is an encoder-decoder"),
 )

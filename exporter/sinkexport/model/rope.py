@@ -19,7 +19,7 @@ import torch
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import phase_frequency
 
-from sinkexport.families.adapters import has_alibi
+from sinkexport.families.adapters import ROTARY_NAME, find_adapter, has_alibi
 from sinkexport.model.interface import intercept_attention
 from sinkexport.model.recurrent import RecurrentShapes, linear_layers, recurrent_cache, recurrent_shapes
 
@@ -88,13 +88,16 @@ class ModelRotary:
 
 
 def find_rotary(model: torch.nn.Module) -> tuple[str, torch.nn.Module] | None:
-    """The one rotary embedding module of a model: (name, module). None: its family has ALiBi instead.
+    """The one rotary embedding module of a model, or of its adapter: (name, module). None: it has ALiBi instead.
 
     Raises: UsageError if the model has none or several otherwise.
     """
     found = [(name, m) for name, m in model.named_modules() if name.endswith("rotary_emb") and _table_names(m)]
     if not found and has_alibi(model):
         return None
+    adapter = find_adapter(model)
+    if not found and adapter is not None and adapter.rotary is not None:
+        return ROTARY_NAME, adapter.rotary(model)
     if len(found) != 1:
         raise _refused(f"{len(found)} rotary embeddings", "exactly one that all layers share")
     return found[0]
@@ -187,12 +190,15 @@ def replaced_rotary(model: torch.nn.Module, replacement: torch.nn.Module) -> Ite
     name, _ = found
     parent_name, _, attribute = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    original = getattr(parent, attribute)
+    original = getattr(parent, attribute, None)  # None: the family's adapter takes what is put there
     setattr(parent, attribute, replacement)
     try:
         yield
     finally:
-        setattr(parent, attribute, original)
+        if original is None:
+            delattr(parent, attribute)
+        else:
+            setattr(parent, attribute, original)
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor, spec: RotarySpec) -> torch.Tensor:
