@@ -51,8 +51,12 @@ def test_dense_before_the_window_fills(name: str) -> None:
     assert float((got - want)[:, C:].abs().max()) > 1e-2 * scale  # from the first eviction on it is another thing
 
 
-@pytest.mark.parametrize("geometry", [(S, W), (0, 5), (4, 1)], ids=lambda g: f"S{g[0]}-W{g[1]}")
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    ("name", "geometry"),
+    [*((name, (S, W)) for name in TINY),
+     *((name, g) for name in ("llama", "smollm3", "gemma3_text", "gpt_oss", "bloom") for g in ((0, 5), (4, 1)))],
+    ids=str,
+)  # fmt: skip
 def test_every_attention_equals_the_oracle(name: str, geometry: tuple[int, int]) -> None:
     model = tiny_model(name)
     rotary = getattr(model.base_model, "rotary_emb", None) or table_of_sinusoids(model)
@@ -243,7 +247,7 @@ def test_a_layer_without_attention_is_refused() -> None:
 
 
 def test_a_smaller_window_of_the_models_own_is_kept() -> None:
-    model = tiny_model("mistral-sliding", sliding_window=9)
+    model = tiny_model("mistral", sliding_window=9)
     ids = random_ids(40)
     want = dense(model, ids)  # transformers masks what is outside of the window
     assert float((streamed(model, ids, 4, 6) - want).abs().max()) < 2e-5 * float(want.std())

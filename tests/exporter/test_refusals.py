@@ -83,14 +83,14 @@ def test_positions_read_elsewhere(tmp_path: Path) -> None:
 
 
 def test_sinks_that_no_layer_would_keep(tmp_path: Path) -> None:
-    model = tiny_model("mistral-sliding")
+    model = tiny_model("mistral")
     with pytest.raises(UsageError, match=r"sliding window.*at most 64 tokens"):
         export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 61))
 
 
 def test_chunk_past_the_smallest_window(tmp_path: Path) -> None:
-    model = tiny_model("gemma2")
-    with pytest.raises(UsageError, match="at most 7, the smallest window"):
+    model = tiny_model("gemma3_text")
+    with pytest.raises(UsageError, match="at most 5, the smallest window"):
         export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 12, chunk_size=8))
 
 
