@@ -116,7 +116,7 @@ def test_odd_geometries(name: str, num_sinks: int, window: int, batch: int, chun
     assert_streams_like_reference(session, model, ids, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt_neox", "phi3-partial"])
+@pytest.mark.parametrize("name", ["gpt_neox", "phi3-partial", "mpt", "gpt_oss"])
 def test_half_precision(name: str, tmp_path: Path) -> None:
     config = ExportConfig(num_sink_tokens=4, window_size=12, batch=1, dtype="fp16")
     model = tiny_model(name, dtype=torch.float16)

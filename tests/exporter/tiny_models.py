@@ -33,11 +33,12 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3-rope": ("LlamaConfig", {**_COMMON, "rope_parameters": {
         "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+    "llama-linear-rope": ("LlamaConfig", {**_COMMON, "rope_parameters": {
+        "rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
     "llama-yarn": ("LlamaConfig", {**_COMMON, "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}}),
     "mistral": ("MistralConfig", {**_COMMON, "sliding_window": 64}),
-    "qwen2": ("Qwen2Config", {**_COMMON, "rope_parameters": {
-        "rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "qwen2": ("Qwen2Config", _COMMON),
     "qwen3": ("Qwen3Config", {**_COMMON, "head_dim": 16}),
     "phi": ("PhiConfig", {**_COMMON, "partial_rotary_factor": 0.5}),
     "phi3": ("Phi3Config", _COMMON),

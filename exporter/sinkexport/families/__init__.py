@@ -41,10 +41,10 @@ SLIDING = "sliding or full"
 """Layers whose own window is smaller than S + W keep it, exactly and without sinks; the others keep S + W."""
 
 EXPORTED = (
-    _exported("llama", "Llama 1-3, SmolLM, SmolLM2, TinyLlama, Yi", "RoPE; llama3, YaRN, dynamic NTK",
-              also=("llama-tied", "llama-mha", "llama3-rope", "llama-yarn")),
+    _exported("llama", "Llama 1-3, SmolLM, SmolLM2, TinyLlama, Yi", "RoPE; linear, llama3, YaRN, dynamic NTK",
+              also=("llama-tied", "llama-mha", "llama3-rope", "llama-linear-rope", "llama-yarn")),
     _exported("mistral", "Mistral 7B, Ministral", "RoPE", SLIDING),
-    _exported("qwen2", "Qwen2, Qwen2.5", "RoPE; linear", SLIDING),
+    _exported("qwen2", "Qwen2, Qwen2.5", "RoPE", SLIDING),
     _exported("qwen3", "Qwen3", "RoPE", SLIDING, "norms on queries and keys"),
     _exported("phi", "Phi-1.5, Phi-2", "RoPE, partial"),
     _exported("phi3", "Phi-3, Phi-3.5, Phi-4", "RoPE, partial in Phi-4-mini; longrope", SLIDING,
