@@ -20,6 +20,7 @@ from sinkexport.config import ExportConfig
 from sinkexport.model.attention import stream_angles
 from sinkexport.model.decoder import refuse_arguments
 from sinkexport.model.interface import intercept_attention
+from sinkexport.model.recurrent import recurrent_cache
 from sinkexport.model.rope import (
     AttentionShape,
     ModelRotary,
@@ -75,6 +76,7 @@ class ChunkedStream:
         self._rings = tuple(config.ring(own_window) for own_window in shape.own_windows)  # by layer
         self._rotary = rotary
         self._kept: dict[int, _Kept] = {}  # by layer
+        self._recurrent = recurrent_cache(model)  # of the layers without softmax attention
         self._position = 0  # of the chunk's first token
         # Of the chunk that runs, the same in all layers of one geometry or table of frequencies.
         self._entries: dict[Ring, Entries] = {}
@@ -99,7 +101,9 @@ class ChunkedStream:
         }
         with torch.no_grad():
             # Positions reach nothing but the rotary embedding, which is replaced.
-            output = self._model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
+            output = self._model(
+                input_ids=ids, position_ids=torch.zeros_like(ids), past_key_values=self._recurrent, use_cache=False
+            )
         self._position += num_tokens
         logits: torch.Tensor = output.logits
         return logits
@@ -107,6 +111,7 @@ class ChunkedStream:
     def reset(self) -> None:
         """Forget all tokens."""
         self._kept.clear()
+        self._recurrent = recurrent_cache(self._model)
         self._position = 0
 
     def attend(

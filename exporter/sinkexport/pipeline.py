@@ -34,6 +34,7 @@ from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
 from sinkexport.progress import Report, silent
 from sinkexport.quant.plan import RecipePlan
 from sinkexport.quant.recipe import load_recipe
+from sinkexport.sink_token import with_sink_token
 from sinkexport.sources import LoadedModel, load_model, refuse_architecture
 
 PRODUCERS = ("sinkexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
@@ -77,6 +78,10 @@ def export_loaded(
     Raises: UsageError.
     """
     model, out = loaded.model, Path(out)
+    if config.sink_token is not None:
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        tokenizer = with_sink_token(loaded.tokenizer, config.sink_token, vocab_size)
+        loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
     config = _resolved(_with_pinned_system(loaded.tokenizer, config), model.config.get_text_config().model_type)
     _check_model(model, config)
     _check_calibration(model, config)
@@ -84,12 +89,13 @@ def export_loaded(
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
         report("probe", 0, 1)
         shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
-        rings = [config.ring(own_window) for own_window in shape.own_windows]
+        config = _without_chunks(config) if shape.recurrent else config
+        rings = [config.ring(own) for layer, own in enumerate(shape.own_windows) if layer not in shape.recurrent]
         _check_rings(config, rings)
         if config.has_plugins:
             refuse_geometry(shape.head_dim, config.batch, max(ring.capacity for ring in rings))
             refuse_extras(alibi=shape.alibi_slopes is not None, sink_logits=shape.has_sink_logits,
-                          experts=has_experts(model))  # fmt: skip
+                          experts=has_experts(model), linear=bool(shape.recurrent))  # fmt: skip
         report("decode", 0, 1)
         built = _build(loaded, config, shape, rotary, "decode", config.batch, 1)
         graphs = {"decode": built.spec("decode.onnx")}
@@ -216,6 +222,18 @@ def _check_model(model: Any, config: ExportConfig) -> None:
         if not bool(torch.isfinite(parameter).all()):
             raise UsageError(problem(f"weights '{name}'", received="NaN or Inf", expected="finite numbers",
                                      fix="check the model, or use --dtype fp32 if it overflows fp16"))  # fmt: skip
+
+
+def _without_chunks(config: ExportConfig) -> ExportConfig:
+    """The config for a model with linear attention, whose states every run of the graph moves on.
+
+    Raises: UsageError for what needs a run that leaves a stream alone: idle streams, and chunks that are not full.
+    """
+    for option, value in (("--batch", config.batch), ("--chunk", config.chunk_size or 1)):
+        if value != 1:
+            raise UsageError(problem(option, received=value, fix=f"use {option} 1",
+                                     expected="1 for a model with layers of linear attention"))  # fmt: skip
+    return dataclasses.replace(config, chunk_size=1)
 
 
 def _check_rings(config: ExportConfig, rings: Sequence[Ring]) -> None:

@@ -32,6 +32,9 @@ STATE_KINDS = ("sink_k", "sink_v", "window_k", "window_v")
 SCALE_KINDS = ("window_k_scale", "window_v_scale")
 """States that an INT8 window has besides: what its entries are to be multiplied by."""
 
+RECURRENT_KINDS = ("conv", "recurrent")
+"""States of a layer with linear attention instead of a cache."""
+
 TARGETS = ("onnx", "tensorrt")
 PLUGIN_ABI = "1"
 """Of the TensorRT plugins whose nodes this version writes: their names, inputs, outputs and fields."""
@@ -68,7 +71,8 @@ class StateSpec:
 
     kind: ``sink_k | sink_v`` of shape [B, Hkv, S, D], ``window_k | window_v`` of shape [B, Hkv, W, D], or, where the
     window is int8, ``window_k_scale | window_v_scale`` of shape [B, Hkv, W]: one for each head and token. A layer whose
-    own sliding window is smaller than S + W has that window for W, and no sinks.
+    own sliding window is smaller than S + W has that window for W, and no sinks. ``conv | recurrent``, of any shape
+    [B, ..]: those of linear attention. All states are zero where a stream begins.
     """
 
     layer: int
@@ -80,7 +84,7 @@ class StateSpec:
 
     def __post_init__(self) -> None:
         _check(self.layer >= 0, "state layer", self.layer, ">= 0")
-        kinds = (*STATE_KINDS, *SCALE_KINDS)
+        kinds = (*STATE_KINDS, *SCALE_KINDS, *RECURRENT_KINDS)
         _check(self.kind in kinds, "state kind", self.kind, " | ".join(kinds))
         _check(self.input != self.output, "state output name", self.output, "a name other than the input's")
         TensorSpec(self.input, self.shape, self.dtype)

@@ -134,7 +134,8 @@ def _show_bundle(bundle: Path, manifest: Manifest) -> None:
                    f"of {model.head_dim}"),
         ("vocabulary", f"{model.vocab_size} tokens; end of text: {_listed(model.eos_token_ids)}"),
         ("positions", f"{model.position_scheme}; up to {stream.position_limit:.1e} tokens"),
-        ("cache", f"{stream.num_sink_tokens} sinks + window of {stream.window_size} = {stream.capacity} tokens"),
+        ("cache", f"{stream.num_sink_tokens} sinks + window of {stream.window_size} = {stream.capacity} tokens"
+                  + _own_windows(manifest)),
         ("streams", f"{stream.batch}"),
         ("target", manifest.target + (f", plugin {manifest.plugin_abi}" if manifest.plugin_abi else "")),
         *((f"{role} engine", f"{engine.file}, {engine.flavour} {engine.version}, {engine.gpu or 'any GPU it supports'}")
@@ -155,6 +156,14 @@ def _show_bundle(bundle: Path, manifest: Manifest) -> None:
         console.print()
 
 
+def _own_windows(manifest: Manifest) -> str:
+    """Of the layers that keep a sliding window of their own instead of sinks and window."""
+    keep_sinks = {state.layer for state in manifest.states if state.kind == "sink_k"}
+    windows = [s.shape[2] for s in manifest.states if s.kind == "window_k" and s.layer not in keep_sinks]
+    own = [size for size in windows if manifest.stream.num_sink_tokens or size != manifest.stream.window_size]
+    return f"; {len(own)} layers with a window of their own, {_listed(tuple(sorted(set(own))))}" if own else ""
+
+
 def _quantised(facts: Quantization | None) -> str:
     if facts is None:
         return "no"
@@ -172,7 +181,8 @@ def _memory(manifest: Manifest) -> Table:
     table.add_column("MB", justify="right")
     weights = manifest.weights_dtype if manifest.quantization is None else manifest.quantization.weights
     table.add_row("weights", weights, f"{manifest.weights_bytes / MB:.1f}")
-    for label, kind in (("sink keys and values", "sink"), ("window keys and values", "window")):
+    for label, kind in (("sink keys and values", "sink"), ("window keys and values", "window"),
+                        ("convolutions", "conv"), ("recurrent states", "recurrent")):  # fmt: skip
         states = [state for state in manifest.states if state.kind.startswith(kind)]
         if states:
             dtypes = _listed(sorted({state.dtype for state in states}))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sinkrt.contract import SCALE_KINDS, STATE_KINDS
+from sinkrt.contract import RECURRENT_KINDS, SCALE_KINDS, STATE_KINDS
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
@@ -22,6 +22,7 @@ from sinkexport.model.experts import static_experts
 from sinkexport.model.fold_rotation import fold_rotation
 from sinkexport.model.int8_rows import SCALE_DTYPE
 from sinkexport.model.interface import intercept_attention
+from sinkexport.model.recurrent import StepCache
 from sinkexport.model.rope import (
     AttentionShape,
     ModelRotary,
@@ -71,6 +72,8 @@ class StreamStep(torch.nn.Module):
 
     def state_kinds(self, layer: int) -> tuple[str, ...]:
         """State tensors of a layer, in the order in which `states` holds them."""
+        if layer in self.shape.recurrent:
+            return RECURRENT_KINDS
         kinds = STATE_KINDS if self.rings[layer].num_sink_tokens else STATE_KINDS[2:]
         return (*kinds, *SCALE_KINDS) if self.config.has_int8_window else kinds
 
@@ -80,14 +83,18 @@ class StreamStep(torch.nn.Module):
         return [(layer, kind) for layer in range(self.shape.num_layers) for kind in self.state_kinds(layer)]
 
     def empty_state(self, layer: int, kind: str) -> torch.Tensor:
-        """One state tensor before the first token: [B, Hkv, S or W, D], or [B, Hkv, W] if it holds scales."""
+        """One state tensor before the first token: [B, Hkv, S or W, D], [B, Hkv, W] if it holds scales, or [B, ..]."""
+        model_dtype = next(self.model.parameters()).dtype
+        if kind in RECURRENT_KINDS:
+            dtype = model_dtype if kind == "conv" else torch.float32
+            return torch.zeros(self.batch, *self.shape.recurrent[layer][kind], dtype=dtype)
         ring = self.rings[layer]
         length = ring.num_sink_tokens if kind.startswith("sink") else ring.window_size
         rows = (self.batch, self.shape.num_kv_heads, length)
         if kind in SCALE_KINDS:
             return torch.zeros(rows, dtype=SCALE_DTYPE)
         is_int8 = self.config.has_int8_window and kind.startswith("window")
-        dtype = torch.int8 if is_int8 else next(self.model.parameters()).dtype
+        dtype = torch.int8 if is_int8 else model_dtype
         return torch.zeros(*rows, self.shape.head_dim, dtype=dtype)
 
     def forward(
@@ -105,7 +112,9 @@ class StreamStep(torch.nn.Module):
         ):
             # position_ids reach the model only so that `_refuse_other_uses_of_position` can see who reads them.
             positions = position[:, None] + torch.arange(self.num_tokens)  # [B, T]
-            output = self.model(input_ids=ids, position_ids=positions, use_cache=False)
+            output = self.model(
+                input_ids=ids, position_ids=positions, past_key_values=step.recurrent, use_cache=False
+            )
         logits = output.logits if output.logits.shape[1] == 1 else _last_token(output.logits, num_valid)
         return logits[:, 0].to(torch.float32), step.next_states
 
@@ -127,10 +136,15 @@ class _Step:
         for (layer, kind), state in zip(stream.states, states, strict=True):
             self._states[layer][kind] = state
         self._next: list[list[torch.Tensor] | None] = [None] * len(self._states)
+        layers = stream.shape.recurrent
+        self.recurrent = StepCache({layer: self._states[layer] for layer in layers}) if layers else None
         self._angles: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def next_states(self) -> list[torch.Tensor]:
+        if self.recurrent is not None:
+            for layer, after in self.recurrent.after.items():
+                self._next[layer] = [after[kind] for kind in RECURRENT_KINDS]
         if any(layer is None for layer in self._next):
             raise RuntimeError("an attention layer did not run; the probe should have refused this model")
         return [state for layer in self._next if layer is not None for state in layer]
@@ -237,6 +251,8 @@ def trace(stream: StreamStep) -> torch.export.ExportedProgram:
     identity = identity_rotary(stream.rotary, stream.batch, stream.num_tokens, dtype)
     with torch.no_grad(), replaced_rotary(stream.model, identity):
         program = torch.export.export(stream, (ids, position, states, *num_valid), strict=False)
+    if stream.shape.recurrent:  # transformers writes into these states and into results: give each value one writer
+        program = program.run_decompositions({})
     fold_rotation(program)
     _refuse_other_uses_of_position(program)
     return program
