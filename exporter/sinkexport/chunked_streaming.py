@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,11 +37,16 @@ CosSin = tuple[torch.Tensor, torch.Tensor]
 
 @contextlib.contextmanager
 def chunked_streaming(
-    model: Any, num_sink_tokens: int, window_size: int, kv: str = "fp"
+    model: Any,
+    num_sink_tokens: int,
+    window_size: int,
+    kv: str = "fp",
+    first_token_scale: Sequence[Sequence[float]] | None = None,
 ) -> Iterator[ChunkedStream]:
     """Make `model` stream with S = num_sink_tokens >= 0 and W = window_size >= 1 for the length of a context.
 
     kv: ``fp``, or ``int8``: the window's keys and values are rounded to INT8 as they come, those of sinks are not.
+    first_token_scale: [L][Hq], factors on the attention weight of token 0 (ZeroTuning, arXiv:2505.11739); needs S >= 1.
 
     The model, in evaluation mode, is changed inside and left as it was, also after an exception.
 
@@ -52,7 +57,7 @@ def chunked_streaming(
         raise UsageError(problem("sinks + window", received=f"{config.capacity} tokens", expected=limit,
                                  fix="use a smaller window"))  # fmt: skip
     _, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers)
-    stream = ChunkedStream(model, config, rotary)
+    stream = ChunkedStream(model, config, rotary, first_token_scale)
     name, _ = find_rotary(model)
     ones = lay_out(torch.ones(1, 1, rotary.frequency.numel(), dtype=next(model.parameters()).dtype), rotary.cos_layout)
     identity = HandedOutRotary(ones, torch.zeros_like(ones))  # x * 1 + rotate_half(x) * 0 is x exactly
@@ -76,10 +81,17 @@ class _Kept:
 class ChunkedStream:
     """The streams of one `chunked_streaming` context: B of them, in step, B being that of the first ids."""
 
-    def __init__(self, model: Any, config: ExportConfig, rotary: ModelRotary) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: ExportConfig,
+        rotary: ModelRotary,
+        first_token_scale: Sequence[Sequence[float]] | None = None,
+    ) -> None:
         self._model = model
         self._config = config
         self._rotary = rotary
+        self._scale = None if first_token_scale is None else torch.tensor(first_token_scale).log()  # [L, Hq]
         self._kept: dict[int, _Kept] = {}  # by layer
         self._position = 0  # of the chunk's first token
         # Of the chunk that runs, the same in all layers: [T, sinks + window tokens], True where a token is seen.
@@ -140,6 +152,8 @@ class ChunkedStream:
         )  # [B, Hq, T, n]
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
+        if self._scale is not None:
+            logits[..., 0] += self._scale[layer][:, None].to(logits.dtype)  # the first of the sinks is token 0
         weights = logits.float().masked_fill_(~self._sees, float("-inf")).softmax(dim=-1).to(v.dtype)
         out = _weighted(weights, torch.cat((seen.sink_v, seen.window_v), dim=2))  # [B, Hq, T, D]
         self._keep(layer, seen)

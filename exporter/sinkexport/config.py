@@ -12,6 +12,7 @@ from sinkrt.errors import UsageError, problem
 if TYPE_CHECKING:
     from sinkexport.quant.ranges import Ranges
     from sinkexport.quant.recipe import Recipe
+    from sinkexport.sink_tuning import SinkTuningFile
 
 WEIGHT_DTYPES: Mapping[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
 """Command-line spelling -> dtype name of the manifest."""
@@ -41,6 +42,7 @@ class ExportConfig:
     recipe: how to quantise; None: not at all. calibration: what a recipe with static ranges or smoothing needs.
     kv: ``fp | int8``, the window's keys and values: INT8 with a scale for each key head and token. Sinks always stay in
     `dtype`. None: as the recipe says, or ``fp``.
+    sink_tuning: factors on the attention to token 0 (docs/sink_tuning.md); None: attention is the model's own.
 
     Raises: UsageError.
     """
@@ -56,6 +58,7 @@ class ExportConfig:
     calibration: Ranges | None = None
     kv: str | None = None
     native: bool = False
+    sink_tuning: SinkTuningFile | None = None
 
     def __post_init__(self) -> None:
         for name, option, low in (
@@ -90,6 +93,8 @@ class ExportConfig:
                                      fix="leave --calibration out or change --recipe"))
         if self.has_int8_window:
             self._check_int8_window()
+        if self.sink_tuning is not None:
+            self._check_sink_tuning()
         if self.num_tokens_per_chunk > self.window_size:
             raise UsageError(problem("chunk_size", received=self.chunk_size, expected=f"at most W = {self.window_size}",
                                      fix="lower --chunk or raise --window"))
@@ -102,6 +107,15 @@ class ExportConfig:
             raise UsageError(problem(f"recipe '{recipe.name}'", received="no calibration",
                                      expected="ranges of this model's activations",
                                      fix="run 'sinkexport calibrate' and pass its file as --calibration"))
+
+    def _check_sink_tuning(self) -> None:
+        if self.num_sink_tokens < 1:
+            raise UsageError(problem("--sink-tuning", received="0 sinks", expected="at least 1: token 0 must stay",
+                                     fix="raise --sink-tokens"))
+        if self.has_plugins:
+            raise UsageError(problem("--sink-tuning", received="target tensorrt with the plugin",
+                                     expected="standard operators: the plugin has no input for such factors",
+                                     fix="add --native, or use --target onnx"))
 
     def _check_int8_window(self) -> None:
         if self.native:

@@ -136,7 +136,10 @@ def _alternatives(model: Any, ids: Ids, manifest: Manifest, dense_tokens: int, b
     config = model.config.get_text_config()
     limit = min(dense_tokens, getattr(config, "max_position_embeddings", None) or dense_tokens)
     return [
-        contenders.sinks_and_window(model, ids, stream.num_sink_tokens, stream.window_size, name="sinks + window"),
+        contenders.sinks_and_window(
+            model, ids, stream.num_sink_tokens, stream.window_size, name="sinks + window",
+            first_token_scale=None if manifest.sink_tuning is None else manifest.sink_tuning.first_token_scale,
+        ),
         contenders.sinks_and_window(model, ids, 0, stream.capacity, name="window only"),
         contenders.recomputation(model, ids, stream.capacity, block),
         contenders.dense(model, ids, limit),

@@ -84,6 +84,8 @@ def export_loaded(
         shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers)
         if config.has_plugins:
             refuse_geometry(shape.head_dim, config.batch, config.capacity)
+        if config.sink_tuning is not None:
+            config.sink_tuning.check_model(type(model).__name__, shape.num_layers, shape.num_q_heads)
         report("decode", 0, 1)
         built = _build(loaded, config, shape, rotary, "decode", config.batch, 1)
         graphs = {"decode": built.spec("decode.onnx")}
@@ -111,6 +113,7 @@ def export_loaded(
             producer=_producers(),
             quantization=_quantization(config),
             plugin_abi=PLUGIN_ABI if config.has_plugins else None,
+            sink_tuning=None if config.sink_tuning is None else config.sink_tuning.facts,
         )
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     report("done", 1, 1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,16 +30,22 @@ PROBE_POSITION = 5
 
 @contextlib.contextmanager
 def streaming_reference(
-    model: Any, num_sink_tokens: int, window_size: int, *, observer: Observer | None = None
+    model: Any,
+    num_sink_tokens: int,
+    window_size: int,
+    *,
+    observer: Observer | None = None,
+    first_token_scale: Sequence[Sequence[float]] | None = None,
 ) -> Iterator[StreamingReference]:
     """Make `model` stream with S = num_sink_tokens >= 0 and W = window_size >= 1 for the length of a context.
 
+    first_token_scale: [L][Hq], factors on the attention weight of token 0 (ZeroTuning, arXiv:2505.11739); needs S >= 1.
     The model is changed inside and left exactly as it was, also after an exception.
 
     Raises: UsageError if the model does not use transformers' attention interface, or its rotation or its layers
         are not what this reference can follow.
     """
-    reference = StreamingReference(model, num_sink_tokens, window_size, observer)
+    reference = StreamingReference(model, num_sink_tokens, window_size, observer, first_token_scale)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -54,7 +60,14 @@ def streaming_reference(
 class StreamingReference:
     """The streams of one `streaming_reference` context: B of them, in step, B being that of the first ids."""
 
-    def __init__(self, model: Any, num_sink_tokens: int, window_size: int, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        num_sink_tokens: int,
+        window_size: int,
+        observer: Observer | None = None,
+        first_token_scale: Sequence[Sequence[float]] | None = None,
+    ) -> None:
         if num_sink_tokens < 0 or window_size < 1:
             raise UsageError(
                 problem(
@@ -68,6 +81,7 @@ class StreamingReference:
         self._num_sink_tokens = num_sink_tokens
         self._capacity = num_sink_tokens + window_size
         self._observer = observer
+        self._first_token_scale = first_token_scale
         self._rotary_parent, self._rotary = _find_rotary(model)
         self._rotates: dict[torch.nn.Module, bool] = {}  # by attention module; some layers have no positions
         self._cached: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}  # k, v [B, Hkv, n, D], unrotated
@@ -102,12 +116,21 @@ class StreamingReference:
             query = _rotated(module, q, cos[:, -1:], sin[:, -1:])
             keys = _rotated(module, keys, cos, sin)
         # The family's own plain attention knows its groups, softcap and whatever else it passes along.
-        out: torch.Tensor = _own_function(module, "eager_attention_forward")(
-            module, query, keys, values, None, **arguments
+        out: torch.Tensor = own_function(module, "eager_attention_forward")(
+            module, query, keys, values, self._mask(module, keys), **arguments
         )[0]
         if self._observer is not None:
             self._observer(module, q, k, v, out)
         return out, None
+
+    def _mask(self, module: Any, keys: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the logits, [1, Hq, 1, n]: token 0 is the oldest in the cache. None: nothing."""
+        if self._first_token_scale is None:
+            return None
+        factors = torch.tensor(self._first_token_scale[int(module.layer_idx)], dtype=torch.float64)
+        mask = torch.zeros(1, factors.numel(), 1, keys.shape[2], dtype=torch.float64)
+        mask[0, :, 0, 0] = factors.log()
+        return mask.to(keys.dtype)
 
     def learn_rotation(self) -> None:
         """Find the layers that rotate, and make sure that this file rotates as the model does.
@@ -208,12 +231,12 @@ def _rotated(module: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: t
     """
     rotary_dim = cos.shape[-1]
     turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-    apply = _own_function(module, "apply_rotary_pos_emb")
+    apply = own_function(module, "apply_rotary_pos_emb")
     _, turned = apply(turned[:, :0], turned, cos, sin)  # takes queries and keys: no queries here
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
-def _own_function(module: torch.nn.Module, name: str) -> Callable[..., Any]:
+def own_function(module: torch.nn.Module, name: str) -> Callable[..., Any]:
     """A function of the source file in which the module's class is."""
     source = sys.modules[type(module).__module__]
     function: Callable[..., Any] | None = getattr(source, name, None)

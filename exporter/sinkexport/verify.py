@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from sinkexport.machine import torch_threads
 from sinkexport.progress import Report, silent
 from sinkexport.reference import streaming_reference
 from sinkexport.sources import LoadedModel, load_model
+from sinkexport.tuned_attention import first_token_scaled
 
 DEFAULT_WRAPS = 6
 DEFAULT_DENSE_TOKENS = 256
@@ -155,11 +156,14 @@ def compare(
     """
     stream, num_tokens = manifest.stream, ids.shape[1]
     ends = piece_ends(num_tokens, stream.capacity)
-    dense_logits = _dense_logits(model, ids[:, : min(dense_tokens, stream.capacity)], report)  # [B, n, vocab]
+    scale = None if manifest.sink_tuning is None else manifest.sink_tuning.first_token_scale
+    dense_logits = _dense_logits(model, ids[:, : min(dense_tokens, stream.capacity)], scale, report)  # [B, n, vocab]
     dense, streaming = Tally("dense", tolerance), Tally("streaming", tolerance)
     at_ends: dict[int, Logits] = {}
     with (
-        streaming_reference(model, stream.num_sink_tokens, stream.window_size) as reference,
+        streaming_reference(
+            model, stream.num_sink_tokens, stream.window_size, first_token_scale=scale
+        ) as reference,
         torch_threads(_half_of_the_cores()),
         contextlib.closing(_steps_ahead(session, ids)) as steps,
     ):
@@ -200,10 +204,11 @@ def _half_of_the_cores() -> int:
     return max(1, torch.get_num_threads() // 2)
 
 
-def _dense_logits(model: Any, ids: Ids, report: Report) -> Logits:
-    """The model's own logits [B, n, vocab], with its default attention and no cache."""
+def _dense_logits(model: Any, ids: Ids, scale: Sequence[Sequence[float]] | None, report: Report) -> Logits:
+    """The model's own logits [B, n, vocab], with its default attention and no cache; scale: of a bundle's tuning."""
     report("dense", 0, 1)
-    with torch.no_grad():
+    tuned = contextlib.nullcontext() if scale is None else first_token_scaled(model, torch.tensor(scale))
+    with torch.no_grad(), tuned:
         logits: Logits = model(input_ids=torch.from_numpy(ids), use_cache=False).logits.float().numpy()
     report("dense", 1, 1)
     return logits

@@ -228,7 +228,8 @@ def _reference(
     loaded = load_model(against, "float32") if isinstance(against, str) else against
     check_same_model(manifest, loaded.model)
     contender = contenders.sinks_and_window(
-        loaded.model, ids, stream.num_sink_tokens, stream.window_size, name="reference", chunk_tokens=BLOCK_TOKENS
+        loaded.model, ids, stream.num_sink_tokens, stream.window_size, name="reference", chunk_tokens=BLOCK_TOKENS,
+        first_token_scale=None if manifest.sink_tuning is None else manifest.sink_tuning.first_token_scale,
     )
     yield dataclasses.replace(contender, note=f"{loaded.name} in torch, float32")
 
@@ -253,7 +254,9 @@ def check_same_bundle(manifest: Manifest, other: Manifest) -> None:
         ("positions", ours.position_scheme, theirs.position_scheme),
         ("sinks", manifest.stream.num_sink_tokens, other.stream.num_sink_tokens),
         ("window", manifest.stream.window_size, other.stream.window_size),
+        ("sink tuning", *(None if m.sink_tuning is None else m.sink_tuning.sha256[:16] for m in (manifest, other))),
     ):
         if mine != found:
             raise UsageError(problem(f"--against: {what}", received=found, expected=f"{mine}, as in the bundle",
-                                     fix="export the same model with the same --sink-tokens and --window"))  # fmt: skip
+                                     fix="export the same model with the same --sink-tokens, --window and "
+                                         "--sink-tuning"))  # fmt: skip

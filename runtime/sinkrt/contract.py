@@ -23,8 +23,9 @@ from typing import Any, TypeVar
 
 from sinkrt.errors import BundleError, problem
 
-SCHEMA_VERSION = 3
-"""2: `quantization` and the scales of an INT8 window. 3: `plugin_abi` and `engines`. Older ones are read as well."""
+SCHEMA_VERSION = 4
+"""2: `quantization` and the scales of an INT8 window. 3: `plugin_abi` and `engines`. 4: `sink_tuning`. Older ones are
+read as well."""
 
 MANIFEST_NAME = "manifest.json"
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1}
@@ -213,6 +214,24 @@ class Quantization:
 
 
 @dataclasses.dataclass(frozen=True)
+class SinkTuning:
+    """How attention to sinks was changed, without training. It is in the graphs: a runtime does nothing about it.
+
+    sha256: of the file that was given to the export (hex).
+    first_token_scale: [L][Hq] > 0, factors on the attention weight of token 0 before it is normalised again
+    (ZeroTuning, arXiv:2505.11739).
+    """
+
+    sha256: str
+    first_token_scale: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        FileFacts(0, self.sha256)
+        smallest = min((factor for layer in self.first_token_scale for factor in layer), default=0.0)
+        _check(smallest > 0, "sink_tuning.first_token_scale", smallest, "> 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineFacts:
     """An engine that 'sinkexport build' made of one graph: what runs nowhere but where it fits (`sinkrt.engines`).
 
@@ -253,6 +272,7 @@ class Manifest:
     plugin_abi: of the TensorRT plugins that the graphs have nodes of; None: standard operators only. With plugins
     `position` is int32 [B, 2], t >> 16 and t & 0xffff, and `ids` and `num_valid` are int32.
     engines: by the role of their graph; None: none were built. They are not in `files`.
+    sink_tuning: None: attention is the model's own.
     """
 
     schema_version: int
@@ -268,8 +288,13 @@ class Manifest:
     quantization: Quantization | None = None
     plugin_abi: str | None = None
     engines: Mapping[str, EngineFacts] | None = None
+    sink_tuning: SinkTuning | None = None
 
     def __post_init__(self) -> None:
+        if self.sink_tuning is not None:
+            found = (len(self.sink_tuning.first_token_scale), *{len(x) for x in self.sink_tuning.first_token_scale})
+            wanted = (self.model.num_layers, self.model.num_q_heads)
+            _check(found == wanted, "sink_tuning.first_token_scale", found, f"{wanted}: layers, query heads")
         for role in self.engines or ():
             _check(role in self.graphs, "engines", role, "the role of a graph")
         _check(self.target in TARGETS, "target", self.target, " | ".join(TARGETS))
@@ -292,14 +317,16 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the model's weights and the cache's geometry: what a saved state depends on.
+        """SHA-256 over the model's weights, the cache's geometry and its tuning: what a saved state depends on.
 
         What does not change the meaning of a state (tokenizer, graphs, engines, the size of a chunk) is left out,
         so that a state survives a rebuilt engine.
         """
         geometry = {name: value for name, value in dataclasses.asdict(self.stream).items() if name != "chunk_size"}
         weights = {path: f.sha256 for path, f in self.files.items() if path.startswith("weights")}
-        facts = [dataclasses.asdict(self.model), geometry, self.weights_dtype, weights]
+        facts: list[Any] = [dataclasses.asdict(self.model), geometry, self.weights_dtype, weights]
+        if self.sink_tuning is not None:  # later tokens were computed under it
+            facts.append(dataclasses.asdict(self.sink_tuning))
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:

@@ -67,6 +67,7 @@ def sink_attention(
     interleaved: bool,
     window_k_scale: torch.Tensor | None = None,
     window_v_scale: torch.Tensor | None = None,
+    sink_scale: torch.Tensor | None = None,
 ) -> SevenTensors:
     """T tokens of attention over sinks and window, as if they came one by one (StreamingLLM, arXiv:2309.17453).
 
@@ -79,6 +80,8 @@ def sink_attention(
     shift_cos, shift_sin: [B, T, R/2], of ``max(0, t - (C - 1))`` tokens: the query is turned back by it for the
     sinks, whose distance stops growing once the cache is full (None: no sinks or no positions).
     softcap: 0 for none, else logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv:2408.00118).
+    sink_scale: float32 [Hq] > 0, factor on the weight of token 0 before weights are normalised: its logarithm is added
+    to the logit, after the softcap (ZeroTuning, arXiv:2505.11739). None: no factors. Needs a sink.
     Returns: attention output [B, Hq, T, D] and the six states afterwards, those that are absent without elements.
     """
     absent = q.new_zeros(*window_k.shape[:2], 0, window_k.shape[3])
@@ -100,7 +103,7 @@ def sink_attention(
     for i in range(q.shape[2]):
         this, this_for_sinks, this_k, this_v = (x[:, :, i : i + 1] for x in (q, q_sink, k, v))
         updated = _written(states, this_k, this_v, position + i)
-        outputs.append(_attended(this, this_for_sinks, updated, position + i, scale, softcap))
+        outputs.append(_attended(this, this_for_sinks, updated, position + i, scale, softcap, sink_scale))
         if num_valid is not None:
             counts = i < num_valid  # [B]
             updated = tuple(
@@ -134,7 +137,13 @@ def _written(states: States, k: torch.Tensor, v: torch.Tensor, position: torch.T
 
 
 def _attended(
-    q: torch.Tensor, q_sink: torch.Tensor, states: States, position: torch.Tensor, scale: float, softcap: float
+    q: torch.Tensor,
+    q_sink: torch.Tensor,
+    states: States,
+    position: torch.Tensor,
+    scale: float,
+    softcap: float,
+    sink_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of one token that is written already. q, q_sink: [B, Hq, 1, D] -> [B, Hq, 1, D]."""
     sink_k, sink_v, window_k, window_v, k_scale, v_scale = states
@@ -149,6 +158,9 @@ def _attended(
     logits = torch.cat((q_sink @ heads(sink_k).mT, q @ heads(window_k).mT), dim=-1) * scale  # [B, Hq, 1, C]
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
+    if sink_scale is not None:
+        factor = sink_scale.log().to(logits.dtype)[:, None]  # [Hq, 1]
+        logits = torch.cat((logits[..., :1] + factor[..., None], logits[..., 1:]), dim=-1)
     # Sink j is there from t = j on, slot i from t = S + i on: entry n of sinks-then-slots from t = n on.
     is_there = torch.arange(num_sinks + window_size) <= position[:, None]  # [B, C]
     weights = logits.masked_fill(~is_there[:, None, None, :], float("-inf")).softmax(dim=-1)
@@ -173,6 +185,7 @@ def _(
     interleaved: bool,
     window_k_scale: torch.Tensor | None = None,
     window_v_scale: torch.Tensor | None = None,
+    sink_scale: torch.Tensor | None = None,
 ) -> SevenTensors:
     none = q.new_empty(q.shape[0], window_k.shape[1], 0, q.shape[3])
     sinks = [none.clone() if s is None else torch.empty_like(s) for s in (sink_k, sink_v)]

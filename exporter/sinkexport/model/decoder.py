@@ -63,12 +63,20 @@ class StreamStep(torch.nn.Module):
         self.batch = batch
         self.num_tokens = num_tokens
         self.register_buffer("frequency", rotary.frequency, persistent=False)
+        tuning = config.sink_tuning
+        for layer, factors in enumerate(() if tuning is None else tuning.first_token_scale):
+            if set(factors) != {1.0}:  # a layer without any stays as it is, to the byte
+                self.register_buffer(f"sink_scale_{layer}", torch.tensor(factors), persistent=False)
 
     @property
     def state_kinds(self) -> tuple[str, ...]:
         """State tensors of a layer, in the order in which `states` holds them."""
         kinds = STATE_KINDS if self.config.num_sink_tokens else STATE_KINDS[2:]
         return (*kinds, *SCALE_KINDS) if self.config.has_int8_window else kinds
+
+    def sink_scale(self, layer: int) -> torch.Tensor | None:
+        """float32 [Hq], or None if the layer attends to its sinks as the model does."""
+        return dict(self.named_buffers(recurse=False)).get(f"sink_scale_{layer}")
 
     def empty_state(self, kind: str) -> torch.Tensor:
         """One state tensor before the first token: [B, Hkv, S or W, D], or [B, Hkv, W] if it holds scales."""
@@ -149,7 +157,7 @@ class _Step:
             q, k, v, *(states.get(kind) for kind in STATE_KINDS), self._position,
             *(shift if config.num_sink_tokens else (None, None)), self._num_valid,
             float(scaling if scaling is not None else q.shape[-1] ** -0.5), float(softcap or 0.0), spec.interleaved,
-            *(states.get(kind) for kind in SCALE_KINDS),
+            *(states.get(kind) for kind in SCALE_KINDS), self._stream.sink_scale(layer),
         )  # fmt: skip
         after = dict(zip((*STATE_KINDS, *SCALE_KINDS), updated, strict=True))
         self._next[layer] = [after[kind] for kind in kinds]

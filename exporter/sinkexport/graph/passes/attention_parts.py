@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape, replace_node
+from sinkexport.graph.edit import constant, known_shape, replace_node
 
 
 class PerRun:
@@ -73,6 +74,28 @@ class AttentionParts:
         mode: ``linear``, or ``circular`` if rows may run past the end.
         """
         return self.b.op("TensorScatter", [state, rows, slot], known_shape(state), mode=mode, axis=2)
+
+    def with_sink_scale(self, logits: list[ir.Value], axes: Sequence[int]) -> list[ir.Value]:
+        """Parts of the logits, sinks first, capped and with the logarithm of `sink_scale` added to that of token 0.
+
+        Without factors they come back as they are, to be capped when they are joined. axes: shape of the sinks' logits
+        with 1 for what has no part in it; its product is Hkv * G * S, in this order.
+        """
+        scale = optional(self.node, 13)
+        if scale is None:
+            return logits
+        if scale.const_value is None or not self.num_sinks:
+            raise ValueError(f"'{self.node.name}': sink_scale must be constant, and there must be a sink")
+        bias = np.zeros((self.num_q_heads, self.num_sinks))
+        bias[:, 0] = np.log(scale.const_value.numpy().astype(np.float64))
+        added = constant(self.b.graph, bias.reshape(axes).astype((self.q.dtype or ir.DataType.FLOAT).numpy()), "bias")
+        sinks, *others = (self.softcapped(part) for part in logits)
+        return [self.b.op("Add", [sinks, added]), *others]
+
+    @property
+    def has_sink_scale(self) -> bool:
+        """Whether `with_sink_scale` changes and caps logits."""
+        return optional(self.node, 13) is not None
 
     def replace_node(self, out: ir.Value, sinks: Sequence[ir.Value], window: Sequence[ir.Value]) -> None:
         """Put the collected nodes in the node's place. sinks: two states or none. window: two, with scales four."""

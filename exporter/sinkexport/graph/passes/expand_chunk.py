@@ -39,8 +39,13 @@ class ChunkAttention(AttentionParts):
             b.matmul(b.reshape(query, (*heads, rows, self.head_dim)), self._transposed(keys))
             for query, keys, _ in parts
         ]  # [B, Hkv, G*T, S], [.., W] and [.., T]
-        joined = b.op("Concat", logits, (*heads, rows, entries), axis=-1)
-        joined = self.softcapped(b.reshape(joined, (*heads, self.group, self.num_tokens, entries)))
+        grouped = (*heads, self.group, self.num_tokens)
+        if self.has_sink_scale:
+            logits = [b.reshape(part, (*grouped, length)) for part, length in zip(logits, lengths, strict=True)]
+            logits = self.with_sink_scale(logits, (1, self.num_kv_heads, self.group, 1, self.num_sinks))
+        joined = b.op("Concat", logits, (*known_shape(logits[0])[:-1], entries), axis=-1)
+        joined = b.reshape(joined, (*grouped, entries))
+        joined = joined if self.has_sink_scale else self.softcapped(joined)
         weights = b.op("Softmax", [b.op("Add", [joined, self._mask()])], axis=-1)
         # The values are joined: they are fewer than the weights, which would have to be cut up otherwise.
         values = b.op("Concat", [part[2] for part in parts], (*heads, entries, self.head_dim), axis=-2)
