@@ -359,7 +359,7 @@ class Manifest:
                     fix="this bundle was made by a newer sinkexport: upgrade this runtime",
                 )
             )
-        return _build(cls, raw, "manifest")
+        return build_from_json(cls, raw, "manifest")
 
 
 def load_manifest(bundle: Path) -> Manifest:
@@ -432,7 +432,7 @@ def _check(ok: bool, what: str, received: object, expected: str) -> None:
 T = TypeVar("T")
 
 
-def _build(cls: type[T], raw: Any, where: str) -> T:
+def build_from_json(cls: type[T], raw: Any, where: str) -> T:
     """Make a dataclass of parsed JSON, strictly: no unknown key, no missing one, no wrong type."""
     if not isinstance(raw, dict):
         raise BundleError(problem(where, received=type(raw).__name__, expected="an object", fix="export again"))
@@ -467,7 +467,7 @@ def _value(hint: Any, raw: Any, where: str) -> Any:
         _check(isinstance(raw, dict), where, type(raw).__name__, "an object")
         return {key: _value(args[1], item, f"{where}.{key}") for key, item in raw.items()}
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), raw, where)
+        return build_from_json(typing.cast(type, hint), raw, where)
     if hint is float and type(raw) is int:  # JSON writes 1.0 as 1 in some tools
         return float(raw)
     ok = isinstance(raw, hint) and not (hint is int and isinstance(raw, bool))

@@ -15,6 +15,8 @@ DOMAIN = "ai.sinkexport"
 VERSION = 1
 SINK_ATTENTION = "SinkAttention"
 STREAM_ANGLES = "StreamAngles"
+BLOCK_ATTENTION = "BlockAttention"
+"""The block mode of SinkAttention: frames of video or audio (model/block_attention.py)."""
 INT8_LINEAR, INT8_ROWS = "Int8Linear", "Int8Rows"
 """Products by INT8 weights and rows of INT8 tables, of the TensorRT plugin: made by a graph pass, never traced."""
 
@@ -38,7 +40,7 @@ def _schema(
 
 @functools.cache
 def schemas() -> Mapping[str, onnx.defs.OpSchema]:
-    """Both operators by name. Inputs and attributes are explained at their torch form (model/attention.py)."""
+    """The operators by name. Inputs and attributes are explained at their torch form (model/)."""
     kinds = onnx.defs.OpSchema.AttrType
     states = [
         *(_Parameter(name, "T", "", param_option=_Option.Optional) for name in STATE_KINDS[:2]),
@@ -68,7 +70,22 @@ def schemas() -> Mapping[str, onnx.defs.OpSchema]:
         [_Parameter(name, "tensor(float)") for name in ("cos", "sin")],
         {"num_tokens": kinds.INT, "behind": kinds.INT},
     )
-    return {SINK_ATTENTION: sink_attention, STREAM_ANGLES: stream_angles}
+    block_attention = _schema(
+        BLOCK_ATTENTION,
+        [
+            *(_Parameter(name, "T") for name in ("q", "k", "v")),
+            *states,
+            _Parameter("position", "tensor(int64)"),
+            *(_Parameter(name, "T", "", param_option=_Option.Optional) for name in ("shift_cos", "shift_sin")),
+            _Parameter("oldest", "tensor(int64)"),
+        ],
+        [
+            *(_Parameter(name, "T") for name in ("out", "next_sink_k", "next_sink_v")),
+            *(_Parameter(name, "TW") for name in ("next_window_k", "next_window_v")),
+        ],
+        {"scale": kinds.FLOAT, "interleaved": kinds.INT},
+    )
+    return {SINK_ATTENTION: sink_attention, STREAM_ANGLES: stream_angles, BLOCK_ATTENTION: block_attention}
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
@@ -76,6 +93,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
     opset = onnxscript.values.Opset(DOMAIN, VERSION)
     attention = onnxscript.values.Op(opset, SINK_ATTENTION, schemas()[SINK_ATTENTION])
     angles = onnxscript.values.Op(opset, STREAM_ANGLES, schemas()[STREAM_ANGLES])
+    blocks = onnxscript.values.Op(opset, BLOCK_ATTENTION, schemas()[BLOCK_ATTENTION])
 
     def translate_attention(
         q: Any, k: Any, v: Any, sink_k: Any, sink_v: Any, window_k: Any, window_v: Any, position: Any,
@@ -91,7 +109,17 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def translate_angles(position: Any, frequency: Any, num_tokens: int, behind: int) -> Any:
         return angles(position, frequency, num_tokens=num_tokens, behind=behind)
 
+    def translate_blocks(
+        q: Any, k: Any, v: Any, sink_k: Any, sink_v: Any, window_k: Any, window_v: Any, position: Any,
+        shift_cos: Any, shift_sin: Any, oldest: Any, scale: float, interleaved: bool,
+    ) -> Any:  # fmt: skip
+        return blocks(
+            q, k, v, sink_k, sink_v, window_k, window_v, position, shift_cos, shift_sin, oldest,
+            scale=scale, interleaved=int(interleaved),
+        )  # fmt: skip
+
     return {
         torch.ops.sinkexport.sink_attention.default: translate_attention,
         torch.ops.sinkexport.stream_angles.default: translate_angles,
+        torch.ops.sinkexport.block_attention.default: translate_blocks,
     }

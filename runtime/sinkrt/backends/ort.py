@@ -41,15 +41,15 @@ class OrtBackend:
     ) -> None:
         if repack_prefill is None:
             repack_prefill = manifest.weights_bytes <= available_bytes() // 4
-        self._states = {s.input: _zeros(TensorSpec(s.input, s.shape, s.dtype)) for s in manifest.states}
+        self._states = {s.input: zeros(TensorSpec(s.input, s.shape, s.dtype)) for s in manifest.states}
         graph = manifest.graphs["decode"]
-        self._arrays = {spec.name: _zeros(spec) for spec in (*graph.inputs, *graph.outputs)}
+        self._arrays = {spec.name: zeros(spec) for spec in (*graph.inputs, *graph.outputs)}
         self._decode = _Graph(bundle, manifest, "decode", threads, repack=True)
         self._step = self._decode.bind({**self._arrays, **self._states})
         self._chunks: list[_Binding] = []  # by stream
         if prefill := manifest.graphs.get("prefill"):
             self._prefill = _Graph(bundle, manifest, "prefill", threads, repack=repack_prefill)
-            self._chunk_inputs = {spec.name: _zeros(spec) for spec in prefill.inputs}
+            self._chunk_inputs = {spec.name: zeros(spec) for spec in prefill.inputs}
             for stream in range(manifest.stream.batch):
                 rows = {"logits": self.logits, **self._states}  # the prefill graph sees one stream: a row of each
                 views = {name: array[stream : stream + 1] for name, array in rows.items()}
@@ -95,7 +95,7 @@ class _Graph:
         graph = manifest.graphs[role]
         batch = graph.inputs[0].shape[0]
         self._role, self._states, self._graph = role, manifest.states, graph
-        self._session = _open(bundle / graph.file, threads, repack=repack)
+        self._session = open_graph(bundle / graph.file, threads, repack=repack)
         shapes = {state.input: (batch, *state.shape[1:]) for state in manifest.states}
         state_inputs = [TensorSpec(s.input, shapes[s.input], s.dtype) for s in manifest.states]
         state_outputs = [TensorSpec(s.output, shapes[s.input], s.dtype) for s in manifest.states]
@@ -136,7 +136,7 @@ class _Binding:
             ) from error  # fmt: skip
 
 
-def _open(path: Path, threads: int | None, *, repack: bool) -> ort.InferenceSession:
+def open_graph(path: Path, threads: int | None, *, repack: bool = True) -> ort.InferenceSession:
     """repack: copy the weights to the layout that ONNX Runtime's products like best."""
     options = ort.SessionOptions()
     options.log_severity_level = 4  # nothing on stderr: errors are raised, and told in one line by whoever catches
@@ -169,7 +169,7 @@ def _compare(kind: str, found: list[ort.NodeArg], wanted: list[TensorSpec]) -> N
             )  # fmt: skip
 
 
-def _zeros(spec: TensorSpec) -> np.ndarray:
+def zeros(spec: TensorSpec) -> np.ndarray:
     """Aligned, and zero: slots that hold no token yet are masked, but NaN times a weight of zero would be NaN."""
     raw = np.empty(spec.nbytes + ALIGNMENT_BYTES, dtype=np.uint8)
     raw.fill(0)  # touches every page now; np.zeros would leave that to the first write

@@ -36,7 +36,7 @@ class ChunkAttention(AttentionParts):
         lengths = [known_shape(keys)[2] for _, keys, _ in parts]
         entries = sum(lengths)
         logits = [
-            b.matmul(b.reshape(query, (*heads, rows, self.head_dim)), self._transposed(keys))
+            b.matmul(b.reshape(query, (*heads, rows, self.head_dim)), self.transposed(keys))
             for query, keys, _ in parts
         ]  # [B, Hkv, G*T, S], [.., W] and [.., T]
         grouped = (*heads, self.group, self.num_tokens)
@@ -97,11 +97,6 @@ class ChunkAttention(AttentionParts):
         batch, heads, length, *row = known_shape(values)
         flat = b.reshape(values, (batch * heads * length, *row))
         return b.op("Gather", [flat, index], (batch, heads, num_rows, *row), values.dtype, axis=0)
-
-    def _transposed(self, keys: ir.Value) -> ir.Value:
-        """[B, Hkv, n, D] -> [B, Hkv, D, n]; runtimes fold it into the product that follows."""
-        batch, heads, length, head_dim = known_shape(keys)
-        return self.b.op("Transpose", [keys], (batch, heads, head_dim, length), perm=(0, 1, 3, 2))
 
     # --- what depends on positions alone ---
 
