@@ -35,6 +35,9 @@ class Weights:
     key_norm, value_norm: [L, T], Euclidean norms, mean over the key heads, over the median of the tokens from K on.
     likeness: [L, T], cosine of a token's values, all heads in one vector, with those of token 0.
     own_window: the smallest sliding window of the model's layers, or None.
+    beyond: [L, Hq, n], mean weight of all tokens but the first K that are at least `distances` [n] tokens behind the
+    query, over the queries i >= T / 2: what a head would lose with sinks and a window of that many tokens.
+    num_kv_heads: Hkv.
     """
 
     received: Array
@@ -46,6 +49,9 @@ class Weights:
     value_norm: Array
     likeness: Array
     own_window: int | None
+    beyond: Array
+    distances: tuple[int, ...]
+    num_kv_heads: int
 
 
 def attention_weights(
@@ -93,6 +99,9 @@ def attention_weights(
         value_norm=np.stack([layer.value_norm for layer in layers]),
         likeness=np.stack([layer.likeness for layer in layers]),
         own_window=min(own_windows, default=None),
+        beyond=np.stack([layer.beyond for layer in layers]),
+        distances=layers[0].distances,
+        num_kv_heads=layers[0].num_kv_heads,
     )
     if not np.isfinite(weights.received).all() or not np.isfinite(weights.value_norm).all():
         raise _refused("attention that is not a number", "finite weights")
@@ -140,6 +149,9 @@ class _Layer:
         self._size, self._half, self._num_candidates = size, size // 2, num_candidates
         self._all, self._far = (torch.zeros(heads, size, dtype=torch.float64) for _ in range(2))
         self._late = torch.zeros(heads, num_candidates, dtype=torch.float64)
+        # Powers of two that some late query has so many tokens behind it.
+        self.distances = tuple(NEAR_TOKENS << i for i in range(20) if NEAR_TOKENS << i <= size // 2)
+        self._beyond = torch.zeros(heads, len(self.distances), dtype=torch.float64)
         self._other = 0.0  # weight of tokens that are neither near nor among the first, in late queries
 
     def add(self, weights: torch.Tensor, start: int) -> None:
@@ -155,9 +167,15 @@ class _Layer:
         if start >= self._half:
             self._late += total[:, : self._num_candidates]
             self._other += float(far[:, self._num_candidates :].sum())
+            before = weights[:, :, self._num_candidates :].double().cumsum(dim=-1)  # up to each key, [Hq, n, .]
+            for i, distance in enumerate(self.distances):
+                last = torch.arange(start, stop) - distance - self._num_candidates  # the last key so far behind
+                kept = before.gather(2, last.clamp(min=0).expand(before.shape[0], -1)[..., None])[..., 0]  # [Hq, n]
+                self._beyond[:, i] += (kept * (last >= 0)).sum(dim=1)
 
     def look_at(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Norms and directions of the keys k and values v [Hkv, T, .]."""
+        self.num_kv_heads = k.shape[0]
         self.key_norm, self.value_norm = (_relative_norms(x.float(), self._num_candidates) for x in (k, v))
         flat = v.float().transpose(0, 1).flatten(1)  # [T, Hkv * Dv]
         self.likeness: Array = torch.cosine_similarity(flat, flat[:1], dim=-1).double().numpy()
@@ -183,6 +201,10 @@ class _Layer:
     @property
     def late(self) -> Array:
         return np.asarray(self._late) / (self._size - self._half)
+
+    @property
+    def beyond(self) -> Array:
+        return np.asarray(self._beyond) / (self._size - self._half)
 
     @property
     def base(self) -> float:

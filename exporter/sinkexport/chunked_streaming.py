@@ -14,21 +14,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from sinkrt.errors import UsageError, problem
+from sinkrt.ring import Ring
 
+from sinkexport.budgets import BudgetFile
 from sinkexport.config import ExportConfig
-from sinkexport.families import refusal_of_capacity
 from sinkexport.model.attention import stream_angles
 from sinkexport.model.decoder import refuse_arguments
+from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.interface import intercept_attention
 from sinkexport.model.rope import (
-    HandedOutRotary,
+    AttentionShape,
     ModelRotary,
     RotarySpec,
-    find_rotary,
-    lay_out,
+    identity_rotary,
     probe_attention,
-    replaced_module,
+    replaced_rotary,
 )
 
 CosSin = tuple[torch.Tensor, torch.Tensor]
@@ -42,26 +42,23 @@ def chunked_streaming(
     window_size: int,
     kv: str = "fp",
     first_token_scale: Sequence[Sequence[float]] | None = None,
+    budgets: BudgetFile | None = None,
 ) -> Iterator[ChunkedStream]:
     """Make `model` stream with S = num_sink_tokens >= 0 and W = window_size >= 1 for the length of a context.
 
     kv: ``fp``, or ``int8``: the window's keys and values are rounded to INT8 as they come, those of sinks are not.
     first_token_scale: [L][Hq], factors on the attention weight of token 0 (ZeroTuning, arXiv:2505.11739); needs S >= 1.
+    budgets: windows of single key heads, the longest of W; None: all keep W tokens.
 
     The model, in evaluation mode, is changed inside and left as it was, also after an exception.
 
     Raises: UsageError for a bad geometry and for a model whose attention or positions cannot be followed exactly.
     """
-    config = ExportConfig(num_sink_tokens, window_size, chunk_size=1, kv=kv)
-    if limit := refusal_of_capacity(model.config, config.capacity):
-        raise UsageError(problem("sinks + window", received=f"{config.capacity} tokens", expected=limit,
-                                 fix="use a smaller window"))  # fmt: skip
-    _, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers)
-    stream = ChunkedStream(model, config, rotary, first_token_scale)
-    name, _ = find_rotary(model)
-    ones = lay_out(torch.ones(1, 1, rotary.frequency.numel(), dtype=next(model.parameters()).dtype), rotary.cos_layout)
-    identity = HandedOutRotary(ones, torch.zeros_like(ones))  # x * 1 + rotate_half(x) * 0 is x exactly
-    with intercept_attention(model, stream.attend), replaced_module(model, name, identity):
+    config = ExportConfig(num_sink_tokens, window_size, chunk_size=1, kv=kv, budgets=budgets)
+    shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
+    stream = ChunkedStream(model, config, shape, rotary, first_token_scale)
+    identity = identity_rotary(rotary, 1, 1, next(model.parameters()).dtype)
+    with intercept_attention(model, stream.attend), replaced_rotary(model, identity):
         yield stream
 
 
@@ -85,19 +82,20 @@ class ChunkedStream:
         self,
         model: Any,
         config: ExportConfig,
+        shape: AttentionShape,
         rotary: ModelRotary,
         first_token_scale: Sequence[Sequence[float]] | None = None,
     ) -> None:
         self._model = model
         self._config = config
+        self._caches = head_caches(config, shape)
         self._rotary = rotary
         self._scale = None if first_token_scale is None else torch.tensor(first_token_scale).log()  # [L, Hq]
-        self._kept: dict[int, _Kept] = {}  # by layer
+        self._kept: dict[HeadCache, _Kept] = {}
         self._position = 0  # of the chunk's first token
-        # Of the chunk that runs, the same in all layers: [T, sinks + window tokens], True where a token is seen.
-        self._sees = torch.ones(0, 0, dtype=torch.bool)
-        self._turn: CosSin  # of each token to its stream position
-        self._shift: CosSin  # by which the query is turned back for the sinks
+        # Of the chunk that runs, the same in all layers of one geometry or table of frequencies.
+        self._entries: dict[Ring, Entries] = {}
+        self._turns: dict[tuple[str, int], CosSin] = {}
 
     @property
     def position(self) -> int:
@@ -110,11 +108,12 @@ class ChunkedStream:
         Returns: logits [B, T, vocab] after each token, in the model's dtype.
         """
         num_tokens = ids.shape[1]
-        start = torch.tensor([self._position])
-        frequency = self._rotary.frequency
-        self._turn = stream_angles(start, frequency, num_tokens, 0)
-        self._shift = stream_angles(start, frequency, num_tokens, self._config.capacity - 1)
-        self._sees = visible(self._config, self._position, num_tokens)
+        self._entries = {ring: visible(ring, self._position, num_tokens) for ring in {c.ring for c in self._caches}}
+        self._turns = {
+            (table, behind): stream_angles(torch.tensor([self._position]), content.frequency, num_tokens, behind)
+            for table, content in self._rotary.tables.items()
+            for behind in {0, *(ring.capacity - 1 for ring in self._entries)}
+        }
         with torch.no_grad():
             # Positions reach nothing but the rotary embedding, which is replaced.
             output = self._model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
@@ -136,34 +135,62 @@ class ChunkedStream:
         _mask: torch.Tensor | None = None,
         scaling: float | None = None,
         softcap: float | None = None,
-        sliding_window: int | None = None,
+        s_aux: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
         """transformers' attention interface. q: [B, Hq, T, D], k and v: [B, Hkv, T, D] -> [B, T, Hq, D]."""
         layer = int(module.layer_idx)
-        refuse_arguments(layer, self._config, sliding_window, others)
-        spec, factor = self._rotary.layers[layer], self._rotary.scaling
-        q, k = (_rotated(x, self._turn, spec, factor) for x in (q, k))
+        refuse_arguments(layer, others)
         q = q * (scaling if scaling is not None else q.shape[-1] ** -0.5)  # here: logits are many more
-        seen = self._with_chunk(layer, k, v)
-        back = (self._shift[0], -self._shift[1])
-        logits = torch.cat(
-            (_products(_rotated(q, back, spec), seen.sink_k), _products(q, seen.window_k)), dim=-1
-        )  # [B, Hq, T, n]
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        if self._scale is not None:
-            logits[..., 0] += self._scale[layer][:, None].to(logits.dtype)  # the first of the sinks is token 0
-        weights = logits.float().masked_fill_(~self._sees, float("-inf")).softmax(dim=-1).to(v.dtype)
-        out = _weighted(weights, torch.cat((seen.sink_v, seen.window_v), dim=2))  # [B, Hq, T, D]
-        self._keep(layer, seen)
+        caches = [cache for cache in self._caches if cache.layer == layer]
+        out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype)  # [B, Hq, T, D]
+        for cache in caches:
+            kv_heads, q_heads = list(cache.kv_heads), list(cache.q_heads)
+            per_head = (None if x is None else x[q_heads] for x in (s_aux, alibi_slopes))
+            out[:, q_heads] = self._attended(cache, q[:, q_heads], k[:, kv_heads], v[:, kv_heads], softcap, *per_head)
         return out.transpose(1, 2), None
 
-    def _with_chunk(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> _Kept:
-        """What the layer keeps and the chunk's tokens, k and v [B, Hkv, T, D], sorted into sinks and window."""
+    def _attended(
+        self,
+        cache: HeadCache,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        softcap: float | None,
+        s_aux: torch.Tensor | None,
+        alibi_slopes: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The heads of one cache: q [B, Hq, T, D], scaled, k and v [B, Hkv, T, D] -> [B, Hq, T, D]."""
+        spec, ring, q_sink = self._rotary.layers[cache.layer], cache.ring, q
+        if spec.rotary_dim:
+            factor, turn = self._rotary.tables[spec.table].scaling, self._turns[spec.table, 0]
+            q, k = (_rotated(x, turn, spec, factor) for x in (q, k))
+            cos, sin = self._turns[spec.table, ring.capacity - 1]
+            q_sink = _rotated(q, (cos, -sin), spec)
+        seen = self._with_chunk(cache, k, v)
+        logits = torch.cat((_products(q_sink, seen.sink_k), _products(q, seen.window_k)), dim=-1)  # [B, Hq, T, n]
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        entries, logits = self._entries[ring], logits.float()
+        if self._scale is not None and ring.num_sink_tokens:
+            # The first of the sinks is token 0.
+            logits[..., 0] += self._scale[cache.layer, list(cache.q_heads)][:, None]
+        if alibi_slopes is not None:
+            logits -= alibi_slopes[:, None, None] * entries.distance
+        logits.masked_fill_(~entries.is_seen, float("-inf"))
+        if s_aux is not None:  # one more logit, without a value
+            logits = torch.cat((logits, s_aux.float()[:, None, None].expand(*logits.shape[:-1], 1)), dim=-1)
+        weights = logits.softmax(dim=-1)[..., : entries.is_seen.shape[1]].to(v.dtype)
+        out = _weighted(weights, torch.cat((seen.sink_v, seen.window_v), dim=2))  # [B, Hq, T, D]
+        self._keep(cache, seen)
+        return out
+
+    def _with_chunk(self, cache: HeadCache, k: torch.Tensor, v: torch.Tensor) -> _Kept:
+        """What is kept and the chunk's tokens, k and v [B, Hkv, T, D], sorted into sinks and window."""
         none = k[:, :, :0]
-        kept = self._kept.get(layer, _Kept(none, none, none, none))
-        sinks = max(0, self._config.num_sink_tokens - self._position)  # leading tokens of the chunk that are sinks
+        kept = self._kept.get(cache, _Kept(none, none, none, none))
+        sinks = max(0, cache.ring.num_sink_tokens - self._position)  # leading tokens of the chunk
         return _Kept(
             torch.cat((kept.sink_k, k[:, :, :sinks]), dim=2),
             torch.cat((kept.sink_v, v[:, :, :sinks]), dim=2),
@@ -179,34 +206,42 @@ class ChunkedStream:
         scale = (x.abs().amax(dim=-1, keepdim=True) / 127).clamp(2.0**-17, 65504.0).half().float()
         return (torch.clamp((x / scale).round(), -127, 127) * scale).to(rows.dtype)
 
-    def _keep(self, layer: int, seen: _Kept) -> None:
+    def _keep(self, cache: HeadCache, seen: _Kept) -> None:
         """Of the window the last W - 1 tokens: with itself, the next token has W."""
-        first = max(0, seen.window_k.shape[2] - (self._config.window_size - 1))
+        first = max(0, seen.window_k.shape[2] - (cache.ring.window_size - 1))
         # clone: a slice would hold on to the memory of all that it was cut from
-        self._kept[layer] = _Kept(
+        self._kept[cache] = _Kept(
             seen.sink_k, seen.sink_v, seen.window_k[:, :, first:].clone(), seen.window_v[:, :, first:].clone()
         )
 
 
-def visible(config: ExportConfig, position: int, num_tokens: int) -> torch.Tensor:
-    """Which kept tokens each token of a chunk sees: bool [T, n], n the sinks there are, then the window's tokens.
+@dataclasses.dataclass(frozen=True)
+class Entries:
+    """What a chunk's tokens attend to: the sinks there are, then the window's tokens, n together.
 
-    position: of the chunk's first token. The window's columns begin with the oldest token that this one sees, and end
-    with the chunk's last.
+    is_seen: bool [T, n]. distance: int64 [T, n], in the cache; any where nothing is seen. The window's columns begin
+    with the oldest token that the chunk's first one sees, and end with the chunk's last.
     """
-    num_sinks, window_size = config.num_sink_tokens, config.window_size
+
+    is_seen: torch.Tensor
+    distance: torch.Tensor
+
+
+def visible(ring: Ring, position: int, num_tokens: int) -> Entries:
+    """The entries of a chunk whose first token is at `position`."""
+    num_sinks, window_size = ring.num_sink_tokens, ring.window_size
     end = position + num_tokens
     query = torch.arange(position, end)[:, None]  # [T, 1]
     sinks = torch.arange(min(num_sinks, end))
     first = max(num_sinks, position - window_size + 1)
     window = torch.arange(first, max(first, end))  # none while all tokens are sinks
-    return torch.cat((sinks <= query, (window <= query) & (query - window < window_size)), dim=1)
+    is_seen = torch.cat((sinks <= query, (window <= query) & (query - window < window_size)), dim=1)
+    place = query.clamp(max=ring.capacity - 1)  # from there on a sink's distance stays
+    return Entries(is_seen, torch.cat((place - sinks, query - window), dim=1))
 
 
 def _rotated(x: torch.Tensor, cos_sin: CosSin, spec: RotarySpec, factor: float = 1.0) -> torch.Tensor:
     """x [B, H, T, D] turned by cos, sin [1, T, R/2]; the dimensions that turn are multiplied by `factor`."""
-    if not spec.rotary_dim:
-        return x
     cos, sin = ((c * factor).to(x.dtype).expand(x.shape[0], -1, -1) for c in cos_sin)  # [B, T, R/2]
     partial = spec.rotary_dim if spec.rotary_dim < x.shape[-1] else 0  # 0: all of the head
     turned: torch.Tensor = torch.onnx.ops.rotary_embedding(

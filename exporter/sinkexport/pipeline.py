@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
-from sinkrt.contract import MANIFEST_NAME, PLUGIN_ABI, SCHEMA_VERSION, Manifest, ModelFacts, Quantization, StreamFacts
+from sinkrt.contract import (
+    MANIFEST_NAME,
+    PLUGIN_ABI,
+    SCHEMA_VERSION,
+    HeadWindow,
+    Manifest,
+    ModelFacts,
+    Quantization,
+    StreamFacts,
+)
 from sinkrt.errors import UsageError, problem
-from sinkrt.ring import POSITION_LIMIT
+from sinkrt.ring import POSITION_LIMIT, Ring
 from sinkrt.text import OPENING_MESSAGES, common_start
 
 from sinkexport.bundle import (
@@ -24,10 +33,10 @@ from sinkexport.bundle import (
     write_tokenizer,
 )
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
-from sinkexport.families import refusal_of_capacity
 from sinkexport.graph.build import BuiltGraph, build_graph
-from sinkexport.graph.passes.plugin_operators import refuse_geometry
+from sinkexport.graph.passes.plugin_operators import refuse_extras, refuse_geometry
 from sinkexport.model.decoder import StreamStep, trace
+from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
 from sinkexport.progress import Report, silent
 from sinkexport.quant.plan import RecipePlan
@@ -81,16 +90,25 @@ def export_loaded(
     with staged_bundle(out, overwrite=overwrite) as stage:
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
         report("probe", 0, 1)
-        shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers)
+        shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
+        if config.budgets is not None:
+            config.budgets.check_model(type(model).__name__, shape.num_layers, shape.num_kv_heads)
+        caches = head_caches(config, shape)
+        rings = [cache.ring for cache in caches]
+        _check_rings(config, rings)
         if config.has_plugins:
-            refuse_geometry(shape.head_dim, config.batch, config.capacity)
+            refuse_geometry(shape.head_dim, config.batch, max(ring.capacity for ring in rings))
+            refuse_extras(alibi=shape.alibi_slopes is not None, sink_logits=shape.has_sink_logits)
         if config.sink_tuning is not None:
             config.sink_tuning.check_model(type(model).__name__, shape.num_layers, shape.num_q_heads)
+            config.sink_tuning.check_sinks(
+                [min(c.ring.num_sink_tokens for c in caches if c.layer == i) for i in range(shape.num_layers)]
+            )
         report("decode", 0, 1)
         built = _build(loaded, config, shape, rotary, "decode", config.batch, 1)
         graphs = {"decode": built.spec("decode.onnx")}
         write_graph(built.model, stage, "decode.onnx", lambda done, total: report("write", done, total))
-        if (num_tokens := config.num_tokens_per_chunk) > 1:
+        if (num_tokens := min(config.num_tokens_per_chunk, *(ring.window_size for ring in rings))) > 1:
             report("prefill", 0, 1)
             # Of one stream: a long prompt then costs the other streams nothing.
             chunk = _build(loaded, config, shape, rotary, "prefill", 1, num_tokens)
@@ -114,10 +132,17 @@ def export_loaded(
             quantization=_quantization(config),
             plugin_abi=PLUGIN_ABI if config.has_plugins else None,
             sink_tuning=None if config.sink_tuning is None else config.sink_tuning.facts,
+            head_windows=_head_windows(config, caches),
         )
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     report("done", 1, 1)
     return manifest
+
+
+def _head_windows(config: ExportConfig, caches: Sequence[HeadCache]) -> tuple[HeadWindow, ...] | None:
+    if config.budgets is None:
+        return None
+    return tuple(HeadWindow(cache.layer, cache.kv_heads, cache.ring.window_size) for cache in caches)
 
 
 def _build(
@@ -134,7 +159,7 @@ def _build(
     plan = None if recipe is None else RecipePlan(recipe, loaded.model, dtype, config.calibration)
     num_sinks = 0 if config.calibration is None else config.calibration.num_sink_tokens
     return build_graph(
-        trace(step), role, step.state_kinds, shape.num_layers, config.target, num_sinks, plan,
+        trace(step), role, step.state_names, config.target, num_sinks, plan,
         plugins=config.has_plugins,
     )
 
@@ -190,9 +215,6 @@ def _with_pinned_system(tokenizer: Any | None, config: ExportConfig) -> ExportCo
 
 def _check_model(model: Any, config: ExportConfig) -> None:
     refuse_architecture(model.config)
-    if limit := refusal_of_capacity(model.config, config.capacity):
-        raise UsageError(problem("sinks + window", received=f"{config.capacity} tokens", expected=limit,
-                                 fix="lower --window"))  # fmt: skip
     wanted = getattr(torch, WEIGHT_DTYPES[config.dtype])
     for name, parameter in model.named_parameters():
         if parameter.dtype != wanted:
@@ -201,6 +223,26 @@ def _check_model(model: Any, config: ExportConfig) -> None:
         if not bool(torch.isfinite(parameter).all()):
             raise UsageError(problem(f"weights '{name}'", received="NaN or Inf", expected="finite numbers",
                                      fix="check the model, or use --dtype fp32 if it overflows fp16"))  # fmt: skip
+
+
+def _check_rings(config: ExportConfig, rings: Sequence[Ring]) -> None:
+    """Something must keep the sinks, and a chunk must fit the smallest window.
+
+    Raises: UsageError.
+    """
+    if config.budgets is not None and config.window_size > max(ring.window_size for ring in rings):
+        raise UsageError(problem("--budgets", received=f"{config.window_size} tokens, where own windows are shorter",
+                                 expected="the longest budget in a layer that can have it",
+                                 fix="change the file"))  # fmt: skip
+    smallest = min(ring.window_size for ring in rings)
+    if config.num_sink_tokens and not any(ring.num_sink_tokens for ring in rings):
+        raise UsageError(problem("sinks + window", fix="lower --window, or use --sink-tokens 0",
+                                 received=f"{config.capacity} tokens, more than any layer's own sliding window",
+                                 expected=f"at most {max(ring.capacity for ring in rings)} tokens, or nothing would "
+                                 "keep the sinks"))  # fmt: skip
+    if config.chunk_size is not None and config.chunk_size > smallest:
+        raise UsageError(problem("chunk_size", received=config.chunk_size, fix="lower --chunk",
+                                 expected=f"at most {smallest}, the smallest window of a layer"))  # fmt: skip
 
 
 def _check_calibration(model: Any, config: ExportConfig) -> None:
@@ -249,12 +291,16 @@ def _model_facts(loaded: LoadedModel, shape: AttentionShape, rotary: ModelRotary
 
 def _position_scheme(shape: AttentionShape, rotary: ModelRotary) -> str:
     turning = [spec for spec in rotary.layers if spec.rotary_dim]
+    if shape.alibi_slopes is not None:
+        return "alibi"
     if not turning:
         return "none"
     spec = turning[0]
     parts = [f"rope {spec.rotary_dim} of {shape.head_dim}", "interleaved" if spec.interleaved else "halves"]
     if len(turning) < len(rotary.layers):
         parts.append(f"in {len(turning)} of {len(rotary.layers)} layers")
+    if (tables := len({spec.table for spec in turning})) > 1:
+        parts.append(f"{tables} sets of frequencies")
     return ", ".join(parts)
 
 

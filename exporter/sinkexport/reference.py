@@ -5,12 +5,14 @@ that is no sink is thrown out before each step, and then all keys and the query 
 cache. Slow and obvious, in contrast to an exported graph, which rotates a key once and never touches it again.
 
 Rotation and attention are the model's own functions, called from the model's own source file. Nothing here knows
-how a family pairs or lays out its rotary dimensions, and nothing is shared with the code that exports rotation.
+how a family pairs or lays out its rotary dimensions, and nothing is shared with the code that exports rotation. A layer
+in which the model itself sees fewer tokens than the cache holds keeps just those, and no sinks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.families.adapters import has_alibi
 from sinkexport.model.interface import intercept_attention
 
 Observer = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -36,16 +39,18 @@ def streaming_reference(
     *,
     observer: Observer | None = None,
     first_token_scale: Sequence[Sequence[float]] | None = None,
+    head_windows: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[StreamingReference]:
     """Make `model` stream with S = num_sink_tokens >= 0 and W = window_size >= 1 for the length of a context.
 
     first_token_scale: [L][Hq], factors on the attention weight of token 0 (ZeroTuning, arXiv:2505.11739); needs S >= 1.
+    head_windows: [L][Hkv], 1 .. W, windows of single key heads; None: all keep W tokens.
     The model is changed inside and left exactly as it was, also after an exception.
 
     Raises: UsageError if the model does not use transformers' attention interface, or its rotation or its layers
         are not what this reference can follow.
     """
-    reference = StreamingReference(model, num_sink_tokens, window_size, observer, first_token_scale)
+    reference = StreamingReference(model, num_sink_tokens, window_size, observer, first_token_scale, head_windows)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -67,6 +72,7 @@ class StreamingReference:
         window_size: int,
         observer: Observer | None = None,
         first_token_scale: Sequence[Sequence[float]] | None = None,
+        head_windows: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if num_sink_tokens < 0 or window_size < 1:
             raise UsageError(
@@ -79,13 +85,17 @@ class StreamingReference:
             )
         self._model = model
         self._num_sink_tokens = num_sink_tokens
+        self._window_size = window_size
         self._capacity = num_sink_tokens + window_size
+        self._head_windows = head_windows
         self._observer = observer
         self._first_token_scale = first_token_scale
-        self._rotary_parent, self._rotary = _find_rotary(model)
+        self._rotary_name, rotary = _find_rotary(model)
+        self._rotary = copy.deepcopy(rotary)  # some change their frequencies by the positions that they are asked for
         self._rotates: dict[torch.nn.Module, bool] = {}  # by attention module; some layers have no positions
-        self._cached: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}  # k, v [B, Hkv, n, D], unrotated
-        self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None  # [1, n, .] each, for the cache's n places
+        # k, v [B, Hkv, n, D], unrotated, by attention module and window
+        self._cached: dict[tuple[torch.nn.Module, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._cos_sin: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = {}  # [1, C, .] each, by type of layer
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed one token to each stream. ids: int64 [B]. Returns logits [B, vocab] in the model's dtype."""
@@ -108,20 +118,36 @@ class StreamingReference:
         **arguments: Any,
     ) -> tuple[torch.Tensor, None]:
         """transformers' attention interface. q: [B, Hq, 1, D], k and v: [B, Hkv, 1, D] -> [B, 1, Hq, D]."""
-        _refuse_own_window(arguments.get("sliding_window"), self._capacity)
-        keys, values = self._append(module, k, v)
-        query = q
-        if self._rotates[module]:
-            cos, sin = self._places(keys)
-            query = _rotated(module, q, cos[:, -1:], sin[:, -1:])
-            keys = _rotated(module, keys, cos, sin)
-        # The family's own plain attention knows its groups, softcap and whatever else it passes along.
-        out: torch.Tensor = own_function(module, "eager_attention_forward")(
-            module, query, keys, values, self._mask(module, keys), **arguments
-        )[0]
+        if self._head_windows is None:
+            out = self._attended(module, q, k, v, self._window_size, arguments)
+        else:
+            # All heads, once for each window; of each head that which its own window gives.
+            group = q.shape[1] // k.shape[1]
+            by_head = [window for window in self._head_windows[int(module.layer_idx)] for _ in range(group)]
+            outs = {window: self._attended(module, q, k, v, window, arguments) for window in set(by_head)}
+            out = torch.stack([outs[window][:, :, head] for head, window in enumerate(by_head)], dim=2)
         if self._observer is not None:
             self._observer(module, q, k, v, out)
         return out, None
+
+    def _attended(
+        self,
+        module: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        window_size: int,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
+        """[B, 1, Hq, D], with a window of this size."""
+        keys, values = self._append(module, k, v, arguments.get("sliding_window"), window_size)
+        if self._rotates[module]:
+            cos, sin = self._places(module, keys)
+            q = _rotated(module, q, cos[:, -1:], sin[:, -1:])
+            keys = _rotated(module, keys, cos, sin)
+        # The family's own plain attention knows its groups, softcap and whatever else it passes along.
+        out: torch.Tensor = plain_attention(module)(module, q, keys, values, self._mask(module, keys), **arguments)[0]
+        return out
 
     def _mask(self, module: Any, keys: torch.Tensor) -> torch.Tensor | None:
         """What is added to the logits, [1, Hq, 1, n]: token 0 is the oldest in the cache. None: nothing."""
@@ -145,11 +171,11 @@ class StreamingReference:
         num_layers = self._model.config.get_text_config().num_hidden_layers
         if len(plain) != num_layers:
             raise _refused(f"{len(plain)} attention layers of {num_layers}", "softmax attention in every layer")
-        cos, sin = self._rotary(next(iter(plain.values())), torch.tensor([[PROBE_POSITION]]))
         for module, before in plain.items():
             after = turned[module]
             self._rotates[module] = not torch.equal(before, after)
             if self._rotates[module]:
+                cos, sin = self._rotary(before, torch.tensor([[PROBE_POSITION]]), **self._layer_type(module))
                 tolerance = 64 * torch.finfo(before.dtype).eps * float(before.abs().max())
                 if not torch.allclose(_rotated(module, before, cos, sin), after, rtol=0, atol=tolerance):
                     raise _refused("a query that is more than a rotation of its unrotated self", "plain rotation")
@@ -157,34 +183,52 @@ class StreamingReference:
     @contextlib.contextmanager
     def no_rotation(self) -> Iterator[None]:
         """The model's rotary embedding hands out cos = 1 and sin = 0: x * 1 + rotate_half(x) * 0 is x exactly."""
-        name = next(key for key, module in self._rotary_parent.named_children() if module is self._rotary)
-        setattr(self._rotary_parent, name, _NoRotation(self._rotary))
+        if self._rotary is None:
+            yield
+            return
+        parent, _, name = self._rotary_name.rpartition(".")
+        original = self._model.get_submodule(self._rotary_name)
+        setattr(self._model.get_submodule(parent), name, _NoRotation(original))
         try:
             yield
         finally:
-            setattr(self._rotary_parent, name, self._rotary)
+            setattr(self._model.get_submodule(parent), name, original)
 
-    def _append(self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _append(
+        self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, own_window: int | None, window_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Throw out the oldest token that is no sink if the cache is full, then add the new one: [B, Hkv, n, D]."""
-        if module in self._cached:
-            keys, values = self._cached[module]
-            if keys.shape[2] == self._capacity:
+        num_sinks, capacity, key = self._num_sink_tokens, self._num_sink_tokens + window_size, (module, window_size)
+        if own_window is not None and own_window < capacity:
+            num_sinks, capacity = 0, own_window
+        if key in self._cached:
+            keys, values = self._cached[key]
+            if keys.shape[2] == capacity:
                 keys, values = (
-                    torch.cat((x[:, :, : self._num_sink_tokens], x[:, :, self._num_sink_tokens + 1 :]), dim=2)
-                    for x in (keys, values)
+                    torch.cat((x[:, :, :num_sinks], x[:, :, num_sinks + 1 :]), dim=2) for x in (keys, values)
                 )
             k, v = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
-        self._cached[module] = (k, v)
+        self._cached[key] = (k, v)
         return k, v
 
-    def _places(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _places(self, module: Any, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The model's own cos and sin of in-cache positions 0 .. n-1, [1, n, .], n = keys.shape[2].
 
-        They stay the same from the step on that fills the cache, and are the same in all layers.
+        The model is asked for those of a full cache: some rotate by the length of the text, and the keys of a shorter
+        one would not fit the next one's.
         """
-        if self._cos_sin is None or self._cos_sin[0].shape[1] != keys.shape[2]:
-            self._cos_sin = self._rotary(keys, torch.arange(keys.shape[2])[None])
-        return self._cos_sin
+        layer_type = self._layer_type(module)
+        key = layer_type.get("layer_type")
+        if key not in self._cos_sin:
+            self._cos_sin[key] = self._rotary(keys, torch.arange(self._capacity)[None], **layer_type)
+        cos, sin = self._cos_sin[key]
+        return cos[:, : keys.shape[2]], sin[:, : keys.shape[2]]
+
+    def _layer_type(self, module: Any) -> dict[str, str]:
+        """The further argument of a rotary embedding that has frequencies for each type of layer."""
+        if isinstance(getattr(self._rotary, "rope_type", None), dict):
+            return {"layer_type": module.config.layer_types[module.layer_idx]}
+        return {}
 
     def _recorded(self, *, rotation: bool) -> dict[torch.nn.Module, torch.Tensor]:
         """Each attention's query [1, Hq, 1, D] for one token at PROBE_POSITION, by module."""
@@ -231,42 +275,56 @@ def _rotated(module: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: t
     """
     rotary_dim = cos.shape[-1]
     turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-    apply = own_function(module, "apply_rotary_pos_emb")
+    apply = _own_function(module, "apply_rotary_pos_emb")
     _, turned = apply(turned[:, :0], turned, cos, sin)  # takes queries and keys: no queries here
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
-def own_function(module: torch.nn.Module, name: str) -> Callable[..., Any]:
+def plain_attention(module: torch.nn.Module) -> Callable[..., Any]:
+    """The family's own attention function, from logits to output, without kernels of its own."""
+    return _own_function(module, "eager_attention_forward", _adapted_attention)
+
+
+def _own_function(
+    module: torch.nn.Module, name: str, default: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
     """A function of the source file in which the module's class is."""
     source = sys.modules[type(module).__module__]
-    function: Callable[..., Any] | None = getattr(source, name, None)
+    function: Callable[..., Any] | None = getattr(source, name, default)
     if function is None:
         raise _refused(f"{source.__name__} without {name}()", "a family built like Llama")
     return function
 
 
-def _find_rotary(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """(parent, rotary embedding) of a model that has one."""
+def _adapted_attention(
+    _module: torch.nn.Module, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+    mask: torch.Tensor | None, *, scaling: float, alibi_slopes: torch.Tensor | None = None,
+) -> tuple[torch.Tensor]:  # fmt: skip
+    """Attention of a family that has no such function: q [B, Hq, T, D] over [B, Hkv, n, D] -> [B, T, Hq, D].
+
+    mask: added to the logits. alibi_slopes: [Hq], by in-cache distance: what is left out is the same for all keys.
+    """
+    keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (keys, values))
+    logits = q @ keys.mT * scaling  # [B, Hq, 1, n]
+    if alibi_slopes is not None:
+        places = torch.arange(keys.shape[2])
+        logits = logits + alibi_slopes.view(-1, 1, 1) * (places - places[-1])
+    logits = logits if mask is None else logits + mask
+    return ((logits.softmax(dim=-1).to(values.dtype) @ values).transpose(1, 2),)
+
+
+def _find_rotary(model: torch.nn.Module) -> tuple[str, Any]:
+    """Name and rotary embedding of a model that has one, or ("", None) for one with ALiBi."""
     found = [
-        (model.get_submodule(name.rpartition(".")[0]), module)
+        (name, module)
         for name, module in model.named_modules()
-        if name.split(".")[-1] == "rotary_emb" and hasattr(module, "inv_freq")
+        if name.split(".")[-1] == "rotary_emb" and any("inv_freq" in key for key, _ in module.named_buffers())
     ]
+    if not found and has_alibi(model):
+        return "", None
     if len(found) != 1:
-        raise _refused(f"{len(found)} rotary embeddings with one set of frequencies", "exactly one")
+        raise _refused(f"{len(found)} rotary embeddings", "exactly one")
     return found[0]
-
-
-def _refuse_own_window(sliding_window: int | None, capacity: int) -> None:
-    if sliding_window is not None and sliding_window < capacity:
-        raise UsageError(
-            problem(
-                "sinks + window",
-                received=f"{capacity} tokens, more than the model's own sliding window",
-                expected=f"at most {sliding_window} tokens",
-                fix="use a smaller window",
-            )
-        )
 
 
 def _refused(received: str, expected: str) -> UsageError:

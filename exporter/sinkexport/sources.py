@@ -63,7 +63,7 @@ def refuse_architecture(config: Any) -> None:
             problem(
                 "model",
                 received=f"{config.model_type}, which {reason}",
-                expected="a decoder-only model with rotary positions",
+                expected="a decoder-only model with rotary or ALiBi positions",
                 fix="see 'sinkexport inspect families'",
             )
         )

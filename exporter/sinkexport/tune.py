@@ -209,9 +209,11 @@ def tune(
     shape = (int(config.num_hidden_layers), int(config.num_attention_heads))
     scale = torch.ones(shape, dtype=torch.float64)
     chosen, held_out = examples[::2], examples[1::2]
-    with first_token_scaled(loaded.model, scale):
+    with first_token_scaled(loaded.model, scale) as sliding:
         before, held_out_before = (score(loaded.model, part, objective) for part in (chosen, held_out))
-        found, after = _Search(loaded.model, scale, chosen, objective, report).run(unit, before)
+        # Layers with a window of their own may keep no sinks: they stay as they are.
+        layers = [layer for layer in range(shape[0]) if layer not in sliding]
+        found, after = _Search(loaded.model, scale, chosen, objective, report).run(unit, layers, before)
         scale.copy_(found)
         held_out_after = score(loaded.model, held_out, objective)
     file = SinkTuningFile(
@@ -235,9 +237,9 @@ class _Search:
         self._model, self._scale, self._examples = model, scale, examples
         self._objective, self._report = objective, report
 
-    def run(self, unit: str, before: Score) -> tuple[torch.Tensor, Score]:
+    def run(self, unit: str, layers: Sequence[int], before: Score) -> tuple[torch.Tensor, Score]:
         """The best factors float64 [L, Hq] and their score; all 1 if none is better than `before`."""
-        units = self._units(unit)
+        units = self._units(unit, layers)
         probed = []
         for done, one in enumerate(units):
             self._report("profile", done, len(units))
@@ -266,13 +268,13 @@ class _Search:
         after, found = min(best, key=lambda pair: pair[0])
         return found, after
 
-    def _units(self, unit: str) -> list[torch.Tensor]:
+    def _units(self, unit: str, layers: Sequence[int]) -> list[torch.Tensor]:
         """bool [L, Hq] each."""
         num_layers, num_heads = self._scale.shape
         layer, head = torch.arange(num_layers)[:, None], torch.arange(num_heads)
         if unit == "layer":
-            return [(layer == i).expand(-1, num_heads) for i in range(num_layers)]
-        return [(layer == i) & (head == j) for i in range(num_layers) for j in range(num_heads)]
+            return [(layer == i).expand(-1, num_heads) for i in layers]
+        return [(layer == i) & (head == j) for i in layers for j in range(num_heads)]
 
     def _tried(self, factors: torch.Tensor) -> Score:
         self._scale.copy_(factors)

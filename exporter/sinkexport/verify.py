@@ -23,6 +23,7 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.session import Session
 from sinkrt.text import Tokenizer
 
+from sinkexport.budgets import budgets_of
 from sinkexport.comparison import (
     Comparison,
     Ids,
@@ -33,6 +34,7 @@ from sinkexport.comparison import (
     default_tolerance,
     piece_ends,
 )
+from sinkexport.families import rotates_by_length
 from sinkexport.machine import torch_threads
 from sinkexport.progress import Report, silent
 from sinkexport.reference import streaming_reference
@@ -156,13 +158,19 @@ def compare(
     """
     stream, num_tokens = manifest.stream, ids.shape[1]
     ends = piece_ends(num_tokens, stream.capacity)
+    if rotates_by_length(model.config, stream.capacity):
+        dense_tokens = stream.capacity  # a shorter text would be rotated otherwise
+    budgets = budgets_of(manifest)
+    shortest = stream.window_size if budgets is None else min(map(min, budgets.windows))
+    dense_tokens = min(dense_tokens, stream.num_sink_tokens + shortest)
     scale = None if manifest.sink_tuning is None else manifest.sink_tuning.first_token_scale
     dense_logits = _dense_logits(model, ids[:, : min(dense_tokens, stream.capacity)], scale, report)  # [B, n, vocab]
     dense, streaming = Tally("dense", tolerance), Tally("streaming", tolerance)
     at_ends: dict[int, Logits] = {}
     with (
         streaming_reference(
-            model, stream.num_sink_tokens, stream.window_size, first_token_scale=scale
+            model, stream.num_sink_tokens, stream.window_size, first_token_scale=scale,
+            head_windows=None if budgets is None else budgets.windows,
         ) as reference,
         torch_threads(_half_of_the_cores()),
         contextlib.closing(_steps_ahead(session, ids)) as steps,

@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 from sinkrt.errors import BundleError, problem
 
 SCHEMA_VERSION = 4
-"""2: `quantization` and the scales of an INT8 window. 3: `plugin_abi` and `engines`. 4: `sink_tuning`. Older ones are
-read as well."""
+"""2: `quantization` and the scales of an INT8 window. 3: `plugin_abi` and `engines`. 4: `sink_tuning` and
+`head_windows`. Older ones are read as well."""
 
 MANIFEST_NAME = "manifest.json"
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1}
@@ -68,7 +68,8 @@ class StateSpec:
     """One state tensor of one layer: `input` and `output` must be bound to the same buffer.
 
     kind: ``sink_k | sink_v`` of shape [B, Hkv, S, D], ``window_k | window_v`` of shape [B, Hkv, W, D], or, where the
-    window is int8, ``window_k_scale | window_v_scale`` of shape [B, Hkv, W]: one for each head and token.
+    window is int8, ``window_k_scale | window_v_scale`` of shape [B, Hkv, W]: one for each head and token. A layer whose
+    own sliding window is smaller than S + W has that window for W, and no sinks.
     """
 
     layer: int
@@ -232,6 +233,20 @@ class SinkTuning:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadWindow:
+    """Key heads of a layer that keep the last window_size tokens beside the sinks, with the query heads they serve."""
+
+    layer: int
+    kv_heads: tuple[int, ...]
+    window_size: int
+
+    def __post_init__(self) -> None:
+        _check(self.layer >= 0, "head_windows layer", self.layer, ">= 0")
+        _check(self.window_size >= 1, "head_windows window_size", self.window_size, ">= 1")
+        _check(len(self.kv_heads) > 0, "head_windows kv_heads", "none", "at least one")
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineFacts:
     """An engine that 'sinkexport build' made of one graph: what runs nowhere but where it fits (`sinkrt.engines`).
 
@@ -273,6 +288,8 @@ class Manifest:
     `position` is int32 [B, 2], t >> 16 and t & 0xffff, and `ids` and `num_valid` are int32.
     engines: by the role of their graph; None: none were built. They are not in `files`.
     sink_tuning: None: attention is the model's own.
+    head_windows: each key head of each layer once, in the order of the states: those of group g of a layer with several
+    are named ``<kind>.<layer>.<g>`` and hold its heads alone. None: all heads keep `stream.window_size` tokens.
     """
 
     schema_version: int
@@ -289,12 +306,15 @@ class Manifest:
     plugin_abi: str | None = None
     engines: Mapping[str, EngineFacts] | None = None
     sink_tuning: SinkTuning | None = None
+    head_windows: tuple[HeadWindow, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.sink_tuning is not None:
             found = (len(self.sink_tuning.first_token_scale), *{len(x) for x in self.sink_tuning.first_token_scale})
             wanted = (self.model.num_layers, self.model.num_q_heads)
             _check(found == wanted, "sink_tuning.first_token_scale", found, f"{wanted}: layers, query heads")
+        if self.head_windows is not None:
+            self._check_head_windows(self.head_windows)
         for role in self.engines or ():
             _check(role in self.graphs, "engines", role, "the role of a graph")
         _check(self.target in TARGETS, "target", self.target, " | ".join(TARGETS))
@@ -304,6 +324,13 @@ class Manifest:
             _check(graph.file in self.files, "graph file", graph.file, "a file that 'files' lists")
         for path in self.files:
             _check(_is_inside(path), "file path", path, "a relative path inside the bundle")
+
+    def _check_head_windows(self, groups: tuple[HeadWindow, ...]) -> None:
+        found = sorted((group.layer, head) for group in groups for head in group.kv_heads)
+        wanted = [(i, head) for i in range(self.model.num_layers) for head in range(self.model.num_kv_heads)]
+        _check(found == wanted, "head_windows", f"{len(found)} key heads", f"each of the {len(wanted)} key heads once")
+        longest = max(group.window_size for group in groups)
+        _check(longest <= self.stream.window_size, "head_windows", longest, f"<= window_size={self.stream.window_size}")
 
     @property
     def weights_bytes(self) -> int:
@@ -327,6 +354,8 @@ class Manifest:
         facts: list[Any] = [dataclasses.asdict(self.model), geometry, self.weights_dtype, weights]
         if self.sink_tuning is not None:  # later tokens were computed under it
             facts.append(dataclasses.asdict(self.sink_tuning))
+        if self.head_windows is not None:
+            facts.append([dataclasses.asdict(group) for group in self.head_windows])
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sinkexport.config import ExportConfig
-from sinkexport.families import EXPORTED
+from sinkexport.families import EXPORTED, rotates_by_length
 from sinkexport.pipeline import export_loaded
 from sinkexport.reference import streaming_reference
 from sinkexport.sources import LoadedModel
@@ -74,6 +74,35 @@ def test_dense_and_streaming(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "changes"),
+    [("phi3-partial", {"original_max_position_embeddings": 10}),
+     ("llama", {"max_position_embeddings": 10,
+                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}})],
+    ids=["longrope", "dynamic"],
+)
+def test_frequencies_that_depend_on_length_are_those_of_a_full_cache(
+    name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    config = ExportConfig(num_sink_tokens=4, window_size=12)
+    if name == "phi3-partial":
+        changes = {**changes, "rope_parameters": {**TINY[name][1]["rope_parameters"], **changes}}
+    model = tiny_model(name, **changes)
+    assert rotates_by_length(model.config, config.capacity)
+    assert not rotates_by_length(model.config, 10)
+    ids = random_ids(1, config.capacity + 3 * config.window_size)
+    with torch.no_grad():
+        shorter = model(torch.from_numpy(ids[:, :10])).logits.numpy()
+        dense = model(torch.from_numpy(ids[:, : config.capacity])).logits.numpy()  # rotated by this text's length
+        model(torch.from_numpy(ids))  # and what transformers last rotated by does not matter
+    assert np.abs(dense[:, :10] - shorter).max() > 1e-2 * np.abs(shorter).max()
+    session = exported(model, tmp_path / "bundle", config)
+    for t in range(config.capacity):
+        assert_close(session.step(ids[:, t]), dense[:, t], 1e-4, f"position {t}")
+    session.reset()
+    assert_streams_like_reference(session, model, ids, 1e-4)
+
+
+@pytest.mark.parametrize(
     ("num_sinks", "window", "batch", "chunk"),
     [(0, 5, 1, 5), (1, 1, 1, 1), (7, 3, 3, 2), (0, 1, 2, 1), (4, 33, 1, 16), (9, 6, 2, 4), (2, 24, 2, 24)],
 )
@@ -113,5 +142,5 @@ def test_model_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_every_listed_family_is_tested_here() -> None:
-    tested = {tiny_model(name).config.model_type for name in TINY}
-    assert {family.family for family in EXPORTED} == tested
+    tested = {name: family.family for family in EXPORTED for name in family.tested_by}
+    assert {name: tiny_model(name).config.model_type for name in TINY} == tested

@@ -22,34 +22,39 @@ class Operator(torch.nn.Module):
 
     def __init__(
         self, inv_freq: np.ndarray, capacity: int, scale: float, softcap: float, interleaved: bool,
-        sink_scale: np.ndarray | None = None,
+        alibi_slopes: np.ndarray | None, sink_logit: np.ndarray | None, sink_scale: np.ndarray | None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.register_buffer("sink_scale", None if sink_scale is None else torch.from_numpy(sink_scale).float())
-        self.register_buffer("frequency", torch.tensor([phase_frequency(float(f)) for f in inv_freq]))
+        per_head = (("alibi_slopes", alibi_slopes), ("sink_logit", sink_logit), ("sink_scale", sink_scale))
+        for name, values in per_head:
+            self.register_buffer(name, None if values is None else torch.from_numpy(values.astype(np.float32)))
+        frequency = [phase_frequency(float(f)) for f in inv_freq]
+        self.register_buffer("frequency", torch.tensor(frequency, dtype=torch.int64))
         self.capacity, self.scale, self.softcap, self.interleaved = capacity, scale, softcap, interleaved
 
     def forward(self, q, k, v, position, states, num_valid=None):
         num_tokens = q.shape[2]
         dim = 2 * self.frequency.shape[0]
         partial = dim if dim < q.shape[-1] else 0
-        cos, sin = stream_angles(position, self.frequency, num_tokens, 0)
-        shift = stream_angles(position, self.frequency, num_tokens, self.capacity - 1)
-        q, k = (
-            torch.onnx.ops.rotary_embedding(x, cos, sin, interleaved=self.interleaved, rotary_embedding_dim=partial)
-            for x in (q, k)
-        )
         sinks = states[:2] if len(states) == 4 else [None, None]
-        angles = shift if len(states) == 4 else (None, None)
+        angles = (None, None)
+        if dim:
+            cos, sin = stream_angles(position, self.frequency, num_tokens, 0)
+            q, k = (
+                torch.onnx.ops.rotary_embedding(x, cos, sin, interleaved=self.interleaved, rotary_embedding_dim=partial)
+                for x in (q, k)
+            )
+            if len(states) == 4:
+                angles = stream_angles(position, self.frequency, num_tokens, self.capacity - 1)
         out = sink_attention(
             q, k, v, *sinks, *states[-2:], position, *angles, num_valid, self.scale, self.softcap, self.interleaved,
-            None, None, self.sink_scale,
+            alibi_slopes=self.alibi_slopes, sink_logit=self.sink_logit, sink_scale=self.sink_scale,
         )  # fmt: skip
         return [out[0], *(out[1:5] if len(states) == 4 else out[3:5])]
 
 
 CASES = [
-    # (B, Hq, Hkv, D, rotary_dim, S, W, softcap, interleaved)
+    # (B, Hq, Hkv, D, rotary_dim, S, W, softcap, interleaved), and what else there is
     (1, 4, 4, 16, 16, 4, 9, 0.0, False),
     (2, 6, 2, 8, 8, 3, 7, 0.0, False),
     (1, 9, 3, 64, 64, 4, 12, 0.0, False),
@@ -57,6 +62,8 @@ CASES = [
     (1, 4, 2, 16, 16, 0, 6, 0.0, False),
     (2, 4, 2, 16, 8, 2, 1, 3.0, True),
     (1, 5, 5, 20, 20, 5, 4, 2.0, True),
+    (2, 6, 2, 8, 0, 3, 6, 0.0, False, "alibi"),
+    (2, 3, 3, 8, 4, 0, 5, 3.0, False, "alibi, sink logit"),
 ]
 
 
@@ -140,16 +147,19 @@ def _subject(
     case: tuple, sink_scale: tuple | None = None
 ) -> tuple[SinkAttentionOracle, Operator, list[torch.Tensor]]:
     """Oracle, operator and empty states of a case."""
-    batch, _, num_kv, dim, rotary_dim, num_sinks, window, softcap, interleaved = case
-    inv_freq = 10000.0 ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
+    batch, num_q, num_kv, dim, rotary_dim, num_sinks, window, softcap, interleaved, *more = case
+    extras = "".join(more)
+    slopes = 2.0 ** -np.arange(1, num_q + 1) if "alibi" in extras else None
+    sink_logit = np.linspace(-1.0, 3.0, num_q) if "sink logit" in extras else None
+    inv_freq = 10000.0 ** (-np.arange(0, rotary_dim, 2) / max(1, rotary_dim))
     scale = dim**-0.5
     oracle = SinkAttentionOracle(
         batch=batch, num_sink_tokens=num_sinks, window_size=window, inv_freq=inv_freq, interleaved=interleaved,
-        scale=scale, softcap=softcap, sink_scale=sink_scale,
+        scale=scale, softcap=softcap, alibi_slopes=slopes, sink_logit=sink_logit, sink_scale=sink_scale,
     )  # fmt: skip
     shapes = [(batch, num_kv, num_sinks, dim)] * 2 * bool(num_sinks) + [(batch, num_kv, window, dim)] * 2
     factors = None if sink_scale is None else np.array(sink_scale)
-    operator = Operator(inv_freq, num_sinks + window, scale, softcap, interleaved, factors)
+    operator = Operator(inv_freq, num_sinks + window, scale, softcap, interleaved, slopes, sink_logit, factors)
     return oracle, operator, [torch.zeros(shape) for shape in shapes]
 
 

@@ -51,7 +51,7 @@ def moved_state(path: Path, target: Path, frequency: list[int], delta: int) -> N
 def test_far_positions(name: str, where: int, tmp_path: Path) -> None:
     model = tiny_model(name)
     _, rotary = probe_attention(model, model.config.num_hidden_layers)
-    frequency = [int(f) for f in rotary.frequency]
+    frequency = [int(f) for f in rotary.tables[""].frequency]
     export_loaded(LoadedModel(model, None, "tiny"), tmp_path / "bundle", CONFIG)
     near, far = Session.load(tmp_path / "bundle"), Session.load(tmp_path / "bundle")
     near.prefill(random_ids(1, 2 * CONFIG.capacity + 3))

@@ -18,7 +18,7 @@ from sinkexport.pipeline import export, export_loaded
 from sinkexport.sources import LoadedModel, load_model
 from sinkrt import UsageError
 
-from tests.exporter.tiny_models import TINY, tiny_model
+from tests.exporter.tiny_models import tiny_model
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
@@ -27,15 +27,7 @@ _SMALL: dict[str, Any] = {
 REFUSED = {
     "gpt2": (transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4), "absolute position"),
     "opt": (transformers.OPTConfig(**_SMALL, ffn_dim=32, word_embed_proj_dim=32), "absolute position"),
-    "bloom": (transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4), "ALiBi"),
-    "mpt": (transformers.MptConfig(vocab_size=50, d_model=32, n_layers=2, n_heads=4), "ALiBi"),
-    "falcon": (transformers.FalconConfig(**_SMALL), "attention interface"),
     "mamba": (transformers.MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2), "no attention"),
-    "dynamic": (
-        transformers.LlamaConfig(**_SMALL, rope_parameters={
-            "rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-        "dynamic rotary scaling",
-    ),
 }  # fmt: skip
 
 
@@ -54,17 +46,17 @@ def test_encoder_decoder_is_refused_from_its_configuration(tmp_path: Path) -> No
         load_model(str(tmp_path / "t5"))
 
 
-def test_learned_sink_logits(tmp_path: Path) -> None:
+def test_unknown_arguments_of_attention(tmp_path: Path) -> None:
     """Refused by what attention receives, even if the table of families did not list it."""
     model = tiny_model("llama")
     attention = model.model.layers[0].self_attn
     forward = attention.forward
 
-    def with_sinks(*args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs, s_aux=torch.zeros(6))
+    def with_bias(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs, relative_bias=torch.zeros(6))
 
-    attention.forward = with_sinks
-    with pytest.raises(UsageError, match="s_aux"):
+    attention.forward = with_bias
+    with pytest.raises(UsageError, match="relative_bias"):
         export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(2, 6))
 
 
@@ -90,22 +82,23 @@ def test_positions_read_elsewhere(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["mistral-sliding", "gemma2"])
-def test_capacity_past_the_models_own_window(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="sliding window"):
-        export_loaded(LoadedModel(tiny_model(name), None, name), tmp_path / "out", ExportConfig(4, 61))
-
-
-def test_longrope_only_up_to_its_original_length(tmp_path: Path) -> None:
-    arguments = {**TINY["phi3"][1], "max_position_embeddings": 256, "original_max_position_embeddings": 64}
-    factors = [1.0 + 0.1 * i for i in range(4)]
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors,
-            "original_max_position_embeddings": 64, "factor": 4.0}  # fmt: skip
-    config = transformers.Phi3Config(**arguments, rope_parameters=rope)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(UsageError, match="longrope"):
+def test_sinks_that_no_layer_would_keep(tmp_path: Path) -> None:
+    model = tiny_model("mistral-sliding")
+    with pytest.raises(UsageError, match=r"sliding window.*at most 64 tokens"):
         export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 61))
-    export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 60))
+
+
+def test_chunk_past_the_smallest_window(tmp_path: Path) -> None:
+    model = tiny_model("gemma2")
+    with pytest.raises(UsageError, match="at most 7, the smallest window"):
+        export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 12, chunk_size=8))
+
+
+@pytest.mark.parametrize(("name", "reason"), [("bloom", "ALiBi")])
+def test_what_the_plugin_has_no_input_for(name: str, reason: str, tmp_path: Path) -> None:
+    model = tiny_model(name, hidden_size=128, n_head=2)
+    with pytest.raises(UsageError, match=f"{reason}.*--native"):
+        export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 12, target="tensorrt"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -34,6 +34,8 @@ def tuning(name: str, factors: list[list[float]] | None = None) -> SinkTuningFil
     if factors is None:
         factors = np.random.default_rng(3).uniform(0.05, 8.0, (LAYERS, HEADS)).round(3).tolist()
         factors[1][2] = 1.0
+        if name == "gemma2":
+            factors[0] = [1.0] * HEADS  # a layer with a window of its own, without sinks
     architecture = type(tiny_model(name)).__name__
     model = TunedModel(name=name, architecture=architecture, num_layers=LAYERS, num_q_heads=HEADS)
     return SinkTuningFile(model=model, first_token_scale=tuple(map(tuple, factors)))
@@ -98,6 +100,7 @@ def broken(**changes: Any) -> str:
         (broken(first_token_scale=[[0.0] * HEADS] * LAYERS), {}, "greater than 0"),
         (tuning("llama").to_json(), {"--sink-tokens": "0"}, "received 0 sinks, expected at least 1"),
         (tuning("llama").to_json(), {"--target": "tensorrt"}, "add --native"),
+        (tuning("llama").to_json().replace("Llama", "Gemma2"), {"MODEL": "gemma2"}, "factors in layer 0, whose own"),
         (tuning("qwen2").to_json(), {}, "architecture Qwen2ForCausalLM, expected architecture LlamaForCausalLM"),
     ],
 )
@@ -107,7 +110,8 @@ def test_export_refuses_in_one_line(
     file = tmp_path / "tuning.json"
     if content is not None:
         file.write_text(content, encoding="utf-8")
-    tiny_model("llama").save_pretrained(tmp_path / "model")
+    options = dict(options)
+    tiny_model(options.pop("MODEL", "llama")).save_pretrained(tmp_path / "model")
     words = [word for option in options.items() for word in option]
     result = CliRunner().invoke(cli, ["export", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--window", "9",
                                       "--sink-tuning", str(file), *words])  # fmt: skip

@@ -23,6 +23,7 @@ from sinkexport.sources import LoadedModel
 from sinkexport.verify import VerifyReport, compare, verify
 from sinkrt.contract import Manifest, load_manifest
 from sinkrt.errors import BundleError, UsageError
+from sinkrt.ring import Ring
 
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
@@ -141,10 +142,14 @@ def wrong_frequency(folder: Path) -> Path:
 def wrong_shift(folder: Path) -> Path:
     """The query is turned back one token too late: nothing shows before the first eviction."""
 
-    class Late(ExportConfig):
+    class LateRing(Ring):
         @property
         def capacity(self) -> int:
             return super().capacity + 1
+
+    class Late(ExportConfig):
+        def ring(self, own_window: int | None, window_size: int | None = None) -> Ring:
+            return LateRing(*dataclasses.astuple(super().ring(own_window, window_size)))
 
     return export(tiny_model("llama"), folder, Late(S, W, B))
 

@@ -43,7 +43,9 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {**_COMMON, "head_dim": 16}),
     "phi": ("PhiConfig", {**_COMMON, "partial_rotary_factor": 0.5}),
     "phi3": ("Phi3Config", _COMMON),
-    "phi3-partial": ("Phi3Config", {**_COMMON, "partial_rotary_factor": 0.5}),
+    "phi3-partial": ("Phi3Config", {**_COMMON, "original_max_position_embeddings": 64, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "factor": 8.0,
+        "original_max_position_embeddings": 64, "short_factor": [1.1, 1.4], "long_factor": [3.0, 5.0]}}),
     "gpt_neox": ("GPTNeoXConfig", {**_NO_GROUPS, "rotary_pct": 0.25, "hidden_size": 96}),
     "olmo": ("OlmoConfig", _COMMON),
     "olmo2": ("Olmo2Config", _COMMON),
@@ -55,8 +57,20 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("CohereConfig", _COMMON),
     "glm": ("GlmConfig", {**_COMMON, "head_dim": 8}),
     "gemma": ("GemmaConfig", {**_COMMON, "head_dim": 16}),
-    "gemma2": ("Gemma2Config", {**_COMMON, "head_dim": 16, "sliding_window": 64, "attn_logit_softcapping": 5.0,
+    "gemma2": ("Gemma2Config", {**_COMMON, "head_dim": 16, "sliding_window": 7, "attn_logit_softcapping": 5.0,
                                 "query_pre_attn_scalar": 16}),
+    "gemma3_text": ("Gemma3TextConfig", {**_COMMON, "head_dim": 16, "sliding_window": 5, "num_hidden_layers": 3,
+                                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                                    "query_pre_attn_scalar": 16}),
+    "cohere2": ("Cohere2Config", {**_COMMON, "sliding_window": 9,
+                                  "layer_types": ["sliding_attention", "full_attention"]}),
+    "bloom": ("BloomConfig", {"vocab_size": VOCAB_SIZE, "hidden_size": 48, "n_layer": 2, "n_head": 6}),
+    "mpt": ("MptConfig", {"vocab_size": VOCAB_SIZE, "d_model": 48, "n_layers": 2, "n_heads": 6, "expansion_ratio": 2,
+                          "max_seq_len": 64, "attn_config": {"clip_qkv": 2.0}}),
+    "falcon": ("FalconConfig", {**_NO_GROUPS, "multi_query": True, "parallel_attn": True, "bias": False}),
+    "falcon-groups": ("FalconConfig", {**_NO_GROUPS, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-alibi": ("FalconConfig", {**_NO_GROUPS, "alibi": True, "multi_query": False, "parallel_attn": False,
+                                      "bias": True}),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 from rich.text import Text
-from sinkrt.contract import MANIFEST_NAME, FileFacts, Manifest, Quantization, SinkTuning, load_manifest
+from sinkrt.contract import MANIFEST_NAME, FileFacts, HeadWindow, Manifest, Quantization, SinkTuning, load_manifest
 
 from sinkexport.console import table_console
 from sinkexport.families import describe
@@ -49,9 +49,10 @@ def _show_families(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(family) for family in families], indent=1))
         return
-    table = Table("family", "models", "positions", "exports", "remark", box=None, pad_edge=False)
+    table = Table("family", "models", "positions", "layers", "exact", "remark", box=None, pad_edge=False)
     for family in families:
-        table.add_row(family.family, family.examples, family.positions, "yes" if family.exact else "no", family.reason)
+        table.add_row(family.family, family.examples, family.positions, family.layers, "yes" if family.exact else "no",
+                      family.reason)  # fmt: skip
     table_console().print(table)
 
 
@@ -132,7 +133,8 @@ def _show_bundle(bundle: Path, manifest: Manifest) -> None:
                    f"of {model.head_dim}"),
         ("vocabulary", f"{model.vocab_size} tokens; end of text: {_listed(model.eos_token_ids)}"),
         ("positions", f"{model.position_scheme}; up to {stream.position_limit:.1e} tokens"),
-        ("cache", f"{stream.num_sink_tokens} sinks + window of {stream.window_size} = {stream.capacity} tokens"),
+        ("cache", f"{stream.num_sink_tokens} sinks + window of {stream.window_size} = {stream.capacity} tokens"
+                  + _windows(manifest.head_windows)),
         ("streams", f"{stream.batch}"),
         ("target", manifest.target + (f", plugin {manifest.plugin_abi}" if manifest.plugin_abi else "")),
         *((f"{role} engine", f"{engine.file}, {engine.flavour} {engine.version}, {engine.gpu or 'any GPU it supports'}")
@@ -163,6 +165,16 @@ def _quantised(facts: Quantization | None) -> str:
     if facts.thresholds:  # 'sinkexport verify' holds the bundle to them
         lines.append(_listed(f"{name} {limit:g}" for name, limit in sorted(facts.thresholds.items())))
     return "\n".join(lines)
+
+
+def _windows(groups: tuple[HeadWindow, ...] | None) -> str:
+    """How many key heads have which window."""
+    if groups is None:
+        return ""
+    counts: dict[int, int] = {}
+    for group in groups:
+        counts[group.window_size] = counts.get(group.window_size, 0) + len(group.kv_heads)
+    return "\nkey heads by window: " + _listed(f"{counts[window]} with {window}" for window in sorted(counts))
 
 
 def _tuned(tuning: SinkTuning | None) -> list[tuple[str, str]]:

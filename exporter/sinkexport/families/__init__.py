@@ -12,53 +12,73 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One line of ``sinkexport inspect families``.
+    """One line of ``sinkexport inspect families`` and of README's table.
 
     family: transformers' model_type. examples: models that people know. positions: how it tells positions.
+    layers: what its attention layers see, as ``sliding + full`` or ``full``, and what else is special about them.
     exact: whether exported bundles equal the definition; `reason`: a remark, or why the family is refused.
+    tested_by: the tiny models of the test suite that say so: dense transformers before the cache is full, and the
+    streaming reference over six wraps of the window, batched, in steps and in chunks.
     """
 
     family: str
     examples: str
     positions: str
+    layers: str = "full"
     exact: bool = True
     reason: str = ""
+    tested_by: tuple[str, ...] = ()
 
+
+def _exported(
+    family: str, examples: str, positions: str, layers: str = "full", reason: str = "", also: tuple[str, ...] = ()
+) -> Family:
+    """A family with a tiny model of its own name; also: further ones."""
+    return Family(family, examples, positions, layers, True, reason, (family, *also))
+
+
+SLIDING = "sliding or full"
+"""Layers whose own window is smaller than S + W keep it, exactly and without sinks; the others keep S + W."""
 
 EXPORTED = (
-    Family("llama", "Llama 1-3, SmolLM, SmolLM2, TinyLlama, Yi", "RoPE"),
-    Family("mistral", "Mistral 7B, Ministral", "RoPE", True, "capacity up to the model's own sliding window"),
-    Family("qwen2", "Qwen2, Qwen2.5", "RoPE", True, "capacity up to the model's own sliding window"),
-    Family("qwen3", "Qwen3", "RoPE", True, "norms on queries and keys"),
-    Family("phi", "Phi-1.5, Phi-2", "RoPE, partial"),
-    Family("phi3", "Phi-3, Phi-3.5, Phi-4", "RoPE, partial in Phi-4-mini", True, "longrope up to its original length"),
-    Family("gpt_neox", "Pythia, GPT-NeoX-20B", "RoPE, partial", True, "parallel residual"),
-    Family("olmo", "OLMo", "RoPE"),
-    Family("olmo2", "OLMo 2", "RoPE", True, "norms on queries and keys"),
-    Family("stablelm", "StableLM 2, StableLM 3B", "RoPE, partial"),
-    Family("granite", "Granite 3", "RoPE", True, "logit, residual and attention multipliers"),
-    Family("smollm3", "SmolLM3", "RoPE, none in every fourth layer"),
-    Family("starcoder2", "StarCoder2", "RoPE", True, "capacity up to the model's own sliding window"),
-    Family("cohere", "Command R", "RoPE, interleaved"),
-    Family("glm", "GLM-4 9B", "RoPE, partial and interleaved"),
-    Family("gemma", "Gemma 1", "RoPE"),
-    Family("gemma2", "Gemma 2", "RoPE", True, "softcap; capacity up to the model's own sliding window"),
-)
+    _exported("llama", "Llama 1-3, SmolLM, SmolLM2, TinyLlama, Yi", "RoPE; linear, llama3, YaRN, dynamic NTK",
+              also=("llama-tied", "llama-mha", "llama3-rope", "llama-linear-rope", "llama-yarn")),
+    _exported("mistral", "Mistral 7B, Ministral", "RoPE", SLIDING, also=("mistral-sliding",)),
+    _exported("qwen2", "Qwen2, Qwen2.5", "RoPE", SLIDING),
+    _exported("qwen3", "Qwen3", "RoPE", SLIDING, "norms on queries and keys"),
+    _exported("phi", "Phi-1.5, Phi-2", "RoPE, partial"),
+    _exported("phi3", "Phi-3, Phi-3.5, Phi-4", "RoPE, partial in Phi-4-mini; longrope", SLIDING,
+              also=("phi3-partial",)),
+    _exported("gpt_neox", "Pythia, GPT-NeoX-20B", "RoPE, partial", reason="parallel residual"),
+    _exported("olmo", "OLMo", "RoPE"),
+    _exported("olmo2", "OLMo 2", "RoPE", reason="norms on queries and keys"),
+    _exported("stablelm", "StableLM 2, StableLM 3B", "RoPE, partial"),
+    _exported("granite", "Granite 3", "RoPE", reason="logit, residual and attention multipliers"),
+    _exported("smollm3", "SmolLM3", "RoPE, none in every fourth layer"),
+    _exported("starcoder2", "StarCoder2", "RoPE", SLIDING),
+    _exported("cohere", "Command R", "RoPE, interleaved"),
+    _exported("cohere2", "Command R7B", "RoPE, interleaved, in sliding layers; none in full ones", "sliding + full"),
+    _exported("glm", "GLM-4 9B", "RoPE, partial and interleaved"),
+    _exported("gemma", "Gemma 1", "RoPE"),
+    _exported("gemma2", "Gemma 2", "RoPE", "sliding + full", "softcap"),
+    _exported("gemma3_text", "Gemma 3", "RoPE, two bases", "sliding + full", "norms on queries and keys"),
+    _exported("bloom", "BLOOM, BLOOMZ", "ALiBi"),
+    _exported("mpt", "MPT", "ALiBi", reason="clipped queries, keys and values"),
+    _exported("falcon", "Falcon 7B-180B, Falcon-RW", "RoPE, or ALiBi in Falcon-RW",
+              reason="one key head or groups; ALiBi by distance, where transformers rounds slope * place to bfloat16",
+              also=("falcon-groups", "falcon-alibi")),
+)  # fmt: skip
 
+_ABSOLUTE = "learns a vector for each absolute position"
 REFUSED = (
-    Family("gpt2", "GPT-2", "learned absolute", False, "learns a vector for each absolute position"),
-    Family("opt", "OPT", "learned absolute", False, "learns a vector for each absolute position"),
-    Family("gpt_bigcode", "StarCoder", "learned absolute", False, "learns a vector for each absolute position"),
-    Family("gpt_neo", "GPT-Neo", "learned absolute", False, "learns a vector for each absolute position"),
-    Family("mpt", "MPT", "ALiBi", False, "has ALiBi positions, which this version does not export"),
-    Family("bloom", "BLOOM", "ALiBi", False, "has ALiBi positions, which this version does not export"),
-    Family("falcon", "Falcon", "RoPE or ALiBi", False, "does not use transformers' attention interface"),
-    Family("gptj", "GPT-J", "RoPE, interleaved", False, "does not use transformers' attention interface"),
-    Family("codegen", "CodeGen", "RoPE, interleaved", False, "does not use transformers' attention interface"),
-    Family("gemma3_text", "Gemma 3", "RoPE, two bases", False, "has layers with rotary bases of their own"),
-    Family("gpt_oss", "gpt-oss", "RoPE, YaRN", False, "has learned sink logits, which this version does not export"),
-    Family("mamba", "Mamba", "recurrent", False, "has no attention"),
-    Family("t5", "T5", "relative bias", False, "is an encoder-decoder"),
+    Family("gpt2", "GPT-2", "learned absolute", "full", False, _ABSOLUTE),
+    Family("opt", "OPT", "learned absolute", "full", False, _ABSOLUTE),
+    Family("gpt_bigcode", "StarCoder", "learned absolute", "full", False, _ABSOLUTE),
+    Family("gpt_neo", "GPT-Neo", "learned absolute", "sliding + full", False, _ABSOLUTE),
+    Family("gptj", "GPT-J", "RoPE, interleaved", "full", False, "does not use transformers' attention interface"),
+    Family("codegen", "CodeGen", "RoPE, interleaved", "full", False, "does not use transformers' attention interface"),
+    Family("mamba", "Mamba", "recurrent", "recurrent", False, "has no attention"),
+    Family("t5", "T5", "relative bias", "full", False, "is an encoder-decoder"),
 )
 
 
@@ -83,31 +103,25 @@ def refusal_of_config(config: Any) -> str | None:
     )
     if quantization is not None and str(getattr(method, "value", method)) != "gguf":
         return f"has weights quantized by {method}: export the original floating-point model"
-    rope_type = rope_parameters(config).get("rope_type", "default")
-    if rope_type == "dynamic":
-        return "has dynamic rotary scaling, which changes old keys as the stream grows"
     return None
 
 
-def rope_parameters(config: Any) -> dict[str, Any]:
-    """The rotary parameters of a configuration, empty if it has none or several sets."""
-    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    return parameters if "rope_type" in parameters else {}
+def rotates_by_length(config: Any, capacity: int) -> bool:
+    """Whether transformers would rotate a text as long as a full cache otherwise than a shorter one.
 
-
-def refusal_of_capacity(config: Any, capacity: int) -> str | None:
-    """Why a cache of `capacity` tokens cannot be exact for this configuration, or None.
-
-    longrope (arXiv:2402.13753) has two sets of factors and picks by length; in-cache positions stay below C, so
-    the short ones are right as long as C does not exceed the original length.
+    longrope (arXiv:2402.13753) has a set of factors for texts up to the original length and one for longer ones;
+    dynamic NTK scaling changes with each token beyond it. A bundle has the frequencies of a text of `capacity` tokens
+    from its first token on: those that every token sees once the cache is full.
     """
-    parameters = rope_parameters(config)
-    if parameters.get("rope_type") != "longrope":
-        return None
     text_config = config.get_text_config()
-    original = parameters.get("original_max_position_embeddings") or getattr(
-        text_config, "original_max_position_embeddings", None
-    )
-    if original is not None and capacity > original:
-        return f"at most {original}, the length up to which its longrope factors stay the same"
-    return None
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    for one in [parameters] if "rope_type" in parameters else [p for p in parameters.values() if p]:
+        if one["rope_type"] == "longrope":
+            original = one.get("original_max_position_embeddings") or getattr(
+                text_config, "original_max_position_embeddings", None
+            )
+            if original is not None and capacity > original:
+                return True
+        elif one["rope_type"] == "dynamic" and capacity > text_config.max_position_embeddings:
+            return True
+    return False

@@ -54,8 +54,7 @@ class BuiltGraph:
 def build_graph(
     program: torch.export.ExportedProgram,
     role: str,
-    state_kinds: Sequence[str],
-    num_layers: int,
+    state_names: Sequence[tuple[int, str, str]],
     target: str = "onnx",
     num_sinks: int = 0,
     plan: Plan | None = None,
@@ -64,8 +63,8 @@ def build_graph(
 ) -> BuiltGraph:
     """Convert a traced run into operators that `target` takes (``onnx | tensorrt``).
 
-    role: ``decode`` or ``prefill``, the graph's name. state_kinds: the states of one layer in the order of the trace's
-    inputs: ids, position, the states, and num_valid if there is one.
+    role: ``decode`` or ``prefill``, the graph's name. state_names: layer, kind and name of each state, in the order of
+    the trace's inputs: ids, position, the states, and num_valid if there is one.
     plugins: leave to TensorRT plugins what they do (target ``tensorrt`` only). plan: what to quantise; None: nothing.
     num_sinks: first tokens of a stream whose inputs it may treat apart.
 
@@ -96,7 +95,7 @@ def build_graph(
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
-    inputs, states = _name_tensors(model.graph, state_kinds, num_layers)
+    inputs, states = _name_tensors(model.graph, state_names)
     common.NameFixPass()(model)
     common.TopologicalSortPass()(model)
     model.producer_name, model.graph.name = "sinkexport", role
@@ -123,20 +122,19 @@ def _convert(program: torch.export.ExportedProgram) -> ir.Model:
 
 
 def _name_tensors(
-    graph: ir.Graph, state_kinds: Sequence[str], num_layers: int
+    graph: ir.Graph, state_names: Sequence[tuple[int, str, str]]
 ) -> tuple[tuple[TensorSpec, ...], tuple[StateSpec, ...]]:
     """Give inputs and outputs the names of the contract; list the inputs that are no states, and the states."""
-    num_states = len(state_kinds) * num_layers
+    num_states = len(state_names)
     ids, position, *rest = graph.inputs
     states, num_valid = rest[:num_states], rest[num_states:]
     logits, *next_states = graph.outputs
     ids.name, position.name, logits.name = "ids", "position", "logits"
     for value in num_valid:
         value.name = "num_valid"
-    names = [(layer, kind) for layer in range(num_layers) for kind in state_kinds]
     specs = []
-    for (layer, kind), before, after in zip(names, states, next_states, strict=True):
-        before.name, after.name = f"{kind}.{layer}", f"{kind}.{layer}.next"
+    for (layer, kind, name), before, after in zip(state_names, states, next_states, strict=True):
+        before.name, after.name = name, f"{name}.next"
         spec = _spec(before)
         specs.append(StateSpec(layer, kind, spec.name, after.name, spec.shape, spec.dtype))
     return tuple(_spec(value) for value in (ids, position, *num_valid)), tuple(specs)

@@ -11,6 +11,9 @@ import onnxscript
 import torch
 from sinkrt.contract import SCALE_KINDS, STATE_KINDS
 
+import sinkexport.model.attention
+import sinkexport.model.block_attention  # noqa: F401 - both register the torch operators that are translated
+
 DOMAIN = "ai.sinkexport"
 VERSION = 1
 SINK_ATTENTION = "SinkAttention"
@@ -55,6 +58,8 @@ def schemas() -> Mapping[str, onnx.defs.OpSchema]:
             *(_Parameter(name, "T", "", param_option=_Option.Optional) for name in ("shift_cos", "shift_sin")),
             _Parameter("num_valid", "tensor(int64)", "", param_option=_Option.Optional),
             *(_Parameter(name, SCALE_TYPE, "", param_option=_Option.Optional) for name in SCALE_KINDS),
+            _Parameter("alibi_slopes", "tensor(float)", "", param_option=_Option.Optional),
+            _Parameter("sink_logit", "T", "", param_option=_Option.Optional),
             _Parameter("sink_scale", "tensor(float)", "", param_option=_Option.Optional),
         ],
         [
@@ -98,11 +103,12 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def translate_attention(
         q: Any, k: Any, v: Any, sink_k: Any, sink_v: Any, window_k: Any, window_v: Any, position: Any,
         shift_cos: Any, shift_sin: Any, num_valid: Any, scale: float, softcap: float, interleaved: bool,
-        window_k_scale: Any = None, window_v_scale: Any = None, sink_scale: Any = None,
+        window_k_scale: Any = None, window_v_scale: Any = None, alibi_slopes: Any = None, sink_logit: Any = None,
+        sink_scale: Any = None,
     ) -> Any:  # fmt: skip
         return attention(
             q, k, v, sink_k, sink_v, window_k, window_v, position, shift_cos, shift_sin, num_valid,
-            window_k_scale, window_v_scale, sink_scale,
+            window_k_scale, window_v_scale, alibi_slopes, sink_logit, sink_scale,
             scale=scale, softcap=softcap, interleaved=int(interleaved),
         )  # fmt: skip
 

@@ -67,6 +67,8 @@ def sink_attention(
     interleaved: bool,
     window_k_scale: torch.Tensor | None = None,
     window_v_scale: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sink_logit: torch.Tensor | None = None,
     sink_scale: torch.Tensor | None = None,
 ) -> SevenTensors:
     """T tokens of attention over sinks and window, as if they came one by one (StreamingLLM, arXiv:2309.17453).
@@ -80,6 +82,8 @@ def sink_attention(
     shift_cos, shift_sin: [B, T, R/2], of ``max(0, t - (C - 1))`` tokens: the query is turned back by it for the
     sinks, whose distance stops growing once the cache is full (None: no sinks or no positions).
     softcap: 0 for none, else logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv:2408.00118).
+    alibi_slopes: float32 [Hq]; a logit loses slope * in-cache distance, after softcap (ALiBi, arXiv:2108.12409).
+    sink_logit: [Hq], one more logit of each softmax, without a value (gpt-oss, arXiv:2508.10925).
     sink_scale: float32 [Hq] > 0, factor on the weight of token 0 before weights are normalised: its logarithm is added
     to the logit, after the softcap (ZeroTuning, arXiv:2505.11739). None: no factors. Needs a sink.
     Returns: attention output [B, Hq, T, D] and the six states afterwards, those that are absent without elements.
@@ -103,7 +107,10 @@ def sink_attention(
     for i in range(q.shape[2]):
         this, this_for_sinks, this_k, this_v = (x[:, :, i : i + 1] for x in (q, q_sink, k, v))
         updated = _written(states, this_k, this_v, position + i)
-        outputs.append(_attended(this, this_for_sinks, updated, position + i, scale, softcap, sink_scale))
+        attended = _attended(
+            this, this_for_sinks, updated, position + i, scale, softcap, alibi_slopes, sink_logit, sink_scale
+        )
+        outputs.append(attended)
         if num_valid is not None:
             counts = i < num_valid  # [B]
             updated = tuple(
@@ -143,6 +150,8 @@ def _attended(
     position: torch.Tensor,
     scale: float,
     softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    sink_logit: torch.Tensor | None,
     sink_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of one token that is written already. q, q_sink: [B, Hq, 1, D] -> [B, Hq, 1, D]."""
@@ -158,13 +167,29 @@ def _attended(
     logits = torch.cat((q_sink @ heads(sink_k).mT, q @ heads(window_k).mT), dim=-1) * scale  # [B, Hq, 1, C]
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
+    if alibi_slopes is not None:
+        distances = _distances(position, num_sinks, window_size)[:, None, None, :]  # [B, 1, 1, C]
+        logits = logits - (alibi_slopes[:, None, None] * distances).to(logits.dtype)
     if sink_scale is not None:
         factor = sink_scale.log().to(logits.dtype)[:, None]  # [Hq, 1]
         logits = torch.cat((logits[..., :1] + factor[..., None], logits[..., 1:]), dim=-1)
     # Sink j is there from t = j on, slot i from t = S + i on: entry n of sinks-then-slots from t = n on.
     is_there = torch.arange(num_sinks + window_size) <= position[:, None]  # [B, C]
-    weights = logits.masked_fill(~is_there[:, None, None, :], float("-inf")).softmax(dim=-1)
+    logits = logits.masked_fill(~is_there[:, None, None, :], float("-inf"))
+    if sink_logit is not None:
+        logits = torch.cat((logits, sink_logit[:, None, None].expand(*logits.shape[:-1], 1)), dim=-1)
+    weights = logits.softmax(dim=-1)[..., : num_sinks + window_size]  # [B, Hq, 1, C]
     return weights @ heads(torch.cat((sink_v, window_v), dim=2))
+
+
+def _distances(position: torch.Tensor, num_sinks: int, window_size: int) -> torch.Tensor:
+    """In-cache distance of each sink and slot to the token at `position` [B], int64 [B, C]; any if nothing is there.
+
+    A sink's stops growing once the cache is full.
+    """
+    t = position[:, None]
+    sinks = t.clamp(max=num_sinks + window_size - 1) - torch.arange(num_sinks)
+    return torch.cat((sinks, (t - num_sinks - torch.arange(window_size)) % window_size), dim=1)
 
 
 @sink_attention.register_fake
@@ -185,6 +210,8 @@ def _(
     interleaved: bool,
     window_k_scale: torch.Tensor | None = None,
     window_v_scale: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sink_logit: torch.Tensor | None = None,
     sink_scale: torch.Tensor | None = None,
 ) -> SevenTensors:
     none = q.new_empty(q.shape[0], window_k.shape[1], 0, q.shape[3])

@@ -14,33 +14,34 @@ from typing import Any
 import torch
 from sinkrt.contract import SCALE_KINDS, STATE_KINDS
 from sinkrt.errors import UsageError, problem
+from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
 from sinkexport.model.attention import sink_attention, stream_angles
 from sinkexport.model.fold_rotation import fold_rotation
+from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
 from sinkexport.model.interface import intercept_attention
 from sinkexport.model.rope import (
     AttentionShape,
-    HandedOutRotary,
     ModelRotary,
-    find_rotary,
-    lay_out,
-    replaced_module,
+    RotarySpec,
+    identity_rotary,
+    replaced_rotary,
 )
 
 IGNORED_ARGUMENTS = frozenset(
-    # What families pass to the attention function without changing what a single step computes.
+    # What families pass to the attention function without changing what a single step computes, and what the probe saw.
     ("dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "training",
      "output_hidden_states", "return_dict", "logits_to_keep", "past_key_values", "position_embeddings",
-     "token_type_ids", "deterministic", "output_router_logits")
+     "token_type_ids", "deterministic", "output_router_logits", "sliding_window")
 )  # fmt: skip
 
 
 class StreamStep(torch.nn.Module):
     """``forward(ids, position, states, num_valid) -> (logits, next states)``: T tokens of each of B streams.
 
-    ids: int64 [B, T]. position: int64 [B], of the first token. states: layer by layer, in the order of ``state_kinds``.
+    ids: int64 [B, T]. position: int64 [B], of the first token. states: in the order of ``states``.
     num_valid: int64 [B], how many of the T tokens count; left out if T = 1.
     logits: float32 [B, vocab], after the last token that counts.
     """
@@ -62,26 +63,40 @@ class StreamStep(torch.nn.Module):
         self.rotary = rotary
         self.batch = batch
         self.num_tokens = num_tokens
-        self.register_buffer("frequency", rotary.frequency, persistent=False)
+        self.caches = head_caches(config, shape)
+        for table, content in rotary.tables.items():
+            self.register_buffer(f"frequency_{table}", content.frequency, persistent=False)
+        slopes = None if shape.alibi_slopes is None else torch.tensor(shape.alibi_slopes)
+        self.register_buffer("alibi_slopes", slopes, persistent=False)
         tuning = config.sink_tuning
         for layer, factors in enumerate(() if tuning is None else tuning.first_token_scale):
             if set(factors) != {1.0}:  # a layer without any stays as it is, to the byte
                 self.register_buffer(f"sink_scale_{layer}", torch.tensor(factors), persistent=False)
 
-    @property
-    def state_kinds(self) -> tuple[str, ...]:
-        """State tensors of a layer, in the order in which `states` holds them."""
-        kinds = STATE_KINDS if self.config.num_sink_tokens else STATE_KINDS[2:]
+    def state_kinds(self, cache: HeadCache) -> tuple[str, ...]:
+        """State tensors of a cache, in the order in which `states` holds them."""
+        kinds = STATE_KINDS if cache.ring.num_sink_tokens else STATE_KINDS[2:]
         return (*kinds, *SCALE_KINDS) if self.config.has_int8_window else kinds
+
+    @property
+    def states(self) -> list[tuple[HeadCache, str]]:
+        """Cache and kind of every state tensor."""
+        return [(cache, kind) for cache in self.caches for kind in self.state_kinds(cache)]
+
+    @property
+    def state_names(self) -> list[tuple[int, str, str]]:
+        """Layer, kind and input name of every state tensor."""
+        return [(cache.layer, kind, cache.state_name(kind)) for cache, kind in self.states]
 
     def sink_scale(self, layer: int) -> torch.Tensor | None:
         """float32 [Hq], or None if the layer attends to its sinks as the model does."""
         return dict(self.named_buffers(recurse=False)).get(f"sink_scale_{layer}")
 
-    def empty_state(self, kind: str) -> torch.Tensor:
+    def empty_state(self, cache: HeadCache, kind: str) -> torch.Tensor:
         """One state tensor before the first token: [B, Hkv, S or W, D], or [B, Hkv, W] if it holds scales."""
-        length = self.config.num_sink_tokens if kind.startswith("sink") else self.config.window_size
-        rows = (self.batch, self.shape.num_kv_heads, length)
+        ring = cache.ring
+        length = ring.num_sink_tokens if kind.startswith("sink") else ring.window_size
+        rows = (self.batch, len(cache.kv_heads), length)
         if kind in SCALE_KINDS:
             return torch.zeros(rows, dtype=SCALE_DTYPE)
         is_int8 = self.config.has_int8_window and kind.startswith("window")
@@ -117,19 +132,17 @@ class _Step:
         self._stream = stream
         self._position = position
         self._num_valid = num_valid
-        per_layer = len(stream.state_kinds)
-        self._states = [states[i : i + per_layer] for i in range(0, len(states), per_layer)]
-        self._next: list[list[torch.Tensor] | None] = [None] * len(self._states)
-        frequency, num_tokens = stream.get_buffer("frequency"), stream.num_tokens
-        self._cos, self._sin = stream_angles(position, frequency, num_tokens, 0)  # [B, T, R/2]
-        behind = stream.config.capacity - 1
-        self._shift_cos, self._shift_sin = stream_angles(position, frequency, num_tokens, behind)
+        self._states: dict[HeadCache, dict[str, torch.Tensor]] = {cache: {} for cache in stream.caches}
+        for (cache, kind), state in zip(stream.states, states, strict=True):
+            self._states[cache][kind] = state
+        self._next: dict[HeadCache, list[torch.Tensor]] = {}
+        self._angles: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def next_states(self) -> list[torch.Tensor]:
-        if any(layer is None for layer in self._next):
+        if any(cache not in self._next for cache in self._stream.caches):
             raise RuntimeError("an attention layer did not run; the probe should have refused this model")
-        return [state for layer in self._next if layer is not None for state in layer]
+        return [state for cache in self._stream.caches for state in self._next[cache]]
 
     def attend(
         self,
@@ -140,32 +153,72 @@ class _Step:
         _mask: torch.Tensor | None = None,
         scaling: float | None = None,
         softcap: float | None = None,
-        sliding_window: int | None = None,
+        s_aux: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
-        """transformers' attention interface: q [B, Hq, T, D], k and v [B, Hkv, T, D] -> [B, T, Hq, D]."""
-        config, layer = self._stream.config, int(module.layer_idx)
-        refuse_arguments(layer, config, sliding_window, others)
-        spec = self._stream.rotary.layers[layer]
-        shift = (None, None)
+        """transformers' attention interface: q [B, Hq, T, D], k and v [B, Hkv, T, D] -> [B, T, Hq, D].
+
+        s_aux: [Hq], the layer's sink logits. alibi_slopes: [Hq], as the probe saw them.
+        """
+        layer = int(module.layer_idx)
+        refuse_arguments(layer, others)
+        more = {
+            "scale": float(scaling if scaling is not None else q.shape[-1] ** -0.5),
+            "softcap": float(softcap or 0.0),
+            "alibi_slopes": None if alibi_slopes is None else self._stream.get_buffer("alibi_slopes"),
+            "sink_logit": None if s_aux is None else s_aux.to(q.dtype),
+            "sink_scale": self._stream.sink_scale(layer),
+        }
+        caches = [cache for cache in self._stream.caches if cache.layer == layer]
+        if len(caches) == 1:
+            return self._attend(caches[0], q, k, v, more).transpose(1, 2), None
+        outputs = []
+        for cache in caches:
+            kv_heads, q_heads = torch.tensor(cache.kv_heads), torch.tensor(cache.q_heads)
+            own = {name: x[q_heads] if isinstance(x, torch.Tensor) else x for name, x in more.items()}
+            own_q, own_k, own_v = (x.index_select(1, i) for x, i in ((q, q_heads), (k, kv_heads), (v, kv_heads)))
+            outputs.append(self._attend(cache, own_q, own_k, own_v, own))
+        order = torch.tensor([head for cache in caches for head in cache.q_heads]).argsort()
+        return torch.cat(outputs, dim=1).index_select(1, order).transpose(1, 2), None
+
+    def _attend(
+        self, cache: HeadCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, more: dict[str, Any]
+    ) -> torch.Tensor:
+        """The heads of one cache: q [B, Hq, T, D], k and v [B, Hkv, T, D], not rotated -> [B, Hq, T, D]."""
+        spec, ring = self._stream.rotary.layers[cache.layer], cache.ring
+        shift = None
         if spec.rotary_dim:
-            q, k = (self._rotated(x, layer) for x in (q, k))
-            shift = (self._shift_cos.to(q.dtype), self._shift_sin.to(q.dtype))
-        kinds = self._stream.state_kinds
-        states = dict(zip(kinds, self._states[layer], strict=True))
+            q, k = (self._rotated(x, spec) for x in (q, k))
+            shift = self._shift(spec, ring, q.dtype)
+        states = self._states[cache]
         out, *updated = sink_attention(
-            q, k, v, *(states.get(kind) for kind in STATE_KINDS), self._position,
-            *(shift if config.num_sink_tokens else (None, None)), self._num_valid,
-            float(scaling if scaling is not None else q.shape[-1] ** -0.5), float(softcap or 0.0), spec.interleaved,
-            *(states.get(kind) for kind in SCALE_KINDS), self._stream.sink_scale(layer),
+            q, k, v, *(states.get(kind) for kind in STATE_KINDS), self._position, *(shift or (None, None)),
+            self._num_valid,
+            more["scale"], more["softcap"], spec.interleaved, *(states.get(kind) for kind in SCALE_KINDS),
+            alibi_slopes=more["alibi_slopes"], sink_logit=more["sink_logit"], sink_scale=more["sink_scale"],
         )  # fmt: skip
         after = dict(zip((*STATE_KINDS, *SCALE_KINDS), updated, strict=True))
-        self._next[layer] = [after[kind] for kind in kinds]
-        return out.transpose(1, 2), None  # [B, T, Hq, D]
+        self._next[cache] = [after[kind] for kind in states]
+        return out
 
-    def _rotated(self, x: torch.Tensor, layer: int) -> torch.Tensor:
-        spec, scaling = self._stream.rotary.layers[layer], self._stream.rotary.scaling
-        cos, sin = self._cos, self._sin
+    def _angles_behind(self, table: str, behind: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [B, T, R/2], the same for all layers."""
+        if (table, behind) not in self._angles:
+            frequency = self._stream.get_buffer(f"frequency_{table}")
+            self._angles[table, behind] = stream_angles(self._position, frequency, self._stream.num_tokens, behind)
+        return self._angles[table, behind]
+
+    def _shift(self, spec: RotarySpec, ring: Ring, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """By how much the query is turned back for the sinks; None: the layer keeps none."""
+        if not ring.num_sink_tokens:
+            return None
+        cos, sin = self._angles_behind(spec.table, ring.capacity - 1)
+        return cos.to(dtype), sin.to(dtype)
+
+    def _rotated(self, x: torch.Tensor, spec: RotarySpec) -> torch.Tensor:
+        scaling = self._stream.rotary.tables[spec.table].scaling
+        cos, sin = self._angles_behind(spec.table, 0)
         if scaling != 1.0:
             cos, sin = cos * scaling, sin * scaling
         partial = spec.rotary_dim if spec.rotary_dim < x.shape[-1] else 0  # 0: all of the head
@@ -209,10 +262,10 @@ def trace(stream: StreamStep) -> torch.export.ExportedProgram:
     ids = torch.zeros(stream.batch, stream.num_tokens, dtype=torch.int64)
     position = torch.zeros(stream.batch, dtype=torch.int64)
     dtype = next(stream.model.parameters()).dtype
-    kinds = stream.state_kinds * stream.shape.num_layers
-    states = [stream.empty_state(kind) for kind in kinds]
+    states = [stream.empty_state(cache, kind) for cache, kind in stream.states]
     num_valid = () if stream.num_tokens == 1 else (torch.ones_like(position),)
-    with torch.no_grad(), _identity_rotation(stream, dtype):
+    identity = identity_rotary(stream.rotary, stream.batch, stream.num_tokens, dtype)
+    with torch.no_grad(), replaced_rotary(stream.model, identity):
         program = torch.export.export(stream, (ids, position, states, *num_valid), strict=False)
     fold_rotation(program)
     _refuse_other_uses_of_position(program)
@@ -230,32 +283,14 @@ def _refuse_other_uses_of_position(program: torch.export.ExportedProgram) -> Non
             problem(
                 "positions",
                 received=f"a use outside the rotary embedding ({strangers[0].target})",
-                expected="rotary positions only",
+                expected="rotary or ALiBi positions only",
                 fix="this model cannot be exported exactly",
             )
         )
 
 
-@contextlib.contextmanager
-def _identity_rotation(stream: StreamStep, dtype: torch.dtype) -> Iterator[None]:
-    name, _ = find_rotary(stream.model)
-    shape = (stream.batch, stream.num_tokens, stream.rotary.frequency.numel())
-    ones = lay_out(torch.ones(shape, dtype=dtype), stream.rotary.cos_layout)
-    with replaced_module(stream.model, name, HandedOutRotary(ones, torch.zeros_like(ones))):
-        yield
-
-
-def refuse_arguments(layer: int, config: ExportConfig, sliding_window: int | None, others: dict[str, Any]) -> None:
+def refuse_arguments(layer: int, others: dict[str, Any]) -> None:
     """Refuse what a family passes to its attention function and the operator does not know."""
-    if sliding_window is not None and sliding_window < config.capacity:
-        raise UsageError(
-            problem(
-                "sinks + window",
-                received=f"{config.capacity} tokens, more than layer {layer}'s own sliding window",
-                expected=f"at most {sliding_window} tokens",
-                fix="lower --window",
-            )
-        )
     unknown = sorted(key for key, value in others.items() if value is not None and key not in IGNORED_ARGUMENTS)
     if unknown:
         raise UsageError(

@@ -47,14 +47,14 @@ def fold_rotation(program: torch.export.ExportedProgram) -> int:
 
 
 def _handed_out(program: torch.export.ExportedProgram) -> dict[Node, float]:
-    """The placeholders of `HandedOutRotary.cos` and `.sin`."""
+    """The placeholders of `HandedOutRotary`."""
     values: dict[Node, float] = {}
     buffers = program.graph_signature.inputs_to_buffers
     for node in program.graph_module.graph.nodes:
         name = buffers.get(node.name, "") if node.op == "placeholder" else ""
-        if name.endswith("rotary_emb.cos"):
+        if "rotary_emb.cos_" in name:
             values[node] = 1.0
-        elif name.endswith("rotary_emb.sin"):
+        elif "rotary_emb.sin_" in name:
             values[node] = 0.0
     return values
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from sinkrt.errors import UsageError, problem
 
-AttentionFunction = Callable[..., tuple[torch.Tensor, None]]
+from sinkexport.families.adapters import AttentionFunction, adapted, find_adapter
 
 
 @contextlib.contextmanager
@@ -18,10 +18,15 @@ def intercept_attention(model: torch.nn.Module, function: AttentionFunction) -> 
     """Every softmax attention of `model` calls ``function(module, q, k, v, mask, scaling=..., ...)`` instead.
 
     q: [B, Hq, T, D], k and v: [B, Hkv, T, D], as the model rotated them. Must return ([B, T, Hq, D], None).
-    No mask is registered under the name, so transformers builds none.
+    No mask is registered under the name, so transformers builds none. A family that does not use the interface is
+    adapted; one with ALiBi passes ``alibi_slopes``, float32 [Hq].
 
-    Raises: UsageError if the model does not use the interface.
+    Raises: UsageError if the model does not use the interface and there is no adapter for it.
     """
+    if (adapter := find_adapter(model)) is not None:
+        with adapted(model, adapter, function):
+            yield
+        return
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = f"sinkexport-{uuid.uuid4().hex}"  # contexts may nest

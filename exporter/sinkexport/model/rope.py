@@ -1,33 +1,44 @@
 """How a model attends and rotates: read off the model itself, never assumed.
 
-A family's rotary code differs in which numbers form a pair (halves or neighbours), how many dimensions turn and
-how cos and sin are laid out. Instead of a table of families, `probe_rotary` runs the model once on two copies of
-a token: one copy sees no rotation (cos = 1, sin = 0), the other a known one. What the attention function receives
-tells shapes and layout, and a layout that is not recognised is refused, so a guess can never reach a bundle.
+A family's rotary code differs in which numbers form a pair (halves or neighbours), how many dimensions turn, how cos
+and sin are laid out and which layers share them. Instead of a table of families, `probe_attention` runs the model
+once on two copies of a token: one copy sees no rotation (cos = 1, sin = 0), the other a known one. What the attention
+function receives tells shapes and layout, and a layout that is not recognised is refused, so a guess can never reach a
+bundle.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import phase_frequency
 
+from sinkexport.families.adapters import has_alibi
 from sinkexport.model.interface import intercept_attention
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
-    """Facts of one model's attention, the same in all layers."""
+    """Facts of one model's attention, the same in all layers but for the window.
+
+    own_windows: by layer, the tokens that the model itself sees in it, the newest included; None: all.
+    alibi_slopes: [Hq], what a logit loses for each token of distance (ALiBi, arXiv:2108.12409); None: no ALiBi.
+    has_sink_logits: whether softmax has a learned logit more, without a value (gpt-oss), in some layer.
+    """
 
     num_layers: int
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    own_windows: tuple[int | None, ...]
+    alibi_slopes: tuple[float, ...] | None = None
+    has_sink_logits: bool = False
 
 
 COS_LAYOUTS = ("halves", "neighbours", "single")
@@ -40,56 +51,93 @@ class RotarySpec:
 
     rotary_dim: R, leading dimensions of a head that turn (0: the layer has no positions).
     interleaved: pairs are neighbours (2i, 2i+1); otherwise (i, i + R/2).
+    table: of `ModelRotary.tables`, the name of that which the layer turns by.
     """
 
     rotary_dim: int
     interleaved: bool
+    table: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryTable:
+    """One set of frequencies.
+
+    frequency: int64 [R/2], turns a token in units of 2^-32, so that any position's phase is exact.
+    scaling: factor on cos and sin (YaRN's attention factor, arXiv:2309.00071), 1 for most.
+    """
+
+    frequency: torch.Tensor
+    scaling: float
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelRotary:
     """The rotary embedding of a whole model.
 
-    frequency: int64 [R/2], turns a token in units of 2^-32, so that any position's phase is exact.
-    scaling: factor on cos and sin (YaRN's attention factor, arXiv:2309.00071), 1 for most.
+    tables: by the layer type that the model's code asks its embedding for; "" if it asks for none.
     cos_layout: one of ``COS_LAYOUTS``. layers: one spec a layer, by layer index.
     """
 
-    frequency: torch.Tensor
-    scaling: float
+    tables: Mapping[str, RotaryTable]
     cos_layout: str
     layers: tuple[RotarySpec, ...]
 
 
-def find_rotary(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
-    """The one rotary embedding module of a model: (name, module).
+def find_rotary(model: torch.nn.Module) -> tuple[str, torch.nn.Module] | None:
+    """The one rotary embedding module of a model: (name, module). None: its family has ALiBi instead.
 
-    Raises: UsageError if the model has none or several.
+    Raises: UsageError if the model has none or several otherwise.
     """
-    found = [(name, m) for name, m in model.named_modules() if name.endswith("rotary_emb") and hasattr(m, "inv_freq")]
+    found = [(name, m) for name, m in model.named_modules() if name.endswith("rotary_emb") and _table_names(m)]
+    if not found and has_alibi(model):
+        return None
     if len(found) != 1:
-        raise _refused(
-            f"{len(found)} rotary embeddings with one set of frequencies",
-            "exactly one that all layers share",
-        )
+        raise _refused(f"{len(found)} rotary embeddings", "exactly one that all layers share")
     return found[0]
 
 
-def probe_attention(model: torch.nn.Module, num_layers: int) -> tuple[AttentionShape, ModelRotary]:
+def probe_attention(
+    model: torch.nn.Module, num_layers: int, capacity: int = 1
+) -> tuple[AttentionShape, ModelRotary]:
     """Find out the shapes of a model's attention and how it rotates queries and keys.
+
+    capacity: tokens that the cache will hold. Where the model makes its frequencies depend on the length of a text
+    (longrope, arXiv:2402.13753; dynamic NTK), they are those of a text of this length.
 
     Raises: UsageError if layers differ in shape or have no attention, or if cos/sin or the rotation have a layout
     that is not known.
     """
-    name, rotary = find_rotary(model)
-    inv_freq = rotary.get_buffer("inv_freq").detach().double()  # [R/2], radians a token
-    scaling = float(getattr(rotary, "attention_scaling", 1.0))
-    cos_layout = _probe_cos_layout(rotary, inv_freq, scaling)
-    angles = torch.linspace(0.3, 2.7, inv_freq.numel(), dtype=torch.float64)
-    queries, keys = _with_and_without(model, name, cos_layout, angles, num_layers)
-    layers = tuple(_match_layout(layer, pair, angles) for layer, pair in enumerate(queries))
-    frequency = torch.tensor([phase_frequency(float(f)) for f in inv_freq], dtype=torch.int64)
-    return _common_shape(queries, keys), ModelRotary(frequency, scaling, cos_layout, layers)
+    found = find_rotary(model)
+    tables: dict[str, RotaryTable] = {}
+    cos_layout = COS_LAYOUTS[0]
+    if found is not None:
+        _, rotary = found
+        layouts = set()
+        for table in _table_names(rotary):
+            tables[table], layout = _probe_table(rotary, table, capacity)
+            layouts.add(layout)
+        if len(layouts) != 1:
+            raise _refused(f"cos and sin laid out in {len(layouts)} ways", "one")
+        cos_layout = layouts.pop()
+    # Angles of each table differ, so that a layer's rotation tells which one it is of.
+    angles = {
+        key: torch.linspace(0.3 + 0.2 * i, 2.7 + 0.2 * i, table.frequency.numel(), dtype=torch.float64)
+        for i, (key, table) in enumerate(tables.items())
+    }
+    seen = _with_and_without(model, cos_layout, angles, num_layers)
+    layers = tuple(_match_layout(layer, one.q, angles) for layer, one in enumerate(seen))
+    return _common_shape(seen), ModelRotary(tables, cos_layout, layers)
+
+
+def _table_names(rotary: torch.nn.Module) -> list[str]:
+    """Layer types that a rotary embedding has frequencies of; "" for those of all layers."""
+    names = [name for name, _ in rotary.named_buffers(recurse=False)]
+    return [
+        name.removesuffix("inv_freq").removesuffix("_")
+        for name in names
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
+    ]
 
 
 def lay_out(values: torch.Tensor, cos_layout: str) -> torch.Tensor:
@@ -102,20 +150,36 @@ def lay_out(values: torch.Tensor, cos_layout: str) -> torch.Tensor:
 
 
 class HandedOutRotary(torch.nn.Module):
-    """Stands in for a model's rotary embedding and hands out the cos and sin that it was given."""
+    """Stands in for a model's rotary embedding and hands out the cos and sin that it was given for a layer type."""
 
-    def __init__(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    def __init__(self, cos_sin: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         super().__init__()
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for table, (cos, sin) in cos_sin.items():
+            self.register_buffer(f"cos_{table}", cos, persistent=False)
+            self.register_buffer(f"sin_{table}", sin, persistent=False)
 
-    def forward(self, *_args: Any, **_kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.cos, self.sin
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        table = kwargs.get("layer_type", args[2] if len(args) > 2 else "")  # after x and position_ids
+        return self.get_buffer(f"cos_{table}"), self.get_buffer(f"sin_{table}")
+
+
+def identity_rotary(rotary: ModelRotary, batch: int, num_tokens: int, dtype: torch.dtype) -> HandedOutRotary:
+    """A rotary embedding that turns nothing: x * 1 + rotate_half(x) * 0 is x exactly."""
+    ones = {
+        name: lay_out(torch.ones(batch, num_tokens, table.frequency.numel(), dtype=dtype), rotary.cos_layout)
+        for name, table in rotary.tables.items()
+    }
+    return HandedOutRotary({name: (one, torch.zeros_like(one)) for name, one in ones.items()})
 
 
 @contextlib.contextmanager
-def replaced_module(model: torch.nn.Module, name: str, replacement: torch.nn.Module) -> Iterator[None]:
-    """Put `replacement` at `name` and take it away again."""
+def replaced_rotary(model: torch.nn.Module, replacement: torch.nn.Module) -> Iterator[None]:
+    """Put `replacement` where the model's rotary embedding is, if it has one, and take it away again."""
+    found = find_rotary(model)
+    if found is None:
+        yield
+        return
+    name, _ = found
     parent_name, _, attribute = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     original = getattr(parent, attribute)
@@ -139,72 +203,102 @@ def rotate(x: torch.Tensor, angles: torch.Tensor, spec: RotarySpec) -> torch.Ten
     return torch.cat((turned, rest), dim=-1)
 
 
-def _probe_cos_layout(rotary: torch.nn.Module, inv_freq: torch.Tensor, scaling: float) -> str:
-    positions = torch.tensor([[0, 1, 5]])
-    hidden = torch.zeros(1, 3, 1, dtype=torch.float32)
+def _probe_table(original: torch.nn.Module, table: str, capacity: int) -> tuple[RotaryTable, str]:
+    """One set of frequencies and the layout of its cos and sin."""
+    rotary = copy.deepcopy(original)  # it changes its frequencies by the positions that it is asked for
+    prefix, layer_type = (f"{table}_", {"layer_type": table}) if table else ("", {})
+    near = torch.tensor([[0, 1, 5]])
+    # The last position says how long the text is; float32 is too coarse there to compare.
+    positions = torch.cat((near, torch.tensor([[max(5, capacity - 1)]])), dim=1)
     with torch.no_grad():
-        cos, sin = rotary(hidden, position_ids=positions)
-    angles = positions[..., None].double() * inv_freq  # [1, 3, R/2]
+        rotary(torch.zeros(1, 1, 1), near[:, :1], **layer_type)  # forget a longer text that came before
+        cos, sin = rotary(torch.zeros(1, 4, 1), positions, **layer_type)
+    cos, sin = cos[..., :3, :].double(), sin[..., :3, :].double()
+    inv_freq = rotary.get_buffer(f"{prefix}inv_freq").double()  # [R/2], radians a token
+    scaling = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+    angles = near[..., None].double() * inv_freq  # [1, 3, R/2]
     for cos_layout in COS_LAYOUTS:
         want_cos, want_sin = (lay_out(v * scaling, cos_layout) for v in (angles.cos(), angles.sin()))
-        if cos.shape == want_cos.shape and torch.allclose(cos.double(), want_cos, atol=1e-4) and torch.allclose(
-            sin.double(), want_sin, atol=1e-4
+        if cos.shape == want_cos.shape and torch.allclose(cos, want_cos, atol=1e-4) and torch.allclose(
+            sin, want_sin, atol=1e-4
         ):
-            return cos_layout
+            frequency = torch.tensor([phase_frequency(float(f)) for f in inv_freq], dtype=torch.int64)
+            return RotaryTable(frequency, scaling), cos_layout
     raise _refused(f"cos/sin of shape {tuple(cos.shape)} that are not those of its inv_freq", "plain rotary cos/sin")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What the attention function of one layer was given: q [2, Hq, 1, D] and k [2, Hkv, 1, D]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    own_window: int | None
+    alibi_slopes: tuple[float, ...] | None
+    has_sink_logits: bool
+
+
 def _with_and_without(
-    model: torch.nn.Module, name: str, cos_layout: str, angles: torch.Tensor, num_layers: int
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Per layer query [2, Hq, 1, D] and key [2, Hkv, 1, D] of attention: row 0 not rotated, row 1 by `angles`.
+    model: torch.nn.Module, cos_layout: str, angles: Mapping[str, torch.Tensor], num_layers: int
+) -> list[_Seen]:
+    """What attention is given in each layer: row 0 not rotated, row 1 by `angles`.
 
     The attention function returns zeros, so both rows have the same hidden states in every layer.
     """
     dtype = next(model.parameters()).dtype
-    both = torch.stack((torch.zeros_like(angles), angles))[:, None, :]  # [2, 1, R/2]
-    handed = HandedOutRotary(lay_out(both.cos(), cos_layout).to(dtype), lay_out(both.sin(), cos_layout).to(dtype))
-    queries: dict[int, torch.Tensor] = {}
-    keys: dict[int, torch.Tensor] = {}
+    both = {table: torch.stack((torch.zeros_like(a), a))[:, None, :] for table, a in angles.items()}  # [2, 1, R/2]
+    handed = HandedOutRotary({
+        table: (lay_out(a.cos(), cos_layout).to(dtype), lay_out(a.sin(), cos_layout).to(dtype))
+        for table, a in both.items()
+    })  # fmt: skip
+    seen: dict[int, _Seen] = {}
 
-    def record(module: Any, q: torch.Tensor, k: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
-        queries[int(module.layer_idx)], keys[int(module.layer_idx)] = q.double(), k.double()
+    def record(
+        module: Any, q: torch.Tensor, k: torch.Tensor, *_: Any, sliding_window: int | None = None,
+        alibi_slopes: torch.Tensor | None = None, s_aux: torch.Tensor | None = None, **__: Any,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        slopes = None if alibi_slopes is None else tuple(alibi_slopes.tolist())
+        seen[int(module.layer_idx)] = _Seen(q.double(), k.double(), sliding_window, slopes, s_aux is not None)
         return torch.zeros_like(q).transpose(1, 2), None  # [2, 1, Hq, D]
 
     ids = torch.ones(2, 1, dtype=torch.int64)
-    with torch.no_grad(), intercept_attention(model, record), replaced_module(model, name, handed):
+    with torch.no_grad(), intercept_attention(model, record), replaced_rotary(model, handed):
         model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
-    if sorted(queries) != list(range(num_layers)):
-        missing = sorted(set(range(num_layers)) - set(queries))
+    if sorted(seen) != list(range(num_layers)):
+        missing = sorted(set(range(num_layers)) - set(seen))
         raise _refused(f"layers {missing} without softmax attention", "attention in every layer")
-    return [queries[layer] for layer in range(num_layers)], [keys[layer] for layer in range(num_layers)]
+    return [seen[layer] for layer in range(num_layers)]
 
 
-def _common_shape(queries: list[torch.Tensor], keys: list[torch.Tensor]) -> AttentionShape:
-    shapes = {(q.shape[1], k.shape[1], q.shape[3]) for q, k in zip(queries, keys, strict=True)}
+def _common_shape(seen: list[_Seen]) -> AttentionShape:
+    shapes = {(one.q.shape[1], one.k.shape[1], one.q.shape[3], one.alibi_slopes) for one in seen}
     if len(shapes) != 1:
         raise UsageError(
             problem(
                 "attention",
-                received=f"layers of different (query heads, key heads, head size): {sorted(shapes)}",
+                received=f"layers of different (query heads, key heads, head size, ALiBi slopes): {sorted(shapes)}",
                 expected="the same in all layers",
                 fix="this model cannot be exported exactly",
             )
         )
-    return AttentionShape(len(queries), *shapes.pop())
+    num_q_heads, num_kv_heads, head_dim, slopes = shapes.pop()
+    windows = tuple(one.own_window for one in seen)
+    sink_logits = any(one.has_sink_logits for one in seen)
+    return AttentionShape(len(seen), num_q_heads, num_kv_heads, head_dim, windows, slopes, sink_logits)
 
 
-def _match_layout(layer: int, queries: torch.Tensor, angles: torch.Tensor) -> RotarySpec:
+def _match_layout(layer: int, queries: torch.Tensor, angles: Mapping[str, torch.Tensor]) -> RotarySpec:
     plain, rotated = queries[0], queries[1]  # [Hq, 1, D] each
     tolerance = 2e-2 * float(plain.abs().max()) + 1e-6  # float16 rounds cos, sin and the products
     if torch.allclose(plain, rotated, rtol=0, atol=1e-9):
         return RotarySpec(rotary_dim=0, interleaved=False)
-    for interleaved in (False, True):
-        spec = RotarySpec(2 * angles.numel(), interleaved)
-        if spec.rotary_dim <= plain.shape[-1] and torch.allclose(
-            rotate(plain, angles, spec), rotated, rtol=0, atol=tolerance
-        ):
-            return spec
+    for table, turn in angles.items():
+        for interleaved in (False, True):
+            spec = RotarySpec(2 * turn.numel(), interleaved, table)
+            if spec.rotary_dim <= plain.shape[-1] and torch.allclose(
+                rotate(plain, turn, spec), rotated, rtol=0, atol=tolerance
+            ):
+                return spec
     raise _refused(f"a rotation in layer {layer} that is neither of halves nor of neighbours", "a known pairing")
 
 

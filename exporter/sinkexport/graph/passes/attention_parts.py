@@ -44,11 +44,12 @@ class AttentionParts:
         self.window_size = known_shape(operand(node, 5))[2]
         self.num_sinks = known_shape(operand(node, 3))[2] if optional(node, 3) is not None else 0
         self.position = operand(node, 7)
+        self.alibi_slopes, self.sink_logit, self.sink_scale = (optional(node, i) for i in (13, 14, 15))
 
     def once(self, name: str, build: Callable[[Builder], ir.Value]) -> ir.Value:
         """A value that all layers of the same geometry share."""
         geometry = (self.num_sinks, self.window_size, self.num_kv_heads, self.group, self.q.dtype)
-        return self._per_run.once((name, self.position, geometry), self.node, build)
+        return self._per_run.once((name, self.position, geometry, self.alibi_slopes), self.node, build)
 
     def scaled(self, q: ir.Value) -> ir.Value:
         """q times the attention's scale."""
@@ -86,7 +87,7 @@ class AttentionParts:
         Without factors they come back as they are, to be capped when they are joined. axes: shape of the sinks' logits
         with 1 for what has no part in it; its product is Hkv * G * S, in this order.
         """
-        scale = optional(self.node, 13)
+        scale = self.sink_scale
         if scale is None:
             return logits
         if scale.const_value is None or not self.num_sinks:
@@ -100,7 +101,37 @@ class AttentionParts:
     @property
     def has_sink_scale(self) -> bool:
         """Whether `with_sink_scale` changes and caps logits."""
-        return optional(self.node, 13) is not None
+        return self.sink_scale is not None
+
+    def biased(self, b: Builder, seen: ir.Value, distances: Callable[[], ir.Value], unseen: float) -> ir.Value:
+        """What is added to logits: where an entry is seen 0, or with ALiBi - slope * distance; `unseen` elsewhere.
+
+        seen: bool [B, 1, .., n], rank 4 for G = 1 or 5, of one query head. distances: makes int64 [B, .., n] of a shape
+        that broadcasts with it. Returns: a shape that broadcasts with [B, Hkv, (G,) T, n].
+        """
+        dtype = self.q.dtype or ir.DataType.FLOAT
+        bias = b.scalar(0.0, dtype)
+        if self.alibi_slopes is not None:
+            slopes = b.op("Neg", [self._by_head(b, self.alibi_slopes, len(known_shape(seen)))])
+            bias = b.cast(b.op("Mul", [b.cast(distances(), ir.DataType.FLOAT), slopes]), dtype)
+        shape = np.broadcast_shapes(known_shape(seen), known_shape(bias))
+        return b.op("Where", [seen, bias, b.scalar(unseen, dtype)], shape, dtype)
+
+    def normalised(self, logits: ir.Value) -> ir.Value:
+        """Softmax of logits [B, Hkv, (G,) T, n], which the sink logit of each head takes part in if there is one."""
+        b, shape = self.b, known_shape(logits)
+        if self.sink_logit is None:
+            return b.op("Softmax", [logits], axis=-1)
+        one = (*shape[:-1], 1)
+        more = self._by_head(b, self.sink_logit, len(shape))
+        more = b.op("Expand", [more, b.ints(one, "one_entry")], one, logits.dtype)
+        joined = b.op("Concat", [logits, more], (*shape[:-1], shape[-1] + 1), axis=-1)
+        return b.split(b.op("Softmax", [joined], axis=-1), (shape[-1], 1), -1)[0]
+
+    def _by_head(self, b: Builder, values: ir.Value, rank: int) -> ir.Value:
+        """[Hq] -> [1, Hkv, (G,) 1, 1] of a rank of 4 (G = 1) or 5."""
+        heads = (self.num_kv_heads, self.group)[: rank - 3]
+        return b.reshape(values, (1, *heads, 1, 1))
 
     def replace_node(self, out: ir.Value, sinks: Sequence[ir.Value], window: Sequence[ir.Value]) -> None:
         """Put the collected nodes in the node's place. sinks: two states or none. window: two, with scales four."""

@@ -46,7 +46,7 @@ class ChunkAttention(AttentionParts):
         joined = b.op("Concat", logits, (*known_shape(logits[0])[:-1], entries), axis=-1)
         joined = b.reshape(joined, (*grouped, entries))
         joined = joined if self.has_sink_scale else self.softcapped(joined)
-        weights = b.op("Softmax", [b.op("Add", [joined, self._mask()])], axis=-1)
+        weights = self.normalised(b.op("Add", [joined, self._mask()]))
         # The values are joined: they are fewer than the weights, which would have to be cut up otherwise.
         values = b.op("Concat", [part[2] for part in parts], (*heads, entries, self.head_dim), axis=-2)
         out = b.matmul(b.reshape(weights, (*heads, rows, entries)), values)  # [B, Hkv, G*T, D]
@@ -195,7 +195,8 @@ class ChunkAttention(AttentionParts):
         return self.once(f"counts of rank {rank}", build)
 
     def _mask(self) -> ir.Value:
-        """[B, 1, 1, T, S + W + T]: 0 where token t sees an entry; where it does not, what makes its weight 0.
+        """[B, 1, 1, T, S + W + T]: 0 where token t sees an entry, or what ALiBi adds there for each head; where it does
+        not, what makes its weight 0.
 
         That is the lowest finite number: -inf would give NaN in rows that see nothing, those of an idle stream.
         """
@@ -209,7 +210,7 @@ class ChunkAttention(AttentionParts):
             shape = (self.batch, 1, 1, self.num_tokens, entries)
             seen = b.reshape(b.op("Concat", parts, (shape[0], *shape[3:]), axis=-1), shape)
             lowest = float(np.finfo(dtype.numpy()).min)
-            return b.op("Where", [seen, b.scalar(0.0, dtype), b.scalar(lowest, dtype)], shape, dtype)
+            return self.biased(b, seen, lambda: b.reshape(self._distances(b), shape), lowest)
 
         return self.once("mask", build)
 
@@ -223,18 +224,38 @@ class ChunkAttention(AttentionParts):
         sinks = b.ints(np.arange(self.num_sinks).reshape(1, 1, -1), "sinks")
         return b.op("LessOrEqual", [sinks, self._positions(b)])
 
+    def _distances(self, b: Builder) -> ir.Value:
+        """int64 [B, T, S + W + T]: how far each entry is from each token in the cache; any where it is not seen."""
+        t, tokens = self._positions(b), np.arange(self.num_tokens)
+        window = b.op("Sub", [t, self._window_tokens(b)])
+        evicted = (tokens[:, None] - tokens[None, :] + self.window_size)[None]  # (p + i) - (p + m - W)
+        shape = (self.batch, *evicted.shape[1:])
+        parts = [window, b.ints(np.broadcast_to(evicted, shape), "distance_of_evicted")]
+        if self.num_sinks:
+            place = b.op("Min", [t, b.ints(self.num_sinks + self.window_size - 1, "last_place")])
+            parts.insert(0, b.op("Sub", [place, b.ints(np.arange(self.num_sinks).reshape(1, 1, -1), "sinks")]))
+        entries = sum(known_shape(part)[-1] for part in parts)
+        return b.op("Concat", parts, (*shape[:2], entries), axis=-1)
+
     def _sees_window(self, b: Builder) -> ir.Value:
         """bool [B, T, W]: the token u in a slot after the chunk is no sink, and none that comes later: S <= u <= t.
 
-        u = last - ((last - S - slot) mod W), last = p + n - 1. It cannot be too old: t - u < W for every valid t.
+        It cannot be too old: t - u < W for every valid t.
+        """
+        token = self._window_tokens(b)
+        is_no_sink = b.op("GreaterOrEqual", [token, b.ints(self.num_sinks, "num_sinks")])
+        return b.op("And", [is_no_sink, b.op("LessOrEqual", [token, self._positions(b)])])
+
+    def _window_tokens(self, b: Builder) -> ir.Value:
+        """int64 [B, 1, W]: the token u in each slot after the chunk; u < S if it is none.
+
+        u = last - ((last - S - slot) mod W), last = p + n - 1.
         """
         last = b.op("Sub", [b.op("Add", [self.position, self._num_valid()]), b.ints(1, "one")])
         last = self._column(b, last, 3)
         slots = b.ints(np.arange(self.window_size).reshape(1, 1, -1) + self.num_sinks, "slots_after_sinks")
         age = b.op("Mod", [b.op("Sub", [last, slots]), b.ints(self.window_size, "window_size")])  # [B, 1, W]
-        token = b.op("Sub", [last, age])
-        is_no_sink = b.op("GreaterOrEqual", [token, b.ints(self.num_sinks, "num_sinks")])
-        return b.op("And", [is_no_sink, b.op("LessOrEqual", [token, self._positions(b)])])
+        return b.op("Sub", [last, age])
 
     def _sees_evicted(self, b: Builder) -> ir.Value:
         """bool [B, T, T]: token i sees the row that token m replaces, u = p + m - W, if u >= S, i < m and m < n."""

@@ -33,7 +33,7 @@ class StepAttention(AttentionParts):
         joined = logits[0] if len(logits) == 1 else b.op("Concat", logits, (*self._grouped, capacity, 1), axis=-2)
         joined = b.reshape(joined, (*self._grouped, 1, capacity))
         joined = joined if self.has_sink_scale else self.softcapped(joined)
-        weights = b.op("Softmax", [b.op("Add", [joined, self._mask(len(self._grouped) + 2)])], axis=-1)
+        weights = self.normalised(b.op("Add", [joined, self._mask(len(self._grouped) + 2)]))
         pieces = b.split(weights, lengths, -1) if self.num_sinks else [weights]
         out = self._window_sum(pieces[-1], window)
         if self.num_sinks:
@@ -114,17 +114,29 @@ class StepAttention(AttentionParts):
         return self.once("sink", build)
 
     def _mask(self, rank: int) -> ir.Value:
-        """[B, 1, .., C]: 0 where a token is, -inf where none is yet.
+        """[B, 1, .., C]: 0 where a token is, or what ALiBi adds there for each head; -inf where none is yet.
 
         Sink j is there from t = j on, slot i from t = S + i on: entry n of sinks-then-slots from t = n on.
         """
-        capacity, dtype = self.num_sinks + self.window_size, self.q.dtype
+        capacity = self.num_sinks + self.window_size
 
         def build(b: Builder) -> ir.Value:
             t = b.reshape(self.position, (self.batch, *[1] * (rank - 1)))
             entries = b.ints(np.arange(capacity).reshape(*[1] * (rank - 1), capacity), "entries")
             there = b.op("LessOrEqual", [entries, t])
-            return b.op("Where", [there, b.scalar(0.0, dtype), b.scalar(-math.inf, dtype)],
-                        known_shape(there), dtype)
+            return self.biased(b, there, lambda: self._distances(b, t), -math.inf)
 
         return self.once(f"mask of rank {rank}", build)
+
+    def _distances(self, b: Builder, t: ir.Value) -> ir.Value:
+        """int64 [B, 1, .., C]: how far each sink and slot is from the token at t [B, 1, .., 1] in the cache."""
+        *ones, _ = known_shape(t)
+        slots = b.ints(self.num_sinks + np.arange(self.window_size), "slots_after_sinks")
+        shape = (*ones, self.window_size)
+        window = b.op("Mod", [b.op("Sub", [t, slots], shape), b.ints(self.window_size, "window_size")], shape)
+        if not self.num_sinks:
+            return window
+        capacity = self.num_sinks + self.window_size
+        place = b.op("Min", [t, b.ints(capacity - 1, "last_place")])
+        sinks = b.op("Sub", [place, b.ints(np.arange(self.num_sinks), "sinks")], (*ones, self.num_sinks))
+        return b.op("Concat", [sinks, window], (*ones, capacity), axis=-1)

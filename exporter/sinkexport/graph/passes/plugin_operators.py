@@ -45,6 +45,18 @@ def refuse_geometry(head_dim: int, batch: int, capacity: int) -> None:
                                  expected=f"at most {MAX_CAPACITY} tokens with the plugin"))  # fmt: skip
 
 
+def refuse_extras(*, alibi: bool, sink_logits: bool) -> None:
+    """Refuse what the kernels can do but the plugin has no inputs for.
+
+    Raises: UsageError.
+    """
+    for what, present in (("ALiBi positions", alibi), ("learned sink logits", sink_logits)):
+        if present:
+            raise UsageError(problem("model", received=f"{what}, which the plugin has no input for",
+                                     expected="rotary positions and plain softmax with the plugin",
+                                     fix="use --native, which needs no plugin, or --target onnx"))  # fmt: skip
+
+
 def use_plugins(model: ir.Model) -> None:
     """Give the traced graph the form above. Its first inputs are ids and position, its last one may be num_valid.
 
