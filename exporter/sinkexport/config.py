@@ -40,6 +40,7 @@ class ExportConfig:
     pin_system: a system message that the sinks must cover; num_sink_tokens is raised if it is longer.
     dtype: ``fp32 | fp16``, of weights, arithmetic and cache.
     target: ``onnx | tensorrt``, whose operators and layers the graphs are made for.
+    sink_token: a token that begins every text of the bundle, or ``auto`` (sinkexport/sink_token.py); needs a sink.
     native: with target ``tensorrt``, standard ONNX operators alone, without the plugins of plugins/trt.
     recipe: how to quantise; None: not at all. calibration: what a recipe with static ranges or smoothing needs.
     kv: ``fp | int8``, the window's keys and values: INT8 with a scale for each key head and token. Sinks always stay in
@@ -61,6 +62,7 @@ class ExportConfig:
     calibration: Ranges | None = None
     kv: str | None = None
     native: bool = False
+    sink_token: str | None = None
     sink_tuning: SinkTuningFile | None = None
     budgets: BudgetFile | None = None
 
@@ -77,6 +79,9 @@ class ExportConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise UsageError(problem(name, received=repr(value), expected=f"an integer >= {low}",
                                          fix=f"change {option}"))
+        if self.sink_token is not None and not self.num_sink_tokens:
+            raise UsageError(problem("sink_token", received="no sinks", expected="at least one, to keep the token",
+                                     fix="use --sink-tokens 1"))  # fmt: skip
         if self.dtype not in WEIGHT_DTYPES:
             raise UsageError(problem("dtype", received=repr(self.dtype), expected=" | ".join(WEIGHT_DTYPES),
                                      fix="change --dtype"))

@@ -36,11 +36,13 @@ from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.build import BuiltGraph, build_graph
 from sinkexport.graph.passes.plugin_operators import refuse_extras, refuse_geometry
 from sinkexport.model.decoder import StreamStep, trace
+from sinkexport.model.experts import has_experts
 from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
 from sinkexport.progress import Report, silent
 from sinkexport.quant.plan import RecipePlan
 from sinkexport.quant.recipe import load_recipe
+from sinkexport.sink_token import with_sink_token
 from sinkexport.sources import LoadedModel, load_model, refuse_architecture
 
 PRODUCERS = ("sinkexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
@@ -84,6 +86,10 @@ def export_loaded(
     Raises: UsageError.
     """
     model, out = loaded.model, Path(out)
+    if config.sink_token is not None:
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        tokenizer = with_sink_token(loaded.tokenizer, config.sink_token, vocab_size)
+        loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
     config = _resolved(_with_pinned_system(loaded.tokenizer, config), model.config.get_text_config().model_type)
     _check_model(model, config)
     _check_calibration(model, config)
@@ -98,7 +104,8 @@ def export_loaded(
         _check_rings(config, rings)
         if config.has_plugins:
             refuse_geometry(shape.head_dim, config.batch, max(ring.capacity for ring in rings))
-            refuse_extras(alibi=shape.alibi_slopes is not None, sink_logits=shape.has_sink_logits)
+            refuse_extras(alibi=shape.alibi_slopes is not None, sink_logits=shape.has_sink_logits,
+                          experts=has_experts(model))  # fmt: skip
         if config.sink_tuning is not None:
             config.sink_tuning.check_model(type(model).__name__, shape.num_layers, shape.num_q_heads)
             config.sink_tuning.check_sinks(

@@ -143,8 +143,8 @@ class StreamingReference:
         keys, values = self._append(module, k, v, arguments.get("sliding_window"), window_size)
         if self._rotates[module]:
             cos, sin = self._places(module, keys)
-            q = _rotated(module, q, cos[:, -1:], sin[:, -1:])
-            keys = _rotated(module, keys, cos, sin)
+            q = self._rotated(module, q, cos[:, -1:], sin[:, -1:])
+            keys = self._rotated(module, keys, cos, sin)
         # The family's own plain attention knows its groups, softcap and whatever else it passes along.
         out: torch.Tensor = plain_attention(module)(module, q, keys, values, self._mask(module, keys), **arguments)[0]
         return out
@@ -177,7 +177,7 @@ class StreamingReference:
             if self._rotates[module]:
                 cos, sin = self._rotary(before, torch.tensor([[PROBE_POSITION]]), **self._layer_type(module))
                 tolerance = 64 * torch.finfo(before.dtype).eps * float(before.abs().max())
-                if not torch.allclose(_rotated(module, before, cos, sin), after, rtol=0, atol=tolerance):
+                if not torch.allclose(self._rotated(module, before, cos, sin), after, rtol=0, atol=tolerance):
                     raise _refused("a query that is more than a rotation of its unrotated self", "plain rotation")
 
     @contextlib.contextmanager
@@ -230,6 +230,19 @@ class StreamingReference:
             return {"layer_type": module.config.layer_types[module.layer_idx]}
         return {}
 
+    def _rotated(self, module: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotate x [B, H, n, D] with the family's own function; cos, sin: [1, n, R or R/2].
+
+        Some families slice off the R dimensions that turn before they call it and some leave that to the function,
+        which then takes R dimensions as well.
+        """
+        prefix = "".join(f"{layer_type}_" for layer_type in self._layer_type(module).values())
+        rotary_dim = 2 * self._rotary.get_buffer(f"{prefix}inv_freq").numel()
+        turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+        apply = _own_function(module, "apply_rotary_pos_emb")
+        _, turned = apply(turned[:, :0], turned, cos, sin)  # takes queries and keys: no queries here
+        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
     def _recorded(self, *, rotation: bool) -> dict[torch.nn.Module, torch.Tensor]:
         """Each attention's query [1, Hq, 1, D] for one token at PROBE_POSITION, by module."""
         recorder = _Recorder()
@@ -265,19 +278,6 @@ class _NoRotation(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = self.original(*args, **kwargs)
         return torch.ones_like(cos), torch.zeros_like(sin)
-
-
-def _rotated(module: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [B, H, n, D] with the family's own function; cos, sin: [1, n, R].
-
-    Some families slice off the R dimensions that turn before they call it and some leave that to the function,
-    which then takes R dimensions as well.
-    """
-    rotary_dim = cos.shape[-1]
-    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-    apply = _own_function(module, "apply_rotary_pos_emb")
-    _, turned = apply(turned[:, :0], turned, cos, sin)  # takes queries and keys: no queries here
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
 def plain_attention(module: torch.nn.Module) -> Callable[..., Any]:

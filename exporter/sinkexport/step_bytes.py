@@ -15,9 +15,10 @@ from sinkrt.errors import BundleError, problem
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 MODEL_GRAPH = 7
-GRAPH_NODE, GRAPH_INITIALIZER = 1, 5
-NODE_INPUT, NODE_OP_TYPE = 1, 4
+GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_VALUE_INFO = 1, 5, 13
+NODE_INPUT, NODE_OUTPUT, NODE_OP_TYPE = 1, 2, 4
 TENSOR_DIMS, TENSOR_DATA_TYPE, TENSOR_NAME = 1, 2, 8
+VALUE_NAME, VALUE_TYPE, TYPE_TENSOR, TENSOR_SHAPE, SHAPE_DIM, DIM_VALUE = 1, 2, 1, 2, 1, 1
 # Bits of an element by TensorProto.DataType; strings and complex numbers are no weights.
 ELEMENT_BITS = {
     1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16,
@@ -28,7 +29,8 @@ ELEMENT_BITS = {
 def weight_bytes_per_step(graph_file: Path) -> int:
     """Bytes of weights that one run of the graph has to read.
 
-    Every initializer once, but of a table that is only gathered from (an untied embedding) just the rows: nothing.
+    Every initializer once, but of one that is only gathered from just the rows: of an untied embedding nothing that
+    counts, of a mixture's experts, matrices each, those that are chosen.
 
     Raises: BundleError if the file is no ONNX graph.
     """
@@ -44,31 +46,68 @@ def weight_bytes_per_step(graph_file: Path) -> int:
 
 
 def _weight_bytes(graph: memoryview) -> int:
-    sizes: dict[str, int] = {}
+    sizes: dict[str, tuple[list[int], int]] = {}
+    shapes: dict[str, list[int]] = {}
     read_whole: set[str] = set()
+    gathered: dict[str, str] = {}  # by initializer, what is gathered of it
     for field, value in _fields(graph):
         if field == GRAPH_NODE:
-            op_type, inputs = _node(_as_bytes(value))
+            op_type, inputs, outputs = _node(_as_bytes(value))
             read_whole.update(inputs[1:] if op_type == "Gather" else inputs)
+            if op_type == "Gather":
+                gathered[inputs[0]] = outputs[0]
         elif field == GRAPH_INITIALIZER:
-            name, num_bytes = _tensor(_as_bytes(value))
-            sizes[name] = num_bytes
-    return sum(size for name, size in sizes.items() if name in read_whole)
+            name, dims, bits = _tensor(_as_bytes(value))
+            sizes[name] = dims, bits
+        elif field == GRAPH_VALUE_INFO:
+            name, shape = _value(_as_bytes(value))
+            shapes[name] = shape
+    total = 0
+    for name, (dims, bits) in sizes.items():
+        if name in read_whole:
+            total += math.prod(dims) * bits // 8
+        elif name in gathered and len(dims) > 2:
+            total += math.prod(shapes.get(gathered[name], dims)) * bits // 8
+    return total
 
 
-def _node(node: memoryview) -> tuple[str, list[str]]:
-    """Operator and names of inputs."""
-    op_type, inputs = "", []
+def _node(node: memoryview) -> tuple[str, list[str], list[str]]:
+    """Operator, names of inputs and of outputs."""
+    op_type, inputs, outputs = "", [], []
     for field, value in _fields(node):
         if field == NODE_INPUT:
             inputs.append(str(_as_bytes(value), "utf-8"))
+        elif field == NODE_OUTPUT:
+            outputs.append(str(_as_bytes(value), "utf-8"))
         elif field == NODE_OP_TYPE:
             op_type = str(_as_bytes(value), "utf-8")
-    return op_type, inputs
+    return op_type, inputs, outputs
 
 
-def _tensor(tensor: memoryview) -> tuple[str, int]:
-    """Name and size in bytes."""
+def _value(info: memoryview) -> tuple[str, list[int]]:
+    """Name and shape, which is static."""
+    name, shape = "", []
+    for field, value in _fields(info):
+        if field == VALUE_NAME:
+            name = str(_as_bytes(value), "utf-8")
+        elif field == VALUE_TYPE:
+            dims = _inside(_inside(_as_bytes(value), TYPE_TENSOR), TENSOR_SHAPE)
+            shape = [_number(_as_bytes(dim), DIM_VALUE) for field, dim in _fields(dims) if field == SHAPE_DIM]
+    return name, shape
+
+
+def _inside(message: memoryview, wanted: int) -> memoryview:
+    """A message's part of that field number, empty if there is none."""
+    return next((_as_bytes(value) for field, value in _fields(message) if field == wanted), memoryview(b""))
+
+
+def _number(message: memoryview, wanted: int) -> int:
+    """A message's number of that field number; 1 if there is none."""
+    return next((value for field, value in _fields(message) if field == wanted and isinstance(value, int)), 1)
+
+
+def _tensor(tensor: memoryview) -> tuple[str, list[int], int]:
+    """Name, shape and bits of an element."""
     name, dims, bits = "", [], 0
     for field, value in _fields(tensor):
         if field == TENSOR_DIMS:  # repeated numbers come one by one or packed
@@ -77,7 +116,7 @@ def _tensor(tensor: memoryview) -> tuple[str, int]:
             bits = ELEMENT_BITS.get(value, 0) if isinstance(value, int) else 0
         elif field == TENSOR_NAME:
             name = str(_as_bytes(value), "utf-8")
-    return name, math.prod(dims) * bits // 8
+    return name, dims, bits
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:

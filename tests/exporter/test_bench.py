@@ -117,6 +117,18 @@ def test_a_gathered_table_does_not_count(tmp_path: Path) -> None:
     assert weight_bytes_per_step(save_graph(tmp_path / "g.onnx", nodes, [*tensors, ids])) == 8 * 3 * 2 + 2 * 8
 
 
+def test_of_gathered_experts_the_chosen_ones_count(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Gather", ["experts", "chosen"], ["w"]),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    graph = helper.make_graph(nodes, "g", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    graph.initializer.append(weight("experts", (32, 8, 5), np.float16))
+    graph.value_info.append(helper.make_tensor_value_info("w", TensorProto.FLOAT16, [3, 8, 5]))
+    onnx.save(helper.make_model(graph), tmp_path / "g.onnx")
+    assert weight_bytes_per_step(tmp_path / "g.onnx") == 3 * 8 * 5 * 2
+
+
 def test_a_tied_table_counts_once(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Gather", ["table", "ids"], ["x"]),

@@ -94,9 +94,13 @@ def test_chunk_past_the_smallest_window(tmp_path: Path) -> None:
         export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 12, chunk_size=8))
 
 
-@pytest.mark.parametrize(("name", "reason"), [("bloom", "ALiBi")])
-def test_what_the_plugin_has_no_input_for(name: str, reason: str, tmp_path: Path) -> None:
-    model = tiny_model(name, hidden_size=128, n_head=2)
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [("bloom", {"hidden_size": 128, "n_head": 2}, "ALiBi"), ("gpt_oss", {"head_dim": 64}, "sink logits"),
+     ("mixtral", {"head_dim": 64}, "experts")]
+)
+def test_what_the_plugin_cannot_do(name: str, changes: dict[str, int], reason: str, tmp_path: Path) -> None:
+    model = tiny_model(name, **changes)
     with pytest.raises(UsageError, match=f"{reason}.*--native"):
         export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 12, target="tensorrt"))
 

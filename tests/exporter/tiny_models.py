@@ -71,6 +71,13 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-groups": ("FalconConfig", {**_NO_GROUPS, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-alibi": ("FalconConfig", {**_NO_GROUPS, "alibi": True, "multi_query": False, "parallel_attn": False,
                                       "bias": True}),
+    "mixtral": ("MixtralConfig", {**_COMMON, "num_local_experts": 8, "num_experts_per_tok": 1}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_COMMON, "head_dim": 8, "moe_intermediate_size": 32, "num_experts": 5,
+                                     "num_experts_per_tok": 2, "mlp_only_layers": [0]}),
+    "gpt_oss": ("GptOssConfig", {**_COMMON, "head_dim": 8, "sliding_window": 7, "num_local_experts": 6,
+                                 "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"],
+                                 "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+                                                     "original_max_position_embeddings": 64, "truncate": False}}),
 }  # fmt: skip
 
 

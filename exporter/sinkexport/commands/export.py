@@ -41,6 +41,9 @@ STAGES = {
               help="Tokens that prefill takes at once; 1: no prefill graph.  [default: 64, at most W]")  # fmt: skip
 @click.option("--pin-system", metavar="TEXT",
               help="Raise S until the sinks cover this system message, so that no chat forgets it.")  # fmt: skip
+@click.option("--sink-token", metavar="TOKEN|auto",
+              help="Begin every text with this token, for a model that was trained with one for the sink, and "
+                   "S = 1 does. auto: its special token with 'sink' in its name.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(sorted(WEIGHT_DTYPES)), default="fp32", show_default=True,
               help="Of weights, arithmetic and cache.")  # fmt: skip
 @click.option("--recipe", metavar="NAME|FILE",
@@ -61,13 +64,13 @@ STAGES = {
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
 def command(
     model: str, output: Path, sink_tokens: int, window: int, batch: int, chunk: int | None, pin_system: str | None,
-    dtype: str, recipe: str | None, calibration_file: Path | None, kv: str | None,
+    sink_token: str | None, dtype: str, recipe: str | None, calibration_file: Path | None, kv: str | None,
     budgets_file: Path | None, sink_tuning_file: Path | None, target: str, native: bool, overwrite: bool,
 ) -> None:
     """Export MODEL (a local directory, a .gguf file or a Hub id) to a bundle."""
     # Bad numbers are told before torch is loaded.
     config = ExportConfig(sink_tokens, window, batch, dtype, chunk, pin_system, target, _loaded(recipe),
-                          _ranges(calibration_file), kv, native, _sink_tuning(sink_tuning_file),
+                          _ranges(calibration_file), kv, native, sink_token, _sink_tuning(sink_tuning_file),
                           _budgets(budgets_file))  # fmt: skip
     from sinkexport.pipeline import export
 

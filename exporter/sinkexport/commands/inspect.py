@@ -49,10 +49,11 @@ def _show_families(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(family) for family in families], indent=1))
         return
-    table = Table("family", "models", "positions", "layers", "exact", "remark", box=None, pad_edge=False)
+    headers = ("family", "models", "positions", "layers", "exact", "remark", "tested by")
+    table = Table(*headers, box=None, pad_edge=False)
     for family in families:
         table.add_row(family.family, family.examples, family.positions, family.layers, "yes" if family.exact else "no",
-                      family.reason)  # fmt: skip
+                      family.reason, ", ".join(family.tested_by))  # fmt: skip
     table_console().print(table)
 
 

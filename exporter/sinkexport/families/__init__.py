@@ -62,6 +62,11 @@ EXPORTED = (
     _exported("gemma", "Gemma 1", "RoPE"),
     _exported("gemma2", "Gemma 2", "RoPE", "sliding + full", "softcap"),
     _exported("gemma3_text", "Gemma 3", "RoPE, two bases", "sliding + full", "norms on queries and keys"),
+    _exported("gpt_oss", "gpt-oss 20B, 120B", "RoPE, YaRN", "sliding + full",
+              "mixture of experts; learned sink logits beside the kept sinks; weights must not be MXFP4 any more"),
+    _exported("mixtral", "Mixtral", "RoPE", SLIDING, "mixture of experts"),
+    _exported("qwen3_moe", "Qwen3 30B-A3B, 235B-A22B", "RoPE", SLIDING,
+              "mixture of experts; norms on queries and keys"),
     _exported("bloom", "BLOOM, BLOOMZ", "ALiBi"),
     _exported("mpt", "MPT", "ALiBi", reason="clipped queries, keys and values"),
     _exported("falcon", "Falcon 7B-180B, Falcon-RW", "RoPE, or ALiBi in Falcon-RW",
@@ -85,6 +90,17 @@ REFUSED = (
 def describe() -> list[Family]:
     """Every family that is known: exported ones first."""
     return [*EXPORTED, *REFUSED]
+
+
+def markdown_table() -> str:
+    """README's table of families."""
+    rows = [("family", "models", "positions", "layers", "exact", "remark", "tested by"), ("---",) * 7]
+    for family in describe():
+        tested = ", ".join(f"`{name}`" for name in family.tested_by)
+        name, exact = f"`{family.family}`", "yes" if family.exact else "refused"
+        facts = (family.examples, family.positions, family.layers)
+        rows.append((name, *facts, exact, family.reason or "-", tested or "-"))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
 def refusal_of_config(config: Any) -> str | None:

@@ -18,6 +18,7 @@ from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
 from sinkexport.model.attention import sink_attention, stream_angles
+from sinkexport.model.experts import static_experts
 from sinkexport.model.fold_rotation import fold_rotation
 from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
@@ -111,7 +112,11 @@ class StreamStep(torch.nn.Module):
         num_valid: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         step = _Step(self, position, states, num_valid)
-        with intercept_attention(self.model, step.attend), _only_last_token(self.model, num_valid):
+        with (
+            intercept_attention(self.model, step.attend),
+            static_experts(self.model),
+            _only_last_token(self.model, num_valid),
+        ):
             # position_ids reach the model only so that `_refuse_other_uses_of_position` can see who reads them.
             positions = position[:, None] + torch.arange(self.num_tokens)  # [B, T]
             output = self.model(input_ids=ids, position_ids=positions, use_cache=False)

@@ -45,16 +45,19 @@ def refuse_geometry(head_dim: int, batch: int, capacity: int) -> None:
                                  expected=f"at most {MAX_CAPACITY} tokens with the plugin"))  # fmt: skip
 
 
-def refuse_extras(*, alibi: bool, sink_logits: bool) -> None:
-    """Refuse what the kernels can do but the plugin has no inputs for.
+def refuse_extras(*, alibi: bool, sink_logits: bool, experts: bool) -> None:
+    """Refuse what the kernels can do but the plugin has no inputs for, and what these graphs have no form of.
 
     Raises: UsageError.
     """
-    for what, present in (("ALiBi positions", alibi), ("learned sink logits", sink_logits)):
+    for what, present in (
+        ("ALiBi positions, which the plugin has no input for", alibi),
+        ("learned sink logits, which the plugin has no input for", sink_logits),
+        ("mixtures of experts, which graphs with the plugin cannot choose from", experts),
+    ):
         if present:
-            raise UsageError(problem("model", received=f"{what}, which the plugin has no input for",
-                                     expected="rotary positions and plain softmax with the plugin",
-                                     fix="use --native, which needs no plugin, or --target onnx"))  # fmt: skip
+            raise UsageError(problem("model", received=what, fix="use --native, which needs no plugin",
+                                     expected="rotary positions, plain softmax and no experts with the plugin"))
 
 
 def use_plugins(model: ir.Model) -> None:
