@@ -101,8 +101,8 @@ class SinkReport:
     secondary: those like the first token, then others; most heads first.
     own_window: the model's smallest sliding window, or None.
     recommended: S. reason: in words.
-    num_kv_heads: Hkv. beyond: [L][Hq][n], mean weight of what is at least `distances` tokens behind a query of a
-    window's second half, the first K tokens apart: what a head loses with a window of that many tokens.
+    num_kv_heads: Hkv. change: [L][Hq][n], how much a head's output changes in a window's second half if it sees the
+    first K tokens and the last `distances` alone, over the root mean square of the layer's outputs.
     """
 
     model: str
@@ -124,7 +124,7 @@ class SinkReport:
     reason: str
     num_kv_heads: int
     distances: tuple[int, ...]
-    beyond: tuple[tuple[tuple[float, ...], ...], ...]
+    change: tuple[tuple[tuple[float, ...], ...], ...]
 
     @property
     def mass_by_position(self) -> Array:
@@ -237,7 +237,7 @@ def analyze(
         reason=reason,
         num_kv_heads=sums.num_kv_heads,
         distances=sums.distances,
-        beyond=_nested(mean["beyond"]),
+        change=_nested(mean["change"]),
     )
 
 
@@ -290,7 +290,7 @@ class _Sums:
             "any_sink": is_sink.max(axis=-1).astype(np.float64),
             "key_norm": weights.key_norm[:, first],
             "value_norm": weights.value_norm[:, first],
-            "beyond": weights.beyond,
+            "change": weights.change,
         }
         for name, values in added.items():
             self._sums[name] = values + self._sums.get(name, 0.0)

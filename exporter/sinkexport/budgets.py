@@ -96,23 +96,23 @@ def head_groups(layer: int, windows: Sequence[int]) -> tuple[HeadWindow, ...]:
 def propose(
     report: SinkReport, architecture: str, *, longest: int, shortest: int, share: float
 ) -> tuple[BudgetFile, float]:
-    """A window of `longest` tokens for the key heads that look farthest back, `shortest` for the others.
+    """A window of `longest` tokens for the key heads that need it most, `shortest` for the others.
 
     share: of the memory that windows of `longest` would take in all heads; as many heads keep it as fit in. Which:
-    those that would lose most attention with a window of `shortest` tokens (at the next smaller distance that was
-    measured), a key head as much as the query head that needs it most. Returns: the budgets, and the largest such loss
-    of a head that is cut short.
+    those whose output would change most with a window of `shortest` tokens (of the next smaller size that was
+    measured), a key head as much as its query heads together. Returns: the budgets, and the largest such change of a
+    key head that is cut short.
 
-    Raises: UsageError as `check_proposal`, or if no loss was measured.
+    Raises: UsageError as `check_proposal`, or if no such window was measured.
     """
     check_proposal(longest, shortest, share)
     measured = [i for i, distance in enumerate(report.distances) if distance <= shortest]
     if not measured:
         nearest = min(report.distances)
         raise UsageError(problem("--short-window", received=shortest, fix="raise it, or --window-tokens",
-                                 expected=f">= {nearest}, the shortest distance that is measured"))  # fmt: skip
-    lost = np.array(report.beyond)[:, :, measured[-1]]  # [L, Hq]
-    lost = lost.reshape(len(lost), report.num_kv_heads, -1).max(axis=2)  # [L, Hkv]
+                                 expected=f">= {nearest}, the shortest window that is measured"))  # fmt: skip
+    lost = np.array(report.change)[:, :, measured[-1]]  # [L, Hq]
+    lost = np.sqrt(np.square(lost.reshape(len(lost), report.num_kv_heads, -1)).mean(axis=2))  # [L, Hkv]
     num_long = int((share * longest - shortest) / (longest - shortest) * lost.size + 1e-9)
     order = np.argsort(-lost.reshape(-1), kind="stable")
     windows = np.full(lost.size, shortest)
@@ -121,7 +121,7 @@ def propose(
     model = BudgetedModel(name=report.model, architecture=architecture, num_layers=lost.shape[0],
                           num_kv_heads=lost.shape[1])  # fmt: skip
     found = (f"analyze, {report.num_windows} windows of {report.window_tokens} tokens: {num_long} of {lost.size} key "
-             f"heads long; no other loses more than {largest:.2%} of its attention")  # fmt: skip
+             f"heads long; the output of no other changes by more than {largest:.1%}")  # fmt: skip
     shaped = tuple(tuple(int(w) for w in layer) for layer in windows.reshape(lost.shape))
     return BudgetFile(model=model, found=found, windows=shaped), largest
 

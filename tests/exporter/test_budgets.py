@@ -163,22 +163,30 @@ def test_export_refuses_in_one_line(content: str, options: list[str], expected: 
 # --- analyze ----------------------------------------------------------------------------------------------------------
 
 
-def test_attention_beyond_a_distance_is_transformers_own() -> None:
-    model, tokens, candidates = tiny_model("llama"), 160, 6
+def test_change_of_a_head_that_is_cut_short_by_transformers_own_weights() -> None:
+    model, tokens, candidates, values = tiny_model("llama"), 160, 6, []
     text = tuple(np.random.default_rng(2).integers(3, VOCAB_SIZE, tokens).tolist())
     report = analyze(LoadedModel(model, None, "tiny"), TextWindows((text,)), num_candidates=candidates)
     assert report.distances == (32, 64)
     model.set_attn_implementation("eager")
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(lambda _m, _i, out: values.append(out[0].double().numpy()))
     with torch.no_grad():
-        weights = torch.stack(model(torch.tensor([text]), output_attentions=True).attentions)[:, 0].double().numpy()
+        found = model(torch.tensor([text]), output_attentions=True).attentions
     query, key = np.arange(tokens)[:, None], np.arange(tokens)
-    for i, distance in enumerate(report.distances):
-        far = (query - key >= distance) & (key >= candidates)
-        want = (weights * far)[:, :, tokens // 2 :].sum(axis=-1).mean(axis=-1)  # [L, Hq]
-        np.testing.assert_allclose(np.array(report.beyond)[:, :, i], want, atol=1e-6)
+    for layer, (weights, value) in enumerate(zip(found, values, strict=True)):
+        w = weights[0].double().numpy()  # [Hq, T, T]
+        v = value.reshape(tokens, 2, -1).transpose(1, 0, 2).repeat(3, axis=0)  # [Hq, T, D]
+        whole = (w @ v)[:, tokens // 2 :]
+        for i, distance in enumerate(report.distances):
+            kept = w * ((query - key < distance) | (key < candidates))
+            short = (kept / kept.sum(axis=-1, keepdims=True) @ v)[:, tokens // 2 :]
+            want = np.linalg.norm(whole - short, axis=-1).mean(axis=1)  # [Hq]
+            want /= np.sqrt(np.square(whole).sum(axis=-1).mean())
+            np.testing.assert_allclose(np.array(report.change)[layer, :, i], want, rtol=1e-4)
 
 
-def test_analyze_proposes_long_windows_for_heads_that_look_far_back(tmp_path: Path) -> None:
+def test_analyze_proposes_long_windows_for_heads_that_change_most(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -191,8 +199,8 @@ def test_analyze_proposes_long_windows_for_heads_that_look_far_back(tmp_path: Pa
     assert result.exit_code == 0, result.output
     assert "2 of 4 key heads keep 80 tokens" in result.output
     found = load_budgets(tmp_path / "b.json")
-    beyond = np.array(json.loads((tmp_path / "all.json").read_text())["beyond"])
-    by_head = beyond[:, :, 0].reshape(2, 2, 3).max(axis=2)  # [L, Hkv]
+    change = np.array(json.loads((tmp_path / "all.json").read_text())["change"])
+    by_head = np.square(change[:, :, 0]).reshape(2, 2, 3).mean(axis=2)  # [L, Hkv]
     farthest = np.sort(by_head, axis=None)[2:]
     np.testing.assert_array_equal(np.array(found.windows), np.where(by_head >= farthest.min(), 80, 40))
     for share, expected in (("0.2", "expected 0.5 .. 1"), ("2", "expected 0.5 .. 1")):

@@ -38,7 +38,7 @@ BYTES_PER_TOKEN = 64
 @click.option("--budgets", "budgets_file", type=click.Path(path_type=Path), metavar="FILE",
               help="Propose windows of single key heads, for 'sinkexport export --budgets'.")  # fmt: skip
 @click.option("--long-window", type=int, default=DEFAULT_WINDOW_SIZE, show_default=True, metavar="W",
-              help="With --budgets: of heads that look far back.")  # fmt: skip
+              help="With --budgets: of the heads that need it most.")  # fmt: skip
 @click.option("--short-window", type=int, default=128, show_default=True, metavar="W",
               help="With --budgets: of the others.")  # fmt: skip
 @click.option("--budget-share", type=float, default=0.5, show_default=True, metavar="X",
@@ -52,7 +52,7 @@ def command(
     """Find the attention sinks of MODEL (a local directory, a .gguf file or a Hub id).
 
     Tells how much attention the first tokens draw, which later tokens draw it too, and how many sinks to export with.
-    With --budgets it also tells which heads look far back (docs/budgets.md).
+    With --budgets it also tells which heads need a long window (docs/budgets.md).
     """
     if json_file is not None and plot_file is not None and json_file.resolve() == plot_file.resolve():
         raise UsageError(problem("--plot", received=f"'{plot_file}', as --json", expected="a file of its own",
@@ -93,7 +93,7 @@ def command(
         long = sum(window == long_window for layer in proposed.windows for window in layer)
         total = proposed.model.num_layers * proposed.model.num_kv_heads
         click.echo(f"{budgets_file}: {long} of {total} key heads keep {long_window:,} tokens, the others "
-                   f"{short_window:,}, which costs no head more than {lost:.2%} of its attention; "
+                   f"{short_window:,}, which changes no head's output by more than {lost:.1%}; "
                    f"add --window {long_window} --budgets {budgets_file}")  # fmt: skip
 
 

@@ -184,8 +184,10 @@ class _Step:
             own = {name: x[q_heads] if isinstance(x, torch.Tensor) else x for name, x in more.items()}
             own_q, own_k, own_v = (x.index_select(1, i) for x, i in ((q, q_heads), (k, kv_heads), (v, kv_heads)))
             outputs.append(self._attend(cache, own_q, own_k, own_v, own))
-        order = torch.tensor([head for cache in caches for head in cache.q_heads]).argsort()
-        return torch.cat(outputs, dim=1).index_select(1, order).transpose(1, 2), None
+        out, made = torch.cat(outputs, dim=1), [head for cache in caches for head in cache.q_heads]
+        if made != sorted(made):
+            out = out.index_select(1, torch.tensor([made.index(head) for head in range(len(made))]))
+        return out.transpose(1, 2), None
 
     def _attend(
         self, cache: HeadCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, more: dict[str, Any]
