@@ -144,7 +144,8 @@ def budgets_of(manifest: Manifest) -> BudgetFile | None:
     facts = manifest.model
     by_head = {(group.layer, head): group.window_size for group in manifest.head_windows for head in group.kv_heads}
     windows = tuple(
-        tuple(by_head[layer, head] for head in range(facts.num_kv_heads)) for layer in range(facts.num_layers)
+        tuple(by_head.get((layer, head), manifest.stream.window_size) for head in range(facts.num_kv_heads))
+        for layer in range(facts.num_layers)  # without entry: no cache, but linear attention
     )
     model = BudgetedModel(name=facts.name, architecture=facts.architecture, num_layers=facts.num_layers,
                           num_kv_heads=facts.num_kv_heads)  # fmt: skip

@@ -22,6 +22,7 @@ from sinkexport.model.attention import stream_angles
 from sinkexport.model.decoder import refuse_arguments
 from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.interface import intercept_attention
+from sinkexport.model.recurrent import recurrent_cache
 from sinkexport.model.rope import (
     AttentionShape,
     ModelRotary,
@@ -92,6 +93,7 @@ class ChunkedStream:
         self._rotary = rotary
         self._scale = None if first_token_scale is None else torch.tensor(first_token_scale).log()  # [L, Hq]
         self._kept: dict[HeadCache, _Kept] = {}
+        self._recurrent = recurrent_cache(model)  # of the layers without softmax attention
         self._position = 0  # of the chunk's first token
         # Of the chunk that runs, the same in all layers of one geometry or table of frequencies.
         self._entries: dict[Ring, Entries] = {}
@@ -116,7 +118,9 @@ class ChunkedStream:
         }
         with torch.no_grad():
             # Positions reach nothing but the rotary embedding, which is replaced.
-            output = self._model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
+            output = self._model(
+                input_ids=ids, position_ids=torch.zeros_like(ids), past_key_values=self._recurrent, use_cache=False
+            )
         self._position += num_tokens
         logits: torch.Tensor = output.logits
         return logits
@@ -124,6 +128,7 @@ class ChunkedStream:
     def reset(self) -> None:
         """Forget all tokens."""
         self._kept.clear()
+        self._recurrent = recurrent_cache(self._model)
         self._position = 0
 
     def attend(

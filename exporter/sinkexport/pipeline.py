@@ -97,6 +97,7 @@ def export_loaded(
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
         report("probe", 0, 1)
         shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
+        config = _without_chunks(config) if shape.recurrent else config
         if config.budgets is not None:
             config.budgets.check_model(type(model).__name__, shape.num_layers, shape.num_kv_heads)
         caches = head_caches(config, shape)
@@ -105,12 +106,13 @@ def export_loaded(
         if config.has_plugins:
             refuse_geometry(shape.head_dim, config.batch, max(ring.capacity for ring in rings))
             refuse_extras(alibi=shape.alibi_slopes is not None, sink_logits=shape.has_sink_logits,
-                          experts=has_experts(model))  # fmt: skip
+                          experts=has_experts(model), linear=bool(shape.recurrent))  # fmt: skip
         if config.sink_tuning is not None:
             config.sink_tuning.check_model(type(model).__name__, shape.num_layers, shape.num_q_heads)
             config.sink_tuning.check_sinks(
-                [min(c.ring.num_sink_tokens for c in caches if c.layer == i) for i in range(shape.num_layers)]
-            )
+                [min((c.ring.num_sink_tokens for c in caches if c.layer == i), default=0)
+                 for i in range(shape.num_layers)]
+            )  # fmt: skip
         report("decode", 0, 1)
         built = _build(loaded, config, shape, rotary, "decode", config.batch, 1)
         graphs = {"decode": built.spec("decode.onnx")}
@@ -230,6 +232,18 @@ def _check_model(model: Any, config: ExportConfig) -> None:
         if not bool(torch.isfinite(parameter).all()):
             raise UsageError(problem(f"weights '{name}'", received="NaN or Inf", expected="finite numbers",
                                      fix="check the model, or use --dtype fp32 if it overflows fp16"))  # fmt: skip
+
+
+def _without_chunks(config: ExportConfig) -> ExportConfig:
+    """The config for a model with linear attention, whose states every run of the graph moves on.
+
+    Raises: UsageError for what needs a run that leaves a stream alone: idle streams, and chunks that are not full.
+    """
+    for option, value in (("--batch", config.batch), ("--chunk", config.chunk_size or 1)):
+        if value != 1:
+            raise UsageError(problem(option, received=value, fix=f"use {option} 1",
+                                     expected="1 for a model with layers of linear attention"))  # fmt: skip
+    return dataclasses.replace(config, chunk_size=1)
 
 
 def _check_rings(config: ExportConfig, rings: Sequence[Ring]) -> None:

@@ -5,7 +5,8 @@ that is no sink is thrown out before each step, and then all keys and the query 
 cache. Slow and obvious, in contrast to an exported graph, which rotates a key once and never touches it again.
 
 Rotation and attention are the model's own functions, called from the model's own source file. Nothing here knows
-how a family pairs or lays out its rotary dimensions, and nothing is shared with the code that exports rotation. A layer
+how a family pairs or lays out its rotary dimensions, and of the code that exports rotation only where a model has its
+rotary embedding is shared. A layer
 in which the model itself sees fewer tokens than the cache holds keeps just those, and no sinks.
 """
 
@@ -20,8 +21,10 @@ from typing import Any
 import torch
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.families.adapters import has_alibi
+from sinkexport.families.adapters import find_adapter
 from sinkexport.model.interface import intercept_attention
+from sinkexport.model.recurrent import linear_layers, recurrent_cache
+from sinkexport.model.rope import find_rotary, replaced_rotary
 
 Observer = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Told of each attention: (module, q [B, Hq, 1, D], k and v [B, Hkv, 1, D] of the new token, not rotated,
@@ -90,23 +93,29 @@ class StreamingReference:
         self._head_windows = head_windows
         self._observer = observer
         self._first_token_scale = first_token_scale
-        self._rotary_name, rotary = _find_rotary(model)
-        self._rotary = copy.deepcopy(rotary)  # some change their frequencies by the positions that they are asked for
+        # A copy: some change their frequencies by the positions that they are asked for.
+        found = find_rotary(model)
+        self._rotary: Any = None if found is None else copy.deepcopy(found[1])
         self._rotates: dict[torch.nn.Module, bool] = {}  # by attention module; some layers have no positions
         # k, v [B, Hkv, n, D], unrotated, by attention module and window
         self._cached: dict[tuple[torch.nn.Module, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._recurrent = recurrent_cache(model)  # of the layers without softmax attention
         self._cos_sin: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = {}  # [1, C, .] each, by type of layer
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed one token to each stream. ids: int64 [B]. Returns logits [B, vocab] in the model's dtype."""
         with torch.no_grad():
-            output = self._model(input_ids=ids[:, None], position_ids=torch.zeros_like(ids)[:, None], use_cache=False)
+            output = self._model(
+                input_ids=ids[:, None], position_ids=torch.zeros_like(ids)[:, None],
+                past_key_values=self._recurrent, use_cache=False,
+            )  # fmt: skip
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
     def reset(self) -> None:
         """Forget all tokens."""
         self._cached.clear()
+        self._recurrent = recurrent_cache(self._model)
 
     def attend(
         self,
@@ -168,7 +177,7 @@ class StreamingReference:
         """
         plain = self._recorded(rotation=False)
         turned = self._recorded(rotation=True)
-        num_layers = self._model.config.get_text_config().num_hidden_layers
+        num_layers = self._model.config.get_text_config().num_hidden_layers - len(linear_layers(self._model))
         if len(plain) != num_layers:
             raise _refused(f"{len(plain)} attention layers of {num_layers}", "softmax attention in every layer")
         for module, before in plain.items():
@@ -186,13 +195,8 @@ class StreamingReference:
         if self._rotary is None:
             yield
             return
-        parent, _, name = self._rotary_name.rpartition(".")
-        original = self._model.get_submodule(self._rotary_name)
-        setattr(self._model.get_submodule(parent), name, _NoRotation(original))
-        try:
+        with replaced_rotary(self._model, _NoRotation(self._rotary)):
             yield
-        finally:
-            setattr(self._model.get_submodule(parent), name, original)
 
     def _append(
         self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, own_window: int | None, window_size: int
@@ -238,6 +242,10 @@ class StreamingReference:
         """
         prefix = "".join(f"{layer_type}_" for layer_type in self._layer_type(module).values())
         rotary_dim = 2 * self._rotary.get_buffer(f"{prefix}inv_freq").numel()
+        adapter = find_adapter(self._model)
+        if adapter is not None and adapter.rotate is not None:
+            rotated: torch.Tensor = adapter.rotate(module, x, cos, sin)
+            return rotated
         turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
         apply = _own_function(module, "apply_rotary_pos_emb")
         _, turned = apply(turned[:, :0], turned, cos, sin)  # takes queries and keys: no queries here
@@ -311,20 +319,6 @@ def _adapted_attention(
         logits = logits + alibi_slopes.view(-1, 1, 1) * (places - places[-1])
     logits = logits if mask is None else logits + mask
     return ((logits.softmax(dim=-1).to(values.dtype) @ values).transpose(1, 2),)
-
-
-def _find_rotary(model: torch.nn.Module) -> tuple[str, Any]:
-    """Name and rotary embedding of a model that has one, or ("", None) for one with ALiBi."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if name.split(".")[-1] == "rotary_emb" and any("inv_freq" in key for key, _ in module.named_buffers())
-    ]
-    if not found and has_alibi(model):
-        return "", None
-    if len(found) != 1:
-        raise _refused(f"{len(found)} rotary embeddings", "exactly one")
-    return found[0]
 
 
 def _refused(received: str, expected: str) -> UsageError:

@@ -74,13 +74,12 @@ class SinkTuningFile(_Spec):
                 raise UsageError(problem("--sink-tuning", received=f"a file for '{of.name}', {what} {ours}",
                                          expected=f"{what} {theirs}", fix="tune this model"))  # fmt: skip
 
-
     def check_sinks(self, num_sinks: Sequence[int]) -> None:
         """num_sinks: of each layer. Raises: UsageError if a layer that keeps none has a factor."""
         for layer, (factors, kept) in enumerate(zip(self.first_token_scale, num_sinks, strict=True)):
             if not kept and set(factors) != {1.0}:
                 raise UsageError(problem("--sink-tuning", expected="1 for all of its heads",
-                                         received=f"factors in layer {layer}, whose own window keeps no sinks",
+                                         received=f"factors in layer {layer}, which keeps no sinks",
                                          fix="change the file, or lower --window"))  # fmt: skip
 
 

@@ -33,6 +33,9 @@ STATE_KINDS = ("sink_k", "sink_v", "window_k", "window_v")
 SCALE_KINDS = ("window_k_scale", "window_v_scale")
 """States that an INT8 window has besides: what its entries are to be multiplied by."""
 
+RECURRENT_KINDS = ("conv", "recurrent")
+"""States of a layer with linear attention instead of a cache."""
+
 TARGETS = ("onnx", "tensorrt")
 PLUGIN_ABI = "1"
 """Of the TensorRT plugins whose nodes this version writes: their names, inputs, outputs and fields."""
@@ -69,7 +72,8 @@ class StateSpec:
 
     kind: ``sink_k | sink_v`` of shape [B, Hkv, S, D], ``window_k | window_v`` of shape [B, Hkv, W, D], or, where the
     window is int8, ``window_k_scale | window_v_scale`` of shape [B, Hkv, W]: one for each head and token. A layer whose
-    own sliding window is smaller than S + W has that window for W, and no sinks.
+    own sliding window is smaller than S + W has that window for W, and no sinks. ``conv | recurrent``, of any shape
+    [B, ..]: those of linear attention. All states are zero where a stream begins.
     """
 
     layer: int
@@ -81,7 +85,7 @@ class StateSpec:
 
     def __post_init__(self) -> None:
         _check(self.layer >= 0, "state layer", self.layer, ">= 0")
-        kinds = (*STATE_KINDS, *SCALE_KINDS)
+        kinds = (*STATE_KINDS, *SCALE_KINDS, *RECURRENT_KINDS)
         _check(self.kind in kinds, "state kind", self.kind, " | ".join(kinds))
         _check(self.input != self.output, "state output name", self.output, "a name other than the input's")
         TensorSpec(self.input, self.shape, self.dtype)
@@ -288,8 +292,9 @@ class Manifest:
     `position` is int32 [B, 2], t >> 16 and t & 0xffff, and `ids` and `num_valid` are int32.
     engines: by the role of their graph; None: none were built. They are not in `files`.
     sink_tuning: None: attention is the model's own.
-    head_windows: each key head of each layer once, in the order of the states: those of group g of a layer with several
-    are named ``<kind>.<layer>.<g>`` and hold its heads alone. None: all heads keep `stream.window_size` tokens.
+    head_windows: each key head of each layer that has a window once, in the order of the states: those of group g of a
+    layer with several are named ``<kind>.<layer>.<g>`` and hold its heads alone. None: all heads keep
+    `stream.window_size` tokens.
     """
 
     schema_version: int
@@ -327,7 +332,8 @@ class Manifest:
 
     def _check_head_windows(self, groups: tuple[HeadWindow, ...]) -> None:
         found = sorted((group.layer, head) for group in groups for head in group.kv_heads)
-        wanted = [(i, head) for i in range(self.model.num_layers) for head in range(self.model.num_kv_heads)]
+        layers = sorted({state.layer for state in self.states if state.kind == "window_k"})
+        wanted = [(layer, head) for layer in layers for head in range(self.model.num_kv_heads)]
         _check(found == wanted, "head_windows", f"{len(found)} key heads", f"each of the {len(wanted)} key heads once")
         longest = max(group.window_size for group in groups)
         _check(longest <= self.stream.window_size, "head_windows", longest, f"<= window_size={self.stream.window_size}")

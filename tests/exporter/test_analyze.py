@@ -25,7 +25,7 @@ from tests.exporter.test_pin_system import tokenizer
 from tests.exporter.tiny_models import TINY, VOCAB_SIZE, tiny_model
 
 T, K = 96, 6
-FAMILIES = ["llama", "llama-mha", "mistral-sliding", "gemma2", "cohere", "gpt_neox", "qwen3", "granite"]
+FAMILIES = ["llama", "llama-mha", "mistral", "gemma2", "cohere", "gpt_neox", "qwen3", "granite"]
 
 
 def ids(count: int, seed: int = 0) -> list[int]:
@@ -461,7 +461,7 @@ def test_command_refuses_a_model_without_tokenizer(text: Path, tmp_path: Path) -
 
 
 def test_command_tells_of_a_sliding_window(model_folder: Path, text: Path, tmp_path: Path) -> None:
-    model = tiny_model("mistral-sliding")
+    model = tiny_model("mistral")
     model.resize_token_embeddings(258)
     model.save_pretrained(tmp_path / "sliding")
     tokenizer().save_pretrained(tmp_path / "sliding")

@@ -48,8 +48,8 @@ def exported(name: str, windows: tuple[tuple[int, ...], ...], folder: Path, **op
     [
         ("llama", LLAMA),
         ("llama-mha", ((9, 2, 9, 4, 2, 4), (9, 9, 9, 9, 9, 9))),  # three groups that interleave; a layer as a whole
-        ("gemma2", ((9, 4), (5, 9))),  # softcap; a layer with a window of its own
-        ("gpt_oss", ((9, 4), (5, 9))),  # and sink logits
+        ("gemma2", ((9, 4), (5, 9))),  # softcap
+        ("gpt_oss", ((9, 4), (5, 9))),  # sink logits; a layer with a window of its own, 7, and so without sinks
     ],
 )
 def test_bundles_pass_verify(name: str, windows: tuple[tuple[int, ...], ...], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sinkexport.chunked_streaming import chunked_streaming, visible
+from sinkexport.model.recurrent import linear_layers
 from sinkexport.reference import streaming_reference
 from sinkrt.errors import UsageError
 from sinkrt.ring import Ring
@@ -41,18 +42,23 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).abs().max() / want.std())
 
 
+GEOMETRIES = [(3, 7, 5), (5, 11, 2), (0, 9, 4), (4, 1, 3), (1, 13, 40)]
+"""S, W and chunk. Sinks in a chunk; straddling three; none; the least window; a chunk of several windows."""
+
+
 @pytest.mark.parametrize(
-    ("num_sink_tokens", "window_size", "chunk"),
-    [(3, 7, 5), (5, 11, 2), (0, 9, 4), (4, 1, 3), (1, 13, 40)],
-    ids=lambda n: str(n),
-)  # first: sinks in a chunk; then straddling three; none; the least window; a chunk of several windows
-@pytest.mark.parametrize("name", TINY)
+    ("name", "num_sink_tokens", "window_size", "chunk"),
+    [*((name, *GEOMETRIES[0]) for name in TINY),
+     *((name, *one) for name in ("llama", "smollm3", "gemma3_text", "gpt_oss", "bloom") for one in GEOMETRIES[1:])],
+    ids=str,
+)  # fmt: skip
 def test_equals_the_reference(name: str, num_sink_tokens: int, window_size: int, chunk: int) -> None:
     model = tiny_model(name)
     ids = random_ids(num_sink_tokens + 5 * window_size + 3)
     want = by_token(model, ids, num_sink_tokens, window_size)
     got = by_chunk(model, ids, num_sink_tokens, window_size, chunk)
-    assert error(got, want) < 1e-4
+    # transformers sums linear attention in another order over a chunk than over single tokens.
+    assert error(got, want) < (1e-3 if linear_layers(model) else 1e-4)
     # It would show if the sinks' distance were wrong, or one token more or less were kept.
     other = by_chunk(model, ids, num_sink_tokens, window_size + 1, chunk)
     assert error(other, want) > 1e-2

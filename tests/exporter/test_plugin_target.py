@@ -43,7 +43,7 @@ NEEDS_BUILD = [needs_plugin_build, *needs_tensorrt]
 WIDE: dict[str, dict[str, Any]] = {
     "llama-tied": {"head_dim": 64},
     "gpt_neox": {"hidden_size": 128, "num_attention_heads": 2},
-    "gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64},
+    "gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 7},  # < S + W: its own window
     "llama-yarn": {"head_dim": 64},
     "phi3": {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
     "qwen2": {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1},

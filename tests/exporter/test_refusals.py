@@ -83,21 +83,28 @@ def test_positions_read_elsewhere(tmp_path: Path) -> None:
 
 
 def test_sinks_that_no_layer_would_keep(tmp_path: Path) -> None:
-    model = tiny_model("mistral-sliding")
+    model = tiny_model("mistral")
     with pytest.raises(UsageError, match=r"sliding window.*at most 64 tokens"):
         export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 61))
 
 
 def test_chunk_past_the_smallest_window(tmp_path: Path) -> None:
-    model = tiny_model("gemma2")
-    with pytest.raises(UsageError, match="at most 7, the smallest window"):
+    model = tiny_model("gemma3_text")
+    with pytest.raises(UsageError, match="at most 5, the smallest window"):
         export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 12, chunk_size=8))
+
+
+@pytest.mark.parametrize(("changes", "reason"), [({"batch": 2}, "--batch"), ({"chunk_size": 4}, "--chunk")])
+def test_linear_attention_of_more_than_one_stream(changes: dict[str, int], reason: str, tmp_path: Path) -> None:
+    model = tiny_model("qwen3_next")
+    with pytest.raises(UsageError, match=f"{reason}: .*layers of linear attention"):
+        export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 12, **changes))
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [("bloom", {"hidden_size": 128, "n_head": 2}, "ALiBi"), ("gpt_oss", {"head_dim": 64}, "sink logits"),
-     ("mixtral", {"head_dim": 64}, "experts")]
+     ("mixtral", {"head_dim": 64}, "experts"), ("qwen3_5_text", {"head_dim": 64}, "linear attention")],
 )
 def test_what_the_plugin_cannot_do(name: str, changes: dict[str, int], reason: str, tmp_path: Path) -> None:
     model = tiny_model(name, **changes)

@@ -34,14 +34,14 @@ def tuning(name: str, factors: list[list[float]] | None = None) -> SinkTuningFil
     if factors is None:
         factors = np.random.default_rng(3).uniform(0.05, 8.0, (LAYERS, HEADS)).round(3).tolist()
         factors[1][2] = 1.0
-        if name == "gemma2":
+        if name == "gpt_oss":
             factors[0] = [1.0] * HEADS  # a layer with a window of its own, without sinks
     architecture = type(tiny_model(name)).__name__
     model = TunedModel(name=name, architecture=architecture, num_layers=LAYERS, num_q_heads=HEADS)
     return SinkTuningFile(model=model, first_token_scale=tuple(map(tuple, factors)))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_bundle_is_the_model_with_its_own_attention_rescaled(name: str, tmp_path: Path) -> None:
     """verify: the family's own attention with a mask, dense and streaming over six wraps; prefill against steps."""
     model, bundle = LoadedModel(tiny_model(name), None, "tiny"), tmp_path / "bundle"
@@ -100,7 +100,7 @@ def broken(**changes: Any) -> str:
         (broken(first_token_scale=[[0.0] * HEADS] * LAYERS), {}, "greater than 0"),
         (tuning("llama").to_json(), {"--sink-tokens": "0"}, "received 0 sinks, expected at least 1"),
         (tuning("llama").to_json(), {"--target": "tensorrt"}, "add --native"),
-        (tuning("llama").to_json().replace("Llama", "Gemma2"), {"MODEL": "gemma2"}, "factors in layer 0, whose own"),
+        (tuning("llama").to_json().replace("Llama", "GptOss"), {"MODEL": "gpt_oss"}, "factors in layer 0, which keeps"),
         (tuning("qwen2").to_json(), {}, "architecture Qwen2ForCausalLM, expected architecture LlamaForCausalLM"),
     ],
 )

@@ -142,14 +142,15 @@ def wrong_frequency(folder: Path) -> Path:
 def wrong_shift(folder: Path) -> Path:
     """The query is turned back one token too late: nothing shows before the first eviction."""
 
-    class LateRing(Ring):
+    class Later(Ring):
         @property
         def capacity(self) -> int:
             return super().capacity + 1
 
     class Late(ExportConfig):
         def ring(self, own_window: int | None, window_size: int | None = None) -> Ring:
-            return LateRing(*dataclasses.astuple(super().ring(own_window, window_size)))
+            ring = super().ring(own_window, window_size)
+            return Later(ring.num_sink_tokens, ring.window_size)
 
     return export(tiny_model("llama"), folder, Late(S, W, B))
 

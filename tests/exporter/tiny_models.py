@@ -33,13 +33,11 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3-rope": ("LlamaConfig", {**_COMMON, "rope_parameters": {
         "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
-    "llama-linear-rope": ("LlamaConfig", {**_COMMON, "rope_parameters": {
-        "rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
     "llama-yarn": ("LlamaConfig", {**_COMMON, "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}}),
-    "mistral": ("MistralConfig", {**_COMMON, "sliding_window": None}),
-    "mistral-sliding": ("MistralConfig", {**_COMMON, "sliding_window": 64}),
-    "qwen2": ("Qwen2Config", _COMMON),
+    "mistral": ("MistralConfig", {**_COMMON, "sliding_window": 64}),
+    "qwen2": ("Qwen2Config", {**_COMMON, "rope_parameters": {
+        "rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
     "qwen3": ("Qwen3Config", {**_COMMON, "head_dim": 16}),
     "phi": ("PhiConfig", {**_COMMON, "partial_rotary_factor": 0.5}),
     "phi3": ("Phi3Config", _COMMON),
@@ -57,7 +55,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("CohereConfig", _COMMON),
     "glm": ("GlmConfig", {**_COMMON, "head_dim": 8}),
     "gemma": ("GemmaConfig", {**_COMMON, "head_dim": 16}),
-    "gemma2": ("Gemma2Config", {**_COMMON, "head_dim": 16, "sliding_window": 7, "attn_logit_softcapping": 5.0,
+    "gemma2": ("Gemma2Config", {**_COMMON, "head_dim": 16, "sliding_window": 64, "attn_logit_softcapping": 5.0,
                                 "query_pre_attn_scalar": 16}),
     "gemma3_text": ("Gemma3TextConfig", {**_COMMON, "head_dim": 16, "sliding_window": 5, "num_hidden_layers": 3,
                                     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -78,6 +76,18 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
                                  "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"],
                                  "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
                                                      "original_max_position_embeddings": 64, "truncate": False}}),
+    "qwen3_next": ("Qwen3NextConfig", {
+        **_COMMON, "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "head_dim": 16, "partial_rotary_factor": 0.25, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}),
+    "qwen3_5_text": ("Qwen3_5TextConfig", {
+        **_COMMON, "layer_types": ["linear_attention", "full_attention"], "head_dim": 16,
+        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}),
+    "gptj": ("GPTJConfig", {"vocab_size": VOCAB_SIZE, "n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 8,
+                            "n_positions": 512}),
+    "codegen": ("CodeGenConfig", {"vocab_size": VOCAB_SIZE, "n_embd": 96, "n_layer": 2, "n_head": 8, "rotary_dim": 4,
+                                  "n_positions": 512, "n_ctx": 512}),
 }  # fmt: skip
 
 

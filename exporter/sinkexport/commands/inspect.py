@@ -193,7 +193,8 @@ def _memory(manifest: Manifest) -> Table:
     table.add_column("MB", justify="right")
     weights = manifest.weights_dtype if manifest.quantization is None else manifest.quantization.weights
     table.add_row("weights", weights, f"{manifest.weights_bytes / MB:.1f}")
-    for label, kind in (("sink keys and values", "sink"), ("window keys and values", "window")):
+    for label, kind in (("sink keys and values", "sink"), ("window keys and values", "window"),
+                        ("convolutions", "conv"), ("recurrent states", "recurrent")):  # fmt: skip
         states = [state for state in manifest.states if state.kind.startswith(kind)]
         if states:
             dtypes = _listed(sorted({state.dtype for state in states}))

@@ -41,10 +41,10 @@ SLIDING = "sliding or full"
 """Layers whose own window is smaller than S + W keep it, exactly and without sinks; the others keep S + W."""
 
 EXPORTED = (
-    _exported("llama", "Llama 1-3, SmolLM, SmolLM2, TinyLlama, Yi", "RoPE; linear, llama3, YaRN, dynamic NTK",
-              also=("llama-tied", "llama-mha", "llama3-rope", "llama-linear-rope", "llama-yarn")),
-    _exported("mistral", "Mistral 7B, Ministral", "RoPE", SLIDING, also=("mistral-sliding",)),
-    _exported("qwen2", "Qwen2, Qwen2.5", "RoPE", SLIDING),
+    _exported("llama", "Llama 1-3, SmolLM, SmolLM2, TinyLlama, Yi", "RoPE; llama3, YaRN, dynamic NTK",
+              also=("llama-tied", "llama-mha", "llama3-rope", "llama-yarn")),
+    _exported("mistral", "Mistral 7B, Ministral", "RoPE", SLIDING),
+    _exported("qwen2", "Qwen2, Qwen2.5", "RoPE; linear", SLIDING),
     _exported("qwen3", "Qwen3", "RoPE", SLIDING, "norms on queries and keys"),
     _exported("phi", "Phi-1.5, Phi-2", "RoPE, partial"),
     _exported("phi3", "Phi-3, Phi-3.5, Phi-4", "RoPE, partial in Phi-4-mini; longrope", SLIDING,
@@ -67,6 +67,12 @@ EXPORTED = (
     _exported("mixtral", "Mixtral", "RoPE", SLIDING, "mixture of experts"),
     _exported("qwen3_moe", "Qwen3 30B-A3B, 235B-A22B", "RoPE", SLIDING,
               "mixture of experts; norms on queries and keys"),
+    _exported("qwen3_next", "Qwen3-Next 80B-A3B", "RoPE, partial", "linear + full",
+              "gated attention and delta rule; one stream, prefilled token by token; mixture of experts"),
+    _exported("qwen3_5_text", "Qwen3.5, text", "RoPE, partial", "linear + full",
+              "gated attention and delta rule; one stream, prefilled token by token"),
+    _exported("gptj", "GPT-J 6B", "RoPE, partial and interleaved", reason="parallel residual"),
+    _exported("codegen", "CodeGen", "RoPE, partial and interleaved", reason="parallel residual"),
     _exported("bloom", "BLOOM, BLOOMZ", "ALiBi"),
     _exported("mpt", "MPT", "ALiBi", reason="clipped queries, keys and values"),
     _exported("falcon", "Falcon 7B-180B, Falcon-RW", "RoPE, or ALiBi in Falcon-RW",
@@ -80,8 +86,6 @@ REFUSED = (
     Family("opt", "OPT", "learned absolute", "full", False, _ABSOLUTE),
     Family("gpt_bigcode", "StarCoder", "learned absolute", "full", False, _ABSOLUTE),
     Family("gpt_neo", "GPT-Neo", "learned absolute", "sliding + full", False, _ABSOLUTE),
-    Family("gptj", "GPT-J", "RoPE, interleaved", "full", False, "does not use transformers' attention interface"),
-    Family("codegen", "CodeGen", "RoPE, interleaved", "full", False, "does not use transformers' attention interface"),
     Family("mamba", "Mamba", "recurrent", "recurrent", False, "has no attention"),
     Family("t5", "T5", "relative bias", "full", False, "is an encoder-decoder"),
 )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sinkexport.families import bloom, falcon, mpt
+from sinkexport.families import bloom, falcon, gptj, mpt
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, None]]
 
@@ -24,19 +24,28 @@ class Adapter:
     """How to adapt one family.
 
     attention: class names of its attention modules. has_alibi: whether a model of this configuration has ALiBi.
-    forward: what replaces theirs, ``forward(attend, config, module, hidden_states, ...)``; attend: `AttentionFunction`.
+    forward: what replaces theirs, ``forward(attend, model, module, hidden_states, ...)``; attend: `AttentionFunction`.
+    rotary: makes the rotary embedding of a model that has none as a module of its own; `forward` uses one that is put
+    at ``ROTARY_NAME``. rotate: the family's rotation of x [B, H, T, D], ``rotate(module, x, cos, sin)``.
     """
 
     attention: frozenset[str]
     has_alibi: Callable[[Any], bool]
     forward: Callable[..., Any]
+    rotary: Callable[[Any], torch.nn.Module] | None = None
+    rotate: Callable[..., torch.Tensor] | None = None
 
+
+ROTARY_NAME = "transformer.rotary_emb"
 
 ADAPTERS: Mapping[str, Adapter] = {
     "bloom": Adapter(frozenset(("BloomAttention",)), lambda _: True, bloom.attention),
     "mpt": Adapter(frozenset(("MptAttention",)), lambda _: True, mpt.attention),
     "falcon": Adapter(frozenset(("FalconAttention", "FalconFlashAttention2")), falcon.has_alibi, falcon.attention),
-}
+    "gptj": Adapter(frozenset(("GPTJAttention", "GPTJFlashAttention2")), lambda _: False, gptj.attention,
+                    gptj.sinusoids, gptj.rotate),
+    "codegen": Adapter(frozenset(("CodeGenAttention",)), lambda _: False, gptj.attention, gptj.sinusoids, gptj.rotate),
+}  # fmt: skip
 """By transformers' model_type."""
 
 
@@ -57,7 +66,7 @@ def adapted(model: Any, adapter: Adapter, attend: AttentionFunction) -> Iterator
     modules = [module for module in model.modules() if type(module).__name__ in adapter.attention]
     before = [module.__dict__.get("forward") for module in modules]
     for module in modules:
-        module.forward = functools.partial(adapter.forward, attend, model.config, module)
+        module.forward = functools.partial(adapter.forward, attend, model, module)
     try:
         yield
     finally:

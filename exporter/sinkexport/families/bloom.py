@@ -12,7 +12,7 @@ from sinkexport.families.alibi import slopes
 
 def attention(
     attend: Callable[..., tuple[torch.Tensor, None]],
-    _config: Any,
+    _model: Any,
     module: Any,
     hidden_states: torch.Tensor,
     residual: torch.Tensor,

@@ -18,7 +18,7 @@ def has_alibi(config: Any) -> bool:
 
 def attention(
     attend: Callable[..., tuple[torch.Tensor, None]],
-    config: Any,
+    model: Any,
     module: Any,
     hidden_states: torch.Tensor,
     *_: Any,
@@ -39,7 +39,7 @@ def attention(
         q, k, v = fused.view(batch, num_tokens, module.num_heads, 3, module.head_dim).unbind(3)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, Hq or Hkv, T, D]
     arguments = {}
-    if has_alibi(config):
+    if has_alibi(model.config):
         # In bfloat16 and divided by sqrt(D), as the family does. It rounds slope * place to bfloat16 as well, which
         # makes a bias of a place in the text, not of a distance: that is left out.
         arguments["alibi_slopes"] = slopes(module.num_heads).bfloat16().float() * module.inv_norm_factor

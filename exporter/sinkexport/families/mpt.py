@@ -11,7 +11,7 @@ import torch
 
 def attention(
     attend: Callable[..., tuple[torch.Tensor, None]],
-    _config: Any,
+    _model: Any,
     module: Any,
     hidden_states: torch.Tensor,
     *_: Any,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sinkrt.contract import SCALE_KINDS, STATE_KINDS
+from sinkrt.contract import RECURRENT_KINDS, SCALE_KINDS, STATE_KINDS
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
@@ -23,6 +23,7 @@ from sinkexport.model.fold_rotation import fold_rotation
 from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
 from sinkexport.model.interface import intercept_attention
+from sinkexport.model.recurrent import StepCache
 from sinkexport.model.rope import (
     AttentionShape,
     ModelRotary,
@@ -37,6 +38,10 @@ IGNORED_ARGUMENTS = frozenset(
      "output_hidden_states", "return_dict", "logits_to_keep", "past_key_values", "position_embeddings",
      "token_type_ids", "deterministic", "output_router_logits", "sliding_window")
 )  # fmt: skip
+
+
+Place = HeadCache | int
+"""Where a state belongs: to a cache, or to a layer with linear attention."""
 
 
 class StreamStep(torch.nn.Module):
@@ -80,28 +85,41 @@ class StreamStep(torch.nn.Module):
         return (*kinds, *SCALE_KINDS) if self.config.has_int8_window else kinds
 
     @property
-    def states(self) -> list[tuple[HeadCache, str]]:
-        """Cache and kind of every state tensor."""
-        return [(cache, kind) for cache in self.caches for kind in self.state_kinds(cache)]
+    def states(self) -> list[tuple[Place, str]]:
+        """Place and kind of every state tensor, layer by layer."""
+        found: list[tuple[Place, str]] = []
+        for layer in range(self.shape.num_layers):
+            if layer in self.shape.recurrent:
+                found += [(layer, kind) for kind in RECURRENT_KINDS]
+            for cache in (cache for cache in self.caches if cache.layer == layer):
+                found += [(cache, kind) for kind in self.state_kinds(cache)]
+        return found
 
     @property
     def state_names(self) -> list[tuple[int, str, str]]:
         """Layer, kind and input name of every state tensor."""
-        return [(cache.layer, kind, cache.state_name(kind)) for cache, kind in self.states]
+        return [
+            (place, kind, f"{kind}.{place}") if isinstance(place, int) else (place.layer, kind, place.state_name(kind))
+            for place, kind in self.states
+        ]
 
     def sink_scale(self, layer: int) -> torch.Tensor | None:
         """float32 [Hq], or None if the layer attends to its sinks as the model does."""
         return dict(self.named_buffers(recurse=False)).get(f"sink_scale_{layer}")
 
-    def empty_state(self, cache: HeadCache, kind: str) -> torch.Tensor:
-        """One state tensor before the first token: [B, Hkv, S or W, D], or [B, Hkv, W] if it holds scales."""
-        ring = cache.ring
+    def empty_state(self, place: Place, kind: str) -> torch.Tensor:
+        """One state tensor before the first token: [B, Hkv, S or W, D], [B, Hkv, W] if it holds scales, or [B, ..]."""
+        model_dtype = next(self.model.parameters()).dtype
+        if isinstance(place, int):
+            dtype = model_dtype if kind == "conv" else torch.float32
+            return torch.zeros(self.batch, *self.shape.recurrent[place][kind], dtype=dtype)
+        cache, ring = place, place.ring
         length = ring.num_sink_tokens if kind.startswith("sink") else ring.window_size
         rows = (self.batch, len(cache.kv_heads), length)
         if kind in SCALE_KINDS:
             return torch.zeros(rows, dtype=SCALE_DTYPE)
         is_int8 = self.config.has_int8_window and kind.startswith("window")
-        dtype = torch.int8 if is_int8 else next(self.model.parameters()).dtype
+        dtype = torch.int8 if is_int8 else model_dtype
         return torch.zeros(*rows, self.shape.head_dim, dtype=dtype)
 
     def forward(
@@ -119,7 +137,9 @@ class StreamStep(torch.nn.Module):
         ):
             # position_ids reach the model only so that `_refuse_other_uses_of_position` can see who reads them.
             positions = position[:, None] + torch.arange(self.num_tokens)  # [B, T]
-            output = self.model(input_ids=ids, position_ids=positions, use_cache=False)
+            output = self.model(
+                input_ids=ids, position_ids=positions, past_key_values=step.recurrent, use_cache=False
+            )
         logits = output.logits if output.logits.shape[1] == 1 else _last_token(output.logits, num_valid)
         return logits[:, 0].to(torch.float32), step.next_states
 
@@ -137,17 +157,22 @@ class _Step:
         self._stream = stream
         self._position = position
         self._num_valid = num_valid
-        self._states: dict[HeadCache, dict[str, torch.Tensor]] = {cache: {} for cache in stream.caches}
-        for (cache, kind), state in zip(stream.states, states, strict=True):
-            self._states[cache][kind] = state
-        self._next: dict[HeadCache, list[torch.Tensor]] = {}
+        self._states: dict[Place, dict[str, torch.Tensor]] = {}
+        for (place, kind), state in zip(stream.states, states, strict=True):
+            self._states.setdefault(place, {})[kind] = state
+        self._next: dict[Place, list[torch.Tensor]] = {}
+        layers = stream.shape.recurrent
+        self.recurrent = StepCache({layer: self._states[layer] for layer in layers}) if layers else None
         self._angles: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def next_states(self) -> list[torch.Tensor]:
-        if any(cache not in self._next for cache in self._stream.caches):
+        if self.recurrent is not None:
+            for layer, after in self.recurrent.after.items():
+                self._next[layer] = [after[kind] for kind in RECURRENT_KINDS]
+        if any(place not in self._next for place in self._states):
             raise RuntimeError("an attention layer did not run; the probe should have refused this model")
-        return [state for cache in self._stream.caches for state in self._next[cache]]
+        return [state for place in self._states for state in self._next[place]]
 
     def attend(
         self,
@@ -269,11 +294,13 @@ def trace(stream: StreamStep) -> torch.export.ExportedProgram:
     ids = torch.zeros(stream.batch, stream.num_tokens, dtype=torch.int64)
     position = torch.zeros(stream.batch, dtype=torch.int64)
     dtype = next(stream.model.parameters()).dtype
-    states = [stream.empty_state(cache, kind) for cache, kind in stream.states]
+    states = [stream.empty_state(place, kind) for place, kind in stream.states]
     num_valid = () if stream.num_tokens == 1 else (torch.ones_like(position),)
     identity = identity_rotary(stream.rotary, stream.batch, stream.num_tokens, dtype)
     with torch.no_grad(), replaced_rotary(stream.model, identity):
         program = torch.export.export(stream, (ids, position, states, *num_valid), strict=False)
+    if stream.shape.recurrent:  # transformers writes into these states and into results: give each value one writer
+        program = program.run_decompositions({})
     fold_rotation(program)
     _refuse_other_uses_of_position(program)
     return program

@@ -72,6 +72,8 @@ def _drop_no_op(node: Node) -> None:
         return
     if node.target is aten.dropout.default and node.args[2]:
         return
+    if node.target is aten.clone.default and node.kwargs:  # to another layout in memory, which a view may need
+        return
     if _same_tensor(source, node):
         node.replace_all_uses_with(source)
 

@@ -36,6 +36,8 @@ def head_caches(config: ExportConfig, shape: AttentionShape) -> tuple[HeadCache,
     size = shape.num_q_heads // shape.num_kv_heads  # query heads of a key head
     caches = []
     for layer, own_window in enumerate(shape.own_windows):
+        if layer in shape.recurrent:  # linear attention: no cache
+            continue
         budgets = config.budgets
         windows = (config.window_size,) * shape.num_kv_heads if budgets is None else budgets.windows[layer]
         groups = head_groups(layer, [config.ring(own_window, window).window_size for window in windows])

@@ -19,8 +19,9 @@ import torch
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import phase_frequency
 
-from sinkexport.families.adapters import has_alibi
+from sinkexport.families.adapters import ROTARY_NAME, find_adapter, has_alibi
 from sinkexport.model.interface import intercept_attention
+from sinkexport.model.recurrent import RecurrentShapes, linear_layers, recurrent_cache, recurrent_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class AttentionShape:
     own_windows: by layer, the tokens that the model itself sees in it, the newest included; None: all.
     alibi_slopes: [Hq], what a logit loses for each token of distance (ALiBi, arXiv:2108.12409); None: no ALiBi.
     has_sink_logits: whether softmax has a learned logit more, without a value (gpt-oss), in some layer.
+    recurrent: the layers that have linear attention, of which nothing else here is said.
     """
 
     num_layers: int
@@ -39,6 +41,7 @@ class AttentionShape:
     own_windows: tuple[int | None, ...]
     alibi_slopes: tuple[float, ...] | None = None
     has_sink_logits: bool = False
+    recurrent: RecurrentShapes = dataclasses.field(default_factory=dict)
 
 
 COS_LAYOUTS = ("halves", "neighbours", "single")
@@ -85,13 +88,16 @@ class ModelRotary:
 
 
 def find_rotary(model: torch.nn.Module) -> tuple[str, torch.nn.Module] | None:
-    """The one rotary embedding module of a model: (name, module). None: its family has ALiBi instead.
+    """The one rotary embedding module of a model, or of its adapter: (name, module). None: it has ALiBi instead.
 
     Raises: UsageError if the model has none or several otherwise.
     """
     found = [(name, m) for name, m in model.named_modules() if name.endswith("rotary_emb") and _table_names(m)]
     if not found and has_alibi(model):
         return None
+    adapter = find_adapter(model)
+    if not found and adapter is not None and adapter.rotary is not None:
+        return ROTARY_NAME, adapter.rotary(model)
     if len(found) != 1:
         raise _refused(f"{len(found)} rotary embeddings", "exactly one that all layers share")
     return found[0]
@@ -125,9 +131,11 @@ def probe_attention(
         key: torch.linspace(0.3 + 0.2 * i, 2.7 + 0.2 * i, table.frequency.numel(), dtype=torch.float64)
         for i, (key, table) in enumerate(tables.items())
     }
-    seen = _with_and_without(model, cos_layout, angles, num_layers)
-    layers = tuple(_match_layout(layer, one.q, angles) for layer, one in enumerate(seen))
-    return _common_shape(seen), ModelRotary(tables, cos_layout, layers)
+    cache = recurrent_cache(model)
+    seen = _with_and_without(model, cos_layout, angles, num_layers, cache)
+    still = RotarySpec(rotary_dim=0, interleaved=False)
+    layers = tuple(still if one is None else _match_layout(layer, one.q, angles) for layer, one in enumerate(seen))
+    return _common_shape(seen, recurrent_shapes(model, cache)), ModelRotary(tables, cos_layout, layers)
 
 
 def _table_names(rotary: torch.nn.Module) -> list[str]:
@@ -182,12 +190,15 @@ def replaced_rotary(model: torch.nn.Module, replacement: torch.nn.Module) -> Ite
     name, _ = found
     parent_name, _, attribute = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    original = getattr(parent, attribute)
+    original = getattr(parent, attribute, None)  # None: the family's adapter takes what is put there
     setattr(parent, attribute, replacement)
     try:
         yield
     finally:
-        setattr(parent, attribute, original)
+        if original is None:
+            delattr(parent, attribute)
+        else:
+            setattr(parent, attribute, original)
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor, spec: RotarySpec) -> torch.Tensor:
@@ -239,9 +250,9 @@ class _Seen:
 
 
 def _with_and_without(
-    model: torch.nn.Module, cos_layout: str, angles: Mapping[str, torch.Tensor], num_layers: int
-) -> list[_Seen]:
-    """What attention is given in each layer: row 0 not rotated, row 1 by `angles`.
+    model: torch.nn.Module, cos_layout: str, angles: Mapping[str, torch.Tensor], num_layers: int, cache: Any | None
+) -> list[_Seen | None]:
+    """What attention is given in each layer, row 0 not rotated, row 1 by `angles`; None: linear attention.
 
     The attention function returns zeros, so both rows have the same hidden states in every layer.
     """
@@ -263,15 +274,15 @@ def _with_and_without(
 
     ids = torch.ones(2, 1, dtype=torch.int64)
     with torch.no_grad(), intercept_attention(model, record), replaced_rotary(model, handed):
-        model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
-    if sorted(seen) != list(range(num_layers)):
-        missing = sorted(set(range(num_layers)) - set(seen))
-        raise _refused(f"layers {missing} without softmax attention", "attention in every layer")
-    return [seen[layer] for layer in range(num_layers)]
+        model(input_ids=ids, position_ids=torch.zeros_like(ids), past_key_values=cache, use_cache=False)
+    if missing := sorted(set(range(num_layers)) - set(seen) - linear_layers(model)):
+        raise _refused(f"layers {missing} without softmax attention", "softmax or linear attention in every layer")
+    return [seen.get(layer) for layer in range(num_layers)]
 
 
-def _common_shape(seen: list[_Seen]) -> AttentionShape:
-    shapes = {(one.q.shape[1], one.k.shape[1], one.q.shape[3], one.alibi_slopes) for one in seen}
+def _common_shape(seen: list[_Seen | None], recurrent: RecurrentShapes) -> AttentionShape:
+    softmax = [one for one in seen if one is not None]
+    shapes = {(one.q.shape[1], one.k.shape[1], one.q.shape[3], one.alibi_slopes) for one in softmax}
     if len(shapes) != 1:
         raise UsageError(
             problem(
@@ -282,9 +293,9 @@ def _common_shape(seen: list[_Seen]) -> AttentionShape:
             )
         )
     num_q_heads, num_kv_heads, head_dim, slopes = shapes.pop()
-    windows = tuple(one.own_window for one in seen)
-    sink_logits = any(one.has_sink_logits for one in seen)
-    return AttentionShape(len(seen), num_q_heads, num_kv_heads, head_dim, windows, slopes, sink_logits)
+    windows = tuple(None if one is None else one.own_window for one in seen)
+    sink_logits = any(one.has_sink_logits for one in softmax)
+    return AttentionShape(len(seen), num_q_heads, num_kv_heads, head_dim, windows, slopes, sink_logits, recurrent)
 
 
 def _match_layout(layer: int, queries: torch.Tensor, angles: Mapping[str, torch.Tensor]) -> RotarySpec:

@@ -45,7 +45,7 @@ def refuse_geometry(head_dim: int, batch: int, capacity: int) -> None:
                                  expected=f"at most {MAX_CAPACITY} tokens with the plugin"))  # fmt: skip
 
 
-def refuse_extras(*, alibi: bool, sink_logits: bool, experts: bool) -> None:
+def refuse_extras(*, alibi: bool, sink_logits: bool, experts: bool, linear: bool) -> None:
     """Refuse what the kernels can do but the plugin has no inputs for, and what these graphs have no form of.
 
     Raises: UsageError.
@@ -54,10 +54,11 @@ def refuse_extras(*, alibi: bool, sink_logits: bool, experts: bool) -> None:
         ("ALiBi positions, which the plugin has no input for", alibi),
         ("learned sink logits, which the plugin has no input for", sink_logits),
         ("mixtures of experts, which graphs with the plugin cannot choose from", experts),
+        ("linear attention, which graphs with the plugin have no operators for", linear),
     ):
         if present:
             raise UsageError(problem("model", received=what, fix="use --native, which needs no plugin",
-                                     expected="rotary positions, plain softmax and no experts with the plugin"))
+                                     expected="rotary positions and plain softmax attention, without experts"))
 
 
 def use_plugins(model: ir.Model) -> None:

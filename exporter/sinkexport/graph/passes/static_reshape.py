@@ -40,9 +40,11 @@ def _moves_no_data(node: ir.Node) -> bool:
 
 
 def _before_views(value: ir.Value) -> ir.Value:
-    """What a chain of Reshapes started from."""
+    """What a chain of Reshapes started from, as far as its shape is known."""
     node = value.producer()
-    while node is not None and not node.domain and node.op_type == "Reshape" and node.inputs[0] is not None:
+    while node is not None and not node.domain and node.op_type == "Reshape":
+        if static_shape(node.inputs[0]) is None or node.inputs[0] is None:
+            break
         value = node.inputs[0]
         node = value.producer()
     return value
