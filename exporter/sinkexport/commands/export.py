@@ -54,7 +54,8 @@ STAGES = {
               help="The window's keys and values; sinks stay in floating point.  "
                    "[default: the recipe's, or fp]")  # fmt: skip
 @click.option("--budgets", "budgets_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="Windows of single key heads, which 'sinkexport analyze' proposed; --window must be the longest.")  # fmt: skip
+              help="Windows of single key heads, which 'sinkexport analyze' proposed; --window must be the "
+                   "longest.")  # fmt: skip
 @click.option("--sink-tuning", "sink_tuning_file", type=click.Path(path_type=Path), metavar="FILE",
               help="Factors on the attention to the first token, which 'sinkexport tune' wrote.")  # fmt: skip
 @click.option("--target", type=click.Choice(TARGETS), default="onnx", show_default=True,

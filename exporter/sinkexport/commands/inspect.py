@@ -135,7 +135,7 @@ def _show_bundle(bundle: Path, manifest: Manifest) -> None:
         ("vocabulary", f"{model.vocab_size} tokens; end of text: {_listed(model.eos_token_ids)}"),
         ("positions", f"{model.position_scheme}; up to {stream.position_limit:.1e} tokens"),
         ("cache", f"{stream.num_sink_tokens} sinks + window of {stream.window_size} = {stream.capacity} tokens"
-                  + _windows(manifest.head_windows)),
+                  + (_own_windows(manifest) if manifest.head_windows is None else _windows(manifest.head_windows))),
         ("streams", f"{stream.batch}"),
         ("target", manifest.target + (f", plugin {manifest.plugin_abi}" if manifest.plugin_abi else "")),
         *((f"{role} engine", f"{engine.file}, {engine.flavour} {engine.version}, {engine.gpu or 'any GPU it supports'}")
@@ -157,6 +157,14 @@ def _show_bundle(bundle: Path, manifest: Manifest) -> None:
         console.print()
 
 
+def _own_windows(manifest: Manifest) -> str:
+    """Of the layers that keep a sliding window of their own instead of sinks and window."""
+    keep_sinks = {state.layer for state in manifest.states if state.kind == "sink_k"}
+    windows = [s.shape[2] for s in manifest.states if s.kind == "window_k" and s.layer not in keep_sinks]
+    own = [size for size in windows if manifest.stream.num_sink_tokens or size != manifest.stream.window_size]
+    return f"; {len(own)} layers with a window of their own, {_listed(tuple(sorted(set(own))))}" if own else ""
+
+
 def _quantised(facts: Quantization | None) -> str:
     if facts is None:
         return "no"
@@ -168,10 +176,8 @@ def _quantised(facts: Quantization | None) -> str:
     return "\n".join(lines)
 
 
-def _windows(groups: tuple[HeadWindow, ...] | None) -> str:
+def _windows(groups: tuple[HeadWindow, ...]) -> str:
     """How many key heads have which window."""
-    if groups is None:
-        return ""
     counts: dict[int, int] = {}
     for group in groups:
         counts[group.window_size] = counts.get(group.window_size, 0) + len(group.kv_heads)
