@@ -48,7 +48,6 @@ def exported(name: str, windows: tuple[tuple[int, ...], ...], folder: Path, **op
     [
         ("llama", LLAMA),
         ("llama-mha", ((9, 2, 9, 4, 2, 4), (9, 9, 9, 9, 9, 9))),  # three groups that interleave; a layer as a whole
-        ("gemma2", ((9, 4), (5, 9))),  # softcap
         ("gpt_oss", ((9, 4), (5, 9))),  # sink logits; a layer with a window of its own, 7, and so without sinks
     ],
 )

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from sinkexport.chunked_streaming import chunked_streaming
 from sinkexport.cli import cli
 from sinkexport.commands.inspect import command as inspect
 from sinkexport.config import ExportConfig
@@ -21,7 +20,7 @@ from sinkexport.sources import LoadedModel
 from sinkexport.tune import Example, read_examples, score, tune
 from sinkexport.tuned_attention import first_token_scaled
 from sinkexport.verify import verify
-from sinkrt import Session, UsageError
+from sinkrt import UsageError
 from sinkrt.contract import MANIFEST_NAME, load_manifest
 
 from tests.exporter.tiny_models import TINY, VOCAB_SIZE, tiny_model, tiny_tokenizer
@@ -64,19 +63,6 @@ def test_factors_of_1_change_no_byte(tmp_path: Path) -> None:
     )
     assert plain.files == tuned.files
     assert (plain.sink_tuning, tuned.sink_tuning) == (None, ones.facts)
-
-
-@pytest.mark.parametrize("kv", ["fp", "int8"])
-def test_chunks_in_torch_agree_with_the_bundle(kv: str, tmp_path: Path) -> None:
-    model, asked = tiny_model("llama"), tuning("llama")
-    export_loaded(LoadedModel(model, None, "tiny"), tmp_path / "b", ExportConfig(**GEOMETRY, kv=kv, sink_tuning=asked))
-    ids = np.random.default_rng(0).integers(3, VOCAB_SIZE, 60)
-    with chunked_streaming(model, *GEOMETRY.values(), kv, asked.first_token_scale) as stream:
-        want = torch.cat([stream.feed(torch.from_numpy(ids[None, i : i + 7])) for i in range(0, 60, 7)], dim=1)[0]
-    with Session.load(tmp_path / "b", threads=1) as session:
-        got = np.stack([session.step(ids[t : t + 1])[0].copy() for t in range(60)])
-    np.testing.assert_allclose(got, want.numpy(), atol=2e-3 if kv == "fp" else 0.3)
-    assert (got.argmax(axis=1) == want.numpy().argmax(axis=1)).mean() > 0.9
 
 
 def test_file_is_written_as_it_is_read(tmp_path: Path) -> None:
