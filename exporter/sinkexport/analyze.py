@@ -101,6 +101,8 @@ class SinkReport:
     secondary: those like the first token, then others; most heads first.
     own_window: the model's smallest sliding window, or None.
     recommended: S. reason: in words.
+    num_kv_heads: Hkv. change: [L][Hq][n], how much a head's output changes in a window's second half if it sees the
+    first K tokens and the last `distances` alone, over the root mean square of the layer's outputs.
     """
 
     model: str
@@ -120,6 +122,9 @@ class SinkReport:
     secondary: tuple[SecondarySink, ...]
     recommended: int
     reason: str
+    num_kv_heads: int
+    distances: tuple[int, ...]
+    change: tuple[tuple[tuple[float, ...], ...], ...]
 
     @property
     def mass_by_position(self) -> Array:
@@ -230,6 +235,9 @@ def analyze(
         secondary=_by_token(sums.sightings, loaded.tokenizer),
         recommended=recommended,
         reason=reason,
+        num_kv_heads=sums.num_kv_heads,
+        distances=sums.distances,
+        change=_nested(mean["change"]),
     )
 
 
@@ -267,6 +275,8 @@ class _Sums:
         self._count = 0
         self._sums: dict[str, Array] = {}
         self.own_window: int | None = None
+        self.num_kv_heads = 0
+        self.distances: tuple[int, ...] = ()
         self.sightings: dict[int, list[Sighting]] = {}
 
     def add(self, weights: Weights, window: int, ids: Sequence[int]) -> None:
@@ -280,11 +290,13 @@ class _Sums:
             "any_sink": is_sink.max(axis=-1).astype(np.float64),
             "key_norm": weights.key_norm[:, first],
             "value_norm": weights.value_norm[:, first],
+            "change": weights.change,
         }
         for name, values in added.items():
             self._sums[name] = values + self._sums.get(name, 0.0)
         self._count += 1
         self.own_window = weights.own_window
+        self.num_kv_heads, self.distances = weights.num_kv_heads, weights.distances
         for sighting in secondary_sinks(weights, window, self._num_candidates):
             self.sightings.setdefault(int(ids[sighting.position]), []).append(sighting)
 

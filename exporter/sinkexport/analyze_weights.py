@@ -35,6 +35,10 @@ class Weights:
     key_norm, value_norm: [L, T], Euclidean norms, mean over the key heads, over the median of the tokens from K on.
     likeness: [L, T], cosine of a token's values, all heads in one vector, with those of token 0.
     own_window: the smallest sliding window of the model's layers, or None.
+    change: [L, Hq, n], how much a head's output changes if it sees the first K tokens and the last `distances` [n]
+    alone: mean Euclidean distance over the queries i >= T / 2, over the root mean square of the outputs of all heads of
+    the layer. (How much attention it pays to what it would not see says little: that may carry nothing.)
+    num_kv_heads: Hkv.
     """
 
     received: Array
@@ -46,6 +50,9 @@ class Weights:
     value_norm: Array
     likeness: Array
     own_window: int | None
+    change: Array
+    distances: tuple[int, ...]
+    num_kv_heads: int
 
 
 def attention_weights(
@@ -72,6 +79,7 @@ def attention_weights(
             layer.add(weights, start)
             grouped = weights.to(v.dtype).reshape(v.shape[1], -1, stop)  # [Hkv, G * n, stop]
             outputs.append((grouped @ v[0, :, :stop]).reshape(q.shape[1], stop - start, -1))  # [Hq, n, Dv]
+            layer.cut_short(weights, v[0, :, :stop].float(), outputs[-1].float(), start)
         layer.look_at(k[0], v[0])
         layers.append(layer)
         tell(len(layers))
@@ -93,6 +101,9 @@ def attention_weights(
         value_norm=np.stack([layer.value_norm for layer in layers]),
         likeness=np.stack([layer.likeness for layer in layers]),
         own_window=min(own_windows, default=None),
+        change=np.stack([layer.change for layer in layers]),
+        distances=layers[0].distances,
+        num_kv_heads=layers[0].num_kv_heads,
     )
     if not np.isfinite(weights.received).all() or not np.isfinite(weights.value_norm).all():
         raise _refused("attention that is not a number", "finite weights")
@@ -140,6 +151,10 @@ class _Layer:
         self._size, self._half, self._num_candidates = size, size // 2, num_candidates
         self._all, self._far = (torch.zeros(heads, size, dtype=torch.float64) for _ in range(2))
         self._late = torch.zeros(heads, num_candidates, dtype=torch.float64)
+        # Powers of two that some late query has so many tokens behind it.
+        self.distances = tuple(NEAR_TOKENS << i for i in range(20) if NEAR_TOKENS << i <= size // 2)
+        self._change = torch.zeros(heads, len(self.distances), dtype=torch.float64)
+        self._output = 0.0  # sum of squares, in late queries
         self._other = 0.0  # weight of tokens that are neither near nor among the first, in late queries
 
     def add(self, weights: torch.Tensor, start: int) -> None:
@@ -156,8 +171,24 @@ class _Layer:
             self._late += total[:, : self._num_candidates]
             self._other += float(far[:, self._num_candidates :].sum())
 
+    def cut_short(self, weights: torch.Tensor, v: torch.Tensor, out: torch.Tensor, start: int) -> None:
+        """weights: [Hq, n, stop] of the queries from `start` on. v: [Hkv, stop, Dv]. out: weights times v."""
+        if start < self._half:
+            return
+        heads, count, stop = weights.shape
+        self._output += float(out.double().square().sum())
+        key = torch.arange(stop)
+        for i, distance in enumerate(self.distances):
+            # A window of that many tokens holds the query's own.
+            kept = (torch.arange(start, stop)[:, None] - key < distance) | (key < self._num_candidates)
+            near = weights * kept  # [Hq, n, stop]
+            near /= near.sum(dim=-1, keepdim=True)
+            cut = (near.reshape(v.shape[0], -1, stop) @ v).reshape(heads, count, -1)
+            self._change[:, i] += (out - cut).norm(dim=-1).sum(dim=1)
+
     def look_at(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Norms and directions of the keys k and values v [Hkv, T, .]."""
+        self.num_kv_heads = k.shape[0]
         self.key_norm, self.value_norm = (_relative_norms(x.float(), self._num_candidates) for x in (k, v))
         flat = v.float().transpose(0, 1).flatten(1)  # [T, Hkv * Dv]
         self.likeness: Array = torch.cosine_similarity(flat, flat[:1], dim=-1).double().numpy()
@@ -183,6 +214,12 @@ class _Layer:
     @property
     def late(self) -> Array:
         return np.asarray(self._late) / (self._size - self._half)
+
+    @property
+    def change(self) -> Array:
+        num_queries, heads = self._size - self._half, len(self._change)
+        typical = (self._output / (num_queries * heads)) ** 0.5
+        return np.asarray(self._change) / (num_queries * max(typical, 1e-12))
 
     @property
     def base(self) -> float:

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from sinkrt.ring import Ring
 
+from sinkexport.budgets import BudgetFile
 from sinkexport.config import ExportConfig
 from sinkexport.model.attention import stream_angles
 from sinkexport.model.decoder import refuse_arguments
+from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.interface import intercept_attention
 from sinkexport.model.recurrent import recurrent_cache
 from sinkexport.model.rope import (
@@ -36,19 +38,26 @@ CosSin = tuple[torch.Tensor, torch.Tensor]
 
 @contextlib.contextmanager
 def chunked_streaming(
-    model: Any, num_sink_tokens: int, window_size: int, kv: str = "fp"
+    model: Any,
+    num_sink_tokens: int,
+    window_size: int,
+    kv: str = "fp",
+    first_token_scale: Sequence[Sequence[float]] | None = None,
+    budgets: BudgetFile | None = None,
 ) -> Iterator[ChunkedStream]:
     """Make `model` stream with S = num_sink_tokens >= 0 and W = window_size >= 1 for the length of a context.
 
     kv: ``fp``, or ``int8``: the window's keys and values are rounded to INT8 as they come, those of sinks are not.
+    first_token_scale: [L][Hq], factors on the attention weight of token 0 (ZeroTuning, arXiv:2505.11739); needs S >= 1.
+    budgets: windows of single key heads, the longest of W; None: all keep W tokens.
 
     The model, in evaluation mode, is changed inside and left as it was, also after an exception.
 
     Raises: UsageError for a bad geometry and for a model whose attention or positions cannot be followed exactly.
     """
-    config = ExportConfig(num_sink_tokens, window_size, chunk_size=1, kv=kv)
+    config = ExportConfig(num_sink_tokens, window_size, chunk_size=1, kv=kv, budgets=budgets)
     shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
-    stream = ChunkedStream(model, config, shape, rotary)
+    stream = ChunkedStream(model, config, shape, rotary, first_token_scale)
     identity = identity_rotary(rotary, 1, 1, next(model.parameters()).dtype)
     with intercept_attention(model, stream.attend), replaced_rotary(model, identity):
         yield stream
@@ -70,12 +79,20 @@ class _Kept:
 class ChunkedStream:
     """The streams of one `chunked_streaming` context: B of them, in step, B being that of the first ids."""
 
-    def __init__(self, model: Any, config: ExportConfig, shape: AttentionShape, rotary: ModelRotary) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: ExportConfig,
+        shape: AttentionShape,
+        rotary: ModelRotary,
+        first_token_scale: Sequence[Sequence[float]] | None = None,
+    ) -> None:
         self._model = model
         self._config = config
-        self._rings = tuple(config.ring(own_window) for own_window in shape.own_windows)  # by layer
+        self._caches = head_caches(config, shape)
         self._rotary = rotary
-        self._kept: dict[int, _Kept] = {}  # by layer
+        self._scale = None if first_token_scale is None else torch.tensor(first_token_scale).log()  # [L, Hq]
+        self._kept: dict[HeadCache, _Kept] = {}
         self._recurrent = recurrent_cache(model)  # of the layers without softmax attention
         self._position = 0  # of the chunk's first token
         # Of the chunk that runs, the same in all layers of one geometry or table of frequencies.
@@ -93,7 +110,7 @@ class ChunkedStream:
         Returns: logits [B, T, vocab] after each token, in the model's dtype.
         """
         num_tokens = ids.shape[1]
-        self._entries = {ring: visible(ring, self._position, num_tokens) for ring in set(self._rings)}
+        self._entries = {ring: visible(ring, self._position, num_tokens) for ring in {c.ring for c in self._caches}}
         self._turns = {
             (table, behind): stream_angles(torch.tensor([self._position]), content.frequency, num_tokens, behind)
             for table, content in self._rotary.tables.items()
@@ -130,19 +147,40 @@ class ChunkedStream:
         """transformers' attention interface. q: [B, Hq, T, D], k and v: [B, Hkv, T, D] -> [B, T, Hq, D]."""
         layer = int(module.layer_idx)
         refuse_arguments(layer, others)
-        spec, ring = self._rotary.layers[layer], self._rings[layer]
-        scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-        q_sink = q = q * scale  # here: logits are many more
+        q = q * (scaling if scaling is not None else q.shape[-1] ** -0.5)  # here: logits are many more
+        caches = [cache for cache in self._caches if cache.layer == layer]
+        out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype)  # [B, Hq, T, D]
+        for cache in caches:
+            kv_heads, q_heads = list(cache.kv_heads), list(cache.q_heads)
+            per_head = (None if x is None else x[q_heads] for x in (s_aux, alibi_slopes))
+            out[:, q_heads] = self._attended(cache, q[:, q_heads], k[:, kv_heads], v[:, kv_heads], softcap, *per_head)
+        return out.transpose(1, 2), None
+
+    def _attended(
+        self,
+        cache: HeadCache,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        softcap: float | None,
+        s_aux: torch.Tensor | None,
+        alibi_slopes: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The heads of one cache: q [B, Hq, T, D], scaled, k and v [B, Hkv, T, D] -> [B, Hq, T, D]."""
+        spec, ring, q_sink = self._rotary.layers[cache.layer], cache.ring, q
         if spec.rotary_dim:
             factor, turn = self._rotary.tables[spec.table].scaling, self._turns[spec.table, 0]
             q, k = (_rotated(x, turn, spec, factor) for x in (q, k))
             cos, sin = self._turns[spec.table, ring.capacity - 1]
             q_sink = _rotated(q, (cos, -sin), spec)
-        seen = self._with_chunk(layer, k, v)
+        seen = self._with_chunk(cache, k, v)
         logits = torch.cat((_products(q_sink, seen.sink_k), _products(q, seen.window_k)), dim=-1)  # [B, Hq, T, n]
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         entries, logits = self._entries[ring], logits.float()
+        if self._scale is not None and ring.num_sink_tokens:
+            # The first of the sinks is token 0.
+            logits[..., 0] += self._scale[cache.layer, list(cache.q_heads)][:, None]
         if alibi_slopes is not None:
             logits -= alibi_slopes[:, None, None] * entries.distance
         logits.masked_fill_(~entries.is_seen, float("-inf"))
@@ -150,14 +188,14 @@ class ChunkedStream:
             logits = torch.cat((logits, s_aux.float()[:, None, None].expand(*logits.shape[:-1], 1)), dim=-1)
         weights = logits.softmax(dim=-1)[..., : entries.is_seen.shape[1]].to(v.dtype)
         out = _weighted(weights, torch.cat((seen.sink_v, seen.window_v), dim=2))  # [B, Hq, T, D]
-        self._keep(layer, seen)
-        return out.transpose(1, 2), None
+        self._keep(cache, seen)
+        return out
 
-    def _with_chunk(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> _Kept:
-        """What the layer keeps and the chunk's tokens, k and v [B, Hkv, T, D], sorted into sinks and window."""
+    def _with_chunk(self, cache: HeadCache, k: torch.Tensor, v: torch.Tensor) -> _Kept:
+        """What is kept and the chunk's tokens, k and v [B, Hkv, T, D], sorted into sinks and window."""
         none = k[:, :, :0]
-        kept = self._kept.get(layer, _Kept(none, none, none, none))
-        sinks = max(0, self._rings[layer].num_sink_tokens - self._position)  # leading tokens of the chunk
+        kept = self._kept.get(cache, _Kept(none, none, none, none))
+        sinks = max(0, cache.ring.num_sink_tokens - self._position)  # leading tokens of the chunk
         return _Kept(
             torch.cat((kept.sink_k, k[:, :, :sinks]), dim=2),
             torch.cat((kept.sink_v, v[:, :, :sinks]), dim=2),
@@ -173,11 +211,11 @@ class ChunkedStream:
         scale = (x.abs().amax(dim=-1, keepdim=True) / 127).clamp(2.0**-17, 65504.0).half().float()
         return (torch.clamp((x / scale).round(), -127, 127) * scale).to(rows.dtype)
 
-    def _keep(self, layer: int, seen: _Kept) -> None:
+    def _keep(self, cache: HeadCache, seen: _Kept) -> None:
         """Of the window the last W - 1 tokens: with itself, the next token has W."""
-        first = max(0, seen.window_k.shape[2] - (self._rings[layer].window_size - 1))
+        first = max(0, seen.window_k.shape[2] - (cache.ring.window_size - 1))
         # clone: a slice would hold on to the memory of all that it was cut from
-        self._kept[layer] = _Kept(
+        self._kept[cache] = _Kept(
             seen.sink_k, seen.sink_v, seen.window_k[:, :, first:].clone(), seen.window_v[:, :, first:].clone()
         )
 

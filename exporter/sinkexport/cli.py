@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "Streaming perplexity over a long text, with a plot.",
     "bench": "Measure speed and memory of a bundle.",
     "analyze": "Find a model's attention sinks and recommend how many to keep.",
+    "tune": "Find factors on attention to the first token, without training.",
     "serve": "Serve a bundle over the OpenAI HTTP API.",
     "inspect": "Show a bundle, a calibration, the families or the recipes.",
 }

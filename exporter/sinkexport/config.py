@@ -11,8 +11,10 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
 if TYPE_CHECKING:
+    from sinkexport.budgets import BudgetFile
     from sinkexport.quant.ranges import Ranges
     from sinkexport.quant.recipe import Recipe
+    from sinkexport.sink_tuning import SinkTuningFile
 
 WEIGHT_DTYPES: Mapping[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
 """Command-line spelling -> dtype name of the manifest."""
@@ -43,6 +45,8 @@ class ExportConfig:
     recipe: how to quantise; None: not at all. calibration: what a recipe with static ranges or smoothing needs.
     kv: ``fp | int8``, the window's keys and values: INT8 with a scale for each key head and token. Sinks always stay in
     `dtype`. None: as the recipe says, or ``fp``.
+    budgets: windows of single key heads (docs/budgets.md), the longest of window_size tokens; None: all have it.
+    sink_tuning: factors on the attention to token 0 (docs/sink_tuning.md); None: attention is the model's own.
 
     Raises: UsageError.
     """
@@ -59,6 +63,8 @@ class ExportConfig:
     kv: str | None = None
     native: bool = False
     sink_token: str | None = None
+    sink_tuning: SinkTuningFile | None = None
+    budgets: BudgetFile | None = None
 
     def __post_init__(self) -> None:
         for name, option, low in (
@@ -96,6 +102,12 @@ class ExportConfig:
                                      fix="leave --calibration out or change --recipe"))
         if self.has_int8_window:
             self._check_int8_window()
+        if self.sink_tuning is not None:
+            self._check_sink_tuning()
+        if self.budgets is not None and self.budgets.longest != self.window_size:
+            raise UsageError(problem("--window", received=f"{self.window_size}, and budgets of up to "
+                                     f"{self.budgets.longest} tokens", expected="the longest budget",
+                                     fix=f"pass --window {self.budgets.longest}"))
         if self.num_tokens_per_chunk > self.window_size:
             raise UsageError(problem("chunk_size", received=self.chunk_size, expected=f"at most W = {self.window_size}",
                                      fix="lower --chunk or raise --window"))
@@ -108,6 +120,15 @@ class ExportConfig:
             raise UsageError(problem(f"recipe '{recipe.name}'", received="no calibration",
                                      expected="ranges of this model's activations",
                                      fix="run 'sinkexport calibrate' and pass its file as --calibration"))
+
+    def _check_sink_tuning(self) -> None:
+        if self.num_sink_tokens < 1:
+            raise UsageError(problem("--sink-tuning", received="0 sinks", expected="at least 1: token 0 must stay",
+                                     fix="raise --sink-tokens"))
+        if self.has_plugins:
+            raise UsageError(problem("--sink-tuning", received="target tensorrt with the plugin",
+                                     expected="standard operators: the plugin has no input for such factors",
+                                     fix="add --native, or use --target onnx"))
 
     def _check_int8_window(self) -> None:
         if self.native:
@@ -138,12 +159,13 @@ class ExportConfig:
         """C = S + W, tokens."""
         return self.num_sink_tokens + self.window_size
 
-    def ring(self, own_window: int | None) -> Ring:
+    def ring(self, own_window: int | None, window_size: int | None = None) -> Ring:
         """The cache of a layer in which the model itself sees `own_window` tokens, the newest included; None: all.
 
-        S + W tokens, unless the model's own window is smaller: then exactly that window, without sinks, as the model
-        has it.
+        window_size: W of these heads, if they have a budget. S + W tokens, unless the model's own window is smaller:
+        then exactly that window, without sinks, as the model has it.
         """
-        if own_window is not None and own_window < self.capacity:
+        window_size = self.window_size if window_size is None else window_size
+        if own_window is not None and own_window < self.num_sink_tokens + window_size:
             return Ring(0, own_window)
-        return Ring(self.num_sink_tokens, self.window_size)
+        return Ring(self.num_sink_tokens, window_size)

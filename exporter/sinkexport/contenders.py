@@ -6,13 +6,16 @@ Imports torch only for what needs it: a bundle is evaluated without.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from sinkexport.perplexity import Contender, Ids, Prediction
+
+if TYPE_CHECKING:
+    from sinkexport.budgets import BudgetFile
 
 CHUNK_TOKENS = 256
 """Tokens that a model in torch takes at once: enough to keep the matrix products busy."""
@@ -37,7 +40,15 @@ def bundle(session: Stream, ids: Ids, note: str) -> Contender:
 
 
 def sinks_and_window(
-    model: Any, ids: Ids, num_sink_tokens: int, window_size: int, *, name: str, chunk_tokens: int = CHUNK_TOKENS
+    model: Any,
+    ids: Ids,
+    num_sink_tokens: int,
+    window_size: int,
+    *,
+    name: str,
+    chunk_tokens: int = CHUNK_TOKENS,
+    first_token_scale: Sequence[Sequence[float]] | None = None,
+    budgets: BudgetFile | None = None,
 ) -> Contender:
     """S sinks and a window of W tokens in torch; window-only attention with S = 0. See `chunked_streaming`."""
 
@@ -46,7 +57,9 @@ def sinks_and_window(
 
         from sinkexport.chunked_streaming import chunked_streaming
 
-        with chunked_streaming(model, num_sink_tokens, window_size) as stream:
+        with chunked_streaming(
+            model, num_sink_tokens, window_size, first_token_scale=first_token_scale, budgets=budgets
+        ) as stream:
             for start, piece in _pieces(ids[:-1], chunk_tokens):
                 yield Prediction(start + 1, _numpy(stream.feed(torch.from_numpy(piece)[None])))
 

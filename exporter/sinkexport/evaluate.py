@@ -16,6 +16,7 @@ from sinkrt.session import Session
 from sinkrt.text import Tokenizer
 
 from sinkexport import contenders
+from sinkexport.budgets import budgets_of
 from sinkexport.machine import torch_threads
 from sinkexport.perplexity import Contender, Curve, Ids, check_segment, check_text, measure
 from sinkexport.progress import Report, silent
@@ -136,7 +137,11 @@ def _alternatives(model: Any, ids: Ids, manifest: Manifest, dense_tokens: int, b
     config = model.config.get_text_config()
     limit = min(dense_tokens, getattr(config, "max_position_embeddings", None) or dense_tokens)
     return [
-        contenders.sinks_and_window(model, ids, stream.num_sink_tokens, stream.window_size, name="sinks + window"),
+        contenders.sinks_and_window(
+            model, ids, stream.num_sink_tokens, stream.window_size, name="sinks + window",
+            first_token_scale=None if manifest.sink_tuning is None else manifest.sink_tuning.first_token_scale,
+            budgets=budgets_of(manifest),
+        ),
         contenders.sinks_and_window(model, ids, 0, stream.capacity, name="window only"),
         contenders.recomputation(model, ids, stream.capacity, block),
         contenders.dense(model, ids, limit),

@@ -12,7 +12,16 @@ from typing import Any
 
 import onnx
 import torch
-from sinkrt.contract import MANIFEST_NAME, PLUGIN_ABI, SCHEMA_VERSION, Manifest, ModelFacts, Quantization, StreamFacts
+from sinkrt.contract import (
+    MANIFEST_NAME,
+    PLUGIN_ABI,
+    SCHEMA_VERSION,
+    HeadWindow,
+    Manifest,
+    ModelFacts,
+    Quantization,
+    StreamFacts,
+)
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import POSITION_LIMIT, Ring
 from sinkrt.text import OPENING_MESSAGES, common_start
@@ -30,6 +39,7 @@ from sinkexport.graph.build import BuiltGraph, build_graph
 from sinkexport.graph.passes.plugin_operators import refuse_extras, refuse_geometry
 from sinkexport.model.decoder import StreamStep, trace
 from sinkexport.model.experts import has_experts
+from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
 from sinkexport.progress import Report, silent
 from sinkexport.quant.plan import RecipePlan
@@ -90,12 +100,21 @@ def export_loaded(
         report("probe", 0, 1)
         shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
         config = _without_chunks(config) if shape.recurrent else config
-        rings = [config.ring(own) for layer, own in enumerate(shape.own_windows) if layer not in shape.recurrent]
+        if config.budgets is not None:
+            config.budgets.check_model(type(model).__name__, shape.num_layers, shape.num_kv_heads)
+        caches = head_caches(config, shape)
+        rings = [cache.ring for cache in caches]
         _check_rings(config, rings)
         if config.has_plugins:
             refuse_geometry(shape.head_dim, config.batch, max(ring.capacity for ring in rings))
             refuse_extras(alibi=shape.alibi_slopes is not None, sink_logits=shape.has_sink_logits,
                           experts=has_experts(model), linear=bool(shape.recurrent))  # fmt: skip
+        if config.sink_tuning is not None:
+            config.sink_tuning.check_model(type(model).__name__, shape.num_layers, shape.num_q_heads)
+            config.sink_tuning.check_sinks(
+                [min((c.ring.num_sink_tokens for c in caches if c.layer == i), default=0)
+                 for i in range(shape.num_layers)]
+            )  # fmt: skip
         report("decode", 0, 1)
         built = _build(loaded, config, shape, rotary, "decode", config.batch, 1)
         graphs = {"decode": built.spec("decode.onnx")}
@@ -123,10 +142,18 @@ def export_loaded(
             producer=_producers(),
             quantization=_quantization(config),
             plugin_abi=PLUGIN_ABI if config.has_plugins else None,
+            sink_tuning=None if config.sink_tuning is None else config.sink_tuning.facts,
+            head_windows=_head_windows(config, caches),
         )
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     report("done", 1, 1)
     return manifest
+
+
+def _head_windows(config: ExportConfig, caches: Sequence[HeadCache]) -> tuple[HeadWindow, ...] | None:
+    if config.budgets is None:
+        return None
+    return tuple(HeadWindow(cache.layer, cache.kv_heads, cache.ring.window_size) for cache in caches)
 
 
 def _build(
@@ -144,7 +171,7 @@ def _build(
     num_sinks = 0 if config.calibration is None else config.calibration.num_sink_tokens
     with _no_garbage_collection():
         return build_graph(
-            trace(step), role, step.states, config.target, num_sinks, plan,
+            trace(step), role, step.state_names, config.target, num_sinks, plan,
             plugins=config.has_plugins,
         )  # fmt: skip
 
@@ -241,6 +268,10 @@ def _check_rings(config: ExportConfig, rings: Sequence[Ring]) -> None:
 
     Raises: UsageError.
     """
+    if config.budgets is not None and config.window_size > max(ring.window_size for ring in rings):
+        raise UsageError(problem("--budgets", received=f"{config.window_size} tokens, where own windows are shorter",
+                                 expected="the longest budget in a layer that can have it",
+                                 fix="change the file"))  # fmt: skip
     smallest = min(ring.window_size for ring in rings)
     if config.num_sink_tokens and not any(ring.num_sink_tokens for ring in rings):
         raise UsageError(problem("sinks + window", fix="lower --window, or use --sink-tokens 0",

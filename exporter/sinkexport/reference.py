@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,16 +36,24 @@ PROBE_POSITION = 5
 
 @contextlib.contextmanager
 def streaming_reference(
-    model: Any, num_sink_tokens: int, window_size: int, *, observer: Observer | None = None
+    model: Any,
+    num_sink_tokens: int,
+    window_size: int,
+    *,
+    observer: Observer | None = None,
+    first_token_scale: Sequence[Sequence[float]] | None = None,
+    head_windows: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[StreamingReference]:
     """Make `model` stream with S = num_sink_tokens >= 0 and W = window_size >= 1 for the length of a context.
 
+    first_token_scale: [L][Hq], factors on the attention weight of token 0 (ZeroTuning, arXiv:2505.11739); needs S >= 1.
+    head_windows: [L][Hkv], 1 .. W, windows of single key heads; None: all keep W tokens.
     The model is changed inside and left exactly as it was, also after an exception.
 
     Raises: UsageError if the model does not use transformers' attention interface, or its rotation or its layers
         are not what this reference can follow.
     """
-    reference = StreamingReference(model, num_sink_tokens, window_size, observer)
+    reference = StreamingReference(model, num_sink_tokens, window_size, observer, first_token_scale, head_windows)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -60,7 +68,15 @@ def streaming_reference(
 class StreamingReference:
     """The streams of one `streaming_reference` context: B of them, in step, B being that of the first ids."""
 
-    def __init__(self, model: Any, num_sink_tokens: int, window_size: int, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        num_sink_tokens: int,
+        window_size: int,
+        observer: Observer | None = None,
+        first_token_scale: Sequence[Sequence[float]] | None = None,
+        head_windows: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         if num_sink_tokens < 0 or window_size < 1:
             raise UsageError(
                 problem(
@@ -72,13 +88,17 @@ class StreamingReference:
             )
         self._model = model
         self._num_sink_tokens = num_sink_tokens
+        self._window_size = window_size
         self._capacity = num_sink_tokens + window_size
+        self._head_windows = head_windows
         self._observer = observer
+        self._first_token_scale = first_token_scale
         # A copy: some change their frequencies by the positions that they are asked for.
         found = find_rotary(model)
         self._rotary: Any = None if found is None else copy.deepcopy(found[1])
         self._rotates: dict[torch.nn.Module, bool] = {}  # by attention module; some layers have no positions
-        self._cached: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}  # k, v [B, Hkv, n, D], unrotated
+        # k, v [B, Hkv, n, D], unrotated, by attention module and window
+        self._cached: dict[tuple[torch.nn.Module, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._recurrent = recurrent_cache(model)  # of the layers without softmax attention
         self._cos_sin: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = {}  # [1, C, .] each, by type of layer
 
@@ -107,18 +127,45 @@ class StreamingReference:
         **arguments: Any,
     ) -> tuple[torch.Tensor, None]:
         """transformers' attention interface. q: [B, Hq, 1, D], k and v: [B, Hkv, 1, D] -> [B, 1, Hq, D]."""
-        keys, values = self._append(module, k, v, arguments.get("sliding_window"))
-        query = q
-        if self._rotates[module]:
-            cos, sin = self._places(module, keys)
-            query = self._rotated(module, q, cos[:, -1:], sin[:, -1:])
-            keys = self._rotated(module, keys, cos, sin)
-        # The family's own plain attention knows its groups, softcap and whatever else it passes along.
-        own = _own_function(module, "eager_attention_forward", _adapted_attention)
-        out: torch.Tensor = own(module, query, keys, values, None, **arguments)[0]
+        if self._head_windows is None:
+            out = self._attended(module, q, k, v, self._window_size, arguments)
+        else:
+            # All heads, once for each window; of each head that which its own window gives.
+            group = q.shape[1] // k.shape[1]
+            by_head = [window for window in self._head_windows[int(module.layer_idx)] for _ in range(group)]
+            outs = {window: self._attended(module, q, k, v, window, arguments) for window in set(by_head)}
+            out = torch.stack([outs[window][:, :, head] for head, window in enumerate(by_head)], dim=2)
         if self._observer is not None:
             self._observer(module, q, k, v, out)
         return out, None
+
+    def _attended(
+        self,
+        module: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        window_size: int,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
+        """[B, 1, Hq, D], with a window of this size."""
+        keys, values = self._append(module, k, v, arguments.get("sliding_window"), window_size)
+        if self._rotates[module]:
+            cos, sin = self._places(module, keys)
+            q = self._rotated(module, q, cos[:, -1:], sin[:, -1:])
+            keys = self._rotated(module, keys, cos, sin)
+        # The family's own plain attention knows its groups, softcap and whatever else it passes along.
+        out: torch.Tensor = plain_attention(module)(module, q, keys, values, self._mask(module, keys), **arguments)[0]
+        return out
+
+    def _mask(self, module: Any, keys: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the logits, [1, Hq, 1, n]: token 0 is the oldest in the cache. None: nothing."""
+        if self._first_token_scale is None:
+            return None
+        factors = torch.tensor(self._first_token_scale[int(module.layer_idx)], dtype=torch.float64)
+        mask = torch.zeros(1, factors.numel(), 1, keys.shape[2], dtype=torch.float64)
+        mask[0, :, 0, 0] = factors.log()
+        return mask.to(keys.dtype)
 
     def learn_rotation(self) -> None:
         """Find the layers that rotate, and make sure that this file rotates as the model does.
@@ -152,20 +199,20 @@ class StreamingReference:
             yield
 
     def _append(
-        self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, own_window: int | None
+        self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, own_window: int | None, window_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Throw out the oldest token that is no sink if the cache is full, then add the new one: [B, Hkv, n, D]."""
-        num_sinks, capacity = self._num_sink_tokens, self._capacity
+        num_sinks, capacity, key = self._num_sink_tokens, self._num_sink_tokens + window_size, (module, window_size)
         if own_window is not None and own_window < capacity:
             num_sinks, capacity = 0, own_window
-        if module in self._cached:
-            keys, values = self._cached[module]
+        if key in self._cached:
+            keys, values = self._cached[key]
             if keys.shape[2] == capacity:
                 keys, values = (
                     torch.cat((x[:, :, :num_sinks], x[:, :, num_sinks + 1 :]), dim=2) for x in (keys, values)
                 )
             k, v = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
-        self._cached[module] = (k, v)
+        self._cached[key] = (k, v)
         return k, v
 
     def _places(self, module: Any, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,6 +288,11 @@ class _NoRotation(torch.nn.Module):
         return torch.ones_like(cos), torch.zeros_like(sin)
 
 
+def plain_attention(module: torch.nn.Module) -> Callable[..., Any]:
+    """The family's own attention function, from logits to output, without kernels of its own."""
+    return _own_function(module, "eager_attention_forward", _adapted_attention)
+
+
 def _own_function(
     module: torch.nn.Module, name: str, default: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
@@ -253,18 +305,19 @@ def _own_function(
 
 
 def _adapted_attention(
-    _module: torch.nn.Module, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, _mask: None, *,
-    scaling: float, alibi_slopes: torch.Tensor | None = None,
+    _module: torch.nn.Module, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+    mask: torch.Tensor | None, *, scaling: float, alibi_slopes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor]:  # fmt: skip
-    """Attention of a family that has no such function: q [B, Hq, 1, D] over [B, Hkv, n, D] -> [B, 1, Hq, D].
+    """Attention of a family that has no such function: q [B, Hq, T, D] over [B, Hkv, n, D] -> [B, T, Hq, D].
 
-    alibi_slopes: [Hq], by in-cache distance.
+    mask: added to the logits. alibi_slopes: [Hq], by in-cache distance: what is left out is the same for all keys.
     """
     keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (keys, values))
     logits = q @ keys.mT * scaling  # [B, Hq, 1, n]
     if alibi_slopes is not None:
         places = torch.arange(keys.shape[2])
         logits = logits + alibi_slopes.view(-1, 1, 1) * (places - places[-1])
+    logits = logits if mask is None else logits + mask
     return ((logits.softmax(dim=-1).to(values.dtype) @ values).transpose(1, 2),)
 
 

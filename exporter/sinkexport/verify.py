@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.session import Session
 from sinkrt.text import Tokenizer
 
+from sinkexport.budgets import budgets_of
 from sinkexport.comparison import (
     Comparison,
     Ids,
@@ -38,6 +39,7 @@ from sinkexport.machine import torch_threads
 from sinkexport.progress import Report, silent
 from sinkexport.reference import streaming_reference
 from sinkexport.sources import LoadedModel, load_model
+from sinkexport.tuned_attention import first_token_scaled
 
 DEFAULT_WRAPS = 6
 DEFAULT_DENSE_TOKENS = 256
@@ -158,11 +160,18 @@ def compare(
     ends = piece_ends(num_tokens, stream.capacity)
     if rotates_by_length(model.config, stream.capacity):
         dense_tokens = stream.capacity  # a shorter text would be rotated otherwise
-    dense_logits = _dense_logits(model, ids[:, : min(dense_tokens, stream.capacity)], report)  # [B, n, vocab]
+    budgets = budgets_of(manifest)
+    shortest = stream.window_size if budgets is None else min(map(min, budgets.windows))
+    dense_tokens = min(dense_tokens, stream.num_sink_tokens + shortest)
+    scale = None if manifest.sink_tuning is None else manifest.sink_tuning.first_token_scale
+    dense_logits = _dense_logits(model, ids[:, : min(dense_tokens, stream.capacity)], scale, report)  # [B, n, vocab]
     dense, streaming = Tally("dense", tolerance), Tally("streaming", tolerance)
     at_ends: dict[int, Logits] = {}
     with (
-        streaming_reference(model, stream.num_sink_tokens, stream.window_size) as reference,
+        streaming_reference(
+            model, stream.num_sink_tokens, stream.window_size, first_token_scale=scale,
+            head_windows=None if budgets is None else budgets.windows,
+        ) as reference,
         torch_threads(_half_of_the_cores()),
         contextlib.closing(_steps_ahead(session, ids)) as steps,
     ):
@@ -203,10 +212,11 @@ def _half_of_the_cores() -> int:
     return max(1, torch.get_num_threads() // 2)
 
 
-def _dense_logits(model: Any, ids: Ids, report: Report) -> Logits:
-    """The model's own logits [B, n, vocab], with its default attention and no cache."""
+def _dense_logits(model: Any, ids: Ids, scale: Sequence[Sequence[float]] | None, report: Report) -> Logits:
+    """The model's own logits [B, n, vocab], with its default attention and no cache; scale: of a bundle's tuning."""
     report("dense", 0, 1)
-    with torch.no_grad():
+    tuned = contextlib.nullcontext() if scale is None else first_token_scaled(model, torch.tensor(scale))
+    with torch.no_grad(), tuned:
         logits: Logits = model(input_ids=torch.from_numpy(ids), use_cache=False).logits.float().numpy()
     report("dense", 1, 1)
     return logits

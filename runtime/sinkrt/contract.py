@@ -23,8 +23,9 @@ from typing import Any, TypeVar
 
 from sinkrt.errors import BundleError, problem
 
-SCHEMA_VERSION = 3
-"""2: `quantization` and the scales of an INT8 window. 3: `plugin_abi` and `engines`. Older ones are read as well."""
+SCHEMA_VERSION = 4
+"""2: `quantization` and the scales of an INT8 window. 3: `plugin_abi` and `engines`. 4: `sink_tuning` and
+`head_windows`. Older ones are read as well."""
 
 MANIFEST_NAME = "manifest.json"
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1}
@@ -218,6 +219,38 @@ class Quantization:
 
 
 @dataclasses.dataclass(frozen=True)
+class SinkTuning:
+    """How attention to sinks was changed, without training. It is in the graphs: a runtime does nothing about it.
+
+    sha256: of the file that was given to the export (hex).
+    first_token_scale: [L][Hq] > 0, factors on the attention weight of token 0 before it is normalised again
+    (ZeroTuning, arXiv:2505.11739).
+    """
+
+    sha256: str
+    first_token_scale: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        FileFacts(0, self.sha256)
+        smallest = min((factor for layer in self.first_token_scale for factor in layer), default=0.0)
+        _check(smallest > 0, "sink_tuning.first_token_scale", smallest, "> 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadWindow:
+    """Key heads of a layer that keep the last window_size tokens beside the sinks, with the query heads they serve."""
+
+    layer: int
+    kv_heads: tuple[int, ...]
+    window_size: int
+
+    def __post_init__(self) -> None:
+        _check(self.layer >= 0, "head_windows layer", self.layer, ">= 0")
+        _check(self.window_size >= 1, "head_windows window_size", self.window_size, ">= 1")
+        _check(len(self.kv_heads) > 0, "head_windows kv_heads", "none", "at least one")
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineFacts:
     """An engine that 'sinkexport build' made of one graph: what runs nowhere but where it fits (`sinkrt.engines`).
 
@@ -258,6 +291,10 @@ class Manifest:
     plugin_abi: of the TensorRT plugins that the graphs have nodes of; None: standard operators only. With plugins
     `position` is int32 [B, 2], t >> 16 and t & 0xffff, and `ids` and `num_valid` are int32.
     engines: by the role of their graph; None: none were built. They are not in `files`.
+    sink_tuning: None: attention is the model's own.
+    head_windows: each key head of each layer that has a window once, in the order of the states: those of group g of a
+    layer with several are named ``<kind>.<layer>.<g>`` and hold its heads alone. None: all heads keep
+    `stream.window_size` tokens.
     """
 
     schema_version: int
@@ -273,8 +310,16 @@ class Manifest:
     quantization: Quantization | None = None
     plugin_abi: str | None = None
     engines: Mapping[str, EngineFacts] | None = None
+    sink_tuning: SinkTuning | None = None
+    head_windows: tuple[HeadWindow, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.sink_tuning is not None:
+            found = (len(self.sink_tuning.first_token_scale), *{len(x) for x in self.sink_tuning.first_token_scale})
+            wanted = (self.model.num_layers, self.model.num_q_heads)
+            _check(found == wanted, "sink_tuning.first_token_scale", found, f"{wanted}: layers, query heads")
+        if self.head_windows is not None:
+            self._check_head_windows(self.head_windows)
         for role in self.engines or ():
             _check(role in self.graphs, "engines", role, "the role of a graph")
         _check(self.target in TARGETS, "target", self.target, " | ".join(TARGETS))
@@ -284,6 +329,14 @@ class Manifest:
             _check(graph.file in self.files, "graph file", graph.file, "a file that 'files' lists")
         for path in self.files:
             _check(_is_inside(path), "file path", path, "a relative path inside the bundle")
+
+    def _check_head_windows(self, groups: tuple[HeadWindow, ...]) -> None:
+        found = sorted((group.layer, head) for group in groups for head in group.kv_heads)
+        layers = sorted({state.layer for state in self.states if state.kind == "window_k"})
+        wanted = [(layer, head) for layer in layers for head in range(self.model.num_kv_heads)]
+        _check(found == wanted, "head_windows", f"{len(found)} key heads", f"each of the {len(wanted)} key heads once")
+        longest = max(group.window_size for group in groups)
+        _check(longest <= self.stream.window_size, "head_windows", longest, f"<= window_size={self.stream.window_size}")
 
     @property
     def weights_bytes(self) -> int:
@@ -297,14 +350,18 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the model's weights and the cache's geometry: what a saved state depends on.
+        """SHA-256 over the model's weights, the cache's geometry and its tuning: what a saved state depends on.
 
         What does not change the meaning of a state (tokenizer, graphs, engines, the size of a chunk) is left out,
         so that a state survives a rebuilt engine.
         """
         geometry = {name: value for name, value in dataclasses.asdict(self.stream).items() if name != "chunk_size"}
         weights = {path: f.sha256 for path, f in self.files.items() if path.startswith("weights")}
-        facts = [dataclasses.asdict(self.model), geometry, self.weights_dtype, weights]
+        facts: list[Any] = [dataclasses.asdict(self.model), geometry, self.weights_dtype, weights]
+        if self.sink_tuning is not None:  # later tokens were computed under it
+            facts.append(dataclasses.asdict(self.sink_tuning))
+        if self.head_windows is not None:
+            facts.append([dataclasses.asdict(group) for group in self.head_windows])
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -337,7 +394,7 @@ class Manifest:
                     fix="this bundle was made by a newer sinkexport: upgrade this runtime",
                 )
             )
-        return _build(cls, raw, "manifest")
+        return build_from_json(cls, raw, "manifest")
 
 
 def load_manifest(bundle: Path) -> Manifest:
@@ -410,7 +467,7 @@ def _check(ok: bool, what: str, received: object, expected: str) -> None:
 T = TypeVar("T")
 
 
-def _build(cls: type[T], raw: Any, where: str) -> T:
+def build_from_json(cls: type[T], raw: Any, where: str) -> T:
     """Make a dataclass of parsed JSON, strictly: no unknown key, no missing one, no wrong type."""
     if not isinstance(raw, dict):
         raise BundleError(problem(where, received=type(raw).__name__, expected="an object", fix="export again"))
@@ -445,7 +502,7 @@ def _value(hint: Any, raw: Any, where: str) -> Any:
         _check(isinstance(raw, dict), where, type(raw).__name__, "an object")
         return {key: _value(args[1], item, f"{where}.{key}") for key, item in raw.items()}
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), raw, where)
+        return build_from_json(typing.cast(type, hint), raw, where)
     if hint is float and type(raw) is int:  # JSON writes 1.0 as 1 in some tools
         return float(raw)
     ok = isinstance(raw, hint) and not (hint is int and isinstance(raw, bool))

@@ -22,10 +22,11 @@ class Operator(torch.nn.Module):
 
     def __init__(
         self, inv_freq: np.ndarray, capacity: int, scale: float, softcap: float, interleaved: bool,
-        alibi_slopes: np.ndarray | None, sink_logit: np.ndarray | None,
+        alibi_slopes: np.ndarray | None, sink_logit: np.ndarray | None, sink_scale: np.ndarray | None,
     ) -> None:  # fmt: skip
         super().__init__()
-        for name, values in (("alibi_slopes", alibi_slopes), ("sink_logit", sink_logit)):
+        per_head = (("alibi_slopes", alibi_slopes), ("sink_logit", sink_logit), ("sink_scale", sink_scale))
+        for name, values in per_head:
             self.register_buffer(name, None if values is None else torch.from_numpy(values.astype(np.float32)))
         frequency = [phase_frequency(float(f)) for f in inv_freq]
         self.register_buffer("frequency", torch.tensor(frequency, dtype=torch.int64))
@@ -47,7 +48,7 @@ class Operator(torch.nn.Module):
                 angles = stream_angles(position, self.frequency, num_tokens, self.capacity - 1)
         out = sink_attention(
             q, k, v, *sinks, *states[-2:], position, *angles, num_valid, self.scale, self.softcap, self.interleaved,
-            alibi_slopes=self.alibi_slopes, sink_logit=self.sink_logit,
+            alibi_slopes=self.alibi_slopes, sink_logit=self.sink_logit, sink_scale=self.sink_scale,
         )  # fmt: skip
         return [out[0], *(out[1:5] if len(states) == 4 else out[3:5])]
 
@@ -66,14 +67,20 @@ CASES = [
 ]
 
 
+SCALED = [
+    # factors on token 0's weight: (case, of each query head)
+    (CASES[1], (0.5, 2.0, 1.0, 1.0, 0.01, 40.0)),
+    (CASES[5], (0.3, 1.5, 1.0, 6.0)),  # softcap: the factor comes after it
+]
+
 FORMS = pytest.mark.parametrize("form", ["torch", "onnx", "tensorrt"])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "sink_scale"), [*((case, None) for case in CASES), *SCALED], ids=str)
 @FORMS
-def test_against_oracle(case: tuple, form: str) -> None:
+def test_against_oracle(case: tuple, sink_scale: tuple | None, form: str) -> None:
     (batch, *_), (num_sinks, window) = case, case[5:7]
-    oracle, operator, states = _subject(case)
+    oracle, operator, states = _subject(case, sink_scale)
     step = operator if form == "torch" else _onnx_form(operator, case, 1, form)
     random = np.random.default_rng(7)
     for t in range(3 * (num_sinks + window) + 7):
@@ -96,13 +103,22 @@ CHUNKS = [
 ]
 
 
-@pytest.mark.parametrize(("case", "num_tokens"), CHUNKS, ids=str)
+SCALED_CHUNKS = [
+    ((2, 4, 2, 8, 8, 5, 6, 2.0, False), 3, (0.2, 1.0, 5.0, 0.9)),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "num_tokens", "sink_scale"), [*((*chunk, None) for chunk in CHUNKS), *SCALED_CHUNKS], ids=str
+)
 @FORMS
 @pytest.mark.parametrize("seed", [0, 1])
-def test_chunks_against_oracle(case: tuple, num_tokens: int, form: str, seed: int) -> None:
+def test_chunks_against_oracle(
+    case: tuple, num_tokens: int, sink_scale: tuple | None, form: str, seed: int
+) -> None:
     """Each stream takes 0 .. T tokens of every chunk, so that their positions drift apart; idle ones change nothing."""
     (batch, *_), (num_sinks, window) = case, case[5:7]
-    oracle, operator, states = _subject(case)
+    oracle, operator, states = _subject(case, sink_scale)
     chunk = operator if form == "torch" else _onnx_form(operator, case, num_tokens, form)
     random = np.random.default_rng(seed)
     position = np.zeros(batch, dtype=np.int64)
@@ -127,7 +143,9 @@ def test_chunks_against_oracle(case: tuple, num_tokens: int, form: str, seed: in
         position += counts
 
 
-def _subject(case: tuple) -> tuple[SinkAttentionOracle, Operator, list[torch.Tensor]]:
+def _subject(
+    case: tuple, sink_scale: tuple | None = None
+) -> tuple[SinkAttentionOracle, Operator, list[torch.Tensor]]:
     """Oracle, operator and empty states of a case."""
     batch, num_q, num_kv, dim, rotary_dim, num_sinks, window, softcap, interleaved, *more = case
     extras = "".join(more)
@@ -137,10 +155,11 @@ def _subject(case: tuple) -> tuple[SinkAttentionOracle, Operator, list[torch.Ten
     scale = dim**-0.5
     oracle = SinkAttentionOracle(
         batch=batch, num_sink_tokens=num_sinks, window_size=window, inv_freq=inv_freq, interleaved=interleaved,
-        scale=scale, softcap=softcap, alibi_slopes=slopes, sink_logit=sink_logit,
+        scale=scale, softcap=softcap, alibi_slopes=slopes, sink_logit=sink_logit, sink_scale=sink_scale,
     )  # fmt: skip
     shapes = [(batch, num_kv, num_sinks, dim)] * 2 * bool(num_sinks) + [(batch, num_kv, window, dim)] * 2
-    operator = Operator(inv_freq, num_sinks + window, scale, softcap, interleaved, slopes, sink_logit)
+    factors = None if sink_scale is None else np.array(sink_scale)
+    operator = Operator(inv_freq, num_sinks + window, scale, softcap, interleaved, slopes, sink_logit, factors)
     return oracle, operator, [torch.zeros(shape) for shape in shapes]
 
 

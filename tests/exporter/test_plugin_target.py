@@ -28,6 +28,7 @@ from sinkrt.engines import EngineHost, check_engine
 from sinkrt.errors import BackendError, BundleError, SinkError, UsageError
 
 from tests.exporter.plugin_evaluator import PluginBundle
+from tests.exporter.test_budgets import budgets
 from tests.exporter.test_calibrate import TEXT, calibrate, recipe
 from tests.exporter.test_engine import needs_tensorrt
 from tests.exporter.test_quantize import plain_steps, with_rounded_weights
@@ -71,6 +72,7 @@ def exported(model: Any, folder: Path, **config: Any) -> Manifest:
         ("gpt_neox", {"kv": "int8"}),
         ("gemma2", {"num_sink_tokens": 0}),
         ("llama-yarn", {}),
+        ("llama-tied", {"budgets": budgets("llama-tied", ((9, 5), (4, 9)))}),
     ],
     ids=str,
 )

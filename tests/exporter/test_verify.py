@@ -148,8 +148,8 @@ def wrong_shift(folder: Path) -> Path:
             return super().capacity + 1
 
     class Late(ExportConfig):
-        def ring(self, own_window: int | None) -> Ring:
-            ring = super().ring(own_window)
+        def ring(self, own_window: int | None, window_size: int | None = None) -> Ring:
+            ring = super().ring(own_window, window_size)
             return Later(ring.num_sink_tokens, ring.window_size)
 
     return export(tiny_model("llama"), folder, Late(S, W, B))

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.config import DEFAULT_WINDOW_SIZE
 from sinkexport.console import table_console
 from sinkexport.files import check_writable, read_text, write_whole
 from sinkexport.plot import png
@@ -34,20 +35,29 @@ BYTES_PER_TOKEN = 64
 @click.option("--window-tokens", type=int, default=1024, show_default=True, metavar="N", help="Tokens of each.")
 @click.option("--candidates", type=int, default=16, show_default=True, metavar="N",
               help="First tokens that may be sinks.")  # fmt: skip
+@click.option("--budgets", "budgets_file", type=click.Path(path_type=Path), metavar="FILE",
+              help="Propose windows of single key heads, for 'sinkexport export --budgets'.")  # fmt: skip
+@click.option("--long-window", type=int, default=DEFAULT_WINDOW_SIZE, show_default=True, metavar="W",
+              help="With --budgets: of the heads that need it most.")  # fmt: skip
+@click.option("--short-window", type=int, default=128, show_default=True, metavar="W",
+              help="With --budgets: of the others.")  # fmt: skip
+@click.option("--budget-share", type=float, default=0.5, show_default=True, metavar="X",
+              help="With --budgets: memory of the windows, of what they would take if all were long.")  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a PNG image.")
 def command(
-    model: str, text_file: Path, windows: int, window_tokens: int, candidates: int, json_file: Path | None,
-    plot_file: Path | None,
+    model: str, text_file: Path, windows: int, window_tokens: int, candidates: int, budgets_file: Path | None,
+    long_window: int, short_window: int, budget_share: float, json_file: Path | None, plot_file: Path | None,
 ) -> None:  # fmt: skip
     """Find the attention sinks of MODEL (a local directory, a .gguf file or a Hub id).
 
     Tells how much attention the first tokens draw, which later tokens draw it too, and how many sinks to export with.
+    With --budgets it also tells which heads need a long window (docs/budgets.md).
     """
     if json_file is not None and plot_file is not None and json_file.resolve() == plot_file.resolve():
         raise UsageError(problem("--plot", received=f"'{plot_file}', as --json", expected="a file of its own",
                                  fix="choose another path"))  # fmt: skip
-    for path, option in ((json_file, "--json"), (plot_file, "--plot")):
+    for path, option in ((json_file, "--json"), (plot_file, "--plot"), (budgets_file, "--budgets")):
         if path is not None:
             check_writable(path, option)
     if plot_file is not None:
@@ -57,6 +67,10 @@ def command(
     from sinkexport.sources import load_model
 
     check_geometry(windows, window_tokens, candidates)
+    if budgets_file is not None:
+        from sinkexport.budgets import check_proposal, propose
+
+        check_proposal(long_window, short_window, budget_share)
     with shown_progress(STAGES) as show:
         show("load", 0, 1)
         loaded = load_model(model)
@@ -65,11 +79,22 @@ def command(
                                      fix="use a complete model folder"))  # fmt: skip
         pieces = text_windows(loaded.tokenizer, text, windows, window_tokens)
         report = analyze(loaded, pieces, num_candidates=candidates, report=show)
+    proposed = None
+    if budgets_file is not None:
+        proposed, lost = propose(report, type(loaded.model).__name__, longest=long_window, shortest=short_window,
+                                 share=budget_share)  # fmt: skip
+        write_whole(budgets_file, proposed.to_json(), "--budgets")
     if json_file is not None:
         write_whole(json_file, report.to_json(), "--json")
     if plot_file is not None:
         write_whole(plot_file, png(draw(report)), "--plot")
     _print_report(model, report)
+    if proposed is not None:
+        long = sum(window == long_window for layer in proposed.windows for window in layer)
+        total = proposed.model.num_layers * proposed.model.num_kv_heads
+        click.echo(f"{budgets_file}: {long} of {total} key heads keep {long_window:,} tokens, the others "
+                   f"{short_window:,}, which changes no head's output by more than {lost:.1%}; "
+                   f"add --window {long_window} --budgets {budgets_file}")  # fmt: skip
 
 
 def _print_report(model: str, report: SinkReport) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 from rich.text import Text
-from sinkrt.contract import MANIFEST_NAME, FileFacts, Manifest, Quantization, load_manifest
+from sinkrt.contract import MANIFEST_NAME, FileFacts, HeadWindow, Manifest, Quantization, SinkTuning, load_manifest
 
 from sinkexport.console import table_console
 from sinkexport.families import describe
@@ -135,12 +135,13 @@ def _show_bundle(bundle: Path, manifest: Manifest) -> None:
         ("vocabulary", f"{model.vocab_size} tokens; end of text: {_listed(model.eos_token_ids)}"),
         ("positions", f"{model.position_scheme}; up to {stream.position_limit:.1e} tokens"),
         ("cache", f"{stream.num_sink_tokens} sinks + window of {stream.window_size} = {stream.capacity} tokens"
-                  + _own_windows(manifest)),
+                  + (_own_windows(manifest) if manifest.head_windows is None else _windows(manifest.head_windows))),
         ("streams", f"{stream.batch}"),
         ("target", manifest.target + (f", plugin {manifest.plugin_abi}" if manifest.plugin_abi else "")),
         *((f"{role} engine", f"{engine.file}, {engine.flavour} {engine.version}, {engine.gpu or 'any GPU it supports'}")
           for role, engine in sorted((manifest.engines or {}).items())),
         ("quantised", _quantised(manifest.quantization)),
+        *_tuned(manifest.sink_tuning),
         *((f"{role} graph", f"{graph.file}, {graph.num_tokens} token(s) a run")
           for role, graph in manifest.graphs.items()),
         ("tokenizer", "none: token ids only" if manifest.tokenizer is None else
@@ -173,6 +174,23 @@ def _quantised(facts: Quantization | None) -> str:
     if facts.thresholds:  # 'sinkexport verify' holds the bundle to them
         lines.append(_listed(f"{name} {limit:g}" for name, limit in sorted(facts.thresholds.items())))
     return "\n".join(lines)
+
+
+def _windows(groups: tuple[HeadWindow, ...]) -> str:
+    """How many key heads have which window."""
+    counts: dict[int, int] = {}
+    for group in groups:
+        counts[group.window_size] = counts.get(group.window_size, 0) + len(group.kv_heads)
+    return "\nkey heads by window: " + _listed(f"{counts[window]} with {window}" for window in sorted(counts))
+
+
+def _tuned(tuning: SinkTuning | None) -> list[tuple[str, str]]:
+    if tuning is None:
+        return []
+    factors = [factor for layer in tuning.first_token_scale for factor in layer if factor != 1]
+    span = f", {min(factors):g} .. {max(factors):g}" if factors else ""
+    total = sum(len(layer) for layer in tuning.first_token_scale)
+    return [("tuned sinks", f"{len(factors)} of {total} heads{span}; file {tuning.sha256[:16]}")]
 
 
 def _memory(manifest: Manifest) -> Table:

@@ -54,7 +54,7 @@ class BuiltGraph:
 def build_graph(
     program: torch.export.ExportedProgram,
     role: str,
-    state_names: Sequence[tuple[int, str]],
+    state_names: Sequence[tuple[int, str, str]],
     target: str = "onnx",
     num_sinks: int = 0,
     plan: Plan | None = None,
@@ -63,8 +63,8 @@ def build_graph(
 ) -> BuiltGraph:
     """Convert a traced run into operators that `target` takes (``onnx | tensorrt``).
 
-    role: ``decode`` or ``prefill``, the graph's name. state_names: layer and kind of each state, in the order of the
-    trace's inputs: ids, position, the states, and num_valid if there is one.
+    role: ``decode`` or ``prefill``, the graph's name. state_names: layer, kind and name of each state, in the order of
+    the trace's inputs: ids, position, the states, and num_valid if there is one.
     plugins: leave to TensorRT plugins what they do (target ``tensorrt`` only). plan: what to quantise; None: nothing.
     num_sinks: first tokens of a stream whose inputs it may treat apart.
 
@@ -122,7 +122,7 @@ def _convert(program: torch.export.ExportedProgram) -> ir.Model:
 
 
 def _name_tensors(
-    graph: ir.Graph, state_names: Sequence[tuple[int, str]]
+    graph: ir.Graph, state_names: Sequence[tuple[int, str, str]]
 ) -> tuple[tuple[TensorSpec, ...], tuple[StateSpec, ...]]:
     """Give inputs and outputs the names of the contract; list the inputs that are no states, and the states."""
     num_states = len(state_names)
@@ -133,8 +133,8 @@ def _name_tensors(
     for value in num_valid:
         value.name = "num_valid"
     specs = []
-    for (layer, kind), before, after in zip(state_names, states, next_states, strict=True):
-        before.name, after.name = f"{kind}.{layer}", f"{kind}.{layer}.next"
+    for (layer, kind, name), before, after in zip(state_names, states, next_states, strict=True):
+        before.name, after.name = name, f"{name}.next"
         spec = _spec(before)
         specs.append(StateSpec(layer, kind, spec.name, after.name, spec.shape, spec.dtype))
     return tuple(_spec(value) for value in (ids, position, *num_valid)), tuple(specs)

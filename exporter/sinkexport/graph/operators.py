@@ -11,10 +11,15 @@ import onnxscript
 import torch
 from sinkrt.contract import SCALE_KINDS, STATE_KINDS
 
+import sinkexport.model.attention
+import sinkexport.model.block_attention  # noqa: F401 - both register the torch operators that are translated
+
 DOMAIN = "ai.sinkexport"
 VERSION = 1
 SINK_ATTENTION = "SinkAttention"
 STREAM_ANGLES = "StreamAngles"
+BLOCK_ATTENTION = "BlockAttention"
+"""The block mode of SinkAttention: frames of video or audio (model/block_attention.py)."""
 INT8_LINEAR, INT8_ROWS = "Int8Linear", "Int8Rows"
 """Products by INT8 weights and rows of INT8 tables, of the TensorRT plugin: made by a graph pass, never traced."""
 
@@ -38,7 +43,7 @@ def _schema(
 
 @functools.cache
 def schemas() -> Mapping[str, onnx.defs.OpSchema]:
-    """Both operators by name. Inputs and attributes are explained at their torch form (model/attention.py)."""
+    """The operators by name. Inputs and attributes are explained at their torch form (model/)."""
     kinds = onnx.defs.OpSchema.AttrType
     states = [
         *(_Parameter(name, "T", "", param_option=_Option.Optional) for name in STATE_KINDS[:2]),
@@ -55,6 +60,7 @@ def schemas() -> Mapping[str, onnx.defs.OpSchema]:
             *(_Parameter(name, SCALE_TYPE, "", param_option=_Option.Optional) for name in SCALE_KINDS),
             _Parameter("alibi_slopes", "tensor(float)", "", param_option=_Option.Optional),
             _Parameter("sink_logit", "T", "", param_option=_Option.Optional),
+            _Parameter("sink_scale", "tensor(float)", "", param_option=_Option.Optional),
         ],
         [
             *(_Parameter(name, "T") for name in ("out", "next_sink_k", "next_sink_v")),
@@ -69,7 +75,22 @@ def schemas() -> Mapping[str, onnx.defs.OpSchema]:
         [_Parameter(name, "tensor(float)") for name in ("cos", "sin")],
         {"num_tokens": kinds.INT, "behind": kinds.INT},
     )
-    return {SINK_ATTENTION: sink_attention, STREAM_ANGLES: stream_angles}
+    block_attention = _schema(
+        BLOCK_ATTENTION,
+        [
+            *(_Parameter(name, "T") for name in ("q", "k", "v")),
+            *states,
+            _Parameter("position", "tensor(int64)"),
+            *(_Parameter(name, "T", "", param_option=_Option.Optional) for name in ("shift_cos", "shift_sin")),
+            _Parameter("oldest", "tensor(int64)"),
+        ],
+        [
+            *(_Parameter(name, "T") for name in ("out", "next_sink_k", "next_sink_v")),
+            *(_Parameter(name, "TW") for name in ("next_window_k", "next_window_v")),
+        ],
+        {"scale": kinds.FLOAT, "interleaved": kinds.INT},
+    )
+    return {SINK_ATTENTION: sink_attention, STREAM_ANGLES: stream_angles, BLOCK_ATTENTION: block_attention}
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
@@ -77,22 +98,34 @@ def translations() -> dict[Any, Callable[..., Any]]:
     opset = onnxscript.values.Opset(DOMAIN, VERSION)
     attention = onnxscript.values.Op(opset, SINK_ATTENTION, schemas()[SINK_ATTENTION])
     angles = onnxscript.values.Op(opset, STREAM_ANGLES, schemas()[STREAM_ANGLES])
+    blocks = onnxscript.values.Op(opset, BLOCK_ATTENTION, schemas()[BLOCK_ATTENTION])
 
     def translate_attention(
         q: Any, k: Any, v: Any, sink_k: Any, sink_v: Any, window_k: Any, window_v: Any, position: Any,
         shift_cos: Any, shift_sin: Any, num_valid: Any, scale: float, softcap: float, interleaved: bool,
         window_k_scale: Any = None, window_v_scale: Any = None, alibi_slopes: Any = None, sink_logit: Any = None,
+        sink_scale: Any = None,
     ) -> Any:  # fmt: skip
         return attention(
             q, k, v, sink_k, sink_v, window_k, window_v, position, shift_cos, shift_sin, num_valid,
-            window_k_scale, window_v_scale, alibi_slopes, sink_logit,
+            window_k_scale, window_v_scale, alibi_slopes, sink_logit, sink_scale,
             scale=scale, softcap=softcap, interleaved=int(interleaved),
         )  # fmt: skip
 
     def translate_angles(position: Any, frequency: Any, num_tokens: int, behind: int) -> Any:
         return angles(position, frequency, num_tokens=num_tokens, behind=behind)
 
+    def translate_blocks(
+        q: Any, k: Any, v: Any, sink_k: Any, sink_v: Any, window_k: Any, window_v: Any, position: Any,
+        shift_cos: Any, shift_sin: Any, oldest: Any, scale: float, interleaved: bool,
+    ) -> Any:  # fmt: skip
+        return blocks(
+            q, k, v, sink_k, sink_v, window_k, window_v, position, shift_cos, shift_sin, oldest,
+            scale=scale, interleaved=int(interleaved),
+        )  # fmt: skip
+
     return {
         torch.ops.sinkexport.sink_attention.default: translate_attention,
         torch.ops.sinkexport.stream_angles.default: translate_angles,
+        torch.ops.sinkexport.block_attention.default: translate_blocks,
     }

@@ -69,6 +69,7 @@ def sink_attention(
     window_v_scale: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sink_logit: torch.Tensor | None = None,
+    sink_scale: torch.Tensor | None = None,
 ) -> SevenTensors:
     """T tokens of attention over sinks and window, as if they came one by one (StreamingLLM, arXiv:2309.17453).
 
@@ -83,6 +84,8 @@ def sink_attention(
     softcap: 0 for none, else logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv:2408.00118).
     alibi_slopes: float32 [Hq]; a logit loses slope * in-cache distance, after softcap (ALiBi, arXiv:2108.12409).
     sink_logit: [Hq], one more logit of each softmax, without a value (gpt-oss, arXiv:2508.10925).
+    sink_scale: float32 [Hq] > 0, factor on the weight of token 0 before weights are normalised: its logarithm is added
+    to the logit, after the softcap (ZeroTuning, arXiv:2505.11739). None: no factors. Needs a sink.
     Returns: attention output [B, Hq, T, D] and the six states afterwards, those that are absent without elements.
     """
     absent = q.new_zeros(*window_k.shape[:2], 0, window_k.shape[3])
@@ -104,9 +107,10 @@ def sink_attention(
     for i in range(q.shape[2]):
         this, this_for_sinks, this_k, this_v = (x[:, :, i : i + 1] for x in (q, q_sink, k, v))
         updated = _written(states, this_k, this_v, position + i)
-        outputs.append(
-            _attended(this, this_for_sinks, updated, position + i, scale, softcap, alibi_slopes, sink_logit)
+        attended = _attended(
+            this, this_for_sinks, updated, position + i, scale, softcap, alibi_slopes, sink_logit, sink_scale
         )
+        outputs.append(attended)
         if num_valid is not None:
             counts = i < num_valid  # [B]
             updated = tuple(
@@ -148,6 +152,7 @@ def _attended(
     softcap: float,
     alibi_slopes: torch.Tensor | None,
     sink_logit: torch.Tensor | None,
+    sink_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of one token that is written already. q, q_sink: [B, Hq, 1, D] -> [B, Hq, 1, D]."""
     sink_k, sink_v, window_k, window_v, k_scale, v_scale = states
@@ -165,6 +170,9 @@ def _attended(
     if alibi_slopes is not None:
         distances = _distances(position, num_sinks, window_size)[:, None, None, :]  # [B, 1, 1, C]
         logits = logits - (alibi_slopes[:, None, None] * distances).to(logits.dtype)
+    if sink_scale is not None:
+        factor = sink_scale.log().to(logits.dtype)[:, None]  # [Hq, 1]
+        logits = torch.cat((logits[..., :1] + factor[..., None], logits[..., 1:]), dim=-1)
     # Sink j is there from t = j on, slot i from t = S + i on: entry n of sinks-then-slots from t = n on.
     is_there = torch.arange(num_sinks + window_size) <= position[:, None]  # [B, C]
     logits = logits.masked_fill(~is_there[:, None, None, :], float("-inf"))
@@ -204,6 +212,7 @@ def _(
     window_v_scale: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sink_logit: torch.Tensor | None = None,
+    sink_scale: torch.Tensor | None = None,
 ) -> SevenTensors:
     none = q.new_empty(q.shape[0], window_k.shape[1], 0, q.shape[3])
     sinks = [none.clone() if s is None else torch.empty_like(s) for s in (sink_k, sink_v)]

@@ -20,6 +20,7 @@ from sinkexport.config import ExportConfig
 from sinkexport.model.attention import sink_attention, stream_angles
 from sinkexport.model.experts import static_experts
 from sinkexport.model.fold_rotation import fold_rotation
+from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
 from sinkexport.model.interface import intercept_attention
 from sinkexport.model.recurrent import StepCache
@@ -37,6 +38,10 @@ IGNORED_ARGUMENTS = frozenset(
      "output_hidden_states", "return_dict", "logits_to_keep", "past_key_values", "position_embeddings",
      "token_type_ids", "deterministic", "output_router_logits", "sliding_window")
 )  # fmt: skip
+
+
+Place = HeadCache | int
+"""Where a state belongs: to a cache, or to a layer with linear attention."""
 
 
 class StreamStep(torch.nn.Module):
@@ -64,33 +69,53 @@ class StreamStep(torch.nn.Module):
         self.rotary = rotary
         self.batch = batch
         self.num_tokens = num_tokens
-        self.rings = tuple(config.ring(own_window) for own_window in shape.own_windows)  # by layer
+        self.caches = head_caches(config, shape)
         for table, content in rotary.tables.items():
             self.register_buffer(f"frequency_{table}", content.frequency, persistent=False)
         slopes = None if shape.alibi_slopes is None else torch.tensor(shape.alibi_slopes)
         self.register_buffer("alibi_slopes", slopes, persistent=False)
+        tuning = config.sink_tuning
+        for layer, factors in enumerate(() if tuning is None else tuning.first_token_scale):
+            if set(factors) != {1.0}:  # a layer without any stays as it is, to the byte
+                self.register_buffer(f"sink_scale_{layer}", torch.tensor(factors), persistent=False)
 
-    def state_kinds(self, layer: int) -> tuple[str, ...]:
-        """State tensors of a layer, in the order in which `states` holds them."""
-        if layer in self.shape.recurrent:
-            return RECURRENT_KINDS
-        kinds = STATE_KINDS if self.rings[layer].num_sink_tokens else STATE_KINDS[2:]
+    def state_kinds(self, cache: HeadCache) -> tuple[str, ...]:
+        """State tensors of a cache, in the order in which `states` holds them."""
+        kinds = STATE_KINDS if cache.ring.num_sink_tokens else STATE_KINDS[2:]
         return (*kinds, *SCALE_KINDS) if self.config.has_int8_window else kinds
 
     @property
-    def states(self) -> list[tuple[int, str]]:
-        """Layer and kind of every state tensor."""
-        return [(layer, kind) for layer in range(self.shape.num_layers) for kind in self.state_kinds(layer)]
+    def states(self) -> list[tuple[Place, str]]:
+        """Place and kind of every state tensor, layer by layer."""
+        found: list[tuple[Place, str]] = []
+        for layer in range(self.shape.num_layers):
+            if layer in self.shape.recurrent:
+                found += [(layer, kind) for kind in RECURRENT_KINDS]
+            for cache in (cache for cache in self.caches if cache.layer == layer):
+                found += [(cache, kind) for kind in self.state_kinds(cache)]
+        return found
 
-    def empty_state(self, layer: int, kind: str) -> torch.Tensor:
+    @property
+    def state_names(self) -> list[tuple[int, str, str]]:
+        """Layer, kind and input name of every state tensor."""
+        return [
+            (place, kind, f"{kind}.{place}") if isinstance(place, int) else (place.layer, kind, place.state_name(kind))
+            for place, kind in self.states
+        ]
+
+    def sink_scale(self, layer: int) -> torch.Tensor | None:
+        """float32 [Hq], or None if the layer attends to its sinks as the model does."""
+        return dict(self.named_buffers(recurse=False)).get(f"sink_scale_{layer}")
+
+    def empty_state(self, place: Place, kind: str) -> torch.Tensor:
         """One state tensor before the first token: [B, Hkv, S or W, D], [B, Hkv, W] if it holds scales, or [B, ..]."""
         model_dtype = next(self.model.parameters()).dtype
-        if kind in RECURRENT_KINDS:
+        if isinstance(place, int):
             dtype = model_dtype if kind == "conv" else torch.float32
-            return torch.zeros(self.batch, *self.shape.recurrent[layer][kind], dtype=dtype)
-        ring = self.rings[layer]
+            return torch.zeros(self.batch, *self.shape.recurrent[place][kind], dtype=dtype)
+        cache, ring = place, place.ring
         length = ring.num_sink_tokens if kind.startswith("sink") else ring.window_size
-        rows = (self.batch, self.shape.num_kv_heads, length)
+        rows = (self.batch, len(cache.kv_heads), length)
         if kind in SCALE_KINDS:
             return torch.zeros(rows, dtype=SCALE_DTYPE)
         is_int8 = self.config.has_int8_window and kind.startswith("window")
@@ -132,10 +157,10 @@ class _Step:
         self._stream = stream
         self._position = position
         self._num_valid = num_valid
-        self._states: list[dict[str, torch.Tensor]] = [{} for _ in stream.rings]
-        for (layer, kind), state in zip(stream.states, states, strict=True):
-            self._states[layer][kind] = state
-        self._next: list[list[torch.Tensor] | None] = [None] * len(self._states)
+        self._states: dict[Place, dict[str, torch.Tensor]] = {}
+        for (place, kind), state in zip(stream.states, states, strict=True):
+            self._states.setdefault(place, {})[kind] = state
+        self._next: dict[Place, list[torch.Tensor]] = {}
         layers = stream.shape.recurrent
         self.recurrent = StepCache({layer: self._states[layer] for layer in layers}) if layers else None
         self._angles: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -145,9 +170,9 @@ class _Step:
         if self.recurrent is not None:
             for layer, after in self.recurrent.after.items():
                 self._next[layer] = [after[kind] for kind in RECURRENT_KINDS]
-        if any(layer is None for layer in self._next):
+        if any(place not in self._next for place in self._states):
             raise RuntimeError("an attention layer did not run; the probe should have refused this model")
-        return [state for layer in self._next if layer is not None for state in layer]
+        return [state for place in self._states for state in self._next[place]]
 
     def attend(
         self,
@@ -168,23 +193,46 @@ class _Step:
         """
         layer = int(module.layer_idx)
         refuse_arguments(layer, others)
-        spec, ring = self._stream.rotary.layers[layer], self._stream.rings[layer]
+        more = {
+            "scale": float(scaling if scaling is not None else q.shape[-1] ** -0.5),
+            "softcap": float(softcap or 0.0),
+            "alibi_slopes": None if alibi_slopes is None else self._stream.get_buffer("alibi_slopes"),
+            "sink_logit": None if s_aux is None else s_aux.to(q.dtype),
+            "sink_scale": self._stream.sink_scale(layer),
+        }
+        caches = [cache for cache in self._stream.caches if cache.layer == layer]
+        if len(caches) == 1:
+            return self._attend(caches[0], q, k, v, more).transpose(1, 2), None
+        outputs = []
+        for cache in caches:
+            kv_heads, q_heads = torch.tensor(cache.kv_heads), torch.tensor(cache.q_heads)
+            own = {name: x[q_heads] if isinstance(x, torch.Tensor) else x for name, x in more.items()}
+            own_q, own_k, own_v = (x.index_select(1, i) for x, i in ((q, q_heads), (k, kv_heads), (v, kv_heads)))
+            outputs.append(self._attend(cache, own_q, own_k, own_v, own))
+        out, made = torch.cat(outputs, dim=1), [head for cache in caches for head in cache.q_heads]
+        if made != sorted(made):
+            out = out.index_select(1, torch.tensor([made.index(head) for head in range(len(made))]))
+        return out.transpose(1, 2), None
+
+    def _attend(
+        self, cache: HeadCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, more: dict[str, Any]
+    ) -> torch.Tensor:
+        """The heads of one cache: q [B, Hq, T, D], k and v [B, Hkv, T, D], not rotated -> [B, Hq, T, D]."""
+        spec, ring = self._stream.rotary.layers[cache.layer], cache.ring
         shift = None
         if spec.rotary_dim:
             q, k = (self._rotated(x, spec) for x in (q, k))
             shift = self._shift(spec, ring, q.dtype)
-        states = self._states[layer]
+        states = self._states[cache]
         out, *updated = sink_attention(
             q, k, v, *(states.get(kind) for kind in STATE_KINDS), self._position, *(shift or (None, None)),
             self._num_valid,
-            float(scaling if scaling is not None else q.shape[-1] ** -0.5), float(softcap or 0.0), spec.interleaved,
-            *(states.get(kind) for kind in SCALE_KINDS),
-            alibi_slopes=None if alibi_slopes is None else self._stream.get_buffer("alibi_slopes"),
-            sink_logit=None if s_aux is None else s_aux.to(q.dtype),
+            more["scale"], more["softcap"], spec.interleaved, *(states.get(kind) for kind in SCALE_KINDS),
+            alibi_slopes=more["alibi_slopes"], sink_logit=more["sink_logit"], sink_scale=more["sink_scale"],
         )  # fmt: skip
         after = dict(zip((*STATE_KINDS, *SCALE_KINDS), updated, strict=True))
-        self._next[layer] = [after[kind] for kind in states]
-        return out.transpose(1, 2), None  # [B, T, Hq, D]
+        self._next[cache] = [after[kind] for kind in states]
+        return out
 
     def _angles_behind(self, table: str, behind: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B, T, R/2], the same for all layers."""
@@ -246,7 +294,7 @@ def trace(stream: StreamStep) -> torch.export.ExportedProgram:
     ids = torch.zeros(stream.batch, stream.num_tokens, dtype=torch.int64)
     position = torch.zeros(stream.batch, dtype=torch.int64)
     dtype = next(stream.model.parameters()).dtype
-    states = [stream.empty_state(layer, kind) for layer, kind in stream.states]
+    states = [stream.empty_state(place, kind) for place, kind in stream.states]
     num_valid = () if stream.num_tokens == 1 else (torch.ones_like(position),)
     identity = identity_rotary(stream.rotary, stream.batch, stream.num_tokens, dtype)
     with torch.no_grad(), replaced_rotary(stream.model, identity):

@@ -255,7 +255,7 @@ class _Graph:
         graph = manifest.graphs[role]
         batch = graph.inputs[0].shape[0]
         self._role, self._states, self._graph, self._place = role, manifest.states, graph, place
-        self._session = _open(bundle / graph.file, threads, place.providers, repack=repack)
+        self._session = open_graph(bundle / graph.file, threads, place.providers, repack=repack)
         shapes = {state.input: (batch, *state.shape[1:]) for state in manifest.states}
         state_inputs = [TensorSpec(s.input, shapes[s.input], s.dtype) for s in manifest.states]
         state_outputs = [TensorSpec(s.output, shapes[s.input], s.dtype) for s in manifest.states]
@@ -299,7 +299,7 @@ class _Binding:
             ) from error  # fmt: skip
 
 
-def _open(path: Path, threads: int | None, providers: list[Any], *, repack: bool) -> ort.InferenceSession:
+def open_graph(path: Path, threads: int | None, providers: list[Any], *, repack: bool = True) -> ort.InferenceSession:
     """repack: copy the weights to the layout that ONNX Runtime's products like best."""
     options = ort.SessionOptions()
     options.log_severity_level = 4  # nothing on stderr: errors are raised, and told in one line by whoever catches

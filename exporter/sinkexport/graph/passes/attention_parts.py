@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape, replace_node
+from sinkexport.graph.edit import constant, known_shape, replace_node
 
 
 class PerRun:
@@ -44,7 +44,7 @@ class AttentionParts:
         self.window_size = known_shape(operand(node, 5))[2]
         self.num_sinks = known_shape(operand(node, 3))[2] if optional(node, 3) is not None else 0
         self.position = operand(node, 7)
-        self.alibi_slopes, self.sink_logit = optional(node, 13), optional(node, 14)
+        self.alibi_slopes, self.sink_logit, self.sink_scale = (optional(node, i) for i in (13, 14, 15))
 
     def once(self, name: str, build: Callable[[Builder], ir.Value]) -> ir.Value:
         """A value that all layers of the same geometry share."""
@@ -68,6 +68,11 @@ class AttentionParts:
             rotary_embedding_dim=rotary_dim if rotary_dim < self.head_dim else 0,
         )  # fmt: skip
 
+    def transposed(self, keys: ir.Value) -> ir.Value:
+        """[B, Hkv, n, D] -> [B, Hkv, D, n]; runtimes fold it into the product that follows."""
+        batch, heads, length, head_dim = known_shape(keys)
+        return self.b.op("Transpose", [keys], (batch, heads, head_dim, length), perm=(0, 1, 3, 2))
+
     def write_rows(self, state: ir.Value, rows: ir.Value, slot: ir.Value, mode: str = "linear") -> ir.Value:
         """A state of the window with `rows` from each stream's `slot` on, in place where a runtime can.
 
@@ -75,6 +80,28 @@ class AttentionParts:
         mode: ``linear``, or ``circular`` if rows may run past the end.
         """
         return self.b.op("TensorScatter", [state, rows, slot], known_shape(state), mode=mode, axis=2)
+
+    def with_sink_scale(self, logits: list[ir.Value], axes: Sequence[int]) -> list[ir.Value]:
+        """Parts of the logits, sinks first, capped and with the logarithm of `sink_scale` added to that of token 0.
+
+        Without factors they come back as they are, to be capped when they are joined. axes: shape of the sinks' logits
+        with 1 for what has no part in it; its product is Hkv * G * S, in this order.
+        """
+        scale = self.sink_scale
+        if scale is None:
+            return logits
+        if scale.const_value is None or not self.num_sinks:
+            raise ValueError(f"'{self.node.name}': sink_scale must be constant, and there must be a sink")
+        bias = np.zeros((self.num_q_heads, self.num_sinks))
+        bias[:, 0] = np.log(scale.const_value.numpy().astype(np.float64))
+        added = constant(self.b.graph, bias.reshape(axes).astype((self.q.dtype or ir.DataType.FLOAT).numpy()), "bias")
+        sinks, *others = (self.softcapped(part) for part in logits)
+        return [self.b.op("Add", [sinks, added]), *others]
+
+    @property
+    def has_sink_scale(self) -> bool:
+        """Whether `with_sink_scale` changes and caps logits."""
+        return self.sink_scale is not None
 
     def biased(self, b: Builder, seen: ir.Value, distances: Callable[[], ir.Value], unseen: float) -> ir.Value:
         """What is added to logits: where an entry is seen 0, or with ALiBi - slope * distance; `unseen` elsewhere.

@@ -36,11 +36,16 @@ class ChunkAttention(AttentionParts):
         lengths = [known_shape(keys)[2] for _, keys, _ in parts]
         entries = sum(lengths)
         logits = [
-            b.matmul(b.reshape(query, (*heads, rows, self.head_dim)), self._transposed(keys))
+            b.matmul(b.reshape(query, (*heads, rows, self.head_dim)), self.transposed(keys))
             for query, keys, _ in parts
         ]  # [B, Hkv, G*T, S], [.., W] and [.., T]
-        joined = b.op("Concat", logits, (*heads, rows, entries), axis=-1)
-        joined = self.softcapped(b.reshape(joined, (*heads, self.group, self.num_tokens, entries)))
+        grouped = (*heads, self.group, self.num_tokens)
+        if self.has_sink_scale:
+            logits = [b.reshape(part, (*grouped, length)) for part, length in zip(logits, lengths, strict=True)]
+            logits = self.with_sink_scale(logits, (1, self.num_kv_heads, self.group, 1, self.num_sinks))
+        joined = b.op("Concat", logits, (*known_shape(logits[0])[:-1], entries), axis=-1)
+        joined = b.reshape(joined, (*grouped, entries))
+        joined = joined if self.has_sink_scale else self.softcapped(joined)
         weights = self.normalised(b.op("Add", [joined, self._mask()]))
         # The values are joined: they are fewer than the weights, which would have to be cut up otherwise.
         values = b.op("Concat", [part[2] for part in parts], (*heads, entries, self.head_dim), axis=-2)
@@ -92,11 +97,6 @@ class ChunkAttention(AttentionParts):
         batch, heads, length, *row = known_shape(values)
         flat = b.reshape(values, (batch * heads * length, *row))
         return b.op("Gather", [flat, index], (batch, heads, num_rows, *row), values.dtype, axis=0)
-
-    def _transposed(self, keys: ir.Value) -> ir.Value:
-        """[B, Hkv, n, D] -> [B, Hkv, D, n]; runtimes fold it into the product that follows."""
-        batch, heads, length, head_dim = known_shape(keys)
-        return self.b.op("Transpose", [keys], (batch, heads, head_dim, length), perm=(0, 1, 3, 2))
 
     # --- what depends on positions alone ---
 

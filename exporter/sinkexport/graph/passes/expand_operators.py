@@ -10,8 +10,9 @@ from sinkrt.ring import TURN
 
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, replace_node
-from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION, STREAM_ANGLES
+from sinkexport.graph.operators import BLOCK_ATTENTION, DOMAIN, SINK_ATTENTION, STREAM_ANGLES
 from sinkexport.graph.passes.attention_parts import PerRun, operand
+from sinkexport.graph.passes.expand_block import BlockAttention
 from sinkexport.graph.passes.expand_chunk import ChunkAttention
 from sinkexport.graph.passes.expand_int8_chunk import Int8ChunkAttention
 from sinkexport.graph.passes.expand_int8_step import Int8StepAttention
@@ -30,6 +31,8 @@ def expand_operators(model: ir.Model, target: str = "onnx") -> None:
             continue
         if node.op_type == STREAM_ANGLES:
             _expand_angles(graph, node)
+        elif node.op_type == BLOCK_ATTENTION:
+            BlockAttention(graph, node, per_run, target).expand()
         elif node.op_type == SINK_ATTENTION:
             one_token = known_shape(operand(node, 0))[2] == 1
             is_int8 = operand(node, 5).dtype == ir.DataType.INT8

@@ -29,8 +29,10 @@ class StepAttention(AttentionParts):
             logits.insert(0, self._logits(self.turned_back(q), sinks[0]))
             lengths.insert(0, self.num_sinks)
         capacity = sum(lengths)
+        logits = self.with_sink_scale(logits, (1, *self._grouped[1:], self.num_sinks, 1))
         joined = logits[0] if len(logits) == 1 else b.op("Concat", logits, (*self._grouped, capacity, 1), axis=-2)
-        joined = self.softcapped(b.reshape(joined, (*self._grouped, 1, capacity)))
+        joined = b.reshape(joined, (*self._grouped, 1, capacity))
+        joined = joined if self.has_sink_scale else self.softcapped(joined)
         weights = self.normalised(b.op("Add", [joined, self._mask(len(self._grouped) + 2)]))
         pieces = b.split(weights, lengths, -1) if self.num_sinks else [weights]
         out = self._window_sum(pieces[-1], window)

@@ -1,0 +1,70 @@
+"""``sinkexport tune``: factors on the attention to the first token, found on examples."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from sinkrt.errors import UsageError, problem
+
+from sinkexport.files import check_writable, read_text, write_whole
+from sinkexport.progress import shown_progress
+
+if TYPE_CHECKING:
+    from sinkexport.tune import Score, TuneResult
+
+STAGES = {"load": "Loading the model", "profile": "Profiling heads", "search": "Searching factors"}
+
+
+@click.command(name="tune")
+@click.argument("model")
+@click.option("--labelled", "labelled_file", required=True, type=click.Path(path_type=Path), metavar="FILE",
+              help='JSONL: lines {"prompt": .., "choices": [..], "answer": ..}, or lines {"text": ..} to '
+                   "predict.")  # fmt: skip
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="Where to write the factors, JSON.")  # fmt: skip
+@click.option("--by", type=click.Choice(["head", "layer"]), default="head", show_default=True,
+              help="What is tried by itself at first. By layer takes a run for each layer, by head one for each "
+                   "head.")  # fmt: skip
+@click.option("--objective", type=click.Choice(["labels", "entropy"]), default="labels", show_default=True,
+              help="labels: right answers, or a text's tokens. entropy: the model's own certainty.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of the CPU.  [default: all physical cores]")
+def command(model: str, labelled_file: Path, output: Path, by: str, objective: str, threads: int | None) -> None:
+    """Find factors on MODEL's attention to the first token with which it answers better, without training.
+
+    After ZeroTuning (arXiv:2505.11739). MODEL is a local directory, a .gguf file or a Hub id. Every other line of the
+    file is held out and tells what the factors are worth. 'sinkexport export --sink-tuning FILE' uses the result;
+    docs/sink_tuning.md says what it does.
+    """
+    check_writable(output, "--output")
+    lines = read_text(labelled_file, "--labelled")
+    from sinkexport.machine import torch_threads
+    from sinkexport.sources import load_model
+    from sinkexport.tune import read_examples, tune
+
+    start = time.perf_counter()
+    with shown_progress(STAGES) as show, torch_threads(threads):
+        show("load", 0, 1)
+        loaded = load_model(model)
+        if loaded.tokenizer is None:
+            raise UsageError(problem("model", received="one without a tokenizer", expected="a tokenizer for the text",
+                                     fix="use a complete model folder"))  # fmt: skip
+        examples = read_examples(loaded.tokenizer, lines)
+        result = tune(loaded, examples, unit=by, objective=objective, report=show)
+    write_whole(output, result.file.to_json(), "--output")
+    factors = [factor for layer in result.file.first_token_scale for factor in layer]
+    changed = sum(factor != 1 for factor in factors)
+    click.echo(f"{result.num_examples} {result.kind} chose: {_shown(result, result.before, result.after)}")
+    click.echo(f"{result.num_held_out} held out: {_shown(result, result.held_out_before, result.held_out_after)}")
+    click.echo(f"{output}: {changed} of {len(factors)} heads changed, {time.perf_counter() - start:.1f} s"
+               + ("" if changed else "; no factors are better than none"))  # fmt: skip
+
+
+def _shown(result: TuneResult, before: Score, after: Score) -> str:
+    name = "entropy" if result.objective == "entropy" else "loss"
+    loss = f"{name} {before.loss:.4f} -> {after.loss:.4f} nats"
+    if result.kind == "texts" or result.objective == "entropy":
+        return loss
+    return f"{1 - before.errors:.1%} -> {1 - after.errors:.1%} right, {loss}"

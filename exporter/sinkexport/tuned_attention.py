@@ -1,0 +1,42 @@
+"""A model's own dense attention with factors on the weight of the first token (ZeroTuning, arXiv:2505.11739)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from sinkexport.model.interface import intercept_attention
+from sinkexport.reference import plain_attention
+
+
+@contextlib.contextmanager
+def first_token_scaled(model: Any, scale: torch.Tensor) -> Iterator[set[int]]:
+    """For the length of a context, `model` attends causally, each layer and head with its factor on token 0.
+
+    scale: float [L, Hq] > 0, read at every call, so that it may be changed in between. The family's own plain attention
+    is called, with the factors' logarithms in its mask; rows of a batch begin with their first token.
+    Yields: the layers, seen so far, that have a sliding window of their own.
+    """
+    sliding: set[int] = set()
+
+    def attend(
+        module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: Any = None, **arguments: Any
+    ) -> tuple[torch.Tensor, None]:
+        num_tokens = q.shape[2]
+        behind = torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)  # [T, T], tokens from key to query
+        own_window = arguments.get("sliding_window") or num_tokens
+        if arguments.get("sliding_window"):
+            sliding.add(int(module.layer_idx))
+        seen = (behind >= 0) & (behind < own_window)
+        mask = torch.zeros(num_tokens, num_tokens, dtype=q.dtype).masked_fill_(~seen, float("-inf"))
+        factors = scale[int(module.layer_idx)].double().log().to(q.dtype)  # [Hq]
+        mask = mask.expand(1, factors.numel(), -1, -1)
+        if factors.any():
+            mask = torch.cat((mask[..., :1] + factors.view(1, -1, 1, 1), mask[..., 1:]), dim=-1)
+        return plain_attention(module)(module, q, k, v, mask, **arguments)[0], None
+
+    with intercept_attention(model, attend):
+        yield sliding
