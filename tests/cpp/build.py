@@ -64,7 +64,8 @@ def build_cpp(folder: Path, *, sanitize: bool) -> CppRuntime:
     _cmake("-S", Path(__file__).parent, "-B", programs, f"-DCMAKE_PREFIX_PATH={install}", f"-DSNIPPET={snippet}",
            "-DCMAKE_CXX_FLAGS=-O0")  # fmt: skip
     # The other programs are not for sanitizers: one counts allocations, one is loaded into Python.
-    _cmake("--build", programs, "--parallel", "2", *(("--target", "c_api") if sanitize else ()))
+    targets = ("c_api", "faults") if sanitize else ("all",)
+    _cmake("--build", programs, "--parallel", "2", "--target", *targets)
     return CppRuntime(install, programs, library / "fuzz")
 
 

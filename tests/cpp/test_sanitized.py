@@ -20,7 +20,13 @@ def test_c_interface_and_faults(sanitized_cpp_runtime: CppRuntime, tmp_path: Pat
     check_c_interface(sanitized_cpp_runtime, tmp_path)
 
 
-def test_text_and_batch(sanitized_cpp_runtime: CppRuntime, tmp_path: Path) -> None:
+def test_a_backend_that_fails(sanitized_cpp_runtime: CppRuntime, tmp_path: Path) -> None:
+    bundle = build_toy(tmp_path / "toy", Toy(chunk_size=4, batch=2, position_limit=100))
+    done = sanitized_cpp_runtime.run(sanitized_cpp_runtime.programs / "faults", bundle, tmp_path)
+    assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr
+
+
+def test_text_and_states(sanitized_cpp_runtime: CppRuntime, tmp_path: Path) -> None:
     cpp = sanitized_cpp_runtime
     bundle = build_toy(tmp_path / "toy", Toy(chunk_size=4))
     done = cpp.run(cpp.generate, bundle, "--prompt", "naïve 日本", "--max-tokens", "60", "--ignore-eos", "--stats",

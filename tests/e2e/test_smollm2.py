@@ -127,6 +127,12 @@ def test_cpp_runtime_says_the_same(bundle: Path, cpp_runtime: CppRuntime) -> Non
     done = cpp_runtime.run(cpp_runtime.generate, bundle, "--prompt", prompt, "--max-tokens", "50", "--ignore-eos",
                            "--skip-hashes")  # fmt: skip
     assert done.stdout == want + "\n", done.stderr
+    # With memory for the program, but not for 538 MB of weights.
+    limited = 'ulimit -v 400000; exec "$@"'
+    done = cpp_runtime.run(Path("/bin/sh"), "-c", limited, "sh", cpp_runtime.generate, bundle, "--prompt", prompt,
+                           "--threads", "1", "--skip-hashes")  # fmt: skip
+    assert done.returncode == 2
+    assert "decode.onnx: received too little memory" in done.stderr
 
     ours = Probe(cpp_runtime.programs / "libprobe.so").tokenizer(bundle / "tokenizer.json")
     for text in [*TEXTS, CHARACTERS, *(noise(seed) for seed in range(300))]:
