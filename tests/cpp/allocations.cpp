@@ -40,8 +40,12 @@ void* countedAligned(std::size_t size, std::align_val_t alignment, void* caller)
 
 void* operator new(std::size_t size) { return counted(size, __builtin_return_address(0)); }
 void* operator new[](std::size_t size) { return counted(size, __builtin_return_address(0)); }
-void* operator new(std::size_t size, std::align_val_t a) { return countedAligned(size, a, __builtin_return_address(0)); }
-void* operator new[](std::size_t size, std::align_val_t a) { return countedAligned(size, a, __builtin_return_address(0)); }
+void* operator new(std::size_t size, std::align_val_t alignment) {
+  return countedAligned(size, alignment, __builtin_return_address(0));
+}
+void* operator new[](std::size_t size, std::align_val_t alignment) {
+  return countedAligned(size, alignment, __builtin_return_address(0));
+}
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete[](void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }

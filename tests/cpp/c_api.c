@@ -1,5 +1,6 @@
-/* The whole C interface from C99: prefill, step, generate, save and load, then every kind of refusal, and a session that
- * works after all of them. Prints the greedy ids of an answer. Arguments: bundle, folder to write to, broken bundles. */
+/* The whole C interface from C99: prefill, step, generate, save and load, then every kind of refusal, and a session
+ * that works after all of them. Prints the greedy ids of an answer. Arguments: bundle, folder to write to, broken
+ * bundles. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

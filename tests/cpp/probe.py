@@ -57,9 +57,9 @@ class Probe:
         """Ids of each stream: `count` greedy ones at once after `prompt`, int64 [B, N]; then the state is saved."""
         batch, length = prompt.shape
         ids, counts = np.zeros((batch, count), dtype=np.int64), np.zeros(batch, dtype=np.int64)
-        self.call("steps", str(bundle).encode(), str(onnxruntime_library()).encode(), prompt.ctypes.data_as(_INT64S), ctypes.c_int64(length),
-                  ctypes.c_int64(count), int(ignore_eos), ids.ctypes.data_as(_INT64S),
-                  counts.ctypes.data_as(_INT64S), str(state).encode())  # fmt: skip
+        self.call("steps", str(bundle).encode(), str(onnxruntime_library()).encode(),
+                  prompt.ctypes.data_as(_INT64S), ctypes.c_int64(length), ctypes.c_int64(count), int(ignore_eos),
+                  ids.ctypes.data_as(_INT64S), counts.ctypes.data_as(_INT64S), str(state).encode())  # fmt: skip
         return [row[:n].tolist() for row, n in zip(ids, counts, strict=True)]
 
     def tokenizer(self, path: Path) -> CppTokenizer:

@@ -1,5 +1,7 @@
 """The C++ tokenizer against the library 'tokenizers': ids, texts and streamed pieces, real text and noise."""
 
+# ruff: noqa: RUF001 - texts of many scripts
+
 from __future__ import annotations
 
 import json
@@ -56,7 +58,8 @@ TEXTS = [
 
 
 def corpus() -> list[str]:
-    return [*TEXTS, "the cat sat on the mat and the dog ate the hat " * 3, "Съешь ещё булок 日本語日本語 हिन्दी हिन्दी " * 3]
+    words = ("the cat sat on the mat and the dog ate the hat ", "Съешь ещё булок 日本語日本語 हिन्दी हिन्दी ")
+    return [*TEXTS, *(text * 3 for text in words)]
 
 
 def trained(pre: Any, *, normalizer: Any = None, post: Any = None, **model: Any) -> tokenizers.Tokenizer:
@@ -106,7 +109,8 @@ KINDS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
     "qwen2": lambda: trained(split(QWEN2), normalizer=normalizers.NFC()),
     "gpt4o": lambda: trained(split(GPT4O), normalizer=normalizers.Sequence([normalizers.NFC()])),
     "deepseek": lambda: trained(pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated"), pre_tokenizers.Split(Regex("[一-龥぀-ゟ゠-ヿ]+"), "isolated"),
+        pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated"),
+        pre_tokenizers.Split(Regex("[一-龥぀-ゟ゠-ヿ]+"), "isolated"),
         split(DEEPSEEK),
     ])),
     "removed": lambda: trained(split(r"\p{L}+|\d", "removed", invert=True)),
@@ -152,7 +156,7 @@ def test_texts_of_many_scripts(pair: tuple[CppTokenizer, tokenizers.Tokenizer]) 
 
 
 def test_noise(pair: tuple[CppTokenizer, tokenizers.Tokenizer]) -> None:
-    for seed in range(400):
+    for seed in range(200):
         assert_same(*pair, noise(seed))
 
 
@@ -190,8 +194,8 @@ def test_normal_form_of_every_decomposition(probe: Probe, tmp_path: Path) -> Non
     theirs.save(str(tmp_path / "tokenizer.json"))
     ours = probe.tokenizer(tmp_path / "tokenizer.json")
     odd = 0x11938  # the library does not compose its parts, though it should
-    changing = [chr(code) for code in range(sys.maxunicode + 1)
-                if not 0xD800 <= code < 0xE000 and code != odd and unicodedata.normalize("NFD", chr(code)) != chr(code)]  # fmt: skip
+    everything = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000 and code != odd]
+    changing = [character for character in everything if unicodedata.normalize("NFD", character) != character]
     for start in range(0, len(changing), 500):
         for form in ("NFC", "NFD"):
             text = unicodedata.normalize(form, "x".join(changing[start : start + 500]))

@@ -437,8 +437,8 @@ Manifest loadManifest(const std::string& bundle) {
     text = "not UTF-8";
   }
   if (!readable) {
-    refuse(kManifestName, "no readable file at '" + path + "' (" + text + ")", "a folder that 'sinkexport export' wrote",
-           "check the path or export the model");
+    refuse(kManifestName, "no readable file at '" + path + "' (" + text + ")",
+           "a folder that 'sinkexport export' wrote", "check the path or export the model");
   }
   return Manifest::fromJson(text);
 }
@@ -453,7 +453,9 @@ FileFacts hashFile(const std::string& path) {
     digest.add(piece.data(), count);
     size += static_cast<int64_t>(count);
   }
-  if (std::ferror(file.get())) refuse("'" + path + "'", "an error while it was read", "a readable file", "copy it again");
+  if (std::ferror(file.get())) {
+    refuse("'" + path + "'", "an error while it was read", "a readable file", "copy it again");
+  }
   return {size, digest.hex()};
 }
 
