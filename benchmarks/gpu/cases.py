@@ -64,7 +64,7 @@ def make(root: Path) -> None:
     for index, (name, case) in enumerate(CASES.items()):
         torch.manual_seed(index)
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": case["head_dim"]}
-        config = transformers.LlamaConfig(vocab_size=VOCAB, hidden_size=256, intermediate_size=512,
+        config = transformers.LlamaConfig(vocab_size=VOCAB, hidden_size=128, intermediate_size=256,
                                           num_hidden_layers=3, tie_word_embeddings=False, **heads)  # fmt: skip
         model = transformers.LlamaForCausalLM(config).to(torch.float16).to(torch.float32).eval()
         geometry = {
@@ -134,12 +134,14 @@ def main() -> int:
     parser.add_argument("--tools", type=Path, help="folder of sinkrt_build, probe and run_engine")
     parser.add_argument("--plugin", type=Path)
     parser.add_argument("--timeout", type=float, default=60, help="seconds for a build or a run")
-    parser.add_argument("build_options", nargs="*", help="for sinkrt_build, behind --")
-    arguments = parser.parse_args()
+    # What follows -- is sinkrt_build's: argparse would take it for a second list of positional arguments.
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    arguments, build_options = parser.parse_args(words[:cut]), words[cut + 1 :]
     if arguments.task == "make":
         make(arguments.folder)
         return 0
-    rows = check(arguments.folder, arguments.tools, arguments.plugin, arguments.build_options, arguments.timeout)
+    rows = check(arguments.folder, arguments.tools, arguments.plugin, build_options, arguments.timeout)
     print(json.dumps({"cases": rows}))
     return 0 if all(row.get("passed") for row in rows) else 1
 

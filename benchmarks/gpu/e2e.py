@@ -349,11 +349,17 @@ def cases(bench: Bench) -> None:
         copy = bench.work / "cases"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(bench.arguments.cases, copy)
-        with contextlib.suppress(StepError):  # exit code 1: a case failed, and its row says why
+        failure = None
+        try:
             bench.run("cases", [sys.executable, HERE / "cases.py", "check", copy, "--tools", tools, "--plugin",
                                 bench.arguments.plugin, "--timeout", 60, "--", *build], 400)  # fmt: skip
+        except StepError as error:  # exit code 1: a case failed, and its row says why
+            failure = error
         lines = (bench.out / "cases.log").read_text().splitlines()
-        bench.found("cases", rows=[json.loads(line) for line in lines if line.startswith('{"case"')])
+        rows = [json.loads(line) for line in lines if line.startswith('{"case"')]
+        if not rows and failure is not None:
+            raise failure
+        bench.found("cases", rows=rows)
 
 
 def table(results: dict[str, Any]) -> str:

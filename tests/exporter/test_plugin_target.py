@@ -179,7 +179,8 @@ class TestBuilding:
             assert report.layer_types.get("PLUGIN_V3", 0) >= (0 if native else 2)
             assert (tmp_path / "b" / facts.file).stat().st_size == facts.bytes == report.engine_bytes
         written = sorted(path.name for path in (tmp_path / "b" / "engines").iterdir())
-        assert written == ["decode.engine", "prefill.engine"]
+        plugin = [] if native else ["libsinkexport_plugin.so"]  # a session looks for it beside the engines
+        assert written == ["decode.engine", *plugin, "prefill.engine"]
         manifest = load_manifest(tmp_path / "b")
         assert manifest.engines == {role: facts for role, (facts, _) in built.items()}
 

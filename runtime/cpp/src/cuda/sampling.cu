@@ -2,6 +2,8 @@
 
 #include <cfloat>
 
+#include "sinkrt/sampler.h"
+
 namespace sinkrt::cuda {
 namespace {
 
@@ -23,22 +25,6 @@ __device__ float weightOfKey(uint32_t key) { return __uint_as_float((key >> kWei
 __device__ uint32_t orderedKey(float value) {
   const uint32_t bits = __float_as_uint(value);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-// First output of Philox4x64-10 (Salmon et al., SC 2011): NumPy's for this key and counter, as sampler.h has it.
-__device__ uint64_t philox(uint64_t seed, uint64_t position) {
-  uint64_t c0 = position + 1, c1 = c0 == 0 ? 1 : 0, c2 = 0, c3 = 0, k0 = seed, k1 = 0;
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t low0 = 0xD2E7470EE14C6C93ull * c0, high0 = __umul64hi(0xD2E7470EE14C6C93ull, c0);
-    const uint64_t low1 = 0xCA5A826395121157ull * c2, high1 = __umul64hi(0xCA5A826395121157ull, c2);
-    c0 = high1 ^ c1 ^ k0;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ k1;
-    c3 = low0;
-    k0 += 0x9E3779B97F4A7C15ull;
-    k1 += 0xBB67AE8584CAA73Bull;
-  }
-  return c0;
 }
 
 struct Best {
@@ -164,7 +150,7 @@ __device__ uint64_t blockMass(const float* weights, int size, Shared& shared) {
 }
 
 // 53 random bits of 2^53, times a total below 2^63, rounded down.
-__device__ uint64_t drawnBelow(uint64_t total, uint64_t bits) { return __umul64hi(total, bits & ~uint64_t{0x7ff}); }
+__device__ uint64_t drawnBelow(uint64_t total, uint64_t bits) { return mulHigh(total, bits & ~uint64_t{0x7ff}); }
 
 // A draw from the logits of `row` (the largest is `largest`); weights go to `weights`, which may be `row` itself.
 __device__ int draw(const float* row, float* weights, int size, float largest, const DeviceSampling& params,
