@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pickle
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.cpp.build import CppRuntime
+
+Built = TypeVar("Built")
 
 # A test run that a shell starts in the background inherits an ignored SIGINT, and so would the programs that tests
 # start and then interrupt.
@@ -28,12 +35,37 @@ def _interrupts_as_before() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def plugin_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The TensorRT plugin, compiled once, however many workers ask for it."""
-    from tests.plugins.trt_library import LIBRARY, build_plugin
+    """The TensorRT plugin, compiled once."""
+    from tests.plugins.trt_library import build_plugin
 
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "plugin"
+    return _built_once(tmp_path_factory, "plugin", build_plugin)
+
+
+@pytest.fixture(scope="session")
+def cpp_runtime(tmp_path_factory: pytest.TempPathFactory) -> CppRuntime:
+    """The C++ runtime and its tests' programs, compiled once."""
+    from tests.cpp.build import build_cpp
+
+    return _built_once(tmp_path_factory, "cpp", lambda folder: build_cpp(folder, sanitize=False))
+
+
+@pytest.fixture(scope="session")
+def sanitized_cpp_runtime(tmp_path_factory: pytest.TempPathFactory) -> CppRuntime:
+    """The same with AddressSanitizer and UndefinedBehaviorSanitizer, and the fuzzers."""
+    from tests.cpp.build import build_cpp
+
+    return _built_once(tmp_path_factory, "cpp-sanitized", lambda folder: build_cpp(folder, sanitize=True))
+
+
+def _built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], Built]) -> Built:
+    """What `build` makes in a folder of its own, however many workers ask for it: the others read what it returned."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     folder.mkdir(exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return folder / LIBRARY if (folder / LIBRARY).exists() else build_plugin(folder)
+        done = folder / "built.pickle"
+        if not done.exists():
+            done.write_bytes(pickle.dumps(build(folder)))
+        built: Built = pickle.loads(done.read_bytes())
+        return built

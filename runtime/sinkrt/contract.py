@@ -314,7 +314,7 @@ class Manifest:
         """
         try:
             raw = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter of brackets without end
             raise BundleError(
                 problem(MANIFEST_NAME, received=f"invalid JSON ({error})", expected="a manifest", fix="export again")
             ) from None

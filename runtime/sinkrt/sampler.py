@@ -135,7 +135,9 @@ def _nucleus(weights: npt.NDArray[np.float32], top_p: float) -> npt.NDArray[np.i
     goal = top_p * float(weights.sum(dtype=np.float64))
     count = min(FIRST_CANDIDATES, weights.size)
     while True:
-        top = np.arange(weights.size) if count == weights.size else np.argpartition(weights, -count)[-count:]
+        # Equal weights by id, here and where `count` cuts: another runtime then picks the same.
+        least = np.partition(weights, -count)[-count]
+        top = np.flatnonzero(weights >= least)
         top = top[np.argsort(-weights[top], kind="stable")]
         cumulative = np.cumsum(weights[top], dtype=np.float64)
         if cumulative[-1] >= goal or count == weights.size:

@@ -16,6 +16,9 @@ import torch
 from sinkexport.sources import LoadedModel, load_model
 from sinkrt import Session
 
+from tests.cpp.build import CppRuntime
+from tests.cpp.probe import Probe
+from tests.cpp.test_tokenizer import TEXTS, noise
 from tests.real_model import smollm2_file
 
 pytestmark = pytest.mark.slow
@@ -112,3 +115,22 @@ def test_half_precision_bundle(tmp_path: Path) -> None:
     weights = session.manifest.files["weights.bin"].bytes
     assert 269.0e6 < weights < 269.5e6
     assert "Paris" in "".join(session.generate("The capital of France is", max_tokens=4, ignore_eos=True))
+
+
+def test_cpp_runtime_says_the_same(bundle: Path, cpp_runtime: CppRuntime) -> None:
+    """50 greedy tokens, past the window, and the tokenizer."""
+    prompt = "Once upon a time, in a village at the edge of a great forest,"
+    session = Session.load(bundle, verify=False)
+    want = "".join(session.generate(prompt, max_tokens=50, ignore_eos=True))
+    library = session.tokenizer
+    session.close()
+    done = cpp_runtime.run(cpp_runtime.generate, bundle, "--prompt", prompt, "--max-tokens", "50", "--ignore-eos",
+                           "--skip-hashes")  # fmt: skip
+    assert done.stdout == want + "\n", done.stderr
+
+    ours = Probe(cpp_runtime.programs / "libprobe.so").tokenizer(bundle / "tokenizer.json")
+    for text in [*TEXTS, CHARACTERS, *(noise(seed) for seed in range(300))]:
+        ids = library.encode(text)
+        assert ours.encode(text, 1) == ids
+        assert ours.decode(ids) == library.decode(ids)
+        assert ours.encode(text, 2) == library.encode_next(text)

@@ -19,7 +19,7 @@ namespace {
 constexpr const char* kUsage =
     "usage: sinkrt_generate BUNDLE [options]\n"
     "  --prompt TEXT           what to go on from; without it, --ids or a loaded state\n"
-    "  --ids FILE              ids instead, separated by white space, '-' reads standard input; the answer is ids then\n"
+    "  --ids FILE              ids instead, separated by white space ('-': standard input); so is the answer\n"
     "  --max-tokens N          (default: until the model ends its text)\n"
     "  --ignore-eos            go on when the model ends its text\n"
     "  --temperature X         0 is greedy (default)\n"

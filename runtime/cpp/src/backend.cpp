@@ -18,10 +18,11 @@ std::string shown(const std::vector<TensorSpec>& specs) {
 
 void compare(const std::string& what, std::vector<TensorSpec> found, const std::vector<TensorSpec>& wanted) {
   std::sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
-  const bool same = std::equal(found.begin(), found.end(), wanted.begin(), wanted.end(), [](const auto& a, const auto& b) {
+  const auto equal = [](const TensorSpec& a, const TensorSpec& b) {
     return a.name == b.name && a.shape == b.shape && a.dtype == b.dtype;
-  });
-  if (!same) throw Error(Code::kBundle, problem(what, shown(found), shown(wanted), "export the model again"));
+  };
+  if (std::equal(found.begin(), found.end(), wanted.begin(), wanted.end(), equal)) return;
+  throw Error(Code::kBundle, problem(what, shown(found), shown(wanted), "export the model again"));
 }
 
 }  // namespace
@@ -85,7 +86,8 @@ void checkGraphs(const Manifest& manifest) {
   for (const StateSpec& state : manifest.states) {
     for (const std::string& name : {state.input, state.output}) {
       if (names.insert(name).second) continue;
-      throw Error(Code::kBundle, problem("states", "'" + name + "' twice", "names of their own", "export the model again"));
+      throw Error(Code::kBundle,
+                  problem("states", "'" + name + "' twice", "names of their own", "export the model again"));
     }
     if (state.shape.empty() || state.shape[0] != stream.batch) {
       throw Error(Code::kBundle, problem("shape of '" + state.input + "'", shown({state.tensor()}),
@@ -100,8 +102,9 @@ std::unique_ptr<Backend> loadBackend(const std::string& name, const std::string&
     throw Error(Code::kUsage, problem("backend", "'" + name + "'", "ort | tensorrt", "choose one of them"));
   }
   if (name == "ort" && manifest.plugin_abi) {
-    throw Error(Code::kBackend, problem("backend 'ort'", "a bundle whose graphs need the TensorRT plugin",
-                                        "standard operators", "use the backend tensorrt, or export with --target onnx"));
+    throw Error(Code::kBackend,
+                problem("backend 'ort'", "a bundle whose graphs need the TensorRT plugin", "standard operators",
+                        "use the backend tensorrt, or export with --target onnx"));
   }
   checkGraphs(manifest);
 #ifdef SINKRT_WITH_ORT
@@ -112,9 +115,9 @@ std::unique_ptr<Backend> loadBackend(const std::string& name, const std::string&
 #endif
   (void)bundle;
   (void)options;
-  throw Error(Code::kBackend, problem("backend", "'" + name + "', which this library was built without", "one that it has",
-                                      name == "ort" ? "build with -DSINKRT_WITH_ORT=ON"
-                                                    : "build with -DSINKRT_WITH_TENSORRT=ON"));
+  const char* option = name == "ort" ? "build with -DSINKRT_WITH_ORT=ON" : "build with -DSINKRT_WITH_TENSORRT=ON";
+  throw Error(Code::kBackend, problem("backend", "'" + name + "', which this library was built without",
+                                      "one that it has", option));
 }
 
 }  // namespace sinkrt

@@ -97,7 +97,8 @@ class Parser {
     keys.reserve(value.members.size());
     for (const auto& member : value.members) keys.push_back(&member.first);
     std::sort(keys.begin(), keys.end(), [](const auto* a, const auto* b) { return *a < *b; });
-    const auto twice = std::adjacent_find(keys.begin(), keys.end(), [](const auto* a, const auto* b) { return *a == *b; });
+    const auto equal = [](const auto* a, const auto* b) { return *a == *b; };
+    const auto twice = std::adjacent_find(keys.begin(), keys.end(), equal);
     if (twice != keys.end()) fail("key " + jsonQuoted(**twice) + " twice in the object that ends");
   }
 

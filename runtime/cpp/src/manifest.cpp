@@ -327,8 +327,7 @@ int64_t dtypeBytes(const std::string& dtype) {
   return dtype == "int8" ? 1 : 0;
 }
 
-// Saturates, so that no manifest can overflow it.
-int64_t TensorSpec::bytes() const {
+int64_t tensorBytes(const std::vector<int64_t>& shape, const std::string& dtype) {
   int64_t total = dtypeBytes(dtype);
   for (const int64_t n : shape) {
     if (__builtin_mul_overflow(total, n, &total)) return kMost;
@@ -438,8 +437,8 @@ Manifest loadManifest(const std::string& bundle) {
     text = "not UTF-8";
   }
   if (!readable) {
-    refuse(kManifestName, "no readable file at '" + path + "' (" + text + ")", "a folder that 'sinkexport export' wrote",
-           "check the path or export the model");
+    refuse(kManifestName, "no readable file at '" + path + "' (" + text + ")",
+           "a folder that 'sinkexport export' wrote", "check the path or export the model");
   }
   return Manifest::fromJson(text);
 }
@@ -454,7 +453,9 @@ FileFacts hashFile(const std::string& path) {
     digest.add(piece.data(), count);
     size += static_cast<int64_t>(count);
   }
-  if (std::ferror(file.get())) refuse("'" + path + "'", "an error while it was read", "a readable file", "copy it again");
+  if (std::ferror(file.get())) {
+    refuse("'" + path + "'", "an error while it was read", "a readable file", "copy it again");
+  }
   return {size, digest.hex()};
 }
 

@@ -105,8 +105,8 @@ int64_t Sampler::sample(const float* logits, const int64_t* recent, int64_t num_
   return ids_[last];  // rounding may carry the product up to the sum itself
 }
 
-// Moves the fewest largest weights whose share of the sum reaches `top_p` to the front, the largest first and equal ones
-// by id; returns how many.
+// Moves the fewest largest weights whose share of the sum reaches `top_p` to the front, the largest first and equal
+// ones by id; returns how many.
 int64_t Sampler::nucleus(int64_t count, double top_p) {
   double sum = 0;
   for (int64_t i = 0; i < count; ++i) sum += weights_[i];

@@ -127,7 +127,8 @@ void Session::prefill(const int64_t* ids, int64_t count, int64_t stream) {
   checkIds(ids, count);
   checkRoom(stream, count);
   const int64_t chunk = manifest_.stream.chunk_size;
-  const int64_t smallest = chunk == 1 ? std::numeric_limits<int64_t>::max() : std::max<int64_t>(2, chunk / kStepsOfAChunk);
+  const int64_t smallest =
+      chunk == 1 ? std::numeric_limits<int64_t>::max() : std::max<int64_t>(2, chunk / kStepsOfAChunk);
   int64_t done = 0;
   while (count - done >= smallest) {
     const int64_t size = std::min(count - done, chunk);

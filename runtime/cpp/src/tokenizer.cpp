@@ -297,7 +297,9 @@ void Tokenizer::Data::readTemplate(const Json& part) {
   for (const Json* item : flattened(part, "processors")) {
     const std::string type = typeOf(*item);
     if (type == "ByteLevel") continue;  // concerns offsets only
-    if (type != "TemplateProcessing") refuse("a post-processor of type '" + type + "'", "ByteLevel, TemplateProcessing");
+    if (type != "TemplateProcessing") {
+      refuse("a post-processor of type '" + type + "'", "ByteLevel, TemplateProcessing");
+    }
     const Json& specials = need(*item, "special_tokens");
     bool text_came = false;
     std::vector<int64_t> first, last;

@@ -110,7 +110,7 @@ std::string nfc(std::string_view text) {
     }
     size_t end = start;
     while (end < codes.size() && combiningClass(codes[end]) != 0) ++end;
-    std::stable_sort(codes.begin() + static_cast<std::ptrdiff_t>(start), codes.begin() + static_cast<std::ptrdiff_t>(end),
+    std::stable_sort(codes.data() + start, codes.data() + end,
                      [](uint32_t a, uint32_t b) { return combiningClass(a) < combiningClass(b); });
     start = end;
   }

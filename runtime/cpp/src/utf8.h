@@ -9,7 +9,8 @@
 namespace sinkrt {
 
 // One step of a decoder. valid: `size` bytes are the character `code`. Otherwise `size` bytes are the longest beginning
-// of a character that nothing here completes: what one U+FFFD stands for (Unicode 16, 3.9.6). incomplete: the text ended.
+// of a character that nothing here completes: what one U+FFFD stands for (Unicode 16, 3.9.6). incomplete: the text
+// ended.
 struct Utf8Step {
   bool valid;
   bool incomplete;

@@ -1,8 +1,7 @@
 """Write ``src/unicode_tables.inc``: what the C++ tokenizer knows of Unicode.
 
 General categories and numeric characters are asked of the `tokenizers` library, so that they are those of the regular
-expression engine and the standard library that it was built with; decompositions and combining classes are Python's,
-whose NFC agrees with that library's on every single character.
+expression engine and the standard library that it was built with; the rest is Python's.
 
     python runtime/cpp/tools/make_unicode_tables.py
 """

@@ -59,8 +59,8 @@ class Backend {
   virtual void prefill(int64_t stream, const int64_t* ids, int64_t count, int64_t position) = 0;
 
   // Sample, feed, and so on, up to `count` tokens a stream; the first is picked from the logits as they are. Afterwards
-  // the logits are those after each stream's last token, also if it ended early. If a stream's logits are no numbers, or
-  // a run fails, throws Error(kBackend) with positions, recent_ids, ids and num_ids telling what was fed.
+  // the logits are those after each stream's last token, also if it ended early. If a stream's logits are no numbers,
+  // or a run fails, throws Error(kBackend) with positions, recent_ids, ids and num_ids telling what was fed.
   // This default does it on the host by `logits` and `step`, one token at a time.
   virtual void steps(const StepsRequest& request);
 

@@ -19,6 +19,8 @@ constexpr const char* kPluginAbi = "1";
 
 // Bytes of one element of a dtype (float32, float16, int64, int32, int8); 0: unknown.
 int64_t dtypeBytes(const std::string& dtype);
+// Bytes of a tensor; the largest int64 if there are more. Allocates nothing.
+int64_t tensorBytes(const std::vector<int64_t>& shape, const std::string& dtype);
 
 // A graph input or output, of static shape.
 struct TensorSpec {
@@ -26,7 +28,7 @@ struct TensorSpec {
   std::vector<int64_t> shape;
   std::string dtype;
 
-  int64_t bytes() const;
+  int64_t bytes() const { return tensorBytes(shape, dtype); }
 };
 
 // One state tensor of one layer: `input` and `output` must be bound to the same buffer.
@@ -39,7 +41,7 @@ struct StateSpec {
   std::string dtype;
 
   TensorSpec tensor() const { return {input, shape, dtype}; }
-  int64_t bytes() const { return tensor().bytes(); }
+  int64_t bytes() const { return tensorBytes(shape, dtype); }
   int64_t rowBytes() const { return bytes() / shape[0]; }  // of one stream
 };
 

@@ -144,7 +144,8 @@ class Graph {
         api_.call<ort::BindOutput>(binding, specs[i].output.c_str(), tensor);
       }
     } catch (const OrtFailure& failure) {
-      throw Error(Code::kBackend, problem(role_ + " graph", failure.message, "buffers that bind", "export the model again"));
+      throw Error(Code::kBackend,
+                  problem(role_ + " graph", failure.message, "buffers that bind", "export the model again"));
     }
     return out;
   }

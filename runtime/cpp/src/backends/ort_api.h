@@ -1,6 +1,6 @@
-// The part of ONNX Runtime's C interface that is used here, loaded at run time: no header and no library of it is needed
-// to build. Its interface is a table of function pointers that only ever grows at its end, so an entry is known by its
-// place; the types are those of ONNX Runtime's documentation. Tried with 1.32; the bundles' opset 24 needs a recent one.
+// The part of ONNX Runtime's C interface that is used here, loaded at run time: no header and no library of it is
+// needed to build. Its interface is a table of function pointers that only ever grows at its end, so an entry is known
+// by its place; the types are those of ONNX Runtime's documentation. Tried with 1.32; opset 24 needs a recent one.
 #pragma once
 
 #include <cstddef>

@@ -1,0 +1,16 @@
+# Cross-compiles for Jetson and other 64-bit ARM boards with Debian's and Ubuntu's g++-aarch64-linux-gnu.
+# SINKRT_SYSROOT: the board's file system, if libraries of it are to be linked (TensorRT).
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR aarch64)
+set(CMAKE_C_COMPILER aarch64-linux-gnu-gcc)
+set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
+set(CMAKE_CUDA_HOST_COMPILER aarch64-linux-gnu-g++)
+list(APPEND CMAKE_TRY_COMPILE_PLATFORM_VARIABLES SINKRT_SYSROOT)
+if(SINKRT_SYSROOT)
+  set(CMAKE_SYSROOT ${SINKRT_SYSROOT})
+  set(CMAKE_FIND_ROOT_PATH ${SINKRT_SYSROOT})
+endif()
+set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
+set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
+set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE ONLY)
+set(CMAKE_FIND_ROOT_PATH_MODE_PACKAGE ONLY)

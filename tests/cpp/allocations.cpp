@@ -1,0 +1,96 @@
+// Counts what is allocated while a session decodes: every operator new of the process, by whether it was called from
+// inside ONNX Runtime's library or from anywhere else (this program, libsinkrt, the C++ library).
+//
+//   allocations BUNDLE STEPS  ->  "ours N onnxruntime N buffers same|moved"
+#include <atomic>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include <dlfcn.h>
+
+#include "sinkrt/session.h"
+
+namespace {
+
+std::atomic<bool> counting{false};
+std::atomic<long> ours{0}, theirs{0};
+
+void* counted(std::size_t size, void* caller) {
+  if (counting.load(std::memory_order_relaxed)) {
+    Dl_info info{};
+    const bool known = ::dladdr(caller, &info) != 0 && info.dli_fname != nullptr;
+    ++(known && std::strstr(info.dli_fname, "onnxruntime") != nullptr ? theirs : ours);
+  }
+  if (void* memory = std::malloc(size == 0 ? 1 : size)) return memory;
+  throw std::bad_alloc();
+}
+
+void* countedAligned(std::size_t size, std::align_val_t alignment, void* caller) {
+  const auto step = static_cast<std::size_t>(alignment);
+  if (counting.load(std::memory_order_relaxed)) ::operator delete(counted(1, caller));
+  if (void* memory = std::aligned_alloc(step, (size + step - 1) / step * step)) return memory;
+  throw std::bad_alloc();
+}
+
+}  // namespace
+
+void* operator new(std::size_t size) { return counted(size, __builtin_return_address(0)); }
+void* operator new[](std::size_t size) { return counted(size, __builtin_return_address(0)); }
+void* operator new(std::size_t size, std::align_val_t alignment) {
+  return countedAligned(size, alignment, __builtin_return_address(0));
+}
+void* operator new[](std::size_t size, std::align_val_t alignment) {
+  return countedAligned(size, alignment, __builtin_return_address(0));
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete[](void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+
+int main(int argc, char** argv) {
+  if (argc != 3) return 2;
+  sinkrt::LoadOptions options;
+  options.threads = 1;
+  const auto session = sinkrt::Session::load(argv[1], options);
+  sinkrt::StreamingDecoder decoder(session->tokenizer());
+  const std::vector<const void*> buffers = session->backend().stateBuffers();
+
+  sinkrt::SamplingParams params;
+  params.temperature = 0.9;
+  params.top_k = 100;
+  params.top_p = 0.95;
+  params.repetition_penalty = 1.1;
+  params.seed = 1;
+  const std::vector<sinkrt::SamplingParams> sampling(static_cast<size_t>(session->batch()), params);
+  const std::vector<int64_t> prompt(5, 65);
+  for (int64_t b = 0; b < session->batch(); ++b) session->prefill(prompt.data(), 5, b);
+  std::vector<int64_t> ids(sampling.size()), num_ids(sampling.size());
+  const std::unique_ptr<bool[]> ended(new bool[sampling.size()]());
+  const auto decode = [&](long steps) {  // sampled and given steps in turn, a chunk and a reset now and then
+    for (long i = 0; i < steps; ++i) {
+      session->steps(1, sampling.data(), true, ids.data(), num_ids.data(), ended.get());
+      decoder.push(ids[0]);
+      session->step(ids.data());
+      if (i % 1000 == 999) session->prefill(prompt.data(), 5);
+      if (i % 5000 == 4999) {
+        session->reset();
+        for (int64_t b = 0; b < session->batch(); ++b) session->prefill(prompt.data(), 5, b);
+      }
+    }
+  };
+  decode(50);
+  counting = true;
+  decode(std::atol(argv[2]) / 2);
+  counting = false;
+  std::printf("ours %ld onnxruntime %ld buffers %s\n", ours.load(), theirs.load(),
+              session->backend().stateBuffers() == buffers ? "same" : "moved");
+  return 0;
+}

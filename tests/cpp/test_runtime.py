@@ -1,0 +1,351 @@
+"""The C++ runtime against the Python one: the same tokens, the same state files, the same refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sinkrt
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sinkexport.config import ExportConfig
+from sinkrt import Session
+from sinkrt.contract import MANIFEST_NAME, load_manifest
+from sinkrt.sampler import Sampler, SamplingParams
+
+from tests.cpp.build import CppRuntime
+from tests.cpp.probe import Probe, ProbeError
+from tests.exporter.test_families import exported
+from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
+from tests.runtime.toy import Toy, build_toy, rehash
+
+SINKS, WINDOW = 4, 12
+WRAPS = SINKS + 4 * WINDOW  # tokens; the prompt comes before
+SAMPLING: dict[str, Any] = {
+    "temperature": 0.9, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.15, "seed": 2**64 - 3,
+}  # fmt: skip
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    return [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
+
+
+def python_ids(session: Session, prompt: list[int], count: int, **options: Any) -> list[int]:
+    """Ids that the Python runtime samples and feeds after `prompt`."""
+    sampler = Sampler(SamplingParams(**options), session.manifest.model.vocab_size)
+    if prompt:
+        session.prefill(prompt)
+    out = []
+    for _ in range(count):
+        recent = session.recent_ids()
+        out.append(sampler.sample(session.logits[0], recent, int(session.position[0])))
+        session.step([out[-1]])
+    return out
+
+
+def cpp_ids(cpp: CppRuntime, bundle: Path, prompt: list[int], count: int, *more: str | Path) -> list[int]:
+    done = cpp.run(cpp.generate, bundle, "--ids", "-", "--max-tokens", str(count), "--ignore-eos", "--threads", "1",
+                   *more, input=" ".join(map(str, prompt)))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [int(word) for word in done.stdout.split()]
+
+
+@pytest.fixture(scope="module", params=["llama", "int8-window"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a prefill graph, its window in floating point or INT8."""
+    config = ExportConfig(num_sink_tokens=SINKS, window_size=WINDOW, chunk_size=5,
+                          kv="int8" if request.param == "int8-window" else "fp")  # fmt: skip
+    folder = tmp_path_factory.mktemp("cpp") / "bundle"
+    exported(tiny_model("llama"), folder, config).close()
+    return folder
+
+
+@pytest.mark.parametrize("length", [1, SINKS + WINDOW + 1, 77])
+def test_same_tokens_over_wraps(cpp_runtime: CppRuntime, bundle: Path, length: int) -> None:
+    prompt = np.random.default_rng(length).integers(0, VOCAB_SIZE, length).tolist()
+    for options in ({}, SAMPLING):
+        with Session.load(bundle, threads=1) as session:
+            want = python_ids(session, prompt, WRAPS, **options)
+        assert cpp_ids(cpp_runtime, bundle, prompt, WRAPS, *flags(options)) == want
+
+
+def test_states_go_both_ways(cpp_runtime: CppRuntime, bundle: Path, tmp_path: Path) -> None:
+    prompt = np.random.default_rng(5).integers(0, VOCAB_SIZE, 23).tolist()
+    with Session.load(bundle, threads=1) as session:
+        first = python_ids(session, prompt, 10)
+        session.save_state(tmp_path / "python")
+        second = python_ids(session, [], WRAPS)
+        got = cpp_ids(cpp_runtime, bundle, prompt, 10, "--save-state", tmp_path / "cpp")
+        assert got == first
+        # The same bits in the same layout: header, names, offsets and all.
+        assert (tmp_path / "cpp").read_bytes() == (tmp_path / "python").read_bytes()
+        session.load_state(tmp_path / "cpp")
+        assert python_ids(session, [], WRAPS) == second
+    done = cpp_runtime.run(cpp_runtime.generate, bundle, "--load-state", tmp_path / "python", "--ignore-eos",
+                           "--threads", "1", "--max-tokens", str(WRAPS))  # fmt: skip
+    assert [int(word) for word in done.stdout.split()] == second
+    assert {path.name for path in tmp_path.iterdir()} == {"cpp", "python"}  # nothing left lying about
+
+
+def test_batch_of_streams_in_several_tokens_at_once(probe: Probe, tmp_path: Path) -> None:
+    """Three streams with prompts of their own; one of them ends its text and stands still while the others go on."""
+    bundle = build_toy(tmp_path / "toy", Toy(batch=3, chunk_size=4, num_sink_tokens=2, window_size=7, seed=3))
+    prompt = np.random.default_rng(1).integers(0, 256, (3, 21))
+    count = 40
+    with Session.load(bundle, threads=1) as session:
+        session.prefill(prompt)
+        want: list[list[int]] = [[], [], []]
+        for _ in range(count):
+            ids = session.logits.argmax(axis=1)
+            for row, token in zip(want, ids.tolist(), strict=True):
+                row.append(token)
+            session.step(ids)
+        assert probe.steps(bundle, prompt, count, tmp_path / "all", ignore_eos=True) == want
+        session.save_state(tmp_path / "wanted")
+        assert (tmp_path / "all").read_bytes() == (tmp_path / "wanted").read_bytes()
+
+        # What stream 1 picks third ends its text, from here on.
+        raw = json.loads((bundle / MANIFEST_NAME).read_text())
+        raw["model"]["eos_token_ids"] = [want[1][2]]
+        (bundle / MANIFEST_NAME).write_text(json.dumps(raw))
+        ends = [row.index(want[1][2]) if want[1][2] in row else count for row in want]
+        assert ends[1] <= 2
+        assert probe.steps(bundle, prompt, count, tmp_path / "some", ignore_eos=False) == [
+            row[:end] for row, end in zip(want, ends, strict=True)
+        ]
+    with Session.load(bundle, threads=1) as session:  # the manifest's fingerprint is another now
+        session.prefill(prompt)
+        for i in range(count):
+            active = [b for b in range(3) if i < ends[b]]
+            if active:
+                session.step([want[b][i] for b in active], streams=active)
+        session.save_state(tmp_path / "wanted")
+        assert (tmp_path / "some").read_bytes() == (tmp_path / "wanted").read_bytes()
+
+
+def test_text_and_tokens_at_once(cpp_runtime: CppRuntime, tmp_path: Path) -> None:
+    bundle = build_toy(tmp_path / "toy", Toy(chunk_size=4))
+    with Session.load(bundle, threads=1) as session:
+        want = "".join(session.generate("naïve — 日本 🚀", max_tokens=60, ignore_eos=True, **SAMPLING))
+        session.save_state(tmp_path / "python")
+        more = "".join(session.generate(None, max_tokens=30, ignore_eos=True, **SAMPLING))
+    run = [cpp_runtime.generate, bundle, "--ignore-eos", "--threads", "1", *flags(SAMPLING)]
+    done = cpp_runtime.run(*run, "--prompt", "naïve — 日本 🚀", "--max-tokens", "60", "--tokens-at-once", "7",
+                           "--save-state", tmp_path / "cpp", "--stats")  # fmt: skip
+    assert done.stdout == want + "\n"
+    assert re.search(r"60 tokens, position \d+, memory growth -?\d+ bytes", done.stderr)
+    assert (tmp_path / "cpp").read_bytes() == (tmp_path / "python").read_bytes()
+    done = cpp_runtime.run(*run, "--load-state", tmp_path / "cpp", "--max-tokens", "30")
+    assert done.stdout == more + "\n"
+
+
+def test_ten_thousand_tokens_without_an_allocation(cpp_runtime: CppRuntime, tmp_path: Path) -> None:
+    for toy in (Toy(chunk_size=4), Toy(batch=2)):
+        bundle = build_toy(tmp_path / f"batch{toy.batch}", toy)
+        done = cpp_runtime.run(cpp_runtime.programs / "allocations", bundle, "10000")
+        assert re.fullmatch(r"ours 0 onnxruntime [1-9]\d* buffers same\n", done.stdout), done.stdout + done.stderr
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from([2, 17, 300, 3000]), st.sampled_from([0.0, 0.3, 1.0, 3.0, 1e-40]),
+    st.sampled_from([0, 1, 5, 100, 5000]), st.sampled_from([1e-3, 0.3, 0.9, 0.999, 1.0]),
+    st.sampled_from([0.8, 1.0, 1.3]), st.integers(0, 2**64 - 1), st.integers(0, 2**47),
+)  # fmt: skip
+def test_sampler_picks_what_pythons_picks(
+    probe: Probe, draw: int, size: int, temperature: float, top_k: int, top_p: float, penalty: float, seed: int,
+    position: int,
+) -> None:  # fmt: skip
+    random = np.random.default_rng(draw)
+    logits = (random.standard_normal(size) * 4).astype(np.float32)
+    if draw % 3 == 0:
+        logits = np.round(logits)  # many ties
+    recent = random.integers(-1, size, 20)
+    params = SamplingParams(temperature, top_k, top_p, penalty, seed)
+    want = Sampler(params, size).sample(logits, recent, position)
+    assert probe.sample(logits, recent, position, *dataclasses.astuple(params)) == want
+
+
+def test_sampler_refuses_what_are_no_numbers(probe: Probe) -> None:
+    recent = np.zeros(0, dtype=np.int64)
+    for bad in (np.nan, np.inf):
+        logits = np.array([0.0, bad, 1.0], dtype=np.float32)
+        with pytest.raises(ProbeError, match=r"logits: received (nan|inf), expected finite numbers"):
+            probe.sample(logits, recent, 0, 0.0, 0, 1.0, 1.0, 0)
+    for options, message in (((-1.0, 0, 1.0, 1.0), "temperature"), ((1.0, -1, 1.0, 1.0), "top_k"),
+                             ((1.0, 0, 0.0, 1.0), "top_p"), ((1.0, 0, 1.0, 0.0), "repetition_penalty")):  # fmt: skip
+        with pytest.raises(ProbeError, match=message):
+            probe.sample(np.zeros(3, dtype=np.float32), recent, 0, *options, 0)
+
+
+def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -> None:
+    good = build_toy(tmp_path / "toy", Toy(chunk_size=4))
+    probe.check(good)
+    assert probe.fingerprint(good) == load_manifest(good).fingerprint
+    raw = json.loads((good / MANIFEST_NAME).read_text())
+    raw["model"].update(name='ü "quoted"\n\x7f 🚀', bos_token_id=None, eos_token_ids=[])
+    (good / MANIFEST_NAME).write_text(json.dumps(raw))
+    assert probe.fingerprint(good) == load_manifest(good).fingerprint
+
+    def changed(path: str, value: Any) -> str:
+        """The manifest's text with one value replaced, or taken out."""
+        copy = json.loads(json.dumps(raw))
+        *parents, last = path.split("/")
+        node = copy
+        for name in parents:
+            node = node[int(name) if isinstance(node, list) else name]
+        if value is None:
+            del node[last]
+        else:
+            node[int(last) if isinstance(node, list) else last] = value
+        return json.dumps(copy)
+
+    sha = "0" * 64
+    engine = {"file": "engines/x", "bytes": 1, "sha256": sha, "graph_sha256": sha, "flavour": "TensorRT",
+              "version": "8.5", "plugin_abi": None, "gpu": None, "compute_capability": None,
+              "precision": "float16"}  # fmt: skip
+    for path, value in (("engines", {"decode": engine}), ("plugin_abi", "1"), ("schema_version", 1),
+                        ("quantization", {"recipe": "r", "weights": "int8", "activations": "float", "kv": "int8",
+                                          "calibration_sha256": sha, "thresholds": {"kl_divergence": 1}})):  # fmt: skip
+        (good / MANIFEST_NAME).write_text(changed(path, value))
+        load_manifest(good)
+        assert probe.fingerprint(good) == load_manifest(good).fingerprint
+
+    broken = [
+        "", "{", "[]", "null", json.dumps(raw) + "x", "[" * 100_000,
+        changed("more", 1), changed("target", None), changed("target", "other"), changed("schema_version", 4),
+        changed("schema_version", True), changed("model/vocab_size", 0), changed("model/num_q_heads", 3),
+        changed("model/head_dim", "8"), changed("model/extra", 1), changed("model/num_layers", 1.0),
+        changed("stream/window_size", 0), changed("stream/chunk_size", 99), changed("stream/num_sink_tokens", -1),
+        changed("states/0/kind", "odd"), changed("states/0/shape/1", 0),
+        changed("states/0/output", raw["states"][0]["input"]), changed("states/0/dtype", "bool"),
+        changed("graphs/decode/file", "missing.onnx"), changed("graphs/decode", None),
+        changed("files/decode.onnx/sha256", "zz"), changed("files/decode.onnx/bytes", -1),
+        changed("files", {**raw["files"], "../x": raw["files"]["decode.onnx"]}),
+        changed("files", {**raw["files"], "/x": raw["files"]["decode.onnx"]}), changed("weights_dtype", "int8"),
+        changed("engines", {"other": engine}), changed("engines", {"decode": {**engine, "file": "/x"}}),
+        changed("engines", {"decode": {**engine, "flavour": "x"}}), changed("tokenizer", "x"),
+        changed("quantization", {"recipe": "r"}),
+    ]  # fmt: skip
+    for text in broken:
+        (good / MANIFEST_NAME).write_text(text)
+        with pytest.raises(sinkrt.BundleError) as python:
+            load_manifest(good)
+        with pytest.raises(ProbeError) as cpp:
+            probe.fingerprint(good)
+        if "JSON" not in str(python.value):
+            # The same thing is refused: 'what' comes before 'received', in the same words.
+            assert str(cpp.value).partition(": received")[0] == str(python.value).partition(": received")[0]
+        assert "\n" not in str(cpp.value)
+    for text, message in ((changed("stream/batch", 2**70), "stream.batch: received float"),
+                          (json.dumps(raw)[:-1] + ',"target":"onnx"}', "key \"target\" twice"),
+                          (changed("states/0/shape", [1, 2**31, 2**31, 2**31]), "less than 2"),
+                          (changed("stream/window_size", 2**50), "at most 2"),
+                          (changed("graphs/decode/inputs/0/dtype", "int32"), "inputs of the decode graph"),
+                          (changed("graphs/prefill", None), "graphs: received decode")):  # fmt: skip
+        (good / MANIFEST_NAME).write_text(text)
+        with pytest.raises(ProbeError, match=message):
+            probe.check(good)
+
+
+def broken_bundles(folder: Path) -> dict[str, tuple[Path, int, str]]:
+    """Bundles with one fault each: their folder, the C interface's status and part of its message."""
+    good = build_toy(folder / "good", Toy(chunk_size=4))
+    out: dict[str, tuple[Path, int, str]] = {}
+
+    def broken(name: str, status: int, message: str) -> Path:
+        out[name] = (Path(shutil.copytree(good, folder / name)), status, message)
+        return out[name][0]
+
+    (broken("no manifest", 2, "manifest.json: received no readable file") / MANIFEST_NAME).unlink()
+    (broken("no graph", 2, "decode.onnx: received no such file") / "decode.onnx").unlink()
+    os.truncate(broken("weights cut short", 2, "weights.bin: received 100 bytes") / "weights.bin", 100)
+    bad = broken("other weights", 2, "weights.bin: received sha256") / "weights.bin"
+    bad.write_bytes(bytes(bad.stat().st_size))
+    # Damage that the manifest itself vouches for, so that ONNX Runtime meets it.
+    for name, file, size in (("graph cut short", "decode.onnx", 500), ("prefill cut short", "prefill.onnx", 900),
+                             ("weights too short", "weights.bin", 100)):  # fmt: skip
+        bad = broken(name, 2, "a graph that ONNX Runtime refuses")
+        os.truncate(bad / file, size)
+        rehash(bad)
+    bad = broken("empty graph", 2, "decode.onnx: received a graph that ONNX Runtime refuses")
+    (bad / "decode.onnx").write_bytes(b"")
+    rehash(bad)
+    for name, old, new, status, message in (
+        ("other shape", '"window_size": 6', '"window_size": 7', 2, ""),
+        ("too large", "   6,\n", f"   {2**40},\n", 5, "memory: received"),
+    ):
+        manifest = broken(name, status, message) / MANIFEST_NAME
+        text = manifest.read_text()
+        assert old in text
+        manifest.write_text(text.replace(old, new))
+    manifest = out["other shape"][0] / MANIFEST_NAME
+    manifest.write_text(manifest.read_text().replace("   6,\n", "   7,\n"))  # of the states
+    out["other shape"] = (out["other shape"][0], 2, "graph and manifest differ: export again")
+    return out
+
+
+def check_c_interface(cpp: CppRuntime, folder: Path) -> None:
+    """The C program on a good bundle and all the broken ones, in one process."""
+    faults = broken_bundles(folder)
+    good = folder / "good"
+    done = cpp.run(cpp.programs / "c_api", good, folder, *(path for path, *_ in faults.values()))
+    assert done.returncode == 0, done.stdout + done.stderr
+    *told, ids = done.stdout.splitlines()
+    for line, (name, (_, status, message)) in zip(told, faults.items(), strict=True):
+        assert line.startswith(f"{status} "), (name, line)
+        assert message in line, (name, line)
+    with Session.load(good, threads=1) as session:
+        session.prefill(list(b"Hello, world"))
+        session.step([ord("H")])
+        assert python_ids(session, [], 20) == [int(word) for word in ids.split()]
+
+
+def test_c_interface_and_faults(cpp_runtime: CppRuntime, tmp_path: Path) -> None:
+    check_c_interface(cpp_runtime, tmp_path)
+
+
+def test_refusals_of_the_example(cpp_runtime: CppRuntime, tmp_path: Path) -> None:
+    bundle = build_toy(tmp_path / "toy", tokenizer=False)
+    state = tmp_path / "state"
+    with Session.load(build_toy(tmp_path / "other", Toy(seed=1)), threads=1) as other:
+        other.prefill([1, 2, 3])
+        other.save_state(state)
+    for arguments, message in (
+        ((), "BUNDLE: received nothing"),
+        ((bundle, "--odd"), "argument: received '--odd'"),
+        ((bundle, "--seed"), "--seed: received nothing"),
+        ((bundle, "--seed", "-1"), "--seed: received -1"),
+        ((bundle, "--top-p", "x"), "--top-p: received x, expected a number"),
+        ((bundle, "--max-tokens", "0"), "--max-tokens: received 0, expected >= 1"),
+        ((bundle, "--threads", "-1"), "threads: received -1, expected >= 1"),
+        ((bundle, "--backend", "odd"), "backend: received 'odd', expected ort | tensorrt"),
+        ((bundle, "--backend", "tensorrt"), "backend: received 'tensorrt', which this library was built without"),
+        ((bundle, "--onnxruntime", "/nowhere.so"), "ONNX Runtime: received no library that loads"),
+        ((bundle, "--onnxruntime", cpp_runtime.install / "lib/libsinkrt.so"), "a library without OrtGetApiBase"),
+        ((bundle,), "prompt: received none, expected some text"),
+        ((bundle, "--load-state", state), "fingerprint: received"),
+        ((bundle, "--ids", "/nowhere"), "--ids: received '/nowhere', without any"),
+        ((tmp_path, "--prompt", "x"), "manifest.json: received no readable file"),
+    ):
+        done = cpp_runtime.run(cpp_runtime.generate, *arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert "--temperature" in cpp_runtime.run(cpp_runtime.generate, "--help").stdout
+
+
+def test_program_of_the_documentation(cpp_runtime: CppRuntime, tmp_path: Path) -> None:
+    bundle = build_toy(tmp_path / "toy")
+    done = cpp_runtime.run(cpp_runtime.programs / "snippet", bundle, input="hello\nagain\n")
+    assert done.returncode == 0
+    assert len(done.stdout) > 20
+    assert "manifest.json" in cpp_runtime.run(cpp_runtime.programs / "snippet", tmp_path).stderr

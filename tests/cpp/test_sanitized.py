@@ -1,0 +1,54 @@
+"""The C++ runtime under AddressSanitizer and UndefinedBehaviorSanitizer: its C interface, faults, and fuzzed files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sinkrt import Session
+from sinkrt.contract import MANIFEST_NAME
+
+from tests.cpp.build import CppRuntime
+from tests.cpp.test_runtime import check_c_interface
+from tests.cpp.test_tokenizer import KINDS
+from tests.runtime.toy import Toy, build_toy
+
+RUNS = 4_000
+
+
+def test_c_interface_and_faults(sanitized_cpp_runtime: CppRuntime, tmp_path: Path) -> None:
+    check_c_interface(sanitized_cpp_runtime, tmp_path)
+
+
+def test_text_and_batch(sanitized_cpp_runtime: CppRuntime, tmp_path: Path) -> None:
+    cpp = sanitized_cpp_runtime
+    bundle = build_toy(tmp_path / "toy", Toy(chunk_size=4))
+    done = cpp.run(cpp.generate, bundle, "--prompt", "naïve 日本", "--max-tokens", "60", "--ignore-eos", "--stats",
+                   "--temperature", "1", "--top-p", "0.9", "--top-k", "50",
+                   "--save-state", tmp_path / "state")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("load")
+    done = cpp.run(cpp.generate, bundle, "--load-state", tmp_path / "state", "--max-tokens", "5", "--ignore-eos")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["manifest", "state", "tokenizer"])
+def test_fuzz(sanitized_cpp_runtime: CppRuntime, tmp_path: Path, name: str) -> None:
+    """Mutations of good files by a fixed seed: read or refused, and nothing else."""
+    bundle = build_toy(tmp_path / "toy", Toy(chunk_size=4, batch=2))
+    files = [bundle / MANIFEST_NAME]
+    if name == "state":
+        files = [tmp_path / "empty.state", tmp_path / "full.state"]
+        with Session.load(bundle, threads=1) as session:
+            session.save_state(files[0])
+            session.prefill([[1] * 30, [2] * 30])
+            session.save_state(files[1])
+    elif name == "tokenizer":
+        files = []
+        for kind in ("bytes", "llama3", "qwen2"):
+            files.append(tmp_path / f"{kind}.json")
+            KINDS[kind]().save(str(files[-1]))
+    runs = RUNS if name != "tokenizer" else RUNS // 20  # each of these reads 50 kB and encodes it
+    done = sanitized_cpp_runtime.fuzz(name, bundle, runs, files)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == f"{runs} runs\n"
