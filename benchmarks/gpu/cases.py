@@ -15,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def make(root: Path) -> None:
     for index, (name, case) in enumerate(CASES.items()):
         torch.manual_seed(index)
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": case["head_dim"]}
-        config = transformers.LlamaConfig(vocab_size=VOCAB, hidden_size=256, intermediate_size=512,
+        config = transformers.LlamaConfig(vocab_size=VOCAB, hidden_size=128, intermediate_size=256,
                                           num_hidden_layers=3, tie_word_embeddings=False, **heads)  # fmt: skip
         model = transformers.LlamaForCausalLM(config).to(torch.float16).to(torch.float32).eval()
         geometry = {
@@ -91,39 +92,43 @@ def make(root: Path) -> None:
 
 
 def check(root: Path, tools: Path, plugin: Path, build_options: list[str], timeout_s: float) -> list[dict[str, Any]]:
-    """Build and run every case; a failure of one is told in its row."""
-    rows = []
-    for name, case in CASES.items():
-        folder, logits_file = folder_of(root, name), folder_of(root, name) / "logits.bin"
-        build = [tools / "sinkrt_build", folder / "bundle", "--plugin", plugin, *build_options]
-        if case["separate"]:
-            run: list[Any] = [tools / "run_engine", folder / "bundle", folder / "tokens.bin", logits_file]
-        else:
-            run = [tools / "probe", "replay", folder / "bundle", folder / "tokens.bin", logits_file, PROMPT]
-        row: dict[str, Any] = {"case": name}
-        for command in (build, run):
-            try:
-                done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False,
-                                      timeout=timeout_s)  # fmt: skip
-            except subprocess.TimeoutExpired:
-                row["failed"] = f"{command[0].name}: more than {timeout_s:.0f} s"
-                break
-            if done.returncode != 0:
-                row["failed"] = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:400]
-                break
-        else:
-            want = np.load(folder / "expected.npy").astype(np.float32)
-            got = np.fromfile(logits_file, np.float32).reshape(want.shape)
-            errors = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
-            row |= {
-                "error_median": float(np.median(errors)), "error_max": float(errors.max()),
-                "agree": float((got.argmax(-1) == want.argmax(-1)).mean()),
-                "passed": bool(np.median(errors) < LIMITS[0] and errors.max() < LIMITS[1]),
-            }  # fmt: skip
-            logits_file.unlink()
-        rows.append(row)
+    """Build and run every case, four at a time; a failure of one is told in its row."""
+
+    def checked(name: str) -> dict[str, Any]:
+        row = {"case": name, **_checked(folder_of(root, name), CASES[name], tools, plugin, build_options, timeout_s)}
         print(json.dumps(row), flush=True)
-    return rows
+        return row
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(checked, CASES))
+
+
+def _checked(
+    folder: Path, case: dict[str, Any], tools: Path, plugin: Path, build_options: list[str], timeout_s: float
+) -> dict[str, Any]:
+    logits_file = folder / "logits.bin"
+    build = [tools / "sinkrt_build", folder / "bundle", "--plugin", plugin, *build_options]
+    if case["separate"]:
+        run: list[Any] = [tools / "run_engine", folder / "bundle", folder / "tokens.bin", logits_file]
+    else:
+        run = [tools / "probe", "replay", folder / "bundle", folder / "tokens.bin", logits_file, PROMPT]
+    for command in (build, run):
+        try:
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False,
+                                  timeout=timeout_s)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return {"failed": f"{command[0].name}: more than {timeout_s:.0f} s"}
+        if done.returncode != 0:
+            return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:400]}
+    want = np.load(folder / "expected.npy").astype(np.float32)
+    got = np.fromfile(logits_file, np.float32).reshape(want.shape)
+    logits_file.unlink()
+    errors = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
+    return {
+        "error_median": float(np.median(errors)), "error_max": float(errors.max()),
+        "agree": float((got.argmax(-1) == want.argmax(-1)).mean()),
+        "passed": bool(np.median(errors) < LIMITS[0] and errors.max() < LIMITS[1]),
+    }  # fmt: skip
 
 
 def main() -> int:
@@ -134,12 +139,14 @@ def main() -> int:
     parser.add_argument("--tools", type=Path, help="folder of sinkrt_build, probe and run_engine")
     parser.add_argument("--plugin", type=Path)
     parser.add_argument("--timeout", type=float, default=60, help="seconds for a build or a run")
-    parser.add_argument("build_options", nargs="*", help="for sinkrt_build, behind --")
-    arguments = parser.parse_args()
+    # What follows -- is sinkrt_build's: argparse would take it for a second list of positional arguments.
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    arguments, build_options = parser.parse_args(words[:cut]), words[cut + 1 :]
     if arguments.task == "make":
         make(arguments.folder)
         return 0
-    rows = check(arguments.folder, arguments.tools, arguments.plugin, arguments.build_options, arguments.timeout)
+    rows = check(arguments.folder, arguments.tools, arguments.plugin, build_options, arguments.timeout)
     print(json.dumps({"cases": rows}))
     return 0 if all(row.get("passed") for row in rows) else 1
 

@@ -10,9 +10,9 @@ libsinkexport_plugin.so for that TensorRT. --work: bundles are kept there, and u
 Each step has a time limit of its own and may fail without stopping the rest. --out gets a log for each step,
 results.json after each step, and table.md, which is printed at the end. Parts, in the order in which they are run:
 
+cases        the plugin's cases (cases.py)
 smollm2      exports with --model, engines, 500 greedy tokens and logits against the references
 soak         100,000 tokens: memory, latency, allocations; tokens a round trip; sampling; faults
-cases        the plugin's cases (cases.py)
 shape8       Llama-2-7B's shapes, 8 of its 32 layers: floor, decode, transformers, recomputation, onnxruntime-gpu
 shape32      all 32 layers
 """
@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ import numpy as np
 from reference import compare
 
 HERE = Path(__file__).parent
-PARTS = ("smollm2", "soak", "cases", "shape8", "shape32")
+PARTS = ("cases", "smollm2", "soak", "shape8", "shape32")
 RECIPES = {  # bundles of --model: options of 'sinkexport export'
     "fp16": [],
     "int8": ["--recipe", "int8-channel"],
@@ -294,9 +294,6 @@ def step_bytes(bundle: Path) -> int:
 
 def shape(bench: Bench, layers: int, made: dict[str, Future[Path]]) -> None:
     """Decode against the floor and the others."""
-    with bench.step("bandwidth"):
-        if "bandwidth" not in bench.results:
-            bench.found("bandwidth", **bench.probe("bandwidth", "bandwidth"))
     copy_gb_per_s = bench.results["bandwidth"]["copy_gb_per_s"]
     for recipe in (None, "int8-channel"):
         for window in WINDOWS:
@@ -349,11 +346,17 @@ def cases(bench: Bench) -> None:
         copy = bench.work / "cases"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(bench.arguments.cases, copy)
-        with contextlib.suppress(StepError):  # exit code 1: a case failed, and its row says why
+        failure = None
+        try:
             bench.run("cases", [sys.executable, HERE / "cases.py", "check", copy, "--tools", tools, "--plugin",
                                 bench.arguments.plugin, "--timeout", 60, "--", *build], 400)  # fmt: skip
+        except StepError as error:  # exit code 1: a case failed, and its row says why
+            failure = error
         lines = (bench.out / "cases.log").read_text().splitlines()
-        bench.found("cases", rows=[json.loads(line) for line in lines if line.startswith('{"case"')])
+        rows = [json.loads(line) for line in lines if line.startswith('{"case"')]
+        if not rows and failure is not None:
+            raise failure
+        bench.found("cases", rows=rows)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -403,15 +406,17 @@ def main() -> None:
                 made[f"{layers} onnx"] = pool.submit(make_shape, bench, layers, None, "onnx")
     with bench.step("bandwidth"):
         bench.found("bandwidth", **bench.probe("bandwidth", "bandwidth"))
-    if "cases" in parts:  # first of all: exports are still under way
-        cases(bench)
-    if "smollm2" in parts:
-        smollm2(bench, exports)
-    if "soak" in parts:
-        soak(bench)
-    for layers in (8, 32):
-        if f"shape{layers}" in parts:
-            shape(bench, layers, made)
+    work: dict[str, Callable[[], None]] = {
+        "cases": lambda: cases(bench),  # first of all: exports are still under way
+        "smollm2": lambda: smollm2(bench, exports),
+        "soak": lambda: soak(bench),
+        "shape8": lambda: shape(bench, 8, made),
+        "shape32": lambda: shape(bench, 32, made),
+    }
+    for part, run in work.items():
+        if part in parts:
+            with bench.step(part):
+                run()
     pool.shutdown(wait=False, cancel_futures=True)
     bench.stop()
     text = table(bench.results)

@@ -30,6 +30,36 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
     import torch
     import transformers
 
+    location, name = _located(source)
+    with _quiet_transformers(), _readable_errors(source), _gguf_read_once():
+        config = transformers.AutoConfig.from_pretrained(**location)
+        refuse_architecture(config)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **location, config=config, dtype=getattr(torch, dtype)
+        )
+        tokenizer = _load_tokenizer(location, Path(source))
+    return LoadedModel(model.eval(), tokenizer, name)
+
+
+def load_config(source: str) -> Any:
+    """The configuration of `source` alone: weights need not be there.
+
+    Raises: UsageError as `load_model`.
+    """
+    import transformers
+
+    location, _ = _located(source)
+    with _quiet_transformers(), _readable_errors(source):
+        config = transformers.AutoConfig.from_pretrained(**location)
+    refuse_architecture(config)
+    return config
+
+
+def _located(source: str) -> tuple[dict[str, Any], str]:
+    """Arguments of transformers' from_pretrained, and the model's name.
+
+    Raises: UsageError.
+    """
     path = Path(source)
     location: dict[str, Any]
     if path.suffix.lower() == ".gguf":
@@ -44,14 +74,7 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
             raise _no_model(source, "no such folder")
         location = {"pretrained_model_name_or_path": source}
         name = path.resolve().name if path.is_dir() else source
-    with _quiet_transformers(), _readable_errors(source), _gguf_read_once():
-        config = transformers.AutoConfig.from_pretrained(**location)
-        refuse_architecture(config)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            **location, config=config, dtype=getattr(torch, dtype)
-        )
-        tokenizer = _load_tokenizer(location, path)
-    return LoadedModel(model.eval(), tokenizer, name)
+    return location, name
 
 
 def refuse_architecture(config: Any) -> None:

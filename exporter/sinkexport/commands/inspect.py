@@ -12,7 +12,9 @@ import click
 from rich.table import Table
 from rich.text import Text
 from sinkrt.contract import MANIFEST_NAME, FileFacts, HeadWindow, Manifest, Quantization, SinkTuning, load_manifest
+from sinkrt.errors import UsageError, problem
 
+from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE
 from sinkexport.console import table_console
 from sinkexport.families import describe
 
@@ -25,8 +27,33 @@ MB = 1e6
 @click.command(name="inspect")
 @click.argument("what", metavar="DIR|FILE|families|recipes")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable: the manifest, the families or the recipes.")
-def command(what: str, as_json: bool) -> None:
+@click.option("--memory", is_flag=True,
+              help="Memory that decoding takes: of the bundle DIR, or of a model that is not exported yet: a folder "
+                   "with config.json, a .gguf file or a Hub id.")  # fmt: skip
+@click.option("--window", "windows", type=click.IntRange(min=1), multiple=True, metavar="W",
+              help="With --memory of a model: window size; may be repeated.  [default: 1020]")  # fmt: skip
+@click.option("--sink-tokens", type=click.IntRange(min=0), metavar="S",
+              help="With --memory of a model.  [default: 4]")  # fmt: skip
+@click.option("--batch", type=click.IntRange(min=1), metavar="B", help="With --memory of a model.  [default: 1]")
+def command(
+    what: str, as_json: bool, memory: bool, windows: tuple[int, ...], sink_tokens: int | None, batch: int | None
+) -> None:
     """Show the bundle DIR, a calibration FILE, the table of model families or that of quantisation recipes."""
+    if memory:
+        is_bundle = Path(what, MANIFEST_NAME).exists()
+        if is_bundle and (windows or sink_tokens is not None or batch is not None):
+            raise UsageError(problem("--window, --sink-tokens, --batch", received=f"with the bundle '{what}'",
+                                     expected="a model: a bundle has its own", fix="leave them out"))  # fmt: skip
+        if is_bundle:
+            _show_budget_of_bundle(Path(what), as_json)
+        else:
+            _show_budgets(what, windows or (DEFAULT_WINDOW_SIZE,),
+                          DEFAULT_NUM_SINK_TOKENS if sink_tokens is None else sink_tokens, batch or 1,
+                          as_json)  # fmt: skip
+        return
+    if windows or sink_tokens is not None or batch is not None:
+        raise UsageError(problem("--window, --sink-tokens, --batch", received="without --memory",
+                                 expected="--memory", fix="add it, or leave them out"))  # fmt: skip
     if what == "families" and not Path(what).exists():
         _show_families(as_json)
         return
@@ -42,6 +69,54 @@ def command(what: str, as_json: bool) -> None:
         click.echo(manifest.to_json(), nl=False)
     else:
         _show_bundle(bundle, manifest)
+
+
+def _show_budget_of_bundle(bundle: Path, as_json: bool) -> None:
+    from sinkexport.memory import of_bundle
+
+    manifest = load_manifest(bundle)
+    budget = of_bundle(bundle, manifest)
+    if as_json:
+        click.echo(json.dumps({**dataclasses.asdict(budget), "total": budget.total}, indent=1))
+        return
+    rows = [
+        ("weights", budget.weights, "the engines' files" if manifest.engines else "the weights' files"),
+        ("sinks", budget.sinks, "the manifest"),
+        ("window", budget.window, "the manifest"),
+        ("values of a run", budget.values, "shapes in the graphs: most that are alive at once"),
+        ("all, for ever", budget.total, ""),
+    ]
+    table = Table("memory", box=None, pad_edge=False)
+    table.add_column("MB", justify="right")
+    table.add_column("told by")
+    for name, size, source in rows:
+        table.add_row(name, f"{size / MB:.1f}", source)
+    table_console().print(table)
+
+
+def _show_budgets(source: str, windows: tuple[int, ...], sinks: int, batch: int, as_json: bool) -> None:
+    """A row for each way to export the model."""
+    from sinkexport.config import ExportConfig
+    from sinkexport.memory import ModelShape, combinations
+
+    shape = ModelShape.load(source)
+    rows, table = [], Table("dtype", "weights", "window", box=None, pad_edge=False)
+    for header in ("S + W", "weights MB", "cache MB", "values MB", "all MB"):
+        table.add_column(header, justify="right")
+    for dtype, weights, kv, window in combinations(windows):
+        chunk = ExportConfig(num_sink_tokens=sinks, window_size=window).num_tokens_per_chunk
+        budget = shape.budget(sinks, window, batch, chunk, dtype=dtype, weights=weights, kv=kv)
+        rows.append({"dtype": dtype, "weights_dtype": weights, "kv": kv, "window_size": window,
+                     **dataclasses.asdict(budget), "total": budget.total})  # fmt: skip
+        sizes = (budget.weights, budget.sinks + budget.window, budget.values, budget.total)
+        table.add_row(dtype, dtype if weights == "float" else weights, dtype if kv == "fp" else kv,
+                      f"{sinks} + {window}", *(f"{size / MB:.1f}" for size in sizes))  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    console = table_console()
+    console.print(Text(f"{shape.name}, {batch} stream(s). Weights and cache: counted. Values of a run: estimated."))
+    console.print(table)
 
 
 def _show_families(as_json: bool) -> None:

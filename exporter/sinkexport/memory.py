@@ -1,0 +1,170 @@
+"""How much memory decoding takes: weights, cache and the values of a run, before a byte of it is allocated.
+
+Of a bundle everything is read off its files. Of a model that is not exported only the configuration is needed: weights
+are counted on a model without storage, values of a run are estimated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sinkrt.contract import Manifest
+
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2}
+SCALE_BYTES = 4
+"""Of a quantised matrix, for each output, and of a quantised table, for each row."""
+
+INT8_WINDOW_SCALE_BYTES = 2
+LIVE_HIDDEN, LIVE_MLP = 4, 2
+"""Values of a token that are alive at the same time: the residual, a norm and two more of hidden size; gate and up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Bytes. values: of the larger of a step and a chunk, intermediate results that are alive at the same time."""
+
+    weights: int
+    sinks: int
+    window: int
+    values: int
+
+    @property
+    def total(self) -> int:
+        """All that decoding holds, however long the stream; a runtime's own code and CUDA's context come on top."""
+        return self.weights + self.sinks + self.window + self.values
+
+
+def of_bundle(bundle: Path, manifest: Manifest) -> Budget:
+    """From the manifest and the shapes in the graphs. Engines, where there are any, hold the weights each.
+
+    Raises: BundleError if a graph cannot be read.
+    """
+    engines = manifest.engines or {}
+    sinks = sum(state.nbytes for state in manifest.states if state.kind.startswith("sink"))
+    return Budget(
+        weights=sum(facts.bytes for facts in engines.values()) if engines else manifest.weights_bytes,
+        sinks=sinks, window=manifest.state_bytes - sinks,
+        values=max(live_bytes(bundle / graph.file, manifest) for graph in manifest.graphs.values()),
+    )  # fmt: skip
+
+
+def live_bytes(graph_file: Path, manifest: Manifest) -> int:
+    """Most bytes of intermediate results that are alive at the same time in one run, nodes in the graph's order.
+
+    Outputs count, states do not: they have buffers of their own. Runtimes reuse memory less tightly, and fuse nodes.
+    """
+    import onnx
+
+    graph = onnx.load(str(graph_file), load_external_data=False).graph
+    sizes = {value.name: _nbytes(value) for value in [*graph.value_info, *graph.output]}
+    for state in manifest.states:
+        sizes.pop(state.output, None)
+    last_use = {name: i for i, node in enumerate(graph.node) for name in node.input}
+    outputs = {value.name for value in graph.output}
+    live: dict[str, int] = {}
+    now = most = 0
+    for i, node in enumerate(graph.node):
+        for name in node.output:
+            if name in sizes:
+                live[name] = sizes[name]
+                now += sizes[name]
+        most = max(most, now)
+        for name in {*node.input, *node.output}:
+            if name in live and name not in outputs and last_use.get(name, i) <= i:
+                now -= live.pop(name)
+    return most
+
+
+def _nbytes(value: Any) -> int:
+    import onnx
+
+    tensor = value.type.tensor_type
+    itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
+    return math.prod(dim.dim_value for dim in tensor.shape.dim) * itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShape:
+    """What a configuration says of a model. Counts of elements.
+
+    matrices: of products and embedding tables, each parameter once, as (outputs or rows, inputs). others: elements of
+    all other parameters, norms and biases.
+    """
+
+    name: str
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    matrices: tuple[tuple[int, int], ...]
+    others: int
+
+    @classmethod
+    def load(cls, source: str) -> ModelShape:
+        """From a folder with config.json (weights are not needed), a .gguf file or a Hub id.
+
+        Raises: UsageError if there is none or the family does not export.
+        """
+        import torch
+        import transformers
+
+        from sinkexport.sources import load_config
+
+        config = load_config(source)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        text = config.get_text_config()
+        matrices = {
+            id(module.weight): (module.weight.shape[0], module.weight.shape[1])
+            for module in model.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+        }  # fmt: skip
+        others = sum(p.numel() for p in model.parameters() if id(p) not in matrices)
+        heads = text.num_attention_heads
+        return cls(
+            name=Path(source).resolve().name if Path(source).exists() else source,
+            num_layers=text.num_hidden_layers, num_q_heads=heads,
+            num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            hidden_size=text.hidden_size,
+            intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            vocab_size=text.vocab_size, matrices=tuple(matrices.values()), others=others,
+        )  # fmt: skip
+
+    def weight_bytes(self, dtype: str, weights: str) -> int:
+        """weights: ``float``, or ``int8`` as the recipe int8-channel has them."""
+        kept = self.others * ELEMENT_BYTES[dtype]
+        if weights == "float":
+            return kept + sum(n * k for n, k in self.matrices) * ELEMENT_BYTES[dtype]
+        return kept + sum(n * k + n * SCALE_BYTES for n, k in self.matrices)
+
+    def budget(
+        self, num_sinks: int, window: int, batch: int, chunk: int, *, dtype: str, weights: str = "float", kv: str = "fp"
+    ) -> Budget:
+        """Of a bundle that is exported with these options. num_sinks, window, chunk: tokens."""
+        rows = 2 * self.num_layers * batch * self.num_kv_heads  # keys and values
+        float_bytes = ELEMENT_BYTES[dtype]
+        per_token = self.head_dim + INT8_WINDOW_SCALE_BYTES if kv == "int8" else self.head_dim * float_bytes
+        # Logits, float32, of every stream; and of a chunk, or of a step of all streams, the wider of two: hidden values
+        # with the MLP's, or attention's logits and weights.
+        tokens = max(batch, chunk)
+        layer = tokens * (
+            LIVE_HIDDEN * self.hidden_size + LIVE_MLP * self.intermediate_size
+        ) * float_bytes  # fmt: skip
+        attention = 2 * tokens * self.num_q_heads * (num_sinks + window + (chunk if chunk > 1 else 0)) * float_bytes
+        return Budget(
+            weights=self.weight_bytes(dtype, weights), sinks=rows * num_sinks * self.head_dim * float_bytes,
+            window=rows * window * per_token, values=4 * batch * self.vocab_size + max(layer, attention),
+        )  # fmt: skip
+
+
+def combinations(windows: Sequence[int]) -> list[tuple[str, str, str, int]]:
+    """(dtype, weights, kv, window) of the rows of a table."""
+    kinds = [("fp32", "float", "fp"), ("fp16", "float", "fp"), ("fp16", "int8", "fp"), ("fp16", "int8", "int8")]
+    return [(*kind, window) for kind in kinds for window in windows]
