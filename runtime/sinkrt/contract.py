@@ -359,7 +359,7 @@ class Manifest:
         weights = {path: f.sha256 for path, f in self.files.items() if path.startswith("weights")}
         facts: list[Any] = [dataclasses.asdict(self.model), geometry, self.weights_dtype, weights]
         if self.sink_tuning is not None:  # later tokens were computed under it
-            facts.append(dataclasses.asdict(self.sink_tuning))
+            facts.append(self.sink_tuning.sha256)
         if self.head_windows is not None:
             facts.append([dataclasses.asdict(group) for group in self.head_windows])
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -22,6 +22,7 @@ from sinkrt.sampler import Sampler, SamplingParams
 
 from tests.cpp.build import CppRuntime
 from tests.cpp.probe import Probe, ProbeError
+from tests.exporter.test_budgets import budgets
 from tests.exporter.test_families import exported
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
 from tests.runtime.toy import Toy, build_toy, rehash
@@ -57,13 +58,15 @@ def cpp_ids(cpp: CppRuntime, bundle: Path, prompt: list[int], count: int, *more:
     return [int(word) for word in done.stdout.split()]
 
 
-@pytest.fixture(scope="module", params=["llama", "int8-window"])
+@pytest.fixture(scope="module", params=["llama", "int8-window", "budgets", "qwen3_next"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a prefill graph, its window in floating point or INT8."""
-    config = ExportConfig(num_sink_tokens=SINKS, window_size=WINDOW, chunk_size=5,
-                          kv="int8" if request.param == "int8-window" else "fp")  # fmt: skip
+    """Tiny: a Llama with a prefill graph, its window in floating point, INT8, or of two lengths; linear attention."""
+    name = "qwen3_next" if request.param == "qwen3_next" else "llama"
+    windows = budgets("llama", ((WINDOW, 5), (5, WINDOW))) if request.param == "budgets" else None
+    config = ExportConfig(num_sink_tokens=SINKS, window_size=WINDOW, chunk_size=1 if name == "qwen3_next" else 5,
+                          kv="int8" if request.param == "int8-window" else "fp", budgets=windows)  # fmt: skip
     folder = tmp_path_factory.mktemp("cpp") / "bundle"
-    exported(tiny_model("llama"), folder, config).close()
+    exported(tiny_model(name), folder, config).close()
     return folder
 
 
@@ -211,16 +214,21 @@ def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -
     engine = {"file": "engines/x", "bytes": 1, "sha256": sha, "graph_sha256": sha, "flavour": "TensorRT",
               "version": "8.5", "plugin_abi": None, "gpu": None, "compute_capability": None,
               "precision": "float16"}  # fmt: skip
+    model = raw["model"]
+    tuning = {"sha256": sha, "first_token_scale": [[1.5] * model["num_q_heads"]] * model["num_layers"]}
+    windows = [{"layer": layer, "kv_heads": list(range(model["num_kv_heads"])), "window_size": 2 + layer}
+               for layer in range(model["num_layers"])]  # fmt: skip
     for path, value in (("engines", {"decode": engine}), ("plugin_abi", "1"), ("schema_version", 1),
                         ("quantization", {"recipe": "r", "weights": "int8", "activations": "float", "kv": "int8",
-                                          "calibration_sha256": sha, "thresholds": {"kl_divergence": 1}})):  # fmt: skip
+                                          "calibration_sha256": sha, "thresholds": {"kl_divergence": 1}}),
+                        ("sink_tuning", tuning), ("head_windows", windows)):  # fmt: skip
         (good / MANIFEST_NAME).write_text(changed(path, value))
         load_manifest(good)
         assert probe.fingerprint(good) == load_manifest(good).fingerprint
 
     broken = [
         "", "{", "[]", "null", json.dumps(raw) + "x", "[" * 100_000,
-        changed("more", 1), changed("target", None), changed("target", "other"), changed("schema_version", 4),
+        changed("more", 1), changed("target", None), changed("target", "other"), changed("schema_version", 5),
         changed("schema_version", True), changed("model/vocab_size", 0), changed("model/num_q_heads", 3),
         changed("model/head_dim", "8"), changed("model/extra", 1), changed("model/num_layers", 1.0),
         changed("stream/window_size", 0), changed("stream/chunk_size", 99), changed("stream/num_sink_tokens", -1),
@@ -233,6 +241,10 @@ def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -
         changed("engines", {"other": engine}), changed("engines", {"decode": {**engine, "file": "/x"}}),
         changed("engines", {"decode": {**engine, "flavour": "x"}}), changed("tokenizer", "x"),
         changed("quantization", {"recipe": "r"}),
+        changed("sink_tuning", {**tuning, "first_token_scale": [[0.0]]}),
+        changed("sink_tuning", {**tuning, "first_token_scale": [[1.0]] * 9}),
+        changed("head_windows", windows[1:]), changed("head_windows", [{**windows[0], "window_size": 0}]),
+        changed("head_windows", [{**windows[0], "window_size": 1000}, *windows[1:]]),
     ]  # fmt: skip
     for text in broken:
         (good / MANIFEST_NAME).write_text(text)

@@ -1,10 +1,12 @@
 #include "sinkrt/manifest.h"
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <limits>
 #include <set>
 #include <string_view>
+#include <utility>
 
 #include "files.h"
 #include "json.h"
@@ -84,6 +86,8 @@ void read(const Json& raw, const std::string& where, TokenizerFacts& out);
 void read(const Json& raw, const std::string& where, FileFacts& out);
 void read(const Json& raw, const std::string& where, Quantization& out);
 void read(const Json& raw, const std::string& where, EngineFacts& out);
+void read(const Json& raw, const std::string& where, SinkTuning& out);
+void read(const Json& raw, const std::string& where, HeadWindow& out);
 
 template <typename T>
 void read(const Json& raw, const std::string& where, std::vector<T>& out);
@@ -215,7 +219,8 @@ void read(const Json& raw, const std::string& where, StateSpec& out) {
       .take("dtype", out.dtype)
       .end();
   atLeast(0, "state layer", out.layer);
-  oneOf("state kind", out.kind, {"sink_k", "sink_v", "window_k", "window_v", "window_k_scale", "window_v_scale"});
+  oneOf("state kind", out.kind,
+        {"sink_k", "sink_v", "window_k", "window_v", "window_k_scale", "window_v_scale", "conv", "recurrent"});
   check(out.input != out.output, "state output name", out.output, "a name other than the input's");
   checkTensor(out.tensor());
 }
@@ -318,6 +323,59 @@ void read(const Json& raw, const std::string& where, EngineFacts& out) {
   oneOf("engine precision", out.precision, {"float32", "float16"});
 }
 
+void read(const Json& raw, const std::string& where, SinkTuning& out) {
+  Fields(raw, where).take("sha256", out.sha256).take("first_token_scale", out.first_token_scale).end();
+  checkDigest(out.sha256);
+  double smallest = std::numeric_limits<double>::infinity();
+  for (const auto& layer : out.first_token_scale) {
+    for (const double factor : layer) smallest = std::min(smallest, factor);
+  }
+  check(smallest > 0 && std::isfinite(smallest), "sink_tuning.first_token_scale", std::to_string(smallest), "> 0");
+}
+
+void read(const Json& raw, const std::string& where, HeadWindow& out) {
+  Fields(raw, where)
+      .take("layer", out.layer)
+      .take("kv_heads", out.kv_heads)
+      .take("window_size", out.window_size)
+      .end();
+  atLeast(0, "head_windows layer", out.layer);
+  atLeast(1, "head_windows window_size", out.window_size);
+  check(!out.kv_heads.empty(), "head_windows kv_heads", "none", "at least one");
+}
+
+void checkSinkTuning(const Manifest& manifest) {
+  const auto& factors = manifest.sink_tuning->first_token_scale;
+  const auto heads = static_cast<size_t>(manifest.model.num_q_heads);
+  const bool fits = static_cast<int64_t>(factors.size()) == manifest.model.num_layers &&
+                    std::all_of(factors.begin(), factors.end(), [&](const auto& layer) { return layer.size() == heads; });
+  check(fits, "sink_tuning.first_token_scale", "other sizes",
+        "(" + std::to_string(manifest.model.num_layers) + ", " + std::to_string(heads) + "): layers, query heads");
+}
+
+void checkHeadWindows(const Manifest& manifest) {
+  std::vector<std::pair<int64_t, int64_t>> found, wanted;  // layer, key head
+  std::set<int64_t> layers;
+  int64_t longest = 0;
+  for (const HeadWindow& group : *manifest.head_windows) {
+    for (const int64_t head : group.kv_heads) found.emplace_back(group.layer, head);
+    longest = std::max(longest, group.window_size);
+  }
+  for (const StateSpec& state : manifest.states) {
+    if (state.kind == "window_k") layers.insert(state.layer);
+  }
+  const int64_t heads = manifest.model.num_kv_heads;
+  const bool is_plausible = static_cast<int64_t>(found.size()) == static_cast<int64_t>(layers.size()) * heads;
+  for (const int64_t layer : layers) {
+    for (int64_t head = 0; is_plausible && head < heads; ++head) wanted.emplace_back(layer, head);
+  }
+  std::sort(found.begin(), found.end());
+  check(is_plausible && found == wanted, "head_windows", std::to_string(found.size()) + " key heads",
+        "each key head of each layer with a window once");
+  check(longest <= manifest.stream.window_size, "head_windows", std::to_string(longest),
+        "<= window_size=" + std::to_string(manifest.stream.window_size));
+}
+
 }  // namespace
 
 int64_t dtypeBytes(const std::string& dtype) {
@@ -361,6 +419,17 @@ std::string Manifest::fingerprint() const {
     if (path.rfind("weights", 0) != 0) continue;
     weights += (weights.empty() ? "" : ", ") + jsonQuoted(path) + ": " + jsonQuoted(facts.sha256);
   }
+  std::string tuning, windows;
+  if (sink_tuning) tuning = ", " + jsonQuoted(sink_tuning->sha256);
+  if (head_windows) {
+    for (const HeadWindow& group : *head_windows) {
+      std::string heads;
+      for (const int64_t head : group.kv_heads) heads += (heads.empty() ? "" : ", ") + number(head);
+      windows += std::string(windows.empty() ? "" : ", ") + "{\"kv_heads\": [" + heads + "], \"layer\": " +
+                 number(group.layer) + ", \"window_size\": " + number(group.window_size) + "}";
+    }
+    windows = ", [" + windows + "]";
+  }
   const std::string text =
       "[{\"architecture\": " + jsonQuoted(model.architecture) +
       ", \"bos_token_id\": " + (model.bos_token_id ? number(*model.bos_token_id) : "null") +
@@ -372,7 +441,7 @@ std::string Manifest::fingerprint() const {
       ", \"position_scheme\": " + jsonQuoted(model.position_scheme) + ", \"vocab_size\": " + number(model.vocab_size) +
       "}, {\"batch\": " + number(stream.batch) + ", \"num_sink_tokens\": " + number(stream.num_sink_tokens) +
       ", \"position_limit\": " + number(stream.position_limit) + ", \"window_size\": " + number(stream.window_size) +
-      "}, " + jsonQuoted(weights_dtype) + ", {" + weights + "}]";
+      "}, " + jsonQuoted(weights_dtype) + ", {" + weights + "}" + tuning + windows + "]";
   Sha256 digest;
   digest.add(text.data(), text.size());
   return digest.hex();
@@ -409,8 +478,12 @@ Manifest Manifest::fromJson(const std::string& text) {
       .takeIfThere("quantization", out.quantization)
       .takeIfThere("plugin_abi", out.plugin_abi)
       .takeIfThere("engines", engines)
+      .takeIfThere("sink_tuning", out.sink_tuning)
+      .takeIfThere("head_windows", out.head_windows)
       .end();
   if (engines) out.engines = *std::move(engines);
+  if (out.sink_tuning) checkSinkTuning(out);
+  if (out.head_windows) checkHeadWindows(out);
   for (const auto& engine : out.engines) {
     check(out.graphs.count(engine.first) > 0, "engines", engine.first, "the role of a graph");
   }

@@ -13,7 +13,7 @@
 
 namespace sinkrt {
 
-constexpr int64_t kSchemaVersion = 3;
+constexpr int64_t kSchemaVersion = 4;
 constexpr const char* kManifestName = "manifest.json";
 constexpr const char* kPluginAbi = "1";
 
@@ -99,6 +99,19 @@ struct Quantization {
   std::map<std::string, double> thresholds;
 };
 
+// How attention to sinks was changed without training; it is in the graphs. Factors [L][Hq].
+struct SinkTuning {
+  std::string sha256;  // of the file that the export was given
+  std::vector<std::vector<double>> first_token_scale;
+};
+
+// Key heads of a layer that keep the last window_size tokens beside the sinks.
+struct HeadWindow {
+  int64_t layer = 0;
+  std::vector<int64_t> kv_heads;
+  int64_t window_size = 0;
+};
+
 struct EngineFacts {
   std::string file;
   int64_t bytes = 0;
@@ -126,6 +139,8 @@ struct Manifest {
   std::optional<Quantization> quantization;
   std::optional<std::string> plugin_abi;
   std::map<std::string, EngineFacts> engines;  // by role; empty: none were built
+  std::optional<SinkTuning> sink_tuning;
+  std::optional<std::vector<HeadWindow>> head_windows;  // none: all heads keep stream.window_size tokens
 
   int64_t weightsBytes() const;
   int64_t stateBytes() const;
