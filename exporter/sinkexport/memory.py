@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sinkrt.contract import Manifest
+from sinkrt.errors import UsageError, problem
+
+from sinkexport.config import ExportConfig
 
 ELEMENT_BYTES = {"fp32": 4, "fp16": 2}
 SCALE_BYTES = 4
@@ -92,11 +95,11 @@ class ModelShape:
     """What a configuration says of a model. Counts of elements.
 
     matrices: of products and embedding tables, each parameter once, as (outputs or rows, inputs). others: elements of
-    all other parameters, norms and biases.
+    all other parameters, norms and biases. own_windows: by layer, the tokens that the model itself sees; None: all.
     """
 
     name: str
-    num_layers: int
+    own_windows: tuple[int | None, ...]
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
@@ -110,7 +113,7 @@ class ModelShape:
     def load(cls, source: str) -> ModelShape:
         """From a folder with config.json (weights are not needed), a .gguf file or a Hub id.
 
-        Raises: UsageError if there is none or the family does not export.
+        Raises: UsageError if there is none, the family does not export, or layers keep something else than a cache.
         """
         import torch
         import transformers
@@ -129,7 +132,7 @@ class ModelShape:
         heads = text.num_attention_heads
         return cls(
             name=Path(source).resolve().name if Path(source).exists() else source,
-            num_layers=text.num_hidden_layers, num_q_heads=heads,
+            own_windows=_own_windows(text), num_q_heads=heads,
             num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             hidden_size=text.hidden_size,
@@ -148,7 +151,10 @@ class ModelShape:
         self, num_sinks: int, window: int, batch: int, chunk: int, *, dtype: str, weights: str = "float", kv: str = "fp"
     ) -> Budget:
         """Of a bundle that is exported with these options. num_sinks, window, chunk: tokens."""
-        rows = 2 * self.num_layers * batch * self.num_kv_heads  # keys and values
+        rows = 2 * batch * self.num_kv_heads  # of a layer: keys and values
+        config = ExportConfig(num_sinks, window, batch, chunk_size=1)
+        rings = [config.ring(own_window) for own_window in self.own_windows]
+        kept_sinks, kept_window = sum(r.num_sink_tokens for r in rings), sum(r.window_size for r in rings)
         float_bytes = ELEMENT_BYTES[dtype]
         per_token = self.head_dim + INT8_WINDOW_SCALE_BYTES if kv == "int8" else self.head_dim * float_bytes
         # Logits, float32, of every stream; and of a chunk, or of a step of all streams, the wider of two: hidden values
@@ -159,9 +165,25 @@ class ModelShape:
         ) * float_bytes  # fmt: skip
         attention = 2 * tokens * self.num_q_heads * (num_sinks + window + (chunk if chunk > 1 else 0)) * float_bytes
         return Budget(
-            weights=self.weight_bytes(dtype, weights), sinks=rows * num_sinks * self.head_dim * float_bytes,
-            window=rows * window * per_token, values=4 * batch * self.vocab_size + max(layer, attention),
+            weights=self.weight_bytes(dtype, weights), sinks=rows * kept_sinks * self.head_dim * float_bytes,
+            window=rows * kept_window * per_token, values=4 * batch * self.vocab_size + max(layer, attention),
         )  # fmt: skip
+
+
+def _own_windows(text: Any) -> tuple[int | None, ...]:
+    """By layer, from a configuration: the export itself asks the model.
+
+    Raises: UsageError.
+    """
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        return (window,) * text.num_hidden_layers
+    if others := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+        raise UsageError(problem("--memory", received=f"a model with layers of {', '.join(others)}",
+                                 expected="full or sliding attention in all of them",
+                                 fix="export it, then inspect the bundle"))  # fmt: skip
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def combinations(windows: Sequence[int]) -> list[tuple[str, str, str, int]]:
