@@ -66,11 +66,13 @@ def test_what_is_counted_is_what_is_written(name: str, options: dict[str, str], 
     model = wide_model(name, "fp16")
     model.config.save_pretrained(tmp_path / "config")
     recipe = load_recipe(options["recipe"]) if "recipe" in options else None
-    config = ExportConfig(S, W, B, "fp16", T, target="tensorrt", kv=options.get("kv"), recipe=recipe)
+    own_window = getattr(model.config, "sliding_window", None)
+    window = W if own_window is None else own_window + 5
+    config = ExportConfig(S, window, B, "fp16", T, target="tensorrt", kv=options.get("kv"), recipe=recipe)
     manifest = export_loaded(LoadedModel(model, None, "tiny"), tmp_path / "b", config)
     found = of_bundle(tmp_path / "b", manifest)
     weights = "int8" if recipe else "float"
-    counted = ModelShape.load(str(tmp_path / "config")).budget(S, W, B, T, dtype="fp16", weights=weights,
+    counted = ModelShape.load(str(tmp_path / "config")).budget(S, window, B, T, dtype="fp16", weights=weights,
                                                                kv=options.get("kv", "fp"))  # fmt: skip
     assert (counted.sinks, counted.window) == (found.sinks, found.window)
     assert found.window + found.sinks == manifest.state_bytes
