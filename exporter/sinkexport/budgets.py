@@ -8,16 +8,15 @@ proposes one.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import pydantic
 from sinkrt.contract import HeadWindow, Manifest
 from sinkrt.errors import UsageError, problem
+
+from sinkexport.head_file import HeadFile, ModelOfFile
 
 if TYPE_CHECKING:
     from sinkexport.analyze import SinkReport
@@ -27,21 +26,25 @@ FILE_SCHEMA_VERSION: Literal[1] = 1
 Window = Annotated[int, pydantic.Field(ge=1, strict=True)]
 
 
-class _Spec(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+class BudgetedModel(ModelOfFile):
+    """Of what model the budgets are."""
 
-
-class BudgetedModel(_Spec):
-    """Of what model the budgets are. name is for people; the rest is checked."""
-
-    name: str
-    architecture: str
-    num_layers: int = pydantic.Field(ge=1)
     num_kv_heads: int = pydantic.Field(ge=1)
 
+    @property
+    def num_heads(self) -> int:
+        return self.num_kv_heads
 
-class BudgetFile(_Spec):
+
+class BudgetFile(HeadFile):
     """windows: [L][Hkv], tokens. found: how, in words; nothing reads it."""
+
+    OPTION = "--budgets"
+    ROWS = "windows"
+    HEADS = "key heads"
+    MADE_BY = "sinkexport analyze --budgets"
+    DOCS = "docs/budgets.md"
+    FIX = "analyze this model"
 
     format: Literal["sinkexport budgets"] = FORMAT
     schema_version: Literal[1] = FILE_SCHEMA_VERSION
@@ -49,40 +52,10 @@ class BudgetFile(_Spec):
     found: str = ""
     windows: tuple[tuple[Window, ...], ...]
 
-    @pydantic.model_validator(mode="after")
-    def _check_shape(self) -> BudgetFile:
-        wanted = (self.model.num_layers, {self.model.num_kv_heads})
-        if (len(self.windows), {len(layer) for layer in self.windows}) != wanted:
-            raise ValueError(f"windows must have {self.model.num_layers} layers of {self.model.num_kv_heads} key heads")
-        return self
-
     @property
     def longest(self) -> int:
         """W of the bundle."""
         return max(max(layer) for layer in self.windows)
-
-    @property
-    def sha256(self) -> str:
-        """Of the content, however it is laid out (hex)."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-    def to_json(self) -> str:
-        """One line for each layer."""
-        head = json.dumps(self.model_dump(exclude={"windows"}), indent=1).removesuffix("\n}")
-        layers = ",\n  ".join(json.dumps(layer) for layer in self.windows)
-        return f'{head},\n "windows": [\n  {layers}\n ]\n}}\n'
-
-    def check_model(self, architecture: str, num_layers: int, num_kv_heads: int) -> None:
-        """Raises: UsageError if the budgets are of a model of another shape."""
-        of = self.model
-        for what, ours, theirs in (
-            ("architecture", of.architecture, architecture),
-            ("layers", of.num_layers, num_layers),
-            ("key heads", of.num_kv_heads, num_kv_heads),
-        ):
-            if ours != theirs:
-                raise UsageError(problem("--budgets", received=f"a file for '{of.name}', {what} {ours}",
-                                         expected=f"{what} {theirs}", fix="analyze this model"))  # fmt: skip
 
 
 def head_groups(layer: int, windows: Sequence[int]) -> tuple[HeadWindow, ...]:
@@ -150,25 +123,3 @@ def budgets_of(manifest: Manifest) -> BudgetFile | None:
     model = BudgetedModel(name=facts.name, architecture=facts.architecture, num_layers=facts.num_layers,
                           num_kv_heads=facts.num_kv_heads)  # fmt: skip
     return BudgetFile(model=model, windows=windows)
-
-
-def load_budgets(path: Path) -> BudgetFile:
-    """Read and check a file.
-
-    Raises: UsageError if it cannot be read or is no such file, naming the first thing that is wrong.
-    """
-
-    def refused(reason: str) -> UsageError:
-        return UsageError(problem("--budgets", received=f"'{path}' ({reason})", fix="see docs/budgets.md",
-                                  expected="a file of 'sinkexport analyze --budgets'"))  # fmt: skip
-
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise refused(error.strerror or str(error)) from None
-    try:
-        return BudgetFile.model_validate_json(raw)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise refused(f"{where}: {first['msg']}" if where else first["msg"]) from None

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from sinkexport.analyze import TextWindows, analyze
-from sinkexport.budgets import BudgetedModel, BudgetFile, budgets_of, load_budgets
+from sinkexport.budgets import BudgetedModel, BudgetFile, budgets_of
 from sinkexport.chunked_streaming import chunked_streaming
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
@@ -197,7 +197,7 @@ def test_analyze_proposes_long_windows_for_heads_that_change_most(tmp_path: Path
     result = CliRunner().invoke(cli, [*arguments, "--budget-share", "0.75", "--json", str(tmp_path / "all.json")])
     assert result.exit_code == 0, result.output
     assert "2 of 4 key heads keep 80 tokens" in result.output
-    found = load_budgets(tmp_path / "b.json")
+    found = BudgetFile.load(tmp_path / "b.json")
     change = np.array(json.loads((tmp_path / "all.json").read_text())["change"])
     by_head = np.square(change[:, :, 0]).reshape(2, 2, 3).mean(axis=2)  # [L, Hkv]
     farthest = np.sort(by_head, axis=None)[2:]

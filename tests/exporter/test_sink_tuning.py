@@ -15,7 +15,7 @@ from sinkexport.cli import cli
 from sinkexport.commands.inspect import command as inspect
 from sinkexport.config import ExportConfig
 from sinkexport.pipeline import export_loaded
-from sinkexport.sink_tuning import SinkTuningFile, TunedModel, load_sink_tuning
+from sinkexport.sink_tuning import SinkTuningFile, TunedModel
 from sinkexport.sources import LoadedModel
 from sinkexport.tune import Example, read_examples, score, tune
 from sinkexport.tuned_attention import first_token_scaled
@@ -68,7 +68,7 @@ def test_factors_of_1_change_no_byte(tmp_path: Path) -> None:
 def test_file_is_written_as_it_is_read(tmp_path: Path) -> None:
     file = tmp_path / "tuning.json"
     file.write_text(tuning("llama").to_json(), encoding="utf-8")
-    assert load_sink_tuning(file) == tuning("llama")
+    assert SinkTuningFile.load(file) == tuning("llama")
     assert sum(line.startswith("  [") for line in file.read_text().splitlines()) == LAYERS  # one line a layer
 
 
@@ -136,7 +136,7 @@ def test_tune_finds_the_layer_that_was_planted(layer: int, factor: float, tmp_pa
         result = CliRunner().invoke(cli, [*arguments, str(tmp_path / file)])
         assert result.exit_code == 0, result.output
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()  # deterministic
-    found = load_sink_tuning(tmp_path / "a.json")
+    found = SinkTuningFile.load(tmp_path / "a.json")
     assert set(found.first_token_scale[layer]) == {0.2 if factor < 1 else 3.0}
     assert set(found.first_token_scale[1 - layer]) == {1.0}
     before, after = (float(x) for x in found.found.rpartition("held out: ")[2].split(" -> "))

@@ -100,17 +100,17 @@ def _loaded(recipe: str | None) -> Recipe | None:
 def _budgets(file: Path | None) -> BudgetFile | None:
     if file is None:
         return None
-    from sinkexport.budgets import load_budgets
+    from sinkexport.budgets import BudgetFile
 
-    return load_budgets(file)
+    return BudgetFile.load(file)
 
 
 def _sink_tuning(file: Path | None) -> SinkTuningFile | None:
     if file is None:
         return None
-    from sinkexport.sink_tuning import load_sink_tuning
+    from sinkexport.sink_tuning import SinkTuningFile
 
-    return load_sink_tuning(file)
+    return SinkTuningFile.load(file)
 
 
 def _ranges(file: Path | None) -> Ranges | None:
