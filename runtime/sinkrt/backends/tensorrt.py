@@ -35,8 +35,10 @@ class TensorrtBackend:
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
         facts = (manifest.engines or {}).get("decode")
         if facts is None:
-            raise BackendError(problem("decode engine", received="none", expected="one in the bundle",
-                                       fix="run 'sinkexport build' on this machine"))  # fmt: skip
+            first = "" if manifest.target == "tensorrt" else "export with --target tensorrt, then "
+            raise BackendError(problem("backend 'tensorrt'", received="a bundle without a decode engine",
+                                       expected="one with engines",
+                                       fix=f"{first}run 'sinkexport build' on this machine"))  # fmt: skip
         trt = import_package(facts.flavour)
         self._cuda = Cuda()
         self._logger = make_logger(trt)  # TensorRT keeps a raw pointer to it
