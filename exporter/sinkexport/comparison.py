@@ -47,9 +47,9 @@ changes about 0.5 and cannot be told from that; predictions of something else ar
 inputs nothing is rounded at run time: prefill then equals the steps bit by bit (INT8 and INT4 weights alike).
 """
 
-ROUNDED_WINDOW_TOLERANCE = 0.05
+ROUNDED_WINDOW_TOLERANCE = 0.15
 """The same where only the window is INT8: a key or value may become the neighbouring integer, but it is rounded once,
-and attention takes a mean over many."""
+and attention takes a mean over many. Measured for SmolLM2-135M: up to 0.053 of the spread; a lost token changes 0.5."""
 
 
 class Stream(Protocol):
