@@ -18,7 +18,7 @@ from sinkrt.ring import Ring
 
 from sinkexport.budgets import BudgetFile
 from sinkexport.config import ExportConfig
-from sinkexport.model.attention import stream_angles
+from sinkexport.model.attention import rotated, stream_angles
 from sinkexport.model.decoder import refuse_arguments
 from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.interface import intercept_attention
@@ -248,11 +248,7 @@ def visible(ring: Ring, position: int, num_tokens: int) -> Entries:
 def _rotated(x: torch.Tensor, cos_sin: CosSin, spec: RotarySpec, factor: float = 1.0) -> torch.Tensor:
     """x [B, H, T, D] turned by cos, sin [1, T, R/2]; the dimensions that turn are multiplied by `factor`."""
     cos, sin = ((c * factor).to(x.dtype).expand(x.shape[0], -1, -1) for c in cos_sin)  # [B, T, R/2]
-    partial = spec.rotary_dim if spec.rotary_dim < x.shape[-1] else 0  # 0: all of the head
-    turned: torch.Tensor = torch.onnx.ops.rotary_embedding(
-        x, cos, sin, interleaved=spec.interleaved, rotary_embedding_dim=partial
-    )
-    return turned
+    return rotated(x, cos, sin, interleaved=spec.interleaved)
 
 
 def _products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,12 @@ import codecs
 import os
 import secrets
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sinkrt.errors import UsageError, problem
+
+if TYPE_CHECKING:
+    import pydantic
 
 
 def read_text(path: Path, option: str, max_bytes: int | None = None) -> str:
@@ -27,6 +31,13 @@ def read_text(path: Path, option: str, max_bytes: int | None = None) -> str:
     except UnicodeDecodeError as error:
         reason = f"'{path}' ({error.reason} at byte {error.start})"
         raise UsageError(problem(option, received=reason, expected="UTF-8 text", fix="convert the file")) from None
+
+
+def first_problem(error: pydantic.ValidationError) -> str:
+    """The first thing that is wrong with a JSON file, behind the key where it is."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
 
 
 def check_writable(path: Path, option: str) -> None:

@@ -15,17 +15,13 @@ from typing import Any
 
 import onnx
 import torch
-from onnx_ir.passes import common
 from sinkrt.errors import UsageError, problem
 from sinkrt.frames import GRAPH_FILE, SPEC_FILE, FrameSpec, FrameState
 from sinkrt.ring import phase_frequency
 
 from sinkexport.bundle import staged_bundle, write_graph
-from sinkexport.graph.build import IR_VERSION, _convert, _spec
-from sinkexport.graph.passes.constants import complete_shapes, fold_small_constants
-from sinkexport.graph.passes.expand_operators import expand_operators
-from sinkexport.graph.passes.static_reshape import make_reshapes_static
-from sinkexport.model.attention import stream_angles
+from sinkexport.graph.build import convert, expand, finish, prepare, tensor_spec
+from sinkexport.model.attention import rotated, stream_angles
 from sinkexport.model.block_attention import block_attention
 
 
@@ -112,11 +108,7 @@ class FrameCache:
         if self._turn is None:
             return x
         cos, sin = (angles.to(x.dtype).expand(-1, x.shape[2], -1) for angles in self._turn)
-        partial = 2 * cos.shape[-1] if 2 * cos.shape[-1] < x.shape[-1] else 0  # 0: all of the head
-        rotated: torch.Tensor = torch.onnx.ops.rotary_embedding(
-            x, cos, sin, interleaved=self._interleaved, rotary_embedding_dim=partial
-        )
-        return rotated
+        return rotated(x, cos, sin, interleaved=self._interleaved)
 
 
 def export_frames(
@@ -139,16 +131,9 @@ def export_frames(
     zeros = torch.zeros(geometry.batch, dtype=torch.int64)
     with torch.no_grad():
         program = torch.export.export(model, (zeros, zeros.clone(), list(states)), dict(inputs), strict=False)
-    graph_model = _convert(program)
-    fold_small_constants(graph_model)
-    complete_shapes(graph_model)
-    make_reshapes_static(graph_model)
-    expand_operators(graph_model)
-    make_reshapes_static(graph_model)
-    common.RemoveUnusedNodesPass()(graph_model)
-    common.RemoveUnusedOpsetsPass()(graph_model)
-    common.ClearMetadataAndDocStringPass()(graph_model)
-    graph_model.ir_version = IR_VERSION
+    graph_model = convert(program)
+    prepare(graph_model)
+    expand(graph_model)
     graph = graph_model.graph
     position, oldest, *rest = graph.inputs
     befores, others = rest[: len(states)], rest[len(states) :]
@@ -162,15 +147,13 @@ def export_frames(
         value.name = name
     for i, (before, after) in enumerate(zip(befores, afters, strict=True)):
         before.name, after.name = f"state.{i}", f"state.{i}.next"
-    common.NameFixPass()(graph_model)
-    common.TopologicalSortPass()(graph_model)
-    graph_model.producer_name, graph.name = "sinkexport", "frames"
+    finish(graph_model, "frames")
     spec = FrameSpec(
         **dataclasses.asdict(geometry),
-        inputs=tuple(_spec(value) for value in others),
-        output=_spec(output),
+        inputs=tuple(tensor_spec(value) for value in others),
+        output=tensor_spec(output),
         states=tuple(
-            FrameState(_spec(before), str(after.name)) for before, after in zip(befores, afters, strict=True)
+            FrameState(tensor_spec(before), str(after.name)) for before, after in zip(befores, afters, strict=True)
         ),
     )
     with staged_bundle(Path(out), overwrite=overwrite) as stage:

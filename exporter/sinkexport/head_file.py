@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import json
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import Any, ClassVar, Self
 
 import pydantic
 from sinkrt.errors import UsageError, problem
+
+from sinkexport.files import first_problem
 
 
 class Spec(pydantic.BaseModel):
@@ -26,9 +29,9 @@ class ModelOfFile(Spec):
     num_layers: int = pydantic.Field(ge=1)
 
     @property
+    @abc.abstractmethod
     def num_heads(self) -> int:
         """Of the kind that the file has a number for."""
-        raise NotImplementedError
 
 
 class HeadFile(Spec):
@@ -102,6 +105,4 @@ class HeadFile(Spec):
         try:
             return cls.model_validate_json(raw)
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise refused(f"{where}: {first['msg']}" if where else first["msg"]) from None
+            raise refused(first_problem(error)) from None

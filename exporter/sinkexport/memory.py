@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sinkrt.contract import Manifest
+from sinkrt.contract import DTYPE_BYTES, Manifest
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.config import ExportConfig
+from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 
-ELEMENT_BYTES = {"fp32": 4, "fp16": 2}
 SCALE_BYTES = 4
 """Of a quantised matrix, for each output, and of a quantised table, for each row."""
 
@@ -142,9 +141,10 @@ class ModelShape:
 
     def weight_bytes(self, dtype: str, weights: str) -> int:
         """weights: ``float``, or ``int8`` as the recipe int8-channel has them."""
-        kept = self.others * ELEMENT_BYTES[dtype]
+        element_bytes = DTYPE_BYTES[WEIGHT_DTYPES[dtype]]
+        kept = self.others * element_bytes
         if weights == "float":
-            return kept + sum(n * k for n, k in self.matrices) * ELEMENT_BYTES[dtype]
+            return kept + sum(n * k for n, k in self.matrices) * element_bytes
         return kept + sum(n * k + n * SCALE_BYTES for n, k in self.matrices)
 
     def budget(
@@ -155,7 +155,7 @@ class ModelShape:
         config = ExportConfig(num_sinks, window, batch, chunk_size=1)
         rings = [config.ring(own_window) for own_window in self.own_windows]
         kept_sinks, kept_window = sum(r.num_sink_tokens for r in rings), sum(r.window_size for r in rings)
-        float_bytes = ELEMENT_BYTES[dtype]
+        float_bytes = DTYPE_BYTES[WEIGHT_DTYPES[dtype]]
         per_token = self.head_dim + INT8_WINDOW_SCALE_BYTES if kv == "int8" else self.head_dim * float_bytes
         # Logits, float32, of every stream; and of a chunk, or of a step of all streams, the wider of two: hidden values
         # with the MLP's, or attention's logits and weights.

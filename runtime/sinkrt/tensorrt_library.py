@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sinkrt.contract import PLUGIN_ABI
+from sinkrt.engines import PLUGIN_FILE
 from sinkrt.errors import UsageError, problem
 
-PLUGIN_LIBRARY = "libsinkexport_plugin.so"
+PLUGIN_LIBRARY = PurePosixPath(PLUGIN_FILE).name
 
 
 def flavour(trt: Any) -> str:

@@ -19,7 +19,7 @@ from onnx_ir.passes import common
 from sinkexport.chunked_streaming import chunked_streaming
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
-from sinkexport.graph.build import IR_VERSION, _convert
+from sinkexport.graph.build import IR_VERSION, convert
 from sinkexport.graph.passes.constants import fold_small_constants
 from sinkexport.graph.passes.expand_operators import expand_operators
 from sinkexport.model.attention import sink_attention, stream_angles
@@ -127,7 +127,7 @@ def onnx_form(case: Case, num_tokens: int, dtype: np.dtype | type = np.float32) 
     valid = [] if num_tokens == 1 else [torch.ones(case.batch, dtype=torch.int64)]
     states = [torch.from_numpy(state) for state in case.states(dtype)]
     arguments = (*tokens, torch.zeros(case.batch, dtype=torch.int64), states, *valid)
-    model = _convert(torch.export.export(Operator(case), arguments, strict=False))
+    model = convert(torch.export.export(Operator(case), arguments, strict=False))
     fold_small_constants(model)
     expand_operators(model)
     common.NameFixPass()(model)

@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx_ir.passes import common
-from sinkexport.graph.build import IR_VERSION, OPSET, _convert
+from sinkexport.graph.build import IR_VERSION, OPSET, convert
 from sinkexport.graph.passes.constants import fold_small_constants
 from sinkexport.graph.passes.expand_operators import expand_operators
 from sinkexport.model.attention import sink_attention, stream_angles
@@ -177,7 +177,7 @@ def _onnx_form(operator: Operator, case: tuple, num_tokens: int, target: str):
     tokens = [torch.from_numpy(x) for x in _random_tokens(np.random.default_rng(0), case, num_tokens)]
     num_valid = [] if num_tokens == 1 else [torch.ones(batch, dtype=torch.int64)]
     arguments = (*tokens, torch.zeros(batch, dtype=torch.int64), states, *num_valid)
-    model = _convert(torch.export.export(operator, arguments, strict=False))
+    model = convert(torch.export.export(operator, arguments, strict=False))
     fold_small_constants(model)
     expand_operators(model, target)
     common.NameFixPass()(model)

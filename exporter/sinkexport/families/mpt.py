@@ -1,12 +1,13 @@
-"""MPT: ALiBi with slopes of its own, and queries, keys and values that may be clipped."""
+"""MPT: ALiBi, and queries, keys and values that may be clipped."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from sinkexport.families.alibi import slopes
 
 
 def attention(
@@ -25,14 +26,3 @@ def attention(
     q, k, v = (x.reshape(shape).transpose(1, 2) for x in qkv.chunk(3, dim=2))  # [B, H, T, D]
     out, _weights = attend(module, q, k, v, None, scaling=module.softmax_scale, alibi_slopes=slopes(module.n_heads))
     return module.out_proj(out.flatten(2)), None
-
-
-def slopes(num_heads: int, bias_max: float = 8.0) -> torch.Tensor:
-    """float32 [num_heads]: 2^(-bias_max * i / n), i = 1 .. n, for n heads, a power of two.
-
-    For other numbers those of the next higher power of two, every second one first. transformers passes no other
-    bias_max, whatever the configuration says.
-    """
-    n = 2 ** math.ceil(math.log2(num_heads))
-    values = torch.tensor([2.0 ** (-bias_max * i / n) for i in range(1, n + 1)])
-    return values if n == num_heads else torch.cat((values[1::2], values[::2]))[:num_heads]

@@ -70,11 +70,9 @@ def build_graph(
 
     Raises: UsageError naming the torch operators that have no ONNX form, or a weight that cannot be quantised.
     """
-    model = _convert(program)
+    model = convert(program)
     fold_weight_transposes(model)  # first: folded as constants, weights would be copied and lose their names
-    fold_small_constants(model)
-    complete_shapes(model)
-    make_reshapes_static(model)
+    prepare(model)
     if not plugins:
         fuse_rms_norms(model)
     if plan is None:
@@ -89,21 +87,18 @@ def build_graph(
         make_reshapes_static(model)
         lower_to_opset_17(model)
     else:
-        model.ir_version = IR_VERSION
-        expand_operators(model, target)
-        make_reshapes_static(model)
-    common.RemoveUnusedNodesPass()(model)
-    common.RemoveUnusedOpsetsPass()(model)
-    common.ClearMetadataAndDocStringPass()(model)
+        expand(model, target)
     inputs, states = _name_tensors(model.graph, state_names)
-    common.NameFixPass()(model)
-    common.TopologicalSortPass()(model)
-    model.producer_name, model.graph.name = "sinkexport", role
-    outputs = tuple(_spec(value) for value in model.graph.outputs[:1])
+    finish(model, role)
+    outputs = tuple(tensor_spec(value) for value in model.graph.outputs[:1])
     return BuiltGraph(model, inputs, outputs, states)
 
 
-def _convert(program: torch.export.ExportedProgram) -> ir.Model:
+def convert(program: torch.export.ExportedProgram) -> ir.Model:
+    """The trace in ONNX's operators and this project's own.
+
+    Raises: UsageError naming the torch operators that have no ONNX form.
+    """
     with _quiet():
         try:
             converted = torch.onnx.export(
@@ -121,6 +116,30 @@ def _convert(program: torch.export.ExportedProgram) -> ir.Model:
     return converted.model
 
 
+def prepare(model: ir.Model) -> None:
+    """Shapes are known and small constants computed, which all other passes rely on."""
+    fold_small_constants(model)
+    complete_shapes(model)
+    make_reshapes_static(model)
+
+
+def expand(model: ir.Model, target: str = "onnx") -> None:
+    """Put standard operators in the place of this project's own."""
+    model.ir_version = IR_VERSION
+    expand_operators(model, target)
+    make_reshapes_static(model)
+
+
+def finish(model: ir.Model, name: str) -> None:
+    """Drop what nothing uses, and name the graph. Inputs and outputs have their names."""
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)
+    common.NameFixPass()(model)
+    common.TopologicalSortPass()(model)
+    model.producer_name, model.graph.name = "sinkexport", name
+
+
 def _name_tensors(
     graph: ir.Graph, state_names: Sequence[tuple[int, str, str]]
 ) -> tuple[tuple[TensorSpec, ...], tuple[StateSpec, ...]]:
@@ -135,12 +154,13 @@ def _name_tensors(
     specs = []
     for (layer, kind, name), before, after in zip(state_names, states, next_states, strict=True):
         before.name, after.name = name, f"{name}.next"
-        spec = _spec(before)
+        spec = tensor_spec(before)
         specs.append(StateSpec(layer, kind, spec.name, after.name, spec.shape, spec.dtype))
-    return tuple(_spec(value) for value in (ids, position, *num_valid)), tuple(specs)
+    return tuple(tensor_spec(value) for value in (ids, position, *num_valid)), tuple(specs)
 
 
-def _spec(value: ir.Value) -> TensorSpec:
+def tensor_spec(value: ir.Value) -> TensorSpec:
+    """Name, shape and type of a value, as manifests have them."""
     if value.dtype is None:
         raise ValueError(f"'{value.name}' has no type")
     return TensorSpec(str(value.name), known_shape(value), str(value.dtype.numpy()))

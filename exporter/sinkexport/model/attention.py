@@ -44,6 +44,16 @@ def _(
     return torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.float32)
 
 
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
+    """x [B, H, T, D], its leading R dimensions turned by the angles of cos, sin [B, T, R/2]."""
+    rotary_dim = 2 * cos.shape[-1]
+    partial = rotary_dim if rotary_dim < x.shape[-1] else 0  # 0: all of the head
+    turned: torch.Tensor = torch.onnx.ops.rotary_embedding(
+        x, cos, sin, interleaved=interleaved, rotary_embedding_dim=partial
+    )
+    return turned
+
+
 SevenTensors = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]
@@ -100,9 +110,7 @@ def sink_attention(
     )
     q_sink = q
     if shift_cos is not None and shift_sin is not None:
-        q_sink = torch.onnx.ops.rotary_embedding(
-            q, shift_cos, -shift_sin, interleaved=interleaved, rotary_embedding_dim=2 * shift_cos.shape[-1]
-        )
+        q_sink = rotated(q, shift_cos, -shift_sin, interleaved=interleaved)
     outputs = []
     for i in range(q.shape[2]):
         this, this_for_sinks, this_k, this_v = (x[:, :, i : i + 1] for x in (q, q_sink, k, v))

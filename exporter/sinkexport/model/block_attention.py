@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from sinkexport.model.attention import rotated
+
 FiveTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -56,9 +58,7 @@ def block_attention(
     ]
     q_sink = q
     if shift_cos is not None and shift_sin is not None:
-        q_sink = torch.onnx.ops.rotary_embedding(
-            q, shift_cos, -shift_sin, interleaved=interleaved, rotary_embedding_dim=_partial(q, shift_cos)
-        )
+        q_sink = rotated(q, shift_cos, -shift_sin, interleaved=interleaved)
 
     def heads(x: torch.Tensor) -> torch.Tensor:
         return x.repeat_interleave(group, dim=1)  # [B, Hq, ., D]
@@ -77,23 +77,13 @@ def block_attention(
 def _(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    _v: torch.Tensor,
     sink_k: torch.Tensor | None,
     sink_v: torch.Tensor | None,
     window_k: torch.Tensor,
     window_v: torch.Tensor,
-    position: torch.Tensor,
-    shift_cos: torch.Tensor | None,
-    shift_sin: torch.Tensor | None,
-    oldest: torch.Tensor,
-    scale: float,
-    interleaved: bool,
+    *_others: object,
 ) -> FiveTensors:
     absent = k.new_empty(*k.shape[:2], 0, k.shape[3])
     sinks = [absent.clone() if state is None else torch.empty_like(state) for state in (sink_k, sink_v)]
     return torch.empty_like(q), sinks[0], sinks[1], torch.empty_like(window_k), torch.empty_like(window_v)
-
-
-def _partial(q: torch.Tensor, cos: torch.Tensor) -> int:
-    """What ONNX calls the rotary dimension: 0 for all of the head."""
-    return 2 * cos.shape[-1] if 2 * cos.shape[-1] < q.shape[-1] else 0

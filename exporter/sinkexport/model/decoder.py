@@ -17,7 +17,7 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
-from sinkexport.model.attention import sink_attention, stream_angles
+from sinkexport.model.attention import rotated, sink_attention, stream_angles
 from sinkexport.model.experts import static_experts
 from sinkexport.model.fold_rotation import fold_rotation
 from sinkexport.model.head_caches import HeadCache, head_caches
@@ -253,10 +253,7 @@ class _Step:
         cos, sin = self._angles_behind(spec.table, 0)
         if scaling != 1.0:
             cos, sin = cos * scaling, sin * scaling
-        partial = spec.rotary_dim if spec.rotary_dim < x.shape[-1] else 0  # 0: all of the head
-        return torch.onnx.ops.rotary_embedding(
-            x, cos.to(x.dtype), sin.to(x.dtype), interleaved=spec.interleaved, rotary_embedding_dim=partial
-        )
+        return rotated(x, cos.to(x.dtype), sin.to(x.dtype), interleaved=spec.interleaved)
 
 
 @contextlib.contextmanager

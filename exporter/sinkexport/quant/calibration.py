@@ -21,6 +21,7 @@ import pydantic
 from sinkrt.contract import hash_file
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.files import first_problem
 from sinkexport.graph.passes.quantized_weight import Rounded, WeightScheme
 from sinkexport.quant.ranges import InputRange
 from sinkexport.quant.recipe import Calibration, Recipe, Smooth, Weights
@@ -251,9 +252,7 @@ def load_calibration(path: Path) -> CalibrationFile:
     try:
         return CalibrationFile.model_validate_json(raw)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise refused(f"{where}: {first['msg']}") from None
+        raise refused(first_problem(error)) from None
 
 
 def rounded(value: float | np.floating[Any]) -> float:

@@ -1,6 +1,6 @@
 #include "engines.h"
 
-#include <sys/stat.h>
+#include "files.h"
 
 namespace sinkrt {
 namespace {
@@ -37,12 +37,10 @@ std::string checkEngine(const std::string& bundle, const Manifest& manifest, con
   if (facts.plugin_abi) require("plugin ABI", host.plugin_abi.value_or("no plugin"), *facts.plugin_abi);
   if (facts.compute_capability) require("compute capability", host.compute_capability, *facts.compute_capability);
 
-  const std::string path = bundle + "/" + facts.file, expected = std::to_string(facts.bytes) + " bytes";
-  struct stat status {};
-  if (stat(path.c_str(), &status) != 0) refuse("'" + facts.file + "'", "no such file", expected);
-  if (status.st_size != facts.bytes) {
-    refuse("'" + facts.file + "'", std::to_string(status.st_size) + " bytes", expected);
-  }
+  const std::string path = joined(bundle, facts.file), expected = std::to_string(facts.bytes) + " bytes";
+  const int64_t size = fileSize(path);
+  if (size < 0) refuse("'" + facts.file + "'", "no such file", expected);
+  if (size != facts.bytes) refuse("'" + facts.file + "'", std::to_string(size) + " bytes", expected);
   if (hashes && hashFile(path).sha256 != facts.sha256) refuse("'" + facts.file + "'", "other content", "what was built");
   return path;
 }

@@ -17,7 +17,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
-#include <iterator>
 #include <map>
 #include <memory>
 #include <optional>
@@ -28,6 +27,8 @@
 #include <vector>
 
 #include "backends/tensorrt_library.h"
+#include "engines.h"
+#include "files.h"
 #include "sinkrt/manifest.h"
 
 using namespace nvinfer1;
@@ -38,7 +39,6 @@ using sinkrt::problem;
 namespace {
 
 constexpr const char* kFolder = "engines";
-constexpr const char* kPluginFile = "engines/libsinkexport_plugin.so";
 
 struct Options {
   std::string bundle;
@@ -89,8 +89,9 @@ void writeWhole(const std::string& path, const void* data, size_t size) {
 }
 
 std::string contentOf(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
+  std::string content;
+  if (sinkrt::readFile(path, content)) return content;
+  throw Error(Code::kUsage, problem("'" + path + "'", content, "a readable file", "check the path and its permissions"));
 }
 
 #if defined(SINKRT_TENSORRT_8)
@@ -306,7 +307,7 @@ void run(const Options& options) {
   }
   sinkrt::checkFiles(options.bundle, manifest, false);
   sinkrt::TensorrtLibrary& library = sinkrt::TensorrtLibrary::get();
-  const std::string folder = options.bundle + "/" + kFolder, plugin = options.bundle + "/" + kPluginFile;
+  const std::string folder = options.bundle + "/" + kFolder, plugin = options.bundle + "/" + sinkrt::kPluginFile;
   if (mkdir(folder.c_str(), 0755) != 0 && access(folder.c_str(), W_OK) != 0) {
     throw unusable("bundle", "'" + options.bundle + "', which cannot be written", "a writable folder");
   }

@@ -234,7 +234,7 @@ class TensorrtBackend final : public Backend {
       : Backend(manifest), device_(options.device), library_(prepared()), wide_(!manifest.plugin_abi) {
     EngineHost host{TensorrtLibrary::flavour(), library_.version(), {}, cuda::computeCapability(device_)};
     if (manifest.plugin_abi) {
-      host.plugin_abi = library_.loadPlugin(options.plugin_library, bundle + "/engines/libsinkexport_plugin.so");
+      host.plugin_abi = library_.loadPlugin(options.plugin_library, bundle + "/" + kPluginFile);
     }
     stream_ = std::make_unique<cuda::Stream>();
     runtime_.reset(library_.createRuntime());
