@@ -4,7 +4,8 @@
     python benchmarks/gpu/cases.py check FOLDER --tools DIR --plugin FILE [-- options of sinkrt_build]
 
 A case is a Llama with random weights: B streams, a prompt in chunks, steps over two wraps of the window. Expected
-logits come from ONNX Runtime's CPU in float32: a bundle of the same weights, recipe and window type without plugin.
+logits come from ONNX Runtime's CPU in float32: a bundle of the same weights, recipe and window type without plugin,
+whose products do not round their inputs.
 `check` builds engines, decodes with the C++ runtime and prints a line of JSON with the errors, relative to the norm of
 the expected logits.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from reference import float_products
 
 S, W, CHUNK, PROMPT, STEPS = 4, 60, 16, 100, 150
 VOCAB = 1024
@@ -78,7 +80,7 @@ def make(root: Path) -> None:
                       ExportConfig(**geometry, target="tensorrt", dtype="fp16"), overwrite=True)  # fmt: skip
         tokens = np.random.default_rng(index).integers(0, VOCAB, (PROMPT + STEPS, case["batch"]), np.int32)
         tokens.tofile(folder / "tokens.bin")
-        with Session.load(folder / "expected") as session:
+        with float_products(folder / "expected") as exact, Session.load(exact) as session:
             if case["separate"]:  # decode only, from the first token
                 rows = [session.step(row).copy() for row in tokens]
             else:

@@ -4,23 +4,54 @@
 
 OUT.npz: prompt int32 [P]; tokens int32 [N], greedy; top_ids int32 and top_logits float32 [N, 64], the largest logits
 that each token was picked from; spread float32 [N], standard deviation of all of them.
+
+Products with rounded weights are of float32: ONNX Runtime's INT8 arithmetic would round their inputs too, by some
+percent of the logits, which a GPU does not.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
+from sinkexport.bundle import hash_bundle
 from sinkrt import Session
+from sinkrt.contract import MANIFEST_NAME, load_manifest
 
 NUM_TOP = 64
+FLOAT32_ARITHMETIC = 1
+"""MatMulNBits' accuracy_level."""
 PROMPT = "Once upon a time, in a village at the edge of a great forest,"
+
+
+@contextlib.contextmanager
+def float_products(bundle: Path) -> Iterator[Path]:
+    """A bundle of target ``onnx`` with the same weights, whose products do not round their inputs."""
+    with tempfile.TemporaryDirectory(dir=bundle.parent) as name:
+        folder = Path(name) / bundle.name
+        shutil.copytree(bundle, folder)
+        for path in folder.glob("*.onnx"):
+            model = onnx.load(path, load_external_data=False)
+            for node in model.graph.node:
+                for attribute in node.attribute:
+                    if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                        attribute.i = FLOAT32_ARITHMETIC
+            onnx.save(model, path)
+        changed = dataclasses.replace(load_manifest(folder), files=hash_bundle(folder))
+        (folder / MANIFEST_NAME).write_text(changed.to_json(), encoding="utf-8")
+        yield folder
 
 
 def reference(bundle: Path, prompt: str, num_tokens: int) -> dict[str, np.ndarray]:
     """Greedy decoding, end of text ignored."""
-    with Session.load(bundle) as session:
+    with float_products(bundle) as exact, Session.load(exact) as session:
         ids = session.tokenizer.encode(prompt)
         logits = session.prefill(ids)[0]
         tokens, top_ids, top_logits, spread = [], [], [], []

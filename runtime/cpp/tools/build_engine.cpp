@@ -1,10 +1,12 @@
 // sinkrt_build: engines of a bundle's graphs, and what its manifest says of them; what 'sinkexport build' does, where
 // there is no Python or none of TensorRT's.
 //
-//   sinkrt_build BUNDLE [--plugin FILE] [--workspace MIB] [--tactic-sources BITS]
+//   sinkrt_build BUNDLE [--plugin FILE] [--workspace MIB] [--tactic-sources BITS] [--timing-cache FILE] [--verbose]
 //
-// --tactic-sources: nvinfer1::TacticSource bits; 0 builds without cuBLAS and cuDNN (TensorRT 8). TensorRT is found as
-// libsinkrt finds it; the parser likewise, or at $SINKRT_ONNX_PARSER. Exit codes: 0; 2 after one line of what is wrong.
+// --tactic-sources: nvinfer1::TacticSource bits; 0 builds without cuBLAS and cuDNN (TensorRT 8). --timing-cache: what
+// was measured is kept there, and not measured again. --verbose: all that TensorRT says, on stderr, with the time.
+// TensorRT is found as libsinkrt finds it; the parser likewise, or at $SINKRT_ONNX_PARSER. Exit codes: 0; 2 after one
+// line of what is wrong.
 #include <NvInfer.h>
 #include <NvOnnxParser.h>
 #include <cuda_runtime_api.h>
@@ -45,6 +47,8 @@ struct Options {
   std::string plugin;
   std::optional<size_t> workspace_bytes;
   std::optional<uint32_t> tactic_sources;
+  std::string timing_cache;
+  bool verbose = false;
 };
 
 Error unusable(const std::string& what, const std::string& received, const std::string& expected) {
@@ -59,6 +63,10 @@ Options parsed(int argc, char** argv) {
       options.bundle = word;
       continue;
     }
+    if (word == "--verbose") {
+      options.verbose = true;
+      continue;
+    }
     if (i + 1 >= argc) throw unusable("arguments", "'" + word + "'", "BUNDLE and options with a value each");
     const char* value = argv[++i];
     if (word == "--plugin") {
@@ -67,8 +75,11 @@ Options parsed(int argc, char** argv) {
       options.workspace_bytes = std::strtoull(value, nullptr, 10) << 20;
     } else if (word == "--tactic-sources") {
       options.tactic_sources = static_cast<uint32_t>(std::strtoul(value, nullptr, 10));
+    } else if (word == "--timing-cache") {
+      options.timing_cache = value;
     } else {
-      throw unusable("arguments", "'" + word + "'", "--plugin, --workspace or --tactic-sources");
+      throw unusable("arguments", "'" + word + "'",
+                     "--plugin, --workspace, --tactic-sources, --timing-cache or --verbose");
     }
   }
   if (options.bundle.empty()) throw unusable("arguments", "no bundle", "a bundle's folder");
@@ -228,6 +239,19 @@ class Parser {
   void* (*create_)(void*, void*, int) = nullptr;
 };
 
+// What was measured before, if `path` names a file. TensorRT tells of one that does not fit, and begins anew.
+std::unique_ptr<ITimingCache> timingCache(IBuilderConfig& config, const std::string& path) {
+  if (path.empty()) return nullptr;
+  std::string kept;
+  if (!sinkrt::readFile(path, kept)) kept.clear();
+  std::unique_ptr<ITimingCache> cache(config.createTimingCache(kept.data(), kept.size()));
+  if (cache == nullptr || !config.setTimingCache(*cache, false)) {
+    cache.reset(config.createTimingCache(nullptr, 0));
+    if (cache != nullptr) config.setTimingCache(*cache, false);
+  }
+  return cache;
+}
+
 std::unique_ptr<IHostMemory> build(sinkrt::TensorrtLibrary& library, const Parser& parsers, const std::string& graph,
                                    const Options& options, bool has_plugins) {
   const auto create = reinterpret_cast<void* (*)(void*, int32_t)>(library.symbol("createInferBuilder_INTERNAL"));
@@ -247,6 +271,7 @@ std::unique_ptr<IHostMemory> build(sinkrt::TensorrtLibrary& library, const Parse
   const std::unique_ptr<IBuilderConfig> config(builder->createBuilderConfig());
   if (options.workspace_bytes) config->setMemoryPoolLimit(MemoryPoolType::kWORKSPACE, *options.workspace_bytes);
   if (options.tactic_sources) config->setTacticSources(*options.tactic_sources);
+  const std::unique_ptr<ITimingCache> cache = timingCache(*config, options.timing_cache);
 #if defined(SINKRT_TENSORRT_8)
   holdPrecision(*network, *config, float32Values(graph));
   static_cast<void>(has_plugins);  // they write in place wherever they are given one buffer
@@ -258,6 +283,10 @@ std::unique_ptr<IHostMemory> build(sinkrt::TensorrtLibrary& library, const Parse
     throw Error(Code::kBackend, problem("engine of '" + graph + "'", library.logger().takeErrors(),
                                         "a graph that TensorRT " + library.version() + " can build",
                                         "report it with the graph: exports should build"));
+  }
+  if (cache != nullptr) {
+    const std::unique_ptr<IHostMemory> kept(cache->serialize());
+    if (kept != nullptr) writeWhole(options.timing_cache, kept->data(), kept->size());
   }
   return plan;
 }
@@ -307,6 +336,7 @@ void run(const Options& options) {
   }
   sinkrt::checkFiles(options.bundle, manifest, false);
   sinkrt::TensorrtLibrary& library = sinkrt::TensorrtLibrary::get();
+  if (options.verbose) library.logger().echo();
   const std::string folder = options.bundle + "/" + kFolder, plugin = options.bundle + "/" + sinkrt::kPluginFile;
   if (mkdir(folder.c_str(), 0755) != 0 && access(folder.c_str(), W_OK) != 0) {
     throw unusable("bundle", "'" + options.bundle + "', which cannot be written", "a writable folder");

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <unistd.h>
 
+#include <cstdio>
 #include <cstdlib>
 
 #include "sinkrt/error.h"
@@ -36,14 +37,23 @@ std::string loaderError() {
 }  // namespace
 
 void TensorrtLogger::log(Severity severity, const char* text) noexcept {
-  if (severity > Severity::kERROR) return;
   try {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (echo_since_) {
+      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - *echo_since_;
+      std::fprintf(stderr, "%8.3f %d %s\n", seconds.count(), static_cast<int>(severity), text);
+    }
+    if (severity > Severity::kERROR) return;
     if (errors_.size() > kMaxErrors) return;
     if (!errors_.empty()) errors_ += " / ";
     for (const char* c = text; *c != '\0'; ++c) errors_ += *c == '\n' ? ' ' : *c;
   } catch (...) {  // out of memory: the message is lost, nothing else
   }
+}
+
+void TensorrtLogger::echo() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  echo_since_ = std::chrono::steady_clock::now();
 }
 
 std::string TensorrtLogger::takeErrors() {

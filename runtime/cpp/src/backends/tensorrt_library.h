@@ -4,7 +4,9 @@
 
 #include <NvInferRuntime.h>
 
+#include <chrono>
 #include <mutex>
+#include <optional>
 #include <string>
 
 #if NV_TENSORRT_MAJOR < 10 && !defined(SINKRT_TENSORRT_RTX)
@@ -16,9 +18,11 @@
 
 namespace sinkrt {
 
-// Keeps TensorRT's errors, which are told by whoever meets them, and prints nothing.
+// Keeps TensorRT's errors, which are told by whoever meets them, and prints nothing unless asked to.
 class TensorrtLogger final : public nvinfer1::ILogger {
  public:
+  // Write every message to stderr from now on, behind the seconds since this call.
+  void echo();
   void log(Severity severity, const char* text) noexcept override;
   // What has been said since the last call, on one line; "nothing" if so.
   std::string takeErrors();
@@ -26,6 +30,7 @@ class TensorrtLogger final : public nvinfer1::ILogger {
  private:
   std::mutex mutex_;
   std::string errors_;
+  std::optional<std::chrono::steady_clock::time_point> echo_since_;
 };
 
 class TensorrtLibrary {
