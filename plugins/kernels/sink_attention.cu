@@ -243,12 +243,12 @@ struct Shape {
     return by_blocks < by_tiles ? by_blocks : by_tiles;
   }
 
-  // The splits that take the least time by a rough model, fitted to an H100, in microseconds: all tiles at memory's
+  // The splits that take the least time by a rough model, fitted to an H200, in microseconds: all tiles at memory's
   // speed, as far as multiprocessors have equal shares of them, or, if it is longer, a warp's tiles one after another.
-  int splits(const SinkAttentionParams& p, int num_sms, int blocks_of_sm) const {
+  int splits(const SinkAttentionParams& p, int num_sms, double memory_bytes_of_us, int blocks_of_sm) const {
     const double bytes = (p.int8_window ? 0.5 : 1.0) * p.head_dim / 128;  // of a tile, in units of 8 KiB
-    const double tile = 0.4 * bytes, tile_in_a_row = 0.4 + 0.8 * bytes;
-    constexpr double kRound = 0.5, kMerge = 1.5, kMergeOfSplit = 0.01;
+    const double tile = bytes * 8192 * num_sms / memory_bytes_of_us, tile_in_a_row = (0.56 + 0.44 * bytes) * kernel.num_rows / 8;
+    constexpr double kRound = 0.5, kMerge = 2.5, kMergeOfSplit = 0.1;
     int best = 1;
     double best_cost = INFINITY;
     for (int n = 1; n <= mostSplits(p, num_sms * blocks_of_sm); ++n) {
@@ -258,7 +258,7 @@ struct Shape {
       const double at_once = tile * tiles * row_blocks / num_sms * places / blocks;
       const double in_a_row = tile_in_a_row * rounds * divUp(divUp(tiles, n), kernel.num_warps);
       const double longer = at_once > in_a_row ? at_once : in_a_row;
-      const double cost = longer + 0.02 * in_a_row + kRound * rounds + (n > 1 ? kMerge + kMergeOfSplit * n : 0.0);
+      const double cost = longer + 0.01 * in_a_row + kRound * rounds + (n > 1 ? kMerge + kMergeOfSplit * n : 0.0);
       if (cost < best_cost) best = n, best_cost = cost;
     }
     return best;
@@ -438,13 +438,15 @@ cudaError_t launchEarly(const void* function, dim3 grid, int num_threads, size_t
 
 template <DType kDType>
 cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t stream) {
-  int device = 0, num_sms = 0, shared_of_sm = 0, major = 0;
+  int device = 0, num_sms = 0, shared_of_sm = 0, major = 0, memory_khz = 0, memory_bits = 0;
   const struct {
     int* value;
     cudaDeviceAttr attribute;
   } wanted[] = {{&num_sms, cudaDevAttrMultiProcessorCount},
                 {&shared_of_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
-                {&major, cudaDevAttrComputeCapabilityMajor}};
+                {&major, cudaDevAttrComputeCapabilityMajor},
+                {&memory_khz, cudaDevAttrMemoryClockRate},
+                {&memory_bits, cudaDevAttrGlobalMemoryBusWidth}};
   cudaError_t error = cudaGetDevice(&device);
   for (const auto& one : wanted) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(one.value, one.attribute, device);
@@ -456,7 +458,10 @@ cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t s
   constexpr int kReservedOfBlock = 1024;
   int blocks_of_sm = shared_of_sm / (kernel.shared_bytes + kReservedOfBlock);
   blocks_of_sm = blocks_of_sm < 1 ? 1 : (blocks_of_sm > kernel.blocks_of_sm ? kernel.blocks_of_sm : blocks_of_sm);
-  const int num_splits = shape.splits(p, num_sms < kMostSms ? num_sms : kMostSms, blocks_of_sm);
+  constexpr double kOfPeak = 0.88, kUsualBytesOfUs = 2.7e6;  // what is reached of the data sheet's; if it is not told
+  const double peak = 2e-3 * memory_khz * memory_bits / 8;   // two transfers a clock
+  const int num_splits = shape.splits(p, num_sms < kMostSms ? num_sms : kMostSms,
+                                      peak > 0 ? kOfPeak * peak : kUsualBytesOfUs, blocks_of_sm);
   Workspace space(p, num_splits, workspace);
   AttendArgs& args = space.args;
   args.tiles_per_split = divUp(shape.tiles, num_splits);

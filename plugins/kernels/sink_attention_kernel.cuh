@@ -4,12 +4,14 @@
 // of the T tokens: row = token * group + head in group. Each warp takes every kWarps-th tile of keys by itself, with its
 // own online softmax; warps meet once, at the end.
 //
-// Both products put up with any order of what they sum over, so the pieces of 16 bytes that a lane = 4 * g + c feeds to
-// mma.m16n8k16 lie side by side in shared memory (no ldmatrix, no conflicts, no barrier but the warp's):
-//   S   = Q K^T    of 8 keys each: key g, dimensions of pieces c
-//   O^T = V^T P^T  of 16 keys each: keys 2c, 2c+1, 8+2c, 9+2c, dimensions of pieces g
-// and what S leaves in a thread, head g by keys 2c, 2c+1, is what O^T wants of P there. Whole rows are read, 128 or more
-// contiguous bytes at once. int8 entries become exact 16-bit numbers in registers; scales go to the logits and to P.
+// Both products put up with any order of what they sum over and of what they give, so a lane = 4 * g + c feeds whole
+// pieces of 16 bytes to mma.m16n8k16 (no ldmatrix, no barrier but the warp's), of rows that lie in shared memory as they
+// do in the cache, an odd number of pieces apart:
+//   S   = Q K^T    of 8 keys each: key g / 2 + 4 * (g % 2), dimensions of pieces c
+//   O^T = V^T P^T  of 16 keys each: keys c, c+4, 8+c, 12+c, dimensions of pieces g / 2 + 4 * (g % 2)
+// In this order the pieces that 8 lanes read at once lie in different banks, and what S leaves in a thread, head g by
+// keys c, c+4, is what O^T wants of P there. int8 entries become exact 16-bit numbers in registers; scales go to the
+// logits and to P.
 #pragma once
 
 #include <type_traits>
@@ -42,23 +44,41 @@ constexpr float kBias = 6.0f;
 
 __host__ __device__ constexpr int divUp(int a, int b) { return (a + b - 1) / b; }
 
-// Keys of a tile: 16, but only 8 of 16-bit rows beside an int8 window, so that all tiles are of one size in bytes.
+// Keys of a tile: 16, but only 8 of 16-bit rows beside an int8 window, so that all tiles are of about one size in bytes.
 __host__ __device__ constexpr int tileKeys(bool window_is_int8, bool tile_is_int8) {
   return window_is_int8 && !tile_is_int8 ? 8 : 16;
+}
+
+// Bytes from one row to the next in shared memory: an odd number of pieces of 16 bytes.
+__host__ __device__ constexpr int rowStride(int head_dim, bool tile_is_int8) {
+  return 16 * (head_dim * (tile_is_int8 ? 1 : 2) / 16 | 1);
+}
+
+// Of 8 keys, or of 8 pieces of a value, the one that is lane group g's.
+__host__ __device__ constexpr int spread(int g) { return g / 2 + 4 * (g % 2); }
+
+// Tiles that a warp has on their way or in use: as many as let three blocks find room on a multiprocessor of 227 KB.
+__host__ __device__ constexpr int stagesOf(int tile_bytes_of_block) {
+  const int number = 70 * 1024 / tile_bytes_of_block;
+  return number < 2 ? 2 : number > 4 ? 4 : number;
 }
 
 template <int kHeadDim, bool kInt8, int kRowTiles>
 struct Config {
   // Pieces of 8 dimensions (16 bytes of 16-bit numbers) of a key that each lane of a quad holds.
   static constexpr int kKeyPieces = kInt8 ? 2 * divUp(kHeadDim, 64) : divUp(kHeadDim, 32);
+  // Whether a lane takes 16 bytes of an int8 value at once; of short ones 8, so that all eight have some.
+  static constexpr bool kWideValues = kInt8 && kHeadDim > 64;
   // Tiles of 16 dimensions of O^T; each lane holds kOutTiles / 4 pieces of a value.
-  static constexpr int kOutTiles = kInt8 ? 8 * divUp(kHeadDim, 128) : 4 * divUp(kHeadDim, 64);
+  static constexpr int kOutTiles = kWideValues ? 8 * divUp(kHeadDim, 128) : 4 * divUp(kHeadDim, 64);
   static constexpr int kRows = 8 * kRowTiles;
   static constexpr int kWarps = kHeadDim > 128 && !kInt8 ? 2 : 4;
   static constexpr int kThreads = 32 * kWarps;
-  // Of any tile: pieces of 2 keys and 4 values a lane, of 16 dimensions where they are int8.
-  static constexpr int kStageBytes = 32 * 16 * (2 * kKeyPieces + kOutTiles) / (kInt8 ? 2 : 1);
-  static constexpr int kStages = !kInt8 && kStageBytes * kWarps * 4 <= 65536 ? 4 : 2;
+  // Of any tile: its keys, then its values.
+  static constexpr int kWindowBytes = 2 * tileKeys(kInt8, kInt8) * rowStride(kHeadDim, kInt8);
+  static constexpr int kOtherBytes = 2 * tileKeys(kInt8, false) * rowStride(kHeadDim, false);
+  static constexpr int kStageBytes = kWindowBytes > kOtherBytes ? kWindowBytes : kOtherBytes;
+  static constexpr int kStages = kInt8 ? 2 : stagesOf(kWarps * kStageBytes);
   // int8 takes more arithmetic a byte, and more warps to hide it: four blocks, as far as registers go.
   static constexpr int kBlocksOfSm = kHeadDim > 128 ? (kRowTiles == 1 ? 3 : 2) : (kInt8 && kRowTiles == 1 ? 4 : 3);
   static constexpr int kScaleWords = 12;  // 16 float16 that may begin in the middle of a word, padded
@@ -70,7 +90,7 @@ struct Config {
   static constexpr int kStagesBytes = kWarps * kStages * kStageBytes;
   static constexpr int kQueryBytes = kRows * kRowStride * 2;
   static constexpr int kNewRowBytes = kHeadDim * 2;
-  static constexpr int kScaleBytes = kWarps * kStages * 2 * 4 * kScaleWords;
+  static constexpr int kScaleBytes = kInt8 ? kWarps * kStages * 2 * 4 * kScaleWords : 0;
   static constexpr int kSumsBytes = kWarps * kRows * 8;
   static constexpr int kSharedBytes = kStagesBytes + 2 * kQueryBytes + 2 * kNewRowBytes + kScaleBytes + kSumsBytes +
                                       4 * turnsFloats(kHeadDim);
@@ -80,7 +100,9 @@ struct Config {
   // Which piece of 8 dimensions is the i-th of lane c of a quad (keys) or of lane g of eight (values). Piece 2i and 2i+1
   // are neighbours in int8 kernels, whose 16 bytes are 16 dimensions.
   static __device__ constexpr int keyPiece(int i, int c) { return kInt8 ? 8 * (i / 2) + 2 * c + i % 2 : 4 * i + c; }
-  static __device__ constexpr int valuePiece(int i, int g) { return kInt8 ? 16 * (i / 2) + 2 * g + i % 2 : 8 * i + g; }
+  static __device__ constexpr int valuePiece(int i, int g) {
+    return kWideValues ? 16 * (i / 2) + 2 * spread(g) + i % 2 : 8 * i + spread(g);
+  }
   // Dimension of row g of an output tile; row 8 + g is the next one.
   static __device__ constexpr int outDim(int tile, int g) { return 8 * valuePiece(tile / 4, g) + 2 * (tile % 4); }
 };
@@ -212,64 +234,45 @@ struct Attend {
   using H = Half<kDType>;
   using T = typename H::T;
 
-  // How a tile lies in a stage: pieces [group of 8 keys][piece of a lane][lane], then [value of a lane][piece][lane].
+  // How a tile lies in a stage: rows of keys, then rows of values.
   template <bool kInt8Tile>
   struct Tile {
     static constexpr int kKeys = tileKeys(kInt8, kInt8Tile);
     static constexpr int kGroups = kKeys / 8;
     static constexpr int kSteps = divUp(kKeys, 16);  // of the second product
-    static constexpr int kPieceDims = kInt8Tile ? 16 : 8;
-    static constexpr int kRowPieces = kHeadDim / kPieceDims;
     static constexpr int kRowBytes = kHeadDim * (kInt8Tile ? 1 : 2);
-    static constexpr int kKeyPieces = kInt8Tile ? C::kKeyPieces / 2 : C::kKeyPieces;     // of a lane
-    static constexpr int kValuePieces = kInt8Tile ? C::kOutTiles / 8 : C::kOutTiles / 4;  // of a lane
+    static constexpr int kRowPieces = kRowBytes / 16;
+    static constexpr int kStride = rowStride(kHeadDim, kInt8Tile) / 16;                   // in pieces, as all else here
+    static constexpr int kKeyPieces = kInt8Tile ? C::kKeyPieces / 2 : C::kKeyPieces;      // of a lane
+    static constexpr bool kShortValues = kInt8Tile && !C::kWideValues;
+    static constexpr int kValuePieces = C::kOutTiles / (kInt8Tile && C::kWideValues ? 8 : 4);  // of a lane
     static constexpr int kValues = kKeys / 4;                                             // rows of a lane
-    static constexpr int kValuesAt = 32 * kGroups * kKeyPieces;
+    static constexpr int kValuesAt = kKeys * kStride;
+    static_assert(2 * 16 * kKeys * kStride <= C::kStageBytes);
 
-    // Where the i-th piece of lane c of a quad, or of lane g of eight, is in a row.
+    // Where the i-th piece of lane c of a quad, or of lane g of eight, is in a row; it may be past the row's end.
     static __device__ constexpr int keyPiece(int i, int c) { return kInt8Tile ? 4 * i + c : C::keyPiece(i, c); }
-    static __device__ constexpr int valuePiece(int i, int g) { return kInt8Tile ? 8 * i + g : C::valuePiece(i, g); }
-    // The other way round: where in a group of keys a piece of key g belongs.
-    static __device__ constexpr int keyPieceAt(int piece, int g) {
-      const bool has_pairs = kInt8 && !kInt8Tile;
-      const int i = has_pairs ? 2 * (piece / 8) + piece % 2 : piece / 4, c = has_pairs ? piece % 8 / 2 : piece % 4;
-      return 32 * i + 4 * g + c;
-    }
-    // Row of the i-th value of lane c.
-    static __device__ constexpr int valueRow(int i, int c) { return 8 * (i / 2) + 2 * c + i % 2; }
+    static __device__ constexpr int valuePiece(int i, int g) { return kInt8Tile ? 8 * i + spread(g) : C::valuePiece(i, g); }
+    static constexpr bool kHasPadding = 4 * kKeyPieces != kRowPieces;
+    // Row of the i-th key or value of lane c.
+    static __device__ constexpr int rowOf(int i, int c) { return 8 * (i / 2) + c + 4 * (i % 2); }
   };
 
-  // Copies one tile into a stage. Pieces past the end of a row become zeros.
+  // Copies one tile into a stage, whole rows by neighbouring lanes. Rows that are not there: whatever was there before
+  // of keys, whose logits are masked; finite numbers of values, whose weights are zero.
   template <bool kInt8Tile>
   static __device__ void load(const Source& source, int row0, uint4* stage, int lane) {
     using L = Tile<kInt8Tile>;
-    constexpr int kPadded = 4 * L::kKeyPieces;  // pieces of a row
-    auto isThere = [&](int row) { return row < source.limit && row != source.own; };
+    constexpr int kPieces = L::kKeys * L::kRowPieces;  // of all keys
 #pragma unroll
-    for (int group = 0; group < L::kGroups; ++group) {
-#pragma unroll
-      for (int i = 0; i < L::kKeyPieces; ++i) {
-        const int index = 32 * i + lane, key = index / kPadded, piece = index % kPadded;  // key of the group
-        const int row = row0 + 8 * group + key;
-        const bool is_read = isThere(row) && (kPadded == L::kRowPieces || piece < L::kRowPieces);
-        copyAsync<16>(stage + 32 * group * L::kKeyPieces + L::keyPieceAt(piece, key),
-                      source.k + static_cast<size_t>(is_read ? row : 0) * L::kRowBytes +
-                          (kPadded == L::kRowPieces || is_read ? 16 * piece : 0),
-                      is_read ? 16 : 0);
-      }
-    }
-    const int g = lane / 4, c = lane % 4;
-#pragma unroll
-    for (int key = 0; key < L::kValues; ++key) {
-      const int row = row0 + L::valueRow(key, c);
-#pragma unroll
-      for (int i = 0; i < L::kValuePieces; ++i) {
-        const int piece = L::valuePiece(i, g);
-        const bool is_read = isThere(row) && piece < L::kRowPieces;
-        copyAsync<16>(stage + L::kValuesAt + 32 * (key * L::kValuePieces + i) + lane,
-                      source.v + static_cast<size_t>(is_read ? row : 0) * L::kRowBytes + (is_read ? 16 * piece : 0),
-                      is_read ? 16 : 0);
-      }
+    for (int first = 0; first < kPieces; first += 32) {
+      const int index = first + lane, key = index / L::kRowPieces, piece = index % L::kRowPieces, row = row0 + key;
+      if (kPieces % 32 != 0 && index >= kPieces) continue;
+      const bool is_read = row < source.limit && row != source.own;
+      const size_t offset = is_read ? static_cast<size_t>(row) * L::kRowBytes + 16 * piece : 0;
+      uint4* const target = stage + key * L::kStride + piece;
+      copyAsync<16>(target, source.k + offset, is_read ? 16 : 0);
+      copyAsync<16>(target + L::kValuesAt, source.v + offset, is_read ? 16 : 0);
     }
   }
 
@@ -277,18 +280,10 @@ struct Attend {
   template <bool kInt8Tile>
   static __device__ void insert(const uint4* k, const uint4* v, int own_key, uint4* stage, int lane) {
     using L = Tile<kInt8Tile>;
+    uint4* const target = stage + own_key * L::kStride;
     for (int piece = lane; piece < L::kRowPieces; piece += 32) {
-      stage[32 * (own_key / 8) * L::kKeyPieces + L::keyPieceAt(piece, own_key % 8)] = k[piece];
-    }
-    const int g = lane / 4, c = lane % 4;
-#pragma unroll
-    for (int key = 0; key < L::kValues; ++key) {
-      if (L::valueRow(key, c) != own_key) continue;
-#pragma unroll
-      for (int i = 0; i < L::kValuePieces; ++i) {
-        const int piece = L::valuePiece(i, g);
-        if (piece < L::kRowPieces) stage[L::kValuesAt + 32 * (key * L::kValuePieces + i) + lane] = v[piece];
-      }
+      target[piece] = k[piece];
+      target[L::kValuesAt + piece] = v[piece];
     }
   }
 
@@ -323,13 +318,14 @@ struct Attend {
       if constexpr (kRowTiles == 2) q1 = *reinterpret_cast<const uint4*>(q + (8 + g) * C::kRowStride + 8 * piece);
 #pragma unroll
       for (int group = 0; group < L::kGroups; ++group) {
-        uint4 k;
+        const uint4* const row = stage + (8 * group + spread(g)) * L::kStride;
+        const int place = L::keyPiece(kInt8Tile ? i / 2 : i, c);
+        uint4 k = make_uint4(0, 0, 0, 0);
+        if (!L::kHasPadding || place < L::kRowPieces) k = row[place];  // int8: read once for both values of i
         if constexpr (kInt8Tile) {
-          const uint2 bytes = reinterpret_cast<const uint2*>(stage + 32 * (group * L::kKeyPieces + i / 2) + lane)[i % 2];
-          H::fromInt8(bytes.x, k.x, k.y);
-          H::fromInt8(bytes.y, k.z, k.w);
-        } else {
-          k = stage[32 * (group * L::kKeyPieces + i) + lane];
+          const uint32_t near = i % 2 ? k.z : k.x, far = i % 2 ? k.w : k.y;
+          H::fromInt8(near, k.x, k.y);
+          H::fromInt8(far, k.z, k.w);
         }
         multiplyAdd<kDType>(products[group], q0.x, q1.x, q0.y, q1.y, k.x, k.y);
         multiplyAdd<kDType>(products[group], q0.z, q1.z, q0.w, q1.w, k.z, k.w);
@@ -342,7 +338,8 @@ struct Attend {
   static __device__ void addValues(const uint32_t (&weights)[kRowTiles][Tile<kInt8Tile>::kGroups], const uint4* stage,
                                    int lane, float (&out)[kRowTiles][C::kOutTiles][4]) {
     using L = Tile<kInt8Tile>;
-    const uint4* values = stage + L::kValuesAt + lane;
+    const int g = lane / 4, c = lane % 4;
+    const uint4* const values = stage + L::kValuesAt;
 #pragma unroll
     for (int step = 0; step < L::kSteps; ++step) {
       auto add = [&](int tile, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
@@ -357,10 +354,15 @@ struct Attend {
         uint4 v[4];
 #pragma unroll
         for (int key = 0; key < 4; ++key) {
-          v[key] = 4 * step + key < L::kValues ? values[32 * ((4 * step + key) * L::kValuePieces + i)] : uint4{};
+          v[key] = make_uint4(0, 0, 0, 0);
+          if (4 * step + key >= L::kValues) continue;
+          const uint4* const row = values + L::rowOf(4 * step + key, c) * L::kStride;
+          // Past a row's end lies what other rows have, for dimensions that are nobody's.
+          if constexpr (!L::kShortValues) v[key] = row[L::valuePiece(i, g)];
+          else reinterpret_cast<uint2&>(v[key]) = reinterpret_cast<const uint2*>(row)[8 * i + spread(g)];
         }
 #pragma unroll
-        for (int word = 0; word < 4; ++word) {
+        for (int word = 0; word < (L::kShortValues ? 2 : 4); ++word) {
           const uint32_t w[4] = {(&v[0].x)[word], (&v[1].x)[word], (&v[2].x)[word], (&v[3].x)[word]};
           if constexpr (kInt8Tile) {
 #pragma unroll
@@ -368,7 +370,7 @@ struct Attend {
               uint32_t a[4];
               H::fromInt8(__byte_perm(w[0], w[1], two ? 0x7362 : 0x5140), a[0], a[1]);
               H::fromInt8(__byte_perm(w[2], w[3], two ? 0x7362 : 0x5140), a[2], a[3]);
-              add(8 * i + 2 * word + two, a[0], a[1], a[2], a[3]);
+              add((L::kShortValues ? 4 : 8) * i + 2 * word + two, a[0], a[1], a[2], a[3]);
             }
           } else {
             add(4 * i + word, __byte_perm(w[0], w[1], 0x5410), __byte_perm(w[0], w[1], 0x7632),
@@ -624,7 +626,7 @@ struct Attend {
       constexpr bool kInt8Tile = decltype(is_int8_tile)::value;
       using L = Tile<kInt8Tile>;
       constexpr int kLogits = 2 * L::kGroups;  // of a row in a thread
-      auto keyOf = [&](int i) { return 8 * (i / 2) + 2 * c + i % 2; };
+      auto keyOf = [&](int i) { return L::rowOf(i, c); };
       int row0;
       const Section section = sectionOf(tile, row0);
       const int limit = sourceOf(section).limit;
