@@ -13,8 +13,12 @@ results.json after each step, and table.md, which is printed at the end. Parts, 
 cases        the plugin's cases (cases.py)
 smollm2      exports with --model, engines, 500 greedy tokens and logits against the references
 soak         100,000 tokens: memory, latency, allocations; tokens a round trip; sampling; faults
-shape8       Llama-2-7B's shapes, 8 of its 32 layers: floor, decode, transformers, recomputation, onnxruntime-gpu
+shape8       Llama-2-7B's shapes, 8 of its 32 layers, with each of --recipes: decode against the floor
+peers8       transformers, recomputation and onnxruntime-gpu for the same
 shape32      all 32 layers
+peers32      transformers and recomputation for them
+
+Parts of one machine's GPUs may run side by side: a process for each, with CUDA_VISIBLE_DEVICES and its own --out.
 """
 
 from __future__ import annotations
@@ -38,7 +42,8 @@ import numpy as np
 from reference import compare
 
 HERE = Path(__file__).parent
-PARTS = ("cases", "smollm2", "soak", "shape8", "shape32")
+PARTS = ("cases", "smollm2", "soak", "shape8", "peers8", "shape32", "peers32")
+SHAPE_RECIPES = {"fp16": None, "int8": "int8-channel"}
 RECIPES = {  # bundles of --model: options of 'sinkexport export'
     "fp16": [],
     "int8": ["--recipe", "int8-channel"],
@@ -293,11 +298,11 @@ def step_bytes(bundle: Path) -> int:
 
 
 def shape(bench: Bench, layers: int, made: dict[str, Future[Path]]) -> None:
-    """Decode against the floor and the others."""
+    """Decode against the floor."""
     copy_gb_per_s = bench.results["bandwidth"]["copy_gb_per_s"]
-    for recipe in (None, "int8-channel"):
+    for recipe in bench.arguments.recipes.split(","):
         for window in WINDOWS:
-            title = f"{layers} layers, {recipe or 'fp16'}, W={window}"
+            title = f"{layers} layers, {recipe}, W={window}"
             with bench.step(title):
                 bundle = made[f"{layers} {recipe}"].result()
                 if window != LARGEST_WINDOW:
@@ -316,6 +321,10 @@ def shape(bench: Bench, layers: int, made: dict[str, Future[Path]]) -> None:
                     })  # fmt: skip
                 for engine in (bundle / "engines").glob("*.engine"):  # the next one needs its room
                     engine.unlink()
+
+
+def peers(bench: Bench, layers: int, made: dict[str, Future[Path]]) -> None:
+    """What others take."""
     python = [sys.executable, HERE / "peers.py"]
     for task in ("recompute", "transformers"):
         with bench.step(f"{layers} layers, {task}"):
@@ -386,6 +395,7 @@ def parsed() -> argparse.Namespace:
         parser.add_argument(f"--{option}", type=Path, required=option in ("tools", "plugin", "work", "out"))
     parser.add_argument("--tactic-sources", type=int, help="for sinkrt_build; 0: without cuBLAS and cuDNN")
     parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--recipes", default=",".join(SHAPE_RECIPES), help="of shape8 and shape32")
     parser.add_argument("--budget", type=float, default=3600, help="seconds for all of it")
     return parser.parse_args()
 
@@ -401,9 +411,12 @@ def main() -> None:
     made: dict[str, Future[Path]] = {}
     for layers in (8, 32):
         if f"shape{layers}" in parts:
-            made |= {f"{layers} {r}": pool.submit(make_shape, bench, layers, r) for r in (None, "int8-channel")}
-            if arguments.onnxruntime_gpu is not None and layers == 8:
-                made[f"{layers} onnx"] = pool.submit(make_shape, bench, layers, None, "onnx")
+            made |= {
+                f"{layers} {name}": pool.submit(make_shape, bench, layers, SHAPE_RECIPES[name])
+                for name in arguments.recipes.split(",")
+            }
+        if f"peers{layers}" in parts and arguments.onnxruntime_gpu is not None and layers == 8:
+            made[f"{layers} onnx"] = pool.submit(make_shape, bench, layers, None, "onnx")
     with bench.step("bandwidth"):
         bench.found("bandwidth", **bench.probe("bandwidth", "bandwidth"))
     work: dict[str, Callable[[], None]] = {
@@ -411,7 +424,9 @@ def main() -> None:
         "smollm2": lambda: smollm2(bench, exports),
         "soak": lambda: soak(bench),
         "shape8": lambda: shape(bench, 8, made),
+        "peers8": lambda: peers(bench, 8, made),
         "shape32": lambda: shape(bench, 32, made),
+        "peers32": lambda: peers(bench, 32, made),
     }
     for part, run in work.items():
         if part in parts:
