@@ -11,12 +11,16 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from sinkexport.build_bundle import build_bundle
 from sinkexport.config import WEIGHT_DTYPES
 from sinkexport.engine import BuildOptions
-from sinkexport.graph.passes.output_gate import find_output_gate
+from sinkexport.engine_process import build_engine_apart
+from sinkexport.graph.builder import Builder
+from sinkexport.graph.edit import known_shape
+from sinkexport.graph.passes.output_gate import absorb, find_output_gate
 from sinkrt import Session
+from sinkrt.errors import BackendError
 
 from tests.exporter.plugin_evaluator import PluginBundle
 from tests.exporter.test_budgets import budgets
@@ -137,39 +141,53 @@ class TestOutputGate:
         function: str = "Sigmoid",
         source: str = "gate",
         swapped: bool = False,
+        joins: bool = True,
     ) -> ir.Node:
-        """The attention of a graph out -> Transpose -> Reshape -> Mul."""
+        """The attention of a graph out -> Transpose -> Reshape, if it joins heads -> Mul."""
         b, h, t, d = self.B, self.H, self.T, self.D
         values = {name: ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
                   for name, shape in {"q": (b, h, t, d), "gate": gate}.items()}  # fmt: skip
         attention = ir.node("SinkAttention", [values["q"]], domain="ai.sinkexport")
         out = attention.outputs[0]
         moved = ir.node("Transpose", [out], {"perm": perm})
-        joined = ir.node("Reshape", [moved.outputs[0]])
-        factor = ir.node(function, [values["gate"] if source == "gate" else joined.outputs[0]])
-        pair = [joined.outputs[0], factor.outputs[0]]
+        joined = ir.node("Reshape", [moved.outputs[0]]) if joins else moved
+        ungated = joined.outputs[0]
+        factor = ir.node(function, [values["gate"] if source == "gate" else ungated])
+        pair = [ungated, factor.outputs[0]]
         product = ir.node("Mul", pair[::-1] if swapped else pair)
-        for node, shape in ((attention, (b, h, t, d)), (moved, tuple((b, h, t, d)[axis] for axis in perm)),
-                            (joined, (b, t, h * d)), (factor, gate), (product, (b, t, h * d))):  # fmt: skip
+        by_token = tuple((b, h, t, d)[axis] for axis in perm)
+        shapes = {attention: (b, h, t, d), moved: by_token, joined: (b, t, h * d) if joins else by_token}
+        shapes |= {factor: gate, product: shapes[joined]}
+        for node, shape in shapes.items():
             node.outputs[0].shape, node.outputs[0].dtype = ir.Shape(shape), ir.DataType.FLOAT
-        nodes = [attention, moved, joined, factor, product]
-        ir.Graph(list(values.values()), product.outputs, nodes=nodes, opset_imports={"": 24})
+        ir.Graph(list(values.values()), product.outputs, nodes=list(shapes), opset_imports={"": 24})
         return attention
 
-    @pytest.mark.parametrize("swapped", [False, True])
-    def test_found(self, swapped: bool) -> None:
-        attention = self.gated(swapped=swapped)
+    @pytest.mark.parametrize(
+        ("changes", "last_axis"),
+        [({}, 4), ({"swapped": True}, 4), ({"joins": False, "gate": (1, 3, 2, 1)}, 1)],
+        ids=str,
+    )
+    def test_found(self, changes: dict[str, Any], last_axis: int) -> None:
+        attention = self.gated(**changes)
         found = find_output_gate(attention)
         assert found is not None
-        assert (found.gate.name, found.product.op_type) == ("gate", "Mul")
+        assert found.gate.name == "gate"
+        assert isinstance(attention.graph, ir.Graph)
+        assert known_shape(absorb(Builder(attention.graph), found, self.H)) == (self.B, self.H, self.T, last_axis)
+        assert "Mul" not in [node.op_type for node in attention.graph]
 
     @pytest.mark.parametrize(
         "changes",
         [
-            {"perm": (0, 2, 3, 1)}, {"gate": (1, 1, 8)}, {"function": "Tanh"}, {"source": "out"},
+            {"perm": (0, 2, 3, 1)},
+            {"gate": (1, 1, 8)},
+            {"gate": (1, 3, 2, 1)},
+            {"function": "Tanh"},
+            {"source": "out"},
         ],
         ids=str,
-    )  # fmt: skip
+    )
     def test_left_alone(self, changes: dict[str, Any]) -> None:
         assert find_output_gate(self.gated(**changes)) is None
 
@@ -184,3 +202,13 @@ class TestBuilding:
         built = build_bundle(tmp_path / "b", BuildOptions(plugin_library))
         assert sorted(built) == ["decode", "prefill"]
         assert all(report.layer_types["PLUGIN_V3"] == 2 for _, report in built.values())
+
+    def test_numbers_of_other_heads_are_refused(self, plugin_library: Path, tmp_path: Path) -> None:
+        exported(model_of("bloom", "fp16"), tmp_path / "b", target="tensorrt", dtype="fp16", chunk_size=1)
+        model = onnx.load(tmp_path / "b" / "decode.onnx", load_external_data=False)
+        slopes = next(node for node in model.graph.node if node.op_type == "SinkAttention").input[-1]
+        constant = next(one for one in model.graph.initializer if one.name == slopes)
+        constant.CopyFrom(numpy_helper.from_array(np.ones(3, np.float32), slopes))
+        onnx.save(model, tmp_path / "b" / "decode.onnx")
+        with pytest.raises(BackendError, match=r"alibi_slopes: received \[3\], expected \[2\]"):
+            build_engine_apart(tmp_path / "b" / "decode.onnx", tmp_path / "x.engine", BuildOptions(plugin_library))

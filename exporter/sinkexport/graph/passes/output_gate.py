@@ -38,7 +38,7 @@ def find_output_gate(attention: ir.Node) -> OutputGate | None:
         if node.op_type == "Transpose" and not is_by_token and tuple(node.attributes["perm"].as_ints()) == BY_TOKEN:
             is_by_token = True
         elif node.op_type == "Mul":
-            return _gate(attention, value, node, split) if is_by_token else None
+            return _gate(value, node, split) if is_by_token else None
         elif node.op_type != "Reshape" or not is_by_token or known_shape(node.outputs[0]) not in (split, joined):
             return None
         value = node.outputs[0]
@@ -47,7 +47,7 @@ def find_output_gate(attention: ir.Node) -> OutputGate | None:
 
 def absorb(b: Builder, found: OutputGate, num_q_heads: int) -> ir.Value:
     """Take the Mul out of the graph: what read it now reads the attention. Returns the gate, [B, Hq, T, D or 1]."""
-    ir.convenience.replace_all_uses_with(found.product.outputs[0], found.ungated)
+    ir.convenience.replace_all_uses_with(found.product.outputs[0], found.ungated, replace_graph_outputs=True)
     b.graph.remove(found.product, safe=True)
     batch, tokens, *_ = shape = known_shape(found.gate)
     if len(shape) == 3:
@@ -56,7 +56,7 @@ def absorb(b: Builder, found: OutputGate, num_q_heads: int) -> ir.Value:
     return b.op("Transpose", [rows], (batch, num_q_heads, tokens, shape[3]), perm=BY_TOKEN)
 
 
-def _gate(attention: ir.Node, value: ir.Value, product: ir.Node, split: tuple[int, ...]) -> OutputGate | None:
+def _gate(value: ir.Value, product: ir.Node, split: tuple[int, ...]) -> OutputGate | None:
     factor = product.inputs[1] if product.inputs[0] is value else product.inputs[0]
     sigmoid = None if factor is None else factor.producer()
     if sigmoid is None or sigmoid.op_type != "Sigmoid" or sigmoid.domain or sigmoid.inputs[0] is None:
@@ -64,27 +64,12 @@ def _gate(attention: ir.Node, value: ir.Value, product: ir.Node, split: tuple[in
     gate, shape = sigmoid.inputs[0], known_shape(value)
     if known_shape(gate) != shape and (shape != split or known_shape(gate) != (*split[:3], 1)):
         return None
-    if gate.dtype != value.dtype or _depends(gate, attention):
-        return None
-    return OutputGate(gate, value, product)
+    return OutputGate(gate, value, product) if gate.dtype == value.dtype else None
 
 
 def _only_user(value: ir.Value) -> ir.Node | None:
+    """If there were others, the gate itself might be computed from the attention."""
     uses = list(value.uses())
     if len(uses) != 1 or value.is_graph_output() or uses[0].node.domain:
         return None
     return uses[0].node
-
-
-def _depends(value: ir.Value, node: ir.Node) -> bool:
-    """Whether `value` is computed from what `node` gives."""
-    seen: set[ir.Node] = set()
-    left = [value.producer()]
-    while left:
-        one = left.pop()
-        if one is node:
-            return True
-        if one is not None and one not in seen:
-            seen.add(one)
-            left += [source.producer() for source in one.inputs if source is not None]
-    return False
