@@ -125,10 +125,6 @@ class ExportConfig:
         if self.num_sink_tokens < 1:
             raise UsageError(problem("--sink-tuning", received="0 sinks", expected="at least 1: token 0 must stay",
                                      fix="raise --sink-tokens"))
-        if self.has_plugins:
-            raise UsageError(problem("--sink-tuning", received="target tensorrt with the plugin",
-                                     expected="standard operators: the plugin has no input for such factors",
-                                     fix="add --native, or use --target onnx"))
 
     def _check_int8_window(self) -> None:
         if self.native:

@@ -36,7 +36,7 @@ from sinkexport.bundle import (
 )
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.build import BuiltGraph, build_graph
-from sinkexport.graph.passes.plugin_operators import refuse_extras, refuse_geometry
+from sinkexport.graph.passes.plugin_operators import refuse_geometry, refuse_layers
 from sinkexport.model.decoder import StreamStep, trace
 from sinkexport.model.experts import has_experts
 from sinkexport.model.head_caches import HeadCache, head_caches
@@ -107,8 +107,7 @@ def export_loaded(
         _check_rings(config, rings)
         if config.has_plugins:
             refuse_geometry(shape.head_dim, config.batch, max(ring.capacity for ring in rings))
-            refuse_extras(alibi=shape.alibi_slopes is not None, sink_logits=shape.has_sink_logits,
-                          experts=has_experts(model), linear=bool(shape.recurrent))  # fmt: skip
+            refuse_layers(experts=has_experts(model), linear=bool(shape.recurrent))
         if config.sink_tuning is not None:
             config.sink_tuning.check_model(type(model).__name__, shape.num_layers, shape.num_q_heads)
             config.sink_tuning.check_sinks(

@@ -1,5 +1,6 @@
 // Inputs: q, k, v, position, window_k, window_v; then, where a field says so, window_k_scale, window_v_scale, sink_k,
-// sink_v, frequency, num_valid. Outputs: out, window_k, window_v, then window_k_scale, window_v_scale, sink_k, sink_v.
+// sink_v, frequency, num_valid, alibi_slopes, sink_logit, sink_scale, gate. Outputs: out, window_k, window_v, then
+// window_k_scale, window_v_scale, sink_k, sink_v.
 #include "operator.h"
 #include "sink_attention.h"
 
@@ -15,14 +16,17 @@ class SinkAttention final : public Operator {
   FieldList fields() override {
     return {{"scale", &scale_}, {"softcap", &softcap_}, {"rope_scaling", &rope_scaling_},
             {"rotary_dim", &rotary_dim_}, {"interleaved", &interleaved_}, {"num_sinks", &num_sinks_},
-            {"int8_window", &int8_window_}, {"has_num_valid", &has_num_valid_}};
+            {"int8_window", &int8_window_}, {"has_num_valid", &has_num_valid_}, {"has_alibi", &has_alibi_},
+            {"has_sink_logit", &has_sink_logit_}, {"has_sink_scale", &has_sink_scale_}, {"has_gate", &has_gate_}};
   }
 
   std::string fieldProblem() const override {
     const struct {
       const char* name;
       int32_t value;
-    } flags[] = {{"interleaved", interleaved_}, {"int8_window", int8_window_}, {"has_num_valid", has_num_valid_}};
+    } flags[] = {{"interleaved", interleaved_}, {"int8_window", int8_window_}, {"has_num_valid", has_num_valid_},
+                 {"has_alibi", has_alibi_}, {"has_sink_logit", has_sink_logit_}, {"has_sink_scale", has_sink_scale_},
+                 {"has_gate", has_gate_}};
     for (const auto& flag : flags) {
       if (flag.value != 0 && flag.value != 1) {
         return std::string("field '") + flag.name + "': received " + std::to_string(flag.value) + ", expected 0 or 1";
@@ -37,7 +41,7 @@ class SinkAttention final : public Operator {
     return "";
   }
 
-  int numInputs() const override { return hasNumValid() + frequencyAt() + (rotary_dim_ > 0 ? 1 : 0); }
+  int numInputs() const override { return gateAt() + has_gate_; }
   int numOutputs() const override { return 1 + numStates(); }
   int likeInput(int index) const override { return index == 0 ? kQ : aliasedInput(index); }
   int aliasedInput(int index) const override { return index == 0 ? -1 : kWindowK + index - 1; }  // states in order
@@ -45,6 +49,8 @@ class SinkAttention final : public Operator {
   bool takesType(int index, nvinfer1::DataType type, const Tensors& before) const override {
     using nvinfer1::DataType;
     if (index == kQ) return isHalf(type);
+    if (index >= gateAt()) return type == before[kQ].type;
+    if (index >= alibiAt()) return type == DataType::kFLOAT;
     if (index == kPosition || index >= frequencyAt()) return type == DataType::kINT32;
     if (index == kWindowK || index == kWindowV) {
       return int8_window_ ? type == DataType::kINT8 : type == before[kQ].type;
@@ -80,7 +86,11 @@ class SinkAttention final : public Operator {
       check("sink_v", sinksAt() + 1, sinks);
     }
     if (rotary_dim_ > 0) check("frequency", frequencyAt(), {rotary_dim_ / 2});
-    if (has_num_valid_) check("num_valid", numInputs() - 1, {p.batch});
+    if (has_num_valid_) check("num_valid", numValidAt(), {p.batch});
+    if (has_alibi_) check("alibi_slopes", alibiAt(), {p.num_q_heads});
+    if (has_sink_logit_) check("sink_logit", sinkLogitAt(), {p.num_q_heads});
+    if (has_sink_scale_) check("sink_scale", sinkScaleAt(), {p.num_q_heads});
+    if (has_gate_) check("gate", gateAt(), {p.batch, p.num_q_heads, p.num_tokens, p.gate_dim});
     if (!found.empty()) return found;
     const char* refused = sinkAttentionProblem(p);
     return refused != nullptr ? refused : "";
@@ -98,14 +108,23 @@ class SinkAttention final : public Operator {
     if (int8_window_) p.window_k_scale = out[next], p.window_v_scale = out[next + 1], next += 2;
     if (num_sinks_ > 0) p.sink_k = out[next], p.sink_v = out[next + 1];
     if (rotary_dim_ > 0) p.frequency = static_cast<const uint32_t*>(in[frequencyAt()]);
-    if (has_num_valid_) p.num_valid = static_cast<const int32_t*>(in[numInputs() - 1]);
+    if (has_num_valid_) p.num_valid = static_cast<const int32_t*>(in[numValidAt()]);
+    if (has_alibi_) p.alibi_slopes = static_cast<const float*>(in[alibiAt()]);
+    if (has_sink_logit_) p.sink_logit = static_cast<const float*>(in[sinkLogitAt()]);
+    if (has_sink_scale_) p.sink_scale = static_cast<const float*>(in[sinkScaleAt()]);
+    if (has_gate_) p.gate = in[gateAt()];
     return launchSinkAttention(p, workspace, stream);
   }
 
  private:
-  int hasNumValid() const { return has_num_valid_ ? 1 : 0; }
-  int sinksAt() const { return kNumAlways + (int8_window_ ? 2 : 0); }
+  // Where an optional input is, or would be. Flags are 0 or 1.
+  int sinksAt() const { return kNumAlways + 2 * int8_window_; }
   int frequencyAt() const { return sinksAt() + (num_sinks_ > 0 ? 2 : 0); }
+  int numValidAt() const { return frequencyAt() + (rotary_dim_ > 0 ? 1 : 0); }
+  int alibiAt() const { return numValidAt() + has_num_valid_; }
+  int sinkLogitAt() const { return alibiAt() + has_alibi_; }
+  int sinkScaleAt() const { return sinkLogitAt() + has_sink_logit_; }
+  int gateAt() const { return sinkScaleAt() + has_sink_scale_; }
   int numStates() const { return frequencyAt() - kWindowK; }
 
   // With placeholders for pointers: enough for checks and sizes.
@@ -127,6 +146,14 @@ class SinkAttention final : public Operator {
     if (p.int8_window) p.window_k_scale = p.window_v_scale = placeholder();
     if (num_sinks_ > 0) p.sink_k = p.sink_v = placeholder();
     if (rotary_dim_ > 0) p.frequency = static_cast<const uint32_t*>(placeholder());
+    if (has_alibi_) p.alibi_slopes = static_cast<const float*>(placeholder());
+    if (has_sink_logit_) p.sink_logit = static_cast<const float*>(placeholder());
+    if (has_sink_scale_) p.sink_scale = static_cast<const float*>(placeholder());
+    if (has_gate_) {
+      const nvinfer1::Dims& gate = inputs[gateAt()].dims;
+      p.gate = placeholder();
+      p.gate_dim = gate.nbDims > 0 ? static_cast<int>(gate.d[gate.nbDims - 1]) : 0;
+    }
     p.rope_scaling = rope_scaling_;
     p.rotary_dim = rotary_dim_;
     p.interleaved = interleaved_ != 0;
@@ -137,6 +164,7 @@ class SinkAttention final : public Operator {
 
   float scale_ = 0.0f, softcap_ = 0.0f, rope_scaling_ = 1.0f;
   int32_t rotary_dim_ = 0, interleaved_ = 0, num_sinks_ = 0, int8_window_ = 0, has_num_valid_ = 0;
+  int32_t has_alibi_ = 0, has_sink_logit_ = 0, has_sink_scale_ = 0, has_gate_ = 0;
 };
 
 }  // namespace

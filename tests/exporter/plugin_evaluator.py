@@ -64,7 +64,14 @@ def _attention(oracles: dict[str, SinkAttentionOracle], manifest: Manifest) -> t
             states, extras = rest[:num_states], list(rest[num_states:])
             frequency = extras.pop(0) if attributes["rotary_dim"] else np.zeros(0, np.int32)
             counts = extras.pop(0) if attributes["has_num_valid"] else np.full(len(q), q.shape[2])
+            slopes, sink_logit, sink_scale, gate = (
+                extras.pop(0) if attributes[f"has_{name}"] else None
+                for name in ("alibi", "sink_logit", "sink_scale", "gate")
+            )
             assert not extras
+            for values in (slopes, sink_logit, sink_scale):
+                assert values is None or (values.shape, values.dtype) == (q.shape[1:2], np.float32)
+            assert gate is None or (gate.dtype == q.dtype and gate.shape in (q.shape, (*q.shape[:3], 1)))
             assert position.shape == (len(q), 2)
             assert frequency.size * 2 == attributes["rotary_dim"]
             layer = self.onnx_node.input[4]
@@ -75,12 +82,15 @@ def _attention(oracles: dict[str, SinkAttentionOracle], manifest: Manifest) -> t
                     interleaved=bool(attributes["interleaved"]), attention_scaling=attributes["rope_scaling"],
                     scale=attributes["scale"], softcap=attributes["softcap"],
                     kv="int8" if attributes["int8_window"] else "fp",
+                    alibi_slopes=slopes, sink_logit=sink_logit, sink_scale=sink_scale,
                 )  # fmt: skip
             out = np.zeros_like(q)
             for stream, count in enumerate(counts):
                 for i in range(count):
-                    out[stream, :, i] = oracles[layer].step_stream(stream, q[stream, :, i], k[stream, :, i],
-                                                                   v[stream, :, i])  # fmt: skip
+                    out[stream, :, i] = oracles[layer].step_stream(
+                        stream, q[stream, :, i], k[stream, :, i], v[stream, :, i],
+                        None if gate is None else gate[stream, :, i],
+                    )  # fmt: skip
             return (out, *states)
 
     return SinkAttention

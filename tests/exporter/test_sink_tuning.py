@@ -85,7 +85,6 @@ def broken(**changes: Any) -> str:
         (broken(first_token_scale=[[1.0] * HEADS]), {}, "must have 2 layers of 6"),
         (broken(first_token_scale=[[0.0] * HEADS] * LAYERS), {}, "greater than 0"),
         (tuning("llama").to_json(), {"--sink-tokens": "0"}, "received 0 sinks, expected at least 1"),
-        (tuning("llama").to_json(), {"--target": "tensorrt"}, "add --native"),
         (tuning("llama").to_json().replace("Llama", "GptOss"), {"MODEL": "gpt_oss"}, "factors in layer 0, which keeps"),
         (tuning("qwen2").to_json(), {}, "architecture Qwen2ForCausalLM, expected architecture LlamaForCausalLM"),
     ],

@@ -44,7 +44,8 @@ print("none" if plugin is None else plugin.plugin_name if hasattr(plugin, "plugi
 """
 
 ATTENTION = {"scale": "f:0.125", "softcap": "f:0", "rope_scaling": "f:1", "rotary_dim": "i:64", "interleaved": "i:0",
-             "num_sinks": "i:4", "int8_window": "i:0", "has_num_valid": "i:1"}  # fmt: skip
+             "num_sinks": "i:4", "int8_window": "i:0", "has_num_valid": "i:1", "has_alibi": "i:1",
+             "has_sink_logit": "i:1", "has_sink_scale": "i:1", "has_gate": "i:1"}  # fmt: skip
 LINEAR = {"num_outputs": "i:32", "has_bias": "i:0"}
 ROWS = {"row_length": "i:64"}
 GOOD = {"SinkAttention": ATTENTION, "Int8Linear": LINEAR, "Int8Rows": ROWS}
@@ -83,6 +84,10 @@ def test_good_fields(plugin_library: Path, name: str) -> None:
         ("SinkAttention", {"rotary_dim": "i:3"}, (), "field 'rotary_dim': received 3, expected an even number"),
         ("SinkAttention", {"num_sinks": "i:4:5"}, (), "field 'num_sinks': received 2 values, expected one"),
         ("SinkAttention", {"interleaved": "i:2"}, (), "field 'interleaved': received 2, expected 0 or 1"),
+        ("SinkAttention", {"has_gate": None}, (), "field 'has_gate': missing"),
+        ("SinkAttention", {"has_alibi": "i:2"}, (), "field 'has_alibi': received 2, expected 0 or 1"),
+        ("SinkAttention", {"has_sink_logit": "i:-1"}, (), "field 'has_sink_logit': received -1, expected 0 or 1"),
+        ("SinkAttention", {"has_sink_scale": "i:3"}, (), "field 'has_sink_scale': received 3, expected 0 or 1"),
         ("Int8Linear", {"num_outputs": "l:4294967296"}, (), "field 'num_outputs': received 4294967296"),
         ("Int8Linear", {"num_outputs": "i:0"}, (), "field 'num_outputs': received 0, expected >= 1"),
         ("Int8Rows", {"row_length": "f:64"}, (), "field 'row_length': received another type, expected an int32"),

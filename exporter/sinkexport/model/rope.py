@@ -30,7 +30,6 @@ class AttentionShape:
 
     own_windows: by layer, the tokens that the model itself sees in it, the newest included; None: all.
     alibi_slopes: [Hq], what a logit loses for each token of distance (ALiBi, arXiv:2108.12409); None: no ALiBi.
-    has_sink_logits: whether softmax has a learned logit more, without a value (gpt-oss), in some layer.
     recurrent: the layers that have linear attention, of which nothing else here is said.
     """
 
@@ -40,7 +39,6 @@ class AttentionShape:
     head_dim: int
     own_windows: tuple[int | None, ...]
     alibi_slopes: tuple[float, ...] | None = None
-    has_sink_logits: bool = False
     recurrent: RecurrentShapes = dataclasses.field(default_factory=dict)
 
 
@@ -246,7 +244,6 @@ class _Seen:
     k: torch.Tensor
     own_window: int | None
     alibi_slopes: tuple[float, ...] | None
-    has_sink_logits: bool
 
 
 def _with_and_without(
@@ -266,10 +263,10 @@ def _with_and_without(
 
     def record(
         module: Any, q: torch.Tensor, k: torch.Tensor, *_: Any, sliding_window: int | None = None,
-        alibi_slopes: torch.Tensor | None = None, s_aux: torch.Tensor | None = None, **__: Any,
+        alibi_slopes: torch.Tensor | None = None, **__: Any,
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
         slopes = None if alibi_slopes is None else tuple(alibi_slopes.tolist())
-        seen[int(module.layer_idx)] = _Seen(q.double(), k.double(), sliding_window, slopes, s_aux is not None)
+        seen[int(module.layer_idx)] = _Seen(q.double(), k.double(), sliding_window, slopes)
         return torch.zeros_like(q).transpose(1, 2), None  # [2, 1, Hq, D]
 
     ids = torch.ones(2, 1, dtype=torch.int64)
@@ -294,8 +291,7 @@ def _common_shape(seen: list[_Seen | None], recurrent: RecurrentShapes) -> Atten
         )
     num_q_heads, num_kv_heads, head_dim, slopes = shapes.pop()
     windows = tuple(None if one is None else one.own_window for one in seen)
-    sink_logits = any(one.has_sink_logits for one in softmax)
-    return AttentionShape(len(seen), num_q_heads, num_kv_heads, head_dim, windows, slopes, sink_logits, recurrent)
+    return AttentionShape(len(seen), num_q_heads, num_kv_heads, head_dim, windows, slopes, recurrent)
 
 
 def _match_layout(layer: int, queries: torch.Tensor, angles: Mapping[str, torch.Tensor]) -> RotarySpec:

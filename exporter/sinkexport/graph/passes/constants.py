@@ -31,7 +31,10 @@ _ELEMENTWISE = frozenset(
 def complete_shapes(model: ir.Model) -> None:
     """Shapes and types of values that a translation of one torch operator into several nodes left without."""
     for node in model.graph:
-        if node.domain or len(node.outputs) != 1 or static_shape(node.outputs[0]) is not None:
+        if node.domain or len(node.outputs) != 1:
+            continue
+        if static_shape(node.outputs[0]) is not None:
+            _complete_input_of_squeeze(node)
             continue
         shapes = [static_shape(value) for value in node.inputs]
         if any(shape is None for shape in shapes) or not node.inputs or node.inputs[0] is None:
@@ -44,3 +47,14 @@ def complete_shapes(model: ir.Model) -> None:
                 typed(node.outputs[0], (*leading, left[-2], right[-1]), dtype)
         elif node.op_type in _ELEMENTWISE:
             typed(node.outputs[0], np.broadcast_shapes(*(shape or () for shape in shapes)), dtype)
+
+
+def _complete_input_of_squeeze(node: ir.Node) -> None:
+    """torch's unbind is a Squeeze of pieces that have no shapes: that of the result with axes of 1 says theirs."""
+    if node.op_type != "Squeeze" or len(node.inputs) != 2:
+        return
+    (source, axes), after = node.inputs, static_shape(node.outputs[0])
+    if source is None or static_shape(source) is not None or axes is None or axes.const_value is None or after is None:
+        return
+    shape = np.expand_dims(np.broadcast_to(0, after), tuple(int(axis) for axis in axes.const_value.numpy())).shape
+    typed(source, shape, node.outputs[0].dtype)

@@ -20,8 +20,8 @@ IR_VERSION = 8
 """ONNX 1.13, the first after opset 17."""
 
 SAME = frozenset(
-    ("Add", "Cast", "Concat", "DequantizeLinear", "Div", "Erf", "Exp", "Expand", "Gather", "Gemm", "Less", "MatMul",
-     "Max", "Min", "Mul", "Neg", "Pow", "QuantizeLinear", "Reciprocal", "Relu", "Reshape", "Sigmoid", "Slice",
+    ("Add", "Cast", "Clip", "Concat", "DequantizeLinear", "Div", "Erf", "Exp", "Expand", "Gather", "Gemm", "Less",
+     "MatMul", "Max", "Min", "Mul", "Neg", "Pow", "QuantizeLinear", "Reciprocal", "Relu", "Reshape", "Sigmoid", "Slice",
      "Softmax", "Sqrt", "Sub", "Tanh", "Transpose", "Where")
 )  # fmt: skip
 """Mean the same in both, as far as a bundle's graph uses them."""

@@ -14,9 +14,10 @@ import onnx_ir as ir
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import constant, known_shape, replace_node, typed
+from sinkexport.graph.edit import constant, is_weight, known_shape, replace_node, typed
 from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION, STREAM_ANGLES
 from sinkexport.graph.passes.attention_parts import operand, optional
+from sinkexport.graph.passes.output_gate import absorb, find_output_gate
 
 PLUGIN_VERSION = "1"
 WORD_BITS = 16
@@ -45,20 +46,18 @@ def refuse_geometry(head_dim: int, batch: int, capacity: int) -> None:
                                  expected=f"at most {MAX_CAPACITY} tokens with the plugin"))  # fmt: skip
 
 
-def refuse_extras(*, alibi: bool, sink_logits: bool, experts: bool, linear: bool) -> None:
-    """Refuse what the kernels can do but the plugin has no inputs for, and what these graphs have no form of.
+def refuse_layers(*, experts: bool, linear: bool) -> None:
+    """Refuse layers that these graphs have no form of.
 
     Raises: UsageError.
     """
     for what, present in (
-        ("ALiBi positions, which the plugin has no input for", alibi),
-        ("learned sink logits, which the plugin has no input for", sink_logits),
         ("mixtures of experts, which graphs with the plugin cannot choose from", experts),
         ("linear attention, which graphs with the plugin have no operators for", linear),
     ):
         if present:
             raise UsageError(problem("model", received=what, fix="use --native, which needs no plugin",
-                                     expected="rotary positions and plain softmax attention, without experts"))
+                                     expected="softmax attention in every layer, without experts"))
 
 
 def use_plugins(model: ir.Model) -> None:
@@ -70,11 +69,10 @@ def use_plugins(model: ir.Model) -> None:
     ids, position = graph.inputs[:2]
     attentions = [node for node in graph if node.domain == DOMAIN and node.op_type == SINK_ATTENTION]
     num_valid = optional(attentions[0], 10)
+    _drop_unused(graph)  # a view that nothing reads would hide an output's gate
     for node in attentions:
         _use_plugin(graph, node)
-    for node in reversed(list(graph)):  # rotations and angles that nothing reads any more
-        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
-            graph.remove(node, safe=True)
+    _drop_unused(graph)  # rotations and angles
     if num_valid is not None:
         _select_last_token(graph, num_valid)
         num_valid.dtype = ir.DataType.INT32
@@ -116,9 +114,12 @@ def _use_plugin(graph: ir.Graph, node: ir.Node) -> None:
     if rotation is not None:
         bits = rotation.frequency.astype(np.uint32).view(np.int32)
         inputs.append(constant(graph, bits, "frequency"))
-    num_valid = optional(node, 10)
+    num_valid, slopes, sink_logit, sink_scale = (optional(node, i) for i in (10, 13, 14, 15))
     if num_valid is not None:
         inputs.append(num_valid)
+    inputs += [_float32(b, value) for value in (slopes, sink_logit, sink_scale) if value is not None]
+    if (gate := find_output_gate(node)) is not None:
+        inputs.append(b.cast(absorb(b, gate, known_shape(q)[1]), half))
     attributes: dict[str, float | int | str] = {
         "scale": node.attributes["scale"].as_float(),
         "softcap": node.attributes["softcap"].as_float(),
@@ -128,6 +129,10 @@ def _use_plugin(graph: ir.Graph, node: ir.Node) -> None:
         "num_sinks": known_shape(sinks[0])[2] if sinks else 0,
         "int8_window": int(is_int8),
         "has_num_valid": int(num_valid is not None),
+        "has_alibi": int(slopes is not None),
+        "has_sink_logit": int(sink_logit is not None),
+        "has_sink_scale": int(sink_scale is not None),
+        "has_gate": int(gate is not None),
         "plugin_version": PLUGIN_VERSION,
         "plugin_namespace": "",
     }
@@ -142,6 +147,19 @@ def _use_plugin(graph: ir.Graph, node: ir.Node) -> None:
     outputs += by_kind["window"]
     outputs += by_kind["scales"] or [None, None]
     replace_node(node, b.nodes, outputs)
+
+
+def _float32(b: Builder, value: ir.Value) -> ir.Value:
+    """One number for each query head, [Hq], as the kernels read it: constants are converted here."""
+    if is_weight(value) and value.const_value is not None and value.dtype != ir.DataType.FLOAT:
+        return constant(b.graph, value.const_value.numpy().astype(np.float32), "by_head")
+    return b.cast(value, ir.DataType.FLOAT)
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    for node in reversed(list(graph)):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            graph.remove(node, safe=True)
 
 
 def _rotation(value: ir.Value) -> _Rotation | None:
@@ -183,9 +201,7 @@ def _select_last_token(graph: ir.Graph, num_valid: ir.Value) -> None:
         one, zero = (constant(graph, np.array([n], np.int32), hint) for n, hint in ((1, "one"), (0, "zero")))
         last = b.op("Max", [b.op("Sub", [num_valid, one], (1,), ir.DataType.INT32), zero])
         replace_node(node, b.nodes, [b.op("Gather", [values, last], (1, 1, width), values.dtype, axis=1)])
-    for node in reversed(list(graph)):
-        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
-            graph.remove(node, safe=True)
+    _drop_unused(graph)
 
 
 def _split_position(graph: ir.Graph, position: ir.Value) -> None:
