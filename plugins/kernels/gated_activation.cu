@@ -14,12 +14,8 @@ cudaError_t launchHalf(const GatedActivationParams& p, cudaStream_t stream) {
   bool overlaps = false;
   const cudaError_t error = findOverlap(overlaps);
   if (error != cudaSuccess) return error;
-  const auto kernel = p.activation == Activation::kSilu   ? gatedActivation<Half, Activation::kSilu>
-                      : p.activation == Activation::kGelu ? gatedActivation<Half, Activation::kGelu>
-                                                          : gatedActivation<Half, Activation::kGeluTanh>;
-  constexpr int kHalvesOfBlock = kThreads * kHalvesOfPiece;
-  const dim3 grid(p.num_rows, (p.width + kHalvesOfBlock - 1) / kHalvesOfBlock);
-  return launchOverlapping(kernel, grid, dim3(kThreads), 0, overlaps, stream, p);
+  return launchOverlapping(kernelOf<Half>(p.activation), dim3(p.num_rows, blocksOf(p)), dim3(kThreads), 0, overlaps,
+                           stream, p);
 }
 
 }  // namespace

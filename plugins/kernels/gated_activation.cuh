@@ -40,5 +40,17 @@ __global__ void __launch_bounds__(kThreads) gatedActivation(const GatedActivatio
   static_cast<Piece<Half>*>(p.out)[row * num_pieces + piece] = out;
 }
 
+template <typename Half>
+auto kernelOf(Activation activation) {
+  return activation == Activation::kSilu   ? gatedActivation<Half, Activation::kSilu>
+         : activation == Activation::kGelu ? gatedActivation<Half, Activation::kGelu>
+                                           : gatedActivation<Half, Activation::kGeluTanh>;
+}
+
+inline unsigned blocksOf(const GatedActivationParams& p) {  // along a row
+  constexpr int kHalvesOfBlock = kThreads * kHalvesOfPiece;
+  return (p.width + kHalvesOfBlock - 1) / kHalvesOfBlock;
+}
+
 }  // namespace gated_activation
 }  // namespace sinkexport

@@ -22,8 +22,10 @@ __device__ __forceinline__ void allowNextKernel() {
 
 // Brings a line of 128 bytes that this kernel will read nearer. Of anything, also before the wait: the copy is in the L2
 // cache, where every write arrives.
-__device__ __forceinline__ void prefetchLine(const void* address) {
+__device__ __forceinline__ void prefetchLine([[maybe_unused]] const void* address) {
+#ifdef __CUDA_ARCH__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
 }
 
 // Whether the current device can place a kernel before the one that it waits for has ended.

@@ -15,11 +15,8 @@ cudaError_t launchTyped(const RmsNormParams& p, cudaStream_t stream) {
   const cudaError_t error = findOverlap(overlaps);
   if (error != cudaSuccess) return error;
   const Block block = blockOf(p);
-  const auto kernel = block.pieces == 1   ? rmsNorm<Half, Weight, 1>
-                      : block.pieces == 2 ? rmsNorm<Half, Weight, 2>
-                                          : rmsNorm<Half, Weight, kMostPieces>;
-  const dim3 grid((p.num_rows + block.rows - 1) / block.rows);
-  return launchOverlapping(kernel, grid, dim3(block.threads, block.rows), 0, overlaps, stream, p);
+  return launchOverlapping(kernelOf<Half, Weight>(block), dim3(gridOf(p, block)), dim3(block.threads, block.rows), 0,
+                           overlaps, stream, p);
 }
 
 template <typename Half>

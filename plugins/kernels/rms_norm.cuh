@@ -55,13 +55,14 @@ __global__ void __launch_bounds__(kMostThreads) rmsNorm(const RmsNormParams p) {
 
   const int row = blockIdx.x * blockDim.y + threadIdx.y, num_pieces = p.row_length / kHalvesOfPiece;
   if (row >= p.num_rows) return;  // a whole warp, and no barrier follows where rows share a block
-  const size_t first = static_cast<size_t>(row) * num_pieces + threadIdx.x;
+  const size_t first = static_cast<size_t>(row) * num_pieces;
   Piece<Half> h[kPieces];
   float squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
-    if (threadIdx.x + i * blockDim.x >= num_pieces) continue;
-    const size_t at = first + i * blockDim.x;
+    const int piece = threadIdx.x + i * blockDim.x;
+    if (piece >= num_pieces) continue;
+    const size_t at = first + piece;
     h[i] = static_cast<const Piece<Half>*>(p.x)[at];
     if (p.residual) {
       const Piece<Half> residual = static_cast<const Piece<Half>*>(p.residual)[at];
@@ -100,9 +101,18 @@ __global__ void __launch_bounds__(kMostThreads) rmsNorm(const RmsNormParams p) {
         y.halves[k] = fromFloat<Half>(toFloat(fromFloat<Half>(normal)) * toFloat(factors.entries[k]));
       }
     }
-    static_cast<Piece<Half>*>(p.y)[first + i * blockDim.x] = y;
+    static_cast<Piece<Half>*>(p.y)[first + piece] = y;
   }
 }
+
+template <typename Half, typename Weight>
+auto kernelOf(const Block& block) {
+  return block.pieces == 1   ? rmsNorm<Half, Weight, 1>
+         : block.pieces == 2 ? rmsNorm<Half, Weight, 2>
+                             : rmsNorm<Half, Weight, kMostPieces>;
+}
+
+inline unsigned gridOf(const RmsNormParams& p, const Block& block) { return (p.num_rows + block.rows - 1) / block.rows; }
 
 }  // namespace rms_norm
 }  // namespace sinkexport
