@@ -47,7 +47,7 @@ class NormCase:
         weight = weight if self.float_weight else weight.to(half)
         x, residual, weight = (place(tensor) for tensor in (x, residual, weight))
         y, total = (place(torch.full(shape, float("nan"), dtype=half)) for _ in range(2))
-        epsilon = 1e-5
+        epsilon = 0.25
         params = RmsNormParams(
             *shape, DTYPES[self.dtype], self.float_weight, epsilon, x.data_ptr(), weight.data_ptr(),
             residual.data_ptr() if self.residual else 0, y.data_ptr(), total.data_ptr() if self.residual else 0,
@@ -60,16 +60,20 @@ class NormCase:
             assert torch.equal(total, h)
         else:
             assert total.isnan().all()
-        want = rms_norm(as_float64(h), as_float64(weight), epsilon)
-        roundings = 1 if self.float_weight else 2
-        limit = np.abs(want) * (roundings * HALF_ULP[self.dtype] * 1.01 + FLOAT32)
-        # A normalised value may be so small that its rounding is not relative to it.
-        limit += TINIEST[self.dtype] * (1 + np.abs(as_float64(weight)))
+        factors = as_float64(weight)
+        normal = rms_norm(as_float64(h), np.ones(self.row_length), epsilon)
+        want = (normal if self.float_weight else rounded(normal, half)) * factors
+        limit = np.abs(want) * (HALF_ULP[self.dtype] * 1.01 + FLOAT32) + TINIEST[self.dtype]
+        # Where float32 and float64 fall on two sides of a tie, the first rounding differs by its last bit.
+        tipped = np.abs(as_float64(y) - rounded(want, half)) > 0
+        assert tipped.sum() <= 1 + 0.01 * tipped.size
+        limit[tipped] += np.abs(want[tipped]) * 2 * HALF_ULP[self.dtype] + TINIEST[self.dtype] * np.abs(factors).max()
         error = np.abs(as_float64(y) - want)
         assert (error <= limit).all(), float((error / limit).max())
 
 
 NORM_CASES = [
+    NormCase(1, 32768, dtype="bfloat16", largest=1e4),  # first: what it leaves behind must not matter to the others
     *(NormCase(rows, 64) for rows in (1, 3, 4, 5)),  # four short rows share a block
     NormCase(2, 8),
     NormCase(5, 256, float_weight=True, residual=False),
@@ -79,7 +83,6 @@ NORM_CASES = [
     NormCase(2, 4096, dtype="bfloat16", float_weight=True),
     NormCase(1, 8200, residual=False),  # a second piece for one thread
     NormCase(1, 16392, float_weight=True),  # a third
-    NormCase(1, 32768, dtype="bfloat16", largest=1e4),
 ]
 
 
@@ -128,6 +131,11 @@ GATE_CASES = [
     GateCase(5, 40, "gelu", "bfloat16", merged=False),
     GateCase(2, 136, "gelu_tanh", "bfloat16"),
 ]
+
+
+def rounded(values: np.ndarray, half: torch.dtype) -> np.ndarray:
+    """float64, rounded once to what `half` holds."""
+    return as_float64(torch.from_numpy(values).to(half))
 
 
 def as_float64(tensor: torch.Tensor) -> np.ndarray:
