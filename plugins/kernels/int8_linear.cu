@@ -17,9 +17,9 @@
 #include "int8_linear.h"
 
 #include <algorithm>
-#include <cstdio>
 
 #include "int8_linear.cuh"
+#include "problem.h"
 
 namespace sinkexport {
 namespace int8_linear {
@@ -379,23 +379,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int sh
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-#if CUDART_VERSION >= 12030
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = device.overlaps ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-#else
-  (void)device;
-  kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
-  return cudaGetLastError();
-#endif
+  return launchOverlapping(kernel, grid, dim3(threads), shared_bytes, device.overlaps, stream, arguments...);
 }
 
 template <typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages>
@@ -490,13 +474,6 @@ struct Range {
   size_t address() const { return reinterpret_cast<size_t>(data); }
 };
 
-template <typename... Values>
-const char* explain(const char* format, Values... values) {
-  thread_local char text[160];
-  std::snprintf(text, sizeof text, format, values...);
-  return text;
-}
-
 }  // namespace
 }  // namespace int8_linear
 
@@ -520,9 +497,7 @@ const char* int8LinearProblem(const Int8LinearParams& p) {
   if (p.num_outputs < 1 || p.num_outputs > kMaxFeatures) {
     return explain("num_outputs: received %d, expected 1 .. %d", p.num_outputs, kMaxFeatures);
   }
-  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) {
-    return explain("dtype: received %d, expected 0 (float16) or 1 (bfloat16)", static_cast<int>(p.dtype));
-  }
+  if (const char* problem = dtypeProblem(p.dtype)) return problem;
   const size_t rows = p.num_rows, inputs = p.num_inputs, outputs = p.num_outputs;
   const Range ranges[] = {{"y", p.y, rows * outputs * 2},
                           {"x", p.x, rows * inputs * 2},

@@ -1,11 +1,11 @@
 // What the kernels of int8_linear.cu are made of: asynchronous copies, INT8 to half, one tensor-core product.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 #include <type_traits>
+
+#include "halves.cuh"
+#include "overlap.cuh"
 
 namespace sinkexport {
 namespace int8_linear {
@@ -39,22 +39,6 @@ __device__ __forceinline__ void waitCopies() {
 #endif
 }
 
-// --- a kernel that starts while the one before it in the stream still runs (programmatic dependent launch) ---
-
-// Nothing that earlier work in the stream writes may be read, and nothing that it reads may be written, before this.
-__device__ __forceinline__ void waitForEarlierKernels() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// The next kernel's blocks may be placed beside this one's, if it was launched so and begins with the wait above.
-__device__ __forceinline__ void allowNextKernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 // --- halves ---
 
 // 4 INT8 in a word, first in the lowest byte, to two registers of two halves each: exact, bytes placed in mantissas.
@@ -79,19 +63,6 @@ __device__ __forceinline__ void dequantise(uint32_t word, uint32_t& low, uint32_
   const Pair f = __hsub2(reinterpret_cast<const Pair&>(c), reinterpret_cast<const Pair&>(d));
   low = reinterpret_cast<const uint32_t&>(e);
   high = reinterpret_cast<const uint32_t&>(f);
-}
-
-__device__ __forceinline__ float toFloat(__half value) { return __half2float(value); }
-__device__ __forceinline__ float toFloat(__nv_bfloat16 value) { return __bfloat162float(value); }
-template <typename Half>
-__device__ __forceinline__ Half fromFloat(float value);
-template <>
-__device__ __forceinline__ __half fromFloat<__half>(float value) {
-  return __float2half_rn(value);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 fromFloat<__nv_bfloat16>(float value) {
-  return __float2bfloat16_rn(value);
 }
 
 // --- the product ---

@@ -1,23 +1,11 @@
 #include "int8_rows.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "halves.cuh"
 
 namespace sinkexport {
 namespace {
 
 constexpr int kEntries = 16;  // that a thread reads at once
-
-template <typename T>
-__device__ T rounded(float x);
-template <>
-__device__ __half rounded<__half>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
 
 // A block for each id.
 template <typename T>
@@ -33,7 +21,7 @@ __global__ void int8Rows(const Int8RowsParams p) {
     *reinterpret_cast<int4*>(entries) = words;
     alignas(16) T values[kEntries];
 #pragma unroll
-    for (int k = 0; k < kEntries; ++k) values[k] = rounded<T>(static_cast<float>(entries[k]) * scale);
+    for (int k = 0; k < kEntries; ++k) values[k] = fromFloat<T>(static_cast<float>(entries[k]) * scale);
     auto* target = reinterpret_cast<int4*>(to + i * kEntries);
     target[0] = reinterpret_cast<const int4*>(values)[0];
     target[1] = reinterpret_cast<const int4*>(values)[1];

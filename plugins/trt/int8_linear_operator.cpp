@@ -15,10 +15,7 @@ class Int8Linear final : public Operator {
 
   std::string fieldProblem() const override {
     if (num_outputs_ < 1) return "field 'num_outputs': received " + std::to_string(num_outputs_) + ", expected >= 1";
-    if (has_bias_ != 0 && has_bias_ != 1) {
-      return "field 'has_bias': received " + std::to_string(has_bias_) + ", expected 0 or 1";
-    }
-    return "";
+    return flagProblem("has_bias", has_bias_);
   }
 
   int numInputs() const override { return has_bias_ ? 4 : 3; }
@@ -67,8 +64,7 @@ class Int8Linear final : public Operator {
     const auto address = [](int i) { return reinterpret_cast<void*>(static_cast<uintptr_t>(i + 1) << 40); };
     const nvinfer1::Dims& x = inputs[kX].dims;
     Int8LinearParams p;
-    p.num_rows = 1;
-    for (int32_t i = 0; i + 1 < x.nbDims; ++i) p.num_rows *= static_cast<int>(x.d[i]);
+    p.num_rows = numRows(x);
     p.num_inputs = static_cast<int>(x.d[x.nbDims - 1]);
     p.num_outputs = num_outputs_;
     p.dtype = halfType(inputs[kX].type);

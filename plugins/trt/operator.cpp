@@ -49,6 +49,17 @@ nvinfer1::DimsExprs outputShape(const Operator& op, int index, const nvinfer1::D
   return dims;
 }
 
+int numRows(const nvinfer1::Dims& dims) {
+  int64_t rows = 1;
+  for (int32_t i = 0; i + 1 < dims.nbDims; ++i) rows *= dims.d[i];
+  return rows > INT32_MAX ? 0 : static_cast<int>(rows);  // kernels refuse 0
+}
+
+std::string flagProblem(const char* name, int32_t value) {
+  if (value == 0 || value == 1) return "";
+  return std::string("field '") + name + "': received " + std::to_string(value) + ", expected 0 or 1";
+}
+
 bool hasShape(const Tensor& tensor, const std::vector<int64_t>& wanted) {
   if (tensor.dims.nbDims != static_cast<int32_t>(wanted.size())) return false;
   for (size_t i = 0; i < wanted.size(); ++i) {

@@ -64,10 +64,17 @@ constexpr const char* kPluginNamespace = "";
 std::unique_ptr<Operator> makeSinkAttention();
 std::unique_ptr<Operator> makeInt8Linear();
 std::unique_ptr<Operator> makeInt8Rows();
+std::unique_ptr<Operator> makeRmsNorm();
+std::unique_ptr<Operator> makeGatedActivation();
 
 inline const std::vector<OperatorKind>& operatorKinds() {
   static const std::vector<OperatorKind> kinds = {
-      {"SinkAttention", makeSinkAttention}, {"Int8Linear", makeInt8Linear}, {"Int8Rows", makeInt8Rows}};
+      {"SinkAttention", makeSinkAttention},
+      {"Int8Linear", makeInt8Linear},
+      {"Int8Rows", makeInt8Rows},
+      {"RmsNorm", makeRmsNorm},
+      {"GatedActivation", makeGatedActivation},
+  };
   return kinds;
 }
 
@@ -97,6 +104,12 @@ inline bool isHalf(nvinfer1::DataType type) {
 inline DType halfType(nvinfer1::DataType type) {
   return type == nvinfer1::DataType::kHALF ? DType::kFloat16 : DType::kBFloat16;
 }
+
+// Rows of a tensor [.., K] with at least one axis.
+int numRows(const nvinfer1::Dims& dims);
+
+// "", or one line about a field that says yes or no.
+std::string flagProblem(const char* name, int32_t value);
 
 bool hasShape(const Tensor& tensor, const std::vector<int64_t>& wanted);
 // "q: received [1, 2], expected [1, 3]"

@@ -119,14 +119,17 @@ class Creator final : public IPluginCreator {
 
 // Registers the creators when the library is loaded.
 struct Registration {
-  Creator attention{operatorKinds()[0]}, linear{operatorKinds()[1]}, rows{operatorKinds()[2]};
+  std::vector<std::unique_ptr<Creator>> creators;
 
   Registration() {
     if (getPluginRegistry == nullptr) {
       logError("sinkexport", "TensorRT is not loaded, or not for all to see: load libnvinfer first, with RTLD_GLOBAL");
       return;
     }
-    for (Creator* creator : {&attention, &linear, &rows}) getPluginRegistry()->registerCreator(*creator, kPluginNamespace);
+    for (const OperatorKind& kind : operatorKinds()) {
+      creators.push_back(std::make_unique<Creator>(kind));
+      getPluginRegistry()->registerCreator(*creators.back(), kPluginNamespace);
+    }
   }
 } registration;
 

@@ -157,11 +157,20 @@ extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1:
 
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(
     int32_t& count) {
-  const auto& kinds = sinkexport::trt::operatorKinds();
-  static sinkexport::trt::Creator attention(kinds[0]), linear(kinds[1]), rows(kinds[2]);
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&attention, &linear, &rows};
-  count = 3;
-  return creators;
+  struct Creators {
+    std::vector<std::unique_ptr<sinkexport::trt::Creator>> owned;
+    std::vector<nvinfer1::IPluginCreatorInterface*> all;
+
+    Creators() {
+      for (const auto& kind : sinkexport::trt::operatorKinds()) {
+        owned.push_back(std::make_unique<sinkexport::trt::Creator>(kind));
+        all.push_back(owned.back().get());
+      }
+    }
+  };
+  static const Creators creators;
+  count = static_cast<int32_t>(creators.all.size());
+  return creators.all.data();
 }
 
 #endif  // NV_TENSORRT_MAJOR >= 10

@@ -20,6 +20,8 @@ from sinkexport.graph.passes.constants import complete_shapes, fold_small_consta
 from sinkexport.graph.passes.expand_operators import expand_operators
 from sinkexport.graph.passes.norms import fuse_rms_norms
 from sinkexport.graph.passes.opset17 import lower_to_opset_17
+from sinkexport.graph.passes.plugin_gates import use_gate_plugins
+from sinkexport.graph.passes.plugin_norms import use_norm_plugins
 from sinkexport.graph.passes.plugin_operators import use_plugins
 from sinkexport.graph.passes.products import module_of
 from sinkexport.graph.passes.quantize import Plan, quantize
@@ -84,6 +86,8 @@ def build_graph(
         quantize(model, plan, form(model.graph, model.graph.inputs[1], num_sinks))
     if plugins:
         use_plugins(model)
+        use_norm_plugins(model)
+        use_gate_plugins(model)
         make_reshapes_static(model)
         lower_to_opset_17(model)
     else:

@@ -32,6 +32,14 @@ def is_weight(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and value.const_value is not None
 
 
+def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
+    """The standard operator `op_type` that alone reads `value`."""
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != op_type or uses[0].node.domain:
+        return None
+    return uses[0].node
+
+
 def typed(value: ir.Value, shape: Sequence[int], dtype: ir.DataType | None) -> ir.Value:
     """Set the shape and the type of a new value, and hand it back."""
     value.shape = ir.Shape(shape)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from sinkexport.graph.edit import is_weight, replace_node, static_shape, typed
+from sinkexport.graph.edit import is_weight, only_user, replace_node, static_shape, typed
 
 
 @dataclasses.dataclass(frozen=True)
-class _Norm:
-    """What one match found: ``scale * x / sqrt(mean(x^2) + epsilon)``, ending in node `last`."""
+class RmsNorm:
+    """What one match found: ``scale * x / sqrt(mean(x^2) + epsilon)``, ending in node `last`, which scales.
+
+    Types may differ: x as it was before a cast to float32, scale and the result as `last` has them.
+    """
 
     x: ir.Value
     scale: ir.Value
@@ -25,7 +29,7 @@ def fuse_rms_norms(model: ir.Model) -> int:
     Follows values, not names, and looks through the casts to float32 and back that half-precision models have:
     RMSNormalization itself computes in float32 (stash_type) and scales in the type of its input.
     """
-    found = [norm for node in model.graph if node.op_type == "ReduceMean" and (norm := _match(node)) is not None]
+    found = [n for n in find_rms_norms(model.graph) if n.x.dtype == n.scale.dtype == n.last.outputs[0].dtype]
     for norm in found:
         fused = ir.node(
             "RMSNormalization", [norm.x, norm.scale],
@@ -37,32 +41,36 @@ def fuse_rms_norms(model: ir.Model) -> int:
     return len(found)
 
 
-def _match(mean: ir.Node) -> _Norm | None:
+def find_rms_norms(graph: ir.Graph) -> Iterator[RmsNorm]:
+    """Every norm over the last axis. A found one may be replaced before the next is asked for."""
+    for node in list(graph):
+        if node.op_type == "ReduceMean" and (norm := _match(node)) is not None:
+            yield norm
+
+
+def _match(mean: ir.Node) -> RmsNorm | None:
     square = mean.inputs[0].producer() if mean.inputs[0] is not None else None
     source = _squared(square)
     if source is None or not _over_last_axis(mean):
         return None
-    addition = _only_user(mean.outputs[0], "Add")
+    addition = only_user(mean.outputs[0], "Add")
     epsilon = _number(next((v for v in addition.inputs if is_weight(v)), None)) if addition else None
-    root = _only_user(addition.outputs[0], "Sqrt") if addition else None
-    inverse = _only_user(root.outputs[0], "Reciprocal") if root else None
-    product = _only_user(inverse.outputs[0], "Mul") if inverse else None
+    root = only_user(addition.outputs[0], "Sqrt") if addition else None
+    inverse = only_user(root.outputs[0], "Reciprocal") if root else None
+    product = only_user(inverse.outputs[0], "Mul") if inverse else None
     if epsilon is None or product is None or source not in product.inputs:
         return None
     normalized = product.outputs[0]
-    if (cast := _only_user(normalized, "Cast")) is not None:
+    if (cast := only_user(normalized, "Cast")) is not None:
         normalized = cast.outputs[0]
-    scaling = _only_user(normalized, "Mul")
+    scaling = only_user(normalized, "Mul")
     if scaling is None:
         return None
     scale = scaling.inputs[1] if scaling.inputs[0] is normalized else scaling.inputs[0]
     width = static_shape(source)
     if scale is None or width is None or static_shape(scale) != width[-1:]:
         return None
-    x = _before_cast(source)
-    if x.dtype != scaling.outputs[0].dtype or scale.dtype != x.dtype:
-        return None
-    return _Norm(x, scale, epsilon, scaling)
+    return RmsNorm(_before_cast(source), scale, epsilon, scaling)
 
 
 def _squared(node: ir.Node | None) -> ir.Value | None:
@@ -78,13 +86,6 @@ def _squared(node: ir.Node | None) -> ir.Value | None:
 def _over_last_axis(mean: ir.Node) -> bool:
     before, after = static_shape(mean.inputs[0]), static_shape(mean.outputs[0])
     return before is not None and after == (*before[:-1], 1)
-
-
-def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
-    uses = list(value.uses())
-    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != op_type or uses[0].node.domain:
-        return None
-    return uses[0].node
 
 
 def _number(value: ir.Value | None) -> float | None:

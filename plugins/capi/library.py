@@ -1,0 +1,42 @@
+"""What the C interfaces without a workspace have in common: a struct, what is wrong with it, a launch."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Generic, TypeVar
+
+Params = TypeVar("Params", bound=ctypes.Structure)
+
+
+class Launcher(Generic[Params]):
+    """The functions ``sinkexport_NAME``, ``.._problem`` and ``.._params_bytes`` of a built library.
+
+    Raises:
+        OSError: the library cannot be loaded.
+        RuntimeError: it was built from another version of the struct.
+    """
+
+    def __init__(self, library: Path, name: str, params: type[Params]) -> None:
+        functions = ctypes.CDLL(str(library))
+        self._launch = getattr(functions, f"sinkexport_{name}")
+        self._problem = getattr(functions, f"sinkexport_{name}_problem")
+        params_bytes = getattr(functions, f"sinkexport_{name}_params_bytes")
+        pointer = ctypes.POINTER(params)
+        self._launch.argtypes, self._launch.restype = [pointer, ctypes.c_void_p], ctypes.c_int
+        self._problem.argtypes, self._problem.restype = [pointer], ctypes.c_char_p
+        params_bytes.argtypes, params_bytes.restype = [], ctypes.c_size_t
+        if params_bytes() != ctypes.sizeof(params):
+            raise RuntimeError(
+                f"{params.__name__}: received {params_bytes()} bytes in {library}, expected {ctypes.sizeof(params)}; "
+                "build the library of this source tree"
+            )
+
+    def problem(self, params: Params) -> str | None:
+        """One line that says why this cannot be launched; None: it can."""
+        text = self._problem(ctypes.byref(params))
+        return None if text is None else text.decode()
+
+    def launch(self, params: Params, stream: int = 0) -> int:
+        """Launches on a cudaStream_t; returns a cudaError_t, 0 for success."""
+        return int(self._launch(ctypes.byref(params), stream))

@@ -1,0 +1,63 @@
+// Kernels that start while the one before them in the stream still runs (programmatic dependent launch, compute
+// capability 9.0 and above).
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace sinkexport {
+
+// Nothing that earlier work in the stream writes may be read, and nothing that it reads may be written, before this.
+__device__ __forceinline__ void waitForEarlierKernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel's blocks may be placed beside this one's, if it was launched so and begins with the wait above.
+__device__ __forceinline__ void allowNextKernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Brings a line of 128 bytes that this kernel will read nearer. Of anything, also before the wait: the copy is in the L2
+// cache, where every write arrives.
+__device__ __forceinline__ void prefetchLine([[maybe_unused]] const void* address) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
+// Whether the current device can place a kernel before the one that it waits for has ended.
+inline cudaError_t findOverlap(bool& overlaps) {
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  overlaps = major >= 9;
+  return error;
+}
+
+// `overlaps`: the kernel waits by itself for all work that is ahead of it in the stream.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launchOverlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes, bool overlaps,
+                              cudaStream_t stream, Arguments... arguments) {
+#if CUDART_VERSION >= 12030
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = overlaps ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+#else
+  (void)overlaps;
+  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+  return cudaGetLastError();
+#endif
+}
+
+}  // namespace sinkexport
