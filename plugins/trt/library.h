@@ -2,7 +2,7 @@
 
 #include <NvInferRuntime.h>
 
-#define SINKEXPORT_PLUGIN_ABI "1"
+#define SINKEXPORT_PLUGIN_ABI "2"
 
 namespace sinkexport::trt {
 

@@ -37,7 +37,7 @@ RECURRENT_KINDS = ("conv", "recurrent")
 """States of a layer with linear attention instead of a cache."""
 
 TARGETS = ("onnx", "tensorrt")
-PLUGIN_ABI = "1"
+PLUGIN_ABI = "2"
 """Of the TensorRT plugins whose nodes this version writes: their names, inputs, outputs and fields."""
 
 

@@ -116,7 +116,7 @@ def test_static_inputs_compute_what_the_native_bundle_does(tmp_path: Path) -> No
 def test_what_tensorrt_8_is_given(tmp_path: Path) -> None:
     """Opset 17, operators that its parser has, and nothing of 64 bits that goes in or out."""
     manifest = exported(wide_model("phi3", "fp16"), tmp_path / "b", target="tensorrt", dtype="fp16", batch=2)
-    assert manifest.plugin_abi == "1"
+    assert manifest.plugin_abi == "2"
     specs = {role: [(s.name, s.shape, s.dtype) for s in graph.inputs] for role, graph in manifest.graphs.items()}
     assert specs["decode"] == [("ids", (2, 1), "int32"), ("position", (2, 2), "int32")]
     assert specs["prefill"] == [("ids", (1, T), "int32"), ("position", (1, 2), "int32"), ("num_valid", (1,), "int32")]
