@@ -63,11 +63,13 @@ constexpr const char* kPluginNamespace = "";
 
 std::unique_ptr<Operator> makeSinkAttention();
 std::unique_ptr<Operator> makeInt8Linear();
+std::unique_ptr<Operator> makeHalfLinear();
 std::unique_ptr<Operator> makeInt8Rows();
 
 inline const std::vector<OperatorKind>& operatorKinds() {
   static const std::vector<OperatorKind> kinds = {
-      {"SinkAttention", makeSinkAttention}, {"Int8Linear", makeInt8Linear}, {"Int8Rows", makeInt8Rows}};
+      {"SinkAttention", makeSinkAttention}, {"Int8Linear", makeInt8Linear}, {"Int8Rows", makeInt8Rows},
+      {"HalfLinear", makeHalfLinear}};
   return kinds;
 }
 

@@ -8,6 +8,7 @@
 #endif
 
 #include <cstring>
+#include <deque>
 
 #include "library.h"
 #include "operator.h"
@@ -119,14 +120,16 @@ class Creator final : public IPluginCreator {
 
 // Registers the creators when the library is loaded.
 struct Registration {
-  Creator attention{operatorKinds()[0]}, linear{operatorKinds()[1]}, rows{operatorKinds()[2]};
+  std::deque<Creator> creators;  // never moved: they point into themselves
 
   Registration() {
     if (getPluginRegistry == nullptr) {
       logError("sinkexport", "TensorRT is not loaded, or not for all to see: load libnvinfer first, with RTLD_GLOBAL");
       return;
     }
-    for (Creator* creator : {&attention, &linear, &rows}) getPluginRegistry()->registerCreator(*creator, kPluginNamespace);
+    for (const OperatorKind& kind : operatorKinds()) {
+      getPluginRegistry()->registerCreator(creators.emplace_back(kind), kPluginNamespace);
+    }
   }
 } registration;
 

@@ -8,6 +8,7 @@
 #endif
 
 #include <atomic>
+#include <deque>
 
 #include "library.h"
 #include "operator.h"
@@ -157,11 +158,14 @@ extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1:
 
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(
     int32_t& count) {
-  const auto& kinds = sinkexport::trt::operatorKinds();
-  static sinkexport::trt::Creator attention(kinds[0]), linear(kinds[1]), rows(kinds[2]);
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&attention, &linear, &rows};
-  count = 3;
-  return creators;
+  static std::deque<sinkexport::trt::Creator> all;  // never moved: creators point into themselves
+  static const auto creators = [] {
+    std::vector<nvinfer1::IPluginCreatorInterface*> made;
+    for (const auto& kind : sinkexport::trt::operatorKinds()) made.push_back(&all.emplace_back(kind));
+    return made;
+  }();
+  count = static_cast<int32_t>(creators.size());
+  return creators.data();
 }
 
 #endif  // NV_TENSORRT_MAJOR >= 10
