@@ -209,7 +209,7 @@ class TestBuilding:
         with pytest.raises(BackendError, match="a bundle whose graphs need the TensorRT plugin"):
             Session.load(tmp_path / "b")
         shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "b")])
-        assert "plugin 1" in shown.output
+        assert "plugin 2" in shown.output
         assert "engines/decode.engine" in shown.output
 
     def test_a_graph_that_does_not_fit_its_fields_is_refused(self, plugin_library: Path, tmp_path: Path) -> None:
