@@ -63,6 +63,7 @@ constexpr const char* kPluginNamespace = "";
 
 std::unique_ptr<Operator> makeSinkAttention();
 std::unique_ptr<Operator> makeInt8Linear();
+std::unique_ptr<Operator> makeHalfLinear();
 std::unique_ptr<Operator> makeInt8Rows();
 std::unique_ptr<Operator> makeRmsNorm();
 std::unique_ptr<Operator> makeGatedActivation();
@@ -71,6 +72,7 @@ inline const std::vector<OperatorKind>& operatorKinds() {
   static const std::vector<OperatorKind> kinds = {
       {"SinkAttention", makeSinkAttention},
       {"Int8Linear", makeInt8Linear},
+      {"HalfLinear", makeHalfLinear},
       {"Int8Rows", makeInt8Rows},
       {"RmsNorm", makeRmsNorm},
       {"GatedActivation", makeGatedActivation},

@@ -8,6 +8,7 @@
 #endif
 
 #include <cstring>
+#include <deque>
 
 #include "library.h"
 #include "operator.h"
@@ -119,7 +120,7 @@ class Creator final : public IPluginCreator {
 
 // Registers the creators when the library is loaded.
 struct Registration {
-  std::vector<std::unique_ptr<Creator>> creators;
+  std::deque<Creator> creators;  // never moved: they point into themselves
 
   Registration() {
     if (getPluginRegistry == nullptr) {
@@ -127,8 +128,7 @@ struct Registration {
       return;
     }
     for (const OperatorKind& kind : operatorKinds()) {
-      creators.push_back(std::make_unique<Creator>(kind));
-      getPluginRegistry()->registerCreator(*creators.back(), kPluginNamespace);
+      getPluginRegistry()->registerCreator(creators.emplace_back(kind), kPluginNamespace);
     }
   }
 } registration;

@@ -8,6 +8,7 @@
 #endif
 
 #include <atomic>
+#include <deque>
 
 #include "library.h"
 #include "operator.h"
@@ -157,20 +158,14 @@ extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1:
 
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(
     int32_t& count) {
-  struct Creators {
-    std::vector<std::unique_ptr<sinkexport::trt::Creator>> owned;
-    std::vector<nvinfer1::IPluginCreatorInterface*> all;
-
-    Creators() {
-      for (const auto& kind : sinkexport::trt::operatorKinds()) {
-        owned.push_back(std::make_unique<sinkexport::trt::Creator>(kind));
-        all.push_back(owned.back().get());
-      }
-    }
-  };
-  static const Creators creators;
-  count = static_cast<int32_t>(creators.all.size());
-  return creators.all.data();
+  static std::deque<sinkexport::trt::Creator> all;  // never moved: creators point into themselves
+  static const auto creators = [] {
+    std::vector<nvinfer1::IPluginCreatorInterface*> made;
+    for (const auto& kind : sinkexport::trt::operatorKinds()) made.push_back(&all.emplace_back(kind));
+    return made;
+  }();
+  count = static_cast<int32_t>(creators.size());
+  return creators.data();
 }
 
 #endif  // NV_TENSORRT_MAJOR >= 10

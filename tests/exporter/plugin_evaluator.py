@@ -28,7 +28,7 @@ class PluginBundle:
         self.manifest = manifest
         self.position = 0
         self._oracles: dict[str, SinkAttentionOracle] = {}
-        operators = [_attention(self._oracles, manifest), Int8Linear, Int8Rows, RmsNorm, GatedActivation,
+        operators = [_attention(self._oracles, manifest), Int8Linear, HalfLinear, Int8Rows, RmsNorm, GatedActivation,
                      QuantizeLinear, DequantizeLinear]  # fmt: skip
         self._graphs = {
             role: ReferenceEvaluator(onnx.load(folder / graph.file), new_ops=operators)
@@ -105,6 +105,16 @@ class Int8Linear(OpRun):
         assert weight.shape == (attributes["num_outputs"], x.shape[-1] // 4)
         rows = weight.view(np.int8).astype(np.float64) * scale[:, None]
         return ((x.astype(np.float64) @ rows.T).astype(x.dtype),)
+
+
+class HalfLinear(OpRun):
+    op_domain = DOMAIN
+
+    def _run(self, x: Any, weight: Any, bias: Any = 0, **attributes: Any) -> tuple[Any]:
+        assert weight.shape == (attributes["num_outputs"], x.shape[-1])
+        assert x.dtype == weight.dtype == np.float16
+        assert (np.ndim(bias) == 1) == attributes["has_bias"]
+        return ((x.astype(np.float64) @ weight.T.astype(np.float64) + bias).astype(np.float16),)
 
 
 class Int8Rows(OpRun):

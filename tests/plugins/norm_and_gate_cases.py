@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from plugins.capi.gated_activation import ACTIVATIONS, GatedActivationParams
-from plugins.capi.int8_linear import DTYPES
+from plugins.capi.linear import DTYPES
 from plugins.capi.rms_norm import RmsNormParams
 from tests.plugins.norm_and_gate_library import NormAndGate
 from tests.reference.layers import gated_activation, rms_norm

@@ -22,6 +22,8 @@ BLOCK_ATTENTION = "BlockAttention"
 """The block mode of SinkAttention: frames of video or audio (model/block_attention.py)."""
 INT8_LINEAR, INT8_ROWS = "Int8Linear", "Int8Rows"
 """Products by INT8 weights and rows of INT8 tables, of the TensorRT plugin: made by a graph pass, never traced."""
+HALF_LINEAR = "HalfLinear"
+"""Products by float16 weights, likewise."""
 RMS_NORM, GATED_ACTIVATION = "RmsNorm", "GatedActivation"
 """What is between products, of the TensorRT plugin: made by graph passes, never traced."""
 

@@ -16,7 +16,7 @@ from sinkexport.graph.passes.quantized_weight import QuantizedWeight
 
 BYTES_OF_WORD = 4
 INPUTS_MULTIPLE = 16
-"""The kernel reads 16 weights at once (plugins/kernels/int8_linear.h)."""
+"""The kernel reads 16 weights at once (plugins/kernels/linear.h)."""
 
 
 class PluginForm(QdqForm):

@@ -1,12 +1,12 @@
-"""The INT8 linear compiles, and what it checks on the host it checks on any machine."""
+"""The linear compiles, and what it checks on the host it checks on any machine."""
 
 from __future__ import annotations
 
 import pytest
 
-from plugins.capi.int8_linear import DTYPES, Int8Linear, Int8LinearParams
+from plugins.capi.linear import DTYPES, WEIGHT_TYPES, Linear, LinearParams
 from tests.plugins.compiler import needs_nvcc
-from tests.plugins.int8_linear_library import build
+from tests.plugins.linear_library import build
 
 pytestmark = needs_nvcc
 
@@ -15,20 +15,25 @@ POINTERS = ("x", "weight", "scale", "bias", "y")
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Int8Linear:
-    return build(tmp_path_factory.mktemp("int8_linear"), "sm_90")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Linear:
+    return build(tmp_path_factory.mktemp("linear"), "sm_90")
 
 
-def params(**changes: int) -> Int8LinearParams:
+def params(**changes: int) -> LinearParams:
     """Valid on the host, where nobody follows the pointers: 1 GiB apart from each other."""
     values = {"num_rows": 3, "num_inputs": 64, "num_outputs": 33, "dtype": DTYPES["bfloat16"]}
     addresses = {name: (i + 1) << 30 for i, name in enumerate(POINTERS)}
-    return Int8LinearParams(**{**values, **addresses, **changes})
+    return LinearParams(**{**values, **addresses, **changes})
+
+
+HALF = {"weight_type": WEIGHT_TYPES["half"], "scale": 0}
 
 
 def test_what_can_be_launched(library):
     for changes in ({}, {"bias": 0}, {"num_rows": 1 << 16}, {"num_inputs": 16}, {"num_outputs": 1}, {"dtype": 0}):
         assert library.problem(params(**changes)) is None
+        assert library.problem(params(**changes, **HALF)) is None
+    assert library.problem(params(**HALF, num_inputs=8)) is None
 
 
 REFUSED = [
@@ -39,6 +44,11 @@ REFUSED = [
     ({"num_inputs": 0}, "num_inputs: received 0, expected a multiple of 16 in"),
     ({"num_outputs": 0}, "num_outputs: received 0, expected 1 .. 2097152"),
     ({"dtype": 2}, "dtype: received 2, expected 0 (float16) or 1 (bfloat16)"),
+    ({"weight_type": 2}, "weight_type: received 2, expected 0 (int8) or 1 (half)"),
+    ({**HALF, "num_inputs": 68}, "num_inputs: received 68, expected a multiple of 8 in 8 .. 2097152; pad x and weight"),
+    ({**HALF, "num_inputs": 0}, "num_inputs: received 0, expected a multiple of 8 in"),
+    ({**HALF, "scale": 3 << 30}, "scale: received a pointer, expected null with half weights"),
+    ({**HALF, "weight": 0}, "weight: received null, expected a device pointer"),
     *(({name: 0}, f"{name}: received null, expected a device pointer") for name in POINTERS if name != "bias"),
     ({"weight": 0, "bias": 0}, "weight: received null, expected a device pointer"),
     *(({name: (1 << 40) + 8}, f"{name}: received 0x10000000008, expected a device pointer that is a multiple of 16")
@@ -46,6 +56,7 @@ REFUSED = [
     ({"y": 1 << 30}, "y: overlaps x, expected memory of its own"),
     ({"y": (1 << 30) + 16 * 23}, "y: overlaps x, expected memory of its own"),
     ({"y": (2 << 30) - 16}, "y: overlaps weight, expected memory of its own"),
+    ({**HALF, "y": (2 << 30) + 33 * 64 * 2 - 16}, "y: overlaps weight, expected memory of its own"),
     ({"y": (4 << 30) + 64}, "y: overlaps bias, expected memory of its own"),
 ]  # fmt: skip
 
@@ -65,6 +76,8 @@ def test_workspace_holds_the_partial_sums_of_all_splits(library):
         assert library.workspace_bytes(params(num_rows=num_rows)) == 0
     assert library.workspace_bytes(params(num_rows=0)) == 0
     few_outputs = params(num_rows=64, num_inputs=4096, num_outputs=256)
+    half = params(num_rows=64, num_inputs=4096, num_outputs=256, **HALF)
+    assert library.workspace_bytes(half) == library.workspace_bytes(few_outputs)
     size = library.workspace_bytes(few_outputs)
     assert size >= 2 * 64 * 256 * 4
     assert size % (64 * 256 * 4) == 0

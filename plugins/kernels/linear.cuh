@@ -1,4 +1,4 @@
-// What the kernels of int8_linear.cu are made of: asynchronous copies, INT8 to half, one tensor-core product.
+// What the kernels of linear.cu are made of: asynchronous copies, weights as factors, one tensor-core product.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 #include "overlap.cuh"
 
 namespace sinkexport {
-namespace int8_linear {
+namespace linear {
 
 constexpr int kWarpSize = 32;
 
@@ -65,6 +65,29 @@ __device__ __forceinline__ void dequantise(uint32_t word, uint32_t& low, uint32_
   high = reinterpret_cast<const uint32_t&>(f);
 }
 
+template <typename Weight>
+constexpr bool kIsInt8 = std::is_same_v<Weight, int8_t>;
+template <typename Weight>
+constexpr int kUnitWeights = 16 / static_cast<int>(sizeof(Weight));  // of a 16-byte copy
+
+__device__ __forceinline__ uint32_t wordOf(const uint2& words, int i) { return i == 0 ? words.x : words.y; }
+__device__ __forceinline__ uint32_t wordOf(const uint4& words, int i) {
+  return i < 2 ? (i == 0 ? words.x : words.y) : (i == 2 ? words.z : words.w);
+}
+
+// The left factor of product `s` (below): four weights of row g out of `near`, and of row g + 8 out of `far`, which are
+// those of a[0], a[2] and of a[1], a[3].
+template <typename Weight, typename Half, typename Words>
+__device__ __forceinline__ void takeTile(uint32_t (&a)[4], const Words& near, const Words& far, int s) {
+  if constexpr (kIsInt8<Weight>) {
+    dequantise(wordOf(near, s), a[0], a[2], Half{});
+    dequantise(wordOf(far, s), a[1], a[3], Half{});
+  } else {
+    a[0] = wordOf(near, 2 * s), a[2] = wordOf(near, 2 * s + 1);
+    a[1] = wordOf(far, 2 * s), a[3] = wordOf(far, 2 * s + 1);
+  }
+}
+
 // --- the product ---
 
 // sum += a . b of a [16, 16], b [16, 8]: PTX's mma.m16n8k16. With g = lane / 4 and t = lane % 4 a lane holds
@@ -117,5 +140,5 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4]
 }
 #endif
 
-}  // namespace int8_linear
+}  // namespace linear
 }  // namespace sinkexport

@@ -1,10 +1,11 @@
-// y = x . W^T * scale + bias with W in INT8 (int8_linear.h says which shapes).
+// y = x . W^T * scale + bias with W in INT8, y = x . W^T + bias with W of x's type (linear.h says which shapes).
 //
 // Both kernels multiply on the tensor cores, weights as the left factor (16 outputs a tile) and tokens as the right one
 // (8 a tile): even for one token that takes fewer instructions a weight than multiplying and adding one by one, so that
 // reading the weights is what is left. A sum over k has no order of its own, so lanes take 16 consecutive weights of a
 // row (one 16-byte load) as their share of four k16 tiles, and the same k of the tokens: in tile s lane t of four has
-// k = 16 t + 4 s .. + 3 of each 64.
+// k = 16 t + 4 s .. + 3 of each 64. Of half weights a load is 8, of two tiles: k = 8 t + 4 s .. + 3 of each 32 (more
+// tokens: two loads, and k as with INT8).
 //
 // - Up to 16 tokens: a block takes tiles of 16 or 32 outputs and its warps split k among them, each with a ring of
 //   chunks of its own in shared memory, filled by asynchronous copies; the warps' sums are added at the end of a tile,
@@ -14,15 +15,15 @@
 //   that a weight is converted once in a block (twice in the largest). Where the tiles are fewer than the
 //   multiprocessors, k is split over blocks too: float32 partial sums in the workspace, added in order by a second
 //   kernel. The split depends on shapes alone, so that the workspace does not depend on the device.
-#include "int8_linear.h"
+#include "linear.h"
 
 #include <algorithm>
 
-#include "int8_linear.cuh"
+#include "linear.cuh"
 #include "problem.h"
 
 namespace sinkexport {
-namespace int8_linear {
+namespace linear {
 namespace {
 
 constexpr int kFewTokens = 16;
@@ -32,60 +33,73 @@ constexpr int kMaxFeatures = 1 << 21;
 __host__ __device__ constexpr int divideUp(int a, int b) { return (a + b - 1) / b; }
 
 // What makes an output of a sum.
-template <typename Half>
+template <typename Weight, typename Half>
 struct Output {
   float scale, bias;
-  __device__ __forceinline__ Output(const Int8LinearParams& p, int output)
-      : scale(p.scale[output]), bias(p.bias ? toFloat(static_cast<const Half*>(p.bias)[output]) : 0.0f) {}
-  __device__ __forceinline__ Half operator()(float sum) const { return fromFloat<Half>(fmaf(sum, scale, bias)); }
+  __device__ __forceinline__ Output(const LinearParams& p, int output)
+      : scale(kIsInt8<Weight> ? p.scale[output] : 1.0f),
+        bias(p.bias ? toFloat(static_cast<const Half*>(p.bias)[output]) : 0.0f) {}
+  __device__ __forceinline__ Half operator()(float sum) const {
+    return fromFloat<Half>(kIsInt8<Weight> ? fmaf(sum, scale, bias) : sum + bias);
+  }
 };
 
 // --- up to 16 tokens ---
 
-constexpr int kFewChunk = 128;  // k of a warp's step: a whole 128-byte line of each weight row
+constexpr int kLineBytes = 128;  // of each weight row in a warp's step
 
+template <typename Weight>
+constexpr int kFewChunk = kLineBytes / static_cast<int>(sizeof(Weight));  // k of a step
+
+template <typename Weight>
 __host__ __device__ constexpr int fewStageBytes(int row_tiles, int num_tokens) {
-  return 16 * row_tiles * kFewChunk + num_tokens * kFewChunk * 2;
+  return 16 * row_tiles * kLineBytes + num_tokens * kFewChunk<Weight> * 2;
 }
 
+template <typename Weight>
 __host__ __device__ constexpr int fewSharedBytes(int row_tiles, int num_tokens, int warps, int stages) {
   const int sum_bytes = 16 * row_tiles * num_tokens * static_cast<int>(sizeof(float));
-  return warps * (stages * fewStageBytes(row_tiles, num_tokens) + 2 * sum_bytes);
+  return warps * (stages * fewStageBytes<Weight>(row_tiles, num_tokens) + 2 * sum_bytes);
 }
 
 // Each block takes every gridDim.x-th tile of outputs; chunks of k go round its warps. To a warp all that is one
 // sequence of steps, so that its copies for a tile are on their way while the one before it is finished.
-template <typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages>
-__global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Int8LinearParams p) {
-  constexpr int kRows = 16 * kRowTiles;          // outputs of a tile
-  constexpr int kTokenBytes = 2 * kFewChunk;     // of one token in a stage
-  constexpr int kPieces = kTokenBytes / 16;      // the same in units of a copy
-  constexpr int kWeightBytes = kRows * kFewChunk;
+template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages>
+__global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const LinearParams p) {
+  constexpr int kChunk = kFewChunk<Weight>;
+  constexpr int kRows = 16 * kRowTiles;       // outputs of a tile
+  constexpr int kTokenBytes = 2 * kChunk;     // of one token in a stage
+  constexpr int kPieces = kTokenBytes / 16;   // the same in units of a copy
+  constexpr int kWeightBytes = kRows * kLineBytes;
+  constexpr int kUnit = kUnitWeights<Weight>;
+  constexpr int kUnitPieces = kUnit / 8;      // of a token, beside one unit of weights
+  constexpr int kOddPieces = kPieces > 8 ? 1 : 4;  // by which pieces of odd tokens trade places
   extern __shared__ __align__(16) unsigned char shared[];
   const int num_tokens = p.num_rows, num_inputs = p.num_inputs, num_outputs = p.num_outputs;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-  const int stage_bytes = fewStageBytes(kRowTiles, num_tokens);
+  const int stage_bytes = fewStageBytes<Weight>(kRowTiles, num_tokens);
   unsigned char* const ring = shared + warp * kStages * stage_bytes;
   float* const all_sums = reinterpret_cast<float*>(shared + kWarps * kStages * stage_bytes);
-  const int num_tiles = divideUp(num_outputs, kRows), num_chunks = divideUp(num_inputs, kFewChunk);
+  const int num_tiles = divideUp(num_outputs, kRows), num_chunks = divideUp(num_inputs, kChunk);
   const int num_steps = num_chunks > warp ? divideUp(num_chunks - warp, kWarps) : 0;  // of this warp in a tile
+  const Weight* const weight = static_cast<const Weight*>(p.weight);
   const Half* const x = static_cast<const Half*>(p.x);
 
   const auto copyWeights = [&](unsigned char* stage, int first_row, int first_k) {
     const int row = lane / 8, unit = lane % 8;  // then 4 rows on, and so on
     // 16-byte units of odd rows trade places, so that lanes of two rows read from all banks.
-    unsigned char* const to = stage + row * kFewChunk + (unit ^ (row & 1) << 2) * 16;
-    const size_t offset = static_cast<size_t>(first_row + row) * num_inputs + first_k + unit * 16;
+    unsigned char* const to = stage + row * kLineBytes + (unit ^ (row & 1) << 2) * 16;
+    const size_t offset = static_cast<size_t>(first_row + row) * num_inputs + first_k + unit * kUnit;
 #pragma unroll
     for (int i = 0; i < kRows / 4; ++i) {
-      const bool valid = first_row + row + 4 * i < num_outputs && first_k + unit * 16 < num_inputs;
-      const int8_t* const from = p.weight + (valid ? offset + static_cast<size_t>(4 * i) * num_inputs : 0);
-      copyAsync(to + 4 * i * kFewChunk, from, valid ? 16 : 0);
+      const bool valid = first_row + row + 4 * i < num_outputs && first_k + unit * kUnit < num_inputs;
+      const Weight* const from = weight + (valid ? offset + static_cast<size_t>(4 * i) * num_inputs : 0);
+      copyAsync(to + 4 * i * kLineBytes, from, valid ? 16 : 0);
     }
   };
   const auto placeOfPiece = [&](unsigned char* stage, int i) -> unsigned char* {  // of odd tokens likewise
     const int token = i / kPieces, piece = i % kPieces;
-    return stage + kWeightBytes + token * kTokenBytes + (piece ^ (token & 1)) * 16;
+    return stage + kWeightBytes + token * kTokenBytes + (piece ^ (token & 1) * kOddPieces) * 16;
   };
   int copy_tile = blockIdx.x, copy_step = 0, copy_stage = 0;  // what is copied next, and where to
   const auto advanceCopy = [&] {
@@ -96,7 +110,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Int8LinearP
   const auto copyNext = [&] {
     if (copy_tile < num_tiles) {
       unsigned char* const stage = ring + copy_stage * stage_bytes;
-      const int first_k = (warp + copy_step * kWarps) * kFewChunk;
+      const int first_k = (warp + copy_step * kWarps) * kChunk;
       for (int i = lane; i < num_tokens * kPieces; i += kWarpSize) {
         const int k = first_k + i % kPieces * 8;
         const bool valid = k < num_inputs;
@@ -111,14 +125,14 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Int8LinearP
   // The first stage's weights may be allowed to be read early. Not more of them: its tokens would queue behind.
   allowNextKernel();
   if (!p.constant_weight) waitForEarlierKernels();
-  copyWeights(ring, copy_tile * kRows, warp * kFewChunk);
+  copyWeights(ring, copy_tile * kRows, warp * kChunk);
   advanceCopy();
   if (p.constant_weight) waitForEarlierKernels();
   uint4 pieces[kPieces * 8 * kTokenTiles / kWarpSize];
   constexpr int kNumPieces = sizeof pieces / sizeof *pieces;
 #pragma unroll
   for (int j = 0; j < kNumPieces; ++j) {
-    const int i = lane + j * kWarpSize, k = warp * kFewChunk + i % kPieces * 8;
+    const int i = lane + j * kWarpSize, k = warp * kChunk + i % kPieces * 8;
     pieces[j] = i < num_tokens * kPieces && k < num_inputs
                     ? *reinterpret_cast<const uint4*>(x + static_cast<size_t>(i / kPieces) * num_inputs + k)
                     : uint4{0, 0, 0, 0};
@@ -142,29 +156,27 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Int8LinearP
       const unsigned char* const tokens = stage + kWeightBytes;
       if (++read_stage == kStages) read_stage = 0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {  // 64 k of the 128
-        uint4 b[kTokenTiles][2];              // 16 k of a token
+      for (int part = 0; part < 2; ++part) {  // half of the k
+        uint4 b[kTokenTiles][kUnitPieces];
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) {
           const int token = 8 * j + g;
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int piece = (half * 8 + t * 2 + i) ^ (token & 1);
+          for (int i = 0; i < kUnitPieces; ++i) {
+            const int piece = ((part * 4 + t) * kUnitPieces + i) ^ (token & 1) * kOddPieces;
             b[j][i] = token < num_tokens ? *reinterpret_cast<const uint4*>(tokens + token * kTokenBytes + piece * 16)
                                          : uint4{0, 0, 0, 0};
           }
         }
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
-          const unsigned char* const rows = stage + (16 * r + g) * kFewChunk + ((half * 4 + t) ^ (g & 1) << 2) * 16;
+          const unsigned char* const rows = stage + (16 * r + g) * kLineBytes + ((part * 4 + t) ^ (g & 1) << 2) * 16;
           const uint4 near = *reinterpret_cast<const uint4*>(rows);
-          const uint4 far = *reinterpret_cast<const uint4*>(rows + 8 * kFewChunk);
-          const uint32_t words[4][2] = {{near.x, far.x}, {near.y, far.y}, {near.z, far.z}, {near.w, far.w}};
+          const uint4 far = *reinterpret_cast<const uint4*>(rows + 8 * kLineBytes);
 #pragma unroll
-          for (int s = 0; s < 4; ++s) {
+          for (int s = 0; s < kUnit / 4; ++s) {
             uint32_t a[4];
-            dequantise(words[s][0], a[0], a[2], Half{});
-            dequantise(words[s][1], a[1], a[3], Half{});
+            takeTile<Weight, Half>(a, near, far, s);
 #pragma unroll
             for (int j = 0; j < kTokenTiles; ++j) {
               const uint4 piece = b[j][s / 2];
@@ -197,7 +209,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Int8LinearP
       for (int w = 0; w < kWarps; ++w) total += sums[w * num_tokens * kRows + i];
       const int token = i / kRows, output = tile * kRows + i % kRows;
       if (output >= num_outputs) continue;
-      static_cast<Half*>(p.y)[static_cast<size_t>(token) * num_outputs + output] = Output<Half>(p, output)(total);
+      static_cast<Half*>(p.y)[static_cast<size_t>(token) * num_outputs + output] = Output<Weight, Half>(p, output)(total);
     }
   }
 }
@@ -214,16 +226,19 @@ struct ManyShape {
   static constexpr int kStages = kStages_;
   static constexpr int kThreads = kRowWarps * kTokenWarps * kWarpSize;
   static constexpr int kRows = kRowWarps * 16 * kRowTiles, kTokens = kTokenWarps * 8 * kTokenTiles;
-  static constexpr int kStageBytes = kRows * kManyChunk + kTokens * kManyChunk * 2;
+  template <typename Weight>
+  static constexpr int kStageBytes = (kRows * static_cast<int>(sizeof(Weight)) + kTokens * 2) * kManyChunk;
 };
 
 // Grid: token tiles, output tiles, splits of k. `partial` [splits, M, N], or null if there is one split.
-template <typename Half, typename Shape>
+template <typename Weight, typename Half, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 1)
-    manyTokens(const Int8LinearParams p, float* __restrict__ partial, int chunks_per_split) {
+    manyTokens(const LinearParams p, float* __restrict__ partial, int chunks_per_split) {
   constexpr int kThreads = Shape::kThreads, kRows = Shape::kRows, kTokens = Shape::kTokens;
   constexpr int kRowTiles = Shape::kRowTiles, kTokenTiles = Shape::kTokenTiles;
-  constexpr int kStages = Shape::kStages, kStageBytes = Shape::kStageBytes;
+  constexpr int kStages = Shape::kStages, kStageBytes = Shape::template kStageBytes<Weight>;
+  constexpr int kRowBytes = kManyChunk * static_cast<int>(sizeof(Weight));  // of weights in a stage
+  constexpr int kOddPieces = kIsInt8<Weight> ? 0 : 1;  // by which pieces of odd rows trade places, as tokens' do
   constexpr int kPairsAtOnce = Shape::kTokenWarps > 1 ? 1 : 2;  // two would spill where 128 registers are all there is
   extern __shared__ __align__(16) unsigned char shared[];
   const int num_tokens = p.num_rows, num_inputs = p.num_inputs, num_outputs = p.num_outputs;
@@ -237,7 +252,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
   waitForEarlierKernels();
 
   // Past the last output or token the last one is read again; sums of those are not stored.
-  const int8_t* const weight = p.weight + static_cast<size_t>(first_row) * num_inputs;
+  const Weight* const weight = static_cast<const Weight*>(p.weight) + static_cast<size_t>(first_row) * num_inputs;
   const Half* const x = static_cast<const Half*>(p.x) + static_cast<size_t>(first_token) * num_inputs;
   const int last_row = num_outputs - 1 - first_row, last_token = num_tokens - 1 - first_token;
   const auto copyStep = [&](int step) {
@@ -245,12 +260,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
       unsigned char* const stage = shared + step % kStages * kStageBytes;
       const int first_k = (first_chunk + step) * kManyChunk;
       {
-        constexpr int kPieces = kManyChunk / 16;
-        const int row = threadIdx.x / kPieces, k = first_k + threadIdx.x % kPieces * 16, size = k < num_inputs ? 16 : 0;
+        constexpr int kUnit = kUnitWeights<Weight>, kPieces = kManyChunk / kUnit;
+        const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces, k = first_k + piece * kUnit;
+        const int size = k < num_inputs ? 16 : 0;
+        unsigned char* const to = stage + (row * kPieces + (piece ^ (row & 1) * kOddPieces)) * 16;
 #pragma unroll
         for (int i = 0; i < kRows; i += kThreads / kPieces) {
-          copyAsync(stage + threadIdx.x * 16 + i * kManyChunk,
-                    weight + (size ? min(row + i, last_row) * num_inputs + k : 0), size);
+          copyAsync(to + i * kRowBytes, weight + (size ? min(row + i, last_row) * num_inputs + k : 0), size);
         }
       }
       {
@@ -258,7 +274,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
         const int token = threadIdx.x / kPieces, piece = threadIdx.x % kPieces, k = first_k + piece * 8;
         const int size = k < num_inputs ? 16 : 0;
         // 16-byte pieces of odd tokens trade places, so that lanes of two tokens read from all banks.
-        unsigned char* const to = stage + kRows * kManyChunk + (token * kPieces + (piece ^ (token & 1))) * 16;
+        unsigned char* const to = stage + kRows * kRowBytes + (token * kPieces + (piece ^ (token & 1))) * 16;
 #pragma unroll
         for (int i = 0; i < kTokens; i += kThreads / kPieces) {
           copyAsync(to + i * kManyChunk * 2, x + (size ? min(token + i, last_token) * num_inputs + k : 0), size);
@@ -276,19 +292,20 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
     __syncthreads();
     copyStep(step + kStages - 1);  // into the stage that all threads have read in the step before
     const unsigned char* const stage = shared + step % kStages * kStageBytes;
-    const unsigned char* const tokens = stage + kRows * kManyChunk;
+    const unsigned char* const tokens = stage + kRows * kRowBytes;
 #pragma unroll(kPairsAtOnce)
     for (int pair = 0; pair < 2; ++pair) {  // two k16 tiles, whose share of a token is one 16-byte piece
       uint32_t a[kRowTiles][2][4];
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
-        const unsigned char* const rows = stage + (row_of_warp + 16 * r + g) * kManyChunk + t * 16 + pair * 8;
-        const uint2 near = *reinterpret_cast<const uint2*>(rows);
-        const uint2 far = *reinterpret_cast<const uint2*>(rows + 8 * kManyChunk);
-        dequantise(near.x, a[r][0][0], a[r][0][2], Half{});
-        dequantise(far.x, a[r][0][1], a[r][0][3], Half{});
-        dequantise(near.y, a[r][1][0], a[r][1][2], Half{});
-        dequantise(far.y, a[r][1][1], a[r][1][3], Half{});
+        using Words = std::conditional_t<kIsInt8<Weight>, uint2, uint4>;
+        constexpr int kBytes = sizeof(Words);  // of 8 weights
+        const unsigned char* const rows = stage + (row_of_warp + 16 * r + g) * kRowBytes + t * 2 * kBytes +
+                                          (pair ^ (g & 1) * kOddPieces) * kBytes;
+        const Words near = *reinterpret_cast<const Words*>(rows);
+        const Words far = *reinterpret_cast<const Words*>(rows + 8 * kRowBytes);
+        takeTile<Weight, Half>(a[r][0], near, far, 0);
+        takeTile<Weight, Half>(a[r][1], near, far, 1);
       }
 #pragma unroll
       for (int j = 0; j < kTokenTiles; ++j) {
@@ -311,7 +328,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
     for (int i = 0; i < 2; ++i) {
       const int output = first_row + row_of_warp + 16 * r + g + i * 8;
       if (output >= num_outputs) continue;
-      const Output<Half> finish(p, output);
+      const Output<Weight, Half> finish(p, output);
 #pragma unroll
       for (int j = 0; j < 2 * kTokenTiles; ++j) {
         const int token = first_token + token_of_warp + j / 2 * 8 + 2 * t + j % 2;
@@ -330,9 +347,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
 constexpr int kSumThreads = 256;
 
 // y from `partial` [num_splits, M, N], added in order.
-template <typename Half>
+template <typename Weight, typename Half>
 __global__ void __launch_bounds__(kSumThreads)
-    sumSplits(const Int8LinearParams p, const float* __restrict__ partial, int num_splits) {
+    sumSplits(const LinearParams p, const float* __restrict__ partial, int num_splits) {
   waitForEarlierKernels();
   const size_t count = static_cast<size_t>(p.num_rows) * p.num_outputs;
   const size_t i = static_cast<size_t>(blockIdx.x) * kSumThreads + threadIdx.x;
@@ -340,7 +357,7 @@ __global__ void __launch_bounds__(kSumThreads)
   float total = 0.0f;
 #pragma unroll 4
   for (int s = 0; s < num_splits; ++s) total += partial[s * count + i];
-  static_cast<Half*>(p.y)[i] = Output<Half>(p, static_cast<int>(i % p.num_outputs))(total);
+  static_cast<Half*>(p.y)[i] = Output<Weight, Half>(p, static_cast<int>(i % p.num_outputs))(total);
 }
 
 // --- launches ---
@@ -382,12 +399,12 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int sh
   return launchOverlapping(kernel, grid, dim3(threads), shared_bytes, device.overlaps, stream, arguments...);
 }
 
-template <typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages>
-cudaError_t launchFew(const Int8LinearParams& p, const Device& device, cudaStream_t stream) {
-  const int needed_bytes = fewSharedBytes(kRowTiles, p.num_rows, kWarps, kStages);
+template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages>
+cudaError_t launchFew(const LinearParams& p, const Device& device, cudaStream_t stream) {
+  const int needed_bytes = fewSharedBytes<Weight>(kRowTiles, p.num_rows, kWarps, kStages);
   if constexpr (kWarps > 4) {
     if (needed_bytes > device.shared_bytes) {
-      return launchFew<Half, kRowTiles, kTokenTiles, 4, kStages>(p, device, stream);
+      return launchFew<Weight, Half, kRowTiles, kTokenTiles, 4, kStages>(p, device, stream);
     }
   }
   // Two blocks on a multiprocessor, each with half of the memory even if it needs less: blocks of the next launch then
@@ -397,8 +414,8 @@ cudaError_t launchFew(const Int8LinearParams& p, const Device& device, cudaStrea
   const int shared_bytes = std::max(needed_bytes, std::min(share, device.shared_bytes));
   const int blocks = device.multiprocessors * (needed_bytes <= share ? kBlocks : 1);
   const dim3 grid(std::min(divideUp(p.num_outputs, 16 * kRowTiles), blocks));
-  return launch(fewTokens<Half, kRowTiles, kTokenTiles, kWarps, kStages>, grid, kWarps * kWarpSize, shared_bytes,
-                device, stream, p);
+  return launch(fewTokens<Weight, Half, kRowTiles, kTokenTiles, kWarps, kStages>, grid, kWarps * kWarpSize,
+                shared_bytes, device, stream, p);
 }
 
 // How many tiles and splits of k a product of more than 16 tokens has; of shapes alone.
@@ -408,7 +425,7 @@ struct ManyPlan {
 };
 
 template <typename Shape>
-ManyPlan planMany(const Int8LinearParams& p, int wanted_blocks) {
+ManyPlan planMany(const LinearParams& p, int wanted_blocks) {
   constexpr int kLeastChunks = 8;  // of a split, for its first copies not to be all of it
   ManyPlan plan{dim3(divideUp(p.num_rows, Shape::kTokens), divideUp(p.num_outputs, Shape::kRows)), 0};
   const int num_chunks = divideUp(p.num_inputs, kManyChunk);
@@ -419,17 +436,17 @@ ManyPlan planMany(const Int8LinearParams& p, int wanted_blocks) {
   return plan;
 }
 
-template <typename Half, typename Shape>
-cudaError_t launchMany(const Int8LinearParams& p, const ManyPlan& plan, void* workspace, const Device& device,
+template <typename Weight, typename Half, typename Shape>
+cudaError_t launchMany(const LinearParams& p, const ManyPlan& plan, void* workspace, const Device& device,
                        cudaStream_t stream) {
   float* const partial = plan.grid.z > 1 ? static_cast<float*>(workspace) : nullptr;
-  const cudaError_t error = launch(manyTokens<Half, Shape>, plan.grid, Shape::kThreads,
-                                   Shape::kStages * Shape::kStageBytes, device, stream, p, partial,
+  const cudaError_t error = launch(manyTokens<Weight, Half, Shape>, plan.grid, Shape::kThreads,
+                                   Shape::kStages * Shape::template kStageBytes<Weight>, device, stream, p, partial,
                                    plan.chunks_per_split);
   if (error != cudaSuccess || !partial) return error;
   const size_t count = static_cast<size_t>(p.num_rows) * p.num_outputs;
   const dim3 grid(static_cast<unsigned>((count + kSumThreads - 1) / kSumThreads));
-  return launch(sumSplits<Half>, grid, kSumThreads, 0, device, stream, p, partial, static_cast<int>(plan.grid.z));
+  return launch(sumSplits<Weight, Half>, grid, kSumThreads, 0, device, stream, p, partial, static_cast<int>(plan.grid.z));
 }
 
 using Low = ManyShape<1, 4, 1, 4>;   // 64 outputs x 32 tokens
@@ -439,7 +456,7 @@ using Tall = ManyShape<2, 8, 2, 3>;  // 128 x 128
 // Calls use(shape, plan) for the shape of tiles that a product of more than 16 tokens takes: the largest that makes
 // enough blocks.
 template <typename Use>
-auto withManyShape(const Int8LinearParams& p, Use use) {
+auto withManyShape(const LinearParams& p, Use use) {
   constexpr unsigned kWantedBlocks = 264, kEnoughBlocks = 192;
   const auto blocks = [](const ManyPlan& plan) { return plan.grid.x * plan.grid.y * plan.grid.z; };
   const ManyPlan tall = planMany<Tall>(p, kWantedBlocks), wide = planMany<Wide>(p, kWantedBlocks);
@@ -448,20 +465,27 @@ auto withManyShape(const Int8LinearParams& p, Use use) {
   return use(Low{}, planMany<Low>(p, 2 * kWantedBlocks));
 }
 
-template <typename Half>
-cudaError_t launchTyped(const Int8LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
-  if (p.num_rows <= 8) return launchFew<Half, 1, 1, 8, 3>(p, device, stream);
+template <typename Weight, typename Half>
+cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
+  if (p.num_rows <= 8) return launchFew<Weight, Half, 1, 1, 8, 3>(p, device, stream);
   if (p.num_rows <= kFewTokens) {
     // Taller tiles read the tokens less often, shorter ones spread better.
     constexpr int kManyOutputs = 1 << 15;
-    if (p.num_outputs >= kManyOutputs && fewSharedBytes(2, p.num_rows, 4, 3) <= device.shared_bytes) {
-      return launchFew<Half, 2, 2, 4, 3>(p, device, stream);
+    if (p.num_outputs >= kManyOutputs && fewSharedBytes<Weight>(2, p.num_rows, 4, 3) <= device.shared_bytes) {
+      return launchFew<Weight, Half, 2, 2, 4, 3>(p, device, stream);
     }
-    return launchFew<Half, 1, 2, 8, 2>(p, device, stream);
+    constexpr int kStages = kIsInt8<Weight> ? 2 : 3;  // in the same memory: half as many k have half the tokens' bytes
+    return launchFew<Weight, Half, 1, 2, 8, kStages>(p, device, stream);
   }
   return withManyShape(p, [&](auto shape, const ManyPlan& plan) {
-    return launchMany<Half, decltype(shape)>(p, plan, workspace, device, stream);
+    return launchMany<Weight, Half, decltype(shape)>(p, plan, workspace, device, stream);
   });
+}
+
+template <typename Half>
+cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
+  return p.weight_type == WeightType::kInt8 ? launchTyped<int8_t, Half>(p, workspace, device, stream)
+                                            : launchTyped<Half, Half>(p, workspace, device, stream);
 }
 
 // --- checks ---
@@ -475,34 +499,40 @@ struct Range {
 };
 
 }  // namespace
-}  // namespace int8_linear
+}  // namespace linear
 
-using namespace int8_linear;
+using namespace linear;
 
-size_t int8LinearWorkspaceBytes(const Int8LinearParams& params) {
+size_t linearWorkspaceBytes(const LinearParams& params) {
   if (params.num_rows <= kFewTokens || params.num_inputs < 1 || params.num_outputs < 1) return 0;
   return withManyShape(params, [&](auto, const ManyPlan& plan) {
     return plan.grid.z > 1 ? sizeof(float) * plan.grid.z * params.num_rows * params.num_outputs : size_t{0};
   });
 }
 
-const char* int8LinearProblem(const Int8LinearParams& p) {
+const char* linearProblem(const LinearParams& p) {
   if (p.num_rows < 1 || p.num_rows > kMaxTokens) {
     return explain("num_rows: received %d, expected 1 .. %d", p.num_rows, kMaxTokens);
   }
-  if (p.num_inputs < 16 || p.num_inputs > kMaxFeatures || p.num_inputs % 16) {
-    return explain("num_inputs: received %d, expected a multiple of 16 in 16 .. %d; pad x and weight with zeros",
-                   p.num_inputs, kMaxFeatures);
+  if (p.weight_type != WeightType::kInt8 && p.weight_type != WeightType::kHalf) {
+    return explain("weight_type: received %d, expected 0 (int8) or 1 (half)", static_cast<int>(p.weight_type));
+  }
+  const bool is_int8 = p.weight_type == WeightType::kInt8;
+  const int unit = is_int8 ? kUnitWeights<int8_t> : kUnitWeights<__half>;
+  if (p.num_inputs < unit || p.num_inputs > kMaxFeatures || p.num_inputs % unit) {
+    return explain("num_inputs: received %d, expected a multiple of %d in %d .. %d; pad x and weight with zeros",
+                   p.num_inputs, unit, unit, kMaxFeatures);
   }
   if (p.num_outputs < 1 || p.num_outputs > kMaxFeatures) {
     return explain("num_outputs: received %d, expected 1 .. %d", p.num_outputs, kMaxFeatures);
   }
   if (const char* problem = dtypeProblem(p.dtype)) return problem;
+  if (!is_int8 && p.scale) return "scale: received a pointer, expected null with half weights";
   const size_t rows = p.num_rows, inputs = p.num_inputs, outputs = p.num_outputs;
   const Range ranges[] = {{"y", p.y, rows * outputs * 2},
                           {"x", p.x, rows * inputs * 2},
-                          {"weight", p.weight, outputs * inputs},
-                          {"scale", p.scale, outputs * sizeof(float)},
+                          {"weight", p.weight, outputs * inputs * (is_int8 ? 1 : 2)},
+                          {"scale", p.scale, outputs * sizeof(float), !is_int8},
                           {"bias", p.bias, outputs * 2, true}};
   for (const Range& range : ranges) {
     if (!range.data && !range.optional) {
@@ -519,9 +549,9 @@ const char* int8LinearProblem(const Int8LinearParams& p) {
   return nullptr;
 }
 
-cudaError_t launchInt8Linear(const Int8LinearParams& params, void* workspace, cudaStream_t stream) {
-  if (int8LinearProblem(params)) return cudaErrorInvalidValue;
-  if (int8LinearWorkspaceBytes(params) && (!workspace || reinterpret_cast<size_t>(workspace) % 16)) {
+cudaError_t launchLinear(const LinearParams& params, void* workspace, cudaStream_t stream) {
+  if (linearProblem(params)) return cudaErrorInvalidValue;
+  if (linearWorkspaceBytes(params) && (!workspace || reinterpret_cast<size_t>(workspace) % 16)) {
     return cudaErrorInvalidValue;
   }
   Device device;
