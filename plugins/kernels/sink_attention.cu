@@ -385,6 +385,10 @@ const char* sinkAttentionProblem(const SinkAttentionParams& p) {
   if (p.sink_scale != nullptr && p.num_sinks < 1) {
     return problemOf("sink_scale: received with num_sinks = 0, expected num_sinks >= 1");
   }
+  if (p.stream_rows != 0 && (isPrefill(p) || p.stream_rows < p.num_q_heads)) {
+    return problemOf("stream_rows: received %d, expected 0, or num_q_heads (%d) or more in a step", p.stream_rows,
+                     p.num_q_heads);
+  }
   if (p.gate != nullptr && p.gate_dim != 1 && p.gate_dim != p.head_dim) {
     return problemOf("gate_dim: received %d, expected 1 or head_dim (%d)", p.gate_dim, p.head_dim);
   }

@@ -468,7 +468,10 @@ struct Attend {
     // --- a step's q, k and v, as they are, before anything is known ---
     if constexpr (!kPrefill) {
       constexpr int kRowPieces = kHeadDim / 8;
-      const size_t q_row = static_cast<size_t>(stream) * p.num_q_heads + kv_head * group + row_begin;
+      const int q_rows = p.stream_rows > 0 ? p.stream_rows : p.num_q_heads;
+      const int kv_rows = p.stream_rows > 0 ? p.stream_rows : p.num_kv_heads;
+      const size_t q_row = static_cast<size_t>(stream) * q_rows + kv_head * group + row_begin;
+      const size_t kv_row = static_cast<size_t>(stream) * kv_rows + kv_head;
       const auto* q = static_cast<const uint4*>(p.q) + q_row * kRowPieces;
       for (int i = threadIdx.x; i < (C::kRows + 2) * kRowPieces; i += C::kThreads) {
         const int r = i / kRowPieces, piece = i % kRowPieces;
@@ -477,7 +480,7 @@ struct Attend {
         } else {
           const void* row = r == C::kRows ? p.k : p.v;
           copyAsync<16>((r == C::kRows ? new_k : new_v) + piece,
-                        static_cast<const uint4*>(row) + head_row * kRowPieces + piece, 16);
+                        static_cast<const uint4*>(row) + kv_row * kRowPieces + piece, 16);
         }
       }
       commitCopies();

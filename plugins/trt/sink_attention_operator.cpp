@@ -1,13 +1,14 @@
-// Inputs: q, k, v, position, window_k, window_v; then, where a field says so, window_k_scale, window_v_scale, sink_k,
-// sink_v, frequency, num_valid, alibi_slopes, sink_logit, sink_scale, gate. Outputs: out, window_k, window_v, then
-// window_k_scale, window_v_scale, sink_k, sink_v.
+// Inputs: q, k, v or, in a step, all of them as one, [B, 1, (Hq + 2 Hkv) * D]; position, window_k, window_v; then, where a
+// field says so, window_k_scale, window_v_scale, sink_k, sink_v, frequency, num_valid, alibi_slopes, sink_logit,
+// sink_scale, gate. Outputs: out as q, or [B, 1, Hq * D]; window_k, window_v, then window_k_scale, window_v_scale, sink_k,
+// sink_v.
 #include "operator.h"
 #include "sink_attention.h"
 
 namespace sinkexport::trt {
 namespace {
 
-enum Input { kQ, kK, kV, kPosition, kWindowK, kWindowV, kNumAlways };
+enum Input { kQ, kK, kV };
 
 class SinkAttention final : public Operator {
  public:
@@ -15,7 +16,7 @@ class SinkAttention final : public Operator {
 
   FieldList fields() override {
     return {{"scale", &scale_}, {"softcap", &softcap_}, {"rope_scaling", &rope_scaling_},
-            {"rotary_dim", &rotary_dim_}, {"interleaved", &interleaved_}, {"num_sinks", &num_sinks_},
+            {"packed_width", &packed_width_}, {"rotary_dim", &rotary_dim_}, {"interleaved", &interleaved_}, {"num_sinks", &num_sinks_},
             {"int8_window", &int8_window_}, {"has_num_valid", &has_num_valid_}, {"has_alibi", &has_alibi_},
             {"has_sink_logit", &has_sink_logit_}, {"has_sink_scale", &has_sink_scale_}, {"has_gate", &has_gate_}};
   }
@@ -32,6 +33,7 @@ class SinkAttention final : public Operator {
         return std::string("field '") + flag.name + "': received " + std::to_string(flag.value) + ", expected 0 or 1";
       }
     }
+    if (packed_width_ < 0) return "field 'packed_width': received " + std::to_string(packed_width_) + ", expected >= 0";
     if (num_sinks_ < 0) return "field 'num_sinks': received " + std::to_string(num_sinks_) + ", expected >= 0";
     if (rotary_dim_ < 0 || rotary_dim_ % 2 != 0) {
       return "field 'rotary_dim': received " + std::to_string(rotary_dim_) + ", expected an even number >= 0";
@@ -44,24 +46,25 @@ class SinkAttention final : public Operator {
   int numInputs() const override { return gateAt() + has_gate_; }
   int numOutputs() const override { return 1 + numStates(); }
   int likeInput(int index) const override { return index == 0 ? kQ : aliasedInput(index); }
-  int aliasedInput(int index) const override { return index == 0 ? -1 : kWindowK + index - 1; }  // states in order
+  int lastAxis(int index) const override { return index == 0 ? packed_width_ : 0; }
+  int aliasedInput(int index) const override { return index == 0 ? -1 : windowAt() + index - 1; }  // states in order
 
   bool takesType(int index, nvinfer1::DataType type, const Tensors& before) const override {
     using nvinfer1::DataType;
     if (index == kQ) return isHalf(type);
     if (index >= gateAt()) return type == before[kQ].type;
     if (index >= alibiAt()) return type == DataType::kFLOAT;
-    if (index == kPosition || index >= frequencyAt()) return type == DataType::kINT32;
-    if (index == kWindowK || index == kWindowV) {
+    if (index == positionAt() || index >= frequencyAt()) return type == DataType::kINT32;
+    if (index == windowAt() || index == windowAt() + 1) {
       return int8_window_ ? type == DataType::kINT8 : type == before[kQ].type;
     }
-    if (index > kWindowV && index < sinksAt()) return type == DataType::kHALF;  // scales
+    if (index >= scalesAt() && index < sinksAt()) return type == DataType::kHALF;
     return type == before[kQ].type;
   }
 
   std::string problem(const Tensors& inputs) const override {
-    if (inputs[kQ].dims.nbDims != 4 || inputs[kK].dims.nbDims != 4 || inputs[kWindowK].dims.nbDims != 4) {
-      return "q, k, window_k: received other ranks, expected [B, heads, tokens, D]";
+    if (inputs[kQ].dims.nbDims != (packed_width_ > 0 ? 3 : 4) || inputs[windowAt()].dims.nbDims != 4) {
+      return "q, window_k: received other ranks, expected [B, heads, tokens, D] or, of q, [B, 1, N]";
     }
     const SinkAttentionParams p = params(inputs);
     const std::vector<int64_t> chunk = {p.batch, p.num_kv_heads, p.num_tokens, p.head_dim};
@@ -72,14 +75,20 @@ class SinkAttention final : public Operator {
     const auto check = [&](const char* name, int index, const std::vector<int64_t>& wanted) {
       if (found.empty()) found = shapeProblem(name, inputs[index], wanted);
     };
-    check("k", kK, chunk);
-    check("v", kV, chunk);
-    check("position", kPosition, {p.batch, 2});
-    check("window_k", kWindowK, window);
-    check("window_v", kWindowV, window);
+    if (packed_width_ > 0) {
+      if (packed_width_ % p.head_dim != 0) return "field 'packed_width': expected a multiple of the heads' size";
+      check("q, k, v", kQ, {p.batch, 1, int64_t{p.stream_rows} * p.head_dim});
+    } else {
+      check("q", kQ, {p.batch, p.num_q_heads, p.num_tokens, p.head_dim});
+      check("k", kK, chunk);
+      check("v", kV, chunk);
+    }
+    check("position", positionAt(), {p.batch, 2});
+    check("window_k", windowAt(), window);
+    check("window_v", windowAt() + 1, window);
     if (int8_window_) {
-      check("window_k_scale", kNumAlways, scales);
-      check("window_v_scale", kNumAlways + 1, scales);
+      check("window_k_scale", scalesAt(), scales);
+      check("window_v_scale", scalesAt() + 1, scales);
     }
     if (num_sinks_ > 0) {
       check("sink_k", sinksAt(), sinks);
@@ -101,8 +110,15 @@ class SinkAttention final : public Operator {
   cudaError_t enqueue(const Tensors& inputs, const void* const* in, void* const* out, void* workspace,
                       cudaStream_t stream) const override {
     SinkAttentionParams p = params(inputs);
-    p.q = in[kQ], p.k = in[kK], p.v = in[kV];
-    p.position = static_cast<const int32_t*>(in[kPosition]);
+    p.q = in[kQ];
+    if (packed_width_ > 0) {
+      constexpr size_t kHalfBytes = 2;
+      p.k = static_cast<const char*>(p.q) + kHalfBytes * packed_width_;
+      p.v = static_cast<const char*>(p.k) + kHalfBytes * p.num_kv_heads * p.head_dim;
+    } else {
+      p.k = in[kK], p.v = in[kV];
+    }
+    p.position = static_cast<const int32_t*>(in[positionAt()]);
     p.out = out[0], p.window_k = out[1], p.window_v = out[2];
     int next = 3;
     if (int8_window_) p.window_k_scale = out[next], p.window_v_scale = out[next + 1], next += 2;
@@ -118,25 +134,34 @@ class SinkAttention final : public Operator {
 
  private:
   // Where an optional input is, or would be. Flags are 0 or 1.
-  int sinksAt() const { return kNumAlways + 2 * int8_window_; }
+  int positionAt() const { return packed_width_ > 0 ? 1 : 3; }
+  int windowAt() const { return positionAt() + 1; }
+  int scalesAt() const { return windowAt() + 2; }
+  int sinksAt() const { return scalesAt() + 2 * int8_window_; }
   int frequencyAt() const { return sinksAt() + (num_sinks_ > 0 ? 2 : 0); }
   int numValidAt() const { return frequencyAt() + (rotary_dim_ > 0 ? 1 : 0); }
   int alibiAt() const { return numValidAt() + has_num_valid_; }
   int sinkLogitAt() const { return alibiAt() + has_alibi_; }
   int sinkScaleAt() const { return sinkLogitAt() + has_sink_logit_; }
   int gateAt() const { return sinkScaleAt() + has_sink_scale_; }
-  int numStates() const { return frequencyAt() - kWindowK; }
+  int numStates() const { return frequencyAt() - windowAt(); }
 
   // With placeholders for pointers: enough for checks and sizes.
   SinkAttentionParams params(const Tensors& inputs) const {
     SinkAttentionParams p;
-    const nvinfer1::Dims &q = inputs[kQ].dims, &k = inputs[kK].dims;
+    const nvinfer1::Dims &q = inputs[kQ].dims, &window = inputs[windowAt()].dims;  // [B, Hkv, W, D]
     p.batch = static_cast<int>(q.d[0]);
-    p.num_q_heads = static_cast<int>(q.d[1]);
-    p.num_tokens = static_cast<int>(q.d[2]);
-    p.head_dim = static_cast<int>(q.d[3]);
-    p.num_kv_heads = static_cast<int>(k.d[1]);
-    p.window_size = static_cast<int>(inputs[kWindowK].dims.d[2]);
+    p.num_kv_heads = static_cast<int>(window.d[1]);
+    p.window_size = static_cast<int>(window.d[2]);
+    p.head_dim = static_cast<int>(window.d[3]);
+    if (packed_width_ > 0) {
+      p.num_tokens = 1;
+      p.num_q_heads = p.head_dim > 0 ? packed_width_ / p.head_dim : 0;
+      p.stream_rows = p.num_q_heads + 2 * p.num_kv_heads;
+    } else {
+      p.num_q_heads = static_cast<int>(q.d[1]);
+      p.num_tokens = static_cast<int>(q.d[2]);
+    }
     p.num_sinks = num_sinks_;
     p.dtype = halfType(inputs[kQ].type);
     p.int8_window = int8_window_ != 0;
@@ -163,7 +188,7 @@ class SinkAttention final : public Operator {
   }
 
   float scale_ = 0.0f, softcap_ = 0.0f, rope_scaling_ = 1.0f;
-  int32_t rotary_dim_ = 0, interleaved_ = 0, num_sinks_ = 0, int8_window_ = 0, has_num_valid_ = 0;
+  int32_t packed_width_ = 0, rotary_dim_ = 0, interleaved_ = 0, num_sinks_ = 0, int8_window_ = 0, has_num_valid_ = 0;
   int32_t has_alibi_ = 0, has_sink_logit_ = 0, has_sink_scale_ = 0, has_gate_ = 0;
 };
 

@@ -61,7 +61,19 @@ def _attention(oracles: dict[str, SinkAttentionOracle], manifest: Manifest) -> t
     class SinkAttention(OpRun):
         op_domain = DOMAIN
 
-        def _run(self, q: Any, k: Any, v: Any, position: Any, *rest: Any, **attributes: Any) -> tuple[Any, ...]:
+        def _run(self, *inputs: Any, **attributes: Any) -> tuple[Any, ...]:
+            if not (width := attributes["packed_width"]):
+                return self._unpacked(*inputs, **attributes)
+            packed, _, window_k = inputs[:3]
+            (batch, num_kv_heads, _, head_dim), kv_width = window_k.shape, window_k.shape[1] * window_k.shape[3]
+            assert packed.shape == (batch, 1, width + 2 * kv_width)
+            q = packed[..., :width].reshape(batch, -1, 1, head_dim)
+            k, v = (packed[..., at : at + kv_width].reshape(batch, num_kv_heads, 1, head_dim)
+                    for at in (width, width + kv_width))  # fmt: skip
+            out, *states = self._unpacked(q, k, v, *inputs[1:], **attributes)
+            return (out.reshape(batch, 1, width), *states)
+
+        def _unpacked(self, q: Any, k: Any, v: Any, position: Any, *rest: Any, **attributes: Any) -> tuple[Any, ...]:
             num_states = 2 + 2 * attributes["int8_window"] + 2 * (attributes["num_sinks"] > 0)
             states, extras = rest[:num_states], list(rest[num_states:])
             frequency = extras.pop(0) if attributes["rotary_dim"] else np.zeros(0, np.int32)
@@ -76,7 +88,7 @@ def _attention(oracles: dict[str, SinkAttentionOracle], manifest: Manifest) -> t
             assert gate is None or (gate.dtype == q.dtype and gate.shape in (q.shape, (*q.shape[:3], 1)))
             assert position.shape == (len(q), 2)
             assert frequency.size * 2 == attributes["rotary_dim"]
-            layer = self.onnx_node.input[4]
+            layer = self.onnx_node.input[2 if attributes["packed_width"] else 4]
             if layer not in oracles:
                 oracles[layer] = SinkAttentionOracle(
                     batch=len(q), num_sink_tokens=attributes["num_sinks"], window_size=states[0].shape[2],

@@ -33,12 +33,13 @@ class Buffer:
 
 @dataclasses.dataclass
 class Streams:
-    """One layer's states and buffers for runs of T = num_tokens tokens."""
+    """One layer's states and buffers for runs of T = num_tokens tokens. is_packed: q, k and v are one array."""
 
     library: SinkAttention
     case: Case
     tokens: Tokens
     num_tokens: int
+    is_packed: bool = False
 
     def __post_init__(self) -> None:
         case, count, batch = self.case, self.num_tokens, self.case.batch
@@ -54,10 +55,16 @@ class Streams:
             self.states[f"window_{x}"] = Buffer(*window, case.head_dim, dtype=element)
             if case.kv == "int8":
                 self.states[f"window_{x}_scale"] = Buffer(*window, dtype=torch.float16)
+        if self.is_packed:
+            counts = (case.num_q_heads, case.num_kv_heads, case.num_kv_heads)
+            parts = {"qkv": Buffer(batch, sum(counts), count, case.head_dim, dtype=half)}
+            views = parts["qkv"].tensor.split(counts, dim=1)
+        else:
+            parts = {"q": Buffer(*q, dtype=half), "k": Buffer(*kv, dtype=half), "v": Buffer(*kv, dtype=half)}
+            views = tuple(part.tensor for part in parts.values())
+        self._rows = dict(zip("qkv", views, strict=True))
         self.inputs = {
-            "q": Buffer(*q, dtype=half),
-            "k": Buffer(*kv, dtype=half),
-            "v": Buffer(*kv, dtype=half),
+            **parts,
             "position": Buffer(batch, 2, dtype=torch.int32),
             "num_valid": Buffer(batch, dtype=torch.int32),
         }
@@ -89,8 +96,9 @@ class Streams:
             head_dim=case.head_dim, num_sinks=case.num_sinks, window_size=case.window_size,
             dtype=DTYPES[str(half).removeprefix("torch.")], int8_window=case.kv == "int8",
             rope_scaling=case.rope_scaling, rotary_dim=case.rotary_dim, interleaved=case.interleaved, scale=case.scale,
-            softcap=case.softcap, gate_dim=case.gate_dim,
-            **{name: buffer.tensor.data_ptr() for name, buffer in buffers.items()},
+            softcap=case.softcap, gate_dim=case.gate_dim, stream_rows=sum(counts) if self.is_packed else 0,
+            **{name: buffer.tensor.data_ptr() for name, buffer in buffers.items() if name != "qkv"}
+            | {name: rows.data_ptr() for name, rows in self._rows.items()},
         )  # fmt: skip
         assert self.library.problem(self.params) is None, self.library.problem(self.params)
         self.workspace = Buffer(self.library.workspace_bytes(self.params), dtype=torch.uint8)
@@ -105,10 +113,9 @@ class Streams:
             self.inputs["position"].tensor[b, 0] = position >> 16
             self.inputs["position"].tensor[b, 1] = position & 0xFFFF
             self.inputs["num_valid"].tensor[b] = count
-            for name in ("q", "k", "v", "gate"):
-                if name in self.inputs:
-                    rows = getattr(self.tokens, name)[b, :, start : start + count]
-                    self.inputs[name].tensor[b, :, :count] = rows
+            rows = self._rows | ({"gate": self.inputs["gate"].tensor} if "gate" in self.inputs else {})
+            for name, target in rows.items():
+                target[b, :, :count] = getattr(self.tokens, name)[b, :, start : start + count]
 
     def launch(self) -> None:
         """On the current stream, the angles of the shift beforehand if the caller rotates."""

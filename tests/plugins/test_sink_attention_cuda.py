@@ -172,6 +172,22 @@ def test_steps_and_chunks(library, record_property, case):
             assert torch.equal(state.bits(), chunks.states[name].bits()), name
 
 
+@pytest.mark.parametrize("kv", ["fp", "int8"])
+def test_packed_inputs_are_separate_ones_to_the_bit(library, kv):
+    case = Case(6, 2, 96, 4, 20, torch.float16, kv=kv, rotation="kernel", rotary_dim=96, gate_dim=96)
+    count = 2 * case.capacity
+    tokens = Tokens.random(case, positions(case, count))
+    outputs, states = [], []
+    for is_packed in (False, True):
+        streams = Streams(library, case, tokens, 1, is_packed)
+        outputs.append(run_in_chunks(streams, count))
+        states.append(streams.states)
+        streams.check_guards()
+    assert torch.equal(*outputs)
+    for name, state in states[0].items():
+        assert torch.equal(state.bits(), states[1][name].bits()), name
+
+
 LARGE = (
     Case(8, 2, 128, 4, 4092, torch.float16, rotation="caller", rotary_dim=128, batch=1),
     Case(32, 32, 128, 4, 1020, torch.float16, kv="int8", rotation="kernel", rotary_dim=128, batch=1),

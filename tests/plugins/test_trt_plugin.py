@@ -43,7 +43,8 @@ plugin = creator.create_plugin("x", trt.PluginFieldCollection(fields), trt.Tenso
 print("none" if plugin is None else plugin.plugin_name if hasattr(plugin, "plugin_name") else "made")
 """
 
-ATTENTION = {"scale": "f:0.125", "softcap": "f:0", "rope_scaling": "f:1", "rotary_dim": "i:64", "interleaved": "i:0",
+ATTENTION = {"scale": "f:0.125", "softcap": "f:0", "rope_scaling": "f:1", "packed_width": "i:0",
+             "rotary_dim": "i:64", "interleaved": "i:0",
              "num_sinks": "i:4", "int8_window": "i:0", "has_num_valid": "i:1", "has_alibi": "i:1",
              "has_sink_logit": "i:1", "has_sink_scale": "i:1", "has_gate": "i:1"}  # fmt: skip
 LINEAR = {"num_outputs": "i:32", "has_bias": "i:0"}
@@ -84,6 +85,7 @@ def test_good_fields(plugin_library: Path, name: str) -> None:
         ("SinkAttention", {"rotary_dim": "i:3"}, (), "field 'rotary_dim': received 3, expected an even number"),
         ("SinkAttention", {"num_sinks": "i:4:5"}, (), "field 'num_sinks': received 2 values, expected one"),
         ("SinkAttention", {"interleaved": "i:2"}, (), "field 'interleaved': received 2, expected 0 or 1"),
+        ("SinkAttention", {"packed_width": "i:-64"}, (), "field 'packed_width': received -64, expected >= 0"),
         ("SinkAttention", {"has_gate": None}, (), "field 'has_gate': missing"),
         ("SinkAttention", {"has_alibi": "i:2"}, (), "field 'has_alibi': received 2, expected 0 or 1"),
         ("SinkAttention", {"has_sink_logit": "i:-1"}, (), "field 'has_sink_logit': received -1, expected 0 or 1"),

@@ -23,6 +23,7 @@ from sinkexport.graph.passes.norms import fuse_rms_norms
 from sinkexport.graph.passes.opset17 import lower_to_opset_17
 from sinkexport.graph.passes.plugin_gates import use_gate_plugins
 from sinkexport.graph.passes.plugin_norms import use_norm_plugins
+from sinkexport.graph.passes.packed_heads import pack_heads
 from sinkexport.graph.passes.plugin_operators import use_plugins
 from sinkexport.graph.passes.products import module_of
 from sinkexport.graph.passes.quantize import Plan, quantize
@@ -91,6 +92,7 @@ def build_graph(
         use_norm_plugins(model)
         use_gate_plugins(model)
         make_reshapes_static(model)
+        pack_heads(model)
         lower_to_opset_17(model)
     else:
         expand(model, target)

@@ -124,6 +124,7 @@ def _use_plugin(graph: ir.Graph, node: ir.Node) -> None:
         "scale": node.attributes["scale"].as_float(),
         "softcap": node.attributes["softcap"].as_float(),
         "rope_scaling": 1.0 if rotation is None else rotation.scaling,
+        "packed_width": 0,
         "rotary_dim": 0 if rotation is None else 2 * rotation.frequency.size,
         "interleaved": int(rotation is not None and rotation.interleaved),
         "num_sinks": known_shape(sinks[0])[2] if sinks else 0,

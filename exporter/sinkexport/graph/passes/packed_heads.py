@@ -1,0 +1,61 @@
+"""A step's queries, keys and values go to the SinkAttention plugin as the product that makes them leaves them.
+
+TensorRT would copy each of the three parts of a Split. With one token the parts lie as attention reads them anyway.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from sinkexport.graph.edit import known_shape, replace_node, static_shape, typed
+from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION
+from sinkexport.graph.passes.attention_parts import operand
+
+
+def pack_heads(model: ir.Model) -> int:
+    """Fuse Split -> 3 Reshapes -> SinkAttention -> Reshape of plugin graphs with static views. Returns how many.
+
+    The product's output is [B, 1, (Hq + 2 Hkv) * D], the node's then [B, 1, Hq * D]. Whatever lies between (norms of
+    queries and keys, casts) is left alone, and so are chunks.
+    """
+    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == SINK_ATTENTION]
+    return sum(_pack(node) for node in nodes)
+
+
+def _pack(node: ir.Node) -> bool:
+    product = _whole([operand(node, i) for i in range(3)])
+    out = node.outputs[0]
+    batch, num_heads, num_tokens, head_dim = known_shape(out)
+    wanted = (batch, 1, num_heads * head_dim)
+    uses = list(out.uses())
+    if product is None or num_tokens != 1 or len(uses) != 1 or out.is_graph_output():
+        return False
+    view = uses[0].node
+    if view.op_type != "Reshape" or view.domain or static_shape(view.outputs[0]) != wanted:
+        return False
+    attributes = {**node.attributes, "packed_width": ir.AttrInt64("packed_width", num_heads * head_dim)}
+    packed = ir.node(SINK_ATTENTION, [product, *node.inputs[3:]], attributes, domain=DOMAIN, num_outputs=len(node.outputs))
+    for new, old in zip(packed.outputs, node.outputs, strict=True):
+        typed(new, known_shape(old), old.dtype)
+    typed(packed.outputs[0], wanted, out.dtype)
+    replace_node(node, [packed], packed.outputs)
+    ir.convenience.replace_all_uses_with(view.outputs[0], packed.outputs[0])
+    view.graph.remove(view, safe=True)  # type: ignore[union-attr]
+    return True
+
+
+def _whole(parts: list[ir.Value]) -> ir.Value | None:
+    """[B, 1, N], if `parts` are views of all that one Split made of its last axis, in order."""
+    split, pieces = None, []
+    for part in parts:
+        view = part.producer()
+        if view is None or view.op_type != "Reshape" or view.domain or view.inputs[0] is None:
+            return None
+        pieces.append(view.inputs[0])
+        split = split or view.inputs[0].producer()
+    if split is None or split.op_type != "Split" or split.domain or list(split.outputs) != pieces:
+        return None
+    whole = operand(split, 0)
+    shape = known_shape(whole)
+    axis = split.attributes["axis"].as_int() if "axis" in split.attributes else 0
+    return whole if len(shape) == 3 and shape[1] == 1 and axis in (2, -1) else None
