@@ -3,9 +3,9 @@
     python benchmarks/gpu/cases.py make FOLDER                                    (no GPU; ONNX Runtime and torch)
     python benchmarks/gpu/cases.py check FOLDER --tools DIR --plugin FILE [-- options of sinkrt_build]
 
-A case is a Llama with random weights: B streams, a prompt in chunks, steps over two wraps of the window. Expected
-logits come from ONNX Runtime's CPU in float32: a bundle of the same weights, recipe and window type without plugin,
-whose products do not round their inputs.
+A case is a model with random weights, a Llama unless attention has more: B streams, a prompt in chunks, steps over two
+wraps of the window. Expected logits come from ONNX Runtime's CPU in float32: a bundle of the same weights, recipe and
+window type without plugin, whose products do not round their inputs.
 `check` builds engines, decodes with the C++ runtime and prints a line of JSON with the errors, relative to the norm of
 the expected logits.
 """
@@ -30,7 +30,8 @@ LIMITS = (0.02, 0.06)
 
 
 def _case(head_dim: int = 64, **others: Any) -> dict[str, Any]:
-    return {"head_dim": head_dim, "recipe": None, "kv": "fp", "batch": 1, "separate": False, **others}
+    return {"head_dim": head_dim, "recipe": None, "kv": "fp", "batch": 1, "separate": False, "family": "llama",
+            "sink_scale": False, **others}  # fmt: skip
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -46,7 +47,24 @@ CASES: dict[str, dict[str, Any]] = {
     "heads of 96": _case(96, recipe="int8-channel"),
     "heads of 128": _case(128, recipe="int8-channel"),
     "heads of 256": _case(256, recipe="int8-channel"),
+    "alibi": _case(recipe="int8-channel", family="bloom"),
+    "alibi, int8 window": _case(recipe="int8-channel", kv="int8", family="bloom"),
+    "sink logit": _case(recipe="int8-channel", family="flint"),
+    "sink scale": _case(recipe="int8-channel", sink_scale=True),
+    "gate": _case(recipe="int8-channel", family="qwen3_5"),
+    "3 streams, gate": _case(recipe="int8-channel", family="qwen3_5", batch=3),
 }
+
+_TWO_LAYERS = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+               "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": False}  # fmt: skip
+# What attention has besides, in models that have it: ALiBi; learned sink logits, in a layer with a window of its own as
+# well; output gates.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("BloomConfig", {"hidden_size": 256, "n_layer": 2, "n_head": 4}),
+    "flint": ("FlintConfig", {**_TWO_LAYERS, "layer_types": ["full_attention", "sliding_attention"],
+                              "sliding_window": 24, "mlp_only_layers": [0, 1]}),
+    "qwen3_5": ("Qwen3_5TextConfig", {**_TWO_LAYERS, "layer_types": ["full_attention"] * 2}),
+}  # fmt: skip
 
 
 def folder_of(root: Path, name: str) -> Path:
@@ -57,7 +75,6 @@ def folder_of(root: Path, name: str) -> Path:
 def make(root: Path) -> None:
     """Write bundles, tokens and expected logits."""
     import torch
-    import transformers
     from sinkexport.config import ExportConfig
     from sinkexport.pipeline import export_loaded
     from sinkexport.quant.recipe import load_recipe
@@ -66,13 +83,11 @@ def make(root: Path) -> None:
 
     for index, (name, case) in enumerate(CASES.items()):
         torch.manual_seed(index)
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": case["head_dim"]}
-        config = transformers.LlamaConfig(vocab_size=VOCAB, hidden_size=128, intermediate_size=256,
-                                          num_hidden_layers=3, tie_word_embeddings=False, **heads)  # fmt: skip
-        model = transformers.LlamaForCausalLM(config).to(torch.float16).to(torch.float32).eval()
+        model = _model(case)
         geometry = {
             "num_sink_tokens": S, "window_size": W, "batch": case["batch"], "chunk_size": CHUNK, "kv": case["kv"],
             "recipe": None if case["recipe"] is None else load_recipe(case["recipe"]),
+            "sink_tuning": _sink_tuning(model) if case["sink_scale"] else None,
         }  # fmt: skip
         folder = folder_of(root, name)
         export_loaded(LoadedModel(model, None, name), folder / "expected", ExportConfig(**geometry), overwrite=True)
@@ -91,6 +106,40 @@ def make(root: Path) -> None:
             file.unlink()
         (folder / "expected").rmdir()
         print(f"{name}: made", flush=True)
+
+
+def _model(case: dict[str, Any]) -> Any:
+    """In float32, of weights that float16 holds."""
+    import torch
+    import transformers
+
+    if case["family"] == "llama":
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": case["head_dim"]}
+        config = transformers.LlamaConfig(vocab_size=VOCAB, hidden_size=128, intermediate_size=256,
+                                          num_hidden_layers=3, tie_word_embeddings=False, **heads)  # fmt: skip
+    else:
+        config_class, arguments = FAMILIES[case["family"]]
+        config = getattr(transformers, config_class)(vocab_size=VOCAB, **arguments)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    if case["family"] != "llama" or case["sink_scale"]:
+        # Weights of a new model make attention so even that what it has besides would not matter.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0.0, 0.1)
+                else:
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.to(torch.float16).to(torch.float32).eval()
+
+
+def _sink_tuning(model: Any) -> Any:
+    """Factors far from 1 in every head."""
+    from sinkexport.sink_tuning import SinkTuningFile, TunedModel
+
+    layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    facts = TunedModel(name="case", architecture=type(model).__name__, num_layers=layers, num_q_heads=heads)
+    factors = tuple(tuple((0.1, 8.0, 0.3, 20.0)[head % 4] for head in range(heads)) for _ in range(layers))
+    return SinkTuningFile(model=facts, first_token_scale=factors)
 
 
 def check(root: Path, tools: Path, plugin: Path, build_options: list[str], timeout_s: float) -> list[dict[str, Any]]:
