@@ -73,14 +73,17 @@ def exported(model: Any, folder: Path, **config: Any) -> Manifest:
         ("gemma2", {"num_sink_tokens": 0}),
         ("llama-yarn", {}),
         ("llama-tied", {"budgets": budgets("llama-tied", ((9, 5), (4, 9)))}),
+        ("llama-tied", {"dtype": "fp16"}),
+        ("gpt_neox", {"dtype": "fp16"}),  # biases
     ],
     ids=str,
 )
 def test_the_plugins_graph_computes_what_the_onnx_bundle_does(name: str, config: dict, tmp_path: Path) -> None:
     """Chunks first, then steps past two wraps. Attention's inputs are rounded to float16 for the plugin."""
     options = {**config, "recipe": load_recipe(config["recipe"])} if "recipe" in config else config
-    manifest = exported(wide_model(name), tmp_path / "plugin", target="tensorrt", **options)
-    plain = wide_model(name) if "recipe" not in config else with_rounded_weights(wide_model(name))
+    dtype = config.get("dtype", "fp32")
+    manifest = exported(wide_model(name, dtype), tmp_path / "plugin", target="tensorrt", **options)
+    plain = wide_model(name, dtype) if "recipe" not in config else with_rounded_weights(wide_model(name, dtype))
     exported(plain, tmp_path / "onnx", **{key: value for key, value in config.items() if key != "recipe"})
     ids = np.random.default_rng(1).integers(0, VOCAB_SIZE, 34)
     under_test = PluginBundle(tmp_path / "plugin", manifest)
@@ -126,18 +129,67 @@ def test_what_tensorrt_8_is_given(tmp_path: Path) -> None:
         assert model.ir_version == 8
         kinds = {node.op_type for node in model.graph.node}
         assert "SinkAttention" in kinds
-        assert kinds <= SAME | {"SinkAttention", "Split", "ReduceMean"}
+        assert kinds <= SAME | {"SinkAttention", "HalfLinear", "Split", "ReduceMean"}
         for value in [*model.graph.input, *model.graph.output]:
             assert value.type.tensor_type.elem_type != onnx.TensorProto.INT64
         held = float32_values(tmp_path / "b" / graph.file)  # what TensorRT 8 may not lower to float16
         assert "logits" in held
         assert {node.output[0] for node in model.graph.node if node.op_type == "ReduceMean"} <= held
-        assert not {node.output[0] for node in model.graph.node if node.op_type == "MatMul"} & held
+        products = {node.output[0] for node in model.graph.node if node.op_type == "HalfLinear"}
+        assert len(products) == 9
+        assert not products & held
         attentions = [node for node in model.graph.node if node.op_type == "SinkAttention"]
         assert len(attentions) == 2
         assert {a.name: a.s for a in attentions[0].attribute if a.name.startswith("plugin_")} == {
             "plugin_version": b"1", "plugin_namespace": b"",
         }  # fmt: skip
+
+
+def operators(folder: Path, role: str = "decode") -> list[tuple[str, str]]:
+    """Kind and name of the matrix of every product of a graph."""
+    kinds = ("MatMul", "Gemm", "HalfLinear", "Int8Linear")
+    model = onnx.load(folder / f"{role}.onnx", load_external_data=False)
+    return [(node.op_type, node.input[1]) for node in model.graph.node if node.op_type in kinds]
+
+
+def test_products_by_float16_weights_are_plugins(tmp_path: Path) -> None:
+    """All of them, in both graphs, by weights that the file holds once, in the model's own orientation."""
+    model = wide_model("llama-tied", "fp16")
+    exported(model, tmp_path / "plugin", target="tensorrt", dtype="fp16")
+    exported(model, tmp_path / "onnx", dtype="fp16")
+    for role in ("decode", "prefill"):
+        found = operators(tmp_path / "plugin", role)
+        assert [kind for kind, _ in found] == ["HalfLinear"] * 9
+        assert found == operators(tmp_path / "plugin")
+    sizes = {(tmp_path / name / "weights.bin").stat().st_size for name in ("plugin", "onnx")}
+    assert len(sizes) == 1
+    graph = onnx.load(tmp_path / "plugin" / "decode.onnx").graph
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    state = model.state_dict()
+    for name in ("layers.1.self_attn.o_proj.weight", "layers.0.mlp.down_proj.weight"):
+        np.testing.assert_array_equal(stored[f"model.model.{name}"], state[f"model.{name}"].numpy())
+    table = next(node.input[0] for node in graph.node if node.op_type == "Gather" and node.input[1] == "ids")
+    assert table == found[-1][1]  # tied to the output projection
+    assert not {name for name in stored if name.endswith(".T")}
+
+
+def test_products_that_the_kernel_does_not_take_stay(tmp_path: Path) -> None:
+    odd = tiny_model("llama-tied", head_dim=64, intermediate_size=60).to(torch.float16)
+    exported(odd, tmp_path / "odd", target="tensorrt", dtype="fp16", chunk_size=1)
+    assert [kind for kind, _ in operators(tmp_path / "odd")] == [*["HalfLinear"] * 3, "MatMul"] * 2 + ["HalfLinear"]
+    exported(wide_model("llama-tied"), tmp_path / "fp32", target="tensorrt", chunk_size=1)
+    exported(wide_model("llama-tied", "fp16"), tmp_path / "native", target="tensorrt", dtype="fp16", chunk_size=1,
+             native=True)  # fmt: skip
+    for name in ("fp32", "native"):
+        assert {kind for kind, _ in operators(tmp_path / name)} == {"MatMul", "Gemm"}
+
+
+def test_products_that_a_recipe_keeps_are_plugins(tmp_path: Path) -> None:
+    kept = load_recipe("int8-channel").model_copy(update={"lm_head": "float", "keep_float": ("*.down_proj",)})
+    exported(wide_model("llama-tied", "fp16"), tmp_path / "b", target="tensorrt", dtype="fp16", recipe=kept)
+    expected = [*["Int8Linear"] * 3, "HalfLinear"] * 2 + ["HalfLinear"]
+    for role in ("decode", "prefill"):
+        assert [kind for kind, _ in operators(tmp_path / "b", role)] == expected
 
 
 def test_states_of_a_float32_bundle_are_float16(tmp_path: Path) -> None:
@@ -178,7 +230,7 @@ class TestBuilding:
         built = build_bundle(tmp_path / "b", BuildOptions(None if native else plugin_library))
         assert sorted(built) == ["decode", "prefill"]
         for facts, report in built.values():
-            assert report.layer_types.get("PLUGIN_V3", 0) >= (0 if native else 2)
+            assert report.layer_types.get("PLUGIN_V3", 0) >= (0 if native else 2 if dtype == "fp32" else 11)
             assert (tmp_path / "b" / facts.file).stat().st_size == facts.bytes == report.engine_bytes
         written = sorted(path.name for path in (tmp_path / "b" / "engines").iterdir())
         plugin = [] if native else ["libsinkexport_plugin.so"]  # a session looks for it beside the engines
@@ -197,7 +249,7 @@ class TestBuilding:
         config = ExportConfig(chunk_size=1, dtype="fp16", kv="int8", target="tensorrt")
         export(str(smollm2_file()), tmp_path / "b", config)
         facts, report = build_bundle(tmp_path / "b", BuildOptions(plugin_library))["decode"]
-        assert report.layer_types["PLUGIN_V3"] == 30
+        assert report.layer_types["PLUGIN_V3"] == 30 + 4 * 30 + 1  # attention, products
         assert facts.precision == "float16"
         assert facts.bytes > 260e6  # 135 M parameters
 

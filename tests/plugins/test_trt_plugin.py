@@ -49,7 +49,7 @@ ATTENTION = {"scale": "f:0.125", "softcap": "f:0", "rope_scaling": "f:1", "packe
              "has_sink_logit": "i:1", "has_sink_scale": "i:1", "has_gate": "i:1"}  # fmt: skip
 LINEAR = {"num_outputs": "i:32", "has_bias": "i:0"}
 ROWS = {"row_length": "i:64"}
-GOOD = {"SinkAttention": ATTENTION, "Int8Linear": LINEAR, "Int8Rows": ROWS}
+GOOD = {"SinkAttention": ATTENTION, "Int8Linear": LINEAR, "Int8Rows": ROWS, "HalfLinear": LINEAR}
 
 
 def ask(plugin: Path, name: str, fields: dict[str, str], *more: str) -> tuple[str, str]:
@@ -92,6 +92,7 @@ def test_good_fields(plugin_library: Path, name: str) -> None:
         ("SinkAttention", {"has_sink_scale": "i:3"}, (), "field 'has_sink_scale': received 3, expected 0 or 1"),
         ("Int8Linear", {"num_outputs": "l:4294967296"}, (), "field 'num_outputs': received 4294967296"),
         ("Int8Linear", {"num_outputs": "i:0"}, (), "field 'num_outputs': received 0, expected >= 1"),
+        ("HalfLinear", {"has_bias": "i:2"}, (), "field 'has_bias': received 2, expected 0 or 1"),
         ("Int8Rows", {"row_length": "f:64"}, (), "field 'row_length': received another type, expected an int32"),
     ],
 )
