@@ -73,12 +73,15 @@ FLOAT_RESULT = "{y} = Mul (normal_{y}, weight)"
 
 def norm_graph(body: str, *, outputs: tuple[str, ...] = ("y",), weight: str = "float16", width: int = WIDTH,
                result: str = "float16") -> ir.Model:  # fmt: skip
-    values = ", ".join(str(1 + i % 3) for i in range(width))
+    numbers = 1 + np.arange(width) % 3
+    if weight == "float16":  # the text form has the bits of these
+        numbers = numbers.astype(np.float16).view(np.uint16)
+    values = ", ".join(map(str, numbers))
     return parsed(
         body, ", ".join(f"float16[2, 3, {width}] {name}" for name in ("x", "r")),
         ", ".join(f"{result}[2, 3, {width}] {name}" for name in outputs),
         f"{weight}[{width}] weight = {{{values}}}, float epsilon = {{0.1}}, float two = {{2.0}}, int64[1] axes = {{-1}}, "
-        "float16[1] bias = {1}",
+        "float16[1] bias = {15360}",
     )  # fmt: skip
 
 
