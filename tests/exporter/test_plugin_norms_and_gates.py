@@ -80,7 +80,9 @@ def test_a_llama_is_products_and_plugins(role: str, recipe: str | None, tmp_path
         ("olmo2", (9, 1, 9), (0, 1)),  # norms after products: what is added to the stream is what they give
     ],
 )
-def test_what_other_families_have(name: str, norms: tuple[int, int, int], gate: tuple[int, int], tmp_path: Path) -> None:
+def test_what_other_families_have(
+    name: str, norms: tuple[int, int, int], gate: tuple[int, int], tmp_path: Path
+) -> None:
     """norms: all, with a residual, with weights of float32. gate: activation, is_merged."""
     exported(half_model(name), tmp_path, target="tensorrt", dtype="fp16", chunk_size=T)
     for role in ("decode", "prefill"):
