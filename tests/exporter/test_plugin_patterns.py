@@ -22,7 +22,8 @@ WIDTH = 16
 
 def parsed(body: str, inputs: str, outputs: str, constants: str = "") -> ir.Model:
     """From ONNX's text form, shapes inferred."""
-    text = f'<ir_version: 10, opset_import: ["" : 20, "{DOMAIN}" : 1]>\ng ({inputs}) => ({outputs}) <{constants}> {{{body}}}'
+    head = f'<ir_version: 10, opset_import: ["" : 20, "{DOMAIN}" : 1]>'
+    text = f"{head} g ({inputs}) => ({outputs}) <{constants}> {{{body}}}"
     return ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text), strict_mode=True))
 
 
@@ -73,12 +74,15 @@ FLOAT_RESULT = "{y} = Mul (normal_{y}, weight)"
 
 def norm_graph(body: str, *, outputs: tuple[str, ...] = ("y",), weight: str = "float16", width: int = WIDTH,
                result: str = "float16") -> ir.Model:  # fmt: skip
-    values = ", ".join(str(1 + i % 3) for i in range(width))
+    numbers = 1 + np.arange(width) % 3
+    if weight == "float16":  # the text form has the bits of these
+        numbers = numbers.astype(np.float16).view(np.uint16)
+    values = ", ".join(map(str, numbers))
     return parsed(
         body, ", ".join(f"float16[2, 3, {width}] {name}" for name in ("x", "r")),
         ", ".join(f"{result}[2, 3, {width}] {name}" for name in outputs),
-        f"{weight}[{width}] weight = {{{values}}}, float epsilon = {{0.1}}, float two = {{2.0}}, int64[1] axes = {{-1}}, "
-        "float16[1] bias = {1}",
+        f"{weight}[{width}] weight = {{{values}}}, float epsilon = {{0.1}}, float two = {{2.0}}, "
+        "int64[1] axes = {-1}, float16[1] bias = {15360}",
     )  # fmt: skip
 
 
