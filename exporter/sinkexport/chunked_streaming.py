@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from sinkrt.ring import Ring
 
+from sinkexport.affine import AffineFile
+from sinkexport.affine_reference import AffineReference
 from sinkexport.budgets import BudgetFile
 from sinkexport.config import ExportConfig
 from sinkexport.model.attention import rotated, stream_angles
@@ -44,12 +46,14 @@ def chunked_streaming(
     kv: str = "fp",
     first_token_scale: Sequence[Sequence[float]] | None = None,
     budgets: BudgetFile | None = None,
+    affine: AffineFile | None = None,
 ) -> Iterator[ChunkedStream]:
     """Make `model` stream with S = num_sink_tokens >= 0 and W = window_size >= 1 for the length of a context.
 
     kv: ``fp``, or ``int8``: the window's keys and values are rounded to INT8 as they come, those of sinks are not.
     first_token_scale: [L][Hq], factors on the attention weight of token 0 (ZeroTuning, arXiv:2505.11739); needs S >= 1.
     budgets: windows of single key heads, the longest of W; None: all keep W tokens.
+    affine: scales and biases of the attention weights; None: they are those of the softmax.
 
     The model, in evaluation mode, is changed inside and left as it was, also after an exception.
 
@@ -57,9 +61,9 @@ def chunked_streaming(
     """
     config = ExportConfig(num_sink_tokens, window_size, chunk_size=1, kv=kv, budgets=budgets)
     shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
-    stream = ChunkedStream(model, config, shape, rotary, first_token_scale)
+    stream = ChunkedStream(model, config, shape, rotary, first_token_scale, affine)
     identity = identity_rotary(rotary, 1, 1, next(model.parameters()).dtype)
-    with intercept_attention(model, stream.attend), replaced_rotary(model, identity):
+    with intercept_attention(model, stream.attend), replaced_rotary(model, identity), stream.affine.watching(model):
         yield stream
 
 
@@ -86,12 +90,14 @@ class ChunkedStream:
         shape: AttentionShape,
         rotary: ModelRotary,
         first_token_scale: Sequence[Sequence[float]] | None = None,
+        affine: AffineFile | None = None,
     ) -> None:
         self._model = model
         self._config = config
         self._caches = head_caches(config, shape)
         self._rotary = rotary
         self._scale = None if first_token_scale is None else torch.tensor(first_token_scale).log()  # [L, Hq]
+        self.affine = AffineReference(affine)
         self._kept: dict[HeadCache, _Kept] = {}
         self._recurrent = recurrent_cache(model)  # of the layers without softmax attention
         self._position = 0  # of the chunk's first token
@@ -153,11 +159,14 @@ class ChunkedStream:
         for cache in caches:
             kv_heads, q_heads = list(cache.kv_heads), list(cache.q_heads)
             per_head = (None if x is None else x[q_heads] for x in (s_aux, alibi_slopes))
-            out[:, q_heads] = self._attended(cache, q[:, q_heads], k[:, kv_heads], v[:, kv_heads], softcap, *per_head)
+            out[:, q_heads] = self._attended(
+                module, cache, q[:, q_heads], k[:, kv_heads], v[:, kv_heads], softcap, *per_head
+            )
         return out.transpose(1, 2), None
 
     def _attended(
         self,
+        module: Any,
         cache: HeadCache,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -187,7 +196,9 @@ class ChunkedStream:
         if s_aux is not None:  # one more logit, without a value
             logits = torch.cat((logits, s_aux.float()[:, None, None].expand(*logits.shape[:-1], 1)), dim=-1)
         weights = logits.softmax(dim=-1)[..., : entries.is_seen.shape[1]].to(v.dtype)
-        out = _weighted(weights, torch.cat((seen.sink_v, seen.window_v), dim=2))  # [B, Hq, T, D]
+        values = torch.cat((seen.sink_v, seen.window_v), dim=2)
+        out = _weighted(weights, values).transpose(1, 2)  # [B, T, Hq, D]
+        out = self.affine.changed(module, out, values, entries.is_seen, cache.q_heads).transpose(1, 2)
         self._keep(cache, seen)
         return out
 

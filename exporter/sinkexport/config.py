@@ -11,6 +11,7 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
 if TYPE_CHECKING:
+    from sinkexport.affine import AffineFile
     from sinkexport.budgets import BudgetFile
     from sinkexport.quant.ranges import Ranges
     from sinkexport.quant.recipe import Recipe
@@ -47,6 +48,7 @@ class ExportConfig:
     `dtype`. None: as the recipe says, or ``fp``.
     budgets: windows of single key heads (docs/budgets.md), the longest of window_size tokens; None: all have it.
     sink_tuning: factors on the attention to token 0 (docs/sink_tuning.md); None: attention is the model's own.
+    affine: scales and biases of the attention weights (docs/sink_tuning.md); None: they are those of the softmax.
 
     Raises: UsageError.
     """
@@ -65,6 +67,7 @@ class ExportConfig:
     sink_token: str | None = None
     sink_tuning: SinkTuningFile | None = None
     budgets: BudgetFile | None = None
+    affine: AffineFile | None = None
 
     def __post_init__(self) -> None:
         for name, option, low in (
@@ -104,6 +107,8 @@ class ExportConfig:
             self._check_int8_window()
         if self.sink_tuning is not None:
             self._check_sink_tuning()
+        if self.affine is not None:
+            self._check_affine()
         if self.budgets is not None and self.budgets.longest != self.window_size:
             raise UsageError(problem("--window", received=f"{self.window_size}, and budgets of up to "
                                      f"{self.budgets.longest} tokens", expected="the longest budget",
@@ -125,6 +130,16 @@ class ExportConfig:
         if self.num_sink_tokens < 1:
             raise UsageError(problem("--sink-tuning", received="0 sinks", expected="at least 1: token 0 must stay",
                                      fix="raise --sink-tokens"))
+
+    def _check_affine(self) -> None:
+        if self.has_plugins:
+            raise UsageError(problem("--affine", received="target tensorrt with the plugin",
+                                     expected="standard operators: the plugin has no inputs for scales and biases",
+                                     fix="add --native, or use --target onnx"))
+        if self.recipe is not None and self.recipe.needs_ranges:
+            raise UsageError(problem("--affine", received=f"recipe '{self.recipe.name}', which has static ranges or "
+                                     "smooths", expected="a recipe without: calibration saw the model's own attention",
+                                     fix="change --recipe"))
 
     def _check_int8_window(self) -> None:
         if self.native:

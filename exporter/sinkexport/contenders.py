@@ -15,6 +15,7 @@ import numpy.typing as npt
 from sinkexport.perplexity import Contender, Ids, Prediction
 
 if TYPE_CHECKING:
+    from sinkexport.affine import AffineFile
     from sinkexport.budgets import BudgetFile
 
 CHUNK_TOKENS = 256
@@ -49,6 +50,7 @@ def sinks_and_window(
     chunk_tokens: int = CHUNK_TOKENS,
     first_token_scale: Sequence[Sequence[float]] | None = None,
     budgets: BudgetFile | None = None,
+    affine: AffineFile | None = None,
 ) -> Contender:
     """S sinks and a window of W tokens in torch; window-only attention with S = 0. See `chunked_streaming`."""
 
@@ -58,7 +60,7 @@ def sinks_and_window(
         from sinkexport.chunked_streaming import chunked_streaming
 
         with chunked_streaming(
-            model, num_sink_tokens, window_size, first_token_scale=first_token_scale, budgets=budgets
+            model, num_sink_tokens, window_size, first_token_scale=first_token_scale, budgets=budgets, affine=affine
         ) as stream:
             for start, piece in _pieces(ids[:-1], chunk_tokens):
                 yield Prediction(start + 1, _numpy(stream.feed(torch.from_numpy(piece)[None])))

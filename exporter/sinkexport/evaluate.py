@@ -16,6 +16,7 @@ from sinkrt.session import Session
 from sinkrt.text import Tokenizer
 
 from sinkexport import contenders
+from sinkexport.affine import AffineFile, affine_of
 from sinkexport.budgets import budgets_of
 from sinkexport.machine import torch_threads
 from sinkexport.perplexity import Contender, Curve, Ids, check_segment, check_text, measure
@@ -116,7 +117,9 @@ def evaluate(
             run = [contenders.bundle(session, ids, f"{backend}, {stream.num_sink_tokens} sinks + {stream.window_size}")]
             curves += _measured(run, ids, segment_tokens, stream.capacity, report)
         if compare is not None and loaded is not None:
-            run = _alternatives(loaded.model, ids, manifest, compare.dense_tokens, block or 1)
+            run = _alternatives(
+                loaded.model, ids, manifest, affine_of(Path(bundle), manifest), compare.dense_tokens, block or 1
+            )
             curves += _measured(run, ids, segment_tokens, stream.capacity, report)
     return EvalReport(
         bundle=str(bundle),
@@ -131,7 +134,9 @@ def evaluate(
     )
 
 
-def _alternatives(model: Any, ids: Ids, manifest: Manifest, dense_tokens: int, block: int) -> list[Contender]:
+def _alternatives(
+    model: Any, ids: Ids, manifest: Manifest, affine: AffineFile | None, dense_tokens: int, block: int
+) -> list[Contender]:
     """The same sinks and window in torch, and what one would do without: all with a cache of C tokens."""
     stream = manifest.stream
     config = model.config.get_text_config()
@@ -141,6 +146,7 @@ def _alternatives(model: Any, ids: Ids, manifest: Manifest, dense_tokens: int, b
             model, ids, stream.num_sink_tokens, stream.window_size, name="sinks + window",
             first_token_scale=None if manifest.sink_tuning is None else manifest.sink_tuning.first_token_scale,
             budgets=budgets_of(manifest),
+            affine=affine,
         ),
         contenders.sinks_and_window(model, ids, 0, stream.capacity, name="window only"),
         contenders.recomputation(model, ids, stream.capacity, block),

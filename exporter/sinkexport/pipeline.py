@@ -16,6 +16,7 @@ from sinkrt.contract import (
     MANIFEST_NAME,
     PLUGIN_ABI,
     SCHEMA_VERSION,
+    AffineAttention,
     HeadWindow,
     Manifest,
     ModelFacts,
@@ -26,6 +27,7 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.ring import POSITION_LIMIT, Ring
 from sinkrt.text import OPENING_MESSAGES, common_start
 
+from sinkexport.affine import FILE_NAME as AFFINE_FILE
 from sinkexport.bundle import (
     hash_bundle,
     require_space,
@@ -114,6 +116,10 @@ def export_loaded(
                 [min((c.ring.num_sink_tokens for c in caches if c.layer == i), default=0)
                  for i in range(shape.num_layers)]
             )  # fmt: skip
+        if config.affine is not None:
+            hidden_size = model.config.get_text_config().hidden_size
+            config.affine.check_model(shape.num_layers, shape.num_q_heads, hidden_size, shape.recurrent)
+            (stage / AFFINE_FILE).write_bytes(config.affine.raw)
         report("decode", 0, 1)
         built = _build(loaded, config, shape, rotary, "decode", config.batch, 1)
         graphs = {"decode": built.spec("decode.onnx")}
@@ -143,6 +149,7 @@ def export_loaded(
             plugin_abi=PLUGIN_ABI if config.has_plugins else None,
             sink_tuning=None if config.sink_tuning is None else config.sink_tuning.facts,
             head_windows=_head_windows(config, caches),
+            affine_attention=_affine_facts(config, shape),
         )
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     report("done", 1, 1)
@@ -153,6 +160,10 @@ def _head_windows(config: ExportConfig, caches: Sequence[HeadCache]) -> tuple[He
     if config.budgets is None:
         return None
     return tuple(HeadWindow(cache.layer, cache.kv_heads, cache.ring.window_size) for cache in caches)
+
+
+def _affine_facts(config: ExportConfig, shape: AttentionShape) -> AffineAttention | None:
+    return None if config.affine is None else config.affine.facts(shape.num_layers, shape.num_q_heads)
 
 
 def _build(

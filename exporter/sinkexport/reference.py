@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.affine import AffineFile
+from sinkexport.affine_reference import AffineReference
 from sinkexport.families.adapters import find_adapter
 from sinkexport.model.interface import intercept_attention
 from sinkexport.model.recurrent import linear_layers, recurrent_cache
@@ -43,22 +45,30 @@ def streaming_reference(
     observer: Observer | None = None,
     first_token_scale: Sequence[Sequence[float]] | None = None,
     head_windows: Sequence[Sequence[int]] | None = None,
+    affine: AffineFile | None = None,
 ) -> Iterator[StreamingReference]:
     """Make `model` stream with S = num_sink_tokens >= 0 and W = window_size >= 1 for the length of a context.
 
     first_token_scale: [L][Hq], factors on the attention weight of token 0 (ZeroTuning, arXiv:2505.11739); needs S >= 1.
     head_windows: [L][Hkv], 1 .. W, windows of single key heads; None: all keep W tokens.
+    affine: scales and biases of the attention weights; None: they are those of the softmax.
     The model is changed inside and left exactly as it was, also after an exception.
 
     Raises: UsageError if the model does not use transformers' attention interface, or its rotation or its layers
         are not what this reference can follow.
     """
-    reference = StreamingReference(model, num_sink_tokens, window_size, observer, first_token_scale, head_windows)
+    reference = StreamingReference(
+        model, num_sink_tokens, window_size, observer, first_token_scale, head_windows, affine
+    )
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         reference.learn_rotation()
-        with intercept_attention(model, reference.attend), reference.no_rotation():
+        with (
+            intercept_attention(model, reference.attend),
+            reference.no_rotation(),
+            reference.affine.watching(model),
+        ):
             yield reference
     finally:
         for module in training:  # not model.train(): some modules may have been in evaluation mode
@@ -76,6 +86,7 @@ class StreamingReference:
         observer: Observer | None = None,
         first_token_scale: Sequence[Sequence[float]] | None = None,
         head_windows: Sequence[Sequence[int]] | None = None,
+        affine: AffineFile | None = None,
     ) -> None:
         if num_sink_tokens < 0 or window_size < 1:
             raise UsageError(
@@ -93,6 +104,7 @@ class StreamingReference:
         self._head_windows = head_windows
         self._observer = observer
         self._first_token_scale = first_token_scale
+        self.affine = AffineReference(affine)
         # A copy: some change their frequencies by the positions that they are asked for.
         found = find_rotary(model)
         self._rotary: Any = None if found is None else copy.deepcopy(found[1])
@@ -156,7 +168,7 @@ class StreamingReference:
             keys = self._rotated(module, keys, cos, sin)
         # The family's own plain attention knows its groups, softcap and whatever else it passes along.
         out: torch.Tensor = plain_attention(module)(module, q, keys, values, self._mask(module, keys), **arguments)[0]
-        return out
+        return self.affine.changed(module, out, values, torch.ones(1, values.shape[2], dtype=torch.bool))
 
     def _mask(self, module: Any, keys: torch.Tensor) -> torch.Tensor | None:
         """What is added to the logits, [1, Hq, 1, n]: token 0 is the oldest in the cache. None: nothing."""

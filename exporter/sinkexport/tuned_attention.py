@@ -1,4 +1,6 @@
-"""A model's own dense attention with factors on the weight of the first token (ZeroTuning, arXiv:2505.11739)."""
+"""A model's own dense attention with factors on the weight of the first token (ZeroTuning, arXiv:2505.11739), and with
+weights that are scaled and shifted (affine-scaled attention, arXiv:2602.23057).
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,23 @@ from typing import Any
 
 import torch
 
+from sinkexport.affine import AffineFile
+from sinkexport.affine_reference import AffineReference
 from sinkexport.model.interface import intercept_attention
 from sinkexport.reference import plain_attention
 
 
 @contextlib.contextmanager
-def first_token_scaled(model: Any, scale: torch.Tensor) -> Iterator[set[int]]:
+def first_token_scaled(model: Any, scale: torch.Tensor, affine: AffineFile | None = None) -> Iterator[set[int]]:
     """For the length of a context, `model` attends causally, each layer and head with its factor on token 0.
 
     scale: float [L, Hq] > 0, read at every call, so that it may be changed in between. The family's own plain attention
     is called, with the factors' logarithms in its mask; rows of a batch begin with their first token.
+    affine: scales and biases of the weights; None: they are those of the softmax.
     Yields: the layers, seen so far, that have a sliding window of their own.
     """
     sliding: set[int] = set()
+    reference = AffineReference(affine)
 
     def attend(
         module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: Any = None, **arguments: Any
@@ -36,7 +42,8 @@ def first_token_scaled(model: Any, scale: torch.Tensor) -> Iterator[set[int]]:
         mask = mask.expand(1, factors.numel(), -1, -1)
         if factors.any():
             mask = torch.cat((mask[..., :1] + factors.view(1, -1, 1, 1), mask[..., 1:]), dim=-1)
-        return plain_attention(module)(module, q, k, v, mask, **arguments)[0], None
+        out = plain_attention(module)(module, q, k, v, mask, **arguments)[0]
+        return reference.changed(module, out, v, seen), None
 
-    with intercept_attention(model, attend):
+    with intercept_attention(model, attend), reference.watching(model):
         yield sliding

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.session import Session
 from sinkrt.text import Tokenizer
 
+from sinkexport.affine import AffineFile, affine_of
 from sinkexport.budgets import budgets_of
 from sinkexport.comparison import (
     Comparison,
@@ -127,7 +128,8 @@ def verify(
         loaded = load_model(source, "float32") if isinstance(source, str) else source
         check_same_model(manifest, loaded.model)
         report("load", 1, 1)
-        comparisons = tuple(compare(session, loaded.model, manifest, ids, limit, dense_tokens, report))
+        affine = affine_of(Path(bundle), manifest)
+        comparisons = tuple(compare(session, loaded.model, manifest, ids, limit, dense_tokens, report, affine))
     return VerifyReport(
         bundle=str(bundle),
         model=loaded.name,
@@ -151,8 +153,9 @@ def compare(
     tolerance: float,
     dense_tokens: int,
     report: Report,
+    affine: AffineFile | None = None,
 ) -> Iterator[Comparison]:
-    """The three comparisons over ids [B, N]; a failed one is the last.
+    """The three comparisons over ids [B, N]; a failed one is the last. affine: of the bundle.
 
     The dense and the streaming one share one pass of the bundle over the stream.
     """
@@ -164,13 +167,16 @@ def compare(
     shortest = stream.window_size if budgets is None else min(map(min, budgets.windows))
     dense_tokens = min(dense_tokens, stream.num_sink_tokens + shortest)
     scale = None if manifest.sink_tuning is None else manifest.sink_tuning.first_token_scale
-    dense_logits = _dense_logits(model, ids[:, : min(dense_tokens, stream.capacity)], scale, report)  # [B, n, vocab]
+    dense_logits = _dense_logits(  # [B, n, vocab]
+        model, ids[:, : min(dense_tokens, stream.capacity)], manifest, affine, report
+    )
     dense, streaming = Tally("dense", tolerance), Tally("streaming", tolerance)
     at_ends: dict[int, Logits] = {}
     with (
         streaming_reference(
             model, stream.num_sink_tokens, stream.window_size, first_token_scale=scale,
             head_windows=None if budgets is None else budgets.windows,
+            affine=affine,
         ) as reference,
         torch_threads(_half_of_the_cores()),
         contextlib.closing(_steps_ahead(session, ids)) as steps,
@@ -212,10 +218,14 @@ def _half_of_the_cores() -> int:
     return max(1, torch.get_num_threads() // 2)
 
 
-def _dense_logits(model: Any, ids: Ids, scale: Sequence[Sequence[float]] | None, report: Report) -> Logits:
-    """The model's own logits [B, n, vocab], with its default attention and no cache; scale: of a bundle's tuning."""
+def _dense_logits(model: Any, ids: Ids, manifest: Manifest, affine: AffineFile | None, report: Report) -> Logits:
+    """The model's own logits [B, n, vocab], with no cache, and its default attention unless the bundle's is tuned."""
     report("dense", 0, 1)
-    tuned = contextlib.nullcontext() if scale is None else first_token_scaled(model, torch.tensor(scale))
+    tuned: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if manifest.sink_tuning is not None:
+        tuned = first_token_scaled(model, torch.tensor(manifest.sink_tuning.first_token_scale), affine)
+    elif affine is not None:
+        tuned = first_token_scaled(model, torch.ones(manifest.model.num_layers, manifest.model.num_q_heads), affine)
     with torch.no_grad(), tuned:
         logits: Logits = model(input_ids=torch.from_numpy(ids), use_cache=False).logits.float().numpy()
     report("dense", 1, 1)

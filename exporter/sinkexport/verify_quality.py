@@ -20,6 +20,7 @@ from sinkrt.errors import BundleError, UsageError, problem
 from sinkrt.session import Session
 
 from sinkexport import contenders
+from sinkexport.affine import AffineFile, affine_of
 from sinkexport.budgets import budgets_of
 from sinkexport.comparison import Comparison, compare_prefill, piece_ends, prefill_tolerance
 from sinkexport.evaluate import encode, finite
@@ -132,7 +133,7 @@ def verify_quality(
     with (
         Session.load(bundle, backend, threads=half) as session,
         torch_threads(None if is_bundle(against) else half),
-        _reference(against, manifest, ids, backend, half) as reference,
+        _reference(against, manifest, affine_of(Path(bundle), manifest), ids, backend, half) as reference,
     ):
         report("load", 1, 1)
         ends = piece_ends(len(ids) - 1, stream.capacity)
@@ -209,7 +210,12 @@ class FirstStream:
 
 @contextlib.contextmanager
 def _reference(
-    against: str | LoadedModel, manifest: Manifest, ids: Ids, backend: str, threads: int
+    against: str | LoadedModel,
+    manifest: Manifest,
+    affine: AffineFile | None,
+    ids: Ids,
+    backend: str,
+    threads: int,
 ) -> Iterator[Contender]:
     """What predicts ids [N] in floating point with the same S and W.
 
@@ -232,6 +238,7 @@ def _reference(
         loaded.model, ids, stream.num_sink_tokens, stream.window_size, name="reference", chunk_tokens=BLOCK_TOKENS,
         first_token_scale=None if manifest.sink_tuning is None else manifest.sink_tuning.first_token_scale,
         budgets=budgets_of(manifest),
+        affine=affine,
     )
     yield dataclasses.replace(contender, note=f"{loaded.name} in torch, float32")
 
@@ -258,8 +265,10 @@ def check_same_bundle(manifest: Manifest, other: Manifest) -> None:
         ("window", manifest.stream.window_size, other.stream.window_size),
         ("windows of heads", *(None if b is None else b.sha256[:16] for b in map(budgets_of, (manifest, other)))),
         ("sink tuning", *(None if m.sink_tuning is None else m.sink_tuning.sha256[:16] for m in (manifest, other))),
-    ):
+        ("affine attention",
+         *(None if m.affine_attention is None else m.affine_attention.sha256[:16] for m in (manifest, other))),
+    ):  # fmt: skip
         if mine != found:
             raise UsageError(problem(f"--against: {what}", received=found, expected=f"{mine}, as in the bundle",
                                      fix="export the same model with the same --sink-tokens, --window, "
-                                         "--budgets and --sink-tuning"))  # fmt: skip
+                                         "--budgets, --sink-tuning and --affine"))  # fmt: skip

@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 
 from sinkrt.errors import BundleError, problem
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """2: `quantization` and the scales of an INT8 window. 3: `plugin_abi` and `engines`. 4: `sink_tuning` and
-`head_windows`. Older ones are read as well."""
+`head_windows`. 5: `affine_attention`. Older ones are read as well."""
 
 MANIFEST_NAME = "manifest.json"
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1}
@@ -237,6 +237,23 @@ class SinkTuning:
 
 
 @dataclasses.dataclass(frozen=True)
+class AffineAttention:
+    """How attention weights are scaled and shifted (arXiv:2602.23057). It is in the graphs: a runtime does nothing.
+
+    sha256: of the file that was given to the export (hex). file: path of its copy inside the bundle.
+    has_inputs: whether a scale or a bias depends on the hidden state. heads: [L], the query heads that are changed.
+    """
+
+    sha256: str
+    file: str
+    has_inputs: bool
+    heads: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        FileFacts(0, self.sha256)
+
+
+@dataclasses.dataclass(frozen=True)
 class HeadWindow:
     """Key heads of a layer that keep the last window_size tokens beside the sinks, with the query heads they serve."""
 
@@ -295,6 +312,7 @@ class Manifest:
     head_windows: each key head of each layer that has a window once, in the order of the states: those of group g of a
     layer with several are named ``<kind>.<layer>.<g>`` and hold its heads alone. None: all heads keep
     `stream.window_size` tokens.
+    affine_attention: None: attention weights are those of the softmax.
     """
 
     schema_version: int
@@ -312,6 +330,7 @@ class Manifest:
     engines: Mapping[str, EngineFacts] | None = None
     sink_tuning: SinkTuning | None = None
     head_windows: tuple[HeadWindow, ...] | None = None
+    affine_attention: AffineAttention | None = None
 
     def __post_init__(self) -> None:
         if self.sink_tuning is not None:
@@ -320,6 +339,8 @@ class Manifest:
             _check(found == wanted, "sink_tuning.first_token_scale", found, f"{wanted}: layers, query heads")
         if self.head_windows is not None:
             self._check_head_windows(self.head_windows)
+        if self.affine_attention is not None:
+            self._check_affine_attention(self.affine_attention)
         for role in self.engines or ():
             _check(role in self.graphs, "engines", role, "the role of a graph")
         _check(self.target in TARGETS, "target", self.target, " | ".join(TARGETS))
@@ -337,6 +358,13 @@ class Manifest:
         _check(found == wanted, "head_windows", f"{len(found)} key heads", f"each of the {len(wanted)} key heads once")
         longest = max(group.window_size for group in groups)
         _check(longest <= self.stream.window_size, "head_windows", longest, f"<= window_size={self.stream.window_size}")
+
+    def _check_affine_attention(self, facts: AffineAttention) -> None:
+        _check(facts.file in self.files, "affine_attention.file", facts.file, "a file that 'files' lists")
+        layers, heads = self.model.num_layers, {head for layer in facts.heads for head in layer}
+        found = f"{len(facts.heads)} layers, heads up to {max(heads, default=0)}"
+        ok = len(facts.heads) == layers and all(0 <= head < self.model.num_q_heads for head in heads)
+        _check(ok, "affine_attention.heads", found, f"{layers} layers, heads below {self.model.num_q_heads}")
 
     @property
     def weights_bytes(self) -> int:
@@ -362,6 +390,8 @@ class Manifest:
             facts.append(self.sink_tuning.sha256)
         if self.head_windows is not None:
             facts.append([dataclasses.asdict(group) for group in self.head_windows])
+        if self.affine_attention is not None:
+            facts.append(self.affine_attention.sha256)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:

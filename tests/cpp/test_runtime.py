@@ -218,17 +218,18 @@ def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -
     tuning = {"sha256": sha, "first_token_scale": [[1.5] * model["num_q_heads"]] * model["num_layers"]}
     windows = [{"layer": layer, "kv_heads": list(range(model["num_kv_heads"])), "window_size": 2 + layer}
                for layer in range(model["num_layers"])]  # fmt: skip
+    affine = {"sha256": sha, "file": "decode.onnx", "has_inputs": True, "heads": [[0]] * model["num_layers"]}
     for path, value in (("engines", {"decode": engine}), ("plugin_abi", "1"), ("schema_version", 1),
                         ("quantization", {"recipe": "r", "weights": "int8", "activations": "float", "kv": "int8",
                                           "calibration_sha256": sha, "thresholds": {"kl_divergence": 1}}),
-                        ("sink_tuning", tuning), ("head_windows", windows)):  # fmt: skip
+                        ("sink_tuning", tuning), ("head_windows", windows), ("affine_attention", affine)):  # fmt: skip
         (good / MANIFEST_NAME).write_text(changed(path, value))
         load_manifest(good)
         assert probe.fingerprint(good) == load_manifest(good).fingerprint
 
     broken = [
         "", "{", "[]", "null", json.dumps(raw) + "x", "[" * 100_000,
-        changed("more", 1), changed("target", None), changed("target", "other"), changed("schema_version", 5),
+        changed("more", 1), changed("target", None), changed("target", "other"), changed("schema_version", 6),
         changed("schema_version", True), changed("model/vocab_size", 0), changed("model/num_q_heads", 3),
         changed("model/head_dim", "8"), changed("model/extra", 1), changed("model/num_layers", 1.0),
         changed("stream/window_size", 0), changed("stream/chunk_size", 99), changed("stream/num_sink_tokens", -1),
@@ -245,6 +246,11 @@ def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -
         changed("sink_tuning", {**tuning, "first_token_scale": [[1.0]] * 9}),
         changed("head_windows", windows[1:]), changed("head_windows", [{**windows[0], "window_size": 0}]),
         changed("head_windows", [{**windows[0], "window_size": 1000}, *windows[1:]]),
+        changed("affine_attention", {**affine, "heads": [[0]] * 9}),
+        changed("affine_attention", {**affine, "file": "x"}),
+        changed("affine_attention", {**affine, "heads": [[model["num_q_heads"]]] * model["num_layers"]}),
+        changed("affine_attention", {**affine, "has_inputs": 1}),
+        changed("affine_attention", {**affine, "sha256": "x"}),
     ]  # fmt: skip
     for text in broken:
         (good / MANIFEST_NAME).write_text(text)

@@ -25,6 +25,7 @@ from sinkexport.sources import LoadedModel
 from sinkrt.contract import Manifest
 from sinkrt.errors import BackendError, UsageError
 
+from tests.exporter.test_affine import random_tensors, written
 from tests.exporter.tiny_models import TINY, tiny_model
 from tests.real_model import smollm2_file
 
@@ -231,6 +232,15 @@ class TestExportedGraphs:
     def test_every_geometry_builds(self, tmp_path: Path, config: ExportConfig) -> None:
         loaded = LoadedModel(tiny_model("llama", dtype=getattr(torch, WEIGHT_DTYPES[config.dtype])), None, "llama")
         check_bundle(tmp_path / "bundle", export_loaded(loaded, tmp_path / "bundle", config))
+
+    def test_scaled_and_shifted_weights_build(self, tmp_path: Path) -> None:
+        """Step and chunk, in standard operators."""
+        model = tiny_model("llama")
+        affine = written(tmp_path / "file", random_tensors(model))
+        config = ExportConfig(S, W, chunk_size=4, target="tensorrt", native=True, affine=affine)
+        manifest = export_loaded(LoadedModel(model, None, "llama"), tmp_path / "bundle", config)
+        check_bundle(tmp_path / "bundle", manifest)
+        assert build_engine(tmp_path / "bundle" / "prefill.onnx").engine_bytes > 0
 
     @pytest.mark.slow
     def test_smollm2_builds(self, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ Run = Callable[[Arrays, np.ndarray, Arrays, np.ndarray | None], tuple[np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """B, Hq, Hkv, D, dimensions that turn, S, W."""
+    """B, Hq, Hkv, D, dimensions that turn, S, W. affine: whether weights are scaled and shifted, with constants."""
 
     batch: int
     num_q: int
@@ -51,6 +51,15 @@ class Case:
     window: int
     softcap: float = 0.0
     interleaved: bool = False
+    affine: bool = False
+
+    @property
+    def pairs(self) -> np.ndarray | None:
+        """Scale and bias of each head, [B, Hq, 2]; weights of either sign."""
+        if not self.affine:
+            return None
+        pairs = np.stack((np.linspace(-1.5, 2, self.num_q), np.linspace(1, -3, self.num_q)), axis=1)
+        return np.broadcast_to(pairs.astype(np.float32), (self.batch, *pairs.shape))
 
     @property
     def inv_freq(self) -> np.ndarray:
@@ -84,6 +93,9 @@ class Operator(torch.nn.Module):
         super().__init__()
         self.case = case
         self.register_buffer("frequency", torch.tensor([phase_frequency(float(f)) for f in case.inv_freq]).long())
+        for i, name in enumerate(("affine_scale", "affine_bias")):
+            values = None if case.pairs is None else torch.from_numpy(case.pairs[:1, :, i, None].copy())
+            self.register_buffer(name, values)
 
     def forward(self, q, k, v, position, states, num_valid=None):
         case, dim = self.case, self.case.rotary_dim
@@ -103,6 +115,7 @@ class Operator(torch.nn.Module):
         out, sink_k, sink_v, *window = sink_attention(
             q, k, v, *sinks, *states[-4:-2], position, *(angles if case.num_sinks else (None, None)), num_valid,
             case.dim**-0.5, case.softcap, case.interleaved, *states[-2:],
+            affine_scale=self.affine_scale, affine_bias=self.affine_bias,
         )  # fmt: skip
         return [out, *([sink_k, sink_v] if case.num_sinks else []), *window]
 
@@ -181,6 +194,8 @@ CASES = [
     Case(1, 4, 2, 16, 0, 0, 6),
     Case(2, 4, 2, 16, 8, 2, 1, softcap=3.0, interleaved=True),
     Case(1, 5, 5, 20, 20, 0, 4, softcap=2.0),
+    Case(2, 6, 2, 8, 8, 3, 7, affine=True),
+    Case(1, 3, 3, 16, 16, 2, 5, affine=True),
 ]
 FORMS = pytest.mark.parametrize("form", [torch_form, onnx_form], ids=["torch", "onnx"])
 TOLERANCE = {torch_form: 3e-5, onnx_form: 2e-4}
@@ -194,8 +209,8 @@ def test_steps_against_oracle(case: Case, form: Callable) -> None:
     random, gap = np.random.default_rng(7), 0.0
     for t in range(3 * (case.num_sinks + case.window) + 7):
         tokens, positions = case.tokens(random, 1), np.full(case.batch, t)
-        want = oracle.step(*(x[:, :, 0] for x in tokens))
-        gap = max(gap, np.abs(want - plain.step(*(x[:, :, 0] for x in tokens))).max())
+        want, exact = (o.step(*(x[:, :, 0] for x in tokens), affine=case.pairs) for o in (oracle, plain))
+        gap = max(gap, np.abs(want - exact).max())
         out, states = step(tokens, positions, states, None)
         np.testing.assert_allclose(out[:, :, 0], want, atol=TOLERANCE[form], err_msg=f"t = {t}")
         assert_stored_as_defined(case, oracle, states, positions)
@@ -234,7 +249,8 @@ def test_pieces_of_any_length_store_the_very_same_bits(case: Case, num_tokens: i
                 new[idle] = old[idle]
         for b in range(case.batch):
             for i in range(counts[b]):
-                want = oracle.step_stream(b, *(x[b, :, i] for x in tokens))
+                affine = None if case.pairs is None else case.pairs[b]
+                want = oracle.step_stream(b, *(x[b, :, i] for x in tokens), affine=affine)
                 at = f"stream {b}, t = {position[b]} + {i}"
                 np.testing.assert_allclose(out[b, :, i], want, atol=TOLERANCE[onnx_form], err_msg=at)
                 np.testing.assert_allclose(singles[b, :, i], want, atol=TOLERANCE[form], err_msg=at)

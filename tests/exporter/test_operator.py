@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -32,7 +34,7 @@ class Operator(torch.nn.Module):
         self.register_buffer("frequency", torch.tensor(frequency, dtype=torch.int64))
         self.capacity, self.scale, self.softcap, self.interleaved = capacity, scale, softcap, interleaved
 
-    def forward(self, q, k, v, position, states, num_valid=None):
+    def forward(self, q, k, v, position, states, num_valid=None, affine=(None, None)):
         num_tokens = q.shape[2]
         dim = 2 * self.frequency.shape[0]
         partial = dim if dim < q.shape[-1] else 0
@@ -49,6 +51,7 @@ class Operator(torch.nn.Module):
         out = sink_attention(
             q, k, v, *sinks, *states[-2:], position, *angles, num_valid, self.scale, self.softcap, self.interleaved,
             alibi_slopes=self.alibi_slopes, sink_logit=self.sink_logit, sink_scale=self.sink_scale,
+            affine_scale=affine[0], affine_bias=affine[1],
         )  # fmt: skip
         return [out[0], *(out[1:5] if len(states) == 4 else out[3:5])]
 
@@ -143,6 +146,89 @@ def test_chunks_against_oracle(
         position += counts
 
 
+AFFINE = [
+    # case, what there is: scale and bias of each query (or one for all: constant), and factors on token 0
+    (CASES[0], "scale, bias", None),
+    (CASES[1], "scale", None),
+    (CASES[1], "bias", (0.5, 2.0, 1.0, 1.0, 0.01, 40.0)),
+    (CASES[4], "scale, bias, constant", None),
+    (CASES[5], "scale, bias", None),
+    (CASES[7], "scale, bias", None),
+    (CASES[8], "bias, constant", None),
+]
+
+
+@pytest.mark.parametrize(("case", "parts", "sink_scale"), AFFINE, ids=str)
+@FORMS
+def test_affine_against_oracle(case: tuple, parts: str, sink_scale: tuple | None, form: str) -> None:
+    (batch, num_q, *_), (num_sinks, window) = case, case[5:7]
+    oracle, operator, states = _subject(case, sink_scale)
+    random = np.random.default_rng(7)
+    pairs, tensors = _random_affine(random, parts, batch, num_q, 1)
+    step = operator if form == "torch" else _onnx_form(operator, case, 1, form, tensors)
+    for t in range(6 * (num_sinks + window) + 7):
+        q, k, v = _random_tokens(random, case, 1)
+        if "constant" not in parts:
+            pairs, tensors = _random_affine(random, parts, batch, num_q, 1)
+        want = oracle.step(q[:, :, 0], k[:, :, 0], v[:, :, 0], affine=pairs[:, :, 0])
+        position = torch.full((batch,), t)
+        with torch.no_grad():
+            out, *states = step(*(torch.from_numpy(x) for x in (q, k, v)), position, states, None, tensors)
+        np.testing.assert_allclose(np.asarray(out)[:, :, 0], want, atol=5e-5, err_msg=f"t = {t}")
+
+
+@pytest.mark.parametrize(
+    ("case", "num_tokens", "parts"),
+    [
+        (CASES[1], 5, "scale, bias"),
+        (CASES[8], 5, "scale, bias"),
+        ((2, 4, 2, 8, 8, 5, 6, 2.0, False), 3, "bias"),
+        ((3, 2, 2, 8, 8, 1, 16, 0.0, False), 16, "scale, bias, constant"),
+        ((4, 2, 1, 8, 8, 13, 5, 0.0, True), 4, "scale, bias"),
+    ],
+    ids=str,
+)
+@FORMS
+def test_affine_chunks_against_oracle(case: tuple, num_tokens: int, parts: str, form: str) -> None:
+    """Each stream takes 0 .. T tokens of every chunk, so that each query sees a number of tokens of its own."""
+    (batch, num_q, *_), (num_sinks, window) = case, case[5:7]
+    oracle, operator, states = _subject(case)
+    random = np.random.default_rng(3)
+    pairs, tensors = _random_affine(random, parts, batch, num_q, num_tokens)
+    chunk = operator if form == "torch" else _onnx_form(operator, case, num_tokens, form, tensors)
+    position = np.zeros(batch, dtype=np.int64)
+    while position.min() < 6 * window + num_sinks + 7:
+        counts = random.integers(0, num_tokens + 1, batch)
+        q, k, v = _random_tokens(random, case, num_tokens)
+        if "constant" not in parts:
+            pairs, tensors = _random_affine(random, parts, batch, num_q, num_tokens)
+        with torch.no_grad():
+            out, *states = chunk(
+                *(torch.from_numpy(x) for x in (q, k, v)), torch.from_numpy(position), states,
+                torch.from_numpy(counts), tensors,
+            )  # fmt: skip
+        for b in range(batch):
+            for i in range(counts[b]):
+                want = oracle.step_stream(b, q[b, :, i], k[b, :, i], v[b, :, i], affine=pairs[b, :, i])
+                at = f"stream {b}, t = {position[b]} + {i}"
+                np.testing.assert_allclose(np.asarray(out)[b, :, i], want, atol=5e-5, err_msg=at)
+        assert np.isfinite(np.asarray(out)).all()
+        position += counts
+
+
+def _random_affine(
+    random: np.random.Generator, parts: str, batch: int, num_q: int, num_tokens: int
+) -> tuple[np.ndarray, list[torch.Tensor | None]]:
+    """a and b [B, Hq, T, 2] for the oracle, and the operator's tensors, [1, Hq, 1] if they are constant."""
+    shape = (1, num_q, 1) if "constant" in parts else (batch, num_q, num_tokens)
+    values = [random.normal(mean, 2.0, shape).astype(np.float32) for mean in (1.0, 0.0)]
+    is_there = [name in parts for name in ("scale", "bias")]
+    pairs = [np.broadcast_to(x if there else np.float32(1 - i), (batch, num_q, num_tokens))
+             for i, (x, there) in enumerate(zip(values, is_there, strict=True))]  # fmt: skip
+    tensors = [torch.from_numpy(x) if there else None for x, there in zip(values, is_there, strict=True)]
+    return np.stack(pairs, axis=-1), tensors
+
+
 def _subject(
     case: tuple, sink_scale: tuple | None = None
 ) -> tuple[SinkAttentionOracle, Operator, list[torch.Tensor]]:
@@ -170,13 +256,16 @@ def _random_tokens(random: np.random.Generator, case: tuple, num_tokens: int) ->
     return tuple(2 * random.standard_normal(shape).astype(np.float32) for shape in shapes)
 
 
-def _onnx_form(operator: Operator, case: tuple, num_tokens: int, target: str):
+def _onnx_form(
+    operator: Operator, case: tuple, num_tokens: int, target: str,
+    affine: Sequence[torch.Tensor | None] = (None, None),
+):  # fmt: skip
     """The operator for `target` as ONNX Runtime runs it, each state's input and output being one buffer."""
     batch = case[0]
     states = _subject(case)[2]
     tokens = [torch.from_numpy(x) for x in _random_tokens(np.random.default_rng(0), case, num_tokens)]
-    num_valid = [] if num_tokens == 1 else [torch.ones(batch, dtype=torch.int64)]
-    arguments = (*tokens, torch.zeros(batch, dtype=torch.int64), states, *num_valid)
+    num_valid = None if num_tokens == 1 else torch.ones(batch, dtype=torch.int64)
+    arguments = (*tokens, torch.zeros(batch, dtype=torch.int64), states, num_valid, list(affine))
     model = convert(torch.export.export(operator, arguments, strict=False))
     fold_small_constants(model)
     expand_operators(model, target)
@@ -187,9 +276,9 @@ def _onnx_form(operator: Operator, case: tuple, num_tokens: int, target: str):
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
     inputs, outputs = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
 
-    def run(q, k, v, position, states, *num_valid):
+    def run(q, k, v, position, states, num_valid=None, affine=()):
         binding = session.io_binding()
-        arrays = [x.numpy().copy() for x in (q, k, v, position, *states, *num_valid)]
+        arrays = [x.numpy().copy() for x in (q, k, v, position, *states, num_valid, *affine) if x is not None]
         for name, array in zip(inputs, arrays, strict=True):
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         own = arrays[4 : 4 + len(states)]

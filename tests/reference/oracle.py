@@ -101,19 +101,33 @@ class SinkAttentionOracle:
         self.streams: list[list[Token]] = [[] for _ in range(batch)]
 
     def step(
-        self, q: npt.ArrayLike, k: npt.ArrayLike, v: npt.ArrayLike, gate: npt.ArrayLike | None = None
+        self,
+        q: npt.ArrayLike,
+        k: npt.ArrayLike,
+        v: npt.ArrayLike,
+        gate: npt.ArrayLike | None = None,
+        affine: npt.ArrayLike | None = None,
     ) -> Array:
         """Add one token to every stream and attend from it.
 
         q: [B, Hq, D], k: [B, Hkv, D], v: [B, Hkv, Dv], not rotated. Returns [B, Hq, Dv].
         gate: [B, Hq, 1] or [B, Hq, Dv], the output is multiplied by its sigmoid.
+        affine: [B, Hq, 2], a and b: a softmax weight w becomes a * w + b / (number of cached tokens, the new one
+        included), a sink logit's none (arXiv:2602.23057; `affine_factors`).
         """
         q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
-        gates = [None] * len(self.streams) if gate is None else np.asarray(gate, dtype=np.float64)
-        return np.stack([self.step_stream(b, q[b], k[b], v[b], gates[b]) for b in range(len(self.streams))])
+        none = [None] * len(self.streams)
+        gates, affines = (none if x is None else np.asarray(x, dtype=np.float64) for x in (gate, affine))
+        return np.stack([self.step_stream(b, q[b], k[b], v[b], gates[b], affines[b]) for b in range(len(self.streams))])
 
     def step_stream(
-        self, stream: int, q: npt.ArrayLike, k: npt.ArrayLike, v: npt.ArrayLike, gate: npt.ArrayLike | None = None
+        self,
+        stream: int,
+        q: npt.ArrayLike,
+        k: npt.ArrayLike,
+        v: npt.ArrayLike,
+        gate: npt.ArrayLike | None = None,
+        affine: npt.ArrayLike | None = None,
     ) -> Array:
         """The same for one stream, so that streams can be at different positions. Returns [Hq, Dv]."""
         q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
@@ -128,9 +142,11 @@ class SinkAttentionOracle:
         met = [self.met(token, j, q, t, len(cached) - 1) for j, token in enumerate(cached)]
         keys, queries, values = (np.stack(x) for x in zip(*met, strict=True))
         group = q.shape[0] // keys.shape[1]  # query heads that share a key head
+        pairs = np.tile((1.0, 0.0), (q.shape[0], 1)) if affine is None else np.asarray(affine, dtype=np.float64)
         out = np.stack(
-            [self.attend(h, queries[:, h], keys[:, h // group], values[:, h // group]) for h in range(q.shape[0])]
-        )
+            [self.attend(h, queries[:, h], keys[:, h // group], values[:, h // group], pairs[h])
+             for h in range(q.shape[0])]
+        )  # fmt: skip
         return out if gate is None else out / (1 + np.exp(-np.asarray(gate, dtype=np.float64)))
 
     def met(self, token: Token, place: int, q: Array, t: int, last_place: int) -> tuple[Array, Array, Array]:
@@ -156,8 +172,11 @@ class SinkAttentionOracle:
             out[:, second] = x[:, second] * cos + x[:, first] * sin
         return out
 
-    def attend(self, head: int, queries: Array, keys: Array, values: Array) -> Array:
-        """Softmax attention of one query head: queries [n, D], keys [n, D], values [n, Dv], oldest first -> [Dv]."""
+    def attend(self, head: int, queries: Array, keys: Array, values: Array, affine: Array) -> Array:
+        """Softmax attention of one query head: queries [n, D], keys [n, D], values [n, Dv], oldest first -> [Dv].
+
+        affine: [2], scale of the weights, and what is added to all of them together.
+        """
         scale = keys.shape[1] ** -0.5 if self.scale is None else self.scale
         logits = (queries * keys).sum(axis=1) * scale  # [n]
         if self.softcap:
@@ -169,5 +188,40 @@ class SinkAttentionOracle:
         if self.sink_scale is not None:
             weights[0] *= self.sink_scale[head]  # the oldest cached token is token 0: there is a sink
         weights /= weights.sum() + (0.0 if self.sink_logit is None else np.exp(self.sink_logit[head] - largest))
+        weights = affine[0] * weights + affine[1] / len(weights)
         out: Array = weights @ values
         return out
+
+
+def affine_factors(
+    x: npt.ArrayLike,
+    *,
+    scale_weight: npt.ArrayLike | None = None,
+    scale_bias: npt.ArrayLike | None = None,
+    scale_average: npt.ArrayLike | None = None,
+    bias_weight: npt.ArrayLike | None = None,
+    bias_bias: npt.ArrayLike | None = None,
+    activation: str = "linear",
+    num_q_heads: int,
+) -> Array:
+    """Scale and bias of affine-scaled attention (arXiv:2602.23057) for one token's hidden state x [N]: [Hq, 2].
+
+    a = activation(scale_weight x + scale_bias); b = bias_weight x + bias_bias, or scale_average - a if that is given.
+    weights: [Hq, N], absent ones are 0. biases, average: [Hq]. An absent scale_bias is 1 if the activation is
+    ``linear`` and 0 otherwise, an absent bias_bias is 0. Without scale_weight and scale_bias a = 1.
+    """
+    x = np.asarray(x, dtype=np.float64)
+
+    def projected(weight: npt.ArrayLike | None, bias: npt.ArrayLike | None, absent: float) -> Array:
+        out = np.full(num_q_heads, absent) if bias is None else np.asarray(bias, dtype=np.float64)
+        return out if weight is None else out + np.asarray(weight, dtype=np.float64) @ x
+
+    a = projected(scale_weight, scale_bias, 1.0 if activation == "linear" else 0.0)
+    if scale_weight is None and scale_bias is None:
+        a = np.ones(num_q_heads)
+    elif activation == "sigmoid":
+        a = 1 / (1 + np.exp(-a))
+    elif activation == "clip":
+        a = np.clip(a, 0, 1)
+    b = projected(bias_weight, bias_bias, 0.0)
+    return np.stack((a, b if scale_average is None else np.asarray(scale_average, dtype=np.float64) - a), axis=1)

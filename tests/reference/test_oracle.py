@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.reference.oracle import Array, SinkAttentionOracle
+from tests.reference.oracle import Array, SinkAttentionOracle, affine_factors
 
 B, D = 2, 16
 HEADS = ((1, 1), (6, 2), (4, 4))  # (Hq, Hkv): one head, groups of three, no groups
@@ -243,6 +243,40 @@ def test_extras_as_biases_and_keys_of_torch_sdpa(names: tuple[str, ...], geometr
         if gate_dim:
             want = want * torch.from_numpy(gates[t]).sigmoid()
         np.testing.assert_allclose(got, want.numpy(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("geometry", [(0, 3), (4, 7)], ids=lambda g: f"S{g[0]}-W{g[1]}")
+def test_affine_is_scaled_attention_and_the_mean_of_the_cached_values(geometry: tuple[int, int]) -> None:
+    heads, steps = (6, 2), 3 * sum(geometry) + 7
+    q, k, v = random_stream(heads, steps)
+    affine = np.random.default_rng(2).normal(0, 2, (steps, B, heads[0], 2))
+    logit = np.linspace(-2, 2, heads[0])
+    extras: dict[str, Any] = {"inv_freq": frequencies(D), "sink_logit": logit}
+    oracle, plain = (
+        SinkAttentionOracle(batch=B, num_sink_tokens=geometry[0], window_size=geometry[1], **extras) for _ in range(2)
+    )
+    cached: list[int] = []
+    for t in range(steps):
+        if len(cached) == sum(geometry):
+            del cached[geometry[0]]
+        cached.append(t)
+        got, weighted = oracle.step(q[t], k[t], v[t], affine=affine[t]), plain.step(q[t], k[t], v[t])
+        mean = np.repeat(v[cached].mean(axis=0), heads[0] // heads[1], axis=1)  # [B, Hq, D]
+        want = affine[t, ..., :1] * weighted + affine[t, ..., 1:] * mean
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
+
+
+def test_affine_factors_in_numbers() -> None:
+    x = np.array([2.0, -1.0])
+    more: dict[str, Any] = {"num_q_heads": 2}
+    np.testing.assert_array_equal(affine_factors(x, **more), [[1, 0], [1, 0]])
+    weight = [[1.0, 0.0], [0.0, 3.0]]
+    np.testing.assert_array_equal(affine_factors(x, scale_weight=weight, bias_bias=[4, 5], **more), [[3, 4], [-2, 5]])
+    np.testing.assert_array_equal(affine_factors(x, scale_bias=[7, 8], bias_weight=weight, **more), [[7, 2], [8, -3]])
+    clipped = affine_factors(x, scale_weight=weight, scale_average=[0.5, 0.25], activation="clip", **more)
+    np.testing.assert_array_equal(clipped, [[1, -0.5], [0, 0.25]])
+    gated = affine_factors(x, scale_bias=[0, np.log(3)], activation="sigmoid", **more)
+    np.testing.assert_allclose(gated, [[0.5, 0], [0.75, 0]], atol=1e-15)
 
 
 def test_sink_scale_needs_a_sink() -> None:

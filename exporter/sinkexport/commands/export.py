@@ -13,6 +13,7 @@ from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE, KV_K
 from sinkexport.progress import shown_progress
 
 if TYPE_CHECKING:
+    from sinkexport.affine import AffineFile
     from sinkexport.budgets import BudgetFile
     from sinkexport.quant.ranges import Ranges
     from sinkexport.quant.recipe import Recipe
@@ -58,6 +59,8 @@ STAGES = {
                    "longest.")  # fmt: skip
 @click.option("--sink-tuning", "sink_tuning_file", type=click.Path(path_type=Path), metavar="FILE",
               help="Factors on the attention to the first token, which 'sinkexport tune' wrote.")  # fmt: skip
+@click.option("--affine", "affine_file", type=click.Path(path_type=Path), metavar="FILE",
+              help="Scales and biases of attention weights, a safetensors file (docs/sink_tuning.md).")  # fmt: skip
 @click.option("--target", type=click.Choice(TARGETS), default="onnx", show_default=True,
               help="tensorrt: for 'sinkexport build', with this project's plugin (docs/tensorrt.md).")  # fmt: skip
 @click.option("--native", is_flag=True,
@@ -66,13 +69,14 @@ STAGES = {
 def command(
     model: str, output: Path, sink_tokens: int, window: int, batch: int, chunk: int | None, pin_system: str | None,
     sink_token: str | None, dtype: str, recipe: str | None, calibration_file: Path | None, kv: str | None,
-    budgets_file: Path | None, sink_tuning_file: Path | None, target: str, native: bool, overwrite: bool,
+    budgets_file: Path | None, sink_tuning_file: Path | None, affine_file: Path | None, target: str, native: bool,
+    overwrite: bool,
 ) -> None:
     """Export MODEL (a local directory, a .gguf file or a Hub id) to a bundle."""
     # Bad numbers are told before torch is loaded.
     config = ExportConfig(sink_tokens, window, batch, dtype, chunk, pin_system, target, _loaded(recipe),
                           _ranges(calibration_file), kv, native, sink_token, _sink_tuning(sink_tuning_file),
-                          _budgets(budgets_file))  # fmt: skip
+                          _budgets(budgets_file), _affine(affine_file))  # fmt: skip
     from sinkexport.pipeline import export
 
     start = time.perf_counter()
@@ -83,7 +87,8 @@ def command(
         f"{output}: {facts.name} ({facts.num_parameters / 1e6:.0f}M parameters, {facts.num_layers} layers), "
         f"S={manifest.stream.num_sink_tokens} W={window} B={batch} T={manifest.stream.chunk_size} {dtype}"
         f"{'' if config.recipe is None else ' ' + config.recipe.name}{' INT8 window' * config.has_int8_window}"
-        f"{' tuned sinks' * (config.sink_tuning is not None)}{' budgets' * (config.budgets is not None)}, "
+        f"{' tuned sinks' * (config.sink_tuning is not None)}{' budgets' * (config.budgets is not None)}"
+        f"{' affine attention' * (config.affine is not None)}, "
         f"{sum(f.bytes for f in manifest.files.values()) / 1e6:.0f} MB + {manifest.state_bytes / 1e6:.1f} MB state, "
         f"{time.perf_counter() - start:.1f} s"
     )
@@ -111,6 +116,14 @@ def _sink_tuning(file: Path | None) -> SinkTuningFile | None:
     from sinkexport.sink_tuning import SinkTuningFile
 
     return SinkTuningFile.load(file)
+
+
+def _affine(file: Path | None) -> AffineFile | None:
+    if file is None:
+        return None
+    from sinkexport.affine import AffineFile
+
+    return AffineFile.load(file)
 
 
 def _ranges(file: Path | None) -> Ranges | None:

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 from rich.text import Text
-from sinkrt.contract import MANIFEST_NAME, FileFacts, HeadWindow, Manifest, Quantization, SinkTuning, load_manifest
+from sinkrt.contract import (
+    MANIFEST_NAME,
+    AffineAttention,
+    FileFacts,
+    HeadWindow,
+    Manifest,
+    Quantization,
+    SinkTuning,
+    load_manifest,
+)
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE
@@ -217,6 +226,7 @@ def _show_bundle(bundle: Path, manifest: Manifest) -> None:
           for role, engine in sorted((manifest.engines or {}).items())),
         ("quantised", _quantised(manifest.quantization)),
         *_tuned(manifest.sink_tuning),
+        *_affine(manifest.affine_attention),
         *((f"{role} graph", f"{graph.file}, {graph.num_tokens} token(s) a run")
           for role, graph in manifest.graphs.items()),
         ("tokenizer", "none: token ids only" if manifest.tokenizer is None else
@@ -266,6 +276,15 @@ def _tuned(tuning: SinkTuning | None) -> list[tuple[str, str]]:
     span = f", {min(factors):g} .. {max(factors):g}" if factors else ""
     total = sum(len(layer) for layer in tuning.first_token_scale)
     return [("tuned sinks", f"{len(factors)} of {total} heads{span}; file {tuning.sha256[:16]}")]
+
+
+def _affine(facts: AffineAttention | None) -> list[tuple[str, str]]:
+    if facts is None:
+        return []
+    layers = sum(bool(heads) for heads in facts.heads)
+    kind = "by hidden state" if facts.has_inputs else "constant"
+    return [("affine attention", f"{sum(map(len, facts.heads))} heads in {layers} layers, {kind}; "
+                                 f"file {facts.sha256[:16]}")]  # fmt: skip
 
 
 def _memory(manifest: Manifest) -> Table:

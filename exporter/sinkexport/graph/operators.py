@@ -65,6 +65,7 @@ def schemas() -> Mapping[str, onnx.defs.OpSchema]:
             _Parameter("alibi_slopes", "tensor(float)", "", param_option=_Option.Optional),
             _Parameter("sink_logit", "T", "", param_option=_Option.Optional),
             _Parameter("sink_scale", "tensor(float)", "", param_option=_Option.Optional),
+            *(_Parameter(name, "T", "", param_option=_Option.Optional) for name in ("affine_scale", "affine_bias")),
         ],
         [
             *(_Parameter(name, "T") for name in ("out", "next_sink_k", "next_sink_v")),
@@ -108,11 +109,11 @@ def translations() -> dict[Any, Callable[..., Any]]:
         q: Any, k: Any, v: Any, sink_k: Any, sink_v: Any, window_k: Any, window_v: Any, position: Any,
         shift_cos: Any, shift_sin: Any, num_valid: Any, scale: float, softcap: float, interleaved: bool,
         window_k_scale: Any = None, window_v_scale: Any = None, alibi_slopes: Any = None, sink_logit: Any = None,
-        sink_scale: Any = None,
+        sink_scale: Any = None, affine_scale: Any = None, affine_bias: Any = None,
     ) -> Any:  # fmt: skip
         return attention(
             q, k, v, sink_k, sink_v, window_k, window_v, position, shift_cos, shift_sin, num_valid,
-            window_k_scale, window_v_scale, alibi_slopes, sink_logit, sink_scale,
+            window_k_scale, window_v_scale, alibi_slopes, sink_logit, sink_scale, affine_scale, affine_bias,
             scale=scale, softcap=softcap, interleaved=int(interleaved),
         )  # fmt: skip
 

@@ -80,6 +80,8 @@ def sink_attention(
     alibi_slopes: torch.Tensor | None = None,
     sink_logit: torch.Tensor | None = None,
     sink_scale: torch.Tensor | None = None,
+    affine_scale: torch.Tensor | None = None,
+    affine_bias: torch.Tensor | None = None,
 ) -> SevenTensors:
     """T tokens of attention over sinks and window, as if they came one by one (StreamingLLM, arXiv:2309.17453).
 
@@ -96,6 +98,8 @@ def sink_attention(
     sink_logit: [Hq], one more logit of each softmax, without a value (gpt-oss, arXiv:2508.10925).
     sink_scale: float32 [Hq] > 0, factor on the weight of token 0 before weights are normalised: its logarithm is added
     to the logit, after the softcap (ZeroTuning, arXiv:2505.11739). None: no factors. Needs a sink.
+    affine_scale, affine_bias: [B or 1, Hq, T or 1], a and b of each query: a softmax weight w becomes a w + b / n, n
+    being the tokens that the query sees (affine-scaled attention, arXiv:2602.23057). None: a = 1, b = 0.
     Returns: attention output [B, Hq, T, D] and the six states afterwards, those that are absent without elements.
     """
     absent = q.new_zeros(*window_k.shape[:2], 0, window_k.shape[3])
@@ -116,8 +120,9 @@ def sink_attention(
         this, this_for_sinks, this_k, this_v = (x[:, :, i : i + 1] for x in (q, q_sink, k, v))
         updated = _written(states, this_k, this_v, position + i)
         attended = _attended(
-            this, this_for_sinks, updated, position + i, scale, softcap, alibi_slopes, sink_logit, sink_scale
-        )
+            this, this_for_sinks, updated, position + i, scale, softcap, alibi_slopes, sink_logit, sink_scale,
+            *(x if x is None or x.shape[2] == 1 else x[:, :, i : i + 1] for x in (affine_scale, affine_bias)),
+        )  # fmt: skip
         outputs.append(attended)
         if num_valid is not None:
             counts = i < num_valid  # [B]
@@ -161,8 +166,13 @@ def _attended(
     alibi_slopes: torch.Tensor | None,
     sink_logit: torch.Tensor | None,
     sink_scale: torch.Tensor | None,
+    affine_scale: torch.Tensor | None,
+    affine_bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention of one token that is written already. q, q_sink: [B, Hq, 1, D] -> [B, Hq, 1, D]."""
+    """Attention of one token that is written already. q, q_sink: [B, Hq, 1, D] -> [B, Hq, 1, D].
+
+    affine_scale, affine_bias: [B or 1, Hq, 1].
+    """
     sink_k, sink_v, window_k, window_v, k_scale, v_scale = states
     if window_k.dtype == torch.int8:
         window_k, window_v = dequantized(window_k, k_scale, q.dtype), dequantized(window_v, v_scale, q.dtype)
@@ -187,6 +197,11 @@ def _attended(
     if sink_logit is not None:
         logits = torch.cat((logits, sink_logit[:, None, None].expand(*logits.shape[:-1], 1)), dim=-1)
     weights = logits.softmax(dim=-1)[..., : num_sinks + window_size]  # [B, Hq, 1, C]
+    if affine_scale is not None:
+        weights = weights * affine_scale[..., None]
+    if affine_bias is not None:
+        share = (is_there / is_there.sum(dim=1, keepdim=True)).to(weights.dtype)  # [B, C]
+        weights = weights + affine_bias[..., None] * share[:, None, None, :]
     return weights @ heads(torch.cat((sink_v, window_v), dim=2))
 
 
@@ -221,6 +236,8 @@ def _(
     alibi_slopes: torch.Tensor | None = None,
     sink_logit: torch.Tensor | None = None,
     sink_scale: torch.Tensor | None = None,
+    affine_scale: torch.Tensor | None = None,
+    affine_bias: torch.Tensor | None = None,
 ) -> SevenTensors:
     none = q.new_empty(q.shape[0], window_k.shape[1], 0, q.shape[3])
     sinks = [none.clone() if s is None else torch.empty_like(s) for s in (sink_k, sink_v)]

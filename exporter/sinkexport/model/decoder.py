@@ -17,12 +17,13 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
+from sinkexport.model.affine import AffineFactors
 from sinkexport.model.attention import rotated, sink_attention, stream_angles
 from sinkexport.model.experts import static_experts
 from sinkexport.model.fold_rotation import fold_rotation
 from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
-from sinkexport.model.interface import intercept_attention
+from sinkexport.model.interface import attention_inputs, intercept_attention
 from sinkexport.model.recurrent import StepCache
 from sinkexport.model.rope import (
     AttentionShape,
@@ -78,6 +79,12 @@ class StreamStep(torch.nn.Module):
         for layer, factors in enumerate(() if tuning is None else tuning.first_token_scale):
             if set(factors) != {1.0}:  # a layer without any stays as it is, to the byte
                 self.register_buffer(f"sink_scale_{layer}", torch.tensor(factors), persistent=False)
+        dtype, heads = next(model.parameters()).dtype, shape.num_q_heads
+        self.affine = torch.nn.ModuleDict(
+            {str(layer): AffineFactors(tensors, heads, dtype)
+             for layer, tensors in ({} if config.affine is None else config.affine.layers).items()
+             if tensors.changed_heads(heads)}
+        )  # fmt: skip
 
     def state_kinds(self, cache: HeadCache) -> tuple[str, ...]:
         """State tensors of a cache, in the order in which `states` holds them."""
@@ -131,6 +138,7 @@ class StreamStep(torch.nn.Module):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         step = _Step(self, position, states, num_valid)
         with (
+            attention_inputs(self.model) as step.inputs,
             intercept_attention(self.model, step.attend),
             static_experts(self.model),
             _only_last_token(self.model, num_valid),
@@ -164,6 +172,8 @@ class _Step:
         layers = stream.shape.recurrent
         self.recurrent = StepCache({layer: self._states[layer] for layer in layers}) if layers else None
         self._angles: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.inputs: dict[torch.nn.Module, torch.Tensor] = {}
+        """Of the attention modules, see `attention_inputs`."""
 
     @property
     def next_states(self) -> list[torch.Tensor]:
@@ -200,13 +210,16 @@ class _Step:
             "sink_logit": None if s_aux is None else s_aux.to(q.dtype),
             "sink_scale": self._stream.sink_scale(layer),
         }
+        if str(layer) in self._stream.affine:
+            factors = self._stream.affine[str(layer)](self.inputs[module])
+            more |= zip(("affine_scale", "affine_bias"), factors, strict=True)
         caches = [cache for cache in self._stream.caches if cache.layer == layer]
         if len(caches) == 1:
             return self._attend(caches[0], q, k, v, more).transpose(1, 2), None
         outputs = []
         for cache in caches:
             kv_heads, q_heads = torch.tensor(cache.kv_heads), torch.tensor(cache.q_heads)
-            own = {name: x[q_heads] if isinstance(x, torch.Tensor) else x for name, x in more.items()}
+            own = {name: _of_heads(x, q_heads) if isinstance(x, torch.Tensor) else x for name, x in more.items()}
             own_q, own_k, own_v = (x.index_select(1, i) for x, i in ((q, q_heads), (k, kv_heads), (v, kv_heads)))
             outputs.append(self._attend(cache, own_q, own_k, own_v, own))
         out, made = torch.cat(outputs, dim=1), [head for cache in caches for head in cache.q_heads]
@@ -229,6 +242,7 @@ class _Step:
             self._num_valid,
             more["scale"], more["softcap"], spec.interleaved, *(states.get(kind) for kind in SCALE_KINDS),
             alibi_slopes=more["alibi_slopes"], sink_logit=more["sink_logit"], sink_scale=more["sink_scale"],
+            affine_scale=more.get("affine_scale"), affine_bias=more.get("affine_bias"),
         )  # fmt: skip
         after = dict(zip((*STATE_KINDS, *SCALE_KINDS), updated, strict=True))
         self._next[cache] = [after[kind] for kind in states]
@@ -254,6 +268,11 @@ class _Step:
         if scaling != 1.0:
             cos, sin = cos * scaling, sin * scaling
         return rotated(x, cos.to(x.dtype), sin.to(x.dtype), interleaved=spec.interleaved)
+
+
+def _of_heads(values: torch.Tensor, q_heads: torch.Tensor) -> torch.Tensor:
+    """[Hq] or [.., Hq, ..] of three axes -> those of some heads."""
+    return values[q_heads] if values.dim() == 1 else values.index_select(1, q_heads)
 
 
 @contextlib.contextmanager

@@ -45,6 +45,29 @@ def intercept_attention(model: torch.nn.Module, function: AttentionFunction) -> 
         ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
 
 
+@contextlib.contextmanager
+def attention_inputs(model: torch.nn.Module) -> Iterator[dict[torch.nn.Module, torch.Tensor]]:
+    """The hidden states [B, T, N] that attention modules were last called with, by module, inside a context."""
+    inputs: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def remember(module: torch.nn.Module, arguments: tuple[Any, ...], others: dict[str, Any]) -> None:
+        given = others.get("hidden_states", arguments[0] if arguments else None)
+        if isinstance(given, torch.Tensor):
+            inputs[module] = given
+
+    # What the attention function is called by has a layer's index; so may what is around it, which does no harm.
+    hooks = [
+        module.register_forward_pre_hook(remember, with_kwargs=True)
+        for module in model.modules()
+        if getattr(module, "layer_idx", None) is not None
+    ]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _restore(model: Any, implementation: str | None) -> None:
     with contextlib.suppress(ValueError, AttributeError, ImportError):
         model.set_attn_implementation(implementation)

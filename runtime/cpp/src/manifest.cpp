@@ -77,6 +77,11 @@ void read(const Json& raw, const std::string& where, double& out) {
   out = raw.type == Json::Type::kInt ? static_cast<double>(raw.integer) : raw.number;
 }
 
+void read(const Json& raw, const std::string& where, bool& out) {
+  check(raw.type == Json::Type::kBool, where, shown(raw), "bool");
+  out = raw.boolean;
+}
+
 void read(const Json& raw, const std::string& where, TensorSpec& out);
 void read(const Json& raw, const std::string& where, StateSpec& out);
 void read(const Json& raw, const std::string& where, GraphSpec& out);
@@ -88,6 +93,7 @@ void read(const Json& raw, const std::string& where, Quantization& out);
 void read(const Json& raw, const std::string& where, EngineFacts& out);
 void read(const Json& raw, const std::string& where, SinkTuning& out);
 void read(const Json& raw, const std::string& where, HeadWindow& out);
+void read(const Json& raw, const std::string& where, AffineAttention& out);
 
 template <typename T>
 void read(const Json& raw, const std::string& where, std::vector<T>& out);
@@ -344,6 +350,16 @@ void read(const Json& raw, const std::string& where, HeadWindow& out) {
   check(!out.kv_heads.empty(), "head_windows kv_heads", "none", "at least one");
 }
 
+void read(const Json& raw, const std::string& where, AffineAttention& out) {
+  Fields(raw, where)
+      .take("sha256", out.sha256)
+      .take("file", out.file)
+      .take("has_inputs", out.has_inputs)
+      .take("heads", out.heads)
+      .end();
+  checkDigest(out.sha256);
+}
+
 void checkSinkTuning(const Manifest& manifest) {
   const auto& factors = manifest.sink_tuning->first_token_scale;
   const auto heads = static_cast<size_t>(manifest.model.num_q_heads);
@@ -351,6 +367,17 @@ void checkSinkTuning(const Manifest& manifest) {
                     std::all_of(factors.begin(), factors.end(), [&](const auto& layer) { return layer.size() == heads; });
   check(fits, "sink_tuning.first_token_scale", "other sizes",
         "(" + std::to_string(manifest.model.num_layers) + ", " + std::to_string(heads) + "): layers, query heads");
+}
+
+void checkAffineAttention(const Manifest& manifest) {
+  const AffineAttention& facts = *manifest.affine_attention;
+  check(manifest.files.count(facts.file) > 0, "affine_attention.file", facts.file, "a file that 'files' lists");
+  bool fits = static_cast<int64_t>(facts.heads.size()) == manifest.model.num_layers;
+  for (const auto& layer : facts.heads) {
+    for (const int64_t head : layer) fits = fits && 0 <= head && head < manifest.model.num_q_heads;
+  }
+  check(fits, "affine_attention.heads", "other layers or heads",
+        std::to_string(manifest.model.num_layers) + " layers, heads below " + std::to_string(manifest.model.num_q_heads));
 }
 
 void checkHeadWindows(const Manifest& manifest) {
@@ -419,7 +446,7 @@ std::string Manifest::fingerprint() const {
     if (path.rfind("weights", 0) != 0) continue;
     weights += (weights.empty() ? "" : ", ") + jsonQuoted(path) + ": " + jsonQuoted(facts.sha256);
   }
-  std::string tuning, windows;
+  std::string tuning, windows, affine;
   if (sink_tuning) tuning = ", " + jsonQuoted(sink_tuning->sha256);
   if (head_windows) {
     for (const HeadWindow& group : *head_windows) {
@@ -430,6 +457,7 @@ std::string Manifest::fingerprint() const {
     }
     windows = ", [" + windows + "]";
   }
+  if (affine_attention) affine = ", " + jsonQuoted(affine_attention->sha256);
   const std::string text =
       "[{\"architecture\": " + jsonQuoted(model.architecture) +
       ", \"bos_token_id\": " + (model.bos_token_id ? number(*model.bos_token_id) : "null") +
@@ -441,7 +469,7 @@ std::string Manifest::fingerprint() const {
       ", \"position_scheme\": " + jsonQuoted(model.position_scheme) + ", \"vocab_size\": " + number(model.vocab_size) +
       "}, {\"batch\": " + number(stream.batch) + ", \"num_sink_tokens\": " + number(stream.num_sink_tokens) +
       ", \"position_limit\": " + number(stream.position_limit) + ", \"window_size\": " + number(stream.window_size) +
-      "}, " + jsonQuoted(weights_dtype) + ", {" + weights + "}" + tuning + windows + "]";
+      "}, " + jsonQuoted(weights_dtype) + ", {" + weights + "}" + tuning + windows + affine + "]";
   Sha256 digest;
   digest.add(text.data(), text.size());
   return digest.hex();
@@ -480,10 +508,12 @@ Manifest Manifest::fromJson(const std::string& text) {
       .takeIfThere("engines", engines)
       .takeIfThere("sink_tuning", out.sink_tuning)
       .takeIfThere("head_windows", out.head_windows)
+      .takeIfThere("affine_attention", out.affine_attention)
       .end();
   if (engines) out.engines = *std::move(engines);
   if (out.sink_tuning) checkSinkTuning(out);
   if (out.head_windows) checkHeadWindows(out);
+  if (out.affine_attention) checkAffineAttention(out);
   for (const auto& engine : out.engines) {
     check(out.graphs.count(engine.first) > 0, "engines", engine.first, "the role of a graph");
   }

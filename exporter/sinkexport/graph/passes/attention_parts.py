@@ -45,6 +45,7 @@ class AttentionParts:
         self.num_sinks = known_shape(operand(node, 3))[2] if optional(node, 3) is not None else 0
         self.position = operand(node, 7)
         self.alibi_slopes, self.sink_logit, self.sink_scale = (optional(node, i) for i in (13, 14, 15))
+        self.affine_scale, self.affine_bias = (optional(node, i) for i in (16, 17))
 
     def once(self, name: str, build: Callable[[Builder], ir.Value]) -> ir.Value:
         """A value that all layers of the same geometry share."""
@@ -127,6 +128,35 @@ class AttentionParts:
         more = b.op("Expand", [more, b.ints(one, "one_entry")], one, logits.dtype)
         joined = b.op("Concat", [logits, more], (*shape[:-1], shape[-1] + 1), axis=-1)
         return b.split(b.op("Softmax", [joined], axis=-1), (shape[-1], 1), -1)[0]
+
+    def with_affine(self, weights: ir.Value, share: Callable[[], ir.Value]) -> ir.Value:
+        """Softmax weights [B, Hkv, (G,) T, n] times `affine_scale`, and `affine_bias` shared out among the tokens seen.
+
+        share: makes what broadcasts with the weights: 1 / their number where a token is seen, 0 elsewhere.
+        """
+        b, rank = self.b, len(known_shape(weights))
+
+        def by_query(values: ir.Value) -> ir.Value:
+            """[B or 1, Hq, T or 1] -> [.., Hkv, (G,) .., 1]."""
+            batch, _, num_tokens = known_shape(values)
+            return b.reshape(values, (batch, *(self.num_kv_heads, self.group)[: rank - 3], num_tokens, 1))
+
+        if self.affine_scale is not None:
+            weights = b.op("Mul", [weights, by_query(self.affine_scale)])
+        if self.affine_bias is not None:
+            weights = b.op("Add", [weights, b.op("Mul", [by_query(self.affine_bias), share()])])
+        return weights
+
+    def shared_out(self, b: Builder, seen: ir.Value, t: ir.Value) -> ir.Value:
+        """1 / n where an entry is seen, 0 elsewhere: n = min(t + 1, C) tokens are, from the one at t.
+
+        seen: bool [B, 1, .., n entries]. t: int64 of a shape that broadcasts with it. Returns: the shape of seen.
+        """
+        dtype = self.q.dtype or ir.DataType.FLOAT
+        capacity = b.ints(self.num_sinks + self.window_size, "capacity")
+        count = b.op("Min", [b.op("Add", [t, b.ints(1, "one")]), capacity])
+        one_share = b.op("Reciprocal", [b.cast(count, ir.DataType.FLOAT)])
+        return b.op("Where", [seen, b.cast(one_share, dtype), b.scalar(0.0, dtype)], known_shape(seen), dtype)
 
     def _by_head(self, b: Builder, values: ir.Value, rank: int) -> ir.Value:
         """[Hq] -> [1, Hkv, (G,) 1, 1] of a rank of 4 (G = 1) or 5."""

@@ -46,7 +46,7 @@ class ChunkAttention(AttentionParts):
         joined = b.op("Concat", logits, (*known_shape(logits[0])[:-1], entries), axis=-1)
         joined = b.reshape(joined, (*grouped, entries))
         joined = joined if self.has_sink_scale else self.softcapped(joined)
-        weights = self.normalised(b.op("Add", [joined, self._mask()]))
+        weights = self.with_affine(self.normalised(b.op("Add", [joined, self._mask()])), self._share)
         # The values are joined: they are fewer than the weights, which would have to be cut up otherwise.
         values = b.op("Concat", [part[2] for part in parts], (*heads, entries, self.head_dim), axis=-2)
         out = b.matmul(b.reshape(weights, (*heads, rows, entries)), values)  # [B, Hkv, G*T, D]
@@ -203,16 +203,29 @@ class ChunkAttention(AttentionParts):
         dtype = self.q.dtype or ir.DataType.FLOAT
 
         def build(b: Builder) -> ir.Value:
-            parts = [self._sees_window(b), self._sees_evicted(b)]
-            if self.num_sinks:
-                parts.insert(0, self._sees_sinks(b))
-            entries = sum(known_shape(part)[-1] for part in parts)
-            shape = (self.batch, 1, 1, self.num_tokens, entries)
-            seen = b.reshape(b.op("Concat", parts, (shape[0], *shape[3:]), axis=-1), shape)
+            seen = self._seen(b)
             lowest = float(np.finfo(dtype.numpy()).min)
-            return self.biased(b, seen, lambda: b.reshape(self._distances(b), shape), lowest)
+            return self.biased(b, seen, lambda: b.reshape(self._distances(b), known_shape(seen)), lowest)
 
         return self.once("mask", build)
+
+    def _share(self) -> ir.Value:
+        """[B, 1, 1, T, S + W + T]: see `shared_out`; any in rows of tokens that do not count."""
+
+        def build(b: Builder) -> ir.Value:
+            t = b.reshape(self._positions(b), (self.batch, 1, 1, self.num_tokens, 1))
+            return self.shared_out(b, self._seen(b), t)
+
+        return self.once("share", build)
+
+    def _seen(self, b: Builder) -> ir.Value:
+        """bool [B, 1, 1, T, S + W + T]: whether token t sees an entry."""
+        parts = [self._sees_window(b), self._sees_evicted(b)]
+        if self.num_sinks:
+            parts.insert(0, self._sees_sinks(b))
+        entries = sum(known_shape(part)[-1] for part in parts)
+        shape = (self.batch, 1, 1, self.num_tokens, entries)
+        return b.reshape(b.op("Concat", parts, (shape[0], *shape[3:]), axis=-1), shape)
 
     def _positions(self, b: Builder) -> ir.Value:
         """int64 [B, T, 1]: t of each token of the chunk."""

@@ -33,7 +33,9 @@ class StepAttention(AttentionParts):
         joined = logits[0] if len(logits) == 1 else b.op("Concat", logits, (*self._grouped, capacity, 1), axis=-2)
         joined = b.reshape(joined, (*self._grouped, 1, capacity))
         joined = joined if self.has_sink_scale else self.softcapped(joined)
-        weights = self.normalised(b.op("Add", [joined, self._mask(len(self._grouped) + 2)]))
+        rank = len(self._grouped) + 2
+        weights = self.normalised(b.op("Add", [joined, self._mask(rank)]))
+        weights = self.with_affine(weights, lambda: self._share(rank))
         pieces = b.split(weights, lengths, -1) if self.num_sinks else [weights]
         out = self._window_sum(pieces[-1], window)
         if self.num_sinks:
@@ -118,15 +120,23 @@ class StepAttention(AttentionParts):
 
         Sink j is there from t = j on, slot i from t = S + i on: entry n of sinks-then-slots from t = n on.
         """
-        capacity = self.num_sinks + self.window_size
 
         def build(b: Builder) -> ir.Value:
-            t = b.reshape(self.position, (self.batch, *[1] * (rank - 1)))
-            entries = b.ints(np.arange(capacity).reshape(*[1] * (rank - 1), capacity), "entries")
-            there = b.op("LessOrEqual", [entries, t])
+            there, t = self._there(b, rank)
             return self.biased(b, there, lambda: self._distances(b, t), -math.inf)
 
         return self.once(f"mask of rank {rank}", build)
+
+    def _share(self, rank: int) -> ir.Value:
+        """[B, 1, .., C]: see `shared_out`."""
+        return self.once(f"share of rank {rank}", lambda b: self.shared_out(b, *self._there(b, rank)))
+
+    def _there(self, b: Builder, rank: int) -> tuple[ir.Value, ir.Value]:
+        """bool [B, 1, .., C], whether a token is in an entry, and t, int64 [B, 1, .., 1]."""
+        capacity = self.num_sinks + self.window_size
+        t = b.reshape(self.position, (self.batch, *[1] * (rank - 1)))
+        entries = b.ints(np.arange(capacity).reshape(*[1] * (rank - 1), capacity), "entries")
+        return b.op("LessOrEqual", [entries, t]), t
 
     def _distances(self, b: Builder, t: ir.Value) -> ir.Value:
         """int64 [B, 1, .., C]: how far each sink and slot is from the token at t [B, 1, .., 1] in the cache."""

@@ -13,7 +13,7 @@
 
 namespace sinkrt {
 
-constexpr int64_t kSchemaVersion = 4;
+constexpr int64_t kSchemaVersion = 5;
 constexpr const char* kManifestName = "manifest.json";
 constexpr const char* kPluginAbi = "2";
 
@@ -105,6 +105,14 @@ struct SinkTuning {
   std::vector<std::vector<double>> first_token_scale;
 };
 
+// How attention weights are scaled and shifted; it is in the graphs.
+struct AffineAttention {
+  std::string sha256;  // of the file that the export was given
+  std::string file;    // its copy inside the bundle
+  bool has_inputs = false;
+  std::vector<std::vector<int64_t>> heads;  // [L], the query heads that are changed
+};
+
 // Key heads of a layer that keep the last window_size tokens beside the sinks.
 struct HeadWindow {
   int64_t layer = 0;
@@ -141,6 +149,7 @@ struct Manifest {
   std::map<std::string, EngineFacts> engines;  // by role; empty: none were built
   std::optional<SinkTuning> sink_tuning;
   std::optional<std::vector<HeadWindow>> head_windows;  // none: all heads keep stream.window_size tokens
+  std::optional<AffineAttention> affine_attention;
 
   int64_t weightsBytes() const;
   int64_t stateBytes() const;
