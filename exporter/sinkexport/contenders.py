@@ -6,7 +6,7 @@ Imports torch only for what needs it: a bundle is evaluated without.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -15,6 +15,8 @@ import numpy.typing as npt
 from sinkexport.perplexity import Contender, Ids, Prediction
 
 if TYPE_CHECKING:
+    from sinkrt.contract import SinkTuning
+
     from sinkexport.budgets import BudgetFile
 
 CHUNK_TOKENS = 256
@@ -47,7 +49,7 @@ def sinks_and_window(
     *,
     name: str,
     chunk_tokens: int = CHUNK_TOKENS,
-    first_token_scale: Sequence[Sequence[float]] | None = None,
+    sink_tuning: SinkTuning | None = None,
     budgets: BudgetFile | None = None,
 ) -> Contender:
     """S sinks and a window of W tokens in torch; window-only attention with S = 0. See `chunked_streaming`."""
@@ -58,7 +60,7 @@ def sinks_and_window(
         from sinkexport.chunked_streaming import chunked_streaming
 
         with chunked_streaming(
-            model, num_sink_tokens, window_size, first_token_scale=first_token_scale, budgets=budgets
+            model, num_sink_tokens, window_size, sink_tuning=sink_tuning, budgets=budgets
         ) as stream:
             for start, piece in _pieces(ids[:-1], chunk_tokens):
                 yield Prediction(start + 1, _numpy(stream.feed(torch.from_numpy(piece)[None])))

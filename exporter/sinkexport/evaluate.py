@@ -139,7 +139,7 @@ def _alternatives(model: Any, ids: Ids, manifest: Manifest, dense_tokens: int, b
     return [
         contenders.sinks_and_window(
             model, ids, stream.num_sink_tokens, stream.window_size, name="sinks + window",
-            first_token_scale=None if manifest.sink_tuning is None else manifest.sink_tuning.first_token_scale,
+            sink_tuning=manifest.sink_tuning,
             budgets=budgets_of(manifest),
         ),
         contenders.sinks_and_window(model, ids, 0, stream.capacity, name="window only"),

@@ -1,4 +1,4 @@
-"""A model's own dense attention with factors on the weight of the first token (ZeroTuning, arXiv:2505.11739)."""
+"""A model's own dense attention, to its sinks as `SinkTuning` says (ZeroTuning, arXiv:2505.11739; ACT, 2406.15765)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from sinkrt.contract import ActTuning
 
 from sinkexport.model.interface import intercept_attention
-from sinkexport.reference import plain_attention
+from sinkexport.reference import calibration, plain_attention
 
 
 @contextlib.contextmanager
-def first_token_scaled(model: Any, scale: torch.Tensor) -> Iterator[set[int]]:
+def first_token_scaled(
+    model: Any, scale: torch.Tensor, act: ActTuning | None = None, num_sinks: int = 0
+) -> Iterator[set[int]]:
     """For the length of a context, `model` attends causally, each layer and head with its factor on token 0.
 
     scale: float [L, Hq] > 0, read at every call, so that it may be changed in between. The family's own plain attention
     is called, with the factors' logarithms in its mask; rows of a batch begin with their first token.
+    act: later sinks, tokens from num_sinks on, are scaled down after that.
     Yields: the layers, seen so far, that have a sliding window of their own.
     """
     sliding: set[int] = set()
@@ -36,7 +40,12 @@ def first_token_scaled(model: Any, scale: torch.Tensor) -> Iterator[set[int]]:
         mask = mask.expand(1, factors.numel(), -1, -1)
         if factors.any():
             mask = torch.cat((mask[..., :1] + factors.view(1, -1, 1, 1), mask[..., 1:]), dim=-1)
-        return plain_attention(module)(module, q, k, v, mask, **arguments)[0], None
+        out, weights = plain_attention(module)(module, q, k, v, mask, **arguments)[:2]
+        if act is not None and any(act.heads[int(module.layer_idx)]):
+            received, queries = weights.double().cumsum(dim=2), (behind + 1).clamp(min=0)
+            factors = calibration(act, int(module.layer_idx), weights, received, queries, num_sinks)
+            out = plain_attention(module)(module, q, k, v, mask + factors.log().to(q.dtype), **arguments)[0]
+        return out, None
 
     with intercept_attention(model, attend):
         yield sliding

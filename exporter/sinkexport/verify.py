@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -163,13 +163,12 @@ def compare(
     budgets = budgets_of(manifest)
     shortest = stream.window_size if budgets is None else min(map(min, budgets.windows))
     dense_tokens = min(dense_tokens, stream.num_sink_tokens + shortest)
-    scale = None if manifest.sink_tuning is None else manifest.sink_tuning.first_token_scale
-    dense_logits = _dense_logits(model, ids[:, : min(dense_tokens, stream.capacity)], scale, report)  # [B, n, vocab]
+    dense_logits = _dense_logits(model, ids[:, : min(dense_tokens, stream.capacity)], manifest, report)  # [B, n, vocab]
     dense, streaming = Tally("dense", tolerance), Tally("streaming", tolerance)
     at_ends: dict[int, Logits] = {}
     with (
         streaming_reference(
-            model, stream.num_sink_tokens, stream.window_size, first_token_scale=scale,
+            model, stream.num_sink_tokens, stream.window_size, sink_tuning=manifest.sink_tuning,
             head_windows=None if budgets is None else budgets.windows,
         ) as reference,
         torch_threads(_half_of_the_cores()),
@@ -212,10 +211,13 @@ def _half_of_the_cores() -> int:
     return max(1, torch.get_num_threads() // 2)
 
 
-def _dense_logits(model: Any, ids: Ids, scale: Sequence[Sequence[float]] | None, report: Report) -> Logits:
-    """The model's own logits [B, n, vocab], with its default attention and no cache; scale: of a bundle's tuning."""
+def _dense_logits(model: Any, ids: Ids, manifest: Manifest, report: Report) -> Logits:
+    """The model's own logits [B, n, vocab], with its default attention, or the bundle's tuning of it, and no cache."""
     report("dense", 0, 1)
-    tuned = contextlib.nullcontext() if scale is None else first_token_scaled(model, torch.tensor(scale))
+    tuned: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if (tuning := manifest.sink_tuning) is not None:
+        scale = torch.tensor(tuning.first_token_scale)
+        tuned = first_token_scaled(model, scale, tuning.act, manifest.stream.num_sink_tokens)
     with torch.no_grad(), tuned:
         logits: Logits = model(input_ids=torch.from_numpy(ids), use_cache=False).logits.float().numpy()
     report("dense", 1, 1)

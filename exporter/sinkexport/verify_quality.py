@@ -230,7 +230,7 @@ def _reference(
     check_same_model(manifest, loaded.model)
     contender = contenders.sinks_and_window(
         loaded.model, ids, stream.num_sink_tokens, stream.window_size, name="reference", chunk_tokens=BLOCK_TOKENS,
-        first_token_scale=None if manifest.sink_tuning is None else manifest.sink_tuning.first_token_scale,
+        sink_tuning=manifest.sink_tuning,
         budgets=budgets_of(manifest),
     )
     yield dataclasses.replace(contender, note=f"{loaded.name} in torch, float32")

@@ -57,7 +57,7 @@ STAGES = {
               help="Windows of single key heads, which 'sinkexport analyze' proposed; --window must be the "
                    "longest.")  # fmt: skip
 @click.option("--sink-tuning", "sink_tuning_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="Factors on the attention to the first token, which 'sinkexport tune' wrote.")  # fmt: skip
+              help="How attention to sinks is changed, as 'sinkexport tune' or 'analyze' wrote it.")  # fmt: skip
 @click.option("--target", type=click.Choice(TARGETS), default="onnx", show_default=True,
               help="tensorrt: for 'sinkexport build', with this project's plugin (docs/tensorrt.md).")  # fmt: skip
 @click.option("--native", is_flag=True,

@@ -141,6 +141,7 @@ def _use_plugin(graph: ir.Graph, node: ir.Node) -> None:
     outputs += by_kind["sinks"] or [None, None]
     outputs += by_kind["window"]
     outputs += by_kind["scales"] or [None, None]
+    outputs.append(None)  # attention_mass: the exporter refuses what needs it
     replace_node(node, b.nodes, outputs)
 
 
