@@ -114,7 +114,10 @@ template <typename T>
 void read(const Json& raw, const std::string& where, std::vector<T>& out) {
   check(raw.isArray(), where, shown(raw), "a list");
   out.clear();
-  for (const Json& item : raw.items) read(item, where + "[" + std::to_string(out.size()) + "]", out.emplace_back());
+  for (const Json& item : raw.items) {
+    const std::string name = where + "[" + std::to_string(out.size()) + "]";  // before the element is there
+    read(item, name, out.emplace_back());
+  }
 }
 
 template <typename T>
