@@ -77,8 +77,8 @@ class StateSpec:
     kind: ``sink_k | sink_v`` of shape [B, Hkv, S, D], ``window_k | window_v`` of shape [B, Hkv, W, D], or, where the
     window is int8, ``window_k_scale | window_v_scale`` of shape [B, Hkv, W]: one for each head and token. A layer whose
     own sliding window is smaller than S + W has that window for W, and no sinks. ``attention_mass`` of shape
-    [B, Hq, 2, W]: sums for `ActTuning`, after the last token at an even and at an odd position. So a step reads what the
-    token before it left, and can be repeated. ``conv | recurrent``, of any shape [B, ..]: those of linear attention. All
+    [B, Hq, 2, W]: sums for `ActTuning`, after the last token at an even and at an odd position. So a step reads what
+    the token before it left, and can be repeated. ``conv | recurrent``, of any shape [B, ..]: of linear attention. All
     states are zero where a stream begins.
     """
 

@@ -1,4 +1,4 @@
-"""Later sinks scaled down (ACT, arXiv:2406.15765): bundles against the reference past six wraps, and who proposes it."""
+"""Later sinks scaled down (ACT, arXiv:2406.15765): bundles against the reference past six wraps, and `analyze`."""
 
 from __future__ import annotations
 
@@ -221,14 +221,13 @@ def test_analyze_proposes_the_heads_that_have_later_sinks(tmp_path: Path, monkey
     report = analyze(LoadedModel(model, None, "tiny"), TextWindows(texts), num_candidates=CANDIDATES)
     model.set_attn_implementation("eager")
     want = np.zeros((LAYERS, HEADS))
+    values: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(lambda _m, _i, out: values.append(out[0].double()))
     for text in texts:
-        values: list[torch.Tensor] = []
-        hooks = [layer.self_attn.v_proj.register_forward_hook(lambda _m, _i, out: values.append(out[0].double()))
-                 for layer in model.model.layers]  # fmt: skip
+        values.clear()
         with torch.no_grad():
             attentions = model(torch.tensor([text]), output_attentions=True).attentions
-        for hook in hooks:
-            hook.remove()
         for layer, (weights, value) in enumerate(zip(attentions, values, strict=True)):
             for head in range(HEADS):
                 w = weights[0, head].double().numpy()
