@@ -336,7 +336,7 @@ def later_sinks(weights: Weights, num_candidates: int) -> Array:
     """
     tokens = _later_tokens(weights, num_candidates)
     like_first = weights.likeness[:, None, tokens] > LIKENESS
-    found: Array = (_looked_at(weights, tokens) & like_first).any(axis=2).astype(np.float64)
+    found = np.asarray((_looked_at(weights, tokens) & like_first).any(axis=2), dtype=np.float64)
     found[[own is not None for own in weights.own_windows]] = 0.0
     return found
 
