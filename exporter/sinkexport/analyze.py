@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.analyze_weights import NEAR_TOKENS, Array, Weights, attention_weights
@@ -101,6 +102,8 @@ class SinkReport:
     secondary: those like the first token, then others; most heads first.
     own_window: the model's smallest sliding window, or None.
     recommended: S. reason: in words.
+    later_sinks: [L][Hq], share of windows in which a head looks from afar at a later token like the first one; 0 in
+    layers with a sliding window of their own.
     num_kv_heads: Hkv. change: [L][Hq][n], how much a head's output changes in a window's second half if it sees the
     first K tokens and the last `distances` alone, over the root mean square of the layer's outputs.
     """
@@ -122,6 +125,7 @@ class SinkReport:
     secondary: tuple[SecondarySink, ...]
     recommended: int
     reason: str
+    later_sinks: tuple[tuple[float, ...], ...]
     num_kv_heads: int
     distances: tuple[int, ...]
     change: tuple[tuple[tuple[float, ...], ...], ...]
@@ -235,6 +239,7 @@ def analyze(
         secondary=_by_token(sums.sightings, loaded.tokenizer),
         recommended=recommended,
         reason=reason,
+        later_sinks=_nested(mean["later_sinks"]),
         num_kv_heads=sums.num_kv_heads,
         distances=sums.distances,
         change=_nested(mean["change"]),
@@ -290,6 +295,7 @@ class _Sums:
             "any_sink": is_sink.max(axis=-1).astype(np.float64),
             "key_norm": weights.key_norm[:, first],
             "value_norm": weights.value_norm[:, first],
+            "later_sinks": later_sinks(weights, self._num_candidates),
             "change": weights.change,
         }
         for name, values in added.items():
@@ -305,11 +311,9 @@ class _Sums:
 
 
 def secondary_sinks(weights: Weights, window: int, num_candidates: int) -> Iterator[Sighting]:
-    """The later tokens that some head looks at from afar. The last ones have too few queries behind them to tell."""
-    tokens = slice(num_candidates, weights.received.shape[2] - 2 * NEAR_TOKENS)
-    from_afar = weights.from_afar[:, :, tokens]  # [L, Hq, n]
-    needed = np.maximum(SECONDARY_WEIGHT, SECONDARY_RATIO * weights.fair_share[:, None, tokens])  # [L, 1, n]
-    looked_at = from_afar > needed
+    """The later tokens that some head looks at from afar."""
+    tokens = _later_tokens(weights, num_candidates)
+    from_afar, looked_at = weights.from_afar[:, :, tokens], _looked_at(weights, tokens)  # [L, Hq, n]
     for offset in np.flatnonzero(looked_at.any(axis=(0, 1))).tolist():
         position = num_candidates + offset
         by_layer = np.where(looked_at[:, :, offset], from_afar[:, :, offset], 0.0).max(axis=1)  # [L]
@@ -323,6 +327,30 @@ def secondary_sinks(weights: Weights, window: int, num_candidates: int) -> Itera
             value_norm=float(weights.value_norm[layer, position]),
             likeness=float(weights.likeness[layer, position]),
         )
+
+
+def later_sinks(weights: Weights, num_candidates: int) -> Array:
+    """[L, Hq]: 1 for heads that look from afar at a later token whose value, in this layer, resembles the first one's.
+
+    Layers with a sliding window of their own have 0: they may keep no sinks, and then nothing of them is calibrated.
+    """
+    tokens = _later_tokens(weights, num_candidates)
+    like_first = weights.likeness[:, None, tokens] > LIKENESS
+    found = np.asarray((_looked_at(weights, tokens) & like_first).any(axis=2), dtype=np.float64)
+    found[[own is not None for own in weights.own_windows]] = 0.0
+    return found
+
+
+def _later_tokens(weights: Weights, num_candidates: int) -> slice:
+    """Those after the candidates; the last ones have too few queries behind them to tell."""
+    return slice(num_candidates, weights.received.shape[2] - 2 * NEAR_TOKENS)
+
+
+def _looked_at(weights: Weights, tokens: slice) -> npt.NDArray[np.bool_]:
+    """[L, Hq, n]: whether a head looks at a token from afar."""
+    needed = np.maximum(SECONDARY_WEIGHT, SECONDARY_RATIO * weights.fair_share[:, None, tokens])  # [L, 1, n]
+    looked_at: npt.NDArray[np.bool_] = weights.from_afar[:, :, tokens] > needed
+    return looked_at
 
 
 def _by_token(sightings: dict[int, list[Sighting]], tokenizer: Any) -> tuple[SecondarySink, ...]:

@@ -34,7 +34,7 @@ class Weights:
     base: mean over the same queries of the weight of one token that is neither near nor among the first K.
     key_norm, value_norm: [L, T], Euclidean norms, mean over the key heads, over the median of the tokens from K on.
     likeness: [L, T], cosine of a token's values, all heads in one vector, with those of token 0.
-    own_window: the smallest sliding window of the model's layers, or None.
+    own_windows: [L], the sliding window of each layer; None: it has none.
     change: [L, Hq, n], how much a head's output changes if it sees the first K tokens and the last `distances` [n]
     alone: mean Euclidean distance over the queries i >= T / 2, over the root mean square of the outputs of all heads of
     the layer. (How much attention it pays to what it would not see says little: that may carry nothing.)
@@ -49,10 +49,15 @@ class Weights:
     key_norm: Array
     value_norm: Array
     likeness: Array
-    own_window: int | None
+    own_windows: tuple[int | None, ...]
     change: Array
     distances: tuple[int, ...]
     num_kv_heads: int
+
+    @property
+    def own_window(self) -> int | None:
+        """The smallest sliding window of the layers."""
+        return min((own for own in self.own_windows if own is not None), default=None)
 
 
 def attention_weights(
@@ -90,7 +95,6 @@ def attention_weights(
     num_layers = model.config.get_text_config().num_hidden_layers
     if len(layers) != num_layers:
         raise _refused(f"softmax attention in {len(layers)} of {num_layers} layers", "it in every layer")
-    own_windows = [layer.own_window for layer in layers if layer.own_window]
     weights = Weights(
         received=np.stack([layer.received for layer in layers]),
         from_afar=np.stack([layer.from_afar for layer in layers]),
@@ -100,7 +104,7 @@ def attention_weights(
         key_norm=np.stack([layer.key_norm for layer in layers]),
         value_norm=np.stack([layer.value_norm for layer in layers]),
         likeness=np.stack([layer.likeness for layer in layers]),
-        own_window=min(own_windows, default=None),
+        own_windows=tuple(layer.own_window or None for layer in layers),
         change=np.stack([layer.change for layer in layers]),
         distances=layers[0].distances,
         num_kv_heads=layers[0].num_kv_heads,
@@ -110,9 +114,7 @@ def attention_weights(
     return weights
 
 
-def softmax_weights(
-    q: torch.Tensor, k: torch.Tensor, start: int, stop: int, arguments: dict[str, Any]
-) -> torch.Tensor:
+def softmax_weights(q: torch.Tensor, k: torch.Tensor, start: int, stop: int, arguments: dict[str, Any]) -> torch.Tensor:
     """Attention weights float32 [Hq, stop - start, stop] of the queries from `start` to `stop`, as the model says.
 
     q: [1, Hq, T, D], k: [1, Hkv, T, D], rotated. arguments: what the model passes to its attention function.

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from sinkrt.contract import ActTuning, SinkTuning
 from sinkrt.ring import Ring
 
 from sinkexport.affine import AffineFile
 from sinkexport.affine_reference import AffineReference
 from sinkexport.budgets import BudgetFile
 from sinkexport.config import ExportConfig
-from sinkexport.model.attention import rotated, stream_angles
+from sinkexport.model.attention import TINY, rotated, stream_angles
 from sinkexport.model.decoder import refuse_arguments
 from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.interface import intercept_attention
@@ -44,14 +45,14 @@ def chunked_streaming(
     num_sink_tokens: int,
     window_size: int,
     kv: str = "fp",
-    first_token_scale: Sequence[Sequence[float]] | None = None,
+    sink_tuning: SinkTuning | None = None,
     budgets: BudgetFile | None = None,
     affine: AffineFile | None = None,
 ) -> Iterator[ChunkedStream]:
     """Make `model` stream with S = num_sink_tokens >= 0 and W = window_size >= 1 for the length of a context.
 
     kv: ``fp``, or ``int8``: the window's keys and values are rounded to INT8 as they come, those of sinks are not.
-    first_token_scale: [L][Hq], factors on the attention weight of token 0 (ZeroTuning, arXiv:2505.11739); needs S >= 1.
+    sink_tuning: how attention to sinks is changed; needs S >= 1.
     budgets: windows of single key heads, the longest of W; None: all keep W tokens.
     affine: scales and biases of the attention weights; None: they are those of the softmax.
 
@@ -61,7 +62,7 @@ def chunked_streaming(
     """
     config = ExportConfig(num_sink_tokens, window_size, chunk_size=1, kv=kv, budgets=budgets)
     shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
-    stream = ChunkedStream(model, config, shape, rotary, first_token_scale, affine)
+    stream = ChunkedStream(model, config, shape, rotary, sink_tuning, affine)
     identity = identity_rotary(rotary, 1, 1, next(model.parameters()).dtype)
     with intercept_attention(model, stream.attend), replaced_rotary(model, identity), stream.affine.watching(model):
         yield stream
@@ -89,14 +90,16 @@ class ChunkedStream:
         config: ExportConfig,
         shape: AttentionShape,
         rotary: ModelRotary,
-        first_token_scale: Sequence[Sequence[float]] | None = None,
+        sink_tuning: SinkTuning | None = None,
         affine: AffineFile | None = None,
     ) -> None:
         self._model = model
         self._config = config
         self._caches = head_caches(config, shape)
         self._rotary = rotary
-        self._scale = None if first_token_scale is None else torch.tensor(first_token_scale).log()  # [L, Hq]
+        self._scale = None if sink_tuning is None else torch.tensor(sink_tuning.first_token_scale).log()  # [L, Hq]
+        self._act = None if sink_tuning is None else sink_tuning.act
+        self._received: dict[HeadCache, torch.Tensor] = {}  # [B, Hq, n], by the tokens in `_kept`'s window
         self.affine = AffineReference(affine)
         self._kept: dict[HeadCache, _Kept] = {}
         self._recurrent = recurrent_cache(model)  # of the layers without softmax attention
@@ -134,6 +137,7 @@ class ChunkedStream:
     def reset(self) -> None:
         """Forget all tokens."""
         self._kept.clear()
+        self._received.clear()
         self._recurrent = recurrent_cache(self._model)
         self._position = 0
 
@@ -195,12 +199,38 @@ class ChunkedStream:
         logits.masked_fill_(~entries.is_seen, float("-inf"))
         if s_aux is not None:  # one more logit, without a value
             logits = torch.cat((logits, s_aux.float()[:, None, None].expand(*logits.shape[:-1], 1)), dim=-1)
-        weights = logits.softmax(dim=-1)[..., : entries.is_seen.shape[1]].to(v.dtype)
+        weights = logits.softmax(dim=-1)[..., : entries.is_seen.shape[1]]
+        if self._act is not None and ring.num_sink_tokens:
+            weights = self._calibrated(self._act, cache, weights, entries)
         values = torch.cat((seen.sink_v, seen.window_v), dim=2)
-        out = _weighted(weights, values).transpose(1, 2)  # [B, T, Hq, D]
+        out = _weighted(weights.to(v.dtype), values).transpose(1, 2)  # [B, T, Hq, D]
         out = self.affine.changed(module, out, values, entries.is_seen, cache.q_heads).transpose(1, 2)
         self._keep(cache, seen)
         return out
+
+    def _calibrated(self, act: ActTuning, cache: HeadCache, weights: torch.Tensor, entries: Entries) -> torch.Tensor:
+        """weights [B, Hq, T, n], float32, with later sinks scaled down in the heads of `act`."""
+        heads = torch.tensor(act.heads[cache.layer])[list(cache.q_heads)].float()  # [Hq]
+        if not heads.any():
+            return weights
+        ring, num_tokens = cache.ring, weights.shape[2]
+        sinks = weights.shape[3] - len(entries.window)
+        window = weights[..., sinks:]  # [B, Hq, T, w]
+        before = self._received.get(cache, window[:, :, 0, :0])  # of the window's oldest
+        before = torch.nn.functional.pad(before, (0, window.shape[3] - before.shape[2]))
+        received = before[:, :, None] + window.cumsum(dim=2)
+        last = min(ring.window_size - 1, window.shape[3])
+        self._received[cache] = received[:, :, -1, window.shape[3] - last :].clone()
+        query = torch.arange(self._position, self._position + num_tokens)[:, None]
+        queries = (query - entries.window + 1).clamp(min=1)  # [T, w]
+        share = (query + 1).clamp(max=ring.capacity) / queries / act.alpha
+        degree = (received * share - 1).clamp(0, 1) * (queries >= act.min_queries) * heads[:, None, None]
+        taken = degree * window
+        rest = torch.cat((weights[..., :sinks], window - taken), dim=-1)
+        freed = (1 - act.beta) * taken.sum(dim=-1, keepdim=True)
+        calibrated = rest * (1 + freed / rest.sum(dim=-1, keepdim=True).clamp(min=TINY))
+        calibrated[..., sinks:] += act.beta * taken
+        return calibrated
 
     def _with_chunk(self, cache: HeadCache, k: torch.Tensor, v: torch.Tensor) -> _Kept:
         """What is kept and the chunk's tokens, k and v [B, Hkv, T, D], sorted into sinks and window."""
@@ -236,11 +266,12 @@ class Entries:
     """What a chunk's tokens attend to: the sinks there are, then the window's tokens, n together.
 
     is_seen: bool [T, n]. distance: int64 [T, n], in the cache; any where nothing is seen. The window's columns begin
-    with the oldest token that the chunk's first one sees, and end with the chunk's last.
+    with the oldest token that the chunk's first one sees, and end with the chunk's last. window: int64, those tokens.
     """
 
     is_seen: torch.Tensor
     distance: torch.Tensor
+    window: torch.Tensor
 
 
 def visible(ring: Ring, position: int, num_tokens: int) -> Entries:
@@ -253,7 +284,7 @@ def visible(ring: Ring, position: int, num_tokens: int) -> Entries:
     window = torch.arange(first, max(first, end))  # none while all tokens are sinks
     is_seen = torch.cat((sinks <= query, (window <= query) & (query - window < window_size)), dim=1)
     place = query.clamp(max=ring.capacity - 1)  # from there on a sink's distance stays
-    return Entries(is_seen, torch.cat((place - sinks, query - window), dim=1))
+    return Entries(is_seen, torch.cat((place - sinks, query - window), dim=1), window)
 
 
 def _rotated(x: torch.Tensor, cos_sin: CosSin, spec: RotarySpec, factor: float = 1.0) -> torch.Tensor:

@@ -6,7 +6,7 @@ Imports torch only for what needs it: a bundle is evaluated without.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -15,6 +15,8 @@ import numpy.typing as npt
 from sinkexport.perplexity import Contender, Ids, Prediction
 
 if TYPE_CHECKING:
+    from sinkrt.contract import SinkTuning
+
     from sinkexport.affine import AffineFile
     from sinkexport.budgets import BudgetFile
 
@@ -48,7 +50,7 @@ def sinks_and_window(
     *,
     name: str,
     chunk_tokens: int = CHUNK_TOKENS,
-    first_token_scale: Sequence[Sequence[float]] | None = None,
+    sink_tuning: SinkTuning | None = None,
     budgets: BudgetFile | None = None,
     affine: AffineFile | None = None,
 ) -> Contender:
@@ -60,7 +62,7 @@ def sinks_and_window(
         from sinkexport.chunked_streaming import chunked_streaming
 
         with chunked_streaming(
-            model, num_sink_tokens, window_size, first_token_scale=first_token_scale, budgets=budgets, affine=affine
+            model, num_sink_tokens, window_size, sink_tuning=sink_tuning, budgets=budgets, affine=affine
         ) as stream:
             for start, piece in _pieces(ids[:-1], chunk_tokens):
                 yield Prediction(start + 1, _numpy(stream.feed(torch.from_numpy(piece)[None])))

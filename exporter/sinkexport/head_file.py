@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -70,10 +71,10 @@ class HeadFile(Spec):
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """One line for each layer."""
-        head = json.dumps(self.model_dump(exclude={self.ROWS}), indent=1).removesuffix("\n}")
-        layers = ",\n  ".join(json.dumps(layer) for layer in self._rows)
-        return f'{head},\n "{self.ROWS}": [\n  {layers}\n ]\n}}\n'
+        """One line for each layer; keys that may be absent are, if they are None."""
+        text = json.dumps(self.model_dump(exclude_none=True), indent=1)
+        # A list of numbers, broken into lines, is put together again: inside of strings there are no line breaks.
+        return re.sub(r"\[\n([^\[\]]*)\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
     def check_model(self, architecture: str, num_layers: int, num_heads: int) -> None:
         """Raises: UsageError if the file is of a model of another shape."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from sinkrt.contract import ActTuning, SinkTuning
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.affine import AffineFile
@@ -43,13 +44,13 @@ def streaming_reference(
     window_size: int,
     *,
     observer: Observer | None = None,
-    first_token_scale: Sequence[Sequence[float]] | None = None,
+    sink_tuning: SinkTuning | None = None,
     head_windows: Sequence[Sequence[int]] | None = None,
     affine: AffineFile | None = None,
 ) -> Iterator[StreamingReference]:
     """Make `model` stream with S = num_sink_tokens >= 0 and W = window_size >= 1 for the length of a context.
 
-    first_token_scale: [L][Hq], factors on the attention weight of token 0 (ZeroTuning, arXiv:2505.11739); needs S >= 1.
+    sink_tuning: how attention to sinks is changed; needs S >= 1.
     head_windows: [L][Hkv], 1 .. W, windows of single key heads; None: all keep W tokens.
     affine: scales and biases of the attention weights; None: they are those of the softmax.
     The model is changed inside and left exactly as it was, also after an exception.
@@ -57,9 +58,7 @@ def streaming_reference(
     Raises: UsageError if the model does not use transformers' attention interface, or its rotation or its layers
         are not what this reference can follow.
     """
-    reference = StreamingReference(
-        model, num_sink_tokens, window_size, observer, first_token_scale, head_windows, affine
-    )
+    reference = StreamingReference(model, num_sink_tokens, window_size, observer, sink_tuning, head_windows, affine)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -84,7 +83,7 @@ class StreamingReference:
         num_sink_tokens: int,
         window_size: int,
         observer: Observer | None = None,
-        first_token_scale: Sequence[Sequence[float]] | None = None,
+        sink_tuning: SinkTuning | None = None,
         head_windows: Sequence[Sequence[int]] | None = None,
         affine: AffineFile | None = None,
     ) -> None:
@@ -103,7 +102,7 @@ class StreamingReference:
         self._capacity = num_sink_tokens + window_size
         self._head_windows = head_windows
         self._observer = observer
-        self._first_token_scale = first_token_scale
+        self._sink_tuning = sink_tuning
         self.affine = AffineReference(affine)
         # A copy: some change their frequencies by the positions that they are asked for.
         found = find_rotary(model)
@@ -111,6 +110,8 @@ class StreamingReference:
         self._rotates: dict[torch.nn.Module, bool] = {}  # by attention module; some layers have no positions
         # k, v [B, Hkv, n, D], unrotated, by attention module and window
         self._cached: dict[tuple[torch.nn.Module, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        # What its tokens have received, and from how many queries: see `_receive`.
+        self._received: dict[tuple[torch.nn.Module, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._recurrent = recurrent_cache(model)  # of the layers without softmax attention
         self._cos_sin: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = {}  # [1, C, .] each, by type of layer
 
@@ -127,6 +128,7 @@ class StreamingReference:
     def reset(self) -> None:
         """Forget all tokens."""
         self._cached.clear()
+        self._received.clear()
         self._recurrent = recurrent_cache(self._model)
 
     def attend(
@@ -167,14 +169,35 @@ class StreamingReference:
             q = self._rotated(module, q, cos[:, -1:], sin[:, -1:])
             keys = self._rotated(module, keys, cos, sin)
         # The family's own plain attention knows its groups, softcap and whatever else it passes along.
-        out: torch.Tensor = plain_attention(module)(module, q, keys, values, self._mask(module, keys), **arguments)[0]
+        mask = self._mask(module, keys)
+        out, weights = plain_attention(module)(module, q, keys, values, mask, **arguments)[:2]
+        act = None if self._sink_tuning is None else self._sink_tuning.act
+        if act is not None and any(act.heads[int(module.layer_idx)]):
+            received, queries = self._receive(module, window_size, weights)
+            factors = calibration(act, int(module.layer_idx), weights, received, queries, self._num_sink_tokens)
+            mask = factors.log().to(keys.dtype) + (0 if mask is None else mask)
+            out = plain_attention(module)(module, q, keys, values, mask, **arguments)[0]
         return self.affine.changed(module, out, values, torch.ones(1, values.shape[2], dtype=torch.bool))
+
+    def _receive(
+        self, module: torch.nn.Module, window_size: int, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each cached token has received, float64 [B, Hq, 1, n], with weights [B, Hq, 1, n], and from how many
+        queries, [1, n].
+        """
+        key, num_sinks = (module, window_size), self._num_sink_tokens
+        pair = self._received.get(key, (weights.double()[..., :0], torch.zeros(1, 0)))
+        if pair[1].numel() == num_sinks + window_size:  # the cache was full: see `_append`
+            pair = tuple(torch.cat((x[..., :num_sinks], x[..., num_sinks + 1 :]), dim=-1) for x in pair)
+        received, queries = (torch.nn.functional.pad(x, (0, 1)) for x in pair)  # the new token
+        self._received[key] = received + weights.double(), queries + 1
+        return self._received[key]
 
     def _mask(self, module: Any, keys: torch.Tensor) -> torch.Tensor | None:
         """What is added to the logits, [1, Hq, 1, n]: token 0 is the oldest in the cache. None: nothing."""
-        if self._first_token_scale is None:
+        if self._sink_tuning is None:
             return None
-        factors = torch.tensor(self._first_token_scale[int(module.layer_idx)], dtype=torch.float64)
+        factors = torch.tensor(self._sink_tuning.first_token_scale[int(module.layer_idx)], dtype=torch.float64)
         mask = torch.zeros(1, factors.numel(), 1, keys.shape[2], dtype=torch.float64)
         mask[0, :, 0, 0] = factors.log()
         return mask.to(keys.dtype)
@@ -300,14 +323,29 @@ class _NoRotation(torch.nn.Module):
         return torch.ones_like(cos), torch.zeros_like(sin)
 
 
+def calibration(
+    act: ActTuning, layer: int, weights: torch.Tensor, received: torch.Tensor, queries: torch.Tensor, num_sinks: int
+) -> torch.Tensor:
+    """Factors float64 [B, Hq, T, n] on the weights [B, Hq, T, n] of T queries, each of the oldest tokens it sees.
+
+    received: float64 [B, Hq, T, n], what each token has received until then, by so many queries, [T, n], 0 where it is
+    not seen. The factors leave the sum of the weights as it is: it is no matter that weights are normalised after them.
+    """
+    num_tokens = (queries > 0).sum(dim=-1, keepdim=True)  # [T, 1]
+    degree = (received / queries.clamp(min=1) * num_tokens / act.alpha - 1).clamp(0, 1)
+    degree[..., :num_sinks] = 0
+    degree[..., queries < act.min_queries] = 0
+    degree[:, ~torch.tensor(act.heads[layer])] = 0
+    sinks, others = ((part * weights).sum(dim=-1, keepdim=True) for part in (degree, 1 - degree))
+    return act.beta * degree + (1 - degree) * (1 + (1 - act.beta) * sinks / others)
+
+
 def plain_attention(module: torch.nn.Module) -> Callable[..., Any]:
     """The family's own attention function, from logits to output, without kernels of its own."""
     return _own_function(module, "eager_attention_forward", _adapted_attention)
 
 
-def _own_function(
-    module: torch.nn.Module, name: str, default: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
+def _own_function(module: torch.nn.Module, name: str, default: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """A function of the source file in which the module's class is."""
     source = sys.modules[type(module).__module__]
     function: Callable[..., Any] | None = getattr(source, name, default)
@@ -319,8 +357,8 @@ def _own_function(
 def _adapted_attention(
     _module: torch.nn.Module, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     mask: torch.Tensor | None, *, scaling: float, alibi_slopes: torch.Tensor | None = None,
-) -> tuple[torch.Tensor]:  # fmt: skip
-    """Attention of a family that has no such function: q [B, Hq, T, D] over [B, Hkv, n, D] -> [B, T, Hq, D].
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Attention of a family that has no such function: q [B, Hq, T, D] over [B, Hkv, n, D] -> [B, T, Hq, D], weights.
 
     mask: added to the logits. alibi_slopes: [Hq], by in-cache distance: what is left out is the same for all keys.
     """
@@ -330,7 +368,8 @@ def _adapted_attention(
         places = torch.arange(keys.shape[2])
         logits = logits + alibi_slopes.view(-1, 1, 1) * (places - places[-1])
     logits = logits if mask is None else logits + mask
-    return ((logits.softmax(dim=-1).to(values.dtype) @ values).transpose(1, 2),)
+    weights = logits.softmax(dim=-1)
+    return (weights.to(values.dtype) @ values).transpose(1, 2), weights
 
 
 def _refused(received: str, expected: str) -> UsageError:

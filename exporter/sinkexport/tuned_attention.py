@@ -1,5 +1,5 @@
-"""A model's own dense attention with factors on the weight of the first token (ZeroTuning, arXiv:2505.11739), and with
-weights that are scaled and shifted (affine-scaled attention, arXiv:2602.23057).
+"""A model's own dense attention, to its sinks as `SinkTuning` says (ZeroTuning, arXiv:2505.11739; ACT, 2406.15765),
+and with weights that are scaled and shifted (affine-scaled attention, arXiv:2602.23057).
 """
 
 from __future__ import annotations
@@ -9,20 +9,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from sinkrt.contract import ActTuning
 
 from sinkexport.affine import AffineFile
 from sinkexport.affine_reference import AffineReference
 from sinkexport.model.interface import intercept_attention
-from sinkexport.reference import plain_attention
+from sinkexport.reference import calibration, plain_attention
 
 
 @contextlib.contextmanager
-def first_token_scaled(model: Any, scale: torch.Tensor, affine: AffineFile | None = None) -> Iterator[set[int]]:
+def first_token_scaled(
+    model: Any, scale: torch.Tensor, act: ActTuning | None = None, num_sinks: int = 0, affine: AffineFile | None = None
+) -> Iterator[set[int]]:
     """For the length of a context, `model` attends causally, each layer and head with its factor on token 0.
 
     scale: float [L, Hq] > 0, read at every call, so that it may be changed in between. The family's own plain attention
     is called, with the factors' logarithms in its mask; rows of a batch begin with their first token.
-    affine: scales and biases of the weights; None: they are those of the softmax.
+    act: later sinks, tokens from num_sinks on, are scaled down after that.
+    affine: scales and biases of the weights, after that; None: they are those of the softmax.
     Yields: the layers, seen so far, that have a sliding window of their own.
     """
     sliding: set[int] = set()
@@ -42,7 +46,11 @@ def first_token_scaled(model: Any, scale: torch.Tensor, affine: AffineFile | Non
         mask = mask.expand(1, factors.numel(), -1, -1)
         if factors.any():
             mask = torch.cat((mask[..., :1] + factors.view(1, -1, 1, 1), mask[..., 1:]), dim=-1)
-        out = plain_attention(module)(module, q, k, v, mask, **arguments)[0]
+        out, weights = plain_attention(module)(module, q, k, v, mask, **arguments)[:2]
+        if act is not None and any(act.heads[int(module.layer_idx)]):
+            received, queries = weights.double().cumsum(dim=2), (behind + 1).clamp(min=0)
+            factors = calibration(act, int(module.layer_idx), weights, received, queries, num_sinks)
+            out = plain_attention(module)(module, q, k, v, mask + factors.log().to(q.dtype), **arguments)[0]
         return reference.changed(module, out, v, seen), None
 
     with intercept_attention(model, attend), reference.watching(model):

@@ -166,7 +166,6 @@ def compare(
     budgets = budgets_of(manifest)
     shortest = stream.window_size if budgets is None else min(map(min, budgets.windows))
     dense_tokens = min(dense_tokens, stream.num_sink_tokens + shortest)
-    scale = None if manifest.sink_tuning is None else manifest.sink_tuning.first_token_scale
     dense_logits = _dense_logits(  # [B, n, vocab]
         model, ids[:, : min(dense_tokens, stream.capacity)], manifest, affine, report
     )
@@ -174,7 +173,10 @@ def compare(
     at_ends: dict[int, Logits] = {}
     with (
         streaming_reference(
-            model, stream.num_sink_tokens, stream.window_size, first_token_scale=scale,
+            model,
+            stream.num_sink_tokens,
+            stream.window_size,
+            sink_tuning=manifest.sink_tuning,
             head_windows=None if budgets is None else budgets.windows,
             affine=affine,
         ) as reference,
@@ -222,8 +224,9 @@ def _dense_logits(model: Any, ids: Ids, manifest: Manifest, affine: AffineFile |
     """The model's own logits [B, n, vocab], with no cache, and its default attention unless the bundle's is tuned."""
     report("dense", 0, 1)
     tuned: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if manifest.sink_tuning is not None:
-        tuned = first_token_scaled(model, torch.tensor(manifest.sink_tuning.first_token_scale), affine)
+    if (tuning := manifest.sink_tuning) is not None:
+        scale = torch.tensor(tuning.first_token_scale)
+        tuned = first_token_scaled(model, scale, tuning.act, manifest.stream.num_sink_tokens, affine)
     elif affine is not None:
         tuned = first_token_scaled(model, torch.ones(manifest.model.num_layers, manifest.model.num_q_heads), affine)
     with torch.no_grad(), tuned:

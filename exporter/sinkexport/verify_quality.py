@@ -235,8 +235,13 @@ def _reference(
     loaded = load_model(against, "float32") if isinstance(against, str) else against
     check_same_model(manifest, loaded.model)
     contender = contenders.sinks_and_window(
-        loaded.model, ids, stream.num_sink_tokens, stream.window_size, name="reference", chunk_tokens=BLOCK_TOKENS,
-        first_token_scale=None if manifest.sink_tuning is None else manifest.sink_tuning.first_token_scale,
+        loaded.model,
+        ids,
+        stream.num_sink_tokens,
+        stream.window_size,
+        name="reference",
+        chunk_tokens=BLOCK_TOKENS,
+        sink_tuning=manifest.sink_tuning,
         budgets=budgets_of(manifest),
         affine=affine,
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import types
@@ -25,13 +26,17 @@ from sinkrt.errors import BundleError, problem
 
 SCHEMA_VERSION = 5
 """2: `quantization` and the scales of an INT8 window. 3: `plugin_abi` and `engines`. 4: `sink_tuning` and
-`head_windows`. 5: `affine_attention`. Older ones are read as well."""
+`head_windows`. 5: `affine_attention`, and `act` in `sink_tuning`, with a state of its own. Older ones are read as
+well."""
 
 MANIFEST_NAME = "manifest.json"
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1}
 STATE_KINDS = ("sink_k", "sink_v", "window_k", "window_v")
 SCALE_KINDS = ("window_k_scale", "window_v_scale")
 """States that an INT8 window has besides: what its entries are to be multiplied by."""
+
+MASS_KIND = "attention_mass"
+"""State of a layer whose later sinks are calibrated: the attention that each token in the window has received."""
 
 RECURRENT_KINDS = ("conv", "recurrent")
 """States of a layer with linear attention instead of a cache."""
@@ -72,8 +77,10 @@ class StateSpec:
 
     kind: ``sink_k | sink_v`` of shape [B, Hkv, S, D], ``window_k | window_v`` of shape [B, Hkv, W, D], or, where the
     window is int8, ``window_k_scale | window_v_scale`` of shape [B, Hkv, W]: one for each head and token. A layer whose
-    own sliding window is smaller than S + W has that window for W, and no sinks. ``conv | recurrent``, of any shape
-    [B, ..]: those of linear attention. All states are zero where a stream begins.
+    own sliding window is smaller than S + W has that window for W, and no sinks. ``attention_mass`` of shape
+    [B, Hq, 2, W]: sums for `ActTuning`, after the last token at an even and at an odd position. So a step reads what
+    the token before it left, and can be repeated. ``conv | recurrent``, of any shape [B, ..]: of linear attention. All
+    states are zero where a stream begins.
     """
 
     layer: int
@@ -85,7 +92,7 @@ class StateSpec:
 
     def __post_init__(self) -> None:
         _check(self.layer >= 0, "state layer", self.layer, ">= 0")
-        kinds = (*STATE_KINDS, *SCALE_KINDS, *RECURRENT_KINDS)
+        kinds = (*STATE_KINDS, *SCALE_KINDS, MASS_KIND, *RECURRENT_KINDS)
         _check(self.kind in kinds, "state kind", self.kind, " | ".join(kinds))
         _check(self.input != self.output, "state output name", self.output, "a name other than the input's")
         TensorSpec(self.input, self.shape, self.dtype)
@@ -219,16 +226,38 @@ class Quantization:
 
 
 @dataclasses.dataclass(frozen=True)
+class ActTuning:
+    """Later sinks are scaled down and what they lose goes to the other tokens (ACT, arXiv:2406.15765).
+
+    How much of a sink a token in the window is: its mean attention from the queries since it came, over the same share
+    for all cached tokens, is `alpha` >= 1 (none) to 2 * alpha (all), once it has had `min_queries` >= 1 queries.
+    beta: 0 .. 1 excluded, what a sink's attention is multiplied by. heads: [L][Hq], where it is done.
+    """
+
+    alpha: float
+    beta: float
+    min_queries: int
+    heads: tuple[tuple[bool, ...], ...]
+
+    def __post_init__(self) -> None:
+        _check(1 <= self.alpha < math.inf, "sink_tuning.act.alpha", self.alpha, ">= 1")
+        _check(0 <= self.beta < 1, "sink_tuning.act.beta", self.beta, ">= 0 and < 1")
+        _check(self.min_queries >= 1, "sink_tuning.act.min_queries", self.min_queries, ">= 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class SinkTuning:
     """How attention to sinks was changed, without training. It is in the graphs: a runtime does nothing about it.
 
     sha256: of the file that was given to the export (hex).
     first_token_scale: [L][Hq] > 0, factors on the attention weight of token 0 before it is normalised again
     (ZeroTuning, arXiv:2505.11739).
+    act: calibration of later sinks; None: none.
     """
 
     sha256: str
     first_token_scale: tuple[tuple[float, ...], ...]
+    act: ActTuning | None = None
 
     def __post_init__(self) -> None:
         FileFacts(0, self.sha256)
@@ -334,9 +363,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if self.sink_tuning is not None:
-            found = (len(self.sink_tuning.first_token_scale), *{len(x) for x in self.sink_tuning.first_token_scale})
-            wanted = (self.model.num_layers, self.model.num_q_heads)
-            _check(found == wanted, "sink_tuning.first_token_scale", found, f"{wanted}: layers, query heads")
+            self._check_sink_tuning(self.sink_tuning)
         if self.head_windows is not None:
             self._check_head_windows(self.head_windows)
         if self.affine_attention is not None:
@@ -350,6 +377,15 @@ class Manifest:
             _check(graph.file in self.files, "graph file", graph.file, "a file that 'files' lists")
         for path in self.files:
             _check(_is_inside(path), "file path", path, "a relative path inside the bundle")
+
+    def _check_sink_tuning(self, tuning: SinkTuning) -> None:
+        wanted = (self.model.num_layers, self.model.num_q_heads)
+        tables: dict[str, tuple[tuple[Any, ...], ...]] = {"first_token_scale": tuning.first_token_scale}
+        if tuning.act is not None:
+            tables["act.heads"] = tuning.act.heads
+        for name, rows in tables.items():
+            found = (len(rows), *{len(row) for row in rows})
+            _check(found == wanted, f"sink_tuning.{name}", found, f"{wanted}: layers, query heads")
 
     def _check_head_windows(self, groups: tuple[HeadWindow, ...]) -> None:
         found = sorted((group.layer, head) for group in groups for head in group.kv_heads)

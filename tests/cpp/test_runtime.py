@@ -22,6 +22,7 @@ from sinkrt.sampler import Sampler, SamplingParams
 
 from tests.cpp.build import CppRuntime
 from tests.cpp.probe import Probe, ProbeError
+from tests.exporter.test_act import tuning
 from tests.exporter.test_budgets import budgets
 from tests.exporter.test_families import exported
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
@@ -58,13 +59,15 @@ def cpp_ids(cpp: CppRuntime, bundle: Path, prompt: list[int], count: int, *more:
     return [int(word) for word in done.stdout.split()]
 
 
-@pytest.fixture(scope="module", params=["llama", "int8-window", "budgets", "qwen3_next"])
+@pytest.fixture(scope="module", params=["llama", "int8-window", "budgets", "act", "qwen3_next"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny: a Llama with a prefill graph, its window in floating point, INT8, or of two lengths; linear attention."""
+    """Tiny: a Llama with a prefill graph, its window in floating point, INT8, or of two lengths, its later sinks
+    calibrated, or not; linear attention."""
     name = "qwen3_next" if request.param == "qwen3_next" else "llama"
     windows = budgets("llama", ((WINDOW, 5), (5, WINDOW))) if request.param == "budgets" else None
     config = ExportConfig(num_sink_tokens=SINKS, window_size=WINDOW, chunk_size=1 if name == "qwen3_next" else 5,
-                          kv="int8" if request.param == "int8-window" else "fp", budgets=windows)  # fmt: skip
+                          kv="int8" if request.param == "int8-window" else "fp", budgets=windows,
+                          sink_tuning=tuning("llama") if request.param == "act" else None)  # fmt: skip
     folder = tmp_path_factory.mktemp("cpp") / "bundle"
     exported(tiny_model(name), folder, config).close()
     return folder
@@ -216,13 +219,16 @@ def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -
               "precision": "float16"}  # fmt: skip
     model = raw["model"]
     tuning = {"sha256": sha, "first_token_scale": [[1.5] * model["num_q_heads"]] * model["num_layers"]}
+    act = {"alpha": 5, "beta": 0.4, "min_queries": 32, "heads": [[True] * model["num_q_heads"]] * model["num_layers"]}
     windows = [{"layer": layer, "kv_heads": list(range(model["num_kv_heads"])), "window_size": 2 + layer}
                for layer in range(model["num_layers"])]  # fmt: skip
     affine = {"sha256": sha, "file": "decode.onnx", "has_inputs": True, "heads": [[0]] * model["num_layers"]}
     for path, value in (("engines", {"decode": engine}), ("plugin_abi", "1"), ("schema_version", 1),
                         ("quantization", {"recipe": "r", "weights": "int8", "activations": "float", "kv": "int8",
                                           "calibration_sha256": sha, "thresholds": {"kl_divergence": 1}}),
-                        ("sink_tuning", tuning), ("head_windows", windows), ("affine_attention", affine)):  # fmt: skip
+                        ("sink_tuning", tuning), ("sink_tuning", {**tuning, "act": act}),
+                        ("states/0/kind", "attention_mass"), ("head_windows", windows),
+                        ("affine_attention", affine)):  # fmt: skip
         (good / MANIFEST_NAME).write_text(changed(path, value))
         load_manifest(good)
         assert probe.fingerprint(good) == load_manifest(good).fingerprint
@@ -244,6 +250,9 @@ def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -
         changed("quantization", {"recipe": "r"}),
         changed("sink_tuning", {**tuning, "first_token_scale": [[0.0]]}),
         changed("sink_tuning", {**tuning, "first_token_scale": [[1.0]] * 9}),
+        *(changed("sink_tuning", {**tuning, "act": {**act, name: value}})
+          for name, value in (("alpha", 0.5), ("beta", 1.0), ("min_queries", 0), ("heads", [[True]]),
+                              ("heads", [[1] * model["num_q_heads"]] * model["num_layers"]), ("more", 1))),
         changed("head_windows", windows[1:]), changed("head_windows", [{**windows[0], "window_size": 0}]),
         changed("head_windows", [{**windows[0], "window_size": 1000}, *windows[1:]]),
         changed("affine_attention", {**affine, "heads": [[0]] * 9}),

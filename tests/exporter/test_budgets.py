@@ -17,7 +17,7 @@ from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.pipeline import export_loaded
 from sinkexport.reference import streaming_reference
-from sinkexport.sink_tuning import SinkTuningFile, TunedModel
+from sinkexport.sink_tuning import ActPart, SinkTuningFile, TunedModel
 from sinkexport.sources import LoadedModel
 from sinkexport.verify import verify
 from sinkrt import Session, StateError, UsageError
@@ -97,11 +97,15 @@ def test_the_reference_gives_each_head_what_the_oracle_gives_it() -> None:
 @pytest.mark.parametrize("kv", ["fp", "int8"])
 def test_chunks_in_torch_agree_with_the_bundle_with_tuned_sinks(kv: str, tmp_path: Path) -> None:
     factors = tuple(tuple(row) for row in np.random.default_rng(3).uniform(0.1, 6.0, (2, 6)).round(3).tolist())
+    # Later sinks of both groups of the first layer, and of one of the second.
+    act = ActPart(alpha=1.0, beta=0.2, min_queries=2, heads=((True, False, True) * 2, (False,) * 3 + (True,) * 3))
     tuned = SinkTuningFile(model=TunedModel(name="t", architecture="LlamaForCausalLM", num_layers=2, num_q_heads=6),
-                           first_token_scale=factors)  # fmt: skip
+                           act=act, first_token_scale=factors)  # fmt: skip
     loaded = exported("llama", LLAMA, tmp_path / "b", kv=kv, sink_tuning=tuned)
     ids = np.random.default_rng(0).integers(3, VOCAB_SIZE, 70)
-    with chunked_streaming(loaded.model, S, 9, kv, factors, budgets("llama", LLAMA)) as stream:
+    masses = {s.input: s.shape for s in load_manifest(tmp_path / "b").states if s.kind == "attention_mass"}
+    assert masses == {f"attention_mass.{at}": (1, 3, 2, w) for at, w in (("0.0", 9), ("0.1", 4), ("1.0", 9))}
+    with chunked_streaming(loaded.model, S, 9, kv, tuned.facts, budgets("llama", LLAMA)) as stream:
         want = torch.cat([stream.feed(torch.from_numpy(ids[None, i : i + 11])) for i in range(0, 70, 11)], dim=1)[0]
     with Session.load(tmp_path / "b", threads=1) as session:
         got = np.stack([session.step(ids[t : t + 1])[0].copy() for t in range(70)])

@@ -15,6 +15,7 @@ and then its last W (or more) tokens.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -46,12 +47,31 @@ class Token:
     """What attention knows of one token. k: [Hkv, D], not rotated; v: [Hkv, Dv].
 
     k_in_window, v_in_window: with kv="int8", key at its stream position and value as the window holds them.
+    received: with act, by query head, the softmax weights that it got while it was cached, its own query's first.
     """
 
     k: Array
     v: Array
     k_in_window: Int8Row | None = None
     v_in_window: Int8Row | None = None
+    received: dict[int, list[float]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Act:
+    """Calibration of later sinks (ACT, arXiv:2406.15765), decided at every query by what was received until then.
+
+    A cached token that is none of the first S, and has been seen by min_queries queries or more, is a sink to the
+    degree d = (m n / alpha) - 1 within 0 .. 1: m is the mean weight that it got from the queries that saw it, this one
+    included, and n the number of cached tokens. Its weight a is beta d a + (1 - d) a (1 + F / R): what all sinks lose,
+    F = (1 - beta) sum(d a), goes to the others in proportion, R = sum((1 - d) a).
+    heads: [Hq], which ones are calibrated.
+    """
+
+    alpha: float
+    beta: float
+    min_queries: int
+    heads: Sequence[bool]
 
 
 class SinkAttentionOracle:
@@ -67,6 +87,7 @@ class SinkAttentionOracle:
     alibi_slopes: [Hq]; logits get slope * (place of the key - place of the query), after softcap (arXiv:2108.12409).
     sink_logit: [Hq], one more logit of each softmax, without a value (gpt-oss).
     sink_scale: [Hq], factor on the softmax weight of token 0 before normalising; needs a sink.
+    act: calibration of later sinks, of the weights that all that gives; needs a sink.
     """
 
     def __init__(
@@ -84,9 +105,11 @@ class SinkAttentionOracle:
         alibi_slopes: npt.ArrayLike | None = None,
         sink_logit: npt.ArrayLike | None = None,
         sink_scale: npt.ArrayLike | None = None,
+        act: Act | None = None,
     ) -> None:
-        if sink_scale is not None and num_sink_tokens < 1:
-            raise ValueError("sink_scale needs num_sink_tokens >= 1: token 0 must stay in the cache")
+        if (sink_scale is not None or act is not None) and num_sink_tokens < 1:
+            raise ValueError("sink_scale and act need num_sink_tokens >= 1: token 0 must stay in the cache")
+        self.act = act
         self.num_sink_tokens = num_sink_tokens
         self.window_size = window_size
         self.inv_freq = np.asarray(inv_freq, dtype=np.float64)
@@ -144,7 +167,7 @@ class SinkAttentionOracle:
         group = q.shape[0] // keys.shape[1]  # query heads that share a key head
         pairs = np.tile((1.0, 0.0), (q.shape[0], 1)) if affine is None else np.asarray(affine, dtype=np.float64)
         out = np.stack(
-            [self.attend(h, queries[:, h], keys[:, h // group], values[:, h // group], pairs[h])
+            [self.attend(h, queries[:, h], keys[:, h // group], values[:, h // group], pairs[h], cached)
              for h in range(q.shape[0])]
         )  # fmt: skip
         return out if gate is None else out / (1 + np.exp(-np.asarray(gate, dtype=np.float64)))
@@ -172,10 +195,12 @@ class SinkAttentionOracle:
             out[:, second] = x[:, second] * cos + x[:, first] * sin
         return out
 
-    def attend(self, head: int, queries: Array, keys: Array, values: Array, affine: Array) -> Array:
+    def attend(
+        self, head: int, queries: Array, keys: Array, values: Array, affine: Array, cached: list[Token]
+    ) -> Array:
         """Softmax attention of one query head: queries [n, D], keys [n, D], values [n, Dv], oldest first -> [Dv].
 
-        affine: [2], scale of the weights, and what is added to all of them together.
+        affine: [2], scale of the weights, and what is added to all of them together. cached: the n tokens.
         """
         scale = keys.shape[1] ** -0.5 if self.scale is None else self.scale
         logits = (queries * keys).sum(axis=1) * scale  # [n]
@@ -188,9 +213,22 @@ class SinkAttentionOracle:
         if self.sink_scale is not None:
             weights[0] *= self.sink_scale[head]  # the oldest cached token is token 0: there is a sink
         weights /= weights.sum() + (0.0 if self.sink_logit is None else np.exp(self.sink_logit[head] - largest))
+        if self.act is not None:
+            weights = self.calibrated(self.act, head, weights, cached)
         weights = affine[0] * weights + affine[1] / len(weights)
         out: Array = weights @ values
         return out
+
+    def calibrated(self, act: Act, head: int, weights: Array, cached: list[Token]) -> Array:
+        """weights: [n], of one query head, oldest first."""
+        degree = np.zeros(len(cached))
+        for i, token in enumerate(cached):
+            received = token.received.setdefault(head, [])
+            received.append(float(weights[i]))
+            if i >= self.num_sink_tokens and len(received) >= act.min_queries and act.heads[head]:
+                degree[i] = np.clip(np.mean(received) * len(cached) / act.alpha - 1, 0, 1)
+        sinks, others = degree * weights, (1 - degree) * weights
+        return act.beta * sinks + others * (1 + (1 - act.beta) * sinks.sum() / others.sum())
 
 
 def affine_factors(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.reference.oracle import Array, SinkAttentionOracle, affine_factors
+from tests.reference.oracle import Act, Array, SinkAttentionOracle, affine_factors
 
 B, D = 2, 16
 HEADS = ((1, 1), (6, 2), (4, 4))  # (Hq, Hkv): one head, groups of three, no groups
@@ -279,6 +279,41 @@ def test_affine_factors_in_numbers() -> None:
     np.testing.assert_allclose(gated, [[0.5, 0], [0.75, 0]], atol=1e-15)
 
 
-def test_sink_scale_needs_a_sink() -> None:
+@pytest.mark.parametrize("extra", [{"sink_scale": [1.0]}, {"act": Act(5.0, 0.4, 1, [True])}], ids=str)
+def test_sink_scale_and_act_need_a_sink(extra: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="num_sink_tokens >= 1"):
-        SinkAttentionOracle(batch=1, num_sink_tokens=0, window_size=4, sink_scale=[1.0])
+        SinkAttentionOracle(batch=1, num_sink_tokens=0, window_size=4, **extra)
+
+
+def test_act_is_the_papers_where_its_threshold_is_not_near() -> None:
+    """The whole matrix of weights, columns over the threshold times beta, what that frees to the others in proportion.
+
+    As the paper has it, but that a column's mean is over the queries until the one that looks. Keys with a part that
+    all queries share make later sinks beyond doubt: in a column means are below alpha / n or above 2 alpha / n.
+    """
+    steps, num_sinks, alpha, beta = 40, 2, 1.5, 0.4
+    q, k, v = random_stream((2, 2), steps)
+    k *= 0.05
+    k[[0, 9, 23], ..., 0], q[..., 0] = 16.0, 1.5
+    act = Act(alpha, beta, 1, (True, False))
+    oracle, plain = (
+        SinkAttentionOracle(batch=B, num_sink_tokens=num_sinks, window_size=steps, act=given) for given in (act, None)
+    )
+    found = 0
+    for t in range(steps):
+        got, without = oracle.step(q[t], k[t], v[t]), plain.step(q[t], k[t], v[t])
+        np.testing.assert_array_equal(got[:, 1], without[:, 1])  # this head is not calibrated
+        weights = np.exp(np.einsum("qbd,kbd->bqk", q[: t + 1, :, 0], k[: t + 1, :, 0]) * D**-0.5)
+        weights = np.tril(weights) / np.tril(weights).sum(axis=-1, keepdims=True)  # [B, t + 1, t + 1]
+        means = weights.sum(axis=1) / np.arange(t + 1, 0, -1) * (t + 1) / alpha
+        is_sink = means > 1
+        is_sink[:, :num_sinks] = False
+        assert ((means < 1) | (means > 2) | ~is_sink).all()
+        found += is_sink.sum()
+        row = weights[:, -1]
+        freed = (1 - beta) * (row * is_sink).sum(axis=-1, keepdims=True)
+        others = row * ~is_sink
+        want = np.where(is_sink, beta * row, others + freed * others / others.sum(axis=-1, keepdims=True))
+        np.testing.assert_allclose(want.sum(axis=-1), 1.0)
+        np.testing.assert_allclose(got[:, 0], np.einsum("bk,kbd->bd", want, v[: t + 1, :, 0]), rtol=0, atol=1e-12)
+    assert found >= B * (steps - 9)

@@ -43,21 +43,26 @@ BYTES_PER_TOKEN = 64
               help="With --budgets: of the others.")  # fmt: skip
 @click.option("--budget-share", type=float, default=0.5, show_default=True, metavar="X",
               help="With --budgets: memory of the windows, of what they would take if all were long.")  # fmt: skip
+@click.option("--sink-tuning", "tuning_file", type=click.Path(path_type=Path), metavar="FILE",
+              help="Propose heads to scale later sinks down in, for 'sinkexport export --sink-tuning'.")  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a PNG image.")
 def command(
     model: str, text_file: Path, windows: int, window_tokens: int, candidates: int, budgets_file: Path | None,
-    long_window: int, short_window: int, budget_share: float, json_file: Path | None, plot_file: Path | None,
+    long_window: int, short_window: int, budget_share: float, tuning_file: Path | None, json_file: Path | None,
+    plot_file: Path | None,
 ) -> None:  # fmt: skip
     """Find the attention sinks of MODEL (a local directory, a .gguf file or a Hub id).
 
     Tells how much attention the first tokens draw, which later tokens draw it too, and how many sinks to export with.
-    With --budgets it also tells which heads need a long window (docs/budgets.md).
+    With --budgets it also tells which heads need a long window (docs/budgets.md), with --sink-tuning which ones look at
+    later sinks (docs/sink_tuning.md).
     """
     if json_file is not None and plot_file is not None and json_file.resolve() == plot_file.resolve():
         raise UsageError(problem("--plot", received=f"'{plot_file}', as --json", expected="a file of its own",
                                  fix="choose another path"))  # fmt: skip
-    for path, option in ((json_file, "--json"), (plot_file, "--plot"), (budgets_file, "--budgets")):
+    for path, option in ((json_file, "--json"), (plot_file, "--plot"), (budgets_file, "--budgets"),
+                         (tuning_file, "--sink-tuning")):  # fmt: skip
         if path is not None:
             check_writable(path, option)
     if plot_file is not None:
@@ -84,6 +89,12 @@ def command(
         proposed, lost = propose(report, type(loaded.model).__name__, longest=long_window, shortest=short_window,
                                  share=budget_share)  # fmt: skip
         write_whole(budgets_file, proposed.to_json(), "--budgets")
+    tuning = None
+    if tuning_file is not None:
+        from sinkexport.sink_tuning import propose as propose_tuning
+
+        tuning = propose_tuning(report, type(loaded.model).__name__)
+        write_whole(tuning_file, tuning.to_json(), "--sink-tuning")
     if json_file is not None:
         write_whole(json_file, report.to_json(), "--json")
     if plot_file is not None:
@@ -95,6 +106,8 @@ def command(
         click.echo(f"{budgets_file}: {long} of {total} key heads keep {long_window:,} tokens, the others "
                    f"{short_window:,}, which changes no head's output by more than {lost:.1%}; "
                    f"add --window {long_window} --budgets {budgets_file}")  # fmt: skip
+    if tuning is not None:
+        click.echo(f"{tuning_file}: {tuning.found.partition(': ')[2]}; add --sink-tuning {tuning_file}")
 
 
 def _print_report(model: str, report: SinkReport) -> None:

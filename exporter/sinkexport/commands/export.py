@@ -58,7 +58,7 @@ STAGES = {
               help="Windows of single key heads, which 'sinkexport analyze' proposed; --window must be the "
                    "longest.")  # fmt: skip
 @click.option("--sink-tuning", "sink_tuning_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="Factors on the attention to the first token, which 'sinkexport tune' wrote.")  # fmt: skip
+              help="How attention to sinks is changed, as 'sinkexport tune' or 'analyze' wrote it.")  # fmt: skip
 @click.option("--affine", "affine_file", type=click.Path(path_type=Path), metavar="FILE",
               help="Scales and biases of attention weights, a safetensors file (docs/sink_tuning.md).")  # fmt: skip
 @click.option("--target", type=click.Choice(TARGETS), default="onnx", show_default=True,
@@ -67,9 +67,23 @@ STAGES = {
               help="With --target tensorrt: standard operators, for TensorRT >= 10.15 without plugin.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
 def command(
-    model: str, output: Path, sink_tokens: int, window: int, batch: int, chunk: int | None, pin_system: str | None,
-    sink_token: str | None, dtype: str, recipe: str | None, calibration_file: Path | None, kv: str | None,
-    budgets_file: Path | None, sink_tuning_file: Path | None, affine_file: Path | None, target: str, native: bool,
+    model: str,
+    output: Path,
+    sink_tokens: int,
+    window: int,
+    batch: int,
+    chunk: int | None,
+    pin_system: str | None,
+    sink_token: str | None,
+    dtype: str,
+    recipe: str | None,
+    calibration_file: Path | None,
+    kv: str | None,
+    budgets_file: Path | None,
+    sink_tuning_file: Path | None,
+    affine_file: Path | None,
+    target: str,
+    native: bool,
     overwrite: bool,
 ) -> None:
     """Export MODEL (a local directory, a .gguf file or a Hub id) to a bundle."""

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from sinkrt.contract import (
     MANIFEST_NAME,
+    MASS_KIND,
     AffineAttention,
     FileFacts,
     HeadWindow,
@@ -275,7 +276,11 @@ def _tuned(tuning: SinkTuning | None) -> list[tuple[str, str]]:
     factors = [factor for layer in tuning.first_token_scale for factor in layer if factor != 1]
     span = f", {min(factors):g} .. {max(factors):g}" if factors else ""
     total = sum(len(layer) for layer in tuning.first_token_scale)
-    return [("tuned sinks", f"{len(factors)} of {total} heads{span}; file {tuning.sha256[:16]}")]
+    rows = [("tuned sinks", f"{len(factors)} of {total} heads{span}; file {tuning.sha256[:16]}")]
+    if (act := tuning.act) is not None:
+        rows.append(("later sinks", f"scaled down to {act.beta:g} in {sum(map(sum, act.heads))} of {total} heads, from "
+                                    f"{act.alpha:g} times the mean and {act.min_queries} queries on"))  # fmt: skip
+    return rows
 
 
 def _affine(facts: AffineAttention | None) -> list[tuple[str, str]]:
@@ -294,7 +299,8 @@ def _memory(manifest: Manifest) -> Table:
     weights = manifest.weights_dtype if manifest.quantization is None else manifest.quantization.weights
     table.add_row("weights", weights, f"{manifest.weights_bytes / MB:.1f}")
     for label, kind in (("sink keys and values", "sink"), ("window keys and values", "window"),
-                        ("convolutions", "conv"), ("recurrent states", "recurrent")):  # fmt: skip
+                        ("attention received", MASS_KIND), ("convolutions", "conv"),
+                        ("recurrent states", "recurrent")):  # fmt: skip
         states = [state for state in manifest.states if state.kind.startswith(kind)]
         if states:
             dtypes = _listed(sorted({state.dtype for state in states}))

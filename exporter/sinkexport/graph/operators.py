@@ -9,7 +9,7 @@ from typing import Any
 import onnx.defs
 import onnxscript
 import torch
-from sinkrt.contract import SCALE_KINDS, STATE_KINDS
+from sinkrt.contract import MASS_KIND, SCALE_KINDS, STATE_KINDS
 
 import sinkexport.model.attention
 import sinkexport.model.block_attention  # noqa: F401 - both register the torch operators that are translated
@@ -34,9 +34,7 @@ _Attribute = onnx.defs.OpSchema.Attribute
 _Option = onnx.defs.OpSchema.FormalParameterOption
 
 
-def _schema(
-    name: str, inputs: list[Any], outputs: list[Any], attributes: dict[str, Any]
-) -> onnx.defs.OpSchema:
+def _schema(name: str, inputs: list[Any], outputs: list[Any], attributes: dict[str, Any]) -> onnx.defs.OpSchema:
     return onnx.defs.OpSchema(
         name, DOMAIN, VERSION, inputs=inputs,
         outputs=outputs,
@@ -66,13 +64,23 @@ def schemas() -> Mapping[str, onnx.defs.OpSchema]:
             _Parameter("sink_logit", "T", "", param_option=_Option.Optional),
             _Parameter("sink_scale", "tensor(float)", "", param_option=_Option.Optional),
             *(_Parameter(name, "T", "", param_option=_Option.Optional) for name in ("affine_scale", "affine_bias")),
+            _Parameter(MASS_KIND, "tensor(float)", "", param_option=_Option.Optional),
+            _Parameter("calibrated", "tensor(float)", "", param_option=_Option.Optional),
         ],
         [
             *(_Parameter(name, "T") for name in ("out", "next_sink_k", "next_sink_v")),
             *(_Parameter(name, "TW") for name in ("next_window_k", "next_window_v")),
             *(_Parameter(f"next_{name}", SCALE_TYPE) for name in SCALE_KINDS),
+            _Parameter(f"next_{MASS_KIND}", "tensor(float)"),
         ],
-        {"scale": kinds.FLOAT, "softcap": kinds.FLOAT, "interleaved": kinds.INT},
+        {
+            "scale": kinds.FLOAT,
+            "softcap": kinds.FLOAT,
+            "interleaved": kinds.INT,
+            "act_alpha": kinds.FLOAT,
+            "act_beta": kinds.FLOAT,
+            "act_min_queries": kinds.INT,
+        },
     )
     stream_angles = _schema(
         STREAM_ANGLES,
@@ -109,12 +117,15 @@ def translations() -> dict[Any, Callable[..., Any]]:
         q: Any, k: Any, v: Any, sink_k: Any, sink_v: Any, window_k: Any, window_v: Any, position: Any,
         shift_cos: Any, shift_sin: Any, num_valid: Any, scale: float, softcap: float, interleaved: bool,
         window_k_scale: Any = None, window_v_scale: Any = None, alibi_slopes: Any = None, sink_logit: Any = None,
-        sink_scale: Any = None, affine_scale: Any = None, affine_bias: Any = None,
+        sink_scale: Any = None, affine_scale: Any = None, affine_bias: Any = None, attention_mass: Any = None,
+        calibrated: Any = None, act_alpha: float = 1.0, act_beta: float = 1.0, act_min_queries: int = 1,
     ) -> Any:  # fmt: skip
         return attention(
             q, k, v, sink_k, sink_v, window_k, window_v, position, shift_cos, shift_sin, num_valid,
             window_k_scale, window_v_scale, alibi_slopes, sink_logit, sink_scale, affine_scale, affine_bias,
-            scale=scale, softcap=softcap, interleaved=int(interleaved),
+            attention_mass, calibrated,
+            scale=scale, softcap=softcap, interleaved=int(interleaved), act_alpha=act_alpha, act_beta=act_beta,
+            act_min_queries=act_min_queries,
         )  # fmt: skip
 
     def translate_angles(position: Any, frequency: Any, num_tokens: int, behind: int) -> Any:

@@ -7,10 +7,15 @@ be run in torch and compared with the float64 oracle.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from sinkrt.ring import TURN
 
 from sinkexport.model.int8_rows import SCALE_DTYPE, dequantized, quantized
+
+TINY = 1e-30
+"""Sums of weights are divided by no less: a float32 that no sum of real weights comes near."""
 
 
 @torch.library.custom_op("sinkexport::stream_angles", mutates_args=())
@@ -54,8 +59,8 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleave
     return turned
 
 
-SevenTensors = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+EightTensors = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]
 
 
@@ -82,7 +87,12 @@ def sink_attention(
     sink_scale: torch.Tensor | None = None,
     affine_scale: torch.Tensor | None = None,
     affine_bias: torch.Tensor | None = None,
-) -> SevenTensors:
+    attention_mass: torch.Tensor | None = None,
+    calibrated: torch.Tensor | None = None,
+    act_alpha: float = 1.0,
+    act_beta: float = 1.0,
+    act_min_queries: int = 1,
+) -> EightTensors:
     """T tokens of attention over sinks and window, as if they came one by one (StreamingLLM, arXiv:2309.17453).
 
     q: [B, Hq, T, D], k and v: [B, Hkv, T, D], rotated at their stream position; 1 <= T <= W.
@@ -100,7 +110,11 @@ def sink_attention(
     to the logit, after the softcap (ZeroTuning, arXiv:2505.11739). None: no factors. Needs a sink.
     affine_scale, affine_bias: [B or 1, Hq, T or 1], a and b of each query: a softmax weight w becomes a w + b / n, n
     being the tokens that the query sees (affine-scaled attention, arXiv:2602.23057). None: a = 1, b = 0.
-    Returns: attention output [B, Hq, T, D] and the six states afterwards, those that are absent without elements.
+    attention_mass: float32 [B, Hq, 2, W], a state: the weights that the token in each slot has received since it came,
+    summed up, after the last token at an even position and after that at an odd one. With it, later sinks are scaled
+    down in the heads of calibrated, float32 [Hq] of 0 and 1, as `ActTuning` says (sinkrt/contract.py; ACT,
+    arXiv:2406.15765), after all that made the weights. Needs a sink.
+    Returns: attention output [B, Hq, T, D] and the seven states afterwards, those that are absent without elements.
     """
     absent = q.new_zeros(*window_k.shape[:2], 0, window_k.shape[3])
     no_scales = q.new_zeros(0, dtype=SCALE_DTYPE)
@@ -111,7 +125,9 @@ def sink_attention(
         window_v,
         no_scales if window_k_scale is None else window_k_scale,
         no_scales if window_v_scale is None else window_v_scale,
+        q.new_zeros(0, dtype=torch.float32) if attention_mass is None else attention_mass,
     )
+    act = None if calibrated is None else _Act(calibrated, act_alpha, act_beta, act_min_queries)
     q_sink = q
     if shift_cos is not None and shift_sin is not None:
         q_sink = rotated(q, shift_cos, -shift_sin, interleaved=interleaved)
@@ -119,11 +135,12 @@ def sink_attention(
     for i in range(q.shape[2]):
         this, this_for_sinks, this_k, this_v = (x[:, :, i : i + 1] for x in (q, q_sink, k, v))
         updated = _written(states, this_k, this_v, position + i)
-        attended = _attended(
+        attended, mass = _attended(
             this, this_for_sinks, updated, position + i, scale, softcap, alibi_slopes, sink_logit, sink_scale,
-            *(x if x is None or x.shape[2] == 1 else x[:, :, i : i + 1] for x in (affine_scale, affine_bias)),
+            *(x if x is None or x.shape[2] == 1 else x[:, :, i : i + 1] for x in (affine_scale, affine_bias)), act,
         )  # fmt: skip
         outputs.append(attended)
+        updated = (*updated[:6], mass)
         if num_valid is not None:
             counts = i < num_valid  # [B]
             updated = tuple(
@@ -133,16 +150,26 @@ def sink_attention(
         states = updated
     # A custom operator must not hand back what it was given, nor one tensor twice.
     after = [state.clone() for state in states]
-    return torch.cat(outputs, dim=2), after[0], after[1], after[2], after[3], after[4], after[5]
+    return torch.cat(outputs, dim=2), after[0], after[1], after[2], after[3], after[4], after[5], after[6]
 
 
 States = tuple[torch.Tensor, ...]
-"""sink_k, sink_v, window_k, window_v and the window's scales (no elements: the window is in floating point)."""
+"""sink_k, sink_v, window_k, window_v, the window's scales (no elements: the window is in floating point), and
+attention_mass (no elements: later sinks are not calibrated)."""
+
+
+class _Act(NamedTuple):
+    """How later sinks are calibrated. heads: float32 [Hq] of 0 and 1."""
+
+    heads: torch.Tensor
+    alpha: float
+    beta: float
+    min_queries: int
 
 
 def _written(states: States, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor) -> States:
     """The states with one token more. k, v: [B, Hkv, 1, D]."""
-    sink_k, sink_v, window_k, window_v, k_scale, v_scale = states
+    sink_k, sink_v, window_k, window_v, k_scale, v_scale, mass = states
     num_sinks, window_size = sink_k.shape[2], window_k.shape[2]
     is_token = (torch.arange(num_sinks) == position[:, None])[:, None, :, None]  # [B, 1, S, 1]
     sink_k, sink_v = torch.where(is_token, k, sink_k), torch.where(is_token, v, sink_v)
@@ -153,7 +180,7 @@ def _written(states: States, k: torch.Tensor, v: torch.Tensor, position: torch.T
             old.scatter(2, slot.expand_as(new), new) for old, new in ((k_scale, new_k_scale), (v_scale, new_v_scale))
         )
     row = slot[..., None].expand_as(k)  # [B, Hkv, 1, D]
-    return sink_k, sink_v, window_k.scatter(2, row, k), window_v.scatter(2, row, v), k_scale, v_scale
+    return sink_k, sink_v, window_k.scatter(2, row, k), window_v.scatter(2, row, v), k_scale, v_scale, mass
 
 
 def _attended(
@@ -168,12 +195,13 @@ def _attended(
     sink_scale: torch.Tensor | None,
     affine_scale: torch.Tensor | None,
     affine_bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention of one token that is written already. q, q_sink: [B, Hq, 1, D] -> [B, Hq, 1, D].
+    act: _Act | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one token that is written already. q, q_sink: [B, Hq, 1, D] -> [B, Hq, 1, D], and attention_mass.
 
     affine_scale, affine_bias: [B or 1, Hq, 1].
     """
-    sink_k, sink_v, window_k, window_v, k_scale, v_scale = states
+    sink_k, sink_v, window_k, window_v, k_scale, v_scale, mass = states
     if window_k.dtype == torch.int8:
         window_k, window_v = dequantized(window_k, k_scale, q.dtype), dequantized(window_v, v_scale, q.dtype)
     num_sinks, window_size = sink_k.shape[2], window_k.shape[2]
@@ -197,12 +225,37 @@ def _attended(
     if sink_logit is not None:
         logits = torch.cat((logits, sink_logit[:, None, None].expand(*logits.shape[:-1], 1)), dim=-1)
     weights = logits.softmax(dim=-1)[..., : num_sinks + window_size]  # [B, Hq, 1, C]
+    if act is not None:
+        weights, mass = _calibrated(weights, mass, position, num_sinks, act)
     if affine_scale is not None:
         weights = weights * affine_scale[..., None]
     if affine_bias is not None:
         share = (is_there / is_there.sum(dim=1, keepdim=True)).to(weights.dtype)  # [B, C]
         weights = weights + affine_bias[..., None] * share[:, None, None, :]
-    return weights @ heads(torch.cat((sink_v, window_v), dim=2))
+    return weights @ heads(torch.cat((sink_v, window_v), dim=2)), mass
+
+
+def _calibrated(
+    weights: torch.Tensor, mass: torch.Tensor, position: torch.Tensor, num_sinks: int, act: _Act
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """weights [B, Hq, 1, C] with later sinks scaled down, and mass [B, Hq, 2, W] with what these weights add to it."""
+    window_size, t = mass.shape[3], position[:, None]  # [B, 1]
+    sinks, window = weights.float()[:, :, 0].split((num_sinks, window_size), dim=-1)  # [B, Hq, S] and [.., W]
+    before = torch.where(t[..., None] % 2 == 1, mass[:, :, 0], mass[:, :, 1])  # [B, Hq, W]
+    is_new = torch.arange(window_size) == (t - num_sinks) % window_size  # [B, W]: it has received nothing yet
+    received = torch.where(is_new[:, None], 0.0, before) + window
+    is_after = torch.arange(2) == t % 2  # [B, 2]
+    mass = torch.where(is_after[:, None, :, None], received[:, :, None], mass)
+    num_queries = (t - num_sinks - torch.arange(window_size)) % window_size + 1  # [B, W]
+    share = (t + 1).clamp(max=num_sinks + window_size) / (num_queries * act.alpha)
+    share = torch.where(num_queries >= act.min_queries, share, 0.0)[:, None]  # [B, 1, W]
+    degree = torch.minimum((received * share - 1).clamp(min=0), act.heads[:, None])  # [B, Hq, W]
+    taken = degree * window
+    others = torch.cat((sinks, window - taken), dim=-1)
+    # A sink that softmax left with nothing at all gets nothing, whatever there is to give.
+    more = 1 + (1 - act.beta) * taken.sum(-1, keepdim=True) / others.sum(-1, keepdim=True).clamp(min=TINY)
+    sinks, window = (others * more).split((num_sinks, window_size), dim=-1)
+    return torch.cat((sinks, window + act.beta * taken), dim=-1)[:, :, None].to(weights.dtype), mass
 
 
 def _distances(position: torch.Tensor, num_sinks: int, window_size: int) -> torch.Tensor:
@@ -238,7 +291,12 @@ def _(
     sink_scale: torch.Tensor | None = None,
     affine_scale: torch.Tensor | None = None,
     affine_bias: torch.Tensor | None = None,
-) -> SevenTensors:
+    attention_mass: torch.Tensor | None = None,
+    calibrated: torch.Tensor | None = None,
+    act_alpha: float = 1.0,
+    act_beta: float = 1.0,
+    act_min_queries: int = 1,
+) -> EightTensors:
     none = q.new_empty(q.shape[0], window_k.shape[1], 0, q.shape[3])
     sinks = [none.clone() if s is None else torch.empty_like(s) for s in (sink_k, sink_v)]
     scales = [
@@ -246,4 +304,5 @@ def _(
         for s in (window_k_scale, window_v_scale)
     ]
     windows = torch.empty_like(window_k), torch.empty_like(window_v)
-    return torch.empty_like(q), sinks[0], sinks[1], *windows, scales[0], scales[1]
+    mass = q.new_empty(0, dtype=torch.float32) if attention_mass is None else torch.empty_like(attention_mass)
+    return torch.empty_like(q), sinks[0], sinks[1], *windows, scales[0], scales[1], mass

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sinkrt.contract import RECURRENT_KINDS, SCALE_KINDS, STATE_KINDS
+from sinkrt.contract import MASS_KIND, RECURRENT_KINDS, SCALE_KINDS, STATE_KINDS
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
@@ -85,11 +85,17 @@ class StreamStep(torch.nn.Module):
              for layer, tensors in ({} if config.affine is None else config.affine.layers).items()
              if tensors.changed_heads(heads)}
         )  # fmt: skip
+        self.act = None if tuning is None else tuning.act
+        for layer, heads in enumerate(() if self.act is None else self.act.heads):
+            if any(heads):
+                self.register_buffer(f"calibrated_{layer}", torch.tensor(heads).float(), persistent=False)
 
     def state_kinds(self, cache: HeadCache) -> tuple[str, ...]:
         """State tensors of a cache, in the order in which `states` holds them."""
         kinds = STATE_KINDS if cache.ring.num_sink_tokens else STATE_KINDS[2:]
-        return (*kinds, *SCALE_KINDS) if self.config.has_int8_window else kinds
+        kinds = (*kinds, *SCALE_KINDS) if self.config.has_int8_window else kinds
+        is_calibrated = self.act is not None and any(self.act.heads[cache.layer][head] for head in cache.q_heads)
+        return (*kinds, MASS_KIND) if is_calibrated else kinds
 
     @property
     def states(self) -> list[tuple[Place, str]]:
@@ -114,13 +120,20 @@ class StreamStep(torch.nn.Module):
         """float32 [Hq], or None if the layer attends to its sinks as the model does."""
         return dict(self.named_buffers(recurse=False)).get(f"sink_scale_{layer}")
 
+    def calibrated(self, layer: int) -> torch.Tensor | None:
+        """float32 [Hq] of 0 and 1: heads whose later sinks are scaled down; None: none."""
+        return dict(self.named_buffers(recurse=False)).get(f"calibrated_{layer}")
+
     def empty_state(self, place: Place, kind: str) -> torch.Tensor:
-        """One state tensor before the first token: [B, Hkv, S or W, D], [B, Hkv, W] if it holds scales, or [B, ..]."""
+        """One state tensor before the first token: [B, Hkv, S or W, D], [B, Hkv, W] if it holds scales,
+        [B, Hq, 2, W] if it holds attention, or [B, ..]."""
         model_dtype = next(self.model.parameters()).dtype
         if isinstance(place, int):
             dtype = model_dtype if kind == "conv" else torch.float32
             return torch.zeros(self.batch, *self.shape.recurrent[place][kind], dtype=dtype)
         cache, ring = place, place.ring
+        if kind == MASS_KIND:
+            return torch.zeros(self.batch, len(cache.q_heads), 2, ring.window_size)
         length = ring.num_sink_tokens if kind.startswith("sink") else ring.window_size
         rows = (self.batch, len(cache.kv_heads), length)
         if kind in SCALE_KINDS:
@@ -145,9 +158,7 @@ class StreamStep(torch.nn.Module):
         ):
             # position_ids reach the model only so that `_refuse_other_uses_of_position` can see who reads them.
             positions = position[:, None] + torch.arange(self.num_tokens)  # [B, T]
-            output = self.model(
-                input_ids=ids, position_ids=positions, past_key_values=step.recurrent, use_cache=False
-            )
+            output = self.model(input_ids=ids, position_ids=positions, past_key_values=step.recurrent, use_cache=False)
         logits = output.logits if output.logits.shape[1] == 1 else _last_token(output.logits, num_valid)
         return logits[:, 0].to(torch.float32), step.next_states
 
@@ -209,6 +220,7 @@ class _Step:
             "alibi_slopes": None if alibi_slopes is None else self._stream.get_buffer("alibi_slopes"),
             "sink_logit": None if s_aux is None else s_aux.to(q.dtype),
             "sink_scale": self._stream.sink_scale(layer),
+            "calibrated": self._stream.calibrated(layer),
         }
         if str(layer) in self._stream.affine:
             factors = self._stream.affine[str(layer)](self.inputs[module])
@@ -236,15 +248,20 @@ class _Step:
         if spec.rotary_dim:
             q, k = (self._rotated(x, spec) for x in (q, k))
             shift = self._shift(spec, ring, q.dtype)
-        states = self._states[cache]
+        states, act = self._states[cache], self._stream.act
+        calibration = {} if act is None or MASS_KIND not in states else {
+            "attention_mass": states[MASS_KIND], "calibrated": more["calibrated"],
+            "act_alpha": act.alpha, "act_beta": act.beta, "act_min_queries": act.min_queries,
+        }  # fmt: skip
         out, *updated = sink_attention(
             q, k, v, *(states.get(kind) for kind in STATE_KINDS), self._position, *(shift or (None, None)),
             self._num_valid,
             more["scale"], more["softcap"], spec.interleaved, *(states.get(kind) for kind in SCALE_KINDS),
             alibi_slopes=more["alibi_slopes"], sink_logit=more["sink_logit"], sink_scale=more["sink_scale"],
             affine_scale=more.get("affine_scale"), affine_bias=more.get("affine_bias"),
+            **calibration,
         )  # fmt: skip
-        after = dict(zip((*STATE_KINDS, *SCALE_KINDS), updated, strict=True))
+        after = dict(zip((*STATE_KINDS, *SCALE_KINDS, MASS_KIND), updated, strict=True))
         self._next[cache] = [after[kind] for kind in states]
         return out
 

@@ -82,6 +82,12 @@ void read(const Json& raw, const std::string& where, bool& out) {
   out = raw.boolean;
 }
 
+// A truth value: `std::vector<bool>` has no elements to read into.
+void read(const Json& raw, const std::string& where, uint8_t& out) {
+  check(raw.type == Json::Type::kBool, where, shown(raw), "bool");
+  out = raw.boolean ? 1 : 0;
+}
+
 void read(const Json& raw, const std::string& where, TensorSpec& out);
 void read(const Json& raw, const std::string& where, StateSpec& out);
 void read(const Json& raw, const std::string& where, GraphSpec& out);
@@ -91,6 +97,7 @@ void read(const Json& raw, const std::string& where, TokenizerFacts& out);
 void read(const Json& raw, const std::string& where, FileFacts& out);
 void read(const Json& raw, const std::string& where, Quantization& out);
 void read(const Json& raw, const std::string& where, EngineFacts& out);
+void read(const Json& raw, const std::string& where, ActTuning& out);
 void read(const Json& raw, const std::string& where, SinkTuning& out);
 void read(const Json& raw, const std::string& where, HeadWindow& out);
 void read(const Json& raw, const std::string& where, AffineAttention& out);
@@ -113,7 +120,10 @@ template <typename T>
 void read(const Json& raw, const std::string& where, std::vector<T>& out) {
   check(raw.isArray(), where, shown(raw), "a list");
   out.clear();
-  for (const Json& item : raw.items) read(item, where + "[" + std::to_string(out.size()) + "]", out.emplace_back());
+  for (const Json& item : raw.items) {
+    const std::string name = where + "[" + std::to_string(out.size()) + "]";  // before the element is there
+    read(item, name, out.emplace_back());
+  }
 }
 
 template <typename T>
@@ -226,7 +236,8 @@ void read(const Json& raw, const std::string& where, StateSpec& out) {
       .end();
   atLeast(0, "state layer", out.layer);
   oneOf("state kind", out.kind,
-        {"sink_k", "sink_v", "window_k", "window_v", "window_k_scale", "window_v_scale", "conv", "recurrent"});
+        {"sink_k", "sink_v", "window_k", "window_v", "window_k_scale", "window_v_scale", "attention_mass", "conv",
+         "recurrent"});
   check(out.input != out.output, "state output name", out.output, "a name other than the input's");
   checkTensor(out.tensor());
 }
@@ -329,8 +340,24 @@ void read(const Json& raw, const std::string& where, EngineFacts& out) {
   oneOf("engine precision", out.precision, {"float32", "float16"});
 }
 
+void read(const Json& raw, const std::string& where, ActTuning& out) {
+  Fields(raw, where)
+      .take("alpha", out.alpha)
+      .take("beta", out.beta)
+      .take("min_queries", out.min_queries)
+      .take("heads", out.heads)
+      .end();
+  check(out.alpha >= 1 && std::isfinite(out.alpha), "sink_tuning.act.alpha", std::to_string(out.alpha), ">= 1");
+  check(out.beta >= 0 && out.beta < 1, "sink_tuning.act.beta", std::to_string(out.beta), ">= 0 and < 1");
+  atLeast(1, "sink_tuning.act.min_queries", out.min_queries);
+}
+
 void read(const Json& raw, const std::string& where, SinkTuning& out) {
-  Fields(raw, where).take("sha256", out.sha256).take("first_token_scale", out.first_token_scale).end();
+  Fields(raw, where)
+      .take("sha256", out.sha256)
+      .take("first_token_scale", out.first_token_scale)
+      .takeIfThere("act", out.act)
+      .end();
   checkDigest(out.sha256);
   double smallest = std::numeric_limits<double>::infinity();
   for (const auto& layer : out.first_token_scale) {
@@ -360,13 +387,20 @@ void read(const Json& raw, const std::string& where, AffineAttention& out) {
   checkDigest(out.sha256);
 }
 
+// A table of the tuning: [L][Hq].
+template <typename T>
+void checkTable(const ModelFacts& model, const std::string& name, const std::vector<std::vector<T>>& rows) {
+  const auto heads = static_cast<size_t>(model.num_q_heads);
+  const bool fits = static_cast<int64_t>(rows.size()) == model.num_layers &&
+                    std::all_of(rows.begin(), rows.end(), [&](const auto& layer) { return layer.size() == heads; });
+  check(fits, "sink_tuning." + name, "other sizes",
+        "(" + std::to_string(model.num_layers) + ", " + std::to_string(heads) + "): layers, query heads");
+}
+
 void checkSinkTuning(const Manifest& manifest) {
-  const auto& factors = manifest.sink_tuning->first_token_scale;
-  const auto heads = static_cast<size_t>(manifest.model.num_q_heads);
-  const bool fits = static_cast<int64_t>(factors.size()) == manifest.model.num_layers &&
-                    std::all_of(factors.begin(), factors.end(), [&](const auto& layer) { return layer.size() == heads; });
-  check(fits, "sink_tuning.first_token_scale", "other sizes",
-        "(" + std::to_string(manifest.model.num_layers) + ", " + std::to_string(heads) + "): layers, query heads");
+  const SinkTuning& tuning = *manifest.sink_tuning;
+  checkTable(manifest.model, "first_token_scale", tuning.first_token_scale);
+  if (tuning.act) checkTable(manifest.model, "act.heads", tuning.act->heads);
 }
 
 void checkAffineAttention(const Manifest& manifest) {

@@ -9,6 +9,9 @@ import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import constant, known_shape, replace_node
+from sinkexport.model.attention import TINY
+
+FLOAT = ir.DataType.FLOAT
 
 
 class PerRun:
@@ -46,6 +49,8 @@ class AttentionParts:
         self.position = operand(node, 7)
         self.alibi_slopes, self.sink_logit, self.sink_scale = (optional(node, i) for i in (13, 14, 15))
         self.affine_scale, self.affine_bias = (optional(node, i) for i in (16, 17))
+        self.has_affine = self.affine_scale is not None or self.affine_bias is not None
+        self.mass, self.calibrated_heads = (optional(node, i) for i in (18, 19))
 
     def once(self, name: str, build: Callable[[Builder], ir.Value]) -> ir.Value:
         """A value that all layers of the same geometry share."""
@@ -158,15 +163,84 @@ class AttentionParts:
         one_share = b.op("Reciprocal", [b.cast(count, ir.DataType.FLOAT)])
         return b.op("Where", [seen, b.cast(one_share, dtype), b.scalar(0.0, dtype)], known_shape(seen), dtype)
 
+    def received_before(self, mass: ir.Value) -> ir.Value:
+        """[B, Hq, W] of attention_mass [B, Hq, 2, W]: what slots had received after the token before the first."""
+
+        def build(b: Builder) -> ir.Value:
+            t = b.reshape(self.position, (self.batch, 1, 1, 1))
+            return b.op("Equal", [b.op("Mod", [t, b.ints(2, "two")]), b.ints(1, "one")])
+
+        b, half = self.b, (self.batch, self.num_q_heads, 1, self.window_size)
+        chosen = b.op("Where", [self.once("is odd", build), *b.split(mass, (1, 1), 2)], half, FLOAT)
+        return b.reshape(chosen, (*half[:2], self.window_size))
+
+    def received_after(self, mass: ir.Value, received: ir.Value, last: Callable[[Builder], ir.Value]) -> ir.Value:
+        """attention_mass with received [B, Hq, W] after the last token; last: makes its position, int64 [B].
+
+        The state is read element by element, after all else that reads it: one buffer for both is safe.
+        """
+
+        def build(b: Builder) -> ir.Value:
+            t = b.op("Mod", [b.reshape(last(b), (self.batch, 1, 1, 1)), b.ints(2, "two")])
+            return b.op("Equal", [b.ints(np.arange(2).reshape(1, 1, 2, 1), "halves"), t])
+
+        half = (self.batch, self.num_q_heads, 1, self.window_size)
+        operands = [self.once("half", build), self.b.reshape(received, half), mass]
+        return self.b.op("Where", operands, known_shape(mass), FLOAT)
+
+    def calibrated(
+        self, sinks: ir.Value, window: ir.Value, mass: ir.Value, share: ir.Value
+    ) -> tuple[ir.Value, ir.Value]:
+        """Weights with later sinks scaled down (`model.attention`), float32 as all that they are made of.
+
+        sinks: [B, Hkv, (G,) T, S]. window: [.., n], of all other entries. mass: [.., T, n], what each of them has
+        received, its weight here included. share: [B, 1, .., T, n], see `share`. Returns: sinks and window.
+        """
+        b, beta = self.b, self.node.attributes["act_beta"].as_float()
+        if self.calibrated_heads is None or not self.num_sinks:
+            raise ValueError(f"'{self.node.name}': attention_mass without calibrated, or without a sink")
+        one = b.scalar(1.0, FLOAT)
+        heads = self._by_head(b, self.calibrated_heads, len(known_shape(window)))
+        degree = b.op("Max", [b.op("Sub", [b.op("Mul", [mass, share]), one]), b.scalar(0.0, FLOAT)])
+        taken = b.op("Mul", [b.op("Min", [degree, heads]), window])
+        rest = b.op("Sub", [window, taken])
+        others = b.op("Add", [self._total(sinks), self._total(rest)])
+        freed = b.op("Mul", [self._total(taken), b.scalar(1.0 - beta, FLOAT)])
+        more = b.op("Add", [one, b.op("Div", [freed, b.op("Max", [others, b.scalar(TINY, FLOAT)])])])
+        kept = b.op("Mul", [taken, b.scalar(beta, FLOAT)])
+        return b.op("Mul", [sinks, more]), b.op("Add", [b.op("Mul", [rest, more]), kept])
+
+    def share(self, b: Builder, t: ir.Value, distance: ir.Value) -> ir.Value:
+        """float32, what a mean attention of alpha times the fair share is 1 by: mass * share = mean / (alpha / n).
+
+        t: int64, of the query. distance: int64, of an entry, any if it is not seen; they broadcast. 0 where an entry
+        has had fewer than the queries it takes.
+        """
+        alpha, least = (self.node.attributes[name] for name in ("act_alpha", "act_min_queries"))
+        one = b.ints(1, "one")
+        queries = b.op("Max", [b.op("Add", [distance, one]), one])
+        cached = b.op("Min", [b.op("Add", [t, one]), b.ints(self.num_sinks + self.window_size, "capacity")])
+        fair = b.op("Mul", [b.cast(queries, FLOAT), b.scalar(alpha.as_float(), FLOAT)])
+        share = b.op("Div", [b.cast(cached, FLOAT), fair])
+        enough = b.op("GreaterOrEqual", [queries, b.ints(least.as_int(), "min_queries")])
+        return b.op("Where", [enough, share, b.scalar(0.0, FLOAT)], known_shape(share), FLOAT)
+
+    def _total(self, weights: ir.Value) -> ir.Value:
+        """[.., n] -> [.., 1]."""
+        b = self.b
+        return b.op("ReduceSum", [weights, b.ints([-1], "axes")], (*known_shape(weights)[:-1], 1), keepdims=1)
+
     def _by_head(self, b: Builder, values: ir.Value, rank: int) -> ir.Value:
         """[Hq] -> [1, Hkv, (G,) 1, 1] of a rank of 4 (G = 1) or 5."""
         heads = (self.num_kv_heads, self.group)[: rank - 3]
         return b.reshape(values, (1, *heads, 1, 1))
 
-    def replace_node(self, out: ir.Value, sinks: Sequence[ir.Value], window: Sequence[ir.Value]) -> None:
+    def replace_node(
+        self, out: ir.Value, sinks: Sequence[ir.Value], window: Sequence[ir.Value], mass: ir.Value | None = None
+    ) -> None:
         """Put the collected nodes in the node's place. sinks: two states or none. window: two, with scales four."""
-        outputs = [out, *(sinks or (None, None)), *window]
-        replace_node(self.node, self.b.nodes, [*outputs, *[None] * (len(self.node.outputs) - len(outputs))])
+        outputs = [out, *(sinks or (None, None)), *window, *[None] * (4 - len(window)), mass]
+        replace_node(self.node, self.b.nodes, outputs[: len(self.node.outputs)])
 
     def softcapped(self, logits: ir.Value) -> ir.Value:
         """``cap * tanh(logits / cap)`` if there is a cap."""

@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape
-from sinkexport.graph.passes.attention_parts import AttentionParts, operand
+from sinkexport.graph.edit import constant, known_shape
+from sinkexport.graph.passes.attention_parts import FLOAT, AttentionParts, operand
 
 Written = tuple[list[ir.Value], list[ir.Value], list[ir.Value]]
 """States of the window, then keys and values [B, Hkv, W, D] of it, and [B, Hkv, T, D] of the rows that were evicted."""
@@ -36,8 +36,7 @@ class ChunkAttention(AttentionParts):
         lengths = [known_shape(keys)[2] for _, keys, _ in parts]
         entries = sum(lengths)
         logits = [
-            b.matmul(b.reshape(query, (*heads, rows, self.head_dim)), self.transposed(keys))
-            for query, keys, _ in parts
+            b.matmul(b.reshape(query, (*heads, rows, self.head_dim)), self.transposed(keys)) for query, keys, _ in parts
         ]  # [B, Hkv, G*T, S], [.., W] and [.., T]
         grouped = (*heads, self.group, self.num_tokens)
         if self.has_sink_scale:
@@ -46,12 +45,40 @@ class ChunkAttention(AttentionParts):
         joined = b.op("Concat", logits, (*known_shape(logits[0])[:-1], entries), axis=-1)
         joined = b.reshape(joined, (*grouped, entries))
         joined = joined if self.has_sink_scale else self.softcapped(joined)
-        weights = self.with_affine(self.normalised(b.op("Add", [joined, self._mask()])), self._share)
+        weights, mass = self.normalised(b.op("Add", [joined, self._mask()])), None
+        if self.mass is not None:
+            weights, mass = self._calibrated(weights, self.mass)
+        weights = self.with_affine(weights, self._share)
         # The values are joined: they are fewer than the weights, which would have to be cut up otherwise.
         values = b.op("Concat", [part[2] for part in parts], (*heads, entries, self.head_dim), axis=-2)
         out = b.matmul(b.reshape(weights, (*heads, rows, entries)), values)  # [B, Hkv, G*T, D]
         out = b.reshape(out, (self.batch, self.num_q_heads, self.num_tokens, self.head_dim))
-        self.replace_node(out, sinks, states)
+        self.replace_node(out, sinks, states, mass)
+
+    def _calibrated(self, weights: ir.Value, mass: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """weights [B, Hkv, G, T, S + W + T], calibrated, and attention_mass after the chunk.
+
+        What an entry has received at token i is what it had before the chunk and what tokens 0 .. i give it; in a slot
+        that the chunk writes nothing is left of before.
+        """
+        b, dtype, entries = self.b, weights.dtype or FLOAT, self.window_size + self.num_tokens
+        sinks, others = b.split(b.cast(weights, FLOAT), (self.num_sinks, entries), -1)
+        counted = b.op("Where", [self._counts_of_weights(), others, b.scalar(0.0, FLOAT)], known_shape(others), FLOAT)
+        lower = constant(b.graph, np.tril(np.ones((self.num_tokens,) * 2, dtype=np.float32)), "until")
+        given = b.matmul(lower, counted)  # [B, Hkv, G, T, W + T]
+        before = self.received_before(mass)
+        evicted = self._rows(before, self._slots_of_query_heads(), self.num_tokens)
+        kept = b.op("Where", [self._is_new(), b.scalar(0.0, FLOAT), before], known_shape(before), FLOAT)
+        before = b.op("Concat", [kept, evicted], (self.batch, self.num_q_heads, entries), axis=-1)
+        before = b.reshape(before, (self.batch, self.num_kv_heads, self.group, 1, entries))
+        received = b.op("Add", [given, before], known_shape(given))
+        last = b.op("Gather", [received, b.ints(self.num_tokens - 1, "last")],
+                    (self.batch, self.num_kv_heads, self.group, entries), FLOAT, axis=3)  # fmt: skip
+        after = b.split(b.reshape(last, known_shape(before)), (self.window_size, self.num_tokens), -1)[0]
+        pair = self.calibrated(sinks, others, received, self._fair_share())
+        joined = b.op("Concat", pair, known_shape(weights), axis=-1)
+        after = b.reshape(after, known_shape(kept))
+        return b.cast(joined, dtype), self.received_after(mass, after, self._last)
 
     def _write_sinks(self) -> list[ir.Value]:
         """sink_k, sink_v after the chunk; none if S = 0."""
@@ -139,6 +166,43 @@ class ChunkAttention(AttentionParts):
             return b.op("Mod", [after_first, b.ints(self.window_size, "window_size")])
 
         return self.once("age of slot", build)
+
+    def _slots_of_query_heads(self) -> ir.Value:
+        """int64 [B, Hq, T]: the chunk's slots, as elements of the flat [B*Hq*W]."""
+
+        def build(b: Builder) -> ir.Value:
+            first = self._column(b, self._first_slot(), 3)
+            tokens = b.ints(np.arange(self.num_tokens).reshape(1, 1, -1), "tokens")
+            slot = b.op("Mod", [b.op("Add", [first, tokens]), b.ints(self.window_size, "window_size")])
+            heads = np.arange(self.batch * self.num_q_heads).reshape(self.batch, self.num_q_heads, 1)
+            return b.op("Add", [slot, b.ints(heads * self.window_size, "first_elements")])
+
+        return self.once("slots of query heads", build)
+
+    def _is_new(self) -> ir.Value:
+        """bool [B, 1, W]: the slots whose token came with this chunk."""
+
+        def build(b: Builder) -> ir.Value:
+            return b.op("GreaterOrEqual", [self._window_tokens(b), self._column(b, self.position, 3)])
+
+        return self.once("is new", build)
+
+    def _counts_of_weights(self) -> ir.Value:
+        """bool [B, 1, 1, T, 1]: whether a token of the chunk is valid."""
+        shape = (self.batch, 1, 1, self.num_tokens, 1)
+        return self.once("counts of weights", lambda b: b.reshape(self._counts(4), shape))
+
+    def _fair_share(self) -> ir.Value:
+        """float32 [B, 1, 1, T, W + T]."""
+
+        def build(b: Builder) -> ir.Value:
+            t = self._positions(b)
+            parts = self._distances_in_window(b, t)
+            shape = (self.batch, self.num_tokens, self.window_size + self.num_tokens)
+            share = self.share(b, t, b.op("Concat", parts, shape, axis=-1))
+            return b.reshape(share, (self.batch, 1, 1, *shape[1:]))
+
+        return self.once("fair share", build)
 
     def _token_of_slot(self) -> ir.Value:
         """int64 [B, Hkv, W]: what goes to each slot, as a row of the flat chunk; any if nothing does."""
@@ -239,16 +303,20 @@ class ChunkAttention(AttentionParts):
 
     def _distances(self, b: Builder) -> ir.Value:
         """int64 [B, T, S + W + T]: how far each entry is from each token in the cache; any where it is not seen."""
-        t, tokens = self._positions(b), np.arange(self.num_tokens)
-        window = b.op("Sub", [t, self._window_tokens(b)])
-        evicted = (tokens[:, None] - tokens[None, :] + self.window_size)[None]  # (p + i) - (p + m - W)
-        shape = (self.batch, *evicted.shape[1:])
-        parts = [window, b.ints(np.broadcast_to(evicted, shape), "distance_of_evicted")]
+        t = self._positions(b)
+        parts = self._distances_in_window(b, t)
         if self.num_sinks:
             place = b.op("Min", [t, b.ints(self.num_sinks + self.window_size - 1, "last_place")])
             parts.insert(0, b.op("Sub", [place, b.ints(np.arange(self.num_sinks).reshape(1, 1, -1), "sinks")]))
         entries = sum(known_shape(part)[-1] for part in parts)
-        return b.op("Concat", parts, (*shape[:2], entries), axis=-1)
+        return b.op("Concat", parts, (self.batch, self.num_tokens, entries), axis=-1)
+
+    def _distances_in_window(self, b: Builder, t: ir.Value) -> list[ir.Value]:
+        """Those of slots [B, T, W] and of evicted rows [B, T, T]."""
+        tokens = np.arange(self.num_tokens)
+        window = b.op("Sub", [t, self._window_tokens(b)])
+        evicted = (tokens[:, None] - tokens[None, :] + self.window_size)[None]  # (p + i) - (p + m - W)
+        return [window, b.ints(np.broadcast_to(evicted, (self.batch, *evicted.shape[1:])), "distance_of_evicted")]
 
     def _sees_window(self, b: Builder) -> ir.Value:
         """bool [B, T, W]: the token u in a slot after the chunk is no sink, and none that comes later: S <= u <= t.
@@ -264,18 +332,22 @@ class ChunkAttention(AttentionParts):
 
         u = last - ((last - S - slot) mod W), last = p + n - 1.
         """
-        last = b.op("Sub", [b.op("Add", [self.position, self._num_valid()]), b.ints(1, "one")])
-        last = self._column(b, last, 3)
+        last = self._column(b, self._last(b), 3)
         slots = b.ints(np.arange(self.window_size).reshape(1, 1, -1) + self.num_sinks, "slots_after_sinks")
         age = b.op("Mod", [b.op("Sub", [last, slots]), b.ints(self.window_size, "window_size")])  # [B, 1, W]
         return b.op("Sub", [last, age])
+
+    def _last(self, b: Builder) -> ir.Value:
+        """int64 [B]: p + n - 1, of the last token that counts."""
+        return b.op("Sub", [b.op("Add", [self.position, self._num_valid()]), b.ints(1, "one")])
 
     def _sees_evicted(self, b: Builder) -> ir.Value:
         """bool [B, T, T]: token i sees the row that token m replaces, u = p + m - W, if u >= S, i < m and m < n."""
         tokens = np.arange(self.num_tokens)
         earlier = b.bools(tokens[:, None] < tokens[None, :], "earlier")
-        replaced = b.op("Add", [self._column(b, self.position, 3),
-                                b.ints(tokens.reshape(1, 1, -1) - self.window_size, "replaced")])
+        replaced = b.op(
+            "Add", [self._column(b, self.position, 3), b.ints(tokens.reshape(1, 1, -1) - self.window_size, "replaced")]
+        )
         in_window = b.op("GreaterOrEqual", [replaced, b.ints(self.num_sinks, "num_sinks")])
         valid = b.op("Less", [b.ints(tokens.reshape(1, 1, -1), "tokens"), self._column(b, self._num_valid(), 3)])
         return b.op("And", [b.op("And", [in_window, valid]), earlier])

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape
-from sinkexport.graph.passes.attention_parts import AttentionParts, operand
+from sinkexport.graph.passes.attention_parts import FLOAT, AttentionParts, operand
 
 
 class StepAttention(AttentionParts):
@@ -35,12 +35,19 @@ class StepAttention(AttentionParts):
         joined = joined if self.has_sink_scale else self.softcapped(joined)
         rank = len(self._grouped) + 2
         weights = self.normalised(b.op("Add", [joined, self._mask(rank)]))
-        weights = self.with_affine(weights, lambda: self._share(rank))
-        pieces = b.split(weights, lengths, -1) if self.num_sinks else [weights]
+        needs_pieces = self.mass is not None or not self.has_affine
+        pieces = b.split(weights, lengths, -1) if self.num_sinks and needs_pieces else [weights]
+        mass = None
+        if self.mass is not None:
+            mass, *pieces = self._calibrated(self.mass, *pieces)
+            weights = b.op("Concat", pieces, known_shape(weights), axis=-1) if self.has_affine else weights
+        if self.has_affine:
+            weights = self.with_affine(weights, lambda: self._share(rank))
+            pieces = b.split(weights, lengths, -1) if self.num_sinks else [weights]
         out = self._window_sum(pieces[-1], window)
         if self.num_sinks:
             out = b.op("Add", [self._weighted_sum(pieces[0], sinks[1], of_sinks=True), out])
-        self.replace_node(b.reshape(out, (self.batch, self.num_q_heads, 1, self.head_dim)), sinks, window)
+        self.replace_node(b.reshape(out, (self.batch, self.num_q_heads, 1, self.head_dim)), sinks, window, mass)
 
     # With one query head a key head the plain four axes do; otherwise an axis of the group is put in between.
 
@@ -80,6 +87,34 @@ class StepAttention(AttentionParts):
         # to that of the window. For a handful of sinks a sum of products is as quick.
         products = b.op("Mul", [b.reshape(weights, (*shared, length, 1)), values])
         return b.op("ReduceSum", [products, b.ints([-2], "axes")], (*shared, 1, head_dim), keepdims=1)
+
+    def _calibrated(self, mass: ir.Value, sinks: ir.Value, window: ir.Value) -> list[ir.Value]:
+        """attention_mass after this token, and the weights [B, Hkv, (G,) 1, S] and [.., W], calibrated."""
+        b, dtype, shape = self.b, sinks.dtype or FLOAT, known_shape(window)
+        sinks, window = (b.cast(x, FLOAT) for x in (sinks, window))
+        before = self.received_before(mass)
+        kept = b.op("Where", [self._is_slot(), b.scalar(0.0, FLOAT), before], known_shape(before), FLOAT)
+        received = b.op("Add", [kept, b.reshape(window, known_shape(kept))])
+        pair = self.calibrated(sinks, window, b.reshape(received, shape), self._fair_share(len(shape)))
+        return [self.received_after(mass, received, lambda _: self.position), *(b.cast(x, dtype) for x in pair)]
+
+    def _fair_share(self, rank: int) -> ir.Value:
+        """float32 [B, 1, .., 1, W]."""
+
+        def build(b: Builder) -> ir.Value:
+            t = b.reshape(self.position, (self.batch, *[1] * (rank - 1)))
+            return self.share(b, t, self._window_distances(b, t))
+
+        return self.once(f"share of rank {rank}", build)
+
+    def _is_slot(self) -> ir.Value:
+        """bool [B, 1, W]: where this step's token goes."""
+
+        def build(b: Builder) -> ir.Value:
+            slots = b.ints(np.arange(self.window_size).reshape(1, 1, -1), "slots")
+            return b.op("Equal", [slots, b.reshape(self._slot(), (self.batch, 1, 1))])
+
+        return self.once("is slot", build)
 
     def _write_sinks(self) -> list[ir.Value]:
         """sink_k, sink_v after this token; none if S = 0."""
@@ -141,12 +176,16 @@ class StepAttention(AttentionParts):
     def _distances(self, b: Builder, t: ir.Value) -> ir.Value:
         """int64 [B, 1, .., C]: how far each sink and slot is from the token at t [B, 1, .., 1] in the cache."""
         *ones, _ = known_shape(t)
-        slots = b.ints(self.num_sinks + np.arange(self.window_size), "slots_after_sinks")
-        shape = (*ones, self.window_size)
-        window = b.op("Mod", [b.op("Sub", [t, slots], shape), b.ints(self.window_size, "window_size")], shape)
+        window = self._window_distances(b, t)
         if not self.num_sinks:
             return window
         capacity = self.num_sinks + self.window_size
         place = b.op("Min", [t, b.ints(capacity - 1, "last_place")])
         sinks = b.op("Sub", [place, b.ints(np.arange(self.num_sinks), "sinks")], (*ones, self.num_sinks))
         return b.op("Concat", [sinks, window], (*ones, capacity), axis=-1)
+
+    def _window_distances(self, b: Builder, t: ir.Value) -> ir.Value:
+        """int64 [B, 1, .., W]: those of the slots."""
+        slots = b.ints(self.num_sinks + np.arange(self.window_size), "slots_after_sinks")
+        shape = (*known_shape(t)[:-1], self.window_size)
+        return b.op("Mod", [b.op("Sub", [t, slots], shape), b.ints(self.window_size, "window_size")], shape)

@@ -34,7 +34,8 @@ struct TensorSpec {
 // One state tensor of one layer: `input` and `output` must be bound to the same buffer.
 struct StateSpec {
   int64_t layer = 0;
-  std::string kind;  // sink_k | sink_v | window_k | window_v | window_k_scale | window_v_scale
+  // sink_k | sink_v | window_k | window_v | window_k_scale | window_v_scale | attention_mass | conv | recurrent
+  std::string kind;
   std::string input;
   std::string output;
   std::vector<int64_t> shape;  // [B, ...]
@@ -99,10 +100,19 @@ struct Quantization {
   std::map<std::string, double> thresholds;
 };
 
+// Calibration of later sinks; heads [L][Hq].
+struct ActTuning {
+  double alpha = 0;
+  double beta = 0;
+  int64_t min_queries = 0;
+  std::vector<std::vector<uint8_t>> heads;  // 0 or 1
+};
+
 // How attention to sinks was changed without training; it is in the graphs. Factors [L][Hq].
 struct SinkTuning {
   std::string sha256;  // of the file that the export was given
   std::vector<std::vector<double>> first_token_scale;
+  std::optional<ActTuning> act;
 };
 
 // How attention weights are scaled and shifted; it is in the graphs.
