@@ -228,7 +228,7 @@ def _dense_logits(model: Any, ids: Ids, manifest: Manifest, affine: AffineFile |
         scale = torch.tensor(tuning.first_token_scale)
         tuned = first_token_scaled(model, scale, tuning.act, manifest.stream.num_sink_tokens, affine)
     elif affine is not None:
-        tuned = first_token_scaled(model, torch.ones(manifest.model.num_layers, manifest.model.num_q_heads), affine)
+        tuned = first_token_scaled(model, torch.ones(manifest.model.num_layers, manifest.model.num_q_heads), affine=affine)
     with torch.no_grad(), tuned:
         logits: Logits = model(input_ids=torch.from_numpy(ids), use_cache=False).logits.float().numpy()
     report("dense", 1, 1)

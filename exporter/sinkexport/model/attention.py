@@ -137,7 +137,8 @@ def sink_attention(
         updated = _written(states, this_k, this_v, position + i)
         attended, mass = _attended(
             this, this_for_sinks, updated, position + i, scale, softcap, alibi_slopes, sink_logit, sink_scale,
-            *(x if x is None or x.shape[2] == 1 else x[:, :, i : i + 1] for x in (affine_scale, affine_bias)), act,
+            *(x if x is None or x.shape[2] == 1 else x[:, :, i : i + 1] for x in (affine_scale, affine_bias)),
+            act=act,
         )  # fmt: skip
         outputs.append(attended)
         updated = (*updated[:6], mass)

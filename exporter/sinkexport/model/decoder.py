@@ -86,9 +86,9 @@ class StreamStep(torch.nn.Module):
              if tensors.changed_heads(heads)}
         )  # fmt: skip
         self.act = None if tuning is None else tuning.act
-        for layer, heads in enumerate(() if self.act is None else self.act.heads):
-            if any(heads):
-                self.register_buffer(f"calibrated_{layer}", torch.tensor(heads).float(), persistent=False)
+        for layer, chosen in enumerate(() if self.act is None else self.act.heads):
+            if any(chosen):
+                self.register_buffer(f"calibrated_{layer}", torch.tensor(chosen).float(), persistent=False)
 
     def state_kinds(self, cache: HeadCache) -> tuple[str, ...]:
         """State tensors of a cache, in the order in which `states` holds them."""
