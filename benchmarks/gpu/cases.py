@@ -123,9 +123,11 @@ def _model(case: dict[str, Any]) -> Any:
     if case["family"] != "llama" or case["sink_scale"]:
         # Weights of a new model make attention so even that what it has besides would not matter.
         with torch.no_grad():
-            for parameter in model.parameters():
+            for name, parameter in model.named_parameters():
                 if parameter.dim() > 1:
-                    parameter.normal_(0.0, 0.1)
+                    parameter.normal_(0.0, 0.05)
+                elif name.endswith("sinks"):  # about as heavy as all that a window holds
+                    parameter.normal_(4.0, 1.0)
                 else:
                     parameter.add_(torch.randn_like(parameter) * 0.3)
     return model.to(torch.float16).to(torch.float32).eval()
