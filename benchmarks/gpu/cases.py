@@ -46,12 +46,13 @@ CASES: dict[str, dict[str, Any]] = {
     "heads of 96": _case(96, recipe="int8-channel"),
     "heads of 128": _case(128, recipe="int8-channel"),
     "heads of 256": _case(256, recipe="int8-channel"),
-    "alibi": _case(recipe="int8-channel", family="bloom"),
-    "alibi, int8 window": _case(recipe="int8-channel", kv="int8", family="bloom"),
-    "sink logit": _case(recipe="int8-channel", family="flint"),
-    "sink scale": _case(recipe="int8-channel", sink_scale=True),
-    "gate": _case(recipe="int8-channel", family="qwen3_5"),
-    "3 streams, gate": _case(recipe="int8-channel", family="qwen3_5", batch=3),
+    # Without a recipe: ONNX Runtime rounds the inputs of INT8 products to 8 bits, more than these models forgive.
+    "alibi": _case(family="bloom"),
+    "alibi, int8 window": _case(kv="int8", family="bloom"),
+    "sink logit": _case(family="flint"),
+    "sink scale": _case(sink_scale=True),
+    "gate": _case(family="qwen3_5"),
+    "3 streams, gate": _case(family="qwen3_5", batch=3),
 }
 
 _TWO_LAYERS = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
