@@ -15,6 +15,7 @@ from onnx.reference.op_run import OpRun
 from sinkrt.contract import Manifest
 from sinkrt.ring import TURN
 
+from tests.reference.layers import gated_activation, rms_norm
 from tests.reference.oracle import SinkAttentionOracle
 
 DOMAIN = "ai.sinkexport"
@@ -27,7 +28,8 @@ class PluginBundle:
         self.manifest = manifest
         self.position = 0
         self._oracles: dict[str, SinkAttentionOracle] = {}
-        operators = [_attention(self._oracles, manifest), Int8Linear, Int8Rows, QuantizeLinear, DequantizeLinear]
+        operators = [_attention(self._oracles, manifest), Int8Linear, Int8Rows, RmsNorm, GatedActivation,
+                     QuantizeLinear, DequantizeLinear]  # fmt: skip
         self._graphs = {
             role: ReferenceEvaluator(onnx.load(folder / graph.file), new_ops=operators)
             for role, graph in manifest.graphs.items()
@@ -101,6 +103,33 @@ class Int8Rows(OpRun):
     def _run(self, ids: Any, table: Any, scale: Any, **attributes: Any) -> tuple[Any]:
         assert table.shape[1] * 4 == attributes["row_length"]
         return ((table[ids].view(np.int8).astype(np.float64) * scale[ids][..., None]).astype(np.float16),)
+
+
+class RmsNorm(OpRun):
+    op_domain = DOMAIN
+
+    def _run(self, x: Any, weight: Any, residual: Any = None, **attributes: Any) -> tuple[Any, ...]:
+        assert (residual is not None) == attributes["has_residual"]
+        assert weight.dtype == (np.float32 if attributes["float_weight"] else np.float16)
+        assert weight.shape == x.shape[-1:]
+        total = x if residual is None else (x.astype(np.float64) + residual).astype(np.float16)
+        normal = rms_norm(total, np.ones(1), attributes["epsilon"])
+        normal = normal if attributes["float_weight"] else normal.astype(np.float16).astype(np.float64)
+        out = (normal * weight).astype(np.float16)
+        return (out,) if residual is None else (out, total)
+
+
+class GatedActivation(OpRun):
+    op_domain = DOMAIN
+
+    def _run(self, gate: Any, up: Any = None, **attributes: Any) -> tuple[Any]:
+        width = attributes["width"]
+        assert gate.shape[-1] == (2 * width if attributes["is_merged"] else width)
+        if attributes["is_merged"]:
+            assert up is None
+            gate, up = gate[..., :width], gate[..., width:]
+        kind = ("silu", "gelu", "gelu_tanh")[attributes["activation"]]
+        return (gated_activation(gate, up, kind).astype(np.float16),)
 
 
 # ONNX's evaluator has the next two from opset 19 on.

@@ -113,9 +113,10 @@ def test_static_inputs_compute_what_the_native_bundle_does(tmp_path: Path) -> No
     assert np.median(errors) < 0.03  # float16 inputs of attention tip some values to the next code
 
 
-def test_what_tensorrt_8_is_given(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["phi3", "gpt_neox"])
+def test_what_tensorrt_8_is_given(name: str, tmp_path: Path) -> None:
     """Opset 17, operators that its parser has, and nothing of 64 bits that goes in or out."""
-    manifest = exported(wide_model("phi3", "fp16"), tmp_path / "b", target="tensorrt", dtype="fp16", batch=2)
+    manifest = exported(wide_model(name, "fp16"), tmp_path / "b", target="tensorrt", dtype="fp16", batch=2)
     assert manifest.plugin_abi == PLUGIN_ABI
     specs = {role: [(s.name, s.shape, s.dtype) for s in graph.inputs] for role, graph in manifest.graphs.items()}
     assert specs["decode"] == [("ids", (2, 1), "int32"), ("position", (2, 2), "int32")]
@@ -126,7 +127,8 @@ def test_what_tensorrt_8_is_given(tmp_path: Path) -> None:
         assert model.ir_version == 8
         kinds = {node.op_type for node in model.graph.node}
         assert "SinkAttention" in kinds
-        assert kinds <= SAME | {"SinkAttention", "Split", "ReduceMean"}
+        assert kinds <= SAME | {"SinkAttention", "RmsNorm", "GatedActivation", "Split", "ReduceMean"}
+        assert ("ReduceMean" in kinds) == (name == "gpt_neox")
         for value in [*model.graph.input, *model.graph.output]:
             assert value.type.tensor_type.elem_type != onnx.TensorProto.INT64
         held = float32_values(tmp_path / "b" / graph.file)  # what TensorRT 8 may not lower to float16
@@ -177,8 +179,12 @@ class TestBuilding:
         native = config.get("native", False)
         built = build_bundle(tmp_path / "b", BuildOptions(None if native else plugin_library))
         assert sorted(built) == ["decode", "prefill"]
-        for facts, report in built.values():
-            assert report.layer_types.get("PLUGIN_V3", 0) >= (0 if native else 2)
+        for role, (facts, report) in built.items():
+            graph = onnx.load(tmp_path / "b" / f"{role}.onnx", load_external_data=False).graph
+            nodes = [node.op_type for node in graph.node if node.domain == "ai.sinkexport"]
+            assert report.layer_types.get("PLUGIN_V3", 0) == len(nodes)
+            assert native or len(nodes) >= 2
+            assert native or (dtype == "fp16") == ({"RmsNorm", "GatedActivation"} <= set(nodes))
             assert (tmp_path / "b" / facts.file).stat().st_size == facts.bytes == report.engine_bytes
         written = sorted(path.name for path in (tmp_path / "b" / "engines").iterdir())
         plugin = [] if native else ["libsinkexport_plugin.so"]  # a session looks for it beside the engines
@@ -197,7 +203,7 @@ class TestBuilding:
         config = ExportConfig(chunk_size=1, dtype="fp16", kv="int8", target="tensorrt")
         export(str(smollm2_file()), tmp_path / "b", config)
         facts, report = build_bundle(tmp_path / "b", BuildOptions(plugin_library))["decode"]
-        assert report.layer_types["PLUGIN_V3"] == 30
+        assert report.layer_types["PLUGIN_V3"] == 30 + 61 + 30  # attention, norms, gates
         assert facts.precision == "float16"
         assert facts.bytes > 260e6  # 135 M parameters
 

@@ -32,6 +32,7 @@ def build(folder: Path, architecture: str) -> NormAndGate:
 def build_on_host(folder: Path) -> NormAndGate:
     """The same kernels as threads of the host, which read and write the host's memory. They refuse nothing."""
     library = folder / "libnorm_and_gate_on_host.so"
-    run_nvcc("-std=c++17", "-O1", *WARNINGS, "-Xcompiler=-Wno-unknown-pragmas", *INCLUDES, "-shared", "-o", str(library),
-             str(ROOT / "tests/plugins/norm_and_gate_on_host.cpp"), "-lpthread")  # fmt: skip
+    source = ROOT / "tests/plugins/norm_and_gate_on_host.cpp"
+    flags = ("-std=c++17", "-O1", *WARNINGS, "-Xcompiler=-Wno-unknown-pragmas", *INCLUDES)
+    run_nvcc(*flags, "-shared", str(source), "-o", str(library), "-lpthread")
     return NormAndGate.of(library)

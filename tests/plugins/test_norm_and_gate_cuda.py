@@ -1,7 +1,7 @@
 """Norms and gates on a GPU: what they give, in graphs too, and that each waits for the kernel before it.
 
-SINKEXPORT_NORM_AND_GATE: a library that holds capi/rms_norm.cpp and capi/gated_activation.cpp; without it one is compiled
-for this machine's GPU.
+SINKEXPORT_NORM_AND_GATE: a library that holds capi/rms_norm.cpp and capi/gated_activation.cpp; without it one is
+compiled for this machine's GPU.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def test_each_launch_waits_for_the_one_before(library: NormAndGate, num_rows: in
                          y.data_ptr(), total.data_ptr())  # fmt: skip
     gate = GatedActivationParams(num_rows, width, 2 * width, half, 0, y.data_ptr(), y.data_ptr() + 2 * width,
                                  gated.data_ptr())  # fmt: skip
-    back = RmsNormParams(num_rows, width, half, False, 1e-5, gated.data_ptr(), weight.data_ptr(), 0, stream.data_ptr(), 0)
+    back = RmsNormParams(num_rows, width, half, False, 1e-5, gated.data_ptr(), weight.data_ptr(), 0, stream.data_ptr(),
+                         0)  # fmt: skip
 
     def chain(wait: bool) -> None:
         stream.copy_(start)

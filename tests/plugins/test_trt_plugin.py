@@ -47,7 +47,9 @@ ATTENTION = {"scale": "f:0.125", "softcap": "f:0", "rope_scaling": "f:1", "rotar
              "num_sinks": "i:4", "int8_window": "i:0", "has_num_valid": "i:1"}  # fmt: skip
 LINEAR = {"num_outputs": "i:32", "has_bias": "i:0"}
 ROWS = {"row_length": "i:64"}
-GOOD = {"SinkAttention": ATTENTION, "Int8Linear": LINEAR, "Int8Rows": ROWS}
+NORM = {"epsilon": "f:1e-6", "has_residual": "i:1", "float_weight": "i:0"}
+GATE = {"activation": "i:2", "width": "i:64", "is_merged": "i:1"}
+GOOD = {"SinkAttention": ATTENTION, "Int8Linear": LINEAR, "Int8Rows": ROWS, "RmsNorm": NORM, "GatedActivation": GATE}
 
 
 def ask(plugin: Path, name: str, fields: dict[str, str], *more: str) -> tuple[str, str]:
@@ -86,6 +88,12 @@ def test_good_fields(plugin_library: Path, name: str) -> None:
         ("Int8Linear", {"num_outputs": "l:4294967296"}, (), "field 'num_outputs': received 4294967296"),
         ("Int8Linear", {"num_outputs": "i:0"}, (), "field 'num_outputs': received 0, expected >= 1"),
         ("Int8Rows", {"row_length": "f:64"}, (), "field 'row_length': received another type, expected an int32"),
+        ("RmsNorm", {"epsilon": "f:0"}, (), "field 'epsilon': received 0.000000, expected > 0"),
+        ("RmsNorm", {"has_residual": "i:2"}, (), "field 'has_residual': received 2, expected 0 or 1"),
+        ("RmsNorm", {"float_weight": "i:-1"}, (), "field 'float_weight': received -1, expected 0 or 1"),
+        ("GatedActivation", {"activation": "i:3"}, (), "field 'activation': received 3, expected 0 (silu), 1"),
+        ("GatedActivation", {"width": "i:0"}, (), "field 'width': received 0, expected >= 1"),
+        ("GatedActivation", {"is_merged": "i:3"}, (), "field 'is_merged': received 3, expected 0 or 1"),
     ],
 )
 def test_bad_fields(plugin_library: Path, name: str, changes: dict, more: tuple[str, ...], told: str) -> None:

@@ -17,7 +17,7 @@ def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
 
 
 def gated_activation(gate: Array, up: Array, activation: str) -> Array:
-    """activation(gate) * up, of any equal shapes. activation: ``silu``, ``gelu`` or ``gelu_tanh`` (arXiv:1606.08415)."""
+    """activation(gate) * up, of equal shapes. activation: ``silu``, ``gelu`` or ``gelu_tanh`` (arXiv:1606.08415)."""
     x = gate.astype(np.float64)
     with np.errstate(over="ignore"):
         if activation == "silu":

@@ -23,12 +23,11 @@ SILU, GELU, GELU_TANH = range(3)
 
 @dataclasses.dataclass(frozen=True)
 class _Gate:
-    """``activation(gate) * up``, ending in node `last`. readers: the nodes of it that read `gate`."""
+    """``activation(gate) * up``, ending in node `last`."""
 
     gate: ir.Value
     up: ir.Value
     activation: int
-    readers: tuple[ir.Node, ...]
     last: ir.Node
 
 
@@ -47,8 +46,7 @@ def _match(node: ir.Node) -> _Gate | None:
     """The gate whose activation begins with `node`."""
     if node.domain or node.op_type not in ("Gelu", "Sigmoid") or node.inputs[0] is None:
         return None
-    gate, active = node.inputs[0], node
-    readers, activation = (node,), SILU
+    gate, active, activation = node.inputs[0], node, SILU
     if node.op_type == "Gelu":
         approximate = node.attributes["approximate"].as_string() if "approximate" in node.attributes else "none"
         activation = GELU_TANH if approximate == "tanh" else GELU
@@ -56,14 +54,14 @@ def _match(node: ir.Node) -> _Gate | None:
         product = only_user(node.outputs[0], "Mul")
         if product is None or gate not in product.inputs:
             return None
-        readers, active = (node, product), product
+        active = product
     last = only_user(active.outputs[0], "Mul")
     if last is None:
         return None
     up = last.inputs[1] if last.inputs[0] is active.outputs[0] else last.inputs[0]
     if up is None or gate.dtype != HALF or up.dtype != HALF or known_shape(up) != known_shape(gate):
         return None
-    return _Gate(gate, up, activation, readers, last)
+    return _Gate(gate, up, activation, last)
 
 
 def _replace(graph: ir.Graph, found: _Gate) -> None:
@@ -78,12 +76,9 @@ def _replace(graph: ir.Graph, found: _Gate) -> None:
 
 
 def _merged(found: _Gate) -> ir.Value | None:
-    """gate | up as one product made it, if nothing else reads the two."""
+    """The rows gate | up as one product made them."""
     split = found.gate.producer()
     if split is None or split.op_type != "Split" or split.domain or list(split.outputs) != [found.gate, found.up]:
         return None
     axis = split.attributes["axis"].as_int() if "axis" in split.attributes else 0
-    readers = {use.node for value in split.outputs for use in value.uses()}
-    if axis not in (-1, len(known_shape(found.gate)) - 1) or readers != {*found.readers, found.last}:
-        return None
-    return split.inputs[0]
+    return split.inputs[0] if axis in (-1, len(known_shape(found.gate)) - 1) else None

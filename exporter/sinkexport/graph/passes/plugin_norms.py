@@ -1,8 +1,8 @@
 """Norms as RmsNorm nodes of the TensorRT plugin, with the residual addition in front of them.
 
-TensorRT would compile a kernel of its own for each such gap between two products. A node rounds where the operators that
-it replaces round: the sum once, before it is normalised; the normalised values before they are multiplied by weights of
-float16, or, where weights are float32 (Gemma), the product once.
+TensorRT would compile a kernel of its own for each such gap between two products. A node rounds where the operators
+that it replaces round: the sum once, before it is normalised; the normalised values before they are multiplied by
+weights of float16, or, where weights are float32 (Gemma), the product once.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ LENGTH_MULTIPLE, MAX_LENGTH = 8, 32768
 
 def use_norm_plugins(model: ir.Model) -> int:
     """Replace every norm of float16 over the last axis. Returns how many; others stay as they are."""
-    graph, count = model.graph, 0
-    for norm in find_rms_norms(graph):
+    count = 0
+    for norm in find_rms_norms(model.graph):
         last = _rounding(norm)
         length = known_shape(norm.x)[-1]
         if norm.x.dtype == HALF and last is not None and length % LENGTH_MULTIPLE == 0 and length <= MAX_LENGTH:
-            _replace(graph, norm, last)
+            _replace(norm, last)
             count += 1
     return count
 
@@ -42,7 +42,7 @@ def _rounding(norm: RmsNorm) -> ir.Node | None:
     return cast if cast is not None and cast.outputs[0].dtype == HALF else None
 
 
-def _replace(graph: ir.Graph, norm: RmsNorm, last: ir.Node) -> None:
+def _replace(norm: RmsNorm, last: ir.Node) -> None:
     addition = _addition(norm.x)
     inputs = [norm.x, norm.scale] if addition is None else [addition.inputs[0], norm.scale, addition.inputs[1]]
     node = ir.node(
