@@ -91,10 +91,11 @@ def _attention(oracles: dict[str, SinkAttentionOracle], manifest: Manifest) -> t
 class Int8Linear(OpRun):
     op_domain = DOMAIN
 
-    def _run(self, x: Any, weight: Any, scale: Any, **attributes: Any) -> tuple[Any]:
+    def _run(self, x: Any, weight: Any, scale: Any, bias: Any = None, **attributes: Any) -> tuple[Any]:
         assert weight.shape == (attributes["num_outputs"], x.shape[-1] // 4)
+        assert (bias is not None) == attributes["has_bias"]
         rows = weight.view(np.int8).astype(np.float64) * scale[:, None]
-        return ((x.astype(np.float64) @ rows.T).astype(x.dtype),)
+        return ((x.astype(np.float64) @ rows.T + (0.0 if bias is None else bias)).astype(x.dtype),)
 
 
 class Int8Rows(OpRun):

@@ -15,6 +15,7 @@ from sinkrt import Session
 
 from tests.exporter.plugin_evaluator import PluginBundle
 from tests.exporter.test_plugin_target import S, T, W, exported
+from tests.exporter.test_quantize import with_rounded_weights
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
 
 TWO_HEADS = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -23,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 64},
     "gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": S + W - 1},
     "phi3": TWO_HEADS,
+    "qwen2": TWO_HEADS,
     "olmo2": TWO_HEADS,
 }
 REPLACED = {"ReduceMean", "Sqrt", "Reciprocal", "Pow", "Sigmoid", "Erf", "Tanh"}
@@ -108,6 +110,20 @@ def test_it_computes_what_the_onnx_bundle_does(name: str, tmp_path: Path) -> Non
     errors = [np.linalg.norm(got - want) / np.linalg.norm(want) for got, want in pairs]
     assert max(errors) < 0.02
     assert np.median(errors) < 0.006
+
+
+def test_biases_are_added_by_int8_products(tmp_path: Path) -> None:
+    options = {"dtype": "fp16", "recipe": load_recipe("int8-channel"), "chunk_size": 1}
+    manifest = exported(half_model("qwen2"), tmp_path / "plugin", target="tensorrt", **options)
+    path = tmp_path / "plugin" / "decode.onnx"
+    assert counts(path)["Add"] == 0
+    assert [product["has_bias"] for product in attributes(path, "Int8Linear")] == [1, 0, 0, 0, 1, 0, 0, 0, 0]
+    exported(with_rounded_weights(half_model("qwen2").float()), tmp_path / "onnx", chunk_size=1)
+    under_test, ids = PluginBundle(tmp_path / "plugin", manifest), np.random.default_rng(3).integers(0, VOCAB_SIZE, 16)
+    with Session.load(tmp_path / "onnx") as session:
+        for t in range(len(ids)):
+            got, want = under_test.step(ids[t : t + 1]), session.step(ids[t : t + 1])
+            assert np.linalg.norm(got - want) / np.linalg.norm(want) < 0.02
 
 
 def test_graphs_of_float32_and_native_ones_have_no_such_nodes(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from sinkexport.graph.passes.plugin_operators import PLUGIN_VERSION
 from sinkexport.graph.passes.products import Product
 from sinkexport.graph.passes.quantize_qdq import QdqForm
 from sinkexport.graph.passes.quantized_weight import QuantizedWeight
+from sinkexport.graph.passes.weights import bias_addition, weight_operand
 
 BYTES_OF_WORD = 4
 INPUTS_MULTIPLE = 16
@@ -26,14 +27,20 @@ class PluginForm(QdqForm):
     scale_dtype = ir.DataType.FLOAT
 
     def weight_only(self, product: Product, weight: QuantizedWeight) -> None:
-        """Int8Linear(x, W, scale), sums in float32; inputs and outputs in float16."""
+        """Int8Linear(x, W, scale), sums in float32; inputs and outputs in float16. A bias of float16 that follows is
+        added before the sum is rounded."""
         half = ir.DataType.FLOAT16
-        b = Builder(self.graph)
+        b, result = Builder(self.graph), product.node.outputs[0]
+        addition = bias_addition(result) if product.dtype == half else None
+        bias = weight_operand(addition)
+        inputs = [b.cast(product.x, half), self._packed(weight), self._scales(weight)]
         out = b.op(
-            INT8_LINEAR, [b.cast(product.x, half), self._packed(weight), self._scales(weight)],
-            known_shape(product.node.outputs[0]), half, domain=DOMAIN,
-            num_outputs=weight.num_outputs, has_bias=0, plugin_version=PLUGIN_VERSION, plugin_namespace="",
+            INT8_LINEAR, inputs if bias is None else [*inputs, bias], known_shape(result), half, domain=DOMAIN,
+            num_outputs=weight.num_outputs, has_bias=int(bias is not None), plugin_version=PLUGIN_VERSION,
+            plugin_namespace="",
         )  # fmt: skip
+        if addition is not None:
+            replace_node(addition, [], [result])
         replace_node(product.node, b.nodes, [b.cast(out, product.dtype)])
 
     def gather(self, node: ir.Node, weight: QuantizedWeight) -> None:

@@ -91,12 +91,12 @@ def _merge(graph: ir.Graph, x: ir.Value, matmuls: list[ir.Node]) -> None:
     weights = [weight for node in matmuls if (weight := node.inputs[1]) is not None]
     widths = [known_shape(w)[1] for w in weights]
     results = [node.outputs[0] for node in matmuls]
-    additions = [_bias_addition(result) for result in results]
+    additions = [bias_addition(result) for result in results]
     b = Builder(graph)
     value = b.matmul(x, _joined(graph, weights))
     replaced = list(matmuls)
     if all(addition is not None for addition in additions):
-        biases = [bias for addition in additions if (bias := _weight_operand(addition)) is not None]
+        biases = [bias for addition in additions if (bias := weight_operand(addition)) is not None]
         value = b.op("Add", [value, _joined(graph, biases)])
         results = [addition.outputs[0] for addition in additions if addition is not None]
         replaced += [addition for addition in additions if addition is not None]
@@ -107,16 +107,16 @@ def _merge(graph: ir.Graph, x: ir.Value, matmuls: list[ir.Node]) -> None:
     graph.remove(list(reversed(replaced)), safe=True)
 
 
-def _bias_addition(product: ir.Value) -> ir.Node | None:
+def bias_addition(product: ir.Value) -> ir.Node | None:
     """The Add of a 1-D weight that is the only reader of `product`."""
     uses = list(product.uses())
     if len(uses) != 1 or uses[0].node.op_type != "Add" or uses[0].node.domain or product.is_graph_output():
         return None
-    other = _weight_operand(uses[0].node)
+    other = weight_operand(uses[0].node)
     return uses[0].node if other is not None and known_shape(other) == known_shape(product)[-1:] else None
 
 
-def _weight_operand(node: ir.Node | None) -> ir.Value | None:
+def weight_operand(node: ir.Node | None) -> ir.Value | None:
     return next((value for value in node.inputs if is_weight(value)), None) if node is not None else None
 
 
