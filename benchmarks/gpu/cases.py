@@ -47,12 +47,13 @@ CASES: dict[str, dict[str, Any]] = {
     "heads of 96": _case(96, recipe="int8-channel"),
     "heads of 128": _case(128, recipe="int8-channel"),
     "heads of 256": _case(256, recipe="int8-channel"),
-    "alibi": _case(recipe="int8-channel", family="bloom"),
-    "alibi, int8 window": _case(recipe="int8-channel", kv="int8", family="bloom"),
-    "sink logit": _case(recipe="int8-channel", family="flint"),
-    "sink scale": _case(recipe="int8-channel", sink_scale=True),
-    "gate": _case(recipe="int8-channel", family="qwen3_5"),
-    "3 streams, gate": _case(recipe="int8-channel", family="qwen3_5", batch=3),
+    # Without a recipe: ONNX Runtime rounds the inputs of INT8 products to 8 bits, more than these models forgive.
+    "alibi": _case(family="bloom"),
+    "alibi, int8 window": _case(kv="int8", family="bloom"),
+    "sink logit": _case(family="flint"),
+    "sink scale": _case(sink_scale=True),
+    "gate": _case(family="qwen3_5"),
+    "3 streams, gate": _case(family="qwen3_5", batch=3),
 }
 
 _TWO_LAYERS = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -124,9 +125,11 @@ def _model(case: dict[str, Any]) -> Any:
     if case["family"] != "llama" or case["sink_scale"]:
         # Weights of a new model make attention so even that what it has besides would not matter.
         with torch.no_grad():
-            for parameter in model.parameters():
+            for name, parameter in model.named_parameters():
                 if parameter.dim() > 1:
-                    parameter.normal_(0.0, 0.1)
+                    parameter.normal_(0.0, 0.05)
+                elif name.endswith("sinks"):  # about as heavy as all that a window holds
+                    parameter.normal_(4.0, 1.0)
                 else:
                     parameter.add_(torch.randn_like(parameter) * 0.3)
     return model.to(torch.float16).to(torch.float32).eval()

@@ -210,5 +210,5 @@ class TestBuilding:
         constant = next(one for one in model.graph.initializer if one.name == slopes)
         constant.CopyFrom(numpy_helper.from_array(np.ones(3, np.float32), slopes))
         onnx.save(model, tmp_path / "b" / "decode.onnx")
-        with pytest.raises(BackendError, match=r"alibi_slopes: received \[3\], expected \[2\]"):
+        with pytest.raises(BackendError, match=r"SinkAttention.*configurePlugin"):
             build_engine_apart(tmp_path / "b" / "decode.onnx", tmp_path / "x.engine", BuildOptions(plugin_library))

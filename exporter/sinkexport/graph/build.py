@@ -21,9 +21,9 @@ from sinkexport.graph.passes.expand_operators import expand_operators
 from sinkexport.graph.passes.half_linear import use_half_linear
 from sinkexport.graph.passes.norms import fuse_rms_norms
 from sinkexport.graph.passes.opset17 import lower_to_opset_17
+from sinkexport.graph.passes.packed_heads import pack_heads
 from sinkexport.graph.passes.plugin_gates import use_gate_plugins
 from sinkexport.graph.passes.plugin_norms import use_norm_plugins
-from sinkexport.graph.passes.packed_heads import pack_heads
 from sinkexport.graph.passes.plugin_operators import use_plugins
 from sinkexport.graph.passes.products import module_of
 from sinkexport.graph.passes.quantize import Plan, quantize

@@ -34,7 +34,8 @@ def _pack(node: ir.Node) -> bool:
     if view.op_type != "Reshape" or view.domain or static_shape(view.outputs[0]) != wanted:
         return False
     attributes = {**node.attributes, "packed_width": ir.AttrInt64("packed_width", num_heads * head_dim)}
-    packed = ir.node(SINK_ATTENTION, [product, *node.inputs[3:]], attributes, domain=DOMAIN, num_outputs=len(node.outputs))
+    inputs = [product, *node.inputs[3:]]
+    packed = ir.node(SINK_ATTENTION, inputs, attributes, domain=DOMAIN, num_outputs=len(node.outputs))
     for new, old in zip(packed.outputs, node.outputs, strict=True):
         typed(new, known_shape(old), old.dtype)
     typed(packed.outputs[0], wanted, out.dtype)
