@@ -358,7 +358,7 @@ def cases(bench: Bench) -> None:
         failure = None
         try:
             bench.run("cases", [sys.executable, HERE / "cases.py", "check", copy, "--tools", tools, "--plugin",
-                                bench.arguments.plugin, "--timeout", 120, "--", *build], 400)  # fmt: skip
+                                bench.arguments.plugin, "--timeout", 240, "--", *build], 900)  # fmt: skip
         except StepError as error:  # exit code 1: a case failed, and its row says why
             failure = error
         lines = (bench.out / "cases.log").read_text().splitlines()
