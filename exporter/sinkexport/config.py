@@ -106,7 +106,7 @@ class ExportConfig:
         if self.has_int8_window:
             self._check_int8_window()
         if self.sink_tuning is not None:
-            self._check_sink_tuning()
+            self._check_sink_tuning(self.sink_tuning)
         if self.affine is not None:
             self._check_affine()
         if self.budgets is not None and self.budgets.longest != self.window_size:
@@ -126,7 +126,11 @@ class ExportConfig:
                                      expected="ranges of this model's activations",
                                      fix="run 'sinkexport calibrate' and pass its file as --calibration"))
 
-    def _check_sink_tuning(self) -> None:
+    def _check_sink_tuning(self, tuning: SinkTuningFile) -> None:
+        if tuning.act is not None and self.has_plugins:
+            raise UsageError(problem("--sink-tuning", received="act, and target tensorrt with the plugin",
+                                     expected="standard operators: the plugin has no state for what tokens received",
+                                     fix="add --native, or use --target onnx"))
         if self.num_sink_tokens < 1:
             raise UsageError(problem("--sink-tuning", received="0 sinks", expected="at least 1: token 0 must stay",
                                      fix="raise --sink-tokens"))

@@ -143,11 +143,7 @@ def _alternatives(
     limit = min(dense_tokens, getattr(config, "max_position_embeddings", None) or dense_tokens)
     return [
         contenders.sinks_and_window(
-            model,
-            ids,
-            stream.num_sink_tokens,
-            stream.window_size,
-            name="sinks + window",
+            model, ids, stream.num_sink_tokens, stream.window_size, name="sinks + window",
             sink_tuning=manifest.sink_tuning,
             budgets=budgets_of(manifest),
             affine=affine,
@@ -158,7 +154,9 @@ def _alternatives(
     ]
 
 
-def _measured(run: list[Contender], ids: Ids, segment_tokens: int, capacity: int, report: Report) -> Iterator[Curve]:
+def _measured(
+    run: list[Contender], ids: Ids, segment_tokens: int, capacity: int, report: Report
+) -> Iterator[Curve]:
     for contender in run:
         yield measure(contender, ids, segment_tokens=segment_tokens, capacity=capacity, report=report)
 

@@ -345,7 +345,9 @@ def plain_attention(module: torch.nn.Module) -> Callable[..., Any]:
     return _own_function(module, "eager_attention_forward", _adapted_attention)
 
 
-def _own_function(module: torch.nn.Module, name: str, default: Callable[..., Any] | None = None) -> Callable[..., Any]:
+def _own_function(
+    module: torch.nn.Module, name: str, default: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
     """A function of the source file in which the module's class is."""
     source = sys.modules[type(module).__module__]
     function: Callable[..., Any] | None = getattr(source, name, default)

@@ -173,10 +173,7 @@ def compare(
     at_ends: dict[int, Logits] = {}
     with (
         streaming_reference(
-            model,
-            stream.num_sink_tokens,
-            stream.window_size,
-            sink_tuning=manifest.sink_tuning,
+            model, stream.num_sink_tokens, stream.window_size, sink_tuning=manifest.sink_tuning,
             head_windows=None if budgets is None else budgets.windows,
             affine=affine,
         ) as reference,
@@ -228,7 +225,8 @@ def _dense_logits(model: Any, ids: Ids, manifest: Manifest, affine: AffineFile |
         scale = torch.tensor(tuning.first_token_scale)
         tuned = first_token_scaled(model, scale, tuning.act, manifest.stream.num_sink_tokens, affine)
     elif affine is not None:
-        tuned = first_token_scaled(model, torch.ones(manifest.model.num_layers, manifest.model.num_q_heads), affine=affine)
+        ones = torch.ones(manifest.model.num_layers, manifest.model.num_q_heads)
+        tuned = first_token_scaled(model, ones, affine=affine)
     with torch.no_grad(), tuned:
         logits: Logits = model(input_ids=torch.from_numpy(ids), use_cache=False).logits.float().numpy()
     report("dense", 1, 1)

@@ -235,12 +235,7 @@ def _reference(
     loaded = load_model(against, "float32") if isinstance(against, str) else against
     check_same_model(manifest, loaded.model)
     contender = contenders.sinks_and_window(
-        loaded.model,
-        ids,
-        stream.num_sink_tokens,
-        stream.window_size,
-        name="reference",
-        chunk_tokens=BLOCK_TOKENS,
+        loaded.model, ids, stream.num_sink_tokens, stream.window_size, name="reference", chunk_tokens=BLOCK_TOKENS,
         sink_tuning=manifest.sink_tuning,
         budgets=budgets_of(manifest),
         affine=affine,

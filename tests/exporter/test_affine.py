@@ -21,6 +21,7 @@ from sinkexport.model.affine import AffineFactors
 from sinkexport.pipeline import export_loaded
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.reference import streaming_reference
+from sinkexport.sink_tuning import ActPart
 from sinkexport.sources import LoadedModel
 from sinkexport.verify import verify
 from sinkexport.verify_quality import verify_quality
@@ -201,17 +202,20 @@ def test_the_reference_gives_what_the_oracle_gives(tmp_path: Path) -> None:
         np.testing.assert_allclose(out[0, 0].numpy(), want[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("kv", ["fp", "int8"])
-def test_chunks_in_torch_agree_with_the_bundle(kv: str, tmp_path: Path) -> None:
-    """With windows of single heads and factors on token 0 as well."""
+@pytest.mark.parametrize(("kv", "calibrated"), [("fp", False), ("fp", True), ("int8", False), ("int8", True)])
+def test_chunks_in_torch_agree_with_the_bundle(kv: str, calibrated: bool, tmp_path: Path) -> None:
+    """With windows of single heads and factors on token 0 as well, and later sinks scaled down."""
     model, windows, tuned = tiny_model("llama"), ((4, 9), (9, 5)), tuning("llama")
+    if calibrated:
+        act = ActPart(alpha=1.0, beta=0.2, min_queries=2, heads=((True, False, True) * 2, (False,) * 3 + (True,) * 3))
+        tuned = tuned.model_copy(update={"act": act})
     affine = written(tmp_path / "file", random_tensors(model))
     config = ExportConfig(**GEOMETRY, kv=kv, sink_tuning=tuned, budgets=budgets("llama", windows), affine=affine)
     loaded = LoadedModel(model, None, "tiny")
     export_loaded(loaded, tmp_path / "b", config)
     ids = np.random.default_rng(0).integers(3, VOCAB_SIZE, 70)
     with chunked_streaming(
-        model, **GEOMETRY, kv=kv, first_token_scale=tuned.first_token_scale, budgets=config.budgets, affine=affine
+        model, **GEOMETRY, kv=kv, sink_tuning=tuned.facts, budgets=config.budgets, affine=affine
     ) as stream:
         want = torch.cat([stream.feed(torch.from_numpy(ids[None, i : i + 11])) for i in range(0, 70, 11)], dim=1)[0]
     with Session.load(tmp_path / "b", threads=1) as session:

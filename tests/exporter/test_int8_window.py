@@ -112,7 +112,7 @@ class Operator(torch.nn.Module):
             behind = case.num_sinks + case.window - 1
             angles = tuple(c.to(q.dtype) for c in stream_angles(position, self.frequency, q.shape[2], behind))
         sinks = states[:2] if case.num_sinks else [None, None]
-        out, sink_k, sink_v, *window = sink_attention(
+        out, sink_k, sink_v, *window, _ = sink_attention(
             q, k, v, *sinks, *states[-4:-2], position, *(angles if case.num_sinks else (None, None)), num_valid,
             case.dim**-0.5, case.softcap, case.interleaved, *states[-2:],
             affine_scale=self.affine_scale, affine_bias=self.affine_bias,

@@ -67,23 +67,9 @@ STAGES = {
               help="With --target tensorrt: standard operators, for TensorRT >= 10.15 without plugin.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
 def command(
-    model: str,
-    output: Path,
-    sink_tokens: int,
-    window: int,
-    batch: int,
-    chunk: int | None,
-    pin_system: str | None,
-    sink_token: str | None,
-    dtype: str,
-    recipe: str | None,
-    calibration_file: Path | None,
-    kv: str | None,
-    budgets_file: Path | None,
-    sink_tuning_file: Path | None,
-    affine_file: Path | None,
-    target: str,
-    native: bool,
+    model: str, output: Path, sink_tokens: int, window: int, batch: int, chunk: int | None, pin_system: str | None,
+    sink_token: str | None, dtype: str, recipe: str | None, calibration_file: Path | None, kv: str | None,
+    budgets_file: Path | None, sink_tuning_file: Path | None, affine_file: Path | None, target: str, native: bool,
     overwrite: bool,
 ) -> None:
     """Export MODEL (a local directory, a .gguf file or a Hub id) to a bundle."""

@@ -34,7 +34,9 @@ _Attribute = onnx.defs.OpSchema.Attribute
 _Option = onnx.defs.OpSchema.FormalParameterOption
 
 
-def _schema(name: str, inputs: list[Any], outputs: list[Any], attributes: dict[str, Any]) -> onnx.defs.OpSchema:
+def _schema(
+    name: str, inputs: list[Any], outputs: list[Any], attributes: dict[str, Any]
+) -> onnx.defs.OpSchema:
     return onnx.defs.OpSchema(
         name, DOMAIN, VERSION, inputs=inputs,
         outputs=outputs,

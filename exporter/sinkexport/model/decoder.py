@@ -158,7 +158,9 @@ class StreamStep(torch.nn.Module):
         ):
             # position_ids reach the model only so that `_refuse_other_uses_of_position` can see who reads them.
             positions = position[:, None] + torch.arange(self.num_tokens)  # [B, T]
-            output = self.model(input_ids=ids, position_ids=positions, past_key_values=step.recurrent, use_cache=False)
+            output = self.model(
+                input_ids=ids, position_ids=positions, past_key_values=step.recurrent, use_cache=False
+            )
         logits = output.logits if output.logits.shape[1] == 1 else _last_token(output.logits, num_valid)
         return logits[:, 0].to(torch.float32), step.next_states
 

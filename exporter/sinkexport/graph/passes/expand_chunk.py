@@ -36,7 +36,8 @@ class ChunkAttention(AttentionParts):
         lengths = [known_shape(keys)[2] for _, keys, _ in parts]
         entries = sum(lengths)
         logits = [
-            b.matmul(b.reshape(query, (*heads, rows, self.head_dim)), self.transposed(keys)) for query, keys, _ in parts
+            b.matmul(b.reshape(query, (*heads, rows, self.head_dim)), self.transposed(keys))
+            for query, keys, _ in parts
         ]  # [B, Hkv, G*T, S], [.., W] and [.., T]
         grouped = (*heads, self.group, self.num_tokens)
         if self.has_sink_scale:
@@ -345,9 +346,8 @@ class ChunkAttention(AttentionParts):
         """bool [B, T, T]: token i sees the row that token m replaces, u = p + m - W, if u >= S, i < m and m < n."""
         tokens = np.arange(self.num_tokens)
         earlier = b.bools(tokens[:, None] < tokens[None, :], "earlier")
-        replaced = b.op(
-            "Add", [self._column(b, self.position, 3), b.ints(tokens.reshape(1, 1, -1) - self.window_size, "replaced")]
-        )
+        replaced = b.op("Add", [self._column(b, self.position, 3),
+                                b.ints(tokens.reshape(1, 1, -1) - self.window_size, "replaced")])
         in_window = b.op("GreaterOrEqual", [replaced, b.ints(self.num_sinks, "num_sinks")])
         valid = b.op("Less", [b.ints(tokens.reshape(1, 1, -1), "tokens"), self._column(b, self._num_valid(), 3)])
         return b.op("And", [b.op("And", [in_window, valid]), earlier])

@@ -105,7 +105,7 @@ class StepAttention(AttentionParts):
             t = b.reshape(self.position, (self.batch, *[1] * (rank - 1)))
             return self.share(b, t, self._window_distances(b, t))
 
-        return self.once(f"share of rank {rank}", build)
+        return self.once(f"fair share of rank {rank}", build)
 
     def _is_slot(self) -> ir.Value:
         """bool [B, 1, W]: where this step's token goes."""

@@ -36,14 +36,8 @@ def refuse_geometry(head_dim: int, batch: int, capacity: int) -> None:
     """
     native = "use --native, which needs no plugin"
     if head_dim not in HEAD_DIMS:
-        raise UsageError(
-            problem(
-                "head size",
-                received=head_dim,
-                fix=native,
-                expected="one that the plugin has kernels for: " + ", ".join(map(str, HEAD_DIMS)),
-            )
-        )
+        raise UsageError(problem("head size", received=head_dim, fix=native,
+                                 expected="one that the plugin has kernels for: " + ", ".join(map(str, HEAD_DIMS))))
     if batch > MAX_BATCH:
         raise UsageError(problem("batch", received=batch, expected=f"at most {MAX_BATCH} with the plugin",
                                  fix=f"lower --batch, or {native}"))  # fmt: skip
@@ -62,14 +56,8 @@ def refuse_layers(*, experts: bool, linear: bool) -> None:
         ("linear attention, which graphs with the plugin have no operators for", linear),
     ):
         if present:
-            raise UsageError(
-                problem(
-                    "model",
-                    received=what,
-                    fix="use --native, which needs no plugin",
-                    expected="softmax attention in every layer, without experts",
-                )
-            )
+            raise UsageError(problem("model", received=what, fix="use --native, which needs no plugin",
+                                     expected="softmax attention in every layer, without experts"))
 
 
 def use_plugins(model: ir.Model) -> None:
