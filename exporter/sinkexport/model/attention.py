@@ -135,11 +135,10 @@ def sink_attention(
     for i in range(q.shape[2]):
         this, this_for_sinks, this_k, this_v = (x[:, :, i : i + 1] for x in (q, q_sink, k, v))
         updated = _written(states, this_k, this_v, position + i)
+        a, b = (x if x is None or x.shape[2] == 1 else x[:, :, i : i + 1] for x in (affine_scale, affine_bias))
         attended, mass = _attended(
-            this, this_for_sinks, updated, position + i, scale, softcap, alibi_slopes, sink_logit, sink_scale,
-            *(x if x is None or x.shape[2] == 1 else x[:, :, i : i + 1] for x in (affine_scale, affine_bias)),
-            act=act,
-        )  # fmt: skip
+            this, this_for_sinks, updated, position + i, scale, softcap, alibi_slopes, sink_logit, sink_scale, a, b, act
+        )
         outputs.append(attended)
         updated = (*updated[:6], mass)
         if num_valid is not None:
