@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 
 from plugins.capi.library import Launcher
 
@@ -26,12 +25,6 @@ class GatedActivationParams(ctypes.Structure):
 
 
 class GatedActivation(Launcher[GatedActivationParams]):
-    """The functions of a built library.
+    """Of capi/gated_activation.cpp."""
 
-    Raises:
-        OSError: the library cannot be loaded.
-        RuntimeError: it was built from another version of the struct.
-    """
-
-    def __init__(self, library: Path) -> None:
-        super().__init__(library, "gated_activation", GatedActivationParams)
+    NAME, PARAMS = "gated_activation", GatedActivationParams

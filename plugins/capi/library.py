@@ -1,10 +1,10 @@
-"""What the C interfaces without a workspace have in common: a struct, what is wrong with it, a launch."""
+"""What the C interfaces have in common: a struct, what is wrong with it, a launch."""
 
 from __future__ import annotations
 
 import ctypes
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 Params = TypeVar("Params", bound=ctypes.Structure)
 
@@ -12,16 +12,22 @@ Params = TypeVar("Params", bound=ctypes.Structure)
 class Launcher(Generic[Params]):
     """The functions ``sinkexport_NAME``, ``.._problem`` and ``.._params_bytes`` of a built library.
 
+    A subclass says NAME and PARAMS, the struct.
+
     Raises:
         OSError: the library cannot be loaded.
         RuntimeError: it was built from another version of the struct.
     """
 
-    def __init__(self, library: Path, name: str, params: type[Params]) -> None:
-        functions = ctypes.CDLL(str(library))
-        self._launch = getattr(functions, f"sinkexport_{name}")
-        self._problem = getattr(functions, f"sinkexport_{name}_problem")
-        params_bytes = getattr(functions, f"sinkexport_{name}_params_bytes")
+    NAME: ClassVar[str]
+    PARAMS: ClassVar[type[ctypes.Structure]]
+
+    def __init__(self, library: Path) -> None:
+        functions = self._functions = ctypes.CDLL(str(library))
+        self._launch = getattr(functions, f"sinkexport_{self.NAME}")
+        self._problem = getattr(functions, f"sinkexport_{self.NAME}_problem")
+        params_bytes = getattr(functions, f"sinkexport_{self.NAME}_params_bytes")
+        params = self.PARAMS
         pointer = ctypes.POINTER(params)
         self._launch.argtypes, self._launch.restype = [pointer, ctypes.c_void_p], ctypes.c_int
         self._problem.argtypes, self._problem.restype = [pointer], ctypes.c_char_p
@@ -40,3 +46,22 @@ class Launcher(Generic[Params]):
     def launch(self, params: Params, stream: int = 0) -> int:
         """Launches on a cudaStream_t; returns a cudaError_t, 0 for success."""
         return int(self._launch(ctypes.byref(params), stream))
+
+
+class LauncherWithWorkspace(Launcher[Params]):
+    """One more function, ``sinkexport_NAME_workspace_bytes``, and one more argument of a launch."""
+
+    def __init__(self, library: Path) -> None:
+        super().__init__(library)
+        pointer = ctypes.POINTER(self.PARAMS)
+        self._workspace_bytes = getattr(self._functions, f"sinkexport_{self.NAME}_workspace_bytes")
+        self._workspace_bytes.argtypes, self._workspace_bytes.restype = [pointer], ctypes.c_size_t
+        self._launch.argtypes = [pointer, ctypes.c_void_p, ctypes.c_void_p]
+
+    def workspace_bytes(self, params: Params) -> int:
+        """Device scratch that a launch needs."""
+        return int(self._workspace_bytes(ctypes.byref(params)))
+
+    def launch(self, params: Params, workspace: int = 0, stream: int = 0) -> int:  # type: ignore[override]
+        """Launches on a cudaStream_t; returns a cudaError_t, 0 for success."""
+        return int(self._launch(ctypes.byref(params), workspace, stream))

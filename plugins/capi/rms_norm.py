@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 
 from plugins.capi.library import Launcher
 
@@ -26,12 +25,6 @@ class RmsNormParams(ctypes.Structure):
 
 
 class RmsNorm(Launcher[RmsNormParams]):
-    """The functions of a built library.
+    """Of capi/rms_norm.cpp."""
 
-    Raises:
-        OSError: the library cannot be loaded.
-        RuntimeError: it was built from another version of the struct.
-    """
-
-    def __init__(self, library: Path) -> None:
-        super().__init__(library, "rms_norm", RmsNormParams)
+    NAME, PARAMS = "rms_norm", RmsNormParams

@@ -1,6 +1,7 @@
 // Words for what is wrong with a struct of parameters, on the host.
 #pragma once
 
+#include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <initializer_list>
@@ -10,10 +11,12 @@
 namespace sinkexport {
 
 // The text lives until this thread asks again.
-template <typename... Values>
-const char* explain(const char* format, Values... values) {
-  thread_local char text[160];
-  std::snprintf(text, sizeof text, format, values...);
+__attribute__((format(printf, 1, 2))) inline const char* explain(const char* format, ...) {
+  thread_local char text[200];
+  va_list values;
+  va_start(values, format);
+  std::vsnprintf(text, sizeof text, format, values);
+  va_end(values);
   return text;
 }
 

@@ -3,9 +3,8 @@
 #include "sink_attention.h"
 
 #include <cmath>
-#include <cstdarg>
-#include <cstdio>
 
+#include "problem.h"
 #include "sink_attention_kernel.cuh"
 
 namespace sinkexport {
@@ -137,8 +136,8 @@ __global__ void __launch_bounds__(kThreads) writeChunk(const __grid_constant__ A
 template <DType kDType>
 __global__ void __launch_bounds__(kThreads) mergeSplits(const __grid_constant__ AttendArgs args) {
   extern __shared__ float outs[];  // [kWarps, D]
-  detail::waitForPreviousKernel();
-  detail::letNextKernelStart();
+  waitForEarlierKernels();
+  allowNextKernel();
   const SinkAttentionParams& p = args.p;
   const size_t row = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -309,18 +308,6 @@ struct Workspace {
   }
 };
 
-const char* problemOf(const char* format, ...) __attribute__((format(printf, 1, 2)));
-
-// The text lives until this thread asks again.
-const char* problemOf(const char* format, ...) {
-  static thread_local char text[200];
-  va_list values;
-  va_start(values, format);
-  vsnprintf(text, sizeof text, format, values);
-  va_end(values);
-  return text;
-}
-
 bool isMisaligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 != 0; }
 
 struct Named {
@@ -330,31 +317,31 @@ struct Named {
 };
 
 const char* shapeProblem(const SinkAttentionParams& p) {
-  if (p.batch < 1 || p.batch > 64) return problemOf("batch: received %d, expected 1 .. 64", p.batch);
+  if (p.batch < 1 || p.batch > 64) return explain("batch: received %d, expected 1 .. 64", p.batch);
   if (p.num_kv_heads < 1 || p.num_kv_heads > 1023) {
-    return problemOf("num_kv_heads: received %d, expected 1 .. 1023", p.num_kv_heads);
+    return explain("num_kv_heads: received %d, expected 1 .. 1023", p.num_kv_heads);
   }
   if (p.num_q_heads < 1 || p.num_q_heads % p.num_kv_heads != 0) {
-    return problemOf("num_q_heads: received %d, expected a multiple of num_kv_heads (%d)", p.num_q_heads,
+    return explain("num_q_heads: received %d, expected a multiple of num_kv_heads (%d)", p.num_q_heads,
                      p.num_kv_heads);
   }
   if (p.head_dim != 64 && p.head_dim != 80 && p.head_dim != 96 && p.head_dim != 128 && p.head_dim != 256) {
-    return problemOf("head_dim: received %d, expected 64, 80, 96, 128 or 256", p.head_dim);
+    return explain("head_dim: received %d, expected 64, 80, 96, 128 or 256", p.head_dim);
   }
-  if (p.num_sinks < 0) return problemOf("num_sinks: received %d, expected >= 0", p.num_sinks);
-  if (p.window_size < 1) return problemOf("window_size: received %d, expected >= 1", p.window_size);
+  if (p.num_sinks < 0) return explain("num_sinks: received %d, expected >= 0", p.num_sinks);
+  if (p.window_size < 1) return explain("window_size: received %d, expected >= 1", p.window_size);
   if (int64_t{p.num_sinks} + p.window_size > 65536) {
-    return problemOf("num_sinks + window_size: received %lld, expected at most 65536",
+    return explain("num_sinks + window_size: received %lld, expected at most 65536",
                      static_cast<long long>(int64_t{p.num_sinks} + p.window_size));
   }
   if (p.num_tokens < 1 || p.num_tokens > p.window_size) {
-    return problemOf("num_tokens: received %d, expected 1 .. window_size (%d)", p.num_tokens, p.window_size);
+    return explain("num_tokens: received %d, expected 1 .. window_size (%d)", p.num_tokens, p.window_size);
   }
   if (int64_t{p.batch} * p.num_q_heads * p.num_tokens > INT32_MAX) {
-    return problemOf("batch * num_q_heads * num_tokens: expected below 2^31; run shorter chunks");
+    return explain("batch * num_q_heads * num_tokens: expected below 2^31; run shorter chunks");
   }
   if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) {
-    return problemOf("dtype: received %d, expected 0 (float16) or 1 (bfloat16)", static_cast<int>(p.dtype));
+    return explain("dtype: received %d, expected 0 (float16) or 1 (bfloat16)", static_cast<int>(p.dtype));
   }
   return nullptr;
 }
@@ -364,33 +351,33 @@ const char* shapeProblem(const SinkAttentionParams& p) {
 const char* sinkAttentionProblem(const SinkAttentionParams& p) {
   if (const char* problem = shapeProblem(p)) return problem;
   if (!(p.scale > 0.0f) || !std::isfinite(p.scale)) {
-    return problemOf("scale: received %g, expected a finite number > 0", static_cast<double>(p.scale));
+    return explain("scale: received %g, expected a finite number > 0", static_cast<double>(p.scale));
   }
   if (!(p.softcap >= 0.0f) || !std::isfinite(p.softcap)) {
-    return problemOf("softcap: received %g, expected a finite number >= 0", static_cast<double>(p.softcap));
+    return explain("softcap: received %g, expected a finite number >= 0", static_cast<double>(p.softcap));
   }
   if ((p.shift_cos == nullptr) != (p.shift_sin == nullptr)) {
-    return problemOf("shift_cos, shift_sin: received one of them, expected both or neither");
+    return explain("shift_cos, shift_sin: received one of them, expected both or neither");
   }
   const bool has_rotation = p.frequency != nullptr || p.shift_cos != nullptr;
   if (p.frequency != nullptr && p.shift_cos != nullptr) {
-    return problemOf("frequency, shift_cos: received both, expected frequency alone (q, k unrotated) or shift alone");
+    return explain("frequency, shift_cos: received both, expected frequency alone (q, k unrotated) or shift alone");
   }
   if (has_rotation && (p.rotary_dim < 2 || p.rotary_dim > p.head_dim || p.rotary_dim % 2 != 0)) {
-    return problemOf("rotary_dim: received %d, expected an even number in 2 .. head_dim (%d)", p.rotary_dim, p.head_dim);
+    return explain("rotary_dim: received %d, expected an even number in 2 .. head_dim (%d)", p.rotary_dim, p.head_dim);
   }
   if (p.frequency != nullptr && !std::isfinite(p.rope_scaling)) {
-    return problemOf("rope_scaling: received %g, expected a finite number", static_cast<double>(p.rope_scaling));
+    return explain("rope_scaling: received %g, expected a finite number", static_cast<double>(p.rope_scaling));
   }
   if (p.sink_scale != nullptr && p.num_sinks < 1) {
-    return problemOf("sink_scale: received with num_sinks = 0, expected num_sinks >= 1");
+    return explain("sink_scale: received with num_sinks = 0, expected num_sinks >= 1");
   }
   if (p.stream_rows != 0 && (isPrefill(p) || p.stream_rows < p.num_q_heads)) {
-    return problemOf("stream_rows: received %d, expected 0, or num_q_heads (%d) or more in a step", p.stream_rows,
+    return explain("stream_rows: received %d, expected 0, or num_q_heads (%d) or more in a step", p.stream_rows,
                      p.num_q_heads);
   }
   if (p.gate != nullptr && p.gate_dim != 1 && p.gate_dim != p.head_dim) {
-    return problemOf("gate_dim: received %d, expected 1 or head_dim (%d)", p.gate_dim, p.head_dim);
+    return explain("gate_dim: received %d, expected 1 or head_dim (%d)", p.gate_dim, p.head_dim);
   }
   const bool has_sinks = p.num_sinks > 0;
   const Named all[] = {
@@ -402,9 +389,9 @@ const char* sinkAttentionProblem(const SinkAttentionParams& p) {
       {"alibi_slopes", p.alibi_slopes, false}, {"sink_logit", p.sink_logit, false},
       {"sink_scale", p.sink_scale, false}, {"gate", p.gate, false}};
   for (const Named& one : all) {
-    if (one.is_needed && one.pointer == nullptr) return problemOf("%s: received null, expected a pointer", one.name);
+    if (one.is_needed && one.pointer == nullptr) return explain("%s: received null, expected a pointer", one.name);
     if (isMisaligned(one.pointer)) {
-      return problemOf("%s: received %p, expected an address that 16 divides", one.name, one.pointer);
+      return explain("%s: received %p, expected an address that 16 divides", one.name, one.pointer);
     }
   }
   return nullptr;

@@ -16,6 +16,7 @@
 
 #include <type_traits>
 
+#include "overlap.cuh"
 #include "sink_attention_common.cuh"
 
 namespace sinkexport {
@@ -175,19 +176,6 @@ template <int kPending>
 __device__ void waitForCopies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-#endif
-}
-
-// The second kernel of a launch may start before the first has ended, and waits for its results where it needs them.
-__device__ inline void letNextKernelStart() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ inline void waitForPreviousKernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
@@ -440,8 +428,8 @@ struct Attend {
   }
 
   static __device__ void run(const AttendArgs& args) {
-    waitForPreviousKernel();
-    letNextKernelStart();
+    waitForEarlierKernels();
+    allowNextKernel();
     extern __shared__ uint4 shared[];
     const SinkAttentionParams& p = args.p;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from sinkrt import Session
 from sinkrt.contract import Manifest
 from sinkrt.ring import TURN
 
@@ -55,6 +56,16 @@ class PluginBundle:
             self.position += len(part)
         assert logits is not None
         return logits
+
+
+def errors_against(folder: Path, manifest: Manifest, reference: Path, vocab_size: int) -> np.ndarray:
+    """Of the plugin bundle in `folder` against ONNX Runtime, relative: chunks first, then steps past two wraps."""
+    ids = np.random.default_rng(1).integers(0, vocab_size, 34)
+    under_test = PluginBundle(folder, manifest)
+    with Session.load(reference) as session:
+        pairs = [(under_test.prefill(ids[:10]), session.prefill(ids[None, :10]).copy())]
+        pairs += [(under_test.step(ids[t : t + 1]), session.step(ids[t : t + 1]).copy()) for t in range(10, len(ids))]
+    return np.array([np.linalg.norm(got - want) / np.linalg.norm(want) for got, want in pairs])
 
 
 def _attention(oracles: dict[str, SinkAttentionOracle], manifest: Manifest) -> type[OpRun]:

@@ -21,9 +21,10 @@ from sinkexport.sink_tuning import ActPart, SinkTuningFile, TunedModel
 from sinkexport.sources import LoadedModel
 from sinkexport.tuned_attention import first_token_scaled
 from sinkexport.verify import verify
-from sinkrt import Session, UsageError
+from sinkrt import Session
 from sinkrt.contract import MANIFEST_NAME, load_manifest
 
+from tests.exporter.export_refusal import assert_export_refuses
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.reference.oracle import Act, SinkAttentionOracle
 
@@ -195,16 +196,9 @@ def broken(name: str = "llama", **changes: Any) -> str:
     ],
 )
 def test_export_refuses_in_one_line(content: str, options: dict[str, str], expected: str, tmp_path: Path) -> None:
-    file, options = tmp_path / "tuning.json", dict(options)
+    file = tmp_path / "tuning.json"
     file.write_text(content, encoding="utf-8")
-    tiny_model(options.pop("MODEL", "llama")).save_pretrained(tmp_path / "model")
-    words = [word for option in options.items() for word in option]
-    result = CliRunner().invoke(cli, ["export", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--window", "9",
-                                      "--sink-tuning", str(file), *words])  # fmt: skip
-    assert isinstance(result.exception, UsageError)
-    assert expected in str(result.exception)
-    assert "\n" not in str(result.exception)
-    assert not (tmp_path / "out").exists()
+    assert_export_refuses("--sink-tuning", file, options, expected, tmp_path)
 
 
 # --- analyze ----------------------------------------------------------------------------------------------------------

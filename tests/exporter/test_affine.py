@@ -28,6 +28,7 @@ from sinkexport.verify_quality import verify_quality
 from sinkrt import BundleError, Session, UsageError
 from sinkrt.contract import MANIFEST_NAME, Manifest, load_manifest
 
+from tests.exporter.export_refusal import assert_export_refuses
 from tests.exporter.test_budgets import budgets
 from tests.exporter.test_sink_tuning import GEOMETRY, tuning
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
@@ -282,15 +283,7 @@ def test_export_refuses_in_one_line(
         file.write_bytes(tensors)
     elif tensors is not None:
         safetensors.numpy.save_file(tensors, file, dict(metadata))
-    options = dict(options)
-    tiny_model(options.pop("MODEL", "llama")).save_pretrained(tmp_path / "model")
-    words = [word for option in options.items() for word in option]
-    result = CliRunner().invoke(cli, ["export", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--window", "9",
-                                      "--affine", str(file), *words])  # fmt: skip
-    assert isinstance(result.exception, UsageError)
-    assert expected in str(result.exception)
-    assert "\n" not in str(result.exception)
-    assert not (tmp_path / "out").exists()
+    assert_export_refuses("--affine", file, options, expected, tmp_path)
 
 
 def test_texts_are_compared_with_the_model_changed_alike(tmp_path: Path) -> None:

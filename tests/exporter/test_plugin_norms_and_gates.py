@@ -13,7 +13,7 @@ import torch
 from sinkexport.quant.recipe import load_recipe
 from sinkrt import Session
 
-from tests.exporter.plugin_evaluator import PluginBundle
+from tests.exporter.plugin_evaluator import PluginBundle, errors_against
 from tests.exporter.test_plugin_target import S, T, W, exported
 from tests.exporter.test_quantize import with_rounded_weights
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
@@ -102,12 +102,7 @@ def test_it_computes_what_the_onnx_bundle_does(name: str, tmp_path: Path) -> Non
     model = half_model(name)
     manifest = exported(model, tmp_path / "plugin", target="tensorrt", dtype="fp16")
     exported(model.float(), tmp_path / "onnx")
-    ids = np.random.default_rng(1).integers(0, VOCAB_SIZE, 34)
-    under_test = PluginBundle(tmp_path / "plugin", manifest)
-    with Session.load(tmp_path / "onnx") as session:
-        pairs = [(under_test.prefill(ids[:10]), session.prefill(ids[None, :10]).copy())]
-        pairs += [(under_test.step(ids[t : t + 1]), session.step(ids[t : t + 1]).copy()) for t in range(10, len(ids))]
-    errors = [np.linalg.norm(got - want) / np.linalg.norm(want) for got, want in pairs]
+    errors = errors_against(tmp_path / "plugin", manifest, tmp_path / "onnx", VOCAB_SIZE)
     assert max(errors) < 0.02
     assert np.median(errors) < 0.006
 

@@ -27,7 +27,7 @@ from sinkrt.contract import MANIFEST_NAME, PLUGIN_ABI, Manifest, load_manifest
 from sinkrt.engines import EngineHost, check_engine
 from sinkrt.errors import BackendError, BundleError, SinkError, UsageError
 
-from tests.exporter.plugin_evaluator import PluginBundle
+from tests.exporter.plugin_evaluator import PluginBundle, errors_against
 from tests.exporter.test_budgets import budgets
 from tests.exporter.test_calibrate import TEXT, calibrate, recipe
 from tests.exporter.test_engine import needs_tensorrt
@@ -85,12 +85,7 @@ def test_the_plugins_graph_computes_what_the_onnx_bundle_does(name: str, config:
     manifest = exported(wide_model(name, dtype), tmp_path / "plugin", target="tensorrt", **options)
     plain = wide_model(name, dtype) if "recipe" not in config else with_rounded_weights(wide_model(name, dtype))
     exported(plain, tmp_path / "onnx", **{key: value for key, value in config.items() if key != "recipe"})
-    ids = np.random.default_rng(1).integers(0, VOCAB_SIZE, 34)
-    under_test = PluginBundle(tmp_path / "plugin", manifest)
-    with Session.load(tmp_path / "onnx") as session:
-        pairs = [(under_test.prefill(ids[:10]), session.prefill(ids[None, :10]).copy())]
-        pairs += [(under_test.step(ids[t : t + 1]), session.step(ids[t : t + 1]).copy()) for t in range(10, len(ids))]
-    errors = [np.linalg.norm(got - want) / np.linalg.norm(want) for got, want in pairs]
+    errors = errors_against(tmp_path / "plugin", manifest, tmp_path / "onnx", VOCAB_SIZE)
     assert max(errors) < 0.01
     assert np.median(errors) < 0.004
 

@@ -23,6 +23,7 @@ from sinkexport.verify import verify
 from sinkrt import UsageError
 from sinkrt.contract import MANIFEST_NAME, load_manifest
 
+from tests.exporter.export_refusal import assert_export_refuses
 from tests.exporter.tiny_models import TINY, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 LAYERS, HEADS = 2, 6
@@ -95,14 +96,7 @@ def test_export_refuses_in_one_line(
     file = tmp_path / "tuning.json"
     if content is not None:
         file.write_text(content, encoding="utf-8")
-    options = dict(options)
-    tiny_model(options.pop("MODEL", "llama")).save_pretrained(tmp_path / "model")
-    words = [word for option in options.items() for word in option]
-    result = CliRunner().invoke(cli, ["export", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--window", "9",
-                                      "--sink-tuning", str(file), *words])  # fmt: skip
-    assert isinstance(result.exception, UsageError)
-    assert expected in str(result.exception)
-    assert not (tmp_path / "out").exists()
+    assert_export_refuses("--sink-tuning", file, options, expected, tmp_path)
 
 
 # --- tune -------------------------------------------------------------------------------------------------------------

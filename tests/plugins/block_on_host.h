@@ -15,14 +15,7 @@
 
 #include "overlap.cuh"  // launches too, which have fields of names that are taken here
 
-#undef __device__
-#undef __global__
-#undef __shared__
-#undef __launch_bounds__
-#define __device__
-#define __global__
-#define __shared__ static
-#define __launch_bounds__(threads)
+#include "cuda_words.h"
 #define threadIdx on_host::thread_index
 #define blockIdx on_host::block_index
 #define blockDim on_host::block_dim

@@ -9,14 +9,7 @@
 #include <random>
 #include <vector>
 
-#undef __device__
-#undef __global__
-#undef __shared__
-#undef __launch_bounds__
-#define __device__
-#define __global__
-#define __shared__ static
-#define __launch_bounds__(threads)
+#include "cuda_words.h"
 
 namespace {
 

@@ -14,9 +14,9 @@ import pytest
 from plugins.capi.sink_attention import DTYPES, SinkAttention, SinkAttentionParams
 from tests.golden import make_ring
 from tests.plugins.compiler import ROOT, needs_nvcc
+from tests.plugins.refusals import INVALID_VALUE, assert_refused
 from tests.plugins.sink_attention_library import build
 
-INVALID_VALUE = 1  # cudaErrorInvalidValue
 GOLDEN = json.loads(make_ring.PATH.read_text(encoding="utf-8"))
 NEEDED = ("q", "k", "v", "position", "window_k", "window_v", "sink_k", "sink_v", "out")
 
@@ -95,12 +95,7 @@ def test_what_can_be_launched(library, changes):
 @needs_nvcc
 @pytest.mark.parametrize(("changes", "expected"), REFUSED, ids=[str(changes) for changes, _ in REFUSED])
 def test_what_is_refused_and_why(library, changes, expected):
-    refused = params(**changes)
-    problem = library.problem(refused)
-    assert problem is not None
-    assert problem.startswith(expected)
-    assert "\n" not in problem
-    assert library.launch(refused, 1 << 44) == INVALID_VALUE  # before the device is asked for anything
+    assert_refused(library, params(**changes), expected, 1 << 44)
 
 
 @needs_nvcc

@@ -7,10 +7,10 @@ import pytest
 from plugins.capi.linear import DTYPES, WEIGHT_TYPES, Linear, LinearParams
 from tests.plugins.compiler import needs_nvcc
 from tests.plugins.linear_library import build
+from tests.plugins.refusals import INVALID_VALUE, assert_refused
 
 pytestmark = needs_nvcc
 
-INVALID_VALUE = 1  # cudaErrorInvalidValue
 POINTERS = ("x", "weight", "scale", "bias", "y")
 
 
@@ -63,12 +63,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("changes", "expected"), REFUSED, ids=[str(changes) for changes, _ in REFUSED])
 def test_what_is_refused_and_why(library, changes, expected):
-    refused = params(**changes)
-    problem = library.problem(refused)
-    assert problem is not None
-    assert problem.startswith(expected)
-    assert "\n" not in problem
-    assert library.launch(refused) == INVALID_VALUE  # before the device is asked for anything
+    assert_refused(library, params(**changes), expected)
 
 
 def test_workspace_holds_the_partial_sums_of_all_splits(library):

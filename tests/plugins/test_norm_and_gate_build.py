@@ -13,10 +13,10 @@ from plugins.capi.rms_norm import RmsNormParams
 from tests.plugins.compiler import needs_nvcc
 from tests.plugins.norm_and_gate_cases import GATE_CASES, NORM_CASES, GateCase, NormCase
 from tests.plugins.norm_and_gate_library import NormAndGate, build, build_on_host
+from tests.plugins.refusals import assert_refused
 
 pytestmark = needs_nvcc
 
-INVALID_VALUE = 1  # cudaErrorInvalidValue
 
 
 @pytest.fixture(scope="module")
@@ -78,20 +78,12 @@ REFUSED_GATES = [
 
 @pytest.mark.parametrize(("changes", "expected"), REFUSED_NORMS, ids=str)
 def test_norms_that_are_refused_and_why(library: NormAndGate, changes: dict[str, Any], expected: str) -> None:
-    problem = library.norm.problem(norm(**changes))
-    assert problem is not None
-    assert problem.startswith(expected)
-    assert "\n" not in problem
-    assert library.norm.launch(norm(**changes)) == INVALID_VALUE  # before the device is asked for anything
+    assert_refused(library.norm, norm(**changes), expected)
 
 
 @pytest.mark.parametrize(("changes", "expected"), REFUSED_GATES, ids=str)
 def test_gates_that_are_refused_and_why(library: NormAndGate, changes: dict[str, Any], expected: str) -> None:
-    problem = library.gate.problem(gate(**changes))
-    assert problem is not None
-    assert problem.startswith(expected)
-    assert "\n" not in problem
-    assert library.gate.launch(gate(**changes)) == INVALID_VALUE
+    assert_refused(library.gate, gate(**changes), expected)
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -32,12 +32,21 @@ def is_weight(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and value.const_value is not None
 
 
-def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
-    """The standard operator `op_type` that alone reads `value`."""
+def only_user(value: ir.Value, op_type: str | None = None) -> ir.Node | None:
+    """The standard operator `op_type`, or any if that is None, that alone reads `value`."""
     uses = list(value.uses())
-    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != op_type or uses[0].node.domain:
+    if len(uses) != 1 or value.is_graph_output() or uses[0].node.domain:
         return None
-    return uses[0].node
+    return uses[0].node if op_type in (None, uses[0].node.op_type) else None
+
+
+def split_source(parts: Sequence[ir.Value]) -> ir.Value | None:
+    """What one Split cut along its last axis into just `parts`, in order; None: nothing did."""
+    split = parts[0].producer()
+    if split is None or split.op_type != "Split" or split.domain or list(split.outputs) != list(parts):
+        return None
+    axis = split.attributes["axis"].as_int() if "axis" in split.attributes else 0
+    return split.inputs[0] if axis in (-1, len(known_shape(parts[0])) - 1) else None
 
 
 def typed(value: ir.Value, shape: Sequence[int], dtype: ir.DataType | None) -> ir.Value:

@@ -118,11 +118,11 @@ class StreamStep(torch.nn.Module):
 
     def sink_scale(self, layer: int) -> torch.Tensor | None:
         """float32 [Hq], or None if the layer attends to its sinks as the model does."""
-        return dict(self.named_buffers(recurse=False)).get(f"sink_scale_{layer}")
+        return getattr(self, f"sink_scale_{layer}", None)
 
     def calibrated(self, layer: int) -> torch.Tensor | None:
         """float32 [Hq] of 0 and 1: heads whose later sinks are scaled down; None: none."""
-        return dict(self.named_buffers(recurse=False)).get(f"calibrated_{layer}")
+        return getattr(self, f"calibrated_{layer}", None)
 
     def empty_state(self, place: Place, kind: str) -> torch.Tensor:
         """One state tensor before the first token: [B, Hkv, S or W, D], [B, Hkv, W] if it holds scales,

@@ -61,8 +61,7 @@ class Int8StepAttention(StepAttention):
         values, scale = window[1], self._scales(window[3])
         heads = (self.batch, self.num_kv_heads, self.group, self.window_size)
         weights = b.op("Mul", [as_float(b, b.reshape(weights, heads)), scale])  # >= 0, as softmax gives them
-        is_affine = self.affine_scale is not None or self.affine_bias is not None
-        out = self._integer_product(weights, b.op("Abs", [weights]) if is_affine else weights, values)
+        out = self._integer_product(weights, b.op("Abs", [weights]) if self.has_affine else weights, values)
         return b.reshape(cast(b, out, self.q.dtype), (*self._grouped, 1, self.head_dim))
 
     def _scales(self, state: ir.Value) -> ir.Value:

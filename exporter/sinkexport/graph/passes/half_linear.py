@@ -7,7 +7,7 @@ import onnx_ir as ir
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, lazy_weight, replace_node
 from sinkexport.graph.operators import DOMAIN, HALF_LINEAR
-from sinkexport.graph.passes.plugin_operators import PLUGIN_VERSION
+from sinkexport.graph.passes.plugin_operators import PLUGIN_ATTRIBUTES
 from sinkexport.graph.passes.products import Product, find_products
 from sinkexport.graph.passes.weights import bias_addition, weight_operand
 
@@ -40,8 +40,7 @@ def _replace(graph: ir.Graph, product: Product) -> None:
     b = Builder(graph)
     out = b.op(
         HALF_LINEAR, [product.x, weight, *([] if bias is None else [bias])], known_shape(result), product.dtype,
-        domain=DOMAIN, num_outputs=product.width, has_bias=int(bias is not None), plugin_version=PLUGIN_VERSION,
-        plugin_namespace="",
+        domain=DOMAIN, num_outputs=product.width, has_bias=int(bias is not None), **PLUGIN_ATTRIBUTES,
     )  # fmt: skip
     replace_node(product.node if addition is None else addition, b.nodes, [out])
     if addition is not None:

@@ -7,7 +7,7 @@ import dataclasses
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape
+from sinkexport.graph.edit import known_shape, only_user
 
 BY_TOKEN = (0, 2, 1, 3)
 """[B, Hq, T, D] -> [B, T, Hq, D]."""
@@ -34,7 +34,7 @@ def find_output_gate(attention: ir.Node) -> OutputGate | None:
     batch, heads, tokens, head_dim = known_shape(value)
     split, joined = (batch, tokens, heads, head_dim), (batch, tokens, heads * head_dim)
     is_by_token = 1 in (heads, tokens)  # the transposition is a Reshape then
-    while (node := _only_user(value)) is not None:
+    while (node := only_user(value)) is not None:  # were there others, the gate might be computed from the attention
         if node.op_type == "Transpose" and not is_by_token and tuple(node.attributes["perm"].as_ints()) == BY_TOKEN:
             is_by_token = True
         elif node.op_type == "Mul":
@@ -65,11 +65,3 @@ def _gate(value: ir.Value, product: ir.Node, split: tuple[int, ...]) -> OutputGa
     if known_shape(gate) != shape and (shape != split or known_shape(gate) != (*split[:3], 1)):
         return None
     return OutputGate(gate, value, product) if gate.dtype == value.dtype else None
-
-
-def _only_user(value: ir.Value) -> ir.Node | None:
-    """If there were others, the gate itself might be computed from the attention."""
-    uses = list(value.uses())
-    if len(uses) != 1 or value.is_graph_output() or uses[0].node.domain:
-        return None
-    return uses[0].node

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from sinkexport.graph.edit import known_shape, replace_node, static_shape, typed
+from sinkexport.graph.edit import known_shape, only_user, replace_node, split_source, static_shape, typed
 from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION
 from sinkexport.graph.passes.attention_parts import operand
 
@@ -27,11 +27,8 @@ def _pack(node: ir.Node) -> bool:
     out = node.outputs[0]
     batch, num_heads, num_tokens, head_dim = known_shape(out)
     wanted = (batch, 1, num_heads * head_dim)
-    uses = list(out.uses())
-    if product is None or num_tokens != 1 or len(uses) != 1 or out.is_graph_output():
-        return False
-    view = uses[0].node
-    if view.op_type != "Reshape" or view.domain or static_shape(view.outputs[0]) != wanted:
+    view = only_user(out, "Reshape")
+    if product is None or num_tokens != 1 or view is None or static_shape(view.outputs[0]) != wanted:
         return False
     attributes = {**node.attributes, "packed_width": ir.AttrInt64("packed_width", num_heads * head_dim)}
     inputs = [product, *node.inputs[3:]]
@@ -47,16 +44,12 @@ def _pack(node: ir.Node) -> bool:
 
 def _whole(parts: list[ir.Value]) -> ir.Value | None:
     """[B, 1, N], if `parts` are views of all that one Split made of its last axis, in order."""
-    split, pieces = None, []
+    pieces = []
     for part in parts:
         view = part.producer()
         if view is None or view.op_type != "Reshape" or view.domain or view.inputs[0] is None:
             return None
         pieces.append(view.inputs[0])
-        split = split or view.inputs[0].producer()
-    if split is None or split.op_type != "Split" or split.domain or list(split.outputs) != pieces:
-        return None
-    whole = operand(split, 0)
-    shape = known_shape(whole)
-    axis = split.attributes["axis"].as_int() if "axis" in split.attributes else 0
-    return whole if len(shape) == 3 and shape[1] == 1 and axis in (2, -1) else None
+    whole = split_source(pieces)
+    shape = () if whole is None else known_shape(whole)
+    return whole if len(shape) == 3 and shape[1] == 1 else None

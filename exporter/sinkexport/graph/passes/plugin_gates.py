@@ -11,9 +11,9 @@ import dataclasses
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape, only_user, replace_node
+from sinkexport.graph.edit import known_shape, only_user, replace_node, split_source
 from sinkexport.graph.operators import DOMAIN, GATED_ACTIVATION
-from sinkexport.graph.passes.plugin_operators import PLUGIN_VERSION
+from sinkexport.graph.passes.plugin_operators import PLUGIN_ATTRIBUTES
 
 HALF = ir.DataType.FLOAT16
 WIDTH_MULTIPLE = 8
@@ -65,20 +65,10 @@ def _match(node: ir.Node) -> _Gate | None:
 
 
 def _replace(graph: ir.Graph, found: _Gate) -> None:
-    b, merged = Builder(graph), _merged(found)
+    b, merged = Builder(graph), split_source([found.gate, found.up])  # the rows gate | up as one product made them
     shape = known_shape(found.gate)
     out = b.op(
         GATED_ACTIVATION, [found.gate, found.up] if merged is None else [merged], shape, HALF, domain=DOMAIN,
-        activation=found.activation, width=shape[-1], is_merged=int(merged is not None), plugin_version=PLUGIN_VERSION,
-        plugin_namespace="",
+        activation=found.activation, width=shape[-1], is_merged=int(merged is not None), **PLUGIN_ATTRIBUTES,
     )  # fmt: skip
     replace_node(found.last, b.nodes, [out])
-
-
-def _merged(found: _Gate) -> ir.Value | None:
-    """The rows gate | up as one product made them."""
-    split = found.gate.producer()
-    if split is None or split.op_type != "Split" or split.domain or list(split.outputs) != [found.gate, found.up]:
-        return None
-    axis = split.attributes["axis"].as_int() if "axis" in split.attributes else 0
-    return split.inputs[0] if axis in (-1, len(known_shape(found.gate)) - 1) else None

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from sinkexport.graph.edit import known_shape, only_user, replace_node, typed
 from sinkexport.graph.operators import DOMAIN, RMS_NORM
 from sinkexport.graph.passes.norms import RmsNorm, find_rms_norms
-from sinkexport.graph.passes.plugin_operators import PLUGIN_VERSION
+from sinkexport.graph.passes.plugin_operators import PLUGIN_ATTRIBUTES
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 LENGTH_MULTIPLE, MAX_LENGTH = 8, 32768
@@ -48,7 +48,7 @@ def _replace(norm: RmsNorm, last: ir.Node) -> None:
     node = ir.node(
         RMS_NORM, inputs,
         {"epsilon": norm.epsilon, "has_residual": int(addition is not None),
-         "float_weight": int(norm.scale.dtype == FLOAT), "plugin_version": PLUGIN_VERSION, "plugin_namespace": ""},
+         "float_weight": int(norm.scale.dtype == FLOAT), **PLUGIN_ATTRIBUTES},
         domain=DOMAIN, num_outputs=1 if addition is None else 2,
     )  # fmt: skip
     for output in node.outputs:

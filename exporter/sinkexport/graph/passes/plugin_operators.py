@@ -8,6 +8,7 @@ everything that belongs to it, the rotation of queries and keys included.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +20,9 @@ from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION, STREAM_ANGLES
 from sinkexport.graph.passes.attention_parts import operand, optional
 from sinkexport.graph.passes.output_gate import absorb, find_output_gate
 
-PLUGIN_VERSION = "1"
+PLUGIN_ATTRIBUTES: Mapping[str, str] = {"plugin_version": "1", "plugin_namespace": ""}
+"""Of every node: by them and its name TensorRT's parser finds the plugin."""
+
 WORD_BITS = 16
 """A position is given as t >> 16 and t & 0xffff."""
 
@@ -134,8 +137,7 @@ def _use_plugin(graph: ir.Graph, node: ir.Node) -> None:
         "has_sink_logit": int(sink_logit is not None),
         "has_sink_scale": int(sink_scale is not None),
         "has_gate": int(gate is not None),
-        "plugin_version": PLUGIN_VERSION,
-        "plugin_namespace": "",
+        **PLUGIN_ATTRIBUTES,
     }
     plugin = ir.node(SINK_ATTENTION, inputs, attributes, domain=DOMAIN, num_outputs=1 + len(states))
     b.nodes.append(plugin)

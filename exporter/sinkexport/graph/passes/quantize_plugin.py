@@ -9,7 +9,7 @@ from sinkrt.errors import UsageError, problem
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, replace_node
 from sinkexport.graph.operators import DOMAIN, INT8_LINEAR, INT8_ROWS
-from sinkexport.graph.passes.plugin_operators import PLUGIN_VERSION
+from sinkexport.graph.passes.plugin_operators import PLUGIN_ATTRIBUTES
 from sinkexport.graph.passes.products import Product
 from sinkexport.graph.passes.quantize_qdq import QdqForm
 from sinkexport.graph.passes.quantized_weight import QuantizedWeight
@@ -36,8 +36,7 @@ class PluginForm(QdqForm):
         inputs = [b.cast(product.x, half), self._packed(weight), self._scales(weight)]
         out = b.op(
             INT8_LINEAR, inputs if bias is None else [*inputs, bias], known_shape(result), half, domain=DOMAIN,
-            num_outputs=weight.num_outputs, has_bias=int(bias is not None), plugin_version=PLUGIN_VERSION,
-            plugin_namespace="",
+            num_outputs=weight.num_outputs, has_bias=int(bias is not None), **PLUGIN_ATTRIBUTES,
         )  # fmt: skip
         if addition is not None:
             replace_node(addition, [], [result])
@@ -51,7 +50,7 @@ class PluginForm(QdqForm):
         b = Builder(self.graph)
         rows = b.op(
             INT8_ROWS, [ids, self._packed(weight), self._scales(weight)], known_shape(result), ir.DataType.FLOAT16,
-            domain=DOMAIN, row_length=weight.num_inputs, plugin_version=PLUGIN_VERSION, plugin_namespace="",
+            domain=DOMAIN, row_length=weight.num_inputs, **PLUGIN_ATTRIBUTES,
         )  # fmt: skip
         replace_node(node, b.nodes, [b.cast(rows, result.dtype or ir.DataType.FLOAT)])
 

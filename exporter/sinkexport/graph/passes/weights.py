@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import is_weight, known_shape, lazy_weight, replace_node
+from sinkexport.graph.edit import is_weight, known_shape, lazy_weight, only_user, replace_node
 
 ROWS = "rows"
 """Key in the metadata of a weight [K, N] that was made here: the tensors [n, K] of which it is the transpose, in order,
@@ -109,11 +109,9 @@ def _merge(graph: ir.Graph, x: ir.Value, matmuls: list[ir.Node]) -> None:
 
 def bias_addition(product: ir.Value) -> ir.Node | None:
     """The Add of a 1-D weight that is the only reader of `product`."""
-    uses = list(product.uses())
-    if len(uses) != 1 or uses[0].node.op_type != "Add" or uses[0].node.domain or product.is_graph_output():
-        return None
-    other = weight_operand(uses[0].node)
-    return uses[0].node if other is not None and known_shape(other) == known_shape(product)[-1:] else None
+    addition = only_user(product, "Add")
+    other = weight_operand(addition)
+    return addition if other is not None and known_shape(other) == known_shape(product)[-1:] else None
 
 
 def weight_operand(node: ir.Node | None) -> ir.Value | None:
