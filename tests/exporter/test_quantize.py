@@ -60,14 +60,21 @@ class OneProduct:
         out.dtype, out.name = ir.DataType.FLOAT, "y"
         graph = ir.Graph([x, position], [out], nodes=[node], initializers=[matrix], opset_imports={"": 24})
         self.graph = graph
+        self.for_ort = form == "ort"
         self.product = Product(node, x, matrix, (("w", weight.source),), False)
         self.form = FORMS[form](graph, position, num_sinks)
 
     def run(self, x: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """As the graph says. Q/DQ is for TensorRT: ONNX Runtime's fusions of it saturate on CPUs without VNNI."""
         self.graph.initializers.pop("w.T", None)
+        options = ort.SessionOptions()
+        if not self.for_ort:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         model = ir.Model(self.graph, ir_version=11)
         common.NameFixPass()(model)
-        session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
         given = {i.name: {"x": x, "position": position}[i.name] for i in session.get_inputs()}
         return session.run(None, given)[0]
 
@@ -211,20 +218,22 @@ def plain_steps(graph: Path) -> Callable[[np.ndarray, int], np.ndarray]:
 def test_a_tensorrt_bundle_with_int8_weights_is_the_model_with_rounded_weights(name: str, tmp_path: Path) -> None:
     """Q/DQ graphs say floating-point arithmetic, so the rounded weights are all that differs.
 
-    By default ONNX Runtime makes INT8 products of them, which round their inputs as well: its optimiser is off here.
+    Left to itself, ONNX Runtime makes INT8 products of them, which round their inputs as well: a session forbids that.
     """
     recipe = load_recipe("int8-channel")
-    exported(tiny_model(name), tmp_path / "q", recipe, target="tensorrt", native=True, batch=2).close()
-    step = plain_steps(tmp_path / "q" / "decode.onnx")
-    with exported(with_rounded_weights(tiny_model(name)), tmp_path / "f", None, batch=2) as rounded:
-        for position, ids in enumerate(random_ids(2, 20).T):
-            got, want = step(ids, position), rounded.step(ids)
+    with (
+        exported(tiny_model(name), tmp_path / "q", recipe, target="tensorrt", native=True, batch=2) as session,
+        exported(with_rounded_weights(tiny_model(name)), tmp_path / "f", None, batch=2) as rounded,
+    ):
+        for ids in random_ids(2, 20).T:
+            got, want = session.step(ids), rounded.step(ids)
             assert np.abs(got - want).max() < 1e-4 * want.std()
 
 
 @pytest.mark.parametrize("recipe", ["int8-weights", "int8-dynamic", "int4-nearest"])
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt_neox", "phi", "gemma2", "qwen2"])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "batch"), [("llama", 1), ("llama-tied", 2), ("gpt_neox", 1), ("phi", 2), ("gemma2", 1), ("qwen2", 2)]
+)
 def test_prefill_gives_what_steps_give(recipe: str, name: str, batch: int, tmp_path: Path) -> None:
     with exported(tiny_model(name), tmp_path / "b", load_recipe(recipe), batch=batch) as session:
         ids = random_ids(batch, 23)
@@ -233,7 +242,9 @@ def test_prefill_gives_what_steps_give(recipe: str, name: str, batch: int, tmp_p
         for start, end in ((0, 1), (1, 6), (6, 7), (7, 23)):
             got = session.prefill(ids[:, start:end])
             # A number between two codes may be rounded either way: see the sharp softmax of tiny random models.
-            assert np.abs(got - steps[end - 1]).max() < 2e-2 * got.std()
+            difference = np.abs(got - steps[end - 1])
+            assert difference.max() < 5e-2 * got.std()
+            assert difference.mean() < 1e-2 * got.std()
 
 
 def test_float16_bundles_take_recipes_too(tmp_path: Path) -> None:

@@ -307,6 +307,9 @@ def open_graph(path: Path, threads: int | None, providers: list[Any], *, repack:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     # Threads spin while a step runs and sleep between steps: the host has other work to do on its cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Graphs for TensorRT have Q/DQ nodes: they are computed as they stand. The INT8 products that ONNX Runtime makes of
+    # them round inputs that the graph does not round, and saturate at 16 bits on x86 without VNNI.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not repack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if threads is not None:

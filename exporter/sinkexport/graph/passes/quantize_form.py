@@ -35,11 +35,6 @@ class FormParts:
             lazy_weight(self.graph, name, dtype, shape, make)
         return self.graph.initializers[name]
 
-    def matrix(self, weight: QuantizedWeight) -> ir.Value:
-        """int8 [K, N]."""
-        shape = (weight.num_inputs, weight.num_outputs)
-        return self.lazy(weight, "int8", ir.DataType.INT8, shape, lambda: np.ascontiguousarray(weight.integers().T))
-
     def is_sink(self, before: ir.Node, rows: tuple[int, ...]) -> ir.Value:
         """bool [*rows, 1]: whether a token of the run, at position + 0 .. T-1 of its stream, is a sink."""
         batch = known_shape(self.position)[0]

@@ -9,7 +9,10 @@ Dynamic: DynamicQuantizeMatMul has one scale for all tokens of its input, so it 
 quantised one by one, by the same formula, and multiplied by MatMulInteger. Static: MatMulIntegerToFloat. These kernels
 take float32 only.
 
-INT8 inputs are unsigned with zero point 128 where they are static: on x86 the kernels for signed ones are slow.
+INT8 inputs are unsigned with zero point 128 where they are static: on x86 the kernels for signed ones are slow. The
+weights of those products are unsigned with zero point 128 too: without VNNI, ONNX Runtime multiplies unsigned inputs by
+signed weights with an instruction that saturates sums of two products at 16 bits, which is wrong by up to a sixth of
+the result. With unsigned weights every processor's sums are exact, and VNNI's and Arm's kernels lose nothing.
 """
 
 from __future__ import annotations
@@ -76,13 +79,14 @@ class OrtForm(FormParts):
         """x @ W, each token of x rounded to 0 .. 255 with a scale and a zero point of its own."""
         b = Builder(self.graph)
         x, rows, shape = b.cast(product.x, ir.DataType.FLOAT), product.num_rows, known_shape(product.node.outputs[0])
-        matrix, scales = self.matrix(weight), self._scales(weight)
+        matrix, zeros, scales = self._unsigned(weight), self._zero_point(), self._scales(weight)
         if rows == 1:
-            out = b.op("DynamicQuantizeMatMul", [x, matrix, scales], shape, x.dtype, domain=DOMAIN)
+            out = b.op("DynamicQuantizeMatMul", [x, matrix, scales, zeros], shape, x.dtype, domain=DOMAIN)
         else:
             quantized, scale, zero = _quantized_rows(b, x)
-            sums = b.op("MatMulInteger", [quantized, matrix], shape, ir.DataType.INT32)
-            # MatMulInteger takes one zero point for all rows only: its share is subtracted here.
+            # MatMulInteger takes one zero point for all rows only: zero here; each row's share is subtracted below.
+            nothing = constant(self.graph, np.asarray(0, np.uint8), "no_zero_point")
+            sums = b.op("MatMulInteger", [quantized, matrix, nothing, zeros], shape, ir.DataType.INT32)
             offset = b.op("Mul", [zero, self._column_sums(weight)])
             products = b.op("Sub", [b.cast(sums, ir.DataType.FLOAT), offset])
             out = b.op("Mul", [b.op("Mul", [products, scale]), scales])
@@ -95,10 +99,10 @@ class OrtForm(FormParts):
         step, before, after = self._static_scale(b, product, scale)
         if before is not None:
             x = b.op("Mul", [x, before])
-        zero = constant(self.graph, np.asarray(ZERO_POINT, np.uint8), "zero_point")
+        zero = self._zero_point()
         quantized = b.op("QuantizeLinear", [x, step, zero], known_shape(x), ir.DataType.UINT8)
         out = b.op("MatMulIntegerToFloat",
-                   [quantized, self.matrix(weight), step, self._scales(weight), zero],
+                   [quantized, self._unsigned(weight), step, self._scales(weight), zero, zero],
                    shape, ir.DataType.FLOAT, domain=DOMAIN)  # fmt: skip
         if after is not None:
             out = b.op("Mul", [out, after])
@@ -137,6 +141,15 @@ class OrtForm(FormParts):
             parts.append(self.lazy(weight, "zero_points", ir.DataType.UINT8, zeros, lambda: packed_zeros(weight)))
         return parts
 
+    def _unsigned(self, weight: QuantizedWeight) -> ir.Value:
+        """uint8 [K, N]: integers from 0, zero point `ZERO_POINT`."""
+        shape = (weight.num_inputs, weight.num_outputs)
+        return self.lazy(weight, "uint8", ir.DataType.UINT8, shape,
+                         lambda: np.ascontiguousarray(_from_zero(weight.integers(), 8).T))  # fmt: skip
+
+    def _zero_point(self) -> ir.Value:
+        return constant(self.graph, np.asarray(ZERO_POINT, np.uint8), "zero_point")
+
     def _scales(self, weight: QuantizedWeight) -> ir.Value:
         """float32 [N]."""
         return self.lazy(weight, "scales", ir.DataType.FLOAT, (weight.num_outputs,),
@@ -163,7 +176,7 @@ def packed(weight: QuantizedWeight) -> np.ndarray:
     bits, block = weight.scheme.bits, block_size(weight)
     integers = weight.integers()  # [N, K]
     if weight.scheme.symmetric:
-        integers = (integers.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
+        integers = _from_zero(integers, bits)
     groups = -(-weight.num_inputs // block)
     if missing := groups * block - weight.num_inputs:
         zeros = weight.zero_points()
@@ -181,6 +194,11 @@ def packed_zeros(weight: QuantizedWeight) -> np.ndarray:
     if weight.scheme.bits == 8:
         return zeros
     return _nibbles(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)), constant_values=8))
+
+
+def _from_zero(integers: np.ndarray, bits: int) -> np.ndarray:
+    """Signed integers -> uint8, the zero point in the middle."""
+    return (integers.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
 
 
 def _nibbles(values: np.ndarray) -> np.ndarray:

@@ -64,7 +64,9 @@ class QdqForm(FormParts):
         shape = known_shape(product.node.outputs[0])
         if product.is_table:
             return b.op("Gemm", [x, self._rows(b, weight)], shape, x.dtype, transB=1)
-        return b.matmul(x, self._dequantized(b, weight, self.matrix(weight), axis=1))
+        matrix = self.lazy(weight, "int8", ir.DataType.INT8, (weight.num_inputs, weight.num_outputs),
+                           lambda: np.ascontiguousarray(weight.integers().T))  # fmt: skip
+        return b.matmul(x, self._dequantized(b, weight, matrix, axis=1))
 
     def _rows(self, b: Builder, weight: QuantizedWeight) -> ir.Value:
         """[N, K] in floating point."""

@@ -91,6 +91,8 @@ class Graph {
       api.call<ort::SetSessionExecutionMode>(made, kSequential);
       // Threads spin while a step runs and sleep between steps: the host has other work to do on its cores.
       api.call<ort::AddSessionConfigEntry>(made, "session.force_spinning_stop", "1");
+      // Q/DQ nodes are computed as they stand: see sinkrt/backends/ort.py.
+      api.call<ort::AddSessionConfigEntry>(made, "session.disable_quant_qdq", "1");
       if (!repack) api.call<ort::AddSessionConfigEntry>(made, "session.disable_prepacking", "1");
       if (threads > 0) api.call<ort::SetIntraOpNumThreads>(made, threads);
       OrtSession* session = nullptr;
