@@ -38,9 +38,8 @@ from sinkexport.bundle import (
 )
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.build import BuiltGraph, build_graph
-from sinkexport.graph.passes.plugin_operators import refuse_geometry, refuse_layers
+from sinkexport.graph.passes.plugin_operators import refuse_geometry
 from sinkexport.model.decoder import StreamStep, trace
-from sinkexport.model.experts import has_experts
 from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
 from sinkexport.progress import Report, silent
@@ -109,7 +108,6 @@ def export_loaded(
         _check_rings(config, rings)
         if config.has_plugins:
             refuse_geometry(shape.head_dim, config.batch, max(ring.capacity for ring in rings))
-            refuse_layers(experts=has_experts(model), linear=bool(shape.recurrent))
         if config.sink_tuning is not None:
             config.sink_tuning.check_model(type(model).__name__, shape.num_layers, shape.num_q_heads)
             config.sink_tuning.check_sinks(

@@ -1,6 +1,6 @@
 """Runs a bundle of the plugin form without TensorRT: ONNX's reference evaluator, the plugins in NumPy.
 
-SinkAttention is the float64 oracle, which keeps tokens of its own and knows nothing of rings; states pass through.
+SinkAttention is the float64 oracle, which keeps tokens of its own and knows nothing of rings; its states pass through.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from sinkrt import Session
-from sinkrt.contract import Manifest
+from sinkrt.contract import RECURRENT_KINDS, Manifest
 from sinkrt.ring import TURN
 
 from tests.reference.layers import gated_activation, rms_norm
@@ -42,7 +42,10 @@ class PluginBundle:
         words = np.tile([self.position >> 16, self.position & 0xFFFF], (len(ids), 1)).astype(np.int32)
         inputs = {"ids": ids[:, None].astype(np.int32), "position": words, **self._states}
         self.position += 1
-        return self._graphs["decode"].run(["logits"], inputs)[0]
+        recurrent = [state for state in self.manifest.states if state.kind in RECURRENT_KINDS]
+        logits, *after = self._graphs["decode"].run(["logits", *(state.output for state in recurrent)], inputs)
+        self._states.update({state.input: value for state, value in zip(recurrent, after, strict=True)})
+        return logits
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         """ids [N] of the only stream -> logits [1, vocab]."""
@@ -61,10 +64,13 @@ class PluginBundle:
 def errors_against(folder: Path, manifest: Manifest, reference: Path, vocab_size: int) -> np.ndarray:
     """Of the plugin bundle in `folder` against ONNX Runtime, relative: chunks first, then steps past two wraps."""
     ids = np.random.default_rng(1).integers(0, vocab_size, 34)
-    under_test = PluginBundle(folder, manifest)
+    under_test, prefilled = PluginBundle(folder, manifest), 10 if "prefill" in manifest.graphs else 0
     with Session.load(reference) as session:
-        pairs = [(under_test.prefill(ids[:10]), session.prefill(ids[None, :10]).copy())]
-        pairs += [(under_test.step(ids[t : t + 1]), session.step(ids[t : t + 1]).copy()) for t in range(10, len(ids))]
+        pairs = []
+        if prefilled:
+            pairs.append((under_test.prefill(ids[:prefilled]), session.prefill(ids[None, :prefilled]).copy()))
+        for token in ids[prefilled:, None]:
+            pairs.append((under_test.step(token), session.step(token).copy()))
     return np.array([np.linalg.norm(got - want) / np.linalg.norm(want) for got, want in pairs])
 
 

@@ -24,7 +24,7 @@ from sinkrt.errors import BackendError
 
 from tests.exporter.plugin_evaluator import PluginBundle
 from tests.exporter.test_budgets import budgets
-from tests.exporter.test_plugin_target import NEEDS_BUILD, S, W, exported
+from tests.exporter.test_plugin_target import NEEDS_BUILD, S, W, exported, plugin_nodes
 from tests.exporter.test_sink_tuning import tuning
 from tests.exporter.tiny_models import TINY, VOCAB_SIZE
 
@@ -201,7 +201,10 @@ class TestBuilding:
         exported(model_of(name, "fp16"), tmp_path / "b", target="tensorrt", dtype="fp16", **options)
         built = build_bundle(tmp_path / "b", BuildOptions(plugin_library))
         assert sorted(built) == ["decode", "prefill"]
-        assert all(report.layer_types["PLUGIN_V3"] == 2 for _, report in built.values())
+        for role, (_, report) in built.items():
+            nodes = plugin_nodes(tmp_path / "b", role)
+            assert nodes.count("SinkAttention") == 2
+            assert report.layer_types["PLUGIN_V3"] == len(nodes)
 
     def test_numbers_of_other_heads_are_refused(self, plugin_library: Path, tmp_path: Path) -> None:
         exported(model_of("bloom", "fp16"), tmp_path / "b", target="tensorrt", dtype="fp16", chunk_size=1)

@@ -39,6 +39,12 @@ from tests.real_model import smollm2_file
 S, W, T = 3, 9, 4
 NEEDS_BUILD = [needs_plugin_build, *needs_tensorrt]
 
+ONE_TOKEN = {"chunk_size": 1}
+EXPERTS_AND_LINEAR: dict[str, dict[str, Any]] = {
+    "mixtral": {}, "qwen3_moe": {}, "gpt_oss": {}, "qwen3_next": ONE_TOKEN, "qwen3_5_text": ONE_TOKEN,
+}  # fmt: skip
+"""Mixtures of experts, and layers of linear attention, which have states of their own and no chunks."""
+
 # Heads of 64: what the kernels start at. Small weights, so that float16 inputs of attention cost little.
 WIDE: dict[str, dict[str, Any]] = {
     "llama-tied": {"head_dim": 64},
@@ -47,6 +53,7 @@ WIDE: dict[str, dict[str, Any]] = {
     "llama-yarn": {"head_dim": 64},
     "phi3": {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
     "qwen2": {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
+    **{name: {"head_dim": 64} for name in EXPERTS_AND_LINEAR},
 }
 
 
@@ -75,6 +82,8 @@ def exported(model: Any, folder: Path, **config: Any) -> Manifest:
         ("llama-tied", {"budgets": budgets("llama-tied", ((9, 5), (4, 9)))}),
         ("llama-tied", {"dtype": "fp16"}),
         ("gpt_neox", {"dtype": "fp16"}),  # biases
+        *EXPERTS_AND_LINEAR.items(),
+        ("qwen3_next", {"dtype": "fp16", **ONE_TOKEN}),
     ],
     ids=str,
 )
@@ -141,6 +150,12 @@ def test_what_tensorrt_8_is_given(name: str, tmp_path: Path) -> None:
         assert {a.name: a.s for a in attentions[0].attribute if a.name.startswith("plugin_")} == {
             "plugin_version": b"1", "plugin_namespace": b"",
         }  # fmt: skip
+
+
+def plugin_nodes(folder: Path, role: str) -> list[str]:
+    """Kinds of the graph's nodes that are the plugin's."""
+    graph = onnx.load(folder / f"{role}.onnx", load_external_data=False).graph
+    return [node.op_type for node in graph.node if node.domain == "ai.sinkexport"]
 
 
 def operators(folder: Path, role: str = "decode") -> list[tuple[str, str]]:
@@ -228,8 +243,7 @@ class TestBuilding:
         built = build_bundle(tmp_path / "b", BuildOptions(None if native else plugin_library))
         assert sorted(built) == ["decode", "prefill"]
         for role, (facts, report) in built.items():
-            graph = onnx.load(tmp_path / "b" / f"{role}.onnx", load_external_data=False).graph
-            nodes = [node.op_type for node in graph.node if node.domain == "ai.sinkexport"]
+            nodes = plugin_nodes(tmp_path / "b", role)
             assert report.layer_types.get("PLUGIN_V3", 0) == len(nodes)
             assert native or len(nodes) >= 2
             assert native or (dtype == "fp16") == ({"RmsNorm", "GatedActivation"} <= set(nodes))
@@ -239,6 +253,16 @@ class TestBuilding:
         assert written == ["decode.engine", *plugin, "prefill.engine"]
         manifest = load_manifest(tmp_path / "b")
         assert manifest.engines == {role: facts for role, (facts, _) in built.items()}
+
+    @pytest.mark.parametrize(("name", "config"), EXPERTS_AND_LINEAR.items())
+    def test_experts_and_linear_attention_build(
+        self, name: str, config: dict, plugin_library: Path, tmp_path: Path
+    ) -> None:
+        exported(wide_model(name, "fp16"), tmp_path / "b", dtype="fp16", target="tensorrt", **config)
+        for role, (_, report) in build_bundle(tmp_path / "b", BuildOptions(plugin_library)).items():
+            nodes = plugin_nodes(tmp_path / "b", role)
+            assert "SinkAttention" in nodes
+            assert report.layer_types["PLUGIN_V3"] == len(nodes)
 
     def test_static_inputs_build(self, plugin_library: Path, tmp_path: Path) -> None:
         with_smooth(tmp_path / "b", chunk_size=1)

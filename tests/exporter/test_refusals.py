@@ -101,17 +101,6 @@ def test_linear_attention_of_more_than_one_stream(changes: dict[str, int], reaso
         export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 12, **changes))
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "reason"),
-    [("gpt_oss", {"head_dim": 64}, "experts"), ("mixtral", {"head_dim": 64}, "experts"),
-     ("qwen3_5_text", {"head_dim": 64}, "linear attention")],
-)
-def test_what_the_plugin_cannot_do(name: str, changes: dict[str, int], reason: str, tmp_path: Path) -> None:
-    model = tiny_model(name, **changes)
-    with pytest.raises(UsageError, match=f"{reason}.*--native"):
-        export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 12, target="tensorrt"))
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_named(value: float, tmp_path: Path) -> None:
     model = tiny_model("llama")

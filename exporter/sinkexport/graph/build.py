@@ -128,6 +128,9 @@ def prepare(model: ir.Model) -> None:
     """Shapes are known and small constants computed, which all other passes rely on."""
     fold_small_constants(model)
     complete_shapes(model)
+    if any(node.op_type in ("Shape", "CastLike") for node in model.graph):  # of what had no shape or type before
+        fold_small_constants(model)
+        complete_shapes(model)
     make_reshapes_static(model)
 
 

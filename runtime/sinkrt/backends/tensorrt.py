@@ -1,7 +1,9 @@
 """TensorRT (8.5, 8.6, 10, 11) or TensorRT-RTX over the engines that 'sinkexport build' put into a bundle.
 
-Steps and chunks are recorded as CUDA graphs where the version can; states are bound in place, input and output to one
-buffer. The engine decides which package is wanted: ``tensorrt`` or ``tensorrt_rtx``.
+Steps and chunks are recorded as CUDA graphs where the version can. States of attention are bound in place, input and
+output to one buffer; those of linear attention, which a step makes anew by standard operators, are copied back, since
+TensorRT promises nothing of the order within an engine but where an operator is made for it. The engine decides which
+package is wanted: ``tensorrt`` or ``tensorrt_rtx``.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 
 from sinkrt.backends.base import StateArray
 from sinkrt.backends.cuda import ALIGNMENT_BYTES, Cuda, DeviceArray, Staged
-from sinkrt.contract import Manifest, TensorSpec
+from sinkrt.contract import RECURRENT_KINDS, Manifest, TensorSpec
 from sinkrt.engines import PLUGIN_FILE, EngineHost, check_engine
 from sinkrt.errors import BackendError, problem
 from sinkrt.tensorrt_library import load_plugin, make_logger, one_line
@@ -54,14 +56,23 @@ class TensorrtBackend:
         self._has_plugin = manifest.plugin_abi is not None
         self._states = {s.input: self._cuda.zeros(TensorSpec(s.input, s.shape, s.dtype)) for s in manifest.states}
         self._outputs = {state.input: state.output for state in manifest.states}
+        after = {s.input: self._cuda.zeros(TensorSpec(s.output, s.shape, s.dtype))
+                 for s in manifest.states if s.kind in RECURRENT_KINDS}  # fmt: skip
         batch, vocab_size = manifest.stream.batch, manifest.model.vocab_size
         self._ids, self._position = np.zeros((batch, 1), np.int64), np.zeros(batch, np.int64)
         self._logits = Staged(self._cuda, TensorSpec("logits", (batch, vocab_size), "float32"))
         self._inputs = {role: self._staged(manifest, role) for role in manifest.graphs}
         decode = self._engines["decode"]
-        decode.bind({**self._devices("decode"), "logits": self._logits.device, **self._bound(self._states)})
-        decode.execute(self._cuda)  # what a first run does cannot be recorded
-        self._step = self._cuda.record(lambda: decode.execute(self._cuda)) or (lambda: decode.execute(self._cuda))
+        decode.bind({**self._devices("decode"), "logits": self._logits.device, **self._bound(self._states),
+                     **{self._outputs[name]: array for name, array in after.items()}})  # fmt: skip
+
+        def step() -> None:
+            decode.execute(self._cuda)
+            for name, array in after.items():
+                self._cuda.on_device(self._states[name].address, array.address, array.nbytes)
+
+        step()  # what a first run does cannot be recorded
+        self._step = self._cuda.record(step) or step
         self._chunks = [self._chunk(stream) for stream in range(batch)] if "prefill" in manifest.graphs else []
         self._cuda.synchronize()
         for state in self._states.values():

@@ -24,8 +24,9 @@ def fold_small_constants(model: ir.Model) -> None:
 
 _ELEMENTWISE = frozenset(
     ("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Reciprocal", "Sigmoid", "Tanh", "Neg", "Exp", "Erf", "Relu", "Gelu",
-     "Softmax", "Identity")
+     "Softmax", "Softplus", "Identity")
 )  # fmt: skip
+_COMPARISONS = frozenset(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
 
 
 def complete_shapes(model: ir.Model) -> None:
@@ -45,6 +46,13 @@ def complete_shapes(model: ir.Model) -> None:
             if len(left) >= 2 and len(right) >= 2:
                 leading = np.broadcast_shapes(left[:-2], right[:-2])
                 typed(node.outputs[0], (*leading, left[-2], right[-1]), dtype)
+        elif node.op_type == "Unsqueeze":
+            axes = node.inputs[1].const_value if len(node.inputs) == 2 and node.inputs[1] is not None else None
+            if axes is not None:
+                unit = np.expand_dims(np.broadcast_to(0, shapes[0] or ()), tuple(int(axis) for axis in axes.numpy()))
+                typed(node.outputs[0], unit.shape, dtype)
+        elif node.op_type in _COMPARISONS:
+            typed(node.outputs[0], np.broadcast_shapes(*(shape or () for shape in shapes)), ir.DataType.BOOL)
         elif node.op_type in _ELEMENTWISE:
             typed(node.outputs[0], np.broadcast_shapes(*(shape or () for shape in shapes)), dtype)
 

@@ -20,9 +20,10 @@ IR_VERSION = 8
 """ONNX 1.13, the first after opset 17."""
 
 SAME = frozenset(
-    ("Add", "Cast", "Clip", "Concat", "DequantizeLinear", "Div", "Erf", "Exp", "Expand", "Gather", "Gemm", "Less",
-     "MatMul", "Max", "Min", "Mul", "Neg", "Pow", "QuantizeLinear", "Reciprocal", "Relu", "Reshape", "Sigmoid", "Slice",
-     "Softmax", "Sqrt", "Sub", "Tanh", "Transpose", "Where")
+    ("Add", "Cast", "Clip", "Concat", "Conv", "DequantizeLinear", "Div", "Equal", "Erf", "Exp", "Expand", "Gather",
+     "Gemm", "Greater", "Less", "MatMul", "Max", "Min", "Mul", "Neg", "Pow", "QuantizeLinear", "Reciprocal",
+     "ReduceSum", "Relu", "Reshape", "ScatterElements", "Sigmoid", "Slice", "Softmax", "Softplus", "Sqrt", "Sub",
+     "Tanh", "TopK", "Transpose", "Where")
 )  # fmt: skip
 """Mean the same in both, as far as a bundle's graph uses them."""
 

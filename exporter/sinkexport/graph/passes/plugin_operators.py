@@ -49,20 +49,6 @@ def refuse_geometry(head_dim: int, batch: int, capacity: int) -> None:
                                  expected=f"at most {MAX_CAPACITY} tokens with the plugin"))  # fmt: skip
 
 
-def refuse_layers(*, experts: bool, linear: bool) -> None:
-    """Refuse layers that these graphs have no form of.
-
-    Raises: UsageError.
-    """
-    for what, present in (
-        ("mixtures of experts, which graphs with the plugin cannot choose from", experts),
-        ("linear attention, which graphs with the plugin have no operators for", linear),
-    ):
-        if present:
-            raise UsageError(problem("model", received=what, fix="use --native, which needs no plugin",
-                                     expected="softmax attention in every layer, without experts"))
-
-
 def use_plugins(model: ir.Model) -> None:
     """Give the traced graph the form above. Its first inputs are ids and position, its last one may be num_valid.
 

@@ -44,6 +44,8 @@ struct StateSpec {
   TensorSpec tensor() const { return {input, shape, dtype}; }
   int64_t bytes() const { return tensorBytes(shape, dtype); }
   int64_t rowBytes() const { return bytes() / shape[0]; }  // of one stream
+  // Of linear attention: a step makes all of it anew, by standard operators.
+  bool isRecurrent() const { return kind == "conv" || kind == "recurrent"; }
 };
 
 // One graph. `inputs` and `outputs` leave the states out.

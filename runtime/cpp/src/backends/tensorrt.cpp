@@ -424,7 +424,9 @@ class TensorrtBackend final : public Backend {
     weights_ = cuda::Memory(logits_bytes, "sampling");
     host_logits_ = cuda::Pinned(logits_bytes);
     for (const StateSpec& state : manifest_.states) {
-      states_.emplace_back(static_cast<size_t>(state.bytes()), "the cache");
+      const size_t bytes = static_cast<size_t>(state.bytes());
+      states_.emplace_back(bytes, "the cache");
+      next_.push_back(state.isRecurrent() ? cuda::Memory(bytes, "the cache") : cuda::Memory());
     }
     max_end_ids_ = std::max(kMinEndIds, static_cast<int64_t>(manifest_.model.eos_token_ids.size()));
 
@@ -471,7 +473,8 @@ class TensorrtBackend final : public Backend {
     decode().bind("logits", raw_logits_.data());
     for (size_t i = 0; i < states_.size(); ++i) {
       decode().bind(manifest_.states[i].input, states_[i].data());
-      decode().bind(manifest_.states[i].output, states_[i].data());  // the same: written in place
+      const bool in_place = next_[i].bytes() == 0;
+      decode().bind(manifest_.states[i].output, (in_place ? states_[i] : next_[i]).data());
     }
   }
 
@@ -515,15 +518,22 @@ class TensorrtBackend final : public Backend {
     }
   }
 
+  void runDecode() {
+    decode().run(*stream_);
+    for (size_t i = 0; i < states_.size(); ++i) {
+      if (next_[i].bytes() != 0) copy(states_[i].data(), next_[i].data(), next_[i].bytes());
+    }
+  }
+
   void runStep() {
     control_.upload(0, inputs_end_, *stream_);
-    decode().run(*stream_);
+    runDecode();
     check(cuda::launchCommit(sampling_, *stream_), "the commit kernel");
   }
 
   void runToken() {
     check(cuda::launchSample(sampling_, *stream_), "the sampling kernel");
-    decode().run(*stream_);
+    runDecode();
     check(cuda::launchCommit(sampling_, *stream_), "the commit kernel");
   }
 
@@ -616,6 +626,9 @@ class TensorrtBackend final : public Backend {
   std::map<std::string, std::unique_ptr<Engine>> engines_;
 
   std::vector<cuda::Memory> states_;  // as Manifest::states
+  // What a step makes of them, where it must not write to what it reads: TensorRT promises nothing of the order within
+  // an engine but where an operator is made for it. Empty: written in place.
+  std::vector<cuda::Memory> next_;
   cuda::Memory logits_;               // float32 [B, vocab] after each stream's last token
   cuda::Memory raw_logits_;           // the same as the engine writes it, idle streams included
   cuda::Memory weights_;              // float32 [B, vocab], scratch of sampling
