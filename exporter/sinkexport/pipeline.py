@@ -100,7 +100,6 @@ def export_loaded(
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
         report("probe", 0, 1)
         shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
-        config = _without_chunks(config) if shape.recurrent else config
         if config.budgets is not None:
             config.budgets.check_model(type(model).__name__, shape.num_layers, shape.num_kv_heads)
         caches = head_caches(config, shape)
@@ -257,18 +256,6 @@ def _check_model(model: Any, config: ExportConfig) -> None:
         if not bool(torch.isfinite(parameter).all()):
             raise UsageError(problem(f"weights '{name}'", received="NaN or Inf", expected="finite numbers",
                                      fix="check the model, or use --dtype fp32 if it overflows fp16"))  # fmt: skip
-
-
-def _without_chunks(config: ExportConfig) -> ExportConfig:
-    """The config for a model with linear attention, whose states every run of the graph moves on.
-
-    Raises: UsageError for what needs a run that leaves a stream alone: idle streams, and chunks that are not full.
-    """
-    for option, value in (("--batch", config.batch), ("--chunk", config.chunk_size or 1)):
-        if value != 1:
-            raise UsageError(problem(option, received=value, fix=f"use {option} 1",
-                                     expected="1 for a model with layers of linear attention"))  # fmt: skip
-    return dataclasses.replace(config, chunk_size=1)
 
 
 def _check_rings(config: ExportConfig, rings: Sequence[Ring]) -> None:

@@ -41,6 +41,9 @@ MASS_KIND = "attention_mass"
 RECURRENT_KINDS = ("conv", "recurrent")
 """States of a layer with linear attention instead of a cache."""
 
+NO_TOKEN = -1
+"""Id of a stream that stands still while others step, in models with such layers: their states know no positions."""
+
 TARGETS = ("onnx", "tensorrt")
 PLUGIN_ABI = "2"
 """Of the TensorRT plugins whose nodes this version writes: their names, inputs, outputs and fields."""

@@ -25,7 +25,7 @@ from sinkrt.answer import Answer, AnswerParams
 from sinkrt.arguments import integers, token_ids, valid_counts
 from sinkrt.backends import check_backend, load_backend
 from sinkrt.backends.base import Backend, StateArray
-from sinkrt.contract import Manifest, check_files, load_manifest
+from sinkrt.contract import NO_TOKEN, RECURRENT_KINDS, Manifest, check_files, load_manifest
 from sinkrt.errors import StateError, UsageError, problem
 from sinkrt.sampler import SamplingParams
 from sinkrt.state import read_state, save_state
@@ -60,7 +60,8 @@ class Session:
     """B streams over one bundle. Make one with `Session.load`; use one session a thread.
 
     Whatever interrupts a call (an error, Ctrl-C), the session stays consistent: `position` tells how many tokens
-    count, and a token that was cut short can be fed again.
+    count, and a token that was cut short can be fed again. Where it cannot, inside a chunk and in models with linear
+    attention, the stream says so until it is reset.
     """
 
     def __init__(
@@ -80,7 +81,8 @@ class Session:
         self._recent_ids = np.full((stream.batch, stream.capacity), -1, dtype=np.int64)
         self._streams = np.arange(stream.batch)
         self._chunk: tuple[int, int, npt.NDArray[np.int64]] | None = None  # (stream, position, ids) now running
-        self._damaged: set[int] = set()  # streams in the middle of whose chunk the backend failed
+        self._damaged: set[int] = set()  # streams that something has cut short where it cannot be repeated
+        self._is_recurrent = any(state.kind in RECURRENT_KINDS for state in manifest.states)
         self._tokenizer: Tokenizer | None = None
 
     @classmethod
@@ -244,6 +246,7 @@ class Session:
         """
         chosen = self._chosen(streams, damaged=True)
         # The position first: at 0 every slot is masked, so an interrupt cannot leave a stream that is half there.
+        self._hold(chosen)
         self._position[chosen] = 0
         self._recent_ids[chosen] = -1
         for state in self._loaded().states.values():
@@ -275,6 +278,7 @@ class Session:
         if shapes != {name: state.shape for name, state in copy.states.items()}:
             raise UsageError(problem("stream", received="a copy from another bundle", expected="one of this bundle",
                                      fix="use copy_stream of the same bundle"))  # fmt: skip
+        self._hold(self._streams[[stream]])
         self._position[stream] = 0  # as in `reset`; the copy's position comes last
         for name, state in backend.states.items():
             state[stream] = copy.states[name]
@@ -298,6 +302,7 @@ class Session:
         """
         kept = self._kept()
         tensors = read_state(Path(path), self._manifest)
+        self._hold(self._streams)
         self._position.fill(0)  # as in `reset`; the file's position comes last
         for name in [*(name for name in kept if name != "position"), "position"]:
             kept[name][...] = tensors[name]
@@ -395,6 +400,12 @@ class Session:
         backend = self._loaded()
         return {**backend.states, "logits": backend.logits, "recent_ids": self._recent_ids, "position": self._position}
 
+    def _hold(self, streams: npt.NDArray[np.int64]) -> None:
+        """What follows must reach its end, where there is linear attention: its states know no positions, so a token
+        that was cut short cannot be fed again, and a state that is not all there is not masked."""
+        if self._is_recurrent:
+            self._damaged.update(streams.tolist())
+
     def _chosen(self, streams: Sequence[int] | None, *, damaged: bool = False) -> npt.NDArray[np.int64]:
         """int64 [n]: the streams meant, all if None. `damaged` ones are refused unless allowed.
 
@@ -409,7 +420,7 @@ class Session:
                                      fix="use a stream of this bundle"))  # fmt: skip
         if not damaged and (broken := self._damaged.intersection(chosen.tolist())):
             raise StateError(
-                problem(f"stream {min(broken)}", received="one that an error cut short inside a chunk",
+                problem(f"stream {min(broken)}", received="one that an error cut short",
                         expected="a whole stream", fix="reset it, or load a saved state")
             )  # fmt: skip
         return chosen
@@ -419,18 +430,22 @@ class Session:
 
         The graph knows no idle streams. They take some token at the position that comes next: it lands in the slot
         of the token that this very position evicts, which nothing reads any more, and is overwritten when the
-        position is really taken.
+        position is really taken. Linear attention would keep it: there the graph is told by a negative id.
         """
         backend = self._loaded()
         idle = np.delete(self._streams, active) if active.size < self.batch else active[:0]
         kept_logits = backend.logits[idle]  # a copy
         backend.ids[active, 0] = ids
+        if self._is_recurrent:
+            backend.ids[idle, 0] = NO_TOKEN
         backend.position[...] = self._position
+        self._hold(active)
         backend.run()
         backend.logits[idle] = kept_logits
         self._recent_ids[active, self._position[active] % self.capacity] = ids
         # Last: until here the token does not count, and running its position again overwrites all that it wrote.
         self._position[active] += 1
+        self._damaged.difference_update(active.tolist())
         return backend.logits
 
     def _run_chunks(

@@ -61,11 +61,11 @@ def cpp_ids(cpp: CppRuntime, bundle: Path, prompt: list[int], count: int, *more:
 
 @pytest.fixture(scope="module", params=["llama", "int8-window", "budgets", "act", "qwen3_next"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny: a Llama with a prefill graph, its window in floating point, INT8, or of two lengths, its later sinks
+    """Tiny, with a prefill graph: a Llama, its window in floating point, INT8, or of two lengths, its later sinks
     calibrated, or not; linear attention."""
     name = "qwen3_next" if request.param == "qwen3_next" else "llama"
     windows = budgets("llama", ((WINDOW, 5), (5, WINDOW))) if request.param == "budgets" else None
-    config = ExportConfig(num_sink_tokens=SINKS, window_size=WINDOW, chunk_size=1 if name == "qwen3_next" else 5,
+    config = ExportConfig(num_sink_tokens=SINKS, window_size=WINDOW, chunk_size=5,
                           kv="int8" if request.param == "int8-window" else "fp", budgets=windows,
                           sink_tuning=tuning("llama") if request.param == "act" else None)  # fmt: skip
     folder = tmp_path_factory.mktemp("cpp") / "bundle"
@@ -100,10 +100,15 @@ def test_states_go_both_ways(cpp_runtime: CppRuntime, bundle: Path, tmp_path: Pa
     assert {path.name for path in tmp_path.iterdir()} == {"cpp", "python"}  # nothing left lying about
 
 
-def test_batch_of_streams_in_several_tokens_at_once(probe: Probe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["toy", "qwen3_5_text"])
+def test_batch_of_streams_in_several_tokens_at_once(name: str, probe: Probe, tmp_path: Path) -> None:
     """Three streams with prompts of their own; one of them ends its text and stands still while the others go on."""
-    bundle = build_toy(tmp_path / "toy", Toy(batch=3, chunk_size=4, num_sink_tokens=2, window_size=7, seed=3))
-    prompt = np.random.default_rng(1).integers(0, 256, (3, 21))
+    if name == "toy":
+        bundle = build_toy(tmp_path / "toy", Toy(batch=3, chunk_size=4, num_sink_tokens=2, window_size=7, seed=3))
+    else:  # linear attention, whose states must be told to stand still
+        bundle = tmp_path / "bundle"
+        exported(tiny_model(name), bundle, ExportConfig(2, 7, batch=3, chunk_size=4)).close()
+    prompt = np.random.default_rng(1).integers(0, VOCAB_SIZE, (3, 21))
     count = 40
     with Session.load(bundle, threads=1) as session:
         session.prefill(prompt)

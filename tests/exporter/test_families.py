@@ -10,7 +10,6 @@ import pytest
 import torch
 from sinkexport.config import ExportConfig
 from sinkexport.families import EXPORTED, markdown_table, rotates_by_length
-from sinkexport.model.recurrent import linear_layers
 from sinkexport.pipeline import export_loaded
 from sinkexport.reference import streaming_reference
 from sinkexport.sources import LoadedModel
@@ -63,7 +62,7 @@ def assert_streams_like_reference(session: Session, model: Any, ids: np.ndarray,
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_dense_and_streaming(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
-    config = ExportConfig(num_sink_tokens=4, window_size=12, batch=1 if linear_layers(model) else 2)
+    config = ExportConfig(num_sink_tokens=4, window_size=12, batch=2)
     ids = random_ids(config.batch, config.capacity + WRAPS * config.window_size + 3)
     with torch.no_grad():
         dense = model(torch.from_numpy(ids[:, : config.capacity])).logits.numpy()

@@ -39,11 +39,8 @@ from tests.real_model import smollm2_file
 S, W, T = 3, 9, 4
 NEEDS_BUILD = [needs_plugin_build, *needs_tensorrt]
 
-ONE_TOKEN = {"chunk_size": 1}
-EXPERTS_AND_LINEAR: dict[str, dict[str, Any]] = {
-    "mixtral": {}, "qwen3_moe": {}, "gpt_oss": {}, "qwen3_next": ONE_TOKEN, "qwen3_5_text": ONE_TOKEN,
-}  # fmt: skip
-"""Mixtures of experts, and layers of linear attention, which have states of their own and no chunks."""
+EXPERTS_AND_LINEAR = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next", "qwen3_5_text")
+"""Mixtures of experts, and layers of linear attention, which have states of their own."""
 
 # Heads of 64: what the kernels start at. Small weights, so that float16 inputs of attention cost little.
 WIDE: dict[str, dict[str, Any]] = {
@@ -82,8 +79,9 @@ def exported(model: Any, folder: Path, **config: Any) -> Manifest:
         ("llama-tied", {"budgets": budgets("llama-tied", ((9, 5), (4, 9)))}),
         ("llama-tied", {"dtype": "fp16"}),
         ("gpt_neox", {"dtype": "fp16"}),  # biases
-        *EXPERTS_AND_LINEAR.items(),
-        ("qwen3_next", {"dtype": "fp16", **ONE_TOKEN}),
+        *((name, {}) for name in EXPERTS_AND_LINEAR),
+        ("qwen3_next", {"dtype": "fp16"}),
+        ("qwen3_5_text", {"recipe": "int8-channel", "chunk_size": 1, "batch": 2}),
     ],
     ids=str,
 )
@@ -254,11 +252,9 @@ class TestBuilding:
         manifest = load_manifest(tmp_path / "b")
         assert manifest.engines == {role: facts for role, (facts, _) in built.items()}
 
-    @pytest.mark.parametrize(("name", "config"), EXPERTS_AND_LINEAR.items())
-    def test_experts_and_linear_attention_build(
-        self, name: str, config: dict, plugin_library: Path, tmp_path: Path
-    ) -> None:
-        exported(wide_model(name, "fp16"), tmp_path / "b", dtype="fp16", target="tensorrt", **config)
+    @pytest.mark.parametrize("name", EXPERTS_AND_LINEAR)
+    def test_experts_and_linear_attention_build(self, name: str, plugin_library: Path, tmp_path: Path) -> None:
+        exported(wide_model(name, "fp16"), tmp_path / "b", dtype="fp16", target="tensorrt")
         for role, (_, report) in build_bundle(tmp_path / "b", BuildOptions(plugin_library)).items():
             nodes = plugin_nodes(tmp_path / "b", role)
             assert "SinkAttention" in nodes

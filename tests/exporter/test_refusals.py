@@ -94,13 +94,6 @@ def test_chunk_past_the_smallest_window(tmp_path: Path) -> None:
         export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 12, chunk_size=8))
 
 
-@pytest.mark.parametrize(("changes", "reason"), [({"batch": 2}, "--batch"), ({"chunk_size": 4}, "--chunk")])
-def test_linear_attention_of_more_than_one_stream(changes: dict[str, int], reason: str, tmp_path: Path) -> None:
-    model = tiny_model("qwen3_next")
-    with pytest.raises(UsageError, match=f"{reason}: .*layers of linear attention"):
-        export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 12, **changes))
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_named(value: float, tmp_path: Path) -> None:
     model = tiny_model("llama")

@@ -81,15 +81,19 @@ int main() {
     const int32_t no_ends = 0;
     int32_t id = -1, parts[2] = {static_cast<int32_t>(position >> 16), static_cast<int32_t>(position & 0xffff)};
     int32_t active = 0, ended = 0, invalid = 0, num_ids = 0, history[kHistory];
+    const bool marks_idle = i % 4 < 2;
     const sinkrt::cuda::SamplingArgs args{1, kVocab, kCapacity, kHistory, logits.data(), raw.data(), scratch.data(), &id,
-                                          parts, false, &sampling, nullptr, &no_ends, recent.data(), &active, &ended,
-                                          &invalid, &num_ids, history};
+                                          parts, false, marks_idle, &sampling, nullptr, &no_ends, recent.data(), &active,
+                                          &ended, &invalid, &num_ids, history};
     sinkrt::cuda::sample(args);
     const bool right = id == want && active == 1 && ended == 0 && num_ids == 1 && history[0] == want &&
                        recent[position % kCapacity] == want;
     sinkrt::cuda::commit(args);
     const int64_t next = static_cast<int64_t>(parts[0]) << 16 | parts[1];
-    differ += !right || next != position + 1 || logits != raw;
+    ended = 1;
+    sinkrt::cuda::sample(args);
+    const bool stands = active == 0 && num_ids == 1 && id == (marks_idle ? sinkrt::kNoToken : want);
+    differ += !right || !stands || next != position + 1 || logits != raw;
   }
   std::printf("%d picks, %d differ\n", kPicks, differ);
   return differ == 0 ? 0 : 1;

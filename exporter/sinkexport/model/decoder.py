@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sinkrt.contract import MASS_KIND, RECURRENT_KINDS, SCALE_KINDS, STATE_KINDS
+from sinkrt.contract import MASS_KIND, NO_TOKEN, RECURRENT_KINDS, SCALE_KINDS, STATE_KINDS
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
@@ -24,7 +24,7 @@ from sinkexport.model.fold_rotation import fold_rotation
 from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
 from sinkexport.model.interface import attention_inputs, intercept_attention
-from sinkexport.model.recurrent import StepCache
+from sinkexport.model.recurrent import StepCache, delta_rules
 from sinkexport.model.rope import (
     AttentionShape,
     ModelRotary,
@@ -49,7 +49,8 @@ class StreamStep(torch.nn.Module):
     """``forward(ids, position, states, num_valid) -> (logits, next states)``: T tokens of each of B streams.
 
     ids: int64 [B, T]. position: int64 [B], of the first token. states: in the order of ``states``.
-    num_valid: int64 [B], how many of the T tokens count; left out if T = 1.
+    num_valid: int64 [B], how many of the T tokens count; left out if T = 1. Then, in a model with linear attention, an
+    id below 0 is no token: its stream stands still.
     logits: float32 [B, vocab], after the last token that counts.
     """
 
@@ -149,11 +150,16 @@ class StreamStep(torch.nn.Module):
         states: list[torch.Tensor],
         num_valid: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        step = _Step(self, position, states, num_valid)
+        is_token = None
+        if self.shape.recurrent:
+            is_token = ids > NO_TOKEN if num_valid is None else torch.arange(self.num_tokens) < num_valid[:, None]
+            ids = torch.maximum(ids, torch.zeros((), dtype=ids.dtype))
+        step = _Step(self, position, states, num_valid, is_token)
         with (
             attention_inputs(self.model) as step.inputs,
             intercept_attention(self.model, step.attend),
             static_experts(self.model),
+            contextlib.nullcontext() if is_token is None else delta_rules(self.model, is_token),
             _only_last_token(self.model, num_valid),
         ):
             # position_ids reach the model only so that `_refuse_other_uses_of_position` can see who reads them.
@@ -174,7 +180,9 @@ class _Step:
         position: torch.Tensor,
         states: list[torch.Tensor],
         num_valid: torch.Tensor | None,
+        is_token: torch.Tensor | None,
     ) -> None:
+        """is_token: bool [B, T], where there is linear attention."""
         self._stream = stream
         self._position = position
         self._num_valid = num_valid
@@ -182,8 +190,10 @@ class _Step:
         for (place, kind), state in zip(stream.states, states, strict=True):
             self._states.setdefault(place, {})[kind] = state
         self._next: dict[Place, list[torch.Tensor]] = {}
-        layers = stream.shape.recurrent
-        self.recurrent = StepCache({layer: self._states[layer] for layer in layers}) if layers else None
+        self.recurrent = None
+        if is_token is not None:
+            recurrent_states = {layer: self._states[layer] for layer in stream.shape.recurrent}
+            self.recurrent = StepCache(recurrent_states, is_token, num_valid)
         self._angles: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.inputs: dict[torch.nn.Module, torch.Tensor] = {}
         """Of the attention modules, see `attention_inputs`."""
@@ -191,6 +201,7 @@ class _Step:
     @property
     def next_states(self) -> list[torch.Tensor]:
         if self.recurrent is not None:
+            self.recurrent.finish()
             for layer, after in self.recurrent.after.items():
                 self._next[layer] = [after[kind] for kind in RECURRENT_KINDS]
         if any(place not in self._next for place in self._states):

@@ -28,7 +28,7 @@ void compare(const std::string& what, std::vector<TensorSpec> found, const std::
 }  // namespace
 
 Backend::Backend(const Manifest& manifest)
-    : manifest_(manifest), sampler_(manifest.model.vocab_size),
+    : manifest_(manifest), is_recurrent_(manifest.isRecurrent()), sampler_(manifest.model.vocab_size),
       next_ids_(static_cast<size_t>(manifest.stream.batch)), active_(new bool[next_ids_.size()]()) {}
 
 void Backend::steps(const StepsRequest& request) {

@@ -35,7 +35,7 @@ std::unique_ptr<Session> Session::load(const std::string& bundle, const LoadOpti
 }
 
 Session::Session(Manifest manifest, const std::function<std::unique_ptr<Backend>(const Manifest&)>& make)
-    : manifest_(std::move(manifest)), backend_(make(manifest_)) {
+    : manifest_(std::move(manifest)), is_recurrent_(manifest_.isRecurrent()), backend_(make(manifest_)) {
   const auto batch = static_cast<size_t>(manifest_.stream.batch);
   position_.assign(batch, 0);
   recent_ids_.assign(batch * static_cast<size_t>(capacity()), -1);
@@ -54,7 +54,7 @@ void Session::checkStream(int64_t stream) const {
 
 void Session::checkWhole(int64_t stream) const {
   if (!damaged_[stream]) return;
-  throw Error(Code::kState, problem("stream " + std::to_string(stream), "one that an error cut short inside a chunk",
+  throw Error(Code::kState, problem("stream " + std::to_string(stream), "one that an error cut short",
                                     "a whole stream", "reset it, or load a saved state"));
 }
 
@@ -110,8 +110,18 @@ void Session::run(const int64_t* ids, const int64_t* streams, int64_t count) {
     step_ids_[streams[i]] = ids[i];
     active_[streams[i]] = true;
   }
+  for (int64_t i = 0; i < count; ++i) hold(streams[i]);
   backend_->step(step_ids_.data(), position_.data(), active_.get());
-  for (int64_t i = 0; i < count; ++i) remember(streams[i], ids + i, 1);
+  for (int64_t i = 0; i < count; ++i) {
+    remember(streams[i], ids + i, 1);
+    damaged_[streams[i]] = 0;
+  }
+}
+
+// What follows must reach its end, where there is linear attention: its states know no positions, so a token that was
+// cut short cannot be fed again, and a state that is not all there is not masked.
+void Session::hold(int64_t stream) {
+  if (is_recurrent_) damaged_[stream] = 1;
 }
 
 void Session::remember(int64_t stream, const int64_t* ids, int64_t count) {
@@ -154,8 +164,15 @@ void Session::steps(int64_t count, const SamplingParams* sampling, bool ignore_e
     if (position_[b] == 0) refuse("prompt", "none", "some tokens: the stream is empty", "prefill, or load a state");
   }
   const std::vector<int64_t>& eos = manifest_.model.eos_token_ids;
+  for (int64_t b = 0; b < batch(); ++b) {
+    active_[b] = !ended[b];
+    if (active_[b]) hold(b);
+  }
   backend_->steps({count, sampling, eos.data(), ignore_eos ? 0 : static_cast<int64_t>(eos.size()), position_.data(),
                    recent_ids_.data(), ids, num_ids, ended});
+  for (int64_t b = 0; b < batch(); ++b) {
+    if (active_[b]) damaged_[b] = 0;
+  }
 }
 
 int64_t Session::generate(const std::vector<int64_t>& prompt, const GenerateParams& params,
@@ -214,6 +231,7 @@ void Session::reset() {
 void Session::reset(int64_t stream) {
   checkStream(stream);
   // The position first: at 0 every slot is masked, so a failure cannot leave a stream that is half there.
+  hold(stream);
   position_[stream] = 0;
   std::fill_n(recent_ids_.begin() + stream * capacity(), capacity(), int64_t{-1});
   backend_->clearStream(stream);
@@ -238,6 +256,7 @@ void Session::saveState(const std::string& path) {
 
 void Session::loadState(const std::string& path) {
   const StateFile file = readState(path, manifest_);
+  for (int64_t b = 0; b < batch(); ++b) hold(b);
   std::fill(position_.begin(), position_.end(), 0);  // as in `reset`; the file's position comes last
   for (size_t i = 0; i < manifest_.states.size(); ++i) backend_->writeState(i, file.tensor(manifest_.states[i].input));
   std::vector<float> logits(static_cast<size_t>(batch() * vocabSize()));  // the file's are not aligned

@@ -54,9 +54,10 @@ class Backend(Protocol):
     def states(self) -> Mapping[str, StateArray]: ...
 
     def run(self) -> None:
-        """Decode one token a stream.
+        """Decode one token a stream; in graphs with linear attention, none where the id is ``NO_TOKEN``.
 
-        Raises: BackendError. The same position can be run again then: it overwrites what the failed run wrote.
+        Raises: BackendError. Without linear attention the same position can be run again then: it overwrites what the
+        failed run wrote.
         """
         ...
 

@@ -8,7 +8,7 @@ everything that belongs to it, the rotation of queries and keys included.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -64,7 +64,7 @@ def use_plugins(model: ir.Model) -> None:
     _drop_unused(graph)  # rotations and angles
     if num_valid is not None:
         _select_last_token(graph, num_valid)
-        num_valid.dtype = ir.DataType.INT32
+        _narrow(graph, num_valid, ("Sub",))  # that of the selection
     _split_position(graph, position)
     _narrow_ids(graph, ids)
     if left := [node.op_type for node in graph if node.domain == DOMAIN and node.op_type == STREAM_ANGLES]:
@@ -213,13 +213,30 @@ def _split_position(graph: ir.Graph, position: ir.Value) -> None:
 
 
 def _narrow_ids(graph: ir.Graph, ids: ir.Value) -> None:
-    """int64 -> int32: indices of a Gather may be either, Int8Rows wants it; anything else gets int64 as before."""
-    others = [use for use in ids.uses() if use.node.op_type != "Gather" and use.node.domain != DOMAIN]
-    ids.dtype = ir.DataType.INT32
+    """int64 -> int32: indices of a Gather may be either, Int8Rows wants it. So may what is compared with a constant."""
+    for use in ids.uses():
+        other = use.node.inputs[1 - use.idx] if use.node.op_type in ("Greater", "Max") else None
+        if other is None or other.const_value is None:
+            continue
+        narrow = constant(graph, other.const_value.numpy().astype(np.int32), "id")
+        use.node.replace_input_with(1 - use.idx, narrow)
+        if use.node.op_type == "Max":
+            _narrow_ids(graph, use.node.outputs[0])
+    _narrow(graph, ids, ("Gather", "Greater", "Max"))
+
+
+def _narrow(graph: ir.Graph, value: ir.Value, takers: Sequence[str]) -> None:
+    """int64 -> int32: `takers` and the plugin's nodes take it so, anything else gets int64 as before."""
+    others = [use for use in value.uses() if use.node.op_type not in takers and use.node.domain != DOMAIN]
+    value.dtype = ir.DataType.INT32
     if not others:
         return
     b = Builder(graph)
-    wide = b.cast(ids, ir.DataType.INT64)
+    wide = b.cast(value, ir.DataType.INT64)
+    producer = value.producer()
     for use in others:
         use.node.replace_input_with(use.idx, wide)
-    graph.insert_before(graph[0], b.nodes)
+    if producer is None:
+        graph.insert_before(graph[0], b.nodes)
+    else:
+        graph.insert_after(producer, b.nodes)

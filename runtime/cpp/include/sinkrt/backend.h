@@ -48,9 +48,11 @@ class Backend {
   virtual const char* name() const = 0;
 
   // Decode one token a stream. ids, positions, active: [B]. Idle streams come with some id and with the position of
-  // their next token: what they write is overwritten when that is really taken. Their logits stay as they were, so that
-  // a backend must keep or restore these rows.
-  // Throws Error(kBackend). The same positions can be run again then: that overwrites what the failed run wrote.
+  // their next token: what they write is overwritten when that is really taken. Graphs with linear attention, whose
+  // states know no positions, are given kNoToken for an id instead. Their logits stay as they were, so that a backend
+  // must keep or restore these rows.
+  // Throws Error(kBackend). Without linear attention the same positions can be run again then: that overwrites what the
+  // failed run wrote.
   virtual void step(const int64_t* ids, const int64_t* positions, const bool* active) = 0;
 
   // Feed ids [count], 1 <= count <= T, to one stream, the first of them at `position`; changes its row of the logits
@@ -80,9 +82,13 @@ class Backend {
   virtual std::vector<const void*> stateBuffers() const = 0;
 
  protected:
+  // What a graph is given for a stream's id: see `step`.
+  int64_t idFor(int64_t id, bool is_active) const { return is_active || !is_recurrent_ ? id : kNoToken; }
+
   const Manifest& manifest_;  // the session's, which lives longer
 
  private:
+  const bool is_recurrent_;
   Sampler sampler_;  // of the default `steps`, like the next two
   std::vector<int64_t> next_ids_;
   std::unique_ptr<bool[]> active_;

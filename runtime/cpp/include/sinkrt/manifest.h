@@ -2,6 +2,7 @@
 // field means.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -47,6 +48,9 @@ struct StateSpec {
   // Of linear attention: a step makes all of it anew, by standard operators.
   bool isRecurrent() const { return kind == "conv" || kind == "recurrent"; }
 };
+
+// Id of a stream that stands still while others step, where there are recurrent states: these know no positions.
+constexpr int64_t kNoToken = -1;
 
 // One graph. `inputs` and `outputs` leave the states out.
 struct GraphSpec {
@@ -163,6 +167,10 @@ struct Manifest {
   std::optional<std::vector<HeadWindow>> head_windows;  // none: all heads keep stream.window_size tokens
   std::optional<AffineAttention> affine_attention;
 
+  // Whether there is linear attention.
+  bool isRecurrent() const {
+    return std::any_of(states.begin(), states.end(), [](const StateSpec& state) { return state.isRecurrent(); });
+  }
   int64_t weightsBytes() const;
   int64_t stateBytes() const;
   // What a saved state depends on: the same digits as Python's `Manifest.fingerprint`.

@@ -97,14 +97,16 @@ class Session {
   void checkIds(const int64_t* ids, int64_t count) const;
   void checkRoom(int64_t stream, int64_t count) const;
   void run(const int64_t* ids, const int64_t* streams, int64_t count);
+  void hold(int64_t stream);
   void remember(int64_t stream, const int64_t* ids, int64_t count);
 
   std::string bundle_;
   Manifest manifest_;
+  bool is_recurrent_;
   std::unique_ptr<Backend> backend_;
   std::vector<int64_t> position_;    // [B]
   std::vector<int64_t> recent_ids_;  // [B, C]: the id of token t at t mod C, -1: none
-  std::vector<char> damaged_;        // [B]: streams in the middle of whose chunk the backend failed
+  std::vector<char> damaged_;        // [B]: streams that something has cut short where it cannot be repeated
   std::vector<int64_t> step_ids_;    // [B]
   std::unique_ptr<bool[]> active_;   // [B]
   std::vector<int64_t> all_;         // [B]: 0 .. B-1

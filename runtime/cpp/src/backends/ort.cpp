@@ -262,7 +262,7 @@ class OrtBackend final : public Backend {
 
   void step(const int64_t* ids, const int64_t* positions, const bool* active) override {
     const int64_t batch = manifest_.stream.batch, width = manifest_.model.vocab_size;
-    std::copy(ids, ids + batch, ids_->as<int64_t>());
+    for (int64_t b = 0; b < batch; ++b) ids_->as<int64_t>()[b] = idFor(ids[b], active[b]);
     std::copy(positions, positions + batch, position_->as<int64_t>());
     float* rows = logits_[0].as<float>();
     for (int64_t b = 0; b < batch; ++b) {

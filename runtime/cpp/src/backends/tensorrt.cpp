@@ -265,7 +265,7 @@ class TensorrtBackend final : public Backend {
   void step(const int64_t* ids, const int64_t* positions, const bool* active) override {
     enter();
     for (int64_t b = 0; b < batch(); ++b) {
-      writeNumber(control_.host(ids_at_), wide_, b, ids[b]);
+      writeNumber(control_.host(ids_at_), wide_, b, idFor(ids[b], active[b]));
       writePosition(control_.host(position_at_), wide_, b, positions[b]);
       control_.host<int32_t>(active_at_)[b] = active[b];
     }
@@ -456,6 +456,7 @@ class TensorrtBackend final : public Backend {
     sampling_.ids = control_.device(ids_at_);
     sampling_.position = control_.device(position_at_);
     sampling_.wide = wide_;
+    sampling_.marks_idle = manifest_.isRecurrent();
     sampling_.sampling = control_.device<cuda::DeviceSampling>(sampling_at_);
     sampling_.end_ids = control_.device<int32_t>(end_ids_at_);
     sampling_.num_end_ids = control_.device<int32_t>(num_end_ids_at_);

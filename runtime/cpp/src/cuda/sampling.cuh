@@ -6,6 +6,7 @@
 
 #include <cfloat>
 
+#include "sinkrt/manifest.h"
 #include "sinkrt/sampler.h"
 
 namespace sinkrt::cuda {
@@ -202,11 +203,24 @@ __device__ int64_t positionOf(const SamplingArgs& args, int b) {
   return static_cast<int64_t>(parts[0]) << 16 | parts[1];
 }
 
+__device__ void feed(const SamplingArgs& args, int b, int id) {
+  if (args.wide) {
+    static_cast<int64_t*>(args.ids)[b] = id;
+  } else {
+    static_cast<int32_t*>(args.ids)[b] = id;
+  }
+}
+
+__device__ void standStill(const SamplingArgs& args, int b) {
+  args.active[b] = 0;
+  if (args.marks_idle) feed(args, b, static_cast<int>(kNoToken));
+}
+
 __global__ void __launch_bounds__(kThreads) sample(SamplingArgs args) {
   __shared__ Shared shared;
   const int b = blockIdx.x, size = args.vocab_size;
   if (args.ended[b]) {  // the same for all threads
-    if (threadIdx.x == 0) args.active[b] = 0;
+    if (threadIdx.x == 0) standStill(args, b);
     return;
   }
   const DeviceSampling params = args.sampling[b];
@@ -229,7 +243,7 @@ __global__ void __launch_bounds__(kThreads) sample(SamplingArgs args) {
   if (!isfinite(best.value)) {
     if (threadIdx.x == 0) {
       args.invalid[b] = args.ended[b] = 1;
-      args.active[b] = 0;
+      standStill(args, b);
     }
     return;
   }
@@ -239,16 +253,13 @@ __global__ void __launch_bounds__(kThreads) sample(SamplingArgs args) {
   if (threadIdx.x != 0) return;
   bool ends = args.num_ids[b] >= args.history_size;
   for (int i = 0; i < *args.num_end_ids; ++i) ends = ends || args.end_ids[i] == pick;
-  args.active[b] = !ends;
   if (ends) {
     args.ended[b] = 1;
+    standStill(args, b);
     return;
   }
-  if (args.wide) {
-    static_cast<int64_t*>(args.ids)[b] = pick;
-  } else {
-    static_cast<int32_t*>(args.ids)[b] = pick;
-  }
+  args.active[b] = 1;
+  feed(args, b, pick);
   recent[position % args.capacity] = pick;
   args.history[static_cast<int64_t>(b) * args.history_size + args.num_ids[b]++] = pick;
 }

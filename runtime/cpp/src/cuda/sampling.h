@@ -33,6 +33,7 @@ struct SamplingArgs {
   void* ids;
   void* position;
   bool wide;
+  bool marks_idle;  // streams that take no token have kNoToken for an id
 
   const DeviceSampling* sampling;  // [B]
   const int32_t* end_ids;          // [*num_end_ids] tokens that end a text: picked, never fed
