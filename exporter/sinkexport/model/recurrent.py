@@ -133,7 +133,8 @@ def delta_rules(model: Any, is_token: torch.Tensor) -> Iterator[None]:
     names = {type(module).__module__ for module in model.modules()}
     modules = [found for found in (sys.modules[name] for name in sorted(names)) if hasattr(found, _CHUNK_RULE)]
     if not modules:
-        raise UsageError(problem("model", received="linear attention by a rule of its own", expected="a gated delta rule",
+        raise UsageError(problem("model", received="linear attention by a rule of its own",
+                                 expected="a gated delta rule",
                                  fix="this model cannot be exported exactly"))  # fmt: skip
     masks = DecayMasks(is_token.shape[1])
 
