@@ -13,7 +13,7 @@ DEMO_TOKENS ?= 3100
 DEMO_PROMPT ?= Once upon a time, in a village at the edge of a great forest,
 PYTEST_FLAGS ?=
 # A file's tests share what is costly to make, and stay together; one core a worker.
-WORKERS     ?= -n 2 --dist loadfile
+WORKERS     ?= -n 2 --dist loadfile --no-loadscope-reorder
 PEERS       ?= genai,transformers
 
 BIN    := $(VENV)/bin

@@ -37,10 +37,10 @@ inline cudaError_t findOverlap(bool& overlaps) {
   return error;
 }
 
-// `overlaps`: the kernel waits by itself for all work that is ahead of it in the stream.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launchOverlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes, bool overlaps,
-                              cudaStream_t stream, Arguments... arguments) {
+// `overlaps`: the kernel waits by itself for all work that is ahead of it in the stream. arguments: addresses of the
+// kernel's parameters, as cudaLaunchKernel takes them. Graphs are captured with such launches from CUDA 12.3 on.
+inline cudaError_t launchOverlapping(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, bool overlaps,
+                                     cudaStream_t stream, void** arguments) {
 #if CUDART_VERSION >= 12030
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -52,12 +52,21 @@ cudaError_t launchOverlapping(void (*kernel)(Parameters...), dim3 grid, dim3 blo
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = overlaps ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  return cudaLaunchKernelExC(&config, kernel, arguments);
 #else
   (void)overlaps;
-  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
-  return cudaGetLastError();
+  return cudaLaunchKernel(kernel, grid, block, arguments, shared_bytes, stream);
 #endif
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launchOverlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, bool overlaps,
+                              cudaStream_t stream, Arguments... arguments) {
+  const auto launch = [&](Parameters... parameters) {
+    void* addresses[] = {static_cast<void*>(&parameters)...};
+    return launchOverlapping(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, overlaps, stream, addresses);
+  };
+  return launch(Parameters(arguments)...);
 }
 
 }  // namespace sinkexport

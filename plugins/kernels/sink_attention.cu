@@ -406,27 +406,6 @@ size_t sinkAttentionWorkspaceBytes(const SinkAttentionParams& p) {
 
 namespace {
 
-// A launch that may be placed before the kernel ahead of it in the stream has ended, where the device can do that.
-cudaError_t launchEarly(const void* function, dim3 grid, int num_threads, size_t shared_bytes, void** arguments,
-                        cudaStream_t stream, int compute_capability_major) {
-#if CUDART_VERSION >= 12040
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(num_threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = compute_capability_major >= 9 ? 1 : 0;
-  return cudaLaunchKernelExC(&config, function, arguments);
-#else
-  (void)compute_capability_major;
-  return cudaLaunchKernel(function, grid, dim3(num_threads), arguments, shared_bytes, stream);
-#endif
-}
-
 template <DType kDType>
 cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t stream) {
   int device = 0, num_sms = 0, shared_of_sm = 0, major = 0, memory_khz = 0, memory_bits = 0;
@@ -468,12 +447,12 @@ cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t s
   void* arguments[] = {&args};
   const dim3 grid(shape.row_chunks, num_splits, p.batch * p.num_kv_heads);
   // Both kernels wait for the one before them where they need its results, and may be placed earlier.
-  error = launchEarly(kernel.function, grid, kernel.num_threads, kernel.shared_bytes, arguments, stream, major);
+  const bool overlaps = major >= 9;
+  error = launchOverlapping(kernel.function, grid, dim3(kernel.num_threads), kernel.shared_bytes, overlaps, stream, arguments);
   if (error != cudaSuccess) return error;
   if (num_splits > 1) {
-    error = launchEarly(reinterpret_cast<const void*>(&mergeSplits<kDType>),
-                        dim3(p.batch * p.num_q_heads * p.num_tokens), kThreads, kWarps * p.head_dim * sizeof(float),
-                        arguments, stream, major);
+    error = launchOverlapping(&mergeSplits<kDType>, dim3(p.batch * p.num_q_heads * p.num_tokens), dim3(kThreads),
+                              kWarps * p.head_dim * sizeof(float), overlaps, stream, args);
     if (error != cudaSuccess) return error;
   }
 
