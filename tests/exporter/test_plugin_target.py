@@ -81,7 +81,7 @@ def exported(model: Any, folder: Path, **config: Any) -> Manifest:
         ("gpt_neox", {"dtype": "fp16"}),  # biases
         *((name, {}) for name in EXPERTS_AND_LINEAR),
         ("qwen3_next", {"dtype": "fp16"}),
-        ("qwen3_5_text", {"recipe": "int8-channel", "chunk_size": 1, "batch": 2}),
+        ("qwen3_5_text", {"recipe": "int8-channel"}),
     ],
     ids=str,
 )

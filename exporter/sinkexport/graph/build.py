@@ -18,6 +18,7 @@ from sinkexport.graph.edit import known_shape
 from sinkexport.graph.operators import translations
 from sinkexport.graph.passes.constants import complete_shapes, fold_small_constants
 from sinkexport.graph.passes.expand_operators import expand_operators
+from sinkexport.graph.passes.experts import expand_experts, quantize_experts
 from sinkexport.graph.passes.half_linear import use_half_linear
 from sinkexport.graph.passes.norms import fuse_rms_norms
 from sinkexport.graph.passes.opset17 import lower_to_opset_17
@@ -86,6 +87,9 @@ def build_graph(
         merge_projections(model, lambda name: plan.kind(module_of(name)))
         form = OrtForm if target == "onnx" else PluginForm if plugins else QdqForm
         quantize(model, plan, form(model.graph, model.graph.inputs[1], num_sinks))
+        if target == "onnx":
+            quantize_experts(model, plan)
+    expand_experts(model)
     if plugins:
         use_half_linear(model)
         use_plugins(model)

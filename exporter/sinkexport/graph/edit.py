@@ -71,7 +71,12 @@ def constant(graph: ir.Graph, array: np.ndarray, hint: str) -> ir.Value:
 def lazy_weight(
     graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], np.ndarray]
 ) -> ir.Value:
-    """An initializer that is computed while it is written, so that no second copy of the weights is ever held."""
+    """An initializer that is computed while it is written, so that no second copy of the weights is ever held.
+
+    It is made once, however often it is asked for.
+    """
+    if name in graph.initializers:
+        return graph.initializers[name]
     tensor = ir.LazyTensor(lambda: ir.Tensor(make(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name)
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
     graph.register_initializer(value)

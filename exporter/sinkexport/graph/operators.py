@@ -12,7 +12,8 @@ import torch
 from sinkrt.contract import MASS_KIND, SCALE_KINDS, STATE_KINDS
 
 import sinkexport.model.attention
-import sinkexport.model.block_attention  # noqa: F401 - both register the torch operators that are translated
+import sinkexport.model.block_attention
+import sinkexport.model.experts  # noqa: F401 - all three register the torch operators that are translated
 
 DOMAIN = "ai.sinkexport"
 VERSION = 1
@@ -20,6 +21,8 @@ SINK_ATTENTION = "SinkAttention"
 STREAM_ANGLES = "StreamAngles"
 BLOCK_ATTENTION = "BlockAttention"
 """The block mode of SinkAttention: frames of video or audio (model/block_attention.py)."""
+EXPERT_PRODUCT = "ExpertProduct"
+"""A product by the matrices of a mixture's experts (model/experts.py)."""
 INT8_LINEAR, INT8_ROWS = "Int8Linear", "Int8Rows"
 """Products by INT8 weights and rows of INT8 tables, of the TensorRT plugin: made by a graph pass, never traced."""
 HALF_LINEAR = "HalfLinear"
@@ -105,7 +108,17 @@ def schemas() -> Mapping[str, onnx.defs.OpSchema]:
         ],
         {"scale": kinds.FLOAT, "interleaved": kinds.INT},
     )
-    return {SINK_ATTENTION: sink_attention, STREAM_ANGLES: stream_angles, BLOCK_ATTENTION: block_attention}
+    expert_product = _schema(
+        EXPERT_PRODUCT,
+        [
+            *(_Parameter(name, "T") for name in ("x", "weight")),
+            _Parameter("picks", "tensor(int64)", "", param_option=_Option.Optional),
+        ],
+        [_Parameter("out", "T")],
+        {"is_transposed": kinds.INT},
+    )
+    every = (sink_attention, stream_angles, block_attention, expert_product)
+    return {schema.name: schema for schema in every}
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
@@ -142,7 +155,13 @@ def translations() -> dict[Any, Callable[..., Any]]:
             scale=scale, interleaved=int(interleaved),
         )  # fmt: skip
 
+    experts = onnxscript.values.Op(opset, EXPERT_PRODUCT, schemas()[EXPERT_PRODUCT])
+
+    def translate_experts(x: Any, weight: Any, picks: Any, is_transposed: bool) -> Any:
+        return experts(x, weight, picks, is_transposed=int(is_transposed))
+
     return {
+        torch.ops.sinkexport.expert_product.default: translate_experts,
         torch.ops.sinkexport.sink_attention.default: translate_attention,
         torch.ops.sinkexport.stream_angles.default: translate_angles,
         torch.ops.sinkexport.block_attention.default: translate_blocks,

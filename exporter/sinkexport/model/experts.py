@@ -67,11 +67,43 @@ def _expert_layers(module: Any, x: torch.Tensor, picks: torch.Tensor | None) -> 
 
 
 def _products(module: Any, name: str, x: torch.Tensor, picks: torch.Tensor | None) -> torch.Tensor:
-    """x [1 or P, n, K] by each expert's weight: [P, n, M]. Weights, [P, K, M] or [P, M, K], are never transposed."""
+    """x [1 or P, n, K] by each expert's weight: [P, n, M]."""
+    out = expert_product(x, getattr(module, name), picks, module.is_transposed)
+    return out + _taken(getattr(module, f"{name}_bias")[:, None], picks) if module.has_bias else out
 
-    def taken(parameter: torch.Tensor) -> torch.Tensor:
-        return parameter if picks is None else parameter.index_select(0, picks)
 
-    weight = taken(getattr(module, name))
-    out = x @ weight if module.is_transposed else (weight @ x.mT).mT
-    return out + taken(getattr(module, f"{name}_bias")[:, None]) if module.has_bias else out
+@torch.library.custom_op("sinkexport::expert_product", mutates_args=())
+def expert_product(
+    x: torch.Tensor, weight: torch.Tensor, picks: torch.Tensor | None, is_transposed: bool
+) -> torch.Tensor:
+    """x [1 or P, n, K] by the matrices of the experts `picks`, int64 [P], or of all E of them: [P or E, n, M].
+
+    weight: [E, K, M] if `is_transposed`, else [E, M, K]; never transposed. One node of the trace, so that a recipe can
+    find it (graph/passes/experts.py).
+    """
+    chosen = _taken(weight, picks)
+    return x @ chosen if is_transposed else (chosen @ x.mT).mT.contiguous()
+
+
+@expert_product.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, picks: torch.Tensor | None, is_transposed: bool) -> torch.Tensor:
+    experts = weight.shape[0] if picks is None else picks.shape[0]
+    return x.new_empty(experts, x.shape[1], weight.shape[2 if is_transposed else 1])
+
+
+def _taken(parameter: torch.Tensor, picks: torch.Tensor | None) -> torch.Tensor:
+    return parameter if picks is None else parameter.index_select(0, picks)
+
+
+def routers(model: Any) -> frozenset[str]:
+    """Names of the modules that choose experts: neighbours of a mixture, with one output for each of its experts."""
+    found = set()
+    for path, mixture in model.named_modules():
+        if not hasattr(mixture, "has_post_expert_norm"):
+            continue
+        parent = path.rpartition(".")[0]
+        for name, module in model.get_submodule(parent).named_children():
+            weight = getattr(module, "weight", None)
+            if weight is not None and weight.ndim == 2 and weight.shape[0] == mixture.num_experts:
+                found.add(f"{parent}.{name}")
+    return frozenset(found)

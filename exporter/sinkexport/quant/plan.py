@@ -11,6 +11,7 @@ import numpy.typing as npt
 from sinkexport.graph.passes.products import Product
 from sinkexport.graph.passes.quantize import InputScale, Treatment
 from sinkexport.graph.passes.quantized_weight import Rounded, WeightScheme
+from sinkexport.model.experts import routers
 from sinkexport.quant.ranges import Ranges
 from sinkexport.quant.recipe import Recipe
 
@@ -34,6 +35,7 @@ class RecipePlan:
     ) -> None:
         self._recipe = recipe
         self._calibration = calibration
+        self._routers = routers(model)
         self._scale_dtype: Literal["float32", "float16"] = dtype
         head = model.get_output_embeddings().weight
         # By all its names: a tied weight has that of the embedding as well.
@@ -82,10 +84,17 @@ class RecipePlan:
             return None
         return WeightScheme(8, scale_dtype=self._scale_dtype)
 
+    def experts(self, parameter: str) -> WeightScheme | None:
+        """The one form that experts have, whatever the bits and blocks of other weights."""
+        weights = self._recipe.weights
+        if weights is None or self._recipe.keeps_float(parameter):
+            return None
+        return WeightScheme(8, scales=weights.scales)
+
     def _scheme(self, module: str) -> WeightScheme | None:
-        """None: the module stays in floating point."""
+        """None: the module stays in floating point. Routers always do: they are small, and decide who is asked."""
         recipe = self._recipe
-        if recipe.keeps_float(module):
+        if recipe.keeps_float(module) or module in self._routers:
             return None
         if module in self._head and recipe.lm_head != "same":
             return None if recipe.lm_head == "float" else WeightScheme(8, scale_dtype=self._scale_dtype)

@@ -51,6 +51,9 @@ class Plan(Protocol):
     def table(self, module: str) -> WeightScheme | None:
         """Of an embedding that is not also a product."""
 
+    def experts(self, parameter: str) -> WeightScheme | None:
+        """Of the matrices of a mixture's experts, 8 bits and a scale for each output."""
+
 
 class Form(Protocol):
     """How a target writes it. Every method replaces the node, whose matrix `weight` is."""

@@ -30,10 +30,7 @@ class FormParts:
         make: Callable[[], np.ndarray],
     ) -> ir.Value:  # fmt: skip
         """A part of a quantised weight, made once however often it is asked for."""
-        name = f"{weight.name}.{what}"
-        if name not in self.graph.initializers:
-            lazy_weight(self.graph, name, dtype, shape, make)
-        return self.graph.initializers[name]
+        return lazy_weight(self.graph, f"{weight.name}.{what}", dtype, shape, make)
 
     def is_sink(self, before: ir.Node, rows: tuple[int, ...]) -> ir.Value:
         """bool [*rows, 1]: whether a token of the run, at position + 0 .. T-1 of its stream, is a sink."""
