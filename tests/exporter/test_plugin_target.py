@@ -79,7 +79,7 @@ def exported(model: Any, folder: Path, **config: Any) -> Manifest:
         ("llama-tied", {"budgets": budgets("llama-tied", ((9, 5), (4, 9)))}),
         ("llama-tied", {"dtype": "fp16"}),
         ("gpt_neox", {"dtype": "fp16"}),  # biases
-        *((name, {}) for name in EXPERTS_AND_LINEAR),
+        *((name, {}) for name in EXPERTS_AND_LINEAR if name != "qwen3_next"),
         ("qwen3_next", {"dtype": "fp16"}),
         ("qwen3_5_text", {"recipe": "int8-channel"}),
     ],
