@@ -15,6 +15,7 @@ from sinkexport.reference import streaming_reference
 from sinkexport.sources import LoadedModel
 from sinkrt import Session
 
+from tests.exporter.in_place import assert_states_are_written_last
 from tests.exporter.tiny_models import TINY, VOCAB_SIZE, tiny_model
 
 WRAPS = 6
@@ -67,6 +68,7 @@ def test_dense_and_streaming(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         dense = model(torch.from_numpy(ids[:, : config.capacity])).logits.numpy()
     session = exported(model, tmp_path / "bundle", config)
+    assert_states_are_written_last(tmp_path / "bundle", session.manifest)
     for t in range(config.capacity):
         assert_close(session.step(ids[:, t]), dense[:, t], 1e-4, f"position {t}")
     session.reset()

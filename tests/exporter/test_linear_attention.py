@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from sinkexport.config import ExportConfig
@@ -129,29 +128,3 @@ def test_other_rules_are_refused() -> None:
     is_token = torch.ones(1, 1, dtype=torch.bool)
     with pytest.raises(UsageError, match="a rule of its own"), delta_rules(tiny_model("llama"), is_token):
         pass
-
-
-@pytest.mark.parametrize("role", ["decode", "prefill"])
-def test_a_new_state_comes_after_all_that_read_the_old_one(role: str, session: Session) -> None:
-    """Input and output share a buffer, of which ONNX Runtime knows nothing: the order must follow from the graph."""
-    graph = onnx.load(session._bundle / f"{role}.onnx", load_external_data=False).graph
-    makers = {name: node for node in graph.node for name in node.output}
-
-    def leads_to(node: onnx.NodeProto) -> set[str]:
-        """Names of all that a node is computed from."""
-        found, left = set(), list(node.input)
-        while left:
-            name = left.pop()
-            if name not in found:
-                found.add(name)
-                left += makers[name].input if name in makers else ()
-        return found
-
-    states = [state for state in session.manifest.states if state.kind in RECURRENT_KINDS]
-    assert states
-    for state in states:
-        last = makers[state.output]
-        before = leads_to(last)
-        readers = [node for node in graph.node if state.input in node.input and node is not last]
-        assert readers
-        assert all(before.intersection(reader.output) for reader in readers)
