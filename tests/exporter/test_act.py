@@ -25,6 +25,7 @@ from sinkrt import Session
 from sinkrt.contract import MANIFEST_NAME, load_manifest
 
 from tests.exporter.export_refusal import assert_export_refuses
+from tests.exporter.in_place import assert_states_are_written_last
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.reference.oracle import Act, SinkAttentionOracle
 
@@ -110,6 +111,7 @@ def test_streams_at_their_own_positions_in_chunks_and_in_steps(kv: str, tmp_path
         with chunked_streaming(model.model, S, W, kv, asked.facts) as stream:
             wanted.append(torch.cat([stream.feed(torch.from_numpy(row[None, t : t + 1])) for t in range(len(row))], 1))
     with Session.load(tmp_path / "b", threads=1) as session:
+        assert_states_are_written_last(tmp_path / "b", session.manifest)  # both windows' graphs
         lead = S + 2 * W - 3
         session.prefill(ids[:1, :lead], streams=[0])
         for start in range(0, ends[1], 11):  # pieces of 11: two whole chunks and one token
