@@ -59,11 +59,11 @@ def cpp_ids(cpp: CppRuntime, bundle: Path, prompt: list[int], count: int, *more:
     return [int(word) for word in done.stdout.split()]
 
 
-@pytest.fixture(scope="module", params=["llama", "int8-window", "budgets", "act", "qwen3_next"])
+@pytest.fixture(scope="module", params=["llama", "int8-window", "budgets", "act", "qwen3_5_text"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny, with a prefill graph: a Llama, its window in floating point, INT8, or of two lengths, its later sinks
     calibrated, or not; linear attention."""
-    name = "qwen3_next" if request.param == "qwen3_next" else "llama"
+    name = request.param if request.param == "qwen3_5_text" else "llama"
     windows = budgets("llama", ((WINDOW, 5), (5, WINDOW))) if request.param == "budgets" else None
     config = ExportConfig(num_sink_tokens=SINKS, window_size=WINDOW, chunk_size=5,
                           kv="int8" if request.param == "int8-window" else "fp", budgets=windows,

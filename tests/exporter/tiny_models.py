@@ -78,7 +78,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
                                  "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
                                                      "original_max_position_embeddings": 64, "truncate": False}}),
     "qwen3_next": ("Qwen3NextConfig", {
-        **_COMMON, "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        **_COMMON, "layer_types": ["linear_attention", "full_attention"],
         "head_dim": 16, "partial_rotary_factor": 0.25, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
         "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
         "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}),
