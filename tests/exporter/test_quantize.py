@@ -231,9 +231,8 @@ def test_a_tensorrt_bundle_with_int8_weights_is_the_model_with_rounded_weights(n
 
 
 @pytest.mark.parametrize("recipe", ["int8-weights", "int8-dynamic", "int4-nearest"])
-@pytest.mark.parametrize(
-    ("name", "batch"), [("llama", 1), ("llama-tied", 2), ("gpt_neox", 1), ("phi", 2), ("gemma2", 1), ("qwen2", 2)]
-)
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt_neox", "phi", "gemma2", "qwen2"])
+@pytest.mark.parametrize("batch", [1, 2])
 def test_prefill_gives_what_steps_give(recipe: str, name: str, batch: int, tmp_path: Path) -> None:
     with exported(tiny_model(name), tmp_path / "b", load_recipe(recipe), batch=batch) as session:
         ids = random_ids(batch, 23)
@@ -241,9 +240,10 @@ def test_prefill_gives_what_steps_give(recipe: str, name: str, batch: int, tmp_p
         session.reset()
         for start, end in ((0, 1), (1, 6), (6, 7), (7, 23)):
             got = session.prefill(ids[:, start:end])
-            # A number between two codes may be rounded either way: see the sharp softmax of tiny random models.
+            # A number between two codes may be rounded either way: see the sharp softmax of tiny random models. INT4's
+            # kernel comes to 2.2e-2 in one of these cases on a processor without VNNI.
             difference = np.abs(got - steps[end - 1])
-            assert difference.max() < 5e-2 * got.std()
+            assert difference.max() < (3e-2 if recipe == "int4-nearest" else 2e-2) * got.std()
             assert difference.mean() < 1e-2 * got.std()
 
 

@@ -18,7 +18,6 @@ from tests.plugins.refusals import assert_refused
 pytestmark = needs_nvcc
 
 
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> NormAndGate:
     return build(tmp_path_factory.mktemp("norm_and_gate"), "sm_90")

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from sinkexport.graph.edit import constant, known_shape, typed
 
-_COMPARISONS = frozenset(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
+COMPARISONS = frozenset(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
 
 
 class Builder:
@@ -37,7 +37,7 @@ class Builder:
         if shape is None:
             shape = np.broadcast_shapes(*(known_shape(value) for value in inputs))
         if dtype is None:
-            dtype = ir.DataType.BOOL if op_type in _COMPARISONS else inputs[0].dtype
+            dtype = ir.DataType.BOOL if op_type in COMPARISONS else inputs[0].dtype
         return typed(node.outputs[0], shape, dtype)
 
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:

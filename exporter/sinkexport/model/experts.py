@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 
-def has_experts(model: Any) -> bool:
-    """Whether the model has mixtures of experts that transformers lets be computed in another form."""
-    return any(hasattr(module, "has_post_expert_norm") for module in model.modules())  # set by their decorator
+def mixtures(model: Any) -> dict[str, Any]:
+    """The model's mixtures of experts that transformers lets be computed in another form, by their names."""
+    # The attribute is set by their decorator.
+    return {name: module for name, module in model.named_modules() if hasattr(module, "has_post_expert_norm")}
 
 
 @contextlib.contextmanager
@@ -30,7 +31,7 @@ def static_experts(model: Any) -> Iterator[None]:
     """The experts of `model`, if it has some, take one of the two forms for as long as a context lasts."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    if not has_experts(model):
+    if not mixtures(model):
         yield
         return
     name = f"sinkexport-{uuid.uuid4().hex}"
@@ -98,9 +99,7 @@ def _taken(parameter: torch.Tensor, picks: torch.Tensor | None) -> torch.Tensor:
 def routers(model: Any) -> frozenset[str]:
     """Names of the modules that choose experts: neighbours of a mixture, with one output for each of its experts."""
     found = set()
-    for path, mixture in model.named_modules():
-        if not hasattr(mixture, "has_post_expert_norm"):
-            continue
+    for path, mixture in mixtures(model).items():
         parent = path.rpartition(".")[0]
         for name, module in model.get_submodule(parent).named_children():
             weight = getattr(module, "weight", None)

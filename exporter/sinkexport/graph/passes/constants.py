@@ -7,6 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
 
+from sinkexport.graph.builder import COMPARISONS
 from sinkexport.graph.edit import static_shape, typed
 
 SMALL_ELEMENTS = 4096
@@ -26,7 +27,6 @@ _ELEMENTWISE = frozenset(
     ("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Reciprocal", "Sigmoid", "Tanh", "Neg", "Exp", "Erf", "Relu", "Gelu",
      "Softmax", "Softplus", "Identity")
 )  # fmt: skip
-_COMPARISONS = frozenset(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
 
 
 def complete_shapes(model: ir.Model) -> None:
@@ -51,7 +51,7 @@ def complete_shapes(model: ir.Model) -> None:
             if axes is not None:
                 unit = np.expand_dims(np.broadcast_to(0, shapes[0] or ()), tuple(int(axis) for axis in axes.numpy()))
                 typed(node.outputs[0], unit.shape, dtype)
-        elif node.op_type in _COMPARISONS:
+        elif node.op_type in COMPARISONS:
             typed(node.outputs[0], np.broadcast_shapes(*(shape or () for shape in shapes)), ir.DataType.BOOL)
         elif node.op_type in _ELEMENTWISE:
             typed(node.outputs[0], np.broadcast_shapes(*(shape or () for shape in shapes)), dtype)

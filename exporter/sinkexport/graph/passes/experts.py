@@ -53,7 +53,7 @@ def quantize_experts(model: ir.Model, plan: Plan) -> None:
         is_transposed = bool(node.attributes["is_transposed"].as_int())
         count, *axes = known_shape(source)
         depth, width = axes if is_transposed else axes[::-1]
-        rows = _rows(source.const_value, is_transposed)
+        rows = _rows(source.const_value, (count * width, depth), is_transposed)
         weight = QuantizedWeight(str(source.name), rows, scheme, transposed=True)
         _write(model.graph, node, weight, (count, depth, width))
 
@@ -63,8 +63,7 @@ def _write(graph: ir.Graph, node: ir.Node, weight: QuantizedWeight, shape: tuple
     (count, depth, width), picks = shape, optional(node, 2)
 
     def integers() -> np.ndarray:
-        unsigned = (weight.integers().astype(np.int16) + STEPS).astype(np.uint8)
-        return np.ascontiguousarray(unsigned.reshape(count, width, depth).transpose(0, 2, 1))
+        return np.ascontiguousarray(weight.unsigned().reshape(count, width, depth).transpose(0, 2, 1))
 
     matrices = lazy_weight(graph, f"{weight.name}.uint8", ir.DataType.UINT8, shape, integers)
     scales = lazy_weight(graph, f"{weight.name}.scales", FLOAT, (count, 1, width),
@@ -108,13 +107,11 @@ def _transposed(b: Builder, value: ir.Value) -> ir.Value:
     return b.op("Transpose", [value], (first, columns, rows), value.dtype, perm=[0, 2, 1])
 
 
-def _rows(source: ir.TensorProtocol, is_transposed: bool) -> ir.TensorProtocol:
-    """The matrices [E, M, K], or [E, K, M] if `is_transposed`, as the rows of one: [E * M, K], made when it is read."""
-    count, *axes = (int(n) for n in source.shape.numpy())
-    depth, width = axes if is_transposed else axes[::-1]
+def _rows(source: ir.TensorProtocol, shape: tuple[int, int], is_transposed: bool) -> ir.TensorProtocol:
+    """The matrices [E, M, K], or [E, K, M] if `is_transposed`, as the rows of one, [E * M, K], made when it is read."""
 
     def make() -> ir.Tensor[Any]:
         array = source.numpy().transpose(0, 2, 1) if is_transposed else source.numpy()
-        return ir.Tensor(np.ascontiguousarray(array).reshape(count * width, depth))
+        return ir.Tensor(np.ascontiguousarray(array).reshape(shape))
 
-    return ir.LazyTensor(make, dtype=source.dtype, shape=ir.Shape((count * width, depth)), name=source.name)
+    return ir.LazyTensor(make, dtype=source.dtype, shape=ir.Shape(shape), name=source.name)

@@ -145,7 +145,7 @@ class OrtForm(FormParts):
         """uint8 [K, N]: integers from 0, zero point `ZERO_POINT`."""
         shape = (weight.num_inputs, weight.num_outputs)
         return self.lazy(weight, "uint8", ir.DataType.UINT8, shape,
-                         lambda: np.ascontiguousarray(_from_zero(weight.integers(), 8).T))  # fmt: skip
+                         lambda: np.ascontiguousarray(weight.unsigned().T))  # fmt: skip
 
     def _zero_point(self) -> ir.Value:
         return constant(self.graph, np.asarray(ZERO_POINT, np.uint8), "zero_point")
@@ -174,9 +174,7 @@ def packed(weight: QuantizedWeight) -> np.ndarray:
     A last block that K does not fill ends in zero points.
     """
     bits, block = weight.scheme.bits, block_size(weight)
-    integers = weight.integers()  # [N, K]
-    if weight.scheme.symmetric:
-        integers = _from_zero(integers, bits)
+    integers = weight.unsigned()  # [N, K]
     groups = -(-weight.num_inputs // block)
     if missing := groups * block - weight.num_inputs:
         zeros = weight.zero_points()
@@ -194,11 +192,6 @@ def packed_zeros(weight: QuantizedWeight) -> np.ndarray:
     if weight.scheme.bits == 8:
         return zeros
     return _nibbles(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)), constant_values=8))
-
-
-def _from_zero(integers: np.ndarray, bits: int) -> np.ndarray:
-    """Signed integers -> uint8, the zero point in the middle."""
-    return (integers.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
 
 
 def _nibbles(values: np.ndarray) -> np.ndarray:

@@ -155,6 +155,14 @@ class QuantizedWeight:
             result[outputs] = flat.astype(result.dtype).T
         return result
 
+    def unsigned(self) -> np.ndarray:
+        """uint8 [N, K]: the integers from 0 on, 2^(bits - 1) standing for zero where the scheme is symmetric.
+
+        Raises: UsageError as `scales`.
+        """
+        integers, scheme = self.integers(), self.scheme
+        return (integers.astype(np.int16) + 2 ** (scheme.bits - 1)).astype(np.uint8) if scheme.symmetric else integers
+
     def dequantized(self) -> np.ndarray:
         """float32 [N, K]: what the integers stand for."""
         values = self.integers().astype(np.float32)
