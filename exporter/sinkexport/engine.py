@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from sinkrt.errors import BackendError, UsageError, problem
+from sinkrt.tensorrt_library import create, is_strongly_typed, load_plugin, make_logger, one_line
 from sinkrt.tensorrt_library import flavour as flavour_of
-from sinkrt.tensorrt_library import is_strongly_typed, load_plugin, make_logger, one_line
 
 MODULE = "tensorrt_rtx_bindings"
 MODULES = ("tensorrt", MODULE)
@@ -41,12 +41,14 @@ class BuildOptions:
 
     plugin: the library of plugins/trt; None: the graph has standard operators only. workspace_bytes: most scratch
     memory that a layer may ask for; None: TensorRT's default. timing_cache: a file that is read if it is there and
-    written afterwards. modules: packages to try, in this order.
+    written afterwards. tactic_sources: bits by TensorRT's TacticSource, the libraries that kernels may come from; None:
+    TensorRT's default. modules: packages to try, in this order.
     """
 
     plugin: Path | None = None
     workspace_bytes: int | None = None
     timing_cache: Path | None = None
+    tactic_sources: int | None = None
     modules: tuple[str, ...] = (MODULE,)
 
 
@@ -122,9 +124,12 @@ def _load_tensorrt(modules: tuple[str, ...]) -> Any:
 
 
 def _build(trt: Any, logger: Any, graph: Path, file: IO[bytes] | None, options: BuildOptions) -> EngineReport:
-    builder = trt.Builder(logger)
-    abi = None if options.plugin is None else load_plugin(trt, builder.get_plugin_registry(), options.plugin)
+    builder = create(trt.Builder, logger)
     typed, flavour = is_strongly_typed(trt), flavour_of(trt)
+    abi = None
+    if options.plugin is not None:
+        registry = builder.get_plugin_registry() if typed else None  # the builder of TensorRT 8.5 has no such method
+        abi = load_plugin(trt, registry, options.plugin)
     # Strongly typed: the graph's own dtypes are final, TensorRT may not lower a float32 sum to float16.
     flag = trt.NetworkDefinitionCreationFlag
     network = builder.create_network(1 << int(flag.STRONGLY_TYPED if typed else flag.EXPLICIT_BATCH))
@@ -139,6 +144,10 @@ def _build(trt: Any, logger: Any, graph: Path, file: IO[bytes] | None, options: 
     config = builder.create_builder_config()
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    if options.tactic_sources is not None and not config.set_tactic_sources(options.tactic_sources):
+        raise UsageError(problem("--tactic-sources", received=options.tactic_sources,
+                                 expected=f"bits of TacticSource that {flavour} {trt.__version__} knows",
+                                 fix="give others, or leave it out"))  # fmt: skip
     if typed and abi is not None:
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if not typed:
@@ -148,7 +157,8 @@ def _build(trt: Any, logger: Any, graph: Path, file: IO[bytes] | None, options: 
             raise UsageError(problem("--timing-cache", received=f"'{options.timing_cache}' with TensorRT-RTX",
                                      expected="nothing: it keeps no timings", fix="leave it out"))  # fmt: skip
         saved = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
-        if not config.set_timing_cache(config.create_timing_cache(saved), ignore_mismatch=False):
+        kept = config.create_timing_cache(saved)  # None: it is unreadable
+        if kept is None or not config.set_timing_cache(kept, ignore_mismatch=False):
             raise UsageError(problem("--timing-cache", received=f"'{options.timing_cache}', of another TensorRT or GPU",
                                      expected="a cache that this machine wrote", fix="choose a new file"))  # fmt: skip
     layers = [network.get_layer(i) for i in range(network.num_layers)]

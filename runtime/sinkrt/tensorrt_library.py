@@ -9,7 +9,7 @@ from typing import Any
 
 from sinkrt.contract import PLUGIN_ABI
 from sinkrt.engines import PLUGIN_FILE
-from sinkrt.errors import UsageError, problem
+from sinkrt.errors import BackendError, UsageError, problem
 
 PLUGIN_LIBRARY = PurePosixPath(PLUGIN_FILE).name
 
@@ -46,6 +46,8 @@ def plugin_facts(plugin: Path, what: str = "--plugin") -> tuple[str, int]:
 def load_plugin(trt: Any, registry: Any, plugin: Path, what: str = "--plugin") -> str:
     """Make the plugins known to TensorRT; returns their ABI.
 
+    registry: of TensorRT; None will do where networks are weakly typed: the library registers its plugins itself.
+
     Raises: UsageError if it is not a plugin for this TensorRT.
     """
     typed, version = is_strongly_typed(trt), f"{flavour(trt)} {trt.__version__}"
@@ -65,6 +67,26 @@ def load_plugin(trt: Any, registry: Any, plugin: Path, what: str = "--plugin") -
                                  expected=f"the library {PLUGIN_LIBRARY}",
                                  fix="build it as plugins/README.md says"))  # fmt: skip
     return abi
+
+
+def create(kind: Any, logger: Any) -> Any:
+    """A TensorRT object that needs the GPU's driver. kind: its class, `Builder` or `Runtime`.
+
+    Raises: BackendError if TensorRT makes none, as where there is no driver or no GPU that it supports.
+    """
+    try:
+        return kind(logger)
+    except TypeError as error:  # all that pybind11 says of it: "factory function returned nullptr"
+        raise BackendError(problem(f"TensorRT's {kind.__name__}", received=said(logger, str(error)),
+                                   expected="a GPU that it supports and its driver",
+                                   fix="check nvidia-smi")) from None  # fmt: skip
+
+
+def said(logger: Any, otherwise: str = "a refusal without a reason") -> str:
+    """TensorRT's reason: the first error, which the others follow from."""
+    reason = logger.errors[0] if logger.errors else one_line(otherwise)
+    logger.errors.clear()
+    return str(reason)
 
 
 def make_logger(trt: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import importlib.util
 import os
 import re
@@ -11,6 +12,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import onnx
@@ -19,7 +22,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from sinkexport import engine
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
-from sinkexport.engine import EngineReport, build_engine
+from sinkexport.engine import BuildOptions, EngineReport, build_engine
+from sinkexport.engine_process import build_engine_apart
 from sinkexport.pipeline import export, export_loaded
 from sinkexport.sources import LoadedModel
 from sinkrt.contract import Manifest
@@ -121,6 +125,13 @@ class TestBuild:
         report = build_engine(ring_model(tmp_path / "ring.onnx", "float32", 1), target)
         assert target.stat().st_size == report.engine_bytes
         assert [p.name for p in target.parent.iterdir()] == ["ring.engine"]
+
+    def test_tactic_sources(self, tmp_path: Path) -> None:
+        path = ring_model(tmp_path / "ring.onnx", "float32", 1)
+        assert build_engine(path, options=BuildOptions(tactic_sources=0)).engine_bytes > 0
+        with pytest.raises(UsageError, match="--tactic-sources: received 2147483648, expected bits of") as caught:
+            build_engine_apart(path, tmp_path / "ring.engine", BuildOptions(tactic_sources=1 << 31))
+        assert "\n" not in str(caught.value)
 
     def test_warnings_are_of_this_build_only(self, tmp_path: Path) -> None:
         path = ring_model(tmp_path / "ring.onnx", "float32", 1)
@@ -301,6 +312,67 @@ def test_missing_tensorrt_says_what_to_install(
     with pytest.raises(BackendError, match=r"pip install 'sinkexport\[tensorrt\]'") as caught:
         build_engine(path)
     assert "\n" not in str(caught.value)
+
+
+class Logging:
+    """The least that a logger of TensorRT's derives from."""
+
+    class Severity(enum.IntEnum):
+        ERROR, WARNING = 1, 2
+
+
+@pytest.fixture
+def tensorrt(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """A stand-in for the package `tensorrt`, whose calls all succeed."""
+    module = MagicMock(__version__="10.3.0", ILogger=Logging)
+    module.__name__ = "tensorrt"
+    monkeypatch.setattr(engine.importlib, "import_module", lambda _name: module)
+    return module
+
+
+def test_no_driver_is_told_with_tensorrts_reason(tmp_path: Path, tensorrt: MagicMock) -> None:
+    def refuse(logger: Any) -> None:
+        logger.log(Logging.Severity.ERROR, "CUDA initialization failure with error: 35\n")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    tensorrt.Builder = MagicMock(__name__="Builder", side_effect=refuse)
+    with pytest.raises(BackendError, match=r"TensorRT's Builder: received CUDA .* 35, expected a GPU"):
+        build_engine(ring_model(tmp_path / "ring.onnx", "float32", 1))
+
+
+@pytest.mark.parametrize(("version", "has_registry"), [("8.5.3.1", False), ("8.6.1", False), ("10.3.0", True)])
+def test_a_plugin_needs_the_builders_registry_from_tensorrt_10_on(
+    version: str, has_registry: bool, tmp_path: Path, tensorrt: MagicMock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The builder of TensorRT 8.5 has none."""
+    tensorrt.__version__ = version
+    if not has_registry:
+        del tensorrt.Builder.return_value.get_plugin_registry
+    seen = []
+
+    def load(_trt: Any, registry: Any, plugin: Path) -> str:
+        seen.append((registry is not None, plugin))
+        raise UsageError("enough")
+
+    monkeypatch.setattr(engine, "load_plugin", load)
+    with pytest.raises(UsageError, match="enough"):
+        build_engine(ring_model(tmp_path / "r.onnx", "float32", 1), options=BuildOptions(plugin=tmp_path / "p.so"))
+    assert seen == [(has_registry, tmp_path / "p.so")]
+
+
+@pytest.mark.parametrize("readable", [False, True])
+def test_an_unfit_timing_cache(readable: bool, tmp_path: Path, tensorrt: MagicMock) -> None:
+    """TensorRT makes none of a file that is none, and does not set one of another version or GPU."""
+    config = tensorrt.Builder.return_value.create_builder_config.return_value
+    config.set_timing_cache.return_value = False
+    if not readable:
+        config.create_timing_cache.return_value = None
+        config.set_timing_cache.side_effect = TypeError("incompatible function arguments")
+    (tmp_path / "cache").write_bytes(b"noise")
+    with pytest.raises(UsageError, match=r"--timing-cache: received .*; choose a new file"):
+        build_engine(ring_model(tmp_path / "r.onnx", "float32", 1),
+                     options=BuildOptions(timing_cache=tmp_path / "cache"))  # fmt: skip
+    assert (tmp_path / "cache").read_bytes() == b"noise"
 
 
 def test_importing_the_module_does_not_import_tensorrt() -> None:

@@ -277,7 +277,8 @@ class TestBuilding:
 
     def test_the_command(self, plugin_library: Path, tmp_path: Path) -> None:
         exported(wide_model("llama-tied", "fp16"), tmp_path / "b", dtype="fp16", target="tensorrt", chunk_size=1)
-        result = CliRunner().invoke(cli, ["build", str(tmp_path / "b"), "--plugin", str(plugin_library)])
+        result = CliRunner().invoke(cli, ["build", str(tmp_path / "b"), "--plugin", str(plugin_library),
+                                          "--tactic-sources", "0"])  # fmt: skip
         assert result.exit_code == 0, result.output
         assert "decode.engine: decode, TensorRT-RTX" in result.output
         with pytest.raises(BackendError, match="a bundle whose graphs need the TensorRT plugin"):
@@ -340,6 +341,10 @@ def test_bad_input_of_the_command(tmp_path: Path) -> None:
         result = CliRunner().invoke(cli, ["build", *arguments])
         assert isinstance(result.exception, SinkError)
         assert told in str(result.exception)
+    for bits in ("-1", "4294967296", "cublas"):
+        result = CliRunner().invoke(cli, ["build", plugin, "--tactic-sources", bits])
+        assert result.exit_code == 2
+        assert "--tactic-sources" in result.stderr
 
 
 def with_engine(bundle: Path, **changes: Any) -> Manifest:

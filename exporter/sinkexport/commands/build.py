@@ -15,6 +15,7 @@ STAGES = {
 }
 FLAVOURS = {"auto": ("tensorrt", "tensorrt_rtx_bindings"), "tensorrt": ("tensorrt",),
             "rtx": ("tensorrt_rtx_bindings",)}  # fmt: skip
+MAX_UINT32 = (1 << 32) - 1
 
 
 @click.command(name="build")
@@ -27,10 +28,13 @@ FLAVOURS = {"auto": ("tensorrt", "tensorrt_rtx_bindings"), "tensorrt": ("tensorr
               help="Most scratch memory of a layer.  [default: TensorRT's]")  # fmt: skip
 @click.option("--timing-cache", type=click.Path(path_type=Path), metavar="FILE",
               help="Read if it is there, written afterwards: the next build is quicker. Not for RTX.")  # fmt: skip
+@click.option("--tactic-sources", type=click.IntRange(0, MAX_UINT32), metavar="BITS",
+              help="TensorRT's TacticSource bits; 0 builds without cuBLAS and cuDNN (TensorRT 8).  "
+                   "[default: TensorRT's]")  # fmt: skip
 @click.pass_context
 def command(
     context: click.Context, bundle: Path, plugin: Path | None, flavour: str, workspace: int | None,
-    timing_cache: Path | None,
+    timing_cache: Path | None, tactic_sources: int | None,
 ) -> None:  # fmt: skip
     """Build TensorRT engines for the bundle DIR, which was exported with --target tensorrt, into DIR/engines.
 
@@ -41,7 +45,8 @@ def command(
     from sinkexport.engine import BuildOptions
     from sinkexport.engine_process import EngineBuildError
 
-    options = BuildOptions(plugin, None if workspace is None else workspace << 20, timing_cache, FLAVOURS[flavour])
+    options = BuildOptions(plugin, None if workspace is None else workspace << 20, timing_cache, tactic_sources,
+                           FLAVOURS[flavour])  # fmt: skip
     try:
         with shown_progress(STAGES) as show:
             built = build_bundle(bundle, options, show, debug=context.find_root().params["debug"])

@@ -20,7 +20,7 @@ from sinkrt.backends.cuda import ALIGNMENT_BYTES, Cuda, DeviceArray, Staged
 from sinkrt.contract import RECURRENT_KINDS, Manifest, TensorSpec
 from sinkrt.engines import PLUGIN_FILE, EngineHost, check_engine
 from sinkrt.errors import BackendError, problem
-from sinkrt.tensorrt_library import load_plugin, make_logger, one_line
+from sinkrt.tensorrt_library import create, load_plugin, make_logger, one_line, said
 
 PACKAGES: Mapping[str, tuple[str, ...]] = {
     "TensorRT": ("tensorrt",),
@@ -44,7 +44,7 @@ class TensorrtBackend:
         trt = import_package(facts.flavour)
         self._cuda = Cuda()
         self._logger = make_logger(trt)  # TensorRT keeps a raw pointer to it
-        self._runtime = trt.Runtime(self._logger)
+        self._runtime = create(trt.Runtime, self._logger)
         abi = None
         if manifest.plugin_abi is not None:
             abi = load_plugin(trt, trt.get_plugin_registry(), bundle / PLUGIN_FILE, "plugin")
@@ -168,7 +168,7 @@ class _Engine:
         context = None if engine is None else engine.create_execution_context()
         if context is None:
             raise BackendError(
-                problem(f"{role} engine", received=_said(logger),
+                problem(f"{role} engine", received=said(logger),
                         expected="an engine that runs here, and room for it on the GPU",
                         fix="free GPU memory, or run 'sinkexport build' on this machine")
             )  # fmt: skip
@@ -178,14 +178,17 @@ class _Engine:
     def bind(self, arrays: Mapping[str, DeviceArray]) -> None:
         """Tie all inputs and outputs to buffers.
 
-        Raises: BackendError if the engine has others.
+        Raises: BackendError if the engine has others, or TensorRT does not take an address.
         """
         if different := sorted(self._names ^ set(arrays)):
             raise BackendError(problem(f"{self._role} engine", received=f"'{different[0]}'",
                                        expected="the tensors that the manifest names",
                                        fix="run 'sinkexport build' again"))  # fmt: skip
         for name, array in arrays.items():
-            self._context.set_tensor_address(name, array.address)
+            if not self._context.set_tensor_address(name, array.address):
+                raise BackendError(problem(f"{self._role} engine: '{name}'", received=said(self._logger),
+                                           expected="an address that TensorRT takes",
+                                           fix="run 'sinkexport build' again"))  # fmt: skip
 
     def execute(self, cuda: Cuda) -> None:
         """Put a run on the stream.
@@ -193,7 +196,7 @@ class _Engine:
         Raises: BackendError.
         """
         if not self._context.execute_async_v3(cuda.stream):
-            raise BackendError(problem(f"{self._role} run", received=_said(self._logger),
+            raise BackendError(problem(f"{self._role} run", received=said(self._logger),
                                        expected="a run without error", fix="load the session again"))  # fmt: skip
 
 
@@ -211,10 +214,3 @@ def import_package(flavour: str) -> Any:
     fix = "pip install 'sinkexport[tensorrt]'" if flavour == "TensorRT-RTX" else "install NVIDIA's 'tensorrt'"
     raise BackendError(problem(flavour, received="; ".join(failures), fix=fix,
                                expected=" or ".join(f"'{package}'" for package in PACKAGES[flavour])))  # fmt: skip
-
-
-def _said(logger: Any) -> str:
-    """TensorRT's reason: the first error, which the others follow from."""
-    reason = logger.errors[0] if logger.errors else "a refusal without a reason"
-    logger.errors.clear()
-    return str(reason)

@@ -1,0 +1,49 @@
+"""What TensorRT says no to is told in one line. Running engines needs a GPU: tests/plugins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+from sinkrt.backends.tensorrt import _Engine
+from sinkrt.errors import BackendError
+from sinkrt.tensorrt_library import create
+
+
+class Runtime:
+    """As pybind11 makes one where TensorRT returns none."""
+
+    def __init__(self, logger: SimpleNamespace) -> None:
+        logger.errors.extend(logger.told)
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+
+@pytest.mark.parametrize(("told", "reason"), [
+    (["CUDA initialization failure with error: 35", "and what follows"], "CUDA initialization failure with error: 35"),
+    ([], "pybind11::init(): factory function returned nullptr"),
+])  # fmt: skip
+def test_no_driver_is_told_with_tensorrts_reason(told: list[str], reason: str) -> None:
+    logger = SimpleNamespace(errors=[], told=told)
+    with pytest.raises(BackendError) as caught:
+        create(Runtime, logger)
+    assert str(caught.value).startswith(f"TensorRT's Runtime: received {reason}, expected ")
+    assert logger.errors == []  # the next failure is told with its own reason
+
+
+def test_an_address_that_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "decode.engine").write_bytes(b"engine")
+    engine = MagicMock(num_io_tensors=1)
+    engine.get_tensor_name.return_value = "ids"
+    context = engine.create_execution_context.return_value
+    runtime = MagicMock()
+    runtime.deserialize_cuda_engine.return_value = engine
+    logger = SimpleNamespace(errors=[])
+    decode = _Engine(runtime, logger, "decode", tmp_path / "decode.engine")
+    context.set_tensor_address.return_value = True
+    decode.bind({"ids": SimpleNamespace(address=256)})
+    context.set_tensor_address.return_value = False
+    logger.errors.append("not aligned")
+    with pytest.raises(BackendError, match="decode engine: 'ids': received not aligned, expected an address"):
+        decode.bind({"ids": SimpleNamespace(address=1)})
