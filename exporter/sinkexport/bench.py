@@ -206,6 +206,7 @@ def run_bench(bundle: Path, config: BenchConfig, report: Report = silent) -> Ben
     ):
         run = _Run(session, probe, config, report)
         report("load", 1, 1)
+        found["not_recorded"] = session.not_recorded
         prefill_ms = run.prefills()
         run.feed()
         positions, bandwidth = run.decode()

@@ -161,6 +161,14 @@ class Session:
         return {"ids": backend.ids, "position": backend.position, "logits": backend.logits, **backend.states}
 
     @property
+    def not_recorded(self) -> str | None:
+        """Why steps are not replayed as CUDA graphs, which costs time; None: they are, or there is no GPU.
+
+        Raises: UsageError if the session is closed.
+        """
+        return self._loaded().not_recorded
+
+    @property
     def chunk_size(self) -> int:
         """T, tokens that one run of the prefill graph takes; 1 if the bundle has none."""
         return self._manifest.stream.chunk_size

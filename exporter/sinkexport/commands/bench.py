@@ -97,6 +97,8 @@ def _print_report(report: BenchReport) -> None:
         f"so at least {figures['floor_ms']:.2f} ms",
     ):
         console.print(line, markup=False, soft_wrap=True)
+    if machine["not_recorded"] is not None:
+        console.print(f"steps are no CUDA graphs: {machine['not_recorded']}", markup=False, soft_wrap=True)
     console.print(table)
     console.print(f"prefill of {prefill['prompt_tokens']:,} tokens: {prefill['median_ms']:,.0f} ms, "
                   f"{prefill['tokens_per_s']:.1f} tokens/s")  # fmt: skip

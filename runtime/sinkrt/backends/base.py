@@ -39,6 +39,7 @@ class Backend(Protocol):
     ids: int64 [B, 1] and position: int64 [B], written by the session before `run`.
     logits: float32 [B, vocab], overwritten by `run`, and a row of it by `run_chunk`.
     states: the state tensors by input name; `run` changes them in place.
+    not_recorded: why runs are not replayed as CUDA graphs; None: they are, or there is no GPU.
     """
 
     @property
@@ -52,6 +53,9 @@ class Backend(Protocol):
 
     @property
     def states(self) -> Mapping[str, StateArray]: ...
+
+    @property
+    def not_recorded(self) -> str | None: ...
 
     def run(self) -> None:
         """Decode one token a stream; in graphs with linear attention, none where the id is ``NO_TOKEN``.

@@ -70,7 +70,7 @@ class OrtBackend:
     repack_prefill: a second copy of the weights, in the layout that products like best, makes prefill about a seventh
     faster (measured on a CPU with AVX-512). Without it the prefill graph reads the pages of the weights file, which are
     mapped and shared. None: if the copy takes no more than a quarter of the memory that is free.
-    place: None: the CPU.
+    place: None: the CPU. not_recorded: what `Backend` tells by that name.
 
     Raises: BundleError if a graph is unreadable or is not what the manifest says; BackendError if ONNX Runtime
     cannot run it.
@@ -78,8 +78,9 @@ class OrtBackend:
 
     def __init__(
         self, bundle: Path, manifest: Manifest, threads: int | None, repack_prefill: bool | None = None,
-        place: Place | None = None,
+        place: Place | None = None, not_recorded: str | None = None,
     ) -> None:  # fmt: skip
+        self._not_recorded = not_recorded
         if repack_prefill is None:
             repack_prefill = manifest.weights_bytes <= available_bytes() // 4
         place = place or HostPlace()
@@ -120,6 +121,10 @@ class OrtBackend:
     @property
     def states(self) -> Mapping[str, StateArray]:
         return self._states
+
+    @property
+    def not_recorded(self) -> str | None:
+        return self._not_recorded
 
     def run(self) -> None:
         for name in ("ids", "position"):
@@ -162,8 +167,17 @@ def load_on_gpu(bundle: Path, manifest: Manifest, threads: int | None) -> OrtBac
     ort.set_default_logger_severity(4)
     try:
         return OrtBackend(bundle, manifest, threads, False, CudaPlace(cuda, graphs=True))
-    except (BackendError, BundleError):  # some node stays on the CPU, or something else: then it comes again
-        return OrtBackend(bundle, manifest, threads, False, CudaPlace(cuda, graphs=False))
+    except (BackendError, BundleError) as error:  # some node stays on the CPU, or something else: then it comes again
+        reason = str(error)
+    # Not in that block: the error's traceback holds the first attempt's weights, and there may be no room for two.
+    try:
+        return OrtBackend(bundle, manifest, threads, False, CudaPlace(cuda, graphs=False), reason)
+    except (BackendError, BundleError) as error:
+        if "cudnn" not in str(error.__cause__).lower():
+            raise
+        raise BackendError(problem("backend 'ort-cuda'", received=_first_line(error.__cause__ or error),
+                                   expected="cuDNN 9, or what this onnxruntime-gpu was built for",
+                                   fix="pip install 'sinkexport[cuda]'")) from error  # fmt: skip
 
 
 class HostPlace:
@@ -356,5 +370,5 @@ def available_bytes() -> int:
         return 0
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

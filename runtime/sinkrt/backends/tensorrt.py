@@ -42,7 +42,7 @@ class TensorrtBackend:
                                        expected="one with engines",
                                        fix=f"{first}run 'sinkexport build' on this machine"))  # fmt: skip
         trt = import_package(facts.flavour)
-        self._cuda = Cuda()
+        self._cuda, self._not_recorded = Cuda(), False
         self._logger = make_logger(trt)  # TensorRT keeps a raw pointer to it
         self._runtime = create(trt.Runtime, self._logger)
         abi = None
@@ -66,13 +66,15 @@ class TensorrtBackend:
         decode.bind({**self._devices("decode"), "logits": self._logits.device, **self._bound(self._states),
                      **{self._outputs[name]: array for name, array in after.items()}})  # fmt: skip
 
-        def step() -> None:
-            decode.execute(self._cuda)
+        cuda, states = self._cuda, self._states
+
+        def step() -> None:  # refers not to self, which refers to it: GPU memory is freed as soon as a session closes
+            decode.execute(cuda)
             for name, array in after.items():
-                self._cuda.on_device(self._states[name].address, array.address, array.nbytes)
+                cuda.on_device(states[name].address, array.address, array.nbytes)
 
         step()  # what a first run does cannot be recorded
-        self._step = self._cuda.record(step) or step
+        self._step = self._recorded(step)
         self._chunks = [self._chunk(stream) for stream in range(batch)] if "prefill" in manifest.graphs else []
         self._cuda.synchronize()
         for state in self._states.values():
@@ -93,6 +95,10 @@ class TensorrtBackend:
     @property
     def states(self) -> Mapping[str, StateArray]:
         return self._states
+
+    @property
+    def not_recorded(self) -> str | None:
+        return "a part of the engines' runs cannot be recorded" if self._not_recorded else None
 
     def run(self) -> None:
         inputs = self._inputs["decode"]
@@ -156,7 +162,13 @@ class TensorrtBackend:
         self._inputs["prefill"]["num_valid"].host[...] = 1
         self._inputs["prefill"]["num_valid"].upload()
         work()
-        return cuda.record(work) or work
+        return self._recorded(work)
+
+    def _recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+        """As a CUDA graph, or where that cannot be as it is."""
+        graph = self._cuda.record(work)
+        self._not_recorded |= graph is None
+        return graph or work
 
 
 class _Engine:
