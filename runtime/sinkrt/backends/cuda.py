@@ -6,6 +6,7 @@ No package is needed beyond CUDA's runtime library itself, which onnxruntime-gpu
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import weakref
 from collections.abc import Callable, Iterator
@@ -44,6 +45,8 @@ class Cuda:
         stream = ctypes.c_void_p()
         self._call("cudaStreamCreate", ctypes.byref(stream))
         self.stream: int = stream.value or 0
+        # Arrays and graphs refer to this object, so they are gone by then.
+        weakref.finalize(self, self._library.cudaStreamDestroy, stream)
 
     @property
     def compute_capability(self) -> str:
@@ -99,30 +102,33 @@ class Cuda:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None] | None:
         """What `work` puts on the stream as one CUDA graph, to be called any number of times; None: it has parts that
-        cannot be recorded. `work` is not run."""
+        cannot be recorded. `work` is not run, but kept with all that it refers to: the graph uses its buffers.
+
+        Raises: BackendError if what was on the stream before has failed.
+        """
         self.synchronize()
         stream, graph, recorded = ctypes.c_void_p(self.stream), ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cudaStreamBeginCapture", stream, _CAPTURE_OF_THIS_THREAD)
+        whole = False
         try:
             work()
             whole = True
         except BackendError:
-            whole = False
-        ended = self._library.cudaStreamEndCapture(stream, ctypes.byref(graph)) == 0
-        made = whole and ended and not self._library.cudaGraphInstantiateWithFlags(
-            ctypes.byref(recorded), graph, ctypes.c_ulonglong(0)
-        )  # fmt: skip
-        if graph.value:
-            self._library.cudaGraphDestroy(graph)
+            pass
+        finally:  # whatever work raises: a stream that stays in capture takes nothing else
+            ended = self._library.cudaStreamEndCapture(stream, ctypes.byref(graph)) == 0
+            made = whole and ended and not self._library.cudaGraphInstantiateWithFlags(
+                ctypes.byref(recorded), graph, ctypes.c_ulonglong(0)
+            )  # fmt: skip
+            if graph.value:
+                self._library.cudaGraphDestroy(graph)
+            if not made:
+                self._library.cudaGetLastError()  # the next call must not report it again
         if not made:
-            self._library.cudaGetLastError()  # the next call must not report it again
             return None
-
-        def launch() -> None:
-            self._call("cudaGraphLaunch", recorded, stream)
-
-        weakref.finalize(launch, self._library.cudaGraphExecDestroy, recorded)
-        return launch
+        replay = _Replay(functools.partial(self._call, "cudaGraphLaunch", recorded, stream), work)
+        weakref.finalize(replay, self._library.cudaGraphExecDestroy, recorded)
+        return replay
 
     def _copy(self, target: int, source: int, num_bytes: int, kind: int) -> None:
         self._call("cudaMemcpy", ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(num_bytes), kind)
@@ -201,6 +207,16 @@ class DeviceArray:
 
     def _address_of(self, row: int) -> int:
         return self.address + row * (self.nbytes // self.shape[0])
+
+
+class _Replay:
+    """A recorded CUDA graph. It is destroyed before `work` is dropped, and so before buffers that only work holds."""
+
+    def __init__(self, launch: Callable[[], None], work: Callable[[], None]) -> None:
+        self._launch, self._work = launch, work
+
+    def __call__(self) -> None:
+        self._launch()
 
 
 class Staged:
