@@ -54,17 +54,32 @@ CASES: dict[str, dict[str, Any]] = {
     "sink scale": _case(sink_scale=True),
     "gate": _case(family="qwen3_5"),
     "3 streams, gate": _case(family="qwen3_5", batch=3),
+    # A step of one stream takes the weights of the experts chosen; a chunk, or several streams, those of all.
+    "experts": _case(family="mixtral"),
+    "3 streams, experts": _case(family="mixtral", batch=3),
+    "experts in one layer": _case(family="qwen3_moe"),
+    "linear attention": _case(family="qwen3_5_linear"),
+    "3 streams, linear attention": _case(family="qwen3_5_linear", batch=3),
+    "linear attention, experts": _case(family="qwen3_next"),
 }
 
 _TWO_LAYERS = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
                "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": False}  # fmt: skip
+_LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
+                    "linear_num_key_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64}  # fmt: skip
 # What attention has besides, in models that have it: ALiBi; learned sink logits, in a layer with a window of its own as
-# well; output gates.
+# well; output gates. What models have besides: experts, linear attention.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomConfig", {"hidden_size": 256, "n_layer": 2, "n_head": 4}),
     "flint": ("FlintConfig", {**_TWO_LAYERS, "layer_types": ["full_attention", "sliding_attention"],
                               "sliding_window": 24, "mlp_only_layers": [0, 1]}),
     "qwen3_5": ("Qwen3_5TextConfig", {**_TWO_LAYERS, "layer_types": ["full_attention"] * 2}),
+    "qwen3_5_linear": ("Qwen3_5TextConfig", {**_TWO_LAYERS, **_LINEAR_AND_FULL}),
+    "mixtral": ("MixtralConfig", {**_TWO_LAYERS, "num_local_experts": 12, "num_experts_per_tok": 4}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_TWO_LAYERS, "moe_intermediate_size": 64, "num_experts": 12,
+                                     "num_experts_per_tok": 4, "mlp_only_layers": [0]}),
+    "qwen3_next": ("Qwen3NextConfig", {**_TWO_LAYERS, **_LINEAR_AND_FULL, "num_experts": 12, "num_experts_per_tok": 4,
+                                       "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}),
 }  # fmt: skip
 
 
@@ -113,6 +128,7 @@ def _model(case: dict[str, Any]) -> Any:
     """In float32, of weights that float16 holds."""
     import torch
     import transformers
+    from sinkexport.model.experts import routers
 
     if case["family"] == "llama":
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": case["head_dim"]}
@@ -132,6 +148,8 @@ def _model(case: dict[str, Any]) -> Any:
                     parameter.normal_(4.0, 1.0)
                 else:
                     parameter.add_(torch.randn_like(parameter) * 0.3)
+            for name in sorted(routers(model)):  # so that a choice which rounding tips is of experts that count little
+                model.get_parameter(f"{name}.weight").normal_(0.0, 1.0)
     return model.to(torch.float16).to(torch.float32).eval()
 
 
