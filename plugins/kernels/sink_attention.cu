@@ -162,11 +162,9 @@ __global__ void __launch_bounds__(kThreads) mergeSplits(const __grid_constant__ 
   for (int i = 0; i < kAtOnce; ++i) read(warp + kWarps * i, sum[i], x[i]);
 
   RowSums all;
-  for (int split = lane; split < args.num_splits; split += 32) all.largest = fmaxf(all.largest, sums[split].x);
-  all.largest = detail::warpMax(all.largest);
-  auto factorOf = [&](float largest) {
-    return largest == -INFINITY ? 0.0f : detail::exp2Fast(largest - all.largest);
-  };
+  for (int split = lane; split < args.num_splits; split += 32) all.base = fmaxf(all.base, sums[split].x);
+  all.base = detail::warpMax(all.base);
+  auto factorOf = [&](float base) { return base == -INFINITY ? 0.0f : detail::exp2Fast(base - all.base); };
   for (int split = lane; split < args.num_splits; split += 32) all.sum += factorOf(sums[split].x) * sums[split].y;
   all.sum = detail::warpSum(all.sum);
 
@@ -222,16 +220,18 @@ constexpr int kMostSms = 192;
 
 struct Shape {
   AttendKernel kernel;
-  int row_chunks;  // blocks for the rows of one (stream, kv head)
+  int row_chunks;   // blocks for the rows of one (stream, kv head)
+  int window_keys;  // of a tile
   int tiles;
   int row_blocks;  // blocks of one split
 
   explicit Shape(const SinkAttentionParams& p) : kernel(kernelOf(p)) {
     const int rows = p.num_q_heads / p.num_kv_heads * p.num_tokens;
     row_chunks = divUp(rows, kernel.num_rows);
-    const int tile_keys = detail::tileKeys(p.int8_window, false);
-    tiles = divUp(p.num_sinks, tile_keys) + divUp(p.window_size, detail::tileKeys(p.int8_window, p.int8_window)) +
-            (isPrefill(p) ? divUp(p.num_tokens, tile_keys) : 0);
+    const int other_keys = detail::tileKeys(p.head_dim, p.int8_window, false);
+    window_keys = detail::tileKeys(p.head_dim, p.int8_window, p.int8_window);
+    tiles = divUp(p.num_sinks, other_keys) + divUp(p.window_size, window_keys) +
+            (isPrefill(p) ? divUp(p.num_tokens, other_keys) : 0);
     row_blocks = row_chunks * p.batch * p.num_kv_heads;
   }
 
@@ -245,8 +245,9 @@ struct Shape {
   // The splits that take the least time by a rough model, fitted to an H200, in microseconds: all tiles at memory's
   // speed, as far as multiprocessors have equal shares of them, or, if it is longer, a warp's tiles one after another.
   int splits(const SinkAttentionParams& p, int num_sms, double memory_bytes_of_us, int blocks_of_sm) const {
-    const double bytes = (p.int8_window ? 0.5 : 1.0) * p.head_dim / 128;  // of a tile, in units of 8 KiB
-    const double tile = bytes * 8192 * num_sms / memory_bytes_of_us, tile_in_a_row = (0.56 + 0.44 * bytes) * kernel.num_rows / 8;
+    const double bytes = (p.int8_window ? 0.5 : 1.0) * p.head_dim / 128 * window_keys / 16;  // of a tile, 8 KiB
+    const double tile = bytes * 8192 * num_sms / memory_bytes_of_us;
+    const double tile_in_a_row = (0.56 + 0.44 * bytes) * kernel.num_rows / 8;
     constexpr double kRound = 0.5, kMerge = 2.5, kMergeOfSplit = 0.1;
     int best = 1;
     double best_cost = INFINITY;
@@ -408,12 +409,13 @@ namespace {
 
 template <DType kDType>
 cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t stream) {
-  int device = 0, num_sms = 0, shared_of_sm = 0, major = 0, memory_khz = 0, memory_bits = 0;
+  int device = 0, num_sms = 0, shared_of_sm = 0, shared_of_block = 0, major = 0, memory_khz = 0, memory_bits = 0;
   const struct {
     int* value;
     cudaDeviceAttr attribute;
   } wanted[] = {{&num_sms, cudaDevAttrMultiProcessorCount},
                 {&shared_of_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
+                {&shared_of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin},
                 {&major, cudaDevAttrComputeCapabilityMajor},
                 {&memory_khz, cudaDevAttrMemoryClockRate},
                 {&memory_bits, cudaDevAttrGlobalMemoryBusWidth}};
@@ -442,13 +444,22 @@ cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t s
     if ((error = cudaGetLastError()) != cudaSuccess) return error;
   }
 
-  error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
+  // Blocks are placed as those of the launch before end. If no merge comes in between, they would crowd on the first
+  // multiprocessors that are free, and most would wait for those: so each takes as much shared memory as is its share.
+  int shared_bytes = kernel.shared_bytes;
+  const int blocks = shape.row_blocks * num_splits;
+  if (num_splits == 1 && !isPrefill(p) && blocks <= num_sms * blocks_of_sm) {
+    const int share = shared_of_sm / divUp(blocks, num_sms), most = share < shared_of_block ? share : shared_of_block;
+    const int padded = (most - kReservedOfBlock) / 128 * 128;
+    shared_bytes = padded > shared_bytes ? padded : shared_bytes;
+  }
+  error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
   void* arguments[] = {&args};
   const dim3 grid(shape.row_chunks, num_splits, p.batch * p.num_kv_heads);
   // Both kernels wait for the one before them where they need its results, and may be placed earlier.
   const bool overlaps = major >= 9;
-  error = launchOverlapping(kernel.function, grid, dim3(kernel.num_threads), kernel.shared_bytes, overlaps, stream, arguments);
+  error = launchOverlapping(kernel.function, grid, dim3(kernel.num_threads), shared_bytes, overlaps, stream, arguments);
   if (error != cudaSuccess) return error;
   if (num_splits > 1) {
     error = launchOverlapping(&mergeSplits<kDType>, dim3(p.batch * p.num_q_heads * p.num_tokens), dim3(kThreads),

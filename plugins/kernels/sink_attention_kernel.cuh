@@ -7,11 +7,11 @@
 // Both products put up with any order of what they sum over and of what they give, so a lane = 4 * g + c feeds whole
 // pieces of 16 bytes to mma.m16n8k16 (no ldmatrix, no barrier but the warp's), of rows that lie in shared memory as they
 // do in the cache, an odd number of pieces apart:
-//   S   = Q K^T    of 8 keys each: key g / 2 + 4 * (g % 2), dimensions of pieces c
+//   S^T = K Q^T    of 16 keys each: keys g / 2 + 4 * (g % 2) and 8 more, dimensions of pieces c
 //   O^T = V^T P^T  of 16 keys each: keys c, c+4, 8+c, 12+c, dimensions of pieces g / 2 + 4 * (g % 2)
-// In this order the pieces that 8 lanes read at once lie in different banks, and what S leaves in a thread, head g by
-// keys c, c+4, is what O^T wants of P there. int8 entries become exact 16-bit numbers in registers; scales go to the
-// logits and to P.
+// In this order the pieces that 8 lanes read at once lie in different banks. S^T leaves two keys by rows 2c and 2c+1 in a
+// thread, which are its rows of O^T too; transposed, 8 x 8 at a time, that is P^T. int8 entries become exact 16-bit
+// numbers in registers; scales go to the logits and to P.
 #pragma once
 
 #include <type_traits>
@@ -34,20 +34,23 @@ struct AttendArgs {
   const void* k_scale;   // float16 [B, Hkv, T], int8 only
   const void* v_scale;   // float16 [B, Hkv, T]
   float* partial_out;    // [B * Hq * T, num_splits, D], not normalised
-  float2* partial_sums;  // [B * Hq * T, num_splits]: largest logit * log2(e), sum of 2^(logit - largest + kBias)
+  float2* partial_sums;  // [B * Hq * T, num_splits]: RowSums
   int num_splits;
   int tiles_per_split;
 };
 
-// Weights are 2^(kBias + logit - largest), up to 64: keeps weight * scale of small int8 rows out of float16's denormals;
-// the largest scale of a float16 row is 516, so that 64 * scale does not overflow either.
-constexpr float kBias = 6.0f;
+// Weights are 2^(kBias + logit - base), where no logit is more than kSlack above the base: so sums need not be scaled
+// down for every new largest logit. Up to 64: keeps weight * scale of small int8 rows out of float16's denormals; the
+// largest scale of a float16 row is 516, so that 64 * scale does not overflow either.
+constexpr float kBias = 4.0f, kSlack = 2.0f;
 
 __host__ __device__ constexpr int divUp(int a, int b) { return (a + b - 1) / b; }
 
-// Keys of a tile: 16, but only 8 of 16-bit rows beside an int8 window, so that all tiles are of about one size in bytes.
-__host__ __device__ constexpr int tileKeys(bool window_is_int8, bool tile_is_int8) {
-  return window_is_int8 && !tile_is_int8 ? 8 : 16;
+// Keys of a tile: 16, and twice as many of short int8 rows, so that what a tile costs beside its bytes is shared. Of
+// 16-bit rows beside an int8 window half as many, so that all tiles are of about one size in bytes.
+__host__ __device__ constexpr int tileKeys(int head_dim, bool window_is_int8, bool tile_is_int8) {
+  const int keys = window_is_int8 && head_dim <= 80 ? 32 : 16;
+  return window_is_int8 && !tile_is_int8 ? keys / 2 : keys;
 }
 
 // Bytes from one row to the next in shared memory: an odd number of pieces of 16 bytes.
@@ -66,35 +69,41 @@ __host__ __device__ constexpr int stagesOf(int tile_bytes_of_block) {
 
 template <int kHeadDim, bool kInt8, int kRowTiles>
 struct Config {
-  // Pieces of 8 dimensions (16 bytes of 16-bit numbers) of a key that each lane of a quad holds.
-  static constexpr int kKeyPieces = kInt8 ? 2 * divUp(kHeadDim, 64) : divUp(kHeadDim, 32);
-  // Whether a lane takes 16 bytes of an int8 value at once; of short ones 8, so that all eight have some.
-  static constexpr bool kWideValues = kInt8 && kHeadDim > 64;
-  // Tiles of 16 dimensions of O^T; each lane holds kOutTiles / 4 pieces of a value.
-  static constexpr int kOutTiles = kWideValues ? 8 * divUp(kHeadDim, 128) : 4 * divUp(kHeadDim, 64);
+  // A lane of a quad holds pieces of 8 dimensions (16 bytes of 16-bit numbers) of a key, in int8 kernels two at a time,
+  // and its share of the 16 or 32 dimensions that are left over. A lane of eight does so of a value.
+  static constexpr int kKeyTail = kHeadDim % (kInt8 ? 64 : 32);
+  static constexpr int kKeyPieces = (kHeadDim - kKeyTail) / 32;
+  // Whether a lane takes 16 bytes of an int8 value at once; otherwise 8.
+  static constexpr bool kWideValues = kInt8 && kHeadDim % 128 == 0;
+  static constexpr int kValueTail = kHeadDim % 64;
+  static constexpr int kWholeTiles = (kHeadDim - kValueTail) / 16;  // of pieces; four a piece
+  static constexpr int kOutTiles = kHeadDim / 16;                   // of 16 dimensions of O^T
   static constexpr int kRows = 8 * kRowTiles;
-  static constexpr int kWarps = kHeadDim > 128 && !kInt8 ? 2 : 4;
+  // int8 takes more arithmetic a byte, and more warps to hide it; in one block, so that fewer splits have to be merged.
+  static constexpr int kWarps = kHeadDim > 128 ? (kInt8 ? 4 : 2) : kInt8 && kRowTiles == 1 ? 8 : 4;
   static constexpr int kThreads = 32 * kWarps;
   // Of any tile: its keys, then its values.
-  static constexpr int kWindowBytes = 2 * tileKeys(kInt8, kInt8) * rowStride(kHeadDim, kInt8);
-  static constexpr int kOtherBytes = 2 * tileKeys(kInt8, false) * rowStride(kHeadDim, false);
+  static constexpr int kWindowKeys = tileKeys(kHeadDim, kInt8, kInt8), kOtherKeys = tileKeys(kHeadDim, kInt8, false);
+  static constexpr int kWindowBytes = 2 * kWindowKeys * rowStride(kHeadDim, kInt8);
+  static constexpr int kOtherBytes = 2 * kOtherKeys * rowStride(kHeadDim, false);
   static constexpr int kStageBytes = kWindowBytes > kOtherBytes ? kWindowBytes : kOtherBytes;
   static constexpr int kStages = kInt8 ? 2 : stagesOf(kWarps * kStageBytes);
-  // int8 takes more arithmetic a byte, and more warps to hide it: four blocks, as far as registers go.
-  static constexpr int kBlocksOfSm = kHeadDim > 128 ? (kRowTiles == 1 ? 3 : 2) : (kInt8 && kRowTiles == 1 ? 4 : 3);
-  static constexpr int kScaleWords = 12;  // 16 float16 that may begin in the middle of a word, padded
+  // As far as registers go.
+  static constexpr int kBlocksOfSm = kWarps == 8 || (kHeadDim > 128 && kRowTiles == 2) ? 2 : 3;
+  static constexpr int kScalePieces = kWindowKeys / 8 + 1;  // of 8 float16; a tile may begin in the middle of one
 
-  // Shared memory: stages (later the warps' outputs) | q | q for sinks | new row | scales | sums | turns.
+  // Shared memory: stages (later the warps' outputs) | q | q for sinks | new row | its scales | scales | sums | turns.
   // In 16-bit numbers. The pieces that 8 lanes read of two rows lie in different banks: rows are 64 bytes out of step
   // (modulo 128) where a quad reads 64 in a row, 16 where it reads every other 16.
   static constexpr int kRowStride = kInt8 ? 64 * divUp(kHeadDim, 64) + 8 : 64 * divUp(kHeadDim - 32, 64) + 32;
   static constexpr int kStagesBytes = kWarps * kStages * kStageBytes;
   static constexpr int kQueryBytes = kRows * kRowStride * 2;
   static constexpr int kNewRowBytes = kHeadDim * 2;
-  static constexpr int kScaleBytes = kInt8 ? kWarps * kStages * 2 * 4 * kScaleWords : 0;
+  static constexpr int kNewScaleBytes = 16;
+  static constexpr int kScaleBytes = kInt8 ? kWarps * kStages * 2 * kScalePieces * 16 : 0;
   static constexpr int kSumsBytes = kWarps * kRows * 8;
-  static constexpr int kSharedBytes = kStagesBytes + 2 * kQueryBytes + 2 * kNewRowBytes + kScaleBytes + kSumsBytes +
-                                      4 * turnsFloats(kHeadDim);
+  static constexpr int kSharedBytes = kStagesBytes + 2 * kQueryBytes + 2 * kNewRowBytes + kNewScaleBytes + kScaleBytes +
+                                      kSumsBytes + 4 * turnsFloats(kHeadDim);
   static_assert(kWarps * kRows * kHeadDim * 4 <= kStagesBytes, "the warps' outputs take the place of the stages");
   static_assert(kSharedBytes <= 99 * 1024, "more than a block of compute capability 8.6, 8.9 or 12.0 can have");
 
@@ -104,8 +113,14 @@ struct Config {
   static __device__ constexpr int valuePiece(int i, int g) {
     return kWideValues ? 16 * (i / 2) + 2 * spread(g) + i % 2 : 8 * i + spread(g);
   }
+  // First of lane c's share of a key's tail, and of lane g's of a value's.
+  static __device__ constexpr int keyTailDim(int c) { return kHeadDim - kKeyTail + kKeyTail / 4 * c; }
+  static __device__ constexpr int valueTailDim(int g) { return kHeadDim - kValueTail + kValueTail / 8 * g; }
   // Dimension of row g of an output tile; row 8 + g is the next one.
-  static __device__ constexpr int outDim(int tile, int g) { return 8 * valuePiece(tile / 4, g) + 2 * (tile % 4); }
+  static __device__ constexpr int outDim(int tile, int g) {
+    if (tile >= kWholeTiles) return valueTailDim(g) + 2 * (tile - kWholeTiles);
+    return 8 * valuePiece(tile / 4, g) + 2 * (tile % 4);
+  }
 };
 
 // c += a . b, m16n8k16: a row-major 16 x 16, b 16 x 8, both of 16-bit numbers, c float32.
@@ -147,22 +162,30 @@ __device__ void multiplyAdd(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2
 #endif
 }
 
-// kBytes to shared memory in the background: the first num_bytes of them from `source`, the rest zeros. `source`
+// Of the 8 x 8 16-bit numbers that a warp holds, two of a row in a thread, the same transposed.
+__device__ inline uint32_t transposed(uint32_t pair) {
+#if __CUDA_ARCH__ >= 750 && !defined(SINKEXPORT_NO_TENSOR_CORES)
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(pair));
+  return pair;
+#else
+  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  const uint32_t even = __shfl_sync(kFullWarp, pair, 8 * c + g / 2);
+  const uint32_t odd = __shfl_sync(kFullWarp, pair, 8 * c + 4 + g / 2);
+  return __byte_perm(even, odd, g % 2 ? 0x7632 : 0x5410);
+#endif
+}
+
+// 16 bytes to shared memory in the background: the first num_bytes of them from `source`, the rest zeros. `source`
 // points to memory that may be read even if there are none.
-template <int kBytes>
-__device__ void copyAsync(void* target, const void* source, int num_bytes) {
+__device__ inline void copyAsync(uint4* target, const void* source, int num_bytes) {
 #if __CUDA_ARCH__ >= 800
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(num_bytes)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(source), "r"(num_bytes) : "memory");
-  }
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(num_bytes)
+               : "memory");
 #else
-  auto* to = static_cast<uint16_t*>(target);
+  auto* to = reinterpret_cast<uint16_t*>(target);
   const auto* from = static_cast<const uint16_t*>(source);
-  for (int i = 0; i < kBytes / 2; ++i) to[i] = 2 * i < num_bytes ? from[i] : uint16_t{0};
+  for (int i = 0; i < 8; ++i) to[i] = 2 * i < num_bytes ? from[i] : uint16_t{0};
 #endif
 }
 
@@ -179,9 +202,9 @@ __device__ void waitForCopies() {
 #endif
 }
 
-// Output of one row from its sums: weights were 2^(logit - largest + kBias) of logits in units of log2(e).
+// Output of one row from its sums: weights were 2^(logit - base + kBias) of logits in units of log2(e).
 struct RowSums {
-  float largest = -INFINITY;
+  float base = -INFINITY;
   float sum = 0.0f;
 };
 
@@ -189,10 +212,10 @@ struct RowSums {
 __device__ inline float normaliser(RowSums sums, const float* sink_logit, int head) {
   if (sink_logit == nullptr) return sums.sum > 0.0f ? 1.0f / sums.sum : 0.0f;
   const float extra = sink_logit[head] * kLog2E;
-  const float largest = fmaxf(sums.largest, extra);
-  if (largest == -INFINITY) return 0.0f;
-  const float factor = exp2Fast(sums.largest - largest);
-  return factor / (sums.sum * factor + exp2Fast(extra - largest + kBias));
+  const float base = fmaxf(sums.base, extra);
+  if (base == -INFINITY) return 0.0f;
+  const float factor = exp2Fast(sums.base - base);
+  return factor / (sums.sum * factor + exp2Fast(extra - base + kBias));
 }
 
 // row: of [B, Hq, T]. value: of dimension d, normalised.
@@ -208,12 +231,18 @@ __device__ void storeOut(const SinkAttentionParams& p, size_t row, int d, float 
 
 enum Section : int { kSinks, kWindow, kChunk };
 
-// Rows 0 .. limit-1 of a section are there. `own`: the row of the step's token, which is not read, or -1.
+// Rows 0 .. limit-1 of a section are there.
 struct Source {
   const char* k;
   const char* v;
   int limit;
-  int own;
+};
+
+// A lane's piece of 8 scales of every tile's keys or values. shift: float16 that come before the tile's first one.
+struct ScaleSource {
+  const char* at;
+  int left;  // float16 from there to the array's end
+  int shift;
 };
 
 template <int kHeadDim, DType kDType, bool kInt8, int kRowTiles, bool kPrefill>
@@ -225,43 +254,48 @@ struct Attend {
   // How a tile lies in a stage: rows of keys, then rows of values.
   template <bool kInt8Tile>
   struct Tile {
-    static constexpr int kKeys = tileKeys(kInt8, kInt8Tile);
+    static constexpr int kKeys = kInt8Tile ? C::kWindowKeys : C::kOtherKeys;
     static constexpr int kGroups = kKeys / 8;
-    static constexpr int kSteps = divUp(kKeys, 16);  // of the second product
+    static constexpr int kSteps = divUp(kKeys, 16);  // of both products
     static constexpr int kRowBytes = kHeadDim * (kInt8Tile ? 1 : 2);
     static constexpr int kRowPieces = kRowBytes / 16;
-    static constexpr int kStride = rowStride(kHeadDim, kInt8Tile) / 16;                   // in pieces, as all else here
-    static constexpr int kKeyPieces = kInt8Tile ? C::kKeyPieces / 2 : C::kKeyPieces;      // of a lane
-    static constexpr bool kShortValues = kInt8Tile && !C::kWideValues;
-    static constexpr int kValuePieces = C::kOutTiles / (kInt8Tile && C::kWideValues ? 8 : 4);  // of a lane
-    static constexpr int kValues = kKeys / 4;                                             // rows of a lane
+    static constexpr int kElement = kInt8Tile ? 1 : 2;
+    static constexpr int kStride = rowStride(kHeadDim, kInt8Tile) / 16;  // in pieces, as all else here
+    static constexpr int kTilesOfRead = kInt8Tile && C::kWideValues ? 8 : 4;  // that one read of a value feeds
+    static constexpr int kValues = kKeys / 4;                                 // rows of a lane
     static constexpr int kValuesAt = kKeys * kStride;
     static_assert(2 * 16 * kKeys * kStride <= C::kStageBytes);
 
-    // Where the i-th piece of lane c of a quad, or of lane g of eight, is in a row; it may be past the row's end.
+    // Where the i-th piece of lane c of a quad is in a row.
     static __device__ constexpr int keyPiece(int i, int c) { return kInt8Tile ? 4 * i + c : C::keyPiece(i, c); }
-    static __device__ constexpr int valuePiece(int i, int g) { return kInt8Tile ? 8 * i + spread(g) : C::valuePiece(i, g); }
-    static constexpr bool kHasPadding = 4 * kKeyPieces != kRowPieces;
     // Row of the i-th key or value of lane c.
     static __device__ constexpr int rowOf(int i, int c) { return 8 * (i / 2) + c + 4 * (i % 2); }
   };
 
-  // Copies one tile into a stage, whole rows by neighbouring lanes. Rows that are not there: whatever was there before
-  // of keys, whose logits are masked; finite numbers of values, whose weights are zero.
+  // Copies one tile into a stage, whole rows by neighbouring lanes; zeros for rows that are not there: logits of their
+  // keys are masked, weights of their values zero. What is read of the row that this step writes counts for nothing:
+  // `insert` replaces it.
   template <bool kInt8Tile>
   static __device__ void load(const Source& source, int row0, uint4* stage, int lane) {
     using L = Tile<kInt8Tile>;
-    constexpr int kPieces = L::kKeys * L::kRowPieces;  // of all keys
+    constexpr int kRowsAtOnce = 32 / L::kRowPieces, kLanes = kRowsAtOnce * L::kRowPieces;
+    if (kLanes < 32 && lane >= kLanes) return;
+    const int key0 = lane / L::kRowPieces, piece = lane % L::kRowPieces;
+    uint4* const target = stage + key0 * L::kStride + piece;
+    const size_t offset = static_cast<size_t>(row0) * L::kRowBytes + 16 * lane;
+    const char *const k = source.k + offset, *const v = source.v + offset;
+    auto copy = [&](auto is_checked) {
 #pragma unroll
-    for (int first = 0; first < kPieces; first += 32) {
-      const int index = first + lane, key = index / L::kRowPieces, piece = index % L::kRowPieces, row = row0 + key;
-      if (kPieces % 32 != 0 && index >= kPieces) continue;
-      const bool is_read = row < source.limit && row != source.own;
-      const size_t offset = is_read ? static_cast<size_t>(row) * L::kRowBytes + 16 * piece : 0;
-      uint4* const target = stage + key * L::kStride + piece;
-      copyAsync<16>(target, source.k + offset, is_read ? 16 : 0);
-      copyAsync<16>(target + L::kValuesAt, source.v + offset, is_read ? 16 : 0);
-    }
+      for (int key = 0; key < L::kKeys; key += kRowsAtOnce) {
+        if (L::kKeys % kRowsAtOnce != 0 && key + key0 >= L::kKeys) continue;
+        const bool is_there = !decltype(is_checked)::value || row0 + key + key0 < source.limit;
+        const int at = key * L::kRowBytes, num_bytes = is_there ? 16 : 0;
+        copyAsync(target + key * L::kStride, is_there ? k + at : source.k, num_bytes);
+        copyAsync(target + key * L::kStride + L::kValuesAt, is_there ? v + at : source.v, num_bytes);
+      }
+    };
+    if (row0 + L::kKeys <= source.limit) copy(std::false_type{});
+    else copy(std::true_type{});
   }
 
   // Puts the step's own token into the tile that holds its row. k, v: its row in shared memory.
@@ -275,96 +309,139 @@ struct Attend {
     }
   }
 
-  // The warp's copy of a tile's scales, two float16 to a word. begin: the section's first row in the array.
-  static __device__ void loadScales(const void* k_scale, const void* v_scale, size_t begin, int row0, int num_keys,
-                                    int limit, uint32_t* target, int lane) {
-    if (lane > num_keys / 2) return;  // one word more, in case the first begins in its middle
-    const size_t first = (begin + row0) / 2 * 2 + 2 * lane, end = begin + limit;  // in float16; from a whole word on
-    const int num_bytes = first >= end ? 0 : (first + 1 < end ? 4 : 2);
-    const size_t at = num_bytes > 0 ? 2 * first : 0;
-    copyAsync<4>(target + lane, static_cast<const char*>(k_scale) + at, num_bytes);
-    copyAsync<4>(target + C::kScaleWords + lane, static_cast<const char*>(v_scale) + at, num_bytes);
+  // first, end: of the tiles' rows, and of all, in the arrays.
+  static __device__ ScaleSource scaleSource(const void* k_scale, const void* v_scale, size_t first, size_t end,
+                                            int lane) {
+    const bool is_value = lane >= C::kScalePieces;
+    const size_t begin = first / 8 * 8 + 8 * (lane - (is_value ? C::kScalePieces : 0));
+    const auto left = static_cast<int64_t>(end) - static_cast<int64_t>(begin);
+    return {static_cast<const char*>(is_value ? v_scale : k_scale) + 2 * begin,
+            static_cast<int>(left < INT32_MAX ? left : INT32_MAX), static_cast<int>(first % 8)};
   }
 
-  // Products [group of 8 keys][4] of a tile: q . k, no scales yet.
+  // The warp's copy of a tile's scales. row0: its first row, a multiple of 8.
+  static __device__ void loadScales(const ScaleSource& source, int row0, uint4* target, int lane) {
+    if (lane >= 2 * C::kScalePieces) return;
+    const int left = source.left - row0;
+    copyAsync(target + lane, source.at + (left > 0 ? 2 * row0 : 0), left >= 8 ? 16 : left > 0 ? 2 * left : 0);
+  }
+
+  // Adds q . k of a tile, no scales yet: [row tile][16 keys]{key of g: rows 2c, 2c+1; key of 8 + g: likewise}.
   template <bool kInt8Tile>
   static __device__ void multiplyKeys(const T* q, const uint4* stage, int lane,
-                                      float (&products)[Tile<kInt8Tile>::kGroups][4]) {
+                                      float (&products)[kRowTiles][Tile<kInt8Tile>::kSteps][4]) {
     using L = Tile<kInt8Tile>;
     const int g = lane / 4, c = lane % 4;
-#pragma unroll
-    for (int group = 0; group < L::kGroups; ++group) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) products[group][i] = 0.0f;
-    }
+    auto rowOf = [&](int group) { return stage + (8 * group + spread(g)) * L::kStride; };
 #pragma unroll
     for (int i = 0; i < C::kKeyPieces; ++i) {
-      // Pieces past the end of a row meet zeros in K; any finite numbers of Q will do.
-      const int piece = C::keyPiece(i, c) < kHeadDim / 8 ? C::keyPiece(i, c) : 0;
-      const uint4 q0 = *reinterpret_cast<const uint4*>(q + g * C::kRowStride + 8 * piece);
-      uint4 q1 = make_uint4(0, 0, 0, 0);
-      if constexpr (kRowTiles == 2) q1 = *reinterpret_cast<const uint4*>(q + (8 + g) * C::kRowStride + 8 * piece);
+      uint4 query[kRowTiles];
 #pragma unroll
-      for (int group = 0; group < L::kGroups; ++group) {
-        const uint4* const row = stage + (8 * group + spread(g)) * L::kStride;
-        const int place = L::keyPiece(kInt8Tile ? i / 2 : i, c);
-        uint4 k = make_uint4(0, 0, 0, 0);
-        if (!L::kHasPadding || place < L::kRowPieces) k = row[place];  // int8: read once for both values of i
-        if constexpr (kInt8Tile) {
-          const uint32_t near = i % 2 ? k.z : k.x, far = i % 2 ? k.w : k.y;
-          H::fromInt8(near, k.x, k.y);
-          H::fromInt8(far, k.z, k.w);
+      for (int r = 0; r < kRowTiles; ++r) {
+        query[r] = *reinterpret_cast<const uint4*>(q + (8 * r + g) * C::kRowStride + 8 * C::keyPiece(i, c));
+      }
+#pragma unroll
+      for (int step = 0; step < L::kSteps; ++step) {
+        uint4 k[2] = {};
+#pragma unroll
+        for (int half = 0; half < 2 && 2 * step + half < L::kGroups; ++half) {
+          // int8: read once for both values of i
+          const uint4 piece = rowOf(2 * step + half)[L::keyPiece(kInt8Tile ? i / 2 : i, c)];
+          if constexpr (kInt8Tile) {
+            H::fromInt8(i % 2 ? piece.z : piece.x, k[half].x, k[half].y);
+            H::fromInt8(i % 2 ? piece.w : piece.y, k[half].z, k[half].w);
+          } else {
+            k[half] = piece;
+          }
         }
-        multiplyAdd<kDType>(products[group], q0.x, q1.x, q0.y, q1.y, k.x, k.y);
-        multiplyAdd<kDType>(products[group], q0.z, q1.z, q0.w, q1.w, k.z, k.w);
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) {
+          multiplyAdd<kDType>(products[r][step], k[0].x, k[1].x, k[0].y, k[1].y, query[r].x, query[r].y);
+          multiplyAdd<kDType>(products[r][step], k[0].z, k[1].z, k[0].w, k[1].w, query[r].z, query[r].w);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < C::kKeyTail / 16; ++i) {  // 4 dimensions of each lane
+      const int d = C::keyTailDim(c) + 4 * i;
+      uint2 query[kRowTiles];
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        query[r] = *reinterpret_cast<const uint2*>(q + (8 * r + g) * C::kRowStride + d);
+      }
+#pragma unroll
+      for (int step = 0; step < L::kSteps; ++step) {
+        uint2 k[2] = {};
+#pragma unroll
+        for (int half = 0; half < 2 && 2 * step + half < L::kGroups; ++half) {
+          const void* at = reinterpret_cast<const char*>(rowOf(2 * step + half)) + d * L::kElement;
+          if constexpr (kInt8Tile) H::fromInt8(*static_cast<const uint32_t*>(at), k[half].x, k[half].y);
+          else k[half] = *static_cast<const uint2*>(at);
+        }
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) {
+          multiplyAdd<kDType>(products[r][step], k[0].x, k[1].x, k[0].y, k[1].y, query[r].x, query[r].y);
+        }
       }
     }
   }
 
+  // The 16 keys of one step, kDims dimensions of each lane (from `dim` on), to the output tiles from first_tile on.
   // weights: [row tile][group of 8 keys], pairs of 16-bit numbers.
+  template <bool kInt8Tile, int kDims>
+  static __device__ void addPiece(const uint32_t (&weights)[kRowTiles][Tile<kInt8Tile>::kGroups], const uint4* stage,
+                                  int step, int dim, int first_tile, int c, float (&out)[kRowTiles][C::kOutTiles][4]) {
+    using L = Tile<kInt8Tile>;
+    constexpr int kBytes = kDims * L::kElement, kWords = divUp(kBytes, 4);
+    struct alignas(kBytes) Piece {
+      std::conditional_t<kBytes == 2, uint16_t, uint32_t> word[kWords];
+    };
+    Piece v[4];
+#pragma unroll
+    for (int key = 0; key < 4; ++key) {
+      v[key] = {};
+      if (4 * step + key >= L::kValues) continue;
+      const uint4* const row = stage + L::kValuesAt + L::rowOf(4 * step + key, c) * L::kStride;
+      v[key] = *reinterpret_cast<const Piece*>(reinterpret_cast<const char*>(row) + dim * L::kElement);
+    }
+    auto add = [&](int tile, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        const uint32_t upper = 2 * step + 1 < L::kGroups ? weights[r][(2 * step + 1) % L::kGroups] : 0;
+        multiplyAdd<kDType>(out[r][tile], a0, a1, a2, a3, weights[r][2 * step], upper);
+      }
+    };
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      const uint32_t w[4] = {v[0].word[word], v[1].word[word], v[2].word[word], v[3].word[word]};
+      if constexpr (kInt8Tile) {
+#pragma unroll
+        for (int two = 0; two < (kBytes == 2 ? 1 : 2); ++two) {  // dimensions 4 * word + 2 * two + 0, 1
+          uint32_t a[4];
+          H::fromInt8(__byte_perm(w[0], w[1], two ? 0x7362 : 0x5140), a[0], a[1]);
+          H::fromInt8(__byte_perm(w[2], w[3], two ? 0x7362 : 0x5140), a[2], a[3]);
+          add(first_tile + 2 * word + two, a[0], a[1], a[2], a[3]);
+        }
+      } else {
+        add(first_tile + word, __byte_perm(w[0], w[1], 0x5410), __byte_perm(w[0], w[1], 0x7632),
+            __byte_perm(w[2], w[3], 0x5410), __byte_perm(w[2], w[3], 0x7632));
+      }
+    }
+  }
+
   template <bool kInt8Tile>
   static __device__ void addValues(const uint32_t (&weights)[kRowTiles][Tile<kInt8Tile>::kGroups], const uint4* stage,
                                    int lane, float (&out)[kRowTiles][C::kOutTiles][4]) {
     using L = Tile<kInt8Tile>;
     const int g = lane / 4, c = lane % 4;
-    const uint4* const values = stage + L::kValuesAt;
 #pragma unroll
     for (int step = 0; step < L::kSteps; ++step) {
-      auto add = [&](int tile, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
 #pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          const uint32_t upper = 2 * step + 1 < L::kGroups ? weights[r][(2 * step + 1) % L::kGroups] : 0;
-          multiplyAdd<kDType>(out[r][tile], a0, a1, a2, a3, weights[r][2 * step], upper);
-        }
-      };
-#pragma unroll
-      for (int i = 0; i < L::kValuePieces; ++i) {
-        uint4 v[4];
-#pragma unroll
-        for (int key = 0; key < 4; ++key) {
-          v[key] = make_uint4(0, 0, 0, 0);
-          if (4 * step + key >= L::kValues) continue;
-          const uint4* const row = values + L::rowOf(4 * step + key, c) * L::kStride;
-          // Past a row's end lies what other rows have, for dimensions that are nobody's.
-          if constexpr (!L::kShortValues) v[key] = row[L::valuePiece(i, g)];
-          else reinterpret_cast<uint2&>(v[key]) = reinterpret_cast<const uint2*>(row)[8 * i + spread(g)];
-        }
-#pragma unroll
-        for (int word = 0; word < (L::kShortValues ? 2 : 4); ++word) {
-          const uint32_t w[4] = {(&v[0].x)[word], (&v[1].x)[word], (&v[2].x)[word], (&v[3].x)[word]};
-          if constexpr (kInt8Tile) {
-#pragma unroll
-            for (int two = 0; two < 2; ++two) {  // dimensions 4 * word + 2 * two + 0, 1
-              uint32_t a[4];
-              H::fromInt8(__byte_perm(w[0], w[1], two ? 0x7362 : 0x5140), a[0], a[1]);
-              H::fromInt8(__byte_perm(w[2], w[3], two ? 0x7362 : 0x5140), a[2], a[3]);
-              add((L::kShortValues ? 4 : 8) * i + 2 * word + two, a[0], a[1], a[2], a[3]);
-            }
-          } else {
-            add(4 * i + word, __byte_perm(w[0], w[1], 0x5410), __byte_perm(w[0], w[1], 0x7632),
-                __byte_perm(w[2], w[3], 0x5410), __byte_perm(w[2], w[3], 0x7632));
-          }
-        }
+      for (int tile = 0; tile < C::kWholeTiles; tile += L::kTilesOfRead) {
+        addPiece<kInt8Tile, 2 * L::kTilesOfRead>(weights, stage, step, C::outDim(tile, g), tile, c, out);
+      }
+      if constexpr (C::kValueTail > 0) {
+        addPiece<kInt8Tile, C::kValueTail / 8>(weights, stage, step, C::valueTailDim(g), C::kWholeTiles, c, out);
       }
     }
   }
@@ -434,11 +511,14 @@ struct Attend {
     const SinkAttentionParams& p = args.p;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
     const int stream = blockIdx.z / p.num_kv_heads, kv_head = blockIdx.z % p.num_kv_heads;
+    const size_t head_row = blockIdx.z, num_heads = gridDim.z;  // of [B, Hkv]
+    const size_t window_row = head_row * p.window_size, sink_row = head_row * p.num_sinks;
+    const size_t chunk_row = head_row * p.num_tokens;
+
     const int group = p.num_q_heads / p.num_kv_heads;
     const int num_rows = group * p.num_tokens, row_begin = blockIdx.x * C::kRows;
     auto tokenOf = [&](int row) { return kPrefill ? row / group : 0; };
     auto headOf = [&](int row) { return kv_head * group + (kPrefill ? row % group : row); };
-    const size_t head_row = blockIdx.z;  // of [B, Hkv]
 
     uint4* stages = shared + warp * (C::kStages * C::kStageBytes / 16);
     char* bytes = reinterpret_cast<char*>(shared) + C::kStagesBytes;
@@ -446,12 +526,12 @@ struct Attend {
     T* q_sink_shared = reinterpret_cast<T*>(bytes += C::kQueryBytes);
     uint4* new_k = reinterpret_cast<uint4*>(bytes += C::kQueryBytes);
     uint4* new_v = reinterpret_cast<uint4*>(bytes += C::kNewRowBytes);
-    auto* scales = reinterpret_cast<uint32_t*>(bytes += C::kNewRowBytes);
-    constexpr int kScalesStride = 2 * C::kScaleWords;  // words of a stage: keys' scales, then values'
-    uint32_t* warp_scales = scales + warp * C::kStages * kScalesStride;
+    auto* new_scales = reinterpret_cast<__half*>(bytes += C::kNewRowBytes);
+    auto* scales = reinterpret_cast<uint4*>(bytes += C::kNewScaleBytes);
+    constexpr int kScalesStride = 2 * C::kScalePieces;  // of a stage: keys' scales, then values'
+    uint4* warp_scales = scales + warp * C::kStages * kScalesStride;
     auto* sums_shared = reinterpret_cast<float2*>(bytes += C::kScaleBytes);
     auto* turns_shared = reinterpret_cast<float*>(bytes + C::kSumsBytes);
-    __shared__ __half new_scales[2];
 
     // --- a step's q, k and v, as they are, before anything is known ---
     if constexpr (!kPrefill) {
@@ -464,10 +544,11 @@ struct Attend {
       for (int i = threadIdx.x; i < (C::kRows + 2) * kRowPieces; i += C::kThreads) {
         const int r = i / kRowPieces, piece = i % kRowPieces;
         if (r < C::kRows) {
-          copyAsync<16>(q_shared + r * C::kRowStride + 8 * piece, q + i, row_begin + r < num_rows ? 16 : 0);
+          copyAsync(reinterpret_cast<uint4*>(q_shared + r * C::kRowStride + 8 * piece), q + i,
+                    row_begin + r < num_rows ? 16 : 0);
         } else {
           const void* row = r == C::kRows ? p.k : p.v;
-          copyAsync<16>((r == C::kRows ? new_k : new_v) + piece,
+          copyAsync((r == C::kRows ? new_k : new_v) + piece,
                         static_cast<const uint4*>(row) + kv_row * kRowPieces + piece, 16);
         }
       }
@@ -481,25 +562,29 @@ struct Attend {
     const int64_t newest = kPrefill ? t - 1 : t;  // newest token that the states hold, or take in this step
     const int newest_slot = slotOf(p, stream, kPrefill ? -1 : 0);
     const int element = kInt8 ? 1 : 2;
-    const size_t window_row = head_row * p.window_size, sink_row = head_row * p.num_sinks;
-    const size_t chunk_row = head_row * p.num_tokens;
     const bool is_sink = ring.isSink(t);
     const Source sinks = {static_cast<const char*>(p.sink_k) + sink_row * kHeadDim * 2,
                           static_cast<const char*>(p.sink_v) + sink_row * kHeadDim * 2,
-                          static_cast<int>(ring.numSinks(newest)), !kPrefill && is_sink ? static_cast<int>(t) : -1};
+                          static_cast<int>(ring.numSinks(newest))};
     const Source window = {static_cast<const char*>(p.window_k) + window_row * kHeadDim * element,
                            static_cast<const char*>(p.window_v) + window_row * kHeadDim * element,
-                           static_cast<int>(ring.numWindowTokens(newest)), !kPrefill && !is_sink ? newest_slot : -1};
+                           static_cast<int>(ring.numWindowTokens(newest))};
     const Source chunk = {static_cast<const char*>(args.k) + chunk_row * kHeadDim * 2,
                           static_cast<const char*>(args.v) + chunk_row * kHeadDim * 2,
-                          p.num_valid != nullptr ? p.num_valid[stream] : p.num_tokens, -1};
+                          p.num_valid != nullptr ? p.num_valid[stream] : p.num_tokens};
+    const int own_row = is_sink ? static_cast<int>(t) : newest_slot;  // of a step's token, in its section
+    ScaleSource window_scales{}, chunk_scales{};
+    if constexpr (kInt8) {
+      window_scales = scaleSource(p.window_k_scale, p.window_v_scale, window_row, num_heads * p.window_size, lane);
+      if (kPrefill) chunk_scales = scaleSource(args.k_scale, args.v_scale, chunk_row, num_heads * p.num_tokens, lane);
+    }
     auto sourceOf = [&](Section section) {
       if (section == kSinks) return sinks;
       return !kPrefill || section == kWindow ? window : chunk;
     };
 
     // --- this block's tiles: of the sinks, then of the window, then of the chunk ---
-    constexpr int kTileKeys = tileKeys(kInt8, false), kWindowKeys = tileKeys(kInt8, kInt8);
+    constexpr int kTileKeys = C::kOtherKeys, kWindowKeys = C::kWindowKeys;
     const int sink_tiles = divUp(p.num_sinks, kTileKeys), window_tiles = divUp(p.window_size, kWindowKeys);
     const int chunk_tiles = kPrefill ? divUp(p.num_tokens, kTileKeys) : 0;
     const int tile_begin = blockIdx.y * args.tiles_per_split;
@@ -527,14 +612,14 @@ struct Attend {
         const Source source = sourceOf(section);
         uint4* target = stages + stage * (C::kStageBytes / 16);
         if constexpr (kInt8) {
-          uint32_t* scale_target = warp_scales + stage * kScalesStride;
+          uint4* scale_target = warp_scales + stage * kScalesStride;
           if (section == kWindow) {
             load<true>(source, row0, target, lane);
-            loadScales(p.window_k_scale, p.window_v_scale, window_row, row0, kWindowKeys, source.limit, scale_target, lane);
+            loadScales(window_scales, row0, scale_target, lane);
           } else {
             load<false>(source, row0, target, lane);
             if (kPrefill && section == kChunk) {
-              loadScales(args.k_scale, args.v_scale, chunk_row, row0, kTileKeys, source.limit, scale_target, lane);
+              loadScales(chunk_scales, row0, scale_target, lane);
             }
           }
         } else {
@@ -573,7 +658,6 @@ struct Attend {
       waitForCopies<C::kStages - 1>();  // q, k and v came first
       __syncthreads();
       turnQueries(q_shared, q_sink_shared, turns, p.interleaved);
-      const int own_row = is_sink ? sinks.own : window.own;
       const int tile = is_sink ? own_row / kTileKeys : sink_tiles + own_row / kWindowKeys;
       if (tile_begin <= tile && tile < tile_end) {
         own_tile = tile;
@@ -591,116 +675,118 @@ struct Attend {
     }
     __syncthreads();
 
-    // --- rows of this thread: g of each row tile in logits, heads 2c and 2c+1 of each in outputs ---
-    int token[kRowTiles];
-    float slope[kRowTiles], sink_scale_log2[kRowTiles];
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      const int row = min(row_begin + 8 * r + g, num_rows - 1), head = headOf(row);
-      token[r] = tokenOf(row);
-      slope[r] = p.alibi_slopes != nullptr ? p.alibi_slopes[head] * kLog2E : 0.0f;
-      sink_scale_log2[r] = p.sink_scale != nullptr ? __log2f(p.sink_scale[head]) : 0.0f;
-    }
-    const float logit_scale = p.scale * kLog2E;
+    // --- rows of this thread: 2c and 2c+1 of each row tile ---
+    int token[kRowTiles][2];
+    float slope[kRowTiles][2], sink_scale_log2[kRowTiles][2];
+    RowSums sums[kRowTiles][2];
     float out[kRowTiles][C::kOutTiles][4];
-    RowSums sums[kRowTiles];
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int row = min(row_begin + 8 * r + 2 * c + j, num_rows - 1), head = headOf(row);
+        token[r][j] = tokenOf(row);
+        slope[r][j] = p.alibi_slopes != nullptr ? p.alibi_slopes[head] * kLog2E : 0.0f;
+        sink_scale_log2[r][j] = p.sink_scale != nullptr ? __log2f(p.sink_scale[head]) : 0.0f;
+      }
 #pragma unroll
       for (int i = 0; i < C::kOutTiles; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) out[r][i][j] = 0.0f;
       }
     }
+    const float logit_scale = p.softcap != 0.0f ? p.scale / p.softcap : p.scale * kLog2E;
 
     auto consume = [&](auto is_int8_tile, int tile, int stage) {
       constexpr bool kInt8Tile = decltype(is_int8_tile)::value;
       using L = Tile<kInt8Tile>;
-      constexpr int kLogits = 2 * L::kGroups;  // of a row in a thread
-      auto keyOf = [&](int i) { return L::rowOf(i, c); };
       int row0;
       const Section section = sectionOf(tile, row0);
       const int limit = sourceOf(section).limit;
       uint4* data = stages + stage * (C::kStageBytes / 16);
       const bool has_scales = kInt8Tile || (kInt8 && kPrefill && section == kChunk);
+      constexpr int kValueScales = 8 * C::kScalePieces;  // where values' scales begin
       __half* tile_scales = reinterpret_cast<__half*>(warp_scales + stage * kScalesStride) +
-                            ((kInt8Tile ? window_row : chunk_row) + row0) % 2;
+                            (kInt8Tile ? window_scales : chunk_scales).shift;
       if (!kPrefill && tile == own_tile) {
-        const int own_key = (section == kSinks ? sinks.own : window.own) - row0;
-        insert<kInt8Tile>(new_k, new_v, own_key, data, lane);
-        if (kInt8Tile && lane < 2) tile_scales[lane * 2 * C::kScaleWords + own_key] = new_scales[lane];
+        insert<kInt8Tile>(new_k, new_v, own_row - row0, data, lane);
+        if (kInt8Tile && lane < 2) tile_scales[lane * kValueScales + own_row - row0] = new_scales[lane];
         __syncwarp();
       }
 
-      float products[L::kGroups][4];
+      float products[kRowTiles][L::kSteps][4] = {};
       multiplyKeys<kInt8Tile>(section == kSinks ? q_sink_shared : q_shared, data, lane, products);
 
-      float key_scale[kLogits], value_scale[kLogits];
-      if (has_scales) {
+      // This thread's keys: one of each group of 8.
+      auto keyOf = [&](int group) { return 8 * group + spread(g); };
+      float factor[L::kGroups], value_scale[L::kGroups];
 #pragma unroll
-        for (int i = 0; i < kLogits; ++i) {
-          key_scale[i] = __half2float(tile_scales[keyOf(i)]);
-          value_scale[i] = __half2float(tile_scales[2 * C::kScaleWords + keyOf(i)]);
-        }
+      for (int group = 0; group < L::kGroups; ++group) {
+        factor[group] = logit_scale;
+        if (!has_scales) continue;
+        factor[group] *= __half2float(tile_scales[keyOf(group)]);
+        value_scale[group] = __half2float(tile_scales[kValueScales + keyOf(group)]);
       }
 
       uint32_t weights[kRowTiles][L::kGroups];
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
-        float logits[kLogits];
+        float logits[L::kGroups][2], largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-        for (int i = 0; i < kLogits; ++i) {
-          logits[i] = products[i / 2][2 * r + i % 2] * (has_scales ? key_scale[i] : 1.0f);
-        }
-        if (p.softcap != 0.0f) {
+        for (int group = 0; group < L::kGroups; ++group) {
+          const int row = row0 + keyOf(group);
+          // Steps since the slot was written, as the newest token in the ring sees it.
+          const int age = newest_slot - row + (row > newest_slot ? p.window_size : 0);
 #pragma unroll
-          for (int i = 0; i < kLogits; ++i) logits[i] = p.softcap * kLog2E * tanhf(logits[i] * p.scale / p.softcap);
-        } else {
-#pragma unroll
-          for (int i = 0; i < kLogits; ++i) logits[i] *= logit_scale;
-        }
-        // Steps since a slot was written, as the newest token in the ring sees it.
-        auto ageOf = [&](int row) { return newest_slot - row + (row > newest_slot ? p.window_size : 0); };
-        if (p.alibi_slopes != nullptr) {
-          const int query = static_cast<int>(min(t + token[r], ring.capacity() - 1));  // in-cache position
-#pragma unroll
-          for (int i = 0; i < kLogits; ++i) {
-            const int row = row0 + keyOf(i);
-            int distance = ageOf(row) + (kPrefill ? 1 + token[r] : 0);
-            if (section == kSinks) distance = query - row;
-            if (section == kChunk) distance = token[r] - row;
-            logits[i] -= slope[r] * static_cast<float>(distance);
+          for (int j = 0; j < 2; ++j) {
+            float logit = products[r][group / 2][2 * (group % 2) + j] * factor[group];
+            if (p.softcap != 0.0f) logit = p.softcap * kLog2E * tanhf(logit);
+            if (p.alibi_slopes != nullptr) {
+              const int query = static_cast<int>(min(t + token[r][j], ring.capacity() - 1));  // in-cache position
+              int distance = age + (kPrefill ? 1 + token[r][j] : 0);
+              if (section == kSinks) distance = query - row;
+              if (section == kChunk) distance = token[r][j] - row;
+              logit -= slope[r][j] * static_cast<float>(distance);
+            }
+            if (p.sink_scale != nullptr && row == 0 && (section == kSinks || (section == kChunk && t == 0))) {
+              logit += sink_scale_log2[r][j];  // token 0
+            }
+            bool is_seen = row < limit;
+            if constexpr (kPrefill) {
+              if (section == kWindow) is_seen = is_seen && age + 1 + token[r][j] < p.window_size;
+              if (section == kChunk) is_seen = is_seen && row <= token[r][j];
+            }
+            logits[group][j] = is_seen ? logit : -INFINITY;
+            largest[j] = fmaxf(largest[j], logits[group][j]);
           }
         }
-        if (p.sink_scale != nullptr && row0 == 0 && (section == kSinks || (section == kChunk && t == 0))) {
-          if (c == 0) logits[0] += sink_scale_log2[r];  // key 0 of the tile is token 0
-        }
-        float largest = sums[r].largest;
+        bool rises = false;
+        float offset[2];
 #pragma unroll
-        for (int i = 0; i < kLogits; ++i) {
-          const int row = row0 + keyOf(i);
-          bool is_seen = row < limit;
-          if constexpr (kPrefill) {
-            if (section == kWindow) is_seen = is_seen && ageOf(row) + 1 + token[r] < p.window_size;
-            if (section == kChunk) is_seen = is_seen && row <= token[r];
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+          for (int other = 4; other < 32; other *= 2) {
+            largest[j] = fmaxf(largest[j], __shfl_xor_sync(kFullWarp, largest[j], other));
           }
-          if (!is_seen) logits[i] = -INFINITY;
-          largest = fmaxf(largest, logits[i]);
+          rises = rises || largest[j] > sums[r][j].base + kSlack;
         }
-        largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
-        const float base = largest == -INFINITY ? 0.0f : largest;
-        if (__any_sync(kFullWarp, largest > sums[r].largest)) {
-          const float shrink = exp2Fast(sums[r].largest - base);
-          const float even = __shfl_sync(kFullWarp, shrink, 8 * c), odd = __shfl_sync(kFullWarp, shrink, 8 * c + 4);
+        if (__any_sync(kFullWarp, rises)) {
+          float shrink[2];
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float base = fmaxf(sums[r][j].base, largest[j]);
+            shrink[j] = base == -INFINITY ? 0.0f : exp2Fast(sums[r][j].base - base);
+            sums[r][j].base = base;
+            sums[r][j].sum *= shrink[j];
+          }
 #pragma unroll
           for (int i = 0; i < C::kOutTiles; ++i) {
-            out[r][i][0] *= even, out[r][i][2] *= even;
-            out[r][i][1] *= odd, out[r][i][3] *= odd;
+            out[r][i][0] *= shrink[0], out[r][i][2] *= shrink[0];
+            out[r][i][1] *= shrink[1], out[r][i][3] *= shrink[1];
           }
-          sums[r].largest = largest;
-          sums[r].sum *= shrink;
         }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) offset[j] = kBias - (sums[r][j].base == -INFINITY ? 0.0f : sums[r][j].base);
         // The sum is of weights as they were rounded, so that their errors shift nothing on average; with scales, whose
         // division is slow, in bfloat16 only: float16's errors are of the output's own size.
         constexpr bool kSumsRounded = !kInt8Tile || kDType == DType::kBFloat16;
@@ -708,19 +794,20 @@ struct Attend {
         for (int group = 0; group < L::kGroups; ++group) {
           float weight[2], rounded[2];
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            weight[i] = exp2Fast(logits[2 * group + i] - base + kBias);
-            if (!kSumsRounded) sums[r].sum += weight[i];
+          for (int j = 0; j < 2; ++j) {
+            weight[j] = exp2Fast(logits[group][j] + offset[j]);
+            if (!kSumsRounded) sums[r][j].sum += weight[j];
             // A row that is not there may have any scale, NaN too.
-            if (has_scales && weight[i] != 0.0f) weight[i] *= value_scale[2 * group + i];
+            if (has_scales && weight[j] != 0.0f) weight[j] *= value_scale[group];
           }
-          weights[r][group] = H::pack(weight[0], weight[1]);
+          const uint32_t pair = H::pack(weight[0], weight[1]);
+          weights[r][group] = transposed(pair);
           if (!kSumsRounded) continue;
-          H::unpack(weights[r][group], rounded[0], rounded[1]);
+          H::unpack(pair, rounded[0], rounded[1]);
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            if (has_scales && rounded[i] != 0.0f) rounded[i] = __fdividef(rounded[i], value_scale[2 * group + i]);
-            sums[r].sum += rounded[i];
+          for (int j = 0; j < 2; ++j) {
+            if (has_scales && rounded[j] != 0.0f) rounded[j] = __fdividef(rounded[j], value_scale[group]);
+            sums[r][j].sum += rounded[j];
           }
         }
       }
@@ -751,15 +838,17 @@ struct Attend {
     auto* outs = reinterpret_cast<float*>(shared);  // [warp][row][D]
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      float sum = sums[r].sum;
-      sum += __shfl_xor_sync(kFullWarp, sum, 1);
-      sum += __shfl_xor_sync(kFullWarp, sum, 2);
-      if (c == 0) sums_shared[warp * C::kRows + 8 * r + g] = make_float2(sums[r].largest, sum);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float sum = sums[r][j].sum;
+#pragma unroll
+        for (int other = 4; other < 32; other *= 2) sum += __shfl_xor_sync(kFullWarp, sum, other);
+        if (g == 0) sums_shared[warp * C::kRows + 8 * r + 2 * c + j] = make_float2(sums[r][j].base, sum);
+      }
       float* target = outs + (warp * C::kRows + 8 * r + 2 * c) * kHeadDim;
 #pragma unroll
       for (int i = 0; i < C::kOutTiles; ++i) {
         const int d = C::outDim(i, g);
-        if (d >= kHeadDim) continue;
         *reinterpret_cast<float2*>(target + d) = make_float2(out[r][i][0], out[r][i][2]);
         *reinterpret_cast<float2*>(target + kHeadDim + d) = make_float2(out[r][i][1], out[r][i][3]);
       }
@@ -769,18 +858,18 @@ struct Attend {
       RowSums all;
       float factor[C::kWarps];
 #pragma unroll
-      for (int w = 0; w < C::kWarps; ++w) all.largest = fmaxf(all.largest, sums_shared[w * C::kRows + r].x);
+      for (int w = 0; w < C::kWarps; ++w) all.base = fmaxf(all.base, sums_shared[w * C::kRows + r].x);
 #pragma unroll
       for (int w = 0; w < C::kWarps; ++w) {
         const float2 sum = sums_shared[w * C::kRows + r];
-        factor[w] = sum.x == -INFINITY ? 0.0f : exp2Fast(sum.x - all.largest);
+        factor[w] = sum.x == -INFINITY ? 0.0f : exp2Fast(sum.x - all.base);
         all.sum += factor[w] * sum.y;
       }
       const int row = row_begin + r, head = headOf(row);
       const size_t out_row = (static_cast<size_t>(stream) * p.num_q_heads + head) * p.num_tokens + tokenOf(row);
       const float normal = args.num_splits == 1 ? normaliser(all, p.sink_logit, head) : 1.0f;
       const size_t partial = out_row * args.num_splits + blockIdx.y;
-      if (args.num_splits > 1 && lane == 0) args.partial_sums[partial] = make_float2(all.largest, all.sum);
+      if (args.num_splits > 1 && lane == 0) args.partial_sums[partial] = make_float2(all.base, all.sum);
       for (int d = lane; d < kHeadDim; d += 32) {
         float x = 0.0f;
 #pragma unroll
