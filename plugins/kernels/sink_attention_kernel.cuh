@@ -94,8 +94,8 @@ struct Config {
 
   // Shared memory: stages (later the warps' outputs) | q | q for sinks | new row | its scales | scales | sums | turns.
   // In 16-bit numbers. The pieces that 8 lanes read of two rows lie in different banks: rows are 64 bytes out of step
-  // (modulo 128) where a quad reads 64 in a row, 16 where it reads every other 16.
-  static constexpr int kRowStride = kInt8 ? 64 * divUp(kHeadDim, 64) + 8 : 64 * divUp(kHeadDim - 32, 64) + 32;
+  // (modulo 128) where a quad reads 64 in a row, 16 (modulo 32) where it reads every other 16.
+  static constexpr int kRowStride = kInt8 ? kHeadDim + 8 : 64 * divUp(kHeadDim - 32, 64) + 32;
   static constexpr int kStagesBytes = kWarps * kStages * kStageBytes;
   static constexpr int kQueryBytes = kRows * kRowStride * 2;
   static constexpr int kNewRowBytes = kHeadDim * 2;
@@ -105,7 +105,7 @@ struct Config {
   static constexpr int kSharedBytes = kStagesBytes + 2 * kQueryBytes + 2 * kNewRowBytes + kNewScaleBytes + kScaleBytes +
                                       kSumsBytes + 4 * turnsFloats(kHeadDim);
   static_assert(kWarps * kRows * kHeadDim * 4 <= kStagesBytes, "the warps' outputs take the place of the stages");
-  static_assert(kSharedBytes <= 99 * 1024, "more than a block of compute capability 8.6, 8.9 or 12.0 can have");
+  static_assert(kSharedBytes <= 96 * 1024, "more than a block of compute capability 7.2 can have; 8.6, 8.9, 12.0: 99");
 
   // Which piece of 8 dimensions is the i-th of lane c of a quad (keys) or of lane g of eight (values). Piece 2i and 2i+1
   // are neighbours in int8 kernels, whose 16 bytes are 16 dimensions.
