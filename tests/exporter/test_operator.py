@@ -75,6 +75,7 @@ CASES = [
     (1, 5, 5, 20, 20, 5, 4, 2.0, True),
     (2, 6, 2, 8, 0, 3, 6, 0.0, False, "alibi"),
     (2, 3, 3, 8, 4, 0, 5, 3.0, False, "alibi, sink logit"),
+    (2, 10, 2, 8, 4, 3, 6, 0.0, False, "alibi, sink logit"),
 ]
 
 
@@ -82,6 +83,7 @@ SCALED = [
     # factors on token 0's weight: (case, of each query head)
     (CASES[1], (0.5, 2.0, 1.0, 1.0, 0.01, 40.0)),
     (CASES[5], (0.3, 1.5, 1.0, 6.0)),  # softcap: the factor comes after it
+    (CASES[3], (0.5, 2.0, 1.0, 0.1)),  # one product for all query heads
 ]
 
 CALIBRATED = [
@@ -90,6 +92,7 @@ CALIBRATED = [
     (CASES[1], None, Act(1.3, 0.4, 1, (True, True, False, True, True, True))),
     (CASES[0], None, Act(2.0, 0.0, 3, (True,) * 4)),
     (CASES[5], (0.3, 1.5, 1.0, 6.0), Act(1.0, 0.7, 1, (True, False, True, True))),
+    (CASES[3], None, Act(1.2, 0.3, 1, (True, False, True, True))),
     ((2, 3, 3, 8, 4, 2, 5, 3.0, False, "alibi, sink logit"), None, Act(1.0, 0.5, 2, (False, True, True))),
 ]
 
@@ -191,7 +194,9 @@ AFFINE = [
     (CASES[8], "bias, constant", None, None),
     (CASES[1], "scale, bias", None, CALIBRATED[0][2]),
     (CASES[5], "scale", (0.3, 1.5, 1.0, 6.0), CALIBRATED[2][2]),
-    (CALIBRATED[3][0], "bias, constant", None, CALIBRATED[3][2]),
+    (CALIBRATED[4][0], "bias, constant", None, CALIBRATED[4][2]),
+    (CASES[3], "scale, bias", None, CALIBRATED[3][2]),
+    (CASES[9], "scale, bias", None, None),
 ]
 
 

@@ -74,10 +74,10 @@ class AttentionParts:
             rotary_embedding_dim=rotary_dim if rotary_dim < self.head_dim else 0,
         )  # fmt: skip
 
-    def transposed(self, keys: ir.Value) -> ir.Value:
-        """[B, Hkv, n, D] -> [B, Hkv, D, n]; runtimes fold it into the product that follows."""
-        batch, heads, length, head_dim = known_shape(keys)
-        return self.b.op("Transpose", [keys], (batch, heads, head_dim, length), perm=(0, 1, 3, 2))
+    def transposed(self, rows: ir.Value) -> ir.Value:
+        """[B, Hkv, n, D] -> [B, Hkv, D, n]; runtimes can fold it into a product that follows."""
+        batch, heads, length, head_dim = known_shape(rows)
+        return self.b.op("Transpose", [rows], (batch, heads, head_dim, length), perm=(0, 1, 3, 2))
 
     def write_rows(self, state: ir.Value, rows: ir.Value, slot: ir.Value, mode: str = "linear") -> ir.Value:
         """A state of the window with `rows` from each stream's `slot` on, in place where a runtime can.
