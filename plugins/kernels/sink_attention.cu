@@ -453,7 +453,8 @@ cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t s
     const int padded = (most - kReservedOfBlock) / 128 * 128;
     shared_bytes = padded > shared_bytes ? padded : shared_bytes;
   }
-  error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  // The most there is, in every launch alike: another thread may launch the same kernel with more than this one needs.
+  error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_of_block);
   if (error != cudaSuccess) return error;
   void* arguments[] = {&args};
   const dim3 grid(shape.row_chunks, num_splits, p.batch * p.num_kv_heads);
