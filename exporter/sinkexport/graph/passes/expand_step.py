@@ -28,7 +28,6 @@ from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape
 from sinkexport.graph.passes.attention_parts import FLOAT, AttentionParts, operand
 
-
 MANY_HEADS = 4
 """Query heads of a key head from which on one product serves them all."""
 
