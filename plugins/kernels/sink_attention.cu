@@ -447,9 +447,9 @@ cudaError_t launch(const SinkAttentionParams& p, void* workspace, cudaStream_t s
   // Blocks are placed as those of the launch before end. If no merge comes in between, they would crowd on the first
   // multiprocessors that are free, and most would wait for those: so each takes as much shared memory as is its share.
   int shared_bytes = kernel.shared_bytes;
-  const int blocks = shape.row_blocks * num_splits;
-  if (num_splits == 1 && !isPrefill(p) && blocks <= num_sms * blocks_of_sm) {
-    const int share = shared_of_sm / divUp(blocks, num_sms), most = share < shared_of_block ? share : shared_of_block;
+  if (num_splits == 1 && !isPrefill(p) && shape.row_blocks <= num_sms * blocks_of_sm) {
+    const int share = shared_of_sm / divUp(shape.row_blocks, num_sms);
+    const int most = share < shared_of_block ? share : shared_of_block;
     const int padded = (most - kReservedOfBlock) / 128 * 128;
     shared_bytes = padded > shared_bytes ? padded : shared_bytes;
   }

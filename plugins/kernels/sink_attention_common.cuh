@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "overlap.cuh"
 #include "sink_attention.h"
 #include "sinkrt/ring.h"
 
@@ -111,12 +112,11 @@ __device__ inline void prefetchTurns(const SinkAttentionParams& p, int stream) {
   constexpr int kLineFloats = 32;
   const int num_pairs = p.rotary_dim / 2, at = threadIdx.x * kLineFloats;
   if (at >= num_pairs) return;
-  auto prefetch = [](const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); };
   if (p.frequency != nullptr) {
-    prefetch(p.frequency + at);
+    prefetchLine(p.frequency + at);
   } else if (p.shift_cos != nullptr) {
-    prefetch(p.shift_cos + static_cast<size_t>(stream) * num_pairs + at);
-    prefetch(p.shift_sin + static_cast<size_t>(stream) * num_pairs + at);
+    prefetchLine(p.shift_cos + static_cast<size_t>(stream) * num_pairs + at);
+    prefetchLine(p.shift_sin + static_cast<size_t>(stream) * num_pairs + at);
   }
 }
 

@@ -257,9 +257,9 @@ struct Attend {
     static constexpr int kKeys = kInt8Tile ? C::kWindowKeys : C::kOtherKeys;
     static constexpr int kGroups = kKeys / 8;
     static constexpr int kSteps = divUp(kKeys, 16);  // of both products
-    static constexpr int kRowBytes = kHeadDim * (kInt8Tile ? 1 : 2);
+    static constexpr int kElement = kInt8Tile ? 1 : 2;  // bytes
+    static constexpr int kRowBytes = kHeadDim * kElement;
     static constexpr int kRowPieces = kRowBytes / 16;
-    static constexpr int kElement = kInt8Tile ? 1 : 2;
     static constexpr int kStride = rowStride(kHeadDim, kInt8Tile) / 16;  // in pieces, as all else here
     static constexpr int kTilesOfRead = kInt8Tile && C::kWideValues ? 8 : 4;  // that one read of a value feeds
     static constexpr int kValues = kKeys / 4;                                 // rows of a lane
@@ -268,8 +268,9 @@ struct Attend {
 
     // Where the i-th piece of lane c of a quad is in a row.
     static __device__ constexpr int keyPiece(int i, int c) { return kInt8Tile ? 4 * i + c : C::keyPiece(i, c); }
-    // Row of the i-th key or value of lane c.
-    static __device__ constexpr int rowOf(int i, int c) { return 8 * (i / 2) + c + 4 * (i % 2); }
+    // Row of lane group g's key of each group of 8, and of the i-th value of lane c of a quad.
+    static __device__ constexpr int keyRow(int group, int g) { return 8 * group + spread(g); }
+    static __device__ constexpr int valueRow(int i, int c) { return 8 * (i / 2) + c + 4 * (i % 2); }
   };
 
   // Copies one tile into a stage, whole rows by neighbouring lanes; zeros for rows that are not there: logits of their
@@ -332,7 +333,7 @@ struct Attend {
                                       float (&products)[kRowTiles][Tile<kInt8Tile>::kSteps][4]) {
     using L = Tile<kInt8Tile>;
     const int g = lane / 4, c = lane % 4;
-    auto rowOf = [&](int group) { return stage + (8 * group + spread(g)) * L::kStride; };
+    auto rowOf = [&](int group) { return stage + L::keyRow(group, g) * L::kStride; };
 #pragma unroll
     for (int i = 0; i < C::kKeyPieces; ++i) {
       uint4 query[kRowTiles];
@@ -401,7 +402,7 @@ struct Attend {
     for (int key = 0; key < 4; ++key) {
       v[key] = {};
       if (4 * step + key >= L::kValues) continue;
-      const uint4* const row = stage + L::kValuesAt + L::rowOf(4 * step + key, c) * L::kStride;
+      const uint4* const row = stage + L::kValuesAt + L::valueRow(4 * step + key, c) * L::kStride;
       v[key] = *reinterpret_cast<const Piece*>(reinterpret_cast<const char*>(row) + dim * L::kElement);
     }
     auto add = [&](int tile, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
@@ -514,7 +515,6 @@ struct Attend {
     const size_t head_row = blockIdx.z, num_heads = gridDim.z;  // of [B, Hkv]
     const size_t window_row = head_row * p.window_size, sink_row = head_row * p.num_sinks;
     const size_t chunk_row = head_row * p.num_tokens;
-
     const int group = p.num_q_heads / p.num_kv_heads;
     const int num_rows = group * p.num_tokens, row_begin = blockIdx.x * C::kRows;
     auto tokenOf = [&](int row) { return kPrefill ? row / group : 0; };
@@ -549,7 +549,7 @@ struct Attend {
         } else {
           const void* row = r == C::kRows ? p.k : p.v;
           copyAsync((r == C::kRows ? new_k : new_v) + piece,
-                        static_cast<const uint4*>(row) + kv_row * kRowPieces + piece, 16);
+                    static_cast<const uint4*>(row) + kv_row * kRowPieces + piece, 16);
         }
       }
       commitCopies();
@@ -618,9 +618,7 @@ struct Attend {
             loadScales(window_scales, row0, scale_target, lane);
           } else {
             load<false>(source, row0, target, lane);
-            if (kPrefill && section == kChunk) {
-              loadScales(chunk_scales, row0, scale_target, lane);
-            }
+            if (kPrefill && section == kChunk) loadScales(chunk_scales, row0, scale_target, lane);
           }
         } else {
           load<false>(source, row0, target, lane);
@@ -717,15 +715,13 @@ struct Attend {
       float products[kRowTiles][L::kSteps][4] = {};
       multiplyKeys<kInt8Tile>(section == kSinks ? q_sink_shared : q_shared, data, lane, products);
 
-      // This thread's keys: one of each group of 8.
-      auto keyOf = [&](int group) { return 8 * group + spread(g); };
       float factor[L::kGroups], value_scale[L::kGroups];
 #pragma unroll
       for (int group = 0; group < L::kGroups; ++group) {
         factor[group] = logit_scale;
         if (!has_scales) continue;
-        factor[group] *= __half2float(tile_scales[keyOf(group)]);
-        value_scale[group] = __half2float(tile_scales[kValueScales + keyOf(group)]);
+        factor[group] *= __half2float(tile_scales[L::keyRow(group, g)]);
+        value_scale[group] = __half2float(tile_scales[kValueScales + L::keyRow(group, g)]);
       }
 
       uint32_t weights[kRowTiles][L::kGroups];
@@ -734,7 +730,7 @@ struct Attend {
         float logits[L::kGroups][2], largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
         for (int group = 0; group < L::kGroups; ++group) {
-          const int row = row0 + keyOf(group);
+          const int row = row0 + L::keyRow(group, g);
           // Steps since the slot was written, as the newest token in the ring sees it.
           const int age = newest_slot - row + (row > newest_slot ? p.window_size : 0);
 #pragma unroll

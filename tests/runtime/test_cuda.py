@@ -83,7 +83,7 @@ def books(compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 @pytest.fixture
-def cuda(books: Books) -> Iterator[list[Cuda]]:
+def cuda(books: Books) -> list[Cuda]:
     """In a list, so that a test can drop the last reference."""
     return [Cuda()]
 

@@ -80,7 +80,7 @@ class OrtBackend:
         self, bundle: Path, manifest: Manifest, threads: int | None, repack_prefill: bool | None = None,
         place: Place | None = None, not_recorded: str | None = None,
     ) -> None:  # fmt: skip
-        self._not_recorded = not_recorded
+        self.not_recorded = not_recorded
         if repack_prefill is None:
             repack_prefill = manifest.weights_bytes <= available_bytes() // 4
         place = place or HostPlace()
@@ -121,10 +121,6 @@ class OrtBackend:
     @property
     def states(self) -> Mapping[str, StateArray]:
         return self._states
-
-    @property
-    def not_recorded(self) -> str | None:
-        return self._not_recorded
 
     def run(self) -> None:
         for name in ("ids", "position"):

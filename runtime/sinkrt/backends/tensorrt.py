@@ -42,7 +42,8 @@ class TensorrtBackend:
                                        expected="one with engines",
                                        fix=f"{first}run 'sinkexport build' on this machine"))  # fmt: skip
         trt = import_package(facts.flavour)
-        self._cuda, self._not_recorded = Cuda(), False
+        self.not_recorded: str | None = None
+        self._cuda = Cuda()
         self._logger = make_logger(trt)  # TensorRT keeps a raw pointer to it
         self._runtime = create(trt.Runtime, self._logger)
         abi = None
@@ -95,10 +96,6 @@ class TensorrtBackend:
     @property
     def states(self) -> Mapping[str, StateArray]:
         return self._states
-
-    @property
-    def not_recorded(self) -> str | None:
-        return "a part of the engines' runs cannot be recorded" if self._not_recorded else None
 
     def run(self) -> None:
         inputs = self._inputs["decode"]
@@ -167,7 +164,8 @@ class TensorrtBackend:
     def _recorded(self, work: Callable[[], None]) -> Callable[[], None]:
         """As a CUDA graph, or where that cannot be as it is."""
         graph = self._cuda.record(work)
-        self._not_recorded |= graph is None
+        if graph is None:
+            self.not_recorded = "a part of the engines' runs cannot be recorded"
         return graph or work
 
 
