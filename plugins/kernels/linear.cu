@@ -20,6 +20,7 @@
 #include <algorithm>
 
 #include "linear.cuh"
+#include "linear_few.cuh"
 #include "problem.h"
 
 namespace sinkexport {
@@ -28,191 +29,6 @@ namespace {
 
 constexpr int kFewTokens = 16;
 constexpr int kMaxTokens = 1 << 16;
-constexpr int kMaxFeatures = 1 << 21;
-
-__host__ __device__ constexpr int divideUp(int a, int b) { return (a + b - 1) / b; }
-
-// What makes an output of a sum.
-template <typename Weight, typename Half>
-struct Output {
-  float scale, bias;
-  __device__ __forceinline__ Output(const LinearParams& p, int output)
-      : scale(kIsInt8<Weight> ? p.scale[output] : 1.0f),
-        bias(p.bias ? toFloat(static_cast<const Half*>(p.bias)[output]) : 0.0f) {}
-  __device__ __forceinline__ Half operator()(float sum) const {
-    return fromFloat<Half>(kIsInt8<Weight> ? fmaf(sum, scale, bias) : sum + bias);
-  }
-};
-
-// --- up to 16 tokens ---
-
-constexpr int kLineBytes = 128;  // of each weight row in a warp's step
-
-template <typename Weight>
-constexpr int kFewChunk = kLineBytes / static_cast<int>(sizeof(Weight));  // k of a step
-
-template <typename Weight>
-__host__ __device__ constexpr int fewStageBytes(int row_tiles, int num_tokens) {
-  return 16 * row_tiles * kLineBytes + num_tokens * kFewChunk<Weight> * 2;
-}
-
-template <typename Weight>
-__host__ __device__ constexpr int fewSharedBytes(int row_tiles, int num_tokens, int warps, int stages) {
-  const int sum_bytes = 16 * row_tiles * num_tokens * static_cast<int>(sizeof(float));
-  return warps * (stages * fewStageBytes<Weight>(row_tiles, num_tokens) + 2 * sum_bytes);
-}
-
-// Each block takes every gridDim.x-th tile of outputs; chunks of k go round its warps. To a warp all that is one
-// sequence of steps, so that its copies for a tile are on their way while the one before it is finished.
-template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages>
-__global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const LinearParams p) {
-  constexpr int kChunk = kFewChunk<Weight>;
-  constexpr int kRows = 16 * kRowTiles;       // outputs of a tile
-  constexpr int kTokenBytes = 2 * kChunk;     // of one token in a stage
-  constexpr int kPieces = kTokenBytes / 16;   // the same in units of a copy
-  constexpr int kWeightBytes = kRows * kLineBytes;
-  constexpr int kUnit = kUnitWeights<Weight>;
-  constexpr int kUnitPieces = kUnit / 8;      // of a token, beside one unit of weights
-  constexpr int kOddPieces = kPieces > 8 ? 1 : 4;  // by which pieces of odd tokens trade places
-  extern __shared__ __align__(16) unsigned char shared[];
-  const int num_tokens = p.num_rows, num_inputs = p.num_inputs, num_outputs = p.num_outputs;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-  const int stage_bytes = fewStageBytes<Weight>(kRowTiles, num_tokens);
-  unsigned char* const ring = shared + warp * kStages * stage_bytes;
-  float* const all_sums = reinterpret_cast<float*>(shared + kWarps * kStages * stage_bytes);
-  const int num_tiles = divideUp(num_outputs, kRows), num_chunks = divideUp(num_inputs, kChunk);
-  const int num_steps = num_chunks > warp ? divideUp(num_chunks - warp, kWarps) : 0;  // of this warp in a tile
-  const Weight* const weight = static_cast<const Weight*>(p.weight);
-  const Half* const x = static_cast<const Half*>(p.x);
-
-  const auto copyWeights = [&](unsigned char* stage, int first_row, int first_k) {
-    const int row = lane / 8, unit = lane % 8;  // then 4 rows on, and so on
-    // 16-byte units of odd rows trade places, so that lanes of two rows read from all banks.
-    unsigned char* const to = stage + row * kLineBytes + (unit ^ (row & 1) << 2) * 16;
-    const size_t offset = static_cast<size_t>(first_row + row) * num_inputs + first_k + unit * kUnit;
-#pragma unroll
-    for (int i = 0; i < kRows / 4; ++i) {
-      const bool valid = first_row + row + 4 * i < num_outputs && first_k + unit * kUnit < num_inputs;
-      const Weight* const from = weight + (valid ? offset + static_cast<size_t>(4 * i) * num_inputs : 0);
-      copyAsync(to + 4 * i * kLineBytes, from, valid ? 16 : 0);
-    }
-  };
-  const auto placeOfPiece = [&](unsigned char* stage, int i) -> unsigned char* {  // of odd tokens likewise
-    const int token = i / kPieces, piece = i % kPieces;
-    return stage + kWeightBytes + token * kTokenBytes + (piece ^ (token & 1) * kOddPieces) * 16;
-  };
-  int copy_tile = blockIdx.x, copy_step = 0, copy_stage = 0;  // what is copied next, and where to
-  const auto advanceCopy = [&] {
-    commitCopies();
-    if (++copy_step >= num_steps) copy_step = 0, copy_tile += gridDim.x;
-    if (++copy_stage == kStages) copy_stage = 0;
-  };
-  const auto copyNext = [&] {
-    if (copy_tile < num_tiles) {
-      unsigned char* const stage = ring + copy_stage * stage_bytes;
-      const int first_k = (warp + copy_step * kWarps) * kChunk;
-      for (int i = lane; i < num_tokens * kPieces; i += kWarpSize) {
-        const int k = first_k + i % kPieces * 8;
-        const bool valid = k < num_inputs;
-        const Half* const from = x + (valid ? static_cast<size_t>(i / kPieces) * num_inputs + k : 0);
-        copyAsync(placeOfPiece(stage, i), from, valid ? 16 : 0);
-      }
-      copyWeights(stage, copy_tile * kRows, first_k);
-    }
-    advanceCopy();
-  };
-
-  // The first stage's weights may be allowed to be read early. Not more of them: its tokens would queue behind.
-  allowNextKernel();
-  if (!p.constant_weight) waitForEarlierKernels();
-  copyWeights(ring, copy_tile * kRows, warp * kChunk);
-  advanceCopy();
-  if (p.constant_weight) waitForEarlierKernels();
-  uint4 pieces[kPieces * 8 * kTokenTiles / kWarpSize];
-  constexpr int kNumPieces = sizeof pieces / sizeof *pieces;
-#pragma unroll
-  for (int j = 0; j < kNumPieces; ++j) {
-    const int i = lane + j * kWarpSize, k = warp * kChunk + i % kPieces * 8;
-    pieces[j] = i < num_tokens * kPieces && k < num_inputs
-                    ? *reinterpret_cast<const uint4*>(x + static_cast<size_t>(i / kPieces) * num_inputs + k)
-                    : uint4{0, 0, 0, 0};
-  }
-#pragma unroll
-  for (int i = 1; i < kStages - 1; ++i) copyNext();
-#pragma unroll
-  for (int j = 0; j < kNumPieces; ++j) {
-    const int i = lane + j * kWarpSize;
-    if (i < num_tokens * kPieces) *reinterpret_cast<uint4*>(placeOfPiece(ring, i)) = pieces[j];
-  }
-
-  int read_stage = 0, turn = 0;
-  for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-    float sum[kRowTiles][kTokenTiles][4] = {};
-    for (int step = 0; step < num_steps; ++step) {
-      waitCopies<kStages - 2>();
-      __syncwarp();
-      copyNext();  // into the stage that all lanes have read in the step before
-      const unsigned char* const stage = ring + read_stage * stage_bytes;
-      const unsigned char* const tokens = stage + kWeightBytes;
-      if (++read_stage == kStages) read_stage = 0;
-#pragma unroll
-      for (int part = 0; part < 2; ++part) {  // half of the k
-        uint4 b[kTokenTiles][kUnitPieces];
-#pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) {
-          const int token = 8 * j + g;
-#pragma unroll
-          for (int i = 0; i < kUnitPieces; ++i) {
-            const int piece = ((part * 4 + t) * kUnitPieces + i) ^ (token & 1) * kOddPieces;
-            b[j][i] = token < num_tokens ? *reinterpret_cast<const uint4*>(tokens + token * kTokenBytes + piece * 16)
-                                         : uint4{0, 0, 0, 0};
-          }
-        }
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          const unsigned char* const rows = stage + (16 * r + g) * kLineBytes + ((part * 4 + t) ^ (g & 1) << 2) * 16;
-          const uint4 near = *reinterpret_cast<const uint4*>(rows);
-          const uint4 far = *reinterpret_cast<const uint4*>(rows + 8 * kLineBytes);
-#pragma unroll
-          for (int s = 0; s < kUnit / 4; ++s) {
-            uint32_t a[4];
-            takeTile<Weight, Half>(a, near, far, s);
-#pragma unroll
-            for (int j = 0; j < kTokenTiles; ++j) {
-              const uint4 piece = b[j][s / 2];
-              multiply<Half>(sum[r][j], a, s % 2 ? piece.z : piece.x, s % 2 ? piece.w : piece.y);
-            }
-          }
-        }
-      }
-    }
-
-    // Sums of all warps as [kWarps, tokens, kRows], in two places by turns: who writes one has passed the barrier after
-    // the other was written, and so has everyone who reads from it.
-    float* const sums = all_sums + turn * kWarps * num_tokens * kRows;
-    turn ^= 1;
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int token = 8 * j + 2 * t + i % 2;
-          if (token < num_tokens) sums[(warp * num_tokens + token) * kRows + 16 * r + g + i / 2 * 8] = sum[r][j][i];
-        }
-      }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < num_tokens * kRows; i += kWarps * kWarpSize) {
-      float total = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += sums[w * num_tokens * kRows + i];
-      const int token = i / kRows, output = tile * kRows + i % kRows;
-      if (output >= num_outputs) continue;
-      static_cast<Half*>(p.y)[static_cast<size_t>(token) * num_outputs + output] = Output<Weight, Half>(p, output)(total);
-    }
-  }
-}
 
 // --- more tokens ---
 
@@ -362,62 +178,6 @@ __global__ void __launch_bounds__(kSumThreads)
 
 // --- launches ---
 
-struct Device {
-  bool overlaps = false;  // a kernel can be placed before the one that it waits for has ended
-  int multiprocessors = 0;
-  int shared_bytes = 0;         // that a block can have
-  int shared_bytes_of_all = 0;  // that all blocks on a multiprocessor have
-};
-
-constexpr int kReservedSharedBytes = 1024;  // of each block, by the system
-
-cudaError_t describeDevice(Device& device) {
-  int index = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&index);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device.shared_bytes_of_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
-  }
-  device.overlaps = major >= 9;
-  return error;
-}
-
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, const Device& device,
-                   cudaStream_t stream, Arguments... arguments) {
-  constexpr int kFreeSharedBytes = 48 << 10;  // more must be asked for
-  if (shared_bytes > kFreeSharedBytes) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
-  return launchOverlapping(kernel, grid, dim3(threads), shared_bytes, device.overlaps, stream, arguments...);
-}
-
-template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages>
-cudaError_t launchFew(const LinearParams& p, const Device& device, cudaStream_t stream) {
-  const int needed_bytes = fewSharedBytes<Weight>(kRowTiles, p.num_rows, kWarps, kStages);
-  if constexpr (kWarps > 4) {
-    if (needed_bytes > device.shared_bytes) {
-      return launchFew<Weight, Half, kRowTiles, kTokenTiles, 4, kStages>(p, device, stream);
-    }
-  }
-  // Two blocks on a multiprocessor, each with half of the memory even if it needs less: blocks of the next launch then
-  // take the places of this one's as they end. With more room they would crowd where there is most of it.
-  constexpr int kBlocks = 2;
-  const int share = device.shared_bytes_of_all / kBlocks - kReservedSharedBytes;
-  const int shared_bytes = std::max(needed_bytes, std::min(share, device.shared_bytes));
-  const int blocks = device.multiprocessors * (needed_bytes <= share ? kBlocks : 1);
-  const dim3 grid(std::min(divideUp(p.num_outputs, 16 * kRowTiles), blocks));
-  return launch(fewTokens<Weight, Half, kRowTiles, kTokenTiles, kWarps, kStages>, grid, kWarps * kWarpSize,
-                shared_bytes, device, stream, p);
-}
-
 // How many tiles and splits of k a product of more than 16 tokens has; of shapes alone.
 struct ManyPlan {
   dim3 grid;
@@ -467,15 +227,15 @@ auto withManyShape(const LinearParams& p, Use use) {
 
 template <typename Weight, typename Half>
 cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
-  if (p.num_rows <= 8) return launchFew<Weight, Half, 1, 1, 8, 3>(p, device, stream);
+  if (p.num_rows <= 8) return launchFew<Weight, Half, 1, 1, 8, 3>(OneMatrix{p}, device, stream);
   if (p.num_rows <= kFewTokens) {
     // Taller tiles read the tokens less often, shorter ones spread better.
     constexpr int kManyOutputs = 1 << 15;
     if (p.num_outputs >= kManyOutputs && fewSharedBytes<Weight>(2, p.num_rows, 4, 3) <= device.shared_bytes) {
-      return launchFew<Weight, Half, 2, 2, 4, 3>(p, device, stream);
+      return launchFew<Weight, Half, 2, 2, 4, 3>(OneMatrix{p}, device, stream);
     }
     constexpr int kStages = kIsInt8<Weight> ? 2 : 3;  // in the same memory: half as many k have half the tokens' bytes
-    return launchFew<Weight, Half, 1, 2, 8, kStages>(p, device, stream);
+    return launchFew<Weight, Half, 1, 2, 8, kStages>(OneMatrix{p}, device, stream);
   }
   return withManyShape(p, [&](auto shape, const ManyPlan& plan) {
     return launchMany<Weight, Half, decltype(shape)>(p, plan, workspace, device, stream);
@@ -487,16 +247,6 @@ cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& de
   return p.weight_type == WeightType::kInt8 ? launchTyped<int8_t, Half>(p, workspace, device, stream)
                                             : launchTyped<Half, Half>(p, workspace, device, stream);
 }
-
-// --- checks ---
-
-struct Range {
-  const char* name;
-  const void* data;
-  size_t bytes;
-  bool optional = false;
-  size_t address() const { return reinterpret_cast<size_t>(data); }
-};
 
 }  // namespace
 }  // namespace linear
@@ -514,39 +264,16 @@ const char* linearProblem(const LinearParams& p) {
   if (p.num_rows < 1 || p.num_rows > kMaxTokens) {
     return explain("num_rows: received %d, expected 1 .. %d", p.num_rows, kMaxTokens);
   }
-  if (p.weight_type != WeightType::kInt8 && p.weight_type != WeightType::kHalf) {
-    return explain("weight_type: received %d, expected 0 (int8) or 1 (half)", static_cast<int>(p.weight_type));
-  }
-  const bool is_int8 = p.weight_type == WeightType::kInt8;
-  const int unit = is_int8 ? kUnitWeights<int8_t> : kUnitWeights<__half>;
-  if (p.num_inputs < unit || p.num_inputs > kMaxFeatures || p.num_inputs % unit) {
-    return explain("num_inputs: received %d, expected a multiple of %d in %d .. %d; pad x and weight with zeros",
-                   p.num_inputs, unit, unit, kMaxFeatures);
-  }
-  if (p.num_outputs < 1 || p.num_outputs > kMaxFeatures) {
-    return explain("num_outputs: received %d, expected 1 .. %d", p.num_outputs, kMaxFeatures);
-  }
+  if (const char* problem = weightProblem(p.weight_type, p.num_inputs, p.num_outputs)) return problem;
   if (const char* problem = dtypeProblem(p.dtype)) return problem;
+  const bool is_int8 = p.weight_type == WeightType::kInt8;
   if (!is_int8 && p.scale) return "scale: received a pointer, expected null with half weights";
   const size_t rows = p.num_rows, inputs = p.num_inputs, outputs = p.num_outputs;
-  const Range ranges[] = {{"y", p.y, rows * outputs * 2},
-                          {"x", p.x, rows * inputs * 2},
-                          {"weight", p.weight, outputs * inputs * (is_int8 ? 1 : 2)},
-                          {"scale", p.scale, outputs * sizeof(float), !is_int8},
-                          {"bias", p.bias, outputs * 2, true}};
-  for (const Range& range : ranges) {
-    if (!range.data && !range.optional) {
-      return explain("%s: received null, expected a device pointer", range.name);
-    }
-    if (range.address() % 16) {
-      return explain("%s: received %p, expected a device pointer that is a multiple of 16", range.name, range.data);
-    }
-    if (&range != ranges && range.data && range.address() < ranges[0].address() + ranges[0].bytes &&
-        ranges[0].address() < range.address() + range.bytes) {
-      return explain("y: overlaps %s, expected memory of its own", range.name);
-    }
-  }
-  return nullptr;
+  return outputProblem({"y", p.y, rows * outputs * 2},
+                       {{"x", p.x, rows * inputs * 2},
+                        {"weight", p.weight, outputs * inputs * (is_int8 ? 1 : 2)},
+                        {"scale", p.scale, outputs * sizeof(float), !is_int8},
+                        {"bias", p.bias, outputs * 2, true}});
 }
 
 cudaError_t launchLinear(const LinearParams& params, void* workspace, cudaStream_t stream) {

@@ -1,16 +1,21 @@
-// What the kernels of linear.cu are made of: asynchronous copies, weights as factors, one tensor-core product.
+// What products by constant matrices are made of: asynchronous copies, weights as factors, one tensor-core product,
+// what makes an output of a sum, launches.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
 #include "halves.cuh"
+#include "linear.h"
 #include "overlap.cuh"
+#include "problem.h"
 
 namespace sinkexport {
 namespace linear {
 
 constexpr int kWarpSize = 32;
+
+__host__ __device__ constexpr int divideUp(int a, int b) { return (a + b - 1) / b; }
 
 // --- asynchronous copies of 16 bytes from device to shared memory ---
 
@@ -139,6 +144,76 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4]
   }
 }
 #endif
+
+// What makes an output of a sum.
+template <typename Weight, typename Half>
+struct Output {
+  float scale, bias;
+  __device__ __forceinline__ Output(const LinearParams& p, size_t output)
+      : scale(kIsInt8<Weight> ? p.scale[output] : 1.0f),
+        bias(p.bias ? toFloat(static_cast<const Half*>(p.bias)[output]) : 0.0f) {}
+  __device__ __forceinline__ Half operator()(float sum) const {
+    return fromFloat<Half>(kIsInt8<Weight> ? fmaf(sum, scale, bias) : sum + bias);
+  }
+};
+
+// --- launches ---
+
+struct Device {
+  bool overlaps = false;  // a kernel can be placed before the one that it waits for has ended
+  int multiprocessors = 0;
+  int shared_bytes = 0;         // that a block can have
+  int shared_bytes_of_all = 0;  // that all blocks on a multiprocessor have
+};
+
+constexpr int kReservedSharedBytes = 1024;  // of each block, by the system
+
+inline cudaError_t describeDevice(Device& device) {
+  int index = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&device.shared_bytes_of_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+  }
+  device.overlaps = major >= 9;
+  return error;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, const Device& device,
+                   cudaStream_t stream, Arguments... arguments) {
+  constexpr int kFreeSharedBytes = 48 << 10;  // more must be asked for
+  if (shared_bytes > kFreeSharedBytes) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  return launchOverlapping(kernel, grid, dim3(threads), shared_bytes, device.overlaps, stream, arguments...);
+}
+
+// --- checks ---
+
+// nullptr, or one line.
+inline const char* weightProblem(WeightType type, int num_inputs, int num_outputs) {
+  constexpr int kMaxFeatures = 1 << 21;
+  if (type != WeightType::kInt8 && type != WeightType::kHalf) {
+    return explain("weight_type: received %d, expected 0 (int8) or 1 (half)", static_cast<int>(type));
+  }
+  const int unit = type == WeightType::kInt8 ? kUnitWeights<int8_t> : kUnitWeights<__half>;
+  if (num_inputs < unit || num_inputs > kMaxFeatures || num_inputs % unit) {
+    return explain("num_inputs: received %d, expected a multiple of %d in %d .. %d; pad x and weight with zeros",
+                   num_inputs, unit, unit, kMaxFeatures);
+  }
+  if (num_outputs < 1 || num_outputs > kMaxFeatures) {
+    return explain("num_outputs: received %d, expected 1 .. %d", num_outputs, kMaxFeatures);
+  }
+  return nullptr;
+}
 
 }  // namespace linear
 }  // namespace sinkexport

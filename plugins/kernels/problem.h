@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdarg>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <initializer_list>
@@ -38,6 +39,27 @@ inline const char* pointerProblem(std::initializer_list<NamedPointer> pointers) 
     }
     if (reinterpret_cast<uintptr_t>(one.address) % 16 != 0) {
       return explain("%s: received %p, expected a device pointer that is a multiple of 16", one.name, one.address);
+    }
+  }
+  return nullptr;
+}
+
+// Memory of an input or an output.
+struct Range {
+  const char* name;
+  const void* data;
+  size_t bytes;
+  bool is_optional = false;
+};
+
+// Of an output that must have memory of its own, and of inputs.
+inline const char* outputProblem(const Range& output, std::initializer_list<Range> inputs) {
+  const auto address = [](const Range& range) { return reinterpret_cast<uintptr_t>(range.data); };
+  if (const char* problem = pointerProblem({{output.name, output.data}})) return problem;
+  for (const Range& range : inputs) {
+    if (const char* problem = pointerProblem({{range.name, range.data, range.is_optional}})) return problem;
+    if (range.data && address(range) < address(output) + output.bytes && address(output) < address(range) + range.bytes) {
+      return explain("%s: overlaps %s, expected memory of its own", output.name, range.name);
     }
   }
   return nullptr;

@@ -2,7 +2,7 @@
 
 #include <NvInferRuntime.h>
 
-#define SINKEXPORT_PLUGIN_ABI "2"
+#define SINKEXPORT_PLUGIN_ABI "3"
 
 namespace sinkexport::trt {
 

@@ -62,7 +62,6 @@ class Linear final : public Operator {
  private:
   // With addresses that lie far apart instead of pointers: enough for checks and sizes.
   LinearParams params(const Tensors& inputs) const {
-    const auto address = [](int i) { return reinterpret_cast<void*>(static_cast<uintptr_t>(i + 1) << 40); };
     const nvinfer1::Dims& x = inputs[kX].dims;
     LinearParams p;
     p.num_rows = numRows(x);
@@ -70,11 +69,11 @@ class Linear final : public Operator {
     p.num_outputs = num_outputs_;
     p.dtype = halfType(inputs[kX].type);
     p.weight_type = kWeightType;
-    p.x = address(0);
-    p.weight = address(1);
-    p.scale = kIsInt8 ? static_cast<const float*>(address(2)) : nullptr;
-    p.bias = has_bias_ ? address(3) : nullptr;
-    p.y = address(4);
+    p.x = farApart(0);
+    p.weight = farApart(1);
+    p.scale = kIsInt8 ? static_cast<const float*>(farApart(2)) : nullptr;
+    p.bias = has_bias_ ? farApart(3) : nullptr;
+    p.y = farApart(4);
     return p;
   }
 

@@ -64,6 +64,8 @@ constexpr const char* kPluginNamespace = "";
 std::unique_ptr<Operator> makeSinkAttention();
 std::unique_ptr<Operator> makeInt8Linear();
 std::unique_ptr<Operator> makeHalfLinear();
+std::unique_ptr<Operator> makeInt8ExpertLinear();
+std::unique_ptr<Operator> makeHalfExpertLinear();
 std::unique_ptr<Operator> makeInt8Rows();
 std::unique_ptr<Operator> makeRmsNorm();
 std::unique_ptr<Operator> makeGatedActivation();
@@ -73,6 +75,8 @@ inline const std::vector<OperatorKind>& operatorKinds() {
       {"SinkAttention", makeSinkAttention},
       {"Int8Linear", makeInt8Linear},
       {"HalfLinear", makeHalfLinear},
+      {"Int8ExpertLinear", makeInt8ExpertLinear},
+      {"HalfExpertLinear", makeHalfExpertLinear},
       {"Int8Rows", makeInt8Rows},
       {"RmsNorm", makeRmsNorm},
       {"GatedActivation", makeGatedActivation},
@@ -119,6 +123,8 @@ std::string shapeProblem(const char* name, const Tensor& tensor, const std::vect
 
 // An address that only says "there is something": for checks on the host.
 inline void* placeholder() { return reinterpret_cast<void*>(uintptr_t{256}); }
+// The same for some that must not overlap.
+inline void* farApart(int index) { return reinterpret_cast<void*>(static_cast<uintptr_t>(index + 1) << 40); }
 
 void logError(const char* name, const std::string& line);
 

@@ -45,7 +45,7 @@ NO_TOKEN = -1
 """Id of a stream that stands still while others step, in models with such layers: their states know no positions."""
 
 TARGETS = ("onnx", "tensorrt")
-PLUGIN_ABI = "2"
+PLUGIN_ABI = "3"
 """Of the TensorRT plugins whose nodes this version writes: their names, inputs, outputs and fields."""
 
 

@@ -1,15 +1,19 @@
-"""The linear's C interface, built with nvcc for the tests."""
+"""The C interfaces of products by constant matrices, built with nvcc for the tests."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
+from plugins.capi.expert_linear import ExpertLinear
 from plugins.capi.linear import Linear
 from tests.plugins.compiler import CAPI, KERNELS, compile_sources, link
 
+Interface = TypeVar("Interface", Linear, ExpertLinear)
 
-def build(folder: Path, architecture: str) -> Linear:
+
+def build(interface: type[Interface], folder: Path, architecture: str) -> Interface:
     """Compiled for one `architecture`, like "sm_90" or "native"."""
-    target = f"-arch={architecture}"
-    objects = compile_sources(folder, [KERNELS / "linear.cu", CAPI / "linear.cpp"], "-O3", target)
-    return Linear(link(folder / "liblinear.so", objects, target))
+    target, name = f"-arch={architecture}", interface.NAME
+    objects = compile_sources(folder, [KERNELS / f"{name}.cu", CAPI / f"{name}.cpp"], "-O3", target)
+    return interface(link(folder / f"lib{name}.so", objects, target))

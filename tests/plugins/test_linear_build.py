@@ -16,7 +16,7 @@ POINTERS = ("x", "weight", "scale", "bias", "y")
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Linear:
-    return build(tmp_path_factory.mktemp("linear"), "sm_90")
+    return build(Linear, tmp_path_factory.mktemp("linear"), "sm_90")
 
 
 def params(**changes: int) -> LinearParams:

@@ -14,6 +14,7 @@ import torch
 
 from plugins.capi.linear import DTYPES, WEIGHT_TYPES, Linear, LinearParams
 from tests.plugins.compiler import NVCC
+from tests.plugins.gpu_buffers import Buffer, error
 from tests.plugins.linear_library import build
 
 # No CI machine has a GPU: this is run by hand, and plugins/README.md keeps what it said.
@@ -34,24 +35,6 @@ SHAPES = {
     "half": [(1, 8), (7, 24), (33, 200), (99, 1480), (576, 576), (129, 4104), (33001, 72), (24700, 40), (1025, 12296)],
 }
 CASES = [(weights, shape) for weights, shapes in SHAPES.items() for shape in shapes]
-GUARD = 256  # bytes before and after every buffer
-
-
-class Buffer:
-    """A tensor between two guards of 0xff bytes: NaN as halves and floats, so that reading them shows."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        size = int(np.prod(shape)) * dtype.itemsize
-        self.whole = torch.full((2 * GUARD + (size + 15) // 16 * 16,), 0xFF, dtype=torch.uint8, device="cuda")
-        self.tensor = self.whole[GUARD : GUARD + size].view(dtype).view(shape)
-        self.size = size
-
-    @property
-    def address(self) -> int:
-        return self.tensor.data_ptr()
-
-    def untouched_outside(self) -> bool:
-        return bool((self.whole[:GUARD] == 0xFF).all() and (self.whole[GUARD + self.size :] == 0xFF).all())
 
 
 class Problem:
@@ -111,11 +94,6 @@ class Problem:
         return torch.nn.functional.linear(self.x.tensor, weight, self.bias.tensor if self.has_bias else None)
 
 
-def error(y: torch.Tensor, expected: np.ndarray) -> float:
-    """|y - expected| / |expected|; NaN if any is."""
-    return float(np.linalg.norm(y.double().cpu().numpy() - expected) / np.linalg.norm(expected))
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Linear:
     torch.manual_seed(int.from_bytes(os.urandom(4)))
@@ -123,7 +101,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Linear:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if path := os.environ.get("SINKEXPORT_LINEAR"):
         return Linear(Path(path))
-    return build(tmp_path_factory.mktemp("linear"), "native")
+    return build(Linear, tmp_path_factory.mktemp("linear"), "native")
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])

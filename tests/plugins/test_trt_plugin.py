@@ -51,8 +51,9 @@ LINEAR = {"num_outputs": "i:32", "has_bias": "i:0"}
 ROWS = {"row_length": "i:64"}
 NORM = {"epsilon": "f:1e-6", "has_residual": "i:1", "float_weight": "i:0"}
 GATE = {"activation": "i:2", "width": "i:64", "is_merged": "i:1"}
-GOOD = {"SinkAttention": ATTENTION, "Int8Linear": LINEAR, "HalfLinear": LINEAR, "Int8Rows": ROWS, "RmsNorm": NORM,
-        "GatedActivation": GATE}  # fmt: skip
+EXPERTS = {"num_outputs": "i:32"}
+GOOD = {"SinkAttention": ATTENTION, "Int8Linear": LINEAR, "HalfLinear": LINEAR, "Int8ExpertLinear": EXPERTS,
+        "HalfExpertLinear": EXPERTS, "Int8Rows": ROWS, "RmsNorm": NORM, "GatedActivation": GATE}  # fmt: skip
 
 
 def ask(plugin: Path, name: str, fields: dict[str, str], *more: str) -> tuple[str, str]:
@@ -96,6 +97,8 @@ def test_good_fields(plugin_library: Path, name: str) -> None:
         ("Int8Linear", {"num_outputs": "l:4294967296"}, (), "field 'num_outputs': received 4294967296"),
         ("Int8Linear", {"num_outputs": "i:0"}, (), "field 'num_outputs': received 0, expected >= 1"),
         ("HalfLinear", {"has_bias": "i:2"}, (), "field 'has_bias': received 2, expected 0 or 1"),
+        ("Int8ExpertLinear", {"num_outputs": "i:0"}, (), "field 'num_outputs': received 0, expected >= 1"),
+        ("HalfExpertLinear", {}, ("has_bias:i:1",), "field 'has_bias': unknown, expected num_outputs"),
         ("Int8Rows", {"row_length": "f:64"}, (), "field 'row_length': received another type, expected an int32"),
         ("RmsNorm", {"epsilon": "f:0"}, (), "field 'epsilon': received 0.000000, expected > 0"),
         ("RmsNorm", {"has_residual": "i:2"}, (), "field 'has_residual': received 2, expected 0 or 1"),

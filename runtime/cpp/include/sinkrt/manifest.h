@@ -16,7 +16,7 @@ namespace sinkrt {
 
 constexpr int64_t kSchemaVersion = 5;
 constexpr const char* kManifestName = "manifest.json";
-constexpr const char* kPluginAbi = "2";
+constexpr const char* kPluginAbi = "3";
 
 // Bytes of one element of a dtype (float32, float16, int64, int32, int8); 0: unknown.
 int64_t dtypeBytes(const std::string& dtype);

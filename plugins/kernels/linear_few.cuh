@@ -1,0 +1,259 @@
+// Products of up to 16 tokens by a matrix, at the speed of memory; of one matrix, or of one of many for each group of tokens.
+//
+// A block takes tiles of 16 or 32 outputs and its warps split k among them, each with a ring of chunks of its own in
+// shared memory, filled by asynchronous copies; the warps' sums are added at the end of a tile, in order. Weights are read
+// once. No second launch, no workspace: a few blocks with so much on its way fill the memory's queue.
+#pragma once
+
+#include <algorithm>
+
+#include "linear.cuh"
+
+namespace sinkexport {
+namespace linear {
+
+// Some outputs of some tokens: what a block does at once.
+struct FewTile {
+  int first_row = 0;      // the first output
+  int num_tokens = 0;     // > 0
+  int first_token = 0;    // of its tokens, in the plan's order
+  size_t first_output = 0;  // of its matrix: matrices before it * N
+};
+
+// The tokens of fewTokens<.., Task>: `Task` holds the parameters, of one matrix, and makes a plan in each block.
+struct OneMatrix {
+  // A plan needs nothing that earlier work in the stream writes.
+  static constexpr bool kPlansEarly = true;
+
+  LinearParams p;
+
+  // How many tokens a tile has at the most.
+  __host__ __device__ int maxTokens() const { return p.num_rows; }
+  // Tiles at the most, and shared memory of a plan.
+  int maxTiles(int rows) const { return divideUp(p.num_outputs, rows); }
+  int sharedBytes() const { return 0; }
+
+  template <int kRows>
+  struct Plan {
+    const LinearParams& p;
+    __device__ __forceinline__ Plan(const OneMatrix& task, unsigned char*) : p(task.p) {}
+    __device__ __forceinline__ int numTiles() const { return divideUp(p.num_outputs, kRows); }
+    // What a block remembers of a tile that it is at.
+    using Place = int;
+    __device__ __forceinline__ Place place(int index) const { return index; }
+    __device__ __forceinline__ FewTile tile(Place index) const { return {index * kRows, p.num_rows, 0, 0}; }
+    // Rows of x and of y.
+    __device__ __forceinline__ int inputRow(const FewTile&, int token) const { return token; }
+    __device__ __forceinline__ int outputRow(const FewTile&, int token) const { return token; }
+  };
+};
+
+constexpr int kLineBytes = 128;  // of each weight row in a warp's step
+
+template <typename Weight>
+constexpr int kFewChunk = kLineBytes / static_cast<int>(sizeof(Weight));  // k of a step
+
+template <typename Weight>
+__host__ __device__ constexpr int fewStageBytes(int row_tiles, int num_tokens) {
+  return 16 * row_tiles * kLineBytes + num_tokens * kFewChunk<Weight> * 2;
+}
+
+template <typename Weight>
+__host__ __device__ constexpr int fewSharedBytes(int row_tiles, int num_tokens, int warps, int stages) {
+  const int sum_bytes = 16 * row_tiles * num_tokens * static_cast<int>(sizeof(float));
+  return warps * (stages * fewStageBytes<Weight>(row_tiles, num_tokens) + 2 * sum_bytes);
+}
+
+// Each block takes every gridDim.x-th tile; chunks of k go round its warps. To a warp all that is one
+// sequence of steps, so that its copies for a tile are on their way while the one before it is finished.
+template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, typename Task>
+__global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) {
+  constexpr int kChunk = kFewChunk<Weight>;
+  constexpr int kRows = 16 * kRowTiles;       // outputs of a tile
+  constexpr int kTokenBytes = 2 * kChunk;     // of one token in a stage
+  constexpr int kPieces = kTokenBytes / 16;   // the same in units of a copy
+  constexpr int kWeightBytes = kRows * kLineBytes;
+  constexpr int kUnit = kUnitWeights<Weight>;
+  constexpr int kUnitPieces = kUnit / 8;      // of a token, beside one unit of weights
+  constexpr int kOddPieces = kPieces > 8 ? 1 : 4;  // by which pieces of odd tokens trade places
+  extern __shared__ __align__(16) unsigned char shared[];
+  const LinearParams& p = task.p;
+  const int max_tokens = task.maxTokens(), num_inputs = p.num_inputs, num_outputs = p.num_outputs;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  const int stage_bytes = fewStageBytes<Weight>(kRowTiles, max_tokens);
+  unsigned char* const ring = shared + warp * kStages * stage_bytes;
+  float* const all_sums = reinterpret_cast<float*>(shared + kWarps * kStages * stage_bytes);
+  const int num_chunks = divideUp(num_inputs, kChunk);
+  const int num_steps = num_chunks > warp ? divideUp(num_chunks - warp, kWarps) : 0;  // of this warp in a tile
+  const Weight* const weight = static_cast<const Weight*>(p.weight);
+  const Half* const x = static_cast<const Half*>(p.x);
+
+  const auto copyWeights = [&](unsigned char* stage, const FewTile& tile, int first_k) {
+    const int row = lane / 8, unit = lane % 8;  // then 4 rows on, and so on
+    // 16-byte units of odd rows trade places, so that lanes of two rows read from all banks.
+    unsigned char* const to = stage + row * kLineBytes + (unit ^ (row & 1) << 2) * 16;
+    const int first_row = tile.first_row;
+    const size_t offset = (tile.first_output + first_row + row) * num_inputs + first_k + unit * kUnit;
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i) {
+      const bool valid = first_row + row + 4 * i < num_outputs && first_k + unit * kUnit < num_inputs;
+      const Weight* const from = weight + (valid ? offset + static_cast<size_t>(4 * i) * num_inputs : 0);
+      copyAsync(to + 4 * i * kLineBytes, from, valid ? 16 : 0);
+    }
+  };
+  const auto placeOfPiece = [&](unsigned char* stage, int i) -> unsigned char* {  // of odd tokens likewise
+    const int token = i / kPieces, piece = i % kPieces;
+    return stage + kWeightBytes + token * kTokenBytes + (piece ^ (token & 1) * kOddPieces) * 16;
+  };
+  allowNextKernel();
+  if (!Task::kPlansEarly || !p.constant_weight) waitForEarlierKernels();
+  unsigned char* const plan_memory = reinterpret_cast<unsigned char*>(all_sums + 2 * kWarps * max_tokens * kRows);
+  const typename Task::template Plan<kRows> plan(task, plan_memory);
+  const int num_tiles = plan.numTiles();
+  int copy_index = blockIdx.x, copy_step = 0, copy_stage = 0;  // what is copied next, and where to
+  auto copy_place = plan.place(copy_index);
+  const auto advanceCopy = [&] {
+    commitCopies();
+    if (++copy_step >= num_steps) {
+      copy_step = 0, copy_index += gridDim.x;
+      copy_place = plan.place(copy_index);
+    }
+    if (++copy_stage == kStages) copy_stage = 0;
+  };
+  const auto copyNext = [&] {
+    if (copy_index < num_tiles) {
+      unsigned char* const stage = ring + copy_stage * stage_bytes;
+      const int first_k = (warp + copy_step * kWarps) * kChunk;
+      const FewTile tile = plan.tile(copy_place);
+      for (int i = lane; i < tile.num_tokens * kPieces; i += kWarpSize) {
+        const int k = first_k + i % kPieces * 8;
+        const bool valid = k < num_inputs;
+        const size_t row = plan.inputRow(tile, i / kPieces);
+        copyAsync(placeOfPiece(stage, i), x + (valid ? row * num_inputs + k : 0), valid ? 16 : 0);
+      }
+      copyWeights(stage, tile, first_k);
+    }
+    advanceCopy();
+  };
+
+  if constexpr (Task::kPlansEarly) {
+    // The first stage's weights may be allowed to be read early. Not more of them: its tokens would queue behind.
+    const FewTile first = plan.tile(copy_place);
+    copyWeights(ring, first, warp * kChunk);
+    advanceCopy();
+    if (p.constant_weight) waitForEarlierKernels();
+    uint4 pieces[kPieces * 8 * kTokenTiles / kWarpSize];
+    constexpr int kNumPieces = sizeof pieces / sizeof *pieces;
+#pragma unroll
+    for (int j = 0; j < kNumPieces; ++j) {
+      const int i = lane + j * kWarpSize, k = warp * kChunk + i % kPieces * 8;
+      const bool valid = i < first.num_tokens * kPieces && k < num_inputs;
+      const size_t row = plan.inputRow(first, i / kPieces);
+      pieces[j] = valid ? *reinterpret_cast<const uint4*>(x + row * num_inputs + k) : uint4{0, 0, 0, 0};
+    }
+#pragma unroll
+    for (int i = 1; i < kStages - 1; ++i) copyNext();
+#pragma unroll
+    for (int j = 0; j < kNumPieces; ++j) {
+      const int i = lane + j * kWarpSize;
+      if (i < first.num_tokens * kPieces) *reinterpret_cast<uint4*>(placeOfPiece(ring, i)) = pieces[j];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) copyNext();
+  }
+
+  int read_stage = 0, turn = 0;
+  for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
+    const FewTile tile = plan.tile(plan.place(index));
+    float sum[kRowTiles][kTokenTiles][4] = {};
+    for (int step = 0; step < num_steps; ++step) {
+      waitCopies<kStages - 2>();
+      __syncwarp();
+      copyNext();  // into the stage that all lanes have read in the step before
+      const unsigned char* const stage = ring + read_stage * stage_bytes;
+      const unsigned char* const tokens = stage + kWeightBytes;
+      if (++read_stage == kStages) read_stage = 0;
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {  // half of the k
+        uint4 b[kTokenTiles][kUnitPieces];
+#pragma unroll
+        for (int j = 0; j < kTokenTiles; ++j) {
+          const int token = 8 * j + g;
+#pragma unroll
+          for (int i = 0; i < kUnitPieces; ++i) {
+            const int piece = ((part * 4 + t) * kUnitPieces + i) ^ (token & 1) * kOddPieces;
+            b[j][i] = token < tile.num_tokens ? *reinterpret_cast<const uint4*>(tokens + token * kTokenBytes + piece * 16)
+                                         : uint4{0, 0, 0, 0};
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) {
+          const unsigned char* const rows = stage + (16 * r + g) * kLineBytes + ((part * 4 + t) ^ (g & 1) << 2) * 16;
+          const uint4 near = *reinterpret_cast<const uint4*>(rows);
+          const uint4 far = *reinterpret_cast<const uint4*>(rows + 8 * kLineBytes);
+#pragma unroll
+          for (int s = 0; s < kUnit / 4; ++s) {
+            uint32_t a[4];
+            takeTile<Weight, Half>(a, near, far, s);
+#pragma unroll
+            for (int j = 0; j < kTokenTiles; ++j) {
+              const uint4 piece = b[j][s / 2];
+              multiply<Half>(sum[r][j], a, s % 2 ? piece.z : piece.x, s % 2 ? piece.w : piece.y);
+            }
+          }
+        }
+      }
+    }
+
+    // Sums of all warps as [kWarps, tokens, kRows], in two places by turns: who writes one has passed the barrier after
+    // the other was written, and so has everyone who reads from it.
+    float* const sums = all_sums + turn * kWarps * max_tokens * kRows;
+    turn ^= 1;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = 8 * j + 2 * t + i % 2;
+          if (token < tile.num_tokens) sums[(warp * max_tokens + token) * kRows + 16 * r + g + i / 2 * 8] = sum[r][j][i];
+        }
+      }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < tile.num_tokens * kRows; i += kWarps * kWarpSize) {
+      float total = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) total += sums[w * max_tokens * kRows + i];
+      const int output = tile.first_row + i % kRows;
+      if (output >= num_outputs) continue;
+      const size_t row = plan.outputRow(tile, i / kRows);
+      const Output<Weight, Half> finish(p, tile.first_output + output);
+      static_cast<Half*>(p.y)[row * num_outputs + output] = finish(total);
+    }
+  }
+}
+
+template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, typename Task>
+cudaError_t launchFew(const Task& task, const Device& device, cudaStream_t stream) {
+  const int needed_bytes =
+      fewSharedBytes<Weight>(kRowTiles, task.maxTokens(), kWarps, kStages) + task.sharedBytes();
+  if constexpr (kWarps > 4) {
+    if (needed_bytes > device.shared_bytes) {
+      return launchFew<Weight, Half, kRowTiles, kTokenTiles, 4, kStages>(task, device, stream);
+    }
+  }
+  // Two blocks on a multiprocessor, each with half of the memory even if it needs less: blocks of the next launch then
+  // take the places of this one's as they end. With more room they would crowd where there is most of it.
+  constexpr int kBlocks = 2;
+  const int share = device.shared_bytes_of_all / kBlocks - kReservedSharedBytes;
+  const int shared_bytes = std::max(needed_bytes, std::min(share, device.shared_bytes));
+  const int blocks = device.multiprocessors * (needed_bytes <= share ? kBlocks : 1);
+  const dim3 grid(std::min(task.maxTiles(16 * kRowTiles), blocks));
+  return launch(fewTokens<Weight, Half, kRowTiles, kTokenTiles, kWarps, kStages, Task>, grid, kWarps * kWarpSize,
+                shared_bytes, device, stream, task);
+}
+
+}  // namespace linear
+}  // namespace sinkexport
