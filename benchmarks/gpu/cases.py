@@ -1,7 +1,7 @@
 """Small bundles for the TensorRT plugin that differ in one thing each, and what they must compute.
 
-    python benchmarks/gpu/cases.py make FOLDER                                    (no GPU; ONNX Runtime and torch)
-    python benchmarks/gpu/cases.py check FOLDER --tools DIR --plugin FILE [-- options of sinkrt_build]
+    python benchmarks/gpu/cases.py make FOLDER [NAME ..]                 (no GPU; ONNX Runtime and torch)
+    python benchmarks/gpu/cases.py check FOLDER [NAME ..] --tools DIR --plugin FILE [-- options of sinkrt_build]
 
 A case is a model with random weights, a Llama unless attention has more: B streams, a prompt in chunks, steps over two
 wraps of the window. Expected logits come from ONNX Runtime's CPU in float32: a bundle of the same weights, recipe and
@@ -16,6 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def folder_of(root: Path, name: str) -> Path:
     return root / name.replace(" ", "-").replace(",", "")
 
 
-def make(root: Path) -> None:
+def make(root: Path, names: Sequence[str]) -> None:
     """Write bundles, tokens and expected logits."""
     import torch
     from sinkexport.config import ExportConfig
@@ -98,6 +99,8 @@ def make(root: Path) -> None:
     from sinkrt import Session
 
     for index, (name, case) in enumerate(CASES.items()):
+        if name not in names:
+            continue
         torch.manual_seed(index)
         model = _model(case)
         geometry = {
@@ -163,16 +166,18 @@ def _sink_tuning(model: Any) -> Any:
     return SinkTuningFile(model=facts, first_token_scale=factors)
 
 
-def check(root: Path, tools: Path, plugin: Path, build_options: list[str], timeout_s: float) -> list[dict[str, Any]]:
-    """Build and run every case, two at a time: more hold each other up. A failure of one is told in its row."""
+def check(
+    root: Path, names: Sequence[str], tools: Path, plugin: Path, build_options: list[str], timeout_s: float, jobs: int
+) -> list[dict[str, Any]]:
+    """Build and run cases, `jobs` at a time. A failure of one is told in its row."""
 
     def checked(name: str) -> dict[str, Any]:
         row = {"case": name, **_checked(folder_of(root, name), CASES[name], tools, plugin, build_options, timeout_s)}
         print(json.dumps(row), flush=True)
         return row
 
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(checked, CASES))
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(checked, names))
 
 
 def _checked(
@@ -208,17 +213,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("make", "check"))
     parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of cases; all, if none is given")
     parser.add_argument("--tools", type=Path, help="folder of sinkrt_build, probe and run_engine")
     parser.add_argument("--plugin", type=Path)
     parser.add_argument("--timeout", type=float, default=60, help="seconds for a build or a run")
+    parser.add_argument("--jobs", type=int, default=2, help="cases at a time; they hold each other up")
     # What follows -- is sinkrt_build's: argparse would take it for a second list of positional arguments.
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     arguments, build_options = parser.parse_args(words[:cut]), words[cut + 1 :]
+    if unknown := [name for name in arguments.names if name not in CASES]:
+        parser.error(f"case: received '{unknown[0]}', expected one of: {'; '.join(CASES)}")
+    names = arguments.names or list(CASES)
     if arguments.task == "make":
-        make(arguments.folder)
+        make(arguments.folder, names)
         return 0
-    rows = check(arguments.folder, arguments.tools, arguments.plugin, build_options, arguments.timeout)
+    rows = check(arguments.folder, names, arguments.tools, arguments.plugin, build_options, arguments.timeout,
+                 arguments.jobs)  # fmt: skip
     print(json.dumps({"cases": rows}))
     return 0 if all(row.get("passed") for row in rows) else 1
 

@@ -14,9 +14,9 @@ cases        the plugin's cases (cases.py)
 smollm2      exports with --model, engines, 500 greedy tokens and logits against the references
 soak         100,000 tokens: memory, latency, allocations; tokens a round trip; sampling; faults
 shape8       Llama-2-7B's shapes, 8 of its 32 layers, with each of --recipes: decode against the floor
-peers8       transformers, recomputation and onnxruntime-gpu for the same
+peers8       transformers, recomputation and, with --onnxruntime-gpu, that for the same
 shape32      all 32 layers
-peers32      transformers and recomputation for them
+peers32      peers for them
 
 Parts of one machine's GPUs may run side by side: a process for each, with CUDA_VISIBLE_DEVICES and its own --out.
 """
@@ -49,7 +49,6 @@ RECIPES = {  # bundles of --model: options of 'sinkexport export'
     "int8": ["--recipe", "int8-channel"],
     "int8-kv8": ["--recipe", "int8-channel", "--kv", "int8"],
 }
-WINDOWS = (4092, 1020)
 LARGEST_WINDOW = 4092
 STUB = 'extern "C" bool initLibNvInferPlugins(void*, const char*) { return true; }\n'
 
@@ -301,7 +300,7 @@ def shape(bench: Bench, layers: int, made: dict[str, Future[Path]]) -> None:
     """Decode against the floor."""
     copy_gb_per_s = bench.results["bandwidth"]["copy_gb_per_s"]
     for recipe in bench.arguments.recipes.split(","):
-        for window in WINDOWS:
+        for window in map(int, bench.arguments.windows.split(",")):
             title = f"{layers} layers, {recipe}, W={window}"
             with bench.step(title):
                 bundle = made[f"{layers} {recipe}"].result()
@@ -338,7 +337,7 @@ def peers(bench: Bench, layers: int, made: dict[str, Future[Path]]) -> None:
             if bench.arguments.onnxruntime_gpu is not None:
                 paths = [str(bench.arguments.onnxruntime_gpu), *filter(None, [os.environ.get("PYTHONPATH")])]
                 command = ["env", f"PYTHONPATH={os.pathsep.join(paths)}", *command]
-            out = bench.run(f"ort-cuda {layers}", command, 150, gpu_environment=False)
+            out = bench.run(f"ort-cuda {layers}", command, 240, gpu_environment=False)
             bench.found(f"{layers} layers, ort-cuda", **json.loads(out.strip().splitlines()[-1]))
 
 
@@ -396,6 +395,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tactic-sources", type=int, help="for sinkrt_build; 0: without cuBLAS and cuDNN")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--recipes", default=",".join(SHAPE_RECIPES), help="of shape8 and shape32")
+    parser.add_argument("--windows", default=f"{LARGEST_WINDOW},1020", help="of shape8 and shape32; none is larger")
     parser.add_argument("--budget", type=float, default=3600, help="seconds for all of it")
     return parser.parse_args()
 
@@ -415,7 +415,7 @@ def main() -> None:
                 f"{layers} {name}": pool.submit(make_shape, bench, layers, SHAPE_RECIPES[name])
                 for name in arguments.recipes.split(",")
             }
-        if f"peers{layers}" in parts and arguments.onnxruntime_gpu is not None and layers == 8:
+        if f"peers{layers}" in parts and arguments.onnxruntime_gpu is not None:
             made[f"{layers} onnx"] = pool.submit(make_shape, bench, layers, None, "onnx")
     with bench.step("bandwidth"):
         bench.found("bandwidth", **bench.probe("bandwidth", "bandwidth"))
