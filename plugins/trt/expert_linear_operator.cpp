@@ -1,13 +1,14 @@
 // Int8ExpertLinear. Inputs: x, weight, scale, picks. Output: y.
 // HalfExpertLinear. The same without scale; weight is of x's type.
 #include "expert_linear.h"
-
-#include <tuple>
-
 #include "operator.h"
 
 namespace sinkexport::trt {
 namespace {
+
+std::string axesProblem(const char* name, const Tensor& tensor, const char* expected) {
+  return std::string(name) + ": received " + std::to_string(tensor.dims.nbDims) + " axes, expected " + expected;
+}
 
 template <WeightType kWeightType>
 class ExpertLinear final : public Operator {
@@ -38,11 +39,8 @@ class ExpertLinear final : public Operator {
   }
 
   std::string problem(const Tensors& inputs) const override {
-    for (const auto [input, name, axes] : {std::tuple{kX, "x", 2}, {kPicks, "picks", 1}}) {
-      const int received = inputs[input].dims.nbDims;
-      if (received == axes) continue;
-      return std::string(name) + ": received " + std::to_string(received) + " axes, expected " + std::to_string(axes);
-    }
+    if (inputs[kX].dims.nbDims != 2) return axesProblem("x", inputs[kX], "[R, K]");
+    if (inputs[kPicks].dims.nbDims != 1) return axesProblem("picks", inputs[kPicks], "[P]");
     const ExpertLinearParams p = params(inputs);
     std::string found =
         shapeProblem("weight", inputs[kWeight], {p.num_experts, p.num_outputs, p.num_inputs / (kIsInt8 ? 4 : 1)});
