@@ -25,12 +25,16 @@ ELEMENT_BITS = {
     17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8,
 }  # fmt: skip
 
+EXPERT_PRODUCTS = ("HalfExpertLinear", "Int8ExpertLinear")
+"""Of the TensorRT plugin: inputs, matrices (and scales) of all experts, which are chosen."""
+
 
 def weight_bytes_per_step(graph_file: Path) -> int:
     """Bytes of weights that one run of the graph has to read.
 
     Every initializer once, but of one that is only gathered from just the rows: of an untied embedding nothing that
-    counts, of a mixture's experts, matrices each, those that are chosen.
+    counts, of a mixture's experts, matrices each, those that are chosen, as many as a run can choose at most. So it is
+    of matrices and scales that a node of the TensorRT plugin reads where they lie.
 
     Raises: BundleError if the file is no ONNX graph.
     """
@@ -50,12 +54,18 @@ def _weight_bytes(graph: memoryview) -> int:
     shapes: dict[str, list[int]] = {}
     read_whole: set[str] = set()
     gathered: dict[str, str] = {}  # by initializer, what is gathered of it
+    chosen: dict[str, str] = {}  # by initializer, the rows that a product by chosen experts gives
     for field, value in _fields(graph):
         if field == GRAPH_NODE:
             op_type, inputs, outputs = _node(_as_bytes(value))
-            read_whole.update(inputs[1:] if op_type == "Gather" else inputs)
             if op_type == "Gather":
                 gathered[inputs[0]] = outputs[0]
+                read_whole.update(inputs[1:])
+            elif op_type in EXPERT_PRODUCTS:
+                chosen |= dict.fromkeys(inputs[1:-1], outputs[0])
+                read_whole.update((inputs[0], inputs[-1]))
+            else:
+                read_whole.update(inputs)
         elif field == GRAPH_INITIALIZER:
             name, dims, bits = _tensor(_as_bytes(value))
             sizes[name] = dims, bits
@@ -66,8 +76,10 @@ def _weight_bytes(graph: memoryview) -> int:
     for name, (dims, bits) in sizes.items():
         if name in read_whole:
             total += math.prod(dims) * bits // 8
-        elif name in gathered and len(dims) > 2:
-            total += math.prod(shapes.get(gathered[name], dims)) * bits // 8
+        elif name in chosen or (name in gathered and len(dims) > 2):
+            # Of an axis of experts, what as many picks as the result has rows can choose.
+            picks, *_ = shapes.get(chosen.get(name) or gathered[name], dims)
+            total += min(picks, dims[0]) * math.prod(dims[1:]) * bits // 8
     return total
 
 

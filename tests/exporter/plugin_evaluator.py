@@ -29,8 +29,8 @@ class PluginBundle:
         self.manifest = manifest
         self.position = 0
         self._oracles: dict[str, SinkAttentionOracle] = {}
-        operators = [_attention(self._oracles, manifest), Int8Linear, HalfLinear, Int8Rows, RmsNorm, GatedActivation,
-                     QuantizeLinear, DequantizeLinear]  # fmt: skip
+        operators = [_attention(self._oracles, manifest), Int8Linear, HalfLinear, Int8ExpertLinear, HalfExpertLinear,
+                     Int8Rows, RmsNorm, GatedActivation, QuantizeLinear, DequantizeLinear]  # fmt: skip
         self._graphs = {
             role: ReferenceEvaluator(onnx.load(folder / graph.file), new_ops=operators)
             for role, graph in manifest.graphs.items()
@@ -146,6 +146,34 @@ class HalfLinear(OpRun):
         assert x.dtype == weight.dtype == np.float16
         assert (np.ndim(bias) == 1) == attributes["has_bias"]
         return ((x.astype(np.float64) @ weight.T.astype(np.float64) + bias).astype(np.float16),)
+
+
+def _by_experts(x: np.ndarray, matrices: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    """x [R, K], matrices [E, N, K], picks [P] -> [P, N], float64."""
+    assert x.dtype == np.float16
+    assert picks.dtype == np.int32
+    assert len(picks) % len(x) == 0
+    rows = np.repeat(x.astype(np.float64), len(picks) // len(x), axis=0)
+    return np.stack([matrices[pick].astype(np.float64) @ row for pick, row in zip(picks, rows, strict=True)])
+
+
+class HalfExpertLinear(OpRun):
+    op_domain = DOMAIN
+
+    def _run(self, x: Any, weight: Any, picks: Any, **attributes: Any) -> tuple[Any]:
+        assert weight.shape[1:] == (attributes["num_outputs"], x.shape[1])
+        assert weight.dtype == np.float16
+        return (_by_experts(x, weight, picks).astype(np.float16),)
+
+
+class Int8ExpertLinear(OpRun):
+    op_domain = DOMAIN
+
+    def _run(self, x: Any, weight: Any, scale: Any, picks: Any, **attributes: Any) -> tuple[Any]:
+        assert weight.shape == (*scale.shape, x.shape[1] // 4)
+        assert scale.shape[1] == attributes["num_outputs"]
+        assert (weight.dtype, scale.dtype) == (np.int32, np.float32)
+        return ((_by_experts(x, weight.view(np.int8), picks) * scale[picks]).astype(np.float16),)
 
 
 class Int8Rows(OpRun):

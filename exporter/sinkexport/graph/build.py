@@ -23,6 +23,7 @@ from sinkexport.graph.passes.half_linear import use_half_linear
 from sinkexport.graph.passes.norms import fuse_rms_norms
 from sinkexport.graph.passes.opset17 import lower_to_opset_17
 from sinkexport.graph.passes.packed_heads import pack_heads
+from sinkexport.graph.passes.plugin_experts import use_expert_plugins
 from sinkexport.graph.passes.plugin_gates import use_gate_plugins
 from sinkexport.graph.passes.plugin_norms import use_norm_plugins
 from sinkexport.graph.passes.plugin_operators import use_plugins
@@ -89,6 +90,8 @@ def build_graph(
         quantize(model, plan, form(model.graph, model.graph.inputs[1], num_sinks))
         if target == "onnx":
             quantize_experts(model, plan)
+    if plugins:
+        use_expert_plugins(model, plan)
     expand_experts(model)
     if plugins:
         use_half_linear(model)

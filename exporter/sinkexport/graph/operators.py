@@ -27,6 +27,8 @@ INT8_LINEAR, INT8_ROWS = "Int8Linear", "Int8Rows"
 """Products by INT8 weights and rows of INT8 tables, of the TensorRT plugin: made by a graph pass, never traced."""
 HALF_LINEAR = "HalfLinear"
 """Products by float16 weights, likewise."""
+HALF_EXPERT_LINEAR, INT8_EXPERT_LINEAR = "HalfExpertLinear", "Int8ExpertLinear"
+"""Products by the matrices of chosen experts, float16 or INT8, likewise."""
 RMS_NORM, GATED_ACTIVATION = "RmsNorm", "GatedActivation"
 """What is between products, of the TensorRT plugin: made by graph passes, never traced."""
 
@@ -115,7 +117,7 @@ def schemas() -> Mapping[str, onnx.defs.OpSchema]:
             _Parameter("picks", "tensor(int64)", "", param_option=_Option.Optional),
         ],
         [_Parameter("out", "T")],
-        {"is_transposed": kinds.INT},
+        {"is_transposed": kinds.INT, "in_place": kinds.INT},
     )
     every = (sink_attention, stream_angles, block_attention, expert_product)
     return {schema.name: schema for schema in every}
@@ -157,8 +159,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     experts = onnxscript.values.Op(opset, EXPERT_PRODUCT, schemas()[EXPERT_PRODUCT])
 
-    def translate_experts(x: Any, weight: Any, picks: Any, is_transposed: bool) -> Any:
-        return experts(x, weight, picks, is_transposed=int(is_transposed))
+    def translate_experts(x: Any, weight: Any, picks: Any, is_transposed: bool, in_place: bool = False) -> Any:
+        return experts(x, weight, picks, is_transposed=int(is_transposed), in_place=int(in_place))
 
     return {
         torch.ops.sinkexport.expert_product.default: translate_experts,

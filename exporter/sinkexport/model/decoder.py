@@ -158,7 +158,7 @@ class StreamStep(torch.nn.Module):
         with (
             attention_inputs(self.model) as step.inputs,
             intercept_attention(self.model, step.attend),
-            static_experts(self.model),
+            static_experts(self.model, in_place=self.config.has_plugins),
             contextlib.nullcontext() if is_token is None else delta_rules(self.model, is_token),
             _only_last_token(self.model, num_valid),
         ):

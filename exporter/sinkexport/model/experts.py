@@ -1,23 +1,30 @@
 """Mixtures of experts with static shapes: no loop over the experts that happen to be chosen.
 
-For few tokens the chosen experts' weights are gathered: a run reads them and no others, but copies them. For more,
-every expert sees every token, and what was not chosen counts nothing: a run reads all weights once, in place. As one
-layer of 8 experts of 1024 x 1792, 2 chosen (of 32 of 1024 x 512, 4 chosen), two threads of a shared AMD EPYC, in ms
-(tenth percentile):
+In standard operators, for few tokens the chosen experts' weights are gathered: a run reads them and no others, but
+copies them. For more, every expert sees every token, and what was not chosen counts nothing: a run reads all weights
+once, in place. As one layer of 8 experts of 1024 x 1792, 2 chosen (of 32 of 1024 x 512, 4 chosen), two threads of a
+shared AMD EPYC, in ms (tenth percentile):
 
     tokens a run     1            2            4            64
     gathered         17 (3)       36 (15)      80 (36)      -
     all experts      35 (32)      34 (36)      38 (32)      146 (127)
+
+The TensorRT plugin reads chosen experts where they lie: there every token takes its own and no others, however many
+tokens there are.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+MAX_PICKS, MAX_EXPERTS, MAX_FEATURES, INPUTS_MULTIPLE = 2048, 512, 1 << 21, 8
+"""What the plugin's kernel takes: choices in one run, experts of a mixture, inputs and outputs of a float16 matrix."""
 
 
 def mixtures(model: Any) -> dict[str, Any]:
@@ -27,8 +34,11 @@ def mixtures(model: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def static_experts(model: Any) -> Iterator[None]:
-    """The experts of `model`, if it has some, take one of the two forms for as long as a context lasts."""
+def static_experts(model: Any, *, in_place: bool = False) -> Iterator[None]:
+    """The experts of `model`, if it has some, take one of these forms for as long as a context lasts.
+
+    in_place: the graph is for the plugin, which reads chosen experts where they lie.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     if not mixtures(model):
@@ -36,7 +46,7 @@ def static_experts(model: Any) -> Iterator[None]:
         return
     name = f"sinkexport-{uuid.uuid4().hex}"
     before = model.config._experts_implementation
-    ALL_EXPERTS_FUNCTIONS.register(name, _experts)
+    ALL_EXPERTS_FUNCTIONS.register(name, functools.partial(_experts, in_place=in_place))
     try:
         model.set_experts_implementation(name)
         yield
@@ -45,55 +55,96 @@ def static_experts(model: Any) -> Iterator[None]:
         ALL_EXPERTS_FUNCTIONS._global_mapping.pop(name, None)
 
 
-def _experts(module: Any, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+def _experts(
+    module: Any, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, *, in_place: bool
+) -> torch.Tensor:
     """transformers' experts interface: hidden [N, D], chosen experts int64 [N, k] and their shares [N, k] -> [N, D]."""
     num_tokens, num_chosen = chosen.shape
+    if in_place and hidden.dtype == torch.float16 and num_chosen <= MAX_PICKS and _fits_plugin(module):
+        # All experts never, not even for more tokens than a node takes: both graphs share one form of the weights.
+        step = MAX_PICKS // num_chosen
+        if num_tokens <= step:
+            return _chosen_experts(module, hidden, chosen, shares, in_place=True)
+        starts = range(0, num_tokens, step)
+        parts = ([x[start : start + step] for x in (hidden, chosen, shares)] for start in starts)
+        return torch.cat([_chosen_experts(module, *part, in_place=True) for part in parts])
     if 2 * num_tokens * num_chosen < module.num_experts:
-        picks = chosen.reshape(-1)  # [N * k]
-        x = hidden[:, None].expand(-1, num_chosen, -1).reshape(len(picks), 1, -1)  # [N * k, 1, D]
-        out = _expert_layers(module, x, picks) * shares.reshape(-1, 1, 1)
-        return out.reshape(num_tokens, num_chosen, -1).sum(dim=1).to(hidden.dtype)
+        return _chosen_experts(module, hidden, chosen, shares)
     is_chosen = chosen[..., None] == torch.arange(module.num_experts)  # [N, k, E]
     share = (is_chosen * shares[..., None]).sum(dim=1)  # [N, E]
     out = _expert_layers(module, hidden[None], None) * share.T[..., None]  # [E, N, D]
     return out.sum(dim=0).to(hidden.dtype)
 
 
-def _expert_layers(module: Any, x: torch.Tensor, picks: torch.Tensor | None) -> torch.Tensor:
-    """x [1 or P, n, D] through the experts `picks` [P], or all of them for None: [P, n, D]."""
-    x = _products(module, "gate_up_proj" if module.has_gate else "up_proj", x, picks)  # [P, n, I or 2 I]
+def _chosen_experts(
+    module: Any, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, *, in_place: bool = False
+) -> torch.Tensor:
+    """Each token by its own experts alone; shapes as above."""
+    out = _expert_layers(module, hidden, chosen.reshape(-1), in_place=in_place) * shares.reshape(-1, 1)  # [N * k, D]
+    return out.reshape(*chosen.shape, -1).sum(dim=1).to(hidden.dtype)
+
+
+def _expert_layers(
+    module: Any, x: torch.Tensor, picks: torch.Tensor | None, *, in_place: bool = False
+) -> torch.Tensor:
+    """x [N, D] through the experts `picks` [P], P / N of them for each row: [P, D]. Or, for None, x [1, N, D] through
+    all: [E, N, D]."""
+    x = _products(module, _first(module), x, picks, in_place=in_place)  # [.., I or 2 I]
     x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
-    x = _products(module, "down_proj", x, picks)
+    x = _products(module, "down_proj", x, picks, in_place=in_place)
     return module.post_expert_norm(x) if module.has_post_expert_norm else x
 
 
-def _products(module: Any, name: str, x: torch.Tensor, picks: torch.Tensor | None) -> torch.Tensor:
-    """x [1 or P, n, K] by each expert's weight: [P, n, M]."""
-    out = expert_product(x, getattr(module, name), picks, module.is_transposed)
-    return out + _taken(getattr(module, f"{name}_bias")[:, None], picks) if module.has_bias else out
+def _first(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def _fits_plugin(module: Any) -> bool:
+    """Whether the plugin takes both products, by float16 matrices of this size."""
+    for name in (_first(module), "down_proj"):
+        num_experts, *axes = getattr(module, name).shape
+        num_inputs = axes[0 if module.is_transposed else 1]
+        if num_experts > MAX_EXPERTS or max(axes) > MAX_FEATURES or num_inputs % INPUTS_MULTIPLE:
+            return False
+    return True
+
+
+def _products(
+    module: Any, name: str, x: torch.Tensor, picks: torch.Tensor | None, *, in_place: bool
+) -> torch.Tensor:
+    """x by experts' weights, with their biases: shapes as of `expert_product`."""
+    out = expert_product(x, getattr(module, name), picks, module.is_transposed, in_place)
+    if not module.has_bias:
+        return out
+    bias = getattr(module, f"{name}_bias")  # [E, M]
+    return out + (bias[:, None] if picks is None else bias.index_select(0, picks))
 
 
 @torch.library.custom_op("sinkexport::expert_product", mutates_args=())
 def expert_product(
-    x: torch.Tensor, weight: torch.Tensor, picks: torch.Tensor | None, is_transposed: bool
+    x: torch.Tensor, weight: torch.Tensor, picks: torch.Tensor | None, is_transposed: bool, in_place: bool = False
 ) -> torch.Tensor:
-    """x [1 or P, n, K] by the matrices of the experts `picks`, int64 [P], or of all E of them: [P or E, n, M].
+    """Products by the matrices of chosen experts, or of all E of them.
 
-    weight: [E, K, M] if `is_transposed`, else [E, M, K]; never transposed. One node of the trace, so that a recipe can
-    find it (graph/passes/experts.py).
+    picks: int64 [P]; x [R, K], R dividing P -> [P, M]: row p is row p // (P / R) of x by the matrix of expert picks[p].
+    None: x [1 or E, n, K] -> [E, n, M].
+    weight: [E, K, M] if `is_transposed`, else [E, M, K]; never transposed. in_place: to be left to the plugin. One node
+    of the trace, so that a pass can find it (graph/passes/experts.py, plugin_experts.py).
     """
-    chosen = _taken(weight, picks)
-    return x @ chosen if is_transposed else (chosen @ x.mT).mT.contiguous()
+    if picks is None:
+        return x @ weight if is_transposed else (weight @ x.mT).mT.contiguous()
+    rows = x.repeat_interleave(len(picks) // len(x), dim=0)  # [P, K]
+    chosen = weight.index_select(0, picks)
+    out = rows[:, None] @ chosen if is_transposed else (chosen @ rows[..., None]).mT  # [P, 1, M]
+    return out[:, 0].contiguous()
 
 
 @expert_product.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, picks: torch.Tensor | None, is_transposed: bool) -> torch.Tensor:
-    experts = weight.shape[0] if picks is None else picks.shape[0]
-    return x.new_empty(experts, x.shape[1], weight.shape[2 if is_transposed else 1])
-
-
-def _taken(parameter: torch.Tensor, picks: torch.Tensor | None) -> torch.Tensor:
-    return parameter if picks is None else parameter.index_select(0, picks)
+def _(
+    x: torch.Tensor, weight: torch.Tensor, picks: torch.Tensor | None, is_transposed: bool, in_place: bool = False
+) -> torch.Tensor:
+    width = weight.shape[2 if is_transposed else 1]
+    return x.new_empty(*((weight.shape[0], x.shape[1]) if picks is None else picks.shape), width)
 
 
 def routers(model: Any) -> frozenset[str]:

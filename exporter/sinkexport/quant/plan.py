@@ -11,7 +11,7 @@ import numpy.typing as npt
 from sinkexport.graph.passes.products import Product
 from sinkexport.graph.passes.quantize import InputScale, Treatment
 from sinkexport.graph.passes.quantized_weight import Rounded, WeightScheme
-from sinkexport.model.experts import routers
+from sinkexport.model.experts import mixtures, routers
 from sinkexport.quant.ranges import Ranges
 from sinkexport.quant.recipe import Recipe
 
@@ -36,6 +36,7 @@ class RecipePlan:
         self._recipe = recipe
         self._calibration = calibration
         self._routers = routers(model)
+        self._mixtures = tuple(f"{path}." for path in mixtures(model))
         self._scale_dtype: Literal["float32", "float16"] = dtype
         head = model.get_output_embeddings().weight
         # By all its names: a tied weight has that of the embedding as well.
@@ -79,8 +80,13 @@ class RecipePlan:
         return self._scheme(module) is not None and (weights_only or self._recipe.input_mode(module) != "float")
 
     def table(self, module: str) -> WeightScheme | None:
-        """How an untied embedding is rounded: a scale for each row, as its rows are what is read."""
+        """How an untied embedding is rounded: a scale for each row, as its rows are what is read.
+
+        The biases of a mixture's experts, whose rows are gathered too, are none.
+        """
         if self._recipe.embeddings == "float" or self._recipe.keeps_float(module):
+            return None
+        if module.startswith(self._mixtures):
             return None
         return WeightScheme(8, scale_dtype=self._scale_dtype)
 

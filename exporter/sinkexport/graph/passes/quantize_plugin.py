@@ -7,7 +7,7 @@ import onnx_ir as ir
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape, replace_node
+from sinkexport.graph.edit import known_shape, lazy_weight, replace_node
 from sinkexport.graph.operators import DOMAIN, INT8_LINEAR, INT8_ROWS
 from sinkexport.graph.passes.plugin_operators import PLUGIN_ATTRIBUTES
 from sinkexport.graph.passes.products import Product
@@ -33,7 +33,7 @@ class PluginForm(QdqForm):
         b, result = Builder(self.graph), product.node.outputs[0]
         addition = bias_addition(result) if product.dtype == half else None
         bias = weight_operand(addition)
-        inputs = [b.cast(product.x, half), self._packed(weight), self._scales(weight)]
+        inputs = [b.cast(product.x, half), *self._stored(weight)]
         out = b.op(
             INT8_LINEAR, inputs if bias is None else [*inputs, bias], known_shape(result), half, domain=DOMAIN,
             num_outputs=weight.num_outputs, has_bias=int(bias is not None), **PLUGIN_ATTRIBUTES,
@@ -49,28 +49,38 @@ class PluginForm(QdqForm):
             raise ValueError(f"Gather '{node.name}' without indices")
         b = Builder(self.graph)
         rows = b.op(
-            INT8_ROWS, [ids, self._packed(weight), self._scales(weight)], known_shape(result), ir.DataType.FLOAT16,
+            INT8_ROWS, [ids, *self._stored(weight)], known_shape(result), ir.DataType.FLOAT16,
             domain=DOMAIN, row_length=weight.num_inputs, **PLUGIN_ATTRIBUTES,
         )  # fmt: skip
         replace_node(node, b.nodes, [b.cast(rows, result.dtype or ir.DataType.FLOAT)])
 
-    def _packed(self, weight: QuantizedWeight) -> ir.Value:
-        """int32 [N, K/4]: int8 [N, K]."""
-        scheme = weight.scheme
-        if scheme.bits != 8 or scheme.block_size is not None or not scheme.symmetric:
-            raise self._refused(weight, f"{scheme.bits} bits in blocks", "8 bits, a scale for each channel")
-        if weight.num_inputs % INPUTS_MULTIPLE:
-            raise self._refused(weight, f"{weight.num_inputs} inputs", f"a multiple of {INPUTS_MULTIPLE}")
-        shape = (weight.num_outputs, weight.num_inputs // BYTES_OF_WORD)
-        return self.lazy(weight, "int8x4", ir.DataType.INT32, shape,
-                         lambda: np.ascontiguousarray(weight.integers()).view("<i4"))  # fmt: skip
+    def _stored(self, weight: QuantizedWeight) -> tuple[ir.Value, ir.Value]:
+        outputs = (weight.num_outputs,)
+        return packed_rows(self.graph, weight, outputs), row_scales(self.graph, weight, outputs)
 
-    def _scales(self, weight: QuantizedWeight) -> ir.Value:
-        """float32 [N]."""
-        return self.lazy(weight, "scales", ir.DataType.FLOAT, (weight.num_outputs,),
-                         lambda: weight.scales()[:, 0].astype(np.float32))  # fmt: skip
 
-    def _refused(self, weight: QuantizedWeight, received: str, expected: str) -> UsageError:
-        return UsageError(problem(f"weights '{weight.name}'", received=received,
-                                  expected=f"what the Int8Linear plugin takes: {expected}",
-                                  fix="use another recipe, keep_float, or --native"))  # fmt: skip
+def packed_rows(graph: ir.Graph, weight: QuantizedWeight, outputs: tuple[int, ...]) -> ir.Value:
+    """int32 [*outputs, K/4]: int8 [N, K], N being the product of `outputs`.
+
+    Raises: UsageError if the kernels do not take such weights.
+    """
+    scheme = weight.scheme
+    if scheme.bits != 8 or scheme.block_size is not None or not scheme.symmetric:
+        raise _refused(weight, f"{scheme.bits} bits in blocks", "8 bits, a scale for each channel")
+    if weight.num_inputs % INPUTS_MULTIPLE:
+        raise _refused(weight, f"{weight.num_inputs} inputs", f"a multiple of {INPUTS_MULTIPLE}")
+    shape = (*outputs, weight.num_inputs // BYTES_OF_WORD)
+    return lazy_weight(graph, f"{weight.name}.int8x4", ir.DataType.INT32, shape,
+                       lambda: np.ascontiguousarray(weight.integers()).view("<i4").reshape(shape))  # fmt: skip
+
+
+def row_scales(graph: ir.Graph, weight: QuantizedWeight, outputs: tuple[int, ...]) -> ir.Value:
+    """float32 [*outputs]."""
+    return lazy_weight(graph, f"{weight.name}.scales", ir.DataType.FLOAT, outputs,
+                       lambda: weight.scales().astype(np.float32).reshape(outputs))  # fmt: skip
+
+
+def _refused(weight: QuantizedWeight, received: str, expected: str) -> UsageError:
+    return UsageError(problem(f"weights '{weight.name}'", received=received,
+                              expected=f"what the Int8Linear plugin takes: {expected}",
+                              fix="use another recipe, keep_float, or --native"))  # fmt: skip
