@@ -55,8 +55,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sink scale": _case(sink_scale=True),
     "gate": _case(family="qwen3_5"),
     "3 streams, gate": _case(family="qwen3_5", batch=3),
-    # A step of one stream takes the weights of the experts chosen; a chunk, or several streams, those of all.
     "experts": _case(family="mixtral"),
+    "experts, int8 weights": _case(recipe="int8-channel", family="mixtral"),
     "3 streams, experts": _case(family="mixtral", batch=3),
     "experts in one layer": _case(family="qwen3_moe"),
     "linear attention": _case(family="qwen3_5_linear"),
