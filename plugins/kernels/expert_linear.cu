@@ -117,6 +117,7 @@ struct ChosenMatrices {
         sums_before = __shfl_sync(kAllLanes, sums, kWarpSize - 1);
       }
       if (lane == 0) *total = sums_before >> 16;
+      __syncwarp();
       for (int base = 0; base < num_picks; base += kWarpSize) {
         const int row = base + lane;
         const bool valid = row < num_picks;
@@ -149,22 +150,34 @@ struct ChosenMatrices {
   };
 };
 
+template <typename Weight, typename Half, int kGroup, int kStages>
+cudaError_t launchGroups(const ChosenMatrices<kGroup>& task, const Device& device, cudaStream_t stream) {
+  constexpr int kTokenTiles = kGroup / 8, kTall = 2, kTallWarps = 4, kTallStages = 3;
+  // Taller tiles read the tokens less often and add up less often, shorter ones spread better: outputs that the block
+  // with the most of them has, counted for two blocks on each multiprocessor.
+  const auto outputs = [&](int rows) { return divideUp(task.maxTiles(rows), 2 * device.multiprocessors) * rows; };
+  const int tall_bytes = fewSharedBytes<Weight>(kTall, kGroup, kTallWarps, kTallStages) + task.sharedBytes();
+  if (tall_bytes <= device.shared_bytes && 5 * outputs(16 * kTall) <= 6 * outputs(16)) {
+    return launchFew<Weight, Half, kTall, kTokenTiles, kTallWarps, kTallStages>(task, device, stream);
+  }
+  return launchFew<Weight, Half, 1, kTokenTiles, 8, kStages>(task, device, stream);
+}
+
 template <typename Weight, typename Half>
 cudaError_t launchTyped(const ExpertLinearParams& params, const Device& device, cudaStream_t stream) {
   LinearParams p;
   p.num_rows = params.num_rows, p.num_inputs = params.num_inputs, p.num_outputs = params.num_outputs;
   p.dtype = params.dtype, p.weight_type = params.weight_type;
   p.x = params.x, p.weight = params.weight, p.scale = params.scale, p.y = params.y;
-  constexpr int kFew = 8, kMore = 16;
+  constexpr int kFew = 8, kMore = 16, kMoreStages = kIsInt8<Weight> ? 2 : 3;
   const ChosenMatrices<kMore> more{p, params.picks, params.num_experts, params.num_picks};
-  constexpr int kStages = kIsInt8<Weight> ? 2 : 3;
   // Fuller groups read a matrix less often. Where most would not be full, and where shared memory is short, smaller ones.
-  const bool fits = fewSharedBytes<Weight>(1, kMore, 4, kStages) + more.sharedBytes() <= device.shared_bytes;
+  const bool fits = fewSharedBytes<Weight>(1, kMore, 4, kMoreStages) + more.sharedBytes() <= device.shared_bytes;
   if (fits && params.num_picks >= kFew / 2 * std::min(params.num_experts, params.num_picks)) {
-    return launchFew<Weight, Half, 1, 2, 8, kStages>(more, device, stream);
+    return launchGroups<Weight, Half, kMore, kMoreStages>(more, device, stream);
   }
   const ChosenMatrices<kFew> few{p, params.picks, params.num_experts, params.num_picks};
-  return launchFew<Weight, Half, 1, 1, 8, 3>(few, device, stream);
+  return launchGroups<Weight, Half, kFew, 3>(few, device, stream);
 }
 
 template <typename Half>
