@@ -55,6 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sink scale": _case(sink_scale=True),
     "gate": _case(family="qwen3_5"),
     "3 streams, gate": _case(family="qwen3_5", batch=3),
+    # 4 experts of 12 for each token: in a step of one stream, of several, and in a chunk, of which many take the same.
     "experts": _case(family="mixtral"),
     "experts, int8 weights": _case(recipe="int8-channel", family="mixtral"),
     "3 streams, experts": _case(family="mixtral", batch=3),
@@ -62,6 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
     "linear attention": _case(family="qwen3_5_linear"),
     "3 streams, linear attention": _case(family="qwen3_5_linear", batch=3),
     "linear attention, experts": _case(family="qwen3_next"),
+    "3 streams, experts, int8 weights": _case(family="mixtral", recipe="int8-channel", batch=3),
 }
 
 _TWO_LAYERS = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,

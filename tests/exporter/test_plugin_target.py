@@ -252,9 +252,14 @@ class TestBuilding:
         manifest = load_manifest(tmp_path / "b")
         assert manifest.engines == {role: facts for role, (facts, _) in built.items()}
 
-    @pytest.mark.parametrize("name", EXPERTS_AND_LINEAR)
-    def test_experts_and_linear_attention_build(self, name: str, plugin_library: Path, tmp_path: Path) -> None:
-        exported(wide_model(name, "fp16"), tmp_path / "b", dtype="fp16", target="tensorrt")
+    @pytest.mark.parametrize(
+        ("name", "recipe"), [*((name, None) for name in EXPERTS_AND_LINEAR), ("gpt_oss", "int8-channel")]
+    )
+    def test_experts_and_linear_attention_build(
+        self, name: str, recipe: str | None, plugin_library: Path, tmp_path: Path
+    ) -> None:
+        options = {} if recipe is None else {"recipe": load_recipe(recipe)}
+        exported(wide_model(name, "fp16"), tmp_path / "b", dtype="fp16", target="tensorrt", **options)
         for role, (_, report) in build_bundle(tmp_path / "b", BuildOptions(plugin_library)).items():
             nodes = plugin_nodes(tmp_path / "b", role)
             assert "SinkAttention" in nodes
@@ -284,7 +289,7 @@ class TestBuilding:
         with pytest.raises(BackendError, match="a bundle whose graphs need the TensorRT plugin"):
             Session.load(tmp_path / "b")
         shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "b")])
-        assert "plugin 2" in shown.output
+        assert f"plugin {PLUGIN_ABI}" in shown.output
         assert "engines/decode.engine" in shown.output
 
     def test_a_graph_that_does_not_fit_its_fields_is_refused(self, plugin_library: Path, tmp_path: Path) -> None:
