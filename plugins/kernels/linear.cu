@@ -7,10 +7,7 @@
 // k = 16 t + 4 s .. + 3 of each 64. Of half weights a load is 8, of two tiles: k = 8 t + 4 s .. + 3 of each 32 (more
 // tokens: two loads, and k as with INT8).
 //
-// - Up to 16 tokens: a block takes tiles of 16 or 32 outputs and its warps split k among them, each with a ring of
-//   chunks of its own in shared memory, filled by asynchronous copies; the warps' sums are added at the end of a tile,
-//   in order. Weights are read once. No second launch, no workspace: a few blocks with so much on its way fill the
-//   memory's queue.
+// - Up to 16 tokens: linear_few.cuh.
 // - More tokens: blocks of 64 or 128 outputs x 32, 64 or 128 tokens, with four warps side by side along the outputs, so
 //   that a weight is converted once in a block (twice in the largest). Where the tiles are fewer than the
 //   multiprocessors, k is split over blocks too: float32 partial sums in the workspace, added in order by a second

@@ -1,4 +1,5 @@
-// Products of up to 16 tokens by a matrix, at the speed of memory; of one matrix, or of one of many for each group of tokens.
+// Products of up to 16 tokens by a matrix, at the speed of memory: by one matrix (linear.cu), or by one of many for each
+// group of tokens (expert_linear.cu). How lanes share a product: linear.cu.
 //
 // A block takes tiles of 16 or 32 outputs and its warps split k among them, each with a ring of chunks of its own in
 // shared memory, filled by asynchronous copies; the warps' sums are added at the end of a tile, in order. Weights are read
@@ -14,31 +15,33 @@ namespace linear {
 
 // Some outputs of some tokens: what a block does at once.
 struct FewTile {
-  int first_row = 0;      // the first output
-  int num_tokens = 0;     // > 0
-  int first_token = 0;    // of its tokens, in the plan's order
-  size_t first_output = 0;  // of its matrix: matrices before it * N
+  int first_row = 0;        // output, of its matrix
+  int num_tokens = 0;       // > 0
+  int first_token = 0;      // in the plan's order
+  size_t first_output = 0;  // of its matrix among those of all: matrices before it * N
 };
 
-// The tokens of fewTokens<.., Task>: `Task` holds the parameters, of one matrix, and makes a plan in each block.
+// What fewTokens computes: the parameter of the kernel, from which each block makes a plan. This one: all tokens by one
+// matrix.
 struct OneMatrix {
-  // A plan needs nothing that earlier work in the stream writes.
+  // Whether a plan can be made before earlier work in the stream has ended.
   static constexpr bool kPlansEarly = true;
 
   LinearParams p;
 
-  // How many tokens a tile has at the most.
+  // Of a tile, at the most.
   __host__ __device__ int maxTokens() const { return p.num_rows; }
-  // Tiles at the most, and shared memory of a plan.
+  // Tiles of this many outputs, at the most.
   int maxTiles(int rows) const { return divideUp(p.num_outputs, rows); }
+  // Of a plan.
   int sharedBytes() const { return 0; }
 
   template <int kRows>
   struct Plan {
     const LinearParams& p;
-    __device__ __forceinline__ Plan(const OneMatrix& task, unsigned char*) : p(task.p) {}
+    __device__ __forceinline__ Plan(const OneMatrix& task, unsigned char* /*shared*/) : p(task.p) {}
     __device__ __forceinline__ int numTiles() const { return divideUp(p.num_outputs, kRows); }
-    // What a block remembers of a tile that it is at.
+    // What a block remembers of the tile that it is at.
     using Place = int;
     __device__ __forceinline__ Place place(int index) const { return index; }
     __device__ __forceinline__ FewTile tile(Place index) const { return {index * kRows, p.num_rows, 0, 0}; }
@@ -64,8 +67,8 @@ __host__ __device__ constexpr int fewSharedBytes(int row_tiles, int num_tokens, 
   return warps * (stages * fewStageBytes<Weight>(row_tiles, num_tokens) + 2 * sum_bytes);
 }
 
-// Each block takes every gridDim.x-th tile; chunks of k go round its warps. To a warp all that is one
-// sequence of steps, so that its copies for a tile are on their way while the one before it is finished.
+// Each block takes every gridDim.x-th tile; chunks of k go round its warps. To a warp all that is one sequence of steps,
+// so that its copies for a tile are on their way while the one before it is finished.
 template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, typename Task>
 __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) {
   constexpr int kChunk = kFewChunk<Weight>;
