@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sinkrt.errors import BundleError, problem
+from sinkrt.ring import POSITION_LIMIT
 
 SCHEMA_VERSION = 5
 """2: `quantization` and the scales of an INT8 window. 3: `plugin_abi` and `engines`. 4: `sink_tuning` and
@@ -168,6 +169,8 @@ class StreamFacts:
         _check(self.num_sink_tokens >= 0, "stream.num_sink_tokens", self.num_sink_tokens, ">= 0")
         _check(self.window_size >= 1, "stream.window_size", self.window_size, ">= 1")
         _check(self.batch >= 1, "stream.batch", self.batch, ">= 1")
+        _check(self.batch * self.capacity <= POSITION_LIMIT, "stream.batch", self.batch, "2^47 tokens in all caches")
+        _check(1 <= self.position_limit <= POSITION_LIMIT, "stream.position_limit", self.position_limit, "1 .. 2^47")
         _check(
             1 <= self.chunk_size <= self.window_size,
             "stream.chunk_size",
@@ -187,6 +190,10 @@ class TokenizerFacts:
 
     file: str
     chat_template: str | None
+
+    def __post_init__(self) -> None:
+        for path in filter(None, (self.file, self.chat_template)):
+            _check(_is_inside(path), "tokenizer file", path, "a relative path inside the bundle")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,6 +460,10 @@ class Manifest:
         if not isinstance(version, int) or isinstance(version, bool):
             raise BundleError(
                 problem("schema_version", received=version, expected="an integer", fix="export the model again")
+            )
+        if version < 1:
+            raise BundleError(
+                problem("schema_version", received=version, expected="at least 1", fix="export the model again")
             )
         if version > SCHEMA_VERSION:
             raise BundleError(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sinkrt import Session
 from sinkrt.contract import MANIFEST_NAME, load_manifest
 from sinkrt.sampler import Sampler, SamplingParams
 
-from tests.cpp.build import CppRuntime
+from tests.cpp.build import CppRuntime, onnxruntime_library
 from tests.cpp.probe import Probe, ProbeError
 from tests.exporter.test_act import tuning
 from tests.exporter.test_budgets import budgets
@@ -191,7 +192,9 @@ def test_sampler_refuses_what_are_no_numbers(probe: Probe) -> None:
         with pytest.raises(ProbeError, match=r"logits: received (nan|inf), expected finite numbers"):
             probe.sample(logits, recent, 0, 0.0, 0, 1.0, 1.0, 0)
     for options, message in (((-1.0, 0, 1.0, 1.0), "temperature"), ((1.0, -1, 1.0, 1.0), "top_k"),
-                             ((1.0, 0, 0.0, 1.0), "top_p"), ((1.0, 0, 1.0, 0.0), "repetition_penalty")):  # fmt: skip
+                             ((1.0, 0, 0.0, 1.0), "top_p"), ((1.0, 0, 1.0, 0.0), "repetition_penalty"),
+                             ((1.0, 0, 1.0, 1e-60), "repetition_penalty"),
+                             ((1.0, 0, 1.0, 1e300), "repetition_penalty")):  # fmt: skip
         with pytest.raises(ProbeError, match=message):
             probe.sample(np.zeros(3, dtype=np.float32), recent, 0, *options, 0)
 
@@ -244,6 +247,11 @@ def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -
         changed("schema_version", True), changed("model/vocab_size", 0), changed("model/num_q_heads", 3),
         changed("model/head_dim", "8"), changed("model/extra", 1), changed("model/num_layers", 1.0),
         changed("stream/window_size", 0), changed("stream/chunk_size", 99), changed("stream/num_sink_tokens", -1),
+        changed("stream/position_limit", 0), changed("stream/position_limit", 2**47 + 1), changed("schema_version", -3),
+        changed("stream", {**raw["stream"], "batch": 65536, "num_sink_tokens": 2**47, "window_size": 2**47}),
+        changed("stream", {**raw["stream"], "batch": 2**40, "window_size": 2**30}),
+        changed("tokenizer", {"file": "../x", "chat_template": None}),
+        changed("tokenizer", {"file": "tokenizer.json", "chat_template": "/x"}),
         changed("states/0/kind", "odd"), changed("states/0/shape/1", 0),
         changed("states/0/output", raw["states"][0]["input"]), changed("states/0/dtype", "bool"),
         changed("graphs/decode/file", "missing.onnx"), changed("graphs/decode", None),
@@ -357,7 +365,8 @@ def test_refusals_of_the_example(cpp_runtime: CppRuntime, tmp_path: Path) -> Non
         ((bundle, "--seed", "-1"), "--seed: received -1"),
         ((bundle, "--top-p", "x"), "--top-p: received x, expected a number"),
         ((bundle, "--max-tokens", "0"), "--max-tokens: received 0, expected >= 1"),
-        ((bundle, "--threads", "-1"), "threads: received -1, expected >= 1"),
+        ((bundle, "--threads", "-1"), "--threads: received -1, expected 0 .. 4096"),
+        ((bundle, "--device", "4294967295"), "--device: received 4294967295, expected 0 .. 4096"),
         ((bundle, "--backend", "odd"), "backend: received 'odd', expected ort | tensorrt"),
         ((bundle, "--backend", "tensorrt"), "backend: received 'tensorrt', which this library was built without"),
         ((bundle, "--onnxruntime", "/nowhere.so"), "ONNX Runtime: received no library that loads"),
@@ -372,6 +381,12 @@ def test_refusals_of_the_example(cpp_runtime: CppRuntime, tmp_path: Path) -> Non
         assert done.stderr.startswith("error: ")
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
+    with Path("/dev/full").open("w") as full:  # what cannot be written is no success
+        arguments = [str(cpp_runtime.generate), str(bundle), "--ids", "-", "--max-tokens", "3", "--ignore-eos",
+                     "--onnxruntime", str(onnxruntime_library())]  # fmt: skip
+        done = subprocess.run(arguments, input="1 2 3", stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.partition(",")[0]) == (
+        2, "error: standard output: received an error while writing")  # fmt: skip
     assert "--temperature" in cpp_runtime.run(cpp_runtime.generate, "--help").stdout
 
 

@@ -53,6 +53,12 @@ int64_t integer(const std::string& name, const std::string& text) {
   return value;
 }
 
+int smallInteger(const std::string& name, const std::string& text) {
+  const int64_t value = integer(name, text);
+  if (value < 0 || value > 4096) refuse(name, text, "0 .. 4096");
+  return static_cast<int>(value);
+}
+
 double number(const std::string& name, const std::string& text) {
   char* end = nullptr;
   const double value = std::strtod(text.c_str(), &end);
@@ -104,9 +110,9 @@ Options parse(int argc, char** argv) {
     } else if (name == "--backend") {
       out.load.backend = value();
     } else if (name == "--threads") {
-      out.load.threads = static_cast<int>(integer(name, value()));
+      out.load.threads = smallInteger(name, value());
     } else if (name == "--device") {
-      out.load.device = static_cast<int>(integer(name, value()));
+      out.load.device = smallInteger(name, value());
     } else if (name == "--onnxruntime") {
       out.load.onnxruntime_library = value();
     } else if (name == "--plugin") {
@@ -181,8 +187,13 @@ void run(const Options& options) {
     const std::vector<int64_t> ids = options.ids_file.empty() ? std::vector<int64_t>() : readIds(options.ids_file);
     count = session->generate(ids, options.generate, [&](int64_t id) { return came(std::to_string(id) + " "); });
   }
-  std::cout << "\n";
+  std::cout << std::endl;
+  const bool written = !std::cout.fail();
   if (!options.save_state.empty()) session->saveState(options.save_state);
+  if (!written) {
+    throw sinkrt::Error(sinkrt::Code::kUsage, sinkrt::problem("standard output", "an error while writing",
+                                                              "a place for all tokens", "check where it goes"));
+  }
   if (!options.stats) return;
   const double decode_s = std::chrono::duration<double>(last - first).count();
   std::fprintf(stderr, "load %.2f s, first token after %.3f s, ", load_s,

@@ -148,8 +148,12 @@ sinkrt_status sinkrt_generate_ids(sinkrt_session* session, const int64_t* ids, i
                                   const sinkrt_sampling* sampling, sinkrt_token_callback callback, void* context) {
   return guarded([&] {
     need(reinterpret_cast<const void*>(callback), "callback");
-    std::vector<int64_t> prompt;
-    if (ids != nullptr && count > 0) prompt.assign(ids, ids + count);
+    if (count < 0) {
+      throw sinkrt::Error(sinkrt::Code::kUsage,
+                          sinkrt::problem("count", std::to_string(count), ">= 0", "pass the number of ids"));
+    }
+    if (count > 0) need(ids, "ids");
+    const std::vector<int64_t> prompt(ids, ids + count);
     opened(session).generate(prompt, generateParams(sampling),
                              [&](int64_t id) { return callback(context, id, nullptr, 0) != 0; });
   });

@@ -291,12 +291,19 @@ void read(const Json& raw, const std::string& where, StreamFacts& out) {
   atLeast(1, "stream.batch", out.batch);
   check(out.num_sink_tokens <= kPositionLimit && out.window_size <= kPositionLimit, "stream.window_size",
         std::to_string(out.window_size), "S and W of at most 2^47");
+  check(out.batch <= kPositionLimit / (out.num_sink_tokens + out.window_size), "stream.batch",
+        std::to_string(out.batch), "at most 2^47 tokens in all streams' caches");
+  check(1 <= out.position_limit && out.position_limit <= kPositionLimit, "stream.position_limit",
+        std::to_string(out.position_limit), "1 .. 2^47");
   check(1 <= out.chunk_size && out.chunk_size <= out.window_size, "stream.chunk_size", std::to_string(out.chunk_size),
         "1 .. window_size=" + std::to_string(out.window_size));
 }
 
 void read(const Json& raw, const std::string& where, TokenizerFacts& out) {
   Fields(raw, where).take("file", out.file).take("chat_template", out.chat_template).end();
+  for (const std::string& path : {out.file, out.chat_template.value_or(out.file)}) {
+    check(isInside(path), "tokenizer file", path, "a relative path inside the bundle");
+  }
 }
 
 void read(const Json& raw, const std::string& where, FileFacts& out) {
@@ -520,6 +527,7 @@ Manifest Manifest::fromJson(const std::string& text) {
   if (version == nullptr || version->type != Json::Type::kInt) {
     refuse("schema_version", version == nullptr ? "None" : shown(*version), "an integer");
   }
+  if (version->integer < 1) refuse("schema_version", std::to_string(version->integer), "at least 1");
   if (version->integer > kSchemaVersion) {
     refuse("schema_version", std::to_string(version->integer), "at most " + std::to_string(kSchemaVersion),
            "this bundle was made by a newer sinkexport: upgrade this runtime");

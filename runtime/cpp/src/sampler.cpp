@@ -26,8 +26,9 @@ void SamplingParams::check() const {
   require(std::isfinite(temperature) && temperature >= 0, "temperature", std::to_string(temperature), ">= 0");
   require(top_k >= 0, "top_k", std::to_string(top_k), ">= 0 (0: all tokens)");
   require(top_p > 0 && top_p <= 1, "top_p", std::to_string(top_p), "in (0, 1]");
-  require(std::isfinite(repetition_penalty) && repetition_penalty > 0, "repetition_penalty",
-          std::to_string(repetition_penalty), "> 0 (1: none)");
+  const auto penalty = static_cast<float>(repetition_penalty);  // logits are float32
+  require(std::isnormal(penalty) && penalty > 0, "repetition_penalty", std::to_string(repetition_penalty),
+          "> 0, as a float32 (1: none)");
 }
 
 SamplingParams SamplingParams::resolved() const {

@@ -14,6 +14,9 @@ namespace {
 // A chunk of T tokens is about this much faster than T steps; shorter rests go step by step.
 constexpr int64_t kStepsOfAChunk = 8;
 
+// Of `tokens_at_once`: beyond it, coming back to the host takes no time that could be told.
+constexpr int64_t kMostAtOnce = 4096;
+
 [[noreturn]] void refuse(const std::string& what, const std::string& received, const std::string& expected,
                          const std::string& fix) {
   throw Error(Code::kUsage, problem(what, received, expected, fix));
@@ -169,7 +172,7 @@ void Session::steps(int64_t count, const SamplingParams* sampling, bool ignore_e
     if (active_[b]) hold(b);
   }
   backend_->steps({count, sampling, eos.data(), ignore_eos ? 0 : static_cast<int64_t>(eos.size()), position_.data(),
-                   recent_ids_.data(), ids, num_ids, ended});
+                   recent_ids_.data(), ids, num_ids, ended, damaged_.data()});
   for (int64_t b = 0; b < batch(); ++b) {
     if (active_[b]) damaged_[b] = 0;
   }
@@ -190,13 +193,14 @@ int64_t Session::generate(const std::vector<int64_t>& prompt, const GeneratePara
   if (prompt.empty() && position_[0] == 0) {
     refuse("prompt", "none", "some text: the stream is empty", "give a prompt, or load a state");
   }
-  std::vector<int64_t> ids(static_cast<size_t>(params.tokens_at_once));
+  const int64_t at_once = std::min(params.tokens_at_once, kMostAtOnce);
+  std::vector<int64_t> ids(static_cast<size_t>(at_once));
   if (!prompt.empty()) prefill(prompt.data(), static_cast<int64_t>(prompt.size()));
   int64_t total = 0;
   for (bool ended = false; !ended && (params.max_tokens == 0 || total < params.max_tokens);) {
-    const int64_t rest = params.max_tokens == 0 ? params.tokens_at_once : params.max_tokens - total;
+    const int64_t rest = params.max_tokens == 0 ? at_once : params.max_tokens - total;
     int64_t num_ids = 0;
-    steps(std::min(params.tokens_at_once, rest), &sampling, params.ignore_eos, ids.data(), &num_ids, &ended);
+    steps(std::min(at_once, rest), &sampling, params.ignore_eos, ids.data(), &num_ids, &ended);
     for (int64_t i = 0; i < num_ids; ++i) {
       ++total;
       if (!on_token(ids[i])) return total;
@@ -256,10 +260,10 @@ void Session::saveState(const std::string& path) {
 
 void Session::loadState(const std::string& path) {
   const StateFile file = readState(path, manifest_);
+  std::vector<float> logits(static_cast<size_t>(batch() * vocabSize()));  // the file's are not aligned
   for (int64_t b = 0; b < batch(); ++b) hold(b);
   std::fill(position_.begin(), position_.end(), 0);  // as in `reset`; the file's position comes last
   for (size_t i = 0; i < manifest_.states.size(); ++i) backend_->writeState(i, file.tensor(manifest_.states[i].input));
-  std::vector<float> logits(static_cast<size_t>(batch() * vocabSize()));  // the file's are not aligned
   std::memcpy(logits.data(), file.tensor("logits"), logits.size() * sizeof(float));
   backend_->writeLogits(logits.data());
   std::memcpy(recent_ids_.data(), file.tensor("recent_ids"), recent_ids_.size() * sizeof(int64_t));

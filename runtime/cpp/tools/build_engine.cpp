@@ -55,6 +55,13 @@ Error unusable(const std::string& what, const std::string& received, const std::
   return {Code::kUsage, problem(what, received, expected, "see tools/build_engine.cpp")};
 }
 
+uint64_t number(const std::string& option, const std::string& text, uint64_t largest) {
+  const bool digits = !text.empty() && text.find_first_not_of("0123456789") == std::string::npos && text.size() < 20;
+  const uint64_t value = digits ? std::stoull(text) : 0;
+  if (!digits || value > largest) throw unusable(option, "'" + text + "'", "0 .. " + std::to_string(largest));
+  return value;
+}
+
 Options parsed(int argc, char** argv) {
   Options options;
   for (int i = 1; i < argc; ++i) {
@@ -72,9 +79,9 @@ Options parsed(int argc, char** argv) {
     if (word == "--plugin") {
       options.plugin = value;
     } else if (word == "--workspace") {
-      options.workspace_bytes = std::strtoull(value, nullptr, 10) << 20;
+      options.workspace_bytes = number(word, value, SIZE_MAX >> 20) << 20;
     } else if (word == "--tactic-sources") {
-      options.tactic_sources = static_cast<uint32_t>(std::strtoul(value, nullptr, 10));
+      options.tactic_sources = static_cast<uint32_t>(number(word, value, UINT32_MAX));
     } else if (word == "--timing-cache") {
       options.timing_cache = value;
     } else {

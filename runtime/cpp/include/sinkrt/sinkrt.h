@@ -47,7 +47,8 @@ typedef struct sinkrt_sampling {
   uint64_t seed;             /* the same seed and stream draw the same tokens */
   int64_t max_tokens;        /* 0: no limit */
   int ignore_eos;            /* 1: go on when the model ends its text */
-  int64_t tokens_at_once;    /* 0 or 1: one; more: decoded without coming back in between, on backends that can */
+  int64_t tokens_at_once;    /* 0 or 1: one; more: decoded without coming back in between, on backends that can; all
+                                of them are in the stream, also if the callback stops earlier */
 } sinkrt_sampling;
 
 /* What a session is made of, constant for its life. */

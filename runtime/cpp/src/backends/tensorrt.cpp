@@ -309,16 +309,23 @@ class TensorrtBackend final : public Backend {
         control_.host<int32_t>(invalid_at_)[b] = 0;
         control_.host<int32_t>(num_ids_at_)[b] = 0;
       }
-      control_.upload(0, history_at_, *stream_);
-      for (int64_t i = 0; i < round; ++i) {
-        if (token_graph_) {
-          token_graph_.launch(*stream_);
-        } else {
-          runToken();
+      try {
+        control_.upload(0, history_at_, *stream_);
+        for (int64_t i = 0; i < round; ++i) {
+          if (token_graph_) {
+            token_graph_.launch(*stream_);
+          } else {
+            runToken();
+          }
         }
+        control_.download(ended_at_, control_bytes_, *stream_);
+        stream_->synchronize();
+      } catch (...) {  // how many of the round's tokens are in the states is on the GPU alone
+        for (int64_t b = 0; b < batch(); ++b) request.damaged[b] = !request.ended[b];
+        cudaStreamSynchronize(*stream_);  // what was launched reads the host's memory
+        cudaGetLastError();
+        throw;
       }
-      control_.download(ended_at_, control_bytes_, *stream_);
-      stream_->synchronize();
       for (int64_t b = 0; b < batch(); ++b) {
         take(request, b);
         numbers = numbers && control_.host<int32_t>(invalid_at_)[b] == 0;

@@ -8,6 +8,7 @@ namespace sinkrt::cuda {
 namespace {
 
 std::atomic<int64_t> num_allocations{0};
+std::atomic<int> num_streams{0};  // a session on a GPU has one
 
 std::string nameOf(cudaError_t error) {
   return std::string(cudaGetErrorName(error)) + " (" + cudaGetErrorString(error) + ")";
@@ -42,7 +43,14 @@ void useDevice(int device) {
                         "an NVIDIA GPU and its driver", "check nvidia-smi, or use the backend 'ort'"));
   }
   check(cudaSetDevice(device), "cudaSetDevice");
-  if (cudaFree(nullptr) == cudaSuccess && cudaDeviceSynchronize() == cudaSuccess) return;
+  const cudaError_t state = cudaFree(nullptr);
+  if (state == cudaSuccess) return;
+  cudaGetLastError();
+  // Some errors last until the context is made anew, which takes the memory of all sessions away.
+  if (num_streams > 0) {
+    throw Error(Code::kBackend, problem("CUDA device", nameOf(state), "a context that works",
+                                        "free all sessions, then load again; if that fails too, restart the program"));
+  }
   cudaDeviceReset();
   cudaGetLastError();
   check(cudaSetDevice(device), "cudaSetDevice");
@@ -98,9 +106,13 @@ Pinned::~Pinned() {
   if (data_ != nullptr && cudaFreeHost(data_) != cudaSuccess) cudaGetLastError();
 }
 
-Stream::Stream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate"); }
+Stream::Stream() {
+  check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+  ++num_streams;
+}
 
 Stream::~Stream() {
+  --num_streams;
   if (cudaStreamDestroy(stream_) != cudaSuccess) cudaGetLastError();
 }
 
