@@ -40,6 +40,7 @@ from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.build import BuiltGraph, build_graph
 from sinkexport.graph.passes.plugin_operators import refuse_geometry
 from sinkexport.model.decoder import StreamStep, trace
+from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
 from sinkexport.progress import Report, silent
@@ -99,7 +100,8 @@ def export_loaded(
     with staged_bundle(out, overwrite=overwrite) as stage:
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
         report("probe", 0, 1)
-        shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
+        with static_experts(model):  # transformers' own form has demands on sizes that the graph has not
+            shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
         if config.budgets is not None:
             config.budgets.check_model(type(model).__name__, shape.num_layers, shape.num_kv_heads)
         caches = head_caches(config, shape)

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.engine import build_engine
+from sinkexport.model.experts import routers
 from sinkexport.pipeline import export_loaded
 from sinkexport.quant import calibrate as calibration
 from sinkexport.quant import histogram
@@ -408,16 +409,18 @@ def test_a_fingerprint_tells_models_apart_but_not_precisions() -> None:
 @pytest.mark.parametrize(
     ("name", "target", "multiplied"),
     [("llama", "onnx", 0), ("llama-mha", "tensorrt", 0), ("gemma2", "onnx", 4), ("gpt_neox", "onnx", 4),
-     ("phi", "onnx", 2), ("cohere", "onnx", 0)],
+     ("phi", "onnx", 2), ("cohere", "onnx", 0), ("mixtral", "onnx", 0), ("qwen3_next", "onnx", 6)],
 )  # fmt: skip
 def test_smoothing_alone_changes_no_result(name: str, target: str, multiplied: int, tmp_path: Path) -> None:
     """multiplied: inputs, in two layers, that nothing can take the division over for (what GELU gives, values that come
-    from one product with queries), and scales of gemma2's norms, which are a sum of constants.
+    from one product with queries, what a router reads as well), and scales of gemma2's norms, a sum of constants.
 
     All weights stay in floating point (a plan that rounds nothing), and the logits stay what they were."""
     loaded, asked = tiny(name), recipe(smooth={"alpha": 0.9}, activations={"mode": "static", "sinks": "separate"})
     found = calibrate(loaded, asked, TEXT)
     assert max(max(f.divisors or ()) / min(f.divisors or ()) for f in found.inputs) > 2
+
+    kept = {"lm_head", "model.embed_tokens", "embed_out", *routers(loaded.model)}
 
     class OnlySmooth:
         def __init__(self, *_: Any) -> None: ...
@@ -425,8 +428,9 @@ def test_smoothing_alone_changes_no_result(name: str, target: str, multiplied: i
         def kind(self, module: str) -> None: ...
         def product(self, product: Any) -> None: ...
         def table(self, module: str) -> None: ...
+        def experts(self, parameter: str) -> None: ...
         def divisors(self, module: str) -> Any:
-            return None if module in ("lm_head", "model.embed_tokens", "embed_out") else found.divisors(module)
+            return None if module in kept else found.divisors(module)
 
     geometry: dict[str, Any] = {
         "num_sink_tokens": 2, "window_size": 6, "chunk_size": 3 if "llama" in name else 1, "batch": 2, "target": target,

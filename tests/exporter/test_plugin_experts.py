@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ from onnx import numpy_helper
 from sinkexport.model import experts
 from sinkexport.model.experts import mixtures, routers
 from sinkexport.quant.recipe import load_recipe
+from sinkexport.sources import LoadedModel
 from sinkexport.step_bytes import weight_bytes_per_step
 from sinkrt import Session
 from sinkrt.contract import Manifest
 
 from tests.exporter.plugin_evaluator import PluginBundle, errors_against
+from tests.exporter.test_calibrate import TEXT, calibrate, recipe
 from tests.exporter.test_experts import with_rounded_experts
 from tests.exporter.test_plugin_target import WIDE, T, exported
 from tests.exporter.test_quantize import with_rounded_weights
-from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
+from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 MODELS = ("mixtral", "qwen3_moe", "gpt_oss")  # 8 of 1, 5 of 2, 6 of 2 (transposed, biases)
 KINDS = ("HalfExpertLinear", "Int8ExpertLinear")
@@ -169,7 +172,6 @@ def test_matrices_that_the_kernels_do_not_take(recipe: str | None, tmp_path: Pat
         assert max(errors_against(tmp_path / "40", manifest, tmp_path / "onnx", VOCAB_SIZE)) < 0.02
 
     model = half_model("qwen3_moe", moe_intermediate_size=36, num_experts=12)
-    model.set_experts_implementation("eager")  # torch's own kernel does not take them either
     manifest = plugin_bundle(tmp_path / "36", model, recipe)
     for role, kinds in (("decode", ["Gather"] * 2), ("prefill", ["MatMul"] * 2)):
         graph = graph_of(tmp_path / "36", role)
@@ -178,6 +180,26 @@ def test_matrices_that_the_kernels_do_not_take(recipe: str | None, tmp_path: Pat
     if recipe is None:
         reference(tmp_path / "onnx36", model)
         assert max(errors_against(tmp_path / "36", manifest, tmp_path / "onnx36", VOCAB_SIZE)) < 0.02
+
+
+@pytest.mark.parametrize("target", ["onnx", "tensorrt"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_next"])
+def test_smoothing_leaves_routers_and_experts_as_they_are(name: str, target: str, tmp_path: Path) -> None:
+    """The experts beside which other products read the same inputs, smoothed: a shared expert's, as a Gemm."""
+    model, smooth = half_model(name), recipe()
+    found = calibrate(LoadedModel(copy.deepcopy(model).float(), tiny_tokenizer(), "tiny"), smooth, TEXT)
+    if target == "tensorrt":
+        manifest = exported(model, tmp_path / "smooth", target=target, dtype="fp16", recipe=smooth, calibration=found)
+        reference(tmp_path / "float", model)
+        errors = errors_against(tmp_path / "smooth", manifest, tmp_path / "float", VOCAB_SIZE)
+    else:
+        exported(model.float(), tmp_path / "smooth", recipe=smooth, calibration=found)
+        reference(tmp_path / "float", model)
+        ids = np.random.default_rng(1).integers(0, VOCAB_SIZE, 34)
+        with Session.load(tmp_path / "smooth") as one, Session.load(tmp_path / "float") as other:
+            pairs = [(one.step([t]).copy(), other.step([t]).copy()) for t in ids]
+        errors = np.array([np.linalg.norm(got - want) / np.linalg.norm(want) for got, want in pairs])
+    assert np.median(errors) < 0.2  # inputs of 8 bits tip the choice of an expert now and then
 
 
 @pytest.mark.parametrize("config", [{"dtype": "fp32"}, {"dtype": "fp16", "native": True}], ids=str)

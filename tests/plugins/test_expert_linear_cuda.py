@@ -154,6 +154,7 @@ def test_one_expert_for_all_and_picks_out_of_range(library):
     problem = Problem(library, "half", (7, 100, 3), (48, 64), torch.float16)
     problem.picks.tensor.fill_(3)
     np.testing.assert_array_equal(problem.run()[::3].cpu().numpy(), problem.run()[2::3].cpu().numpy())
+    assert error(problem.run(), problem.float64()) < 1e-3
     problem.picks.tensor[:2] = torch.tensor([-5, 1 << 30], dtype=torch.int32)
     beyond = problem.run()
     problem.picks.tensor[:2] = torch.tensor([0, 6], dtype=torch.int32)

@@ -68,7 +68,7 @@ class RecipePlan:
     def divisors(self, module: str) -> npt.NDArray[np.float64] | None:
         """What an input is divided by: nothing where none of its readers gains by it."""
         calibration = self._calibration
-        if self._recipe.smooth is None or calibration is None or module in self._head:
+        if self._recipe.smooth is None or calibration is None or module in self._head | self._routers:
             return None
         if not any(self._is_smoothed(reader) for reader in calibration.readers(module)):
             return None

@@ -125,10 +125,16 @@ def _scale_product(graph: ir.Graph, value: ir.Value, factors: Floats) -> bool:
 
 
 def _scale_matrix(graph: ir.Graph, node: ir.Node, factors: Floats) -> None:
-    """Multiply the matrix [K, N] of a product, and the rows that it is made of, by factors [K, 1] or [1, N]."""
+    """Multiply the matrix [K, N] of a product, and the rows that it is made of, by factors [K, 1] or [1, N].
+
+    A Gemm has it as [N, K], which is made of nothing else.
+    """
     weight = node.inputs[1]
     if weight is None:
         raise ValueError(f"'{node.name}' without a matrix")
+    if ROWS not in weight.meta:
+        node.replace_input_with(1, _scaled(graph, weight, factors.T))
+        return
     rows = weight.meta[ROWS]
     scaled = _scaled(graph, weight, factors)
     if len(rows) != 1:
