@@ -35,7 +35,7 @@ struct StepsRequest {
   int64_t* ids;         // [B, k] out: the ids fed
   int64_t* num_ids;     // [B] out: how many of them, 0 .. k
   bool* ended;          // [B] in: streams that take no token; out: also those that picked one of `end_ids`
-  char* damaged;        // [B] out: 1 where an error left tokens in the states that positions do not tell
+  char* damaged;        // [B] set to 1 where an error left tokens in the states that positions do not tell
 };
 
 class Backend {

@@ -321,7 +321,9 @@ class TensorrtBackend final : public Backend {
         control_.download(ended_at_, control_bytes_, *stream_);
         stream_->synchronize();
       } catch (...) {  // how many of the round's tokens are in the states is on the GPU alone
-        for (int64_t b = 0; b < batch(); ++b) request.damaged[b] = !request.ended[b];
+        for (int64_t b = 0; b < batch(); ++b) {
+          if (!request.ended[b]) request.damaged[b] = 1;
+        }
         cudaStreamSynchronize(*stream_);  // what was launched reads the host's memory
         cudaGetLastError();
         throw;
