@@ -15,11 +15,34 @@ from sinkrt.errors import SinkError, UsageError, problem
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode on the CPU, its tokenizer if the source has one, and a name for the manifest."""
+    """A model in evaluation mode on the CPU, its tokenizer if the source has one, and a name for the manifest.
+
+    origin: where its weights lie on the disk; None: a model that was made in memory.
+    """
 
     model: Any
     tokenizer: Any | None
     name: str
+    origin: Origin | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """A model that is named by a user.
+
+    source: as it was given. path: the model folder or the GGUF file; None: an id of the Hub.
+    location: arguments of transformers' from_pretrained. name: of the model, for the manifest.
+    """
+
+    source: str
+    path: Path | None
+    location: dict[str, Any]
+    name: str
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the model is a GGUF file."""
+        return "gguf_file" in self.location
 
 
 def load_model(source: str, dtype: str = "float32") -> LoadedModel:
@@ -28,17 +51,31 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
     Raises: UsageError if there is no such model or transformers cannot load it.
     """
     import torch
-    import transformers
 
-    location, name = _located(source)
+    from sinkexport.loading.checkpoint import load_checkpoint
+    from sinkexport.loading.gguf_model import load_gguf
+    from sinkexport.loading.tokenizer import source_tokenizer
+
+    origin = locate(source)
     with _quiet_transformers(), _readable_errors(source), _gguf_read_once():
-        config = transformers.AutoConfig.from_pretrained(**location)
+        config = _config(origin)
         refuse_architecture(config)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            **location, config=config, dtype=getattr(torch, dtype)
-        )
-        tokenizer = _load_tokenizer(location, Path(source))
-    return LoadedModel(model.eval(), tokenizer, name)
+        load = load_gguf if origin.is_gguf else load_checkpoint
+        model = load(origin, config, getattr(torch, dtype))
+        tokenizer = source_tokenizer(origin)
+    return LoadedModel(model.eval(), tokenizer, origin.name, origin)
+
+
+def load_tokenizer(source: str) -> Any | None:
+    """The tokenizer of `source` alone; None for a model folder that has none: such a bundle takes ids only.
+
+    Raises: UsageError as `load_model`.
+    """
+    from sinkexport.loading.tokenizer import source_tokenizer
+
+    origin = locate(source)
+    with _quiet_transformers(), _readable_errors(source), _gguf_read_once():
+        return source_tokenizer(origin)
 
 
 def load_config(source: str) -> Any:
@@ -46,17 +83,26 @@ def load_config(source: str) -> Any:
 
     Raises: UsageError as `load_model`.
     """
-    import transformers
-
-    location, _ = _located(source)
+    origin = locate(source)
     with _quiet_transformers(), _readable_errors(source):
-        config = transformers.AutoConfig.from_pretrained(**location)
+        config = _config(origin)
     refuse_architecture(config)
     return config
 
 
-def _located(source: str) -> tuple[dict[str, Any], str]:
-    """Arguments of transformers' from_pretrained, and the model's name.
+def _config(origin: Origin) -> Any:
+    """transformers' configuration of a model."""
+    if origin.is_gguf:
+        from sinkexport.loading.gguf_model import gguf_config
+
+        return gguf_config(origin)
+    from sinkexport.loading.checkpoint import checkpoint_config
+
+    return checkpoint_config(origin)
+
+
+def locate(source: str) -> Origin:
+    """Where the model `source` is: a folder, a ``.gguf`` file or an id of the Hub.
 
     Raises: UsageError.
     """
@@ -74,7 +120,7 @@ def _located(source: str) -> tuple[dict[str, Any], str]:
             raise _no_model(source, "no such folder")
         location = {"pretrained_model_name_or_path": source}
         name = path.resolve().name if path.is_dir() else source
-    return location, name
+    return Origin(source, path if path.exists() else None, location, name)
 
 
 def refuse_architecture(config: Any) -> None:
@@ -93,16 +139,6 @@ def refuse_architecture(config: Any) -> None:
                 fix="see 'sinkexport inspect families'",
             )
         )
-
-
-def _load_tokenizer(location: dict[str, Any], path: Path) -> Any | None:
-    """The tokenizer, or None for a model folder that has none: such a bundle takes ids only."""
-    import transformers
-
-    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if path.is_dir() and not any((path / name).is_file() for name in files):
-        return None
-    return transformers.AutoTokenizer.from_pretrained(**location)
 
 
 @contextlib.contextmanager

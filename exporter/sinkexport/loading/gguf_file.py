@@ -1,0 +1,88 @@
+"""GGUF files: metadata and tensors, those of all parts of a split model together."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sinkrt.errors import UsageError, problem
+
+PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+"""How llama.cpp names the parts of a split model; the first holds the metadata."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufFile:
+    """A GGUF model.
+
+    parts: its files, in order. metadata: key -> value (str, int, float, bool or a list of them), as in the first part.
+    tensors: name -> gguf's ReaderTensor, of all parts; `data` is a view of the file, quantised as it lies there.
+    """
+
+    parts: tuple[Path, ...]
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Any]
+
+    @property
+    def architecture(self) -> str:
+        """``general.architecture``."""
+        return str(self.metadata.get("general.architecture", ""))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key; ``{arch}`` in it stands for the architecture."""
+        return self.metadata.get(key.format(arch=self.architecture), default)
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """Read a GGUF file, or the model that `path` is a part of.
+
+    Raises: UsageError for a file that is no GGUF or cut short, and for parts that are missing or do not fit.
+    """
+    parts = tuple(_parts(path))
+    return _read(parts, tuple(part.stat().st_mtime_ns for part in parts))
+
+
+@functools.lru_cache(maxsize=2)
+def _read(parts: tuple[Path, ...], _changed_ns: tuple[int, ...]) -> GgufFile:
+    import gguf
+
+    metadata: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    for part in parts:
+        try:
+            reader = gguf.GGUFReader(part)
+            found = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+        except Exception as error:  # struct, NumPy, UnicodeDecodeError, KeyError: whatever the bytes lead to
+            raise _no_gguf(part, f"{type(error).__name__}: {error}") from error
+        for tensor in reader.tensors:
+            if tensor.name in tensors:
+                raise _no_gguf(part, f"tensor '{tensor.name}' for the second time")
+            tensors[tensor.name] = tensor
+        metadata = {**found, **metadata}  # the first part's go first
+    count = metadata.get("split.tensors.count")
+    if len(parts) > 1 and count is not None and count != len(tensors):
+        raise _no_gguf(parts[0], f"{len(tensors)} tensors in {len(parts)} parts, where {count} are announced")
+    return GgufFile(parts, metadata, tensors)
+
+
+def _parts(path: Path) -> list[Path]:
+    match = PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match["count"])
+    parts = [path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}{path.suffix}") for number in
+             range(1, count + 1)]  # fmt: skip
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing or not parts:
+        raise UsageError(problem("model", received=f"'{path}', of which {', '.join(missing) or 'no part'} is missing",
+                                 expected=f"all {count} parts in one folder", fix="download the missing parts"))
+    return parts
+
+
+def _no_gguf(path: Path, reason: str) -> UsageError:
+    return UsageError(problem("model", received=f"'{path}' ({' '.join(reason.split())[:160]})",
+                              expected="a whole GGUF file", fix="download the file again"))  # fmt: skip
