@@ -51,9 +51,9 @@ class AnswerParams:
 class Answer:
     """The state of one answer.
 
-    eos_token_ids: tokens that end the model's text. after: ids that the stream took just before (see
-    `StreamingDecoder`). goes_on: whether they belong to an answer that was cut short: a character that began in them is
-    completed.
+    eos_token_ids: tokens that end the model's text. earlier: ids that the stream took just before, if the answer goes
+    on where another was cut short: a character that began in them is completed. after: the same of any other answer
+    (see `StreamingDecoder`).
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Answer:
         vocab_size: int,
         sampling: SamplingParams,
         params: AnswerParams,
-        after: Sequence[int] = (),
+        earlier: Sequence[int] = (),
         *,
-        goes_on: bool = False,
+        after: Sequence[int] = (),
     ) -> None:
         self._sampler = Sampler(sampling, vocab_size)
         self._tokenizer = tokenizer
@@ -76,7 +76,7 @@ class Answer:
         self._ends = frozenset(stops.union(() if params.ignore_eos else eos_token_ids))
         self._num_tokens = 0
         self._finish_reason: str | None = None
-        self.follow(after, goes_on=goes_on)
+        self.follow(earlier or after, goes_on=bool(earlier))
 
     def follow(self, after: Sequence[int], *, goes_on: bool = False) -> None:
         """Say what the stream has taken before the answer's first token, where that is known later than the rest."""

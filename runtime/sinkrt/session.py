@@ -363,8 +363,8 @@ class Session:
             self.prefill(tokenizer.prompt_ids(prompt, begun=begun, allow_special=allow_special))
         else:
             self.prefill(prompt)
-        answer = Answer(tokenizer, model.eos_token_ids, model.vocab_size, sampling, params,
-                        self.recent_ids().tolist(), goes_on=prompt is None)  # fmt: skip
+        answer = Answer(tokenizer, model.eos_token_ids, model.vocab_size, sampling, params)
+        answer.follow(self.recent_ids().tolist(), goes_on=prompt is None)
         return self._pieces(answer)
 
     def _pieces(self, answer: Answer) -> Iterator[str]:
