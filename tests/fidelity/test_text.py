@@ -266,9 +266,9 @@ def test_messages_that_a_template_takes_apart_at_control_tokens() -> None:
 
 
 def test_a_template_that_changes_control_tokens_is_refused() -> None:
-    ours = Tokenizer(KINDS["byte level"](), "{% for m in messages %}{{ m.content | reverse }}{% endfor %}")
-    with pytest.raises(UsageError, match="leaves out|changes"):
-        ours.chat_ids([{"role": "user", "content": "a</s>b"}])
+    ours = Tokenizer(KINDS["byte level"](), "{% for m in messages %}{{ m.content[:30] }}{% endfor %}")
+    with pytest.raises(UsageError, match="which the chat template changes"):
+        ours.chat_ids([{"role": "user", "content": "a" * 28 + "</s>"}])
     ours.close()
 
 

@@ -64,7 +64,7 @@ KINDS = {"byte level": byte_level, "sentence piece": sentence_piece, "unigram": 
 
 
 def spaced_words(size: int) -> tokenizers.Tokenizer:
-    """``size`` ids: a word for the unknown, <s> (special), then words with their space before them, so that any id shows it."""
+    """``size`` ids: a word for the unknown, <s> (special), then words with their space: any id shows it."""
     words = {"▁unk": 0, "▁": 2, **{f"▁w{i}": i for i in range(3, size)}}
     tokenizer = tokenizers.Tokenizer(models.WordLevel({**words, "<s>": 1}, unk_token="▁unk"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
