@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from sinkrt.template_process import TIME_LIMIT_S, TemplateFailure, TemplateProce
 from sinkrt.template_worker import environment
 
 MAX_TEMPLATE_CHARACTERS = 2**20
+RETRY_S = 60.0
+"""How long a template that has failed as a whole is not tried again."""
 RESERVED_ARGS = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception",
      "strftime_now", "dict", "namespace", "range", "lipsum", "cycler", "joiner", "self", "caller", "varargs", "kwargs",
@@ -70,7 +73,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens or {})
         self._process = TemplateProcess(source, time_limit_s)
         self._facts: TemplateFacts | None = None
-        self._failure: str | None = None
+        self._failure: tuple[str, float] | None = None  # the reason, and when to try again
         self._word = "q" + secrets.token_hex(8)  # begins every marker: no text of a template or a user has it
 
     @property
@@ -79,14 +82,14 @@ class ChatTemplate:
 
         Raises: UsageError if it cannot be rendered at all: too slow, too large, unknown filters.
         """
-        if self._failure is not None:  # a template that hangs must not be tried for every message
-            raise self._broken(self._failure)
         if self._facts is None:
+            if self._failure is not None and time.monotonic() < self._failure[1]:
+                raise self._broken(self._failure[0])  # a template that hangs must not be tried for every message
             try:
                 self._facts = self._probe()
             except TemplateFailure as failure:
-                self._failure = str(failure)
-                raise self._broken(self._failure) from None
+                self._failure = str(failure), time.monotonic() + RETRY_S
+                raise self._broken(str(failure)) from None
         return self._facts
 
     def literals(self) -> str:

@@ -256,13 +256,14 @@ def test_an_interrupt_ends_a_rendering(made: list[ChatTemplate]) -> None:
 
 
 def test_the_process_sees_the_variables_only(made: list[ChatTemplate], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no modules of this package, so that a template that gets out of the sandbox finds little."""
-    monkeypatch.setenv("PYTHONPATH", "/nowhere")
+    """Neither modules of this package nor keys: a template that gets out of the sandbox finds little."""
+    monkeypatch.setenv("SINKEXPORT_API_KEY", "secret")
     made.append(ChatTemplate(CHATML))
     made[0].render(ASKED)
     (worker,) = workers()
     command = worker.cmdline()
     assert "-I" in command and "-S" in command
+    assert "secret" not in worker.environ().values()
 
 
 @pytest.mark.parametrize("source", ["{% for %}", "{{ '" + "(" * 5, "(" * 3 + "{{" + "(" * 5000, "x" * (2**20 + 1)])
