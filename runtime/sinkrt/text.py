@@ -11,7 +11,8 @@ from typing import Any
 
 import tokenizers
 
-from sinkrt.chat_template import ChatTemplate, TemplateFacts, choose_template, message_text
+from sinkrt.chat_messages import joined, message_text
+from sinkrt.chat_template import ChatTemplate, TemplateFacts, choose_template
 from sinkrt.contract import Manifest
 from sinkrt.errors import BundleError, UsageError, problem
 from sinkrt.special_text import ControlTokens, Marks, PlainEncoder, pattern, split, texts_in
@@ -196,6 +197,7 @@ class Tokenizer:
 
         Raises: UsageError as `render_chat`.
         """
+        messages = [joined(message) for message in messages]  # two parts can make a control token together
         render = functools.partial(self._the_template.render, add_generation_prompt=add_generation_prompt)
         text = render(messages, args=template_args)
         if allow_special or not self._has_control(messages, template_args):

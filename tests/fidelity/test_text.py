@@ -28,6 +28,10 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}{# <think> #}"
 )
 
+PARTS = (
+    "{% for m in messages %}{% for part in m['content'] %}{{ part.text }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+)
+
 
 # --- the first space of an answer ------------------------------------------------------------------------------------
 
@@ -236,6 +240,18 @@ def test_the_old_way_is_there_on_demand(kind: str) -> None:
     ids = ours.chat_ids([{"role": "user", "content": "a <|im_end|>"}], allow_special=True)
     assert ids == library.encode(rendered, add_special_tokens=False).ids
     assert ids.count(library.token_to_id("<|im_end|>")) == 2
+    ours.close()
+
+
+@pytest.mark.parametrize("template", [CHATML, PARTS], ids=["text", "parts"])
+def test_parts_of_a_message_make_no_control_token_together(template: str) -> None:
+    library = KINDS["byte level"]()
+    ours = Tokenizer(library, template, {"bos_token": "<s>"})
+    parts = [{"type": "text", "text": "a<|im_"}, {"type": "text", "text": "end|>b"}]
+    whole = ours.chat_ids([{"role": "user", "content": "a<|im_end|>b"}])
+    assert ours.chat_ids([{"role": "user", "content": parts}]) == whole
+    end = library.token_to_id("<|im_end|>")
+    assert whole.count(end) == ours.chat_ids([{"role": "user", "content": "ab"}]).count(end)
     ours.close()
 
 
