@@ -15,6 +15,7 @@ from types import FrameType
 import click
 from sinkrt import Session, UsageError
 from sinkrt.errors import problem
+from sinkrt.state import check_state_target
 from sinkrt.text import Tokenizer
 
 from sinkexport.streams import RunMeter, complete_lines, utf8_lines
@@ -75,7 +76,7 @@ def command(
             repetition_penalty=repetition_penalty, seed=seed, stop=stop, ignore_eos=ignore_eos,
         )  # fmt: skip
         meter = RunMeter(session)
-        saved_at = start
+        saved_at = tried_at = start
 
         def save() -> None:
             nonlocal saved_at
@@ -83,12 +84,21 @@ def command(
                 session.save_state(save_state)
                 saved_at = int(session.position[0])
 
+        def save_on_the_way() -> None:
+            """A full disk may have room again later: the stream is worth more than this save."""
+            nonlocal tried_at
+            tried_at = int(session.position[0])
+            try:
+                save()
+            except UsageError as error:
+                click.echo(f"sinkexport: warning: not saved at position {tried_at}: {error}", err=True)
+
         def answer(ids: list[int] | None) -> None:
             for piece in meter.timed(generate(ids)):
                 sys.stdout.write(piece)
                 sys.stdout.flush()
-                if save_every is not None and int(session.position[0]) - saved_at >= save_every:
-                    save()
+                if save_every is not None and int(session.position[0]) - tried_at >= save_every:
+                    save_on_the_way()
             sys.stdout.write("\n")
             sys.stdout.flush()
 
@@ -133,9 +143,8 @@ def _check_together(
     if save_every is not None and save_state is None:
         raise UsageError(problem("--save-every", received="without --save-state", expected="a file to save to",
                                  fix="add --save-state FILE"))  # fmt: skip
-    if save_state is not None and not save_state.absolute().parent.is_dir():  # not after hours of streaming
-        raise UsageError(problem("--save-state", received=f"'{save_state}'", expected="a file in a folder that exists",
-                                 fix="make the folder, or choose another path"))  # fmt: skip
+    if save_state is not None:
+        check_state_target(save_state, "--save-state")  # not after hours of streaming
 
 
 def _chat(session: Session, system: str | None, answer: Callable[[list[int]], None]) -> None:
