@@ -41,11 +41,11 @@ def staged_bundle(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises: UsageError if `out` holds something already (unless it is a bundle and `overwrite`), or the disk is full.
     """
-    _refuse_to_replace(out, overwrite)
     target = Path(os.path.realpath(out))  # a link to a bundle stays one
+    _remove_leftovers(target)
+    _refuse_to_replace(out, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
         stage, handle = _locked_stage(target)
     except OSError as error:
         raise _unwritable(out, error) from error

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sinkrt.errors import BundleError, problem
+from sinkrt.files import is_special
 from sinkrt.layout import (
     ALL_KINDS,
     DTYPE_BYTES,
@@ -498,6 +499,8 @@ def load_manifest(bundle: Path) -> Manifest:
     """
     path = bundle / MANIFEST_NAME
     try:
+        if is_special(path):
+            raise OSError("a device, pipe or socket, no file")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = "a bundle needs one" if isinstance(error, FileNotFoundError) else str(error)

@@ -12,7 +12,7 @@ import pytest
 from sinkrt import BackendError, BundleError, Session, UsageError
 from sinkrt.contract import MANIFEST_NAME
 
-from tests.runtime.toy import EOS, VOCAB_SIZE, Toy, build_toy, reference_logits, rehash, write_manifest
+from tests.runtime.toy import EOS, VOCAB_SIZE, Toy, build_toy, reference_logits, rehash
 
 TOYS = [
     Toy(),
