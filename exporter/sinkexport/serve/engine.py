@@ -63,9 +63,13 @@ class Engine:
 
     def stop(self, timeout_s: float = 30.0) -> None:
         """End the thread; requests at work get 503. Stopping twice is fine."""
-        self._inbox.put(None)
+        self.request_stop()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+
+    def request_stop(self) -> None:
+        """As `stop`, without waiting for it."""
+        self._inbox.put(None)
 
     async def begun(self, name: str) -> bool:
         """As `Conversations.begun`."""
