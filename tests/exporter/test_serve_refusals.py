@@ -56,10 +56,15 @@ BAD_CHATS: dict[str, Any] = {
     ],
     "max_tokens": [{"messages": MESSAGES, "max_tokens": value} for value in (0, -1, 1.5, "5", ENDLESS + 1, 10**400)],
     "max_completion_tokens": [{"messages": MESSAGES, "max_completion_tokens": 0}],
-    "temperature": [{"messages": MESSAGES, "temperature": value} for value in (-0.1, 2.1, "1", [], True)],
+    "temperature": [
+        {"messages": MESSAGES, "temperature": value} for value in (-0.1, 2.1, "1", [], True, 1e300, 10**400)
+    ],
     "top_p": [{"messages": MESSAGES, "top_p": value} for value in (0, 1.1)],
     "top_k": [{"messages": MESSAGES, "top_k": value} for value in (-1, 2**31, 0.5)],
-    "repetition_penalty": [{"messages": MESSAGES, "repetition_penalty": value} for value in (0, -1, 101)],
+    "repetition_penalty": [
+        {"messages": MESSAGES, "repetition_penalty": value}
+        for value in (0, -1, 101, 1e-300, 5e-324, 1e-9, 1e300, 10**400)
+    ],
     "seed": [{"messages": MESSAGES, "seed": value} for value in (2**64, -(2**63) - 1, "x")],
     "n": [{"messages": MESSAGES, "n": value} for value in (0, 2, "1")],
     "frequency_penalty": [{"messages": MESSAGES, "frequency_penalty": value} for value in (0.5, -0.5)],
@@ -231,9 +236,15 @@ def test_the_network_needs_a_key(host: str) -> None:
 
 def test_names_of_others_are_no_way_in(strict: Served) -> None:
     """DNS rebinding: a web page's own name that points here."""
-    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", ""):
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "",
+                 "[::1].evil.example", "[::1]evil.example", "[::1]:80.evil.example", "[::1", "::1", "[127.0.0.1]",
+                 "localhost:80@evil.example", "evil.example@localhost", "localhost:evil.example", "localhost:",
+                 "localhost:99999", "localhost.", "127.0.0.1.", ".localhost", "a..localhost", "evil.example/localhost",
+                 "127.0.0.1:8000:9", "127.1", "0177.0.0.1", "[fe80::1%25eth0]", "localhost, evil.example", "local host",
+                 "evil.example\tlocalhost", "-.localhost"):  # fmt: skip
         assert refusal(httpx.get(strict.url + "/v1/models", headers={"Host": host}), 403)["type"] == "permission_error"
-    for host in ("localhost", "LOCALHOST:80", "127.0.0.1:5", "[::1]:8000", "192.168.1.7", "a.localhost"):
+    for host in ("localhost", "LOCALHOST:80", "127.0.0.1:5", "[::1]:8000", "[::1]", "192.168.1.7", "a.localhost",
+                 "A.B.LocalHost:1"):  # fmt: skip
         assert httpx.get(strict.url + "/v1/models", headers={"Host": host}).status_code == 200
 
 
