@@ -14,7 +14,9 @@ from types import FrameType
 
 import click
 from sinkrt import Session, UsageError
+from sinkrt.answer import AnswerParams
 from sinkrt.errors import problem
+from sinkrt.sampler import SamplingParams
 from sinkrt.text import Tokenizer
 
 from sinkexport.streams import RunMeter, complete_lines, utf8_lines
@@ -60,6 +62,9 @@ def command(
     stream never ends by itself but at the model's end of text; Ctrl-C stops it.
     """
     _check_together(prompt, chat, system, pin_system, load_state, save_state, save_every, resume)
+    # Refused before any text is read, fed or saved.
+    SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
+    AnswerParams(max_tokens, stop, ignore_eos)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows no emoji must not end the stream
     with Session.load(bundle, backend, threads=threads) as session:
