@@ -348,7 +348,7 @@ def check_c_interface(cpp: CppRuntime, folder: Path) -> None:
     good = folder / "good"
     done = cpp.run(cpp.programs / "c_api", good, folder, *(path for path, *_ in faults.values()))
     assert done.returncode == 0, done.stdout + done.stderr
-    *told, ids = done.stdout.splitlines()
+    *told, ids = done.stdout.rstrip("\n").split("\n")
     for line, (name, (_, status, message)) in zip(told, faults.items(), strict=True):
         assert line.startswith(f"{status} "), (name, line)
         assert message in line, (name, line)
