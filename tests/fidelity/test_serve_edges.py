@@ -164,7 +164,7 @@ def test_answers_that_nobody_reads_hold_nothing(plain: Process) -> None:
         (POST + b"Content-Length: 99999999999999999999999\r\n\r\n", 400),
         (POST + b"Content-Length: 99999999999\r\n\r\n", 413),
         (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
-        (POST + b"Transfer-Encoding: gzip\r\n\r\n{}", 501),
+        (POST + b"Transfer-Encoding: gzip\r\n\r\n{}", 400),
         (POST + b"Content-Length: 0\r\n\r\n", 400),
         (b"GET /health HTTP/1.0\r\n\r\n", 403),
     ],
@@ -172,11 +172,9 @@ def test_answers_that_nobody_reads_hold_nothing(plain: Process) -> None:
 )  # fmt: skip
 def test_what_is_no_request_gets_one_line(plain: Process, request_bytes: bytes, status: int) -> None:
     got_status, got = plain.ask(closing(request_bytes) if status in (403, 413, 414) else request_bytes)
-    body = got.partition(b"\r\n\r\n")[2]
-    assert got_status in (status, 400 if status == 501 else status)
-    if got_status != 501:
-        error = json.loads(body)["error"]
-        assert "\n" not in error["message"]
+    assert got_status == status, got
+    error = json.loads(got.partition(b"\r\n\r\n")[2])["error"]
+    assert error["message"].isprintable()
 
 
 def test_chunks_and_pipelines_are_taken(plain: Process) -> None:
