@@ -194,6 +194,8 @@ class Engine:
             self._measure(event, outlet)
             if not event.text and event.finish_reason is None:
                 continue
+            if event.error is not None:
+                logger.error("a request has failed: %s", event.error)
             error = None if event.error is None else ApiError(500, event.error, code="engine_error")
             position = self._scheduler.position(event.conversation) if event.conversation in self._scheduler else 0
             piece = Piece(event.text, event.finish_reason, error, False, event.answer_tokens, position)
