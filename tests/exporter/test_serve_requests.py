@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from sinkexport.serve.body import MAX_DEPTH
+from sinkexport.serve.body import MAX_DEPTH, parse
 from sinkexport.serve.protocol import ChatRequest, CompletionRequest
 from sinkexport.serve.settings import Limits
 from sinkrt.sampler import Sampler
@@ -90,6 +90,13 @@ HARMLESS_CHAT: dict[str, Any] = {
     "function_call": "none", "functions": [], "response_format": {"type": "text"}, "modalities": ["text"],
     "prediction": {"type": "content", "content": "x"}, "verbosity": "medium",
 }  # fmt: skip
+
+
+def test_what_changes_nothing_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", "sinkexport.serve"):
+        parse(b'{"prompt": "hi", "user": "ada", "store": null, "n": 1, "seed": 5}', CompletionRequest)
+        parse(b'{"prompt": "hi"}', CompletionRequest)
+    assert [record.getMessage() for record in caplog.records] == ["taken and not used: n, user"]
 
 
 def test_what_changes_nothing_is_taken(served: Served) -> None:
