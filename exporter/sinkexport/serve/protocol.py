@@ -91,7 +91,8 @@ NESTED: dict[str, type[BaseModel]] = {"messages": Message, "content": TextPart, 
 class Request(_Strict):
     """What both kinds of requests share.
 
-    top_k, repetition_penalty, ignore_eos and conversation are not OpenAI's. `user`, `metadata` and the like change
+    top_k, repetition_penalty, ignore_eos, conversation and allow_special are not OpenAI's; allow_special: let names of
+    special tokens in texts become those tokens, None for the server's choice. `user`, `metadata` and the like change
     nothing of an answer and are taken and not used.
     """
 
@@ -125,6 +126,7 @@ class Request(_Strict):
     ignore_eos: bool = Field(False, description="true or false")
     conversation: str | None = Field(None, pattern=NAME_PATTERN,
                                      description="a name of 1 .. 64 letters, digits, '.', '_' and '-'")
+    allow_special: bool | None = Field(None, description="true or false")
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -174,7 +176,7 @@ UNUSED = frozenset({
 
 
 class ChatRequest(Request):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. chat_template_kwargs: variables of the chat template, such as enable_thinking."""
 
     messages: list[Message] = Field(min_length=1, fail_fast=True, description="a list of messages, one at least")
     max_completion_tokens: int | None = Field(None, ge=1, description="an integer >= 1")
@@ -195,6 +197,7 @@ class ChatRequest(Request):
         None, description='["text"]: answers in sound are not implemented here')
     prediction: dict[str, Any] | None = Field(None, description="an object")
     verbosity: Literal["medium"] | None = Field(None, description='"medium": others are not implemented here')
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="an object")
 
     @property
     def max_answer_tokens(self) -> int | None:
