@@ -26,7 +26,7 @@ from sinkrt.contract import (
 )
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import POSITION_LIMIT, Ring
-from sinkrt.text import OPENING_MESSAGES, common_start
+from sinkrt.text import Tokenizer
 
 from sinkexport.affine import FILE_NAME as AFFINE_FILE
 from sinkexport.bundle import (
@@ -232,21 +232,20 @@ def _quantization(config: ExportConfig) -> Quantization | None:
 def _with_pinned_system(tokenizer: Any | None, config: ExportConfig) -> ExportConfig:
     """The config with as many sinks as the opening of a conversation under its system message has tokens.
 
-    Raises: UsageError if the model has no chat template.
+    Raises: UsageError if the model has no chat template, or one that fails or shows no system message.
     """
     if config.pin_system is None:
         return config
-    if getattr(tokenizer, "chat_template", None) is None or tokenizer is None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if tokenizer is None or backend is None or getattr(tokenizer, "chat_template", None) is None:
         raise UsageError(problem("--pin-system", received="a model without a chat template",
                                  expected="an instruction-tuned model", fix="use --sink-tokens"))  # fmt: skip
-    first, second = (
-        tokenizer.apply_chat_template(
-            [{"role": "system", "content": config.pin_system}, {"role": "user", "content": message}],
-            add_generation_prompt=True, tokenize=True, return_dict=False,
-        )
-        for message in OPENING_MESSAGES
-    )  # fmt: skip
-    needed = common_start(first, second)
+    # The runtime's own way: it must count the same tokens, and refuses a template that shows no system message.
+    runtime = Tokenizer(backend, tokenizer.chat_template, tokenizer.special_tokens_map)
+    try:
+        needed = runtime.opening_size(config.pin_system)
+    finally:
+        runtime.close()
     return dataclasses.replace(config, num_sink_tokens=max(config.num_sink_tokens, needed))
 
 

@@ -17,7 +17,7 @@ import sinkrt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sinkexport.config import ExportConfig
-from sinkrt import Session
+from sinkrt import Session, UsageError
 from sinkrt.contract import MANIFEST_NAME, load_manifest
 from sinkrt.sampler import Sampler, SamplingParams
 
@@ -191,12 +191,22 @@ def test_sampler_refuses_what_are_no_numbers(probe: Probe) -> None:
         logits = np.array([0.0, bad, 1.0], dtype=np.float32)
         with pytest.raises(ProbeError, match=r"logits: received (nan|inf), expected finite numbers"):
             probe.sample(logits, recent, 0, 0.0, 0, 1.0, 1.0, 0)
-    for options, message in (((-1.0, 0, 1.0, 1.0), "temperature"), ((1.0, -1, 1.0, 1.0), "top_k"),
-                             ((1.0, 0, 0.0, 1.0), "top_p"), ((1.0, 0, 1.0, 0.0), "repetition_penalty"),
-                             ((1.0, 0, 1.0, 1e-60), "repetition_penalty"),
-                             ((1.0, 0, 1.0, 1e300), "repetition_penalty")):  # fmt: skip
-        with pytest.raises(ProbeError, match=message):
-            probe.sample(np.zeros(3, dtype=np.float32), recent, 0, *options, 0)
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    good = (1.0, 0, 1.0, 1.0)
+    bad_values = ((-1.0, 100.1, 1e300, np.nan, np.inf), (-1, 2**31), (0.0, 1.1, np.nan),
+                  (0.0, -1.0, 1e-300, 1e-60, 0.009, 100.1, 1e300, np.nan))  # fmt: skip
+    for i, values in enumerate(bad_values):
+        for value in values:
+            options = (*good[:i], value, *good[i + 1 :])
+            with pytest.raises(ProbeError, match=names[i]) as cpp:
+                probe.sample(np.zeros(3, dtype=np.float32), recent, 0, *options, 0)
+            with pytest.raises(UsageError, match=names[i]) as python:  # the limits, and the words for them, are one
+                SamplingParams(*options)
+            assert str(cpp.value).partition(", expected ")[2] == str(python.value).partition(", expected ")[2]
+    edge = np.array([3.0, -2.0, 1.0], dtype=np.float32)
+    for options in ((100.0, 2**31 - 1, 5e-324, 100.0), (5e-324, 0, 1.0, 0.01)):
+        want = Sampler(SamplingParams(*options, 3), 3).sample(edge, np.array([0, 1]), 7)
+        assert probe.sample(edge, np.array([0, 1]), 7, *options, 3) == want
 
 
 def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -> None:
@@ -356,7 +366,7 @@ def check_c_interface(cpp: CppRuntime, folder: Path) -> None:
     good = folder / "good"
     done = cpp.run(cpp.programs / "c_api", good, folder, *(path for path, *_ in faults.values()))
     assert done.returncode == 0, done.stdout + done.stderr
-    *told, ids = done.stdout.splitlines()
+    *told, ids = done.stdout.rstrip("\n").split("\n")
     for line, (name, (_, status, message)) in zip(told, faults.items(), strict=True):
         assert line.startswith(f"{status} "), (name, line)
         assert message in line, (name, line)
