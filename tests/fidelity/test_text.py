@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sinkrt.sampler import SamplingParams
 from sinkrt.scheduler import Scheduler
 from sinkrt.text import MAX_PENDING, Tokenizer
 
-from tests.fidelity.tokenizers_by_kind import CONTROL, KINDS, NAMED, spaced_words
+from tests.fidelity.tokenizers_by_kind import CONTROL, KINDS, NAMED, byte_level, spaced_words
 from tests.runtime.test_text import byte_fallback_tokenizer
 from tests.runtime.toy import BOS, EOS, VOCAB_SIZE, Toy, build_toy, rehash, toy_tokenizer
 
@@ -217,6 +218,41 @@ def test_control_tokens_of_users_get_the_ids_of_ordinary_text(text: str) -> None
     assert ours.next_turn_ids(text) == reference(library, [end, "\n", *turn])
     assert ours._tokenizer.decode(ours.prompt_ids(text, begun=True), skip_special_tokens=False) == text
     ours.close()
+
+
+FRAGMENTS = [*CONTROL, NAMED, " ", "\n", "a", "ab", "<|", "im_end|>", "|>", "<", "é", "12"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=8))
+def test_any_text_of_a_user_is_ordinary_text(fragments: list[str]) -> None:
+    library, text = byte_level(), "".join(fragments)
+    ours = Tokenizer(library, None)
+    plain = tokenizers.Tokenizer.from_str(library.to_str())
+    plain.encode_special_tokens = True  # names of special tokens are text; NAMED is a token, as in any prompt
+    assert ours.prompt_ids(text) == plain.encode(text).ids
+    assert ours.prompt_ids(text, begun=True) == plain.encode(text, add_special_tokens=False).ids
+
+
+@pytest.fixture(scope="module")
+def chatml() -> Iterator[Tokenizer]:
+    ours = Tokenizer(byte_level(), CHATML, {"bos_token": "<s>"})
+    yield ours
+    ours.close()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=8), st.booleans())
+def test_any_message_is_ordinary_text_between_the_templates_tokens(
+    chatml: Tokenizer, fragments: list[str], by_assistant: bool
+) -> None:
+    library, text = byte_level(), "".join(fragments)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant" if by_assistant else "user", "content": text}]
+    ids = chatml.chat_ids(talk)
+    special = {library.token_to_id(name) for name in CONTROL}
+    template = chatml.chat_ids([talk[0], {**talk[1], "content": "a"}])
+    assert [i for i in ids if i in special] == [i for i in template if i in special]
+    assert library.decode(ids, skip_special_tokens=False) == chatml.render_chat(talk)
 
 
 @pytest.mark.parametrize("kind", KINDS)
