@@ -45,6 +45,9 @@ NO_SYSTEM = (
 # As in Gemma.
 REFUSES_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 REFUSES_SYSTEM += CHATML
+# As in SmolLM3, gpt-oss and DeepSeek: only a system message at the beginning is shown.
+FIRST_SYSTEM = CHATML.replace("{{ '<|im", "{% if m.role != 'system' or loop.first %}{{ '<|im", 1)
+FIRST_SYSTEM = FIRST_SYSTEM.replace("{% endfor %}", "{% endif %}{% endfor %}")
 LAST_ONLY = "{{ '[' + messages[-1].content + ']' }}"
 # As in Qwen3 and DeepSeek: what was thought is left out of earlier answers, and the last turn is rendered otherwise.
 REASONING = (
@@ -116,6 +119,7 @@ def test_a_template_of_parts_shows_the_users_text(made: list[ChatTemplate]) -> N
         (LAST_ONLY, TALK, "a message of role 'user', which it leaves out"),
         (CHATML.replace("in messages", "in messages[:1]"), TALK, "a message of role 'assistant'"),
         ("{{ messages[0].role }}", ASKED, "a message of role 'user'"),
+        (FIRST_SYSTEM, [*TALK[:2], *WITH_SYSTEM], "a message of role 'system', which it leaves out"),
         ("{% if messages[0].content == 'Hello' %}{{ messages[0].content }}{% endif %}", ASKED, "role 'user'"),
     ],
 )
