@@ -19,8 +19,9 @@ from sinkrt.answer import Answer, AnswerParams, StopMatcher
 from sinkrt.sampler import SamplingParams
 from sinkrt.scheduler import Scheduler
 from sinkrt.text import MAX_PENDING, Tokenizer
+from tokenizers import AddedToken
 
-from tests.fidelity.tokenizers_by_kind import CONTROL, KINDS, NAMED, byte_level, spaced_words
+from tests.fidelity.tokenizers_by_kind import CONTROL, KINDS, NAMED, byte_level, sentence_piece, spaced_words
 from tests.runtime.test_text import byte_fallback_tokenizer
 from tests.runtime.toy import BOS, EOS, VOCAB_SIZE, Toy, build_toy, rehash, toy_tokenizer
 
@@ -314,6 +315,17 @@ def test_messages_that_a_template_takes_apart_at_control_tokens() -> None:
     talk = [{"role": "user", "content": "a</s>b"}, {"role": "assistant", "content": "hm</s>yes"}]
     start = library.token_to_id("<|im_start|>")
     assert ours.chat_ids(talk) == reference(library, [start, "a</s>b", start, "yes"])
+    ours.close()
+
+
+def test_a_tokenizer_that_does_not_always_find_control_tokens_is_refused() -> None:
+    """Looked for after a space is put before the text, a name is found after spaces only."""
+    library = sentence_piece()
+    library.add_special_tokens([AddedToken("<x>", special=True, normalized=True)])
+    ours = Tokenizer(library, "{% for m in messages %}{{ 'ab<x>' + m.content }}{% endfor %}")
+    assert library.token_to_id("<x>") not in ours.chat_ids([{"role": "user", "content": "ab"}])
+    with pytest.raises(UsageError, match="cannot take as ordinary text"):
+        ours.chat_ids([{"role": "user", "content": "</s>"}])
     ours.close()
 
 
