@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib.metadata
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from sinkrt.contract import (
 )
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import POSITION_LIMIT, Ring
-from sinkrt.text import OPENING_MESSAGES, common_start
 
 from sinkexport.affine import FILE_NAME as AFFINE_FILE
 from sinkexport.bundle import (
@@ -39,6 +39,9 @@ from sinkexport.bundle import (
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.build import BuiltGraph, build_graph
 from sinkexport.graph.passes.plugin_operators import refuse_geometry
+from sinkexport.loading.source_tokenizer import SourceTokenizer, as_source_tokenizer
+from sinkexport.loading.tokenizer_checks import check_template, check_tokens, fitted, opening_size
+from sinkexport.loading.turn_ends import beginning_id, end_ids
 from sinkexport.model.decoder import StreamStep, trace
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, head_caches
@@ -49,6 +52,7 @@ from sinkexport.quant.recipe import load_recipe
 from sinkexport.sink_token import with_sink_token
 from sinkexport.sources import LoadedModel, load_model, refuse_architecture
 
+LOGGER = logging.getLogger("sinkexport")
 PRODUCERS = ("sinkexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 WINDOW_RECIPE = "int8-window"
 """What ``kv="int8"`` means without a recipe."""
@@ -90,11 +94,9 @@ def export_loaded(
     Raises: UsageError.
     """
     model, out = loaded.model, Path(out)
-    if config.sink_token is not None:
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-        tokenizer = with_sink_token(loaded.tokenizer, config.sink_token, vocab_size)
-        loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
-    config = _resolved(_with_pinned_system(loaded.tokenizer, config), model.config.get_text_config().model_type)
+    tokenizer = _checked_tokenizer(loaded, config)
+    loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
+    config = _resolved(_with_pinned_system(tokenizer, config), model.config.get_text_config().model_type)
     _check_model(model, config)
     _check_calibration(model, config)
     with staged_bundle(out, overwrite=overwrite) as stage:
@@ -131,7 +133,7 @@ def export_loaded(
             write_graph_with_weights_of(chunk.model, stage, "prefill.onnx", "decode.onnx")
         for graph in graphs.values():
             onnx.checker.check_model(stage / graph.file)
-        tokenizer = write_tokenizer(loaded.tokenizer, stage)
+        tokenizer_facts = write_tokenizer(tokenizer, stage)
         report("hash", 0, 1)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -141,7 +143,7 @@ def export_loaded(
             stream=StreamFacts(config.num_sink_tokens, config.window_size, config.batch, num_tokens, POSITION_LIMIT),
             graphs=graphs,
             states=built.states,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer_facts,
             files=hash_bundle(stage),
             producer=_producers(),
             quantization=_quantization(config),
@@ -227,24 +229,32 @@ def _quantization(config: ExportConfig) -> Quantization | None:
     )
 
 
-def _with_pinned_system(tokenizer: Any | None, config: ExportConfig) -> ExportConfig:
+def _checked_tokenizer(loaded: LoadedModel, config: ExportConfig) -> SourceTokenizer | None:
+    """The tokenizer that the bundle gets, with the sink token if one is asked for. What users should know is logged.
+
+    Raises: UsageError for one that does not belong to the model, or has a broken chat template.
+    """
+    num_rows = loaded.model.get_input_embeddings().weight.shape[0]
+    tokenizer = as_source_tokenizer(loaded.tokenizer)
+    if tokenizer is not None:
+        tokenizer = fitted(tokenizer, num_rows)
+        check_tokens(tokenizer)
+        check_template(tokenizer)
+        for remark in tokenizer.remarks:
+            LOGGER.warning("sinkexport: note: tokenizer: %s", remark)
+    if config.sink_token is not None:
+        tokenizer = with_sink_token(tokenizer, config.sink_token, num_rows)
+    return tokenizer
+
+
+def _with_pinned_system(tokenizer: SourceTokenizer | None, config: ExportConfig) -> ExportConfig:
     """The config with as many sinks as the opening of a conversation under its system message has tokens.
 
-    Raises: UsageError if the model has no chat template.
+    Raises: UsageError if the model has no chat template, or one that takes no system message.
     """
     if config.pin_system is None:
         return config
-    if getattr(tokenizer, "chat_template", None) is None or tokenizer is None:
-        raise UsageError(problem("--pin-system", received="a model without a chat template",
-                                 expected="an instruction-tuned model", fix="use --sink-tokens"))  # fmt: skip
-    first, second = (
-        tokenizer.apply_chat_template(
-            [{"role": "system", "content": config.pin_system}, {"role": "user", "content": message}],
-            add_generation_prompt=True, tokenize=True, return_dict=False,
-        )
-        for message in OPENING_MESSAGES
-    )  # fmt: skip
-    needed = common_start(first, second)
+    needed = opening_size(tokenizer, config.pin_system)
     return dataclasses.replace(config, num_sink_tokens=max(config.num_sink_tokens, needed))
 
 
@@ -304,9 +314,6 @@ def _check_calibration(model: Any, config: ExportConfig) -> None:
 
 def _model_facts(loaded: LoadedModel, shape: AttentionShape, rotary: ModelRotary, *, vocab_size: int) -> ModelFacts:
     config = loaded.model.config.get_text_config()
-    generation = getattr(loaded.model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
-    eos = config.eos_token_id if eos is None else eos
     return ModelFacts(
         name=loaded.name,
         architecture=type(loaded.model).__name__,
@@ -319,8 +326,8 @@ def _model_facts(loaded: LoadedModel, shape: AttentionShape, rotary: ModelRotary
         vocab_size=vocab_size,
         num_parameters=sum(p.numel() for p in loaded.model.parameters()),
         position_scheme=_position_scheme(shape, rotary),
-        bos_token_id=config.bos_token_id,
-        eos_token_ids=tuple([] if eos is None else [eos] if isinstance(eos, int) else eos),
+        bos_token_id=beginning_id(loaded.tokenizer, config, vocab_size),
+        eos_token_ids=end_ids(loaded.tokenizer, config, getattr(loaded.model, "generation_config", None), vocab_size),
     )
 
 

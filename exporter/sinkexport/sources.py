@@ -8,9 +8,12 @@ import functools
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sinkrt.errors import SinkError, UsageError, problem
+
+if TYPE_CHECKING:
+    from sinkexport.loading.source_tokenizer import SourceTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +24,7 @@ class LoadedModel:
     """
 
     model: Any
-    tokenizer: Any | None
+    tokenizer: SourceTokenizer | None
     name: str
     origin: Origin | None = None
 
@@ -55,6 +58,7 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
     from sinkexport.loading.checkpoint import load_checkpoint
     from sinkexport.loading.gguf_model import load_gguf
     from sinkexport.loading.tokenizer import source_tokenizer
+    from sinkexport.loading.tokenizer_checks import fitted
 
     origin = locate(source)
     with _quiet_transformers(), _readable_errors(source), _gguf_read_once():
@@ -63,11 +67,16 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
         load = load_gguf if origin.is_gguf else load_checkpoint
         model = load(origin, config, getattr(torch, dtype))
         tokenizer = source_tokenizer(origin)
+        if tokenizer is not None:
+            tokenizer = fitted(tokenizer, model.get_input_embeddings().weight.shape[0])
     return LoadedModel(model.eval(), tokenizer, origin.name, origin)
 
 
-def load_tokenizer(source: str) -> Any | None:
-    """The tokenizer of `source` alone; None for a model folder that has none: such a bundle takes ids only.
+def load_tokenizer(source: str) -> SourceTokenizer | None:
+    """The tokenizer of `source` alone, to the id; None for a model folder that has none: such a bundle takes ids only.
+
+    No weights are read, so that added tokens without a row of the embedding are still there: `load_model` takes them
+    out.
 
     Raises: UsageError as `load_model`.
     """
