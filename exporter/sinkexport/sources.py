@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from sinkexport.loading.source_tokenizer import SourceTokenizer
 
 
+GENERATION_FILE = "generation_config.json"
+
+
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
     """A model in evaluation mode on the CPU, its tokenizer if the source has one, and a name for the manifest.
@@ -87,16 +90,33 @@ def load_tokenizer(source: str) -> SourceTokenizer | None:
         return source_tokenizer(origin)
 
 
-def load_config(source: str) -> Any:
+def load_config(source: str, *, refuse: bool = True) -> Any:
     """The configuration of `source` alone: weights need not be there.
+
+    refuse: whether architectures that do not export are refused.
 
     Raises: UsageError as `load_model`.
     """
     origin = locate(source)
     with _quiet_transformers(), _readable_errors(source):
         config = _config(origin)
-    refuse_architecture(config)
+    if refuse:
+        refuse_architecture(config)
     return config
+
+
+def load_generation_config(source: str) -> Any | None:
+    """generation_config.json of `source`, as transformers reads it; None if there is none.
+
+    Raises: UsageError if it is broken.
+    """
+    import transformers
+
+    origin = locate(source)
+    if origin.is_gguf or (origin.path is not None and not (origin.path / GENERATION_FILE).is_file()):
+        return None
+    with _quiet_transformers(), _readable_errors(source):
+        return transformers.GenerationConfig.from_pretrained(**origin.location)
 
 
 def _config(origin: Origin) -> Any:

@@ -152,13 +152,19 @@ def folder_tokenizer_json(files: TokenizerFiles, file: TokenizerJson) -> Tokeniz
 
 
 def _set_beginning(files: TokenizerFiles, file: TokenizerJson, bos: str | None) -> None:
-    """add_bos_token goes before tokenizer.json; add_eos_token does not: what follows a text is its continuation."""
+    """add_bos_token is the authors' word, and goes before tokenizer.json: transformers 4 did so for some classes, 5 for
+    none. false is followed for those classes alone. add_eos_token is not: what follows a prompt is its continuation.
+    """
     wanted = files.config.get("add_bos_token")
     number = None if bos is None or bos not in file.tokens else file.tokens[bos]["id"]
     if number is None or bos is None:
         return
-    if wanted is None:
-        if files.tokenizer_class in BEGINNING_CLASSES and number not in file.library().encode("a").ids:
+    if wanted is None or (not wanted and files.tokenizer_class not in BEGINNING_CLASSES):
+        begins = number in file.library().encode("a").ids
+        if wanted is False and begins:
+            file.remarks.append(f"{bos} is put before texts, as {TOKENIZER_FILE} has it; add_bos_token of "
+                                f"{CONFIG_FILE} says otherwise")  # fmt: skip
+        if wanted is None and not begins and files.tokenizer_class in BEGINNING_CLASSES:
             file.remarks.append(f"{bos} is not put before texts, as {TOKENIZER_FILE} has it; transformers 4 put it "
                                 "there")  # fmt: skip
     else:
