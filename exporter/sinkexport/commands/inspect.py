@@ -39,7 +39,7 @@ MB = 1e6
 @click.option("--json", "as_json", is_flag=True,
               help="Machine-readable: manifest, model, families or recipes.")  # fmt: skip
 @click.option("--tokenizer-out", type=click.Path(path_type=Path), metavar="DIR",
-              help="Of a model: write its tokenizer into DIR, as a bundle would hold it, and nothing else.")  # fmt: skip
+              help="Of a model: write its tokenizer into DIR, as a bundle would hold it.")  # fmt: skip
 @click.option("--memory", is_flag=True,
               help="Memory that decoding takes: of the bundle DIR, or of a model that is not exported yet: a folder "
                    "with config.json, a .gguf file or a Hub id.")  # fmt: skip
