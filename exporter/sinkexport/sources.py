@@ -112,11 +112,13 @@ def load_generation_config(source: str) -> Any | None:
     """
     import transformers
 
+    from sinkexport.loading.tokenizer_files import TokenizerFiles
+
     origin = locate(source)
-    if origin.is_gguf or (origin.path is not None and not (origin.path / GENERATION_FILE).is_file()):
-        return None
     with _quiet_transformers(), _readable_errors(source):
-        return transformers.GenerationConfig.from_pretrained(**origin.location)
+        if origin.is_gguf or TokenizerFiles(origin).path(GENERATION_FILE) is None:
+            return None
+        return transformers.GenerationConfig.from_pretrained(origin.location["pretrained_model_name_or_path"])
 
 
 def _config(origin: Origin) -> Any:

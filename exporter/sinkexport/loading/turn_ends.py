@@ -78,11 +78,18 @@ def stated_ids(config: Any | None, key: str) -> Mapping[int, bool]:
     ids = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
     for number in ids:
         if isinstance(number, bool) or not isinstance(number, int):
-            raise UsageError(problem(key, received=repr(value)[:80], expected="an id, or a list of ids",
+            raise UsageError(problem(key, received=repr(number)[:80], expected="an id, or a list of ids",
                                      fix="repair config.json and generation_config.json"))  # fmt: skip
-    is_copy = getattr(config, "_from_model_config", False)
-    is_stated = not is_copy and key in config.to_diff_dict()
-    return dict.fromkeys(ids, is_stated)
+    is_copy = getattr(config, "_from_model_config", False)  # of a generation configuration that nobody wrote
+    return dict.fromkeys(ids, not is_copy and value != _default(config, key))
+
+
+def _default(config: Any, key: str) -> Any:
+    """What the class of a configuration has where nothing is stated."""
+    try:
+        return getattr(type(config)(), key, None)
+    except Exception:  # classes that cannot do without arguments
+        return None
 
 
 def outside(what: str, number: int, num_tokens: int) -> UsageError:
