@@ -92,6 +92,9 @@ def inspect_model(source: str) -> ModelReport:
         facts["tokenizer"] = read("tokenizer", tokenizer_facts, tokenizer or loaded)
     if config is not None:
         facts["ends"] = read("ends of a turn", end_facts, tokenizer or loaded, config, generation, rows)
+    for one in (loaded, tokenizer):
+        if one is not None:
+            one.close()
     return ModelReport(facts, tuple(refused), tokenizer)
 
 
@@ -156,6 +159,8 @@ def tensor_facts(tensors: tuple[Tensor, ...]) -> Facts:
 
 def tokenizer_facts(tokenizer: SourceTokenizer) -> Facts:
     """Kind, special tokens and chat template."""
+    from sinkrt.chat_template import RESERVED_ARGS
+
     from sinkexport.loading.tokenizer_checks import check_template, system_refusal
 
     document = json.loads(tokenizer.library.to_str())
@@ -173,9 +178,14 @@ def tokenizer_facts(tokenizer: SourceTokenizer) -> Facts:
         "remarks": list(tokenizer.remarks),
     }
     if tokenizer.chat_template is not None:
-        facts["chat_template"] = {"characters": len(tokenizer.chat_template)}
         check_template(tokenizer)
-        facts["chat_template"]["no_system_message"] = system_refusal(tokenizer)
+        template = tokenizer.runtime.template_facts
+        facts["chat_template"] = {
+            "characters": len(tokenizer.chat_template), "wants": template.wants,
+            "no_system_message": system_refusal(tokenizer), "keeps_history": template.keeps_history,
+            "arguments": sorted(name for name in template.variables
+                                if name not in RESERVED_ARGS and not name.endswith(("_token", "_tokens"))),
+        }  # fmt: skip
     return facts
 
 

@@ -97,6 +97,7 @@ def export_loaded(
     tokenizer = _checked_tokenizer(loaded, config)
     loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
     config = _resolved(_with_pinned_system(tokenizer, config), model.config.get_text_config().model_type)
+    special_ids = _special_ids(model, tokenizer)
     _check_model(model, config)
     _check_calibration(model, config)
     with staged_bundle(out, overwrite=overwrite) as stage:
@@ -139,7 +140,7 @@ def export_loaded(
             schema_version=SCHEMA_VERSION,
             target=config.target,
             weights_dtype=WEIGHT_DTYPES[config.dtype],
-            model=_model_facts(loaded, shape, rotary, vocab_size=built.outputs[0].shape[-1]),
+            model=_model_facts(loaded, shape, rotary, special_ids, vocab_size=built.outputs[0].shape[-1]),
             stream=StreamFacts(config.num_sink_tokens, config.window_size, config.batch, num_tokens, POSITION_LIMIT),
             graphs=graphs,
             states=built.states,
@@ -312,7 +313,22 @@ def _check_calibration(model: Any, config: ExportConfig) -> None:
     ranges.check_model(model)
 
 
-def _model_facts(loaded: LoadedModel, shape: AttentionShape, rotary: ModelRotary, *, vocab_size: int) -> ModelFacts:
+def _special_ids(model: Any, tokenizer: SourceTokenizer | None) -> tuple[int | None, tuple[int, ...]]:
+    """The beginning of a text and the ends of a turn. Raises: UsageError for ids outside the vocabulary."""
+    head = model.get_output_embeddings() or model.get_input_embeddings()
+    num_tokens = head.weight.shape[0]
+    generation = getattr(model, "generation_config", None)
+    found = (beginning_id(tokenizer, model.config.get_text_config(), num_tokens),
+             end_ids(tokenizer, model.config.get_text_config(), generation, num_tokens))  # fmt: skip
+    if tokenizer is not None:
+        tokenizer.close()  # no more templates from here on
+    return found
+
+
+def _model_facts(
+    loaded: LoadedModel, shape: AttentionShape, rotary: ModelRotary,
+    special_ids: tuple[int | None, tuple[int, ...]], *, vocab_size: int,
+) -> ModelFacts:  # fmt: skip
     config = loaded.model.config.get_text_config()
     return ModelFacts(
         name=loaded.name,
@@ -326,8 +342,8 @@ def _model_facts(loaded: LoadedModel, shape: AttentionShape, rotary: ModelRotary
         vocab_size=vocab_size,
         num_parameters=sum(p.numel() for p in loaded.model.parameters()),
         position_scheme=_position_scheme(shape, rotary),
-        bos_token_id=beginning_id(loaded.tokenizer, config, vocab_size),
-        eos_token_ids=end_ids(loaded.tokenizer, config, getattr(loaded.model, "generation_config", None), vocab_size),
+        bos_token_id=special_ids[0],
+        eos_token_ids=special_ids[1],
     )
 
 

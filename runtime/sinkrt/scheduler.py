@@ -194,6 +194,7 @@ class Scheduler:
         rest = conversation.pending[conversation.fed :]  # of a prompt that was cut short
         conversation.pending, conversation.fed = np.concatenate([rest, tokens.astype(np.int64)]), 0
         conversation.answer, conversation.announced, conversation.paused = answer, False, False
+        conversation.followed, conversation.goes_on = False, not conversation.pending.size
         self._conversations.move_to_end(name)
         self._places.enter(conversation)
 
@@ -337,7 +338,11 @@ class Scheduler:
                                      fix="begin a new one"))  # fmt: skip
         if conversation.num_pending:
             return int(conversation.pending[conversation.fed])
-        return conversation.the_answer.pick(session.logits[stream], session.recent_ids(stream), position)
+        answer, recent = conversation.the_answer, session.recent_ids(stream)
+        if not conversation.followed:
+            conversation.followed = True
+            answer.follow(recent.tolist(), goes_on=conversation.goes_on)
+        return answer.pick(session.logits[stream], recent, position)
 
     def _by_age(self) -> list[Conversation]:
         """All conversations, the one to be forgotten first at the front."""

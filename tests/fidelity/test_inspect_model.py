@@ -65,7 +65,8 @@ def test_a_folder(tmp_path: Path) -> None:
         "eos_token": {"text": "</s>", "id": 1},
     }
     assert (found["tokenizer"]["type"], found["tokenizer"]["pre_tokenizer"]) == ("BPE", ["ByteLevel"])
-    assert found["tokenizer"]["chat_template"] == {"characters": len(CHATML), "no_system_message": None}
+    template = {"wants": "text", "no_system_message": None, "keeps_history": True, "arguments": []}
+    assert found["tokenizer"]["chat_template"] == {"characters": len(CHATML), **template}
     assert found["ends"] == [
         {"id": 1, "text": "</s>"},
         {"id": 2, "text": "<|im_start|>"},

@@ -121,9 +121,15 @@ def _tokenizer(facts: Facts | None) -> list[tuple[str, str]]:
                       "added"),
         ("special tokens", special or "none with a name"),
         ("texts begin with", _tokens(facts["beginning"])),
-        ("chat template", "none" if template is None else f"{template['characters']:,} characters; system messages: "
-                          + (template.get("no_system_message") or "yes")),
+        ("chat template", "none, or none that works" if template is None else _template(template)),
     ]  # fmt: skip
+
+
+def _template(facts: Facts) -> str:
+    history = "keeps earlier turns" if facts["keeps_history"] else "leaves earlier turns out"
+    arguments = f"; reads {', '.join(facts['arguments'])}" if facts["arguments"] else ""
+    return (f"{facts['characters']:,} characters; wants {facts['wants']}; system messages: "
+            f"{facts['no_system_message'] or 'yes'}; {history}{arguments}")  # fmt: skip
 
 
 def _tokens(tokens: Any) -> str:

@@ -51,6 +51,11 @@ class SourceTokenizer:
         except SinkError as error:
             raise broken_template(error) from error
 
+    def close(self) -> None:
+        """End the process that renders the chat template, if there is one. A later call starts another."""
+        if "runtime" in self.__dict__:
+            self.runtime.close()
+
     @functools.cached_property
     def files(self) -> Mapping[str, bytes]:
         """Name -> content of the files of a bundle that hold the tokenizer."""

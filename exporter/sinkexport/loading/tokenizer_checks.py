@@ -7,10 +7,10 @@ import json
 
 from sinkrt.errors import SinkError, UsageError, problem
 
-from sinkexport.loading.source_tokenizer import TOKENIZER_FILE, SourceTokenizer, broken_template, one_line
+from sinkexport.loading.source_tokenizer import TOKENIZER_FILE, SourceTokenizer, broken_template
 from sinkexport.loading.tokenizer_json import TokenizerJson
 
-_SYSTEM, _USER = "system message 7b20", "user message 91fe"
+_USER = "user message 91fe"
 SHOWN = 3
 """Tokens that a message names at most."""
 
@@ -92,7 +92,7 @@ def opening_size(tokenizer: SourceTokenizer | None, system: str) -> int:
     if tokenizer is None or tokenizer.chat_template is None:
         raise UsageError(problem("--pin-system", received="a model without a chat template",
                                  expected="an instruction-tuned model", fix="use --sink-tokens"))  # fmt: skip
-    reason = system_refusal(tokenizer, system)
+    reason = system_refusal(tokenizer)
     if reason is not None:
         raise UsageError(problem("--pin-system", received=f"a model whose chat template {reason}",
                                  expected="a model that knows system messages",
@@ -100,14 +100,17 @@ def opening_size(tokenizer: SourceTokenizer | None, system: str) -> int:
     return tokenizer.runtime.opening_size(system)
 
 
-def system_refusal(tokenizer: SourceTokenizer, system: str = _SYSTEM) -> str | None:
-    """Why the chat template takes no system message; None if it takes one."""
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": _USER}]
-    try:
-        rendered = tokenizer.runtime.render_chat(messages)
-    except SinkError as error:
-        return f"refuses a system message ({one_line(error)})"
-    return None if system.strip() in rendered else "leaves a system message out"
+def system_refusal(tokenizer: SourceTokenizer) -> str | None:
+    """Why the chat template takes no system message; None if it takes one.
+
+    Raises: UsageError if the template cannot be rendered at all.
+    """
+    facts = tokenizer.runtime.template_facts
+    if facts.has_system:
+        return None
+    return f"refuses a system message ({facts.system_refusal})" if facts.system_refusal else (
+        "leaves a system message out"
+    )
 
 
 def _names(value: object, texts: dict[str, int]) -> bool:

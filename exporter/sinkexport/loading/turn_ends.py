@@ -10,21 +10,14 @@ from sinkrt.errors import SinkError, UsageError, problem
 if TYPE_CHECKING:
     from sinkexport.loading.source_tokenizer import SourceTokenizer
 
-_QUESTION, _ANSWER = "first question", "the answer 5d41c7"
-
 
 def template_end(tokenizer: SourceTokenizer) -> int | None:
     """The control token with which the chat template closes an answer; None if there is none, or no template."""
     if tokenizer.chat_template is None:
         return None
-    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     try:
-        rendered = tokenizer.runtime.render_chat(turns, add_generation_prompt=False)
-    except SinkError:  # a template that cannot is refused elsewhere, if it cannot do without answers either
-        return None
-    _, found, rest = rendered.rpartition(_ANSWER)
-    rest = rest.lstrip()
-    if not found or not rest:
+        rest = (tokenizer.runtime.template_facts.closing or "").lstrip()
+    except SinkError:  # refused elsewhere
         return None
     control = tokenizer.control_ids
     texts = {text: number for text, number in tokenizer.vocabulary.items() if number in control}

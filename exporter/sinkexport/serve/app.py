@@ -10,7 +10,6 @@ from typing import TypeVar
 from fastapi import FastAPI
 from pydantic import ValidationError
 from sinkrt import UsageError
-from sinkrt.text import Tokenizer
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
@@ -20,6 +19,7 @@ from sinkexport.serve.errors import ApiError
 from sinkexport.serve.exchange import Exchange, Render, Slots
 from sinkexport.serve.guard import Guard
 from sinkexport.serve.metrics import CONTENT_TYPE, Metrics
+from sinkexport.serve.prompts import Prompts
 from sinkexport.serve.protocol import ChatRequest, CompletionRequest, Request
 from sinkexport.serve.responses import Form
 from sinkexport.serve.settings import Limits
@@ -31,13 +31,11 @@ R = TypeVar("R", bound=Request)
 
 
 def create_app(
-    engine: Engine, tokenizer: Tokenizer, metrics: Metrics, limits: Limits, *, model: str, batch: int,
-    api_key: str | None, require_pinned: Callable[[str], None] | None,
+    engine: Engine, prompts: Prompts, metrics: Metrics, limits: Limits, *, model: str, batch: int, api_key: str | None,
 ) -> FastAPI:  # fmt: skip
     """The application over a running engine.
 
-    model: what clients call it. batch: B, streams of the session. require_pinned: raises UsageError for a system
-    message that the sinks do not keep; None: any is welcome.
+    model: what clients call it. batch: B, streams of the session.
     """
     app = FastAPI(openapi_url=None)  # its pages of documentation would load scripts from elsewhere
     app.add_middleware(Guard, metrics=metrics, api_key=api_key, max_body_bytes=limits.max_body_bytes)
@@ -49,19 +47,12 @@ def create_app(
     async def chat(http: HttpRequest) -> Response:
         body = await _read(http, ChatRequest)
 
-        def render(new: bool) -> list[int]:
-            if require_pinned is not None:
-                for message in body.messages:
-                    if message.plain["role"] == "system":
-                        require_pinned(message.plain["content"])
-            return chat_ids(tokenizer, body, new)
-
-        return await answer(http, body, render, chat=True)
+        return await answer(http, body, lambda new: prompts.chat(body, new), chat=True)
 
     @app.post("/v1/completions")
     async def completions(http: HttpRequest) -> Response:
         body = await _read(http, CompletionRequest)
-        return await answer(http, body, lambda new: completion_ids(tokenizer, body, new), chat=False)
+        return await answer(http, body, lambda new: prompts.completion(body, new), chat=False)
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -111,31 +102,6 @@ def create_app(
 
     _handle_errors(app)
     return app
-
-
-def chat_ids(tokenizer: Tokenizer, body: ChatRequest, new: bool) -> list[int]:
-    """The prompt of a chat: all messages, or one more turn of a conversation that has begun.
-
-    Raises: UsageError, ApiError.
-    """
-    messages = [message.plain for message in body.messages]
-    if new:
-        return tokenizer.encode(tokenizer.render_chat(messages), special=False)
-    if len(messages) != 1 or messages[0]["role"] != "user":
-        roles = ", ".join(message["role"] for message in messages)
-        raise ApiError(400, f"messages: received {roles}, expected one user message: conversation "
-                       f"'{body.conversation}' has begun and knows the earlier ones", param="messages")  # fmt: skip
-    return tokenizer.encode_next(tokenizer.render_next_turn(messages[0]["content"]))
-
-
-def completion_ids(tokenizer: Tokenizer, body: CompletionRequest, new: bool) -> list[int]:
-    """The prompt of a completion: ids as they are, or a text.
-
-    Raises: UsageError.
-    """
-    if isinstance(body.prompt, str):
-        return tokenizer.encode(body.prompt) if new else tokenizer.encode_next(body.prompt)
-    return [int(token) for token in body.prompt if isinstance(token, int)]
 
 
 async def _read(http: HttpRequest, kind: type[R]) -> R:

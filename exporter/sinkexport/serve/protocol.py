@@ -57,7 +57,8 @@ class StreamOptions(_Strict):
 class Request(_Strict):
     """What both kinds of requests share.
 
-    top_k, repetition_penalty, ignore_eos and conversation are not OpenAI's. `user`, `metadata` and the like change
+    top_k, repetition_penalty, ignore_eos, conversation and allow_special are not OpenAI's; allow_special: let names of
+    special tokens in texts become those tokens, None for the server's choice. `user`, `metadata` and the like change
     nothing of an answer and are taken and not used.
     """
 
@@ -84,6 +85,7 @@ class Request(_Strict):
     repetition_penalty: float = Field(default=1.0, gt=0, le=100)
     ignore_eos: bool = False
     conversation: str | None = Field(default=None, pattern=NAME_PATTERN)
+    allow_special: bool | None = None
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Request:
@@ -114,7 +116,7 @@ class Request(_Strict):
 
 
 class ChatRequest(Request):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. chat_template_kwargs: variables of the chat template, such as enable_thinking."""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -125,6 +127,7 @@ class ChatRequest(Request):
     parallel_tool_calls: bool | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     modalities: list[Literal["text"]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def max_answer_tokens(self) -> int | None:

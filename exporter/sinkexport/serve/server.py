@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -13,6 +14,7 @@ from sinkrt import Session
 from sinkexport.serve.app import create_app
 from sinkexport.serve.engine import Engine
 from sinkexport.serve.metrics import Metrics
+from sinkexport.serve.prompts import Prompts
 from sinkexport.serve.settings import Limits
 
 KEEP_ALIVE_S = 30
@@ -22,22 +24,27 @@ class Server:
     """A server over `session`, which nobody else may use while it runs.
 
     model_name: what clients call the model; None for the bundle's name of it. pin_system: refuse system messages that
-    the sinks do not keep for ever.
+    the sinks do not keep for ever. template_args: variables of the chat template. allow_special: let names of special
+    tokens in texts become those tokens. Requests may say otherwise of both.
 
     Raises: UsageError if the bundle has no tokenizer.
     """
 
     def __init__(
         self, session: Session, limits: Limits, *, model_name: str | None = None, api_key: str | None = None,
-        pin_system: bool = False, log_requests: bool = False,
+        pin_system: bool = False, log_requests: bool = False, template_args: Mapping[str, Any] | None = None,
+        allow_special: bool = False,
     ) -> None:  # fmt: skip
+        if template_args:  # a variable that the template does not read is refused now, not with every request
+            session.tokenizer.render_chat([{"role": "user", "content": "?"}], template_args=template_args)
         self.model = model_name or session.manifest.model.name
         metrics = Metrics()
         self.engine = Engine(session, limits, metrics)
+        self._prompts = Prompts(session.tokenizer, dict(template_args or {}), allow_special,
+                                session.require_pinned if pin_system else None)  # fmt: skip
         self.app = create_app(
-            self.engine, session.tokenizer, metrics, limits, model=self.model, batch=session.batch, api_key=api_key,
-            require_pinned=session.require_pinned if pin_system else None,
-        )  # fmt: skip
+            self.engine, self._prompts, metrics, limits, model=self.model, batch=session.batch, api_key=api_key
+        )
         self.app.router.lifespan_context = self._lifespan
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(
@@ -69,4 +76,5 @@ class Server:
         try:
             yield
         finally:
+            self._prompts.close()
             self.engine.stop()
