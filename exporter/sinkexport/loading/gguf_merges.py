@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 
 from sinkrt.errors import UsageError
 
-from sinkexport.loading.gguf_vocab import Vocabulary, refused
+from sinkexport.loading.gguf_vocab import TokenType, Vocabulary, refused
 
 Pair = tuple[str, str]
 
@@ -38,8 +39,8 @@ def scored_merges(vocabulary: Vocabulary) -> list[Pair]:
     """The merges that give what SentencePiece's BPE gives: of all neighbours that make a token the pair with the highest
     score goes first, the leftmost of equal ones.
 
-    `tokenizers` wants one order of all pairs. Pairs with equal scores that can meet in a text (the second part of one
-    is the first part of the other) are put in the order in which the leftmost goes first.
+    `tokenizers` wants one order of all pairs. Pairs of different tokens with one score that can meet in a text (the
+    second part of one is the first part of the other) are put in the order in which the leftmost goes first.
 
     Raises: UsageError if there are no scores, if there is no such order, and for a token made of a character that is
     none: there a merge would begin with what has no id.
@@ -47,28 +48,53 @@ def scored_merges(vocabulary: Vocabulary) -> list[Pair]:
     ids, scores = vocabulary.ids, vocabulary.scores
     if not scores:
         raise refused("a SentencePiece vocabulary without tokenizer.ggml.scores", "scores, which order the merges")
+    splits = _splits(vocabulary)
     by_score: dict[float, list[Pair]] = {}
-    reached: set[str] = set()
-    for text in sorted((text for text in ids if len(text) > 1), key=len):
-        splits = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
-        splits = [pair for pair in splits if all(len(part) == 1 or part in reached for part in pair)]
-        if not splits:
-            continue
-        reached.add(text)
-        for part in (part for pair in splits for part in pair):
+    highest_with: dict[str, float] = {}  # part -> the highest score that a merge with it has
+    for text, pairs in splits.items():
+        score = scores[ids[text]]
+        by_score.setdefault(score, []).extend(pairs)
+        for part in {part for pair in pairs for part in pair}:
+            highest_with[part] = max(score, highest_with.get(part, score))
+    out: list[Pair] = []
+    for score in sorted(by_score, reverse=True):
+        pairs = by_score[score]
+        tokens = {first + second for first, second in pairs}
+        if len(tokens) == 1:
+            out += pairs
+        elif len({character for text in tokens for character in text}) == 1:
+            out += _runs(pairs)
+        else:  # what is merged must not make a merge that goes before others of this score, or among them
+            if leading := [text for text in tokens if highest_with.get(text, -math.inf) >= score]:
+                raise _unordered(leading)
+            out += _leftmost_first(pairs)
+    return out
+
+
+def _splits(vocabulary: Vocabulary) -> dict[str, list[Pair]]:
+    """Token -> the pairs that make it, of tokens that can come about themselves.
+
+    Control tokens and those for bytes never come from text, as with SentencePiece. (llama.cpp lets text become control
+    tokens, where merges lead to one.) What users defined is cut out of a text before, unless it has a ``▁`` that is a
+    space in the text.
+    """
+    ids, types = vocabulary.ids, vocabulary.types
+    made = [text for text, index in ids.items() if len(text) > 1 and (types[index] in (TokenType.NORMAL, TokenType.UNUSED)
+            or types[index] == TokenType.USER_DEFINED and "▁" in text)]  # fmt: skip
+    out: dict[str, list[Pair]] = {}
+    for text in sorted(made, key=len):
+        pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
+        pairs = [pair for pair in pairs if all(len(part) == 1 or part in out for part in pair)]
+        for part in (part for pair in pairs for part in pair):
             if part not in ids:
                 raise refused(f"the token {text!r} and none for {part!r}", "a token for each character of a token")
-        by_score.setdefault(scores[ids[text]], []).extend(splits)
-    return [pair for score in sorted(by_score, reverse=True) for pair in _leftmost_first(by_score[score])]
+        if pairs:
+            out[text] = pairs
+    return out
 
 
-def _leftmost_first(pairs: Sequence[Pair]) -> Iterable[Pair]:
+def _leftmost_first(pairs: Sequence[Pair]) -> list[Pair]:
     """Pairs of one score, ordered so that of two that share a neighbour the left one comes first."""
-    tokens = {first + second for first, second in pairs}
-    if len(tokens) == 1:
-        return pairs
-    if len({character for text in tokens for character in text}) == 1:
-        return _runs(pairs)
     by_second: dict[str, list[Pair]] = {}
     for pair in pairs:
         by_second.setdefault(pair[1], []).append(pair)
@@ -86,8 +112,7 @@ def _runs(pairs: Sequence[Pair]) -> list[Pair]:
     so too, if the lengths allow for it, which is tried out.
     """
     sizes = [(len(first), len(second)) for first, second in pairs]
-    order = sorted(sizes, key=lambda size: (size[0] != size[1], -size[0], -size[1]) if size[0] != size[1] else
-                   (False, size[0], 0))  # fmt: skip
+    order = sorted(sizes, key=lambda size: (0, size[0]) if size[0] == size[1] else (1, -size[0], -size[1]))
     ranks = {size: rank for rank, size in enumerate(order)}
     for count in range(2, 4 * max(map(sum, sizes)) + 2):
         if _merged([1] * count, lambda left, right: ranks.get((left, right))) != _merged(

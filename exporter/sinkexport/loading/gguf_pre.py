@@ -67,8 +67,12 @@ _DEEPSEEK_LETTERS = _characters(
     " A680-A69B A722-A76F A771-A787 A78B-A78E AB70-ABBF FB00-FB06 FB13-FB17 FF21-FF3A FF41-FF5A 10400-1044F"
     " 104B0-104D3 104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF 1E900-1E943"
 )
-_DEEPSEEK_SIGNS = _characters("21-2F 3A-7E FF01-FF0F FF1A-FF5E 2018-201F 3000-3002")
-_DEEPSEEK_CJK = f"[{_characters('4E00-9FA5 800-4E00 AC00-D7FF')}]+"
+# llama.cpp takes white space out of classes like these two: U+3000 and others are in DeepSeek's own tokenizer.json.
+_DEEPSEEK_SIGNS = _characters("21-2F 3A-7E FF01-FF0F FF1A-FF5E 2018-201F 3001-3002")
+_DEEPSEEK_FAR = _characters(
+    "800-167F 1681-1FFF 200B-2027 202A-202E 2030-205E 2060-2FFF 3001-9FA5 AC00-D7FF"
+)
+_DEEPSEEK_CJK = f"[{_DEEPSEEK_FAR}]+"
 _DEEPSEEK_LLM = (
     r"[\r\n]",
     rf"\s?[{_DEEPSEEK_LETTERS}]+",
@@ -117,7 +121,8 @@ _KIMI = rf"[{_HAN}]+|{_HEAD}[^\P{{L}}{_HAN}]+{_SHORT}?|{_DIGITS}|{_SIGNS}|{_LINE
 _SHRINKING_SPACE = "|".join(rf"\s{{{count}}}(?!\S)" for count in (512, 256, 128, 64, 32, 16, 8, 4))
 _JAIS2 = rf"{_SHORT}|{_WORD}|{_DIGITS}|{_SIGNS}|\s*[\r\n]+|{_SHRINKING_SPACE}|\s{{1,2}}(?!\S)|\s"
 _QWEN35 = rf"{_SHORT}|{_HEAD}[\p{{L}}\p{{M}}]+|{_DIGIT}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_LINES}"
-_K2_HORIZON = f"{_SHORT}|{_HEAD}[\\p{{L}}\\p{{M}}\u200c\u200d]+|{_DIGITS}|{_SIGNS}|{_LINES}"
+_K2_SHORT = _SHORT.replace("sS", "sS\u017f")  # long s too
+_K2_HORIZON = f"{_K2_SHORT}|{_HEAD}[\\p{{L}}\\p{{M}}\u200c\u200d]+|{_DIGITS}|{_SIGNS}|{_LINES}"
 _BAILING = rf"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|{_WORD}|{_DIGIT}|{_SIGNS}|\s*[\r\n]|{_SPACE}"
 _SEED_CODER = rf"{_SHORT}|{_WORD}|{_DIGIT}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_LINES}"
 _EXAONE_MOE = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any
@@ -90,6 +91,8 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
         raise refused(f"the token {twice!r} for two ids", "one id for each token")
     types = list(_list(file, "token_type", int, len(tokens))) or [TokenType.NORMAL] * len(tokens)
     scores = _list(file, "scores", (int, float), len(tokens))
+    if any(math.isnan(score) for score in scores):
+        raise refused(f"a score in {KEY}scores that is no number", "numbers")
     special = _special_ids(file, len(tokens))
     return Vocabulary(tokens, ids, types, scores, special, _ends(ids, types, special))
 
