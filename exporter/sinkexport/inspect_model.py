@@ -76,6 +76,8 @@ def inspect_model(source: str) -> ModelReport:
     tensors = read("tensors", model_tensors, origin)
     loaded = read("tokenizer", load_tokenizer, source)
     rows = _embedding_rows(tensors or (), config)
+    if config is None and tensors is None and loaded is None:  # nothing at all: the first reason is what matters
+        raise UsageError(refused[0][1])
     tokenizer = loaded if loaded is None else read("tokenizer", _fitted, loaded, rows)
     generation = read("generation config", load_generation_config, source)
     facts: Facts = {

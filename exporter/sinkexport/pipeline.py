@@ -39,7 +39,7 @@ from sinkexport.bundle import (
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.build import BuiltGraph, build_graph
 from sinkexport.graph.passes.plugin_operators import refuse_geometry
-from sinkexport.loading.source_tokenizer import SourceTokenizer, as_source_tokenizer
+from sinkexport.loading.source_tokenizer import SourceTokenizer
 from sinkexport.loading.tokenizer_checks import check_template, check_tokens, fitted, opening_size
 from sinkexport.loading.turn_ends import beginning_id, end_ids
 from sinkexport.model.decoder import StreamStep, trace
@@ -236,7 +236,7 @@ def _checked_tokenizer(loaded: LoadedModel, config: ExportConfig) -> SourceToken
     Raises: UsageError for one that does not belong to the model, or has a broken chat template.
     """
     num_rows = loaded.model.get_input_embeddings().weight.shape[0]
-    tokenizer = as_source_tokenizer(loaded.tokenizer)
+    tokenizer = loaded.tokenizer
     if tokenizer is not None:
         tokenizer = fitted(tokenizer, num_rows)
         check_tokens(tokenizer)

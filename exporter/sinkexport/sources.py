@@ -24,12 +24,21 @@ class LoadedModel:
     """A model in evaluation mode on the CPU, its tokenizer if the source has one, and a name for the manifest.
 
     origin: where its weights lie on the disk; None: a model that was made in memory.
+    A fast tokenizer of transformers, or one of 'tokenizers', is taken over as it is.
+
+    Raises: UsageError for a tokenizer that is none of these.
     """
 
     model: Any
     tokenizer: SourceTokenizer | None
     name: str
     origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is not None:
+            from sinkexport.loading.source_tokenizer import as_source_tokenizer
+
+            object.__setattr__(self, "tokenizer", as_source_tokenizer(self.tokenizer))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -244,6 +244,9 @@ def test_tokenizers_in_memory_are_taken_too() -> None:
     assert (ours.chat_template, dict(ours.special_tokens)) == ("C", {"eos_token": "<|im_end|>"})
     assert len(ours.encode("12345")) == 5
     assert as_source_tokenizer(ours) is ours
+    taken = LoadedModel(None, theirs, "x").tokenizer  # type: ignore[arg-type]
+    assert taken is not None
+    assert taken.encode("12345") == ours.encode("12345")
     with pytest.raises(UsageError, match="tokenizer: received object"):
         as_source_tokenizer(object())
 

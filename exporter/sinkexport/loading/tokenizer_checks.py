@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 from sinkrt.errors import SinkError, UsageError, problem
 
@@ -58,7 +57,7 @@ def check_tokens(tokenizer: SourceTokenizer) -> None:
     Raises: UsageError naming the first that do not.
     """
     wrong = []
-    listed = {token["content"]: token["id"] for token in json.loads(tokenizer.library.to_str())["added_tokens"]}
+    listed = {token.content: number for number, token in tokenizer.library.get_added_tokens_decoder().items()}
     if tokenizer.tokenizer_json is not None:  # the library numbers tokens anew where ids before them are missing
         listed |= {token["content"]: token["id"] for token in TokenizerJson(tokenizer.tokenizer_json).tokens.values()}
     for text, number in listed.items():
