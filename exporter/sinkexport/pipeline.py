@@ -235,9 +235,9 @@ def _checked_tokenizer(loaded: LoadedModel, config: ExportConfig) -> SourceToken
 
     Raises: UsageError for one that does not belong to the model, or has a broken chat template.
     """
-    num_rows = loaded.model.get_input_embeddings().weight.shape[0]
-    tokenizer = loaded.tokenizer
+    tokenizer, num_rows = loaded.tokenizer, 0
     if tokenizer is not None:
+        num_rows = loaded.model.get_input_embeddings().weight.shape[0]
         tokenizer = fitted(tokenizer, num_rows)
         check_tokens(tokenizer)
         check_template(tokenizer)
@@ -315,11 +315,11 @@ def _check_calibration(model: Any, config: ExportConfig) -> None:
 
 def _special_ids(model: Any, tokenizer: SourceTokenizer | None) -> tuple[int | None, tuple[int, ...]]:
     """The beginning of a text and the ends of a turn. Raises: UsageError for ids outside the vocabulary."""
-    head = model.get_output_embeddings() or model.get_input_embeddings()
-    num_tokens = head.weight.shape[0]
-    generation = getattr(model, "generation_config", None)
-    found = (beginning_id(tokenizer, model.config.get_text_config(), num_tokens),
-             end_ids(tokenizer, model.config.get_text_config(), generation, num_tokens))  # fmt: skip
+    config = model.config.get_text_config()
+    head = getattr(getattr(model, "lm_head", None), "weight", None)
+    num_tokens = config.vocab_size if head is None else head.shape[0]  # lm_head has another name in some models
+    found = (beginning_id(tokenizer, config, num_tokens),
+             end_ids(tokenizer, config, getattr(model, "generation_config", None), num_tokens))  # fmt: skip
     if tokenizer is not None:
         tokenizer.close()  # no more templates from here on
     return found
