@@ -199,6 +199,13 @@ def test_chat_templates_by_name(tmp_path: Path) -> None:
     assert file.files["chat_template.jinja"] == b"J"
 
 
+def test_tokens_around_a_text_have_the_ids_of_the_vocabulary(tmp_path: Path) -> None:
+    data = json.loads(spaced().to_str())
+    data["post_processor"]["special_tokens"]["<s>"]["ids"] = [7]
+    with pytest.raises(UsageError, match=r"'<s>' to \[7\] around a text instead of 1"):
+        check_tokens(loaded(write_folder(tmp_path, data)))
+
+
 # --- against the model ------------------------------------------------------------------------------------------------
 
 
@@ -415,6 +422,7 @@ def test_vocabulary_files_give_the_trained_tokenizer_s_ids(name: str, tmp_path: 
     for text in TEXTS:
         assert ours.encode(text) == source.encode(text).ids, text
     assert ours.encode("<|im_end|>") == [2]
+    assert ours.encode("<|endoftext|>") == [0]  # special for its class, though no file says so
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from click.testing import CliRunner
 from sinkexport.cli import cli
@@ -95,13 +96,18 @@ def test_a_phi_3_chat_ends(tmp_path: Path) -> None:
         tokenizer(TEMPLATES["phi 3"][0]), special_tokens={"bos_token": "<s>", "eos_token": "<|endoftext|>"}
     )
     net = model(eos_token_id=number("<|endoftext|>"))
-    net.lm_head.weight.data.zero_()
-    net.lm_head.weight.data[number("<|end|>")] = 1e-3  # whatever comes, the end is likeliest where the sum is positive
-    net.model.norm.weight.data.abs_()
+    prompt = own.encode("<s><|user|>\nHi<|end|>\n<|assistant|>\n", special=False)
+    with torch.no_grad():  # the likeliest token after the prompt is <|end|>, by far
+        last = net.model(torch.tensor([prompt])).last_hidden_state[0, -1]
+        net.lm_head.weight[number("<|end|>")] = 10 * last
     manifest = export_loaded(LoadedModel(net, own, "tiny"), tmp_path / "bundle", CONFIG)
     assert manifest.model.eos_token_ids == (number("<|end|>"), number("<|endoftext|>"))
     with Session.load(tmp_path / "bundle", threads=1) as session:
-        assert set(session.manifest.model.eos_token_ids) == {number("<|end|>"), number("<|endoftext|>")}
+        chat = session.tokenizer.render_chat([{"role": "user", "content": "Hi"}])
+        ids = session.tokenizer.encode(chat, special=False)
+        assert ids == prompt
+        assert "".join(session.generate(ids, max_tokens=5, temperature=0)) == ""
+        assert session.position <= len(ids) + 1  # one token of an answer, and it ends the turn
 
 
 def test_a_folder_with_a_list_in_generation_config(tmp_path: Path) -> None:

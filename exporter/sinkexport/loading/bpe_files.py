@@ -19,6 +19,8 @@ from sinkexport.loading.source_tokenizer import one_line
 from sinkexport.loading.tokenizer_corpus import TEXTS, compare
 from sinkexport.loading.tokenizer_files import TokenizerFiles
 
+END = "<|endoftext|>"
+"""What all of `CLASSES` take for a special token, even if tokenizer_config.json does not name it."""
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -71,6 +73,7 @@ def from_bpe_files(files: TokenizerFiles) -> bytes:
     sampled = [reference.text(piece) for piece in list(vocabulary)[:: max(1, len(vocabulary) // 400)]]
     compare(lambda text: library.encode(text, add_special_tokens=False).ids, reference.encode,
             [*TEXTS, *sampled, " ".join(sampled[::7])], VOCABULARY_FILE, "byte-level BPE")  # fmt: skip
+    library.add_special_tokens([text for text in (END,) if text in vocabulary])
     return library.to_str(pretty=True).encode()
 
 

@@ -57,9 +57,12 @@ def check_tokens(tokenizer: SourceTokenizer) -> None:
     Raises: UsageError naming the first that do not.
     """
     wrong = []
-    listed = {token.content: number for number, token in tokenizer.library.get_added_tokens_decoder().items()}
-    if tokenizer.tokenizer_json is not None:  # the library numbers tokens anew where ids before them are missing
-        listed |= {token["content"]: token["id"] for token in TokenizerJson(tokenizer.tokenizer_json).tokens.values()}
+    # From the file, if there is one: the library numbers tokens anew where ids before them are missing.
+    file = TokenizerJson(tokenizer.tokenizer_json or tokenizer.library.to_str().encode())
+    listed = {token["content"]: token["id"] for token in file.tokens.values()}
+    for text, numbers in file.template_tokens().items():  # which have ids of their own in the file
+        if numbers != [tokenizer.token_id(text)]:
+            wrong.append(f"{text!r} to {numbers} around a text instead of {tokenizer.token_id(text)}")
     for text, number in listed.items():
         if text and tokenizer.encode(text, special=False) != [number]:
             wrong.append(f"{text!r} to {tokenizer.encode(text, special=False)[:4]} instead of {number}")

@@ -110,6 +110,19 @@ class TokenizerJson:
         self.tokens = {token["content"]: token for token in self.data["added_tokens"]}
         self.is_changed = True
 
+    def template_tokens(self) -> dict[str, list[int]]:
+        """The tokens that are put around a text, and the ids that they have there."""
+        found: dict[str, list[int]] = {}
+        for step in self._steps():
+            if step.get("type") == "TemplateProcessing":
+                found |= {text: list(token["ids"]) for text, token in step["special_tokens"].items()}
+        return found
+
+    def _steps(self) -> list[dict[str, Any]]:
+        """What the post-processor does, sequences unfolded."""
+        before = self.data.get("post_processor") or {}
+        return list(before["processors"]) if before.get("type") == "Sequence" else [before] if before else []
+
     def set_beginning(self, bos: tuple[str, int], wanted: bool) -> None:
         """Have texts begin with the token `bos`, text and id, or not."""
         text, number = bos
@@ -119,8 +132,7 @@ class TokenizerJson:
         ]  # fmt: skip
         if begins == wanted:
             return
-        before = self.data.get("post_processor") or {}
-        steps = before["processors"] if before.get("type") == "Sequence" else [before] if before else []
+        steps = self._steps()
         if wanted:
             sequence: list[dict[str, Any]] = [{"SpecialToken": {"id": text, "type_id": 0}}, _sequence("A")]
             steps = [*steps, {
