@@ -10,23 +10,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
+from sinkrt.chat_messages import Message, Wants, message_text, shaped
 from sinkrt.errors import BundleError, UsageError, problem
-from sinkrt.template_process import TIME_LIMIT_S, TemplateFailure, TemplateProcess
+from sinkrt.template_process import TIME_LIMIT_S, TemplateFailure, TemplateProcess, require_jinja
 from sinkrt.template_worker import environment
 
 MAX_TEMPLATE_CHARACTERS = 2**20
+RETRY_S = 60.0
+"""How long a template that has failed as a whole is not tried again."""
 RESERVED_ARGS = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception",
      "strftime_now", "dict", "namespace", "range", "lipsum", "cycler", "joiner", "self", "caller", "varargs", "kwargs",
      "loop")
 )  # fmt: skip
 """Variables of a template that are not the user's to set, besides the special tokens."""
-
-Message = Mapping[str, Any]
-Wants = Literal["text", "parts"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens or {})
         self._process = TemplateProcess(source, time_limit_s)
         self._facts: TemplateFacts | None = None
-        self._failure: str | None = None
+        self._failure: tuple[str, float] | None = None  # the reason, and when to try again
         self._word = "q" + secrets.token_hex(8)  # begins every marker: no text of a template or a user has it
 
     @property
@@ -79,14 +80,14 @@ class ChatTemplate:
 
         Raises: UsageError if it cannot be rendered at all: too slow, too large, unknown filters.
         """
-        if self._failure is not None:  # a template that hangs must not be tried for every message
-            raise self._broken(self._failure)
         if self._facts is None:
+            if self._failure is not None and time.monotonic() < self._failure[1]:
+                raise self._broken(self._failure[0])  # a template that hangs must not be tried for every message
             try:
                 self._facts = self._probe()
             except TemplateFailure as failure:
-                self._failure = str(failure)
-                raise self._broken(self._failure) from None
+                self._failure = str(failure), time.monotonic() + RETRY_S
+                raise self._broken(str(failure)) from None
         return self._facts
 
     def literals(self) -> str:
@@ -110,13 +111,13 @@ class ChatTemplate:
         """
         wants = self.facts.wants
         markers = self._markers(len(messages))
-        jobs = [self._job([_shaped(m, wants) for m in messages], add_generation_prompt, args)]
+        jobs = [self._job([shaped(m, wants) for m in messages], add_generation_prompt, args)]
         if check and messages:
             marked = [
                 {**m, "content": marker if message_text(m).strip() else ""}
                 for m, marker in zip(messages, markers, strict=True)
             ]
-            jobs.append(self._job([_shaped(m, wants) for m in marked], add_generation_prompt, args))
+            jobs.append(self._job([shaped(m, wants) for m in marked], add_generation_prompt, args))
         rendered, *others = self._renderings(jobs)
         text = self._text(rendered)
         if others:
@@ -244,7 +245,7 @@ class ChatTemplate:
         ]  # fmt: skip
         modes: tuple[Wants, ...] = ("text", "parts")
         jobs = [
-            self._job([_shaped(m, wants) for m in messages], generate, None)
+            self._job([shaped(m, wants) for m in messages], generate, None)
             for wants in modes
             for messages, generate in conversations
         ]
@@ -265,14 +266,6 @@ class ChatTemplate:
             wants, has_user, has_system, None if has_system else system.get("error"), keeps_history,
             after[len(before) :] if after.startswith(before) else "", closing, variables,
         )  # fmt: skip
-
-
-def message_text(message: Message) -> str:
-    """The text of a message, its parts put together; "" if it has none."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
-    return "" if content is None else str(content)
 
 
 def choose_template(templates: Any) -> str | None:
@@ -309,18 +302,6 @@ def parse_template_args(texts: Iterable[str]) -> dict[str, Any]:
     return args
 
 
-def _shaped(message: Message, wants: Wants) -> dict[str, Any]:
-    """A message as the template wants it. Fields that are None are left out, as in transformers."""
-    shaped = {key: value for key, value in message.items() if value is not None}
-    content = shaped.get("content")
-    if isinstance(content, list) and any(part.get("type", "text") != "text" for part in content):
-        return shaped
-    if content is not None:
-        text = message_text(message)
-        shaped["content"] = [{"type": "text", "text": text}] if wants == "parts" else text
-    return shaped
-
-
 def _has(rendering: Mapping[str, str], *markers: str) -> bool:
     """Whether a rendering shows all markers, and not as Python or JSON writes a list of parts."""
     text = rendering.get("text", "").lower()
@@ -331,13 +312,14 @@ def _has(rendering: Mapping[str, str], *markers: str) -> bool:
 def _check_syntax(source: str) -> None:
     """Parse only: nothing of the template runs, not even sums of constants.
 
-    Raises: BundleError.
+    Raises: BundleError; UsageError for a Jinja that is too old.
     """
     if len(source) > MAX_TEMPLATE_CHARACTERS:
         raise BundleError(
             problem("chat template", received=f"{len(source)} characters",
                     expected=f"at most {MAX_TEMPLATE_CHARACTERS}", fix="export the model again")
         )  # fmt: skip
+    require_jinja()
     try:
         environment().parse(source)
     except Exception as error:  # RecursionError and ValueError besides Jinja's own

@@ -19,6 +19,8 @@ from sinkrt.errors import UsageError, problem
 TIME_LIMIT_S = 10.0
 """Longest time for one request to the process."""
 MAX_RESPONSE_BYTES = 2**29
+KEPT_ENVIRONMENT = ("TZ", "TZDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
+"""What the process gets of the environment: enough to start Python and to tell the time, and no keys."""
 LEAST_JINJA = (3, 1, 6)
 """Older versions have known ways out of the sandbox (CVE-2024-56326, CVE-2025-27516)."""
 
@@ -147,6 +149,7 @@ def _start(time_limit_s: float) -> subprocess.Popen[bytes]:
         return subprocess.Popen(  # noqa: S603 - this very interpreter and a file of this package
             [sys.executable, "-I", "-S", "-B", str(script), options],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env={name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ},
         )  # fmt: skip
     except OSError as error:
         raise UsageError(

@@ -11,7 +11,8 @@ from typing import Any
 
 import tokenizers
 
-from sinkrt.chat_template import ChatTemplate, TemplateFacts, choose_template, message_text
+from sinkrt.chat_messages import joined, message_text
+from sinkrt.chat_template import ChatTemplate, TemplateFacts, choose_template
 from sinkrt.contract import Manifest
 from sinkrt.errors import BundleError, UsageError, problem
 from sinkrt.special_text import ControlTokens, Marks, PlainEncoder, pattern, split, texts_in
@@ -43,7 +44,9 @@ class Tokenizer:
         self._newline = self.encode("\n", special=False)
         added = tokenizer.get_added_tokens_decoder().items()
         self._special_names = {i: token.content for i, token in added if token.special}
-        self._special = pattern(ControlTokens.of(tokenizer).special)
+        self._special_control = ControlTokens.of(tokenizer)
+        self._special = pattern(self._special_control.special)
+        self._plain_encoders: dict[ControlTokens, PlainEncoder] = {}
 
     @classmethod
     def load(cls, bundle: Path, manifest: Manifest) -> Tokenizer:
@@ -129,7 +132,8 @@ class Tokenizer:
         if self.special_in(text) is None:
             return self.encode_next(text) if begun else self.encode(text)
         if not allow_special:
-            return self._plain_ids(split(text, self._special), special=not begun, begun=begun)
+            pieces = split(text, self._special)
+            return self._plain_ids(pieces, self._special_control, special=not begun, begun=begun)
         if begun:
             return self.encode_next(text)
         ids, start = self.encode(text, special=False), self._start
@@ -149,12 +153,15 @@ class Tokenizer:
         """The id of the special token of that name, or None."""
         return next((i for i, other in self._special_names.items() if other == name), None)
 
-    def _plain_ids(self, pieces: list[tuple[str, bool]], *, special: bool = False, begun: bool) -> list[int]:
+    def _plain_ids(
+        self, pieces: list[tuple[str, bool]], control: ControlTokens, *, special: bool = False, begun: bool
+    ) -> list[int]:
         """Ids of a text in pieces, of which some are the user's own, as `encode` or `encode_next` gives them."""
+        encoder = self._plain_encoder(control)
         with _utf8_errors():
-            ids = self._plain.encode([("\n", False), *pieces] if begun else pieces, special=special)
+            ids = encoder.encode([("\n", False), *pieces] if begun else pieces, special=special)
             if begun and ids[: len(self._newline)] != self._newline:
-                return self._plain.encode(pieces, special=special)
+                return encoder.encode(pieces, special=special)
         return ids[len(self._newline) :] if begun else ids
 
     # --- ids to text ---
@@ -190,11 +197,13 @@ class Tokenizer:
 
         Raises: UsageError as `render_chat`.
         """
+        messages = [joined(message) for message in messages]  # two parts can make a control token together
         render = functools.partial(self._the_template.render, add_generation_prompt=add_generation_prompt)
         text = render(messages, args=template_args)
         if allow_special or not self._has_control(messages, template_args):
             return self.encode(text, special=False)
-        return self._plain_ids(self._pieces(text, messages, template_args, render), begun=False)
+        pieces = self._pieces(text, messages, template_args, render)
+        return self._plain_ids(pieces, self._chat_control, begun=False)
 
     def next_turn_ids(
         self, message: str, *, template_args: Mapping[str, Any] | None = None, allow_special: bool = False
@@ -211,7 +220,8 @@ class Tokenizer:
         text = render(messages, args=template_args, check=True)
         if allow_special or not self._has_control(messages, template_args):
             return self.encode_next(text)
-        return self._plain_ids(self._pieces(text, messages, template_args, render), begun=True)
+        pieces = self._pieces(text, messages, template_args, render)
+        return self._plain_ids(pieces, self._chat_control, begun=True)
 
     def opening_size(self, system: str, *, template_args: Mapping[str, Any] | None = None) -> int:
         """Tokens with which every conversation under this system message begins, up to the user's first words.
@@ -250,21 +260,14 @@ class Tokenizer:
         return self._template
 
     @functools.cached_property
-    def _literals(self) -> str:
-        """What the chat template writes by itself; "" without one, or with one that fails."""
-        try:
-            return "" if self._template is None else self._template.literals()
-        except UsageError:
-            return ""
+    def _chat_control(self) -> ControlTokens:
+        """Control tokens, those too that are such only because the chat template writes them."""
+        return ControlTokens.of(self._tokenizer, self._the_template.literals())
 
-    @functools.cached_property
-    def _control(self) -> ControlTokens:
-        """Control tokens, those too that are such only because the template writes them."""
-        return ControlTokens.of(self._tokenizer, self._literals)
-
-    @functools.cached_property
-    def _plain(self) -> PlainEncoder:
-        return PlainEncoder(self._tokenizer, self._control)
+    def _plain_encoder(self, control: ControlTokens) -> PlainEncoder:
+        if control not in self._plain_encoders:
+            self._plain_encoders[control] = PlainEncoder(self._tokenizer, control)
+        return self._plain_encoders[control]
 
     @functools.cached_property
     def _start(self) -> list[int]:
@@ -273,7 +276,7 @@ class Tokenizer:
         return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(text)] == text), [])
 
     def _has_control(self, messages: Sequence[Mapping[str, Any]], args: Mapping[str, Any] | None) -> bool:
-        control = pattern(self._control.all)
+        control = pattern(self._chat_control.all)
         return any(control.search(text) for text in texts_in([*messages, args or {}]))
 
     def _pieces(
@@ -286,10 +289,11 @@ class Tokenizer:
 
         Raises: UsageError if they are not in `text` as they were written.
         """
-        control, marks = self._control, Marks([*texts_in([*messages, args or {}]), text])
+        control, marks = self._chat_control, Marks([*texts_in([*messages, args or {}]), text])
         everything = pattern(control.all)
         # What a model has said may hold tokens that its template looks for (</think>), and marks would hide them.
-        written = {name for name in control.special if name in self._literals}
+        literals = self._the_template.literals()
+        written = {name for name in control.special if name in literals}
         for said in (control.special, control.special - written):
             own = {"assistant": pattern(said)}
             marked = [marks.put(message, own.get(message["role"], everything)) for message in messages]

@@ -15,6 +15,8 @@ from sinkexport.serve.errors import ApiError
 from sinkexport.serve.protocol import ChatRequest, CompletionRequest, Request
 
 CHAT_THREADS = 2
+LOOK_S = 0.5
+"""How often a request whose prompt takes long looks whether the server is to end."""
 logger = logging.getLogger("sinkexport.serve")
 
 
@@ -22,17 +24,20 @@ class Prompts:
     """Encodes prompts.
 
     template_args: variables of the chat template, which a request may change one by one. allow_special: whether names
-    of special tokens in texts become those tokens, for requests that do not say. require_pinned: as of `create_app`.
+    of special tokens in texts become those tokens, for requests that do not say. require_pinned: raises UsageError for
+    a system message that the sinks do not keep; None: any is welcome. stopping: whether the server is to end, so that
+    nobody waits for a chat template that takes long.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, template_args: Mapping[str, Any], allow_special: bool,
-        require_pinned: Callable[..., None] | None,
+        require_pinned: Callable[..., None] | None, stopping: Callable[[], bool],
     ) -> None:  # fmt: skip
         self._tokenizer = tokenizer
         self._template_args = template_args
         self._allow_special = allow_special
         self._require_pinned = require_pinned
+        self._stopping = stopping
         self._noted = False
         # Threads of their own: a chat template that takes long holds up no other kind of request.
         self._threads = ThreadPoolExecutor(CHAT_THREADS, "sinkexport-chat")
@@ -46,7 +51,15 @@ class Prompts:
             work = self._threads.submit(self.chat_ids, body, new)
         except RuntimeError:  # closed
             raise ApiError(503, "the server is stopping") from None
-        return await asyncio.wrap_future(work)
+        ids = asyncio.wrap_future(work)
+        ids.add_done_callback(lambda done: done.cancelled() or done.exception())  # asked for, even if nobody waits
+        while not (await asyncio.wait({ids}, timeout=LOOK_S))[0]:
+            if self._stopping():
+                self.close()
+                raise ApiError(503, "the server is stopping")
+        if ids.cancelled() or (self._stopping() and ids.exception() is not None):
+            raise ApiError(503, "the server is stopping")
+        return ids.result()
 
     async def completion(self, body: CompletionRequest, new: bool) -> list[int]:
         """The prompt of a completion: ids as they are, or a text.

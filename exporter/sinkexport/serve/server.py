@@ -41,7 +41,8 @@ class Server:
         metrics = Metrics()
         self.engine = Engine(session, limits, metrics)
         self._prompts = Prompts(session.tokenizer, dict(template_args or {}), allow_special,
-                                session.require_pinned if pin_system else None)  # fmt: skip
+                                session.require_pinned if pin_system else None,
+                                lambda: self._uvicorn.should_exit)  # fmt: skip
         self.app = create_app(
             self.engine, self._prompts, metrics, limits, model=self.model, batch=session.batch, api_key=api_key
         )
