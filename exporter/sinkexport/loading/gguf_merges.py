@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from sinkrt.errors import UsageError
 
-from sinkexport.loading.gguf_vocab import TokenType, Vocabulary, refused
+from sinkexport.loading.gguf_vocab import FOLDER, TokenType, Vocabulary, refused
 
 Pair = tuple[str, str]
 
@@ -36,8 +36,8 @@ def listed_merges(lines: Iterable[str], ids: Mapping[str, int]) -> list[Pair]:
 
 
 def scored_merges(vocabulary: Vocabulary) -> list[Pair]:
-    """The merges that give what SentencePiece's BPE gives: of all neighbours that make a token the pair with the highest
-    score goes first, the leftmost of equal ones.
+    """The merges that give what SentencePiece's BPE gives: of all neighbours that make a token the pair with the
+    highest score goes first, the leftmost of equal ones.
 
     `tokenizers` wants one order of all pairs. Pairs of different tokens with one score that can meet in a text (the
     second part of one is the first part of the other) are put in the order in which the leftmost goes first.
@@ -79,10 +79,14 @@ def _splits(vocabulary: Vocabulary) -> dict[str, list[Pair]]:
     space in the text.
     """
     ids, types = vocabulary.ids, vocabulary.types
-    made = [text for text, index in ids.items() if len(text) > 1 and (types[index] in (TokenType.NORMAL, TokenType.UNUSED)
-            or types[index] == TokenType.USER_DEFINED and "▁" in text)]  # fmt: skip
+    plain = (TokenType.NORMAL, TokenType.UNUSED)
+    made = (
+        text
+        for text, index in ids.items()
+        if types[index] in plain or (types[index] == TokenType.USER_DEFINED and "▁" in text)
+    )
     out: dict[str, list[Pair]] = {}
-    for text in sorted(made, key=len):
+    for text in sorted((text for text in made if len(text) > 1), key=len):
         pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
         pairs = [pair for pair in pairs if all(len(part) == 1 or part in out for part in pair)]
         for part in (part for pair in pairs for part in pair):
@@ -135,5 +139,6 @@ def _merged(sizes: list[int], rank: Callable[[int, int], int | None]) -> list[in
 
 def _unordered(tokens: Iterable[str]) -> UsageError:
     some = ", ".join(repr(text) for text in dict.fromkeys(tokens))
-    return refused(f"tokens with one score whose order depends on the text ({some[:80]})", "a score of its own for each",
-                   "export the model's folder, which has a tokenizer of its own")  # fmt: skip
+    return refused(
+        f"tokens with one score whose order depends on the text ({some[:80]})", "a score of its own for each", FOLDER
+    )
