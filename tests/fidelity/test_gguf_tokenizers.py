@@ -289,6 +289,21 @@ def test_spaces_and_ends_of_sentencepiece(tmp_path: Path, changes: dict[str, boo
         assert differing(build(metadata, **changes), reference, some) == []
 
 
+@pytest.mark.parametrize("space_prefix", [True, False])
+def test_user_defined_tokens_of_sentencepiece(tmp_path: Path, space_prefix: bool) -> None:
+    """Runs of spaces and lines, tags and words, as Gemma has; they come before merges and before a space is added."""
+    metadata = read_metadata(llama_vocab("llama-spm"))
+    more = ["  ", "    ", "\n\n", "\n\n\n", "\t\t", "<table>", "</table>", "xyz", "ellowo", "▁of▁the", "<unused1>"]
+    metadata[KEY + "tokens"] += more
+    metadata[KEY + "scores"] += [-1000.0] * len(more)
+    metadata[KEY + "token_type"] += [USER_DEFINED] * (len(more) - 1) + [CONTROL]
+    metadata[KEY + "add_space_prefix"] = space_prefix
+    built = build(metadata)
+    some = ["  a", "Hellowo   world", "one of the", "\n\n\n\na", *texts(150, 6, [*more, "<s>"])]
+    with LlamaVocabulary(write_metadata(tmp_path / "made.gguf", metadata)) as reference:
+        assert differing(built, reference, some) == []
+
+
 def test_decoding_sentencepiece() -> None:
     tokenizer = build(read_metadata(llama_vocab("llama-spm"))).tokenizer
     for text in ("Hello, wörld", " two  spaces ", "日本\u3042\U0001f600\n\tx"):
