@@ -293,7 +293,7 @@ def test_spaces_and_ends_of_sentencepiece(tmp_path: Path, changes: dict[str, boo
 def test_user_defined_tokens_of_sentencepiece(tmp_path: Path, space_prefix: bool) -> None:
     """Runs of spaces and lines, tags and words, as Gemma has; they come before merges and before a space is added."""
     metadata = read_metadata(llama_vocab("llama-spm"))
-    more = ["  ", "    ", "\n\n", "\n\n\n", "\t\t", "<table>", "</table>", "xyz", "ellowo", "▁of▁the", "<unused1>"]
+    more = ["  ", "    ", "\n\n", "\n\n\n", "\t\t", "<table>", "</table>", "xyzwy", "ellowo", "▁of▁the", "<unused1>"]
     metadata[KEY + "tokens"] += more
     metadata[KEY + "scores"] += [-1000.0] * len(more)
     metadata[KEY + "token_type"] += [USER_DEFINED] * (len(more) - 1) + [CONTROL]
