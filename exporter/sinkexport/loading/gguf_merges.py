@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 
 from sinkrt.errors import UsageError
 
-from sinkexport.loading.gguf_vocab import TokenType, Vocabulary, refused
+from sinkexport.loading.gguf_vocab import FOLDER, TokenType, Vocabulary, refused
 
 Pair = tuple[str, str]
 
@@ -36,8 +35,8 @@ def listed_merges(lines: Iterable[str], ids: Mapping[str, int]) -> list[Pair]:
 
 
 def scored_merges(vocabulary: Vocabulary) -> list[Pair]:
-    """The merges that give what SentencePiece's BPE gives: of all neighbours that make a token the pair with the highest
-    score goes first, the leftmost of equal ones.
+    """The merges that give what SentencePiece's BPE gives: of all neighbours that make a token the pair with the
+    highest score goes first, the leftmost of equal ones.
 
     `tokenizers` wants one order of all pairs. Pairs of different tokens with one score that can meet in a text (the
     second part of one is the first part of the other) are put in the order in which the leftmost goes first.
@@ -50,12 +49,8 @@ def scored_merges(vocabulary: Vocabulary) -> list[Pair]:
         raise refused("a SentencePiece vocabulary without tokenizer.ggml.scores", "scores, which order the merges")
     splits = _splits(vocabulary)
     by_score: dict[float, list[Pair]] = {}
-    highest_with: dict[str, float] = {}  # part -> the highest score that a merge with it has
     for text, pairs in splits.items():
-        score = scores[ids[text]]
-        by_score.setdefault(score, []).extend(pairs)
-        for part in {part for pair in pairs for part in pair}:
-            highest_with[part] = max(score, highest_with.get(part, score))
+        by_score.setdefault(scores[ids[text]], []).extend(pairs)
     out: list[Pair] = []
     for score in sorted(by_score, reverse=True):
         pairs = by_score[score]
@@ -64,9 +59,9 @@ def scored_merges(vocabulary: Vocabulary) -> list[Pair]:
             out += pairs
         elif len({character for text in tokens for character in text}) == 1:
             out += _runs(pairs)
-        else:  # what is merged must not make a merge that goes before others of this score, or among them
-            if leading := [text for text in tokens if highest_with.get(text, -math.inf) >= score]:
-                raise _unordered(leading)
+        else:
+            _refuse_chains(pairs, {pair: text for text, pairs in splits.items() for pair in pairs
+                                   if scores[ids[text]] >= score})  # fmt: skip
             out += _leftmost_first(pairs)
     return out
 
@@ -79,10 +74,14 @@ def _splits(vocabulary: Vocabulary) -> dict[str, list[Pair]]:
     space in the text.
     """
     ids, types = vocabulary.ids, vocabulary.types
-    made = [text for text, index in ids.items() if len(text) > 1 and (types[index] in (TokenType.NORMAL, TokenType.UNUSED)
-            or types[index] == TokenType.USER_DEFINED and "▁" in text)]  # fmt: skip
+    plain = (TokenType.NORMAL, TokenType.UNUSED)
+    made = (
+        text
+        for text, index in ids.items()
+        if types[index] in plain or (types[index] == TokenType.USER_DEFINED and "▁" in text)
+    )
     out: dict[str, list[Pair]] = {}
-    for text in sorted(made, key=len):
+    for text in sorted((text for text in made if len(text) > 1), key=len):
         pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
         pairs = [pair for pair in pairs if all(len(part) == 1 or part in out for part in pair)]
         for part in (part for pair in pairs for part in pair):
@@ -103,6 +102,30 @@ def _leftmost_first(pairs: Sequence[Pair]) -> list[Pair]:
         return list(TopologicalSorter(before).static_order())
     except CycleError as error:
         raise _unordered("".join(pair) for pair in error.args[1]) from error
+
+
+def _refuse_chains(pairs: Sequence[Pair], first: Mapping[Pair, str]) -> None:
+    """Refuse pairs of one score of which one leads to merges that take a part of another away, or add to them.
+
+    first: the pairs that go before or among these -> their tokens.
+    """
+    parts: dict[str, set[str]] = {}  # of the pairs -> the tokens that they make
+    for pair in pairs:
+        for part in pair:
+            parts.setdefault(part, set()).add("".join(pair))
+    uses: dict[str, list[tuple[str, str]]] = {}
+    for pair, token in first.items():
+        for part, other in (pair, pair[::-1]):
+            uses.setdefault(part, []).append((other, token))
+    for start in {"".join(pair) for pair in pairs}:
+        reached, open_ = {start}, [start]
+        while open_:
+            for other, token in uses.get(open_.pop(), ()):
+                if parts.get(other, set()) - {start}:
+                    raise _unordered([start])
+                if token not in reached:
+                    reached.add(token)
+                    open_.append(token)
 
 
 def _runs(pairs: Sequence[Pair]) -> list[Pair]:
@@ -135,5 +158,6 @@ def _merged(sizes: list[int], rank: Callable[[int, int], int | None]) -> list[in
 
 def _unordered(tokens: Iterable[str]) -> UsageError:
     some = ", ".join(repr(text) for text in dict.fromkeys(tokens))
-    return refused(f"tokens with one score whose order depends on the text ({some[:80]})", "a score of its own for each",
-                   "export the model's folder, which has a tokenizer of its own")  # fmt: skip
+    return refused(
+        f"tokens with one score whose order depends on the text ({some[:80]})", "a score of its own for each", FOLDER
+    )

@@ -1,9 +1,9 @@
 r"""How text is split before merging, by the name in ``tokenizer.ggml.pre``: what llama.cpp does for each name it knows.
 
-The names and their patterns are facts of the format (llama.cpp's src/llama-vocab.cpp and src/unicode.cpp, October 2026).
-Where llama.cpp splits by code of its own or by collapsed characters, the pattern here says the same as one regular
-expression: it knows no upper case outside ASCII, so that ``\p{Lu}`` and ``\p{Ll}`` are any letter there, and its
-digit groups take the text before them along.
+The names and their patterns are facts of the format (llama.cpp's src/llama-vocab.cpp and src/unicode.cpp, October
+2026). Where llama.cpp splits by code of its own or by collapsed characters, the pattern here says the same as one
+regular expression: there ``\p{Lu}`` and ``\p{Ll}`` are any letter, since upper case outside ASCII is not known, and
+groups of digits take the text before them along.
 """
 
 from __future__ import annotations
@@ -123,7 +123,6 @@ _JAIS2 = rf"{_SHORT}|{_WORD}|{_DIGITS}|{_SIGNS}|\s*[\r\n]+|{_SHRINKING_SPACE}|\s
 _QWEN35 = rf"{_SHORT}|{_HEAD}[\p{{L}}\p{{M}}]+|{_DIGIT}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_LINES}"
 _K2_SHORT = _SHORT.replace("sS", "sS\u017f")  # long s too
 _K2_HORIZON = f"{_K2_SHORT}|{_HEAD}[\\p{{L}}\\p{{M}}\u200c\u200d]+|{_DIGITS}|{_SIGNS}|{_LINES}"
-_BAILING = rf"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|{_WORD}|{_DIGIT}|{_SIGNS}|\s*[\r\n]|{_SPACE}"
 _SEED_CODER = rf"{_SHORT}|{_WORD}|{_DIGIT}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_LINES}"
 _EXAONE_MOE = (
     rf"{_SHORT}|{_HEAD}(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|{_DIGIT}"
@@ -172,14 +171,14 @@ PRE: Mapping[str, Pre] = MappingProxyType(
         ),
         **_named("starcoder refact command-r smollm codeshell exaone minerva-7b mellum2", *_STARCODER),
         **_named(
-            "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2",
+            "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2"
+            " bailingmoe bailingmoe2 llada-moe",
             _QWEN2,
         ),
         **_named("qwen35", _QWEN35),
         **_named("ufakzeka", f"{_WORD}|{_DIGIT}|{_SIGNS}|{_LINES}"),
         **_named("laguna", _WORD_OR_LINES, _QWEN2),
         **_named("minicpm5", _DIGITS, rf"{_SHORT}|{_WORD}|\p{{N}}+|{_SIGNS}|{_LINES}", ignore_merges=True),
-        **_named("bailingmoe bailingmoe2 llada-moe", _BAILING),
         **_named("seed-coder", _SEED_CODER),
         **_named("exaone-moe", _EXAONE_MOE),
         **_named("deepseek-llm", *_DEEPSEEK_LLM),

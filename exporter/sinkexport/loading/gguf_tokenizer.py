@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 from sinkexport.loading.gguf_file import GgufFile
 from sinkexport.loading.gguf_merges import listed_merges, scored_merges
 from sinkexport.loading.gguf_pre import Pre, pre_of
-from sinkexport.loading.gguf_vocab import KEY, NAMED, TokenType, Vocabulary, read_vocabulary, refused
+from sinkexport.loading.gguf_vocab import FOLDER, KEY, NAMED, TokenType, Vocabulary, read_vocabulary, refused
 
 if TYPE_CHECKING:
     import tokenizers
 
 Json = dict[str, Any]
 
-FOLDER = "export the model's folder, which has a tokenizer of its own"
 _OTHER_MODELS = {
     "bert": "WordPiece", "t5": "Unigram", "rwkv": "RWKV's", "plamo2": "PLaMo's", "whitespace": "words",
     "hybriddna": "DNA's",
@@ -84,7 +83,7 @@ def gguf_tokenizer(file: GgufFile) -> GgufTokenizer | None:
     import tokenizers
 
     model = file.get(KEY + "model")
-    if model is None and file.get(KEY + "tokens") is None or model in ("no_vocab", "none"):
+    if (model is None and file.get(KEY + "tokens") is None) or model in ("no_vocab", "none"):
         return None
     pre_name = file.get(KEY + "pre")
     _refuse_other_keys(file)
@@ -100,15 +99,13 @@ def gguf_tokenizer(file: GgufFile) -> GgufTokenizer | None:
         **parts,
         "post_processor": _template(vocabulary, before, after),
     }
-    special = {name: vocabulary.tokens[vocabulary.special[key]] for name, key in NAMED.items()
-               if key in vocabulary.special}  # fmt: skip
-    prefix = "tokenizer.chat_template."
+    special, prefix = vocabulary.special, "tokenizer.chat_template."
     return GgufTokenizer(
         tokenizer=tokenizers.Tokenizer.from_str(json.dumps(document, ensure_ascii=False)),
-        special_tokens=special,
+        special_tokens={name: vocabulary.tokens[special[key]] for name, key in NAMED.items() if key in special},
         chat_template=file.get("tokenizer.chat_template"),
-        chat_templates={key.removeprefix(prefix): text for key, text in file.metadata.items() if key.startswith(prefix)},
-        bos_id=before[0] if before else vocabulary.special.get("bos"),
+        chat_templates={key[len(prefix) :]: text for key, text in file.metadata.items() if key.startswith(prefix)},
+        bos_id=before[0] if before else special.get("bos"),
         end_ids=vocabulary.ends,
         model=str(model),
         pre=pre_name,
@@ -125,8 +122,8 @@ def _parts(file: GgufFile, model: str, pre_name: str | None) -> tuple[Vocabulary
         return vocabulary, _sentencepiece(vocabulary, _flag(file, "add_space_prefix", True)), True
     if model not in ("gpt2", "gemma4"):
         kind = f"{_OTHER_MODELS[model]} ('{model}')" if model in _OTHER_MODELS else f"'{str(model)[:60]}'"
-        raise refused(f"a GGUF vocabulary of the kind {kind}", "BPE ('gpt2', 'gemma4') or SentencePiece's BPE ('llama')",
-                      FOLDER)  # fmt: skip
+        known = "BPE ('gpt2', 'gemma4') or SentencePiece's BPE ('llama')"
+        raise refused(f"a GGUF vocabulary of the kind {kind}", known, FOLDER)
     pre = pre_of("gemma4" if model == "gemma4" else pre_name)
     vocabulary = read_vocabulary(file)
     lines = file.get(KEY + "merges")
@@ -135,7 +132,7 @@ def _parts(file: GgufFile, model: str, pre_name: str | None) -> tuple[Vocabulary
     merges = listed_merges(lines, vocabulary.ids)
     build = _raw_bpe if pre.raw else _byte_level
     if pre.always_bos and file.get(KEY + "add_bos_token") is False:
-        raise refused("add_bos_token = false for a vocabulary of Gemma 4's kind", "true: llama.cpp adds BOS all the same")
+        raise refused("add_bos_token = false for Gemma 4's kind of vocabulary", "true: llama.cpp adds BOS all the same")
     return vocabulary, build(vocabulary, merges, pre), pre.add_bos or pre.always_bos
 
 
@@ -227,8 +224,8 @@ def _template(vocabulary: Vocabulary, before: list[int], after: list[int]) -> Js
         return {"Sequence": {"id": name, "type_id": 0}}
 
     start, end = [token(index) for index in before], [token(index) for index in after]
-    facts = {vocabulary.tokens[index]: {"id": vocabulary.tokens[index], "ids": [index],
-                                        "tokens": [vocabulary.tokens[index]]} for index in (*before, *after)}  # fmt: skip
+    names = {index: vocabulary.tokens[index] for index in (*before, *after)}
+    facts = {name: {"id": name, "ids": [index], "tokens": [name]} for index, name in names.items()}
     return {
         "type": "TemplateProcessing",
         "single": [*start, text("A"), *end],
@@ -315,10 +312,7 @@ def _refuse_unmerged_lines(vocabulary: Vocabulary, merges: list[tuple[str, str]]
 
 
 def _refuse_other_keys(file: GgufFile) -> None:
-    ids = f"{KEY}(", "_token_id"
     for key in file.metadata:
-        if not key.startswith("tokenizer.") or key in _WITHOUT_EFFECT:
-            continue
-        if key.startswith(("tokenizer.chat_template",)) or (key.startswith(KEY) and key.endswith(ids[1])):
-            continue
-        raise refused(f"the key '{key[:60]}'", "keys of vocabularies that are known", FOLDER)
+        known = key in _WITHOUT_EFFECT or key.startswith("tokenizer.chat_template") or key.endswith("_token_id")
+        if key.startswith("tokenizer.") and not known:
+            raise refused(f"the key '{key[:60]}'", "keys of vocabularies that are known", FOLDER)

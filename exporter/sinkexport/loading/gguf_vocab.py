@@ -37,24 +37,32 @@ NAMED = {
 }
 """Names in chat templates -> names of the ids in a file."""
 
+_BAR = "\uff5c"  # of DeepSeek's tokens
 _ENDS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>"
-    " <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜>"
-    " [e~[ <|ifm|im_end|>".split()
+    {
+        *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|ifm|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>"),
+        *("<|return|>", "<|call|>", "<|calls|>", "<|flush|>"),
+        *("<end_of_turn>", "<end_of_utterance>", "<turn|>", "<|tool_response>"),
+        *("</s>", "<eos>", "[EOS]", "<EOT>", "_<EOT>", "[EOT]", "[e~[", f"<{_BAR}end▁of▁sentence{_BAR}>"),
+    }
 )
 """Tokens that end a turn by their text, whatever the file says."""
 
+
+def _fill_in(word: str, hole: str, short: str) -> tuple[str, ...]:
+    """The texts of a token for filling in, of several families."""
+    first = (f"<|fim_{word}|>", f"<fim-{word}>", f"<fim_{word}>", f"<{_BAR}fim▁{hole}{_BAR}>")
+    return (*first, f"<{short}>", f"▁<{short}>", f"<|code_{word}|>", f"<|{word}|>", f"<|plamo:fim_{word}|>")
+
+
 _FILL_IN: Mapping[str, tuple[str, ...]] = {
-    "fim_pre": ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>",
-                "<|prefix|>"),
-    "fim_suf": ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>", "<|code_suffix|>",
-                "<|suffix|>"),
-    "fim_mid": ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>",
-                "<|middle|>"),
+    "fim_pre": _fill_in("prefix", "begin", "PRE"),
+    "fim_suf": _fill_in("suffix", "hole", "SUF"),
+    "fim_mid": _fill_in("middle", "end", "MID"),
     "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
-    "fim_sep": ("<|file_sep|>",),
-}  # fmt: skip
+    "fim_sep": ("<|file_sep|>", "<|plamo:file_separator|>"),
+}
 """Tokens of code models for filling in; the last three end a turn."""
 _OLD_NAMES = {"fim_pre": "prefix", "fim_suf": "suffix", "fim_mid": "middle"}
 _HARMONY = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
@@ -95,6 +103,9 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
         raise refused(f"a score in {KEY}scores that is no number", "numbers")
     special = _special_ids(file, len(tokens))
     return Vocabulary(tokens, ids, types, scores, special, _ends(ids, types, special))
+
+
+FOLDER = "export the model's folder, which has a tokenizer of its own"
 
 
 def refused(received: str, expected: str, fix: str = "convert the model again with a current llama.cpp") -> UsageError:
