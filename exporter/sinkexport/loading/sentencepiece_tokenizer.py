@@ -6,13 +6,14 @@ forgets how the model's own class treats text after a special token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import tokenizers
 from sinkrt.errors import UsageError, problem
 from tokenizers import decoders, models, normalizers, processors
 
+from sinkexport.loading.gguf_merges import scored_merges
+from sinkexport.loading.gguf_vocab import Vocabulary
 from sinkexport.loading.source_tokenizer import one_line
 from sinkexport.loading.tokenizer_corpus import TEXTS, compare
 from sinkexport.loading.tokenizer_files import TokenizerFiles
@@ -24,7 +25,7 @@ CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 MODEL_TYPES = ("llama", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "gemma3", "phi3", "stablelm")
 """Models with such a class, where tokenizer_config.json names none."""
 _UNIGRAM, _BPE = 1, 2
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _SAMPLED_PIECES = 400
 
 
@@ -61,7 +62,7 @@ def converted(proto: Any, has_prefix: bool, has_beginning: bool) -> tokenizers.T
     unknown = next((piece.piece for piece in proto.pieces if piece.type == _UNKNOWN), None)
     if trainer.model_type == _BPE:
         vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-        model: Any = models.BPE(vocabulary, list(merges(proto)), unk_token=unknown, fuse_unk=True,
+        model: Any = models.BPE(vocabulary, merges(proto), unk_token=unknown, fuse_unk=True,
                                 byte_fallback=trainer.byte_fallback)  # fmt: skip
     elif trainer.model_type == _UNIGRAM:
         model = models.Unigram([(piece.piece, piece.score) for piece in proto.pieces], trainer.unk_id,
@@ -91,13 +92,20 @@ def converted(proto: Any, has_prefix: bool, has_beginning: bool) -> tokenizers.T
     return library
 
 
-def merges(proto: Any) -> Iterator[tuple[str, str]]:
-    """The pairs that sentencepiece's BPE merges, best first: whatever two pieces give a third, by its score."""
-    usable = {piece.piece: piece.score for piece in proto.pieces if piece.type in (1, _UNUSED)}
-    found = []
-    for whole, score in usable.items():
-        found += [(-score, i, whole) for i in range(1, len(whole)) if whole[:i] in usable and whole[i:] in usable]
-    return ((whole[:i], whole[i:]) for _, i, whole in sorted(found))
+def merges(proto: Any) -> list[tuple[str, str]]:
+    """The pairs that sentencepiece's BPE merges, best first: whatever two pieces give a third, by its score.
+
+    Raises: UsageError if no order of all pairs gives what sentencepiece gives.
+    """
+    texts = [piece.piece for piece in proto.pieces]
+    ids = {text: number for number, text in enumerate(texts)}
+    types, scores = [piece.type for piece in proto.pieces], [piece.score for piece in proto.pieces]
+    try:
+        return scored_merges(Vocabulary(texts, ids, types, scores, {}, ()))
+    except UsageError as error:
+        raise UsageError(problem(FILE, received=f"scores that cannot be converted ({one_line(error)})",
+                                 expected="a score of its own for each piece",
+                                 fix="add the model's tokenizer.json to the folder")) from error  # fmt: skip
 
 
 def _prefixes(proto: Any, files: TokenizerFiles) -> bool:
