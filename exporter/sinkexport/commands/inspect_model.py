@@ -54,7 +54,6 @@ def write_tokenizer_of(source: str, out: Path) -> None:
         raise UsageError(problem("--tokenizer-out", received=f"'{out}', which holds {', '.join(there)}",
                                  expected="a folder without them", fix="choose another folder"))  # fmt: skip
     try:
-        out.mkdir(parents=True, exist_ok=True)
         tokenizer.save(out)
     except OSError as error:
         raise UsageError(problem("--tokenizer-out", received=f"'{out}' ({error.strerror or error})",

@@ -68,7 +68,8 @@ class SourceTokenizer:
         return MappingProxyType(files)
 
     def save(self, folder: Path | str) -> None:
-        """Write `files` into a folder that exists."""
+        """Write `files` into a folder, which is made if it is not there."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             Path(folder, name).write_bytes(content)
 
