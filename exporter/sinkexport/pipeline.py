@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import importlib.metadata
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,7 @@ def export_loaded(
         caches = head_caches(config, shape)
         rings = [cache.ring for cache in caches]
         _check_rings(config, rings)
+        _check_memory(config, shape, caches)
         if config.has_plugins:
             refuse_geometry(shape.head_dim, config.batch, max(ring.capacity for ring in rings))
         if config.sink_tuning is not None:
@@ -289,6 +291,21 @@ def _check_rings(config: ExportConfig, rings: Sequence[Ring]) -> None:
     if config.chunk_size is not None and config.chunk_size > smallest:
         raise UsageError(problem("chunk_size", received=config.chunk_size, fix="lower --chunk",
                                  expected=f"at most {smallest}, the smallest window of a layer"))  # fmt: skip
+
+
+def _check_memory(config: ExportConfig, shape: AttentionShape, caches: Sequence[HeadCache]) -> None:
+    """The cache must fit this machine's memory: a window with a zero too many is refused before minutes of work.
+
+    Raises: UsageError.
+    """
+    rows = config.batch * sum(len(cache.kv_heads) * cache.ring.capacity for cache in caches)
+    entry_bytes = 1 if config.has_int8_window else 2 if config.dtype == "fp16" else 4
+    needed = 2 * rows * shape.head_dim * entry_bytes
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > total:
+        raise UsageError(problem("cache", received=f"{needed / 1e9:,.1f} GB of keys and values",
+                                 expected=f"at most this machine's {total / 1e9:,.1f} GB of memory",
+                                 fix="lower --window, --sink-tokens or --batch"))  # fmt: skip
 
 
 def _check_calibration(model: Any, config: ExportConfig) -> None:

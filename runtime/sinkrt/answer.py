@@ -37,8 +37,8 @@ class AnswerParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UsageError(problem("max_tokens", received=self.max_tokens, expected=">= 1",
+        if self.max_tokens is not None and (not isinstance(self.max_tokens, (int, np.integer)) or self.max_tokens < 1):
+            raise UsageError(problem("max_tokens", received=self.max_tokens, expected="an integer >= 1",
                                      fix="leave it out for all"))  # fmt: skip
         if len(self.stop) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_CHARACTERS for text in self.stop):
             raise UsageError(

@@ -34,6 +34,9 @@ from sinkrt.state import read_state, save_state
 if TYPE_CHECKING:
     from sinkrt.text import Tokenizer
 
+MAX_THREADS = 1024
+"""More than any machine of today has cores; ONNX Runtime starts as many as it is asked for, and aborts if it cannot."""
+
 STEPS_OF_A_CHUNK = 8
 """A chunk of T tokens is about this much faster than T steps (measured on a CPU); shorter rests go step by step."""
 
@@ -104,8 +107,9 @@ class Session:
 
         Raises: BundleError if the bundle is missing, corrupt or newer; BackendError; UsageError.
         """
-        if threads is not None and threads < 1:
-            raise UsageError(problem("threads", received=threads, expected=">= 1", fix="leave it out for all cores"))
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise UsageError(problem("threads", received=threads, expected=f"1 .. {MAX_THREADS}",
+                                     fix="leave it out for all cores"))  # fmt: skip
         check_backend(backend)
         bundle = Path(path)
         manifest = load_manifest(bundle)

@@ -15,8 +15,11 @@ from typing import Any
 
 import click
 from sinkrt import Session, UsageError
+from sinkrt.answer import AnswerParams
 from sinkrt.chat_template import parse_template_args
 from sinkrt.errors import problem
+from sinkrt.sampler import SamplingParams
+from sinkrt.state import check_state_target
 from sinkrt.text import Tokenizer
 
 from sinkexport.streams import RunMeter, complete_lines, utf8_lines
@@ -70,6 +73,9 @@ def command(
     """
     _check_together(prompt, chat, system, pin_system, template_args, load_state, save_state, save_every, resume)
     variables = parse_template_args(template_args)
+    # Refused before any text is read, fed or saved.
+    SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
+    AnswerParams(max_tokens, stop, ignore_eos)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows no emoji must not end the stream
     with Session.load(bundle, backend, threads=threads) as session:
@@ -89,7 +95,7 @@ def command(
             repetition_penalty=repetition_penalty, seed=seed, stop=stop, ignore_eos=ignore_eos,
         )  # fmt: skip
         meter = RunMeter(session)
-        saved_at = start
+        saved_at = tried_at = start
 
         def save() -> None:
             nonlocal saved_at
@@ -97,12 +103,21 @@ def command(
                 session.save_state(save_state)
                 saved_at = int(session.position[0])
 
+        def save_on_the_way() -> None:
+            """A full disk may have room again later: the stream is worth more than this save."""
+            nonlocal tried_at
+            tried_at = int(session.position[0])
+            try:
+                save()
+            except UsageError as error:
+                click.echo(f"sinkexport: warning: not saved at position {tried_at}: {error}", err=True)
+
         def answer(ids: list[int] | None) -> None:
             for piece in meter.timed(generate(ids)):
                 sys.stdout.write(piece)
                 sys.stdout.flush()
-                if save_every is not None and int(session.position[0]) - saved_at >= save_every:
-                    save()
+                if save_every is not None and int(session.position[0]) - tried_at >= save_every:
+                    save_on_the_way()
             sys.stdout.write("\n")
             sys.stdout.flush()
 
@@ -148,9 +163,8 @@ def _check_together(
     if save_every is not None and save_state is None:
         raise UsageError(problem("--save-every", received="without --save-state", expected="a file to save to",
                                  fix="add --save-state FILE"))  # fmt: skip
-    if save_state is not None and not save_state.absolute().parent.is_dir():  # not after hours of streaming
-        raise UsageError(problem("--save-state", received=f"'{save_state}'", expected="a file in a folder that exists",
-                                 fix="make the folder, or choose another path"))  # fmt: skip
+    if save_state is not None:
+        check_state_target(save_state, "--save-state")  # not after hours of streaming
 
 
 class UserTexts:

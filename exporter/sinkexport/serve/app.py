@@ -8,14 +8,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from fastapi import FastAPI
-from pydantic import ValidationError
 from sinkrt import UsageError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from sinkexport.serve.body import check_content_type, parse
 from sinkexport.serve.engine import Engine
-from sinkexport.serve.errors import ApiError
+from sinkexport.serve.errors import ApiError, shown
 from sinkexport.serve.exchange import Exchange, Render, Slots
 from sinkexport.serve.guard import Guard
 from sinkexport.serve.metrics import CONTENT_TYPE, Metrics
@@ -24,8 +24,7 @@ from sinkexport.serve.protocol import ChatRequest, CompletionRequest, Request
 from sinkexport.serve.responses import Form
 from sinkexport.serve.settings import Limits
 
-BODY_S = 60.0
-"""How long a request may take to arrive."""
+READ = ["GET", "HEAD"]
 
 R = TypeVar("R", bound=Request)
 
@@ -37,7 +36,8 @@ def create_app(
 
     model: what clients call it. batch: B, streams of the session.
     """
-    app = FastAPI(openapi_url=None)  # its pages of documentation would load scripts from elsewhere
+    # Without its pages of documentation, which would load scripts from elsewhere.
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.add_middleware(Guard, metrics=metrics, api_key=api_key, max_body_bytes=limits.max_body_bytes)
     # No more than conversations: so the scheduler always finds one that it may forget for a new one.
     slots = Slots(min(batch + limits.max_waiting, limits.max_conversations))
@@ -45,20 +45,20 @@ def create_app(
 
     @app.post("/v1/chat/completions")
     async def chat(http: HttpRequest) -> Response:
-        body = await _read(http, ChatRequest)
+        body = await _read(http, ChatRequest, limits.body_s)
 
         return await answer(http, body, lambda new: prompts.chat(body, new), chat=True)
 
     @app.post("/v1/completions")
     async def completions(http: HttpRequest) -> Response:
-        body = await _read(http, CompletionRequest)
+        body = await _read(http, CompletionRequest, limits.body_s)
         return await answer(http, body, lambda new: prompts.completion(body, new), chat=False)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=READ)
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [facts]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=READ)
     async def one_model(name: str) -> Response:
         _check_model(name)
         return JSONResponse(facts)
@@ -68,13 +68,13 @@ def create_app(
         await engine.delete(name)
         return JSONResponse({"id": name, "object": "conversation.deleted", "deleted": True})
 
-    @app.get("/health")
+    @app.api_route("/health", methods=READ)
     async def health() -> Response:
         if engine.failure is not None:
             return JSONResponse({"status": "failed", "reason": engine.failure}, 503)
         return JSONResponse({"status": "ready"})
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=READ)
     async def prometheus() -> Response:
         return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
@@ -82,7 +82,7 @@ def create_app(
         _check_model(body.model)
         wanted = body.max_answer_tokens
         if wanted is not None and wanted > limits.max_tokens:
-            raise ApiError(400, f"max_tokens: received {wanted}, expected at most {limits.max_tokens}",
+            raise ApiError(400, f"max_tokens: received {shown(wanted)}, expected at most {limits.max_tokens}",
                            param="max_tokens")  # fmt: skip
         form = Form(model, chat=chat, include_usage=bool(body.stream_options and body.stream_options.include_usage))
         exchange = Exchange(engine, limits, slots)
@@ -97,39 +97,24 @@ def create_app(
 
     def _check_model(name: str | None) -> None:
         if name is not None and name != model:
-            raise ApiError(404, f"model '{name}' does not exist, this server has '{model}'", param="model",
+            raise ApiError(404, f"model {shown(name)} does not exist, this server has '{model}'", param="model",
                            code="model_not_found")  # fmt: skip
 
     _handle_errors(app)
     return app
 
 
-async def _read(http: HttpRequest, kind: type[R]) -> R:
-    """The request's body.
+async def _read(http: HttpRequest, kind: type[R], seconds: float) -> R:
+    """The request's body, which may take so long to arrive.
 
     Raises: ApiError.
     """
-    # Web pages can send other types to a server on this machine without asking anybody.
-    if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(400, "content type: expected application/json")
+    check_content_type(http.scope)
     try:
-        raw = await asyncio.wait_for(http.body(), BODY_S)
+        raw = await asyncio.wait_for(http.body(), seconds)
     except TimeoutError:
-        raise ApiError(408, f"the request's body did not arrive within {BODY_S:.0f} s") from None
-    try:
-        return await asyncio.to_thread(kind.model_validate_json, raw)
-    except ValidationError as error:
-        raise _invalid(error) from None
-
-
-def _invalid(error: ValidationError) -> ApiError:
-    """The first thing that is wrong, by its place in the body."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"body: {first['msg']}", code="invalid_json")
-    message = "unknown field" if first["type"] == "extra_forbidden" else first["msg"]
-    return ApiError(400, f"{where[:100] or 'body'}: {message[:300]}", param=where[:100] or None)
+        raise ApiError(408, f"the request's body did not arrive within {seconds:.0f} s") from None
+    return await asyncio.to_thread(parse, raw, kind)
 
 
 def _handle_errors(app: FastAPI) -> None:
@@ -146,7 +131,9 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _of_http(error: Exception) -> ApiError:
-    return ApiError(error.status_code, error.detail) if isinstance(error, HTTPException) else _internal()
+    if not isinstance(error, HTTPException):
+        return _internal()
+    return ApiError(error.status_code, str(error.detail), headers=error.headers)  # Allow, of a 405
 
 
 def _internal() -> ApiError:

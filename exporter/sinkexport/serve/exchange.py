@@ -165,6 +165,9 @@ class _EventStream(StreamingResponse):
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Starlette has two ways to notice that a client has gone. Some versions of uvicorn announce the newer one (an
+        # OSError of `send`, from 2.4 on) and do not support it: the older one works with all.
+        scope = {**scope, "asgi": {**scope.get("asgi", {}), "spec_version": "2.3"}}
         try:
             await super().__call__(scope, receive, send)
         finally:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import socket
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 from sinkrt import Session
 
 from sinkexport.serve.app import create_app
+from sinkexport.serve.connections import ACCEPT_BATCH, Connection, ConnectionTable, free_files
 from sinkexport.serve.engine import Engine
+from sinkexport.serve.log import bounded_log
 from sinkexport.serve.metrics import Metrics
 from sinkexport.serve.prompts import Prompts
-from sinkexport.serve.settings import Limits
+from sinkexport.serve.settings import BACKLOG, Limits
 
-KEEP_ALIVE_S = 30
+FAREWELL_S = 1.0
+"""How long answers that are cut short get to tell so, and then how long their connections get to close."""
 
 
 class Server:
@@ -27,7 +32,7 @@ class Server:
     the sinks do not keep for ever. template_args: variables of the chat template. allow_special: let names of special
     tokens in texts become those tokens. Requests may say otherwise of both.
 
-    Raises: UsageError if the bundle has no tokenizer.
+    Raises: UsageError if the bundle has no tokenizer, or too few files may be open.
     """
 
     def __init__(
@@ -47,12 +52,15 @@ class Server:
             self.engine, self._prompts, metrics, limits, model=self.model, batch=session.batch, api_key=api_key
         )
         self.app.router.lifespan_context = self._lifespan
-        self._uvicorn = uvicorn.Server(
+        self.connections = ConnectionTable(limits, free_files())
+        self._uvicorn = _Uvicorn(
             uvicorn.Config(
-                self.app, http="h11", ws="none", lifespan="on", server_header=False,
+                self.app, loop="asyncio", http=cast(Any, functools.partial(Connection, table=self.connections)),
+                ws="none", lifespan="on", server_header=False, backlog=ACCEPT_BATCH,
                 log_level="info" if log_requests else "warning", access_log=log_requests,
-                timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=int(limits.grace_s),
-            )
+                timeout_graceful_shutdown=int(limits.grace_s + 3 * FAREWELL_S),
+            ),
+            self.engine, self.connections, limits.grace_s,
         )  # fmt: skip
 
     @property
@@ -63,7 +71,8 @@ class Server:
     def run(self, listener: socket.socket) -> None:
         """Serve until a signal or `stop`."""
         try:
-            self._uvicorn.run(sockets=[listener])
+            with bounded_log():
+                self._uvicorn.run(sockets=[listener])
         finally:
             self.engine.stop()  # a second Ctrl-C skips the orderly way
 
@@ -79,3 +88,30 @@ class Server:
         finally:
             self._prompts.close()
             self.engine.stop()
+
+
+class _Uvicorn(uvicorn.Server):
+    """Uvicorn that accepts few connections at a time, and that no client keeps from ending."""
+
+    def __init__(
+        self, config: uvicorn.Config, engine: Engine, connections: ConnectionTable, grace_s: float
+    ) -> None:
+        super().__init__(config)
+        self._engine, self._table, self._grace_s = engine, connections, grace_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, with the kernel's queue as long as it was: asyncio sets it to the number accepted at a time."""
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(BACKLOG)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End: answers have their time of grace, then they are told, then all connections are closed."""
+        loop = asyncio.get_running_loop()
+        timers = [loop.call_later(self._grace_s, self._engine.request_stop),
+                  loop.call_later(self._grace_s + FAREWELL_S, self._table.drop_all)]  # fmt: skip
+        try:
+            await super().shutdown(sockets)
+        finally:
+            for timer in timers:
+                timer.cancel()
