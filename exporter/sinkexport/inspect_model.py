@@ -13,7 +13,7 @@ from typing import Any
 
 from sinkrt.errors import SinkError, UsageError, problem
 
-from sinkexport.loading.source_tokenizer import SourceTokenizer
+from sinkexport.loading.source_tokenizer import SourceTokenizer, one_line
 from sinkexport.sources import Origin, load_config, load_generation_config, load_tokenizer, locate, refuse_architecture
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "token_embd.weight")
@@ -66,8 +66,12 @@ def inspect_model(source: str) -> ModelReport:
         try:
             return function(*arguments)
         except SinkError as error:
-            if (section, str(error)) not in refused:
-                refused.append((section, str(error)))
+            reason = str(error)
+        except Exception as error:  # values of other types than they should be: transformers has errors of its own
+            reason = str(problem(section, received=f"{type(error).__name__} ({one_line(error)})",
+                                 expected="values of the usual types", fix="repair the model's files"))  # fmt: skip
+        if (section, reason) not in refused:
+            refused.append((section, reason))
         return None
 
     config = read("config", _readable_config, source)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,10 @@ def folder_of(name: str, folder: Path, config: Any = None, **changes: Any) -> Pa
     write_folder(folder, byte_level(special=TOKENS), CONFIG if config is None else config)
     tiny_model(name, vocab_size=400, **changes).save_pretrained(folder)
     return folder
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def inspected(*arguments: str) -> str:
@@ -128,6 +135,8 @@ def test_positions_and_windows(
         ),
         (lambda f: (f / "config.json").write_text('{"model_type": "unknown"}'), "config", "unknown"),
         (lambda f: (f / "config.json").write_text("{"), "config", "model: received"),
+        (lambda f: edit(f / "config.json", hidden_size="wide"), "config", "hidden_size"),
+        (lambda f: edit(f / "config.json", eos_token_id="</s>"), "config", "eos_token_id"),
     ],
 )
 def test_what_would_be_refused_is_named(change: Any, section: str, words: str, tmp_path: Path) -> None:
@@ -196,6 +205,23 @@ def test_tokenizer_out_refuses(tmp_path: Path) -> None:
         (folder / name).unlink()
     assert "without a tokenizer" in refused(str(folder), "--tokenizer-out", str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
+
+
+def test_an_id_of_the_hub(tmp_path: Path) -> None:
+    """As the Hub's cache has it: files that a model may lack are not there."""
+    folder, commit = folder_of("llama", tmp_path / "model"), "a" * 40
+    repository = tmp_path / "hub" / "models--some--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "sinkexport.cli", "inspect", "some/model", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    found = json.loads(done.stdout)
+    assert (found["format"], found["tensors"], found["refused"]) == ("Hub", None, [])
+    assert {name: found[name] for name in ("tokenizer", "ends")} == {
+        name: as_json(folder)[name] for name in ("tokenizer", "ends")
+    }
 
 
 # --- GGUF and bundles -------------------------------------------------------------------------------------------------
