@@ -82,7 +82,7 @@ def inspect_model(source: str) -> ModelReport:
     rows = _embedding_rows(tensors or (), config)
     if config is None and tensors is None and loaded is None:  # nothing at all: the first reason is what matters
         raise UsageError(refused[0][1])
-    tokenizer = loaded if loaded is None else read("tokenizer", _fitted, loaded, rows)
+    tokenizer = loaded if loaded is None else read("tokenizer", _fitted, loaded, rows, config)
     generation = read("generation config", load_generation_config, source)
     facts: Facts = {
         "name": origin.name,
@@ -269,10 +269,11 @@ def _readable_config(source: str) -> Any:
     return load_config(source, refuse=False)
 
 
-def _fitted(tokenizer: SourceTokenizer, num_rows: int | None) -> SourceTokenizer:
-    from sinkexport.loading.tokenizer_checks import check_tokens, fitted
+def _fitted(tokenizer: SourceTokenizer, num_rows: int | None, config: Any) -> SourceTokenizer:
+    from sinkexport.loading.tokenizer_checks import check_tokens, fitted, named
 
     fitting = tokenizer if num_rows is None else fitted(tokenizer, num_rows)
+    fitting = fitting if config is None else named(fitting, config.get_text_config())
     check_tokens(fitting)
     return fitting
 

@@ -41,7 +41,7 @@ from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.build import BuiltGraph, build_graph
 from sinkexport.graph.passes.plugin_operators import refuse_geometry
 from sinkexport.loading.source_tokenizer import SourceTokenizer
-from sinkexport.loading.tokenizer_checks import check_template, check_tokens, fitted, opening_size
+from sinkexport.loading.tokenizer_checks import check_template, check_tokens, fitted, named, opening_size
 from sinkexport.loading.turn_ends import beginning_id, end_ids
 from sinkexport.model.decoder import StreamStep, trace
 from sinkexport.model.experts import static_experts
@@ -240,7 +240,7 @@ def _checked_tokenizer(loaded: LoadedModel, config: ExportConfig) -> SourceToken
     tokenizer, num_rows = loaded.tokenizer, 0
     if tokenizer is not None:
         num_rows = loaded.model.get_input_embeddings().weight.shape[0]
-        tokenizer = fitted(tokenizer, num_rows)
+        tokenizer = named(fitted(tokenizer, num_rows), loaded.model.config.get_text_config())
         check_tokens(tokenizer)
         check_template(tokenizer)
         for remark in tokenizer.remarks:

@@ -167,6 +167,24 @@ def test_ends_of_a_tokenizer_outside_the_vocabulary_are_left_out() -> None:
     assert beginning_id(own, config, ROWS) == 0
 
 
+def test_templates_see_the_same_names_at_export_and_at_run_time(tmp_path: Path) -> None:
+    """The config's eos_token_id where the tokenizer names none, and what only tokenizer_config.json names."""
+    template = LOOP + "{{ image_token }}{{ m.role }}\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    config = {"chat_template": template, "image_token": "<|user|>"}
+    folder = write_folder(tmp_path / "model", byte_level(special=TOKENS), config)
+    model(eos_token_id=[number("<|eot_id|>"), 0]).save_pretrained(folder)
+    manifest = export(
+        str(folder), tmp_path / "bundle", dataclasses.replace(CONFIG, pin_system="Be brief.", window_size=40)
+    )
+    assert manifest.model.eos_token_ids == (0, number("<|eot_id|>"))
+    with Session.load(tmp_path / "bundle", threads=1) as session:
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+        rendered = session.tokenizer.render_chat(messages)
+        assert rendered == "<|user|>system\nBe brief.<|eot_id|>\n<|user|>user\nHi<|eot_id|>\n"
+        assert session.num_sink_tokens == len(session.tokenizer.encode(rendered.partition("Hi")[0], special=False))
+        session.require_pinned("Be brief.")
+
+
 # --- templates that cannot be used ------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import tokenizers
 from sinkrt.errors import SinkError, UsageError, problem
-from sinkrt.text import Tokenizer
+from sinkrt.text import Tokenizer, named_special_tokens
 
 TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -47,7 +47,8 @@ class SourceTokenizer:
         Raises: UsageError for a chat template that is no Jinja.
         """
         try:
-            return Tokenizer(self.library, self.chat_template, dict(self.special_tokens))
+            named = {**named_special_tokens(dict(self.config)), **self.special_tokens}
+            return Tokenizer(self.library, self.chat_template, named)
         except SinkError as error:
             raise broken_template(error) from error
 

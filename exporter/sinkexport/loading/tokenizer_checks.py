@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from sinkrt.errors import SinkError, UsageError, problem
 
 from sinkexport.loading.source_tokenizer import TOKENIZER_FILE, SourceTokenizer, broken_template
 from sinkexport.loading.tokenizer_json import TokenizerJson
+from sinkexport.loading.turn_ends import stated_ids
 
 _USER = "user message 91fe"
 SHOWN = 3
@@ -49,6 +51,20 @@ def fitted(tokenizer: SourceTokenizer, num_rows: int) -> SourceTokenizer:
     config = {name: value for name, value in tokenizer.config.items() if not _names(value, outside)}
     return dataclasses.replace(tokenizer, library=file.library(), tokenizer_json=file.content(), special_tokens=named,
                                config=config, remarks=(*tokenizer.remarks, remark))  # fmt: skip
+
+
+def named(tokenizer: SourceTokenizer, config: Any) -> SourceTokenizer:
+    """The tokenizer with the names of `config` for bos_token and eos_token, where its own files have none.
+
+    Chat templates ask for them, and a runtime knows the ids only.
+    """
+    own = dict(tokenizer.special_tokens)
+    for name in ("bos_token", "eos_token"):
+        number = next(iter(stated_ids(config, f"{name}_id")), None)
+        text = None if number is None or number < 0 else tokenizer.library.id_to_token(number)
+        if text is not None:
+            own.setdefault(name, text)
+    return tokenizer if own == tokenizer.special_tokens else dataclasses.replace(tokenizer, special_tokens=own)
 
 
 def check_tokens(tokenizer: SourceTokenizer) -> None:
