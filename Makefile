@@ -75,6 +75,16 @@ demo: $(BUNDLE)/manifest.json
 	$(BIN)/sinkexport run $(BUNDLE) --prompt '$(DEMO_PROMPT)' --ignore-eos --max-tokens $(DEMO_TOKENS) --stats \
 	  --temperature 0.8 --top-p 0.9 --repetition-penalty 1.1 --seed 1
 
+# --- llama.cpp's test vocabularies -------------------------------------------------------------------------------------
+
+# Vocabularies of real models with texts and their ids, which come with the sources of PyPI's llama-cpp-python.
+LLAMA_VOCABS := $(MODELS)/llama-vocabs
+
+$(LLAMA_VOCABS)/.fetched: tests/fidelity/fetch_llama_vocabs.py | $(VENV)/.dev
+	@echo "Fetching llama.cpp's test vocabularies into $(@D)"
+	$(BIN)/python $< $(@D) $(PIP_FLAGS)
+	@touch $@
+
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 lint: $(VENV)/.dev
@@ -84,8 +94,8 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-test: lint types $(MODEL)
-	SINKEXPORT_SMOLLM2='$(abspath $(MODEL))' OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(PYTEST_FLAGS)
+test: lint types $(MODEL) $(LLAMA_VOCABS)/.fetched
+	SINKEXPORT_SMOLLM2='$(abspath $(MODEL))' SINKEXPORT_LLAMA_VOCABS='$(abspath $(LLAMA_VOCABS))' OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(PYTEST_FLAGS)
 
 test-fast: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m 'not slow' $(PYTEST_FLAGS)

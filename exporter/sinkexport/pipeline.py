@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib.metadata
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,6 @@ from sinkrt.contract import (
 )
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import POSITION_LIMIT, Ring
-from sinkrt.text import Tokenizer
 
 from sinkexport.affine import FILE_NAME as AFFINE_FILE
 from sinkexport.bundle import (
@@ -40,6 +40,9 @@ from sinkexport.bundle import (
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.build import BuiltGraph, build_graph
 from sinkexport.graph.passes.plugin_operators import refuse_geometry
+from sinkexport.loading.source_tokenizer import SourceTokenizer
+from sinkexport.loading.tokenizer_checks import check_template, check_tokens, fitted, named, opening_size
+from sinkexport.loading.turn_ends import beginning_id, end_ids
 from sinkexport.model.decoder import StreamStep, trace
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, head_caches
@@ -50,6 +53,7 @@ from sinkexport.quant.recipe import load_recipe
 from sinkexport.sink_token import with_sink_token
 from sinkexport.sources import LoadedModel, load_model, refuse_architecture
 
+LOGGER = logging.getLogger("sinkexport")
 PRODUCERS = ("sinkexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 WINDOW_RECIPE = "int8-window"
 """What ``kv="int8"`` means without a recipe."""
@@ -91,11 +95,10 @@ def export_loaded(
     Raises: UsageError.
     """
     model, out = loaded.model, Path(out)
-    if config.sink_token is not None:
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-        tokenizer = with_sink_token(loaded.tokenizer, config.sink_token, vocab_size)
-        loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
-    config = _resolved(_with_pinned_system(loaded.tokenizer, config), model.config.get_text_config().model_type)
+    tokenizer = _checked_tokenizer(loaded, config)
+    loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
+    config = _resolved(_with_pinned_system(tokenizer, config), model.config.get_text_config().model_type)
+    special_ids = _special_ids(model, tokenizer)
     _check_model(model, config)
     _check_calibration(model, config)
     with staged_bundle(out, overwrite=overwrite) as stage:
@@ -133,17 +136,17 @@ def export_loaded(
             write_graph_with_weights_of(chunk.model, stage, "prefill.onnx", "decode.onnx")
         for graph in graphs.values():
             onnx.checker.check_model(stage / graph.file)
-        tokenizer = write_tokenizer(loaded.tokenizer, stage)
+        tokenizer_facts = write_tokenizer(tokenizer, stage)
         report("hash", 0, 1)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             target=config.target,
             weights_dtype=WEIGHT_DTYPES[config.dtype],
-            model=_model_facts(loaded, shape, rotary, vocab_size=built.outputs[0].shape[-1]),
+            model=_model_facts(loaded, shape, rotary, special_ids, vocab_size=built.outputs[0].shape[-1]),
             stream=StreamFacts(config.num_sink_tokens, config.window_size, config.batch, num_tokens, POSITION_LIMIT),
             graphs=graphs,
             states=built.states,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer_facts,
             files=hash_bundle(stage),
             producer=_producers(),
             quantization=_quantization(config),
@@ -229,23 +232,32 @@ def _quantization(config: ExportConfig) -> Quantization | None:
     )
 
 
-def _with_pinned_system(tokenizer: Any | None, config: ExportConfig) -> ExportConfig:
+def _checked_tokenizer(loaded: LoadedModel, config: ExportConfig) -> SourceTokenizer | None:
+    """The tokenizer that the bundle gets, with the sink token if one is asked for. What users should know is logged.
+
+    Raises: UsageError for one that does not belong to the model, or has a broken chat template.
+    """
+    tokenizer, num_rows = loaded.tokenizer, 0
+    if tokenizer is not None:
+        num_rows = loaded.model.get_input_embeddings().weight.shape[0]
+        tokenizer = named(fitted(tokenizer, num_rows), loaded.model.config.get_text_config())
+        check_tokens(tokenizer)
+        check_template(tokenizer)
+        for remark in tokenizer.remarks:
+            LOGGER.warning("sinkexport: note: tokenizer: %s", remark)
+    if config.sink_token is not None:
+        tokenizer = with_sink_token(tokenizer, config.sink_token, num_rows)
+    return tokenizer
+
+
+def _with_pinned_system(tokenizer: SourceTokenizer | None, config: ExportConfig) -> ExportConfig:
     """The config with as many sinks as the opening of a conversation under its system message has tokens.
 
-    Raises: UsageError if the model has no chat template, or one that fails or shows no system message.
+    Raises: UsageError if the model has no chat template, or one that takes no system message.
     """
     if config.pin_system is None:
         return config
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if tokenizer is None or backend is None or getattr(tokenizer, "chat_template", None) is None:
-        raise UsageError(problem("--pin-system", received="a model without a chat template",
-                                 expected="an instruction-tuned model", fix="use --sink-tokens"))  # fmt: skip
-    # The runtime's own way: it must count the same tokens, and refuses a template that shows no system message.
-    runtime = Tokenizer(backend, tokenizer.chat_template, tokenizer.special_tokens_map)
-    try:
-        needed = runtime.opening_size(config.pin_system)
-    finally:
-        runtime.close()
+    needed = opening_size(tokenizer, config.pin_system)
     return dataclasses.replace(config, num_sink_tokens=max(config.num_sink_tokens, needed))
 
 
@@ -318,11 +330,23 @@ def _check_calibration(model: Any, config: ExportConfig) -> None:
     ranges.check_model(model)
 
 
-def _model_facts(loaded: LoadedModel, shape: AttentionShape, rotary: ModelRotary, *, vocab_size: int) -> ModelFacts:
+def _special_ids(model: Any, tokenizer: SourceTokenizer | None) -> tuple[int | None, tuple[int, ...]]:
+    """The beginning of a text and the ends of a turn. Raises: UsageError for ids outside the vocabulary."""
+    config = model.config.get_text_config()
+    head = getattr(getattr(model, "lm_head", None), "weight", None)
+    num_tokens = config.vocab_size if head is None else head.shape[0]  # lm_head has another name in some models
+    found = (beginning_id(tokenizer, config, num_tokens),
+             end_ids(tokenizer, config, getattr(model, "generation_config", None), num_tokens))  # fmt: skip
+    if tokenizer is not None:
+        tokenizer.close()  # no more templates from here on
+    return found
+
+
+def _model_facts(
+    loaded: LoadedModel, shape: AttentionShape, rotary: ModelRotary,
+    special_ids: tuple[int | None, tuple[int, ...]], *, vocab_size: int,
+) -> ModelFacts:  # fmt: skip
     config = loaded.model.config.get_text_config()
-    generation = getattr(loaded.model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
-    eos = config.eos_token_id if eos is None else eos
     return ModelFacts(
         name=loaded.name,
         architecture=type(loaded.model).__name__,
@@ -335,8 +359,8 @@ def _model_facts(loaded: LoadedModel, shape: AttentionShape, rotary: ModelRotary
         vocab_size=vocab_size,
         num_parameters=sum(p.numel() for p in loaded.model.parameters()),
         position_scheme=_position_scheme(shape, rotary),
-        bos_token_id=config.bos_token_id,
-        eos_token_ids=tuple([] if eos is None else [eos] if isinstance(eos, int) else eos),
+        bos_token_id=special_ids[0],
+        eos_token_ids=special_ids[1],
     )
 
 

@@ -8,9 +8,15 @@ import functools
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sinkrt.errors import SinkError, UsageError, problem
+
+if TYPE_CHECKING:
+    from sinkexport.loading.source_tokenizer import SourceTokenizer
+
+
+GENERATION_FILE = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +24,21 @@ class LoadedModel:
     """A model in evaluation mode on the CPU, its tokenizer if the source has one, and a name for the manifest.
 
     origin: where its weights lie on the disk; None: a model that was made in memory.
+    A fast tokenizer of transformers, or one of 'tokenizers', is taken over as it is.
+
+    Raises: UsageError for a tokenizer that is none of these.
     """
 
     model: Any
-    tokenizer: Any | None
+    tokenizer: SourceTokenizer | None
     name: str
     origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is not None:
+            from sinkexport.loading.source_tokenizer import as_source_tokenizer
+
+            object.__setattr__(self, "tokenizer", as_source_tokenizer(self.tokenizer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +70,7 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
     from sinkexport.loading.checkpoint import load_checkpoint
     from sinkexport.loading.gguf_model import load_gguf
     from sinkexport.loading.tokenizer import source_tokenizer
+    from sinkexport.loading.tokenizer_checks import fitted
 
     origin = locate(source)
     with _quiet_transformers(), _readable_errors(source), _gguf_read_once():
@@ -63,11 +79,16 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
         load = load_gguf if origin.is_gguf else load_checkpoint
         model = load(origin, config, getattr(torch, dtype))
         tokenizer = source_tokenizer(origin)
+        if tokenizer is not None:
+            tokenizer = fitted(tokenizer, model.get_input_embeddings().weight.shape[0])
     return LoadedModel(model.eval(), tokenizer, origin.name, origin)
 
 
-def load_tokenizer(source: str) -> Any | None:
-    """The tokenizer of `source` alone; None for a model folder that has none: such a bundle takes ids only.
+def load_tokenizer(source: str) -> SourceTokenizer | None:
+    """The tokenizer of `source` alone, to the id; None for a model folder that has none: such a bundle takes ids only.
+
+    No weights are read, so that added tokens without a row of the embedding are still there: `load_model` takes them
+    out.
 
     Raises: UsageError as `load_model`.
     """
@@ -78,16 +99,35 @@ def load_tokenizer(source: str) -> Any | None:
         return source_tokenizer(origin)
 
 
-def load_config(source: str) -> Any:
+def load_config(source: str, *, refuse: bool = True) -> Any:
     """The configuration of `source` alone: weights need not be there.
+
+    refuse: whether architectures that do not export are refused.
 
     Raises: UsageError as `load_model`.
     """
     origin = locate(source)
     with _quiet_transformers(), _readable_errors(source):
         config = _config(origin)
-    refuse_architecture(config)
+    if refuse:
+        refuse_architecture(config)
     return config
+
+
+def load_generation_config(source: str) -> Any | None:
+    """generation_config.json of `source`, as transformers reads it; None if there is none.
+
+    Raises: UsageError if it is broken.
+    """
+    import transformers
+
+    from sinkexport.loading.tokenizer_files import TokenizerFiles
+
+    origin = locate(source)
+    with _quiet_transformers(), _readable_errors(source):
+        if origin.is_gguf or TokenizerFiles(origin).path(GENERATION_FILE) is None:
+            return None
+        return transformers.GenerationConfig.from_pretrained(origin.location["pretrained_model_name_or_path"])
 
 
 def _config(origin: Origin) -> Any:

@@ -75,7 +75,7 @@ class Tokenizer:
                 template = (bundle / facts.chat_template).read_text(encoding="utf-8")
             if _TOKENIZER_CONFIG in manifest.files:  # what the tokenizer itself calls its special tokens goes first
                 config = json.loads((bundle / _TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-                special |= _named_special_tokens(config)
+                special |= named_special_tokens(config)
         except (OSError, ValueError) as error:
             raise BundleError(problem("tokenizer files", received=_one_line(error), expected="UTF-8 text and JSON",
                                       fix="export the model again")) from error  # fmt: skip
@@ -315,7 +315,7 @@ OPENING_MESSAGES = ("0", "?")
 """Two user messages that begin differently: what two conversations share up to them is their opening."""
 
 
-def _named_special_tokens(config: Any) -> dict[str, Any]:
+def named_special_tokens(config: Any) -> dict[str, Any]:
     """Special tokens of a tokenizer_config.json by name: plain texts, or objects with a ``content``.
 
     Lists, such as ``additional_special_tokens``, stay lists of texts.
