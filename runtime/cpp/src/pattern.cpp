@@ -27,6 +27,7 @@ class Compiler {
   Alternatives compile() {
     Alternatives out = alternatives(false, 0);
     if (!rest_.empty()) fail("a ')' without '('");
+    if (mayBeEmpty(out)) fail("a match of nothing");
     return out;
   }
 
@@ -49,6 +50,35 @@ class Compiler {
     return step.code;
   }
 
+  static bool mayBeEmpty(const Alternatives& alternatives) {
+    return std::any_of(alternatives.begin(), alternatives.end(), [](const Sequence& sequence) {
+      return std::all_of(sequence.begin(), sequence.end(), [](const Item& item) {
+        if (item.kind == Kind::kSet) return item.least == 0;
+        return item.kind != Kind::kGroup || item.least == 0 || mayBeEmpty(item.inner);
+      });
+    });
+  }
+
+  // Only ASCII's letters are known without regard to case.
+  void checkFolded(const Set& set) const {
+    const bool plain = std::all_of(set.ranges.begin(), set.ranges.end(), [](const auto& r) { return r.second < 0x80; });
+    if (!plain || set.categories != 0) fail("a (?i:..) with more than ASCII");
+    for (const Set& inner : set.inner) checkFolded(inner);
+  }
+
+  // Without regard to case, one character may be two: 's' 's' is the German sharp s too, 'f' 'i' a ligature.
+  void checkFolds(const Sequence& sequence) const {
+    const auto has = [](const Item& item, char letter) {
+      if (item.kind != Kind::kSet || !item.set.folded || item.set.ranges.size() != 1) return false;
+      return item.set.ranges[0].first == item.set.ranges[0].second && item.set.ascii[static_cast<uint8_t>(letter)];
+    };
+    for (size_t i = 0; i + 1 < sequence.size(); ++i) {
+      for (const char* pair : {"ss", "st", "ff", "fi", "fl"}) {
+        if (has(sequence[i], pair[0]) && has(sequence[i + 1], pair[1])) fail("a (?i:..) with '" + std::string(pair) + "'");
+      }
+    }
+  }
+
   Alternatives alternatives(bool folded, int depth) {
     if (depth > kMaxDepth) fail("groups nested too deeply");
     Alternatives out(1);
@@ -59,6 +89,7 @@ class Compiler {
         out.back().push_back(item(folded, depth));
       }
     }
+    for (const Sequence& sequence : out) checkFolds(sequence);
     return out;
   }
 
@@ -78,9 +109,12 @@ class Compiler {
       }
       out.inner = alternatives(inner_folded, depth + 1);
       if (!take(")")) fail("a '(' without ')'");
+    } else if (take("$")) {
+      out.kind = Kind::kLineEnd;
     } else {
       out.set.folded = folded;
       single(out.set);
+      if (folded) checkFolded(out.set);
       out.set.addAscii();
     }
     quantifier(out);
@@ -88,6 +122,7 @@ class Compiler {
   }
 
   void quantifier(Item& item) {
+    const bool simple = rest_.substr(0, 1) != "{";  // a '+' after '}' is a quantifier of its own in Ruby's syntax
     if (take("+")) {
       item.most = kEndless;
     } else if (take("*")) {
@@ -102,10 +137,11 @@ class Compiler {
     } else {
       return;
     }
+    if (simple && item.kind == Kind::kSet && take("+")) item.possessive = true;
     if (rest_.substr(0, 1) == "?" || rest_.substr(0, 1) == "+" || rest_.substr(0, 1) == "*") {
-      fail("a lazy or possessive quantifier");
+      fail("a lazy, possessive or double quantifier");
     }
-    if (item.kind == Kind::kAhead || item.kind == Kind::kNotAhead) fail("a repeated lookahead");
+    if (item.kind != Kind::kSet && item.kind != Kind::kGroup) fail("a repeated lookahead or '$'");
     if (item.kind == Kind::kGroup && item.most > kMostGroups) fail("a group that repeats without end");
   }
 
@@ -140,7 +176,18 @@ class Compiler {
   void characters(Set& set) {
     set.negated = take("^");
     for (bool first = true; first || rest_.substr(0, 1) != "]"; first = false) {
-      if (rest_.substr(0, 1) == "[" || rest_.substr(0, 2) == "&&") fail("nested classes");
+      if (rest_.substr(0, 2) == "&&") fail("an intersection of classes");
+      if (rest_.substr(0, 2) == "[:") fail("a POSIX class");
+      if (take("[")) {
+        if (++depth_ > kMaxDepth) fail("classes nested too deeply");
+        Set inner;
+        inner.folded = set.folded;
+        characters(inner);
+        inner.addAscii();
+        set.inner.push_back(std::move(inner));
+        --depth_;
+        continue;
+      }
       if (take("\\")) {
         const size_t before = set.ranges.size();
         escape(set);
@@ -188,6 +235,15 @@ class Compiler {
       case 'd':
         set.categories |= categoryMask("Nd");
         return;
+      case 'D':
+        set.categories |= ~categoryMask("Nd");
+        return;
+      case 'w':
+        set.word = true;
+        return;
+      case 'W':
+        set.not_word = true;
+        return;
       case 'p':
       case 'P': {
         const size_t end = rest_.find('}');
@@ -209,6 +265,7 @@ class Compiler {
   }
 
   std::string_view rest_, source_;
+  int depth_ = 0;  // of classes inside classes
 };
 
 // A continuation that is never kept.
@@ -246,6 +303,8 @@ class Matcher {
         return any(item.inner, at, yes) && rest(at);
       case Kind::kNotAhead:
         return !any(item.inner, at, yes) && rest(at);
+      case Kind::kLineEnd:
+        return (at == text_.size() || text_[at] == '\n') && rest(at);
       case Kind::kGroup:
         return groups(item, 0, at, rest);
       case Kind::kSet:
@@ -259,6 +318,7 @@ class Matcher {
       end += step.size;
       ++count;
     }
+    if (item.possessive) return count >= item.least && rest(end);
     while (count >= item.least) {
       if (rest(end)) return true;
       if (count == 0) return false;
@@ -286,6 +346,10 @@ bool Set::plainlyHas(uint32_t code) const {
   }
   if (space && isSpace(code)) return true;
   if (not_space && !isSpace(code)) return true;
+  if ((word && isWord(code)) || (not_word && !isWord(code))) return true;
+  for (const Set& set : inner) {
+    if (set.has(code)) return true;
+  }
   return categories != 0 && (categoryBit(code) & categories) != 0;
 }
 
