@@ -127,6 +127,18 @@ std::vector<int64_t> Tokenizer::encode(std::string_view text, bool special) cons
   return out;
 }
 
+std::vector<int64_t> Tokenizer::encodePrompt(std::string_view text) const {
+  const std::vector<int64_t>& start = data_->before;
+  const std::vector<int64_t> ids = encode(text, false);
+  for (size_t n = std::min(start.size(), ids.size()); n > 0; --n) {
+    if (!std::equal(start.end() - static_cast<std::ptrdiff_t>(n), start.end(), ids.begin())) continue;
+    std::vector<int64_t> out = start;
+    out.insert(out.end(), ids.begin() + static_cast<std::ptrdiff_t>(n), ids.end());
+    return out;
+  }
+  return encode(text);
+}
+
 std::vector<int64_t> Tokenizer::encodeNext(std::string_view text) const {
   // Some tokenizers put a space before every text. So the text is encoded after a line break, which is taken off again.
   const std::vector<int64_t>& newline = data_->newline;

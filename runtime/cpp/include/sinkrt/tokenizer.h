@@ -25,6 +25,9 @@ class Tokenizer {
   // Ids of UTF-8 text; `special` adds what the model starts its texts with, if anything.
   // Throws Error(kUsage) for text that is not valid UTF-8.
   std::vector<int64_t> encode(std::string_view text, bool special = true) const;
+  // The same of a text that a stream begins with: what the model starts its texts with comes once, though a rendered
+  // chat begins with it too.
+  std::vector<int64_t> encodePrompt(std::string_view text) const;
   // Ids of a text inside a stream: nothing that marks the beginning of one is added.
   std::vector<int64_t> encodeNext(std::string_view text) const;
 
@@ -50,8 +53,8 @@ class StreamingDecoder {
   // Tokens held back: a character has at most 4 bytes, so more are no character.
   static constexpr size_t kMaxPending = 8;
 
-  // after, count: the last ids that are in the stream already, such as a prompt's. Only what follows them comes out:
-  // whether it begins with a space depends on them.
+  // after, count: ids that the stream has taken already, such as a prompt's, of which the last kMaxPending that have
+  // text count. Only what follows them comes out: whether it begins with a space depends on them.
   explicit StreamingDecoder(const Tokenizer& tokenizer, const int64_t* after = nullptr, size_t count = 0);
   ~StreamingDecoder();
   StreamingDecoder(StreamingDecoder&&) noexcept;

@@ -5,7 +5,6 @@
 
 namespace sinkrt {
 
-// Ids, at most a decoder's most.
 struct StreamingDecoder::Work {
   // The ids of the last piece, on which depends whether a space comes next; then those after it that are no whole
   // character yet.
@@ -20,9 +19,11 @@ StreamingDecoder::StreamingDecoder(const Tokenizer& tokenizer, const int64_t* af
   const Tokenizer::Data& data = *tokenizer.data_;
   data.decoder.reserve(work_->chain, work_->ids.size(), data.longest);
   work_->before.reserve(work_->chain.in.text.capacity());
-  for (size_t i = count > kMaxPending ? count - kMaxPending : 0; i < count; ++i) {
-    if (tokenizer.hasText(after[i])) work_->ids[work_->num_context++] = after[i];
+  size_t& found = work_->num_context;
+  for (size_t i = count; i > 0 && found < kMaxPending; --i) {
+    if (tokenizer.hasText(after[i - 1])) work_->ids[found++] = after[i - 1];
   }
+  std::reverse(work_->ids.begin(), work_->ids.begin() + static_cast<std::ptrdiff_t>(found));
 }
 
 StreamingDecoder::~StreamingDecoder() = default;

@@ -3,10 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <optional>
 
-#include "text/bpe.h"
 #include "text/byte_names.h"
 #include "utf8.h"
 
@@ -48,13 +46,6 @@ double libraryNumber(std::string_view text) {
 }
 
 }  // namespace
-
-std::unique_ptr<Model> readModel(const TokenizerFile& file, const Json& part, Vocabulary& vocabulary) {
-  const std::string type = file.typeOf(part);
-  if (type == "BPE") return std::make_unique<Bpe>(file, part, vocabulary);
-  if (type == "Unigram") return std::make_unique<Unigram>(file, part, vocabulary);
-  file.refuse("a model of type '" + type + "'", "BPE, Unigram");
-}
 
 Unigram::Unigram(const TokenizerFile& file, const Json& part, Vocabulary& vocabulary) {
   file.checkMembers(part, {"unk_id", "vocab", "byte_fallback"});
