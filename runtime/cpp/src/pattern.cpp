@@ -163,7 +163,7 @@ class Compiler {
       set.negated = true;
       set.ranges.emplace_back('\n', '\n');
     } else if (take("\\")) {
-      escape(set);
+      escape(set, false);
     } else {
       const uint32_t code = next();
       if (code == '^' || code == '$' || code == '*' || code == '+' || code == '?' || code == '{') {
@@ -190,7 +190,7 @@ class Compiler {
       }
       if (take("\\")) {
         const size_t before = set.ranges.size();
-        escape(set);
+        escape(set, true);
         if (set.ranges.size() == before) continue;  // a class of its own
       } else {
         const uint32_t code = next();
@@ -200,7 +200,7 @@ class Compiler {
         take("-");
         Set end;
         if (take("\\")) {
-          escape(end);
+          escape(end, true);
         } else {
           const uint32_t code = next();
           end.ranges.emplace_back(code, code);
@@ -212,7 +212,7 @@ class Compiler {
     take("]");
   }
 
-  void escape(Set& set) {
+  void escape(Set& set, bool in_class) {
     const uint32_t code = next();
     const auto literal = [&](uint32_t meant) { set.ranges.emplace_back(meant, meant); };
     switch (code) {
@@ -239,10 +239,10 @@ class Compiler {
         set.categories |= ~categoryMask("Nd");
         return;
       case 'w':
-        set.word = true;
+        (in_class ? set.class_word : set.word) = true;
         return;
       case 'W':
-        set.not_word = true;
+        (in_class ? set.class_not_word : set.not_word) = true;
         return;
       case 'p':
       case 'P': {
@@ -347,6 +347,7 @@ bool Set::plainlyHas(uint32_t code) const {
   if (space && isSpace(code)) return true;
   if (not_space && !isSpace(code)) return true;
   if ((word && isWord(code)) || (not_word && !isWord(code))) return true;
+  if ((class_word && isClassWord(code)) || (class_not_word && !isClassWord(code))) return true;
   for (const Set& set : inner) {
     if (set.has(code)) return true;
   }

@@ -30,7 +30,8 @@ class Pattern {
     bool negated = false;
     bool folded = false;  // (?i:..): letters of either case
     bool space = false, not_space = false;
-    bool word = false, not_word = false;
+    bool word = false, not_word = false;              // \w by itself
+    bool class_word = false, class_not_word = false;  // \w in a class, which has fewer
     uint32_t categories = 0;
     std::vector<std::pair<uint32_t, uint32_t>> ranges;
     std::vector<Set> inner;  // classes inside a class

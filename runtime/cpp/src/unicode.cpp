@@ -130,8 +130,13 @@ bool isSpace(uint32_t code) {
 
 bool isNumeric(uint32_t code) { return inside(kNumeric, code); }
 bool isPunctuation(uint32_t code) { return inside(kPunctuation, code); }
-bool isWord(uint32_t code) { return inside(kWord, code); }
-bool isPlainWord(uint32_t code) { return inside(kPlainWord, code); }
+bool isClassWord(uint32_t code) { return inside(kWord, code); }
+
+bool isWord(uint32_t code) {  // Latin-1's small digits and fractions too
+  return isClassWord(code) || code == 0xb2 || code == 0xb3 || code == 0xb9 || (code >= 0xbc && code <= 0xbe);
+}
+
+bool isPlainWord(uint32_t code) { return isClassWord(code) || code == 0x200c || code == 0x200d; }
 bool isMark(uint32_t code) { return inside(kMark, code); }
 
 namespace {

@@ -20,8 +20,9 @@ bool isNumeric(uint32_t code);
 
 // The library's is_punctuation, with ASCII's symbols.
 bool isPunctuation(uint32_t code);
-// \w of Oniguruma, and of the Rust crate 'regex'.
+// \w of Oniguruma by itself, \w in a class of Oniguruma, \w of the Rust crate 'regex'.
 bool isWord(uint32_t code);
+bool isClassWord(uint32_t code);
 bool isPlainWord(uint32_t code);
 // Combining marks, which StripAccents removes.
 bool isMark(uint32_t code);

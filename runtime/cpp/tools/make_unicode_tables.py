@@ -48,15 +48,6 @@ def split_off(splitter: pre_tokenizers.PreTokenizer) -> list[int]:
     return found
 
 
-def in_words() -> list[int]:
-    """1 for each code point that is \\w to the library's second engine, which has no look-around."""
-    splitter = pre_tokenizers.Whitespace()
-    found = [0] * 0x110000
-    for code in code_points():
-        found[code] = int(len(splitter.pre_tokenize_str("a" + chr(code) + "a")) == 1)
-    return found
-
-
 def runs(values: list[int]) -> list[tuple[int, int]]:
     """(first code point, value) wherever the value changes."""
     return [(i, value) for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
@@ -143,7 +134,7 @@ def main() -> None:
         for code in matched(pre_tokenizers.Split(Regex(rf"\p{{{category}}}+"), "removed")):
             categories[code] = index
     words = [0] * 0x110000
-    for code in matched(pre_tokenizers.Split(Regex(r"\w+"), "removed")):
+    for code in matched(pre_tokenizers.Split(Regex(r"[\w]+"), "removed")):
         words[code] = 1
     marks = [0] * 0x110000
     for code in changed(normalizers.StripAccents()):
@@ -152,8 +143,7 @@ def main() -> None:
     edge_tables: tuple[tuple[str, str, Callable[[], list[int]]], ...] = (
         ("kNumeric", "numeric characters", lambda: split_off(pre_tokenizers.Digits(individual_digits=True))),
         ("kPunctuation", "punctuation", lambda: split_off(pre_tokenizers.Punctuation("isolated"))),
-        ("kWord", "\\w of the pattern engine", lambda: words),
-        ("kPlainWord", "\\w of the engine without look-around", in_words),
+        ("kWord", "\\w in a class", lambda: words),
         ("kMark", "combining marks", lambda: marks),
     )
     parts = [

@@ -20,6 +20,7 @@ size_t previous(std::string_view text, size_t end) {
 void AddedTokens::read(const TokenizerFile& file, const Json& part, const Normalizer& normalizer, size_t model_size,
                        Vocabulary& vocabulary) {
   auto next_id = static_cast<int64_t>(model_size);
+  bool takes_after = false, gives_back = false;
   for (const Json& item : part.items) {
     file.checkMembers(item, {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"});
     const std::string& content = file.needText(item, "content");
@@ -47,8 +48,12 @@ void AddedTokens::read(const TokenizerFile& file, const Json& part, const Normal
       special_ids_.insert(id);
       special_texts_.insert(content);
     }
+    takes_after = takes_after || token.rstrip;
+    gives_back = gives_back || (token.lstrip && !token.rstrip && isSpace(nextUtf8(text).code));
     vocabulary.setText(id, text);
   }
+  // White space that both want is a fatal error in the library.
+  if (takes_after && gives_back) file.refuse("an added token of white space with lstrip beside one with rstrip", "others");
 }
 
 bool AddedTokens::Set::put(const std::string& text, const Token& token) {

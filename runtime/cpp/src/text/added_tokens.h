@@ -43,7 +43,7 @@ class AddedTokens {
       Place place = set.place(text, start, at, *found);
       if (place.wanted) {
         if (place.first > start) on_text(text.substr(start, place.first - start), start);
-        on_token(found->id);
+        if (place.first < place.last) on_token(found->id);  // not if the token before took all of it
         start = place.last;  // the search goes on behind the token itself, not behind the space that it took
       }
     }
