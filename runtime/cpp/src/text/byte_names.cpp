@@ -30,6 +30,20 @@ std::optional<std::string> ByteNames::bytes(std::string_view text) const {
   return out;
 }
 
+void ByteNames::appendBytes(std::string_view text, std::string& out) const {
+  const size_t before = out.size();
+  for (std::string_view rest = text; !rest.empty();) {
+    const Utf8Step step = nextUtf8(rest);
+    if (step.code >= byte_.size() || byte_[step.code] < 0) {
+      out.resize(before);
+      out.append(text);
+      return;
+    }
+    out += static_cast<char>(byte_[step.code]);
+    rest.remove_prefix(step.size);
+  }
+}
+
 std::string ByteNames::written(std::string_view bytes) const {
   std::string out;
   out.reserve(2 * bytes.size());

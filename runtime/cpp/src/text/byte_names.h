@@ -15,6 +15,8 @@ class ByteNames {
 
   // The bytes that a vocabulary's text stands for; nothing if it is not written so.
   std::optional<std::string> bytes(std::string_view text) const;
+  // Appends them, or the text itself if it is not written so.
+  void appendBytes(std::string_view text, std::string& out) const;
   // A text as a byte-level vocabulary writes its bytes.
   std::string written(std::string_view bytes) const;
 

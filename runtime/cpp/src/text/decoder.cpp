@@ -113,18 +113,21 @@ void Decoder::reserve(Work& work, size_t count, size_t longest) const {
     pieces->text.reserve(most);
     pieces->ends.reserve(std::max<size_t>(count, 1));
   }
+  work.bytes.reserve(most);
 }
 
 std::string_view Decoder::run(Work& work) const {
   for (const Step& step : steps_) {
     work.out.clear();
-    apply(step, work.in, work.out);
+    apply(step, work);
     std::swap(work.in, work.out);
   }
   return work.in.text;
 }
 
-void Decoder::apply(const Step& step, const Pieces& in, Pieces& out) {
+void Decoder::apply(const Step& step, Work& work) {
+  const Pieces& in = work.in;
+  Pieces& out = work.out;
   switch (step.kind) {
     case Kind::kReplace:
       return each(in, [&](std::string_view token) {
@@ -148,15 +151,11 @@ void Decoder::apply(const Step& step, const Pieces& in, Pieces& out) {
         }
         out.add(token.substr(start));
       });
-    case Kind::kByteLevel: {  // behind others: by token, which the first ones are when they are read
-      std::string bytes;
-      each(in, [&](std::string_view token) {
-        const std::optional<std::string> named = ByteNames::get().bytes(token);
-        bytes.append(named ? std::string_view(*named) : token);
-      });
-      appendLossy(out.text, bytes);
+    case Kind::kByteLevel:  // behind others; the first ones are applied when the tokens are read
+      work.bytes.clear();
+      each(in, [&](std::string_view token) { ByteNames::get().appendBytes(token, work.bytes); });
+      appendLossy(out.text, work.bytes);
       return out.ends.push_back(out.text.size());
-    }
     case Kind::kJoinBytes:
       appendLossy(out.text, in.text);
       return out.ends.push_back(out.text.size());

@@ -30,6 +30,7 @@ class Decoder {
   // What a chain works in. Nothing is allocated in it after `reserve`.
   struct Work {
     Pieces in, out;
+    std::string bytes;
   };
 
   // Throws Error(kBundle).
@@ -54,7 +55,7 @@ class Decoder {
   };
 
   Step readStep(const TokenizerFile& file, const Json& part) const;
-  static void apply(const Step& step, const Pieces& in, Pieces& out);
+  static void apply(const Step& step, Work& work);
   static void byteFallback(const Pieces& in, Pieces& out);
   static void strip(const Step& step, std::string_view token, Pieces& out);
 
