@@ -28,8 +28,8 @@ from tests.cpp.test_tokenizer import TEXTS, noise
 VERSION = "3.7.2"
 NAMES = ("claude", "deepseek_v3", "gemini", "gemma", "gemma2", "gemma3", "gpt35turbo", "gpt4o", "gptoss", "llama2",
          "llama3", "llama3_2", "mistral_nemo", "qwen3")  # fmt: skip
-PIECES = ("the ", "The", " and", "'ll", "don't", "Füße", "日本語", "한국어", "русский", "हिन्दी", "العربية", "😀", "e\u0301",
-          "½", "\r\n", "\n\n", "\t", "  ", "\u00a0", "\u3000", "1234567", "3.14", "!!!", "—", "▁", "<0x0A>", "<unk>",
+PIECES = ("the ", "The", " and", "'ll", "don't", "Füße", "日本語", "한국어", "русский", "हिन्दी", "العربية", "😀",
+          "e\u0301", "½", "\r\n", "\n\n", "\t", "  ", "\u00a0", "\u3000", "1234567", "3.14", "!!!", "—", "▁", "<0x0A>", "<unk>",
           "Ġ", "İ", "ß", "\x00", "\u200b", "[INST]")  # fmt: skip
 
 
@@ -105,8 +105,9 @@ def main() -> int:
         for name in options.names:
             path = Path(name) if name.endswith(".json") else fetch(name, folder)
             try:
-                found = list(differences(probe.tokenizer(path), tokenizers.Tokenizer.from_file(str(path)), options.texts))
-                said = f"{options.texts} texts, {len(found)} differ" + "".join(f"\n  {text[:200]}" for text in found[:5])
+                library = tokenizers.Tokenizer.from_file(str(path))
+                found = list(differences(probe.tokenizer(path), library, options.texts))
+                said = "".join([f"{options.texts} texts, {len(found)} differ", *(f"\n  {text[:200]}" for text in found[:5])])
                 failed |= bool(found)
             except ProbeError as error:
                 said, failed = f"refused: {error}", True

@@ -1,4 +1,4 @@
-"""The C++ tokenizer against the library 'tokenizers': SentencePiece's kinds, every part by itself, parts that are drawn."""
+"""The C++ tokenizer against the library 'tokenizers': SentencePiece's kinds, every part, files of drawn parts."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ BOS = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "
        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}  # fmt: skip
 LLAMA = sequence("normalizers", {"type": "Prepend", "prepend": "▁"}, replace(" ", "▁"))
 GEMMA_DECODER = sequence("decoders", replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"})
-LATIN = "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-Ֆ"  # noqa: RUF001 - as DeepSeek writes it
+LATIN = "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-Ֆ"
 
 
 def chat_tokens(start: int) -> list[dict[str, Any]]:
     """Special tokens that take the white space after them, as Phi-3's, and one of white space."""
-    extra = [added("<|user|>", start, special=True, rstrip=True), added("<|end|>", start + 1, special=True, rstrip=True),
+    extra = [added("<|user|>", start, special=True, rstrip=True),
+             added("<|end|>", start + 1, special=True, rstrip=True),
              added("<mask>", start + 2, lstrip=True, single_word=True, normalized=True)]  # fmt: skip
     return [*(added(text, i, special=True) for i, text in enumerate(SPECIAL)), *extra]
 
@@ -253,14 +254,14 @@ def test_scores_are_read_as_the_library_reads_them(probe: Probe, tmp_path: Path)
     for word in words:
         digits = draw.choice((3, 12, 16, 17, 19, 21, 25))
         half = "".join(draw.choice("0123456789") for _ in range(digits))
-        score = draw.choice((f"-{draw.randrange(30)}.{half}", f"-0.000{half}", f"-1{half[:8]}.{half}e-{draw.randrange(9)}"))
+        score = draw.choice((f"-{draw.randrange(30)}.{half}", f"-0.000{half}", f"-1{half[:8]}.{half}e-{digits % 9}"))
         vocabulary += [[word, score], [word * 2, repr(2 * float(score))]]
     text = json.dumps(whole({"type": "Unigram", "unk_id": 0, "vocab": []}, added_tokens=[]))
     vocab = ",".join(f"[{json.dumps(word)},{score}]" for word, score in vocabulary)
     path = tmp_path / "tokenizer.json"
     path.write_text(text.replace('"vocab": []', f'"vocab": [{vocab}]'), encoding="utf-8")
     ours, library = probe.tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
-    read = {word: score for word, score in json.loads(library.to_str())["model"]["vocab"]}
+    read = dict(json.loads(library.to_str())["model"]["vocab"])
     assert any(read[word] != float(score) for word, score in vocabulary)  # so it matters how they are read
     for word in words:
         assert ours.encode(word * 2) == library.encode(word * 2).ids, word

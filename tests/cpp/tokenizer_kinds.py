@@ -161,10 +161,12 @@ def draw_file(draw: random.Random) -> dict[str, Any]:
     size = len(made["vocab"])
     contents = draw.sample(["<tool>", "  ", "mat", "é", "\n\n", "Füße", "▁▁", "<s>x"], draw.randrange(4))
     tokens = [added(text, i, special=True, normalized=draw.random() < 0.1) for i, text in enumerate(SPECIAL)]
-    model_ids = dict(made["vocab"]) if isinstance(made["vocab"], dict) else {t: i for i, (t, _) in enumerate(made["vocab"])}
+    vocabulary = made["vocab"]
+    if not isinstance(vocabulary, dict):
+        vocabulary = {text: i for i, (text, _) in enumerate(vocabulary)}
     for content in contents:
-        number = model_ids.get(content, size)
-        size += content not in model_ids
+        number = vocabulary.get(content, size)
+        size += content not in vocabulary
         tokens.append(added(content, number, **{flag: draw.random() < 0.35 for flag in (
             "single_word", "lstrip", "rstrip", "normalized", "special")}))  # fmt: skip
     normalizer = draw.sample(NORMALIZERS, draw.choice((0, 0, 1, 1, 2, 3)))
