@@ -29,8 +29,8 @@ VERSION = "3.7.2"
 NAMES = ("claude", "deepseek_v3", "gemini", "gemma", "gemma2", "gemma3", "gpt35turbo", "gpt4o", "gptoss", "llama2",
          "llama3", "llama3_2", "mistral_nemo", "qwen3")  # fmt: skip
 PIECES = ("the ", "The", " and", "'ll", "don't", "Füße", "日本語", "한국어", "русский", "हिन्दी", "العربية", "😀",
-          "e\u0301", "½", "\r\n", "\n\n", "\t", "  ", "\u00a0", "\u3000", "1234567", "3.14", "!!!", "—", "▁", "<0x0A>", "<unk>",
-          "Ġ", "İ", "ß", "\x00", "\u200b", "[INST]")  # fmt: skip
+          "e\u0301", "½", "\r\n", "\n\n", "\t", "  ", "\u00a0", "\u3000", "1234567", "3.14", "!!!", "—", "▁", "<0x0A>",
+          "<unk>", "Ġ", "İ", "ß", "\x00", "\u200b", "[INST]")  # fmt: skip
 
 
 def fetch(name: str, folder: Path) -> Path:
@@ -107,7 +107,7 @@ def main() -> int:
             try:
                 library = tokenizers.Tokenizer.from_file(str(path))
                 found = list(differences(probe.tokenizer(path), library, options.texts))
-                said = "".join([f"{options.texts} texts, {len(found)} differ", *(f"\n  {text[:200]}" for text in found[:5])])
+                said = "\n  ".join([f"{options.texts} texts, {len(found)} differ", *(text[:200] for text in found[:5])])
                 failed |= bool(found)
             except ProbeError as error:
                 said, failed = f"refused: {error}", True

@@ -42,7 +42,8 @@ void AddedTokens::read(const TokenizerFile& file, const Json& part, const Normal
     const Token token{id, text.size(), file.flag(item, "lstrip", false), file.flag(item, "rstrip", false),
                       file.flag(item, "single_word", false)};
     if (text.empty() || !(after_normalizer ? normalized_ : raw_).put(text, token)) {
-      file.refuse("the added token '" + content + "' that is another or nothing after the normalizer", "one of its own");
+      file.refuse("the added token '" + content + "' that is another or nothing after the normalizer",
+                  "one of its own");
     }
     if (file.flag(item, "special", false)) {
       special_ids_.insert(id);
@@ -53,7 +54,9 @@ void AddedTokens::read(const TokenizerFile& file, const Json& part, const Normal
     vocabulary.setText(id, text);
   }
   // White space that both want is a fatal error in the library.
-  if (takes_after && gives_back) file.refuse("an added token of white space with lstrip beside one with rstrip", "others");
+  if (takes_after && gives_back) {
+    file.refuse("an added token of white space with lstrip beside one with rstrip", "others");
+  }
 }
 
 bool AddedTokens::Set::put(const std::string& text, const Token& token) {

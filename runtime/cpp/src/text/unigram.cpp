@@ -61,7 +61,9 @@ Unigram::Unigram(const TokenizerFile& file, const Json& part, Vocabulary& vocabu
         given.type == Json::Type::kInt ? static_cast<double>(given.integer) : libraryNumber(given.text);
     const auto id = static_cast<int64_t>(scores_.size());
     const std::string& text = item.items[0].text;
-    if (text.empty() || !tokens_.put(text, id)) file.refuse("the token '" + text + "' twice, or an empty one", "others");
+    if (text.empty() || !tokens_.put(text, id)) {
+      file.refuse("the token '" + text + "' twice, or an empty one", "others");
+    }
     vocabulary.put(id, text);
     scores_.push_back(score);
     least = std::min(least, score);
