@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import tokenizers
 from sinkrt.text import MAX_PENDING, Tokenizer
 from tokenizers import models
 
+from tests.cpp.charsmap import charsmap
 from tests.cpp.probe import CppTokenizer, Probe, ProbeError
 from tests.cpp.test_tokenizer import TEXTS, assert_same, noise
 from tests.cpp.tokenizer_kinds import (
@@ -92,6 +94,12 @@ KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "unigram": lambda: whole(model("unigram"), decoder=metaspace(), pre_tokenizer=sequence(
         "pretokenizers", {"type": "WhitespaceSplit"}, metaspace()), normalizer=sequence(
             "normalizers", {"type": "NFKC"}, replace(" {2,}", "▁", "Regex"))),
+    "t5": lambda: whole(model("unigram"), decoder=metaspace(), post_processor=BOS, pre_tokenizer=metaspace(),
+                        normalizer=sequence("normalizers", precompiled({
+                            "\t": " ", "\n": " ", "\u00a0": " ", "ﬁ": "fi", "½": "1/2", "…": "...", "e\u0301": "é",
+                            "\x01": "", "ｶ": "カ", "ﾞ": "゛", "\u200b": " "}),
+                            {"type": "Strip", "strip_left": False, "strip_right": True},
+                            replace(" {2,}", "▁", "Regex"))),
     "unigram-bytes": lambda: whole(model("unigram", byte_fallback=True), decoder=LLAMA_DECODER,
                                    normalizer=LLAMA, post_processor=BOS),
 }  # fmt: skip
@@ -233,6 +241,34 @@ def test_classes_of_every_character(probe: Probe, tmp_path: Path, part: dict[str
     for start in range(0, len(EVERYTHING), 1 << 14):
         text = "".join(EVERYTHING[start : start + (1 << 14)])
         assert ours.encode(text) == library.encode(text).ids, hex(start)
+
+
+def precompiled(pairs: dict[str, str]) -> dict[str, Any]:
+    return {"type": "Precompiled", "precompiled_charsmap": charsmap(pairs)}
+
+
+def test_what_belongs_to_a_character(probe: Probe, tmp_path: Path) -> None:
+    """A character map replaces whole clusters by what the shortest beginning becomes, if they have at most 5 bytes."""
+    joins = [*"a\r\n\x01\u0301\u0334\ufe0f\u200c\u200d\u0903\u0e33\u0600\u0d4e\u1100\u1161\u11a8\uac00\uac01©⌚😀क",
+             *"\u094d\u093c\U0001f1e9\U0001f1ea\U0001f3fb\U000e0100"]  # fmt: skip
+    pairs = {character: chr(ord("A") + i) for i, character in enumerate(joins)}
+    ours, library = load(probe, tmp_path / "tokenizer.json", bytewise(normalizer=precompiled(pairs)))
+    draw = random.Random(4)
+    for _ in range(400):
+        text = "".join(draw.choice(joins) for _ in range(200))
+        assert ours.encode(text) == library.encode(text).ids, text
+    pairs = {"a": "Z", "ab": "Q", "é": "e", "\u0301": "'", "x": "", "ﬁ": "fi"}
+    ours, library = load(probe, tmp_path / "tokenizer.json", bytewise(normalizer=precompiled(pairs)))
+    for start in range(0, len(EVERYTHING), 1 << 11):
+        text = "a".join(EVERYTHING[start : start + (1 << 11)])
+        assert ours.encode(text) == library.encode(text).ids, hex(start)
+    # What joins the next character: Unicode has 27 of them, all among format characters and letters of a few scripts.
+    many = [c for c in EVERYTHING if unicodedata.category(c) == "Cf" or 0x11000 <= ord(c) < 0x12000 or c == "\u0d4e"]
+    pairs = {character: f"<{ord(character):x}>" for character in many}
+    ours, library = load(probe, tmp_path / "tokenizer.json", bytewise(normalizer=precompiled(pairs)))
+    for character in many:
+        text = f"{character}a{character}\n{character}\u0301"
+        assert ours.encode(text) == library.encode(text).ids, hex(ord(character))
 
 
 def test_each_part_by_itself(probe: Probe, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
+from tests.cpp.charsmap import charsmap
+
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 CORPUS = (
     "the cat sat on the mat and the dog ate the hat ",
@@ -127,6 +129,7 @@ NORMALIZERS: list[dict[str, Any]] = [
     *({"type": "Strip", "strip_left": left, "strip_right": right} for left, right in ((True, True), (True, False),
                                                                                      (False, True))),
     {"type": "Prepend", "prepend": "▁"}, {"type": "Prepend", "prepend": "ab"}, replace(" ", "▁"), replace("a", ""),
+    {"type": "Precompiled", "precompiled_charsmap": charsmap({"a": "bb", "é": "", " ": "  ", "m": "", "ﬁ": "fi"})},
     replace("ab", "x"), replace(" {2,}", "▁", "Regex"), replace("\\s+", " ", "Regex"), replace("``", '"'),
 ]  # fmt: skip
 PRE_TOKENIZERS: list[dict[str, Any]] = [

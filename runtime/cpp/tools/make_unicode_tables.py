@@ -1,9 +1,10 @@
-"""Write ``src/unicode_tables.inc``: what the C++ tokenizer knows of Unicode.
+"""Write ``src/unicode_tables.inc`` and ``src/grapheme_tables.inc``: what the C++ tokenizer knows of Unicode.
 
 Everything is asked of the `tokenizers` library, part by part: its regular expression engine, its standard library, its
-normalization and its case tables are of different versions of Unicode. Python's tables only say where to look.
+normalization and its case tables are of different versions of Unicode. Python's tables only say where to look. What
+belongs to one character on the screen it does not tell: that is Unicode 17's, of the package `regex` of that time.
 
-    python runtime/cpp/tools/make_unicode_tables.py
+    python runtime/cpp/tools/make_unicode_tables.py  # with regex==2025.11.3
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
+import regex
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 TARGET = Path(__file__).parents[1] / "src/unicode_tables.inc"
+GRAPHEMES = TARGET.with_name("grapheme_tables.inc")
 SURROGATES = range(0xD800, 0xE000)
 # In the order of the enumeration in unicode.h; what none of them matches is unassigned (Cn).
 CATEGORIES = (
@@ -22,6 +25,12 @@ CATEGORIES = (
     "Sm", "Sc", "Sk", "So", "Zs", "Zl", "Zp", "Cc", "Cf", "Co", "Cn",
 )  # fmt: skip
 BLOCK = 1 << 14
+# In the order of the enumeration in grapheme.cpp, from 1 on; a character is of the last that matches.
+GRAPHEME_BREAKS = (
+    "GCB=CR", "GCB=LF", "GCB=Control", "GCB=Extend", "GCB=ZWJ", "GCB=SpacingMark", "GCB=Prepend", "GCB=L", "GCB=V",
+    "GCB=T", "GCB=Regional_Indicator", "Extended_Pictographic", "InCB=Consonant",
+)  # fmt: skip
+INCB_EXTEND, INCB_LINKER = 1 << 4, 1 << 5
 
 
 def code_points() -> list[int]:
@@ -45,6 +54,24 @@ def split_off(splitter: pre_tokenizers.PreTokenizer) -> list[int]:
     found = [0] * 0x110000
     for code in code_points():
         found[code] = int(len(splitter.pre_tokenize_str("a" + chr(code))) == 2)
+    return found
+
+
+def grapheme_breaks() -> list[int]:
+    """How each code point joins others, Hangul's syllables left out: a break property and flags for conjuncts.
+
+    Raises: SystemExit if the tables of `regex` are not Unicode 17's.
+    """
+    if regex.match(r"\p{GCB=Extend}", "\u05c8") or not regex.match(r"\p{GCB=Extend}", "\u1acf"):
+        raise SystemExit("the package regex is not of Unicode 17: pip install regex==2025.11.3")
+    properties = [(regex.compile(rf"\p{{{name}}}"), i) for i, name in enumerate(GRAPHEME_BREAKS, 1)]
+    flags = ((regex.compile(r"\p{InCB=Extend}"), INCB_EXTEND), (regex.compile(r"\p{InCB=Linker}"), INCB_LINKER))
+    found = [0] * 0x110000
+    for code in code_points():
+        character = chr(code)
+        if not is_syllable(code):
+            found[code] = max((i for pattern, i in properties if pattern.match(character)), default=0)
+            found[code] |= sum(flag for pattern, flag in flags if pattern.match(character))
     return found
 
 
@@ -163,6 +190,12 @@ def main() -> None:
         parts.append(f"// Code points where a run of {meaning} begins or ends, in turn.")
         parts.append(table(name, "uint32_t", edges(flags()), 10, 5))
     TARGET.write_text("\n".join(parts), encoding="utf-8")
+    parts = [
+        "// Made by tools/make_unicode_tables.py.\n",
+        "// First code point << 6 | how it joins others (grapheme.cpp), wherever that changes.",
+        table("kGraphemes", "uint32_t", [code << 6 | value for code, value in runs(grapheme_breaks())], 10, 8),
+    ]
+    GRAPHEMES.write_text("\n".join(parts), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -40,9 +40,13 @@ void Normalizer::read(const TokenizerFile& file, const Json& part) {
       step.content = file.needText(*item, "content");
       expands = !step.content.empty() && nextUtf8(step.content).size != step.content.size();
       removes = !step.finder[0].isCharacter() || step.content.empty();
+    } else if (type == "Precompiled") {
+      file.checkMembers(*item, {"precompiled_charsmap"});
+      step.kind = Kind::kMap;
+      step.map.push_back(CharactersMap::read(file, file.needText(*item, "precompiled_charsmap")));
     } else {
       file.refuse("a normalizer of type '" + type + "'",
-                  "NFC, NFD, NFKC, NFKD, Lowercase, StripAccents, Strip, Prepend, Replace");
+                  "NFC, NFD, NFKC, NFKD, Lowercase, StripAccents, Strip, Prepend, Replace, Precompiled");
     }
     follows_start_ = follows_start_ && !(expands_ && removes);
     expands_ = expands_ || expands;
@@ -87,6 +91,10 @@ void Normalizer::apply(std::string& text, bool& at_start) const {
           }
           rest.remove_prefix(next.size);
         }
+        text = std::move(out);
+        break;
+      case Kind::kMap:
+        step.map[0].apply(text, out);
         text = std::move(out);
         break;
       case Kind::kStrip:

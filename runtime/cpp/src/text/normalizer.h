@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "text/characters_map.h"
 #include "text/finder.h"
 #include "unicode.h"
 
@@ -24,12 +25,13 @@ class Normalizer {
   void apply(std::string& text, bool& at_start) const;
 
  private:
-  enum class Kind : uint8_t { kForm, kLower, kStripMarks, kStrip, kPrepend, kReplace };
+  enum class Kind : uint8_t { kForm, kLower, kStripMarks, kStrip, kPrepend, kReplace, kMap };
   struct Step {
     Kind kind;
     Form form = Form::kNfc;
     bool left = false, right = false;  // kStrip
     std::vector<Finder> finder = {};   // kReplace: one
+    std::vector<CharactersMap> map = {};  // kMap: one
     std::string content = {};          // kPrepend, kReplace
   };
 
