@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import tokenizers
 from sinkrt.text import MAX_PENDING, Tokenizer
-from tokenizers import models
 
 from tests.cpp.charsmap import charsmap
 from tests.cpp.probe import CppTokenizer, Probe, ProbeError
@@ -26,7 +25,9 @@ from tests.cpp.tokenizer_kinds import (
     SPECIAL,
     added,
     byte_level,
+    bytewise,
     draw_file,
+    load,
     metaspace,
     model,
     replace,
@@ -35,7 +36,6 @@ from tests.cpp.tokenizer_kinds import (
     whole,
     without,
 )
-from tests.runtime.toy import toy_tokenizer
 
 BOS = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
                                                 {"Sequence": {"id": "A", "type_id": 0}}],
@@ -103,11 +103,6 @@ KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "unigram-bytes": lambda: whole(model("unigram", byte_fallback=True), decoder=LLAMA_DECODER,
                                    normalizer=LLAMA, post_processor=BOS),
 }  # fmt: skip
-
-
-def load(probe: Probe, path: Path, raw: dict[str, Any]) -> tuple[CppTokenizer, tokenizers.Tokenizer]:
-    path.write_text(json.dumps(raw), encoding="utf-8")
-    return probe.tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -202,16 +197,6 @@ def test_files_of_drawn_parts(probe: Probe, tmp_path: Path) -> None:
                 decoder = theirs.streaming_decoder()
                 assert ours.stream(ids) == [*map(decoder.push, ids), decoder.flush()], (seed, ids)
     assert accepted > 120
-
-
-def bytewise(**parts: Any) -> dict[str, Any]:
-    """A tokenizer whose ids are the bytes of what its parts make of a text."""
-    vocabulary = tokenizers.Tokenizer(models.BPE(vocab=toy_tokenizer().get_vocab(), merges=[]))
-    last = byte_level(use_regex=False)
-    before = parts.pop("pre_tokenizer", None)
-    splitter = last if before is None else sequence("pretokenizers", before, last)
-    return whole(json.loads(vocabulary.to_str())["model"], added_tokens=[], decoder=byte_level(),
-                 pre_tokenizer=splitter, **parts)  # fmt: skip
 
 
 EVERYTHING = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]

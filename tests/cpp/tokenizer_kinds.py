@@ -8,12 +8,14 @@ import functools
 import json
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from tests.cpp.charsmap import charsmap
+from tests.cpp.probe import CppTokenizer, Probe
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 CORPUS = (
@@ -119,6 +121,25 @@ def split(pattern: str, behavior: str, *, kind: str = "Regex", invert: bool = Fa
 def sequence(key: str, *parts: dict[str, Any]) -> dict[str, Any]:
     """parts under ``normalizers``, ``pretokenizers``, ``processors`` or ``decoders``."""
     return {"type": "Sequence", key: list(parts)}
+
+
+def bytewise(**parts: Any) -> dict[str, Any]:
+    """A tokenizer whose ids are the bytes of what its parts make of a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = {"type": "BPE", "vocab": {character: i for i, character in enumerate(alphabet)}, "merges": []}
+    last = byte_level(use_regex=False)
+    before = parts.pop("pre_tokenizer", None)
+    splitter = last if before is None else sequence("pretokenizers", before, last)
+    return whole(made, added_tokens=[], decoder=byte_level(), pre_tokenizer=splitter, **parts)
+
+
+def load(probe: Probe, path: Path, raw: dict[str, Any]) -> tuple[CppTokenizer, tokenizers.Tokenizer]:
+    """A tokenizer.json, written to `path`, in C++ and Python.
+
+    Raises: ProbeError if C++ refuses it.
+    """
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    return probe.tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
 
 
 LLAMA_DECODER = sequence("decoders", replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"},

@@ -16,7 +16,8 @@ using Sequence = Pattern::Sequence;
 using Alternatives = Pattern::Alternatives;
 
 constexpr uint32_t kEndless = std::numeric_limits<uint32_t>::max();
-// Groups are matched recursively, so they repeat a few times at most; single characters repeat without end.
+// Groups are matched recursively, so they repeat a few times at most; single characters repeat without end, and groups
+// of a fixed number of them.
 constexpr uint32_t kMostGroups = 16;
 constexpr int kMaxDepth = 16;
 
@@ -122,6 +123,15 @@ class Compiler {
     return out;
   }
 
+  // Whether a group is a fixed number of characters, so that it can be repeated without going deeper each time.
+  static bool isFixed(const Item& group) {
+    if (group.inner.size() != 1 || group.inner[0].empty()) return false;
+    const Sequence& sequence = group.inner[0];
+    return std::all_of(sequence.begin(), sequence.end(), [](const Item& item) {
+      return item.kind == Kind::kSet && item.least == item.most && item.least > 0;
+    });
+  }
+
   void quantifier(Item& item) {
     const bool simple = rest_.substr(0, 1) != "{";  // a '+' after '}' is a quantifier of its own in Ruby's syntax
     if (take("+")) {
@@ -143,7 +153,10 @@ class Compiler {
       fail("a lazy, possessive or double quantifier");
     }
     if (item.kind != Kind::kSet && item.kind != Kind::kGroup) fail("a repeated lookahead or '$'");
-    if (item.kind == Kind::kGroup && item.most > kMostGroups) fail("a group that repeats without end");
+    if (item.kind == Kind::kGroup && item.most > kMostGroups) {
+      if (!isFixed(item)) fail("a group that repeats without end");
+      item.fixed = true;
+    }
   }
 
   uint32_t number() {

@@ -52,6 +52,7 @@ class Pattern {
     Kind kind = Kind::kSet;
     uint32_t least = 1, most = 1;  // times
     bool possessive = false;       // never fewer than there are
+    bool fixed = false;            // a group of a fixed number of characters, repeated without end
     Set set;
     Alternatives inner;
   };

@@ -53,7 +53,7 @@ class Matcher {
       case Kind::kLineEnd:
         return (at == text_.size() || text_[at] == '\n') && rest(at);
       case Kind::kGroup:
-        return groups(item, 0, at, rest);
+        return item.fixed ? fixedGroups(item, at, rest) : groups(item, 0, at, rest);
       case Kind::kSet:
         break;
     }
@@ -76,8 +76,41 @@ class Matcher {
     return false;
   }
 
+  // Where a fixed group that begins at `at` ends; -1: it does not match.
+  int64_t groupEnd(const Item& item, size_t at) const {
+    for (const Item& part : item.inner[0]) {
+      for (uint32_t i = 0; i < part.least; ++i) {
+        if (at >= text_.size()) return -1;
+        const Utf8Step step = nextUtf8(text_.substr(at));
+        if (!part.set.has(step.code)) return -1;
+        at += step.size;
+      }
+    }
+    return static_cast<int64_t>(at);
+  }
+
+  // The most groups first, as `groups`.
+  bool fixedGroups(const Item& item, size_t at, const Next& next) const {
+    uint32_t count = 0;
+    size_t end = at;
+    for (int64_t more; count < item.most && (more = groupEnd(item, end)) >= 0; ++count) end = static_cast<size_t>(more);
+    uint32_t width = 0;  // of one, in characters
+    for (const Item& part : item.inner[0]) width += part.least;
+    while (count >= item.least) {
+      if (next(end)) return true;
+      if (count == 0) return false;
+      --count;
+      for (uint32_t i = 0; i < width; ++i) {
+        do --end;
+        while ((static_cast<uint8_t>(text_[end]) & 0xc0) == 0x80);
+      }
+    }
+    return false;
+  }
+
   bool groups(const Item& item, uint32_t count, size_t at, const Next& next) const {
-    const auto again = [&](size_t end) { return end != at && groups(item, count + 1, end, next); };
+    // A group that matches nothing is not tried again, but it counts.
+    const auto again = [&](size_t end) { return end != at ? groups(item, count + 1, end, next) : next(at); };
     if (count < item.most && any(item.inner, at, again)) return true;
     return count >= item.least && next(at);
   }
