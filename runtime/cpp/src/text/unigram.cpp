@@ -1,9 +1,10 @@
 #include "text/unigram.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cstdlib>
 #include <limits>
-#include <optional>
+#include <string>
+#include <utility>
 
 #include "text/byte_names.h"
 #include "utf8.h"
@@ -34,10 +35,13 @@ double libraryNumber(std::string_view text) {
     if (!full && after_point) --exponent;
     if (full && !after_point) ++exponent;
   }
-  if (at < text.size()) exponent += std::atoll(std::string(text.substr(at + 1)).c_str());
+  if (at < text.size()) {
+    constexpr long long kFar = 100'000;  // where every number is 0 or refused as too large
+    exponent += std::clamp(std::atoll(std::string(text.substr(at + 1)).c_str()), -kFar, kFar);
+  }
   auto value = static_cast<double>(digits);
   while (value != 0 && exponent != 0) {
-    const int64_t step = std::min<int64_t>(std::abs(exponent), 308);
+    const int64_t step = std::min<int64_t>(exponent < 0 ? -exponent : exponent, 308);
     const double power = std::strtod(("1e" + std::to_string(step)).c_str(), nullptr);
     value = exponent < 0 ? value / power : value * power;
     exponent += exponent < 0 ? step : -step;
