@@ -139,7 +139,7 @@ class Bench:
     def probe(self, name: str, *words: Any, limit_s: float = 120) -> dict[str, Any]:
         """The last line of a probe's output, as JSON."""
         out = self.run(name, [self.arguments.tools / "probe", *words], limit_s)
-        answer: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+        answer: dict[str, Any] = json.loads(out.strip().split("\n")[-1])
         return answer
 
     def build(self, name: str, bundle: Path, limit_s: float) -> None:
@@ -329,7 +329,7 @@ def peers(bench: Bench, layers: int, made: dict[str, Future[Path]]) -> None:
         with bench.step(f"{layers} layers, {task}"):
             command = [*python, task, "--layers", layers, "--context", LARGEST_WINDOW + 4]
             out = bench.run(f"{task} {layers}", command, 120, gpu_environment=False)
-            bench.found(f"{layers} layers, {task}", **json.loads(out.strip().splitlines()[-1]))
+            bench.found(f"{layers} layers, {task}", **json.loads(out.strip().split("\n")[-1]))
     if f"{layers} onnx" in made:
         with bench.step(f"{layers} layers, ort-cuda"):
             bundle = made[f"{layers} onnx"].result()
@@ -338,7 +338,7 @@ def peers(bench: Bench, layers: int, made: dict[str, Future[Path]]) -> None:
                 paths = [str(bench.arguments.onnxruntime_gpu), *filter(None, [os.environ.get("PYTHONPATH")])]
                 command = ["env", f"PYTHONPATH={os.pathsep.join(paths)}", *command]
             out = bench.run(f"ort-cuda {layers}", command, 240, gpu_environment=False)
-            bench.found(f"{layers} layers, ort-cuda", **json.loads(out.strip().splitlines()[-1]))
+            bench.found(f"{layers} layers, ort-cuda", **json.loads(out.strip().split("\n")[-1]))
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def cases(bench: Bench) -> None:
                                 bench.arguments.plugin, "--timeout", 240, "--", *build], 900)  # fmt: skip
         except StepError as error:  # exit code 1: a case failed, and its row says why
             failure = error
-        lines = (bench.out / "cases.log").read_text().splitlines()
+        lines = (bench.out / "cases.log").read_text().split("\n")
         rows = [json.loads(line) for line in lines if line.startswith('{"case"')]
         if not rows and failure is not None:
             raise failure

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,11 +17,16 @@ from typing import Any
 import onnx_ir as ir
 from sinkrt.contract import MANIFEST_NAME, FileFacts, TokenizerFacts, hash_file
 from sinkrt.errors import UsageError, problem
+from sinkrt.files import lock, named_beside, sync_folder, unlocked
 
 from sinkexport.graph.build import WEIGHTS_FILE
 
 SMALL_WEIGHT_BYTES = 2**20
 """Larger constants must be shared between the graphs of a bundle."""
+
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
+"""Of Linux's renameat2."""
 
 PAGE_BYTES = 4096
 """Large weights start on a page, so that runtimes can map the file."""
@@ -28,29 +36,76 @@ PAGE_BYTES = 4096
 def staged_bundle(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends well and vanishes when it does not.
 
+    A bundle that is replaced is exchanged in one step where the system can: `out` is never without one. What killed
+    exports left beside `out` is removed.
+
     Raises: UsageError if `out` holds something already (unless it is a bundle and `overwrite`), or the disk is full.
     """
+    target = Path(os.path.realpath(out))  # a link to a bundle stays one
+    _remove_leftovers(target)
     _refuse_to_replace(out, overwrite)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage, handle = _locked_stage(target)
     except OSError as error:
         raise _unwritable(out, error) from error
     try:
         yield stage
         stage.chmod(0o755)  # mkdtemp makes it private
         _sync(stage)
-        if out.exists():
-            retired = stage.with_name(f"{stage.name}-old")
-            out.rename(retired)
-            stage.rename(out)
-            shutil.rmtree(retired)
-        else:
-            stage.rename(out)
+        _take_place(stage, target)
     except OSError as error:
         raise _unwritable(out, error) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        os.close(handle)
+
+
+def _locked_stage(target: Path) -> tuple[Path, int]:
+    """A new folder beside `target`, and an open handle whose lock says that its process lives."""
+    while True:
+        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        with contextlib.suppress(FileNotFoundError):  # another export took it for a leftover before it was locked
+            handle = os.open(stage, os.O_RDONLY)
+            lock(handle)
+            if os.path.samestat(os.fstat(handle), stage.stat()):
+                return stage, handle
+
+
+def _take_place(stage: Path, target: Path) -> None:
+    """Put `stage` where `target` is, and remove what was there."""
+    if not target.exists():
+        stage.rename(target)
+    elif _exchange(stage, target):
+        shutil.rmtree(stage)  # what `target` was
+    else:
+        retired = stage.with_name(f"{stage.name}-old")
+        target.rename(retired)
+        stage.rename(target)
+        shutil.rmtree(retired)
+    sync_folder(target.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap the names of two folders in one step. False: this system or file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 is None:
+        return False
+    done = renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE)
+    return bool(done == 0)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove the folders of exports to `target` that were killed, and bring back a bundle that one had put aside."""
+    pattern = re.compile(re.escape(f".{target.name}.partial-") + r"[a-z0-9_]{8}(-old)?")
+    for path in named_beside(target, pattern):
+        if path.is_symlink() or not path.is_dir():
+            continue
+        with contextlib.suppress(OSError), unlocked(path):
+            if path.name.endswith("-old") and not target.exists():
+                path.rename(target)
+            else:
+                shutil.rmtree(path)
 
 
 def write_graph(model: ir.Model, folder: Path, file: str, progress: Callable[[int, int], None]) -> None:

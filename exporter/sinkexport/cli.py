@@ -12,7 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 import click
-from sinkrt.errors import SinkError
+from sinkrt.errors import SinkError, UsageError, problem
 
 from sinkexport import __version__
 
@@ -106,6 +106,7 @@ def main() -> None:
     """
     debug = "--debug" in sys.argv[1:]
     try:
+        _fill_closed_descriptors()
         code = cli.main(prog_name="sinkexport", standalone_mode=False)
         sys.stdout.flush()  # a reader that has gone is noticed here, where it can still be handled
         sys.exit(code)  # None, but for a command that called `ctx.exit(code)`
@@ -134,6 +135,33 @@ def main() -> None:
         _fail("not enough memory: use a smaller model or window, or fp16", EXIT_BAD_INPUT, debug)
     except Exception as error:
         _fail(_bug(error), EXIT_INTERNAL, debug)
+
+
+def _fill_closed_descriptors() -> None:
+    """Nothing to read where stdin is closed (``<&-``), nowhere to complain where stderr is, a refusal for stdout.
+
+    Left closed, the next file that is opened would get the number, and what is printed would land in it.
+
+    Raises: UsageError.
+    """
+    closed = [number for number in (0, 1, 2) if not _is_open(number)]
+    while (handle := os.open(os.devnull, os.O_RDWR)) in closed:
+        os.set_inheritable(handle, True)
+    os.close(handle)
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", errors="replace", closefd=False))
+    if 1 in closed:
+        raise UsageError(problem("stdout", received="a closed one", expected="somewhere to write to",
+                                 fix="redirect it to a file or to /dev/null"))  # fmt: skip
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 def _recorded_interrupts() -> list[int]:

@@ -24,6 +24,9 @@ KV_KINDS = ("fp", "int8")
 MAX_INT8_WINDOW = 2**18
 """Tokens whose INT8 values can be summed in int32 with weights of 7 bits: 64 * 127 * 2^18 < 2^31."""
 
+MAX_SINK_TOKENS, MAX_WINDOW, MAX_BATCH, MAX_CHUNK = 2**16, 2**24, 2**12, 2**14
+"""Far more than is of use; beyond them a mistyped number fills the memory before anything refuses it."""
+
 DEFAULT_NUM_SINK_TOKENS = 4
 DEFAULT_WINDOW_SIZE = 1020
 DEFAULT_CHUNK_SIZE = 64
@@ -70,17 +73,17 @@ class ExportConfig:
     affine: AffineFile | None = None
 
     def __post_init__(self) -> None:
-        for name, option, low in (
-            ("num_sink_tokens", "--sink-tokens", 0),
-            ("window_size", "--window", 1),
-            ("batch", "--batch", 1),
-            ("chunk_size", "--chunk", 1),
+        for name, option, low, high in (
+            ("num_sink_tokens", "--sink-tokens", 0, MAX_SINK_TOKENS),
+            ("window_size", "--window", 1, MAX_WINDOW),
+            ("batch", "--batch", 1, MAX_BATCH),
+            ("chunk_size", "--chunk", 1, MAX_CHUNK),
         ):
             value = getattr(self, name)
             if name == "chunk_size" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise UsageError(problem(name, received=repr(value), expected=f"an integer >= {low}",
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise UsageError(problem(name, received=repr(value), expected=f"an integer {low} .. {high}",
                                          fix=f"change {option}"))
         if self.sink_token is not None and not self.num_sink_tokens:
             raise UsageError(problem("sink_token", received="no sinks", expected="at least one, to keep the token",

@@ -16,8 +16,6 @@ import collections
 import contextlib
 import ctypes
 import importlib
-import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sinkrt.errors import BackendError, UsageError, problem
+from sinkrt.files import replacing
 from sinkrt.tensorrt_library import create, is_strongly_typed, load_plugin, make_logger, one_line
 from sinkrt.tensorrt_library import flavour as flavour_of
 
@@ -312,19 +311,14 @@ def _replacing(target: Path | None) -> Iterator[IO[bytes] | None]:
     if target is None:
         yield None
         return
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    except OSError as error:
-        raise _write_failure(error) from None
-    try:
-        with os.fdopen(descriptor, "wb", buffering=0) as file:  # unbuffered: a full disk shows at write, not at close
-            yield file
-        Path(name).chmod(0o644)  # mkstemp's 0600 would surprise whoever copies a bundle
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with contextlib.ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: a full disk shows at write, not at close.
+            file = stack.enter_context(replacing(target, buffering=0))
+        except OSError as error:
+            raise _write_failure(error) from None
+        yield file
 
 
 def _listing(items: list[str]) -> str:

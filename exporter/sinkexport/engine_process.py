@@ -45,8 +45,8 @@ def build_engine_apart(
     if debug and done.stderr:
         sys.stderr.write(done.stderr)
     try:
-        answer = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
+        answer = json.loads(done.stdout.rstrip("\n").split("\n")[-1])
+    except ValueError:
         answer = None
     if done.returncode == 0 and answer is not None and "report" in answer:
         return _report(answer["report"])

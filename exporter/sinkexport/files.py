@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import codecs
 import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinkrt.errors import UsageError, problem
+from sinkrt.files import check_replaceable, is_special, replacing
 
 if TYPE_CHECKING:
     import pydantic
@@ -48,15 +48,10 @@ def check_writable(path: Path, option: str) -> None:
     Raises: UsageError.
     """
     try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        if path.exists() and not path.is_file():  # /dev/stdout, a pipe
-            if not os.access(path, os.W_OK):
-                raise PermissionError(None, "no permission")
-            return
-        trial = _beside(path)
-        trial.touch(exist_ok=False)
-        trial.unlink()
+        if not is_special(path):
+            check_replaceable(path)
+        elif not os.access(path, os.W_OK):  # /dev/stdout, a pipe
+            raise PermissionError(None, "no permission")
     except OSError as error:
         raise _unwritable(path, option, error) from None
 
@@ -68,21 +63,13 @@ def write_whole(path: Path, data: str | bytes, option: str) -> None:
     """
     raw = data.encode() if isinstance(data, str) else data
     try:
-        if path.exists() and not path.is_file():  # nothing that could be replaced by a rename
+        if is_special(path):  # nothing that could be replaced by a rename
             path.write_bytes(raw)
             return
-        partial = _beside(path)
-        try:
-            partial.write_bytes(raw)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as file:
+            file.write(raw)
     except OSError as error:
         raise _unwritable(path, option, error) from None
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
 def _unwritable(path: Path, option: str, error: OSError) -> UsageError:

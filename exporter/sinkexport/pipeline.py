@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib.metadata
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from sinkrt.contract import (
 )
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import POSITION_LIMIT, Ring
-from sinkrt.text import OPENING_MESSAGES, common_start
+from sinkrt.text import Tokenizer
 
 from sinkexport.affine import FILE_NAME as AFFINE_FILE
 from sinkexport.bundle import (
@@ -107,6 +108,7 @@ def export_loaded(
         caches = head_caches(config, shape)
         rings = [cache.ring for cache in caches]
         _check_rings(config, rings)
+        _check_memory(config, shape, caches)
         if config.has_plugins:
             refuse_geometry(shape.head_dim, config.batch, max(ring.capacity for ring in rings))
         if config.sink_tuning is not None:
@@ -230,21 +232,20 @@ def _quantization(config: ExportConfig) -> Quantization | None:
 def _with_pinned_system(tokenizer: Any | None, config: ExportConfig) -> ExportConfig:
     """The config with as many sinks as the opening of a conversation under its system message has tokens.
 
-    Raises: UsageError if the model has no chat template.
+    Raises: UsageError if the model has no chat template, or one that fails or shows no system message.
     """
     if config.pin_system is None:
         return config
-    if getattr(tokenizer, "chat_template", None) is None or tokenizer is None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if tokenizer is None or backend is None or getattr(tokenizer, "chat_template", None) is None:
         raise UsageError(problem("--pin-system", received="a model without a chat template",
                                  expected="an instruction-tuned model", fix="use --sink-tokens"))  # fmt: skip
-    first, second = (
-        tokenizer.apply_chat_template(
-            [{"role": "system", "content": config.pin_system}, {"role": "user", "content": message}],
-            add_generation_prompt=True, tokenize=True, return_dict=False,
-        )
-        for message in OPENING_MESSAGES
-    )  # fmt: skip
-    needed = common_start(first, second)
+    # The runtime's own way: it must count the same tokens, and refuses a template that shows no system message.
+    runtime = Tokenizer(backend, tokenizer.chat_template, tokenizer.special_tokens_map)
+    try:
+        needed = runtime.opening_size(config.pin_system)
+    finally:
+        runtime.close()
     return dataclasses.replace(config, num_sink_tokens=max(config.num_sink_tokens, needed))
 
 
@@ -278,6 +279,21 @@ def _check_rings(config: ExportConfig, rings: Sequence[Ring]) -> None:
     if config.chunk_size is not None and config.chunk_size > smallest:
         raise UsageError(problem("chunk_size", received=config.chunk_size, fix="lower --chunk",
                                  expected=f"at most {smallest}, the smallest window of a layer"))  # fmt: skip
+
+
+def _check_memory(config: ExportConfig, shape: AttentionShape, caches: Sequence[HeadCache]) -> None:
+    """The cache must fit this machine's memory: a window with a zero too many is refused before minutes of work.
+
+    Raises: UsageError.
+    """
+    rows = config.batch * sum(len(cache.kv_heads) * cache.ring.capacity for cache in caches)
+    entry_bytes = 1 if config.has_int8_window else 2 if config.dtype == "fp16" else 4
+    needed = 2 * rows * shape.head_dim * entry_bytes
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > total:
+        raise UsageError(problem("cache", received=f"{needed / 1e9:,.1f} GB of keys and values",
+                                 expected=f"at most this machine's {total / 1e9:,.1f} GB of memory",
+                                 fix="lower --window, --sink-tokens or --batch"))  # fmt: skip
 
 
 def _check_calibration(model: Any, config: ExportConfig) -> None:

@@ -84,7 +84,7 @@ def read_examples(tokenizer: Any, lines: str) -> list[Example]:
     """
     start, examples = beginning(tokenizer), []
     kinds = set()
-    for number, line in enumerate(lines.splitlines(), start=1):
+    for number, line in enumerate(lines.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from sinkrt.errors import UsageError, problem
 from sinkrt.sampler import Sampler, SamplingParams
-from sinkrt.text import Tokenizer
+from sinkrt.text import MAX_PENDING, Tokenizer
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
@@ -25,7 +25,8 @@ MAX_STOP_CHARACTERS = 1024
 class AnswerParams:
     """How long an answer goes on.
 
-    max_tokens: None for no limit. stop: texts that end the answer, which does not show them.
+    max_tokens: None for no limit. stop: texts that end the answer, which does not show them; the names of special
+    tokens count there, although answers do not show those.
     ignore_eos: go on when the model ends its text.
 
     Raises: UsageError.
@@ -36,8 +37,8 @@ class AnswerParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UsageError(problem("max_tokens", received=self.max_tokens, expected=">= 1",
+        if self.max_tokens is not None and (not isinstance(self.max_tokens, (int, np.integer)) or self.max_tokens < 1):
+            raise UsageError(problem("max_tokens", received=self.max_tokens, expected="an integer >= 1",
                                      fix="leave it out for all"))  # fmt: skip
         if len(self.stop) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_CHARACTERS for text in self.stop):
             raise UsageError(
@@ -51,7 +52,8 @@ class Answer:
     """The state of one answer.
 
     eos_token_ids: tokens that end the model's text. earlier: ids that the stream took just before, if the answer goes
-    on where another was cut short: a character that began in them is completed.
+    on where another was cut short: a character that began in them is completed. after: the same of any other answer
+    (see `StreamingDecoder`).
     """
 
     def __init__(
@@ -62,16 +64,25 @@ class Answer:
         sampling: SamplingParams,
         params: AnswerParams,
         earlier: Sequence[int] = (),
+        *,
+        after: Sequence[int] = (),
     ) -> None:
         self._sampler = Sampler(sampling, vocab_size)
-        self._decoder = tokenizer.streaming_decoder()
-        for token in earlier:
-            self._decoder.push(token)
+        self._tokenizer = tokenizer
         self._matcher = StopMatcher(params.stop)
         self._params = params
-        self._eos = frozenset(() if params.ignore_eos else eos_token_ids)
+        # A stop sequence that is one special token ends the text as the model's own end does: it is not fed.
+        stops = {tokenizer.special_id(text) for text in params.stop} - {None}
+        self._ends = frozenset(stops.union(() if params.ignore_eos else eos_token_ids))
         self._num_tokens = 0
         self._finish_reason: str | None = None
+        self.follow(earlier or after, goes_on=bool(earlier))
+
+    def follow(self, after: Sequence[int], *, goes_on: bool = False) -> None:
+        """Say what the stream has taken before the answer's first token, where that is known later than the rest."""
+        self._decoder = self._tokenizer.streaming_decoder(after[:-MAX_PENDING] if goes_on else after)
+        for token in after[-MAX_PENDING:] if goes_on else ():
+            self._decoder.push(token)
 
     @property
     def num_tokens(self) -> int:
@@ -89,7 +100,7 @@ class Answer:
         Raises: BackendError if the logits are not numbers.
         """
         token = self._sampler.sample(logits, recent, position)
-        if token in self._eos:
+        if token in self._ends:
             self._finish_reason = "stop"
             return None
         return token
@@ -97,7 +108,7 @@ class Answer:
     def push(self, token: int) -> str:
         """Count a token that was fed. Returns the text that it lets be shown, often none or more than one word."""
         self._num_tokens += 1
-        piece = self._matcher.push(self._decoder.push(token))
+        piece = self._matcher.push(self._decoder.push(token), self._tokenizer.special_text(token))
         if self._matcher.matched:
             self._finish_reason = "stop"
         elif self._num_tokens == self._params.max_tokens:
@@ -112,12 +123,16 @@ class Answer:
 class StopMatcher:
     """Passes text on up to the first of some stop sequences, however it is cut into pieces.
 
-    Only an end that may become a stop sequence is held back, so at most the longest one less a character.
+    Names of special tokens are part of what is searched, and are not passed on. A stop sequence also counts where it
+    is found once they are left out. Only an end that may become a stop sequence is held back, so at most the longest
+    one less a character.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
+        self._whole = ""  # the end of the text with special tokens that may become a stop sequence
+        self._shown: list[bool] = []  # of each character of `_whole`: whether it is passed on
         self._matched = False
 
     @property
@@ -125,16 +140,21 @@ class StopMatcher:
         """Whether a stop sequence has come: nothing is passed on any more."""
         return self._matched
 
-    def push(self, piece: str) -> str:
-        """Take a piece and return what may be shown."""
-        if self._matched or not piece:
+    def push(self, piece: str, special: str = "") -> str:
+        """Take a piece, and the name of a special token that follows it. Returns what may be shown."""
+        if self._matched or not (piece or special):
             return ""
-        text = self._held + piece
+        text, whole = self._held + piece, self._whole + piece + special
+        shown = [*self._shown, *[True] * len(piece), *[False] * len(special)]
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found += [len(text) - sum(shown[at:]) for stop in self._stops if (at := whole.find(stop)) >= 0]
         if found:
-            self._matched, self._held = True, ""
+            self._matched, self._held, self._whole, self._shown = True, "", "", []
             return text[: min(found)]
+        keep_whole = max((_overlap(whole, stop) for stop in self._stops), default=0)
+        self._whole, self._shown = whole[len(whole) - keep_whole :], shown[len(shown) - keep_whole :]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        keep = max(keep, sum(self._shown))
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

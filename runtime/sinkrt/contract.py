@@ -23,7 +23,26 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sinkrt.errors import BundleError, problem
+from sinkrt.files import is_special
+from sinkrt.layout import (
+    ALL_KINDS,
+    DTYPE_BYTES,
+    MASS_KIND,
+    MAX_RANK,
+    MAX_TENSOR_BYTES,
+    RECURRENT_KINDS,
+    SCALE_KINDS,
+    STATE_KINDS,
+    check_layout,
+)
 from sinkrt.ring import POSITION_LIMIT
+
+__all__ = [
+    "DTYPE_BYTES", "MANIFEST_NAME", "MASS_KIND", "NO_TOKEN", "PLUGIN_ABI", "RECURRENT_KINDS", "SCALE_KINDS",
+    "SCHEMA_VERSION", "STATE_KINDS", "TARGETS", "ActTuning", "AffineAttention", "EngineFacts", "FileFacts",
+    "GraphSpec", "HeadWindow", "Manifest", "ModelFacts", "Quantization", "SinkTuning", "StateSpec", "StreamFacts",
+    "TensorSpec", "TokenizerFacts", "build_from_json", "check_files", "hash_file", "load_manifest",
+]  # fmt: skip
 
 SCHEMA_VERSION = 5
 """2: `quantization` and the scales of an INT8 window. 3: `plugin_abi` and `engines`. 4: `sink_tuning` and
@@ -31,17 +50,6 @@ SCHEMA_VERSION = 5
 well."""
 
 MANIFEST_NAME = "manifest.json"
-DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1}
-STATE_KINDS = ("sink_k", "sink_v", "window_k", "window_v")
-SCALE_KINDS = ("window_k_scale", "window_v_scale")
-"""States that an INT8 window has besides: what its entries are to be multiplied by."""
-
-MASS_KIND = "attention_mass"
-"""State of a layer whose later sinks are calibrated: the attention that each token in the window has received."""
-
-RECURRENT_KINDS = ("conv", "recurrent")
-"""States of a layer with linear attention instead of a cache."""
-
 NO_TOKEN = -1
 """Id of a stream that stands still while others step, in models with such layers: their states know no positions."""
 
@@ -63,8 +71,12 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         _check(bool(self.name), "tensor name", "''", "a name")
+        _check(_is_plain(self.name), "tensor name", repr(self.name), "text without control characters")
+        rank = len(self.shape)
+        _check(rank <= MAX_RANK, f"shape of '{self.name}'", f"{rank} axes", f"at most {MAX_RANK}")
         _check(all(n >= 1 for n in self.shape), f"shape of '{self.name}'", self.shape, "every axis >= 1")
         _check(self.dtype in DTYPE_BYTES, f"dtype of '{self.name}'", self.dtype, " | ".join(DTYPE_BYTES))
+        _check(self.nbytes <= MAX_TENSOR_BYTES, f"shape of '{self.name}'", self.shape, "at most 2^46 bytes")
 
     @property
     def nbytes(self) -> int:
@@ -96,8 +108,7 @@ class StateSpec:
 
     def __post_init__(self) -> None:
         _check(self.layer >= 0, "state layer", self.layer, ">= 0")
-        kinds = (*STATE_KINDS, *SCALE_KINDS, MASS_KIND, *RECURRENT_KINDS)
-        _check(self.kind in kinds, "state kind", self.kind, " | ".join(kinds))
+        _check(self.kind in ALL_KINDS, "state kind", self.kind, " | ".join(ALL_KINDS))
         _check(self.input != self.output, "state output name", self.output, "a name other than the input's")
         TensorSpec(self.input, self.shape, self.dtype)
 
@@ -387,6 +398,10 @@ class Manifest:
             _check(graph.file in self.files, "graph file", graph.file, "a file that 'files' lists")
         for path in self.files:
             _check(_is_inside(path), "file path", path, "a relative path inside the bundle")
+        if self.tokenizer is not None:
+            for path in filter(None, (self.tokenizer.file, self.tokenizer.chat_template)):
+                _check(path in self.files, "tokenizer file", path, "a file that 'files' lists")
+        check_layout(self)
 
     def _check_sink_tuning(self, tuning: SinkTuning) -> None:
         wanted = (self.model.num_layers, self.model.num_q_heads)
@@ -451,7 +466,7 @@ class Manifest:
         Raises: BundleError for malformed text, an unknown or missing key, or a newer schema.
         """
         try:
-            raw = json.loads(text)
+            raw = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:  # the latter of brackets without end
             raise BundleError(
                 problem(MANIFEST_NAME, received=f"invalid JSON ({error})", expected="a manifest", fix="export again")
@@ -484,6 +499,8 @@ def load_manifest(bundle: Path) -> Manifest:
     """
     path = bundle / MANIFEST_NAME
     try:
+        if is_special(path):
+            raise OSError("a device, pipe or socket, no file")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = "a bundle needs one" if isinstance(error, FileNotFoundError) else str(error)
@@ -534,9 +551,24 @@ def check_files(bundle: Path, manifest: Manifest, *, hashes: bool = True) -> Non
             )
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different: of two alike, readers keep the first or the last."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {twice!r} twice in an object")
+    return found
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text is UTF-8 (no lone surrogates) and has no control characters."""
+    return all(c >= " " and c != "\x7f" and not "\ud800" <= c <= "\udfff" for c in text)
+
+
 def _is_inside(path: str) -> bool:
     parts = path.split("/")
-    return bool(path) and not path.startswith("/") and "\\" not in path and ".." not in parts and "" not in parts
+    return _is_plain(path) and "\\" not in path and not {"", ".."} & set(parts)
 
 
 def _check(ok: bool, what: str, received: object, expected: str) -> None:

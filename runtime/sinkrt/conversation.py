@@ -62,6 +62,7 @@ class Conversation:
     stream: where it is now, or None. copy: what it was when it was parked. pending: int64 [N], ids to feed, from `fed`
     on. answer: in progress, or None. lasting: forgotten only if no other can be. paused: has work that must not go on.
     announced: whether its owner has been told that it has a stream. placed_tokens: fed since it has had its stream.
+    followed: whether the answer knows what it follows. goes_on: whether that is the answer's own text, cut short.
     """
 
     name: str
@@ -74,6 +75,8 @@ class Conversation:
     paused: bool = False
     announced: bool = False
     placed_tokens: int = 0
+    followed: bool = False
+    goes_on: bool = False
     history: IdHistory = dataclasses.field(default_factory=IdHistory)
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 
 class SinkError(Exception):
     """Base of every error that the command line reports without a traceback (exit code 2)."""
@@ -24,5 +26,23 @@ class BackendError(SinkError):
 
 
 def problem(what: str, *, received: object, expected: str, fix: str) -> str:
-    """One line in the house form, e.g. ``window size: received 0, expected >= 1; pass --window``."""
-    return f"{what}: received {received}, expected {expected}; {fix}"
+    """One line in the house form, e.g. ``window size: received 0, expected >= 1; pass --window``.
+
+    Control characters are shown as escapes: names come from files of strangers, and terminals obey them.
+    """
+    return printable(f"{what}: received {received}, expected {expected}; {fix}")
+
+
+def printable(text: str) -> str:
+    """The text with escapes in place of control characters, lone surrogates and what turns a line around."""
+    if text.isprintable():
+        return text
+    return "".join(c if _is_harmless(c) else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _is_harmless(c: str) -> bool:
+    return c.isprintable() or c in JOINERS or unicodedata.category(c) == "Zs"
+
+
+JOINERS = "\u200c\u200d"
+"""Needed to write Persian and many emoji; they only join or part their neighbours."""

@@ -163,6 +163,7 @@ class FrameSession:
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's errors have no common base but this
-            raise BackendError(problem("block", received=str(error).splitlines()[0], expected="a run without error",
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise BackendError(problem("block", received=reason, expected="a run without error",
                                        fix="run it again, or reset")) from error  # fmt: skip
         return self.buffers[self.spec.output.name]

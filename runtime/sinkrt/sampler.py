@@ -15,6 +15,11 @@ import numpy.typing as npt
 from sinkrt.errors import BackendError, UsageError, problem
 
 SEED_LIMIT = 2**64
+MAX_TEMPERATURE = 100.0
+MAX_TOP_K = 2**31 - 1
+MIN_PENALTY, MAX_PENALTY = 0.01, 100.0
+"""Beyond these, the logits of real models overflow float32 or lose all their differences."""
+
 FIRST_CANDIDATES = 1024
 """Tokens that top-p sorts at first: sorting a whole vocabulary costs more than the model's own small operators."""
 
@@ -26,9 +31,9 @@ _SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 class SamplingParams:
     """How to sample.
 
-    temperature: 0 is greedy. top_k: keep the k likeliest tokens (0: all). top_p: keep the smallest set whose
-    probability reaches p (arXiv:1904.09751). repetition_penalty: > 1 makes tokens of the cache's reach less likely
-    (arXiv:1909.05858). seed: 0 .. 2^64-1; None draws one.
+    temperature: 0 .. 100, 0 is greedy. top_k: keep the k likeliest tokens (0: all). top_p: in (0, 1], keep the smallest
+    set whose probability reaches p (arXiv:1904.09751). repetition_penalty: 0.01 .. 100, > 1 makes tokens of the
+    cache's reach less likely (arXiv:1909.05858). seed: 0 .. 2^64-1; None draws one.
 
     Raises: UsageError.
     """
@@ -40,14 +45,13 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, ">= 0")
-        _require(self.top_k >= 0, "top_k", self.top_k, ">= 0 (0: all tokens)")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        _require(
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-            "repetition_penalty", self.repetition_penalty, "> 0 (1: none)",
-        )  # fmt: skip
-        _require(self.seed is None or 0 <= self.seed < SEED_LIMIT, "seed", self.seed, f"0 .. {SEED_LIMIT - 1}")
+        _require_number("temperature", self.temperature, 0, MAX_TEMPERATURE, "0 .. 100 (0: greedy)")
+        _require_integer("top_k", self.top_k, MAX_TOP_K, f"0 .. {MAX_TOP_K} (0: all tokens)")
+        _require_number("top_p", self.top_p, math.ulp(0.0), 1, "a number in (0, 1]")
+        _require_number("repetition_penalty", self.repetition_penalty, MIN_PENALTY, MAX_PENALTY,
+                        f"{MIN_PENALTY} .. {MAX_PENALTY:.0f} (1: none)")  # fmt: skip
+        if self.seed is not None:
+            _require_integer("seed", self.seed, SEED_LIMIT - 1, f"0 .. {SEED_LIMIT - 1}")
 
 
 class Sampler:
@@ -68,17 +72,24 @@ class Sampler:
         entries are none. position: where in the stream the new token will lie. With the same seed, the random draw
         depends on the position only, so a stream that is saved and loaded goes on as if nothing had happened.
 
-        Raises: BackendError if the logits are not numbers.
+        Raises: BackendError if the logits are not numbers; UsageError if the penalty makes them so large.
         """
         params = self._params
-        if params.repetition_penalty != 1.0:
-            logits = penalized(logits, recent, params.repetition_penalty, self._scratch)
         best = int(logits.argmax())  # a NaN counts as the largest
         if not math.isfinite(logits[best]):
             raise BackendError(
                 problem("logits", received=logits[best], expected="finite numbers",
                         fix="reset the stream; if this is an fp16 bundle that overflows, export with --dtype fp32")
             )  # fmt: skip
+        if params.repetition_penalty != 1.0:
+            with np.errstate(over="ignore"):  # looked for below
+                logits = penalized(logits, recent, params.repetition_penalty, self._scratch)
+            best = int(logits.argmax())
+            if not math.isfinite(logits[best]):  # the model's numbers are fine: so is its stream
+                raise UsageError(
+                    problem("repetition_penalty", received=params.repetition_penalty,
+                            expected="one that keeps these logits finite", fix="take one that is closer to 1")
+                )  # fmt: skip
         if params.temperature == 0:
             return best
         ids, weights = candidates(logits, params, self._scratch)
@@ -146,6 +157,18 @@ def _nucleus(weights: npt.NDArray[np.float32], top_p: float) -> npt.NDArray[np.i
         count = min(count * 8, weights.size)
 
 
-def _require(ok: bool, what: str, received: object, expected: str) -> None:
-    if not ok:
-        raise UsageError(problem(what, received=received, expected=expected, fix=f"change {what}"))
+def _require_number(what: str, value: object, least: float, most: float, expected: str) -> None:
+    # Compared, not converted: an integer may be too large for a float. No comparison holds for NaN.
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not least <= value <= most:
+        raise UsageError(problem(what, received=_shown(value), expected=expected, fix=f"change {what}"))
+
+
+def _require_integer(what: str, value: object, most: int, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value <= most:
+        raise UsageError(problem(what, received=_shown(value), expected=expected, fix=f"change {what}"))
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and abs(value) >= 10**30:  # Python refuses to write the longest ones
+        return "a huge number"
+    return str(value) if isinstance(value, (int, float, np.number)) else repr(value)[:60]

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from sinkrt.answer import Answer, AnswerParams
 from sinkrt.conversation import NO_IDS, Conversation, starts
-from sinkrt.errors import SinkError, UsageError, problem
+from sinkrt.errors import BackendError, SinkError, UsageError, problem
 from sinkrt.places import Places
 from sinkrt.sampler import SamplingParams
 from sinkrt.session import Session
@@ -60,6 +60,14 @@ class Load:
     waiting: int
     parked: int
     conversations: int
+
+
+class _StreamError(Exception):
+    """A stream cannot go on."""
+
+    def __init__(self, reason: SinkError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 class Scheduler:
@@ -194,6 +202,7 @@ class Scheduler:
         rest = conversation.pending[conversation.fed :]  # of a prompt that was cut short
         conversation.pending, conversation.fed = np.concatenate([rest, tokens.astype(np.int64)]), 0
         conversation.answer, conversation.announced, conversation.paused = answer, False, False
+        conversation.followed, conversation.goes_on = False, not conversation.pending.size
         self._conversations.move_to_end(name)
         self._places.enter(conversation)
 
@@ -282,13 +291,16 @@ class Scheduler:
         for conversation in conversations:
             try:
                 token = self._next_token(conversation)
-            except SinkError as error:
-                events.append(self._failed(conversation, error))
-                continue
-            if token is None:
-                events.append(self._finished(conversation, conversation.the_answer.flush()))
+                rest = conversation.the_answer.flush() if token is None else ""
+            except _StreamError as error:
+                events.append(self._failed(conversation, error.reason))
+            except Exception as error:  # of sampling or decoding: the stream has no part in it
+                events.append(self._broken_off(conversation, error))
             else:
-                chosen.append((conversation, token))
+                if token is None:
+                    events.append(self._finished(conversation, rest))
+                else:
+                    chosen.append((conversation, token))
         failures = self._run(chosen)
         for conversation, token in chosen:
             if conversation.name in failures:
@@ -318,9 +330,14 @@ class Scheduler:
             return []
         self._answer_tokens += 1
         answer = conversation.the_answer
-        text = answer.push(token)
+        try:
+            text = answer.push(token)
+            if answer.finish_reason is not None:
+                text += answer.flush()
+        except Exception as error:  # of decoding: the stream has taken the token
+            return [self._broken_off(conversation, error)]
         if answer.finish_reason is not None:
-            return [self._finished(conversation, text + answer.flush())]
+            return [self._finished(conversation, text)]
         if text or answer.num_tokens == 1:
             return [self._event(conversation, text, None)]
         return []
@@ -328,16 +345,23 @@ class Scheduler:
     def _next_token(self, conversation: Conversation) -> int | None:
         """The prompt's next token, or the answer's; None at the end of the text.
 
-        Raises: SinkError.
+        Raises: _StreamError if the stream cannot go on; whatever sampling raises, after which it can.
         """
         stream, session = conversation.the_stream, self._session
         position = conversation.history.count
         if position >= session.manifest.stream.position_limit:
-            raise UsageError(problem("conversation", received=f"{position} tokens", expected="room for more",
-                                     fix="begin a new one"))  # fmt: skip
+            raise _StreamError(UsageError(problem("conversation", received=f"{position} tokens",
+                                                  expected="room for more", fix="begin a new one")))  # fmt: skip
         if conversation.num_pending:
             return int(conversation.pending[conversation.fed])
-        return conversation.the_answer.pick(session.logits[stream], session.recent_ids(stream), position)
+        answer, recent = conversation.the_answer, session.recent_ids(stream)
+        if not conversation.followed:
+            conversation.followed = True
+            answer.follow(recent.tolist(), goes_on=conversation.goes_on)
+        try:
+            return answer.pick(session.logits[stream], recent, position)
+        except BackendError as error:  # the model's numbers are none, and so are the stream's
+            raise _StreamError(error) from error
 
     def _by_age(self) -> list[Conversation]:
         """All conversations, the one to be forgotten first at the front."""
@@ -362,6 +386,13 @@ class Scheduler:
         self._places.stop_waiting(conversation)
         self._conversations.move_to_end(conversation.name)
         return event
+
+    def _broken_off(self, conversation: Conversation, error: Exception) -> Event:
+        """The answer is over and nothing else: the conversation goes on from what its stream has taken."""
+        reason = " ".join(str(error).split())
+        if not isinstance(error, SinkError):
+            reason = f"{type(error).__name__}: {reason}"
+        return dataclasses.replace(self._finished(conversation, "", "error"), error=reason)
 
     def _failed(self, conversation: Conversation, error: SinkError) -> Event:
         """The conversation is over: its stream may hold half a chunk, or numbers that are none."""

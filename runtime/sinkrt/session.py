@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +30,12 @@ from sinkrt.contract import NO_TOKEN, RECURRENT_KINDS, Manifest, check_files, lo
 from sinkrt.errors import StateError, UsageError, problem
 from sinkrt.sampler import SamplingParams
 from sinkrt.state import read_state, save_state
-from sinkrt.text import MAX_PENDING
 
 if TYPE_CHECKING:
     from sinkrt.text import Tokenizer
+
+MAX_THREADS = 1024
+"""More than any machine of today has cores; ONNX Runtime starts as many as it is asked for, and aborts if it cannot."""
 
 STEPS_OF_A_CHUNK = 8
 """A chunk of T tokens is about this much faster than T steps (measured on a CPU); shorter rests go step by step."""
@@ -104,8 +107,9 @@ class Session:
 
         Raises: BundleError if the bundle is missing, corrupt or newer; BackendError; UsageError.
         """
-        if threads is not None and threads < 1:
-            raise UsageError(problem("threads", received=threads, expected=">= 1", fix="leave it out for all cores"))
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise UsageError(problem("threads", received=threads, expected=f"1 .. {MAX_THREADS}",
+                                     fix="leave it out for all cores"))  # fmt: skip
         check_backend(backend)
         bundle = Path(path)
         manifest = load_manifest(bundle)
@@ -328,12 +332,15 @@ class Session:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
+        allow_special: bool = False,
     ) -> Iterator[str]:
         """Feed `prompt`, a text or ids, and yield the answer's text piece by piece, whole characters only.
 
         prompt: None goes on where the stream stands, as after `load_state` in the middle of an answer.
         max_tokens: None goes on until the model ends its text, or for ever with `ignore_eos`.
-        stop: one or several texts; the answer ends before the first that comes.
+        stop: one or several texts; the answer ends before the first that comes, special tokens included.
+        allow_special: the names of special tokens in a prompt of text become those tokens, as in a rendered chat;
+        otherwise they are text like any other, and a warning says so.
         The other options are those of `SamplingParams`. The prompt is fed at once, each token of the answer before
         the piece that it completes is yielded. The stream goes on: a later call continues it. The token that ends
         a text is not fed.
@@ -347,20 +354,22 @@ class Session:
         params = AnswerParams(max_tokens, (stop,) if isinstance(stop, str) else tuple(stop), ignore_eos)
         sampling = SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
         tokenizer, model = self.tokenizer, self._manifest.model
-        earlier: list[int] = []
+        # Fed here, not at the first next(): a generator's body runs late, and so would its errors.
         if prompt is None:
             if not self._position[0]:
                 raise UsageError(problem("prompt", received="none", expected="some text: the stream is empty",
                                          fix="give a prompt, or load a state"))  # fmt: skip
-            earlier = self.recent_ids()[-MAX_PENDING:].tolist()
-        # Fed here, not at the first next(): a generator's body runs late, and so would its errors.
         elif isinstance(prompt, str):
-            self.prefill(tokenizer.encode_next(prompt) if self._position[0] else tokenizer.encode(prompt))
+            if not allow_special and (name := tokenizer.special_in(prompt)) is not None:
+                warnings.warn(f"'{name}' in the prompt is taken as ordinary text; allow_special=True makes it a token",
+                              stacklevel=2)  # fmt: skip
+            begun = bool(self._position[0])
+            self.prefill(tokenizer.prompt_ids(prompt, begun=begun, allow_special=allow_special))
         else:
             self.prefill(prompt)
-        return self._pieces(
-            Answer(tokenizer, model.eos_token_ids, model.vocab_size, sampling, params, earlier)
-        )
+        answer = Answer(tokenizer, model.eos_token_ids, model.vocab_size, sampling, params)
+        answer.follow(self.recent_ids().tolist(), goes_on=prompt is None)
+        return self._pieces(answer)
 
     def _pieces(self, answer: Answer) -> Iterator[str]:
         while answer.finish_reason is None:
@@ -373,12 +382,15 @@ class Session:
         if rest := answer.flush():
             yield rest
 
-    def require_pinned(self, system: str) -> None:
+    def require_pinned(self, system: str, *, template_args: Mapping[str, Any] | None = None) -> None:
         """Make sure that the sinks cover this system message, so that a conversation never forgets it.
 
-        Raises: UsageError with the number of sinks that it needs; UsageError if there is no chat template.
+        template_args: as of `Tokenizer.chat_ids`.
+
+        Raises: UsageError with the number of sinks that it needs; UsageError if there is no chat template, or it shows
+        no system message.
         """
-        needed = self.tokenizer.opening_size(system)
+        needed = self.tokenizer.opening_size(system, template_args=template_args)
         if needed > self.num_sink_tokens:
             raise UsageError(
                 problem("system message", received=f"one that takes {needed} tokens with its frame",
@@ -389,6 +401,8 @@ class Session:
     def close(self) -> None:
         """Release the backend and its memory; the session cannot be used afterwards. Closing twice is fine."""
         self._backend = None
+        if self._tokenizer is not None:
+            self._tokenizer.close()
 
     def __enter__(self) -> Session:
         return self

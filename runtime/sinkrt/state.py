@@ -9,12 +9,8 @@ or another cache geometry.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from sinkrt.backends.base import StateArray
 from sinkrt.contract import Manifest
 from sinkrt.errors import StateError, UsageError, problem
+from sinkrt.files import check_replaceable, is_special, replacing
 
 FORMAT = "sinkrt-state"
 VERSION = "2"
@@ -50,13 +47,28 @@ def save_state(path: Path, manifest: Manifest, tensors: Mapping[str, StateArray]
     """
     metadata = {"format": FORMAT, "version": VERSION, "fingerprint": manifest.fingerprint}
     try:
-        with _replacing(path) as file:
+        with replacing(path) as file:
             _write_safetensors(file, tensors, metadata)
     except OSError as error:
-        raise UsageError(
-            problem("state file", received=f"'{path}' ({error.strerror or error})",
-                    expected="a file that can be written", fix="choose another path")
-        ) from error  # fmt: skip
+        raise _unwritable(path, error) from error
+
+
+def check_state_target(path: Path, option: str) -> None:
+    """Make sure that `save_state` can write `path`: before hours of streaming, not after them.
+
+    option: what the user gave it with, for the message.
+
+    Raises: UsageError.
+    """
+    try:
+        check_replaceable(path)
+    except OSError as error:
+        raise _unwritable(path, error, option) from error
+
+
+def _unwritable(path: Path, error: OSError, what: str = "state file") -> UsageError:
+    return UsageError(problem(what, received=f"'{path}' ({error.strerror or error})",
+                              expected="a file that can be written", fix="choose another path"))  # fmt: skip
 
 
 def read_state(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
@@ -65,6 +77,8 @@ def read_state(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     Raises: StateError if it is missing, truncated, of another version or of another bundle.
     """
     try:
+        if is_special(path):
+            raise OSError("a device, pipe or socket, no file")
         with safe_open(path, framework="numpy") as file:
             _check_metadata(path, file.metadata() or {}, manifest)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -84,6 +98,9 @@ def read_state(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
             )  # fmt: skip
     _check_range("position", tensors["position"], 0, manifest.stream.position_limit)
     _check_range("recent_ids", tensors["recent_ids"], -1, manifest.model.vocab_size - 1)
+    for position, ids in zip(tensors["position"].tolist(), tensors["recent_ids"], strict=True):
+        # Token t is at t mod C: the first `position` entries of a ring that is not full yet, then all of them.
+        _check_range("recent_ids", ids[:position], 0, manifest.model.vocab_size - 1)
     return tensors
 
 
@@ -131,33 +148,3 @@ def _write_safetensors(file: BinaryIO, tensors: Mapping[str, StateArray], metada
     file.write(text)
     for _, tensor in ordered:
         file.write(np.asarray(tensor).reshape(-1).view(np.uint8).data)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file in the same folder that takes the place of `path` once it has reached the disk."""
-    if not path.name:
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        # "x" makes it anew with the permissions that the user's umask grants; tempfile would make it private.
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name survive a power cut, where folders can be synced (not on Windows)."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

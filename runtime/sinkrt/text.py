@@ -1,46 +1,51 @@
-"""Text in and out: the bundle's tokenizer, a streaming decoder and the chat template."""
+"""Text in and out: the bundle's tokenizer, with its streaming decoder and its chat template."""
 
 from __future__ import annotations
 
-import datetime
+import contextlib
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import tokenizers
 
+from sinkrt.chat_template import ChatTemplate, TemplateFacts, choose_template, message_text
 from sinkrt.contract import Manifest
 from sinkrt.errors import BundleError, UsageError, problem
+from sinkrt.special_text import ControlTokens, Marks, PlainEncoder, pattern, split, texts_in
+from sinkrt.stream_decoder import MAX_PENDING, REPLACEMENT, StreamingDecoder
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-MAX_PENDING = 8
-"""Tokens that a streaming decoder holds back: a character has at most 4 bytes, so more are no character."""
+__all__ = ["MAX_PENDING", "OPENING_MESSAGES", "REPLACEMENT", "StreamingDecoder", "Tokenizer", "common_start"]
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_ANSWER = "the-answer-so-far-3f9c1a77"
-"""Stands for text that the cache holds already, to be found again in what a template renders."""
 
 
 class Tokenizer:
     """A bundle's tokenizer. Make one with `Tokenizer.load`.
 
-    template: Jinja source of the chat template, or None. special_tokens: their texts by name (``bos_token``), for it.
+    template: Jinja source of the chat template, several by name, or None. special_tokens: their texts by name
+    (``bos_token``), or lists of texts, for it.
+
+    `encode` and `encode_next` do as the library does: the name of a special token becomes that token. `prompt_ids`,
+    `chat_ids` and `next_turn_ids` are for what users write: there it stays text unless `allow_special` says otherwise.
+
+    Raises: BundleError if the template is no Jinja.
     """
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, template: str | None, special_tokens: dict[str, str] | None = None
+        self, tokenizer: tokenizers.Tokenizer, template: Any | None, special_tokens: Mapping[str, Any] | None = None
     ) -> None:
         self._tokenizer = tokenizer
-        self._special_tokens = special_tokens or {}
-        self._template = None if template is None else _compiled(template)
+        chosen = choose_template(template)
+        self._template = None if chosen is None else ChatTemplate(chosen, special_tokens)
         self._newline = self.encode("\n", special=False)
+        added = tokenizer.get_added_tokens_decoder().items()
+        self._special_names = {i: token.content for i, token in added if token.special}
+        self._special_control = ControlTokens.of(tokenizer)
+        self._special = pattern(self._special_control.special)
+        self._plain_encoders: dict[ControlTokens, PlainEncoder] = {}
 
     @classmethod
     def load(cls, bundle: Path, manifest: Manifest) -> Tokenizer:
@@ -58,7 +63,7 @@ class Tokenizer:
             raise BundleError(problem(facts.file, received=_one_line(error), expected="a tokenizer of 'tokenizers'",
                                       fix="export the model again")) from error  # fmt: skip
         model = manifest.model
-        special = {
+        special: dict[str, Any] = {
             name: tokenizer.id_to_token(token) or ""
             for name, token in (("bos_token", model.bos_token_id), ("eos_token", next(iter(model.eos_token_ids), None)))
             if token is not None
@@ -68,7 +73,8 @@ class Tokenizer:
             if facts.chat_template is not None:
                 template = (bundle / facts.chat_template).read_text(encoding="utf-8")
             if _TOKENIZER_CONFIG in manifest.files:  # what the tokenizer itself calls its special tokens goes first
-                special |= _special_tokens(json.loads((bundle / _TOKENIZER_CONFIG).read_text(encoding="utf-8")))
+                config = json.loads((bundle / _TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+                special |= _named_special_tokens(config)
         except (OSError, ValueError) as error:
             raise BundleError(problem("tokenizer files", received=_one_line(error), expected="UTF-8 text and JSON",
                                       fix="export the model again")) from error  # fmt: skip
@@ -79,18 +85,28 @@ class Tokenizer:
         """Whether `render_chat` works."""
         return self._template is not None
 
+    @property
+    def template_facts(self) -> TemplateFacts:
+        """What the chat template does, found on first use.
+
+        Raises: UsageError if there is none, or it cannot be rendered at all.
+        """
+        return self._the_template.facts
+
+    def close(self) -> None:
+        """End the process that renders the chat template, if there is one. A later call starts another."""
+        if self._template is not None:
+            self._template.close()
+
+    # --- text to ids ---
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text; `special` adds what the model starts its texts with, if anything.
 
         Raises: UsageError for text that is not valid Unicode (a lone surrogate).
         """
-        try:
+        with _utf8_errors():
             return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
-        except (TypeError, UnicodeError) as error:  # the library takes Rust strings, which are valid UTF-8
-            raise UsageError(
-                problem("text", received="something that is not Unicode text", expected="valid UTF-8",
-                        fix="check the encoding of the input")
-            ) from error  # fmt: skip
 
     def encode_next(self, text: str) -> list[int]:
         """Token ids of a text inside a stream: nothing that marks the beginning of one is added.
@@ -104,65 +120,188 @@ class Tokenizer:
             return ids[size:]
         return self.encode(text, special=False)  # the line break became part of another token
 
+    def prompt_ids(self, text: str, *, begun: bool = False, allow_special: bool = False) -> list[int]:
+        """Token ids of a text to continue. begun: inside a stream, as `encode_next`.
+
+        allow_special: the names of special tokens in the text become those tokens. A text that then begins with what
+        the model starts its texts with, as a rendered chat does, gets it once.
+
+        Raises: UsageError as `encode`.
+        """
+        if self.special_in(text) is None:
+            return self.encode_next(text) if begun else self.encode(text)
+        if not allow_special:
+            pieces = split(text, self._special)
+            return self._plain_ids(pieces, self._special_control, special=not begun, begun=begun)
+        if begun:
+            return self.encode_next(text)
+        ids, start = self.encode(text, special=False), self._start
+        overlap = next((n for n in range(len(start), 0, -1) if ids[:n] == start[-n:]), 0)
+        return self.encode(text) if not overlap else [*start, *ids[overlap:]]
+
+    def special_in(self, text: str) -> str | None:
+        """The first special token whose name is in a text, or None."""
+        found = self._special.search(text)
+        return None if found is None else found[0]
+
+    def special_text(self, token: int) -> str:
+        """The name of a special token, which decoded text leaves out; "" for any other id."""
+        return self._special_names.get(token, "")
+
+    def special_id(self, name: str) -> int | None:
+        """The id of the special token of that name, or None."""
+        return next((i for i, other in self._special_names.items() if other == name), None)
+
+    def _plain_ids(
+        self, pieces: list[tuple[str, bool]], control: ControlTokens, *, special: bool = False, begun: bool
+    ) -> list[int]:
+        """Ids of a text in pieces, of which some are the user's own, as `encode` or `encode_next` gives them."""
+        encoder = self._plain_encoder(control)
+        with _utf8_errors():
+            ids = encoder.encode([("\n", False), *pieces] if begun else pieces, special=special)
+            if begun and ids[: len(self._newline)] != self._newline:
+                return encoder.encode(pieces, special=special)
+        return ids[len(self._newline) :] if begun else ids
+
+    # --- ids to text ---
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def streaming_decoder(self) -> StreamingDecoder:
-        """A decoder for ids that come one by one."""
-        return StreamingDecoder(self._tokenizer)
+    def streaming_decoder(self, after: Sequence[int] = ()) -> StreamingDecoder:
+        """A decoder for ids that come one by one. after: what the stream has taken before, for the first space."""
+        return StreamingDecoder(self._tokenizer, after)
 
-    def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+    # --- chats ---
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> str:  # fmt: skip
         """The chat template over messages of ``role`` and ``content``.
 
-        Raises: UsageError if the bundle has no template or the template refuses the messages.
-        """
-        if self._template is None:
-            raise UsageError(problem("chat template", received="a bundle without one", expected="chat_template.jinja",
-                                     fix="use --prompt, or export an instruction-tuned model"))  # fmt: skip
-        try:
-            return self._template.render(
-                messages=list(messages),
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
-        except Exception as error:  # templates are programs: they fail in any way
-            raise UsageError(problem("chat", received=f"messages that the template refuses ({_one_line(error)})",
-                                     expected="roles in the order that the model knows",
-                                     fix="see the model's card")) from error  # fmt: skip
+        template_args: further variables of the template, such as ``enable_thinking``.
 
-    def opening_size(self, system: str) -> int:
+        Raises: UsageError if the bundle has no template, or the template refuses the messages or leaves one out.
+        """
+        return self._the_template.render(messages, add_generation_prompt=add_generation_prompt, args=template_args)
+
+    def chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,
+        template_args: Mapping[str, Any] | None = None, allow_special: bool = False,
+    ) -> list[int]:  # fmt: skip
+        """Token ids of a conversation. What looks like a control token in a message or argument is ordinary text,
+        unless `allow_special`.
+
+        Raises: UsageError as `render_chat`.
+        """
+        render = functools.partial(self._the_template.render, add_generation_prompt=add_generation_prompt)
+        text = render(messages, args=template_args)
+        if allow_special or not self._has_control(messages, template_args):
+            return self.encode(text, special=False)
+        pieces = self._pieces(text, messages, template_args, render)
+        return self._plain_ids(pieces, self._chat_control, begun=False)
+
+    def next_turn_ids(
+        self, message: str, *, template_args: Mapping[str, Any] | None = None, allow_special: bool = False
+    ) -> list[int]:
+        """Token ids of `render_next_turn`, inside a stream; the message is treated as in `chat_ids`.
+
+        Raises: UsageError as `render_next_turn`.
+        """
+
+        def render(messages: Sequence[Mapping[str, Any]], *, args: Any, check: bool) -> str:
+            return self._the_template.render_next_turn(message_text(messages[0]), args=args, check=check)
+
+        messages = [{"role": "user", "content": message}]
+        text = render(messages, args=template_args, check=True)
+        if allow_special or not self._has_control(messages, template_args):
+            return self.encode_next(text)
+        pieces = self._pieces(text, messages, template_args, render)
+        return self._plain_ids(pieces, self._chat_control, begun=True)
+
+    def opening_size(self, system: str, *, template_args: Mapping[str, Any] | None = None) -> int:
         """Tokens with which every conversation under this system message begins, up to the user's first words.
 
         As many sinks keep the message in the cache for ever.
 
         Raises: UsageError as `render_chat` does.
         """
+        self.require_system()
         first, second = (
-            self.encode(self.render_chat([{"role": "system", "content": system}, {"role": "user", "content": message}]),
-                        special=False)
+            self.chat_ids([{"role": "system", "content": system}, {"role": "user", "content": message}],
+                          template_args=template_args)
             for message in OPENING_MESSAGES
         )  # fmt: skip
         return common_start(first, second)
 
-    def render_next_turn(self, message: str) -> str:
-        """What the chat template adds for one more user message after an answer, the opening not repeated.
+    def require_system(self) -> None:
+        """Make sure that the chat template shows a system message.
 
-        Templates render whole conversations only, so this is the end of one with an answer already in it.
+        Raises: UsageError.
+        """
+        self._the_template.require_system()
+
+    def render_next_turn(self, message: str, *, template_args: Mapping[str, Any] | None = None) -> str:
+        """What the chat template adds for one more user message after an answer, the opening not repeated.
 
         Raises: UsageError as `render_chat` does.
         """
-        past = [{"role": "user", "content": _ANSWER}, {"role": "assistant", "content": _ANSWER}]
-        whole = self.render_chat([*past, {"role": "user", "content": message}])
-        _, found, rest = whole.rpartition(_ANSWER)
-        if not found:
-            raise UsageError(
-                problem("chat template", received="one that leaves out earlier answers",
-                        expected="one that keeps them as they are", fix="use --prompt, or feed the turns as text")
-            )  # fmt: skip
-        return rest
+        return self._the_template.render_next_turn(message, args=template_args)
+
+    @property
+    def _the_template(self) -> ChatTemplate:
+        if self._template is None:
+            raise UsageError(problem("chat template", received="a bundle without one", expected="chat_template.jinja",
+                                     fix="use --prompt, or export an instruction-tuned model"))  # fmt: skip
+        return self._template
+
+    @functools.cached_property
+    def _chat_control(self) -> ControlTokens:
+        """Control tokens, those too that are such only because the chat template writes them."""
+        return ControlTokens.of(self._tokenizer, self._the_template.literals())
+
+    def _plain_encoder(self, control: ControlTokens) -> PlainEncoder:
+        if control not in self._plain_encoders:
+            self._plain_encoders[control] = PlainEncoder(self._tokenizer, control)
+        return self._plain_encoders[control]
+
+    @functools.cached_property
+    def _start(self) -> list[int]:
+        """Ids that the tokenizer puts before a text."""
+        whole, text = self.encode("a"), self.encode("a", special=False)
+        return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(text)] == text), [])
+
+    def _has_control(self, messages: Sequence[Mapping[str, Any]], args: Mapping[str, Any] | None) -> bool:
+        control = pattern(self._chat_control.all)
+        return any(control.search(text) for text in texts_in([*messages, args or {}]))
+
+    def _pieces(
+        self, text: str, messages: Sequence[Mapping[str, Any]], args: Mapping[str, Any] | None,
+        render: Callable[..., str],
+    ) -> list[tuple[str, bool]]:  # fmt: skip
+        """A rendered conversation in pieces, each with whether it is a control token that a user has written.
+
+        Those in the messages are marked and rendered once more, to be found.
+
+        Raises: UsageError if they are not in `text` as they were written.
+        """
+        control, marks = self._chat_control, Marks([*texts_in([*messages, args or {}]), text])
+        everything = pattern(control.all)
+        # What a model has said may hold tokens that its template looks for (</think>), and marks would hide them.
+        literals = self._the_template.literals()
+        written = {name for name in control.special if name in literals}
+        for said in (control.special, control.special - written):
+            own = {"assistant": pattern(said)}
+            marked = [marks.put(message, own.get(message["role"], everything)) for message in messages]
+            again = render(marked, args=marks.put(args or {}, everything), check=False)
+            if marks.remove(again) == text:
+                return marks.pieces(again)
+        raise UsageError(
+            problem("chat", received="a message with a control token, which the chat template changes",
+                    expected="messages without control tokens", fix="leave it out, or pass --allow-special")
+        )  # fmt: skip
 
 
 def common_start(a: Sequence[int], b: Sequence[int]) -> int:
@@ -174,90 +313,38 @@ OPENING_MESSAGES = ("0", "?")
 """Two user messages that begin differently: what two conversations share up to them is their opening."""
 
 
-class StreamingDecoder:
-    """Turns ids into text as they come, never splitting a character that spans several tokens.
+def _named_special_tokens(config: Any) -> dict[str, Any]:
+    """Special tokens of a tokenizer_config.json by name: plain texts, or objects with a ``content``.
 
-    Like tokenizers' DecodeStream, with two differences that endless streams need: memory is constant even if a
-    model repeats special tokens or broken bytes for ever, and no sequence of ids raises.
+    Lists, such as ``additional_special_tokens``, stay lists of texts.
     """
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._context: list[int] = []  # the ids of the last piece: whether a space comes next depends on them
-        self._pending: list[int] = []  # ids after it that are no whole character yet
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes: empty while a character is still incomplete, and for special tokens."""
-        if token in self._special or self._tokenizer.id_to_token(token) is None:
-            return ""
-        self._pending.append(token)
-        piece = self._piece()
-        if piece.endswith(REPLACEMENT) and len(self._pending) < MAX_PENDING:
-            return ""
-        self._context, self._pending = self._pending, []
-        return piece
-
-    def flush(self) -> str:
-        """What is left when the ids end inside a character, with U+FFFD for what is missing."""
-        piece = self._piece() if self._pending else ""
-        self._context, self._pending = [], []
-        return piece
-
-    def _piece(self) -> str:
-        before = str(self._tokenizer.decode(self._context))
-        whole = str(self._tokenizer.decode(self._context + self._pending))
-        # Bytes can spoil a character before them in the eyes of some decoders; it has been told already, as it was.
-        return whole[len(before) :] if whole.startswith(before) else str(self._tokenizer.decode(self._pending))
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """transformers' ``{% generation %} .. {% endgeneration %}``: marks answers for training, renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _compiled(template: str) -> jinja2.Template:
-    """A chat template with what transformers gives it.
-
-    Raises: BundleError if it is no Jinja.
-    """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise BundleError(problem("chat template", received=f"text that is no Jinja ({_one_line(error)})",
-                                  expected="a template", fix="export the model again")) from error  # fmt: skip
-
-
-def _special_tokens(config: Any) -> dict[str, str]:
-    """Texts of the special tokens in a tokenizer_config.json: plain, or objects with a ``content``."""
     if not isinstance(config, dict):
         return {}
-    found = {name: config.get(name) for name in _SPECIAL_TOKENS}
-    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+    named: dict[str, Any] = {}
+    for group in (config, config.get("model_specific_special_tokens"), config.get("extra_special_tokens")):
+        if isinstance(group, dict):
+            named |= {name: _token_text(token) for name, token in group.items() if name.endswith("_token")}
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        if isinstance(config.get(name), list):
+            named[name] = [text for token in config[name] if (text := _token_text(token)) is not None]
+    return {name: value for name, value in named.items() if value is not None}
 
 
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    # jinja2's own filter escapes for HTML, which a prompt is not.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _token_text(token: Any) -> str | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+@contextlib.contextmanager
+def _utf8_errors() -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, UnicodeError) as error:  # the library takes Rust strings, which are valid UTF-8
+        raise UsageError(
+            problem("text", received="something that is not Unicode text", expected="valid UTF-8",
+                    fix="check the encoding of the input")
+        ) from error  # fmt: skip
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def _raise_exception(message: str) -> Any:
-    raise jinja2.TemplateError(message)

@@ -17,7 +17,7 @@ import sinkrt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sinkexport.config import ExportConfig
-from sinkrt import Session
+from sinkrt import Session, UsageError
 from sinkrt.contract import MANIFEST_NAME, load_manifest
 from sinkrt.sampler import Sampler, SamplingParams
 
@@ -196,12 +196,22 @@ def test_sampler_refuses_what_are_no_numbers(probe: Probe) -> None:
         logits = np.array([0.0, bad, 1.0], dtype=np.float32)
         with pytest.raises(ProbeError, match=r"logits: received (nan|inf), expected finite numbers"):
             probe.sample(logits, recent, 0, 0.0, 0, 1.0, 1.0, 0)
-    for options, message in (((-1.0, 0, 1.0, 1.0), "temperature"), ((1.0, -1, 1.0, 1.0), "top_k"),
-                             ((1.0, 0, 0.0, 1.0), "top_p"), ((1.0, 0, 1.0, 0.0), "repetition_penalty"),
-                             ((1.0, 0, 1.0, 1e-60), "repetition_penalty"),
-                             ((1.0, 0, 1.0, 1e300), "repetition_penalty")):  # fmt: skip
-        with pytest.raises(ProbeError, match=message):
-            probe.sample(np.zeros(3, dtype=np.float32), recent, 0, *options, 0)
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    good = (1.0, 0, 1.0, 1.0)
+    bad_values = ((-1.0, 100.1, 1e300, np.nan, np.inf), (-1, 2**31), (0.0, 1.1, np.nan),
+                  (0.0, -1.0, 1e-300, 1e-60, 0.009, 100.1, 1e300, np.nan))  # fmt: skip
+    for i, values in enumerate(bad_values):
+        for value in values:
+            options = (*good[:i], value, *good[i + 1 :])
+            with pytest.raises(ProbeError, match=names[i]) as cpp:
+                probe.sample(np.zeros(3, dtype=np.float32), recent, 0, *options, 0)
+            with pytest.raises(UsageError, match=names[i]) as python:  # the limits, and the words for them, are one
+                SamplingParams(*options)
+            assert str(cpp.value).partition(", expected ")[2] == str(python.value).partition(", expected ")[2]
+    edge = np.array([3.0, -2.0, 1.0], dtype=np.float32)
+    for options in ((100.0, 2**31 - 1, 5e-324, 100.0), (5e-324, 0, 1.0, 0.01)):
+        want = Sampler(SamplingParams(*options, 3), 3).sample(edge, np.array([0, 1]), 7)
+        assert probe.sample(edge, np.array([0, 1]), 7, *options, 3) == want
 
 
 def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -> None:
@@ -233,14 +243,15 @@ def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -
     model = raw["model"]
     tuning = {"sha256": sha, "first_token_scale": [[1.5] * model["num_q_heads"]] * model["num_layers"]}
     act = {"alpha": 5, "beta": 0.4, "min_queries": 32, "heads": [[True] * model["num_q_heads"]] * model["num_layers"]}
-    windows = [{"layer": layer, "kv_heads": list(range(model["num_kv_heads"])), "window_size": 2 + layer}
+    window_size = raw["stream"]["window_size"]
+    windows = [{"layer": layer, "kv_heads": list(range(model["num_kv_heads"])), "window_size": window_size}
                for layer in range(model["num_layers"])]  # fmt: skip
     affine = {"sha256": sha, "file": "decode.onnx", "has_inputs": True, "heads": [[0]] * model["num_layers"]}
     for path, value in (("engines", {"decode": engine}), ("plugin_abi", "1"), ("schema_version", 1),
                         ("quantization", {"recipe": "r", "weights": "int8", "activations": "float", "kv": "int8",
                                           "calibration_sha256": sha, "thresholds": {"kl_divergence": 1}}),
                         ("sink_tuning", tuning), ("sink_tuning", {**tuning, "act": act}),
-                        ("states/0/kind", "attention_mass"), ("head_windows", windows),
+                        ("head_windows", windows),
                         ("affine_attention", affine)):  # fmt: skip
         (good / MANIFEST_NAME).write_text(changed(path, value))
         load_manifest(good)
@@ -258,6 +269,21 @@ def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -
         changed("tokenizer", {"file": "../x", "chat_template": None}),
         changed("tokenizer", {"file": "tokenizer.json", "chat_template": "/x"}),
         changed("states/0/kind", "odd"), changed("states/0/shape/1", 0),
+        changed("states/0/kind", "attention_mass"), changed("states/0/kind", "sink_v"), changed("states/0/layer", 1),
+        changed("states/0/input", "sink_k.00"), changed("states/0/output", raw["states"][1]["output"]),
+        changed("states/0/dtype", "float16"), changed("states/0/shape/2", 3), changed("states/2/shape/2", 7),
+        changed("states/0/shape/0", 2), changed("states/3/shape/3", 9), changed("states", raw["states"][1:]),
+        changed("states", raw["states"][:3]), changed("states", [*raw["states"], raw["states"][0]]),
+        changed("states/0/shape", [1] * 65), changed("states/0/shape", [1, 2**31, 2**31, 2**31]),
+        changed("stream/num_sink_tokens", raw["stream"]["num_sink_tokens"] + 1), changed("stream/num_sink_tokens", 0),
+        changed("stream/window_size", raw["stream"]["window_size"] + 1), changed("stream/batch", 2),
+        changed("model/num_kv_heads", 1), changed("model/head_dim", 16), changed("model/vocab_size", 300),
+        changed("graphs/prefill/num_tokens", 3), changed("graphs/decode/num_tokens", 2),
+        changed("graphs/decode/inputs/0/shape", [2, 1]), changed("graphs/decode/outputs/0/dtype", "float16"),
+        changed("graphs/decode/inputs/0/name", "a\x1b[2J"), changed("files/tokenizer.json", None),
+        changed("files/chat_template.jinja", None),
+        changed("files", {**raw["files"], "a\x07b": raw["files"]["decode.onnx"]}),
+        json.dumps(raw)[:-1] + ',"target":"onnx"}',
         changed("states/0/output", raw["states"][0]["input"]), changed("states/0/dtype", "bool"),
         changed("graphs/decode/file", "missing.onnx"), changed("graphs/decode", None),
         changed("files/decode.onnx/sha256", "zz"), changed("files/decode.onnx/bytes", -1),
@@ -291,7 +317,7 @@ def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -
         assert "\n" not in str(cpp.value)
     for text, message in ((changed("stream/batch", 2**70), "stream.batch: received float"),
                           (json.dumps(raw)[:-1] + ',"target":"onnx"}', "key \"target\" twice"),
-                          (changed("states/0/shape", [1, 2**31, 2**31, 2**31]), "less than 2"),
+                          (changed("files", {**raw["files"], "a\ud800": raw["files"]["decode.onnx"]}), "JSON"),
                           (changed("stream/window_size", 2**50), "at most 2"),
                           (changed("graphs/decode/inputs/0/dtype", "int32"), "inputs of the decode graph"),
                           (changed("graphs/prefill", None), "graphs: received decode")):  # fmt: skip
@@ -331,8 +357,10 @@ def broken_bundles(folder: Path) -> dict[str, tuple[Path, int, str]]:
         text = manifest.read_text()
         assert old in text
         manifest.write_text(text.replace(old, new))
-    manifest = out["other shape"][0] / MANIFEST_NAME
-    manifest.write_text(manifest.read_text().replace("   6,\n", "   7,\n"))  # of the states
+    for name, old, new in (("other shape", "   6,\n", "   7,\n"),  # of the states
+                           ("too large", '"window_size": 6', f'"window_size": {2**40}')):  # fmt: skip
+        manifest = out[name][0] / MANIFEST_NAME
+        manifest.write_text(manifest.read_text().replace(old, new))
     out["other shape"] = (out["other shape"][0], 2, "graph and manifest differ: export again")
     return out
 
@@ -343,7 +371,7 @@ def check_c_interface(cpp: CppRuntime, folder: Path) -> None:
     good = folder / "good"
     done = cpp.run(cpp.programs / "c_api", good, folder, *(path for path, *_ in faults.values()))
     assert done.returncode == 0, done.stdout + done.stderr
-    *told, ids = done.stdout.splitlines()
+    *told, ids = done.stdout.rstrip("\n").split("\n")
     for line, (name, (_, status, message)) in zip(told, faults.items(), strict=True):
         assert line.startswith(f"{status} "), (name, line)
         assert message in line, (name, line)

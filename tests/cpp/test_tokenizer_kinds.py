@@ -148,9 +148,9 @@ def test_streams_after_a_prompt(pair: tuple[CppTokenizer, tokenizers.Tokenizer])
     for size in (0, 1, 3, 9, 30) * 8:
         pool = draw.choice((ids, in_bytes, [*in_bytes, *ids[:40]], library.encode(draw.choice(CORPUS)).ids))
         after, then = ([draw.choice(pool) for _ in range(n)] for n in (size, 40))
-        assert ours.stream(then, after=after) == pieces_after(library, after, then)
-        decoder = theirs.streaming_decoder()
-        assert ours.stream(then) == [*map(decoder.push, then), decoder.flush()]
+        decoder = theirs.streaming_decoder(after)
+        want = [*map(decoder.push, then), decoder.flush()]
+        assert ours.stream(then, after=after) == want == pieces_after(library, after, then)
 
 
 def test_only_what_follows_a_prompt_comes_out(probe: Probe, tmp_path: Path) -> None:
@@ -168,8 +168,11 @@ def test_only_what_follows_a_prompt_comes_out(probe: Probe, tmp_path: Path) -> N
 
 def test_what_begins_texts_comes_once(probe: Probe, tmp_path: Path) -> None:
     ours, library = load(probe, tmp_path / "tokenizer.json", KINDS["gemma"]())
+    theirs = Tokenizer(library, None)
     assert ours.encode("<s>the cat", 3) == ours.encode("the cat", 3) == library.encode("the cat").ids
     assert ours.encode("<s>the cat", 1)[:2] == [1, 1]
+    for text in ("<s>the cat", "the <s>cat", "<s><s>cat", "</s>cat"):
+        assert ours.encode(text, 3) == theirs.prompt_ids(text, allow_special=True)
 
 
 def test_files_of_drawn_parts(probe: Probe, tmp_path: Path) -> None:

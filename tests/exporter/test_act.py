@@ -172,7 +172,7 @@ def test_file_is_written_as_it_is_read(tmp_path: Path) -> None:
     file = tmp_path / "tuning.json"
     file.write_text(tuning("llama").to_json(), encoding="utf-8")
     assert SinkTuningFile.load(file) == tuning("llama")
-    lines = [line.strip(" ,") for line in file.read_text().splitlines()]
+    lines = [line.strip(" ,") for line in file.read_text().split("\n")]
     assert [json.loads(line) for line in lines if line.startswith(("[true", "[false"))] == [list(x) for x in MASK]
     without = json.loads(file.read_text())
     del without["act"]

@@ -56,10 +56,15 @@ BAD_CHATS: dict[str, Any] = {
     ],
     "max_tokens": [{"messages": MESSAGES, "max_tokens": value} for value in (0, -1, 1.5, "5", ENDLESS + 1, 10**400)],
     "max_completion_tokens": [{"messages": MESSAGES, "max_completion_tokens": 0}],
-    "temperature": [{"messages": MESSAGES, "temperature": value} for value in (-0.1, 2.1, "1", [], True)],
+    "temperature": [
+        {"messages": MESSAGES, "temperature": value} for value in (-0.1, 2.1, "1", [], True, 1e300, 10**400)
+    ],
     "top_p": [{"messages": MESSAGES, "top_p": value} for value in (0, 1.1)],
     "top_k": [{"messages": MESSAGES, "top_k": value} for value in (-1, 2**31, 0.5)],
-    "repetition_penalty": [{"messages": MESSAGES, "repetition_penalty": value} for value in (0, -1, 101)],
+    "repetition_penalty": [
+        {"messages": MESSAGES, "repetition_penalty": value}
+        for value in (0, -1, 101, 1e-300, 5e-324, 1e-9, 1e300, 10**400)
+    ],
     "seed": [{"messages": MESSAGES, "seed": value} for value in (2**64, -(2**63) - 1, "x")],
     "n": [{"messages": MESSAGES, "n": value} for value in (0, 2, "1")],
     "frequency_penalty": [{"messages": MESSAGES, "frequency_penalty": value} for value in (0.5, -0.5)],
@@ -71,7 +76,7 @@ BAD_CHATS: dict[str, Any] = {
     "stream": [{"messages": MESSAGES, "stream": "yes"}],
     "stop": [{"messages": MESSAGES, "stop": value} for value in ("", [""], ["x"] * 17, "x" * 1025, 5)],
     "conversation": [{"messages": MESSAGES, "conversation": value} for value in ("", "a/b", "x" * 65, 5)],
-    "stream_options": [{"messages": MESSAGES, "stream_options": {"include_usage": True}}],
+    "stream_options": [{"messages": MESSAGES, "stream_options": {"include_usage": 1}}],
     "frobnicate": [{"messages": MESSAGES, "frobnicate": 1}],
 }
 CASES = [(param, body) for param, bodies in BAD_CHATS.items() for body in bodies]
@@ -109,7 +114,7 @@ def test_bodies_that_are_no_requests(strict: Served, content: bytes, path: str) 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
 def test_other_content_types(strict: Served, kind: str | None) -> None:
     headers = {} if kind is None else {"Content-Type": kind}
-    refusal(httpx.post(strict.url + COMPLETIONS, content=b'{"prompt": "x"}', headers=headers), 400)
+    refusal(httpx.post(strict.url + COMPLETIONS, content=b'{"prompt": "x"}', headers=headers), 415)
 
 
 def test_oversized_bodies(strict: Served) -> None:
@@ -202,7 +207,7 @@ def test_metrics_tell_what_happened(many_bundle: Path) -> None:
         client = served.client()
         client.completions.create(model="toy", prompt=[1] * 40, max_tokens=7, extra_body={"ignore_eos": True})
         client.completions.create(model="toy", prompt=[2] * 10, max_tokens=5, extra_body={"ignore_eos": True})
-        refusal(httpx.post(served.url + COMPLETIONS, content=b"{"), 400)
+        refusal(httpx.post(served.url + COMPLETIONS, json={"prompt": 5}), 400)
         served.wait_idle()
         text = httpx.get(served.url + "/metrics").text
     values = {name: float(value) for name, value in re.findall(r"^(\S+) (\S+)$", text, re.MULTILINE)}
@@ -231,9 +236,15 @@ def test_the_network_needs_a_key(host: str) -> None:
 
 def test_names_of_others_are_no_way_in(strict: Served) -> None:
     """DNS rebinding: a web page's own name that points here."""
-    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", ""):
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "",
+                 "[::1].evil.example", "[::1]evil.example", "[::1]:80.evil.example", "[::1", "::1", "[127.0.0.1]",
+                 "localhost:80@evil.example", "evil.example@localhost", "localhost:evil.example", "localhost:",
+                 "localhost:99999", "localhost.", "127.0.0.1.", ".localhost", "a..localhost", "evil.example/localhost",
+                 "127.0.0.1:8000:9", "127.1", "0177.0.0.1", "[fe80::1%25eth0]", "localhost, evil.example", "local host",
+                 "evil.example\tlocalhost", "-.localhost"):  # fmt: skip
         assert refusal(httpx.get(strict.url + "/v1/models", headers={"Host": host}), 403)["type"] == "permission_error"
-    for host in ("localhost", "LOCALHOST:80", "127.0.0.1:5", "[::1]:8000", "192.168.1.7", "a.localhost"):
+    for host in ("localhost", "LOCALHOST:80", "127.0.0.1:5", "[::1]:8000", "[::1]", "192.168.1.7", "a.localhost",
+                 "A.B.LocalHost:1"):  # fmt: skip
         assert httpx.get(strict.url + "/v1/models", headers={"Host": host}).status_code == 200
 
 

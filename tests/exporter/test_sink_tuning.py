@@ -70,7 +70,7 @@ def test_file_is_written_as_it_is_read(tmp_path: Path) -> None:
     file = tmp_path / "tuning.json"
     file.write_text(tuning("llama").to_json(), encoding="utf-8")
     assert SinkTuningFile.load(file) == tuning("llama")
-    assert sum(line.startswith("  [") for line in file.read_text().splitlines()) == LAYERS  # one line a layer
+    assert sum(line.startswith("  [") for line in file.read_text().split("\n")) == LAYERS  # one line a layer
 
 
 def broken(**changes: Any) -> str:
@@ -149,6 +149,13 @@ def test_tune_keeps_the_model_as_it_is_if_nothing_helps() -> None:
     assert result.after <= result.before
     assert result.after.loss == pytest.approx(result.held_out_after.loss)  # the same texts on both sides here
     assert result.before.loss - result.after.loss < 0.02
+
+
+def test_lines_of_examples_end_in_line_feeds_only() -> None:
+    """JSON lets other line ends of Unicode be in a text as they are."""
+    texts = [f"w5{end}w6 w7" for end in "\x85\u2028\u2029\x7f"]
+    lines = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    assert len(read_examples(tiny_tokenizer(), lines + "\n")) == len(texts)
 
 
 QUESTIONS = [

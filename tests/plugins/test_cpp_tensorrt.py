@@ -44,6 +44,6 @@ def test_sampling_picks_what_the_host_picks(tmp_path: Path) -> None:
     """The device code, compiled for the host as a block of one thread, over random logits, ties and penalties."""
     program = tmp_path / "sampling_on_host"
     run_nvcc("-std=c++17", "-O1", *INCLUDES, "-o", str(program), str(ROOT / "tests/plugins/sampling_on_host.cpp"),
-             str(RUNTIME / "src/sampler.cpp"))  # fmt: skip
+             str(RUNTIME / "src/sampler.cpp"), str(RUNTIME / "src/error.cpp"))  # fmt: skip
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "3000 picks, 0 differ\n"), done.stdout + done.stderr

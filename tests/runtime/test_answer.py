@@ -146,3 +146,10 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(tmp_path: Path) -> Non
         np.testing.assert_array_equal(session.logits, logits)
         for name, value in resumed.items():
             np.testing.assert_array_equal(session.buffers[name], value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), float("inf"), "5"])
+def test_a_length_that_is_no_positive_integer_is_refused(value: object) -> None:
+    with pytest.raises(UsageError, match="max_tokens: received"):
+        AnswerParams(max_tokens=value)  # type: ignore[arg-type]
+    assert AnswerParams(max_tokens=10**400).max_tokens == 10**400

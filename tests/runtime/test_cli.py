@@ -401,10 +401,16 @@ def test_chat_needs_a_template(tmp_path: Path) -> None:
         (("run", "BUNDLE", "--threads", "0", "--prompt", "a"), "threads: received 0"),
         (("run", "BUNDLE", "--prompt", "a", "--temperature", "-1"), "temperature: received -1.0"),
         (("run", "BUNDLE", "--prompt", "a", "--temperature", "nan"), "temperature: received nan"),
+        (("run", "BUNDLE", "--prompt", "a", "--temperature", "1e300"), "temperature: received 1e+300"),
+        (("run", "BUNDLE", "--prompt", "a", "--repetition-penalty", "1e-300"), "repetition_penalty: received 1e-300"),
+        (("run", "BUNDLE", "--prompt", "a", "--top-k", "9" * 30), "top_k: received 9999"),
+        (("run", "BUNDLE", "--prompt", "a", "--seed", "-1"), "seed: received -1"),
+        (("run", "BUNDLE", "--prompt", "a", "--seed", str(2**64)), "seed: received 18446744073709551616"),
+        (("bench", "BUNDLE", "--seed", "-1"), "'--seed'"),
+        (("verify", "BUNDLE", "--against", "x", "--seed", "-1"), "'--seed'"),
         (("run", "BUNDLE", "--prompt", "a", "--top-p", "2"), "top_p: received 2.0"),
         (("run", "BUNDLE", "--prompt", "a", "--top-k", "-1"), "top_k: received -1"),
         (("run", "BUNDLE", "--prompt", "a", "--repetition-penalty", "0"), "repetition_penalty: received 0.0"),
-        (("run", "BUNDLE", "--prompt", "a", "--seed", "-1"), "seed: received -1"),
         (("run", "BUNDLE", "--prompt", ""), "prompt: received no tokens"),
         (("run", "BUNDLE", "--prompt", "\udcff"), "valid UTF-8"),
         (("run", "BUNDLE", "--prompt", "a", "--chat"), "--prompt"),
@@ -555,3 +561,12 @@ def test_a_bundle_named_families(cli: Callable[..., Result], tmp_path: Path, mon
     build_toy(tmp_path / "families")
     monkeypatch.chdir(tmp_path)
     assert "ToyForCausalLM" in cli("inspect", "families").out
+
+
+def test_an_option_out_of_range_is_refused_before_text_is_read_or_a_state_is_saved(tmp_path: Path) -> None:
+    bundle, state = build_toy(tmp_path / "b", Toy()), tmp_path / "state"
+    for arguments in ((), ("--chat",)):
+        done = run("run", bundle, *arguments, "--repetition-penalty", "1e-300", "--save-state", state, stdin=b"text\n")
+        assert (done.code, done.out) == (2, "")
+        assert "repetition_penalty: received 1e-300" in done.err
+        assert not state.exists()

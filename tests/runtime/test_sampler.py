@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sinkrt import BackendError
+from sinkrt import BackendError, UsageError
 from sinkrt.sampler import FIRST_CANDIDATES, Sampler, SamplingParams, candidates, penalized
 from transformers import (
     LogitsProcessorList,
@@ -138,3 +138,40 @@ def test_tokens_that_are_ruled_out_are_never_drawn() -> None:
     logits[[2, 7]] = 0.0
     sampler = Sampler(SamplingParams(temperature=1.0, top_p=0.99, top_k=5, seed=0), 10)
     assert {sampler.sample(logits, NONE, t) for t in range(50)} == {2, 7}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("temperature", [-0.1, 100.1, 1e300, 10**400, np.nan, np.inf, "1", None, True]),
+        ("top_k", [-1, 2**31, 10**400, 1.0, None, True]),
+        ("top_p", [0, -0.0, 1.0001, np.nan, 10**400, "1"]),
+        ("repetition_penalty", [0, -1, 1e-300, 5e-324, 0.0099, 100.1, 1e300, np.nan, np.inf, -np.inf]),
+        ("seed", [-1, 2**64, 10**5000, 1.0, True, "1"]),
+    ],
+)
+def test_numbers_out_of_range_are_one_line(name: str, values: list[object]) -> None:
+    for value in values:
+        with pytest.raises(UsageError, match=f"^{name}: received .*, expected .*; change {name}$"):
+            SamplingParams(**{name: value})  # type: ignore[arg-type]
+
+
+def test_numbers_at_their_limits_give_finite_weights() -> None:
+    logits = random_logits(50, spread=1e30)
+    recent = np.arange(25)
+    for temperature in (5e-324, 1e-38, 100, np.float32(0.5)):
+        for penalty in (0.01, 100, np.float64(1.5)):
+            for top_p in (5e-324, 1):
+                params = SamplingParams(temperature, np.int64(0), top_p, penalty, 2**64 - 1)  # type: ignore[arg-type]
+                with np.errstate(all="raise", under="ignore"):
+                    got = distribution(logits, params, recent)
+                assert np.isfinite(got).all()
+                assert got.sum() == pytest.approx(1)
+
+
+def test_a_penalty_that_overflows_is_no_fault_of_the_stream() -> None:
+    logits = np.array([3e38, 1.0], dtype=np.float32)
+    sampler = Sampler(SamplingParams(repetition_penalty=0.01), 2)
+    with pytest.raises(UsageError, match="repetition_penalty"):
+        sampler.sample(logits, np.array([0]), 0)
+    assert sampler.sample(logits, np.array([1]), 0) == 0

@@ -433,3 +433,68 @@ def test_the_first_event_of_a_request_tells_that_it_has_a_stream(session: Sessio
     assert (later[0].text, later[0].finish_reason, later[0].answer_tokens) == ("", None, 0)
     assert later[-1].finish_reason == "length"
     assert (scheduler.prompt_tokens, scheduler.answer_tokens) == (4, 12)
+
+
+class _Once:
+    """A method that fails at one call and works at all others."""
+
+    def __init__(self, real: Any, call: int, error: Exception) -> None:
+        self._real, self._left, self._error = real, call, error
+
+    def __call__(self, *arguments: Any) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            raise self._error
+        return self._real(*arguments)
+
+
+@pytest.mark.parametrize("error", [UsageError("repetition_penalty: too small"), FloatingPointError("a\nbug"),
+                                   MemoryError()])  # fmt: skip
+@pytest.mark.parametrize("method", ["pick", "push", "flush"])
+@pytest.mark.parametrize("call", [1, 3])
+def test_an_error_of_sampling_or_decoding_keeps_the_conversation(
+    bundles: tuple[Path, Path], session: Session, error: Exception, method: str, call: int
+) -> None:
+    """Its answer ends; what its stream has taken stays, the next request goes on there, and no other is disturbed."""
+    scheduler = Scheduler(session)
+    params = AnswerParams(max_tokens=6, ignore_eos=True)
+    first, other, more = [1, 2, 3, 4, 5], [9, 8, 7], [6, 5]
+    scheduler.submit("a", first, SamplingParams(), params, lasting=True)
+    scheduler.submit("b", other, SamplingParams(), params)
+    answer = scheduler._conversations["a"].the_answer
+    if method == "flush":
+        call = 1
+    setattr(answer, method, _Once(getattr(answer, method), call, error))
+    said: dict[str, Said] = collections.defaultdict(lambda: Said([""], []))
+    errors = []
+    while scheduler.has_work:
+        events = scheduler.step()
+        errors += [event.error for event in events if event.error]
+        collect(events, said)
+    assert len(errors) == 1
+    assert "\n" not in errors[0]
+    assert (said["a"].reasons, said["b"].reasons) == (["error"], ["length"])
+    taken = {"pick": len(first) + call - 1, "push": len(first) + call, "flush": len(first) + 6}[method]
+    assert ("a" in scheduler, scheduler.position("a"), scheduler.is_at_work("a")) == (True, taken, False)
+    scheduler.submit("a", more, SamplingParams(), params, lasting=True)
+    said["a"].texts.append("")
+    while scheduler.has_work:
+        collect(scheduler.step(), said)
+    with Session.load(bundles[1], threads=1) as one:
+        list(one.generate(first, max_tokens=6, ignore_eos=True))  # the tokens that were taken, and those after them
+        answered = one.recent_ids()[-6:].tolist() if one.capacity >= 6 else []
+    prefix = first + answered[: taken - len(first)]
+    assert said["a"].texts[-1] == alone(bundles[1], [prefix + more], SamplingParams(), params)[0]
+    assert said["b"].texts == alone(bundles[1], [other], SamplingParams(), params)
+
+
+def test_numbers_that_are_none_still_end_a_conversation(session: Session) -> None:
+    """NaN in the model's own logits: its stream is lost."""
+    scheduler = Scheduler(session)
+    scheduler.submit("a", [1, 2], SamplingParams(), AnswerParams(max_tokens=5), lasting=True)
+    scheduler._conversations["a"].the_answer.pick = _Once(None, 1, BackendError("logits: nan"))  # type: ignore[method-assign]
+    events = []
+    while scheduler.has_work:
+        events += scheduler.step()
+    assert events[-1].error == "logits: nan"
+    assert "a" not in scheduler

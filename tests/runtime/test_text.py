@@ -196,6 +196,7 @@ TEMPLATES = {
     "date": "{{ strftime_now('%Y') }}",
     "methods": "{{ messages[0].content.strip().upper().split(' ')[0] }}{{ messages[-1]['content'] | trim }}",
 }
+SHOWN = "{% for m in messages %}({{ m.role }}: {{ m.content }}){% endfor %}"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -203,9 +204,9 @@ TEMPLATES = {
 def test_templates_render_as_in_transformers(name: str, messages: list[dict[str, str]]) -> None:
     special = {"bos_token": "<bos>", "eos_token": "<eos>"}
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=toy_tokenizer(), **special)
-    theirs.chat_template = TEMPLATES[name]
+    theirs.chat_template = TEMPLATES[name] + SHOWN  # a template that leaves out messages is refused
     want = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert Tokenizer(toy_tokenizer(), TEMPLATES[name], special).render_chat(messages) == want
+    assert Tokenizer(toy_tokenizer(), TEMPLATES[name] + SHOWN, special).render_chat(messages) == want
 
 
 def test_the_date_is_todays() -> None:

@@ -35,7 +35,8 @@ STAGES = {
               help="Length of the prompt whose prefill is timed.")  # fmt: skip
 @click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: all physical cores]")
 @click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random ids that are fed.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
+              help="Of the random ids that are fed.")  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE",
               help="Write every figure as JSON too.")  # fmt: skip
 def command(

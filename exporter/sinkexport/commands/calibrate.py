@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import click
+from sinkrt.errors import printable
 
 from sinkexport.files import check_writable, read_text, write_whole
 from sinkexport.progress import Report, shown_progress
@@ -68,8 +69,9 @@ def command(model: str, recipe_name: str, text_file: Path, output: Path, threads
     if rounded:
         layers = sum(name.endswith(SCALES) for name in rounded)
         what.append(f"weights of {layers} layers rounded, in {rounded_path(output).name}")
+    named = printable(f"{output}: {found.model.name}")
     click.echo(
-        f"{output}: {found.model.name} for recipe '{found.recipe}': {'; '.join(what)}; {found.text.streamed:,} tokens, "
+        f"{named} for recipe '{found.recipe}': {'; '.join(what)}; {found.text.streamed:,} tokens, "
         f"{seconds:.1f} s, {streamed.num_tokens / max(seconds, 1e-9):.0f} tokens/s"
     )
 

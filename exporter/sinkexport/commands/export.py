@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 from sinkrt.contract import TARGETS
+from sinkrt.errors import printable
 
 from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE, KV_KINDS, WEIGHT_DTYPES, ExportConfig
 from sinkexport.progress import shown_progress
@@ -83,8 +84,9 @@ def command(
     with shown_progress(STAGES) as show:
         manifest = export(model, output, config, overwrite=overwrite, report=show)
     facts = manifest.model
+    named = printable(f"{output}: {facts.name}")
     click.echo(
-        f"{output}: {facts.name} ({facts.num_parameters / 1e6:.0f}M parameters, {facts.num_layers} layers), "
+        f"{named} ({facts.num_parameters / 1e6:.0f}M parameters, {facts.num_layers} layers), "
         f"S={manifest.stream.num_sink_tokens} W={window} B={batch} T={manifest.stream.chunk_size} {dtype}"
         f"{'' if config.recipe is None else ' ' + config.recipe.name}{' INT8 window' * config.has_int8_window}"
         f"{' tuned sinks' * (config.sink_tuning is not None)}{' budgets' * (config.budgets is not None)}"

@@ -33,7 +33,16 @@ KEY_VARIABLE = "SINKEXPORT_API_KEY"
               help="Longest answer, and that of requests that do not say.")  # fmt: skip
 @click.option("--max-body-bytes", type=int, default=2**20, show_default=True, metavar="N",
               help="Largest request.")  # fmt: skip
+@click.option("--max-connections", type=int, default=256, show_default=True, metavar="N",
+              help="Open connections; silent ones go first when there are more.")  # fmt: skip
 @click.option("--pin-system", is_flag=True, help="Refuse system messages that the sinks do not keep for ever.")
+@click.option("--template-arg", "template_args", multiple=True, metavar="KEY=VALUE",
+              help="Set a variable of the chat template, e.g. enable_thinking=false, for requests without "
+              "chat_template_kwargs of that name. VALUE is read as JSON where it is JSON, else as text; may be "
+              "repeated.  [default: the template's own]")  # fmt: skip
+@click.option("--allow-special", is_flag=True,
+              help="Let names of special tokens in texts, such as <|im_end|>, become those tokens, for requests that "
+              "do not say.  [default: they stay ordinary text]")  # fmt: skip
 @click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True,
               help="What computes.")  # fmt: skip
 @click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: all physical cores]")
@@ -41,28 +50,33 @@ KEY_VARIABLE = "SINKEXPORT_API_KEY"
 def command(
     bundle: Path, host: str, port: int, api_key_file: Path | None, model_name: str | None, max_waiting: int,
     max_conversations: int, max_parked_mib: int, max_prompt_tokens: int, max_tokens: int, max_body_bytes: int,
-    pin_system: bool, backend: str, threads: int | None, log_requests: bool,
+    max_connections: int, pin_system: bool, template_args: tuple[str, ...], allow_special: bool, backend: str,
+    threads: int | None, log_requests: bool,
 ) -> None:  # fmt: skip
     """Serve the bundle DIR over the OpenAI HTTP API, many conversations at a time.
 
     POST /v1/chat/completions and /v1/completions, GET /v1/models, /health and /metrics (Prometheus). A bundle that
     was exported with --batch B decodes B conversations together. Ctrl-C or SIGTERM ends the server once requests at
-    work are done, at the latest after ten seconds.
+    work are done, at the latest after twelve seconds.
     """
     import os
 
     from sinkexport.serve.settings import MIB, Limits, check_exposure, listen, read_api_key
 
-    limits = Limits(max_waiting, max_conversations, max_prompt_tokens, max_tokens, max_body_bytes, max_parked_mib * MIB)
+    limits = Limits(max_waiting, max_conversations, max_prompt_tokens, max_tokens, max_body_bytes,
+                    max_parked_mib * MIB, max_connections=max_connections)  # fmt: skip
     api_key = read_api_key(api_key_file, os.environ.get(KEY_VARIABLE))
     check_exposure(host, api_key)
     from sinkrt import Session
+    from sinkrt.chat_template import parse_template_args
 
     from sinkexport.serve.server import Server
 
+    variables = parse_template_args(template_args)
+
     with listen(host, port) as listener, Session.load(bundle, backend, threads=threads) as session:
         server = Server(session, limits, model_name=model_name, api_key=api_key, pin_system=pin_system,
-                        log_requests=log_requests)  # fmt: skip
+                        log_requests=log_requests, template_args=variables, allow_special=allow_special)  # fmt: skip
         where = f"[{host}]" if ":" in host else host
         facts = session.manifest.stream
         click.echo(

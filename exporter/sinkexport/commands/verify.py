@@ -62,7 +62,7 @@ FIGURES = {
               help="Largest error of a logit as a share of the logits' spread.  "
                    "[default: 1e-3 (fp32) or 0.25 (fp16), at least 2e-6 times S + W; quantised: of prefill "
                    "only]")  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random ids.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the random ids.")
 @click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the report as JSON too.")  # fmt: skip

@@ -8,38 +8,36 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from fastapi import FastAPI
-from pydantic import ValidationError
 from sinkrt import UsageError
-from sinkrt.text import Tokenizer
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from sinkexport.serve.body import check_content_type, parse
 from sinkexport.serve.engine import Engine
-from sinkexport.serve.errors import ApiError
+from sinkexport.serve.errors import ApiError, shown
 from sinkexport.serve.exchange import Exchange, Render, Slots
 from sinkexport.serve.guard import Guard
 from sinkexport.serve.metrics import CONTENT_TYPE, Metrics
+from sinkexport.serve.prompts import Prompts
 from sinkexport.serve.protocol import ChatRequest, CompletionRequest, Request
 from sinkexport.serve.responses import Form
 from sinkexport.serve.settings import Limits
 
-BODY_S = 60.0
-"""How long a request may take to arrive."""
+READ = ["GET", "HEAD"]
 
 R = TypeVar("R", bound=Request)
 
 
 def create_app(
-    engine: Engine, tokenizer: Tokenizer, metrics: Metrics, limits: Limits, *, model: str, batch: int,
-    api_key: str | None, require_pinned: Callable[[str], None] | None,
+    engine: Engine, prompts: Prompts, metrics: Metrics, limits: Limits, *, model: str, batch: int, api_key: str | None,
 ) -> FastAPI:  # fmt: skip
     """The application over a running engine.
 
-    model: what clients call it. batch: B, streams of the session. require_pinned: raises UsageError for a system
-    message that the sinks do not keep; None: any is welcome.
+    model: what clients call it. batch: B, streams of the session.
     """
-    app = FastAPI(openapi_url=None)  # its pages of documentation would load scripts from elsewhere
+    # Without its pages of documentation, which would load scripts from elsewhere.
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.add_middleware(Guard, metrics=metrics, api_key=api_key, max_body_bytes=limits.max_body_bytes)
     # No more than conversations: so the scheduler always finds one that it may forget for a new one.
     slots = Slots(min(batch + limits.max_waiting, limits.max_conversations))
@@ -47,27 +45,20 @@ def create_app(
 
     @app.post("/v1/chat/completions")
     async def chat(http: HttpRequest) -> Response:
-        body = await _read(http, ChatRequest)
+        body = await _read(http, ChatRequest, limits.body_s)
 
-        def render(new: bool) -> list[int]:
-            if require_pinned is not None:
-                for message in body.messages:
-                    if message.plain["role"] == "system":
-                        require_pinned(message.plain["content"])
-            return chat_ids(tokenizer, body, new)
-
-        return await answer(http, body, render, chat=True)
+        return await answer(http, body, lambda new: prompts.chat(body, new), chat=True)
 
     @app.post("/v1/completions")
     async def completions(http: HttpRequest) -> Response:
-        body = await _read(http, CompletionRequest)
-        return await answer(http, body, lambda new: completion_ids(tokenizer, body, new), chat=False)
+        body = await _read(http, CompletionRequest, limits.body_s)
+        return await answer(http, body, lambda new: prompts.completion(body, new), chat=False)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=READ)
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [facts]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=READ)
     async def one_model(name: str) -> Response:
         _check_model(name)
         return JSONResponse(facts)
@@ -77,13 +68,13 @@ def create_app(
         await engine.delete(name)
         return JSONResponse({"id": name, "object": "conversation.deleted", "deleted": True})
 
-    @app.get("/health")
+    @app.api_route("/health", methods=READ)
     async def health() -> Response:
         if engine.failure is not None:
             return JSONResponse({"status": "failed", "reason": engine.failure}, 503)
         return JSONResponse({"status": "ready"})
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=READ)
     async def prometheus() -> Response:
         return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
@@ -91,7 +82,7 @@ def create_app(
         _check_model(body.model)
         wanted = body.max_answer_tokens
         if wanted is not None and wanted > limits.max_tokens:
-            raise ApiError(400, f"max_tokens: received {wanted}, expected at most {limits.max_tokens}",
+            raise ApiError(400, f"max_tokens: received {shown(wanted)}, expected at most {limits.max_tokens}",
                            param="max_tokens")  # fmt: skip
         form = Form(model, chat=chat, include_usage=bool(body.stream_options and body.stream_options.include_usage))
         exchange = Exchange(engine, limits, slots)
@@ -106,64 +97,24 @@ def create_app(
 
     def _check_model(name: str | None) -> None:
         if name is not None and name != model:
-            raise ApiError(404, f"model '{name}' does not exist, this server has '{model}'", param="model",
+            raise ApiError(404, f"model {shown(name)} does not exist, this server has '{model}'", param="model",
                            code="model_not_found")  # fmt: skip
 
     _handle_errors(app)
     return app
 
 
-def chat_ids(tokenizer: Tokenizer, body: ChatRequest, new: bool) -> list[int]:
-    """The prompt of a chat: all messages, or one more turn of a conversation that has begun.
-
-    Raises: UsageError, ApiError.
-    """
-    messages = [message.plain for message in body.messages]
-    if new:
-        return tokenizer.encode(tokenizer.render_chat(messages), special=False)
-    if len(messages) != 1 or messages[0]["role"] != "user":
-        roles = ", ".join(message["role"] for message in messages)
-        raise ApiError(400, f"messages: received {roles}, expected one user message: conversation "
-                       f"'{body.conversation}' has begun and knows the earlier ones", param="messages")  # fmt: skip
-    return tokenizer.encode_next(tokenizer.render_next_turn(messages[0]["content"]))
-
-
-def completion_ids(tokenizer: Tokenizer, body: CompletionRequest, new: bool) -> list[int]:
-    """The prompt of a completion: ids as they are, or a text.
-
-    Raises: UsageError.
-    """
-    if isinstance(body.prompt, str):
-        return tokenizer.encode(body.prompt) if new else tokenizer.encode_next(body.prompt)
-    return [int(token) for token in body.prompt if isinstance(token, int)]
-
-
-async def _read(http: HttpRequest, kind: type[R]) -> R:
-    """The request's body.
+async def _read(http: HttpRequest, kind: type[R], seconds: float) -> R:
+    """The request's body, which may take so long to arrive.
 
     Raises: ApiError.
     """
-    # Web pages can send other types to a server on this machine without asking anybody.
-    if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(400, "content type: expected application/json")
+    check_content_type(http.scope)
     try:
-        raw = await asyncio.wait_for(http.body(), BODY_S)
+        raw = await asyncio.wait_for(http.body(), seconds)
     except TimeoutError:
-        raise ApiError(408, f"the request's body did not arrive within {BODY_S:.0f} s") from None
-    try:
-        return await asyncio.to_thread(kind.model_validate_json, raw)
-    except ValidationError as error:
-        raise _invalid(error) from None
-
-
-def _invalid(error: ValidationError) -> ApiError:
-    """The first thing that is wrong, by its place in the body."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"body: {first['msg']}", code="invalid_json")
-    message = "unknown field" if first["type"] == "extra_forbidden" else first["msg"]
-    return ApiError(400, f"{where[:100] or 'body'}: {message[:300]}", param=where[:100] or None)
+        raise ApiError(408, f"the request's body did not arrive within {seconds:.0f} s") from None
+    return await asyncio.to_thread(parse, raw, kind)
 
 
 def _handle_errors(app: FastAPI) -> None:
@@ -180,7 +131,9 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _of_http(error: Exception) -> ApiError:
-    return ApiError(error.status_code, error.detail) if isinstance(error, HTTPException) else _internal()
+    if not isinstance(error, HTTPException):
+        return _internal()
+    return ApiError(error.status_code, str(error.detail), headers=error.headers)  # Allow, of a 405
 
 
 def _internal() -> ApiError:

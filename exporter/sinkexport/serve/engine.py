@@ -63,9 +63,13 @@ class Engine:
 
     def stop(self, timeout_s: float = 30.0) -> None:
         """End the thread; requests at work get 503. Stopping twice is fine."""
-        self._inbox.put(None)
+        self.request_stop()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+
+    def request_stop(self) -> None:
+        """As `stop`, without waiting for it."""
+        self._inbox.put(None)
 
     async def begun(self, name: str) -> bool:
         """As `Conversations.begun`."""
@@ -190,6 +194,8 @@ class Engine:
             self._measure(event, outlet)
             if not event.text and event.finish_reason is None:
                 continue
+            if event.error is not None:
+                logger.error("a request has failed: %s", event.error)
             error = None if event.error is None else ApiError(500, event.error, code="engine_error")
             position = self._scheduler.position(event.conversation) if event.conversation in self._scheduler else 0
             piece = Piece(event.text, event.finish_reason, error, False, event.answer_tokens, position)

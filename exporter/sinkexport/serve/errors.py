@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,15 +16,37 @@ _TYPES = {
 _CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "too_many_requests", 503: "unavailable"}
 
 
+MAX_SHOWN = 60
+
+
+def shown(value: object) -> str:
+    """What a client sent, as JSON in printable ASCII, cut short: it may be anything."""
+    if isinstance(value, str):  # cut first: it may be as long as a request
+        value = value[:MAX_SHOWN]
+    elif isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**MAX_SHOWN:
+        return "a huge number"
+    elif isinstance(value, (list, dict)):
+        kind = "a list" if isinstance(value, list) else "an object"
+        return f"{kind} of {len(value)}" if value else f"an empty {kind.split()[1]}"
+    text = json.dumps(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
 class ApiError(Exception):
     """A request that gets an error for an answer.
 
-    status: HTTP's. param: the field that is wrong. code: for programs; None for that of the status, if any.
+    status: HTTP's. message: made one line of text that can be sent. param: the field that is wrong. code: for
+    programs; None for that of the status, if any. headers: HTTP's, besides those of the status.
     """
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        message = " ".join(message.encode("utf-8", "replace").decode().split())
         super().__init__(message)
         self.status, self.message, self.param = status, message, param
+        self._headers = dict(headers or {})
         self.code = code or _CODES.get(status)
 
     @property
@@ -37,8 +60,8 @@ class ApiError(Exception):
     def headers(self) -> Mapping[str, str]:
         """HTTP headers that belong to the status."""
         if self.status == 401:
-            return {"WWW-Authenticate": "Bearer"}
-        return {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
+            return {**self._headers, "WWW-Authenticate": "Bearer"}
+        return {**self._headers, **({"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {})}
 
     def response(self) -> JSONResponse:
         """The whole HTTP response."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,8 @@ from sinkexport.serve.settings import Limits
 MAX_RENDERINGS = 3
 """Tries to render a prompt while others delete its conversation."""
 
-Render = Callable[[bool], list[int]]
-"""The prompt's ids, given whether it begins a conversation. Runs in a thread of its own: long prompts take long."""
+Render = Callable[[bool], Awaitable[list[int]]]
+"""The prompt's ids, given whether it begins a conversation."""
 
 
 class Slots:
@@ -69,7 +69,7 @@ class Exchange:
         """
         for _ in range(MAX_RENDERINGS):
             new = name is None or not await self._engine.begun(name)
-            ids = await asyncio.to_thread(render, new)
+            ids = await render(new)
             self._check(ids)
             work = Work(np.array(ids, dtype=np.int64), sampling, params, name, new)
             try:
@@ -165,6 +165,9 @@ class _EventStream(StreamingResponse):
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Starlette has two ways to notice that a client has gone. Some versions of uvicorn announce the newer one (an
+        # OSError of `send`, from 2.4 on) and do not support it: the older one works with all.
+        scope = {**scope, "asgi": {**scope.get("asgi", {}), "spec_version": "2.3"}}
         try:
             await super().__call__(scope, receive, send)
         finally:

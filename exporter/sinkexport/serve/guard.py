@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,6 +15,13 @@ from sinkexport.serve.metrics import Metrics
 
 OPEN_PATHS = ("/health",)
 """What supervisors ask without a key."""
+
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 16 * 1024
+MAX_PATH_BYTES = 2048
+
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::([0-9]{1,5}))?")
+_LOCAL_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\.)*localhost")
 
 
 class Guard:
@@ -54,14 +62,17 @@ class Guard:
             self._metrics.requests.labels(route, str(status)).inc()
 
     async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
+        check_size(scope)
         if self._key is None:
-            if not is_local_name(headers.get(b"host", b"").decode("latin-1")):
-                raise ApiError(403, "a server without an API key is asked by address or as 'localhost' only")
-        elif scope["path"] not in OPEN_PATHS and not self._knows_key(headers):
+            hosts = values_of(scope, b"host")
+            if len(hosts) != 1 or not is_local_name(hosts[0].decode("latin-1")):
+                raise ApiError(403, "a server without an API key is asked by address or as 'localhost' only: its Host "
+                               "header must say so")  # fmt: skip
+        elif scope["path"] not in OPEN_PATHS and not self._knows_key(values_of(scope, b"authorization")):
             raise ApiError(401, "no valid API key; send 'Authorization: Bearer KEY'")
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._max_body_bytes:
+        # A second one that differs is refused by the HTTP parser.
+        length = next(iter(values_of(scope, b"content-length")), b"0")
+        if length.isdigit() and (len(length) > 20 or int(length) > self._max_body_bytes):
             raise self._too_large()
         read = 0
 
@@ -76,8 +87,8 @@ class Guard:
 
         await self._app(scope, bounded, send)
 
-    def _knows_key(self, headers: dict[bytes, bytes]) -> bool:
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    def _knows_key(self, given: list[bytes]) -> bool:
+        scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
         # Digests have one length, so that the comparison takes as long for every key.
         return hmac.compare_digest(_digest(key.strip()), self._key or b"") and scheme.lower() == b"bearer"
 
@@ -85,17 +96,40 @@ class Guard:
         return ApiError(413, f"request body: received more than expected, at most {self._max_body_bytes} bytes")
 
 
+def values_of(scope: Scope, name: bytes) -> list[bytes]:
+    """All values of a header, whose name is in lower case."""
+    return [value for key, value in scope["headers"] if key == name]
+
+
+def check_size(scope: Scope) -> None:
+    """Bound a request's path and header.
+
+    Raises: ApiError 414 or 431.
+    """
+    if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_PATH_BYTES:
+        raise ApiError(414, f"path: received more than expected, at most {MAX_PATH_BYTES} bytes")
+    count = len(scope["headers"])
+    if count > MAX_HEADERS or sum(len(key) + len(value) for key, value in scope["headers"]) > MAX_HEADER_BYTES:
+        raise ApiError(431, f"request header: received {count} lines, expected at most {MAX_HEADERS} lines of "
+                       f"{MAX_HEADER_BYTES} bytes together")  # fmt: skip
+
+
 def is_local_name(host: str) -> bool:
-    """Whether a Host header names an address or this machine.
+    """Whether a Host header is exactly an address or a name of this machine, with or without a port.
 
     A web page can let a name of its own point to this machine and then read all that a server without a key says; it
     cannot do so with an address.
     """
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    parts = _HOST.fullmatch(host)
+    if parts is None or int(parts[3] or 0) > 65535:
+        return False
     try:
-        ipaddress.ip_address(name)
+        if parts[1] is not None:
+            ipaddress.IPv6Address(parts[1])
+        else:
+            ipaddress.IPv4Address(parts[2])
     except ValueError:
-        return name.lower() == "localhost" or name.lower().endswith(".localhost")
+        return parts[2] is not None and _LOCAL_NAME.fullmatch(parts[2].lower()) is not None
     return True
 
 

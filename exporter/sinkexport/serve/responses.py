@@ -77,9 +77,14 @@ class Form:
         }  # fmt: skip
 
 
+_LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+"""What many clients take for the end of a line (str.splitlines does), and JSON leaves as it is."""
+
+
 def event(body: dict[str, Any]) -> bytes:
-    """A server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    """A server-sent event, one line for every reader."""
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
+    return b"data: " + text.encode() + b"\n\n"
 
 
 def _given(conversation: dict[str, Any] | None) -> dict[str, Any]:

@@ -2,49 +2,65 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 from sinkrt import Session
 
 from sinkexport.serve.app import create_app
+from sinkexport.serve.connections import ACCEPT_BATCH, Connection, ConnectionTable, free_files
 from sinkexport.serve.engine import Engine
+from sinkexport.serve.log import bounded_log
 from sinkexport.serve.metrics import Metrics
-from sinkexport.serve.settings import Limits
+from sinkexport.serve.prompts import Prompts
+from sinkexport.serve.settings import BACKLOG, Limits
 
-KEEP_ALIVE_S = 30
+FAREWELL_S = 1.0
+"""How long answers that are cut short get to tell so, and then how long their connections get to close."""
 
 
 class Server:
     """A server over `session`, which nobody else may use while it runs.
 
     model_name: what clients call the model; None for the bundle's name of it. pin_system: refuse system messages that
-    the sinks do not keep for ever.
+    the sinks do not keep for ever. template_args: variables of the chat template. allow_special: let names of special
+    tokens in texts become those tokens. Requests may say otherwise of both.
 
-    Raises: UsageError if the bundle has no tokenizer.
+    Raises: UsageError if the bundle has no tokenizer, or too few files may be open.
     """
 
     def __init__(
         self, session: Session, limits: Limits, *, model_name: str | None = None, api_key: str | None = None,
-        pin_system: bool = False, log_requests: bool = False,
+        pin_system: bool = False, log_requests: bool = False, template_args: Mapping[str, Any] | None = None,
+        allow_special: bool = False,
     ) -> None:  # fmt: skip
+        if template_args:  # a variable that the template does not read is refused now, not with every request
+            session.tokenizer.render_chat([{"role": "user", "content": "?"}], template_args=template_args)
         self.model = model_name or session.manifest.model.name
         metrics = Metrics()
         self.engine = Engine(session, limits, metrics)
+        self._prompts = Prompts(session.tokenizer, dict(template_args or {}), allow_special,
+                                session.require_pinned if pin_system else None,
+                                lambda: self._uvicorn.should_exit)  # fmt: skip
         self.app = create_app(
-            self.engine, session.tokenizer, metrics, limits, model=self.model, batch=session.batch, api_key=api_key,
-            require_pinned=session.require_pinned if pin_system else None,
-        )  # fmt: skip
+            self.engine, self._prompts, metrics, limits, model=self.model, batch=session.batch, api_key=api_key
+        )
         self.app.router.lifespan_context = self._lifespan
-        self._uvicorn = uvicorn.Server(
+        self.connections = ConnectionTable(limits, free_files())
+        self._uvicorn = _Uvicorn(
             uvicorn.Config(
-                self.app, http="h11", ws="none", lifespan="on", server_header=False,
+                self.app, loop="asyncio", http=cast(Any, functools.partial(Connection, table=self.connections)),
+                ws="none", lifespan="on", server_header=False, backlog=ACCEPT_BATCH,
                 log_level="info" if log_requests else "warning", access_log=log_requests,
-                timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=int(limits.grace_s),
-            )
+                timeout_graceful_shutdown=int(limits.grace_s + 3 * FAREWELL_S),
+            ),
+            self.engine, self.connections, limits.grace_s,
         )  # fmt: skip
 
     @property
@@ -55,7 +71,8 @@ class Server:
     def run(self, listener: socket.socket) -> None:
         """Serve until a signal or `stop`."""
         try:
-            self._uvicorn.run(sockets=[listener])
+            with bounded_log():
+                self._uvicorn.run(sockets=[listener])
         finally:
             self.engine.stop()  # a second Ctrl-C skips the orderly way
 
@@ -69,4 +86,32 @@ class Server:
         try:
             yield
         finally:
+            self._prompts.close()
             self.engine.stop()
+
+
+class _Uvicorn(uvicorn.Server):
+    """Uvicorn that accepts few connections at a time, and that no client keeps from ending."""
+
+    def __init__(
+        self, config: uvicorn.Config, engine: Engine, connections: ConnectionTable, grace_s: float
+    ) -> None:
+        super().__init__(config)
+        self._engine, self._table, self._grace_s = engine, connections, grace_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, with the kernel's queue as long as it was: asyncio sets it to the number accepted at a time."""
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(BACKLOG)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End: answers have their time of grace, then they are told, then all connections are closed."""
+        loop = asyncio.get_running_loop()
+        timers = [loop.call_later(self._grace_s, self._engine.request_stop),
+                  loop.call_later(self._grace_s + FAREWELL_S, self._table.drop_all)]  # fmt: skip
+        try:
+            await super().shutdown(sockets)
+        finally:
+            for timer in timers:
+                timer.cancel()

@@ -10,6 +10,9 @@ from pathlib import Path
 from sinkrt.errors import UsageError, problem
 
 MIB = 2**20
+BACKLOG = 512
+"""Connections that the kernel keeps until they are accepted."""
+SECONDS = ("stall_s", "grace_s", "header_s", "body_s", "keep_alive_s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +23,9 @@ class Limits:
     those at work included. max_prompt_tokens: of one prompt, what the cache knows of it already included. max_tokens:
     of one answer; also the default of requests that do not say. max_body_bytes: of one request. max_parked_bytes:
     memory for conversations that are in no stream, >= 0. stall_s: seconds until a client that takes no text is given
-    up. grace_s: seconds that requests get to end when the server is stopped, >= 0.
+    up. grace_s: seconds that requests get to end when the server is stopped, >= 0. max_connections: open at a time.
+    header_s, body_s: seconds that a client gets for a request's header and for its body. keep_alive_s: seconds that a
+    connection may be without a request.
 
     Raises: UsageError.
     """
@@ -33,14 +38,23 @@ class Limits:
     max_parked_bytes: int = 1024 * MIB
     stall_s: float = 60.0
     grace_s: float = 10.0
+    max_connections: int = 256
+    header_s: float = 10.0
+    body_s: float = 60.0
+    keep_alive_s: float = 30.0
 
     def __post_init__(self) -> None:
-        least = {"max_waiting": 0, "max_parked_bytes": 0, "stall_s": 0, "grace_s": 0}
+        least = {"max_waiting": 0, "max_parked_bytes": 0, **dict.fromkeys(SECONDS, 0)}
         for field in dataclasses.fields(self):
             value, minimum = getattr(self, field.name), least.get(field.name, 1)
             if value < minimum:
                 option = "--" + field.name.replace("_", "-")
                 raise UsageError(problem(option, received=value, expected=f">= {minimum}", fix="raise it"))
+        at_work = min(self.max_waiting, self.max_conversations)
+        if self.max_connections <= at_work:
+            raise UsageError(problem("--max-connections", received=self.max_connections,
+                                     expected=f"more than the {at_work} requests that may wait",
+                                     fix="raise it, or lower --max-waiting"))  # fmt: skip
 
 
 def read_api_key(file: Path | None, environment: str | None) -> str | None:
@@ -84,7 +98,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in _addresses(host)[0] else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=512)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise UsageError(problem("--port", received=f"{port} on '{host}' ({error.strerror or error})",
                                  expected="a port that is free", fix="choose another")) from None  # fmt: skip

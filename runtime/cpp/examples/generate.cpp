@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "sinkrt/session.h"
+#include "sinkrt/state.h"
 
 namespace {
 
@@ -161,6 +162,7 @@ double secondsSince(Clock::time_point start) { return std::chrono::duration<doub
 
 void run(const Options& options) {
   const Clock::time_point start = Clock::now();
+  if (!options.save_state.empty()) sinkrt::checkStateTarget(options.save_state);  // not after hours of streaming
   const auto session = sinkrt::Session::load(options.bundle, options.load);
   if (!options.load_state.empty()) session->loadState(options.load_state);
   const double load_s = secondsSince(start);

@@ -9,6 +9,7 @@
 #include <string>
 
 #include <sys/stat.h>
+#include <unistd.h>
 
 namespace sinkrt {
 
@@ -31,9 +32,10 @@ bool readFile(const std::string& path, Bytes& out) {
     return false;
   };
   const int64_t size = fileSize(path);
+  // Before it is opened: opening a pipe waits for its other end.
+  if (size < 0 && ::access(path.c_str(), F_OK) == 0) return failed("not a regular file");
   const File file(std::fopen(path.c_str(), "rb"));
   if (!file) return failed(std::strerror(errno));
-  if (size < 0) return failed("not a regular file");
   out.resize(static_cast<size_t>(size));
   if (std::fread(out.data(), 1, out.size(), file.get()) != out.size()) return failed("cut short while it was read");
   return true;

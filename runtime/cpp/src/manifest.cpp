@@ -10,6 +10,7 @@
 
 #include "files.h"
 #include "json.h"
+#include "layout.h"
 #include "sha256.h"
 #include "utf8.h"
 
@@ -194,17 +195,25 @@ std::string shapeText(const std::vector<int64_t>& shape) {
   return out + (shape.size() == 1 ? ",)" : ")");
 }
 
+// Whether a text has no control characters. (It is UTF-8: the JSON reader takes nothing else.)
+bool isPlain(const std::string& text) {
+  return std::none_of(text.begin(), text.end(), [](char c) { return static_cast<uint8_t>(c) < 0x20 || c == 0x7f; });
+}
+
 void checkTensor(const TensorSpec& spec) {
   check(!spec.name.empty(), "tensor name", "''", "a name");
+  check(isPlain(spec.name), "tensor name", "'" + spec.name + "'", "text without control characters");
+  check(spec.shape.size() <= kMaxRank, "shape of '" + spec.name + "'", std::to_string(spec.shape.size()) + " axes",
+        "at most " + std::to_string(kMaxRank));
   const bool positive = std::all_of(spec.shape.begin(), spec.shape.end(), [](int64_t n) { return n >= 1; });
   check(positive, "shape of '" + spec.name + "'", shapeText(spec.shape), "every axis >= 1");
   check(dtypeBytes(spec.dtype) > 0, "dtype of '" + spec.name + "'", spec.dtype,
         "float32 | float16 | int64 | int32 | int8");
-  check(spec.bytes() < kMost, "shape of '" + spec.name + "'", shapeText(spec.shape), "less than 2^63 bytes");
+  check(spec.bytes() <= kMaxTensorBytes, "shape of '" + spec.name + "'", shapeText(spec.shape), "at most 2^46 bytes");
 }
 
 bool isInside(const std::string& path) {
-  if (path.find('\\') != std::string::npos) return false;
+  if (!isPlain(path) || path.find('\\') != std::string::npos) return false;
   for (size_t start = 0; start <= path.size();) {
     const size_t end = std::min(path.find('/', start), path.size());
     const std::string_view part = std::string_view(path).substr(start, end - start);
@@ -569,6 +578,12 @@ Manifest Manifest::fromJson(const std::string& text) {
   for (const auto& file : out.files) {
     check(isInside(file.first), "file path", file.first, "a relative path inside the bundle");
   }
+  if (out.tokenizer) {
+    for (const std::string& path : {out.tokenizer->file, out.tokenizer->chat_template.value_or(out.tokenizer->file)}) {
+      check(out.files.count(path) > 0, "tokenizer file", path, "a file that 'files' lists");
+    }
+  }
+  checkLayout(out);
   return out;
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <functional>
 #include <limits>
 #include <numeric>
@@ -20,15 +21,23 @@ void require(bool ok, const char* what, const std::string& received, const char*
   if (!ok) throw Error(Code::kUsage, problem(what, received, expected, std::string("change ") + what));
 }
 
+// A number as short as it can be said: std::to_string knows no 1e-300.
+std::string shown(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", value);
+  return text;
+}
+
 }  // namespace
 
+// The limits of runtime/sinkrt/sampler.py. No comparison holds for NaN.
 void SamplingParams::check() const {
-  require(std::isfinite(temperature) && temperature >= 0, "temperature", std::to_string(temperature), ">= 0");
-  require(top_k >= 0, "top_k", std::to_string(top_k), ">= 0 (0: all tokens)");
-  require(top_p > 0 && top_p <= 1, "top_p", std::to_string(top_p), "in (0, 1]");
-  const auto penalty = static_cast<float>(repetition_penalty);  // logits are float32
-  require(std::isnormal(penalty) && penalty > 0, "repetition_penalty", std::to_string(repetition_penalty),
-          "> 0, as a float32 (1: none)");
+  require(temperature >= 0 && temperature <= 100, "temperature", shown(temperature), "0 .. 100 (0: greedy)");
+  require(top_k >= 0 && top_k <= std::numeric_limits<int32_t>::max(), "top_k", std::to_string(top_k),
+          "0 .. 2147483647 (0: all tokens)");
+  require(top_p > 0 && top_p <= 1, "top_p", shown(top_p), "a number in (0, 1]");
+  require(repetition_penalty >= 0.01 && repetition_penalty <= 100, "repetition_penalty", shown(repetition_penalty),
+          "0.01 .. 100 (1: none)");
 }
 
 SamplingParams SamplingParams::resolved() const {

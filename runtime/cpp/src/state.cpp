@@ -1,13 +1,10 @@
 #include "sinkrt/state.h"
 
 #include <algorithm>
-#include <random>
-
-#include <fcntl.h>
-#include <unistd.h>
 
 #include "files.h"
 #include "json.h"
+#include "replacement.h"
 
 namespace sinkrt {
 namespace {
@@ -28,68 +25,6 @@ const char* safetensorsDtype(const std::string& dtype) {
 }
 
 std::string baseName(const std::string& path) { return path.substr(path.rfind('/') + 1); }
-
-std::string folderOf(const std::string& path) {
-  const size_t slash = path.rfind('/');
-  if (slash == std::string::npos) return ".";
-  return slash == 0 ? "/" : path.substr(0, slash);
-}
-
-// A temporary file in the same folder that takes the place of `path` once it has reached the disk.
-class Replacement {
- public:
-  explicit Replacement(const std::string& path) : path_(path) {
-    static const char* const kHex = "0123456789abcdef";
-    if (baseName(path).empty()) fail(EISDIR);
-    std::random_device random;
-    temporary_ = joined(folderOf(path), "." + baseName(path) + ".");
-    for (int i = 0; i < 8; ++i) temporary_ += kHex[random() & 0xf];
-    temporary_ += ".partial";
-    const int handle = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (handle < 0) fail(errno);
-    file_.reset(::fdopen(handle, "wb"));
-    if (!file_) {
-      const int reason = errno;
-      ::close(handle);
-      ::unlink(temporary_.c_str());
-      fail(reason);
-    }
-  }
-
-  Replacement(const Replacement&) = delete;
-  Replacement& operator=(const Replacement&) = delete;
-
-  ~Replacement() {
-    if (!done_) ::unlink(temporary_.c_str());
-  }
-
-  void write(const void* data, size_t size) {
-    if (std::fwrite(data, 1, size, file_.get()) != size) fail(errno);
-  }
-
-  void commit() {
-    if (std::fflush(file_.get()) != 0 || ::fsync(::fileno(file_.get())) != 0) fail(errno);
-    if (std::fclose(file_.release()) != 0) fail(errno);
-    if (std::rename(temporary_.c_str(), path_.c_str()) != 0) fail(errno);
-    done_ = true;
-    // Make the new name survive a power cut, where folders can be synced.
-    const int folder = ::open(folderOf(path_).c_str(), O_RDONLY | O_CLOEXEC);
-    if (folder >= 0) {
-      ::fsync(folder);
-      ::close(folder);
-    }
-  }
-
- private:
-  [[noreturn]] void fail(int reason) const {
-    throw Error(Code::kUsage, problem("state file", "'" + path_ + "' (" + std::strerror(reason) + ")",
-                                      "a file that can be written", "choose another path"));
-  }
-
-  std::string path_, temporary_;
-  File file_;
-  bool done_ = false;
-};
 
 void checkMetadata(const std::string& name, const Json* metadata, const Manifest& manifest) {
   const struct {
@@ -116,14 +51,29 @@ std::string shown(const std::string& dtype, const std::vector<int64_t>& shape) {
   return out + "]";
 }
 
-void checkRange(const StateFile& file, const TensorSpec& spec, int64_t low, int64_t high) {
-  const char* bytes = file.tensor(spec.name);
-  for (int64_t i = 0; i < spec.bytes() / 8; ++i) {
+// int64 values number `first` .. `first + count - 1` of a tensor.
+void checkRange(const StateFile& file, const std::string& name, int64_t first, int64_t count, int64_t low,
+                int64_t high) {
+  const char* bytes = file.tensor(name);
+  for (int64_t i = first; i < first + count; ++i) {
     int64_t value;
     std::memcpy(&value, bytes + 8 * i, 8);
     if (low <= value && value <= high) continue;
-    throw Error(Code::kState, problem("state '" + spec.name + "'", std::to_string(value),
+    throw Error(Code::kState, problem("state '" + name + "'", std::to_string(value),
                                       std::to_string(low) + " .. " + std::to_string(high), "use another save"));
+  }
+}
+
+// Positions, and an id for each token that the cache spans: token t is at t mod C.
+void checkStreams(const StateFile& file, const Manifest& manifest) {
+  const StreamFacts& stream = manifest.stream;
+  const int64_t capacity = stream.capacity(), last_id = manifest.model.vocab_size - 1;
+  checkRange(file, "position", 0, stream.batch, 0, stream.position_limit);
+  checkRange(file, "recent_ids", 0, stream.batch * capacity, -1, last_id);
+  for (int64_t i = 0; i < stream.batch; ++i) {
+    int64_t position;
+    std::memcpy(&position, file.tensor("position") + 8 * i, 8);
+    checkRange(file, "recent_ids", i * capacity, std::min(position, capacity), 0, last_id);
   }
 }
 
@@ -138,6 +88,8 @@ std::vector<TensorSpec> stateTensors(const Manifest& manifest) {
   out.push_back({"logits", {stream.batch, manifest.model.vocab_size}, "float32"});
   return out;
 }
+
+void checkStateTarget(const std::string& path) { Replacement file(path); }
 
 void saveState(const std::string& path, const Manifest& manifest,
                const std::function<void(size_t index, void* target)>& read) {
@@ -235,8 +187,7 @@ StateFile parseState(const std::string& name, std::vector<char> content, const M
     }
   }
   if (used != data_size) refuseFile(name, "more bytes than its tensors have");
-  checkRange(file, tensors[tensors.size() - 3], 0, manifest.stream.position_limit);
-  checkRange(file, tensors[tensors.size() - 2], -1, manifest.model.vocab_size - 1);
+  checkStreams(file, manifest);
   return file;
 }
 

@@ -360,7 +360,7 @@ def _compare(kind: str, found: list[ort.NodeArg], wanted: list[TensorSpec]) -> N
 def available_bytes() -> int:
     """Memory that is free or can be freed at once; 0 where the system does not tell."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").split("\n")
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return 0

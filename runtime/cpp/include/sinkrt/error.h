@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace sinkrt {
 
@@ -26,10 +27,12 @@ class Error : public std::runtime_error {
   Code code_;
 };
 
-// One line in the house form, e.g. "window size: received 0, expected >= 1; pass --window".
-inline std::string problem(const std::string& what, const std::string& received, const std::string& expected,
-                           const std::string& fix) {
-  return what + ": received " + received + ", expected " + expected + "; " + fix;
-}
+// The text with escapes in place of control characters and of bytes that are no UTF-8: names come from files of
+// strangers, and terminals obey them.
+std::string printable(std::string_view text);
+
+// One line in the house form, e.g. "window size: received 0, expected >= 1; pass --window". Printable.
+std::string problem(const std::string& what, const std::string& received, const std::string& expected,
+                    const std::string& fix);
 
 }  // namespace sinkrt

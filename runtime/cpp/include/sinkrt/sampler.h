@@ -11,10 +11,10 @@
 namespace sinkrt {
 
 struct SamplingParams {
-  double temperature = 0.0;         // 0: greedy
-  int64_t top_k = 0;                // 0: all tokens
+  double temperature = 0.0;         // 0 .. 100; 0: greedy
+  int64_t top_k = 0;                // 0 .. 2^31 - 1; 0: all tokens
   double top_p = 1.0;               // (0, 1]
-  double repetition_penalty = 1.0;  // 1: none
+  double repetition_penalty = 1.0;  // 0.01 .. 100; 1: none
   std::optional<uint64_t> seed;     // none: drawn by `resolved`
 
   // Throws Error(kUsage) for a value out of range.

@@ -14,6 +14,9 @@ namespace sinkrt {
 // The tensors of a state file: the states by input name, then position, recent_ids and logits.
 std::vector<TensorSpec> stateTensors(const Manifest& manifest);
 
+// Make sure that `saveState` can write `path`: before hours of streaming, not after them. Throws Error(kUsage).
+void checkStateTarget(const std::string& path);
+
 // Write a state file, whole or not at all. read: copies the tensor of this index in `stateTensors` to the buffer.
 // Throws Error(kUsage) if the file cannot be written.
 void saveState(const std::string& path, const Manifest& manifest,

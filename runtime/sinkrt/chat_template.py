@@ -1,0 +1,349 @@
+"""Chat templates: what one is able to show the model, and messages rendered so that none is lost in silence.
+
+A template may want contents as a text or as a list of parts, may know no system message, and may leave out earlier
+answers. `ChatTemplate.facts` finds that out by rendering conversations of marker words. Every later rendering is
+compared with one of the same messages made of marker words: a message that does not reach the model is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from sinkrt.errors import BundleError, UsageError, problem
+from sinkrt.template_process import TIME_LIMIT_S, TemplateFailure, TemplateProcess
+from sinkrt.template_worker import environment
+
+MAX_TEMPLATE_CHARACTERS = 2**20
+RETRY_S = 60.0
+"""How long a template that has failed as a whole is not tried again."""
+RESERVED_ARGS = frozenset(
+    ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception",
+     "strftime_now", "dict", "namespace", "range", "lipsum", "cycler", "joiner", "self", "caller", "varargs", "kwargs",
+     "loop")
+)  # fmt: skip
+"""Variables of a template that are not the user's to set, besides the special tokens."""
+
+Message = Mapping[str, Any]
+Wants = Literal["text", "parts"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TemplateFacts:
+    """What a chat template does.
+
+    wants: the form of a message's content, a text or a list of ``{"type": "text", "text": ..}``.
+    has_user, has_system: whether such messages are shown. system_refusal: the template's reason if it raises an error.
+    keeps_history: whether earlier questions and answers are shown. generation_prompt: what opens an answer, if
+    anything. closing: what follows an answer, None if the template shows none. variables: names that it reads.
+    """
+
+    wants: Wants
+    has_user: bool
+    has_system: bool
+    system_refusal: str | None
+    keeps_history: bool
+    generation_prompt: str
+    closing: str | None
+    variables: frozenset[str]
+
+    @property
+    def adds_generation_prompt(self) -> bool:
+        """Whether the template opens an answer when asked to."""
+        return bool(self.generation_prompt)
+
+
+class ChatTemplate:
+    """A chat template in Jinja and the variables that it always gets.
+
+    source: its text. special_tokens: texts by name (``bos_token``), or lists of texts.
+    time_limit_s: of one rendering, and of the first, which compiles the template.
+
+    Raises: BundleError if it is no Jinja.
+    """
+
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, Any] | None = None, time_limit_s: float = TIME_LIMIT_S
+    ) -> None:
+        _check_syntax(source)
+        self._special_tokens = dict(special_tokens or {})
+        self._process = TemplateProcess(source, time_limit_s)
+        self._facts: TemplateFacts | None = None
+        self._failure: tuple[str, float] | None = None  # the reason, and when to try again
+        self._word = "q" + secrets.token_hex(8)  # begins every marker: no text of a template or a user has it
+
+    @property
+    def facts(self) -> TemplateFacts:
+        """What the template does, found on first use by some renderings.
+
+        Raises: UsageError if it cannot be rendered at all: too slow, too large, unknown filters.
+        """
+        if self._facts is None:
+            if self._failure is not None and time.monotonic() < self._failure[1]:
+                raise self._broken(self._failure[0])  # a template that hangs must not be tried for every message
+            try:
+                self._facts = self._probe()
+            except TemplateFailure as failure:
+                self._failure = str(failure), time.monotonic() + RETRY_S
+                raise self._broken(str(failure)) from None
+        return self._facts
+
+    def literals(self) -> str:
+        """All text that the template writes by itself.
+
+        Raises: UsageError as `facts`.
+        """
+        self.facts  # noqa: B018 - raises for a template that has failed before
+        return str(self._call(self._process.facts)["literals"])
+
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, args: Mapping[str, Any] | None = None,
+        check: bool = True,
+    ) -> str:  # fmt: skip
+        """The text of a conversation.
+
+        messages: each with ``role`` and ``content``, a text, text parts or None. args: further variables. check: make
+        sure that every message is in the text.
+
+        Raises: UsageError if the template refuses the messages, leaves one out, or fails.
+        """
+        wants = self.facts.wants
+        markers = self._markers(len(messages))
+        jobs = [self._job([_shaped(m, wants) for m in messages], add_generation_prompt, args)]
+        if check and messages:
+            marked = [
+                {**m, "content": marker if message_text(m).strip() else ""}
+                for m, marker in zip(messages, markers, strict=True)
+            ]
+            jobs.append(self._job([_shaped(m, wants) for m in marked], add_generation_prompt, args))
+        rendered, *others = self._renderings(jobs)
+        text = self._text(rendered)
+        if others:
+            self._check_kept(messages, markers, text, others[0].get("text"))
+        return text
+
+    def render_next_turn(self, message: str, *, args: Mapping[str, Any] | None = None, check: bool = True) -> str:
+        """What the template adds for one more user message after an answer, the opening not repeated.
+
+        Templates render whole conversations only, so this is the end of one with an answer already in it.
+
+        Raises: UsageError as `render`, and if the template leaves out earlier answers.
+        """
+        if not self.facts.keeps_history:
+            raise UsageError(problem("chat template", received="one that leaves out earlier answers",
+                                     expected="one that keeps them as they are",
+                                     fix="use --prompt, or feed the turns as text"))  # fmt: skip
+        first, answer = self._markers(2)
+        past = [{"role": "user", "content": first}, {"role": "assistant", "content": answer}]
+        whole = self.render([*past, {"role": "user", "content": message}], args=args, check=check)
+        return whole.rpartition(answer)[2]
+
+    def require_system(self) -> None:
+        """Make sure that a system message reaches the model.
+
+        Raises: UsageError.
+        """
+        facts = self.facts
+        if not facts.has_system:
+            why = f"refuses it ({facts.system_refusal})" if facts.system_refusal else "leaves it out"
+            raise UsageError(problem("system message", received=f"one for a model whose chat template {why}",
+                                     expected="a template that knows system messages",
+                                     fix="put the text into the first user message"))  # fmt: skip
+
+    def close(self) -> None:
+        """End the process that renders. A later call starts another."""
+        self._process.close()
+
+    # --- renderings ---
+
+    def _job(self, messages: list[dict[str, Any]], generate: bool, args: Mapping[str, Any] | None) -> dict[str, Any]:
+        if args:
+            self._check_args(args)
+        return {
+            **self._special_tokens, **(args or {}), "messages": messages, "tools": None, "documents": None,
+            "add_generation_prompt": generate,
+        }  # fmt: skip
+
+    def _renderings(self, jobs: list[dict[str, Any]]) -> list[dict[str, str]]:
+        renderings: list[dict[str, str]] = self._call(lambda: self._process.render(jobs))
+        return renderings
+
+    def _call(self, function: Any) -> Any:
+        try:
+            return function()
+        except TemplateFailure as failure:
+            raise self._broken(str(failure)) from None
+
+    @staticmethod
+    def _broken(reason: str) -> UsageError:
+        return UsageError(problem("chat template", received=f"one that fails ({reason})",
+                                  expected="one that renders a conversation in seconds",
+                                  fix="use --prompt, or export with another template"))  # fmt: skip
+
+    @staticmethod
+    def _text(rendering: Mapping[str, str]) -> str:
+        if "error" in rendering:
+            raise UsageError(
+                problem("chat", received=f"messages that the template refuses ({rendering['error']})",
+                        expected="roles in the order that the model knows", fix="see the model's card")
+            )  # fmt: skip
+        return rendering["text"]
+
+    def _markers(self, count: int) -> list[str]:
+        return [f"{self._word}x{i}z" for i in range(count)]
+
+    def _check_kept(
+        self, messages: Sequence[Message], markers: list[str], text: str, marked: str | None
+    ) -> None:
+        """Every message must be in the text: by its marker word, or itself where a template refuses marker words.
+
+        Raises: UsageError.
+        """
+        for message, marker in zip(messages, markers, strict=True):
+            content = message_text(message).strip()
+            if content and (content not in text if marked is None else marker not in marked.lower()):
+                role = message.get("role")
+                if role == "system":
+                    self.require_system()
+                raise UsageError(
+                    problem("chat template", received=f"a message of role '{role}', which it leaves out",
+                            expected="messages that all reach the model",
+                            fix="leave it out, or put its text into a user message")
+                )  # fmt: skip
+
+    def _check_args(self, args: Mapping[str, Any]) -> None:
+        known = {name for name in self.facts.variables if not self._is_reserved(name)}
+        for name in args:
+            if self._is_reserved(name):
+                raise UsageError(problem("template argument", received=f"'{name}', which is reserved",
+                                         expected="a variable of the template's own", fix="leave it out"))  # fmt: skip
+            if name not in known:
+                listed = ", ".join(sorted(known)) or "none"
+                raise UsageError(
+                    problem("template argument", received=f"'{name}', which the template does not read",
+                            expected=f"one of those that it reads: {listed}", fix="leave it out")
+                )  # fmt: skip
+
+    def _is_reserved(self, name: str) -> bool:
+        return (
+            name in RESERVED_ARGS or name in self._special_tokens or name.endswith(("_token", "_tokens"))
+            or name.startswith("_")
+        )  # fmt: skip
+
+    # --- facts ---
+
+    def _probe(self) -> TemplateFacts:
+        """Raises: TemplateFailure."""
+        user, answer, second = self._markers(3)
+        asked = {"role": "user", "content": user}
+        past = [asked, {"role": "assistant", "content": answer}]
+        conversations: list[tuple[list[dict[str, str]], bool]] = [
+            ([asked], True), ([asked], False), ([{"role": "system", "content": answer}, asked], True),
+            ([*past, {"role": "user", "content": second}], True), (past, False),
+        ]  # fmt: skip
+        modes: tuple[Wants, ...] = ("text", "parts")
+        jobs = [
+            self._job([_shaped(m, wants) for m in messages], generate, None)
+            for wants in modes
+            for messages, generate in conversations
+        ]
+        variables = frozenset(self._process.facts()["variables"])
+        results = self._process.render(jobs)
+        size = len(conversations)
+        seen = {wants: results[i * size : (i + 1) * size] for i, wants in enumerate(modes)}
+        kept = {
+            wants: (_has(r[0], user), _has(r[2], user, answer), _has(r[3], user, answer, second))
+            for wants, r in seen.items()
+        }
+        wants = max(modes, key=lambda mode: (kept[mode], mode == "text"))
+        opened, plain, system, _, ended = seen[wants]
+        has_user, has_system, keeps_history = kept[wants]
+        closing = ended["text"].rpartition(answer)[2] if _has(ended, answer) else None
+        before, after = plain.get("text", ""), opened.get("text", "")
+        return TemplateFacts(
+            wants, has_user, has_system, None if has_system else system.get("error"), keeps_history,
+            after[len(before) :] if after.startswith(before) else "", closing, variables,
+        )  # fmt: skip
+
+
+def message_text(message: Message) -> str:
+    """The text of a message, its parts put together; "" if it has none."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+    return "" if content is None else str(content)
+
+
+def choose_template(templates: Any) -> str | None:
+    """The template for chats, of one text or of several by name: a dict, or a list of ``{"name", "template"}``.
+
+    Raises: UsageError if there are several and none is called "default".
+    """
+    if templates is None or isinstance(templates, str):
+        return templates
+    if isinstance(templates, Sequence):
+        templates = {entry["name"]: entry["template"] for entry in templates}
+    if "default" in templates or len(templates) == 1:
+        chosen = templates.get("default", next(iter(templates.values())))
+        return str(chosen)
+    raise UsageError(problem("chat template", received=f"several ({', '.join(sorted(templates)) or 'none'})",
+                             expected="one called 'default'", fix="keep one in the model's folder"))  # fmt: skip
+
+
+def parse_template_args(texts: Iterable[str]) -> dict[str, Any]:
+    """Variables of ``KEY=VALUE`` texts. A value that is JSON is what it says (true, 3, "x"), any other is a text.
+
+    Raises: UsageError.
+    """
+    args: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(problem("--template-arg", received=f"'{text}'", expected="KEY=VALUE",
+                                     fix="for example --template-arg enable_thinking=false"))  # fmt: skip
+        try:
+            args[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            args[name] = value
+    return args
+
+
+def _shaped(message: Message, wants: Wants) -> dict[str, Any]:
+    """A message as the template wants it. Fields that are None are left out, as in transformers."""
+    shaped = {key: value for key, value in message.items() if value is not None}
+    content = shaped.get("content")
+    if isinstance(content, list) and any(part.get("type", "text") != "text" for part in content):
+        return shaped
+    if content is not None:
+        text = message_text(message)
+        shaped["content"] = [{"type": "text", "text": text}] if wants == "parts" else text
+    return shaped
+
+
+def _has(rendering: Mapping[str, str], *markers: str) -> bool:
+    """Whether a rendering shows all markers, and not as Python or JSON writes a list of parts."""
+    text = rendering.get("text", "").lower()
+    plain = text.replace('"', "'")
+    return all(marker in text for marker in markers) and "'type': 'text'" not in plain and "'type':'text'" not in plain
+
+
+def _check_syntax(source: str) -> None:
+    """Parse only: nothing of the template runs, not even sums of constants.
+
+    Raises: BundleError.
+    """
+    if len(source) > MAX_TEMPLATE_CHARACTERS:
+        raise BundleError(
+            problem("chat template", received=f"{len(source)} characters",
+                    expected=f"at most {MAX_TEMPLATE_CHARACTERS}", fix="export the model again")
+        )  # fmt: skip
+    try:
+        environment().parse(source)
+    except Exception as error:  # RecursionError and ValueError besides Jinja's own
+        reason = " ".join(str(error).split())[:200]
+        raise BundleError(problem("chat template", received=f"text that is no Jinja ({reason})",
+                                  expected="a template", fix="export the model again")) from error  # fmt: skip
