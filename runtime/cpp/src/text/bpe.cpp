@@ -1,6 +1,8 @@
 #include "text/bpe.h"
 
+#include <optional>
 #include <queue>
+#include <stdexcept>
 
 #include "text/byte_names.h"
 #include "utf8.h"
@@ -9,12 +11,11 @@ namespace sinkrt {
 namespace {
 
 constexpr size_t kFew = 48;  // symbols whose merges are found without a queue
-constexpr size_t kNone = static_cast<size_t>(-1);
+constexpr uint32_t kNone = ~uint32_t{0};
 
 // One entry of the merge queue: the pair that begins with the symbol `at`.
 struct Candidate {
-  uint32_t rank, id;  // what the pair becomes
-  size_t at;
+  uint32_t rank, id, at;  // id: what the pair becomes
   bool operator<(const Candidate& other) const {  // std::priority_queue's top is the largest
     return rank != other.rank ? rank > other.rank : at > other.at;
   }
@@ -204,24 +205,24 @@ void Bpe::mergeFew(uint32_t* ids, size_t count, std::vector<int64_t>& out) const
 }
 
 void Bpe::mergeMany(const std::vector<uint32_t>& ids, std::vector<int64_t>& out) const {
-  struct Symbol {
-    uint32_t id;
-    size_t previous, next;
-    bool gone;
+  struct Symbol {  // small: a text without splits is one chain, which is walked in no order
+    uint32_t id, previous, next;
   };
+  if (ids.size() >= kNone) throw std::length_error("a text of 2^32 symbols");
+  const auto size = static_cast<uint32_t>(ids.size());
   std::vector<Symbol> chain;
-  chain.reserve(ids.size());
-  for (const uint32_t id : ids) chain.push_back({id, chain.size() - 1, chain.size() + 1, false});
+  chain.reserve(size);
+  for (uint32_t i = 0; i < size; ++i) chain.push_back({ids[i], i - 1, i + 1});
   chain.back().next = kNone;
   std::vector<Candidate> first;
   first.reserve(ids.size());
-  const auto candidate = [&](size_t at) -> std::optional<Candidate> {
+  const auto candidate = [&](uint32_t at) -> std::optional<Candidate> {
     if (at == kNone || chain[at].next == kNone) return std::nullopt;
     const Merge* found = merges_.find(chain[at].id, chain[chain[at].next].id);
     if (found == nullptr) return std::nullopt;
     return Candidate{found->rank, found->id, at};
   };
-  for (size_t i = 0; i < chain.size(); ++i) {
+  for (uint32_t i = 0; i < size; ++i) {
     if (const auto found = candidate(i)) first.push_back(*found);
   }
   std::priority_queue<Candidate> queue({}, std::move(first));
@@ -229,19 +230,19 @@ void Bpe::mergeMany(const std::vector<uint32_t>& ids, std::vector<int64_t>& out)
     const Candidate best = queue.top();
     queue.pop();
     Symbol& left = chain[best.at];
-    if (left.gone || left.next == kNone) continue;
+    if (left.id == kNone || left.next == kNone) continue;
     Symbol& right = chain[left.next];
     const Merge* found = merges_.find(left.id, right.id);
     if (found == nullptr || found->id != best.id) continue;  // one of the two has changed
     left.id = best.id;
-    right.gone = true;
+    right.id = kNone;  // gone
     left.next = right.next;
     if (left.next != kNone) chain[left.next].previous = best.at;
-    for (const size_t at : {left.previous, best.at}) {
+    for (const uint32_t at : {left.previous, best.at}) {
       if (const auto made = candidate(at)) queue.push(*made);
     }
   }
-  for (size_t i = 0; i != kNone; i = chain[i].next) out.push_back(chain[i].id);
+  for (uint32_t i = 0; i != kNone; i = chain[i].next) out.push_back(chain[i].id);
 }
 
 }  // namespace sinkrt
