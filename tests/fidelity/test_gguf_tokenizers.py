@@ -87,8 +87,9 @@ def test_smollm2_as_it_was_trained() -> None:
     path = smollm2_file()
     built = gguf_tokenizer(open_gguf(path))
     assert built is not None
-    tokens = built.tokenizer.encode("1. apples\n2. 37 pears", add_special_tokens=False).tokens
-    assert tokens == ["1", ".", "Ġapples", "Ċ", "2", ".", "Ġ", "3", "7", "Ġpears"]  # no digit with a space, each alone
+    tokens = built.tokenizer.encode("tea:\n\n1. 37 pears\n    2", add_special_tokens=False).tokens
+    # Digits are cut off first, each by itself: the white space before one stays together.
+    assert tokens == ["te", "a", ":", "ĊĊ", "1", ".", "Ġ", "3", "7", "Ġpears", "ĊĠĠĠĠ", "2"]
     with LlamaVocabulary(path) as reference:
         chat = "<|im_start|>user\nName 3 of 12:\n1. a\n2.  b<|im_end|>\n<|im_start|>assistant\n"
         assert differing(built, reference, [chat, "", " ", *texts(300, 3, ["<|im_end|>", "<|endoftext|>"])]) == []
