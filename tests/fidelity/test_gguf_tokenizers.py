@@ -347,6 +347,15 @@ def test_no_end_is_made_up() -> None:
     assert built.end_ids == ()
 
 
+def test_list_of_ends() -> None:
+    """The key that Ollama writes."""
+    metadata = made_bytes()
+    built = build(metadata, pre="gpt-2", eos_token_ids=[3, 7])
+    assert {3, 7, metadata[KEY + "eos_token_id"]} <= {*built.end_ids}
+    with pytest.raises(UsageError, match="eos_token_ids"):
+        build(metadata, pre="gpt-2", eos_token_ids=[10**6])
+
+
 def test_named_tokens_and_templates() -> None:
     metadata = {
         **made_bytes(),

@@ -39,7 +39,7 @@ _WITHOUT_EFFECT = frozenset(
             KEY + name
             for name in (
                 *("model", "pre", "tokens", "token_type", "scores", "merges"),
-                *("add_bos_token", "add_eos_token", "add_space_prefix"),
+                *("add_bos_token", "add_eos_token", "add_space_prefix", "eos_token_ids"),
                 "token_type_count",  # of BERT's segments
                 "add_sep_token",  # between two texts
                 "remove_extra_whitespaces",  # of Unigram vocabularies

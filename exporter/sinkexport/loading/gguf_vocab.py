@@ -102,7 +102,10 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     if any(math.isnan(score) for score in scores):
         raise refused(f"a score in {KEY}scores that is no number", "numbers")
     special = _special_ids(file, len(tokens))
-    return Vocabulary(tokens, ids, types, scores, special, _ends(ids, types, special))
+    more = _list(file, "eos_token_ids", int)  # Ollama's
+    if any(not 0 <= index < len(tokens) for index in more):
+        raise refused(f"{KEY}eos_token_ids = {list(more)[:8]}", f"ids of the vocabulary, below {len(tokens)}")
+    return Vocabulary(tokens, ids, types, scores, special, tuple(sorted({*_ends(ids, types, special), *more})))
 
 
 FOLDER = "export the model's folder, which has a tokenizer of its own"
