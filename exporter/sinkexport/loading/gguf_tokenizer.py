@@ -106,7 +106,7 @@ def gguf_tokenizer(file: GgufFile) -> GgufTokenizer | None:
         bos_id=before[0] if before else special.get("bos"),
         end_ids=vocabulary.ends,
         model=str(model),
-        pre=pre_name,
+        pre=None if pre_name is None else str(pre_name)[:60],
         num_tokens=len(vocabulary.tokens),
     )
 
