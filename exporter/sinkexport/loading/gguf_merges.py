@@ -12,6 +12,9 @@ from sinkexport.loading.gguf_vocab import FOLDER, TokenType, Vocabulary, refused
 
 Pair = tuple[str, str]
 
+_LONGEST_RUN = 40
+"""Of runs with one score: for longer ones the trial takes too long."""
+
 
 def listed_merges(lines: Iterable[str], ids: Mapping[str, int]) -> list[Pair]:
     """The merges of ``tokenizer.ggml.merges`` in their order, each once; those that can never come about are left out.
@@ -52,16 +55,17 @@ def scored_merges(vocabulary: Vocabulary) -> list[Pair]:
     for text, pairs in splits.items():
         by_score.setdefault(scores[ids[text]], []).extend(pairs)
     out: list[Pair] = []
+    uses = _Uses()
     for score in sorted(by_score, reverse=True):
         pairs = by_score[score]
+        uses.add(pairs)
         tokens = {first + second for first, second in pairs}
         if len(tokens) == 1:
             out += pairs
         elif len({character for text in tokens for character in text}) == 1:
             out += _runs(pairs)
         else:
-            _refuse_chains(pairs, {pair: text for text, pairs in splits.items() for pair in pairs
-                                   if scores[ids[text]] >= score})  # fmt: skip
+            _refuse_chains(pairs, uses)
             out += _leftmost_first(pairs)
     return out
 
@@ -104,23 +108,39 @@ def _leftmost_first(pairs: Sequence[Pair]) -> list[Pair]:
         raise _unordered("".join(pair) for pair in error.args[1]) from error
 
 
-def _refuse_chains(pairs: Sequence[Pair], first: Mapping[Pair, str]) -> None:
+class _Uses:
+    """What tokens are merged with, by the pairs added so far; indexed when it is asked for, as few vocabularies do."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Sequence[Pair]] = []
+        self._of: dict[str, list[Pair]] = {}
+
+    def add(self, pairs: Sequence[Pair]) -> None:
+        """Add pairs."""
+        self._waiting.append(pairs)
+
+    def of(self, part: str) -> Sequence[Pair]:
+        """Each neighbour that makes a token with `part`, and the token."""
+        for first, second in (pair for pairs in self._waiting for pair in pairs):
+            self._of.setdefault(first, []).append((second, first + second))
+            self._of.setdefault(second, []).append((first, first + second))
+        self._waiting.clear()
+        return self._of.get(part, ())
+
+
+def _refuse_chains(pairs: Sequence[Pair], uses: _Uses) -> None:
     """Refuse pairs of one score of which one leads to merges that take a part of another away, or add to them.
 
-    first: the pairs that go before or among these -> their tokens.
+    uses: of the pairs that go before or among these.
     """
     parts: dict[str, set[str]] = {}  # of the pairs -> the tokens that they make
     for pair in pairs:
         for part in pair:
             parts.setdefault(part, set()).add("".join(pair))
-    uses: dict[str, list[tuple[str, str]]] = {}
-    for pair, token in first.items():
-        for part, other in (pair, pair[::-1]):
-            uses.setdefault(part, []).append((other, token))
     for start in {"".join(pair) for pair in pairs}:
         reached, open_ = {start}, [start]
         while open_:
-            for other, token in uses.get(open_.pop(), ()):
+            for other, token in uses.of(open_.pop()):
                 if parts.get(other, set()) - {start}:
                     raise _unordered([start])
                 if token not in reached:
@@ -135,6 +155,8 @@ def _runs(pairs: Sequence[Pair]) -> list[Pair]:
     so too, if the lengths allow for it, which is tried out.
     """
     sizes = [(len(first), len(second)) for first, second in pairs]
+    if max(map(sum, sizes)) > _LONGEST_RUN:
+        raise _unordered(first + second for first, second in pairs)
     order = sorted(sizes, key=lambda size: (0, size[0]) if size[0] == size[1] else (1, -size[0], -size[1]))
     ranks = {size: rank for rank, size in enumerate(order)}
     for count in range(2, 4 * max(map(sum, sizes)) + 2):

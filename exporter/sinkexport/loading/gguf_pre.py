@@ -219,13 +219,14 @@ def pre_of(name: str | None) -> Pre:
                 fix="convert the model again with a current llama.cpp, or export its folder",
             )
         )
-    if name in PRE:
+    if isinstance(name, str) and name in PRE:
         return PRE[name]
+    name = str(name)[:60]
     near = difflib.get_close_matches(name, PRE, n=4, cutoff=0.5) or sorted(PRE)
     raise UsageError(
         problem(
             "tokenizer",
-            received=f"the pre-tokenizer '{name[:60]}'",
+            received=f"the pre-tokenizer {name!r}",
             expected=f"one that is known to split as llama.cpp does (near: {', '.join(near)})",
             fix="export the model's folder, which has a tokenizer of its own",
         )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sinkexport.loading.gguf_file import GgufFile
 from sinkexport.loading.gguf_merges import listed_merges, scored_merges
 from sinkexport.loading.gguf_pre import Pre, pre_of
-from sinkexport.loading.gguf_vocab import FOLDER, KEY, NAMED, TokenType, Vocabulary, read_vocabulary, refused
+from sinkexport.loading.gguf_vocab import FOLDER, KEY, NAMED, TokenType, Vocabulary, listed, read_vocabulary, refused
 
 if TYPE_CHECKING:
     import tokenizers
@@ -39,7 +39,7 @@ _WITHOUT_EFFECT = frozenset(
             KEY + name
             for name in (
                 *("model", "pre", "tokens", "token_type", "scores", "merges"),
-                *("add_bos_token", "add_eos_token", "add_space_prefix"),
+                *("add_bos_token", "add_eos_token", "add_space_prefix", "eos_token_ids"),
                 "token_type_count",  # of BERT's segments
                 "add_sep_token",  # between two texts
                 "remove_extra_whitespaces",  # of Unigram vocabularies
@@ -80,8 +80,6 @@ def gguf_tokenizer(file: GgufFile) -> GgufTokenizer | None:
 
     Raises: UsageError for a vocabulary that cannot be built exactly.
     """
-    import tokenizers
-
     model = file.get(KEY + "model")
     if (model is None and file.get(KEY + "tokens") is None) or model in ("no_vocab", "none"):
         return None
@@ -101,16 +99,25 @@ def gguf_tokenizer(file: GgufFile) -> GgufTokenizer | None:
     }
     special, prefix = vocabulary.special, "tokenizer.chat_template."
     return GgufTokenizer(
-        tokenizer=tokenizers.Tokenizer.from_str(json.dumps(document, ensure_ascii=False)),
+        tokenizer=_tokenizer(document),
         special_tokens={name: vocabulary.tokens[special[key]] for name, key in NAMED.items() if key in special},
         chat_template=file.get("tokenizer.chat_template"),
         chat_templates={key[len(prefix) :]: text for key, text in file.metadata.items() if key.startswith(prefix)},
         bos_id=before[0] if before else special.get("bos"),
         end_ids=vocabulary.ends,
         model=str(model),
-        pre=pre_name,
+        pre=None if pre_name is None else str(pre_name)[:60],
         num_tokens=len(vocabulary.tokens),
     )
+
+
+def _tokenizer(document: Json) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(document, ensure_ascii=False))
+    except Exception as error:  # the library raises nothing narrower; UnicodeEncodeError for half a character
+        raise refused(f"a vocabulary that makes no tokenizer ({str(error)[:80]!r})", "a vocabulary", FOLDER) from error
 
 
 def _parts(file: GgufFile, model: str, pre_name: str | None) -> tuple[Vocabulary, Json, bool]:
@@ -121,13 +128,13 @@ def _parts(file: GgufFile, model: str, pre_name: str | None) -> tuple[Vocabulary
         vocabulary = read_vocabulary(file)
         return vocabulary, _sentencepiece(vocabulary, _flag(file, "add_space_prefix", True)), True
     if model not in ("gpt2", "gemma4"):
-        kind = f"{_OTHER_MODELS[model]} ('{model}')" if model in _OTHER_MODELS else f"'{str(model)[:60]}'"
+        kind = f"{_OTHER_MODELS[model]} ('{model}')" if model in _OTHER_MODELS else repr(str(model)[:60])
         known = "BPE ('gpt2', 'gemma4') or SentencePiece's BPE ('llama')"
         raise refused(f"a GGUF vocabulary of the kind {kind}", known, FOLDER)
     pre = pre_of("gemma4" if model == "gemma4" else pre_name)
     vocabulary = read_vocabulary(file)
-    lines = file.get(KEY + "merges")
-    if not isinstance(lines, list | tuple) or not lines:
+    lines = listed(file, "merges", str)
+    if not lines:
         raise refused("a BPE vocabulary without tokenizer.ggml.merges", "a list of merges")
     merges = listed_merges(lines, vocabulary.ids)
     build = _raw_bpe if pre.raw else _byte_level
@@ -315,4 +322,4 @@ def _refuse_other_keys(file: GgufFile) -> None:
     for key in file.metadata:
         known = key in _WITHOUT_EFFECT or key.startswith("tokenizer.chat_template") or key.endswith("_token_id")
         if key.startswith("tokenizer.") and not known:
-            raise refused(f"the key '{key[:60]}'", "keys of vocabularies that are known", FOLDER)
+            raise refused(f"the key {key[:60]!r}", "keys of vocabularies that are known", FOLDER)

@@ -89,7 +89,7 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
 
     Raises: UsageError for lists of different lengths, a token that comes twice, and ids outside the vocabulary.
     """
-    texts = _list(file, "tokens", str)
+    texts = listed(file, "tokens", str)
     if not texts:
         raise refused("a GGUF file without tokenizer.ggml.tokens", "a list of tokens")
     tokens = [text or f"[EMPTY_{index}]" for index, text in enumerate(texts)]
@@ -97,12 +97,15 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     if len(ids) != len(tokens):
         twice = next(text for index, text in enumerate(tokens) if ids[text] != index)
         raise refused(f"the token {twice!r} for two ids", "one id for each token")
-    types = list(_list(file, "token_type", int, len(tokens))) or [TokenType.NORMAL] * len(tokens)
-    scores = _list(file, "scores", (int, float), len(tokens))
+    types = list(listed(file, "token_type", int, len(tokens))) or [TokenType.NORMAL] * len(tokens)
+    scores = listed(file, "scores", (int, float), len(tokens))
     if any(math.isnan(score) for score in scores):
         raise refused(f"a score in {KEY}scores that is no number", "numbers")
     special = _special_ids(file, len(tokens))
-    return Vocabulary(tokens, ids, types, scores, special, _ends(ids, types, special))
+    more = listed(file, "eos_token_ids", int)  # Ollama's
+    if any(not 0 <= index < len(tokens) for index in more):
+        raise refused(f"{KEY}eos_token_ids = {list(more)[:8]}", f"ids of the vocabulary, below {len(tokens)}")
+    return Vocabulary(tokens, ids, types, scores, special, tuple(sorted({*_ends(ids, types, special), *more})))
 
 
 FOLDER = "export the model's folder, which has a tokenizer of its own"
@@ -113,7 +116,11 @@ def refused(received: str, expected: str, fix: str = "convert the model again wi
     return UsageError(problem("tokenizer", received=received, expected=expected, fix=fix))
 
 
-def _list(file: GgufFile, name: str, kind: type | tuple[type, ...], size: int | None = None) -> Sequence[Any]:
+def listed(file: GgufFile, name: str, kind: type | tuple[type, ...], size: int | None = None) -> Sequence[Any]:
+    """A list in a file, its first `size` entries; empty: there is none.
+
+    Raises: UsageError for another type and for a shorter list.
+    """
     found = file.get(KEY + name)
     if found is None:
         return ()
@@ -131,7 +138,7 @@ def _special_ids(file: GgufFile, size: int) -> dict[str, int]:
         index = file.get(key)
         if index is None:
             continue
-        if not isinstance(index, int) or not 0 <= index < size:
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < size:
             raise refused(f"{key} = {index}", f"an id of the vocabulary, below {size}")
         out[name] = index
     return out
