@@ -134,7 +134,7 @@ def stablelm(facts: Facts) -> Plan:
                       "a flag that fits the tensors")  # fmt: skip
     return Plan(
         "StableLmConfig",
-        arguments | rotary(facts, length) | {
+        arguments | rotary(facts, length, partial=True) | {
             "layer_norm_eps": facts.number(EPS),
             "use_qkv_bias": biased(facts, "attn_q", "attn_k", "attn_v"),
             "use_parallel_residual": parallel,
@@ -182,8 +182,7 @@ def nemotron(facts: Facts) -> Plan:
     norms = [Module(f"{BLOCK}{gguf}", f"{LAYER}{hf}", minus_one, both=False) for gguf, hf in names.items()]
     last = Module("output_norm", "model.norm", minus_one, both=False)
     mlp = tuple(layer(f"ffn_{name}", f"mlp.{name}_proj", optional_bias=True) for name in ("up", "down"))
-    rope = rotary(facts, length)
-    rope["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
+    rope = rotary(facts, length, partial=True)
     return Plan(
         "NemotronConfig",
         arguments | rope | {
@@ -205,7 +204,7 @@ def phi2(facts: Facts) -> Plan:
         raise refused("'blk.0.attn_qkv.weight', as converters wrote it until 2024", "queries, keys and values apart")
     return Plan(
         "PhiConfig",
-        arguments | rotary(facts, length) | {"layer_norm_eps": facts.number(EPS)},
+        arguments | rotary(facts, length, partial=True) | {"layer_norm_eps": facts.number(EPS)},
         (*outer(norm="model.final_layernorm"), layer("attn_norm", "input_layernorm"), *attention(output="dense"),
          layer("ffn_up", "mlp.fc1"), layer("ffn_down", "mlp.fc2")),
     )  # fmt: skip
@@ -244,8 +243,7 @@ def glm4(facts: Facts) -> Plan:
     length = head_dim(facts, arguments)
     norms = (*pre_norms()[:1], layer("post_attention_norm", "post_self_attn_layernorm"),
              layer("ffn_norm", "post_attention_layernorm"), layer("post_ffw_norm", "post_mlp_layernorm"))  # fmt: skip
-    rope = rotary(facts, length)
-    rope["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
+    rope = rotary(facts, length, partial=True)
     return Plan(
         "Glm4Config",
         arguments | rope | {

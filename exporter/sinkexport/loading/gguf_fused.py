@@ -84,8 +84,10 @@ def mpt(facts: Facts) -> Plan:
         raise refused(f"'mpt.feed_forward_length' = {arguments['intermediate_size']}", f"a multiple of {hidden}")
     if not facts.value("attention.max_alibi_bias"):
         raise refused("mpt without ALiBi, whose positions are learned", "'mpt.attention.max_alibi_bias'")
-    settings: dict[str, Any] = {"alibi": True, "alibi_bias_max": facts.number("attention.max_alibi_bias"),
-                                "clip_qkv": None}  # fmt: skip
+    largest = facts.number("attention.max_alibi_bias")
+    if largest != int(largest):
+        raise refused(f"'mpt.attention.max_alibi_bias' = {largest}", "a whole number, as transformers takes it")
+    settings: dict[str, Any] = {"alibi": True, "alibi_bias_max": int(largest), "clip_qkv": None}
     if facts.value("attention.clamp_kqv"):
         settings["clip_qkv"] = facts.number("attention.clamp_kqv")
     keep = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -117,8 +119,7 @@ def gptneox(facts: Facts) -> Plan:
     if arguments.pop("num_key_value_heads") != heads:
         raise refused("gptneox with groups of heads", "as many heads of keys as of queries")
     root = "gpt_neox.layers.{i}."
-    rope = rotary(facts, length)
-    rope["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
+    rope = rotary(facts, length, partial=True)
     return Plan(
         "GPTNeoXConfig",
         arguments | rope | {
@@ -126,7 +127,7 @@ def gptneox(facts: Facts) -> Plan:
             "use_parallel_residual": facts.flag("use_parallel_residual", True),
             "attention_bias": True,
         },
-        (*outer("gpt_neox.final_layer_norm", "gpt_neox.embed_in", "embed_out"),
+        (*outer("gpt_neox.final_layer_norm", "gpt_neox.embed_in"),
          layer("attn_norm", "input_layernorm", root=root), layer("ffn_norm", "post_attention_layernorm", root=root),
          layer("attn_qkv", "attention.query_key_value", by_groups(heads, 1), root=root),
          layer("attn_output", "attention.dense", root=root),

@@ -86,9 +86,13 @@ def packed_heads(facts: Facts, arguments: Mapping[str, Any]) -> int:
     return length
 
 
-def rotary(facts: Facts, length: int, *, tensors: bool = False, truncate: bool = True) -> dict[str, Any]:
-    """The argument ``rope_parameters``."""
-    return {"rope_parameters": rope_parameters(facts, length, tensors=tensors, truncate=truncate)}
+def rotary(facts: Facts, length: int, *, tensors: bool = False, truncate: bool = True,
+           partial: bool = False) -> dict[str, Any]:  # fmt: skip
+    """The argument ``rope_parameters``. partial: the configuration's own default is less than whole heads."""
+    parameters = rope_parameters(facts, length, tensors=tensors, truncate=truncate)
+    if partial:
+        parameters.setdefault("partial_rotary_factor", 1.0)
+    return {"rope_parameters": parameters}
 
 
 def rope_tensors(facts: Facts) -> frozenset[str]:
