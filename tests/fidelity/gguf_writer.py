@@ -165,6 +165,17 @@ def _with_experts(architecture: str, random: _Random, layers: int, **options: An
     return made
 
 
+def _minimax(architecture: str, random: _Random, layers: int) -> Tiny:
+    made = _with_experts(architecture, random, layers)
+    for i in range(layers):
+        made.tensors[f"blk.{i}.attn_q_norm.weight"] = random.vector(HEADS * HEAD, 1.0)
+        made.tensors[f"blk.{i}.attn_k_norm.weight"] = random.vector(KV_HEADS * HEAD, 1.0)
+        made.tensors[f"blk.{i}.exp_probs_b.bias"] = random.vector(EXPERTS)
+        # llama.cpp takes the experts' size from the other key too
+    made.keys |= {"expert_gating_func": 2, "rope.dimension_count": HEAD // 2, "feed_forward_length": EXPERT_FF}
+    return made
+
+
 def _gpt_oss(architecture: str, random: _Random, layers: int) -> Tiny:
     made = _with_experts(architecture, random, layers, norms=("attn_norm", "post_attention_norm"), kv_heads=KV_HEADS,
                          biases=("attn_q", "attn_k", "attn_v", "attn_output"))  # fmt: skip
@@ -288,7 +299,7 @@ def _cohere(architecture: str, random: _Random, layers: int) -> Tiny:
 
 
 _MAKERS: dict[str, Any] = {
-    "gpt-oss": _gpt_oss, "qwen2moe": _with_experts, "qwen3moe": _with_experts, "mixtral": _with_experts,
+    "gpt-oss": _gpt_oss, "minimax-m2": _minimax, "qwen2moe": _with_experts, "qwen3moe": _with_experts,
     "stablelm": _stablelm, "starcoder2": _plain_mlp, "phi2": _plain_mlp, "nemotron": _plain_mlp, "phi3": _phi3,
     "gemma": _gemma, "gemma2": _gemma, "gemma3": _gemma, "glm4": _glm4, "falcon": _fused, "bloom": _fused,
     "mpt": _fused, "gptneox": _fused, "olmo": _olmo, "olmo2": _olmo2, "command-r": _cohere, "cohere2": _cohere,

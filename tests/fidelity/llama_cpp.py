@@ -1,4 +1,4 @@
-"""llama.cpp's own logits, from the wheel `xllamacpp`: its server in this process, asked for every token's probability."""
+"""llama.cpp's own probabilities, from its server in this process (the wheel `xllamacpp`)."""
 
 from __future__ import annotations
 

@@ -112,15 +112,23 @@ def olmo(facts: Facts) -> Plan:
 
 
 def olmo2(facts: Facts) -> Plan:
-    """OLMo 2: norms behind attention and MLP, and over all queries and all keys."""
-    if facts.value("attention.sliding_window"):
-        raise refused("'olmo2.attention.sliding_window', which OLMo 3 has", "OLMo 2", "export its checkpoint folder")
+    """OLMo 2: norms behind attention and MLP, and over all queries and all keys. OLMo 3: a window in three of four."""
     arguments = sizes(facts)
     length = packed_heads(facts, arguments)
+    facts.expect("rope.dimension_count", length, "whole heads are rotated")
     norms = (layer("post_attention_norm", "post_attention_layernorm"),
              layer("post_ffw_norm", "post_feedforward_layernorm"))  # fmt: skip
-    return Plan("Olmo2Config", arguments | rotary(facts, length) | {"rms_norm_eps": facts.number(RMS)},
-                (*outer(), *norms, *attention(), *head_norms(), *gated_mlp()))  # fmt: skip
+    modules = (*outer(), *norms, *attention(), *head_norms(), *gated_mlp())
+    full = rotary(facts, length)["rope_parameters"]
+    common = arguments | {"rms_norm_eps": facts.number(RMS)}
+    window = facts.count("attention.sliding_window", 0, least=0)
+    if not window:
+        return Plan("Olmo2Config", common | {"rope_parameters": full}, modules)
+    local = {"rope_type": "default", "rope_theta": full["rope_theta"]}  # never scaled
+    facts.expect("rope.freq_base_swa", full["rope_theta"], "one base")
+    more = {"sliding_window": window, "layer_types": layer_types(facts, 4),
+            "rope_parameters": {"full_attention": full, "sliding_attention": local}}  # fmt: skip
+    return Plan("Olmo3Config", common | more, modules)
 
 
 def stablelm(facts: Facts) -> Plan:

@@ -27,8 +27,8 @@ from sinkexport.loading.gguf_plan import (
 )
 from sinkexport.loading.gguf_tensors import Rule, gate_and_up
 
-SOFTMAX, SOFTMAX_OF_CHOSEN = 1, 3
-"""llama.cpp's numbers of gating functions: softmax over all experts, over those that are chosen."""
+SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3
+"""llama.cpp's numbers of gating functions; the last: softmax over those that are chosen."""
 
 
 def mixtral(facts: Facts) -> Plan:
@@ -107,6 +107,30 @@ def qwen3moe(facts: Facts) -> Plan:
     )  # fmt: skip
 
 
+def minimax_m2(facts: Facts) -> Plan:
+    """MiniMax-M2: experts are chosen by sigmoid and bias, weighted by sigmoid; norms over all queries and all keys."""
+    facts.value("feed_forward_length")  # of no layer: all have experts
+    arguments = sizes(facts, feed_forward=False)
+    length = head_dim(facts, arguments)
+    experts, used = _experts(facts, normalised=True, gating=SIGMOID)
+    if facts.value("expert_gating_func") is None:
+        raise refused("no key 'minimax-m2.expert_gating_func'", f"{SIGMOID}, sigmoid")
+    biases = [Rule((f"model.layers.{number}.mlp.e_score_correction_bias",), (f"blk.{number}.exp_probs_b.bias",))
+              for number in range(facts.num_layers)]  # fmt: skip
+    return Plan(
+        "MiniMaxM2Config",
+        arguments | rotary(facts, length, partial=True) | {
+            "head_dim": length,
+            "rms_norm_eps": facts.number(RMS),
+            "num_local_experts": experts,
+            "num_experts_per_tok": used,
+            "intermediate_size": facts.count("expert_feed_forward_length"),
+        },
+        (*outer(), *pre_norms(), *attention(), *head_norms(), layer("ffn_gate_inp", "mlp.gate")),
+        (*_merged_experts(facts), *biases),
+    )  # fmt: skip
+
+
 def gpt_oss(facts: Facts) -> Plan:
     """gpt-oss: sink logits, biases everywhere, experts with clamped gates.
 
@@ -115,7 +139,7 @@ def gpt_oss(facts: Facts) -> Plan:
     facts.value("feed_forward_length")  # the experts' has a key of its own
     arguments = sizes(facts, feed_forward=False)
     length = head_dim(facts, arguments)
-    experts, used = _experts(facts, normalised=None)
+    experts, used = _experts(facts, normalised=None, gating=SOFTMAX_OF_CHOSEN)
     facts.expect("rope.dimension_count", length, "whole heads are rotated")
     rope = rotary(facts, length, truncate=False)
     facts.expect("rope.freq_base_swa", rope["rope_parameters"]["rope_theta"], "one base")
@@ -146,7 +170,7 @@ def gpt_oss(facts: Facts) -> Plan:
     )  # fmt: skip
 
 
-def _experts(facts: Facts, *, normalised: bool | None) -> tuple[int, int]:
+def _experts(facts: Facts, *, normalised: bool | None, gating: int = SOFTMAX) -> tuple[int, int]:
     """Number of experts and of those a token. normalised: whether the architecture makes their weights sum to 1."""
     experts = facts.count("expert_count")
     used = facts.count("expert_used_count")
@@ -159,7 +183,7 @@ def _experts(facts: Facts, *, normalised: bool | None) -> tuple[int, int]:
     facts.expect("leading_dense_block_count", 0, "layers without experts")
     if normalised is not None:
         facts.expect("expert_weights_norm", normalised, "fixed by the architecture")
-    facts.expect("expert_gating_func", SOFTMAX_OF_CHOSEN if normalised is None else SOFTMAX, "fixed likewise")
+    facts.expect("expert_gating_func", gating, "fixed likewise")
     return experts, used
 
 

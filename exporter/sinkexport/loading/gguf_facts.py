@@ -25,7 +25,6 @@ REFUSED_BEGINNINGS: Mapping[str, str] = {
     "clip.": "a vision or audio encoder",
     "diffusion.": "a model that denoises text",
     "xielu.": "an activation function with constants of its own",
-    "imatrix.file": "an importance matrix, which is no model",
 }
 
 OF_ONE_ARCHITECTURE: Mapping[str, str] = {
@@ -143,8 +142,11 @@ class Facts:
         self.expect("attention.causal", True, "tokens that see later ones cannot be streamed")
         own = f"{self.architecture}."
         others = {f"{name}." for name in gguf.MODEL_ARCH_NAMES.values()} - {own}
+        harmless = tuple(WITHOUT_EFFECT)
         for key, value in self.file.metadata.items():
-            if key in self._read or (key.startswith(own) and key.removeprefix(own) in OF_ONE_ARCHITECTURE):
+            if key in self._read or key.startswith(harmless):
+                continue
+            if key.startswith(own) and key.removeprefix(own) in OF_ONE_ARCHITECTURE:
                 continue
             reason = next((why for start, why in REFUSED_BEGINNINGS.items() if key.startswith(start)), None)
             if reason is not None:
@@ -152,8 +154,7 @@ class Facts:
             if key.startswith(own) or any(key.startswith(other) for other in others):
                 raise refused(f"'{key}' = {value!r:.60}, whose effect on '{self.architecture}' is not known here",
                               "only keys that this architecture is known by")  # fmt: skip
-            # What is left is in WITHOUT_EFFECT, or in a name space of another tool's: the format gives the model the
-            # one that is called as its architecture.
+            # What is left is in the name space of another tool: the model's own is called like its architecture.
 
     def _check_layers(self) -> None:
         """Refuse a number of layers that is not that of the tensors: before anything is built with it."""

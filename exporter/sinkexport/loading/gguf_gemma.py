@@ -55,12 +55,9 @@ def gemma3(facts: Facts) -> Plan:
     local = facts.number("rope.freq_base_swa", DEFAULT_BASE)  # never scaled
     if "partial_rotary_factor" in full:
         raise refused("'gemma3.rope.dimension_count' below the head's columns", "whole heads rotated")
-    if facts.value("final_logit_softcapping"):
-        cap = {"final_logit_softcapping": facts.number("final_logit_softcapping")}
-    else:
-        cap = {"final_logit_softcapping": None}
+    capped = bool(facts.value("final_logit_softcapping"))  # 0 is none
     more = {
-        **cap,
+        "final_logit_softcapping": facts.number("final_logit_softcapping") if capped else None,
         "attn_logit_softcapping": None,
         "sliding_window": window or 4096,  # of no layer, if the file has no window
         "layer_types": types,

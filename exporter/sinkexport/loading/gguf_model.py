@@ -11,7 +11,7 @@ from sinkexport.loading import gguf_dense, gguf_experts, gguf_fused, gguf_gemma
 from sinkexport.loading.gguf_facts import Facts, refused
 from sinkexport.loading.gguf_file import GgufFile, open_gguf
 from sinkexport.loading.gguf_plan import Plan
-from sinkexport.loading.gguf_tensors import check_shapes, fill
+from sinkexport.loading.gguf_tensors import check, fill
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,7 @@ ARCHITECTURES: Mapping[str, Callable[[Facts], Plan]] = {
     "gptneox": gguf_fused.gptneox,
     "granite": gguf_dense.granite,
     "llama": gguf_dense.llama,
+    "minimax-m2": gguf_experts.minimax_m2,
     "mpt": gguf_fused.mpt,
     "nemotron": gguf_dense.nemotron,
     "olmo": gguf_dense.olmo,
@@ -79,11 +80,13 @@ def load_gguf(origin: Origin, config: Any, dtype: torch.dtype) -> Any:
     plan = _plan(facts)
     build = transformers.AutoModelForCausalLM.from_config
     with torch.device("meta"), no_init_weights():
-        check_shapes(build(config, dtype=dtype), facts, plan.modules)
+        outline = build(config, dtype=dtype)
+    outline.tie_weights()
+    check(outline, facts, plan.modules, plan.rules, plan.used)
     with no_init_weights():  # memory is taken as it is filled
         model = build(config, dtype=dtype)
     model.tie_weights()
-    fill(model, facts, plan.modules, plan.rules, plan.used)
+    fill(model, facts, plan.modules, plan.rules)
     ends = gguf_token_ids(facts.file)
     model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else list(ends) or None
     return model
@@ -130,7 +133,11 @@ def _config(plan: Plan) -> Any:
     import transformers
 
     config_class = getattr(transformers, plan.config_class)
-    config = config_class(**plan.arguments)
+    try:
+        config = config_class(**plan.arguments)
+    except Exception as error:  # TypeError, ValueError and its own kinds: what its checks of single values raise
+        reason = " ".join(str(error).split())[:200]
+        raise refused(f"metadata that {plan.config_class} refuses ({reason})", "values of the model") from error
     model_class = transformers.AutoModelForCausalLM._model_mapping[config_class]
     config.architectures = [model_class.__name__]
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -57,22 +58,20 @@ def module_rules(facts: Facts, modules: Iterable[Module]) -> Iterator[Rule]:
                     yield Rule((f"{module.hf.format(i=layer)}.{suffix}",), (tensor,), build)
 
 
-def fill(model: Any, facts: Facts, modules: Sequence[Module], rules: Iterable[Rule], used: Iterable[str]) -> None:
-    """Give every parameter of `model` its values.
+def fill(model: Any, facts: Facts, modules: Sequence[Module], rules: Iterable[Rule]) -> None:
+    """Give every parameter of `model` its values. rules: those beside the `modules`. The model has passed `check`.
 
-    rules: those beside the `modules`. used: tensors that the configuration was made of.
-    Raises: UsageError if a tensor is left over or used twice, a parameter has none, or a shape is another.
+    Raises: UsageError for a shape that is not as the metadata say.
     """
     import torch
 
-    parameters = dict(model.named_parameters())  # a tied one once
+    parameters = _to_fill(model)
     every = [*module_rules(facts, modules), *rules]
-    _account(parameters, facts, modules, every, used)
     have = {name for rule in every for name in rule.parameters}
     with torch.no_grad():
         for name, parameter in parameters.items():
             if name not in have:
-                parameter.zero_()  # `_account` has let no other than optional biases through
+                parameter.zero_()  # `check` has let no other than optional biases through
         for rule in every:
             for name, values in _built(rule, facts):
                 if tuple(values.shape) != tuple(parameters[name].shape):
@@ -80,6 +79,30 @@ def fill(model: Any, facts: Facts, modules: Sequence[Module], rules: Iterable[Ru
                     raise refused(f"{shapes} for {name} {tuple(parameters[name].shape)}",
                                   "the shapes that the metadata give")  # fmt: skip
                 parameters[name].copy_(_as_torch(values))
+
+
+def check(model: Any, facts: Facts, modules: Sequence[Module], rules: Iterable[Rule], used: Iterable[str]) -> None:
+    """Compare tensors with a model that may be without memory (meta device): names, and how much each holds.
+
+    rules: those beside the `modules`. used: tensors that the configuration was made of.
+    Raises: UsageError if a tensor is left over or used twice, a parameter has none, or their sizes differ.
+    """
+    parameters = _to_fill(model)
+    every = [*module_rules(facts, modules), *rules]
+    _account(parameters, facts, modules, every, used)
+    for rule in every:
+        here = sum(math.prod(facts.shape(tensor)) for tensor in rule.tensors)
+        wanted = sum(parameters[name].numel() for name in rule.parameters)
+        if here != wanted:
+            shapes = ", ".join(f"'{tensor}' {facts.shape(tensor)}" for tensor in rule.tensors)
+            raise refused(f"{shapes} for {rule.parameters[0]} {tuple(parameters[rule.parameters[0]].shape)}",
+                          "the shapes that the metadata give", "download the file again")  # fmt: skip
+
+
+def _to_fill(model: Any) -> dict[str, torch.Tensor]:
+    """Parameters by name, a tied one once, and the buffers that belong to a checkpoint."""
+    kept = model.state_dict().keys()
+    return {**dict(model.named_parameters()), **{k: v for k, v in model.named_buffers() if k in kept}}
 
 
 def _built(rule: Rule, facts: Facts) -> Iterator[tuple[str, Any]]:
@@ -96,20 +119,6 @@ def _built(rule: Rule, facts: Facts) -> Iterator[tuple[str, Any]]:
         raise refused(f"tensor '{rule.tensors[0]}' of shape {facts.shape(rule.tensors[0])}",
                       f"{len(rule.parameters)} rows")  # fmt: skip
     yield from zip(rule.parameters, values, strict=True)
-
-
-def check_shapes(model: Any, facts: Facts, modules: Sequence[Module]) -> None:
-    """Compare the shapes of plain weights with a model without memory (meta device), before one with memory is made.
-
-    Raises: UsageError.
-    """
-    parameters = dict(model.named_parameters())
-    for rule in module_rules(facts, modules):
-        parameter = parameters.get(rule.parameters[0])
-        shape = facts.shape(rule.tensors[0])
-        if parameter is not None and _elements(shape) != parameter.numel():
-            raise refused(f"tensor '{rule.tensors[0]}' of shape {shape}", f"{tuple(parameter.shape)}, which the "
-                          "metadata give", "download the file again")  # fmt: skip
 
 
 def dequantised(tensor: Any) -> Any:
@@ -190,7 +199,7 @@ def _account(parameters: Mapping[str, Any], facts: Facts, modules: Sequence[Modu
     for rule in rules:
         for tensor in rule.tensors:
             if tensor not in facts.tensors:
-                raise refused(f"no tensor '{tensor}'", f"the tensors of {rule.parameters[0]}", "download the file again")
+                raise refused(f"no tensor '{tensor}'", f"those of {rule.parameters[0]}", "download the file again")
             if tensor in seen:
                 raise refused(f"tensor '{tensor}' for more than one parameter", "each tensor once")
             seen.add(tensor)
@@ -224,13 +233,6 @@ def _gguf_name(parameter: str, modules: Sequence[Module]) -> str:
 
 def _module_of(name: str, modules: Sequence[Module]) -> Module | None:
     return next((m for m in modules if re.fullmatch(re.escape(m.hf).replace(r"\{i\}", r"\d+"), name)), None)
-
-
-def _elements(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _as_torch(values: Any) -> torch.Tensor:
