@@ -19,13 +19,16 @@ EXPERTS, EXPERT_FF = 4, 32
 
 @dataclasses.dataclass
 class Tiny:
-    """A file to be: keys without the architecture's name, and tensors, float32 with rows first."""
+    """A file to be: keys without the architecture's name, and tensors, float32 with rows first.
+
+    kinds: tensor -> quantisation, F32 if absent. A tensor of uint8 is quantised already: bytes of each row.
+    """
 
     architecture: str
     keys: dict[str, Any]
     tensors: dict[str, np.ndarray]
     other_keys: dict[str, Any] = dataclasses.field(default_factory=dict)
-    kinds: dict[str, str] = dataclasses.field(default_factory=dict)  # tensor -> quantisation, F32 if absent
+    kinds: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 class _Random:
@@ -53,9 +56,12 @@ def tiny(architecture: str, *, seed: int = 0, layers: int = LAYERS, keys: dict[s
     return made
 
 
-def write(path: Path, made: Tiny, *, tokens: dict[str, Any] | None = None) -> Path:
-    """Write a file. tokens: further keys of the tokenizer, behind ``tokenizer.ggml.``."""
-    writer = gguf.GGUFWriter(path, made.architecture)
+def write(path: Path, made: Tiny, *, tokens: dict[str, Any] | None = None, split: int = 0) -> Path:
+    """Write a file. tokens: further keys of the tokenizer, behind ``tokenizer.ggml.``; None takes one away.
+
+    split: how many tensors go into a part, 0: no parts. Returns the path of the file, or of the first part.
+    """
+    writer = gguf.GGUFWriter(path, made.architecture, split_max_tensors=split)
     for key, value in made.keys.items():
         _add(writer, f"{made.architecture}.{key}", value)
     for key, value in made.other_keys.items():
@@ -65,18 +71,19 @@ def write(path: Path, made: Tiny, *, tokens: dict[str, Any] | None = None) -> Pa
     writer.add_token_list(names)
     writer.add_token_scores([-float(i) for i in range(VOCAB)])
     writer.add_token_types([2, 3, 3, 6, *[1] * (VOCAB - 4)])
-    for key, value in {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, **(tokens or {})}.items():
+    named = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, **(tokens or {})}
+    for key, value in named.items():
         if value is not None:
             _add(writer, f"tokenizer.ggml.{key}", value)
     for name, values in made.tensors.items():
         kind = gguf.GGMLQuantizationType[made.kinds.get(name, "F32")]
-        stored = values if kind == gguf.GGMLQuantizationType.F32 else gguf.quantize(values, kind)
-        writer.add_tensor(name, stored, raw_dtype=kind)
+        plain = kind == gguf.GGMLQuantizationType.F32 or values.dtype == np.uint8
+        writer.add_tensor(name, values if plain else gguf.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if split else path
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
@@ -296,6 +303,41 @@ def _cohere(architecture: str, random: _Random, layers: int) -> Tiny:
     if architecture == "cohere2":
         made.keys |= {"attention.sliding_window": 5, "rope.dimension_count": HEAD}
     return made
+
+
+def tiny_quantised(kind: gguf.GGMLQuantizationType, *, seed: int = 0) -> Tiny:
+    """A Llama of one layer and 256 columns, a row that every type can hold, whose embedding is random blocks of `kind`.
+
+    llama.cpp dequantises rows of the embedding exactly, where it rounds what a quantised matrix is multiplied with.
+    """
+    random, hidden = _Random(seed), 256
+    rows = {"attn_q": hidden, "attn_k": hidden, "attn_v": hidden, "attn_output": hidden, "ffn_gate": 32, "ffn_up": 32,
+            "ffn_down": hidden}  # fmt: skip
+    tensors = {"output_norm.weight": random.vector(hidden, 1.0), "output.weight": random.matrix(VOCAB, hidden)}
+    for name in ("attn_norm", "ffn_norm"):
+        tensors[f"blk.0.{name}.weight"] = random.vector(hidden, 1.0)
+    for name, count in rows.items():
+        tensors[f"blk.0.{name}.weight"] = random.matrix(count, 32 if name == "ffn_down" else hidden)
+    tensors["token_embd.weight"] = _random_blocks(kind, VOCAB, hidden, seed)
+    keys = _attention_keys(kv_heads=HEADS) | {"feed_forward_length": 32, "block_count": 1, "context_length": CONTEXT,
+                                              "embedding_length": hidden}  # fmt: skip
+    return Tiny("llama", keys, tensors, kinds={"token_embd.weight": kind.name})
+
+
+def _random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int, seed: int) -> np.ndarray:
+    """Random bytes, anew where they stand for values that are not of usual size: uint8 [rows, bytes of a row]."""
+    generator = np.random.default_rng(seed)
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    count = rows * columns // block
+    blocks = generator.integers(0, 256, (count, block_bytes), dtype=np.uint8)
+    for _ in range(2000):
+        with np.errstate(all="ignore"):
+            largest = np.abs(gguf.dequantize(blocks, kind).astype(np.float64)).max(axis=-1)
+        bad = ~((largest > 1e-2) & (largest < 1e2))
+        if not bad.any():
+            return blocks.reshape(rows, -1)
+        blocks[bad] = generator.integers(0, 256, (int(bad.sum()), block_bytes), dtype=np.uint8)
+    raise AssertionError(f"no usual blocks of {kind.name}")
 
 
 _MAKERS: dict[str, Any] = {

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
+import xllamacpp
 
 PROMPT = [1, 17, 42, 8, 90, 33, 61, 5, 77, 24, 50, 12, 66, 39]
 """Longer than the windows of the tiny models."""
@@ -17,7 +17,6 @@ def log_probabilities(path: Path, prompt: list[int], num_steps: int, vocab_size:
 
     Attention in float32 without flash attention, keys and values stored in float32.
     """
-    xllamacpp = pytest.importorskip("xllamacpp")
     settings = xllamacpp.CommonParams()
     settings.model.path = str(path)
     settings.n_ctx, settings.n_parallel, settings.warmup, settings.verbosity = 256, 1, False, -1

@@ -219,7 +219,7 @@ def phi2(facts: Facts) -> Plan:
 
 
 def phi3(facts: Facts) -> Plan:
-    """Phi-3, Phi-3.5 and Phi-4: fused projections, factors for long and short texts, a window where the file has one."""
+    """Phi-3, Phi-3.5, Phi-4: fused projections, factors for long and short texts, a window where the file has one."""
     arguments = sizes(facts)
     length = packed_heads(facts, arguments)
     window = facts.count("attention.sliding_window", 0, least=0)

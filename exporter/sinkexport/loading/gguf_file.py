@@ -11,7 +11,7 @@ from typing import Any
 
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.loading.gguf_header import NoGguf, read_part
+from sinkexport.loading.gguf_header import NotGgufError, read_part
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 """How llama.cpp names the parts of a split model; the first holds the metadata."""
@@ -65,7 +65,7 @@ def _read(parts: tuple[Path, ...], _changed_ns: tuple[int, ...]) -> GgufFile:
     for number, part in enumerate(parts):
         try:
             found, here = read_part(part)
-        except NoGguf as error:
+        except NotGgufError as error:
             raise _no_gguf(part, str(error)) from None
         except (OSError, ValueError) as error:
             raise _no_gguf(part, f"{type(error).__name__}: {error}") from error

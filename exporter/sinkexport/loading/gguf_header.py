@@ -24,7 +24,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 
 
-class NoGguf(Exception):
+class NotGgufError(Exception):
     """Bytes that are not a whole GGUF file, with the reason."""
 
 
@@ -33,21 +33,21 @@ def read_part(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Returns: key -> value, and name -> gguf's ReaderTensor, whose data are a view of the file mapped into memory:
     uint8 [rows.., bytes of a row] for quantised types.
-    Raises: NoGguf, OSError.
+    Raises: NotGgufError, OSError.
     """
     if not path.is_file():
-        raise NoGguf("not a regular file")
+        raise NotGgufError("not a regular file")
     if path.stat().st_size < 24:
-        raise NoGguf("shorter than a header")
+        raise NotGgufError("shorter than a header")
     cursor = _Cursor(np.memmap(path, dtype=np.uint8, mode="r"))
     if bytes(cursor.data[:4]) != MAGIC:
-        raise NoGguf(_other_format(bytes(cursor.data[:64])))
+        raise NotGgufError(_other_format(bytes(cursor.data[:64])))
     cursor.place = 4
     version = cursor.scalar("I")
     if version not in VERSIONS:
         if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
-            raise NoGguf("big-endian; only little-endian files are read: convert it with gguf_convert_endian.py")
-        raise NoGguf(f"version {version}; versions {VERSIONS[0]} and {VERSIONS[1]} are read")
+            raise NotGgufError("big-endian; only little-endian files are read: convert it with gguf_convert_endian.py")
+        raise NotGgufError(f"version {version}; versions {VERSIONS[0]} and {VERSIONS[1]} are read")
     num_tensors, num_keys = cursor.scalar("Q"), cursor.scalar("Q")
     cursor.expect_room(num_keys, 13, "metadata keys")
     cursor.expect_room(num_tensors, 32, "tensors")
@@ -55,17 +55,17 @@ def read_part(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for _ in range(num_keys):
         key = cursor.text()
         if key in metadata:
-            raise NoGguf(f"key '{key}' for the second time")
+            raise NotGgufError(f"key '{key}' for the second time")
         metadata[key] = cursor.value(cursor.scalar("I"), key)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
-        raise NoGguf(f"general.alignment {alignment!r}, which is no power of two")
+        raise NotGgufError(f"general.alignment {alignment!r}, which is no power of two")
     infos = [_tensor_info(cursor) for _ in range(num_tensors)]
     start = math.ceil(cursor.place / alignment) * alignment
     tensors: dict[str, Any] = {}
     for name, shape, kind, offset in infos:
         if name in tensors:
-            raise NoGguf(f"tensor '{name}' for the second time")
+            raise NotGgufError(f"tensor '{name}' for the second time")
         tensors[name] = _tensor(cursor.data, name, shape, kind, start + offset)
     return metadata, tensors
 
@@ -75,7 +75,7 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, list[int], int, int]:
     name = cursor.text()
     dimensions = cursor.scalar("I")
     if not 1 <= dimensions <= MAX_DIMENSIONS:
-        raise NoGguf(f"tensor '{name}' with {dimensions} dimensions")
+        raise NotGgufError(f"tensor '{name}' with {dimensions} dimensions")
     shape = [cursor.scalar("Q") for _ in range(dimensions)]
     return name, shape, cursor.scalar("I"), cursor.scalar("Q")
 
@@ -88,13 +88,13 @@ def _tensor(data: Any, name: str, shape: list[int], kind: int, place: int) -> An
         quantisation = gguf.GGMLQuantizationType(kind)
         block, block_bytes = gguf.GGML_QUANT_SIZES[quantisation]
     except (ValueError, KeyError):
-        raise NoGguf(f"tensor '{name}' of the unknown type {kind}") from None
+        raise NotGgufError(f"tensor '{name}' of the unknown type {kind}") from None
     elements = math.prod(shape)
     if elements == 0 or shape[0] % block:
-        raise NoGguf(f"tensor '{name}' of shape {shape}, which {quantisation.name} cannot hold")
+        raise NotGgufError(f"tensor '{name}' of shape {shape}, which {quantisation.name} cannot hold")
     num_bytes = elements // block * block_bytes
     if place + num_bytes > len(data):
-        raise NoGguf(f"cut short: tensor '{name}' ends at byte {place + num_bytes} of {len(data)}")
+        raise NotGgufError(f"cut short: tensor '{name}' ends at byte {place + num_bytes} of {len(data)}")
     raw = data[place : place + num_bytes]
     plain = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I8": np.int8, "I16": np.int16, "I32": np.int32,
              "I64": np.int64}  # fmt: skip
@@ -126,14 +126,14 @@ class _Cursor:
 
     def expect_room(self, count: int, each_bytes: int, what: str) -> None:
         if count * each_bytes > len(self._bytes) - self.place:
-            raise NoGguf(f"cut short: {count} {what} announced, {len(self._bytes) - self.place} bytes left")
+            raise NotGgufError(f"cut short: {count} {what} announced, {len(self._bytes) - self.place} bytes left")
 
     def scalar(self, code: str) -> Any:
         form = f"<{code}"
         try:
             (value,) = struct.unpack_from(form, self._bytes, self.place)
         except struct.error:
-            raise NoGguf(f"cut short: the header ends at byte {len(self._bytes)}") from None
+            raise NotGgufError(f"cut short: the header ends at byte {len(self._bytes)}") from None
         self.place += struct.calcsize(form)
         return value
 
@@ -144,7 +144,7 @@ class _Cursor:
         try:
             return str(self._bytes[begin : self.place], "utf-8")
         except UnicodeDecodeError:
-            raise NoGguf(f"a text at byte {begin} that is not UTF-8") from None
+            raise NotGgufError(f"a text at byte {begin} that is not UTF-8") from None
 
     def value(self, kind: int, key: str) -> Any:
         """A value of type number `kind`; arrays as lists."""
@@ -153,13 +153,13 @@ class _Cursor:
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind != _ARRAY:
-            raise NoGguf(f"key '{key}' of the unknown type {kind}")
+            raise NotGgufError(f"key '{key}' of the unknown type {kind}")
         of, count = self.scalar("I"), self.scalar("Q")
         if of == _STRING:
             self.expect_room(count, 8, f"texts in '{key}'")
             return [self.text() for _ in range(count)]
         if of not in _SCALARS:
-            raise NoGguf(f"key '{key}' with an array of type {of}")
+            raise NotGgufError(f"key '{key}' with an array of type {of}")
         code = _SCALARS[of]
         self.expect_room(count, struct.calcsize(f"<{code}"), f"values in '{key}'")
         begin = self.place

@@ -54,18 +54,20 @@ def sizes(facts: Facts, *, feed_forward: bool = True) -> dict[str, Any]:
 
 
 def special_ids(facts: Facts, vocab_size: int) -> dict[str, int | None]:
-    """Ids of special tokens, None for those that the file does not name: none is made up."""
-    ids = facts.file.metadata
+    """Ids of special tokens, None for those that the file does not name: none is made up.
+
+    Raises: UsageError for an id outside the vocabulary, those of further ends of a text included.
+    """
     found: dict[str, int | None] = {}
-    for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
-        value = ids.get(f"tokenizer.ggml.{key}_token_id")
+    for name in ("bos", "eos", "padding", "eot", "eom"):
+        value = facts.file.metadata.get(f"tokenizer.ggml.{name}_token_id")
         if value in (None, -1, 0xFFFFFFFF):  # how old converters wrote "none"
             found[name] = None
         elif type(value) is int and 0 <= value < vocab_size:
             found[name] = value
         else:
-            raise refused(f"'tokenizer.ggml.{key}_token_id' = {value!r}", f"an id below {vocab_size}")
-    return found
+            raise refused(f"'tokenizer.ggml.{name}_token_id' = {value!r:.40}", f"an id below {vocab_size}")
+    return {"bos_token_id": found["bos"], "eos_token_id": found["eos"], "pad_token_id": found["padding"]}
 
 
 def head_dim(facts: Facts, arguments: Mapping[str, Any]) -> int:

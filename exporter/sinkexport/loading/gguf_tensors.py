@@ -143,7 +143,7 @@ def dequantised(tensor: Any) -> Any:
 
 
 def unpermute(num_heads: int) -> Build:
-    """Rows of queries or keys [heads * D, ..] from neighbours as pairs (llama.cpp) to halves as pairs (transformers)."""
+    """Rows of queries or keys [heads * D, ..]: llama.cpp pairs neighbours, transformers halves of a head."""
 
     def build(parts: Sequence[Any]) -> Any:
         (rows,) = parts
