@@ -300,6 +300,10 @@ def _olmo2(architecture: str, random: _Random, layers: int) -> Tiny:
 def _cohere(architecture: str, random: _Random, layers: int) -> Tiny:
     made = _llama_kind(architecture, random, layers, norms=("attn_norm",), rms=False, head=False)
     made.keys |= {"logit_scale": 0.25, "rope.scaling.type": "none"}
+    if layers >= 64:  # where llama.cpp asks for them: Command R Plus
+        for i in range(layers):
+            made.tensors[f"blk.{i}.attn_q_norm.weight"] = random.matrix(HEADS, HEAD, scale=0.5) + 1.0
+            made.tensors[f"blk.{i}.attn_k_norm.weight"] = random.matrix(KV_HEADS, HEAD, scale=0.5) + 1.0
     if architecture == "cohere2":
         made.keys |= {"attention.sliding_window": 5, "rope.dimension_count": HEAD}
     return made

@@ -246,7 +246,6 @@ def phi3(facts: Facts) -> Plan:
 def glm4(facts: Facts) -> Plan:
     """GLM-4 0414: norms before and behind, neighbours rotated, half of each head."""
     facts.expect("rope.dimension_sections", [0, 0, 0, 0], "positions by axis are for pictures")
-    facts.expect("nextn_predict_layers", 0, "layers that draft")
     arguments = sizes(facts)
     length = head_dim(facts, arguments)
     norms = (*pre_norms()[:1], layer("post_attention_norm", "post_self_attn_layernorm"),

@@ -31,10 +31,18 @@ OF_ONE_ARCHITECTURE: Mapping[str, str] = {
     "context_length": "how long texts were in training: nothing here depends on it",
     "rope.scaling.finetuned": "whether the scaling was trained",
     "tensor_data_layout": "a name of the layout that the architecture always has",
-    "attention.causal": "checked to be true",
     "pooling_type": "how embeddings of texts are made; logits are not",
 }
 """Keys behind the architecture's name that change no logit, unless the architecture reads them, and why."""
+
+ONLY_AS: Mapping[str, tuple[Any, str]] = {
+    "attention.causal": (True, "tokens that see later ones cannot be streamed"),
+    "expert_count": (0, "the architecture has no experts"),
+    "expert_used_count": (0, "the architecture has no experts"),
+    "nextn_predict_layers": (0, "layers that draft"),
+    "attention.sliding_window": (0, "the architecture has no windows"),
+}
+"""The value with which a key changes nothing, unless the architecture reads it, and why there must be no other."""
 
 MAX_COUNT = 1 << 20
 """No count of layers, heads, experts or columns is larger."""
@@ -139,8 +147,10 @@ class Facts:
         """Refuse a key that nobody has read and that is not known to be without effect."""
         import gguf
 
-        self.expect("attention.causal", True, "tokens that see later ones cannot be streamed")
         own = f"{self.architecture}."
+        for key, (allowed, why) in ONLY_AS.items():
+            if own + key not in self._read:
+                self.expect(key, allowed, why)
         others = {f"{name}." for name in gguf.MODEL_ARCH_NAMES.values()} - {own}
         harmless = tuple(WITHOUT_EFFECT)
         for key, value in self.file.metadata.items():

@@ -11,6 +11,7 @@ from sinkexport.loading import gguf_dense, gguf_experts, gguf_fused, gguf_gemma
 from sinkexport.loading.gguf_facts import Facts, refused
 from sinkexport.loading.gguf_file import GgufFile, open_gguf
 from sinkexport.loading.gguf_plan import Plan
+from sinkexport.loading.gguf_rope import check_rotation
 from sinkexport.loading.gguf_tensors import check, fill
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def load_gguf(origin: Origin, config: Any, dtype: torch.dtype) -> Any:
     check(outline, facts, plan.modules, plan.rules, plan.used)
     with no_init_weights():  # memory is taken as it is filled
         model = build(config, dtype=dtype)
+    if "rope_parameters" in plan.arguments:
+        check_rotation(model, plan.arguments["rope_parameters"], plan.head_dim)
     model.tie_weights()
     fill(model, facts, plan.modules, plan.rules)
     ends = gguf_token_ids(facts.file)
@@ -122,8 +125,6 @@ def _plan(facts: Facts) -> Plan:
     if name == "llama" and facts.count("expert_count", 0, least=0) > 0:
         plan = gguf_experts.mixtral(facts)
     else:
-        if name == "llama":
-            facts.expect("expert_used_count", 0, "no experts, none used")
         plan = ARCHITECTURES[name](facts)
     facts.expect_all_read()
     return plan

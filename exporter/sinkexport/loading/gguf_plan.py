@@ -27,6 +27,12 @@ class Plan:
     rules: tuple[Rule, ...] = ()
     used: frozenset[str] = frozenset()
 
+    @property
+    def head_dim(self) -> int:
+        """Columns of a head."""
+        arguments = self.arguments
+        return int(arguments.get("head_dim") or arguments["hidden_size"] // arguments["num_attention_heads"])
+
 
 def sizes(facts: Facts, *, feed_forward: bool = True) -> dict[str, Any]:
     """Arguments that all configurations share: sizes, ids of special tokens, whether the head is the embedding."""

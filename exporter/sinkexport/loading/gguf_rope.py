@@ -7,6 +7,7 @@ keys by an attention factor; YaRN (arXiv:2309.00071) mixes scaled and unscaled a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from sinkexport.loading.gguf_facts import Facts, refused, shortest
@@ -58,6 +59,36 @@ def rope_parameters(facts: Facts, head_dim: int, *, tensors: bool = False, trunc
         "factor": 1.0,  # unused beside an attention factor; transformers warns without it
         "original_max_position_embeddings": original,
     }
+
+
+def check_rotation(model: Any, parameters: Mapping[str, Any], head_dim: int) -> None:
+    """Compare the frequencies that `model` rotates with to those that `parameters` stand for.
+
+    Not every class of transformers reads every parameter: a Llama rotates whole heads whatever the share.
+    YaRN's own values are not computed again, their number is.
+    Raises: UsageError.
+    """
+    import numpy as np
+
+    nested = {kind: one for kind, one in parameters.items() if isinstance(one, dict)}
+    for name, buffer in model.named_buffers():
+        if not name.endswith("inv_freq") or name.endswith("original_inv_freq"):
+            continue
+        kind = name.rpartition(".")[2].removesuffix("inv_freq").removesuffix("_")
+        one = nested[kind] if nested else parameters
+        rotary_dim = int(head_dim * one.get("partial_rotary_factor", 1.0))
+        found = buffer.double().numpy()
+        expected = one["rope_theta"] ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
+        if one["rope_type"] == "longrope":
+            expected = expected / np.array(one["short_factor"])
+        elif one["rope_type"] == "linear":
+            expected = expected / one["factor"]
+        same = len(found) == len(expected) and (
+            one["rope_type"] == "yarn" or np.allclose(found, expected, rtol=1e-5, atol=0.0)
+        )
+        if not same:
+            raise refused(f"rotation of {rotary_dim} of {head_dim} columns by {one['rope_type']} scaling",
+                          f"what transformers' {type(model).__name__} rotates by: {2 * len(found)} columns")
 
 
 def share(rotary_dim: int, head_dim: int) -> float:
