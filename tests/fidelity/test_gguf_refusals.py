@@ -143,8 +143,9 @@ def test_others(what: str, tmp_path: Path) -> None:
 
 
 def test_keys_without_effect_are_no_obstacle(tmp_path: Path) -> None:
-    made = tiny("llama", keys={"context_length": 77, "rope.scaling.finetuned": True, "expert_count": 0,
+    made = tiny("llama", keys={"rope.scaling.original_context_length": 4 << 20, "rope.scaling.finetuned": True, "expert_count": 0,
                                "expert_used_count": 0, "attention.causal": True})  # fmt: skip
+    made.keys["context_length"] = 4 << 20
     made.other_keys = {"general.sampling.temp": 0.7, "quantize.imatrix.file": "x", "quantize.imatrix.entries_count": 3,
                        "mradermacher.quantize_version": "2", "general.file_type": 1}  # fmt: skip
     _load(write(tmp_path / "good.gguf", made))

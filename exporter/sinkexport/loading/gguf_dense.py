@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sinkexport.loading.gguf_facts import Facts, refused
+from sinkexport.loading.gguf_facts import MAX_LENGTH, Facts, refused
 from sinkexport.loading.gguf_plan import (
     BLOCK,
     LAYER,
@@ -207,8 +207,7 @@ def phi2(facts: Facts) -> Plan:
     """Phi-1.5 and Phi-2: attention beside the MLP, biases everywhere, partly rotated heads."""
     arguments = sizes(facts)
     length = packed_heads(facts, arguments)
-    fused = facts.has("blk.{i}.attn_qkv.weight")
-    if fused:
+    if facts.has("blk.{i}.attn_qkv.weight"):
         raise refused("'blk.0.attn_qkv.weight', as converters wrote it until 2024", "queries, keys and values apart")
     return Plan(
         "PhiConfig",
@@ -223,7 +222,7 @@ def phi3(facts: Facts) -> Plan:
     arguments = sizes(facts)
     length = packed_heads(facts, arguments)
     window = facts.count("attention.sliding_window", 0, least=0)
-    original = facts.count("rope.scaling.original_context_length", arguments["max_position_embeddings"])
+    original = facts.count("rope.scaling.original_context_length", facts.context_length, most=MAX_LENGTH)
     rules = []
     if not facts.has("blk.{i}.attn_qkv.weight"):
         for number in range(facts.num_layers):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sinkrt.errors import UsageError, problem
@@ -47,6 +47,9 @@ ONLY_AS: Mapping[str, tuple[Any, str]] = {
 MAX_COUNT = 1 << 20
 """No count of layers, heads, experts or columns is larger."""
 
+MAX_LENGTH = 1 << 31
+"""No text is longer, in tokens."""
+
 
 def refused(what: str, expected: str, fix: str = "use a file that llama.cpp's converter wrote") -> UsageError:
     """An error about a GGUF model: what it has that cannot be read exactly, and what could be."""
@@ -71,6 +74,11 @@ class Facts:
         """``general.architecture``."""
         return self.file.architecture
 
+    @property
+    def context_length(self) -> int:
+        """How long texts were in training, in tokens; a very long one where the file does not say."""
+        return self.count("context_length", MAX_COUNT, most=MAX_LENGTH)
+
     def value(self, key: str) -> Any:
         """The raw value of ``{arch}.key``, None if it is absent; one value for all layers if each has the same."""
         full = f"{self.architecture}.{key}"
@@ -84,15 +92,15 @@ class Facts:
             return value[0]
         return value
 
-    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number from `least` to `MAX_COUNT`; it must be there unless there is a default."""
+    def count(self, key: str, default: int | None = None, least: int = 1, most: int = MAX_COUNT) -> int:
+        """A whole number from `least` to `most`; it must be there unless there is a default."""
         value = self.value(key)
         if value is None:
             if default is None:
                 raise refused(f"no key '{self.architecture}.{key}'", "the model's metadata")
             return default
-        if type(value) is not int or not least <= value <= MAX_COUNT:
-            raise refused(f"'{self.architecture}.{key}' = {value!r:.40}", f"a whole number from {least} to {MAX_COUNT}")
+        if type(value) is not int or not least <= value <= most:
+            raise refused(f"'{self.architecture}.{key}' = {value!r:.40}", f"a whole number from {least} to {most}")
         return value
 
     def number(self, key: str, default: float | None = None, *, positive: bool = True) -> float:
@@ -188,8 +196,3 @@ def shortest(value: float) -> float:
 
     single = np.float32(value)
     return float(str(single)) if float(single) == value else float(value)
-
-
-def layers(facts: Facts) -> Iterator[int]:
-    """Numbers of the layers."""
-    return iter(range(facts.num_layers))

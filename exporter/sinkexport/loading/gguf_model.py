@@ -49,7 +49,7 @@ ARCHITECTURES: Mapping[str, Callable[[Facts], Plan]] = {
 }
 """What each ``general.architecture`` is."""
 
-MADE_WITHOUT_POSITIONS: Mapping[str, str] = {
+NEVER_EXPORTED: Mapping[str, str] = {
     "gpt2": "learns a vector for each absolute position",
     "starcoder": "learns a vector for each absolute position",
     "mamba": "has no attention",
@@ -113,7 +113,7 @@ def _facts(origin: Origin) -> Facts:
     if not name:
         raise refused("a GGUF file without 'general.architecture'", "the metadata of a model")
     if name not in ARCHITECTURES:
-        reason = MADE_WITHOUT_POSITIONS.get(name)
+        reason = NEVER_EXPORTED.get(name)
         raise refused(f"architecture '{name}'" + (f", which {reason}" if reason else ""),
                       f"one of {', '.join(ARCHITECTURES)}", "export its checkpoint folder")  # fmt: skip
     return Facts(file)

@@ -53,7 +53,7 @@ def sizes(facts: Facts, *, feed_forward: bool = True) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         **({"intermediate_size": facts.count("feed_forward_length")} if feed_forward else {}),
-        "max_position_embeddings": facts.count("context_length", 1 << 20),
+        "max_position_embeddings": facts.context_length,
         "tie_word_embeddings": not facts.has("output.weight"),
         **special_ids(facts, vocab_size),
     }

@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sinkexport.loading.gguf_facts import Facts, refused, shortest
+from sinkexport.loading.gguf_facts import MAX_LENGTH, Facts, refused, shortest
+from sinkexport.loading.gguf_tensors import dequantised
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 """Tensors of factors for each pair, float32 [R / 2]: for any text, for texts past the original length, for others."""
@@ -33,7 +34,7 @@ def rope_parameters(facts: Facts, head_dim: int, *, tensors: bool = False, trunc
         found["partial_rotary_factor"] = share(rotary_dim, head_dim)
     kind, factor = _scaling(facts)
     attention = facts.number("rope.scaling.attn_factor", 1.0)
-    original = facts.count("rope.scaling.original_context_length", _context(facts))
+    original = facts.count("rope.scaling.original_context_length", facts.context_length, most=MAX_LENGTH)
     yarn = _yarn_settings(facts, kind)
     freqs = _factors(facts, FREQS, rotary_dim) if tensors and kind != "longrope" else None
     long = _factors(facts, LONG, rotary_dim) if tensors else None
@@ -97,14 +98,6 @@ def share(rotary_dim: int, head_dim: int) -> float:
     return fraction if int(head_dim * fraction) == rotary_dim else math.nextafter(fraction, 1.0)
 
 
-def _context(facts: Facts) -> int:
-    return facts.count("context_length", MAX_CONTEXT)
-
-
-MAX_CONTEXT = 1 << 20
-"""Where the file does not say how long its texts were."""
-
-
 def _scaling(facts: Facts) -> tuple[str, float]:
     """Kind of scaling and its factor, 1.0 for none. The kind is linear if only a factor is there."""
     kind = facts.value("rope.scaling.type")
@@ -121,9 +114,7 @@ def _scaling(facts: Facts) -> tuple[str, float]:
 def _yarn_settings(facts: Facts, kind: str) -> dict[str, float]:
     """YaRN's settings that are there; without YaRN there must be none."""
     keys = {name: facts.value(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow", "attn_factor")}
-    given = {
-        name: facts.number(f"rope.scaling.yarn_{name}") for name, value in keys.items() if value is not None
-    }  # fmt: skip
+    given = {name: facts.number(f"rope.scaling.yarn_{name}") for name, value in keys.items() if value is not None}
     facts.expect("rope.scaling.yarn_ext_factor", 1.0, "any other is not in transformers")
     facts.expect("rope.scaling.yarn_log_multiplier", 0.0, "only latent attention has another")
     if given and kind != "yarn":
@@ -151,8 +142,6 @@ def _factors(facts: Facts, name: str, rotary_dim: int) -> list[float] | None:
     Raises: UsageError for another length, and for factors that are not above 0.
     """
     import numpy as np
-
-    from sinkexport.loading.gguf_tensors import dequantised
 
     if name not in facts.tensors:
         return None
