@@ -47,7 +47,7 @@ TENSORS: dict[str, tuple[dict[str, Any], str]] = {
     "a weight is missing": ({"blk.1.attn_q.weight": None}, r"no tensor 'blk\.1\.attn_q\.weight'"),
     "the embedding is missing": ({"token_embd.weight": None}, r"token_embd\.weight"),
     "the last norm is missing": ({"output_norm.weight": None}, r"no tensor 'output_norm\.weight'"),
-    "one bias of two layers": ({"blk.0.attn_q.bias": VECTOR}, r"no tensor 'blk\.1\.attn_q\.bias'"),
+    "one bias of two layers": ({"blk.0.attn_output.bias": VECTOR}, r"no tensor 'blk\.1\.attn_output\.bias'"),
     "an unknown tensor": ({"blk.0.attn_gate.weight": VECTOR}, r"'blk\.0\.attn_gate\.weight', which 'llama' has no"),
     "experts without their number": ({"blk.0.ffn_gate_inp.weight": VECTOR}, r"ffn_gate_inp"),
     "a layer too many": ({"blk.2.attn_norm.weight": VECTOR}, r"block_count' = 2 .* 3 layers"),
@@ -122,6 +122,10 @@ OTHERS: dict[str, tuple[Tiny, str]] = {
     "a share where whole heads are rotated": (tiny("qwen2", keys={"rope.dimension_count": 8}),
                                               r"rotation of 8 of 16 columns"),
     "experts in an architecture without": (tiny("qwen2", keys={"expert_count": 4}), r"'qwen2\.expert_count' = 4"),
+    "no biases of keys in any layer": (tiny("qwen2", biases=("attn_q", "attn_v")), r"no tensor 'blk\.0\.attn_k\.bias'"),
+    "no biases behind attention": (tiny("gpt-oss", tensors={"blk.0.attn_output.bias": None,
+                                                            "blk.1.attn_output.bias": None}),
+                                   r"no tensor 'blk\.0\.attn_output\.bias'"),
     "granite without rotation": (tiny("granite", keys={"logit_scale": 2.0, "rope.scaling.finetuned": False}),
                                  r"rope\.scaling\.finetuned' = False"),
     "olmo's eps": (tiny("olmo", keys={"attention.layer_norm_epsilon": 1e-6}), r"layer_norm_epsilon' = 1e-06"),
@@ -143,8 +147,8 @@ def test_others(what: str, tmp_path: Path) -> None:
 
 
 def test_keys_without_effect_are_no_obstacle(tmp_path: Path) -> None:
-    made = tiny("llama", keys={"rope.scaling.original_context_length": 4 << 20, "rope.scaling.finetuned": True, "expert_count": 0,
-                               "expert_used_count": 0, "attention.causal": True})  # fmt: skip
+    made = tiny("llama", keys={"rope.scaling.original_context_length": 4 << 20, "rope.scaling.finetuned": True,
+                               "expert_count": 0, "expert_used_count": 0, "attention.causal": True})  # fmt: skip
     made.keys["context_length"] = 4 << 20
     made.other_keys = {"general.sampling.temp": 0.7, "quantize.imatrix.file": "x", "quantize.imatrix.entries_count": 3,
                        "mradermacher.quantize_version": "2", "general.file_type": 1}  # fmt: skip

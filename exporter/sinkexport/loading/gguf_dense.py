@@ -178,7 +178,7 @@ def starcoder2(facts: Facts) -> Plan:
             "use_bias": biased(facts, "attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down"),
             "sliding_window": None,
         },
-        (*outer(), *pre_norms(), *attention(), *mlp),
+        (*outer(), *pre_norms(), *attention(output_bias=True), *mlp),
     )  # fmt: skip
 
 
@@ -212,8 +212,8 @@ def phi2(facts: Facts) -> Plan:
     return Plan(
         "PhiConfig",
         arguments | rotary(facts, length, partial=True) | {"layer_norm_eps": facts.number(EPS)},
-        (*outer(norm="model.final_layernorm"), layer("attn_norm", "input_layernorm"), *attention(output="dense"),
-         layer("ffn_up", "mlp.fc1"), layer("ffn_down", "mlp.fc2")),
+        (*outer(norm="model.final_layernorm"), layer("attn_norm", "input_layernorm"),
+         *attention(output="dense", output_bias=True), layer("ffn_up", "mlp.fc1"), layer("ffn_down", "mlp.fc2")),
     )  # fmt: skip
 
 

@@ -165,7 +165,7 @@ def gpt_oss(facts: Facts) -> Plan:
             "sliding_window": facts.count("attention.sliding_window"),
             "layer_types": layer_types(facts, 2),
         },
-        (*outer(), *norms, *attention(), layer("ffn_gate_inp", "mlp.router")),
+        (*outer(), *norms, *attention(output_bias=True), layer("ffn_gate_inp", "mlp.router")),
         tuple(rules),
     )  # fmt: skip
 

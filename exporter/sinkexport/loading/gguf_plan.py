@@ -137,13 +137,20 @@ def layer(gguf: str, hf: str, build: Any = None, *, optional_bias: bool = False,
     return Module(f"{BLOCK}{gguf}", f"{root}{hf}", build, optional_bias)
 
 
-def attention(query: Any = None, key: Any = None, *, output: str = "o_proj") -> tuple[Module, ...]:
-    """Projections of attention; query, key: how their rows are put in transformers' order."""
+def attention(query: Any = None, key: Any = None, *, output: str = "o_proj",
+              output_bias: bool = False) -> tuple[Module, ...]:  # fmt: skip
+    """Projections of attention. query, key: how their rows are put in transformers' order.
+
+    output_bias: whether the family always has a bias behind attention.
+    """
+    three = tuple(f"{BLOCK}attn_{letter}" for letter in "qkv")
+    builds = (query, key, None)
     return (
-        layer("attn_q", "self_attn.q_proj", query, optional_bias=True),
-        layer("attn_k", "self_attn.k_proj", key, optional_bias=True),
-        layer("attn_v", "self_attn.v_proj", optional_bias=True),
-        layer("attn_output", f"self_attn.{output}", optional_bias=True),
+        *(
+            Module(gguf, f"{LAYER}self_attn.{gguf[-1]}_proj", build, optional_bias=True, together=three)
+            for gguf, build in zip(three, builds, strict=True)
+        ),
+        layer("attn_output", f"self_attn.{output}", optional_bias=not output_bias),
     )
 
 

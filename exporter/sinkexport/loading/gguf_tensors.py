@@ -37,7 +37,8 @@ class Module:
     """Where the weight and the bias of a module are in a file.
 
     gguf, hf: names without ``.weight``; ``{i}`` is the layer. build: of the weight, and of the bias if `both`.
-    optional_bias: a model that has a bias there takes zeros, where the file has none in any layer.
+    optional_bias: a model that has a bias there takes zeros, where the file has none in any layer, nor any in the
+    modules that have theirs `together` with it.
     """
 
     gguf: str
@@ -45,6 +46,7 @@ class Module:
     build: Build | None = None
     optional_bias: bool = False
     both: bool = True
+    together: tuple[str, ...] = ()
 
 
 def module_rules(facts: Facts, modules: Iterable[Module]) -> Iterator[Rule]:
@@ -217,12 +219,9 @@ def _account(parameters: Mapping[str, Any], facts: Facts, modules: Sequence[Modu
 
 def _may_be_zero(parameter: str, facts: Facts, modules: Sequence[Module]) -> bool:
     module = _module_of(parameter.removesuffix(".bias"), modules)
-    return (
-        module is not None
-        and module.optional_bias
-        and parameter.endswith(".bias")
-        and not facts.has(f"{module.gguf}.bias")
-    )
+    if module is None or not module.optional_bias or not parameter.endswith(".bias"):
+        return False
+    return not any(facts.has(f"{name}.bias") for name in (module.gguf, *module.together))
 
 
 def _gguf_name(parameter: str, modules: Sequence[Module]) -> str:
