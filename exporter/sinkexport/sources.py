@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,7 +72,7 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
     from sinkexport.loading.tokenizer_checks import fitted
 
     origin = locate(source)
-    with _quiet_transformers(), _readable_errors(source), _gguf_read_once():
+    with _quiet_transformers(), _readable_errors(source):
         config = _config(origin)
         refuse_architecture(config)
         load = load_gguf if origin.is_gguf else load_checkpoint
@@ -95,7 +94,7 @@ def load_tokenizer(source: str) -> SourceTokenizer | None:
     from sinkexport.loading.tokenizer import source_tokenizer
 
     origin = locate(source)
-    with _quiet_transformers(), _readable_errors(source), _gguf_read_once():
+    with _quiet_transformers(), _readable_errors(source):
         return source_tokenizer(origin)
 
 
@@ -146,13 +145,15 @@ def locate(source: str) -> Origin:
 
     Raises: UsageError.
     """
+    from sinkexport.loading.gguf_file import model_name
+
     path = Path(source)
     location: dict[str, Any]
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise _no_model(source, "no such file")
         location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        name = path.stem
+        name = model_name(path)
     else:
         if path.is_dir() and not (path / "config.json").is_file():
             raise _no_model(source, "a folder without config.json")
@@ -179,26 +180,6 @@ def refuse_architecture(config: Any) -> None:
                 fix="see 'sinkexport inspect families'",
             )
         )
-
-
-@contextlib.contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """transformers parses a GGUF file, its vocabulary included, anew for configuration, weights and tokenizer, and
-    makes the table of an architecture's names anew for each module: most of the time that loading takes.
-    """
-    try:
-        import gguf
-    except ImportError:  # transformers says so, if the source is such a file
-        yield
-        return
-    costly = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    try:
-        for name, function in costly.items():
-            setattr(gguf, name, functools.cache(function))
-        yield
-    finally:
-        for name, function in costly.items():
-            setattr(gguf, name, function)
 
 
 @contextlib.contextmanager
