@@ -35,7 +35,7 @@ def plain_folder(model: Path, cache: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": str(model.parent), "gguf_file": model.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, trust_remote_code=False)
     # The weights are plain now, but the config still says "gguf", which save_pretrained refuses to write.
     loaded.hf_quantizer = None
     loaded.is_quantized = False
@@ -44,7 +44,7 @@ def plain_folder(model: Path, cache: Path) -> Path:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     loaded.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
+    AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(partial)
     partial.rename(target)
     return target
 

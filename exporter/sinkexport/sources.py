@@ -12,6 +12,9 @@ from typing import Any
 
 from sinkrt.errors import SinkError, UsageError, problem
 
+REASON_CHARACTERS = 300
+"""Of what a library says of a model that it cannot load."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
@@ -52,11 +55,12 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
     """
     import torch
 
-    from sinkexport.loading.checkpoint import load_checkpoint
+    from sinkexport.loading.checkpoint import checkpoint_notes, load_checkpoint, print_notes
     from sinkexport.loading.gguf_model import load_gguf
     from sinkexport.loading.tokenizer import source_tokenizer
 
     origin = locate(source)
+    print_notes(checkpoint_notes(origin))
     with _quiet_transformers(), _readable_errors(source), _gguf_read_once():
         config = _config(origin)
         refuse_architecture(config)
@@ -106,6 +110,9 @@ def locate(source: str) -> Origin:
 
     Raises: UsageError.
     """
+    from sinkexport.loading.loading_report import adapter_refused
+    from sinkexport.loading.weight_files import refuse_pointers
+
     path = Path(source)
     location: dict[str, Any]
     if path.suffix.lower() == ".gguf":
@@ -114,7 +121,11 @@ def locate(source: str) -> Origin:
         location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         name = path.stem
     else:
+        if path.is_dir():
+            refuse_pointers(path)
         if path.is_dir() and not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise adapter_refused(source)
             raise _no_model(source, "a folder without config.json")
         if not path.is_dir() and (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1):
             raise _no_model(source, "no such folder")
@@ -166,10 +177,24 @@ def _readable_errors(source: str) -> Iterator[None]:
     """Turn what transformers raises for a bad source (dozens of types) into one line."""
     try:
         yield
-    except SinkError:
+    except (SinkError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise _no_model(source, str(error).strip().splitlines()[0] if str(error) else type(error).__name__) from error
+    # SafetensorError, struct.error, AssertionError, TypeError, plain Exception of tokenizers ..: what the bytes of a
+    # damaged file lead to has no common type.
+    except Exception as error:
+        raise _no_model(source, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """One line of what a library says, without what a terminal would act on."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    words = lines[0] if isinstance(error, OSError | ValueError | RuntimeError | ImportError) else (
+        f"{type(error).__name__}: {lines[0]}")  # fmt: skip
+    if words.endswith(":") and len(lines) > 1:
+        words = f"{words} {lines[1]}"
+    return "".join(c if c.isprintable() else " " for c in words)[:REASON_CHARACTERS]
 
 
 @contextlib.contextmanager

@@ -16,4 +16,4 @@ def source_tokenizer(origin: Origin) -> Any | None:
 
     if origin.path is not None and origin.path.is_dir() and not any((origin.path / name).is_file() for name in FILES):
         return None
-    return transformers.AutoTokenizer.from_pretrained(**origin.location)
+    return transformers.AutoTokenizer.from_pretrained(**origin.location, trust_remote_code=False)
