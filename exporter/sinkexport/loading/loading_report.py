@@ -30,8 +30,9 @@ def refuse_numbers(tensors: Mapping[str, FileTensor]) -> None:
 
     Raises: UsageError naming them.
     """
+    buffers = [entry.names for entry in TABLE if not entry.family]
     odd = [name for name, tensor in tensors.items()
-           if tensor.dtype not in FLOATING and not any(entry.names.search(name) for entry in TABLE)]  # fmt: skip
+           if tensor.dtype not in FLOATING and not any(pattern.search(name) for pattern in buffers)]  # fmt: skip
     if odd:
         raise UsageError(problem("weights", received=f"{listed(odd)} of type {tensors[odd[0]].dtype}, and no "
                                  "quantization_config in config.json", expected="floating-point weights",

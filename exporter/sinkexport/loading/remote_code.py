@@ -31,4 +31,4 @@ def code_note(source: str, facts: Mapping[str, Any]) -> str | None:
             expected="a family that transformers knows",
             fix="look for a copy of the model in transformers' own format (often with '-hf' in its name)"))  # fmt: skip
     names = builtin if isinstance(builtin, str) else builtin[0]
-    return f"note: '{source}' comes with code of its own ({wanted or 'auto_map'}), which is not run; transformers' {names} is"
+    return f"note: '{source}' has code of its own ({wanted or 'auto_map'}), which is not run; transformers' {names} is"

@@ -86,8 +86,8 @@ def _chosen(folder: Path) -> str:
     there = [name for name in (SAFETENSORS, SAFETENSORS_INDEX, TORCH, TORCH_INDEX) if (folder / name).is_file()]
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (TORCH, TORCH_INDEX)):
         if single in there and index in there and set(_placed(folder / index).values()) != {single}:
-            raise UsageError(problem("weights", received=f"'{single}' and '{index}', which names other files",
-                                     expected="one or the other", fix="remove what is left of an earlier save"))  # fmt: skip
+            raise _refused(f"'{single}' and '{index}', which names other files", "one or the other",
+                           "remove what is left of an earlier save")  # fmt: skip
         if single in there or index in there:
             break
     if there:
