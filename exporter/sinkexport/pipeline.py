@@ -39,6 +39,7 @@ from sinkexport.bundle import (
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.build import BuiltGraph, build_graph
 from sinkexport.graph.passes.plugin_operators import refuse_geometry
+from sinkexport.loading.check_export import check_weights
 from sinkexport.model.decoder import StreamStep, trace
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, head_caches
@@ -62,9 +63,12 @@ def export(
     config: ExportConfig | None = None,
     *,
     overwrite: bool = False,
+    check: bool = True,
     report: Report = silent,
 ) -> Manifest:
     """Export the model `source` (local directory, ``.gguf`` file or Hub id) to the bundle folder `out`.
+
+    check: compare the weights of the bundle with the file that they came from.
 
     Raises: UsageError with the reason if the model cannot be exported exactly or `out` cannot be written.
     """
@@ -72,7 +76,7 @@ def export(
     report("load", 0, 1)
     loaded = load_model(source, WEIGHT_DTYPES[config.dtype])
     report("load", 1, 1)
-    return export_loaded(loaded, out, config, overwrite=overwrite, report=report)
+    return export_loaded(loaded, out, config, overwrite=overwrite, check=check, report=report)
 
 
 def export_loaded(
@@ -81,6 +85,7 @@ def export_loaded(
     config: ExportConfig,
     *,
     overwrite: bool = False,
+    check: bool = True,
     report: Report = silent,
 ) -> Manifest:
     """Export a model that is in memory already, in the dtype of its parameters, which must be `config`'s.
@@ -131,6 +136,9 @@ def export_loaded(
             write_graph_with_weights_of(chunk.model, stage, "prefill.onnx", "decode.onnx")
         for graph in graphs.values():
             onnx.checker.check_model(stage / graph.file)
+        if check:
+            report("weights", 0, 1)
+            check_weights(stage, [graph.file for graph in graphs.values()], loaded, config, shape.num_kv_heads)
         tokenizer = write_tokenizer(loaded.tokenizer, stage)
         report("hash", 0, 1)
         manifest = Manifest(

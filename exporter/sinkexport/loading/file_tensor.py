@@ -34,13 +34,18 @@ class FileTensor:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Rows and their length; a vector is one row."""
-        if not self.shape:
-            return 1, 1
+        """Rows and their length; each number of a vector is a row."""
+        if len(self.shape) < 2:
+            return int(np.prod(self.shape, dtype=np.int64)), 1
         return int(np.prod(self.shape[:-1], dtype=np.int64)), self.shape[-1]
 
+    @property
+    def size(self) -> int:
+        """Numbers in it."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
     def rows(self, indices: Indices) -> Floats:
-        """float32 [len(indices), last axis]."""
+        """float32 [len(indices), length of a row]."""
         return np.asarray(self.array().reshape(self.matrix_shape)[indices], np.float32)
 
     def columns(self, indices: Indices) -> Floats:
@@ -51,6 +56,30 @@ class FileTensor:
         """Which columns are cheap to read, of all rows."""
         width = self.matrix_shape[1]
         return np.unique(np.linspace(0, width - 1, SAMPLED_COLUMNS).astype(np.int64))
+
+    def reordered(self, order: Indices) -> FileTensor:
+        """The same with its rows in another order: row i is row order[i] of this."""
+        return ReorderedTensor(self.name, self.shape, self.dtype, self.file, self.array, source=self, order=order)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReorderedTensor(FileTensor):
+    """A tensor whose rows are those of `source`, in another order."""
+
+    source: FileTensor
+    order: Indices
+
+    def rows(self, indices: Indices) -> Floats:
+        """float32 [len(indices), length of a row]."""
+        return self.source.rows(self.order[indices])
+
+    def columns(self, indices: Indices) -> Floats:
+        """float32 [rows, len(indices)]."""
+        return self.source.columns(indices)[self.order]
+
+    def sampled_columns(self) -> Indices:
+        """Which columns are cheap to read, of all rows."""
+        return self.source.sampled_columns()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
