@@ -13,9 +13,10 @@ from sinkrt.errors import UsageError, problem
 from sinkexport.loading.file_tensor import FileTensor, QuantizedFileTensor
 from sinkexport.loading.graph_weights import GraphMatrix, read_graph
 from sinkexport.loading.no_effect import why_no_effect
-from sinkexport.loading.weight_check import Rounding, WeightCheck, differs, unclaimed
+from sinkexport.loading.weight_check import WeightCheck, differs, unclaimed
 from sinkexport.loading.weight_files import listed, torch_tensor
 from sinkexport.loading.weight_roles import LLAMA_ORDER, rows_of_halves
+from sinkexport.loading.weight_rounding import Rounding
 
 if TYPE_CHECKING:
     from sinkexport.config import ExportConfig
@@ -26,7 +27,9 @@ FREQUENCIES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_sh
 """Tensors of GGUF files that are read for the rotation, whose tables the probe has."""
 
 
-def check_weights(folder: Path, files: Sequence[str], loaded: LoadedModel, config: ExportConfig, num_kv_heads: int) -> None:
+def check_weights(
+    folder: Path, files: Sequence[str], loaded: LoadedModel, config: ExportConfig, num_kv_heads: int
+) -> None:
     """Compare the graphs of a bundle with the file that the model came from, or, if it was made in memory, with the
     model itself.
 
@@ -34,10 +37,10 @@ def check_weights(folder: Path, files: Sequence[str], loaded: LoadedModel, confi
 
     Raises: UsageError naming a tensor whose numbers are not in the graph, or a constant that is not of the file.
     """
-    model = loaded.model
+    model, is_gguf = loaded.model, loaded.origin is not None and loaded.origin.is_gguf
     tensors = source_tensors(loaded)
     check = WeightCheck(tensors, _shapes(model), _tied(model), _rounding(model, config, num_kv_heads),
-                        model.base_model_prefix)  # fmt: skip
+                        model.base_model_prefix, is_gguf=is_gguf)  # fmt: skip
     first = read_graph(folder / files[0])
     left = [t for t in check.compare(first) if t.name not in FREQUENCIES and why_no_effect(t, model) is None]
     if left:

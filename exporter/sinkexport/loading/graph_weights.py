@@ -59,6 +59,10 @@ class GraphMatrix:
     def __post_init__(self) -> None:
         object.__setattr__(self, "claimed", np.zeros(self.shape[0], bool))
 
+    def may_be_of(self, layer: int | None) -> bool:
+        """Whether it is read where the constants of a layer are, or there is no telling."""
+        return layer is None or self.layers[0] <= layer <= self.layers[1]
+
     @property
     def is_small(self) -> bool:
         """Whether its content can be compared as a whole."""
@@ -106,9 +110,8 @@ def read_graph(path: Path) -> list[GraphMatrix]:
         suffix = next((s for s in QUANTIZED if name.endswith(s)), None)
         if suffix is not None and f"{name.removesuffix(suffix)}.scales" in values:
             found.append(_quantized(name.removesuffix(suffix), suffix, value, values, layers))
-        elif not name.endswith(COMPANIONS) or tensor.dtype.is_floating_point() and not _has_base(name, values):
-            if tensor.dtype.is_floating_point():
-                found.append(_floating(name, tensor, layers))
+        elif tensor.dtype.is_floating_point() and not (name.endswith(COMPANIONS) and _has_base(name, values)):
+            found.append(_floating(name, tensor, layers))
     return found
 
 

@@ -9,94 +9,29 @@ must have come from the file.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.loading.file_tensor import FileTensor, Floats, Indices
-from sinkexport.loading.graph_weights import GraphMatrix, layer_of, read_graph
-from sinkexport.loading.weight_files import listed
+from sinkexport.loading.graph_weights import GraphMatrix, layer_of
+from sinkexport.loading.weight_places import Place, find_pieces, orientations, subplaces
 from sinkexport.loading.weight_roles import roles_agree
+from sinkexport.loading.weight_rounding import (
+    AS_IT_IS,
+    FOLDED_BY_CODE,
+    UNDONE_FOR_CODE,
+    Rounding,
+    Transform,
+)
 
 SAMPLED_ROWS = 8
+FOLDED = 1 << 20
+"""Numbers of a tensor that may have been computed with as the graph was built."""
+
 SMALL = 32
 """Constants of fewer numbers need not be of the file: slopes, indices, scalars."""
-
-EXACT, HALF = 2e-6, 1.5e-3
-"""How far a number may be off, relative to itself: float32 that is computed with, float16."""
-
-HALF_STEP = 6e-8
-"""Half of float16's least step and a bit."""
-
-MAX_SHARE = 0.6
-"""Of a tensor's numbers, in the root mean square, that rounding for its inputs (GPTQ, clipped scales) may change."""
-
-SCALES_ALIKE = 1e-3
-
-Transform = Callable[[Floats], Floats]
-TRANSFORMS: Mapping[str, Transform] = {
-    "as it is": lambda x: x,
-    "x + 1": lambda x: x + 1,  # norms that store scale - 1
-    "x - 1": lambda x: x - 1,  # the same, where the file adds 1 and the graph does not
-    "-exp x": lambda x: -np.exp(x),  # decay rates
-    "log -x": lambda x: np.log(np.where(x < 0, -x, np.nan)),
-    "exp x": np.exp,
-    "sigmoid x": lambda x: 1 / (1 + np.exp(-x)),
-    "tanh x": np.tanh,
-}  # fmt: skip
-"""What a family's code computes of a vector before anything else, which is folded as the graph is built."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rounding:
-    """How far the numbers of a graph may be from the file's.
-
-    half: they are float16, or computed with float16. nearest: integers are those nearest to the numbers; otherwise
-    they were chosen for the inputs, or scales clip. divisors: by module, what its input was divided by and its weights
-    multiplied (SmoothQuant); num_kv_heads: to which heads of values those of an attention's output belong.
-    """
-
-    half: bool = False
-    nearest: bool = True
-    divisors: Mapping[str, Floats] = dataclasses.field(default_factory=dict)
-    num_kv_heads: int = 1
-
-    def fits(self, file: Floats, graph: Floats, steps: Floats) -> bool:
-        """Whether numbers of the graph, [n, m] with their steps, are those of the file."""
-        if graph.shape != file.shape or not np.isfinite(graph).all():
-            return False
-        relative, least = (HALF, HALF_STEP) if self.half else (EXACT, 1e-30)
-        gap = np.abs(graph - file)
-        allowed = relative * np.maximum(np.abs(file), np.abs(graph)) + least
-        if not steps.any():
-            return bool((gap <= allowed).all())
-        if self.nearest:
-            return bool((gap <= allowed + 1.01 * steps).all())
-        power = float(np.square(file, dtype=np.float64).sum())
-        close = float(np.square(gap, dtype=np.float64).sum()) <= MAX_SHARE**2 * power
-        return close or bool((gap <= allowed + 1.01 * steps).all())
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Rows of a matrix: `count` from `start` on, every `stride`-th. parameter: the model's name for it, if it has one;
-    half: of a fused gate and up, 0 or 1."""
-
-    matrix: GraphMatrix
-    start: int
-    count: int
-    parameter: str = ""
-    half: int | None = None
-    stride: int = 1
-
-    def rows(self, indices: Indices | None = None) -> Indices:
-        """Rows of the matrix, of these of the place or of all."""
-        return self.start + self.stride * (np.arange(self.count, dtype=np.int64) if indices is None else indices)
-
 
 class WeightCheck:
     """One comparison. tensors: of the file. parameters: shape of each of the model's parameters, by all its names;
@@ -104,13 +39,15 @@ class WeightCheck:
 
     def __init__(
         self, tensors: Mapping[str, FileTensor], parameters: Mapping[str, tuple[int, ...]],
-        tied: Sequence[frozenset[str]], rounding: Rounding, prefix: str,
+        tied: Sequence[frozenset[str]], rounding: Rounding, prefix: str, *, is_gguf: bool = False,
     ) -> None:  # fmt: skip
         self._tensors = tensors
         self.parameters = parameters
         self._tied = {name: names for names in tied for name in names}
         self._rounding = rounding
         self._prefix = prefix
+        self._of_folded = AS_IT_IS if is_gguf else FOLDED_BY_CODE
+        self._of_named = UNDONE_FOR_CODE if is_gguf else AS_IT_IS
         self.accounted: set[str] = set()
         """Names of parameters that came from the file."""
         self.folded: set[str] = set()
@@ -158,14 +95,11 @@ class WeightCheck:
     # --- by name ---
 
     def _claim_named(self, tensor: FileTensor, place: Place) -> bool:
-        for candidate in _orientations(place, tensor):
-            for columns, rows in self._factors(candidate.parameter, candidate.count, tensor):
+        for candidate in orientations(place):
+            for columns, rows in self._factors(candidate, tensor):
                 if self._fits(tensor, candidate, columns, rows):
                     self._claim(candidate)
                     return True
-            if tensor.matrix_shape[1] == 1 and self._fits_folded(tensor, candidate):
-                self._claim(candidate)
-                return True
         return False
 
     def _fits(
@@ -193,58 +127,52 @@ class WeightCheck:
                 return False
         return True
 
-    def _factors(
-        self, parameter: str, count: int, tensor: FileTensor
-    ) -> Iterable[tuple[Floats | None, Floats | None]]:
+    def _factors(self, place: Place, tensor: FileTensor) -> Iterable[tuple[Floats | None, Floats | None]]:
         """By what smoothing may have multiplied the columns and the rows of a parameter."""
-        divisors, layer = self._rounding.divisors, layer_of(parameter)
         yield None, None
+        divisors = self._rounding.divisors
         if not divisors:
             return
-        module, width = parameter.removesuffix(".weight"), tensor.matrix_shape[1]
-        own = divisors.get(module)
-        columns = [None] if own is None or width == 1 else [own]
+        own = divisors.get(place.parameter.removesuffix(".weight"))
+        columns = [None] if own is None or tensor.matrix_shape[1] == 1 else [own]
+        layer = layer_of(place.parameter)
         rows: list[Floats | None] = [None]
         for name, found in divisors.items():
             if layer is not None and layer_of(name) != layer:
                 continue
-            if len(found) == count:
+            if len(found) == place.count:
                 rows.append(1.0 / found)
-            per_head = found.reshape(self._rounding.num_kv_heads, -1) if len(found) % self._rounding.num_kv_heads == 0 \
-                else found[None]  # fmt: skip
-            head_dim = count // len(per_head)
-            if len(found) > count and head_dim and count % len(per_head) == 0:  # of grouped values
-                rows.append((1.0 / per_head[:, :head_dim]).reshape(-1))
-        yield from ((c, r) for c in columns for r in rows)
+            groups, odd = divmod(len(found), place.count)
+            if groups > 1 and not odd:  # values whose heads are shared by groups of queries
+                heads = found.reshape(self._rounding.num_kv_heads, groups, -1)
+                rows.append((1.0 / heads[:, 0]).reshape(-1))
+        yield from ((column, row) for column in columns for row in rows)
 
     # --- by content ---
 
-    def _fits_folded(self, tensor: FileTensor, place: Place) -> bool:
-        return any(self._fits_transformed(tensor, place, transform) for transform in TRANSFORMS.values())
+    def _fits_vector(self, tensor: FileTensor, place: Place) -> bool:
+        """Whether a parameter holds what the family's code makes the tensor's numbers of."""
+        if tensor.matrix_shape[1] != 1 or place.matrix.shape[1] != 1:
+            return False
+        graph, _steps = place.matrix.read(place.rows(), np.zeros(1, np.int64))
+        return self._fits_transformed(tensor, graph, self._of_named)
 
-    def _fits_transformed(self, tensor: FileTensor, place: Place, transform: Transform) -> bool:
-        graph, steps = place.matrix.read(place.rows(), np.zeros(1, np.int64))
+    def _fits_transformed(self, tensor: FileTensor, graph: Floats, transforms: Sequence[Transform]) -> bool:
+        """Whether numbers [n, 1] of the graph are something that a family's code computes of the tensor."""
+        file = np.asarray(tensor.rows(np.arange(tensor.matrix_shape[0])), np.float32).reshape(-1, 1)
         with np.errstate(all="ignore"):
-            wanted = np.asarray(transform(tensor.columns(np.zeros(1, np.int64))), np.float32)
-        return self._rounding.fits(wanted, graph, steps)
+            return any(self._rounding.fits(np.asarray(transform(file), np.float32), graph, np.zeros_like(graph))
+                       for transform in transforms)  # fmt: skip
 
     def _claim_folded(self, tensor: FileTensor, anonymous: Sequence[GraphMatrix]) -> bool:
         """Look in constants that were computed of weights, and have no names."""
         layer = layer_of(tensor.name)
         for free in (True, False):  # two tensors may hold the same numbers
             for matrix in anonymous:
-                if matrix.claimed.all() == free or (layer is not None and not matrix.layers[0] <= layer <= matrix.layers[1]):
-                    continue
-                if matrix.raw is None or matrix.raw().size != tensor.size:
+                if matrix.claimed.all() == free or not matrix.may_be_of(layer) or matrix.raw is None:
                     continue
                 values = np.asarray(matrix.raw(), np.float32).reshape(-1, 1)
-                own = np.asarray(tensor.array(), np.float32).reshape(-1, 1) if tensor.size <= 1 << 20 else None
-                if own is None:
-                    continue
-                with np.errstate(all="ignore"):
-                    fits = any(self._rounding.fits(np.asarray(transform(own), np.float32), values, np.zeros_like(values))
-                               for transform in TRANSFORMS.values())  # fmt: skip
-                if fits:
+                if values.size == tensor.size <= FOLDED and self._fits_transformed(tensor, values, self._of_folded):
                     matrix.claimed[:] = True
                     self.folded.add(tensor.name)
                     self._note(tensor.name)
@@ -254,68 +182,30 @@ class WeightCheck:
     def _claim_found(self, tensor: FileTensor, by_layer: Mapping[int | None, list[Place]]) -> bool:
         """Look in all constants of the tensor's layer, whatever their names: whole, then in pieces."""
         places = [place for place in by_layer.get(layer_of(tensor.name), []) if tensor.size]
-        for place in _subplaces(places, tensor):
-            if not roles_agree(tensor.name, place.parameter, place.half):
+        for place in subplaces(places, tensor):
+            if not self._may_be(tensor, place):
                 continue
-            if self._fits(tensor, place) or (tensor.matrix_shape[1] == 1 and self._fits_folded(tensor, place)):
+            if self._fits(tensor, place) or self._fits_vector(tensor, place):
                 self._claim(place)
                 return True
         return self._claim_pieces(tensor, places)
 
     def _claim_pieces(self, tensor: FileTensor, places: Sequence[Place]) -> bool:
-        """A tensor that the model has in several parameters, or whose rows lie between others'."""
-        if len(tensor.shape) < 2:
-            return False
-        columns = tensor.sampled_columns()
-        wanted = tensor.columns(columns)
-        candidates = [p for place in places for p in _orientations(place, tensor) if p.matrix.shape[1] == tensor.shape[-1]]
-        if not candidates:
-            return False
-        owner = np.repeat(np.arange(len(candidates)), [place.count for place in candidates])
-        row = np.concatenate([place.rows() for place in candidates])
-        read = [place.matrix.read(place.rows(), columns) for place in candidates]
-        graph, steps = (np.concatenate([pair[i] for pair in read]) for i in (0, 1))
-        pieces: list[Place] = []
+        pieces = find_pieces(tensor, [p for place in places for p in orientations(place)], self._rounding)
         start = 0
-        while start < len(wanted):
-            found = self._longest_run(wanted[start:], graph, steps, owner)
-            if found is None:
+        for piece in pieces:
+            order = np.arange(start, start + piece.count, dtype=np.int64)
+            if not self._may_be(tensor, piece) or not self._fits(tensor, piece, order=order):
                 return False
-            first, stride, length = found
-            place = candidates[owner[first]]
-            piece = Place(place.matrix, int(row[first]), length, place.parameter, None, stride)
-            order = np.arange(start, start + length, dtype=np.int64)
-            if not roles_agree(tensor.name, place.parameter, None) or not self._fits(tensor, piece, order=order):
-                return False
-            pieces.append(piece)
-            start += length
+            start += piece.count
         for piece in pieces:
             self._claim(piece)
-        return True
+        return bool(pieces)
 
-    def _longest_run(
-        self, wanted: Floats, graph: Floats, steps: Floats, owner: Indices
-    ) -> tuple[int, int, int] | None:
-        """Where the first rows of `wanted` lie one after the other, or every second: first row, stride and how many."""
-        first = [i for i in range(len(graph)) if self._rounding.fits(wanted[:1], graph[i : i + 1], steps[i : i + 1])] \
-            if len(graph) < 1 << 12 else self._rows_like(wanted[0], graph, steps)  # fmt: skip
-        best: tuple[int, int, int] | None = None
-        for begin in first:
-            for stride in (1, 2):
-                run = np.arange(begin, len(graph), stride)[: len(wanted)]
-                run = run[owner[run] == owner[begin]]
-                gap = np.abs(graph[run] - wanted[: len(run)])
-                relative = HALF if self._rounding.half else EXACT
-                close = (gap <= relative * np.abs(wanted[: len(run)]) + HALF_STEP + 1.01 * steps[run]).all(axis=1)
-                length = len(run) if close.all() else int(close.argmin())
-                if length and (best is None or length > best[2]):
-                    best = (int(begin), stride, length)
-        return best
-
-    def _rows_like(self, wanted: Floats, graph: Floats, steps: Floats) -> list[int]:
-        relative = HALF if self._rounding.half else EXACT
-        close = np.abs(graph - wanted) <= relative * np.abs(wanted) + HALF_STEP + 1.01 * steps
-        return [int(i) for i in np.flatnonzero(close.all(axis=1))]
+    def _may_be(self, tensor: FileTensor, place: Place) -> bool:
+        """Whether the names agree: the tensor's and any that the parameter has."""
+        names = self._tied.get(place.parameter, (place.parameter,))
+        return any(roles_agree(tensor.name, name, place.half) for name in names)
 
     # --- accounts ---
 
@@ -326,36 +216,6 @@ class WeightCheck:
 
     def _note(self, name: str) -> None:
         self.accounted.update(self._names(name))
-
-
-def _orientations(place: Place, tensor: FileTensor) -> list[Place]:
-    """A place, and where it is a pile of matrices the same with each of them transposed."""
-    found = [place]
-    if place.matrix.swapped is not None and len(place.matrix.parts) == 1:
-        found.append(dataclasses.replace(place, matrix=place.matrix.swapped, count=place.matrix.swapped.shape[0]))
-    return found
-
-
-def _subplaces(places: Sequence[Place], tensor: FileTensor) -> Iterable[Place]:
-    """Where a tensor may lie: a whole parameter, one expert's matrix, or one half of it."""
-    count, width = tensor.matrix_shape
-    numbers = [int(part) for part in tensor.name.split(".") if part.isdigit()]
-    for place in places:
-        for whole in _orientations(place, tensor):
-            if whole.matrix.shape[1] < width:
-                continue
-            if whole.count == count:
-                yield whole
-            elif len(numbers) > 1 and whole.count % count == 0:
-                expert = numbers[1]
-                for share in (1, 2):  # of an expert's rows: all, or gate before up
-                    block = count * share
-                    if (expert + 1) * block > whole.count or whole.count % block:
-                        continue
-                    for half in range(share):
-                        half_of = half if share == 2 else None
-                        start = whole.start + expert * block + half * count
-                        yield Place(whole.matrix, start, count, whole.parameter, half_of)
 
 
 def differs(tensor: FileTensor, why: str) -> UsageError:

@@ -1,0 +1,103 @@
+"""Where in the constants of a graph a tensor of a file may lie."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from sinkexport.loading.file_tensor import FileTensor, Floats, Indices
+from sinkexport.loading.graph_weights import GraphMatrix
+from sinkexport.loading.weight_rounding import Rounding
+
+STRIDES = (1, 2)
+"""Rows lie one after the other, or every second one: gates between what they multiply."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Rows of a matrix: `count` from `start` on, every `stride`-th. parameter: the model's name for it, if it has one;
+    half: of a fused gate and up, 0 or 1."""
+
+    matrix: GraphMatrix
+    start: int
+    count: int
+    parameter: str = ""
+    half: int | None = None
+    stride: int = 1
+
+    def rows(self, indices: Indices | None = None) -> Indices:
+        """Rows of the matrix, of these of the place or of all."""
+        return self.start + self.stride * (np.arange(self.count, dtype=np.int64) if indices is None else indices)
+
+
+def orientations(place: Place) -> list[Place]:
+    """A place, and where it is a pile of matrices the same with each of them transposed."""
+    found = [place]
+    if place.matrix.swapped is not None and len(place.matrix.parts) == 1:
+        found.append(dataclasses.replace(place, matrix=place.matrix.swapped, count=place.matrix.swapped.shape[0]))
+    return found
+
+
+def subplaces(places: Sequence[Place], tensor: FileTensor) -> Iterable[Place]:
+    """Where a tensor may lie: a whole parameter, one expert's matrix, or one half of it."""
+    count, width = tensor.matrix_shape
+    numbers = [int(part) for part in tensor.name.split(".") if part.isdigit()]
+    for place in places:
+        for whole in orientations(place):
+            if whole.matrix.shape[1] < width:
+                continue
+            if whole.count == count:
+                yield whole
+            elif len(numbers) > 1 and whole.count % count == 0:
+                expert = numbers[1]
+                for share in (1, 2):  # of an expert's rows: all, or gate before up
+                    block = count * share
+                    if (expert + 1) * block > whole.count or whole.count % block:
+                        continue
+                    for half in range(share):
+                        half_of = half if share == 2 else None
+                        start = whole.start + expert * block + half * count
+                        yield Place(whole.matrix, start, count, whole.parameter, half_of)
+
+
+def find_pieces(tensor: FileTensor, places: Sequence[Place], rounding: Rounding) -> list[Place]:
+    """A tensor that the model has in several parameters, or whose rows lie between others', as the pieces that follow
+    each other in it, by some columns of all rows; none: it is not there as a whole.
+    """
+    places = [place for place in places if place.matrix.shape[1] == tensor.shape[-1]] if len(tensor.shape) > 1 else []
+    if not places:
+        return []
+    columns = tensor.sampled_columns()
+    wanted = tensor.columns(columns)
+    owner = np.repeat(np.arange(len(places)), [place.count for place in places])
+    row = np.concatenate([place.rows() for place in places])
+    read = [place.matrix.read(place.rows(), columns) for place in places]
+    graph, steps = (np.concatenate([pair[i] for pair in read]) for i in (0, 1))
+    pieces: list[Place] = []
+    start = 0
+    while start < len(wanted):
+        first, stride, length = _longest_run(wanted[start:], graph, steps, owner, rounding)
+        if not length:
+            return []
+        place = places[owner[first]]
+        pieces.append(Place(place.matrix, int(row[first]), length, place.parameter, None, stride))
+        start += length
+    return pieces
+
+
+def _longest_run(
+    wanted: Floats, graph: Floats, steps: Floats, owner: Indices, rounding: Rounding
+) -> tuple[int, int, int]:
+    """Where the first rows of `wanted` follow each other in one place: first row, stride and how many, at most 0."""
+    best = (0, 1, 0)
+    for begin in np.flatnonzero(rounding.close(wanted[:1], graph, steps).all(axis=1)):
+        for stride in STRIDES:
+            run = np.arange(begin, len(graph), stride)[: len(wanted)]
+            run = run[owner[run] == owner[begin]]
+            close = rounding.close(wanted[: len(run)], graph[run], steps[run]).all(axis=1)
+            length = len(run) if close.all() else int(close.argmin())
+            if length > best[2]:
+                best = (int(begin), stride, length)
+    return best
