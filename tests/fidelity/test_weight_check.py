@@ -1,6 +1,6 @@
 """The check of an export's weights against the file: no false alarms, and what it must see.
 
-The models here are spoiled after they were loaded, as a faulty loader would: the file stays as it was.
+Healthy models are exported with the check, and then compared with files that their graphs were not made of.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from click.testing import CliRunner
 from sinkexport.cli import cli
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
+from sinkexport.loading.check_export import check_weights
 from sinkexport.loading.file_tensor import FileTensor
 from sinkexport.loading.graph_weights import read_graph
 from sinkexport.loading.safetensors_reader import read_safetensors
@@ -23,233 +26,279 @@ from sinkexport.loading.weight_roles import rows_of_halves
 from sinkexport.loading.weight_rounding import Rounding
 from sinkexport.pipeline import export, export_loaded
 from sinkexport.quant.recipe import load_recipe
-from sinkexport.sources import LoadedModel, load_model
+from sinkexport.sources import LoadedModel, Origin, load_model
+from sinkrt.contract import load_manifest
 from sinkrt.errors import UsageError
 
 from tests.exporter.tiny_models import tiny_model
 from tests.real_model import smollm2_file
 
-Spoil = Callable[[Any], None]
+Arrays = dict[str, np.ndarray]
+Spoil = Callable[[Arrays], None]
+WEIGHTS = "model.safetensors"
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"chunk_size": 4}),
+    "llama in 4 bits": ("llama", {"recipe": "int4-nearest"}),
+    "tied, float16": ("llama-tied", {"dtype": "fp16", "chunk_size": 4}),
+    "gemma": ("gemma3_text", {"chunk_size": 4}),
+    "experts": ("mixtral", {}),
+    "experts in 8 bits": ("mixtral", {"recipe": "int8-channel"}),
+    "transposed experts": ("gpt_oss", {"chunk_size": 4}),
+    "linear attention": ("qwen3_next", {"recipe": "int8-dynamic"}),
+    "biases": ("codegen", {"recipe": "int8-weights"}),
+    "native": ("llama-mha", {"recipe": "int8-channel", "target": "tensorrt", "native": True}),
+}
+
+
+class Exported:
+    """A bundle of a folder, and the means to compare it with another file."""
+
+    def __init__(self, folder: Path, name: str, options: dict[str, Any]) -> None:
+        tiny_model(name).save_pretrained(folder / "model")
+        recipe = options.get("recipe")
+        self.config = ExportConfig(**{"num_sink_tokens": 1, "window_size": 9, "chunk_size": 1, **options,
+                                      "recipe": None if recipe is None else load_recipe(recipe)})  # fmt: skip
+        self.loaded = load_model(str(folder / "model"), WEIGHT_DTYPES[self.config.dtype])
+        self.bundle = folder / "bundle"
+        export_loaded(self.loaded, self.bundle, self.config)  # with the check: no false alarm
+        self.source = folder / "model"
+
+    def refusal(self, spoil: Spoil, folder: Path) -> str:
+        """The line with which the bundle is refused if a file like this was its source."""
+        shutil.copytree(self.source, folder)
+        arrays = safetensors.numpy.load_file(folder / WEIGHTS)
+        spoil(arrays)
+        safetensors.numpy.save_file(arrays, folder / WEIGHTS, {"format": "pt"})
+        return self.refusal_of(Origin(str(folder), folder, {}, "tiny"))
+
+    def compare(self, origin: Origin) -> None:
+        files = [graph.file for graph in load_manifest(self.bundle).graphs.values()]
+        check_weights(self.bundle, files, LoadedModel(self.loaded.model, None, "tiny", origin), self.config, 2)
+
+    def refusal_of(self, origin: Origin) -> str:
+        with pytest.raises(UsageError) as refused:
+            self.compare(origin)
+        assert "\n" not in str(refused.value)
+        return str(refused.value)
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    made: dict[str, Exported] = {}
 
-    def save(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            tiny_model(name).save_pretrained(made[name])
-        return made[name]
+    def export(kind: str) -> Exported:
+        if kind not in made:
+            made[kind] = Exported(tmp_path_factory.mktemp("exported"), *KINDS[kind])
+        return made[kind]
 
-    return save
-
-
-def config(**options: Any) -> ExportConfig:
-    recipe = options.pop("recipe", None)
-    loaded = None if recipe is None else load_recipe(recipe)
-    return ExportConfig(**{"num_sink_tokens": 1, "window_size": 9, "chunk_size": 1, "recipe": loaded, **options})
+    return export
 
 
-def refusal(source: Path, spoil: Spoil, out: Path, **options: Any) -> str:
-    """The line with which an export of a spoiled model is refused; unspoiled it is written."""
-    loaded = load_model(str(source), WEIGHT_DTYPES[options.get("dtype", "fp32")])
-    with torch.no_grad():
-        spoil(loaded.model)
-    with pytest.raises(UsageError) as refused:
-        export_loaded(loaded, out, config(**options))
-    assert not out.exists()
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
-
-
-# --- no false alarms ---
-
-KINDS = [
-    ("llama", {"chunk_size": 4}), ("llama-tied", {"dtype": "fp16", "chunk_size": 4}), ("gemma2", {"chunk_size": 4}),
-    ("mixtral", {"recipe": "int4-nearest"}), ("qwen3_next", {"recipe": "int8-dynamic", "chunk_size": 4}),
-    ("gpt_oss", {"chunk_size": 4}), ("codegen", {"recipe": "int8-weights"}), ("bloom", {"recipe": "int8-channel"}),
-    ("llama-mha", {"recipe": "int8-channel", "target": "tensorrt", "native": True}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "options"), KINDS, ids=str)
-def test_healthy_models_are_written(
-    saved: Callable[[str], Path], tmp_path: Path, name: str, options: dict[str, Any]
-) -> None:
-    export(str(saved(name)), tmp_path / "out", config(**options))
-
-
-def test_a_model_in_memory_is_compared_with_itself(tmp_path: Path) -> None:
-    export_loaded(LoadedModel(tiny_model("mistral"), None, "tiny"), tmp_path / "out", config())
+@pytest.mark.parametrize("kind", KINDS)
+def test_healthy_models_are_written(exported: Callable[[str], Exported], kind: str) -> None:
+    exported(kind)
 
 
 @pytest.mark.slow
 def test_the_real_model_is_written(tmp_path: Path) -> None:
-    export(str(smollm2_file()), tmp_path / "out", config(window_size=60, recipe="int8-weights"))
+    recipe = load_recipe("int8-weights")
+    export(str(smollm2_file()), tmp_path / "out", ExportConfig(window_size=60, chunk_size=1, recipe=recipe))
 
 
-# --- what it must see ---
+# --- what it must see: the file is not that which the graph was made of, as with a faulty loader ---
 
 
-def layer(model: Any, index: int) -> Any:
-    return model.model.layers[index]
+def _swap(arrays: Arrays, one: str, other: str) -> None:
+    arrays[one], arrays[other] = arrays[other], arrays[one]
 
 
-def _random_projection(model: Any) -> None:
-    layer(model, 1).self_attn.q_proj.weight.normal_(0.0, 0.25)
+def _random_projection(arrays: Arrays) -> None:
+    name = "model.layers.1.self_attn.q_proj.weight"
+    arrays[name] = np.random.default_rng(0).normal(0.0, 0.25, arrays[name].shape).astype(np.float32)
 
 
-def _random_norm(model: Any) -> None:
-    model.model.norm.weight.fill_(1.0)
+def _ones_as_norm(arrays: Arrays) -> None:
+    arrays["model.norm.weight"] = np.ones(48, np.float32)
 
 
-def _swapped_layers(model: Any) -> None:
-    layers = model.model.layers
-    for one, other in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
-        kept = one.clone()
-        one.copy_(other)
-        other.copy_(kept)
+def _swapped_layers(arrays: Arrays) -> None:
+    for name in [name for name in arrays if ".layers.0." in name]:
+        _swap(arrays, name, name.replace(".0.", ".1."))
 
 
-def _swapped_gate(model: Any) -> None:
-    mlp = layer(model, 0).mlp
-    kept = mlp.gate_proj.weight.clone()
-    mlp.gate_proj.weight.copy_(mlp.up_proj.weight)
-    mlp.up_proj.weight.copy_(kept)
+def _swapped_gate(arrays: Arrays) -> None:
+    _swap(arrays, "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight")
 
 
-def _permuted_heads(model: Any) -> None:
-    """As if a GGUF file's order of rows had been left."""
-    weight = layer(model, 0).self_attn.k_proj.weight
-    weight.copy_(weight[torch.from_numpy(np.argsort(rows_of_halves(2, len(weight))))])
+def _permuted_heads(arrays: Arrays) -> None:
+    name = "model.layers.0.self_attn.k_proj.weight"
+    arrays[name] = arrays[name][rows_of_halves(2, len(arrays[name]))]
 
 
-def _two_rows_swapped(model: Any) -> None:
-    weight = layer(model, 0).self_attn.v_proj.weight
-    weight[[3, 17]] = weight[[17, 3]].clone()
+def _two_rows_swapped(arrays: Arrays) -> None:
+    array = arrays["model.layers.0.self_attn.v_proj.weight"]
+    array[[3, 17]] = array[[17, 3]]
 
 
-def _scaled(model: Any) -> None:
-    layer(model, 1).mlp.down_proj.weight.mul_(1.05)
+def _scaled(arrays: Arrays) -> None:
+    arrays["model.layers.1.mlp.down_proj.weight"] *= 1.5
 
 
-def _other_head(model: Any) -> None:
-    model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+def _other_head(arrays: Arrays) -> None:
+    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
 
 
-@pytest.mark.parametrize(("spoil", "told"), [
-    (_random_projection, "model.layers.1.self_attn.q_proj.weight"), (_random_norm, "model.norm.weight"),
+def _dropped_bias(arrays: Arrays) -> None:
+    arrays["model.layers.0.self_attn.q_proj.bias"] = np.ones(96, np.float32)
+
+
+@pytest.mark.parametrize(("spoil", "named"), [
+    (_random_projection, "model.layers.1.self_attn.q_proj.weight"), (_ones_as_norm, "model.norm.weight"),
     (_swapped_layers, "model.layers.0."), (_swapped_gate, "model.layers.0.mlp.gate_proj.weight"),
     (_permuted_heads, "model.layers.0.self_attn.k_proj.weight"),
     (_two_rows_swapped, "model.layers.0.self_attn.v_proj.weight"),
     (_scaled, "model.layers.1.mlp.down_proj.weight"), (_other_head, "lm_head.weight"),
+    (_dropped_bias, "model.layers.0.self_attn.q_proj.bias"),
 ])  # fmt: skip
-@pytest.mark.parametrize("options", [{}, {"recipe": "int4-nearest"}], ids=str)
-def test_a_spoiled_weight_is_named(
-    saved: Callable[[str], Path], tmp_path: Path, spoil: Spoil, told: str, options: dict[str, Any]
+@pytest.mark.parametrize("kind", ["llama", "llama in 4 bits"])
+def test_another_files_weight_is_named(
+    exported: Callable[[str], Exported], tmp_path: Path, spoil: Spoil, named: str, kind: str
 ) -> None:
-    if spoil is _scaled and options:
-        pytest.skip("5% are less than a step of 4 bits")
-    assert told in refusal(saved("llama"), spoil, tmp_path / "out", **options)
+    assert f"'{named}" in exported(kind).refusal(spoil, tmp_path / "model").replace("weights ", "")
 
 
-def _expert_for_another(model: Any) -> None:
-    experts = layer(model, 0).mlp.experts
-    experts.gate_up_proj[3] = experts.gate_up_proj[2]
-
-
-def _expert_random(model: Any) -> None:
-    layer(model, 1).mlp.experts.down_proj[7].normal_()
-
-
-def _experts_gate_after_up(model: Any) -> None:
-    weight = layer(model, 0).mlp.experts.gate_up_proj
-    weight.copy_(weight.roll(weight.shape[1] // 2, dims=1))
-
-
-@pytest.mark.parametrize(("spoil", "told"), [(_expert_for_another, ".experts.3.w"), (_expert_random, ".experts.7.w2"),
-                                             (_experts_gate_after_up, ".experts.0.w")])  # fmt: skip
-@pytest.mark.parametrize("options", [{}, {"recipe": "int8-channel"}], ids=str)
-def test_spoiled_experts_are_named(
-    saved: Callable[[str], Path], tmp_path: Path, spoil: Spoil, told: str, options: dict[str, Any]
-) -> None:
-    assert told in refusal(saved("mixtral"), spoil, tmp_path / "out", **options)
-
-
-def test_a_norm_that_is_folded_is_compared(saved: Callable[[str], Path], tmp_path: Path) -> None:
-    """Gemma stores scale - 1: the graph has a constant of another content without a name."""
-
-    def spoil(model: Any) -> None:
-        model.model.norm.weight.zero_()
-
-    assert "model.norm.weight" in refusal(saved("gemma2"), spoil, tmp_path / "out")
-
-
-def test_folded_norms_of_two_layers_are_not_mistaken(saved: Callable[[str], Path], tmp_path: Path) -> None:
-    def spoil(model: Any) -> None:
-        norms = [layer(model, i).input_layernorm.weight for i in (0, 2)]
-        kept = norms[0].clone()
-        norms[0].copy_(norms[1])
-        norms[1].copy_(kept)
-
-    assert "input_layernorm" in refusal(saved("gemma3_text"), spoil, tmp_path / "out")
-
-
-def test_a_parameter_that_the_file_lacks_is_named(saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_parameter_that_the_file_lacks_is_named(exported: Callable[[str], Exported], tmp_path: Path) -> None:
     """As if the loader had filled it with ones, and had not said so."""
-    loaded = load_model(str(saved("llama")))
-    import safetensors.numpy
-
-    folder = Path(shutil.copytree(saved("llama"), tmp_path / "model"))
-    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
-    del arrays["model.norm.weight"]
-    safetensors.numpy.save_file(arrays, folder / "model.safetensors", {"format": "pt"})
-    assert loaded.origin is not None
-    moved = LoadedModel(loaded.model, None, "tiny", type(loaded.origin)(str(folder), folder, {}, "tiny"))
-    with pytest.raises(UsageError, match=r"1 constants of the graph that are not of the file: 'model.model.norm"):
-        export_loaded(moved, tmp_path / "out", config())
+    message = exported("llama").refusal(lambda arrays: arrays.pop("model.norm.weight"), tmp_path / "model")
+    assert "1 constants of the graph that are not of the file: 'model.model.norm.weight'" in message
 
 
-def test_a_tensor_that_the_loader_dropped_is_named(saved: Callable[[str], Path], tmp_path: Path) -> None:
-    loaded = load_model(str(saved("llama")))
-    import safetensors.numpy
-
-    folder = Path(shutil.copytree(saved("llama"), tmp_path / "model"))
-    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
-    arrays["model.layers.0.self_attn.q_proj.bias"] = np.ones(96, np.float32)
-    safetensors.numpy.save_file(arrays, folder / "model.safetensors", {"format": "pt"})
-    assert loaded.origin is not None
-    moved = LoadedModel(loaded.model, None, "tiny", type(loaded.origin)(str(folder), folder, {}, "tiny"))
-    with pytest.raises(UsageError, match=r"'model.layers.0.self_attn.q_proj.bias' .* nowhere in the graph"):
-        export_loaded(moved, tmp_path / "out", config())
+def test_a_missing_tied_weight_is_named(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    message = exported("tied, float16").refusal(lambda arrays: arrays.pop("model.embed_tokens.weight"), tmp_path / "m")
+    assert "not of the file" in message
 
 
-def test_the_check_can_be_left_out(saved: Callable[[str], Path], tmp_path: Path) -> None:
-    loaded = load_model(str(saved("llama")))
-    with torch.no_grad():
-        _random_projection(loaded.model)
-    export_loaded(loaded, tmp_path / "out", config(), check=False)
+EXPERT = "model.layers.{}.mlp.experts.{}.{}.weight"
+MIXTRAL = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
 
 
-def test_the_command_refuses_before_anything_is_written(
-    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def _expert_name(arrays: Arrays, layer: int, expert: int, part: str) -> str:
+    names = [form.format(layer, expert, part) for form in (EXPERT, MIXTRAL)]
+    return next(name for name in names if name in arrays)
+
+
+def _expert_for_another(arrays: Arrays) -> None:
+    _swap(arrays, _expert_name(arrays, 0, 3, "w1"), _expert_name(arrays, 0, 2, "w1"))
+
+
+def _expert_random(arrays: Arrays) -> None:
+    array = arrays[_expert_name(arrays, 1, 7, "w2")]
+    array[:] = np.random.default_rng(0).normal(size=array.shape)
+
+
+def _gate_for_up(arrays: Arrays) -> None:
+    for expert in range(8):
+        _swap(arrays, _expert_name(arrays, 0, expert, "w1"), _expert_name(arrays, 0, expert, "w3"))
+
+
+@pytest.mark.parametrize(("spoil", "named"), [(_expert_for_another, ".experts.2.w1"), (_expert_random, ".experts.7.w2"),
+                                              (_gate_for_up, ".experts.0.w1")])  # fmt: skip
+@pytest.mark.parametrize("kind", ["experts", "experts in 8 bits"])
+def test_another_files_expert_is_named(
+    exported: Callable[[str], Exported], tmp_path: Path, spoil: Spoil, named: str, kind: str
+) -> None:
+    assert named in exported(kind).refusal(spoil, tmp_path / "model")
+
+
+def test_a_norm_that_is_folded_is_compared(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    """Gemma stores scale - 1: the graph has a constant of another content, without a name."""
+
+    def spoil(arrays: Arrays) -> None:
+        arrays["model.norm.weight"] += 0.1
+
+    assert "model.norm.weight" in exported("gemma").refusal(spoil, tmp_path / "model")
+
+
+def test_folded_norms_of_two_layers_are_not_mistaken(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    def spoil(arrays: Arrays) -> None:
+        _swap(arrays, "model.layers.0.input_layernorm.weight", "model.layers.2.input_layernorm.weight")
+
+    assert "input_layernorm" in exported("gemma").refusal(spoil, tmp_path / "model")
+
+
+def test_an_export_refuses_and_leaves_nothing_unless_told_not_to_check(
+    exported: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loader that hands out another model than the file's."""
-    other = load_model(str(saved("llama")))
+    source = str(exported("llama").source)
+    other = load_model(source)
     with torch.no_grad():
-        _swapped_gate(other.model)
+        other.model.model.layers[0].mlp.up_proj.weight.neg_()
     monkeypatch.setattr("sinkexport.pipeline.load_model", lambda *_: other)
-    result = CliRunner().invoke(cli, ["export", str(saved("llama")), "-o", str(tmp_path / "out"), "--window", "9"])
+    result = CliRunner().invoke(cli, ["export", source, "-o", str(tmp_path / "out"), "--window", "9", "--chunk", "1"])
     assert isinstance(result.exception, UsageError)
-    assert "gate_proj" in str(result.exception)
+    assert "up_proj" in str(result.exception)
     assert not list(tmp_path.iterdir())
+    export(source, tmp_path / "out", ExportConfig(window_size=9, chunk_size=1), check=False)
+
+
+# --- GGUF files: other names, another order of rows ---
+
+
+def write_gguf(path: Path, arrays: Arrays, *, permuted: bool = True) -> Origin:
+    """A tiny Llama as llama.cpp's converter lays it out."""
+    names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
+             "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "self_attn.q_proj": "attn_q",
+             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+             "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+             "model.layers": "blk"}  # fmt: skip
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_head_count(6)
+    writer.add_head_count_kv(2)
+    for name, array in arrays.items():
+        heads = {"q_proj": 6, "k_proj": 2}.get(name.split(".")[-2])
+        if heads and permuted:
+            halves = array.reshape(heads, 2, -1, array.shape[1])
+            array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Origin(str(path), path, {"gguf_file": path.name}, "tiny")
+
+
+def test_a_gguf_files_tensors_are_found(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    arrays = safetensors.numpy.load_file(exported("llama").source / WEIGHTS)
+    for kind in ("llama", "llama in 4 bits"):
+        exported(kind).compare(write_gguf(tmp_path / f"{kind}.gguf", arrays))
+
+
+@pytest.mark.parametrize(("spoil", "named"), [(_swapped_gate, "blk.0.ffn_"), (_swapped_layers, "blk.0."),
+                                              (_random_projection, "blk.1.attn_q.weight"),
+                                              (_ones_as_norm, "output_norm.weight")])  # fmt: skip
+def test_another_gguf_files_tensors_are_named(
+    exported: Callable[[str], Exported], tmp_path: Path, spoil: Spoil, named: str
+) -> None:
+    arrays = safetensors.numpy.load_file(exported("llama").source / WEIGHTS)
+    spoil(arrays)
+    assert named in exported("llama").refusal_of(write_gguf(tmp_path / "a.gguf", arrays))
+
+
+def test_a_permutation_that_was_not_undone_is_seen(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    """The loader took the rows as they lie: the file's queries, permuted, are the graph's."""
+    arrays = safetensors.numpy.load_file(exported("llama").source / WEIGHTS)
+    message = exported("llama").refusal_of(write_gguf(tmp_path / "a.gguf", arrays, permuted=False))
+    assert "attn_" in message
 
 
 # --- its parts ---
 
 
-def test_own_reader_agrees_with_safetensors(saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_own_reader_agrees_with_safetensors(tmp_path: Path) -> None:
     import safetensors.torch
 
     kinds = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.float8_e4m3fn]
@@ -268,7 +317,8 @@ def test_own_reader_agrees_with_safetensors(saved: Callable[[str], Path], tmp_pa
 def test_matrices_of_a_graph_are_the_models(tmp_path: Path, options: dict[str, Any]) -> None:
     """Every layout is read as what it stands for: compared with the whole of the model's own weights."""
     model = tiny_model("llama")
-    export_loaded(LoadedModel(model, None, "tiny"), tmp_path / "out", config(**options), check=False)
+    settings = {**options, "recipe": load_recipe(options["recipe"]), "window_size": 9, "chunk_size": 1}
+    export_loaded(LoadedModel(model, None, "tiny"), tmp_path / "out", ExportConfig(**settings), check=False)
     seen = set()
     for matrix in read_graph(tmp_path / "out" / "decode.onnx"):
         if not matrix.parts or matrix.shape[1] == 1:

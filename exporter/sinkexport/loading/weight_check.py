@@ -16,7 +16,14 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.loading.file_tensor import FileTensor, Floats, Indices
 from sinkexport.loading.graph_weights import GraphMatrix, layer_of
-from sinkexport.loading.weight_places import Place, find_pieces, orientations, subplaces
+from sinkexport.loading.weight_places import (
+    Place,
+    find_pieces,
+    half_of,
+    is_of_one_expert,
+    orientations,
+    subplaces,
+)
 from sinkexport.loading.weight_roles import roles_agree
 from sinkexport.loading.weight_rounding import (
     AS_IT_IS,
@@ -46,6 +53,7 @@ class WeightCheck:
         self._tied = {name: names for names in tied for name in names}
         self._rounding = rounding
         self._prefix = prefix
+        self._is_gguf = is_gguf
         self._of_folded = AS_IT_IS if is_gguf else FOLDED_BY_CODE
         self._of_named = UNDONE_FOR_CODE if is_gguf else AS_IT_IS
         self.accounted: set[str] = set()
@@ -191,7 +199,15 @@ class WeightCheck:
         return self._claim_pieces(tensor, places)
 
     def _claim_pieces(self, tensor: FileTensor, places: Sequence[Place]) -> bool:
-        pieces = find_pieces(tensor, [p for place in places for p in orientations(place)], self._rounding)
+        """In pieces a tensor may be whole parameters one after the other, or lie in a part of one; no other order of
+        rows is taken for its own, but that of queries, keys and values together, which GGUF files have in another."""
+        if is_of_one_expert(tensor):
+            return False
+        candidates = [p for place in places for p in orientations(place)]
+        pieces = find_pieces(tensor, candidates, self._rounding)
+        is_free = self._is_gguf and "qkv" in tensor.name
+        if len(pieces) > 1 and not is_free and not all(piece.is_whole(candidates) for piece in pieces):
+            return False
         start = 0
         for piece in pieces:
             order = np.arange(start, start + piece.count, dtype=np.int64)
@@ -205,7 +221,8 @@ class WeightCheck:
     def _may_be(self, tensor: FileTensor, place: Place) -> bool:
         """Whether the names agree: the tensor's and any that the parameter has."""
         names = self._tied.get(place.parameter, (place.parameter,))
-        return any(roles_agree(tensor.name, name, place.half) for name in names)
+        half = place.half if place.half is not None else half_of(place, self.parameters.get(place.parameter, ()))
+        return any(roles_agree(tensor.name, name, half) for name in names)
 
     # --- accounts ---
 

@@ -18,7 +18,7 @@ STRIDES = (1, 2)
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Rows of a matrix: `count` from `start` on, every `stride`-th. parameter: the model's name for it, if it has one;
-    half: of a fused gate and up, 0 or 1."""
+    half: of a fused gate and up, 0 or 1. first_row: where the parameter begins, if the place is a piece of it."""
 
     matrix: GraphMatrix
     start: int
@@ -26,10 +26,21 @@ class Place:
     parameter: str = ""
     half: int | None = None
     stride: int = 1
+    first_row: int | None = None
 
     def rows(self, indices: Indices | None = None) -> Indices:
         """Rows of the matrix, of these of the place or of all."""
         return self.start + self.stride * (np.arange(self.count, dtype=np.int64) if indices is None else indices)
+
+    def is_whole(self, places: Sequence[Place]) -> bool:
+        """Whether it is all of one of these."""
+        return any((self.matrix, self.start, self.count, self.stride) == (p.matrix, p.start, p.count, p.stride)
+                   for p in places)  # fmt: skip
+
+
+def is_of_one_expert(tensor: FileTensor) -> bool:
+    """Whether a name has two numbers, a layer's and an expert's."""
+    return len([part for part in tensor.name.split(".") if part.isdigit()]) > 1
 
 
 def orientations(place: Place) -> list[Place]:
@@ -62,6 +73,18 @@ def subplaces(places: Sequence[Place], tensor: FileTensor) -> Iterable[Place]:
                         yield Place(whole.matrix, start, count, whole.parameter, half_of)
 
 
+def half_of(place: Place, shape: Sequence[int]) -> int | None:
+    """In which half of a fused parameter of this shape, [2 N, K], [E, 2 N, K] or [E, K, 2 N], all rows of a place lie;
+    None: in both. Of every second row the first is of the first half: there the two lie interleaved.
+    """
+    if len(shape) < 2:
+        return None
+    width = shape[0] if len(shape) == 2 else shape[1] if place.matrix.shape[1] == shape[2] else shape[2]
+    rows = place.rows() - (place.first_row if place.first_row is not None else place.start)
+    halves = np.unique(rows % 2 if place.stride == 2 else rows % width // max(width // 2, 1))
+    return int(halves[0]) if len(halves) == 1 else None
+
+
 def find_pieces(tensor: FileTensor, places: Sequence[Place], rounding: Rounding) -> list[Place]:
     """A tensor that the model has in several parameters, or whose rows lie between others', as the pieces that follow
     each other in it, by some columns of all rows; none: it is not there as a whole.
@@ -82,7 +105,7 @@ def find_pieces(tensor: FileTensor, places: Sequence[Place], rounding: Rounding)
         if not length:
             return []
         place = places[owner[first]]
-        pieces.append(Place(place.matrix, int(row[first]), length, place.parameter, None, stride))
+        pieces.append(Place(place.matrix, int(row[first]), length, place.parameter, None, stride, place.start))
         start += length
     return pieces
 
