@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.loading.file_tensor import FileTensor, QuantizedFileTensor
+from sinkexport.loading.file_tensor import FileTensor, Floats, QuantizedFileTensor
 from sinkexport.loading.graph_weights import GraphMatrix, read_graph
 from sinkexport.loading.no_effect import why_no_effect
 from sinkexport.loading.weight_check import WeightCheck, differs, unclaimed
@@ -145,15 +146,13 @@ def _tied(model: Any) -> list[frozenset[str]]:
 
 def _rounding(model: Any, config: ExportConfig, num_kv_heads: int) -> Rounding:
     """What the export was asked to do to the numbers."""
-    recipe, divisors = config.recipe, {}
-    nearest = True
-    if recipe is not None:
-        from sinkexport.quant.plan import RecipePlan
-
-        weights = recipe.weights
-        nearest = weights is None or (weights.scales, weights.rounding) == ("absmax", "nearest")
-        plan = RecipePlan(recipe, model, "float32", config.calibration)
-        if recipe.smooth is not None:
-            found = {name: plan.divisors(name) for name, _ in model.named_modules() if name}
-            divisors = {name: np.asarray(d, np.float32) for name, d in found.items() if d is not None}
+    recipe, calibration = config.recipe, config.calibration
+    weights = None if recipe is None else recipe.weights
+    nearest = weights is None or (weights.scales, weights.rounding) == ("absmax", "nearest")
+    divisors: dict[str, Floats] = {}
+    if recipe is not None and recipe.smooth is not None and calibration is not None:
+        for name, _module in model.named_modules():
+            with contextlib.suppress(UsageError):  # of what is no product
+                if (found := calibration.divisors(name)) is not None:
+                    divisors[name] = np.asarray(found, np.float32)
     return Rounding(config.dtype == "fp16", nearest, divisors, num_kv_heads)

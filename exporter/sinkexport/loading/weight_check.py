@@ -70,11 +70,13 @@ class WeightCheck:
         anonymous = [matrix for matrix in matrices if not matrix.parts]
         left = []
         for tensor in self._tensors.values():
-            place = next((named[name] for name in self._names(tensor.name) if name in named), None)
-            if place is not None:
+            places = next((named[name] for name in self._names(tensor.name) if name in named), ())
+            for place in places:  # several if one of them is smoothed
                 if not self._claim_named(tensor, place):
                     raise differs(tensor, f"'{place.parameter}' in the graph holds other numbers")
-            elif not self._claim_folded(tensor, anonymous) and not self._claim_found(tensor, by_layer):
+            if places:
+                continue
+            if not self._claim_folded(tensor, anonymous) and not self._claim_found(tensor, by_layer):
                 left.append(tensor)
         return left
 
@@ -86,17 +88,18 @@ class WeightCheck:
 
     def _places(
         self, matrices: Sequence[GraphMatrix]
-    ) -> tuple[dict[str, Place], dict[int | None, list[Place]]]:
+    ) -> tuple[dict[str, list[Place]], dict[int | None, list[Place]]]:
         """Every parameter that the graph has under its own name, and the same by layer."""
-        named: dict[str, Place] = {}
+        named: dict[str, list[Place]] = {}
         by_layer: dict[int | None, list[Place]] = {}
         for matrix in matrices:
             start = 0
             for part in matrix.parts:
                 shape = self.parameters.get(part)
                 count = matrix.shape[0] if len(matrix.parts) == 1 or shape is None else shape[0]
-                named[part] = Place(matrix, start, count, part)
-                by_layer.setdefault(layer_of(part), []).append(named[part])
+                place = Place(matrix, start, count, part)
+                named.setdefault(part, []).append(place)
+                by_layer.setdefault(layer_of(part), []).append(place)
                 start += count
         return named, by_layer
 
@@ -137,24 +140,24 @@ class WeightCheck:
 
     def _factors(self, place: Place, tensor: FileTensor) -> Iterable[tuple[Floats | None, Floats | None]]:
         """By what smoothing may have multiplied the columns and the rows of a parameter."""
-        yield None, None
-        divisors = self._rounding.divisors
-        if not divisors:
-            return
-        own = divisors.get(place.parameter.removesuffix(".weight"))
-        columns = [None] if own is None or tensor.matrix_shape[1] == 1 else [own]
-        layer = layer_of(place.parameter)
-        rows: list[Floats | None] = [None]
-        for name, found in divisors.items():
+        own = self._rounding.divisors.get(place.parameter.removesuffix(".weight"))
+        columns = [None] if own is None or tensor.matrix_shape[1] == 1 else [None, own]
+        yield from ((column, row) for row in self._factors_of_rows(layer_of(place.parameter), place.count)
+                    for column in columns)  # fmt: skip
+
+    def _factors_of_rows(self, layer: int | None, count: int) -> Iterable[Floats | None]:
+        """What smoothing may have divided the results of a norm or of a product by, None for nothing."""
+        yield None
+        for name, found in self._rounding.divisors.items():
             if layer is not None and layer_of(name) != layer:
                 continue
-            if len(found) == place.count:
-                rows.append(1.0 / found)
-            groups, odd = divmod(len(found), place.count)
-            if groups > 1 and not odd:  # values whose heads are shared by groups of queries
+            if len(found) == count:
+                yield np.asarray(1.0 / found, np.float32)
+            groups, odd = divmod(len(found), count)
+            if groups > 1 and not odd and not len(found) % self._rounding.num_kv_heads:
+                # Values whose heads are shared by groups of queries.
                 heads = found.reshape(self._rounding.num_kv_heads, groups, -1)
-                rows.append((1.0 / heads[:, 0]).reshape(-1))
-        yield from ((column, row) for column in columns for row in rows)
+                yield np.asarray(1.0 / heads[:, 0], np.float32).reshape(-1)
 
     # --- by content ---
 
@@ -168,9 +171,11 @@ class WeightCheck:
     def _fits_transformed(self, tensor: FileTensor, graph: Floats, transforms: Sequence[Transform]) -> bool:
         """Whether numbers [n, 1] of the graph are something that a family's code computes of the tensor."""
         file = np.asarray(tensor.rows(np.arange(tensor.matrix_shape[0])), np.float32).reshape(-1, 1)
+        none = np.zeros_like(graph)
         with np.errstate(all="ignore"):
-            return any(self._rounding.fits(np.asarray(transform(file), np.float32), graph, np.zeros_like(graph))
-                       for transform in transforms)  # fmt: skip
+            made = [np.asarray(transform(file), np.float32) for transform in transforms]
+        return any(self._rounding.fits(one if row is None else one * row[:, None], graph, none)
+                   for row in self._factors_of_rows(layer_of(tensor.name), len(file)) for one in made)  # fmt: skip
 
     def _claim_folded(self, tensor: FileTensor, anonymous: Sequence[GraphMatrix]) -> bool:
         """Look in constants that were computed of weights, and have no names."""
