@@ -138,7 +138,8 @@ def export_loaded(
             onnx.checker.check_model(stage / graph.file)
         if check:
             report("weights", 0, 1)
-            check_weights(stage, [graph.file for graph in graphs.values()], loaded, config, shape.num_kv_heads)
+            files = [graph.file for graph in graphs.values()]
+            check_weights(stage, files, loaded, config, num_q_heads=shape.num_q_heads, num_kv_heads=shape.num_kv_heads)
         tokenizer = write_tokenizer(loaded.tokenizer, stage)
         report("hash", 0, 1)
         manifest = Manifest(

@@ -18,8 +18,9 @@ import torch
 from click.testing import CliRunner
 from sinkexport.cli import cli
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
-from sinkexport.loading.check_export import check_weights
+from sinkexport.loading.check_export import check_weights, gguf_tensors
 from sinkexport.loading.file_tensor import FileTensor
+from sinkexport.loading.gguf_file import open_gguf
 from sinkexport.loading.graph_weights import read_graph
 from sinkexport.loading.safetensors_reader import read_safetensors
 from sinkexport.loading.weight_roles import rows_of_halves
@@ -74,7 +75,8 @@ class Exported:
 
     def compare(self, origin: Origin) -> None:
         files = [graph.file for graph in load_manifest(self.bundle).graphs.values()]
-        check_weights(self.bundle, files, LoadedModel(self.loaded.model, None, "tiny", origin), self.config, 2)
+        loaded = LoadedModel(self.loaded.model, None, "tiny", origin)
+        check_weights(self.bundle, files, loaded, self.config, num_q_heads=6, num_kv_heads=2)
 
     def refusal_of(self, origin: Origin) -> str:
         with pytest.raises(UsageError) as refused:
@@ -243,6 +245,17 @@ def test_an_export_refuses_and_leaves_nothing_unless_told_not_to_check(
     export(source, tmp_path / "out", ExportConfig(window_size=9, chunk_size=1), check=False)
 
 
+def test_torch_files_are_read_as_well(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    tensors = {name: torch.from_numpy(array) for name, array in
+               safetensors.numpy.load_file(exported("llama").source / WEIGHTS).items()}  # fmt: skip
+    origin = Origin(str(tmp_path), tmp_path, {}, "tiny")
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    exported("llama").compare(origin)
+    tensors["model.layers.0.self_attn.o_proj.weight"][5] = 0.0
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    assert "model.layers.0.self_attn.o_proj.weight" in exported("llama").refusal_of(origin)
+
+
 # --- GGUF files: other names, another order of rows ---
 
 
@@ -337,6 +350,30 @@ def test_rows_of_halves_is_llama_cpps_permutation_undone() -> None:
     weight = np.arange(num_heads * head_dim)[:, None]
     permuted = weight.reshape(num_heads, 2, head_dim // 2, 1).swapaxes(1, 2).reshape(weight.shape)
     assert np.array_equal(permuted[rows_of_halves(num_heads, len(weight))], weight)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q6_K", "BF16"])
+def test_quantised_tensors_are_read_in_part(kind: str, tmp_path: Path) -> None:
+    """Rows, and columns of the first block, are those of the whole."""
+    values = np.random.default_rng(0).normal(size=(6, 512)).astype(np.float32)
+    number = gguf.GGMLQuantizationType[kind]
+    if kind == "Q6_K":  # gguf-py reads it and does not write it
+        raw = np.random.default_rng(0).integers(0, 200, (6, 2 * 210), dtype=np.uint8)
+        raw[:, [208, 209, 418, 419]] = 0x1C  # scales that are finite
+    else:
+        raw = gguf.quantize(values, number)
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensor = gguf_tensors(open_gguf(tmp_path / "a.gguf"))["blk.0.ffn_up.weight"]
+    whole = gguf.dequantize(raw, number)
+    assert tensor.matrix_shape == (6, 512)
+    assert np.array_equal(tensor.rows(np.array([1, 4])), whole[[1, 4]])
+    columns = tensor.sampled_columns()
+    assert np.array_equal(tensor.columns(columns), whole[:, columns])
 
 
 def test_numbers_fit_within_their_rounding_and_no_further() -> None:

@@ -29,8 +29,9 @@ FREQUENCIES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_sh
 
 
 def check_weights(
-    folder: Path, files: Sequence[str], loaded: LoadedModel, config: ExportConfig, num_kv_heads: int
-) -> None:
+    folder: Path, files: Sequence[str], loaded: LoadedModel, config: ExportConfig, *, num_q_heads: int,
+    num_kv_heads: int,
+) -> None:  # fmt: skip
     """Compare the graphs of a bundle with the file that the model came from, or, if it was made in memory, with the
     model itself.
 
@@ -47,16 +48,18 @@ def check_weights(
     if left:
         others = f", nor are {len(left) - 1} others: {listed([t.name for t in left[1:]])}" if len(left) > 1 else ""
         raise differs(left[0], f"it is nowhere in the graph{others}")
-    _refuse_strangers(unclaimed(first), "constants of the graph")
+    _refuse_strangers(unclaimed(first, num_q_heads), "constants of the graph")
     foreign = sum(name not in check.parameters for name in check.folded)
     absent = [name for name in check.parameters if name not in check.accounted]
     if len(absent) > foreign:
         _refuse_strangers(absent, "parameters of the model")
     for file in files[1:]:
-        _compare_shared(check, read_graph(folder / file), first)
+        _compare_shared(check, read_graph(folder / file), first, num_q_heads)
 
 
-def _compare_shared(check: WeightCheck, matrices: Sequence[GraphMatrix], first: Sequence[GraphMatrix]) -> None:
+def _compare_shared(
+    check: WeightCheck, matrices: Sequence[GraphMatrix], first: Sequence[GraphMatrix], num_q_heads: int
+) -> None:
     """Constants of another graph must be those of the first, or of the file themselves."""
     names = {matrix.name: matrix for matrix in first}
     contents: dict[bytes, list[GraphMatrix]] = {}
@@ -72,7 +75,7 @@ def _compare_shared(check: WeightCheck, matrices: Sequence[GraphMatrix], first: 
         if not any(one.layers[0] <= matrix.layers[1] and matrix.layers[0] <= one.layers[1] for one in alike):
             own.append(matrix)
     check.compare(own)
-    _refuse_strangers(unclaimed(own), "constants of the prefill graph")
+    _refuse_strangers(unclaimed(own, num_q_heads), "constants of the prefill graph")
 
 
 def _refuse_strangers(names: Sequence[str], what: str) -> None:

@@ -247,22 +247,25 @@ def differs(tensor: FileTensor, why: str) -> UsageError:
                               "please report it"))  # fmt: skip
 
 
-def unclaimed(matrices: Iterable[GraphMatrix]) -> list[str]:
-    """Constants that hold more than a few numbers which are not of the file, nor of a plain computation."""
+def unclaimed(matrices: Iterable[GraphMatrix], num_heads: int) -> list[str]:
+    """Constants that hold more than a few numbers which are not of the file, nor of a plain computation.
+
+    num_heads: of queries, each of which may have a number: a slope, a factor of tuned attention.
+    """
     return [matrix.name for matrix in matrices
             if not matrix.claimed.all() and not (matrix.swapped is not None and matrix.swapped.claimed.all())
-            and not _is_computed(matrix)]  # fmt: skip
+            and not _is_computed(matrix, max(SMALL, num_heads))]  # fmt: skip
 
 
 OWN = ("frequency_", "alibi_slopes", "sink_scale_", "calibrated_", "affine.")
 """Constants that the traced step has beside the model: from the probe, or from files of their own."""
 
 
-def _is_computed(matrix: GraphMatrix) -> bool:
+def _is_computed(matrix: GraphMatrix, small: int) -> bool:
     """Masks, fills and the step's own constants; a parameter of the model is never one."""
     if matrix.parts:
         return False
     if matrix.name.startswith(OWN) or matrix.raw is None:
         return matrix.name.startswith(OWN)
     values = np.asarray(matrix.raw())
-    return values.size <= SMALL or len(np.unique(values[np.isfinite(values)])) <= 2
+    return values.size <= small or len(np.unique(values[np.isfinite(values)])) <= 2
