@@ -66,7 +66,8 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
         refuse_architecture(config)
         load = load_gguf if origin.is_gguf else load_checkpoint
         model = load(origin, config, getattr(torch, dtype))
-        tokenizer = source_tokenizer(origin)
+        with _readable_errors(source, "tokenizer"):
+            tokenizer = source_tokenizer(origin)
     return LoadedModel(model.eval(), tokenizer, origin.name, origin)
 
 
@@ -78,7 +79,7 @@ def load_tokenizer(source: str) -> Any | None:
     from sinkexport.loading.tokenizer import source_tokenizer
 
     origin = locate(source)
-    with _quiet_transformers(), _readable_errors(source), _gguf_read_once():
+    with _quiet_transformers(), _readable_errors(source, "tokenizer"), _gguf_read_once():
         return source_tokenizer(origin)
 
 
@@ -173,8 +174,8 @@ def _gguf_read_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _readable_errors(source: str) -> Iterator[None]:
-    """Turn what transformers raises for a bad source (dozens of types) into one line."""
+def _readable_errors(source: str, what: str = "model") -> Iterator[None]:
+    """Turn what transformers raises for a bad source (dozens of types) into one line. what: is being loaded."""
     try:
         yield
     except (SinkError, MemoryError):
@@ -182,6 +183,10 @@ def _readable_errors(source: str) -> Iterator[None]:
     # SafetensorError, struct.error, AssertionError, TypeError, plain Exception of tokenizers ..: what the bytes of a
     # damaged file lead to has no common type.
     except Exception as error:
+        if what != "model":
+            received = f"that of '{source}' ({_reason(error)})"
+            raise UsageError(problem(what, received=received, expected=f"whole {what} files",
+                                     fix="download the model again")) from error  # fmt: skip
         raise _no_model(source, _reason(error)) from error
 
 

@@ -170,6 +170,17 @@ def test_another_files_weight_is_named(
     assert f"'{named}" in exported(kind).refusal(spoil, tmp_path / "model").replace("weights ", "")
 
 
+def test_old_buffers_are_accounted_for(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    def add(arrays: Arrays) -> None:
+        arrays["model.layers.0.self_attn.bias"] = np.tri(32, dtype=np.uint8)[None, None]
+        arrays["model.layers.0.self_attn.masked_bias"] = np.array(-1e9, np.float32)
+        arrays["unknown"] = np.zeros(3, np.float32)
+
+    message = exported("llama").refusal(add, tmp_path / "model")
+    assert "'unknown'" in message
+    assert "others" not in message
+
+
 def test_a_parameter_that_the_file_lacks_is_named(exported: Callable[[str], Exported], tmp_path: Path) -> None:
     """As if the loader had filled it with ones, and had not said so."""
     message = exported("llama").refusal(lambda arrays: arrays.pop("model.norm.weight"), tmp_path / "model")
