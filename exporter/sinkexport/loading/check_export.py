@@ -48,7 +48,7 @@ def check_weights(
     if left:
         others = f", nor are {len(left) - 1} others: {listed([t.name for t in left[1:]])}" if len(left) > 1 else ""
         raise differs(left[0], f"it is nowhere in the graph{others}")
-    _refuse_strangers(unclaimed(first, num_q_heads), "constants of the graph")
+    _refuse_strangers(unclaimed(first, check.parameters, num_q_heads), "constants of the graph")
     foreign = sum(name not in check.parameters for name in check.folded)
     absent = [name for name in check.parameters if name not in check.accounted]
     if len(absent) > foreign:
@@ -75,7 +75,7 @@ def _compare_shared(
         if not any(one.layers[0] <= matrix.layers[1] and matrix.layers[0] <= one.layers[1] for one in alike):
             own.append(matrix)
     check.compare(own)
-    _refuse_strangers(unclaimed(own, num_q_heads), "constants of the prefill graph")
+    _refuse_strangers(unclaimed(own, check.parameters, num_q_heads), "constants of the prefill graph")
 
 
 def _refuse_strangers(names: Sequence[str], what: str) -> None:

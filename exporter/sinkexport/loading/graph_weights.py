@@ -97,14 +97,14 @@ def layer_of(name: str) -> int | None:
 
 
 def read_graph(path: Path) -> list[GraphMatrix]:
-    """The constants of an ONNX file that have more than one number, but for those that this package made itself."""
+    """The constants of an ONNX file, but for those that this package's passes made themselves."""
     graph = ir.load(path).graph
     values = {str(name): value for name, value in graph.initializers.items()}
     positions = _layer_ranges(graph)
     found = []
     for name, value in values.items():
         tensor = value.const_value
-        if tensor is None or tensor.size <= 1 or name.startswith("const.") or not list(value.uses()):
+        if tensor is None or not tensor.size or name.startswith("const.") or not list(value.uses()):
             continue
         layers = positions.get(name, (-np.inf, np.inf))
         suffix = next((s for s in QUANTIZED if name.endswith(s)), None)

@@ -9,7 +9,7 @@ must have come from the file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from sinkrt.errors import UsageError, problem
@@ -36,6 +36,9 @@ from sinkexport.loading.weight_rounding import (
 SAMPLED_ROWS = 8
 FOLDED = 1 << 20
 """Numbers of a tensor that may have been computed with as the graph was built."""
+
+MAX_HEADS = 512
+"""Numbers that a tensor with one for each head may have."""
 
 SMALL = 32
 """Constants of fewer numbers need not be of the file: slopes, indices, scalars."""
@@ -76,7 +79,8 @@ class WeightCheck:
                     raise differs(tensor, f"'{place.parameter}' in the graph holds other numbers")
             if places:
                 continue
-            if not self._claim_folded(tensor, anonymous) and not self._claim_found(tensor, by_layer):
+            if not (self._claim_folded(tensor, anonymous) or self._claim_found(tensor, by_layer)
+                    or self._claim_by_head(tensor, anonymous)):  # fmt: skip
                 left.append(tensor)
         return left
 
@@ -203,6 +207,29 @@ class WeightCheck:
                 return True
         return self._claim_pieces(tensor, places)
 
+    def _claim_by_head(self, tensor: FileTensor, anonymous: Sequence[GraphMatrix]) -> bool:
+        """A number for each head, where heads have windows of their own: the graph has those of each window apart."""
+        if len(tensor.shape) != 1 or tensor.size > MAX_HEADS:
+            return False
+        file = tensor.rows(np.arange(tensor.size)).reshape(-1)
+        seen = np.zeros(tensor.size, bool)
+        taken = []
+        for matrix in anonymous:
+            if matrix.raw is None or not matrix.may_be_of(layer_of(tensor.name)) or matrix.shape[0] >= tensor.size:
+                continue
+            values = np.asarray(matrix.raw(), np.float32).reshape(-1, 1)  # [n, 1]
+            same = self._rounding.close(file[None], values, np.zeros_like(values))  # [n, heads]
+            if same.any(axis=1).all():
+                seen |= same.any(axis=0)
+                taken.append(matrix)
+        if not seen.all():
+            return False
+        for matrix in taken:
+            matrix.claimed[:] = True
+        self.folded.add(tensor.name)
+        self._note(tensor.name)
+        return True
+
     def _claim_pieces(self, tensor: FileTensor, places: Sequence[Place]) -> bool:
         """In pieces a tensor may be whole parameters one after the other, or lie in a part of one; no other order of
         rows is taken for its own, but that of queries, keys and values together, which GGUF files have in another."""
@@ -247,14 +274,16 @@ def differs(tensor: FileTensor, why: str) -> UsageError:
                               "please report it"))  # fmt: skip
 
 
-def unclaimed(matrices: Iterable[GraphMatrix], num_heads: int) -> list[str]:
+def unclaimed(matrices: Iterable[GraphMatrix], parameters: Collection[str], num_heads: int) -> list[str]:
     """Constants that hold more than a few numbers which are not of the file, nor of a plain computation.
 
-    num_heads: of queries, each of which may have a number: a slope, a factor of tuned attention.
+    parameters: of the model. num_heads: of queries, each of which may have a number: a slope, a factor of tuned
+    attention.
     """
     return [matrix.name for matrix in matrices
             if not matrix.claimed.all() and not (matrix.swapped is not None and matrix.swapped.claimed.all())
-            and not _is_computed(matrix, max(SMALL, num_heads))]  # fmt: skip
+            and (any(part in parameters for part in matrix.parts)
+                 or not _is_computed(matrix, max(SMALL, num_heads)))]  # fmt: skip
 
 
 OWN = ("frequency_", "alibi_slopes", "sink_scale_", "calibrated_", "affine.")
@@ -262,9 +291,7 @@ OWN = ("frequency_", "alibi_slopes", "sink_scale_", "calibrated_", "affine.")
 
 
 def _is_computed(matrix: GraphMatrix, small: int) -> bool:
-    """Masks, fills and the step's own constants; a parameter of the model is never one."""
-    if matrix.parts:
-        return False
+    """Masks, fills and the step's own constants."""
     if matrix.name.startswith(OWN) or matrix.raw is None:
         return matrix.name.startswith(OWN)
     values = np.asarray(matrix.raw())
