@@ -57,6 +57,10 @@ class FileTensor:
         width = self.matrix_shape[1]
         return np.unique(np.linspace(0, width - 1, SAMPLED_COLUMNS).astype(np.int64))
 
+    def flattened(self) -> FileTensor:
+        """The same as a vector."""
+        return FileTensor(self.name, (self.size,), self.dtype, self.file, lambda: self.array().reshape(-1))
+
     def reordered(self, order: Indices) -> FileTensor:
         """The same with its rows in another order: row i is row order[i] of this."""
         return ReorderedTensor(self.name, self.shape, self.dtype, self.file, self.array, source=self, order=order)

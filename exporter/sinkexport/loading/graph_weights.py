@@ -37,9 +37,9 @@ class GraphMatrix:
     """A constant of the graph, with the constants that belong to it.
 
     parts: parameters of the model that it is made of, row after row; none: it has no parameter's name. layers: the
-    first and the last layer that it may belong to by where it is used; None: not known. raw: its numbers where nothing
-    was rounded to integers. swapped: the same with the last two of three axes exchanged. slack: how many columns at the
-    end may be padding.
+    first and the last layer that it may belong to by where it is used. raw: its numbers where nothing was rounded to
+    integers. swapped: the same with the last two of three axes exchanged; flat: each number as a row. slack: how many
+    columns at the end may be padding.
     """
 
     name: str
@@ -49,6 +49,7 @@ class GraphMatrix:
     layers: tuple[float, float]
     raw: Callable[[], npt.NDArray[Any]] | None = None
     swapped: GraphMatrix | None = None
+    flat: GraphMatrix | None = None
     slack: int = 0
     sources: tuple[ir.TensorProtocol, ...] = ()
     """The constants themselves."""
@@ -58,6 +59,11 @@ class GraphMatrix:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "claimed", np.zeros(self.shape[0], bool))
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether all of it is known to be the file's, in one of its forms."""
+        return any(one is not None and bool(one.claimed.all()) for one in (self, self.swapped, self.flat))
 
     def may_be_of(self, layer: int | None) -> bool:
         """Whether it is read where the constants of a layer are, or there is no telling."""
@@ -176,7 +182,10 @@ def _floating(name: str, tensor: ir.TensorProtocol, layers: tuple[float, float])
             return values, np.zeros_like(values)
 
         swapped = GraphMatrix(name, parts, (count * last, first), read_swapped, layers, tensor.numpy)
-    return GraphMatrix(name, parts, shape, lazily(shape, lambda a: a), layers, tensor.numpy, swapped,
+    flat = None
+    if len(dims) > 1 and tensor.nbytes <= SMALL_BYTES:
+        flat = GraphMatrix(name, parts, (tensor.size, 1), lazily((tensor.size, 1), lambda a: a), layers, tensor.numpy)
+    return GraphMatrix(name, parts, shape, lazily(shape, lambda a: a), layers, tensor.numpy, swapped, flat,
                        sources=(tensor,))  # fmt: skip
 
 

@@ -79,7 +79,7 @@ class WeightCheck:
                     raise differs(tensor, f"'{place.parameter}' in the graph holds other numbers")
             if places:
                 continue
-            if not (self._claim_folded(tensor, anonymous) or self._claim_found(tensor, by_layer)
+            if not (self._claim_folded(tensor, anonymous) or self._claim_found(tensor, by_layer, anonymous)
                     or self._claim_by_head(tensor, anonymous)):  # fmt: skip
                 left.append(tensor)
         return left
@@ -113,7 +113,7 @@ class WeightCheck:
         for candidate in orientations(place):
             for columns, rows in self._factors(candidate, tensor):
                 if self._fits(tensor, candidate, columns, rows):
-                    self._claim(candidate)
+                    self._claim(tensor, candidate)
                     return True
         return False
 
@@ -196,16 +196,25 @@ class WeightCheck:
                     return True
         return False
 
-    def _claim_found(self, tensor: FileTensor, by_layer: Mapping[int | None, list[Place]]) -> bool:
+    def _claim_found(
+        self, tensor: FileTensor, by_layer: Mapping[int | None, list[Place]], anonymous: Sequence[GraphMatrix]
+    ) -> bool:
         """Look in all constants of the tensor's layer, whatever their names: whole, then in pieces."""
         places = [place for place in by_layer.get(layer_of(tensor.name), []) if tensor.size]
+        if len(tensor.shape) == 1:
+            places += [one for place in places if (one := place.flattened()) is not None]
         for place in subplaces(places, tensor):
             if not self._may_be(tensor, place):
                 continue
             if self._fits(tensor, place) or self._fits_vector(tensor, place):
-                self._claim(place)
+                self._claim(tensor, place)
                 return True
-        return self._claim_pieces(tensor, places)
+        if tensor.name.endswith("bias") and len(tensor.shape) == 2:  # of experts: a part of each row of another
+            layer = layer_of(tensor.name)
+            places += [Place(m, 0, m.shape[0]) for m in anonymous if m.may_be_of(layer)]
+            flat = [one for place in places if (one := place.flattened()) is not None]
+            return self._claim_pieces(tensor.flattened(), flat)
+        return self._claim_pieces(tensor, [p for place in places for p in orientations(place)])
 
     def _claim_by_head(self, tensor: FileTensor, anonymous: Sequence[GraphMatrix]) -> bool:
         """A number for each head, where heads have windows of their own: the graph has those of each window apart."""
@@ -230,12 +239,11 @@ class WeightCheck:
         self._note(tensor.name)
         return True
 
-    def _claim_pieces(self, tensor: FileTensor, places: Sequence[Place]) -> bool:
+    def _claim_pieces(self, tensor: FileTensor, candidates: Sequence[Place]) -> bool:
         """In pieces a tensor may be whole parameters one after the other, or lie in a part of one; no other order of
         rows is taken for its own, but that of queries, keys and values together, which GGUF files have in another."""
         if is_of_one_expert(tensor):
             return False
-        candidates = [p for place in places for p in orientations(place)]
         pieces = find_pieces(tensor, candidates, self._rounding)
         is_free = self._is_gguf and "qkv" in tensor.name
         if len(pieces) > 1 and not is_free and not all(piece.is_whole(candidates) for piece in pieces):
@@ -247,7 +255,7 @@ class WeightCheck:
                 return False
             start += piece.count
         for piece in pieces:
-            self._claim(piece)
+            self._claim(tensor, piece)
         return bool(pieces)
 
     def _may_be(self, tensor: FileTensor, place: Place) -> bool:
@@ -258,10 +266,12 @@ class WeightCheck:
 
     # --- accounts ---
 
-    def _claim(self, place: Place) -> None:
+    def _claim(self, tensor: FileTensor, place: Place) -> None:
         place.matrix.claimed[place.rows()] = True
         if place.parameter:
             self._note(place.parameter)
+        else:
+            self.folded.add(tensor.name)
 
     def _note(self, name: str) -> None:
         self.accounted.update(self._names(name))
@@ -281,7 +291,7 @@ def unclaimed(matrices: Iterable[GraphMatrix], parameters: Collection[str], num_
     attention.
     """
     return [matrix.name for matrix in matrices
-            if not matrix.claimed.all() and not (matrix.swapped is not None and matrix.swapped.claimed.all())
+            if not matrix.is_claimed
             and (any(part in parameters for part in matrix.parts)
                  or not _is_computed(matrix, max(SMALL, num_heads)))]  # fmt: skip
 

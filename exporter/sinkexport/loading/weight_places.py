@@ -11,6 +11,12 @@ from sinkexport.loading.file_tensor import FileTensor, Floats, Indices
 from sinkexport.loading.graph_weights import GraphMatrix
 from sinkexport.loading.weight_rounding import Rounding
 
+MAX_VECTOR = 1 << 17
+"""Numbers of a vector that is looked for in pieces."""
+
+MAX_BEGINNINGS = 64
+"""Places where a run may begin, of which the longest is taken; more where many numbers are the same."""
+
 STRIDES = (1, 2)
 """Rows lie one after the other, or every second one: gates between what they multiply."""
 
@@ -18,7 +24,9 @@ STRIDES = (1, 2)
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Rows of a matrix: `count` from `start` on, every `stride`-th. parameter: the model's name for it, if it has one;
-    half: of a fused gate and up, 0 or 1. first_row: where the parameter begins, if the place is a piece of it."""
+    half: of a fused gate and up, 0 or 1. first_row: where the parameter begins, if the place is a piece of it.
+    blocks: rows of a block, and rows from one block to the next, where the place is in blocks.
+    """
 
     matrix: GraphMatrix
     start: int
@@ -27,10 +35,23 @@ class Place:
     half: int | None = None
     stride: int = 1
     first_row: int | None = None
+    blocks: tuple[int, int] | None = None
 
     def rows(self, indices: Indices | None = None) -> Indices:
         """Rows of the matrix, of these of the place or of all."""
-        return self.start + self.stride * (np.arange(self.count, dtype=np.int64) if indices is None else indices)
+        if indices is None:
+            indices = np.arange(self.count, dtype=np.int64)
+        if self.blocks is not None:
+            length, distance = self.blocks
+            return self.start + indices // length * distance + indices % length
+        return self.start + self.stride * indices
+
+    def flattened(self) -> Place | None:
+        """All numbers of a matrix one after the other, if the place is all of it and it is small."""
+        flat = self.matrix.flat
+        if flat is None or self.count != self.matrix.shape[0]:
+            return None
+        return dataclasses.replace(self, matrix=flat, start=0, count=flat.shape[0])
 
     def is_whole(self, places: Sequence[Place]) -> bool:
         """Whether it is all of one of these."""
@@ -61,6 +82,11 @@ def subplaces(places: Sequence[Place], tensor: FileTensor) -> Iterable[Place]:
                 continue
             if whole.count == count:
                 yield whole
+            elif len(tensor.shape) == 3 and whole.count == 2 * count:  # gates of all experts, or what they multiply
+                rows = tensor.shape[1]
+                for half in (0, 1):
+                    yield Place(whole.matrix, whole.start + half * rows, count, whole.parameter, half,
+                                blocks=(rows, 2 * rows))  # fmt: skip
             elif len(numbers) > 1 and whole.count % count == 0:
                 expert = numbers[1]
                 for share in (1, 2):  # of an expert's rows: all, or gate before up
@@ -89,8 +115,8 @@ def find_pieces(tensor: FileTensor, places: Sequence[Place], rounding: Rounding)
     """A tensor that the model has in several parameters, or whose rows lie between others', as the pieces that follow
     each other in it, by some columns of all rows; none: it is not there as a whole.
     """
-    places = [place for place in places if place.matrix.shape[1] == tensor.shape[-1]] if len(tensor.shape) > 1 else []
-    if not places:
+    places = [place for place in places if place.matrix.shape[1] == tensor.matrix_shape[1]]
+    if not places or (tensor.matrix_shape[1] == 1 and tensor.size > MAX_VECTOR):
         return []
     columns = tensor.sampled_columns()
     wanted = tensor.columns(columns)
@@ -115,7 +141,7 @@ def _longest_run(
 ) -> tuple[int, int, int]:
     """Where the first rows of `wanted` follow each other in one place: first row, stride and how many, at most 0."""
     best = (0, 1, 0)
-    for begin in np.flatnonzero(rounding.close(wanted[:1], graph, steps).all(axis=1)):
+    for begin in np.flatnonzero(rounding.close(wanted[:1], graph, steps).all(axis=1))[:MAX_BEGINNINGS]:
         for stride in STRIDES:
             run = np.arange(begin, len(graph), stride)[: len(wanted)]
             run = run[owner[run] == owner[begin]]
