@@ -36,7 +36,7 @@ def plain_folder(model: Path, cache: Path) -> Path:
     from transformers import AutoModelForCausalLM
 
     source = {"pretrained_model_name_or_path": str(model.parent), "gguf_file": model.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, trust_remote_code=False)
     # The weights are plain now, but the config still says "gguf", which save_pretrained refuses to write.
     loaded.hf_quantizer = None
     loaded.is_quantized = False

@@ -40,6 +40,7 @@ from sinkexport.bundle import (
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.build import BuiltGraph, build_graph
 from sinkexport.graph.passes.plugin_operators import refuse_geometry
+from sinkexport.loading.check_export import check_weights
 from sinkexport.loading.source_tokenizer import SourceTokenizer
 from sinkexport.loading.tokenizer_checks import check_template, check_tokens, fitted, named, opening_size
 from sinkexport.loading.turn_ends import beginning_id, end_ids
@@ -67,9 +68,12 @@ def export(
     config: ExportConfig | None = None,
     *,
     overwrite: bool = False,
+    check: bool = True,
     report: Report = silent,
 ) -> Manifest:
     """Export the model `source` (local directory, ``.gguf`` file or Hub id) to the bundle folder `out`.
+
+    check: compare the weights of the bundle with the file that they came from.
 
     Raises: UsageError with the reason if the model cannot be exported exactly or `out` cannot be written.
     """
@@ -77,7 +81,7 @@ def export(
     report("load", 0, 1)
     loaded = load_model(source, WEIGHT_DTYPES[config.dtype])
     report("load", 1, 1)
-    return export_loaded(loaded, out, config, overwrite=overwrite, report=report)
+    return export_loaded(loaded, out, config, overwrite=overwrite, check=check, report=report)
 
 
 def export_loaded(
@@ -86,6 +90,7 @@ def export_loaded(
     config: ExportConfig,
     *,
     overwrite: bool = False,
+    check: bool = True,
     report: Report = silent,
 ) -> Manifest:
     """Export a model that is in memory already, in the dtype of its parameters, which must be `config`'s.
@@ -136,6 +141,10 @@ def export_loaded(
             write_graph_with_weights_of(chunk.model, stage, "prefill.onnx", "decode.onnx")
         for graph in graphs.values():
             onnx.checker.check_model(stage / graph.file)
+        if check:
+            report("weights", 0, 1)
+            files = [graph.file for graph in graphs.values()]
+            check_weights(stage, files, loaded, config, num_q_heads=shape.num_q_heads, num_kv_heads=shape.num_kv_heads)
         tokenizer_facts = write_tokenizer(tokenizer, stage)
         report("hash", 0, 1)
         manifest = Manifest(

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 GENERATION_FILE = "generation_config.json"
 
+REASON_CHARACTERS = 300
+"""Of what a library says of a model that it cannot load."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
@@ -66,20 +69,22 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
     """
     import torch
 
-    from sinkexport.loading.checkpoint import load_checkpoint
+    from sinkexport.loading.checkpoint import checkpoint_notes, load_checkpoint, print_notes
     from sinkexport.loading.gguf_model import load_gguf
     from sinkexport.loading.tokenizer import source_tokenizer
     from sinkexport.loading.tokenizer_checks import fitted
 
     origin = locate(source)
+    print_notes(checkpoint_notes(origin))
     with _quiet_transformers(), _readable_errors(source):
         config = _config(origin)
         refuse_architecture(config)
         load = load_gguf if origin.is_gguf else load_checkpoint
         model = load(origin, config, getattr(torch, dtype))
-        tokenizer = source_tokenizer(origin)
-        if tokenizer is not None:
-            tokenizer = fitted(tokenizer, model.get_input_embeddings().weight.shape[0])
+        with _readable_errors(source, "tokenizer"):
+            tokenizer = source_tokenizer(origin)
+            if tokenizer is not None:
+                tokenizer = fitted(tokenizer, model.get_input_embeddings().weight.shape[0])
     return LoadedModel(model.eval(), tokenizer, origin.name, origin)
 
 
@@ -94,7 +99,7 @@ def load_tokenizer(source: str) -> SourceTokenizer | None:
     from sinkexport.loading.tokenizer import source_tokenizer
 
     origin = locate(source)
-    with _quiet_transformers(), _readable_errors(source):
+    with _quiet_transformers(), _readable_errors(source, "tokenizer"):
         return source_tokenizer(origin)
 
 
@@ -146,6 +151,8 @@ def locate(source: str) -> Origin:
     Raises: UsageError.
     """
     from sinkexport.loading.gguf_file import model_name
+    from sinkexport.loading.loading_report import adapter_refused
+    from sinkexport.loading.weight_files import refuse_pointers
 
     path = Path(source)
     location: dict[str, Any]
@@ -155,7 +162,11 @@ def locate(source: str) -> Origin:
         location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         name = model_name(path)
     else:
+        if path.is_dir():
+            refuse_pointers(path)
         if path.is_dir() and not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise adapter_refused(source)
             raise _no_model(source, "a folder without config.json")
         if not path.is_dir() and (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1):
             raise _no_model(source, "no such folder")
@@ -183,14 +194,32 @@ def refuse_architecture(config: Any) -> None:
 
 
 @contextlib.contextmanager
-def _readable_errors(source: str) -> Iterator[None]:
-    """Turn what transformers raises for a bad source (dozens of types) into one line."""
+def _readable_errors(source: str, what: str = "model") -> Iterator[None]:
+    """Turn what transformers raises for a bad source (dozens of types) into one line. what: is being loaded."""
     try:
         yield
-    except SinkError:
+    except (SinkError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise _no_model(source, str(error).strip().splitlines()[0] if str(error) else type(error).__name__) from error
+    # SafetensorError, struct.error, AssertionError, TypeError, plain Exception of tokenizers ..: what the bytes of a
+    # damaged file lead to has no common type.
+    except Exception as error:
+        if what != "model":
+            received = f"that of '{source}' ({_reason(error)})"
+            raise UsageError(problem(what, received=received, expected=f"whole {what} files",
+                                     fix="download the model again")) from error  # fmt: skip
+        raise _no_model(source, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """One line of what a library says, without what a terminal would act on."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    words = lines[0] if isinstance(error, OSError | ValueError | RuntimeError | ImportError) else (
+        f"{type(error).__name__}: {lines[0]}")  # fmt: skip
+    if words.endswith(":") and len(lines) > 1:
+        words = f"{words} {lines[1]}"
+    return "".join(c if c.isprintable() else " " for c in words)[:REASON_CHARACTERS]
 
 
 @contextlib.contextmanager

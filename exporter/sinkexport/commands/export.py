@@ -26,6 +26,7 @@ STAGES = {
     "decode": "Building the decode graph",
     "write": "Writing weights",
     "prefill": "Building the prefill graph",
+    "weights": "Comparing weights with the file",
     "hash": "Hashing files",
     "done": "Done",
 }
