@@ -42,7 +42,9 @@ from sinkexport.graph.passes.plugin_operators import refuse_geometry
 from sinkexport.model.decoder import StreamStep, trace
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, head_caches
-from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
+from sinkexport.model.probe import probe_attention
+from sinkexport.model.refusals import refusing
+from sinkexport.model.rope import AttentionShape, ModelRotary
 from sinkexport.progress import Report, silent
 from sinkexport.quant.plan import RecipePlan
 from sinkexport.quant.recipe import load_recipe
@@ -179,10 +181,12 @@ def _build(
     plan = None if recipe is None else RecipePlan(recipe, loaded.model, dtype, config.calibration)
     num_sinks = 0 if config.calibration is None else config.calibration.num_sink_tokens
     with _no_garbage_collection():
-        return build_graph(
-            trace(step), role, step.state_names, config.target, num_sinks, plan,
-            plugins=config.has_plugins,
-        )  # fmt: skip
+        with refusing(loaded.model, f"tracing the {role} graph"):
+            program = trace(step)
+        with refusing(loaded.model, f"converting the {role} graph to ONNX"):
+            return build_graph(
+                program, role, step.state_names, config.target, num_sinks, plan, plugins=config.has_plugins
+            )
 
 
 @contextlib.contextmanager

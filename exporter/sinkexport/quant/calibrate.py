@@ -27,7 +27,8 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport import analyze, files
 from sinkexport.model.interface import intercept_attention
-from sinkexport.model.rope import AttentionShape, probe_attention
+from sinkexport.model.probe import probe_attention
+from sinkexport.model.rope import AttentionShape
 from sinkexport.progress import Report, silent
 from sinkexport.quant import histogram
 from sinkexport.quant.calibration import (
