@@ -14,7 +14,7 @@ from sinkrt.contract import ActTuning
 from sinkexport.affine import AffineFile
 from sinkexport.affine_reference import AffineReference
 from sinkexport.model.interface import intercept_attention
-from sinkexport.reference import calibration, plain_attention
+from sinkexport.own_attention import calibration, plain_attention
 
 
 @contextlib.contextmanager

@@ -37,7 +37,13 @@ def intercept_attention(
 
     name = f"sinkexport-{uuid.uuid4().hex}"  # contexts may nest
     before = model.config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS.register(name, function)
+
+    def call(
+        module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mask: Any = None, **arguments: Any
+    ) -> tuple[torch.Tensor, None]:
+        return function(module, q, k, v, attention_mask, **arguments)  # some families pass the mask by its name
+
+    ALL_ATTENTION_FUNCTIONS.register(name, call)
     if masks is not None:
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, masks)
     try:
