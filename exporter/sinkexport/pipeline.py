@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib.metadata
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from sinkexport.bundle import (
     write_graph_with_weights_of,
     write_tokenizer,
 )
+from sinkexport.check_export import UncheckedWarning, check_export, why_unchecked
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.build import BuiltGraph, build_graph
 from sinkexport.graph.passes.plugin_operators import refuse_geometry
@@ -64,9 +66,12 @@ def export(
     config: ExportConfig | None = None,
     *,
     overwrite: bool = False,
+    check: bool = True,
     report: Report = silent,
 ) -> Manifest:
     """Export the model `source` (local directory, ``.gguf`` file or Hub id) to the bundle folder `out`.
+
+    check: see `export_loaded`.
 
     Raises: UsageError with the reason if the model cannot be exported exactly or `out` cannot be written.
     """
@@ -74,7 +79,7 @@ def export(
     report("load", 0, 1)
     loaded = load_model(source, WEIGHT_DTYPES[config.dtype])
     report("load", 1, 1)
-    return export_loaded(loaded, out, config, overwrite=overwrite, report=report)
+    return export_loaded(loaded, out, config, overwrite=overwrite, check=check, report=report)
 
 
 def export_loaded(
@@ -83,11 +88,13 @@ def export_loaded(
     config: ExportConfig,
     *,
     overwrite: bool = False,
+    check: bool = True,
     report: Report = silent,
 ) -> Manifest:
     """Export a model that is in memory already, in the dtype of its parameters, which must be `config`'s.
 
-    The model is left as it was.
+    The model is left as it was. check: compare the finished graphs with it, where ONNX Runtime can run them
+    (`sinkexport.check_export`), before the bundle gets its name.
 
     Raises: UsageError.
     """
@@ -153,6 +160,11 @@ def export_loaded(
             affine_attention=_affine_facts(config, shape),
         )
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        if check and (reason := why_unchecked(manifest)) is not None:
+            warnings.warn(f"the graphs were not compared with the model: {reason}", UncheckedWarning, stacklevel=2)
+        elif check:
+            report("check", 0, 1)
+            check_export(stage, manifest, model, config.affine)
     report("done", 1, 1)
     return manifest
 

@@ -107,7 +107,7 @@ class StreamingReference:
                     fix="change the geometry of the stream",
                 )
             )
-        self._model = model
+        self.model = model
         self._num_sink_tokens = num_sink_tokens
         self._window_size = window_size
         self._capacity = num_sink_tokens + window_size
@@ -129,7 +129,7 @@ class StreamingReference:
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed one token to each stream. ids: int64 [B]. Returns logits [B, vocab] in the model's dtype."""
         with torch.no_grad():
-            output = self._model(
+            output = self.model(
                 input_ids=ids[:, None], position_ids=torch.zeros_like(ids)[:, None],
                 past_key_values=self._recurrent, use_cache=False,
             )  # fmt: skip
@@ -140,7 +140,7 @@ class StreamingReference:
         """Forget all tokens."""
         self._cached.clear()
         self._received.clear()
-        self._recurrent = recurrent_cache(self._model)
+        self._recurrent = recurrent_cache(self.model)
 
     def attend(
         self,
@@ -223,7 +223,7 @@ class StreamingReference:
         """
         plain = self._recorded(rotation=False)
         turned = self._recorded(rotation=True)
-        num_layers = self._model.config.get_text_config().num_hidden_layers - len(linear_layers(self._model))
+        num_layers = self.model.config.get_text_config().num_hidden_layers - len(linear_layers(self.model))
         if len(plain) != num_layers:
             raise no_reference(f"{len(plain)} attention layers of {num_layers}", "softmax attention in every layer")
         for module, before in plain.items():
@@ -244,16 +244,16 @@ class StreamingReference:
 
         Raises: UsageError.
         """
-        stream = StreamingReference(self._model, 0, NUM_TRIED)
+        stream = StreamingReference(self.model, 0, NUM_TRIED)
         stream._rotates = self._rotates
-        vocab_size = self._model.config.get_text_config().vocab_size
+        vocab_size = self.model.config.get_text_config().vocab_size
         ids = torch.randint(vocab_size, (1, NUM_TRIED), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            dense = self._model(input_ids=ids, use_cache=False).logits[0].double()  # [n, vocab]
-        with intercept_attention(self._model, stream.attend), stream.no_rotation():
+            dense = self.model(input_ids=ids, use_cache=False).logits[0].double()  # [n, vocab]
+        with intercept_attention(self.model, stream.attend), stream.no_rotation():
             streamed = torch.cat([stream.step(column) for column in ids.T]).double()
         error = ((streamed - dense).abs().amax(dim=-1) / dense.std(dim=-1).clamp(min=1e-9)).max()
-        dtype = next(self._model.parameters()).dtype
+        dtype = next(self.model.parameters()).dtype
         if not float(error) <= LIKE_DENSE.get(dtype, 1e-3):
             raise no_reference(f"{NUM_TRIED} tokens whose logits, streamed, are {float(error):.1e} of the spread from "
                                "those of one pass", "no state but what attention keeps")  # fmt: skip
@@ -264,16 +264,16 @@ class StreamingReference:
         if self._rotary is None:
             yield
             return
-        with replaced_rotary(self._model, NoRotation(self._rotary)):
+        with replaced_rotary(self.model, NoRotation(self._rotary)):
             yield
 
     def _append(
         self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, own_window: int | None, window_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Throw out the oldest token that is no sink if the cache is full, then add the new one: [B, Hkv, n, D]."""
-        num_sinks, capacity, key = self._num_sink_tokens, self._num_sink_tokens + window_size, (module, window_size)
-        if own_window is not None and own_window < capacity:
-            num_sinks, capacity = 0, own_window
+        key = module, window_size
+        num_sinks, window_size = self.geometry(own_window, window_size)
+        capacity = num_sinks + window_size
         if key in self._cached:
             keys, values = self._cached[key]
             if keys.shape[2] == capacity:
@@ -283,6 +283,21 @@ class StreamingReference:
             k, v = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
         self._cached[key] = (k, v)
         return k, v
+
+    def geometry(self, own_window: int | None, window_size: int | None = None) -> tuple[int, int]:
+        """Sinks and window of a layer in which the model itself sees own_window tokens; None: all."""
+        window_size = self._window_size if window_size is None else window_size
+        if own_window is not None and own_window < self._num_sink_tokens + window_size:
+            return 0, own_window
+        return self._num_sink_tokens, window_size
+
+    def rotates(self, module: torch.nn.Module) -> bool:
+        """Whether an attention module has positions."""
+        return self._rotates[module]
+
+    def turned(self, module: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """x [B, H, n, D] turned as the model turns tokens at these places, int64 [n]."""
+        return self._rotated(module, x, *self._rotary(x, places[None], **self._layer_type(module)))
 
     def _places(self, module: Any, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The model's own cos and sin of in-cache positions 0 .. n-1, [1, n, .], n = keys.shape[2].
@@ -311,7 +326,7 @@ class StreamingReference:
         """
         prefix = "".join(f"{layer_type}_" for layer_type in self._layer_type(module).values())
         rotary_dim = 2 * self._rotary.get_buffer(f"{prefix}inv_freq").numel()
-        adapter = find_adapter(self._model)
+        adapter = find_adapter(self.model)
         if adapter is not None and adapter.rotate is not None:
             rotated: torch.Tensor = adapter.rotate(module, x, cos, sin)
             return rotated
@@ -327,9 +342,9 @@ class StreamingReference:
         ids = torch.arange(len(PROBE_POSITIONS))[None]
         with (
             torch.no_grad(),
-            random_embeddings(self._model, len(PROBE_POSITIONS), seed=1),
-            intercept_attention(self._model, recorder),
+            random_embeddings(self.model, len(PROBE_POSITIONS), seed=1),
+            intercept_attention(self.model, recorder),
             swapped,
         ):
-            self._model(input_ids=ids, position_ids=positions, use_cache=False)
+            self.model(input_ids=ids, position_ids=positions, use_cache=False)
         return recorder.given

@@ -1,0 +1,186 @@
+"""Before a bundle gets its name: does the finished graph compute what the model computes?
+
+A dozen tokens of some streams are fed to the bundle's own graphs, one by one and as a chunk, and their logits compared
+with transformers' own pass of the model; then, where that takes no more than seconds, tokens after the cache has filled
+are compared with a reference that knows nothing of how the graphs were made. It is what `verify` does at length.
+
+A quantised bundle cannot have the model's logits. There it is asked whether they rise and fall together: rounding
+leaves correlations above 0.9 in real models, a layer that is wrong or missing leaves little. What it cannot catch is a
+recipe that is merely worse than its thresholds: for that `verify` needs a text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sinkrt.backends.ort import available_bytes
+from sinkrt.contract import Manifest
+from sinkrt.errors import UsageError, problem
+from sinkrt.session import Session
+
+from sinkexport.affine import AffineFile
+from sinkexport.budgets import budgets_of
+from sinkexport.comparison import Ids, Logits, default_tolerance
+from sinkexport.families import rotates_by_length
+from sinkexport.families.adapters import has_alibi
+from sinkexport.model.experts import static_experts
+from sinkexport.model.refusals import refusing
+from sinkexport.one_pass import logits_of_last
+from sinkexport.reference import streaming_reference
+from sinkexport.tuned_attention import dense_logits
+
+NUM_TOKENS = 12
+"""Positions that are compared from a stream's start on, and after the cache has filled."""
+
+MAX_STREAMS = 2
+"""Streams of a batch that are compared: the first and the last."""
+
+MAX_STREAMED_WORK, MAX_PASS_WORK = 2e10, 2e11
+"""Parameters times tokens up to which a step for each token, or one pass over all of them, takes no more than seconds.
+SmolLM2-135M with 1,024 tokens is 1.4e11."""
+
+MIN_CORRELATION = 0.6
+"""Of a quantised bundle's logits with the model's, in the mean over positions. Measured: 0.95 to 0.999 in
+SmolLM2-135M, and from 0.8 on in tiny random models with INT4 weights; unrelated logits have 0."""
+
+
+class UncheckedWarning(UserWarning):
+    """A bundle was written that nothing was compared with."""
+
+
+def why_unchecked(manifest: Manifest) -> str | None:
+    """Why a bundle cannot be compared on this machine; None: it can."""
+    if manifest.plugin_abi is not None:
+        return "they need the TensorRT plugin, which ONNX Runtime does not have: use 'sinkexport verify' on the GPU"
+    if manifest.weights_bytes > (free := available_bytes()):
+        return f"they take {manifest.weights_bytes / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+    return None
+
+
+def check_export(bundle: Path, manifest: Manifest, model: Any, affine: AffineFile | None = None) -> None:
+    """Compare the graphs of `bundle`, which `why_unchecked` has nothing against, with the model in memory.
+
+    affine: of the bundle.
+
+    Raises: UsageError if they differ by more than rounding explains; BundleError if ONNX Runtime refuses a graph.
+    """
+    with (
+        refusing(model, "comparing the exported graph with it"),
+        static_experts(model),
+        Session.load(bundle, verify=False, repack_prefill=False) as session,
+    ):
+        check = _Check(session, model, manifest, affine)
+        check.start_of_streams()
+        check.full_cache()
+
+
+class _Check:
+    """One bundle and its model."""
+
+    def __init__(self, session: Session, model: Any, manifest: Manifest, affine: AffineFile | None) -> None:
+        self._session, self._model, self._manifest, self._affine = session, model, manifest, affine
+        self._budgets = budgets_of(manifest)
+        batch = manifest.stream.batch
+        self._streams = [0, batch - 1][: min(batch, MAX_STREAMS)]
+
+    def start_of_streams(self) -> None:
+        """Before the first token is evicted, a bundle equals the dense model."""
+        stream = self._manifest.stream
+        window = stream.window_size if self._budgets is None else min(map(min, self._budgets.windows))
+        num_tokens = min(NUM_TOKENS, stream.num_sink_tokens + window)
+        if rotates_by_length(self._model.config, stream.capacity):
+            if self._work(NUM_TOKENS) <= MAX_STREAMED_WORK:
+                self._compare(self._ids(NUM_TOKENS), self._streamed(self._ids(NUM_TOKENS), NUM_TOKENS))
+            return  # the model would rotate a short text otherwise than a full cache
+        ids = self._ids(num_tokens)
+        wanted = dense_logits(self._model, ids[self._streams], self._manifest, self._affine)
+        self._compare(ids, wanted)
+
+    def full_cache(self) -> None:
+        """After evictions, where the reference takes no longer than seconds."""
+        capacity = self._manifest.stream.capacity
+        ids = self._ids(capacity + NUM_TOKENS)
+        manifest = self._manifest
+        is_plain = (
+            self._budgets is None
+            and manifest.sink_tuning is None
+            and self._affine is None
+            and not has_alibi(self._model)
+            and not rotates_by_length(self._model.config, capacity)
+        )
+        if self._work(ids.shape[1]) <= MAX_STREAMED_WORK:
+            self._compare(ids, self._streamed(ids, NUM_TOKENS))
+        elif is_plain and self._work(ids.shape[1]) * len(self._streams) <= MAX_PASS_WORK:
+            stream = manifest.stream
+            wanted = logits_of_last(self._model, torch.from_numpy(ids[self._streams]), stream.num_sink_tokens,
+                                    stream.window_size, NUM_TOKENS)  # fmt: skip
+            self._compare(ids, wanted.float().numpy())
+
+    def _work(self, num_tokens: int) -> float:
+        return float(self._manifest.model.num_parameters) * num_tokens
+
+    def _ids(self, num_tokens: int) -> Ids:
+        """int64 [B, num_tokens], which the model and the bundle both have."""
+        embedding = self._model.get_input_embeddings() if hasattr(self._model, "get_input_embeddings") else None
+        known = getattr(embedding, "num_embeddings", self._manifest.model.vocab_size)
+        vocab_size = min(known, self._manifest.model.vocab_size)
+        return np.random.default_rng(0).integers(0, vocab_size, (self._manifest.stream.batch, num_tokens))
+
+    def _streamed(self, ids: Ids, num_last: int) -> Logits:
+        """The streaming reference's logits [b, num_last, vocab] of the last tokens of the streams that count."""
+        stream, wanted = self._manifest.stream, []
+        with streaming_reference(
+            self._model, stream.num_sink_tokens, stream.window_size, sink_tuning=self._manifest.sink_tuning,
+            head_windows=None if self._budgets is None else self._budgets.windows, affine=self._affine,
+        ) as reference:  # fmt: skip
+            for t, column in enumerate(ids[self._streams].T):
+                logits = reference.step(torch.from_numpy(column))
+                if t >= ids.shape[1] - num_last:
+                    wanted.append(logits.float().numpy())
+        return np.stack(wanted, axis=1)
+
+    def _compare(self, ids: Ids, wanted: Logits) -> None:
+        """wanted: [b, n, vocab] of the last n tokens of ids [B, N]: of steps, and of all of them as chunks."""
+        session, start = self._session, ids.shape[1] - wanted.shape[1]
+        session.reset()
+        if start:
+            session.prefill(ids[:, :start])
+        stepped = np.stack([session.step(column).copy() for column in ids[:, start:].T], axis=1)[self._streams]
+        self._judge(stepped, wanted, start, "step by step")
+        session.reset()
+        chunked = session.prefill(ids)[self._streams][:, None]
+        self._judge(chunked, wanted[:, -1:], ids.shape[1] - 1, "as a chunk")
+
+    def _judge(self, got: Logits, wanted: Logits, start: int, how: str) -> None:
+        """got, wanted: [b, n, vocab] from position `start` on.
+
+        Raises: UsageError.
+        """
+        got, wanted = got.astype(np.float64), wanted.astype(np.float64)
+        limit: float
+        if self._manifest.quantization is None:
+            spread = np.maximum(wanted.std(axis=-1, keepdims=True), 1e-9)
+            errors = (np.abs(got - wanted) / spread).max(axis=(0, 2))  # [n]
+            worst, limit = int(np.argmax(np.nan_to_num(errors, nan=np.inf))), default_tolerance(self._manifest)
+            is_right = bool((errors <= limit).all())
+            found = f"logits that differ by {errors[worst]:.1e} of their spread at position {start + worst}, fed {how}"
+            expected = f"at most {limit:.1e}, which rounding explains"
+        else:
+            found_mean, limit = float(np.mean(correlations(got, wanted))), MIN_CORRELATION
+            is_right = found_mean >= limit
+            found = f"logits whose correlation with the model's is {found_mean:.2f}, fed {how}"
+            expected = f"at least {limit}, whatever the recipe '{self._manifest.quantization.recipe}' rounds"
+        if not is_right:
+            raise UsageError(problem("the exported graph differs from the model", received=found, expected=expected,
+                                     fix="this model cannot be exported exactly"))  # fmt: skip
+
+
+def correlations(got: Logits, wanted: Logits) -> Logits:
+    """[.., vocab] twice -> [..], Pearson's; 0 where one is constant, NaN where one is not finite."""
+    a, b = (x - x.mean(axis=-1, keepdims=True) for x in (got, wanted))
+    size = np.sqrt((a * a).sum(axis=-1) * (b * b).sum(axis=-1))
+    found: Logits = (a * b).sum(axis=-1) / np.maximum(size, 1e-30)
+    return found
