@@ -49,8 +49,8 @@ attention and each angle's error shows. A shift that is missing or a token that 
 Measured: SMOLMEASURED for SmolLM2-135M with 1,024 tokens."""
 
 MIN_CORRELATION = 0.6
-"""Of a quantised bundle's logits with the model's, in the mean over positions. Measured: 0.95 to 0.999 in
-SmolLM2-135M, and from 0.8 on in tiny random models with INT4 weights; unrelated logits have 0."""
+"""Of a quantised bundle's logits with the model's, in the mean over positions. Measured in tiny
+random models with INT4 weights: 0.82 to 0.99, single positions of a mixture down to 0.06; unrelated logits have 0."""
 
 
 class UncheckedWarning(UserWarning):
@@ -136,7 +136,7 @@ class _Check:
         self._judge(stepped, wanted, position, "step by step", tolerance)
         session.place_stream(stream, start)
         chunked = session.prefill(ids, streams=[stream])[stream][None, None]
-        self._judge(chunked, wanted[:, -1:], position + num_tokens - 1, "as a chunk", tolerance)
+        self._judge(chunked, wanted[:, -1:], position + num_tokens - 1, "as a chunk", tolerance, stepped[:, -1:])
 
     def _random_states(self, sizes: dict[int, tuple[float, float]]) -> dict[str, np.ndarray]:
         """By input name, one stream's states; those of linear attention as they begin."""
@@ -198,10 +198,14 @@ class _Check:
         self._judge(stepped, wanted, start, "step by step")
         session.reset()
         chunked = session.prefill(ids)[self._streams][:, None]
-        self._judge(chunked, wanted[:, -1:], ids.shape[1] - 1, "as a chunk")
+        self._judge(chunked, wanted[:, -1:], ids.shape[1] - 1, "as a chunk", stepped=stepped[:, -1:])
 
-    def _judge(self, got: Logits, wanted: Logits, start: int, how: str, tolerance: float = 0.0) -> None:
+    def _judge(
+        self, got: Logits, wanted: Logits, start: int, how: str, tolerance: float = 0.0, stepped: Logits | None = None
+    ) -> None:
         """got, wanted: [b, n, vocab] from position `start` on. tolerance: more than `default_tolerance`, or not.
+        stepped: what the bundle's own steps gave, which a quantised chunk may be like instead: at a single position a
+        rounded model may be far from its own.
 
         Raises: UsageError.
         """
@@ -216,7 +220,10 @@ class _Check:
             found = f"logits that differ by {errors[worst]:.1e} of their spread at position {start + worst}, fed {how}"
             expected = f"at most {limit:.1e}, which rounding explains"
         else:
-            found_mean, limit = float(np.mean(correlations(got, wanted))), MIN_CORRELATION
+            found_each, limit = correlations(got, wanted), MIN_CORRELATION
+            if stepped is not None:
+                found_each = np.maximum(found_each, correlations(got, stepped.astype(np.float64)))
+            found_mean = float(found_each.mean())
             is_right = found_mean >= limit
             found = f"logits whose correlation with the model's is {found_mean:.2f}, fed {how}"
             expected = f"at least {limit}, whatever the recipe '{self._manifest.quantization.recipe}' rounds"

@@ -74,7 +74,8 @@ def probe_attention(
         plain = _run(model, identity_rotary(still, 1, NUM_TOKENS, dtype), num_layers, cache, masks)
         turned = _run(model, _handed(angles, cos_layout, dtype), num_layers, recurrent_cache(model), None)
         layers = tuple(_layout(layer, plain, turned, angles, dtype) for layer in range(num_layers))
-        _refuse_other_differences(plain, turned, dtype)
+        if not is_close(turned.logits, plain.logits, dtype):
+            raise refused_rotary("a use of cos and sin outside attention", "queries and keys alone")
         shape = _common_shape(plain, num_layers, recurrent_shapes(model, cache))
         masks.check([None if one is None else (one.mask, one.own_window) for one in _by_layer(plain, num_layers)],
                     capacity, adapted=find_adapter(model) is not None)  # fmt: skip
@@ -239,6 +240,8 @@ def _layout(
             "norm after it, or a rotation that is neither of halves nor of neighbours,"
         )  # fmt: skip
         raise refused_rotary(f"{differ} in layer {layer}", "a known pairing that reaches attention as it is")
+    if not is_close(after.v, before.v, dtype):
+        raise refused_rotary(f"values that turn in layer {layer}", "queries and keys alone")
     return found.pop()
 
 
@@ -256,15 +259,6 @@ def _is_turned(
         pairs = sum(pairs.chunk(2, dim=-1)).repeat(1, 2)
     size = torch.cat((pairs, size[:, spec.rotary_dim :]), dim=-1).sqrt()
     return bool((error <= tolerance(dtype) * size + smallest(dtype)).all())
-
-
-def _refuse_other_differences(plain: _Run, turned: _Run, dtype: torch.dtype) -> None:
-    """Rotation must reach nothing but queries and keys."""
-    for layer, before in plain.seen.items():
-        if not is_close(turned.seen[layer].v, before.v, dtype):
-            raise refused_rotary(f"values that turn in layer {layer}", "queries and keys alone")
-    if not is_close(turned.logits, plain.logits, dtype):
-        raise refused_rotary("a use of cos and sin outside attention", "queries and keys alone")
 
 
 def tolerance(dtype: torch.dtype) -> float:
