@@ -153,7 +153,7 @@ def test_typical_sizes_are_those_of_keys_and_values() -> None:
 
 
 def test_graphs_for_plugins_are_said_not_to_be_compared(tmp_path: Path) -> None:
-    tiny_model("llama", dtype=torch.float16).save_pretrained(tmp_path / "model")
+    tiny_model("llama", dtype=torch.float16, head_dim=64).save_pretrained(tmp_path / "model")
     with pytest.warns(UncheckedWarning, match="TensorRT plugin"):
         pipeline.export(str(tmp_path / "model"), tmp_path / "a", ExportConfig(S, W, dtype="fp16", target="tensorrt"))
     result = CliRunner().invoke(cli, ["export", str(tmp_path / "model"), "-o", str(tmp_path / "b"), "--window", "9",
