@@ -8,6 +8,7 @@ import gc
 import importlib.metadata
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from sinkexport.bundle import (
     write_graph_with_weights_of,
     write_tokenizer,
 )
+from sinkexport.check_export import UncheckedWarning, check_export, why_unchecked
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.build import BuiltGraph, build_graph
 from sinkexport.graph.passes.plugin_operators import refuse_geometry
@@ -47,7 +49,9 @@ from sinkexport.loading.turn_ends import beginning_id, end_ids
 from sinkexport.model.decoder import StreamStep, trace
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, head_caches
-from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
+from sinkexport.model.probe import probe_attention
+from sinkexport.model.refusals import refusing
+from sinkexport.model.rope import AttentionShape, ModelRotary
 from sinkexport.progress import Report, silent
 from sinkexport.quant.plan import RecipePlan
 from sinkexport.quant.recipe import load_recipe
@@ -73,7 +77,7 @@ def export(
 ) -> Manifest:
     """Export the model `source` (local directory, ``.gguf`` file or Hub id) to the bundle folder `out`.
 
-    check: compare the weights of the bundle with the file that they came from.
+    check: see `export_loaded`.
 
     Raises: UsageError with the reason if the model cannot be exported exactly or `out` cannot be written.
     """
@@ -95,7 +99,8 @@ def export_loaded(
 ) -> Manifest:
     """Export a model that is in memory already, in the dtype of its parameters, which must be `config`'s.
 
-    The model is left as it was.
+    The model is left as it was. check: compare the finished graphs with it, where ONNX Runtime can run them
+    (`sinkexport.check_export`), before the bundle gets its name.
 
     Raises: UsageError.
     """
@@ -165,6 +170,11 @@ def export_loaded(
             affine_attention=_affine_facts(config, shape),
         )
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        if check and (reason := why_unchecked(manifest)) is not None:
+            warnings.warn(f"the graphs were not compared with the model: {reason}", UncheckedWarning, stacklevel=2)
+        elif check:
+            report("check", 0, 1)
+            check_export(stage, manifest, model, config.affine)
     report("done", 1, 1)
     return manifest
 
@@ -193,10 +203,12 @@ def _build(
     plan = None if recipe is None else RecipePlan(recipe, loaded.model, dtype, config.calibration)
     num_sinks = 0 if config.calibration is None else config.calibration.num_sink_tokens
     with _no_garbage_collection():
-        return build_graph(
-            trace(step), role, step.state_names, config.target, num_sinks, plan,
-            plugins=config.has_plugins,
-        )  # fmt: skip
+        with refusing(loaded.model, f"tracing the {role} graph"):
+            program = trace(step)
+        with refusing(loaded.model, f"converting the {role} graph to ONNX"):
+            return build_graph(
+                program, role, step.state_names, config.target, num_sinks, plan, plugins=config.has_plugins
+            )
 
 
 @contextlib.contextmanager

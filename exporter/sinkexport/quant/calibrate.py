@@ -28,7 +28,8 @@ from sinkrt.errors import UsageError, problem
 from sinkexport import files
 from sinkexport.loading.source_tokenizer import SourceTokenizer
 from sinkexport.model.interface import intercept_attention
-from sinkexport.model.rope import AttentionShape, probe_attention
+from sinkexport.model.probe import probe_attention
+from sinkexport.model.rope import AttentionShape
 from sinkexport.progress import Report, silent
 from sinkexport.quant import histogram
 from sinkexport.quant.calibration import (
