@@ -42,7 +42,7 @@ from sinkexport.check_export import UncheckedWarning, check_export, why_unchecke
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.build import BuiltGraph, build_graph
 from sinkexport.graph.passes.plugin_operators import refuse_geometry
-from sinkexport.loading.check_export import check_weights
+from sinkexport.loading.check_weights import check_weights
 from sinkexport.loading.source_tokenizer import SourceTokenizer
 from sinkexport.loading.tokenizer_checks import check_template, check_tokens, fitted, named, opening_size
 from sinkexport.loading.turn_ends import beginning_id, end_ids

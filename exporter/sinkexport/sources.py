@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 GENERATION_FILE = "generation_config.json"
 
+LOGGER = logging.getLogger("sinkexport")
 REASON_CHARACTERS = 300
 """Of what a library says of a model that it cannot load."""
 
@@ -69,13 +71,14 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
     """
     import torch
 
-    from sinkexport.loading.checkpoint import checkpoint_notes, load_checkpoint, print_notes
+    from sinkexport.loading.checkpoint import checkpoint_notes, load_checkpoint
     from sinkexport.loading.gguf_model import load_gguf
     from sinkexport.loading.tokenizer import source_tokenizer
     from sinkexport.loading.tokenizer_checks import fitted
 
     origin = locate(source)
-    print_notes(checkpoint_notes(origin))
+    for note in checkpoint_notes(origin):
+        LOGGER.warning(note)
     with _quiet_transformers(), _readable_errors(source):
         config = _config(origin)
         refuse_architecture(config)

@@ -486,12 +486,14 @@ def add_code(folder: Path, marker: Path, family: str) -> None:
     set_config(folder, auto_map=AUTO_MAP, model_type=family, architectures=["CustomModel"])
 
 
-def test_code_of_a_folder_is_not_run_and_said(folder: Path, tmp_path: Path) -> None:
+def test_code_of_a_folder_is_not_run_and_said(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     add_code(folder, tmp_path / "ran", "llama")
     result = CliRunner().invoke(cli, ["export", str(folder), "-o", str(tmp_path / "out"), "--window", "9"], input="y\n")
     assert result.exit_code == 0, result.exception
-    assert "custom.CustomModel" in result.stderr
-    assert "transformers' LlamaForCausalLM" in result.stderr
+    assert "custom.CustomModel" in caplog.text
+    assert "transformers' LlamaForCausalLM" in caplog.text
     assert not (tmp_path / "ran").exists()
 
 

@@ -18,7 +18,7 @@ import torch
 from click.testing import CliRunner
 from sinkexport.cli import cli
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
-from sinkexport.loading.check_export import check_weights, gguf_tensors
+from sinkexport.loading.check_weights import check_weights, gguf_tensors
 from sinkexport.loading.file_tensor import FileTensor
 from sinkexport.loading.gguf_file import open_gguf
 from sinkexport.loading.graph_weights import read_graph

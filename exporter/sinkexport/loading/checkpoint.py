@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,9 +123,3 @@ def _with_parts(config: Any) -> list[Any]:
     names = getattr(type(config), "sub_configs", {})
     parts = [part for name in names if (part := getattr(config, name, None)) is not None]
     return [config, *(inner for part in parts if hasattr(part, "to_dict") for inner in _with_parts(part))]
-
-
-def print_notes(notes: list[str]) -> None:
-    """On stderr, where no output of a command goes."""
-    for note in notes:
-        print(note, file=sys.stderr)
