@@ -56,8 +56,8 @@ for SmolLM2-135M."""
 
 MIN_CORRELATION = 0.7
 """Of a quantised bundle's logits with the model's, in the mean over positions. Measured: 0.98 for SmolLM2-135M by
-int8-dynamic; 0.82 to 0.99 in tiny random models with INT4 weights, single positions of a mixture down to 0.06. Unrelated
-logits have 0."""
+int8-dynamic; 0.82 to 0.99 in tiny random models with INT4 weights, single positions of a mixture down to 0.06.
+Unrelated logits have 0."""
 
 
 class UncheckedWarning(UserWarning):
