@@ -18,13 +18,18 @@ def refusing(model: Any, step: str) -> Iterator[None]:
     """Run code of `model` as `step`, such as "tracing the decode graph".
 
     A family that is not understood fails in any way: in its own code, in the tracer or in the converter, none of
-    which is a fault of this program. What the tracer prints meanwhile, whole graphs, is dropped.
+    which is a fault of this program. What the tracer prints meanwhile, whole graphs, is dropped, and so are
+    transformers' warnings.
 
     Raises: UsageError that names the family, the step and the error. Errors of this project, a lack of memory and
     what is no `Exception` pass through.
     """
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            _quiet_transformers(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             yield
     except (SinkError, MemoryError):
         raise
@@ -37,6 +42,19 @@ def refusing(model: Any, step: str) -> Iterator[None]:
                 fix="it cannot be exported exactly; 'sinkexport --debug ..' shows where it failed",
             )
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Its warnings go to the stderr of when it was imported: rerouted attention has some for each call."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def family(model: Any) -> str:
