@@ -134,7 +134,7 @@ def _check_cache(manifest: Manifest, cache: _Cache, by_name: Mapping[str, StateS
         wanted = str(longest) if lengths[0] == lengths[1] else f"{lengths[0]} .. {lengths[1]}"
         _refuse(f"tokens of state '{window.input}'", length, f"{wanted}, as stream and head_windows say")
     is_int8 = window.dtype == "int8"
-    float_dtype = manifest.weights_dtype
+    float_dtype = manifest.weights_dtype if manifest.plugin_abi is None else "float16"  # the plugin's, always
     rows: tuple[tuple[int, ...], str] = ((*head, length, model.head_dim), "int8" if is_int8 else float_dtype)
     wanted_states = dict.fromkeys(("window_k", "window_v"), rows)
     if has_sinks:

@@ -196,6 +196,7 @@ def _quantized(
     integers, scales = _numbers(value), np.asarray(_numbers(values[f"{base}.scales"]), np.float32)
     zeros = values.get(f"{base}.zero_points")
     read: Read
+    swapped = None
     if suffix == ".packed":
         shape, read = _packed(value, integers, scales, None if zeros is None else _numbers(zeros))
     elif suffix == ".int8x4":
@@ -207,6 +208,8 @@ def _quantized(
         shape = (count * width, depth)
         read = _scaled(lambda r, c: integers[r[:, None] // width, c[None], r[:, None] % width].astype(np.int16)
                        - HALF_RANGE, scales.reshape(-1))  # fmt: skip
+        swapped = GraphMatrix(base, parameters_of(base), (count * depth, width), _experts_by_input(integers, scales),
+                              layers)  # fmt: skip
     elif suffix == ".uint8" or _axis(value) == 1:  # [K, N]
         offset = HALF_RANGE if suffix == ".uint8" else 0
         shape = (integers.shape[1], integers.shape[0])
@@ -216,8 +219,21 @@ def _quantized(
     slack = _bits(value, integers)[2] - 1 if suffix == ".packed" else 0
     sources = tuple(one.const_value for one in (value, values[f"{base}.scales"], zeros)
                     if one is not None and one.const_value is not None)  # fmt: skip
-    return GraphMatrix(base, parameters_of(base), (int(shape[0]), int(shape[1])), read, layers, slack=slack,
-                       sources=sources)  # fmt: skip
+    return GraphMatrix(base, parameters_of(base), (int(shape[0]), int(shape[1])), read, layers, swapped=swapped,
+                       slack=slack, sources=sources)  # fmt: skip
+
+
+def _experts_by_input(integers: npt.NDArray[Any], scales: Floats) -> Read:
+    """uint8 [E, K, M] with scales [E, 1, M], as rows [E * K, M]: families such as gpt-oss keep experts so."""
+    count, depth, width = integers.shape
+    by_expert = scales.reshape(count, width)
+
+    def read(rows: Indices, columns: Indices) -> tuple[Floats, Floats]:
+        step = by_expert[rows[:, None] // depth, columns[None]]
+        units = integers[rows[:, None] // depth, rows[:, None] % depth, columns[None]].astype(np.int16) - HALF_RANGE
+        return units.astype(np.float32) * step, step
+
+    return read
 
 
 def _scaled(take: Callable[[Indices, Indices], npt.NDArray[Any]], scales: Floats) -> Read:

@@ -128,7 +128,7 @@ class Checker {
                  ", as stream and head_windows say");
     }
     const bool is_int8 = window->dtype == "int8";
-    const std::string& float_dtype = manifest_.weights_dtype;
+    const std::string float_dtype = manifest_.plugin_abi ? "float16" : manifest_.weights_dtype;  // the plugin's, always
     const auto both = [&](const char* k, const char* v, const Shape& shape, const std::string& dtype) {
       for (const char* kind : {k, v}) state(kind, cache.suffix, shape, dtype);
     };
