@@ -136,6 +136,29 @@ def test_a_save_on_the_way_that_fails_is_a_warning(toy_bundle: Path, tmp_path: P
     assert load_file(moved / "state")["position"][0] >= 10
 
 
+def test_a_log_that_cannot_be_written_ends_no_stream(toy_bundle: Path, tmp_path: Path) -> None:
+    """The disk that a save does not fit on is often the log's as well."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+    with Path("/dev/full").open("wb") as full:
+        process = subprocess.Popen(
+            [*COMMAND, "run", str(toy_bundle), "--prompt", "a", "--ignore-eos", "--max-tokens", "4000",
+             "--save-every", "10", "--save-state", str(folder / "state")],
+            stdout=subprocess.PIPE, stderr=full)  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.read(400)
+    folder.rename(tmp_path / "gone")
+    out, _ = process.communicate(timeout=120)
+    assert len(out) > 3000, "the stream must go on"
+    assert process.returncode == 2, "the last save"
+
+
+def test_bad_input_is_exit_code_2_wherever_the_message_goes() -> None:
+    for log in ("/dev/full", "/dev/null"):
+        with Path(log).open("wb") as file:
+            assert subprocess.run([*COMMAND, "inspect"], stderr=file, check=False, timeout=60).returncode == 2
+
+
 def test_a_pipe_as_state_or_manifest_does_not_hang(toy_bundle: Path, tmp_path: Path, cpp_runtime: CppRuntime) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
