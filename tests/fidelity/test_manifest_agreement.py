@@ -19,8 +19,8 @@ from tests.runtime.toy import Toy, build_toy
 SHA256 = "a" * 64
 ODD: list[Any] = [
     None, True, -1, 0, 1, 2, 1.0, 1.5, 1e308, float("inf"), float("nan"), 2**53, 2**63 - 1, 2**63, -(2**63) - 1,
-    10**400, "", "a", "../a", "a\\b", "\x00", "\x1b[31m", "\u202e", "\ud800", "ids", "logits", "float16", "int8", "a" * 9000,
-    [], {}, [1], [0, 0], [[True]], [1] * 9, [2**40, 2**40], {"a": 1},
+    10**400, "", "a", "../a", "a\\b", "\x00", "\x1b[31m", "\u202e", "\ud800", "ids", "logits", "float16", "int8",
+    "a" * 9000, [], {}, [1], [0, 0], [[True]], [1] * 9, [2**40, 2**40], {"a": 1},
 ]  # fmt: skip
 Place = tuple[Any, ...]
 
