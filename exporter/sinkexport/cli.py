@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import click
-from sinkrt.errors import SinkError, UsageError, problem
+from sinkrt.errors import SinkError, UsageError, printable, problem
 
 from sinkexport import __version__
 
@@ -231,7 +231,7 @@ def _bug(error: Exception) -> str:
 def _fail(message: str, code: int, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
-    click.echo(f"sinkexport: error: {' '.join(message.split())}", err=True)
+    click.echo(f"sinkexport: error: {printable(' '.join(message.split()))}", err=True)
     sys.exit(code)
 
 

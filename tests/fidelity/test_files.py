@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -346,3 +347,59 @@ def test_a_window_of_another_size_than_the_states(tmp_path: Path) -> None:
     manifest.write_text(manifest.read_text().replace('"window_size": 6', '"window_size": 8'))
     with pytest.raises(Exception, match=r"tokens of state 'window_k\.0': received 6, expected 8"):
         Session.load(bundle)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_comes_while_an_export_works_stays(toy_bundle: Path, tmp_path: Path, overwrite: bool) -> None:
+    """An export takes minutes: another one, or a user, may have written there meanwhile."""
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="not a bundle"), staged_bundle(out, overwrite=overwrite) as stage:
+        shutil.copytree(toy_bundle, stage, dirs_exist_ok=True)
+        out.mkdir()
+        (out / "precious").write_text("mine")
+    assert (out / "precious").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_that_comes_while_an_export_works_stays(toy_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(toy_bundle, out)
+    with pytest.raises(UsageError, match="not a bundle"), staged_bundle(out, overwrite=True) as stage:
+        shutil.rmtree(out)
+        out.write_text("mine")
+    assert out.read_text() == "mine" and not stage.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_of_two_exports_to_one_folder_the_second_is_refused(toy_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="--overwrite"), staged_bundle(out) as slow:
+        (slow / "slow").touch()
+        with staged_bundle(out) as fast:
+            shutil.copytree(toy_bundle, fast, dirs_exist_ok=True)
+    assert (out / MANIFEST_NAME).is_file() and not (out / "slow").exists()
+
+
+def test_overwrite_leaves_a_bundle_with_files_of_others(toy_bundle: Path, tmp_path: Path) -> None:
+    """A stream of weeks that was saved inside the bundle must not go with it; engines of its graphs may."""
+    out = tmp_path / "out"
+    shutil.copytree(toy_bundle, out)
+    (out / "engines").mkdir()
+    (out / "engines" / "decode.engine").touch()
+    (out / "saved").mkdir()
+    (out / "saved" / "stream").touch()
+    with pytest.raises(UsageError, match="'saved/stream'"), staged_bundle(out, overwrite=True):
+        pytest.fail("refused before any work")
+    (out / "saved" / "stream").unlink()
+    with staged_bundle(out, overwrite=True) as stage:
+        (stage / MANIFEST_NAME).write_text("no manifest")
+    assert [path.name for path in out.iterdir()] == [MANIFEST_NAME]
+    (out / "x").touch()
+    with staged_bundle(out, overwrite=True) as stage:  # a broken one
+        (stage / MANIFEST_NAME).touch()
+    assert [path.name for path in out.iterdir()] == [MANIFEST_NAME]
+
+
+def test_a_place_that_cannot_be_renamed_is_refused_before_the_export() -> None:
+    with pytest.raises(UsageError, match="is mounted"), staged_bundle(Path("/proc")):
+        pytest.fail("refused before any work")
