@@ -403,3 +403,8 @@ def test_overwrite_leaves_a_bundle_with_files_of_others(toy_bundle: Path, tmp_pa
 def test_a_place_that_cannot_be_renamed_is_refused_before_the_export() -> None:
     with pytest.raises(UsageError, match="is mounted"), staged_bundle(Path("/proc")):
         pytest.fail("refused before any work")
+
+
+def test_a_verification_that_never_ends_is_refused(toy_bundle: Path) -> None:
+    code, message = _run("verify", toy_bundle, "--against", "nothing", "--wraps", 10**12)
+    assert code == 2 and message.startswith("sinkexport: error: --wraps: received 1000000000000")
