@@ -102,12 +102,13 @@ class ChatTemplate:
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, args: Mapping[str, Any] | None = None,
-        check: bool = True,
+        check: bool = True, now: float | None = None,
     ) -> str:  # fmt: skip
         """The text of a conversation.
 
         messages: each with ``role`` and ``content``, a text, text parts or None. args: further variables. check: make
-        sure that every message is in the text.
+        sure that every message is in the text. now: the time that it shows, in seconds since 1970; None:
+        that of the call.
 
         Raises: UsageError if the template refuses the messages, leaves one out, or fails.
         """
@@ -120,13 +121,15 @@ class ChatTemplate:
                 for m, marker in zip(messages, markers, strict=True)
             ]
             jobs.append(self._job([_shaped(m, wants) for m in marked], add_generation_prompt, args))
-        rendered, *others = self._renderings(jobs)
+        rendered, *others = self._renderings(jobs, now)
         text = self._text(rendered)
         if others:
             self._check_kept(messages, markers, text, others[0].get("text"))
         return text
 
-    def render_next_turn(self, message: str, *, args: Mapping[str, Any] | None = None, check: bool = True) -> str:
+    def render_next_turn(
+        self, message: str, *, args: Mapping[str, Any] | None = None, check: bool = True, now: float | None = None
+    ) -> str:
         """What the template adds for one more user message after an answer, the opening not repeated.
 
         Templates render whole conversations only, so this is the end of one with an answer already in it.
@@ -139,7 +142,7 @@ class ChatTemplate:
                                      fix="use --prompt, or feed the turns as text"))  # fmt: skip
         first, answer = self._markers(2)
         past = [{"role": "user", "content": first}, {"role": "assistant", "content": answer}]
-        whole = self.render([*past, {"role": "user", "content": message}], args=args, check=check)
+        whole = self.render([*past, {"role": "user", "content": message}], args=args, check=check, now=now)
         return whole.rpartition(answer)[2]
 
     def require_system(self) -> None:
@@ -168,8 +171,8 @@ class ChatTemplate:
             "add_generation_prompt": generate,
         }  # fmt: skip
 
-    def _renderings(self, jobs: list[dict[str, Any]]) -> list[dict[str, str]]:
-        renderings: list[dict[str, str]] = self._call(lambda: self._process.render(jobs))
+    def _renderings(self, jobs: list[dict[str, Any]], now: float | None) -> list[dict[str, str]]:
+        renderings: list[dict[str, str]] = self._call(lambda: self._process.render(jobs, now))
         return renderings
 
     def _call(self, function: Any) -> Any:
