@@ -23,12 +23,13 @@ BUNDLE := $(BUNDLES)/smollm2
 SOURCES = $(shell find exporter/sinkexport -name '*.py')
 
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo test test-fast lint types bench clean distclean
+.PHONY: help venv model demo test test-fast lint types bench tokenizers clean distclean
 
 help:
 	@echo "make demo       export SmolLM2-135M and stream $(DEMO_TOKENS) tokens: three windows of 1,020"
 	@echo "make test       lint, types and all tests (test-fast: without the slow ones)"
 	@echo "make bench      decode, prefill and export against onnxruntime-genai and transformers; sinkexport bench"
+	@echo "make tokenizers compare the C++ tokenizer with Python's over real files (needs npm; fetches 300 MB)"
 	@echo "make venv       only set up $(VENV); make model: only fetch the model"
 	@echo "make clean      remove caches and bundles; distclean: also $(VENV) and $(MODELS)"
 
@@ -75,6 +76,16 @@ demo: $(BUNDLE)/manifest.json
 	$(BIN)/sinkexport run $(BUNDLE) --prompt '$(DEMO_PROMPT)' --ignore-eos --max-tokens $(DEMO_TOKENS) --stats \
 	  --temperature 0.8 --top-p 0.9 --repetition-penalty 1.1 --seed 1
 
+# --- llama.cpp's test vocabularies -------------------------------------------------------------------------------------
+
+# Vocabularies of real models with texts and their ids, which come with the sources of PyPI's llama-cpp-python.
+LLAMA_VOCABS := $(MODELS)/llama-vocabs
+
+$(LLAMA_VOCABS)/.fetched: tests/fidelity/fetch_llama_vocabs.py | $(VENV)/.dev
+	@echo "Fetching llama.cpp's test vocabularies into $(@D)"
+	$(BIN)/python $< $(@D) $(PIP_FLAGS)
+	@touch $@
+
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 lint: $(VENV)/.dev
@@ -84,8 +95,8 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-test: lint types $(MODEL)
-	SINKEXPORT_SMOLLM2='$(abspath $(MODEL))' OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(PYTEST_FLAGS)
+test: lint types $(MODEL) $(LLAMA_VOCABS)/.fetched
+	SINKEXPORT_SMOLLM2='$(abspath $(MODEL))' SINKEXPORT_LLAMA_VOCABS='$(abspath $(LLAMA_VOCABS))' OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(PYTEST_FLAGS)
 
 test-fast: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m 'not slow' $(PYTEST_FLAGS)
@@ -97,6 +108,9 @@ bench: $(VENV)/.bench $(BUNDLE)/manifest.json
 	  --json $(BUNDLES)/prefill_cpu.json
 	$(BIN)/sinkexport bench $(BUNDLE) --json $(BUNDLES)/bench.json
 	$(BIN)/python benchmarks/export_time.py $(MODEL) --json $(BUNDLES)/export_time.json
+
+tokenizers: $(VENV)/.dev
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.cpp.check_real_tokenizers --keep $(MODELS)/tokenizers
 
 clean:
 	rm -rf $(BUNDLES) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

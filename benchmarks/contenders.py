@@ -99,7 +99,9 @@ class Transformers:
 
         torch.set_num_threads(setup.threads)
         self._torch = torch
-        self._model = AutoModelForCausalLM.from_pretrained(setup.path, dtype=torch.float32).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(
+            setup.path, dtype=torch.float32, trust_remote_code=False
+        ).eval()
         self._cache: Any = None
 
     def prefill(self, ids: list[int], limit: int) -> int:  # noqa: ARG002 - its cache grows as needed

@@ -30,6 +30,7 @@ import torch
 import transformers
 from harness import environment
 from sinkexport.files import check_writable, read_text, write_whole
+from sinkexport.loading.source_tokenizer import SourceTokenizer
 from sinkexport.progress import Report, shown_progress
 from sinkrt.errors import SinkError, UsageError, problem
 
@@ -215,7 +216,7 @@ def run(arguments: argparse.Namespace) -> None:
         model_perplexity = perplexity(model, held)
     checkpoint.unlink(missing_ok=True)
     model.save_pretrained(out)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END).save_pretrained(out)
+    SourceTokenizer("fresh", tokenizer, special_tokens={"bos_token": END, "eos_token": END}).save(out)
     facts = {
         "environment": environment(arguments.threads),
         "learnt": sorted(learnt_texts),

@@ -32,10 +32,11 @@ def plain_folder(model: Path, cache: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from sinkexport.sources import load_tokenizer
+    from transformers import AutoModelForCausalLM
 
     source = {"pretrained_model_name_or_path": str(model.parent), "gguf_file": model.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, trust_remote_code=False)
     # The weights are plain now, but the config still says "gguf", which save_pretrained refuses to write.
     loaded.hf_quantizer = None
     loaded.is_quantized = False
@@ -44,7 +45,8 @@ def plain_folder(model: Path, cache: Path) -> Path:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     loaded.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
+    if (tokenizer := load_tokenizer(str(model))) is not None:  # to the id: transformers' own of a GGUF file may not be
+        tokenizer.save(partial)
     partial.rename(target)
     return target
 

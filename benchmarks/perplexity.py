@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
     if loaded.tokenizer is None:
         raise UsageError(problem("model", received="one without a tokenizer", expected="a tokenizer for the text",
                                  fix="use a complete model folder"))  # fmt: skip
-    ids = np.asarray(loaded.tokenizer(text)["input_ids"][: arguments.tokens], dtype=np.int64)
+    ids = np.asarray(loaded.tokenizer.encode(text)[: arguments.tokens], dtype=np.int64)
     check_text(ids)
     facts = {
         "environment": environment(arguments.threads),

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.analyze_weights import NEAR_TOKENS, Array, Weights, attention_weights
+from sinkexport.loading.source_tokenizer import SourceTokenizer
 from sinkexport.progress import Report, silent
 from sinkexport.sources import LoadedModel
 
@@ -154,19 +155,19 @@ class TextWindows:
     beginning: int = 0
 
 
-def text_windows(tokenizer: Any, text: str, num_windows: int, window_tokens: int) -> TextWindows:
+def text_windows(tokenizer: SourceTokenizer, text: str, num_windows: int, window_tokens: int) -> TextWindows:
     """Consecutive pieces of a text, each after what the tokenizer puts before a text, as a stream begins.
 
     No more of the text is encoded than is needed.
 
     Raises: UsageError if the text is too short.
     """
-    before = beginning(tokenizer)
+    before = tokenizer.beginning
     piece = window_tokens - len(before)
     needed = num_windows * piece
     chars, ids = 4 * needed, []
     while True:
-        ids = tokenizer(text[:chars], add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer.encode(text[:chars], special=False)
         if len(ids) > needed or chars >= len(text):  # the last token may be half a word
             break
         chars *= 2
@@ -353,7 +354,7 @@ def _looked_at(weights: Weights, tokens: slice) -> npt.NDArray[np.bool_]:
     return looked_at
 
 
-def _by_token(sightings: dict[int, list[Sighting]], tokenizer: Any) -> tuple[SecondarySink, ...]:
+def _by_token(sightings: dict[int, list[Sighting]], tokenizer: SourceTokenizer | None) -> tuple[SecondarySink, ...]:
     """One entry a token: those like the first token before others, then those that most heads look at."""
     sinks = []
     for token_id, unsorted in sightings.items():
@@ -373,17 +374,8 @@ def _by_token(sightings: dict[int, list[Sighting]], tokenizer: Any) -> tuple[Sec
     return tuple(sorted(sinks, key=lambda s: (not s.is_like_first, -s.heads, -s.sightings[0].weight, s.token_id)))
 
 
-def beginning(tokenizer: Any) -> tuple[int, ...]:
-    """What the tokenizer puts before every text: a beginning-of-text token, or nothing."""
-    marked, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
-    for start in range(len(marked) - len(plain) + 1):
-        if marked[start : start + len(plain)] == plain:
-            return tuple(marked[:start])
-    return ()
-
-
-def _text(tokenizer: Any, token_id: int) -> str:
-    return "" if tokenizer is None else str(tokenizer.decode([token_id]))
+def _text(tokenizer: SourceTokenizer | None, token_id: int) -> str:
+    return "" if tokenizer is None else tokenizer.decode([token_id])
 
 
 def _nested(array: Array) -> Any:

@@ -22,6 +22,7 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.files import lock, named_beside, sync_folder, unlocked
 
 from sinkexport.graph.build import WEIGHTS_FILE
+from sinkexport.loading.source_tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, SourceTokenizer
 
 SMALL_WEIGHT_BYTES = 2**20
 """Larger constants must be shared between the graphs of a bundle."""
@@ -141,15 +142,12 @@ def write_graph_with_weights_of(model: ir.Model, folder: Path, file: str, other:
     ir.save(model, folder / file)
 
 
-def write_tokenizer(tokenizer: Any | None, folder: Path) -> TokenizerFacts | None:
-    """Save tokenizer files and chat template; None if there is no tokenizer or it has no tokenizer.json."""
+def write_tokenizer(tokenizer: SourceTokenizer | None, folder: Path) -> TokenizerFacts | None:
+    """Write tokenizer files and chat template; None if there is no tokenizer."""
     if tokenizer is None:
         return None
-    tokenizer.save_pretrained(folder)
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    template = "chat_template.jinja"
-    return TokenizerFacts("tokenizer.json", template if (folder / template).is_file() else None)
+    tokenizer.save(folder)
+    return TokenizerFacts(TOKENIZER_FILE, None if tokenizer.chat_template is None else TEMPLATE_FILE)
 
 
 def hash_bundle(folder: Path) -> dict[str, FileFacts]:

@@ -25,13 +25,13 @@ from sinkexport.model.attention import TINY, rotated, stream_angles
 from sinkexport.model.decoder import refuse_arguments
 from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.interface import intercept_attention
+from sinkexport.model.probe import probe_attention
 from sinkexport.model.recurrent import recurrent_cache
 from sinkexport.model.rope import (
     AttentionShape,
     ModelRotary,
     RotarySpec,
     identity_rotary,
-    probe_attention,
     replaced_rotary,
 )
 

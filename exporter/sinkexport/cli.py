@@ -31,7 +31,7 @@ COMMANDS = {
     "analyze": "Find a model's attention sinks and recommend how many to keep.",
     "tune": "Find factors on attention to the first token, without training.",
     "serve": "Serve a bundle over the OpenAI HTTP API.",
-    "inspect": "Show a bundle, a calibration, the families or the recipes.",
+    "inspect": "Show a bundle, model, calibration, families or recipes.",
 }
 EXIT_BAD_INPUT = 2
 EXIT_INTERNAL = 70
@@ -40,7 +40,8 @@ INTERRUPT_AGAIN_S = 0.05
 """After which a Ctrl-C that Python had to swallow comes again."""
 OPTIONAL_PACKAGES = {
     **dict.fromkeys(
-        ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate", "pydantic", "yaml"), "export"
+        ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate", "ml_dtypes", "pydantic", "yaml",
+         "regex", "sentencepiece"), "export"
     ),
     "matplotlib": "plot",
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "serve"),

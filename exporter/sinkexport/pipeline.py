@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import gc
 import importlib.metadata
+import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,6 @@ from sinkrt.contract import (
 )
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import POSITION_LIMIT, Ring
-from sinkrt.text import Tokenizer
 
 from sinkexport.affine import FILE_NAME as AFFINE_FILE
 from sinkexport.bundle import (
@@ -37,19 +38,27 @@ from sinkexport.bundle import (
     write_graph_with_weights_of,
     write_tokenizer,
 )
+from sinkexport.check_export import UncheckedWarning, check_export, why_unchecked
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.build import BuiltGraph, build_graph
 from sinkexport.graph.passes.plugin_operators import refuse_geometry
+from sinkexport.loading.check_weights import check_weights
+from sinkexport.loading.source_tokenizer import SourceTokenizer
+from sinkexport.loading.tokenizer_checks import check_template, check_tokens, fitted, named, opening_size
+from sinkexport.loading.turn_ends import beginning_id, end_ids
 from sinkexport.model.decoder import StreamStep, trace
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, head_caches
-from sinkexport.model.rope import AttentionShape, ModelRotary, probe_attention
+from sinkexport.model.probe import probe_attention
+from sinkexport.model.refusals import refusing
+from sinkexport.model.rope import AttentionShape, ModelRotary
 from sinkexport.progress import Report, silent
 from sinkexport.quant.plan import RecipePlan
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sink_token import with_sink_token
 from sinkexport.sources import LoadedModel, load_model, refuse_architecture
 
+LOGGER = logging.getLogger("sinkexport")
 PRODUCERS = ("sinkexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 WINDOW_RECIPE = "int8-window"
 """What ``kv="int8"`` means without a recipe."""
@@ -63,9 +72,12 @@ def export(
     config: ExportConfig | None = None,
     *,
     overwrite: bool = False,
+    check: bool = True,
     report: Report = silent,
 ) -> Manifest:
     """Export the model `source` (local directory, ``.gguf`` file or Hub id) to the bundle folder `out`.
+
+    check: see `export_loaded`.
 
     Raises: UsageError with the reason if the model cannot be exported exactly or `out` cannot be written.
     """
@@ -73,7 +85,7 @@ def export(
     report("load", 0, 1)
     loaded = load_model(source, WEIGHT_DTYPES[config.dtype])
     report("load", 1, 1)
-    return export_loaded(loaded, out, config, overwrite=overwrite, report=report)
+    return export_loaded(loaded, out, config, overwrite=overwrite, check=check, report=report)
 
 
 def export_loaded(
@@ -82,20 +94,21 @@ def export_loaded(
     config: ExportConfig,
     *,
     overwrite: bool = False,
+    check: bool = True,
     report: Report = silent,
 ) -> Manifest:
     """Export a model that is in memory already, in the dtype of its parameters, which must be `config`'s.
 
-    The model is left as it was.
+    The model is left as it was. check: compare the finished graphs with it, where ONNX Runtime can run them
+    (`sinkexport.check_export`), before the bundle gets its name.
 
     Raises: UsageError.
     """
     model, out = loaded.model, Path(out)
-    if config.sink_token is not None:
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-        tokenizer = with_sink_token(loaded.tokenizer, config.sink_token, vocab_size)
-        loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
-    config = _resolved(_with_pinned_system(loaded.tokenizer, config), model.config.get_text_config().model_type)
+    tokenizer = _checked_tokenizer(loaded, config)
+    loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
+    config = _resolved(_with_pinned_system(tokenizer, config), model.config.get_text_config().model_type)
+    special_ids = _special_ids(model, tokenizer)
     _check_model(model, config)
     _check_calibration(model, config)
     with staged_bundle(out, overwrite=overwrite) as stage:
@@ -133,17 +146,21 @@ def export_loaded(
             write_graph_with_weights_of(chunk.model, stage, "prefill.onnx", "decode.onnx")
         for graph in graphs.values():
             onnx.checker.check_model(stage / graph.file)
-        tokenizer = write_tokenizer(loaded.tokenizer, stage)
+        if check:
+            report("weights", 0, 1)
+            files = [graph.file for graph in graphs.values()]
+            check_weights(stage, files, loaded, config, num_q_heads=shape.num_q_heads, num_kv_heads=shape.num_kv_heads)
+        tokenizer_facts = write_tokenizer(tokenizer, stage)
         report("hash", 0, 1)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             target=config.target,
             weights_dtype=WEIGHT_DTYPES[config.dtype],
-            model=_model_facts(loaded, shape, rotary, vocab_size=built.outputs[0].shape[-1]),
+            model=_model_facts(loaded, shape, rotary, special_ids, vocab_size=built.outputs[0].shape[-1]),
             stream=StreamFacts(config.num_sink_tokens, config.window_size, config.batch, num_tokens, POSITION_LIMIT),
             graphs=graphs,
             states=built.states,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer_facts,
             files=hash_bundle(stage),
             producer=_producers(),
             quantization=_quantization(config),
@@ -153,6 +170,11 @@ def export_loaded(
             affine_attention=_affine_facts(config, shape),
         )
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        if check and (reason := why_unchecked(manifest)) is not None:
+            warnings.warn(f"the graphs were not compared with the model: {reason}", UncheckedWarning, stacklevel=2)
+        elif check:
+            report("check", 0, 1)
+            check_export(stage, manifest, model, config.affine)
     report("done", 1, 1)
     return manifest
 
@@ -181,10 +203,12 @@ def _build(
     plan = None if recipe is None else RecipePlan(recipe, loaded.model, dtype, config.calibration)
     num_sinks = 0 if config.calibration is None else config.calibration.num_sink_tokens
     with _no_garbage_collection():
-        return build_graph(
-            trace(step), role, step.state_names, config.target, num_sinks, plan,
-            plugins=config.has_plugins,
-        )  # fmt: skip
+        with refusing(loaded.model, f"tracing the {role} graph"):
+            program = trace(step)
+        with refusing(loaded.model, f"converting the {role} graph to ONNX"):
+            return build_graph(
+                program, role, step.state_names, config.target, num_sinks, plan, plugins=config.has_plugins
+            )
 
 
 @contextlib.contextmanager
@@ -229,23 +253,32 @@ def _quantization(config: ExportConfig) -> Quantization | None:
     )
 
 
-def _with_pinned_system(tokenizer: Any | None, config: ExportConfig) -> ExportConfig:
+def _checked_tokenizer(loaded: LoadedModel, config: ExportConfig) -> SourceTokenizer | None:
+    """The tokenizer that the bundle gets, with the sink token if one is asked for. What users should know is logged.
+
+    Raises: UsageError for one that does not belong to the model, or has a broken chat template.
+    """
+    tokenizer, num_rows = loaded.tokenizer, 0
+    if tokenizer is not None:
+        num_rows = loaded.model.get_input_embeddings().weight.shape[0]
+        tokenizer = named(fitted(tokenizer, num_rows), loaded.model.config.get_text_config())
+        check_tokens(tokenizer)
+        check_template(tokenizer)
+        for remark in tokenizer.remarks:
+            LOGGER.warning("sinkexport: note: tokenizer: %s", remark)
+    if config.sink_token is not None:
+        tokenizer = with_sink_token(tokenizer, config.sink_token, num_rows)
+    return tokenizer
+
+
+def _with_pinned_system(tokenizer: SourceTokenizer | None, config: ExportConfig) -> ExportConfig:
     """The config with as many sinks as the opening of a conversation under its system message has tokens.
 
-    Raises: UsageError if the model has no chat template, or one that fails or shows no system message.
+    Raises: UsageError if the model has no chat template, or one that takes no system message.
     """
     if config.pin_system is None:
         return config
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if tokenizer is None or backend is None or getattr(tokenizer, "chat_template", None) is None:
-        raise UsageError(problem("--pin-system", received="a model without a chat template",
-                                 expected="an instruction-tuned model", fix="use --sink-tokens"))  # fmt: skip
-    # The runtime's own way: it must count the same tokens, and refuses a template that shows no system message.
-    runtime = Tokenizer(backend, tokenizer.chat_template, tokenizer.special_tokens_map)
-    try:
-        needed = runtime.opening_size(config.pin_system)
-    finally:
-        runtime.close()
+    needed = opening_size(tokenizer, config.pin_system)
     return dataclasses.replace(config, num_sink_tokens=max(config.num_sink_tokens, needed))
 
 
@@ -318,11 +351,23 @@ def _check_calibration(model: Any, config: ExportConfig) -> None:
     ranges.check_model(model)
 
 
-def _model_facts(loaded: LoadedModel, shape: AttentionShape, rotary: ModelRotary, *, vocab_size: int) -> ModelFacts:
+def _special_ids(model: Any, tokenizer: SourceTokenizer | None) -> tuple[int | None, tuple[int, ...]]:
+    """The beginning of a text and the ends of a turn. Raises: UsageError for ids outside the vocabulary."""
+    config = model.config.get_text_config()
+    head = getattr(getattr(model, "lm_head", None), "weight", None)
+    num_tokens = config.vocab_size if head is None else head.shape[0]  # lm_head has another name in some models
+    found = (beginning_id(tokenizer, config, num_tokens),
+             end_ids(tokenizer, config, getattr(model, "generation_config", None), num_tokens))  # fmt: skip
+    if tokenizer is not None:
+        tokenizer.close()  # no more templates from here on
+    return found
+
+
+def _model_facts(
+    loaded: LoadedModel, shape: AttentionShape, rotary: ModelRotary,
+    special_ids: tuple[int | None, tuple[int, ...]], *, vocab_size: int,
+) -> ModelFacts:  # fmt: skip
     config = loaded.model.config.get_text_config()
-    generation = getattr(loaded.model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
-    eos = config.eos_token_id if eos is None else eos
     return ModelFacts(
         name=loaded.name,
         architecture=type(loaded.model).__name__,
@@ -335,8 +380,8 @@ def _model_facts(loaded: LoadedModel, shape: AttentionShape, rotary: ModelRotary
         vocab_size=vocab_size,
         num_parameters=sum(p.numel() for p in loaded.model.parameters()),
         position_scheme=_position_scheme(shape, rotary),
-        bos_token_id=config.bos_token_id,
-        eos_token_ids=tuple([] if eos is None else [eos] if isinstance(eos, int) else eos),
+        bos_token_id=special_ids[0],
+        eos_token_ids=special_ids[1],
     )
 
 

@@ -6,35 +6,45 @@ cache. Slow and obvious, in contrast to an exported graph, which rotates a key o
 
 Rotation and attention are the model's own functions, called from the model's own source file. Nothing here knows
 how a family pairs or lays out its rotary dimensions, and of the code that exports rotation only where a model has its
-rotary embedding is shared. A layer
-in which the model itself sees fewer tokens than the cache holds keeps just those, and no sinks.
+rotary embedding is shared. A layer in which the model itself sees fewer tokens than the cache holds keeps just those,
+and no sinks.
+
+What it assumes of a model it looks at for itself, and refuses a model that is otherwise: that queries and keys reach
+attention as the model's own function turns them, and that a few tokens, streamed, have the logits of the model's own
+pass over all of them at once. A norm after the rotation, or a state beside attention, would not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from sinkrt.contract import ActTuning, SinkTuning
+from sinkrt.contract import SinkTuning
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.affine import AffineFile
 from sinkexport.affine_reference import AffineReference
 from sinkexport.families.adapters import find_adapter
-from sinkexport.model.interface import intercept_attention
+from sinkexport.model.interface import intercept_attention, random_embeddings
 from sinkexport.model.recurrent import linear_layers, recurrent_cache
 from sinkexport.model.rope import find_rotary, replaced_rotary
+from sinkexport.own_attention import NoRotation, Recorder, calibration, no_reference, plain_attention, rotate_own
 
 Observer = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Told of each attention: (module, q [B, Hq, 1, D], k and v [B, Hkv, 1, D] of the new token, not rotated,
 output [B, 1, Hq, D])."""
 
-PROBE_POSITION = 5
-"""Where the probe looks at a rotated token. Any position but 0 does: at 0 nothing turns."""
+PROBE_POSITIONS = (1, 2, 5)
+"""Where the probe looks at rotated tokens. Any positions but 0 do: at 0 nothing turns."""
+
+NUM_TRIED = 6
+"""Tokens that are streamed and passed at once, to see that both give the same."""
+
+LIKE_DENSE = {torch.float16: 0.25, torch.bfloat16: 1.0}
+"""Largest difference of a logit between the two, as a share of the logits' spread; 1e-3 in other types."""
 
 
 @contextlib.contextmanager
@@ -63,6 +73,7 @@ def streaming_reference(
     model.eval()
     try:
         reference.learn_rotation()
+        reference.compare_with_dense()
         with (
             intercept_attention(model, reference.attend),
             reference.no_rotation(),
@@ -96,7 +107,7 @@ class StreamingReference:
                     fix="change the geometry of the stream",
                 )
             )
-        self._model = model
+        self.model = model
         self._num_sink_tokens = num_sink_tokens
         self._window_size = window_size
         self._capacity = num_sink_tokens + window_size
@@ -118,7 +129,7 @@ class StreamingReference:
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed one token to each stream. ids: int64 [B]. Returns logits [B, vocab] in the model's dtype."""
         with torch.no_grad():
-            output = self._model(
+            output = self.model(
                 input_ids=ids[:, None], position_ids=torch.zeros_like(ids)[:, None],
                 past_key_values=self._recurrent, use_cache=False,
             )  # fmt: skip
@@ -129,7 +140,7 @@ class StreamingReference:
         """Forget all tokens."""
         self._cached.clear()
         self._received.clear()
-        self._recurrent = recurrent_cache(self._model)
+        self._recurrent = recurrent_cache(self.model)
 
     def attend(
         self,
@@ -203,26 +214,49 @@ class StreamingReference:
         return mask.to(keys.dtype)
 
     def learn_rotation(self) -> None:
-        """Find the layers that rotate, and make sure that this file rotates as the model does.
+        """Find the layers that rotate, and make sure that this file rotates as the model does, queries and keys.
 
-        One token is run with the model's rotation and without; attention gives zeros, so that the layers see the
-        same hidden states both times.
+        A few tokens, random vectors in the place of embeddings, are run with the model's rotation and without;
+        attention gives zeros, so that the layers see the same hidden states both times.
 
         Raises: UsageError.
         """
         plain = self._recorded(rotation=False)
         turned = self._recorded(rotation=True)
-        num_layers = self._model.config.get_text_config().num_hidden_layers - len(linear_layers(self._model))
+        num_layers = self.model.config.get_text_config().num_hidden_layers - len(linear_layers(self.model))
         if len(plain) != num_layers:
-            raise _refused(f"{len(plain)} attention layers of {num_layers}", "softmax attention in every layer")
+            raise no_reference(f"{len(plain)} attention layers of {num_layers}", "softmax attention in every layer")
         for module, before in plain.items():
             after = turned[module]
-            self._rotates[module] = not torch.equal(before, after)
-            if self._rotates[module]:
-                cos, sin = self._rotary(before, torch.tensor([[PROBE_POSITION]]), **self._layer_type(module))
-                tolerance = 64 * torch.finfo(before.dtype).eps * float(before.abs().max())
-                if not torch.allclose(self._rotated(module, before, cos, sin), after, rtol=0, atol=tolerance):
-                    raise _refused("a query that is more than a rotation of its unrotated self", "plain rotation")
+            self._rotates[module] = not all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+            if not self._rotates[module]:
+                continue
+            cos, sin = self._rotary(before[0], torch.tensor([PROBE_POSITIONS]), **self._layer_type(module))
+            for name, x, y in zip(("query", "key"), before, after, strict=True):
+                wanted = self._rotated(module, x, cos, sin)
+                # Of each head, on its own scale: a tiny one is no excuse.
+                error, size = ((t.double()).abs().amax(dim=-1) for t in (y - wanted, x))
+                if not bool((error <= 64 * torch.finfo(x.dtype).eps * size).all()):
+                    raise no_reference(f"a {name} that is more than a rotation of its unrotated self", "plain rotation")
+
+    def compare_with_dense(self) -> None:
+        """Make sure that a few tokens, streamed one by one, have the logits of the model's own pass over all of them.
+
+        Raises: UsageError.
+        """
+        stream = StreamingReference(self.model, 0, NUM_TRIED)
+        stream._rotates = self._rotates
+        vocab_size = self.model.config.get_text_config().vocab_size
+        ids = torch.randint(vocab_size, (1, NUM_TRIED), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            dense = self.model(input_ids=ids, use_cache=False).logits[0].double()  # [n, vocab]
+        with intercept_attention(self.model, stream.attend), stream.no_rotation():
+            streamed = torch.cat([stream.step(column) for column in ids.T]).double()
+        error = ((streamed - dense).abs().amax(dim=-1) / dense.std(dim=-1).clamp(min=1e-9)).max()
+        dtype = next(self.model.parameters()).dtype
+        if not float(error) <= LIKE_DENSE.get(dtype, 1e-3):
+            raise no_reference(f"{NUM_TRIED} tokens whose logits, streamed, are {float(error):.1e} of the spread from "
+                               "those of one pass", "no state but what attention keeps")  # fmt: skip
 
     @contextlib.contextmanager
     def no_rotation(self) -> Iterator[None]:
@@ -230,16 +264,16 @@ class StreamingReference:
         if self._rotary is None:
             yield
             return
-        with replaced_rotary(self._model, _NoRotation(self._rotary)):
+        with replaced_rotary(self.model, NoRotation(self._rotary)):
             yield
 
     def _append(
         self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, own_window: int | None, window_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Throw out the oldest token that is no sink if the cache is full, then add the new one: [B, Hkv, n, D]."""
-        num_sinks, capacity, key = self._num_sink_tokens, self._num_sink_tokens + window_size, (module, window_size)
-        if own_window is not None and own_window < capacity:
-            num_sinks, capacity = 0, own_window
+        key = module, window_size
+        num_sinks, window_size = self.geometry(own_window, window_size)
+        capacity = num_sinks + window_size
         if key in self._cached:
             keys, values = self._cached[key]
             if keys.shape[2] == capacity:
@@ -249,6 +283,21 @@ class StreamingReference:
             k, v = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
         self._cached[key] = (k, v)
         return k, v
+
+    def geometry(self, own_window: int | None, window_size: int | None = None) -> tuple[int, int]:
+        """Sinks and window of a layer in which the model itself sees own_window tokens; None: all."""
+        window_size = self._window_size if window_size is None else window_size
+        if own_window is not None and own_window < self._num_sink_tokens + window_size:
+            return 0, own_window
+        return self._num_sink_tokens, window_size
+
+    def rotates(self, module: torch.nn.Module) -> bool:
+        """Whether an attention module has positions."""
+        return self._rotates[module]
+
+    def turned(self, module: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """x [B, H, n, D] turned as the model turns tokens at these places, int64 [n]."""
+        return self._rotated(module, x, *self._rotary(x, places[None], **self._layer_type(module)))
 
     def _places(self, module: Any, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The model's own cos and sin of in-cache positions 0 .. n-1, [1, n, .], n = keys.shape[2].
@@ -277,104 +326,25 @@ class StreamingReference:
         """
         prefix = "".join(f"{layer_type}_" for layer_type in self._layer_type(module).values())
         rotary_dim = 2 * self._rotary.get_buffer(f"{prefix}inv_freq").numel()
-        adapter = find_adapter(self._model)
+        adapter = find_adapter(self.model)
         if adapter is not None and adapter.rotate is not None:
             rotated: torch.Tensor = adapter.rotate(module, x, cos, sin)
             return rotated
         turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-        apply = _own_function(module, "apply_rotary_pos_emb")
-        _, turned = apply(turned[:, :0], turned, cos, sin)  # takes queries and keys: no queries here
+        turned = rotate_own(module, turned, cos, sin)
         return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
-    def _recorded(self, *, rotation: bool) -> dict[torch.nn.Module, torch.Tensor]:
-        """Each attention's query [1, Hq, 1, D] for one token at PROBE_POSITION, by module."""
-        recorder = _Recorder()
+    def _recorded(self, *, rotation: bool) -> dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+        """Each attention's queries and keys [1, H, n, D] for tokens at PROBE_POSITIONS, by module."""
+        recorder = Recorder()
         swapped = contextlib.nullcontext() if rotation else self.no_rotation()
-        position = torch.tensor([[PROBE_POSITION]])
-        with torch.no_grad(), intercept_attention(self._model, recorder), swapped:
-            self._model(input_ids=torch.ones_like(position), position_ids=position, use_cache=False)
-        return recorder.queries
-
-
-class _Recorder:
-    """An attention function that writes down the queries and returns zeros."""
-
-    def __init__(self) -> None:
-        self.queries: dict[torch.nn.Module, torch.Tensor] = {}
-
-    def __call__(
-        self, module: Any, q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, None]:
-        if module in self.queries:
-            raise _refused("layers that share one attention module", "a module for each layer")
-        self.queries[module] = q
-        return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3]), None  # [B, 1, Hq, Dv]
-
-
-class _NoRotation(torch.nn.Module):
-    """A rotary embedding that turns nothing, with cos and sin shaped as the original's."""
-
-    def __init__(self, original: torch.nn.Module) -> None:
-        super().__init__()
-        self.original = original
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self.original(*args, **kwargs)
-        return torch.ones_like(cos), torch.zeros_like(sin)
-
-
-def calibration(
-    act: ActTuning, layer: int, weights: torch.Tensor, received: torch.Tensor, queries: torch.Tensor, num_sinks: int
-) -> torch.Tensor:
-    """Factors float64 [B, Hq, T, n] on the weights [B, Hq, T, n] of T queries, each of the oldest tokens it sees.
-
-    received: float64 [B, Hq, T, n], what each token has received until then, by so many queries, [T, n], 0 where it is
-    not seen. The factors leave the sum of the weights as it is: it is no matter that weights are normalised after them.
-    """
-    num_tokens = (queries > 0).sum(dim=-1, keepdim=True)  # [T, 1]
-    degree = (received / queries.clamp(min=1) * num_tokens / act.alpha - 1).clamp(0, 1)
-    degree[..., :num_sinks] = 0
-    degree[..., queries < act.min_queries] = 0
-    degree[:, ~torch.tensor(act.heads[layer])] = 0
-    sinks, others = ((part * weights).sum(dim=-1, keepdim=True) for part in (degree, 1 - degree))
-    return act.beta * degree + (1 - degree) * (1 + (1 - act.beta) * sinks / others)
-
-
-def plain_attention(module: torch.nn.Module) -> Callable[..., Any]:
-    """The family's own attention function, from logits to output, without kernels of its own."""
-    return _own_function(module, "eager_attention_forward", _adapted_attention)
-
-
-def _own_function(
-    module: torch.nn.Module, name: str, default: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
-    """A function of the source file in which the module's class is."""
-    source = sys.modules[type(module).__module__]
-    function: Callable[..., Any] | None = getattr(source, name, default)
-    if function is None:
-        raise _refused(f"{source.__name__} without {name}()", "a family built like Llama")
-    return function
-
-
-def _adapted_attention(
-    _module: torch.nn.Module, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-    mask: torch.Tensor | None, *, scaling: float, alibi_slopes: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Attention of a family that has no such function: q [B, Hq, T, D] over [B, Hkv, n, D] -> [B, T, Hq, D], weights.
-
-    mask: added to the logits. alibi_slopes: [Hq], by in-cache distance: what is left out is the same for all keys.
-    """
-    keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (keys, values))
-    logits = q @ keys.mT * scaling  # [B, Hq, 1, n]
-    if alibi_slopes is not None:
-        places = torch.arange(keys.shape[2])
-        logits = logits + alibi_slopes.view(-1, 1, 1) * (places - places[-1])
-    logits = logits if mask is None else logits + mask
-    weights = logits.softmax(dim=-1)
-    return (weights.to(values.dtype) @ values).transpose(1, 2), weights
-
-
-def _refused(received: str, expected: str) -> UsageError:
-    return UsageError(
-        problem("model", received=received, expected=expected, fix="there is no streaming reference for this model")
-    )
+        positions = torch.tensor([PROBE_POSITIONS])
+        ids = torch.arange(len(PROBE_POSITIONS))[None]
+        with (
+            torch.no_grad(),
+            random_embeddings(self.model, len(PROBE_POSITIONS), seed=1),
+            intercept_attention(self.model, recorder),
+            swapped,
+        ):
+            self.model(input_ids=ids, position_ids=positions, use_cache=False)
+        return recorder.given

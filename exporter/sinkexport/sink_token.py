@@ -6,45 +6,45 @@ bundle's adds it to every text, and the chat template to every conversation, so 
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import json
-from typing import Any
 
 import tokenizers
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.loading.source_tokenizer import SourceTokenizer
+
 AUTO = "auto"
 
 
-def with_sink_token(tokenizer: Any | None, token: str, vocab_size: int) -> Any:
-    """A copy of a transformers tokenizer that begins every text and every conversation with `token`.
+def with_sink_token(tokenizer: SourceTokenizer | None, token: str, vocab_size: int) -> SourceTokenizer:
+    """A copy of a tokenizer that begins every text and every conversation with `token`.
 
     token: its text, or ``auto``: the one special token that has "sink" in its name.
 
     Raises: UsageError if there is no such token or the model has no vector for it.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if tokenizer is None or backend is None:
-        raise _refused("a model without a fast tokenizer", "a model folder with its tokenizer")
-    found = _special_sink(backend) if token == AUTO else token
-    number = backend.token_to_id(found)
+    if tokenizer is None:
+        raise _refused("a model without a tokenizer", "a model folder with its tokenizer")
+    found = _special_sink(tokenizer.library) if token == AUTO else token
+    number = tokenizer.token_id(found)
     if number is None or number >= vocab_size:
         raise _refused(f"'{found}'", f"a token of the model's vocabulary of {vocab_size}")
-    tokenizer = copy.deepcopy(tokenizer)
-    backend = tokenizer.backend_tokenizer
-    backend.add_special_tokens([tokenizers.AddedToken(found, special=True, normalized=False)])
+    library = tokenizers.Tokenizer.from_str(tokenizer.library.to_str())
+    library.add_special_tokens([tokenizers.AddedToken(found, special=True, normalized=False)])
     first = tokenizers.processors.TemplateProcessing(
         single=[found, "$A"], pair=[found, "$A", "$B:1"], special_tokens=[(found, number)]
     )
-    before = [] if backend.post_processor is None else [backend.post_processor]
-    backend.post_processor = tokenizers.processors.Sequence([*before, first])
-    if isinstance(template := tokenizer.chat_template, str):
-        tokenizer.chat_template = "{{- " + json.dumps(found) + " -}}" + template
-    return tokenizer
+    before = [] if library.post_processor is None else [library.post_processor]
+    library.post_processor = tokenizers.processors.Sequence([*before, first])
+    template = tokenizer.chat_template
+    if template is not None:
+        template = "{{- " + json.dumps(found) + " -}}" + template
+    return dataclasses.replace(tokenizer, library=library, tokenizer_json=None, chat_template=template)
 
 
-def _special_sink(backend: tokenizers.Tokenizer) -> str:
-    named = [t.content for t in backend.get_added_tokens_decoder().values() if "sink" in t.content.lower()]
+def _special_sink(library: tokenizers.Tokenizer) -> str:
+    named = [t.content for t in library.get_added_tokens_decoder().values() if "sink" in t.content.lower()]
     if len(named) != 1:
         raise _refused(f"auto, and {len(named)} added tokens with 'sink' in their name", "exactly one")
     content: str = named[0]

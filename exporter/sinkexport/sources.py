@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import io
+import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sinkrt.errors import SinkError, UsageError, problem
+
+if TYPE_CHECKING:
+    from sinkexport.loading.source_tokenizer import SourceTokenizer
+
+
+GENERATION_FILE = "generation_config.json"
+
+LOGGER = logging.getLogger("sinkexport")
+REASON_CHARACTERS = 300
+"""Of what a library says of a model that it cannot load."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +28,21 @@ class LoadedModel:
     """A model in evaluation mode on the CPU, its tokenizer if the source has one, and a name for the manifest.
 
     origin: where its weights lie on the disk; None: a model that was made in memory.
+    A fast tokenizer of transformers, or one of 'tokenizers', is taken over as it is.
+
+    Raises: UsageError for a tokenizer that is none of these.
     """
 
     model: Any
-    tokenizer: Any | None
+    tokenizer: SourceTokenizer | None
     name: str
     origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is not None:
+            from sinkexport.loading.source_tokenizer import as_source_tokenizer
+
+            object.__setattr__(self, "tokenizer", as_source_tokenizer(self.tokenizer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,42 +71,70 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
     """
     import torch
 
-    from sinkexport.loading.checkpoint import load_checkpoint
+    from sinkexport.loading.checkpoint import checkpoint_notes, load_checkpoint
     from sinkexport.loading.gguf_model import load_gguf
     from sinkexport.loading.tokenizer import source_tokenizer
+    from sinkexport.loading.tokenizer_checks import fitted
 
     origin = locate(source)
-    with _quiet_transformers(), _readable_errors(source), _gguf_read_once():
+    for note in checkpoint_notes(origin):
+        LOGGER.warning(note)
+    with _quiet_transformers(), _readable_errors(source):
         config = _config(origin)
         refuse_architecture(config)
         load = load_gguf if origin.is_gguf else load_checkpoint
         model = load(origin, config, getattr(torch, dtype))
-        tokenizer = source_tokenizer(origin)
+        with _readable_errors(source, "tokenizer"):
+            tokenizer = source_tokenizer(origin)
+            if tokenizer is not None:
+                tokenizer = fitted(tokenizer, model.get_input_embeddings().weight.shape[0])
     return LoadedModel(model.eval(), tokenizer, origin.name, origin)
 
 
-def load_tokenizer(source: str) -> Any | None:
-    """The tokenizer of `source` alone; None for a model folder that has none: such a bundle takes ids only.
+def load_tokenizer(source: str) -> SourceTokenizer | None:
+    """The tokenizer of `source` alone, to the id; None for a model folder that has none: such a bundle takes ids only.
+
+    No weights are read, so that added tokens without a row of the embedding are still there: `load_model` takes them
+    out.
 
     Raises: UsageError as `load_model`.
     """
     from sinkexport.loading.tokenizer import source_tokenizer
 
     origin = locate(source)
-    with _quiet_transformers(), _readable_errors(source), _gguf_read_once():
+    with _quiet_transformers(), _readable_errors(source, "tokenizer"):
         return source_tokenizer(origin)
 
 
-def load_config(source: str) -> Any:
+def load_config(source: str, *, refuse: bool = True) -> Any:
     """The configuration of `source` alone: weights need not be there.
+
+    refuse: whether architectures that do not export are refused.
 
     Raises: UsageError as `load_model`.
     """
     origin = locate(source)
     with _quiet_transformers(), _readable_errors(source):
         config = _config(origin)
-    refuse_architecture(config)
+    if refuse:
+        refuse_architecture(config)
     return config
+
+
+def load_generation_config(source: str) -> Any | None:
+    """generation_config.json of `source`, as transformers reads it; None if there is none.
+
+    Raises: UsageError if it is broken.
+    """
+    import transformers
+
+    from sinkexport.loading.tokenizer_files import TokenizerFiles
+
+    origin = locate(source)
+    with _quiet_transformers(), _readable_errors(source):
+        if origin.is_gguf or TokenizerFiles(origin).path(GENERATION_FILE) is None:
+            return None
+        return transformers.GenerationConfig.from_pretrained(origin.location["pretrained_model_name_or_path"])
 
 
 def _config(origin: Origin) -> Any:
@@ -106,15 +153,23 @@ def locate(source: str) -> Origin:
 
     Raises: UsageError.
     """
+    from sinkexport.loading.gguf_file import model_name
+    from sinkexport.loading.loading_report import adapter_refused
+    from sinkexport.loading.weight_files import refuse_pointers
+
     path = Path(source)
     location: dict[str, Any]
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise _no_model(source, "no such file")
         location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        name = path.stem
+        name = model_name(path)
     else:
+        if path.is_dir():
+            refuse_pointers(path)
         if path.is_dir() and not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise adapter_refused(source)
             raise _no_model(source, "a folder without config.json")
         if not path.is_dir() and (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1):
             raise _no_model(source, "no such folder")
@@ -142,34 +197,32 @@ def refuse_architecture(config: Any) -> None:
 
 
 @contextlib.contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """transformers parses a GGUF file, its vocabulary included, anew for configuration, weights and tokenizer, and
-    makes the table of an architecture's names anew for each module: most of the time that loading takes.
-    """
-    try:
-        import gguf
-    except ImportError:  # transformers says so, if the source is such a file
-        yield
-        return
-    costly = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    try:
-        for name, function in costly.items():
-            setattr(gguf, name, functools.cache(function))
-        yield
-    finally:
-        for name, function in costly.items():
-            setattr(gguf, name, function)
-
-
-@contextlib.contextmanager
-def _readable_errors(source: str) -> Iterator[None]:
-    """Turn what transformers raises for a bad source (dozens of types) into one line."""
+def _readable_errors(source: str, what: str = "model") -> Iterator[None]:
+    """Turn what transformers raises for a bad source (dozens of types) into one line. what: is being loaded."""
     try:
         yield
-    except SinkError:
+    except (SinkError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise _no_model(source, str(error).strip().splitlines()[0] if str(error) else type(error).__name__) from error
+    # SafetensorError, struct.error, AssertionError, TypeError, plain Exception of tokenizers ..: what the bytes of a
+    # damaged file lead to has no common type.
+    except Exception as error:
+        if what != "model":
+            received = f"that of '{source}' ({_reason(error)})"
+            raise UsageError(problem(what, received=received, expected=f"whole {what} files",
+                                     fix="download the model again")) from error  # fmt: skip
+        raise _no_model(source, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """One line of what a library says, without what a terminal would act on."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    words = lines[0] if isinstance(error, OSError | ValueError | RuntimeError | ImportError) else (
+        f"{type(error).__name__}: {lines[0]}")  # fmt: skip
+    if words.endswith(":") and len(lines) > 1:
+        words = f"{words} {lines[1]}"
+    return "".join(c if c.isprintable() else " " for c in words)[:REASON_CHARACTERS]
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.analyze import beginning
+from sinkexport.loading.source_tokenizer import SourceTokenizer
 from sinkexport.progress import Report, silent
 from sinkexport.sink_tuning import SinkTuningFile, TunedModel
 from sinkexport.sources import LoadedModel
@@ -75,14 +75,14 @@ class TuneResult:
     held_out_after: Score
 
 
-def read_examples(tokenizer: Any, lines: str) -> list[Example]:
+def read_examples(tokenizer: SourceTokenizer, lines: str) -> list[Example]:
     """The examples of a JSONL text: {"prompt", "choices", "answer"} or {"text"}, one kind alone.
 
     answer: the index of a choice, or the choice itself. A text follows what the tokenizer puts before every text.
 
     Raises: UsageError naming the first line that is wrong.
     """
-    start, examples = beginning(tokenizer), []
+    start, examples = tokenizer.beginning, []
     kinds = set()
     for number, line in enumerate(lines.split("\n"), start=1):
         if not line.strip():
@@ -110,7 +110,7 @@ def read_examples(tokenizer: Any, lines: str) -> list[Example]:
     return examples
 
 
-def _question(tokenizer: Any, start: tuple[int, ...], raw: dict[str, Any], number: int) -> Example:
+def _question(tokenizer: SourceTokenizer, start: tuple[int, ...], raw: dict[str, Any], number: int) -> Example:
     choices, answer = raw["choices"], raw["answer"]
     if not isinstance(choices, list) or len(choices) < 2:
         raise _bad_line(number, "fewer than 2 choices")
@@ -125,10 +125,10 @@ def _question(tokenizer: Any, start: tuple[int, ...], raw: dict[str, Any], numbe
     return Example(context, (answers.pop(answer), *answers), number)
 
 
-def _ids(tokenizer: Any, text: Any, number: int) -> tuple[int, ...]:
+def _ids(tokenizer: SourceTokenizer, text: Any, number: int) -> tuple[int, ...]:
     if not isinstance(text, str):
         raise _bad_line(number, f"{type(text).__name__} where a text should be")
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return tuple(tokenizer.encode(text, special=False))
 
 
 def _bad_line(number: int, received: str) -> UsageError:

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sinkrt.contract import ActTuning
+from sinkrt.contract import ActTuning, Manifest
 
 from sinkexport.affine import AffineFile
 from sinkexport.affine_reference import AffineReference
+from sinkexport.comparison import Ids, Logits
 from sinkexport.model.interface import intercept_attention
-from sinkexport.reference import calibration, plain_attention
+from sinkexport.own_attention import calibration, plain_attention
 
 
 @contextlib.contextmanager
@@ -55,3 +56,19 @@ def first_token_scaled(
 
     with intercept_attention(model, attend), reference.watching(model):
         yield sliding
+
+
+def dense_logits(model: Any, ids: Ids, manifest: Manifest, affine: AffineFile | None = None) -> Logits:
+    """The model's own logits [B, n, vocab] of ids [B, n], with no cache, and its default attention unless the bundle's
+    is tuned. affine: of the bundle.
+    """
+    tuned: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if (tuning := manifest.sink_tuning) is not None:
+        scale = torch.tensor(tuning.first_token_scale)
+        tuned = first_token_scaled(model, scale, tuning.act, manifest.stream.num_sink_tokens, affine)
+    elif affine is not None:
+        ones = torch.ones(manifest.model.num_layers, manifest.model.num_q_heads)
+        tuned = first_token_scaled(model, ones, affine=affine)
+    with torch.no_grad(), tuned:
+        logits: Logits = model(input_ids=torch.from_numpy(ids), use_cache=False).logits.float().numpy()
+    return logits

@@ -40,7 +40,7 @@ from sinkexport.machine import torch_threads
 from sinkexport.progress import Report, silent
 from sinkexport.reference import streaming_reference
 from sinkexport.sources import LoadedModel, load_model
-from sinkexport.tuned_attention import first_token_scaled
+from sinkexport.tuned_attention import dense_logits
 
 DEFAULT_WRAPS = 6
 DEFAULT_DENSE_TOKENS = 256
@@ -172,9 +172,9 @@ def compare(
     budgets = budgets_of(manifest)
     shortest = stream.window_size if budgets is None else min(map(min, budgets.windows))
     dense_tokens = min(dense_tokens, stream.num_sink_tokens + shortest)
-    dense_logits = _dense_logits(  # [B, n, vocab]
-        model, ids[:, : min(dense_tokens, stream.capacity)], manifest, affine, report
-    )
+    report("dense", 0, 1)
+    wanted = dense_logits(model, ids[:, : min(dense_tokens, stream.capacity)], manifest, affine)  # [B, n, vocab]
+    report("dense", 1, 1)
     dense, streaming = Tally("dense", tolerance), Tally("streaming", tolerance)
     at_ends: dict[int, Logits] = {}
     with (
@@ -189,8 +189,8 @@ def compare(
         for t, got in enumerate(steps):
             if t + 1 in ends:
                 at_ends[t + 1] = got
-            if t < dense_logits.shape[1]:
-                dense.add(t, got, dense_logits[:, t])
+            if t < wanted.shape[1]:
+                dense.add(t, got, wanted[:, t])
             streaming.add(t, got, reference.step(torch.from_numpy(ids[:, t])).float().numpy())
             report("stream", t + 1, num_tokens)
             if dense.failed or streaming.failed:
@@ -221,22 +221,6 @@ def _half_of_the_cores() -> int:
     """Bundle and reference run side by side. Given all cores each, their spinning threads would stop each other:
     several times slower than either alone."""
     return max(1, torch.get_num_threads() // 2)
-
-
-def _dense_logits(model: Any, ids: Ids, manifest: Manifest, affine: AffineFile | None, report: Report) -> Logits:
-    """The model's own logits [B, n, vocab], with no cache, and its default attention unless the bundle's is tuned."""
-    report("dense", 0, 1)
-    tuned: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if (tuning := manifest.sink_tuning) is not None:
-        scale = torch.tensor(tuning.first_token_scale)
-        tuned = first_token_scaled(model, scale, tuning.act, manifest.stream.num_sink_tokens, affine)
-    elif affine is not None:
-        ones = torch.ones(manifest.model.num_layers, manifest.model.num_q_heads)
-        tuned = first_token_scaled(model, ones, affine=affine)
-    with torch.no_grad(), tuned:
-        logits: Logits = model(input_ids=torch.from_numpy(ids), use_cache=False).logits.float().numpy()
-    report("dense", 1, 1)
-    return logits
 
 
 def _random_ids(manifest: Manifest, num_tokens: int, seed: int) -> Ids:

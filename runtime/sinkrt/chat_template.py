@@ -12,10 +12,11 @@ import json
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
+from sinkrt.chat_messages import Message, Wants, message_text, shaped
 from sinkrt.errors import BundleError, UsageError, problem
-from sinkrt.template_process import TIME_LIMIT_S, TemplateFailure, TemplateProcess
+from sinkrt.template_process import TIME_LIMIT_S, TemplateFailure, TemplateProcess, require_jinja
 from sinkrt.template_worker import environment
 
 MAX_TEMPLATE_CHARACTERS = 2**20
@@ -27,9 +28,6 @@ RESERVED_ARGS = frozenset(
      "loop")
 )  # fmt: skip
 """Variables of a template that are not the user's to set, besides the special tokens."""
-
-Message = Mapping[str, Any]
-Wants = Literal["text", "parts"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +112,13 @@ class ChatTemplate:
         """
         wants = self.facts.wants
         markers = self._markers(len(messages))
-        jobs = [self._job([_shaped(m, wants) for m in messages], add_generation_prompt, args)]
+        jobs = [self._job([shaped(m, wants) for m in messages], add_generation_prompt, args)]
         if check and messages:
             marked = [
                 {**m, "content": marker if message_text(m).strip() else ""}
                 for m, marker in zip(messages, markers, strict=True)
             ]
-            jobs.append(self._job([_shaped(m, wants) for m in marked], add_generation_prompt, args))
+            jobs.append(self._job([shaped(m, wants) for m in marked], add_generation_prompt, args))
         rendered, *others = self._renderings(jobs, now)
         text = self._text(rendered)
         if others:
@@ -250,7 +248,7 @@ class ChatTemplate:
         ]  # fmt: skip
         modes: tuple[Wants, ...] = ("text", "parts")
         jobs = [
-            self._job([_shaped(m, wants) for m in messages], generate, None)
+            self._job([shaped(m, wants) for m in messages], generate, None)
             for wants in modes
             for messages, generate in conversations
         ]
@@ -271,14 +269,6 @@ class ChatTemplate:
             wants, has_user, has_system, None if has_system else system.get("error"), keeps_history,
             after[len(before) :] if after.startswith(before) else "", closing, variables,
         )  # fmt: skip
-
-
-def message_text(message: Message) -> str:
-    """The text of a message, its parts put together; "" if it has none."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
-    return "" if content is None else str(content)
 
 
 def choose_template(templates: Any) -> str | None:
@@ -315,18 +305,6 @@ def parse_template_args(texts: Iterable[str]) -> dict[str, Any]:
     return args
 
 
-def _shaped(message: Message, wants: Wants) -> dict[str, Any]:
-    """A message as the template wants it. Fields that are None are left out, as in transformers."""
-    shaped = {key: value for key, value in message.items() if value is not None}
-    content = shaped.get("content")
-    if isinstance(content, list) and any(part.get("type", "text") != "text" for part in content):
-        return shaped
-    if content is not None:
-        text = message_text(message)
-        shaped["content"] = [{"type": "text", "text": text}] if wants == "parts" else text
-    return shaped
-
-
 def _has(rendering: Mapping[str, str], *markers: str) -> bool:
     """Whether a rendering shows all markers, and not as Python or JSON writes a list of parts."""
     text = rendering.get("text", "").lower()
@@ -337,13 +315,14 @@ def _has(rendering: Mapping[str, str], *markers: str) -> bool:
 def _check_syntax(source: str) -> None:
     """Parse only: nothing of the template runs, not even sums of constants.
 
-    Raises: BundleError.
+    Raises: BundleError; UsageError for a Jinja that is too old.
     """
     if len(source) > MAX_TEMPLATE_CHARACTERS:
         raise BundleError(
             problem("chat template", received=f"{len(source)} characters",
                     expected=f"at most {MAX_TEMPLATE_CHARACTERS}", fix="export the model again")
         )  # fmt: skip
+    require_jinja()
     try:
         environment().parse(source)
     except Exception as error:  # RecursionError and ValueError besides Jinja's own

@@ -7,6 +7,7 @@ given by its new name. So every other rule of the tokenizer (white space, splits
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import re
@@ -122,6 +123,7 @@ class PlainEncoder:
         # Nobody can write the new names: they are drawn anew in every process.
         secret = secrets.token_hex(8)
         self._names = {name: f"\ue000{secret}{i:x}\ue001" for i, name in enumerate(sorted(control.all))}
+        self._ids = {name: int(tokenizer.token_to_id(name) or 0) for name in self._names}  # added tokens have one
         self._find = pattern(self._names)
         try:
             self._tokenizer = _renamed(tokenizer, self._names)
@@ -133,17 +135,26 @@ class PlainEncoder:
         """Ids of a text in pieces, each with whether it is the user's: there, nothing becomes a control token.
 
         special: whether to add what the model starts its texts with.
-        """
-        text = "".join(text if users else self._with_new_names(text) for text, users in pieces)
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
-    def _with_new_names(self, text: str) -> str:
-        return self._find.sub(lambda found: self._names[found[0]], text)
+        Raises: UsageError if a control token does not come out as one.
+        """
+        written: collections.Counter[str] = collections.Counter()
+
+        def new_name(found: re.Match[str]) -> str:
+            written[found[0]] += 1
+            return self._names[found[0]]
+
+        text = "".join(text if users else self._find.sub(new_name, text) for text, users in pieces)
+        ids = list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        for name, count in written.items():  # some tokenizers find some names in some places only
+            if ids.count(self._ids[name]) < count:
+                raise _impossible(f"'{name}' is not always one token")
+        return ids
 
     def _check(self, tokenizer: tokenizers.Tokenizer) -> None:
         """The same ids as the tokenizer itself, for its control tokens and between them."""
         for name, other in self._names.items():
-            if self._tokenizer.token_to_id(other) != tokenizer.token_to_id(name):
+            if self._tokenizer.token_to_id(other) != self._ids[name]:
                 raise _impossible(f"'{name}' gets another id")
         text = "A b\n 12 c." + " d ".join(self._names) + "e\u00e9 \n"
         for special in (False, True):
@@ -156,7 +167,7 @@ def _renamed(tokenizer: tokenizers.Tokenizer, names: Mapping[str, str]) -> token
     data = json.loads(tokenizer.to_str())
     for token in data["added_tokens"]:
         if token["content"] in names:
-            token["content"], token["normalized"] = names[token["content"]], False
+            token["content"] = names[token["content"]]
     model = data["model"]
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, dict):

@@ -12,7 +12,8 @@ from typing import Any
 
 import tokenizers
 
-from sinkrt.chat_template import ChatTemplate, TemplateFacts, choose_template, message_text
+from sinkrt.chat_messages import joined, message_text
+from sinkrt.chat_template import ChatTemplate, TemplateFacts, choose_template
 from sinkrt.contract import Manifest
 from sinkrt.errors import BundleError, UsageError, problem
 from sinkrt.special_text import ControlTokens, Marks, PlainEncoder, pattern, split, texts_in
@@ -75,7 +76,7 @@ class Tokenizer:
                 template = (bundle / facts.chat_template).read_text(encoding="utf-8")
             if _TOKENIZER_CONFIG in manifest.files:  # what the tokenizer itself calls its special tokens goes first
                 config = json.loads((bundle / _TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-                special |= _named_special_tokens(config)
+                special |= named_special_tokens(config)
         except (OSError, ValueError) as error:
             raise BundleError(problem("tokenizer files", received=_one_line(error), expected="UTF-8 text and JSON",
                                       fix="export the model again")) from error  # fmt: skip
@@ -197,6 +198,7 @@ class Tokenizer:
 
         Raises: UsageError as `render_chat`.
         """
+        messages = [joined(message) for message in messages]  # two parts can make a control token together
         # One time for all renderings: they are compared.
         render = functools.partial(
             self._the_template.render, add_generation_prompt=add_generation_prompt, now=time.time()
@@ -319,7 +321,7 @@ OPENING_MESSAGES = ("0", "?")
 """Two user messages that begin differently: what two conversations share up to them is their opening."""
 
 
-def _named_special_tokens(config: Any) -> dict[str, Any]:
+def named_special_tokens(config: Any) -> dict[str, Any]:
     """Special tokens of a tokenizer_config.json by name: plain texts, or objects with a ``content``.
 
     Lists, such as ``additional_special_tokens``, stay lists of texts.

@@ -1,7 +1,9 @@
 // Counts what is allocated while a session decodes: every operator new of the process, by whether it was called from
 // inside ONNX Runtime's library or from anywhere else (this program, libsinkrt, the C++ library).
 //
-//   allocations BUNDLE STEPS  ->  "ours N onnxruntime N buffers same|moved"
+//   allocations BUNDLE STEPS [TOKENIZER.JSON]..  ->  "ours N onnxruntime N buffers same|moved"
+//
+// Further tokenizers decode as many ids of their own.
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
@@ -56,11 +58,15 @@ void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std
 void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
 
 int main(int argc, char** argv) {
-  if (argc != 3) return 2;
+  if (argc < 3) return 2;
   sinkrt::LoadOptions options;
   options.threads = 1;
   const auto session = sinkrt::Session::load(argv[1], options);
   sinkrt::StreamingDecoder decoder(session->tokenizer());
+  std::vector<sinkrt::Tokenizer> tokenizers;
+  for (int i = 3; i < argc; ++i) tokenizers.push_back(sinkrt::Tokenizer::load(argv[i]));
+  std::vector<sinkrt::StreamingDecoder> decoders;
+  for (const sinkrt::Tokenizer& tokenizer : tokenizers) decoders.emplace_back(tokenizer);
   const std::vector<const void*> buffers = session->backend().stateBuffers();
 
   sinkrt::SamplingParams params;
@@ -89,6 +95,10 @@ int main(int argc, char** argv) {
   decode(50);
   counting = true;
   decode(std::atol(argv[2]) / 2);
+  for (sinkrt::StreamingDecoder& stream : decoders) {
+    for (long i = 0; i < std::atol(argv[2]); ++i) stream.push(i * 7919 % 613);
+    stream.flush();
+  }
   counting = false;
   std::printf("ours %ld onnxruntime %ld buffers %s\n", ours.load(), theirs.load(),
               session->backend().stateBuffers() == buffers ? "same" : "moved");

@@ -66,12 +66,14 @@ void* probe_tokenizer(const char* path) {
 
 void probe_tokenizer_free(void* tokenizer) { delete static_cast<sinkrt::Tokenizer*>(tokenizer); }
 
-// mode: 0 without, 1 with what begins texts, 2 inside a stream. Returns how many ids there are.
+// mode: 0 without, 1 with what begins texts, 2 inside a stream, 3 as a stream's beginning. Returns how many ids there are.
 int64_t probe_encode(const void* tokenizer, const char* text, int64_t size, int mode, int64_t* out, int64_t room) {
   return guarded([&] {
     const auto& words = *static_cast<const sinkrt::Tokenizer*>(tokenizer);
     const std::string_view view(text, static_cast<size_t>(size));
-    const std::vector<int64_t> ids = mode == 2 ? words.encodeNext(view) : words.encode(view, mode == 1);
+    const std::vector<int64_t> ids = mode == 3   ? words.encodePrompt(view)
+                                     : mode == 2 ? words.encodeNext(view)
+                                                 : words.encode(view, mode == 1);
     if (static_cast<int64_t>(ids.size()) <= room) std::copy(ids.begin(), ids.end(), out);
     return static_cast<int64_t>(ids.size());
   });
@@ -85,12 +87,15 @@ int64_t probe_decode(const void* tokenizer, const int64_t* ids, int64_t count, i
   });
 }
 
-// The pieces of a streaming decoder, each ended by a 0xff byte, and what `flush` gives.
-int64_t probe_stream(const void* tokenizer, const int64_t* ids, int64_t count, char* out, int64_t room) {
+// The pieces of a streaming decoder, each ended by a 0xff byte, and what `flush` gives. The first `after` ids are in the
+// stream already.
+int64_t probe_stream(const void* tokenizer, const int64_t* ids, int64_t count, int64_t after, char* out,
+                     int64_t room) {
   return guarded([&] {
-    sinkrt::StreamingDecoder decoder(*static_cast<const sinkrt::Tokenizer*>(tokenizer));
+    sinkrt::StreamingDecoder decoder(*static_cast<const sinkrt::Tokenizer*>(tokenizer), ids,
+                                     static_cast<size_t>(after));
     std::string all;
-    for (int64_t i = 0; i < count; ++i) all.append(decoder.push(ids[i])).append("\xff");
+    for (int64_t i = after; i < count; ++i) all.append(decoder.push(ids[i])).append("\xff");
     all.append(decoder.flush());
     return given(all, out, room);
   });

@@ -80,7 +80,7 @@ class CppTokenizer:
         self._probe._library.probe_tokenizer_free(self._handle)
 
     def encode(self, text: str | bytes, mode: int = 0) -> list[int]:
-        """mode: 0 without, 1 with what begins texts, 2 inside a stream."""
+        """mode: 0 without, 1 with what begins texts, 2 inside a stream, 3 as a stream's beginning."""
         data = text if isinstance(text, bytes) else text.encode()
         out = np.empty(ROOM, dtype=np.int64)
         count = self._probe.call("encode", self._handle, data, ctypes.c_int64(len(data)), mode,
@@ -92,9 +92,10 @@ class CppTokenizer:
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
         return self._bytes("decode", ids, int(keep_special)).decode()
 
-    def stream(self, ids: Sequence[int]) -> list[str]:
-        """The piece of each id, and what `flush` gives."""
-        return [piece.decode() for piece in self._bytes("stream", ids).split(b"\xff")]
+    def stream(self, ids: Sequence[int], after: Sequence[int] = ()) -> list[str]:
+        """The piece of each id, and what `flush` gives. after: ids that are in the stream already."""
+        pieces = self._bytes("stream", [*after, *ids], ctypes.c_int64(len(after)))
+        return [piece.decode() for piece in pieces.split(b"\xff")]
 
     def _bytes(self, name: str, ids: Sequence[int], *more: object) -> bytes:
         array = np.asarray(ids, dtype=np.int64)

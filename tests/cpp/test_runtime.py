@@ -23,6 +23,7 @@ from sinkrt.sampler import Sampler, SamplingParams
 
 from tests.cpp.build import CppRuntime, onnxruntime_library
 from tests.cpp.probe import Probe, ProbeError
+from tests.cpp.tokenizer_kinds import DECODERS, LLAMA_DECODER, metaspace, model, sequence, whole
 from tests.exporter.test_act import tuning
 from tests.exporter.test_budgets import budgets
 from tests.exporter.test_families import exported
@@ -159,9 +160,13 @@ def test_text_and_tokens_at_once(cpp_runtime: CppRuntime, tmp_path: Path) -> Non
 
 
 def test_ten_thousand_tokens_without_an_allocation(cpp_runtime: CppRuntime, tmp_path: Path) -> None:
+    chains = [LLAMA_DECODER, metaspace(), *(sequence("decoders", *DECODERS[i:], *DECODERS[:i]) for i in range(9))]
+    files = [tmp_path / f"{i}.json" for i in range(len(chains))]
+    for file, chain in zip(files, chains, strict=True):
+        file.write_text(json.dumps(whole(model("bpe"), decoder=chain)), encoding="utf-8")
     for toy in (Toy(chunk_size=4), Toy(batch=2)):
         bundle = build_toy(tmp_path / f"batch{toy.batch}", toy)
-        done = cpp_runtime.run(cpp_runtime.programs / "allocations", bundle, "10000")
+        done = cpp_runtime.run(cpp_runtime.programs / "allocations", bundle, "10000", *files)
         assert re.fullmatch(r"ours 0 onnxruntime [1-9]\d* buffers same\n", done.stdout), done.stdout + done.stderr
 
 

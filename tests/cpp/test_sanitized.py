@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from sinkrt.contract import MANIFEST_NAME
 from tests.cpp.build import CppRuntime
 from tests.cpp.test_runtime import check_c_interface
 from tests.cpp.test_tokenizer import KINDS
+from tests.cpp.test_tokenizer_kinds import KINDS as FILES
+from tests.cpp.tokenizer_kinds import draw_file
 from tests.runtime.toy import Toy, build_toy
 
 RUNS = 4_000
@@ -54,7 +58,13 @@ def test_fuzz(sanitized_cpp_runtime: CppRuntime, tmp_path: Path, name: str) -> N
         for kind in ("bytes", "llama3", "qwen2"):
             files.append(tmp_path / f"{kind}.json")
             KINDS[kind]().save(str(files[-1]))
-    runs = RUNS if name != "tokenizer" else RUNS // 20  # each of these reads 50 kB and encodes it
+        for kind in ("phi3", "some-bytes", "falcon", "tiktoken", "unigram", "unigram-bytes"):
+            files.append(tmp_path / f"{kind}.json")
+            files[-1].write_text(json.dumps(FILES[kind]()))
+        for seed in range(12):
+            files.append(tmp_path / f"{seed}.json")
+            files[-1].write_text(json.dumps(draw_file(random.Random(seed))))
+    runs = RUNS if name != "tokenizer" else RUNS // 8  # each of these reads 10 to 50 kB and encodes it
     done = sanitized_cpp_runtime.fuzz(name, bundle, runs, files)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == f"{runs} runs\n"

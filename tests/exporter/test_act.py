@@ -234,7 +234,7 @@ def test_analyze_proposes_the_heads_that_have_later_sinks(tmp_path: Path, monkey
                 )
     np.testing.assert_allclose(report.later_sinks, want / 3, atol=1e-6)
     assert 0 < (want >= 1.5).sum() < want.size  # else this says nothing
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save(tmp_path / "model")
     tiny_model("llama").save_pretrained(tmp_path / "model")
     (tmp_path / "text").write_text(" ".join(f"w{i}" for text in texts for i in text), encoding="utf-8")
     result = CliRunner().invoke(cli, ["analyze", str(tmp_path / "model"), "--text", str(tmp_path / "text"), "--windows",

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-import transformers
 from click.testing import CliRunner
 from sinkexport import analyze_weights as module
 from sinkexport.analyze import EPSILON, TextWindows, analyze, recommend, secondary_sinks, text_windows
 from sinkexport.analyze_weights import NEAR_TOKENS, attention_weights
 from sinkexport.cli import cli
 from sinkexport.files import read_text
+from sinkexport.loading.source_tokenizer import SourceTokenizer
 from sinkexport.sources import LoadedModel
 from sinkrt import UsageError
 
@@ -284,25 +284,24 @@ def test_sinks_up_to_the_last_candidate_ask_for_more_candidates() -> None:
 # --- windows of text --------------------------------------------------------------------------------------------------
 
 
-class Counting:
+class Counting(SourceTokenizer):
     """A tokenizer that remembers how much text it was given."""
 
-    def __init__(self, inner: Any) -> None:
-        self.inner, self.longest = inner, 0
+    longest = 0
 
-    def __call__(self, text: str, **options: Any) -> Any:
-        self.longest = max(self.longest, len(text))
-        return self.inner(text, **options)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        type(self).longest = max(self.longest, len(text))
+        return super().encode(text, special=special)
 
 
-def words(beginning: str | None = None, end: str | None = None) -> Any:
+def words(beginning: str | None = None, end: str | None = None) -> SourceTokenizer:
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     if beginning or end:
         single = " ".join(x for x in (beginning, "$A", end) if x)
         special = [(x, int(x[1:])) for x in (beginning, end) if x]
         inner.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=special)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0")
+    return SourceTokenizer("words", inner)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +327,7 @@ def test_a_text_of_exactly_the_needed_tokens_is_enough() -> None:
 
 def test_long_words_need_more_text_and_the_rest_is_not_encoded() -> None:
     text = ("x" * 99 + " ") * 5000
-    counting = Counting(words())
+    counting = Counting("words", words().library)
     assert [len(window) for window in text_windows(counting, text, 2, 20).ids] == [20] * 2
     assert counting.longest < 10_000
 
@@ -388,7 +387,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_model("llama")
     model.resize_token_embeddings(258)
     model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    tokenizer().save(folder)
     return folder
 
 
@@ -464,7 +463,7 @@ def test_command_tells_of_a_sliding_window(model_folder: Path, text: Path, tmp_p
     model = tiny_model("mistral")
     model.resize_token_embeddings(258)
     model.save_pretrained(tmp_path / "sliding")
-    tokenizer().save_pretrained(tmp_path / "sliding")
+    tokenizer().save(tmp_path / "sliding")
     note = "look back 64 tokens"
     assert note in CliRunner().invoke(cli, arguments(tmp_path / "sliding", text)).stderr
     assert note not in CliRunner().invoke(cli, arguments(model_folder, text)).stderr

@@ -192,7 +192,7 @@ def test_change_of_a_head_that_is_cut_short_by_transformers_own_weights() -> Non
 def test_analyze_proposes_long_windows_for_heads_that_change_most(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save(tmp_path / "model")
     words = " ".join(f"w{i}" for i in np.random.default_rng(2).integers(3, VOCAB_SIZE, 400))
     (tmp_path / "text").write_text(words, encoding="utf-8")
     arguments = ["analyze", str(tmp_path / "model"), "--text", str(tmp_path / "text"), "--windows", "2",

@@ -293,7 +293,7 @@ def test_rounded_weights_are_refused_where_they_do_not_belong(tmp_path: Path) ->
 def test_the_command_writes_both_files(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tiny_tokenizer().save(folder)
     (tmp_path / "r.yaml").write_text(json.dumps(ROUNDED), encoding="utf-8")
     (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
     arguments = ["--recipe", str(tmp_path / "r.yaml"), "--text", str(tmp_path / "t.txt")]

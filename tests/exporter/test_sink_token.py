@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sinkexport.config import ExportConfig
+from sinkexport.loading.source_tokenizer import SourceTokenizer
 from sinkexport.pipeline import export_loaded
 from sinkexport.sources import LoadedModel
 from sinkrt import Session, UsageError
-from transformers import PreTrainedTokenizerFast
 
 from tests.exporter.tiny_models import tiny_model
 from tests.runtime.toy import CHAT_TEMPLATE, toy_tokenizer
@@ -22,10 +22,8 @@ def loaded(*, has_token: bool = True) -> LoadedModel:
     plain = toy_tokenizer()
     if has_token:
         plain.add_special_tokens([TOKEN])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain, bos_token="<bos>", eos_token="<eos>", chat_template=CHAT_TEMPLATE
-    )
-    return LoadedModel(tiny_model("llama", vocab_size=len(tokenizer)), tokenizer, "tiny")
+    tokenizer = SourceTokenizer("toy", plain, CHAT_TEMPLATE, {"bos_token": "<bos>", "eos_token": "<eos>"})
+    return LoadedModel(tiny_model("llama", vocab_size=tokenizer.num_tokens), tokenizer, "tiny")
 
 
 @pytest.mark.parametrize("asked", [TOKEN, "auto"])
@@ -33,10 +31,11 @@ def test_everything_begins_with_it(asked: str, tmp_path: Path) -> None:
     model = loaded()
     config = ExportConfig(num_sink_tokens=1, window_size=8, chunk_size=1, sink_token=asked)
     export_loaded(model, tmp_path / "bundle", config)
-    number = model.tokenizer.convert_tokens_to_ids(TOKEN)
+    assert model.tokenizer is not None
+    number = model.tokenizer.token_id(TOKEN)
     with Session.load(tmp_path / "bundle", threads=1) as session:
         tokenizer = session.tokenizer
-        without = model.tokenizer("Hello")["input_ids"]
+        without = model.tokenizer.encode("Hello")
         assert tokenizer.encode("Hello") == [number, *without]
         assert number not in tokenizer.encode_next("Hello")  # inside a stream it does not come again
         chat = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": "Hi"}]), special=False)
@@ -48,7 +47,7 @@ def test_everything_begins_with_it(asked: str, tmp_path: Path) -> None:
         first = session.buffers["sink_k.0"].copy()
         session.prefill(np.arange(3, 40))
         np.testing.assert_array_equal(session.buffers["sink_k.0"], first)
-    assert model.tokenizer("Hello")["input_ids"] == without  # the model's own tokenizer is left as it was
+    assert model.tokenizer.encode("Hello") == without  # the model's own tokenizer is left as it was
 
 
 @pytest.mark.parametrize(

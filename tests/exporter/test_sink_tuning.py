@@ -119,7 +119,7 @@ def planted_texts(model: Any, scale: torch.Tensor, count: int, length: int) -> l
 def test_tune_finds_the_layer_that_was_planted(layer: int, factor: float, tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save(tmp_path / "model")
     planted = torch.ones(LAYERS, HEADS)
     planted[layer] = factor
     lines = [json.dumps({"text": text}) for text in planted_texts(model, planted, 24, 24)]

@@ -7,6 +7,7 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
+from sinkexport.loading.source_tokenizer import SourceTokenizer
 
 VOCAB_SIZE = 97
 
@@ -110,9 +111,9 @@ def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
     return model.to(dtype)
 
 
-def tiny_tokenizer() -> Any:
+def tiny_tokenizer() -> SourceTokenizer:
     """One word a token: ``w0`` to the last of the vocabulary."""
     words = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0")
     tokenizer = tokenizers.Tokenizer(words)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")
+    return SourceTokenizer("tiny", tokenizer, special_tokens={"unk_token": "w0"})

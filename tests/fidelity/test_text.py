@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from sinkrt.answer import Answer, AnswerParams, StopMatcher
 from sinkrt.sampler import SamplingParams
 from sinkrt.scheduler import Scheduler
 from sinkrt.text import MAX_PENDING, Tokenizer
+from tokenizers import AddedToken
 
-from tests.fidelity.tokenizers_by_kind import CONTROL, KINDS, NAMED, spaced_words
+from tests.fidelity.tokenizers_by_kind import CONTROL, KINDS, NAMED, byte_level, sentence_piece, spaced_words
 from tests.runtime.test_text import byte_fallback_tokenizer
 from tests.runtime.toy import BOS, EOS, VOCAB_SIZE, Toy, build_toy, rehash, toy_tokenizer
 from tests.runtime.toy import CHAT_TEMPLATE as TOY_TEMPLATE
@@ -27,6 +29,10 @@ from tests.runtime.toy import CHAT_TEMPLATE as TOY_TEMPLATE
 CHATML = (
     "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}{# <think> #}"
+)
+
+PARTS = (
+    "{% for m in messages %}{% for part in m['content'] %}{{ part.text }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
 )
 
 
@@ -216,6 +222,41 @@ def test_control_tokens_of_users_get_the_ids_of_ordinary_text(text: str) -> None
     ours.close()
 
 
+FRAGMENTS = [*CONTROL, NAMED, " ", "\n", "a", "ab", "<|", "im_end|>", "|>", "<", "é", "12"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=8))
+def test_any_text_of_a_user_is_ordinary_text(fragments: list[str]) -> None:
+    library, text = byte_level(), "".join(fragments)
+    ours = Tokenizer(library, None)
+    plain = tokenizers.Tokenizer.from_str(library.to_str())
+    plain.encode_special_tokens = True  # names of special tokens are text; NAMED is a token, as in any prompt
+    assert ours.prompt_ids(text) == plain.encode(text).ids
+    assert ours.prompt_ids(text, begun=True) == plain.encode(text, add_special_tokens=False).ids
+
+
+@pytest.fixture(scope="module")
+def chatml() -> Iterator[Tokenizer]:
+    ours = Tokenizer(byte_level(), CHATML, {"bos_token": "<s>"})
+    yield ours
+    ours.close()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=8), st.booleans())
+def test_any_message_is_ordinary_text_between_the_templates_tokens(
+    chatml: Tokenizer, fragments: list[str], by_assistant: bool
+) -> None:
+    library, text = byte_level(), "".join(fragments)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant" if by_assistant else "user", "content": text}]
+    ids = chatml.chat_ids(talk)
+    special = {library.token_to_id(name) for name in CONTROL}
+    template = chatml.chat_ids([talk[0], {**talk[1], "content": "a"}])
+    assert [i for i in ids if i in special] == [i for i in template if i in special]
+    assert library.decode(ids, skip_special_tokens=False) == chatml.render_chat(talk)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", ["ab ab", " a <b> |x| 12\n\n", "< |im_end|>", "a</ s>"])
 def test_text_without_control_tokens_gets_the_ids_that_it_had(kind: str, text: str) -> None:
@@ -237,6 +278,18 @@ def test_the_old_way_is_there_on_demand(kind: str) -> None:
     ids = ours.chat_ids([{"role": "user", "content": "a <|im_end|>"}], allow_special=True)
     assert ids == library.encode(rendered, add_special_tokens=False).ids
     assert ids.count(library.token_to_id("<|im_end|>")) == 2
+    ours.close()
+
+
+@pytest.mark.parametrize("template", [CHATML, PARTS], ids=["text", "parts"])
+def test_parts_of_a_message_make_no_control_token_together(template: str) -> None:
+    library = KINDS["byte level"]()
+    ours = Tokenizer(library, template, {"bos_token": "<s>"})
+    parts = [{"type": "text", "text": "a<|im_"}, {"type": "text", "text": "end|>b"}]
+    whole = ours.chat_ids([{"role": "user", "content": "a<|im_end|>b"}])
+    assert ours.chat_ids([{"role": "user", "content": parts}]) == whole
+    end = library.token_to_id("<|im_end|>")
+    assert whole.count(end) == ours.chat_ids([{"role": "user", "content": "ab"}]).count(end)
     ours.close()
 
 
@@ -263,6 +316,17 @@ def test_messages_that_a_template_takes_apart_at_control_tokens() -> None:
     talk = [{"role": "user", "content": "a</s>b"}, {"role": "assistant", "content": "hm</s>yes"}]
     start = library.token_to_id("<|im_start|>")
     assert ours.chat_ids(talk) == reference(library, [start, "a</s>b", start, "yes"])
+    ours.close()
+
+
+def test_a_tokenizer_that_does_not_always_find_control_tokens_is_refused() -> None:
+    """Looked for after a space is put before the text, a name is found after spaces only."""
+    library = sentence_piece()
+    library.add_special_tokens([AddedToken("<x>", special=True, normalized=True)])
+    ours = Tokenizer(library, "{% for m in messages %}{{ 'ab<x>' + m.content }}{% endfor %}")
+    assert library.token_to_id("<x>") not in ours.chat_ids([{"role": "user", "content": "ab"}])
+    with pytest.raises(UsageError, match="cannot take as ordinary text"):
+        ours.chat_ids([{"role": "user", "content": "</s>"}])
     ours.close()
 
 

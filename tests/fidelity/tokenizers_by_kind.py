@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -13,9 +15,12 @@ WORDS = ["▁", "a", "b", "▁a", "ab", "▁ab", "<", "|", ">", "/", "s", "i", "
          "x", "1", "2", "▁<", "<|", "|>"]  # fmt: skip
 
 
-def with_control(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer with the added tokens, and with a beginning of every text."""
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in CONTROL])
+def with_control(tokenizer: tokenizers.Tokenizer, *, normalized: bool = False) -> tokenizers.Tokenizer:
+    """The tokenizer with the added tokens, and with a beginning of every text.
+
+    normalized: whether special tokens are looked for after normalisation, as in older Llama 2 folders.
+    """
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=normalized) for name in CONTROL])
     tokenizer.add_tokens([AddedToken(NAMED, special=False, normalized=False)])
     bos = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", special_tokens=[("<s>", bos)])
@@ -33,8 +38,8 @@ def byte_level() -> tokenizers.Tokenizer:
     return with_control(tokenizer)
 
 
-def sentence_piece() -> tokenizers.Tokenizer:
-    """As Llama 2, with Prepend: a space before every text, and ``</s>`` in the vocabulary with merges that make it."""
+def sentence_piece(*, normalized: bool = False) -> tokenizers.Tokenizer:
+    """As Llama 2: ``</s>`` is in the vocabulary, with merges that make it. Not normalized: a space before texts."""
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS, "</", "</s", "</s>", "<s", "<s>"]
     merges = [("▁", "a"), ("a", "b"), ("▁a", "b"), ("▁", "<"), ("<", "|"), ("|", ">"), ("<", "/"), ("</", "s"),
               ("</s", ">"), ("<", "s"), ("<s", ">")]  # fmt: skip
@@ -42,11 +47,12 @@ def sentence_piece() -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(
         models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    prepended = [] if normalized else [normalizers.Prepend("▁")]
+    tokenizer.normalizer = normalizers.Sequence([*prepended, normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return with_control(tokenizer)
+    return with_control(tokenizer, normalized=normalized)
 
 
 def unigram() -> tokenizers.Tokenizer:
@@ -60,7 +66,10 @@ def unigram() -> tokenizers.Tokenizer:
     return with_control(tokenizer)
 
 
-KINDS = {"byte level": byte_level, "sentence piece": sentence_piece, "unigram": unigram}
+KINDS = {
+    "byte level": byte_level, "sentence piece": sentence_piece,
+    "sentence piece, normalized": functools.partial(sentence_piece, normalized=True), "unigram": unigram,
+}  # fmt: skip
 
 
 def spaced_words(size: int) -> tokenizers.Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,9 @@ STAGES = {
     "decode": "Building the decode graph",
     "write": "Writing weights",
     "prefill": "Building the prefill graph",
+    "weights": "Comparing weights with the file",
     "hash": "Hashing files",
+    "check": "Comparing the graphs with the model",
     "done": "Done",
 }
 
@@ -66,23 +69,29 @@ STAGES = {
               help="tensorrt: for 'sinkexport build', with this project's plugin (docs/tensorrt.md).")  # fmt: skip
 @click.option("--native", is_flag=True,
               help="With --target tensorrt: standard operators, for TensorRT >= 10.15 without plugin.")  # fmt: skip
+@click.option("--no-check", is_flag=True,
+              help="Do not compare the finished graphs and the weights with the model.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
 def command(
     model: str, output: Path, sink_tokens: int, window: int, batch: int, chunk: int | None, pin_system: str | None,
     sink_token: str | None, dtype: str, recipe: str | None, calibration_file: Path | None, kv: str | None,
     budgets_file: Path | None, sink_tuning_file: Path | None, affine_file: Path | None, target: str, native: bool,
-    overwrite: bool,
+    no_check: bool, overwrite: bool,
 ) -> None:
     """Export MODEL (a local directory, a .gguf file or a Hub id) to a bundle."""
     # Bad numbers are told before torch is loaded.
     config = ExportConfig(sink_tokens, window, batch, dtype, chunk, pin_system, target, _loaded(recipe),
                           _ranges(calibration_file), kv, native, sink_token, _sink_tuning(sink_tuning_file),
                           _budgets(budgets_file), _affine(affine_file))  # fmt: skip
+    from sinkexport.check_export import UncheckedWarning
     from sinkexport.pipeline import export
 
     start = time.perf_counter()
-    with shown_progress(STAGES) as show:
-        manifest = export(model, output, config, overwrite=overwrite, report=show)
+    with shown_progress(STAGES) as show, warnings.catch_warnings(record=True) as caught:
+        manifest = export(model, output, config, overwrite=overwrite, check=not no_check, report=show)
+    for one in caught:
+        if issubclass(one.category, UncheckedWarning):
+            click.echo(f"sinkexport: warning: {one.message}", err=True)
     facts = manifest.model
     named = printable(f"{output}: {facts.name}")
     click.echo(

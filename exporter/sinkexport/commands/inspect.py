@@ -35,8 +35,11 @@ MB = 1e6
 
 
 @click.command(name="inspect")
-@click.argument("what", metavar="DIR|FILE|families|recipes")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable: the manifest, the families or the recipes.")
+@click.argument("what", metavar="DIR|MODEL|FILE|families|recipes")
+@click.option("--json", "as_json", is_flag=True,
+              help="Machine-readable: manifest, model, families or recipes.")  # fmt: skip
+@click.option("--tokenizer-out", type=click.Path(path_type=Path), metavar="DIR",
+              help="Of a model: write its tokenizer into DIR, as a bundle would hold it.")  # fmt: skip
 @click.option("--memory", is_flag=True,
               help="Memory that decoding takes: of the bundle DIR, or of a model that is not exported yet: a folder "
                    "with config.json, a .gguf file or a Hub id.")  # fmt: skip
@@ -46,9 +49,21 @@ MB = 1e6
               help="With --memory of a model.  [default: 4]")  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), metavar="B", help="With --memory of a model.  [default: 1]")
 def command(
-    what: str, as_json: bool, memory: bool, windows: tuple[int, ...], sink_tokens: int | None, batch: int | None
+    what: str, as_json: bool, tokenizer_out: Path | None, memory: bool, windows: tuple[int, ...],
+    sink_tokens: int | None, batch: int | None,
 ) -> None:
-    """Show the bundle DIR, a calibration FILE, the table of model families or that of quantisation recipes."""
+    """Show the bundle DIR, what an export of MODEL (a folder, a .gguf file or a Hub id) would read and refuse, a
+    calibration FILE, the table of model families or that of quantisation recipes.
+    """  # fmt: skip
+    if tokenizer_out is not None:
+        if memory or as_json or not _is_model(what):
+            raise UsageError(problem("--tokenizer-out", received="--memory or --json" if memory or as_json else
+                                     f"'{what}', which is no model", expected="a model, and no other option",
+                                     fix="leave it out"))  # fmt: skip
+        from sinkexport.commands.inspect_model import write_tokenizer_of
+
+        write_tokenizer_of(what, tokenizer_out)
+        return
     if memory:
         is_bundle = Path(what, MANIFEST_NAME).exists()
         if is_bundle and (windows or sink_tokens is not None or batch is not None):
@@ -70,6 +85,11 @@ def command(
     if what == "recipes" and not Path(what).joinpath(MANIFEST_NAME).exists():
         _show_recipes(as_json)
         return
+    if _is_model(what):
+        from sinkexport.commands.inspect_model import show_model
+
+        show_model(what, as_json)
+        return
     bundle = Path(what)
     if bundle.is_file():
         _show_calibration(bundle, as_json)
@@ -79,6 +99,16 @@ def command(
         click.echo(manifest.to_json(), nl=False)
     else:
         _show_bundle(bundle, manifest)
+
+
+def _is_model(what: str) -> bool:
+    """A .gguf file, a folder with config.json that is no bundle, or what looks like an id of the Hub."""
+    path = Path(what)
+    if path.is_dir():
+        return (path / "config.json").is_file() and not (path / MANIFEST_NAME).exists()
+    if path.suffix.lower() == ".gguf":
+        return True
+    return not path.exists() and what.count("/") == 1 and not what.startswith((".", "~", "/"))
 
 
 def _show_budget_of_bundle(bundle: Path, as_json: bool) -> None:

@@ -46,7 +46,9 @@ ENDING_SIGNALS = [signal.SIGTERM, signal.SIGHUP] if hasattr(signal, "SIGHUP") el
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Keep the likeliest tokens that sum to P.")
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True,
               help="Above 1: make tokens that the cache still spans less likely.")  # fmt: skip
-@click.option("--stop", multiple=True, metavar="TEXT", help="End an answer before this text; may be repeated.")
+@click.option("--stop", multiple=True, metavar="TEXT",
+              help="End an answer before this text, which may name special tokens (<|im_end|>); may be "
+              "repeated.")  # fmt: skip
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on when the model ends its text: for ever without --max-tokens.")
 @click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True,

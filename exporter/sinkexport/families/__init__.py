@@ -140,6 +140,8 @@ def rotates_by_length(config: Any, capacity: int) -> bool:
             original = one.get("original_max_position_embeddings") or getattr(
                 text_config, "original_max_position_embeddings", None
             )
+            if one.get("short_factor") == one.get("long_factor"):
+                continue  # factors for any length, which GGUF files have as a tensor
             if original is not None and capacity > original:
                 return True
         elif one["rope_type"] == "dynamic" and capacity > text_config.max_position_embeddings:

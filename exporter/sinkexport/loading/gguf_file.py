@@ -11,6 +11,8 @@ from typing import Any
 
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.loading.gguf_header import NotGgufError, read_part
+
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 """How llama.cpp names the parts of a split model; the first holds the metadata."""
 
@@ -43,30 +45,58 @@ def open_gguf(path: Path) -> GgufFile:
     Raises: UsageError for a file that is no GGUF or cut short, and for parts that are missing or do not fit.
     """
     parts = tuple(_parts(path))
-    return _read(parts, tuple(part.stat().st_mtime_ns for part in parts))
+    try:
+        changed_ns = tuple(part.stat().st_mtime_ns for part in parts)
+    except OSError as error:
+        raise _no_gguf(path, error.strerror or str(error)) from None
+    return _read(parts, changed_ns)
+
+
+def model_name(path: Path) -> str:
+    """The name of the model in a file: that of the file without its suffix and the number of the part."""
+    match = PART.fullmatch(path.name)
+    return match["stem"] if match else path.stem
 
 
 @functools.lru_cache(maxsize=2)
 def _read(parts: tuple[Path, ...], _changed_ns: tuple[int, ...]) -> GgufFile:
-    import gguf
-
     metadata: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
-    for part in parts:
+    for number, part in enumerate(parts):
         try:
-            reader = gguf.GGUFReader(part)
-            found = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-        except Exception as error:  # struct, NumPy, UnicodeDecodeError, KeyError: whatever the bytes lead to
+            found, here = read_part(part)
+        except NotGgufError as error:
+            raise _no_gguf(part, str(error)) from None
+        except (OSError, ValueError) as error:
             raise _no_gguf(part, f"{type(error).__name__}: {error}") from error
-        for tensor in reader.tensors:
-            if tensor.name in tensors:
-                raise _no_gguf(part, f"tensor '{tensor.name}' for the second time")
-            tensors[tensor.name] = tensor
+        _check_split(part, found, number, len(parts))
+        for name in here:
+            if name in tensors:
+                raise _no_gguf(part, f"tensor '{name}' for the second time")
+        tensors.update(here)
         metadata = {**found, **metadata}  # the first part's go first
     count = metadata.get("split.tensors.count")
-    if len(parts) > 1 and count is not None and count != len(tensors):
+    if count is not None and count != len(tensors):
         raise _no_gguf(parts[0], f"{len(tensors)} tensors in {len(parts)} parts, where {count} are announced")
     return GgufFile(parts, metadata, tensors)
+
+
+def _check_split(part: Path, found: Mapping[str, Any], number: int, count: int) -> None:
+    """Compare what a part says about its place with its name. number: from 0.
+
+    Raises: UsageError.
+    """
+    announced, place = found.get("split.count"), found.get("split.no")
+    if announced in (None, 0) and count == 1:
+        return
+    if announced != count:
+        said = "says nothing of a split" if announced is None else f"says that it is one of {announced} parts"
+        raise UsageError(problem("model", received=f"'{part}', which {said}, under a name that says {count}",
+                                 expected="names as llama.cpp gives them, NAME-00001-of-00002.gguf",
+                                 fix="rename the parts or download them again"))  # fmt: skip
+    if place != number:
+        raise UsageError(problem("model", received=f"'{part}', which says that it is part {place} (from 0)",
+                                 expected=f"part {number}", fix="rename the parts or download them again"))  # fmt: skip
 
 
 def _parts(path: Path) -> list[Path]:
@@ -78,7 +108,8 @@ def _parts(path: Path) -> list[Path]:
              range(1, count + 1)]  # fmt: skip
     missing = [part.name for part in parts if not part.is_file()]
     if missing or not parts:
-        raise UsageError(problem("model", received=f"'{path}', of which {', '.join(missing) or 'no part'} is missing",
+        listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UsageError(problem("model", received=f"'{path}', of which {listed or 'no part'} is missing",
                                  expected=f"all {count} parts in one folder", fix="download the missing parts"))
     return parts
 

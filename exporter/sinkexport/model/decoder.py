@@ -20,7 +20,7 @@ from sinkexport.config import ExportConfig
 from sinkexport.model.affine import AffineFactors
 from sinkexport.model.attention import rotated, sink_attention, stream_angles
 from sinkexport.model.experts import static_experts
-from sinkexport.model.fold_rotation import fold_rotation
+from sinkexport.model.fold_rotation import fold_rotation, functional
 from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
 from sinkexport.model.interface import attention_inputs, intercept_attention
@@ -266,6 +266,9 @@ class _Step:
             "attention_mass": states[MASS_KIND], "calibrated": more["calibrated"],
             "act_alpha": act.alpha, "act_beta": act.beta, "act_min_queries": act.min_queries,
         }  # fmt: skip
+        if cache in self._next:
+            raise UsageError(problem("attention", received=f"two calls in layer {cache.layer}", expected="one a layer",
+                                     fix="this model cannot be exported exactly"))  # fmt: skip
         out, *updated = sink_attention(
             q, k, v, *(states.get(kind) for kind in STATE_KINDS), self._position, *(shift or (None, None)),
             self._num_valid,
@@ -345,8 +348,7 @@ def trace(stream: StreamStep) -> torch.export.ExportedProgram:
     identity = identity_rotary(stream.rotary, stream.batch, stream.num_tokens, dtype)
     with torch.no_grad(), replaced_rotary(stream.model, identity):
         program = torch.export.export(stream, (ids, position, states, *num_valid), strict=False)
-    if stream.shape.recurrent:  # transformers writes into these states and into results: give each value one writer
-        program = program.run_decompositions({})
+    program = functional(program)
     fold_rotation(program)
     _refuse_other_uses_of_position(program)
     return program

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from sinkrt.errors import UsageError, problem
+from torch.fx import Graph, GraphModule, Node
 
 aten = torch.ops.aten
 
@@ -23,8 +24,49 @@ _KEEPS_CONTENT = frozenset(
 )  # fmt: skip
 
 
+def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program without operators that write in place: each value has one writer.
+
+    An in-place operator often has no user: what it wrote is read through another name of the same memory. Passes that
+    follow values would take it for dead. Where there is none, the program is handed back as it is.
+
+    Raises: UsageError if an operator that writes in place is left, or if the model writes into tensors of its own:
+        that is a state which a bundle would not have.
+    """
+    if _writes_in_place(program):
+        program = program.run_decompositions({})
+    _refuse_writes(program)
+    return program
+
+
+def _writes_in_place(program: torch.export.ExportedProgram) -> list[str]:
+    """Operators of `program` that write into their arguments."""
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule)]
+    return [str(node.target) for graph in graphs for node in graph.nodes if _is_mutable(node)]
+
+
+def _is_mutable(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and bool(getattr(schema, "is_mutable", False))
+
+
+def _refuse_writes(program: torch.export.ExportedProgram) -> None:
+    signature = program.graph_signature
+    written = (signature.buffers_to_mutate, getattr(signature, "parameters_to_mutate", {}),
+               signature.user_inputs_to_mutate)  # fmt: skip
+    found = [f"'{name}'" for names in written for name in names.values()] or _writes_in_place(program)
+    if found:
+        raise UsageError(problem("model", received=f"code that writes into {found[0]} from token to token",
+                                 expected="no state but that of attention and of known recurrent layers",
+                                 fix="this model cannot be exported exactly"))  # fmt: skip
+
+
 def fold_rotation(program: torch.export.ExportedProgram) -> int:
-    """Simplify `program` in place. Returns the number of nodes removed."""
+    """Simplify `program`, which must be `functional`, in place. Returns the number of nodes removed.
+
+    Raises: UsageError as `functional`.
+    """
+    _refuse_writes(program)
     graph = program.graph_module.graph
     before = len(graph.nodes)
     uniform = _handed_out(program)

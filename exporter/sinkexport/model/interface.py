@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,14 +12,19 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import AttentionFunction, adapted, find_adapter
 
+MaskFunction = Callable[..., torch.Tensor]
+"""transformers' mask interface: keywords ``batch_size, q_length, kv_length, mask_function ..`` -> a mask."""
+
 
 @contextlib.contextmanager
-def intercept_attention(model: torch.nn.Module, function: AttentionFunction) -> Iterator[None]:
+def intercept_attention(
+    model: torch.nn.Module, function: AttentionFunction, masks: MaskFunction | None = None
+) -> Iterator[None]:
     """Every softmax attention of `model` calls ``function(module, q, k, v, mask, scaling=..., ...)`` instead.
 
     q: [B, Hq, T, D], k and v: [B, Hkv, T, D], as the model rotated them. Must return ([B, T, Hq, D], None).
-    No mask is registered under the name, so transformers builds none. A family that does not use the interface is
-    adapted; one with ALiBi passes ``alibi_slopes``, float32 [Hq].
+    masks: makes the masks; None: transformers builds none. A family that does not use the interface is adapted, and has
+    none; one with ALiBi passes ``alibi_slopes``, float32 [Hq].
 
     Raises: UsageError if the model does not use the interface and there is no adapter for it.
     """
@@ -27,11 +32,20 @@ def intercept_attention(model: torch.nn.Module, function: AttentionFunction) -> 
         with adapted(model, adapter, function):
             yield
         return
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = f"sinkexport-{uuid.uuid4().hex}"  # contexts may nest
     before = model.config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS.register(name, function)
+
+    def call(
+        module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mask: Any = None, **arguments: Any
+    ) -> tuple[torch.Tensor, None]:
+        return function(module, q, k, v, attention_mask, **arguments)  # some families pass the mask by its name
+
+    ALL_ATTENTION_FUNCTIONS.register(name, call)
+    if masks is not None:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, masks)
     try:
         try:
             model.set_attn_implementation(name)
@@ -43,6 +57,7 @@ def intercept_attention(model: torch.nn.Module, function: AttentionFunction) -> 
     finally:
         _restore(model, before)
         ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
 
 
 @contextlib.contextmanager
@@ -66,6 +81,37 @@ def attention_inputs(model: torch.nn.Module) -> Iterator[dict[torch.nn.Module, t
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def random_embeddings(model: Any, num_ids: int, seed: int = 0) -> Iterator[None]:
+    """Ids 0 .. num_ids - 1 are embedded as random vectors of unit variance inside a context.
+
+    A model's own rows may be all zeros, as that of a padding token, or tiny: they would show nothing of its layers.
+    The token embedding alone is replaced, whatever it multiplies its rows by. A model without `get_input_embeddings`
+    keeps its own.
+    """
+
+    def replace(
+        _module: torch.nn.Module, arguments: tuple[Any, ...], others: dict[str, Any], output: torch.Tensor
+    ) -> torch.Tensor:
+        ids = arguments[0] if arguments else others["input"]
+        rows = torch.randn(num_ids, output.shape[-1], generator=torch.Generator().manual_seed(seed))
+        return rows[ids].to(output.dtype)
+
+    find = getattr(model, "get_input_embeddings", None)
+    embedding = None
+    if find is not None:
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            embedding = find()
+    if embedding is None:
+        yield
+        return
+    hook = embedding.register_forward_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _restore(model: Any, implementation: str | None) -> None:

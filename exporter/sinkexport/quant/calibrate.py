@@ -25,9 +25,11 @@ import safetensors.numpy
 import torch
 from sinkrt.errors import UsageError, problem
 
-from sinkexport import analyze, files
+from sinkexport import files
+from sinkexport.loading.source_tokenizer import SourceTokenizer
 from sinkexport.model.interface import intercept_attention
-from sinkexport.model.rope import AttentionShape, probe_attention
+from sinkexport.model.probe import probe_attention
+from sinkexport.model.rope import AttentionShape
 from sinkexport.progress import Report, silent
 from sinkexport.quant import histogram
 from sinkexport.quant.calibration import (
@@ -196,7 +198,7 @@ def _rounded_weights(passes: _Passes, recipe: Recipe, groups: Mapping[str, tuple
     return weights.arrays
 
 
-def choose_pieces(tokenizer: Any | None, text: str, asked: Calibration) -> tuple[Ids, int]:
+def choose_pieces(tokenizer: SourceTokenizer | None, text: str, asked: Calibration) -> tuple[Ids, int]:
     """Pieces of a text, ids [samples, length], and how many tokens it has.
 
     The text is cut into pieces, of which the seed picks some; they stay in order. Each begins as a stream does, with
@@ -207,8 +209,8 @@ def choose_pieces(tokenizer: Any | None, text: str, asked: Calibration) -> tuple
     if tokenizer is None:
         raise UsageError(problem("model", received="one without a tokenizer", expected="a tokenizer for the text",
                                  fix="use a complete model folder"))  # fmt: skip
-    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
-    beginning = np.asarray(analyze.beginning(tokenizer), np.int64)
+    ids = np.asarray(tokenizer.encode(text, special=False), np.int64)
+    beginning = np.asarray(tokenizer.beginning, np.int64)
     own = asked.length - len(beginning)
     if own < 1 or len(ids) < asked.samples * own:
         raise UsageError(problem("text", received=f"{len(ids):,} tokens",

@@ -15,6 +15,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       try {
         const std::vector<int64_t> ids = tokenizer.encode(text.substr(0, length));
         tokenizer.decode(ids.data(), ids.size());
+        tokenizer.encodePrompt(text.substr(0, length / 2));
+        sinkrt::StreamingDecoder later(tokenizer, ids.data(), ids.size());
+        for (int64_t id = 0; id < 600; ++id) later.push(id * 7 % 601);
         for (const int64_t id : ids) decoder.push(id);
         decoder.push(-1);
         decoder.push(int64_t{1} << 40);

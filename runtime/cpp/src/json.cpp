@@ -225,6 +225,7 @@ class Parser {
       }
     }
     value.type = Json::Type::kFloat;
+    value.text = text;
     value.number = std::strtod(std::string(text).c_str(), nullptr);  // GCC 10 has no from_chars of double
     if (!std::isfinite(value.number)) fail("a number that is too large");
   }

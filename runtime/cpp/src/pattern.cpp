@@ -16,7 +16,8 @@ using Sequence = Pattern::Sequence;
 using Alternatives = Pattern::Alternatives;
 
 constexpr uint32_t kEndless = std::numeric_limits<uint32_t>::max();
-// Groups are matched recursively, so they repeat a few times at most; single characters repeat without end.
+// Groups are matched recursively, so they repeat a few times at most; single characters repeat without end, and groups
+// of a fixed number of them.
 constexpr uint32_t kMostGroups = 16;
 constexpr int kMaxDepth = 16;
 
@@ -27,6 +28,7 @@ class Compiler {
   Alternatives compile() {
     Alternatives out = alternatives(false, 0);
     if (!rest_.empty()) fail("a ')' without '('");
+    if (mayBeEmpty(out)) fail("a match of nothing");
     return out;
   }
 
@@ -49,6 +51,36 @@ class Compiler {
     return step.code;
   }
 
+  static bool mayBeEmpty(const Alternatives& alternatives) {
+    return std::any_of(alternatives.begin(), alternatives.end(), [](const Sequence& sequence) {
+      return std::all_of(sequence.begin(), sequence.end(), [](const Item& item) {
+        if (item.kind == Kind::kSet) return item.least == 0;
+        return item.kind != Kind::kGroup || item.least == 0 || mayBeEmpty(item.inner);
+      });
+    });
+  }
+
+  // Only ASCII's letters are known without regard to case.
+  void checkFolded(const Set& set) const {
+    const bool plain = std::all_of(set.ranges.begin(), set.ranges.end(), [](const auto& r) { return r.second < 0x80; });
+    if (!plain || set.categories != 0) fail("a (?i:..) with more than ASCII");
+    for (const Set& inner : set.inner) checkFolded(inner);
+  }
+
+  // Without regard to case, one character may be two: 's' 's' is the German sharp s too, 'f' 'i' a ligature.
+  void checkFolds(const Sequence& sequence) const {
+    const auto has = [](const Item& item, char letter) {
+      if (item.kind != Kind::kSet || !item.set.folded || item.set.ranges.size() != 1) return false;
+      return item.set.ranges[0].first == item.set.ranges[0].second && item.set.ascii[static_cast<uint8_t>(letter)];
+    };
+    for (size_t i = 0; i + 1 < sequence.size(); ++i) {
+      for (const char* pair : {"ss", "st", "ff", "fi", "fl"}) {
+        if (!has(sequence[i], pair[0]) || !has(sequence[i + 1], pair[1])) continue;
+        fail("a (?i:..) with '" + std::string(pair) + "'");
+      }
+    }
+  }
+
   Alternatives alternatives(bool folded, int depth) {
     if (depth > kMaxDepth) fail("groups nested too deeply");
     Alternatives out(1);
@@ -59,6 +91,7 @@ class Compiler {
         out.back().push_back(item(folded, depth));
       }
     }
+    for (const Sequence& sequence : out) checkFolds(sequence);
     return out;
   }
 
@@ -78,16 +111,29 @@ class Compiler {
       }
       out.inner = alternatives(inner_folded, depth + 1);
       if (!take(")")) fail("a '(' without ')'");
+    } else if (take("$")) {
+      out.kind = Kind::kLineEnd;
     } else {
       out.set.folded = folded;
       single(out.set);
+      if (folded) checkFolded(out.set);
       out.set.addAscii();
     }
     quantifier(out);
     return out;
   }
 
+  // Whether a group is a fixed number of characters, so that it can be repeated without going deeper each time.
+  static bool isFixed(const Item& group) {
+    if (group.inner.size() != 1 || group.inner[0].empty()) return false;
+    const Sequence& sequence = group.inner[0];
+    return std::all_of(sequence.begin(), sequence.end(), [](const Item& item) {
+      return item.kind == Kind::kSet && item.least == item.most && item.least > 0;
+    });
+  }
+
   void quantifier(Item& item) {
+    const bool simple = rest_.substr(0, 1) != "{";  // a '+' after '}' is a quantifier of its own in Ruby's syntax
     if (take("+")) {
       item.most = kEndless;
     } else if (take("*")) {
@@ -102,11 +148,15 @@ class Compiler {
     } else {
       return;
     }
+    if (simple && item.kind == Kind::kSet && take("+")) item.possessive = true;
     if (rest_.substr(0, 1) == "?" || rest_.substr(0, 1) == "+" || rest_.substr(0, 1) == "*") {
-      fail("a lazy or possessive quantifier");
+      fail("a lazy, possessive or double quantifier");
     }
-    if (item.kind == Kind::kAhead || item.kind == Kind::kNotAhead) fail("a repeated lookahead");
-    if (item.kind == Kind::kGroup && item.most > kMostGroups) fail("a group that repeats without end");
+    if (item.kind != Kind::kSet && item.kind != Kind::kGroup) fail("a repeated lookahead or '$'");
+    if (item.kind == Kind::kGroup && item.most > kMostGroups) {
+      if (!isFixed(item)) fail("a group that repeats without end");
+      item.fixed = true;
+    }
   }
 
   uint32_t number() {
@@ -127,7 +177,7 @@ class Compiler {
       set.negated = true;
       set.ranges.emplace_back('\n', '\n');
     } else if (take("\\")) {
-      escape(set);
+      escape(set, false);
     } else {
       const uint32_t code = next();
       if (code == '^' || code == '$' || code == '*' || code == '+' || code == '?' || code == '{') {
@@ -140,10 +190,21 @@ class Compiler {
   void characters(Set& set) {
     set.negated = take("^");
     for (bool first = true; first || rest_.substr(0, 1) != "]"; first = false) {
-      if (rest_.substr(0, 1) == "[" || rest_.substr(0, 2) == "&&") fail("nested classes");
+      if (rest_.substr(0, 2) == "&&") fail("an intersection of classes");
+      if (rest_.substr(0, 2) == "[:") fail("a POSIX class");
+      if (take("[")) {
+        if (++depth_ > kMaxDepth) fail("classes nested too deeply");
+        Set inner;
+        inner.folded = set.folded;
+        characters(inner);
+        inner.addAscii();
+        set.inner.push_back(std::move(inner));
+        --depth_;
+        continue;
+      }
       if (take("\\")) {
         const size_t before = set.ranges.size();
-        escape(set);
+        escape(set, true);
         if (set.ranges.size() == before) continue;  // a class of its own
       } else {
         const uint32_t code = next();
@@ -153,7 +214,7 @@ class Compiler {
         take("-");
         Set end;
         if (take("\\")) {
-          escape(end);
+          escape(end, true);
         } else {
           const uint32_t code = next();
           end.ranges.emplace_back(code, code);
@@ -165,7 +226,7 @@ class Compiler {
     take("]");
   }
 
-  void escape(Set& set) {
+  void escape(Set& set, bool in_class) {
     const uint32_t code = next();
     const auto literal = [&](uint32_t meant) { set.ranges.emplace_back(meant, meant); };
     switch (code) {
@@ -188,6 +249,15 @@ class Compiler {
       case 'd':
         set.categories |= categoryMask("Nd");
         return;
+      case 'D':
+        set.categories |= ~categoryMask("Nd");
+        return;
+      case 'w':
+        (in_class ? set.class_word : set.word) = true;
+        return;
+      case 'W':
+        (in_class ? set.class_not_word : set.not_word) = true;
+        return;
       case 'p':
       case 'P': {
         const size_t end = rest_.find('}');
@@ -209,112 +279,11 @@ class Compiler {
   }
 
   std::string_view rest_, source_;
-};
-
-// A continuation that is never kept.
-class Next {
- public:
-  template <typename Callable>
-  Next(const Callable& callable)  // NOLINT: implicit, as function arguments are
-      : object_(&callable), call_([](const void* object, size_t at) {
-          return (*static_cast<const Callable*>(object))(at);
-        }) {}
-  bool operator()(size_t at) const { return call_(object_, at); }
-
- private:
-  const void* object_;
-  bool (*call_)(const void*, size_t);
-};
-
-class Matcher {
- public:
-  explicit Matcher(std::string_view text) : text_(text) {}
-
-  bool any(const Alternatives& alternatives, size_t at, const Next& next) const {
-    return std::any_of(alternatives.begin(), alternatives.end(),
-                       [&](const Sequence& sequence) { return all(sequence, 0, at, next); });
-  }
-
- private:
-  bool all(const Sequence& sequence, size_t index, size_t at, const Next& next) const {
-    if (index == sequence.size()) return next(at);
-    const Item& item = sequence[index];
-    const auto rest = [&](size_t end) { return all(sequence, index + 1, end, next); };
-    const auto yes = [](size_t) { return true; };
-    switch (item.kind) {
-      case Kind::kAhead:
-        return any(item.inner, at, yes) && rest(at);
-      case Kind::kNotAhead:
-        return !any(item.inner, at, yes) && rest(at);
-      case Kind::kGroup:
-        return groups(item, 0, at, rest);
-      case Kind::kSet:
-        break;
-    }
-    uint32_t count = 0;
-    size_t end = at;
-    while (count < item.most && end < text_.size()) {
-      const Utf8Step step = nextUtf8(text_.substr(end));
-      if (!item.set.has(step.code)) break;
-      end += step.size;
-      ++count;
-    }
-    while (count >= item.least) {
-      if (rest(end)) return true;
-      if (count == 0) return false;
-      --count;
-      do --end;
-      while ((static_cast<uint8_t>(text_[end]) & 0xc0) == 0x80);
-    }
-    return false;
-  }
-
-  bool groups(const Item& item, uint32_t count, size_t at, const Next& next) const {
-    const auto again = [&](size_t end) { return end != at && groups(item, count + 1, end, next); };
-    if (count < item.most && any(item.inner, at, again)) return true;
-    return count >= item.least && next(at);
-  }
-
-  std::string_view text_;
+  int depth_ = 0;  // of classes inside classes
 };
 
 }  // namespace
 
-bool Set::plainlyHas(uint32_t code) const {
-  for (const auto& [first, last] : ranges) {
-    if (first <= code && code <= last) return true;
-  }
-  if (space && isSpace(code)) return true;
-  if (not_space && !isSpace(code)) return true;
-  return categories != 0 && (categoryBit(code) & categories) != 0;
-}
-
-bool Set::has(uint32_t code) const {
-  if (code < 128) return ascii[code];
-  bool found = plainlyHas(code);
-  // The two characters outside ASCII whose lower case lies in it: long s and the Kelvin sign.
-  if (folded && code == 0x17f) found = found || plainlyHas('s') || plainlyHas('S');
-  if (folded && code == 0x212a) found = found || plainlyHas('k') || plainlyHas('K');
-  return found != negated;
-}
-
-void Set::addAscii() {
-  for (uint32_t code = 0; code < 128; ++code) {
-    bool found = plainlyHas(code);
-    if (folded && (code | 0x20) - 'a' < 26) found = found || plainlyHas(code ^ 0x20);
-    ascii[code] = found != negated;
-  }
-}
-
 Pattern::Pattern(std::string_view source) : alternatives_(Compiler(source).compile()) {}
-
-int64_t Pattern::match(std::string_view text, size_t start) const {
-  size_t end = start;
-  const auto reached = [&](size_t at) {
-    end = at;
-    return true;
-  };
-  return Matcher(text).any(alternatives_, start, reached) ? static_cast<int64_t>(end - start) : -1;
-}
 
 }  // namespace sinkrt

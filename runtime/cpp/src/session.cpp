@@ -212,15 +212,16 @@ int64_t Session::generate(const std::vector<int64_t>& prompt, const GeneratePara
 int64_t Session::generateText(const std::string& prompt, const GenerateParams& params,
                               const std::function<bool(int64_t id, std::string_view piece)>& on_text) {
   const Tokenizer& words = tokenizer();
-  StreamingDecoder decoder(words);
   std::vector<int64_t> ids;
-  if (!prompt.empty()) {
-    ids = position_[0] > 0 ? words.encodeNext(prompt) : words.encode(prompt);
-  } else {  // a character that an answer cut short began is completed
-    const std::vector<int64_t> earlier = recentIds();
-    const size_t count = std::min<size_t>(earlier.size(), StreamingDecoder::kMaxPending);
-    for (size_t i = earlier.size() - count; i < earlier.size(); ++i) decoder.push(earlier[i]);
-  }
+  if (!prompt.empty()) ids = position_[0] > 0 ? words.encodeNext(prompt) : words.encodePrompt(prompt);
+  std::vector<int64_t> earlier = recentIds();  // and the prompt, as much as the stream remembers
+  earlier.insert(earlier.end(), ids.begin(), ids.end());
+  const auto kept = std::min(earlier.size(), static_cast<size_t>(capacity()));
+  earlier.erase(earlier.begin(), earlier.end() - static_cast<std::ptrdiff_t>(kept));
+  // Without a prompt, a character that an answer cut short began is completed.
+  const size_t pending = prompt.empty() ? std::min(earlier.size(), StreamingDecoder::kMaxPending) : 0;
+  StreamingDecoder decoder(words, earlier.data(), earlier.size() - pending);
+  for (size_t i = earlier.size() - pending; i < earlier.size(); ++i) decoder.push(earlier[i]);
   bool wanted = true;
   const int64_t count = generate(ids, params, [&](int64_t id) { return wanted = on_text(id, decoder.push(id)); });
   const std::string_view rest = decoder.flush();

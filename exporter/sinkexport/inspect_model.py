@@ -1,0 +1,298 @@
+"""What an export of a model would read, and what it would refuse: from headers and metadata, without the weights."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sinkrt.errors import SinkError, UsageError, problem
+
+from sinkexport.loading.source_tokenizer import SourceTokenizer, one_line
+from sinkexport.sources import Origin, load_config, load_generation_config, load_tokenizer, locate, refuse_architecture
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "token_embd.weight")
+"""How names of embedding tables end."""
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100 * 2**20
+"""Of a safetensors file, as the library has it."""
+Facts = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of a file. dtype: safetensors' or GGUF's name of it. shape: as in PyTorch, rows first."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelReport:
+    """What `inspect_model` found.
+
+    facts: section -> what is there, None where it could not be read. refused: (section, the line an export ends with).
+    tokenizer: as a bundle would get it, if it can.
+    """
+
+    facts: Mapping[str, Any]
+    refused: tuple[tuple[str, str], ...]
+    tokenizer: SourceTokenizer | None
+
+    def to_json(self) -> str:
+        """All of it."""
+        refused = [{"section": section, "reason": reason} for section, reason in self.refused]
+        return json.dumps({**self.facts, "refused": refused}, indent=1, ensure_ascii=False) + "\n"
+
+
+def inspect_model(source: str) -> ModelReport:
+    """Read what can be read of a folder, a ``.gguf`` file or an id of the Hub.
+
+    What a probe of the model itself may refuse later is not seen here.
+
+    Raises: UsageError if there is no such model.
+    """
+    origin = locate(source)
+    refused: list[tuple[str, str]] = []
+
+    def read(section: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except SinkError as error:
+            reason = str(error)
+        except Exception as error:  # values of other types than they should be: transformers has errors of its own
+            reason = str(problem(section, received=f"{type(error).__name__} ({one_line(error)})",
+                                 expected="values of the usual types", fix="repair the model's files"))  # fmt: skip
+        if (section, reason) not in refused:
+            refused.append((section, reason))
+        return None
+
+    config = read("config", _readable_config, source)
+    if config is not None:
+        read("config", refuse_architecture, config)
+    tensors = read("tensors", model_tensors, origin)
+    loaded = read("tokenizer", load_tokenizer, source)
+    rows = _embedding_rows(tensors or (), config)
+    if config is None and tensors is None and loaded is None:  # nothing at all: the first reason is what matters
+        raise UsageError(refused[0][1])
+    tokenizer = loaded if loaded is None else read("tokenizer", _fitted, loaded, rows, config)
+    generation = read("generation config", load_generation_config, source)
+    facts: Facts = {
+        "name": origin.name,
+        "source": source,
+        "format": "GGUF" if origin.is_gguf else "folder" if origin.path is not None else "Hub",
+        "model": None if config is None else read("config", model_facts, config),
+        "tensors": None if tensors is None else tensor_facts(tensors),
+        "positions": None if config is None else read("config", position_facts, config),
+        "windows": None if config is None else read("config", window_facts, config),
+        "tokenizer": None,
+    }
+    if loaded is not None:
+        facts["tokenizer"] = read("tokenizer", tokenizer_facts, tokenizer or loaded)
+    if config is not None:
+        facts["ends"] = read("ends of a turn", end_facts, tokenizer or loaded, config, generation, rows)
+    for one in (loaded, tokenizer):
+        if one is not None:
+            one.close()
+    return ModelReport(facts, tuple(refused), tokenizer)
+
+
+def model_facts(config: Any) -> Facts:
+    """Sizes of the model, by its configuration."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    width = getattr(text, "hidden_size", None)
+    return {
+        "family": text.model_type,
+        "architecture": next(iter(getattr(config, "architectures", None) or ()), None),
+        "num_layers": getattr(text, "num_hidden_layers", None),
+        "num_q_heads": heads,
+        "num_kv_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or (width // heads if width and heads else None),
+        "hidden_size": width,
+        "vocab_size": getattr(text, "vocab_size", None),
+        "max_positions": getattr(text, "max_position_embeddings", None),
+    }
+
+
+def position_facts(config: Any) -> Facts:
+    """Kind of positions, and the frequencies' base, scaling and share of a head where they are rotary."""
+    from sinkexport.families import describe
+
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    known = next((family.positions for family in describe() if family.family == text.model_type), None)
+    groups = {"all layers": parameters} if "rope_type" in parameters else parameters
+    rope = []
+    for layers, values in groups.items():
+        if isinstance(values, dict) and values:
+            rest = {name: value for name, value in values.items() if name not in ("rope_type", "rope_theta")}
+            share = rest.pop("partial_rotary_factor", None) or getattr(text, "partial_rotary_factor", None) or 1.0
+            rope.append({"layers": layers, "type": values.get("rope_type", "default"),
+                         "theta": values.get("rope_theta"), "rotary_share": share, "scaling": rest})  # fmt: skip
+    return {"known_as": known, "rope": rope}
+
+
+def window_facts(config: Any) -> list[Facts]:
+    """How many layers see how far back. window: tokens; None: all."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ()
+    window = getattr(text, "sliding_window", None)
+    if not kinds:
+        return [{"kind": "sliding_attention" if window else "full_attention", "window": window or None,
+                 "layers": getattr(text, "num_hidden_layers", None)}]  # fmt: skip
+    counts = collections.Counter(kinds)
+    return [{"kind": kind, "window": window if kind == "sliding_attention" else None, "layers": count}
+            for kind, count in counts.items()]  # fmt: skip
+
+
+def tensor_facts(tensors: tuple[Tensor, ...]) -> Facts:
+    """How many tensors there are of which type, and their bytes."""
+    types: dict[str, dict[str, int]] = {}
+    for tensor in tensors:
+        entry = types.setdefault(tensor.dtype, {"count": 0, "bytes": 0})
+        entry["count"] += 1
+        entry["bytes"] += tensor.nbytes
+    return {"count": len(tensors), "bytes": sum(tensor.nbytes for tensor in tensors), "types": types}
+
+
+def tokenizer_facts(tokenizer: SourceTokenizer) -> Facts:
+    """Kind, special tokens and chat template."""
+    from sinkrt.chat_template import RESERVED_ARGS
+
+    from sinkexport.loading.tokenizer_checks import check_template, system_refusal
+
+    document = json.loads(tokenizer.library.to_str())
+    special = {name: {"text": text, "id": tokenizer.token_id(text)} for name, text in tokenizer.special_tokens.items()}
+    facts: Facts = {
+        "read_from": tokenizer.kind,
+        "type": document["model"]["type"],
+        "normalizer": _kinds(document["normalizer"], "normalizers"),
+        "pre_tokenizer": _kinds(document["pre_tokenizer"], "pretokenizers"),
+        "num_tokens": tokenizer.num_tokens,
+        "num_added_tokens": len(document["added_tokens"]),
+        "special_tokens": special,
+        "beginning": [{"id": number, "text": tokenizer.decode([number])} for number in tokenizer.beginning],
+        "chat_template": None,
+        "remarks": list(tokenizer.remarks),
+    }
+    if tokenizer.chat_template is not None:
+        check_template(tokenizer)
+        template = tokenizer.runtime.template_facts
+        facts["chat_template"] = {
+            "characters": len(tokenizer.chat_template), "wants": template.wants,
+            "no_system_message": system_refusal(tokenizer), "keeps_history": template.keeps_history,
+            "arguments": sorted(name for name in template.variables
+                                if name not in RESERVED_ARGS and not name.endswith(("_token", "_tokens"))),
+        }  # fmt: skip
+    return facts
+
+
+def end_facts(tokenizer: SourceTokenizer | None, config: Any, generation: Any, num_rows: int | None) -> list[Facts]:
+    """The ids that end a turn."""
+    from sinkexport.loading.turn_ends import end_ids
+
+    text = config.get_text_config()
+    numbers = end_ids(tokenizer, text, generation, num_rows or text.vocab_size)
+    return [{"id": number, "text": None if tokenizer is None else tokenizer.decode([number])} for number in numbers]
+
+
+def model_tensors(origin: Origin) -> tuple[Tensor, ...] | None:
+    """The tensors of a model by the headers of its files; None where they would have to be downloaded.
+
+    Raises: UsageError for files that are cut short or are none.
+    """
+    if origin.path is None:
+        return None
+    if origin.is_gguf:
+        from sinkexport.loading.gguf_file import open_gguf
+
+        return tuple(
+            Tensor(name, tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape)),
+                   int(tensor.n_bytes))
+            for name, tensor in open_gguf(origin.path).tensors.items()
+        )  # fmt: skip
+    files = _safetensors_files(origin.path)
+    if not files:
+        if sorted(origin.path.glob("*.bin")):
+            return None  # pickles, which would have to be loaded
+        raise UsageError(problem("model", received=f"'{origin.path}' without weights", expected="safetensors files",
+                                 fix="download the whole model"))  # fmt: skip
+    return tuple(tensor for file in files for tensor in _header(file))
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(problem(INDEX_FILE, received=type(error).__name__, expected="JSON with a weight_map",
+                                 fix="download the file again")) from error  # fmt: skip
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UsageError(problem("model", received=f"'{folder}' without {', '.join(missing[:3])}",
+                                 expected=f"all files of {INDEX_FILE}", fix="download the missing files"))  # fmt: skip
+    return files
+
+
+def _header(file: Path) -> Iterator[Tensor]:
+    """The tensors of a safetensors file. Source: the format's own page, huggingface.co/docs/safetensors."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(size - 8, MAX_HEADER_BYTES):
+                raise ValueError("a header longer than the file")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if not 0 <= begin <= end <= size - 8 - length:
+                raise ValueError(f"'{name}' outside the file")
+            yield Tensor(name, str(entry["dtype"]), tuple(entry["shape"]), end - begin)
+    except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(problem("model", received=f"'{file}' ({error})", expected="a whole safetensors file",
+                                 fix="download the file again")) from error  # fmt: skip
+
+
+def _readable_config(source: str) -> Any:
+    return load_config(source, refuse=False)
+
+
+def _fitted(tokenizer: SourceTokenizer, num_rows: int | None, config: Any) -> SourceTokenizer:
+    from sinkexport.loading.tokenizer_checks import check_tokens, fitted, named
+
+    fitting = tokenizer if num_rows is None else fitted(tokenizer, num_rows)
+    fitting = fitting if config is None else named(fitting, config.get_text_config())
+    check_tokens(fitting)
+    return fitting
+
+
+def _embedding_rows(tensors: tuple[Tensor, ...], config: Any) -> int | None:
+    """Rows of the embedding by the weights, or by the configuration where they cannot be seen."""
+    for tensor in tensors:
+        if tensor.name.endswith(EMBEDDINGS) and len(tensor.shape) == 2:
+            return tensor.shape[0]
+    rows: int | None = None
+    with contextlib.suppress(AttributeError):
+        rows = config.get_text_config().vocab_size
+    return rows
+
+
+def _kinds(step: Mapping[str, Any] | None, parts: str) -> list[str]:
+    """Names of the steps of a tokenizer.json, sequences unfolded."""
+    if step is None:
+        return []
+    if step["type"] == "Sequence":
+        return [kind for part in step[parts] for kind in _kinds(part, parts)]
+    return [str(step["type"])]

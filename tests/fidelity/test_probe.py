@@ -1,0 +1,402 @@
+"""What the probe must see: models with a fault built in by hand are refused, and rows that hide nothing are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from sinkexport.cli import cli
+from sinkexport.config import ExportConfig
+from sinkexport.model.fold_rotation import fold_rotation, functional
+from sinkexport.model.masks import visible_window
+from sinkexport.model.probe import probe_attention
+from sinkexport.pipeline import export_loaded
+from sinkexport.reference import streaming_reference
+from sinkexport.sources import LoadedModel
+from sinkrt import Session
+from sinkrt.errors import UsageError
+from transformers import masking_utils
+
+from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
+
+C = 16
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def random_model(config: Any) -> Any:
+    """A model with weights large enough for attention to matter, norms that are not all ones included."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not any(part in name for part in ("A_log", "dt_bias")):
+                parameter.normal_(0, 0.25) if parameter.dim() > 1 else parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def probed(model: Any) -> tuple[Any, Any]:
+    return probe_attention(model, model.config.num_hidden_layers, C)
+
+
+def same_layout(name: str, model: Any) -> None:
+    assert probed(model)[1].layers == probed(tiny_model(name))[1].layers
+    assert all(spec.rotary_dim for spec in probed(model)[1].layers)
+
+
+# Rows and weights that are zero or tiny.
+
+
+@pytest.mark.parametrize("name", ["llama", "cohere", "glm", "gpt_neox"])
+@pytest.mark.parametrize("factor", [0.0, 1e-9, 1e-30])
+def test_rows_of_the_embedding_do_not_matter(name: str, factor: float) -> None:
+    model = tiny_model(name)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:10] *= factor
+    same_layout(name, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_model_whose_embeddings_are_all_tiny(dtype: torch.dtype) -> None:
+    model = tiny_model("cohere", dtype=dtype)
+    with torch.no_grad():
+        model.get_input_embeddings().weight *= 1e-6
+    same_layout("cohere", model)
+
+
+@pytest.mark.parametrize("name", ["llama-mha"])
+def test_a_padding_row_of_zeros_exports_exactly(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[1] = 0
+    export_loaded(LoadedModel(model, None, "x"), tmp_path / "bundle", ExportConfig(4, 12))
+    ids = np.random.default_rng(0).integers(3, VOCAB_SIZE, (1, C))
+    with torch.no_grad():
+        want = model(torch.from_numpy(ids)).logits.numpy()
+    with Session.load(tmp_path / "bundle", threads=1) as session:
+        for t in range(C):
+            np.testing.assert_allclose(session.step(ids[:, t]), want[:, t], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("projection", ["q_proj", "k_proj"])
+@pytest.mark.parametrize("factor", [1e-9, 1e-20])
+def test_tiny_heads_and_dimensions_keep_their_layout(projection: str, factor: float) -> None:
+    for name in ("llama", "cohere"):
+        model = tiny_model(name)
+        with torch.no_grad():
+            weight = getattr(model.model.layers[0].self_attn, projection).weight
+            weight[:8] *= factor  # a head
+            weight[9::3] *= factor
+        same_layout(name, model)
+
+
+@pytest.mark.parametrize("projection", ["q_proj", "k_proj"])
+def test_a_projection_of_zeros_is_refused(projection: str) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        getattr(model.model.layers[1].self_attn, projection).weight.zero_()
+    with pytest.raises(UsageError, match="all zero in layer 1"):
+        probed(model)
+    with pytest.raises(UsageError, match="all zero in layer 1"), streaming_reference(model, 4, 12):
+        pass
+
+
+def test_a_pair_that_turns_otherwise_is_refused() -> None:
+    """However small the pair is beside the others."""
+    model = tiny_model("llama")
+    attention = model.model.layers[1].self_attn
+    with torch.no_grad():
+        attention.q_proj.weight[3] *= 1e-7
+        attention.q_proj.weight[3 + 8] *= 1e-7
+    changed_arguments(attention, q=lambda q: swapped(q, 3, 11))
+    with pytest.raises(UsageError, match="queries that are more than a rotation"):
+        probed(model)
+
+
+def swapped(x: torch.Tensor, i: int, j: int) -> torch.Tensor:
+    """Only after a rotation does it matter which of a pair is which: here turned one way more."""
+    order = list(range(x.shape[-1]))
+    order[i], order[j] = j, i
+    is_turned = bool((x[:, :, 1:] - x[:, :, :1]).abs().max() > 0)
+    return x[..., order] * (1 + 1e-3 * is_turned * torch.arange(x.shape[2])[:, None]) if is_turned else x
+
+
+def changed_arguments(attention: Any, **changes: Any) -> None:
+    """Let an attention module hand other queries, keys or values to its attention function."""
+    forward, source = attention.forward, transformers.models.llama.modeling_llama
+    functions = source.ALL_ATTENTION_FUNCTIONS
+
+    class Changing:
+        def get_interface(self, name: str, default: Any) -> Any:
+            inner = functions.get_interface(name, default)
+
+            def call(module: Any, q: Any, k: Any, v: Any, *others: Any, **named: Any) -> Any:
+                given = {"q": q, "k": k, "v": v}
+                q, k, v = (changes[key](x) if key in changes else x for key, x in given.items())
+                return inner(module, q, k, v, *others, **named)
+
+            return call
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(source, "ALL_ATTENTION_FUNCTIONS", Changing())
+            return forward(*arguments, **named)
+
+    attention.forward = run
+
+
+# Keys, as queries are.
+
+
+def norm_after_rotation(model: Any, which: str) -> Any:
+    weight = 1 + 0.3 * torch.randn(16, generator=torch.Generator().manual_seed(1))
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6) * weight
+
+    changed_arguments(model.model.layers[1].self_attn, **{which: norm})
+    return model
+
+
+@pytest.mark.parametrize(("which", "named"), [("q", "queries"), ("k", "keys")])
+def test_a_norm_after_the_rotation_is_refused(which: str, named: str) -> None:
+    model = norm_after_rotation(tiny_model("llama"), which)
+    with pytest.raises(UsageError, match=f"{named} that are more than a rotation .* in layer 1"):
+        probed(model)
+    with pytest.raises(UsageError, match="more than a rotation"), streaming_reference(model, 4, 12):
+        pass
+
+
+def test_hunyuan_with_its_key_norm_alone_is_refused_by_the_exporter_and_by_the_reference() -> None:
+    model = random_model(transformers.HunYuanDenseV1Config(**SMALL))
+    for layer in model.model.layers:
+        torch.nn.init.ones_(layer.self_attn.query_layernorm.weight)
+    with pytest.raises(UsageError, match="keys that are more than a rotation"):
+        probed(model)
+    with pytest.raises(UsageError, match="a key that is more than a rotation"), streaming_reference(model, 4, 12):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"k": lambda k: k * torch.linspace(0.9, 1.1, k.shape[2])[:, None]}, "the exported graph differs from the model"),
+     ({"v": lambda v: v.cumsum(dim=2)}, "a state beside attention: earlier tokens change values of layer 0"),
+     ({"q": lambda q: q.cumsum(dim=2)}, "queries that are more than a rotation"),
+     ({"k": lambda k: k.roll(1, dims=2)}, "a rotation|a state beside attention")],
+)  # fmt: skip
+def test_what_depends_on_other_tokens_or_places_is_refused(change: dict[str, Any], named: str, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    changed_arguments(model.model.layers[0].self_attn, **change)
+    with pytest.raises(UsageError, match=named):
+        export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 12, chunk_size=4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_turn_are_refused() -> None:
+    model = tiny_model("llama")
+    attention, rotary = model.model.layers[0].self_attn, transformers.models.llama.modeling_llama.apply_rotary_pos_emb
+    forward, kept = attention.forward, []
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        kept[:] = [named["position_embeddings"]]
+        return forward(*arguments, **named)
+
+    changed_arguments(attention, v=lambda v: rotary(v, v, *kept[0])[0])
+    inner = attention.forward
+    forward = inner
+    attention.forward = run
+    with pytest.raises(UsageError, match="values that turn in layer 0"):
+        probed(model)
+
+
+# Calls of attention.
+
+
+def test_two_calls_in_a_layer_are_refused() -> None:
+    config = transformers.DiffLlamaConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"})
+    model = random_model(config)
+    with pytest.raises(UsageError, match="two calls in layer 0"):
+        probed(model)
+    with pytest.raises(UsageError, match="two calls in one"), streaming_reference(model, 4, 12):
+        pass
+
+
+def test_values_of_another_size_are_refused() -> None:
+    model = tiny_model("llama")
+    changed_arguments(model.model.layers[0].self_attn, v=lambda v: v[..., :8])
+    with pytest.raises(UsageError, match=r"queries, keys and values of shapes .* in layer 0"):
+        probed(model)
+
+
+# States beside attention.
+
+
+def test_falcon_h1_has_mamba_states_beside_attention() -> None:
+    sizes = {"mamba_d_ssm": 48, "mamba_n_heads": 6, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    config = transformers.FalconH1Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}, **sizes)
+    with pytest.raises(UsageError, match="a state beside attention"):
+        probed(random_model(config))
+
+
+def test_zaya_has_convolutions_before_attention() -> None:
+    config = transformers.ZayaConfig(**{k: v for k, v in SMALL.items() if k != "intermediate_size"}, num_experts=4,
+                                     moe_intermediate_size=32, router_hidden_size=16)  # fmt: skip
+    with pytest.raises(UsageError, match="a state beside attention"):
+        probed(random_model(config))
+
+
+class Remembers(torch.nn.Module):
+    """An MLP that adds something of the tokens before, in the same call or in an earlier one."""
+
+    def __init__(self, inner: torch.nn.Module, across_calls: bool) -> None:
+        super().__init__()
+        self.inner, self.across_calls, self.last = inner, across_calls, torch.zeros(())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.across_calls:
+            last, self.last = self.last, x.detach().mean()
+            return self.inner(x) + 0.1 * last
+        return self.inner(x) + 0.1 * torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+def test_a_state_beside_attention_is_refused(name: str) -> None:
+    model = tiny_model(name)
+    model.model.layers[1].mlp = Remembers(model.model.layers[1].mlp, across_calls=name == "qwen3_next")
+    with pytest.raises(UsageError, match=r"beside attention|outside (attention|the rotary)"):
+        probed(model)
+
+
+def test_the_reference_refuses_a_state_beside_attention_too() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp = Remembers(model.model.layers[1].mlp, across_calls=False)
+    with pytest.raises(UsageError, match="6 tokens whose logits, streamed"), streaming_reference(model, 4, 12):
+        pass
+
+
+# Masks.
+
+
+def test_a_window_that_only_the_mask_has_is_refused() -> None:
+    model = tiny_model("mistral", sliding_window=9)
+    assert probed(model)[0].own_windows == (9, 9)
+    for layer in model.model.layers:
+        layer.self_attn.config = model.config
+    source = transformers.models.mistral.modeling_mistral
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "create_sliding_window_causal_mask", masking_utils.create_causal_mask)
+        with pytest.raises(UsageError, match="a mask of all tokens in layer 0, which passes a window of 9"):
+            probed(model)
+
+
+@pytest.mark.parametrize(
+    ("function", "window"),
+    [(masking_utils.causal_mask_function, None),
+     (masking_utils.sliding_window_causal_mask_function(5), 5),
+     (masking_utils.sliding_window_causal_mask_function(40), None),
+     (masking_utils.bidirectional_mask_function, "no window"),
+     (masking_utils.sliding_window_bidirectional_mask_function(5), "no window"),
+     (masking_utils.chunked_causal_mask_function(7, torch.zeros(1, dtype=torch.int64)), "not of one size"),
+     (masking_utils.and_masks(masking_utils.causal_mask_function, lambda _b, _h, _q, k: k % 2 == 0), "no window")],
+)  # fmt: skip
+def test_what_a_mask_lets_a_token_see(function: Any, window: Any) -> None:
+    if isinstance(window, str):
+        with pytest.raises(UsageError, match=window):
+            visible_window(function, C, 0)
+    else:
+        assert visible_window(function, C, 0) == window
+
+
+# In-place operators.
+
+
+class WritesInPlace(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        y[..., 0].add_(1.0)  # has no user
+        y[:, 1:] *= 3
+        return y + x
+
+
+def test_in_place_operators_survive_folding() -> None:
+    model, x = WritesInPlace(), torch.randn(2, 4)
+    program = torch.export.export(model, (x,), strict=False)
+    with pytest.raises(UsageError, match="writes into"):
+        fold_rotation(program)
+    program = functional(program)
+    fold_rotation(program)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_a_model_that_writes_into_a_buffer_is_refused() -> None:
+    class Counts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return x + self.calls
+
+    with pytest.raises(UsageError, match="writes into 'calls'"):
+        functional(torch.export.export(Counts(), (torch.ones(2),), strict=False))
+
+
+def test_gemma_3n_is_exact(tmp_path: Path) -> None:
+    """Its predictions are written in place into a stack of hidden states."""
+    config = transformers.Gemma3nTextConfig(
+        **SMALL, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB_SIZE, laurel_rank=8,
+        activation_sparsity_pattern=[0.0, 0.0], num_kv_shared_layers=0, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = random_model(config)
+    manifest = export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 12))
+    assert manifest.model.family == "gemma3n_text"
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "step"),
+    [("deepseek_v2", {"kv_lora_rank": 16, "qk_rope_head_dim": 8}, "probing its attention"),
+     ("dbrx", {"vocab_size": VOCAB_SIZE, "d_model": 48, "n_heads": 6, "n_layers": 2,
+               "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0},
+               "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 48}},
+      "tracing the decode graph")],
+)  # fmt: skip
+def test_failures_of_a_models_code_name_family_and_step(
+    name: str, config: dict[str, Any], step: str, tmp_path: Path
+) -> None:
+    classes = {"deepseek_v2": transformers.DeepseekV2Config, "dbrx": transformers.DbrxConfig}
+    if name == "deepseek_v2":
+        config = {**SMALL, **config, "num_key_value_heads": 6, "q_lora_rank": None, "v_head_dim": 8,
+                  "qk_nope_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    random_model(classes[name](**config)).save_pretrained(tmp_path / "model")
+    result = CliRunner().invoke(cli, ["export", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--window", "9"])
+    assert isinstance(result.exception, UsageError)
+    text = str(result.exception)
+    assert f"model family '{name}'" in text and step in text and "\n" not in text
+    assert not result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_what_is_no_fault_of_the_model_passes_through(error: type[BaseException]) -> None:
+    model = tiny_model("llama")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    model.model.layers[0].mlp.forward = fail
+    with pytest.raises(error):
+        probed(model)
