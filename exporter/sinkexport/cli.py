@@ -40,8 +40,8 @@ INTERRUPT_AGAIN_S = 0.05
 """After which a Ctrl-C that Python had to swallow comes again."""
 OPTIONAL_PACKAGES = {
     **dict.fromkeys(
-        ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate", "ml_dtypes", "pydantic", "yaml",
-         "regex", "sentencepiece"), "export"
+        ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate", "ml_dtypes", "pydantic",
+         "yaml", "regex", "sentencepiece"), "export"
     ),
     "matplotlib": "plot",
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "serve"),
