@@ -55,6 +55,10 @@ class TemplateFacts:
         return bool(self.generation_prompt)
 
 
+MAX_TEMPLATE = 2**20
+"""Characters of a template; real ones have up to 10^5."""
+
+
 class ChatTemplate:
     """A chat template in Jinja and the variables that it always gets.
 
@@ -323,6 +327,9 @@ def _check_syntax(source: str) -> None:
                     expected=f"at most {MAX_TEMPLATE_CHARACTERS}", fix="export the model again")
         )  # fmt: skip
     require_jinja()
+    if len(source) > MAX_TEMPLATE:  # read in this process, which nothing ends
+        raise BundleError(problem("chat template", received=f"{len(source)} characters",
+                                  expected=f"at most {MAX_TEMPLATE}", fix="export with another template"))  # fmt: skip
     try:
         environment().parse(source)
     except Exception as error:  # RecursionError and ValueError besides Jinja's own
