@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 
 import onnx_ir as ir
 from sinkrt.contract import MANIFEST_NAME, FileFacts, TokenizerFacts, hash_file
+from sinkrt.engines import PLUGIN_FILE
 from sinkrt.errors import UsageError, problem
 from sinkrt.files import lock, named_beside, sync_folder, unlocked
 
@@ -29,6 +31,9 @@ AT_FDCWD = -100
 RENAME_EXCHANGE = 2
 """Of Linux's renameat2."""
 
+ENGINES_FOLDER = PLUGIN_FILE.split("/")[0]
+"""What `build` adds to a bundle; its graphs gone, it has no use."""
+
 PAGE_BYTES = 4096
 """Large weights start on a page, so that runtimes can map the file."""
 
@@ -40,11 +45,12 @@ def staged_bundle(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     A bundle that is replaced is exchanged in one step where the system can: `out` is never without one. What killed
     exports left beside `out` is removed.
 
-    Raises: UsageError if `out` holds something already (unless it is a bundle and `overwrite`), or the disk is full.
+    Raises: UsageError if `out` holds something already (unless it is a bundle and nothing else, and `overwrite`), also
+    if that has come meanwhile; or the disk is full.
     """
     target = Path(os.path.realpath(out))  # a link to a bundle stays one
     _remove_leftovers(target)
-    _refuse_to_replace(out, overwrite)
+    _refuse_to_replace(out, target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         stage, handle = _locked_stage(target)
@@ -54,6 +60,7 @@ def staged_bundle(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield stage
         stage.chmod(0o755)  # mkdtemp makes it private
         _sync(stage)
+        _refuse_to_replace(out, target, overwrite)  # an export takes minutes, in which others write too
         _take_place(stage, target)
     except OSError as error:
         raise _unwritable(out, error) from error
@@ -162,14 +169,39 @@ def require_space(folder: Path, needed_bytes: int) -> None:
         )  # fmt: skip
 
 
-def _refuse_to_replace(out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+def _refuse_to_replace(out: Path, target: Path, overwrite: bool) -> None:
+    """target: what `out` leads to.
+
+    Raises: UsageError.
+    """
+    if target.is_mount():  # of a container's volume, say: it can be written, but not renamed
+        raise UsageError(problem("output", received=f"'{out}', where a file system is mounted", expected="a new folder",
+                                 fix=f"choose one inside it: '{out / 'bundle'}'"))  # fmt: skip
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if overwrite and (out / MANIFEST_NAME).is_file():
+    if not (target / MANIFEST_NAME).is_file():
+        held, fix = "something that is not a bundle", "choose another folder"
+    elif not overwrite:
+        held, fix = "a bundle", "pass --overwrite"
+    elif (other := _other_file(target)) is not None:
+        held, fix = f"a bundle and '{other}', which is no part of it", "move that away, or choose another folder"
+    else:
         return
-    what = "a bundle" if (out / MANIFEST_NAME).is_file() else "something that is not a bundle"
-    fix = "pass --overwrite" if what == "a bundle" else "choose another folder"
-    raise UsageError(problem("output", received=f"'{out}', which holds {what}", expected="a new folder", fix=fix))
+    raise UsageError(problem("output", received=f"'{out}', which holds {held}", expected="a new folder", fix=fix))
+
+
+def _other_file(bundle: Path) -> str | None:
+    """The path inside a bundle of a file that the exporter did not write, such as a saved stream; None if none is."""
+    try:
+        manifest = json.loads((bundle / MANIFEST_NAME).read_text(encoding="utf-8"))
+        known = {MANIFEST_NAME, *manifest["files"]}
+    except (ValueError, KeyError, TypeError, RecursionError):  # a broken bundle may be replaced
+        return None
+    for path in sorted(bundle.rglob("*")):
+        name = path.relative_to(bundle)
+        if not path.is_dir() and name.as_posix() not in known and name.parts[0] != ENGINES_FOLDER:
+            return str(name)
+    return None
 
 
 def _sync(folder: Path) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
 import threading
 import traceback
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
-from sinkrt.errors import SinkError, UsageError, problem
+from sinkrt.errors import SinkError, UsageError, printable, problem
 
 from sinkexport import __version__
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 COMMANDS = {
     "export": "Turn a Hugging Face model into a bundle.",
@@ -109,6 +113,7 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     try:
         _fill_closed_descriptors()
+        _let_stderr_fail()
         code = cli.main(prog_name="sinkexport", standalone_mode=False)
         sys.stdout.flush()  # a reader that has gone is noticed here, where it can still be handled
         sys.exit(code)  # None, but for a command that called `ctx.exit(code)`
@@ -156,6 +161,26 @@ def _fill_closed_descriptors() -> None:
     if 1 in closed:
         raise UsageError(problem("stdout", received="a closed one", expected="somewhere to write to",
                                  fix="redirect it to a file or to /dev/null"))  # fmt: skip
+
+
+class _Lossy(io.FileIO):
+    """A file that takes all that is written, and loses what cannot be."""
+
+    def write(self, data: Buffer, /) -> int:
+        """Raises nothing."""
+        size = memoryview(data).nbytes
+        try:
+            return super().write(data) or size  # None: it would have to wait
+        except OSError:
+            return size
+
+
+def _let_stderr_fail() -> None:
+    """A log on a full disk, or a reader of the log that has gone, must end no stream and change no exit code."""
+    if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
+        file = io.BufferedWriter(_Lossy(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(file, sys.stderr.encoding, sys.stderr.errors, line_buffering=True,
+                                      write_through=True)  # fmt: skip
 
 
 def _is_open(number: int) -> bool:
@@ -208,7 +233,7 @@ def _bug(error: Exception) -> str:
 def _fail(message: str, code: int, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
-    click.echo(f"sinkexport: error: {' '.join(message.split())}", err=True)
+    click.echo(f"sinkexport: error: {printable(' '.join(message.split()))}", err=True)
     sys.exit(code)
 
 

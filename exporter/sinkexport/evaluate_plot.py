@@ -5,6 +5,7 @@ from __future__ import annotations
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from sinkrt.errors import printable
 
 from sinkexport.evaluate import EvalReport
 from sinkexport.perplexity import Curve
@@ -34,7 +35,8 @@ def draw(report: EvalReport) -> Figure:
     axes.set_xlim(0, report.num_tokens)
     axes.set_xlabel("token of the text")
     axes.set_ylabel(f"perplexity of {report.segment_tokens:,} tokens")
-    axes.set_title(f"{report.model}: {report.num_sink_tokens} sinks + window of {report.window_size:,}", fontsize=11)
+    title = f"{printable(report.model)}: {report.num_sink_tokens} sinks + window of {report.window_size:,}"
+    axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure

@@ -45,6 +45,9 @@ from sinkexport.tuned_attention import dense_logits
 DEFAULT_WRAPS = 6
 DEFAULT_DENSE_TOKENS = 256
 
+MAX_TOKENS = 10**8
+"""Of one verification: more than a machine gets through in a month."""
+
 BLOCK_TOKENS = 16
 """Steps that the bundle runs ahead of the reference."""
 
@@ -121,6 +124,9 @@ def verify(
     tokens = None if text is None else _encode(Path(bundle), manifest, text)
     stream = manifest.stream
     num_tokens = stream.capacity + wraps * stream.window_size
+    if num_tokens > MAX_TOKENS:
+        raise UsageError(problem("--wraps", received=f"{wraps}, which are {num_tokens} tokens",
+                                 expected=f"at most {MAX_TOKENS} tokens", fix="verify fewer"))  # fmt: skip
     ids = _random_ids(manifest, num_tokens, seed) if tokens is None else _spread_text(tokens, stream.batch, num_tokens)
     limit = default_tolerance(manifest) if tolerance is None else tolerance
     report("load", 0, 1)

@@ -55,6 +55,10 @@ class TemplateFacts:
         return bool(self.generation_prompt)
 
 
+MAX_TEMPLATE = 2**20
+"""Characters of a template; real ones have up to 10^5."""
+
+
 class ChatTemplate:
     """A chat template in Jinja and the variables that it always gets.
 
@@ -100,12 +104,13 @@ class ChatTemplate:
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, args: Mapping[str, Any] | None = None,
-        check: bool = True,
+        check: bool = True, now: float | None = None,
     ) -> str:  # fmt: skip
         """The text of a conversation.
 
         messages: each with ``role`` and ``content``, a text, text parts or None. args: further variables. check: make
-        sure that every message is in the text.
+        sure that every message is in the text. now: the time that it shows, in seconds since 1970; None:
+        that of the call.
 
         Raises: UsageError if the template refuses the messages, leaves one out, or fails.
         """
@@ -118,13 +123,15 @@ class ChatTemplate:
                 for m, marker in zip(messages, markers, strict=True)
             ]
             jobs.append(self._job([shaped(m, wants) for m in marked], add_generation_prompt, args))
-        rendered, *others = self._renderings(jobs)
+        rendered, *others = self._renderings(jobs, now)
         text = self._text(rendered)
         if others:
             self._check_kept(messages, markers, text, others[0].get("text"))
         return text
 
-    def render_next_turn(self, message: str, *, args: Mapping[str, Any] | None = None, check: bool = True) -> str:
+    def render_next_turn(
+        self, message: str, *, args: Mapping[str, Any] | None = None, check: bool = True, now: float | None = None
+    ) -> str:
         """What the template adds for one more user message after an answer, the opening not repeated.
 
         Templates render whole conversations only, so this is the end of one with an answer already in it.
@@ -137,7 +144,7 @@ class ChatTemplate:
                                      fix="use --prompt, or feed the turns as text"))  # fmt: skip
         first, answer = self._markers(2)
         past = [{"role": "user", "content": first}, {"role": "assistant", "content": answer}]
-        whole = self.render([*past, {"role": "user", "content": message}], args=args, check=check)
+        whole = self.render([*past, {"role": "user", "content": message}], args=args, check=check, now=now)
         return whole.rpartition(answer)[2]
 
     def require_system(self) -> None:
@@ -166,8 +173,8 @@ class ChatTemplate:
             "add_generation_prompt": generate,
         }  # fmt: skip
 
-    def _renderings(self, jobs: list[dict[str, Any]]) -> list[dict[str, str]]:
-        renderings: list[dict[str, str]] = self._call(lambda: self._process.render(jobs))
+    def _renderings(self, jobs: list[dict[str, Any]], now: float | None) -> list[dict[str, str]]:
+        renderings: list[dict[str, str]] = self._call(lambda: self._process.render(jobs, now))
         return renderings
 
     def _call(self, function: Any) -> Any:
@@ -320,6 +327,9 @@ def _check_syntax(source: str) -> None:
                     expected=f"at most {MAX_TEMPLATE_CHARACTERS}", fix="export the model again")
         )  # fmt: skip
     require_jinja()
+    if len(source) > MAX_TEMPLATE:  # read in this process, which nothing ends
+        raise BundleError(problem("chat template", received=f"{len(source)} characters",
+                                  expected=f"at most {MAX_TEMPLATE}", fix="export with another template"))  # fmt: skip
     try:
         environment().parse(source)
     except Exception as error:  # RecursionError and ValueError besides Jinja's own

@@ -10,6 +10,7 @@ a newer one is refused, because guessing at an unknown field could silently chan
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -20,7 +21,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from sinkrt.errors import BundleError, problem
 from sinkrt.files import is_special
@@ -52,6 +53,8 @@ well."""
 MANIFEST_NAME = "manifest.json"
 NO_TOKEN = -1
 """Id of a stream that stands still while others step, in models with such layers: their states know no positions."""
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 TARGETS = ("onnx", "tensorrt")
 PLUGIN_ABI = "3"
@@ -203,8 +206,8 @@ class TokenizerFacts:
     chat_template: str | None
 
     def __post_init__(self) -> None:
-        for path in filter(None, (self.file, self.chat_template)):
-            _check(_is_inside(path), "tokenizer file", path, "a relative path inside the bundle")
+        for path in (self.file, self.chat_template):
+            _check(path is None or _is_inside(path), "tokenizer file", path, "a relative path inside the bundle")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,7 +420,7 @@ class Manifest:
         layers = sorted({state.layer for state in self.states if state.kind == "window_k"})
         wanted = [(layer, head) for layer in layers for head in range(self.model.num_kv_heads)]
         _check(found == wanted, "head_windows", f"{len(found)} key heads", f"each of the {len(wanted)} key heads once")
-        longest = max(group.window_size for group in groups)
+        longest = max((group.window_size for group in groups), default=0)
         _check(longest <= self.stream.window_size, "head_windows", longest, f"<= window_size={self.stream.window_size}")
 
     def _check_affine_attention(self, facts: AffineAttention) -> None:
@@ -466,7 +469,9 @@ class Manifest:
         Raises: BundleError for malformed text, an unknown or missing key, or a newer schema.
         """
         try:
-            raw = json.loads(text, object_pairs_hook=_object)
+            raw = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+            if _SURROGATE.search(text):  # a pair of them is one character; a lone one is none
+                json.dumps(raw, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:  # the latter of brackets without end
             raise BundleError(
                 problem(MANIFEST_NAME, received=f"invalid JSON ({error})", expected="a manifest", fix="export again")
@@ -555,10 +560,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose keys are all different: of two alike, readers keep the first or the last."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"key {twice!r} twice in an object")
     return found
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _is_plain(text: str) -> bool:
@@ -615,8 +623,12 @@ def _value(hint: Any, raw: Any, where: str) -> Any:
         return {key: _value(args[1], item, f"{where}.{key}") for key, item in raw.items()}
     if dataclasses.is_dataclass(hint):
         return build_from_json(typing.cast(type, hint), raw, where)
-    if hint is float and type(raw) is int:  # JSON writes 1.0 as 1 in some tools
-        return float(raw)
+    if type(raw) is int:
+        limit = 2**1023 if hint is float else 2**63 - 1
+        _check(-limit - 1 <= raw <= limit, where, "a huge integer", "one of 64 bits")
+        if hint is float:  # JSON writes 1.0 as 1 in some tools
+            return float(raw)
     ok = isinstance(raw, hint) and not (hint is int and isinstance(raw, bool))
+    ok = ok and not (hint is float and not math.isfinite(raw))
     _check(ok, where, f"{type(raw).__name__} {raw!r}"[:60], hint.__name__)
     return raw

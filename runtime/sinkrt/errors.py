@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import unicodedata
 
+MAX_SHOWN = 5000
+"""Characters of a name or a value in a message: more than the longest path."""
+
 
 class SinkError(Exception):
     """Base of every error that the command line reports without a traceback (exit code 2)."""
@@ -28,9 +31,14 @@ class BackendError(SinkError):
 def problem(what: str, *, received: object, expected: str, fix: str) -> str:
     """One line in the house form, e.g. ``window size: received 0, expected >= 1; pass --window``.
 
-    Control characters are shown as escapes: names come from files of strangers, and terminals obey them.
+    Control characters are shown as escapes: names come from files of strangers, and terminals obey them. For the same
+    reason what is very long is cut.
     """
-    return printable(f"{what}: received {received}, expected {expected}; {fix}")
+    return printable(f"{_cut(what)}: received {_cut(str(received))}, expected {expected}; {fix}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}.. ({len(text)} characters)"
 
 
 def printable(text: str) -> str:

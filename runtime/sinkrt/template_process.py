@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,17 @@ class TemplateProcess:
             self._started()
             return self._facts
 
-    def render(self, jobs: list[dict[str, Any]]) -> list[dict[str, str]]:
+    def render(self, jobs: list[dict[str, Any]], now: float | None = None) -> list[dict[str, str]]:
         """The renderings for some sets of variables, each ``{"text": ..}`` or ``{"error": ..}``.
+
+        now: the time that they show, in seconds since 1970; None for that of the call.
 
         Raises: TemplateFailure if they took too long or the process has ended; UsageError.
         """
         with self._lock:
             self._started()
-            renderings: list[dict[str, str]] = self._ask({"render": jobs})["renderings"]
+            request = {"render": jobs, "now": time.time() if now is None else now}
+            renderings: list[dict[str, str]] = self._ask(request)["renderings"]
             return renderings
 
     def close(self) -> None:

@@ -4,9 +4,9 @@ A template is a program that came with a model: it may loop for ever or fill the
 starts this file as a script, with no other module of this package, and talks to it in lines of JSON:
 
     {"load": SOURCE}     -> {"variables": [names that the template reads], "literals": text that it writes itself}
-    {"render": [VARIABLES, ..]} -> {"renderings": [{"text": TEXT} or {"error": REASON}, ..]}
+    {"render": [VARIABLES, ..], "now": SECONDS} -> {"renderings": [{"text": TEXT} or {"error": REASON}, ..]}
 
-or ``{"error": REASON}`` for the whole.
+or ``{"error": REASON}`` for the whole. SECONDS since 1970 are the time that the renderings show.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import datetime
 import json
 import signal
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 MAX_CHARACTERS = 16 * 2**20
@@ -25,8 +26,10 @@ MAX_MEMORY_BYTES = 2**30
 """Most address space of the process, where the system can limit it."""
 
 
-def environment() -> Any:
+def environment(now: Callable[[], float] = time.time) -> Any:
     """The Jinja environment of chat templates, with what transformers gives them. Returns: jinja2.Environment.
+
+    now: seconds since 1970, for ``strftime_now``.
 
     Source: transformers' ``chat_template_utils._compile_jinja_template``.
     """
@@ -67,7 +70,7 @@ def environment() -> Any:
     )
     made.filters["tojson"] = _to_json
     made.globals["raise_exception"] = raise_exception
-    made.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    made.globals["strftime_now"] = lambda form: datetime.datetime.fromtimestamp(now()).strftime(form)
     made.globals["dict"] = _TemplateDict()
     made.globals["namespace"] = TemplateNamespace
     return made
@@ -87,7 +90,8 @@ class Renderer:
     """Compiles one template and renders it."""
 
     def __init__(self) -> None:
-        self._environment = environment()
+        self._now = 0.0
+        self._environment = environment(lambda: self._now)
         self._template: Any = None
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +99,7 @@ class Renderer:
         try:
             if "load" in request:
                 return self._load(request["load"])
+            self._now = request["now"]
             return {"renderings": [self._render(variables) for variables in request["render"]]}
         except Exception as error:  # templates are programs: they fail in any way
             return {"error": _reason(error)}

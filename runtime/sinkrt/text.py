@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,10 @@ class Tokenizer:
         Raises: UsageError as `render_chat`.
         """
         messages = [joined(message) for message in messages]  # two parts can make a control token together
-        render = functools.partial(self._the_template.render, add_generation_prompt=add_generation_prompt)
+        # One time for all renderings: they are compared.
+        render = functools.partial(
+            self._the_template.render, add_generation_prompt=add_generation_prompt, now=time.time()
+        )
         text = render(messages, args=template_args)
         if allow_special or not self._has_control(messages, template_args):
             return self.encode(text, special=False)
@@ -213,8 +217,10 @@ class Tokenizer:
         Raises: UsageError as `render_next_turn`.
         """
 
+        now = time.time()
+
         def render(messages: Sequence[Mapping[str, Any]], *, args: Any, check: bool) -> str:
-            return self._the_template.render_next_turn(message_text(messages[0]), args=args, check=check)
+            return self._the_template.render_next_turn(message_text(messages[0]), args=args, check=check, now=now)
 
         messages = [{"role": "user", "content": message}]
         text = render(messages, args=template_args, check=True)

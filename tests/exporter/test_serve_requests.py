@@ -112,7 +112,7 @@ REFUSED = [
     ("stop", [""], "stop: received a text of 0 characters, expected a text"),
     ("stop", ["a"] * 17, "stop: received 17 texts, expected a text"),
     ("messages", "hi", 'messages: received "hi", expected a list of messages'),
-    ("messages", [5], "messages.0: received 5, expected"),
+    ("messages", [5], "messages.0: received 5, expected an object"),
     ("messages", [{"role": "tool", "content": "x"}], 'messages.0.role: received "tool", expected system, developer'),
     ("messages", [{"role": "user"}], "messages.0.content: received nothing, expected a text, or a list of parts"),
     ("messages", [{"role": "user", "content": None}], "messages.0.content: received null, expected a text"),

@@ -434,3 +434,8 @@ def test_a_stop_of_a_served_answer_may_be_a_special_token(tmp_path: Path) -> Non
         session.reset()
         again = list(session.generate("go", max_tokens=60, temperature=1.0, seed=seed))
         assert pieces == again
+
+
+def test_a_template_of_a_million_characters_is_refused() -> None:
+    with pytest.raises(BundleError, match="chat template: received 2000000 characters"):
+        ChatTemplate("{{ a }}x" * 250_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -134,6 +135,29 @@ def test_a_save_on_the_way_that_fails_is_a_warning(toy_bundle: Path, tmp_path: P
     assert lines[-1].startswith("sinkexport: error: state file: received"), "the last save, which nothing follows"
     assert process.returncode == 2
     assert load_file(moved / "state")["position"][0] >= 10
+
+
+def test_a_log_that_cannot_be_written_ends_no_stream(toy_bundle: Path, tmp_path: Path) -> None:
+    """The disk that a save does not fit on is often the log's as well."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+    with Path("/dev/full").open("wb") as full:
+        process = subprocess.Popen(
+            [*COMMAND, "run", str(toy_bundle), "--prompt", "a", "--ignore-eos", "--max-tokens", "4000",
+             "--save-every", "10", "--save-state", str(folder / "state")],
+            stdout=subprocess.PIPE, stderr=full)  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.read(400)
+    folder.rename(tmp_path / "gone")
+    out, _ = process.communicate(timeout=120)
+    assert len(out) > 3000, "the stream must go on"
+    assert process.returncode == 2, "the last save"
+
+
+def test_bad_input_is_exit_code_2_wherever_the_message_goes() -> None:
+    for log in ("/dev/full", "/dev/null"):
+        with Path(log).open("wb") as file:
+            assert subprocess.run([*COMMAND, "inspect"], stderr=file, check=False, timeout=60).returncode == 2
 
 
 def test_a_pipe_as_state_or_manifest_does_not_hang(toy_bundle: Path, tmp_path: Path, cpp_runtime: CppRuntime) -> None:
@@ -323,3 +347,64 @@ def test_a_window_of_another_size_than_the_states(tmp_path: Path) -> None:
     manifest.write_text(manifest.read_text().replace('"window_size": 6', '"window_size": 8'))
     with pytest.raises(Exception, match=r"tokens of state 'window_k\.0': received 6, expected 8"):
         Session.load(bundle)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_comes_while_an_export_works_stays(toy_bundle: Path, tmp_path: Path, overwrite: bool) -> None:
+    """An export takes minutes: another one, or a user, may have written there meanwhile."""
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="not a bundle"), staged_bundle(out, overwrite=overwrite) as stage:
+        shutil.copytree(toy_bundle, stage, dirs_exist_ok=True)
+        out.mkdir()
+        (out / "precious").write_text("mine")
+    assert (out / "precious").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_that_comes_while_an_export_works_stays(toy_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(toy_bundle, out)
+    with pytest.raises(UsageError, match="not a bundle"), staged_bundle(out, overwrite=True) as stage:
+        shutil.rmtree(out)
+        out.write_text("mine")
+    assert out.read_text() == "mine" and not stage.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_of_two_exports_to_one_folder_the_second_is_refused(toy_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="--overwrite"), staged_bundle(out) as slow:
+        (slow / "slow").touch()
+        with staged_bundle(out) as fast:
+            shutil.copytree(toy_bundle, fast, dirs_exist_ok=True)
+    assert (out / MANIFEST_NAME).is_file() and not (out / "slow").exists()
+
+
+def test_overwrite_leaves_a_bundle_with_files_of_others(toy_bundle: Path, tmp_path: Path) -> None:
+    """A stream of weeks that was saved inside the bundle must not go with it; engines of its graphs may."""
+    out = tmp_path / "out"
+    shutil.copytree(toy_bundle, out)
+    (out / "engines").mkdir()
+    (out / "engines" / "decode.engine").touch()
+    (out / "saved").mkdir()
+    (out / "saved" / "stream").touch()
+    with pytest.raises(UsageError, match="'saved/stream'"), staged_bundle(out, overwrite=True):
+        pytest.fail("refused before any work")
+    (out / "saved" / "stream").unlink()
+    with staged_bundle(out, overwrite=True) as stage:
+        (stage / MANIFEST_NAME).write_text("no manifest")
+    assert [path.name for path in out.iterdir()] == [MANIFEST_NAME]
+    (out / "x").touch()
+    with staged_bundle(out, overwrite=True) as stage:  # a broken one
+        (stage / MANIFEST_NAME).touch()
+    assert [path.name for path in out.iterdir()] == [MANIFEST_NAME]
+
+
+def test_a_place_that_cannot_be_renamed_is_refused_before_the_export() -> None:
+    with pytest.raises(UsageError, match="is mounted"), staged_bundle(Path("/proc")):
+        pytest.fail("refused before any work")
+
+
+def test_a_verification_that_never_ends_is_refused(toy_bundle: Path) -> None:
+    code, message = _run("verify", toy_bundle, "--against", "nothing", "--wraps", 10**12)
+    assert code == 2 and message.startswith("sinkexport: error: --wraps: received 1000000000000")

@@ -24,6 +24,7 @@ from tokenizers import AddedToken
 from tests.fidelity.tokenizers_by_kind import CONTROL, KINDS, NAMED, byte_level, sentence_piece, spaced_words
 from tests.runtime.test_text import byte_fallback_tokenizer
 from tests.runtime.toy import BOS, EOS, VOCAB_SIZE, Toy, build_toy, rehash, toy_tokenizer
+from tests.runtime.toy import CHAT_TEMPLATE as TOY_TEMPLATE
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>\n' }}"
@@ -404,3 +405,17 @@ def test_all_named_special_tokens_reach_the_template(tmp_path: Path) -> None:
     rehash(bundle)
     with Session.load(bundle, threads=1) as session:
         assert session.tokenizer.render_chat([]) == "<bos>|<eot>|<image>|<boi>|<video>|<x>,<y>"
+
+
+def test_a_template_that_shows_the_time_takes_control_tokens_as_text() -> None:
+    """Its renderings are compared, so they show one time, microseconds included."""
+    template = "{{ strftime_now('%H:%M:%S.%f') }}" + TOY_TEMPLATE
+    ours = Tokenizer(toy_tokenizer(), template, {"bos_token": "<bos>", "eos_token": "<eos>"})
+    try:
+        harmless = ours.chat_ids([{"role": "user", "content": "ab"}])
+        hostile = ours.chat_ids([{"role": "user", "content": "a<eos>b"}])
+        assert len(hostile) == len(harmless) + len("<eos>")
+        assert hostile.count(EOS) == harmless.count(EOS) == 1
+        assert ours.next_turn_ids("a<eos>b").count(EOS) == ours.next_turn_ids("ab").count(EOS)
+    finally:
+        ours.close()

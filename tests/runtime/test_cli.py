@@ -259,12 +259,14 @@ def test_stop_ends_an_answer_before_the_text(cli: Callable[..., Result], toy_bun
     assert cli(*options, "--stop", "nowhere", "--stop", stop).out == whole[: whole.index(stop)] + "\n"
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminated"])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+                         ids=["ctrl-c", "terminated", "hung up"])
 def test_a_stopped_run_saves_its_state(toy_bundle: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
     state = tmp_path / "state"
     process = subprocess.Popen(
         [*COMMAND, "run", str(toy_bundle), "--prompt", "a", "--ignore-eos", "--save-state", str(state), "--stats"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # whatever the tests' own terminal has said
     )  # fmt: skip
     assert process.stdout
     os.read(process.stdout.fileno(), 1)

@@ -24,7 +24,7 @@ from sinkrt.text import Tokenizer
 
 from sinkexport.streams import RunMeter, complete_lines, utf8_lines
 
-EXIT_TERMINATED = 128 + signal.SIGTERM
+ENDING_SIGNALS = [signal.SIGTERM, signal.SIGHUP] if hasattr(signal, "SIGHUP") else [signal.SIGTERM]
 
 
 @click.command(name="run")
@@ -260,16 +260,23 @@ def _feed_stdin(session: Session, texts: UserTexts) -> list[int]:
 
 @contextlib.contextmanager
 def _unwinding_termination() -> Iterator[None]:
-    """Make SIGTERM, which service managers send, end the program in an orderly way: the state is saved."""
+    """Make SIGTERM, which service managers send, and SIGHUP, of a terminal or a connection that has gone, end the
+    program in an orderly way: the state is saved. One that is ignored (nohup) stays so.
+    """
     if threading.current_thread() is not threading.main_thread():  # signals belong to the main one
         yield
         return
 
-    def leave(_signal: int, _frame: FrameType | None) -> None:
-        raise SystemExit(EXIT_TERMINATED)
+    def leave(number: int, _frame: FrameType | None) -> None:
+        for other in before:  # a terminal that goes sends several: none may cut the saving short
+            signal.signal(other, signal.SIG_IGN)
+        raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: handler for number in ENDING_SIGNALS if (handler := signal.getsignal(number)) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

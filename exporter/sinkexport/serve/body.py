@@ -119,6 +119,7 @@ def _place(
             found, value = part in value, value.get(part)
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):
             value = value[part]
+            expected = expected if kind is None else "an object"  # what was described is the list
         else:
             continue
         path.append(str(part))

@@ -23,6 +23,16 @@ std::string escaped(uint32_t c) {
   return out;
 }
 
+// Characters of a name or a value in a message, as bytes: more than the longest path.
+constexpr size_t kMaxShown = 5000;
+
+std::string cut(const std::string& text) {
+  if (text.size() <= kMaxShown) return text;
+  size_t size = kMaxShown;
+  while (size > 0 && (static_cast<uint8_t>(text[size]) & 0xc0) == 0x80) --size;  // not inside a character
+  return text.substr(0, size) + ".. (" + std::to_string(text.size()) + " bytes)";
+}
+
 }  // namespace
 
 std::string printable(std::string_view text) {
@@ -39,7 +49,7 @@ std::string printable(std::string_view text) {
 
 std::string problem(const std::string& what, const std::string& received, const std::string& expected,
                     const std::string& fix) {
-  return printable(what + ": received " + received + ", expected " + expected + "; " + fix);
+  return printable(cut(what) + ": received " + cut(received) + ", expected " + expected + "; " + fix);
 }
 
 }  // namespace sinkrt

@@ -1,0 +1,141 @@
+"""Every value of a manifest, replaced by odd ones: Python and C++ take the same, and refuse the rest in one line."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sinkrt import BundleError
+from sinkrt.contract import MANIFEST_NAME, Manifest
+
+from tests.cpp.build import CppRuntime
+from tests.cpp.probe import Probe, ProbeError
+from tests.runtime.toy import Toy, build_toy
+
+SHA256 = "a" * 64
+ODD: list[Any] = [
+    None, True, -1, 0, 1, 2, 1.0, 1.5, 1e308, float("inf"), float("nan"), 2**53, 2**63 - 1, 2**63, -(2**63) - 1,
+    10**400, "", "a", "../a", "a\\b", "\x00", "\x1b[31m", "\u202e", "\ud800", "ids", "logits", "float16", "int8",
+    "a" * 9000, [], {}, [1], [0, 0], [[True]], [1] * 9, [2**40, 2**40], {"a": 1},
+]  # fmt: skip
+Place = tuple[Any, ...]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One that has every field."""
+    bundle = build_toy(tmp_path_factory.mktemp("toy") / "bundle", Toy(batch=2, chunk_size=4))
+    out: dict[str, Any] = json.loads((bundle / MANIFEST_NAME).read_text(encoding="utf-8"))
+    layers, heads = out["model"]["num_layers"], out["model"]["num_q_heads"]
+    out["sink_tuning"] = {
+        "sha256": SHA256, "first_token_scale": [[1.0] * heads] * layers,
+        "act": {"alpha": 1.5, "beta": 0.5, "min_queries": 3, "heads": [[True] * heads] * layers},
+    }  # fmt: skip
+    out["head_windows"] = [{"layer": 0, "kv_heads": list(range(out["model"]["num_kv_heads"])),
+                            "window_size": out["stream"]["window_size"]}]  # fmt: skip
+    out["affine_attention"] = {"sha256": SHA256, "file": "decode.onnx", "has_inputs": False, "heads": [[0, 1]] * layers}
+    out["quantization"] = {"recipe": "x", "weights": "int8", "activations": "float", "kv": "fp",
+                           "calibration_sha256": SHA256, "thresholds": {"kl_divergence": 1}}  # fmt: skip
+    out["engines"] = {"decode": {
+        "file": "engines/x", "bytes": 4, "sha256": SHA256, "graph_sha256": SHA256, "flavour": "TensorRT",
+        "version": "10", "plugin_abi": None, "gpu": None, "compute_capability": "9.0", "precision": "float32",
+    }}  # fmt: skip
+    return out
+
+
+@pytest.fixture
+def probe(cpp_runtime: CppRuntime) -> Probe:
+    return Probe(cpp_runtime.programs / "libprobe.so")
+
+
+def test_both_runtimes_take_the_same(manifest: dict[str, Any], probe: Probe, tmp_path: Path) -> None:
+    accepted = 0
+    for number, (what, text) in enumerate(_mutations(manifest)):
+        found = _python(text)
+        if number % 3 == 0 or found.startswith("taken"):  # the others for Python alone: it is a matter of time
+            assert _cpp(text, probe, tmp_path).partition(":")[0] == found.partition(":")[0], (what, found)
+        accepted += found.startswith("taken")
+    assert accepted > 100
+
+
+@pytest.mark.parametrize("old, new", [
+    (b'"toy"', b'"\\ud800"'), (b'"toy"', b'"\\ud83d\\ude00"'), (b'"toy"', b'"\\udc00\\ud800"'), (b'"toy"', b'"\x01"'),
+    (b'"target"', b'"target": "onnx", "target"'), (b": 1,", b": 01,"), (b": 1,", b": 1.0,"), (b": 1,", b": -0,"),
+    (b": 1,", b": NaN,"), (b": 1,", b": -Infinity,"), (b": 1,", b": " + b"9" * 5000 + b","), (b"{", b"{,"),
+    (b"{", b"[{"),
+])  # fmt: skip
+def test_both_runtimes_read_the_same_json(
+    manifest: dict[str, Any], probe: Probe, tmp_path: Path, old: bytes, new: bytes
+) -> None:
+    text = json.dumps(manifest, indent=1).encode()
+    assert old in text
+    text = text.replace(old, new)
+    assert _cpp(text, probe, tmp_path).partition(":")[0] == _python(text).partition(":")[0]
+
+
+def test_head_windows_of_no_layer(manifest: dict[str, Any]) -> None:
+    """A model without windows has no groups of them: a list without any is no crash."""
+    raw = copy.deepcopy(manifest)
+    raw["head_windows"], raw["sink_tuning"] = [], None
+    raw["states"] = [{"layer": 0, "kind": kind, "input": f"{kind}.0", "output": f"{kind}.0.next", "shape": [2, 3],
+                      "dtype": "float32"} for kind in ("conv", "recurrent")]  # fmt: skip
+    Manifest.from_json(json.dumps(raw))
+
+
+def test_long_names_are_cut() -> None:
+    with pytest.raises(BundleError) as error:
+        Manifest.from_json(json.dumps({"schema_version": 1, "x" * 100_000: 1}))
+    assert len(str(error.value)) < 10_000
+
+
+def _mutations(manifest: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
+    for path in _paths(manifest):
+        for odd in ODD:
+            changed = copy.deepcopy(manifest)
+            _get(changed, path[:-1])[path[-1]] = odd
+            yield f"{path} = {odd!r}"[:200], json.dumps(changed).encode()
+        changed = copy.deepcopy(manifest)
+        del _get(changed, path[:-1])[path[-1]]
+        yield f"no {path}", json.dumps(changed).encode()
+        if isinstance(path[-1], str):
+            changed = copy.deepcopy(manifest)
+            holder = _get(changed, path[:-1])
+            holder["\x1b"] = holder.pop(path[-1])
+            yield f"another name for {path}", json.dumps(changed).encode()
+
+
+def _paths(value: Any, path: Place = ()) -> Iterator[Place]:
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _paths(item, (*path, key))
+
+
+def _get(value: Any, path: Place) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+def _python(text: bytes) -> str:
+    """``taken <fingerprint>``, or ``refused: ..``; any other exception is a failure."""
+    try:
+        found = Manifest.from_json(text.decode())
+    except BundleError as error:
+        assert str(error).isprintable()
+        return f"refused: {error}"
+    return f"taken {found.fingerprint}"
+
+
+def _cpp(text: bytes, probe: Probe, folder: Path) -> str:
+    (folder / MANIFEST_NAME).write_bytes(text)
+    try:
+        return f"taken {probe.fingerprint(folder)}"
+    except ProbeError as error:
+        assert "\n" not in str(error)
+        return f"refused: {error}"
