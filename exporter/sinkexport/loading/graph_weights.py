@@ -17,6 +17,9 @@ import onnx_ir as ir
 
 from sinkexport.loading.file_tensor import Floats, Indices
 
+BY_HEAD = "const.by_head"
+"""The plugin's copies of the model's numbers of heads, in float32."""
+
 QUANTIZED = (".packed", ".uint8", ".int8x4", ".int8")
 COMPANIONS = (".scales", ".zero_points", ".sums")
 MODEL = "model."
@@ -110,7 +113,8 @@ def read_graph(path: Path) -> list[GraphMatrix]:
     found = []
     for name, value in values.items():
         tensor = value.const_value
-        if tensor is None or not tensor.size or name.startswith("const.") or not list(value.uses()):
+        is_ours = name.startswith("const.") and not name.startswith(BY_HEAD)
+        if tensor is None or not tensor.size or is_ours or not list(value.uses()):
             continue
         layers = positions.get(name, (-np.inf, np.inf))
         suffix = next((s for s in QUANTIZED if name.endswith(s)), None)
@@ -200,16 +204,17 @@ def _quantized(
     if suffix == ".packed":
         shape, read = _packed(value, integers, scales, None if zeros is None else _numbers(zeros))
     elif suffix == ".int8x4":
-        rows = np.ascontiguousarray(integers).view(np.int8)
-        rows = rows.reshape(-1, rows.shape[-1])
+        matrices = np.ascontiguousarray(integers).view(np.int8)
+        rows = matrices.reshape(-1, matrices.shape[-1])
         shape, read = rows.shape, _scaled(lambda r, c: rows[r[:, None], c[None]], scales.reshape(-1))
+        if matrices.ndim == 3:  # experts, [E, M, K]
+            swapped = _by_input(base, matrices.transpose(0, 2, 1), scales, layers)
     elif integers.ndim == 3:  # experts, uint8 [E, K, M]
         count, depth, width = integers.shape
         shape = (count * width, depth)
         read = _scaled(lambda r, c: integers[r[:, None] // width, c[None], r[:, None] % width].astype(np.int16)
                        - HALF_RANGE, scales.reshape(-1))  # fmt: skip
-        swapped = GraphMatrix(base, parameters_of(base), (count * depth, width), _experts_by_input(integers, scales),
-                              layers)  # fmt: skip
+        swapped = _by_input(base, integers, scales, layers, HALF_RANGE)
     elif suffix == ".uint8" or _axis(value) == 1:  # [K, N]
         offset = HALF_RANGE if suffix == ".uint8" else 0
         shape = (integers.shape[1], integers.shape[0])
@@ -223,17 +228,21 @@ def _quantized(
                        slack=slack, sources=sources)  # fmt: skip
 
 
-def _experts_by_input(integers: npt.NDArray[Any], scales: Floats) -> Read:
-    """uint8 [E, K, M] with scales [E, 1, M], as rows [E * K, M]: families such as gpt-oss keep experts so."""
+def _by_input(
+    base: str, integers: npt.NDArray[Any], scales: Floats, layers: tuple[float, float], offset: int = 0
+) -> GraphMatrix:
+    """Experts' integers [E, K, M], with a scale for each expert and output, as rows [E * K, M]: some families keep
+    their experts so.
+    """
     count, depth, width = integers.shape
-    by_expert = scales.reshape(count, width)
+    by_output = scales.reshape(count, width)
 
     def read(rows: Indices, columns: Indices) -> tuple[Floats, Floats]:
-        step = by_expert[rows[:, None] // depth, columns[None]]
-        units = integers[rows[:, None] // depth, rows[:, None] % depth, columns[None]].astype(np.int16) - HALF_RANGE
+        step = by_output[rows[:, None] // depth, columns[None]]
+        units = integers[rows[:, None] // depth, rows[:, None] % depth, columns[None]].astype(np.int16) - offset
         return units.astype(np.float32) * step, step
 
-    return read
+    return GraphMatrix(base, parameters_of(base), (count * depth, width), read, layers)
 
 
 def _scaled(take: Callable[[Indices, Indices], npt.NDArray[Any]], scales: Floats) -> Read:
