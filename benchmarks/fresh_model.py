@@ -30,7 +30,7 @@ import torch
 import transformers
 from harness import environment
 from sinkexport.files import check_writable, read_text, write_whole
-from sinkexport.loading.source_tokenizer import SourceTokenizer
+from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.progress import Report, shown_progress
 from sinkrt.errors import SinkError, UsageError, problem
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.analyze_weights import NEAR_TOKENS, Array, Weights, attention_weights
-from sinkexport.loading.source_tokenizer import SourceTokenizer
+from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.progress import Report, silent
 from sinkexport.sources import LoadedModel
 

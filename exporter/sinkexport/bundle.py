@@ -22,7 +22,7 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.files import lock, named_beside, sync_folder, unlocked
 
 from sinkexport.graph.build import WEIGHTS_FILE
-from sinkexport.loading.source_tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, SourceTokenizer
+from sinkexport.loading.tokenizers.source_tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, SourceTokenizer
 
 SMALL_WEIGHT_BYTES = 2**20
 """Larger constants must be shared between the graphs of a bundle."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from sinkrt.errors import SinkError, UsageError, problem
 
-from sinkexport.loading.source_tokenizer import SourceTokenizer, one_line
+from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer, one_line
 from sinkexport.sources import Origin, load_config, load_generation_config, load_tokenizer, locate, refuse_architecture
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "token_embd.weight")
@@ -167,7 +167,7 @@ def tokenizer_facts(tokenizer: SourceTokenizer) -> Facts:
     """Kind, special tokens and chat template."""
     from sinkrt.chat_template import RESERVED_ARGS
 
-    from sinkexport.loading.tokenizer_checks import check_template, system_refusal
+    from sinkexport.loading.tokenizers.tokenizer_checks import check_template, system_refusal
 
     document = json.loads(tokenizer.library.to_str())
     special = {name: {"text": text, "id": tokenizer.token_id(text)} for name, text in tokenizer.special_tokens.items()}
@@ -197,7 +197,7 @@ def tokenizer_facts(tokenizer: SourceTokenizer) -> Facts:
 
 def end_facts(tokenizer: SourceTokenizer | None, config: Any, generation: Any, num_rows: int | None) -> list[Facts]:
     """The ids that end a turn."""
-    from sinkexport.loading.turn_ends import end_ids
+    from sinkexport.loading.tokenizers.turn_ends import end_ids
 
     text = config.get_text_config()
     numbers = end_ids(tokenizer, text, generation, num_rows or text.vocab_size)
@@ -212,7 +212,7 @@ def model_tensors(origin: Origin) -> tuple[Tensor, ...] | None:
     if origin.path is None:
         return None
     if origin.is_gguf:
-        from sinkexport.loading.gguf_file import open_gguf
+        from sinkexport.loading.gguf_models.file import open_gguf
 
         return tuple(
             Tensor(name, tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape)),
@@ -270,7 +270,7 @@ def _readable_config(source: str) -> Any:
 
 
 def _fitted(tokenizer: SourceTokenizer, num_rows: int | None, config: Any) -> SourceTokenizer:
-    from sinkexport.loading.tokenizer_checks import check_tokens, fitted, named
+    from sinkexport.loading.tokenizers.tokenizer_checks import check_tokens, fitted, named
 
     fitting = tokenizer if num_rows is None else fitted(tokenizer, num_rows)
     fitting = fitting if config is None else named(fitting, config.get_text_config())

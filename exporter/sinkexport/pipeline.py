@@ -42,10 +42,10 @@ from sinkexport.check_export import UncheckedWarning, check_export, why_unchecke
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.build import BuiltGraph, build_graph
 from sinkexport.graph.passes.plugin_operators import refuse_geometry
-from sinkexport.loading.check_weights import check_weights
-from sinkexport.loading.source_tokenizer import SourceTokenizer
-from sinkexport.loading.tokenizer_checks import check_template, check_tokens, fitted, named, opening_size
-from sinkexport.loading.turn_ends import beginning_id, end_ids
+from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
+from sinkexport.loading.tokenizers.tokenizer_checks import check_template, check_tokens, fitted, named, opening_size
+from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids
+from sinkexport.loading.weights.check_weights import check_weights
 from sinkexport.model.decoder import StreamStep, trace
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, head_caches

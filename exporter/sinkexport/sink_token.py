@@ -12,7 +12,7 @@ import json
 import tokenizers
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.loading.source_tokenizer import SourceTokenizer
+from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 
 AUTO = "auto"
 

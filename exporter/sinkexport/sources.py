@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sinkrt.errors import SinkError, UsageError, problem
 
 if TYPE_CHECKING:
-    from sinkexport.loading.source_tokenizer import SourceTokenizer
+    from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 
 
 GENERATION_FILE = "generation_config.json"
@@ -40,7 +40,7 @@ class LoadedModel:
 
     def __post_init__(self) -> None:
         if self.tokenizer is not None:
-            from sinkexport.loading.source_tokenizer import as_source_tokenizer
+            from sinkexport.loading.tokenizers.source_tokenizer import as_source_tokenizer
 
             object.__setattr__(self, "tokenizer", as_source_tokenizer(self.tokenizer))
 
@@ -71,10 +71,10 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
     """
     import torch
 
-    from sinkexport.loading.checkpoint import checkpoint_notes, load_checkpoint
-    from sinkexport.loading.gguf_model import load_gguf
-    from sinkexport.loading.tokenizer import source_tokenizer
-    from sinkexport.loading.tokenizer_checks import fitted
+    from sinkexport.loading.checkpoints.checkpoint import checkpoint_notes, load_checkpoint
+    from sinkexport.loading.gguf_models.model import load_gguf
+    from sinkexport.loading.tokenizers.tokenizer import source_tokenizer
+    from sinkexport.loading.tokenizers.tokenizer_checks import fitted
 
     origin = locate(source)
     for note in checkpoint_notes(origin):
@@ -99,7 +99,7 @@ def load_tokenizer(source: str) -> SourceTokenizer | None:
 
     Raises: UsageError as `load_model`.
     """
-    from sinkexport.loading.tokenizer import source_tokenizer
+    from sinkexport.loading.tokenizers.tokenizer import source_tokenizer
 
     origin = locate(source)
     with _quiet_transformers(), _readable_errors(source, "tokenizer"):
@@ -128,7 +128,7 @@ def load_generation_config(source: str) -> Any | None:
     """
     import transformers
 
-    from sinkexport.loading.tokenizer_files import TokenizerFiles
+    from sinkexport.loading.tokenizers.tokenizer_files import TokenizerFiles
 
     origin = locate(source)
     with _quiet_transformers(), _readable_errors(source):
@@ -140,10 +140,10 @@ def load_generation_config(source: str) -> Any | None:
 def _config(origin: Origin) -> Any:
     """transformers' configuration of a model."""
     if origin.is_gguf:
-        from sinkexport.loading.gguf_model import gguf_config
+        from sinkexport.loading.gguf_models.model import gguf_config
 
         return gguf_config(origin)
-    from sinkexport.loading.checkpoint import checkpoint_config
+    from sinkexport.loading.checkpoints.checkpoint import checkpoint_config
 
     return checkpoint_config(origin)
 
@@ -153,9 +153,9 @@ def locate(source: str) -> Origin:
 
     Raises: UsageError.
     """
-    from sinkexport.loading.gguf_file import model_name
-    from sinkexport.loading.loading_report import adapter_refused
-    from sinkexport.loading.weight_files import refuse_pointers
+    from sinkexport.loading.checkpoints.loading_report import adapter_refused
+    from sinkexport.loading.checkpoints.weight_files import refuse_pointers
+    from sinkexport.loading.gguf_models.file import model_name
 
     path = Path(source)
     location: dict[str, Any]

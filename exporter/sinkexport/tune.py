@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.loading.source_tokenizer import SourceTokenizer
+from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.progress import Report, silent
 from sinkexport.sink_tuning import SinkTuningFile, TunedModel
 from sinkexport.sources import LoadedModel

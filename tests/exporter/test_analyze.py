@@ -17,7 +17,7 @@ from sinkexport.analyze import EPSILON, TextWindows, analyze, recommend, seconda
 from sinkexport.analyze_weights import NEAR_TOKENS, attention_weights
 from sinkexport.cli import cli
 from sinkexport.files import read_text
-from sinkexport.loading.source_tokenizer import SourceTokenizer
+from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.sources import LoadedModel
 from sinkrt import UsageError
 

@@ -7,7 +7,7 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
-from sinkexport.loading.source_tokenizer import SourceTokenizer
+from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 
 VOCAB_SIZE = 97
 

@@ -194,7 +194,7 @@ def _gpt_oss(architecture: str, random: _Random, layers: int) -> Tiny:
             f"blk.{i}.ffn_up_exps.bias": random.matrix(EXPERTS, EXPERT_FF),
             f"blk.{i}.ffn_down_exps.bias": random.matrix(EXPERTS, HIDDEN),
         }
-    # The bounds of YaRN are clamped, so that whole pairs or not is the same: see gguf_experts.gpt_oss.
+    # The bounds of YaRN are clamped, so that whole pairs or not is the same: see experts.gpt_oss.
     made.keys |= {"attention.sliding_window": 6, "attention.key_length": HEAD, "attention.value_length": HEAD,
                   "rope.scaling.type": "yarn", "rope.scaling.factor": 8.0,
                   "rope.scaling.original_context_length": 16, "rope.freq_base": 1.5}  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 from click.testing import CliRunner
 from sinkexport import cli as command_line
 from sinkexport.cli import cli
-from sinkexport.loading.safetensors_reader import read_safetensors
+from sinkexport.loading.checkpoints.safetensors_reader import read_safetensors
 from sinkexport.sources import load_model
 from sinkrt.errors import SinkError
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from sinkexport.config import ExportConfig
-from sinkexport.loading.gguf_model import gguf_config, load_gguf
+from sinkexport.loading.gguf_models.model import gguf_config, load_gguf
 from sinkexport.pipeline import export_loaded
 from sinkexport.sources import LoadedModel, locate
 from sinkrt import Session

@@ -13,8 +13,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from sinkexport.loading.gguf_file import open_gguf
-from sinkexport.loading.gguf_model import gguf_config, gguf_token_ids, load_gguf
+from sinkexport.loading.gguf_models.file import open_gguf
+from sinkexport.loading.gguf_models.model import gguf_config, gguf_token_ids, load_gguf
 from sinkexport.sources import locate
 from sinkrt import UsageError
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sinkexport.loading.gguf_file import GgufFile, open_gguf
-from sinkexport.loading.gguf_pre import PRE
-from sinkexport.loading.gguf_tokenizer import GgufTokenizer, byte_signs, gguf_tokenizer
+from sinkexport.loading.gguf_models.file import GgufFile, open_gguf
+from sinkexport.loading.tokenizers.gguf_pre import PRE
+from sinkexport.loading.tokenizers.gguf_tokenizer import GgufTokenizer, byte_signs, gguf_tokenizer
 from sinkrt.errors import UsageError
 
 from tests.fidelity.gguf_metadata import llama_vocab, read_metadata, write_metadata

@@ -12,8 +12,8 @@ import transformers
 from click.testing import CliRunner
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
-from sinkexport.loading.source_tokenizer import SourceTokenizer
-from sinkexport.loading.turn_ends import beginning_id, end_ids, template_end
+from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
+from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids, template_end
 from sinkexport.pipeline import export, export_loaded
 from sinkexport.sources import LoadedModel
 from sinkrt import Session, UsageError

@@ -18,13 +18,13 @@ import torch
 from click.testing import CliRunner
 from sinkexport.cli import cli
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
-from sinkexport.loading.check_weights import check_weights, gguf_tensors
-from sinkexport.loading.file_tensor import FileTensor
-from sinkexport.loading.gguf_file import open_gguf
-from sinkexport.loading.graph_weights import read_graph
-from sinkexport.loading.safetensors_reader import read_safetensors
-from sinkexport.loading.weight_roles import rows_of_halves
-from sinkexport.loading.weight_rounding import Rounding
+from sinkexport.loading.checkpoints.file_tensor import FileTensor
+from sinkexport.loading.checkpoints.safetensors_reader import read_safetensors
+from sinkexport.loading.gguf_models.file import open_gguf
+from sinkexport.loading.weights.check_weights import check_weights, gguf_tensors
+from sinkexport.loading.weights.graph_weights import read_graph
+from sinkexport.loading.weights.weight_roles import rows_of_halves
+from sinkexport.loading.weights.weight_rounding import Rounding
 from sinkexport.pipeline import export, export_loaded
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel, Origin, load_model

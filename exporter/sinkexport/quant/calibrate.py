@@ -26,7 +26,7 @@ import torch
 from sinkrt.errors import UsageError, problem
 
 from sinkexport import files
-from sinkexport.loading.source_tokenizer import SourceTokenizer
+from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.model.interface import intercept_attention
 from sinkexport.model.probe import probe_attention
 from sinkexport.model.rope import AttentionShape

@@ -1,0 +1,1 @@
+"""Models from folders and ids of the Hub: every tensor used, every tensor there."""

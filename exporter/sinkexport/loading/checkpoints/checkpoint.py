@@ -1,0 +1,130 @@
+"""Models from folders (and ids of the Hub)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinkrt.errors import UsageError, problem
+
+from sinkexport.loading.checkpoints.loading_report import (
+    adapter_refused,
+    refuse_gaps,
+    refuse_incomplete,
+    refuse_numbers,
+)
+from sinkexport.loading.checkpoints.remote_code import code_note
+from sinkexport.loading.checkpoints.weight_files import WeightFiles, read_json, read_weight_files
+
+if TYPE_CHECKING:
+    import torch
+
+    from sinkexport.sources import Origin
+
+CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def checkpoint_config(origin: Origin) -> Any:
+    """transformers' configuration of a model folder, without what only says how its author ran the model.
+
+    Raises: UsageError for a broken config.json or generation_config.json, an adapter, or a model that needs code of
+    its own.
+    """
+    import transformers
+
+    if origin.path is not None:
+        _check_facts(origin)
+    config = transformers.AutoConfig.from_pretrained(**origin.location, trust_remote_code=False)
+    _make_neutral(config)
+    return config
+
+
+def checkpoint_notes(origin: Origin) -> list[str]:
+    """What a user should know of a folder before it is loaded, a line each.
+
+    Raises: UsageError as `checkpoint_config`.
+    """
+    if origin.path is None or origin.is_gguf:
+        return []
+    note = code_note(origin.source, read_json(origin.path / CONFIG))
+    return [] if note is None else [note]
+
+
+def load_checkpoint(origin: Origin, config: Any, dtype: torch.dtype) -> Any:
+    """The model of a folder with weights in `dtype`, every tensor of its files in its place.
+
+    Raises: UsageError naming files that are damaged and tensors that are missing, unexpected, of another shape or
+    there twice.
+    """
+    import transformers
+
+    files = None if origin.path is None else _weights(origin.path, config)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        **origin.location, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are reported, by name
+    )  # fmt: skip
+    files = files or _weights(weights_folder(origin), config)
+    refuse_incomplete(model, info, files.tensors)
+    return model
+
+
+def weights_folder(origin: Origin) -> Path:
+    """The folder of a model that has been loaded: its own, or the one that the Hub's cache has of it."""
+    if origin.path is not None:
+        return origin.path
+    from transformers.utils import cached_file
+
+    return Path(cached_file(origin.source, CONFIG)).parent
+
+
+def _weights(folder: Path, config: Any) -> WeightFiles:
+    files = read_weight_files(folder, getattr(config, "transformers_weights", None))
+    refuse_numbers(files.tensors)
+    refuse_gaps(files.tensors)
+    return files
+
+
+def _check_facts(origin: Origin) -> None:
+    """What transformers would pass over in silence or end on with an error of its own."""
+    folder = origin.path
+    if folder is None:
+        return
+    if (folder / ADAPTER).is_file():
+        raise adapter_refused(origin.source)
+    code_note(origin.source, read_json(folder / CONFIG))
+    if not (folder / GENERATION).is_file():
+        return
+    facts = read_json(folder / GENERATION)
+    for name in IDS:
+        value = facts.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(not isinstance(one, int) or isinstance(one, bool) for one in ids):
+            raise UsageError(problem(f"'{GENERATION}'", received=f"{name} {value!r}", expected="ids of tokens",
+                                     fix="correct the file"))  # fmt: skip
+
+
+def _make_neutral(config: Any) -> None:
+    """Undo what changes how a model is run and not what it computes: it was saved with the author's settings.
+
+    attn_implementation may name a package that is not there; tuples in the place of results, or attention weights, are
+    not what an export reads; padding_idx outside the vocabulary stops torch, and no padding is ever embedded.
+    """
+    for part in _with_parts(config):
+        part._attn_implementation = None
+        part.output_attentions = False
+        for name, value in (("return_dict", True), ("output_hidden_states", False), ("use_cache", True),
+                            ("torchscript", False), ("_experts_implementation", None),
+                            ("gradient_checkpointing", False)):  # fmt: skip
+            if hasattr(part, name):
+                setattr(part, name, value)
+        pad, size = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+        if isinstance(pad, int) and isinstance(size, int) and not 0 <= pad < size:
+            part.pad_token_id = None
+
+
+def _with_parts(config: Any) -> list[Any]:
+    """A configuration and those inside it, such as the text model's."""
+    names = getattr(type(config), "sub_configs", {})
+    parts = [part for name in names if (part := getattr(config, name, None)) is not None]
+    return [config, *(inner for part in parts if hasattr(part, "to_dict") for inner in _with_parts(part))]

@@ -1,0 +1,87 @@
+"""Tensors that a weight file may hold without any effect on the next token: a short list, each with its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sinkexport.loading.checkpoints.file_tensor import FileTensor
+
+MASKED_LOGIT = -1e4
+"""What old checkpoints hold as the logit of a masked token is at most this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NoEffect:
+    """names: pattern of names, searched for. fits: whether a tensor of such a name is what its name says.
+
+    family: only where the model's family declares that it does not read it.
+    """
+
+    names: re.Pattern[str]
+    reason: str
+    fits: Callable[[FileTensor], bool] = lambda _: True
+    family: bool = False
+
+
+def _is_causal_mask(tensor: FileTensor) -> bool:
+    """[1, 1, n, n], or less of it, of ones on and below the diagonal."""
+    shape = [n for n in tensor.shape if n != 1]
+    if len(shape) != 2 or shape[0] != shape[1]:
+        return False
+    mask = np.asarray(tensor.array()).reshape(shape).astype(bool)
+    return bool((mask == np.tri(shape[0], dtype=bool)).all())
+
+
+def _is_masked_logit(tensor: FileTensor) -> bool:
+    return int(np.prod(tensor.shape)) == 1 and float(np.asarray(tensor.array()).reshape(())) <= MASKED_LOGIT
+
+
+def _counts_up(tensor: FileTensor) -> bool:
+    values = np.asarray(tensor.array()).reshape(-1)
+    return bool((values == np.arange(len(values))).all())
+
+
+TABLE = (
+    NoEffect(re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.inv_freq$"),
+             "frequencies, computed from the configuration: compared with it"),
+    NoEffect(re.compile(r"(attn|attention|self_attention)\.(bias|causal_mask|mask)$"), "a causal mask",
+             _is_causal_mask),
+    NoEffect(re.compile(r"(attn|attention|self_attention)\.masked_bias$"), "the logit of a masked token",
+             _is_masked_logit),
+    NoEffect(re.compile(r"(^|\.)position_ids$"), "0, 1, 2 ..", _counts_up),
+    NoEffect(re.compile(r"(^|\.)mtp(\.|_|$)"), "drafts of later tokens: decoding one by one needs none", family=True),
+    NoEffect(re.compile(r"(^|\.)layers\.\d+\."), "a layer that drafts later tokens", family=True),
+    NoEffect(re.compile(r"(^|\.)(visual|vision_tower|vision_model|audio_tower|multi_modal_projector)\."),
+             "reads images or sound, not text", family=True),
+)  # fmt: skip
+
+FREQUENCIES = TABLE[0]
+
+
+def why_no_effect(tensor: FileTensor, model: Any) -> str | None:
+    """The reason why a tensor that the model has no place for changes nothing; None: there is none."""
+    declared = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    for entry in TABLE:
+        if not entry.names.search(tensor.name) or not entry.fits(tensor):
+            continue
+        if entry.family and not any(pattern.search(tensor.name) for pattern in declared):
+            continue
+        if entry is FREQUENCIES and not _are_the_models(tensor, model):
+            continue
+        return entry.reason
+    return None
+
+
+def _are_the_models(tensor: FileTensor, model: Any) -> bool:
+    """Whether frequencies are those of the model's rotary embeddings, but for rounding to bfloat16."""
+    stored = np.asarray(tensor.array(), np.float32).reshape(-1)
+    own = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
+    if not own:  # a family that computes them in its code
+        return True
+    return any(len(stored) == buffer.numel() and np.allclose(stored, buffer.float().numpy(), rtol=0.01, atol=1e-9)
+               for buffer in own)  # fmt: skip

@@ -1,0 +1,1 @@
+"""Models from GGUF files: metadata and tensors, by architecture."""

@@ -1,0 +1,1 @@
+"""Tokenizers of folders and GGUF files, to the id."""

@@ -1,0 +1,308 @@
+"""Compare the weights of a written bundle with the file that the model came from, sharing nothing with its loader.
+
+A few rows of every tensor, and a few columns of all its rows, are read straight from the file and looked for in the
+constants of the graphs: where the tensor's own name says, or, if no constant has that name, by their content among
+those of the same layer. Each number must be the file's but for the rounding that the constant's type or step allows.
+In the end every tensor of the file must have been found, and every parameter and every large constant of the graph
+must have come from the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+from sinkrt.errors import UsageError, problem
+
+from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats, Indices
+from sinkexport.loading.weights.graph_weights import GraphMatrix, layer_of
+from sinkexport.loading.weights.weight_places import (
+    Place,
+    find_pieces,
+    half_of,
+    is_of_one_expert,
+    orientations,
+    subplaces,
+)
+from sinkexport.loading.weights.weight_roles import roles_agree
+from sinkexport.loading.weights.weight_rounding import (
+    AS_IT_IS,
+    FOLDED_BY_CODE,
+    UNDONE_FOR_CODE,
+    Rounding,
+    Transform,
+)
+
+SAMPLED_ROWS = 8
+FOLDED = 1 << 20
+"""Numbers of a tensor that may have been computed with as the graph was built."""
+
+MAX_HEADS = 512
+"""Numbers that a tensor with one for each head may have."""
+
+SMALL = 32
+"""Constants of fewer numbers need not be of the file: slopes, indices, scalars."""
+
+class WeightCheck:
+    """One comparison. tensors: of the file. parameters: shape of each of the model's parameters, by all its names;
+    tied: the names of each parameter, those that share it together."""
+
+    def __init__(
+        self, tensors: Mapping[str, FileTensor], parameters: Mapping[str, tuple[int, ...]],
+        tied: Sequence[frozenset[str]], rounding: Rounding, prefix: str, *, is_gguf: bool = False,
+    ) -> None:  # fmt: skip
+        self._tensors = tensors
+        self.parameters = parameters
+        self._tied = {name: names for names in tied for name in names}
+        self._rounding = rounding
+        self._prefix = prefix
+        self._is_gguf = is_gguf
+        self._of_folded = AS_IT_IS if is_gguf else FOLDED_BY_CODE
+        self._of_named = UNDONE_FOR_CODE if is_gguf else AS_IT_IS
+        self.accounted: set[str] = set()
+        """Names of parameters that came from the file."""
+        self.folded: set[str] = set()
+        """Tensors that were found in constants without a parameter's name."""
+
+    def compare(self, matrices: Sequence[GraphMatrix]) -> list[FileTensor]:
+        """Find every tensor in the constants of a graph. Returns: those that are not there.
+
+        Raises: UsageError naming a tensor whose own constant holds other numbers.
+        """
+        named, by_layer = self._places(matrices)
+        anonymous = [matrix for matrix in matrices if not matrix.parts]
+        left = []
+        for tensor in self._tensors.values():
+            places = next((named[name] for name in self._names(tensor.name) if name in named), ())
+            for place in places:  # several if one of them is smoothed
+                if not self._claim_named(tensor, place):
+                    raise differs(tensor, f"'{place.parameter}' in the graph holds other numbers")
+            if places:
+                continue
+            if not (self._claim_folded(tensor, anonymous) or self._claim_found(tensor, by_layer, anonymous)
+                    or self._claim_by_head(tensor, anonymous)):  # fmt: skip
+                left.append(tensor)
+        return left
+
+    def _names(self, name: str) -> list[str]:
+        """What the model may call a tensor of this name: itself, with or without the base model's prefix, or a
+        parameter that shares it."""
+        spelled = [name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")]
+        return [*spelled, *(other for one in spelled for other in self._tied.get(one, ()))]
+
+    def _places(
+        self, matrices: Sequence[GraphMatrix]
+    ) -> tuple[dict[str, list[Place]], dict[int | None, list[Place]]]:
+        """Every parameter that the graph has under its own name, and the same by layer."""
+        named: dict[str, list[Place]] = {}
+        by_layer: dict[int | None, list[Place]] = {}
+        for matrix in matrices:
+            start = 0
+            for part in matrix.parts:
+                shape = self.parameters.get(part)
+                count = matrix.shape[0] if len(matrix.parts) == 1 or shape is None else shape[0]
+                place = Place(matrix, start, count, part)
+                named.setdefault(part, []).append(place)
+                by_layer.setdefault(layer_of(part), []).append(place)
+                start += count
+        return named, by_layer
+
+    # --- by name ---
+
+    def _claim_named(self, tensor: FileTensor, place: Place) -> bool:
+        for candidate in orientations(place):
+            for columns, rows in self._factors(candidate, tensor):
+                if self._fits(tensor, candidate, columns, rows):
+                    self._claim(tensor, candidate)
+                    return True
+        return False
+
+    def _fits(
+        self, tensor: FileTensor, place: Place, by_column: Floats | None = None, by_row: Floats | None = None,
+        order: Indices | None = None,
+    ) -> bool:  # fmt: skip
+        """A few whole rows, and a few columns of all rows. order: rows of the tensor that stand in the place."""
+        count, width = place.count, tensor.matrix_shape[1]
+        if order is None:
+            order = np.arange(count, dtype=np.int64)
+        if len(order) != count or not width <= place.matrix.shape[1] < width + place.matrix.slack + 1:
+            return False
+        some = np.unique(np.linspace(0, count - 1, SAMPLED_ROWS).astype(np.int64))
+        every = np.arange(width, dtype=np.int64)
+        few = tensor.sampled_columns()
+        for rows, columns, file in ((some, every, lambda: tensor.rows(order[some])),
+                                    (np.arange(count), few, lambda: tensor.columns(few)[order])):  # fmt: skip
+            graph, steps = place.matrix.read(place.rows(rows), columns)
+            wanted = file()
+            if by_column is not None:
+                wanted = wanted * by_column[columns]
+            if by_row is not None:
+                wanted = wanted * by_row[rows][:, None]
+            if not self._rounding.fits(wanted, graph, steps):
+                return False
+        return True
+
+    def _factors(self, place: Place, tensor: FileTensor) -> Iterable[tuple[Floats | None, Floats | None]]:
+        """By what smoothing may have multiplied the columns and the rows of a parameter."""
+        own = self._rounding.divisors.get(place.parameter.removesuffix(".weight"))
+        columns = [None] if own is None or tensor.matrix_shape[1] == 1 else [None, own]
+        yield from ((column, row) for row in self._factors_of_rows(layer_of(place.parameter), place.count)
+                    for column in columns)  # fmt: skip
+
+    def _factors_of_rows(self, layer: int | None, count: int) -> Iterable[Floats | None]:
+        """What smoothing may have divided the results of a norm or of a product by, None for nothing."""
+        yield None
+        for name, found in self._rounding.divisors.items():
+            if layer is not None and layer_of(name) != layer:
+                continue
+            if len(found) == count:
+                yield np.asarray(1.0 / found, np.float32)
+            groups, odd = divmod(len(found), count)
+            if groups > 1 and not odd and not len(found) % self._rounding.num_kv_heads:
+                # Values whose heads are shared by groups of queries.
+                heads = found.reshape(self._rounding.num_kv_heads, groups, -1)
+                yield np.asarray(1.0 / heads[:, 0], np.float32).reshape(-1)
+
+    # --- by content ---
+
+    def _fits_vector(self, tensor: FileTensor, place: Place) -> bool:
+        """Whether a parameter holds what the family's code makes the tensor's numbers of."""
+        if tensor.matrix_shape[1] != 1 or place.matrix.shape[1] != 1:
+            return False
+        graph, _steps = place.matrix.read(place.rows(), np.zeros(1, np.int64))
+        return self._fits_transformed(tensor, graph, self._of_named)
+
+    def _fits_transformed(self, tensor: FileTensor, graph: Floats, transforms: Sequence[Transform]) -> bool:
+        """Whether numbers [n, 1] of the graph are something that a family's code computes of the tensor."""
+        file = np.asarray(tensor.rows(np.arange(tensor.matrix_shape[0])), np.float32).reshape(-1, 1)
+        none = np.zeros_like(graph)
+        with np.errstate(all="ignore"):
+            made = [np.asarray(transform(file), np.float32) for transform in transforms]
+        return any(self._rounding.fits(one if row is None else one * row[:, None], graph, none)
+                   for row in self._factors_of_rows(layer_of(tensor.name), len(file)) for one in made)  # fmt: skip
+
+    def _claim_folded(self, tensor: FileTensor, anonymous: Sequence[GraphMatrix]) -> bool:
+        """Look in constants that were computed of weights, and have no names."""
+        layer = layer_of(tensor.name)
+        for free in (True, False):  # two tensors may hold the same numbers
+            for matrix in anonymous:
+                if matrix.claimed.all() == free or not matrix.may_be_of(layer) or matrix.raw is None:
+                    continue
+                values = np.asarray(matrix.raw(), np.float32).reshape(-1, 1)
+                if values.size == tensor.size <= FOLDED and self._fits_transformed(tensor, values, self._of_folded):
+                    matrix.claimed[:] = True
+                    self.folded.add(tensor.name)
+                    self._note(tensor.name)
+                    return True
+        return False
+
+    def _claim_found(
+        self, tensor: FileTensor, by_layer: Mapping[int | None, list[Place]], anonymous: Sequence[GraphMatrix]
+    ) -> bool:
+        """Look in all constants of the tensor's layer, whatever their names: whole, then in pieces."""
+        places = [place for place in by_layer.get(layer_of(tensor.name), []) if tensor.size]
+        if len(tensor.shape) == 1:
+            places += [one for place in places if (one := place.flattened()) is not None]
+        for place in subplaces(places, tensor):
+            if not self._may_be(tensor, place):
+                continue
+            if self._fits(tensor, place) or self._fits_vector(tensor, place):
+                self._claim(tensor, place)
+                return True
+        if tensor.name.endswith("bias") and len(tensor.shape) == 2:  # of experts: a part of each row of another
+            layer = layer_of(tensor.name)
+            places += [Place(m, 0, m.shape[0]) for m in anonymous if m.may_be_of(layer)]
+            flat = [one for place in places if (one := place.flattened()) is not None]
+            return self._claim_pieces(tensor.flattened(), flat)
+        return self._claim_pieces(tensor, [p for place in places for p in orientations(place)])
+
+    def _claim_by_head(self, tensor: FileTensor, anonymous: Sequence[GraphMatrix]) -> bool:
+        """A number for each head, where heads have windows of their own: the graph has those of each window apart."""
+        if len(tensor.shape) != 1 or tensor.size > MAX_HEADS:
+            return False
+        file = tensor.rows(np.arange(tensor.size)).reshape(-1)
+        seen = np.zeros(tensor.size, bool)
+        taken = []
+        for matrix in anonymous:
+            if matrix.raw is None or not matrix.may_be_of(layer_of(tensor.name)) or matrix.shape[0] >= tensor.size:
+                continue
+            values = np.asarray(matrix.raw(), np.float32).reshape(-1, 1)  # [n, 1]
+            same = self._rounding.close(file[None], values, np.zeros_like(values))  # [n, heads]
+            if same.any(axis=1).all():
+                seen |= same.any(axis=0)
+                taken.append(matrix)
+        if not seen.all():
+            return False
+        for matrix in taken:
+            matrix.claimed[:] = True
+        self.folded.add(tensor.name)
+        self._note(tensor.name)
+        return True
+
+    def _claim_pieces(self, tensor: FileTensor, candidates: Sequence[Place]) -> bool:
+        """In pieces a tensor may be whole parameters one after the other, or lie in a part of one; no other order of
+        rows is taken for its own, but that of queries, keys and values together, which GGUF files have in another."""
+        if is_of_one_expert(tensor):
+            return False
+        pieces = find_pieces(tensor, candidates, self._rounding)
+        is_free = self._is_gguf and "qkv" in tensor.name
+        if len(pieces) > 1 and not is_free and not all(piece.is_whole(candidates) for piece in pieces):
+            return False
+        start = 0
+        for piece in pieces:
+            order = np.arange(start, start + piece.count, dtype=np.int64)
+            if not self._may_be(tensor, piece) or not self._fits(tensor, piece, order=order):
+                return False
+            start += piece.count
+        for piece in pieces:
+            self._claim(tensor, piece)
+        return bool(pieces)
+
+    def _may_be(self, tensor: FileTensor, place: Place) -> bool:
+        """Whether the names agree: the tensor's and any that the parameter has."""
+        names = self._tied.get(place.parameter, (place.parameter,))
+        half = place.half if place.half is not None else half_of(place, self.parameters.get(place.parameter, ()))
+        return any(roles_agree(tensor.name, name, half) for name in names)
+
+    # --- accounts ---
+
+    def _claim(self, tensor: FileTensor, place: Place) -> None:
+        place.matrix.claimed[place.rows()] = True
+        if place.parameter:
+            self._note(place.parameter)
+        else:
+            self.folded.add(tensor.name)
+
+    def _note(self, name: str) -> None:
+        self.accounted.update(self._names(name))
+
+
+def differs(tensor: FileTensor, why: str) -> UsageError:
+    """What the export made is not what the file holds."""
+    return UsageError(problem(f"weights '{tensor.name}' of {tensor.file}", received=why,
+                              expected="the numbers of the file", fix="this model cannot be exported exactly; "
+                              "please report it"))  # fmt: skip
+
+
+def unclaimed(matrices: Iterable[GraphMatrix], parameters: Collection[str], num_heads: int) -> list[str]:
+    """Constants that hold more than a few numbers which are not of the file, nor of a plain computation.
+
+    parameters: of the model. num_heads: of queries, each of which may have a number: a slope, a factor of tuned
+    attention.
+    """
+    return [matrix.name for matrix in matrices
+            if not matrix.is_claimed
+            and (any(part in parameters for part in matrix.parts)
+                 or not _is_computed(matrix, max(SMALL, num_heads)))]  # fmt: skip
+
+
+OWN = ("frequency_", "alibi_slopes", "sink_scale_", "calibrated_", "affine.")
+"""Constants that the traced step has beside the model: from the probe, or from files of their own."""
+
+
+def _is_computed(matrix: GraphMatrix, small: int) -> bool:
+    """Masks, fills and the step's own constants."""
+    if matrix.name.startswith(OWN) or matrix.raw is None:
+        return matrix.name.startswith(OWN)
+    values = np.asarray(matrix.raw())
+    return values.size <= small or len(np.unique(values[np.isfinite(values)])) <= 2
