@@ -134,7 +134,7 @@ def test_positions_and_windows(
             "learns a vector",
         ),
         (lambda f: (f / "config.json").write_text('{"model_type": "unknown"}'), "config", "unknown"),
-        (lambda f: (f / "config.json").write_text("{"), "config", "model: received"),
+        (lambda f: (f / "config.json").write_text("{"), "config", "config.json"),
         (lambda f: edit(f / "config.json", hidden_size="wide"), "config", "hidden_size"),
         (lambda f: edit(f / "config.json", eos_token_id="</s>"), "config", "eos_token_id"),
     ],
