@@ -59,6 +59,9 @@ MIN_CORRELATION = 0.6
 int8-dynamic, 0.87 by int4-nearest; 0.82 to 0.99 in tiny random models with INT4 weights, single positions of
 a mixture down to 0.06. Unrelated logits have 0."""
 
+MIN_HALF_CORRELATION = 0.95
+"""The same of float16 from random caches. Measured: 0.995 for SmolLM2-135M, single logits off by 0.8 of their spread."""
+
 
 class UncheckedWarning(UserWarning):
     """A bundle was written that nothing was compared with."""
@@ -250,7 +253,7 @@ class _Check:
             found = f"logits that differ by {errors[worst]:.1e} of their spread at position {start + worst}, fed {how}"
             expected = f"at most {limit:.1e}, which rounding explains"
         else:
-            found_each, limit = correlations(got, wanted), MIN_CORRELATION
+            found_each, limit = correlations(got, wanted), MIN_HALF_CORRELATION if loosely else MIN_CORRELATION
             if stepped is not None:
                 found_each = np.maximum(found_each, correlations(got, stepped.astype(np.float64)))
             found_mean = float(found_each.mean())
