@@ -60,7 +60,8 @@ int8-dynamic, 0.87 by int4-nearest; 0.82 to 0.99 in tiny random models with INT4
 a mixture down to 0.06. Unrelated logits have 0."""
 
 MIN_HALF_CORRELATION = 0.95
-"""The same of float16 from random caches. Measured: 0.995 for SmolLM2-135M, single logits off by 0.8 of their spread."""
+"""The same of float16 from random caches. Measured: 0.995 for SmolLM2-135M, single logits off by 0.8 of
+their spread."""
 
 
 class UncheckedWarning(UserWarning):
