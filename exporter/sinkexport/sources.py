@@ -79,7 +79,7 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
     origin = locate(source)
     for note in checkpoint_notes(origin):
         LOGGER.warning(note)
-    with _quiet_transformers(), _readable_errors(source):
+    with quiet_transformers(), _readable_errors(source):
         config = _config(origin)
         refuse_architecture(config)
         load = load_gguf if origin.is_gguf else load_checkpoint
@@ -102,7 +102,7 @@ def load_tokenizer(source: str) -> SourceTokenizer | None:
     from sinkexport.loading.tokenizer import source_tokenizer
 
     origin = locate(source)
-    with _quiet_transformers(), _readable_errors(source, "tokenizer"):
+    with quiet_transformers(), _readable_errors(source, "tokenizer"):
         return source_tokenizer(origin)
 
 
@@ -114,7 +114,7 @@ def load_config(source: str, *, refuse: bool = True) -> Any:
     Raises: UsageError as `load_model`.
     """
     origin = locate(source)
-    with _quiet_transformers(), _readable_errors(source):
+    with quiet_transformers(), _readable_errors(source):
         config = _config(origin)
     if refuse:
         refuse_architecture(config)
@@ -131,7 +131,7 @@ def load_generation_config(source: str) -> Any | None:
     from sinkexport.loading.tokenizer_files import TokenizerFiles
 
     origin = locate(source)
-    with _quiet_transformers(), _readable_errors(source):
+    with quiet_transformers(), _readable_errors(source):
         if origin.is_gguf or TokenizerFiles(origin).path(GENERATION_FILE) is None:
             return None
         return transformers.GenerationConfig.from_pretrained(origin.location["pretrained_model_name_or_path"])
@@ -226,7 +226,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars or advice of other libraries on the terminal while ours is shown."""
     import transformers
 

@@ -230,6 +230,14 @@ def test_an_index_of_the_single_file_is_healthy(folder: Path) -> None:
     load_model(str(folder))
 
 
+@pytest.mark.parametrize("metadata", [{}, {"metadata": None}])
+def test_an_index_without_metadata_is_named(folder: Path, metadata: Arrays) -> None:
+    """transformers ends on a KeyError or a TypeError."""
+    placed = split(folder)
+    (folder / INDEX).write_text(json.dumps({**metadata, "weight_map": placed}))
+    assert f"'{INDEX}': received no table 'metadata'" in refusal(folder)
+
+
 def test_a_missing_shard_is_named(folder: Path) -> None:
     split(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()

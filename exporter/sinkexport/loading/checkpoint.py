@@ -64,6 +64,26 @@ def load_checkpoint(origin: Origin, config: Any, dtype: torch.dtype) -> Any:
     return model
 
 
+def check_checkpoint(origin: Origin, config: Any) -> None:
+    """Refuse what `load_checkpoint` would, from the headers of the files alone: a model without memory is filled.
+
+    Raises: UsageError as `load_checkpoint`.
+    """
+    import torch
+    import transformers
+
+    if origin.path is None:
+        return
+    files = _weights(origin.path, config)
+    outlines = {name: torch.empty(tensor.shape, device="meta") for name, tensor in files.tensors.items()}
+    family = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, info = family.from_pretrained(
+        None, config=config, state_dict=outlines, device_map="meta", output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    refuse_incomplete(model, info, files.tensors)
+
+
 def weights_folder(origin: Origin) -> Path:
     """The folder of a model that has been loaded: its own, or the one that the Hub's cache has of it."""
     if origin.path is not None:
