@@ -219,6 +219,14 @@ def test_tokenizer_out_writes_what_a_bundle_holds(tmp_path: Path) -> None:
     assert len(tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).encode("word " * 50).ids) > 8
 
 
+def test_tokenizer_out_refuses_a_template_that_a_bundle_would_not_take(tmp_path: Path) -> None:
+    folder = folder_of("llama", tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for")
+    result = CliRunner().invoke(cli, ["inspect", str(folder), "--tokenizer-out", str(tmp_path / "out")])
+    assert "the source's own, which fails" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_tokenizer_out_refuses(tmp_path: Path) -> None:
     folder = folder_of("llama", tmp_path / "model")
     out = tmp_path / "out"
@@ -238,6 +246,12 @@ def test_tokenizer_out_refuses(tmp_path: Path) -> None:
         (folder / name).unlink()
     assert "without a tokenizer" in refused(str(folder), "--tokenizer-out", str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["inspect", str(tmp_path / "none")])
+    assert isinstance(result.exception, UsageError)
+    assert "which is not there" in str(result.exception)
 
 
 def test_an_id_of_the_hub(tmp_path: Path) -> None:
