@@ -245,6 +245,7 @@ class _Check:
             is_right = bool((errors <= limit).all())
             found = f"logits that differ by {errors[worst]:.1e} of their spread at position {start + worst}, fed {how}"
             expected = f"at most {limit:.1e}, which rounding explains"
+            fix = "this model cannot be exported exactly"
         else:
             found_each, limit = correlations(got, wanted), MIN_CORRELATION
             if stepped is not None:
@@ -253,9 +254,10 @@ class _Check:
             is_right = found_mean >= limit
             found = f"logits whose correlation with the model's is {found_mean:.2f}, fed {how}"
             expected = f"at least {limit}, whatever the recipe '{quantization.recipe}' rounds"
+            fix = "choose a finer recipe; without a recipe this model is exported as it is, or refused"
         if not is_right:
             raise UsageError(problem("the exported graph differs from the model", received=found, expected=expected,
-                                     fix="this model cannot be exported exactly"))  # fmt: skip
+                                     fix=fix))  # fmt: skip
 
 
 def correlations(got: Logits, wanted: Logits) -> Logits:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from sinkexport.loading.source_tokenizer import SourceTokenizer
 
 
-GENERATION_FILE = "generation_config.json"
-
 LOGGER = logging.getLogger("sinkexport")
 REASON_CHARACTERS = 300
 """Of what a library says of a model that it cannot load."""
@@ -122,19 +120,15 @@ def load_config(source: str, *, refuse: bool = True) -> Any:
 
 
 def load_generation_config(source: str) -> Any | None:
-    """generation_config.json of `source`, as transformers reads it; None if there is none.
+    """The ids in generation_config.json of `source`; None if there is no such file.
 
     Raises: UsageError if it is broken.
     """
-    import transformers
-
-    from sinkexport.loading.tokenizer_files import TokenizerFiles
+    from sinkexport.loading.checkpoint import generation_ids
 
     origin = locate(source)
     with quiet_transformers(), _readable_errors(source):
-        if origin.is_gguf or TokenizerFiles(origin).path(GENERATION_FILE) is None:
-            return None
-        return transformers.GenerationConfig.from_pretrained(origin.location["pretrained_model_name_or_path"])
+        return None if origin.is_gguf else generation_ids(origin)
 
 
 def _config(origin: Origin) -> Any:

@@ -238,6 +238,16 @@ def test_an_index_without_metadata_is_named(folder: Path, metadata: Arrays) -> N
     assert f"'{INDEX}': received no table 'metadata'" in refusal(folder)
 
 
+@pytest.mark.parametrize("settings", [
+    {"num_return_sequences": 4, "do_sample": False}, {"compile_config": {}}, {"cache_implementation": "of old"},
+    {"early_stopping": "perhaps"}, {"max_new_tokens": -5},
+])  # fmt: skip
+def test_settings_for_sampling_are_no_obstacle(folder: Path, settings: Arrays) -> None:
+    """transformers ends on them; an export reads the ids alone."""
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5], **settings}))
+    assert load_model(str(folder)).model.generation_config.eos_token_id == [3, 5]
+
+
 def test_a_missing_shard_is_named(folder: Path) -> None:
     split(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()

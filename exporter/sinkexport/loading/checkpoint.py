@@ -9,6 +9,7 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.loading.loading_report import adapter_refused, refuse_gaps, refuse_incomplete, refuse_numbers
 from sinkexport.loading.remote_code import code_note
+from sinkexport.loading.tokenizer_files import TokenizerFiles
 from sinkexport.loading.weight_files import WeightFiles, read_json, read_weight_files
 
 if TYPE_CHECKING:
@@ -58,10 +59,26 @@ def load_checkpoint(origin: Origin, config: Any, dtype: torch.dtype) -> Any:
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         **origin.location, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported, by name
+        generation_config=generation_ids(origin),
     )  # fmt: skip
     files = files or _weights(weights_folder(origin), config)
     refuse_incomplete(model, info, files.tensors)
     return model
+
+
+def generation_ids(origin: Origin) -> Any | None:
+    """The ids of generation_config.json, and nothing else of it: transformers refuses models whose author's settings
+    for sampling it no longer takes. None if there is no such file.
+
+    Raises: UsageError if it is no JSON object.
+    """
+    import transformers
+
+    path = TokenizerFiles(origin).path(GENERATION)
+    if path is None:
+        return None
+    facts = read_json(path)
+    return transformers.GenerationConfig(**{name: facts[name] for name in IDS if facts.get(name) is not None})
 
 
 def check_checkpoint(origin: Origin, config: Any) -> None:
