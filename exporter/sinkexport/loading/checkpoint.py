@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from sinkexport.sources import Origin
 
+LOGGER = logging.getLogger("sinkexport")
 CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -63,7 +65,19 @@ def load_checkpoint(origin: Origin, config: Any, dtype: torch.dtype) -> Any:
     )  # fmt: skip
     files = files or _weights(weights_folder(origin), config)
     refuse_incomplete(model, info, files.tensors)
+    _say_if_untied(model, config)
     return model
+
+
+def _say_if_untied(model: Any, config: Any) -> None:
+    """Where a file has an output projection of its own that differs from the embedding, transformers takes it whatever
+    config.json says; other programs take the embedding.
+    """
+    head = model.get_output_embeddings()
+    is_tied = head is None or head.weight is model.get_input_embeddings().weight
+    if getattr(config.get_text_config(), "tie_word_embeddings", False) and not is_tied:
+        LOGGER.warning("config.json says tie_word_embeddings, and the weights have an output projection that differs "
+                       "from the embedding: it is used as it is")  # fmt: skip
 
 
 def generation_ids(origin: Origin) -> Any | None:
