@@ -57,12 +57,14 @@ def load_checkpoint(origin: Origin, config: Any, dtype: torch.dtype) -> Any:
     """
     import transformers
 
-    files = None if origin.path is None else _weights(origin.path, config)
+    files, ids = None if origin.path is None else _weights(origin.path, config), generation_ids(origin)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         **origin.location, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported, by name
-        generation_config=generation_ids(origin),
+        generation_config=ids,
     )  # fmt: skip
+    if ids is not None:
+        model.generation_config = ids
     files = files or _weights(weights_folder(origin), config)
     refuse_incomplete(model, info, files.tensors)
     _say_if_untied(model, config)
@@ -92,7 +94,9 @@ def generation_ids(origin: Origin) -> Any | None:
     if path is None:
         return None
     facts = read_json(path)
-    return transformers.GenerationConfig(**{name: facts[name] for name in IDS if facts.get(name) is not None})
+    found = transformers.GenerationConfig(**{name: facts[name] for name in IDS if facts.get(name) is not None})
+    found._from_model_config = facts.get("_from_model_config") is True  # ids that nobody stated
+    return found
 
 
 def check_checkpoint(origin: Origin, config: Any) -> None:
