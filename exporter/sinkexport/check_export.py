@@ -253,6 +253,7 @@ class _Check:
             is_right = bool((errors <= limit).all())
             found = f"logits that differ by {errors[worst]:.1e} of their spread at position {start + worst}, fed {how}"
             expected = f"at most {limit:.1e}, which rounding explains"
+            fix = "this model cannot be exported exactly"
         else:
             found_each, limit = correlations(got, wanted), MIN_HALF_CORRELATION if loosely else MIN_CORRELATION
             if stepped is not None:
@@ -262,9 +263,11 @@ class _Check:
             found = f"logits whose correlation with the model's is {found_mean:.2f}, fed {how}"
             rounds = "float16" if quantization is None else f"the recipe '{quantization.recipe}'"
             expected = f"at least {limit}, whatever {rounds} rounds"
+            fix = "use --dtype fp32" if quantization is None else (
+                "choose a finer recipe; without a recipe this model is exported as it is, or refused")  # fmt: skip
         if not is_right:
             raise UsageError(problem("the exported graph differs from the model", received=found, expected=expected,
-                                     fix="this model cannot be exported exactly"))  # fmt: skip
+                                     fix=fix))  # fmt: skip
 
 
 def correlations(got: Logits, wanted: Logits) -> Logits:

@@ -6,21 +6,25 @@ import collections
 import contextlib
 import dataclasses
 import json
-import struct
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from sinkrt.errors import SinkError, UsageError, problem
 
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer, one_line
-from sinkexport.sources import Origin, load_config, load_generation_config, load_tokenizer, locate, refuse_architecture
+from sinkexport.sources import (
+    Origin,
+    load_config,
+    load_generation_config,
+    load_tokenizer,
+    locate,
+    quiet_transformers,
+    refuse_architecture,
+)
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "token_embd.weight")
 """How names of embedding tables end."""
-INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100 * 2**20
-"""Of a safetensors file, as the library has it."""
 Facts = dict[str, Any]
 
 
@@ -78,6 +82,8 @@ def inspect_model(source: str) -> ModelReport:
     if config is not None:
         read("config", refuse_architecture, config)
     tensors = read("tensors", model_tensors, origin)
+    if tensors is not None and config is not None and not refused:
+        read("tensors", check_tensors, origin, config)
     loaded = read("tokenizer", load_tokenizer, source)
     rows = _embedding_rows(tensors or (), config)
     if config is None and tensors is None and loaded is None:  # nothing at all: the first reason is what matters
@@ -219,50 +225,29 @@ def model_tensors(origin: Origin) -> tuple[Tensor, ...] | None:
                    int(tensor.n_bytes))
             for name, tensor in open_gguf(origin.path).tensors.items()
         )  # fmt: skip
-    files = _safetensors_files(origin.path)
-    if not files:
-        if sorted(origin.path.glob("*.bin")):
-            return None  # pickles, which would have to be loaded
-        raise UsageError(problem("model", received=f"'{origin.path}' without weights", expected="safetensors files",
-                                 fix="download the whole model"))  # fmt: skip
-    return tuple(tensor for file in files for tensor in _header(file))
+    from sinkexport.loading.checkpoints.weight_files import read_weight_files
+
+    tensors = read_weight_files(origin.path).tensors.values()
+    return tuple(Tensor(one.name, one.dtype, one.shape, one.size * _itemsize(one.dtype)) for one in tensors)
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(problem(INDEX_FILE, received=type(error).__name__, expected="JSON with a weight_map",
-                                 fix="download the file again")) from error  # fmt: skip
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise UsageError(problem("model", received=f"'{folder}' without {', '.join(missing[:3])}",
-                                 expected=f"all files of {INDEX_FILE}", fix="download the missing files"))  # fmt: skip
-    return files
+def check_tensors(origin: Origin, config: Any) -> None:
+    """Refuse tensors that are missing, unexpected or of another shape, as an export does, without reading them.
+
+    Raises: UsageError.
+    """
+    from sinkexport.loading.checkpoints.checkpoint import check_checkpoint
+    from sinkexport.loading.gguf_models.model import check_gguf
+
+    with quiet_transformers():
+        (check_gguf if origin.is_gguf else check_checkpoint)(origin, config)
 
 
-def _header(file: Path) -> Iterator[Tensor]:
-    """The tensors of a safetensors file. Source: the format's own page, huggingface.co/docs/safetensors."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(size - 8, MAX_HEADER_BYTES):
-                raise ValueError("a header longer than the file")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            if not 0 <= begin <= end <= size - 8 - length:
-                raise ValueError(f"'{name}' outside the file")
-            yield Tensor(name, str(entry["dtype"]), tuple(entry["shape"]), end - begin)
-    except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(problem("model", received=f"'{file}' ({error})", expected="a whole safetensors file",
-                                 fix="download the file again")) from error  # fmt: skip
+def _itemsize(dtype: str) -> int:
+    """Bytes of an element of safetensors' or torch's type."""
+    from sinkexport.loading.checkpoints.safetensors_reader import ELEMENTS
+
+    return int(np.dtype(ELEMENTS.get(dtype, dtype)).itemsize)
 
 
 def _readable_config(source: str) -> Any:

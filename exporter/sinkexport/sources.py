@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 
 
-GENERATION_FILE = "generation_config.json"
-
 LOGGER = logging.getLogger("sinkexport")
 REASON_CHARACTERS = 300
 """Of what a library says of a model that it cannot load."""
@@ -79,7 +77,7 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
     origin = locate(source)
     for note in checkpoint_notes(origin):
         LOGGER.warning(note)
-    with _quiet_transformers(), _readable_errors(source):
+    with quiet_transformers(), _readable_errors(source):
         config = _config(origin)
         refuse_architecture(config)
         load = load_gguf if origin.is_gguf else load_checkpoint
@@ -102,7 +100,7 @@ def load_tokenizer(source: str) -> SourceTokenizer | None:
     from sinkexport.loading.tokenizers.tokenizer import source_tokenizer
 
     origin = locate(source)
-    with _quiet_transformers(), _readable_errors(source, "tokenizer"):
+    with quiet_transformers(), _readable_errors(source, "tokenizer"):
         return source_tokenizer(origin)
 
 
@@ -114,7 +112,7 @@ def load_config(source: str, *, refuse: bool = True) -> Any:
     Raises: UsageError as `load_model`.
     """
     origin = locate(source)
-    with _quiet_transformers(), _readable_errors(source):
+    with quiet_transformers(), _readable_errors(source):
         config = _config(origin)
     if refuse:
         refuse_architecture(config)
@@ -122,19 +120,15 @@ def load_config(source: str, *, refuse: bool = True) -> Any:
 
 
 def load_generation_config(source: str) -> Any | None:
-    """generation_config.json of `source`, as transformers reads it; None if there is none.
+    """The ids in generation_config.json of `source`; None if there is no such file.
 
     Raises: UsageError if it is broken.
     """
-    import transformers
-
-    from sinkexport.loading.tokenizers.tokenizer_files import TokenizerFiles
+    from sinkexport.loading.checkpoints.checkpoint import generation_ids
 
     origin = locate(source)
-    with _quiet_transformers(), _readable_errors(source):
-        if origin.is_gguf or TokenizerFiles(origin).path(GENERATION_FILE) is None:
-            return None
-        return transformers.GenerationConfig.from_pretrained(origin.location["pretrained_model_name_or_path"])
+    with quiet_transformers(), _readable_errors(source):
+        return None if origin.is_gguf else generation_ids(origin)
 
 
 def _config(origin: Origin) -> Any:
@@ -226,7 +220,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars or advice of other libraries on the terminal while ours is shown."""
     import transformers
 

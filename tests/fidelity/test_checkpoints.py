@@ -230,6 +230,37 @@ def test_an_index_of_the_single_file_is_healthy(folder: Path) -> None:
     load_model(str(folder))
 
 
+@pytest.mark.parametrize("metadata", [{}, {"metadata": None}])
+def test_an_index_without_metadata_is_named(folder: Path, metadata: Arrays) -> None:
+    """transformers ends on a KeyError or a TypeError."""
+    placed = split(folder)
+    (folder / INDEX).write_text(json.dumps({**metadata, "weight_map": placed}))
+    assert f"'{INDEX}': received no table 'metadata'" in refusal(folder)
+
+
+@pytest.mark.parametrize("settings", [
+    {"num_return_sequences": 4, "do_sample": False}, {"compile_config": {}}, {"cache_implementation": "of old"},
+    {"early_stopping": "perhaps"}, {"max_new_tokens": -5},
+])  # fmt: skip
+def test_settings_for_sampling_are_no_obstacle(folder: Path, settings: Arrays) -> None:
+    """transformers ends on them; an export reads the ids alone."""
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5], **settings}))
+    assert load_model(str(folder)).model.generation_config.eos_token_id == [3, 5]
+
+
+def test_a_tied_head_that_differs_is_used_and_said(
+    healthy: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(healthy("llama-tied"), tmp_path / "model"))
+    table = safetensors.numpy.load_file(folder / WEIGHTS)["model.embed_tokens.weight"]
+    for number in (0.0, 1.0):
+        change(folder, lambda arrays, number=number: arrays.update({"lm_head.weight": table + np.float32(number)}))
+        caplog.clear()
+        model = load_model(str(folder)).model
+        assert np.array_equal(model.lm_head.weight.detach().numpy(), table + np.float32(number))
+        assert ("tie_word_embeddings" in caplog.text) == bool(number)
+
+
 def test_a_missing_shard_is_named(folder: Path) -> None:
     split(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()

@@ -196,6 +196,22 @@ def test_chat_templates_by_name(tmp_path: Path) -> None:
     file = loaded(write_folder(tmp_path / "c", byte_level(), {"chat_template": "C"}, chat_template__jinja="J"))
     assert file.chat_template == "J"
     assert file.files["chat_template.jinja"] == b"J"
+    table = loaded(write_folder(tmp_path / "d", byte_level(), {"chat_template": {"default": "D", "rag": "R"}}))
+    assert table.chat_template == "D"
+
+
+@pytest.mark.parametrize(("config", "files", "remark"), [
+    ({"chat_template": " "}, {}, "the chat template of tokenizer_config.json is empty: no chat"),
+    ({"chat_template": []}, {}, "the chat template of tokenizer_config.json is empty: no chat"),
+    ({"chat_template": "C"}, {"chat_template__jinja": "\n"},
+     "the chat template of chat_template.jinja is empty: no chat"),
+    ({}, {"chat_template__json": {"chat_template": "C"}}, "chat_template.json is a processor's: it is not read"),
+])  # fmt: skip
+def test_folders_without_a_chat_template_that_says_something(
+    config: Any, files: Any, remark: str, tmp_path: Path
+) -> None:
+    tokenizer = loaded(write_folder(tmp_path / "a", byte_level(), config, **files))
+    assert (tokenizer.chat_template, tokenizer.remarks) == (None, (remark,))
 
 
 def test_tokens_around_a_text_have_the_ids_of_the_vocabulary(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from sinkexport.config import ExportConfig
 from sinkexport.loading.gguf_models.model import gguf_config, load_gguf
 from sinkexport.pipeline import export_loaded
 from sinkexport.sources import LoadedModel, locate
-from sinkrt import Session
+from sinkrt import Session, UsageError
 
-from tests.fidelity.gguf_writer import HEAD, VOCAB, Tiny, tiny, tiny_mixtral, tiny_quantised, write
+from tests.fidelity.gguf_writer import HEAD, KV_HEADS, VOCAB, Tiny, tiny, tiny_mixtral, tiny_quantised, write
 from tests.fidelity.llama_cpp_logits import PROMPT, log_probabilities
 from tests.real_model import smollm2_file
 
@@ -235,6 +235,34 @@ def test_a_bundle_answers_as_llama_cpp(tmp_path: Path) -> None:
     logits += [session.step(np.array([token])).copy() for token in ids[:-1]]
     ours = torch.log_softmax(torch.from_numpy(np.concatenate(logits)).double(), dim=-1).numpy()
     assert np.abs(ours - theirs).max() < EXACT * theirs.std()
+
+
+@pytest.mark.parametrize("name", ["qwen2-without-biases", "stablelm-12b"])
+def test_the_check_of_weights_finds_every_tensor(name: str, tmp_path: Path) -> None:
+    """Zeros for biases that the file lacks, and a norm for each head, which the file has as rows of one tensor."""
+    made = FAMILIES[name][0]()
+    origin = locate(str(write(tmp_path / "tiny.gguf", made)))
+    model = load_gguf(origin, gguf_config(origin), torch.float32).eval()
+    loaded = LoadedModel(model, None, "tiny", origin)
+    export_loaded(loaded, tmp_path / "bundle", ExportConfig(2, 8, chunk_size=4))
+    if name == "stablelm-12b":  # two heads' norms in the other order
+        norm = made.tensors["blk.1.attn_q_norm.weight"]
+        norm[[0, 1]] = norm[[1, 0]]
+    else:
+        made.tensors["blk.1.attn_k.bias"] = np.full(KV_HEADS * HEAD, 0.1, np.float32)
+    other = locate(str(write(tmp_path / "other.gguf", made)))
+    with pytest.raises(UsageError, match=r"blk\.1\.attn_[qk]"):
+        export_loaded(LoadedModel(model, None, "tiny", other), tmp_path / "b", ExportConfig(2, 8, chunk_size=4))
+
+
+def test_a_bias_that_is_nowhere_in_the_file_is_refused(tmp_path: Path) -> None:
+    """Where it is not zero."""
+    origin = locate(str(write(tmp_path / "tiny.gguf", FAMILIES["qwen2-without-biases"][0]())))
+    model = load_gguf(origin, gguf_config(origin), torch.float32).eval()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.bias[3] = 0.1
+    with pytest.raises(UsageError, match=r"not of the file.*layers\.1\.self_attn"):
+        export_loaded(LoadedModel(model, None, "t", origin), tmp_path / "b", ExportConfig(2, 8, chunk_size=1))
 
 
 @pytest.mark.slow

@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
+import torch
 from click.testing import CliRunner
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.pipeline import export
 from sinkrt import UsageError
 
-from tests.exporter.tiny_models import tiny_model
+from tests.exporter.tiny_models import TINY, tiny_model
+from tests.fidelity.gguf_writer import tiny, write
 from tests.fidelity.test_turn_ends import CHATML, PHI3, TOKENS
 from tests.fidelity.tokenizer_folders import byte_level, spaced, write_folder
 
@@ -34,6 +37,15 @@ def folder_of(name: str, folder: Path, config: Any = None, **changes: Any) -> Pa
 
 def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def tensor(folder: Path, name: str, shape: tuple[int, ...] | None) -> None:
+    """Put zeros in the place of a tensor, or take it away."""
+    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
+    arrays.pop(name, None)
+    if shape is not None:
+        arrays[name] = np.zeros(shape, np.float32)
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors", {"format": "pt"})
 
 
 def inspected(*arguments: str) -> str:
@@ -116,10 +128,16 @@ def test_positions_and_windows(
         (
             lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
             "tensors",
-            "outside the file",
+            "cut short?",
         ),
-        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "tensors", "a header longer than the file"),
-        (lambda f: (f / "model.safetensors").unlink(), "tensors", "without weights"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "tensors", "64 bytes, with a header of"),
+        (lambda f: (f / "model.safetensors").unlink(), "tensors", "a folder without"),
+        (lambda f: tensor(f, "lm_head.weight", None), "tensors", "1 missing: 'lm_head.weight'"),
+        (lambda f: tensor(f, "model.layers.0.self_attn.q_proj.bias", (96,)), "tensors", "1 unexpected: 'model."),
+        (lambda f: tensor(f, "model.norm.weight", (7,)), "tensors", "model.norm.weight [7] for [48]"),
+        (lambda f: edit(f / "config.json", num_hidden_layers=1), "tensors", "9 unexpected"),
+        (lambda f: (f / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "b"}}'),
+         "tensors", "which names other files"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer", "tokenizer.json: received"),
         (lambda f: (f / "tokenizer_config.json").write_text("[]"), "tokenizer", "list where an object"),
         (lambda f: (f / "chat_template.jinja").write_text("{% for"), "tokenizer", "the source's own, which fails"),
@@ -134,7 +152,7 @@ def test_positions_and_windows(
             "learns a vector",
         ),
         (lambda f: (f / "config.json").write_text('{"model_type": "unknown"}'), "config", "unknown"),
-        (lambda f: (f / "config.json").write_text("{"), "config", "config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "config", "'config.json': received"),
         (lambda f: edit(f / "config.json", hidden_size="wide"), "config", "hidden_size"),
         (lambda f: edit(f / "config.json", eos_token_id="</s>"), "config", "eos_token_id"),
     ],
@@ -146,6 +164,21 @@ def test_what_would_be_refused_is_named(change: Any, section: str, words: str, t
     assert [row["section"] for row in found["refused"]] == [section]
     assert words in found["refused"][0]["reason"]
     assert words in " ".join(inspected(str(folder)).split())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tensors_of_healthy_models_are_all_there(name: str, tmp_path: Path) -> None:
+    tiny_model(name).save_pretrained(tmp_path)
+    found = as_json(tmp_path)
+    assert (found["refused"], found["tensors"]["count"] > 10) == ([], True)
+
+
+def test_files_by_torch_are_looked_into(tmp_path: Path) -> None:
+    weights = tiny_model("llama").state_dict()
+    folder = folder_of("llama", tmp_path)
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert "shapes that do not fit" in as_json(folder)["refused"][0]["reason"]  # another vocabulary
 
 
 def test_a_template_without_system_messages_and_tokens_outside(tmp_path: Path) -> None:
@@ -186,6 +219,14 @@ def test_tokenizer_out_writes_what_a_bundle_holds(tmp_path: Path) -> None:
     assert len(tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).encode("word " * 50).ids) > 8
 
 
+def test_tokenizer_out_refuses_a_template_that_a_bundle_would_not_take(tmp_path: Path) -> None:
+    folder = folder_of("llama", tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for")
+    result = CliRunner().invoke(cli, ["inspect", str(folder), "--tokenizer-out", str(tmp_path / "out")])
+    assert "the source's own, which fails" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_tokenizer_out_refuses(tmp_path: Path) -> None:
     folder = folder_of("llama", tmp_path / "model")
     out = tmp_path / "out"
@@ -205,6 +246,12 @@ def test_tokenizer_out_refuses(tmp_path: Path) -> None:
         (folder / name).unlink()
     assert "without a tokenizer" in refused(str(folder), "--tokenizer-out", str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["inspect", str(tmp_path / "none")])
+    assert isinstance(result.exception, UsageError)
+    assert "which is not there" in str(result.exception)
 
 
 def test_an_id_of_the_hub(tmp_path: Path) -> None:
@@ -288,6 +335,12 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     written = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     for text in ("ab", " ab", "a b", "ab</s>ab", "é"):
         assert written.encode(text).ids == spaced().encode(text).ids
+
+
+def test_a_gguf_files_tensors_that_an_export_refuses(tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.gguf", tiny("llama", tensors={"blk.1.attn_q.weight": None}))
+    (reason,) = (row["reason"] for row in as_json(path)["refused"] if row["section"] == "tensors")
+    assert "blk.1.attn_q" in reason
 
 
 def test_bundles_stay_bundles(tmp_path: Path) -> None:

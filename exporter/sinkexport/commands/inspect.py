@@ -91,6 +91,10 @@ def command(
         show_model(what, as_json)
         return
     bundle = Path(what)
+    if not bundle.exists():
+        raise UsageError(problem("inspect", received=f"'{what}', which is not there",
+                                 expected="a bundle, a model (a folder, a .gguf file or a Hub id), a calibration file, "
+                                 "families or recipes", fix="check the path"))  # fmt: skip
     if bundle.is_file():
         _show_calibration(bundle, as_json)
         return

@@ -43,10 +43,10 @@ def write_tokenizer_of(source: str, out: Path) -> None:
     """
     report = inspect_model(source)
     tokenizer = report.tokenizer
+    reason = next((reason for section, reason in report.refused if section == "tokenizer"), None)
+    if reason is not None:
+        raise UsageError(reason)
     if tokenizer is None:
-        reason = next((reason for section, reason in report.refused if section == "tokenizer"), None)
-        if reason is not None:
-            raise UsageError(reason)
         raise UsageError(problem("--tokenizer-out", received="a model without a tokenizer", expected="one with",
                                  fix="use a complete model folder"))  # fmt: skip
     there = [name for name in tokenizer.files if (out / name).exists()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,14 @@ from sinkexport.loading.checkpoints.loading_report import (
 )
 from sinkexport.loading.checkpoints.remote_code import code_note
 from sinkexport.loading.checkpoints.weight_files import WeightFiles, read_json, read_weight_files
+from sinkexport.loading.tokenizers.tokenizer_files import TokenizerFiles
 
 if TYPE_CHECKING:
     import torch
 
     from sinkexport.sources import Origin
 
+LOGGER = logging.getLogger("sinkexport")
 CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -59,14 +62,66 @@ def load_checkpoint(origin: Origin, config: Any, dtype: torch.dtype) -> Any:
     """
     import transformers
 
-    files = None if origin.path is None else _weights(origin.path, config)
+    files, ids = None if origin.path is None else _weights(origin.path, config), generation_ids(origin)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         **origin.location, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported, by name
+        generation_config=ids,
     )  # fmt: skip
+    if ids is not None:
+        model.generation_config = ids
     files = files or _weights(weights_folder(origin), config)
     refuse_incomplete(model, info, files.tensors)
+    _say_if_untied(model, config)
     return model
+
+
+def _say_if_untied(model: Any, config: Any) -> None:
+    """Where a file has an output projection of its own that differs from the embedding, transformers takes it whatever
+    config.json says; other programs take the embedding.
+    """
+    head = model.get_output_embeddings()
+    is_tied = head is None or head.weight is model.get_input_embeddings().weight
+    if getattr(config.get_text_config(), "tie_word_embeddings", False) and not is_tied:
+        LOGGER.warning("config.json says tie_word_embeddings, and the weights have an output projection that differs "
+                       "from the embedding: it is used as it is")  # fmt: skip
+
+
+def generation_ids(origin: Origin) -> Any | None:
+    """The ids of generation_config.json, and nothing else of it: transformers refuses models whose author's settings
+    for sampling it no longer takes. None if there is no such file.
+
+    Raises: UsageError if it is no JSON object.
+    """
+    import transformers
+
+    path = TokenizerFiles(origin).path(GENERATION)
+    if path is None:
+        return None
+    facts = read_json(path)
+    found = transformers.GenerationConfig(**{name: facts[name] for name in IDS if facts.get(name) is not None})
+    found._from_model_config = facts.get("_from_model_config") is True  # ids that nobody stated
+    return found
+
+
+def check_checkpoint(origin: Origin, config: Any) -> None:
+    """Refuse what `load_checkpoint` would, from the headers of the files alone: a model without memory is filled.
+
+    Raises: UsageError as `load_checkpoint`.
+    """
+    import torch
+    import transformers
+
+    if origin.path is None:
+        return
+    files = _weights(origin.path, config)
+    outlines = {name: torch.empty(tensor.shape, device="meta") for name, tensor in files.tensors.items()}
+    family = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, info = family.from_pretrained(
+        None, config=config, state_dict=outlines, device_map="meta", output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    refuse_incomplete(model, info, files.tensors)
 
 
 def weights_folder(origin: Origin) -> Path:

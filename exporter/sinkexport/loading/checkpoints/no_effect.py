@@ -81,7 +81,7 @@ def _are_the_models(tensor: FileTensor, model: Any) -> bool:
     """Whether frequencies are those of the model's rotary embeddings, but for rounding to bfloat16."""
     stored = np.asarray(tensor.array(), np.float32).reshape(-1)
     own = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
-    if not own:  # a family that computes them in its code
+    if not own or any(buffer.is_meta for buffer in own):  # computed in the family's code; or a mere outline of a model
         return True
     return any(len(stored) == buffer.numel() and np.allclose(stored, buffer.float().numpy(), rtol=0.01, atol=1e-9)
                for buffer in own)  # fmt: skip

@@ -109,6 +109,9 @@ def _placed(index: Path) -> dict[str, str]:
 
 def _read_shards(folder: Path, index: str) -> WeightFiles:
     placed = _placed(folder / index)
+    if not isinstance(read_json(folder / index).get("metadata"), dict):  # transformers cannot do without
+        raise UsageError(problem(f"'{index}'", received="no table 'metadata'", expected="one, which may be empty",
+                                 fix="add \"metadata\": {} to it, or save the model again"))  # fmt: skip
     files = sorted(set(placed.values()))
     if strange := [file for file in files if Path(file).name != file]:
         raise _refused(f"'{index}', which names '{strange[0]}'", "files of the folder")

@@ -73,17 +73,13 @@ def load_gguf(origin: Origin, config: Any, dtype: torch.dtype) -> Any:
 
     Raises: UsageError for a tensor without a place, a parameter without a tensor, and shapes that are not as expected.
     """
-    import torch
     import transformers
     from transformers.initialization import no_init_weights
 
     facts = _facts(origin)
     plan = _plan(facts)
+    _check_tensors(facts, plan, config, dtype)
     build = transformers.AutoModelForCausalLM.from_config
-    with torch.device("meta"), no_init_weights():
-        outline = build(config, dtype=dtype)
-    outline.tie_weights()
-    check(outline, facts, plan.modules, plan.rules, plan.used)
     with no_init_weights():  # memory is taken as it is filled
         model = build(config, dtype=dtype)
     if "rope_parameters" in plan.arguments:
@@ -93,6 +89,28 @@ def load_gguf(origin: Origin, config: Any, dtype: torch.dtype) -> Any:
     ends = gguf_token_ids(facts.file)
     model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else list(ends) or None
     return model
+
+
+def check_gguf(origin: Origin, config: Any) -> None:
+    """Refuse what `load_gguf` would of a file's tensors, from their names and shapes alone.
+
+    Raises: UsageError as `load_gguf`.
+    """
+    import torch
+
+    facts = _facts(origin)
+    _check_tensors(facts, _plan(facts), config, torch.float32)
+
+
+def _check_tensors(facts: Facts, plan: Plan, config: Any, dtype: torch.dtype) -> None:
+    import torch
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():
+        outline = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    outline.tie_weights()
+    check(outline, facts, plan.modules, plan.rules, plan.used)
 
 
 def gguf_token_ids(file: GgufFile) -> tuple[int, ...]:

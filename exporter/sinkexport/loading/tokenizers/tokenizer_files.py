@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sinkexport.sources import Origin
 
 LFS_POINTER = b"version https://git-lfs"
+PROCESSOR_TEMPLATE_FILE = "chat_template.json"
 ADDED_FILE, SPECIAL_FILE = "added_tokens.json", "special_tokens_map.json"
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
@@ -171,20 +172,36 @@ class TokenizerFiles:
 
     def chat_template(self) -> tuple[str | None, tuple[str, ...]]:
         """The Jinja source of the chat template, and remarks. Raises: UsageError for what is no text."""
-        if (text := self.text(TEMPLATE_FILE)) is not None:
-            return text, ()
-        found = self.config.get("chat_template")
-        if found is None or isinstance(found, str):
-            return found, ()
-        if not isinstance(found, list) or not all(
-            isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
-            for one in found
-        ):
-            raise _odd(CONFIG_FILE, f"chat_template of {json.dumps(found)[:60]}", "text, or names and templates")
-        named = {one["name"]: one["template"] for one in found}
-        if "default" in named:
-            return named["default"], ()
-        return None, (f"none of the chat templates {', '.join(named) or '(none)'} is called 'default': no chat",)
+        found, file = self.text(TEMPLATE_FILE), TEMPLATE_FILE
+        if found is None:
+            found, file = self.config.get("chat_template"), CONFIG_FILE
+        if found is None and self.path(PROCESSOR_TEMPLATE_FILE) is not None:
+            return None, (f"{PROCESSOR_TEMPLATE_FILE} is a processor's: it is not read",)
+        if isinstance(found, list | dict):
+            named = _named_templates(found)
+            if named and "default" not in named:
+                return None, (f"none of the chat templates {', '.join(named)} is called 'default': no chat",)
+            found = named.get("default", "")
+        if not isinstance(found, str | None):
+            raise _odd_templates(found)
+        if found is not None and not found.strip():
+            return None, (f"the chat template of {file} is empty: no chat",)
+        return found, ()
+
+
+def _named_templates(found: Any) -> dict[str, str]:
+    """Templates by name: of names and texts as saved by transformers, or of an object that transformers takes too."""
+    try:
+        named = found if isinstance(found, dict) else {one["name"]: one["template"] for one in found}
+    except (TypeError, KeyError) as error:
+        raise _odd_templates(found) from error
+    if not all(isinstance(name, str) and isinstance(text, str) for name, text in named.items()):
+        raise _odd_templates(found)
+    return named
+
+
+def _odd_templates(found: Any) -> UsageError:
+    return _odd(CONFIG_FILE, f"chat_template of {json.dumps(found)[:60]}", "text, or names and templates")
 
 
 def _odd(name: str, received: str, expected: str, fix: str = "repair the file in the model's folder") -> UsageError:

@@ -80,8 +80,10 @@ class WeightCheck:
             if places:
                 continue
             if not (self._claim_folded(tensor, anonymous) or self._claim_found(tensor, by_layer, anonymous)
-                    or self._claim_by_head(tensor, anonymous)):  # fmt: skip
+                    or self._claim_rows(tensor, named) or self._claim_by_head(tensor, anonymous)):  # fmt: skip
                 left.append(tensor)
+        if self._is_gguf:
+            self._claim_zeros(named)
         return left
 
     def _names(self, name: str) -> list[str]:
@@ -215,6 +217,39 @@ class WeightCheck:
             flat = [one for place in places if (one := place.flattened()) is not None]
             return self._claim_pieces(tensor.flattened(), flat)
         return self._claim_pieces(tensor, [p for place in places for p in orientations(place)])
+
+    def _claim_rows(self, tensor: FileTensor, named: Mapping[str, list[Place]]) -> bool:
+        """A small matrix whose rows the model has as vectors of their own, numbered: a norm for each head."""
+        count = tensor.matrix_shape[0]
+        if len(tensor.shape) != 2 or count > MAX_HEADS:
+            return False
+        for first in [name for name in named if ".0." in name and layer_of(name) == layer_of(tensor.name)]:
+            before, _, after = first.rpartition(".0.")
+            names = [f"{before}.{i}.{after}" for i in range(count)]
+            if f"{before}.{count}.{after}" in named or any(name not in named for name in names):
+                continue
+            places = [(i, place) for i, name in enumerate(names) for place in named[name]]
+            if all(self._is_row(tensor, i, place) for i, place in places):
+                for _, place in places:
+                    self._claim(tensor, place)
+                return True
+        return False
+
+    def _is_row(self, tensor: FileTensor, row: int, place: Place) -> bool:
+        """Whether a vector of the graph is a row of the tensor."""
+        if place.matrix.shape[1] != 1 or place.count != tensor.matrix_shape[1] or not self._may_be(tensor, place):
+            return False
+        graph, steps = place.matrix.read(place.rows(), np.zeros(1, np.int64))
+        return self._rounding.fits(tensor.rows(np.array([row])).reshape(-1, 1), graph, steps)
+
+    def _claim_zeros(self, named: Mapping[str, list[Place]]) -> None:
+        """Biases of nothing but zeros that the family's code wants and a GGUF file may lack: it has none then."""
+        for name, places in named.items():
+            for place in places if name.endswith(".bias") and name not in self.accounted else ():
+                graph, _steps = place.matrix.read(place.rows(), np.arange(place.matrix.shape[1]))
+                if not graph.any():
+                    place.matrix.claimed[place.rows()] = True
+                    self._note(name)
 
     def _claim_by_head(self, tensor: FileTensor, anonymous: Sequence[GraphMatrix]) -> bool:
         """A number for each head, where heads have windows of their own: the graph has those of each window apart."""
