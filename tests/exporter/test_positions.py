@@ -43,6 +43,7 @@ def moved_state(path: Path, target: Path, frequency: list[int], delta: int) -> N
         if name.startswith("window_k"):
             tensors[name] = np.ascontiguousarray(turned(tensor, frequency, delta).astype(tensor.dtype))
     tensors["position"] = tensors["position"] + delta
+    tensors["recent_ids"] = np.maximum(tensors["recent_ids"], 0)  # so far on, each of the last tokens has an id
     save_file(tensors, target, metadata=metadata)
 
 
