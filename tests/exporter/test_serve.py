@@ -272,6 +272,8 @@ def test_a_cancelled_prompt_of_a_named_conversation_is_taken_with_the_next_one(
 ) -> None:
     """The client left while its message was being read: the stream must not lack half of it."""
     real, tokenizer, text = served.session.prefill, alone.tokenizer, "x" * 400
+    once = {"messages": [user("?")], "max_tokens": 1}  # the first of all starts what renders templates
+    assert httpx.post(f"{served.url}/v1/chat/completions", json=once, timeout=60).status_code == 200
 
     def slow(*arguments: Any, **options: Any) -> Any:
         time.sleep(0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import subprocess
@@ -32,8 +33,10 @@ C = S + W
 CONFIG = ExportConfig(S, W, B)
 
 
-def export(model: Any, folder: Path, config: ExportConfig = CONFIG, tokenizer: Any = None) -> Path:
-    export_loaded(LoadedModel(model, tokenizer, "tiny"), folder, config)
+def export(
+    model: Any, folder: Path, config: ExportConfig = CONFIG, tokenizer: Any = None, *, check: bool = True
+) -> Path:
+    export_loaded(LoadedModel(model, tokenizer, "tiny"), folder, config, check=check)
     return folder
 
 
@@ -93,8 +96,11 @@ def test_default_tolerance_grows_with_the_float32_angles_of_the_reference(bundle
     manifest = load_manifest(bundle)
 
     def tolerance(dtype: str, window_size: int) -> float:
-        stream = dataclasses.replace(manifest.stream, window_size=window_size)
-        return default_tolerance(dataclasses.replace(manifest, weights_dtype=dtype, stream=stream))
+        facts = dataclasses.replace(manifest.stream, window_size=window_size)
+        changed = copy.copy(manifest)  # its states are not looked at
+        object.__setattr__(changed, "stream", facts)
+        object.__setattr__(changed, "weights_dtype", dtype)
+        return default_tolerance(changed)
 
     assert tolerance("float32", 60) == DEFAULT_TOLERANCE["float32"] == 1e-3
     assert tolerance("float32", 8188) == pytest.approx(2e-6 * 8192)
@@ -123,7 +129,8 @@ def test_text_is_encoded_spread_over_the_streams_and_repeated(
     report = verify(bundle, loaded, text=" ".join(f"w{i}" for i in range(10, 31)), wraps=1)
     assert report.passed
     assert report.ids == "text of 21 tokens"
-    assert fed == [[10 + t % 21, 10 + (10 + t) % 21] for t in range(C + W)]
+    # Before them the reference tries itself on some tokens of its own.
+    assert fed[-(C + W) :] == [[10 + t % 21, 10 + (10 + t) % 21] for t in range(C + W)]
 
 
 # --- bundles that are wrong -------------------------------------------------------------------------------------------
@@ -152,7 +159,7 @@ def wrong_shift(folder: Path) -> Path:
             ring = super().ring(own_window, window_size)
             return Later(ring.num_sink_tokens, ring.window_size)
 
-    return export(tiny_model("llama"), folder, Late(S, W, B))
+    return export(tiny_model("llama"), folder, Late(S, W, B), check=False)  # which would refuse it
 
 
 @pytest.mark.parametrize(
