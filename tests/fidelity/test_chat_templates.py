@@ -310,7 +310,7 @@ def cli(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[s
     return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-@pytest.mark.parametrize(("source", "reason"), [(NO_SYSTEM, "leaves a system message out"), (REFUSES_SYSTEM, "not supported")])
+@pytest.mark.parametrize(("source", "reason"), [(NO_SYSTEM, "leaves it out"), (REFUSES_SYSTEM, "not supported")])
 @pytest.mark.parametrize("pinned", [[], ["--pin-system"]])
 def test_run_refuses_a_system_message_that_would_vanish(
     tmp_path: Path, source: str, reason: str, pinned: list[str]
@@ -345,7 +345,7 @@ def test_run_passes_arguments_to_the_template(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "reason"),
-    [(NO_SYSTEM, "leaves a system message out"), (REFUSES_SYSTEM, "not supported"), ("{{ messages | no_such }}", "no_such")],
+    [(NO_SYSTEM, "system message out"), (REFUSES_SYSTEM, "not supported"), ("{{ messages | no_such }}", "no_such")],
 )
 def test_export_refuses_to_pin_a_system_message_that_would_vanish(tmp_path: Path, source: str, reason: str) -> None:
     tokenizer = PreTrainedTokenizerFast(
@@ -383,7 +383,7 @@ def test_serve(tmp_path: Path) -> None:
             assert said.usage is not None and said.usage.prompt_tokens == count
 
 
-@pytest.mark.parametrize(("source", "reason"), [(NO_SYSTEM, "leaves a system message out"), (REFUSES_SYSTEM, "not supported")])
+@pytest.mark.parametrize(("source", "reason"), [(NO_SYSTEM, "leaves it out"), (REFUSES_SYSTEM, "not supported")])
 def test_serve_refuses_a_system_message_that_would_vanish(tmp_path: Path, source: str, reason: str) -> None:
     with serving(bundle_with(tmp_path / "bundle", source)) as served:
         for role in ("system", "developer"):
