@@ -428,7 +428,7 @@ def test_chat_needs_a_template(tmp_path: Path) -> None:
         (("run", "BUNDLE", "--chat", "--system", "Be brief.", "--pin-system"), "--sink-tokens 25"),
         (("run", "/nowhere", "--prompt", "a"), "manifest.json"),
         (("inspect",), "Missing argument"),
-        (("inspect", "/nowhere"), "manifest.json"),
+        (("inspect", "/nowhere"), "which is not there"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
