@@ -1,6 +1,6 @@
 """Measured memory-read bandwidth: the floor under every decode step, which has to read all weights once.
 
-    python benchmarks/bandwidth.py [--threads N] [--mib 512]
+python benchmarks/bandwidth.py [--threads N] [--mib 512]
 """
 
 from __future__ import annotations

@@ -157,11 +157,17 @@ class LlamaCpp:
         self._api, self._np = llama_cpp, np
         self._capacity, self._sinks, self._shift = setup.capacity, setup.sinks, shift
         self._model = llama_cpp.Llama(
-            setup.path, n_ctx=setup.capacity, n_batch=self.BATCH, n_ubatch=self.BATCH, n_threads=setup.threads,
-            n_threads_batch=setup.threads, type_k=cache_type, type_v=cache_type,
+            setup.path,
+            n_ctx=setup.capacity,
+            n_batch=self.BATCH,
+            n_ubatch=self.BATCH,
+            n_threads=setup.threads,
+            n_threads_batch=setup.threads,
+            type_k=cache_type,
+            type_v=cache_type,
             flash_attn=False,  # its CPU kernel computes in half precision
             verbose=False,
-        )  # fmt: skip
+        )
         self._memory = llama_cpp.llama_get_memory(self._model.ctx)
         if not llama_cpp.llama_memory_can_shift(self._memory):
             raise SystemExit("llama.cpp cannot shift the cache of this model")

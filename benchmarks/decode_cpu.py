@@ -171,15 +171,32 @@ def show(result: dict[str, Any]) -> str:
     for name, c in result["contenders"].items():
         there = c.get("far")
         past = c["past_window"] + (f'; stops at its end: "{c["stopped"]}"' if c["stopped"] else "; goes on")
-        rows.append([
-            name, f"{c['median_ms']:.1f}", f"{c['p99_ms']:.1f}", f"{c['tokens_per_s']:.1f}",
-            f"{c['ratio_to_floor']:.2f}", f"{c['peak_memory_mb']:,.0f}", f"{c['same_tokens']} of {c['tokens']}",
-            *([f"{there['median_ms']:.1f}", f"{there['peak_memory_mb']:,.0f}"] if there else ["", ""]),
-            past,
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{c['median_ms']:.1f}",
+                f"{c['p99_ms']:.1f}",
+                f"{c['tokens_per_s']:.1f}",
+                f"{c['ratio_to_floor']:.2f}",
+                f"{c['peak_memory_mb']:,.0f}",
+                f"{c['same_tokens']} of {c['tokens']}",
+                *([f"{there['median_ms']:.1f}", f"{there['peak_memory_mb']:,.0f}"] if there else ["", ""]),
+                past,
+            ]
+        )
     rows.append(["floor", f"{result['floor_ms']:.1f}", "", f"{1e3 / result['floor_ms']:.1f}", "1.00", *[""] * 5])
-    headers = ["contender", "ms median", "p99", "tokens/s", "x floor", "peak MB", "same tokens",
-               f"ms at {far[0]:,}", f"peak MB at {far[0]:,}", "past the window"]  # fmt: skip
+    headers = [
+        "contender",
+        "ms median",
+        "p99",
+        "tokens/s",
+        "x floor",
+        "peak MB",
+        "same tokens",
+        f"ms at {far[0]:,}",
+        f"peak MB at {far[0]:,}",
+        "past the window",
+    ]
     return "\n".join(
         [
             f"{result['model']}, fp32, S={result['cache']['sinks']} W={result['cache']['window']}, "
@@ -235,13 +252,20 @@ def main() -> None:
         paths, arguments.peer_python, threads=threads, capacity=capacity, sinks=manifest.stream.num_sink_tokens
     ) as workers:
         found = environment(threads, packages(workers))  # before our own work adds to the load
-        inside, bandwidth = measure(workers, prompt[:context], context + new_tokens, turns=arguments.turns,
-                                    turn=arguments.turn, threads=threads)  # fmt: skip
+        inside, bandwidth = measure(
+            workers, prompt[:context], context + new_tokens, turns=arguments.turns, turn=arguments.turn, threads=threads
+        )
         stopped = cross(workers, prompt, capacity)
         far: dict[str, Course] = {}
         if far_context:
-            far, _ = measure(workers, prompt[:far_context], far_limit, turns=arguments.far_turns,
-                             turn=arguments.turn, threads=threads)  # fmt: skip
+            far, _ = measure(
+                workers,
+                prompt[:far_context],
+                far_limit,
+                turns=arguments.far_turns,
+                turn=arguments.turn,
+                threads=threads,
+            )
     weights = weight_bytes_per_step(arguments.bundle / manifest.graphs["decode"].file)
     result = report(inside, far, stopped, bandwidth, manifest, weights, threads=threads) | {
         "environment": found,

@@ -69,11 +69,18 @@ def show(result: dict[str, Any]) -> str:
     """The table for people."""
     rows = [
         [
-            name, c["window"], f"{c['weights_bytes'] / 1e6:.0f}", f"{c['median_ms']:.2f}", f"{c['p99_ms']:.1f}",
-            f"{c['tokens_per_s']:.0f}", f"{c['gb_per_s']:.1f}", f"{c['ratio_to_floor']:.2f}", f"{c['speed_up']:.2f}",
+            name,
+            c["window"],
+            f"{c['weights_bytes'] / 1e6:.0f}",
+            f"{c['median_ms']:.2f}",
+            f"{c['p99_ms']:.1f}",
+            f"{c['tokens_per_s']:.0f}",
+            f"{c['gb_per_s']:.1f}",
+            f"{c['ratio_to_floor']:.2f}",
+            f"{c['speed_up']:.2f}",
         ]
         for name, c in result["contenders"].items()
-    ]  # fmt: skip
+    ]
     bandwidth, cache = result["bandwidth_gb_per_s"], result["cache"]
     start, end = result["context_tokens"]
     return "\n".join(
@@ -103,8 +110,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--turn", type=int, default=16, help="timed steps in a turn")
-    parser.add_argument("--peers", default=PEERS,
-                        help=f"comma-separated; llamacpp has {', '.join(LLAMA_TYPES)}; default: {PEERS}")
+    parser.add_argument(
+        "--peers", default=PEERS, help=f"comma-separated; llamacpp has {', '.join(LLAMA_TYPES)}; default: {PEERS}"
+    )
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has onnxruntime-genai")
     parser.add_argument("--cache", type=Path, help="folder for converted models; default: beside the first bundle")
     parser.add_argument("--json", type=Path, help="write all figures here")
@@ -132,8 +140,9 @@ def main() -> None:
         paths, arguments.peer_python, threads=threads, capacity=stream.capacity, sinks=stream.num_sink_tokens
     ) as workers:
         found = environment(threads, packages(workers))  # before our own work adds to the load
-        courses, bandwidth = measure(workers, prompt, stream.capacity, turns=arguments.turns, turn=arguments.turn,
-                                     threads=threads)  # fmt: skip
+        courses, bandwidth = measure(
+            workers, prompt, stream.capacity, turns=arguments.turns, turn=arguments.turn, threads=threads
+        )
     weights = {name: weights_read(name, path) for name, path in paths.items()}
     windows = {
         name: "int8" if m.quantization is not None and m.quantization.kv == "int8" else m.weights_dtype

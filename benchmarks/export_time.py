@@ -58,8 +58,12 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="Hugging Face folder or .gguf file")
-    parser.add_argument("--recipe", default="fp32", metavar="NAME|FILE",
-                        help="quantise, without calibration; the builder then makes its int4 model")  # fmt: skip
+    parser.add_argument(
+        "--recipe",
+        default="fp32",
+        metavar="NAME|FILE",
+        help="quantise, without calibration; the builder then makes its int4 model",
+    )
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--no-peer", action="store_true", help="only sinkexport")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter of an environment with the builder")

@@ -49,10 +49,19 @@ Ids = npt.NDArray[np.int64]
 def config(bos_eos: int) -> Any:
     """Every matrix has a multiple of 64 inputs, so that each block size of a recipe fits. 5.2M parameters."""
     return transformers.LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=LENGTH, tie_word_embeddings=True,
-        bos_token_id=bos_eos, eos_token_id=bos_eos, attention_dropout=0.0,
-    )  # fmt: skip
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=bos_eos,
+        eos_token_id=bos_eos,
+        attention_dropout=0.0,
+    )
 
 
 def find_texts(folder: Path, pattern: str, held_out: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -65,8 +74,14 @@ def find_texts(folder: Path, pattern: str, held_out: str) -> tuple[dict[str, str
     held = {name: text for name, text in found.items() if held_out in name}
     for what, texts in (("texts to learn", learnt), ("held-out texts", held)):
         if not texts:
-            raise UsageError(problem(what, received=f"no file like '{pattern}' in '{folder}'",
-                                     expected="at least one", fix="change TEXTS, --pattern or --held-out"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    what,
+                    received=f"no file like '{pattern}' in '{folder}'",
+                    expected="at least one",
+                    fix="change TEXTS, --pattern or --held-out",
+                )
+            )
     return learnt, held
 
 
@@ -86,8 +101,14 @@ def train_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
         ),
     )
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
-        raise UsageError(problem("texts", received=f"{tokenizer.get_vocab_size()} different tokens",
-                                 expected=f"enough for {VOCAB_SIZE}", fix="use more text"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "texts",
+                received=f"{tokenizer.get_vocab_size()} different tokens",
+                expected=f"enough for {VOCAB_SIZE}",
+                fix="use more text",
+            )
+        )
     return tokenizer
 
 
@@ -107,8 +128,9 @@ def batches(ids: Ids, batch: int, steps: int, seed: int) -> npt.NDArray[np.int64
     random = np.random.default_rng(seed)
     span = LENGTH + 1  # each token but the first is a target
     if len(ids) < 2 * span:
-        raise UsageError(problem("texts", received=f"{len(ids)} tokens", expected=f"at least {2 * span}",
-                                 fix="use more text"))  # fmt: skip
+        raise UsageError(
+            problem("texts", received=f"{len(ids)} tokens", expected=f"at least {2 * span}", fix="use more text")
+        )
     starts: list[int] = []
     while len(starts) < steps * batch:
         first = int(random.integers(0, LENGTH))
@@ -166,8 +188,13 @@ def train(
             raise SystemExit(f"step {step}: the loss is {losses[-1]}; try another --seed or a larger --batch")
         if (step + 1) % CHECKPOINT_STEPS == 0:
             seconds = time.perf_counter() - since
-            state = {"work": work, "losses": losses, "seconds": seconds, "model": model.state_dict(),
-                     "optimizer": optimizer.state_dict()}  # fmt: skip
+            state = {
+                "work": work,
+                "losses": losses,
+                "seconds": seconds,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
             torch.save(state, partial := checkpoint.with_suffix(".partial"))
             partial.replace(checkpoint)
         report("train", step + 1, len(starts))
@@ -198,8 +225,14 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(problem("--out", received=f"'{out}' ({error.strerror})", expected="a folder that can be made",
-                                 fix="choose another path"))  from None  # fmt: skip
+        raise UsageError(
+            problem(
+                "--out",
+                received=f"'{out}' ({error.strerror})",
+                expected="a folder that can be made",
+                fix="choose another path",
+            )
+        ) from None
     check_writable(out / "fresh_model.json", "--out")
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -234,11 +267,15 @@ def run(arguments: argparse.Namespace) -> None:
     }
     write_whole(out / "fresh_model.json", json.dumps(facts, indent=1) + "\n", "--out")
     seen = arguments.steps * arguments.batch * LENGTH
-    print(f"{out}: {model.num_parameters() / 1e6:.1f}M parameters, {arguments.steps} steps of {arguments.batch} x "
-          f"{LENGTH} tokens ({seen / len(learnt):.2f} passes) in {facts['seconds']:.0f} s; last losses "
-          f"{np.mean(losses[-20:]):.2f} nats")  # fmt: skip
-    print(f"perplexity of {', '.join(facts['held_out'])} ({len(held):,} tokens, never seen): {model_perplexity:.1f}; "
-          f"of token frequencies alone: {facts['unigram_perplexity']:.1f}")  # fmt: skip
+    print(
+        f"{out}: {model.num_parameters() / 1e6:.1f}M parameters, {arguments.steps} steps of {arguments.batch} x "
+        f"{LENGTH} tokens ({seen / len(learnt):.2f} passes) in {facts['seconds']:.0f} s; last losses "
+        f"{np.mean(losses[-20:]):.2f} nats"
+    )
+    print(
+        f"perplexity of {', '.join(facts['held_out'])} ({len(held):,} tokens, never seen): {model_perplexity:.1f}; "
+        f"of token frequencies alone: {facts['unigram_perplexity']:.1f}"
+    )
 
 
 def main() -> None:

@@ -78,9 +78,7 @@ def llama_gguf(model: Path, cache: Path, kind: str = "F32") -> Path:
     return target
 
 
-def contender_paths(
-    names: Sequence[str], bundle: Path, model: Path, cache: Path, peer_python: str
-) -> dict[str, Path]:
+def contender_paths(names: Sequence[str], bundle: Path, model: Path, cache: Path, peer_python: str) -> dict[str, Path]:
     """What each contender loads, made if it is not there. cache: created; model: folder or ``.gguf`` file.
 
     After a colon a name may say in which type: ``genai:int4``, ``llamacpp:Q8_0``.

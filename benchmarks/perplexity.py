@@ -42,8 +42,10 @@ def markdown(cells: Cells, sinks: list[int], windows: list[int]) -> str:
     """Two tables, of all tokens and of those predicted after the first eviction; a cell that has not run is empty."""
 
     def rows(of: str) -> list[str]:
-        lines = ["| sinks \\ window | " + " | ".join(str(w) for w in windows) + " |",
-                 "| ---: |" + " ---: |" * len(windows)]  # fmt: skip
+        lines = [
+            "| sinks \\ window | " + " | ".join(str(w) for w in windows) + " |",
+            "| ---: |" + " ---: |" * len(windows),
+        ]
         for s in sinks:
             found = [cells.get((s, w)) for w in windows]
             lines.append(f"| {s} | " + " | ".join("" if c is None else shown(c, of) for c in found) + " |")
@@ -55,9 +57,17 @@ def markdown(cells: Cells, sinks: list[int], windows: list[int]) -> str:
         return "-" if value is None else f"{value:.1f}{error}"
 
     return "\n".join(
-        ["All tokens (± standard error over segments):", "", *rows("perplexity"), "",
-         "Tokens predicted after the first eviction:", "", *rows("perplexity_after"), ""]
-    )  # fmt: skip
+        [
+            "All tokens (± standard error over segments):",
+            "",
+            *rows("perplexity"),
+            "",
+            "Tokens predicted after the first eviction:",
+            "",
+            *rows("perplexity_after"),
+            "",
+        ]
+    )
 
 
 def draw(cells: Cells, sinks: list[int], windows: list[int], title: str) -> Any:
@@ -74,8 +84,12 @@ def draw(cells: Cells, sinks: list[int], windows: list[int], title: str) -> Any:
             [j + 0.06 * (i - (len(windows) - 1) / 2) for j, _ in found],  # side by side, not on top of each other
             [c.perplexity for _, c in found],
             [c.standard_error or 0.0 for _, c in found],
-            label=f"window {w:,}", marker="o", markersize=4, capsize=3, linewidth=1.2,
-        )  # fmt: skip
+            label=f"window {w:,}",
+            marker="o",
+            markersize=4,
+            capsize=3,
+            linewidth=1.2,
+        )
     axes.set_xticks(range(len(sinks)), [str(s) for s in sinks])
     axes.set_xlabel("sinks")
     axes.set_ylabel("perplexity")
@@ -101,13 +115,25 @@ def run(arguments: argparse.Namespace) -> None:
     sinks, windows = arguments.sinks, arguments.windows
     text = read_text(arguments.text, "--text")
     if not os.access(arguments.out, os.W_OK | os.X_OK) or not arguments.out.is_dir():  # before long work
-        raise UsageError(problem("--out", received=f"'{arguments.out}'", expected="a folder that can be written to",
-                                 fix="make it, or choose another"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--out",
+                received=f"'{arguments.out}'",
+                expected="a folder that can be written to",
+                fix="make it, or choose another",
+            )
+        )
     torch.set_num_threads(arguments.threads)
     loaded = load_model(arguments.model)
     if loaded.tokenizer is None:
-        raise UsageError(problem("model", received="one without a tokenizer", expected="a tokenizer for the text",
-                                 fix="use a complete model folder"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "model",
+                received="one without a tokenizer",
+                expected="a tokenizer for the text",
+                fix="use a complete model folder",
+            )
+        )
     ids = np.asarray(loaded.tokenizer.encode(text)[: arguments.tokens], dtype=np.int64)
     check_text(ids)
     facts = {
@@ -126,8 +152,10 @@ def run(arguments: argparse.Namespace) -> None:
             if not math.isfinite(cells[s, w].perplexity):
                 raise SystemExit(f"{contender.name}: the perplexity is not finite")
             write(arguments.out, cells, facts, sinks, windows)
-    print(f"{loaded.name}, {len(ids):,} tokens of {arguments.text.name}, "
-          f"{np.median([c.tokens_per_s for c in cells.values()]):.0f} tokens/s (median of the cells)\n")  # fmt: skip
+    print(
+        f"{loaded.name}, {len(ids):,} tokens of {arguments.text.name}, "
+        f"{np.median([c.tokens_per_s for c in cells.values()]):.0f} tokens/s (median of the cells)\n"
+    )
     print(markdown(cells, sinks, windows), end="")
 
 

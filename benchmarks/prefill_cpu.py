@@ -62,10 +62,16 @@ def report(measured: dict[str, tuple[list[float], int]], num_tokens: int) -> dic
 def show(result: dict[str, Any]) -> str:
     """The table for people."""
     rows = [
-        [name, f"{c['median_ms']:,.0f}", f"{c['min_ms']:,.0f}", f"{c['tokens_per_s']:.1f}",
-         f"{c['times_ours']['median']:.2f}", "yes" if c["same_token"] else "NO"]
+        [
+            name,
+            f"{c['median_ms']:,.0f}",
+            f"{c['min_ms']:,.0f}",
+            f"{c['tokens_per_s']:.1f}",
+            f"{c['times_ours']['median']:.2f}",
+            "yes" if c["same_token"] else "NO",
+        ]
         for name, c in result["contenders"].items()
-    ]  # fmt: skip
+    ]
     return "\n".join(
         [
             f"{result['model']}, fp32, a prompt of {result['prompt_tokens']:,} tokens, chunks of "

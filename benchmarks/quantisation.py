@@ -75,10 +75,16 @@ def cells(facts: dict[str, Any]) -> list[str]:
     error = facts["standard_error"]
     within = "-" if facts["quantization"] is None else "no" if facts["failures"] else "yes"
     return [
-        facts["bundle"], f"{facts['weights_bytes'] / 1e6:.1f}", f"{facts['state_bytes'] / 1e6:.1f}",
-        f"{facts['perplexity']:.3f}", f"{facts['perplexity_increase']:+.2%}", "-" if error is None else f"{error:.2%}",
-        f"{facts['kl_divergence']:.5f}", f"{facts['top1_agreement']:.2%}", within,
-    ]  # fmt: skip
+        facts["bundle"],
+        f"{facts['weights_bytes'] / 1e6:.1f}",
+        f"{facts['state_bytes'] / 1e6:.1f}",
+        f"{facts['perplexity']:.3f}",
+        f"{facts['perplexity_increase']:+.2%}",
+        "-" if error is None else f"{error:.2%}",
+        f"{facts['kl_divergence']:.5f}",
+        f"{facts['top1_agreement']:.2%}",
+        within,
+    ]
 
 
 def check_geometry(manifests: list[Manifest]) -> None:
@@ -88,8 +94,14 @@ def check_geometry(manifests: list[Manifest]) -> None:
     """
     found = sorted({(m.stream.num_sink_tokens, m.stream.window_size) for m in manifests})
     if len(found) > 1:
-        raise UsageError(problem("--bundle", received=", ".join(f"S={s} W={w}" for s, w in found),
-                                 expected="the same S and W for all", fix="run one table for each"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--bundle",
+                received=", ".join(f"S={s} W={w}" for s, w in found),
+                expected="the same S and W for all",
+                fix="run one table for each",
+            )
+        )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -98,11 +110,23 @@ def run(arguments: argparse.Namespace) -> None:
     check_geometry([load_manifest(path) for _, path in named])
     recipes = variants(arguments.recipe, arguments.kv)
     if not named and not recipes:
-        raise UsageError(problem("--recipe", received="neither recipe nor bundle", expected=", ".join(recipe_names()),
-                                 fix="name some, or pass --bundle"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--recipe",
+                received="neither recipe nor bundle",
+                expected=", ".join(recipe_names()),
+                fix="name some, or pass --bundle",
+            )
+        )
     if is_bundle(arguments.model) and recipes:
-        raise UsageError(problem("MODEL", received=f"'{arguments.model}', a bundle", expected="a model to export",
-                                 fix="pass the model itself, or no --recipe"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "MODEL",
+                received=f"'{arguments.model}', a bundle",
+                expected="a model to export",
+                fix="pass the model itself, or no --recipe",
+            )
+        )
     stream = load_manifest(named[0][1]).stream if named else None
     geometry = (stream.num_sink_tokens, stream.window_size) if stream else (arguments.sink_tokens, arguments.window)
     configs = [ExportConfig(*geometry, recipe=recipe) for _, recipe in recipes]
@@ -124,9 +148,11 @@ def run(arguments: argparse.Namespace) -> None:
             add(name, Path(folder) / "bundle", export_s=time.perf_counter() - start)
     first = rows[0]
     print(f"{command()}\n{where(facts['environment'])}\n")
-    print(f"{first['num_tokens']:,} tokens of {arguments.text.name} predicted, S={first['num_sink_tokens']} "
-          f"W={first['window_size']}; {first['reference']}: perplexity "
-          f"{first['reference_perplexity']:.3f}\n")  # fmt: skip
+    print(
+        f"{first['num_tokens']:,} tokens of {arguments.text.name} predicted, S={first['num_sink_tokens']} "
+        f"W={first['window_size']}; {first['reference']}: perplexity "
+        f"{first['reference_perplexity']:.3f}\n"
+    )
     print(table(HEADERS, [cells(found) for found in rows]))
 
 
@@ -137,8 +163,13 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text")
     parser.add_argument("--bundle", type=Path, nargs="+", default=[], metavar="DIR", help="bundles to measure")
     parser.add_argument("--recipe", nargs="+", default=[], metavar="NAME|FILE", help="recipes to export and measure")
-    parser.add_argument("--kv", type=lambda kinds: kinds.split(","), default=[], metavar="KIND,..",
-                        help="fp and int8: each recipe with these kinds of window (default: its own)")  # fmt: skip
+    parser.add_argument(
+        "--kv",
+        type=lambda kinds: kinds.split(","),
+        default=[],
+        metavar="KIND,..",
+        help="fp and int8: each recipe with these kinds of window (default: its own)",
+    )
     parser.add_argument("--sink-tokens", type=int, default=4, metavar="S", help="of exports; the bundles' if any")
     parser.add_argument("--window", type=int, default=1020, metavar="W", help="of exports; the bundles' if any")
     parser.add_argument("--tokens", type=int, default=20_000, metavar="N", help="of the text (default: %(default)s)")

@@ -104,8 +104,11 @@ def _write_script(session: Session, chance: random.Random, kind: str, number: in
         if kind == "completion":
             texts = [tokenizer.encode(message["content"])]
         elif kind == "named":
-            texts = [tokenizer.encode_next(tokenizer.render_next_turn(message["content"])) if i else
-                     tokenizer.encode(tokenizer.render_chat([message]), special=False)]  # fmt: skip
+            texts = [
+                tokenizer.encode_next(tokenizer.render_next_turn(message["content"]))
+                if i
+                else tokenizer.encode(tokenizer.render_chat([message]), special=False)
+            ]
         else:
             messages = [*messages, message]
             texts = [tokenizer.encode(tokenizer.render_chat(messages), special=False)]
@@ -169,8 +172,13 @@ class Player:
     def _ask(self, script: Script, turn: Turn, extra: dict[str, str], leave: bool) -> str | None:
         """The answer's text; None if the client has left on purpose."""
         stream = leave or self._chance.random() < 0.6
-        options = {"model": self._model, "max_tokens": script.max_tokens, "stream": stream, "extra_body": extra,
-                   **script.sampling}  # fmt: skip
+        options = {
+            "model": self._model,
+            "max_tokens": script.max_tokens,
+            "stream": stream,
+            "extra_body": extra,
+            **script.sampling,
+        }
         self._tally.add(requests=1)
         began, text, tokens = time.perf_counter(), "", 0
         if script.kind == "completion":
@@ -178,8 +186,11 @@ class Player:
         else:
             answer = self._client.chat.completions.create(messages=turn.messages, **options)
         if not stream:
-            self._tally.add(answers=1, answer_tokens=answer.usage.completion_tokens,
-                            reused_tokens=answer.usage.prompt_tokens_details.cached_tokens)  # fmt: skip
+            self._tally.add(
+                answers=1,
+                answer_tokens=answer.usage.completion_tokens,
+                reused_tokens=answer.usage.prompt_tokens_details.cached_tokens,
+            )
             choice = answer.choices[0]
             return choice.text if script.kind == "completion" else choice.message.content
         with answer:
@@ -198,10 +209,15 @@ class Player:
 
     def _talk_nonsense(self) -> None:
         body, expected = self._chance.choice(
-            [("{", 400), ("[]", 400), ('{"messages": []}', 400), ('{"prompt": 5, "messages": 5}', 400),
-             (json.dumps({"messages": [{"role": "user", "content": "x" * 2_000_000}]}), 413),
-             ('{"model": "other", "messages": [{"role": "user", "content": "x"}]}', 404)]
-        )  # fmt: skip
+            [
+                ("{", 400),
+                ("[]", 400),
+                ('{"messages": []}', 400),
+                ('{"prompt": 5, "messages": 5}', 400),
+                (json.dumps({"messages": [{"role": "user", "content": "x" * 2_000_000}]}), 413),
+                ('{"model": "other", "messages": [{"role": "user", "content": "x"}]}', 404),
+            ]
+        )
         headers = {"Content-Type": "application/json"}
         response = httpx.post(f"{self._url}/chat/completions", content=body, headers=headers, timeout=300)
         self._tally.add(refused=1)
@@ -212,8 +228,17 @@ class Player:
 @contextlib.contextmanager
 def served(bundle: Path, threads: int | None, max_conversations: int) -> Iterator[tuple[psutil.Process, str]]:
     """A server process and its URL. Raises: RuntimeError if it does not start or does not end well."""
-    command = [sys.executable, "-m", "sinkexport.cli", "serve", str(bundle), "--port", "0",
-               "--max-conversations", str(max_conversations)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "sinkexport.cli",
+        "serve",
+        str(bundle),
+        "--port",
+        "0",
+        "--max-conversations",
+        str(max_conversations),
+    ]
     command += [] if threads is None else ["--threads", str(threads)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -273,13 +298,19 @@ def soak(bundle: Path, minutes: float, clients: int, scripts: int, threads: int 
     waits = Stats.of([1e3 * wait for wait in tally.first_token_s]) if tally.first_token_s else None
     return {
         "environment": harness.environment(threads or physical_cores()),
-        "bundle": bundle.name, "clients": clients, "scripts": scripts, "seconds": round(seconds, 1),
+        "bundle": bundle.name,
+        "clients": clients,
+        "scripts": scripts,
+        "seconds": round(seconds, 1),
         **{name: tally.counts[name] for name in ("requests", "answers", "left", "refused", "errors", "mismatches")},
-        "server_tokens": totals, "tokens_per_s": round(totals["answer"] / seconds, 1),
+        "server_tokens": totals,
+        "tokens_per_s": round(totals["answer"] / seconds, 1),
         "time_to_first_piece_ms": None if waits is None else dataclasses.asdict(waits),
-        "still_at_work": at_work, "memory_growth_mb": round(growth, 1), "memory_mb": memory_mb,
+        "still_at_work": at_work,
+        "memory_growth_mb": round(growth, 1),
+        "memory_mb": memory_mb,
         "problems": tally.problems,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

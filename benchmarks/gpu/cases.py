@@ -33,8 +33,17 @@ INT8_EXPERTS = (0.02, 0.2)
 
 
 def _case(head_dim: int = 64, **others: Any) -> dict[str, Any]:
-    return {"head_dim": head_dim, "recipe": None, "kv": "fp", "batch": 1, "separate": False, "family": "llama",
-            "sink_scale": False, "limits": LIMITS, **others}  # fmt: skip
+    return {
+        "head_dim": head_dim,
+        "recipe": None,
+        "kv": "fp",
+        "batch": 1,
+        "separate": False,
+        "family": "llama",
+        "sink_scale": False,
+        "limits": LIMITS,
+        **others,
+    }
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -68,24 +77,60 @@ CASES: dict[str, dict[str, Any]] = {
     "3 streams, experts, int8 weights": _case(recipe="int8-channel", batch=3, family="mixtral", limits=INT8_EXPERTS),
 }
 
-_TWO_LAYERS = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-               "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": False}  # fmt: skip
-_LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
-                    "linear_num_key_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64}  # fmt: skip
+_TWO_LAYERS = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "tie_word_embeddings": False,
+}
+_LINEAR_AND_FULL = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
 # What attention has besides, in models that have it: ALiBi; learned sink logits, in a layer with a window of its own as
 # well; output gates. What models have besides: experts, linear attention.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomConfig", {"hidden_size": 256, "n_layer": 2, "n_head": 4}),
-    "flint": ("FlintConfig", {**_TWO_LAYERS, "layer_types": ["full_attention", "sliding_attention"],
-                              "sliding_window": 24, "mlp_only_layers": [0, 1]}),
+    "flint": (
+        "FlintConfig",
+        {
+            **_TWO_LAYERS,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 24,
+            "mlp_only_layers": [0, 1],
+        },
+    ),
     "qwen3_5": ("Qwen3_5TextConfig", {**_TWO_LAYERS, "layer_types": ["full_attention"] * 2}),
     "qwen3_5_linear": ("Qwen3_5TextConfig", {**_TWO_LAYERS, **_LINEAR_AND_FULL}),
     "mixtral": ("MixtralConfig", {**_TWO_LAYERS, "num_local_experts": 12, "num_experts_per_tok": 4}),
-    "qwen3_moe": ("Qwen3MoeConfig", {**_TWO_LAYERS, "moe_intermediate_size": 64, "num_experts": 12,
-                                     "num_experts_per_tok": 4, "mlp_only_layers": [0]}),
-    "qwen3_next": ("Qwen3NextConfig", {**_TWO_LAYERS, **_LINEAR_AND_FULL, "num_experts": 12, "num_experts_per_tok": 4,
-                                       "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}),
-}  # fmt: skip
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            **_TWO_LAYERS,
+            "moe_intermediate_size": 64,
+            "num_experts": 12,
+            "num_experts_per_tok": 4,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            **_TWO_LAYERS,
+            **_LINEAR_AND_FULL,
+            "num_experts": 12,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+        },
+    ),
+}
 
 
 def folder_of(root: Path, name: str) -> Path:
@@ -108,14 +153,22 @@ def make(root: Path, names: Sequence[str]) -> None:
         torch.manual_seed(index)
         model = _model(case)
         geometry = {
-            "num_sink_tokens": S, "window_size": W, "batch": case["batch"], "chunk_size": CHUNK, "kv": case["kv"],
+            "num_sink_tokens": S,
+            "window_size": W,
+            "batch": case["batch"],
+            "chunk_size": CHUNK,
+            "kv": case["kv"],
             "recipe": None if case["recipe"] is None else load_recipe(case["recipe"]),
             "sink_tuning": _sink_tuning(model) if case["sink_scale"] else None,
-        }  # fmt: skip
+        }
         folder = folder_of(root, name)
         export_loaded(LoadedModel(model, None, name), folder / "expected", ExportConfig(**geometry), overwrite=True)
-        export_loaded(LoadedModel(model.to(torch.float16), None, name), folder / "bundle",
-                      ExportConfig(**geometry, target="tensorrt", dtype="fp16"), overwrite=True)  # fmt: skip
+        export_loaded(
+            LoadedModel(model.to(torch.float16), None, name),
+            folder / "bundle",
+            ExportConfig(**geometry, target="tensorrt", dtype="fp16"),
+            overwrite=True,
+        )
         tokens = np.random.default_rng(index).integers(0, VOCAB, (PROMPT + STEPS, case["batch"]), np.int32)
         tokens.tofile(folder / "tokens.bin")
         with float_products(folder / "expected") as exact, Session.load(exact) as session:
@@ -139,8 +192,14 @@ def _model(case: dict[str, Any]) -> Any:
 
     if case["family"] == "llama":
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": case["head_dim"]}
-        config = transformers.LlamaConfig(vocab_size=VOCAB, hidden_size=128, intermediate_size=256,
-                                          num_hidden_layers=3, tie_word_embeddings=False, **heads)  # fmt: skip
+        config = transformers.LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            tie_word_embeddings=False,
+            **heads,
+        )
     else:
         config_class, arguments = FAMILIES[case["family"]]
         config = getattr(transformers, config_class)(vocab_size=VOCAB, **arguments)
@@ -195,8 +254,9 @@ def _checked(
         run = [tools / "probe", "replay", folder / "bundle", folder / "tokens.bin", logits_file, PROMPT]
     for command in (build, run):
         try:
-            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False,
-                                  timeout=timeout_s)  # fmt: skip
+            done = subprocess.run(
+                list(map(str, command)), capture_output=True, text=True, check=False, timeout=timeout_s
+            )
         except subprocess.TimeoutExpired:
             return {"failed": f"{command[0].name}: more than {timeout_s:.0f} s"}
         if done.returncode != 0:
@@ -206,10 +266,11 @@ def _checked(
     logits_file.unlink()
     errors = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
     return {
-        "error_median": float(np.median(errors)), "error_max": float(errors.max()),
+        "error_median": float(np.median(errors)),
+        "error_max": float(errors.max()),
         "agree": float((got.argmax(-1) == want.argmax(-1)).mean()),
         "passed": bool(np.median(errors) < case["limits"][0] and errors.max() < case["limits"][1]),
-    }  # fmt: skip
+    }
 
 
 def main() -> int:
@@ -232,8 +293,9 @@ def main() -> int:
     if arguments.task == "make":
         make(arguments.folder, names)
         return 0
-    rows = check(arguments.folder, names, arguments.tools, arguments.plugin, build_options, arguments.timeout,
-                 arguments.jobs)  # fmt: skip
+    rows = check(
+        arguments.folder, names, arguments.tools, arguments.plugin, build_options, arguments.timeout, arguments.jobs
+    )
     print(json.dumps({"cases": rows}))
     return 0 if all(row.get("passed") for row in rows) else 1
 

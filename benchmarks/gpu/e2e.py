@@ -95,9 +95,12 @@ class Bench:
             file.write(f"$ {' '.join(map(str, command))}\n".encode())
             file.flush()
             process = subprocess.Popen(
-                list(map(str, command)), stdout=subprocess.PIPE, stderr=file, start_new_session=True,
+                list(map(str, command)),
+                stdout=subprocess.PIPE,
+                stderr=file,
+                start_new_session=True,
                 env=self.environment if gpu_environment else None,
-            )  # fmt: skip
+            )
             self.running.add(process)
             try:
                 out, _ = process.communicate(timeout=limit)
@@ -109,8 +112,11 @@ class Bench:
             finally:
                 self.running.discard(process)
             file.write(out)
-        print(f"[{time.monotonic() - self.started:5.0f} s] {name}: {time.monotonic() - start:.1f} s, "
-              f"exit code {process.returncode}", flush=True)  # fmt: skip
+        print(
+            f"[{time.monotonic() - self.started:5.0f} s] {name}: {time.monotonic() - start:.1f} s, "
+            f"exit code {process.returncode}",
+            flush=True,
+        )
         if process.returncode != 0:
             lines = log.read_text(errors="replace").strip().splitlines()
             raise StepError(f"exit code {process.returncode}: {lines[-1][:300]}")
@@ -174,8 +180,20 @@ def export_model(bench: Bench, name: str) -> Path:
     """A bundle of --model with the plugin."""
     bundle = bench.work / f"smollm2-{name}"
     if not (bundle / "manifest.json").is_file():
-        command = [sys.executable, "-m", "sinkexport.cli", "export", bench.arguments.model, "-o", bundle,
-                   "--target", "tensorrt", "--dtype", "fp16", *RECIPES[name]]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "sinkexport.cli",
+            "export",
+            bench.arguments.model,
+            "-o",
+            bundle,
+            "--target",
+            "tensorrt",
+            "--dtype",
+            "fp16",
+            *RECIPES[name],
+        ]
         bench.run(f"export {name}", command, 240, gpu_environment=False)
     return bundle
 
@@ -192,8 +210,9 @@ def smollm2(bench: Bench, exports: dict[str, Future[Path]]) -> None:
             scratch = Path(tempfile.mkdtemp(dir=bench.work))
             want["prompt"].astype(np.int32).tofile(scratch / "prompt")
             count = len(want["tokens"])
-            generated = bench.probe(f"{title} generate", "generate", bundle, scratch / "prompt", scratch / "tokens",
-                                    count, 16)  # fmt: skip
+            generated = bench.probe(
+                f"{title} generate", "generate", bundle, scratch / "prompt", scratch / "tokens", count, 16
+            )
             tokens = np.fromfile(scratch / "tokens", np.int32)
             np.concatenate([want["prompt"], want["tokens"]])[:-1].astype(np.int32).tofile(scratch / "fed")
             bench.probe(f"{title} replay", "replay", bundle, scratch / "fed", scratch / "logits", len(want["prompt"]))
@@ -215,8 +234,10 @@ def soak(bench: Bench) -> None:
         for name in RECIPES:
             if (bench.work / f"smollm2-{name}/engines/decode.engine").is_file():
                 with bench.step(f"{at_once} at once {name}"):
-                    bench.found(f"{at_once} at once {name}", **bench.probe(
-                        f"round trips {name}", "soak", bench.work / f"smollm2-{name}", 3200, at_once))  # fmt: skip
+                    bench.found(
+                        f"{at_once} at once {name}",
+                        **bench.probe(f"round trips {name}", "soak", bench.work / f"smollm2-{name}", 3200, at_once),
+                    )
     with bench.step("logits to the host"):
         bench.found("logits to the host", **bench.probe("logits", "soak", bundle, 3000, 1, "logits"))
     with bench.step("sampling"):
@@ -256,18 +277,26 @@ def faults_at_load(bench: Bench, bundle: Path) -> None:
         return change
 
     broken: dict[str, Any] = {
-        "no plugin": plugin(None), "plugin is no library": plugin(b"nothing"), "truncated engine": truncated,
+        "no plugin": plugin(None),
+        "plugin is no library": plugin(b"nothing"),
+        "truncated engine": truncated,
         "truncated engine, manifest says so": damaged_but_consistent,
         "another GPU": lambda copy: edit(copy, compute_capability="8.7"),
         "another TensorRT": lambda copy: edit(copy, version="8.4.1.5"),
         "no engine": lambda copy: (copy / "engines/decode.engine").unlink(),
-    }  # fmt: skip
+    }
     for name, change in broken.items():
         copy = Path(tempfile.mkdtemp(dir=bench.work)) / "bundle"
         shutil.copytree(bundle, copy, copy_function=os.link)
         change(copy)
-        done = subprocess.run([bench.arguments.tools / "probe", "load", copy], capture_output=True, text=True,
-                              check=False, env=bench.environment, timeout=60)  # fmt: skip
+        done = subprocess.run(
+            [bench.arguments.tools / "probe", "load", copy],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=bench.environment,
+            timeout=60,
+        )
         lines = done.stderr.strip().splitlines()
         bench.found("faults at load", **{name: {"exit": done.returncode, "lines": len(lines), "says": lines[-1:]}})
         shutil.rmtree(copy.parent)
@@ -281,8 +310,18 @@ def make_shape(bench: Bench, layers: int, recipe: str | None, target: str = "ten
     name = f"shape{layers}-{recipe or 'fp16'}-{target}"
     if not (bench.work / name / "manifest.json").is_file():
         options = ["--recipe", recipe] if recipe else []
-        command = [sys.executable, HERE / "shape.py", bench.work / name, "--layers", layers,
-                   "--window", LARGEST_WINDOW, "--target", target, *options]  # fmt: skip
+        command = [
+            sys.executable,
+            HERE / "shape.py",
+            bench.work / name,
+            "--layers",
+            layers,
+            "--window",
+            LARGEST_WINDOW,
+            "--target",
+            target,
+            *options,
+        ]
         bench.run(f"make {name}", command, 480, gpu_environment=False)
     return bench.work / name
 
@@ -314,10 +353,15 @@ def shape(bench: Bench, layers: int, made: dict[str, Future[Path]]) -> None:
                 for at_once in (1, 16):
                     found = bench.probe(f"decode {title}", "soak", bundle, 640, at_once)
                     ms = found["ms_per_token"]
-                    bench.found(title, floor_ms=round(floor_ms, 4), **{
-                        f"ms_per_token_{at_once}": ms, f"times_floor_{at_once}": round(ms / floor_ms, 3),
-                        "device_bytes": found["device_bytes"],
-                    })  # fmt: skip
+                    bench.found(
+                        title,
+                        floor_ms=round(floor_ms, 4),
+                        **{
+                            f"ms_per_token_{at_once}": ms,
+                            f"times_floor_{at_once}": round(ms / floor_ms, 3),
+                            "device_bytes": found["device_bytes"],
+                        },
+                    )
                 for engine in (bundle / "engines").glob("*.engine"):  # the next one needs its room
                     engine.unlink()
 
@@ -356,8 +400,24 @@ def cases(bench: Bench) -> None:
         shutil.copytree(bench.arguments.cases, copy)
         failure = None
         try:
-            bench.run("cases", [sys.executable, HERE / "cases.py", "check", copy, "--tools", tools, "--plugin",
-                                bench.arguments.plugin, "--timeout", 240, "--", *build], 900)  # fmt: skip
+            bench.run(
+                "cases",
+                [
+                    sys.executable,
+                    HERE / "cases.py",
+                    "check",
+                    copy,
+                    "--tools",
+                    tools,
+                    "--plugin",
+                    bench.arguments.plugin,
+                    "--timeout",
+                    240,
+                    "--",
+                    *build,
+                ],
+                900,
+            )
         except StepError as error:  # exit code 1: a case failed, and its row says why
             failure = error
         lines = (bench.out / "cases.log").read_text().split("\n")
@@ -375,10 +435,15 @@ def table(results: dict[str, Any]) -> str:
             lines.append(f"{name:34} FAILED {facts['failed'][:200]}")
         elif name == "cases":
             lines += [
-                f"case {row['case']:29} " + (f"FAILED {row['failed'][:160]}" if "failed" in row else
-                f"{'ok ' if row['passed'] else 'BAD'} error {row['error_median']:.1e} max {row['error_max']:.1e} "
-                f"agree {row['agree']:.3f}") for row in facts["rows"]
-            ]  # fmt: skip
+                f"case {row['case']:29} "
+                + (
+                    f"FAILED {row['failed'][:160]}"
+                    if "failed" in row
+                    else f"{'ok ' if row['passed'] else 'BAD'} error {row['error_median']:.1e} "
+                    f"max {row['error_max']:.1e} agree {row['agree']:.3f}"
+                )
+                for row in facts["rows"]
+            ]
         elif name.startswith("faults at load"):
             lines += [f"{name}: {key}: exit {v['exit']}, {v['lines']} line(s): {v['says']}" for key, v in facts.items()]
         else:

@@ -49,8 +49,14 @@ def transformers_static(layers: int, context: int) -> dict[str, Any]:
     mask = torch.zeros(1, 1, 1, context, dtype=torch.float16, device="cuda")
 
     def step() -> Any:
-        return model(ids, attention_mask=mask, past_key_values=cache, cache_position=position,
-                     position_ids=position[None], use_cache=True).logits  # fmt: skip
+        return model(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            cache_position=position,
+            position_ids=position[None],
+            use_cache=True,
+        ).logits
 
     result: dict[str, Any] = {"peer": "transformers, static cache", "transformers": transformers.__version__}
     with torch.inference_mode():
@@ -93,8 +99,12 @@ def ort_cuda(bundle: Path) -> dict[str, Any]:
         ids = [1] * session.batch
         found = timed(lambda: session.step(ids), lambda: None)
         options = session._backend._decode._session.get_provider_options()["CUDAExecutionProvider"]  # type: ignore
-        return {"peer": "ort-cuda", "onnxruntime": onnxruntime.__version__,
-                "cuda_graph": options.get("enable_cuda_graph") == "1", **found}  # fmt: skip
+        return {
+            "peer": "ort-cuda",
+            "onnxruntime": onnxruntime.__version__,
+            "cuda_graph": options.get("enable_cuda_graph") == "1",
+            **found,
+        }
 
 
 def main() -> None:
@@ -109,8 +119,11 @@ def main() -> None:
         print(json.dumps(ort_cuda(arguments.bundle)))
         return
     run = {"transformers": transformers_static, "recompute": recompute}[arguments.task]
-    print(json.dumps({**run(arguments.layers, arguments.context), "layers": arguments.layers,
-                      "context": arguments.context}))  # fmt: skip
+    print(
+        json.dumps(
+            {**run(arguments.layers, arguments.context), "layers": arguments.layers, "context": arguments.context}
+        )
+    )
 
 
 if __name__ == "__main__":

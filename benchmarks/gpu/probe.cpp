@@ -1,12 +1,11 @@
 // What e2e.py asks of the C++ runtime on a GPU. Each task is a process; its last line is a JSON object.
 //
 //   probe load BUNDLE                                        load, decode four tokens; errors are the runtime's
-//   probe replay BUNDLE TOKENS LOGITS PREFILL                feed tokens (int32 file), write logits (float32 [N, vocab])
-//   probe generate BUNDLE PROMPT TOKENS COUNT AT_ONCE        greedy; int32 files
-//   probe soak BUNDLE STEPS AT_ONCE [logits]                 latency, memory and allocations over many tokens
-//   probe sampling BUNDLE TOKENS COUNT                       the GPU's picks against the host's sampler
-//   probe faults BUNDLE                                      too little memory, a CUDA error in the loop
-//   probe bandwidth                                          of a device-to-device copy
+//   probe replay BUNDLE TOKENS LOGITS PREFILL                feed tokens (int32 file), write logits (float32 [N,
+//   vocab]) probe generate BUNDLE PROMPT TOKENS COUNT AT_ONCE        greedy; int32 files probe soak BUNDLE STEPS
+//   AT_ONCE [logits]                 latency, memory and allocations over many tokens probe sampling BUNDLE TOKENS
+//   COUNT                       the GPU's picks against the host's sampler probe faults BUNDLE too little memory, a
+//   CUDA error in the loop probe bandwidth                                          of a device-to-device copy
 //
 // Sessions skip hashes. Allocations are counted between the first and the last timed step: `operator_new`, by any code
 // of the process; `malloc`, by any library of the process, the driver included; `device`, cudaMalloc and cudaHostAlloc
@@ -66,11 +65,21 @@ void* operator new(size_t size) {
   if (void* memory = __libc_malloc(size > 0 ? size : 1)) return memory;
   throw std::bad_alloc();
 }
-void* operator new[](size_t size) { return operator new(size); }
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete[](void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, size_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, size_t) noexcept { std::free(memory); }
+void* operator new[](size_t size) {
+  return operator new(size);
+}
+void operator delete(void* memory) noexcept {
+  std::free(memory);
+}
+void operator delete[](void* memory) noexcept {
+  std::free(memory);
+}
+void operator delete(void* memory, size_t) noexcept {
+  std::free(memory);
+}
+void operator delete[](void* memory, size_t) noexcept {
+  std::free(memory);
+}
 
 namespace {
 
@@ -129,14 +138,16 @@ double median(std::vector<double> values) {
 class Loop {
  public:
   Loop(Session& session, int64_t at_once)
-      : session_(session), at_once_(at_once), sampling_(session.batch()), ids_(session.batch() * at_once),
-        num_ids_(session.batch()), ended_(new bool[session.batch()]()) {
+      : session_(session),
+        at_once_(at_once),
+        sampling_(session.batch()),
+        ids_(session.batch() * at_once),
+        num_ids_(session.batch()),
+        ended_(new bool[session.batch()]()) {
     for (auto& each : sampling_) each.seed = 0;
   }
 
-  void operator()() {
-    session_.steps(at_once_, sampling_.data(), true, ids_.data(), num_ids_.data(), ended_.get());
-  }
+  void operator()() { session_.steps(at_once_, sampling_.data(), true, ids_.data(), num_ids_.data(), ended_.get()); }
   const std::vector<int64_t>& ids() const { return ids_; }
 
  private:
@@ -237,18 +248,19 @@ int taskSoak(int argc, char** argv) {
   const double first = median({times.begin(), times.begin() + edge}), last = median({times.end() - edge, times.end()});
   std::vector<double> sorted = times;
   std::sort(sorted.begin(), sorted.end());
-  std::printf("{\"tokens\": %lld, \"at_once\": %lld, \"logits\": %s, \"ms_per_token\": %.5f, \"p99_ms\": %.5f, "
-              "\"max_ms\": %.5f, \"mean_ms\": %.5f, \"first_1000_ms\": %.5f, \"last_1000_ms\": %.5f, "
-              "\"operator_new\": %lld, \"malloc\": %lld, \"device_allocations\": %lld, \"device_bytes\": %zu, "
-              "\"device_growth_bytes\": %lld, \"resident_bytes\": %zu, \"resident_growth_bytes\": %lld, "
-              "\"same_buffers\": %s, \"last_position\": %lld}\n",
-              static_cast<long long>(calls * at_once), static_cast<long long>(at_once), wants_logits ? "true" : "false",
-              sorted[sorted.size() / 2], sorted[(sorted.size() * 99 + 99) / 100 - 1], sorted.back(),
-              total_ms / static_cast<double>(calls * at_once), first, last, static_cast<long long>(num_new.load()),
-              static_cast<long long>(num_malloc.load()), static_cast<long long>(allocations), device_after,
-              static_cast<long long>(device_after) - static_cast<long long>(device_before), resident_after,
-              static_cast<long long>(resident_after) - static_cast<long long>(resident_before),
-              same_buffers ? "true" : "false", static_cast<long long>(session->position()));
+  std::printf(
+      "{\"tokens\": %lld, \"at_once\": %lld, \"logits\": %s, \"ms_per_token\": %.5f, \"p99_ms\": %.5f, "
+      "\"max_ms\": %.5f, \"mean_ms\": %.5f, \"first_1000_ms\": %.5f, \"last_1000_ms\": %.5f, "
+      "\"operator_new\": %lld, \"malloc\": %lld, \"device_allocations\": %lld, \"device_bytes\": %zu, "
+      "\"device_growth_bytes\": %lld, \"resident_bytes\": %zu, \"resident_growth_bytes\": %lld, "
+      "\"same_buffers\": %s, \"last_position\": %lld}\n",
+      static_cast<long long>(calls * at_once), static_cast<long long>(at_once), wants_logits ? "true" : "false",
+      sorted[sorted.size() / 2], sorted[(sorted.size() * 99 + 99) / 100 - 1], sorted.back(),
+      total_ms / static_cast<double>(calls * at_once), first, last, static_cast<long long>(num_new.load()),
+      static_cast<long long>(num_malloc.load()), static_cast<long long>(allocations), device_after,
+      static_cast<long long>(device_after) - static_cast<long long>(device_before), resident_after,
+      static_cast<long long>(resident_after) - static_cast<long long>(resident_before), same_buffers ? "true" : "false",
+      static_cast<long long>(session->position()));
   return 0;
 }
 
@@ -363,10 +375,11 @@ int taskFaults(char** argv) {
   } catch (const sinkrt::Error& error) {
     reload_error = error.what();
   }
-  std::printf("{\"out_of_memory\": \"%s\", \"reload_after_it_is_right\": %s, \"cuda_error\": \"%s\", "
-              "\"reload_after_cuda_error_is_right\": %s, \"reload_error\": \"%s\"}\n",
-              escaped(oom).c_str(), after_oom ? "true" : "false", escaped(loop_error).c_str(),
-              reloaded ? "true" : "false", escaped(reload_error).c_str());
+  std::printf(
+      "{\"out_of_memory\": \"%s\", \"reload_after_it_is_right\": %s, \"cuda_error\": \"%s\", "
+      "\"reload_after_cuda_error_is_right\": %s, \"reload_error\": \"%s\"}\n",
+      escaped(oom).c_str(), after_oom ? "true" : "false", escaped(loop_error).c_str(), reloaded ? "true" : "false",
+      escaped(reload_error).c_str());
   return 0;
 }
 

@@ -64,10 +64,12 @@ def reference(bundle: Path, prompt: str, num_tokens: int) -> dict[str, np.ndarra
             tokens.append(int(logits.argmax()))
             logits = session.step(tokens[-1:])[0]
     return {
-        "prompt": np.array(ids, np.int32), "tokens": np.array(tokens, np.int32),
-        "top_ids": np.array(top_ids, np.int32), "top_logits": np.array(top_logits, np.float32),
+        "prompt": np.array(ids, np.int32),
+        "tokens": np.array(tokens, np.int32),
+        "top_ids": np.array(top_ids, np.int32),
+        "top_logits": np.array(top_logits, np.float32),
         "spread": np.array(spread, np.float32),
-    }  # fmt: skip
+    }
 
 
 def compare(logits: np.ndarray, tokens: np.ndarray, want: dict[str, np.ndarray]) -> dict[str, float | int | None]:
@@ -83,10 +85,13 @@ def compare(logits: np.ndarray, tokens: np.ndarray, want: dict[str, np.ndarray])
     first = int(different[0]) if different.size else None
     margins = (want["top_logits"][:, 0] - want["top_logits"][:, 1]) / want["spread"]
     return {
-        "steps": len(errors), "error_median": float(np.median(errors)), "error_max": float(errors.max()),
-        "agree": float((logits.argmax(axis=1) == want["top_ids"][:, 0]).mean()), "first_divergence": first,
+        "steps": len(errors),
+        "error_median": float(np.median(errors)),
+        "error_max": float(errors.max()),
+        "agree": float((logits.argmax(axis=1) == want["top_ids"][:, 0]).mean()),
+        "first_divergence": first,
         "margin_there": None if first is None else float(margins[first]),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -19,9 +19,15 @@ from sinkrt.contract import MANIFEST_NAME, hash_file, load_manifest
 
 BLOCK = 1 << 20
 LLAMA_2_7B = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
-    "num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
 
 
 def random_llama(layers: int, dtype: str = "float16", device: str = "cpu") -> Any:
@@ -55,8 +61,14 @@ def export_shape(out: Path, layers: int, window: int, recipe: str | None, target
     from sinkexport.quant.recipe import load_recipe
     from sinkexport.sources import LoadedModel
 
-    config = ExportConfig(num_sink_tokens=4, window_size=window, dtype="fp16", chunk_size=1, target=target,
-                          recipe=None if recipe is None else load_recipe(recipe))  # fmt: skip
+    config = ExportConfig(
+        num_sink_tokens=4,
+        window_size=window,
+        dtype="fp16",
+        chunk_size=1,
+        target=target,
+        recipe=None if recipe is None else load_recipe(recipe),
+    )
     export_loaded(LoadedModel(random_llama(layers), None, f"llama-2-7b-shape-{layers}"), out, config, overwrite=True)
 
 
@@ -66,8 +78,10 @@ def with_window(source: Path, out: Path, window: int) -> None:
 
     manifest = load_manifest(source)
     if manifest.plugin_abi is None or set(manifest.graphs) != {"decode"}:
-        raise SystemExit(f"'{source}': received a bundle whose graphs know the window, expected one with the plugin "
-                         "and without prefill")  # fmt: skip
+        raise SystemExit(
+            f"'{source}': received a bundle whose graphs know the window, expected one with the plugin "
+            "and without prefill"
+        )
     out.mkdir(parents=True, exist_ok=True)
     for name in manifest.files:
         if name != "decode.onnx":
@@ -80,14 +94,18 @@ def with_window(source: Path, out: Path, window: int) -> None:
             value.type.tensor_type.shape.dim[2].dim_value = window  # [B, Hkv, W, D], or [B, Hkv, W]
     onnx.save_model(model, str(out / "decode.onnx"))
     states = tuple(
-        state if state.input not in names
+        state
+        if state.input not in names
         else dataclasses.replace(state, shape=(*state.shape[:2], window, *state.shape[3:]))
         for state in manifest.states
-    )  # fmt: skip
+    )
     changed = dataclasses.replace(
-        manifest, states=states, stream=dataclasses.replace(manifest.stream, window_size=window), engines=None,
+        manifest,
+        states=states,
+        stream=dataclasses.replace(manifest.stream, window_size=window),
+        engines=None,
         files={**manifest.files, "decode.onnx": hash_file(out / "decode.onnx")},
-    )  # fmt: skip
+    )
     (out / MANIFEST_NAME).write_text(changed.to_json(), encoding="utf-8")
 
 

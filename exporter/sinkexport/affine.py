@@ -123,8 +123,14 @@ class AffineFile:
                     )
 
     def _misfit(self, received: str, expected: str) -> UsageError:
-        return UsageError(problem("--affine", received=f"{received} in '{self.name}'", expected=expected,
-                                  fix="make the file for this model"))  # fmt: skip
+        return UsageError(
+            problem(
+                "--affine",
+                received=f"{received} in '{self.name}'",
+                expected=expected,
+                fix="make the file for this model",
+            )
+        )
 
     @classmethod
     def load(cls, path: Path) -> AffineFile:
@@ -134,8 +140,14 @@ class AffineFile:
         """
 
         def refused(reason: str) -> UsageError:
-            return UsageError(problem("--affine", received=f"'{path}' ({reason})", fix="see docs/sink_tuning.md",
-                                      expected="a safetensors file of scales and biases"))  # fmt: skip
+            return UsageError(
+                problem(
+                    "--affine",
+                    received=f"'{path}' ({reason})",
+                    fix="see docs/sink_tuning.md",
+                    expected="a safetensors file of scales and biases",
+                )
+            )
 
         try:
             raw = path.read_bytes()
@@ -180,6 +192,12 @@ def affine_of(bundle: Path, manifest: Manifest) -> AffineFile | None:
         return None
     file = AffineFile.load(bundle / facts.file)
     if file.sha256 != facts.sha256:
-        raise BundleError(problem(facts.file, received=f"sha256 {file.sha256[:12]}..",
-                                  expected=f"{facts.sha256[:12]}..", fix="copy or export it again"))  # fmt: skip
+        raise BundleError(
+            problem(
+                facts.file,
+                received=f"sha256 {file.sha256[:12]}..",
+                expected=f"{facts.sha256[:12]}..",
+                fix="copy or export it again",
+            )
+        )
     return file

@@ -173,9 +173,13 @@ def text_windows(tokenizer: SourceTokenizer, text: str, num_windows: int, window
         chars *= 2
     if piece < 1 or len(ids) < needed:
         raise UsageError(
-            problem("text", received=f"{len(ids):,} tokens", fix="use a longer text, or fewer or shorter windows",
-                    expected=f"{num_windows} windows of {window_tokens:,} tokens")
-        )  # fmt: skip
+            problem(
+                "text",
+                received=f"{len(ids):,} tokens",
+                fix="use a longer text, or fewer or shorter windows",
+                expected=f"{num_windows} windows of {window_tokens:,} tokens",
+            )
+        )
     starts = range(0, needed, max(piece, 1))
     return TextWindows(tuple((*before, *ids[start : start + piece]) for start in starts), len(before))
 
@@ -192,9 +196,13 @@ def check_geometry(num_windows: int, window_tokens: int, num_candidates: int) ->
     least = 2 * (num_candidates + NEAR_TOKENS)
     if window_tokens < least:
         raise UsageError(
-            problem("window tokens", received=window_tokens, expected=f">= {least} for {num_candidates} candidates",
-                    fix="raise --window-tokens or lower --candidates")
-        )  # fmt: skip
+            problem(
+                "window tokens",
+                received=window_tokens,
+                expected=f">= {least} for {num_candidates} candidates",
+                fix="raise --window-tokens or lower --candidates",
+            )
+        )
 
 
 def analyze(
@@ -213,8 +221,14 @@ def analyze(
     config = loaded.model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and window_tokens > limit:
-        raise UsageError(problem("window tokens", received=window_tokens, expected=f"<= {limit}, the model's positions",
-                                 fix="lower --window-tokens"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "window tokens",
+                received=window_tokens,
+                expected=f"<= {limit}, the model's positions",
+                fix="lower --window-tokens",
+            )
+        )
     sums, num_layers = _Sums(num_candidates), int(config.num_hidden_layers)
     report("layers", 0, num_windows * num_layers)
     for number, ids in enumerate(windows.ids):
@@ -261,8 +275,10 @@ def recommend(mass: Array, base: float) -> tuple[int, str]:
     excess = np.where(mass > SINK_RATIO * base, mass - base, 0.0)
     total = float(excess.sum())
     if total <= mass.size * base:  # together they draw less than twice what K others do
-        return 0, (f"no sinks: the first {mass.size} tokens draw {mass.sum():.1%} of the attention from afar, "
-                   f"{mass.size} others {mass.size * base:.1%}")  # fmt: skip
+        return 0, (
+            f"no sinks: the first {mass.size} tokens draw {mass.sum():.1%} of the attention from afar, "
+            f"{mass.size} others {mass.size * base:.1%}"
+        )
     needed = min(int(np.searchsorted(np.cumsum(excess), COVERAGE * total)) + 1, mass.size)
     who = "the first token draws" if needed == 1 else f"the first {needed} tokens draw"
     reason = f"{who} {float(mass[:needed].sum()):.1%} of all attention from afar, any other token {base:.2%}"

@@ -17,8 +17,9 @@ def draw(report: SinkReport) -> Figure:
     """Three panels: attention on the first tokens, the same by layer and head, secondary sinks by layer and place."""
     figure = Figure(figsize=(15, 4.8), dpi=120, layout="constrained")
     by_position, by_head, later = figure.subplots(1, 3)
-    title = (f"{report.model}: keep {report.recommended} "
-             f"({report.num_windows} windows of {report.window_tokens:,} tokens)")  # fmt: skip
+    title = (
+        f"{report.model}: keep {report.recommended} ({report.num_windows} windows of {report.window_tokens:,} tokens)"
+    )
     figure.suptitle(title, fontsize=11, parse_math=False)  # a name may hold a dollar sign
     _draw_positions(by_position, report)
     _draw_heads(by_head, report)
@@ -44,8 +45,9 @@ def _draw_heads(axes: Axes, report: SinkReport) -> None:
         axis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
-    axes.set_title("attention on the first token" if shown == 1 else f"attention on the first {shown} tokens",
-                   fontsize=10)  # fmt: skip
+    axes.set_title(
+        "attention on the first token" if shown == 1 else f"attention on the first {shown} tokens", fontsize=10
+    )
     axes.figure.colorbar(image, ax=axes)
 
 
@@ -53,8 +55,10 @@ def _draw_secondary(axes: Axes, report: SinkReport) -> None:
     """A dot for each layer of each sighting that the report keeps; like the first token: bright."""
     points = [
         (seen.position, layer, 200 * seen.weight, seen.likeness)
-        for sink in report.secondary for seen in sink.sightings for layer in seen.layers
-    ]  # fmt: skip
+        for sink in report.secondary
+        for seen in sink.sightings
+        for layer in seen.layers
+    ]
     if points:
         positions, layers, areas, likeness = zip(*points, strict=True)
         marks = axes.scatter(positions, layers, s=areas, c=likeness, vmin=0, vmax=1, alpha=0.8)

@@ -114,9 +114,7 @@ def attention_weights(
     return weights
 
 
-def softmax_weights(
-    q: torch.Tensor, k: torch.Tensor, start: int, stop: int, arguments: dict[str, Any]
-) -> torch.Tensor:
+def softmax_weights(q: torch.Tensor, k: torch.Tensor, start: int, stop: int, arguments: dict[str, Any]) -> torch.Tensor:
     """Attention weights float32 [Hq, stop - start, stop] of the queries from `start` to `stop`, as the model says.
 
     q: [1, Hq, T, D], k: [1, Hkv, T, D], rotated. arguments: what the model passes to its attention function.

@@ -75,8 +75,14 @@ class BenchConfig:
             ("--prompt-tokens", self.prompt_tokens, f"give at most {limit}"),
         ):
             if tokens > limit:
-                raise UsageError(problem(option, received=f"a stream of {tokens} tokens",
-                                         expected=f"at most {limit} in a stream of this bundle", fix=fix))  # fmt: skip
+                raise UsageError(
+                    problem(
+                        option,
+                        received=f"a stream of {tokens} tokens",
+                        expected=f"at most {limit} in a stream of this bundle",
+                        fix=fix,
+                    )
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +167,9 @@ class BenchReport:
             },
             "bytes_per_step": {"weights": self.weight_bytes, "states": self.manifest.state_bytes},
             "bandwidth_gb_per_s": {
-                "median": statistics.median(bandwidth), "min": min(bandwidth), "max": max(bandwidth),
+                "median": statistics.median(bandwidth),
+                "min": min(bandwidth),
+                "max": max(bandwidth),
             },
             "floor_ms": self.floor_ms,
             "decode": self.speed([ms for each in self.positions for ms in each.times_ms]),
@@ -174,13 +182,15 @@ class BenchReport:
                 for each in self.positions
             ],
             "prefill": self.prefill(),
-            "memory": None if self.rss_bytes is None else {
+            "memory": None
+            if self.rss_bytes is None
+            else {
                 "rss_start_bytes": self.rss_bytes[0],
                 "rss_end_bytes": self.rss_bytes[1],
                 "rss_growth_bytes": self.rss_bytes[1] - self.rss_bytes[0],
                 "rss_highest_growth_bytes": self.rss_bytes[2] - self.rss_bytes[0],
             },
-        }  # fmt: skip
+        }
 
     def to_json(self) -> str:
         """Readable and stable, so that two runs can be compared with diff."""

@@ -82,8 +82,14 @@ def propose(
     measured = [i for i, distance in enumerate(report.distances) if distance <= shortest]
     if not measured:
         nearest = min(report.distances)
-        raise UsageError(problem("--short-window", received=shortest, fix="raise it, or --window-tokens",
-                                 expected=f">= {nearest}, the shortest window that is measured"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--short-window",
+                received=shortest,
+                fix="raise it, or --window-tokens",
+                expected=f">= {nearest}, the shortest window that is measured",
+            )
+        )
     lost = np.array(report.change)[:, :, measured[-1]]  # [L, Hq]
     lost = np.sqrt(np.square(lost.reshape(len(lost), report.num_kv_heads, -1)).mean(axis=2))  # [L, Hkv]
     num_long = int((share * longest - shortest) / (longest - shortest) * lost.size + 1e-9)
@@ -91,10 +97,13 @@ def propose(
     windows = np.full(lost.size, shortest)
     windows[order[:num_long]] = longest
     largest = float(lost.reshape(-1)[order[num_long:]].max(initial=0.0))
-    model = BudgetedModel(name=report.model, architecture=architecture, num_layers=lost.shape[0],
-                          num_kv_heads=lost.shape[1])  # fmt: skip
-    found = (f"analyze, {report.num_windows} windows of {report.window_tokens} tokens: {num_long} of {lost.size} key "
-             f"heads long; the output of no other changes by more than {largest:.1%}")  # fmt: skip
+    model = BudgetedModel(
+        name=report.model, architecture=architecture, num_layers=lost.shape[0], num_kv_heads=lost.shape[1]
+    )
+    found = (
+        f"analyze, {report.num_windows} windows of {report.window_tokens} tokens: {num_long} of {lost.size} key "
+        f"heads long; the output of no other changes by more than {largest:.1%}"
+    )
     shaped = tuple(tuple(int(w) for w in layer) for layer in windows.reshape(lost.shape))
     return BudgetFile(model=model, found=found, windows=shaped), largest
 
@@ -102,12 +111,19 @@ def propose(
 def check_proposal(longest: int, shortest: int, share: float) -> None:
     """Raises: UsageError unless 1 <= shortest < longest, and `shortest` tokens in all heads fit into the share."""
     if not 1 <= shortest < longest:
-        raise UsageError(problem("--short-window", received=shortest, fix="change one of them",
-                                 expected=f"1 .. {longest - 1}, below --long-window"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--short-window",
+                received=shortest,
+                fix="change one of them",
+                expected=f"1 .. {longest - 1}, below --long-window",
+            )
+        )
     if not shortest / longest <= share <= 1:
         least = f"{shortest / longest:.3g} .. 1 for {shortest} of {longest} tokens"
-        raise UsageError(problem("--budget-share", received=share, expected=least,
-                                 fix="change it, or lower --short-window"))  # fmt: skip
+        raise UsageError(
+            problem("--budget-share", received=share, expected=least, fix="change it, or lower --short-window")
+        )
 
 
 def budgets_of(manifest: Manifest) -> BudgetFile | None:
@@ -120,6 +136,7 @@ def budgets_of(manifest: Manifest) -> BudgetFile | None:
         tuple(by_head.get((layer, head), manifest.stream.window_size) for head in range(facts.num_kv_heads))
         for layer in range(facts.num_layers)  # without entry: no cache, but linear attention
     )
-    model = BudgetedModel(name=facts.name, architecture=facts.architecture, num_layers=facts.num_layers,
-                          num_kv_heads=facts.num_kv_heads)  # fmt: skip
+    model = BudgetedModel(
+        name=facts.name, architecture=facts.architecture, num_layers=facts.num_layers, num_kv_heads=facts.num_kv_heads
+    )
     return BudgetFile(model=model, windows=windows)

@@ -64,19 +64,48 @@ def build_bundle(
 
 def _refuse(bundle: Path, manifest: Manifest, options: BuildOptions) -> None:
     if manifest.target != "tensorrt":
-        raise UsageError(problem("bundle", received=f"'{bundle}', exported for target {manifest.target}",
-                                 expected="target tensorrt", fix="export with --target tensorrt"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "bundle",
+                received=f"'{bundle}', exported for target {manifest.target}",
+                expected="target tensorrt",
+                fix="export with --target tensorrt",
+            )
+        )
     if manifest.plugin_abi is not None and options.plugin is None:
-        raise UsageError(problem("--plugin", received="nothing", expected="the plugin library that the graphs need",
-                                 fix="pass --plugin (plugins/README.md), or export with --native"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--plugin",
+                received="nothing",
+                expected="the plugin library that the graphs need",
+                fix="pass --plugin (plugins/README.md), or export with --native",
+            )
+        )
     if manifest.plugin_abi is None and options.plugin is not None:
-        raise UsageError(problem("--plugin", received=f"'{options.plugin}'", fix="leave it out",
-                                 expected="nothing: this bundle has standard operators only"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--plugin",
+                received=f"'{options.plugin}'",
+                fix="leave it out",
+                expected="nothing: this bundle has standard operators only",
+            )
+        )
     if options.plugin is not None and not options.plugin.is_file():
-        raise UsageError(problem("--plugin", received=f"no file at '{options.plugin}'",
-                                 expected="the library libsinkexport_plugin.so",
-                                 fix="build it as plugins/README.md says"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--plugin",
+                received=f"no file at '{options.plugin}'",
+                expected="the library libsinkexport_plugin.so",
+                fix="build it as plugins/README.md says",
+            )
+        )
     for path in filter(None, [options.timing_cache]):
         if path.is_dir() or not path.absolute().parent.is_dir():
-            raise UsageError(problem("--timing-cache", received=f"'{path}'", expected="a file in a folder that exists",
-                                     fix="check the path"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "--timing-cache",
+                    received=f"'{path}'",
+                    expected="a file in a folder that exists",
+                    fix="check the path",
+                )
+            )

@@ -164,9 +164,13 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise UsageError(
-            problem("disk", received=f"{free / 1e6:.0f} MB free", expected=f"at least {needed_bytes / 1e6:.0f} MB",
-                    fix="free some space or choose another folder")
-        )  # fmt: skip
+            problem(
+                "disk",
+                received=f"{free / 1e6:.0f} MB free",
+                expected=f"at least {needed_bytes / 1e6:.0f} MB",
+                fix="free some space or choose another folder",
+            )
+        )
 
 
 def _refuse_to_replace(out: Path, target: Path, overwrite: bool) -> None:
@@ -175,8 +179,14 @@ def _refuse_to_replace(out: Path, target: Path, overwrite: bool) -> None:
     Raises: UsageError.
     """
     if target.is_mount():  # of a container's volume, say: it can be written, but not renamed
-        raise UsageError(problem("output", received=f"'{out}', where a file system is mounted", expected="a new folder",
-                                 fix=f"choose one inside it: '{out / 'bundle'}'"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "output",
+                received=f"'{out}', where a file system is mounted",
+                expected="a new folder",
+                fix=f"choose one inside it: '{out / 'bundle'}'",
+            )
+        )
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / MANIFEST_NAME).is_file():
@@ -220,5 +230,11 @@ def _unwritable(out: Path, error: OSError) -> UsageError:
     else:
         known = {errno.ENOSPC: "the disk is full", errno.EFBIG: "the file size limit is reached"}
         reason = known.get(error.errno, error.strerror or str(error))
-    return UsageError(problem("output", received=f"'{out}' ({reason})", expected="a folder that can be written",
-                              fix="nothing was left behind; free space or choose another folder"))  # fmt: skip
+    return UsageError(
+        problem(
+            "output",
+            received=f"'{out}' ({reason})",
+            expected="a folder that can be written",
+            fix="nothing was left behind; free space or choose another folder",
+        )
+    )

@@ -165,8 +165,15 @@ class _Check:
         self._judge(stepped, wanted, position, "step by step", tolerance, loosely=loosely)
         session.place_stream(stream, start)
         chunked = session.prefill(ids, streams=[stream])[stream][None, None]
-        self._judge(chunked, wanted[:, -1:], position + num_tokens - 1, "as a chunk", tolerance, stepped[:, -1:],
-                    loosely=loosely)  # fmt: skip
+        self._judge(
+            chunked,
+            wanted[:, -1:],
+            position + num_tokens - 1,
+            "as a chunk",
+            tolerance,
+            stepped[:, -1:],
+            loosely=loosely,
+        )
 
     def _random_states(self, sizes: dict[int, tuple[float, float]]) -> dict[str, np.ndarray]:
         """By input name, one stream's states; those of linear attention as they begin."""
@@ -210,9 +217,13 @@ class _Check:
         """The streaming reference's logits [b, num_last, vocab] of the last tokens of the streams that count."""
         stream, wanted = self._manifest.stream, []
         with streaming_reference(
-            self._model, stream.num_sink_tokens, stream.window_size, sink_tuning=self._manifest.sink_tuning,
-            head_windows=None if self._budgets is None else self._budgets.windows, affine=self._affine,
-        ) as reference:  # fmt: skip
+            self._model,
+            stream.num_sink_tokens,
+            stream.window_size,
+            sink_tuning=self._manifest.sink_tuning,
+            head_windows=None if self._budgets is None else self._budgets.windows,
+            affine=self._affine,
+        ) as reference:
             for t, column in enumerate(ids[self._streams].T):
                 logits = reference.step(torch.from_numpy(column))
                 if t >= ids.shape[1] - num_last:
@@ -232,9 +243,16 @@ class _Check:
         self._judge(chunked, wanted[:, -1:], ids.shape[1] - 1, "as a chunk", stepped=stepped[:, -1:])
 
     def _judge(
-        self, got: Logits, wanted: Logits, start: int, how: str, tolerance: float = 0.0, stepped: Logits | None = None,
-        *, loosely: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        got: Logits,
+        wanted: Logits,
+        start: int,
+        how: str,
+        tolerance: float = 0.0,
+        stepped: Logits | None = None,
+        *,
+        loosely: bool = False,
+    ) -> None:
         """got, wanted: [b, n, vocab] from position `start` on. tolerance: more than `default_tolerance`, or not.
         stepped: what the bundle's own steps gave, which a quantised chunk may be like instead: at a single position a
         rounded model may be far from its own. loosely: by correlation, as quantised bundles are.
@@ -263,11 +281,15 @@ class _Check:
             found = f"logits whose correlation with the model's is {found_mean:.2f}, fed {how}"
             rounds = "float16" if quantization is None else f"the recipe '{quantization.recipe}'"
             expected = f"at least {limit}, whatever {rounds} rounds"
-            fix = "use --dtype fp32" if quantization is None else (
-                "choose a finer recipe; without a recipe this model is exported as it is, or refused")  # fmt: skip
+            fix = (
+                "use --dtype fp32"
+                if quantization is None
+                else ("choose a finer recipe; without a recipe this model is exported as it is, or refused")
+            )
         if not is_right:
-            raise UsageError(problem("the exported graph differs from the model", received=found, expected=expected,
-                                     fix=fix))  # fmt: skip
+            raise UsageError(
+                problem("the exported graph differs from the model", received=found, expected=expected, fix=fix)
+            )
 
 
 def correlations(got: Logits, wanted: Logits) -> Logits:

@@ -40,8 +40,20 @@ INTERRUPT_AGAIN_S = 0.05
 """After which a Ctrl-C that Python had to swallow comes again."""
 OPTIONAL_PACKAGES = {
     **dict.fromkeys(
-        ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate", "ml_dtypes", "pydantic",
-         "yaml", "regex", "sentencepiece"),
+        (
+            "torch",
+            "transformers",
+            "onnx",
+            "onnx_ir",
+            "onnxscript",
+            "gguf",
+            "accelerate",
+            "ml_dtypes",
+            "pydantic",
+            "yaml",
+            "regex",
+            "sentencepiece",
+        ),
         "export",
     ),
     "matplotlib": "plot",
@@ -134,8 +146,9 @@ def main() -> None:
         extra = OPTIONAL_PACKAGES.get((error.name or "").partition(".")[0])
         if extra is None:
             _fail(_bug(error), EXIT_INTERNAL, debug)
-        _fail(f"this command needs the package '{error.name}': pip install 'sinkexport[{extra}]'",
-              EXIT_BAD_INPUT, debug)  # fmt: skip
+        _fail(
+            f"this command needs the package '{error.name}': pip install 'sinkexport[{extra}]'", EXIT_BAD_INPUT, debug
+        )
     except OSError as error:  # a file without read permission, a full disk
         _fail(f"{error.strerror or error}" + (f": '{error.filename}'" if error.filename else ""), EXIT_BAD_INPUT, debug)
     except MemoryError:
@@ -159,8 +172,14 @@ def _fill_closed_descriptors() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", errors="replace", closefd=False))
     if 1 in closed:
-        raise UsageError(problem("stdout", received="a closed one", expected="somewhere to write to",
-                                 fix="redirect it to a file or to /dev/null"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "stdout",
+                received="a closed one",
+                expected="somewhere to write to",
+                fix="redirect it to a file or to /dev/null",
+            )
+        )
 
 
 class _Lossy(io.FileIO):
@@ -179,8 +198,9 @@ def _let_stderr_fail() -> None:
     """A log on a full disk, or a reader of the log that has gone, must end no stream and change no exit code."""
     if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
         file = io.BufferedWriter(_Lossy(sys.stderr.fileno(), "w", closefd=False))
-        sys.stderr = io.TextIOWrapper(file, sys.stderr.encoding, sys.stderr.errors, line_buffering=True,
-                                      write_through=True)  # fmt: skip
+        sys.stderr = io.TextIOWrapper(
+            file, sys.stderr.encoding, sys.stderr.errors, line_buffering=True, write_through=True
+        )
 
 
 def _is_open(number: int) -> bool:

@@ -83,29 +83,49 @@ class ExportConfig:
             if name == "chunk_size" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise UsageError(problem(name, received=repr(value), expected=f"an integer {low} .. {high}",
-                                         fix=f"change {option}"))
+                raise UsageError(
+                    problem(name, received=repr(value), expected=f"an integer {low} .. {high}", fix=f"change {option}")
+                )
         if self.sink_token is not None and not self.num_sink_tokens:
-            raise UsageError(problem("sink_token", received="no sinks", expected="at least one, to keep the token",
-                                     fix="use --sink-tokens 1"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "sink_token",
+                    received="no sinks",
+                    expected="at least one, to keep the token",
+                    fix="use --sink-tokens 1",
+                )
+            )
         if self.dtype not in WEIGHT_DTYPES:
-            raise UsageError(problem("dtype", received=repr(self.dtype), expected=" | ".join(WEIGHT_DTYPES),
-                                     fix="change --dtype"))
+            raise UsageError(
+                problem("dtype", received=repr(self.dtype), expected=" | ".join(WEIGHT_DTYPES), fix="change --dtype")
+            )
         if self.target not in TARGETS:
-            raise UsageError(problem("target", received=repr(self.target), expected=" | ".join(TARGETS),
-                                     fix="change --target"))
+            raise UsageError(
+                problem("target", received=repr(self.target), expected=" | ".join(TARGETS), fix="change --target")
+            )
         if self.native and self.target != "tensorrt":
-            raise UsageError(problem("native", received=f"target {self.target}", expected="target tensorrt",
-                                     fix="leave --native out: other targets are native anyway"))
+            raise UsageError(
+                problem(
+                    "native",
+                    received=f"target {self.target}",
+                    expected="target tensorrt",
+                    fix="leave --native out: other targets are native anyway",
+                )
+            )
         if self.kv not in (None, *KV_KINDS):
             raise UsageError(problem("kv", received=repr(self.kv), expected=" | ".join(KV_KINDS), fix="change --kv"))
         if self.recipe is not None:
             self._check_recipe(self.recipe)
         if self.calibration is not None and (self.recipe is None or not self.recipe.may_need_calibration):
             name = "none" if self.recipe is None else f"'{self.recipe.name}'"
-            raise UsageError(problem("--calibration", received=f"a file, and recipe {name}",
-                                     expected="a recipe with static ranges or smoothing",
-                                     fix="leave --calibration out or change --recipe"))
+            raise UsageError(
+                problem(
+                    "--calibration",
+                    received=f"a file, and recipe {name}",
+                    expected="a recipe with static ranges or smoothing",
+                    fix="leave --calibration out or change --recipe",
+                )
+            )
         if self.has_int8_window:
             self._check_int8_window()
         if self.sink_tuning is not None:
@@ -113,49 +133,103 @@ class ExportConfig:
         if self.affine is not None:
             self._check_affine()
         if self.budgets is not None and self.budgets.longest != self.window_size:
-            raise UsageError(problem("--window", received=f"{self.window_size}, and budgets of up to "
-                                     f"{self.budgets.longest} tokens", expected="the longest budget",
-                                     fix=f"pass --window {self.budgets.longest}"))
+            raise UsageError(
+                problem(
+                    "--window",
+                    received=f"{self.window_size}, and budgets of up to {self.budgets.longest} tokens",
+                    expected="the longest budget",
+                    fix=f"pass --window {self.budgets.longest}",
+                )
+            )
         if self.num_tokens_per_chunk > self.window_size:
-            raise UsageError(problem("chunk_size", received=self.chunk_size, expected=f"at most W = {self.window_size}",
-                                     fix="lower --chunk or raise --window"))
+            raise UsageError(
+                problem(
+                    "chunk_size",
+                    received=self.chunk_size,
+                    expected=f"at most W = {self.window_size}",
+                    fix="lower --chunk or raise --window",
+                )
+            )
 
     def _check_recipe(self, recipe: Recipe) -> None:
         if self.target not in recipe.targets:
-            raise UsageError(problem(f"recipe '{recipe.name}'", received=f"target {self.target}",
-                                     expected=" | ".join(recipe.targets), fix="change --target or the recipe"))
+            raise UsageError(
+                problem(
+                    f"recipe '{recipe.name}'",
+                    received=f"target {self.target}",
+                    expected=" | ".join(recipe.targets),
+                    fix="change --target or the recipe",
+                )
+            )
         if recipe.needs_calibration and self.calibration is None:
-            raise UsageError(problem(f"recipe '{recipe.name}'", received="no calibration",
-                                     expected="ranges of this model's activations",
-                                     fix="run 'sinkexport calibrate' and pass its file as --calibration"))
+            raise UsageError(
+                problem(
+                    f"recipe '{recipe.name}'",
+                    received="no calibration",
+                    expected="ranges of this model's activations",
+                    fix="run 'sinkexport calibrate' and pass its file as --calibration",
+                )
+            )
 
     def _check_sink_tuning(self, tuning: SinkTuningFile) -> None:
         if tuning.act is not None and self.has_plugins:
-            raise UsageError(problem("--sink-tuning", received="act, and target tensorrt with the plugin",
-                                     expected="standard operators: the plugin has no state for what tokens received",
-                                     fix="add --native, or use --target onnx"))
+            raise UsageError(
+                problem(
+                    "--sink-tuning",
+                    received="act, and target tensorrt with the plugin",
+                    expected="standard operators: the plugin has no state for what tokens received",
+                    fix="add --native, or use --target onnx",
+                )
+            )
         if self.num_sink_tokens < 1:
-            raise UsageError(problem("--sink-tuning", received="0 sinks", expected="at least 1: token 0 must stay",
-                                     fix="raise --sink-tokens"))
+            raise UsageError(
+                problem(
+                    "--sink-tuning",
+                    received="0 sinks",
+                    expected="at least 1: token 0 must stay",
+                    fix="raise --sink-tokens",
+                )
+            )
 
     def _check_affine(self) -> None:
         if self.has_plugins:
-            raise UsageError(problem("--affine", received="target tensorrt with the plugin",
-                                     expected="standard operators: the plugin has no inputs for scales and biases",
-                                     fix="add --native, or use --target onnx"))
+            raise UsageError(
+                problem(
+                    "--affine",
+                    received="target tensorrt with the plugin",
+                    expected="standard operators: the plugin has no inputs for scales and biases",
+                    fix="add --native, or use --target onnx",
+                )
+            )
         if self.recipe is not None and self.recipe.needs_ranges:
-            raise UsageError(problem("--affine", received=f"recipe '{self.recipe.name}', which has static ranges or "
-                                     "smooths", expected="a recipe without: calibration saw the model's own attention",
-                                     fix="change --recipe"))
+            raise UsageError(
+                problem(
+                    "--affine",
+                    received=f"recipe '{self.recipe.name}', which has static ranges or smooths",
+                    expected="a recipe without: calibration saw the model's own attention",
+                    fix="change --recipe",
+                )
+            )
 
     def _check_int8_window(self) -> None:
         if self.native:
-            raise UsageError(problem("kv", received="int8 with --native", expected="fp",
-                                     fix="leave --native out: only the plugin writes an INT8 window"))
+            raise UsageError(
+                problem(
+                    "kv",
+                    received="int8 with --native",
+                    expected="fp",
+                    fix="leave --native out: only the plugin writes an INT8 window",
+                )
+            )
         if self.window_size > MAX_INT8_WINDOW:
-            raise UsageError(problem("window_size", received=self.window_size,
-                                     expected=f"at most {MAX_INT8_WINDOW} with kv int8",
-                                     fix="lower --window or use --kv fp"))
+            raise UsageError(
+                problem(
+                    "window_size",
+                    received=self.window_size,
+                    expected=f"at most {MAX_INT8_WINDOW} with kv int8",
+                    fix="lower --window or use --kv fp",
+                )
+            )
 
     @property
     def has_plugins(self) -> bool:

@@ -73,8 +73,12 @@ def sinks_and_window(
 def dense(model: Any, ids: Ids, max_tokens: int, *, chunk_tokens: int = CHUNK_TOKENS) -> Contender:
     """transformers' own model and cache, which keeps every token; ends after `max_tokens` tokens are in the cache."""
     num_tokens = min(len(ids) - 1, max_tokens)
-    return Contender("dense", f"transformers, up to {num_tokens} tokens", num_tokens,
-                     lambda: _dense(model, ids[:num_tokens], chunk_tokens))  # fmt: skip
+    return Contender(
+        "dense",
+        f"transformers, up to {num_tokens} tokens",
+        num_tokens,
+        lambda: _dense(model, ids[:num_tokens], chunk_tokens),
+    )
 
 
 def recomputation(model: Any, ids: Ids, capacity: int, block_tokens: int) -> Contender:

@@ -144,22 +144,39 @@ def _build(trt: Any, logger: Any, graph: Path, file: IO[bytes] | None, options: 
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     if options.tactic_sources is not None and not config.set_tactic_sources(options.tactic_sources):
-        raise UsageError(problem("--tactic-sources", received=options.tactic_sources,
-                                 expected=f"bits of TacticSource that {flavour} {trt.__version__} knows",
-                                 fix="give others, or leave it out"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--tactic-sources",
+                received=options.tactic_sources,
+                expected=f"bits of TacticSource that {flavour} {trt.__version__} knows",
+                fix="give others, or leave it out",
+            )
+        )
     if typed and abi is not None:
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if not typed:
         _hold_precision(trt, network, config, float32_values(graph))
     if options.timing_cache is not None:
         if flavour == "TensorRT-RTX":
-            raise UsageError(problem("--timing-cache", received=f"'{options.timing_cache}' with TensorRT-RTX",
-                                     expected="nothing: it keeps no timings", fix="leave it out"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "--timing-cache",
+                    received=f"'{options.timing_cache}' with TensorRT-RTX",
+                    expected="nothing: it keeps no timings",
+                    fix="leave it out",
+                )
+            )
         saved = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
         kept = config.create_timing_cache(saved)  # None: it is unreadable
         if kept is None or not config.set_timing_cache(kept, ignore_mismatch=False):
-            raise UsageError(problem("--timing-cache", received=f"'{options.timing_cache}', of another TensorRT or GPU",
-                                     expected="a cache that this machine wrote", fix="choose a new file"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "--timing-cache",
+                    received=f"'{options.timing_cache}', of another TensorRT or GPU",
+                    expected="a cache that this machine wrote",
+                    fix="choose a new file",
+                )
+            )
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     start = time.perf_counter()
     engine_bytes = _serialized(trt, builder, network, config, file)
@@ -227,9 +244,10 @@ def float32_values(graph: Path) -> frozenset[str]:
     model = onnx.load(str(graph), load_external_data=False).graph
     computed = {name for node in model.node for name in node.output}
     return frozenset(
-        value.name for value in [*model.value_info, *model.output]
+        value.name
+        for value in [*model.value_info, *model.output]
         if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT and value.name in computed
-    )  # fmt: skip
+    )
 
 
 def _hold_precision(trt: Any, network: Any, config: Any, float32: frozenset[str]) -> None:

@@ -40,8 +40,12 @@ def build_engine_apart(
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(  # noqa: S603 - this very module
             command or (sys.executable, "-m", __name__),
-            input=json.dumps(task), capture_output=True, text=True, check=False, env=_environment(Path(folder)),
-        )  # fmt: skip
+            input=json.dumps(task),
+            capture_output=True,
+            text=True,
+            check=False,
+            env=_environment(Path(folder)),
+        )
     if debug and done.stderr:
         sys.stderr.write(done.stderr)
     try:
@@ -57,9 +61,13 @@ def build_engine_apart(
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
     said = " / ".join(line.strip() for line in done.stderr.splitlines()[-MAX_SHOWN_LINES:]) or "no message"
     raise EngineBuildError(
-        problem(f"engine of '{graph.name}'", received=f"a crash of TensorRT ({how}; {said})",
-                expected="a build that ends", fix="run with --debug, and report it with the graph")
-    )  # fmt: skip
+        problem(
+            f"engine of '{graph.name}'",
+            received=f"a crash of TensorRT ({how}; {said})",
+            expected="a build that ends",
+            fix="run with --debug, and report it with the graph",
+        )
+    )
 
 
 def _plain(value: Any) -> Any:

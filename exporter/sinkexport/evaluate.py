@@ -103,8 +103,11 @@ def evaluate(
     manifest = load_manifest(Path(bundle))
     stream = manifest.stream
     if stream.batch != 1:
-        raise UsageError(problem("eval", received=f"a bundle of {stream.batch} streams", expected="batch 1",
-                                 fix="export with --batch 1"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "eval", received=f"a bundle of {stream.batch} streams", expected="batch 1", fix="export with --batch 1"
+            )
+        )
     block = None if compare is None else _checked_block(compare, stream.capacity)
     ids = encode(Path(bundle), manifest, text)[:num_tokens]
     check_text(ids)
@@ -143,7 +146,11 @@ def _alternatives(
     limit = min(dense_tokens, getattr(config, "max_position_embeddings", None) or dense_tokens)
     return [
         contenders.sinks_and_window(
-            model, ids, stream.num_sink_tokens, stream.window_size, name="sinks + window",
+            model,
+            ids,
+            stream.num_sink_tokens,
+            stream.window_size,
+            name="sinks + window",
             sink_tuning=manifest.sink_tuning,
             budgets=budgets_of(manifest),
             affine=affine,
@@ -154,9 +161,7 @@ def _alternatives(
     ]
 
 
-def _measured(
-    run: list[Contender], ids: Ids, segment_tokens: int, capacity: int, report: Report
-) -> Iterator[Curve]:
+def _measured(run: list[Contender], ids: Ids, segment_tokens: int, capacity: int, report: Report) -> Iterator[Curve]:
     for contender in run:
         yield measure(contender, ids, segment_tokens=segment_tokens, capacity=capacity, report=report)
 
@@ -178,21 +183,30 @@ def encode(bundle: Path, manifest: Manifest, text: str) -> Ids:
     ids = np.asarray(Tokenizer.load(bundle, manifest).encode(text), dtype=np.int64)
     vocab_size = manifest.model.vocab_size
     if ids.size and int(ids.max()) >= vocab_size:
-        raise UsageError(problem("tokenizer", received=f"token id {int(ids.max())}",
-                                 expected=f"ids below the model's {vocab_size}",
-                                 fix="export the model with its own tokenizer"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "tokenizer",
+                received=f"token id {int(ids.max())}",
+                expected=f"ids below the model's {vocab_size}",
+                fix="export the model with its own tokenizer",
+            )
+        )
     return ids
 
 
 def _checked_block(compare: Comparison, capacity: int) -> int:
     """Tokens of a run of recomputation, with the default filled in."""
     if compare.dense_tokens < 1:
-        raise UsageError(problem("dense tokens", received=compare.dense_tokens, expected=">= 1",
-                                 fix="change --dense-tokens"))  # fmt: skip
+        raise UsageError(
+            problem("dense tokens", received=compare.dense_tokens, expected=">= 1", fix="change --dense-tokens")
+        )
     block = max(1, capacity // RECOMPUTE_SHARE) if compare.recompute_block is None else compare.recompute_block
     if not 1 <= block <= capacity:
-        raise UsageError(problem("recompute block", received=block, expected=f"1 .. S + W = {capacity}",
-                                 fix="change --recompute-block"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "recompute block", received=block, expected=f"1 .. S + W = {capacity}", fix="change --recompute-block"
+            )
+        )
     return block
 
 

@@ -21,11 +21,23 @@ def draw(report: EvalReport) -> Figure:
     axes = figure.add_subplot()
     for i, curve in enumerate(report.curves):
         # The bundle lies on top of the same thing in torch: a broad pale line shows beneath a narrow one.
-        axes.plot(*_points(curve), label=_label(curve), color=COLORS[i % len(COLORS)], marker=".", markersize=5,
-                  linewidth=3.5 if i == 0 else 1.5, alpha=0.5 if i == 0 else 1.0)  # fmt: skip
+        axes.plot(
+            *_points(curve),
+            label=_label(curve),
+            color=COLORS[i % len(COLORS)],
+            marker=".",
+            markersize=5,
+            linewidth=3.5 if i == 0 else 1.5,
+            alpha=0.5 if i == 0 else 1.0,
+        )
     if report.capacity < report.num_tokens:
-        axes.axvline(report.capacity, color="black", linestyle="--", linewidth=1,
-                     label=f"cache full ({report.capacity:,} tokens)")  # fmt: skip
+        axes.axvline(
+            report.capacity,
+            color="black",
+            linestyle="--",
+            linewidth=1,
+            label=f"cache full ({report.capacity:,} tokens)",
+        )
     axes.set_yscale("log")
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

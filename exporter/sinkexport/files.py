@@ -74,6 +74,10 @@ def write_whole(path: Path, data: str | bytes, option: str) -> None:
 
 def _unwritable(path: Path, option: str, error: OSError) -> UsageError:
     return UsageError(
-        problem(option, received=f"'{path}' ({error.strerror or error})", expected="a file that can be written",
-                fix="choose another path")
-    )  # fmt: skip
+        problem(
+            option,
+            received=f"'{path}' ({error.strerror or error})",
+            expected="a file that can be written",
+            fix="choose another path",
+        )
+    )

@@ -98,9 +98,17 @@ class FrameCache:
             if count == 4:
                 shift = tuple(angles.to(q.dtype).expand(-1, q.shape[2], -1) for angles in self._shift)
         out, *updated = block_attention(
-            q, k, v, *(own[:2] if count == 4 else (None, None)), *own[-2:], self._position, *shift, self._oldest,
-            float(q.shape[-1] ** -0.5 if scale is None else scale), self._interleaved,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            *(own[:2] if count == 4 else (None, None)),
+            *own[-2:],
+            self._position,
+            *shift,
+            self._oldest,
+            float(q.shape[-1] ** -0.5 if scale is None else scale),
+            self._interleaved,
+        )
         self._next += updated[-count:]
         return out
 
@@ -139,9 +147,14 @@ def export_frames(
     befores, others = rest[: len(states)], rest[len(states) :]
     output, *afters = graph.outputs
     if len(afters) != len(befores) or any(a.shape != b.shape for a, b in zip(afters, befores, strict=True)):
-        raise UsageError(problem("forward", received=f"{len(afters)} states returned",
-                                 expected=f"the {len(befores)} that it takes, of the same shapes",
-                                 fix="return the cache's next_states"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "forward",
+                received=f"{len(afters)} states returned",
+                expected=f"the {len(befores)} that it takes, of the same shapes",
+                fix="return the cache's next_states",
+            )
+        )
     position.name, oldest.name, output.name = "position", "oldest", "output"
     for value, name in zip(others, inputs, strict=True):
         value.name = name

@@ -85,8 +85,14 @@ class HeadFile(Spec):
             (self.HEADS, of.num_heads, num_heads),
         ):
             if ours != theirs:
-                raise UsageError(problem(self.OPTION, received=f"a file for '{of.name}', {what} {ours}",
-                                         expected=f"{what} {theirs}", fix=self.FIX))  # fmt: skip
+                raise UsageError(
+                    problem(
+                        self.OPTION,
+                        received=f"a file for '{of.name}', {what} {ours}",
+                        expected=f"{what} {theirs}",
+                        fix=self.FIX,
+                    )
+                )
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -96,8 +102,14 @@ class HeadFile(Spec):
         """
 
         def refused(reason: str) -> UsageError:
-            return UsageError(problem(cls.OPTION, received=f"'{path}' ({reason})",
-                                      expected=f"a file of '{cls.MADE_BY}'", fix=f"see {cls.DOCS}"))  # fmt: skip
+            return UsageError(
+                problem(
+                    cls.OPTION,
+                    received=f"'{path}' ({reason})",
+                    expected=f"a file of '{cls.MADE_BY}'",
+                    fix=f"see {cls.DOCS}",
+                )
+            )
 
         try:
             raw = path.read_bytes()

@@ -72,8 +72,14 @@ def inspect_model(source: str) -> ModelReport:
         except SinkError as error:
             reason = str(error)
         except Exception as error:  # values of other types than they should be: transformers has errors of its own
-            reason = str(problem(section, received=f"{type(error).__name__} ({one_line(error)})",
-                                 expected="values of the usual types", fix="repair the model's files"))  # fmt: skip
+            reason = str(
+                problem(
+                    section,
+                    received=f"{type(error).__name__} ({one_line(error)})",
+                    expected="values of the usual types",
+                    fix="repair the model's files",
+                )
+            )
         if (section, reason) not in refused:
             refused.append((section, reason))
         return None
@@ -141,8 +147,15 @@ def position_facts(config: Any) -> Facts:
         if isinstance(values, dict) and values:
             rest = {name: value for name, value in values.items() if name not in ("rope_type", "rope_theta")}
             share = rest.pop("partial_rotary_factor", None) or getattr(text, "partial_rotary_factor", None) or 1.0
-            rope.append({"layers": layers, "type": values.get("rope_type", "default"),
-                         "theta": values.get("rope_theta"), "rotary_share": share, "scaling": rest})  # fmt: skip
+            rope.append(
+                {
+                    "layers": layers,
+                    "type": values.get("rope_type", "default"),
+                    "theta": values.get("rope_theta"),
+                    "rotary_share": share,
+                    "scaling": rest,
+                }
+            )
     return {"known_as": known, "rope": rope}
 
 
@@ -152,11 +165,18 @@ def window_facts(config: Any) -> list[Facts]:
     kinds = getattr(text, "layer_types", None) or ()
     window = getattr(text, "sliding_window", None)
     if not kinds:
-        return [{"kind": "sliding_attention" if window else "full_attention", "window": window or None,
-                 "layers": getattr(text, "num_hidden_layers", None)}]  # fmt: skip
+        return [
+            {
+                "kind": "sliding_attention" if window else "full_attention",
+                "window": window or None,
+                "layers": getattr(text, "num_hidden_layers", None),
+            }
+        ]
     counts = collections.Counter(kinds)
-    return [{"kind": kind, "window": window if kind == "sliding_attention" else None, "layers": count}
-            for kind, count in counts.items()]  # fmt: skip
+    return [
+        {"kind": kind, "window": window if kind == "sliding_attention" else None, "layers": count}
+        for kind, count in counts.items()
+    ]
 
 
 def tensor_facts(tensors: tuple[Tensor, ...]) -> Facts:
@@ -193,11 +213,16 @@ def tokenizer_facts(tokenizer: SourceTokenizer) -> Facts:
         check_template(tokenizer)
         template = tokenizer.runtime.template_facts
         facts["chat_template"] = {
-            "characters": len(tokenizer.chat_template), "wants": template.wants,
-            "no_system_message": system_refusal(tokenizer), "keeps_history": template.keeps_history,
-            "arguments": sorted(name for name in template.variables
-                                if name not in RESERVED_ARGS and not name.endswith(("_token", "_tokens"))),
-        }  # fmt: skip
+            "characters": len(tokenizer.chat_template),
+            "wants": template.wants,
+            "no_system_message": system_refusal(tokenizer),
+            "keeps_history": template.keeps_history,
+            "arguments": sorted(
+                name
+                for name in template.variables
+                if name not in RESERVED_ARGS and not name.endswith(("_token", "_tokens"))
+            ),
+        }
     return facts
 
 
@@ -221,10 +246,11 @@ def model_tensors(origin: Origin) -> tuple[Tensor, ...] | None:
         from sinkexport.loading.gguf_models.file import open_gguf
 
         return tuple(
-            Tensor(name, tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape)),
-                   int(tensor.n_bytes))
+            Tensor(
+                name, tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape)), int(tensor.n_bytes)
+            )
             for name, tensor in open_gguf(origin.path).tensors.items()
-        )  # fmt: skip
+        )
     from sinkexport.loading.checkpoints.weight_files import read_weight_files
 
     tensors = read_weight_files(origin.path).tensors.values()

@@ -49,9 +49,10 @@ def of_bundle(bundle: Path, manifest: Manifest) -> Budget:
     sinks = sum(state.nbytes for state in manifest.states if state.kind.startswith("sink"))
     return Budget(
         weights=sum(facts.bytes for facts in engines.values()) if engines else manifest.weights_bytes,
-        sinks=sinks, window=manifest.state_bytes - sinks,
+        sinks=sinks,
+        window=manifest.state_bytes - sinks,
         values=max(live_bytes(bundle / graph.file, manifest) for graph in manifest.graphs.values()),
-    )  # fmt: skip
+    )
 
 
 def live_bytes(graph_file: Path, manifest: Manifest) -> int:
@@ -125,19 +126,23 @@ class ModelShape:
         text = config.get_text_config()
         matrices = {
             id(module.weight): (module.weight.shape[0], module.weight.shape[1])
-            for module in model.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
-        }  # fmt: skip
+            for module in model.modules()
+            if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+        }
         others = sum(p.numel() for p in model.parameters() if id(p) not in matrices)
         heads = text.num_attention_heads
         return cls(
             name=Path(source).resolve().name if Path(source).exists() else source,
-            own_windows=_own_windows(text), num_q_heads=heads,
+            own_windows=_own_windows(text),
+            num_q_heads=heads,
             num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             hidden_size=text.hidden_size,
             intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-            vocab_size=text.vocab_size, matrices=tuple(matrices.values()), others=others,
-        )  # fmt: skip
+            vocab_size=text.vocab_size,
+            matrices=tuple(matrices.values()),
+            others=others,
+        )
 
     def weight_bytes(self, dtype: str, weights: str) -> int:
         """weights: ``float``, or ``int8`` as the recipe int8-channel has them."""
@@ -160,14 +165,14 @@ class ModelShape:
         # Logits, float32, of every stream; and of a chunk, or of a step of all streams, the wider of two: hidden values
         # with the MLP's, or attention's logits and weights.
         tokens = max(batch, chunk)
-        layer = tokens * (
-            LIVE_HIDDEN * self.hidden_size + LIVE_MLP * self.intermediate_size
-        ) * float_bytes  # fmt: skip
+        layer = tokens * (LIVE_HIDDEN * self.hidden_size + LIVE_MLP * self.intermediate_size) * float_bytes
         attention = 2 * tokens * self.num_q_heads * (num_sinks + window + (chunk if chunk > 1 else 0)) * float_bytes
         return Budget(
-            weights=self.weight_bytes(dtype, weights), sinks=rows * kept_sinks * self.head_dim * float_bytes,
-            window=rows * kept_window * per_token, values=4 * batch * self.vocab_size + max(layer, attention),
-        )  # fmt: skip
+            weights=self.weight_bytes(dtype, weights),
+            sinks=rows * kept_sinks * self.head_dim * float_bytes,
+            window=rows * kept_window * per_token,
+            values=4 * batch * self.vocab_size + max(layer, attention),
+        )
 
 
 def _own_windows(text: Any) -> tuple[int | None, ...]:
@@ -180,9 +185,14 @@ def _own_windows(text: Any) -> tuple[int | None, ...]:
     if kinds is None:
         return (window,) * text.num_hidden_layers
     if others := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
-        raise UsageError(problem("--memory", received=f"a model with layers of {', '.join(others)}",
-                                 expected="full or sliding attention in all of them",
-                                 fix="export it, then inspect the bundle"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--memory",
+                received=f"a model with layers of {', '.join(others)}",
+                expected="full or sliding attention in all of them",
+                fix="export it, then inspect the bundle",
+            )
+        )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 

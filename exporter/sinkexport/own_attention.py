@@ -17,9 +17,7 @@ def plain_attention(module: torch.nn.Module) -> Callable[..., Any]:
     return own_function(module, "eager_attention_forward", _adapted_attention)
 
 
-def own_function(
-    module: torch.nn.Module, name: str, default: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
+def own_function(module: torch.nn.Module, name: str, default: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """A function of the source file in which the module's class is."""
     source = sys.modules[type(module).__module__]
     function: Callable[..., Any] | None = getattr(source, name, default)
@@ -29,9 +27,15 @@ def own_function(
 
 
 def _adapted_attention(
-    _module: torch.nn.Module, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-    mask: torch.Tensor | None, *, scaling: float, alibi_slopes: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    _module: torch.nn.Module,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    alibi_slopes: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a family that has no such function: q [B, Hq, T, D] over [B, Hkv, n, D] -> [B, T, Hq, D], weights.
 
     mask: added to the logits. alibi_slopes: [Hq], by in-cache distance: what is left out is the same for all keys.

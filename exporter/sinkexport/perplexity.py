@@ -81,9 +81,7 @@ class Curve:
     segments: tuple[Segment, ...]
 
 
-def measure(
-    contender: Contender, ids: Ids, *, segment_tokens: int, capacity: int, report: Report = silent
-) -> Curve:
+def measure(contender: Contender, ids: Ids, *, segment_tokens: int, capacity: int, report: Report = silent) -> Curve:
     """Score the tokens of ids [N], N >= 2, that the contender predicts.
 
     segment_tokens: length of a segment, >= 1; the first one has a prediction less, for token 0.
@@ -108,9 +106,14 @@ def measure(
         tokens = prediction.first_token + np.arange(len(prediction.logits))
         nll = token_nll(prediction.logits, ids[tokens])
         if np.isnan(nll).any():
-            raise BackendError(problem(f"{contender.name}: prediction of token {tokens[np.isnan(nll)][0]}",
-                                       received="logits that are not numbers", expected="finite logits",
-                                       fix="check the weights, or use fp32"))  # fmt: skip
+            raise BackendError(
+                problem(
+                    f"{contender.name}: prediction of token {tokens[np.isnan(nll)][0]}",
+                    received="logits that are not numbers",
+                    expected="finite logits",
+                    fix="check the weights, or use fp32",
+                )
+            )
         for total, index in ((sums, tokens // segment_tokens), (before, (tokens <= capacity).astype(np.int64))):
             np.add.at(total[0], index, 1)
             np.add.at(total[1], index, nll)
@@ -159,9 +162,14 @@ def check_segment(segment_tokens: int) -> None:
 def check_text(ids: Ids) -> None:
     """Raises: UsageError unless there is a token to predict, and one to predict it from."""
     if len(ids) < 2:
-        raise UsageError(problem("text", received=f"{len(ids)} token{'s' * (len(ids) != 1)}",
-                                 expected="at least 2: each is predicted from those before it",
-                                 fix="pass a longer text"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "text",
+                received=f"{len(ids)} token{'s' * (len(ids) != 1)}",
+                expected="at least 2: each is predicted from those before it",
+                fix="pass a longer text",
+            )
+        )
 
 
 def standard_error(counts: npt.NDArray[np.float64], nats: npt.NDArray[np.float64]) -> float | None:

@@ -127,9 +127,11 @@ def export_loaded(
         if config.sink_tuning is not None:
             config.sink_tuning.check_model(type(model).__name__, shape.num_layers, shape.num_q_heads)
             config.sink_tuning.check_sinks(
-                [min((c.ring.num_sink_tokens for c in caches if c.layer == i), default=0)
-                 for i in range(shape.num_layers)]
-            )  # fmt: skip
+                [
+                    min((c.ring.num_sink_tokens for c in caches if c.layer == i), default=0)
+                    for i in range(shape.num_layers)
+                ]
+            )
         if config.affine is not None:
             hidden_size = model.config.get_text_config().hidden_size
             config.affine.check_model(shape.num_layers, shape.num_q_heads, hidden_size, shape.recurrent)
@@ -287,11 +289,23 @@ def _check_model(model: Any, config: ExportConfig) -> None:
     wanted = getattr(torch, WEIGHT_DTYPES[config.dtype])
     for name, parameter in model.named_parameters():
         if parameter.dtype != wanted:
-            raise UsageError(problem(f"dtype of '{name}'", received=parameter.dtype, expected=str(wanted),
-                                     fix="load the model with that dtype"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    f"dtype of '{name}'",
+                    received=parameter.dtype,
+                    expected=str(wanted),
+                    fix="load the model with that dtype",
+                )
+            )
         if not bool(torch.isfinite(parameter).all()):
-            raise UsageError(problem(f"weights '{name}'", received="NaN or Inf", expected="finite numbers",
-                                     fix="check the model, or use --dtype fp32 if it overflows fp16"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    f"weights '{name}'",
+                    received="NaN or Inf",
+                    expected="finite numbers",
+                    fix="check the model, or use --dtype fp32 if it overflows fp16",
+                )
+            )
 
 
 def _check_rings(config: ExportConfig, rings: Sequence[Ring]) -> None:
@@ -300,18 +314,33 @@ def _check_rings(config: ExportConfig, rings: Sequence[Ring]) -> None:
     Raises: UsageError.
     """
     if config.budgets is not None and config.window_size > max(ring.window_size for ring in rings):
-        raise UsageError(problem("--budgets", received=f"{config.window_size} tokens, where own windows are shorter",
-                                 expected="the longest budget in a layer that can have it",
-                                 fix="change the file"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--budgets",
+                received=f"{config.window_size} tokens, where own windows are shorter",
+                expected="the longest budget in a layer that can have it",
+                fix="change the file",
+            )
+        )
     smallest = min(ring.window_size for ring in rings)
     if config.num_sink_tokens and not any(ring.num_sink_tokens for ring in rings):
-        raise UsageError(problem("sinks + window", fix="lower --window, or use --sink-tokens 0",
-                                 received=f"{config.capacity} tokens, more than any layer's own sliding window",
-                                 expected=f"at most {max(ring.capacity for ring in rings)} tokens, or nothing would "
-                                 "keep the sinks"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "sinks + window",
+                fix="lower --window, or use --sink-tokens 0",
+                received=f"{config.capacity} tokens, more than any layer's own sliding window",
+                expected=f"at most {max(ring.capacity for ring in rings)} tokens, or nothing would keep the sinks",
+            )
+        )
     if config.chunk_size is not None and config.chunk_size > smallest:
-        raise UsageError(problem("chunk_size", received=config.chunk_size, fix="lower --chunk",
-                                 expected=f"at most {smallest}, the smallest window of a layer"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "chunk_size",
+                received=config.chunk_size,
+                fix="lower --chunk",
+                expected=f"at most {smallest}, the smallest window of a layer",
+            )
+        )
 
 
 def _check_memory(config: ExportConfig, shape: AttentionShape, caches: Sequence[HeadCache]) -> None:
@@ -324,9 +353,14 @@ def _check_memory(config: ExportConfig, shape: AttentionShape, caches: Sequence[
     needed = 2 * rows * shape.head_dim * entry_bytes
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > total:
-        raise UsageError(problem("cache", received=f"{needed / 1e9:,.1f} GB of keys and values",
-                                 expected=f"at most this machine's {total / 1e9:,.1f} GB of memory",
-                                 fix="lower --window, --sink-tokens or --batch"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "cache",
+                received=f"{needed / 1e9:,.1f} GB of keys and values",
+                expected=f"at most this machine's {total / 1e9:,.1f} GB of memory",
+                fix="lower --window, --sink-tokens or --batch",
+            )
+        )
 
 
 def _check_calibration(model: Any, config: ExportConfig) -> None:
@@ -340,14 +374,24 @@ def _check_calibration(model: Any, config: ExportConfig) -> None:
     if ranges is None or recipe is None:
         return
     if not recipe.needs_calibration:  # as refined for the family
-        raise UsageError(problem("--calibration", received=f"a file for recipe '{recipe.name}'",
-                                 expected="none: the recipe needs no calibration",
-                                 fix="leave it out"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--calibration",
+                received=f"a file for recipe '{recipe.name}'",
+                expected="none: the recipe needs no calibration",
+                fix="leave it out",
+            )
+        )
     ranges.check_recipe(recipe)
     if recipe.needs_ranges and ranges.num_sink_tokens > config.num_sink_tokens:
-        raise UsageError(problem("sinks", received=f"{config.num_sink_tokens} tokens, and a calibration with "
-                                 f"{ranges.num_sink_tokens}", expected="at least as many as in the calibration",
-                                 fix="raise --sink-tokens, or calibrate with fewer"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "sinks",
+                received=f"{config.num_sink_tokens} tokens, and a calibration with {ranges.num_sink_tokens}",
+                expected="at least as many as in the calibration",
+                fix="raise --sink-tokens, or calibrate with fewer",
+            )
+        )
     ranges.check_model(model)
 
 
@@ -356,17 +400,23 @@ def _special_ids(model: Any, tokenizer: SourceTokenizer | None) -> tuple[int | N
     config = model.config.get_text_config()
     head = getattr(getattr(model, "lm_head", None), "weight", None)
     num_tokens = config.vocab_size if head is None else head.shape[0]  # lm_head has another name in some models
-    found = (beginning_id(tokenizer, config, num_tokens),
-             end_ids(tokenizer, config, getattr(model, "generation_config", None), num_tokens))  # fmt: skip
+    found = (
+        beginning_id(tokenizer, config, num_tokens),
+        end_ids(tokenizer, config, getattr(model, "generation_config", None), num_tokens),
+    )
     if tokenizer is not None:
         tokenizer.close()  # no more templates from here on
     return found
 
 
 def _model_facts(
-    loaded: LoadedModel, shape: AttentionShape, rotary: ModelRotary,
-    special_ids: tuple[int | None, tuple[int, ...]], *, vocab_size: int,
-) -> ModelFacts:  # fmt: skip
+    loaded: LoadedModel,
+    shape: AttentionShape,
+    rotary: ModelRotary,
+    special_ids: tuple[int | None, tuple[int, ...]],
+    *,
+    vocab_size: int,
+) -> ModelFacts:
     config = loaded.model.config.get_text_config()
     return ModelFacts(
         name=loaded.name,

@@ -123,7 +123,12 @@ def _log_probabilities(logits: npt.NDArray[Any], contender: Contender, first: in
         block -= block.max(axis=-1, keepdims=True)
         block -= np.log(np.exp(block).sum(axis=-1, keepdims=True))
     if (bad := np.isnan(block).any(axis=-1)).any():
-        raise BackendError(problem(f"{contender.name}: prediction of token {first + 1 + int(bad.argmax())}",
-                                   received="logits that are not numbers", expected="finite logits",
-                                   fix="check the weights, or use fp32"))  # fmt: skip
+        raise BackendError(
+            problem(
+                f"{contender.name}: prediction of token {first + 1 + int(bad.argmax())}",
+                received="logits that are not numbers",
+                expected="finite logits",
+                fix="check the weights, or use fp32",
+            )
+        )
     return block

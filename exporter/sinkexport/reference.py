@@ -130,9 +130,11 @@ class StreamingReference:
         """Feed one token to each stream. ids: int64 [B]. Returns logits [B, vocab] in the model's dtype."""
         with torch.no_grad():
             output = self.model(
-                input_ids=ids[:, None], position_ids=torch.zeros_like(ids)[:, None],
-                past_key_values=self._recurrent, use_cache=False,
-            )  # fmt: skip
+                input_ids=ids[:, None],
+                position_ids=torch.zeros_like(ids)[:, None],
+                past_key_values=self._recurrent,
+                use_cache=False,
+            )
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
@@ -255,8 +257,11 @@ class StreamingReference:
         error = ((streamed - dense).abs().amax(dim=-1) / dense.std(dim=-1).clamp(min=1e-9)).max()
         dtype = next(self.model.parameters()).dtype
         if not float(error) <= LIKE_DENSE.get(dtype, 1e-3):
-            raise no_reference(f"{NUM_TRIED} tokens whose logits, streamed, are {float(error):.1e} of the spread from "
-                               "those of one pass", "no state but what attention keeps")  # fmt: skip
+            raise no_reference(
+                f"{NUM_TRIED} tokens whose logits, streamed, are {float(error):.1e} of the spread from "
+                "those of one pass",
+                "no state but what attention keeps",
+            )
 
     @contextlib.contextmanager
     def no_rotation(self) -> Iterator[None]:

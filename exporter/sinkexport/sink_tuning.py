@@ -88,13 +88,23 @@ class SinkTuningFile(HeadFile):
         """num_sinks: of each layer. Raises: UsageError if a layer that keeps none has a factor or a calibrated head."""
         for layer, (factors, kept) in enumerate(zip(self.first_token_scale, num_sinks, strict=True)):
             if not kept and set(factors) != {1.0}:
-                raise UsageError(problem("--sink-tuning", expected="1 for all of its heads",
-                                         received=f"factors in layer {layer}, which keeps no sinks",
-                                         fix="change the file, or lower --window"))  # fmt: skip
+                raise UsageError(
+                    problem(
+                        "--sink-tuning",
+                        expected="1 for all of its heads",
+                        received=f"factors in layer {layer}, which keeps no sinks",
+                        fix="change the file, or lower --window",
+                    )
+                )
             if not kept and self.act is not None and any(self.act.heads[layer]):
-                raise UsageError(problem("--sink-tuning", expected="false for all of its heads",
-                                         received=f"act in layer {layer}, which keeps no sinks",
-                                         fix="change the file, or lower --window"))  # fmt: skip
+                raise UsageError(
+                    problem(
+                        "--sink-tuning",
+                        expected="false for all of its heads",
+                        received=f"act in layer {layer}, which keeps no sinks",
+                        fix="change the file, or lower --window",
+                    )
+                )
 
 
 def propose(report: SinkReport, architecture: str) -> SinkTuningFile:
@@ -104,7 +114,7 @@ def propose(report: SinkReport, architecture: str) -> SinkTuningFile:
     return SinkTuningFile(
         model=TunedModel(name=report.model, architecture=architecture, num_layers=len(heads), num_q_heads=num_heads),
         found=f"analyze, {report.num_windows} windows of {report.window_tokens} tokens: later sinks in "
-              f"{sum(map(sum, heads))} of {len(heads) * num_heads} heads",
+        f"{sum(map(sum, heads))} of {len(heads) * num_heads} heads",
         act=ActPart(heads=heads),
         first_token_scale=((1.0,) * num_heads,) * len(heads),
-    )  # fmt: skip
+    )

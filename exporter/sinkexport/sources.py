@@ -202,8 +202,9 @@ def _readable_errors(source: str, what: str = "model") -> Iterator[None]:
     except Exception as error:
         if what != "model":
             received = f"that of '{source}' ({_reason(error)})"
-            raise UsageError(problem(what, received=received, expected=f"whole {what} files",
-                                     fix="download the model again")) from error  # fmt: skip
+            raise UsageError(
+                problem(what, received=received, expected=f"whole {what} files", fix="download the model again")
+            ) from error
         raise _no_model(source, _reason(error)) from error
 
 
@@ -212,8 +213,11 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    words = lines[0] if isinstance(error, OSError | ValueError | RuntimeError | ImportError) else (
-        f"{type(error).__name__}: {lines[0]}")  # fmt: skip
+    words = (
+        lines[0]
+        if isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+        else (f"{type(error).__name__}: {lines[0]}")
+    )
     if words.endswith(":") and len(lines) > 1:
         words = f"{words} {lines[1]}"
     return "".join(c if c.isprintable() else " " for c in words)[:REASON_CHARACTERS]

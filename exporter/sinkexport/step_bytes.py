@@ -21,9 +21,28 @@ TENSOR_DIMS, TENSOR_DATA_TYPE, TENSOR_NAME = 1, 2, 8
 VALUE_NAME, VALUE_TYPE, TYPE_TENSOR, TENSOR_SHAPE, SHAPE_DIM, DIM_VALUE = 1, 2, 1, 2, 1, 1
 # Bits of an element by TensorProto.DataType; strings and complex numbers are no weights.
 ELEMENT_BITS = {
-    1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16,
-    17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8,
-}  # fmt: skip
+    1: 32,
+    2: 8,
+    3: 8,
+    4: 16,
+    5: 16,
+    6: 32,
+    7: 64,
+    9: 8,
+    10: 16,
+    11: 64,
+    12: 32,
+    13: 64,
+    16: 16,
+    17: 8,
+    18: 8,
+    19: 8,
+    20: 8,
+    21: 4,
+    22: 4,
+    23: 4,
+    24: 8,
+}
 
 EXPERT_PRODUCTS = ("HalfExpertLinear", "Int8ExpertLinear")
 """Of the TensorRT plugin: inputs, matrices (and scales) of all experts, which are chosen."""
@@ -44,9 +63,13 @@ def weight_bytes_per_step(graph_file: Path) -> int:
         return _weight_bytes(_as_bytes(graph))
     except (OSError, StopIteration, ValueError, IndexError) as error:
         raise BundleError(
-            problem(graph_file.name, received=f"a file that is no ONNX graph ({type(error).__name__})",
-                    expected="a graph that 'sinkexport export' wrote", fix="export the model again")
-        ) from None  # fmt: skip
+            problem(
+                graph_file.name,
+                received=f"a file that is no ONNX graph ({type(error).__name__})",
+                expected="a graph that 'sinkexport export' wrote",
+                fix="export the model again",
+            )
+        ) from None
 
 
 def _weight_bytes(graph: memoryview) -> int:

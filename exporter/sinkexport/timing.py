@@ -39,9 +39,7 @@ class Ratio:
         A machine whose speed changes from minute to minute changes both times of a pair, and not their ratio.
         turns, base: as many turns each, at least one, times of one unit in each.
         """
-        ratios = [
-            statistics.median(ours) / statistics.median(theirs) for ours, theirs in zip(turns, base, strict=True)
-        ]
+        ratios = [statistics.median(ours) / statistics.median(theirs) for ours, theirs in zip(turns, base, strict=True)]
         if len(ratios) == 1:
             return cls(ratios[0], ratios[0], ratios[0])
         low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")

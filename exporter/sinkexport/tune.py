@@ -102,11 +102,18 @@ def read_examples(tokenizer: SourceTokenizer, lines: str) -> list[Example]:
         else:
             examples.append(_question(tokenizer, start, raw, number))
     if len(kinds) > 1:
-        raise UsageError(problem("--labelled", received="questions and texts in one file", expected="one kind",
-                                 fix="split the file"))  # fmt: skip
+        raise UsageError(
+            problem("--labelled", received="questions and texts in one file", expected="one kind", fix="split the file")
+        )
     if len(examples) < 2:
-        raise UsageError(problem("--labelled", received=f"{len(examples)} examples",
-                                 expected="at least 2: every other one is held out", fix="give more"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--labelled",
+                received=f"{len(examples)} examples",
+                expected="at least 2: every other one is held out",
+                fix="give more",
+            )
+        )
     return examples
 
 
@@ -132,8 +139,14 @@ def _ids(tokenizer: SourceTokenizer, text: Any, number: int) -> tuple[int, ...]:
 
 
 def _bad_line(number: int, received: str) -> UsageError:
-    return UsageError(problem(f"--labelled, line {number}", received=received, fix="see docs/sink_tuning.md",
-                              expected='{"prompt": .., "choices": [..], "answer": ..} or {"text": ..}'))  # fmt: skip
+    return UsageError(
+        problem(
+            f"--labelled, line {number}",
+            received=received,
+            fix="see docs/sink_tuning.md",
+            expected='{"prompt": .., "choices": [..], "answer": ..} or {"text": ..}',
+        )
+    )
 
 
 def score(model: Any, examples: Sequence[Example], objective: str) -> Score:
@@ -217,15 +230,15 @@ def tune(
         scale.copy_(found)
         held_out_after = score(loaded.model, held_out, objective)
     file = SinkTuningFile(
-        model=TunedModel(name=loaded.name, architecture=type(loaded.model).__name__, num_layers=shape[0],
-                         num_q_heads=shape[1]),
+        model=TunedModel(
+            name=loaded.name, architecture=type(loaded.model).__name__, num_layers=shape[0], num_q_heads=shape[1]
+        ),
         found=f"tune by {unit}, {objective}, {len(chosen)} examples: loss {before.loss:.5f} -> {after.loss:.5f}; "
-              f"{len(held_out)} held out: {held_out_before.loss:.5f} -> {held_out_after.loss:.5f}",
+        f"{len(held_out)} held out: {held_out_before.loss:.5f} -> {held_out_after.loss:.5f}",
         first_token_scale=tuple(tuple(round(float(x), 6) for x in layer) for layer in found),
-    )  # fmt: skip
+    )
     kind = "texts" if len(examples[0].answers) == 1 else "questions"
-    return TuneResult(file, kind, objective, len(chosen), len(held_out), before, after, held_out_before,
-                      held_out_after)  # fmt: skip
+    return TuneResult(file, kind, objective, len(chosen), len(held_out), before, after, held_out_before, held_out_after)
 
 
 class _Search:
@@ -288,6 +301,11 @@ def _check_lengths(examples: Sequence[Example], limit: int | None) -> None:
     for example in examples:
         longest = len(example.context) + max(map(len, example.answers))
         if limit is not None and longest > limit:
-            raise UsageError(problem(f"--labelled, line {example.number}", received=f"{longest:,} tokens",
-                                     expected=f"at most {limit:,}, the model's positions",
-                                     fix="shorten it"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    f"--labelled, line {example.number}",
+                    received=f"{longest:,} tokens",
+                    expected=f"at most {limit:,}, the model's positions",
+                    fix="shorten it",
+                )
+            )

@@ -118,15 +118,26 @@ def verify(
     _check_arguments(wraps, tolerance, dense_tokens)
     manifest = load_manifest(Path(bundle))
     if manifest.quantization is not None and tolerance is None:
-        raise UsageError(problem("verify", received=f"a bundle quantised by '{manifest.quantization.recipe}'",
-                                 expected="a tolerance that allows for it: rounding explains only so much",
-                                 fix="pass --tolerance, or compare perplexities with 'sinkexport eval'"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "verify",
+                received=f"a bundle quantised by '{manifest.quantization.recipe}'",
+                expected="a tolerance that allows for it: rounding explains only so much",
+                fix="pass --tolerance, or compare perplexities with 'sinkexport eval'",
+            )
+        )
     tokens = None if text is None else _encode(Path(bundle), manifest, text)
     stream = manifest.stream
     num_tokens = stream.capacity + wraps * stream.window_size
     if num_tokens > MAX_TOKENS:
-        raise UsageError(problem("--wraps", received=f"{wraps}, which are {num_tokens} tokens",
-                                 expected=f"at most {MAX_TOKENS} tokens", fix="verify fewer"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--wraps",
+                received=f"{wraps}, which are {num_tokens} tokens",
+                expected=f"at most {MAX_TOKENS} tokens",
+                fix="verify fewer",
+            )
+        )
     ids = _random_ids(manifest, num_tokens, seed) if tokens is None else _spread_text(tokens, stream.batch, num_tokens)
     limit = default_tolerance(manifest) if tolerance is None else tolerance
     report("load", 0, 1)
@@ -179,7 +190,10 @@ def compare(
     at_ends: dict[int, Logits] = {}
     with (
         streaming_reference(
-            model, stream.num_sink_tokens, stream.window_size, sink_tuning=manifest.sink_tuning,
+            model,
+            stream.num_sink_tokens,
+            stream.window_size,
+            sink_tuning=manifest.sink_tuning,
             head_windows=None if budgets is None else budgets.windows,
             affine=affine,
         ) as reference,

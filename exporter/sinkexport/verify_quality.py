@@ -162,9 +162,14 @@ def thresholds(quantization: Quantization | None) -> Mapping[str, float]:
     limits = {} if quantization is None else quantization.thresholds
     for name in limits:
         if name not in (*AT_MOST, *AT_LEAST):
-            raise BundleError(problem("quantization.thresholds", received=f"'{name}'",
-                                      expected=", ".join((*AT_MOST, *AT_LEAST)),
-                                      fix="upgrade sinkexport or export again"))  # fmt: skip
+            raise BundleError(
+                problem(
+                    "quantization.thresholds",
+                    received=f"'{name}'",
+                    expected=", ".join((*AT_MOST, *AT_LEAST)),
+                    fix="upgrade sinkexport or export again",
+                )
+            )
     return limits
 
 
@@ -235,7 +240,12 @@ def _reference(
     loaded = load_model(against, "float32") if isinstance(against, str) else against
     check_same_model(manifest, loaded.model)
     contender = contenders.sinks_and_window(
-        loaded.model, ids, stream.num_sink_tokens, stream.window_size, name="reference", chunk_tokens=BLOCK_TOKENS,
+        loaded.model,
+        ids,
+        stream.num_sink_tokens,
+        stream.window_size,
+        name="reference",
+        chunk_tokens=BLOCK_TOKENS,
         sink_tuning=manifest.sink_tuning,
         budgets=budgets_of(manifest),
         affine=affine,
@@ -249,9 +259,14 @@ def check_same_bundle(manifest: Manifest, other: Manifest) -> None:
     Raises: UsageError.
     """
     if other.quantization is not None:
-        raise UsageError(problem("--against", received=f"a bundle quantised by '{other.quantization.recipe}'",
-                                 expected="one in floating point, or a model",
-                                 fix="export without --recipe"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--against",
+                received=f"a bundle quantised by '{other.quantization.recipe}'",
+                expected="one in floating point, or a model",
+                fix="export without --recipe",
+            )
+        )
     ours, theirs = manifest.model, other.model
     for what, mine, found in (
         ("architecture", ours.architecture, theirs.architecture),
@@ -265,10 +280,18 @@ def check_same_bundle(manifest: Manifest, other: Manifest) -> None:
         ("window", manifest.stream.window_size, other.stream.window_size),
         ("windows of heads", *(None if b is None else b.sha256[:16] for b in map(budgets_of, (manifest, other)))),
         ("sink tuning", *(None if m.sink_tuning is None else m.sink_tuning.sha256[:16] for m in (manifest, other))),
-        ("affine attention",
-         *(None if m.affine_attention is None else m.affine_attention.sha256[:16] for m in (manifest, other))),
-    ):  # fmt: skip
+        (
+            "affine attention",
+            *(None if m.affine_attention is None else m.affine_attention.sha256[:16] for m in (manifest, other)),
+        ),
+    ):
         if mine != found:
-            raise UsageError(problem(f"--against: {what}", received=found, expected=f"{mine}, as in the bundle",
-                                     fix="export the same model with the same --sink-tokens, --window, "
-                                         "--budgets, --sink-tuning and --affine"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    f"--against: {what}",
+                    received=found,
+                    expected=f"{mine}, as in the bundle",
+                    fix="export the same model with the same --sink-tokens, --window, "
+                    "--budgets, --sink-tuning and --affine",
+                )
+            )

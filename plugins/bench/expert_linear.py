@@ -44,8 +44,9 @@ def picks_of(num_experts: int, num_chosen: int, num_tokens: int) -> torch.Tensor
     return padded.cuda()[:, : num_tokens * num_chosen]
 
 
-def measure(library: ExpertLinear, weight_type: str, mixture: tuple[int, ...], num_tokens: int,
-            bandwidth: float) -> dict[str, Any]:  # fmt: skip
+def measure(
+    library: ExpertLinear, weight_type: str, mixture: tuple[int, ...], num_tokens: int, bandwidth: float
+) -> dict[str, Any]:
     num_experts, num_chosen, num_inputs, num_outputs = mixture
     is_int8, num_picks = weight_type == "int8", num_tokens * num_chosen
     picks = picks_of(num_experts, num_chosen, num_tokens)
@@ -56,11 +57,21 @@ def measure(library: ExpertLinear, weight_type: str, mixture: tuple[int, ...], n
     scale = torch.rand(num_experts, num_outputs, device="cuda") * 1e-3 + 1e-4
     params = [
         ExpertLinearParams(
-            num_experts, num_picks, num_picks, num_inputs, num_outputs, DTYPES["float16"], WEIGHT_TYPES[weight_type],
-            row.data_ptr(), x.data_ptr(), weight.data_ptr(), scale.data_ptr() if is_int8 else 0, y.data_ptr(),
+            num_experts,
+            num_picks,
+            num_picks,
+            num_inputs,
+            num_outputs,
+            DTYPES["float16"],
+            WEIGHT_TYPES[weight_type],
+            row.data_ptr(),
+            x.data_ptr(),
+            weight.data_ptr(),
+            scale.data_ptr() if is_int8 else 0,
+            y.data_ptr(),
         )
         for row in picks
-    ]  # fmt: skip
+    ]
     if problem := library.problem(params[0]):
         raise ValueError(problem)
 
@@ -84,10 +95,14 @@ def measure(library: ExpertLinear, weight_type: str, mixture: tuple[int, ...], n
     num_bytes = chosen * num_outputs * (num_inputs * (1 if is_int8 else 2) + 4 * is_int8)
     num_bytes += 2 * num_picks * (num_inputs + num_outputs)
     return {
-        "mixture": mixture, "num_tokens": num_tokens, "bytes": num_bytes, "floor_us": num_bytes / bandwidth * 1e6,
-        "median_us": statistics.median(times), "p99_us": times[round(0.99 * (len(times) - 1))],
+        "mixture": mixture,
+        "num_tokens": num_tokens,
+        "bytes": num_bytes,
+        "floor_us": num_bytes / bandwidth * 1e6,
+        "median_us": statistics.median(times),
+        "p99_us": times[round(0.99 * (len(times) - 1))],
         "torch_us": min(theirs),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -107,11 +122,16 @@ def main() -> None:
             results.append(found)
             experts, chosen, depth, width = mixture
             cells = [
-                f"{chosen} of {experts}, {depth} x {width}", num_tokens, f"{found['bytes'] / 1e6:.1f}",
-                f"{found['floor_us']:.1f}", f"{found['median_us']:.1f}", f"{found['p99_us']:.1f}",
-                f"{100 * found['floor_us'] / found['median_us']:.0f}%", f"{found['torch_us']:.1f}",
+                f"{chosen} of {experts}, {depth} x {width}",
+                num_tokens,
+                f"{found['bytes'] / 1e6:.1f}",
+                f"{found['floor_us']:.1f}",
+                f"{found['median_us']:.1f}",
+                f"{found['p99_us']:.1f}",
+                f"{100 * found['floor_us'] / found['median_us']:.0f}%",
+                f"{found['torch_us']:.1f}",
                 f"{found['torch_us'] / found['median_us']:.2f}",
-            ]  # fmt: skip
+            ]
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     if arguments.json:
         machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bytes_per_s": bandwidth}

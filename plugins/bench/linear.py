@@ -79,11 +79,20 @@ def measure(
         weights = halves
     params = [
         LinearParams(
-            num_rows, num_inputs, num_outputs, DTYPES["float16"], x.data_ptr(), weight.data_ptr(),
-            scale.data_ptr() if is_int8 else 0, 0, y.data_ptr(), True, WEIGHT_TYPES[weight_type],
+            num_rows,
+            num_inputs,
+            num_outputs,
+            DTYPES["float16"],
+            x.data_ptr(),
+            weight.data_ptr(),
+            scale.data_ptr() if is_int8 else 0,
+            0,
+            y.data_ptr(),
+            True,
+            WEIGHT_TYPES[weight_type],
         )
         for weight in weights
-    ]  # fmt: skip
+    ]
     workspace = torch.empty(max(16, library.workspace_bytes(params[0])), dtype=torch.uint8, device="cuda")
     if problem := library.problem(params[0]):
         raise ValueError(problem)
@@ -96,20 +105,33 @@ def measure(
     theirs = contender(lambda i: torch.nn.functional.linear(x, halves[i]), len(halves))
     num_bytes = num_weight_bytes + 4 * num_outputs * is_int8 + 2 * num_rows * (num_inputs + num_outputs)
     return {
-        "num_inputs": num_inputs, "num_outputs": num_outputs, "num_rows": num_rows, "bytes": num_bytes,
-        "floor_us": num_bytes / bandwidth * 1e6, weight_type: ours, "torch_fp16": theirs,
-    }  # fmt: skip
+        "num_inputs": num_inputs,
+        "num_outputs": num_outputs,
+        "num_rows": num_rows,
+        "bytes": num_bytes,
+        "floor_us": num_bytes / bandwidth * 1e6,
+        weight_type: ours,
+        "torch_fp16": theirs,
+    }
 
 
 def row(result: dict[str, Any], weight_type: str) -> str:
     ours, theirs, floor = result[weight_type], result["torch_fp16"], result["floor_us"]
     cells = [
-        f"{result['num_inputs']} x {result['num_outputs']}", result["num_rows"], f"{floor:.1f}",
-        f"{ours['median_us']:.1f}", f"{ours['p99_us']:.1f}", f"{result['bytes'] / ours['median_us'] / 1000:,.0f}",
-        f"{100 * floor / ours['median_us']:.0f}%", f"{ours['alone_us']:.1f}", f"{100 * floor / ours['alone_us']:.0f}%",
-        f"{theirs['median_us']:.1f}", f"{theirs['p99_us']:.1f}", f"{theirs['alone_us']:.1f}",
+        f"{result['num_inputs']} x {result['num_outputs']}",
+        result["num_rows"],
+        f"{floor:.1f}",
+        f"{ours['median_us']:.1f}",
+        f"{ours['p99_us']:.1f}",
+        f"{result['bytes'] / ours['median_us'] / 1000:,.0f}",
+        f"{100 * floor / ours['median_us']:.0f}%",
+        f"{ours['alone_us']:.1f}",
+        f"{100 * floor / ours['alone_us']:.0f}%",
+        f"{theirs['median_us']:.1f}",
+        f"{theirs['p99_us']:.1f}",
+        f"{theirs['alone_us']:.1f}",
         f"{theirs['median_us'] / ours['median_us']:.2f}",
-    ]  # fmt: skip
+    ]
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
@@ -121,8 +143,10 @@ def main() -> None:
     arguments = parser.parse_args()
     library, bandwidth = Linear(arguments.library), copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, copy {bandwidth / 1e9:,.0f} GB/s\n")
-    print("| K x N | M | floor us | us | p99 us | GB/s | of copy | alone us | of copy | PyTorch us | p99 us | alone us "
-          "| faster |")  # fmt: skip
+    print(
+        "| K x N | M | floor us | us | p99 us | GB/s | of copy | alone us | of copy | PyTorch us | p99 us | alone us "
+        "| faster |"
+    )
     print("| --- " + "| ---: " * 12 + "|")
     results = []
     for num_inputs, num_outputs in SHAPES:

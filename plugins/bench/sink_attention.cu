@@ -1,7 +1,7 @@
 // Times of the attention kernels by themselves: no framework, for any machine that CMake can build on (Jetson, too).
 //
-//   cmake -S plugins -B build/plugins -DSINKEXPORT_BENCH=ON -DCMAKE_CUDA_ARCHITECTURES=native && cmake --build build/plugins
-//   build/plugins/sink_attention [batch num_q_heads num_kv_heads capacity head_dim num_tokens]
+//   cmake -S plugins -B build/plugins -DSINKEXPORT_BENCH=ON -DCMAKE_CUDA_ARCHITECTURES=native && cmake --build
+//   build/plugins build/plugins/sink_attention [batch num_q_heads num_kv_heads capacity head_dim num_tokens]
 //
 // Each launch is timed between two CUDA events, after a warm-up; launches go round sets of buffers that together hold
 // four L2 caches. The floor is the cache's bytes, once, at the bandwidth (read and written) of a device-to-device copy

@@ -103,20 +103,35 @@ class Fused:
 
         half = d // 2
         self.tensors = {
-            "q": normal(b, shape.num_q_heads, 1, d), "k": normal(b, h, 1, d), "v": normal(b, h, 1, d),
-            "out": normal(b, shape.num_q_heads, 1, d), "sink_k": normal(b, h, NUM_SINKS, d),
-            "sink_v": normal(b, h, NUM_SINKS, d), "window_k": rows(), "window_v": rows(),
+            "q": normal(b, shape.num_q_heads, 1, d),
+            "k": normal(b, h, 1, d),
+            "v": normal(b, h, 1, d),
+            "out": normal(b, shape.num_q_heads, 1, d),
+            "sink_k": normal(b, h, NUM_SINKS, d),
+            "sink_v": normal(b, h, NUM_SINKS, d),
+            "window_k": rows(),
+            "window_v": rows(),
             "position": torch.tensor([[1 << 4, 1234]] * b, device="cuda", dtype=torch.int32),
-            "shift_cos": torch.rand(b, 1, half, device="cuda"), "shift_sin": torch.rand(b, 1, half, device="cuda"),
-        }  # fmt: skip
+            "shift_cos": torch.rand(b, 1, half, device="cuda"),
+            "shift_sin": torch.rand(b, 1, half, device="cuda"),
+        }
         if is_int8:
             for name in ("window_k_scale", "window_v_scale"):
                 self.tensors[name] = torch.rand(b, h, window, device="cuda").half() / 64
         self.params = SinkAttentionParams(
-            batch=b, num_tokens=1, num_q_heads=shape.num_q_heads, num_kv_heads=h, head_dim=d, num_sinks=NUM_SINKS,
-            window_size=window, dtype=DTYPES["float16"], int8_window=is_int8, rotary_dim=d, scale=d**-0.5,
+            batch=b,
+            num_tokens=1,
+            num_q_heads=shape.num_q_heads,
+            num_kv_heads=h,
+            head_dim=d,
+            num_sinks=NUM_SINKS,
+            window_size=window,
+            dtype=DTYPES["float16"],
+            int8_window=is_int8,
+            rotary_dim=d,
+            scale=d**-0.5,
             **{name: tensor.data_ptr() for name, tensor in self.tensors.items()},
-        )  # fmt: skip
+        )
         problem = library.problem(self.params)
         if problem is not None:
             raise ValueError(problem)
@@ -193,9 +208,12 @@ def measure(library: SinkAttention, shape: Shape, bandwidth: float) -> dict[str,
         median, p99 = time_us(list(runs))
         num_bytes = shape.cache_bytes(is_int8)
         row[name] = {
-            "bytes": num_bytes, "floor_us": num_bytes / bandwidth * 1e6, "us": median, "p99_us": p99,
+            "bytes": num_bytes,
+            "floor_us": num_bytes / bandwidth * 1e6,
+            "us": median,
+            "p99_us": p99,
             "share": num_bytes / bandwidth * 1e6 / median,
-        }  # fmt: skip
+        }
         if not is_int8:
             row["unfused_us"] = time_us([Unfused(run, shape) for run in runs])[0]
     runs = []

@@ -1,4 +1,5 @@
-// gated_activation.h for ctypes. The struct is passed by pointer; its size lets the caller check its own declaration of it.
+// gated_activation.h for ctypes. The struct is passed by pointer; its size lets the caller check its own declaration of
+// it.
 #include "gated_activation.h"
 
 #include <cstddef>
@@ -7,7 +8,9 @@
 
 using sinkexport::GatedActivationParams;
 
-SINKEXPORT_API size_t sinkexport_gated_activation_params_bytes() { return sizeof(GatedActivationParams); }
+SINKEXPORT_API size_t sinkexport_gated_activation_params_bytes() {
+  return sizeof(GatedActivationParams);
+}
 
 // Null, or one line that is valid until this thread's next call.
 SINKEXPORT_API const char* sinkexport_gated_activation_problem(const GatedActivationParams* params) {

@@ -5,7 +5,9 @@
 
 using sinkexport::LinearParams;
 
-SINKEXPORT_API size_t sinkexport_linear_params_bytes() { return sizeof(LinearParams); }
+SINKEXPORT_API size_t sinkexport_linear_params_bytes() {
+  return sizeof(LinearParams);
+}
 
 SINKEXPORT_API size_t sinkexport_linear_workspace_bytes(const LinearParams* params) {
   return sinkexport::linearWorkspaceBytes(*params);

@@ -7,7 +7,9 @@
 
 using sinkexport::RmsNormParams;
 
-SINKEXPORT_API size_t sinkexport_rms_norm_params_bytes() { return sizeof(RmsNormParams); }
+SINKEXPORT_API size_t sinkexport_rms_norm_params_bytes() {
+  return sizeof(RmsNormParams);
+}
 
 // Null, or one line that is valid until this thread's next call.
 SINKEXPORT_API const char* sinkexport_rms_norm_problem(const RmsNormParams* params) {

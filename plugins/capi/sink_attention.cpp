@@ -1,5 +1,5 @@
-// C interface of sink attention and stream angles, to call through ctypes. The structs are the kernels' own; their sizes
-// are there to check a caller's copy of them against.
+// C interface of sink attention and stream angles, to call through ctypes. The structs are the kernels' own; their
+// sizes are there to check a caller's copy of them against.
 #include "sink_attention.h"
 #include "stream_angles.h"
 
@@ -8,9 +8,13 @@
 using sinkexport::SinkAttentionParams;
 using sinkexport::StreamAnglesParams;
 
-SINKEXPORT_C_API size_t sinkexport_sink_attention_params_bytes() { return sizeof(SinkAttentionParams); }
+SINKEXPORT_C_API size_t sinkexport_sink_attention_params_bytes() {
+  return sizeof(SinkAttentionParams);
+}
 
-SINKEXPORT_C_API size_t sinkexport_stream_angles_params_bytes() { return sizeof(StreamAnglesParams); }
+SINKEXPORT_C_API size_t sinkexport_stream_angles_params_bytes() {
+  return sizeof(StreamAnglesParams);
+}
 
 // null, or one line that lives until this thread asks again.
 SINKEXPORT_C_API const char* sinkexport_sink_attention_problem(const SinkAttentionParams* params) {

@@ -171,7 +171,8 @@ cudaError_t launchTyped(const ExpertLinearParams& params, const Device& device, 
   p.x = params.x, p.weight = params.weight, p.scale = params.scale, p.y = params.y;
   constexpr int kFew = 8, kMore = 16, kMoreStages = kIsInt8<Weight> ? 2 : 3;
   const ChosenMatrices<kMore> more{p, params.picks, params.num_experts, params.num_picks};
-  // Fuller groups read a matrix less often. Where most would not be full, and where shared memory is short, smaller ones.
+  // Fuller groups read a matrix less often. Where most would not be full, and where shared memory is short, smaller
+  // ones.
   const bool fits = fewSharedBytes<Weight>(1, kMore, 4, kMoreStages) + more.sharedBytes() <= device.shared_bytes;
   if (fits && params.num_picks >= kFew / 2 * std::min(params.num_experts, params.num_picks)) {
     return launchGroups<Weight, Half, kMore, kMoreStages>(more, device, stream);

@@ -1,5 +1,5 @@
-// Products by matrices that are chosen at run time, as in mixtures of experts: y = x . W[pick]^T * scale[pick], each row by
-// a matrix of its own.
+// Products by matrices that are chosen at run time, as in mixtures of experts: y = x . W[pick]^T * scale[pick], each
+// row by a matrix of its own.
 #pragma once
 
 #include <cstddef>

@@ -23,8 +23,8 @@ cudaError_t launchHalf(const GatedActivationParams& p, cudaStream_t stream) {
 const char* gatedActivationProblem(const GatedActivationParams& p) {
   if (p.num_rows < 1) return explain("num_rows: received %d, expected at least 1", p.num_rows);
   if (p.width < kHalvesOfPiece || p.width > kMaxWidth || p.width % kHalvesOfPiece != 0) {
-    return explain("width: received %d, expected a multiple of %d in %d .. %d", p.width, kHalvesOfPiece,
-                   kHalvesOfPiece, kMaxWidth);
+    return explain("width: received %d, expected a multiple of %d in %d .. %d", p.width, kHalvesOfPiece, kHalvesOfPiece,
+                   kMaxWidth);
   }
   if (p.row_stride < p.width || p.row_stride % kHalvesOfPiece != 0) {
     return explain("row_stride: received %d, expected a multiple of %d of at least width (%d)", p.row_stride,

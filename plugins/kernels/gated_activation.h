@@ -10,9 +10,9 @@ enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
 
 // All pointers are device pointers, 16-byte aligned. "half" is the type that `dtype` says.
 struct GatedActivationParams {
-  int num_rows = 0;   // M: tokens
-  int width = 0;      // N, a multiple of 8
-  int row_stride = 0; // halves from one row of gate, and of up, to the next: N, or 2 N where rows are gate | up
+  int num_rows = 0;    // M: tokens
+  int width = 0;       // N, a multiple of 8
+  int row_stride = 0;  // halves from one row of gate, and of up, to the next: N, or 2 N where rows are gate | up
   DType dtype = DType::kFloat16;
   Activation activation = Activation::kSilu;
   const void* gate = nullptr;  // half [M, N]

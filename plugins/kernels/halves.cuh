@@ -6,8 +6,12 @@
 
 namespace sinkexport {
 
-__device__ __forceinline__ float toFloat(__half value) { return __half2float(value); }
-__device__ __forceinline__ float toFloat(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float toFloat(__half value) {
+  return __half2float(value);
+}
+__device__ __forceinline__ float toFloat(__nv_bfloat16 value) {
+  return __bfloat162float(value);
+}
 template <typename Half>
 __device__ __forceinline__ Half fromFloat(float value);  // to nearest, ties to even
 template <>

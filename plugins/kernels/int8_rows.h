@@ -9,14 +9,14 @@ namespace sinkexport {
 
 // All pointers are device pointers, dense and row-major, 16-byte aligned. "half" is the type that `dtype` says.
 struct Int8RowsParams {
-  int num_ids = 0;      // n
-  int num_rows = 0;     // V
-  int row_length = 0;   // K, a multiple of 16
+  int num_ids = 0;     // n
+  int num_rows = 0;    // V
+  int row_length = 0;  // K, a multiple of 16
   DType dtype = DType::kFloat16;
-  const int32_t* ids = nullptr;    // [n], 0 .. V - 1; others give the nearest row
-  const int8_t* table = nullptr;   // [V, K]
-  const float* scale = nullptr;    // [V], > 0
-  void* out = nullptr;             // half [n, K]: table[id] * scale[id]
+  const int32_t* ids = nullptr;   // [n], 0 .. V - 1; others give the nearest row
+  const int8_t* table = nullptr;  // [V, K]
+  const float* scale = nullptr;   // [V], > 0
+  void* out = nullptr;            // half [n, K]: table[id] * scale[id]
 };
 
 // nullptr if it can be launched, else one line that says what is wrong and what is expected.

@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
       for (int r = 0; r < kRowTiles; ++r) {
         using Words = std::conditional_t<kIsInt8<Weight>, uint2, uint4>;
         constexpr int kBytes = sizeof(Words);  // of 8 weights
-        const unsigned char* const rows = stage + (row_of_warp + 16 * r + g) * kRowBytes + t * 2 * kBytes +
-                                          (pair ^ (g & 1) * kOddPieces) * kBytes;
+        const unsigned char* const rows =
+            stage + (row_of_warp + 16 * r + g) * kRowBytes + t * 2 * kBytes + (pair ^ (g & 1) * kOddPieces) * kBytes;
         const Words near = *reinterpret_cast<const Words*>(rows);
         const Words far = *reinterpret_cast<const Words*>(rows + 8 * kRowBytes);
         takeTile<Weight, Half>(a[r][0], near, far, 0);
@@ -197,13 +197,14 @@ template <typename Weight, typename Half, typename Shape>
 cudaError_t launchMany(const LinearParams& p, const ManyPlan& plan, void* workspace, const Device& device,
                        cudaStream_t stream) {
   float* const partial = plan.grid.z > 1 ? static_cast<float*>(workspace) : nullptr;
-  const cudaError_t error = launch(manyTokens<Weight, Half, Shape>, plan.grid, Shape::kThreads,
-                                   Shape::kStages * Shape::template kStageBytes<Weight>, device, stream, p, partial,
-                                   plan.chunks_per_split);
+  const cudaError_t error =
+      launch(manyTokens<Weight, Half, Shape>, plan.grid, Shape::kThreads,
+             Shape::kStages * Shape::template kStageBytes<Weight>, device, stream, p, partial, plan.chunks_per_split);
   if (error != cudaSuccess || !partial) return error;
   const size_t count = static_cast<size_t>(p.num_rows) * p.num_outputs;
   const dim3 grid(static_cast<unsigned>((count + kSumThreads - 1) / kSumThreads));
-  return launch(sumSplits<Weight, Half>, grid, kSumThreads, 0, device, stream, p, partial, static_cast<int>(plan.grid.z));
+  return launch(sumSplits<Weight, Half>, grid, kSumThreads, 0, device, stream, p, partial,
+                static_cast<int>(plan.grid.z));
 }
 
 using Low = ManyShape<1, 4, 1, 4>;   // 64 outputs x 32 tokens
@@ -266,11 +267,10 @@ const char* linearProblem(const LinearParams& p) {
   const bool is_int8 = p.weight_type == WeightType::kInt8;
   if (!is_int8 && p.scale) return "scale: received a pointer, expected null with half weights";
   const size_t rows = p.num_rows, inputs = p.num_inputs, outputs = p.num_outputs;
-  return outputProblem({"y", p.y, rows * outputs * 2},
-                       {{"x", p.x, rows * inputs * 2},
-                        {"weight", p.weight, outputs * inputs * (is_int8 ? 1 : 2)},
-                        {"scale", p.scale, outputs * sizeof(float), !is_int8},
-                        {"bias", p.bias, outputs * 2, true}});
+  return outputProblem({"y", p.y, rows * outputs * 2}, {{"x", p.x, rows * inputs * 2},
+                                                        {"weight", p.weight, outputs * inputs * (is_int8 ? 1 : 2)},
+                                                        {"scale", p.scale, outputs * sizeof(float), !is_int8},
+                                                        {"bias", p.bias, outputs * 2, true}});
 }
 
 cudaError_t launchLinear(const LinearParams& params, void* workspace, cudaStream_t stream) {

@@ -15,7 +15,9 @@ namespace linear {
 
 constexpr int kWarpSize = 32;
 
-__host__ __device__ constexpr int divideUp(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int divideUp(int a, int b) {
+  return (a + b - 1) / b;
+}
 
 // --- asynchronous copies of 16 bytes from device to shared memory ---
 
@@ -75,7 +77,9 @@ constexpr bool kIsInt8 = std::is_same_v<Weight, int8_t>;
 template <typename Weight>
 constexpr int kUnitWeights = 16 / static_cast<int>(sizeof(Weight));  // of a 16-byte copy
 
-__device__ __forceinline__ uint32_t wordOf(const uint2& words, int i) { return i == 0 ? words.x : words.y; }
+__device__ __forceinline__ uint32_t wordOf(const uint2& words, int i) {
+  return i == 0 ? words.x : words.y;
+}
 __device__ __forceinline__ uint32_t wordOf(const uint4& words, int i) {
   return i < 2 ? (i == 0 ? words.x : words.y) : (i == 2 ? words.z : words.w);
 }

@@ -1,9 +1,9 @@
-// Products of up to 16 tokens by a matrix, at the speed of memory: by one matrix (linear.cu), or by one of many for each
-// group of tokens (expert_linear.cu). How lanes share a product: linear.cu.
+// Products of up to 16 tokens by a matrix, at the speed of memory: by one matrix (linear.cu), or by one of many for
+// each group of tokens (expert_linear.cu). How lanes share a product: linear.cu.
 //
 // A block takes tiles of 16 or 32 outputs and its warps split k among them, each with a ring of chunks of its own in
-// shared memory, filled by asynchronous copies; the warps' sums are added at the end of a tile, in order. Weights are read
-// once. No second launch, no workspace: a few blocks with so much on its way fill the memory's queue.
+// shared memory, filled by asynchronous copies; the warps' sums are added at the end of a tile, in order. Weights are
+// read once. No second launch, no workspace: a few blocks with so much on its way fill the memory's queue.
 #pragma once
 
 #include <algorithm>
@@ -67,17 +67,17 @@ __host__ __device__ constexpr int fewSharedBytes(int row_tiles, int num_tokens, 
   return warps * (stages * fewStageBytes<Weight>(row_tiles, num_tokens) + 2 * sum_bytes);
 }
 
-// Each block takes every gridDim.x-th tile; chunks of k go round its warps. To a warp all that is one sequence of steps,
-// so that its copies for a tile are on their way while the one before it is finished.
+// Each block takes every gridDim.x-th tile; chunks of k go round its warps. To a warp all that is one sequence of
+// steps, so that its copies for a tile are on their way while the one before it is finished.
 template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, typename Task>
 __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) {
   constexpr int kChunk = kFewChunk<Weight>;
-  constexpr int kRows = 16 * kRowTiles;       // outputs of a tile
-  constexpr int kTokenBytes = 2 * kChunk;     // of one token in a stage
-  constexpr int kPieces = kTokenBytes / 16;   // the same in units of a copy
+  constexpr int kRows = 16 * kRowTiles;      // outputs of a tile
+  constexpr int kTokenBytes = 2 * kChunk;    // of one token in a stage
+  constexpr int kPieces = kTokenBytes / 16;  // the same in units of a copy
   constexpr int kWeightBytes = kRows * kLineBytes;
   constexpr int kUnit = kUnitWeights<Weight>;
-  constexpr int kUnitPieces = kUnit / 8;      // of a token, beside one unit of weights
+  constexpr int kUnitPieces = kUnit / 8;           // of a token, beside one unit of weights
   constexpr int kOddPieces = kPieces > 8 ? 1 : 4;  // by which pieces of odd tokens trade places
   extern __shared__ __align__(16) unsigned char shared[];
   const LinearParams& p = task.p;
@@ -186,8 +186,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
 #pragma unroll
           for (int i = 0; i < kUnitPieces; ++i) {
             const int piece = ((part * 4 + t) * kUnitPieces + i) ^ (token & 1) * kOddPieces;
-            b[j][i] = token < tile.num_tokens ? *reinterpret_cast<const uint4*>(tokens + token * kTokenBytes + piece * 16)
-                                         : uint4{0, 0, 0, 0};
+            b[j][i] = token < tile.num_tokens
+                          ? *reinterpret_cast<const uint4*>(tokens + token * kTokenBytes + piece * 16)
+                          : uint4{0, 0, 0, 0};
           }
         }
 #pragma unroll
@@ -220,7 +221,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int token = 8 * j + 2 * t + i % 2;
-          if (token < tile.num_tokens) sums[(warp * max_tokens + token) * kRows + 16 * r + g + i / 2 * 8] = sum[r][j][i];
+          if (token < tile.num_tokens)
+            sums[(warp * max_tokens + token) * kRows + 16 * r + g + i / 2 * 8] = sum[r][j][i];
         }
       }
     }
@@ -240,8 +242,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
 
 template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, typename Task>
 cudaError_t launchFew(const Task& task, const Device& device, cudaStream_t stream) {
-  const int needed_bytes =
-      fewSharedBytes<Weight>(kRowTiles, task.maxTokens(), kWarps, kStages) + task.sharedBytes();
+  const int needed_bytes = fewSharedBytes<Weight>(kRowTiles, task.maxTokens(), kWarps, kStages) + task.sharedBytes();
   if constexpr (kWarps > 4) {
     if (needed_bytes > device.shared_bytes) {
       return launchFew<Weight, Half, kRowTiles, kTokenTiles, 4, kStages>(task, device, stream);

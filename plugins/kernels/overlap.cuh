@@ -20,8 +20,8 @@ __device__ __forceinline__ void allowNextKernel() {
 #endif
 }
 
-// Brings a line of 128 bytes that this kernel will read nearer. Of anything, also before the wait: the copy is in the L2
-// cache, where every write arrives.
+// Brings a line of 128 bytes that this kernel will read nearer. Of anything, also before the wait: the copy is in the
+// L2 cache, where every write arrives.
 __device__ __forceinline__ void prefetchLine([[maybe_unused]] const void* address) {
 #ifdef __CUDA_ARCH__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
@@ -64,7 +64,8 @@ cudaError_t launchOverlapping(void (*kernel)(Parameters...), dim3 grid, dim3 blo
                               cudaStream_t stream, Arguments... arguments) {
   const auto launch = [&](Parameters... parameters) {
     void* addresses[] = {static_cast<void*>(&parameters)...};
-    return launchOverlapping(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, overlaps, stream, addresses);
+    return launchOverlapping(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, overlaps, stream,
+                             addresses);
   };
   return launch(Parameters(arguments)...);
 }

@@ -58,7 +58,8 @@ inline const char* outputProblem(const Range& output, std::initializer_list<Rang
   if (const char* problem = pointerProblem({{output.name, output.data}})) return problem;
   for (const Range& range : inputs) {
     if (const char* problem = pointerProblem({{range.name, range.data, range.is_optional}})) return problem;
-    if (range.data && address(range) < address(output) + output.bytes && address(output) < address(range) + range.bytes) {
+    if (range.data && address(range) < address(output) + output.bytes &&
+        address(output) < address(range) + range.bytes) {
       return explain("%s: overlaps %s, expected memory of its own", output.name, range.name);
     }
   }

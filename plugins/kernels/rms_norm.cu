@@ -39,8 +39,8 @@ const char* rmsNormProblem(const RmsNormParams& p) {
   if ((p.residual == nullptr) != (p.sum == nullptr)) {
     return "residual, sum: received one of them, expected both or neither";
   }
-  return pointerProblem({{"x", p.x}, {"weight", p.weight}, {"y", p.y}, {"residual", p.residual, true},
-                         {"sum", p.sum, true}});
+  return pointerProblem(
+      {{"x", p.x}, {"weight", p.weight}, {"y", p.y}, {"residual", p.residual, true}, {"sum", p.sum, true}});
 }
 
 cudaError_t launchRmsNorm(const RmsNormParams& p, cudaStream_t stream) {

@@ -112,7 +112,9 @@ auto kernelOf(const Block& block) {
                              : rmsNorm<Half, Weight, kMostPieces>;
 }
 
-inline unsigned gridOf(const RmsNormParams& p, const Block& block) { return (p.num_rows + block.rows - 1) / block.rows; }
+inline unsigned gridOf(const RmsNormParams& p, const Block& block) {
+  return (p.num_rows + block.rows - 1) / block.rows;
+}
 
 }  // namespace rms_norm
 }  // namespace sinkexport

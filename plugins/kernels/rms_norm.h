@@ -11,8 +11,8 @@ struct RmsNormParams {
   int num_rows = 0;    // M: tokens, or heads of tokens
   int row_length = 0;  // K, a multiple of 8 up to 32768
   DType dtype = DType::kFloat16;
-  bool float_weight = false;  // weight float32: multiplied before the only rounding; else after a rounding to half
-  float epsilon = 0.0f;       // > 0, added to the mean of squares
+  bool float_weight = false;       // weight float32: multiplied before the only rounding; else after a rounding to half
+  float epsilon = 0.0f;            // > 0, added to the mean of squares
   const void* x = nullptr;         // half [M, K]
   const void* weight = nullptr;    // half or float32 [K]
   const void* residual = nullptr;  // half [M, K]; null: none

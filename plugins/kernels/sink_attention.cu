@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kThreads) prepareChunk(const __grid_constant__
               H::fromFloat(detail::turned<kDType>(row, d, turns.cos, turns.sin, turns.num_pairs, p.interleaved));
         }
         if (args.q_sink != nullptr) {
-          static_cast<T*>(args.q_sink)[at + d] = H::fromFloat(detail::turned<kDType>(
-              row, d, turns.sink_cos, turns.sink_sin, turns.num_sink_pairs, p.interleaved));
+          static_cast<T*>(args.q_sink)[at + d] = H::fromFloat(
+              detail::turned<kDType>(row, d, turns.sink_cos, turns.sink_sin, turns.num_sink_pairs, p.interleaved));
         }
       }
       continue;
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads) mergeSplits(const __grid_constant__ 
   const float* partials = args.partial_out + row * args.num_splits * p.head_dim;
   constexpr int kMostPieces = 2;  // of 128 dimensions, 4 a lane
   constexpr int kAtOnce = 4;      // splits a warp reads before it needs the first
-  auto read = [&](int split, float2& sum, float4 (&x)[kMostPieces]) {
+  auto read = [&](int split, float2& sum, float4(&x)[kMostPieces]) {
     const bool is_there = split < args.num_splits;
     sum = is_there ? sums[split] : make_float2(-INFINITY, 0.0f);
 #pragma unroll
@@ -201,16 +201,23 @@ __global__ void __launch_bounds__(kThreads) mergeSplits(const __grid_constant__ 
 
 // --- host ---
 
-bool isPrefill(const SinkAttentionParams& p) { return p.num_tokens > 1; }
+bool isPrefill(const SinkAttentionParams& p) {
+  return p.num_tokens > 1;
+}
 
 AttendKernel kernelOf(const SinkAttentionParams& p) {
   const int group = p.num_q_heads / p.num_kv_heads;
   switch (p.head_dim) {
-    case 64: return detail::attendKernelOf<64>(p.dtype, p.int8_window, group, isPrefill(p));
-    case 80: return detail::attendKernelOf<80>(p.dtype, p.int8_window, group, isPrefill(p));
-    case 96: return detail::attendKernelOf<96>(p.dtype, p.int8_window, group, isPrefill(p));
-    case 128: return detail::attendKernelOf<128>(p.dtype, p.int8_window, group, isPrefill(p));
-    default: return detail::attendKernelOf<256>(p.dtype, p.int8_window, group, isPrefill(p));
+    case 64:
+      return detail::attendKernelOf<64>(p.dtype, p.int8_window, group, isPrefill(p));
+    case 80:
+      return detail::attendKernelOf<80>(p.dtype, p.int8_window, group, isPrefill(p));
+    case 96:
+      return detail::attendKernelOf<96>(p.dtype, p.int8_window, group, isPrefill(p));
+    case 128:
+      return detail::attendKernelOf<128>(p.dtype, p.int8_window, group, isPrefill(p));
+    default:
+      return detail::attendKernelOf<256>(p.dtype, p.int8_window, group, isPrefill(p));
   }
 }
 
@@ -309,7 +316,9 @@ struct Workspace {
   }
 };
 
-bool isMisaligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 != 0; }
+bool isMisaligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 != 0;
+}
 
 struct Named {
   const char* name;
@@ -323,8 +332,7 @@ const char* shapeProblem(const SinkAttentionParams& p) {
     return explain("num_kv_heads: received %d, expected 1 .. 1023", p.num_kv_heads);
   }
   if (p.num_q_heads < 1 || p.num_q_heads % p.num_kv_heads != 0) {
-    return explain("num_q_heads: received %d, expected a multiple of num_kv_heads (%d)", p.num_q_heads,
-                     p.num_kv_heads);
+    return explain("num_q_heads: received %d, expected a multiple of num_kv_heads (%d)", p.num_q_heads, p.num_kv_heads);
   }
   if (p.head_dim != 64 && p.head_dim != 80 && p.head_dim != 96 && p.head_dim != 128 && p.head_dim != 256) {
     return explain("head_dim: received %d, expected 64, 80, 96, 128 or 256", p.head_dim);
@@ -333,7 +341,7 @@ const char* shapeProblem(const SinkAttentionParams& p) {
   if (p.window_size < 1) return explain("window_size: received %d, expected >= 1", p.window_size);
   if (int64_t{p.num_sinks} + p.window_size > 65536) {
     return explain("num_sinks + window_size: received %lld, expected at most 65536",
-                     static_cast<long long>(int64_t{p.num_sinks} + p.window_size));
+                   static_cast<long long>(int64_t{p.num_sinks} + p.window_size));
   }
   if (p.num_tokens < 1 || p.num_tokens > p.window_size) {
     return explain("num_tokens: received %d, expected 1 .. window_size (%d)", p.num_tokens, p.window_size);
@@ -375,20 +383,31 @@ const char* sinkAttentionProblem(const SinkAttentionParams& p) {
   }
   if (p.stream_rows != 0 && (isPrefill(p) || p.stream_rows < p.num_q_heads)) {
     return explain("stream_rows: received %d, expected 0, or num_q_heads (%d) or more in a step", p.stream_rows,
-                     p.num_q_heads);
+                   p.num_q_heads);
   }
   if (p.gate != nullptr && p.gate_dim != 1 && p.gate_dim != p.head_dim) {
     return explain("gate_dim: received %d, expected 1 or head_dim (%d)", p.gate_dim, p.head_dim);
   }
   const bool has_sinks = p.num_sinks > 0;
-  const Named all[] = {
-      {"q", p.q, true}, {"k", p.k, true}, {"v", p.v, true}, {"out", p.out, true}, {"position", p.position, true},
-      {"window_k", p.window_k, true}, {"window_v", p.window_v, true}, {"sink_k", p.sink_k, has_sinks},
-      {"sink_v", p.sink_v, has_sinks}, {"window_k_scale", p.window_k_scale, p.int8_window},
-      {"window_v_scale", p.window_v_scale, p.int8_window}, {"num_valid", p.num_valid, false},
-      {"shift_cos", p.shift_cos, false}, {"shift_sin", p.shift_sin, false}, {"frequency", p.frequency, false},
-      {"alibi_slopes", p.alibi_slopes, false}, {"sink_logit", p.sink_logit, false},
-      {"sink_scale", p.sink_scale, false}, {"gate", p.gate, false}};
+  const Named all[] = {{"q", p.q, true},
+                       {"k", p.k, true},
+                       {"v", p.v, true},
+                       {"out", p.out, true},
+                       {"position", p.position, true},
+                       {"window_k", p.window_k, true},
+                       {"window_v", p.window_v, true},
+                       {"sink_k", p.sink_k, has_sinks},
+                       {"sink_v", p.sink_v, has_sinks},
+                       {"window_k_scale", p.window_k_scale, p.int8_window},
+                       {"window_v_scale", p.window_v_scale, p.int8_window},
+                       {"num_valid", p.num_valid, false},
+                       {"shift_cos", p.shift_cos, false},
+                       {"shift_sin", p.shift_sin, false},
+                       {"frequency", p.frequency, false},
+                       {"alibi_slopes", p.alibi_slopes, false},
+                       {"sink_logit", p.sink_logit, false},
+                       {"sink_scale", p.sink_scale, false},
+                       {"gate", p.gate, false}};
   for (const Named& one : all) {
     if (one.is_needed && one.pointer == nullptr) return explain("%s: received null, expected a pointer", one.name);
     if (isMisaligned(one.pointer)) {

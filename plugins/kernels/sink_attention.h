@@ -62,21 +62,24 @@ struct SinkAttentionParams {
   float softcap = 0.0f;                 // logits become softcap * tanh(logits / softcap); 0: none
   const float* alibi_slopes = nullptr;  // [Hq]: logits get slope * (in-cache position of key - of query); after softcap
   const float* sink_logit = nullptr;    // [Hq]: one more logit of the softmax that has no value (gpt-oss)
-  const float* sink_scale = nullptr;    // [Hq] >= 0: factor on the softmax weight of token 0, before normalising; S >= 1
-  const void* gate = nullptr;           // half [B, Hq, T, gate_dim]: the output is multiplied by its sigmoid
-  int gate_dim = 0;                     // 1 (head-wise) or D
+  const float* sink_scale = nullptr;  // [Hq] >= 0: factor on the softmax weight of token 0, before normalising; S >= 1
+  const void* gate = nullptr;         // half [B, Hq, T, gate_dim]: the output is multiplied by its sigmoid
+  int gate_dim = 0;                   // 1 (head-wise) or D
 
   void* out = nullptr;  // half [B, Hq, T, D]
 };
 
-// Bytes of device scratch that a launch needs: depends on shapes and on nothing that is read on the device. 0 is possible.
+// Bytes of device scratch that a launch needs: depends on shapes and on nothing that is read on the device. 0 is
+// possible.
 size_t sinkAttentionWorkspaceBytes(const SinkAttentionParams& params);
 
-// Checks the struct on the host. nullptr if it can be launched, else one line that says what is wrong and what is expected.
+// Checks the struct on the host. nullptr if it can be launched, else one line that says what is wrong and what is
+// expected.
 const char* sinkAttentionProblem(const SinkAttentionParams& params);
 
-// Runs T tokens: attends, writes the states, writes `out`. Asynchronous on `stream`, capturable in a CUDA graph (nothing
-// about the launch depends on device data), allocates nothing. cudaErrorInvalidValue if sinkAttentionProblem says so.
+// Runs T tokens: attends, writes the states, writes `out`. Asynchronous on `stream`, capturable in a CUDA graph
+// (nothing about the launch depends on device data), allocates nothing. cudaErrorInvalidValue if sinkAttentionProblem
+// says so.
 cudaError_t launchSinkAttention(const SinkAttentionParams& params, void* workspace, cudaStream_t stream);
 
 }  // namespace sinkexport

@@ -79,7 +79,8 @@ __device__ inline int64_t streamPosition(const int32_t* position, int stream) {
   return int64_t{position[2 * stream]} * 65536 + position[2 * stream + 1];
 }
 
-// Ring::slot of the token `offset` (-1 or 0) after a run's first one, in 32 bits: W <= 65536, and 64-bit division is slow.
+// Ring::slot of the token `offset` (-1 or 0) after a run's first one, in 32 bits: W <= 65536, and 64-bit division is
+// slow.
 __device__ inline int slotOf(const SinkAttentionParams& p, int stream, int offset) {
   const uint32_t window = p.window_size;
   const uint32_t high = p.position[2 * stream], low = p.position[2 * stream + 1];
@@ -105,7 +106,9 @@ struct Turns {
 };
 
 // Floats of shared memory that Turns needs.
-__host__ __device__ constexpr int turnsFloats(int head_dim) { return 4 * (head_dim / 2); }
+__host__ __device__ constexpr int turnsFloats(int head_dim) {
+  return 4 * (head_dim / 2);
+}
 
 // Brings what makeTurns will read nearer, while the position is still on its way.
 __device__ inline void prefetchTurns(const SinkAttentionParams& p, int stream) {

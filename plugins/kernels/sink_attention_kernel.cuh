@@ -1,16 +1,16 @@
 // The attention kernel itself: flash decoding on tensor cores, for a step (T = 1) and for a chunk (prefill).
 //
-// A block owns one (stream, kv head), 8 or 16 rows and one split of the cache. A row is a query head of the group at one
-// of the T tokens: row = token * group + head in group. Each warp takes every kWarps-th tile of keys by itself, with its
-// own online softmax; warps meet once, at the end.
+// A block owns one (stream, kv head), 8 or 16 rows and one split of the cache. A row is a query head of the group at
+// one of the T tokens: row = token * group + head in group. Each warp takes every kWarps-th tile of keys by itself,
+// with its own online softmax; warps meet once, at the end.
 //
 // Both products put up with any order of what they sum over and of what they give, so a lane = 4 * g + c feeds whole
-// pieces of 16 bytes to mma.m16n8k16 (no ldmatrix, no barrier but the warp's), of rows that lie in shared memory as they
-// do in the cache, an odd number of pieces apart:
+// pieces of 16 bytes to mma.m16n8k16 (no ldmatrix, no barrier but the warp's), of rows that lie in shared memory as
+// they do in the cache, an odd number of pieces apart:
 //   S^T = K Q^T    of 16 keys each: keys g / 2 + 4 * (g % 2) and 8 more, dimensions of pieces c
 //   O^T = V^T P^T  of 16 keys each: keys c, c+4, 8+c, 12+c, dimensions of pieces g / 2 + 4 * (g % 2)
-// In this order the pieces that 8 lanes read at once lie in different banks. S^T leaves two keys by rows 2c and 2c+1 in a
-// thread, which are its rows of O^T too; transposed, 8 x 8 at a time, that is P^T. int8 entries become exact 16-bit
+// In this order the pieces that 8 lanes read at once lie in different banks. S^T leaves two keys by rows 2c and 2c+1 in
+// a thread, which are its rows of O^T too; transposed, 8 x 8 at a time, that is P^T. int8 entries become exact 16-bit
 // numbers in registers; scales go to the logits and to P.
 #pragma once
 
@@ -44,7 +44,9 @@ struct AttendArgs {
 // largest scale of a float16 row is 516, so that 64 * scale does not overflow either.
 constexpr float kBias = 4.0f, kSlack = 2.0f;
 
-__host__ __device__ constexpr int divUp(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int divUp(int a, int b) {
+  return (a + b - 1) / b;
+}
 
 // Keys of a tile: 16, and twice as many of short int8 rows, so that what a tile costs beside its bytes is shared. Of
 // 16-bit rows beside an int8 window half as many, so that all tiles are of about one size in bytes.
@@ -59,7 +61,9 @@ __host__ __device__ constexpr int rowStride(int head_dim, bool tile_is_int8) {
 }
 
 // Of 8 keys, or of 8 pieces of a value, the one that is lane group g's.
-__host__ __device__ constexpr int spread(int g) { return g / 2 + 4 * (g % 2); }
+__host__ __device__ constexpr int spread(int g) {
+  return g / 2 + 4 * (g % 2);
+}
 
 // Tiles that a warp has on their way or in use: as many as let three blocks find room on a multiprocessor of 227 KB.
 __host__ __device__ constexpr int stagesOf(int tile_bytes_of_block) {
@@ -107,8 +111,8 @@ struct Config {
   static_assert(kWarps * kRows * kHeadDim * 4 <= kStagesBytes, "the warps' outputs take the place of the stages");
   static_assert(kSharedBytes <= 96 * 1024, "more than a block of compute capability 7.2 can have; 8.6, 8.9, 12.0: 99");
 
-  // Which piece of 8 dimensions is the i-th of lane c of a quad (keys) or of lane g of eight (values). Piece 2i and 2i+1
-  // are neighbours in int8 kernels, whose 16 bytes are 16 dimensions.
+  // Which piece of 8 dimensions is the i-th of lane c of a quad (keys) or of lane g of eight (values). Piece 2i and
+  // 2i+1 are neighbours in int8 kernels, whose 16 bytes are 16 dimensions.
   static __device__ constexpr int keyPiece(int i, int c) { return kInt8 ? 8 * (i / 2) + 2 * c + i % 2 : 4 * i + c; }
   static __device__ constexpr int valuePiece(int i, int g) {
     return kWideValues ? 16 * (i / 2) + 2 * spread(g) + i % 2 : 8 * i + spread(g);
@@ -256,11 +260,11 @@ struct Attend {
   struct Tile {
     static constexpr int kKeys = kInt8Tile ? C::kWindowKeys : C::kOtherKeys;
     static constexpr int kGroups = kKeys / 8;
-    static constexpr int kSteps = divUp(kKeys, 16);  // of both products
+    static constexpr int kSteps = divUp(kKeys, 16);     // of both products
     static constexpr int kElement = kInt8Tile ? 1 : 2;  // bytes
     static constexpr int kRowBytes = kHeadDim * kElement;
     static constexpr int kRowPieces = kRowBytes / 16;
-    static constexpr int kStride = rowStride(kHeadDim, kInt8Tile) / 16;  // in pieces, as all else here
+    static constexpr int kStride = rowStride(kHeadDim, kInt8Tile) / 16;       // in pieces, as all else here
     static constexpr int kTilesOfRead = kInt8Tile && C::kWideValues ? 8 : 4;  // that one read of a value feeds
     static constexpr int kValues = kKeys / 4;                                 // rows of a lane
     static constexpr int kValuesAt = kKeys * kStride;
@@ -295,8 +299,10 @@ struct Attend {
         copyAsync(target + key * L::kStride + L::kValuesAt, is_there ? v + at : source.v, num_bytes);
       }
     };
-    if (row0 + L::kKeys <= source.limit) copy(std::false_type{});
-    else copy(std::true_type{});
+    if (row0 + L::kKeys <= source.limit)
+      copy(std::false_type{});
+    else
+      copy(std::true_type{});
   }
 
   // Puts the step's own token into the tile that holds its row. k, v: its row in shared memory.
@@ -376,8 +382,10 @@ struct Attend {
 #pragma unroll
         for (int half = 0; half < 2 && 2 * step + half < L::kGroups; ++half) {
           const void* at = reinterpret_cast<const char*>(rowOf(2 * step + half)) + d * L::kElement;
-          if constexpr (kInt8Tile) H::fromInt8(*static_cast<const uint32_t*>(at), k[half].x, k[half].y);
-          else k[half] = *static_cast<const uint2*>(at);
+          if constexpr (kInt8Tile)
+            H::fromInt8(*static_cast<const uint32_t*>(at), k[half].x, k[half].y);
+          else
+            k[half] = *static_cast<const uint2*>(at);
         }
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
@@ -470,9 +478,9 @@ struct Attend {
 
   // The step's raw k or v in shared memory, by a warp: turned and rounded where it is, and (if is_kept) to its place in
   // the state.
-  static __device__ void writeNewRow(void* shared_row, const Turns& turns, int num_pairs, bool interleaved, bool is_int8,
-                                     bool is_kept, void* state_row, __half* shared_scale, __half* state_scale,
-                                     int lane) {
+  static __device__ void writeNewRow(void* shared_row, const Turns& turns, int num_pairs, bool interleaved,
+                                     bool is_int8, bool is_kept, void* state_row, __half* shared_scale,
+                                     __half* state_scale, int lane) {
     const T* row = static_cast<const T*>(shared_row);
     constexpr int kEach = divUp(kHeadDim, 32);
     float x[kEach];
@@ -819,8 +827,10 @@ struct Attend {
       __syncwarp();
       if constexpr (kInt8) {
         int row0;
-        if (sectionOf(tiles[0], row0) == kWindow) consume(std::true_type{}, tiles[0], stage);
-        else consume(std::false_type{}, tiles[0], stage);
+        if (sectionOf(tiles[0], row0) == kWindow)
+          consume(std::true_type{}, tiles[0], stage);
+        else
+          consume(std::false_type{}, tiles[0], stage);
       } else {
         consume(std::false_type{}, tiles[0], stage);
       }
@@ -870,8 +880,10 @@ struct Attend {
         float x = 0.0f;
 #pragma unroll
         for (int w = 0; w < C::kWarps; ++w) x += factor[w] * outs[(w * C::kRows + r) * kHeadDim + d];
-        if (args.num_splits == 1) storeOut<kDType>(p, out_row, d, x * normal);
-        else args.partial_out[partial * kHeadDim + d] = x;
+        if (args.num_splits == 1)
+          storeOut<kDType>(p, out_row, d, x * normal);
+        else
+          args.partial_out[partial * kHeadDim + d] = x;
       }
     }
   }
@@ -897,15 +909,20 @@ struct AttendKernel {
 template <int kHeadDim, DType kDType, bool kInt8, int kRowTiles, bool kPrefill>
 AttendKernel attendKernel() {
   using C = Config<kHeadDim, kInt8, kRowTiles>;
-  return {reinterpret_cast<const void*>(&attend<kHeadDim, kDType, kInt8, kRowTiles, kPrefill>), C::kRows, C::kThreads,
-          C::kWarps, C::kSharedBytes, C::kBlocksOfSm};
+  return {reinterpret_cast<const void*>(&attend<kHeadDim, kDType, kInt8, kRowTiles, kPrefill>),
+          C::kRows,
+          C::kThreads,
+          C::kWarps,
+          C::kSharedBytes,
+          C::kBlocksOfSm};
 }
 
 // A step's groups of up to 8 query heads make 8 rows, larger ones 16, as a chunk's do.
 template <int kHeadDim, DType kDType, bool kInt8>
 AttendKernel attendKernel(int group, bool is_prefill) {
   if (is_prefill) return attendKernel<kHeadDim, kDType, kInt8, 2, true>();
-  return group > 8 ? attendKernel<kHeadDim, kDType, kInt8, 2, false>() : attendKernel<kHeadDim, kDType, kInt8, 1, false>();
+  return group > 8 ? attendKernel<kHeadDim, kDType, kInt8, 2, false>()
+                   : attendKernel<kHeadDim, kDType, kInt8, 1, false>();
 }
 
 // Instantiated for each head dimension in sink_attention_d*.cu.

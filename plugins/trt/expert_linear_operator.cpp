@@ -88,7 +88,11 @@ class ExpertLinear final : public Operator {
 
 }  // namespace
 
-std::unique_ptr<Operator> makeInt8ExpertLinear() { return std::make_unique<ExpertLinear<WeightType::kInt8>>(); }
-std::unique_ptr<Operator> makeHalfExpertLinear() { return std::make_unique<ExpertLinear<WeightType::kHalf>>(); }
+std::unique_ptr<Operator> makeInt8ExpertLinear() {
+  return std::make_unique<ExpertLinear<WeightType::kInt8>>();
+}
+std::unique_ptr<Operator> makeHalfExpertLinear() {
+  return std::make_unique<ExpertLinear<WeightType::kHalf>>();
+}
 
 }  // namespace sinkexport::trt

@@ -7,7 +7,9 @@ namespace {
 
 constexpr size_t kValueBytes = 4;
 
-std::string quoted(const char* name) { return std::string("field '") + (name != nullptr ? name : "") + "': "; }
+std::string quoted(const char* name) {
+  return std::string("field '") + (name != nullptr ? name : "") + "': ";
+}
 
 // Sets one field. "" or what is wrong with the value.
 std::string setField(const Field& field, const nvinfer1::PluginField& given) {
@@ -67,7 +69,9 @@ FieldNames::FieldNames(const FieldList& list) : fields(asPluginFields(list)) {
   collection = {static_cast<int32_t>(fields.size()), fields.data()};
 }
 
-size_t serializedBytes(const FieldList& fields) { return fields.size() * kValueBytes; }
+size_t serializedBytes(const FieldList& fields) {
+  return fields.size() * kValueBytes;
+}
 
 void serialize(const FieldList& fields, void* buffer) {
   auto* target = static_cast<char*>(buffer);

@@ -22,8 +22,8 @@ struct Field {
 
 using FieldList = std::vector<Field>;
 
-// Sets every field from the collection. Returns "", or one line that names a field that is unknown, missing, given twice
-// or not a number of its type; then some may be set already. A null collection is an empty one.
+// Sets every field from the collection. Returns "", or one line that names a field that is unknown, missing, given
+// twice or not a number of its type; then some may be set already. A null collection is an empty one.
 std::string readFields(const FieldList& fields, const nvinfer1::PluginFieldCollection* given);
 
 // The same fields as TensorRT wants to see them; they point at the values.

@@ -72,6 +72,8 @@ class GatedActivation final : public Operator {
 
 }  // namespace
 
-std::unique_ptr<Operator> makeGatedActivation() { return std::make_unique<GatedActivation>(); }
+std::unique_ptr<Operator> makeGatedActivation() {
+  return std::make_unique<GatedActivation>();
+}
 
 }  // namespace sinkexport::trt

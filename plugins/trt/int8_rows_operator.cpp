@@ -69,6 +69,8 @@ class Int8Rows final : public Operator {
 
 }  // namespace
 
-std::unique_ptr<Operator> makeInt8Rows() { return std::make_unique<Int8Rows>(); }
+std::unique_ptr<Operator> makeInt8Rows() {
+  return std::make_unique<Int8Rows>();
+}
 
 }  // namespace sinkexport::trt

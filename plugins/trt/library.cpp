@@ -8,10 +8,14 @@
 #define SINKEXPORT_API extern "C" __attribute__((visibility("default")))
 
 // Changes whenever an engine that was built with this library could not run with another one.
-SINKEXPORT_API const char* sinkexport_plugin_abi() { return SINKEXPORT_PLUGIN_ABI; }
+SINKEXPORT_API const char* sinkexport_plugin_abi() {
+  return SINKEXPORT_PLUGIN_ABI;
+}
 
 // The TensorRT whose headers it was compiled against: its major version decides which loads it.
-SINKEXPORT_API int sinkexport_plugin_tensorrt_major() { return NV_TENSORRT_MAJOR; }
+SINKEXPORT_API int sinkexport_plugin_tensorrt_major() {
+  return NV_TENSORRT_MAJOR;
+}
 
 namespace sinkexport::trt {
 

@@ -82,7 +82,11 @@ class Linear final : public Operator {
 
 }  // namespace
 
-std::unique_ptr<Operator> makeInt8Linear() { return std::make_unique<Linear<WeightType::kInt8>>(); }
-std::unique_ptr<Operator> makeHalfLinear() { return std::make_unique<Linear<WeightType::kHalf>>(); }
+std::unique_ptr<Operator> makeInt8Linear() {
+  return std::make_unique<Linear<WeightType::kInt8>>();
+}
+std::unique_ptr<Operator> makeHalfLinear() {
+  return std::make_unique<Linear<WeightType::kHalf>>();
+}
 
 }  // namespace sinkexport::trt

@@ -87,8 +87,8 @@ inline const std::vector<OperatorKind>& operatorKinds() {
 // Makes an operator and sets its fields. Null after a line in the log that names the field.
 std::unique_ptr<Operator> makeOperator(const OperatorKind& kind, const nvinfer1::PluginFieldCollection* given);
 
-// Brings each state that TensorRT did not alias to where it is to be written, then runs the operator. 0 or, after a line
-// in the log, not.
+// Brings each state that TensorRT did not alias to where it is to be written, then runs the operator. 0 or, after a
+// line in the log, not.
 int32_t runOperator(const Operator& op, const char* name, const Tensors& inputs, const void* const* in,
                     void* const* out, void* workspace, cudaStream_t stream);
 
@@ -122,9 +122,13 @@ bool hasShape(const Tensor& tensor, const std::vector<int64_t>& wanted);
 std::string shapeProblem(const char* name, const Tensor& tensor, const std::vector<int64_t>& wanted);
 
 // An address that only says "there is something": for checks on the host.
-inline void* placeholder() { return reinterpret_cast<void*>(uintptr_t{256}); }
+inline void* placeholder() {
+  return reinterpret_cast<void*>(uintptr_t{256});
+}
 // The same for some that must not overlap.
-inline void* farApart(int index) { return reinterpret_cast<void*>(static_cast<uintptr_t>(index + 1) << 40); }
+inline void* farApart(int index) {
+  return reinterpret_cast<void*>(static_cast<uintptr_t>(index + 1) << 40);
+}
 
 void logError(const char* name, const std::string& line);
 

@@ -1,5 +1,6 @@
 // IPluginV2DynamicExt for TensorRT 8.5 and 8.6 (JetPack 5). They know no aliased plugin I/O: bind a state's input and
-// output to one buffer and the plugin sees equal pointers and writes in place; otherwise each run copies the state first.
+// output to one buffer and the plugin sees equal pointers and writes in place; otherwise each run copies the state
+// first.
 #include <NvInferRuntime.h>
 
 #if NV_TENSORRT_MAJOR < 10
@@ -135,7 +136,9 @@ struct Registration {
 
 }  // namespace
 
-ILogger* findLogger() { return getLogger == nullptr ? nullptr : getLogger(); }
+ILogger* findLogger() {
+  return getLogger == nullptr ? nullptr : getLogger();
+}
 
 }  // namespace sinkexport::trt
 

@@ -71,6 +71,8 @@ class RmsNorm final : public Operator {
 
 }  // namespace
 
-std::unique_ptr<Operator> makeRmsNorm() { return std::make_unique<RmsNorm>(); }
+std::unique_ptr<Operator> makeRmsNorm() {
+  return std::make_unique<RmsNorm>();
+}
 
 }  // namespace sinkexport::trt

@@ -1,7 +1,7 @@
-// Inputs: q, k, v or, in a step, all of them as one, [B, 1, (Hq + 2 Hkv) * D]; position, window_k, window_v; then, where a
-// field says so, window_k_scale, window_v_scale, sink_k, sink_v, frequency, num_valid, alibi_slopes, sink_logit,
-// sink_scale, gate. Outputs: out as q, or [B, 1, Hq * D]; window_k, window_v, then window_k_scale, window_v_scale, sink_k,
-// sink_v.
+// Inputs: q, k, v or, in a step, all of them as one, [B, 1, (Hq + 2 Hkv) * D]; position, window_k, window_v; then,
+// where a field says so, window_k_scale, window_v_scale, sink_k, sink_v, frequency, num_valid, alibi_slopes,
+// sink_logit, sink_scale, gate. Outputs: out as q, or [B, 1, Hq * D]; window_k, window_v, then window_k_scale,
+// window_v_scale, sink_k, sink_v.
 #include "operator.h"
 #include "sink_attention.h"
 
@@ -15,19 +15,29 @@ class SinkAttention final : public Operator {
   std::unique_ptr<Operator> clone() const override { return std::make_unique<SinkAttention>(*this); }
 
   FieldList fields() override {
-    return {{"scale", &scale_}, {"softcap", &softcap_}, {"rope_scaling", &rope_scaling_},
-            {"packed_width", &packed_width_}, {"rotary_dim", &rotary_dim_}, {"interleaved", &interleaved_}, {"num_sinks", &num_sinks_},
-            {"int8_window", &int8_window_}, {"has_num_valid", &has_num_valid_}, {"has_alibi", &has_alibi_},
-            {"has_sink_logit", &has_sink_logit_}, {"has_sink_scale", &has_sink_scale_}, {"has_gate", &has_gate_}};
+    return {{"scale", &scale_},
+            {"softcap", &softcap_},
+            {"rope_scaling", &rope_scaling_},
+            {"packed_width", &packed_width_},
+            {"rotary_dim", &rotary_dim_},
+            {"interleaved", &interleaved_},
+            {"num_sinks", &num_sinks_},
+            {"int8_window", &int8_window_},
+            {"has_num_valid", &has_num_valid_},
+            {"has_alibi", &has_alibi_},
+            {"has_sink_logit", &has_sink_logit_},
+            {"has_sink_scale", &has_sink_scale_},
+            {"has_gate", &has_gate_}};
   }
 
   std::string fieldProblem() const override {
     const struct {
       const char* name;
       int32_t value;
-    } flags[] = {{"interleaved", interleaved_}, {"int8_window", int8_window_}, {"has_num_valid", has_num_valid_},
-                 {"has_alibi", has_alibi_}, {"has_sink_logit", has_sink_logit_}, {"has_sink_scale", has_sink_scale_},
-                 {"has_gate", has_gate_}};
+    } flags[] = {
+        {"interleaved", interleaved_}, {"int8_window", int8_window_},       {"has_num_valid", has_num_valid_},
+        {"has_alibi", has_alibi_},     {"has_sink_logit", has_sink_logit_}, {"has_sink_scale", has_sink_scale_},
+        {"has_gate", has_gate_}};
     for (const auto& flag : flags) {
       if (flag.value != 0 && flag.value != 1) {
         return std::string("field '") + flag.name + "': received " + std::to_string(flag.value) + ", expected 0 or 1";
@@ -194,6 +204,8 @@ class SinkAttention final : public Operator {
 
 }  // namespace
 
-std::unique_ptr<Operator> makeSinkAttention() { return std::make_unique<SinkAttention>(); }
+std::unique_ptr<Operator> makeSinkAttention() {
+  return std::make_unique<SinkAttention>();
+}
 
 }  // namespace sinkexport::trt

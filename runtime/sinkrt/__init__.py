@@ -13,9 +13,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "BackendError", "BundleError", "Scheduler", "Session", "SinkError", "StateError", "StreamCopy", "UsageError",
+    "BackendError",
+    "BundleError",
+    "Scheduler",
+    "Session",
+    "SinkError",
+    "StateError",
+    "StreamCopy",
+    "UsageError",
     "__version__",
-]  # fmt: skip
+]
 
 
 _LAZY = {"Scheduler": "sinkrt.scheduler", "Session": "sinkrt.session", "StreamCopy": "sinkrt.session"}

@@ -38,14 +38,18 @@ class AnswerParams:
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and (not isinstance(self.max_tokens, (int, np.integer)) or self.max_tokens < 1):
-            raise UsageError(problem("max_tokens", received=self.max_tokens, expected="an integer >= 1",
-                                     fix="leave it out for all"))  # fmt: skip
+            raise UsageError(
+                problem("max_tokens", received=self.max_tokens, expected="an integer >= 1", fix="leave it out for all")
+            )
         if len(self.stop) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_CHARACTERS for text in self.stop):
             raise UsageError(
-                problem("stop", received=f"{len(self.stop)} texts of {[len(text) for text in self.stop]} characters",
-                        expected=f"at most {MAX_STOPS} texts of 1 .. {MAX_STOP_CHARACTERS} characters",
-                        fix="leave empty ones out")
-            )  # fmt: skip
+                problem(
+                    "stop",
+                    received=f"{len(self.stop)} texts of {[len(text) for text in self.stop]} characters",
+                    expected=f"at most {MAX_STOPS} texts of 1 .. {MAX_STOP_CHARACTERS} characters",
+                    fix="leave empty ones out",
+                )
+            )
 
 
 class Answer:

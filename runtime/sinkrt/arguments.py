@@ -16,15 +16,23 @@ def token_ids(ids: npt.ArrayLike, shape: tuple[int, ...], vocab_size: int) -> np
     array = integers(ids)
     if array.shape != shape:
         raise UsageError(
-            problem("ids", received=f"{array.dtype} {list(array.shape)}", expected=f"integers {list(shape)}",
-                    fix="give each stream its tokens")
-        )  # fmt: skip
+            problem(
+                "ids",
+                received=f"{array.dtype} {list(array.shape)}",
+                expected=f"integers {list(shape)}",
+                fix="give each stream its tokens",
+            )
+        )
     outside = array[(array < 0) | (array >= vocab_size)]
     if outside.size:
         raise UsageError(
-            problem("token id", received=int(outside[0]), expected=f"0 .. {vocab_size - 1}",
-                    fix="use the tokenizer of this model")
-        )  # fmt: skip
+            problem(
+                "token id",
+                received=int(outside[0]),
+                expected=f"0 .. {vocab_size - 1}",
+                fix="use the tokenizer of this model",
+            )
+        )
     return array.astype(np.int64, copy=False)
 
 
@@ -38,9 +46,13 @@ def valid_counts(num_valid: npt.ArrayLike | None, rows: int, width: int) -> npt.
     counts = integers(num_valid, "num_valid").reshape(-1)
     if counts.shape != (rows,) or counts.min() < 1 or counts.max() > width:
         raise UsageError(
-            problem("num_valid", received=counts.tolist(), expected=f"{rows} number(s) in 1 .. {width}",
-                    fix="leave a stream without tokens out of `streams`")
-        )  # fmt: skip
+            problem(
+                "num_valid",
+                received=counts.tolist(),
+                expected=f"{rows} number(s) in 1 .. {width}",
+                fix="leave a stream without tokens out of `streams`",
+            )
+        )
     return counts.astype(np.int64, copy=False)
 
 
@@ -57,6 +69,4 @@ def integers(ids: npt.ArrayLike, what: str = "ids") -> np.ndarray:
         if array.size == 0 or np.issubdtype(array.dtype, np.integer):
             return array
         received = f"{array.dtype} {list(array.shape)}"
-    raise UsageError(
-        problem(what, received=received, expected="an array of integers", fix="convert them to integers")
-    )
+    raise UsageError(problem(what, received=received, expected="an array of integers", fix="convert them to integers"))

@@ -23,10 +23,27 @@ MAX_TEMPLATE_CHARACTERS = 2**20
 RETRY_S = 60.0
 """How long a template that has failed as a whole is not tried again."""
 RESERVED_ARGS = frozenset(
-    ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception",
-     "strftime_now", "dict", "namespace", "range", "lipsum", "cycler", "joiner", "self", "caller", "varargs", "kwargs",
-     "loop")
-)  # fmt: skip
+    (
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "continue_final_message",
+        "raise_exception",
+        "strftime_now",
+        "dict",
+        "namespace",
+        "range",
+        "lipsum",
+        "cycler",
+        "joiner",
+        "self",
+        "caller",
+        "varargs",
+        "kwargs",
+        "loop",
+    )
+)
 """Variables of a template that are not the user's to set, besides the special tokens."""
 
 
@@ -103,9 +120,14 @@ class ChatTemplate:
         return str(self._call(self._process.facts)["literals"])
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, args: Mapping[str, Any] | None = None,
-        check: bool = True, now: float | None = None,
-    ) -> str:  # fmt: skip
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        args: Mapping[str, Any] | None = None,
+        check: bool = True,
+        now: float | None = None,
+    ) -> str:
         """The text of a conversation.
 
         messages: each with ``role`` and ``content``, a text, text parts or None. args: further variables. check: make
@@ -139,9 +161,14 @@ class ChatTemplate:
         Raises: UsageError as `render`, and if the template leaves out earlier answers.
         """
         if not self.facts.keeps_history:
-            raise UsageError(problem("chat template", received="one that leaves out earlier answers",
-                                     expected="one that keeps them as they are",
-                                     fix="use --prompt, or feed the turns as text"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "chat template",
+                    received="one that leaves out earlier answers",
+                    expected="one that keeps them as they are",
+                    fix="use --prompt, or feed the turns as text",
+                )
+            )
         first, answer = self._markers(2)
         past = [{"role": "user", "content": first}, {"role": "assistant", "content": answer}]
         whole = self.render([*past, {"role": "user", "content": message}], args=args, check=check, now=now)
@@ -155,9 +182,14 @@ class ChatTemplate:
         facts = self.facts
         if not facts.has_system:
             why = f"refuses it ({facts.system_refusal})" if facts.system_refusal else "leaves it out"
-            raise UsageError(problem("system message", received=f"one for a model whose chat template {why}",
-                                     expected="a template that knows system messages",
-                                     fix="put the text into the first user message"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "system message",
+                    received=f"one for a model whose chat template {why}",
+                    expected="a template that knows system messages",
+                    fix="put the text into the first user message",
+                )
+            )
 
     def close(self) -> None:
         """End the process that renders. A later call starts another."""
@@ -169,9 +201,13 @@ class ChatTemplate:
         if args:
             self._check_args(args)
         return {
-            **self._special_tokens, **(args or {}), "messages": messages, "tools": None, "documents": None,
+            **self._special_tokens,
+            **(args or {}),
+            "messages": messages,
+            "tools": None,
+            "documents": None,
             "add_generation_prompt": generate,
-        }  # fmt: skip
+        }
 
     def _renderings(self, jobs: list[dict[str, Any]], now: float | None) -> list[dict[str, str]]:
         renderings: list[dict[str, str]] = self._call(lambda: self._process.render(jobs, now))
@@ -185,25 +221,32 @@ class ChatTemplate:
 
     @staticmethod
     def _broken(reason: str) -> UsageError:
-        return UsageError(problem("chat template", received=f"one that fails ({reason})",
-                                  expected="one that renders a conversation in seconds",
-                                  fix="use --prompt, or export with another template"))  # fmt: skip
+        return UsageError(
+            problem(
+                "chat template",
+                received=f"one that fails ({reason})",
+                expected="one that renders a conversation in seconds",
+                fix="use --prompt, or export with another template",
+            )
+        )
 
     @staticmethod
     def _text(rendering: Mapping[str, str]) -> str:
         if "error" in rendering:
             raise UsageError(
-                problem("chat", received=f"messages that the template refuses ({rendering['error']})",
-                        expected="roles in the order that the model knows", fix="see the model's card")
-            )  # fmt: skip
+                problem(
+                    "chat",
+                    received=f"messages that the template refuses ({rendering['error']})",
+                    expected="roles in the order that the model knows",
+                    fix="see the model's card",
+                )
+            )
         return rendering["text"]
 
     def _markers(self, count: int) -> list[str]:
         return [f"{self._word}x{i}z" for i in range(count)]
 
-    def _check_kept(
-        self, messages: Sequence[Message], markers: list[str], text: str, marked: str | None
-    ) -> None:
+    def _check_kept(self, messages: Sequence[Message], markers: list[str], text: str, marked: str | None) -> None:
         """Every message must be in the text: by its marker word, or itself where a template refuses marker words.
 
         Raises: UsageError.
@@ -215,29 +258,44 @@ class ChatTemplate:
                 if role == "system":
                     self.require_system()
                 raise UsageError(
-                    problem("chat template", received=f"a message of role '{role}', which it leaves out",
-                            expected="messages that all reach the model",
-                            fix="leave it out, or put its text into a user message")
-                )  # fmt: skip
+                    problem(
+                        "chat template",
+                        received=f"a message of role '{role}', which it leaves out",
+                        expected="messages that all reach the model",
+                        fix="leave it out, or put its text into a user message",
+                    )
+                )
 
     def _check_args(self, args: Mapping[str, Any]) -> None:
         known = {name for name in self.facts.variables if not self._is_reserved(name)}
         for name in args:
             if self._is_reserved(name):
-                raise UsageError(problem("template argument", received=f"'{name}', which is reserved",
-                                         expected="a variable of the template's own", fix="leave it out"))  # fmt: skip
+                raise UsageError(
+                    problem(
+                        "template argument",
+                        received=f"'{name}', which is reserved",
+                        expected="a variable of the template's own",
+                        fix="leave it out",
+                    )
+                )
             if name not in known:
                 listed = ", ".join(sorted(known)) or "none"
                 raise UsageError(
-                    problem("template argument", received=f"'{name}', which the template does not read",
-                            expected=f"one of those that it reads: {listed}", fix="leave it out")
-                )  # fmt: skip
+                    problem(
+                        "template argument",
+                        received=f"'{name}', which the template does not read",
+                        expected=f"one of those that it reads: {listed}",
+                        fix="leave it out",
+                    )
+                )
 
     def _is_reserved(self, name: str) -> bool:
         return (
-            name in RESERVED_ARGS or name in self._special_tokens or name.endswith(("_token", "_tokens"))
+            name in RESERVED_ARGS
+            or name in self._special_tokens
+            or name.endswith(("_token", "_tokens"))
             or name.startswith("_")
-        )  # fmt: skip
+        )
 
     # --- facts ---
 
@@ -247,9 +305,12 @@ class ChatTemplate:
         asked = {"role": "user", "content": user}
         past = [asked, {"role": "assistant", "content": answer}]
         conversations: list[tuple[list[dict[str, str]], bool]] = [
-            ([asked], True), ([asked], False), ([{"role": "system", "content": answer}, asked], True),
-            ([*past, {"role": "user", "content": second}], True), (past, False),
-        ]  # fmt: skip
+            ([asked], True),
+            ([asked], False),
+            ([{"role": "system", "content": answer}, asked], True),
+            ([*past, {"role": "user", "content": second}], True),
+            (past, False),
+        ]
         modes: tuple[Wants, ...] = ("text", "parts")
         jobs = [
             self._job([shaped(m, wants) for m in messages], generate, None)
@@ -270,9 +331,15 @@ class ChatTemplate:
         closing = ended["text"].rpartition(answer)[2] if _has(ended, answer) else None
         before, after = plain.get("text", ""), opened.get("text", "")
         return TemplateFacts(
-            wants, has_user, has_system, None if has_system else system.get("error"), keeps_history,
-            after[len(before) :] if after.startswith(before) else "", closing, variables,
-        )  # fmt: skip
+            wants,
+            has_user,
+            has_system,
+            None if has_system else system.get("error"),
+            keeps_history,
+            after[len(before) :] if after.startswith(before) else "",
+            closing,
+            variables,
+        )
 
 
 def choose_template(templates: Any) -> str | None:
@@ -287,8 +354,14 @@ def choose_template(templates: Any) -> str | None:
     if "default" in templates or len(templates) == 1:
         chosen = templates.get("default", next(iter(templates.values())))
         return str(chosen)
-    raise UsageError(problem("chat template", received=f"several ({', '.join(sorted(templates)) or 'none'})",
-                             expected="one called 'default'", fix="keep one in the model's folder"))  # fmt: skip
+    raise UsageError(
+        problem(
+            "chat template",
+            received=f"several ({', '.join(sorted(templates)) or 'none'})",
+            expected="one called 'default'",
+            fix="keep one in the model's folder",
+        )
+    )
 
 
 def parse_template_args(texts: Iterable[str]) -> dict[str, Any]:
@@ -300,8 +373,14 @@ def parse_template_args(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
-            raise UsageError(problem("--template-arg", received=f"'{text}'", expected="KEY=VALUE",
-                                     fix="for example --template-arg enable_thinking=false"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "--template-arg",
+                    received=f"'{text}'",
+                    expected="KEY=VALUE",
+                    fix="for example --template-arg enable_thinking=false",
+                )
+            )
         try:
             args[name] = json.loads(value)
         except (ValueError, RecursionError):
@@ -323,16 +402,32 @@ def _check_syntax(source: str) -> None:
     """
     if len(source) > MAX_TEMPLATE_CHARACTERS:
         raise BundleError(
-            problem("chat template", received=f"{len(source)} characters",
-                    expected=f"at most {MAX_TEMPLATE_CHARACTERS}", fix="export the model again")
-        )  # fmt: skip
+            problem(
+                "chat template",
+                received=f"{len(source)} characters",
+                expected=f"at most {MAX_TEMPLATE_CHARACTERS}",
+                fix="export the model again",
+            )
+        )
     require_jinja()
     if len(source) > MAX_TEMPLATE:  # read in this process, which nothing ends
-        raise BundleError(problem("chat template", received=f"{len(source)} characters",
-                                  expected=f"at most {MAX_TEMPLATE}", fix="export with another template"))  # fmt: skip
+        raise BundleError(
+            problem(
+                "chat template",
+                received=f"{len(source)} characters",
+                expected=f"at most {MAX_TEMPLATE}",
+                fix="export with another template",
+            )
+        )
     try:
         environment().parse(source)
     except Exception as error:  # RecursionError and ValueError besides Jinja's own
         reason = " ".join(str(error).split())[:200]
-        raise BundleError(problem("chat template", received=f"text that is no Jinja ({reason})",
-                                  expected="a template", fix="export the model again")) from error  # fmt: skip
+        raise BundleError(
+            problem(
+                "chat template",
+                received=f"text that is no Jinja ({reason})",
+                expected="a template",
+                fix="export the model again",
+            )
+        ) from error

@@ -39,11 +39,35 @@ from sinkrt.layout import (
 from sinkrt.ring import POSITION_LIMIT
 
 __all__ = [
-    "DTYPE_BYTES", "MANIFEST_NAME", "MASS_KIND", "NO_TOKEN", "PLUGIN_ABI", "RECURRENT_KINDS", "SCALE_KINDS",
-    "SCHEMA_VERSION", "STATE_KINDS", "TARGETS", "ActTuning", "AffineAttention", "EngineFacts", "FileFacts",
-    "GraphSpec", "HeadWindow", "Manifest", "ModelFacts", "Quantization", "SinkTuning", "StateSpec", "StreamFacts",
-    "TensorSpec", "TokenizerFacts", "build_from_json", "check_files", "hash_file", "load_manifest",
-]  # fmt: skip
+    "DTYPE_BYTES",
+    "MANIFEST_NAME",
+    "MASS_KIND",
+    "NO_TOKEN",
+    "PLUGIN_ABI",
+    "RECURRENT_KINDS",
+    "SCALE_KINDS",
+    "SCHEMA_VERSION",
+    "STATE_KINDS",
+    "TARGETS",
+    "ActTuning",
+    "AffineAttention",
+    "EngineFacts",
+    "FileFacts",
+    "GraphSpec",
+    "HeadWindow",
+    "Manifest",
+    "ModelFacts",
+    "Quantization",
+    "SinkTuning",
+    "StateSpec",
+    "StreamFacts",
+    "TensorSpec",
+    "TokenizerFacts",
+    "build_from_json",
+    "check_files",
+    "hash_file",
+    "load_manifest",
+]
 
 SCHEMA_VERSION = 5
 """2: `quantization` and the scales of an INT8 window. 3: `plugin_abi` and `engines`. 4: `sink_tuning` and

@@ -46,8 +46,14 @@ def check_engine(bundle: Path, manifest: Manifest, role: str, host: EngineHost, 
     )
     for what, here, built in wanted:
         if here != built and not (what == "plugin ABI" and built is None):
-            raise BackendError(problem(f"{role} engine: {what}", received=f"one that was built for {built}",
-                                       expected=f"{here}, as here", fix=rebuild))  # fmt: skip
+            raise BackendError(
+                problem(
+                    f"{role} engine: {what}",
+                    received=f"one that was built for {built}",
+                    expected=f"{here}, as here",
+                    fix=rebuild,
+                )
+            )
     path = bundle / facts.file
     size = path.stat().st_size if path.is_file() else None
     if size != facts.bytes:

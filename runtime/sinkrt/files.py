@@ -155,4 +155,3 @@ def _new_file(target: Path, buffering: int = -1) -> tuple[Path, BinaryIO]:
             return path, file
         file.close()  # another process took it for a leftover before it was locked
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(target))
-

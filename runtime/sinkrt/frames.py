@@ -151,19 +151,31 @@ class FrameSession:
             array = given.pop(tensor.name, None)
             found = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
             if array is None or array.shape != tensor.shape or array.dtype.kind != np.dtype(tensor.dtype).kind:
-                raise UsageError(problem(f"input '{tensor.name}'", received=found,
-                                         expected=f"{tensor.dtype} {list(tensor.shape)}",
-                                         fix="pass what the model was exported for"))  # fmt: skip
+                raise UsageError(
+                    problem(
+                        f"input '{tensor.name}'",
+                        received=found,
+                        expected=f"{tensor.dtype} {list(tensor.shape)}",
+                        fix="pass what the model was exported for",
+                    )
+                )
             self.buffers[tensor.name][...] = array
         if given:
-            raise UsageError(problem(f"input '{next(iter(given))}'", received="an array", fix="leave it out",
-                                     expected=", ".join(tensor.name for tensor in self.spec.inputs)))  # fmt: skip
+            raise UsageError(
+                problem(
+                    f"input '{next(iter(given))}'",
+                    received="an array",
+                    fix="leave it out",
+                    expected=", ".join(tensor.name for tensor in self.spec.inputs),
+                )
+            )
         self.buffers["position"].fill(position)
         self.buffers["oldest"].fill(oldest)
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's errors have no common base but this
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise BackendError(problem("block", received=reason, expected="a run without error",
-                                       fix="run it again, or reset")) from error  # fmt: skip
+            raise BackendError(
+                problem("block", received=reason, expected="a run without error", fix="run it again, or reset")
+            ) from error
         return self.buffers[self.spec.output.name]

@@ -48,8 +48,13 @@ class SamplingParams:
         _require_number("temperature", self.temperature, 0, MAX_TEMPERATURE, "0 .. 100 (0: greedy)")
         _require_integer("top_k", self.top_k, MAX_TOP_K, f"0 .. {MAX_TOP_K} (0: all tokens)")
         _require_number("top_p", self.top_p, math.ulp(0.0), 1, "a number in (0, 1]")
-        _require_number("repetition_penalty", self.repetition_penalty, MIN_PENALTY, MAX_PENALTY,
-                        f"{MIN_PENALTY} .. {MAX_PENALTY:.0f} (1: none)")  # fmt: skip
+        _require_number(
+            "repetition_penalty",
+            self.repetition_penalty,
+            MIN_PENALTY,
+            MAX_PENALTY,
+            f"{MIN_PENALTY} .. {MAX_PENALTY:.0f} (1: none)",
+        )
         if self.seed is not None:
             _require_integer("seed", self.seed, SEED_LIMIT - 1, f"0 .. {SEED_LIMIT - 1}")
 
@@ -78,18 +83,26 @@ class Sampler:
         best = int(logits.argmax())  # a NaN counts as the largest
         if not math.isfinite(logits[best]):
             raise BackendError(
-                problem("logits", received=logits[best], expected="finite numbers",
-                        fix="reset the stream; if this is an fp16 bundle that overflows, export with --dtype fp32")
-            )  # fmt: skip
+                problem(
+                    "logits",
+                    received=logits[best],
+                    expected="finite numbers",
+                    fix="reset the stream; if this is an fp16 bundle that overflows, export with --dtype fp32",
+                )
+            )
         if params.repetition_penalty != 1.0:
             with np.errstate(over="ignore"):  # looked for below
                 logits = penalized(logits, recent, params.repetition_penalty, self._scratch)
             best = int(logits.argmax())
             if not math.isfinite(logits[best]):  # the model's numbers are fine: so is its stream
                 raise UsageError(
-                    problem("repetition_penalty", received=params.repetition_penalty,
-                            expected="one that keeps these logits finite", fix="take one that is closer to 1")
-                )  # fmt: skip
+                    problem(
+                        "repetition_penalty",
+                        received=params.repetition_penalty,
+                        expected="one that keeps these logits finite",
+                        fix="take one that is closer to 1",
+                    )
+                )
         if params.temperature == 0:
             return best
         ids, weights = candidates(logits, params, self._scratch)

@@ -186,15 +186,33 @@ class Scheduler:
         conversation = self._conversations.get(name)
         begun = conversation is not None and bool(conversation.history.count or conversation.num_pending)
         if tokens.ndim != 1 or not (tokens.size or begun) or (tokens.size and tokens.dtype.kind not in "iu"):
-            raise UsageError(problem("prompt", received=f"{tokens.dtype} {list(tokens.shape)}",
-                                     expected="integers [N], N >= 1", fix="give some text"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "prompt",
+                    received=f"{tokens.dtype} {list(tokens.shape)}",
+                    expected="integers [N], N >= 1",
+                    fix="give some text",
+                )
+            )
         outside = tokens[(tokens < 0) | (tokens >= model.vocab_size)]
         if outside.size:
-            raise UsageError(problem("token id", received=int(outside[0]), expected=f"0 .. {model.vocab_size - 1}",
-                                     fix="use the tokenizer of this model"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "token id",
+                    received=int(outside[0]),
+                    expected=f"0 .. {model.vocab_size - 1}",
+                    fix="use the tokenizer of this model",
+                )
+            )
         if conversation is not None and conversation.has_work:
-            raise UsageError(problem("conversation", received=f"'{name}', which is at work", expected="an idle one",
-                                     fix="wait for its answer, or cancel it"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "conversation",
+                    received=f"'{name}', which is at work",
+                    expected="an idle one",
+                    fix="wait for its answer, or cancel it",
+                )
+            )
         answer = Answer(self._session.tokenizer, model.eos_token_ids, model.vocab_size, sampling, params)
         if conversation is None:
             self._make_room()
@@ -350,8 +368,13 @@ class Scheduler:
         stream, session = conversation.the_stream, self._session
         position = conversation.history.count
         if position >= session.manifest.stream.position_limit:
-            raise _StreamError(UsageError(problem("conversation", received=f"{position} tokens",
-                                                  expected="room for more", fix="begin a new one")))  # fmt: skip
+            raise _StreamError(
+                UsageError(
+                    problem(
+                        "conversation", received=f"{position} tokens", expected="room for more", fix="begin a new one"
+                    )
+                )
+            )
         if conversation.num_pending:
             return int(conversation.pending[conversation.fed])
         answer, recent = conversation.the_answer, session.recent_ids(stream)
@@ -372,9 +395,14 @@ class Scheduler:
             return
         idle = next((c for c in self._by_age() if not c.has_work), None)
         if idle is None:
-            raise UsageError(problem("conversations", received=f"{len(self._conversations)} at work",
-                                     expected=f"fewer than {self._max_conversations}",
-                                     fix="wait for one to end"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "conversations",
+                    received=f"{len(self._conversations)} at work",
+                    expected=f"fewer than {self._max_conversations}",
+                    fix="wait for one to end",
+                )
+            )
         self.forget(idle.name)
 
     # --- ends ---
@@ -407,6 +435,12 @@ class Scheduler:
     def _known(self, name: str) -> Conversation:
         conversation = self._conversations.get(name)
         if conversation is None:
-            raise UsageError(problem("conversation", received=f"'{name}'", expected="one that has begun and is kept",
-                                     fix="submit something to it first"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "conversation",
+                    received=f"'{name}'",
+                    expected="one that has begun and is kept",
+                    fix="submit something to it first",
+                )
+            )
         return conversation

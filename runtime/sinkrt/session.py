@@ -108,8 +108,9 @@ class Session:
         Raises: BundleError if the bundle is missing, corrupt or newer; BackendError; UsageError.
         """
         if threads is not None and not 1 <= threads <= MAX_THREADS:
-            raise UsageError(problem("threads", received=threads, expected=f"1 .. {MAX_THREADS}",
-                                     fix="leave it out for all cores"))  # fmt: skip
+            raise UsageError(
+                problem("threads", received=threads, expected=f"1 .. {MAX_THREADS}", fix="leave it out for all cores")
+            )
         check_backend(backend)
         bundle = Path(path)
         manifest = load_manifest(bundle)
@@ -288,8 +289,14 @@ class Session:
         backend = self._loaded()
         shapes = {name: state.shape[1:] for name, state in backend.states.items()}
         if shapes != {name: state.shape for name, state in copy.states.items()}:
-            raise UsageError(problem("stream", received="a copy from another bundle", expected="one of this bundle",
-                                     fix="use copy_stream of the same bundle"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "stream",
+                    received="a copy from another bundle",
+                    expected="one of this bundle",
+                    fix="use copy_stream of the same bundle",
+                )
+            )
         self._hold(self._streams[[stream]])
         self._position[stream] = 0  # as in `reset`; the copy's position comes last
         for name, state in backend.states.items():
@@ -349,20 +356,34 @@ class Session:
         is not 1 or the bundle has no tokenizer; StateError, BackendError.
         """
         if self.batch != 1:
-            raise UsageError(problem("generate", received=f"a bundle of {self.batch} streams", expected="batch 1",
-                                     fix="use a Scheduler, or export with --batch 1"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "generate",
+                    received=f"a bundle of {self.batch} streams",
+                    expected="batch 1",
+                    fix="use a Scheduler, or export with --batch 1",
+                )
+            )
         params = AnswerParams(max_tokens, (stop,) if isinstance(stop, str) else tuple(stop), ignore_eos)
         sampling = SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
         tokenizer, model = self.tokenizer, self._manifest.model
         # Fed here, not at the first next(): a generator's body runs late, and so would its errors.
         if prompt is None:
             if not self._position[0]:
-                raise UsageError(problem("prompt", received="none", expected="some text: the stream is empty",
-                                         fix="give a prompt, or load a state"))  # fmt: skip
+                raise UsageError(
+                    problem(
+                        "prompt",
+                        received="none",
+                        expected="some text: the stream is empty",
+                        fix="give a prompt, or load a state",
+                    )
+                )
         elif isinstance(prompt, str):
             if not allow_special and (name := tokenizer.special_in(prompt)) is not None:
-                warnings.warn(f"'{name}' in the prompt is taken as ordinary text; allow_special=True makes it a token",
-                              stacklevel=2)  # fmt: skip
+                warnings.warn(
+                    f"'{name}' in the prompt is taken as ordinary text; allow_special=True makes it a token",
+                    stacklevel=2,
+                )
             begun = bool(self._position[0])
             self.prefill(tokenizer.prompt_ids(prompt, begun=begun, allow_special=allow_special))
         else:
@@ -393,10 +414,13 @@ class Session:
         needed = self.tokenizer.opening_size(system, template_args=template_args)
         if needed > self.num_sink_tokens:
             raise UsageError(
-                problem("system message", received=f"one that takes {needed} tokens with its frame",
-                        expected=f"at most the bundle's {self.num_sink_tokens} sinks",
-                        fix=f"export with --pin-system, or --sink-tokens {needed}")
-            )  # fmt: skip
+                problem(
+                    "system message",
+                    received=f"one that takes {needed} tokens with its frame",
+                    expected=f"at most the bundle's {self.num_sink_tokens} sinks",
+                    fix=f"export with --pin-system, or --sink-tokens {needed}",
+                )
+            )
 
     def close(self) -> None:
         """Release the backend and its memory; the session cannot be used afterwards. Closing twice is fine."""
@@ -438,13 +462,23 @@ class Session:
         unknown = chosen[(chosen < 0) | (chosen >= self.batch)]
         if unknown.size or not chosen.size or np.unique(chosen).size != chosen.size:
             received = f"{list(chosen)}" if not unknown.size else f"stream {unknown[0]}"
-            raise UsageError(problem("streams", received=received, expected=f"some of 0 .. {self.batch - 1}, each once",
-                                     fix="use a stream of this bundle"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "streams",
+                    received=received,
+                    expected=f"some of 0 .. {self.batch - 1}, each once",
+                    fix="use a stream of this bundle",
+                )
+            )
         if not damaged and (broken := self._damaged.intersection(chosen.tolist())):
             raise StateError(
-                problem(f"stream {min(broken)}", received="one that an error cut short",
-                        expected="a whole stream", fix="reset it, or load a saved state")
-            )  # fmt: skip
+                problem(
+                    f"stream {min(broken)}",
+                    received="one that an error cut short",
+                    expected="a whole stream",
+                    fix="reset it, or load a saved state",
+                )
+            )
         return chosen
 
     def _run(self, ids: npt.NDArray[np.int64], active: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -517,6 +551,10 @@ class Session:
         for position, count in zip(self._position[active].tolist(), counts.tolist(), strict=True):
             if position + count > limit:
                 raise UsageError(
-                    problem("position", received=f"{position} and {count} more tokens",
-                            expected=f"at most {limit} tokens in a stream", fix="reset the stream")
-                )  # fmt: skip
+                    problem(
+                        "position",
+                        received=f"{position} and {count} more tokens",
+                        expected=f"at most {limit} tokens in a stream",
+                        fix="reset the stream",
+                    )
+                )

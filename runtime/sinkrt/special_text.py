@@ -87,8 +87,14 @@ class Marks:
         try:
             self._start, self._end = next(free), next(free)
         except StopIteration:
-            raise UsageError(problem("text", received="all private characters of Unicode and a control token",
-                                     expected="ordinary text", fix="pass --allow-special")) from None  # fmt: skip
+            raise UsageError(
+                problem(
+                    "text",
+                    received="all private characters of Unicode and a control token",
+                    expected="ordinary text",
+                    fix="pass --allow-special",
+                )
+            ) from None
 
     def put(self, value: Any, control: re.Pattern[str]) -> Any:
         """A text with its control tokens marked; texts in lists and dicts too."""
@@ -190,6 +196,10 @@ def _makes(merge: Any, names: Mapping[str, str]) -> bool:
 def _impossible(reason: str) -> UsageError:
     one_line = " ".join(reason.split())[:200]
     return UsageError(
-        problem("text", received=f"a control token, which this tokenizer cannot take as ordinary text ({one_line})",
-                expected="text without control tokens", fix="leave it out, or pass --allow-special")
-    )  # fmt: skip
+        problem(
+            "text",
+            received=f"a control token, which this tokenizer cannot take as ordinary text ({one_line})",
+            expected="text without control tokens",
+            fix="leave it out, or pass --allow-special",
+        )
+    )

@@ -67,8 +67,14 @@ def check_state_target(path: Path, option: str) -> None:
 
 
 def _unwritable(path: Path, error: OSError, what: str = "state file") -> UsageError:
-    return UsageError(problem(what, received=f"'{path}' ({error.strerror or error})",
-                              expected="a file that can be written", fix="choose another path"))  # fmt: skip
+    return UsageError(
+        problem(
+            what,
+            received=f"'{path}' ({error.strerror or error})",
+            expected="a file that can be written",
+            fix="choose another path",
+        )
+    )
 
 
 def read_state(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
@@ -85,17 +91,25 @@ def read_state(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StateError(
-            problem("state file", received=f"'{path}' ({reason})", expected="a whole file that save_state wrote",
-                    fix="use another save")
-        ) from error  # fmt: skip
+            problem(
+                "state file",
+                received=f"'{path}' ({reason})",
+                expected="a whole file that save_state wrote",
+                fix="use another save",
+            )
+        ) from error
     wanted = state_tensors(manifest)
     found = {name: (tensor.shape, str(tensor.dtype)) for name, tensor in tensors.items()}
     for name in [*wanted, *found]:
         if wanted.get(name) != found.get(name):
             raise StateError(
-                problem(f"state '{name}'", received=found.get(name, "nothing"),
-                        expected=str(wanted.get(name, "nothing")), fix="use a state that this bundle saved")
-            )  # fmt: skip
+                problem(
+                    f"state '{name}'",
+                    received=found.get(name, "nothing"),
+                    expected=str(wanted.get(name, "nothing")),
+                    fix="use a state that this bundle saved",
+                )
+            )
     _check_range("position", tensors["position"], 0, manifest.stream.position_limit)
     _check_range("recent_ids", tensors["recent_ids"], -1, manifest.model.vocab_size - 1)
     for position, ids in zip(tensors["position"].tolist(), tensors["recent_ids"], strict=True):

@@ -131,8 +131,14 @@ def require_jinja() -> None:
     numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
     if numbers < LEAST_JINJA:
         least = ".".join(map(str, LEAST_JINJA))
-        raise UsageError(problem("jinja2", received=version, expected=f">= {least}, which chat templates need",
-                                 fix=f"pip install 'jinja2>={least}'"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "jinja2",
+                received=version,
+                expected=f">= {least}, which chat templates need",
+                fix=f"pip install 'jinja2>={least}'",
+            )
+        )
 
 
 def _start(time_limit_s: float) -> subprocess.Popen[bytes]:
@@ -142,9 +148,14 @@ def _start(time_limit_s: float) -> subprocess.Popen[bytes]:
     """
     require_jinja()
     if not sys.executable or getattr(sys, "frozen", False):
-        raise UsageError(problem("chat template", received="a Python inside another program",
-                                 expected="a Python interpreter to render it with",
-                                 fix="feed token ids, or set sys.executable"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "chat template",
+                received="a Python inside another program",
+                expected="a Python interpreter to render it with",
+                fix="feed token ids, or set sys.executable",
+            )
+        )
     found = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
     paths = [str(Path(spec.origin).parents[1]) for spec in found if spec is not None and spec.origin is not None]
     options = json.dumps({"paths": list(dict.fromkeys(paths)), "cpu_s": int(time_limit_s) + 2})
@@ -152,14 +163,20 @@ def _start(time_limit_s: float) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(  # noqa: S603 - this very interpreter and a file of this package
             [sys.executable, "-I", "-S", "-B", str(script), options],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             env={name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ},
-        )  # fmt: skip
+        )
     except OSError as error:
         raise UsageError(
-            problem("chat template", received=f"no process to render it ({error})",
-                    expected="a Python interpreter that starts", fix="check sys.executable")
-        ) from error  # fmt: skip
+            problem(
+                "chat template",
+                received=f"no process to render it ({error})",
+                expected="a Python interpreter that starts",
+                fix="check sys.executable",
+            )
+        ) from error
 
 
 def _kill(process: subprocess.Popen[bytes], owner: int) -> None:

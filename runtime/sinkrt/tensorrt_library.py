@@ -36,9 +36,14 @@ def plugin_facts(plugin: Path, what: str = "--plugin") -> tuple[str, int]:
         library = ctypes.CDLL(str(plugin.resolve()), mode=ctypes.RTLD_GLOBAL)
         abi, major = library.sinkexport_plugin_abi, library.sinkexport_plugin_tensorrt_major
     except (OSError, AttributeError) as error:
-        raise UsageError(problem(what, received=f"'{plugin}' ({one_line(str(error))})",
-                                 expected=f"the library {PLUGIN_LIBRARY}",
-                                 fix="build it as plugins/README.md says")) from None  # fmt: skip
+        raise UsageError(
+            problem(
+                what,
+                received=f"'{plugin}' ({one_line(str(error))})",
+                expected=f"the library {PLUGIN_LIBRARY}",
+                fix="build it as plugins/README.md says",
+            )
+        ) from None
     abi.restype = ctypes.c_char_p
     return abi().decode(), int(major())
 
@@ -60,12 +65,23 @@ def load_plugin(trt: Any, registry: Any, plugin: Path, what: str = "--plugin") -
         ("TensorRT", f"one for TensorRT {major}", f"one for {version}", (major >= 10) == typed),
     ):
         if not fits:
-            raise UsageError(problem(f"{what}: {detail}", received=received, expected=expected,
-                                     fix="compile the plugin of this version (plugins/README.md)"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    f"{what}: {detail}",
+                    received=received,
+                    expected=expected,
+                    fix="compile the plugin of this version (plugins/README.md)",
+                )
+            )
     if typed and registry.load_library(str(plugin.resolve())) is None:
-        raise UsageError(problem(what, received=f"'{plugin}', which {version} does not load",
-                                 expected=f"the library {PLUGIN_LIBRARY}",
-                                 fix="build it as plugins/README.md says"))  # fmt: skip
+        raise UsageError(
+            problem(
+                what,
+                received=f"'{plugin}', which {version} does not load",
+                expected=f"the library {PLUGIN_LIBRARY}",
+                fix="build it as plugins/README.md says",
+            )
+        )
     return abi
 
 
@@ -77,9 +93,14 @@ def create(kind: Any, logger: Any) -> Any:
     try:
         return kind(logger)
     except TypeError as error:  # all that pybind11 says of it: "factory function returned nullptr"
-        raise BackendError(problem(f"TensorRT's {kind.__name__}", received=said(logger, str(error)),
-                                   expected="a GPU that it supports and its driver",
-                                   fix="check nvidia-smi")) from None  # fmt: skip
+        raise BackendError(
+            problem(
+                f"TensorRT's {kind.__name__}",
+                received=said(logger, str(error)),
+                expected="a GPU that it supports and its driver",
+                fix="check nvidia-smi",
+            )
+        ) from None
 
 
 def said(logger: Any, otherwise: str = "a refusal without a reason") -> str:

@@ -57,13 +57,25 @@ class Tokenizer:
         """
         facts = manifest.tokenizer
         if facts is None:
-            raise UsageError(problem("tokenizer", received="a bundle without one", expected="tokenizer.json",
-                                     fix="feed token ids, or export a model folder with its tokenizer"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "tokenizer",
+                    received="a bundle without one",
+                    expected="tokenizer.json",
+                    fix="feed token ids, or export a model folder with its tokenizer",
+                )
+            )
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(bundle / facts.file))
         except Exception as error:  # the library raises plain Exception
-            raise BundleError(problem(facts.file, received=_one_line(error), expected="a tokenizer of 'tokenizers'",
-                                      fix="export the model again")) from error  # fmt: skip
+            raise BundleError(
+                problem(
+                    facts.file,
+                    received=_one_line(error),
+                    expected="a tokenizer of 'tokenizers'",
+                    fix="export the model again",
+                )
+            ) from error
         model = manifest.model
         special: dict[str, Any] = {
             name: tokenizer.id_to_token(token) or ""
@@ -78,8 +90,14 @@ class Tokenizer:
                 config = json.loads((bundle / _TOKENIZER_CONFIG).read_text(encoding="utf-8"))
                 special |= named_special_tokens(config)
         except (OSError, ValueError) as error:
-            raise BundleError(problem("tokenizer files", received=_one_line(error), expected="UTF-8 text and JSON",
-                                      fix="export the model again")) from error  # fmt: skip
+            raise BundleError(
+                problem(
+                    "tokenizer files",
+                    received=_one_line(error),
+                    expected="UTF-8 text and JSON",
+                    fix="export the model again",
+                )
+            ) from error
         return cls(tokenizer, template, special)
 
     @property
@@ -178,9 +196,12 @@ class Tokenizer:
     # --- chats ---
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
         template_args: Mapping[str, Any] | None = None,
-    ) -> str:  # fmt: skip
+    ) -> str:
         """The chat template over messages of ``role`` and ``content``.
 
         template_args: further variables of the template, such as ``enable_thinking``.
@@ -190,9 +211,13 @@ class Tokenizer:
         return self._the_template.render(messages, add_generation_prompt=add_generation_prompt, args=template_args)
 
     def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,
-        template_args: Mapping[str, Any] | None = None, allow_special: bool = False,
-    ) -> list[int]:  # fmt: skip
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template_args: Mapping[str, Any] | None = None,
+        allow_special: bool = False,
+    ) -> list[int]:
         """Token ids of a conversation. What looks like a control token in a message or argument is ordinary text,
         unless `allow_special`.
 
@@ -238,10 +263,12 @@ class Tokenizer:
         """
         self.require_system()
         first, second = (
-            self.chat_ids([{"role": "system", "content": system}, {"role": "user", "content": message}],
-                          template_args=template_args)
+            self.chat_ids(
+                [{"role": "system", "content": system}, {"role": "user", "content": message}],
+                template_args=template_args,
+            )
             for message in OPENING_MESSAGES
-        )  # fmt: skip
+        )
         return common_start(first, second)
 
     def require_system(self) -> None:
@@ -261,8 +288,14 @@ class Tokenizer:
     @property
     def _the_template(self) -> ChatTemplate:
         if self._template is None:
-            raise UsageError(problem("chat template", received="a bundle without one", expected="chat_template.jinja",
-                                     fix="use --prompt, or export an instruction-tuned model"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "chat template",
+                    received="a bundle without one",
+                    expected="chat_template.jinja",
+                    fix="use --prompt, or export an instruction-tuned model",
+                )
+            )
         return self._template
 
     @functools.cached_property
@@ -286,9 +319,12 @@ class Tokenizer:
         return any(control.search(text) for text in texts_in([*messages, args or {}]))
 
     def _pieces(
-        self, text: str, messages: Sequence[Mapping[str, Any]], args: Mapping[str, Any] | None,
+        self,
+        text: str,
+        messages: Sequence[Mapping[str, Any]],
+        args: Mapping[str, Any] | None,
         render: Callable[..., str],
-    ) -> list[tuple[str, bool]]:  # fmt: skip
+    ) -> list[tuple[str, bool]]:
         """A rendered conversation in pieces, each with whether it is a control token that a user has written.
 
         Those in the messages are marked and rendered once more, to be found.
@@ -307,9 +343,13 @@ class Tokenizer:
             if marks.remove(again) == text:
                 return marks.pieces(again)
         raise UsageError(
-            problem("chat", received="a message with a control token, which the chat template changes",
-                    expected="messages without control tokens", fix="leave it out, or pass --allow-special")
-        )  # fmt: skip
+            problem(
+                "chat",
+                received="a message with a control token, which the chat template changes",
+                expected="messages without control tokens",
+                fix="leave it out, or pass --allow-special",
+            )
+        )
 
 
 def common_start(a: Sequence[int], b: Sequence[int]) -> int:
@@ -349,9 +389,13 @@ def _utf8_errors() -> Iterator[None]:
         yield
     except (TypeError, UnicodeError) as error:  # the library takes Rust strings, which are valid UTF-8
         raise UsageError(
-            problem("text", received="something that is not Unicode text", expected="valid UTF-8",
-                    fix="check the encoding of the input")
-        ) from error  # fmt: skip
+            problem(
+                "text",
+                received="something that is not Unicode text",
+                expected="valid UTF-8",
+                fix="check the encoding of the input",
+            )
+        ) from error
 
 
 def _one_line(error: Exception) -> str:

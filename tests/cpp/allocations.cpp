@@ -40,22 +40,42 @@ void* countedAligned(std::size_t size, std::align_val_t alignment, void* caller)
 
 }  // namespace
 
-void* operator new(std::size_t size) { return counted(size, __builtin_return_address(0)); }
-void* operator new[](std::size_t size) { return counted(size, __builtin_return_address(0)); }
+void* operator new(std::size_t size) {
+  return counted(size, __builtin_return_address(0));
+}
+void* operator new[](std::size_t size) {
+  return counted(size, __builtin_return_address(0));
+}
 void* operator new(std::size_t size, std::align_val_t alignment) {
   return countedAligned(size, alignment, __builtin_return_address(0));
 }
 void* operator new[](std::size_t size, std::align_val_t alignment) {
   return countedAligned(size, alignment, __builtin_return_address(0));
 }
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete[](void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory) noexcept {
+  std::free(memory);
+}
+void operator delete[](void* memory) noexcept {
+  std::free(memory);
+}
+void operator delete(void* memory, std::size_t) noexcept {
+  std::free(memory);
+}
+void operator delete[](void* memory, std::size_t) noexcept {
+  std::free(memory);
+}
+void operator delete(void* memory, std::align_val_t) noexcept {
+  std::free(memory);
+}
+void operator delete[](void* memory, std::align_val_t) noexcept {
+  std::free(memory);
+}
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept {
+  std::free(memory);
+}
+void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept {
+  std::free(memory);
+}
 
 int main(int argc, char** argv) {
   if (argc < 3) return 2;

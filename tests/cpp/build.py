@@ -53,16 +53,32 @@ def build_cpp(folder: Path, *, sanitize: bool) -> CppRuntime:
     # Quick to compile: line numbers are all that a report needs, and tiny bundles need little speed.
     flags = "-O0 -g1 -Werror" if sanitize else "-O1 -Werror"
     switch = "ON" if sanitize else "OFF"
-    _cmake("-S", SOURCES, "-B", library, f"-DCMAKE_INSTALL_PREFIX={install}", "-DCMAKE_INSTALL_LIBDIR=lib",
-           f"-DSINKRT_SANITIZE={switch}", f"-DSINKRT_BUILD_FUZZERS={switch}",
-           "-DCMAKE_INSTALL_RPATH=$ORIGIN/../lib", f"-DCMAKE_CXX_FLAGS={flags}",
-           "-DCMAKE_BUILD_TYPE=None")  # fmt: skip
+    _cmake(
+        "-S",
+        SOURCES,
+        "-B",
+        library,
+        f"-DCMAKE_INSTALL_PREFIX={install}",
+        "-DCMAKE_INSTALL_LIBDIR=lib",
+        f"-DSINKRT_SANITIZE={switch}",
+        f"-DSINKRT_BUILD_FUZZERS={switch}",
+        "-DCMAKE_INSTALL_RPATH=$ORIGIN/../lib",
+        f"-DCMAKE_CXX_FLAGS={flags}",
+        "-DCMAKE_BUILD_TYPE=None",
+    )
     _cmake("--build", library, "--parallel", "2")
     _cmake("--install", library)
     snippet = folder / "snippet.cpp"
     snippet.write_text(embedding_snippet(), encoding="utf-8")
-    _cmake("-S", Path(__file__).parent, "-B", programs, f"-DCMAKE_PREFIX_PATH={install}", f"-DSNIPPET={snippet}",
-           "-DCMAKE_CXX_FLAGS=-O0")  # fmt: skip
+    _cmake(
+        "-S",
+        Path(__file__).parent,
+        "-B",
+        programs,
+        f"-DCMAKE_PREFIX_PATH={install}",
+        f"-DSNIPPET={snippet}",
+        "-DCMAKE_CXX_FLAGS=-O0",
+    )
     # The other programs are not for sanitizers: one counts allocations, one is loaded into Python.
     targets = ("c_api", "faults") if sanitize else ("all",)
     _cmake("--build", programs, "--parallel", "2", "--target", *targets)
@@ -77,8 +93,15 @@ def embedding_snippet() -> str:
 
 
 def _run(command: list[str], environment: dict[str, str], text: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, input=text,
-                          env={"PATH": os.environ["PATH"], **environment})  # fmt: skip
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        input=text,
+        env={"PATH": os.environ["PATH"], **environment},
+    )
 
 
 def _cmake(*arguments: str | Path) -> None:

@@ -7,12 +7,12 @@
 
 #include "sinkrt/sinkrt.h"
 
-#define CHECK(what)                                                            \
-  do {                                                                         \
-    if (!(what)) {                                                             \
+#define CHECK(what)                                                                \
+  do {                                                                             \
+    if (!(what)) {                                                                 \
       fprintf(stderr, "line %d: %s (%s)\n", __LINE__, #what, sinkrt_last_error()); \
-      exit(1);                                                                 \
-    }                                                                          \
+      exit(1);                                                                     \
+    }                                                                              \
   } while (0)
 
 enum { kMost = 64 };

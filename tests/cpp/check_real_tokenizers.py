@@ -26,11 +26,57 @@ from tests.cpp.probe import CppTokenizer, Probe, ProbeError
 from tests.cpp.test_tokenizer import TEXTS, noise
 
 VERSION = "3.7.2"
-NAMES = ("claude", "deepseek_v3", "gemini", "gemma", "gemma2", "gemma3", "gpt35turbo", "gpt4o", "gptoss", "llama2",
-         "llama3", "llama3_2", "mistral_nemo", "qwen3")  # fmt: skip
-PIECES = ("the ", "The", " and", "'ll", "don't", "Füße", "日本語", "한국어", "русский", "हिन्दी", "العربية", "😀",
-          "e\u0301", "½", "\r\n", "\n\n", "\t", "  ", "\u00a0", "\u3000", "1234567", "3.14", "!!!", "—", "▁", "<0x0A>",
-          "<unk>", "Ġ", "İ", "ß", "\x00", "\u200b", "[INST]")  # fmt: skip
+NAMES = (
+    "claude",
+    "deepseek_v3",
+    "gemini",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gpt35turbo",
+    "gpt4o",
+    "gptoss",
+    "llama2",
+    "llama3",
+    "llama3_2",
+    "mistral_nemo",
+    "qwen3",
+)
+PIECES = (
+    "the ",
+    "The",
+    " and",
+    "'ll",
+    "don't",
+    "Füße",
+    "日本語",
+    "한국어",
+    "русский",
+    "हिन्दी",
+    "العربية",
+    "😀",
+    "e\u0301",
+    "½",
+    "\r\n",
+    "\n\n",
+    "\t",
+    "  ",
+    "\u00a0",
+    "\u3000",
+    "1234567",
+    "3.14",
+    "!!!",
+    "—",
+    "▁",
+    "<0x0A>",
+    "<unk>",
+    "Ġ",
+    "İ",
+    "ß",
+    "\x00",
+    "\u200b",
+    "[INST]",
+)
 
 
 def fetch(name: str, folder: Path) -> Path:

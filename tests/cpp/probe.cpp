@@ -30,7 +30,9 @@ int64_t given(const std::string& text, char* out, int64_t room) {
 
 extern "C" {
 
-const char* probe_error() { return last_error.c_str(); }
+const char* probe_error() {
+  return last_error.c_str();
+}
 
 int64_t probe_sample(const float* logits, int64_t vocab_size, const int64_t* recent, int64_t num_recent,
                      int64_t position, double temperature, int64_t top_k, double top_p, double penalty, uint64_t seed) {
@@ -64,9 +66,12 @@ void* probe_tokenizer(const char* path) {
   return out;
 }
 
-void probe_tokenizer_free(void* tokenizer) { delete static_cast<sinkrt::Tokenizer*>(tokenizer); }
+void probe_tokenizer_free(void* tokenizer) {
+  delete static_cast<sinkrt::Tokenizer*>(tokenizer);
+}
 
-// mode: 0 without, 1 with what begins texts, 2 inside a stream, 3 as a stream's beginning. Returns how many ids there are.
+// mode: 0 without, 1 with what begins texts, 2 inside a stream, 3 as a stream's beginning. Returns how many ids there
+// are.
 int64_t probe_encode(const void* tokenizer, const char* text, int64_t size, int mode, int64_t* out, int64_t room) {
   return guarded([&] {
     const auto& words = *static_cast<const sinkrt::Tokenizer*>(tokenizer);
@@ -87,10 +92,9 @@ int64_t probe_decode(const void* tokenizer, const int64_t* ids, int64_t count, i
   });
 }
 
-// The pieces of a streaming decoder, each ended by a 0xff byte, and what `flush` gives. The first `after` ids are in the
-// stream already.
-int64_t probe_stream(const void* tokenizer, const int64_t* ids, int64_t count, int64_t after, char* out,
-                     int64_t room) {
+// The pieces of a streaming decoder, each ended by a 0xff byte, and what `flush` gives. The first `after` ids are in
+// the stream already.
+int64_t probe_stream(const void* tokenizer, const int64_t* ids, int64_t count, int64_t after, char* out, int64_t room) {
   return guarded([&] {
     sinkrt::StreamingDecoder decoder(*static_cast<const sinkrt::Tokenizer*>(tokenizer), ids,
                                      static_cast<size_t>(after));
@@ -102,8 +106,8 @@ int64_t probe_stream(const void* tokenizer, const int64_t* ids, int64_t count, i
 }
 
 // Greedy steps of `count` tokens at once of a bundle, after `prompt` [B, N]; ids: [B, count] out, num_ids: [B] out.
-int64_t probe_steps(const char* bundle, const char* onnxruntime, const int64_t* prompt, int64_t length,
-                    int64_t count, int ignore_eos, int64_t* ids, int64_t* num_ids, const char* state) {
+int64_t probe_steps(const char* bundle, const char* onnxruntime, const int64_t* prompt, int64_t length, int64_t count,
+                    int ignore_eos, int64_t* ids, int64_t* num_ids, const char* state) {
   return guarded([&]() -> int64_t {
     sinkrt::LoadOptions options;
     options.threads = 1;

@@ -35,14 +35,30 @@ class Probe:
             raise ProbeError(self._library.probe_error().decode())
         return result
 
-    def sample(self, logits: np.ndarray, recent: np.ndarray, position: int, temperature: float, top_k: int,
-               top_p: float, penalty: float, seed: int) -> int:  # fmt: skip
+    def sample(
+        self,
+        logits: np.ndarray,
+        recent: np.ndarray,
+        position: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        penalty: float,
+        seed: int,
+    ) -> int:
         return self.call(
-            "sample", logits.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), ctypes.c_int64(logits.size),
-            recent.ctypes.data_as(_INT64S), ctypes.c_int64(recent.size), ctypes.c_int64(position),
-            ctypes.c_double(temperature), ctypes.c_int64(top_k), ctypes.c_double(top_p), ctypes.c_double(penalty),
+            "sample",
+            logits.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+            ctypes.c_int64(logits.size),
+            recent.ctypes.data_as(_INT64S),
+            ctypes.c_int64(recent.size),
+            ctypes.c_int64(position),
+            ctypes.c_double(temperature),
+            ctypes.c_int64(top_k),
+            ctypes.c_double(top_p),
+            ctypes.c_double(penalty),
             ctypes.c_uint64(seed),
-        )  # fmt: skip
+        )
 
     def fingerprint(self, bundle: Path) -> str:
         out = ctypes.create_string_buffer(64)
@@ -57,9 +73,18 @@ class Probe:
         """Ids of each stream: `count` greedy ones at once after `prompt`, int64 [B, N]; then the state is saved."""
         batch, length = prompt.shape
         ids, counts = np.zeros((batch, count), dtype=np.int64), np.zeros(batch, dtype=np.int64)
-        self.call("steps", str(bundle).encode(), str(onnxruntime_library()).encode(),
-                  prompt.ctypes.data_as(_INT64S), ctypes.c_int64(length), ctypes.c_int64(count), int(ignore_eos),
-                  ids.ctypes.data_as(_INT64S), counts.ctypes.data_as(_INT64S), str(state).encode())  # fmt: skip
+        self.call(
+            "steps",
+            str(bundle).encode(),
+            str(onnxruntime_library()).encode(),
+            prompt.ctypes.data_as(_INT64S),
+            ctypes.c_int64(length),
+            ctypes.c_int64(count),
+            int(ignore_eos),
+            ids.ctypes.data_as(_INT64S),
+            counts.ctypes.data_as(_INT64S),
+            str(state).encode(),
+        )
         return [row[:n].tolist() for row, n in zip(ids, counts, strict=True)]
 
     def tokenizer(self, path: Path) -> CppTokenizer:
@@ -83,8 +108,15 @@ class CppTokenizer:
         """mode: 0 without, 1 with what begins texts, 2 inside a stream, 3 as a stream's beginning."""
         data = text if isinstance(text, bytes) else text.encode()
         out = np.empty(ROOM, dtype=np.int64)
-        count = self._probe.call("encode", self._handle, data, ctypes.c_int64(len(data)), mode,
-                                 out.ctypes.data_as(_INT64S), ctypes.c_int64(ROOM))  # fmt: skip
+        count = self._probe.call(
+            "encode",
+            self._handle,
+            data,
+            ctypes.c_int64(len(data)),
+            mode,
+            out.ctypes.data_as(_INT64S),
+            ctypes.c_int64(ROOM),
+        )
         assert count <= ROOM
         ids: list[int] = out[:count].tolist()
         return ids
@@ -100,6 +132,13 @@ class CppTokenizer:
     def _bytes(self, name: str, ids: Sequence[int], *more: object) -> bytes:
         array = np.asarray(ids, dtype=np.int64)
         out = ctypes.create_string_buffer(16 * ROOM)
-        size = self._probe.call(name, self._handle, array.ctypes.data_as(_INT64S), ctypes.c_int64(array.size), *more,
-                                out, ctypes.c_int64(16 * ROOM))  # fmt: skip
+        size = self._probe.call(
+            name,
+            self._handle,
+            array.ctypes.data_as(_INT64S),
+            ctypes.c_int64(array.size),
+            *more,
+            out,
+            ctypes.c_int64(16 * ROOM),
+        )
         return out.raw[:size]

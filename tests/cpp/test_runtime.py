@@ -33,8 +33,12 @@ from tests.runtime.toy import Toy, build_toy, rehash
 SINKS, WINDOW = 4, 12
 WRAPS = SINKS + 4 * WINDOW  # tokens; the prompt comes before
 SAMPLING: dict[str, Any] = {
-    "temperature": 0.9, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.15, "seed": 2**64 - 3,
-}  # fmt: skip
+    "temperature": 0.9,
+    "top_k": 40,
+    "top_p": 0.95,
+    "repetition_penalty": 1.15,
+    "seed": 2**64 - 3,
+}
 
 
 def flags(options: dict[str, Any]) -> list[str]:
@@ -55,8 +59,19 @@ def python_ids(session: Session, prompt: list[int], count: int, **options: Any) 
 
 
 def cpp_ids(cpp: CppRuntime, bundle: Path, prompt: list[int], count: int, *more: str | Path) -> list[int]:
-    done = cpp.run(cpp.generate, bundle, "--ids", "-", "--max-tokens", str(count), "--ignore-eos", "--threads", "1",
-                   *more, input=" ".join(map(str, prompt)))  # fmt: skip
+    done = cpp.run(
+        cpp.generate,
+        bundle,
+        "--ids",
+        "-",
+        "--max-tokens",
+        str(count),
+        "--ignore-eos",
+        "--threads",
+        "1",
+        *more,
+        input=" ".join(map(str, prompt)),
+    )
     assert done.returncode == 0, done.stderr
     return [int(word) for word in done.stdout.split()]
 
@@ -67,9 +82,14 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     calibrated, or not; linear attention."""
     name = request.param if request.param == "qwen3_5_text" else "llama"
     windows = budgets("llama", ((WINDOW, 5), (5, WINDOW))) if request.param == "budgets" else None
-    config = ExportConfig(num_sink_tokens=SINKS, window_size=WINDOW, chunk_size=5,
-                          kv="int8" if request.param == "int8-window" else "fp", budgets=windows,
-                          sink_tuning=tuning("llama") if request.param == "act" else None)  # fmt: skip
+    config = ExportConfig(
+        num_sink_tokens=SINKS,
+        window_size=WINDOW,
+        chunk_size=5,
+        kv="int8" if request.param == "int8-window" else "fp",
+        budgets=windows,
+        sink_tuning=tuning("llama") if request.param == "act" else None,
+    )
     folder = tmp_path_factory.mktemp("cpp") / "bundle"
     exported(tiny_model(name), folder, config).close()
     return folder
@@ -96,8 +116,17 @@ def test_states_go_both_ways(cpp_runtime: CppRuntime, bundle: Path, tmp_path: Pa
         assert (tmp_path / "cpp").read_bytes() == (tmp_path / "python").read_bytes()
         session.load_state(tmp_path / "cpp")
         assert python_ids(session, [], WRAPS) == second
-    done = cpp_runtime.run(cpp_runtime.generate, bundle, "--load-state", tmp_path / "python", "--ignore-eos",
-                           "--threads", "1", "--max-tokens", str(WRAPS))  # fmt: skip
+    done = cpp_runtime.run(
+        cpp_runtime.generate,
+        bundle,
+        "--load-state",
+        tmp_path / "python",
+        "--ignore-eos",
+        "--threads",
+        "1",
+        "--max-tokens",
+        str(WRAPS),
+    )
     assert [int(word) for word in done.stdout.split()] == second
     assert {path.name for path in tmp_path.iterdir()} == {"cpp", "python"}  # nothing left lying about
 
@@ -150,8 +179,18 @@ def test_text_and_tokens_at_once(cpp_runtime: CppRuntime, tmp_path: Path) -> Non
         session.save_state(tmp_path / "python")
         more = "".join(session.generate(None, max_tokens=30, ignore_eos=True, **SAMPLING))
     run = [cpp_runtime.generate, bundle, "--ignore-eos", "--threads", "1", *flags(SAMPLING)]
-    done = cpp_runtime.run(*run, "--prompt", "naïve — 日本 🚀", "--max-tokens", "60", "--tokens-at-once", "7",
-                           "--save-state", tmp_path / "cpp", "--stats")  # fmt: skip
+    done = cpp_runtime.run(
+        *run,
+        "--prompt",
+        "naïve — 日本 🚀",
+        "--max-tokens",
+        "60",
+        "--tokens-at-once",
+        "7",
+        "--save-state",
+        tmp_path / "cpp",
+        "--stats",
+    )
     assert done.stdout == want + "\n"
     assert re.search(r"60 tokens, position \d+, memory growth -?\d+ bytes", done.stderr)
     assert (tmp_path / "cpp").read_bytes() == (tmp_path / "python").read_bytes()
@@ -172,14 +211,26 @@ def test_ten_thousand_tokens_without_an_allocation(cpp_runtime: CppRuntime, tmp_
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.integers(0, 2**32 - 1), st.sampled_from([2, 17, 300, 3000]), st.sampled_from([0.0, 0.3, 1.0, 3.0, 1e-40]),
-    st.sampled_from([0, 1, 5, 100, 5000]), st.sampled_from([1e-3, 0.3, 0.9, 0.999, 1.0]),
-    st.sampled_from([0.8, 1.0, 1.3]), st.integers(0, 2**64 - 1), st.integers(0, 2**47),
-)  # fmt: skip
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([2, 17, 300, 3000]),
+    st.sampled_from([0.0, 0.3, 1.0, 3.0, 1e-40]),
+    st.sampled_from([0, 1, 5, 100, 5000]),
+    st.sampled_from([1e-3, 0.3, 0.9, 0.999, 1.0]),
+    st.sampled_from([0.8, 1.0, 1.3]),
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**47),
+)
 def test_sampler_picks_what_pythons_picks(
-    probe: Probe, draw: int, size: int, temperature: float, top_k: int, top_p: float, penalty: float, seed: int,
+    probe: Probe,
+    draw: int,
+    size: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    penalty: float,
+    seed: int,
     position: int,
-) -> None:  # fmt: skip
+) -> None:
     random = np.random.default_rng(draw)
     logits = (random.standard_normal(size) * 4).astype(np.float32)
     if draw % 3 == 0:
@@ -198,8 +249,12 @@ def test_sampler_refuses_what_are_no_numbers(probe: Probe) -> None:
             probe.sample(logits, recent, 0, 0.0, 0, 1.0, 1.0, 0)
     names = ("temperature", "top_k", "top_p", "repetition_penalty")
     good = (1.0, 0, 1.0, 1.0)
-    bad_values = ((-1.0, 100.1, 1e300, np.nan, np.inf), (-1, 2**31), (0.0, 1.1, np.nan),
-                  (0.0, -1.0, 1e-300, 1e-60, 0.009, 100.1, 1e300, np.nan))  # fmt: skip
+    bad_values = (
+        (-1.0, 100.1, 1e300, np.nan, np.inf),
+        (-1, 2**31),
+        (0.0, 1.1, np.nan),
+        (0.0, -1.0, 1e-300, 1e-60, 0.009, 100.1, 1e300, np.nan),
+    )
     for i, values in enumerate(bad_values):
         for value in values:
             options = (*good[:i], value, *good[i + 1 :])
@@ -237,75 +292,147 @@ def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -
         return json.dumps(copy)
 
     sha = "0" * 64
-    engine = {"file": "engines/x", "bytes": 1, "sha256": sha, "graph_sha256": sha, "flavour": "TensorRT",
-              "version": "8.5", "plugin_abi": None, "gpu": None, "compute_capability": None,
-              "precision": "float16"}  # fmt: skip
+    engine = {
+        "file": "engines/x",
+        "bytes": 1,
+        "sha256": sha,
+        "graph_sha256": sha,
+        "flavour": "TensorRT",
+        "version": "8.5",
+        "plugin_abi": None,
+        "gpu": None,
+        "compute_capability": None,
+        "precision": "float16",
+    }
     model = raw["model"]
     tuning = {"sha256": sha, "first_token_scale": [[1.5] * model["num_q_heads"]] * model["num_layers"]}
     act = {"alpha": 5, "beta": 0.4, "min_queries": 32, "heads": [[True] * model["num_q_heads"]] * model["num_layers"]}
     window_size = raw["stream"]["window_size"]
-    windows = [{"layer": layer, "kv_heads": list(range(model["num_kv_heads"])), "window_size": window_size}
-               for layer in range(model["num_layers"])]  # fmt: skip
+    windows = [
+        {"layer": layer, "kv_heads": list(range(model["num_kv_heads"])), "window_size": window_size}
+        for layer in range(model["num_layers"])
+    ]
     affine = {"sha256": sha, "file": "decode.onnx", "has_inputs": True, "heads": [[0]] * model["num_layers"]}
-    for path, value in (("engines", {"decode": engine}), ("schema_version", 1),
-                        ("quantization", {"recipe": "r", "weights": "int8", "activations": "float", "kv": "int8",
-                                          "calibration_sha256": sha, "thresholds": {"kl_divergence": 1}}),
-                        ("sink_tuning", tuning), ("sink_tuning", {**tuning, "act": act}),
-                        ("head_windows", windows),
-                        ("affine_attention", affine)):  # fmt: skip
+    for path, value in (
+        ("engines", {"decode": engine}),
+        ("schema_version", 1),
+        (
+            "quantization",
+            {
+                "recipe": "r",
+                "weights": "int8",
+                "activations": "float",
+                "kv": "int8",
+                "calibration_sha256": sha,
+                "thresholds": {"kl_divergence": 1},
+            },
+        ),
+        ("sink_tuning", tuning),
+        ("sink_tuning", {**tuning, "act": act}),
+        ("head_windows", windows),
+        ("affine_attention", affine),
+    ):
         (good / MANIFEST_NAME).write_text(changed(path, value))
         load_manifest(good)
         assert probe.fingerprint(good) == load_manifest(good).fingerprint
 
     broken = [
-        "", "{", "[]", "null", json.dumps(raw) + "x", "[" * 100_000,
-        changed("more", 1), changed("target", None), changed("target", "other"), changed("schema_version", 6),
-        changed("schema_version", True), changed("model/vocab_size", 0), changed("model/num_q_heads", 3),
-        changed("model/head_dim", "8"), changed("model/extra", 1), changed("model/num_layers", 1.0),
-        changed("stream/window_size", 0), changed("stream/chunk_size", 99), changed("stream/num_sink_tokens", -1),
-        changed("stream/position_limit", 0), changed("stream/position_limit", 2**47 + 1), changed("schema_version", -3),
+        "",
+        "{",
+        "[]",
+        "null",
+        json.dumps(raw) + "x",
+        "[" * 100_000,
+        changed("more", 1),
+        changed("target", None),
+        changed("target", "other"),
+        changed("schema_version", 6),
+        changed("schema_version", True),
+        changed("model/vocab_size", 0),
+        changed("model/num_q_heads", 3),
+        changed("model/head_dim", "8"),
+        changed("model/extra", 1),
+        changed("model/num_layers", 1.0),
+        changed("stream/window_size", 0),
+        changed("stream/chunk_size", 99),
+        changed("stream/num_sink_tokens", -1),
+        changed("stream/position_limit", 0),
+        changed("stream/position_limit", 2**47 + 1),
+        changed("schema_version", -3),
         changed("stream", {**raw["stream"], "batch": 65536, "num_sink_tokens": 2**47, "window_size": 2**47}),
         changed("stream", {**raw["stream"], "batch": 2**40, "window_size": 2**30}),
         changed("tokenizer", {"file": "../x", "chat_template": None}),
         changed("tokenizer", {"file": "tokenizer.json", "chat_template": "/x"}),
-        changed("states/0/kind", "odd"), changed("states/0/shape/1", 0),
-        changed("states/0/kind", "attention_mass"), changed("states/0/kind", "sink_v"), changed("states/0/layer", 1),
-        changed("states/0/input", "sink_k.00"), changed("states/0/output", raw["states"][1]["output"]),
-        changed("states/0/dtype", "float16"), changed("states/0/shape/2", 3), changed("states/2/shape/2", 7),
-        changed("states/0/shape/0", 2), changed("states/3/shape/3", 9), changed("states", raw["states"][1:]),
-        changed("states", raw["states"][:3]), changed("states", [*raw["states"], raw["states"][0]]),
-        changed("states/0/shape", [1] * 65), changed("states/0/shape", [1, 2**31, 2**31, 2**31]),
-        changed("stream/num_sink_tokens", raw["stream"]["num_sink_tokens"] + 1), changed("stream/num_sink_tokens", 0),
-        changed("stream/window_size", raw["stream"]["window_size"] + 1), changed("stream/batch", 2),
-        changed("model/num_kv_heads", 1), changed("model/head_dim", 16), changed("model/vocab_size", 300),
-        changed("graphs/prefill/num_tokens", 3), changed("graphs/decode/num_tokens", 2),
-        changed("graphs/decode/inputs/0/shape", [2, 1]), changed("graphs/decode/outputs/0/dtype", "float16"),
-        changed("graphs/decode/inputs/0/name", "a\x1b[2J"), changed("files/tokenizer.json", None),
+        changed("states/0/kind", "odd"),
+        changed("states/0/shape/1", 0),
+        changed("states/0/kind", "attention_mass"),
+        changed("states/0/kind", "sink_v"),
+        changed("states/0/layer", 1),
+        changed("states/0/input", "sink_k.00"),
+        changed("states/0/output", raw["states"][1]["output"]),
+        changed("states/0/dtype", "float16"),
+        changed("states/0/shape/2", 3),
+        changed("states/2/shape/2", 7),
+        changed("states/0/shape/0", 2),
+        changed("states/3/shape/3", 9),
+        changed("states", raw["states"][1:]),
+        changed("states", raw["states"][:3]),
+        changed("states", [*raw["states"], raw["states"][0]]),
+        changed("states/0/shape", [1] * 65),
+        changed("states/0/shape", [1, 2**31, 2**31, 2**31]),
+        changed("stream/num_sink_tokens", raw["stream"]["num_sink_tokens"] + 1),
+        changed("stream/num_sink_tokens", 0),
+        changed("stream/window_size", raw["stream"]["window_size"] + 1),
+        changed("stream/batch", 2),
+        changed("model/num_kv_heads", 1),
+        changed("model/head_dim", 16),
+        changed("model/vocab_size", 300),
+        changed("graphs/prefill/num_tokens", 3),
+        changed("graphs/decode/num_tokens", 2),
+        changed("graphs/decode/inputs/0/shape", [2, 1]),
+        changed("graphs/decode/outputs/0/dtype", "float16"),
+        changed("graphs/decode/inputs/0/name", "a\x1b[2J"),
+        changed("files/tokenizer.json", None),
         changed("files/chat_template.jinja", None),
         changed("files", {**raw["files"], "a\x07b": raw["files"]["decode.onnx"]}),
         json.dumps(raw)[:-1] + ',"target":"onnx"}',
         changed("plugin_abi", "1"),  # whose states are float16
-        changed("states/0/output", raw["states"][0]["input"]), changed("states/0/dtype", "bool"),
-        changed("graphs/decode/file", "missing.onnx"), changed("graphs/decode", None),
-        changed("files/decode.onnx/sha256", "zz"), changed("files/decode.onnx/bytes", -1),
+        changed("states/0/output", raw["states"][0]["input"]),
+        changed("states/0/dtype", "bool"),
+        changed("graphs/decode/file", "missing.onnx"),
+        changed("graphs/decode", None),
+        changed("files/decode.onnx/sha256", "zz"),
+        changed("files/decode.onnx/bytes", -1),
         changed("files", {**raw["files"], "../x": raw["files"]["decode.onnx"]}),
-        changed("files", {**raw["files"], "/x": raw["files"]["decode.onnx"]}), changed("weights_dtype", "int8"),
-        changed("engines", {"other": engine}), changed("engines", {"decode": {**engine, "file": "/x"}}),
-        changed("engines", {"decode": {**engine, "flavour": "x"}}), changed("tokenizer", "x"),
+        changed("files", {**raw["files"], "/x": raw["files"]["decode.onnx"]}),
+        changed("weights_dtype", "int8"),
+        changed("engines", {"other": engine}),
+        changed("engines", {"decode": {**engine, "file": "/x"}}),
+        changed("engines", {"decode": {**engine, "flavour": "x"}}),
+        changed("tokenizer", "x"),
         changed("quantization", {"recipe": "r"}),
         changed("sink_tuning", {**tuning, "first_token_scale": [[0.0]]}),
         changed("sink_tuning", {**tuning, "first_token_scale": [[1.0]] * 9}),
-        *(changed("sink_tuning", {**tuning, "act": {**act, name: value}})
-          for name, value in (("alpha", 0.5), ("beta", 1.0), ("min_queries", 0), ("heads", [[True]]),
-                              ("heads", [[1] * model["num_q_heads"]] * model["num_layers"]), ("more", 1))),
-        changed("head_windows", windows[1:]), changed("head_windows", [{**windows[0], "window_size": 0}]),
+        *(
+            changed("sink_tuning", {**tuning, "act": {**act, name: value}})
+            for name, value in (
+                ("alpha", 0.5),
+                ("beta", 1.0),
+                ("min_queries", 0),
+                ("heads", [[True]]),
+                ("heads", [[1] * model["num_q_heads"]] * model["num_layers"]),
+                ("more", 1),
+            )
+        ),
+        changed("head_windows", windows[1:]),
+        changed("head_windows", [{**windows[0], "window_size": 0}]),
         changed("head_windows", [{**windows[0], "window_size": 1000}, *windows[1:]]),
         changed("affine_attention", {**affine, "heads": [[0]] * 9}),
         changed("affine_attention", {**affine, "file": "x"}),
         changed("affine_attention", {**affine, "heads": [[model["num_q_heads"]]] * model["num_layers"]}),
         changed("affine_attention", {**affine, "has_inputs": 1}),
         changed("affine_attention", {**affine, "sha256": "x"}),
-    ]  # fmt: skip
+    ]
     for text in broken:
         (good / MANIFEST_NAME).write_text(text)
         with pytest.raises(sinkrt.BundleError) as python:
@@ -316,12 +443,14 @@ def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -
             # The same thing is refused: 'what' comes before 'received', in the same words.
             assert str(cpp.value).partition(": received")[0] == str(python.value).partition(": received")[0]
         assert "\n" not in str(cpp.value)
-    for text, message in ((changed("stream/batch", 2**70), "stream.batch: received float"),
-                          (json.dumps(raw)[:-1] + ',"target":"onnx"}', "key \"target\" twice"),
-                          (changed("files", {**raw["files"], "a\ud800": raw["files"]["decode.onnx"]}), "JSON"),
-                          (changed("stream/window_size", 2**50), "at most 2"),
-                          (changed("graphs/decode/inputs/0/dtype", "int32"), "inputs of the decode graph"),
-                          (changed("graphs/prefill", None), "graphs: received decode")):  # fmt: skip
+    for text, message in (
+        (changed("stream/batch", 2**70), "stream.batch: received float"),
+        (json.dumps(raw)[:-1] + ',"target":"onnx"}', 'key "target" twice'),
+        (changed("files", {**raw["files"], "a\ud800": raw["files"]["decode.onnx"]}), "JSON"),
+        (changed("stream/window_size", 2**50), "at most 2"),
+        (changed("graphs/decode/inputs/0/dtype", "int32"), "inputs of the decode graph"),
+        (changed("graphs/prefill", None), "graphs: received decode"),
+    ):
         (good / MANIFEST_NAME).write_text(text)
         with pytest.raises(ProbeError, match=message):
             probe.check(good)
@@ -342,8 +471,11 @@ def broken_bundles(folder: Path) -> dict[str, tuple[Path, int, str]]:
     bad = broken("other weights", 2, "weights.bin: received sha256") / "weights.bin"
     bad.write_bytes(bytes(bad.stat().st_size))
     # Damage that the manifest itself vouches for, so that ONNX Runtime meets it.
-    for name, file, size in (("graph cut short", "decode.onnx", 500), ("prefill cut short", "prefill.onnx", 900),
-                             ("weights too short", "weights.bin", 100)):  # fmt: skip
+    for name, file, size in (
+        ("graph cut short", "decode.onnx", 500),
+        ("prefill cut short", "prefill.onnx", 900),
+        ("weights too short", "weights.bin", 100),
+    ):
         bad = broken(name, 2, "a graph that ONNX Runtime refuses")
         os.truncate(bad / file, size)
         rehash(bad)
@@ -358,8 +490,10 @@ def broken_bundles(folder: Path) -> dict[str, tuple[Path, int, str]]:
         text = manifest.read_text()
         assert old in text
         manifest.write_text(text.replace(old, new))
-    for name, old, new in (("other shape", "   6,\n", "   7,\n"),  # of the states
-                           ("too large", '"window_size": 6', f'"window_size": {2**40}')):  # fmt: skip
+    for name, old, new in (
+        ("other shape", "   6,\n", "   7,\n"),  # of the states
+        ("too large", '"window_size": 6', f'"window_size": {2**40}'),
+    ):
         manifest = out[name][0] / MANIFEST_NAME
         manifest.write_text(manifest.read_text().replace(old, new))
     out["other shape"] = (out["other shape"][0], 2, "graph and manifest differ: export again")
@@ -416,11 +550,22 @@ def test_refusals_of_the_example(cpp_runtime: CppRuntime, tmp_path: Path) -> Non
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
     with Path("/dev/full").open("w") as full:  # what cannot be written is no success
-        arguments = [str(cpp_runtime.generate), str(bundle), "--ids", "-", "--max-tokens", "3", "--ignore-eos",
-                     "--onnxruntime", str(onnxruntime_library())]  # fmt: skip
+        arguments = [
+            str(cpp_runtime.generate),
+            str(bundle),
+            "--ids",
+            "-",
+            "--max-tokens",
+            "3",
+            "--ignore-eos",
+            "--onnxruntime",
+            str(onnxruntime_library()),
+        ]
         done = subprocess.run(arguments, input="1 2 3", stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr.partition(",")[0]) == (
-        2, "error: standard output: received an error while writing")  # fmt: skip
+        2,
+        "error: standard output: received an error while writing",
+    )
     assert "--temperature" in cpp_runtime.run(cpp_runtime.generate, "--help").stdout
 
 

@@ -33,9 +33,24 @@ def test_a_backend_that_fails(sanitized_cpp_runtime: CppRuntime, tmp_path: Path)
 def test_text_and_states(sanitized_cpp_runtime: CppRuntime, tmp_path: Path) -> None:
     cpp = sanitized_cpp_runtime
     bundle = build_toy(tmp_path / "toy", Toy(chunk_size=4))
-    done = cpp.run(cpp.generate, bundle, "--prompt", "naïve 日本", "--max-tokens", "60", "--ignore-eos", "--stats",
-                   "--temperature", "1", "--top-p", "0.9", "--top-k", "50",
-                   "--save-state", tmp_path / "state")  # fmt: skip
+    done = cpp.run(
+        cpp.generate,
+        bundle,
+        "--prompt",
+        "naïve 日本",
+        "--max-tokens",
+        "60",
+        "--ignore-eos",
+        "--stats",
+        "--temperature",
+        "1",
+        "--top-p",
+        "0.9",
+        "--top-k",
+        "50",
+        "--save-state",
+        tmp_path / "state",
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("load")
     done = cpp.run(cpp.generate, bundle, "--load-state", tmp_path / "state", "--max-tokens", "5", "--ignore-eos")

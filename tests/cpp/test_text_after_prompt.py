@@ -20,11 +20,17 @@ def bundle(tmp_path: Path) -> Path:
     folder = build_toy(tmp_path / "toy", Toy(chunk_size=4), chat=False)
     texts = ["<unk>", "<s>", "▁", *"abcdefghij", *(f"<0x{byte:02X}>" for byte in (0xC3, 0xA9, 0x41))]
     texts += [f"▁{a}{b}" for a in "abcdefghijklmnop" for b in "abcdefghijklmnopq"][: VOCAB_SIZE - len(texts)]
-    model = {"type": "BPE", "vocab": {text: i for i, text in enumerate(texts)}, "merges": [], "unk_token": "<unk>",
-             "byte_fallback": True, "fuse_unk": True, "ignore_merges": True}  # fmt: skip
+    model = {
+        "type": "BPE",
+        "vocab": {text: i for i, text in enumerate(texts)},
+        "merges": [],
+        "unk_token": "<unk>",
+        "byte_fallback": True,
+        "fuse_unk": True,
+        "ignore_merges": True,
+    }
     normalizer = sequence("normalizers", {"type": "Prepend", "prepend": "▁"}, replace(" ", "▁"))
-    raw = whole(model, normalizer=normalizer, decoder=LLAMA_DECODER,
-                added_tokens=[added("<s>", 1, special=True)])  # fmt: skip
+    raw = whole(model, normalizer=normalizer, decoder=LLAMA_DECODER, added_tokens=[added("<s>", 1, special=True)])
     (folder / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
     rehash(folder)
     return folder

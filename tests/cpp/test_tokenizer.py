@@ -1,7 +1,5 @@
 """The C++ tokenizer against the library 'tokenizers': ids, texts and streamed pieces, real text and noise."""
 
-# ruff: noqa: RUF001 - texts of many scripts
-
 from __future__ import annotations
 
 import json
@@ -70,13 +68,21 @@ def trained(pre: Any, *, normalizer: Any = None, post: Any = None, **model: Any)
         tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|bos|>", "<|end|>"],
+        vocab_size=700,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|bos|>", "<|end|>"],
         show_progress=False,
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(corpus(), trainer)
-    tokenizer.add_tokens([AddedToken("<plain>", normalized=True), AddedToken("<mask>", lstrip=True, rstrip=True),
-                          AddedToken("Füße", normalized=False), AddedToken("é\u0323x", normalized=True),
-                          AddedToken("<|end|>x", special=True, normalized=False)])  # fmt: skip
+    tokenizer.add_tokens(
+        [
+            AddedToken("<plain>", normalized=True),
+            AddedToken("<mask>", lstrip=True, rstrip=True),
+            AddedToken("Füße", normalized=False),
+            AddedToken("é\u0323x", normalized=True),
+            AddedToken("<|end|>x", special=True, normalized=False),
+        ]
+    )
     if post is not None:
         tokenizer.post_processor = post
     return tokenizer
@@ -108,14 +114,18 @@ KINDS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
     ),
     "qwen2": lambda: trained(split(QWEN2), normalizer=normalizers.NFC()),
     "gpt4o": lambda: trained(split(GPT4O), normalizer=normalizers.Sequence([normalizers.NFC()])),
-    "deepseek": lambda: trained(pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated"),
-        pre_tokenizers.Split(Regex("[一-龥぀-ゟ゠-ヿ]+"), "isolated"),
-        split(DEEPSEEK),
-    ])),
+    "deepseek": lambda: trained(
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated"),
+                pre_tokenizers.Split(Regex("[一-龥぀-ゟ゠-ヿ]+"), "isolated"),
+                split(DEEPSEEK),
+            ]
+        )
+    ),
     "removed": lambda: trained(split(r"\p{L}+|\d", "removed", invert=True)),
     "bytes": toy_tokenizer,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -132,13 +142,17 @@ def noise(seed: int) -> str:
     """Characters of all of Unicode, common scripts and white space more often, with marks and special tokens."""
     draw = random.Random(seed)
     pools = (
-        lambda: chr(draw.randrange(0x20, 0x7F)), lambda: draw.choice(" \t\n\r\u00a0\u3000'’"),
+        lambda: chr(draw.randrange(0x20, 0x7F)),
+        lambda: draw.choice(" \t\n\r\u00a0\u3000'’"),
         lambda: chr(draw.choice((draw.randrange(0xD800), draw.randrange(0xE000, sys.maxunicode + 1)))),
-        lambda: chr(draw.randrange(0xA0, 0x900)), lambda: chr(draw.randrange(0x300, 0x340)),
-        lambda: chr(draw.randrange(0x1F300, 0x1F700)), lambda: draw.choice("0123456789²½٣"),
+        lambda: chr(draw.randrange(0xA0, 0x900)),
+        lambda: chr(draw.randrange(0x300, 0x340)),
+        lambda: chr(draw.randrange(0x1F300, 0x1F700)),
+        lambda: draw.choice("0123456789²½٣"),
         lambda: draw.choice(["<|bos|>", "<mask>", "<plain>", "'ll", "'S", "Füße", "the ", "日本語"]),
-        lambda: chr(draw.randrange(0xAC00, 0xD7A4)), lambda: chr(draw.randrange(0x1100, 0x1200)),
-    )  # fmt: skip
+        lambda: chr(draw.randrange(0xAC00, 0xD7A4)),
+        lambda: chr(draw.randrange(0x1100, 0x1200)),
+    )
     return "".join(draw.choice(pools)() for _ in range(draw.randrange(1, 60)))
 
 
@@ -226,9 +240,19 @@ def test_normal_form_of_every_decomposition(probe: Probe, tmp_path: Path) -> Non
         ({"pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "x"}}, "the prepend_scheme 'x'"),
         ({"pre_tokenizer": {"type": "Punctuation", "behavior": "x"}}, "the behavior 'x'"),
         ({"pre_tokenizer": {"type": "Digits", "individual_digits": True, "x": 1}}, "a Digits with the option 'x'"),
-        ({"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "WhitespaceSplit"}, {"type": "Metaspace", "replacement": "_", "prepend_scheme": "first"}]}},
-         "a Metaspace of the first piece"),
+        (
+            {
+                "normalizer": {"type": "NFC"},
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [
+                        {"type": "WhitespaceSplit"},
+                        {"type": "Metaspace", "replacement": "_", "prepend_scheme": "first"},
+                    ],
+                },
+            },
+            "a Metaspace of the first piece",
+        ),
         ({"decoder": {"type": "WordPiece"}}, "a decoder of type 'WordPiece'"),
         ({"decoder": {"type": "Strip", "content": " ", "start": 0, "stop": 1}}, "a decoder that strips the end"),
         ({"decoder": None}, "no decoder"),
@@ -238,19 +262,41 @@ def test_normal_form_of_every_decomposition(probe: Probe, tmp_path: Path) -> Non
         ({"padding": {"length": 5}}, "a tokenizer with padding"),
         ({"added_tokens": [{"id": 1, "content": "x"}]}, "the added token 'x' with the id 1, expected "),
         ({"added_tokens": [{"id": -1, "content": "x"}]}, "an id that is none"),
-        *(({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}},
-           message)
-          for regex, message in (("(?:a+)+", "a group that repeats without end"), ("a+?", "a lazy, possessive"),
-                                 ("a{2}+", "a lazy, possessive"), ("a*|b", "a match of nothing"),
-                                 ("[a&&b]", "an intersection"), ("[[:alpha:]]", "a POSIX class"),
-                                 ("(?i:st)", "a (?i:..) with 'st'"), ("(?i:é)", "more than ASCII"),
-                                 ("(?<x>a)", "an unknown kind of group"), (r"\bx", r"the unknown escape \b"),
-                                 (r"\p{Greek}", "the unknown property Greek"), ("(a", "a '(' without ')'"),
-                                 ("a)", "a ')' without '('"), ("[a", "an end too early"), ("^a", "a '^'"),
-                                 ("[b-a]", "an odd range"), ("a{3,1}", "an odd quantifier"),
-                                 ("(" * 99, "groups nested too deeply"))),
+        *(
+            (
+                {
+                    "pre_tokenizer": {
+                        "type": "Split",
+                        "pattern": {"Regex": regex},
+                        "behavior": "Isolated",
+                        "invert": False,
+                    }
+                },
+                message,
+            )
+            for regex, message in (
+                ("(?:a+)+", "a group that repeats without end"),
+                ("a+?", "a lazy, possessive"),
+                ("a{2}+", "a lazy, possessive"),
+                ("a*|b", "a match of nothing"),
+                ("[a&&b]", "an intersection"),
+                ("[[:alpha:]]", "a POSIX class"),
+                ("(?i:st)", "a (?i:..) with 'st'"),
+                ("(?i:é)", "more than ASCII"),
+                ("(?<x>a)", "an unknown kind of group"),
+                (r"\bx", r"the unknown escape \b"),
+                (r"\p{Greek}", "the unknown property Greek"),
+                ("(a", "a '(' without ')'"),
+                ("a)", "a ')' without '('"),
+                ("[a", "an end too early"),
+                ("^a", "a '^'"),
+                ("[b-a]", "an odd range"),
+                ("a{3,1}", "an odd quantifier"),
+                ("(" * 99, "groups nested too deeply"),
+            )
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(probe: Probe, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = tmp_path / "tokenizer.json"
     raw = json.loads(toy_tokenizer().to_str())

@@ -37,10 +37,12 @@ from tests.cpp.tokenizer_kinds import (
     without,
 )
 
-BOS = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
-                                                {"Sequence": {"id": "A", "type_id": 0}}],
-       "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-       "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}  # fmt: skip
+BOS = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+}
 LLAMA = sequence("normalizers", {"type": "Prepend", "prepend": "▁"}, replace(" ", "▁"))
 GEMMA_DECODER = sequence("decoders", replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"})
 LATIN = "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-Ֆ"
@@ -48,9 +50,11 @@ LATIN = "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-
 
 def chat_tokens(start: int) -> list[dict[str, Any]]:
     """Special tokens that take the white space after them, as Phi-3's, and one of white space."""
-    extra = [added("<|user|>", start, special=True, rstrip=True),
-             added("<|end|>", start + 1, special=True, rstrip=True),
-             added("<mask>", start + 2, lstrip=True, single_word=True, normalized=True)]  # fmt: skip
+    extra = [
+        added("<|user|>", start, special=True, rstrip=True),
+        added("<|end|>", start + 1, special=True, rstrip=True),
+        added("<mask>", start + 2, lstrip=True, single_word=True, normalized=True),
+    ]
     return [*(added(text, i, special=True) for i, text in enumerate(SPECIAL)), *extra]
 
 
@@ -65,44 +69,105 @@ def _phi3() -> dict[str, Any]:
 
 KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "llama2": lambda: whole(model("bpe"), normalizer=LLAMA, decoder=LLAMA_DECODER, post_processor=BOS),
-    "mistral": lambda: whole(model("bpe"), pre_tokenizer=metaspace("first", split=False), decoder=LLAMA_DECODER,
-                             post_processor=BOS),
+    "mistral": lambda: whole(
+        model("bpe"), pre_tokenizer=metaspace("first", split=False), decoder=LLAMA_DECODER, post_processor=BOS
+    ),
     "phi3": _phi3,
     "gemma": lambda: whole(model("bpe"), normalizer=replace(" ", "▁"), decoder=GEMMA_DECODER, post_processor=BOS),
-    "gemma2": lambda: whole(model("bpe"), normalizer=replace(" ", "▁"), decoder=GEMMA_DECODER,
-                            pre_tokenizer=split(" ", "MergedWithPrevious", kind="String")),
-    "no-fallback": lambda: whole(without(model("bpe", byte_fallback=False), ["é", "日", "1"]), decoder=metaspace(),
-                                 pre_tokenizer=metaspace()),
-    "some-bytes": lambda: whole(without(model("bpe", fuse_unk=False), ["<0xC3>", "<0xE6>", "é", "日"]),
-                                normalizer=LLAMA, decoder=LLAMA_DECODER),
-    "falcon": lambda: whole(model("byte-bpe"), decoder=byte_level(), post_processor=byte_level(),
-                            pre_tokenizer=sequence(
-                                "pretokenizers", {"type": "Punctuation", "behavior": "Contiguous"}, byte_level(),
-                                {"type": "Digits", "individual_digits": False},
-                                split("[0-9][0-9][0-9]", "Isolated"))),
-    "bloom": lambda: whole(model("byte-bpe"), decoder=byte_level(), pre_tokenizer=sequence(
-        "pretokenizers", split(" ?[^(\\s|[.,!?…。，、।۔،])]+", "Isolated"), byte_level(use_regex=False))),  # noqa: RUF001
-    "deepseek-llm": lambda: whole(model("byte-bpe"), decoder=byte_level(), pre_tokenizer=sequence(
-        "pretokenizers", split("[\r\n]", "Isolated"), split(f"\\s?[{LATIN}]+", "Isolated"),
-        split("\\s?[!-/:-~！-／：-～‘-‟　-。]+", "Isolated"), split("\\s+$", "Isolated"),  # noqa: RUF001
-        split("[一-龥ࠀ-一가-퟿]+", "Isolated"), {"type": "Digits", "individual_digits": True},
-        byte_level(use_regex=False))),
-    "tiktoken": lambda: whole(model("byte-bpe", ignore_merges=True), decoder=byte_level(), pre_tokenizer=sequence(
-        "pretokenizers", split(r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
-                               r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+", "Isolated"),
-        byte_level(use_regex=False))),
-    "unigram": lambda: whole(model("unigram"), decoder=metaspace(), pre_tokenizer=sequence(
-        "pretokenizers", {"type": "WhitespaceSplit"}, metaspace()), normalizer=sequence(
-            "normalizers", {"type": "NFKC"}, replace(" {2,}", "▁", "Regex"))),
-    "t5": lambda: whole(model("unigram"), decoder=metaspace(), post_processor=BOS, pre_tokenizer=metaspace(),
-                        normalizer=sequence("normalizers", precompiled({
-                            "\t": " ", "\n": " ", "\u00a0": " ", "ﬁ": "fi", "½": "1/2", "…": "...", "e\u0301": "é",
-                            "\x01": "", "ｶ": "カ", "ﾞ": "゛", "\u200b": " "}),
-                            {"type": "Strip", "strip_left": False, "strip_right": True},
-                            replace(" {2,}", "▁", "Regex"))),
-    "unigram-bytes": lambda: whole(model("unigram", byte_fallback=True), decoder=LLAMA_DECODER,
-                                   normalizer=LLAMA, post_processor=BOS),
-}  # fmt: skip
+    "gemma2": lambda: whole(
+        model("bpe"),
+        normalizer=replace(" ", "▁"),
+        decoder=GEMMA_DECODER,
+        pre_tokenizer=split(" ", "MergedWithPrevious", kind="String"),
+    ),
+    "no-fallback": lambda: whole(
+        without(model("bpe", byte_fallback=False), ["é", "日", "1"]), decoder=metaspace(), pre_tokenizer=metaspace()
+    ),
+    "some-bytes": lambda: whole(
+        without(model("bpe", fuse_unk=False), ["<0xC3>", "<0xE6>", "é", "日"]), normalizer=LLAMA, decoder=LLAMA_DECODER
+    ),
+    "falcon": lambda: whole(
+        model("byte-bpe"),
+        decoder=byte_level(),
+        post_processor=byte_level(),
+        pre_tokenizer=sequence(
+            "pretokenizers",
+            {"type": "Punctuation", "behavior": "Contiguous"},
+            byte_level(),
+            {"type": "Digits", "individual_digits": False},
+            split("[0-9][0-9][0-9]", "Isolated"),
+        ),
+    ),
+    "bloom": lambda: whole(
+        model("byte-bpe"),
+        decoder=byte_level(),
+        pre_tokenizer=sequence(
+            "pretokenizers", split(" ?[^(\\s|[.,!?…。，、।۔،])]+", "Isolated"), byte_level(use_regex=False)
+        ),
+    ),
+    "deepseek-llm": lambda: whole(
+        model("byte-bpe"),
+        decoder=byte_level(),
+        pre_tokenizer=sequence(
+            "pretokenizers",
+            split("[\r\n]", "Isolated"),
+            split(f"\\s?[{LATIN}]+", "Isolated"),
+            split("\\s?[!-/:-~！-／：-～‘-‟　-。]+", "Isolated"),
+            split("\\s+$", "Isolated"),
+            split("[一-龥ࠀ-一가-퟿]+", "Isolated"),
+            {"type": "Digits", "individual_digits": True},
+            byte_level(use_regex=False),
+        ),
+    ),
+    "tiktoken": lambda: whole(
+        model("byte-bpe", ignore_merges=True),
+        decoder=byte_level(),
+        pre_tokenizer=sequence(
+            "pretokenizers",
+            split(
+                r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+                "Isolated",
+            ),
+            byte_level(use_regex=False),
+        ),
+    ),
+    "unigram": lambda: whole(
+        model("unigram"),
+        decoder=metaspace(),
+        pre_tokenizer=sequence("pretokenizers", {"type": "WhitespaceSplit"}, metaspace()),
+        normalizer=sequence("normalizers", {"type": "NFKC"}, replace(" {2,}", "▁", "Regex")),
+    ),
+    "t5": lambda: whole(
+        model("unigram"),
+        decoder=metaspace(),
+        post_processor=BOS,
+        pre_tokenizer=metaspace(),
+        normalizer=sequence(
+            "normalizers",
+            precompiled(
+                {
+                    "\t": " ",
+                    "\n": " ",
+                    "\u00a0": " ",
+                    "ﬁ": "fi",
+                    "½": "1/2",
+                    "…": "...",
+                    "e\u0301": "é",
+                    "\x01": "",
+                    "ｶ": "カ",
+                    "ﾞ": "゛",
+                    "\u200b": " ",
+                }
+            ),
+            {"type": "Strip", "strip_left": False, "strip_right": True},
+            replace(" {2,}", "▁", "Regex"),
+        ),
+    ),
+    "unigram-bytes": lambda: whole(
+        model("unigram", byte_fallback=True), decoder=LLAMA_DECODER, normalizer=LLAMA, post_processor=BOS
+    ),
+}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -190,8 +255,10 @@ def test_files_of_drawn_parts(probe: Probe, tmp_path: Path) -> None:
         theirs = Tokenizer(library, None)
         words = ["mat", "  ", "<tool>", "▁", "<s>", "\n\n", "é", "ab", "xxxxx", "zzzz", "qqq", "123", ".,", "<0x41>"]
         for i in range(8):
-            text = "".join(draw.choice(words) if draw.random() < 0.7 else noise(draw.randrange(99))[:6]
-                           for _ in range(draw.randrange(1, 9)))  # fmt: skip
+            text = "".join(
+                draw.choice(words) if draw.random() < 0.7 else noise(draw.randrange(99))[:6]
+                for _ in range(draw.randrange(1, 9))
+            )
             want = library.encode(text, add_special_tokens=False).ids
             assert ours.encode(text) == want, (seed, text)
             ids = [draw.choice(list(library.get_vocab().values())) for _ in range(20)] + want
@@ -220,10 +287,16 @@ def test_normalizers_of_every_character(probe: Probe, tmp_path: Path, kind: str)
 
 @pytest.mark.parametrize(
     "part",
-    [{"type": "Punctuation", "behavior": "Removed"}, {"type": "Whitespace"}, {"type": "WhitespaceSplit"},
-     *(split(pattern, "Removed") for pattern in (r"\w+", r"\W+", r"\D+", r"[^\d_]+", r"[\s\w]+", r"[\W_]+", r"[^\W]+",
-                                                       r"[\D7]+", r"[^\S]+"))],
-)  # fmt: skip
+    [
+        {"type": "Punctuation", "behavior": "Removed"},
+        {"type": "Whitespace"},
+        {"type": "WhitespaceSplit"},
+        *(
+            split(pattern, "Removed")
+            for pattern in (r"\w+", r"\W+", r"\D+", r"[^\d_]+", r"[\s\w]+", r"[\W_]+", r"[^\W]+", r"[\D7]+", r"[^\S]+")
+        ),
+    ],
+)
 def test_classes_of_every_character(probe: Probe, tmp_path: Path, part: dict[str, Any]) -> None:
     ours, library = load(probe, tmp_path / "tokenizer.json", bytewise(pre_tokenizer=part))
     for start in range(0, len(EVERYTHING), 1 << 14):
@@ -237,8 +310,10 @@ def precompiled(pairs: dict[str, str]) -> dict[str, Any]:
 
 def test_what_belongs_to_a_character(probe: Probe, tmp_path: Path) -> None:
     """A character map replaces whole clusters by what the shortest beginning becomes, if they have at most 5 bytes."""
-    joins = [*"a\r\n\x01\u0301\u0334\ufe0f\u200c\u200d\u0903\u0e33\u0600\u0d4e\u1100\u1161\u11a8\uac00\uac01©⌚😀क",
-             *"\u094d\u093c\U0001f1e9\U0001f1ea\U0001f3fb\U000e0100"]  # fmt: skip
+    joins = [
+        *"a\r\n\x01\u0301\u0334\ufe0f\u200c\u200d\u0903\u0e33\u0600\u0d4e\u1100\u1161\u11a8\uac00\uac01©⌚😀क",
+        *"\u094d\u093c\U0001f1e9\U0001f1ea\U0001f3fb\U000e0100",
+    ]
     pairs = {character: chr(ord("A") + i) for i, character in enumerate(joins)}
     ours, library = load(probe, tmp_path / "tokenizer.json", bytewise(normalizer=precompiled(pairs)))
     draw = random.Random(4)
@@ -263,8 +338,10 @@ def test_each_part_by_itself(probe: Probe, tmp_path: Path) -> None:
     """All parts that `draw_file` draws from, one at a time, where pieces show: a model that never joins them."""
     texts = [*TEXTS, *CORPUS, " a  b ", "1,2..3 ,", ",", "12", "▁a▁", "a  b", "ab``ab", *map(noise, range(300, 330))]
     made = model("bpe", ignore_merges=True)
-    for raw in (*(whole(made, normalizer=part) for part in NORMALIZERS),
-                *(whole(made, pre_tokenizer=part) for part in PRE_TOKENIZERS)):  # fmt: skip
+    for raw in (
+        *(whole(made, normalizer=part) for part in NORMALIZERS),
+        *(whole(made, pre_tokenizer=part) for part in PRE_TOKENIZERS),
+    ):
         ours, library = load(probe, tmp_path / "tokenizer.json", raw)
         for text in texts:
             assert ours.encode(text) == library.encode(text).ids, (raw["normalizer"], raw["pre_tokenizer"], text)
@@ -303,5 +380,3 @@ def test_sequences_inside_sequences(probe: Probe, tmp_path: Path) -> None:
     inner = sequence("normalizers", sequence("normalizers", {"type": "NFC"}), replace(" ", "▁"))
     ours, library = load(probe, tmp_path / "tokenizer.json", whole(model("bpe"), normalizer=inner))
     assert ours.encode("e\u0301 a") == library.encode("e\u0301 a").ids
-
-

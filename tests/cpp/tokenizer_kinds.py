@@ -1,7 +1,5 @@
 """Small tokenizers of every kind that the C++ runtime reads: two models trained once, and any parts around them."""
 
-# ruff: noqa: RUF001 - texts of many scripts
-
 from __future__ import annotations
 
 import functools
@@ -24,7 +22,7 @@ CORPUS = (
     "In 1984, 42% of 3.14159 were 1,000,000; see §12-34!? (really) ... ",
     "naïve cafés cost ½ of Füße — “quoted” ‘text’ e\u0301 a\u0308 ",
     "def f(x):\n\treturn x  +  1\n\n\n    # comment\r\n",
-) * 3  # fmt: skip
+) * 3
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
@@ -51,9 +49,9 @@ def _byte_bpe() -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=SPECIAL,
-                                    show_progress=False)
-    )  # fmt: skip
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False),
+    )
     return json.dumps(json.loads(tokenizer.to_str())["model"])
 
 
@@ -63,13 +61,21 @@ def _unigram() -> str:
     tokenizer = tokenizers.Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.train_from_iterator(
-        CORPUS, trainers.UnigramTrainer(vocab_size=300, special_tokens=SPECIAL, unk_token="<unk>",
-                                        show_progress=False)
-    )  # fmt: skip
+        CORPUS, trainers.UnigramTrainer(vocab_size=300, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
+    )
     model = json.loads(tokenizer.to_str())["model"]
-    extra = [["xx", -3.5], ["xxx", -5.25], ["xxxx", -7], ["x", -1.75], ["zz", -0.30000000000000004], ["z", -0.1],
-             ["zzz", -0.30000000000000004441], ["q", -11.123456789012345678901234],
-             ["qq", -22.246913578024691357802468], *([byte, -20.0] for byte in BYTES)]  # fmt: skip
+    extra = [
+        ["xx", -3.5],
+        ["xxx", -5.25],
+        ["xxxx", -7],
+        ["x", -1.75],
+        ["zz", -0.30000000000000004],
+        ["z", -0.1],
+        ["zzz", -0.30000000000000004441],
+        ["q", -11.123456789012345678901234],
+        ["qq", -22.246913578024691357802468],
+        *([byte, -20.0] for byte in BYTES),
+    ]
     taken = {text for text, _ in extra}
     model["vocab"] = [pair for pair in model["vocab"] if pair[0] not in taken] + extra
     return json.dumps(model)
@@ -90,16 +96,33 @@ def without(model: dict[str, Any], drop: Sequence[str]) -> dict[str, Any]:
 
 def added(content: str, number: int, **flags: bool) -> dict[str, Any]:
     """An entry of ``added_tokens``."""
-    return {"id": number, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": False, **flags}  # fmt: skip
+    return {
+        "id": number,
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": False,
+        **flags,
+    }
 
 
 def whole(model: dict[str, Any], **parts: Any) -> dict[str, Any]:
     """A tokenizer.json. Without a list of added tokens it has its special ones."""
     special = [added(text, i, special=True) for i, text in enumerate(SPECIAL)]
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-            "pre_tokenizer": None, "post_processor": None, "decoder": {"type": "Fuse"}, "model": model,
-            **parts}  # fmt: skip
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": model,
+        **parts,
+    }
 
 
 def metaspace(scheme: str = "always", *, split: bool = True) -> dict[str, Any]:
@@ -142,32 +165,59 @@ def load(probe: Probe, path: Path, raw: dict[str, Any]) -> tuple[CppTokenizer, t
     return probe.tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
 
 
-LLAMA_DECODER = sequence("decoders", replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"},
-                         {"type": "Strip", "content": " ", "start": 1, "stop": 0})  # fmt: skip
+LLAMA_DECODER = sequence(
+    "decoders",
+    replace("▁", " "),
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+)
 BEHAVIORS = ("Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous")
 NORMALIZERS: list[dict[str, Any]] = [
     *({"type": kind} for kind in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents")),
-    *({"type": "Strip", "strip_left": left, "strip_right": right} for left, right in ((True, True), (True, False),
-                                                                                     (False, True))),
-    {"type": "Prepend", "prepend": "▁"}, {"type": "Prepend", "prepend": "ab"}, replace(" ", "▁"), replace("a", ""),
+    *(
+        {"type": "Strip", "strip_left": left, "strip_right": right}
+        for left, right in ((True, True), (True, False), (False, True))
+    ),
+    {"type": "Prepend", "prepend": "▁"},
+    {"type": "Prepend", "prepend": "ab"},
+    replace(" ", "▁"),
+    replace("a", ""),
     {"type": "Precompiled", "precompiled_charsmap": charsmap({"a": "bb", "é": "", " ": "  ", "m": "", "ﬁ": "fi"})},
-    replace("ab", "x"), replace(" {2,}", "▁", "Regex"), replace("\\s+", " ", "Regex"), replace("``", '"'),
-]  # fmt: skip
+    replace("ab", "x"),
+    replace(" {2,}", "▁", "Regex"),
+    replace("\\s+", " ", "Regex"),
+    replace("``", '"'),
+]
 PRE_TOKENIZERS: list[dict[str, Any]] = [
     *(metaspace(scheme, split=cut) for scheme in ("always", "first", "never") for cut in (True, False)),
     *({"type": "Punctuation", "behavior": behavior} for behavior in BEHAVIORS),
     *(split(r"\d+|[,.]", behavior, invert=invert) for behavior in BEHAVIORS for invert in (False, True)),
     *(split(" ", behavior, kind="String", invert=invert) for behavior in BEHAVIORS for invert in (False, True)),
-    {"type": "Digits", "individual_digits": True}, {"type": "Digits", "individual_digits": False},
-    {"type": "WhitespaceSplit"}, {"type": "Whitespace"}, split(r"\s+$", "Isolated"), split(r"\w++\W*", "Removed"),
-    split(" ?[^(\\s|[.,!?…。，、।۔،])]+", "Isolated"), split("[0-9][0-9][0-9]", "Isolated"),
-    byte_level(), byte_level(use_regex=False), byte_level(prefix_space=True),
-]  # fmt: skip
+    {"type": "Digits", "individual_digits": True},
+    {"type": "Digits", "individual_digits": False},
+    {"type": "WhitespaceSplit"},
+    {"type": "Whitespace"},
+    split(r"\s+$", "Isolated"),
+    split(r"\w++\W*", "Removed"),
+    split(" ?[^(\\s|[.,!?…。，、।۔،])]+", "Isolated"),
+    split("[0-9][0-9][0-9]", "Isolated"),
+    byte_level(),
+    byte_level(use_regex=False),
+    byte_level(prefix_space=True),
+]
 DECODERS: list[dict[str, Any]] = [
-    {"type": "Fuse"}, {"type": "ByteFallback"}, metaspace("always"), metaspace("never"), byte_level(),
-    replace("▁", " "), replace("t+", "T", "Regex"), replace("a", "aaa"),
-    {"type": "Strip", "content": " ", "start": 1, "stop": 0}, {"type": "Strip", "content": "▁", "start": 2, "stop": 0},
-]  # fmt: skip
+    {"type": "Fuse"},
+    {"type": "ByteFallback"},
+    metaspace("always"),
+    metaspace("never"),
+    byte_level(),
+    replace("▁", " "),
+    replace("t+", "T", "Regex"),
+    replace("a", "aaa"),
+    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    {"type": "Strip", "content": "▁", "start": 2, "stop": 0},
+]
 
 
 def draw_file(draw: random.Random) -> dict[str, Any]:
@@ -191,13 +241,20 @@ def draw_file(draw: random.Random) -> dict[str, Any]:
     for content in contents:
         number = vocabulary.get(content, size)
         size += content not in vocabulary
-        tokens.append(added(content, number, **{flag: draw.random() < 0.35 for flag in (
-            "single_word", "lstrip", "rstrip", "normalized", "special")}))  # fmt: skip
+        tokens.append(
+            added(
+                content,
+                number,
+                **{flag: draw.random() < 0.35 for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")},
+            )
+        )
     normalizer = draw.sample(NORMALIZERS, draw.choice((0, 0, 1, 1, 2, 3)))
     splitter = draw.sample(PRE_TOKENIZERS, draw.choice((0, 1, 1, 2, 3)))
     decoder = draw.sample(DECODERS, draw.choice((1, 2, 3, 4)))
     return whole(
-        made, added_tokens=tokens, decoder=sequence("decoders", *decoder),
+        made,
+        added_tokens=tokens,
+        decoder=sequence("decoders", *decoder),
         normalizer=sequence("normalizers", *normalizer) if normalizer else None,
         pre_tokenizer=sequence("pretokenizers", *splitter) if splitter else None,
-    )  # fmt: skip
+    )

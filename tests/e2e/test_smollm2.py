@@ -58,8 +58,11 @@ def test_tokenizer_is_the_source_s_and_chats_are_those_of_transformers(bundle: P
     """transformers takes another split for GGUF's 'smollm' (digits), so that only what it renders is compared."""
     ours, source, file = Session.load(bundle).tokenizer, loaded.tokenizer, smollm2_file()
     theirs = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    messages = [{"role": "user", "content": CHARACTERS}, {"role": "assistant", "content": "ok"},
-                {"role": "user", "content": "more"}]  # fmt: skip
+    messages = [
+        {"role": "user", "content": CHARACTERS},
+        {"role": "assistant", "content": "ok"},
+        {"role": "user", "content": "more"},
+    ]
     assert source is not None
     assert ours.encode(CHARACTERS) == source.encode(CHARACTERS)
     assert ours.render_chat(messages) == theirs.apply_chat_template(
@@ -127,13 +130,25 @@ def test_cpp_runtime_says_the_same(bundle: Path, cpp_runtime: CppRuntime) -> Non
     want = "".join(session.generate(prompt, max_tokens=50, ignore_eos=True))
     library = session.tokenizer
     session.close()
-    done = cpp_runtime.run(cpp_runtime.generate, bundle, "--prompt", prompt, "--max-tokens", "50", "--ignore-eos",
-                           "--skip-hashes")  # fmt: skip
+    done = cpp_runtime.run(
+        cpp_runtime.generate, bundle, "--prompt", prompt, "--max-tokens", "50", "--ignore-eos", "--skip-hashes"
+    )
     assert done.stdout == want + "\n", done.stderr
     # With memory for the program, but not for 538 MB of weights.
     limited = 'ulimit -v 400000; exec "$@"'
-    done = cpp_runtime.run(Path("/bin/sh"), "-c", limited, "sh", cpp_runtime.generate, bundle, "--prompt", prompt,
-                           "--threads", "1", "--skip-hashes")  # fmt: skip
+    done = cpp_runtime.run(
+        Path("/bin/sh"),
+        "-c",
+        limited,
+        "sh",
+        cpp_runtime.generate,
+        bundle,
+        "--prompt",
+        prompt,
+        "--threads",
+        "1",
+        "--skip-hashes",
+    )
     assert done.returncode == 2
     assert "decode.onnx: received too little memory" in done.stderr
 

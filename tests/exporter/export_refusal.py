@@ -17,8 +17,9 @@ def assert_export_refuses(option: str, file: Path, options: Mapping[str, str], e
     options = dict(options)
     tiny_model(options.pop("MODEL", "llama")).save_pretrained(folder / "model")
     words = [word for pair in options.items() for word in pair]
-    result = CliRunner().invoke(cli, ["export", str(folder / "model"), "-o", str(folder / "out"), "--window", "9",
-                                      option, str(file), *words])  # fmt: skip
+    result = CliRunner().invoke(
+        cli, ["export", str(folder / "model"), "-o", str(folder / "out"), "--window", "9", option, str(file), *words]
+    )
     assert isinstance(result.exception, UsageError)
     assert expected in str(result.exception)
     assert "\n" not in str(result.exception)

@@ -29,8 +29,18 @@ class PluginBundle:
         self.manifest = manifest
         self.position = 0
         self._oracles: dict[str, SinkAttentionOracle] = {}
-        operators = [_attention(self._oracles, manifest), Int8Linear, HalfLinear, Int8ExpertLinear, HalfExpertLinear,
-                     Int8Rows, RmsNorm, GatedActivation, QuantizeLinear, DequantizeLinear]  # fmt: skip
+        operators = [
+            _attention(self._oracles, manifest),
+            Int8Linear,
+            HalfLinear,
+            Int8ExpertLinear,
+            HalfExpertLinear,
+            Int8Rows,
+            RmsNorm,
+            GatedActivation,
+            QuantizeLinear,
+            DequantizeLinear,
+        ]
         self._graphs = {
             role: ReferenceEvaluator(onnx.load(folder / graph.file), new_ops=operators)
             for role, graph in manifest.graphs.items()
@@ -86,8 +96,10 @@ def _attention(oracles: dict[str, SinkAttentionOracle], manifest: Manifest) -> t
             (batch, num_kv_heads, _, head_dim), kv_width = window_k.shape, window_k.shape[1] * window_k.shape[3]
             assert packed.shape == (batch, 1, width + 2 * kv_width)
             q = packed[..., :width].reshape(batch, -1, 1, head_dim)
-            k, v = (packed[..., at : at + kv_width].reshape(batch, num_kv_heads, 1, head_dim)
-                    for at in (width, width + kv_width))  # fmt: skip
+            k, v = (
+                packed[..., at : at + kv_width].reshape(batch, num_kv_heads, 1, head_dim)
+                for at in (width, width + kv_width)
+            )
             out, *states = self._unpacked(q, k, v, *inputs[1:], **attributes)
             return (out.reshape(batch, 1, width), *states)
 
@@ -109,20 +121,29 @@ def _attention(oracles: dict[str, SinkAttentionOracle], manifest: Manifest) -> t
             layer = self.onnx_node.input[2 if attributes["packed_width"] else 4]
             if layer not in oracles:
                 oracles[layer] = SinkAttentionOracle(
-                    batch=len(q), num_sink_tokens=attributes["num_sinks"], window_size=states[0].shape[2],
+                    batch=len(q),
+                    num_sink_tokens=attributes["num_sinks"],
+                    window_size=states[0].shape[2],
                     inv_freq=frequency.view(np.uint32) * (2 * np.pi / TURN),
-                    interleaved=bool(attributes["interleaved"]), attention_scaling=attributes["rope_scaling"],
-                    scale=attributes["scale"], softcap=attributes["softcap"],
+                    interleaved=bool(attributes["interleaved"]),
+                    attention_scaling=attributes["rope_scaling"],
+                    scale=attributes["scale"],
+                    softcap=attributes["softcap"],
                     kv="int8" if attributes["int8_window"] else "fp",
-                    alibi_slopes=slopes, sink_logit=sink_logit, sink_scale=sink_scale,
-                )  # fmt: skip
+                    alibi_slopes=slopes,
+                    sink_logit=sink_logit,
+                    sink_scale=sink_scale,
+                )
             out = np.zeros_like(q)
             for stream, count in enumerate(counts):
                 for i in range(count):
                     out[stream, :, i] = oracles[layer].step_stream(
-                        stream, q[stream, :, i], k[stream, :, i], v[stream, :, i],
+                        stream,
+                        q[stream, :, i],
+                        k[stream, :, i],
+                        v[stream, :, i],
                         None if gate is None else gate[stream, :, i],
-                    )  # fmt: skip
+                    )
             return (out, *states)
 
     return SinkAttention

@@ -50,9 +50,13 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    bundle: Path, limits: Limits = LIMITS, *, api_key: str | None = None, pin_system: bool = False,
+    bundle: Path,
+    limits: Limits = LIMITS,
+    *,
+    api_key: str | None = None,
+    pin_system: bool = False,
     send_buffer: int | None = None,
-) -> Iterator[Served]:  # fmt: skip
+) -> Iterator[Served]:
     with listen("127.0.0.1", 0) as listener, Session.load(bundle, threads=1) as session:
         if send_buffer:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # connections inherit it

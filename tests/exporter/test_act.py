@@ -37,8 +37,9 @@ HOW: dict[str, Any] = {"alpha": 1.0, "beta": 0.1, "min_queries": 2}
 
 def tuning(name: str, mask: tuple[tuple[bool, ...], ...] = MASK, factor: float = 1.0, **how: Any) -> SinkTuningFile:
     model = TunedModel(name=name, architecture=type(tiny_model(name)).__name__, num_layers=LAYERS, num_q_heads=HEADS)
-    return SinkTuningFile(model=model, act=ActPart(heads=mask, **{**HOW, **how}),
-                          first_token_scale=((factor,) * HEADS,) * LAYERS)  # fmt: skip
+    return SinkTuningFile(
+        model=model, act=ActPart(heads=mask, **{**HOW, **how}), first_token_scale=((factor,) * HEADS,) * LAYERS
+    )
 
 
 def exported(folder: Path, name: str = "llama", **options: Any) -> LoadedModel:
@@ -72,11 +73,13 @@ def test_bundles_pass_verify(name: str, tmp_path: Path) -> None:
 
 def bloom_tuning() -> SinkTuningFile:
     config = tiny_model("bloom").config
-    model = TunedModel(name="bloom", architecture="BloomForCausalLM", num_layers=config.n_layer,
-                       num_q_heads=config.n_head)  # fmt: skip
+    model = TunedModel(
+        name="bloom", architecture="BloomForCausalLM", num_layers=config.n_layer, num_q_heads=config.n_head
+    )
     rows, heads = config.n_layer, config.n_head
-    return SinkTuningFile(model=model, act=ActPart(heads=((True,) * heads,) * rows, **HOW),
-                          first_token_scale=((1.0,) * heads,) * rows)  # fmt: skip
+    return SinkTuningFile(
+        model=model, act=ActPart(heads=((True,) * heads,) * rows, **HOW), first_token_scale=((1.0,) * heads,) * rows
+    )
 
 
 def test_the_reference_gives_what_the_oracle_gives() -> None:
@@ -91,9 +94,15 @@ def test_the_reference_gives_what_the_oracle_gives() -> None:
             reference.step(torch.from_numpy(column))
     inv_freq = model.model.rotary_emb.inv_freq.numpy()
     oracles = [
-        SinkAttentionOracle(batch=2, num_sink_tokens=S, window_size=W, inv_freq=inv_freq,
-                            act=Act(HOW["alpha"], HOW["beta"], HOW["min_queries"], mask)) for mask in MASK
-    ]  # fmt: skip
+        SinkAttentionOracle(
+            batch=2,
+            num_sink_tokens=S,
+            window_size=W,
+            inv_freq=inv_freq,
+            act=Act(HOW["alpha"], HOW["beta"], HOW["min_queries"], mask),
+        )
+        for mask in MASK
+    ]
     for layer, q, k, v, out in seen:
         want = oracles[layer].step(*(x[:, :, 0].numpy() for x in (q, k, v)))
         np.testing.assert_allclose(out[:, 0].numpy(), want, atol=1e-5)  # float32 softmax
@@ -237,9 +246,23 @@ def test_analyze_proposes_the_heads_that_have_later_sinks(tmp_path: Path, monkey
     tiny_tokenizer().save(tmp_path / "model")
     tiny_model("llama").save_pretrained(tmp_path / "model")
     (tmp_path / "text").write_text(" ".join(f"w{i}" for text in texts for i in text), encoding="utf-8")
-    result = CliRunner().invoke(cli, ["analyze", str(tmp_path / "model"), "--text", str(tmp_path / "text"), "--windows",
-                                      "3", "--window-tokens", str(TOKENS), "--candidates", str(CANDIDATES),
-                                      "--sink-tuning", str(tmp_path / "tuning.json")])  # fmt: skip
+    result = CliRunner().invoke(
+        cli,
+        [
+            "analyze",
+            str(tmp_path / "model"),
+            "--text",
+            str(tmp_path / "text"),
+            "--windows",
+            "3",
+            "--window-tokens",
+            str(TOKENS),
+            "--candidates",
+            str(CANDIDATES),
+            "--sink-tuning",
+            str(tmp_path / "tuning.json"),
+        ],
+    )
     assert result.exit_code == 0, result.output
     found = SinkTuningFile.load(tmp_path / "tuning.json")
     assert found.act is not None

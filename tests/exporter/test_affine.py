@@ -57,9 +57,18 @@ def random_tensors(model: Any, kinds: str = "scale bias", seed: int = 0, without
 
 FAMILIES = [
     # rotary: groups, partial, softcap and sliding layers, sink logits, interleaved; ALiBi; linear layers
-    ("llama", 2), ("gpt_neox", 1), ("gemma2", 1), ("gpt_oss", 2), ("cohere", 1), ("falcon-groups", 1), ("gptj", 1),
-    ("bloom", 2), ("mpt", 1), ("falcon-alibi", 1), ("qwen3_next", 1),
-]  # fmt: skip
+    ("llama", 2),
+    ("gpt_neox", 1),
+    ("gemma2", 1),
+    ("gpt_oss", 2),
+    ("cohere", 1),
+    ("falcon-groups", 1),
+    ("gptj", 1),
+    ("bloom", 2),
+    ("mpt", 1),
+    ("falcon-alibi", 1),
+    ("qwen3_next", 1),
+]
 
 
 @pytest.mark.parametrize(("name", "batch"), FAMILIES)
@@ -188,16 +197,20 @@ def test_the_reference_gives_what_the_oracle_gives(tmp_path: Path) -> None:
         )
     ids = np.random.default_rng(4).integers(3, VOCAB_SIZE, (1, 3 * 12))
     with streaming_reference(
-        model, **GEOMETRY, affine=affine,
+        model,
+        **GEOMETRY,
+        affine=affine,
         observer=lambda m, *x: seen.append((m.layer_idx, hidden[m.layer_idx], *x)),
-    ) as reference:  # fmt: skip
+    ) as reference:
         for column in ids.T:
             reference.step(torch.from_numpy(column))
     inv_freq = model.model.rotary_emb.inv_freq.numpy()
     oracles = [SinkAttentionOracle(batch=1, **GEOMETRY, inv_freq=inv_freq) for _ in layers]
     for layer, x, q, k, v, out in seen:
-        own = {name.replace(".", "_"): tensors[f"layers.{layer}.{name}"]
-               for name in ("scale.weight", "scale.bias", "bias.weight", "bias.bias")}  # fmt: skip
+        own = {
+            name.replace(".", "_"): tensors[f"layers.{layer}.{name}"]
+            for name in ("scale.weight", "scale.bias", "bias.weight", "bias.bias")
+        }
         pairs = affine_factors(x[0, 0].numpy(), num_q_heads=6, **own)
         want = oracles[layer].step(*(y[:, :, 0].numpy() for y in (q, k, v)), affine=pairs[None])
         np.testing.assert_allclose(out[0, 0].numpy(), want[0], atol=1e-6)
@@ -274,7 +287,7 @@ ONES = np.ones(6, np.float32)
         (changed(), {}, {"--target": "tensorrt"}, "expected standard operators"),
         (changed(), {}, {"MODEL": "qwen3_next"}, "expected layers with softmax attention"),
     ],
-)  # fmt: skip
+)
 def test_export_refuses_in_one_line(
     tensors: Tensors | bytes | None, metadata: Mapping[str, str], options: dict[str, str], expected: str, tmp_path: Path
 ) -> None:
@@ -312,9 +325,13 @@ def test_static_ranges_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
-    [({"heads": ((0,),)}, "2 layers, heads below 6"), ({"heads": ((6,), ())}, "heads up to 6"),
-     ({"file": "other"}, "a file that 'files' lists"), ({"sha256": "x"}, "64 hex digits")],
-)  # fmt: skip
+    [
+        ({"heads": ((0,),)}, "2 layers, heads below 6"),
+        ({"heads": ((6,), ())}, "heads up to 6"),
+        ({"file": "other"}, "a file that 'files' lists"),
+        ({"sha256": "x"}, "64 hex digits"),
+    ],
+)
 def test_manifest_refuses_facts_that_do_not_fit(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:
     affine = written(tmp_path / "file", {"layers.0.bias.bias": ONES})
     model = LoadedModel(tiny_model("llama"), None, "tiny")

@@ -140,9 +140,15 @@ def test_a_tied_table_counts_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("data_type", "num_bytes"),
-    [(TensorProto.INT4, 150), (TensorProto.UINT4, 150), (TensorProto.INT8, 300), (TensorProto.BFLOAT16, 600),
-     (TensorProto.DOUBLE, 2400), (TensorProto.FLOAT8E4M3FN, 300)],
-)  # fmt: skip
+    [
+        (TensorProto.INT4, 150),
+        (TensorProto.UINT4, 150),
+        (TensorProto.INT8, 300),
+        (TensorProto.BFLOAT16, 600),
+        (TensorProto.DOUBLE, 2400),
+        (TensorProto.FLOAT8E4M3FN, 300),
+    ],
+)
 def test_quantized_weights(tmp_path: Path, data_type: int, num_bytes: int) -> None:
     tensor = TensorProto(name="w", data_type=data_type, dims=[300, 1], raw_data=b"")
     nodes = [helper.make_node("Identity", ["w"], ["y"])]
@@ -152,8 +158,9 @@ def test_quantized_weights(tmp_path: Path, data_type: int, num_bytes: int) -> No
 def test_external_weights_count_too(toy: Path) -> None:
     """Against onnx' own reader; in a toy all matrices but the gathered embedding are multiplied with."""
     graph = onnx.load(toy / "decode.onnx", load_external_data=False).graph
-    everything = {t.name: int(np.prod(t.dims)) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
-                  for t in graph.initializer}  # fmt: skip
+    everything = {
+        t.name: int(np.prod(t.dims)) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in graph.initializer
+    }
     assert weight_bytes_per_step(toy / "decode.onnx") == sum(everything.values()) - everything["embedding"]
     assert any(t.data_location == TensorProto.EXTERNAL for t in graph.initializer)
 
@@ -304,11 +311,14 @@ def test_figures_fit_together(report: BenchReport) -> None:
 def test_known_times_give_known_figures(report: BenchReport) -> None:
     known = BenchReport(
         config=BenchConfig(steps=2, positions=(1, 2), prompt_tokens=100, threads=1),
-        manifest=report.manifest, environment={"threads": 1},
+        manifest=report.manifest,
+        environment={"threads": 1},
         weight_bytes=10_000_000 - report.manifest.state_bytes,
         positions=(PositionTimes(1, ((10.0, 10.0),)), PositionTimes(2, ((11.0, 11.0),))),
-        bandwidth_gb_per_s=(1.0, 2.0, 4.0), prefill_ms=(400.0, 500.0, 900.0), rss_bytes=None,
-    ).to_dict()  # fmt: skip
+        bandwidth_gb_per_s=(1.0, 2.0, 4.0),
+        prefill_ms=(400.0, 500.0, 900.0),
+        rss_bytes=None,
+    ).to_dict()
     assert known["floor_ms"] == 5.0  # 10 MB at 2 GB/s
     assert known["positions"][0]["gb_per_s"] == 1.0
     assert known["positions"][0]["bandwidth_share"] == 0.5
@@ -345,17 +355,38 @@ def test_the_command(
 ) -> None:
     path = tmp_path / "bench.json"
     code, out, err = cli(
-        monkeypatch, capsys, toy, "--steps", 4, "--position", 5, "--position", 1200, "--prompt-tokens", 9,
-        "--threads", 1, "--json", path,
-    )  # fmt: skip
+        monkeypatch,
+        capsys,
+        toy,
+        "--steps",
+        4,
+        "--position",
+        5,
+        "--position",
+        1200,
+        "--prompt-tokens",
+        9,
+        "--threads",
+        1,
+        "--json",
+        path,
+    )
     assert (code, err) == (0, "")
     for text in ("toy: float32, S=2 W=8 B=1 T=4", "1,200", "of bandwidth", "prefill of 9 tokens", "MiB over the run"):
         assert text in out
     result = json.loads(path.read_text())
     assert set(result) == {
-        "environment", "settings", "bundle", "bytes_per_step", "bandwidth_gb_per_s", "floor_ms", "decode", "positions",
-        "prefill", "memory",
-    }  # fmt: skip
+        "environment",
+        "settings",
+        "bundle",
+        "bytes_per_step",
+        "bandwidth_gb_per_s",
+        "floor_ms",
+        "decode",
+        "positions",
+        "prefill",
+        "memory",
+    }
     assert [each["position"] for each in result["positions"]] == [5, 1200]
 
 
@@ -371,18 +402,24 @@ LIMITED = Toy(position_limit=100)
         (("--prompt-tokens", 0), "--prompt-tokens: received 0, expected >= 1"),
         (("--threads", 0), "--threads: received 0, expected >= 1"),
         (("--position", 0), "--position: received 0, expected >= 1"),
-        (("--position", 82), "--position: received a stream of 101 tokens, expected at most 100 in a stream of this "
-                             "bundle; give at most 81"),
+        (
+            ("--position", 82),
+            "--position: received a stream of 101 tokens, expected at most 100 in a stream of this "
+            "bundle; give at most 81",
+        ),
         (("--position", 81, "--prompt-tokens", 101), "--prompt-tokens: received a stream of 101 tokens"),
         (("--json", "FOLDER"), "--json: received"),
         (("--json", "FOLDER/none/bench.json"), "expected a file that can be written; choose another path"),
         (("--backend", "tensorrt", "--position", 5, "--prompt-tokens", 5), "tensorrt"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    arguments: tuple[object, ...], message: str,
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[object, ...],
+    message: str,
+) -> None:
     toy = build_toy(tmp_path / "toy", LIMITED)
     monkeypatch.setattr(Session, "prefill", lambda *_: pytest.fail("work began"))
     code, out, err = cli(monkeypatch, capsys, toy, *(str(a).replace("FOLDER", str(tmp_path)) for a in arguments))
@@ -518,8 +555,15 @@ def test_figures_of_decode(benchmarks: None, report: BenchReport) -> None:
     assert (ours["ratio_to_floor"], genai["times_ours"], recompute["times_ours"]) == (2, 2, 90)
     assert [each["same_tokens"] for each in (ours, genai, recompute)] == [3, 2, 2]
     assert ours["far"]["ratio_to_inside"] == 1 and "far" not in genai
-    facts = {"cpu": "c", "threads": 2, "logical_cpus": 2, "load_average_1min": 0.0, "commit": "x", "packages": {},
-             "command": "python decode_cpu.py"}  # fmt: skip
+    facts = {
+        "cpu": "c",
+        "threads": 2,
+        "logical_cpus": 2,
+        "load_average_1min": 0.0,
+        "commit": "x",
+        "packages": {},
+        "command": "python decode_cpu.py",
+    }
     shown = decode_cpu.show({**result, "environment": facts, "context_tokens": [1, 2], "far_tokens": [3, 4]})
     rows = [line for line in shown.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(inside) + 1

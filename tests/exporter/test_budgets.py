@@ -31,8 +31,9 @@ LLAMA = ((9, 4), (5, 9))  # two layers of two key heads; the groups of the secon
 
 
 def budgets(name: str, windows: tuple[tuple[int, ...], ...]) -> BudgetFile:
-    model = BudgetedModel(name=name, architecture=type(tiny_model(name)).__name__, num_layers=len(windows),
-                          num_kv_heads=len(windows[0]))  # fmt: skip
+    model = BudgetedModel(
+        name=name, architecture=type(tiny_model(name)).__name__, num_layers=len(windows), num_kv_heads=len(windows[0])
+    )
     return BudgetFile(model=model, windows=windows)
 
 
@@ -85,8 +86,9 @@ def test_the_reference_gives_each_head_what_the_oracle_gives_it() -> None:
     inv_freq = model.model.rotary_emb.inv_freq.numpy()
     oracles = {
         (layer, w): SinkAttentionOracle(batch=1, num_sink_tokens=S, window_size=w, inv_freq=inv_freq)
-        for layer, own in enumerate(windows) for w in set(own)
-    }  # fmt: skip
+        for layer, own in enumerate(windows)
+        for w in set(own)
+    }
     for layer, q, k, v, out in seen:
         outs = {w: oracles[layer, w].step(*(x[:, :, 0].numpy() for x in (q, k, v))) for w in set(windows[layer])}
         for head in range(6):
@@ -99,8 +101,11 @@ def test_chunks_in_torch_agree_with_the_bundle_with_tuned_sinks(kv: str, tmp_pat
     factors = tuple(tuple(row) for row in np.random.default_rng(3).uniform(0.1, 6.0, (2, 6)).round(3).tolist())
     # Later sinks of both groups of the first layer, and of one of the second.
     act = ActPart(alpha=1.0, beta=0.2, min_queries=2, heads=((True, False, True) * 2, (False,) * 3 + (True,) * 3))
-    tuned = SinkTuningFile(model=TunedModel(name="t", architecture="LlamaForCausalLM", num_layers=2, num_q_heads=6),
-                           act=act, first_token_scale=factors)  # fmt: skip
+    tuned = SinkTuningFile(
+        model=TunedModel(name="t", architecture="LlamaForCausalLM", num_layers=2, num_q_heads=6),
+        act=act,
+        first_token_scale=factors,
+    )
     loaded = exported("llama", LLAMA, tmp_path / "b", kv=kv, sink_tuning=tuned)
     ids = np.random.default_rng(0).integers(3, VOCAB_SIZE, 70)
     masses = {s.input: s.shape for s in load_manifest(tmp_path / "b").states if s.kind == "attention_mass"}
@@ -148,17 +153,32 @@ def test_manifest_refuses_heads_that_are_missing(tmp_path: Path) -> None:
     [
         ("[]", [], "Input should be an object"),
         (budgets("llama", LLAMA).to_json().replace("4", "0", 1), [], "greater than or equal to 1"),
-        (budgets("llama", ((9, 4, 4), LLAMA[1] + (3,))).to_json(), ["--window", "9"], "key heads 3, expected key heads 2"),  # noqa: E501
+        (
+            budgets("llama", ((9, 4, 4), LLAMA[1] + (3,))).to_json(),
+            ["--window", "9"],
+            "key heads 3, expected key heads 2",
+        ),
         (budgets("llama", LLAMA).to_json(), ["--window", "20"], "pass --window 9"),
         (budgets("llama", LLAMA).to_json(), ["--window", "9", "--chunk", "6"], "at most 4"),
     ],
-)  # fmt: skip
+)
 def test_export_refuses_in_one_line(content: str, options: list[str], expected: str, tmp_path: Path) -> None:
     (tmp_path / "budgets.json").write_text(content, encoding="utf-8")
     tiny_model("llama").save_pretrained(tmp_path / "model")
-    result = CliRunner().invoke(cli, ["export", str(tmp_path / "model"), "-o", str(tmp_path / "out"),
-                                      "--sink-tokens", "3", "--budgets", str(tmp_path / "budgets.json"),
-                                      *options])  # fmt: skip
+    result = CliRunner().invoke(
+        cli,
+        [
+            "export",
+            str(tmp_path / "model"),
+            "-o",
+            str(tmp_path / "out"),
+            "--sink-tokens",
+            "3",
+            "--budgets",
+            str(tmp_path / "budgets.json"),
+            *options,
+        ],
+    )
     assert isinstance(result.exception, UsageError)
     assert expected in str(result.exception)
 
@@ -195,9 +215,24 @@ def test_analyze_proposes_long_windows_for_heads_that_change_most(tmp_path: Path
     tiny_tokenizer().save(tmp_path / "model")
     words = " ".join(f"w{i}" for i in np.random.default_rng(2).integers(3, VOCAB_SIZE, 400))
     (tmp_path / "text").write_text(words, encoding="utf-8")
-    arguments = ["analyze", str(tmp_path / "model"), "--text", str(tmp_path / "text"), "--windows", "2",
-                 "--window-tokens", "160", "--candidates", "4", "--long-window", "80", "--short-window", "40",
-                 "--budgets", str(tmp_path / "b.json")]  # fmt: skip
+    arguments = [
+        "analyze",
+        str(tmp_path / "model"),
+        "--text",
+        str(tmp_path / "text"),
+        "--windows",
+        "2",
+        "--window-tokens",
+        "160",
+        "--candidates",
+        "4",
+        "--long-window",
+        "80",
+        "--short-window",
+        "40",
+        "--budgets",
+        str(tmp_path / "b.json"),
+    ]
     result = CliRunner().invoke(cli, [*arguments, "--budget-share", "0.75", "--json", str(tmp_path / "all.json")])
     assert result.exit_code == 0, result.output
     assert "2 of 4 key heads keep 80 tokens" in result.output

@@ -369,8 +369,9 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path: Path) -> N
         (["--recipe", asked, "--text", str(tmp_path / "none")], "expected a readable file"),
     ):
         assert told in command(tmp_path, "calibrate", model, *options, "-o", str(out))
-    assert "--output" in command(tmp_path, "calibrate", model, "--recipe", asked, "--text", str(text), "-o",
-                                 str(tmp_path))  # fmt: skip
+    assert "--output" in command(
+        tmp_path, "calibrate", model, "--recipe", asked, "--text", str(text), "-o", str(tmp_path)
+    )
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -408,9 +409,17 @@ def test_a_fingerprint_tells_models_apart_but_not_precisions() -> None:
 
 @pytest.mark.parametrize(
     ("name", "target", "multiplied"),
-    [("llama", "onnx", 0), ("llama-mha", "tensorrt", 0), ("gemma2", "onnx", 4), ("gpt_neox", "onnx", 4),
-     ("phi", "onnx", 2), ("cohere", "onnx", 0), ("mixtral", "onnx", 0), ("qwen3_next", "onnx", 6)],
-)  # fmt: skip
+    [
+        ("llama", "onnx", 0),
+        ("llama-mha", "tensorrt", 0),
+        ("gemma2", "onnx", 4),
+        ("gpt_neox", "onnx", 4),
+        ("phi", "onnx", 2),
+        ("cohere", "onnx", 0),
+        ("mixtral", "onnx", 0),
+        ("qwen3_next", "onnx", 6),
+    ],
+)
 def test_smoothing_alone_changes_no_result(name: str, target: str, multiplied: int, tmp_path: Path) -> None:
     """multiplied: inputs, in two layers, that nothing can take the division over for (what GELU gives, values that come
     from one product with queries, what a router reads as well), and scales of gemma2's norms, a sum of constants.
@@ -433,9 +442,13 @@ def test_smoothing_alone_changes_no_result(name: str, target: str, multiplied: i
             return None if module in kept else found.divisors(module)
 
     geometry: dict[str, Any] = {
-        "num_sink_tokens": 2, "window_size": 6, "chunk_size": 3 if "llama" in name else 1, "batch": 2, "target": target,
+        "num_sink_tokens": 2,
+        "window_size": 6,
+        "chunk_size": 3 if "llama" in name else 1,
+        "batch": 2,
+        "target": target,
         "native": target == "tensorrt",
-    }  # fmt: skip
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sinkexport.pipeline.RecipePlan", OnlySmooth)
         if name == "gemma2":  # as in models that are large: the sums are left for the runtime to fold
@@ -449,8 +462,9 @@ def test_smoothing_alone_changes_no_result(name: str, target: str, multiplied: i
             assert np.abs(smoothed.step(column) - want).max() < 1e-4 * want.std()
         smoothed.reset()
         assert np.abs(smoothed.prefill(ids) - want).max() < 1e-4 * want.std()
-    nodes = [[n.op_type for n in onnx.load(tmp_path / b / "decode.onnx", load_external_data=False).graph.node]
-             for b in "sf"]  # fmt: skip
+    nodes = [
+        [n.op_type for n in onnx.load(tmp_path / b / "decode.onnx", load_external_data=False).graph.node] for b in "sf"
+    ]
     assert nodes[0].count("RMSNormalization") == nodes[1].count("RMSNormalization")
     extra = nodes[0].count("Mul") - nodes[1].count("Mul")
     assert extra == multiplied
@@ -506,8 +520,13 @@ def test_a_bundle_computes_what_the_recipe_says(target: str, tmp_path: Path) -> 
     found = calibrate(loaded, asked, TEXT)
     ids = random_ids(1, 24)[0]
     want = simulated(loaded, found, asked, ids)
-    geometry: dict[str, Any] = {"num_sink_tokens": 2, "window_size": 6, "chunk_size": 1, "target": target,
-                                "native": target == "tensorrt"}  # fmt: skip
+    geometry: dict[str, Any] = {
+        "num_sink_tokens": 2,
+        "window_size": 6,
+        "chunk_size": 1,
+        "target": target,
+        "native": target == "tensorrt",
+    }
     export_loaded(loaded, tmp_path / "q", ExportConfig(**geometry, recipe=asked, calibration=found))
     export_loaded(loaded, tmp_path / "f", ExportConfig(**geometry))
     with Session.load(tmp_path / "q", threads=1) as session, Session.load(tmp_path / "f", threads=1) as plain:

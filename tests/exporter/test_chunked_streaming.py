@@ -48,10 +48,12 @@ GEOMETRIES = [(3, 7, 5), (5, 11, 2), (0, 9, 4), (4, 1, 3), (1, 13, 40)]
 
 @pytest.mark.parametrize(
     ("name", "num_sink_tokens", "window_size", "chunk"),
-    [*((name, *GEOMETRIES[0]) for name in TINY),
-     *((name, *one) for name in ("llama", "smollm3", "gemma3_text", "gpt_oss", "bloom") for one in GEOMETRIES[1:])],
+    [
+        *((name, *GEOMETRIES[0]) for name in TINY),
+        *((name, *one) for name in ("llama", "smollm3", "gemma3_text", "gpt_oss", "bloom") for one in GEOMETRIES[1:]),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_equals_the_reference(name: str, num_sink_tokens: int, window_size: int, chunk: int) -> None:
     model = tiny_model(name)
     ids = random_ids(num_sink_tokens + 5 * window_size + 3)
@@ -115,9 +117,7 @@ def test_memory_does_not_grow_with_the_stream() -> None:
         sizes = set()
         for piece in random_ids(90).split(10, dim=1):
             stream.feed(piece)
-            sizes.add(
-                sum(x.untyped_storage().nbytes() for kept in stream._kept.values() for x in vars(kept).values())
-            )
+            sizes.add(sum(x.untyped_storage().nbytes() for kept in stream._kept.values() for x in vars(kept).values()))
     assert len(sizes) == 1
 
 

@@ -54,7 +54,11 @@ def write_model(path: Path, nodes: list, inputs: list, outputs: list, constants:
     graph = helper.make_graph(nodes, "g", inputs, outputs, weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
     onnx.save_model(
-        model, path, save_as_external_data=True, all_tensors_to_one_file=True, location="weights.bin",
+        model,
+        path,
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        location="weights.bin",
         size_threshold=1024,
     )
     onnx.checker.check_model(str(path), full_check=True)
@@ -370,8 +374,9 @@ def test_an_unfit_timing_cache(readable: bool, tmp_path: Path, tensorrt: MagicMo
         config.set_timing_cache.side_effect = TypeError("incompatible function arguments")
     (tmp_path / "cache").write_bytes(b"noise")
     with pytest.raises(UsageError, match=r"--timing-cache: received .*; choose a new file"):
-        build_engine(ring_model(tmp_path / "r.onnx", "float32", 1),
-                     options=BuildOptions(timing_cache=tmp_path / "cache"))  # fmt: skip
+        build_engine(
+            ring_model(tmp_path / "r.onnx", "float32", 1), options=BuildOptions(timing_cache=tmp_path / "cache")
+        )
     assert (tmp_path / "cache").read_bytes() == b"noise"
 
 

@@ -218,9 +218,13 @@ def test_all_contenders_over_one_text(bundle: Path, model: Any, loaded: LoadedMo
     stages: list[tuple[str, int, int]] = []
     threads = torch.get_num_threads()
     found = evaluate(
-        bundle, TEXT, segment_tokens=SEGMENT, compare=Comparison(loaded, dense_tokens=40), threads=1,
+        bundle,
+        TEXT,
+        segment_tokens=SEGMENT,
+        compare=Comparison(loaded, dense_tokens=40),
+        threads=1,
         report=lambda *stage: stages.append(stage),
-    )  # fmt: skip
+    )
     curves = {curve.name: curve for curve in found.curves}
     assert list(curves) == ["bundle", "sinks + window", "window only", "recompute", "dense"]
     ours = nll_of(streamed_logits(model, S, W))
@@ -301,8 +305,10 @@ def test_plot_has_a_line_for_each_contender_that_ends_where_it_ends(tmp_path: Pa
     assert list(boundary.get_xdata()) == [C, C]
     assert axes.get_yscale() == "log"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "bundle (note): 2.7", "dense (note): 2.7", f"cache full ({C} tokens)",
-    ]  # fmt: skip
+        "bundle (note): 2.7",
+        "dense (note): 2.7",
+        f"cache full ({C} tokens)",
+    ]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -360,13 +366,31 @@ def test_command(
     bundle: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_cli(monkeypatch, bundle, "--text", text_file, "--compare", "--against", model_folder,
-                   "--segment", 16, "--recompute-block", 1) == 0  # fmt: skip
+    assert (
+        run_cli(
+            monkeypatch,
+            bundle,
+            "--text",
+            text_file,
+            "--compare",
+            "--against",
+            model_folder,
+            "--segment",
+            16,
+            "--recompute-block",
+            1,
+        )
+        == 0
+    )
     shown = capsys.readouterr()
     facts = json.loads((tmp_path / "eval.json").read_text())
     assert [curve["name"] for curve in facts["curves"]] == [
-        "bundle", "sinks + window", "window only", "recompute", "dense"
-    ]  # fmt: skip
+        "bundle",
+        "sinks + window",
+        "window only",
+        "recompute",
+        "dense",
+    ]
     for curve in facts["curves"]:
         assert f"{curve['perplexity']:.2f}" in shown.out
     assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG\r\n")
@@ -419,8 +443,17 @@ def test_command_refuses_with_exit_code_2(
 
 def test_outputs_are_checked_before_the_bundle_is_opened(text_file: Path, tmp_path: Path) -> None:
     """An hour of work must not end at a folder that does not exist."""
-    command = [sys.executable, "-m", "sinkexport.cli", "eval", str(tmp_path / "no-bundle"), "--text", str(text_file),
-               "--json", str(tmp_path / "no" / "x.json")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "sinkexport.cli",
+        "eval",
+        str(tmp_path / "no-bundle"),
+        "--text",
+        str(text_file),
+        "--json",
+        str(tmp_path / "no" / "x.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, "--json" in done.stderr) == (2, True)
 

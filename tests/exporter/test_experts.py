@@ -58,14 +58,21 @@ def graph_of(weight: np.ndarray, shape: tuple[int, ...], picks: int | None, *, i
     out = node.outputs[0]
     out.name, out.dtype, out.shape = "y", ir.DataType.FLOAT, ir.Shape((E, shape[1], M) if picks is None else (picks, M))
     inputs = [x] if chosen is None else [x, chosen]
-    return ir.Model(ir.Graph(inputs, [out], nodes=[node], initializers=[matrices], opset_imports={"": 24, DOMAIN: 1}),
-                    ir_version=11)  # fmt: skip
+    return ir.Model(
+        ir.Graph(inputs, [out], nodes=[node], initializers=[matrices], opset_imports={"": 24, DOMAIN: 1}), ir_version=11
+    )
 
 
 def cases() -> Iterator[tuple[tuple[int, ...], int | None, bool]]:
     for is_transposed in (False, True):
-        for shape, picks in (((4, K), 4), ((1, K), 3), ((2, K), 6), ((1, 4, K), None), ((E, 4, K), None),
-                             ((1, 1, K), None)):  # fmt: skip
+        for shape, picks in (
+            ((4, K), 4),
+            ((1, K), 3),
+            ((2, K), 6),
+            ((1, 4, K), None),
+            ((E, 4, K), None),
+            ((1, 1, K), None),
+        ):
             yield shape, picks, is_transposed
 
 

@@ -77,9 +77,16 @@ def test_dense_and_streaming(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("phi3-partial", {"original_max_position_embeddings": 10}),
-     ("llama", {"max_position_embeddings": 10,
-                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}})],
+    [
+        ("phi3-partial", {"original_max_position_embeddings": 10}),
+        (
+            "llama",
+            {
+                "max_position_embeddings": 10,
+                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+            },
+        ),
+    ],
     ids=["longrope", "dynamic"],
 )
 def test_frequencies_that_depend_on_length_are_those_of_a_full_cache(

@@ -128,12 +128,24 @@ def test_inputs_and_outputs_that_are_always_zero_do_no_harm() -> None:
 
 # --- rounding a model ---
 
-ROUNDED = {"schema_version": 1, "name": "mine", "description": "a test's",
-           "weights": {"bits": 4, "granularity": "block", "block_size": 16, "symmetric": False, "rounding": "gptq",
-                       "int8": ["*.v_proj"]},
-           "activations": {"mode": "float"}, "lm_head": "int8", "targets": ["onnx"],
-           "calibration": {"samples": 3, "length": 60, "sink_tokens": 2, "window": 6},
-           "thresholds": {"perplexity_increase": 0.1, "kl_divergence": 0.1, "top1_agreement": 0.8}}  # fmt: skip
+ROUNDED = {
+    "schema_version": 1,
+    "name": "mine",
+    "description": "a test's",
+    "weights": {
+        "bits": 4,
+        "granularity": "block",
+        "block_size": 16,
+        "symmetric": False,
+        "rounding": "gptq",
+        "int8": ["*.v_proj"],
+    },
+    "activations": {"mode": "float"},
+    "lm_head": "int8",
+    "targets": ["onnx"],
+    "calibration": {"samples": 3, "length": 60, "sink_tokens": 2, "window": 6},
+    "thresholds": {"perplexity_increase": 0.1, "kl_divergence": 0.1, "top1_agreement": 0.8},
+}
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -239,9 +251,12 @@ def test_a_bundle_has_the_weights_of_the_calibration(tmp_path: Path) -> None:
 def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     monkeypatch.setattr(calibration, "MOMENTS_BYTES", 3 * 4 * 64**2)
-    raw = {**ROUNDED, "weights": {"bits": 8, "granularity": "channel", "rounding": "gptq"},
-           "activations": {"mode": "static", "sinks": "separate"},
-           "calibration": {**ROUNDED["calibration"], "method": "minmax"}}  # fmt: skip
+    raw = {
+        **ROUNDED,
+        "weights": {"bits": 8, "granularity": "channel", "rounding": "gptq"},
+        "activations": {"mode": "static", "sinks": "separate"},
+        "calibration": {**ROUNDED["calibration"], "method": "minmax"},
+    }
     asked = parse_recipe(raw, "recipe 'test'")
     want = calibration.calibrate(model, asked, TEXT)
     calls = 0
@@ -278,8 +293,10 @@ def test_rounded_weights_are_refused_where_they_do_not_belong(tmp_path: Path) ->
         assert not (tmp_path / "b").exists()
 
     other = {**ROUNDED["weights"], "block_size": 32}
-    refused("calibration: weights: received bits 4, .* block_size 16, .* expected bits 4, .* block_size 32",
-            recipe(weights=other))  # fmt: skip
+    refused(
+        "calibration: weights: received bits 4, .* block_size 16, .* expected bits 4, .* block_size 32",
+        recipe(weights=other),
+    )
     refused("calibration: keep_float", recipe(keep_float=["*.o_proj"]))
     refused("no rounded weights of 'model.layers.0", recipe(), load_calibration(path))
     rounded_path(path).write_bytes(rounded_path(path).read_bytes()[:-1] + b"\1")
@@ -297,18 +314,32 @@ def test_the_command_writes_both_files(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(json.dumps(ROUNDED), encoding="utf-8")
     (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
     arguments = ["--recipe", str(tmp_path / "r.yaml"), "--text", str(tmp_path / "t.txt")]
-    result = CliRunner().invoke(cli, ["calibrate", str(folder), *arguments, "-o", str(tmp_path / "c.json")],
-                                catch_exceptions=False)  # fmt: skip
+    result = CliRunner().invoke(
+        cli, ["calibrate", str(folder), *arguments, "-o", str(tmp_path / "c.json")], catch_exceptions=False
+    )
     assert "weights of 14 layers rounded" in result.output
     files = sorted(p.name for p in tmp_path.iterdir() if p.is_file())
     assert files == ["c.json", "c.safetensors", "r.yaml", "t.txt"]
     shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "c.json")], catch_exceptions=False)
     assert "weights rounded for their inputs, in c.safetensors" in shown.output
     done = CliRunner().invoke(
-        cli, ["export", str(folder), "-o", str(tmp_path / "b"), "--sink-tokens", "2", "--window", "6",
-              "--recipe", str(tmp_path / "r.yaml"), "--calibration", str(tmp_path / "c.json")],
+        cli,
+        [
+            "export",
+            str(folder),
+            "-o",
+            str(tmp_path / "b"),
+            "--sink-tokens",
+            "2",
+            "--window",
+            "6",
+            "--recipe",
+            str(tmp_path / "r.yaml"),
+            "--calibration",
+            str(tmp_path / "c.json"),
+        ],
         catch_exceptions=False,
-    )  # fmt: skip
+    )
     assert done.exit_code == 0
     assert load_manifest(tmp_path / "b").quantization is not None
 

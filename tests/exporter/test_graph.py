@@ -55,7 +55,8 @@ def test_only_standard_operators_and_no_copies_of_the_window(name: str, batch: i
 
 def test_position_work_is_done_once_a_step(tmp_path: Path) -> None:
     few, many = (
-        ops(export_tiny(name, tmp_path / name)) for name in ("llama", "smollm3")  # 2 and 4 layers
+        ops(export_tiny(name, tmp_path / name))
+        for name in ("llama", "smollm3")  # 2 and 4 layers
     )
     for found in (few, many):
         assert found["Cos"] == found["Sin"] == 2  # the token itself and the shift

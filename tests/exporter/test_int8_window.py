@@ -67,9 +67,14 @@ class Case:
 
     def oracle(self, kv: str = "int8") -> SinkAttentionOracle:
         return SinkAttentionOracle(
-            batch=self.batch, num_sink_tokens=self.num_sinks, window_size=self.window, inv_freq=self.inv_freq,
-            interleaved=self.interleaved, softcap=self.softcap, kv=kv,
-        )  # fmt: skip
+            batch=self.batch,
+            num_sink_tokens=self.num_sinks,
+            window_size=self.window,
+            inv_freq=self.inv_freq,
+            interleaved=self.interleaved,
+            softcap=self.softcap,
+            kv=kv,
+        )
 
     def states(self, dtype: np.dtype | type = np.float32) -> Arrays:
         """Sinks (if any), window and scales before the first token."""
@@ -104,19 +109,32 @@ class Operator(torch.nn.Module):
             cos_sin = stream_angles(position, self.frequency, q.shape[2], 0)
             q, k = (
                 torch.onnx.ops.rotary_embedding(
-                    x, *(c.to(x.dtype) for c in cos_sin), interleaved=case.interleaved,
+                    x,
+                    *(c.to(x.dtype) for c in cos_sin),
+                    interleaved=case.interleaved,
                     rotary_embedding_dim=dim if dim < case.dim else 0,
                 )
                 for x in (q, k)
-            )  # fmt: skip
+            )
             behind = case.num_sinks + case.window - 1
             angles = tuple(c.to(q.dtype) for c in stream_angles(position, self.frequency, q.shape[2], behind))
         sinks = states[:2] if case.num_sinks else [None, None]
         out, sink_k, sink_v, *window, _ = sink_attention(
-            q, k, v, *sinks, *states[-4:-2], position, *(angles if case.num_sinks else (None, None)), num_valid,
-            case.dim**-0.5, case.softcap, case.interleaved, *states[-2:],
-            affine_scale=self.affine_scale, affine_bias=self.affine_bias,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            *sinks,
+            *states[-4:-2],
+            position,
+            *(angles if case.num_sinks else (None, None)),
+            num_valid,
+            case.dim**-0.5,
+            case.softcap,
+            case.interleaved,
+            *states[-2:],
+            affine_scale=self.affine_scale,
+            affine_bias=self.affine_bias,
+        )
         return [out, *([sink_k, sink_v] if case.num_sinks else []), *window]
 
 
@@ -392,9 +410,12 @@ def test_manifest_tells_the_window(tmp_path: Path) -> None:
         ("window", CONFIG, ("int8-window", "float", "int8")),
         ("both", dataclasses.replace(CONFIG, recipe=recipe), ("int8-channel", "int8", "int8")),
         ("weights", dataclasses.replace(CONFIG, recipe=recipe, kv=None), ("int8-channel", "int8", "fp")),
-        ("its own", dataclasses.replace(CONFIG, recipe=recipe.with_kv("int8"), kv=None),
-         ("int8-channel", "int8", "int8")),
-    ):  # fmt: skip
+        (
+            "its own",
+            dataclasses.replace(CONFIG, recipe=recipe.with_kv("int8"), kv=None),
+            ("int8-channel", "int8", "int8"),
+        ),
+    ):
         facts = export_loaded(loaded, tmp_path / name, config).quantization
         assert facts is not None
         assert (facts.recipe, facts.weights, facts.kv) == told

@@ -33,9 +33,14 @@ def arguments(num_tokens: int, kind: str) -> dict[str, torch.Tensor]:
         key, decay, rate = key[:, :1].expand_as(key), 0.0 * decay, torch.ones_like(rate)
     if kind == "forgetful":
         decay = 60.0 * decay
-    return {"query": normal(3, num_tokens, HEADS, KEY_DIM), "key": key, "g": decay, "beta": rate,
-            "value": normal(3, num_tokens, VALUE_HEADS, VALUE_DIM),
-            "initial_state": normal(3, VALUE_HEADS, KEY_DIM, VALUE_DIM)}  # fmt: skip
+    return {
+        "query": normal(3, num_tokens, HEADS, KEY_DIM),
+        "key": key,
+        "g": decay,
+        "beta": rate,
+        "value": normal(3, num_tokens, VALUE_HEADS, VALUE_DIM),
+        "initial_state": normal(3, VALUE_HEADS, KEY_DIM, VALUE_DIM),
+    }
 
 
 def by_steps(given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,14 +37,19 @@ def test_values_that_are_alive_at_once(tmp_path: Path) -> None:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, [size])
 
     nodes = [
-        helper.make_node("Relu", ["x"], ["a"]), helper.make_node("Concat", ["x", "x"], ["b"], axis=0),
-        helper.make_node("Concat", ["a", "b"], ["c"], axis=0), helper.make_node("Relu", ["c"], ["logits"]),
+        helper.make_node("Relu", ["x"], ["a"]),
+        helper.make_node("Concat", ["x", "x"], ["b"], axis=0),
+        helper.make_node("Concat", ["a", "b"], ["c"], axis=0),
+        helper.make_node("Relu", ["c"], ["logits"]),
         helper.make_node("Relu", ["logits"], ["window_k.0.next"]),
-    ]  # fmt: skip
+    ]
     graph = helper.make_graph(
-        nodes, "g", [value("x", 100)], [value("logits", 300), value("window_k.0.next", 300)],
+        nodes,
+        "g",
+        [value("x", 100)],
+        [value("logits", 300), value("window_k.0.next", 300)],
         value_info=[value("a", 100), value("b", 200), value("c", 300)],
-    )  # fmt: skip
+    )
     onnx.save(helper.make_model(graph), tmp_path / "g.onnx")
     manifest = toy_manifest_of(tmp_path)
     assert live_bytes(tmp_path / "g.onnx", manifest) == 4 * (100 + 200 + 300)
@@ -72,8 +77,9 @@ def test_what_is_counted_is_what_is_written(name: str, options: dict[str, str], 
     manifest = export_loaded(LoadedModel(model, None, "tiny"), tmp_path / "b", config)
     found = of_bundle(tmp_path / "b", manifest)
     weights = "int8" if recipe else "float"
-    counted = ModelShape.load(str(tmp_path / "config")).budget(S, window, B, T, dtype="fp16", weights=weights,
-                                                               kv=options.get("kv", "fp"))  # fmt: skip
+    counted = ModelShape.load(str(tmp_path / "config")).budget(
+        S, window, B, T, dtype="fp16", weights=weights, kv=options.get("kv", "fp")
+    )
     assert (counted.sinks, counted.window) == (found.sinks, found.window)
     assert found.window + found.sinks == manifest.state_bytes
     pages = PAGE * (len(list(model.parameters())) + 1)
@@ -88,8 +94,10 @@ def test_the_table_of_a_model(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     rows = json.loads(done.output)
     assert [(row["dtype"], row["weights_dtype"], row["kv"], row["window_size"]) for row in rows[:3]] == [
-        ("fp32", "float", "fp", 20), ("fp32", "float", "fp", 40), ("fp16", "float", "fp", 20),
-    ]  # fmt: skip
+        ("fp32", "float", "fp", 20),
+        ("fp32", "float", "fp", 40),
+        ("fp16", "float", "fp", 20),
+    ]
     assert rows[0]["weights"] == 4 * sum(p.numel() for p in model.parameters())
     assert rows[1]["window"] == 2 * rows[0]["window"]
     shown = invoke(tmp_path, "--memory").output

@@ -23,10 +23,17 @@ class Operator(torch.nn.Module):
     """Rotation and sink attention of one layer, as a model's attention function calls them."""
 
     def __init__(
-        self, inv_freq: np.ndarray, capacity: int, scale: float, softcap: float, interleaved: bool,
-        alibi_slopes: np.ndarray | None, sink_logit: np.ndarray | None, sink_scale: np.ndarray | None,
+        self,
+        inv_freq: np.ndarray,
+        capacity: int,
+        scale: float,
+        softcap: float,
+        interleaved: bool,
+        alibi_slopes: np.ndarray | None,
+        sink_logit: np.ndarray | None,
+        sink_scale: np.ndarray | None,
         act: Act | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.act = act
         self.register_buffer("calibrated", None if act is None else torch.tensor(act.heads).float())
@@ -54,13 +61,32 @@ class Operator(torch.nn.Module):
                 angles = stream_angles(position, self.frequency, num_tokens, self.capacity - 1)
         act = {}
         if self.act is not None:
-            act = {"attention_mass": mass[0], "calibrated": self.calibrated, "act_alpha": self.act.alpha,
-                   "act_beta": self.act.beta, "act_min_queries": self.act.min_queries}  # fmt: skip
+            act = {
+                "attention_mass": mass[0],
+                "calibrated": self.calibrated,
+                "act_alpha": self.act.alpha,
+                "act_beta": self.act.beta,
+                "act_min_queries": self.act.min_queries,
+            }
         out = sink_attention(
-            q, k, v, *sinks, *states[-2:], position, *angles, num_valid, self.scale, self.softcap, self.interleaved,
-            alibi_slopes=self.alibi_slopes, sink_logit=self.sink_logit, sink_scale=self.sink_scale, **act,
-            affine_scale=affine[0], affine_bias=affine[1],
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            *sinks,
+            *states[-2:],
+            position,
+            *angles,
+            num_valid,
+            self.scale,
+            self.softcap,
+            self.interleaved,
+            alibi_slopes=self.alibi_slopes,
+            sink_logit=self.sink_logit,
+            sink_scale=self.sink_scale,
+            **act,
+            affine_scale=affine[0],
+            affine_bias=affine[1],
+        )
         return [out[0], *(out[1:5] if len(states) == 4 else out[3:5]), *([out[7]] if act else [])]
 
 
@@ -202,9 +228,7 @@ AFFINE = [
 
 @pytest.mark.parametrize(("case", "parts", "sink_scale", "act"), AFFINE, ids=str)
 @FORMS
-def test_affine_against_oracle(
-    case: tuple, parts: str, sink_scale: tuple | None, act: Act | None, form: str
-) -> None:
+def test_affine_against_oracle(case: tuple, parts: str, sink_scale: tuple | None, act: Act | None, form: str) -> None:
     """With later sinks calibrated, the weights that are scaled and shifted are those after it."""
     (batch, num_q, *_), (num_sinks, window) = case, case[5:7]
     oracle, operator, states = _subject(case, sink_scale, act)
@@ -237,9 +261,7 @@ def test_affine_against_oracle(
     ids=str,
 )
 @FORMS
-def test_affine_chunks_against_oracle(
-    case: tuple, num_tokens: int, parts: str, act: Act | None, form: str
-) -> None:
+def test_affine_chunks_against_oracle(case: tuple, num_tokens: int, parts: str, act: Act | None, form: str) -> None:
     """Each stream takes 0 .. T tokens of every chunk, so that each query sees a number of tokens of its own."""
     (batch, num_q, *_), (num_sinks, window) = case, case[5:7]
     oracle, operator, states = _subject(case, None, act)
@@ -255,9 +277,12 @@ def test_affine_chunks_against_oracle(
             pairs, tensors = _random_affine(random, parts, batch, num_q, num_tokens)
         with torch.no_grad():
             out, *states = chunk(
-                *(torch.from_numpy(x) for x in (q, k, v)), torch.from_numpy(position), states,
-                torch.from_numpy(counts), tensors,
-            )  # fmt: skip
+                *(torch.from_numpy(x) for x in (q, k, v)),
+                torch.from_numpy(position),
+                states,
+                torch.from_numpy(counts),
+                tensors,
+            )
         for b in range(batch):
             for i in range(counts[b]):
                 want = oracle.step_stream(b, q[b, :, i], k[b, :, i], v[b, :, i], affine=pairs[b, :, i])
@@ -274,8 +299,10 @@ def _random_affine(
     shape = (1, num_q, 1) if "constant" in parts else (batch, num_q, num_tokens)
     values = [random.normal(mean, 2.0, shape).astype(np.float32) for mean in (1.0, 0.0)]
     is_there = [name in parts for name in ("scale", "bias")]
-    pairs = [np.broadcast_to(x if there else np.float32(1 - i), (batch, num_q, num_tokens))
-             for i, (x, there) in enumerate(zip(values, is_there, strict=True))]  # fmt: skip
+    pairs = [
+        np.broadcast_to(x if there else np.float32(1 - i), (batch, num_q, num_tokens))
+        for i, (x, there) in enumerate(zip(values, is_there, strict=True))
+    ]
     tensors = [torch.from_numpy(x) if there else None for x, there in zip(values, is_there, strict=True)]
     return np.stack(pairs, axis=-1), tensors
 
@@ -291,10 +318,18 @@ def _subject(
     inv_freq = 10000.0 ** (-np.arange(0, rotary_dim, 2) / max(1, rotary_dim))
     scale = dim**-0.5
     oracle = SinkAttentionOracle(
-        batch=batch, num_sink_tokens=num_sinks, window_size=window, inv_freq=inv_freq, interleaved=interleaved,
-        scale=scale, softcap=softcap, alibi_slopes=slopes, sink_logit=sink_logit, sink_scale=sink_scale,
+        batch=batch,
+        num_sink_tokens=num_sinks,
+        window_size=window,
+        inv_freq=inv_freq,
+        interleaved=interleaved,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=slopes,
+        sink_logit=sink_logit,
+        sink_scale=sink_scale,
         act=act,
-    )  # fmt: skip
+    )
     shapes = [(batch, num_kv, num_sinks, dim)] * 2 * bool(num_sinks) + [(batch, num_kv, window, dim)] * 2
     shapes += [(batch, num_q, 2, window)] * (act is not None)
     factors = None if sink_scale is None else np.array(sink_scale)
@@ -310,9 +345,12 @@ def _random_tokens(random: np.random.Generator, case: tuple, num_tokens: int) ->
 
 
 def _onnx_form(
-    operator: Operator, case: tuple, num_tokens: int, target: str,
+    operator: Operator,
+    case: tuple,
+    num_tokens: int,
+    target: str,
     affine: Sequence[torch.Tensor | None] = (None, None),
-):  # fmt: skip
+):
     """The operator for `target` as ONNX Runtime runs it, each state's input and output being one buffer."""
     batch = case[0]
     states = _subject(case, None, operator.act)[2]

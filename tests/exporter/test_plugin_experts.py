@@ -87,7 +87,8 @@ def test_it_computes_what_the_onnx_bundle_does(name: str, recipe: str | None, tm
         graph = graph_of(tmp_path / "plugin", role)
         found = products(graph)
         assert [(k, shape[0], picks) for k, shape, picks in found] == [
-            (kind, mixture.num_experts, chosen * num_tokens)] * 2 * num_layers  # fmt: skip
+            (kind, mixture.num_experts, chosen * num_tokens)
+        ] * 2 * num_layers
         assert not others(graph)
         gates = [node for node in graph.node if node.op_type == "GatedActivation"]
         assert len(gates) == (0 if name == "gpt_oss" else 2)  # that one's gate is its own
@@ -131,8 +132,10 @@ def test_the_file_holds_them_once_by_rows_of_outputs(name: str, tmp_path: Path) 
     exported(model, tmp_path / "onnx", dtype="fp16")
     sizes = {(tmp_path / folder / "weights.bin").stat().st_size for folder in ("plugin", "onnx")}
     assert len(sizes) == 1
-    read = {role: {n.input[1] for n in graph_of(tmp_path / "plugin", role).node if n.op_type in KINDS}
-            for role in ("decode", "prefill")}  # fmt: skip
+    read = {
+        role: {n.input[1] for n in graph_of(tmp_path / "plugin", role).node if n.op_type in KINDS}
+        for role in ("decode", "prefill")
+    }
     assert read["decode"] == read["prefill"]
     stored = {tensor.name: tensor for tensor in onnx.load(tmp_path / "plugin" / "decode.onnx").graph.initializer}
     for path, module in mixtures(model).items():

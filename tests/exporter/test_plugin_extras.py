@@ -30,24 +30,36 @@ from tests.exporter.tiny_models import TINY, VOCAB_SIZE
 
 FLAGS = ("has_alibi", "has_sink_logit", "has_sink_scale", "has_gate")
 _SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "pad_token_id": 0,
+}
 _SLIDING_AND_FULL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
 
 # Configuration and the flag of what its attention has besides. All have heads of 64.
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "bloom": ("BloomConfig", {**TINY["bloom"][1], "hidden_size": 128, "n_head": 2}, "has_alibi"),
     "mpt": ("MptConfig", {**TINY["mpt"][1], "d_model": 192, "n_heads": 3}, "has_alibi"),
-    "falcon-alibi": ("FalconConfig", {**TINY["falcon-alibi"][1], "hidden_size": 128, "num_attention_heads": 2},
-                     "has_alibi"),
+    "falcon-alibi": (
+        "FalconConfig",
+        {**TINY["falcon-alibi"][1], "hidden_size": 128, "num_attention_heads": 2},
+        "has_alibi",
+    ),
     # Positions in sliding layers only, sink logits in all; with `mlp_only_layers` it has no experts.
     "flint": ("FlintConfig", {**_SIZES, **_SLIDING_AND_FULL, "mlp_only_layers": [0, 1]}, "has_sink_logit"),
     "llama": ("LlamaConfig", {**TINY["llama"][1], "head_dim": 64}, "has_sink_scale"),  # by a file
     "afmoe": ("AfmoeConfig", {**_SIZES, **_SLIDING_AND_FULL, "num_dense_layers": 2}, "has_gate"),
-    "qwen3_5_text": ("Qwen3_5TextConfig", {**TINY["qwen3_5_text"][1], "head_dim": 64,
-                                           "layer_types": ["full_attention"] * 2}, "has_gate"),
-}  # fmt: skip
+    "qwen3_5_text": (
+        "Qwen3_5TextConfig",
+        {**TINY["qwen3_5_text"][1], "head_dim": 64, "layer_types": ["full_attention"] * 2},
+        "has_gate",
+    ),
+}
 
 
 def model_of(name: str, dtype: str = "fp32") -> Any:
@@ -115,8 +127,12 @@ def test_gates_of_two_streams(tmp_path: Path) -> None:
     graph = onnx.load(tmp_path / "plugin" / "decode.onnx", load_external_data=False).graph
     assert sum(node.op_type == "Sigmoid" for node in graph.node) == 2  # the SiLU of both layers
     with Session.load(tmp_path / "onnx", threads=1) as session:
-        found = errors(PluginBundle(tmp_path / "plugin", manifest), session,
-                       np.random.default_rng(2).integers(3, VOCAB_SIZE, (2, 20)), 0)  # fmt: skip
+        found = errors(
+            PluginBundle(tmp_path / "plugin", manifest),
+            session,
+            np.random.default_rng(2).integers(3, VOCAB_SIZE, (2, 20)),
+            0,
+        )
     assert max(found) < 0.01
 
 
@@ -145,8 +161,10 @@ class TestOutputGate:
     ) -> ir.Node:
         """The attention of a graph out -> Transpose -> Reshape, if it joins heads -> Mul."""
         b, h, t, d = self.B, self.H, self.T, self.D
-        values = {name: ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
-                  for name, shape in {"q": (b, h, t, d), "gate": gate}.items()}  # fmt: skip
+        values = {
+            name: ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+            for name, shape in {"q": (b, h, t, d), "gate": gate}.items()
+        }
         attention = ir.node("SinkAttention", [values["q"]], domain="ai.sinkexport")
         out = attention.outputs[0]
         moved = ir.node("Transpose", [out], {"perm": perm})

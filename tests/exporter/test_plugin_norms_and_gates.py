@@ -49,8 +49,11 @@ def counts(path: Path) -> Counter[str]:
 
 
 def attributes(path: Path, op_type: str) -> list[dict[str, Any]]:
-    return [{a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            for node in nodes_of(path) if node.op_type == op_type]  # fmt: skip
+    return [
+        {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        for node in nodes_of(path)
+        if node.op_type == op_type
+    ]
 
 
 @pytest.mark.parametrize("recipe", [None, "int8-channel"])

@@ -72,18 +72,25 @@ FLOAT_WEIGHT = "scaled_{y} = Mul (normal_{y}, weight)\n{y} = Cast <to = 10> (sca
 FLOAT_RESULT = "{y} = Mul (normal_{y}, weight)"
 
 
-def norm_graph(body: str, *, outputs: tuple[str, ...] = ("y",), weight: str = "float16", width: int = WIDTH,
-               result: str = "float16") -> ir.Model:  # fmt: skip
+def norm_graph(
+    body: str,
+    *,
+    outputs: tuple[str, ...] = ("y",),
+    weight: str = "float16",
+    width: int = WIDTH,
+    result: str = "float16",
+) -> ir.Model:
     numbers = 1 + np.arange(width) % 3
     if weight == "float16":  # the text form has the bits of these
         numbers = numbers.astype(np.float16).view(np.uint16)
     values = ", ".join(map(str, numbers))
     return parsed(
-        body, ", ".join(f"float16[2, 3, {width}] {name}" for name in ("x", "r")),
+        body,
+        ", ".join(f"float16[2, 3, {width}] {name}" for name in ("x", "r")),
         ", ".join(f"{result}[2, 3, {width}] {name}" for name in outputs),
         f"{weight}[{width}] weight = {{{values}}}, float epsilon = {{0.1}}, float two = {{2.0}}, "
         "int64[1] axes = {-1}, float16[1] bias = {15360}",
-    )  # fmt: skip
+    )
 
 
 SUM = "h = Add (x, r)\n"
@@ -98,15 +105,21 @@ SUM = "h = Add (x, r)\n"
         (norm_graph(SUM + norm("h", "y", HALF_WEIGHT), outputs=("y", "h")), ["RmsNorm"]),
         (norm_graph(SUM + norm("h", "y", FLOAT_WEIGHT), outputs=("y", "h"), weight="float"), ["RmsNorm"]),
         # The second norm of a sum takes the first one's.
-        (norm_graph(SUM + norm("h", "y", HALF_WEIGHT) + norm("h", "z", HALF_WEIGHT), outputs=("y", "z")),
-         ["RmsNorm", "RmsNorm"]),
+        (
+            norm_graph(SUM + norm("h", "y", HALF_WEIGHT) + norm("h", "z", HALF_WEIGHT), outputs=("y", "z")),
+            ["RmsNorm", "RmsNorm"],
+        ),
         # A stream through two norms.
-        (norm_graph(SUM + norm("h", "y", HALF_WEIGHT) + "k = Add (h, y)\n" + norm("k", "z", HALF_WEIGHT),
-                    outputs=("z", "k")), ["RmsNorm", "RmsNorm"]),
+        (
+            norm_graph(
+                SUM + norm("h", "y", HALF_WEIGHT) + "k = Add (h, y)\n" + norm("k", "z", HALF_WEIGHT), outputs=("z", "k")
+            ),
+            ["RmsNorm", "RmsNorm"],
+        ),
         (norm_graph("h = Add (x, bias)\n" + norm("h", "y", HALF_WEIGHT)), ["Add", "RmsNorm"]),
     ],
     ids=range(8),
-)  # fmt: skip
+)
 def test_norms_that_become_nodes(model: ir.Model, expected: list[str]) -> None:
     """They give what was there, but for a last bit where float32 and float64 fall on two sides of a tie."""
     found, before, after = run_both(model, use_norm_plugins, 100.0)
@@ -122,13 +135,18 @@ def test_norms_that_become_nodes(model: ir.Model, expected: list[str]) -> None:
     [
         norm_graph(norm("x", "y", HALF_WEIGHT), width=12),
         norm_graph(norm("x", "y", FLOAT_RESULT), weight="float", result="float"),
-        norm_graph("x_32 = Cast <to = 1> (x)\nr_32 = Cast <to = 1> (r)\nh = Add (x_32, r_32)\n"
-                   + norm("h", "y", FLOAT_WEIGHT), weight="float"),  # a stream of float32
-        norm_graph(norm("x", "y", HALF_WEIGHT).replace("axes", "rows").replace(
-            "square_y = ", "rows = Constant <value = int64[1] {1}> ()\nsquare_y = ")),
+        norm_graph(
+            "x_32 = Cast <to = 1> (x)\nr_32 = Cast <to = 1> (r)\nh = Add (x_32, r_32)\n" + norm("h", "y", FLOAT_WEIGHT),
+            weight="float",
+        ),  # a stream of float32
+        norm_graph(
+            norm("x", "y", HALF_WEIGHT)
+            .replace("axes", "rows")
+            .replace("square_y = ", "rows = Constant <value = int64[1] {1}> ()\nsquare_y = ")
+        ),
     ],
     ids=["width", "float32 result", "float32 sum", "other axis"],
-)  # fmt: skip
+)
 def test_norms_that_stay(model: ir.Model) -> None:
     before = kinds(model)
     assert use_norm_plugins(model) == 0
@@ -152,14 +170,17 @@ GELU_TANH = 'active = Gelu <approximate = "tanh"> (gate)\n'
 MERGED = "gate, up = Split <axis = -1> (both, sizes)\n"
 
 
-def gate_graph(body: str, *, merged: bool = True, width: int = WIDTH, dtype: str = "float16", outputs: str = "",
-               factor: str = "up") -> ir.Model:  # fmt: skip
+def gate_graph(
+    body: str, *, merged: bool = True, width: int = WIDTH, dtype: str = "float16", outputs: str = "", factor: str = "up"
+) -> ir.Model:
     shape = f"{dtype}[2, 3, {width}]"
     inputs = f"{dtype}[2, 3, {2 * width}] both" if merged else f"{shape} gate, {shape} up"
     return parsed(
-        (MERGED if merged else "") + body + f"y = Mul (active, {factor})\n", inputs,
-        f"{shape} y" + (f", {shape} {outputs}" if outputs else ""), f"int64[2] sizes = {{{width}, {width}}}",
-    )  # fmt: skip
+        (MERGED if merged else "") + body + f"y = Mul (active, {factor})\n",
+        inputs,
+        f"{shape} y" + (f", {shape} {outputs}" if outputs else ""),
+        f"int64[2] sizes = {{{width}, {width}}}",
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,14 +195,17 @@ def gate_graph(body: str, *, merged: bool = True, width: int = WIDTH, dtype: str
         (gate_graph(SILU.replace("gate", "up"), factor="gate"), 0, 0, ["GatedActivation", "Split"]),  # up | gate
     ],
     ids=range(7),
-)  # fmt: skip
+)
 def test_gates_that_become_nodes(model: ir.Model, activation: int, merged: int, expected: list[str]) -> None:
     """They differ from what was there by its roundings: of the share, of the activation."""
     found, before, after = run_both(model, use_gate_plugins, 2.0)
     assert found == expected
     (node,) = (node for node in model.graph if node.op_type == "GatedActivation")
     assert [node.attributes[name].as_int() for name in ("activation", "is_merged", "width")] == [
-        activation, merged, WIDTH]  # fmt: skip
+        activation,
+        merged,
+        WIDTH,
+    ]
     np.testing.assert_allclose(after[0].astype(np.float64), before[0].astype(np.float64), rtol=4 * 2.0**-11, atol=2e-3)
     for got, want in zip(after[1:], before[1:], strict=True):
         np.testing.assert_array_equal(got, want)

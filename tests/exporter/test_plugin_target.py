@@ -101,8 +101,9 @@ def with_smooth(folder: Path, **config: Any) -> Manifest:
     """A bundle whose products have INT8 inputs with static ranges."""
     asked, model = recipe(), wide_model("llama-tied")
     found = calibrate(LoadedModel(model, tiny_tokenizer(), "tiny"), asked, TEXT)
-    return exported(model, folder, **{"num_sink_tokens": 2, "target": "tensorrt", **config}, recipe=asked,
-                    calibration=found)  # fmt: skip
+    return exported(
+        model, folder, **{"num_sink_tokens": 2, "target": "tensorrt", **config}, recipe=asked, calibration=found
+    )
 
 
 def test_static_inputs_compute_what_the_native_bundle_does(tmp_path: Path) -> None:
@@ -132,8 +133,7 @@ def test_what_tensorrt_8_is_given(name: str, tmp_path: Path) -> None:
         assert model.ir_version == 8
         kinds = {node.op_type for node in model.graph.node}
         assert "SinkAttention" in kinds
-        assert kinds <= SAME | {"SinkAttention", "HalfLinear", "RmsNorm", "GatedActivation", "Split",
-                                 "ReduceMean"}
+        assert kinds <= SAME | {"SinkAttention", "HalfLinear", "RmsNorm", "GatedActivation", "Split", "ReduceMean"}
         assert ("ReduceMean" in kinds) == (name == "gpt_neox")
         for value in [*model.graph.input, *model.graph.output]:
             assert value.type.tensor_type.elem_type != onnx.TensorProto.INT64
@@ -146,8 +146,9 @@ def test_what_tensorrt_8_is_given(name: str, tmp_path: Path) -> None:
         attentions = [node for node in model.graph.node if node.op_type == "SinkAttention"]
         assert len(attentions) == 2
         assert {a.name: a.s for a in attentions[0].attribute if a.name.startswith("plugin_")} == {
-            "plugin_version": b"1", "plugin_namespace": b"",
-        }  # fmt: skip
+            "plugin_version": b"1",
+            "plugin_namespace": b"",
+        }
 
 
 def plugin_nodes(folder: Path, role: str) -> list[str]:
@@ -189,8 +190,14 @@ def test_products_that_the_kernel_does_not_take_stay(tmp_path: Path) -> None:
     exported(odd, tmp_path / "odd", target="tensorrt", dtype="fp16", chunk_size=1)
     assert [kind for kind, _ in operators(tmp_path / "odd")] == [*["HalfLinear"] * 3, "MatMul"] * 2 + ["HalfLinear"]
     exported(wide_model("llama-tied"), tmp_path / "fp32", target="tensorrt", chunk_size=1)
-    exported(wide_model("llama-tied", "fp16"), tmp_path / "native", target="tensorrt", dtype="fp16", chunk_size=1,
-             native=True)  # fmt: skip
+    exported(
+        wide_model("llama-tied", "fp16"),
+        tmp_path / "native",
+        target="tensorrt",
+        dtype="fp16",
+        chunk_size=1,
+        native=True,
+    )
     for name in ("fp32", "native"):
         assert {kind for kind, _ in operators(tmp_path / name)} == {"MatMul", "Gemm"}
 
@@ -282,8 +289,9 @@ class TestBuilding:
 
     def test_the_command(self, plugin_library: Path, tmp_path: Path) -> None:
         exported(wide_model("llama-tied", "fp16"), tmp_path / "b", dtype="fp16", target="tensorrt", chunk_size=1)
-        result = CliRunner().invoke(cli, ["build", str(tmp_path / "b"), "--plugin", str(plugin_library),
-                                          "--tactic-sources", "0"])  # fmt: skip
+        result = CliRunner().invoke(
+            cli, ["build", str(tmp_path / "b"), "--plugin", str(plugin_library), "--tactic-sources", "0"]
+        )
         assert result.exit_code == 0, result.output
         assert "decode.engine: decode, TensorRT-RTX" in result.output
         with pytest.raises(BackendError, match="a bundle whose graphs need the TensorRT plugin"):
@@ -358,11 +366,18 @@ def with_engine(bundle: Path, **changes: Any) -> Manifest:
     (bundle / "engines").mkdir(exist_ok=True)
     (bundle / "engines" / "decode.engine").write_bytes(b"engine")
     facts = {
-        "file": "engines/decode.engine", "bytes": 6,
+        "file": "engines/decode.engine",
+        "bytes": 6,
         "sha256": "c2594c2bec5d1d8c6bc9a7dd7b7ee7cc34e3d9b1d1f22a4ae9e7b0f1e1f3a5d1",
-        "graph_sha256": manifest.files["decode.onnx"].sha256, "flavour": "TensorRT", "version": "10.14.1.48",
-        "plugin_abi": "1", "gpu": "NVIDIA L4", "compute_capability": "8.9", "precision": "float16", **changes,
-    }  # fmt: skip
+        "graph_sha256": manifest.files["decode.onnx"].sha256,
+        "flavour": "TensorRT",
+        "version": "10.14.1.48",
+        "plugin_abi": "1",
+        "gpu": "NVIDIA L4",
+        "compute_capability": "8.9",
+        "precision": "float16",
+        **changes,
+    }
     raw = json.loads(manifest.to_json())
     return Manifest.from_json(json.dumps({**raw, "engines": {"decode": facts}}))
 

@@ -57,8 +57,17 @@ class RoundedToy(Toy):
 def quantised(folder: Path, thresholds: dict[str, float] | None = None, **facts: Any) -> Path:
     """The bundle, said to be quantised."""
     limits = LOOSE if thresholds is None else thresholds
-    entry = Quantization(**{"recipe": "test", "weights": "int8", "activations": "float", "kv": "fp",
-                            "calibration_sha256": None, "thresholds": limits, **facts})  # fmt: skip
+    entry = Quantization(
+        **{
+            "recipe": "test",
+            "weights": "int8",
+            "activations": "float",
+            "kv": "fp",
+            "calibration_sha256": None,
+            "thresholds": limits,
+            **facts,
+        }
+    )
     write_manifest(folder, dataclasses.replace(load_manifest(folder), quantization=entry))
     return folder
 
@@ -139,8 +148,9 @@ def test_figures_of_given_predictions(num_tokens: int) -> None:
     got = (want + random.normal(size=want.shape)).astype(np.float32)
     ids = random.integers(0, 50, num_tokens + 1)
     told: list[tuple[str, int, int]] = []
-    quality = compare_predictions(contender_of("reference", want, 64), contender_of("bundle", got, 1), ids,
-                                  lambda *stage: told.append(stage))  # fmt: skip
+    quality = compare_predictions(
+        contender_of("reference", want, 64), contender_of("bundle", got, 1), ids, lambda *stage: told.append(stage)
+    )
     assert_figures(quality, expected(want, got, ids[1:].tolist()), 1e-10)
     assert told[0] == ("quality", 0, num_tokens)
     assert told[-1] == ("quality", num_tokens, num_tokens)
@@ -198,8 +208,10 @@ def test_toy_against_its_floating_point_bundle(float_toy: Path, rounded_toy: Pat
     assert report.prefill.positions >= 10
     assert report.prefill.max_relative_error < 1e-4
     assert [name for i, (name, *_) in enumerate(stages) if i == 0 or name != stages[i - 1][0]] == [
-        "load", "quality", "prefill"
-    ]  # fmt: skip
+        "load",
+        "quality",
+        "prefill",
+    ]
 
 
 def test_only_the_first_tokens_of_the_text_count(float_toy: Path, rounded_toy: Path) -> None:
@@ -437,8 +449,23 @@ def test_command_compares_predictions_of_a_bundle_that_is_not_quantised(
 ) -> None:
     other = build_toy(tmp_path / "rounded", RoundedToy())
     out = tmp_path / "report.json"
-    assert run_cli(monkeypatch, "verify", other, "--quality", "--against", float_toy, "--text", text_file,
-                   "--tokens", 40, "--json", out) == 0  # fmt: skip
+    assert (
+        run_cli(
+            monkeypatch,
+            "verify",
+            other,
+            "--quality",
+            "--against",
+            float_toy,
+            "--text",
+            text_file,
+            "--tokens",
+            40,
+            "--json",
+            out,
+        )
+        == 0
+    )
     facts = json.loads(out.read_text())
     assert (facts["recipe"], facts["checks"], facts["quality"]["num_tokens"]) == (None, [], 39)
     assert facts["quality"]["kl_divergence"] > 0.001

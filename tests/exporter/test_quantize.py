@@ -51,9 +51,11 @@ class OneProduct:
         x = ir.Value(name="x", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
         position = ir.Value(name="position", shape=ir.Shape([batch]), type=ir.TensorType(ir.DataType.INT64))
         matrix = ir.Value(
-            name="w.T", shape=ir.Shape((weight.num_inputs, weight.num_outputs)),
-            type=ir.TensorType(ir.DataType.FLOAT), const_value=ir.Tensor(weight.source.numpy().T.copy(), name="w.T"),
-        )  # fmt: skip
+            name="w.T",
+            shape=ir.Shape((weight.num_inputs, weight.num_outputs)),
+            type=ir.TensorType(ir.DataType.FLOAT),
+            const_value=ir.Tensor(weight.source.numpy().T.copy(), name="w.T"),
+        )
         node = ir.node("MatMul", [x, matrix])
         out = node.outputs[0]
         out.shape = ir.Shape((batch, num_tokens, weight.num_outputs))
@@ -100,8 +102,9 @@ def test_weight_only_products(bits: Any, symmetric: bool, depth: int, block: int
     got = one.run(x, np.zeros(2, np.int64))
     # What is left is the kernel's rounding of x to 8 bits in each block: half a step of each number at most.
     blocks = [slice(start, start + block) for start in range(0, depth, block)]
-    half = np.concatenate([np.abs(x[..., b]).max(-1, keepdims=True).repeat(len(range(depth)[b]), -1) / 254
-                           for b in blocks], axis=-1)  # fmt: skip
+    half = np.concatenate(
+        [np.abs(x[..., b]).max(-1, keepdims=True).repeat(len(range(depth)[b]), -1) / 254 for b in blocks], axis=-1
+    )
     assert (np.abs(got - want) <= 1.02 * half @ np.abs(weight.dequantized()).T + 1e-5).all()
     exact = x.astype(np.float64) @ weight.source.numpy().T
     assert np.abs(got - exact).max() > 0.0
@@ -328,9 +331,7 @@ def test_an_untied_embedding_may_stay_in_floating_point(tmp_path: Path) -> None:
         assert [k for name, k in found.items() if "embed_tokens" in name and ".scales" not in name] == [kind]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=needs_tensorrt) for name in ("llama", "llama-tied")]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_tensorrt) for name in ("llama", "llama-tied")])
 def test_tensorrt_builds_int8_weights(name: str, tmp_path: Path) -> None:
     recipe = load_recipe("int8-channel")
     with exported(tiny_model(name), tmp_path / "b", recipe, target="tensorrt", native=True) as session:
@@ -344,9 +345,10 @@ def test_recipes_that_cannot_be_followed_are_refused() -> None:
     with pytest.raises(UsageError, match="recipe 'int8-dynamic': received target tensorrt, expected onnx"):
         ExportConfig(recipe=load_recipe("int8-dynamic"), target="tensorrt")
     static = edited(
-        "int8-channel", activations={"mode": "static", "sinks": "separate"},
+        "int8-channel",
+        activations={"mode": "static", "sinks": "separate"},
         calibration={"method": "minmax", "samples": 1, "length": 64},
-    )  # fmt: skip
+    )
     with pytest.raises(UsageError, match="received no calibration"):
         ExportConfig(recipe=static)
 
@@ -377,8 +379,13 @@ def test_static_ranges_reach_the_graph(sinks: str, tmp_path: Path) -> None:
         def check_recipe(self, recipe: Recipe) -> None: ...
         def check_model(self, model: Any) -> None: ...
 
-    recipe = edited("int8-channel", activations={"mode": "static", "sinks": sinks}, lm_head="int8", targets=["onnx"],
-                    calibration={"method": "minmax", "samples": 1, "length": 64})  # fmt: skip
+    recipe = edited(
+        "int8-channel",
+        activations={"mode": "static", "sinks": sinks},
+        lm_head="int8",
+        targets=["onnx"],
+        calibration={"method": "minmax", "samples": 1, "length": 64},
+    )
     ids = random_ids(1, 20)
     with exported(tiny_model("llama"), tmp_path / "q", recipe, calibration=Fixed()) as session:
         steps = [session.step(column).copy() for column in ids.T]

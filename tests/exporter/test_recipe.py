@@ -45,8 +45,11 @@ def keys_of(model: type[pydantic.BaseModel], prefix: str = "") -> set[str]:
     """Every key of the schema, dotted."""
     found: set[str] = set()
     for name, field in model.model_fields.items():
-        inner = [t for t in (field.annotation, *getattr(field.annotation, "__args__", ()))
-                 if isinstance(t, type) and issubclass(t, pydantic.BaseModel)]  # fmt: skip
+        inner = [
+            t
+            for t in (field.annotation, *getattr(field.annotation, "__args__", ()))
+            if isinstance(t, type) and issubclass(t, pydantic.BaseModel)
+        ]
         found |= keys_of(inner[0], f"{prefix}{name}.") if inner else {prefix + name}
     return found
 

@@ -53,10 +53,12 @@ def test_dense_before_the_window_fills(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "geometry"),
-    [*((name, (S, W)) for name in TINY),
-     *((name, g) for name in ("llama", "smollm3", "gemma3_text", "gpt_oss", "bloom") for g in ((0, 5), (4, 1)))],
+    [
+        *((name, (S, W)) for name in TINY),
+        *((name, g) for name in ("llama", "smollm3", "gemma3_text", "gpt_oss", "bloom") for g in ((0, 5), (4, 1))),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_attention_equals_the_oracle(name: str, geometry: tuple[int, int]) -> None:
     model = tiny_model(name)
     rotary = getattr(model.base_model, "rotary_emb", None) or table_of_sinusoids(model)
@@ -78,9 +80,7 @@ def test_every_attention_equals_the_oracle(name: str, geometry: tuple[int, int])
     assert worst < 1e-5
 
 
-def oracle_of(
-    name: str, model: Any, module: Any, rotary: Any, geometry: tuple[int, int]
-) -> SinkAttentionOracle:
+def oracle_of(name: str, model: Any, module: Any, rotary: Any, geometry: tuple[int, int]) -> SinkAttentionOracle:
     """What the configuration and transformers' own modules say of one layer's attention."""
     num_sinks, window = geometry
     own_window = getattr(module, "sliding_window", None)
@@ -92,16 +92,20 @@ def oracle_of(
     rotates = getattr(module, "use_rope", name != "cohere2" or own_window is not None)
     has_rotary = slopes is None and rotary is not None and rotates
     return SinkAttentionOracle(
-        batch=B, num_sink_tokens=num_sinks, window_size=window,
+        batch=B,
+        num_sink_tokens=num_sinks,
+        window_size=window,
         inv_freq=getattr(rotary, f"{prefix}inv_freq") if has_rotary else (),
         interleaved=name in INTERLEAVED,
         attention_scaling=getattr(rotary, f"{prefix}attention_scaling", 1.0) if has_rotary else 1.0,
-        scale=next((getattr(module, key) for key in ("scaling", "inv_norm_factor", "softmax_scale")
-                    if hasattr(module, key)), None),
+        scale=next(
+            (getattr(module, key) for key in ("scaling", "inv_norm_factor", "softmax_scale") if hasattr(module, key)),
+            None,
+        ),
         softcap=getattr(module, "attn_logit_softcapping", None) or 0.0,
         alibi_slopes=slopes,
         sink_logit=module.sinks.detach() if hasattr(module, "sinks") else None,
-    )  # fmt: skip
+    )
 
 
 def table_of_sinusoids(model: Any) -> Any:
@@ -151,8 +155,9 @@ def test_streams_of_a_batch_are_independent() -> None:
     ids = random_ids(3 * C)
     together = streamed(model, ids)
     for stream in range(B):
-        torch.testing.assert_close(together[stream : stream + 1], streamed(model, ids[stream : stream + 1]),
-                                   rtol=0, atol=2e-5)  # fmt: skip
+        torch.testing.assert_close(
+            together[stream : stream + 1], streamed(model, ids[stream : stream + 1]), rtol=0, atol=2e-5
+        )
     assert float((together[0] - together[1]).abs().max()) > 0.1
 
 
@@ -206,10 +211,17 @@ def tiny(config: Any) -> Any:
 
 
 COMMON = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 
 @pytest.mark.parametrize(
@@ -220,7 +232,7 @@ COMMON = {
         (lambda: transformers.HunYuanDenseV1Config(**COMMON), "more than a rotation"),
     ],
     ids=["gpt2", "hunyuan"],
-)  # fmt: skip
+)
 def test_refused(config: Any, reason: str) -> None:
     model = tiny(config())
     if hasattr(model.base_model, "layers"):

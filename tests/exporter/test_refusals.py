@@ -21,14 +21,18 @@ from sinkrt import UsageError
 from tests.exporter.tiny_models import tiny_model
 
 _SMALL: dict[str, Any] = {
-    "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
-}  # fmt: skip
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+}
 
 REFUSED = {
     "gpt2": (transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4), "absolute position"),
     "opt": (transformers.OPTConfig(**_SMALL, ffn_dim=32, word_embed_proj_dim=32), "absolute position"),
     "mamba": (transformers.MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2), "no attention"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
@@ -104,8 +108,17 @@ def test_weights_that_are_not_finite_are_named(value: float, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "bad", [{"window_size": 0}, {"num_sink_tokens": -1}, {"batch": 0}, {"dtype": "bf16"}, {"window_size": 2.5},
-            {"chunk_size": 0}, {"chunk_size": 13, "window_size": 12}, {"chunk_size": True}]
+    "bad",
+    [
+        {"window_size": 0},
+        {"num_sink_tokens": -1},
+        {"batch": 0},
+        {"dtype": "bf16"},
+        {"window_size": 2.5},
+        {"chunk_size": 0},
+        {"chunk_size": 13, "window_size": 12},
+        {"chunk_size": True},
+    ],
 )
 def test_bad_geometry(bad: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"received .* expected .*; (change|lower) --"):

@@ -36,12 +36,18 @@ __all__ = ["alone", "many_bundle", "served"]  # fixtures
 def test_chat_says_what_a_session_says(served: Served, alone: Alone) -> None:
     messages = [{"role": "system", "content": "Be brief."}, user("Hello, wörld")]
     whole = served.client().chat.completions.create(
-        model="toy", messages=messages, max_tokens=20, temperature=0.7, top_p=0.9, seed=4,
+        model="toy",
+        messages=messages,
+        max_tokens=20,
+        temperature=0.7,
+        top_p=0.9,
+        seed=4,
         extra_body={"top_k": 50, "repetition_penalty": 1.2, "ignore_eos": True},
-    )  # fmt: skip
+    )
     ids = chat_ids(alone.tokenizer, messages)
-    expected = alone.texts([ids], 20, temperature=0.7, top_p=0.9, seed=4, top_k=50, repetition_penalty=1.2,
-                           ignore_eos=True)  # fmt: skip
+    expected = alone.texts(
+        [ids], 20, temperature=0.7, top_p=0.9, seed=4, top_k=50, repetition_penalty=1.2, ignore_eos=True
+    )
     choice = whole.choices[0]
     assert (whole.object, whole.model, choice.index, choice.message.role) == ("chat.completion", "toy", 0, "assistant")
     assert [choice.message.content] == expected
@@ -54,10 +60,17 @@ def test_chat_says_what_a_session_says(served: Served, alone: Alone) -> None:
 @pytest.mark.parametrize("usage", [False, True])
 def test_streams_say_the_same(served: Served, alone: Alone, usage: bool) -> None:
     options: dict[str, Any] = {"stream_options": {"include_usage": True}} if usage else {}
-    chunks = list(served.client().chat.completions.create(
-        model="toy", messages=[user("hi")], max_completion_tokens=30, temperature=0, stream=True, **options,
-        extra_body={"ignore_eos": True},
-    ))  # fmt: skip
+    chunks = list(
+        served.client().chat.completions.create(
+            model="toy",
+            messages=[user("hi")],
+            max_completion_tokens=30,
+            temperature=0,
+            stream=True,
+            **options,
+            extra_body={"ignore_eos": True},
+        )
+    )
     ids = chat_ids(alone.tokenizer, [user("hi")])
     if usage:
         last = chunks.pop()
@@ -76,8 +89,13 @@ def test_completions_take_text_and_ids(served: Served, alone: Alone) -> None:
     for prompt in ("some text", [1, 2, 3], ["some text"], [[1, 2, 3]]):
         ids = [1, 2, 3] if prompt in ([1, 2, 3], [[1, 2, 3]]) else alone.tokenizer.encode("some text")
         expected = alone.texts([ids], 12, temperature=1.0, seed=9, ignore_eos=True)
-        options: dict[str, Any] = {"model": "toy", "prompt": prompt, "max_tokens": 12, "seed": 9,
-                                   "extra_body": {"ignore_eos": True}}  # fmt: skip
+        options: dict[str, Any] = {
+            "model": "toy",
+            "prompt": prompt,
+            "max_tokens": 12,
+            "seed": 9,
+            "extra_body": {"ignore_eos": True},
+        }
         assert [client.completions.create(**options).choices[0].text] == expected
         pieces = [chunk.choices[0].text for chunk in client.completions.create(**options, stream=True)]
         assert ["".join(pieces)] == expected
@@ -88,9 +106,14 @@ def test_stop_texts_are_not_shown(served: Served, alone: Alone) -> None:
     stop = whole[10:13]
     for stream in (False, True):
         answer = served.client().completions.create(
-            model="toy", prompt=[7, 8], max_tokens=60, temperature=0, stop=[stop, "never said"], stream=stream,
+            model="toy",
+            prompt=[7, 8],
+            max_tokens=60,
+            temperature=0,
+            stop=[stop, "never said"],
+            stream=stream,
             extra_body={"ignore_eos": True},
-        )  # fmt: skip
+        )
         choices = [chunk.choices[0] for chunk in answer] if stream else [answer.choices[0]]
         assert "".join(choice.text for choice in choices) == whole[: whole.index(stop)]
         assert choices[-1].finish_reason == "stop"
@@ -202,29 +225,33 @@ def test_a_named_conversation_goes_on_for_ever(served: Served, alone: Alone) -> 
     for i, text in enumerate(("one", "two", "three", "four")):
         messages = [*([] if i else [{"role": "system", "content": "S"}]), user(text)]
         answer = client.chat.completions.create(
-            model="toy", messages=messages, max_tokens=15, temperature=0,
+            model="toy",
+            messages=messages,
+            max_tokens=15,
+            temperature=0,
             extra_body={"conversation": "ada", "ignore_eos": True},
-        )  # fmt: skip
+        )
         position += len(prompts[i]) + 15
         assert answer.choices[0].message.content == expected[i]
         assert answer.model_dump()["conversation"] == {"id": "ada", "position": position, "new": i == 0}
     assert position > 4 * served.session.capacity
     with pytest.raises(openai.BadRequestError, match="expected one user message"):
-        client.chat.completions.create(model="toy", messages=[user("a"), user("b")],
-                                       extra_body={"conversation": "ada"})  # fmt: skip
+        client.chat.completions.create(model="toy", messages=[user("a"), user("b")], extra_body={"conversation": "ada"})
     delete = f"{served.url}/v1/conversations/ada"
     assert httpx.delete(delete).json() == {"id": "ada", "object": "conversation.deleted", "deleted": True}
     assert httpx.delete(delete).status_code == 404
-    answer = client.chat.completions.create(model="toy", messages=[user("x")], max_tokens=1,
-                                            extra_body={"conversation": "ada"})  # fmt: skip
+    answer = client.chat.completions.create(
+        model="toy", messages=[user("x")], max_tokens=1, extra_body={"conversation": "ada"}
+    )
     assert answer.model_dump()["conversation"]["new"] is True
 
 
 def test_completions_go_on_in_a_named_conversation(served: Served, alone: Alone) -> None:
     client, said = served.client(), []
     for text in ("abc", "def"):
-        answer = client.completions.create(model="toy", prompt=text, max_tokens=6, temperature=0,
-                                           extra_body={"conversation": "c", "ignore_eos": True})  # fmt: skip
+        answer = client.completions.create(
+            model="toy", prompt=text, max_tokens=6, temperature=0, extra_body={"conversation": "c", "ignore_eos": True}
+        )
         said.append(answer.choices[0].text)
     assert said == alone.texts([alone.tokenizer.encode("abc"), alone.tokenizer.encode_next("def")], 6, ignore_eos=True)
 
@@ -240,8 +267,7 @@ def test_one_request_at_a_time_in_a_conversation(served: Served) -> None:
     stream = endless(served, conversation="busy")
     next(iter(stream))
     with pytest.raises(openai.ConflictError, match="at work"):
-        served.client().chat.completions.create(model="toy", messages=[user("x")],
-                                                extra_body={"conversation": "busy"})  # fmt: skip
+        served.client().chat.completions.create(model="toy", messages=[user("x")], extra_body={"conversation": "busy"})
     assert httpx.delete(f"{served.url}/v1/conversations/busy").status_code == 409
     stream.close()
     served.wait_idle()
@@ -258,8 +284,11 @@ def test_clients_that_leave_are_cancelled(served: Served) -> None:
         stream.close()
     served.wait_idle()
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{served.url}/v1/completions", timeout=0.5,
-                   json={"prompt": "go", "max_tokens": ENDLESS, "ignore_eos": True})  # fmt: skip
+        httpx.post(
+            f"{served.url}/v1/completions",
+            timeout=0.5,
+            json={"prompt": "go", "max_tokens": ENDLESS, "ignore_eos": True},
+        )
     served.wait_idle()
     before = totals.answer_tokens
     time.sleep(0.2)
@@ -312,8 +341,9 @@ def test_a_client_that_takes_no_text_is_paused_and_given_up(many_bundle: Any, al
             before = totals.answer_tokens
             (outlet,) = outlets.values()
             assert outlet.queue.qsize() < 1000
-            answer = served.client().completions.create(model="toy", prompt="x", max_tokens=5, temperature=0,
-                                                        extra_body={"ignore_eos": True})  # fmt: skip
+            answer = served.client().completions.create(
+                model="toy", prompt="x", max_tokens=5, temperature=0, extra_body={"ignore_eos": True}
+            )
             assert [answer.choices[0].text] == alone.texts([alone.tokenizer.encode("x")], 5, ignore_eos=True)
             assert totals.answer_tokens - before <= 5 + 2
             served.wait_idle()  # given up after stall_s
@@ -324,9 +354,18 @@ def test_a_slow_client_gets_everything(many_bundle: Any, alone: Alone) -> None:
     """Paused and resumed many times, and nothing is lost."""
     with serving(many_bundle, send_buffer=4096) as served:
         text = ""
-        with httpx.stream("POST", f"{served.url}/v1/completions", timeout=60, json={
-            "prompt": "go", "max_tokens": 3000, "ignore_eos": True, "stream": True, "temperature": 0,
-        }) as response:  # fmt: skip
+        with httpx.stream(
+            "POST",
+            f"{served.url}/v1/completions",
+            timeout=60,
+            json={
+                "prompt": "go",
+                "max_tokens": 3000,
+                "ignore_eos": True,
+                "stream": True,
+                "temperature": 0,
+            },
+        ) as response:
             for i, line in enumerate(lines_of(response)):
                 if i % 500 == 0:
                     time.sleep(0.1)
@@ -351,9 +390,14 @@ def test_a_failure_reaches_its_client_and_no_other(
     def ask(name: str, prompt: list[int], stream: bool) -> None:
         try:
             answer = served.client().completions.create(
-                model="toy", prompt=prompt, max_tokens=300, temperature=0, stream=stream, logit_bias={},
+                model="toy",
+                prompt=prompt,
+                max_tokens=300,
+                temperature=0,
+                stream=stream,
+                logit_bias={},
                 extra_body={"ignore_eos": True},
-            )  # fmt: skip
+            )
             results[name] = "".join(c.choices[0].text for c in answer) if stream else answer.choices[0].text
         except openai.APIError as error:
             results[name] = error
@@ -361,8 +405,10 @@ def test_a_failure_reaches_its_client_and_no_other(
     texts = {i: alone.texts([[i, 5]], 300, ignore_eos=True)[0] for i in range(60)}
     safe = next([i, 5] for i, text in texts.items() if "!" not in text)
     later = next([i, 5] for i, text in texts.items() if text.find("!") > 20)
-    threads = [threading.Thread(target=ask, args=arguments) for arguments in (
-        ("whole", [victim], False), ("stream", later, True), ("safe", safe, True))]  # fmt: skip
+    threads = [
+        threading.Thread(target=ask, args=arguments)
+        for arguments in (("whole", [victim], False), ("stream", later, True), ("safe", safe, True))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -100,12 +100,25 @@ def test_malformed_prompts(strict: Served, prompt: Any) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"null", b"5", b'"x"', b"\xff\xfe", b"{}" * 2, b"[" * 2000, b'{"a":' * 600,
-     b'{"messages": [{"role": "user", "content": NaN}]}', b'{"prompt": "\\ud800", "max_tokens": 1}',
-     b'{"temperature": NaN, "prompt": "x"}', b'{"temperature": 1e999, "prompt": "x"}',
-     b'{"prompt": "x", "max_tokens": ' + b"9" * 3000 + b"}"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"5",
+        b'"x"',
+        b"\xff\xfe",
+        b"{}" * 2,
+        b"[" * 2000,
+        b'{"a":' * 600,
+        b'{"messages": [{"role": "user", "content": NaN}]}',
+        b'{"prompt": "\\ud800", "max_tokens": 1}',
+        b'{"temperature": NaN, "prompt": "x"}',
+        b'{"temperature": 1e999, "prompt": "x"}',
+        b'{"prompt": "x", "max_tokens": ' + b"9" * 3000 + b"}",
+    ],
     ids=range(15),
-)  # fmt: skip
+)
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_bodies_that_are_no_requests(strict: Served, content: bytes, path: str) -> None:
     refusal(httpx.post(strict.url + path, content=content, headers={"Content-Type": "application/json"}), 400)
@@ -151,8 +164,13 @@ def test_unknown_things(strict: Served) -> None:
 
 def test_too_many_requests_are_turned_away_and_tried_again(strict: Served) -> None:
     """Three streams and two that wait; OpenAI's client tries again after a 429."""
-    body: dict[str, Any] = {"model": "toy", "prompt": "x", "max_tokens": ENDLESS, "stream": True,
-                            "extra_body": {"ignore_eos": True}}  # fmt: skip
+    body: dict[str, Any] = {
+        "model": "toy",
+        "prompt": "x",
+        "max_tokens": ENDLESS,
+        "stream": True,
+        "extra_body": {"ignore_eos": True},
+    }
     streams = [strict.client().completions.create(**body) for _ in range(5)]
     response = httpx.post(strict.url + COMPLETIONS, json={"prompt": "x"})
     assert refusal(response, 429)["type"] == "rate_limit_error"
@@ -177,8 +195,14 @@ def test_a_refused_request_leaves_nothing_behind(strict: Served) -> None:
 
 def test_the_key(many_bundle: Path) -> None:
     with serving(many_bundle, LIMITS, api_key=KEY) as served:
-        headers = [{}, {"Authorization": KEY}, {"Authorization": f"Basic {KEY}"}, {"Authorization": "Bearer"},
-                   {"Authorization": f"Bearer {KEY}5"}, {"Authorization": b"Bearer \xff\xfe"}]  # fmt: skip
+        headers = [
+            {},
+            {"Authorization": KEY},
+            {"Authorization": f"Basic {KEY}"},
+            {"Authorization": "Bearer"},
+            {"Authorization": f"Bearer {KEY}5"},
+            {"Authorization": b"Bearer \xff\xfe"},
+        ]
         for given in headers:
             for path in ("/v1/models", "/metrics", "/nothing"):
                 response = httpx.get(served.url + path, headers=given)  # type: ignore[arg-type]
@@ -236,15 +260,48 @@ def test_the_network_needs_a_key(host: str) -> None:
 
 def test_names_of_others_are_no_way_in(strict: Served) -> None:
     """DNS rebinding: a web page's own name that points here."""
-    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "",
-                 "[::1].evil.example", "[::1]evil.example", "[::1]:80.evil.example", "[::1", "::1", "[127.0.0.1]",
-                 "localhost:80@evil.example", "evil.example@localhost", "localhost:evil.example", "localhost:",
-                 "localhost:99999", "localhost.", "127.0.0.1.", ".localhost", "a..localhost", "evil.example/localhost",
-                 "127.0.0.1:8000:9", "127.1", "0177.0.0.1", "[fe80::1%25eth0]", "localhost, evil.example", "local host",
-                 "evil.example\tlocalhost", "-.localhost"):  # fmt: skip
+    for host in (
+        "evil.example",
+        "evil.example:8000",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "",
+        "[::1].evil.example",
+        "[::1]evil.example",
+        "[::1]:80.evil.example",
+        "[::1",
+        "::1",
+        "[127.0.0.1]",
+        "localhost:80@evil.example",
+        "evil.example@localhost",
+        "localhost:evil.example",
+        "localhost:",
+        "localhost:99999",
+        "localhost.",
+        "127.0.0.1.",
+        ".localhost",
+        "a..localhost",
+        "evil.example/localhost",
+        "127.0.0.1:8000:9",
+        "127.1",
+        "0177.0.0.1",
+        "[fe80::1%25eth0]",
+        "localhost, evil.example",
+        "local host",
+        "evil.example\tlocalhost",
+        "-.localhost",
+    ):
         assert refusal(httpx.get(strict.url + "/v1/models", headers={"Host": host}), 403)["type"] == "permission_error"
-    for host in ("localhost", "LOCALHOST:80", "127.0.0.1:5", "[::1]:8000", "[::1]", "192.168.1.7", "a.localhost",
-                 "A.B.LocalHost:1"):  # fmt: skip
+    for host in (
+        "localhost",
+        "LOCALHOST:80",
+        "127.0.0.1:5",
+        "[::1]:8000",
+        "[::1]",
+        "192.168.1.7",
+        "a.localhost",
+        "A.B.LocalHost:1",
+    ):
         assert httpx.get(strict.url + "/v1/models", headers={"Host": host}).status_code == 200
 
 
@@ -275,8 +332,11 @@ def test_a_port_that_is_taken() -> None:
 def command(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "sinkexport.cli", "serve", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
 
 
 @pytest.mark.parametrize(
@@ -308,8 +368,9 @@ def test_the_command_serves_and_ends_in_an_orderly_way(many_bundle: Path, number
         assert url is not None, first
         client = openai.OpenAI(base_url=url[0], api_key=KEY, max_retries=5)
         assert client.models.list().data[0].id == "my-toy"
-        stream = client.completions.create(model="my-toy", prompt="x", max_tokens=4096, stream=True,
-                                           extra_body={"ignore_eos": True})  # fmt: skip
+        stream = client.completions.create(
+            model="my-toy", prompt="x", max_tokens=4096, stream=True, extra_body={"ignore_eos": True}
+        )
         next(iter(stream))
         process.send_signal(number)
         pieces = [chunk.choices[0] for chunk in stream if chunk.choices]

@@ -81,15 +81,32 @@ def test_an_assistant_may_have_said_nothing(served: Served) -> None:
 
 
 HARMLESS: dict[str, Any] = {
-    "metadata": {"a": "b"}, "store": True, "user": "ada", "service_tier": "auto", "safety_identifier": "x",
-    "prompt_cache_key": "k", "prompt_cache_retention": "24h", "stream_options": {"include_usage": True}, "n": 1,
-    "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {},
-}  # fmt: skip
+    "metadata": {"a": "b"},
+    "store": True,
+    "user": "ada",
+    "service_tier": "auto",
+    "safety_identifier": "x",
+    "prompt_cache_key": "k",
+    "prompt_cache_retention": "24h",
+    "stream_options": {"include_usage": True},
+    "n": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "logit_bias": {},
+}
 HARMLESS_CHAT: dict[str, Any] = {
-    "parallel_tool_calls": True, "logprobs": False, "top_logprobs": 0, "tools": [], "tool_choice": "auto",
-    "function_call": "none", "functions": [], "response_format": {"type": "text"}, "modalities": ["text"],
-    "prediction": {"type": "content", "content": "x"}, "verbosity": "medium",
-}  # fmt: skip
+    "parallel_tool_calls": True,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "tools": [],
+    "tool_choice": "auto",
+    "function_call": "none",
+    "functions": [],
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "prediction": {"type": "content", "content": "x"},
+    "verbosity": "medium",
+}
 
 
 def test_what_changes_nothing_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -117,12 +134,21 @@ REFUSED = [
     ("messages", [{"role": "user"}], "messages.0.content: received nothing, expected a text, or a list of parts"),
     ("messages", [{"role": "user", "content": None}], "messages.0.content: received null, expected a text"),
     ("messages", [{"role": "user", "content": 5}], "messages.0.content: received 5, expected a text, or a list"),
-    ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
-     'messages.0.content.0.type: received "image_url", expected "text": pictures'),
-    ("messages", [{"role": "user", "content": [{"type": "text", "text": 5}]}],
-     "messages.0.content.0.text: received 5, expected a text"),
-    ("messages", [{"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}],
-     "messages.0.tool_calls: received a list of 1, expected null or an empty list: tools are not implemented here"),
+    (
+        "messages",
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+        'messages.0.content.0.type: received "image_url", expected "text": pictures',
+    ),
+    (
+        "messages",
+        [{"role": "user", "content": [{"type": "text", "text": 5}]}],
+        "messages.0.content.0.text: received 5, expected a text",
+    ),
+    (
+        "messages",
+        [{"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}],
+        "messages.0.tool_calls: received a list of 1, expected null or an empty list: tools are not implemented here",
+    ),
     ("messages", [{"role": "assistant", "refusal": "no"}], 'messages.0.refusal: received "no", expected null'),
     ("messages", [{"role": "user", "content": "x", "colour": 1}], "messages.0.colour: unknown field"),
     ("tools", [{"type": "function"}], "tools: received a list of 1, expected an empty list: tools are not implemented"),
@@ -166,11 +192,20 @@ def test_refusals_name_the_field_and_what_is_expected(served: Served, name: str,
 
 @pytest.mark.parametrize(
     ("prompt", "words"),
-    [(5, "received 5, expected one text, or one list"), ([1, "a"], 'received "a" among the ids'),
-     ([1.5], "received 1.5 among the ids"), ([-1], "received -1"), ([True], "received true"), ([2**70], "received 1"),
-     (["a", "b"], "received 2 prompts, expected one text"), ([[1], [2]], "received 2 prompts"), ({}, "an empty object"),
-     ([["a"]], 'received "a" among'), (None, "expected one text")],
-)  # fmt: skip
+    [
+        (5, "received 5, expected one text, or one list"),
+        ([1, "a"], 'received "a" among the ids'),
+        ([1.5], "received 1.5 among the ids"),
+        ([-1], "received -1"),
+        ([True], "received true"),
+        ([2**70], "received 1"),
+        (["a", "b"], "received 2 prompts, expected one text"),
+        ([[1], [2]], "received 2 prompts"),
+        ({}, "an empty object"),
+        ([["a"]], 'received "a" among'),
+        (None, "expected one text"),
+    ],
+)
 def test_refused_prompts(served: Served, prompt: Any, words: str) -> None:
     message = message_of(send(served, {"prompt": prompt}, COMPLETIONS))
     assert message.startswith("prompt: ")
@@ -225,13 +260,17 @@ def test_whole_surrogate_pairs_and_some_depth_are_fine(served: Served) -> None:
 
 @pytest.mark.parametrize(
     ("headers", "status"),
-    [({"Content-Type": "application/json; charset=utf-8"}, 200),
-     ({"Content-Type": 'Application/JSON;charset="UTF-8"'}, 200),
-     ({"Content-Type": "application/json; charset=latin-1"}, 415), ({"Content-Type": "application/jsonp"}, 415),
-     ({"Content-Type": "text/plain"}, 415), ({}, 415),
-     ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, 415),
-     ({"Content-Type": "application/json", "Content-Encoding": "identity"}, 200)],
-)  # fmt: skip
+    [
+        ({"Content-Type": "application/json; charset=utf-8"}, 200),
+        ({"Content-Type": 'Application/JSON;charset="UTF-8"'}, 200),
+        ({"Content-Type": "application/json; charset=latin-1"}, 415),
+        ({"Content-Type": "application/jsonp"}, 415),
+        ({"Content-Type": "text/plain"}, 415),
+        ({}, 415),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, 415),
+        ({"Content-Type": "application/json", "Content-Encoding": "identity"}, 200),
+    ],
+)
 def test_content_types(served: Served, headers: dict[str, str], status: int) -> None:
     content = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
     assert httpx.post(served.url + COMPLETIONS, content=content, headers=headers).status_code == status
@@ -300,9 +339,26 @@ def test_what_sampling_refuses_leaves_the_conversation_as_it_was(
 
 def some_json(chance: random.Random, depth: int = 0) -> Any:
     simple: list[Any] = [
-        None, True, False, 0, 1, -1, 1.5, 1e308, -0.0, 10**400, 2**63, "", "x", "auto", "\u2028", "\x00", "a" * 2000,
-        [], {},
-    ]  # fmt: skip
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        1.5,
+        1e308,
+        -0.0,
+        10**400,
+        2**63,
+        "",
+        "x",
+        "auto",
+        "\u2028",
+        "\x00",
+        "a" * 2000,
+        [],
+        {},
+    ]
     if depth > 2 or chance.random() < 0.7:
         return chance.choice(simple)
     if chance.random() < 0.5:
@@ -325,8 +381,12 @@ def test_random_bodies_never_give_a_500(served: Served, seed: int) -> None:
             for _ in range(chance.randint(0, 3)):
                 body[chance.choice(names)] = some_json(chance)
             if chance.random() < 0.3 and path == CHAT:
-                body["messages"] = [{"role": chance.choice(["user", "assistant", "system", "tool"]),
-                                     chance.choice(["content", "name"]): some_json(chance)}]  # fmt: skip
+                body["messages"] = [
+                    {
+                        "role": chance.choice(["user", "assistant", "system", "tool"]),
+                        chance.choice(["content", "name"]): some_json(chance),
+                    }
+                ]
             response = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
             assert response.status_code < 500, (body, response.text)
             if response.status_code != 200:

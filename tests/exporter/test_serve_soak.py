@@ -19,10 +19,27 @@ def test_nothing_is_lost_mixed_up_or_kept(tmp_path: Path, batch: int) -> None:
     bundle = build_toy(tmp_path / "bundle", Toy(batch=batch, chunk_size=4))
     result = tmp_path / "soak.json"
     done = subprocess.run(
-        [sys.executable, SCRIPT, bundle, "--minutes", "0.13", "--clients", "5", "--scripts", "6", "--threads", "1",
-         "--max-growth-mb", "3", "--json", result],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            sys.executable,
+            SCRIPT,
+            bundle,
+            "--minutes",
+            "0.13",
+            "--clients",
+            "5",
+            "--scripts",
+            "6",
+            "--threads",
+            "1",
+            "--max-growth-mb",
+            "3",
+            "--json",
+            result,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     facts = json.loads(result.read_text(encoding="utf-8"))
     assert facts["answers"] > 50
@@ -44,8 +61,9 @@ def test_the_benchmark_notices_a_wrong_answer(tmp_path: Path) -> None:
         "result = soak_serve.soak(pathlib.Path(sys.argv[3]), 0.05, 2, 3, 1)\n"
         "print(result['mismatches'], result['errors'], len(result['problems']))"
     )
-    done = subprocess.run([sys.executable, "-c", code, SCRIPT.parent, bundle, other],
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, SCRIPT.parent, bundle, other], capture_output=True, text=True, timeout=120
+    )
     mismatches, errors, problems = map(int, done.stdout.split())
     assert mismatches > 0, done.stderr
     assert errors == 0

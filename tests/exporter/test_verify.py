@@ -164,9 +164,12 @@ def wrong_shift(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("sabotage", "failing", "first_position"),
-    [(other_weights, {"dense", "streaming"}, 0), (wrong_frequency, {"dense", "streaming"}, 1),
-     (wrong_shift, {"streaming"}, C)],
-)  # fmt: skip
+    [
+        (other_weights, {"dense", "streaming"}, 0),
+        (wrong_frequency, {"dense", "streaming"}, 1),
+        (wrong_shift, {"streaming"}, C),
+    ],
+)
 def test_bad_bundle_fails(
     sabotage: Callable[[Path], Path], failing: set[str], first_position: int, loaded: LoadedModel, tmp_path: Path
 ) -> None:
@@ -180,8 +183,9 @@ def test_bad_bundle_fails(
     assert found["streaming"].positions == first_position + 1  # it does not go on for minutes
     assert "prefill" not in found
     assert len(report.failures) == len(failing)
-    assert f"streaming: error {found['streaming'].max_relative_error:.2e} of the logits' spread at position " in (
-        report.failures[-1]
+    assert (
+        f"streaming: error {found['streaming'].max_relative_error:.2e} of the logits' spread at position "
+        in (report.failures[-1])
     )
     assert torch.equal(loaded.model(torch.ones(1, 3, dtype=torch.int64)).logits, before)
 
@@ -272,9 +276,13 @@ def test_an_error_of_the_session_comes_out(bundle: Path, loaded: LoadedModel) ->
 
 @pytest.mark.parametrize(
     ("name", "change", "what"),
-    [("mistral", {}, "architecture"), ("llama", {"num_hidden_layers": 1}, "layers"),
-     ("llama", {"vocab_size": 50}, "vocabulary"), ("llama", {"hidden_size": 96}, "hidden size")],
-)  # fmt: skip
+    [
+        ("mistral", {}, "architecture"),
+        ("llama", {"num_hidden_layers": 1}, "layers"),
+        ("llama", {"vocab_size": 50}, "vocabulary"),
+        ("llama", {"hidden_size": 96}, "hidden size"),
+    ],
+)
 def test_another_model_is_refused(name: str, change: dict[str, int], what: str, bundle: Path) -> None:
     config = tiny_model(name).config
     for key, value in change.items():
@@ -286,9 +294,14 @@ def test_another_model_is_refused(name: str, change: dict[str, int], what: str, 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [({"wraps": 0}, "^wraps: "), ({"dense_tokens": 0}, "^dense_tokens: "), ({"tolerance": 0.0}, "^tolerance: "),
-     ({"tolerance": float("nan")}, "^tolerance: "), ({"text": ""}, "^text: received no tokens")],
-)  # fmt: skip
+    [
+        ({"wraps": 0}, "^wraps: "),
+        ({"dense_tokens": 0}, "^dense_tokens: "),
+        ({"tolerance": 0.0}, "^tolerance: "),
+        ({"tolerance": float("nan")}, "^tolerance: "),
+        ({"text": ""}, "^text: received no tokens"),
+    ],
+)
 def test_bad_arguments(arguments: dict[str, Any], reason: str, bundle: Path, loaded: LoadedModel) -> None:
     with pytest.raises(UsageError, match=reason):
         verify(bundle, loaded, **arguments)

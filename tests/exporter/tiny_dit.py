@@ -44,9 +44,14 @@ class TinyDit(nn.Module):
         self.register_buffer("angles", angles.double(), persistent=False)  # [T, 4]: pairs of the last 8 dimensions
 
     def forward(
-        self, position: torch.Tensor, oldest: torch.Tensor, states: list[torch.Tensor], x: torch.Tensor,
-        time: torch.Tensor, prompt: torch.Tensor,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
+        self,
+        position: torch.Tensor,
+        oldest: torch.Tensor,
+        states: list[torch.Tensor],
+        x: torch.Tensor,
+        time: torch.Tensor,
+        prompt: torch.Tensor,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         cache = FrameCache(self.geometry, position, oldest, states, INV_FREQ)
         return self.velocity(x, time, prompt, cache.attend), cache.next_states
 
@@ -124,9 +129,14 @@ class Reference:
         )
 
     def _attend(
-        self, kept: dict[int, tuple[torch.Tensor, torch.Tensor]], position: int, oldest: int, q: torch.Tensor,
-        k: torch.Tensor, v: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        kept: dict[int, tuple[torch.Tensor, torch.Tensor]],
+        position: int,
+        oldest: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> torch.Tensor:
         geometry = self.model.geometry
         kept[position] = (k, v)
         sinks = list(range(min(position + 1, geometry.num_sink_blocks)))

@@ -43,8 +43,15 @@ class _Random:
         return (around + 0.3 * self._generator.standard_normal(size)).astype(np.float32)
 
 
-def tiny(architecture: str, *, seed: int = 0, layers: int = LAYERS, keys: dict[str, Any] | None = None,
-         tensors: dict[str, np.ndarray] | None = None, **options: Any) -> Tiny:  # fmt: skip
+def tiny(
+    architecture: str,
+    *,
+    seed: int = 0,
+    layers: int = LAYERS,
+    keys: dict[str, Any] | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
+    **options: Any,
+) -> Tiny:
     """A random model. keys, tensors: added to or put in the place of the usual ones; None takes one away."""
     made = _MAKERS.get(architecture, _llama_kind)(architecture, _Random(seed), layers, **options)
     made.keys |= {"block_count": layers, "context_length": CONTEXT, "embedding_length": HIDDEN}
@@ -105,8 +112,10 @@ def _attention_keys(*, rms: bool = True, kv_heads: int = KV_HEADS) -> dict[str, 
 
 
 def _outer(random: _Random, *, head: bool = True, norm_bias: bool = False, around: float = 1.0) -> dict[str, Any]:
-    tensors = {"token_embd.weight": random.matrix(VOCAB, HIDDEN, scale=4.0),
-               "output_norm.weight": random.vector(HIDDEN, around)}  # fmt: skip
+    tensors = {
+        "token_embd.weight": random.matrix(VOCAB, HIDDEN, scale=4.0),
+        "output_norm.weight": random.vector(HIDDEN, around),
+    }
     if norm_bias:
         tensors["output_norm.bias"] = random.vector(HIDDEN)
     if head:
@@ -114,14 +123,31 @@ def _outer(random: _Random, *, head: bool = True, norm_bias: bool = False, aroun
     return tensors
 
 
-def _llama_kind(architecture: str, random: _Random, layers: int, *, head: bool = True, biases: tuple[str, ...] = (),
-                head_norms: bool = False, norms: tuple[str, ...] = ("attn_norm", "ffn_norm"), rms: bool = True,
-                gated: bool = True, head_dim: int = HEAD, kv_heads: int = KV_HEADS,
-                norm_biases: bool = False) -> Tiny:  # fmt: skip
+def _llama_kind(
+    architecture: str,
+    random: _Random,
+    layers: int,
+    *,
+    head: bool = True,
+    biases: tuple[str, ...] = (),
+    head_norms: bool = False,
+    norms: tuple[str, ...] = ("attn_norm", "ffn_norm"),
+    rms: bool = True,
+    gated: bool = True,
+    head_dim: int = HEAD,
+    kv_heads: int = KV_HEADS,
+    norm_biases: bool = False,
+) -> Tiny:
     """Separate projections, gated or plain MLP."""
     tensors = _outer(random, head=head, norm_bias=norm_biases)
-    rows = {"attn_q": HEADS * head_dim, "attn_k": kv_heads * head_dim, "attn_v": kv_heads * head_dim,
-            "attn_output": HIDDEN, "ffn_up": FF, "ffn_down": HIDDEN}  # fmt: skip
+    rows = {
+        "attn_q": HEADS * head_dim,
+        "attn_k": kv_heads * head_dim,
+        "attn_v": kv_heads * head_dim,
+        "attn_output": HIDDEN,
+        "ffn_up": FF,
+        "ffn_down": HIDDEN,
+    }
     columns = {"attn_output": HEADS * head_dim, "ffn_down": FF}
     if gated:
         rows["ffn_gate"] = FF
@@ -184,8 +210,14 @@ def _minimax(architecture: str, random: _Random, layers: int) -> Tiny:
 
 
 def _gpt_oss(architecture: str, random: _Random, layers: int) -> Tiny:
-    made = _with_experts(architecture, random, layers, norms=("attn_norm", "post_attention_norm"), kv_heads=KV_HEADS,
-                         biases=("attn_q", "attn_k", "attn_v", "attn_output"))  # fmt: skip
+    made = _with_experts(
+        architecture,
+        random,
+        layers,
+        norms=("attn_norm", "post_attention_norm"),
+        kv_heads=KV_HEADS,
+        biases=("attn_q", "attn_k", "attn_v", "attn_output"),
+    )
     for i in range(layers):
         made.tensors |= {
             f"blk.{i}.attn_sinks.weight": random.vector(HEADS, 1.0),
@@ -195,16 +227,29 @@ def _gpt_oss(architecture: str, random: _Random, layers: int) -> Tiny:
             f"blk.{i}.ffn_down_exps.bias": random.matrix(EXPERTS, HIDDEN),
         }
     # The bounds of YaRN are clamped, so that whole pairs or not is the same: see experts.gpt_oss.
-    made.keys |= {"attention.sliding_window": 6, "attention.key_length": HEAD, "attention.value_length": HEAD,
-                  "rope.scaling.type": "yarn", "rope.scaling.factor": 8.0,
-                  "rope.scaling.original_context_length": 16, "rope.freq_base": 1.5}  # fmt: skip
+    made.keys |= {
+        "attention.sliding_window": 6,
+        "attention.key_length": HEAD,
+        "attention.value_length": HEAD,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 8.0,
+        "rope.scaling.original_context_length": 16,
+        "rope.freq_base": 1.5,
+    }
     return made
 
 
 def _stablelm(architecture: str, random: _Random, layers: int, *, parallel: bool = False) -> Tiny:
     norms = ("attn_norm",) if parallel else ("attn_norm", "ffn_norm")
-    made = _llama_kind(architecture, random, layers, norms=norms, rms=False, norm_biases=True,
-                       biases=() if parallel else ("attn_q", "attn_k", "attn_v"))  # fmt: skip
+    made = _llama_kind(
+        architecture,
+        random,
+        layers,
+        norms=norms,
+        rms=False,
+        norm_biases=True,
+        biases=() if parallel else ("attn_q", "attn_k", "attn_v"),
+    )
     if parallel:
         for i in range(layers):
             made.tensors[f"blk.{i}.attn_q_norm.weight"] = random.matrix(HEADS, HEAD, scale=0.5) + 1.0
@@ -216,9 +261,20 @@ def _stablelm(architecture: str, random: _Random, layers: int, *, parallel: bool
 def _plain_mlp(architecture: str, random: _Random, layers: int, **options: Any) -> Tiny:
     """Layer norms, biases everywhere, no gate: StarCoder2, Phi-2, Nemotron."""
     every = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down")
-    made = _llama_kind(architecture, random, layers, gated=False, rms=False, norm_biases=True, **{
-        "biases": every, "kv_heads": HEADS if architecture == "phi2" else KV_HEADS,
-        "norms": ("attn_norm",) if architecture == "phi2" else ("attn_norm", "ffn_norm"), **options})  # fmt: skip
+    made = _llama_kind(
+        architecture,
+        random,
+        layers,
+        gated=False,
+        rms=False,
+        norm_biases=True,
+        **{
+            "biases": every,
+            "kv_heads": HEADS if architecture == "phi2" else KV_HEADS,
+            "norms": ("attn_norm",) if architecture == "phi2" else ("attn_norm", "ffn_norm"),
+            **options,
+        },
+    )
     if architecture == "phi2":
         made.tensors["output.bias"] = random.vector(VOCAB)
     return made
@@ -240,9 +296,11 @@ def _phi3(architecture: str, random: _Random, layers: int, *, head: bool = True)
 
 def _gemma(architecture: str, random: _Random, layers: int) -> Tiny:
     norms = {"gemma": ("attn_norm", "ffn_norm")}.get(
-        architecture, ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"))  # fmt: skip
-    made = _llama_kind(architecture, random, layers, head=False, norms=norms, head_dim=32,
-                       head_norms=architecture == "gemma3")  # fmt: skip
+        architecture, ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+    )
+    made = _llama_kind(
+        architecture, random, layers, head=False, norms=norms, head_dim=32, head_norms=architecture == "gemma3"
+    )
     made.tensors["token_embd.weight"] *= 0.4
     if architecture != "gemma":
         made.keys["attention.sliding_window"] = 5
@@ -250,20 +308,38 @@ def _gemma(architecture: str, random: _Random, layers: int) -> Tiny:
 
 
 def _glm4(architecture: str, random: _Random, layers: int) -> Tiny:
-    made = _llama_kind(architecture, random, layers, gated=False, biases=("attn_q", "attn_k", "attn_v"),
-                       norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"))  # fmt: skip
+    made = _llama_kind(
+        architecture,
+        random,
+        layers,
+        gated=False,
+        biases=("attn_q", "attn_k", "attn_v"),
+        norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"),
+    )
     for i in range(layers):
         made.tensors[f"blk.{i}.ffn_up.weight"] = random.matrix(2 * FF, HIDDEN)
     made.keys["rope.dimension_count"] = HEAD // 2
     return made
 
 
-def _fused(architecture: str, random: _Random, layers: int, *, kv_heads: int = HEADS, biases: bool = True,
-           norms: tuple[str, ...] = ("attn_norm", "ffn_norm"), head: bool = True) -> Tiny:  # fmt: skip
+def _fused(
+    architecture: str,
+    random: _Random,
+    layers: int,
+    *,
+    kv_heads: int = HEADS,
+    biases: bool = True,
+    norms: tuple[str, ...] = ("attn_norm", "ffn_norm"),
+    head: bool = True,
+) -> Tiny:
     """One matrix of queries, keys and values; MLP of four times the columns."""
     tensors = _outer(random, head=head, norm_bias=architecture != "mpt")
-    modules = {"attn_qkv": ((HEADS + 2 * kv_heads) * HEAD, HIDDEN), "attn_output": (HIDDEN, HIDDEN),
-               "ffn_up": (4 * HIDDEN, HIDDEN), "ffn_down": (HIDDEN, 4 * HIDDEN)}  # fmt: skip
+    modules = {
+        "attn_qkv": ((HEADS + 2 * kv_heads) * HEAD, HIDDEN),
+        "attn_output": (HIDDEN, HIDDEN),
+        "ffn_up": (4 * HIDDEN, HIDDEN),
+        "ffn_down": (HIDDEN, 4 * HIDDEN),
+    }
     if architecture == "bloom":
         tensors |= {"token_embd_norm.weight": random.vector(HIDDEN, 1.0), "token_embd_norm.bias": random.vector(HIDDEN)}
     for i in range(layers):
@@ -315,16 +391,27 @@ def tiny_quantised(kind: gguf.GGMLQuantizationType, *, seed: int = 0) -> Tiny:
     llama.cpp dequantises rows of the embedding exactly, where it rounds what a quantised matrix is multiplied with.
     """
     random, hidden = _Random(seed), 256
-    rows = {"attn_q": hidden, "attn_k": hidden, "attn_v": hidden, "attn_output": hidden, "ffn_gate": 32, "ffn_up": 32,
-            "ffn_down": hidden}  # fmt: skip
+    rows = {
+        "attn_q": hidden,
+        "attn_k": hidden,
+        "attn_v": hidden,
+        "attn_output": hidden,
+        "ffn_gate": 32,
+        "ffn_up": 32,
+        "ffn_down": hidden,
+    }
     tensors = {"output_norm.weight": random.vector(hidden, 1.0), "output.weight": random.matrix(VOCAB, hidden)}
     for name in ("attn_norm", "ffn_norm"):
         tensors[f"blk.0.{name}.weight"] = random.vector(hidden, 1.0)
     for name, count in rows.items():
         tensors[f"blk.0.{name}.weight"] = random.matrix(count, 32 if name == "ffn_down" else hidden)
     tensors["token_embd.weight"] = _random_blocks(kind, VOCAB, hidden, seed)
-    keys = _attention_keys(kv_heads=HEADS) | {"feed_forward_length": 32, "block_count": 1, "context_length": CONTEXT,
-                                              "embedding_length": hidden}  # fmt: skip
+    keys = _attention_keys(kv_heads=HEADS) | {
+        "feed_forward_length": 32,
+        "block_count": 1,
+        "context_length": CONTEXT,
+        "embedding_length": hidden,
+    }
     return Tiny("llama", keys, tensors, kinds={"token_embd.weight": kind.name})
 
 
@@ -345,11 +432,28 @@ def _random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int, see
 
 
 _MAKERS: dict[str, Any] = {
-    "gpt-oss": _gpt_oss, "minimax-m2": _minimax, "qwen2moe": _with_experts, "qwen3moe": _with_experts,
-    "stablelm": _stablelm, "starcoder2": _plain_mlp, "phi2": _plain_mlp, "nemotron": _plain_mlp, "phi3": _phi3,
-    "gemma": _gemma, "gemma2": _gemma, "gemma3": _gemma, "glm4": _glm4, "falcon": _fused, "bloom": _fused,
-    "mpt": _fused, "gptneox": _fused, "olmo": _olmo, "olmo2": _olmo2, "command-r": _cohere, "cohere2": _cohere,
-}  # fmt: skip
+    "gpt-oss": _gpt_oss,
+    "minimax-m2": _minimax,
+    "qwen2moe": _with_experts,
+    "qwen3moe": _with_experts,
+    "stablelm": _stablelm,
+    "starcoder2": _plain_mlp,
+    "phi2": _plain_mlp,
+    "nemotron": _plain_mlp,
+    "phi3": _phi3,
+    "gemma": _gemma,
+    "gemma2": _gemma,
+    "gemma3": _gemma,
+    "glm4": _glm4,
+    "falcon": _fused,
+    "bloom": _fused,
+    "mpt": _fused,
+    "gptneox": _fused,
+    "olmo": _olmo,
+    "olmo2": _olmo2,
+    "command-r": _cohere,
+    "cohere2": _cohere,
+}
 
 
 def tiny_mixtral(**changes: Any) -> Tiny:

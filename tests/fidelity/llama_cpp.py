@@ -42,12 +42,11 @@ def _library() -> ctypes.CDLL:
         ("llama_model_load_from_file", pointer, [ctypes.c_char_p, _ModelParams]),
         ("llama_model_free", None, [pointer]),
         ("llama_model_get_vocab", pointer, [pointer]),
-        ("llama_tokenize", integer,
-         [pointer, ctypes.c_char_p, integer, ctypes.POINTER(integer), integer, flag, flag]),
+        ("llama_tokenize", integer, [pointer, ctypes.c_char_p, integer, ctypes.POINTER(integer), integer, flag, flag]),
         ("llama_vocab_n_tokens", integer, [pointer]),
         ("llama_vocab_is_eog", flag, [pointer, integer]),
         ("llama_log_set", None, [_Log, pointer]),
-    ):  # fmt: skip
+    ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     library.quiet = _Log(lambda level, text, data: None)

@@ -25,9 +25,17 @@ def log_probabilities(path: Path, prompt: list[int], num_steps: int, vocab_size:
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.fit_params = False
     server = xllamacpp.Server(settings)
-    answer = server.handle_completions({
-        "prompt": prompt, "n_predict": num_steps, "n_probs": vocab_size, "temperature": 0.0, "ignore_eos": True,
-        "post_sampling_probs": False, "cache_prompt": False})  # fmt: skip
+    answer = server.handle_completions(
+        {
+            "prompt": prompt,
+            "n_predict": num_steps,
+            "n_probs": vocab_size,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "post_sampling_probs": False,
+            "cache_prompt": False,
+        }
+    )
     return _read(answer, num_steps, vocab_size)
 
 

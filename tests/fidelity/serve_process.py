@@ -26,8 +26,10 @@ class Process:
     def __init__(self, bundle: Path, options: dict[str, Any]) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(bundle), json.dumps(options)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         assert self.process.stdout is not None
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -90,14 +90,22 @@ def made() -> Iterator[list[ChatTemplate]]:
     ],
 )
 def test_facts(
-    source: str, wants: str, has_system: bool, keeps_history: bool, generation_prompt: str, closing: str,
+    source: str,
+    wants: str,
+    has_system: bool,
+    keeps_history: bool,
+    generation_prompt: str,
+    closing: str,
     made: list[ChatTemplate],
-) -> None:  # fmt: skip
+) -> None:
     made.append(ChatTemplate(source))
     facts = made[0].facts
     assert (facts.wants, facts.has_user, facts.has_system, facts.keeps_history) == (
-        wants, True, has_system, keeps_history
-    )  # fmt: skip
+        wants,
+        True,
+        has_system,
+        keeps_history,
+    )
     assert (facts.generation_prompt, facts.closing) == (generation_prompt, closing)
 
 
@@ -163,9 +171,16 @@ def test_arguments_reach_the_template(made: list[ChatTemplate]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("messages", "reserved"), ("bos_token", "reserved"), ("tools", "reserved"), ("add_generation_prompt", "reserved"),
-     ("pad_token", "reserved"), ("raise_exception", "reserved"), ("enable_thinkin", "reads: enable_thinking")],
-)  # fmt: skip
+    [
+        ("messages", "reserved"),
+        ("bos_token", "reserved"),
+        ("tools", "reserved"),
+        ("add_generation_prompt", "reserved"),
+        ("pad_token", "reserved"),
+        ("raise_exception", "reserved"),
+        ("enable_thinkin", "reads: enable_thinking"),
+    ],
+)
 def test_arguments_that_are_refused(name: str, reason: str, made: list[ChatTemplate]) -> None:
     made.append(ChatTemplate(REASONING + "{{ tools }}{{ pad_token }}", {"bos_token": "<s>"}))
     with pytest.raises(UsageError, match=reason):
@@ -203,7 +218,7 @@ def test_several_templates_by_name() -> None:
         ("{% for a in range(99999) %}{{ ' ' * 1000 }}{% endfor %}", "characters"),
         ("{{ messages | no_such_filter }}", "no_such_filter"),
     ],
-)  # fmt: skip
+)
 def test_a_template_that_costs_too_much_is_refused(source: str, reason: str, made: list[ChatTemplate]) -> None:
     made.append(ChatTemplate(source, time_limit_s=0.5))
     for _ in range(2):  # the second time at once
@@ -289,9 +304,10 @@ def test_an_old_jinja_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) 
 def workers() -> list[psutil.Process]:
     """Processes that render templates for this one."""
     return [
-        child for child in psutil.Process().children()
+        child
+        for child in psutil.Process().children()
         if child.status() != psutil.STATUS_ZOMBIE and any("template_worker" in word for word in child.cmdline())
-    ]  # fmt: skip
+    ]
 
 
 # --- run, export, serve ----------------------------------------------------------------------------------------------

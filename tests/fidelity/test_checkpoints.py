@@ -82,8 +82,10 @@ def test_every_healthy_family_loads(healthy: Callable[[str], Path], name: str) -
         assert torch.equal(loaded.state_dict()[key], value), key
 
 
-@pytest.mark.parametrize("tensor", ["lm_head.weight", "model.layers.1.self_attn.q_proj.weight",
-                                    "model.embed_tokens.weight", "model.norm.weight"])  # fmt: skip
+@pytest.mark.parametrize(
+    "tensor",
+    ["lm_head.weight", "model.layers.1.self_attn.q_proj.weight", "model.embed_tokens.weight", "model.norm.weight"],
+)
 def test_a_missing_tensor_is_named(folder: Path, tensor: str) -> None:
     change(folder, lambda arrays: arrays.pop(tensor))
     assert f"1 missing: '{tensor}'" in refusal(folder)
@@ -130,8 +132,9 @@ def test_names_with_a_prefix_are_refused(folder: Path, prefix: str) -> None:
 def test_a_base_models_names_load_if_the_head_is_tied(healthy: Callable[[str], Path], tmp_path: Path) -> None:
     """transformers' own custom: names without 'model.', as the base model saves them."""
     folder = Path(shutil.copytree(healthy("llama-tied"), tmp_path / "model"))
-    change(folder, lambda arrays: [arrays.update({name.removeprefix("model."): arrays.pop(name)})
-                                   for name in list(arrays)])  # fmt: skip
+    change(
+        folder, lambda arrays: [arrays.update({name.removeprefix("model."): arrays.pop(name)}) for name in list(arrays)]
+    )
     loaded = load_model(str(folder)).model
     assert torch.equal(loaded.lm_head.weight, tiny_model("llama-tied").lm_head.weight)
 
@@ -238,10 +241,16 @@ def test_an_index_without_metadata_is_named(folder: Path, metadata: Arrays) -> N
     assert f"'{INDEX}': received no table 'metadata'" in refusal(folder)
 
 
-@pytest.mark.parametrize("settings", [
-    {"num_return_sequences": 4, "do_sample": False}, {"compile_config": {}}, {"cache_implementation": "of old"},
-    {"early_stopping": "perhaps"}, {"max_new_tokens": -5},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_return_sequences": 4, "do_sample": False},
+        {"compile_config": {}},
+        {"cache_implementation": "of old"},
+        {"early_stopping": "perhaps"},
+        {"max_new_tokens": -5},
+    ],
+)
 def test_settings_for_sampling_are_no_obstacle(folder: Path, settings: Arrays) -> None:
     """transformers ends on them; an export reads the ids alone."""
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5], **settings}))
@@ -294,8 +303,18 @@ def test_a_tensor_in_two_shards_is_named(folder: Path) -> None:
     assert "'model.norm.weight' in" in refusal(folder)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', "{}",
-                                     '{"weight_map": {"a": "../model.safetensors"}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{",
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 3}}',
+        "{}",
+        '{"weight_map": {"a": "../model.safetensors"}}',
+    ],
+)
 def test_a_broken_index_is_named(folder: Path, content: str) -> None:
     split(folder)
     (folder / INDEX).write_text(content)
@@ -357,12 +376,24 @@ def _odd_type(path: Path) -> None:
     write_header(path, json.dumps(header).encode(), rest)
 
 
-@pytest.mark.parametrize("damage", [
-    _truncated, _longer, _only_header, _few_bytes, _overlap, _twice, _no_shape, _odd_type,
-    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(POINTER),
-    lambda path: path.write_bytes(b"<html>not found</html>" * 50),
-    lambda path: write_header(path, b"{]", b""), lambda path: write_header(path, b"[1]", b""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _truncated,
+        _longer,
+        _only_header,
+        _few_bytes,
+        _overlap,
+        _twice,
+        _no_shape,
+        _odd_type,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(POINTER),
+        lambda path: path.write_bytes(b"<html>not found</html>" * 50),
+        lambda path: write_header(path, b"{]", b""),
+        lambda path: write_header(path, b"[1]", b""),
+    ],
+)
 def test_a_damaged_weight_file_is_named(folder: Path, damage: Callable[[Path], None]) -> None:
     damage(folder / WEIGHTS)
     assert WEIGHTS in refusal(folder)
@@ -386,8 +417,18 @@ def test_ends_that_are_no_ids_are_named(folder: Path, value: Any) -> None:
     assert "eos_token_id" in message
 
 
-@pytest.mark.parametrize("values", [{"hidden_size": "48"}, {"hidden_act": "nope"}, {"head_dim": 0}, {"rope_scaling": 5},
-                                    {"dtype": "float99"}, {"vocab_size": -1}, {"model_type": None}])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hidden_size": "48"},
+        {"hidden_act": "nope"},
+        {"head_dim": 0},
+        {"rope_scaling": 5},
+        {"dtype": "float99"},
+        {"vocab_size": -1},
+        {"model_type": None},
+    ],
+)
 def test_a_configuration_that_makes_no_sense_is_one_line(folder: Path, values: dict[str, Any]) -> None:
     set_config(folder, **values)
     refusal(folder)
@@ -419,9 +460,17 @@ def test_torch_files_load_and_lack_nothing(folder: Path) -> None:
     assert "1 missing: 'model.layers.0.self_attn.q_proj.weight'" in refusal(folder)
 
 
-@pytest.mark.parametrize("damage", [_truncated, _few_bytes, lambda p: p.write_bytes(b""),
-                                    lambda p: p.write_bytes(POINTER), lambda p: torch.save([1, 2], p),
-                                    lambda p: torch.save({"epoch": 3}, p)])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _truncated,
+        _few_bytes,
+        lambda p: p.write_bytes(b""),
+        lambda p: p.write_bytes(POINTER),
+        lambda p: torch.save([1, 2], p),
+        lambda p: torch.save({"epoch": 3}, p),
+    ],
+)
 def test_a_damaged_torch_file_is_named(folder: Path, damage: Callable[[Path], None]) -> None:
     path = to_torch(folder)
     damage(path)
@@ -455,13 +504,18 @@ def test_old_buffers_do_no_harm(folder: Path) -> None:
     load_model(str(folder))
 
 
-@pytest.mark.parametrize(("name", "array"), [
-    ("model.layers.0.self_attn.rotary_emb.inv_freq",
-     (0.25 / 10000.0 ** (np.arange(0, 16, 2) / 16)).astype(np.float32)),  # of another configuration
-    ("model.layers.0.self_attn.bias", np.ones(96, np.float32)),
-    ("model.layers.0.self_attn.masked_bias", np.ones(1, np.float32)),
-    ("model.mtp.weight", np.ones(3, np.float32)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        (
+            "model.layers.0.self_attn.rotary_emb.inv_freq",
+            (0.25 / 10000.0 ** (np.arange(0, 16, 2) / 16)).astype(np.float32),
+        ),  # of another configuration
+        ("model.layers.0.self_attn.bias", np.ones(96, np.float32)),
+        ("model.layers.0.self_attn.masked_bias", np.ones(1, np.float32)),
+        ("model.mtp.weight", np.ones(3, np.float32)),
+    ],
+)
 def test_what_only_looks_like_an_old_buffer_is_refused(folder: Path, name: str, array: np.ndarray) -> None:
     change(folder, lambda arrays: arrays.update({name: array}))
     assert name in refusal(folder)
@@ -482,11 +536,17 @@ def test_tied_weights_that_are_saved_twice_are_healthy(healthy: Callable[[str], 
 
 
 SETTINGS: list[dict[str, Any]] = [
-    {"attn_implementation": "flash_attention_2"}, {"_attn_implementation": "flash_attention_3"},
-    {"pad_token_id": 4000}, {"pad_token_id": -1}, {"return_dict": False}, {"use_cache": False}, {"torchscript": True},
-    {"output_attentions": True, "attn_implementation": "eager"}, {"output_hidden_states": True},
+    {"attn_implementation": "flash_attention_2"},
+    {"_attn_implementation": "flash_attention_3"},
+    {"pad_token_id": 4000},
+    {"pad_token_id": -1},
+    {"return_dict": False},
+    {"use_cache": False},
+    {"torchscript": True},
+    {"output_attentions": True, "attn_implementation": "eager"},
+    {"output_hidden_states": True},
     {"experts_implementation": "grouped_mm"},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -517,9 +577,7 @@ def add_code(folder: Path, marker: Path, family: str) -> None:
     set_config(folder, auto_map=AUTO_MAP, model_type=family, architectures=["CustomModel"])
 
 
-def test_code_of_a_folder_is_not_run_and_said(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_code_of_a_folder_is_not_run_and_said(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     add_code(folder, tmp_path / "ran", "llama")
     result = CliRunner().invoke(cli, ["export", str(folder), "-o", str(tmp_path / "out"), "--window", "9"], input="y\n")
     assert result.exit_code == 0, result.exception
@@ -528,8 +586,9 @@ def test_code_of_a_folder_is_not_run_and_said(
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("words", ["export {model} -o {out}", "verify {out} --against {model}",
-                                   "inspect --memory {model}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "words", ["export {model} -o {out}", "verify {out} --against {model}", "inspect --memory {model}"]
+)
 def test_a_model_that_needs_its_code_is_refused(
     folder: Path, tmp_path: Path, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

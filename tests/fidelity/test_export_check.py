@@ -156,8 +156,21 @@ def test_graphs_for_plugins_are_said_not_to_be_compared(tmp_path: Path) -> None:
     tiny_model("llama", dtype=torch.float16, head_dim=64).save_pretrained(tmp_path / "model")
     with pytest.warns(UncheckedWarning, match="TensorRT plugin"):
         pipeline.export(str(tmp_path / "model"), tmp_path / "a", ExportConfig(S, W, dtype="fp16", target="tensorrt"))
-    result = CliRunner().invoke(cli, ["export", str(tmp_path / "model"), "-o", str(tmp_path / "b"), "--window", "9",
-                                      "--dtype", "fp16", "--target", "tensorrt"])  # fmt: skip
+    result = CliRunner().invoke(
+        cli,
+        [
+            "export",
+            str(tmp_path / "model"),
+            "-o",
+            str(tmp_path / "b"),
+            "--window",
+            "9",
+            "--dtype",
+            "fp16",
+            "--target",
+            "tensorrt",
+        ],
+    )
     assert result.exit_code == 0, result.output
     assert "warning: the graphs were not compared with the model: they need the TensorRT plugin" in result.output
 

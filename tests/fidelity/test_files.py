@@ -56,15 +56,21 @@ def save(request: pytest.FixtureRequest, toy_bundle: Path) -> Save:
 
 
 def _run(*arguments: object, stdin: bytes = b"", **options: object) -> tuple[int, str]:
-    done = subprocess.run([*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, timeout=60,
-                          check=False, **options)  # type: ignore[call-overload]  # fmt: skip
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, timeout=60, check=False, **options
+    )  # type: ignore[call-overload]
     return done.returncode, done.stderr.decode()
 
 
 def _run_cpp(cpp: CppRuntime, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(cpp.generate), *map(str, arguments), "--onnxruntime", str(onnxruntime_library())],
-        input=stdin, capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def test_a_link_stays_a_link(save: Save, tmp_path: Path) -> None:
@@ -122,9 +128,23 @@ def test_a_save_on_the_way_that_fails_is_a_warning(toy_bundle: Path, tmp_path: P
     folder = tmp_path / "there"
     folder.mkdir()
     process = subprocess.Popen(
-        [*COMMAND, "run", str(toy_bundle), "--prompt", "a", "--ignore-eos", "--max-tokens", "4000",
-         "--save-every", "10", "--save-state", str(folder / "state")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        [
+            *COMMAND,
+            "run",
+            str(toy_bundle),
+            "--prompt",
+            "a",
+            "--ignore-eos",
+            "--max-tokens",
+            "4000",
+            "--save-every",
+            "10",
+            "--save-state",
+            str(folder / "state"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout is not None
     process.stdout.read(400)  # some saves have been made
     moved = folder.rename(tmp_path / "gone")
@@ -143,9 +163,23 @@ def test_a_log_that_cannot_be_written_ends_no_stream(toy_bundle: Path, tmp_path:
     folder.mkdir()
     with Path("/dev/full").open("wb") as full:
         process = subprocess.Popen(
-            [*COMMAND, "run", str(toy_bundle), "--prompt", "a", "--ignore-eos", "--max-tokens", "4000",
-             "--save-every", "10", "--save-state", str(folder / "state")],
-            stdout=subprocess.PIPE, stderr=full)  # fmt: skip
+            [
+                *COMMAND,
+                "run",
+                str(toy_bundle),
+                "--prompt",
+                "a",
+                "--ignore-eos",
+                "--max-tokens",
+                "4000",
+                "--save-every",
+                "10",
+                "--save-state",
+                str(folder / "state"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=full,
+        )
     assert process.stdout is not None
     process.stdout.read(400)
     folder.rename(tmp_path / "gone")
@@ -290,7 +324,8 @@ def test_folders_of_killed_exports(tmp_path: Path) -> None:
 
 def test_names_cannot_write_on_the_terminal(tmp_path: Path) -> None:
     assert problem("x", received="\x1b[2J\n\u202e\ud800", expected="é 日本 \u200d", fix="y") == (
-        "x: received \\x1b[2J\\n\\u202e\\ud800, expected é 日本 \u200d; y")
+        "x: received \\x1b[2J\\n\\u202e\\ud800, expected é 日本 \u200d; y"
+    )
     assert printable("plain ü") == "plain ü"
     bundle = build_toy(tmp_path / "toy")
     manifest = bundle / MANIFEST_NAME
@@ -335,8 +370,11 @@ def test_a_cache_that_no_memory_holds(tmp_path: Path) -> None:
     from tests.exporter.tiny_models import tiny_model
 
     with pytest.raises(UsageError, match=r"cache: received .* GB of keys and values"):
-        export_loaded(LoadedModel(tiny_model("llama"), None, "tiny"), tmp_path / "out",
-                      ExportConfig(window_size=2**24, batch=2**12))  # fmt: skip
+        export_loaded(
+            LoadedModel(tiny_model("llama"), None, "tiny"),
+            tmp_path / "out",
+            ExportConfig(window_size=2**24, batch=2**12),
+        )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -200,13 +200,19 @@ def test_chat_templates_by_name(tmp_path: Path) -> None:
     assert table.chat_template == "D"
 
 
-@pytest.mark.parametrize(("config", "files", "remark"), [
-    ({"chat_template": " "}, {}, "the chat template of tokenizer_config.json is empty: no chat"),
-    ({"chat_template": []}, {}, "the chat template of tokenizer_config.json is empty: no chat"),
-    ({"chat_template": "C"}, {"chat_template__jinja": "\n"},
-     "the chat template of chat_template.jinja is empty: no chat"),
-    ({}, {"chat_template__json": {"chat_template": "C"}}, "chat_template.json is a processor's: it is not read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "files", "remark"),
+    [
+        ({"chat_template": " "}, {}, "the chat template of tokenizer_config.json is empty: no chat"),
+        ({"chat_template": []}, {}, "the chat template of tokenizer_config.json is empty: no chat"),
+        (
+            {"chat_template": "C"},
+            {"chat_template__jinja": "\n"},
+            "the chat template of chat_template.jinja is empty: no chat",
+        ),
+        ({}, {"chat_template__json": {"chat_template": "C"}}, "chat_template.json is a processor's: it is not read"),
+    ],
+)
 def test_folders_without_a_chat_template_that_says_something(
     config: Any, files: Any, remark: str, tmp_path: Path
 ) -> None:

@@ -72,7 +72,7 @@ FAMILIES: dict[str, tuple[Callable[[], Tiny], float]] = {
     "stablelm": (lambda: tiny("stablelm"), EXACT),
     "stablelm-12b": (lambda: tiny("stablelm", parallel=True), EXACT),
     "starcoder2": (lambda: tiny("starcoder2"), WITH_GELU),
-}  # fmt: skip
+}
 
 WITHOUT_MLP = {f"blk.{i}.ffn_down.weight": np.zeros((64, 96), np.float32) for i in range(46)}
 """46 layers add up the errors of llama.cpp's GELU; without the MLP's output there are none."""
@@ -87,43 +87,78 @@ METADATA: dict[str, tuple[str, dict[str, Any], dict[str, Any], float]] = {
     "attention factor": ("llama", {"keys": {"rope.scaling.attn_factor": 1.3}}, {"keys": {}}, EXACT),
     "yarn": ("llama", {"keys": {**YARN, "rope.freq_base": 100.0}}, {"keys": {"rope.freq_base": 100.0}}, EXACT),
     "yarn's attention factor": ("llama", {"keys": {**YARN, "rope.scaling.attn_factor": 1.3}}, {"keys": YARN}, EXACT),
-    "yarn's original length": ("llama", {"keys": {**YARN, "rope.freq_base": 100.0}}, {
-        "keys": {**YARN, "rope.freq_base": 100.0, "rope.scaling.original_context_length": 4}}, EXACT),
+    "yarn's original length": (
+        "llama",
+        {"keys": {**YARN, "rope.freq_base": 100.0}},
+        {"keys": {**YARN, "rope.freq_base": 100.0, "rope.scaling.original_context_length": 4}},
+        EXACT,
+    ),
     "yarn in qwen2": ("qwen2", {"biases": QKV, "keys": YARN}, {"keys": {}}, EXACT),
-    "yarn in olmo3's full layers": ("olmo2", {"layers": 4, "keys": {"attention.sliding_window": 5, **YARN}}, {
-        "keys": {"attention.sliding_window": 5}}, EXACT),
+    "yarn in olmo3's full layers": (
+        "olmo2",
+        {"layers": 4, "keys": {"attention.sliding_window": 5, **YARN}},
+        {"keys": {"attention.sliding_window": 5}},
+        EXACT,
+    ),
     "frequency base": ("llama", {"keys": {"rope.freq_base": 300.0}}, {"keys": {}}, EXACT),
     "starcoder2's base": ("starcoder2", {"keys": {"rope.freq_base": 100.0}}, {"keys": {}}, WITH_GELU),
     "stablelm's share": ("stablelm", {"keys": {"rope.dimension_count": 12}}, {}, EXACT),
     "phi3's share": ("phi3", {"keys": {"rope.dimension_count": 8}}, {"keys": {}}, EXACT),
-    "phi3's short factors": ("phi3", {"tensors": LONG_SHORT, "keys": {
-        **PHI3, "rope.scaling.original_context_length": 400}}, {"tensors": {}}, EXACT),
-    "phi3's long factors": ("phi3", {"tensors": LONG_SHORT, "keys": {
-        **PHI3, "rope.scaling.original_context_length": 8}}, {"keys": {
-            **PHI3, "rope.scaling.original_context_length": 400}}, EXACT),
-    "gemma2's caps": ("gemma2", {"keys": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0}}, {
-        "keys": {"final_logit_softcapping": 4.0}}, WITH_GELU),
+    "phi3's short factors": (
+        "phi3",
+        {"tensors": LONG_SHORT, "keys": {**PHI3, "rope.scaling.original_context_length": 400}},
+        {"tensors": {}},
+        EXACT,
+    ),
+    "phi3's long factors": (
+        "phi3",
+        {"tensors": LONG_SHORT, "keys": {**PHI3, "rope.scaling.original_context_length": 8}},
+        {"keys": {**PHI3, "rope.scaling.original_context_length": 400}},
+        EXACT,
+    ),
+    "gemma2's caps": (
+        "gemma2",
+        {"keys": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0}},
+        {"keys": {"final_logit_softcapping": 4.0}},
+        WITH_GELU,
+    ),
     "gemma2's last cap": ("gemma2", {"keys": {"final_logit_softcapping": 4.0}}, {"keys": {}}, WITH_GELU),
     "gemma2's window": ("gemma2", {}, {"keys": {"attention.sliding_window": None}}, WITH_GELU),
     "gemma2's query scale at 46 layers": ("gemma2", {"layers": 46, "tensors": WITHOUT_MLP}, {}, WITH_GELU),
     "gemma3's cap": ("gemma3", {"keys": {"final_logit_softcapping": 4.0}}, {"keys": {}}, WITH_GELU),
-    "gemma3's bases": ("gemma3", {"layers": 6, "keys": {"rope.freq_base": 50.0, "rope.freq_base_swa": 7.0}}, {
-        "keys": {"rope.freq_base": 50.0}}, WITH_GELU),
-    "gemma3's linear": ("gemma3", {"layers": 6, "keys": {**LINEAR, "rope.freq_base": 50.0}}, {
-        "keys": {"rope.freq_base": 50.0}}, WITH_GELU),
-    "gemma3's pattern": ("gemma3", {"keys": {"attention.sliding_window_pattern": [False, True]}}, {"keys": {}},
-                         WITH_GELU),
+    "gemma3's bases": (
+        "gemma3",
+        {"layers": 6, "keys": {"rope.freq_base": 50.0, "rope.freq_base_swa": 7.0}},
+        {"keys": {"rope.freq_base": 50.0}},
+        WITH_GELU,
+    ),
+    "gemma3's linear": (
+        "gemma3",
+        {"layers": 6, "keys": {**LINEAR, "rope.freq_base": 50.0}},
+        {"keys": {"rope.freq_base": 50.0}},
+        WITH_GELU,
+    ),
+    "gemma3's pattern": (
+        "gemma3",
+        {"keys": {"attention.sliding_window_pattern": [False, True]}},
+        {"keys": {}},
+        WITH_GELU,
+    ),
     "gemma3 without a window": ("gemma3", {"keys": {"attention.sliding_window": None}}, {"keys": {}}, WITH_GELU),
     "biases in llama": ("llama", {"biases": ALL_BIASES}, {"biases": ("ffn_up",)}, EXACT),
     "biases without one of the output": ("llama", {"biases": QKV}, {"biases": ()}, EXACT),
     "clamp in olmo": ("olmo", {"keys": {"attention.clamp_kqv": 1.0}}, {"keys": {}}, EXACT),
-    "clamp in mpt": ("mpt", {"biases": False, "head": False, "keys": {"attention.clamp_kqv": 1.0}}, {"keys": {}},
-                     WITH_GELU),
+    "clamp in mpt": (
+        "mpt",
+        {"biases": False, "head": False, "keys": {"attention.clamp_kqv": 1.0}},
+        {"keys": {}},
+        WITH_GELU,
+    ),
     "granite's multipliers": ("granite", {"keys": GRANITE}, {"keys": {"logit_scale": 2.0}}, EXACT),
     "command-r's scale": ("command-r", {"keys": {"logit_scale": 2.0}}, {"keys": {}}, EXACT),
     "neox in sequence": ("gptneox", {"keys": {"use_parallel_residual": False}}, {"keys": {}}, WITH_GELU),
     "eps": ("llama", {"keys": {"attention.layer_norm_rms_epsilon": 0.5}}, {"keys": {}}, EXACT),
-}  # fmt: skip
+}
 
 
 def _ours(path: Path, ids: list[int]) -> np.ndarray:
@@ -188,9 +223,7 @@ def test_float16_weights(tmp_path: Path) -> None:
 def _yarn_frequencies(base: float, factor: float, original: int, fast: float, slow: float) -> np.ndarray:
     """YaRN's inverse frequencies with bounds that are not whole (arXiv:2309.00071), float64 [HEAD / 2]."""
     plain = base ** (-np.arange(0, HEAD, 2) / HEAD)
-    low, high = (
-        HEAD * np.log(original / (turns * 2 * np.pi)) / (2 * np.log(base)) for turns in (fast, slow)
-    )  # fmt: skip
+    low, high = (HEAD * np.log(original / (turns * 2 * np.pi)) / (2 * np.log(base)) for turns in (fast, slow))
     ramp = np.clip((np.arange(HEAD // 2) - max(low, 0)) / (min(high, HEAD - 1) - max(low, 0)), 0, 1)
     return plain / factor * ramp + plain * (1 - ramp)
 
@@ -207,8 +240,12 @@ def test_gpt_oss_has_bounds_of_yarn_that_are_not_whole(tmp_path: Path) -> None:
 
 def test_settings_of_yarn_that_llama_cpp_leaves_out(tmp_path: Path) -> None:
     """Converters write them from the checkpoint's configuration; llama.cpp's Llama reads none of the three."""
-    keys = {**YARN, "rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_beta_slow": 2.0,
-            "rope.scaling.yarn_attn_factor": 1.5}  # fmt: skip
+    keys = {
+        **YARN,
+        "rope.scaling.yarn_beta_fast": 8.0,
+        "rope.scaling.yarn_beta_slow": 2.0,
+        "rope.scaling.yarn_attn_factor": 1.5,
+    }
     config = gguf_config(locate(str(write(tmp_path / "yarn.gguf", tiny("llama", keys=keys)))))
     found = config.rope_parameters
     assert (found["beta_fast"], found["beta_slow"], found["attention_factor"]) == (8.0, 2.0, 1.5)

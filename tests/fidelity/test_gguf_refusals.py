@@ -57,7 +57,7 @@ TENSORS: dict[str, tuple[dict[str, Any], str]] = {
     "factors of another length": ({"rope_freqs.weight": np.ones(5, np.float32)}, r"of shape \(5,\)"),
     "factors of zero": ({"rope_freqs.weight": np.zeros(8, np.float32)}, r"not above 0"),
     "long factors alone": ({"rope_factors_long.weight": np.ones(8, np.float32)}, r"rope_factors_short"),
-}  # fmt: skip
+}
 
 KEYS: dict[str, tuple[dict[str, Any], str]] = {
     "a key of no known effect": ({"attention.scale": 0.5}, r"'llama\.attention\.scale' = 0\.5"),
@@ -67,8 +67,10 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
     "an odd share": ({"rope.dimension_count": 7}, r"rope\.dimension_count' = 7"),
     "other heads of values": ({"attention.value_length": 8}, r"attention\.value_length' = 8"),
     "unknown scaling": ({"rope.scaling.type": "dynamic"}, r"rope\.scaling\.type' = 'dynamic'"),
-    "yarn's extrapolation": ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0,
-                              "rope.scaling.yarn_ext_factor": 0.5}, r"yarn_ext_factor' = 0\.5"),
+    "yarn's extrapolation": (
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.yarn_ext_factor": 0.5},
+        r"yarn_ext_factor' = 0\.5",
+    ),
     "yarn's settings without yarn": ({"rope.scaling.yarn_beta_fast": 8.0}, r"YaRN's settings \(beta_fast\)"),
     "longrope without factors": ({"rope.scaling.type": "longrope"}, r"without 'rope_factors_long\.weight'"),
     "another key of each layer": ({"feed_forward_length": [96, 80]}, r"another value in each layer \(\[96, 80\]"),
@@ -86,7 +88,7 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
     "a text for a number": ({"attention.head_count": "four"}, r"head_count' = 'four'"),
     "no norm's eps": ({"attention.layer_norm_rms_epsilon": None}, r"no key 'llama\.attention\.layer_norm_rms_epsilon'"),
     "experts used where there are none": ({"expert_used_count": 2}, r"expert_used_count' = 2"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", TENSORS)
@@ -111,33 +113,48 @@ OTHERS: dict[str, tuple[Tiny, str]] = {
     "an architecture that is not mapped": (Tiny("deci", {}, {}), r"architecture 'deci', expected one of bloom"),
     "one without positions to keep": (Tiny("gpt2", {}, {}), r"'gpt2', which learns a vector for each absolute"),
     "an adapter": (Tiny("llama", {}, {}, {"general.type": "adapter"}), r"type 'adapter'"),
-    "keys of another architecture": (Tiny("llama", tiny("llama").keys, tiny("llama").tensors,
-                                          {"qwen2.rope.freq_base": 7.0}), r"'qwen2\.rope\.freq_base'"),
-    "a vision encoder": (Tiny("llama", tiny("llama").keys, tiny("llama").tensors, {"clip.use_gelu": True}),
-                         r"'clip\.use_gelu'"),
+    "keys of another architecture": (
+        Tiny("llama", tiny("llama").keys, tiny("llama").tensors, {"qwen2.rope.freq_base": 7.0}),
+        r"'qwen2\.rope\.freq_base'",
+    ),
+    "a vision encoder": (
+        Tiny("llama", tiny("llama").keys, tiny("llama").tensors, {"clip.use_gelu": True}),
+        r"'clip\.use_gelu'",
+    ),
     "more experts a token than there are": (tiny_mixtral(expert_used_count=5), r"expert_used_count' = 5 of 4"),
     "groups of experts": (tiny_mixtral(expert_group_count=2), r"expert_group_count' = 2"),
     "another gate": (tiny_mixtral(expert_gating_func=2), r"expert_gating_func' = 2"),
     "a huge number of experts": (tiny_mixtral(expert_count=1 << 20), r"ffn_gate_inp\.weight' \(4, 64\)"),
-    "a share where whole heads are rotated": (tiny("qwen2", keys={"rope.dimension_count": 8}),
-                                              r"rotation of 8 of 16 columns"),
+    "a share where whole heads are rotated": (
+        tiny("qwen2", keys={"rope.dimension_count": 8}),
+        r"rotation of 8 of 16 columns",
+    ),
     "experts in an architecture without": (tiny("qwen2", keys={"expert_count": 4}), r"'qwen2\.expert_count' = 4"),
     "no biases of keys in any layer": (tiny("qwen2", biases=("attn_q", "attn_v")), r"no tensor 'blk\.0\.attn_k\.bias'"),
-    "no biases behind attention": (tiny("gpt-oss", tensors={"blk.0.attn_output.bias": None,
-                                                            "blk.1.attn_output.bias": None}),
-                                   r"no tensor 'blk\.0\.attn_output\.bias'"),
-    "granite without rotation": (tiny("granite", keys={"logit_scale": 2.0, "rope.scaling.finetuned": False}),
-                                 r"rope\.scaling\.finetuned' = False"),
+    "no biases behind attention": (
+        tiny("gpt-oss", tensors={"blk.0.attn_output.bias": None, "blk.1.attn_output.bias": None}),
+        r"no tensor 'blk\.0\.attn_output\.bias'",
+    ),
+    "granite without rotation": (
+        tiny("granite", keys={"logit_scale": 2.0, "rope.scaling.finetuned": False}),
+        r"rope\.scaling\.finetuned' = False",
+    ),
     "olmo's eps": (tiny("olmo", keys={"attention.layer_norm_epsilon": 1e-6}), r"layer_norm_epsilon' = 1e-06"),
-    "mpt without alibi": (tiny("mpt", biases=False, head=False, keys={"attention.max_alibi_bias": 0.0}),
-                          r"mpt without ALiBi"),
+    "mpt without alibi": (
+        tiny("mpt", biases=False, head=False, keys={"attention.max_alibi_bias": 0.0}),
+        r"mpt without ALiBi",
+    ),
     "mpt with biases": (tiny("mpt", biases=True, head=False), r"'blk\.0\.attn_\w+\.bias'"),
     "falcon-rw": (tiny("falcon", biases=False, norms=("attn_norm",)), r"Falcon-RW"),
-    "glm4 with positions by axis": (tiny("glm4", keys={"rope.dimension_sections": [2, 1, 1, 0]}),
-                                    r"dimension_sections' = \[2, 1, 1, 0\]"),
-    "stablelm's flag against its tensors": (tiny("stablelm", keys={"use_parallel_residual": True}),
-                                            r"use_parallel_residual' = True"),
-}  # fmt: skip
+    "glm4 with positions by axis": (
+        tiny("glm4", keys={"rope.dimension_sections": [2, 1, 1, 0]}),
+        r"dimension_sections' = \[2, 1, 1, 0\]",
+    ),
+    "stablelm's flag against its tensors": (
+        tiny("stablelm", keys={"use_parallel_residual": True}),
+        r"use_parallel_residual' = True",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", OTHERS)
@@ -147,11 +164,24 @@ def test_others(what: str, tmp_path: Path) -> None:
 
 
 def test_keys_without_effect_are_no_obstacle(tmp_path: Path) -> None:
-    made = tiny("llama", keys={"rope.scaling.original_context_length": 4 << 20, "rope.scaling.finetuned": True,
-                               "expert_count": 0, "expert_used_count": 0, "attention.causal": True})  # fmt: skip
+    made = tiny(
+        "llama",
+        keys={
+            "rope.scaling.original_context_length": 4 << 20,
+            "rope.scaling.finetuned": True,
+            "expert_count": 0,
+            "expert_used_count": 0,
+            "attention.causal": True,
+        },
+    )
     made.keys["context_length"] = 4 << 20
-    made.other_keys = {"general.sampling.temp": 0.7, "quantize.imatrix.file": "x", "quantize.imatrix.entries_count": 3,
-                       "mradermacher.quantize_version": "2", "general.file_type": 1}  # fmt: skip
+    made.other_keys = {
+        "general.sampling.temp": 0.7,
+        "quantize.imatrix.file": "x",
+        "quantize.imatrix.entries_count": 3,
+        "mradermacher.quantize_version": "2",
+        "general.file_type": 1,
+    }
     _load(write(tmp_path / "good.gguf", made))
 
 
@@ -280,13 +310,18 @@ def test_damaged_headers_raise_nothing_else(tmp_path: Path) -> None:
 def test_reader_equals_gguf_pys(tmp_path: Path) -> None:
     made = tiny("llama")
     made.kinds = {"blk.0.attn_q.weight": "Q8_0", "output.weight": "F16", "blk.1.attn_q.weight": "BF16"}
-    made.other_keys = {"general.tags": ["a", "ü"], "general.flags": [True, False], "general.numbers": [1.5, -2.0],
-                       "general.integers": [3, -4], "general.alignment": 64}  # fmt: skip
+    made.other_keys = {
+        "general.tags": ["a", "ü"],
+        "general.flags": [True, False],
+        "general.numbers": [1.5, -2.0],
+        "general.integers": [3, -4],
+        "general.alignment": 64,
+    }
     path = write(tmp_path / "tiny.gguf", made)
     theirs, ours = gguf.GGUFReader(path), open_gguf(path)
     assert dict(ours.metadata) == {
         name: field.contents() for name, field in theirs.fields.items() if not name.startswith("GGUF.")
-    }  # fmt: skip
+    }
     assert list(ours.tensors) == [tensor.name for tensor in theirs.tensors]
     for tensor in theirs.tensors:
         assert np.array_equal(tensor.data, ours.tensors[tensor.name].data)

@@ -63,8 +63,11 @@ def test_llama_cpp_vocabulary(name: str) -> None:
     metadata = read_metadata(path)
     built = build(metadata)
     kinds = metadata[KEY + "token_type"]
-    special = [text for text, kind in zip(metadata[KEY + "tokens"], kinds, strict=True)
-               if kind in (UNKNOWN, CONTROL, USER_DEFINED)]  # fmt: skip
+    special = [
+        text
+        for text, kind in zip(metadata[KEY + "tokens"], kinds, strict=True)
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
     with LlamaVocabulary(path) as reference:
         some = list(texts(100, 7, special))
         if name == "phi-3":  # white space outside ASCII after its special tokens: see below
@@ -120,8 +123,12 @@ def made_bytes() -> dict[str, Any]:
     signs = byte_signs()
     source = random.Random(5)
     spaces = [signs[byte] for byte in b" \t\r\n"]
-    pairs = [(first, second) for first in signs for second in signs
-             if source.random() < 0.2 or (first in spaces and second in spaces)]  # fmt: skip
+    pairs = [
+        (first, second)
+        for first in signs
+        for second in signs
+        if source.random() < 0.2 or (first in spaces and second in spaces)
+    ]
     source.shuffle(pairs)
     named = ["<s>", "</s>", "<|im_end|>", "<unused>", "<mask>", "    "]
     return {
@@ -139,8 +146,12 @@ def made_characters() -> dict[str, Any]:
     source = random.Random(1)
     some = [sign for sign in dict.fromkeys("".join(dense_texts(400, 2)) + "▁") if sign not in " \x00"]
     some = [sign for sign in some if sign in "\n▁" or source.random() < 0.8]
-    pairs = [(first, second) for first in some for second in some
-             if (first == second == "\n") or ("\n" not in (first, second) and source.random() < 0.5)]  # fmt: skip
+    pairs = [
+        (first, second)
+        for first in some
+        for second in some
+        if (first == second == "\n") or ("\n" not in (first, second) and source.random() < 0.5)
+    ]
     pairs += [("\n\n", "\n"), ("\n", "\n\n"), ("\n\n", "\n\n"), ("\n\n\n", "\n")]
     source.shuffle(pairs)
     named = ["<pad>", "<eos>", "<bos>", "<unk>", "<|im_end|>", "  "]
@@ -148,23 +159,35 @@ def made_characters() -> dict[str, Any]:
     return {
         KEY + "model": "gpt2",
         KEY + "tokens": tokens,
-        KEY + "token_type": [CONTROL, CONTROL, CONTROL, UNKNOWN, CONTROL, USER_DEFINED] + [BYTE] * 256
+        KEY + "token_type": [CONTROL, CONTROL, CONTROL, UNKNOWN, CONTROL, USER_DEFINED]
+        + [BYTE] * 256
         + [NORMAL] * (len(tokens) - 262),
         KEY + "merges": [f"{first} {second}" for first, second in pairs],
         KEY + "bos_token_id": 2,
         KEY + "eos_token_id": 1,
-    }  # fmt: skip
+    }
 
 
 SPACES = [" " * count + word for count in (3, 9, 40, 1100) for word in ("", "a", "1", "\n")]
 CUTS = [
-    " ".join(f"{before}'{short}{after}" for before in "aZ9.中" for short in ("s", "m", "d", "re", "LL", "Ve", "T")
-             for after in ("", "b", "3")),
-    " ".join(f"{before}{'1234567'[:size]}{after}" for before in ("", "a", "\n", "-", "中")
-             for size in range(1, 8) for after in ("", "b", "٣", "½")),
-    " ".join(f"{before}{after}" for before in (".", "ab", "=>", "É", "e\u0301")
-             for after in ("\n", "\r\n\n", "/", "/\n", "É", "Ab", "\u0301", " c", "中")),
-]  # fmt: skip
+    " ".join(
+        f"{before}'{short}{after}"
+        for before in "aZ9.中"
+        for short in ("s", "m", "d", "re", "LL", "Ve", "T")
+        for after in ("", "b", "3")
+    ),
+    " ".join(
+        f"{before}{'1234567'[:size]}{after}"
+        for before in ("", "a", "\n", "-", "中")
+        for size in range(1, 8)
+        for after in ("", "b", "٣", "½")
+    ),
+    " ".join(
+        f"{before}{after}"
+        for before in (".", "ab", "=>", "É", "e\u0301")
+        for after in ("\n", "\r\n\n", "/", "/\n", "É", "Ab", "\u0301", " c", "中")
+    ),
+]
 
 
 def test_every_name_splits_as_llama_cpp(tmp_path: Path) -> None:
@@ -332,10 +355,19 @@ def test_ends_and_types_by_name(tmp_path: Path) -> None:
         if {"<|repo_name|>", "<reponame>"} <= {*named} or {"<|fim_pad|>", "<PAD>"} <= {*named}:
             continue  # llama.cpp takes whichever its hash table has first
         kinds = [source.choice([NORMAL, CONTROL, USER_DEFINED]) for _ in named]
-        ids = {f"{KEY}{name}_token_id": len(plain) + source.randrange(len(named))
-               for name in source.sample(["eos", "eot", "eom", "fim_sep"], source.randint(1, 4))}  # fmt: skip
-        metadata = {**base, KEY + "tokens": plain + named, KEY + "token_type": [NORMAL] * len(plain) + kinds,
-                    KEY + "pre": "qwen2", KEY + "bos_token_id": 0, KEY + "eos_token_id": len(plain), **ids}  # fmt: skip
+        ids = {
+            f"{KEY}{name}_token_id": len(plain) + source.randrange(len(named))
+            for name in source.sample(["eos", "eot", "eom", "fim_sep"], source.randint(1, 4))
+        }
+        metadata = {
+            **base,
+            KEY + "tokens": plain + named,
+            KEY + "token_type": [NORMAL] * len(plain) + kinds,
+            KEY + "pre": "qwen2",
+            KEY + "bos_token_id": 0,
+            KEY + "eos_token_id": len(plain),
+            **ids,
+        }
         built = build(metadata)
         with LlamaVocabulary(write_metadata(tmp_path / "made.gguf", metadata)) as reference:
             assert built.end_ids == reference.end_ids, named

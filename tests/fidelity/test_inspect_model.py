@@ -136,8 +136,11 @@ def test_positions_and_windows(
         (lambda f: tensor(f, "model.layers.0.self_attn.q_proj.bias", (96,)), "tensors", "1 unexpected: 'model."),
         (lambda f: tensor(f, "model.norm.weight", (7,)), "tensors", "model.norm.weight [7] for [48]"),
         (lambda f: edit(f / "config.json", num_hidden_layers=1), "tensors", "9 unexpected"),
-        (lambda f: (f / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "b"}}'),
-         "tensors", "which names other files"),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "b"}}'),
+            "tensors",
+            "which names other files",
+        ),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer", "tokenizer.json: received"),
         (lambda f: (f / "tokenizer_config.json").write_text("[]"), "tokenizer", "list where an object"),
         (lambda f: (f / "chat_template.jinja").write_text("{% for"), "tokenizer", "the source's own, which fails"),

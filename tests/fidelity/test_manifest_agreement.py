@@ -18,10 +18,44 @@ from tests.runtime.toy import Toy, build_toy
 
 SHA256 = "a" * 64
 ODD: list[Any] = [
-    None, True, -1, 0, 1, 2, 1.0, 1.5, 1e308, float("inf"), float("nan"), 2**53, 2**63 - 1, 2**63, -(2**63) - 1,
-    10**400, "", "a", "../a", "a\\b", "\x00", "\x1b[31m", "\u202e", "\ud800", "ids", "logits", "float16", "int8",
-    "a" * 9000, [], {}, [1], [0, 0], [[True]], [1] * 9, [2**40, 2**40], {"a": 1},
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2,
+    1.0,
+    1.5,
+    1e308,
+    float("inf"),
+    float("nan"),
+    2**53,
+    2**63 - 1,
+    2**63,
+    -(2**63) - 1,
+    10**400,
+    "",
+    "a",
+    "../a",
+    "a\\b",
+    "\x00",
+    "\x1b[31m",
+    "\u202e",
+    "\ud800",
+    "ids",
+    "logits",
+    "float16",
+    "int8",
+    "a" * 9000,
+    [],
+    {},
+    [1],
+    [0, 0],
+    [[True]],
+    [1] * 9,
+    [2**40, 2**40],
+    {"a": 1},
+]
 Place = tuple[Any, ...]
 
 
@@ -32,18 +66,36 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out: dict[str, Any] = json.loads((bundle / MANIFEST_NAME).read_text(encoding="utf-8"))
     layers, heads = out["model"]["num_layers"], out["model"]["num_q_heads"]
     out["sink_tuning"] = {
-        "sha256": SHA256, "first_token_scale": [[1.0] * heads] * layers,
+        "sha256": SHA256,
+        "first_token_scale": [[1.0] * heads] * layers,
         "act": {"alpha": 1.5, "beta": 0.5, "min_queries": 3, "heads": [[True] * heads] * layers},
-    }  # fmt: skip
-    out["head_windows"] = [{"layer": 0, "kv_heads": list(range(out["model"]["num_kv_heads"])),
-                            "window_size": out["stream"]["window_size"]}]  # fmt: skip
+    }
+    out["head_windows"] = [
+        {"layer": 0, "kv_heads": list(range(out["model"]["num_kv_heads"])), "window_size": out["stream"]["window_size"]}
+    ]
     out["affine_attention"] = {"sha256": SHA256, "file": "decode.onnx", "has_inputs": False, "heads": [[0, 1]] * layers}
-    out["quantization"] = {"recipe": "x", "weights": "int8", "activations": "float", "kv": "fp",
-                           "calibration_sha256": SHA256, "thresholds": {"kl_divergence": 1}}  # fmt: skip
-    out["engines"] = {"decode": {
-        "file": "engines/x", "bytes": 4, "sha256": SHA256, "graph_sha256": SHA256, "flavour": "TensorRT",
-        "version": "10", "plugin_abi": None, "gpu": None, "compute_capability": "9.0", "precision": "float32",
-    }}  # fmt: skip
+    out["quantization"] = {
+        "recipe": "x",
+        "weights": "int8",
+        "activations": "float",
+        "kv": "fp",
+        "calibration_sha256": SHA256,
+        "thresholds": {"kl_divergence": 1},
+    }
+    out["engines"] = {
+        "decode": {
+            "file": "engines/x",
+            "bytes": 4,
+            "sha256": SHA256,
+            "graph_sha256": SHA256,
+            "flavour": "TensorRT",
+            "version": "10",
+            "plugin_abi": None,
+            "gpu": None,
+            "compute_capability": "9.0",
+            "precision": "float32",
+        }
+    }
     return out
 
 
@@ -62,12 +114,24 @@ def test_both_runtimes_take_the_same(manifest: dict[str, Any], probe: Probe, tmp
     assert accepted > 100
 
 
-@pytest.mark.parametrize("old, new", [
-    (b'"toy"', b'"\\ud800"'), (b'"toy"', b'"\\ud83d\\ude00"'), (b'"toy"', b'"\\udc00\\ud800"'), (b'"toy"', b'"\x01"'),
-    (b'"target"', b'"target": "onnx", "target"'), (b": 1,", b": 01,"), (b": 1,", b": 1.0,"), (b": 1,", b": -0,"),
-    (b": 1,", b": NaN,"), (b": 1,", b": -Infinity,"), (b": 1,", b": " + b"9" * 5000 + b","), (b"{", b"{,"),
-    (b"{", b"[{"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (b'"toy"', b'"\\ud800"'),
+        (b'"toy"', b'"\\ud83d\\ude00"'),
+        (b'"toy"', b'"\\udc00\\ud800"'),
+        (b'"toy"', b'"\x01"'),
+        (b'"target"', b'"target": "onnx", "target"'),
+        (b": 1,", b": 01,"),
+        (b": 1,", b": 1.0,"),
+        (b": 1,", b": -0,"),
+        (b": 1,", b": NaN,"),
+        (b": 1,", b": -Infinity,"),
+        (b": 1,", b": " + b"9" * 5000 + b","),
+        (b"{", b"{,"),
+        (b"{", b"[{"),
+    ],
+)
 def test_both_runtimes_read_the_same_json(
     manifest: dict[str, Any], probe: Probe, tmp_path: Path, old: bytes, new: bytes
 ) -> None:
@@ -81,8 +145,17 @@ def test_head_windows_of_no_layer(manifest: dict[str, Any]) -> None:
     """A model without windows has no groups of them: a list without any is no crash."""
     raw = copy.deepcopy(manifest)
     raw["head_windows"], raw["sink_tuning"] = [], None
-    raw["states"] = [{"layer": 0, "kind": kind, "input": f"{kind}.0", "output": f"{kind}.0.next", "shape": [2, 3],
-                      "dtype": "float32"} for kind in ("conv", "recurrent")]  # fmt: skip
+    raw["states"] = [
+        {
+            "layer": 0,
+            "kind": kind,
+            "input": f"{kind}.0",
+            "output": f"{kind}.0.next",
+            "shape": [2, 3],
+            "dtype": "float32",
+        }
+        for kind in ("conv", "recurrent")
+    ]
     Manifest.from_json(json.dumps(raw))
 
 

@@ -27,10 +27,18 @@ from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
 C = 16
 
 SMALL: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 
 def random_model(config: Any) -> Any:
@@ -188,11 +196,16 @@ def test_hunyuan_with_its_key_norm_alone_is_refused_by_the_exporter_and_by_the_r
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"k": lambda k: k * torch.linspace(0.9, 1.1, k.shape[2])[:, None]}, "the exported graph differs from the model"),
-     ({"v": lambda v: v.cumsum(dim=2)}, "a state beside attention: earlier tokens change values of layer 0"),
-     ({"q": lambda q: q.cumsum(dim=2)}, "queries that are more than a rotation"),
-     ({"k": lambda k: k.roll(1, dims=2)}, "a rotation|a state beside attention")],
-)  # fmt: skip
+    [
+        (
+            {"k": lambda k: k * torch.linspace(0.9, 1.1, k.shape[2])[:, None]},
+            "the exported graph differs from the model",
+        ),
+        ({"v": lambda v: v.cumsum(dim=2)}, "a state beside attention: earlier tokens change values of layer 0"),
+        ({"q": lambda q: q.cumsum(dim=2)}, "queries that are more than a rotation"),
+        ({"k": lambda k: k.roll(1, dims=2)}, "a rotation|a state beside attention"),
+    ],
+)
 def test_what_depends_on_other_tokens_or_places_is_refused(change: dict[str, Any], named: str, tmp_path: Path) -> None:
     model = tiny_model("llama")
     changed_arguments(model.model.layers[0].self_attn, **change)
@@ -248,8 +261,12 @@ def test_falcon_h1_has_mamba_states_beside_attention() -> None:
 
 
 def test_zaya_has_convolutions_before_attention() -> None:
-    config = transformers.ZayaConfig(**{k: v for k, v in SMALL.items() if k != "intermediate_size"}, num_experts=4,
-                                     moe_intermediate_size=32, router_hidden_size=16)  # fmt: skip
+    config = transformers.ZayaConfig(
+        **{k: v for k, v in SMALL.items() if k != "intermediate_size"},
+        num_experts=4,
+        moe_intermediate_size=32,
+        router_hidden_size=16,
+    )
     with pytest.raises(UsageError, match="a state beside attention"):
         probed(random_model(config))
 
@@ -300,14 +317,16 @@ def test_a_window_that_only_the_mask_has_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("function", "window"),
-    [(masking_utils.causal_mask_function, None),
-     (masking_utils.sliding_window_causal_mask_function(5), 5),
-     (masking_utils.sliding_window_causal_mask_function(40), None),
-     (masking_utils.bidirectional_mask_function, "no window"),
-     (masking_utils.sliding_window_bidirectional_mask_function(5), "no window"),
-     (masking_utils.chunked_causal_mask_function(7, torch.zeros(1, dtype=torch.int64)), "not of one size"),
-     (masking_utils.and_masks(masking_utils.causal_mask_function, lambda _b, _h, _q, k: k % 2 == 0), "no window")],
-)  # fmt: skip
+    [
+        (masking_utils.causal_mask_function, None),
+        (masking_utils.sliding_window_causal_mask_function(5), 5),
+        (masking_utils.sliding_window_causal_mask_function(40), None),
+        (masking_utils.bidirectional_mask_function, "no window"),
+        (masking_utils.sliding_window_bidirectional_mask_function(5), "no window"),
+        (masking_utils.chunked_causal_mask_function(7, torch.zeros(1, dtype=torch.int64)), "not of one size"),
+        (masking_utils.and_masks(masking_utils.causal_mask_function, lambda _b, _h, _q, k: k % 2 == 0), "no window"),
+    ],
+)
 def test_what_a_mask_lets_a_token_see(function: Any, window: Any) -> None:
     if isinstance(window, str):
         with pytest.raises(UsageError, match=window):
@@ -354,10 +373,15 @@ def test_a_model_that_writes_into_a_buffer_is_refused() -> None:
 def test_gemma_3n_is_exact(tmp_path: Path) -> None:
     """Its predictions are written in place into a stack of hidden states."""
     config = transformers.Gemma3nTextConfig(
-        **SMALL, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB_SIZE, laurel_rank=8,
-        activation_sparsity_pattern=[0.0, 0.0], num_kv_shared_layers=0, sliding_window=8,
+        **SMALL,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB_SIZE,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.0, 0.0],
+        num_kv_shared_layers=0,
+        sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
+    )
     model = random_model(config)
     manifest = export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 12))
     assert manifest.model.family == "gemma3n_text"
@@ -368,19 +392,38 @@ def test_gemma_3n_is_exact(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "config", "step"),
-    [("deepseek_v2", {"kv_lora_rank": 16, "qk_rope_head_dim": 8}, "probing its attention"),
-     ("dbrx", {"vocab_size": VOCAB_SIZE, "d_model": 48, "n_heads": 6, "n_layers": 2,
-               "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0},
-               "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 48}},
-      "tracing the decode graph")],
-)  # fmt: skip
+    [
+        ("deepseek_v2", {"kv_lora_rank": 16, "qk_rope_head_dim": 8}, "probing its attention"),
+        (
+            "dbrx",
+            {
+                "vocab_size": VOCAB_SIZE,
+                "d_model": 48,
+                "n_heads": 6,
+                "n_layers": 2,
+                "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0},
+                "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 48},
+            },
+            "tracing the decode graph",
+        ),
+    ],
+)
 def test_failures_of_a_models_code_name_family_and_step(
     name: str, config: dict[str, Any], step: str, tmp_path: Path
 ) -> None:
     classes = {"deepseek_v2": transformers.DeepseekV2Config, "dbrx": transformers.DbrxConfig}
     if name == "deepseek_v2":
-        config = {**SMALL, **config, "num_key_value_heads": 6, "q_lora_rank": None, "v_head_dim": 8,
-                  "qk_nope_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        config = {
+            **SMALL,
+            **config,
+            "num_key_value_heads": 6,
+            "q_lora_rank": None,
+            "v_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        }
     random_model(classes[name](**config)).save_pretrained(tmp_path / "model")
     result = CliRunner().invoke(cli, ["export", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--window", "9"])
     assert isinstance(result.exception, UsageError)

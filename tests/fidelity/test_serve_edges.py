@@ -36,8 +36,18 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(bundle: Path) -> Iterator[Process]:
     """Short times, no key."""
-    with serving_process(bundle, header_s=1, body_s=1, keep_alive_s=1, stall_s=1, grace_s=1, max_tokens=10**7,
-                         max_waiting=2, max_body_bytes=2**20, send_buffer=4096) as process:  # fmt: skip
+    with serving_process(
+        bundle,
+        header_s=1,
+        body_s=1,
+        keep_alive_s=1,
+        stall_s=1,
+        grace_s=1,
+        max_tokens=10**7,
+        max_waiting=2,
+        max_body_bytes=2**20,
+        send_buffer=4096,
+    ) as process:
         yield process
 
 
@@ -169,7 +179,7 @@ def test_answers_that_nobody_reads_hold_nothing(plain: Process) -> None:
         (b"GET /health HTTP/1.0\r\n\r\n", 403),
     ],
     ids=range(16),
-)  # fmt: skip
+)
 def test_what_is_no_request_gets_one_line(plain: Process, request_bytes: bytes, status: int) -> None:
     got_status, got = plain.ask(closing(request_bytes) if status in (403, 413, 414) else request_bytes)
     assert got_status == status, got
@@ -252,8 +262,12 @@ def test_too_few_file_descriptors_are_refused(bundle: Path) -> None:
 def test_the_key_is_asked_before_anything_is_read(bundle: Path) -> None:
     with serving_process(bundle, key=KEY) as process:
         head = POST + b"Content-Length: 1000\r\nExpect: 100-continue\r\n"
-        for line in (b"", b"Authorization: Bearer x\r\n", b"Authorization: Bearer " + KEY.encode() * 2 + b"\r\n",
-                     b"Authorization: Bearer %b\r\nAuthorization: Bearer %b\r\n" % (b"x", KEY.encode())):  # fmt: skip
+        for line in (
+            b"",
+            b"Authorization: Bearer x\r\n",
+            b"Authorization: Bearer " + KEY.encode() * 2 + b"\r\n",
+            b"Authorization: Bearer %b\r\nAuthorization: Bearer %b\r\n" % (b"x", KEY.encode()),
+        ):
             with process.connect() as raw:
                 raw.sendall(head + line + b"\r\n")
                 assert raw.recv(1000).startswith(b"HTTP/1.1 401"), line

@@ -31,9 +31,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}{# <think> #}"
 )
 
-PARTS = (
-    "{% for m in messages %}{% for part in m['content'] %}{{ part.text }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
-)
+PARTS = "{% for m in messages %}{% for part in m['content'] %}{{ part.text }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
 
 
 # --- the first space of an answer ------------------------------------------------------------------------------------
@@ -396,11 +394,13 @@ def test_all_named_special_tokens_reach_the_template(tmp_path: Path) -> None:
         "|".join(f"{{{{ {name} }}}}" for name in names) + "|{{ additional_special_tokens | join(',') }}", "utf-8"
     )
     config = {
-        "add_bos_token": True, "bos_token": {"content": "<bos>", "lstrip": False}, "eot_token": "<eot>",
+        "add_bos_token": True,
+        "bos_token": {"content": "<bos>", "lstrip": False},
+        "eot_token": "<eot>",
         "extra_special_tokens": {"image_token": "<image>", "boi_token": {"content": "<boi>"}},
         "model_specific_special_tokens": {"video_token": "<video>"},
         "additional_special_tokens": ["<x>", {"content": "<y>"}],
-    }  # fmt: skip
+    }
     (bundle / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
     rehash(bundle)
     with Session.load(bundle, threads=1) as session:

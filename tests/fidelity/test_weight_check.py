@@ -58,8 +58,15 @@ class Exported:
     def __init__(self, folder: Path, name: str, options: dict[str, Any]) -> None:
         tiny_model(name).save_pretrained(folder / "model")
         recipe = options.get("recipe")
-        self.config = ExportConfig(**{"num_sink_tokens": 1, "window_size": 9, "chunk_size": 1, **options,
-                                      "recipe": None if recipe is None else load_recipe(recipe)})  # fmt: skip
+        self.config = ExportConfig(
+            **{
+                "num_sink_tokens": 1,
+                "window_size": 9,
+                "chunk_size": 1,
+                **options,
+                "recipe": None if recipe is None else load_recipe(recipe),
+            }
+        )
         self.loaded = load_model(str(folder / "model"), WEIGHT_DTYPES[self.config.dtype])
         self.bundle = folder / "bundle"
         export_loaded(self.loaded, self.bundle, self.config)  # with the check: no false alarm
@@ -155,14 +162,20 @@ def _dropped_bias(arrays: Arrays) -> None:
     arrays["model.layers.0.self_attn.q_proj.bias"] = np.ones(96, np.float32)
 
 
-@pytest.mark.parametrize(("spoil", "named"), [
-    (_random_projection, "model.layers.1.self_attn.q_proj.weight"), (_ones_as_norm, "model.norm.weight"),
-    (_swapped_layers, "model.layers.0."), (_swapped_gate, "model.layers.0.mlp.gate_proj.weight"),
-    (_permuted_heads, "model.layers.0.self_attn.k_proj.weight"),
-    (_two_rows_swapped, "model.layers.0.self_attn.v_proj.weight"),
-    (_scaled, "model.layers.1.mlp.down_proj.weight"), (_other_head, "lm_head.weight"),
-    (_dropped_bias, "model.layers.0.self_attn.q_proj.bias"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (_random_projection, "model.layers.1.self_attn.q_proj.weight"),
+        (_ones_as_norm, "model.norm.weight"),
+        (_swapped_layers, "model.layers.0."),
+        (_swapped_gate, "model.layers.0.mlp.gate_proj.weight"),
+        (_permuted_heads, "model.layers.0.self_attn.k_proj.weight"),
+        (_two_rows_swapped, "model.layers.0.self_attn.v_proj.weight"),
+        (_scaled, "model.layers.1.mlp.down_proj.weight"),
+        (_other_head, "lm_head.weight"),
+        (_dropped_bias, "model.layers.0.self_attn.q_proj.bias"),
+    ],
+)
 @pytest.mark.parametrize("kind", ["llama", "llama in 4 bits"])
 def test_another_files_weight_is_named(
     exported: Callable[[str], Exported], tmp_path: Path, spoil: Spoil, named: str, kind: str
@@ -215,8 +228,10 @@ def _gate_for_up(arrays: Arrays) -> None:
         _swap(arrays, _expert_name(arrays, 0, expert, "w1"), _expert_name(arrays, 0, expert, "w3"))
 
 
-@pytest.mark.parametrize(("spoil", "named"), [(_expert_for_another, ".experts.2.w1"), (_expert_random, ".experts.7.w2"),
-                                              (_gate_for_up, ".experts.0.w1")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [(_expert_for_another, ".experts.2.w1"), (_expert_random, ".experts.7.w2"), (_gate_for_up, ".experts.0.w1")],
+)
 @pytest.mark.parametrize("kind", ["experts", "experts in 8 bits"])
 def test_another_files_expert_is_named(
     exported: Callable[[str], Exported], tmp_path: Path, spoil: Spoil, named: str, kind: str
@@ -257,8 +272,10 @@ def test_an_export_refuses_and_leaves_nothing_unless_told_not_to_check(
 
 
 def test_torch_files_are_read_as_well(exported: Callable[[str], Exported], tmp_path: Path) -> None:
-    tensors = {name: torch.from_numpy(array) for name, array in
-               safetensors.numpy.load_file(exported("llama").source / WEIGHTS).items()}  # fmt: skip
+    tensors = {
+        name: torch.from_numpy(array)
+        for name, array in safetensors.numpy.load_file(exported("llama").source / WEIGHTS).items()
+    }
     origin = Origin(str(tmp_path), tmp_path, {}, "tiny")
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     exported("llama").compare(origin)
@@ -272,11 +289,21 @@ def test_torch_files_are_read_as_well(exported: Callable[[str], Exported], tmp_p
 
 def write_gguf(path: Path, arrays: Arrays, *, permuted: bool = True) -> Origin:
     """A tiny Llama as llama.cpp's converter lays it out."""
-    names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
-             "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "self_attn.q_proj": "attn_q",
-             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-             "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-             "model.layers": "blk"}  # fmt: skip
+    names = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "model.layers": "blk",
+    }
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_head_count(6)
     writer.add_head_count_kv(2)
@@ -301,9 +328,15 @@ def test_a_gguf_files_tensors_are_found(exported: Callable[[str], Exported], tmp
         exported(kind).compare(write_gguf(tmp_path / f"{kind}.gguf", arrays))
 
 
-@pytest.mark.parametrize(("spoil", "named"), [(_swapped_gate, "blk.0.ffn_"), (_swapped_layers, "blk.0."),
-                                              (_random_projection, "blk.1.attn_q.weight"),
-                                              (_ones_as_norm, "output_norm.weight")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (_swapped_gate, "blk.0.ffn_"),
+        (_swapped_layers, "blk.0."),
+        (_random_projection, "blk.1.attn_q.weight"),
+        (_ones_as_norm, "output_norm.weight"),
+    ],
+)
 def test_another_gguf_files_tensors_are_named(
     exported: Callable[[str], Exported], tmp_path: Path, spoil: Spoil, named: str
 ) -> None:
@@ -336,8 +369,15 @@ def test_own_reader_agrees_with_safetensors(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(found[name].array(), np.float64), value.double().numpy()), name
 
 
-@pytest.mark.parametrize("options", [{"recipe": "int4-nearest"}, {"recipe": "int8-weights"}, {"recipe": "int8-dynamic"},
-                                     {"recipe": "int8-channel", "target": "tensorrt", "native": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recipe": "int4-nearest"},
+        {"recipe": "int8-weights"},
+        {"recipe": "int8-dynamic"},
+        {"recipe": "int8-channel", "target": "tensorrt", "native": True},
+    ],
+)
 def test_matrices_of_a_graph_are_the_models(tmp_path: Path, options: dict[str, Any]) -> None:
     """Every layout is read as what it stands for: compared with the whole of the model's own weights."""
     model = tiny_model("llama")

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 - characters that look alike are the point
 """Texts that are hard to tokenize: scripts, digits, white space, contractions, signs, control characters."""
 
 from __future__ import annotations
@@ -7,16 +6,65 @@ import random
 from collections.abc import Iterator, Sequence
 
 POOLS = (
-    "abcXYZéÉßñ", "0123456789", "   \t\n\r", ".,!?'\"()[]{}-_/\\$%&*+<=>^~|`#@;:", "中文字漢語。、「」ーあア한국어",
-    "абвАБВ", "àéîõü\u0301\u0308\u200d\u200c\ufe0f", "😀👍🏽🇩🇪🧑\u200d💻", "٠١٢३४½²Ⅷ",
-    "\u00a0\u2003\u3000\u2028\x85\x0b\x0c", "مرحبا שלום नमस्ते ไทย", "\x00\x01\x04\x06\x13\x1f\x7f\u0378",
-)  # fmt: skip
+    "abcXYZéÉßñ",
+    "0123456789",
+    "   \t\n\r",
+    ".,!?'\"()[]{}-_/\\$%&*+<=>^~|`#@;:",
+    "中文字漢語。、「」ーあア한국어",
+    "абвАБВ",
+    "àéîõü\u0301\u0308\u200d\u200c\ufe0f",
+    "😀👍🏽🇩🇪🧑\u200d💻",
+    "٠١٢३४½²Ⅷ",
+    "\u00a0\u2003\u3000\u2028\x85\x0b\x0c",
+    "مرحبا שלום नमस्ते ไทย",
+    "\x00\x01\x04\x06\x13\x1f\x7f\u0378",
+)
 WORDS = (
-    "'s", "'t", "'re", "'VE", "'m", "'LL", "'d", "'\u017f", "I'm", " don't", " 2024", " 3.14", "1234567", "  12",
-    "Hello", "World", " the", "\n\n", "\n \n", "   \n", "\r\n", "  ", "    ", "http://a.b/c?d=1", "CamelCaseWord",
-    "camelCase", "ÉCOLEécole", "ПРИВЕТмир", "<sentinel:12>", "IMGIMGABCZ", "你好世界", "1,000,000", "x=1;", "\t\tif",
-    "a  b", "a\n", "<0x0A>", "▁", "▁▁", "<s>", "</s>", "<|im_end|>", "\n1. ", " _a/b/\n",
-)  # fmt: skip
+    "'s",
+    "'t",
+    "'re",
+    "'VE",
+    "'m",
+    "'LL",
+    "'d",
+    "'\u017f",
+    "I'm",
+    " don't",
+    " 2024",
+    " 3.14",
+    "1234567",
+    "  12",
+    "Hello",
+    "World",
+    " the",
+    "\n\n",
+    "\n \n",
+    "   \n",
+    "\r\n",
+    "  ",
+    "    ",
+    "http://a.b/c?d=1",
+    "CamelCaseWord",
+    "camelCase",
+    "ÉCOLEécole",
+    "ПРИВЕТмир",
+    "<sentinel:12>",
+    "IMGIMGABCZ",
+    "你好世界",
+    "1,000,000",
+    "x=1;",
+    "\t\tif",
+    "a  b",
+    "a\n",
+    "<0x0A>",
+    "▁",
+    "▁▁",
+    "<s>",
+    "</s>",
+    "<|im_end|>",
+    "\n1. ",
+    " _a/b/\n",
+)
 CLASSES = (
     "aAzZsSlLdDtTmrevREVﬁÉéßſКабБ中文一龥가힣ㄱあアーﾊก១၀أאع123٣५½²Ⅷ  \t\n\r\x0b\x85\u3000\u2003\xa0\u2028\u1680"
     ".,'’!?/-_[]()\\^`~$+<=>|%#@\"&*:;{}€©。、，「」！…‘️😀🏽\u0301\u0947\u20e3\u200d\u200c\x00\x04\x7f\u0378\ufa6e𠀀𪜀𮯠𰀀𐐀𐲀𑢠𞤀￼\ue000"

@@ -11,8 +11,35 @@ CONTROL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 """Special tokens of all of them; the first begins every text."""
 NAMED = "<think>"
 """An added token of all of them that is not special."""
-WORDS = ["▁", "a", "b", "▁a", "ab", "▁ab", "<", "|", ">", "/", "s", "i", "m", "_", "e", "n", "d", "t", "r", "k", "h",
-         "x", "1", "2", "▁<", "<|", "|>"]  # fmt: skip
+WORDS = [
+    "▁",
+    "a",
+    "b",
+    "▁a",
+    "ab",
+    "▁ab",
+    "<",
+    "|",
+    ">",
+    "/",
+    "s",
+    "i",
+    "m",
+    "_",
+    "e",
+    "n",
+    "d",
+    "t",
+    "r",
+    "k",
+    "h",
+    "x",
+    "1",
+    "2",
+    "▁<",
+    "<|",
+    "|>",
+]
 
 
 def with_control(tokenizer: tokenizers.Tokenizer, *, normalized: bool = False) -> tokenizers.Tokenizer:
@@ -41,8 +68,19 @@ def byte_level() -> tokenizers.Tokenizer:
 def sentence_piece(*, normalized: bool = False) -> tokenizers.Tokenizer:
     """As Llama 2: ``</s>`` is in the vocabulary, with merges that make it. Not normalized: a space before texts."""
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS, "</", "</s", "</s>", "<s", "<s>"]
-    merges = [("▁", "a"), ("a", "b"), ("▁a", "b"), ("▁", "<"), ("<", "|"), ("|", ">"), ("<", "/"), ("</", "s"),
-              ("</s", ">"), ("<", "s"), ("<s", ">")]  # fmt: skip
+    merges = [
+        ("▁", "a"),
+        ("a", "b"),
+        ("▁a", "b"),
+        ("▁", "<"),
+        ("<", "|"),
+        ("|", ">"),
+        ("<", "/"),
+        ("</", "s"),
+        ("</s", ">"),
+        ("<", "s"),
+        ("<s", ">"),
+    ]
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = tokenizers.Tokenizer(
         models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
@@ -67,9 +105,11 @@ def unigram() -> tokenizers.Tokenizer:
 
 
 KINDS = {
-    "byte level": byte_level, "sentence piece": sentence_piece,
-    "sentence piece, normalized": functools.partial(sentence_piece, normalized=True), "unigram": unigram,
-}  # fmt: skip
+    "byte level": byte_level,
+    "sentence piece": sentence_piece,
+    "sentence piece, normalized": functools.partial(sentence_piece, normalized=True),
+    "unigram": unigram,
+}
 
 
 def spaced_words(size: int) -> tokenizers.Tokenizer:
@@ -78,8 +118,6 @@ def spaced_words(size: int) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.WordLevel({**words, "<s>": 1}, unk_token="▁unk"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer.add_special_tokens([AddedToken("<s>", special=True)])
     return tokenizer

@@ -79,10 +79,16 @@ def rings() -> list[Any]:
         capacity = num_sink_tokens + window_size
         slots = {t: (t - num_sink_tokens) - (t - num_sink_tokens) // window_size * window_size for t in FAR}
         cases = [
-            {"t": t, "slot": slot, "is_sink": False, "num_sinks": num_sink_tokens, "num_window_tokens": window_size,
-             "shift": t - capacity + 1}
+            {
+                "t": t,
+                "slot": slot,
+                "is_sink": False,
+                "num_sinks": num_sink_tokens,
+                "num_window_tokens": window_size,
+                "shift": t - capacity + 1,
+            }
             for t, slot in slots.items()
-        ]  # fmt: skip
+        ]
         out.append({"num_sink_tokens": num_sink_tokens, "window_size": window_size, "cases": cases})
     return out
 

@@ -40,7 +40,9 @@ inline std::unique_ptr<Barrier> block_barrier;
 inline std::vector<std::unique_ptr<Barrier>> warp_barriers;
 inline std::vector<float> lanes;
 
-inline void syncThreads() { block_barrier->wait(); }
+inline void syncThreads() {
+  block_barrier->wait();
+}
 
 inline float shuffleXor(unsigned, float value, int mask) {
   const unsigned thread = thread_index.y * block_dim.x + thread_index.x;

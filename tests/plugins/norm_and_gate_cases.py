@@ -49,9 +49,16 @@ class NormCase:
         y, total = (place(torch.full(shape, float("nan"), dtype=half)) for _ in range(2))
         epsilon = 0.25
         params = RmsNormParams(
-            *shape, DTYPES[self.dtype], self.float_weight, epsilon, x.data_ptr(), weight.data_ptr(),
-            residual.data_ptr() if self.residual else 0, y.data_ptr(), total.data_ptr() if self.residual else 0,
-        )  # fmt: skip
+            *shape,
+            DTYPES[self.dtype],
+            self.float_weight,
+            epsilon,
+            x.data_ptr(),
+            weight.data_ptr(),
+            residual.data_ptr() if self.residual else 0,
+            y.data_ptr(),
+            total.data_ptr() if self.residual else 0,
+        )
         assert library.norm.problem(params) is None
         assert library.norm.launch(params, stream) == 0
         h = x
@@ -109,9 +116,15 @@ class GateCase:
             gate, up = place(gate), place(up)
         out = place(torch.full((self.num_rows, self.width), float("nan"), dtype=half))
         params = GatedActivationParams(
-            self.num_rows, self.width, gate.stride(0), DTYPES[self.dtype], ACTIVATIONS[self.activation],
-            gate.data_ptr(), up.data_ptr(), out.data_ptr(),
-        )  # fmt: skip
+            self.num_rows,
+            self.width,
+            gate.stride(0),
+            DTYPES[self.dtype],
+            ACTIVATIONS[self.activation],
+            gate.data_ptr(),
+            up.data_ptr(),
+            out.data_ptr(),
+        )
         assert library.gate.problem(params) is None
         assert library.gate.launch(params, stream) == 0
         want = gated_activation(as_float64(gate), as_float64(up), self.activation)

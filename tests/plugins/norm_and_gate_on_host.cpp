@@ -13,8 +13,8 @@ void runNorm(const RmsNormParams& p) {
   using namespace rms_norm;
   const Block block = blockOf(p);
   const auto kernel = kernelOf<Half, Weight>(block);
-  on_host::run(kernel, {gridOf(p, block), 1},
-               {static_cast<unsigned>(block.threads), static_cast<unsigned>(block.rows)}, p);
+  on_host::run(kernel, {gridOf(p, block), 1}, {static_cast<unsigned>(block.threads), static_cast<unsigned>(block.rows)},
+               p);
 }
 
 template <typename Half>
@@ -32,18 +32,25 @@ void runGate(const GatedActivationParams& p) {
 
 extern "C" {
 
-size_t sinkexport_rms_norm_params_bytes() { return sizeof(RmsNormParams); }
-const char* sinkexport_rms_norm_problem(const RmsNormParams*) { return nullptr; }
+size_t sinkexport_rms_norm_params_bytes() {
+  return sizeof(RmsNormParams);
+}
+const char* sinkexport_rms_norm_problem(const RmsNormParams*) {
+  return nullptr;
+}
 int sinkexport_rms_norm(const RmsNormParams* p, void*) {
   p->dtype == DType::kFloat16 ? runNorm<__half>(*p) : runNorm<__nv_bfloat16>(*p);
   return 0;
 }
 
-size_t sinkexport_gated_activation_params_bytes() { return sizeof(GatedActivationParams); }
-const char* sinkexport_gated_activation_problem(const GatedActivationParams*) { return nullptr; }
+size_t sinkexport_gated_activation_params_bytes() {
+  return sizeof(GatedActivationParams);
+}
+const char* sinkexport_gated_activation_problem(const GatedActivationParams*) {
+  return nullptr;
+}
 int sinkexport_gated_activation(const GatedActivationParams* p, void*) {
   p->dtype == DType::kFloat16 ? runGate<__half>(*p) : runGate<__nv_bfloat16>(*p);
   return 0;
 }
-
 }

@@ -5,8 +5,8 @@
 //
 // TOKENS: int32 [N, B]. LOGITS: float32 [N, B, vocab]. The engine is one that sinkrt_build wrote, for a bundle with the
 // plugin. Exits with 1 after one line on what went wrong.
-#include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
+#include <NvInferRuntime.h>
 
 #include <cstdio>
 #include <cstring>

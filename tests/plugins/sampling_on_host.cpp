@@ -37,7 +37,9 @@ float __uint_as_float(uint32_t bits) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
-void atomicAdd(unsigned long long* sum, unsigned long long value) { *sum += value; }
+void atomicAdd(unsigned long long* sum, unsigned long long value) {
+  *sum += value;
+}
 
 using std::isfinite;
 using std::isnan;
@@ -82,9 +84,10 @@ int main() {
     int32_t id = -1, parts[2] = {static_cast<int32_t>(position >> 16), static_cast<int32_t>(position & 0xffff)};
     int32_t active = 0, ended = 0, invalid = 0, num_ids = 0, history[kHistory];
     const bool marks_idle = i % 4 < 2;
-    const sinkrt::cuda::SamplingArgs args{1, kVocab, kCapacity, kHistory, logits.data(), raw.data(), scratch.data(), &id,
-                                          parts, false, marks_idle, &sampling, nullptr, &no_ends, recent.data(), &active,
-                                          &ended, &invalid, &num_ids, history};
+    const sinkrt::cuda::SamplingArgs args{1,          kVocab,         kCapacity, kHistory, logits.data(),
+                                          raw.data(), scratch.data(), &id,       parts,    false,
+                                          marks_idle, &sampling,      nullptr,   &no_ends, recent.data(),
+                                          &active,    &ended,         &invalid,  &num_ids, history};
     sinkrt::cuda::sample(args);
     const bool right = id == want && active == 1 && ended == 0 && num_ids == 1 && history[0] == want &&
                        recent[position % kCapacity] == want;

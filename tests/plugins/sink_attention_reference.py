@@ -53,9 +53,13 @@ class Case:
         return "-".join(
             (
                 f"Hq{self.num_q_heads}-Hkv{self.num_kv_heads}-D{self.head_dim}-S{self.num_sinks}-W{self.window_size}",
-                str(self.dtype).removeprefix("torch."), self.kv, f"B{self.batch}", self.rotation, *extras,
+                str(self.dtype).removeprefix("torch."),
+                self.kv,
+                f"B{self.batch}",
+                self.rotation,
+                *extras,
             )
-        )  # fmt: skip
+        )
 
 
 @dataclasses.dataclass

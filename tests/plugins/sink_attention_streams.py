@@ -92,14 +92,25 @@ class Streams:
         self.out = Buffer(*q, dtype=half)
         buffers = {**self.states, **self.inputs, **constants, "out": self.out}
         self.params = SinkAttentionParams(
-            batch=batch, num_tokens=count, num_q_heads=case.num_q_heads, num_kv_heads=case.num_kv_heads,
-            head_dim=case.head_dim, num_sinks=case.num_sinks, window_size=case.window_size,
-            dtype=DTYPES[str(half).removeprefix("torch.")], int8_window=case.kv == "int8",
-            rope_scaling=case.rope_scaling, rotary_dim=case.rotary_dim, interleaved=case.interleaved, scale=case.scale,
-            softcap=case.softcap, gate_dim=case.gate_dim, stream_rows=sum(counts) if self.is_packed else 0,
+            batch=batch,
+            num_tokens=count,
+            num_q_heads=case.num_q_heads,
+            num_kv_heads=case.num_kv_heads,
+            head_dim=case.head_dim,
+            num_sinks=case.num_sinks,
+            window_size=case.window_size,
+            dtype=DTYPES[str(half).removeprefix("torch.")],
+            int8_window=case.kv == "int8",
+            rope_scaling=case.rope_scaling,
+            rotary_dim=case.rotary_dim,
+            interleaved=case.interleaved,
+            scale=case.scale,
+            softcap=case.softcap,
+            gate_dim=case.gate_dim,
+            stream_rows=sum(counts) if self.is_packed else 0,
             **{name: buffer.tensor.data_ptr() for name, buffer in buffers.items() if name != "qkv"}
             | {name: rows.data_ptr() for name, rows in self._rows.items()},
-        )  # fmt: skip
+        )
         assert self.library.problem(self.params) is None, self.library.problem(self.params)
         self.workspace = Buffer(self.library.workspace_bytes(self.params), dtype=torch.uint8)
         self._all = [*buffers.values(), self.workspace]
@@ -122,11 +133,15 @@ class Streams:
         stream = torch.cuda.current_stream().cuda_stream
         if self.case.rotation == "caller":
             angles = StreamAnglesParams(
-                batch=self.case.batch, num_tokens=self.num_tokens, num_frequencies=self.case.rotary_dim // 2,
-                behind=self.case.capacity - 1, position=self.inputs["position"].tensor.data_ptr(),
-                frequency=self.frequency.tensor.data_ptr(), cos=self.inputs["shift_cos"].tensor.data_ptr(),
+                batch=self.case.batch,
+                num_tokens=self.num_tokens,
+                num_frequencies=self.case.rotary_dim // 2,
+                behind=self.case.capacity - 1,
+                position=self.inputs["position"].tensor.data_ptr(),
+                frequency=self.frequency.tensor.data_ptr(),
+                cos=self.inputs["shift_cos"].tensor.data_ptr(),
                 sin=self.inputs["shift_sin"].tensor.data_ptr(),
-            )  # fmt: skip
+            )
             assert self.library.launch_angles(angles, stream) == 0
         assert self.library.launch(self.params, self.workspace.tensor.data_ptr(), stream) == 0
 

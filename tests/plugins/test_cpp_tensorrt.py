@@ -15,10 +15,12 @@ from tests.plugins.trt_library import PTX_ONLY, headers, needs_plugin_build
 
 RUNTIME = ROOT / "runtime/cpp"
 SOURCES = [
-    *(RUNTIME / f"src/{name}.cpp" for name in
-      ("backends/tensorrt", "backends/tensorrt_library", "cuda/device", "engines")),
+    *(
+        RUNTIME / f"src/{name}.cpp"
+        for name in ("backends/tensorrt", "backends/tensorrt_library", "cuda/device", "engines")
+    ),
     RUNTIME / "src/cuda/sampling.cu",
-]  # fmt: skip
+]
 INCLUDES = (f"-I{RUNTIME / 'src'}", f"-I{RUNTIME / 'include'}")
 
 pytestmark = needs_plugin_build
@@ -26,8 +28,9 @@ pytestmark = needs_plugin_build
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return compile_sources(tmp_path_factory.mktemp("objects"), SOURCES, "-O0", PTX_ONLY, *INCLUDES, "-isystem",
-                           str(headers()))  # fmt: skip
+    return compile_sources(
+        tmp_path_factory.mktemp("objects"), SOURCES, "-O0", PTX_ONLY, *INCLUDES, "-isystem", str(headers())
+    )
 
 
 def test_it_compiles_and_links_neither_tensorrt_nor_the_plugin(objects: list[Path]) -> None:
@@ -43,7 +46,15 @@ def test_it_compiles_and_links_neither_tensorrt_nor_the_plugin(objects: list[Pat
 def test_sampling_picks_what_the_host_picks(tmp_path: Path) -> None:
     """The device code, compiled for the host as a block of one thread, over random logits, ties and penalties."""
     program = tmp_path / "sampling_on_host"
-    run_nvcc("-std=c++17", "-O1", *INCLUDES, "-o", str(program), str(ROOT / "tests/plugins/sampling_on_host.cpp"),
-             str(RUNTIME / "src/sampler.cpp"), str(RUNTIME / "src/error.cpp"))  # fmt: skip
+    run_nvcc(
+        "-std=c++17",
+        "-O1",
+        *INCLUDES,
+        "-o",
+        str(program),
+        str(ROOT / "tests/plugins/sampling_on_host.cpp"),
+        str(RUNTIME / "src/sampler.cpp"),
+        str(RUNTIME / "src/error.cpp"),
+    )
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "3000 picks, 0 differ\n"), done.stdout + done.stderr

@@ -23,8 +23,15 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ExpertLinear:
 
 def params(**changes: int) -> ExpertLinearParams:
     """Valid on the host, where nobody follows the pointers: 1 GiB apart from each other."""
-    values = {"num_experts": 5, "num_picks": 6, "num_rows": 3, "num_inputs": 64, "num_outputs": 33,
-              "dtype": DTYPES["bfloat16"], "weight_type": WEIGHT_TYPES["int8"]}  # fmt: skip
+    values = {
+        "num_experts": 5,
+        "num_picks": 6,
+        "num_rows": 3,
+        "num_inputs": 64,
+        "num_outputs": 33,
+        "dtype": DTYPES["bfloat16"],
+        "weight_type": WEIGHT_TYPES["int8"],
+    }
     addresses = {name: (i + 1) << 30 for i, name in enumerate(POINTERS)}
     return ExpertLinearParams(**{**values, **addresses, **changes})
 
@@ -50,13 +57,15 @@ REFUSED = [
     ({"weight_type": 2}, "weight_type: received 2, expected 0 (int8) or 1 (half)"),
     ({**HALF, "scale": 3 << 30}, "scale: received a pointer, expected null with half weights"),
     *(({name: 0}, f"{name}: received null, expected a device pointer") for name in POINTERS),
-    *(({name: (1 << 40) + 8}, f"{name}: received 0x10000000008, expected a device pointer that is a multiple of 16")
-      for name in POINTERS),
+    *(
+        ({name: (1 << 40) + 8}, f"{name}: received 0x10000000008, expected a device pointer that is a multiple of 16")
+        for name in POINTERS
+    ),
     ({"y": (1 << 30) + 16}, "y: overlaps picks, expected memory of its own"),
     ({"y": (2 << 30) + 3 * 64 * 2 - 16}, "y: overlaps x, expected memory of its own"),
     ({"y": (3 << 30) + 5 * 33 * 64 - 16}, "y: overlaps weight, expected memory of its own"),
     ({"y": (4 << 30) + 16 * 41}, "y: overlaps scale, expected memory of its own"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "expected"), REFUSED, ids=[str(changes) for changes, _ in REFUSED])

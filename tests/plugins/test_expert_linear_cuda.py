@@ -29,8 +29,21 @@ pytestmark = [
 
 # Experts, tokens, picks of each: one of all; a token's step; groups of one, full and cut short; many experts of whom
 # most are not chosen; chunks
-MIXTURES = [(1, 1, 1), (1, 17, 1), (5, 1, 2), (8, 1, 2), (8, 3, 2), (8, 64, 2), (32, 16, 4), (128, 1, 8), (128, 5, 8),
-            (128, 64, 8), (512, 4, 10), (300, 97, 6), (512, 204, 10)]  # fmt: skip
+MIXTURES = [
+    (1, 1, 1),
+    (1, 17, 1),
+    (5, 1, 2),
+    (8, 1, 2),
+    (8, 3, 2),
+    (8, 64, 2),
+    (32, 16, 4),
+    (128, 1, 8),
+    (128, 5, 8),
+    (128, 64, 8),
+    (512, 4, 10),
+    (300, 97, 6),
+    (512, 204, 10),
+]
 # (N, K): one output, one unit of k, chunks and tiles cut short, more chunks than warps
 SHAPES = {
     "int8": [(1, 16), (7, 48), (33, 208), (96, 1488), (129, 2064)],
@@ -47,9 +60,14 @@ class Problem:
     """
 
     def __init__(
-        self, library: ExpertLinear, weights: str, mixture: tuple[int, int, int], shape: tuple[int, int],
-        dtype: torch.dtype, expanded: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        library: ExpertLinear,
+        weights: str,
+        mixture: tuple[int, int, int],
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        expanded: bool = False,
+    ) -> None:
         self.library, self.dtype, self.is_int8 = library, dtype, weights == "int8"
         (num_outputs, num_inputs), (num_experts, num_tokens, num_chosen) = shape, mixture
         num_picks = num_tokens * num_chosen
@@ -68,10 +86,19 @@ class Problem:
             self.weight.tensor.normal_().mul_(num_inputs**-0.5)
             self.scale.tensor.fill_(1.0)
         self.params = ExpertLinearParams(
-            num_experts, num_picks, num_rows, num_inputs, num_outputs, DTYPES[str(dtype).removeprefix("torch.")],
-            WEIGHT_TYPES[weights], self.picks.address, self.x.address, self.weight.address,
-            self.scale.address if self.is_int8 else 0, self.y.address,
-        )  # fmt: skip
+            num_experts,
+            num_picks,
+            num_rows,
+            num_inputs,
+            num_outputs,
+            DTYPES[str(dtype).removeprefix("torch.")],
+            WEIGHT_TYPES[weights],
+            self.picks.address,
+            self.x.address,
+            self.weight.address,
+            self.scale.address if self.is_int8 else 0,
+            self.y.address,
+        )
 
     def choose(self, num_tokens: int, num_experts: int) -> None:
         """Uneven: some experts are picked often."""
@@ -98,18 +125,22 @@ class Problem:
 
     def float64(self) -> np.ndarray:
         weight = self.weight.tensor.double() * self.scale.tensor.double()[..., None]
-        return np.stack([
-            (weight[pick] @ row).cpu().numpy() for pick, row in zip(self.picks.tensor.tolist(), self.rows().double(),
-                                                                     strict=True)
-        ])  # fmt: skip
+        return np.stack(
+            [
+                (weight[pick] @ row).cpu().numpy()
+                for pick, row in zip(self.picks.tensor.tolist(), self.rows().double(), strict=True)
+            ]
+        )
 
     def torch(self) -> torch.Tensor:
         """What a model in this precision computes with dequantised weights."""
         weight = (self.weight.tensor.float() * self.scale.tensor[..., None]).to(self.dtype)
-        return torch.stack([
-            torch.nn.functional.linear(row, weight[pick]) for pick, row in zip(self.picks.tensor.tolist(), self.rows(),
-                                                                               strict=True)
-        ])  # fmt: skip
+        return torch.stack(
+            [
+                torch.nn.functional.linear(row, weight[pick])
+                for pick, row in zip(self.picks.tensor.tolist(), self.rows(), strict=True)
+            ]
+        )
 
 
 @pytest.fixture(scope="module")

@@ -29,9 +29,17 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> SinkAttention:
 def params(**changes: Any) -> SinkAttentionParams:
     """Valid on the host, where nobody follows the pointers: 1 GiB apart from each other."""
     values = {
-        "batch": 2, "num_tokens": 1, "num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "num_sinks": 4,
-        "window_size": 1020, "dtype": DTYPES["bfloat16"], "scale": 0.125, "rope_scaling": 1.0,
-    }  # fmt: skip
+        "batch": 2,
+        "num_tokens": 1,
+        "num_q_heads": 32,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "num_sinks": 4,
+        "window_size": 1020,
+        "dtype": DTYPES["bfloat16"],
+        "scale": 0.125,
+        "rope_scaling": 1.0,
+    }
     return SinkAttentionParams(**{**values, **{name: (i + 1) << 30 for i, name in enumerate(NEEDED)}, **changes})
 
 
@@ -69,8 +77,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"softcap": -1.0}, "softcap: received -1, expected a finite number >= 0"),
     ({"softcap": float("inf")}, "softcap: received inf, expected a finite number >= 0"),
     ({"shift_cos": 1 << 40, "rotary_dim": 128}, "shift_cos, shift_sin: received one of them, expected both or neither"),
-    ({"shift_cos": 1 << 40, "shift_sin": 2 << 40, "frequency": 3 << 40, "rotary_dim": 128},
-     "frequency, shift_cos: received both, expected frequency alone (q, k unrotated) or shift alone"),
+    (
+        {"shift_cos": 1 << 40, "shift_sin": 2 << 40, "frequency": 3 << 40, "rotary_dim": 128},
+        "frequency, shift_cos: received both, expected frequency alone (q, k unrotated) or shift alone",
+    ),
     ({"stream_rows": 7}, "stream_rows: received 7, expected 0, or num_q_heads (32) or more in a step"),
     ({"stream_rows": 24, "num_tokens": 2}, "stream_rows: received 24"),
     ({"frequency": 1 << 40}, "rotary_dim: received 0, expected an even number in 2 .. head_dim (128)"),
@@ -81,9 +91,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"gate": 1 << 40, "gate_dim": 2}, "gate_dim: received 2, expected 1 or head_dim (128)"),
     ({**INT8, "window_k_scale": 0}, "window_k_scale: received null, expected a pointer"),
     *(({name: 0}, f"{name}: received null, expected a pointer") for name in NEEDED),
-    *(({name: (1 << 40) + 8}, f"{name}: received 0x10000000008, expected an address that 16 divides")
-      for name in (*NEEDED, "num_valid", "alibi_slopes", "sink_logit", "sink_scale")),
-]  # fmt: skip
+    *(
+        ({name: (1 << 40) + 8}, f"{name}: received 0x10000000008, expected an address that 16 divides")
+        for name in (*NEEDED, "num_valid", "alibi_slopes", "sink_logit", "sink_scale")
+    ),
+]
 
 
 @needs_nvcc
@@ -131,10 +143,22 @@ def answers(tmp_path_factory: pytest.TempPathFactory):
     compiler = shutil.which("g++") or shutil.which("c++") or "c++"
     program, source = tmp_path_factory.mktemp("ring") / "ring_golden", Path(__file__).with_name("ring_golden.cpp")
     subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined",
-         "-fno-sanitize-recover=all", f"-I{ROOT / 'runtime/cpp/include'}", str(source), "-o", str(program)],
+        [
+            compiler,
+            "-std=c++17",
+            "-O1",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-fsanitize=undefined",
+            "-fno-sanitize-recover=all",
+            f"-I{ROOT / 'runtime/cpp/include'}",
+            str(source),
+            "-o",
+            str(program),
+        ],
         check=True,
-    )  # fmt: skip
+    )
 
     def ask(questions: list[str]) -> list[list[int]]:
         done = subprocess.run([program], input="\n".join(questions), capture_output=True, text=True, check=True)

@@ -51,14 +51,16 @@ REFUSED = [
     ({**HALF, "weight": 0}, "weight: received null, expected a device pointer"),
     *(({name: 0}, f"{name}: received null, expected a device pointer") for name in POINTERS if name != "bias"),
     ({"weight": 0, "bias": 0}, "weight: received null, expected a device pointer"),
-    *(({name: (1 << 40) + 8}, f"{name}: received 0x10000000008, expected a device pointer that is a multiple of 16")
-      for name in POINTERS),
+    *(
+        ({name: (1 << 40) + 8}, f"{name}: received 0x10000000008, expected a device pointer that is a multiple of 16")
+        for name in POINTERS
+    ),
     ({"y": 1 << 30}, "y: overlaps x, expected memory of its own"),
     ({"y": (1 << 30) + 16 * 23}, "y: overlaps x, expected memory of its own"),
     ({"y": (2 << 30) - 16}, "y: overlaps weight, expected memory of its own"),
     ({**HALF, "y": (2 << 30) + 33 * 64 * 2 - 16}, "y: overlaps weight, expected memory of its own"),
     ({"y": (4 << 30) + 64}, "y: overlaps bias, expected memory of its own"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "expected"), REFUSED, ids=[str(changes) for changes, _ in REFUSED])

@@ -63,10 +63,18 @@ class Problem:
         self.bias.tensor.normal_()
         self.has_bias = bias
         self.params = LinearParams(
-            num_rows, num_inputs, num_outputs, DTYPES[str(dtype).removeprefix("torch.")], self.x.address,
-            self.weight.address, self.scale.address if self.is_int8 else 0, self.bias.address if bias else 0,
-            self.y.address, False, WEIGHT_TYPES[weights],
-        )  # fmt: skip
+            num_rows,
+            num_inputs,
+            num_outputs,
+            DTYPES[str(dtype).removeprefix("torch.")],
+            self.x.address,
+            self.weight.address,
+            self.scale.address if self.is_int8 else 0,
+            self.bias.address if bias else 0,
+            self.y.address,
+            False,
+            WEIGHT_TYPES[weights],
+        )
         self.workspace = Buffer((library.workspace_bytes(self.params),), torch.uint8)
 
     def launch(self) -> None:

@@ -59,9 +59,11 @@ REFUSED_NORMS = [
     ({"residual": 0}, "residual, sum: received one of them, expected both or neither"),
     ({"sum": 0}, "residual, sum: received one of them, expected both or neither"),
     *(({name: 0}, f"{name}: received null, expected a device pointer") for name in ("x", "weight", "y")),
-    *(({name: (1 << 40) + 8}, f"{name}: received 0x10000000008, expected a device pointer that is a multiple of 16")
-      for name in ("x", "weight", "residual", "y", "sum")),
-]  # fmt: skip
+    *(
+        ({name: (1 << 40) + 8}, f"{name}: received 0x10000000008, expected a device pointer that is a multiple of 16")
+        for name in ("x", "weight", "residual", "y", "sum")
+    ),
+]
 REFUSED_GATES = [
     ({"num_rows": -1}, "num_rows: received -1, expected at least 1"),
     ({"width": 12}, "width: received 12, expected a multiple of 8 in 8 .. 2097152"),

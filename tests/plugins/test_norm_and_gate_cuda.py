@@ -67,12 +67,24 @@ def test_each_launch_waits_for_the_one_before(library: NormAndGate, num_rows: in
     weight = torch.randn(width, dtype=torch.float16, device="cuda") + 1
     half = DTYPES["float16"]
     # [M, 2 N] as [2 M, N]: norms read and write what the gate takes as gate | up.
-    norm = RmsNormParams(2 * num_rows, width, half, False, 1e-5, stream.data_ptr(), weight.data_ptr(), start.data_ptr(),
-                         y.data_ptr(), total.data_ptr())  # fmt: skip
-    gate = GatedActivationParams(num_rows, width, 2 * width, half, 0, y.data_ptr(), y.data_ptr() + 2 * width,
-                                 gated.data_ptr())  # fmt: skip
-    back = RmsNormParams(num_rows, width, half, False, 1e-5, gated.data_ptr(), weight.data_ptr(), 0, stream.data_ptr(),
-                         0)  # fmt: skip
+    norm = RmsNormParams(
+        2 * num_rows,
+        width,
+        half,
+        False,
+        1e-5,
+        stream.data_ptr(),
+        weight.data_ptr(),
+        start.data_ptr(),
+        y.data_ptr(),
+        total.data_ptr(),
+    )
+    gate = GatedActivationParams(
+        num_rows, width, 2 * width, half, 0, y.data_ptr(), y.data_ptr() + 2 * width, gated.data_ptr()
+    )
+    back = RmsNormParams(
+        num_rows, width, half, False, 1e-5, gated.data_ptr(), weight.data_ptr(), 0, stream.data_ptr(), 0
+    )
 
     def chain(wait: bool) -> None:
         stream.copy_(start)

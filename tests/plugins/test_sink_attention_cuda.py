@@ -36,9 +36,16 @@ EXTRAS = (
     {"alibi": True},
     {"rotation": "kernel", "rotary_dim": 1.0, "rope_scaling": 1.2, "sink_logit": True, "gate_dim": "D"},
     {"rotation": "caller", "rotary_dim": 0.25, "interleaved": True, "sink_scale": True, "gate_dim": 1},
-    {"rotation": "kernel", "rotary_dim": 1.0, "alibi": True, "softcap": 10.0, "sink_logit": True, "sink_scale": True,
-     "gate_dim": 1},
-)  # fmt: skip
+    {
+        "rotation": "kernel",
+        "rotary_dim": 1.0,
+        "alibi": True,
+        "softcap": 10.0,
+        "sink_logit": True,
+        "sink_scale": True,
+        "gate_dim": 1,
+    },
+)
 
 
 def all_cases() -> list[Case]:
@@ -285,9 +292,14 @@ def test_stream_angles(library, behind):
     turns.tensor.copy_(torch.where(frequency >= 2**31, frequency - 2**32, frequency))
     results = [Buffer(len(starts), num_tokens, 37, dtype=torch.float32) for _ in range(2)]
     params = StreamAnglesParams(
-        len(starts), num_tokens, 37, behind, position.tensor.data_ptr(), turns.tensor.data_ptr(),
+        len(starts),
+        num_tokens,
+        37,
+        behind,
+        position.tensor.data_ptr(),
+        turns.tensor.data_ptr(),
         *(one.tensor.data_ptr() for one in results),
-    )  # fmt: skip
+    )
     assert library.launch_angles(params, torch.cuda.current_stream().cuda_stream) == 0
     angle = angles((starts[:, None] + torch.arange(num_tokens) - behind).clamp(min=0), frequency)
     for got, want in zip(results, (angle.cos(), angle.sin()), strict=True):

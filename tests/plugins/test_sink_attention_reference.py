@@ -24,11 +24,16 @@ def oracle_outputs(case: Case, tokens: Tokens) -> np.ndarray:
     """[B, Hq, N, D]."""
     per_head = {"alibi_slopes": tokens.slopes, "sink_logit": tokens.sink_logit, "sink_scale": tokens.sink_scale}
     oracle = SinkAttentionOracle(
-        batch=case.batch, num_sink_tokens=case.num_sinks, window_size=case.window_size,
+        batch=case.batch,
+        num_sink_tokens=case.num_sinks,
+        window_size=case.window_size,
         inv_freq=tokens.frequency.numpy() * (2 * np.pi / TURN) if case.rotation == "kernel" else (),
-        interleaved=case.interleaved, attention_scaling=case.rope_scaling, softcap=case.softcap, kv=case.kv,
+        interleaved=case.interleaved,
+        attention_scaling=case.rope_scaling,
+        softcap=case.softcap,
+        kv=case.kv,
         **{name: None if x is None else x.numpy() for name, x in per_head.items()},
-    )  # fmt: skip
+    )
     q, k, v = (x.numpy() for x in (tokens.q, tokens.k, tokens.v))
     gates = [None] * q.shape[2] if tokens.gate is None else [tokens.gate[:, :, i].numpy() for i in range(q.shape[2])]
     return np.stack([oracle.step(q[:, :, i], k[:, :, i], v[:, :, i], gates[i]) for i in range(q.shape[2])], axis=2)

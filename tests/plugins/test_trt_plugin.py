@@ -43,24 +43,44 @@ plugin = creator.create_plugin("x", trt.PluginFieldCollection(fields), trt.Tenso
 print("none" if plugin is None else plugin.plugin_name if hasattr(plugin, "plugin_name") else "made")
 """
 
-ATTENTION = {"scale": "f:0.125", "softcap": "f:0", "rope_scaling": "f:1", "packed_width": "i:0",
-             "rotary_dim": "i:64", "interleaved": "i:0",
-             "num_sinks": "i:4", "int8_window": "i:0", "has_num_valid": "i:1", "has_alibi": "i:1",
-             "has_sink_logit": "i:1", "has_sink_scale": "i:1", "has_gate": "i:1"}  # fmt: skip
+ATTENTION = {
+    "scale": "f:0.125",
+    "softcap": "f:0",
+    "rope_scaling": "f:1",
+    "packed_width": "i:0",
+    "rotary_dim": "i:64",
+    "interleaved": "i:0",
+    "num_sinks": "i:4",
+    "int8_window": "i:0",
+    "has_num_valid": "i:1",
+    "has_alibi": "i:1",
+    "has_sink_logit": "i:1",
+    "has_sink_scale": "i:1",
+    "has_gate": "i:1",
+}
 LINEAR = {"num_outputs": "i:32", "has_bias": "i:0"}
 ROWS = {"row_length": "i:64"}
 NORM = {"epsilon": "f:1e-6", "has_residual": "i:1", "float_weight": "i:0"}
 GATE = {"activation": "i:2", "width": "i:64", "is_merged": "i:1"}
 EXPERTS = {"num_outputs": "i:32"}
-GOOD = {"SinkAttention": ATTENTION, "Int8Linear": LINEAR, "HalfLinear": LINEAR, "Int8ExpertLinear": EXPERTS,
-        "HalfExpertLinear": EXPERTS, "Int8Rows": ROWS, "RmsNorm": NORM, "GatedActivation": GATE}  # fmt: skip
+GOOD = {
+    "SinkAttention": ATTENTION,
+    "Int8Linear": LINEAR,
+    "HalfLinear": LINEAR,
+    "Int8ExpertLinear": EXPERTS,
+    "HalfExpertLinear": EXPERTS,
+    "Int8Rows": ROWS,
+    "RmsNorm": NORM,
+    "GatedActivation": GATE,
+}
 
 
 def ask(plugin: Path, name: str, fields: dict[str, str], *more: str) -> tuple[str, str]:
     """What a creator answers, and what it prints."""
     arguments = [f"{key}:{value}" for key, value in fields.items()]
-    done = subprocess.run([sys.executable, "-c", ASK, str(plugin), name, *arguments, *more],
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, str(plugin), name, *arguments, *more], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip(), done.stderr.strip()
 

@@ -32,6 +32,7 @@ needs_plugin_build = pytest.mark.skipif(
 
 def build_plugin(folder: Path) -> Path:
     """Compile and link, every warning being an error."""
-    objects = compile_sources(folder, SOURCES, "-O1", PTX_ONLY, "-Xcompiler=-fvisibility=hidden", "-isystem",
-                              str(headers()))  # fmt: skip
+    objects = compile_sources(
+        folder, SOURCES, "-O1", PTX_ONLY, "-Xcompiler=-fvisibility=hidden", "-isystem", str(headers())
+    )
     return link(folder / LIBRARY, objects, PTX_ONLY)

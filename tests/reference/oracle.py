@@ -167,9 +167,11 @@ class SinkAttentionOracle:
         group = q.shape[0] // keys.shape[1]  # query heads that share a key head
         pairs = np.tile((1.0, 0.0), (q.shape[0], 1)) if affine is None else np.asarray(affine, dtype=np.float64)
         out = np.stack(
-            [self.attend(h, queries[:, h], keys[:, h // group], values[:, h // group], pairs[h], cached)
-             for h in range(q.shape[0])]
-        )  # fmt: skip
+            [
+                self.attend(h, queries[:, h], keys[:, h // group], values[:, h // group], pairs[h], cached)
+                for h in range(q.shape[0])
+            ]
+        )
         return out if gate is None else out / (1 + np.exp(-np.asarray(gate, dtype=np.float64)))
 
     def met(self, token: Token, place: int, q: Array, t: int, last_place: int) -> tuple[Array, Array, Array]:

@@ -31,9 +31,12 @@ def frequencies(rotary_dim: int) -> Array:
 def make(num_sink_tokens: int, window_size: int, rotation: dict[str, Any]) -> SinkAttentionOracle:
     rest = {key: value for key, value in rotation.items() if key != "rotary_dim"}
     return SinkAttentionOracle(
-        batch=B, num_sink_tokens=num_sink_tokens, window_size=window_size,
-        inv_freq=frequencies(rotation["rotary_dim"]), **rest,
-    )  # fmt: skip
+        batch=B,
+        num_sink_tokens=num_sink_tokens,
+        window_size=window_size,
+        inv_freq=frequencies(rotation["rotary_dim"]),
+        **rest,
+    )
 
 
 def random_stream(heads: tuple[int, int], steps: int, seed: int = 0) -> tuple[Array, Array, Array]:
@@ -203,8 +206,18 @@ def test_streams_are_independent_and_may_be_at_different_positions() -> None:
         np.testing.assert_array_equal(got[1], alone.step_stream(0, q[t, 1], k[t, 1], v[t, 1]))
 
 
-@pytest.mark.parametrize("names", [("alibi_slopes",), ("sink_logit",), ("sink_scale",), ("gate1",), ("gateD",), (
-    "alibi_slopes", "sink_logit", "sink_scale", "gateD")], ids="-".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("alibi_slopes",),
+        ("sink_logit",),
+        ("sink_scale",),
+        ("gate1",),
+        ("gateD",),
+        ("alibi_slopes", "sink_logit", "sink_scale", "gateD"),
+    ],
+    ids="-".join,
+)
 @pytest.mark.parametrize("geometry", [(1, 1), (4, 7)], ids=lambda g: f"S{g[0]}-W{g[1]}")
 def test_extras_as_biases_and_keys_of_torch_sdpa(names: tuple[str, ...], geometry: tuple[int, int]) -> None:
     """ALiBi and sink_scale are additive biases, sink_logit is a key of zeros with a bias and a value of zeros."""

@@ -143,7 +143,9 @@ int cudaGetDeviceCount(int* count) {
   return fake_count_error ? failed(fake_count_error) : kSuccess;
 }
 
-int cudaSetDevice(int device) { return device < fake_devices ? kSuccess : failed(kInvalidValue); }
+int cudaSetDevice(int device) {
+  return device < fake_devices ? kSuccess : failed(kInvalidValue);
+}
 
 int cudaDeviceGetAttribute(int* value, int attribute, int device) {
   (void)device;
@@ -161,16 +163,22 @@ const char* cudaGetErrorString(int error) {
   return error == 35 ? "CUDA driver version is insufficient for CUDA runtime version" : "an error of the fake";
 }
 
-int cudaMalloc(void** address, size_t size) { return allocated(address, size, 1); }
+int cudaMalloc(void** address, size_t size) {
+  return allocated(address, size, 1);
+}
 
-int cudaFree(void* address) { return freed(address, 1); }
+int cudaFree(void* address) {
+  return freed(address, 1);
+}
 
 int cudaHostAlloc(void** address, size_t size, unsigned flags) {
   (void)flags;
   return allocated(address, size, 0);
 }
 
-int cudaFreeHost(void* address) { return freed(address, 0); }
+int cudaFreeHost(void* address) {
+  return freed(address, 0);
+}
 
 int cudaMemset(void* address, int value, size_t size) {
   if (forbidden()) return failed(kCaptureUnsupported);

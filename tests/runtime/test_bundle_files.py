@@ -81,7 +81,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "corrupt weights": (flipped("weights.bin"), r"weights\.bin: received sha256"),
     "corrupt graph": (flipped("decode.onnx"), r"decode\.onnx: received sha256"),
     "corrupt tokenizer": (flipped("tokenizer.json"), r"tokenizer\.json: received sha256"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -131,8 +131,14 @@ def test_bundles_of_the_first_schema_are_read(bundle: Path) -> None:
 
 
 def test_a_quantised_bundle_says_how(bundle: Path) -> None:
-    facts = {"recipe": "mine", "weights": "int8", "activations": "static", "kv": "fp", "calibration_sha256": None,
-             "thresholds": {"perplexity_increase": 1}}  # fmt: skip
+    facts = {
+        "recipe": "mine",
+        "weights": "int8",
+        "activations": "static",
+        "kv": "fp",
+        "calibration_sha256": None,
+        "thresholds": {"perplexity_increase": 1},
+    }
     edited(lambda m: m.update(quantization=facts))(bundle)
     found = load_manifest(bundle).quantization
     assert found is not None

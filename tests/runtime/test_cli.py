@@ -259,15 +259,19 @@ def test_stop_ends_an_answer_before_the_text(cli: Callable[..., Result], toy_bun
     assert cli(*options, "--stop", "nowhere", "--stop", stop).out == whole[: whole.index(stop)] + "\n"
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
-                         ids=["ctrl-c", "terminated", "hung up"])
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+    ids=["ctrl-c", "terminated", "hung up"],
+)
 def test_a_stopped_run_saves_its_state(toy_bundle: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
     state = tmp_path / "state"
     process = subprocess.Popen(
         [*COMMAND, "run", str(toy_bundle), "--prompt", "a", "--ignore-eos", "--save-state", str(state), "--stats"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # whatever the tests' own terminal has said
-    )  # fmt: skip
+    )
     assert process.stdout
     os.read(process.stdout.fileno(), 1)
     process.send_signal(sent)
@@ -294,8 +298,9 @@ def test_a_run_that_fed_nothing_keeps_the_old_state(
 def test_a_reader_that_leaves(toy_bundle: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "run", str(toy_bundle), "--prompt", "a", "--ignore-eos"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout and process.stderr
     os.read(process.stdout.fileno(), 1)
     process.stdout.close()
@@ -358,8 +363,10 @@ def test_chat_on_a_terminal(toy_bundle: Path) -> None:
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [*COMMAND, "run", str(toy_bundle), "--chat", "--max-tokens", "4"],
-        stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     os.close(theirs)
     assert process.stdout and process.stderr
     answers, _ = chat_ids(toy_bundle, ["one", "two"], 4)
@@ -495,7 +502,7 @@ def test_a_file_that_may_not_be_read(
         (ModuleNotFoundError("No module named 'zlib'", name="zlib"), 70, "unexpected ModuleNotFoundError"),
     ],
     ids=repr,
-)  # fmt: skip
+)
 def test_other_errors(
     cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
 ) -> None:
@@ -519,9 +526,15 @@ def test_inspect_a_bundle(cli: Callable[..., Result], toy_bundle: Path) -> None:
     assert (result.code, result.err) == (0, "")
     weights = (toy_bundle / "weights.bin").stat().st_size
     parts = (
-        "toy (ToyForCausalLM", "1 x 4 query heads, 2 key heads of 8", "258 tokens", "2 sinks + window of 6",
-        "decode.onnx, 1 token(s)", "tokenizer.json, chat template", f"{weights:,}", "all, for ever",
-    )  # fmt: skip
+        "toy (ToyForCausalLM",
+        "1 x 4 query heads, 2 key heads of 8",
+        "258 tokens",
+        "2 sinks + window of 6",
+        "decode.onnx, 1 token(s)",
+        "tokenizer.json, chat template",
+        f"{weights:,}",
+        "all, for ever",
+    )
     for part in parts:
         assert part in result.out, part
 

@@ -59,10 +59,23 @@ class Books:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = tmp_path_factory.mktemp("cudart") / "fake.so"
     done = subprocess.run(
-        [COMPILER or "cc", "-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC",
-         str(Path(__file__).parent / "fake_cudart.c"), "-o", str(library)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            COMPILER or "cc",
+            "-std=c11",
+            "-O1",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-shared",
+            "-fPIC",
+            str(Path(__file__).parent / "fake_cudart.c"),
+            "-o",
+            str(library),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return library
 
@@ -100,9 +113,13 @@ def test_the_device(cuda: list[Cuda], books: Books) -> None:
     assert books.alive == (0, 0, 0)
 
 
-@pytest.mark.parametrize(("devices", "error", "told"), [
-    (0, 0, "received none"), (1, NO_DRIVER, "received CUDA driver version is insufficient"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("devices", "error", "told"),
+    [
+        (0, 0, "received none"),
+        (1, NO_DRIVER, "received CUDA driver version is insufficient"),
+    ],
+)
 def test_no_device(devices: int, error: int, told: str, books: Books) -> None:
     books.devices, books.count_error = devices, error
     with pytest.raises(BackendError, match=told) as caught:
@@ -117,9 +134,13 @@ class TestMemory:
         assert (array.nbytes, array.itemsize, array.address % 256) == (120, 4, 0)
         assert np.array_equal(array, wanted)
         for key, value in (
-            (..., counted(ROWS)), (1, 7.0), (slice(1, 3), 8.0), (np.array([2, 0]), counted(ROWS)[:2]),
-            (np.array([False, True, False]), 9.0), (np.array([], np.int64), 1.0),
-        ):  # fmt: skip
+            (..., counted(ROWS)),
+            (1, 7.0),
+            (slice(1, 3), 8.0),
+            (np.array([2, 0]), counted(ROWS)[:2]),
+            (np.array([False, True, False]), 9.0),
+            (np.array([], np.int64), 1.0),
+        ):
             array[key] = wanted[key] = value
             assert np.array_equal(array, wanted)
             assert np.array_equal(array[key], wanted[key])

@@ -152,9 +152,12 @@ def test_a_chunk_that_fails_loses_its_stream_and_no_other(pair: Session, tmp_pat
         pair.prefill([random_ids(4)], streams=[1])
     mend()
     for call in (
-        lambda: pair.step([1], [1]), lambda: pair.prefill([[1, 2]], streams=[1]), lambda: pair.copy_stream(1),
-        lambda: pair.step([1, 1]), lambda: pair.save_state(tmp_path / "other"),
-    ):  # fmt: skip
+        lambda: pair.step([1], [1]),
+        lambda: pair.prefill([[1, 2]], streams=[1]),
+        lambda: pair.copy_stream(1),
+        lambda: pair.step([1, 1]),
+        lambda: pair.save_state(tmp_path / "other"),
+    ):
         with pytest.raises(StateError, match="stream 1: received one that an error cut short"):
             call()
     assert not (tmp_path / "other").exists()

@@ -400,9 +400,7 @@ def test_a_paused_conversation_costs_nobody_a_stream(bundles: tuple[Path, Path],
 
 
 @pytest.mark.parametrize("room", [0, 1, 2])
-def test_parked_streams_have_their_memory_and_no_more(
-    bundles: tuple[Path, Path], session: Session, room: int
-) -> None:
+def test_parked_streams_have_their_memory_and_no_more(bundles: tuple[Path, Path], session: Session, room: int) -> None:
     """Without memory to park, those at work wait for a stream, and idle ones are forgotten, lasting ones last."""
     scheduler = Scheduler(session, slice_tokens=4, max_parked_bytes=room * stream_bytes(session))
     params = AnswerParams(max_tokens=30, ignore_eos=True)
@@ -448,8 +446,9 @@ class _Once:
         return self._real(*arguments)
 
 
-@pytest.mark.parametrize("error", [UsageError("repetition_penalty: too small"), FloatingPointError("a\nbug"),
-                                   MemoryError()])  # fmt: skip
+@pytest.mark.parametrize(
+    "error", [UsageError("repetition_penalty: too small"), FloatingPointError("a\nbug"), MemoryError()]
+)
 @pytest.mark.parametrize("method", ["pick", "push", "flush"])
 @pytest.mark.parametrize("call", [1, 3])
 def test_an_error_of_sampling_or_decoding_keeps_the_conversation(

@@ -184,9 +184,15 @@ def test_a_closed_session(toy_bundle: Path, tmp_path: Path) -> None:
     session = Session.load(toy_bundle, threads=1)
     session.close()
     session.close()
-    for use in (lambda: session.step([1]), lambda: session.prefill([1]), session.reset, lambda: session.buffers,
-                lambda: session.save_state(tmp_path / "s"), lambda: session.load_state(tmp_path / "s"),
-                lambda: session.generate("a")):  # fmt: skip
+    for use in (
+        lambda: session.step([1]),
+        lambda: session.prefill([1]),
+        session.reset,
+        lambda: session.buffers,
+        lambda: session.save_state(tmp_path / "s"),
+        lambda: session.load_state(tmp_path / "s"),
+        lambda: session.generate("a"),
+    ):
         with pytest.raises(UsageError, match="closed"):
             use()
 
@@ -359,11 +365,19 @@ def test_penalty_looks_back_over_the_stream(session: Session, penalty: float) ->
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": float("inf")},
-        {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"repetition_penalty": 0.0}, {"seed": -1}, {"seed": 2**64},
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"seed": -1},
+        {"seed": 2**64},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_bad_options_feed_nothing(session: Session, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))) as caught:
         session.generate("a", **options)

@@ -85,8 +85,10 @@ def test_the_file_is_plain_safetensors(session: Session, tmp_path: Path) -> None
     assert {int(ring[t % 8]) for t in range(12, 20)} == set(random_ids(20)[12:])
     with safe_open(tmp_path / "state", framework="numpy") as file:
         assert file.metadata() == {
-            "format": "sinkrt-state", "version": VERSION, "fingerprint": session.manifest.fingerprint,
-        }  # fmt: skip
+            "format": "sinkrt-state",
+            "version": VERSION,
+            "fingerprint": session.manifest.fingerprint,
+        }
     header = int.from_bytes((tmp_path / "state").read_bytes()[:8], "little")
     assert header % 8 == 0, "tensors must be aligned"
 

@@ -20,10 +20,16 @@ class Runtime:
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
 
-@pytest.mark.parametrize(("told", "reason"), [
-    (["CUDA initialization failure with error: 35", "and what follows"], "CUDA initialization failure with error: 35"),
-    ([], "pybind11::init(): factory function returned nullptr"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        (
+            ["CUDA initialization failure with error: 35", "and what follows"],
+            "CUDA initialization failure with error: 35",
+        ),
+        ([], "pybind11::init(): factory function returned nullptr"),
+    ],
+)
 def test_no_driver_is_told_with_tensorrts_reason(told: list[str], reason: str) -> None:
     logger = SimpleNamespace(errors=[], told=told)
     with pytest.raises(BackendError) as caught:

@@ -33,8 +33,10 @@ HOOK = f"""
 def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(HOOK) + textwrap.dedent(code), *map(str, arguments)],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -75,10 +77,17 @@ def test_reading_a_manifest_needs_no_onnxruntime_either(toy_bundle: Path) -> Non
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("--version",), ("run", "--help"), ("run", "BUNDLE", "--prompt", "a", "--max-tokens", "5"),
-     ("inspect", "--help"), ("inspect", "BUNDLE"), ("inspect", "families")],
+    [
+        ("--help",),
+        ("--version",),
+        ("run", "--help"),
+        ("run", "BUNDLE", "--prompt", "a", "--max-tokens", "5"),
+        ("inspect", "--help"),
+        ("inspect", "BUNDLE"),
+        ("inspect", "families"),
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_commands_that_work(toy_bundle: Path, arguments: tuple[str, ...]) -> None:
     done = cli(*(toy_bundle if argument == "BUNDLE" else argument for argument in arguments))
     assert done.returncode == 0, done.stderr

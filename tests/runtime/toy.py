@@ -137,22 +137,32 @@ def toy_manifest(toy: Toy, tokenizer: TokenizerFacts | None, files: dict[str, Fi
         target="onnx",
         weights_dtype="float32",
         model=ModelFacts(
-            name="toy", architecture="ToyForCausalLM", family="toy", num_layers=1, num_q_heads=toy.num_q_heads,
-            num_kv_heads=toy.num_kv_heads, head_dim=toy.head_dim, hidden_size=toy.num_q_heads * toy.head_dim,
-            vocab_size=VOCAB_SIZE, num_parameters=sum(w.size for w in toy.weights().values()),
-            position_scheme="none", bos_token_id=BOS, eos_token_ids=(EOS,),
+            name="toy",
+            architecture="ToyForCausalLM",
+            family="toy",
+            num_layers=1,
+            num_q_heads=toy.num_q_heads,
+            num_kv_heads=toy.num_kv_heads,
+            head_dim=toy.head_dim,
+            hidden_size=toy.num_q_heads * toy.head_dim,
+            vocab_size=VOCAB_SIZE,
+            num_parameters=sum(w.size for w in toy.weights().values()),
+            position_scheme="none",
+            bos_token_id=BOS,
+            eos_token_ids=(EOS,),
         ),
         stream=StreamFacts(toy.num_sink_tokens, toy.window_size, toy.batch, toy.chunk_size, toy.position_limit),
         graphs={role: _graph_spec(toy, role) for role in ("decode", "prefill")[: 1 + (toy.chunk_size > 1)]},
         states=tuple(
-            StateSpec(0, kind, f"{kind}.0", f"{kind}.0.next", (toy.batch, toy.num_kv_heads, size, toy.head_dim),
-                      "float32")
+            StateSpec(
+                0, kind, f"{kind}.0", f"{kind}.0.next", (toy.batch, toy.num_kv_heads, size, toy.head_dim), "float32"
+            )
             for kind, size in _state_sizes(toy)
         ),
         tokenizer=tokenizer,
         files=files,
         producer={"tests": "1"},
-    )  # fmt: skip
+    )
 
 
 def _graph_spec(toy: Toy, role: str) -> GraphSpec:

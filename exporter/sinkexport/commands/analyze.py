@@ -29,29 +29,68 @@ BYTES_PER_TOKEN = 64
 
 @click.command(name="analyze")
 @click.argument("model")
-@click.option("--text", "text_file", required=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="UTF-8 text like that which the model will stream.")  # fmt: skip
+@click.option(
+    "--text",
+    "text_file",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="UTF-8 text like that which the model will stream.",
+)
 @click.option("--windows", type=int, default=8, show_default=True, metavar="N", help="Windows of text to measure.")
 @click.option("--window-tokens", type=int, default=1024, show_default=True, metavar="N", help="Tokens of each.")
-@click.option("--candidates", type=int, default=16, show_default=True, metavar="N",
-              help="First tokens that may be sinks.")  # fmt: skip
-@click.option("--budgets", "budgets_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="Propose windows of single key heads, for 'sinkexport export --budgets'.")  # fmt: skip
-@click.option("--long-window", type=int, default=DEFAULT_WINDOW_SIZE, show_default=True, metavar="W",
-              help="With --budgets: of the heads that need it most.")  # fmt: skip
-@click.option("--short-window", type=int, default=128, show_default=True, metavar="W",
-              help="With --budgets: of the others.")  # fmt: skip
-@click.option("--budget-share", type=float, default=0.5, show_default=True, metavar="X",
-              help="With --budgets: memory of the windows, of what they would take if all were long.")  # fmt: skip
-@click.option("--sink-tuning", "tuning_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="Propose heads to scale later sinks down in, for 'sinkexport export --sink-tuning'.")  # fmt: skip
+@click.option(
+    "--candidates", type=int, default=16, show_default=True, metavar="N", help="First tokens that may be sinks."
+)
+@click.option(
+    "--budgets",
+    "budgets_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Propose windows of single key heads, for 'sinkexport export --budgets'.",
+)
+@click.option(
+    "--long-window",
+    type=int,
+    default=DEFAULT_WINDOW_SIZE,
+    show_default=True,
+    metavar="W",
+    help="With --budgets: of the heads that need it most.",
+)
+@click.option(
+    "--short-window", type=int, default=128, show_default=True, metavar="W", help="With --budgets: of the others."
+)
+@click.option(
+    "--budget-share",
+    type=float,
+    default=0.5,
+    show_default=True,
+    metavar="X",
+    help="With --budgets: memory of the windows, of what they would take if all were long.",
+)
+@click.option(
+    "--sink-tuning",
+    "tuning_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Propose heads to scale later sinks down in, for 'sinkexport export --sink-tuning'.",
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a PNG image.")
 def command(
-    model: str, text_file: Path, windows: int, window_tokens: int, candidates: int, budgets_file: Path | None,
-    long_window: int, short_window: int, budget_share: float, tuning_file: Path | None, json_file: Path | None,
+    model: str,
+    text_file: Path,
+    windows: int,
+    window_tokens: int,
+    candidates: int,
+    budgets_file: Path | None,
+    long_window: int,
+    short_window: int,
+    budget_share: float,
+    tuning_file: Path | None,
+    json_file: Path | None,
     plot_file: Path | None,
-) -> None:  # fmt: skip
+) -> None:
     """Find the attention sinks of MODEL (a local directory, a .gguf file or a Hub id).
 
     Tells how much attention the first tokens draw, which later tokens draw it too, and how many sinks to export with.
@@ -59,10 +98,17 @@ def command(
     later sinks (docs/sink_tuning.md).
     """
     if json_file is not None and plot_file is not None and json_file.resolve() == plot_file.resolve():
-        raise UsageError(problem("--plot", received=f"'{plot_file}', as --json", expected="a file of its own",
-                                 fix="choose another path"))  # fmt: skip
-    for path, option in ((json_file, "--json"), (plot_file, "--plot"), (budgets_file, "--budgets"),
-                         (tuning_file, "--sink-tuning")):  # fmt: skip
+        raise UsageError(
+            problem(
+                "--plot", received=f"'{plot_file}', as --json", expected="a file of its own", fix="choose another path"
+            )
+        )
+    for path, option in (
+        (json_file, "--json"),
+        (plot_file, "--plot"),
+        (budgets_file, "--budgets"),
+        (tuning_file, "--sink-tuning"),
+    ):
         if path is not None:
             check_writable(path, option)
     if plot_file is not None:
@@ -80,14 +126,21 @@ def command(
         show("load", 0, 1)
         loaded = load_model(model)
         if loaded.tokenizer is None:
-            raise UsageError(problem("model", received="one without a tokenizer", expected="a tokenizer for the text",
-                                     fix="use a complete model folder"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "model",
+                    received="one without a tokenizer",
+                    expected="a tokenizer for the text",
+                    fix="use a complete model folder",
+                )
+            )
         pieces = text_windows(loaded.tokenizer, text, windows, window_tokens)
         report = analyze(loaded, pieces, num_candidates=candidates, report=show)
     proposed = None
     if budgets_file is not None:
-        proposed, lost = propose(report, type(loaded.model).__name__, longest=long_window, shortest=short_window,
-                                 share=budget_share)  # fmt: skip
+        proposed, lost = propose(
+            report, type(loaded.model).__name__, longest=long_window, shortest=short_window, share=budget_share
+        )
         write_whole(budgets_file, proposed.to_json(), "--budgets")
     tuning = None
     if tuning_file is not None:
@@ -103,9 +156,11 @@ def command(
     if proposed is not None:
         long = sum(window == long_window for layer in proposed.windows for window in layer)
         total = proposed.model.num_layers * proposed.model.num_kv_heads
-        click.echo(f"{budgets_file}: {long} of {total} key heads keep {long_window:,} tokens, the others "
-                   f"{short_window:,}, which changes no head's output by more than {lost:.1%}; "
-                   f"add --window {long_window} --budgets {budgets_file}")  # fmt: skip
+        click.echo(
+            f"{budgets_file}: {long} of {total} key heads keep {long_window:,} tokens, the others "
+            f"{short_window:,}, which changes no head's output by more than {lost:.1%}; "
+            f"add --window {long_window} --budgets {budgets_file}"
+        )
     if tuning is not None:
         click.echo(f"{tuning_file}: {tuning.found.partition(': ')[2]}; add --sink-tuning {tuning_file}")
 
@@ -126,8 +181,11 @@ def _print_report(model: str, report: SinkReport) -> None:
         _print_secondary(console, report)
     click.echo(f"keep {report.recommended}: {report.reason}")
     if report.own_window is not None and report.own_window < report.window_tokens:
-        click.echo(f"note: layers of this model look back {report.own_window:,} tokens, where a bundle always sees its "
-                   f"sinks; --window-tokens {report.own_window} measures that", err=True)  # fmt: skip
+        click.echo(
+            f"note: layers of this model look back {report.own_window:,} tokens, where a bundle always sees its "
+            f"sinks; --window-tokens {report.own_window} measures that",
+            err=True,
+        )
     click.echo(f"sinkexport export {model} -o DIR --sink-tokens {report.recommended}")
 
 
@@ -170,10 +228,17 @@ def _print_secondary(console: Console, report: SinkReport) -> None:
     for sink in report.secondary[:SHOWN]:
         top = sink.sightings[0]
         table.add_row(
-            Text(repr(sink.text)), str(sink.times), str(sink.windows), str(sink.heads), _span(sink.layers),
-            f"{top.weight:.1%}", f"{top.position:,}", f"{top.value_norm:.2f}", f"{top.likeness:.2f}",
+            Text(repr(sink.text)),
+            str(sink.times),
+            str(sink.windows),
+            str(sink.heads),
+            _span(sink.layers),
+            f"{top.weight:.1%}",
+            f"{top.position:,}",
+            f"{top.value_norm:.2f}",
+            f"{top.likeness:.2f}",
             "sink" if sink.is_like_first else "content",
-        )  # fmt: skip
+        )
     console.print(table)
     if len(report.secondary) > SHOWN:
         console.print(f"and {len(report.secondary) - SHOWN} more")

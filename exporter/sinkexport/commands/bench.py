@@ -27,18 +27,40 @@ STAGES = {
 @click.command(name="bench")
 @click.argument("bundle", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--steps", type=int, default=256, show_default=True, metavar="N", help="Timed steps at each position.")
-@click.option("--warmup", type=int, default=3, show_default=True, metavar="N",
-              help="Untimed steps before each turn of 16 timed ones.")  # fmt: skip
-@click.option("--position", "positions", type=int, multiple=True, default=(2_000, 50_000), show_default=True,
-              metavar="P", help="Measure with so many tokens in the stream; repeatable.")  # fmt: skip
-@click.option("--prompt-tokens", type=int, default=1_000, show_default=True, metavar="N",
-              help="Length of the prompt whose prefill is timed.")  # fmt: skip
+@click.option(
+    "--warmup",
+    type=int,
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Untimed steps before each turn of 16 timed ones.",
+)
+@click.option(
+    "--position",
+    "positions",
+    type=int,
+    multiple=True,
+    default=(2_000, 50_000),
+    show_default=True,
+    metavar="P",
+    help="Measure with so many tokens in the stream; repeatable.",
+)
+@click.option(
+    "--prompt-tokens",
+    type=int,
+    default=1_000,
+    show_default=True,
+    metavar="N",
+    help="Length of the prompt whose prefill is timed.",
+)
 @click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: all physical cores]")
 @click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True)
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
-              help="Of the random ids that are fed.")  # fmt: skip
-@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="Write every figure as JSON too.")  # fmt: skip
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the random ids that are fed."
+)
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every figure as JSON too."
+)
 def command(
     bundle: Path,
     steps: int,
@@ -101,10 +123,13 @@ def _print_report(report: BenchReport) -> None:
     if machine["not_recorded"] is not None:
         console.print(f"steps are no CUDA graphs: {machine['not_recorded']}", markup=False, soft_wrap=True)
     console.print(table)
-    console.print(f"prefill of {prefill['prompt_tokens']:,} tokens: {prefill['median_ms']:,.0f} ms, "
-                  f"{prefill['tokens_per_s']:.1f} tokens/s")  # fmt: skip
+    console.print(
+        f"prefill of {prefill['prompt_tokens']:,} tokens: {prefill['median_ms']:,.0f} ms, "
+        f"{prefill['tokens_per_s']:.1f} tokens/s"
+    )
     if memory is not None:
         start, growth = memory["rss_start_bytes"] / MIB, memory["rss_growth_bytes"] / MIB
         highest = memory["rss_highest_growth_bytes"] / MIB
-        console.print(f"memory: {start:,.0f} MiB resident at the start, {growth:+.1f} MiB over the run "
-                      f"({highest:+.1f} at most)")  # fmt: skip
+        console.print(
+            f"memory: {start:,.0f} MiB resident at the start, {growth:+.1f} MiB over the run ({highest:+.1f} at most)"
+        )

@@ -13,29 +13,53 @@ STAGES = {
     "decode": "Building the decode engine",
     "prefill": "Building the prefill engine",
 }
-FLAVOURS = {"auto": ("tensorrt", "tensorrt_rtx_bindings"), "tensorrt": ("tensorrt",),
-            "rtx": ("tensorrt_rtx_bindings",)}  # fmt: skip
+FLAVOURS = {"auto": ("tensorrt", "tensorrt_rtx_bindings"), "tensorrt": ("tensorrt",), "rtx": ("tensorrt_rtx_bindings",)}
 MAX_UINT32 = (1 << 32) - 1
 
 
 @click.command(name="build")
 @click.argument("bundle", type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--plugin", type=click.Path(path_type=Path), metavar="PATH",
-              help="libsinkexport_plugin.so (plugins/README.md); not for bundles exported with --native.")  # fmt: skip
-@click.option("--flavour", type=click.Choice(list(FLAVOURS)), default="auto", show_default=True,
-              help="auto: TensorRT if it is installed, else TensorRT-RTX.")  # fmt: skip
-@click.option("--workspace", type=click.IntRange(min=1), metavar="MIB",
-              help="Most scratch memory of a layer.  [default: TensorRT's]")  # fmt: skip
-@click.option("--timing-cache", type=click.Path(path_type=Path), metavar="FILE",
-              help="Read if it is there, written afterwards: the next build is quicker. Not for RTX.")  # fmt: skip
-@click.option("--tactic-sources", type=click.IntRange(0, MAX_UINT32), metavar="BITS",
-              help="TensorRT's TacticSource bits; 0 builds without cuBLAS and cuDNN (TensorRT 8).  "
-                   "[default: TensorRT's]")  # fmt: skip
+@click.option(
+    "--plugin",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="libsinkexport_plugin.so (plugins/README.md); not for bundles exported with --native.",
+)
+@click.option(
+    "--flavour",
+    type=click.Choice(list(FLAVOURS)),
+    default="auto",
+    show_default=True,
+    help="auto: TensorRT if it is installed, else TensorRT-RTX.",
+)
+@click.option(
+    "--workspace",
+    type=click.IntRange(min=1),
+    metavar="MIB",
+    help="Most scratch memory of a layer.  [default: TensorRT's]",
+)
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Read if it is there, written afterwards: the next build is quicker. Not for RTX.",
+)
+@click.option(
+    "--tactic-sources",
+    type=click.IntRange(0, MAX_UINT32),
+    metavar="BITS",
+    help="TensorRT's TacticSource bits; 0 builds without cuBLAS and cuDNN (TensorRT 8).  [default: TensorRT's]",
+)
 @click.pass_context
 def command(
-    context: click.Context, bundle: Path, plugin: Path | None, flavour: str, workspace: int | None,
-    timing_cache: Path | None, tactic_sources: int | None,
-) -> None:  # fmt: skip
+    context: click.Context,
+    bundle: Path,
+    plugin: Path | None,
+    flavour: str,
+    workspace: int | None,
+    timing_cache: Path | None,
+    tactic_sources: int | None,
+) -> None:
     """Build TensorRT engines for the bundle DIR, which was exported with --target tensorrt, into DIR/engines.
 
     TensorRT builds for the GPU of this machine and needs it; TensorRT-RTX needs none. Each engine holds the weights.
@@ -45,8 +69,9 @@ def command(
     from sinkexport.engine import BuildOptions
     from sinkexport.engine_process import EngineBuildError
 
-    options = BuildOptions(plugin, None if workspace is None else workspace << 20, timing_cache, tactic_sources,
-                           FLAVOURS[flavour])  # fmt: skip
+    options = BuildOptions(
+        plugin, None if workspace is None else workspace << 20, timing_cache, tactic_sources, FLAVOURS[flavour]
+    )
     try:
         with shown_progress(STAGES) as show:
             built = build_bundle(bundle, options, show, debug=context.find_root().params["debug"])
@@ -54,8 +79,10 @@ def command(
         click.echo(f"sinkexport: error: {error}", err=True)
         context.exit(1)
     for role, (facts, report) in built.items():
-        click.echo(f"{bundle / facts.file}: {role}, {facts.flavour} {facts.version}, "
-                   f"{facts.gpu or 'any GPU it supports'}, "
-                   f"{report.num_layers} layers, {facts.bytes / 1e6:.1f} MB, {report.build_s:.1f} s")  # fmt: skip
+        click.echo(
+            f"{bundle / facts.file}: {role}, {facts.flavour} {facts.version}, "
+            f"{facts.gpu or 'any GPU it supports'}, "
+            f"{report.num_layers} layers, {facts.bytes / 1e6:.1f} MB, {report.build_s:.1f} s"
+        )
         for warning in report.warnings:
             click.echo(f"TensorRT warns of {role}: {warning}", err=True)

@@ -22,13 +22,30 @@ STAGES = {
 
 @click.command(name="calibrate")
 @click.argument("model")
-@click.option("--recipe", "recipe_name", required=True, metavar="NAME|FILE",
-              help="What to find, and how: a recipe with 'calibration'.")  # fmt: skip
-@click.option("--text", "text_file", required=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="UTF-8 text like that which the model will stream.")  # fmt: skip
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="Where to write the result, JSON, and beside it weights that the recipe rounds for their inputs, "
-                   "as .safetensors. FILE.partial holds what was seen so far.")  # fmt: skip
+@click.option(
+    "--recipe",
+    "recipe_name",
+    required=True,
+    metavar="NAME|FILE",
+    help="What to find, and how: a recipe with 'calibration'.",
+)
+@click.option(
+    "--text",
+    "text_file",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="UTF-8 text like that which the model will stream.",
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Where to write the result, JSON, and beside it weights that the recipe rounds for their inputs, "
+    "as .safetensors. FILE.partial holds what was seen so far.",
+)
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of the CPU.  [default: all physical cores]")
 def command(model: str, recipe_name: str, text_file: Path, output: Path, threads: int | None) -> None:
     """Find what a recipe needs to know of MODEL (a local directory, a .gguf file or a Hub id): ranges, or how to round.

@@ -30,35 +30,89 @@ DEFAULT_JSON, DEFAULT_PLOT = Path("eval.json"), Path("eval.png")
 
 @click.command(name="eval")
 @click.argument("bundle", type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--text", "text_file", required=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="UTF-8 text, the longer the better.")  # fmt: skip
-@click.option("--tokens", type=int, default=20_000, show_default=True, metavar="N",
-              help="Tokens of the text to stream, or all if it has fewer.")  # fmt: skip
-@click.option("--segment", type=int, default=512, show_default=True, metavar="N",
-              help="Tokens of each point of the curves.")  # fmt: skip
-@click.option("--compare", is_flag=True,
-              help="Predict the same tokens in torch with sinks + window, with a window only, with a sliding window "
-                   "that is recomputed, and with the dense model until its limit.")  # fmt: skip
-@click.option("--against", metavar="MODEL",
-              help="With --compare: the model that was exported, a local directory, a .gguf file or a Hub id.")
-@click.option("--dense-tokens", type=int, default=4096, show_default=True, metavar="N",
-              help="With --compare: where the dense model stops, or at its own limit if that is less.")  # fmt: skip
-@click.option("--recompute-block", type=int, metavar="N",
-              help="With --compare: tokens that each recomputation of the last S + W predicts. 1 is exact, and slow.  "
-                   "[default: (S + W) / 8]")  # fmt: skip
+@click.option(
+    "--text",
+    "text_file",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="UTF-8 text, the longer the better.",
+)
+@click.option(
+    "--tokens",
+    type=int,
+    default=20_000,
+    show_default=True,
+    metavar="N",
+    help="Tokens of the text to stream, or all if it has fewer.",
+)
+@click.option(
+    "--segment", type=int, default=512, show_default=True, metavar="N", help="Tokens of each point of the curves."
+)
+@click.option(
+    "--compare",
+    is_flag=True,
+    help="Predict the same tokens in torch with sinks + window, with a window only, with a sliding window "
+    "that is recomputed, and with the dense model until its limit.",
+)
+@click.option(
+    "--against",
+    metavar="MODEL",
+    help="With --compare: the model that was exported, a local directory, a .gguf file or a Hub id.",
+)
+@click.option(
+    "--dense-tokens",
+    type=int,
+    default=4096,
+    show_default=True,
+    metavar="N",
+    help="With --compare: where the dense model stops, or at its own limit if that is less.",
+)
+@click.option(
+    "--recompute-block",
+    type=int,
+    metavar="N",
+    help="With --compare: tokens that each recomputation of the last S + W predicts. 1 is exact, and slow.  "
+    "[default: (S + W) / 8]",
+)
 @click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all physical cores]")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), default=DEFAULT_JSON, show_default=True,
-              metavar="FILE", help="Where to write all figures.")  # fmt: skip
-@click.option("--plot", "plot_file", type=click.Path(path_type=Path), default=DEFAULT_PLOT, show_default=True,
-              metavar="FILE", help="Where to write the curves as a PNG image.")  # fmt: skip
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_JSON,
+    show_default=True,
+    metavar="FILE",
+    help="Where to write all figures.",
+)
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_PLOT,
+    show_default=True,
+    metavar="FILE",
+    help="Where to write the curves as a PNG image.",
+)
 @click.option("--no-plot", is_flag=True, help="Draw nothing: matplotlib is not needed then.")
 @click.pass_context
 def command(
-    ctx: click.Context, bundle: Path, text_file: Path, tokens: int, segment: int, compare: bool, against: str | None,
-    dense_tokens: int, recompute_block: int | None, backend: str, threads: int | None, json_file: Path,
-    plot_file: Path, no_plot: bool,
-) -> None:  # fmt: skip
+    ctx: click.Context,
+    bundle: Path,
+    text_file: Path,
+    tokens: int,
+    segment: int,
+    compare: bool,
+    against: str | None,
+    dense_tokens: int,
+    recompute_block: int | None,
+    backend: str,
+    threads: int | None,
+    json_file: Path,
+    plot_file: Path,
+    no_plot: bool,
+) -> None:
     """Measure how well the bundle DIR predicts a long text, streamed token by token.
 
     Perplexity is exp of the mean negative log-likelihood of a token; lower is better. The table tells it for the whole
@@ -70,17 +124,29 @@ def command(
     if not no_plot:
         check_writable(plot_file, "--plot")
         if plot_file.resolve() == json_file.resolve():
-            raise UsageError(problem("--plot", received=f"'{plot_file}', as --json", expected="a file of its own",
-                                     fix="choose another path"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "--plot",
+                    received=f"'{plot_file}', as --json",
+                    expected="a file of its own",
+                    fix="choose another path",
+                )
+            )
         import matplotlib.figure  # noqa: F401 - if it is missing, that should not show after an hour
     from sinkexport.evaluate import Comparison, evaluate
 
     wanted = None if against is None else Comparison(against, dense_tokens, recompute_block)
     with shown_progress(STAGES) as show:
         report = evaluate(
-            bundle, text, num_tokens=tokens, segment_tokens=segment, compare=wanted, backend=backend,
-            threads=threads, report=show,
-        )  # fmt: skip
+            bundle,
+            text,
+            num_tokens=tokens,
+            segment_tokens=segment,
+            compare=wanted,
+            backend=backend,
+            threads=threads,
+            report=show,
+        )
     write_whole(json_file, report.to_json(), "--json")
     if not no_plot:
         from sinkexport.evaluate_plot import draw
@@ -94,14 +160,18 @@ def _check_compare(ctx: click.Context, compare: bool, against: str | None) -> No
     """Refuse options of a comparison without one, and a comparison with nothing."""
     if compare:
         if against is None:
-            raise UsageError(problem("--compare", received="no model", expected="--against MODEL",
-                                     fix="name the model that was exported"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "--compare", received="no model", expected="--against MODEL", fix="name the model that was exported"
+                )
+            )
         return
     for name in ("against", "dense_tokens", "recompute_block"):
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             option = "--" + name.replace("_", "-")
-            raise UsageError(problem(option, received="without --compare", expected="a comparison",
-                                     fix="add --compare"))  # fmt: skip
+            raise UsageError(
+                problem(option, received="without --compare", expected="a comparison", fix="add --compare")
+            )
 
 
 def _print_report(report: EvalReport) -> None:

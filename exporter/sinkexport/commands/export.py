@@ -37,52 +37,137 @@ STAGES = {
 @click.command(name="export")
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle.")
-@click.option("--sink-tokens", type=int, default=DEFAULT_NUM_SINK_TOKENS, show_default=True, metavar="S",
-              help="First tokens that are kept for ever.")  # fmt: skip
-@click.option("--window", type=int, default=DEFAULT_WINDOW_SIZE, show_default=True, metavar="W",
-              help="Most recent tokens that are kept.")  # fmt: skip
+@click.option(
+    "--sink-tokens",
+    type=int,
+    default=DEFAULT_NUM_SINK_TOKENS,
+    show_default=True,
+    metavar="S",
+    help="First tokens that are kept for ever.",
+)
+@click.option(
+    "--window",
+    type=int,
+    default=DEFAULT_WINDOW_SIZE,
+    show_default=True,
+    metavar="W",
+    help="Most recent tokens that are kept.",
+)
 @click.option("--batch", type=int, default=1, show_default=True, metavar="B", help="Streams decoded together.")
-@click.option("--chunk", type=int, metavar="N",
-              help="Tokens that prefill takes at once; 1: no prefill graph.  [default: 64, at most W]")  # fmt: skip
-@click.option("--pin-system", metavar="TEXT",
-              help="Raise S until the sinks cover this system message, so that no chat forgets it.")  # fmt: skip
-@click.option("--sink-token", metavar="TOKEN|auto",
-              help="Begin every text with this token, for a model that was trained with one for the sink, and "
-                   "S = 1 does. auto: its special token with 'sink' in its name.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(sorted(WEIGHT_DTYPES)), default="fp32", show_default=True,
-              help="Of weights, arithmetic and cache.")  # fmt: skip
-@click.option("--recipe", metavar="NAME|FILE",
-              help="Quantise as a recipe says: one of 'sinkexport inspect recipes', or a .yaml file.")  # fmt: skip
-@click.option("--calibration", "calibration_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="What 'sinkexport calibrate' wrote, for a recipe with static ranges or smoothing.")  # fmt: skip
-@click.option("--kv", type=click.Choice(KV_KINDS),
-              help="The window's keys and values; sinks stay in floating point.  "
-                   "[default: the recipe's, or fp]")  # fmt: skip
-@click.option("--budgets", "budgets_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="Windows of single key heads, which 'sinkexport analyze' proposed; --window must be the "
-                   "longest.")  # fmt: skip
-@click.option("--sink-tuning", "sink_tuning_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="How attention to sinks is changed, as 'sinkexport tune' or 'analyze' wrote it.")  # fmt: skip
-@click.option("--affine", "affine_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="Scales and biases of attention weights, a safetensors file (docs/sink_tuning.md).")  # fmt: skip
-@click.option("--target", type=click.Choice(TARGETS), default="onnx", show_default=True,
-              help="tensorrt: for 'sinkexport build', with this project's plugin (docs/tensorrt.md).")  # fmt: skip
-@click.option("--native", is_flag=True,
-              help="With --target tensorrt: standard operators, for TensorRT >= 10.15 without plugin.")  # fmt: skip
-@click.option("--no-check", is_flag=True,
-              help="Do not compare the finished graphs and the weights with the model.")  # fmt: skip
+@click.option(
+    "--chunk",
+    type=int,
+    metavar="N",
+    help="Tokens that prefill takes at once; 1: no prefill graph.  [default: 64, at most W]",
+)
+@click.option(
+    "--pin-system",
+    metavar="TEXT",
+    help="Raise S until the sinks cover this system message, so that no chat forgets it.",
+)
+@click.option(
+    "--sink-token",
+    metavar="TOKEN|auto",
+    help="Begin every text with this token, for a model that was trained with one for the sink, and "
+    "S = 1 does. auto: its special token with 'sink' in its name.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(sorted(WEIGHT_DTYPES)),
+    default="fp32",
+    show_default=True,
+    help="Of weights, arithmetic and cache.",
+)
+@click.option(
+    "--recipe",
+    metavar="NAME|FILE",
+    help="Quantise as a recipe says: one of 'sinkexport inspect recipes', or a .yaml file.",
+)
+@click.option(
+    "--calibration",
+    "calibration_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What 'sinkexport calibrate' wrote, for a recipe with static ranges or smoothing.",
+)
+@click.option(
+    "--kv",
+    type=click.Choice(KV_KINDS),
+    help="The window's keys and values; sinks stay in floating point.  [default: the recipe's, or fp]",
+)
+@click.option(
+    "--budgets",
+    "budgets_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Windows of single key heads, which 'sinkexport analyze' proposed; --window must be the longest.",
+)
+@click.option(
+    "--sink-tuning",
+    "sink_tuning_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="How attention to sinks is changed, as 'sinkexport tune' or 'analyze' wrote it.",
+)
+@click.option(
+    "--affine",
+    "affine_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Scales and biases of attention weights, a safetensors file (docs/sink_tuning.md).",
+)
+@click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    default="onnx",
+    show_default=True,
+    help="tensorrt: for 'sinkexport build', with this project's plugin (docs/tensorrt.md).",
+)
+@click.option(
+    "--native", is_flag=True, help="With --target tensorrt: standard operators, for TensorRT >= 10.15 without plugin."
+)
+@click.option("--no-check", is_flag=True, help="Do not compare the finished graphs and the weights with the model.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there already.")
 def command(
-    model: str, output: Path, sink_tokens: int, window: int, batch: int, chunk: int | None, pin_system: str | None,
-    sink_token: str | None, dtype: str, recipe: str | None, calibration_file: Path | None, kv: str | None,
-    budgets_file: Path | None, sink_tuning_file: Path | None, affine_file: Path | None, target: str, native: bool,
-    no_check: bool, overwrite: bool,
+    model: str,
+    output: Path,
+    sink_tokens: int,
+    window: int,
+    batch: int,
+    chunk: int | None,
+    pin_system: str | None,
+    sink_token: str | None,
+    dtype: str,
+    recipe: str | None,
+    calibration_file: Path | None,
+    kv: str | None,
+    budgets_file: Path | None,
+    sink_tuning_file: Path | None,
+    affine_file: Path | None,
+    target: str,
+    native: bool,
+    no_check: bool,
+    overwrite: bool,
 ) -> None:
     """Export MODEL (a local directory, a .gguf file or a Hub id) to a bundle."""
     # Bad numbers are told before torch is loaded.
-    config = ExportConfig(sink_tokens, window, batch, dtype, chunk, pin_system, target, _loaded(recipe),
-                          _ranges(calibration_file), kv, native, sink_token, _sink_tuning(sink_tuning_file),
-                          _budgets(budgets_file), _affine(affine_file))  # fmt: skip
+    config = ExportConfig(
+        sink_tokens,
+        window,
+        batch,
+        dtype,
+        chunk,
+        pin_system,
+        target,
+        _loaded(recipe),
+        _ranges(calibration_file),
+        kv,
+        native,
+        sink_token,
+        _sink_tuning(sink_tuning_file),
+        _budgets(budgets_file),
+        _affine(affine_file),
+    )
     from sinkexport.check_export import UncheckedWarning
     from sinkexport.pipeline import export
 

@@ -36,30 +36,51 @@ MB = 1e6
 
 @click.command(name="inspect")
 @click.argument("what", metavar="DIR|MODEL|FILE|families|recipes")
-@click.option("--json", "as_json", is_flag=True,
-              help="Machine-readable: manifest, model, families or recipes.")  # fmt: skip
-@click.option("--tokenizer-out", type=click.Path(path_type=Path), metavar="DIR",
-              help="Of a model: write its tokenizer into DIR, as a bundle would hold it.")  # fmt: skip
-@click.option("--memory", is_flag=True,
-              help="Memory that decoding takes: of the bundle DIR, or of a model that is not exported yet: a folder "
-                   "with config.json, a .gguf file or a Hub id.")  # fmt: skip
-@click.option("--window", "windows", type=click.IntRange(min=1), multiple=True, metavar="W",
-              help="With --memory of a model: window size; may be repeated.  [default: 1020]")  # fmt: skip
-@click.option("--sink-tokens", type=click.IntRange(min=0), metavar="S",
-              help="With --memory of a model.  [default: 4]")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable: manifest, model, families or recipes.")
+@click.option(
+    "--tokenizer-out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Of a model: write its tokenizer into DIR, as a bundle would hold it.",
+)
+@click.option(
+    "--memory",
+    is_flag=True,
+    help="Memory that decoding takes: of the bundle DIR, or of a model that is not exported yet: a folder "
+    "with config.json, a .gguf file or a Hub id.",
+)
+@click.option(
+    "--window",
+    "windows",
+    type=click.IntRange(min=1),
+    multiple=True,
+    metavar="W",
+    help="With --memory of a model: window size; may be repeated.  [default: 1020]",
+)
+@click.option("--sink-tokens", type=click.IntRange(min=0), metavar="S", help="With --memory of a model.  [default: 4]")
 @click.option("--batch", type=click.IntRange(min=1), metavar="B", help="With --memory of a model.  [default: 1]")
 def command(
-    what: str, as_json: bool, tokenizer_out: Path | None, memory: bool, windows: tuple[int, ...],
-    sink_tokens: int | None, batch: int | None,
+    what: str,
+    as_json: bool,
+    tokenizer_out: Path | None,
+    memory: bool,
+    windows: tuple[int, ...],
+    sink_tokens: int | None,
+    batch: int | None,
 ) -> None:
     """Show the bundle DIR, what an export of MODEL (a folder, a .gguf file or a Hub id) would read and refuse, a
     calibration FILE, the table of model families or that of quantisation recipes.
-    """  # fmt: skip
+    """
     if tokenizer_out is not None:
         if memory or as_json or not _is_model(what):
-            raise UsageError(problem("--tokenizer-out", received="--memory or --json" if memory or as_json else
-                                     f"'{what}', which is no model", expected="a model, and no other option",
-                                     fix="leave it out"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "--tokenizer-out",
+                    received="--memory or --json" if memory or as_json else f"'{what}', which is no model",
+                    expected="a model, and no other option",
+                    fix="leave it out",
+                )
+            )
         from sinkexport.commands.inspect_model import write_tokenizer_of
 
         write_tokenizer_of(what, tokenizer_out)
@@ -67,18 +88,34 @@ def command(
     if memory:
         is_bundle = Path(what, MANIFEST_NAME).exists()
         if is_bundle and (windows or sink_tokens is not None or batch is not None):
-            raise UsageError(problem("--window, --sink-tokens, --batch", received=f"with the bundle '{what}'",
-                                     expected="a model: a bundle has its own", fix="leave them out"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "--window, --sink-tokens, --batch",
+                    received=f"with the bundle '{what}'",
+                    expected="a model: a bundle has its own",
+                    fix="leave them out",
+                )
+            )
         if is_bundle:
             _show_budget_of_bundle(Path(what), as_json)
         else:
-            _show_budgets(what, windows or (DEFAULT_WINDOW_SIZE,),
-                          DEFAULT_NUM_SINK_TOKENS if sink_tokens is None else sink_tokens, batch or 1,
-                          as_json)  # fmt: skip
+            _show_budgets(
+                what,
+                windows or (DEFAULT_WINDOW_SIZE,),
+                DEFAULT_NUM_SINK_TOKENS if sink_tokens is None else sink_tokens,
+                batch or 1,
+                as_json,
+            )
         return
     if windows or sink_tokens is not None or batch is not None:
-        raise UsageError(problem("--window, --sink-tokens, --batch", received="without --memory",
-                                 expected="--memory", fix="add it, or leave them out"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--window, --sink-tokens, --batch",
+                received="without --memory",
+                expected="--memory",
+                fix="add it, or leave them out",
+            )
+        )
     if what == "families" and not Path(what).exists():
         _show_families(as_json)
         return
@@ -92,9 +129,15 @@ def command(
         return
     bundle = Path(what)
     if not bundle.exists():
-        raise UsageError(problem("inspect", received=f"'{what}', which is not there",
-                                 expected="a bundle, a model (a folder, a .gguf file or a Hub id), a calibration file, "
-                                 "families or recipes", fix="check the path"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "inspect",
+                received=f"'{what}', which is not there",
+                expected="a bundle, a model (a folder, a .gguf file or a Hub id), a calibration file, "
+                "families or recipes",
+                fix="check the path",
+            )
+        )
     if bundle.is_file():
         _show_calibration(bundle, as_json)
         return
@@ -150,11 +193,24 @@ def _show_budgets(source: str, windows: tuple[int, ...], sinks: int, batch: int,
     for dtype, weights, kv, window in combinations(windows):
         chunk = ExportConfig(num_sink_tokens=sinks, window_size=window).num_tokens_per_chunk
         budget = shape.budget(sinks, window, batch, chunk, dtype=dtype, weights=weights, kv=kv)
-        rows.append({"dtype": dtype, "weights_dtype": weights, "kv": kv, "window_size": window,
-                     **dataclasses.asdict(budget), "total": budget.total})  # fmt: skip
+        rows.append(
+            {
+                "dtype": dtype,
+                "weights_dtype": weights,
+                "kv": kv,
+                "window_size": window,
+                **dataclasses.asdict(budget),
+                "total": budget.total,
+            }
+        )
         sizes = (budget.weights, budget.sinks + budget.window, budget.values, budget.total)
-        table.add_row(dtype, dtype if weights == "float" else weights, dtype if kv == "fp" else kv,
-                      f"{sinks} + {window}", *(f"{size / MB:.1f}" for size in sizes))  # fmt: skip
+        table.add_row(
+            dtype,
+            dtype if weights == "float" else weights,
+            dtype if kv == "fp" else kv,
+            f"{sinks} + {window}",
+            *(f"{size / MB:.1f}" for size in sizes),
+        )
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
@@ -171,8 +227,15 @@ def _show_families(as_json: bool) -> None:
     headers = ("family", "models", "positions", "layers", "exact", "remark", "tested by")
     table = Table(*headers, box=None, pad_edge=False)
     for family in families:
-        table.add_row(family.family, family.examples, family.positions, family.layers, "yes" if family.exact else "no",
-                      family.reason, ", ".join(family.tested_by))  # fmt: skip
+        table.add_row(
+            family.family,
+            family.examples,
+            family.positions,
+            family.layers,
+            "yes" if family.exact else "no",
+            family.reason,
+            ", ".join(family.tested_by),
+        )
     table_console().print(table)
 
 
@@ -185,8 +248,15 @@ def _show_recipes(as_json: bool) -> None:
         return
     table = Table("recipe", "weights", "inputs", "output projection", "window", "targets", "", box=None, pad_edge=False)
     for recipe in recipes:
-        table.add_row(recipe.name, _weights(recipe), recipe.activations.mode, recipe.lm_head,
-                      recipe.kv, _listed(list(recipe.targets)), recipe.description)  # fmt: skip
+        table.add_row(
+            recipe.name,
+            _weights(recipe),
+            recipe.activations.mode,
+            recipe.lm_head,
+            recipe.kv,
+            _listed(list(recipe.targets)),
+            recipe.description,
+        )
     table_console().print(table)
 
 
@@ -205,11 +275,14 @@ def _show_calibration(path: Path, as_json: bool) -> None:
     rows = [
         ("model", f"{found.model.name} ({found.model.architecture}, {found.model.fingerprint[:16]})"),
         ("recipe", f"{found.recipe}: {', '.join(how)}"),
-        ("text", f"{asked.samples} pieces of {asked.length:,} tokens of {found.text.tokens:,} "
-                 f"(seed {asked.seed}, {found.text.sha256[:16]})"),
+        (
+            "text",
+            f"{asked.samples} pieces of {asked.length:,} tokens of {found.text.tokens:,} "
+            f"(seed {asked.seed}, {found.text.sha256[:16]})",
+        ),
         ("cache", f"{asked.sink_tokens} sinks + window of {asked.window}"),
         ("made by", _listed(f"{name} {version}" for name, version in found.producer.items())),
-    ]  # fmt: skip
+    ]
     facts = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows:
         facts.add_row(Text(name, style="bold"), Text(value))
@@ -218,10 +291,13 @@ def _show_calibration(path: Path, as_json: bool) -> None:
         table.add_column(header, justify="right")
     for one in found.inputs:
         table.add_row(
-            Text(_together(one.modules)), f"{one.rest.highest:.4g}", f"{one.rest.range:.4g}",
-            "-" if one.sinks is None else f"{one.sinks.range:.4g}", f"{one.all.range:.4g}",
+            Text(_together(one.modules)),
+            f"{one.rest.highest:.4g}",
+            f"{one.rest.range:.4g}",
+            "-" if one.sinks is None else f"{one.sinks.range:.4g}",
+            f"{one.all.range:.4g}",
             "-" if one.divisors is None else f"{max(one.divisors):.3g}",
-        )  # fmt: skip
+        )
     console = table_console()
     console.print(facts)
     if found.inputs:
@@ -249,25 +325,41 @@ def _show_bundle(bundle: Path, manifest: Manifest) -> None:
     model, stream = manifest.model, manifest.stream
     rows = [
         ("model", f"{model.name} ({model.architecture}, {model.num_parameters / 1e6:.1f}M parameters)"),
-        ("layers", f"{model.num_layers} x {model.num_q_heads} query heads, {model.num_kv_heads} key heads "
-                   f"of {model.head_dim}"),
+        (
+            "layers",
+            f"{model.num_layers} x {model.num_q_heads} query heads, {model.num_kv_heads} key heads of {model.head_dim}",
+        ),
         ("vocabulary", f"{model.vocab_size} tokens; end of text: {_listed(model.eos_token_ids)}"),
         ("positions", f"{model.position_scheme}; up to {stream.position_limit:.1e} tokens"),
-        ("cache", f"{stream.num_sink_tokens} sinks + window of {stream.window_size} = {stream.capacity} tokens"
-                  + (_own_windows(manifest) if manifest.head_windows is None else _windows(manifest.head_windows))),
+        (
+            "cache",
+            f"{stream.num_sink_tokens} sinks + window of {stream.window_size} = {stream.capacity} tokens"
+            + (_own_windows(manifest) if manifest.head_windows is None else _windows(manifest.head_windows)),
+        ),
         ("streams", f"{stream.batch}"),
         ("target", manifest.target + (f", plugin {manifest.plugin_abi}" if manifest.plugin_abi else "")),
-        *((f"{role} engine", f"{engine.file}, {engine.flavour} {engine.version}, {engine.gpu or 'any GPU it supports'}")
-          for role, engine in sorted((manifest.engines or {}).items())),
+        *(
+            (
+                f"{role} engine",
+                f"{engine.file}, {engine.flavour} {engine.version}, {engine.gpu or 'any GPU it supports'}",
+            )
+            for role, engine in sorted((manifest.engines or {}).items())
+        ),
         ("quantised", _quantised(manifest.quantization)),
         *_tuned(manifest.sink_tuning),
         *_affine(manifest.affine_attention),
-        *((f"{role} graph", f"{graph.file}, {graph.num_tokens} token(s) a run")
-          for role, graph in manifest.graphs.items()),
-        ("tokenizer", "none: token ids only" if manifest.tokenizer is None else
-         manifest.tokenizer.file + (", chat template" if manifest.tokenizer.chat_template else "")),
+        *(
+            (f"{role} graph", f"{graph.file}, {graph.num_tokens} token(s) a run")
+            for role, graph in manifest.graphs.items()
+        ),
+        (
+            "tokenizer",
+            "none: token ids only"
+            if manifest.tokenizer is None
+            else manifest.tokenizer.file + (", chat template" if manifest.tokenizer.chat_template else ""),
+        ),
         ("made by", _listed(f"{name} {version}" for name, version in manifest.producer.items())),
-    ]  # fmt: skip
+    ]
     facts = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows:
         facts.add_row(Text(name, style="bold"), Text(value))  # Text: names may hold what rich takes for markup
@@ -312,8 +404,13 @@ def _tuned(tuning: SinkTuning | None) -> list[tuple[str, str]]:
     total = sum(len(layer) for layer in tuning.first_token_scale)
     rows = [("tuned sinks", f"{len(factors)} of {total} heads{span}; file {tuning.sha256[:16]}")]
     if (act := tuning.act) is not None:
-        rows.append(("later sinks", f"scaled down to {act.beta:g} in {sum(map(sum, act.heads))} of {total} heads, from "
-                                    f"{act.alpha:g} times the mean and {act.min_queries} queries on"))  # fmt: skip
+        rows.append(
+            (
+                "later sinks",
+                f"scaled down to {act.beta:g} in {sum(map(sum, act.heads))} of {total} heads, from "
+                f"{act.alpha:g} times the mean and {act.min_queries} queries on",
+            )
+        )
     return rows
 
 
@@ -322,8 +419,9 @@ def _affine(facts: AffineAttention | None) -> list[tuple[str, str]]:
         return []
     layers = sum(bool(heads) for heads in facts.heads)
     kind = "by hidden state" if facts.has_inputs else "constant"
-    return [("affine attention", f"{sum(map(len, facts.heads))} heads in {layers} layers, {kind}; "
-                                 f"file {facts.sha256[:16]}")]  # fmt: skip
+    return [
+        ("affine attention", f"{sum(map(len, facts.heads))} heads in {layers} layers, {kind}; file {facts.sha256[:16]}")
+    ]
 
 
 def _memory(manifest: Manifest) -> Table:
@@ -332,9 +430,13 @@ def _memory(manifest: Manifest) -> Table:
     table.add_column("MB", justify="right")
     weights = manifest.weights_dtype if manifest.quantization is None else manifest.quantization.weights
     table.add_row("weights", weights, f"{manifest.weights_bytes / MB:.1f}")
-    for label, kind in (("sink keys and values", "sink"), ("window keys and values", "window"),
-                        ("attention received", MASS_KIND), ("convolutions", "conv"),
-                        ("recurrent states", "recurrent")):  # fmt: skip
+    for label, kind in (
+        ("sink keys and values", "sink"),
+        ("window keys and values", "window"),
+        ("attention received", MASS_KIND),
+        ("convolutions", "conv"),
+        ("recurrent states", "recurrent"),
+    ):
         states = [state for state in manifest.states if state.kind.startswith(kind)]
         if states:
             dtypes = _listed(sorted({state.dtype for state in states}))

@@ -47,17 +47,35 @@ def write_tokenizer_of(source: str, out: Path) -> None:
     if reason is not None:
         raise UsageError(reason)
     if tokenizer is None:
-        raise UsageError(problem("--tokenizer-out", received="a model without a tokenizer", expected="one with",
-                                 fix="use a complete model folder"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--tokenizer-out",
+                received="a model without a tokenizer",
+                expected="one with",
+                fix="use a complete model folder",
+            )
+        )
     there = [name for name in tokenizer.files if (out / name).exists()]
     if there:
-        raise UsageError(problem("--tokenizer-out", received=f"'{out}', which holds {', '.join(there)}",
-                                 expected="a folder without them", fix="choose another folder"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--tokenizer-out",
+                received=f"'{out}', which holds {', '.join(there)}",
+                expected="a folder without them",
+                fix="choose another folder",
+            )
+        )
     try:
         tokenizer.save(out)
     except OSError as error:
-        raise UsageError(problem("--tokenizer-out", received=f"'{out}' ({error.strerror or error})",
-                                 expected="a folder that can be written", fix="choose another")) from error  # fmt: skip
+        raise UsageError(
+            problem(
+                "--tokenizer-out",
+                received=f"'{out}' ({error.strerror or error})",
+                expected="a folder that can be written",
+                fix="choose another",
+            )
+        ) from error
     for remark in tokenizer.remarks:
         click.echo(f"note: {_printable(remark)}", err=True)
     click.echo(f"{out}: {', '.join(tokenizer.files)} ({tokenizer.num_tokens:,} tokens)")
@@ -70,12 +88,18 @@ def _rows(report: ModelReport) -> list[tuple[str, str]]:
         *_model(facts["model"]),
         *_tensors(facts["tensors"]),
         *_positions(facts["positions"]),
-        *(("windows", f"{row['layers']} layers: {row['kind'].replace('_', ' ')}"
-           + (f", {row['window']:,} tokens" if row["window"] else "")) for row in facts["windows"] or ()),
+        *(
+            (
+                "windows",
+                f"{row['layers']} layers: {row['kind'].replace('_', ' ')}"
+                + (f", {row['window']:,} tokens" if row["window"] else ""),
+            )
+            for row in facts["windows"] or ()
+        ),
         *_tokenizer(facts["tokenizer"]),
         ("ends of a turn", _tokens(facts.get("ends") or ())),
         *(("note", remark) for remark in (facts["tokenizer"] or {}).get("remarks", ())),
-    ]  # fmt: skip
+    ]
 
 
 def _model(facts: Facts | None) -> list[tuple[str, str]]:
@@ -84,17 +108,21 @@ def _model(facts: Facts | None) -> list[tuple[str, str]]:
     positions = f", trained for {facts['max_positions']:,} positions" if facts["max_positions"] else ""
     return [
         ("family", f"{facts['family']} ({facts['architecture'] or 'architecture not named'})"),
-        ("layers", f"{facts['num_layers']} x {facts['num_q_heads']} query heads, {facts['num_kv_heads']} key heads of "
-                   f"{facts['head_dim']}; hidden size {facts['hidden_size']}"),
+        (
+            "layers",
+            f"{facts['num_layers']} x {facts['num_q_heads']} query heads, {facts['num_kv_heads']} key heads of "
+            f"{facts['head_dim']}; hidden size {facts['hidden_size']}",
+        ),
         ("vocabulary", f"{facts['vocab_size']} tokens{positions}"),
-    ]  # fmt: skip
+    ]
 
 
 def _tensors(facts: Facts | None) -> list[tuple[str, str]]:
     if facts is None:
         return [("tensors", "not read")]
-    types = ", ".join(f"{entry['count']} {name} ({entry['bytes'] / 1e6:.1f} MB)"
-                      for name, entry in sorted(facts["types"].items()))  # fmt: skip
+    types = ", ".join(
+        f"{entry['count']} {name} ({entry['bytes'] / 1e6:.1f} MB)" for name, entry in sorted(facts["types"].items())
+    )
     return [("tensors", f"{facts['count']}, {facts['bytes'] / 1e6:.1f} MB: {types}")]
 
 
@@ -104,8 +132,13 @@ def _positions(facts: Facts | None) -> list[tuple[str, str]]:
     rows = []
     for rope in facts["rope"]:
         scaling = ", ".join(f"{name} {_short(value)}" for name, value in rope["scaling"].items())
-        rows.append(("positions", f"rope, {rope['type']}, theta {rope['theta']}, share {rope['rotary_share']:g} of a "
-                     f"head, {rope['layers']}" + (f"; {scaling}" if scaling else "")))  # fmt: skip
+        rows.append(
+            (
+                "positions",
+                f"rope, {rope['type']}, theta {rope['theta']}, share {rope['rotary_share']:g} of a "
+                f"head, {rope['layers']}" + (f"; {scaling}" if scaling else ""),
+            )
+        )
     return rows or [("positions", facts["known_as"] or "not known")]
 
 
@@ -116,19 +149,23 @@ def _tokenizer(facts: Facts | None) -> list[tuple[str, str]]:
     special = ", ".join(f"{name} {token['text']} ({token['id']})" for name, token in facts["special_tokens"].items())
     template = facts["chat_template"]
     return [
-        ("tokenizer", f"{facts['read_from']}: {steps}; {facts['num_tokens']:,} tokens, {facts['num_added_tokens']} "
-                      "added"),
+        (
+            "tokenizer",
+            f"{facts['read_from']}: {steps}; {facts['num_tokens']:,} tokens, {facts['num_added_tokens']} added",
+        ),
         ("special tokens", special or "none with a name"),
         ("texts begin with", _tokens(facts["beginning"])),
         ("chat template", "none, or none that works" if template is None else _template(template)),
-    ]  # fmt: skip
+    ]
 
 
 def _template(facts: Facts) -> str:
     history = "keeps earlier turns" if facts["keeps_history"] else "leaves earlier turns out"
     arguments = f"; reads {', '.join(facts['arguments'])}" if facts["arguments"] else ""
-    return (f"{facts['characters']:,} characters; wants {facts['wants']}; system messages: "
-            f"{facts['no_system_message'] or 'yes'}; {history}{arguments}")  # fmt: skip
+    return (
+        f"{facts['characters']:,} characters; wants {facts['wants']}; system messages: "
+        f"{facts['no_system_message'] or 'yes'}; {history}{arguments}"
+    )
 
 
 def _tokens(tokens: Any) -> str:

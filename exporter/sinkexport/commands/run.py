@@ -33,41 +33,91 @@ ENDING_SIGNALS = [signal.SIGTERM, signal.SIGHUP] if hasattr(signal, "SIGHUP") el
 @click.option("--chat", is_flag=True, help="A conversation: one message a line of stdin, one answer each.")
 @click.option("--system", metavar="TEXT", help="System message that opens the conversation (with --chat).")
 @click.option("--pin-system", is_flag=True, help="Refuse a --system message that the sinks do not keep for ever.")
-@click.option("--template-arg", "template_args", multiple=True, metavar="KEY=VALUE",
-              help="Set a variable of the chat template, e.g. enable_thinking=false (with --chat). VALUE is read as "
-              "JSON where it is JSON, else as text; may be repeated.  [default: the template's own]")  # fmt: skip
-@click.option("--allow-special", is_flag=True,
-              help="Let names of special tokens in your text, such as <|im_end|>, become those tokens.  [default: they "
-              "stay ordinary text]")  # fmt: skip
-@click.option("--max-tokens", type=click.IntRange(min=1), metavar="N",
-              help="Stop an answer after N tokens.  [default: at the end of the text]")  # fmt: skip
+@click.option(
+    "--template-arg",
+    "template_args",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set a variable of the chat template, e.g. enable_thinking=false (with --chat). VALUE is read as "
+    "JSON where it is JSON, else as text; may be repeated.  [default: the template's own]",
+)
+@click.option(
+    "--allow-special",
+    is_flag=True,
+    help="Let names of special tokens in your text, such as <|im_end|>, become those tokens.  [default: they "
+    "stay ordinary text]",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Stop an answer after N tokens.  [default: at the end of the text]",
+)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, show_default=True, help="Keep the K likeliest tokens; 0: all.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Keep the likeliest tokens that sum to P.")
-@click.option("--repetition-penalty", type=float, default=1.0, show_default=True,
-              help="Above 1: make tokens that the cache still spans less likely.")  # fmt: skip
-@click.option("--stop", multiple=True, metavar="TEXT",
-              help="End an answer before this text, which may name special tokens (<|im_end|>); may be "
-              "repeated.")  # fmt: skip
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Above 1: make tokens that the cache still spans less likely.",
+)
+@click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    help="End an answer before this text, which may name special tokens (<|im_end|>); may be repeated.",
+)
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on when the model ends its text: for ever without --max-tokens.")
-@click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True,
-              help="What computes.")  # fmt: skip
+@click.option(
+    "--backend",
+    type=click.Choice(["ort", "ort-cuda", "tensorrt"]),
+    default="ort",
+    show_default=True,
+    help="What computes.",
+)
 @click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: all physical cores]")
 @click.option("--load-state", type=click.Path(path_type=Path), metavar="FILE", help="Go on from a saved stream.")
-@click.option("--save-state", type=click.Path(path_type=Path), metavar="FILE",
-              help="Save the stream at the end, also when interrupted.")  # fmt: skip
-@click.option("--save-every", type=click.IntRange(min=1), metavar="N",
-              help="Save the stream every N tokens too, so that a crash or a power cut loses no more.")  # fmt: skip
+@click.option(
+    "--save-state",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Save the stream at the end, also when interrupted.",
+)
+@click.option(
+    "--save-every",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Save the stream every N tokens too, so that a crash or a power cut loses no more.",
+)
 @click.option("--resume", is_flag=True, help="Go on with the answer in which --load-state was saved: no new text.")
 @click.option("--stats", is_flag=True, help="Tell speed and memory on stderr at the end.")
 def command(
-    bundle: Path, prompt: str | None, chat: bool, system: str | None, pin_system: bool, template_args: tuple[str, ...],
-    allow_special: bool, max_tokens: int | None, temperature: float, top_k: int, top_p: float,
-    repetition_penalty: float, stop: tuple[str, ...], seed: int | None, ignore_eos: bool, backend: str,
-    threads: int | None, load_state: Path | None, save_state: Path | None, save_every: int | None, resume: bool,
+    bundle: Path,
+    prompt: str | None,
+    chat: bool,
+    system: str | None,
+    pin_system: bool,
+    template_args: tuple[str, ...],
+    allow_special: bool,
+    max_tokens: int | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    repetition_penalty: float,
+    stop: tuple[str, ...],
+    seed: int | None,
+    ignore_eos: bool,
+    backend: str,
+    threads: int | None,
+    load_state: Path | None,
+    save_state: Path | None,
+    save_every: int | None,
+    resume: bool,
     stats: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Stream text from the bundle DIR to stdout as it is produced.
 
     Continues --prompt TEXT, or talks with --chat, or reads text of any length from stdin and continues that. The
@@ -82,8 +132,14 @@ def command(
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows no emoji must not end the stream
     with Session.load(bundle, backend, threads=threads) as session:
         if session.batch != 1:
-            raise UsageError(problem("run", received=f"a bundle of {session.batch} streams", expected="batch 1",
-                                     fix="export with --batch 1, or use sinkrt.Session"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "run",
+                    received=f"a bundle of {session.batch} streams",
+                    expected="batch 1",
+                    fix="export with --batch 1, or use sinkrt.Session",
+                )
+            )
         texts = UserTexts(session.tokenizer, variables, allow_special)
         if system is not None:  # before anything is read
             session.tokenizer.require_system()
@@ -93,9 +149,16 @@ def command(
             session.load_state(load_state)
         start = int(session.position[0])
         generate = functools.partial(
-            session.generate, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-            repetition_penalty=repetition_penalty, seed=seed, stop=stop, ignore_eos=ignore_eos,
-        )  # fmt: skip
+            session.generate,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+        )
         meter = RunMeter(session)
         saved_at = tried_at = start
 
@@ -140,31 +203,55 @@ def command(
 
 
 def _check_together(
-    prompt: str | None, chat: bool, system: str | None, pin_system: bool, template_args: tuple[str, ...],
-    load_state: Path | None, save_state: Path | None, save_every: int | None, resume: bool,
-) -> None:  # fmt: skip
+    prompt: str | None,
+    chat: bool,
+    system: str | None,
+    pin_system: bool,
+    template_args: tuple[str, ...],
+    load_state: Path | None,
+    save_state: Path | None,
+    save_every: int | None,
+    resume: bool,
+) -> None:
     """Options that need or exclude each other, told before anything is loaded.
 
     Raises: UsageError.
     """
     if chat and prompt is not None:
-        raise UsageError(problem("--prompt", received="with --chat", expected="one of the two",
-                                 fix="type the message, or pipe it into --chat"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--prompt",
+                received="with --chat",
+                expected="one of the two",
+                fix="type the message, or pipe it into --chat",
+            )
+        )
     if system is not None and not chat:
         raise UsageError(problem("--system", received="without --chat", expected="a conversation", fix="add --chat"))
     if template_args and not chat:
-        raise UsageError(problem("--template-arg", received="without --chat", expected="a conversation",
-                                 fix="add --chat"))  # fmt: skip
+        raise UsageError(
+            problem("--template-arg", received="without --chat", expected="a conversation", fix="add --chat")
+        )
     if pin_system and system is None:
-        raise UsageError(problem("--pin-system", received="without --system", expected="a system message",
-                                 fix="add --system TEXT"))  # fmt: skip
+        raise UsageError(
+            problem("--pin-system", received="without --system", expected="a system message", fix="add --system TEXT")
+        )
     if resume and (load_state is None or chat or prompt is not None):
         what = "without --load-state" if load_state is None else "with --chat or --prompt"
-        raise UsageError(problem("--resume", received=what, expected="a saved state and no new text",
-                                 fix="pass --load-state FILE alone"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--resume", received=what, expected="a saved state and no new text", fix="pass --load-state FILE alone"
+            )
+        )
     if save_every is not None and save_state is None:
-        raise UsageError(problem("--save-every", received="without --save-state", expected="a file to save to",
-                                 fix="add --save-state FILE"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--save-every",
+                received="without --save-state",
+                expected="a file to save to",
+                fix="add --save-state FILE",
+            )
+        )
     if save_state is not None:
         check_state_target(save_state, "--save-state")  # not after hours of streaming
 
@@ -196,9 +283,7 @@ class UserTexts:
     def next_turn(self, message: str) -> list[int]:
         """Ids of a later turn."""
         self._warn(message)
-        return self._tokenizer.next_turn_ids(
-            message, template_args=self._variables, allow_special=self._allow_special
-        )
+        return self._tokenizer.next_turn_ids(message, template_args=self._variables, allow_special=self._allow_special)
 
     def check_template(self, system: str | None) -> None:
         """Raises: UsageError for a chat template that is missing or fails, or variables that it does not take."""
@@ -209,16 +294,23 @@ class UserTexts:
         name = None if self._warned else next(filter(None, map(self._tokenizer.special_in, texts)), None)
         if name is not None:
             self._warned = True
-            click.echo(f"Note: '{name}' in the text is taken as ordinary text; --allow-special makes it a token.",
-                       err=True)  # fmt: skip
+            click.echo(
+                f"Note: '{name}' in the text is taken as ordinary text; --allow-special makes it a token.", err=True
+            )
 
 
 def _chat(session: Session, texts: UserTexts, system: str | None, answer: Callable[[list[int]], None]) -> None:
     """Feed each message in the model's chat format. What was said before is in the ring and never fed again."""
     texts.check_template(system)  # before anybody has typed a message
     if system is not None and session.position[0]:
-        raise UsageError(problem("--system", received="with the state of a conversation that has begun",
-                                 expected="one or the other", fix="leave out --system or --load-state"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--system",
+                received="with the state of a conversation that has begun",
+                expected="one or the other",
+                fix="leave out --system or --load-state",
+            )
+        )
     for message in _messages():
         answer(texts.next_turn(message) if session.position[0] else texts.opening(system, message))
 
@@ -253,8 +345,11 @@ def _feed_stdin(session: Session, texts: UserTexts) -> list[int]:
             session.prefill(waiting[:-1])
             waiting = waiting[-1:]
     if not waiting:
-        raise UsageError(problem("stdin", received="no text", expected="text to continue",
-                                 fix="pass --prompt TEXT, or pipe some text in"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "stdin", received="no text", expected="text to continue", fix="pass --prompt TEXT, or pipe some text in"
+            )
+        )
     return waiting
 
 

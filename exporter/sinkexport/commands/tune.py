@@ -20,16 +20,36 @@ STAGES = {"load": "Loading the model", "profile": "Profiling heads", "search": "
 
 @click.command(name="tune")
 @click.argument("model")
-@click.option("--labelled", "labelled_file", required=True, type=click.Path(path_type=Path), metavar="FILE",
-              help='JSONL: lines {"prompt": .., "choices": [..], "answer": ..}, or lines {"text": ..} to '
-                   "predict.")  # fmt: skip
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="Where to write the factors, JSON.")  # fmt: skip
-@click.option("--by", type=click.Choice(["head", "layer"]), default="head", show_default=True,
-              help="What is tried by itself at first. By layer takes a run for each layer, by head one for each "
-                   "head.")  # fmt: skip
-@click.option("--objective", type=click.Choice(["labels", "entropy"]), default="labels", show_default=True,
-              help="labels: right answers, or a text's tokens. entropy: the model's own certainty.")  # fmt: skip
+@click.option(
+    "--labelled",
+    "labelled_file",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help='JSONL: lines {"prompt": .., "choices": [..], "answer": ..}, or lines {"text": ..} to predict.',
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Where to write the factors, JSON.",
+)
+@click.option(
+    "--by",
+    type=click.Choice(["head", "layer"]),
+    default="head",
+    show_default=True,
+    help="What is tried by itself at first. By layer takes a run for each layer, by head one for each head.",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(["labels", "entropy"]),
+    default="labels",
+    show_default=True,
+    help="labels: right answers, or a text's tokens. entropy: the model's own certainty.",
+)
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of the CPU.  [default: all physical cores]")
 def command(model: str, labelled_file: Path, output: Path, by: str, objective: str, threads: int | None) -> None:
     """Find factors on MODEL's attention to the first token with which it answers better, without training.
@@ -49,8 +69,14 @@ def command(model: str, labelled_file: Path, output: Path, by: str, objective: s
         show("load", 0, 1)
         loaded = load_model(model)
         if loaded.tokenizer is None:
-            raise UsageError(problem("model", received="one without a tokenizer", expected="a tokenizer for the text",
-                                     fix="use a complete model folder"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "model",
+                    received="one without a tokenizer",
+                    expected="a tokenizer for the text",
+                    fix="use a complete model folder",
+                )
+            )
         examples = read_examples(loaded.tokenizer, lines)
         result = tune(loaded, examples, unit=by, objective=objective, report=show)
     write_whole(output, result.file.to_json(), "--output")
@@ -58,8 +84,10 @@ def command(model: str, labelled_file: Path, output: Path, by: str, objective: s
     changed = sum(factor != 1 for factor in factors)
     click.echo(f"{result.num_examples} {result.kind} chose: {_shown(result, result.before, result.after)}")
     click.echo(f"{result.num_held_out} held out: {_shown(result, result.held_out_before, result.held_out_after)}")
-    click.echo(f"{output}: {changed} of {len(factors)} heads changed, {time.perf_counter() - start:.1f} s"
-               + ("" if changed else "; no factors are better than none"))  # fmt: skip
+    click.echo(
+        f"{output}: {changed} of {len(factors)} heads changed, {time.perf_counter() - start:.1f} s"
+        + ("" if changed else "; no factors are better than none")
+    )
 
 
 def _shown(result: TuneResult, before: Score, after: Score) -> str:

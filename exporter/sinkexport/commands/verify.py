@@ -44,33 +44,76 @@ FIGURES = {
 
 @click.command(name="verify")
 @click.argument("bundle", type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--against", required=True, metavar="MODEL",
-              help="The model that was exported: a local directory, a .gguf file or a Hub id. For a quantised DIR "
-                   "also a bundle of it in floating point with the same S and W, which needs no torch.")  # fmt: skip
-@click.option("--text", "text_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="Text to stream, repeated if too short; a quantised DIR needs one, which is not repeated.  "
-                   "[default: random ids]")  # fmt: skip
-@click.option("--quality", is_flag=True,
-              help="Compare predictions of a text, as for a quantised DIR, though it is not quantised.")
-@click.option("--tokens", type=click.IntRange(min=2), default=4000, show_default=True, metavar="N",
-              help="Quantised or --quality: tokens of the text, or all if it has fewer.")  # fmt: skip
-@click.option("--wraps", type=click.IntRange(min=1), default=6, show_default=True, metavar="N",
-              help="How often the window is overwritten after it has filled.")  # fmt: skip
-@click.option("--dense-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N",
-              help="Positions compared with the dense model, at most the cache's capacity.")  # fmt: skip
-@click.option("--tolerance", type=float, metavar="X",
-              help="Largest error of a logit as a share of the logits' spread.  "
-                   "[default: 1e-3 (fp32) or 0.25 (fp16), at least 2e-6 times S + W; quantised: of prefill "
-                   "only]")  # fmt: skip
+@click.option(
+    "--against",
+    required=True,
+    metavar="MODEL",
+    help="The model that was exported: a local directory, a .gguf file or a Hub id. For a quantised DIR "
+    "also a bundle of it in floating point with the same S and W, which needs no torch.",
+)
+@click.option(
+    "--text",
+    "text_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Text to stream, repeated if too short; a quantised DIR needs one, which is not repeated.  "
+    "[default: random ids]",
+)
+@click.option(
+    "--quality", is_flag=True, help="Compare predictions of a text, as for a quantised DIR, though it is not quantised."
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=2),
+    default=4000,
+    show_default=True,
+    metavar="N",
+    help="Quantised or --quality: tokens of the text, or all if it has fewer.",
+)
+@click.option(
+    "--wraps",
+    type=click.IntRange(min=1),
+    default=6,
+    show_default=True,
+    metavar="N",
+    help="How often the window is overwritten after it has filled.",
+)
+@click.option(
+    "--dense-tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="Positions compared with the dense model, at most the cache's capacity.",
+)
+@click.option(
+    "--tolerance",
+    type=float,
+    metavar="X",
+    help="Largest error of a logit as a share of the logits' spread.  "
+    "[default: 1e-3 (fp32) or 0.25 (fp16), at least 2e-6 times S + W; quantised: of prefill "
+    "only]",
+)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the random ids.")
 @click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="Write the report as JSON too.")  # fmt: skip
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON too."
+)
 @click.pass_context
 def command(
-    ctx: click.Context, bundle: Path, against: str, text_file: Path | None, quality: bool, tokens: int, wraps: int,
-    dense_tokens: int, tolerance: float | None, seed: int, backend: str, json_file: Path | None,
-) -> None:  # fmt: skip
+    ctx: click.Context,
+    bundle: Path,
+    against: str,
+    text_file: Path | None,
+    quality: bool,
+    tokens: int,
+    wraps: int,
+    dense_tokens: int,
+    tolerance: float | None,
+    seed: int,
+    backend: str,
+    json_file: Path | None,
+) -> None:
     """Check that the bundle DIR computes what its model computes.
 
     Logits are compared with transformers' dense forward pass before the window fills, with a reference that
@@ -87,14 +130,21 @@ def command(
     kind = f"a bundle quantised by '{recipe}'" if recipe is not None else "--quality" if quality else "logits compared"
     _refuse_options(ctx, LOGITS_ONLY if by_quality else QUALITY_ONLY, kind)
     if by_quality and text_file is None:
-        raise UsageError(problem("--text", received=f"none, with {kind}", expected="a text to predict",
-                                 fix="pass --text FILE"))  # fmt: skip
+        raise UsageError(
+            problem("--text", received=f"none, with {kind}", expected="a text to predict", fix="pass --text FILE")
+        )
     text = None if text_file is None else read_text(text_file, "--text")
     if json_file is not None:
         check_writable(json_file, "--json")
     if not by_quality and (Path(against) / MANIFEST_NAME).is_file():
-        raise UsageError(problem("--against", received=f"'{against}', a bundle", expected="the model that was exported",
-                                 fix="or add --quality and --text to compare two bundles"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--against",
+                received=f"'{against}', a bundle",
+                expected="the model that was exported",
+                fix="or add --quality and --text to compare two bundles",
+            )
+        )
     report: VerifyReport | QualityReport
     with shown_progress(STAGES) as show:
         if by_quality:
@@ -108,9 +158,16 @@ def command(
             from sinkexport.verify import verify
 
             report = parity = verify(
-                bundle, against, text=text, wraps=wraps, tolerance=tolerance, dense_tokens=dense_tokens, seed=seed,
-                backend=backend, report=show,
-            )  # fmt: skip
+                bundle,
+                against,
+                text=text,
+                wraps=wraps,
+                tolerance=tolerance,
+                dense_tokens=dense_tokens,
+                seed=seed,
+                backend=backend,
+                report=show,
+            )
             show_report = partial(_print_report, parity)
     if json_file is not None:
         write_whole(json_file, report.to_json(), "--json")
@@ -127,8 +184,14 @@ def _refuse_options(ctx: click.Context, names: tuple[str, ...], kind: str) -> No
     for name in names:
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             option = "--" + name.replace("_", "-")
-            raise UsageError(problem(option, received=f"with {kind}", expected="no such option",
-                                     fix="leave it out" if name not in QUALITY_ONLY else "add --quality"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    option,
+                    received=f"with {kind}",
+                    expected="no such option",
+                    fix="leave it out" if name not in QUALITY_ONLY else "add --quality",
+                )
+            )
 
 
 def _print_quality(report: QualityReport) -> None:
@@ -154,8 +217,12 @@ def _print_quality(report: QualityReport) -> None:
         table.add_row(label, value, "" if check is None else f"{check.limit:{form}}", state)
     table.add_row("KL divergence, worst", f"{quality.worst_kl_divergence:.3f}", "", f"token {quality.worst_token:,}")
     prefill = report.prefill
-    table.add_row(f"prefill, error of spread, {prefill.positions} positions", f"{prefill.max_relative_error:.2e}",
-                  f"{report.prefill_tolerance:.2e}", "ok" if prefill.failed_position is None else "FAILED")  # fmt: skip
+    table.add_row(
+        f"prefill, error of spread, {prefill.positions} positions",
+        f"{prefill.max_relative_error:.2e}",
+        f"{report.prefill_tolerance:.2e}",
+        "ok" if prefill.failed_position is None else "FAILED",
+    )
     console.print(table)
 
 

@@ -41,14 +41,19 @@ SLIDING = "sliding or full"
 """Layers whose own window is smaller than S + W keep it, exactly and without sinks; the others keep S + W."""
 
 EXPORTED = (
-    _exported("llama", "Llama 1-3, SmolLM, SmolLM2, TinyLlama, Yi", "RoPE; linear, llama3, YaRN, dynamic NTK",
-              also=("llama-tied", "llama-mha", "llama3-rope", "llama-linear-rope", "llama-yarn")),
+    _exported(
+        "llama",
+        "Llama 1-3, SmolLM, SmolLM2, TinyLlama, Yi",
+        "RoPE; linear, llama3, YaRN, dynamic NTK",
+        also=("llama-tied", "llama-mha", "llama3-rope", "llama-linear-rope", "llama-yarn"),
+    ),
     _exported("mistral", "Mistral 7B, Ministral", "RoPE", SLIDING),
     _exported("qwen2", "Qwen2, Qwen2.5", "RoPE", SLIDING),
     _exported("qwen3", "Qwen3", "RoPE", SLIDING, "norms on queries and keys"),
     _exported("phi", "Phi-1.5, Phi-2", "RoPE, partial"),
-    _exported("phi3", "Phi-3, Phi-3.5, Phi-4", "RoPE, partial in Phi-4-mini; longrope", SLIDING,
-              also=("phi3-partial",)),
+    _exported(
+        "phi3", "Phi-3, Phi-3.5, Phi-4", "RoPE, partial in Phi-4-mini; longrope", SLIDING, also=("phi3-partial",)
+    ),
     _exported("gpt_neox", "Pythia, GPT-NeoX-20B", "RoPE, partial", reason="parallel residual"),
     _exported("olmo", "OLMo", "RoPE"),
     _exported("olmo2", "OLMo 2", "RoPE", reason="norms on queries and keys"),
@@ -62,23 +67,37 @@ EXPORTED = (
     _exported("gemma", "Gemma 1", "RoPE"),
     _exported("gemma2", "Gemma 2", "RoPE", "sliding + full", "softcap"),
     _exported("gemma3_text", "Gemma 3", "RoPE, two bases", "sliding + full", "norms on queries and keys"),
-    _exported("gpt_oss", "gpt-oss 20B, 120B", "RoPE, YaRN", "sliding + full",
-              "mixture of experts; learned sink logits beside the kept sinks; weights must not be MXFP4 any more"),
+    _exported(
+        "gpt_oss",
+        "gpt-oss 20B, 120B",
+        "RoPE, YaRN",
+        "sliding + full",
+        "mixture of experts; learned sink logits beside the kept sinks; weights must not be MXFP4 any more",
+    ),
     _exported("mixtral", "Mixtral", "RoPE", SLIDING, "mixture of experts"),
-    _exported("qwen3_moe", "Qwen3 30B-A3B, 235B-A22B", "RoPE", SLIDING,
-              "mixture of experts; norms on queries and keys"),
-    _exported("qwen3_next", "Qwen3-Next 80B-A3B", "RoPE, partial", "linear + full",
-              "gated attention and delta rule; mixture of experts"),
-    _exported("qwen3_5_text", "Qwen3.5, text", "RoPE, partial", "linear + full",
-              "gated attention and delta rule"),
+    _exported(
+        "qwen3_moe", "Qwen3 30B-A3B, 235B-A22B", "RoPE", SLIDING, "mixture of experts; norms on queries and keys"
+    ),
+    _exported(
+        "qwen3_next",
+        "Qwen3-Next 80B-A3B",
+        "RoPE, partial",
+        "linear + full",
+        "gated attention and delta rule; mixture of experts",
+    ),
+    _exported("qwen3_5_text", "Qwen3.5, text", "RoPE, partial", "linear + full", "gated attention and delta rule"),
     _exported("gptj", "GPT-J 6B", "RoPE, partial and interleaved", reason="parallel residual"),
     _exported("codegen", "CodeGen", "RoPE, partial and interleaved", reason="parallel residual"),
     _exported("bloom", "BLOOM, BLOOMZ", "ALiBi"),
     _exported("mpt", "MPT", "ALiBi", reason="clipped queries, keys and values"),
-    _exported("falcon", "Falcon 7B-180B, Falcon-RW", "RoPE, or ALiBi in Falcon-RW",
-              reason="one key head or groups; ALiBi by distance, where transformers rounds slope * place to bfloat16",
-              also=("falcon-groups", "falcon-alibi")),
-)  # fmt: skip
+    _exported(
+        "falcon",
+        "Falcon 7B-180B, Falcon-RW",
+        "RoPE, or ALiBi in Falcon-RW",
+        reason="one key head or groups; ALiBi by distance, where transformers rounds slope * place to bfloat16",
+        also=("falcon-groups", "falcon-alibi"),
+    ),
+)
 
 _ABSOLUTE = "learns a vector for each absolute position"
 REFUSED = (
@@ -118,8 +137,10 @@ def refusal_of_config(config: Any) -> str | None:
         if config.model_type == family.family:
             return family.reason
     quantization = getattr(config, "quantization_config", None)
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(
-        quantization, "quant_method", None
+    method = (
+        quantization.get("quant_method")
+        if isinstance(quantization, dict)
+        else getattr(quantization, "quant_method", None)
     )
     if quantization is not None and str(getattr(method, "value", method)) != "gguf":
         return f"has weights quantized by {method}: export the original floating-point model"

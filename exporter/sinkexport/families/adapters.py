@@ -42,10 +42,15 @@ ADAPTERS: Mapping[str, Adapter] = {
     "bloom": Adapter(frozenset(("BloomAttention",)), lambda _: True, bloom.attention),
     "mpt": Adapter(frozenset(("MptAttention",)), lambda _: True, mpt.attention),
     "falcon": Adapter(frozenset(("FalconAttention", "FalconFlashAttention2")), falcon.has_alibi, falcon.attention),
-    "gptj": Adapter(frozenset(("GPTJAttention", "GPTJFlashAttention2")), lambda _: False, gptj.attention,
-                    gptj.sinusoids, gptj.rotate),
+    "gptj": Adapter(
+        frozenset(("GPTJAttention", "GPTJFlashAttention2")),
+        lambda _: False,
+        gptj.attention,
+        gptj.sinusoids,
+        gptj.rotate,
+    ),
     "codegen": Adapter(frozenset(("CodeGenAttention",)), lambda _: False, gptj.attention, gptj.sinusoids, gptj.rotate),
-}  # fmt: skip
+}
 """By transformers' model_type."""
 
 

@@ -21,7 +21,5 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Replaces ``BloomAttention.forward``: hidden_states and residual [B, T, N] -> [B, T, N]."""
     q, k, v = module._reshape(module.query_key_value(hidden_states))  # [B, H, T, D] each
-    out, _weights = attend(
-        module, q, k, v, None, scaling=module.inv_norm_factor, alibi_slopes=slopes(module.num_heads)
-    )
+    out, _weights = attend(module, q, k, v, None, scaling=module.inv_norm_factor, alibi_slopes=slopes(module.num_heads))
     return residual + module.dense(out.flatten(2)), None

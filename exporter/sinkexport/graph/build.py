@@ -117,15 +117,23 @@ def convert(program: torch.export.ExportedProgram) -> ir.Model:
     with _quiet():
         try:
             converted = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=False,
+                verbose=False,
                 custom_translation_table=translations(),
-            )  # fmt: skip
+            )
         except torch.onnx.errors.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise UsageError(
-                problem("model", received=f"an operation that ONNX cannot express ({reason})",
-                        expected="a supported family", fix="see 'sinkexport inspect families'")
-            ) from error  # fmt: skip
+                problem(
+                    "model",
+                    received=f"an operation that ONNX cannot express ({reason})",
+                    expected="a supported family",
+                    fix="see 'sinkexport inspect families'",
+                )
+            ) from error
     if converted is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     return converted.model

@@ -46,9 +46,7 @@ class Builder:
 
     def split(self, value: ir.Value, sizes: Sequence[int], axis: int) -> list[ir.Value]:
         """Cut `value` along `axis` into pieces of `sizes`."""
-        node = ir.node(
-            "Split", [value, self.ints(sizes, "split")], {"axis": axis}, num_outputs=len(sizes)
-        )
+        node = ir.node("Split", [value, self.ints(sizes, "split")], {"axis": axis}, num_outputs=len(sizes))
         self.nodes.append(node)
         shape = list(known_shape(value))
         for output, size in zip(node.outputs, sizes, strict=True):

@@ -39,15 +39,16 @@ _Attribute = onnx.defs.OpSchema.Attribute
 _Option = onnx.defs.OpSchema.FormalParameterOption
 
 
-def _schema(
-    name: str, inputs: list[Any], outputs: list[Any], attributes: dict[str, Any]
-) -> onnx.defs.OpSchema:
+def _schema(name: str, inputs: list[Any], outputs: list[Any], attributes: dict[str, Any]) -> onnx.defs.OpSchema:
     return onnx.defs.OpSchema(
-        name, DOMAIN, VERSION, inputs=inputs,
+        name,
+        DOMAIN,
+        VERSION,
+        inputs=inputs,
         outputs=outputs,
         type_constraints=[("T", _FLOATS, "Weights and sinks"), ("TW", [*_FLOATS, "tensor(int8)"], "Window")],
         attributes=[_Attribute(key, kind) for key, kind in attributes.items()],
-    )  # fmt: skip
+    )
 
 
 @functools.cache
@@ -131,31 +132,95 @@ def translations() -> dict[Any, Callable[..., Any]]:
     blocks = onnxscript.values.Op(opset, BLOCK_ATTENTION, schemas()[BLOCK_ATTENTION])
 
     def translate_attention(
-        q: Any, k: Any, v: Any, sink_k: Any, sink_v: Any, window_k: Any, window_v: Any, position: Any,
-        shift_cos: Any, shift_sin: Any, num_valid: Any, scale: float, softcap: float, interleaved: bool,
-        window_k_scale: Any = None, window_v_scale: Any = None, alibi_slopes: Any = None, sink_logit: Any = None,
-        sink_scale: Any = None, affine_scale: Any = None, affine_bias: Any = None, attention_mass: Any = None,
-        calibrated: Any = None, act_alpha: float = 1.0, act_beta: float = 1.0, act_min_queries: int = 1,
-    ) -> Any:  # fmt: skip
+        q: Any,
+        k: Any,
+        v: Any,
+        sink_k: Any,
+        sink_v: Any,
+        window_k: Any,
+        window_v: Any,
+        position: Any,
+        shift_cos: Any,
+        shift_sin: Any,
+        num_valid: Any,
+        scale: float,
+        softcap: float,
+        interleaved: bool,
+        window_k_scale: Any = None,
+        window_v_scale: Any = None,
+        alibi_slopes: Any = None,
+        sink_logit: Any = None,
+        sink_scale: Any = None,
+        affine_scale: Any = None,
+        affine_bias: Any = None,
+        attention_mass: Any = None,
+        calibrated: Any = None,
+        act_alpha: float = 1.0,
+        act_beta: float = 1.0,
+        act_min_queries: int = 1,
+    ) -> Any:
         return attention(
-            q, k, v, sink_k, sink_v, window_k, window_v, position, shift_cos, shift_sin, num_valid,
-            window_k_scale, window_v_scale, alibi_slopes, sink_logit, sink_scale, affine_scale, affine_bias,
-            attention_mass, calibrated,
-            scale=scale, softcap=softcap, interleaved=int(interleaved), act_alpha=act_alpha, act_beta=act_beta,
+            q,
+            k,
+            v,
+            sink_k,
+            sink_v,
+            window_k,
+            window_v,
+            position,
+            shift_cos,
+            shift_sin,
+            num_valid,
+            window_k_scale,
+            window_v_scale,
+            alibi_slopes,
+            sink_logit,
+            sink_scale,
+            affine_scale,
+            affine_bias,
+            attention_mass,
+            calibrated,
+            scale=scale,
+            softcap=softcap,
+            interleaved=int(interleaved),
+            act_alpha=act_alpha,
+            act_beta=act_beta,
             act_min_queries=act_min_queries,
-        )  # fmt: skip
+        )
 
     def translate_angles(position: Any, frequency: Any, num_tokens: int, behind: int) -> Any:
         return angles(position, frequency, num_tokens=num_tokens, behind=behind)
 
     def translate_blocks(
-        q: Any, k: Any, v: Any, sink_k: Any, sink_v: Any, window_k: Any, window_v: Any, position: Any,
-        shift_cos: Any, shift_sin: Any, oldest: Any, scale: float, interleaved: bool,
-    ) -> Any:  # fmt: skip
+        q: Any,
+        k: Any,
+        v: Any,
+        sink_k: Any,
+        sink_v: Any,
+        window_k: Any,
+        window_v: Any,
+        position: Any,
+        shift_cos: Any,
+        shift_sin: Any,
+        oldest: Any,
+        scale: float,
+        interleaved: bool,
+    ) -> Any:
         return blocks(
-            q, k, v, sink_k, sink_v, window_k, window_v, position, shift_cos, shift_sin, oldest,
-            scale=scale, interleaved=int(interleaved),
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            sink_k,
+            sink_v,
+            window_k,
+            window_v,
+            position,
+            shift_cos,
+            shift_sin,
+            oldest,
+            scale=scale,
+            interleaved=int(interleaved),
+        )
 
     experts = onnxscript.values.Op(opset, EXPERT_PRODUCT, schemas()[EXPERT_PRODUCT])
 

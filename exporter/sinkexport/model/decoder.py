@@ -35,10 +35,25 @@ from sinkexport.model.rope import (
 
 IGNORED_ARGUMENTS = frozenset(
     # What families pass to the attention function without changing what a single step computes, and what the probe saw.
-    ("dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "training",
-     "output_hidden_states", "return_dict", "logits_to_keep", "past_key_values", "position_embeddings",
-     "token_type_ids", "deterministic", "output_router_logits", "sliding_window")
-)  # fmt: skip
+    (
+        "dropout",
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "is_causal",
+        "training",
+        "output_hidden_states",
+        "return_dict",
+        "logits_to_keep",
+        "past_key_values",
+        "position_embeddings",
+        "token_type_ids",
+        "deterministic",
+        "output_router_logits",
+        "sliding_window",
+    )
+)
 
 
 Place = HeadCache | int
@@ -82,10 +97,12 @@ class StreamStep(torch.nn.Module):
                 self.register_buffer(f"sink_scale_{layer}", torch.tensor(factors), persistent=False)
         dtype, heads = next(model.parameters()).dtype, shape.num_q_heads
         self.affine = torch.nn.ModuleDict(
-            {str(layer): AffineFactors(tensors, heads, dtype)
-             for layer, tensors in ({} if config.affine is None else config.affine.layers).items()
-             if tensors.changed_heads(heads)}
-        )  # fmt: skip
+            {
+                str(layer): AffineFactors(tensors, heads, dtype)
+                for layer, tensors in ({} if config.affine is None else config.affine.layers).items()
+                if tensors.changed_heads(heads)
+            }
+        )
         self.act = None if tuning is None else tuning.act
         for layer, chosen in enumerate(() if self.act is None else self.act.heads):
             if any(chosen):
@@ -164,9 +181,7 @@ class StreamStep(torch.nn.Module):
         ):
             # position_ids reach the model only so that `_refuse_other_uses_of_position` can see who reads them.
             positions = position[:, None] + torch.arange(self.num_tokens)  # [B, T]
-            output = self.model(
-                input_ids=ids, position_ids=positions, past_key_values=step.recurrent, use_cache=False
-            )
+            output = self.model(input_ids=ids, position_ids=positions, past_key_values=step.recurrent, use_cache=False)
         logits = output.logits if output.logits.shape[1] == 1 else _last_token(output.logits, num_valid)
         return logits[:, 0].to(torch.float32), step.next_states
 
@@ -262,21 +277,45 @@ class _Step:
             q, k = (self._rotated(x, spec) for x in (q, k))
             shift = self._shift(spec, ring, q.dtype)
         states, act = self._states[cache], self._stream.act
-        calibration = {} if act is None or MASS_KIND not in states else {
-            "attention_mass": states[MASS_KIND], "calibrated": more["calibrated"],
-            "act_alpha": act.alpha, "act_beta": act.beta, "act_min_queries": act.min_queries,
-        }  # fmt: skip
+        calibration = (
+            {}
+            if act is None or MASS_KIND not in states
+            else {
+                "attention_mass": states[MASS_KIND],
+                "calibrated": more["calibrated"],
+                "act_alpha": act.alpha,
+                "act_beta": act.beta,
+                "act_min_queries": act.min_queries,
+            }
+        )
         if cache in self._next:
-            raise UsageError(problem("attention", received=f"two calls in layer {cache.layer}", expected="one a layer",
-                                     fix="this model cannot be exported exactly"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "attention",
+                    received=f"two calls in layer {cache.layer}",
+                    expected="one a layer",
+                    fix="this model cannot be exported exactly",
+                )
+            )
         out, *updated = sink_attention(
-            q, k, v, *(states.get(kind) for kind in STATE_KINDS), self._position, *(shift or (None, None)),
+            q,
+            k,
+            v,
+            *(states.get(kind) for kind in STATE_KINDS),
+            self._position,
+            *(shift or (None, None)),
             self._num_valid,
-            more["scale"], more["softcap"], spec.interleaved, *(states.get(kind) for kind in SCALE_KINDS),
-            alibi_slopes=more["alibi_slopes"], sink_logit=more["sink_logit"], sink_scale=more["sink_scale"],
-            affine_scale=more.get("affine_scale"), affine_bias=more.get("affine_bias"),
+            more["scale"],
+            more["softcap"],
+            spec.interleaved,
+            *(states.get(kind) for kind in SCALE_KINDS),
+            alibi_slopes=more["alibi_slopes"],
+            sink_logit=more["sink_logit"],
+            sink_scale=more["sink_scale"],
+            affine_scale=more.get("affine_scale"),
+            affine_bias=more.get("affine_bias"),
             **calibration,
-        )  # fmt: skip
+        )
         after = dict(zip((*STATE_KINDS, *SCALE_KINDS, MASS_KIND), updated, strict=True))
         self._next[cache] = [after[kind] for kind in states]
         return out

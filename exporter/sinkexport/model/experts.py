@@ -84,9 +84,7 @@ def _chosen_experts(
     return out.reshape(*chosen.shape, -1).sum(dim=1).to(hidden.dtype)
 
 
-def _expert_layers(
-    module: Any, x: torch.Tensor, picks: torch.Tensor | None, *, in_place: bool = False
-) -> torch.Tensor:
+def _expert_layers(module: Any, x: torch.Tensor, picks: torch.Tensor | None, *, in_place: bool = False) -> torch.Tensor:
     """x [N, D] through the experts `picks` [P], P / N of them for each row: [P, D]. Or, for None, x [1, N, D] through
     all: [E, N, D]."""
     x = _products(module, _first(module), x, picks, in_place=in_place)  # [.., I or 2 I]
@@ -109,9 +107,7 @@ def _fits_plugin(module: Any) -> bool:
     return True
 
 
-def _products(
-    module: Any, name: str, x: torch.Tensor, picks: torch.Tensor | None, *, in_place: bool
-) -> torch.Tensor:
+def _products(module: Any, name: str, x: torch.Tensor, picks: torch.Tensor | None, *, in_place: bool) -> torch.Tensor:
     """x by experts' weights, with their biases: shapes as of `expert_product`."""
     out = expert_product(x, getattr(module, name), picks, module.is_transposed, in_place)
     if not module.has_bias:

@@ -18,10 +18,24 @@ from torch.fx import Graph, GraphModule, Node
 aten = torch.ops.aten
 
 _KEEPS_CONTENT = frozenset(
-    (aten.unsqueeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default, aten.expand.default,
-     aten.slice.Tensor, aten.select.int, aten.to.dtype, aten.clone.default, aten.repeat_interleave.self_int,
-     aten.contiguous.default, aten.alias.default, aten.detach.default, aten._to_copy.default, aten.transpose.int)
-)  # fmt: skip
+    (
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.view.default,
+        aten.reshape.default,
+        aten.expand.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.to.dtype,
+        aten.clone.default,
+        aten.repeat_interleave.self_int,
+        aten.contiguous.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten._to_copy.default,
+        aten.transpose.int,
+    )
+)
 
 
 def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -52,13 +66,21 @@ def _is_mutable(node: Node) -> bool:
 
 def _refuse_writes(program: torch.export.ExportedProgram) -> None:
     signature = program.graph_signature
-    written = (signature.buffers_to_mutate, getattr(signature, "parameters_to_mutate", {}),
-               signature.user_inputs_to_mutate)  # fmt: skip
+    written = (
+        signature.buffers_to_mutate,
+        getattr(signature, "parameters_to_mutate", {}),
+        signature.user_inputs_to_mutate,
+    )
     found = [f"'{name}'" for names in written for name in names.values()] or _writes_in_place(program)
     if found:
-        raise UsageError(problem("model", received=f"code that writes into {found[0]} from token to token",
-                                 expected="no state but that of attention and of known recurrent layers",
-                                 fix="this model cannot be exported exactly"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "model",
+                received=f"code that writes into {found[0]} from token to token",
+                expected="no state but that of attention and of known recurrent layers",
+                fix="this model cannot be exported exactly",
+            )
+        )
 
 
 def fold_rotation(program: torch.export.ExportedProgram) -> int:
@@ -102,9 +124,17 @@ def _handed_out(program: torch.export.ExportedProgram) -> dict[Node, float]:
 
 
 _COPIES = frozenset(
-    (aten.to.dtype, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.dropout.default,
-     aten._to_copy.default, aten.detach.default, aten.slice.Tensor)
-)  # fmt: skip
+    (
+        aten.to.dtype,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.alias.default,
+        aten.dropout.default,
+        aten._to_copy.default,
+        aten.detach.default,
+        aten.slice.Tensor,
+    )
+)
 
 
 def _drop_no_op(node: Node) -> None:
@@ -133,8 +163,10 @@ def _uniform_value(node: Node, uniform: dict[Node, float]) -> float | None:
     if node.target is aten.mul.Tensor and 0.0 in known:
         return 0.0
     folds: dict[Any, Callable[..., float]] = {
-        aten.mul.Tensor: operator.mul, aten.add.Tensor: operator.add, aten.sub.Tensor: operator.sub,
-    }  # fmt: skip
+        aten.mul.Tensor: operator.mul,
+        aten.add.Tensor: operator.add,
+        aten.sub.Tensor: operator.sub,
+    }
     if node.target in folds and len(known) == 2 and not node.kwargs and None not in known:
         return folds[node.target](*known)
     return None

@@ -42,17 +42,27 @@ def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
         far = None
     if far is None or (changed := _changed(first, far, model)):
         what = "a table of positions" if far is None else changed
-        raise UsageError(problem("positions", received=f"a use outside the rotary embedding ({what})",
-                                 expected="rotary or ALiBi positions only",
-                                 fix="this model cannot be exported exactly"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "positions",
+                received=f"a use outside the rotary embedding ({what})",
+                expected="rotary or ALiBi positions only",
+                fix="this model cannot be exported exactly",
+            )
+        )
     other = first if linear_layers(model) else _last_token(model, rotary, texts[1], 0)
     changed = _changed(first, other, model)
     if linear_layers(model):
         changed = changed or _changed_in_streams(model, rotary, texts)
     if changed:
-        raise UsageError(problem("model", received=f"a state beside attention: earlier tokens change {changed}",
-                                 expected="softmax attention, or linear attention in layers of its own",
-                                 fix="this model cannot be exported exactly"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "model",
+                received=f"a state beside attention: earlier tokens change {changed}",
+                expected="softmax attention, or linear attention in layers of its own",
+                fix="this model cannot be exported exactly",
+            )
+        )
 
 
 def _changed_in_streams(model: Any, rotary: ModelRotary, texts: tuple[list[int], list[int]]) -> str | None:
@@ -75,16 +85,18 @@ def _other_states(model: Any, cache: Any) -> list[int]:
     linear, found = linear_layers(model), []
     for layer, one in enumerate(cache.layers):
         known = {f"{kind}_states" for kind in RECURRENT_KINDS} if layer in linear else set()
-        values = [x for name, value in vars(one).items() if name not in known
-                  for x in (value.values() if isinstance(value, dict) else [value])]  # fmt: skip
+        values = [
+            x
+            for name, value in vars(one).items()
+            if name not in known
+            for x in (value.values() if isinstance(value, dict) else [value])
+        ]
         if any(isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel() for x in values):
             found.append(layer)
     return found
 
 
-def _last_token(
-    model: Any, rotary: ModelRotary, ids: list[int], position: int, cache: Any | None = None
-) -> Tensors:
+def _last_token(model: Any, rotary: ModelRotary, ids: list[int], position: int, cache: Any | None = None) -> Tensors:
     """What the last of these tokens has, the first standing at `position`. Linear layers go on from `cache`."""
     found: Tensors = {}
 
@@ -92,8 +104,12 @@ def _last_token(
         module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, None]:
         layer = int(module.layer_idx)
-        found.update({f"{name} of layer {layer}": x[0, :, -1].double()
-                      for name, x in (("queries", q), ("keys", k), ("values", v))})  # fmt: skip
+        found.update(
+            {
+                f"{name} of layer {layer}": x[0, :, -1].double()
+                for name, x in (("queries", q), ("keys", k), ("values", v))
+            }
+        )
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous(), None
 
     dtype = next(model.parameters()).dtype

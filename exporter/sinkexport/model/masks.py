@@ -49,8 +49,10 @@ class MaskRecorder:
                 windows[number] = visible_window(self._functions[number - 1], capacity, layer)
             passed = None if passed is not None and passed > 2 * capacity else passed
             if windows[number] != passed:
-                raise _refused(f"a mask of {windows[number] or 'all'} tokens in layer {layer}, which passes a window "
-                               f"of {passed or 'all'}")  # fmt: skip
+                raise _refused(
+                    f"a mask of {windows[number] or 'all'} tokens in layer {layer}, which passes a window "
+                    f"of {passed or 'all'}"
+                )
 
     def _number(self, mask: Any) -> int | None:
         """Which function a mask is of; None: of none."""
@@ -81,5 +83,11 @@ def visible_window(function: Callable[..., torch.Tensor], capacity: int, layer: 
 
 
 def _refused(received: str) -> UsageError:
-    return UsageError(problem("attention", received=received, expected="all tokens before, or a window of the newest",
-                              fix="this model cannot be exported exactly"))  # fmt: skip
+    return UsageError(
+        problem(
+            "attention",
+            received=received,
+            expected="all tokens before, or a window of the newest",
+            fix="this model cannot be exported exactly",
+        )
+    )

@@ -48,9 +48,7 @@ NUM_TOKENS = 4
 STILL = RotarySpec(rotary_dim=0, interleaved=False)
 
 
-def probe_attention(
-    model: torch.nn.Module, num_layers: int, capacity: int = 1
-) -> tuple[AttentionShape, ModelRotary]:
+def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) -> tuple[AttentionShape, ModelRotary]:
     """Find out the shapes of a model's attention and how it rotates queries and keys.
 
     capacity: tokens that the cache will hold. Where the model makes its frequencies depend on the length of a text
@@ -78,8 +76,11 @@ def probe_attention(
         if bool(plain.logits.isfinite().all()) and not is_close(turned.logits, plain.logits, dtype):
             raise refused_rotary("a use of cos and sin outside attention", "queries and keys alone")
         shape = _common_shape(plain, num_layers, recurrent_shapes(model, cache))
-        masks.check([None if one is None else (one.mask, one.own_window) for one in _by_layer(plain, num_layers)],
-                    capacity, adapted=find_adapter(model) is not None)  # fmt: skip
+        masks.check(
+            [None if one is None else (one.mask, one.own_window) for one in _by_layer(plain, num_layers)],
+            capacity,
+            adapted=find_adapter(model) is not None,
+        )
         rotary = ModelRotary(tables, cos_layout, layers)
         refuse_other_states(model, rotary)
     return shape, rotary
@@ -102,10 +103,12 @@ def _probe_tables(model: torch.nn.Module, capacity: int) -> tuple[dict[str, Rota
 
 def _handed(angles: Mapping[str, torch.Tensor], cos_layout: str, dtype: torch.dtype) -> HandedOutRotary:
     """A rotary embedding of these angles [T, R/2] for T tokens."""
-    return HandedOutRotary({
-        table: (lay_out(a.cos(), cos_layout).to(dtype)[None], lay_out(a.sin(), cos_layout).to(dtype)[None])
-        for table, a in angles.items()
-    })  # fmt: skip
+    return HandedOutRotary(
+        {
+            table: (lay_out(a.cos(), cos_layout).to(dtype)[None], lay_out(a.sin(), cos_layout).to(dtype)[None])
+            for table, a in angles.items()
+        }
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +148,16 @@ def _run(
     seen: dict[int, _Seen] = {}
 
     def record(
-        module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mask: Any = None, *_: Any,
-        sliding_window: int | None = None, alibi_slopes: torch.Tensor | None = None, **__: Any,
-    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        module: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attention_mask: Any = None,
+        *_: Any,
+        sliding_window: int | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        **__: Any,
+    ) -> tuple[torch.Tensor, None]:
         layer = int(module.layer_idx)
         if layer in seen:
             raise _refused(f"two calls in layer {layer}", "one in each layer")
@@ -155,9 +165,7 @@ def _run(
             raise _refused(f"a call in layer {layer} of {num_layers}", "one in each layer")
         _check_shapes(layer, q, k, v)
         slopes = None if alibi_slopes is None else tuple(alibi_slopes.tolist())
-        seen[layer] = _Seen(
-            q[0].double(), k[0].double(), v[0].double(), sliding_window, slopes, attention_mask
-        )
+        seen[layer] = _Seen(q[0].double(), k[0].double(), v[0].double(), sliding_window, slopes, attention_mask)
         return own_values(q, v), None
 
     ids = torch.arange(NUM_TOKENS)[None]
@@ -178,8 +186,10 @@ def _run(
             if not bool(x.isfinite().all()):
                 raise _refused(f"{name} that are not finite in layer {layer}", "finite numbers")
             if not bool(x.any()):
-                raise _refused(f"{name} that are all zero in layer {layer}, whose rotation nothing tells",
-                               "weights that are not zero")  # fmt: skip
+                raise _refused(
+                    f"{name} that are all zero in layer {layer}, whose rotation nothing tells",
+                    "weights that are not zero",
+                )
     return _Run(seen, output.logits[0].double())
 
 
@@ -197,8 +207,10 @@ def _check_shapes(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
         and q.shape[1] % k.shape[1] == 0
     )
     if not is_plain:
-        raise _refused(f"queries, keys and values of shapes {shapes} for {NUM_TOKENS} tokens in layer {layer}",
-                       "heads of one size, [B, H, T, D], as many key as value heads")  # fmt: skip
+        raise _refused(
+            f"queries, keys and values of shapes {shapes} for {NUM_TOKENS} tokens in layer {layer}",
+            "heads of one size, [B, H, T, D], as many key as value heads",
+        )
 
 
 def _common_shape(run: _Run, num_layers: int, recurrent: RecurrentShapes) -> AttentionShape:
@@ -206,8 +218,10 @@ def _common_shape(run: _Run, num_layers: int, recurrent: RecurrentShapes) -> Att
     softmax = [one for one in seen if one is not None]
     shapes = {(one.q.shape[0], one.k.shape[0], one.q.shape[2], one.alibi_slopes) for one in softmax}
     if len(shapes) != 1:
-        raise _refused(f"layers of different (query heads, key heads, head size, ALiBi slopes): {sorted(shapes)}",
-                       "the same in all layers")  # fmt: skip
+        raise _refused(
+            f"layers of different (query heads, key heads, head size, ALiBi slopes): {sorted(shapes)}",
+            "the same in all layers",
+        )
     num_q_heads, num_kv_heads, head_dim, slopes = shapes.pop()
     windows = tuple(None if one is None else one.own_window for one in seen)
     return AttentionShape(num_layers, num_q_heads, num_kv_heads, head_dim, windows, slopes, recurrent)
@@ -233,13 +247,19 @@ def _layout(
     )
     found = fits_q & fits_k
     if len(found) > 1:
-        raise refused_rotary(f"queries and keys in layer {layer} that are too small to tell how they turn",
-                             "numbers in the range of their type")  # fmt: skip
+        raise refused_rotary(
+            f"queries and keys in layer {layer} that are too small to tell how they turn",
+            "numbers in the range of their type",
+        )
     if not found:
-        differ = "queries and keys that are turned in different ways" if fits_q and fits_k else (
-            f"{'keys' if fits_q else 'queries'} that are more than a rotation of their unrotated selves, such as a "
-            "norm after it, or a rotation that is neither of halves nor of neighbours,"
-        )  # fmt: skip
+        differ = (
+            "queries and keys that are turned in different ways"
+            if fits_q and fits_k
+            else (
+                f"{'keys' if fits_q else 'queries'} that are more than a rotation of their unrotated selves, such as a "
+                "norm after it, or a rotation that is neither of halves nor of neighbours,"
+            )
+        )
         raise refused_rotary(f"{differ} in layer {layer}", "a known pairing that reaches attention as it is")
     if not is_close(after.v, before.v, dtype):
         raise refused_rotary(f"values that turn in layer {layer}", "queries and keys alone")

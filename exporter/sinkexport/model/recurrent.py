@@ -54,9 +54,14 @@ def recurrent_shapes(model: Any, cache: Any | None) -> RecurrentShapes:
         found = cache.layers[layer] if cache is not None else None
         states = [getattr(found, f"{kind}_states", {}) for kind in RECURRENT_KINDS]
         if any(len(state) != 1 or state[0] is None for state in states):
-            raise UsageError(problem("model", received=f"linear attention without a gated delta rule in layer {layer}",
-                                     expected="a convolution's and a recurrent state",
-                                     fix="this model cannot be exported exactly"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "model",
+                    received=f"linear attention without a gated delta rule in layer {layer}",
+                    expected="a convolution's and a recurrent state",
+                    fix="this model cannot be exported exactly",
+                )
+            )
         shapes[layer] = {kind: tuple(state[0].shape[1:]) for kind, state in zip(RECURRENT_KINDS, states, strict=True)}
     return shapes
 
@@ -133,9 +138,14 @@ def delta_rules(model: Any, is_token: torch.Tensor) -> Iterator[None]:
     names = {type(module).__module__ for module in model.modules()}
     modules = [found for found in (sys.modules[name] for name in sorted(names)) if hasattr(found, _CHUNK_RULE)]
     if not modules:
-        raise UsageError(problem("model", received="linear attention by a rule of its own",
-                                 expected="a gated delta rule",
-                                 fix="this model cannot be exported exactly"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "model",
+                received="linear attention by a rule of its own",
+                expected="a gated delta rule",
+                fix="this model cannot be exported exactly",
+            )
+        )
     masks = DecayMasks(is_token.shape[1])
 
     def passing_over(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,9 +176,17 @@ class DecayMasks:
 
 
 def chunk_gated_delta_rule(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, g: torch.Tensor, beta: torch.Tensor,
-    initial_state: torch.Tensor, masks: DecayMasks, use_qk_l2norm_in_kernel: bool = False, **_: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor,
+    masks: DecayMasks,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """T tokens of the gated delta rule at once (arXiv:2412.06464, the chunkwise form), in float32.
 
     Every token t decays the state S by exp(g_t), then writes beta_t (v_t - S^T k_t) to where k_t points, then reads

@@ -91,9 +91,14 @@ def calibrate(
     recipe = recipe.for_family(model.config.get_text_config().model_type)
     asked = recipe.calibration
     if asked is None:
-        raise UsageError(problem(f"recipe '{recipe.name}'", received="no calibration in it",
-                                 expected="activations.mode: static, smooth or weights.rounding: gptq",
-                                 fix="export with it as it is"))  # fmt: skip
+        raise UsageError(
+            problem(
+                f"recipe '{recipe.name}'",
+                received="no calibration in it",
+                expected="activations.mode: static, smooth or weights.rounding: gptq",
+                fix="export with it as it is",
+            )
+        )
     pieces, num_tokens = choose_pieces(loaded.tokenizer, text, asked)
     head = model.get_output_embeddings()
     groups = {name: same for name, same in input_groups(model).items() if model.get_submodule(name) is not head}
@@ -106,9 +111,7 @@ def calibrate(
         smooth=recipe.smooth,
         smooth_sinks=smooths_sinks(recipe),
         rounded_weights=rounding_of(recipe),
-        text=CalibrationText(
-            sha256=hashlib.sha256(text.encode()).hexdigest(), tokens=num_tokens, streamed=pieces.size
-        ),
+        text=CalibrationText(sha256=hashlib.sha256(text.encode()).hexdigest(), tokens=num_tokens, streamed=pieces.size),
         producer={name: importlib.metadata.version(name) for name in PRODUCERS},
         inputs=(),
     )
@@ -126,9 +129,7 @@ def calibrate(
 class _Passes:
     """Passes over the same pieces of text. known: what passes have found, which is kept with what comes after."""
 
-    def __init__(
-        self, model: Any, pieces: Ids, stream: StreamConfig, memory: _Memory, report: Report
-    ) -> None:
+    def __init__(self, model: Any, pieces: Ids, stream: StreamConfig, memory: _Memory, report: Report) -> None:
         self.model = model
         self.known: dict[str, Resumable] = {}
         self.report = report
@@ -146,11 +147,15 @@ class _Passes:
         """stage, number: a kind of pass, and which of this kind. Does nothing if it was run to its end before."""
         everything = {**self.known, **observers}
         stream_inputs(
-            self.model, self._pieces, self._stream, list(observers.values()),
+            self.model,
+            self._pieces,
+            self._stream,
+            list(observers.values()),
             lambda _, done, total: self.report(stage, done, total),
-            groups=groups, first_piece=self._memory.restore((stage, number), everything),
+            groups=groups,
+            first_piece=self._memory.restore((stage, number), everything),
             after_piece=functools.partial(self._memory.keep, (stage, number), everything),
-        )  # fmt: skip
+        )
 
 
 def _ranges(
@@ -174,8 +179,9 @@ def _ranges(
         rest, sinks, together = _spans(histograms.counts[first], histograms.highest[first], asked)
         channels = tuple(rounded(x) for x in _counted(maxima.maxima[first], with_sinks))
         divided = tuple(rounded(x) for x in divisors[first]) if first in divisors else None
-        inputs.append(InputFacts(modules=members, rest=rest, sinks=sinks, all=together, channels=channels,
-                                 divisors=divided))  # fmt: skip
+        inputs.append(
+            InputFacts(modules=members, rest=rest, sinks=sinks, all=together, channels=channels, divisors=divided)
+        )
     return tuple(inputs)
 
 
@@ -207,15 +213,26 @@ def choose_pieces(tokenizer: SourceTokenizer | None, text: str, asked: Calibrati
     Raises: UsageError without a tokenizer, or if the text is too short.
     """
     if tokenizer is None:
-        raise UsageError(problem("model", received="one without a tokenizer", expected="a tokenizer for the text",
-                                 fix="use a complete model folder"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "model",
+                received="one without a tokenizer",
+                expected="a tokenizer for the text",
+                fix="use a complete model folder",
+            )
+        )
     ids = np.asarray(tokenizer.encode(text, special=False), np.int64)
     beginning = np.asarray(tokenizer.beginning, np.int64)
     own = asked.length - len(beginning)
     if own < 1 or len(ids) < asked.samples * own:
-        raise UsageError(problem("text", received=f"{len(ids):,} tokens",
-                                 expected=f"{asked.samples} pieces of {asked.length:,} tokens",
-                                 fix="use a longer text, or lower calibration.samples or length"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "text",
+                received=f"{len(ids):,} tokens",
+                expected=f"{asked.samples} pieces of {asked.length:,} tokens",
+                fix="use a longer text, or lower calibration.samples or length",
+            )
+        )
     chosen = np.sort(np.random.default_rng(asked.seed).permutation(len(ids) // own)[: asked.samples])
     pieces = [np.concatenate([beginning, ids[i * own : (i + 1) * own]]) for i in chosen]
     return np.stack(pieces), len(ids)
@@ -234,8 +251,9 @@ def smoothing(
     found = {}
     for first, members in groups.items():
         x = _counted(maxima.maxima[first], with_sinks).astype(np.float64)
-        w = np.max([model.get_submodule(name).weight.detach().float().abs().amax(dim=0).numpy() for name in members],
-                   axis=0).astype(np.float64)  # fmt: skip
+        w = np.max(
+            [model.get_submodule(name).weight.detach().float().abs().amax(dim=0).numpy() for name in members], axis=0
+        ).astype(np.float64)
         if first in outputs:
             x, w = _shared(x, shape), _shared(w, shape)
         divisors = np.maximum(x, LEAST) ** alpha / np.maximum(w, LEAST) ** (1.0 - alpha)

@@ -124,9 +124,14 @@ class CalibrationFile(_Spec):
         found = self.model_copy()
         found._rounded_file = RoundedFile(path)
         if hash_file(path).sha256 != self.rounded_weights.sha256:
-            raise UsageError(problem("rounded weights", received=f"'{path}', of another calibration",
-                                     expected="the file that was written beside the ranges",
-                                     fix="keep the two together, or calibrate again"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "rounded weights",
+                    received=f"'{path}', of another calibration",
+                    expected="the file that was written beside the ranges",
+                    fix="keep the two together, or calibrate again",
+                )
+            )
         return found
 
     @functools.cached_property
@@ -156,9 +161,14 @@ class CalibrationFile(_Spec):
     def rounded(self, module: str, scheme: WeightScheme, num_inputs: int) -> Rounded:
         """See `Ranges`."""
         if self._rounded_file is None or module not in self._rounded_file:
-            raise UsageError(problem("calibration", received=f"no rounded weights of '{module}'",
-                                     expected="those of all layers that are quantised",
-                                     fix="calibrate again with this recipe"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "calibration",
+                    received=f"no rounded weights of '{module}'",
+                    expected="those of all layers that are quantised",
+                    fix="calibrate again with this recipe",
+                )
+            )
         return self._rounded_file.read(module, scheme, num_inputs)
 
     def readers(self, module: str) -> tuple[str, ...]:
@@ -178,9 +188,14 @@ class CalibrationFile(_Spec):
 
     def _facts(self, module: str) -> InputFacts:
         if module not in self._by_module:
-            raise UsageError(problem("calibration", received=f"nothing of '{module}'",
-                                     expected="ranges of all layers that are quantised",
-                                     fix="calibrate again with this version"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "calibration",
+                    received=f"nothing of '{module}'",
+                    expected="ranges of all layers that are quantised",
+                    fix="calibrate again with this version",
+                )
+            )
         return self._by_module[module]
 
     def check_recipe(self, recipe: Recipe) -> None:
@@ -196,9 +211,14 @@ class CalibrationFile(_Spec):
             ("keep_float", *(None if x is None else x.keep_float for x in (self.rounded_weights, rounding_of(recipe)))),
         ):
             if ours != theirs:
-                raise UsageError(problem(f"calibration: {key}", received=_shown(ours),
-                                         expected=f"{_shown(theirs)}, as in recipe '{recipe.name}'",
-                                         fix="run 'sinkexport calibrate' with this recipe"))  # fmt: skip
+                raise UsageError(
+                    problem(
+                        f"calibration: {key}",
+                        received=_shown(ours),
+                        expected=f"{_shown(theirs)}, as in recipe '{recipe.name}'",
+                        fix="run 'sinkexport calibrate' with this recipe",
+                    )
+                )
 
     def check_model(self, model: Any) -> None:
         """Refuse the ranges of another model.
@@ -206,9 +226,14 @@ class CalibrationFile(_Spec):
         Raises: UsageError.
         """
         if fingerprint(model) != self.model.fingerprint:
-            raise UsageError(problem("calibration", received=f"ranges of another model, '{self.model.name}' "
-                                     f"({self.model.architecture})", expected="ranges of this one",
-                                     fix="run 'sinkexport calibrate' on it"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "calibration",
+                    received=f"ranges of another model, '{self.model.name}' ({self.model.architecture})",
+                    expected="ranges of this one",
+                    fix="run 'sinkexport calibrate' on it",
+                )
+            )
 
 
 def smooths_sinks(recipe: Recipe) -> bool:
@@ -233,9 +258,16 @@ def load_calibration(path: Path) -> CalibrationFile:
 
     Raises: UsageError if it cannot be read, is damaged, or is no such file.
     """
+
     def refused(reason: str) -> UsageError:
-        return UsageError(problem("calibration", received=f"'{path}' ({reason})",
-                                  expected="a file of 'sinkexport calibrate'", fix="calibrate again"))  # fmt: skip
+        return UsageError(
+            problem(
+                "calibration",
+                received=f"'{path}' ({reason})",
+                expected="a file of 'sinkexport calibrate'",
+                fix="calibrate again",
+            )
+        )
 
     try:
         raw = path.read_bytes()

@@ -121,9 +121,11 @@ class RecipePlan:
         def read() -> Rounded:
             parts = [calibration.rounded(module, scheme, product.depth) for module in product.modules]
             zeros = [part.zero_points for part in parts if part.zero_points is not None]
-            return Rounded(np.concatenate([part.integers for part in parts]),
-                           np.concatenate([part.scales for part in parts]),
-                           np.concatenate(zeros) if zeros else None)  # fmt: skip
+            return Rounded(
+                np.concatenate([part.integers for part in parts]),
+                np.concatenate([part.scales for part in parts]),
+                np.concatenate(zeros) if zeros else None,
+            )
 
         return read
 

@@ -234,14 +234,23 @@ def load_recipe(name_or_file: str) -> Recipe:
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
         path = RECIPES_FOLDER / f"{name_or_file}.yaml"
         if name_or_file not in recipe_names():
-            raise UsageError(problem("recipe", received=f"'{name_or_file}'", expected=" | ".join(recipe_names()),
-                                     fix="choose one of them or pass a .yaml file"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "recipe",
+                    received=f"'{name_or_file}'",
+                    expected=" | ".join(recipe_names()),
+                    fix="choose one of them or pass a .yaml file",
+                )
+            )
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UsageError(problem("recipe", received=f"'{path}' ({reason})", expected="a readable YAML file",
-                                 fix="see recipes/README.md")) from None  # fmt: skip
+        raise UsageError(
+            problem(
+                "recipe", received=f"'{path}' ({reason})", expected="a readable YAML file", fix="see recipes/README.md"
+            )
+        ) from None
     return parse_recipe(raw, f"recipe '{path}'")
 
 
@@ -260,8 +269,14 @@ def parse_recipe(raw: Any, where: str) -> Recipe:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "its keys"
-        raise UsageError(problem(f"{where}: {key}", received=_received(first), expected=_expected(first),
-                                 fix="recipes/README.md explains every key")) from None  # fmt: skip
+        raise UsageError(
+            problem(
+                f"{where}: {key}",
+                received=_received(first),
+                expected=_expected(first),
+                fix="recipes/README.md explains every key",
+            )
+        ) from None
     for family in recipe.families:
         recipe.for_family(family)
     return recipe

@@ -85,9 +85,12 @@ def batches(groups: Mapping[str, tuple[str, ...]], model: Any, max_bytes: int) -
 
 
 def round_batch(
-    model: Any, groups: Mapping[str, tuple[str, ...]], moments: SecondMoments, schemes: Mapping[str, WeightScheme],
+    model: Any,
+    groups: Mapping[str, tuple[str, ...]],
+    moments: SecondMoments,
+    schemes: Mapping[str, WeightScheme],
     report: Report = silent,
-) -> Arrays:  # fmt: skip
+) -> Arrays:
     """The matrices of these groups that have a scheme, as `RoundedFile` reads them.
 
     Raises: UsageError naming a weight that is NaN or infinite.
@@ -100,8 +103,14 @@ def round_batch(
                 continue
             weight = model.get_submodule(name).weight
             if not bool(torch.isfinite(weight).all()):
-                raise UsageError(problem(f"weights '{name}.weight'", received="NaN or Inf", expected="finite numbers",
-                                         fix="check the model"))  # fmt: skip
+                raise UsageError(
+                    problem(
+                        f"weights '{name}.weight'",
+                        received="NaN or Inf",
+                        expected="finite numbers",
+                        fix="check the model",
+                    )
+                )
             arrays |= _packed(name, rounded_for_inputs(weight, moments.sums[first], schemes[name]), schemes[name])
     report("round", len(groups), len(groups))
     return arrays
@@ -119,9 +128,14 @@ class RoundedFile:
             with safetensors.safe_open(path, "np") as file:
                 self._names = frozenset(file.keys())
         except (OSError, safetensors.SafetensorError) as error:
-            raise UsageError(problem("rounded weights", received=f"'{path}' ({error})",
-                                     expected="the file that 'sinkexport calibrate' wrote beside its ranges",
-                                     fix="keep the two together, or calibrate again")) from None  # fmt: skip
+            raise UsageError(
+                problem(
+                    "rounded weights",
+                    received=f"'{path}' ({error})",
+                    expected="the file that 'sinkexport calibrate' wrote beside its ranges",
+                    fix="keep the two together, or calibrate again",
+                )
+            ) from None
 
     def __contains__(self, module: str) -> bool:
         return f"{module}.{SCALES}" in self._names

@@ -143,5 +143,11 @@ def _refuse_not_finite(name: str, rows: torch.Tensor, first: int) -> None:
         return
     bad = (~torch.isfinite(rows)).any(dim=1).nonzero()
     if len(bad):
-        raise UsageError(problem(f"inputs of '{name}'", received=f"NaN or Inf at position {first + int(bad[0])}",
-                                 expected="finite activations", fix="check the model's weights"))  # fmt: skip
+        raise UsageError(
+            problem(
+                f"inputs of '{name}'",
+                received=f"NaN or Inf at position {first + int(bad[0])}",
+                expected="finite activations",
+                fix="check the model's weights",
+            )
+        )

@@ -30,8 +30,15 @@ R = TypeVar("R", bound=Request)
 
 
 def create_app(
-    engine: Engine, prompts: Prompts, metrics: Metrics, limits: Limits, *, model: str, batch: int, api_key: str | None,
-) -> FastAPI:  # fmt: skip
+    engine: Engine,
+    prompts: Prompts,
+    metrics: Metrics,
+    limits: Limits,
+    *,
+    model: str,
+    batch: int,
+    api_key: str | None,
+) -> FastAPI:
     """The application over a running engine.
 
     model: what clients call it. batch: B, streams of the session.
@@ -82,8 +89,9 @@ def create_app(
         _check_model(body.model)
         wanted = body.max_answer_tokens
         if wanted is not None and wanted > limits.max_tokens:
-            raise ApiError(400, f"max_tokens: received {shown(wanted)}, expected at most {limits.max_tokens}",
-                           param="max_tokens")  # fmt: skip
+            raise ApiError(
+                400, f"max_tokens: received {shown(wanted)}, expected at most {limits.max_tokens}", param="max_tokens"
+            )
         form = Form(model, chat=chat, include_usage=bool(body.stream_options and body.stream_options.include_usage))
         exchange = Exchange(engine, limits, slots)
         streams = False
@@ -97,8 +105,12 @@ def create_app(
 
     def _check_model(name: str | None) -> None:
         if name is not None and name != model:
-            raise ApiError(404, f"model {shown(name)} does not exist, this server has '{model}'", param="model",
-                           code="model_not_found")  # fmt: skip
+            raise ApiError(
+                404,
+                f"model {shown(name)} does not exist, this server has '{model}'",
+                param="model",
+                code="model_not_found",
+            )
 
     _handle_errors(app)
     return app

@@ -145,8 +145,12 @@ def _check_depth(value: Any) -> None:
     """Raises: RecursionError beyond `MAX_DEPTH`."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        level = [item for outer in level if isinstance(outer, (list, dict))
-                 for item in (outer.values() if isinstance(outer, dict) else outer)]  # fmt: skip
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, (list, dict))
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
         if not level:
             return
     raise RecursionError

@@ -61,12 +61,18 @@ class ConnectionTable:
         wanted = limits.max_connections
         room = wanted if files is None else min(wanted, files - SPARE_FILES - SPARE_CONNECTIONS)
         if room < 1:
-            raise UsageError(problem("open files", received=f"room for {max(0, files or 0)} more",
-                                     expected=f"at least {SPARE_FILES + SPARE_CONNECTIONS + 1}",
-                                     fix="raise 'ulimit -n'"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "open files",
+                    received=f"room for {max(0, files or 0)} more",
+                    expected=f"at least {SPARE_FILES + SPARE_CONNECTIONS + 1}",
+                    fix="raise 'ulimit -n'",
+                )
+            )
         if room < wanted:
-            logger.warning("connections: %d instead of %d, as no more files may be open; raise 'ulimit -n'", room,
-                           wanted)  # fmt: skip
+            logger.warning(
+                "connections: %d instead of %d, as no more files may be open; raise 'ulimit -n'", room, wanted
+            )
         self.max_connections = room
         self._open: dict[Connection, None] = {}  # the oldest first
 
@@ -169,8 +175,13 @@ class Connection(H11Protocol):
         if getattr(sys.exc_info()[1], "error_status_hint", 400) == 431:
             self._refuse(ApiError(431, "request header: received more than expected, at most 16 KiB"))
         else:
-            self._refuse(ApiError(400, "request: received what is no HTTP/1.1 request, expected a method, a path, "
-                                  "one Host and a body as long as announced"))  # fmt: skip
+            self._refuse(
+                ApiError(
+                    400,
+                    "request: received what is no HTTP/1.1 request, expected a method, a path, "
+                    "one Host and a body as long as announced",
+                )
+            )
 
     def shutdown(self) -> None:
         """Close what is not at work; also when a refusal has ended the connection's state machine already."""
@@ -190,8 +201,12 @@ class Connection(H11Protocol):
             return
         self.phase = phase
         # The application's own deadline for the body goes first: its answer says why.
-        seconds = {Phase.HEADER: limits.header_s, Phase.REST: LINGER_S, Phase.IDLE: limits.keep_alive_s,
-                   Phase.BODY: limits.body_s + LINGER_S}.get(phase)  # fmt: skip
+        seconds = {
+            Phase.HEADER: limits.header_s,
+            Phase.REST: LINGER_S,
+            Phase.IDLE: limits.keep_alive_s,
+            Phase.BODY: limits.body_s + LINGER_S,
+        }.get(phase)
         self._set_deadline(seconds)
 
     def _phase_now(self) -> Phase:
@@ -228,8 +243,11 @@ class Connection(H11Protocol):
             return
         response = error.response()
         headers = [*response.raw_headers, (b"connection", b"close")]
-        for event in (h11.Response(status_code=error.status, headers=headers), h11.Data(data=bytes(response.body)),
-                      h11.EndOfMessage()):  # fmt: skip
+        for event in (
+            h11.Response(status_code=error.status, headers=headers),
+            h11.Data(data=bytes(response.body)),
+            h11.EndOfMessage(),
+        ):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.write_eof()  # and read on: closing with bytes unread would take the answer away from the client
         self.flow.resume_reading()

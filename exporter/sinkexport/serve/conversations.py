@@ -67,8 +67,12 @@ class Conversations:
         if key not in self._scheduler:
             return False
         if self._scheduler.is_at_work(key):
-            raise ApiError(409, f"conversation '{name}' is at work on another request; wait for its answer",
-                           param="conversation", code="conversation_busy")  # fmt: skip
+            raise ApiError(
+                409,
+                f"conversation '{name}' is at work on another request; wait for its answer",
+                param="conversation",
+                code="conversation_busy",
+            )
         return bool(self._scheduler.position(key) or self._scheduler.num_pending(key))
 
     def submit(self, work: Work) -> Placed:
@@ -88,8 +92,9 @@ class Conversations:
         Raises: ApiError if it is unknown or at work.
         """
         if named(name) not in self._scheduler:
-            raise ApiError(404, f"conversation '{name}' does not exist", param="conversation",
-                           code="conversation_not_found")  # fmt: skip
+            raise ApiError(
+                404, f"conversation '{name}' does not exist", param="conversation", code="conversation_not_found"
+            )
         self.begun(name)
         self._scheduler.forget(named(name))
 
@@ -110,8 +115,12 @@ class Conversations:
         key, limit = named(name), self._limits.max_prompt_tokens
         left = self._scheduler.num_pending(key) if key in self._scheduler else 0
         if left + work.ids.size > limit:
-            raise ApiError(400, f"prompt and what was left of the last one: received {left + work.ids.size} tokens, "
-                           f"expected at most {limit}", code="context_length_exceeded")  # fmt: skip
+            raise ApiError(
+                400,
+                f"prompt and what was left of the last one: received {left + work.ids.size} tokens, "
+                f"expected at most {limit}",
+                code="context_length_exceeded",
+            )
         return Placed(key, 0)
 
 

@@ -10,9 +10,12 @@ from starlette.responses import JSONResponse
 
 RETRY_AFTER_S = 2
 _TYPES = {
-    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
     429: "rate_limit_error",
-}  # fmt: skip
+}
 _CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "too_many_requests", 503: "unavailable"}
 
 
@@ -40,9 +43,14 @@ class ApiError(Exception):
     """
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         message = " ".join(message.encode("utf-8", "replace").decode().split())
         super().__init__(message)
         self.status, self.message, self.param = status, message, param

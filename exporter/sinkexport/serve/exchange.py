@@ -144,9 +144,10 @@ class Exchange:
             raise ApiError(400, "prompt: received no tokens, expected at least one; give some text")
         if len(ids) > self._limits.max_prompt_tokens:
             raise ApiError(
-                400, f"prompt: received {len(ids)} tokens, expected at most {self._limits.max_prompt_tokens}",
+                400,
+                f"prompt: received {len(ids)} tokens, expected at most {self._limits.max_prompt_tokens}",
                 code="context_length_exceeded",
-            )  # fmt: skip
+            )
 
     def _usage(self, piece: Piece) -> Usage:
         return Usage(self._prompt_tokens, piece.answer_tokens, self._placed.reused if self._placed else 0)

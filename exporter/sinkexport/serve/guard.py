@@ -66,8 +66,11 @@ class Guard:
         if self._key is None:
             hosts = values_of(scope, b"host")
             if len(hosts) != 1 or not is_local_name(hosts[0].decode("latin-1")):
-                raise ApiError(403, "a server without an API key is asked by address or as 'localhost' only: its Host "
-                               "header must say so")  # fmt: skip
+                raise ApiError(
+                    403,
+                    "a server without an API key is asked by address or as 'localhost' only: its Host "
+                    "header must say so",
+                )
         elif scope["path"] not in OPEN_PATHS and not self._knows_key(values_of(scope, b"authorization")):
             raise ApiError(401, "no valid API key; send 'Authorization: Bearer KEY'")
         # A second one that differs is refused by the HTTP parser.
@@ -110,8 +113,11 @@ def check_size(scope: Scope) -> None:
         raise ApiError(414, f"path: received more than expected, at most {MAX_PATH_BYTES} bytes")
     count = len(scope["headers"])
     if count > MAX_HEADERS or sum(len(key) + len(value) for key, value in scope["headers"]) > MAX_HEADER_BYTES:
-        raise ApiError(431, f"request header: received {count} lines, expected at most {MAX_HEADERS} lines of "
-                       f"{MAX_HEADER_BYTES} bytes together")  # fmt: skip
+        raise ApiError(
+            431,
+            f"request header: received {count} lines, expected at most {MAX_HEADERS} lines of "
+            f"{MAX_HEADER_BYTES} bytes together",
+        )
 
 
 def is_local_name(host: str) -> bool:

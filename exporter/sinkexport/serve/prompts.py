@@ -30,9 +30,13 @@ class Prompts:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, template_args: Mapping[str, Any], allow_special: bool,
-        require_pinned: Callable[..., None] | None, stopping: Callable[[], bool],
-    ) -> None:  # fmt: skip
+        self,
+        tokenizer: Tokenizer,
+        template_args: Mapping[str, Any],
+        allow_special: bool,
+        require_pinned: Callable[..., None] | None,
+        stopping: Callable[[], bool],
+    ) -> None:
         self._tokenizer = tokenizer
         self._template_args = template_args
         self._allow_special = allow_special
@@ -86,8 +90,12 @@ class Prompts:
             return self._tokenizer.chat_ids(messages, template_args=args, allow_special=allow)
         if len(messages) != 1 or messages[0]["role"] != "user":
             roles = ", ".join(message["role"] for message in messages)
-            raise ApiError(400, f"messages: received {roles}, expected one user message: conversation "
-                           f"'{body.conversation}' has begun and knows the earlier ones", param="messages")  # fmt: skip
+            raise ApiError(
+                400,
+                f"messages: received {roles}, expected one user message: conversation "
+                f"'{body.conversation}' has begun and knows the earlier ones",
+                param="messages",
+            )
         return self._tokenizer.next_turn_ids(messages[0]["content"], template_args=args, allow_special=allow)
 
     def completion_ids(self, body: CompletionRequest, new: bool) -> list[int]:
@@ -104,6 +112,9 @@ class Prompts:
             name = next(filter(None, map(self._tokenizer.special_in, texts_in(texts))), None)
             if name is not None:
                 self._noted = True
-                logger.warning("'%s' in a request was taken as ordinary text; \"allow_special\": true in the request, "
-                               "or --allow-special, makes it a token; said once", name)  # fmt: skip
+                logger.warning(
+                    "'%s' in a request was taken as ordinary text; \"allow_special\": true in the request, "
+                    "or --allow-special, makes it a token; said once",
+                    name,
+                )
         return allow

@@ -19,9 +19,12 @@ NAME_PATTERN = r"^[A-Za-z0-9._-]{1,64}$"
 """Names of conversations: they are part of a URL."""
 
 NOT_IMPLEMENTED = {
-    "audio": "answers in sound", "functions": "functions", "moderation": "moderated answers",
-    "reasoning_effort": "levels of reasoning", "web_search_options": "web searches",
-}  # fmt: skip
+    "audio": "answers in sound",
+    "functions": "functions",
+    "moderation": "moderated answers",
+    "reasoning_effort": "levels of reasoning",
+    "web_search_options": "web searches",
+}
 """Fields of OpenAI's that would change the answer, and what they ask for."""
 
 _STOP = f"a text of 1 .. {MAX_STOP_CHARACTERS} characters, or a list of at most {MAX_STOPS} such texts"
@@ -51,16 +54,19 @@ class Message(_Strict):
     """
 
     role: Literal["system", "developer", "user", "assistant"] = Field(
-        description="system, developer, user or assistant: tools and functions are not implemented here")
+        description="system, developer, user or assistant: tools and functions are not implemented here"
+    )
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
-        description='a text, or a list of parts {"type": "text", "text": ...}')
+        description='a text, or a list of parts {"type": "text", "text": ...}'
+    )
     name: str | None = Field(None, description="a text")
     refusal: None = Field(None, description="null: refusals are not implemented here")
     annotations: list[Any] | None = Field(None, description="a list")
     audio: None = Field(None, description="null: sound is not implemented here")
     function_call: None = Field(None, description="null: functions are not implemented here")
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = Field(
-        None, description="null or an empty list: tools are not implemented here")
+        None, description="null or an empty list: tools are not implemented here"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -105,12 +111,15 @@ class Request(_Strict):
     seed: int | None = Field(None, ge=-(2**63), lt=SEED_LIMIT, description="an integer from -2^63 to 2^64 - 1")
     stop: str | list[str] | None = Field(None, description=_STOP)
     n: Literal[1] | None = Field(None, description="1: several choices are not implemented here")
-    frequency_penalty: float | None = Field(None, ge=0, le=0, description="0: frequency penalties are not implemented "
-                                            "here; repetition_penalty is")  # fmt: skip
-    presence_penalty: float | None = Field(None, ge=0, le=0, description="0: presence penalties are not implemented "
-                                           "here; repetition_penalty is")  # fmt: skip
+    frequency_penalty: float | None = Field(
+        None, ge=0, le=0, description="0: frequency penalties are not implemented here; repetition_penalty is"
+    )
+    presence_penalty: float | None = Field(
+        None, ge=0, le=0, description="0: presence penalties are not implemented here; repetition_penalty is"
+    )
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = Field(
-        None, description="an empty object: a logit bias is not implemented here")
+        None, description="an empty object: a logit bias is not implemented here"
+    )
     user: str | None = Field(None, description="a text")
     metadata: dict[str, Any] | None = Field(None, description="an object")
     store: bool | None = Field(None, description="true or false")
@@ -121,11 +130,13 @@ class Request(_Strict):
     prompt_cache_retention: str | None = Field(None, description="a text")
 
     top_k: int = Field(0, ge=0, le=MAX_TOP_K, description=f"an integer from 0 (all tokens) to {MAX_TOP_K}")
-    repetition_penalty: float = Field(1.0, ge=MIN_PENALTY, le=MAX_PENALTY,
-                                      description=f"a number from {MIN_PENALTY} to {MAX_PENALTY} (1: none)")
+    repetition_penalty: float = Field(
+        1.0, ge=MIN_PENALTY, le=MAX_PENALTY, description=f"a number from {MIN_PENALTY} to {MAX_PENALTY} (1: none)"
+    )
     ignore_eos: bool = Field(False, description="true or false")
-    conversation: str | None = Field(None, pattern=NAME_PATTERN,
-                                     description="a name of 1 .. 64 letters, digits, '.', '_' and '-'")
+    conversation: str | None = Field(
+        None, pattern=NAME_PATTERN, description="a name of 1 .. 64 letters, digits, '.', '_' and '-'"
+    )
     allow_special: bool | None = Field(None, description="true or false")
 
     @field_validator("stop", mode="before")
@@ -167,11 +178,30 @@ class Request(_Strict):
         return AnswerParams(self.max_answer_tokens or max_tokens, stop, self.ignore_eos)
 
 
-UNUSED = frozenset({
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
-    "prompt_cache_retention", "parallel_tool_calls", "prediction", "verbosity", "n", "logprobs", "frequency_penalty",
-    "presence_penalty", "logit_bias", "tools", "tool_choice", "function_call", "modalities",
-})  # fmt: skip
+UNUSED = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+        "prediction",
+        "verbosity",
+        "n",
+        "logprobs",
+        "frequency_penalty",
+        "presence_penalty",
+        "logit_bias",
+        "tools",
+        "tool_choice",
+        "function_call",
+        "modalities",
+    }
+)
 """What is taken with values that change nothing of an answer."""
 
 
@@ -183,18 +213,24 @@ class ChatRequest(Request):
     logprobs: Literal[False] | None = Field(None, description="false: log probabilities are not implemented here")
     top_logprobs: Literal[0] | None = Field(None, description="0: log probabilities are not implemented here")
     tools: Annotated[list[Any], Field(max_length=0)] | None = Field(
-        None, description="an empty list: tools are not implemented here")
+        None, description="an empty list: tools are not implemented here"
+    )
     tool_choice: Literal["none", "auto"] | None = Field(
-        None, description='"none" or "auto": tools are not implemented here')
+        None, description='"none" or "auto": tools are not implemented here'
+    )
     parallel_tool_calls: bool | None = Field(None, description="true or false")
     function_call: Literal["none", "auto"] | None = Field(
-        None, description='"none" or "auto": functions are not implemented here')
+        None, description='"none" or "auto": functions are not implemented here'
+    )
     functions: Annotated[list[Any], Field(max_length=0)] | None = Field(
-        None, description="an empty list: functions are not implemented here")
+        None, description="an empty list: functions are not implemented here"
+    )
     response_format: dict[Literal["type"], Literal["text"]] | None = Field(
-        None, description='{"type": "text"}: other formats are not implemented here')
+        None, description='{"type": "text"}: other formats are not implemented here'
+    )
     modalities: list[Literal["text"]] | None = Field(
-        None, description='["text"]: answers in sound are not implemented here')
+        None, description='["text"]: answers in sound are not implemented here'
+    )
     prediction: dict[str, Any] | None = Field(None, description="an object")
     verbosity: Literal["medium"] | None = Field(None, description='"medium": others are not implemented here')
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="an object")

@@ -73,8 +73,13 @@ class Form:
     def _object(self, suffix: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         kind = f"chat.completion{suffix}" if self._chat else "text_completion"
         return {
-            "id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices, **more
-        }  # fmt: skip
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+            **more,
+        }
 
 
 _LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})

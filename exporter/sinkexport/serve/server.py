@@ -36,18 +36,29 @@ class Server:
     """
 
     def __init__(
-        self, session: Session, limits: Limits, *, model_name: str | None = None, api_key: str | None = None,
-        pin_system: bool = False, log_requests: bool = False, template_args: Mapping[str, Any] | None = None,
+        self,
+        session: Session,
+        limits: Limits,
+        *,
+        model_name: str | None = None,
+        api_key: str | None = None,
+        pin_system: bool = False,
+        log_requests: bool = False,
+        template_args: Mapping[str, Any] | None = None,
         allow_special: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if template_args:  # a variable that the template does not read is refused now, not with every request
             session.tokenizer.render_chat([{"role": "user", "content": "?"}], template_args=template_args)
         self.model = model_name or session.manifest.model.name
         metrics = Metrics()
         self.engine = Engine(session, limits, metrics)
-        self._prompts = Prompts(session.tokenizer, dict(template_args or {}), allow_special,
-                                session.require_pinned if pin_system else None,
-                                lambda: self._uvicorn.should_exit)  # fmt: skip
+        self._prompts = Prompts(
+            session.tokenizer,
+            dict(template_args or {}),
+            allow_special,
+            session.require_pinned if pin_system else None,
+            lambda: self._uvicorn.should_exit,
+        )
         self.app = create_app(
             self.engine, self._prompts, metrics, limits, model=self.model, batch=session.batch, api_key=api_key
         )
@@ -55,13 +66,21 @@ class Server:
         self.connections = ConnectionTable(limits, free_files())
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
-                self.app, loop="asyncio", http=cast(Any, functools.partial(Connection, table=self.connections)),
-                ws="none", lifespan="on", server_header=False, backlog=ACCEPT_BATCH,
-                log_level="info" if log_requests else "warning", access_log=log_requests,
+                self.app,
+                loop="asyncio",
+                http=cast(Any, functools.partial(Connection, table=self.connections)),
+                ws="none",
+                lifespan="on",
+                server_header=False,
+                backlog=ACCEPT_BATCH,
+                log_level="info" if log_requests else "warning",
+                access_log=log_requests,
                 timeout_graceful_shutdown=int(limits.grace_s + 3 * FAREWELL_S),
             ),
-            self.engine, self.connections, limits.grace_s,
-        )  # fmt: skip
+            self.engine,
+            self.connections,
+            limits.grace_s,
+        )
 
     @property
     def started(self) -> bool:
@@ -93,9 +112,7 @@ class Server:
 class _Uvicorn(uvicorn.Server):
     """Uvicorn that accepts few connections at a time, and that no client keeps from ending."""
 
-    def __init__(
-        self, config: uvicorn.Config, engine: Engine, connections: ConnectionTable, grace_s: float
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, connections: ConnectionTable, grace_s: float) -> None:
         super().__init__(config)
         self._engine, self._table, self._grace_s = engine, connections, grace_s
 
@@ -108,8 +125,10 @@ class _Uvicorn(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End: answers have their time of grace, then they are told, then all connections are closed."""
         loop = asyncio.get_running_loop()
-        timers = [loop.call_later(self._grace_s, self._engine.request_stop),
-                  loop.call_later(self._grace_s + FAREWELL_S, self._table.drop_all)]  # fmt: skip
+        timers = [
+            loop.call_later(self._grace_s, self._engine.request_stop),
+            loop.call_later(self._grace_s + FAREWELL_S, self._table.drop_all),
+        ]
         try:
             await super().shutdown(sockets)
         finally:

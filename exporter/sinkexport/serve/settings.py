@@ -52,9 +52,14 @@ class Limits:
                 raise UsageError(problem(option, received=value, expected=f">= {minimum}", fix="raise it"))
         at_work = min(self.max_waiting, self.max_conversations)
         if self.max_connections <= at_work:
-            raise UsageError(problem("--max-connections", received=self.max_connections,
-                                     expected=f"more than the {at_work} requests that may wait",
-                                     fix="raise it, or lower --max-waiting"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "--max-connections",
+                    received=self.max_connections,
+                    expected=f"more than the {at_work} requests that may wait",
+                    fix="raise it, or lower --max-waiting",
+                )
+            )
 
 
 def read_api_key(file: Path | None, environment: str | None) -> str | None:
@@ -66,16 +71,28 @@ def read_api_key(file: Path | None, environment: str | None) -> str | None:
         try:
             key, where = file.read_text(encoding="utf-8"), f"'{file}'"
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(problem("--api-key-file", received=f"'{file}' ({error})", expected="a readable text file",
-                                     fix="check the path")) from None  # fmt: skip
+            raise UsageError(
+                problem(
+                    "--api-key-file",
+                    received=f"'{file}' ({error})",
+                    expected="a readable text file",
+                    fix="check the path",
+                )
+            ) from None
     elif environment is not None:
         key, where = environment, "SINKEXPORT_API_KEY"
     else:
         return None
     key = key.strip()
     if not key or not all("!" <= character <= "~" for character in key):
-        raise UsageError(problem("API key", received=f"{where} without one", expected="printable ASCII without spaces",
-                                 fix="write one line, for example of 'openssl rand -hex 32'"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "API key",
+                received=f"{where} without one",
+                expected="printable ASCII without spaces",
+                fix="write one line, for example of 'openssl rand -hex 32'",
+            )
+        )
     return key
 
 
@@ -86,9 +103,13 @@ def check_exposure(host: str, api_key: str | None) -> None:
     """
     if api_key is None and not all(ipaddress.ip_address(address).is_loopback for address in _addresses(host)):
         raise UsageError(
-            problem("--host", received=f"'{host}' without an API key", expected="127.0.0.1, or a key that clients send",
-                    fix="pass --api-key-file FILE, or set SINKEXPORT_API_KEY")
-        )  # fmt: skip
+            problem(
+                "--host",
+                received=f"'{host}' without an API key",
+                expected="127.0.0.1, or a key that clients send",
+                fix="pass --api-key-file FILE, or set SINKEXPORT_API_KEY",
+            )
+        )
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -100,14 +121,23 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise UsageError(problem("--port", received=f"{port} on '{host}' ({error.strerror or error})",
-                                 expected="a port that is free", fix="choose another")) from None  # fmt: skip
+        raise UsageError(
+            problem(
+                "--port",
+                received=f"{port} on '{host}' ({error.strerror or error})",
+                expected="a port that is free",
+                fix="choose another",
+            )
+        ) from None
 
 
 def _addresses(host: str) -> list[str]:
     try:
         found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)  # noqa: S104 - to be refused
     except (OSError, UnicodeError) as error:
-        raise UsageError(problem("--host", received=f"'{host}' ({error})", expected="an address of this machine",
-                                 fix="pass 127.0.0.1")) from None  # fmt: skip
+        raise UsageError(
+            problem(
+                "--host", received=f"'{host}' ({error})", expected="an address of this machine", fix="pass 127.0.0.1"
+            )
+        ) from None
     return [str(address[0]).partition("%")[0] for *_, address in found]

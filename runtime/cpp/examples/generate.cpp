@@ -158,7 +158,9 @@ int64_t residentBytes() {
 
 using Clock = std::chrono::steady_clock;
 
-double secondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double secondsSince(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
 void run(const Options& options) {
   const Clock::time_point start = Clock::now();
@@ -182,9 +184,8 @@ void run(const Options& options) {
   const Clock::time_point begin = Clock::now();
   int64_t count = 0;
   if (text) {
-    count = session->generateText(options.prompt, options.generate, [&](int64_t, std::string_view piece) {
-      return came(std::string(piece));
-    });
+    count = session->generateText(options.prompt, options.generate,
+                                  [&](int64_t, std::string_view piece) { return came(std::string(piece)); });
   } else {
     const std::vector<int64_t> ids = options.ids_file.empty() ? std::vector<int64_t>() : readIds(options.ids_file);
     count = session->generate(ids, options.generate, [&](int64_t id) { return came(std::to_string(id) + " "); });

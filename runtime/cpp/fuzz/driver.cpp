@@ -33,9 +33,22 @@ class Mutator {
   size_t below(size_t limit) { return limit == 0 ? 0 : random_() % limit; }
 
   void change(std::string& text) {
-    static const char* const kWords[] = {"null", "true", "-1", "0", "1e999", "9223372036854775807",
-                                         "18446744073709551616", "[]", "{}", "\"\"", "\"\\ud800\"", "\"../x\"",
-                                         "[[[[", "1.5", "\\", "\xff"};
+    static const char* const kWords[] = {"null",
+                                         "true",
+                                         "-1",
+                                         "0",
+                                         "1e999",
+                                         "9223372036854775807",
+                                         "18446744073709551616",
+                                         "[]",
+                                         "{}",
+                                         "\"\"",
+                                         "\"\\ud800\"",
+                                         "\"../x\"",
+                                         "[[[[",
+                                         "1.5",
+                                         "\\",
+                                         "\xff"};
     const size_t at = below(text.size() + 1);
     switch (below(8)) {
       case 0:

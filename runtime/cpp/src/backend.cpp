@@ -28,8 +28,11 @@ void compare(const std::string& what, std::vector<TensorSpec> found, const std::
 }  // namespace
 
 Backend::Backend(const Manifest& manifest)
-    : manifest_(manifest), is_recurrent_(manifest.isRecurrent()), sampler_(manifest.model.vocab_size),
-      next_ids_(static_cast<size_t>(manifest.stream.batch)), active_(new bool[next_ids_.size()]()) {}
+    : manifest_(manifest),
+      is_recurrent_(manifest.isRecurrent()),
+      sampler_(manifest.model.vocab_size),
+      next_ids_(static_cast<size_t>(manifest.stream.batch)),
+      active_(new bool[next_ids_.size()]()) {}
 
 void Backend::steps(const StepsRequest& request) {
   const int64_t batch = manifest_.stream.batch, capacity = manifest_.stream.capacity();
@@ -116,8 +119,8 @@ std::unique_ptr<Backend> loadBackend(const std::string& name, const std::string&
   (void)bundle;
   (void)options;
   const char* option = name == "ort" ? "build with -DSINKRT_WITH_ORT=ON" : "build with -DSINKRT_WITH_TENSORRT=ON";
-  throw Error(Code::kBackend, problem("backend", "'" + name + "', which this library was built without",
-                                      "one that it has", option));
+  throw Error(Code::kBackend,
+              problem("backend", "'" + name + "', which this library was built without", "one that it has", option));
 }
 
 }  // namespace sinkrt

@@ -71,9 +71,13 @@ sinkrt::GenerateParams generateParams(const sinkrt_sampling* given) {
 
 extern "C" {
 
-const char* sinkrt_last_error(void) { return last_error; }
+const char* sinkrt_last_error(void) {
+  return last_error;
+}
 
-const char* sinkrt_version(void) { return SINKRT_VERSION; }
+const char* sinkrt_version(void) {
+  return SINKRT_VERSION;
+}
 
 sinkrt_status sinkrt_load(const char* bundle, const sinkrt_options* options, sinkrt_session** session) {
   return guarded([&] {
@@ -93,7 +97,9 @@ sinkrt_status sinkrt_load(const char* bundle, const sinkrt_options* options, sin
   });
 }
 
-void sinkrt_free(sinkrt_session* session) { delete session; }
+void sinkrt_free(sinkrt_session* session) {
+  delete session;
+}
 
 sinkrt_status sinkrt_get_facts(const sinkrt_session* session, sinkrt_facts* facts) {
   return guarded([&] {

@@ -41,7 +41,8 @@ std::string checkEngine(const std::string& bundle, const Manifest& manifest, con
   const int64_t size = fileSize(path);
   if (size < 0) refuse("'" + facts.file + "'", "no such file", expected);
   if (size != facts.bytes) refuse("'" + facts.file + "'", std::to_string(size) + " bytes", expected);
-  if (hashes && hashFile(path).sha256 != facts.sha256) refuse("'" + facts.file + "'", "other content", "what was built");
+  if (hashes && hashFile(path).sha256 != facts.sha256)
+    refuse("'" + facts.file + "'", "other content", "what was built");
   return path;
 }
 

@@ -20,7 +20,7 @@ using File = std::unique_ptr<std::FILE, FileCloser>;
 
 // Bytes of a regular file; -1: there is none.
 inline int64_t fileSize(const std::string& path) {
-  struct stat facts {};
+  struct stat facts{};
   return ::stat(path.c_str(), &facts) == 0 && S_ISREG(facts.st_mode) ? int64_t{facts.st_size} : -1;
 }
 

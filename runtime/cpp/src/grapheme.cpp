@@ -12,8 +12,22 @@ namespace {
 
 // In the order of make_unicode_tables.py; the two of Hangul's syllables are computed.
 enum Break : uint32_t {
-  kAny, kCr, kLf, kControl, kExtend, kJoiner, kSpacingMark, kPrepend, kLead, kVowel, kTail, kRegional, kPictographic,
-  kConsonant, kLeadVowel, kLeadVowelTail
+  kAny,
+  kCr,
+  kLf,
+  kControl,
+  kExtend,
+  kJoiner,
+  kSpacingMark,
+  kPrepend,
+  kLead,
+  kVowel,
+  kTail,
+  kRegional,
+  kPictographic,
+  kConsonant,
+  kLeadVowel,
+  kLeadVowelTail
 };
 constexpr uint32_t kBreaks = 15, kConjunctExtend = 1 << 4, kConjunctLinker = 1 << 5;
 
@@ -24,15 +38,17 @@ uint32_t joins(uint32_t code) {
   return after[-1] & 0x3f;
 }
 
-bool isBreak(uint32_t cls) { return cls == kCr || cls == kLf || cls == kControl; }
+bool isBreak(uint32_t cls) {
+  return cls == kCr || cls == kLf || cls == kControl;
+}
 
 // What stands before a place inside a cluster, as far as it counts.
 struct Before {
   uint32_t cls;
-  size_t regionals;       // in a row
-  bool after_picture;     // a pictograph and marks, whatever follows
-  bool after_consonant;   // a consonant and marks of conjuncts
-  bool has_linker;        // one of those marks links
+  size_t regionals;      // in a row
+  bool after_picture;    // a pictograph and marks, whatever follows
+  bool after_consonant;  // a consonant and marks of conjuncts
+  bool has_linker;       // one of those marks links
 
   explicit Before(uint32_t first) { take(first, true); }
 
@@ -40,8 +56,8 @@ struct Before {
     const uint32_t next = flags & kBreaks;
     regionals = next == kRegional ? (is_first ? 1 : regionals + 1) : 0;
     // The joiner keeps the pictograph for one more character.
-    after_picture = next == kPictographic || (!is_first && after_picture && cls != kJoiner &&
-                                              (next == kExtend || next == kJoiner));
+    after_picture =
+        next == kPictographic || (!is_first && after_picture && cls != kJoiner && (next == kExtend || next == kJoiner));
     const bool marks = !is_first && (flags & (kConjunctExtend | kConjunctLinker)) != 0;
     after_consonant = next == kConsonant || (marks && after_consonant);
     has_linker = marks && after_consonant && (has_linker || (flags & kConjunctLinker) != 0);

@@ -243,7 +243,9 @@ const Json* Json::find(std::string_view key) const {
   return nullptr;
 }
 
-Json parseJson(std::string_view text) { return Parser(text).document(); }
+Json parseJson(std::string_view text) {
+  return Parser(text).document();
+}
 
 std::string jsonQuoted(std::string_view text) {
   static const char* const kHex = "0123456789abcdef";

@@ -22,9 +22,9 @@ struct Json {
 
   Type type = Type::kNull;
   bool boolean = false;
-  int64_t integer = 0;  // kInt: numbers without fraction and exponent that fit; others are kFloat
-  double number = 0;    // kFloat
-  std::string text;     // kString; kFloat: the digits as they stand there
+  int64_t integer = 0;          // kInt: numbers without fraction and exponent that fit; others are kFloat
+  double number = 0;            // kFloat
+  std::string text;             // kString; kFloat: the digits as they stand there
   std::vector<Json> items;      // kArray
   std::vector<Member> members;  // kObject, in the text's order
 

@@ -6,7 +6,7 @@
 
 namespace sinkrt {
 
-constexpr size_t kMaxRank = 8;                        // axes of a tensor
+constexpr size_t kMaxRank = 8;                         // axes of a tensor
 constexpr int64_t kMaxTensorBytes = int64_t{1} << 46;  // more than any address space of a process holds
 
 // Throws Error(kBundle) naming the first state or graph that disagrees.

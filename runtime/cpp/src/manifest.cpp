@@ -383,11 +383,7 @@ void read(const Json& raw, const std::string& where, SinkTuning& out) {
 }
 
 void read(const Json& raw, const std::string& where, HeadWindow& out) {
-  Fields(raw, where)
-      .take("layer", out.layer)
-      .take("kv_heads", out.kv_heads)
-      .take("window_size", out.window_size)
-      .end();
+  Fields(raw, where).take("layer", out.layer).take("kv_heads", out.kv_heads).take("window_size", out.window_size).end();
   atLeast(0, "head_windows layer", out.layer);
   atLeast(1, "head_windows window_size", out.window_size);
   check(!out.kv_heads.empty(), "head_windows kv_heads", "none", "at least one");
@@ -426,8 +422,9 @@ void checkAffineAttention(const Manifest& manifest) {
   for (const auto& layer : facts.heads) {
     for (const int64_t head : layer) fits = fits && 0 <= head && head < manifest.model.num_q_heads;
   }
-  check(fits, "affine_attention.heads", "other layers or heads",
-        std::to_string(manifest.model.num_layers) + " layers, heads below " + std::to_string(manifest.model.num_q_heads));
+  check(
+      fits, "affine_attention.heads", "other layers or heads",
+      std::to_string(manifest.model.num_layers) + " layers, heads below " + std::to_string(manifest.model.num_q_heads));
 }
 
 void checkHeadWindows(const Manifest& manifest) {
@@ -502,20 +499,19 @@ std::string Manifest::fingerprint() const {
     for (const HeadWindow& group : *head_windows) {
       std::string heads;
       for (const int64_t head : group.kv_heads) heads += (heads.empty() ? "" : ", ") + number(head);
-      windows += std::string(windows.empty() ? "" : ", ") + "{\"kv_heads\": [" + heads + "], \"layer\": " +
-                 number(group.layer) + ", \"window_size\": " + number(group.window_size) + "}";
+      windows += std::string(windows.empty() ? "" : ", ") + "{\"kv_heads\": [" + heads +
+                 "], \"layer\": " + number(group.layer) + ", \"window_size\": " + number(group.window_size) + "}";
     }
     windows = ", [" + windows + "]";
   }
   if (affine_attention) affine = ", " + jsonQuoted(affine_attention->sha256);
   const std::string text =
       "[{\"architecture\": " + jsonQuoted(model.architecture) +
-      ", \"bos_token_id\": " + (model.bos_token_id ? number(*model.bos_token_id) : "null") +
-      ", \"eos_token_ids\": [" + ends + "], \"family\": " + jsonQuoted(model.family) +
-      ", \"head_dim\": " + number(model.head_dim) + ", \"hidden_size\": " + number(model.hidden_size) +
-      ", \"name\": " + jsonQuoted(model.name) + ", \"num_kv_heads\": " + number(model.num_kv_heads) +
-      ", \"num_layers\": " + number(model.num_layers) + ", \"num_parameters\": " + number(model.num_parameters) +
-      ", \"num_q_heads\": " + number(model.num_q_heads) +
+      ", \"bos_token_id\": " + (model.bos_token_id ? number(*model.bos_token_id) : "null") + ", \"eos_token_ids\": [" +
+      ends + "], \"family\": " + jsonQuoted(model.family) + ", \"head_dim\": " + number(model.head_dim) +
+      ", \"hidden_size\": " + number(model.hidden_size) + ", \"name\": " + jsonQuoted(model.name) +
+      ", \"num_kv_heads\": " + number(model.num_kv_heads) + ", \"num_layers\": " + number(model.num_layers) +
+      ", \"num_parameters\": " + number(model.num_parameters) + ", \"num_q_heads\": " + number(model.num_q_heads) +
       ", \"position_scheme\": " + jsonQuoted(model.position_scheme) + ", \"vocab_size\": " + number(model.vocab_size) +
       "}, {\"batch\": " + number(stream.batch) + ", \"num_sink_tokens\": " + number(stream.num_sink_tokens) +
       ", \"position_limit\": " + number(stream.position_limit) + ", \"window_size\": " + number(stream.window_size) +

@@ -20,9 +20,8 @@ class Next {
  public:
   template <typename Callable>
   Next(const Callable& callable)  // NOLINT: implicit, as function arguments are
-      : object_(&callable), call_([](const void* object, size_t at) {
-          return (*static_cast<const Callable*>(object))(at);
-        }) {}
+      : object_(&callable),
+        call_([](const void* object, size_t at) { return (*static_cast<const Callable*>(object))(at); }) {}
   bool operator()(size_t at) const { return call_(object_, at); }
 
  private:

@@ -19,7 +19,9 @@ constexpr const char* kEnd = ".partial";
 constexpr size_t kDigits = 8;
 constexpr int kAttempts = 16;  // to make a file that no other process takes for a leftover before it is locked
 
-std::string baseName(const std::string& path) { return path.substr(path.rfind('/') + 1); }
+std::string baseName(const std::string& path) {
+  return path.substr(path.rfind('/') + 1);
+}
 
 std::string folderOf(const std::string& path) {
   const size_t slash = path.rfind('/');
@@ -53,7 +55,7 @@ bool isLeftover(const std::string& name, const std::string& start) {
 
 Replacement::Replacement(const std::string& path) : path_(path), target_(followed(path)) {
   if (baseName(path).empty()) fail(EISDIR);
-  struct stat facts {};
+  struct stat facts{};
   if (::stat(target_.c_str(), &facts) == 0) {
     if (S_ISDIR(facts.st_mode)) fail(EISDIR);
     if (!S_ISREG(facts.st_mode)) fail("a device, pipe or socket, no file");
@@ -106,7 +108,7 @@ void Replacement::open() {
       fail(reason);
     }
     ::flock(handle, LOCK_EX | LOCK_NB);  // where there are no locks, nothing is taken for a leftover either
-    struct stat facts {};
+    struct stat facts{};
     if (::fstat(handle, &facts) == 0 && facts.st_nlink > 0) return;
     file_.reset();  // another process took it for a leftover before it was locked
   }
@@ -123,7 +125,7 @@ void Replacement::removeLeftovers() const {
     const std::string path = joined(folder, entry->d_name);
     const int handle = ::open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
     if (handle < 0) continue;
-    struct stat facts {};
+    struct stat facts{};
     if (::fstat(handle, &facts) == 0 && S_ISREG(facts.st_mode) && ::flock(handle, LOCK_EX | LOCK_NB) == 0) {
       ::unlink(path.c_str());
     }
@@ -132,7 +134,9 @@ void Replacement::removeLeftovers() const {
   ::closedir(entries);
 }
 
-void Replacement::fail(int reason) const { fail(std::strerror(reason)); }
+void Replacement::fail(int reason) const {
+  fail(std::strerror(reason));
+}
 
 void Replacement::fail(const char* reason) const {
   throw Error(Code::kUsage, problem("state file", "'" + path_ + "' (" + reason + ")", "a file that can be written",

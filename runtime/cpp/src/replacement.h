@@ -8,9 +8,9 @@
 
 namespace sinkrt {
 
-// Written under ".NAME.xxxxxxxx.partial" in the folder of NAME, locked for as long as the process lives, and renamed once
-// it has reached the disk. A symbolic link stays one: the file that it names is replaced. Partial files that killed
-// processes left, whose lock is free, are removed.
+// Written under ".NAME.xxxxxxxx.partial" in the folder of NAME, locked for as long as the process lives, and renamed
+// once it has reached the disk. A symbolic link stays one: the file that it names is replaced. Partial files that
+// killed processes left, whose lock is free, are removed.
 //
 // Throws Error(kUsage) if `path` is a folder, a device, a pipe or a socket, or cannot be written.
 class Replacement {

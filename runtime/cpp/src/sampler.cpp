@@ -50,8 +50,11 @@ SamplingParams SamplingParams::resolved() const {
 }
 
 Sampler::Sampler(int64_t vocab_size)
-    : vocab_size_(vocab_size), weights_(static_cast<size_t>(vocab_size)), sorted_(weights_.size()),
-      ids_(weights_.size()), order_(weights_.size()) {}
+    : vocab_size_(vocab_size),
+      weights_(static_cast<size_t>(vocab_size)),
+      sorted_(weights_.size()),
+      ids_(weights_.size()),
+      order_(weights_.size()) {}
 
 int64_t Sampler::sample(const float* logits, const int64_t* recent, int64_t num_recent, int64_t position,
                         const SamplingParams& params) {
@@ -80,8 +83,7 @@ int64_t Sampler::sample(const float* logits, const int64_t* recent, int64_t num_
 
   // The maximum first: a temperature close to 0 would overflow otherwise.
   const float largest = logits[best];
-  const auto temperature =
-      static_cast<float>(std::max(params.temperature, double{std::numeric_limits<float>::min()}));
+  const auto temperature = static_cast<float>(std::max(params.temperature, double{std::numeric_limits<float>::min()}));
   for (int64_t i = 0; i < vocab_size_; ++i) weights_[i] = (logits[i] - largest) / temperature;
   int64_t count = vocab_size_;
   if (0 < params.top_k && params.top_k < vocab_size_) {

@@ -30,9 +30,8 @@ std::unique_ptr<Session> Session::load(const std::string& bundle, const LoadOpti
   }
   Manifest manifest = loadManifest(bundle);
   checkFiles(bundle, manifest, options.verify);
-  auto session = std::make_unique<Session>(std::move(manifest), [&](const Manifest& kept) {
-    return loadBackend(options.backend, bundle, kept, options);
-  });
+  auto session = std::make_unique<Session>(
+      std::move(manifest), [&](const Manifest& kept) { return loadBackend(options.backend, bundle, kept, options); });
   session->bundle_ = bundle;
   return session;
 }
@@ -57,8 +56,8 @@ void Session::checkStream(int64_t stream) const {
 
 void Session::checkWhole(int64_t stream) const {
   if (!damaged_[stream]) return;
-  throw Error(Code::kState, problem("stream " + std::to_string(stream), "one that an error cut short",
-                                    "a whole stream", "reset it, or load a saved state"));
+  throw Error(Code::kState, problem("stream " + std::to_string(stream), "one that an error cut short", "a whole stream",
+                                    "reset it, or load a saved state"));
 }
 
 void Session::checkIds(const int64_t* ids, int64_t count) const {
@@ -88,7 +87,9 @@ std::vector<int64_t> Session::recentIds(int64_t stream) const {
   return out;
 }
 
-void Session::step(const int64_t* ids) { step(ids, all_.data(), batch()); }
+void Session::step(const int64_t* ids) {
+  step(ids, all_.data(), batch());
+}
 
 void Session::step(const int64_t* ids, const int64_t* streams, int64_t count) {
   if (count < 1 || count > batch()) refuse("streams", std::to_string(count), "1 .. B of them", "name each stream once");

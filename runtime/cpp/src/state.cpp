@@ -24,7 +24,9 @@ const char* safetensorsDtype(const std::string& dtype) {
                                     "a whole file that save_state wrote", "use another save"));
 }
 
-std::string baseName(const std::string& path) { return path.substr(path.rfind('/') + 1); }
+std::string baseName(const std::string& path) {
+  return path.substr(path.rfind('/') + 1);
+}
 
 void checkMetadata(const std::string& name, const Json* metadata, const Manifest& manifest) {
   const struct {
@@ -40,8 +42,8 @@ void checkMetadata(const std::string& name, const Json* metadata, const Manifest
     const Json* found = metadata == nullptr ? nullptr : metadata->find(key);
     const std::string text = found == nullptr || !found->isString() ? "nothing" : found->text;
     if (text == wanted) continue;
-    throw Error(Code::kState, problem("state file '" + baseName(name) + "': " + key, text.substr(0, 16),
-                                      wanted.substr(0, 16), fix));
+    throw Error(Code::kState,
+                problem("state file '" + baseName(name) + "': " + key, text.substr(0, 16), wanted.substr(0, 16), fix));
   }
 }
 
@@ -89,7 +91,9 @@ std::vector<TensorSpec> stateTensors(const Manifest& manifest) {
   return out;
 }
 
-void checkStateTarget(const std::string& path) { Replacement file(path); }
+void checkStateTarget(const std::string& path) {
+  Replacement file(path);
+}
 
 void saveState(const std::string& path, const Manifest& manifest,
                const std::function<void(size_t index, void* target)>& read) {
@@ -101,8 +105,9 @@ void saveState(const std::string& path, const Manifest& manifest,
     const int64_t wide_a = dtypeBytes(tensors[a].dtype), wide_b = dtypeBytes(tensors[b].dtype);
     return wide_a != wide_b ? wide_a > wide_b : tensors[a].name < tensors[b].name;
   });
-  std::string header = "{\"__metadata__\": {\"format\": " + jsonQuoted(kFormat) + ", \"version\": " +
-                       jsonQuoted(kVersion) + ", \"fingerprint\": " + jsonQuoted(manifest.fingerprint()) + "}";
+  std::string header = "{\"__metadata__\": {\"format\": " + jsonQuoted(kFormat) +
+                       ", \"version\": " + jsonQuoted(kVersion) +
+                       ", \"fingerprint\": " + jsonQuoted(manifest.fingerprint()) + "}";
   int64_t start = 0, largest = 0;
   for (const size_t i : order) {
     const TensorSpec& spec = tensors[i];
@@ -168,8 +173,8 @@ StateFile parseState(const std::string& name, std::vector<char> content, const M
     if (dtype != nullptr && shape != nullptr && offsets != nullptr) received = shown(dtype->text, integers(shape));
     const std::string wanted = shown(safetensorsDtype(spec.dtype), spec.shape);
     if (received != wanted) {
-      throw Error(Code::kState, problem("state '" + spec.name + "'", received, wanted,
-                                        "use a state that this bundle saved"));
+      throw Error(Code::kState,
+                  problem("state '" + spec.name + "'", received, wanted, "use a state that this bundle saved"));
     }
     const std::vector<int64_t> range = integers(offsets);
     const int64_t bytes = spec.bytes();
@@ -182,8 +187,8 @@ StateFile parseState(const std::string& name, std::vector<char> content, const M
   }
   for (const auto& member : header.members) {
     if (member.first != "__metadata__" && file.starts.count(member.first) == 0) {
-      throw Error(Code::kState, problem("state '" + member.first + "'", "a tensor", "nothing",
-                                        "use a state that this bundle saved"));
+      throw Error(Code::kState,
+                  problem("state '" + member.first + "'", "a tensor", "nothing", "use a state that this bundle saved"));
     }
   }
   if (used != data_size) refuseFile(name, "more bytes than its tensors have");

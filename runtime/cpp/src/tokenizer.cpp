@@ -84,8 +84,8 @@ Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
 Tokenizer Tokenizer::load(const std::string& path) {
   std::string text;
   if (!readFile(path, text)) {
-    throw Error(Code::kBundle, problem("tokenizer", "'" + path + "' (" + text + ")", "a readable file",
-                                       "export the model again"));
+    throw Error(Code::kBundle,
+                problem("tokenizer", "'" + path + "' (" + text + ")", "a readable file", "export the model again"));
   }
   return fromJson(text, path.substr(path.rfind('/') + 1));
 }
@@ -156,7 +156,9 @@ std::string Tokenizer::decode(const int64_t* ids, size_t count, bool keep_specia
   return std::string(data_->decoder.run(work));
 }
 
-bool Tokenizer::hasText(int64_t id) const { return data_->vocabulary.has(id) && !data_->added.isSpecial(id); }
+bool Tokenizer::hasText(int64_t id) const {
+  return data_->vocabulary.has(id) && !data_->added.isSpecial(id);
+}
 
 int64_t Tokenizer::id(std::string_view token) const {
   const int64_t added = data_->added.id(std::string(token));

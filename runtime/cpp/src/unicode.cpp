@@ -128,16 +128,26 @@ bool isSpace(uint32_t code) {
          code == 0x2029 || code == 0x202f || code == 0x205f || code == 0x3000;
 }
 
-bool isNumeric(uint32_t code) { return inside(kNumeric, code); }
-bool isPunctuation(uint32_t code) { return inside(kPunctuation, code); }
-bool isClassWord(uint32_t code) { return inside(kWord, code); }
+bool isNumeric(uint32_t code) {
+  return inside(kNumeric, code);
+}
+bool isPunctuation(uint32_t code) {
+  return inside(kPunctuation, code);
+}
+bool isClassWord(uint32_t code) {
+  return inside(kWord, code);
+}
 
 bool isWord(uint32_t code) {  // Latin-1's small digits and fractions too
   return isClassWord(code) || code == 0xb2 || code == 0xb3 || code == 0xb9 || (code >= 0xbc && code <= 0xbe);
 }
 
-bool isPlainWord(uint32_t code) { return isClassWord(code) || code == 0x200c || code == 0x200d; }
-bool isMark(uint32_t code) { return inside(kMark, code); }
+bool isPlainWord(uint32_t code) {
+  return isClassWord(code) || code == 0x200c || code == 0x200d;
+}
+bool isMark(uint32_t code) {
+  return inside(kMark, code);
+}
 
 namespace {
 

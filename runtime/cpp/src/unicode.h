@@ -33,7 +33,8 @@ std::string normalized(std::string_view text, Form form);
 // Lower case, character by character.
 std::string lowered(std::string_view text);
 
-// Bytes of the first extended grapheme cluster of a text, valid UTF-8 and not empty: what is one character on the screen.
+// Bytes of the first extended grapheme cluster of a text, valid UTF-8 and not empty: what is one character on the
+// screen.
 size_t clusterSize(std::string_view text);
 
 }  // namespace sinkrt

@@ -7,10 +7,10 @@
 // was measured is kept there, and not measured again. --verbose: all that TensorRT says, on stderr, with the time.
 // TensorRT is found as libsinkrt finds it; the parser likewise, or at $SINKRT_ONNX_PARSER. Exit codes: 0; 2 after one
 // line of what is wrong.
-#include <NvInfer.h>
-#include <NvOnnxParser.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
+#include <NvInfer.h>
+#include <NvOnnxParser.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -109,7 +109,8 @@ void writeWhole(const std::string& path, const void* data, size_t size) {
 std::string contentOf(const std::string& path) {
   std::string content;
   if (sinkrt::readFile(path, content)) return content;
-  throw Error(Code::kUsage, problem("'" + path + "'", content, "a readable file", "check the path and its permissions"));
+  throw Error(Code::kUsage,
+              problem("'" + path + "'", content, "a readable file", "check the path and its permissions"));
 }
 
 #if defined(SINKRT_TENSORRT_8)
@@ -218,9 +219,9 @@ class Parser {
 #endif
     const char* path = std::getenv("SINKRT_ONNX_PARSER");
     void* library = dlopen(path != nullptr ? path : name.c_str(), RTLD_NOW);
-    create_ = library == nullptr ? nullptr
-                                 : reinterpret_cast<void* (*)(void*, void*, int)>(
-                                       dlsym(library, "createNvOnnxParser_INTERNAL"));
+    create_ = library == nullptr
+                  ? nullptr
+                  : reinterpret_cast<void* (*)(void*, void*, int)>(dlsym(library, "createNvOnnxParser_INTERNAL"));
     if (create_ == nullptr) {
       throw Error(Code::kBackend, problem("TensorRT's ONNX parser", dlerror(), name,
                                           "add its folder to LD_LIBRARY_PATH, or set SINKRT_ONNX_PARSER to its path"));
@@ -264,7 +265,8 @@ std::unique_ptr<IHostMemory> build(sinkrt::TensorrtLibrary& library, const Parse
   const auto create = reinterpret_cast<void* (*)(void*, int32_t)>(library.symbol("createInferBuilder_INTERNAL"));
   const std::unique_ptr<IBuilder> builder(static_cast<IBuilder*>(create(&library.logger(), library.number())));
   if (builder == nullptr) {
-    throw Error(Code::kBackend, problem("TensorRT builder", library.logger().takeErrors(), "one", "check the GPU's driver"));
+    throw Error(Code::kBackend,
+                problem("TensorRT builder", library.logger().takeErrors(), "one", "check the GPU's driver"));
   }
 #if defined(SINKRT_TENSORRT_8)
   const uint32_t flags = 1U << static_cast<uint32_t>(NetworkDefinitionCreationFlag::kEXPLICIT_BATCH);
@@ -298,7 +300,9 @@ std::unique_ptr<IHostMemory> build(sinkrt::TensorrtLibrary& library, const Parse
   return plan;
 }
 
-std::string quoted(const std::string& text) { return '"' + text + '"'; }  // plain ASCII: versions, names of GPUs
+std::string quoted(const std::string& text) {
+  return '"' + text + '"';
+}  // plain ASCII: versions, names of GPUs
 
 // EngineFacts of one engine as the manifest has them, keys in order.
 std::string entry(const sinkrt::Manifest& manifest, const std::string& role, const sinkrt::FileFacts& written,
@@ -314,7 +318,8 @@ std::string entry(const sinkrt::Manifest& manifest, const std::string& role, con
   const std::string capability = quoted(std::to_string(device.major) + "." + std::to_string(device.minor));
 #endif
   std::ostringstream out;
-  out << "  " << quoted(role) << ": {\n   \"bytes\": " << written.bytes << ",\n   \"compute_capability\": " << capability
+  out << "  " << quoted(role) << ": {\n   \"bytes\": " << written.bytes
+      << ",\n   \"compute_capability\": " << capability
       << ",\n   \"file\": " << quoted(std::string(kFolder) + "/" + role + ".engine")
       << ",\n   \"flavour\": " << quoted(sinkrt::TensorrtLibrary::flavour()) << ",\n   \"gpu\": " << gpu
       << ",\n   \"graph_sha256\": " << quoted(manifest.files.at(manifest.graphs.at(role).file).sha256)

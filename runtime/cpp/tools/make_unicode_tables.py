@@ -21,15 +21,53 @@ GRAPHEMES = TARGET.with_name("grapheme_tables.inc")
 SURROGATES = range(0xD800, 0xE000)
 # In the order of the enumeration in unicode.h; what none of them matches is unassigned (Cn).
 CATEGORIES = (
-    "Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "No", "Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po",
-    "Sm", "Sc", "Sk", "So", "Zs", "Zl", "Zp", "Cc", "Cf", "Co", "Cn",
-)  # fmt: skip
+    "Lu",
+    "Ll",
+    "Lt",
+    "Lm",
+    "Lo",
+    "Mn",
+    "Mc",
+    "Me",
+    "Nd",
+    "Nl",
+    "No",
+    "Pc",
+    "Pd",
+    "Ps",
+    "Pe",
+    "Pi",
+    "Pf",
+    "Po",
+    "Sm",
+    "Sc",
+    "Sk",
+    "So",
+    "Zs",
+    "Zl",
+    "Zp",
+    "Cc",
+    "Cf",
+    "Co",
+    "Cn",
+)
 BLOCK = 1 << 14
 # In the order of the enumeration in grapheme.cpp, from 1 on; a character is of the last that matches.
 GRAPHEME_BREAKS = (
-    "GCB=CR", "GCB=LF", "GCB=Control", "GCB=Extend", "GCB=ZWJ", "GCB=SpacingMark", "GCB=Prepend", "GCB=L", "GCB=V",
-    "GCB=T", "GCB=Regional_Indicator", "Extended_Pictographic", "InCB=Consonant",
-)  # fmt: skip
+    "GCB=CR",
+    "GCB=LF",
+    "GCB=Control",
+    "GCB=Extend",
+    "GCB=ZWJ",
+    "GCB=SpacingMark",
+    "GCB=Prepend",
+    "GCB=L",
+    "GCB=V",
+    "GCB=T",
+    "GCB=Regional_Indicator",
+    "Extended_Pictographic",
+    "InCB=Consonant",
+)
 INCB_EXTEND, INCB_LINKER = 1 << 4, 1 << 5
 
 

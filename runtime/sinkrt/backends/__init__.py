@@ -38,10 +38,13 @@ def load_backend(
         return TensorrtBackend(bundle, manifest)
     if manifest.plugin_abi is not None:
         raise BackendError(
-            problem(f"backend '{name}'", received="a bundle whose graphs need the TensorRT plugin",
-                    expected="standard operators",
-                    fix="pass --backend tensorrt, or export with --target onnx")
-        )  # fmt: skip
+            problem(
+                f"backend '{name}'",
+                received="a bundle whose graphs need the TensorRT plugin",
+                expected="standard operators",
+                fix="pass --backend tensorrt, or export with --target onnx",
+            )
+        )
     from sinkrt.backends.ort import OrtBackend, load_on_gpu
 
     if name == "ort-cuda":

@@ -87,8 +87,14 @@ def check_graphs(manifest: Manifest) -> None:
     if stream.chunk_size == 1:
         del roles["prefill"]
     if sorted(manifest.graphs) != sorted(roles):
-        raise BundleError(problem("graphs", received=", ".join(sorted(manifest.graphs)), expected=", ".join(roles),
-                                  fix="export the model again"))  # fmt: skip
+        raise BundleError(
+            problem(
+                "graphs",
+                received=", ".join(sorted(manifest.graphs)),
+                expected=", ".join(roles),
+                fix="export the model again",
+            )
+        )
     has_plugin = manifest.plugin_abi is not None
     dtype = "int32" if has_plugin else "int64"
     for role, (batch, num_tokens) in roles.items():
@@ -101,9 +107,13 @@ def check_graphs(manifest: Manifest) -> None:
         for kind, found, wanted in (("inputs", graph.inputs, inputs), ("outputs", graph.outputs, outputs)):
             if sorted(found, key=lambda spec: spec.name) != wanted:
                 raise BundleError(
-                    problem(f"{kind} of the {role} graph", received=_shown(found), expected=_shown(wanted),
-                            fix="export the model again")
-                )  # fmt: skip
+                    problem(
+                        f"{kind} of the {role} graph",
+                        received=_shown(found),
+                        expected=_shown(wanted),
+                        fix="export the model again",
+                    )
+                )
     names = [name for state in manifest.states for name in (state.input, state.output)]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)

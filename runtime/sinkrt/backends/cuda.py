@@ -39,8 +39,14 @@ class Cuda:
         count = ctypes.c_int()
         error = self._library.cudaGetDeviceCount(ctypes.byref(count))
         if error or not count.value:
-            raise BackendError(problem("CUDA device", received=self._text(error) if error else "none",
-                                       expected="an NVIDIA GPU and its driver", fix=_FIX))  # fmt: skip
+            raise BackendError(
+                problem(
+                    "CUDA device",
+                    received=self._text(error) if error else "none",
+                    expected="an NVIDIA GPU and its driver",
+                    fix=_FIX,
+                )
+            )
         self._call("cudaSetDevice", 0)
         stream = ctypes.c_void_p()
         self._call("cudaStreamCreate", ctypes.byref(stream))
@@ -90,8 +96,14 @@ class Cuda:
 
     def on_device(self, target: int, source: int, num_bytes: int) -> None:
         """From device memory to device memory, on the stream."""
-        self._call("cudaMemcpyAsync", ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(num_bytes),
-                   _DEVICE_TO_DEVICE, ctypes.c_void_p(self.stream))  # fmt: skip
+        self._call(
+            "cudaMemcpyAsync",
+            ctypes.c_void_p(target),
+            ctypes.c_void_p(source),
+            ctypes.c_size_t(num_bytes),
+            _DEVICE_TO_DEVICE,
+            ctypes.c_void_p(self.stream),
+        )
 
     def synchronize(self) -> None:
         """Wait for the stream.
@@ -117,9 +129,13 @@ class Cuda:
             pass
         finally:  # whatever work raises: a stream that stays in capture takes nothing else
             ended = self._library.cudaStreamEndCapture(stream, ctypes.byref(graph)) == 0
-            made = whole and ended and not self._library.cudaGraphInstantiateWithFlags(
-                ctypes.byref(recorded), graph, ctypes.c_ulonglong(0)
-            )  # fmt: skip
+            made = (
+                whole
+                and ended
+                and not self._library.cudaGraphInstantiateWithFlags(
+                    ctypes.byref(recorded), graph, ctypes.c_ulonglong(0)
+                )
+            )
             if graph.value:
                 self._library.cudaGraphDestroy(graph)
             if not made:
@@ -139,11 +155,22 @@ class Cuda:
             return
         self._library.cudaGetLastError()
         if error == _MEMORY_ALLOCATION:
-            raise BackendError(problem("GPU memory", received=f"too little for '{what or name}'",
-                                       expected="room for weights and cache",
-                                       fix="free some, or export with a smaller window or an INT8 recipe"))  # fmt: skip
-        raise BackendError(problem(f"CUDA: {name}", received=self._text(error), expected="success",
-                                   fix="load the session again; if that fails too, restart the program"))  # fmt: skip
+            raise BackendError(
+                problem(
+                    "GPU memory",
+                    received=f"too little for '{what or name}'",
+                    expected="room for weights and cache",
+                    fix="free some, or export with a smaller window or an INT8 recipe",
+                )
+            )
+        raise BackendError(
+            problem(
+                f"CUDA: {name}",
+                received=self._text(error),
+                expected="success",
+                fix="load the session again; if that fails too, restart the program",
+            )
+        )
 
     def _text(self, error: int) -> str:
         self._library.cudaGetErrorString.restype = ctypes.c_char_p
@@ -251,5 +278,11 @@ def _load() -> ctypes.CDLL:
             return ctypes.CDLL(candidate)
         except OSError:
             continue
-    raise BackendError(problem("CUDA", received="no libcudart", expected="CUDA's runtime library",
-                               fix="pip install 'sinkexport[cuda]', or use --backend ort"))  # fmt: skip
+    raise BackendError(
+        problem(
+            "CUDA",
+            received="no libcudart",
+            expected="CUDA's runtime library",
+            fix="pip install 'sinkexport[cuda]', or use --backend ort",
+        )
+    )

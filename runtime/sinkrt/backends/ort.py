@@ -77,9 +77,14 @@ class OrtBackend:
     """
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, threads: int | None, repack_prefill: bool | None = None,
-        place: Place | None = None, not_recorded: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        threads: int | None,
+        repack_prefill: bool | None = None,
+        place: Place | None = None,
+        not_recorded: str | None = None,
+    ) -> None:
         self.not_recorded = not_recorded
         if repack_prefill is None:
             repack_prefill = manifest.weights_bytes <= available_bytes() // 4
@@ -152,10 +157,13 @@ def load_on_gpu(bundle: Path, manifest: Manifest, threads: int | None) -> OrtBac
     """
     if CUDA_PROVIDER not in ort.get_available_providers():
         raise BackendError(
-            problem("backend 'ort-cuda'", received=f"onnxruntime {ort.__version__} for the CPU",
-                    expected="onnxruntime-gpu",
-                    fix="pip uninstall onnxruntime, then pip install 'sinkexport[cuda]': they share one folder")
-        )  # fmt: skip
+            problem(
+                "backend 'ort-cuda'",
+                received=f"onnxruntime {ort.__version__} for the CPU",
+                expected="onnxruntime-gpu",
+                fix="pip uninstall onnxruntime, then pip install 'sinkexport[cuda]': they share one folder",
+            )
+        )
     cuda = Cuda()
     if hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; a session tells that better
@@ -171,9 +179,14 @@ def load_on_gpu(bundle: Path, manifest: Manifest, threads: int | None) -> OrtBac
     except (BackendError, BundleError) as error:
         if "cudnn" not in str(error.__cause__).lower():
             raise
-        raise BackendError(problem("backend 'ort-cuda'", received=_first_line(error.__cause__ or error),
-                                   expected="cuDNN 9, or what this onnxruntime-gpu was built for",
-                                   fix="pip install 'sinkexport[cuda]'")) from error  # fmt: skip
+        raise BackendError(
+            problem(
+                "backend 'ort-cuda'",
+                received=_first_line(error.__cause__ or error),
+                expected="cuDNN 9, or what this onnxruntime-gpu was built for",
+                fix="pip install 'sinkexport[cuda]'",
+            )
+        ) from error
 
 
 class HostPlace:
@@ -304,9 +317,13 @@ class _Binding:
             self.session.run_with_iobinding(self.binding, self.options)
         except Exception as error:  # ONNX Runtime's errors have no common base but this
             raise BackendError(
-                problem(f"{self.role} run", received=_first_line(error), expected="a run without error",
-                        fix="reset or reload the session")
-            ) from error  # fmt: skip
+                problem(
+                    f"{self.role} run",
+                    received=_first_line(error),
+                    expected="a run without error",
+                    fix="reset or reload the session",
+                )
+            ) from error
 
 
 def open_graph(path: Path, threads: int | None, providers: list[Any], *, repack: bool = True) -> ort.InferenceSession:
@@ -328,16 +345,23 @@ def open_graph(path: Path, threads: int | None, providers: list[Any], *, repack:
         session = ort.InferenceSession(path, options, providers=providers)
     except Exception as error:
         raise BundleError(
-            problem(path.name, received=f"a graph that ONNX Runtime refuses ({_first_line(error)})",
-                    expected="a graph that 'sinkexport export' wrote", fix="export the model again")
-        ) from error  # fmt: skip
+            problem(
+                path.name,
+                received=f"a graph that ONNX Runtime refuses ({_first_line(error)})",
+                expected="a graph that 'sinkexport export' wrote",
+                fix="export the model again",
+            )
+        ) from error
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if session.get_providers()[0] != wanted:  # ONNX Runtime goes on without a provider that it cannot load
         raise BackendError(
-            problem(path.name, received=f"no {wanted}: its libraries cannot be loaded",
-                    expected="CUDA 13 and cuDNN 9, or what this onnxruntime-gpu was built for",
-                    fix="pip install 'sinkexport[cuda]'")
-        )  # fmt: skip
+            problem(
+                path.name,
+                received=f"no {wanted}: its libraries cannot be loaded",
+                expected="CUDA 13 and cuDNN 9, or what this onnxruntime-gpu was built for",
+                fix="pip install 'sinkexport[cuda]'",
+            )
+        )
     return session
 
 
@@ -352,9 +376,13 @@ def _compare(kind: str, found: list[ort.NodeArg], wanted: list[TensorSpec]) -> N
     for name in [*expected, *actual]:
         if actual.get(name) != expected.get(name):
             raise BundleError(
-                problem(f"graph {kind} '{name}'", received=actual.get(name, "nothing"),
-                        expected=str(expected.get(name, "nothing")), fix="graph and manifest differ: export again")
-            )  # fmt: skip
+                problem(
+                    f"graph {kind} '{name}'",
+                    received=actual.get(name, "nothing"),
+                    expected=str(expected.get(name, "nothing")),
+                    fix="graph and manifest differ: export again",
+                )
+            )
 
 
 def available_bytes() -> int:

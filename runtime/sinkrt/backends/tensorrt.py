@@ -38,9 +38,14 @@ class TensorrtBackend:
         facts = (manifest.engines or {}).get("decode")
         if facts is None:
             first = "" if manifest.target == "tensorrt" else "export with --target tensorrt, then "
-            raise BackendError(problem("backend 'tensorrt'", received="a bundle without a decode engine",
-                                       expected="one with engines",
-                                       fix=f"{first}run 'sinkexport build' on this machine"))  # fmt: skip
+            raise BackendError(
+                problem(
+                    "backend 'tensorrt'",
+                    received="a bundle without a decode engine",
+                    expected="one with engines",
+                    fix=f"{first}run 'sinkexport build' on this machine",
+                )
+            )
         trt = import_package(facts.flavour)
         self.not_recorded: str | None = None
         self._cuda = Cuda()
@@ -57,15 +62,24 @@ class TensorrtBackend:
         self._has_plugin = manifest.plugin_abi is not None
         self._states = {s.input: self._cuda.zeros(TensorSpec(s.input, s.shape, s.dtype)) for s in manifest.states}
         self._outputs = {state.input: state.output for state in manifest.states}
-        after = {s.input: self._cuda.zeros(TensorSpec(s.output, s.shape, s.dtype))
-                 for s in manifest.states if s.kind in RECURRENT_KINDS}  # fmt: skip
+        after = {
+            s.input: self._cuda.zeros(TensorSpec(s.output, s.shape, s.dtype))
+            for s in manifest.states
+            if s.kind in RECURRENT_KINDS
+        }
         batch, vocab_size = manifest.stream.batch, manifest.model.vocab_size
         self._ids, self._position = np.zeros((batch, 1), np.int64), np.zeros(batch, np.int64)
         self._logits = Staged(self._cuda, TensorSpec("logits", (batch, vocab_size), "float32"))
         self._inputs = {role: self._staged(manifest, role) for role in manifest.graphs}
         decode = self._engines["decode"]
-        decode.bind({**self._devices("decode"), "logits": self._logits.device, **self._bound(self._states),
-                     **{self._outputs[name]: array for name, array in after.items()}})  # fmt: skip
+        decode.bind(
+            {
+                **self._devices("decode"),
+                "logits": self._logits.device,
+                **self._bound(self._states),
+                **{self._outputs[name]: array for name, array in after.items()},
+            }
+        )
 
         cuda, states = self._cuda, self._states
 
@@ -143,8 +157,9 @@ class TensorrtBackend:
         rows = {"logits": self._logits.device.row(stream), **{n: s.row(stream) for n, s in self._states.items()}}
         copies = {
             name: cuda.zeros(TensorSpec(name, row.shape, str(row.dtype)))
-            for name, row in rows.items() if row.address % ALIGNMENT_BYTES
-        }  # fmt: skip
+            for name, row in rows.items()
+            if row.address % ALIGNMENT_BYTES
+        }
         seen = {**rows, **copies}
         bound = {**self._devices("prefill"), "logits": seen.pop("logits"), **self._bound(seen)}
 
@@ -178,10 +193,13 @@ class _Engine:
         context = None if engine is None else engine.create_execution_context()
         if context is None:
             raise BackendError(
-                problem(f"{role} engine", received=said(logger),
-                        expected="an engine that runs here, and room for it on the GPU",
-                        fix="free GPU memory, or run 'sinkexport build' on this machine")
-            )  # fmt: skip
+                problem(
+                    f"{role} engine",
+                    received=said(logger),
+                    expected="an engine that runs here, and room for it on the GPU",
+                    fix="free GPU memory, or run 'sinkexport build' on this machine",
+                )
+            )
         self._engine, self._context = engine, context
         self._names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
 
@@ -191,14 +209,24 @@ class _Engine:
         Raises: BackendError if the engine has others, or TensorRT does not take an address.
         """
         if different := sorted(self._names ^ set(arrays)):
-            raise BackendError(problem(f"{self._role} engine", received=f"'{different[0]}'",
-                                       expected="the tensors that the manifest names",
-                                       fix="run 'sinkexport build' again"))  # fmt: skip
+            raise BackendError(
+                problem(
+                    f"{self._role} engine",
+                    received=f"'{different[0]}'",
+                    expected="the tensors that the manifest names",
+                    fix="run 'sinkexport build' again",
+                )
+            )
         for name, array in arrays.items():
             if not self._context.set_tensor_address(name, array.address):
-                raise BackendError(problem(f"{self._role} engine: '{name}'", received=said(self._logger),
-                                           expected="an address that TensorRT takes",
-                                           fix="run 'sinkexport build' again"))  # fmt: skip
+                raise BackendError(
+                    problem(
+                        f"{self._role} engine: '{name}'",
+                        received=said(self._logger),
+                        expected="an address that TensorRT takes",
+                        fix="run 'sinkexport build' again",
+                    )
+                )
 
     def execute(self, cuda: Cuda) -> None:
         """Put a run on the stream.
@@ -206,8 +234,14 @@ class _Engine:
         Raises: BackendError.
         """
         if not self._context.execute_async_v3(cuda.stream):
-            raise BackendError(problem(f"{self._role} run", received=said(self._logger),
-                                       expected="a run without error", fix="load the session again"))  # fmt: skip
+            raise BackendError(
+                problem(
+                    f"{self._role} run",
+                    received=said(self._logger),
+                    expected="a run without error",
+                    fix="load the session again",
+                )
+            )
 
 
 def import_package(flavour: str) -> Any:
@@ -222,5 +256,11 @@ def import_package(flavour: str) -> Any:
         except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
             failures.append(one_line(f"{type(error).__name__}: {error}"))
     fix = "pip install 'sinkexport[tensorrt]'" if flavour == "TensorRT-RTX" else "install NVIDIA's 'tensorrt'"
-    raise BackendError(problem(flavour, received="; ".join(failures), fix=fix,
-                               expected=" or ".join(f"'{package}'" for package in PACKAGES[flavour])))  # fmt: skip
+    raise BackendError(
+        problem(
+            flavour,
+            received="; ".join(failures),
+            fix=fix,
+            expected=" or ".join(f"'{package}'" for package in PACKAGES[flavour]),
+        )
+    )

@@ -69,10 +69,12 @@ class AttentionParts:
         minus_sin = self._per_run.once(("minus", sin), self.node, lambda b: b.op("Neg", [sin]))
         rotary_dim = 2 * known_shape(cos)[-1]
         return self.b.op(
-            "RotaryEmbedding", [q, cos, minus_sin], known_shape(q),
+            "RotaryEmbedding",
+            [q, cos, minus_sin],
+            known_shape(q),
             interleaved=self.node.attributes["interleaved"].as_int(),
             rotary_embedding_dim=rotary_dim if rotary_dim < self.head_dim else 0,
-        )  # fmt: skip
+        )
 
     def transposed(self, rows: ir.Value) -> ir.Value:
         """[B, Hkv, n, D] -> [B, Hkv, D, n]; runtimes can fold it into a product that follows."""

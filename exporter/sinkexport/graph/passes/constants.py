@@ -24,9 +24,26 @@ def fold_small_constants(model: ir.Model) -> None:
 
 
 _ELEMENTWISE = frozenset(
-    ("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Reciprocal", "Sigmoid", "Tanh", "Neg", "Exp", "Erf", "Relu", "Gelu",
-     "Softmax", "Softplus", "Identity")
-)  # fmt: skip
+    (
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Pow",
+        "Sqrt",
+        "Reciprocal",
+        "Sigmoid",
+        "Tanh",
+        "Neg",
+        "Exp",
+        "Erf",
+        "Relu",
+        "Gelu",
+        "Softmax",
+        "Softplus",
+        "Identity",
+    )
+)
 
 
 def complete_shapes(model: ir.Model) -> None:

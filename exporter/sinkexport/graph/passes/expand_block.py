@@ -91,8 +91,10 @@ class BlockAttention(AttentionParts):
         def build(b: Builder) -> ir.Value:
             column = (self.batch, 1)
             slots = b.ints(np.arange(self._num_window_blocks)[None], "slots")
-            age = b.op("Mod", [b.op("Sub", [b.reshape(self._slot(), column), slots]),
-                               b.ints(self._num_window_blocks, "window")])  # [B, W]
+            age = b.op(
+                "Mod",
+                [b.op("Sub", [b.reshape(self._slot(), column), slots]), b.ints(self._num_window_blocks, "window")],
+            )  # [B, W]
             block = b.op("Sub", [b.reshape(self.position, column), age])
             oldest = b.op("Max", [operand(self.node, 10), b.ints(self._num_sink_blocks, "num_sinks")])
             there = b.op("GreaterOrEqual", [block, b.reshape(oldest, column)])
@@ -108,4 +110,3 @@ class BlockAttention(AttentionParts):
             return b.op("Where", [seen, b.scalar(0.0, dtype), b.scalar(-math.inf, dtype)], known_shape(seen), dtype)
 
         return self.once("mask of blocks", build)
-

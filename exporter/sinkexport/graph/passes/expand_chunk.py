@@ -36,8 +36,7 @@ class ChunkAttention(AttentionParts):
         lengths = [known_shape(keys)[2] for _, keys, _ in parts]
         entries = sum(lengths)
         logits = [
-            b.matmul(b.reshape(query, (*heads, rows, self.head_dim)), self.transposed(keys))
-            for query, keys, _ in parts
+            b.matmul(b.reshape(query, (*heads, rows, self.head_dim)), self.transposed(keys)) for query, keys, _ in parts
         ]  # [B, Hkv, G*T, S], [.., W] and [.., T]
         grouped = (*heads, self.group, self.num_tokens)
         if self.has_sink_scale:
@@ -73,8 +72,13 @@ class ChunkAttention(AttentionParts):
         before = b.op("Concat", [kept, evicted], (self.batch, self.num_q_heads, entries), axis=-1)
         before = b.reshape(before, (self.batch, self.num_kv_heads, self.group, 1, entries))
         received = b.op("Add", [given, before], known_shape(given))
-        last = b.op("Gather", [received, b.ints(self.num_tokens - 1, "last")],
-                    (self.batch, self.num_kv_heads, self.group, entries), FLOAT, axis=3)  # fmt: skip
+        last = b.op(
+            "Gather",
+            [received, b.ints(self.num_tokens - 1, "last")],
+            (self.batch, self.num_kv_heads, self.group, entries),
+            FLOAT,
+            axis=3,
+        )
         after = b.split(b.reshape(last, known_shape(before)), (self.window_size, self.num_tokens), -1)[0]
         pair = self.calibrated(sinks, others, received, self._fair_share())
         joined = b.op("Concat", pair, known_shape(weights), axis=-1)
@@ -346,8 +350,9 @@ class ChunkAttention(AttentionParts):
         """bool [B, T, T]: token i sees the row that token m replaces, u = p + m - W, if u >= S, i < m and m < n."""
         tokens = np.arange(self.num_tokens)
         earlier = b.bools(tokens[:, None] < tokens[None, :], "earlier")
-        replaced = b.op("Add", [self._column(b, self.position, 3),
-                                b.ints(tokens.reshape(1, 1, -1) - self.window_size, "replaced")])
+        replaced = b.op(
+            "Add", [self._column(b, self.position, 3), b.ints(tokens.reshape(1, 1, -1) - self.window_size, "replaced")]
+        )
         in_window = b.op("GreaterOrEqual", [replaced, b.ints(self.num_sinks, "num_sinks")])
         valid = b.op("Less", [b.ints(tokens.reshape(1, 1, -1), "tokens"), self._column(b, self._num_valid(), 3)])
         return b.op("And", [b.op("And", [in_window, valid]), earlier])

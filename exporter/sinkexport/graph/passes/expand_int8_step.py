@@ -82,10 +82,15 @@ class Int8StepAttention(StepAttention):
         rows = NUM_PARTS * group
         joined = b.op("Concat", [*parts, rest], (batch, num_heads, rows, length), axis=2)
         zero_point = constant(b.graph, np.array(ZERO_POINT, dtype=np.uint8), "zero_point")
-        integer = b.op("QuantizeLinear", [joined, b.scalar(1.0, float_), zero_point], known_shape(joined),
-                       ir.DataType.UINT8)  # fmt: skip
-        sums = b.op("MatMulInteger", [integer, integers, zero_point],
-                    (batch, num_heads, rows, known_shape(integers)[-1]), ir.DataType.INT32)  # fmt: skip
+        integer = b.op(
+            "QuantizeLinear", [joined, b.scalar(1.0, float_), zero_point], known_shape(joined), ir.DataType.UINT8
+        )
+        sums = b.op(
+            "MatMulInteger",
+            [integer, integers, zero_point],
+            (batch, num_heads, rows, known_shape(integers)[-1]),
+            ir.DataType.INT32,
+        )
         # The parts of a row are put together, and scaled, by one small product: [G, parts * G] @ [parts * G, m].
         together = np.concatenate([np.eye(group, dtype=np.float32) / FINER**i for i in range(NUM_PARTS)], axis=1)
         steps = b.op("Mul", [step, constant(b.graph, together, "parts")])

@@ -61,8 +61,10 @@ def _expand_angles(graph: ir.Graph, node: ir.Node) -> None:
     low = b.op("Sub", [t, b.op("Mul", [high, half_word])])
     high_part = b.op("Mul", [b.op("Mod", [b.op("Mul", [high, frequency]), turn]), half_word])
     phase = b.op("Add", [high_part, b.op("Mul", [low, frequency])])  # [B, T, R/2]
-    centred = b.op("Sub", [b.op("Mod", [b.op("Add", [phase, b.ints(TURN // 2, "half_turn")]), turn]),
-                           b.ints(TURN // 2, "half_turn")])
+    centred = b.op(
+        "Sub",
+        [b.op("Mod", [b.op("Add", [phase, b.ints(TURN // 2, "half_turn")]), turn]), b.ints(TURN // 2, "half_turn")],
+    )
     angle = b.cast(centred, ir.DataType.FLOAT)
     angle = b.op("Mul", [angle, b.scalar(2 * math.pi / TURN, ir.DataType.FLOAT)])
     replace_node(node, b.nodes, [b.op("Cos", [angle]), b.op("Sin", [angle])])

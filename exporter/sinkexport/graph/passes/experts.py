@@ -99,8 +99,13 @@ def _write(graph: ir.Graph, product: ExpertProduct, weight: QuantizedWeight) -> 
         return np.ascontiguousarray(weight.unsigned().reshape(count, width, depth).transpose(0, 2, 1))
 
     matrices = lazy_weight(graph, f"{weight.name}.uint8", ir.DataType.UINT8, (count, depth, width), integers)
-    scales = lazy_weight(graph, f"{weight.name}.scales", FLOAT, (count, 1, width),
-                   lambda: weight.scales().astype(np.float32).reshape(count, 1, width))  # fmt: skip
+    scales = lazy_weight(
+        graph,
+        f"{weight.name}.scales",
+        FLOAT,
+        (count, 1, width),
+        lambda: weight.scales().astype(np.float32).reshape(count, 1, width),
+    )
     matrices, scales = (_taken(b, part, product.picks) for part in (matrices, scales))
     x = b.cast(_by_expert(b, product), FLOAT)
     first, tokens, _ = known_shape(x)

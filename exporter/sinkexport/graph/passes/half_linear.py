@@ -39,9 +39,15 @@ def _replace(graph: ir.Graph, product: Product) -> None:
     weight = product.weight if product.is_table else _rows(graph, product)
     b = Builder(graph)
     out = b.op(
-        HALF_LINEAR, [product.x, weight, *([] if bias is None else [bias])], known_shape(result), product.dtype,
-        domain=DOMAIN, num_outputs=product.width, has_bias=int(bias is not None), **PLUGIN_ATTRIBUTES,
-    )  # fmt: skip
+        HALF_LINEAR,
+        [product.x, weight, *([] if bias is None else [bias])],
+        known_shape(result),
+        product.dtype,
+        domain=DOMAIN,
+        num_outputs=product.width,
+        has_bias=int(bias is not None),
+        **PLUGIN_ATTRIBUTES,
+    )
     replace_node(product.node if addition is None else addition, b.nodes, [out])
     if addition is not None:
         graph.remove(product.node, safe=True)

@@ -32,9 +32,10 @@ def fuse_rms_norms(model: ir.Model) -> int:
     found = [n for n in find_rms_norms(model.graph) if n.x.dtype == n.scale.dtype == n.last.outputs[0].dtype]
     for norm in found:
         fused = ir.node(
-            "RMSNormalization", [norm.x, norm.scale],
+            "RMSNormalization",
+            [norm.x, norm.scale],
             {"axis": -1, "epsilon": norm.epsilon, "stash_type": int(ir.DataType.FLOAT)},
-        )  # fmt: skip
+        )
         result = norm.last.outputs[0]
         typed(fused.outputs[0], result.shape, result.dtype)  # type: ignore[arg-type]
         replace_node(norm.last, [fused], fused.outputs)

@@ -20,11 +20,46 @@ IR_VERSION = 8
 """ONNX 1.13, the first after opset 17."""
 
 SAME = frozenset(
-    ("Add", "Cast", "Clip", "Concat", "Conv", "DequantizeLinear", "Div", "Equal", "Erf", "Exp", "Expand", "Gather",
-     "Gemm", "Greater", "Less", "MatMul", "Max", "Min", "Mul", "Neg", "Pow", "QuantizeLinear", "Reciprocal",
-     "ReduceSum", "Relu", "Reshape", "ScatterElements", "Sigmoid", "Slice", "Softmax", "Softplus", "Sqrt", "Sub",
-     "Tanh", "TopK", "Transpose", "Where")
-)  # fmt: skip
+    (
+        "Add",
+        "Cast",
+        "Clip",
+        "Concat",
+        "Conv",
+        "DequantizeLinear",
+        "Div",
+        "Equal",
+        "Erf",
+        "Exp",
+        "Expand",
+        "Gather",
+        "Gemm",
+        "Greater",
+        "Less",
+        "MatMul",
+        "Max",
+        "Min",
+        "Mul",
+        "Neg",
+        "Pow",
+        "QuantizeLinear",
+        "Reciprocal",
+        "ReduceSum",
+        "Relu",
+        "Reshape",
+        "ScatterElements",
+        "Sigmoid",
+        "Slice",
+        "Softmax",
+        "Softplus",
+        "Sqrt",
+        "Sub",
+        "Tanh",
+        "TopK",
+        "Transpose",
+        "Where",
+    )
+)
 """Mean the same in both, as far as a bundle's graph uses them."""
 
 _AXES_WERE_ATTRIBUTES = frozenset(("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd"))

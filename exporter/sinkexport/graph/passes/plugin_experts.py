@@ -42,9 +42,14 @@ def use_expert_plugins(model: ir.Model, plan: Plan | None) -> None:
             op_type = INT8_EXPERT_LINEAR
             matrices = [write(graph, weight, (count, width)) for write in (packed_rows, row_scales)]
         out = b.op(
-            op_type, [product.x, *matrices, narrow[picks]], known_shape(product.result), HALF, domain=DOMAIN,
-            num_outputs=width, **PLUGIN_ATTRIBUTES,
-        )  # fmt: skip
+            op_type,
+            [product.x, *matrices, narrow[picks]],
+            known_shape(product.result),
+            HALF,
+            domain=DOMAIN,
+            num_outputs=width,
+            **PLUGIN_ATTRIBUTES,
+        )
         replace_node(product.node, b.nodes, [out])
     if read := [value.name for value in laid_out if value.uses()]:
         raise ValueError(f"'{read[0]}' is read by something else")

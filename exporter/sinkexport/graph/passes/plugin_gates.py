@@ -68,7 +68,14 @@ def _replace(graph: ir.Graph, found: _Gate) -> None:
     b, merged = Builder(graph), split_source([found.gate, found.up])  # the rows gate | up as one product made them
     shape = known_shape(found.gate)
     out = b.op(
-        GATED_ACTIVATION, [found.gate, found.up] if merged is None else [merged], shape, HALF, domain=DOMAIN,
-        activation=found.activation, width=shape[-1], is_merged=int(merged is not None), **PLUGIN_ATTRIBUTES,
-    )  # fmt: skip
+        GATED_ACTIVATION,
+        [found.gate, found.up] if merged is None else [merged],
+        shape,
+        HALF,
+        domain=DOMAIN,
+        activation=found.activation,
+        width=shape[-1],
+        is_merged=int(merged is not None),
+        **PLUGIN_ATTRIBUTES,
+    )
     replace_node(found.last, b.nodes, [out])

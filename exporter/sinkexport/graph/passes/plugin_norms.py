@@ -46,11 +46,17 @@ def _replace(norm: RmsNorm, last: ir.Node) -> None:
     addition = _addition(norm.x)
     inputs = [norm.x, norm.scale] if addition is None else [addition.inputs[0], norm.scale, addition.inputs[1]]
     node = ir.node(
-        RMS_NORM, inputs,
-        {"epsilon": norm.epsilon, "has_residual": int(addition is not None),
-         "float_weight": int(norm.scale.dtype == FLOAT), **PLUGIN_ATTRIBUTES},
-        domain=DOMAIN, num_outputs=1 if addition is None else 2,
-    )  # fmt: skip
+        RMS_NORM,
+        inputs,
+        {
+            "epsilon": norm.epsilon,
+            "has_residual": int(addition is not None),
+            "float_weight": int(norm.scale.dtype == FLOAT),
+            **PLUGIN_ATTRIBUTES,
+        },
+        domain=DOMAIN,
+        num_outputs=1 if addition is None else 2,
+    )
     for output in node.outputs:
         typed(output, known_shape(norm.x), HALF)
     if addition is None:

@@ -39,14 +39,32 @@ def refuse_geometry(head_dim: int, batch: int, capacity: int) -> None:
     """
     native = "use --native, which needs no plugin"
     if head_dim not in HEAD_DIMS:
-        raise UsageError(problem("head size", received=head_dim, fix=native,
-                                 expected="one that the plugin has kernels for: " + ", ".join(map(str, HEAD_DIMS))))
+        raise UsageError(
+            problem(
+                "head size",
+                received=head_dim,
+                fix=native,
+                expected="one that the plugin has kernels for: " + ", ".join(map(str, HEAD_DIMS)),
+            )
+        )
     if batch > MAX_BATCH:
-        raise UsageError(problem("batch", received=batch, expected=f"at most {MAX_BATCH} with the plugin",
-                                 fix=f"lower --batch, or {native}"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "batch",
+                received=batch,
+                expected=f"at most {MAX_BATCH} with the plugin",
+                fix=f"lower --batch, or {native}",
+            )
+        )
     if capacity > MAX_CAPACITY:
-        raise UsageError(problem("sinks + window", received=f"{capacity} tokens", fix=f"lower --window, or {native}",
-                                 expected=f"at most {MAX_CAPACITY} tokens with the plugin"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "sinks + window",
+                received=f"{capacity} tokens",
+                fix=f"lower --window, or {native}",
+                expected=f"at most {MAX_CAPACITY} tokens with the plugin",
+            )
+        )
 
 
 def use_plugins(model: ir.Model) -> None:
@@ -127,10 +145,16 @@ def _use_plugin(graph: ir.Graph, node: ir.Node) -> None:
     }
     plugin = ir.node(SINK_ATTENTION, inputs, attributes, domain=DOMAIN, num_outputs=1 + len(states))
     b.nodes.append(plugin)
-    out, *after = (typed(new, known_shape(old), old.dtype) for new, old in zip(plugin.outputs, [inputs[0], *states],
-                                                                              strict=True))  # fmt: skip
-    by_kind = dict(zip(("window", "scales", "sinks"), (after[:2], after[2 : 2 + len(scales)],
-                                                       after[2 + len(scales) :]), strict=True))  # fmt: skip
+    out, *after = (
+        typed(new, known_shape(old), old.dtype) for new, old in zip(plugin.outputs, [inputs[0], *states], strict=True)
+    )
+    by_kind = dict(
+        zip(
+            ("window", "scales", "sinks"),
+            (after[:2], after[2 : 2 + len(scales)], after[2 + len(scales) :]),
+            strict=True,
+        )
+    )
     outputs: list[ir.Value | None] = [b.cast(out, dtype or half)]
     outputs += by_kind["sinks"] or [None, None]
     outputs += by_kind["window"]

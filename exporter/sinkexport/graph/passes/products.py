@@ -63,8 +63,10 @@ class Product:
             return first
         return ir.LazyTensor(
             lambda: ir.Tensor(np.concatenate([tensor.numpy() for _, tensor in self.rows])),
-            dtype=first.dtype, shape=ir.Shape((self.width, self.depth)), name=str(self.weight.name),
-        )  # fmt: skip
+            dtype=first.dtype,
+            shape=ir.Shape((self.width, self.depth)),
+            name=str(self.weight.name),
+        )
 
 
 def module_of(weight_name: str) -> str:

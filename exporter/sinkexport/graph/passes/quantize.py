@@ -76,8 +76,9 @@ def quantize(model: ir.Model, plan: Plan, form: Form) -> None:
         if treatment is None:
             decided[product.weight] = None
             continue
-        weight = QuantizedWeight(str(product.weight.name), product.transposed, treatment.scheme, transposed=True,
-                                 rounded=treatment.rounded)  # fmt: skip
+        weight = QuantizedWeight(
+            str(product.weight.name), product.transposed, treatment.scheme, transposed=True, rounded=treatment.rounded
+        )
         decided[product.weight] = weight
         if treatment.dynamic:
             form.dynamic(product, weight)

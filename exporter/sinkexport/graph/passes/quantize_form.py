@@ -26,9 +26,13 @@ class FormParts:
         self.per_run = PerRun(graph)
 
     def lazy(
-        self, weight: QuantizedWeight, what: str, dtype: ir.DataType, shape: tuple[int, ...],
+        self,
+        weight: QuantizedWeight,
+        what: str,
+        dtype: ir.DataType,
+        shape: tuple[int, ...],
         make: Callable[[], np.ndarray],
-    ) -> ir.Value:  # fmt: skip
+    ) -> ir.Value:
         """A part of a quantised weight, made once however often it is asked for."""
         return lazy_weight(self.graph, f"{weight.name}.{what}", dtype, shape, make)
 

@@ -48,9 +48,18 @@ class OrtForm(FormParts):
         """x @ W, x in floating point."""
         b, block = Builder(self.graph), block_size(weight)
         inputs = [product.x, *self._blocks(weight, product.dtype)]
-        result = b.op("MatMulNBits", inputs, known_shape(product.node.outputs[0]), product.dtype, domain=DOMAIN,
-                      K=weight.num_inputs, N=weight.num_outputs, bits=weight.scheme.bits, block_size=block,
-                      accuracy_level=INT8_ARITHMETIC)  # fmt: skip
+        result = b.op(
+            "MatMulNBits",
+            inputs,
+            known_shape(product.node.outputs[0]),
+            product.dtype,
+            domain=DOMAIN,
+            K=weight.num_inputs,
+            N=weight.num_outputs,
+            bits=weight.scheme.bits,
+            block_size=block,
+            accuracy_level=INT8_ARITHMETIC,
+        )
         replace_node(product.node, b.nodes, [result])
 
     def gather(self, node: ir.Node, weight: QuantizedWeight) -> None:
@@ -68,9 +77,16 @@ class OrtForm(FormParts):
         all_rows = b.ints(np.arange(count), "rows")
         padded = width * 8 // bits
         values = b.op(
-            "GatherBlockQuantized", [rows[0], all_rows, *rows[1:]], (count, padded), result.dtype,
-            domain=DOMAIN, bits=bits, block_size=block_size(weight), gather_axis=0, quantize_axis=1,
-        )  # fmt: skip
+            "GatherBlockQuantized",
+            [rows[0], all_rows, *rows[1:]],
+            (count, padded),
+            result.dtype,
+            domain=DOMAIN,
+            bits=bits,
+            block_size=block_size(weight),
+            gather_axis=0,
+            quantize_axis=1,
+        )
         if padded != depth:
             values = b.split(values, [depth, padded - depth], 1)[0]
         replace_node(node, b.nodes, [b.reshape(values, known_shape(result))])
@@ -101,9 +117,13 @@ class OrtForm(FormParts):
             x = b.op("Mul", [x, before])
         zero = self._zero_point()
         quantized = b.op("QuantizeLinear", [x, step, zero], known_shape(x), ir.DataType.UINT8)
-        out = b.op("MatMulIntegerToFloat",
-                   [quantized, self._unsigned(weight), step, self._scales(weight), zero, zero],
-                   shape, ir.DataType.FLOAT, domain=DOMAIN)  # fmt: skip
+        out = b.op(
+            "MatMulIntegerToFloat",
+            [quantized, self._unsigned(weight), step, self._scales(weight), zero, zero],
+            shape,
+            ir.DataType.FLOAT,
+            domain=DOMAIN,
+        )
         if after is not None:
             out = b.op("Mul", [out, after])
         replace_node(product.node, b.nodes, [b.cast(out, product.dtype)])
@@ -144,21 +164,26 @@ class OrtForm(FormParts):
     def _unsigned(self, weight: QuantizedWeight) -> ir.Value:
         """uint8 [K, N]: integers from 0, zero point `ZERO_POINT`."""
         shape = (weight.num_inputs, weight.num_outputs)
-        return self.lazy(weight, "uint8", ir.DataType.UINT8, shape,
-                         lambda: np.ascontiguousarray(weight.unsigned().T))  # fmt: skip
+        return self.lazy(weight, "uint8", ir.DataType.UINT8, shape, lambda: np.ascontiguousarray(weight.unsigned().T))
 
     def _zero_point(self) -> ir.Value:
         return constant(self.graph, np.asarray(ZERO_POINT, np.uint8), "zero_point")
 
     def _scales(self, weight: QuantizedWeight) -> ir.Value:
         """float32 [N]."""
-        return self.lazy(weight, "scales", ir.DataType.FLOAT, (weight.num_outputs,),
-                         lambda: weight.scales()[:, 0].astype(np.float32))  # fmt: skip
+        return self.lazy(
+            weight, "scales", ir.DataType.FLOAT, (weight.num_outputs,), lambda: weight.scales()[:, 0].astype(np.float32)
+        )
 
     def _column_sums(self, weight: QuantizedWeight) -> ir.Value:
         """float32 [N]: sums of the integers over K."""
-        return self.lazy(weight, "sums", ir.DataType.FLOAT, (weight.num_outputs,),
-                          lambda: weight.integers().sum(axis=1, dtype=np.int32).astype(np.float32))  # fmt: skip
+        return self.lazy(
+            weight,
+            "sums",
+            ir.DataType.FLOAT,
+            (weight.num_outputs,),
+            lambda: weight.integers().sum(axis=1, dtype=np.int32).astype(np.float32),
+        )
 
 
 def block_size(weight: QuantizedWeight) -> int:

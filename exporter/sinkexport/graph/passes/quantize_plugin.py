@@ -35,9 +35,15 @@ class PluginForm(QdqForm):
         bias = weight_operand(addition)
         inputs = [b.cast(product.x, half), *self._stored(weight)]
         out = b.op(
-            INT8_LINEAR, inputs if bias is None else [*inputs, bias], known_shape(result), half, domain=DOMAIN,
-            num_outputs=weight.num_outputs, has_bias=int(bias is not None), **PLUGIN_ATTRIBUTES,
-        )  # fmt: skip
+            INT8_LINEAR,
+            inputs if bias is None else [*inputs, bias],
+            known_shape(result),
+            half,
+            domain=DOMAIN,
+            num_outputs=weight.num_outputs,
+            has_bias=int(bias is not None),
+            **PLUGIN_ATTRIBUTES,
+        )
         if addition is not None:
             replace_node(addition, [], [result])
         replace_node(product.node, b.nodes, [b.cast(out, product.dtype)])
@@ -49,9 +55,14 @@ class PluginForm(QdqForm):
             raise ValueError(f"Gather '{node.name}' without indices")
         b = Builder(self.graph)
         rows = b.op(
-            INT8_ROWS, [ids, *self._stored(weight)], known_shape(result), ir.DataType.FLOAT16,
-            domain=DOMAIN, row_length=weight.num_inputs, **PLUGIN_ATTRIBUTES,
-        )  # fmt: skip
+            INT8_ROWS,
+            [ids, *self._stored(weight)],
+            known_shape(result),
+            ir.DataType.FLOAT16,
+            domain=DOMAIN,
+            row_length=weight.num_inputs,
+            **PLUGIN_ATTRIBUTES,
+        )
         replace_node(node, b.nodes, [b.cast(rows, result.dtype or ir.DataType.FLOAT)])
 
     def _stored(self, weight: QuantizedWeight) -> tuple[ir.Value, ir.Value]:
@@ -70,17 +81,32 @@ def packed_rows(graph: ir.Graph, weight: QuantizedWeight, outputs: tuple[int, ..
     if weight.num_inputs % INPUTS_MULTIPLE:
         raise _refused(weight, f"{weight.num_inputs} inputs", f"a multiple of {INPUTS_MULTIPLE}")
     shape = (*outputs, weight.num_inputs // BYTES_OF_WORD)
-    return lazy_weight(graph, f"{weight.name}.int8x4", ir.DataType.INT32, shape,
-                       lambda: np.ascontiguousarray(weight.integers()).view("<i4").reshape(shape))  # fmt: skip
+    return lazy_weight(
+        graph,
+        f"{weight.name}.int8x4",
+        ir.DataType.INT32,
+        shape,
+        lambda: np.ascontiguousarray(weight.integers()).view("<i4").reshape(shape),
+    )
 
 
 def row_scales(graph: ir.Graph, weight: QuantizedWeight, outputs: tuple[int, ...]) -> ir.Value:
     """float32 [*outputs]."""
-    return lazy_weight(graph, f"{weight.name}.scales", ir.DataType.FLOAT, outputs,
-                       lambda: weight.scales().astype(np.float32).reshape(outputs))  # fmt: skip
+    return lazy_weight(
+        graph,
+        f"{weight.name}.scales",
+        ir.DataType.FLOAT,
+        outputs,
+        lambda: weight.scales().astype(np.float32).reshape(outputs),
+    )
 
 
 def _refused(weight: QuantizedWeight, received: str, expected: str) -> UsageError:
-    return UsageError(problem(f"weights '{weight.name}'", received=received,
-                              expected=f"what the Int8Linear plugin takes: {expected}",
-                              fix="use another recipe, keep_float, or --native"))  # fmt: skip
+    return UsageError(
+        problem(
+            f"weights '{weight.name}'",
+            received=received,
+            expected=f"what the Int8Linear plugin takes: {expected}",
+            fix="use another recipe, keep_float, or --native",
+        )
+    )

@@ -31,9 +31,14 @@ class QdqForm(FormParts):
 
     def dynamic(self, product: Product, weight: QuantizedWeight) -> None:  # noqa: ARG002 - as all forms
         """Raises: UsageError, always."""
-        raise UsageError(problem(f"weights '{weight.name}'", received="inputs quantised at run time",
-                                 expected="what TensorRT can express: ranges known when the engine is built",
-                                 fix="use a recipe with activations.mode float or static"))  # fmt: skip
+        raise UsageError(
+            problem(
+                f"weights '{weight.name}'",
+                received="inputs quantised at run time",
+                expected="what TensorRT can express: ranges known when the engine is built",
+                fix="use a recipe with activations.mode float or static",
+            )
+        )
 
     def static(self, product: Product, weight: QuantizedWeight, scale: InputScale) -> None:
         """DQ(Q(x)) @ DQ(W); sinks are made to fit the others' range and the product larger again."""
@@ -64,25 +69,35 @@ class QdqForm(FormParts):
         shape = known_shape(product.node.outputs[0])
         if product.is_table:
             return b.op("Gemm", [x, self._rows(b, weight)], shape, x.dtype, transB=1)
-        matrix = self.lazy(weight, "int8", ir.DataType.INT8, (weight.num_inputs, weight.num_outputs),
-                           lambda: np.ascontiguousarray(weight.integers().T))  # fmt: skip
+        matrix = self.lazy(
+            weight,
+            "int8",
+            ir.DataType.INT8,
+            (weight.num_inputs, weight.num_outputs),
+            lambda: np.ascontiguousarray(weight.integers().T),
+        )
         return b.matmul(x, self._dequantized(b, weight, matrix, axis=1))
 
     def _rows(self, b: Builder, weight: QuantizedWeight) -> ir.Value:
         """[N, K] in floating point."""
-        rows = self.lazy(weight, "int8", ir.DataType.INT8, (weight.num_outputs, weight.num_inputs),
-                         weight.integers)  # fmt: skip
+        rows = self.lazy(weight, "int8", ir.DataType.INT8, (weight.num_outputs, weight.num_inputs), weight.integers)
         return self._dequantized(b, weight, rows, axis=0)
 
     def _dequantized(self, b: Builder, weight: QuantizedWeight, integers: ir.Value, axis: int) -> ir.Value:
         scheme = weight.scheme
         if scheme.bits != 8 or scheme.block_size is not None or not scheme.symmetric:
-            raise UsageError(problem(f"weights '{weight.name}'", received=f"{scheme.bits} bits in blocks",
-                                     expected="what this target expresses: 8 bits, a scale for each channel",
-                                     fix="use --target onnx or another recipe"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    f"weights '{weight.name}'",
+                    received=f"{scheme.bits} bits in blocks",
+                    expected="what this target expresses: 8 bits, a scale for each channel",
+                    fix="use --target onnx or another recipe",
+                )
+            )
         dtype = self.scale_dtype or (ir.DataType.FLOAT16 if scheme.scale_dtype == "float16" else ir.DataType.FLOAT)
-        scales = self.lazy(weight, "scales", dtype, (weight.num_outputs,),
-                           lambda: weight.scales()[:, 0].astype(dtype.numpy()))  # fmt: skip
+        scales = self.lazy(
+            weight, "scales", dtype, (weight.num_outputs,), lambda: weight.scales()[:, 0].astype(dtype.numpy())
+        )
         # TensorRT 8.5 wants zero points said.
         zeros = constant(self.graph, np.zeros(weight.num_outputs, np.int8), "zero_points")
         return b.op("DequantizeLinear", [integers, scales, zeros], known_shape(integers), dtype, axis=axis)

@@ -213,8 +213,14 @@ class QuantizedWeight:
         with np.errstate(over="ignore"):
             spread = high - low
         if not np.isfinite(spread).all():
-            raise UsageError(problem(f"weights '{self.name}'", received="NaN or Inf", expected="finite numbers",
-                                     fix="check the model, or use --dtype fp32 if it overflows fp16"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    f"weights '{self.name}'",
+                    received="NaN or Inf",
+                    expected="finite numbers",
+                    fix="check the model, or use --dtype fp32 if it overflows fp16",
+                )
+            )
         scheme = self.scheme
         if scheme.symmetric:
             return self._storable(np.maximum(low / scheme.lowest, high / scheme.highest)), None
@@ -226,8 +232,14 @@ class QuantizedWeight:
         if self.scheme.scale_dtype == "float16":
             limit = float(np.finfo(np.float16).max)
             if (scale > limit).any():
-                raise UsageError(problem(f"weights '{self.name}'", received="a scale that overflows fp16",
-                                         expected=f"at most {limit:g}", fix="use --dtype fp32"))  # fmt: skip
+                raise UsageError(
+                    problem(
+                        f"weights '{self.name}'",
+                        received="a scale that overflows fp16",
+                        expected=f"at most {limit:g}",
+                        fix="use --dtype fp32",
+                    )
+                )
             scale = scale.astype(np.float16).astype(np.float32)
         return np.where(scale < np.finfo(np.float32).tiny, np.float32(1.0), scale).astype(np.float32)
 

@@ -158,9 +158,11 @@ def _scaled(graph: ir.Graph, weight: ir.Value | None, factors: Floats) -> ir.Val
 
 def _lazy(tensor: ir.TensorProtocol, factors: Floats) -> ir.LazyTensor:
     return ir.LazyTensor(
-        lambda: ir.Tensor(_times(tensor, factors), name=tensor.name), dtype=tensor.dtype,
-        shape=tensor.shape, name=tensor.name,  # type: ignore[arg-type]
-    )  # fmt: skip
+        lambda: ir.Tensor(_times(tensor, factors), name=tensor.name),
+        dtype=tensor.dtype,
+        shape=tensor.shape,  # type: ignore[arg-type]
+        name=tensor.name,
+    )
 
 
 def _times(tensor: ir.TensorProtocol, factors: Floats) -> np.ndarray:

@@ -43,9 +43,12 @@ def fold_weight_transposes(model: ir.Model) -> None:
             rows, columns = known_shape(weight)
             source = weight.const_value
             transposed = lazy_weight(
-                graph, f"{weight.name}.T", weight.dtype, (columns, rows),  # type: ignore[arg-type]
+                graph,
+                f"{weight.name}.T",
+                weight.dtype,  # type: ignore[arg-type]
+                (columns, rows),
                 functools.partial(_transposed, source),
-            )  # fmt: skip
+            )
             transposed.meta[ROWS] = ((str(weight.name), source),)
             ir.convenience.replace_all_uses_with(node.outputs[0], transposed)
         graph.remove(node, safe=True)
@@ -126,9 +129,12 @@ def _joined(graph: ir.Graph, weights: list[ir.Value]) -> ir.Value:
     *rest, _ = known_shape(weights[0])
     width = sum(known_shape(weight)[-1] for weight in weights)
     joined = lazy_weight(
-        graph, name, weights[0].dtype, (*rest, width),  # type: ignore[arg-type]
+        graph,
+        name,
+        weights[0].dtype,  # type: ignore[arg-type]
+        (*rest, width),
         lambda: np.concatenate([source.numpy() for source in sources], axis=-1),  # type: ignore[union-attr]
-    )  # fmt: skip
+    )
     if all(ROWS in weight.meta for weight in weights):
         joined.meta[ROWS] = tuple(row for weight in weights for row in weight.meta[ROWS])
     return joined

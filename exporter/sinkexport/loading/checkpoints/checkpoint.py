@@ -64,10 +64,14 @@ def load_checkpoint(origin: Origin, config: Any, dtype: torch.dtype) -> Any:
 
     files, ids = None if origin.path is None else _weights(origin.path, config), generation_ids(origin)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        **origin.location, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True,
+        **origin.location,
+        config=config,
+        dtype=dtype,
+        trust_remote_code=False,
+        output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported, by name
         generation_config=ids,
-    )  # fmt: skip
+    )
     if ids is not None:
         model.generation_config = ids
     files = files or _weights(weights_folder(origin), config)
@@ -83,8 +87,10 @@ def _say_if_untied(model: Any, config: Any) -> None:
     head = model.get_output_embeddings()
     is_tied = head is None or head.weight is model.get_input_embeddings().weight
     if getattr(config.get_text_config(), "tie_word_embeddings", False) and not is_tied:
-        LOGGER.warning("config.json says tie_word_embeddings, and the weights have an output projection that differs "
-                       "from the embedding: it is used as it is")  # fmt: skip
+        LOGGER.warning(
+            "config.json says tie_word_embeddings, and the weights have an output projection that differs "
+            "from the embedding: it is used as it is"
+        )
 
 
 def generation_ids(origin: Origin) -> Any | None:
@@ -118,9 +124,13 @@ def check_checkpoint(origin: Origin, config: Any) -> None:
     outlines = {name: torch.empty(tensor.shape, device="meta") for name, tensor in files.tensors.items()}
     family = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, info = family.from_pretrained(
-        None, config=config, state_dict=outlines, device_map="meta", output_loading_info=True,
+        None,
+        config=config,
+        state_dict=outlines,
+        device_map="meta",
+        output_loading_info=True,
         ignore_mismatched_sizes=True,
-    )  # fmt: skip
+    )
     refuse_incomplete(model, info, files.tensors)
 
 
@@ -155,8 +165,11 @@ def _check_facts(origin: Origin) -> None:
         value = facts.get(name)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(not isinstance(one, int) or isinstance(one, bool) for one in ids):
-            raise UsageError(problem(f"'{GENERATION}'", received=f"{name} {value!r}", expected="ids of tokens",
-                                     fix="correct the file"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    f"'{GENERATION}'", received=f"{name} {value!r}", expected="ids of tokens", fix="correct the file"
+                )
+            )
 
 
 def _make_neutral(config: Any) -> None:
@@ -168,9 +181,14 @@ def _make_neutral(config: Any) -> None:
     for part in _with_parts(config):
         part._attn_implementation = None
         part.output_attentions = False
-        for name, value in (("return_dict", True), ("output_hidden_states", False), ("use_cache", True),
-                            ("torchscript", False), ("_experts_implementation", None),
-                            ("gradient_checkpointing", False)):  # fmt: skip
+        for name, value in (
+            ("return_dict", True),
+            ("output_hidden_states", False),
+            ("use_cache", True),
+            ("torchscript", False),
+            ("_experts_implementation", None),
+            ("gradient_checkpointing", False),
+        ):
             if hasattr(part, name):
                 setattr(part, name, value)
         pad, size = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)

@@ -31,12 +31,20 @@ def refuse_numbers(tensors: Mapping[str, FileTensor]) -> None:
     Raises: UsageError naming them.
     """
     buffers = [entry.names for entry in TABLE if not entry.family]
-    odd = [name for name, tensor in tensors.items()
-           if tensor.dtype not in FLOATING and not any(pattern.search(name) for pattern in buffers)]  # fmt: skip
+    odd = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.dtype not in FLOATING and not any(pattern.search(name) for pattern in buffers)
+    ]
     if odd:
-        raise UsageError(problem("weights", received=f"{listed(odd)} of type {tensors[odd[0]].dtype}, and no "
-                                 "quantization_config in config.json", expected="floating-point weights",
-                                 fix="export the original floating-point model"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "weights",
+                received=f"{listed(odd)} of type {tensors[odd[0]].dtype}, and no quantization_config in config.json",
+                expected="floating-point weights",
+                fix="export the original floating-point model",
+            )
+        )
 
 
 def refuse_gaps(names: Iterable[str]) -> None:
@@ -51,8 +59,11 @@ def refuse_gaps(names: Iterable[str]) -> None:
     missing = []
     for path, found in experts.items():
         everything = set().union(*found.values())
-        missing += [f"{path}.{number}.{rest}" for number in range(max(found) + 1)
-                    for rest in sorted(everything - found.get(number, set()))]  # fmt: skip
+        missing += [
+            f"{path}.{number}.{rest}"
+            for number in range(max(found) + 1)
+            for rest in sorted(everything - found.get(number, set()))
+        ]
     if missing:
         raise _refused("missing", missing, ())
 
@@ -68,23 +79,40 @@ def refuse_incomplete(model: Any, info: Mapping[str, Any], tensors: Mapping[str,
     if missing:
         raise _refused("missing", missing, tensors, _without_effect_aside(info["unexpected_keys"], tensors, model))
     if info["mismatched_keys"]:
-        shapes = [f"{name} {list(there)} for {list(wanted)}" for name, there, wanted in
-                  sorted(info["mismatched_keys"], key=lambda entry: str(entry[0]))]  # fmt: skip
-        raise UsageError(problem("weights", received=f"shapes that do not fit: {listed(shapes)}",
-                                 expected="what config.json says", fix="use the model's own config.json"))  # fmt: skip
+        shapes = [
+            f"{name} {list(there)} for {list(wanted)}"
+            for name, there, wanted in sorted(info["mismatched_keys"], key=lambda entry: str(entry[0]))
+        ]
+        raise UsageError(
+            problem(
+                "weights",
+                received=f"shapes that do not fit: {listed(shapes)}",
+                expected="what config.json says",
+                fix="use the model's own config.json",
+            )
+        )
     unexpected = _without_effect_aside({*info["unexpected_keys"], *_hidden_unexpected(model, tensors)}, tensors, model)
     if unexpected:
         raise _refused("unexpected", unexpected, tensors)
     if info["error_msgs"]:
-        raise UsageError(problem("weights", received=str(info["error_msgs"][0]).strip().splitlines()[0],
-                                 expected="tensors that fit", fix="use a complete model folder"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "weights",
+                received=str(info["error_msgs"][0]).strip().splitlines()[0],
+                expected="tensors that fit",
+                fix="use a complete model folder",
+            )
+        )
 
 
 def _hidden_missing(model: Any, tensors: Mapping[str, FileTensor]) -> set[str]:
     """What the family asks transformers not to report, if the files lack it."""
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
-    return {name for name in model.state_dict() if any(p.search(name) for p in patterns)
-            and not any(there in tensors for there in _spellings(name, model))}  # fmt: skip
+    return {
+        name
+        for name in model.state_dict()
+        if any(p.search(name) for p in patterns) and not any(there in tensors for there in _spellings(name, model))
+    }
 
 
 def _hidden_unexpected(model: Any, tensors: Mapping[str, FileTensor]) -> set[str]:
@@ -92,8 +120,11 @@ def _hidden_unexpected(model: Any, tensors: Mapping[str, FileTensor]) -> set[str
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     patterns += [re.compile(pattern) for pattern in (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")]
     own = model.state_dict()
-    return {name for name in tensors if any(p.search(name) for p in patterns)
-            and not any(there in own for there in _spellings(name, model))}  # fmt: skip
+    return {
+        name
+        for name in tensors
+        if any(p.search(name) for p in patterns) and not any(there in own for there in _spellings(name, model))
+    }
 
 
 def _spellings(name: str, model: Any) -> tuple[str, ...]:
@@ -112,15 +143,19 @@ def _without_effect_aside(names: Collection[str], tensors: Mapping[str, FileTens
     return left
 
 
-def _refused(
-    what: str, names: Sequence[str], tensors: Collection[str], unexpected: Sequence[str] = ()
-) -> UsageError:
+def _refused(what: str, names: Sequence[str], tensors: Collection[str], unexpected: Sequence[str] = ()) -> UsageError:
     seen = [*names, *unexpected, *tensors]
     received = f"{len(names)} {what}: {listed(names)}"
     if unexpected:
         received += f" (and {len(unexpected)} of no use: {listed(unexpected)})"
-    return UsageError(problem("weights", received=received, expected="the tensors that config.json asks for, no "
-                              "others", fix=_advice(what, seen)))  # fmt: skip
+    return UsageError(
+        problem(
+            "weights",
+            received=received,
+            expected="the tensors that config.json asks for, no others",
+            fix=_advice(what, seen),
+        )
+    )
 
 
 def _advice(what: str, names: Sequence[str]) -> str:
@@ -138,5 +173,11 @@ def _advice(what: str, names: Sequence[str]) -> str:
 
 def adapter_refused(source: str) -> UsageError:
     """A folder with an adapter, whose weights transformers would leave out or ask another package for."""
-    return UsageError(problem("model", received=f"'{source}', which has an adapter (adapter_config.json)",
-                              expected="a whole model", fix=MERGE))  # fmt: skip
+    return UsageError(
+        problem(
+            "model",
+            received=f"'{source}', which has an adapter (adapter_config.json)",
+            expected="a whole model",
+            fix=MERGE,
+        )
+    )

@@ -47,18 +47,25 @@ def _counts_up(tensor: FileTensor) -> bool:
 
 
 TABLE = (
-    NoEffect(re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.inv_freq$"),
-             "frequencies, computed from the configuration: compared with it"),
-    NoEffect(re.compile(r"(attn|attention|self_attention)\.(bias|causal_mask|mask)$"), "a causal mask",
-             _is_causal_mask),
-    NoEffect(re.compile(r"(attn|attention|self_attention)\.masked_bias$"), "the logit of a masked token",
-             _is_masked_logit),
+    NoEffect(
+        re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.inv_freq$"),
+        "frequencies, computed from the configuration: compared with it",
+    ),
+    NoEffect(
+        re.compile(r"(attn|attention|self_attention)\.(bias|causal_mask|mask)$"), "a causal mask", _is_causal_mask
+    ),
+    NoEffect(
+        re.compile(r"(attn|attention|self_attention)\.masked_bias$"), "the logit of a masked token", _is_masked_logit
+    ),
     NoEffect(re.compile(r"(^|\.)position_ids$"), "0, 1, 2 ..", _counts_up),
     NoEffect(re.compile(r"(^|\.)mtp(\.|_|$)"), "drafts of later tokens: decoding one by one needs none", family=True),
     NoEffect(re.compile(r"(^|\.)layers\.\d+\."), "a layer that drafts later tokens", family=True),
-    NoEffect(re.compile(r"(^|\.)(visual|vision_tower|vision_model|audio_tower|multi_modal_projector)\."),
-             "reads images or sound, not text", family=True),
-)  # fmt: skip
+    NoEffect(
+        re.compile(r"(^|\.)(visual|vision_tower|vision_model|audio_tower|multi_modal_projector)\."),
+        "reads images or sound, not text",
+        family=True,
+    ),
+)
 
 FREQUENCIES = TABLE[0]
 
@@ -83,5 +90,7 @@ def _are_the_models(tensor: FileTensor, model: Any) -> bool:
     own = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
     if not own or any(buffer.is_meta for buffer in own):  # computed in the family's code; or a mere outline of a model
         return True
-    return any(len(stored) == buffer.numel() and np.allclose(stored, buffer.float().numpy(), rtol=0.01, atol=1e-9)
-               for buffer in own)  # fmt: skip
+    return any(
+        len(stored) == buffer.numel() and np.allclose(stored, buffer.float().numpy(), rtol=0.01, atol=1e-9)
+        for buffer in own
+    )

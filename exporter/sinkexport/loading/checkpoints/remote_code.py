@@ -25,10 +25,14 @@ def code_note(source: str, facts: Mapping[str, Any]) -> str | None:
     builtin = CLASSES.get(family) if isinstance(family, str) else None
     if builtin is None:
         names = facts.get("architectures") or [wanted or "?"]
-        raise UsageError(problem(
-            "model", received=f"'{source}', whose code ({wanted or auto_map}) is not run: transformers has no "
-            f"{names[0] if isinstance(names, list) else names} of its own for model_type '{family}'",
-            expected="a family that transformers knows",
-            fix="look for a copy of the model in transformers' own format (often with '-hf' in its name)"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "model",
+                received=f"'{source}', whose code ({wanted or auto_map}) is not run: transformers has no "
+                f"{names[0] if isinstance(names, list) else names} of its own for model_type '{family}'",
+                expected="a family that transformers knows",
+                fix="look for a copy of the model in transformers' own format (often with '-hf' in its name)",
+            )
+        )
     names = builtin if isinstance(builtin, str) else builtin[0]
     return f"note: '{source}' has code of its own ({wanted or 'auto_map'}), which is not run; transformers' {names} is"

@@ -26,11 +26,23 @@ MAX_HEADER_BYTES = 100_000_000
 
 LFS_MARK = b"version https://git-lfs"
 ELEMENTS: Mapping[str, Any] = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "BOOL": np.bool_,
-    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
-}  # fmt: skip
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "BOOL": np.bool_,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+}
 
 
 def read_safetensors(path: Path) -> dict[str, FileTensor]:
@@ -120,12 +132,23 @@ def _mapped(path: Path, _changed_ns: int) -> mmap.mmap:
 
 def lfs_pointer(path: Path) -> UsageError:
     """What a folder holds that was cloned without Git LFS."""
-    return UsageError(problem(f"'{path.name}'", received="a Git LFS pointer, a text of 130 bytes",
-                              expected="the file itself",
-                              fix="run 'git lfs pull' in the folder, or download it again"))  # fmt: skip
+    return UsageError(
+        problem(
+            f"'{path.name}'",
+            received="a Git LFS pointer, a text of 130 bytes",
+            expected="the file itself",
+            fix="run 'git lfs pull' in the folder, or download it again",
+        )
+    )
 
 
 def unreadable(path: Path, reason: str) -> UsageError:
     """A weight file that is damaged."""
-    return UsageError(problem(f"weights '{path.name}'", received=reason, expected="a whole safetensors file",
-                              fix="download or save it again"))  # fmt: skip
+    return UsageError(
+        problem(
+            f"weights '{path.name}'",
+            received=reason,
+            expected="a whole safetensors file",
+            fix="download or save it again",
+        )
+    )

@@ -57,11 +57,23 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UsageError(problem(f"'{path.name}'", received=f"no JSON ({' '.join(str(error).split())[:120]})",
-                                 expected="a JSON object", fix="download or save it again")) from error  # fmt: skip
+        raise UsageError(
+            problem(
+                f"'{path.name}'",
+                received=f"no JSON ({' '.join(str(error).split())[:120]})",
+                expected="a JSON object",
+                fix="download or save it again",
+            )
+        ) from error
     if not isinstance(content, dict):
-        raise UsageError(problem(f"'{path.name}'", received=f"a JSON {type(content).__name__}",
-                                 expected="a JSON object", fix="download or save it again"))  # fmt: skip
+        raise UsageError(
+            problem(
+                f"'{path.name}'",
+                received=f"a JSON {type(content).__name__}",
+                expected="a JSON object",
+                fix="download or save it again",
+            )
+        )
     return content
 
 
@@ -86,8 +98,11 @@ def _chosen(folder: Path) -> str:
     there = [name for name in (SAFETENSORS, SAFETENSORS_INDEX, TORCH, TORCH_INDEX) if (folder / name).is_file()]
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (TORCH, TORCH_INDEX)):
         if single in there and index in there and set(_placed(folder / index).values()) != {single}:
-            raise _refused(f"'{single}' and '{index}', which names other files", "one or the other",
-                           "remove what is left of an earlier save")  # fmt: skip
+            raise _refused(
+                f"'{single}' and '{index}', which names other files",
+                "one or the other",
+                "remove what is left of an earlier save",
+            )
         if single in there or index in there:
             break
     if there:
@@ -102,27 +117,44 @@ def _placed(index: Path) -> dict[str, str]:
     """File of each tensor, as an index has it."""
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
-        raise UsageError(problem(f"'{index.name}'", received="no weight_map of names and files",
-                                 expected="the index of a split model", fix="download or save it again"))  # fmt: skip
+        raise UsageError(
+            problem(
+                f"'{index.name}'",
+                received="no weight_map of names and files",
+                expected="the index of a split model",
+                fix="download or save it again",
+            )
+        )
     return placed
 
 
 def _read_shards(folder: Path, index: str) -> WeightFiles:
     placed = _placed(folder / index)
     if not isinstance(read_json(folder / index).get("metadata"), dict):  # transformers cannot do without
-        raise UsageError(problem(f"'{index}'", received="no table 'metadata'", expected="one, which may be empty",
-                                 fix="add \"metadata\": {} to it, or save the model again"))  # fmt: skip
+        raise UsageError(
+            problem(
+                f"'{index}'",
+                received="no table 'metadata'",
+                expected="one, which may be empty",
+                fix='add "metadata": {} to it, or save the model again',
+            )
+        )
     files = sorted(set(placed.values()))
     if strange := [file for file in files if Path(file).name != file]:
         raise _refused(f"'{index}', which names '{strange[0]}'", "files of the folder")
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise _refused(f"no {listed(missing)}", f"every file that '{index}' names")
-    stale = sorted(path.name for path in folder.iterdir()
-                   if SHARD.fullmatch(path.name) and path.suffix == Path(files[0]).suffix
-                   and path.name not in files)  # fmt: skip
+    stale = sorted(
+        path.name
+        for path in folder.iterdir()
+        if SHARD.fullmatch(path.name) and path.suffix == Path(files[0]).suffix and path.name not in files
+    )
     if stale:
-        raise _refused(f"{listed(stale)}, which '{index}' does not name", "the shards of one save",
-                       "remove what is left of an earlier save")  # fmt: skip
+        raise _refused(
+            f"{listed(stale)}, which '{index}' does not name",
+            "the shards of one save",
+            "remove what is left of an earlier save",
+        )
     tensors: dict[str, FileTensor] = {}
     for file in files:
         found = _tensors(folder / file)
@@ -131,8 +163,11 @@ def _read_shards(folder: Path, index: str) -> WeightFiles:
             raise _refused(f"'{file}' without {listed(lacking)}", f"what '{index}' says lies there")
         twice = sorted(name for name in found if name in tensors or placed.get(name, file) != file)
         if twice:
-            raise _refused(f"{listed(twice)} in '{file}' and in another shard", "each tensor once",
-                           "remove what is left of an earlier save, or save again")  # fmt: skip
+            raise _refused(
+                f"{listed(twice)} in '{file}' and in another shard",
+                "each tensor once",
+                "remove what is left of an earlier save, or save again",
+            )
         tensors |= found
     return WeightFiles(tuple(files), tensors)
 
@@ -152,9 +187,14 @@ def _torch_tensors(path: Path) -> dict[str, FileTensor]:
     except MemoryError:
         raise
     except Exception as error:  # pickle, struct, RuntimeError: whatever the bytes lead to
-        raise UsageError(problem(f"weights '{path.name}'", received=_first_line(error),
-                                 expected="a whole file of tensors by torch.save",
-                                 fix="download it again, or save it as safetensors")) from error  # fmt: skip
+        raise UsageError(
+            problem(
+                f"weights '{path.name}'",
+                received=_first_line(error),
+                expected="a whole file of tensors by torch.save",
+                fix="download it again, or save it as safetensors",
+            )
+        ) from error
     if not isinstance(content, dict) or not content:
         raise _refused(f"'{path.name}' that holds a {type(content).__name__}", "a table of tensors")
     for name, value in content.items():

@@ -39,7 +39,9 @@ def llama(facts: Facts) -> Plan:
     facts.expect("rope.dimension_count", length, "whole heads are rotated")
     return Plan(
         "LlamaConfig",
-        arguments | rotary(facts, length, tensors=True) | {
+        arguments
+        | rotary(facts, length, tensors=True)
+        | {
             "head_dim": length,
             "rms_norm_eps": facts.number(RMS),
             "attention_bias": biased(facts, "attn_q", "attn_k", "attn_v", "attn_output"),
@@ -47,7 +49,7 @@ def llama(facts: Facts) -> Plan:
         },
         (*outer(), *pre_norms(), *permuted_attention(arguments), *gated_mlp()),
         used=rope_tensors(facts),
-    )  # fmt: skip
+    )
 
 
 def permuted_attention(arguments: dict[str, Any]) -> tuple[Module, ...]:
@@ -59,8 +61,11 @@ def qwen2(facts: Facts) -> Plan:
     """Qwen2 and Qwen2.5: biases on queries, keys and values."""
     arguments = sizes(facts)
     length = packed_heads(facts, arguments)
-    return Plan("Qwen2Config", arguments | rotary(facts, length) | {"rms_norm_eps": facts.number(RMS)},
-                (*outer(), *pre_norms(), *attention(), *gated_mlp()))  # fmt: skip
+    return Plan(
+        "Qwen2Config",
+        arguments | rotary(facts, length) | {"rms_norm_eps": facts.number(RMS)},
+        (*outer(), *pre_norms(), *attention(), *gated_mlp()),
+    )
 
 
 def qwen3(facts: Facts) -> Plan:
@@ -69,21 +74,30 @@ def qwen3(facts: Facts) -> Plan:
     length = head_dim(facts, arguments)
     return Plan(
         "Qwen3Config",
-        arguments | rotary(facts, length) | {
+        arguments
+        | rotary(facts, length)
+        | {
             "head_dim": length,
             "rms_norm_eps": facts.number(RMS),
             "attention_bias": biased(facts, "attn_q", "attn_k", "attn_v", "attn_output"),
         },
         (*outer(), *pre_norms(), *attention(), *head_norms(), *gated_mlp()),
-    )  # fmt: skip
+    )
 
 
 def smollm3(facts: Facts) -> Plan:
     """SmolLM3: no rotation in every fourth layer."""
     plan = llama(facts)
-    return dataclasses.replace(plan, config_class="SmolLM3Config", arguments={
-        **plan.arguments, "use_sliding_window": False, "no_rope_layer_interval": 4,
-        "no_rope_layers": [int((i + 1) % 4 != 0) for i in range(facts.num_layers)]})  # fmt: skip
+    return dataclasses.replace(
+        plan,
+        config_class="SmolLM3Config",
+        arguments={
+            **plan.arguments,
+            "use_sliding_window": False,
+            "no_rope_layer_interval": 4,
+            "no_rope_layers": [int((i + 1) % 4 != 0) for i in range(facts.num_layers)],
+        },
+    )
 
 
 def granite(facts: Facts) -> Plan:
@@ -116,8 +130,10 @@ def olmo2(facts: Facts) -> Plan:
     arguments = sizes(facts)
     length = packed_heads(facts, arguments)
     facts.expect("rope.dimension_count", length, "whole heads are rotated")
-    norms = (layer("post_attention_norm", "post_attention_layernorm"),
-             layer("post_ffw_norm", "post_feedforward_layernorm"))  # fmt: skip
+    norms = (
+        layer("post_attention_norm", "post_attention_layernorm"),
+        layer("post_ffw_norm", "post_feedforward_layernorm"),
+    )
     modules = (*outer(), *norms, *attention(), *head_norms(), *gated_mlp())
     full = rotary(facts, length)["rope_parameters"]
     common = arguments | {"rms_norm_eps": facts.number(RMS)}
@@ -126,8 +142,11 @@ def olmo2(facts: Facts) -> Plan:
         return Plan("Olmo2Config", common | {"rope_parameters": full}, modules)
     local = {"rope_type": "default", "rope_theta": full["rope_theta"]}  # never scaled
     facts.expect("rope.freq_base_swa", full["rope_theta"], "one base")
-    more = {"sliding_window": window, "layer_types": layer_types(facts, 4),
-            "rope_parameters": {"full_attention": full, "sliding_attention": local}}  # fmt: skip
+    more = {
+        "sliding_window": window,
+        "layer_types": layer_types(facts, 4),
+        "rope_parameters": {"full_attention": full, "sliding_attention": local},
+    }
     return Plan("Olmo3Config", common | more, modules)
 
 
@@ -138,11 +157,15 @@ def stablelm(facts: Facts) -> Plan:
     parallel = not facts.has("blk.{i}.ffn_norm.weight")
     if facts.flag("use_parallel_residual", parallel) != parallel:
         # llama.cpp goes by the tensor alone; so did the converter's flag in all files that are known.
-        raise refused(f"'stablelm.use_parallel_residual' = {not parallel} with{'out' * parallel} 'ffn_norm'",
-                      "a flag that fits the tensors")  # fmt: skip
+        raise refused(
+            f"'stablelm.use_parallel_residual' = {not parallel} with{'out' * parallel} 'ffn_norm'",
+            "a flag that fits the tensors",
+        )
     return Plan(
         "StableLmConfig",
-        arguments | rotary(facts, length, partial=True) | {
+        arguments
+        | rotary(facts, length, partial=True)
+        | {
             "layer_norm_eps": facts.number(EPS),
             "use_qkv_bias": biased(facts, "attn_q", "attn_k", "attn_v"),
             "use_parallel_residual": parallel,
@@ -150,7 +173,7 @@ def stablelm(facts: Facts) -> Plan:
         },
         (*outer(), *pre_norms(), *attention(), *gated_mlp()),
         tuple(_norm_of_each_head(facts, arguments)),
-    )  # fmt: skip
+    )
 
 
 def _norm_of_each_head(facts: Facts, arguments: dict[str, Any]) -> list[Rule]:
@@ -173,13 +196,15 @@ def starcoder2(facts: Facts) -> Plan:
     mlp = (layer("ffn_up", "mlp.c_fc"), layer("ffn_down", "mlp.c_proj"))
     return Plan(
         "Starcoder2Config",
-        arguments | rotary(facts, length) | {
+        arguments
+        | rotary(facts, length)
+        | {
             "norm_epsilon": facts.number(EPS),
             "use_bias": biased(facts, "attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down"),
             "sliding_window": None,
         },
         (*outer(), *pre_norms(), *attention(output_bias=True), *mlp),
-    )  # fmt: skip
+    )
 
 
 def nemotron(facts: Facts) -> Plan:
@@ -193,14 +218,16 @@ def nemotron(facts: Facts) -> Plan:
     rope = rotary(facts, length, partial=True)
     return Plan(
         "NemotronConfig",
-        arguments | rope | {
+        arguments
+        | rope
+        | {
             "head_dim": length,
             "norm_eps": facts.number(EPS),
             "attention_bias": biased(facts, "attn_q", "attn_k", "attn_v", "attn_output"),
             "mlp_bias": biased(facts, "ffn_up", "ffn_down"),
         },
         (*(one for one in outer() if one.gguf != "output_norm"), last, *norms, *attention(), *mlp),
-    )  # fmt: skip
+    )
 
 
 def phi2(facts: Facts) -> Plan:
@@ -212,9 +239,14 @@ def phi2(facts: Facts) -> Plan:
     return Plan(
         "PhiConfig",
         arguments | rotary(facts, length, partial=True) | {"layer_norm_eps": facts.number(EPS)},
-        (*outer(norm="model.final_layernorm"), layer("attn_norm", "input_layernorm"),
-         *attention(output="dense", output_bias=True), layer("ffn_up", "mlp.fc1"), layer("ffn_down", "mlp.fc2")),
-    )  # fmt: skip
+        (
+            *outer(norm="model.final_layernorm"),
+            layer("attn_norm", "input_layernorm"),
+            *attention(output="dense", output_bias=True),
+            layer("ffn_up", "mlp.fc1"),
+            layer("ffn_down", "mlp.fc2"),
+        ),
+    )
 
 
 def phi3(facts: Facts) -> Plan:
@@ -230,16 +262,24 @@ def phi3(facts: Facts) -> Plan:
             rules.append(Rule((f"model.layers.{number}.self_attn.qkv_proj.weight",), parts, stacked))
     return Plan(
         "Phi3Config",
-        arguments | rotary(facts, length, tensors=True) | {
+        arguments
+        | rotary(facts, length, tensors=True)
+        | {
             "rms_norm_eps": facts.number(RMS),
             "sliding_window": window or None,
             "original_max_position_embeddings": original,
         },
-        (*outer(), *pre_norms(), layer("attn_qkv", "self_attn.qkv_proj"), layer("attn_output", "self_attn.o_proj"),
-         layer("ffn_up", "mlp.gate_up_proj"), layer("ffn_down", "mlp.down_proj")),
+        (
+            *outer(),
+            *pre_norms(),
+            layer("attn_qkv", "self_attn.qkv_proj"),
+            layer("attn_output", "self_attn.o_proj"),
+            layer("ffn_up", "mlp.gate_up_proj"),
+            layer("ffn_down", "mlp.down_proj"),
+        ),
         tuple(rules),
         rope_tensors(facts),
-    )  # fmt: skip
+    )
 
 
 def glm4(facts: Facts) -> Plan:
@@ -247,18 +287,24 @@ def glm4(facts: Facts) -> Plan:
     facts.expect("rope.dimension_sections", [0, 0, 0, 0], "positions by axis are for pictures")
     arguments = sizes(facts)
     length = head_dim(facts, arguments)
-    norms = (*pre_norms()[:1], layer("post_attention_norm", "post_self_attn_layernorm"),
-             layer("ffn_norm", "post_attention_layernorm"), layer("post_ffw_norm", "post_mlp_layernorm"))  # fmt: skip
+    norms = (
+        *pre_norms()[:1],
+        layer("post_attention_norm", "post_self_attn_layernorm"),
+        layer("ffn_norm", "post_attention_layernorm"),
+        layer("post_ffw_norm", "post_mlp_layernorm"),
+    )
     rope = rotary(facts, length, partial=True)
     return Plan(
         "Glm4Config",
-        arguments | rope | {
+        arguments
+        | rope
+        | {
             "head_dim": length,
             "rms_norm_eps": facts.number(RMS),
             "attention_bias": biased(facts, "attn_q", "attn_k", "attn_v"),
         },
         (*outer(), *norms, *attention(), layer("ffn_up", "mlp.gate_up_proj"), layer("ffn_down", "mlp.down_proj")),
-    )  # fmt: skip
+    )
 
 
 def command_r(facts: Facts) -> Plan:
@@ -267,13 +313,15 @@ def command_r(facts: Facts) -> Plan:
     length = packed_heads(facts, arguments)
     return Plan(
         "CohereConfig",
-        arguments | rotary(facts, length) | {
+        arguments
+        | rotary(facts, length)
+        | {
             "layer_norm_eps": facts.number(EPS),
             "logit_scale": facts.number("logit_scale", 1.0),
             "use_qk_norm": facts.has("blk.{i}.attn_q_norm.weight"),
         },
         (*outer(), layer("attn_norm", "input_layernorm"), *attention(), *head_norms(), *gated_mlp()),
-    )  # fmt: skip
+    )
 
 
 def cohere2(facts: Facts) -> Plan:
@@ -284,7 +332,9 @@ def cohere2(facts: Facts) -> Plan:
     facts.expect("rope.freq_base_swa", rope["rope_parameters"]["rope_theta"], "one base")
     return Plan(
         "Cohere2Config",
-        arguments | rope | {
+        arguments
+        | rope
+        | {
             "head_dim": length,
             "layer_norm_eps": facts.number(EPS),
             "logit_scale": facts.number("logit_scale"),
@@ -292,4 +342,4 @@ def cohere2(facts: Facts) -> Plan:
             "layer_types": layer_types(facts, 4),
         },
         (*outer(), layer("attn_norm", "input_layernorm"), *attention(), *gated_mlp()),
-    )  # fmt: skip
+    )

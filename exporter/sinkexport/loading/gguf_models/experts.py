@@ -41,7 +41,9 @@ def mixtral(facts: Facts) -> Plan:
     experts, used = _experts(facts, normalised=True)
     return Plan(
         "MixtralConfig",
-        arguments | rotary(facts, length, tensors=True) | {
+        arguments
+        | rotary(facts, length, tensors=True)
+        | {
             "head_dim": length,
             "rms_norm_eps": facts.number(RMS),
             "num_local_experts": experts,
@@ -51,7 +53,7 @@ def mixtral(facts: Facts) -> Plan:
         (*outer(), *pre_norms(), *permuted_attention(arguments), layer("ffn_gate_inp", "mlp.gate")),
         tuple(_merged_experts(facts)),
         rope_tensors(facts),
-    )  # fmt: skip
+    )
 
 
 def qwen2moe(facts: Facts) -> Plan:
@@ -60,12 +62,19 @@ def qwen2moe(facts: Facts) -> Plan:
     length = packed_heads(facts, arguments)
     experts, used = _experts(facts, normalised=False)
     shared = [layer(f"ffn_{name}_shexp", f"mlp.shared_expert.{name}_proj") for name in ("gate", "up", "down")]
-    gates = [Rule((f"model.layers.{number}.mlp.shared_expert_gate.weight",),
-                  (f"blk.{number}.ffn_gate_inp_shexp.weight",), _as_one_row)
-             for number in range(facts.num_layers)]  # fmt: skip
+    gates = [
+        Rule(
+            (f"model.layers.{number}.mlp.shared_expert_gate.weight",),
+            (f"blk.{number}.ffn_gate_inp_shexp.weight",),
+            _as_one_row,
+        )
+        for number in range(facts.num_layers)
+    ]
     return Plan(
         "Qwen2MoeConfig",
-        arguments | rotary(facts, length) | {
+        arguments
+        | rotary(facts, length)
+        | {
             "rms_norm_eps": facts.number(RMS),
             "num_experts": experts,
             "num_experts_per_tok": used,
@@ -79,7 +88,7 @@ def qwen2moe(facts: Facts) -> Plan:
         },
         (*outer(), *pre_norms(), *attention(), layer("ffn_gate_inp", "mlp.gate"), *shared),
         (*_merged_experts(facts), *gates),
-    )  # fmt: skip
+    )
 
 
 def qwen3moe(facts: Facts) -> Plan:
@@ -89,7 +98,9 @@ def qwen3moe(facts: Facts) -> Plan:
     experts, used = _experts(facts, normalised=True)
     return Plan(
         "Qwen3MoeConfig",
-        arguments | rotary(facts, length) | {
+        arguments
+        | rotary(facts, length)
+        | {
             "head_dim": length,
             "rms_norm_eps": facts.number(RMS),
             "attention_bias": biased(facts, "attn_q", "attn_k", "attn_v", "attn_output"),
@@ -104,7 +115,7 @@ def qwen3moe(facts: Facts) -> Plan:
         },
         (*outer(), *pre_norms(), *attention(), *head_norms(), layer("ffn_gate_inp", "mlp.gate")),
         tuple(_merged_experts(facts)),
-    )  # fmt: skip
+    )
 
 
 def minimax_m2(facts: Facts) -> Plan:
@@ -115,11 +126,15 @@ def minimax_m2(facts: Facts) -> Plan:
     experts, used = _experts(facts, normalised=True, gating=SIGMOID)
     if facts.value("expert_gating_func") is None:
         raise refused("no key 'minimax-m2.expert_gating_func'", f"{SIGMOID}, sigmoid")
-    biases = [Rule((f"model.layers.{number}.mlp.e_score_correction_bias",), (f"blk.{number}.exp_probs_b.bias",))
-              for number in range(facts.num_layers)]  # fmt: skip
+    biases = [
+        Rule((f"model.layers.{number}.mlp.e_score_correction_bias",), (f"blk.{number}.exp_probs_b.bias",))
+        for number in range(facts.num_layers)
+    ]
     return Plan(
         "MiniMaxM2Config",
-        arguments | rotary(facts, length, partial=True) | {
+        arguments
+        | rotary(facts, length, partial=True)
+        | {
             "head_dim": length,
             "rms_norm_eps": facts.number(RMS),
             "num_local_experts": experts,
@@ -128,7 +143,7 @@ def minimax_m2(facts: Facts) -> Plan:
         },
         (*outer(), *pre_norms(), *attention(), *head_norms(), layer("ffn_gate_inp", "mlp.gate")),
         (*_merged_experts(facts), *biases),
-    )  # fmt: skip
+    )
 
 
 def gpt_oss(facts: Facts) -> Plan:
@@ -155,7 +170,9 @@ def gpt_oss(facts: Facts) -> Plan:
     norms = (layer("attn_norm", "input_layernorm"), layer("post_attention_norm", "post_attention_layernorm"))
     return Plan(
         "GptOssConfig",
-        arguments | rope | {
+        arguments
+        | rope
+        | {
             "head_dim": length,
             "rms_norm_eps": facts.number(RMS),
             "attention_bias": True,
@@ -167,7 +184,7 @@ def gpt_oss(facts: Facts) -> Plan:
         },
         (*outer(), *norms, *attention(output_bias=True), layer("ffn_gate_inp", "mlp.router")),
         tuple(rules),
-    )  # fmt: skip
+    )
 
 
 def _experts(facts: Facts, *, normalised: bool | None, gating: int = SOFTMAX) -> tuple[int, int]:

@@ -170,8 +170,10 @@ class Facts:
             if reason is not None:
                 raise refused(f"'{key}' = {value!r:.40}, of {reason}", "a text model", "name the model's own file")
             if key.startswith(own) or any(key.startswith(other) for other in others):
-                raise refused(f"'{key}' = {value!r:.60}, whose effect on '{self.architecture}' is not known here",
-                              "only keys that this architecture is known by")  # fmt: skip
+                raise refused(
+                    f"'{key}' = {value!r:.60}, whose effect on '{self.architecture}' is not known here",
+                    "only keys that this architecture is known by",
+                )
             # What is left is in the name space of another tool: the model's own is called like its architecture.
 
     def _check_layers(self) -> None:
@@ -179,12 +181,20 @@ class Facts:
         layers = {int(match[1]) for name in self.tensors if (match := re.match(r"blk\.(\d+)\.", name))}
         if layers != set(range(self.num_layers)):
             there = f"{len(layers)} layers" + (f" up to {max(layers)}" if layers else "")
-            raise refused(f"'{self.architecture}.block_count' = {self.num_layers} and tensors of {there}",
-                          "tensors of every layer", "download the whole model again")  # fmt: skip
+            raise refused(
+                f"'{self.architecture}.block_count' = {self.num_layers} and tensors of {there}",
+                "tensors of every layer",
+                "download the whole model again",
+            )
 
 
-_PER_LAYER = {"attention.head_count", "attention.head_count_kv", "feed_forward_length", "expert_used_count",
-              "expert_feed_forward_length"}  # fmt: skip
+_PER_LAYER = {
+    "attention.head_count",
+    "attention.head_count_kv",
+    "feed_forward_length",
+    "expert_used_count",
+    "expert_feed_forward_length",
+}
 
 
 def shortest(value: float) -> float:

@@ -91,12 +91,23 @@ def _check_split(part: Path, found: Mapping[str, Any], number: int, count: int) 
         return
     if announced != count:
         said = "says nothing of a split" if announced is None else f"says that it is one of {announced} parts"
-        raise UsageError(problem("model", received=f"'{part}', which {said}, under a name that says {count}",
-                                 expected="names as llama.cpp gives them, NAME-00001-of-00002.gguf",
-                                 fix="rename the parts or download them again"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "model",
+                received=f"'{part}', which {said}, under a name that says {count}",
+                expected="names as llama.cpp gives them, NAME-00001-of-00002.gguf",
+                fix="rename the parts or download them again",
+            )
+        )
     if place != number:
-        raise UsageError(problem("model", received=f"'{part}', which says that it is part {place} (from 0)",
-                                 expected=f"part {number}", fix="rename the parts or download them again"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "model",
+                received=f"'{part}', which says that it is part {place} (from 0)",
+                expected=f"part {number}",
+                fix="rename the parts or download them again",
+            )
+        )
 
 
 def _parts(path: Path) -> list[Path]:
@@ -104,16 +115,29 @@ def _parts(path: Path) -> list[Path]:
     if match is None:
         return [path]
     count = int(match["count"])
-    parts = [path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}{path.suffix}") for number in
-             range(1, count + 1)]  # fmt: skip
+    parts = [
+        path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}{path.suffix}") for number in range(1, count + 1)
+    ]
     missing = [part.name for part in parts if not part.is_file()]
     if missing or not parts:
         listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise UsageError(problem("model", received=f"'{path}', of which {listed or 'no part'} is missing",
-                                 expected=f"all {count} parts in one folder", fix="download the missing parts"))
+        raise UsageError(
+            problem(
+                "model",
+                received=f"'{path}', of which {listed or 'no part'} is missing",
+                expected=f"all {count} parts in one folder",
+                fix="download the missing parts",
+            )
+        )
     return parts
 
 
 def _no_gguf(path: Path, reason: str) -> UsageError:
-    return UsageError(problem("model", received=f"'{path}' ({' '.join(reason.split())[:160]})",
-                              expected="a whole GGUF file", fix="download the file again"))  # fmt: skip
+    return UsageError(
+        problem(
+            "model",
+            received=f"'{path}' ({' '.join(reason.split())[:160]})",
+            expected="a whole GGUF file",
+            fix="download the file again",
+        )
+    )

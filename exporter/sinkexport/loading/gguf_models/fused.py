@@ -21,15 +21,20 @@ def falcon(facts: Facts) -> Plan:
     heads, groups = arguments["num_attention_heads"], arguments.pop("num_key_value_heads")
     two_norms = facts.has("blk.{i}.attn_norm_2.weight")
     if groups == heads and not two_norms:
-        raise refused(f"falcon with {groups} heads of keys, as Falcon-RW has, whose ALiBi no key tells of",
-                      "one, or groups", "export its checkpoint folder")  # fmt: skip
+        raise refused(
+            f"falcon with {groups} heads of keys, as Falcon-RW has, whose ALiBi no key tells of",
+            "one, or groups",
+            "export its checkpoint folder",
+        )
     new = two_norms or groups > 1
     norms = (("attn_norm_2", "ln_attn"), ("attn_norm", "ln_mlp")) if two_norms else (("attn_norm", "input_layernorm"),)
     root = "transformer.h.{i}."
     arguments["ffn_hidden_size"] = arguments.pop("intermediate_size")
     return Plan(
         "FalconConfig",
-        arguments | rotary(facts, length) | {
+        arguments
+        | rotary(facts, length)
+        | {
             "layer_norm_epsilon": facts.number(EPS),
             "new_decoder_architecture": new,
             "num_kv_heads": groups,
@@ -39,12 +44,15 @@ def falcon(facts: Facts) -> Plan:
             "bias": False,
             "alibi": False,
         },
-        (*outer("transformer.ln_f", "transformer.word_embeddings"),
-         *(layer(gguf, hf, root=root) for gguf, hf in norms),
-         layer("attn_qkv", "self_attention.query_key_value", by_groups(groups, heads // groups), root=root),
-         layer("attn_output", "self_attention.dense", root=root),
-         layer("ffn_up", "mlp.dense_h_to_4h", root=root), layer("ffn_down", "mlp.dense_4h_to_h", root=root)),
-    )  # fmt: skip
+        (
+            *outer("transformer.ln_f", "transformer.word_embeddings"),
+            *(layer(gguf, hf, root=root) for gguf, hf in norms),
+            layer("attn_qkv", "self_attention.query_key_value", by_groups(groups, heads // groups), root=root),
+            layer("attn_output", "self_attention.dense", root=root),
+            layer("ffn_up", "mlp.dense_h_to_4h", root=root),
+            layer("ffn_down", "mlp.dense_4h_to_h", root=root),
+        ),
+    )
 
 
 def bloom(facts: Facts) -> Plan:
@@ -63,14 +71,17 @@ def bloom(facts: Facts) -> Plan:
     return Plan(
         "BloomConfig",
         arguments | {"layer_norm_epsilon": facts.number(EPS), "apply_residual_connection_post_layernorm": False},
-        (*outer("transformer.ln_f", "transformer.word_embeddings"),
-         Module("token_embd_norm", "transformer.word_embeddings_layernorm"),
-         layer("attn_norm", "input_layernorm", root=root),
-         layer("attn_qkv", "self_attention.query_key_value", by_groups(heads, 1), root=root),
-         layer("attn_output", "self_attention.dense", root=root),
-         layer("ffn_norm", "post_attention_layernorm", root=root),
-         layer("ffn_up", "mlp.dense_h_to_4h", root=root), layer("ffn_down", "mlp.dense_4h_to_h", root=root)),
-    )  # fmt: skip
+        (
+            *outer("transformer.ln_f", "transformer.word_embeddings"),
+            Module("token_embd_norm", "transformer.word_embeddings_layernorm"),
+            layer("attn_norm", "input_layernorm", root=root),
+            layer("attn_qkv", "self_attention.query_key_value", by_groups(heads, 1), root=root),
+            layer("attn_output", "self_attention.dense", root=root),
+            layer("ffn_norm", "post_attention_layernorm", root=root),
+            layer("ffn_up", "mlp.dense_h_to_4h", root=root),
+            layer("ffn_down", "mlp.dense_4h_to_h", root=root),
+        ),
+    )
 
 
 def mpt(facts: Facts) -> Plan:
@@ -94,7 +105,8 @@ def mpt(facts: Facts) -> Plan:
     root = "transformer.blocks.{i}."
     return Plan(
         "MptConfig",
-        {key: arguments[key] for key in keep} | {
+        {key: arguments[key] for key in keep}
+        | {
             "d_model": hidden,
             "n_heads": heads,
             "n_layers": facts.num_layers,
@@ -104,11 +116,16 @@ def mpt(facts: Facts) -> Plan:
             "no_bias": True,
             "attn_config": settings,
         },
-        (*outer("transformer.norm_f", "transformer.wte"),
-         layer("attn_norm", "norm_1", root=root), layer("attn_qkv", "attn.Wqkv", root=root),
-         layer("attn_output", "attn.out_proj", root=root), layer("ffn_norm", "norm_2", root=root),
-         layer("ffn_up", "ffn.up_proj", root=root), layer("ffn_down", "ffn.down_proj", root=root)),
-    )  # fmt: skip
+        (
+            *outer("transformer.norm_f", "transformer.wte"),
+            layer("attn_norm", "norm_1", root=root),
+            layer("attn_qkv", "attn.Wqkv", root=root),
+            layer("attn_output", "attn.out_proj", root=root),
+            layer("ffn_norm", "norm_2", root=root),
+            layer("ffn_up", "ffn.up_proj", root=root),
+            layer("ffn_down", "ffn.down_proj", root=root),
+        ),
+    )
 
 
 def gptneox(facts: Facts) -> Plan:
@@ -122,14 +139,20 @@ def gptneox(facts: Facts) -> Plan:
     rope = rotary(facts, length, partial=True)
     return Plan(
         "GPTNeoXConfig",
-        arguments | rope | {
+        arguments
+        | rope
+        | {
             "layer_norm_eps": facts.number(EPS),
             "use_parallel_residual": facts.flag("use_parallel_residual", True),
             "attention_bias": True,
         },
-        (*outer("gpt_neox.final_layer_norm", "gpt_neox.embed_in"),
-         layer("attn_norm", "input_layernorm", root=root), layer("ffn_norm", "post_attention_layernorm", root=root),
-         layer("attn_qkv", "attention.query_key_value", by_groups(heads, 1), root=root),
-         layer("attn_output", "attention.dense", root=root),
-         layer("ffn_up", "mlp.dense_h_to_4h", root=root), layer("ffn_down", "mlp.dense_4h_to_h", root=root)),
-    )  # fmt: skip
+        (
+            *outer("gpt_neox.final_layer_norm", "gpt_neox.embed_in"),
+            layer("attn_norm", "input_layernorm", root=root),
+            layer("ffn_norm", "post_attention_layernorm", root=root),
+            layer("attn_qkv", "attention.query_key_value", by_groups(heads, 1), root=root),
+            layer("attn_output", "attention.dense", root=root),
+            layer("ffn_up", "mlp.dense_h_to_4h", root=root),
+            layer("ffn_down", "mlp.dense_4h_to_h", root=root),
+        ),
+    )

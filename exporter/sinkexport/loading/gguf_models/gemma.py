@@ -77,8 +77,9 @@ def gemma3(facts: Facts) -> Plan:
         },
     }
     modules = (*_outer(), *_four_norms(), *attention(), *head_norms(minus_one), *gated_mlp())
-    return dataclasses.replace(plan, config_class="Gemma3TextConfig", arguments={**plan.arguments, **more},
-                               modules=modules)  # fmt: skip
+    return dataclasses.replace(
+        plan, config_class="Gemma3TextConfig", arguments={**plan.arguments, **more}, modules=modules
+    )
 
 
 def _query_scalar(facts: Facts, plan: Plan, largest: int) -> int:
@@ -88,11 +89,18 @@ def _query_scalar(facts: Facts, plan: Plan, largest: int) -> int:
 
 
 def _outer() -> tuple[Module, ...]:
-    return (Module("token_embd", "model.embed_tokens"), Module("output_norm", "model.norm", minus_one),
-            Module("output", "lm_head"))  # fmt: skip
+    return (
+        Module("token_embd", "model.embed_tokens"),
+        Module("output_norm", "model.norm", minus_one),
+        Module("output", "lm_head"),
+    )
 
 
 def _four_norms() -> tuple[Module, ...]:
-    names = {"attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm",
-             "ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}  # fmt: skip
+    names = {
+        "attn_norm": "input_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }
     return tuple(layer(gguf, hf, minus_one) for gguf, hf in names.items())

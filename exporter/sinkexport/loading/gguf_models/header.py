@@ -96,8 +96,15 @@ def _tensor(data: Any, name: str, shape: list[int], kind: int, place: int) -> An
     if place + num_bytes > len(data):
         raise NotGgufError(f"cut short: tensor '{name}' ends at byte {place + num_bytes} of {len(data)}")
     raw = data[place : place + num_bytes]
-    plain = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I8": np.int8, "I16": np.int16, "I32": np.int32,
-             "I64": np.int64}  # fmt: skip
+    plain = {
+        "F16": np.float16,
+        "F32": np.float32,
+        "F64": np.float64,
+        "I8": np.int8,
+        "I16": np.int16,
+        "I32": np.int32,
+        "I64": np.int64,
+    }
     rows = shape[:0:-1]
     if quantisation.name in plain:
         array = raw.view(plain[quantisation.name]).reshape(*rows, shape[0])

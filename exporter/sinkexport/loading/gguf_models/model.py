@@ -121,8 +121,11 @@ def gguf_token_ids(file: GgufFile) -> tuple[int, ...]:
 
 def _facts(origin: Origin) -> Facts:
     if origin.path is None:
-        raise UsageError(problem("model", received=f"'{origin.source}'", expected="a GGUF file on this machine",
-                                 fix="download it first"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "model", received=f"'{origin.source}'", expected="a GGUF file on this machine", fix="download it first"
+            )
+        )
     file = open_gguf(origin.path)
     kind = file.metadata.get("general.type", "model")
     if kind != "model":
@@ -132,8 +135,11 @@ def _facts(origin: Origin) -> Facts:
         raise refused("a GGUF file without 'general.architecture'", "the metadata of a model")
     if name not in ARCHITECTURES:
         reason = NEVER_EXPORTED.get(name)
-        raise refused(f"architecture '{name}'" + (f", which {reason}" if reason else ""),
-                      f"one of {', '.join(ARCHITECTURES)}", "export its checkpoint folder")  # fmt: skip
+        raise refused(
+            f"architecture '{name}'" + (f", which {reason}" if reason else ""),
+            f"one of {', '.join(ARCHITECTURES)}",
+            "export its checkpoint folder",
+        )
     return Facts(file)
 
 

@@ -39,8 +39,11 @@ def sizes(facts: Facts, *, feed_forward: bool = True) -> dict[str, Any]:
     hidden = facts.count("embedding_length")
     rows, columns = facts.shape("token_embd.weight") if facts.has("token_embd.weight") else (0, 0)
     if columns != hidden:
-        raise refused(f"'{facts.architecture}.embedding_length' = {hidden} and 'token_embd.weight' of "
-                      f"{(rows, columns)}", "the same", "download the file again")  # fmt: skip
+        raise refused(
+            f"'{facts.architecture}.embedding_length' = {hidden} and 'token_embd.weight' of {(rows, columns)}",
+            "the same",
+            "download the file again",
+        )
     heads = facts.count("attention.head_count")
     kv_heads = facts.count("attention.head_count_kv", heads)
     if heads > hidden * 16 or heads % kv_heads:
@@ -89,13 +92,16 @@ def packed_heads(facts: Facts, arguments: Mapping[str, Any]) -> int:
     """The head's columns in a family whose heads share the hidden columns out."""
     length = head_dim(facts, arguments)
     if length * arguments["num_attention_heads"] != arguments["hidden_size"]:
-        raise refused(f"heads of {length} columns in '{facts.architecture}'",
-                      f"{arguments['num_attention_heads']} heads of {arguments['hidden_size']} columns together")
+        raise refused(
+            f"heads of {length} columns in '{facts.architecture}'",
+            f"{arguments['num_attention_heads']} heads of {arguments['hidden_size']} columns together",
+        )
     return length
 
 
-def rotary(facts: Facts, length: int, *, tensors: bool = False, truncate: bool = True,
-           partial: bool = False) -> dict[str, Any]:  # fmt: skip
+def rotary(
+    facts: Facts, length: int, *, tensors: bool = False, truncate: bool = True, partial: bool = False
+) -> dict[str, Any]:
     """The argument ``rope_parameters``. partial: the configuration's own default is less than whole heads."""
     parameters = rope_parameters(facts, length, tensors=tensors, truncate=truncate)
     if partial:
@@ -113,8 +119,10 @@ def layer_types(facts: Facts, pattern: int) -> list[str]:
     value = facts.value("attention.sliding_window_pattern")
     if isinstance(value, list):
         if len(value) != facts.num_layers or any(type(one) not in (bool, int) for one in value):
-            raise refused(f"'{facts.architecture}.attention.sliding_window_pattern' of {len(value)} values",
-                          f"one truth value for each of {facts.num_layers} layers")  # fmt: skip
+            raise refused(
+                f"'{facts.architecture}.attention.sliding_window_pattern' of {len(value)} values",
+                f"one truth value for each of {facts.num_layers} layers",
+            )
         sliding = [bool(one) for one in value]
     else:
         pattern = facts.count("attention.sliding_window_pattern", pattern, least=0)
@@ -137,8 +145,9 @@ def layer(gguf: str, hf: str, build: Any = None, *, optional_bias: bool = False,
     return Module(f"{BLOCK}{gguf}", f"{root}{hf}", build, optional_bias)
 
 
-def attention(query: Any = None, key: Any = None, *, output: str = "o_proj",
-              output_bias: bool = False) -> tuple[Module, ...]:  # fmt: skip
+def attention(
+    query: Any = None, key: Any = None, *, output: str = "o_proj", output_bias: bool = False
+) -> tuple[Module, ...]:
     """Projections of attention. query, key: how their rows are put in transformers' order.
 
     output_bias: whether the family always has a bias behind attention.

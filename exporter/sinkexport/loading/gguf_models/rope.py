@@ -27,8 +27,10 @@ def rope_parameters(facts: Facts, head_dim: int, *, tensors: bool = False, trunc
     """
     rotary_dim = facts.count("rope.dimension_count", head_dim, least=2)
     if rotary_dim % 2 or rotary_dim > head_dim:
-        raise refused(f"'{facts.architecture}.rope.dimension_count' = {rotary_dim} for heads of {head_dim}",
-                      f"an even number up to {head_dim}")  # fmt: skip
+        raise refused(
+            f"'{facts.architecture}.rope.dimension_count' = {rotary_dim} for heads of {head_dim}",
+            f"an even number up to {head_dim}",
+        )
     found: dict[str, Any] = {"rope_theta": facts.number("rope.freq_base", DEFAULT_BASE)}
     if rotary_dim != head_dim:
         found["partial_rotary_factor"] = share(rotary_dim, head_dim)
@@ -88,8 +90,10 @@ def check_rotation(model: Any, parameters: Mapping[str, Any], head_dim: int) -> 
             one["rope_type"] == "yarn" or np.allclose(found, expected, rtol=1e-5, atol=0.0)
         )
         if not same:
-            raise refused(f"rotation of {rotary_dim} of {head_dim} columns by {one['rope_type']} scaling",
-                          f"what transformers' {type(model).__name__} rotates by: {2 * len(found)} columns")
+            raise refused(
+                f"rotation of {rotary_dim} of {head_dim} columns by {one['rope_type']} scaling",
+                f"what transformers' {type(model).__name__} rotates by: {2 * len(found)} columns",
+            )
 
 
 def share(rotary_dim: int, head_dim: int) -> float:

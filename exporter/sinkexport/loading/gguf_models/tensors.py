@@ -78,8 +78,9 @@ def fill(model: Any, facts: Facts, modules: Sequence[Module], rules: Iterable[Ru
             for name, values in _built(rule, facts):
                 if tuple(values.shape) != tuple(parameters[name].shape):
                     shapes = ", ".join(f"'{tensor}' {facts.shape(tensor)}" for tensor in rule.tensors)
-                    raise refused(f"{shapes} for {name} {tuple(parameters[name].shape)}",
-                                  "the shapes that the metadata give")  # fmt: skip
+                    raise refused(
+                        f"{shapes} for {name} {tuple(parameters[name].shape)}", "the shapes that the metadata give"
+                    )
                 parameters[name].copy_(_as_torch(values))
 
 
@@ -97,8 +98,11 @@ def check(model: Any, facts: Facts, modules: Sequence[Module], rules: Iterable[R
         wanted = sum(parameters[name].numel() for name in rule.parameters)
         if here != wanted:
             shapes = ", ".join(f"'{tensor}' {facts.shape(tensor)}" for tensor in rule.tensors)
-            raise refused(f"{shapes} for {rule.parameters[0]} {tuple(parameters[rule.parameters[0]].shape)}",
-                          "the shapes that the metadata give", "download the file again")  # fmt: skip
+            raise refused(
+                f"{shapes} for {rule.parameters[0]} {tuple(parameters[rule.parameters[0]].shape)}",
+                "the shapes that the metadata give",
+                "download the file again",
+            )
 
 
 def _to_fill(model: Any) -> dict[str, torch.Tensor]:
@@ -118,8 +122,9 @@ def _built(rule: Rule, facts: Facts) -> Iterator[tuple[str, Any]]:
         yield rule.parameters[0], values
         return
     if len(values) != len(rule.parameters):
-        raise refused(f"tensor '{rule.tensors[0]}' of shape {facts.shape(rule.tensors[0])}",
-                      f"{len(rule.parameters)} rows")  # fmt: skip
+        raise refused(
+            f"tensor '{rule.tensors[0]}' of shape {facts.shape(rule.tensors[0])}", f"{len(rule.parameters)} rows"
+        )
     yield from zip(rule.parameters, values, strict=True)
 
 
@@ -139,8 +144,11 @@ def dequantised(tensor: Any) -> Any:
         for begin in range(0, len(rows), step):
             result[begin : begin + step] = gguf.dequantize(rows[begin : begin + step], tensor.tensor_type)
     except NotImplementedError:
-        raise refused(f"tensor '{tensor.name}' of type {tensor.tensor_type.name}",
-                      "a type that gguf-py dequantises", "quantise the model otherwise") from None  # fmt: skip
+        raise refused(
+            f"tensor '{tensor.name}' of type {tensor.tensor_type.name}",
+            "a type that gguf-py dequantises",
+            "quantise the model otherwise",
+        ) from None
     return result.reshape(shape)
 
 
@@ -183,16 +191,15 @@ def by_groups(num_groups: int, queries_a_group: int) -> Build:
         (rows,) = parts
         head_dim = rows.shape[0] // (num_groups * (queries_a_group + 2))
         ends = [num_groups * queries_a_group * head_dim, num_groups * (queries_a_group + 1) * head_dim]
-        pieces = [
-            piece.reshape(num_groups, -1, head_dim, *rows.shape[1:]) for piece in np.split(rows, ends, axis=0)
-        ]  # fmt: skip
+        pieces = [piece.reshape(num_groups, -1, head_dim, *rows.shape[1:]) for piece in np.split(rows, ends, axis=0)]
         return np.concatenate(pieces, axis=1).reshape(rows.shape)
 
     return build
 
 
-def _account(parameters: Mapping[str, Any], facts: Facts, modules: Sequence[Module], rules: Sequence[Rule],
-             used: Iterable[str]) -> None:  # fmt: skip
+def _account(
+    parameters: Mapping[str, Any], facts: Facts, modules: Sequence[Module], rules: Sequence[Rule], used: Iterable[str]
+) -> None:
     """Check that every tensor goes to one parameter of the model and that every parameter has its tensors.
 
     Raises: UsageError that names them.
@@ -213,8 +220,10 @@ def _account(parameters: Mapping[str, Any], facts: Facts, modules: Sequence[Modu
     unknown += [rule.tensors[0] for rule in rules if not parameters.keys() >= set(rule.parameters)]
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise refused(f"tensor '{unknown[0]}'{more}, which '{facts.architecture}' has no place for",
-                      "only tensors of this architecture")  # fmt: skip
+        raise refused(
+            f"tensor '{unknown[0]}'{more}, which '{facts.architecture}' has no place for",
+            "only tensors of this architecture",
+        )
 
 
 def _may_be_zero(parameter: str, facts: Facts, modules: Sequence[Module]) -> bool:

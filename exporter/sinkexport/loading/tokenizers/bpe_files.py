@@ -23,8 +23,10 @@ END = "<|endoftext|>"
 """What all of `CLASSES` take for a special token, even if tokenizer_config.json does not name it."""
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-         r"\s+(?!\S)|\s+")  # fmt: skip
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +43,13 @@ CLASSES: Mapping[str, Splitting] = {
     "Qwen2Tokenizer": Splitting(QWEN2, is_nfc=True),
 }
 MODEL_TYPES: Mapping[str, str] = {
-    "gptj": "GPT2Tokenizer", "codegen": "CodeGenTokenizer", "phi": "CodeGenTokenizer", "starcoder2": "GPT2Tokenizer",
-    "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer",
-}  # fmt: skip
+    "gptj": "GPT2Tokenizer",
+    "codegen": "CodeGenTokenizer",
+    "phi": "CodeGenTokenizer",
+    "starcoder2": "GPT2Tokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+}
 """The class where tokenizer_config.json names none."""
 
 
@@ -64,15 +70,22 @@ def from_bpe_files(files: TokenizerFiles) -> bytes:
     if splitting.pattern == GPT2:
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=has_prefix)
     else:
-        library.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(tokenizers.Regex(splitting.pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ])  # fmt: skip
+        library.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(splitting.pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     library.decoder = decoders.ByteLevel()
     reference = Reference(vocabulary, merges, splitting, has_prefix)
     sampled = [reference.text(piece) for piece in list(vocabulary)[:: max(1, len(vocabulary) // 400)]]
-    compare(lambda text: library.encode(text, add_special_tokens=False).ids, reference.encode,
-            [*TEXTS, *sampled, " ".join(sampled[::7])], VOCABULARY_FILE, "byte-level BPE")  # fmt: skip
+    compare(
+        lambda text: library.encode(text, add_special_tokens=False).ids,
+        reference.encode,
+        [*TEXTS, *sampled, " ".join(sampled[::7])],
+        VOCABULARY_FILE,
+        "byte-level BPE",
+    )
     library.add_special_tokens([text for text in (END,) if text in vocabulary])
     return library.to_str(pretty=True).encode()
 
@@ -134,9 +147,14 @@ def _splitting(files: TokenizerFiles) -> Splitting:
     family = (files.json_object("config.json") or {}).get("model_type")
     name = files.tokenizer_class or (MODEL_TYPES.get(family, "") if isinstance(family, str) else "")
     if name not in CLASSES:
-        raise UsageError(problem(VOCABULARY_FILE, received=f"a tokenizer of class {name or 'unknown'} without "
-                                 "tokenizer.json", expected=f"tokenizer.json, or one of {', '.join(CLASSES)}",
-                                 fix="add the model's tokenizer.json to the folder"))  # fmt: skip
+        raise UsageError(
+            problem(
+                VOCABULARY_FILE,
+                received=f"a tokenizer of class {name or 'unknown'} without tokenizer.json",
+                expected=f"tokenizer.json, or one of {', '.join(CLASSES)}",
+                fix="add the model's tokenizer.json to the folder",
+            )
+        )
     return CLASSES[name]
 
 
@@ -163,5 +181,11 @@ def _merges(files: TokenizerFiles) -> list[tuple[str, str]]:
 
 
 def _broken(name: str, received: str) -> UsageError:
-    return UsageError(problem(name, received=received, expected="files of byte-level BPE",
-                              fix="get the file again from where the model came from"))  # fmt: skip
+    return UsageError(
+        problem(
+            name,
+            received=received,
+            expected="files of byte-level BPE",
+            fix="get the file again from where the model came from",
+        )
+    )

@@ -69,9 +69,7 @@ _DEEPSEEK_LETTERS = _characters(
 )
 # llama.cpp takes white space out of classes like these two: U+3000 and others are in DeepSeek's own tokenizer.json.
 _DEEPSEEK_SIGNS = _characters("21-2F 3A-7E FF01-FF0F FF1A-FF5E 2018-201F 3001-3002")
-_DEEPSEEK_FAR = _characters(
-    "800-167F 1681-1FFF 200B-2027 202A-202E 2030-205E 2060-2FFF 3001-9FA5 AC00-D7FF"
-)
+_DEEPSEEK_FAR = _characters("800-167F 1681-1FFF 200B-2027 202A-202E 2030-205E 2060-2FFF 3001-9FA5 AC00-D7FF")
 _DEEPSEEK_CJK = f"[{_DEEPSEEK_FAR}]+"
 _DEEPSEEK_LLM = (
     r"[\r\n]",

@@ -36,9 +36,13 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 _OTHER_MODELS = {
-    "bert": "WordPiece", "t5": "Unigram", "rwkv": "RWKV's", "plamo2": "PLaMo's", "whitespace": "words",
+    "bert": "WordPiece",
+    "t5": "Unigram",
+    "rwkv": "RWKV's",
+    "plamo2": "PLaMo's",
+    "whitespace": "words",
     "hybriddna": "DNA's",
-}  # fmt: skip
+}
 _WITHOUT_EFFECT = frozenset(
     {
         "tokenizer.huggingface.json",  # llama.cpp reads the keys beside it
@@ -307,16 +311,22 @@ def byte_signs() -> list[str]:
 
 
 _PLANES = (
-    (0xF1, 0x40000, 0x7FFFF), (0xF2, 0x80000, 0xBFFFF), (0xF3, 0xC0000, 0xFFFFF), (0xF4, 0x100000, 0x10FFFF),
-)  # fmt: skip
+    (0xF1, 0x40000, 0x7FFFF),
+    (0xF2, 0x80000, 0xBFFFF),
+    (0xF3, 0xC0000, 0xFFFFF),
+    (0xF4, 0x100000, 0x10FFFF),
+)
 """First bytes of UTF-8 that have no assigned letters, and their first and last characters."""
 
 
 def _refuse_missing_bytes(vocabulary: Vocabulary) -> None:
     missing = next((byte for byte in range(0x100) if f"<0x{byte:02X}>" not in vocabulary.ids), None)
     if missing is not None:
-        raise refused(f"a vocabulary without the token <0x{missing:02X}>",
-                      "a token for each byte, for characters that are no tokens", FOLDER)  # fmt: skip
+        raise refused(
+            f"a vocabulary without the token <0x{missing:02X}>",
+            "a token for each byte, for characters that are no tokens",
+            FOLDER,
+        )
 
 
 def _refuse_unmerged_lines(vocabulary: Vocabulary, merges: list[tuple[str, str]]) -> None:

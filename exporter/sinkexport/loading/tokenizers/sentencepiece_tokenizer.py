@@ -44,12 +44,22 @@ def from_sentencepiece(raw: bytes, files: TokenizerFiles) -> bytes:
     defined = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED][:20]
     special = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
     texts = [*TEXTS, *sampled, " ".join(sampled[::7]), "".join(sampled[::5]), *(f"a{text}b {text}" for text in defined)]
-    compare(lambda text: library.encode(text, add_special_tokens=False).ids, processor.encode,
-            (text for text in texts if not any(token in text for token in special)), FILE, original)  # fmt: skip
+    compare(
+        lambda text: library.encode(text, add_special_tokens=False).ids,
+        processor.encode,
+        (text for text in texts if not any(token in text for token in special)),
+        FILE,
+        original,
+    )
     if files.config.get("legacy") is False and proto.normalizer_spec.add_dummy_prefix:
-        raise UsageError(problem(FILE, received="legacy: false in tokenizer_config.json and no tokenizer.json",
-                                 expected="a tokenizer.json: what comes after a special token cannot be converted "
-                                 "exactly", fix="add the model's tokenizer.json to the folder"))  # fmt: skip
+        raise UsageError(
+            problem(
+                FILE,
+                received="legacy: false in tokenizer_config.json and no tokenizer.json",
+                expected="a tokenizer.json: what comes after a special token cannot be converted exactly",
+                fix="add the model's tokenizer.json to the folder",
+            )
+        )
     return library.to_str(pretty=True).encode()
 
 
@@ -62,28 +72,43 @@ def converted(proto: Any, has_prefix: bool, has_beginning: bool) -> tokenizers.T
     unknown = next((piece.piece for piece in proto.pieces if piece.type == _UNKNOWN), None)
     if trainer.model_type == _BPE:
         vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-        model: Any = models.BPE(vocabulary, merges(proto), unk_token=unknown, fuse_unk=True,
-                                byte_fallback=trainer.byte_fallback)  # fmt: skip
+        model: Any = models.BPE(
+            vocabulary, merges(proto), unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback
+        )
     elif trainer.model_type == _UNIGRAM:
-        model = models.Unigram([(piece.piece, piece.score) for piece in proto.pieces], trainer.unk_id,
-                               trainer.byte_fallback)  # fmt: skip
+        model = models.Unigram(
+            [(piece.piece, piece.score) for piece in proto.pieces], trainer.unk_id, trainer.byte_fallback
+        )
     else:
-        raise UsageError(problem(FILE, received=f"a model of type {trainer.model_type}", expected="BPE or Unigram",
-                                 fix="add the model's tokenizer.json to the folder"))  # fmt: skip
+        raise UsageError(
+            problem(
+                FILE,
+                received=f"a model of type {trainer.model_type}",
+                expected="BPE or Unigram",
+                fix="add the model's tokenizer.json to the folder",
+            )
+        )
     library = tokenizers.Tokenizer(model)
     steps: list[Any] = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
     if rules.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
     steps += [normalizers.Prepend(SPACE)] if has_prefix else []
     library.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-    library.decoder = decoders.Sequence([
-        decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
-        *([decoders.Strip(" ", 1, 0)] if has_prefix else []),
-    ])  # fmt: skip
-    library.add_tokens([
-        tokenizers.AddedToken(piece.piece, normalized=False, special=piece.type != _USER_DEFINED)
-        for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
-    ])  # fmt: skip
+    library.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            *([decoders.Strip(" ", 1, 0)] if has_prefix else []),
+        ]
+    )
+    library.add_tokens(
+        [
+            tokenizers.AddedToken(piece.piece, normalized=False, special=piece.type != _USER_DEFINED)
+            for piece in proto.pieces
+            if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        ]
+    )
     if has_beginning and trainer.bos_id >= 0:
         text = proto.pieces[trainer.bos_id].piece
         library.post_processor = processors.TemplateProcessing(
@@ -103,9 +128,14 @@ def merges(proto: Any) -> list[tuple[str, str]]:
     try:
         return scored_merges(Vocabulary(texts, ids, types, scores, {}, ()))
     except UsageError as error:
-        raise UsageError(problem(FILE, received=f"scores that cannot be converted ({one_line(error)})",
-                                 expected="a score of its own for each piece",
-                                 fix="add the model's tokenizer.json to the folder")) from error  # fmt: skip
+        raise UsageError(
+            problem(
+                FILE,
+                received=f"scores that cannot be converted ({one_line(error)})",
+                expected="a score of its own for each piece",
+                fix="add the model's tokenizer.json to the folder",
+            )
+        ) from error
 
 
 def _prefixes(proto: Any, files: TokenizerFiles) -> bool:
@@ -125,18 +155,28 @@ def _check_class(files: TokenizerFiles) -> None:
     family = (files.json_object("config.json") or {}).get("model_type")
     if name in CLASSES or (not name and family in MODEL_TYPES):
         return
-    raise UsageError(problem(FILE, received=f"a tokenizer of class {name or 'unknown'} without tokenizer.json",
-                             expected=f"tokenizer.json, or one of {', '.join(CLASSES)}, whose ids are its own",
-                             fix="add the model's tokenizer.json to the folder"))  # fmt: skip
+    raise UsageError(
+        problem(
+            FILE,
+            received=f"a tokenizer of class {name or 'unknown'} without tokenizer.json",
+            expected=f"tokenizer.json, or one of {', '.join(CLASSES)}, whose ids are its own",
+            fix="add the model's tokenizer.json to the folder",
+        )
+    )
 
 
 def _module() -> Any:
     try:
         import sentencepiece
     except ImportError as error:
-        raise UsageError(problem(FILE, received="a model without tokenizer.json, and no package 'sentencepiece'",
-                                 expected="the package that the conversion is compared with",
-                                 fix="pip install 'sinkexport[export]'")) from error  # fmt: skip
+        raise UsageError(
+            problem(
+                FILE,
+                received="a model without tokenizer.json, and no package 'sentencepiece'",
+                expected="the package that the conversion is compared with",
+                fix="pip install 'sinkexport[export]'",
+            )
+        ) from error
     return sentencepiece
 
 
@@ -151,6 +191,11 @@ def _opened(raw: bytes) -> tuple[Any, Any]:
             raise ValueError("no pieces in it")
         return proto, sentencepiece.SentencePieceProcessor(model_proto=raw)
     except Exception as error:  # protobuf's DecodeError, RuntimeError and ValueError
-        raise UsageError(problem(FILE, received=f"what is no sentencepiece model ({one_line(error)})",
-                                 expected="a sentencepiece model, or tokenizer.json beside it",
-                                 fix="add the model's tokenizer.json to the folder")) from error  # fmt: skip
+        raise UsageError(
+            problem(
+                FILE,
+                received=f"what is no sentencepiece model ({one_line(error)})",
+                expected="a sentencepiece model, or tokenizer.json beside it",
+                fix="add the model's tokenizer.json to the folder",
+            )
+        ) from error

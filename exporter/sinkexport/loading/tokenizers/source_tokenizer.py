@@ -82,8 +82,14 @@ class SourceTokenizer:
         try:
             return list(self.library.encode(text, add_special_tokens=special).ids)
         except (TypeError, UnicodeError) as error:
-            raise UsageError(problem("text", received="something that is not Unicode text", expected="valid UTF-8",
-                                     fix="check the encoding of the input")) from error  # fmt: skip
+            raise UsageError(
+                problem(
+                    "text",
+                    received="something that is not Unicode text",
+                    expected="valid UTF-8",
+                    fix="check the encoding of the input",
+                )
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens included."""
@@ -139,8 +145,14 @@ def library_tokenizer(raw: bytes, name: str = TOKENIZER_FILE) -> tokenizers.Toke
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # plain Exception, or the PanicException of Rust, which is no Exception
-        raise UsageError(problem(name, received=one_line(error), expected="a file of 'tokenizers'",
-                                 fix="get the file again from where the model came from")) from error  # fmt: skip
+        raise UsageError(
+            problem(
+                name,
+                received=one_line(error),
+                expected="a file of 'tokenizers'",
+                fix="get the file again from where the model came from",
+            )
+        ) from error
 
 
 def as_source_tokenizer(tokenizer: Any) -> SourceTokenizer | None:
@@ -152,12 +164,19 @@ def as_source_tokenizer(tokenizer: Any) -> SourceTokenizer | None:
         return tokenizer
     library = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not isinstance(library, tokenizers.Tokenizer):
-        raise UsageError(problem("tokenizer", received=type(tokenizer).__name__, expected="a tokenizer of 'tokenizers'",
-                                 fix="use a model folder with tokenizer.json"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "tokenizer",
+                received=type(tokenizer).__name__,
+                expected="a tokenizer of 'tokenizers'",
+                fix="use a model folder with tokenizer.json",
+            )
+        )
     named = {name: text for name in NAMES if isinstance(text := getattr(tokenizer, name, None), str)}
     template = getattr(tokenizer, "chat_template", None)
-    return SourceTokenizer(type(tokenizer).__name__, without_limits(library), template if isinstance(template, str)
-                           else None, named)  # fmt: skip
+    return SourceTokenizer(
+        type(tokenizer).__name__, without_limits(library), template if isinstance(template, str) else None, named
+    )
 
 
 def without_limits(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -170,9 +189,14 @@ def without_limits(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 def broken_template(error: Exception) -> UsageError:
     """The refusal of a model whose chat template cannot be used."""
-    return UsageError(problem("chat template", received=f"the source's own, which fails ({one_line(error)})",
-                              expected="a template that renders a user's message",
-                              fix="repair or remove it in the model's folder"))  # fmt: skip
+    return UsageError(
+        problem(
+            "chat template",
+            received=f"the source's own, which fails ({one_line(error)})",
+            expected="a template that renders a user's message",
+            fix="repair or remove it in the model's folder",
+        )
+    )
 
 
 def one_line(error: BaseException) -> str:

@@ -17,8 +17,16 @@ if TYPE_CHECKING:
 SENTENCEPIECE_FILE, TEKKEN_FILE = "tokenizer.model", "tekken.json"
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 _OTHER_FILES = (CONFIG_FILE, TEKKEN_FILE, VOCABULARY_FILE, "vocab.txt", "spiece.model", "tiktoken.model")
-_NOT_KEPT = ("chat_template", "auto_map", "added_tokens_decoder", "add_bos_token", "add_eos_token", "tokenizer_file",
-             "name_or_path", "fix_mistral_regex")  # fmt: skip
+_NOT_KEPT = (
+    "chat_template",
+    "auto_map",
+    "added_tokens_decoder",
+    "add_bos_token",
+    "add_eos_token",
+    "tokenizer_file",
+    "name_or_path",
+    "fix_mistral_regex",
+)
 """Keys of tokenizer_config.json that say how to change tokenizer.json, which is done, or run code."""
 
 
@@ -46,19 +54,28 @@ def _of_folder(files: TokenizerFiles) -> SourceTokenizer | None:
         kind, raw = f"{VOCABULARY_FILE} and {MERGES_FILE}", from_bpe_files(files)
     else:
         if found := [name for name in _OTHER_FILES if files.path(name) is not None]:
-            raise UsageError(problem("tokenizer", received=f"{', '.join(found)} without {TOKENIZER_FILE}",
-                                     expected=f"{TOKENIZER_FILE}, {SENTENCEPIECE_FILE}, or {VOCABULARY_FILE} with "
-                                     f"{MERGES_FILE}; or none of these files, for token ids only",
-                                     fix=f"add {TOKENIZER_FILE}, or remove {', '.join(found)}"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "tokenizer",
+                    received=f"{', '.join(found)} without {TOKENIZER_FILE}",
+                    expected=f"{TOKENIZER_FILE}, {SENTENCEPIECE_FILE}, or {VOCABULARY_FILE} with "
+                    f"{MERGES_FILE}; or none of these files, for token ids only",
+                    fix=f"add {TOKENIZER_FILE}, or remove {', '.join(found)}",
+                )
+            )
         return None
     file = folder_tokenizer_json(files, TokenizerJson(raw))
     template, more = files.chat_template()
     named = {name: text for name, text in files.special_tokens.items() if text in file.tokens}
     return SourceTokenizer(
-        kind=kind, library=file.library(), chat_template=template, special_tokens=MappingProxyType(named),
-        config=MappingProxyType(_kept(files.config, file)), tokenizer_json=file.content(),
+        kind=kind,
+        library=file.library(),
+        chat_template=template,
+        special_tokens=MappingProxyType(named),
+        config=MappingProxyType(_kept(files.config, file)),
+        tokenizer_json=file.content(),
         remarks=(*remarks, *file.remarks, *more),
-    )  # fmt: skip
+    )
 
 
 def _kept(config: dict[str, Any], file: TokenizerJson) -> dict[str, Any]:
@@ -76,13 +93,18 @@ def _of_gguf(origin: Origin) -> SourceTokenizer | None:
     from sinkexport.loading.tokenizers.gguf_tokenizer import gguf_tokenizer
 
     if origin.path is None:
-        raise UsageError(problem("model", received=f"'{origin.source}'", expected="a .gguf file on this machine",
-                                 fix="download it first"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "model", received=f"'{origin.source}'", expected="a .gguf file on this machine", fix="download it first"
+            )
+        )
     found = gguf_tokenizer(open_gguf(origin.path))
     if found is None:
         return None
     return SourceTokenizer(
         kind=f"GGUF {found.model}" + (f", pre {found.pre}" if found.pre else ""),
-        library=without_limits(found.tokenizer), chat_template=found.chat_template,
-        special_tokens=MappingProxyType(dict(found.special_tokens)), declared_end_ids=tuple(found.end_ids),
-    )  # fmt: skip
+        library=without_limits(found.tokenizer),
+        chat_template=found.chat_template,
+        special_tokens=MappingProxyType(dict(found.special_tokens)),
+        declared_end_ids=tuple(found.end_ids),
+    )

@@ -28,29 +28,48 @@ def fitted(tokenizer: SourceTokenizer, num_rows: int) -> SourceTokenizer:
     if not outside:
         return tokenizer
     added = {token.content for token in tokenizer.library.get_added_tokens_decoder().values()}
-    file = TokenizerJson(tokenizer.library.to_str().encode() if tokenizer.tokenizer_json is None
-                         else tokenizer.tokenizer_json)  # fmt: skip
+    file = TokenizerJson(
+        tokenizer.library.to_str().encode() if tokenizer.tokenizer_json is None else tokenizer.tokenizer_json
+    )
     base = [text for text in outside if text not in added or text in file.vocabulary]
     names = _listed([f"{text!r} ({number})" for text, number in sorted(outside.items(), key=lambda item: item[1])])
     if base:
-        raise UsageError(problem("tokenizer", received=f"{tokenizer.num_tokens:,} tokens, {names} among them",
-                                 expected=f"at most {num_rows:,}, the rows of the embedding",
-                                 fix="use the tokenizer that belongs to the model"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "tokenizer",
+                received=f"{tokenizer.num_tokens:,} tokens, {names} among them",
+                expected=f"at most {num_rows:,}, the rows of the embedding",
+                fix="use the tokenizer that belongs to the model",
+            )
+        )
     template = tokenizer.chat_template or ""
     needed = [text for text in outside if text in template or outside[text] in tokenizer.encode("a")]
     needed += [text for name, text in tokenizer.special_tokens.items() if text in outside and name in template]
     if needed:
-        raise UsageError(problem("tokenizer", received=f"{_listed(needed)}, added without resizing the embedding of "
-                                 f"{num_rows:,} rows, and in use in every text or chat",
-                                 expected="ids inside the embedding",
-                                 fix="resize the model's embedding, or use its own tokenizer"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "tokenizer",
+                received=f"{_listed(needed)}, added without resizing the embedding of "
+                f"{num_rows:,} rows, and in use in every text or chat",
+                expected="ids inside the embedding",
+                fix="resize the model's embedding, or use its own tokenizer",
+            )
+        )
     file.remove(set(outside.values()))
-    remark = (f"{names}: added to the tokenizer without resizing the embedding of {num_rows:,} rows: left out, their "
-              "text is encoded as any other")  # fmt: skip
+    remark = (
+        f"{names}: added to the tokenizer without resizing the embedding of {num_rows:,} rows: left out, their "
+        "text is encoded as any other"
+    )
     named = {name: text for name, text in tokenizer.special_tokens.items() if text not in outside}
     config = {name: value for name, value in tokenizer.config.items() if not _names(value, outside)}
-    return dataclasses.replace(tokenizer, library=file.library(), tokenizer_json=file.content(), special_tokens=named,
-                               config=config, remarks=(*tokenizer.remarks, remark))  # fmt: skip
+    return dataclasses.replace(
+        tokenizer,
+        library=file.library(),
+        tokenizer_json=file.content(),
+        special_tokens=named,
+        config=config,
+        remarks=(*tokenizer.remarks, remark),
+    )
 
 
 def named(tokenizer: SourceTokenizer, config: Any) -> SourceTokenizer:
@@ -83,8 +102,14 @@ def check_tokens(tokenizer: SourceTokenizer) -> None:
         if text and tokenizer.encode(text, special=False) != [number]:
             wrong.append(f"{text!r} to {tokenizer.encode(text, special=False)[:4]} instead of {number}")
     if wrong:
-        raise UsageError(problem(TOKENIZER_FILE, received=f"added tokens that encode {_listed(wrong)}",
-                                 expected="each to its own id", fix="repair the tokenizer's files"))  # fmt: skip
+        raise UsageError(
+            problem(
+                TOKENIZER_FILE,
+                received=f"added tokens that encode {_listed(wrong)}",
+                expected="each to its own id",
+                fix="repair the tokenizer's files",
+            )
+        )
 
 
 def check_template(tokenizer: SourceTokenizer) -> None:
@@ -108,13 +133,24 @@ def opening_size(tokenizer: SourceTokenizer | None, system: str) -> int:
     Raises: UsageError for a model without a chat template, or whose template refuses or drops the message.
     """
     if tokenizer is None or tokenizer.chat_template is None:
-        raise UsageError(problem("--pin-system", received="a model without a chat template",
-                                 expected="an instruction-tuned model", fix="use --sink-tokens"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--pin-system",
+                received="a model without a chat template",
+                expected="an instruction-tuned model",
+                fix="use --sink-tokens",
+            )
+        )
     reason = system_refusal(tokenizer)
     if reason is not None:
-        raise UsageError(problem("--pin-system", received=f"a model whose chat template {reason}",
-                                 expected="a model that knows system messages",
-                                 fix="leave it out, or put the text into the first user message"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "--pin-system",
+                received=f"a model whose chat template {reason}",
+                expected="a model that knows system messages",
+                fix="leave it out, or put the text into the first user message",
+            )
+        )
     return tokenizer.runtime.opening_size(system)
 
 
@@ -126,8 +162,10 @@ def system_refusal(tokenizer: SourceTokenizer) -> str | None:
     facts = tokenizer.runtime.template_facts
     if facts.has_system:
         return None
-    return f"refuses a system message ({facts.system_refusal})" if facts.system_refusal else (
-        "leaves a system message out"
+    return (
+        f"refuses a system message ({facts.system_refusal})"
+        if facts.system_refusal
+        else ("leaves a system message out")
     )
 
 

@@ -101,8 +101,12 @@ def compare(
         got, want = ours(text), theirs(text)
         if got != want:
             at = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), min(len(got), len(want)))
-            raise UsageError(problem(
-                what, received=f"a conversion that gives {got[at : at + 4]} where {original} gives {want[at : at + 4]} "
-                f"(token {at} of {text[:40]!r})", expected="the same ids",
-                fix="add the model's tokenizer.json to the folder",
-            ))  # fmt: skip
+            raise UsageError(
+                problem(
+                    what,
+                    received=f"a conversion that gives {got[at : at + 4]} where {original} gives {want[at : at + 4]} "
+                    f"(token {at} of {text[:40]!r})",
+                    expected="the same ids",
+                    fix="add the model's tokenizer.json to the folder",
+                )
+            )

@@ -50,8 +50,9 @@ class TokenizerFiles:
             return path if path.is_file() else None
         from transformers.utils import cached_file
 
-        found = cached_file(self._origin.location["pretrained_model_name_or_path"], name,
-                            _raise_exceptions_for_missing_entries=False)  # fmt: skip
+        found = cached_file(
+            self._origin.location["pretrained_model_name_or_path"], name, _raise_exceptions_for_missing_entries=False
+        )
         return None if found is None else Path(found)
 
     def raw(self, name: str) -> bytes | None:
@@ -67,8 +68,14 @@ class TokenizerFiles:
         except OSError as error:
             raise _odd(name, error.strerror or str(error), "a file that can be read") from error
         if content.startswith(LFS_POINTER):
-            raise UsageError(problem(name, received="a pointer of Git LFS", expected="the file itself",
-                                     fix="run 'git lfs pull' in the model's folder"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    name,
+                    received="a pointer of Git LFS",
+                    expected="the file itself",
+                    fix="run 'git lfs pull' in the model's folder",
+                )
+            )
         return content
 
     def text(self, name: str) -> str | None:
@@ -106,11 +113,19 @@ class TokenizerFiles:
             if not isinstance(config.get(flag), bool | None):
                 raise _odd(CONFIG_FILE, f"{flag} of {config[flag]!r}", "true or false")
         if config.get("split_special_tokens"):
-            raise _odd(CONFIG_FILE, "split_special_tokens, by which no special token is ever found",
-                       "a tokenizer that knows its special tokens", "set it to false")  # fmt: skip
+            raise _odd(
+                CONFIG_FILE,
+                "split_special_tokens, by which no special token is ever found",
+                "a tokenizer that knows its special tokens",
+                "set it to false",
+            )
         if any(name != TOKENIZER_FILE for name in config.get("fast_tokenizer_files") or ()):
-            raise _odd(CONFIG_FILE, "fast_tokenizer_files, one for each version of transformers",
-                       f"one {TOKENIZER_FILE}", "remove the key, and keep the file that is right")  # fmt: skip
+            raise _odd(
+                CONFIG_FILE,
+                "fast_tokenizer_files, one for each version of transformers",
+                f"one {TOKENIZER_FILE}",
+                "remove the key, and keep the file that is right",
+            )
         if not isinstance(config.get("tokenizer_class"), str | None):
             raise _odd(CONFIG_FILE, f"tokenizer_class of {config['tokenizer_class']!r}", "a name")
         return config
@@ -135,8 +150,11 @@ class TokenizerFiles:
 
     def other_named_tokens(self) -> tuple[str, ...]:
         """Texts of tokens that the config names apart from `special_tokens`. Raises: UsageError."""
-        found: list[Any] = [value for name, value in self.config.items() if name.endswith("_token") and
-                            name not in NAMES and isinstance(value, str | dict)]  # fmt: skip
+        found: list[Any] = [
+            value
+            for name, value in self.config.items()
+            if name.endswith("_token") and name not in NAMES and isinstance(value, str | dict)
+        ]
         for name in _LISTS:
             value = self.config.get(name) or []
             if not isinstance(value, list | dict):
@@ -162,8 +180,9 @@ class TokenizerFiles:
         for number, token in listed.items():
             content = token.get("content") if isinstance(token, dict) else None
             if not number.isdecimal() or not isinstance(content, str):
-                raise _odd(CONFIG_FILE, f"added_tokens_decoder with {json.dumps({number: token})[:80]}",
-                           'id: {"content": ..}')  # fmt: skip
+                raise _odd(
+                    CONFIG_FILE, f"added_tokens_decoder with {json.dumps({number: token})[:80]}", 'id: {"content": ..}'
+                )
             flags = {flag: token[flag] for flag in _FLAGS if flag in token}
             if not all(isinstance(value, bool) for value in flags.values()):
                 raise _odd(CONFIG_FILE, f"flags {json.dumps(flags)} of {content!r}", "true or false")

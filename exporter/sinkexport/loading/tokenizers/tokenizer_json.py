@@ -39,14 +39,22 @@ class TokenizerJson:
             self.data: dict[str, Any] = json.loads(raw)
             self.tokens = {token["content"]: token for token in self.data.get("added_tokens") or []}
             vocabulary = self.data["model"]["vocab"]
-            self.vocabulary: Mapping[str, int] = vocabulary if isinstance(vocabulary, dict) else {
-                piece: number for number, (piece, _score) in enumerate(vocabulary)
-            }  # fmt: skip
+            self.vocabulary: Mapping[str, int] = (
+                vocabulary
+                if isinstance(vocabulary, dict)
+                else {piece: number for number, (piece, _score) in enumerate(vocabulary)}
+            )
             self.limits = [name for name in ("truncation", "padding") if self.data.get(name) is not None]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             received = f"{one_line(error)}" if isinstance(error, ValueError) else "JSON of another kind"
-            raise UsageError(problem(TOKENIZER_FILE, received=received, expected="a file of 'tokenizers'",
-                                     fix="get the file again from where the model came from")) from error  # fmt: skip
+            raise UsageError(
+                problem(
+                    TOKENIZER_FILE,
+                    received=received,
+                    expected="a file of 'tokenizers'",
+                    fix="get the file again from where the model came from",
+                )
+            ) from error
 
     def library(self) -> tokenizers.Tokenizer:
         """The tokenizer as it is now. Raises: UsageError."""
@@ -66,8 +74,9 @@ class TokenizerJson:
         if self.limits:
             self.remarks.append(f"{' and '.join(self.limits)} of {TOKENIZER_FILE} left out: texts are encoded whole")
         if self.data["model"].get("dropout"):
-            self.remarks.append(f"dropout {self.data['model']['dropout']} of {TOKENIZER_FILE} left out: it is for "
-                                "training")  # fmt: skip
+            self.remarks.append(
+                f"dropout {self.data['model']['dropout']} of {TOKENIZER_FILE} left out: it is for training"
+            )
             self.data["model"]["dropout"] = None
             self.is_changed = True
 
@@ -79,8 +88,14 @@ class TokenizerJson:
         known = self.tokens.get(content)
         own = self.vocabulary.get(content) if known is None else known["id"]
         if own is not None and own != number:
-            raise UsageError(problem("tokenizer", received=f"id {number} for {content!r} beside {TOKENIZER_FILE}, and "
-                                     f"{own} in it", expected="one id", fix="repair the folder's files"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    "tokenizer",
+                    received=f"id {number} for {content!r} beside {TOKENIZER_FILE}, and {own} in it",
+                    expected="one id",
+                    fix="repair the folder's files",
+                )
+            )
         if known is None:
             known = {"id": number, "content": content, **_PLAIN, "normalized": not flags.get("special", False)}
             self.data.setdefault("added_tokens", []).append(known)
@@ -129,16 +144,21 @@ class TokenizerJson:
         library = self.library()
         begins = library.encode("a").ids[:1] == [number] and library.encode("a", add_special_tokens=False).ids[:1] != [
             number
-        ]  # fmt: skip
+        ]
         if begins == wanted:
             return
         steps = self._steps()
         if wanted:
             sequence: list[dict[str, Any]] = [{"SpecialToken": {"id": text, "type_id": 0}}, _sequence("A")]
-            steps = [*steps, {
-                "type": "TemplateProcessing", "single": sequence, "pair": [*sequence, _sequence("B")],
-                "special_tokens": {text: {"id": text, "ids": [number], "tokens": [text]}},
-            }]  # fmt: skip
+            steps = [
+                *steps,
+                {
+                    "type": "TemplateProcessing",
+                    "single": sequence,
+                    "pair": [*sequence, _sequence("B")],
+                    "special_tokens": {text: {"id": text, "ids": [number], "tokens": [text]}},
+                },
+            ]
         else:
             steps = [_without(step, text) if step.get("type") == "TemplateProcessing" else step for step in steps]
         self.data["post_processor"] = {"type": "Sequence", "processors": steps} if steps else None
@@ -174,17 +194,21 @@ def _set_beginning(files: TokenizerFiles, file: TokenizerJson, bos: str | None) 
     if wanted is None or (not wanted and files.tokenizer_class not in BEGINNING_CLASSES):
         begins = number in file.library().encode("a").ids
         if wanted is False and begins:
-            file.remarks.append(f"{bos} is put before texts, as {TOKENIZER_FILE} has it; add_bos_token of "
-                                f"{CONFIG_FILE} says otherwise")  # fmt: skip
+            file.remarks.append(
+                f"{bos} is put before texts, as {TOKENIZER_FILE} has it; add_bos_token of {CONFIG_FILE} says otherwise"
+            )
         if wanted is None and not begins and files.tokenizer_class in BEGINNING_CLASSES:
-            file.remarks.append(f"{bos} is not put before texts, as {TOKENIZER_FILE} has it; transformers 4 put it "
-                                "there")  # fmt: skip
+            file.remarks.append(
+                f"{bos} is not put before texts, as {TOKENIZER_FILE} has it; transformers 4 put it there"
+            )
     else:
         was = copy.deepcopy(file.data.get("post_processor"))
         file.set_beginning((bos, number), wanted)
         if was != file.data.get("post_processor"):
-            file.remarks.append(f"{bos} is {'' if wanted else 'not '}put before texts, as add_bos_token of "
-                                f"{CONFIG_FILE} says and {TOKENIZER_FILE} does not")  # fmt: skip
+            file.remarks.append(
+                f"{bos} is {'' if wanted else 'not '}put before texts, as add_bos_token of "
+                f"{CONFIG_FILE} says and {TOKENIZER_FILE} does not"
+            )
     if files.config.get("add_eos_token"):
         file.remarks.append(f"add_eos_token of {CONFIG_FILE} is not followed: a prompt goes on")
 
@@ -193,17 +217,23 @@ def _check_mistral(files: TokenizerFiles, file: TokenizerJson) -> None:
     if files.config.get("fix_mistral_regex") and json.dumps(MISTRAL_PATTERN)[1:-1] not in json.dumps(
         file.data.get("pre_tokenizer")
     ):
-        raise UsageError(problem(CONFIG_FILE, received=f"fix_mistral_regex, and {TOKENIZER_FILE} with the old pattern",
-                                 expected=f"a {TOKENIZER_FILE} that has the pattern",
-                                 fix="load and save the tokenizer once with transformers 5"))  # fmt: skip
+        raise UsageError(
+            problem(
+                CONFIG_FILE,
+                received=f"fix_mistral_regex, and {TOKENIZER_FILE} with the old pattern",
+                expected=f"a {TOKENIZER_FILE} that has the pattern",
+                fix="load and save the tokenizer once with transformers 5",
+            )
+        )
 
 
 def _check_prefix_space(files: TokenizerFiles, file: TokenizerJson) -> None:
     """transformers 4 changed a lone ByteLevel by add_prefix_space, 5 does not: the file is followed, and said so."""
     wanted, splitter = files.config.get("add_prefix_space"), file.data.get("pre_tokenizer") or {}
     if wanted is not None and splitter.get("type") == "ByteLevel" and splitter.get("add_prefix_space") != wanted:
-        file.remarks.append(f"add_prefix_space {str(wanted).lower()} of {CONFIG_FILE} is not followed: "
-                            f"{TOKENIZER_FILE} says otherwise")  # fmt: skip
+        file.remarks.append(
+            f"add_prefix_space {str(wanted).lower()} of {CONFIG_FILE} is not followed: {TOKENIZER_FILE} says otherwise"
+        )
 
 
 def _without(step: Mapping[str, Any], text: str) -> dict[str, Any]:

@@ -36,8 +36,10 @@ def end_ids(
     Raises: UsageError for a stated id outside the vocabulary, or one that is no id.
     """
     ends = set(() if tokenizer is None else tokenizer.end_ids)
-    for name, ids in (("config.json", stated_ids(config, "eos_token_id")),
-                      ("generation_config.json", stated_ids(generation_config, "eos_token_id"))):  # fmt: skip
+    for name, ids in (
+        ("config.json", stated_ids(config, "eos_token_id")),
+        ("generation_config.json", stated_ids(generation_config, "eos_token_id")),
+    ):
         for number, is_stated in ids.items():
             if 0 <= number < num_tokens:
                 ends.add(number)
@@ -71,8 +73,14 @@ def stated_ids(config: Any | None, key: str) -> Mapping[int, bool]:
     ids = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
     for number in ids:
         if isinstance(number, bool) or not isinstance(number, int):
-            raise UsageError(problem(key, received=repr(number)[:80], expected="an id, or a list of ids",
-                                     fix="repair config.json and generation_config.json"))  # fmt: skip
+            raise UsageError(
+                problem(
+                    key,
+                    received=repr(number)[:80],
+                    expected="an id, or a list of ids",
+                    fix="repair config.json and generation_config.json",
+                )
+            )
     is_copy = getattr(config, "_from_model_config", False)  # of a generation configuration that nobody wrote
     return dict.fromkeys(ids, not is_copy and value != _default(config, key))
 
@@ -87,5 +95,8 @@ def _default(config: Any, key: str) -> Any:
 
 def outside(what: str, number: int, num_tokens: int) -> UsageError:
     """The refusal of an id that the model has no row for."""
-    return UsageError(problem(what, received=number, expected=f"an id of the vocabulary of {num_tokens:,}",
-                              fix="repair the model's files"))  # fmt: skip
+    return UsageError(
+        problem(
+            what, received=number, expected=f"an id of the vocabulary of {num_tokens:,}", fix="repair the model's files"
+        )
+    )

@@ -29,9 +29,14 @@ FREQUENCIES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_sh
 
 
 def check_weights(
-    folder: Path, files: Sequence[str], loaded: LoadedModel, config: ExportConfig, *, num_q_heads: int,
+    folder: Path,
+    files: Sequence[str],
+    loaded: LoadedModel,
+    config: ExportConfig,
+    *,
+    num_q_heads: int,
     num_kv_heads: int,
-) -> None:  # fmt: skip
+) -> None:
     """Compare the graphs of a bundle with the file that the model came from, or, if it was made in memory, with the
     model itself.
 
@@ -41,8 +46,14 @@ def check_weights(
     """
     model, is_gguf = loaded.model, loaded.origin is not None and loaded.origin.is_gguf
     tensors = source_tensors(loaded)
-    check = WeightCheck(tensors, _shapes(model), _tied(model), _rounding(model, config, num_kv_heads),
-                        model.base_model_prefix, is_gguf=is_gguf)  # fmt: skip
+    check = WeightCheck(
+        tensors,
+        _shapes(model),
+        _tied(model),
+        _rounding(model, config, num_kv_heads),
+        model.base_model_prefix,
+        is_gguf=is_gguf,
+    )
     first = read_graph(folder / files[0])
     left = [t for t in check.compare(first) if t.name not in FREQUENCIES and why_no_effect(t, model) is None]
     if left:
@@ -80,9 +91,14 @@ def _compare_shared(
 
 def _refuse_strangers(names: Sequence[str], what: str) -> None:
     if names:
-        raise UsageError(problem("weights", received=f"{len(names)} {what} that are not of the file: {listed(names)}",
-                                 expected="the numbers of the file",
-                                 fix="this model cannot be exported exactly; please report it"))  # fmt: skip
+        raise UsageError(
+            problem(
+                "weights",
+                received=f"{len(names)} {what} that are not of the file: {listed(names)}",
+                expected="the numbers of the file",
+                fix="this model cannot be exported exactly; please report it",
+            )
+        )
 
 
 def source_tensors(loaded: LoadedModel) -> Mapping[str, FileTensor]:
@@ -131,8 +147,15 @@ def _gguf_tensor(name: str, tensor: Any) -> FileTensor:
     if data.dtype != np.uint8:
         return FileTensor(name, shape, kind.name, "the file", lambda: data.reshape(shape))
     block = gguf.GGML_QUANT_SIZES[kind]
-    return QuantizedFileTensor(name, shape, kind.name, "the file", lambda: data, block=block,
-                               dequantize=lambda rows: gguf.dequantize(rows, kind))  # fmt: skip
+    return QuantizedFileTensor(
+        name,
+        shape,
+        kind.name,
+        "the file",
+        lambda: data,
+        block=block,
+        dequantize=lambda rows: gguf.dequantize(rows, kind),
+    )
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:

@@ -174,8 +174,15 @@ def _floating(name: str, tensor: ir.TensorProtocol, layers: tuple[float, float])
         return lambda rows, columns: view(lay(tensor.numpy()).reshape(shape))(rows, columns)
 
     if len(dims) == 2 and parts and name.split("+")[0].removesuffix(".smoothed").endswith(".T"):
-        return GraphMatrix(name, parts, (dims[1], dims[0]), lazily((dims[1], dims[0]), lambda a: a.T), layers,
-                           tensor.numpy, sources=(tensor,))  # fmt: skip
+        return GraphMatrix(
+            name,
+            parts,
+            (dims[1], dims[0]),
+            lazily((dims[1], dims[0]), lambda a: a.T),
+            layers,
+            tensor.numpy,
+            sources=(tensor,),
+        )
     shape = (int(np.prod(dims[:-1])), dims[-1]) if len(dims) > 1 else (dims[0] if dims else 1, 1)
     swapped = None
     if len(dims) == 3:
@@ -189,8 +196,9 @@ def _floating(name: str, tensor: ir.TensorProtocol, layers: tuple[float, float])
     flat = None
     if len(dims) > 1 and tensor.nbytes <= SMALL_BYTES:
         flat = GraphMatrix(name, parts, (tensor.size, 1), lazily((tensor.size, 1), lambda a: a), layers, tensor.numpy)
-    return GraphMatrix(name, parts, shape, lazily(shape, lambda a: a), layers, tensor.numpy, swapped, flat,
-                       sources=(tensor,))  # fmt: skip
+    return GraphMatrix(
+        name, parts, shape, lazily(shape, lambda a: a), layers, tensor.numpy, swapped, flat, sources=(tensor,)
+    )
 
 
 def _quantized(
@@ -212,8 +220,10 @@ def _quantized(
     elif integers.ndim == 3:  # experts, uint8 [E, K, M]
         count, depth, width = integers.shape
         shape = (count * width, depth)
-        read = _scaled(lambda r, c: integers[r[:, None] // width, c[None], r[:, None] % width].astype(np.int16)
-                       - HALF_RANGE, scales.reshape(-1))  # fmt: skip
+        read = _scaled(
+            lambda r, c: integers[r[:, None] // width, c[None], r[:, None] % width].astype(np.int16) - HALF_RANGE,
+            scales.reshape(-1),
+        )
         swapped = _by_input(base, integers, scales, layers, HALF_RANGE)
     elif suffix == ".uint8" or _axis(value) == 1:  # [K, N]
         offset = HALF_RANGE if suffix == ".uint8" else 0
@@ -222,10 +232,21 @@ def _quantized(
     else:
         shape, read = integers.shape, _scaled(lambda r, c: integers[r[:, None], c[None]], scales.reshape(-1))
     slack = _bits(value, integers)[2] - 1 if suffix == ".packed" else 0
-    sources = tuple(one.const_value for one in (value, values[f"{base}.scales"], zeros)
-                    if one is not None and one.const_value is not None)  # fmt: skip
-    return GraphMatrix(base, parameters_of(base), (int(shape[0]), int(shape[1])), read, layers, swapped=swapped,
-                       slack=slack, sources=sources)  # fmt: skip
+    sources = tuple(
+        one.const_value
+        for one in (value, values[f"{base}.scales"], zeros)
+        if one is not None and one.const_value is not None
+    )
+    return GraphMatrix(
+        base,
+        parameters_of(base),
+        (int(shape[0]), int(shape[1])),
+        read,
+        layers,
+        swapped=swapped,
+        slack=slack,
+        sources=sources,
+    )
 
 
 def _by_input(

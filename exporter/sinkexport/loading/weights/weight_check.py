@@ -43,14 +43,21 @@ MAX_HEADS = 512
 SMALL = 32
 """Constants of fewer numbers need not be of the file: slopes, indices, scalars."""
 
+
 class WeightCheck:
     """One comparison. tensors: of the file. parameters: shape of each of the model's parameters, by all its names;
     tied: the names of each parameter, those that share it together."""
 
     def __init__(
-        self, tensors: Mapping[str, FileTensor], parameters: Mapping[str, tuple[int, ...]],
-        tied: Sequence[frozenset[str]], rounding: Rounding, prefix: str, *, is_gguf: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        tensors: Mapping[str, FileTensor],
+        parameters: Mapping[str, tuple[int, ...]],
+        tied: Sequence[frozenset[str]],
+        rounding: Rounding,
+        prefix: str,
+        *,
+        is_gguf: bool = False,
+    ) -> None:
         self._tensors = tensors
         self.parameters = parameters
         self._tied = {name: names for names in tied for name in names}
@@ -79,8 +86,12 @@ class WeightCheck:
                     raise differs(tensor, f"'{place.parameter}' in the graph holds other numbers")
             if places:
                 continue
-            if not (self._claim_folded(tensor, anonymous) or self._claim_found(tensor, by_layer, anonymous)
-                    or self._claim_rows(tensor, named) or self._claim_by_head(tensor, anonymous)):  # fmt: skip
+            if not (
+                self._claim_folded(tensor, anonymous)
+                or self._claim_found(tensor, by_layer, anonymous)
+                or self._claim_rows(tensor, named)
+                or self._claim_by_head(tensor, anonymous)
+            ):
                 left.append(tensor)
         if self._is_gguf:
             self._claim_zeros(named)
@@ -92,9 +103,7 @@ class WeightCheck:
         spelled = [name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")]
         return [*spelled, *(other for one in spelled for other in self._tied.get(one, ()))]
 
-    def _places(
-        self, matrices: Sequence[GraphMatrix]
-    ) -> tuple[dict[str, list[Place]], dict[int | None, list[Place]]]:
+    def _places(self, matrices: Sequence[GraphMatrix]) -> tuple[dict[str, list[Place]], dict[int | None, list[Place]]]:
         """Every parameter that the graph has under its own name, and the same by layer."""
         named: dict[str, list[Place]] = {}
         by_layer: dict[int | None, list[Place]] = {}
@@ -120,9 +129,13 @@ class WeightCheck:
         return False
 
     def _fits(
-        self, tensor: FileTensor, place: Place, by_column: Floats | None = None, by_row: Floats | None = None,
+        self,
+        tensor: FileTensor,
+        place: Place,
+        by_column: Floats | None = None,
+        by_row: Floats | None = None,
         order: Indices | None = None,
-    ) -> bool:  # fmt: skip
+    ) -> bool:
         """A few whole rows, and a few columns of all rows. order: rows of the tensor that stand in the place."""
         count, width = place.count, tensor.matrix_shape[1]
         if order is None:
@@ -132,8 +145,10 @@ class WeightCheck:
         some = np.unique(np.linspace(0, count - 1, SAMPLED_ROWS).astype(np.int64))
         every = np.arange(width, dtype=np.int64)
         few = tensor.sampled_columns()
-        for rows, columns, file in ((some, every, lambda: tensor.rows(order[some])),
-                                    (np.arange(count), few, lambda: tensor.columns(few)[order])):  # fmt: skip
+        for rows, columns, file in (
+            (some, every, lambda: tensor.rows(order[some])),
+            (np.arange(count), few, lambda: tensor.columns(few)[order]),
+        ):
             graph, steps = place.matrix.read(place.rows(rows), columns)
             wanted = file()
             if by_column is not None:
@@ -148,8 +163,9 @@ class WeightCheck:
         """By what smoothing may have multiplied the columns and the rows of a parameter."""
         own = self._rounding.divisors.get(place.parameter.removesuffix(".weight"))
         columns = [None] if own is None or tensor.matrix_shape[1] == 1 else [None, own]
-        yield from ((column, row) for row in self._factors_of_rows(layer_of(place.parameter), place.count)
-                    for column in columns)  # fmt: skip
+        yield from (
+            (column, row) for row in self._factors_of_rows(layer_of(place.parameter), place.count) for column in columns
+        )
 
     def _factors_of_rows(self, layer: int | None, count: int) -> Iterable[Floats | None]:
         """What smoothing may have divided the results of a norm or of a product by, None for nothing."""
@@ -180,8 +196,11 @@ class WeightCheck:
         none = np.zeros_like(graph)
         with np.errstate(all="ignore"):
             made = [np.asarray(transform(file), np.float32) for transform in transforms]
-        return any(self._rounding.fits(one if row is None else one * row[:, None], graph, none)
-                   for row in self._factors_of_rows(layer_of(tensor.name), len(file)) for one in made)  # fmt: skip
+        return any(
+            self._rounding.fits(one if row is None else one * row[:, None], graph, none)
+            for row in self._factors_of_rows(layer_of(tensor.name), len(file))
+            for one in made
+        )
 
     def _claim_folded(self, tensor: FileTensor, anonymous: Sequence[GraphMatrix]) -> bool:
         """Look in constants that were computed of weights, and have no names."""
@@ -314,9 +333,14 @@ class WeightCheck:
 
 def differs(tensor: FileTensor, why: str) -> UsageError:
     """What the export made is not what the file holds."""
-    return UsageError(problem(f"weights '{tensor.name}' of {tensor.file}", received=why,
-                              expected="the numbers of the file", fix="this model cannot be exported exactly; "
-                              "please report it"))  # fmt: skip
+    return UsageError(
+        problem(
+            f"weights '{tensor.name}' of {tensor.file}",
+            received=why,
+            expected="the numbers of the file",
+            fix="this model cannot be exported exactly; please report it",
+        )
+    )
 
 
 def unclaimed(matrices: Iterable[GraphMatrix], parameters: Collection[str], num_heads: int) -> list[str]:
@@ -325,10 +349,12 @@ def unclaimed(matrices: Iterable[GraphMatrix], parameters: Collection[str], num_
     parameters: of the model. num_heads: of queries, each of which may have a number: a slope, a factor of tuned
     attention.
     """
-    return [matrix.name for matrix in matrices
-            if not matrix.is_claimed
-            and (any(part in parameters for part in matrix.parts)
-                 or not _is_computed(matrix, max(SMALL, num_heads)))]  # fmt: skip
+    return [
+        matrix.name
+        for matrix in matrices
+        if not matrix.is_claimed
+        and (any(part in parameters for part in matrix.parts) or not _is_computed(matrix, max(SMALL, num_heads)))
+    ]
 
 
 OWN = ("frequency_", "alibi_slopes", "sink_scale_", "calibrated_", "affine.")

@@ -55,8 +55,9 @@ class Place:
 
     def is_whole(self, places: Sequence[Place]) -> bool:
         """Whether it is all of one of these."""
-        return any((self.matrix, self.start, self.count, self.stride) == (p.matrix, p.start, p.count, p.stride)
-                   for p in places)  # fmt: skip
+        return any(
+            (self.matrix, self.start, self.count, self.stride) == (p.matrix, p.start, p.count, p.stride) for p in places
+        )
 
 
 def is_of_one_expert(tensor: FileTensor) -> bool:
@@ -85,8 +86,9 @@ def subplaces(places: Sequence[Place], tensor: FileTensor) -> Iterable[Place]:
             elif len(tensor.shape) == 3 and whole.count == 2 * count:  # gates of all experts, or what they multiply
                 rows = tensor.shape[1]
                 for half in (0, 1):
-                    yield Place(whole.matrix, whole.start + half * rows, count, whole.parameter, half,
-                                blocks=(rows, 2 * rows))  # fmt: skip
+                    yield Place(
+                        whole.matrix, whole.start + half * rows, count, whole.parameter, half, blocks=(rows, 2 * rows)
+                    )
             elif len(numbers) > 1 and whole.count % count == 0:
                 expert = numbers[1]
                 for share in (1, 2):  # of an expert's rows: all, or gate before up

@@ -25,9 +25,23 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 FUSED = re.compile(r"gate_up_proj")
 LLAMA_ORDER = frozenset(
-    ("llama", "deci", "granite", "granitemoe", "granitehybrid", "minicpm", "arcee", "smollm3", "mistral3", "apertus",
-     "internlm2", "baichuan", "xverse", "olmo")
-)  # fmt: skip
+    (
+        "llama",
+        "deci",
+        "granite",
+        "granitemoe",
+        "granitehybrid",
+        "minicpm",
+        "arcee",
+        "smollm3",
+        "mistral3",
+        "apertus",
+        "internlm2",
+        "baichuan",
+        "xverse",
+        "olmo",
+    )
+)
 """GGUF architectures whose queries and keys lie with the two numbers of a rotated pair side by side, where Hugging
 Face's files have a head's first half before the second. Source: llama.cpp, ``convert_hf_to_gguf.py``, ``permute``."""
 

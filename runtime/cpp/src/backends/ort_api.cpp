@@ -87,8 +87,8 @@ OrtApi::OrtApi(const std::string& path) {
 void OrtApi::fail(OrtStatus* status) const {
   std::string message = plain<ort::GetErrorMessage>(static_cast<const OrtStatus*>(status));
   plain<ort::ReleaseStatus>(status);
-  const bool memory = message.find("bad_alloc") != std::string::npos ||
-                      message.find("Failed to allocate memory") != std::string::npos;
+  const bool memory =
+      message.find("bad_alloc") != std::string::npos || message.find("Failed to allocate memory") != std::string::npos;
   message.erase(std::find(message.begin(), message.end(), '\n'), message.end());
   throw OrtFailure{message.substr(0, 200), memory};
 }

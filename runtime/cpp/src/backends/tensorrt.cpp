@@ -1,7 +1,7 @@
 // TensorRT engines with everything allocated at load. A step is one CUDA graph: upload of ids and positions, engine,
 // commit of the logits; in `steps` a token is one graph too, sampling included, and the host waits only at the end.
-#include <NvInferRuntime.h>
 #include <fcntl.h>
+#include <NvInferRuntime.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -33,7 +33,7 @@ class MappedFile {
  public:
   explicit MappedFile(const std::string& path) {
     const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    struct stat status {};
+    struct stat status{};
     if (file >= 0 && fstat(file, &status) == 0 && status.st_size > 0) {
       size_ = static_cast<size_t>(status.st_size);
       data_ = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
@@ -142,20 +142,26 @@ class Engine {
  private:
   static std::string typeName(nvinfer1::DataType type) {
     switch (type) {
-      case nvinfer1::DataType::kFLOAT: return "float32";
-      case nvinfer1::DataType::kHALF: return "float16";
-      case nvinfer1::DataType::kINT8: return "int8";
-      case nvinfer1::DataType::kINT32: return "int32";
+      case nvinfer1::DataType::kFLOAT:
+        return "float32";
+      case nvinfer1::DataType::kHALF:
+        return "float16";
+      case nvinfer1::DataType::kINT8:
+        return "int8";
+      case nvinfer1::DataType::kINT32:
+        return "int32";
 #if !defined(SINKRT_TENSORRT_8)
-      case nvinfer1::DataType::kINT64: return "int64";
+      case nvinfer1::DataType::kINT64:
+        return "int64";
 #endif
-      default: return "another type";
+      default:
+        return "another type";
     }
   }
 
   Error mismatch(const std::string& what, const std::string& received) const {
-    return {Code::kBackend, problem(role_ + " engine: " + what, received, "what the manifest says",
-                                    "build the engines again")};
+    return {Code::kBackend,
+            problem(role_ + " engine: " + what, received, "what the manifest says", "build the engines again")};
   }
 
   Error refusal(Allocator& allocator, const char* expected) {
@@ -194,9 +200,13 @@ class Mirror {
   Mirror(size_t bytes, const char* purpose) : host_(bytes), device_(bytes, purpose) {}
 
   template <typename T = char>
-  T* host(size_t at) const { return reinterpret_cast<T*>(host_.data() + at); }
+  T* host(size_t at) const {
+    return reinterpret_cast<T*>(host_.data() + at);
+  }
   template <typename T = char>
-  T* device(size_t at) const { return reinterpret_cast<T*>(device_.data() + at); }
+  T* device(size_t at) const {
+    return reinterpret_cast<T*>(device_.data() + at);
+  }
 
   void upload(size_t begin, size_t end, cudaStream_t stream) const {
     check(cudaMemcpyAsync(device(begin), host(begin), end - begin, cudaMemcpyHostToDevice, stream), "upload");
@@ -364,14 +374,16 @@ class TensorrtBackend final : public Backend {
   void readState(size_t state, void* target) const override {
     enter();
     const cuda::Memory& memory = states_.at(state);
-    check(cudaMemcpyAsync(target, memory.data(), memory.bytes(), cudaMemcpyDeviceToHost, *stream_), "download of a state");
+    check(cudaMemcpyAsync(target, memory.data(), memory.bytes(), cudaMemcpyDeviceToHost, *stream_),
+          "download of a state");
     stream_->synchronize();
   }
 
   void writeState(size_t state, const void* source) override {
     enter();
     const cuda::Memory& memory = states_.at(state);
-    check(cudaMemcpyAsync(memory.data(), source, memory.bytes(), cudaMemcpyHostToDevice, *stream_), "upload of a state");
+    check(cudaMemcpyAsync(memory.data(), source, memory.bytes(), cudaMemcpyHostToDevice, *stream_),
+          "upload of a state");
     stream_->synchronize();
   }
 
@@ -500,7 +512,8 @@ class TensorrtBackend final : public Backend {
     detours_.resize(static_cast<size_t>(batch()));
     size_t copies = 0;  // bytes of detours: those of one stream, used by all in turn
     for (const StateSpec& state : manifest_.states) {
-      if (batch() > 1 && state.rowBytes() % cuda::kAlignment != 0) copies += aligned(static_cast<size_t>(state.rowBytes()));
+      if (batch() > 1 && state.rowBytes() % cuda::kAlignment != 0)
+        copies += aligned(static_cast<size_t>(state.rowBytes()));
     }
     copies_ = cuda::Memory(copies, "the cache");
     chunks()->bind("ids", chunk_.device(chunk_ids_at_));
@@ -553,7 +566,8 @@ class TensorrtBackend final : public Backend {
     for (const Detour& each : detours) copy(each.copy, each.row, each.bytes);
     chunks()->run(*stream_);
     for (const Detour& each : detours) copy(each.row, each.copy, each.bytes);
-    copy(logits_.data() + static_cast<size_t>(stream) * chunk_logits_.bytes(), chunk_logits_.data(), chunk_logits_.bytes());
+    copy(logits_.data() + static_cast<size_t>(stream) * chunk_logits_.bytes(), chunk_logits_.data(),
+         chunk_logits_.bytes());
   }
 
   void copy(char* target, const char* source, size_t bytes) const {
@@ -639,9 +653,9 @@ class TensorrtBackend final : public Backend {
   // What a step makes of them, where it must not write to what it reads: TensorRT promises nothing of the order within
   // an engine but where an operator is made for it. Empty: written in place.
   std::vector<cuda::Memory> next_;
-  cuda::Memory logits_;               // float32 [B, vocab] after each stream's last token
-  cuda::Memory raw_logits_;           // the same as the engine writes it, idle streams included
-  cuda::Memory weights_;              // float32 [B, vocab], scratch of sampling
+  cuda::Memory logits_;      // float32 [B, vocab] after each stream's last token
+  cuda::Memory raw_logits_;  // the same as the engine writes it, idle streams included
+  cuda::Memory weights_;     // float32 [B, vocab], scratch of sampling
   cuda::Pinned host_logits_;
   bool host_logits_are_current_ = false;
 

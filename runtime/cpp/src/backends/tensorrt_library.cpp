@@ -89,7 +89,8 @@ TensorrtLibrary::TensorrtLibrary() {
     }
   }
   if (handle_ == nullptr) {
-    throw missing(flavour(), tried, kLibraries[0], "add its folder to LD_LIBRARY_PATH, or set SINKRT_TENSORRT to its path");
+    throw missing(flavour(), tried, kLibraries[0],
+                  "add its folder to LD_LIBRARY_PATH, or set SINKRT_TENSORRT to its path");
   }
   const auto ask = [&](const char* name) {
     const auto function = reinterpret_cast<int32_t (*)()>(dlsym(handle_, name));
@@ -135,7 +136,8 @@ std::string TensorrtLibrary::loadPlugin(const std::string& path, const std::stri
   if (plugin == nullptr) throw missing("plugin", loaderError(), std::string("a readable ") + kName, build);
   const auto abi_of = reinterpret_cast<const char* (*)()>(dlsym(plugin, "sinkexport_plugin_abi"));
   const auto major_of = reinterpret_cast<int (*)()>(dlsym(plugin, "sinkexport_plugin_tensorrt_major"));
-  if (abi_of == nullptr || major_of == nullptr) throw missing("plugin", "'" + file + "', another library", kName, build);
+  if (abi_of == nullptr || major_of == nullptr)
+    throw missing("plugin", "'" + file + "', another library", kName, build);
   const std::string abi = abi_of();
   if (abi != kPluginAbi) throw missing("plugin", "ABI " + abi, std::string("ABI ") + kPluginAbi, build);
 #if defined(SINKRT_TENSORRT_8)

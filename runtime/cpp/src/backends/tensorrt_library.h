@@ -39,7 +39,7 @@ class TensorrtLibrary {
   // Throws Error(kBackend) if there is no library, or one of another major version than the headers of this build.
   static TensorrtLibrary& get();
 
-  static const char* flavour();  // TensorRT | TensorRT-RTX
+  static const char* flavour();                            // TensorRT | TensorRT-RTX
   const std::string& version() const { return version_; }  // as "8.5.3"
   TensorrtLogger& logger() { return logger_; }
 

@@ -38,8 +38,8 @@ void useDevice(int device) {
   if (found != cudaSuccess || device < 0 || device >= count) {
     cudaGetLastError();
     throw Error(Code::kBackend,
-                problem("CUDA device", found == cudaSuccess ? std::to_string(device) + " of " + std::to_string(count)
-                                                            : nameOf(found),
+                problem("CUDA device",
+                        found == cudaSuccess ? std::to_string(device) + " of " + std::to_string(count) : nameOf(found),
                         "an NVIDIA GPU and its driver", "check nvidia-smi, or use the backend 'ort'"));
   }
   check(cudaSetDevice(device), "cudaSetDevice");
@@ -65,7 +65,9 @@ std::string computeCapability(int device) {
   return std::to_string(major) + "." + std::to_string(minor);
 }
 
-int64_t numAllocations() { return num_allocations; }
+int64_t numAllocations() {
+  return num_allocations;
+}
 
 void* tryAllocate(size_t bytes) noexcept {
   void* memory = nullptr;
@@ -116,7 +118,9 @@ Stream::~Stream() {
   if (cudaStreamDestroy(stream_) != cudaSuccess) cudaGetLastError();
 }
 
-void Stream::synchronize() const { check(cudaStreamSynchronize(stream_), "work on the GPU"); }
+void Stream::synchronize() const {
+  check(cudaStreamSynchronize(stream_), "work on the GPU");
+}
 
 Graph::~Graph() {
   if (exec_ != nullptr && cudaGraphExecDestroy(exec_) != cudaSuccess) cudaGetLastError();
@@ -150,6 +154,8 @@ bool Graph::capture(const Stream& stream, const std::function<void()>& work) {
   return true;
 }
 
-void Graph::launch(const Stream& stream) const { check(cudaGraphLaunch(exec_, stream), "cudaGraphLaunch"); }
+void Graph::launch(const Stream& stream) const {
+  check(cudaGraphLaunch(exec_, stream), "cudaGraphLaunch");
+}
 
 }  // namespace sinkrt::cuda

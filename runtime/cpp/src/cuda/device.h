@@ -15,7 +15,9 @@ namespace sinkrt::cuda {
 // What buffers start on, and what TensorRT wants of addresses that it is given.
 constexpr size_t kAlignment = 256;
 
-constexpr size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+constexpr size_t aligned(size_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
 
 // Throws Error(kBackend), or Error(kOutOfMemory) if that was it. what: the call, for people.
 void check(cudaError_t error, const char* what);

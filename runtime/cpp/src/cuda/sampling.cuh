@@ -1,5 +1,5 @@
-// The kernels of sampling.h. A block of fewer threads does the same, one of a single thread even on the host, where a test
-// compares them with sampler.h.
+// The kernels of sampling.h. A block of fewer threads does the same, one of a single thread even on the host, where a
+// test compares them with sampler.h.
 #pragma once
 
 #include "cuda/sampling.h"
@@ -26,9 +26,15 @@ constexpr float kMassUnit = 1099511627776.0f;
 constexpr uint32_t kLowestWeightBits = 0x2B800000u;
 constexpr int kWeightShift = 3;
 
-__device__ uint64_t mass(float weight) { return static_cast<uint64_t>(weight * kMassUnit); }
-__device__ uint32_t weightKey(float weight) { return (__float_as_uint(weight) - kLowestWeightBits) << kWeightShift; }
-__device__ float weightOfKey(uint32_t key) { return __uint_as_float((key >> kWeightShift) + kLowestWeightBits); }
+__device__ uint64_t mass(float weight) {
+  return static_cast<uint64_t>(weight * kMassUnit);
+}
+__device__ uint32_t weightKey(float weight) {
+  return (__float_as_uint(weight) - kLowestWeightBits) << kWeightShift;
+}
+__device__ float weightOfKey(uint32_t key) {
+  return __uint_as_float((key >> kWeightShift) + kLowestWeightBits);
+}
 
 // Grows with the float.
 __device__ uint32_t orderedKey(float value) {
@@ -159,7 +165,9 @@ __device__ uint64_t blockMass(const float* weights, int size, Shared& shared) {
 }
 
 // 53 random bits of 2^53, times a total below 2^63, rounded down.
-__device__ uint64_t drawnBelow(uint64_t total, uint64_t bits) { return mulHigh(total, bits & ~uint64_t{0x7ff}); }
+__device__ uint64_t drawnBelow(uint64_t total, uint64_t bits) {
+  return mulHigh(total, bits & ~uint64_t{0x7ff});
+}
 
 // A draw from the logits of `row` (the largest is `largest`); weights go to `weights`, which may be `row` itself.
 __device__ int draw(const float* row, float* weights, int size, float largest, const DeviceSampling& params,
@@ -169,8 +177,9 @@ __device__ int draw(const float* row, float* weights, int size, float largest, c
   uint32_t kth = 0;
   if (0 < params.top_k && params.top_k < size) {
     uint64_t above;
-    kth = select(size, [&](int i) { return orderedKey(scaled(i)); }, [](int) { return uint64_t{1}; },
-                 static_cast<uint64_t>(params.top_k), &above, shared);
+    kth = select(
+        size, [&](int i) { return orderedKey(scaled(i)); }, [](int) { return uint64_t{1}; },
+        static_cast<uint64_t>(params.top_k), &above, shared);
   }
   for (int i = threadIdx.x; i < size; i += kThreads) {
     const float value = scaled(i);
@@ -193,8 +202,8 @@ __device__ int draw(const float* row, float* weights, int size, float largest, c
   const uint64_t target = drawnBelow(kept, bits);
   const uint32_t key = select(size, key_of, mass_of, target + 1, &above, shared);
   const uint64_t nth = (target - above) / mass(weightOfKey(key));
-  return findInOrder(size, [&](int i) { return uint64_t{mass(weights[i]) > 0 && weightKey(weights[i]) == key}; }, nth,
-                     shared);
+  return findInOrder(
+      size, [&](int i) { return uint64_t{mass(weights[i]) > 0 && weightKey(weights[i]) == key}; }, nth, shared);
 }
 
 __device__ int64_t positionOf(const SamplingArgs& args, int b) {
@@ -248,8 +257,8 @@ __global__ void __launch_bounds__(kThreads) sample(SamplingArgs args) {
     return;
   }
   const int64_t position = positionOf(args, b);
-  const int pick = params.temperature == 0.0f ? best.index
-                                              : draw(row, scratch, size, best.value, params, position, shared);
+  const int pick =
+      params.temperature == 0.0f ? best.index : draw(row, scratch, size, best.value, params, position, shared);
   if (threadIdx.x != 0) return;
   bool ends = args.num_ids[b] >= args.history_size;
   for (int i = 0; i < *args.num_end_ids; ++i) ends = ends || args.end_ids[i] == pick;

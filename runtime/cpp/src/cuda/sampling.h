@@ -18,7 +18,8 @@ struct DeviceSampling {
   int32_t top_k;  // 0: all
 };
 
-// All pointers are device pointers. B streams, a vocabulary of V, C = S + W tokens in the cache, at most H steps in a row.
+// All pointers are device pointers. B streams, a vocabulary of V, C = S + W tokens in the cache, at most H steps in a
+// row.
 struct SamplingArgs {
   int32_t batch;
   int32_t vocab_size;

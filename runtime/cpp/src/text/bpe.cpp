@@ -15,7 +15,7 @@ constexpr uint32_t kNone = ~uint32_t{0};
 
 // One entry of the merge queue: the pair that begins with the symbol `at`.
 struct Candidate {
-  uint32_t rank, id, at;  // id: what the pair becomes
+  uint32_t rank, id, at;                          // id: what the pair becomes
   bool operator<(const Candidate& other) const {  // std::priority_queue's top is the largest
     return rank != other.rank ? rank > other.rank : at > other.at;
   }

@@ -39,9 +39,15 @@ bool decoded(std::string_view text, std::string& out) {
 }
 
 // A unit of the trie: a label, whether a text ends here, and where those that follow are.
-uint32_t label(uint32_t unit) { return unit & (1u << 31 | 0xff); }
-bool hasLeaf(uint32_t unit) { return (unit >> 8 & 1) == 1; }
-size_t offset(uint32_t unit) { return static_cast<size_t>(unit >> 10) << ((unit & 1u << 9) >> 6); }
+uint32_t label(uint32_t unit) {
+  return unit & (1u << 31 | 0xff);
+}
+bool hasLeaf(uint32_t unit) {
+  return (unit >> 8 & 1) == 1;
+}
+size_t offset(uint32_t unit) {
+  return static_cast<size_t>(unit >> 10) << ((unit & 1u << 9) >> 6);
+}
 
 }  // namespace
 

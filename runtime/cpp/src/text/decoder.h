@@ -50,8 +50,8 @@ class Decoder {
     std::vector<Finder> finder = {};  // kReplace: one
     std::string content = {};         // kReplace
     std::string character = {};       // kStrip, kMetaspace
-    size_t start = 0, stop = 0;  // kStrip: how many at most
-    bool drops_first = false;    // kMetaspace: those of the first token
+    size_t start = 0, stop = 0;       // kStrip: how many at most
+    bool drops_first = false;         // kMetaspace: those of the first token
   };
 
   Step readStep(const TokenizerFile& file, const Json& part) const;

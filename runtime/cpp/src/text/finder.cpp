@@ -19,7 +19,9 @@ Finder Finder::read(const TokenizerFile& file, const Json& pattern) {
   }
 }
 
-bool Finder::isCharacter() const { return !pattern_ && nextUtf8(text_).size == text_.size(); }
+bool Finder::isCharacter() const {
+  return !pattern_ && nextUtf8(text_).size == text_.size();
+}
 
 std::optional<std::pair<size_t, size_t>> Finder::find(std::string_view text, size_t from) const {
   if (!pattern_) {

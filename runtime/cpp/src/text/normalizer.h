@@ -29,10 +29,10 @@ class Normalizer {
   struct Step {
     Kind kind;
     Form form = Form::kNfc;
-    bool left = false, right = false;  // kStrip
-    std::vector<Finder> finder = {};   // kReplace: one
+    bool left = false, right = false;     // kStrip
+    std::vector<Finder> finder = {};      // kReplace: one
     std::vector<CharactersMap> map = {};  // kMap: one
-    std::string content = {};          // kPrepend, kReplace
+    std::string content = {};             // kPrepend, kReplace
   };
 
   static void strip(const Step& step, std::string& text, bool& at_start);

@@ -10,8 +10,7 @@ namespace sinkrt {
 namespace {
 
 // GPT-2's, which ByteLevel applies if use_regex is set.
-constexpr const char* kByteLevel =
-    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+constexpr const char* kByteLevel = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 
 }  // namespace
 
@@ -23,8 +22,7 @@ PreTokenizer::Behavior PreTokenizer::behaviorOf(const TokenizerFile& file, const
   if (name == "MergedWithPrevious") return Behavior::kMergedWithPrevious;
   if (name == "MergedWithNext") return Behavior::kMergedWithNext;
   if (name == "Contiguous") return Behavior::kContiguous;
-  file.refuse("the behavior '" + name + "'",
-              "Removed, Isolated, MergedWithPrevious, MergedWithNext, Contiguous");
+  file.refuse("the behavior '" + name + "'", "Removed, Isolated, MergedWithPrevious, MergedWithNext, Contiguous");
 }
 
 void PreTokenizer::read(const TokenizerFile& file, const Json& part, const Normalizer& normalizer, bool cut) {
@@ -90,9 +88,8 @@ PreTokenizer::Step PreTokenizer::readMetaspace(const TokenizerFile& file, const 
   if (step.prepend == Prepend::kFirst && (!knows_start_ || (!keeps_places_ && !steps_.empty()))) {
     file.refuse("a Metaspace of the first piece, after parts that leave open which is first", "a simpler normalizer");
   }
-  const bool after_bytes = std::any_of(steps_.begin(), steps_.end(), [](const Step& s) {
-    return s.kind == Kind::kByteLevel;
-  });
+  const bool after_bytes =
+      std::any_of(steps_.begin(), steps_.end(), [](const Step& s) { return s.kind == Kind::kByteLevel; });
   if (after_bytes) file.refuse("a Metaspace after ByteLevel", "one of them");
   return step;
 }
@@ -214,10 +211,9 @@ void PreTokenizer::splitMetaspace(std::string_view text, bool at_start, size_t i
   if (!step.splits) return split(marked, at_start, index + 1, model, out);
   // Each mark begins a piece of its own, a run of them too.
   for (size_t start = 0; start < marked.size();) {
-    const size_t next = std::min(marked.find(mark, start == 0 && marked.compare(0, mark.size(), mark) != 0
-                                                       ? 0
-                                                       : start + mark.size()),
-                                 marked.size());
+    const size_t next =
+        std::min(marked.find(mark, start == 0 && marked.compare(0, mark.size(), mark) != 0 ? 0 : start + mark.size()),
+                 marked.size());
     split(std::string_view(marked).substr(start, next - start), at_start && start == 0, index + 1, model, out);
     start = next;
   }
