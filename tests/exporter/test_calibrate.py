@@ -15,6 +15,8 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from sinkexport.calibration import calibrate as calibration
+from sinkexport.calibration import histogram
 from sinkexport.calibration.calibrate import attention_outputs, choose_pieces, chosen_range, smoothing
 from sinkexport.calibration.file import CalibrationFile, fingerprint, load_calibration
 from sinkexport.calibration.observers import REST, SINKS, ChannelMaxima, Histograms
@@ -23,8 +25,6 @@ from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.model.experts import routers
 from sinkexport.pipeline.export import export_loaded
-from sinkexport.calibration import calibrate as calibration
-from sinkexport.calibration import histogram
 from sinkexport.quant.recipe import Calibration, Recipe, load_recipe, parse_recipe
 from sinkexport.sources import LoadedModel
 from sinkexport.tensorrt.builder import build_engine

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 import torch
 from click.testing import CliRunner
+from sinkexport.calibration import calibrate as calibration
 from sinkexport.calibration.calibrate import Calibrated
 from sinkexport.calibration.file import CalibrationFile, load_calibration, rounded_path
 from sinkexport.calibration.gptq import DAMPING, rounded_for_inputs
@@ -23,7 +24,6 @@ from sinkexport.config import ExportConfig
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
 from sinkexport.model.chunked_streaming import chunked_streaming
 from sinkexport.pipeline.export import export_loaded
-from sinkexport.calibration import calibrate as calibration
 from sinkexport.quant.recipe import Recipe, parse_recipe
 from sinkexport.quant.weight import Rounded, WeightScheme
 from sinkexport.sources import LoadedModel

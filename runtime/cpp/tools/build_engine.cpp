@@ -28,8 +28,8 @@
 #include <string_view>
 #include <vector>
 
-#include "backends/tensorrt_library.h"
-#include "engines.h"
+#include "backends/tensorrt/library.h"
+#include "bundle/engines.h"
 #include "files.h"
 #include "sinkrt/manifest.h"
 

@@ -1,4 +1,4 @@
-#include "layout.h"
+#include "bundle/layout.h"
 
 #include <optional>
 #include <set>

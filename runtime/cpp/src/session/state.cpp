@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
+#include "bundle/json.h"
 #include "files.h"
-#include "json.h"
-#include "replacement.h"
+#include "text/replacement.h"
 
 namespace sinkrt {
 namespace {

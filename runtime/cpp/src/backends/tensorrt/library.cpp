@@ -1,4 +1,4 @@
-#include "backends/tensorrt_library.h"
+#include "backends/tensorrt/library.h"
 
 #include <dlfcn.h>
 #include <unistd.h>

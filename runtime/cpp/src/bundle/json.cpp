@@ -1,4 +1,4 @@
-#include "json.h"
+#include "bundle/json.h"
 
 #include <algorithm>
 #include <cerrno>
@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 
-#include "utf8.h"
+#include "text/utf8.h"
 
 namespace sinkrt {
 namespace {

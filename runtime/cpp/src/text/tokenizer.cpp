@@ -5,7 +5,7 @@
 #include "files.h"
 #include "sinkrt/error.h"
 #include "text/tokenizer_data.h"
-#include "utf8.h"
+#include "text/utf8.h"
 
 namespace sinkrt {
 

@@ -1,4 +1,4 @@
-#include "engines.h"
+#include "bundle/engines.h"
 
 #include "files.h"
 

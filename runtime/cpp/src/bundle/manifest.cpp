@@ -8,11 +8,11 @@
 #include <string_view>
 #include <utility>
 
+#include "bundle/json.h"
+#include "bundle/layout.h"
+#include "bundle/sha256.h"
 #include "files.h"
-#include "json.h"
-#include "layout.h"
-#include "sha256.h"
-#include "utf8.h"
+#include "text/utf8.h"
 
 namespace sinkrt {
 namespace {

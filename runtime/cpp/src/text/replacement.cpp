@@ -1,4 +1,4 @@
-#include "replacement.h"
+#include "text/replacement.h"
 
 #include <cstdlib>
 #include <random>

@@ -2,13 +2,13 @@
 #include <algorithm>
 #include <iterator>
 
-#include "unicode.h"
-#include "utf8.h"
+#include "text/unicode.h"
+#include "text/utf8.h"
 
 namespace sinkrt {
 namespace {
 
-#include "grapheme_tables.inc"
+#include "text/grapheme_tables.inc"
 
 // In the order of make_unicode_tables.py; the two of Hangul's syllables are computed.
 enum Break : uint32_t {

@@ -1,15 +1,15 @@
-#include "unicode.h"
+#include "text/unicode.h"
 
 #include <algorithm>
 #include <iterator>
 #include <vector>
 
-#include "utf8.h"
+#include "text/utf8.h"
 
 namespace sinkrt {
 namespace {
 
-#include "unicode_tables.inc"
+#include "text/unicode_tables.inc"
 
 const char* const kNames[] = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "No", "Pc", "Pd", "Ps", "Pe",
                               "Pi", "Pf", "Po", "Sm", "Sc", "Sk", "So", "Zs", "Zl", "Zp", "Cc", "Cf", "Co", "Cn"};

@@ -1,10 +1,10 @@
-#include "pattern.h"
+#include "text/pattern.h"
 
 #include <algorithm>
 #include <limits>
 
-#include "unicode.h"
-#include "utf8.h"
+#include "text/unicode.h"
+#include "text/utf8.h"
 
 namespace sinkrt {
 namespace {

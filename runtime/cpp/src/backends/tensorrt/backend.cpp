@@ -13,10 +13,10 @@
 #include <string>
 #include <vector>
 
-#include "backends/tensorrt_library.h"
+#include "backends/tensorrt/library.h"
+#include "bundle/engines.h"
 #include "cuda/device.h"
 #include "cuda/sampling.h"
-#include "engines.h"
 #include "sinkrt/backend.h"
 
 namespace sinkrt {
