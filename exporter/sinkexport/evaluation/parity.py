@@ -1,7 +1,8 @@
 """Does a bundle compute what its model computes? Three comparisons of logits, token by token.
 
 dense      against transformers' own forward pass over the whole text, before the first token is evicted.
-streaming  against `sinkexport.reference.streaming`, which rotates every key anew in each step, over several wraps of the window.
+streaming  against `sinkexport.reference.streaming`, which rotates every key anew in each step, over
+           several wraps of the window.
 prefill    the bundle against itself: pieces of odd lengths against one token at a time.
 """
 
