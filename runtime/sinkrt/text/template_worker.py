@@ -1,6 +1,6 @@
 """Renders chat templates in a process of its own, which may be ended at any time.
 
-A template is a program that came with a model: it may loop for ever or fill the memory. `sinkrt.template_process`
+A template is a program that came with a model: it may loop for ever or fill the memory. `sinkrt.text.template_process`
 starts this file as a script, with no other module of this package, and talks to it in lines of JSON:
 
     {"load": SOURCE}     -> {"variables": [names that the template reads], "literals": text that it writes itself}

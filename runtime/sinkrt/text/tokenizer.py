@@ -12,14 +12,12 @@ from typing import Any
 
 import tokenizers
 
-from sinkrt.chat_messages import joined, message_text
-from sinkrt.chat_template import ChatTemplate, TemplateFacts, choose_template
 from sinkrt.contract import Manifest
 from sinkrt.errors import BundleError, UsageError, problem
-from sinkrt.special_text import ControlTokens, Marks, PlainEncoder, pattern, split, texts_in
-from sinkrt.stream_decoder import MAX_PENDING, REPLACEMENT, StreamingDecoder
-
-__all__ = ["MAX_PENDING", "OPENING_MESSAGES", "REPLACEMENT", "StreamingDecoder", "Tokenizer", "common_start"]
+from sinkrt.text.chat_messages import joined, message_text
+from sinkrt.text.chat_template import ChatTemplate, TemplateFacts, choose_template
+from sinkrt.text.special_text import ControlTokens, Marks, PlainEncoder, pattern, split, texts_in
+from sinkrt.text.stream_decoder import StreamingDecoder
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 

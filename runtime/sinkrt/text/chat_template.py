@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sinkrt.chat_messages import Message, Wants, message_text, shaped
 from sinkrt.errors import BundleError, UsageError, problem
-from sinkrt.template_process import TIME_LIMIT_S, TemplateFailure, TemplateProcess, require_jinja
-from sinkrt.template_worker import environment
+from sinkrt.text.chat_messages import Message, Wants, message_text, shaped
+from sinkrt.text.template_process import TIME_LIMIT_S, TemplateFailure, TemplateProcess, require_jinja
+from sinkrt.text.template_worker import environment
 
 MAX_TEMPLATE_CHARACTERS = 2**20
 RETRY_S = 60.0
