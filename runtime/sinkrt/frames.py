@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from sinkrt.backends.ort import HostPlace, open_graph
+from sinkrt.backends.ort_graph import HostDevice, open_graph
 from sinkrt.contract import TensorSpec, build_from_json
 from sinkrt.errors import BackendError, BundleError, UsageError, problem
 from sinkrt.ring import POSITION_LIMIT, Ring
@@ -67,9 +67,9 @@ class FrameSession:
         self._position = 0
         words = [TensorSpec(name, (spec.batch,), "int64") for name in ("position", "oldest")]
         tensors = [*words, *spec.inputs, spec.output, *(state.input for state in spec.states)]
-        place = HostPlace()
-        self.buffers: dict[str, np.ndarray] = {tensor.name: place.zeros(tensor) for tensor in tensors}
-        self._session = open_graph(folder / GRAPH_FILE, threads, place.providers)
+        device = HostDevice()
+        self.buffers: dict[str, np.ndarray] = {tensor.name: device.zeros(tensor) for tensor in tensors}
+        self._session = open_graph(folder / GRAPH_FILE, threads, device.providers)
         self._binding = self._session.io_binding()
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.buffers.items()}
         for tensor in [*words, *spec.inputs]:

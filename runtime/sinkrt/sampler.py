@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -59,14 +60,21 @@ class SamplingParams:
             _require_integer("seed", self.seed, SEED_LIMIT - 1, f"0 .. {SEED_LIMIT - 1}")
 
 
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) for this seed and position: a counter-based generator needs no state."""
+    bits = int(np.random.Philox(key=seed, counter=position).random_raw())
+    return (bits >> 11) * 2.0**-53
+
+
 class Sampler:
     """Samples one stream. Holds no history: what it picks depends on its arguments and the seed alone.
 
-    vocab_size: length of the logits.
+    vocab_size: length of the logits. draw: a number in [0, 1) of seed and position.
     """
 
-    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
+    def __init__(self, params: SamplingParams, vocab_size: int, draw: Callable[[int, int], float] = uniform) -> None:
         self._params = params
+        self._draw = draw
         self._seed = secrets.randbits(64) if params.seed is None else params.seed
         self._scratch = np.empty(vocab_size, dtype=np.float32)
 
@@ -107,14 +115,9 @@ class Sampler:
             return best
         ids, weights = candidates(logits, params, self._scratch)
         cumulative = np.cumsum(weights, dtype=np.float64)
-        pick = int(np.searchsorted(cumulative, self._uniform(position) * cumulative[-1], side="right"))
+        pick = int(np.searchsorted(cumulative, self._draw(self._seed, position) * cumulative[-1], side="right"))
         # Rounding may carry the product up to the sum itself: then the last token of any weight is meant.
         return int(ids[min(pick, int(np.searchsorted(cumulative, cumulative[-1])))])
-
-    def _uniform(self, position: int) -> float:
-        """A number in [0, 1) for this seed and position: a counter-based generator needs no state."""
-        bits = int(np.random.Philox(key=self._seed, counter=position).random_raw())
-        return (bits >> 11) * 2.0**-53
 
 
 def penalized(
