@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,13 +12,16 @@ from typing import Any
 import tokenizers
 
 from sinkrt.contract import Manifest
-from sinkrt.errors import BundleError, UsageError, problem
+from sinkrt.errors import UsageError, problem
 from sinkrt.text.chat_messages import joined, message_text
-from sinkrt.text.chat_template import ChatTemplate, TemplateFacts, choose_template
+from sinkrt.text.chat_template import ChatTemplate, choose_template
 from sinkrt.text.special_text import ControlTokens, Marks, PlainEncoder, pattern, split, texts_in
 from sinkrt.text.stream_decoder import StreamingDecoder
+from sinkrt.text.template_facts import TemplateFacts
+from sinkrt.text.tokenizer_files import read_tokenizer_files
 
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+OPENING_MESSAGES = ("0", "?")
+"""Two user messages that begin differently: what two conversations share up to them is their opening."""
 
 
 class Tokenizer:
@@ -53,50 +55,7 @@ class Tokenizer:
 
         Raises: UsageError if it has none; BundleError if they are unreadable.
         """
-        facts = manifest.tokenizer
-        if facts is None:
-            raise UsageError(
-                problem(
-                    "tokenizer",
-                    received="a bundle without one",
-                    expected="tokenizer.json",
-                    fix="feed token ids, or export a model folder with its tokenizer",
-                )
-            )
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(bundle / facts.file))
-        except Exception as error:  # the library raises plain Exception
-            raise BundleError(
-                problem(
-                    facts.file,
-                    received=_one_line(error),
-                    expected="a tokenizer of 'tokenizers'",
-                    fix="export the model again",
-                )
-            ) from error
-        model = manifest.model
-        special: dict[str, Any] = {
-            name: tokenizer.id_to_token(token) or ""
-            for name, token in (("bos_token", model.bos_token_id), ("eos_token", next(iter(model.eos_token_ids), None)))
-            if token is not None
-        }
-        template = None
-        try:
-            if facts.chat_template is not None:
-                template = (bundle / facts.chat_template).read_text(encoding="utf-8")
-            if _TOKENIZER_CONFIG in manifest.files:  # what the tokenizer itself calls its special tokens goes first
-                config = json.loads((bundle / _TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-                special |= named_special_tokens(config)
-        except (OSError, ValueError) as error:
-            raise BundleError(
-                problem(
-                    "tokenizer files",
-                    received=_one_line(error),
-                    expected="UTF-8 text and JSON",
-                    fix="export the model again",
-                )
-            ) from error
-        return cls(tokenizer, template, special)
+        return cls(*read_tokenizer_files(bundle, manifest))
 
     @property
     def has_chat_template(self) -> bool:
@@ -355,32 +314,6 @@ def common_start(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-OPENING_MESSAGES = ("0", "?")
-"""Two user messages that begin differently: what two conversations share up to them is their opening."""
-
-
-def named_special_tokens(config: Any) -> dict[str, Any]:
-    """Special tokens of a tokenizer_config.json by name: plain texts, or objects with a ``content``.
-
-    Lists, such as ``additional_special_tokens``, stay lists of texts.
-    """
-    if not isinstance(config, dict):
-        return {}
-    named: dict[str, Any] = {}
-    for group in (config, config.get("model_specific_special_tokens"), config.get("extra_special_tokens")):
-        if isinstance(group, dict):
-            named |= {name: _token_text(token) for name, token in group.items() if name.endswith("_token")}
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        if isinstance(config.get(name), list):
-            named[name] = [text for token in config[name] if (text := _token_text(token)) is not None]
-    return {name: value for name, value in named.items() if value is not None}
-
-
-def _token_text(token: Any) -> str | None:
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
-
-
 @contextlib.contextmanager
 def _utf8_errors() -> Iterator[None]:
     try:
@@ -394,7 +327,3 @@ def _utf8_errors() -> Iterator[None]:
                 fix="check the encoding of the input",
             )
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
