@@ -9,7 +9,7 @@ from sinkrt.conversation import Conversation
 from sinkrt.session import Session
 
 
-class Places:
+class StreamSlots:
     """The streams of `session` and who has them.
 
     slice_tokens: how long a conversation keeps its stream while others wait. max_parked_bytes: most memory of parked
