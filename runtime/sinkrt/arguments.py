@@ -9,7 +9,7 @@ from sinkrt.errors import UsageError, problem
 
 
 def token_ids(ids: npt.ArrayLike, shape: tuple[int, ...], vocab_size: int) -> npt.NDArray[np.int64]:
-    """int64 of `shape`, each 0 .. vocab_size - 1.
+    """Ids as int64 of `shape`, each 0 .. vocab_size - 1.
 
     Raises: UsageError.
     """
@@ -28,7 +28,7 @@ def token_ids(ids: npt.ArrayLike, shape: tuple[int, ...], vocab_size: int) -> np
 
 
 def prompt_ids(ids: npt.ArrayLike, vocab_size: int, *, may_be_empty: bool) -> npt.NDArray[np.int64]:
-    """int64 [N], each 0 .. vocab_size - 1; N >= 1 unless the prompt may be empty.
+    """Ids as int64 [N], each 0 .. vocab_size - 1; N >= 1 unless the prompt may be empty.
 
     Raises: UsageError.
     """
@@ -60,7 +60,7 @@ def _check_range(array: np.ndarray, vocab_size: int) -> None:
 
 
 def valid_counts(num_valid: npt.ArrayLike | None, rows: int, width: int) -> npt.NDArray[np.int64]:
-    """int64 [rows], each 1 .. width.
+    """Counts as int64 [rows], each 1 .. width.
 
     Raises: UsageError.
     """

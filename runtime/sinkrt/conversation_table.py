@@ -81,7 +81,10 @@ class ConversationTable:
         return idle
 
     def find_start(self, ids: npt.NDArray[np.int64]) -> Conversation | None:
-        """The idle conversation that has taken exactly the longest start of `ids`, int64 [N], or None; no lasting one."""
+        """The idle conversation that has taken exactly the longest start of `ids`, or None; no lasting one.
+
+        ids: int64 [N].
+        """
         idle = [c for c in self._by_name.values() if c.history.count and not (c.has_work or c.lasting)]
         digests = starts(ids, [c.history.count for c in idle])
         found = [c for c in idle if digests.get(c.history.count) == c.history.digest()]

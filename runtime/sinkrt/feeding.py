@@ -1,4 +1,4 @@
-"""One token for each of some conversations: which one comes next, and who cannot take it."""
+"""Next tokens of some conversations, fed in one step; the errors of those that cannot take theirs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An answer as text: feed a prompt, then pick, feed and decode token by token.
+"""Answers as text: feed a prompt, then pick, feed and decode token by token.
 
 Twin of `Session::generate` in runtime/cpp/src/session/session.cpp.
 """
@@ -22,7 +22,7 @@ Prompt = str | Sequence[int] | npt.NDArray[np.integer] | None
 
 
 class TextSession(Protocol):
-    """What generating needs of a `Session`."""
+    """Parts of a `Session` that generating needs."""
 
     @property
     def batch(self) -> int: ...

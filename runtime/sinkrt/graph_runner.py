@@ -1,4 +1,4 @@
-"""Runs a bundle's graphs for some of B streams, and keeps states and `StreamTable` in step.
+"""Run a bundle's graphs for some of B streams, and keep states and `StreamTable` in step.
 
 Whatever interrupts a call, the table says what counts: the order of the lines below is the reason.
 Twin of `Session::run` and `Session::prefill` in runtime/cpp/src/session/session.cpp.
@@ -162,7 +162,7 @@ class GraphRunner:
         table.release(row)
 
     def kept(self) -> dict[str, StateArray]:
-        """What makes up the streams, by the names of a state file: the arrays themselves."""
+        """Arrays that make up the streams, by the names of a state file: the arrays themselves, no copies."""
         backend, table = self.backend, self._table
         return {**backend.states, "logits": backend.logits, "recent_ids": table.recent_ids, "position": table.position}
 

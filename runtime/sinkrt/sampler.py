@@ -1,6 +1,7 @@
 """Pick the next token: greedy, temperature, top-k, top-p and repetition penalty, as transformers defines them.
 
-The order is transformers' too: repetition penalty, temperature, top-k, top-p.
+The order is transformers' too: repetition penalty, temperature, top-k, top-p. Twin of
+runtime/cpp/include/sinkrt/sampler.h, which picks the same tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How to sample.
+    """Options of sampling.
 
     temperature: 0 .. 100, 0 is greedy. top_k: keep the k likeliest tokens (0: all). top_p: in (0, 1], keep the smallest
     set whose probability reaches p (arXiv:1904.09751). repetition_penalty: 0.01 .. 100, > 1 makes tokens of the
@@ -67,7 +68,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 class Sampler:
-    """Samples one stream. Holds no history: what it picks depends on its arguments and the seed alone.
+    """Sampler of one stream. It holds no history: the pick depends on its arguments and the seed alone.
 
     vocab_size: length of the logits. draw: a number in [0, 1) of seed and position.
     """
@@ -116,7 +117,7 @@ class Sampler:
         ids, weights = candidates(logits, params, self._scratch)
         cumulative = np.cumsum(weights, dtype=np.float64)
         pick = int(np.searchsorted(cumulative, self._draw(self._seed, position) * cumulative[-1], side="right"))
-        # Rounding may carry the product up to the sum itself: then the last token of any weight is meant.
+        # Rounding may carry the scaled draw up to the sum itself: then the last token of any weight is meant.
         return int(ids[min(pick, int(np.searchsorted(cumulative, cumulative[-1])))])
 
 
@@ -136,7 +137,7 @@ def candidates(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Token ids [N] and their weights float32 [N] > 0 up to a common factor, after temperature, top-k and top-p.
 
-    The likeliest token weighs 1. Ties at the k-th place are all kept. `params.temperature` must be above 0.
+    The likeliest token weighs 1. Ties at rank k are all kept. `params.temperature` must be above 0.
     `out`: float32 [vocab] scratch, which may be `logits` itself and may come back as the weights.
     """
     out = np.empty_like(logits) if out is None else out

@@ -6,7 +6,7 @@
         for event in scheduler.step():
             print(event.conversation, event.text)
 
-Each conversation goes on for ever and hears only itself: it gets what a session of its own would give. At any time a
+Each conversation goes on forever and hears only itself: it gets what a session of its own would give. At any time a
 conversation is in a stream of the session, parked (its stream copied out, to be put back bit by bit) or new.
 
 No threads and no clocks: whoever owns the session calls `step`, which does one run of a graph.
@@ -37,10 +37,10 @@ MAX_CONVERSATIONS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What one run did for one conversation.
+    """Result of one run for one conversation.
 
-    A request's first event, with nothing in it, tells that the conversation has a stream; there is one for the first
-    token of the answer too, even if it shows no text yet.
+    A request's first event is empty: the conversation has a stream. There is one for the first token of the answer
+    too, even if it shows no text yet.
 
     text: what its answer grew by, whole characters. finish_reason: of `Answer`, or ``error`` or ``cancelled``; None
     while it goes on. error: the reason, in one line. prompt_tokens, answer_tokens: fed so far for this request.
@@ -56,7 +56,7 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """How busy a scheduler is, in conversations: in a stream with work, without one but with work, parked, all."""
+    """Load of a scheduler, in conversations: in a stream with work, without one but with work, parked, all."""
 
     running: int
     waiting: int
@@ -70,8 +70,8 @@ class Scheduler:
     max_conversations: how many are remembered, >= 1. The least recently active one without work is forgotten for a new
     one, `lasting` ones last.
     slice_tokens: how long a conversation keeps its stream while others wait.
-    max_parked_bytes: memory for parked streams (see `places.stream_bytes`); None: whatever max_conversations takes.
-    When it is full, idle conversations are forgotten; those at work wait until a stream is free.
+    max_parked_bytes: memory for parked streams (see `stream_slots.stream_bytes`); None: whatever max_conversations
+    takes. When it is full, idle conversations are forgotten; those at work wait until a stream is free.
 
     Raises: UsageError.
     """
@@ -113,7 +113,7 @@ class Scheduler:
 
     @property
     def load(self) -> Load:
-        """How busy it is."""
+        """Its load now."""
         return Load(
             running=sum(owner.has_work for owner in self._slots.owners),
             waiting=self._slots.num_waiting,
@@ -212,7 +212,7 @@ class Scheduler:
         return event
 
     def pause(self, name: str) -> None:
-        """Let a conversation rest, because nobody takes its text: it may lose its stream, but not its place in memory.
+        """Let a conversation rest, because nobody takes its text: it may lose its stream, but is not forgotten.
 
         Raises: UsageError for an unknown conversation.
         """
@@ -240,11 +240,11 @@ class Scheduler:
         self._conversations.remove(conversation)
 
     def step(self) -> list[Event]:
-        """One run of a graph: a chunk of one conversation's prompt, or one token of all that are past theirs.
+        """Run a graph once: a chunk of one conversation's prompt, or one token of all that are past theirs.
 
         The two take turns, so that neither a long prompt nor long answers hold up the others. What fails, fails alone.
 
-        Returns: what became of the conversations that took part.
+        Returns: events of the conversations that took part.
         """
         self._slots.assign(self._conversations.by_age())
         at_work = [owner for owner in self._slots.owners if owner.is_ready]
@@ -329,14 +329,14 @@ class Scheduler:
         return event
 
     def _broken_off(self, conversation: Conversation, error: Exception) -> Event:
-        """The answer is over and nothing else: the conversation goes on from what its stream has taken."""
+        """End an answer and nothing else: the conversation goes on from what its stream has taken."""
         reason = " ".join(str(error).split())
         if not isinstance(error, SinkError):
             reason = f"{type(error).__name__}: {reason}"
         return dataclasses.replace(self._finished(conversation, "", "error"), error=reason)
 
     def _failed(self, conversation: Conversation, error: SinkError) -> Event:
-        """The conversation is over: its stream may hold half a chunk, or numbers that are none."""
+        """End a conversation: its stream may hold half a chunk, or numbers that are none."""
         event = dataclasses.replace(self._finished(conversation, "", "error"), error=str(error))
         self._session.reset([conversation.the_stream])
         self.forget(conversation.name)

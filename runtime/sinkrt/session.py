@@ -42,7 +42,7 @@ MAX_THREADS = 1024
 
 
 class Session:
-    """B streams over one bundle. Make one with `Session.load`; use one session a thread.
+    """Session of B streams over one bundle. Make one with `Session.load`; use one session a thread.
 
     Whatever interrupts a call (an error, Ctrl-C), the session stays consistent: `position` says how many tokens
     count, and a token that was cut short can be fed again. Where it cannot, inside a chunk and in models with linear
@@ -98,7 +98,7 @@ class Session:
 
     @property
     def manifest(self) -> Manifest:
-        """All that is known of the bundle."""
+        """The bundle's manifest."""
         return self._manifest
 
     @property
@@ -152,7 +152,7 @@ class Session:
 
     @property
     def not_recorded(self) -> str | None:
-        """Why steps are not replayed as CUDA graphs, which costs time; None: they are, or there is no GPU.
+        """Reason why steps are not replayed as CUDA graphs, which costs time; None: they are, or there is no GPU.
 
         Raises: UsageError if the session is closed.
         """
@@ -160,19 +160,19 @@ class Session:
 
     @property
     def position(self) -> npt.NDArray[np.int64]:
-        """int64 [B], a copy: how many tokens each stream has taken, which is the next token's position."""
+        """Tokens that each stream has taken, which is the next token's position: int64 [B], a copy."""
         return self._table.position.copy()
 
     @property
     def logits(self) -> npt.NDArray[np.float32]:
-        """float32 [B, vocab]: of the token after each stream's last one; the array is reused by the next call.
+        """Logits float32 [B, vocab] of the token after each stream's last one; the array is reused by the next call.
 
         A row means nothing while its stream is at position 0.
         """
         return self._loaded().backend.logits
 
     def recent_ids(self, stream: int = 0) -> npt.NDArray[np.int64]:
-        """int64 [N], N <= C: the last tokens that a stream took, oldest first.
+        """The last tokens that a stream took, oldest first: int64 [N], N <= C.
 
         Raises: UsageError for an unknown stream.
         """
@@ -235,7 +235,7 @@ class Session:
         self._loaded().reset(chosen)
 
     def copy_stream(self, stream: int) -> StreamCopy:
-        """All that there is of one stream, to go on with later in any stream of this bundle.
+        """Copy one stream out, to go on with later in any stream of this bundle.
 
         Raises: UsageError for an unknown stream; StateError for one that an error has cut short.
         """

@@ -1,4 +1,4 @@
-"""What a session knows of each of its B streams: tokens taken, recent ids, and whether the stream is whole.
+"""Books of a session's B streams: tokens taken, recent ids, and whether each stream is whole.
 
 Bookkeeping only: states and logits belong to the backend, and `sinkrt.graph_runner` keeps the two in step.
 Twin of the members position_, recent_ids_ and damaged_ of `Session` in runtime/cpp/include/sinkrt/session.h.
@@ -18,7 +18,7 @@ from sinkrt.errors import StateError, UsageError, problem
 
 
 class StreamTable:
-    """One row a stream.
+    """Table with one row a stream.
 
     position: int64 [B], tokens taken, which is the position of the next one.
     recent_ids: int64 [B, C], the last C ids. The id of token t lies at t mod C; -1: none.
@@ -38,7 +38,7 @@ class StreamTable:
         self._chunk: _Chunk | None = None  # now running
 
     def chosen(self, streams: Sequence[int] | None, *, damaged: bool = False) -> npt.NDArray[np.int64]:
-        """int64 [n]: the streams meant, all if None. `damaged` ones are refused unless allowed.
+        """Streams that a caller means, int64 [n], all if None. Damaged ones are refused unless `damaged` allows them.
 
         Raises: UsageError, StateError.
         """
@@ -85,7 +85,7 @@ class StreamTable:
                 )
 
     def recent(self, stream: int) -> npt.NDArray[np.int64]:
-        """int64 [N], N <= C: the last tokens of a stream, oldest first."""
+        """The last tokens of a stream, oldest first: int64 [N], N <= C."""
         position, capacity = int(self.position[stream]), self.recent_ids.shape[1]
         count = min(position, capacity)
         ids: npt.NDArray[np.int64] = self.recent_ids[stream, np.arange(position - count, position) % capacity]

@@ -62,7 +62,7 @@ def load_backend(
 
 
 def _check_standard(name: str, manifest: Manifest) -> None:
-    """The graphs must have standard operators only: ONNX Runtime has no plugin.
+    """Make sure that the graphs have standard operators only: ONNX Runtime has no plugin.
 
     Raises: BackendError.
     """

@@ -14,7 +14,7 @@ from sinkrt.contract import Manifest, TensorSpec
 from sinkrt.errors import BackendError, BundleError, problem
 
 ALIGNMENT_BYTES = 64
-"""A cache line, and what vector kernels like best."""
+"""A cache line, and the alignment that vector kernels like best."""
 
 _ORT_TYPES = {
     "float32": "tensor(float)",
@@ -26,7 +26,7 @@ _ORT_TYPES = {
 
 
 class Device(Protocol):
-    """Where buffers lie and graphs are computed.
+    """A device: holds buffers and computes graphs.
 
     providers: ONNX Runtime's execution providers, with their options.
     """
@@ -34,18 +34,21 @@ class Device(Protocol):
     providers: list[Any]
 
     def zeros(self, spec: TensorSpec) -> Any:
-        """A tensor that graphs can be bound to.
+        """Allocate a tensor that graphs can be bound to.
 
         Zero: slots that hold no token yet are masked, but NaN times a weight of zero would be NaN.
         """
         ...
 
     def staged(self, spec: TensorSpec) -> Any:
-        """A tensor that the host writes or reads: `host`, a NumPy array, and `device`, what graphs are bound to."""
+        """Allocate a tensor that the host writes or reads.
+
+        Its `host` is a NumPy array, and graphs are bound to its `device`.
+        """
         ...
 
     def row(self, array: Any, index: int) -> Any:
-        """[1, ...]: the same memory."""
+        """Row of that index, [1, ...]: the same memory."""
         ...
 
     def bind(self, bind: Any, name: str, array: Any) -> None:
@@ -215,7 +218,10 @@ def _session_options(threads: int | None, *, repack: bool) -> ort.SessionOptions
 
 
 def _compare(kind: str, found: list[ort.NodeArg], wanted: list[TensorSpec]) -> None:
-    """The graph must have exactly the tensors that the manifest names."""
+    """Make sure that the graph has exactly the tensors that the manifest names.
+
+    Raises: BundleError.
+    """
     actual = {arg.name: (tuple(arg.shape), arg.type) for arg in found}
     expected = {spec.name: (spec.shape, _ORT_TYPES[spec.dtype]) for spec in wanted}
     for name in [*expected, *actual]:
@@ -231,5 +237,5 @@ def _compare(kind: str, found: list[ort.NodeArg], wanted: list[TensorSpec]) -> N
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, at most 200 characters."""
+    """First line of an error, at most 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,8 +1,8 @@
 """TensorRT (8.5, 8.6, 10, 11) or TensorRT-RTX over the engines that 'sinkexport build' put into a bundle.
 
 Steps and chunks are recorded as CUDA graphs where the version can. States of attention are bound in place, input and
-output to one buffer; those of linear attention, which a step makes anew by standard operators, are copied back, since
-TensorRT promises nothing of the order within an engine but where an operator is made for it. The engine decides which
+output to one buffer; those of linear attention, which a step makes anew by standard operators, are copied back:
+TensorRT promises an order within an engine only where an operator is made for it. The engine decides which
 package is wanted: ``tensorrt`` or ``tensorrt_rtx``.
 """
 
@@ -102,7 +102,7 @@ class TensorrtBackend:
         self._logits.download()
 
     def _laid_out(self, position: np.ndarray) -> np.ndarray:
-        """As the graphs take positions, int64 [B]: [B], or [B, 2] with the plugin."""
+        """Positions, int64 [B], as the graphs take them: [B], or [B, 2] with the plugin."""
         return np.stack([position >> 16, position & 0xFFFF], axis=1) if self._has_plugin else position
 
     def _staged(self, manifest: Manifest, role: str) -> dict[str, Staged]:
@@ -237,7 +237,7 @@ class Engine:
 
 
 def _decode_facts(manifest: Manifest) -> EngineFacts:
-    """What the manifest says of the decode engine.
+    """Facts of the decode engine.
 
     Raises: BackendError if there is none.
     """

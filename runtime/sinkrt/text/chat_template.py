@@ -1,4 +1,4 @@
-"""Chat templates: what one is able to show the model, and messages rendered so that none is lost in silence.
+"""Chat templates: messages rendered so that none is lost in silence.
 
 A template may want contents as a text or as a list of parts, may know no system message, and may leave out earlier
 answers. `ChatTemplate.facts` finds that out by rendering conversations of marker words. Every later rendering is
@@ -45,13 +45,13 @@ class ChatTemplate:
 
     @property
     def facts(self) -> TemplateFacts:
-        """What the template does, found on first use by some renderings.
+        """Facts of the template, found on first use by some renderings.
 
         Raises: UsageError if it cannot be rendered at all: too slow, too large, unknown filters.
         """
         if self._facts is None:
             if self._failure is not None and time.monotonic() < self._failure[1]:
-                raise self._broken(self._failure[0])  # a template that hangs must not be tried for every message
+                raise self._broken(self._failure[0])  # a template that hangs must not run for every message
             try:
                 self._facts = self._probe()
             except TemplateFailure as failure:
@@ -102,7 +102,7 @@ class ChatTemplate:
     def render_next_turn(
         self, message: str, *, args: Mapping[str, Any] | None = None, check: bool = True, now: float | None = None
     ) -> str:
-        """What the template adds for one more user message after an answer, the opening not repeated.
+        """Text that the template adds for one more user message after an answer, the opening not repeated.
 
         Templates render whole conversations only, so this is the end of one with an answer already in it.
 
@@ -195,7 +195,7 @@ class ChatTemplate:
         return [f"{self._word}x{i}z" for i in range(count)]
 
     def _check_kept(self, messages: Sequence[Message], markers: list[str], text: str, marked: str | None) -> None:
-        """Every message must be in the text: by its marker word, or itself where a template refuses marker words.
+        """Make sure that every message is in the text: by its marker word, or itself where those are refused.
 
         Raises: UsageError.
         """

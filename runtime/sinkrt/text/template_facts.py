@@ -1,4 +1,4 @@
-"""What a chat template is able to show the model, found out by rendering conversations of marker words."""
+"""Facts of a chat template, found out by rendering conversations of marker words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODES: tuple[Wants, ...] = ("text", "parts")
 
 @dataclasses.dataclass(frozen=True)
 class TemplateFacts:
-    """What a chat template does.
+    """Facts of a chat template.
 
     wants: the form of a message's content, a text or a list of ``{"type": "text", "text": ..}``.
     has_user, has_system: whether such messages are shown. system_refusal: the template's reason if it raises an error.

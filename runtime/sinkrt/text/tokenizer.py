@@ -1,4 +1,7 @@
-"""Text in and out: the bundle's tokenizer, with its streaming decoder and its chat template."""
+"""The bundle's tokenizer, with its streaming decoder and its chat template.
+
+Twin of runtime/cpp/include/sinkrt/tokenizer.h, which has no chat templates.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ class Tokenizer:
 
     @property
     def template_facts(self) -> TemplateFacts:
-        """What the chat template does, found on first use.
+        """Facts of the chat template, found on first use.
 
         Raises: UsageError if there is none, or it cannot be rendered at all.
         """
@@ -132,7 +135,7 @@ class Tokenizer:
     def _plain_ids(
         self, pieces: list[tuple[str, bool]], control: ControlTokens, *, special: bool = False, begun: bool
     ) -> list[int]:
-        """Ids of a text in pieces, of which some are the user's own, as `encode` or `encode_next` gives them."""
+        """Ids of a text in pieces, some of them the user's own, as `encode` or `encode_next` gives them."""
         encoder = self._plain_encoder(control)
         with _utf8_errors():
             ids = encoder.encode([("\n", False), *pieces] if begun else pieces, special=special)
@@ -159,7 +162,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         template_args: Mapping[str, Any] | None = None,
     ) -> str:
-        """The chat template over messages of ``role`` and ``content``.
+        """Render messages of ``role`` and ``content`` by the chat template.
 
         template_args: further variables of the template, such as ``enable_thinking``.
 
@@ -175,8 +178,9 @@ class Tokenizer:
         template_args: Mapping[str, Any] | None = None,
         allow_special: bool = False,
     ) -> list[int]:
-        """Token ids of a conversation. What looks like a control token in a message or argument is ordinary text,
-        unless `allow_special`.
+        """Token ids of a conversation.
+
+        What looks like a control token in a message or an argument is ordinary text, unless `allow_special`.
 
         Raises: UsageError as `render_chat`.
         """
@@ -214,7 +218,7 @@ class Tokenizer:
     def opening_size(self, system: str, *, template_args: Mapping[str, Any] | None = None) -> int:
         """Tokens with which every conversation under this system message begins, up to the user's first words.
 
-        As many sinks keep the message in the cache for ever.
+        As many sinks keep the message in the cache forever.
 
         Raises: UsageError as `render_chat` does.
         """
@@ -236,7 +240,7 @@ class Tokenizer:
         self._the_template.require_system()
 
     def render_next_turn(self, message: str, *, template_args: Mapping[str, Any] | None = None) -> str:
-        """What the chat template adds for one more user message after an answer, the opening not repeated.
+        """Text that the chat template adds for one more user message after an answer, the opening not repeated.
 
         Raises: UsageError as `render_chat` does.
         """
@@ -257,7 +261,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _chat_control(self) -> ControlTokens:
-        """Control tokens, those too that are such only because the chat template writes them."""
+        """Control tokens, including those that are such only because the chat template writes them."""
         return ControlTokens.of(self._tokenizer, self._the_template.literals())
 
     def _plain_encoder(self, control: ControlTokens) -> PlainEncoder:
@@ -310,7 +314,7 @@ class Tokenizer:
 
 
 def common_start(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading ids two texts share."""
+    """Number of leading ids that two texts share."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
