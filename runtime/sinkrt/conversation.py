@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sinkrt.answer import Answer
-from sinkrt.session import StreamCopy
+from sinkrt.graph_runner import StreamCopy
 
 DIGEST_BYTES = 16
 NO_IDS = np.zeros(0, dtype=np.int64)

@@ -31,7 +31,7 @@ _SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """Options of sampling.
+    """How to sample.
 
     temperature: 0 .. 100, 0 is greedy. top_k: keep the k likeliest tokens (0: all). top_p: in (0, 1], keep the smallest
     set whose probability reaches p (arXiv:1904.09751). repetition_penalty: 0.01 .. 100, > 1 makes tokens of the
@@ -61,21 +61,17 @@ class SamplingParams:
             _require_integer("seed", self.seed, SEED_LIMIT - 1, f"0 .. {SEED_LIMIT - 1}")
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) for this seed and position: a counter-based generator needs no state."""
-    bits = int(np.random.Philox(key=seed, counter=position).random_raw())
-    return (bits >> 11) * 2.0**-53
-
-
 class Sampler:
     """Sampler of one stream. It holds no history: the pick depends on its arguments and the seed alone.
 
-    vocab_size: length of the logits. draw: a number in [0, 1) of seed and position.
+    vocab_size: length of the logits. draw: gives a number in [0, 1) for seed and position; None: `uniform`.
     """
 
-    def __init__(self, params: SamplingParams, vocab_size: int, draw: Callable[[int, int], float] = uniform) -> None:
+    def __init__(
+        self, params: SamplingParams, vocab_size: int, draw: Callable[[int, int], float] | None = None
+    ) -> None:
         self._params = params
-        self._draw = draw
+        self._draw = draw or uniform
         self._seed = secrets.randbits(64) if params.seed is None else params.seed
         self._scratch = np.empty(vocab_size, dtype=np.float32)
 
@@ -119,6 +115,12 @@ class Sampler:
         pick = int(np.searchsorted(cumulative, self._draw(self._seed, position) * cumulative[-1], side="right"))
         # Rounding may carry the scaled draw up to the sum itself: then the last token of any weight is meant.
         return int(ids[min(pick, int(np.searchsorted(cumulative, cumulative[-1])))])
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) for this seed and position: a counter-based generator needs no state."""
+    bits = int(np.random.Philox(key=seed, counter=position).random_raw())
+    return (bits >> 11) * 2.0**-53
 
 
 def penalized(

@@ -484,14 +484,10 @@ def test_the_position_limit_ends_a_run_with_its_text_told(cli: Callable[..., Res
 def test_a_file_that_may_not_be_read(
     cli: Callable[..., Result], toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Path.open
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "weights.bin")
 
-    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
-        if path.name == "weights.bin":
-            raise PermissionError(13, "Permission denied", "weights.bin")
-        return real(path, *arguments, **options)
-
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("sinkrt.contract.hash_file", refuse)
     assert_error(cli("run", toy_bundle, "--prompt", "a"), "Permission denied: 'weights.bin'")
 
 

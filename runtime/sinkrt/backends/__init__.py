@@ -36,6 +36,9 @@ def _load_tensorrt(bundle: Path, manifest: Manifest, _threads: int | None, _repa
 LOADERS: dict[str, Loader] = {"ort": _load_ort, "ort-cuda": _load_ort_cuda, "tensorrt": _load_tensorrt}
 """Backends by name. Each imports its library only when it is called."""
 
+BACKENDS = tuple(LOADERS)
+"""Names that ``--backend`` takes."""
+
 
 def check_backend(name: str) -> None:
     """Refuse an unknown backend early, before gigabytes are read.
