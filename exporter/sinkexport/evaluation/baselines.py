@@ -7,18 +7,13 @@ Imports torch only for what needs it: a bundle is evaluated without.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from sinkexport.evaluation.perplexity import Contender, Ids, Prediction
-
-if TYPE_CHECKING:
-    from sinkrt.contract import SinkTuning
-
-    from sinkexport.variants.affine import AffineFile
-    from sinkexport.variants.head_windows import BudgetFile
+from sinkexport.variants.variant import PLAIN, AttentionVariant
 
 CHUNK_TOKENS = 256
 """Tokens that a model in torch takes at once: enough to keep the matrix products busy."""
@@ -50,9 +45,7 @@ def sinks_and_window(
     *,
     name: str,
     chunk_tokens: int = CHUNK_TOKENS,
-    sink_tuning: SinkTuning | None = None,
-    budgets: BudgetFile | None = None,
-    affine: AffineFile | None = None,
+    variant: AttentionVariant = PLAIN,
 ) -> Contender:
     """S sinks and a window of W tokens in torch; window-only attention with S = 0. See `chunked_streaming`."""
 
@@ -61,9 +54,7 @@ def sinks_and_window(
 
         from sinkexport.model.chunked_streaming import chunked_streaming
 
-        with chunked_streaming(
-            model, num_sink_tokens, window_size, sink_tuning=sink_tuning, budgets=budgets, affine=affine
-        ) as stream:
+        with chunked_streaming(model, num_sink_tokens, window_size, variant=variant) as stream:
             for start, piece in _pieces(ids[:-1], chunk_tokens):
                 yield Prediction(start + 1, _numpy(stream.feed(torch.from_numpy(piece)[None])))
 
