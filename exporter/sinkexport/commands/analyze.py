@@ -119,7 +119,7 @@ def command(
 
     check_geometry(windows, window_tokens, candidates)
     if budgets_file is not None:
-        from sinkexport.variants.head_windows import check_proposal, propose
+        from sinkexport.analysis.proposals import check_proposal, propose_head_windows
 
         check_proposal(long_window, short_window, budget_share)
     with shown_progress(STAGES) as show:
@@ -138,15 +138,15 @@ def command(
         report = analyze(loaded, pieces, num_candidates=candidates, report=show)
     proposed = None
     if budgets_file is not None:
-        proposed, lost = propose(
+        proposed, lost = propose_head_windows(
             report, type(loaded.model).__name__, longest=long_window, shortest=short_window, share=budget_share
         )
         write_whole(budgets_file, proposed.to_json(), "--budgets")
     tuning = None
     if tuning_file is not None:
-        from sinkexport.variants.sink_tuning import propose as propose_tuning
+        from sinkexport.analysis.proposals import propose_sink_tuning
 
-        tuning = propose_tuning(report, type(loaded.model).__name__)
+        tuning = propose_sink_tuning(report, type(loaded.model).__name__)
         write_whole(tuning_file, tuning.to_json(), "--sink-tuning")
     if json_file is not None:
         write_whole(json_file, report.to_json(), "--json")

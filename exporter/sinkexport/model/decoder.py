@@ -17,44 +17,21 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
-from sinkexport.model.affine import AffineFactors
-from sinkexport.model.attention import rotated, sink_attention, stream_angles
-from sinkexport.model.experts import static_experts
-from sinkexport.model.fold_rotation import fold_rotation, functional
-from sinkexport.model.head_caches import HeadCache, head_caches
-from sinkexport.model.int8_rows import SCALE_DTYPE
-from sinkexport.model.interface import attention_inputs, intercept_attention
-from sinkexport.model.recurrent import StepCache, delta_rules
-from sinkexport.model.rope import (
+from sinkexport.families.interface import attention_inputs, intercept_attention, refuse_arguments
+from sinkexport.families.rope import (
     AttentionShape,
     ModelRotary,
     RotarySpec,
     identity_rotary,
     replaced_rotary,
 )
-
-IGNORED_ARGUMENTS = frozenset(
-    # What families pass to the attention function without changing what a single step computes, and what the probe saw.
-    (
-        "dropout",
-        "position_ids",
-        "cache_position",
-        "use_cache",
-        "output_attentions",
-        "is_causal",
-        "training",
-        "output_hidden_states",
-        "return_dict",
-        "logits_to_keep",
-        "past_key_values",
-        "position_embeddings",
-        "token_type_ids",
-        "deterministic",
-        "output_router_logits",
-        "sliding_window",
-    )
-)
-
+from sinkexport.model.affine import AffineFactors
+from sinkexport.model.attention import rotated, sink_attention, stream_angles
+from sinkexport.model.experts import static_experts
+from sinkexport.model.fold_rotation import fold_rotation, functional
+from sinkexport.model.head_caches import HeadCache, head_caches
+from sinkexport.model.int8_rows import SCALE_DTYPE
+from sinkexport.model.recurrent import StepCache, delta_rules
 
 Place = HeadCache | int
 """Where a state belongs: to a cache, or to a layer with linear attention."""
@@ -406,20 +383,6 @@ def _refuse_other_uses_of_position(program: torch.export.ExportedProgram) -> Non
                 "positions",
                 received=f"a use outside the rotary embedding ({strangers[0].target})",
                 expected="rotary or ALiBi positions only",
-                fix="this model cannot be exported exactly",
-            )
-        )
-
-
-def refuse_arguments(layer: int, others: dict[str, Any]) -> None:
-    """Refuse what a family passes to its attention function and the operator does not know."""
-    unknown = sorted(key for key, value in others.items() if value is not None and key not in IGNORED_ARGUMENTS)
-    if unknown:
-        raise UsageError(
-            problem(
-                "attention",
-                received=f"the argument '{unknown[0]}' in layer {layer}",
-                expected="plain softmax attention",
                 fix="this model cannot be exported exactly",
             )
         )

@@ -24,14 +24,15 @@ from sinkrt.contract import RECURRENT_KINDS, SCALE_KINDS, Manifest
 from sinkrt.errors import UsageError, problem
 from sinkrt.session import Session
 
-from sinkexport.evaluation.comparison import Ids, Logits, default_tolerance
+from sinkexport.evaluation.comparison import default_tolerance
 from sinkexport.families import rotates_by_length
 from sinkexport.families.adapters import has_alibi
+from sinkexport.families.refusals import refusing
 from sinkexport.model.experts import static_experts
-from sinkexport.model.refusals import refusing
 from sinkexport.reference.dense import dense_logits
 from sinkexport.reference.mid_stream import logits_from, typical_sizes
 from sinkexport.reference.streaming import streaming_reference
+from sinkexport.util.arrays import Ids, Logits
 from sinkexport.variants.variant import AttentionVariant
 
 NUM_TOKENS = 12

@@ -29,6 +29,9 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.ring import POSITION_LIMIT, Ring
 
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
+from sinkexport.families.probe import probe_attention
+from sinkexport.families.refusals import refusing
+from sinkexport.families.rope import AttentionShape, ModelRotary
 from sinkexport.graph.convert import BuiltGraph, build_graph
 from sinkexport.graph.passes.plugin_operators import refuse_geometry
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
@@ -39,9 +42,6 @@ from sinkexport.loading.weights.check_weights import check_weights
 from sinkexport.model.decoder import StreamStep, trace
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, head_caches
-from sinkexport.model.probe import probe_attention
-from sinkexport.model.refusals import refusing
-from sinkexport.model.rope import AttentionShape, ModelRotary
 from sinkexport.pipeline.bundle_writer import (
     hash_bundle,
     require_space,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sinkexport.model.interface import attention_inputs
+from sinkexport.families.interface import attention_inputs
 from sinkexport.variants.affine import AffineFile
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from sinkexport.evaluation.comparison import Ids, Logits
-from sinkexport.model.interface import intercept_attention
+from sinkexport.families.interface import intercept_attention
 from sinkexport.reference.affine import AffineReference
 from sinkexport.reference.own_attention import calibration, plain_attention
+from sinkexport.util.arrays import Ids, Logits
 from sinkexport.variants.variant import PLAIN, AttentionVariant
 
 
@@ -58,7 +58,7 @@ def first_token_scaled(
 
 
 def dense_logits(model: Any, ids: Ids, variant: AttentionVariant = PLAIN, num_sinks: int = 0) -> Logits:
-    """The model's own logits [B, n, vocab] of ids [B, n], without a cache, by its default attention unless it is changed.
+    """Logits [B, n, vocab] of ids [B, n] without a cache, by the model's default attention unless that is changed.
 
     n must be at most what every head's cache holds: windows are not read. num_sinks: S.
     """

@@ -25,9 +25,9 @@ import torch
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
-from sinkexport.model.interface import intercept_attention, random_embeddings
-from sinkexport.model.recurrent import linear_layers, recurrent_cache
-from sinkexport.model.rope import find_rotary, replaced_rotary
+from sinkexport.families.interface import intercept_attention, random_embeddings
+from sinkexport.families.linear_attention import linear_layers, recurrent_cache
+from sinkexport.families.rope import find_rotary, replaced_rotary
 from sinkexport.reference.affine import AffineReference
 from sinkexport.reference.own_attention import (
     NoRotation,

@@ -9,17 +9,12 @@ proposes one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
-import numpy as np
 import pydantic
 from sinkrt.contract import HeadWindow
-from sinkrt.errors import UsageError, problem
 
 from sinkexport.variants.head_file import HeadFile, ModelOfFile
-
-if TYPE_CHECKING:
-    from sinkexport.analysis.sinks import SinkReport
 
 FORMAT: Literal["sinkexport budgets"] = "sinkexport budgets"
 FILE_SCHEMA_VERSION: Literal[1] = 1
@@ -64,63 +59,3 @@ def head_groups(layer: int, windows: Sequence[int]) -> tuple[HeadWindow, ...]:
         HeadWindow(layer, tuple(head for head, own in enumerate(windows) if own == window), window)
         for window in sorted(set(windows), reverse=True)
     )
-
-
-def propose(
-    report: SinkReport, architecture: str, *, longest: int, shortest: int, share: float
-) -> tuple[HeadWindowFile, float]:
-    """A window of `longest` tokens for the key heads that need it most, `shortest` for the others.
-
-    share: of the memory that windows of `longest` would take in all heads; as many heads keep it as fit in. Which:
-    those whose output would change most with a window of `shortest` tokens (of the next smaller size that was
-    measured), a key head as much as its query heads together. Returns: the file, and the largest such change of a
-    key head that is cut short.
-
-    Raises: UsageError as `check_proposal`, or if no such window was measured.
-    """
-    check_proposal(longest, shortest, share)
-    measured = [i for i, distance in enumerate(report.distances) if distance <= shortest]
-    if not measured:
-        nearest = min(report.distances)
-        raise UsageError(
-            problem(
-                "--short-window",
-                received=shortest,
-                fix="raise it, or --window-tokens",
-                expected=f">= {nearest}, the shortest window that is measured",
-            )
-        )
-    lost = np.array(report.change)[:, :, measured[-1]]  # [L, Hq]
-    lost = np.sqrt(np.square(lost.reshape(len(lost), report.num_kv_heads, -1)).mean(axis=2))  # [L, Hkv]
-    num_long = int((share * longest - shortest) / (longest - shortest) * lost.size + 1e-9)
-    order = np.argsort(-lost.reshape(-1), kind="stable")
-    windows = np.full(lost.size, shortest)
-    windows[order[:num_long]] = longest
-    largest = float(lost.reshape(-1)[order[num_long:]].max(initial=0.0))
-    model = WindowedModel(
-        name=report.model, architecture=architecture, num_layers=lost.shape[0], num_kv_heads=lost.shape[1]
-    )
-    found = (
-        f"analyze, {report.num_windows} windows of {report.window_tokens} tokens: {num_long} of {lost.size} key "
-        f"heads long; the output of no other changes by more than {largest:.1%}"
-    )
-    shaped = tuple(tuple(int(w) for w in layer) for layer in windows.reshape(lost.shape))
-    return HeadWindowFile(model=model, found=found, windows=shaped), largest
-
-
-def check_proposal(longest: int, shortest: int, share: float) -> None:
-    """Raises: UsageError unless 1 <= shortest < longest, and `shortest` tokens in all heads fit into the share."""
-    if not 1 <= shortest < longest:
-        raise UsageError(
-            problem(
-                "--short-window",
-                received=shortest,
-                fix="change one of them",
-                expected=f"1 .. {longest - 1}, below --long-window",
-            )
-        )
-    if not shortest / longest <= share <= 1:
-        least = f"{shortest / longest:.3g} .. 1 for {shortest} of {longest} tokens"
-        raise UsageError(
-            problem("--budget-share", received=share, expected=least, fix="change it, or lower --short-window")
-        )

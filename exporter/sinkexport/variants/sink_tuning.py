@@ -11,7 +11,7 @@ which ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import Annotated, Literal, Self
 
 import pydantic
 from sinkrt.contract import ActTuning, SinkTuning
@@ -19,16 +19,9 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.variants.head_file import HeadFile, ModelOfFile, Spec
 
-if TYPE_CHECKING:
-    from sinkexport.analysis.sinks import SinkReport
-
 FORMAT: Literal["sinkexport sink tuning"] = "sinkexport sink tuning"
 FILE_SCHEMA_VERSION: Literal[1] = 1
 Factor = Annotated[float, pydantic.Field(gt=0.0, le=1000.0, allow_inf_nan=False)]
-
-
-USUAL = 0.5
-"""Share of the windows that `analyze` measured in which a head must have a later sink to be calibrated."""
 
 
 class TunedModel(ModelOfFile):
@@ -105,16 +98,3 @@ class SinkTuningFile(HeadFile):
                         fix="change the file, or lower --window",
                     )
                 )
-
-
-def propose(report: SinkReport, architecture: str) -> SinkTuningFile:
-    """Calibrate the heads that have later sinks in `USUAL` of the windows or more, and leave the first token alone."""
-    heads = tuple(tuple(share >= USUAL for share in layer) for layer in report.later_sinks)
-    num_heads = len(heads[0])
-    return SinkTuningFile(
-        model=TunedModel(name=report.model, architecture=architecture, num_layers=len(heads), num_q_heads=num_heads),
-        found=f"analyze, {report.num_windows} windows of {report.window_tokens} tokens: later sinks in "
-        f"{sum(map(sum, heads))} of {len(heads) * num_heads} heads",
-        act=ActPart(heads=heads),
-        first_token_scale=((1.0,) * num_heads,) * len(heads),
-    )

@@ -21,7 +21,7 @@ from sinkexport.loading.tokenizers.tokenizer_files import TokenizerFiles
 if TYPE_CHECKING:
     import torch
 
-    from sinkexport.sources import Origin
+    from sinkexport.loading.origin import Origin
 
 LOGGER = logging.getLogger("sinkexport")
 CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"

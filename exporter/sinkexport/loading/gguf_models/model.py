@@ -17,7 +17,7 @@ from sinkexport.loading.gguf_models.tensors import check, fill
 if TYPE_CHECKING:
     import torch
 
-    from sinkexport.sources import Origin
+    from sinkexport.loading.origin import Origin
 
 ARCHITECTURES: Mapping[str, Callable[[Facts], Plan]] = {
     "bloom": fused.bloom,

@@ -22,7 +22,7 @@ from sinkexport.loading.weights.weight_rounding import Rounding
 if TYPE_CHECKING:
     from sinkexport.config import ExportConfig
     from sinkexport.loading.gguf_models.file import GgufFile
-    from sinkexport.sources import LoadedModel
+    from sinkexport.loading.origin import LoadedModel
 
 FREQUENCIES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors of GGUF files that are read for the rotation, whose tables the probe has."""

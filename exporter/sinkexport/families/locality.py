@@ -14,9 +14,9 @@ import torch
 from sinkrt.contract import RECURRENT_KINDS
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.model.interface import intercept_attention, random_embeddings
-from sinkexport.model.recurrent import linear_layers, recurrent_cache
-from sinkexport.model.rope import ModelRotary, identity_rotary, replaced_rotary
+from sinkexport.families.interface import intercept_attention, random_embeddings
+from sinkexport.families.linear_attention import linear_layers, recurrent_cache
+from sinkexport.families.rope import ModelRotary, identity_rotary, replaced_rotary
 
 NUM_BEFORE = 5
 """Tokens before the one that is looked at."""

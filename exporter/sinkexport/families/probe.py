@@ -20,12 +20,12 @@ import torch
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
-from sinkexport.model.interface import intercept_attention, random_embeddings
-from sinkexport.model.locality import refuse_other_states
-from sinkexport.model.masks import MaskRecorder
-from sinkexport.model.recurrent import RecurrentShapes, linear_layers, recurrent_cache, recurrent_shapes
-from sinkexport.model.refusals import refusing
-from sinkexport.model.rope import (
+from sinkexport.families.interface import intercept_attention, random_embeddings
+from sinkexport.families.linear_attention import RecurrentShapes, linear_layers, recurrent_cache, recurrent_shapes
+from sinkexport.families.locality import refuse_other_states
+from sinkexport.families.masks import MaskRecorder
+from sinkexport.families.refusals import refusing
+from sinkexport.families.rope import (
     COS_LAYOUTS,
     AttentionShape,
     HandedOutRotary,
@@ -270,7 +270,7 @@ def _is_turned(
     plain: torch.Tensor, turned: torch.Tensor, angles: torch.Tensor, spec: RotarySpec, dtype: torch.dtype
 ) -> bool:
     """Whether turned [H, T, D] is plain by these angles [T, R/2], each pair of each head on its own scale."""
-    wanted = rotate(plain, angles, spec) if spec.rotary_dim else plain
+    wanted = rotate(plain, angles.cos(), angles.sin(), spec) if spec.rotary_dim else plain
     error = (turned - wanted).abs().amax(dim=1)  # [H, D]
     size = plain.square().mean(dim=1)  # [H, D]
     pairs = size[:, : spec.rotary_dim]
