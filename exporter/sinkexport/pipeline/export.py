@@ -35,9 +35,10 @@ from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.loading.tokenizers.tokenizer_checks import check_template, check_tokens, fitted, named, opening_size
 from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids
 from sinkexport.loading.weights.check_weights import check_weights
-from sinkexport.model.decoder import StreamStep, trace
+from sinkexport.model.decoder import StreamStep
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, head_caches
+from sinkexport.model.tracing import trace
 from sinkexport.pipeline.bundle_writer import (
     hash_bundle,
     require_space,

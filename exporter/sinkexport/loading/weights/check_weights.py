@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-from sinkrt.errors import UsageError, problem
+from sinkrt.errors import UsageError
 
 from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats, QuantizedFileTensor
 from sinkexport.loading.checkpoints.no_effect import why_no_effect
 from sinkexport.loading.checkpoints.weight_files import listed, torch_tensor
 from sinkexport.loading.weights.graph_weights import GraphMatrix, read_graph
-from sinkexport.loading.weights.weight_check import WeightCheck, differs, unclaimed
+from sinkexport.loading.weights.weight_check import WeightCheck
+from sinkexport.loading.weights.weight_refusals import differs, refuse_strangers, unclaimed
 from sinkexport.loading.weights.weight_roles import LLAMA_ORDER, rows_of_halves
 from sinkexport.loading.weights.weight_rounding import Rounding
 
@@ -59,11 +60,11 @@ def check_weights(
     if left:
         others = f", nor are {len(left) - 1} others: {listed([t.name for t in left[1:]])}" if len(left) > 1 else ""
         raise differs(left[0], f"it is nowhere in the graph{others}")
-    _refuse_strangers(unclaimed(first, check.parameters, num_q_heads), "constants of the graph")
+    refuse_strangers(unclaimed(first, check.parameters, num_q_heads), "constants of the graph")
     foreign = sum(name not in check.parameters for name in check.folded)
     absent = [name for name in check.parameters if name not in check.accounted]
     if len(absent) > foreign:
-        _refuse_strangers(absent, "parameters of the model")
+        refuse_strangers(absent, "parameters of the model")
     for file in files[1:]:
         _compare_shared(check, read_graph(folder / file), first, num_q_heads)
 
@@ -86,19 +87,7 @@ def _compare_shared(
         if not any(one.layers[0] <= matrix.layers[1] and matrix.layers[0] <= one.layers[1] for one in alike):
             own.append(matrix)
     check.compare(own)
-    _refuse_strangers(unclaimed(own, check.parameters, num_q_heads), "constants of the prefill graph")
-
-
-def _refuse_strangers(names: Sequence[str], what: str) -> None:
-    if names:
-        raise UsageError(
-            problem(
-                "weights",
-                received=f"{len(names)} {what} that are not of the file: {listed(names)}",
-                expected="the numbers of the file",
-                fix="this model cannot be exported exactly; please report it",
-            )
-        )
+    refuse_strangers(unclaimed(own, check.parameters, num_q_heads), "constants of the prefill graph")
 
 
 def source_tensors(loaded: LoadedModel) -> Mapping[str, FileTensor]:

@@ -9,10 +9,9 @@ must have come from the file.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from sinkrt.errors import UsageError, problem
 
 from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats, Indices
 from sinkexport.loading.weights.graph_weights import GraphMatrix, layer_of
@@ -24,6 +23,7 @@ from sinkexport.loading.weights.weight_places import (
     orientations,
     subplaces,
 )
+from sinkexport.loading.weights.weight_refusals import differs
 from sinkexport.loading.weights.weight_roles import roles_agree
 from sinkexport.loading.weights.weight_rounding import (
     AS_IT_IS,
@@ -39,9 +39,6 @@ FOLDED = 1 << 20
 
 MAX_HEADS = 512
 """Numbers that a tensor with one for each head may have."""
-
-SMALL = 32
-"""Constants of fewer numbers need not be of the file: slopes, indices, scalars."""
 
 
 class WeightCheck:
@@ -329,41 +326,3 @@ class WeightCheck:
 
     def _note(self, name: str) -> None:
         self.accounted.update(self._names(name))
-
-
-def differs(tensor: FileTensor, why: str) -> UsageError:
-    """What the export made is not what the file holds."""
-    return UsageError(
-        problem(
-            f"weights '{tensor.name}' of {tensor.file}",
-            received=why,
-            expected="the numbers of the file",
-            fix="this model cannot be exported exactly; please report it",
-        )
-    )
-
-
-def unclaimed(matrices: Iterable[GraphMatrix], parameters: Collection[str], num_heads: int) -> list[str]:
-    """Constants that hold more than a few numbers which are not of the file, nor of a plain computation.
-
-    parameters: of the model. num_heads: of queries, each of which may have a number: a slope, a factor of tuned
-    attention.
-    """
-    return [
-        matrix.name
-        for matrix in matrices
-        if not matrix.is_claimed
-        and (any(part in parameters for part in matrix.parts) or not _is_computed(matrix, max(SMALL, num_heads)))
-    ]
-
-
-OWN = ("frequency_", "alibi_slopes", "sink_scale_", "calibrated_", "affine.")
-"""Constants that the traced step has beside the model: from the probe, or from files of their own."""
-
-
-def _is_computed(matrix: GraphMatrix, small: int) -> bool:
-    """Masks, fills and the step's own constants."""
-    if matrix.name.startswith(OWN) or matrix.raw is None:
-        return matrix.name.startswith(OWN)
-    values = np.asarray(matrix.raw())
-    return values.size <= small or len(np.unique(values[np.isfinite(values)])) <= 2
