@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sinkrt.contract import MASS_KIND, NO_TOKEN, RECURRENT_KINDS, SCALE_KINDS, STATE_KINDS
+from sinkrt.contract import MASS_KIND, NO_TOKEN, RECURRENT_KINDS, SCALE_KINDS, STATE_KINDS, ActTuning
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
@@ -248,17 +248,8 @@ class _Step:
             q, k = (self._rotated(x, spec) for x in (q, k))
             shift = self._shift(spec, ring, q.dtype)
         states, act = self._states[cache], self._stream.act
-        calibration = (
-            {}
-            if act is None or MASS_KIND not in states
-            else {
-                "attention_mass": states[MASS_KIND],
-                "calibrated": more["calibrated"],
-                "act_alpha": act.alpha,
-                "act_beta": act.beta,
-                "act_min_queries": act.min_queries,
-            }
-        )
+        if MASS_KIND not in states:
+            more = {**more, "calibrated": None}
         if cache in self._next:
             raise UsageError(
                 problem(
@@ -268,24 +259,19 @@ class _Step:
                     fix="this model cannot be exported exactly",
                 )
             )
+        cos, sin = shift or (None, None)
         out, *updated = sink_attention(
-            q,
-            k,
-            v,
-            *(states.get(kind) for kind in STATE_KINDS),
-            self._position,
-            *(shift or (None, None)),
-            self._num_valid,
-            more["scale"],
-            more["softcap"],
-            spec.interleaved,
-            *(states.get(kind) for kind in SCALE_KINDS),
-            alibi_slopes=more["alibi_slopes"],
-            sink_logit=more["sink_logit"],
-            sink_scale=more["sink_scale"],
-            affine_scale=more.get("affine_scale"),
-            affine_bias=more.get("affine_bias"),
-            **calibration,
+            q=q,
+            k=k,
+            v=v,
+            position=self._position,
+            shift_cos=cos,
+            shift_sin=sin,
+            num_valid=self._num_valid,
+            interleaved=spec.interleaved,
+            **{kind: states.get(kind) for kind in (*STATE_KINDS, *SCALE_KINDS, MASS_KIND)},
+            **more,
+            **({} if act is None or MASS_KIND not in states else _act_arguments(act)),
         )
         after = dict(zip((*STATE_KINDS, *SCALE_KINDS, MASS_KIND), updated, strict=True))
         self._next[cache] = [after[kind] for kind in states]
@@ -311,6 +297,11 @@ class _Step:
         if scaling != 1.0:
             cos, sin = cos * scaling, sin * scaling
         return rotated(x, cos.to(x.dtype), sin.to(x.dtype), interleaved=spec.interleaved)
+
+
+def _act_arguments(act: ActTuning) -> dict[str, float]:
+    """How later sinks are scaled down, by the names of the operator's parameters."""
+    return {"act_alpha": act.alpha, "act_beta": act.beta, "act_min_queries": act.min_queries}
 
 
 def _of_heads(values: torch.Tensor, q_heads: torch.Tensor) -> torch.Tensor:
