@@ -30,7 +30,7 @@ __all__ = [
 
 LOGGER = logging.getLogger("sinkexport")
 REASON_CHARACTERS = 300
-"""Of what a library says of a model that it cannot load."""
+"""Characters of what a library says of a model that it cannot load."""
 
 
 def load_model(source: str, dtype: str = "float32") -> LoadedModel:

@@ -157,7 +157,7 @@ class ModelShape:
     ) -> Budget:
         """Of a bundle that is exported with these options. num_sinks, window, chunk: tokens."""
         rows = 2 * batch * self.num_kv_heads  # of a layer: keys and values
-        config = ExportConfig(num_sinks, window, batch, chunk_size=1)
+        config = ExportConfig(num_sink_tokens=num_sinks, window_size=window, batch=batch, chunk_size=1)
         rings = [config.ring(own_window) for own_window in self.own_windows]
         kept_sinks, kept_window = sum(r.num_sink_tokens for r in rings), sum(r.window_size for r in rings)
         float_bytes = DTYPE_BYTES[WEIGHT_DTYPES[dtype]]

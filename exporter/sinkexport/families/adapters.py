@@ -60,7 +60,7 @@ def find_adapter(model: Any) -> Adapter | None:
 
 
 def has_alibi(model: Any) -> bool:
-    """Whether a model tells positions by ALiBi and may lack a rotary embedding."""
+    """Whether a model encodes positions by ALiBi and may lack a rotary embedding."""
     adapter = find_adapter(model)
     return adapter is not None and adapter.has_alibi(model.config)
 

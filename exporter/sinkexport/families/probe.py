@@ -3,7 +3,7 @@
 A family's rotary code differs in which numbers form a pair (halves or neighbours), how many dimensions turn, how cos
 and sin are laid out and which layers share them. Instead of a table of families, `probe_attention` runs the model
 twice on the same few tokens: once they see no rotation (cos = 1, sin = 0), once known ones. What the attention function
-receives tells shapes and layout. Queries and keys must both be turned, and nothing else: a norm between rotation and
+receives shows shapes and layout. Queries and keys must both be turned, and nothing else: a norm between rotation and
 attention, a layout that is not recognised or a second call in a layer is refused, so a guess can never reach a bundle.
 
 Tokens are random vectors in the place of embeddings, and every dimension is compared on its own scale: neither a row of
@@ -60,7 +60,7 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
     """
     with refusing(model, "probing its attention"):
         tables, cos_layout = _probe_tables(model, capacity)
-        # Angles of each table differ, so that a layer's rotation tells which one it is of; those of tokens do too.
+        # Angles of each table differ, so that a layer's rotation shows its table; those of tokens differ too.
         angles = {
             key: torch.linspace(0.3 + 0.2 * i, 2.7 + 0.2 * i, table.frequency.numel(), dtype=torch.float64)
             + 0.4 * torch.arange(NUM_TOKENS, dtype=torch.float64)[:, None]  # [T, R/2]
@@ -77,7 +77,7 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
             raise refused_rotary("a use of cos and sin outside attention", "queries and keys alone")
         shape = _common_shape(plain, num_layers, recurrent_shapes(model, cache))
         masks.check(
-            [None if one is None else (one.mask, one.own_window) for one in _by_layer(plain, num_layers)],
+            [None if one is None else (one.mask, one.sliding_window) for one in _by_layer(plain, num_layers)],
             capacity,
             adapted=find_adapter(model) is not None,
         )
@@ -121,7 +121,7 @@ class _Seen:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    own_window: int | None
+    sliding_window: int | None
     alibi_slopes: tuple[float, ...] | None
     mask: Any
 
@@ -187,7 +187,7 @@ def _run(
                 raise _refused(f"{name} that are not finite in layer {layer}", "finite numbers")
             if not bool(x.any()):
                 raise _refused(
-                    f"{name} that are all zero in layer {layer}, whose rotation nothing tells",
+                    f"{name} that are all zero in layer {layer}, which hide its rotation",
                     "weights that are not zero",
                 )
     return _Run(seen, output.logits[0].double())
@@ -223,8 +223,16 @@ def _common_shape(run: _Run, num_layers: int, recurrent: RecurrentShapes) -> Att
             "the same in all layers",
         )
     num_q_heads, num_kv_heads, head_dim, slopes = shapes.pop()
-    windows = tuple(None if one is None else one.own_window for one in seen)
-    return AttentionShape(num_layers, num_q_heads, num_kv_heads, head_dim, windows, slopes, recurrent)
+    windows = tuple(None if one is None else one.sliding_window for one in seen)
+    return AttentionShape(
+        num_layers=num_layers,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        sliding_windows=windows,
+        alibi_slopes=slopes,
+        recurrent=recurrent,
+    )
 
 
 def _layout(
@@ -237,7 +245,7 @@ def _layout(
     candidates = [(STILL, torch.zeros(NUM_TOKENS, 0, dtype=torch.float64))]
     for table, turn in angles.items():
         for interleaved in (False, True):
-            spec = RotarySpec(2 * turn.shape[-1], interleaved, table)
+            spec = RotarySpec(rotary_dim=2 * turn.shape[-1], interleaved=interleaved, table=table)
             # Of a single pair both are one: the first will do.
             if spec.rotary_dim <= before.q.shape[-1] and not (interleaved and spec.rotary_dim == 2):
                 candidates.append((spec, turn))
@@ -248,7 +256,7 @@ def _layout(
     found = fits_q & fits_k
     if len(found) > 1:
         raise refused_rotary(
-            f"queries and keys in layer {layer} that are too small to tell how they turn",
+            f"queries and keys in layer {layer} that are too small to show how they turn",
             "numbers in the range of their type",
         )
     if not found:
@@ -283,7 +291,7 @@ def _is_turned(
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Error of a rotation as a share of its pair's size: cos, sin, products and sums are rounded."""
+    """Error of a rotation as a share of its pair's size: cos, sin, multiplications and sums are rounded."""
     return max(1e-4, 16 * torch.finfo(dtype).eps)
 
 

@@ -202,7 +202,7 @@ def probe_table(original: torch.nn.Module, table: str, capacity: int) -> tuple[R
 
 
 def refused_rotary(received: str, expected: str) -> UsageError:
-    """A refusal of how a model tells positions."""
+    """A refusal of how a model encodes positions."""
     return UsageError(
         problem("rotary positions", received=received, expected=expected, fix="this model cannot be exported exactly")
     )

@@ -32,7 +32,7 @@ def stream_angles(
     Returns: cos, sin float32 [B, T, R/2].
 
     float32 ``t * inv_freq`` is 0.25 rad wrong at t = 4M; here the phase is an integer modulo 2^32 and only its
-    final value in [-pi, pi) is rounded. t is split as hi * 2^16 + lo to keep every product inside int64.
+    final value in [-pi, pi) is rounded. t is split as hi * 2^16 + lo to keep every multiplication inside int64.
     """
     t = position[:, None] + torch.arange(num_tokens)  # [B, T]
     t = (t - behind).clamp(min=0)[:, :, None]  # [B, T, 1]
@@ -150,7 +150,7 @@ attention_mass (no elements: later sinks are not calibrated)."""
 
 
 class _Logits(NamedTuple):
-    """What makes logits of products: parameters of `sink_attention` by these names."""
+    """What turns q . k into logits: parameters of `sink_attention` by these names."""
 
     scale: float
     softcap: float

@@ -182,7 +182,7 @@ class _Step:
             self.recurrent = StepCache(recurrent_states, is_token, num_valid)
         self._angles: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.inputs: dict[torch.nn.Module, torch.Tensor] = {}
-        """Of the attention modules, see `attention_inputs`."""
+        """Inputs of the attention modules, see `attention_inputs`."""
 
     @property
     def next_states(self) -> list[torch.Tensor]:

@@ -28,7 +28,7 @@ class HeadCache:
     is_whole: bool
 
     def state_name(self, kind: str) -> str:
-        """Of the graph's input."""
+        """Name of the graph's input."""
         return f"{kind}.{self.layer}" if self.is_whole else f"{kind}.{self.layer}.{self.group}"
 
 

@@ -167,7 +167,7 @@ def chunk_gated_delta_rule(
     for below in masks.below:
         # [[A, 0], [C, B]] has the inverse [[A', 0], [-B' C A', B']].
         inverse = inverse - (inverse @ (system * below) @ inverse)
-    # One product, so that the new state comes after all that read the old one: they share a buffer.
+    # One matmul, so that the new state comes after all that read the old one: they share a buffer.
     seen_by_k, seen_by_q = (torch.cat([k, q], dim=2) @ state).split(g.shape[1], dim=2)
     written = inverse @ (rate * (v - since_start * seen_by_k))
     out = since_start * seen_by_q + ((q @ k.mT) * since) @ written

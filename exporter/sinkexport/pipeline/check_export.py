@@ -55,9 +55,10 @@ INT8_WINDOW_TOLERANCE = 0.3
 for SmolLM2-135M."""
 
 MIN_CORRELATION = 0.6
-"""Of a quantised bundle's logits with the model's, in the mean over positions. Measured: 0.98 for SmolLM2-135M by
-int8-dynamic, 0.87 by int4-nearest; 0.82 to 0.99 in tiny random models with INT4 weights, single positions of
-a mixture down to 0.06. Unrelated logits have 0."""
+"""Smallest correlation of a quantised bundle's logits with the model's, in the mean over positions.
+
+Measured: 0.98 for SmolLM2-135M by int8-dynamic, 0.87 by int4-nearest. Tiny random models with INT4 weights have 0.82 to
+0.99, single positions of an MoE down to 0.06. Unrelated logits have 0."""
 
 MIN_HALF_CORRELATION = 0.95
 """The same of float16 from random caches. Measured: 0.995 for SmolLM2-135M, single logits off by 0.8 of

@@ -211,7 +211,7 @@ class ChunkedStream:
             cos, sin = self._turns[spec.table, ring.capacity - 1]
             q_sink = _rotated(q, (cos, -sin), spec)
         seen = self._with_chunk(cache, k, v)
-        logits = torch.cat((_products(q_sink, seen.sink_k), _products(q, seen.window_k)), dim=-1)  # [B, Hq, T, n]
+        logits = torch.cat((_logits(q_sink, seen.sink_k), _logits(q, seen.window_k)), dim=-1)  # [B, Hq, T, n]
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         entries, logits = self._entries[ring], logits.float()
@@ -277,7 +277,7 @@ class ChunkedStream:
         return (torch.clamp((x / scale).round(), -127, 127) * scale).to(rows.dtype)
 
     def _keep(self, cache: _Heads, seen: _Kept) -> None:
-        """Of the window the last W - 1 tokens: with itself, the next token has W."""
+        """Keep the last W - 1 tokens of the window: with itself, the next token has W."""
         first = max(0, seen.window_k.shape[2] - (cache.ring.window_size - 1))
         # clone: a slice would hold on to the memory of all that it was cut from
         self._kept[cache] = _Kept(
@@ -328,7 +328,7 @@ def _rotated(x: torch.Tensor, cos_sin: CosSin, spec: RotarySpec, factor: float =
     return rotate(x, cos, sin, spec)
 
 
-def _products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def _logits(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """q [B, Hq, T, D] . k [B, Hkv, n, D] -> [B, Hq, T, n]; each key head serves Hq / Hkv query heads in a row."""
     batch, num_q_heads, num_tokens, head_dim = q.shape
     grouped = q.reshape(batch, k.shape[1], -1, head_dim)  # [B, Hkv, G * T, D]

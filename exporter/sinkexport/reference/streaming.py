@@ -157,7 +157,7 @@ class StreamingReference:
         if len(set(windows)) == 1:
             out = self._attended(module, q, k, v, windows[0], arguments)
         else:
-            # All heads, once for each window; of each head that which its own window gives.
+            # All heads, once for each window; each head takes the result of its own.
             group = q.shape[1] // k.shape[1]
             by_head = [window for window in windows for _ in range(group)]
             outs = {window: self._attended(module, q, k, v, window, arguments) for window in set(by_head)}

@@ -56,6 +56,10 @@ class HeadWindowFile(HeadFile):
 def head_groups(layer: int, windows: Sequence[int]) -> tuple[HeadWindow, ...]:
     """Key heads of a layer by their window, longest first. windows: [Hkv]."""
     return tuple(
-        HeadWindow(layer, tuple(head for head, own in enumerate(windows) if own == window), window)
+        HeadWindow(
+            layer=layer,
+            kv_heads=tuple(head for head, own in enumerate(windows) if own == window),
+            window_size=window,
+        )
         for window in sorted(set(windows), reverse=True)
     )

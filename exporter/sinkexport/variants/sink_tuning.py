@@ -25,7 +25,7 @@ Factor = Annotated[float, pydantic.Field(gt=0.0, le=1000.0, allow_inf_nan=False)
 
 
 class TunedModel(ModelOfFile):
-    """Of what model the factors are."""
+    """Model of a file of factors."""
 
     num_q_heads: int = pydantic.Field(ge=1)
 
@@ -45,7 +45,7 @@ class ActPart(Spec):
     @property
     def facts(self) -> ActTuning:
         """The manifest's entry."""
-        return ActTuning(self.alpha, self.beta, self.min_queries, self.heads)
+        return ActTuning(alpha=self.alpha, beta=self.beta, min_queries=self.min_queries, heads=self.heads)
 
 
 class SinkTuningFile(HeadFile):
@@ -75,7 +75,8 @@ class SinkTuningFile(HeadFile):
     @property
     def facts(self) -> SinkTuning:
         """The manifest's entry."""
-        return SinkTuning(self.sha256, self.first_token_scale, None if self.act is None else self.act.facts)
+        act = None if self.act is None else self.act.facts
+        return SinkTuning(sha256=self.sha256, first_token_scale=self.first_token_scale, act=act)
 
     def check_sinks(self, num_sinks: Sequence[int]) -> None:
         """num_sinks: of each layer. Raises: UsageError if a layer that keeps none has a factor or a calibrated head."""

@@ -13,7 +13,7 @@ Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
 FLOATING = frozenset(("F64", "F32", "F16", "BF16"))
-"""Element types that hold weights as they are: all others need scales that are told apart from them."""
+"""Element types that hold weights as they are: all others need scales, which are tensors of their own."""
 
 SAMPLED_COLUMNS = 4
 

@@ -22,7 +22,7 @@ def falcon(facts: Facts) -> Plan:
     two_norms = facts.has("blk.{i}.attn_norm_2.weight")
     if groups == heads and not two_norms:
         raise refused(
-            f"falcon with {groups} heads of keys, as Falcon-RW has, whose ALiBi no key tells of",
+            f"falcon with {groups} heads of keys, as Falcon-RW has, whose ALiBi no key states",
             "one, or groups",
             "export its checkpoint folder",
         )

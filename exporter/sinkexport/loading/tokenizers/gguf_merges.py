@@ -13,7 +13,7 @@ from sinkexport.loading.tokenizers.gguf_vocab import FOLDER, TokenType, Vocabula
 Pair = tuple[str, str]
 
 _LONGEST_RUN = 40
-"""Of runs with one score: for longer ones the trial takes too long."""
+"""Longest runs with one score that are tried: for longer ones the trial takes too long."""
 
 
 def listed_merges(lines: Iterable[str], ids: Mapping[str, int]) -> list[Pair]:

@@ -167,7 +167,7 @@ def _rounding(model: Any, config: ExportConfig, num_kv_heads: int) -> Rounding:
     divisors: dict[str, Floats] = {}
     if recipe is not None and recipe.smooth is not None and calibration is not None:
         for name, _module in model.named_modules():
-            with contextlib.suppress(UsageError):  # of what is no product
+            with contextlib.suppress(UsageError):  # of what is no matmul
                 if (found := calibration.divisors(name)) is not None:
                     divisors[name] = np.asarray(found, np.float32)
     return Rounding(config.dtype == "fp16", nearest, divisors, num_kv_heads)

@@ -310,7 +310,7 @@ def _bits(value: ir.Value, integers: npt.NDArray[Any]) -> tuple[int, int, int]:
 
 
 def _readers(value: ir.Value) -> Iterator[ir.Node]:
-    """Nodes that read a constant, products first, through those that only take rows of it."""
+    """Nodes that read a constant, matmuls first, through those that only take rows of it."""
     nodes = [use.node for use in value.uses()]
     yield from nodes
     for node in nodes:

@@ -165,7 +165,7 @@ class WeightCheck:
         )
 
     def _factors_of_rows(self, layer: int | None, count: int) -> Iterable[Floats | None]:
-        """What smoothing may have divided the results of a norm or of a product by, None for nothing."""
+        """What smoothing may have divided the results of a norm or of a matmul by, None for nothing."""
         yield None
         for name, found in self._rounding.divisors.items():
             if layer is not None and layer_of(name) != layer:
