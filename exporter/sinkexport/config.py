@@ -1,4 +1,4 @@
-"""What the user asks of an export."""
+"""Options of an export."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ class ExportConfig:
 
     @property
     def variant(self) -> AttentionVariant:
-        """What the export changes of the model's attention, without the files that say so."""
+        """Changes that the export makes to the model's attention, without the files that state them."""
         return AttentionVariant(
             sink_tuning=None if self.sink_tuning is None else self.sink_tuning.facts,
             head_windows=None if self.budgets is None else self.budgets.windows,

@@ -55,7 +55,7 @@ class FrameGeometry:
 
 
 class FrameCache:
-    """What the attentions over time of one forward pass share. Make one at the start of ``forward``.
+    """State that the attentions over time of one forward pass share. Make one at the start of ``forward``.
 
     inv_freq: [R/2], radians a block, of the rotation over time; empty: none. interleaved: pairs are neighbours
     (2i, 2i+1); otherwise (i, i + R/2). The leading R dimensions of a head turn.
@@ -84,7 +84,7 @@ class FrameCache:
 
     @property
     def next_states(self) -> list[torch.Tensor]:
-        """What ``forward`` returns, in the order of ``states``."""
+        """States that ``forward`` returns, in the order of ``states``."""
         return self._next
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:

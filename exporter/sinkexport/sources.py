@@ -114,7 +114,7 @@ def _config(origin: Origin) -> Any:
 
 
 def locate(source: str) -> Origin:
-    """Where the model `source` is: a folder, a ``.gguf`` file or an id of the Hub.
+    """Locate the model `source`: a folder, a ``.gguf`` file or an id of the Hub.
 
     Raises: UsageError.
     """

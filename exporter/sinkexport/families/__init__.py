@@ -1,4 +1,4 @@
-"""Which model families export, and why the others are refused. Importable without torch.
+"""Model families that export, and the reasons why others are refused. Importable without torch.
 
 Export itself is generic: a model is probed and traced, and refused if anything about it is not understood. The
 rows here say what to expect; a family that is not listed is tried all the same.
@@ -127,7 +127,7 @@ def markdown_table() -> str:
 
 
 def refusal_of_config(config: Any) -> str | None:
-    """Why a transformers configuration rules out an exact export, or None if it does not.
+    """Reason why a transformers configuration rules out an exact export, or None if it does not.
 
     Reads the configuration only, so that a refusal comes before the weights are loaded.
     """

@@ -15,10 +15,10 @@ from sinkrt.contract import RECURRENT_KINDS
 from sinkrt.errors import UsageError, problem
 
 LINEAR = "linear_attention"
-"""What transformers' configurations call such a layer."""
+"""Name of such a layer in transformers' configurations."""
 
 RecurrentShapes = Mapping[int, Mapping[str, tuple[int, ...]]]
-"""By layer and kind of state (`RECURRENT_KINDS`), the shape of one stream's."""
+"""Shape of one stream's state, by layer and kind (`RECURRENT_KINDS`)."""
 
 
 def linear_layers(model: Any) -> frozenset[int]:
@@ -41,7 +41,7 @@ def recurrent_cache(model: Any) -> Any | None:
 
 
 def recurrent_shapes(model: Any, cache: Any | None) -> RecurrentShapes:
-    """What the linear layers have put into a cache of `recurrent_cache`.
+    """Shapes of what the linear layers have put into a cache of `recurrent_cache`.
 
     Raises: UsageError for a layer with other states than those two.
     """

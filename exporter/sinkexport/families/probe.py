@@ -1,4 +1,4 @@
-"""How a model attends and rotates: read off the model itself, never assumed.
+"""Attention and rotation of a model: read off the model itself, never assumed.
 
 A family's rotary code differs in which numbers form a pair (halves or neighbours), how many dimensions turn, how cos
 and sin are laid out and which layers share them. Instead of a table of families, `probe_attention` runs the model
@@ -113,7 +113,7 @@ def _handed(angles: Mapping[str, torch.Tensor], cos_layout: str, dtype: torch.dt
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """What the attention function of one layer was given: q [Hq, T, D], k and v [Hkv, T, D], float64.
+    """Inputs of one layer's attention function: q [Hq, T, D], k and v [Hkv, T, D], float64.
 
     mask: what else it was given for a mask.
     """
@@ -141,7 +141,7 @@ def _by_layer(run: _Run, num_layers: int) -> list[_Seen | None]:
 def _run(
     model: torch.nn.Module, rotary: HandedOutRotary, num_layers: int, cache: Any | None, masks: MaskRecorder | None
 ) -> _Run:
-    """What attention is given in each layer where `rotary` turns. Each token's output is its own value.
+    """Run the model with `rotary` and record the inputs of each attention. Each token's output is its own value.
 
     Raises: UsageError if a layer attends twice or never, or in shapes of no plain attention.
     """
@@ -238,7 +238,7 @@ def _common_shape(run: _Run, num_layers: int, recurrent: RecurrentShapes) -> Att
 def _layout(
     layer: int, plain: _Run, turned: _Run, angles: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> RotarySpec:
-    """How a layer turns its queries and keys, which must be in one way."""
+    """Rotation that a layer applies to its queries and keys, which must be the same for both."""
     if layer not in plain.seen:
         return STILL
     before, after = plain.seen[layer], turned.seen[layer]
@@ -296,7 +296,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def smallest(dtype: torch.dtype) -> float:
-    """Where numbers of a type lose digits: a few of its smallest steps."""
+    """Magnitude at which numbers of a type lose digits: a few of its smallest steps."""
     return 4 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 

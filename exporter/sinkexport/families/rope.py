@@ -38,7 +38,7 @@ class AttentionShape:
 
 
 COS_LAYOUTS = ("halves", "neighbours", "single")
-"""How a family lays out cos and sin over the last axis: (f, f), each of f twice in a row, or f alone."""
+"""Layouts of cos and sin over the last axis: (f, f), each of f twice in a row, or f alone."""
 
 
 @dataclasses.dataclass(frozen=True)

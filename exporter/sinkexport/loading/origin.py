@@ -1,4 +1,4 @@
-"""Where a model comes from, and the model once it is in memory."""
+"""Origin of a model, and the model once it is in memory."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ attention_mass (no elements: later sinks are not calibrated)."""
 
 
 class _Logits(NamedTuple):
-    """What turns q . k into logits: parameters of `sink_attention` by these names."""
+    """Steps from q . k to logits: parameters of `sink_attention` by these names."""
 
     scale: float
     softcap: float
@@ -160,7 +160,7 @@ class _Logits(NamedTuple):
 
 
 class _Act(NamedTuple):
-    """How later sinks are calibrated. heads: float32 [Hq] of 0 and 1."""
+    """Calibration of later sinks. heads: float32 [Hq] of 0 and 1."""
 
     heads: torch.Tensor
     alpha: float

@@ -27,7 +27,7 @@ from sinkexport.model.int8_rows import SCALE_DTYPE
 from sinkexport.model.recurrent import StepCache, delta_rules
 
 Place = HeadCache | int
-"""Where a state belongs: to a cache, or to a layer with linear attention."""
+"""Owner of a state: a cache, or a layer with linear attention."""
 
 
 class StreamStep(torch.nn.Module):
@@ -158,7 +158,7 @@ class StreamStep(torch.nn.Module):
 
 
 class _Step:
-    """What the attention calls of one forward pass share."""
+    """State that the attention calls of one forward pass share."""
 
     def __init__(
         self,
@@ -285,7 +285,7 @@ class _Step:
         return self._angles[table, behind]
 
     def _shift(self, spec: RotarySpec, ring: Ring, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """By how much the query is turned back for the sinks; None: the layer keeps none."""
+        """cos and sin that turn the query back for the sinks; None: the layer keeps none."""
         if not ring.num_sink_tokens:
             return None
         cos, sin = self._angles_behind(spec.table, ring.capacity - 1)
@@ -300,7 +300,7 @@ class _Step:
 
 
 def _act_arguments(act: ActTuning) -> dict[str, float]:
-    """How later sinks are scaled down, by the names of the operator's parameters."""
+    """Arguments of the operator that scale later sinks down."""
     return {"act_alpha": act.alpha, "act_beta": act.beta, "act_min_queries": act.min_queries}
 
 

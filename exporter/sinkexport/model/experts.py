@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 MAX_PICKS, MAX_EXPERTS, MAX_FEATURES, INPUTS_MULTIPLE = 2048, 512, 1 << 21, 8
-"""What the plugin's kernel takes: choices in one run, experts of a mixture, inputs and outputs of a float16 matrix."""
+"""Limits of the plugin's kernel: choices in one run, experts of a layer, inputs and outputs of a float16 matrix."""
 
 
 def mixtures(model: Any) -> dict[str, Any]:

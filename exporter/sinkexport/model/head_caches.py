@@ -1,4 +1,4 @@
-"""Which heads of which layers share a cache of one geometry: whole layers, unless there are per-head windows."""
+"""Heads that share a cache of one geometry: whole layers, unless there are per-head windows."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class StepCache:
         return False
 
     def get_conv_state(self, layer: int, state_idx: int = 0) -> torch.Tensor:  # noqa: ARG002
-        """To be written in place by a step."""
+        """Hand out the convolution's state, which a step writes in place."""
         return self.after[layer]["conv"]
 
     def update_conv_state(self, inputs: torch.Tensor, layer: int, **_: Any) -> torch.Tensor:
@@ -65,7 +65,7 @@ class StepCache:
         return seen
 
     def get_recurrent_state(self, layer: int, state_idx: int = 0) -> torch.Tensor:  # noqa: ARG002
-        """To be handed back."""
+        """Hand out the recurrent state."""
         return self.after[layer]["recurrent"]
 
     def update_recurrent_state(self, state: torch.Tensor, layer: int, **_: Any) -> torch.Tensor:
@@ -75,13 +75,14 @@ class StepCache:
 
 
 _STEP_RULE, _CHUNK_RULE = "torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule"
-"""What transformers calls the two forms, in each family's own module."""
+"""Names of the two forms in each family's own module of transformers."""
 
 
 @contextlib.contextmanager
 def delta_rules(model: Any, is_token: torch.Tensor) -> Iterator[None]:
-    """As long as a context lasts, the model's linear layers pass over what is no token, and chunks are computed by
-    `chunk_gated_delta_rule`. is_token: bool [B, T].
+    """Make the model's linear layers skip what is no token, and compute chunks by `chunk_gated_delta_rule`.
+
+    It lasts as long as the context. is_token: bool [B, T].
 
     Raises: UsageError for a model whose linear layers have other rules.
     """
@@ -122,7 +123,7 @@ class DecayMasks:
         self.causal, self.later = (row >= column).float(), (row > column).float()
         widths = [1 << i for i in range((num_tokens - 1).bit_length())]
         self.below = [((row // w % 2 == 1) & (column // w == row // w - 1)).float() for w in widths]
-        """By width, the lower left block of every pair of diagonal blocks of that width."""
+        """Lower left block of every pair of diagonal blocks of a width, by width."""
 
 
 def chunk_gated_delta_rule(

@@ -32,7 +32,7 @@ RENAME_EXCHANGE = 2
 """Constants of Linux's renameat2."""
 
 ENGINES_FOLDER = PLUGIN_FILE.split("/")[0]
-"""What `build` adds to a bundle; its graphs gone, it has no use."""
+"""Folder that `build` adds to a bundle; without the bundle's graphs it has no use."""
 
 PAGE_BYTES = 4096
 """Large weights start on a page, so that runtimes can map the file."""

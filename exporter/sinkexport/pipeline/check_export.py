@@ -46,9 +46,10 @@ MAX_STREAMED_TOKENS, MAX_STREAMED_WORK = 128, 3e9
 two."""
 
 MID_STREAM_TOLERANCE_PER_TOKEN, MAX_MID_STREAM_TOLERANCE = 1e-5, 0.25
-"""As `TOLERANCE_PER_TOKEN` of comparison.py, where all keys of a full cache are random, so that few tokens share the
-attention and each angle's error shows. A shift that is missing or a token that should have gone changes 0.1 and more.
-Measured: 3e-3 for SmolLM2-135M at position 2,061."""
+"""Tolerance as `TOLERANCE_PER_TOKEN` of comparison.py, where all keys of a full cache are random.
+
+Few tokens share the attention there, so that each angle's error shows. A missing shift or a token that should be gone
+changes 0.1 and more. Measured: 3e-3 for SmolLM2-135M at position 2,061."""
 
 INT8_WINDOW_TOLERANCE = 0.3
 """Largest error of a logit, as a share of the logits' spread, of a bundle whose window alone is INT8. Measured: 0.05
@@ -70,7 +71,7 @@ class UncheckedWarning(UserWarning):
 
 
 def why_unchecked(manifest: Manifest) -> str | None:
-    """Why a bundle cannot be compared on this machine; None: it can."""
+    """Reason why a bundle cannot be compared on this machine; None: it can."""
     if manifest.plugin_abi is not None:
         return "they need the TensorRT plugin, which ONNX Runtime does not have: use 'sinkexport verify' on the GPU"
     if manifest.weights_bytes > (free := available_bytes()):
@@ -166,7 +167,7 @@ class _Check:
         )
 
     def _random_states(self, sizes: dict[int, tuple[float, float]]) -> dict[str, np.ndarray]:
-        """By input name, one stream's states; those of linear attention as they begin."""
+        """States of one stream by input name; those of linear attention as they begin."""
         random, states = np.random.default_rng(1), {}
         for state in self._manifest.states:
             shape, size = state.shape[1:], sizes[state.layer]["_v" in state.kind] if state.layer in sizes else 0.0

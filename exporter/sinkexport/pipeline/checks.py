@@ -1,4 +1,4 @@
-"""What an export refuses before its graphs are built: seconds instead of minutes."""
+"""Checks before the graphs of an export are built: a refusal takes seconds instead of minutes."""
 
 from __future__ import annotations
 

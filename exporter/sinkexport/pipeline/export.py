@@ -65,7 +65,7 @@ from sinkexport.variants.affine import FILE_NAME as AFFINE_FILE
 
 LOGGER = logging.getLogger("sinkexport")
 WINDOW_RECIPE = "int8-window"
-"""What ``kv="int8"`` means without a recipe."""
+"""Recipe of ``kv="int8"`` where none is given."""
 SMALL_FILES_BYTES = 64 * 2**20
 """Room for graph, tokenizer and manifest beside the weights."""
 
@@ -140,7 +140,7 @@ def export_loaded(
 
 @dataclasses.dataclass(frozen=True)
 class _Probed:
-    """What the probe found of a model, and the caches that its heads get."""
+    """Findings of the probe about a model, and the caches that its heads get."""
 
     shape: AttentionShape
     rotary: ModelRotary

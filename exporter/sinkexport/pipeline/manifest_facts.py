@@ -1,4 +1,4 @@
-"""What the manifest says of the model, of how it was quantised, and of what produced it."""
+"""Facts of the manifest about the model, its quantisation and the packages that made the bundle."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model_facts(
     *,
     vocab_size: int,
 ) -> ModelFacts:
-    """What the manifest says of the model. special_ids: the beginning of a text, and the ends of a turn."""
+    """Facts about the model. special_ids: the beginning of a text, and the ends of a turn."""
     config = loaded.model.config.get_text_config()
     return ModelFacts(
         name=loaded.name,
@@ -58,7 +58,7 @@ def _position_scheme(shape: AttentionShape, rotary: ModelRotary) -> str:
 
 
 def quantization_facts(config: ExportConfig) -> Quantization | None:
-    """How the bundle is quantised; None: not at all."""
+    """Quantisation of the bundle; None: it has none."""
     recipe = config.recipe
     if recipe is None:
         return None

@@ -38,7 +38,7 @@ CosSin = tuple[torch.Tensor, torch.Tensor]
 """cos and sin, float32 [T, R/2] each."""
 
 TINY = 1e-30
-"""What a sum of weights is at least, where it divides."""
+"""Lower bound of a sum of weights that divides."""
 
 
 @contextlib.contextmanager
@@ -94,7 +94,7 @@ def _heads(config: ExportConfig, variant: AttentionVariant, shape: AttentionShap
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """What one layer carries from chunk to chunk, keys rotated at their stream positions.
+    """Rows that one layer carries from chunk to chunk, keys rotated at their stream positions.
 
     sink_k, sink_v: [B, Hkv, n <= S, D]. window_k, window_v: [B, Hkv, n <= W - 1, D], oldest first.
     """
@@ -257,7 +257,7 @@ class ChunkedStream:
         return calibrated
 
     def _with_chunk(self, cache: _Heads, k: torch.Tensor, v: torch.Tensor) -> _Kept:
-        """What is kept and the chunk's tokens, k and v [B, Hkv, T, D], sorted into sinks and window."""
+        """Rows that are kept and those of the chunk, k and v [B, Hkv, T, D], sorted into sinks and window."""
         none = k[:, :, :0]
         kept = self._kept.get(cache, _Kept(sink_k=none, sink_v=none, window_k=none, window_v=none))
         sinks = max(0, cache.ring.num_sink_tokens - self._position)  # leading tokens of the chunk
@@ -287,7 +287,7 @@ class ChunkedStream:
 
 @dataclasses.dataclass(frozen=True)
 class Entries:
-    """What a chunk's tokens attend to: the sinks there are, then the window's tokens, n together.
+    """Tokens that a chunk attends to: the sinks there are, then the window's tokens, n together.
 
     is_seen: bool [T, n]. distance: int64 [T, n], in the cache; any where nothing is seen. The window's columns begin
     with the oldest token that the chunk's first one sees, and end with the chunk's last. window: int64, those tokens.

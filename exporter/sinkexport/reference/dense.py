@@ -21,7 +21,7 @@ from sinkexport.variants.variant import PLAIN, AttentionVariant
 def first_token_scaled(
     model: Any, scale: torch.Tensor | None, variant: AttentionVariant = PLAIN, num_sinks: int = 0
 ) -> Iterator[set[int]]:
-    """For the length of a context, `model` attends causally, each layer and head with its factor on token 0.
+    """Make `model` attend causally inside a context, each layer and head with its factor on token 0.
 
     scale: float [L, Hq] > 0, read at every call, so that it may be changed in between; None: no factors. The family's
     own plain attention is called, with the factors' logarithms in its mask; rows of a batch begin with their first

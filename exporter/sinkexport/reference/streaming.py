@@ -44,7 +44,7 @@ Observer = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, 
 output [B, 1, Hq, D])."""
 
 PROBE_POSITIONS = (1, 2, 5)
-"""Where the probe looks at rotated tokens. Any positions but 0 do: at 0 nothing turns."""
+"""Positions of the tokens that are probed. Any but 0 do: at 0 nothing turns."""
 
 NUM_TRIED = 6
 """Tokens that are streamed and passed at once, to see that both give the same."""
@@ -195,8 +195,9 @@ class StreamingReference:
     def _receive(
         self, module: torch.nn.Module, window_size: int, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each cached token has received, float64 [B, Hq, 1, n], with weights [B, Hq, 1, n], and from how many
-        queries, [1, n].
+        """Add weights [B, Hq, 1, n] to what cached tokens have received.
+
+        Returns: their sums, float64 [B, Hq, 1, n], and from how many queries, [1, n].
         """
         key, num_sinks = (module, window_size), self._num_sink_tokens
         pair = self._received.get(key, (weights.double()[..., :0], torch.zeros(1, 0)))
@@ -207,7 +208,7 @@ class StreamingReference:
         return self._received[key]
 
     def _mask(self, module: Any, keys: torch.Tensor) -> torch.Tensor | None:
-        """What is added to the logits, [1, Hq, 1, n]: token 0 is the oldest in the cache. None: nothing."""
+        """Summand of the logits, [1, Hq, 1, n]: token 0 is the oldest in the cache. None: nothing is added."""
         tuning = self._variant.sink_tuning
         if tuning is None:
             return None

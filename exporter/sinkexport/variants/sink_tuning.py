@@ -35,7 +35,7 @@ class TunedModel(ModelOfFile):
 
 
 class ActPart(Spec):
-    """What `sinkrt.contract.ActTuning` says. alpha and beta are the paper's; heads: [L][Hq]."""
+    """Calibration of later sinks, see `sinkrt.contract.ActTuning`. alpha and beta are the paper's; heads: [L][Hq]."""
 
     alpha: float = pydantic.Field(default=5.0, ge=1.0, allow_inf_nan=False)
     beta: float = pydantic.Field(default=0.4, ge=0.0, lt=1.0)

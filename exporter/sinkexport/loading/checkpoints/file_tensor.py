@@ -53,7 +53,7 @@ class FileTensor:
         return np.asarray(self.array().reshape(self.matrix_shape)[:, indices], np.float32)
 
     def sampled_columns(self) -> Indices:
-        """Which columns are cheap to read, of all rows."""
+        """Columns that are cheap to read of all rows."""
         width = self.matrix_shape[1]
         return np.unique(np.linspace(0, width - 1, SAMPLED_COLUMNS).astype(np.int64))
 
@@ -82,7 +82,7 @@ class ReorderedTensor(FileTensor):
         return self.source.columns(indices)[self.order]
 
     def sampled_columns(self) -> Indices:
-        """Which columns are cheap to read, of all rows."""
+        """Columns that are cheap to read of all rows."""
         return self.source.sampled_columns()
 
 
@@ -111,7 +111,7 @@ class QuantizedFileTensor(FileTensor):
         return self.dequantize(np.ascontiguousarray(self._blocks()[:, :num_bytes]))[:, indices]
 
     def sampled_columns(self) -> Indices:
-        """Those of the first block: no other has to be read."""
+        """Columns of the first block: no other has to be read."""
         return np.arange(min(SAMPLED_COLUMNS, self.matrix_shape[1]), dtype=np.int64)
 
     def _blocks(self) -> npt.NDArray[Any]:

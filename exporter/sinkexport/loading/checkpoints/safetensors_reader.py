@@ -131,7 +131,7 @@ def _mapped(path: Path, _changed_ns: int) -> mmap.mmap:
 
 
 def lfs_pointer(path: Path) -> UsageError:
-    """What a folder holds that was cloned without Git LFS."""
+    """Refusal of a pointer in a folder that was cloned without Git LFS."""
     return UsageError(
         problem(
             f"'{path.name}'",

@@ -1,4 +1,4 @@
-"""Which files of a model folder hold its weights, and what tensors lie in them: found out without transformers.
+"""Weight files of a model folder and the tensors in them, read without transformers.
 
 The order of preference is transformers' own. What it would read in silence beside another file that says otherwise is
 refused: a single file beside the index of a split one, a shard of another save.
@@ -177,7 +177,7 @@ def _tensors(path: Path) -> dict[str, FileTensor]:
 
 
 def _torch_tensors(path: Path) -> dict[str, FileTensor]:
-    """What ``torch.save`` wrote: read with the unpickler that makes tensors and nothing else."""
+    """Tensors of a file of ``torch.save``, read with the unpickler that makes tensors and nothing else."""
     import torch
 
     try:

@@ -14,7 +14,7 @@ from sinkrt.errors import UsageError, problem
 from sinkexport.loading.gguf_models.header import NotGgufError, read_part
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
-"""How llama.cpp names the parts of a split model; the first holds the metadata."""
+"""Pattern of llama.cpp's names for the parts of a split model; the first holds the metadata."""
 
 
 @dataclasses.dataclass(frozen=True)

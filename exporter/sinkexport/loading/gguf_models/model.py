@@ -47,7 +47,7 @@ ARCHITECTURES: Mapping[str, Callable[[Facts], Plan]] = {
     "stablelm": dense.stablelm,
     "starcoder2": dense.starcoder2,
 }
-"""What each ``general.architecture`` is."""
+"""Plan of each ``general.architecture``."""
 
 NEVER_EXPORTED: Mapping[str, str] = {
     "gpt2": "learns a vector for each absolute position",
@@ -144,7 +144,7 @@ def _facts(origin: Origin) -> Facts:
 
 
 def _plan(facts: Facts) -> Plan:
-    """What the file is, with every key of its metadata accounted for."""
+    """Plan of a file, with every key of its metadata accounted for."""
     name = facts.architecture
     if name == "llama" and facts.count("expert_count", 0, least=0) > 0:
         plan = experts.mixtral(facts)

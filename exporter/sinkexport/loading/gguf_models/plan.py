@@ -1,4 +1,4 @@
-"""What a GGUF architecture is in transformers: a configuration, and where each parameter is in the file."""
+"""Plans that map a GGUF architecture to transformers: a configuration, and the tensors of each parameter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK, LAYER = "blk.{i}.", "model.layers.{i}."
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a file becomes a model.
+    """Plan to turn a file into a model.
 
     config_class: of transformers. arguments: of the configuration. modules: where weights and biases are.
     rules: parameters that are made otherwise. used: tensors that the arguments were made of.
@@ -115,7 +115,7 @@ def rope_tensors(facts: Facts) -> frozenset[str]:
 
 
 def layer_types(facts: Facts, pattern: int) -> list[str]:
-    """Which layers see a window: all but the last of every `pattern`, unless the file says otherwise."""
+    """Layers that see a window: all but the last of every `pattern`, unless the file says otherwise."""
     value = facts.value("attention.sliding_window_pattern")
     if isinstance(value, list):
         if len(value) != facts.num_layers or any(type(one) not in (bool, int) for one in value):

@@ -109,7 +109,7 @@ def _leftmost_first(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 class _Uses:
-    """What tokens are merged with, by the pairs added so far; indexed when it is asked for, as few vocabularies do."""
+    """Neighbours that tokens are merged with, by the pairs added so far; indexed on demand, which is rare."""
 
     def __init__(self) -> None:
         self._waiting: list[Sequence[Pair]] = []

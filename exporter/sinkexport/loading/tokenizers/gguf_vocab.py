@@ -70,7 +70,7 @@ _HARMONY = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What a file says of its tokens.
+    """Tokens of a file.
 
     tokens: their texts by id. ids: the reverse. types: TokenType by id. scores: by id, empty without any.
     special: "bos", "eos", "unknown" .. -> id, those that the file names. ends: ids that end a turn, ascending.
@@ -112,7 +112,7 @@ FOLDER = "export the model's folder, which has a tokenizer of its own"
 
 
 def refused(received: str, expected: str, fix: str = "convert the model again with a current llama.cpp") -> UsageError:
-    """What is raised for a vocabulary that cannot be built exactly."""
+    """Refusal of a vocabulary that cannot be built exactly."""
     return UsageError(problem("tokenizer", received=received, expected=expected, fix=fix))
 
 

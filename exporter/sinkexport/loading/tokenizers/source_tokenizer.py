@@ -1,4 +1,4 @@
-"""What the tokenizer of a model is, whatever it came from: a tokenizer of 'tokenizers', a template, and files."""
+"""Tokenizer of a model from any source: a tokenizer of 'tokenizers', a template, and files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sinkrt.text import Tokenizer, named_special_tokens
 
 TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""What transformers calls special tokens that a model may have."""
+"""Names of transformers for special tokens that a model may have."""
 _PLACEHOLDER = "a"
 
 

@@ -41,7 +41,7 @@ class TokenizerFiles:
         self._origin = origin
 
     def path(self, name: str) -> Path | None:
-        """Where a file is; None if the model has none of that name.
+        """Path of a file; None if the model has none of that name.
 
         Raises: OSError if the Hub cannot be asked.
         """

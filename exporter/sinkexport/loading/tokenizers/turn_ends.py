@@ -86,7 +86,7 @@ def stated_ids(config: Any | None, key: str) -> Mapping[int, bool]:
 
 
 def _default(config: Any, key: str) -> Any:
-    """What the class of a configuration has where nothing is stated."""
+    """Default of a configuration's class; None if it cannot be had."""
     try:
         return getattr(type(config)(), key, None)
     except Exception:  # classes that cannot do without arguments

@@ -160,7 +160,7 @@ def _tied(model: Any) -> list[frozenset[str]]:
 
 
 def _rounding(model: Any, config: ExportConfig, num_kv_heads: int) -> Rounding:
-    """What the export was asked to do to the numbers."""
+    """Rounding that the export was asked for."""
     recipe, calibration = config.recipe, config.calibration
     weights = None if recipe is None else recipe.weights
     nearest = weights is None or (weights.scales, weights.rounding) == ("absmax", "nearest")

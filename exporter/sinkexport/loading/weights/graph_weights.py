@@ -23,11 +23,11 @@ BY_HEAD = "const.by_head"
 QUANTIZED = (".packed", ".uint8", ".int8x4", ".int8")
 COMPANIONS = (".scales", ".zero_points", ".sums")
 MODEL = "model."
-"""In front of the names of a model's parameters, which is a part of the traced step."""
+"""Prefix of the names of a model's parameters: the model is a part of the traced step."""
 
 HALF_RANGE = 128
 SMALL_BYTES = 2**20
-"""What two graphs may hold twice."""
+"""Largest constant that two graphs may hold twice."""
 
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
@@ -93,7 +93,7 @@ class GraphMatrix:
 
 
 def _place(tensor: ir.TensorProtocol) -> object:
-    """Where a constant lies that is not in the ONNX file itself."""
+    """Place of a constant that is not in the ONNX file itself; None: it is there."""
     if not isinstance(tensor, ir.ExternalTensor):
         return None
     return tensor.path, tensor.offset, tensor.length, tensor.dtype, tensor.shape
@@ -139,7 +139,7 @@ def parameters_of(name: str) -> tuple[str, ...]:
 
 
 def _layer_ranges(graph: ir.Graph) -> dict[str, tuple[float, float]]:
-    """Between which layers each constant is read first, by the named ones before and after: nodes are in order."""
+    """Layers between which each constant is read first, by the named ones before and after: nodes are in order."""
     first: dict[str, int] = {}
     marks: list[tuple[int, int]] = []
     for place, node in enumerate(graph):

@@ -95,8 +95,10 @@ class WeightCheck:
         return left
 
     def _names(self, name: str) -> list[str]:
-        """What the model may call a tensor of this name: itself, with or without the base model's prefix, or a
-        parameter that shares it."""
+        """Names that the model may have for a tensor of this name.
+
+        They are the name itself with or without the base model's prefix, and those of parameters that share it.
+        """
         spelled = [name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")]
         return [*spelled, *(other for one in spelled for other in self._tied.get(one, ()))]
 
@@ -157,7 +159,7 @@ class WeightCheck:
         return True
 
     def _factors(self, place: Place, tensor: FileTensor) -> Iterable[tuple[Floats | None, Floats | None]]:
-        """By what smoothing may have multiplied the columns and the rows of a parameter."""
+        """Factors that smoothing may have put on the columns and the rows of a parameter."""
         own = self._rounding.divisors.get(place.parameter.removesuffix(".weight"))
         columns = [None] if own is None or tensor.matrix_shape[1] == 1 else [None, own]
         yield from (
@@ -165,7 +167,7 @@ class WeightCheck:
         )
 
     def _factors_of_rows(self, layer: int | None, count: int) -> Iterable[Floats | None]:
-        """What smoothing may have divided the results of a norm or of a matmul by, None for nothing."""
+        """Factors that smoothing may have put on the results of a norm or of a matmul, None for none."""
         yield None
         for name, found in self._rounding.divisors.items():
             if layer is not None and layer_of(name) != layer:
@@ -291,8 +293,10 @@ class WeightCheck:
         return True
 
     def _claim_pieces(self, tensor: FileTensor, candidates: Sequence[Place]) -> bool:
-        """In pieces a tensor may be whole parameters one after the other, or lie in a part of one; no other order of
-        rows is taken for its own, but that of queries, keys and values together, which GGUF files have in another."""
+        """Look for a tensor in pieces: whole parameters one after the other, or a part of one.
+
+        No other order of rows counts as its own, but that of fused queries, keys and values in GGUF files.
+        """
         if is_of_one_expert(tensor):
             return False
         pieces = find_pieces(tensor, candidates, self._rounding)

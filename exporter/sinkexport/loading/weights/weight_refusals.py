@@ -1,4 +1,4 @@
-"""What a comparison of weights refuses: tensors that are not in the graph, and constants that are not of the file."""
+"""Refusals of a comparison of weights: tensors that the graph lacks, and constants that are not of the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALL = 32
 
 
 def differs(tensor: FileTensor, why: str) -> UsageError:
-    """What the export made is not what the file holds."""
+    """Refusal of an export whose numbers are not the file's."""
     return UsageError(
         problem(
             f"weights '{tensor.name}' of {tensor.file}",
