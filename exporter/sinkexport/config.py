@@ -52,7 +52,7 @@ class ExportConfig:
     recipe: how to quantise; None: not at all. calibration: what a recipe with static ranges or smoothing needs.
     kv: ``fp | int8``, the window's keys and values: INT8 with a scale for each key head and token. Sinks always stay in
     `dtype`. None: as the recipe says, or ``fp``.
-    budgets: per-head windows (docs/budgets.md), the longest of window_size tokens; None: all heads have it.
+    budgets: per-head windows (docs/head_windows.md), the longest of window_size tokens; None: all heads have it.
     sink_tuning: factors on the attention to token 0 (docs/sink_tuning.md); None: attention is the model's own.
     affine: scales and biases of the attention weights (docs/sink_tuning.md); None: they are those of the softmax.
 

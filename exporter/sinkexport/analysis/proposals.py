@@ -69,7 +69,7 @@ def check_proposal(longest: int, shortest: int, share: float) -> None:
     if not shortest / longest <= share <= 1:
         least = f"{shortest / longest:.3g} .. 1 for {shortest} of {longest} tokens"
         raise UsageError(
-            problem("--budget-share", received=share, expected=least, fix="change it, or lower --short-window")
+            problem("--head-window-share", received=share, expected=least, fix="change it, or lower --short-window")
         )
 
 

@@ -109,7 +109,7 @@ def check_rings(config: ExportConfig, rings: Sequence[Ring]) -> None:
     if config.budgets is not None and config.window_size > max(ring.window_size for ring in rings):
         raise UsageError(
             problem(
-                "--budgets",
+                "--head-windows",
                 received=f"{config.window_size} tokens, where sliding windows are shorter",
                 expected="the longest per-head window in a layer that can have it",
                 fix="change the file",

@@ -1,8 +1,8 @@
-"""The file of per-head windows, for people to review and for `export --budgets`.
+"""The file of per-head windows, for people to review and for `export --head-windows`.
 
 Some heads look far back (retrieval heads), most look at the sinks and at what is near (streaming heads; DuoAttention,
 arXiv:2410.10819). A head with a window of W_h tokens keeps the sinks and the last W_h; its in-cache positions are those
-of a cache of S + W_h. JSON with one line a layer: the window of each of its key heads. `sinkexport analyze --budgets`
+of a cache of S + W_h. JSON with one line a layer: the window of each of its key heads. `sinkexport analyze --head-windows`
 proposes one.
 """
 
@@ -34,11 +34,11 @@ class WindowedModel(ModelOfFile):
 class HeadWindowFile(HeadFile):
     """windows: [L][Hkv], tokens. found: how, in words; nothing reads it."""
 
-    OPTION = "--budgets"
+    OPTION = "--head-windows"
     ROWS = "windows"
     HEADS = "key heads"
-    MADE_BY = "sinkexport analyze --budgets"
-    DOCS = "docs/budgets.md"
+    MADE_BY = "sinkexport analyze --head-windows"
+    DOCS = "docs/head_windows.md"
     FIX = "analyze this model"
 
     format: Literal["sinkexport budgets"] = FORMAT
