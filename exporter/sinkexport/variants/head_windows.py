@@ -2,8 +2,8 @@
 
 Some heads look far back (retrieval heads), most look at the sinks and at what is near (streaming heads; DuoAttention,
 arXiv:2410.10819). A head with a window of W_h tokens keeps the sinks and the last W_h; its in-cache positions are those
-of a cache of S + W_h. JSON with one line a layer: the window of each of its key heads. `sinkexport analyze --head-windows`
-proposes one.
+of a cache of S + W_h. JSON with one line a layer: the window of each of its key heads.
+`sinkexport analyze --head-windows` proposes one.
 """
 
 from __future__ import annotations
