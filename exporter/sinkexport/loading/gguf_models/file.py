@@ -17,6 +17,10 @@ PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", r
 """Pattern of llama.cpp's names for the parts of a split model; the first holds the metadata."""
 
 
+END_NAMES = ("eos", "eot", "eom")
+"""Names of the ids in the metadata that end a text, a turn or a message."""
+
+
 @dataclasses.dataclass(frozen=True)
 class GgufFile:
     """A GGUF model.

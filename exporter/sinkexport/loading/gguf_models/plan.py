@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sinkexport.loading.gguf_models.facts import Facts, refused
+from sinkexport.loading.gguf_models.file import END_NAMES
 from sinkexport.loading.gguf_models.rope import FREQS, LONG, SHORT, rope_parameters
 from sinkexport.loading.gguf_models.tensors import Module, Rule
 
@@ -68,7 +69,7 @@ def special_ids(facts: Facts, vocab_size: int) -> dict[str, int | None]:
     Raises: UsageError for an id outside the vocabulary, those of further ends of a text included.
     """
     found: dict[str, int | None] = {}
-    for name in ("bos", "eos", "padding", "eot", "eom"):
+    for name in ("bos", "padding", *END_NAMES):
         value = facts.file.metadata.get(f"tokenizer.ggml.{name}_token_id")
         if value in (None, -1, 0xFFFFFFFF):  # how old converters wrote "none"
             found[name] = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.loading.gguf_models.file import GgufFile
+from sinkexport.loading.gguf_models.file import END_NAMES, GgufFile
 
 KEY = "tokenizer.ggml."
 
@@ -133,7 +133,7 @@ def listed(file: GgufFile, name: str, kind: type | tuple[type, ...], size: int |
 
 def _special_ids(file: GgufFile, size: int) -> dict[str, int]:
     out = {}
-    for name in (*NAMED.values(), "eot", "eom", *_FILL_IN, *_OLD_NAMES.values()):
+    for name in (*dict.fromkeys((*NAMED.values(), *END_NAMES)), *_FILL_IN, *_OLD_NAMES.values()):
         key = f"{KEY}{name}_token_id"
         index = file.get(key)
         if index is None:
@@ -162,7 +162,7 @@ def _ends(ids: Mapping[str, int], types: list[int], special: Mapping[str, int]) 
         fill_in[name] = [given] if given is not None else control(sorted(texts, key=lambda text: ids.get(text, -1)))[:1]
     ends = {index for name in ("fim_pad", "fim_rep", "fim_sep") for index in fill_in[name]}
     ends.update(control(_ENDS))
-    ends.update(special[name] for name in ("eos", "eot", "eom") if name in special)
+    ends.update(special[name] for name in END_NAMES if name in special)
     for text in _HARMONY:
         if text in ids:
             types[ids[text]] = TokenType.USER_DEFINED
