@@ -54,9 +54,9 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
     capacity: tokens that the cache will hold. Where the model makes its frequencies depend on the length of a text
     (longrope, arXiv:2402.13753; dynamic NTK), they are those of a text of this length.
 
-    Raises: UsageError if layers differ in shape, have no attention or several, if cos/sin or the rotation have a layout
-        that is not known, if queries and keys are not turned alike, if a layer masks more than a window, or if anything
-        but attention and known linear layers carries something from token to token.
+    Raises: UsageError if layers differ in shape, or have no attention or several; for an unknown layout of cos/sin or
+        of the rotation; if queries and keys are not turned alike; if a layer masks more than a window; if anything but
+        attention and known linear layers carries something from token to token.
     """
     with refusing(model, "probing its attention"):
         tables, cos_layout = _probe_tables(model, capacity)

@@ -1,8 +1,8 @@
 """T tokens of a Hugging Face model over explicit state tensors, as a module that can be traced.
 
-The model's own code runs unchanged; only two things are swapped for the length of a trace. Its rotary embedding
-hands out cos = 1 and sin = 0 (so the model's rotation is the identity, which `fold_rotation` removes from the
-trace), and its attention function rotates once with exact phase and calls the sink-attention operator.
+The model's own code runs unchanged; only two things are swapped for the length of a trace. Its rotary embedding hands
+out cos = 1 and sin = 0, so that the model's rotation is the identity, which `fold_rotation` removes from the trace. Its
+attention function rotates once with exact phase and calls the sink-attention operator.
 """
 
 from __future__ import annotations

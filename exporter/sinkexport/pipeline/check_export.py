@@ -1,14 +1,14 @@
-"""Before a bundle gets its name: does the finished graph compute what the model computes?
+"""Comparison of a finished graph with its model, before the bundle gets its name.
 
-A dozen tokens of some streams are fed to the bundle's own graphs, one by one and as a chunk, and their logits compared
-with transformers' own pass of the model. Then tokens after the cache has filled are compared with references that know
-nothing of how the graphs were made: the streaming one, as in `verify`, where that takes no more than a second or two,
-or else from caches filled with random rows, as if the stream had run for long.
+A dozen tokens of some streams are fed to the bundle's own graphs, one by one and as a chunk. Their logits are compared
+with those of transformers' own pass of the model. Tokens after the cache has filled are compared with references that
+know nothing of how the graphs were made. Where it takes no more than a second or two, that is the streaming one, as in
+`verify`. Otherwise both start from caches filled with random rows, as if the stream had run for long.
 
-A bundle whose window alone is INT8 has the model's logits but for a little. One with quantised weights or inputs cannot
-have them. There it is asked whether they rise and fall together: rounding
-leaves correlations near 0.9 in real models, a layer that is wrong or missing leaves little. What it cannot catch is a
-recipe that is merely worse than its thresholds: for that `verify` needs a text.
+A bundle whose window alone is INT8 has nearly the model's logits. One with quantised weights or inputs cannot have
+them: there it is their correlation that counts. Rounding leaves correlations near 0.9 in real models, a layer that is
+wrong or missing leaves little. A recipe that is merely worse than its thresholds is not caught: `verify` with a text
+does that.
 """
 
 from __future__ import annotations

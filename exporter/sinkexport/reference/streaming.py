@@ -1,17 +1,17 @@
 """An independent streaming reference for any causal LM of transformers: what `verify` measures a bundle against.
 
-It streams as mit-han-lab/streaming-llm does (arXiv:2309.17453): keys are kept without rotation, the oldest token
-that is no sink is thrown out before each step, and then all keys and the query are rotated by their place in the
-cache. Slow and obvious, in contrast to an exported graph, which rotates a key once and never touches it again.
+It streams as mit-han-lab/streaming-llm does (arXiv:2309.17453). Keys are kept without rotation, and the oldest token
+that is no sink is evicted before each step. Then all keys and the query are rotated by their place in the cache. Slow
+and obvious, in contrast to an exported graph, which rotates a key once and never touches it again.
 
 Rotation and attention are the model's own functions, called from the model's own source file. Nothing here knows
 how a family pairs or lays out its rotary dimensions, and of the code that exports rotation only where a model has its
 rotary embedding is shared. A layer in which the model itself sees fewer tokens than the cache holds keeps just those,
 and no sinks.
 
-What it assumes of a model it looks at for itself, and refuses a model that is otherwise: that queries and keys reach
-attention as the model's own function turns them, and that a few tokens, streamed, have the logits of the model's own
-pass over all of them at once. A norm after the rotation, or a state beside attention, would not.
+It checks what it assumes of a model. Queries and keys must reach attention as the model's own function turns them. A
+few tokens, streamed, must have the logits of the model's own pass over all of them at once. A norm after the rotation,
+or a state beside attention, breaks that and is refused.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ class StreamingReference:
     def _append(
         self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, own_window: int | None, window_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Throw out the oldest token that is no sink if the cache is full, then add the new one: [B, Hkv, n, D]."""
+        """Evict the oldest token that is no sink if the cache is full, then add the new one: [B, Hkv, n, D]."""
         key = module, window_size
         num_sinks, window_size = self.geometry(own_window, window_size)
         capacity = num_sinks + window_size

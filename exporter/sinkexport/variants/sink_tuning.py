@@ -1,8 +1,8 @@
 """The file that says how attention to sinks is changed, for people to review and for `export --sink-tuning`.
 
 JSON with one line for each layer. A factor of a head multiplies the attention weight of token 0 before the weights are
-normalised again (ZeroTuning, arXiv:2505.11739), which is the same as adding its logarithm to that token's logit. 1
-changes nothing. `sinkexport tune` finds factors; a file written by hand is as good.
+normalised again (ZeroTuning, arXiv:2505.11739). Its logarithm, added to that token's logit, does the same. 1 changes
+nothing. `sinkexport tune` finds factors; a file written by hand is as good.
 
 `act`, if it is there, scales later sinks down in some heads (ACT, arXiv:2406.15765); `sinkexport analyze` proposes
 which ones.
