@@ -57,7 +57,7 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
             tokenizer = source_tokenizer(origin)
             if tokenizer is not None:
                 tokenizer = fitted(tokenizer, model.get_input_embeddings().weight.shape[0])
-    return LoadedModel(model.eval(), tokenizer, origin.name, origin)
+    return LoadedModel(model=model.eval(), tokenizer=tokenizer, name=origin.name, origin=origin)
 
 
 def load_tokenizer(source: str) -> SourceTokenizer | None:
@@ -140,7 +140,7 @@ def locate(source: str) -> Origin:
             raise _no_model(source, "no such folder")
         location = {"pretrained_model_name_or_path": source}
         name = path.resolve().name if path.is_dir() else source
-    return Origin(source, path if path.exists() else None, location, name)
+    return Origin(source=source, path=path if path.exists() else None, location=location, name=name)
 
 
 def refuse_architecture(config: Any) -> None:

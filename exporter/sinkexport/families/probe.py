@@ -66,7 +66,7 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
             + 0.4 * torch.arange(NUM_TOKENS, dtype=torch.float64)[:, None]  # [T, R/2]
             for i, (key, table) in enumerate(tables.items())
         }
-        still = ModelRotary(tables, cos_layout, ())
+        still = ModelRotary(tables=tables, cos_layout=cos_layout, layers=())
         dtype = next(model.parameters()).dtype
         masks, cache = MaskRecorder(), recurrent_cache(model)
         plain = _run(model, identity_rotary(still, 1, NUM_TOKENS, dtype), num_layers, cache, masks)
@@ -81,7 +81,7 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
             capacity,
             adapted=find_adapter(model) is not None,
         )
-        rotary = ModelRotary(tables, cos_layout, layers)
+        rotary = ModelRotary(tables=tables, cos_layout=cos_layout, layers=layers)
         refuse_other_states(model, rotary)
     return shape, rotary
 
@@ -165,7 +165,14 @@ def _run(
             raise _refused(f"a call in layer {layer} of {num_layers}", "one in each layer")
         _check_shapes(layer, q, k, v)
         slopes = None if alibi_slopes is None else tuple(alibi_slopes.tolist())
-        seen[layer] = _Seen(q[0].double(), k[0].double(), v[0].double(), sliding_window, slopes, attention_mask)
+        seen[layer] = _Seen(
+            q=q[0].double(),
+            k=k[0].double(),
+            v=v[0].double(),
+            sliding_window=sliding_window,
+            alibi_slopes=slopes,
+            mask=attention_mask,
+        )
         return own_values(q, v), None
 
     ids = torch.arange(NUM_TOKENS)[None]

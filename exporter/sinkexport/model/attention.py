@@ -121,8 +121,14 @@ def _sink_attention(
     kept = (sink_k, sink_v, window_k, window_v, window_k_scale, window_v_scale, attention_mass)
     without = (absent, absent, absent, absent, nothing.to(SCALE_DTYPE), nothing.to(SCALE_DTYPE), nothing.float())
     states = tuple(other if state is None else state for state, other in zip(kept, without, strict=True))
-    act = None if calibrated is None else _Act(calibrated, act_alpha, act_beta, act_min_queries)
-    logits = _Logits(scale, softcap, alibi_slopes, sink_logit, sink_scale)
+    act = (
+        None
+        if calibrated is None
+        else _Act(heads=calibrated, alpha=act_alpha, beta=act_beta, min_queries=act_min_queries)
+    )
+    logits = _Logits(
+        scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sink_logit=sink_logit, sink_scale=sink_scale
+    )
     q_sink = q
     if shift_cos is not None and shift_sin is not None:
         q_sink = rotated(q, shift_cos, -shift_sin, interleaved=interleaved)

@@ -262,10 +262,10 @@ class ChunkedStream:
         kept = self._kept.get(cache, _Kept(sink_k=none, sink_v=none, window_k=none, window_v=none))
         sinks = max(0, cache.ring.num_sink_tokens - self._position)  # leading tokens of the chunk
         return _Kept(
-            torch.cat((kept.sink_k, k[:, :, :sinks]), dim=2),
-            torch.cat((kept.sink_v, v[:, :, :sinks]), dim=2),
-            torch.cat((kept.window_k, self._as_stored(k[:, :, sinks:])), dim=2),
-            torch.cat((kept.window_v, self._as_stored(v[:, :, sinks:])), dim=2),
+            sink_k=torch.cat((kept.sink_k, k[:, :, :sinks]), dim=2),
+            sink_v=torch.cat((kept.sink_v, v[:, :, :sinks]), dim=2),
+            window_k=torch.cat((kept.window_k, self._as_stored(k[:, :, sinks:])), dim=2),
+            window_v=torch.cat((kept.window_v, self._as_stored(v[:, :, sinks:])), dim=2),
         )
 
     def _as_stored(self, rows: torch.Tensor) -> torch.Tensor:
@@ -281,7 +281,10 @@ class ChunkedStream:
         first = max(0, seen.window_k.shape[2] - (cache.ring.window_size - 1))
         # clone: a slice would hold on to the memory of all that it was cut from
         self._kept[cache] = _Kept(
-            seen.sink_k, seen.sink_v, seen.window_k[:, :, first:].clone(), seen.window_v[:, :, first:].clone()
+            sink_k=seen.sink_k,
+            sink_v=seen.sink_v,
+            window_k=seen.window_k[:, :, first:].clone(),
+            window_v=seen.window_v[:, :, first:].clone(),
         )
 
 
@@ -308,7 +311,7 @@ def visible(ring: Ring, position: int, num_tokens: int) -> Entries:
     window = torch.arange(first, max(first, end))  # none while all tokens are sinks
     is_seen = torch.cat((sinks <= query, (window <= query) & (query - window < window_size)), dim=1)
     place = query.clamp(max=ring.capacity - 1)  # from there on a sink's distance stays
-    return Entries(is_seen, torch.cat((place - sinks, query - window), dim=1), window)
+    return Entries(is_seen=is_seen, distance=torch.cat((place - sinks, query - window), dim=1), window=window)
 
 
 def _turn(position: int, num_tokens: int, behind: int, frequency: torch.Tensor) -> CosSin:

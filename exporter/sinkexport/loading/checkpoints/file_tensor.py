@@ -59,11 +59,21 @@ class FileTensor:
 
     def flattened(self) -> FileTensor:
         """The same as a vector."""
-        return FileTensor(self.name, (self.size,), self.dtype, self.file, lambda: self.array().reshape(-1))
+        return FileTensor(
+            name=self.name, shape=(self.size,), dtype=self.dtype, file=self.file, array=lambda: self.array().reshape(-1)
+        )
 
     def reordered(self, order: Indices) -> FileTensor:
         """The same with its rows in another order: row i is row order[i] of this."""
-        return ReorderedTensor(self.name, self.shape, self.dtype, self.file, self.array, source=self, order=order)
+        return ReorderedTensor(
+            name=self.name,
+            shape=self.shape,
+            dtype=self.dtype,
+            file=self.file,
+            array=self.array,
+            source=self,
+            order=order,
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

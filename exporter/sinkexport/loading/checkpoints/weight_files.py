@@ -214,7 +214,7 @@ def torch_tensor(name: str, value: Any, file: str) -> FileTensor:
         return (held.float() if held.dtype == torch.bfloat16 else held).numpy()
 
     dtype = words.get(value.dtype, str(value.dtype).removeprefix("torch."))
-    return FileTensor(name, tuple(value.shape), dtype, file, array)
+    return FileTensor(name=name, shape=tuple(value.shape), dtype=dtype, file=file, array=array)
 
 
 def listed(names: Sequence[str]) -> str:

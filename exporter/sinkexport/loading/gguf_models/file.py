@@ -82,7 +82,7 @@ def _read(parts: tuple[Path, ...], _changed_ns: tuple[int, ...]) -> GgufFile:
     count = metadata.get("split.tensors.count")
     if count is not None and count != len(tensors):
         raise _no_gguf(parts[0], f"{len(tensors)} tensors in {len(parts)} parts, where {count} are announced")
-    return GgufFile(parts, metadata, tensors)
+    return GgufFile(parts=parts, metadata=metadata, tensors=tensors)
 
 
 def _check_split(part: Path, found: Mapping[str, Any], number: int, count: int) -> None:

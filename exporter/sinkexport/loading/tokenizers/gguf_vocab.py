@@ -105,7 +105,14 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     more = listed(file, "eos_token_ids", int)  # Ollama's
     if any(not 0 <= index < len(tokens) for index in more):
         raise refused(f"{KEY}eos_token_ids = {list(more)[:8]}", f"ids of the vocabulary, below {len(tokens)}")
-    return Vocabulary(tokens, ids, types, scores, special, tuple(sorted({*_ends(ids, types, special), *more})))
+    return Vocabulary(
+        tokens=tokens,
+        ids=ids,
+        types=types,
+        scores=scores,
+        special=special,
+        ends=tuple(sorted({*_ends(ids, types, special), *more})),
+    )
 
 
 FOLDER = "export the model's folder, which has a tokenizer of its own"

@@ -126,7 +126,7 @@ def merges(proto: Any) -> list[tuple[str, str]]:
     ids = {text: number for number, text in enumerate(texts)}
     types, scores = [piece.type for piece in proto.pieces], [piece.score for piece in proto.pieces]
     try:
-        return scored_merges(Vocabulary(texts, ids, types, scores, {}, ()))
+        return scored_merges(Vocabulary(tokens=texts, ids=ids, types=types, scores=scores, special={}, ends=()))
     except UsageError as error:
         raise UsageError(
             problem(

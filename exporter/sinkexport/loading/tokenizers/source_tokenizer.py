@@ -187,7 +187,10 @@ def as_source_tokenizer(tokenizer: Any) -> SourceTokenizer | None:
     named = {name: text for name in NAMES if isinstance(text := getattr(tokenizer, name, None), str)}
     template = getattr(tokenizer, "chat_template", None)
     return SourceTokenizer(
-        type(tokenizer).__name__, without_limits(library), template if isinstance(template, str) else None, named
+        kind=type(tokenizer).__name__,
+        library=without_limits(library),
+        chat_template=template if isinstance(template, str) else None,
+        special_tokens=named,
     )
 
 

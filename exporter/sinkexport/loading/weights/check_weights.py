@@ -132,16 +132,22 @@ def _gguf_tensor(name: str, tensor: Any) -> FileTensor:
     shape = tuple(int(n) for n in reversed(tensor.shape))
     kind, data = tensor.tensor_type, tensor.data
     if kind == gguf.GGMLQuantizationType.BF16:
-        return FileTensor(name, shape, "BF16", "the file", lambda: data.view(ml_dtypes.bfloat16).reshape(shape))
+        return FileTensor(
+            name=name,
+            shape=shape,
+            dtype="BF16",
+            file="the file",
+            array=lambda: data.view(ml_dtypes.bfloat16).reshape(shape),
+        )
     if data.dtype != np.uint8:
-        return FileTensor(name, shape, kind.name, "the file", lambda: data.reshape(shape))
+        return FileTensor(name=name, shape=shape, dtype=kind.name, file="the file", array=lambda: data.reshape(shape))
     block = gguf.GGML_QUANT_SIZES[kind]
     return QuantizedFileTensor(
-        name,
-        shape,
-        kind.name,
-        "the file",
-        lambda: data,
+        name=name,
+        shape=shape,
+        dtype=kind.name,
+        file="the file",
+        array=lambda: data,
         block=block,
         dequantize=lambda rows: gguf.dequantize(rows, kind),
     )
@@ -170,4 +176,4 @@ def _rounding(model: Any, config: ExportConfig, num_kv_heads: int) -> Rounding:
             with contextlib.suppress(UsageError):  # of what is no matmul
                 if (found := calibration.divisors(name)) is not None:
                     divisors[name] = np.asarray(found, np.float32)
-    return Rounding(config.dtype == "fp16", nearest, divisors, num_kv_heads)
+    return Rounding(half=config.dtype == "fp16", nearest=nearest, divisors=divisors, num_kv_heads=num_kv_heads)

@@ -175,12 +175,12 @@ def _floating(name: str, tensor: ir.TensorProtocol, layers: tuple[float, float])
 
     if len(dims) == 2 and parts and name.split("+")[0].removesuffix(".smoothed").endswith(".T"):
         return GraphMatrix(
-            name,
-            parts,
-            (dims[1], dims[0]),
-            lazily((dims[1], dims[0]), lambda a: a.T),
-            layers,
-            tensor.numpy,
+            name=name,
+            parts=parts,
+            shape=(dims[1], dims[0]),
+            read=lazily((dims[1], dims[0]), lambda a: a.T),
+            layers=layers,
+            raw=tensor.numpy,
             sources=(tensor,),
         )
     shape = (int(np.prod(dims[:-1])), dims[-1]) if len(dims) > 1 else (dims[0] if dims else 1, 1)
@@ -192,12 +192,29 @@ def _floating(name: str, tensor: ir.TensorProtocol, layers: tuple[float, float])
             values = np.asarray(tensor.numpy()[rows[:, None] // last, columns[None], rows[:, None] % last], np.float32)
             return values, np.zeros_like(values)
 
-        swapped = GraphMatrix(name, parts, (count * last, first), read_swapped, layers, tensor.numpy)
+        swapped = GraphMatrix(
+            name=name, parts=parts, shape=(count * last, first), read=read_swapped, layers=layers, raw=tensor.numpy
+        )
     flat = None
     if len(dims) > 1 and tensor.nbytes <= SMALL_BYTES:
-        flat = GraphMatrix(name, parts, (tensor.size, 1), lazily((tensor.size, 1), lambda a: a), layers, tensor.numpy)
+        flat = GraphMatrix(
+            name=name,
+            parts=parts,
+            shape=(tensor.size, 1),
+            read=lazily((tensor.size, 1), lambda a: a),
+            layers=layers,
+            raw=tensor.numpy,
+        )
     return GraphMatrix(
-        name, parts, shape, lazily(shape, lambda a: a), layers, tensor.numpy, swapped, flat, sources=(tensor,)
+        name=name,
+        parts=parts,
+        shape=shape,
+        read=lazily(shape, lambda a: a),
+        layers=layers,
+        raw=tensor.numpy,
+        swapped=swapped,
+        flat=flat,
+        sources=(tensor,),
     )
 
 
@@ -238,11 +255,11 @@ def _quantized(
         if one is not None and one.const_value is not None
     )
     return GraphMatrix(
-        base,
-        parameters_of(base),
-        (int(shape[0]), int(shape[1])),
-        read,
-        layers,
+        name=base,
+        parts=parameters_of(base),
+        shape=(int(shape[0]), int(shape[1])),
+        read=read,
+        layers=layers,
         swapped=swapped,
         slack=slack,
         sources=sources,
@@ -263,7 +280,7 @@ def _by_input(
         units = integers[rows[:, None] // depth, rows[:, None] % depth, columns[None]].astype(np.int16) - offset
         return units.astype(np.float32) * step, step
 
-    return GraphMatrix(base, parameters_of(base), (count * depth, width), read, layers)
+    return GraphMatrix(name=base, parts=parameters_of(base), shape=(count * depth, width), read=read, layers=layers)
 
 
 def _scaled(take: Callable[[Indices, Indices], npt.NDArray[Any]], scales: Floats) -> Read:

@@ -111,7 +111,7 @@ class WeightCheck:
             for part in matrix.parts:
                 shape = self.parameters.get(part)
                 count = matrix.shape[0] if len(matrix.parts) == 1 or shape is None else shape[0]
-                place = Place(matrix, start, count, part)
+                place = Place(matrix=matrix, start=start, count=count, parameter=part)
                 named.setdefault(part, []).append(place)
                 by_layer.setdefault(layer_of(part), []).append(place)
                 start += count
@@ -231,7 +231,7 @@ class WeightCheck:
                 return True
         if tensor.name.endswith("bias") and len(tensor.shape) == 2:  # of experts: a part of each row of another
             layer = layer_of(tensor.name)
-            places += [Place(m, 0, m.shape[0]) for m in anonymous if m.may_be_of(layer)]
+            places += [Place(matrix=m, start=0, count=m.shape[0]) for m in anonymous if m.may_be_of(layer)]
             flat = [one for place in places if (one := place.flattened()) is not None]
             return self._claim_pieces(tensor.flattened(), flat)
         return self._claim_pieces(tensor, [p for place in places for p in orientations(place)])

@@ -87,7 +87,12 @@ def subplaces(places: Sequence[Place], tensor: FileTensor) -> Iterable[Place]:
                 rows = tensor.shape[1]
                 for half in (0, 1):
                     yield Place(
-                        whole.matrix, whole.start + half * rows, count, whole.parameter, half, blocks=(rows, 2 * rows)
+                        matrix=whole.matrix,
+                        start=whole.start + half * rows,
+                        count=count,
+                        parameter=whole.parameter,
+                        half=half,
+                        blocks=(rows, 2 * rows),
                     )
             elif len(numbers) > 1 and whole.count % count == 0:
                 expert = numbers[1]
@@ -98,7 +103,9 @@ def subplaces(places: Sequence[Place], tensor: FileTensor) -> Iterable[Place]:
                     for half in range(share):
                         half_of = half if share == 2 else None
                         start = whole.start + expert * block + half * count
-                        yield Place(whole.matrix, start, count, whole.parameter, half_of)
+                        yield Place(
+                            matrix=whole.matrix, start=start, count=count, parameter=whole.parameter, half=half_of
+                        )
 
 
 def half_of(place: Place, shape: Sequence[int]) -> int | None:
@@ -134,7 +141,17 @@ def find_pieces(tensor: FileTensor, places: Sequence[Place], rounding: Rounding)
         if not length:
             return []
         place = places[owner[first]]
-        pieces.append(Place(place.matrix, int(row[first]), length, place.parameter, None, stride, place.start))
+        pieces.append(
+            Place(
+                matrix=place.matrix,
+                start=int(row[first]),
+                count=length,
+                parameter=place.parameter,
+                half=None,
+                stride=stride,
+                first_row=place.start,
+            )
+        )
         start += length
     return pieces
 
