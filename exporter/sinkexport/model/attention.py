@@ -45,7 +45,7 @@ def stream_angles(
 
 @stream_angles.register_fake
 def _(
-    position: torch.Tensor, frequency: torch.Tensor, num_tokens: int, behind: int
+    position: torch.Tensor, frequency: torch.Tensor, num_tokens: int, _behind: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (position.shape[0], num_tokens, frequency.shape[0])
     return torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.float32)
