@@ -100,14 +100,30 @@ def packed_heads(facts: Facts, arguments: Mapping[str, Any]) -> int:
     return length
 
 
-def rotary(
-    facts: Facts, length: int, *, tensors: bool = False, truncate: bool = True, partial: bool = False
+def shared_arguments(
+    facts: Facts,
+    *,
+    packed: bool = False,
+    whole: bool = False,
+    partial: bool = False,
+    tensors: bool = False,
+    truncate: bool = True,
+    feed_forward: bool = True,
 ) -> dict[str, Any]:
-    """The argument ``rope_parameters``. partial: the configuration's own default is less than whole heads."""
+    """Arguments that families with rotary positions share: sizes, heads and rotation.
+
+    packed: heads share the hidden columns out, so that the configuration has no ``head_dim``. whole: no file of the
+    family rotates parts of heads. partial: the configuration's own default is less than whole heads. tensors,
+    truncate: see `rope_parameters`. feed_forward: whether layers have an MLP beside experts.
+    """
+    arguments = sizes(facts, feed_forward=feed_forward)
+    length = (packed_heads if packed else head_dim)(facts, arguments)
+    if whole:
+        facts.expect("rope.dimension_count", length, "whole heads are rotated")
     parameters = rope_parameters(facts, length, tensors=tensors, truncate=truncate)
     if partial:
         parameters.setdefault("partial_rotary_factor", 1.0)
-    return {"rope_parameters": parameters}
+    return arguments | ({} if packed else {"head_dim": length}) | {"rope_parameters": parameters}
 
 
 def rope_tensors(facts: Facts) -> frozenset[str]:
@@ -134,6 +150,11 @@ def layer_types(facts: Facts, pattern: int) -> list[str]:
 def biased(facts: Facts, *modules: str) -> bool:
     """Whether any layer has a bias in any of the modules, named without ``blk.{i}.``."""
     return any(facts.has(f"{BLOCK}{module}.bias") for module in modules)
+
+
+def attention_biased(facts: Facts) -> bool:
+    """Whether any layer has a bias in any projection of attention."""
+    return biased(facts, "attn_q", "attn_k", "attn_v", "attn_output")
 
 
 def outer(norm: str = "model.norm", embedding: str = "model.embed_tokens", head: str = "lm_head") -> tuple[Module, ...]:
