@@ -275,11 +275,11 @@ class StreamingReference:
             yield
 
     def _append(
-        self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, own_window: int | None, window_size: int
+        self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, sliding_window: int | None, window_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Evict the oldest token that is no sink if the cache is full, then add the new one: [B, Hkv, n, D]."""
         key = module, window_size
-        num_sinks, window_size = self.geometry(own_window, window_size)
+        num_sinks, window_size = self._geometry(sliding_window, window_size)
         capacity = num_sinks + window_size
         if key in self._cached:
             keys, values = self._cached[key]
@@ -291,11 +291,10 @@ class StreamingReference:
         self._cached[key] = (k, v)
         return k, v
 
-    def geometry(self, own_window: int | None, window_size: int | None = None) -> tuple[int, int]:
-        """Sinks and window of a layer in which the model itself sees own_window tokens; None: all."""
-        window_size = self._window_size if window_size is None else window_size
-        if own_window is not None and own_window < self._num_sink_tokens + window_size:
-            return 0, own_window
+    def _geometry(self, sliding_window: int | None, window_size: int) -> tuple[int, int]:
+        """Sinks and window of a layer in which the model itself sees sliding_window tokens; None: all."""
+        if sliding_window is not None and sliding_window < self._num_sink_tokens + window_size:
+            return 0, sliding_window
         return self._num_sink_tokens, window_size
 
     def rotates(self, module: torch.nn.Module) -> bool:
