@@ -4,10 +4,9 @@ It streams as mit-han-lab/streaming-llm does (arXiv:2309.17453). Keys are kept w
 that is no sink is evicted before each step. Then all keys and the query are rotated by their place in the cache. Slow
 and obvious, in contrast to an exported graph, which rotates a key once and never touches it again.
 
-Rotation and attention are the model's own functions, called from the model's own source file. Nothing here knows
-how a family pairs or lays out its rotary dimensions, and of the code that exports rotation only where a model has its
-rotary embedding is shared. A layer in which the model itself sees fewer tokens than the cache holds keeps just those,
-and no sinks.
+Rotation and attention are the model's own functions, called from the model's own source file. Nothing here knows how a
+family pairs or lays out its rotary dimensions. With the code that exports, it shares only where a model has its rotary
+embedding. A layer in which the model itself sees fewer tokens than the cache holds keeps just those, and no sinks.
 
 It checks what it assumes of a model. Queries and keys must reach attention as the model's own function turns them. A
 few tokens, streamed, must have the logits of the model's own pass over all of them at once. A norm after the rotation,
