@@ -289,7 +289,7 @@ def _checked_tokenizer(loaded: LoadedModel, config: ExportConfig) -> SourceToken
     tokenizer, num_rows = loaded.tokenizer, 0
     if tokenizer is not None:
         num_rows = loaded.model.get_input_embeddings().weight.shape[0]
-        # Once more than `load_model`: a caller may have made or replaced the tokenizer. One that fits is returned as it is.
+        # Again, after `load_model`: a caller may have replaced the tokenizer. One that fits comes back as it is.
         tokenizer = named(fitted(tokenizer, num_rows), loaded.model.config.get_text_config())
         check_tokens(tokenizer)
         check_template(tokenizer)
