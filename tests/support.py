@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 from unittest import mock
 
 import numpy as np
@@ -74,14 +74,17 @@ class Result:
         return message
 
 
-def run_cli(*arguments: object, stdin: bytes | str = b"") -> Result:
-    """`sinkexport` in this process, from its entry point to its exit code."""
+def run_cli(*arguments: object, stdin: bytes | str | TextIO = b"") -> Result:
+    """`sinkexport` in this process, from its entry point to its exit code. stdin: what it holds, or an open file."""
     from sinkexport.cli import main
 
     with contextlib.ExitStack() as stack:
-        streams = {name: stack.enter_context(_stream(mode)) for name, mode in _STREAMS.items()}
-        streams["stdin"].buffer.write(stdin if isinstance(stdin, bytes) else stdin.encode())
-        streams["stdin"].seek(0)
+        streams = {name: stack.enter_context(_stream()) for name in ("stdin", "stdout", "stderr")}
+        if isinstance(stdin, (bytes, str)):
+            streams["stdin"].buffer.write(stdin if isinstance(stdin, bytes) else stdin.encode())
+            streams["stdin"].seek(0)
+        else:
+            streams["stdin"] = stdin
         stack.enter_context(mock.patch.multiple(sys, argv=["sinkexport", *map(str, arguments)], **streams))
         code: Any = 0
         try:
@@ -104,12 +107,9 @@ def run_cli_apart(*arguments: object, stdin: bytes | str = b"", **options: Any) 
     return Result(done.returncode, done.stdout.decode(errors="surrogateescape"), done.stderr.decode())
 
 
-_STREAMS = {"stdin": "w+", "stdout": "w+", "stderr": "w+"}
-
-
-def _stream(mode: str) -> Any:
+def _stream() -> Any:
     """A file with a descriptor, as a process's own streams have."""
-    return tempfile.TemporaryFile(mode, encoding="utf-8", newline="")
+    return tempfile.TemporaryFile("w+", encoding="utf-8", newline="")
 
 
 def _written(stream: Any) -> str:
