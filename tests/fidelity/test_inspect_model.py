@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from tests.exporter.tiny_models import TINY, tiny_model
 from tests.fidelity.gguf_writer import tiny, write
 from tests.fidelity.test_turn_ends import CHATML, PHI3, TOKENS
 from tests.fidelity.tokenizer_folders import byte_level, spaced, write_folder
-from tests.support import run_cli
+from tests.support import run_cli, run_cli_apart
 
 CONFIG = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
 
@@ -261,9 +259,7 @@ def test_an_id_of_the_hub(tmp_path: Path) -> None:
     (repository / "refs" / "main").write_text(commit)
     shutil.copytree(folder, repository / "snapshots" / commit)
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "sinkexport.cli", "inspect", "some/model", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    found = json.loads(done.stdout)
+    found = json.loads(run_cli_apart("inspect", "some/model", "--json", env=environment).succeeded().out)
     assert (found["format"], found["tensors"], found["refused"]) == ("Hub", None, [])
     assert {name: found[name] for name in ("tokenizer", "ends")} == {
         name: as_json(folder)[name] for name in ("tokenizer", "ends")
