@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,6 +152,7 @@ def torch_form(case: Case, num_tokens: int) -> Run:
     return run
 
 
+@functools.cache
 def onnx_form(case: Case, num_tokens: int, dtype: np.dtype | type = np.float32) -> Run:
     """The operator as ONNX Runtime runs it, each state's input and output being one buffer."""
     tokens = [torch.from_numpy(x.astype(dtype)) for x in case.tokens(np.random.default_rng(0), num_tokens)]
