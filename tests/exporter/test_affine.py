@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
-from sinkexport.evaluation.evaluate import Comparison, evaluate
+from sinkexport.evaluation.evaluate import BaselineOptions, evaluate
 from sinkexport.evaluation.parity import verify
 from sinkexport.evaluation.quality_gate import verify_quality
 from sinkexport.model.affine import AffineFactors
@@ -307,7 +307,7 @@ def test_texts_are_compared_with_the_model_changed_alike(tmp_path: Path) -> None
     for folder, asked in (("b", affine), ("plain", None)):
         export_loaded(loaded, tmp_path / folder, ExportConfig(**GEOMETRY, chunk_size=1, affine=asked))
     assert verify_quality(tmp_path / "b", loaded, text, threads=1).quality.kl_divergence < 1e-6
-    curves = evaluate(tmp_path / "b", text, compare=Comparison(loaded), threads=1).curves
+    curves = evaluate(tmp_path / "b", text, compare=BaselineOptions(loaded), threads=1).curves
     assert [curve.name for curve in curves[:2]] == ["bundle", "sinks + window"]
     losses = [curve.perplexity for curve in curves]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from sinkexport.bench.run_meter import resident_bytes
+from sinkexport.util.process_memory import resident_bytes
 
 PACKAGES = ("sinkexport", "onnxruntime", "numpy")
 # Reductions that keep up with the memory: each reads its array once and writes nothing. Which of them is quickest

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from sinkexport.bench.run_meter import MIB
 from sinkexport.util.console import table_console
 from sinkexport.util.files import check_writable, write_whole
+from sinkexport.util.process_memory import MIB
 from sinkexport.util.progress import shown_progress
 
 if TYPE_CHECKING:

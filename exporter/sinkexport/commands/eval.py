@@ -133,9 +133,9 @@ def command(
                 )
             )
         import matplotlib.figure  # noqa: F401 - if it is missing, that should not show after an hour
-    from sinkexport.evaluation.evaluate import Comparison, evaluate
+    from sinkexport.evaluation.evaluate import BaselineOptions, evaluate
 
-    wanted = None if against is None else Comparison(against, dense_tokens, recompute_block)
+    wanted = None if against is None else BaselineOptions(against, dense_tokens, recompute_block)
     with shown_progress(STAGES) as show:
         report = evaluate(
             bundle,

@@ -22,7 +22,8 @@ from sinkrt.sampler import SamplingParams
 from sinkrt.state import check_state_target
 from sinkrt.text import Tokenizer
 
-from sinkexport.bench.run_meter import RunMeter, complete_lines, utf8_lines
+from sinkexport.bench.run_meter import RunMeter
+from sinkexport.util.text_stream import complete_lines, utf8_lines
 
 ENDING_SIGNALS = [signal.SIGTERM, signal.SIGHUP] if hasattr(signal, "SIGHUP") else [signal.SIGTERM]
 

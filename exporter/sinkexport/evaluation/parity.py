@@ -1,9 +1,9 @@
-"""Does a bundle compute what its model computes? Three comparisons of logits, token by token.
+"""Parity of a bundle with its model: three comparisons of logits, token by token.
 
-dense      against transformers' own forward pass over the whole text, before the first token is evicted.
-streaming  against `sinkexport.reference.streaming`, which rotates every key anew in each step, over
-           several wraps of the window.
-prefill    the bundle against itself: pieces of odd lengths against one token at a time.
+dense      with transformers' own forward pass over the whole text, before the first token is evicted.
+streaming  with `sinkexport.reference.streaming`, which rotates every key anew in each step, over several wraps of the
+           window.
+prefill    of the bundle with itself: pieces of odd lengths against one token at a time.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DEFAULT_WRAPS = 6
 DEFAULT_DENSE_TOKENS = 256
 
 MAX_TOKENS = 10**8
-"""Of one verification: more than a machine gets through in a month."""
+"""Tokens of one verification: more than a machine processes in a month."""
 
 BLOCK_TOKENS = 16
 """Steps that the bundle runs ahead of the reference."""
@@ -55,7 +55,7 @@ BLOCK_TOKENS = 16
 
 @dataclasses.dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found. num_tokens: tokens fed to each stream; tolerance: of `Comparison.max_relative_error`."""
+    """Result of `verify`. num_tokens: fed to each stream. tolerance: of `Comparison.max_relative_error`."""
 
     bundle: str
     model: str
@@ -109,8 +109,8 @@ def verify(
     """Compare the bundle with the model `source` (directory, ``.gguf`` file, Hub id, or one loaded in float32).
 
     text: what to stream, repeated if too short; None for random ids from `seed`.
-    wraps: how often the window is overwritten whole, after it has filled. dense_tokens: positions compared with
-    the dense model, at most C. tolerance: None for `default_tolerance`.
+    wraps: how often the whole window is overwritten after it has filled.
+    dense_tokens: positions compared with the dense model, at most C. tolerance: None for `default_tolerance`.
     The first position above the tolerance ends the run.
 
     Raises: UsageError for bad arguments, a model that is not the bundle's, or text and no tokenizer;
@@ -173,9 +173,9 @@ def compare(
     report: Report,
     affine: AffineFile | None = None,
 ) -> Iterator[Comparison]:
-    """The three comparisons over ids [B, N]; a failed one is the last. affine: of the bundle.
+    """Run the three comparisons over ids [B, N]; a failed one is the last. affine: of the bundle.
 
-    The dense and the streaming one share one pass of the bundle over the stream.
+    ``dense`` and ``streaming`` share one pass of the bundle over the stream.
     """
     stream, num_tokens = manifest.stream, ids.shape[1]
     ends = piece_ends(num_tokens, stream.capacity)
@@ -218,7 +218,7 @@ def compare(
 
 
 def _steps_ahead(session: Stream, ids: Ids) -> Generator[Logits, None, None]:
-    """Logits [B, vocab] of each step of a stream from its start, computed a block ahead in a thread of its own."""
+    """Yield logits [B, vocab] of each step of a stream from its start, computed a block ahead in another thread."""
     session.reset()
 
     def block(start: int) -> list[Logits]:
@@ -233,26 +233,28 @@ def _steps_ahead(session: Stream, ids: Ids) -> Generator[Logits, None, None]:
 
 
 def _half_of_the_cores() -> int:
-    """Bundle and reference run side by side. Given all cores each, their spinning threads would stop each other:
-    several times slower than either alone."""
+    """Half of torch's threads, for the bundle and for the reference, which run at the same time.
+
+    With all cores each, their spinning threads would stop each other: several times slower than either alone.
+    """
     return max(1, torch.get_num_threads() // 2)
 
 
 def _random_ids(manifest: Manifest, num_tokens: int, seed: int) -> Ids:
-    """int64 [B, num_tokens]."""
+    """Draw random ids. Returns: int64 [B, num_tokens]."""
     shape = (manifest.stream.batch, num_tokens)
     return np.random.default_rng(seed).integers(0, manifest.model.vocab_size, shape)
 
 
 def _spread_text(tokens: Ids, batch: int, num_tokens: int) -> Ids:
-    """int64 [B, num_tokens]: each stream starts elsewhere in the text, which repeats if it is too short."""
+    """Spread a text, repeated if too short, over streams that start apart in it. Returns: int64 [B, num_tokens]."""
     starts = np.arange(batch) * len(tokens) // batch
     ids: Ids = tokens[(starts[:, None] + np.arange(num_tokens)) % len(tokens)]
     return ids
 
 
 def _encode(bundle: Path, manifest: Manifest, text: str) -> Ids:
-    """int64 [n], n >= 1, by the bundle's tokenizer."""
+    """Encode a text with the bundle's tokenizer. Returns: int64 [n], n >= 1."""
     tokens = Tokenizer.load(bundle, manifest).encode(text)
     if not tokens:
         raise UsageError(problem("text", received="no tokens", expected="at least one", fix="pass a longer text"))
@@ -268,7 +270,10 @@ def _check_arguments(wraps: int, tolerance: float | None, dense_tokens: int) -> 
 
 
 def check_same_model(manifest: Manifest, model: Any) -> None:
-    """Refuse a model that cannot be the bundle's: its logits could not even be compared."""
+    """Refuse a model that cannot be the bundle's: its logits could not be compared.
+
+    Raises: UsageError.
+    """
     config = model.config.get_text_config()
     facts = manifest.model
     for what, ours, theirs in (

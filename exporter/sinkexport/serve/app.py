@@ -14,13 +14,13 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from sinkexport.serve.body import check_content_type, parse
-from sinkexport.serve.decode_loop import Engine
+from sinkexport.serve.decode_loop import DecodeLoop
 from sinkexport.serve.errors import ApiError, shown
 from sinkexport.serve.metrics import CONTENT_TYPE, Metrics
-from sinkexport.serve.middleware import Guard
+from sinkexport.serve.middleware import Middleware
 from sinkexport.serve.prompts import Prompts
 from sinkexport.serve.protocol import ChatRequest, CompletionRequest, Request
-from sinkexport.serve.request_handler import Exchange, Render, Slots
+from sinkexport.serve.request_handler import Render, RequestHandler, RequestLimit
 from sinkexport.serve.responses import Form
 from sinkexport.serve.settings import Limits
 
@@ -30,7 +30,7 @@ R = TypeVar("R", bound=Request)
 
 
 def create_app(
-    engine: Engine,
+    decode_loop: DecodeLoop,
     prompts: Prompts,
     metrics: Metrics,
     limits: Limits,
@@ -39,21 +39,20 @@ def create_app(
     batch: int,
     api_key: str | None,
 ) -> FastAPI:
-    """The application over a running engine.
+    """Create the application over a running decode loop.
 
     model: what clients call it. batch: B, streams of the session.
     """
     # Without its pages of documentation, which would load scripts from elsewhere.
     app = FastAPI(openapi_url=None, redirect_slashes=False)
-    app.add_middleware(Guard, metrics=metrics, api_key=api_key, max_body_bytes=limits.max_body_bytes)
+    app.add_middleware(Middleware, metrics=metrics, api_key=api_key, max_body_bytes=limits.max_body_bytes)
     # No more than conversations: so the scheduler always finds one that it may forget for a new one.
-    slots = Slots(min(batch + limits.max_waiting, limits.max_conversations))
+    request_limit = RequestLimit(min(batch + limits.max_waiting, limits.max_conversations))
     facts = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "sinkexport"}
 
     @app.post("/v1/chat/completions")
     async def chat(http: HttpRequest) -> Response:
         body = await _read(http, ChatRequest, limits.body_s)
-
         return await answer(http, body, lambda new: prompts.chat(body, new), chat=True)
 
     @app.post("/v1/completions")
@@ -72,13 +71,13 @@ def create_app(
 
     @app.delete("/v1/conversations/{name}")
     async def forget(name: str) -> Response:
-        await engine.delete(name)
+        await decode_loop.delete(name)
         return JSONResponse({"id": name, "object": "conversation.deleted", "deleted": True})
 
     @app.api_route("/health", methods=READ)
     async def health() -> Response:
-        if engine.failure is not None:
-            return JSONResponse({"status": "failed", "reason": engine.failure}, 503)
+        if decode_loop.failure is not None:
+            return JSONResponse({"status": "failed", "reason": decode_loop.failure}, 503)
         return JSONResponse({"status": "ready"})
 
     @app.api_route("/metrics", methods=READ)
@@ -93,15 +92,15 @@ def create_app(
                 400, f"max_tokens: received {shown(wanted)}, expected at most {limits.max_tokens}", param="max_tokens"
             )
         form = Form(model, chat=chat, include_usage=bool(body.stream_options and body.stream_options.include_usage))
-        exchange = Exchange(engine, limits, slots)
+        handler = RequestHandler(decode_loop, limits, request_limit)
         streams = False
         try:
-            await exchange.begin(render, body.conversation, body.sampling, body.answer_params(limits.max_tokens))
+            await handler.begin(render, body.conversation, body.sampling, body.answer_params(limits.max_tokens))
             streams = body.stream
-            return exchange.stream(form) if streams else await exchange.whole(http, form)
+            return handler.stream(form) if streams else await handler.whole(http, form)
         finally:
             if not streams:
-                exchange.close()
+                handler.close()
 
     def _check_model(name: str | None) -> None:
         if name is not None and name != model:
@@ -117,7 +116,7 @@ def create_app(
 
 
 async def _read(http: HttpRequest, kind: type[R], seconds: float) -> R:
-    """The request's body, which may take so long to arrive.
+    """Read the request's body, which may take `seconds` to arrive.
 
     Raises: ApiError.
     """
@@ -138,15 +137,15 @@ def _handle_errors(app: FastAPI) -> None:
 
     handler(ApiError, lambda error: error if isinstance(error, ApiError) else _internal())
     handler(UsageError, lambda error: ApiError(400, str(error)))
-    handler(HTTPException, _of_http)
+    handler(HTTPException, _from_http)
     handler(Exception, lambda _: _internal())  # the traceback goes to the log
 
 
-def _of_http(error: Exception) -> ApiError:
+def _from_http(error: Exception) -> ApiError:
     if not isinstance(error, HTTPException):
         return _internal()
-    return ApiError(error.status_code, str(error.detail), headers=error.headers)  # Allow, of a 405
+    return ApiError(error.status_code, str(error.detail), headers=error.headers)  # a 405 has Allow
 
 
 def _internal() -> ApiError:
-    return ApiError(500, "internal error; the server's log tells more")
+    return ApiError(500, "internal error; see the server's log")
