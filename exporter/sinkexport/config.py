@@ -10,11 +10,13 @@ from sinkrt.contract import TARGETS
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
+from sinkexport.variants.variant import AttentionVariant
+
 if TYPE_CHECKING:
     from sinkexport.quant.ranges import Ranges
     from sinkexport.quant.recipe import Recipe
     from sinkexport.variants.affine import AffineFile
-    from sinkexport.variants.head_windows import BudgetFile
+    from sinkexport.variants.head_windows import HeadWindowFile as BudgetFile
     from sinkexport.variants.sink_tuning import SinkTuningFile
 
 WEIGHT_DTYPES: Mapping[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
@@ -50,7 +52,7 @@ class ExportConfig:
     recipe: how to quantise; None: not at all. calibration: what a recipe with static ranges or smoothing needs.
     kv: ``fp | int8``, the window's keys and values: INT8 with a scale for each key head and token. Sinks always stay in
     `dtype`. None: as the recipe says, or ``fp``.
-    budgets: windows of single key heads (docs/budgets.md), the longest of window_size tokens; None: all have it.
+    budgets: per-head windows (docs/budgets.md), the longest of window_size tokens; None: all heads have it.
     sink_tuning: factors on the attention to token 0 (docs/sink_tuning.md); None: attention is the model's own.
     affine: scales and biases of the attention weights (docs/sink_tuning.md); None: they are those of the softmax.
 
@@ -133,15 +135,7 @@ class ExportConfig:
             self._check_sink_tuning(self.sink_tuning)
         if self.affine is not None:
             self._check_affine()
-        if self.budgets is not None and self.budgets.longest != self.window_size:
-            raise UsageError(
-                problem(
-                    "--window",
-                    received=f"{self.window_size}, and budgets of up to {self.budgets.longest} tokens",
-                    expected="the longest budget",
-                    fix=f"pass --window {self.budgets.longest}",
-                )
-            )
+        self.variant.check_window_size(self.window_size)
         if self.num_tokens_per_chunk > self.window_size:
             raise UsageError(
                 problem(
@@ -231,6 +225,15 @@ class ExportConfig:
                     fix="lower --window or use --kv fp",
                 )
             )
+
+    @property
+    def variant(self) -> AttentionVariant:
+        """What the export changes of the model's attention, without the files that say so."""
+        return AttentionVariant(
+            sink_tuning=None if self.sink_tuning is None else self.sink_tuning.facts,
+            head_windows=None if self.budgets is None else self.budgets.windows,
+            affine=self.affine,
+        )
 
     @property
     def has_plugins(self) -> bool:

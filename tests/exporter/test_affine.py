@@ -25,6 +25,7 @@ from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
 from sinkexport.variants.affine import FILE_NAME, AffineFile, LayerAffine
 from sinkexport.variants.sink_tuning import ActPart
+from sinkexport.variants.variant import AttentionVariant
 from sinkrt import BundleError, Session, UsageError
 from sinkrt.contract import MANIFEST_NAME, Manifest, load_manifest
 
@@ -199,7 +200,7 @@ def test_the_reference_gives_what_the_oracle_gives(tmp_path: Path) -> None:
     with streaming_reference(
         model,
         **GEOMETRY,
-        affine=affine,
+        variant=AttentionVariant(affine=affine),
         observer=lambda m, *x: seen.append((m.layer_idx, hidden[m.layer_idx], *x)),
     ) as reference:
         for column in ids.T:
@@ -228,9 +229,7 @@ def test_chunks_in_torch_agree_with_the_bundle(kv: str, calibrated: bool, tmp_pa
     loaded = LoadedModel(model, None, "tiny")
     export_loaded(loaded, tmp_path / "b", config)
     ids = np.random.default_rng(0).integers(3, VOCAB_SIZE, 70)
-    with chunked_streaming(
-        model, **GEOMETRY, kv=kv, sink_tuning=tuned.facts, budgets=config.budgets, affine=affine
-    ) as stream:
+    with chunked_streaming(model, **GEOMETRY, kv=kv, variant=config.variant) as stream:
         want = torch.cat([stream.feed(torch.from_numpy(ids[None, i : i + 11])) for i in range(0, 70, 11)], dim=1)[0]
     with Session.load(tmp_path / "b", threads=1) as session:
         got = np.stack([session.step(ids[t : t + 1])[0].copy() for t in range(70)])
@@ -250,7 +249,7 @@ def test_projections_stay_in_floating_point_under_a_recipe(tmp_path: Path) -> No
     ids = np.random.default_rng(0).integers(3, VOCAB_SIZE, (1, 60))
     errors, sizes = [], []
     for asked in (None, affine):
-        with chunked_streaming(model, **GEOMETRY, affine=asked) as stream:
+        with chunked_streaming(model, **GEOMETRY, variant=AttentionVariant(affine=asked)) as stream:
             want = stream.feed(torch.from_numpy(ids))[0].numpy()
         folder = tmp_path / str(len(errors))
         config = ExportConfig(**GEOMETRY, chunk_size=1, recipe=load_recipe("int8-dynamic"), affine=asked)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sinkexport.quant.ranges import Ranges
     from sinkexport.quant.recipe import Recipe
     from sinkexport.variants.affine import AffineFile
-    from sinkexport.variants.head_windows import BudgetFile
+    from sinkexport.variants.head_windows import HeadWindowFile
     from sinkexport.variants.sink_tuning import SinkTuningFile
 
 STAGES = {
@@ -152,21 +152,21 @@ def command(
     """Export MODEL (a local directory, a .gguf file or a Hub id) to a bundle."""
     # Bad numbers are told before torch is loaded.
     config = ExportConfig(
-        sink_tokens,
-        window,
-        batch,
-        dtype,
-        chunk,
-        pin_system,
-        target,
-        _loaded(recipe),
-        _ranges(calibration_file),
-        kv,
-        native,
-        sink_token,
-        _sink_tuning(sink_tuning_file),
-        _budgets(budgets_file),
-        _affine(affine_file),
+        num_sink_tokens=sink_tokens,
+        window_size=window,
+        batch=batch,
+        dtype=dtype,
+        chunk_size=chunk,
+        pin_system=pin_system,
+        target=target,
+        recipe=_loaded(recipe),
+        calibration=_ranges(calibration_file),
+        kv=kv,
+        native=native,
+        sink_token=sink_token,
+        sink_tuning=_sink_tuning(sink_tuning_file),
+        budgets=_head_windows(budgets_file),
+        affine=_affine(affine_file),
     )
     from sinkexport.pipeline.check_export import UncheckedWarning
     from sinkexport.pipeline.export import export
@@ -198,12 +198,12 @@ def _loaded(recipe: str | None) -> Recipe | None:
     return load_recipe(recipe)
 
 
-def _budgets(file: Path | None) -> BudgetFile | None:
+def _head_windows(file: Path | None) -> HeadWindowFile | None:
     if file is None:
         return None
-    from sinkexport.variants.head_windows import BudgetFile
+    from sinkexport.variants.head_windows import HeadWindowFile
 
-    return BudgetFile.load(file)
+    return HeadWindowFile.load(file)
 
 
 def _sink_tuning(file: Path | None) -> SinkTuningFile | None:

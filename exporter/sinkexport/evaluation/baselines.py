@@ -8,18 +8,13 @@ Only baselines import torch: a bundle is evaluated without it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from sinkexport.evaluation.perplexity import Ids, Prediction, Predictor
-
-if TYPE_CHECKING:
-    from sinkrt.contract import SinkTuning
-
-    from sinkexport.variants.affine import AffineFile
-    from sinkexport.variants.head_windows import BudgetFile
+from sinkexport.variants.variant import PLAIN, AttentionVariant
 
 CHUNK_TOKENS = 256
 """Tokens that a model in torch takes at once: enough to keep its matmuls busy."""
@@ -51,9 +46,7 @@ def sinks_and_window(
     *,
     name: str,
     chunk_tokens: int = CHUNK_TOKENS,
-    sink_tuning: SinkTuning | None = None,
-    budgets: BudgetFile | None = None,
-    affine: AffineFile | None = None,
+    variant: AttentionVariant = PLAIN,
 ) -> Predictor:
     """Keep S sinks and a window of W tokens in torch; S = 0 is window-only attention. See `chunked_streaming`."""
 
@@ -62,9 +55,7 @@ def sinks_and_window(
 
         from sinkexport.model.chunked_streaming import chunked_streaming
 
-        with chunked_streaming(
-            model, num_sink_tokens, window_size, sink_tuning=sink_tuning, budgets=budgets, affine=affine
-        ) as stream:
+        with chunked_streaming(model, num_sink_tokens, window_size, variant=variant) as stream:
             for start, piece in _pieces(ids[:-1], chunk_tokens):
                 yield Prediction(start + 1, _numpy(stream.feed(torch.from_numpy(piece)[None])))
 

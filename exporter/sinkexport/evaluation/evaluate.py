@@ -19,8 +19,7 @@ from sinkexport.bench.machine import torch_threads
 from sinkexport.evaluation import baselines
 from sinkexport.evaluation.perplexity import Curve, Ids, Predictor, check_segment, check_text, measure
 from sinkexport.util.progress import Report, silent
-from sinkexport.variants.affine import AffineFile, affine_of
-from sinkexport.variants.head_windows import budgets_of
+from sinkexport.variants.variant import AttentionVariant
 
 if TYPE_CHECKING:
     from sinkexport.sources import LoadedModel
@@ -122,9 +121,8 @@ def evaluate(
             run = [baselines.bundle(session, ids, f"{backend}, {stream.num_sink_tokens} sinks + {stream.window_size}")]
             curves += _measured(run, ids, segment_tokens, stream.capacity, report)
         if compare is not None and loaded is not None:
-            run = _baselines(
-                loaded.model, ids, manifest, affine_of(Path(bundle), manifest), compare.dense_tokens, block or 1
-            )
+            variant = AttentionVariant.of_bundle(Path(bundle), manifest)
+            run = _baselines(loaded.model, ids, manifest, variant, compare.dense_tokens, block or 1)
             curves += _measured(run, ids, segment_tokens, stream.capacity, report)
     return EvalReport(
         bundle=str(bundle),
@@ -140,7 +138,7 @@ def evaluate(
 
 
 def _baselines(
-    model: Any, ids: Ids, manifest: Manifest, affine: AffineFile | None, dense_tokens: int, block: int
+    model: Any, ids: Ids, manifest: Manifest, variant: AttentionVariant, dense_tokens: int, block: int
 ) -> list[Predictor]:
     """List the baselines: the same sinks and window in torch, and alternatives. All have a cache of C tokens."""
     stream = manifest.stream
@@ -153,9 +151,7 @@ def _baselines(
             stream.num_sink_tokens,
             stream.window_size,
             name="sinks + window",
-            sink_tuning=manifest.sink_tuning,
-            budgets=budgets_of(manifest),
-            affine=affine,
+            variant=variant,
         ),
         baselines.sinks_and_window(model, ids, 0, stream.capacity, name="window only"),
         baselines.recomputation(model, ids, stream.capacity, block),

@@ -40,8 +40,7 @@ from sinkexport.reference.dense import dense_logits
 from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel, load_model
 from sinkexport.util.progress import Report, silent
-from sinkexport.variants.affine import AffineFile, affine_of
-from sinkexport.variants.head_windows import budgets_of
+from sinkexport.variants.variant import PLAIN, AttentionVariant
 
 DEFAULT_WRAPS = 6
 DEFAULT_DENSE_TOKENS = 256
@@ -146,8 +145,8 @@ def verify(
         loaded = load_model(source, "float32") if isinstance(source, str) else source
         check_same_model(manifest, loaded.model)
         report("load", 1, 1)
-        affine = affine_of(Path(bundle), manifest)
-        comparisons = tuple(compare(session, loaded.model, manifest, ids, limit, dense_tokens, report, affine))
+        variant = AttentionVariant.of_bundle(Path(bundle), manifest)
+        comparisons = tuple(compare(session, loaded.model, manifest, ids, limit, dense_tokens, report, variant))
     return VerifyReport(
         bundle=str(bundle),
         model=loaded.name,
@@ -171,9 +170,9 @@ def compare(
     tolerance: float,
     dense_tokens: int,
     report: Report,
-    affine: AffineFile | None = None,
+    variant: AttentionVariant = PLAIN,
 ) -> Iterator[Comparison]:
-    """Run the three comparisons over ids [B, N]; a failed one is the last. affine: of the bundle.
+    """Run the three comparisons over ids [B, N]; a failed one is the last. variant: of the bundle.
 
     ``dense`` and ``streaming`` share one pass of the bundle over the stream.
     """
@@ -181,23 +180,15 @@ def compare(
     ends = piece_ends(num_tokens, stream.capacity)
     if rotates_by_length(model.config, stream.capacity):
         dense_tokens = stream.capacity  # a shorter text would be rotated otherwise
-    budgets = budgets_of(manifest)
-    shortest = stream.window_size if budgets is None else min(map(min, budgets.windows))
-    dense_tokens = min(dense_tokens, stream.num_sink_tokens + shortest)
+    dense_tokens = min(dense_tokens, stream.num_sink_tokens + variant.shortest_window(stream.window_size))
     report("dense", 0, 1)
-    wanted = dense_logits(model, ids[:, : min(dense_tokens, stream.capacity)], manifest, affine)  # [B, n, vocab]
+    first = ids[:, : min(dense_tokens, stream.capacity)]
+    wanted = dense_logits(model, first, variant, stream.num_sink_tokens)  # [B, n, vocab]
     report("dense", 1, 1)
     dense, streaming = Tally("dense", tolerance), Tally("streaming", tolerance)
     at_ends: dict[int, Logits] = {}
     with (
-        streaming_reference(
-            model,
-            stream.num_sink_tokens,
-            stream.window_size,
-            sink_tuning=manifest.sink_tuning,
-            head_windows=None if budgets is None else budgets.windows,
-            affine=affine,
-        ) as reference,
+        streaming_reference(model, stream.num_sink_tokens, stream.window_size, variant=variant) as reference,
         torch_threads(_half_of_the_cores()),
         contextlib.closing(_steps_ahead(session, ids)) as steps,
     ):

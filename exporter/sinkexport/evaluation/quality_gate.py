@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,8 +27,7 @@ from sinkexport.evaluation.evaluate import encode, finite
 from sinkexport.evaluation.perplexity import Ids, Predictor, check_text
 from sinkexport.evaluation.quality import BLOCK_TOKENS, Quality, compare_predictions
 from sinkexport.util.progress import Report, silent
-from sinkexport.variants.affine import AffineFile, affine_of
-from sinkexport.variants.head_windows import budgets_of
+from sinkexport.variants.variant import AttentionVariant, HeadWindows, head_windows_of
 
 if TYPE_CHECKING:
     from sinkexport.sources import LoadedModel
@@ -134,7 +134,9 @@ def verify_quality(
     with (
         Session.load(bundle, backend, threads=half) as session,
         torch_threads(None if is_bundle(against) else half),
-        _reference(against, manifest, affine_of(Path(bundle), manifest), ids, backend, half) as reference,
+        _reference(
+            against, manifest, AttentionVariant.of_bundle(Path(bundle), manifest), ids, backend, half
+        ) as reference,
     ):
         report("load", 1, 1)
         ends = piece_ends(len(ids) - 1, stream.capacity)
@@ -218,7 +220,7 @@ class FirstStream:
 def _reference(
     against: str | LoadedModel,
     manifest: Manifest,
-    affine: AffineFile | None,
+    variant: AttentionVariant,
     ids: Ids,
     backend: str,
     threads: int,
@@ -247,9 +249,7 @@ def _reference(
         stream.window_size,
         name="reference",
         chunk_tokens=BLOCK_TOKENS,
-        sink_tuning=manifest.sink_tuning,
-        budgets=budgets_of(manifest),
-        affine=affine,
+        variant=variant,
     )
     yield dataclasses.replace(predictor, note=f"{loaded.name} in torch, float32")
 
@@ -279,7 +279,7 @@ def check_same_bundle(manifest: Manifest, other: Manifest) -> None:
         ("positions", ours.position_scheme, theirs.position_scheme),
         ("sinks", manifest.stream.num_sink_tokens, other.stream.num_sink_tokens),
         ("window", manifest.stream.window_size, other.stream.window_size),
-        ("windows of heads", *(None if b is None else b.sha256[:16] for b in map(budgets_of, (manifest, other)))),
+        ("per-head windows", *(_digest(head_windows_of(m)) for m in (manifest, other))),
         ("sink tuning", *(None if m.sink_tuning is None else m.sink_tuning.sha256[:16] for m in (manifest, other))),
         (
             "affine attention",
@@ -296,3 +296,8 @@ def check_same_bundle(manifest: Manifest, other: Manifest) -> None:
                     "--head-windows, --sink-tuning and --affine",
                 )
             )
+
+
+def _digest(windows: HeadWindows | None) -> str | None:
+    """A short name of per-head windows, for messages."""
+    return None if windows is None else hashlib.sha256(repr(windows).encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sinkrt.contract import ActTuning, SinkTuning
+from sinkrt.contract import ActTuning
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
@@ -32,8 +32,7 @@ from sinkexport.model.rope import (
     replaced_rotary,
 )
 from sinkexport.reference.affine import AffineReference
-from sinkexport.variants.affine import AffineFile
-from sinkexport.variants.head_windows import BudgetFile
+from sinkexport.variants.variant import PLAIN, AttentionVariant
 
 CosSin = tuple[torch.Tensor, torch.Tensor]
 """cos and sin, float32 [1, T, R/2] each."""
@@ -45,24 +44,21 @@ def chunked_streaming(
     num_sink_tokens: int,
     window_size: int,
     kv: str = "fp",
-    sink_tuning: SinkTuning | None = None,
-    budgets: BudgetFile | None = None,
-    affine: AffineFile | None = None,
+    variant: AttentionVariant = PLAIN,
 ) -> Iterator[ChunkedStream]:
     """Make `model` stream with S = num_sink_tokens >= 0 and W = window_size >= 1 for the length of a context.
 
     kv: ``fp``, or ``int8``: the window's keys and values are rounded to INT8 as they come, those of sinks are not.
-    sink_tuning: how attention to sinks is changed; needs S >= 1.
-    budgets: windows of single key heads, the longest of W; None: all keep W tokens.
-    affine: scales and biases of the attention weights; None: they are those of the softmax.
+    variant: what is changed of the model's attention.
 
     The model, in evaluation mode, is changed inside and left as it was, also after an exception.
 
     Raises: UsageError for a bad geometry and for a model whose attention or positions cannot be followed exactly.
     """
-    config = ExportConfig(num_sink_tokens, window_size, chunk_size=1, kv=kv, budgets=budgets)
+    config = ExportConfig(num_sink_tokens=num_sink_tokens, window_size=window_size, chunk_size=1, kv=kv)
+    variant.check_window_size(window_size)
     shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
-    stream = ChunkedStream(model, config, shape, rotary, sink_tuning, affine)
+    stream = ChunkedStream(model, config, shape, rotary, variant)
     identity = identity_rotary(rotary, 1, 1, next(model.parameters()).dtype)
     with intercept_attention(model, stream.attend), replaced_rotary(model, identity), stream.affine.watching(model):
         yield stream
@@ -90,17 +86,17 @@ class ChunkedStream:
         config: ExportConfig,
         shape: AttentionShape,
         rotary: ModelRotary,
-        sink_tuning: SinkTuning | None = None,
-        affine: AffineFile | None = None,
+        variant: AttentionVariant = PLAIN,
     ) -> None:
         self._model = model
         self._config = config
-        self._caches = head_caches(config, shape)
+        self._caches = head_caches(config, variant, shape)
         self._rotary = rotary
-        self._scale = None if sink_tuning is None else torch.tensor(sink_tuning.first_token_scale).log()  # [L, Hq]
-        self._act = None if sink_tuning is None else sink_tuning.act
+        tuning = variant.sink_tuning
+        self._scale = None if tuning is None else torch.tensor(tuning.first_token_scale).log()  # [L, Hq]
+        self._act = variant.act
         self._received: dict[HeadCache, torch.Tensor] = {}  # [B, Hq, n], by the tokens in `_kept`'s window
-        self.affine = AffineReference(affine)
+        self.affine = AffineReference(variant.affine)
         self._kept: dict[HeadCache, _Kept] = {}
         self._recurrent = recurrent_cache(model)  # of the layers without softmax attention
         self._position = 0  # of the chunk's first token

@@ -86,12 +86,13 @@ class StreamStep(torch.nn.Module):
         self.rotary = rotary
         self.batch = batch
         self.num_tokens = num_tokens
-        self.caches = head_caches(config, shape)
+        variant = config.variant
+        self.caches = head_caches(config, variant, shape)
         for table, content in rotary.tables.items():
             self.register_buffer(f"frequency_{table}", content.frequency, persistent=False)
         slopes = None if shape.alibi_slopes is None else torch.tensor(shape.alibi_slopes)
         self.register_buffer("alibi_slopes", slopes, persistent=False)
-        tuning = config.sink_tuning
+        tuning = variant.sink_tuning
         for layer, factors in enumerate(() if tuning is None else tuning.first_token_scale):
             if set(factors) != {1.0}:  # a layer without any stays as it is, to the byte
                 self.register_buffer(f"sink_scale_{layer}", torch.tensor(factors), persistent=False)
@@ -99,11 +100,11 @@ class StreamStep(torch.nn.Module):
         self.affine = torch.nn.ModuleDict(
             {
                 str(layer): AffineFactors(tensors, heads, dtype)
-                for layer, tensors in ({} if config.affine is None else config.affine.layers).items()
+                for layer, tensors in ({} if variant.affine is None else variant.affine.layers).items()
                 if tensors.changed_heads(heads)
             }
         )
-        self.act = None if tuning is None else tuning.act
+        self.act = variant.act
         for layer, chosen in enumerate(() if self.act is None else self.act.heads):
             if any(chosen):
                 self.register_buffer(f"calibrated_{layer}", torch.tensor(chosen).float(), persistent=False)

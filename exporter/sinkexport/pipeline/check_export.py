@@ -32,8 +32,7 @@ from sinkexport.model.refusals import refusing
 from sinkexport.reference.dense import dense_logits
 from sinkexport.reference.mid_stream import logits_from, typical_sizes
 from sinkexport.reference.streaming import streaming_reference
-from sinkexport.variants.affine import AffineFile
-from sinkexport.variants.head_windows import budgets_of
+from sinkexport.variants.variant import AttentionVariant
 
 NUM_TOKENS = 12
 """Positions that are compared from a stream's start on, and after the cache has filled."""
@@ -77,10 +76,8 @@ def why_unchecked(manifest: Manifest) -> str | None:
     return None
 
 
-def check_export(bundle: Path, manifest: Manifest, model: Any, affine: AffineFile | None = None) -> None:
+def check_export(bundle: Path, manifest: Manifest, model: Any) -> None:
     """Compare the graphs of `bundle`, which `why_unchecked` has nothing against, with the model in memory.
-
-    affine: of the bundle.
 
     Raises: UsageError if they differ by more than rounding explains; BundleError if ONNX Runtime refuses a graph.
     """
@@ -89,7 +86,7 @@ def check_export(bundle: Path, manifest: Manifest, model: Any, affine: AffineFil
         static_experts(model),
         Session.load(bundle, verify=False, repack_prefill=False) as session,
     ):
-        check = _Check(session, model, manifest, affine)
+        check = _Check(session, model, manifest, AttentionVariant.of_bundle(bundle, manifest))
         check.start_of_streams()
         check.full_cache()
 
@@ -97,38 +94,30 @@ def check_export(bundle: Path, manifest: Manifest, model: Any, affine: AffineFil
 class _Check:
     """One bundle and its model."""
 
-    def __init__(self, session: Session, model: Any, manifest: Manifest, affine: AffineFile | None) -> None:
-        self._session, self._model, self._manifest, self._affine = session, model, manifest, affine
-        self._budgets = budgets_of(manifest)
+    def __init__(self, session: Session, model: Any, manifest: Manifest, variant: AttentionVariant) -> None:
+        self._session, self._model, self._manifest, self._variant = session, model, manifest, variant
         batch = manifest.stream.batch
         self._streams = [0, batch - 1][: min(batch, MAX_STREAMS)]
 
     def start_of_streams(self) -> None:
         """Before the first token is evicted, a bundle equals the dense model."""
         stream = self._manifest.stream
-        window = stream.window_size if self._budgets is None else min(map(min, self._budgets.windows))
-        num_tokens = min(NUM_TOKENS, stream.num_sink_tokens + window)
+        num_tokens = min(NUM_TOKENS, stream.num_sink_tokens + self._variant.shortest_window(stream.window_size))
         if rotates_by_length(self._model.config, stream.capacity):
             if self._can_stream(NUM_TOKENS):
                 self._compare(self._ids(NUM_TOKENS), self._streamed(self._ids(NUM_TOKENS), NUM_TOKENS))
             return  # the model would rotate a short text otherwise than a full cache
         ids = self._ids(num_tokens)
-        wanted = dense_logits(self._model, ids[self._streams], self._manifest, self._affine)
+        wanted = dense_logits(self._model, ids[self._streams], self._variant, stream.num_sink_tokens)
         self._compare(ids, wanted)
 
     def full_cache(self) -> None:
         """After evictions."""
-        manifest, capacity = self._manifest, self._manifest.stream.capacity
+        capacity = self._manifest.stream.capacity
         if self._can_stream(capacity + NUM_TOKENS):
             ids = self._ids(capacity + NUM_TOKENS)
             self._compare(ids, self._streamed(ids, NUM_TOKENS))
-        elif (
-            self._budgets is None
-            and manifest.sink_tuning is None
-            and self._affine is None
-            and not rotates_by_length(self._model.config, capacity)
-            and not self._is_rounded
-        ):
+        elif self._variant.is_plain and not rotates_by_length(self._model.config, capacity) and not self._is_rounded:
             self.mid_stream()
 
     @property
@@ -142,8 +131,7 @@ class _Check:
         quantization = self._manifest.quantization
         if quantization is None:
             return False
-        tuning = self._manifest.sink_tuning
-        is_act = tuning is not None and tuning.act is not None and quantization.kv == "int8"
+        is_act = self._variant.act is not None and quantization.kv == "int8"
         return is_act or (quantization.weights, quantization.activations) != ("float", "float")
 
     def mid_stream(self) -> None:
@@ -220,9 +208,7 @@ class _Check:
             self._model,
             stream.num_sink_tokens,
             stream.window_size,
-            sink_tuning=self._manifest.sink_tuning,
-            head_windows=None if self._budgets is None else self._budgets.windows,
-            affine=self._affine,
+            variant=self._variant,
         ) as reference:
             for t, column in enumerate(ids[self._streams].T):
                 logits = reference.step(torch.from_numpy(column))

@@ -19,7 +19,6 @@ from sinkrt.contract import (
     MANIFEST_NAME,
     PLUGIN_ABI,
     SCHEMA_VERSION,
-    AffineAttention,
     HeadWindow,
     Manifest,
     ModelFacts,
@@ -104,7 +103,7 @@ def export_loaded(
 
     Raises: UsageError.
     """
-    model, out = loaded.model, Path(out)
+    model, out, variant = loaded.model, Path(out), config.variant
     tokenizer = _checked_tokenizer(loaded, config)
     loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
     config = _resolved(_with_pinned_system(tokenizer, config), model.config.get_text_config().model_type)
@@ -118,7 +117,7 @@ def export_loaded(
             shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
         if config.budgets is not None:
             config.budgets.check_model(type(model).__name__, shape.num_layers, shape.num_kv_heads)
-        caches = head_caches(config, shape)
+        caches = head_caches(config, variant, shape)
         rings = [cache.ring for cache in caches]
         _check_rings(config, rings)
         _check_memory(config, shape, caches)
@@ -167,28 +166,22 @@ def export_loaded(
             producer=_producers(),
             quantization=_quantization(config),
             plugin_abi=PLUGIN_ABI if config.has_plugins else None,
-            sink_tuning=None if config.sink_tuning is None else config.sink_tuning.facts,
-            head_windows=_head_windows(config, caches),
-            affine_attention=_affine_facts(config, shape),
+            **variant.manifest_entries(shape.num_layers, shape.num_q_heads, _windows(caches)),
         )
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         if check and (reason := why_unchecked(manifest)) is not None:
             warnings.warn(f"the graphs were not compared with the model: {reason}", UncheckedWarning, stacklevel=2)
         elif check:
             report("check", 0, 1)
-            check_export(stage, manifest, model, config.affine)
+            check_export(stage, manifest, model)
     report("done", 1, 1)
     return manifest
 
 
-def _head_windows(config: ExportConfig, caches: Sequence[HeadCache]) -> tuple[HeadWindow, ...] | None:
-    if config.budgets is None:
-        return None
-    return tuple(HeadWindow(cache.layer, cache.kv_heads, cache.ring.window_size) for cache in caches)
-
-
-def _affine_facts(config: ExportConfig, shape: AttentionShape) -> AffineAttention | None:
-    return None if config.affine is None else config.affine.facts(shape.num_layers, shape.num_q_heads)
+def _windows(caches: Sequence[HeadCache]) -> list[HeadWindow]:
+    return [
+        HeadWindow(layer=cache.layer, kv_heads=cache.kv_heads, window_size=cache.ring.window_size) for cache in caches
+    ]
 
 
 def _build(
@@ -317,8 +310,8 @@ def _check_rings(config: ExportConfig, rings: Sequence[Ring]) -> None:
         raise UsageError(
             problem(
                 "--budgets",
-                received=f"{config.window_size} tokens, where own windows are shorter",
-                expected="the longest budget in a layer that can have it",
+                received=f"{config.window_size} tokens, where sliding windows are shorter",
+                expected="the longest per-head window in a layer that can have it",
                 fix="change the file",
             )
         )

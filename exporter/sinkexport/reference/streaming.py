@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from sinkrt.contract import SinkTuning
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
@@ -38,7 +37,7 @@ from sinkexport.reference.own_attention import (
     plain_attention,
     rotate_own,
 )
-from sinkexport.variants.affine import AffineFile
+from sinkexport.variants.variant import PLAIN, AttentionVariant
 
 Observer = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Told of each attention: (module, q [B, Hq, 1, D], k and v [B, Hkv, 1, D] of the new token, not rotated,
@@ -61,21 +60,17 @@ def streaming_reference(
     window_size: int,
     *,
     observer: Observer | None = None,
-    sink_tuning: SinkTuning | None = None,
-    head_windows: Sequence[Sequence[int]] | None = None,
-    affine: AffineFile | None = None,
+    variant: AttentionVariant = PLAIN,
 ) -> Iterator[StreamingReference]:
     """Make `model` stream with S = num_sink_tokens >= 0 and W = window_size >= 1 for the length of a context.
 
-    sink_tuning: how attention to sinks is changed; needs S >= 1.
-    head_windows: [L][Hkv], 1 .. W, windows of single key heads; None: all keep W tokens.
-    affine: scales and biases of the attention weights; None: they are those of the softmax.
+    variant: what is changed of the model's attention.
     The model is changed inside and left exactly as it was, also after an exception.
 
     Raises: UsageError if the model does not use transformers' attention interface, or its rotation or its layers
         are not what this reference can follow.
     """
-    reference = StreamingReference(model, num_sink_tokens, window_size, observer, sink_tuning, head_windows, affine)
+    reference = StreamingReference(model, num_sink_tokens, window_size, observer, variant)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -101,9 +96,7 @@ class StreamingReference:
         num_sink_tokens: int,
         window_size: int,
         observer: Observer | None = None,
-        sink_tuning: SinkTuning | None = None,
-        head_windows: Sequence[Sequence[int]] | None = None,
-        affine: AffineFile | None = None,
+        variant: AttentionVariant = PLAIN,
     ) -> None:
         if num_sink_tokens < 0 or window_size < 1:
             raise UsageError(
@@ -118,10 +111,9 @@ class StreamingReference:
         self._num_sink_tokens = num_sink_tokens
         self._window_size = window_size
         self._capacity = num_sink_tokens + window_size
-        self._head_windows = head_windows
+        self._variant = variant
         self._observer = observer
-        self._sink_tuning = sink_tuning
-        self.affine = AffineReference(affine)
+        self.affine = AffineReference(variant.affine)
         # A copy: some change their frequencies by the positions that they are asked for.
         found = find_rotary(model)
         self._rotary: Any = None if found is None else copy.deepcopy(found[1])
@@ -161,12 +153,13 @@ class StreamingReference:
         **arguments: Any,
     ) -> tuple[torch.Tensor, None]:
         """transformers' attention interface. q: [B, Hq, 1, D], k and v: [B, Hkv, 1, D] -> [B, 1, Hq, D]."""
-        if self._head_windows is None:
-            out = self._attended(module, q, k, v, self._window_size, arguments)
+        windows = self._variant.windows(int(module.layer_idx), k.shape[1], self._window_size)
+        if len(set(windows)) == 1:
+            out = self._attended(module, q, k, v, windows[0], arguments)
         else:
             # All heads, once for each window; of each head that which its own window gives.
             group = q.shape[1] // k.shape[1]
-            by_head = [window for window in self._head_windows[int(module.layer_idx)] for _ in range(group)]
+            by_head = [window for window in windows for _ in range(group)]
             outs = {window: self._attended(module, q, k, v, window, arguments) for window in set(by_head)}
             out = torch.stack([outs[window][:, :, head] for head, window in enumerate(by_head)], dim=2)
         if self._observer is not None:
@@ -191,7 +184,7 @@ class StreamingReference:
         # The family's own plain attention knows its groups, softcap and whatever else it passes along.
         mask = self._mask(module, keys)
         out, weights = plain_attention(module)(module, q, keys, values, mask, **arguments)[:2]
-        act = None if self._sink_tuning is None else self._sink_tuning.act
+        act = self._variant.act
         if act is not None and any(act.heads[int(module.layer_idx)]):
             received, queries = self._receive(module, window_size, weights)
             factors = calibration(act, int(module.layer_idx), weights, received, queries, self._num_sink_tokens)
@@ -215,9 +208,10 @@ class StreamingReference:
 
     def _mask(self, module: Any, keys: torch.Tensor) -> torch.Tensor | None:
         """What is added to the logits, [1, Hq, 1, n]: token 0 is the oldest in the cache. None: nothing."""
-        if self._sink_tuning is None:
+        tuning = self._variant.sink_tuning
+        if tuning is None:
             return None
-        factors = torch.tensor(self._sink_tuning.first_token_scale[int(module.layer_idx)], dtype=torch.float64)
+        factors = torch.tensor(tuning.first_token_scale[int(module.layer_idx)], dtype=torch.float64)
         mask = torch.zeros(1, factors.numel(), 1, keys.shape[2], dtype=torch.float64)
         mask[0, :, 0, 0] = factors.log()
         return mask.to(keys.dtype)

@@ -1,7 +1,7 @@
-"""The file that gives each key head a window of its own, for people to review and for `export --budgets`.
+"""The file of per-head windows, for people to review and for `export --budgets`.
 
 Some heads look far back (retrieval heads), most look at the sinks and at what is near (streaming heads; DuoAttention,
-arXiv:2410.10819). A head with a budget of W_h tokens keeps the sinks and the last W_h; its in-cache positions are those
+arXiv:2410.10819). A head with a window of W_h tokens keeps the sinks and the last W_h; its in-cache positions are those
 of a cache of S + W_h. JSON with one line a layer: the window of each of its key heads. `sinkexport analyze --budgets`
 proposes one.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import pydantic
-from sinkrt.contract import HeadWindow, Manifest
+from sinkrt.contract import HeadWindow
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.variants.head_file import HeadFile, ModelOfFile
@@ -26,8 +26,8 @@ FILE_SCHEMA_VERSION: Literal[1] = 1
 Window = Annotated[int, pydantic.Field(ge=1, strict=True)]
 
 
-class BudgetedModel(ModelOfFile):
-    """Of what model the budgets are."""
+class WindowedModel(ModelOfFile):
+    """Model of a file of per-head windows."""
 
     num_kv_heads: int = pydantic.Field(ge=1)
 
@@ -36,7 +36,7 @@ class BudgetedModel(ModelOfFile):
         return self.num_kv_heads
 
 
-class BudgetFile(HeadFile):
+class HeadWindowFile(HeadFile):
     """windows: [L][Hkv], tokens. found: how, in words; nothing reads it."""
 
     OPTION = "--budgets"
@@ -48,7 +48,7 @@ class BudgetFile(HeadFile):
 
     format: Literal["sinkexport budgets"] = FORMAT
     schema_version: Literal[1] = FILE_SCHEMA_VERSION
-    model: BudgetedModel
+    model: WindowedModel
     found: str = ""
     windows: tuple[tuple[Window, ...], ...]
 
@@ -68,12 +68,12 @@ def head_groups(layer: int, windows: Sequence[int]) -> tuple[HeadWindow, ...]:
 
 def propose(
     report: SinkReport, architecture: str, *, longest: int, shortest: int, share: float
-) -> tuple[BudgetFile, float]:
+) -> tuple[HeadWindowFile, float]:
     """A window of `longest` tokens for the key heads that need it most, `shortest` for the others.
 
     share: of the memory that windows of `longest` would take in all heads; as many heads keep it as fit in. Which:
     those whose output would change most with a window of `shortest` tokens (of the next smaller size that was
-    measured), a key head as much as its query heads together. Returns: the budgets, and the largest such change of a
+    measured), a key head as much as its query heads together. Returns: the file, and the largest such change of a
     key head that is cut short.
 
     Raises: UsageError as `check_proposal`, or if no such window was measured.
@@ -97,7 +97,7 @@ def propose(
     windows = np.full(lost.size, shortest)
     windows[order[:num_long]] = longest
     largest = float(lost.reshape(-1)[order[num_long:]].max(initial=0.0))
-    model = BudgetedModel(
+    model = WindowedModel(
         name=report.model, architecture=architecture, num_layers=lost.shape[0], num_kv_heads=lost.shape[1]
     )
     found = (
@@ -105,7 +105,7 @@ def propose(
         f"heads long; the output of no other changes by more than {largest:.1%}"
     )
     shaped = tuple(tuple(int(w) for w in layer) for layer in windows.reshape(lost.shape))
-    return BudgetFile(model=model, found=found, windows=shaped), largest
+    return HeadWindowFile(model=model, found=found, windows=shaped), largest
 
 
 def check_proposal(longest: int, shortest: int, share: float) -> None:
@@ -124,19 +124,3 @@ def check_proposal(longest: int, shortest: int, share: float) -> None:
         raise UsageError(
             problem("--budget-share", received=share, expected=least, fix="change it, or lower --short-window")
         )
-
-
-def budgets_of(manifest: Manifest) -> BudgetFile | None:
-    """Those of a bundle; None: all of its heads keep W tokens."""
-    if manifest.head_windows is None:
-        return None
-    facts = manifest.model
-    by_head = {(group.layer, head): group.window_size for group in manifest.head_windows for head in group.kv_heads}
-    windows = tuple(
-        tuple(by_head.get((layer, head), manifest.stream.window_size) for head in range(facts.num_kv_heads))
-        for layer in range(facts.num_layers)  # without entry: no cache, but linear attention
-    )
-    model = BudgetedModel(
-        name=facts.name, architecture=facts.architecture, num_layers=facts.num_layers, num_kv_heads=facts.num_kv_heads
-    )
-    return BudgetFile(model=model, windows=windows)
