@@ -1,7 +1,8 @@
-"""``sinkexport verify``: parity of a bundle with its Hugging Face model, or, if it is quantised, what it lost."""
+"""``sinkexport verify``: parity of a bundle with its Hugging Face model; its quality if it is quantised."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +12,23 @@ from rich.table import Table
 from sinkrt.contract import MANIFEST_NAME, load_manifest
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.commands.options import (
+    MODEL_SOURCES,
+    backend_option,
+    bundle_argument,
+    json_option,
+    random_ids_option,
+    refuse_given,
+    text_option,
+)
+from sinkexport.evaluation.comparison import DEFAULT_TOLERANCE, TOLERANCE_PER_TOKEN
+from sinkexport.evaluation.defaults import QUALITY_TOKENS, VERIFY_DENSE_TOKENS, VERIFY_WRAPS
 from sinkexport.util.console import table_console
 from sinkexport.util.files import check_writable, read_text, write_whole
 from sinkexport.util.progress import shown_progress
 
 if TYPE_CHECKING:
-    from sinkexport.evaluation.parity import VerifyReport
+    from sinkexport.evaluation.parity import ParityReport
     from sinkexport.evaluation.quality_gate import QualityReport
 
 STAGES = {
@@ -37,27 +49,23 @@ LOGITS_ONLY, QUALITY_ONLY = ("wraps", "dense_tokens", "seed"), ("tokens",)
 FIGURES = {
     "perplexity_increase": ("perplexity increase", ".2%"),
     "kl_divergence": ("KL divergence, mean nats a token", ".5f"),
-    "top1_agreement": ("top-1 equal", ".2%"),
+    "top1_agreement": ("top-1 agreement", ".2%"),
 }
-"""How to show the figures that have thresholds."""
+"""Label and format of each figure that may have a threshold."""
 
 
 @click.command(name="verify")
-@click.argument("bundle", type=click.Path(path_type=Path), metavar="DIR")
+@bundle_argument
 @click.option(
     "--against",
     required=True,
     metavar="MODEL",
-    help="The model that was exported: a local directory, a .gguf file or a Hub id. For a quantised DIR "
-    "also a bundle of it in floating point with the same S and W, which needs no torch.",
+    help=f"The model that was exported: {MODEL_SOURCES}. For a quantised DIR also a bundle of it in floating point "
+    "with the same S and W, which needs no torch.",
 )
-@click.option(
-    "--text",
-    "text_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Text to stream, repeated if too short; a quantised DIR needs one, which is not repeated.  "
-    "[default: random ids]",
+@text_option(
+    "Text to stream, repeated if too short; a quantised DIR needs one, which is not repeated.  [default: random ids]",
+    required=False,
 )
 @click.option(
     "--quality", is_flag=True, help="Compare predictions of a text, as for a quantised DIR, though it is not quantised."
@@ -65,7 +73,7 @@ FIGURES = {
 @click.option(
     "--tokens",
     type=click.IntRange(min=2),
-    default=4000,
+    default=QUALITY_TOKENS,
     show_default=True,
     metavar="N",
     help="Quantised or --quality: tokens of the text, or all if it has fewer.",
@@ -73,7 +81,7 @@ FIGURES = {
 @click.option(
     "--wraps",
     type=click.IntRange(min=1),
-    default=6,
+    default=VERIFY_WRAPS,
     show_default=True,
     metavar="N",
     help="How often the window is overwritten after it has filled.",
@@ -81,7 +89,7 @@ FIGURES = {
 @click.option(
     "--dense-tokens",
     type=click.IntRange(min=1),
-    default=256,
+    default=VERIFY_DENSE_TOKENS,
     show_default=True,
     metavar="N",
     help="Positions compared with the dense model, at most the cache's capacity.",
@@ -91,14 +99,12 @@ FIGURES = {
     type=float,
     metavar="X",
     help="Largest error of a logit as a share of the logits' spread.  "
-    "[default: 1e-3 (fp32) or 0.25 (fp16), at least 2e-6 times S + W; quantised: of prefill "
-    "only]",
+    f"[default: {DEFAULT_TOLERANCE['float32']:g} (fp32) or {DEFAULT_TOLERANCE['float16']:g} (fp16), at least "
+    f"{TOLERANCE_PER_TOKEN:g} times S + W; quantised: of prefill only]",
 )
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the random ids.")
-@click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True)
-@click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON too."
-)
+@random_ids_option
+@backend_option
+@json_option()
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -128,7 +134,8 @@ def command(
     recipe = None if manifest.quantization is None else manifest.quantization.recipe
     by_quality = quality or recipe is not None
     kind = f"a bundle quantised by '{recipe}'" if recipe is not None else "--quality" if quality else "logits compared"
-    _refuse_options(ctx, LOGITS_ONLY if by_quality else QUALITY_ONLY, kind)
+    refused, fix = (LOGITS_ONLY, "leave it out") if by_quality else (QUALITY_ONLY, "add --quality")
+    refuse_given(ctx, refused, received=f"with {kind}", expected="no such option", fix=fix)
     if by_quality and text_file is None:
         raise UsageError(
             problem("--text", received=f"none, with {kind}", expected="a text to predict", fix="pass --text FILE")
@@ -145,7 +152,8 @@ def command(
                 fix="or add --quality and --text to compare two bundles",
             )
         )
-    report: VerifyReport | QualityReport
+    report: ParityReport | QualityReport
+    show_report: Callable[[], None]
     with shown_progress(STAGES) as show:
         if by_quality:
             from sinkexport.evaluation.quality_gate import verify_quality
@@ -168,7 +176,7 @@ def command(
                 backend=backend,
                 report=show,
             )
-            show_report = partial(_print_report, parity)
+            show_report = partial(_print_parity, parity)
     if json_file is not None:
         write_whole(json_file, report.to_json(), "--json")
     show_report()
@@ -177,21 +185,6 @@ def command(
     if not report.passed:
         raise SystemExit(1)
     click.echo("passed")
-
-
-def _refuse_options(ctx: click.Context, names: tuple[str, ...], kind: str) -> None:
-    """Options that would be ignored."""
-    for name in names:
-        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            option = "--" + name.replace("_", "-")
-            raise UsageError(
-                problem(
-                    option,
-                    received=f"with {kind}",
-                    expected="no such option",
-                    fix="leave it out" if name not in QUALITY_ONLY else "add --quality",
-                )
-            )
 
 
 def _print_quality(report: QualityReport) -> None:
@@ -226,9 +219,9 @@ def _print_quality(report: QualityReport) -> None:
     console.print(table)
 
 
-def _print_report(report: VerifyReport) -> None:
+def _print_parity(report: ParityReport) -> None:
     table = Table("comparison", "against", box=None, pad_edge=False)
-    for header in ("positions", "max error", "of spread", "worst at", "top-1 equal", ""):
+    for header in ("positions", "max error", "of spread", "worst at", "top-1 agreement", ""):
         table.add_column(header, justify="right")
     for c in report.comparisons:
         table.add_row(

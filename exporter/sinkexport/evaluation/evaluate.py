@@ -17,17 +17,13 @@ from sinkrt.text import Tokenizer
 
 from sinkexport.bench.machine import torch_threads
 from sinkexport.evaluation import baselines
+from sinkexport.evaluation.defaults import EVAL_DENSE_TOKENS, EVAL_SEGMENT_TOKENS, EVAL_TOKENS
 from sinkexport.evaluation.perplexity import Curve, Ids, Predictor, check_segment, check_text, measure
 from sinkexport.util.progress import Report, silent
 from sinkexport.variants.variant import AttentionVariant
 
 if TYPE_CHECKING:
     from sinkexport.sources import LoadedModel
-
-DEFAULT_TOKENS = 20_000
-DEFAULT_SEGMENT_TOKENS = 512
-DEFAULT_DENSE_TOKENS = 4096
-"""Where the dense model stops by default: its memory and its time for a token grow with the text."""
 
 RECOMPUTE_SHARE = 8
 """Recomputation predicts C / 8 tokens a run by default.
@@ -46,7 +42,7 @@ class BaselineOptions:
     """
 
     against: str | LoadedModel
-    dense_tokens: int = DEFAULT_DENSE_TOKENS
+    dense_tokens: int = EVAL_DENSE_TOKENS
     recompute_block: int | None = None
 
 
@@ -82,8 +78,8 @@ def evaluate(
     bundle: Path | str,
     text: str,
     *,
-    num_tokens: int = DEFAULT_TOKENS,
-    segment_tokens: int = DEFAULT_SEGMENT_TOKENS,
+    num_tokens: int = EVAL_TOKENS,
+    segment_tokens: int = EVAL_SEGMENT_TOKENS,
     compare: BaselineOptions | None = None,
     backend: str = "ort",
     threads: int | None = None,

@@ -35,15 +35,13 @@ from sinkexport.evaluation.comparison import (
     default_tolerance,
     piece_ends,
 )
+from sinkexport.evaluation.defaults import VERIFY_DENSE_TOKENS, VERIFY_WRAPS
 from sinkexport.families import rotates_by_length
 from sinkexport.reference.dense import dense_logits
 from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel, load_model
 from sinkexport.util.progress import Report, silent
 from sinkexport.variants.variant import PLAIN, AttentionVariant
-
-DEFAULT_WRAPS = 6
-DEFAULT_DENSE_TOKENS = 256
 
 MAX_TOKENS = 10**8
 """Tokens of one verification: more than a machine processes in a month."""
@@ -53,7 +51,7 @@ BLOCK_TOKENS = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifyReport:
+class ParityReport:
     """Result of `verify`. num_tokens: fed to each stream. tolerance: of `Comparison.max_relative_error`."""
 
     bundle: str
@@ -98,13 +96,13 @@ def verify(
     source: str | LoadedModel,
     *,
     text: str | None = None,
-    wraps: int = DEFAULT_WRAPS,
+    wraps: int = VERIFY_WRAPS,
     tolerance: float | None = None,
-    dense_tokens: int = DEFAULT_DENSE_TOKENS,
+    dense_tokens: int = VERIFY_DENSE_TOKENS,
     seed: int = 0,
     backend: str = "ort",
     report: Report = silent,
-) -> VerifyReport:
+) -> ParityReport:
     """Compare the bundle with the model `source` (directory, ``.gguf`` file, Hub id, or one loaded in float32).
 
     text: what to stream, repeated if too short; None for random ids from `seed`.
@@ -147,7 +145,7 @@ def verify(
         report("load", 1, 1)
         variant = AttentionVariant.of_bundle(Path(bundle), manifest)
         comparisons = tuple(compare(session, loaded.model, manifest, ids, limit, dense_tokens, report, variant))
-    return VerifyReport(
+    return ParityReport(
         bundle=str(bundle),
         model=loaded.name,
         weights_dtype=manifest.weights_dtype,

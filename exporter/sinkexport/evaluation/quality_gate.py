@@ -23,6 +23,7 @@ from sinkrt.session import Session
 from sinkexport.bench.machine import physical_cores, torch_threads
 from sinkexport.evaluation import baselines
 from sinkexport.evaluation.comparison import Comparison, compare_prefill, piece_ends, prefill_tolerance
+from sinkexport.evaluation.defaults import QUALITY_TOKENS
 from sinkexport.evaluation.evaluate import encode, finite
 from sinkexport.evaluation.perplexity import Ids, Predictor, check_text
 from sinkexport.evaluation.quality import BLOCK_TOKENS, Quality, compare_predictions
@@ -31,8 +32,6 @@ from sinkexport.variants.variant import AttentionVariant, HeadWindows, head_wind
 
 if TYPE_CHECKING:
     from sinkexport.sources import LoadedModel
-
-DEFAULT_TOKENS = 4000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,7 @@ def verify_quality(
     against: str | LoadedModel,
     text: str,
     *,
-    num_tokens: int = DEFAULT_TOKENS,
+    num_tokens: int = QUALITY_TOKENS,
     tolerance: float | None = None,
     backend: str = "ort",
     threads: int | None = None,

@@ -1,4 +1,4 @@
-"""Memory budgets: of a bundle read off its files, of a model counted from its configuration alone."""
+"""Memory: of a bundle read off its files, of a model counted from its configuration alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper
-from sinkexport.bench.memory import ModelShape, live_bytes, of_bundle
+from sinkexport.bench.memory import ModelShape, bundle_memory, live_bytes
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.pipeline.export import export_loaded
@@ -75,9 +75,9 @@ def test_what_is_counted_is_what_is_written(name: str, options: dict[str, str], 
     window = W if own_window is None else own_window + 5
     config = ExportConfig(S, window, B, "fp16", T, target="tensorrt", kv=options.get("kv"), recipe=recipe)
     manifest = export_loaded(LoadedModel(model, None, "tiny"), tmp_path / "b", config)
-    found = of_bundle(tmp_path / "b", manifest)
+    found = bundle_memory(tmp_path / "b", manifest)
     weights = "int8" if recipe else "float"
-    counted = ModelShape.load(str(tmp_path / "config")).budget(
+    counted = ModelShape.load(str(tmp_path / "config")).memory(
         S, window, B, T, dtype="fp16", weights=weights, kv=options.get("kv", "fp")
     )
     assert (counted.sinks, counted.window) == (found.sinks, found.window)
@@ -109,11 +109,11 @@ def test_the_table_of_a_bundle(tmp_path: Path) -> None:
     bundle = build_toy(tmp_path / "b")
     done = invoke(bundle, "--memory", "--json")
     assert done.exit_code == 0, done.output
-    budget = json.loads(done.output)
+    memory = json.loads(done.output)
     toy = Toy()
-    assert budget["window"] == 2 * 4 * toy.num_kv_heads * toy.window_size * toy.head_dim
-    assert np.isclose(budget["total"], sum(budget[f] for f in ("weights", "sinks", "window", "values")))
-    assert "all, for ever" in invoke(bundle, "--memory").output
+    assert memory["window"] == 2 * 4 * toy.num_kv_heads * toy.window_size * toy.head_dim
+    assert np.isclose(memory["total"], sum(memory[f] for f in ("weights", "sinks", "window", "values")))
+    assert "all, forever" in invoke(bundle, "--memory").output
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from sinkexport.analysis.sinks import TextWindows, analyze
+from sinkexport.analysis.sinks import analyze
+from sinkexport.analysis.text_windows import TextWindows
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.evaluation.parity import verify

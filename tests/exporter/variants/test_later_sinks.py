@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from sinkexport.analysis.sinks import TextWindows, analyze
+from sinkexport.analysis.sinks import analyze
+from sinkexport.analysis.text_windows import TextWindows
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.evaluation.parity import verify
@@ -226,7 +227,7 @@ CANDIDATES, TOKENS = 6, 160
 def test_analyze_proposes_the_heads_that_have_later_sinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thresholds as low as random weights need; which heads they are by transformers' own weights and values."""
     for name, value in (("SECONDARY_WEIGHT", 0.0), ("SECONDARY_RATIO", 3.0), ("LIKENESS", 0.3)):
-        monkeypatch.setattr(f"sinkexport.analysis.sinks.{name}", value)
+        monkeypatch.setattr(f"sinkexport.analysis.secondary_sinks.{name}", value)
     model = tiny_model("llama")
     texts = tuple(tuple(random_ids(TOKENS, seed=seed).tolist()) for seed in range(3))
     report = analyze(LoadedModel(model, None, "tiny"), TextWindows(texts), num_candidates=CANDIDATES)
