@@ -34,7 +34,7 @@ class Sighting:
     """A secondary sink at one place. layers: with a head that looks at it. weight: the largest mean weight from afar.
 
     value_norm, likeness: in the layer of that weight. The first is the norm of the token's value over the median of the
-    others', the second is the cosine of its value and the first token's.
+    others'. The second is the cosine of its value and the first token's.
     """
 
     window: int

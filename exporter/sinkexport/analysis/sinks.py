@@ -59,8 +59,8 @@ class SinkReport:
     later_sinks: [L][Hq], share of windows in which a head looks from afar at a later token like the first one; 0 in
     layers with a sliding window.
     num_kv_heads: Hkv. distances: [n], tokens.
-    change: [L][Hq][n], how much a head's output changes in a window's second half if it sees only the first K tokens
-    and the last `distances`, over the root mean square of the layer's outputs.
+    change: [L][Hq][n], change of a head's output in a window's second half if it sees only the first K tokens and the
+    last `distances`. It is relative to the root mean square of the layer's outputs.
     """
 
     model: str

@@ -68,8 +68,8 @@ def attention_weights(
     At most `QUERIES_AT_ONCE` queries' weights of one layer, float32 [Hq, n, T], are in memory at a time.
     show: called with the number of layers done.
 
-    Raises: UsageError for a model that does not use transformers' attention interface, whose attention is more than a
-        softmax, or has layers without it, or gives what is not a number.
+    Raises: UsageError for a model that does not use transformers' attention interface, has layers without attention or
+        with more than a softmax, or gives values that are not numbers.
     """
     layers: list[_Layer] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import sys
@@ -138,27 +139,22 @@ def command(
             ignore_eos=ignore_eos,
         )
         answers = _Answers(session, generate, save_state, save_every)
-        with exiting_on_signals():
-            try:
-                if resume:
-                    answers.write(None)
-                elif chat:
-                    _chat(session, texts, system, answers)
-                elif prompt is not None:
-                    answers.write(texts.prompt(prompt, begun=bool(session.position[0])))
-                else:
-                    answers.write(feed_stdin(session, texts))
-            finally:  # an endless run ends by a signal: its stream is worth keeping then too
-                answers.save()
-                if stats:
-                    click.echo(answers.meter.report(), err=True)
+        with answers.saving(stats=stats):
+            if resume:
+                answers.write(None)
+            elif chat:
+                _chat(session, texts, system, answers)
+            elif prompt is not None:
+                answers.write(texts.prompt(prompt, begun=bool(session.position[0])))
+            else:
+                answers.write(feed_stdin(session, texts))
 
 
 class _Answers:
     """Writes answers to stdout, and saves the stream.
 
     generate: as `Session.generate`, from ids. save_state: where to save; None: nowhere. save_every: tokens between
-    saves during an answer; None: only `save` saves.
+    saves during an answer; None: only at the end.
     """
 
     def __init__(
@@ -170,8 +166,22 @@ class _Answers:
     ) -> None:
         self._session, self._generate = session, generate
         self._save_state, self._save_every = save_state, save_every
-        self.meter = RunMeter(session)
+        self._meter = RunMeter(session)
         self._saved_at = self._tried_at = self._position
+
+    @contextlib.contextmanager
+    def saving(self, *, stats: bool) -> Iterator[None]:
+        """Save the stream at the end of the block, also if an error or a signal ends it: an endless run ends so.
+
+        stats: report speed and memory on stderr too.
+        """
+        with exiting_on_signals():
+            try:
+                yield
+            finally:
+                self._save()
+                if stats:
+                    click.echo(self._meter.report(), err=True)
 
     @property
     def _position(self) -> int:
@@ -179,7 +189,7 @@ class _Answers:
 
     def write(self, ids: list[int] | None) -> None:
         """Write one answer. ids: what it answers; None goes on with the answer of a saved stream."""
-        for piece in self.meter.timed(self._generate(ids)):
+        for piece in self._meter.timed(self._generate(ids)):
             sys.stdout.write(piece)
             sys.stdout.flush()
             if self._save_every is not None and self._position - self._tried_at >= self._save_every:
@@ -187,7 +197,7 @@ class _Answers:
         sys.stdout.write("\n")
         sys.stdout.flush()
 
-    def save(self) -> None:
+    def _save(self) -> None:
         """Save the stream, unless nothing has changed.
 
         Raises: UsageError if the file cannot be written.
@@ -200,7 +210,7 @@ class _Answers:
         """Save; warn if that fails. A full disk may have room later: the stream is worth more than this save."""
         self._tried_at = self._position
         try:
-            self.save()
+            self._save()
         except UsageError as error:
             click.echo(f"sinkexport: warning: not saved at position {self._tried_at}: {error}", err=True)
 

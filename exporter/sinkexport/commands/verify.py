@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,42 +128,28 @@ def command(
     Kullback-Leibler divergence, equal top-1 tokens, and perplexity, each against the threshold that its recipe has
     set; and prefill with single steps. Exit code 1 if one does not hold.
     """
-    manifest = load_manifest(bundle)
-    recipe = None if manifest.quantization is None else manifest.quantization.recipe
-    by_quality = quality or recipe is not None
-    kind = f"a bundle quantised by '{recipe}'" if recipe is not None else "--quality" if quality else "logits compared"
-    refused, fix = (LOGITS_ONLY, "leave it out") if by_quality else (QUALITY_ONLY, "add --quality")
-    refuse_given(ctx, refused, received=f"with {kind}", expected="no such option", fix=fix)
-    if by_quality and text_file is None:
-        raise UsageError(
-            problem("--text", received=f"none, with {kind}", expected="a text to predict", fix="pass --text FILE")
-        )
+    quantization = load_manifest(bundle).quantization
+    by_quality = quality or quantization is not None
+    kind = "--quality" if quality else "logits compared"
+    if quantization is not None:
+        kind = f"a bundle quantised by '{quantization.recipe}'"
+    _check_together(ctx, by_quality, kind, text_file, against)
     text = None if text_file is None else read_text(text_file, "--text")
     if json_file is not None:
         check_writable(json_file, "--json")
-    if not by_quality and (Path(against) / MANIFEST_NAME).is_file():
-        raise UsageError(
-            problem(
-                "--against",
-                received=f"'{against}', a bundle",
-                expected="the model that was exported",
-                fix="or add --quality and --text to compare two bundles",
-            )
-        )
     report: ParityReport | QualityReport
-    show_report: Callable[[], None]
     with shown_progress(STAGES) as show:
         if by_quality:
             from sinkexport.evaluation.quality_gate import verify_quality
 
-            report = found = verify_quality(
+            report = verify_quality(
                 bundle, against, text or "", num_tokens=tokens, tolerance=tolerance, backend=backend, report=show
             )
-            show_report = partial(_print_quality, found)
+            headline, table = _quality_table(report)
         else:
             from sinkexport.evaluation.parity import verify
 
-            report = parity = verify(
+            report = verify(
                 bundle,
                 against,
                 text=text,
@@ -176,10 +160,12 @@ def command(
                 backend=backend,
                 report=show,
             )
-            show_report = partial(_print_parity, parity)
+            headline, table = _parity_table(report)
     if json_file is not None:
         write_whole(json_file, report.to_json(), "--json")
-    show_report()
+    console = table_console()
+    console.print(headline, markup=False, soft_wrap=True)
+    console.print(table)
     for failure in report.failures:
         click.echo(f"FAILED {failure}", err=True)
     if not report.passed:
@@ -187,14 +173,34 @@ def command(
     click.echo("passed")
 
 
-def _print_quality(report: QualityReport) -> None:
+def _check_together(ctx: click.Context, by_quality: bool, kind: str, text_file: Path | None, against: str) -> None:
+    """Check options that one kind of comparison needs, or does not have. kind: in words.
+
+    Raises: UsageError.
+    """
+    refused, fix = (LOGITS_ONLY, "leave it out") if by_quality else (QUALITY_ONLY, "add --quality")
+    refuse_given(ctx, refused, received=f"with {kind}", expected="no such option", fix=fix)
+    if by_quality and text_file is None:
+        raise UsageError(
+            problem("--text", received=f"none, with {kind}", expected="a text to predict", fix="pass --text FILE")
+        )
+    if not by_quality and (Path(against) / MANIFEST_NAME).is_file():
+        raise UsageError(
+            problem(
+                "--against",
+                received=f"'{against}', a bundle",
+                expected="the model that was exported",
+                fix="or add --quality and --text to compare two bundles",
+            )
+        )
+
+
+def _quality_table(report: QualityReport) -> tuple[str, Table]:
+    """Make a line about both sides, and the table of figures."""
     quality = report.quality
-    console = table_console()
-    console.print(
+    headline = (
         f"{report.bundle} ({report.recipe or report.weights_dtype}) against {report.reference}: "
-        f"S={report.num_sink_tokens} W={report.window_size}; {quality.num_tokens:,} tokens predicted",
-        markup=False,
-        soft_wrap=True,
+        f"S={report.num_sink_tokens} W={report.window_size}; {quality.num_tokens:,} tokens predicted"
     )
     table = Table("figure", box=None, pad_edge=False)
     for header in ("value", "limit", ""):
@@ -216,10 +222,11 @@ def _print_quality(report: QualityReport) -> None:
         f"{report.prefill_tolerance:.2e}",
         "ok" if prefill.failed_position is None else "FAILED",
     )
-    console.print(table)
+    return headline, table
 
 
-def _print_parity(report: ParityReport) -> None:
+def _parity_table(report: ParityReport) -> tuple[str, Table]:
+    """Make a line about both sides, and the table of comparisons."""
     table = Table("comparison", "against", box=None, pad_edge=False)
     for header in ("positions", "max error", "of spread", "worst at", "top-1 agreement", ""):
         table.add_column(header, justify="right")
@@ -234,12 +241,9 @@ def _print_parity(report: ParityReport) -> None:
             f"{c.top1_agreement:.2%}",
             "ok" if c.failed_position is None else "FAILED",
         )
-    console = table_console()
-    console.print(
+    headline = (
         f"{report.bundle} against {report.model}: S={report.num_sink_tokens} W={report.window_size} B={report.batch} "
         f"{report.weights_dtype}; {report.wraps} wraps, {report.num_tokens:,} tokens ({report.ids}); "
-        f"tolerance {report.tolerance:.1e} of the logits' spread",
-        markup=False,
-        soft_wrap=True,
+        f"tolerance {report.tolerance:.1e} of the logits' spread"
     )
-    console.print(table)
+    return headline, table

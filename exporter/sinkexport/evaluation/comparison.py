@@ -24,7 +24,7 @@ Bundle and reference round differently (order of sums, fused operators). Measure
 
                      SmolLM2-135M   tiny random models of every family
 float32                      4e-5                           up to 2e-5
-float16                      8e-2                           up to 4e-2
+float16                      8e-2                           up to 4e-2.
 
 float16 rounds weights and large activations, which the reference keeps in float32. The tolerances leave room for larger
 models.

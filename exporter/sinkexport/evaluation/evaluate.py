@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from sinkrt.backends import BACKENDS
 from sinkrt.contract import Manifest, load_manifest
 from sinkrt.errors import UsageError, problem
 from sinkrt.session import Session
@@ -70,7 +71,7 @@ class EvalReport:
         return self.num_sink_tokens + self.window_size
 
     def to_json(self) -> str:
-        """The report as JSON; a number that is not finite becomes null."""
+        """Write the report as JSON; a number that is not finite becomes null."""
         return json.dumps(finite(dataclasses.asdict(self)), indent=1) + "\n"
 
 
@@ -81,7 +82,7 @@ def evaluate(
     num_tokens: int = EVAL_TOKENS,
     segment_tokens: int = EVAL_SEGMENT_TOKENS,
     compare: BaselineOptions | None = None,
-    backend: str = "ort",
+    backend: str = BACKENDS[0],
     threads: int | None = None,
     report: Report = silent,
 ) -> EvalReport:
@@ -92,7 +93,7 @@ def evaluate(
     report: called with the stages ``load`` and ``Curve.name``.
 
     Raises: UsageError for bad arguments, a text of fewer than 2 tokens, a bundle of several streams or without a
-        tokenizer, and a model that is not the bundle's; BundleError for a broken bundle; BackendError.
+        tokenizer, or another model than the bundle's; BundleError for a broken bundle; BackendError.
     """
     check_segment(segment_tokens)
     if num_tokens < 2:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sinkrt.backends import BACKENDS
 from sinkrt.contract import Manifest, load_manifest
 from sinkrt.errors import UsageError, problem
 from sinkrt.session import Session
@@ -82,7 +83,7 @@ class ParityReport:
         return not self.failures
 
     def to_json(self) -> str:
-        """The report as JSON; a number that is not finite becomes null."""
+        """Write the report as JSON; a number that is not finite becomes null."""
         facts = {**dataclasses.asdict(self), "passed": self.passed, "failures": self.failures}
         facts["comparisons"] = [
             {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in c.items()}
@@ -100,7 +101,7 @@ def verify(
     tolerance: float | None = None,
     dense_tokens: int = VERIFY_DENSE_TOKENS,
     seed: int = 0,
-    backend: str = "ort",
+    backend: str = BACKENDS[0],
     report: Report = silent,
 ) -> ParityReport:
     """Compare the bundle with the model `source` (directory, ``.gguf`` file, Hub id, or one loaded in float32).
@@ -113,29 +114,11 @@ def verify(
     Raises: UsageError for bad arguments, a model that is not the bundle's, or text and no tokenizer;
         BundleError for a broken bundle; BackendError.
     """
-    _check_arguments(wraps, tolerance, dense_tokens)
     manifest = load_manifest(Path(bundle))
-    if manifest.quantization is not None and tolerance is None:
-        raise UsageError(
-            problem(
-                "verify",
-                received=f"a bundle quantised by '{manifest.quantization.recipe}'",
-                expected="a tolerance that allows for it: rounding explains only so much",
-                fix="pass --tolerance, or compare perplexities with 'sinkexport eval'",
-            )
-        )
-    tokens = None if text is None else _encode(Path(bundle), manifest, text)
     stream = manifest.stream
     num_tokens = stream.capacity + wraps * stream.window_size
-    if num_tokens > MAX_TOKENS:
-        raise UsageError(
-            problem(
-                "--wraps",
-                received=f"{wraps}, which are {num_tokens} tokens",
-                expected=f"at most {MAX_TOKENS} tokens",
-                fix="verify fewer",
-            )
-        )
+    _check_arguments(manifest, wraps, num_tokens, tolerance, dense_tokens)
+    tokens = None if text is None else _encode(Path(bundle), manifest, text)
     ids = _random_ids(manifest, num_tokens, seed) if tokens is None else _spread_text(tokens, stream.batch, num_tokens)
     limit = default_tolerance(manifest) if tolerance is None else tolerance
     report("load", 0, 1)
@@ -250,12 +233,32 @@ def _encode(bundle: Path, manifest: Manifest, text: str) -> Ids:
     return np.asarray(tokens, dtype=np.int64)
 
 
-def _check_arguments(wraps: int, tolerance: float | None, dense_tokens: int) -> None:
+def _check_arguments(
+    manifest: Manifest, wraps: int, num_tokens: int, tolerance: float | None, dense_tokens: int
+) -> None:
     for name, value, low in (("wraps", wraps, 1), ("dense_tokens", dense_tokens, 1)):
         if value < low:
             raise UsageError(problem(name, received=value, expected=f">= {low}", fix="change it"))
     if tolerance is not None and not tolerance > 0:
         raise UsageError(problem("tolerance", received=tolerance, expected="> 0", fix="change it"))
+    if manifest.quantization is not None and tolerance is None:
+        raise UsageError(
+            problem(
+                "verify",
+                received=f"a bundle quantised by '{manifest.quantization.recipe}'",
+                expected="a tolerance that allows for it: rounding explains only so much",
+                fix="pass --tolerance, or compare perplexities with 'sinkexport eval'",
+            )
+        )
+    if num_tokens > MAX_TOKENS:
+        raise UsageError(
+            problem(
+                "--wraps",
+                received=f"{wraps}, which are {num_tokens} tokens",
+                expected=f"at most {MAX_TOKENS} tokens",
+                fix="verify fewer",
+            )
+        )
 
 
 def check_same_model(manifest: Manifest, model: Any) -> None:

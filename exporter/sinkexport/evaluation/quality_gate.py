@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from sinkrt.backends import BACKENDS
 from sinkrt.contract import MANIFEST_NAME, Manifest, Quantization, load_manifest
 from sinkrt.errors import BundleError, UsageError, problem
 from sinkrt.session import Session
@@ -86,7 +87,7 @@ class QualityReport:
         return not self.failures
 
     def to_json(self) -> str:
-        """The report as JSON; a number that is not finite becomes null."""
+        """Write the report as JSON; a number that is not finite becomes null."""
         facts = {**dataclasses.asdict(self), "passed": self.passed, "failures": self.failures}
         return json.dumps(finite(facts), indent=1) + "\n"
 
@@ -102,14 +103,14 @@ def verify_quality(
     *,
     num_tokens: int = QUALITY_TOKENS,
     tolerance: float | None = None,
-    backend: str = "ort",
+    backend: str = BACKENDS[0],
     threads: int | None = None,
     report: Report = silent,
 ) -> QualityReport:
     """Stream the first `num_tokens` tokens of `text` (or all, if there are fewer) through the bundle, one by one.
 
-    against: the model in floating point: a directory, ``.gguf`` file or Hub id, one loaded in float32, or a bundle of
-    it with the same S and W that is not quantised, which needs no torch.
+    against: the model in floating point: a directory, ``.gguf`` file or Hub id, or one loaded in float32. Or a bundle
+    of it with the same S and W that is not quantised, which needs no torch.
     tolerance: of prefill against single steps; None for `prefill_tolerance`.
     threads: CPU threads of both sides together; None for all physical cores. Only stream 0 of several is used.
     report: called with the stages ``load``, ``quality`` and ``prefill``.

@@ -48,6 +48,7 @@ def create_app(
     app.add_middleware(Middleware, metrics=metrics, api_key=api_key, max_body_bytes=limits.max_body_bytes)
     # No more than conversations: so the scheduler always finds one that it may forget for a new one.
     request_limit = RequestLimit(min(batch + limits.max_waiting, limits.max_conversations))
+    answer = _Answer(decode_loop, limits, request_limit, model)
     facts = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "sinkexport"}
 
     @app.post("/v1/chat/completions")
@@ -66,7 +67,7 @@ def create_app(
 
     @app.api_route("/v1/models/{name:path}", methods=READ)
     async def one_model(name: str) -> Response:
-        _check_model(name)
+        answer.check_model(name)
         return JSONResponse(facts)
 
     @app.delete("/v1/conversations/{name}")
@@ -84,35 +85,50 @@ def create_app(
     async def prometheus() -> Response:
         return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
-    async def answer(http: HttpRequest, body: Request, render: Render, *, chat: bool) -> Response:
-        _check_model(body.model)
-        wanted = body.max_answer_tokens
-        if wanted is not None and wanted > limits.max_tokens:
-            raise ApiError(
-                400, f"max_tokens: received {shown(wanted)}, expected at most {limits.max_tokens}", param="max_tokens"
-            )
-        form = Form(model, chat=chat, include_usage=bool(body.stream_options and body.stream_options.include_usage))
-        handler = RequestHandler(decode_loop, limits, request_limit)
+    _handle_errors(app)
+    return app
+
+
+class _Answer:
+    """Answers requests for text. model: what clients call it."""
+
+    def __init__(self, decode_loop: DecodeLoop, limits: Limits, request_limit: RequestLimit, model: str) -> None:
+        self._decode_loop, self._limits, self._request_limit = decode_loop, limits, request_limit
+        self._model = model
+
+    async def __call__(self, http: HttpRequest, body: Request, render: Render, *, chat: bool) -> Response:
+        """Answer a request whose prompt `render` makes.
+
+        Raises: ApiError, UsageError.
+        """
+        self.check_model(body.model)
+        wanted, most = body.max_answer_tokens, self._limits.max_tokens
+        if wanted is not None and wanted > most:
+            raise ApiError(400, f"max_tokens: received {shown(wanted)}, expected at most {most}", param="max_tokens")
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        form = Form(self._model, chat=chat, include_usage=include_usage)
+        handler = RequestHandler(self._decode_loop, self._limits, self._request_limit)
         streams = False
         try:
-            await handler.begin(render, body.conversation, body.sampling, body.answer_params(limits.max_tokens))
+            await handler.begin(render, body.conversation, body.sampling, body.answer_params(most))
             streams = body.stream
             return handler.stream(form) if streams else await handler.whole(http, form)
         finally:
             if not streams:
                 handler.close()
 
-    def _check_model(name: str | None) -> None:
-        if name is not None and name != model:
+    def check_model(self, name: str | None) -> None:
+        """Check the model that a request names; None: it names none.
+
+        Raises: ApiError 404.
+        """
+        if name is not None and name != self._model:
             raise ApiError(
                 404,
-                f"model {shown(name)} does not exist, this server has '{model}'",
+                f"model {shown(name)} does not exist, this server has '{self._model}'",
                 param="model",
                 code="model_not_found",
             )
-
-    _handle_errors(app)
-    return app
 
 
 async def _read(http: HttpRequest, kind: type[R], seconds: float) -> R:

@@ -23,8 +23,8 @@ def build_bundle(
 ) -> dict[str, tuple[EngineFacts, EngineReport]]:
     """Build an engine for each graph, and write the manifest when all are there.
 
-    Each engine has its own copy of the weights: TensorRT cannot share them between engines. (One without weights could
-    be refitted from the bundle's file when it is loaded, but would hold a copy on the device all the same.)
+    Each engine has its own copy of the weights: TensorRT cannot share them between engines. An engine without weights
+    could be refitted from the bundle's file, but would hold a copy on the device all the same.
 
     Raises: UsageError, BackendError, BundleError; EngineBuildError if TensorRT crashed.
     """

@@ -1,8 +1,8 @@
 """Parse an ONNX graph with TensorRT or TensorRT-RTX and build its engine.
 
 TensorRT (10 and later, or 8.5 and 8.6) builds for the GPU of this machine. TensorRT-RTX compiles ahead of time for
-every GPU generation that it supports and finishes the kernels on the machine that runs them, so an engine can be built,
-and a graph be proven buildable, where there is no GPU. Running the engine is a matter for the runtimes.
+every GPU generation that it supports, and finishes the kernels on the machine that runs them. So it builds an engine,
+or proves that a graph can be built, where there is no GPU. The runtimes run engines.
 
 The update of a state is decided here too. TensorRT turns ``TensorScatter(mode=linear, axis=2)`` into a KVCacheUpdate
 layer, which writes in place (input and output bound to one buffer). It accepts that only from a graph input to a graph
@@ -33,8 +33,8 @@ def build_engine(graph: Path, engine: Path | None = None, options: BuildOptions 
     """Parse `graph` and build its engine; keep it at `engine`, or only report on it when that is None.
 
     graph: an ONNX file; external weights are read from beside it. Shapes must be static.
-    Where the version can, the engine is streamed out piece by piece (its file appears only when complete), so that
-    memory holds the weights once while TensorRT compiles, and not the finished engine on top.
+    Where the version can, the engine is streamed out piece by piece; its file appears only when complete. So memory
+    holds the weights once while TensorRT compiles, and not the finished engine on top.
 
     Raises: BackendError if TensorRT is missing, refuses nodes (all of them are listed) or fails to build; UsageError if
     a file cannot be read or written, or the plugin is not one for this TensorRT.
