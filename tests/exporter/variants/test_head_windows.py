@@ -181,7 +181,7 @@ def test_export_refuses_in_one_line(content: str, options: list[str], expected: 
             str(tmp_path / "out"),
             "--sink-tokens",
             "3",
-            "--budgets",
+            "--head-windows",
             str(tmp_path / "budgets.json"),
             *options,
         ],
@@ -237,10 +237,10 @@ def test_analyze_proposes_long_windows_for_heads_that_change_most(tmp_path: Path
         "80",
         "--short-window",
         "40",
-        "--budgets",
+        "--head-windows",
         str(tmp_path / "b.json"),
     ]
-    result = CliRunner().invoke(cli, [*arguments, "--budget-share", "0.75", "--json", str(tmp_path / "all.json")])
+    result = CliRunner().invoke(cli, [*arguments, "--head-window-share", "0.75", "--json", str(tmp_path / "all.json")])
     assert result.exit_code == 0, result.output
     assert "2 of 4 key heads keep 80 tokens" in result.output
     found = HeadWindowFile.load(tmp_path / "b.json")
@@ -249,6 +249,6 @@ def test_analyze_proposes_long_windows_for_heads_that_change_most(tmp_path: Path
     farthest = np.sort(by_head, axis=None)[2:]
     np.testing.assert_array_equal(np.array(found.windows), np.where(by_head >= farthest.min(), 80, 40))
     for share, expected in (("0.2", "expected 0.5 .. 1"), ("2", "expected 0.5 .. 1")):
-        refused = CliRunner().invoke(cli, [*arguments, "--budget-share", share])
+        refused = CliRunner().invoke(cli, [*arguments, "--head-window-share", share])
         assert isinstance(refused.exception, UsageError)
         assert expected in str(refused.exception)
