@@ -11,8 +11,7 @@ import numpy.typing as npt
 import torch
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.model.decoder import IGNORED_ARGUMENTS
-from sinkexport.model.interface import intercept_attention
+from sinkexport.families.interface import IGNORED_ARGUMENTS, intercept_attention
 
 Array = npt.NDArray[np.float64]
 

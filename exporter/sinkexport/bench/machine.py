@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from sinkexport.util.machine import total_memory_bytes
 from sinkexport.util.process_memory import resident_bytes
 
 PACKAGES = ("sinkexport", "onnxruntime", "numpy")
@@ -86,7 +87,7 @@ def environment(threads: int, packages: Iterable[str] = PACKAGES) -> dict[str, A
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
         "logical_cpus": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "memory_gb": round(total_memory_bytes() / 1e9, 1),
         "load_average_1min": os.getloadavg()[0],  # other work on the machine spoils every figure
         "threads": threads,
         "os": platform.platform(),

@@ -129,7 +129,7 @@ def command(
 
     check_geometry(windows, window_tokens, candidates)
     if head_windows_file is not None:
-        from sinkexport.variants.head_windows import check_proposal
+        from sinkexport.analysis.proposals import check_proposal
 
         check_proposal(long_window, short_window, head_window_share)
     architecture, report = _measured(model, text, windows, window_tokens, candidates)
@@ -170,9 +170,9 @@ def _propose_head_windows(
     report: SinkReport, architecture: str, file: Path, long_window: int, short_window: int, share: float
 ) -> str:
     """Write the proposal. Returns: a line that describes it."""
-    from sinkexport.variants.head_windows import propose
+    from sinkexport.analysis.proposals import propose_head_windows
 
-    proposed, lost = propose(report, architecture, longest=long_window, shortest=short_window, share=share)
+    proposed, lost = propose_head_windows(report, architecture, longest=long_window, shortest=short_window, share=share)
     write_whole(file, proposed.to_json(), "--head-windows")
     long = sum(window == long_window for layer in proposed.windows for window in layer)
     total = proposed.model.num_layers * proposed.model.num_kv_heads
@@ -184,9 +184,9 @@ def _propose_head_windows(
 
 def _propose_tuning(report: SinkReport, architecture: str, file: Path) -> str:
     """Write the proposal. Returns: a line that describes it."""
-    from sinkexport.variants.sink_tuning import propose
+    from sinkexport.analysis.proposals import propose_sink_tuning
 
-    tuning = propose(report, architecture)
+    tuning = propose_sink_tuning(report, architecture)
     write_whole(file, tuning.to_json(), "--sink-tuning")
     return f"{file}: {tuning.found.partition(': ')[2]}; add --sink-tuning {file}"
 

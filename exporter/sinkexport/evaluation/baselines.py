@@ -53,7 +53,7 @@ def sinks_and_window(
     def predictions() -> Iterator[Prediction]:
         import torch
 
-        from sinkexport.model.chunked_streaming import chunked_streaming
+        from sinkexport.reference.chunked import chunked_streaming
 
         with chunked_streaming(model, num_sink_tokens, window_size, variant=variant) as stream:
             for start, piece in _pieces(ids[:-1], chunk_tokens):

@@ -8,14 +8,10 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 from sinkrt.contract import Manifest
 
+from sinkexport.util.arrays import Ids, Logits
 from sinkexport.util.progress import Report
-
-Logits = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
-
 
 DEFAULT_TOLERANCE: Mapping[str, float] = {"float32": 1e-3, "float16": 0.25}
 """Largest error of a logit, as a share of the spread of its step's logits, by the bundle's weights_dtype.

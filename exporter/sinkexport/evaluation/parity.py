@@ -28,8 +28,6 @@ from sinkrt.text import Tokenizer
 from sinkexport.bench.machine import torch_threads
 from sinkexport.evaluation.comparison import (
     Comparison,
-    Ids,
-    Logits,
     Stream,
     Tally,
     compare_prefill,
@@ -41,6 +39,7 @@ from sinkexport.families import rotates_by_length
 from sinkexport.reference.dense import dense_logits
 from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel, load_model
+from sinkexport.util.arrays import Ids, Logits
 from sinkexport.util.progress import Report, silent
 from sinkexport.variants.variant import PLAIN, AttentionVariant
 

@@ -1,14 +1,14 @@
-"""Before a bundle gets its name: does the finished graph compute what the model computes?
+"""Comparison of a finished graph with its model, before the bundle gets its name.
 
-A dozen tokens of some streams are fed to the bundle's own graphs, one by one and as a chunk, and their logits compared
-with transformers' own pass of the model. Then tokens after the cache has filled are compared with references that know
-nothing of how the graphs were made: the streaming one, as in `verify`, where that takes no more than a second or two,
-or else from caches filled with random rows, as if the stream had run for long.
+A dozen tokens of some streams are fed to the bundle's own graphs, one by one and as a chunk. Their logits are compared
+with those of transformers' own pass of the model. Tokens after the cache has filled are compared with references that
+know nothing of how the graphs were made. Where it takes no more than a second or two, that is the streaming one, as in
+`verify`. Otherwise both start from caches filled with random rows, as if the stream had run for long.
 
-A bundle whose window alone is INT8 has the model's logits but for a little. One with quantised weights or inputs cannot
-have them. There it is asked whether they rise and fall together: rounding
-leaves correlations near 0.9 in real models, a layer that is wrong or missing leaves little. What it cannot catch is a
-recipe that is merely worse than its thresholds: for that `verify` needs a text.
+A bundle whose window alone is INT8 has nearly the model's logits. One with quantised weights or inputs cannot have
+them: there it is their correlation that counts. Rounding leaves correlations near 0.9 in real models, a layer that is
+wrong or missing leaves little. A recipe that is merely worse than its thresholds is not caught: `verify` with a text
+does that.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from sinkrt.contract import RECURRENT_KINDS, SCALE_KINDS, Manifest
 from sinkrt.errors import UsageError, problem
 from sinkrt.session import Session
 
-from sinkexport.evaluation.comparison import Ids, Logits, default_tolerance
+from sinkexport.evaluation.comparison import default_tolerance
 from sinkexport.families import rotates_by_length
 from sinkexport.families.adapters import has_alibi
+from sinkexport.families.refusals import refusing
 from sinkexport.model.experts import static_experts
-from sinkexport.model.refusals import refusing
 from sinkexport.reference.dense import dense_logits
 from sinkexport.reference.mid_stream import logits_from, typical_sizes
 from sinkexport.reference.streaming import streaming_reference
+from sinkexport.util.arrays import Ids, Logits
 from sinkexport.variants.variant import AttentionVariant
 
 NUM_TOKENS = 12
@@ -45,18 +46,20 @@ MAX_STREAMED_TOKENS, MAX_STREAMED_WORK = 128, 3e9
 two."""
 
 MID_STREAM_TOLERANCE_PER_TOKEN, MAX_MID_STREAM_TOLERANCE = 1e-5, 0.25
-"""As `TOLERANCE_PER_TOKEN` of comparison.py, where all keys of a full cache are random, so that few tokens share the
-attention and each angle's error shows. A shift that is missing or a token that should have gone changes 0.1 and more.
-Measured: 3e-3 for SmolLM2-135M at position 2,061."""
+"""Tolerance as `TOLERANCE_PER_TOKEN` of comparison.py, where all keys of a full cache are random.
+
+Few tokens share the attention there, so that each angle's error shows. A missing shift or a token that should be gone
+changes 0.1 and more. Measured: 3e-3 for SmolLM2-135M at position 2,061."""
 
 INT8_WINDOW_TOLERANCE = 0.3
 """Largest error of a logit, as a share of the logits' spread, of a bundle whose window alone is INT8. Measured: 0.05
 for SmolLM2-135M."""
 
 MIN_CORRELATION = 0.6
-"""Of a quantised bundle's logits with the model's, in the mean over positions. Measured: 0.98 for SmolLM2-135M by
-int8-dynamic, 0.87 by int4-nearest; 0.82 to 0.99 in tiny random models with INT4 weights, single positions of
-a mixture down to 0.06. Unrelated logits have 0."""
+"""Smallest correlation of a quantised bundle's logits with the model's, in the mean over positions.
+
+Measured: 0.98 for SmolLM2-135M by int8-dynamic, 0.87 by int4-nearest. Tiny random models with INT4 weights have 0.82 to
+0.99, single positions of an MoE down to 0.06. Unrelated logits have 0."""
 
 MIN_HALF_CORRELATION = 0.95
 """The same of float16 from random caches. Measured: 0.995 for SmolLM2-135M, single logits off by 0.8 of
@@ -68,7 +71,7 @@ class UncheckedWarning(UserWarning):
 
 
 def why_unchecked(manifest: Manifest) -> str | None:
-    """Why a bundle cannot be compared on this machine; None: it can."""
+    """Reason why a bundle cannot be compared on this machine; None: it can."""
     if manifest.plugin_abi is not None:
         return "they need the TensorRT plugin, which ONNX Runtime does not have: use 'sinkexport verify' on the GPU"
     if manifest.weights_bytes > (free := available_bytes()):
@@ -164,7 +167,7 @@ class _Check:
         )
 
     def _random_states(self, sizes: dict[int, tuple[float, float]]) -> dict[str, np.ndarray]:
-        """By input name, one stream's states; those of linear attention as they begin."""
+        """States of one stream by input name; those of linear attention as they begin."""
         random, states = np.random.default_rng(1), {}
         for state in self._manifest.states:
             shape, size = state.shape[1:], sizes[state.layer]["_v" in state.kind] if state.layer in sizes else 0.0

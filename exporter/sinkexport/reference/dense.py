@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from sinkexport.evaluation.comparison import Ids, Logits
-from sinkexport.model.interface import intercept_attention
+from sinkexport.families.interface import intercept_attention
 from sinkexport.reference.affine import AffineReference
 from sinkexport.reference.own_attention import calibration, plain_attention
+from sinkexport.util.arrays import Ids, Logits
 from sinkexport.variants.variant import PLAIN, AttentionVariant
 
 
@@ -21,7 +21,7 @@ from sinkexport.variants.variant import PLAIN, AttentionVariant
 def first_token_scaled(
     model: Any, scale: torch.Tensor | None, variant: AttentionVariant = PLAIN, num_sinks: int = 0
 ) -> Iterator[set[int]]:
-    """For the length of a context, `model` attends causally, each layer and head with its factor on token 0.
+    """Make `model` attend causally inside a context, each layer and head with its factor on token 0.
 
     scale: float [L, Hq] > 0, read at every call, so that it may be changed in between; None: no factors. The family's
     own plain attention is called, with the factors' logarithms in its mask; rows of a batch begin with their first
@@ -58,7 +58,7 @@ def first_token_scaled(
 
 
 def dense_logits(model: Any, ids: Ids, variant: AttentionVariant = PLAIN, num_sinks: int = 0) -> Logits:
-    """The model's own logits [B, n, vocab] of ids [B, n], without a cache, by its default attention unless it is changed.
+    """Logits [B, n, vocab] of ids [B, n] without a cache, by the model's default attention unless that is changed.
 
     n must be at most what every head's cache holds: windows are not read. num_sinks: S.
     """

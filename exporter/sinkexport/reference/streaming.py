@@ -1,17 +1,17 @@
 """An independent streaming reference for any causal LM of transformers: what `verify` measures a bundle against.
 
-It streams as mit-han-lab/streaming-llm does (arXiv:2309.17453): keys are kept without rotation, the oldest token
-that is no sink is thrown out before each step, and then all keys and the query are rotated by their place in the
-cache. Slow and obvious, in contrast to an exported graph, which rotates a key once and never touches it again.
+It streams as mit-han-lab/streaming-llm does (arXiv:2309.17453). Keys are kept without rotation, and the oldest token
+that is no sink is evicted before each step. Then all keys and the query are rotated by their place in the cache. Slow
+and obvious, in contrast to an exported graph, which rotates a key once and never touches it again.
 
 Rotation and attention are the model's own functions, called from the model's own source file. Nothing here knows
 how a family pairs or lays out its rotary dimensions, and of the code that exports rotation only where a model has its
 rotary embedding is shared. A layer in which the model itself sees fewer tokens than the cache holds keeps just those,
 and no sinks.
 
-What it assumes of a model it looks at for itself, and refuses a model that is otherwise: that queries and keys reach
-attention as the model's own function turns them, and that a few tokens, streamed, have the logits of the model's own
-pass over all of them at once. A norm after the rotation, or a state beside attention, would not.
+It checks what it assumes of a model. Queries and keys must reach attention as the model's own function turns them. A
+few tokens, streamed, must have the logits of the model's own pass over all of them at once. A norm after the rotation,
+or a state beside attention, breaks that and is refused.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import torch
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
-from sinkexport.model.interface import intercept_attention, random_embeddings
-from sinkexport.model.recurrent import linear_layers, recurrent_cache
-from sinkexport.model.rope import find_rotary, replaced_rotary
+from sinkexport.families.interface import intercept_attention, random_embeddings
+from sinkexport.families.linear_attention import linear_layers, recurrent_cache
+from sinkexport.families.rope import find_rotary, replaced_rotary
 from sinkexport.reference.affine import AffineReference
 from sinkexport.reference.own_attention import (
     NoRotation,
@@ -44,7 +44,7 @@ Observer = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, 
 output [B, 1, Hq, D])."""
 
 PROBE_POSITIONS = (1, 2, 5)
-"""Where the probe looks at rotated tokens. Any positions but 0 do: at 0 nothing turns."""
+"""Positions of the tokens that are probed. Any but 0 do: at 0 nothing turns."""
 
 NUM_TRIED = 6
 """Tokens that are streamed and passed at once, to see that both give the same."""
@@ -157,7 +157,7 @@ class StreamingReference:
         if len(set(windows)) == 1:
             out = self._attended(module, q, k, v, windows[0], arguments)
         else:
-            # All heads, once for each window; of each head that which its own window gives.
+            # All heads, once for each window; each head takes the result of its own.
             group = q.shape[1] // k.shape[1]
             by_head = [window for window in windows for _ in range(group)]
             outs = {window: self._attended(module, q, k, v, window, arguments) for window in set(by_head)}
@@ -195,8 +195,9 @@ class StreamingReference:
     def _receive(
         self, module: torch.nn.Module, window_size: int, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each cached token has received, float64 [B, Hq, 1, n], with weights [B, Hq, 1, n], and from how many
-        queries, [1, n].
+        """Add weights [B, Hq, 1, n] to what cached tokens have received.
+
+        Returns: their sums, float64 [B, Hq, 1, n], and from how many queries, [1, n].
         """
         key, num_sinks = (module, window_size), self._num_sink_tokens
         pair = self._received.get(key, (weights.double()[..., :0], torch.zeros(1, 0)))
@@ -207,7 +208,7 @@ class StreamingReference:
         return self._received[key]
 
     def _mask(self, module: Any, keys: torch.Tensor) -> torch.Tensor | None:
-        """What is added to the logits, [1, Hq, 1, n]: token 0 is the oldest in the cache. None: nothing."""
+        """Summand of the logits, [1, Hq, 1, n]: token 0 is the oldest in the cache. None: nothing is added."""
         tuning = self._variant.sink_tuning
         if tuning is None:
             return None
@@ -276,7 +277,7 @@ class StreamingReference:
     def _append(
         self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, own_window: int | None, window_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Throw out the oldest token that is no sink if the cache is full, then add the new one: [B, Hkv, n, D]."""
+        """Evict the oldest token that is no sink if the cache is full, then add the new one: [B, Hkv, n, D]."""
         key = module, window_size
         num_sinks, window_size = self.geometry(own_window, window_size)
         capacity = num_sinks + window_size

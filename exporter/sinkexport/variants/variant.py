@@ -1,4 +1,4 @@
-"""What changes a model's attention without training, all of it in one value that travels from the export to the checks.
+"""Changes of a model's attention that need no training, in one value that travels from the export to the checks.
 
 Three changes, each of its own file and each independent of the others: factors on the attention to sinks
 (`sink_tuning`), per-head windows (`head_windows`), and scales and biases of the attention weights (`affine`).
@@ -41,7 +41,7 @@ class AttentionVariant:
 
     @property
     def act(self) -> ActTuning | None:
-        """How later sinks are scaled down; None: not at all."""
+        """Calibration of later sinks; None: they stay as they are."""
         return None if self.sink_tuning is None else self.sink_tuning.act
 
     def windows(self, layer: int, num_kv_heads: int, window_size: int) -> tuple[int, ...]:

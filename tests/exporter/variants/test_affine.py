@@ -18,9 +18,9 @@ from sinkexport.evaluation.evaluate import BaselineOptions, evaluate
 from sinkexport.evaluation.parity import verify
 from sinkexport.evaluation.quality_gate import verify_quality
 from sinkexport.model.affine import AffineFactors
-from sinkexport.model.chunked_streaming import chunked_streaming
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import load_recipe
+from sinkexport.reference.chunked import chunked_streaming
 from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
 from sinkexport.variants.affine import FILE_NAME, AffineFile, LayerAffine

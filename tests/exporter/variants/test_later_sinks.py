@@ -16,8 +16,8 @@ from sinkexport.analysis.text_windows import TextWindows
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.evaluation.parity import verify
-from sinkexport.model.chunked_streaming import chunked_streaming
 from sinkexport.pipeline.export import export_loaded
+from sinkexport.reference.chunked import chunked_streaming
 from sinkexport.reference.dense import first_token_scaled
 from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
