@@ -17,7 +17,8 @@ import torch
 import transformers
 from sinkexport import cli
 from sinkexport.config import ExportConfig
-from sinkexport.evaluation.comparison import DEFAULT_TOLERANCE, default_tolerance
+from sinkexport.evaluation.comparison import default_tolerance
+from sinkexport.evaluation.defaults import DEFAULT_TOLERANCE
 from sinkexport.evaluation.parity import ParityReport, compare, verify
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.reference.streaming import StreamingReference, streaming_reference
