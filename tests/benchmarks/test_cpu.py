@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sinkexport.bench.run import BenchConfig, BenchReport, run_bench
+from sinkexport.bench.report import BenchConfig, BenchReport
+from sinkexport.bench.run import run_bench
 from sinkrt import Session
 
 from tests.runtime.toy import Toy, build_toy

@@ -483,7 +483,7 @@ def test_inspect_a_bundle(toy_bundle: Path) -> None:
         "decode.onnx, 1 token(s)",
         "tokenizer.json, chat template",
         f"{weights:,}",
-        "all, for ever",
+        "all, forever",
     )
     for part in parts:
         assert part in result.out, part

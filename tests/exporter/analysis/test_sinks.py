@@ -12,7 +12,9 @@ import pytest
 import tokenizers
 import torch
 from sinkexport.analysis import weights as module
-from sinkexport.analysis.sinks import EPSILON, TextWindows, analyze, recommend, secondary_sinks, text_windows
+from sinkexport.analysis.secondary_sinks import secondary_sinks
+from sinkexport.analysis.sinks import EPSILON, analyze, recommend
+from sinkexport.analysis.text_windows import TextWindows, text_windows
 from sinkexport.analysis.weights import NEAR_TOKENS, attention_weights
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.sources import LoadedModel
@@ -78,7 +80,7 @@ def test_weights_are_those_of_transformers(name: str, rows: int, monkeypatch: py
         np.testing.assert_allclose(got.late[layer], want[:, half:, :K].mean(axis=1), atol=1e-6)
     others = [w[:, i, k] for w in attentions for i in range(half, T) for k in range(K, i - NEAR_TOKENS + 1)]
     assert got.base == pytest.approx(np.mean(others), rel=1e-5)
-    assert got.own_window == min((own for own in own_windows if own), default=None)
+    assert got.sliding_window == min((own for own in own_windows if own), default=None)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from sinkexport.bench import run as bench
 from sinkexport.bench.machine import READERS, ReadProbe, environment, physical_cores
-from sinkexport.bench.run import TURN, BenchConfig, BenchReport, PositionTimes, run_bench
+from sinkexport.bench.report import TURN, BenchConfig, BenchReport, PositionTimes
+from sinkexport.bench.run import run_bench
 from sinkexport.bench.step_bytes import weight_bytes_per_step
 from sinkexport.bench.timing import Ratio, Stats
 from sinkexport.util.files import check_writable, write_whole

@@ -1,4 +1,4 @@
-"""Memory budgets: of a bundle read off its files, of a model counted from its configuration alone."""
+"""Memory: of a bundle read off its files, of a model counted from its configuration alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from sinkexport.bench.memory import ModelShape, live_bytes, of_bundle
+from sinkexport.bench.memory import ModelShape, bundle_memory, live_bytes
 from sinkexport.config import ExportConfig
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import load_recipe
@@ -70,9 +70,9 @@ def test_what_is_counted_is_what_is_written(name: str, options: dict[str, str], 
     window = W if own_window is None else own_window + 5
     config = ExportConfig(S, window, B, "fp16", T, target="tensorrt", kv=options.get("kv"), recipe=recipe)
     manifest = export_loaded(LoadedModel(model, None, "tiny"), tmp_path / "b", config)
-    found = of_bundle(tmp_path / "b", manifest)
+    found = bundle_memory(tmp_path / "b", manifest)
     weights = "int8" if recipe else "float"
-    counted = ModelShape.load(str(tmp_path / "config")).budget(
+    counted = ModelShape.load(str(tmp_path / "config")).memory(
         S, window, B, T, dtype="fp16", weights=weights, kv=options.get("kv", "fp")
     )
     assert (counted.sinks, counted.window) == (found.sinks, found.window)
@@ -104,11 +104,11 @@ def test_the_table_of_a_bundle(tmp_path: Path) -> None:
     bundle = build_toy(tmp_path / "b")
     done = run_cli("inspect", bundle, "--memory", "--json")
     done.succeeded()
-    budget = json.loads(done.out)
+    memory = json.loads(done.out)
     toy = Toy()
-    assert budget["window"] == 2 * 4 * toy.num_kv_heads * toy.window_size * toy.head_dim
-    assert np.isclose(budget["total"], sum(budget[f] for f in ("weights", "sinks", "window", "values")))
-    assert "all, for ever" in run_cli("inspect", bundle, "--memory").out
+    assert memory["window"] == 2 * 4 * toy.num_kv_heads * toy.window_size * toy.head_dim
+    assert np.isclose(memory["total"], sum(memory[f] for f in ("weights", "sinks", "window", "values")))
+    assert "all, forever" in run_cli("inspect", bundle, "--memory").out
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from sinkexport.calibration.rounding import RoundedFile, SecondMoments, batches,
 from sinkexport.calibration.stream_inputs import input_groups
 from sinkexport.config import ExportConfig
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
-from sinkexport.model.chunked_streaming import chunked_streaming
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import Recipe, parse_recipe
 from sinkexport.quant.weight import Rounded, WeightScheme
+from sinkexport.reference.chunked import chunked_streaming
 from sinkexport.sources import LoadedModel
 from sinkrt.contract import load_manifest
 from sinkrt.errors import UsageError

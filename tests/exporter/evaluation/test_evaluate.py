@@ -1,6 +1,6 @@
-"""`eval`: every contender predicts what its definition says, the figures are those of the predictions, files are whole.
+"""`eval`: every predictor predicts what its definition says, the figures are those of the predictions, files are whole.
 
-Random weights predict a random text no better in one way than in another; so each contender is compared with an
+Random weights predict a random text no better in one way than in another; so each predictor is compared with an
 independent computation of its logits, token by token.
 """
 
@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 from sinkexport.config import ExportConfig
-from sinkexport.evaluation import baselines as contenders
-from sinkexport.evaluation.evaluate import Comparison, EvalReport, evaluate
-from sinkexport.evaluation.perplexity import Contender, Curve, Prediction, Segment, measure, token_nll
+from sinkexport.evaluation import baselines
+from sinkexport.evaluation.evaluate import BaselineOptions, EvalReport, evaluate
+from sinkexport.evaluation.perplexity import Curve, Prediction, Predictor, Segment, measure, token_nll
 from sinkexport.evaluation.plot import draw
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.reference.streaming import streaming_reference
@@ -77,13 +77,13 @@ def streamed_logits(model: Any, num_sink_tokens: int, window_size: int) -> np.nd
         return np.stack([reference.step(torch.tensor([i]))[0].numpy() for i in IDS[:-1]])
 
 
-def gathered(contender: Contender) -> np.ndarray:
-    """All logits of a contender, checked to predict tokens 1, 2, .. in order."""
+def gathered(predictor: Predictor) -> np.ndarray:
+    """All logits of a predictor, checked to predict tokens 1, 2, .. in order."""
     rows: list[np.ndarray] = []
-    for prediction in contender.predictions():
+    for prediction in predictor.predictions():
         assert prediction.first_token == len(rows) + 1
         rows += list(prediction.logits.copy())
-    assert len(rows) == contender.num_tokens
+    assert len(rows) == predictor.num_tokens
     return np.stack(rows)
 
 
@@ -116,7 +116,7 @@ def test_token_nll() -> None:
     assert token_nll(unlikely, np.array([0])) == 0.0
 
 
-def contender_of(logits: np.ndarray, lengths: int = 7) -> Contender:
+def predictor_of(logits: np.ndarray, lengths: int = 7) -> Predictor:
     def predictions() -> Iterator[Prediction]:
         buffer = np.empty_like(logits[:lengths])  # reused, as a session's is
         for start in range(0, len(logits), lengths):
@@ -124,13 +124,13 @@ def contender_of(logits: np.ndarray, lengths: int = 7) -> Contender:
             buffer[: len(piece)] = piece
             yield Prediction(start + 1, buffer[: len(piece)])
 
-    return Contender("x", "given logits", len(logits), predictions)
+    return Predictor("x", "given logits", len(logits), predictions)
 
 
 def test_measure_sums_up_by_segment_and_by_eviction() -> None:
     logits = np.random.default_rng(2).normal(size=(NUM_TOKENS - 1, VOCAB_SIZE)).astype(np.float32) * 3
     nll = nll_of(logits)  # nll[i] is that of token i + 1
-    curve = measure(contender_of(logits), IDS, segment_tokens=SEGMENT, capacity=C)
+    curve = measure(predictor_of(logits), IDS, segment_tokens=SEGMENT, capacity=C)
     assert curve.num_tokens == NUM_TOKENS - 1
     assert curve.nll == pytest.approx(nll.mean(), rel=1e-12)
     assert curve.perplexity == pytest.approx(np.exp(nll.mean()), rel=1e-12)
@@ -154,20 +154,20 @@ def test_standard_error_is_that_of_repeated_texts() -> None:
         nll = np.repeat(rng.normal(2.0, 0.3, 20), 16) + rng.normal(0, 0.2, 320)  # 20 segments of 16 tokens
         nll = nll[1:]  # the first has one less
         logits = np.stack((-nll, np.log1p(-np.exp(-nll))), axis=1)  # two tokens, of which 0 has this likelihood
-        found.append(measure(contender_of(logits, 320), ids, segment_tokens=16, capacity=C))
+        found.append(measure(predictor_of(logits, 320), ids, segment_tokens=16, capacity=C))
     spread = np.std([curve.perplexity for curve in found])
     assert np.mean([curve.standard_error for curve in found]) == pytest.approx(spread, rel=0.12)
 
 
 def test_uniform_predictions_have_the_perplexity_of_the_vocabulary() -> None:
-    curve = measure(contender_of(np.zeros((NUM_TOKENS - 1, VOCAB_SIZE))), IDS, segment_tokens=SEGMENT, capacity=C)
+    curve = measure(predictor_of(np.zeros((NUM_TOKENS - 1, VOCAB_SIZE))), IDS, segment_tokens=SEGMENT, capacity=C)
     assert curve.perplexity == pytest.approx(VOCAB_SIZE, rel=1e-12)
     assert curve.standard_error == pytest.approx(0, abs=1e-9)
 
 
 def test_short_of_a_second_segment_or_of_eviction_nothing_is_claimed() -> None:
     logits = np.zeros((NUM_TOKENS - 1, VOCAB_SIZE))
-    curve = measure(contender_of(logits), IDS, segment_tokens=NUM_TOKENS, capacity=NUM_TOKENS)
+    curve = measure(predictor_of(logits), IDS, segment_tokens=NUM_TOKENS, capacity=NUM_TOKENS)
     assert (curve.standard_error, curve.perplexity_after) == (None, None)
     assert curve.perplexity_before == curve.perplexity
     assert len(curve.segments) == 1
@@ -177,18 +177,18 @@ def test_what_is_no_number_is_told() -> None:
     logits = np.zeros((NUM_TOKENS - 1, VOCAB_SIZE))
     logits[40, 7] = np.nan
     with pytest.raises(BackendError, match=r"prediction of token 41: .*not numbers"):
-        measure(contender_of(logits), IDS, segment_tokens=SEGMENT, capacity=C)
+        measure(predictor_of(logits), IDS, segment_tokens=SEGMENT, capacity=C)
 
 
-# --- contenders -------------------------------------------------------------------------------------------------------
+# --- baselines --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_dense_predicts_as_one_forward_pass_until_its_limit(name: str) -> None:
     model = tiny_model(name)
     want = dense_logits(model, IDS[:-1])
-    assert_close(gathered(contenders.dense(model, IDS, 10_000, chunk_tokens=11)), want)
-    assert_close(gathered(contenders.dense(model, IDS, 30, chunk_tokens=11)), want[:30])
+    assert_close(gathered(baselines.dense(model, IDS, 10_000, chunk_tokens=11)), want)
+    assert_close(gathered(baselines.dense(model, IDS, 30, chunk_tokens=11)), want[:30])
 
 
 @pytest.mark.parametrize("block", [1, 4, C])
@@ -201,28 +201,28 @@ def test_recomputation_runs_the_last_tokens_anew(name: str, block: int) -> None:
         context = IDS[end - C : t + 1]
         assert C - block + 1 <= len(context) <= C
         want.append(dense_logits(model, context)[-1])
-    assert_close(gathered(contenders.recomputation(model, IDS, C, block)), np.stack(want))
+    assert_close(gathered(baselines.recomputation(model, IDS, C, block)), np.stack(want))
 
 
 @pytest.mark.parametrize("geometry", [(S, W), (0, C)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sinks_and_window_predicts_as_the_reference(name: str, geometry: tuple[int, int]) -> None:
     model = tiny_model(name)
-    contender = contenders.sinks_and_window(model, IDS, *geometry, name="x", chunk_tokens=13)
-    assert_close(gathered(contender), streamed_logits(model, *geometry))
+    predictor = baselines.sinks_and_window(model, IDS, *geometry, name="x", chunk_tokens=13)
+    assert_close(gathered(predictor), streamed_logits(model, *geometry))
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-def test_all_contenders_over_one_text(bundle: Path, model: Any, loaded: LoadedModel) -> None:
+def test_all_baselines_over_one_text(bundle: Path, model: Any, loaded: LoadedModel) -> None:
     stages: list[tuple[str, int, int]] = []
     threads = torch.get_num_threads()
     found = evaluate(
         bundle,
         TEXT,
         segment_tokens=SEGMENT,
-        compare=Comparison(loaded, dense_tokens=40),
+        compare=BaselineOptions(loaded, dense_tokens=40),
         threads=1,
         report=lambda *stage: stages.append(stage),
     )
@@ -255,7 +255,7 @@ def test_all_contenders_over_one_text(bundle: Path, model: Any, loaded: LoadedMo
 def test_dense_stops_at_the_models_own_limit(bundle: Path) -> None:
     model = tiny_model("llama")
     model.config.max_position_embeddings = 33
-    found = evaluate(bundle, TEXT, segment_tokens=SEGMENT, compare=Comparison(LoadedModel(model, None, "tiny")))
+    found = evaluate(bundle, TEXT, segment_tokens=SEGMENT, compare=BaselineOptions(LoadedModel(model, None, "tiny")))
     assert found.curves[-1].num_tokens == 33
     assert len(found.curves[-1].segments) == 3
 
@@ -270,9 +270,9 @@ def test_a_second_evaluation_in_one_session_starts_anew(bundle: Path) -> None:
     from sinkrt.session import Session
 
     with Session.load(bundle, threads=1) as session:
-        contender = contenders.bundle(session, IDS, "")
-        first = gathered(contender)
-        assert np.array_equal(gathered(contender), first)
+        predictor = baselines.bundle(session, IDS, "")
+        first = gathered(predictor)
+        assert np.array_equal(gathered(predictor), first)
 
 
 # --- report and plot --------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_json_has_all_figures_and_no_infinity() -> None:
     assert [s["perplexity"] for s in facts["curves"][0]["segments"]] == [3.0, None]
 
 
-def test_plot_has_a_line_for_each_contender_that_ends_where_it_ends(tmp_path: Path) -> None:
+def test_plot_has_a_line_for_each_curve_that_ends_where_it_ends(tmp_path: Path) -> None:
     figure = draw(report_of(curve_of("bundle", [9.0, 8.0, 7.0, 6.0]), curve_of("dense", [9.0, 7.0])))
     (axes,) = figure.axes
     first, second, boundary = axes.lines
@@ -322,10 +322,14 @@ def test_plot_has_a_line_for_each_contender_that_ends_where_it_ends(tmp_path: Pa
         ("w7", {}, "text: received 1 token, expected at least 2"),
         (TEXT, {"segment_tokens": 0}, "segment: received 0, expected >= 1"),
         (TEXT, {"num_tokens": 1}, "tokens: received 1, expected >= 2"),
-        (TEXT, {"compare": Comparison("nowhere/at/all")}, "no such folder"),
-        (TEXT, {"compare": Comparison("x", dense_tokens=0)}, "dense tokens: received 0"),
-        (TEXT, {"compare": Comparison("x", recompute_block=0)}, f"recompute block: received 0, expected 1 .. .*{C};"),
-        (TEXT, {"compare": Comparison("x", recompute_block=C + 1)}, f"recompute block: received {C + 1}"),
+        (TEXT, {"compare": BaselineOptions("nowhere/at/all")}, "no such folder"),
+        (TEXT, {"compare": BaselineOptions("x", dense_tokens=0)}, "dense tokens: received 0"),
+        (
+            TEXT,
+            {"compare": BaselineOptions("x", recompute_block=0)},
+            f"recompute block: received 0, expected 1 .. .*{C};",
+        ),
+        (TEXT, {"compare": BaselineOptions("x", recompute_block=C + 1)}, f"recompute block: received {C + 1}"),
     ],
 )
 def test_refused(text: str, arguments: dict[str, Any], message: str, bundle: Path) -> None:
@@ -343,7 +347,7 @@ def test_bundles_that_cannot_be_evaluated(bundle: Path, model: Any, tmp_path: Pa
         evaluate(tmp_path, TEXT)
     other = LoadedModel(tiny_model("qwen3"), None, "other")
     with pytest.raises(UsageError, match="model's architecture: received Qwen3ForCausalLM"):
-        evaluate(bundle, TEXT, compare=Comparison(other))
+        evaluate(bundle, TEXT, compare=BaselineOptions(other))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from sinkexport.config import ExportConfig
-from sinkexport.evaluation.perplexity import Contender, Prediction
+from sinkexport.evaluation.perplexity import Prediction, Predictor
 from sinkexport.evaluation.quality import BLOCK_TOKENS, SEGMENT_TOKENS, Quality, compare_predictions, kl_divergence
 from sinkexport.evaluation.quality_gate import check, verify_quality
 from sinkexport.pipeline.export import export_loaded
@@ -130,7 +130,7 @@ def test_kl_divergence() -> None:
     assert kl_divergence(half, certain) == math.inf
 
 
-def contender_of(name: str, logits: np.ndarray, length: int) -> Contender:
+def predictor_of(name: str, logits: np.ndarray, length: int) -> Predictor:
     def predictions() -> Iterator[Prediction]:
         buffer = np.empty_like(logits[:length])  # reused, as a session's is
         for start in range(0, len(logits), length):
@@ -138,7 +138,7 @@ def contender_of(name: str, logits: np.ndarray, length: int) -> Contender:
             buffer[: len(rows)] = rows
             yield Prediction(start + 1, buffer[: len(rows)])
 
-    return Contender(name, "", len(logits), predictions)
+    return Predictor(name, "", len(logits), predictions)
 
 
 @pytest.mark.parametrize("num_tokens", [1, BLOCK_TOKENS, BLOCK_TOKENS + 1, 2 * SEGMENT_TOKENS + 7])
@@ -149,7 +149,7 @@ def test_figures_of_given_predictions(num_tokens: int) -> None:
     ids = random.integers(0, 50, num_tokens + 1)
     told: list[tuple[str, int, int]] = []
     quality = compare_predictions(
-        contender_of("reference", want, 64), contender_of("bundle", got, 1), ids, lambda *stage: told.append(stage)
+        predictor_of("reference", want, 64), predictor_of("bundle", got, 1), ids, lambda *stage: told.append(stage)
     )
     assert_figures(quality, expected(want, got, ids[1:].tolist()), 1e-10)
     assert told[0] == ("quality", 0, num_tokens)
@@ -163,13 +163,13 @@ def test_standard_error_is_that_of_the_segments() -> None:
     want = random.normal(size=(total, 5))
     got = want + random.normal(size=(total, 5)) * 0.2 + np.repeat(random.normal(size=(24, 5)) * 0.1, SEGMENT_TOKENS, 0)
     ids = random.integers(0, 5, total + 1)
-    quality = compare_predictions(contender_of("a", want, 256), contender_of("b", got, 256), ids)
+    quality = compare_predictions(predictor_of("a", want, 256), predictor_of("b", got, 256), ids)
     rows = np.arange(total)
     log_p, log_q = (torch.log_softmax(torch.from_numpy(x), -1).numpy()[rows, ids[1:]] for x in (want, got))
     by_segment = (log_p - log_q).reshape(24, -1).mean(axis=1)
     drawn = [np.exp(by_segment[random.integers(0, 24, 24)].mean()) for _ in range(4000)]
     assert quality.standard_error == pytest.approx(np.std(drawn), rel=0.1)
-    short = compare_predictions(contender_of("a", want[:9], 9), contender_of("b", got[:9], 9), ids[:10])
+    short = compare_predictions(predictor_of("a", want[:9], 9), predictor_of("b", got[:9], 9), ids[:10])
     assert short.standard_error is None
 
 
@@ -178,7 +178,7 @@ def test_what_is_no_number_is_named(spoilt: str) -> None:
     logits = {name: np.zeros((70, 9)) for name in ("reference", "bundle")}
     logits[spoilt][41, 3] = np.nan
     with pytest.raises(BackendError, match=f"^{spoilt}: prediction of token 42: received logits that are not numbers"):
-        compare_predictions(*(contender_of(n, x, 1) for n, x in logits.items()), np.zeros(71, dtype=np.int64))
+        compare_predictions(*(predictor_of(n, x, 1) for n, x in logits.items()), np.zeros(71, dtype=np.int64))
     assert threading.active_count() == 1 or all(not t.name.startswith("ThreadPool") for t in threading.enumerate())
 
 
@@ -187,9 +187,9 @@ def test_an_error_of_the_reference_comes_out() -> None:
         yield Prediction(1, np.zeros((40, 9)))
         raise BundleError("broken")
 
-    broken = Contender("reference", "", 70, predictions)
+    broken = Predictor("reference", "", 70, predictions)
     with pytest.raises(BundleError, match="broken"):
-        compare_predictions(broken, contender_of("bundle", np.zeros((70, 9)), 1), np.zeros(71, dtype=np.int64))
+        compare_predictions(broken, predictor_of("bundle", np.zeros((70, 9)), 1), np.zeros(71, dtype=np.int64))
 
 
 # --- bundles against an independent computation -----------------------------------------------------------------------

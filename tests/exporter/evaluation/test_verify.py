@@ -16,8 +16,9 @@ import pytest
 import torch
 import transformers
 from sinkexport.config import ExportConfig
-from sinkexport.evaluation.comparison import DEFAULT_TOLERANCE, default_tolerance
-from sinkexport.evaluation.parity import VerifyReport, compare, verify
+from sinkexport.evaluation.comparison import default_tolerance
+from sinkexport.evaluation.defaults import DEFAULT_TOLERANCE
+from sinkexport.evaluation.parity import ParityReport, compare, verify
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.reference.streaming import StreamingReference, streaming_reference
 from sinkexport.sources import LoadedModel
@@ -62,7 +63,7 @@ def model_folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def by_name(report: VerifyReport) -> dict[str, Any]:
+def by_name(report: ParityReport) -> dict[str, Any]:
     return {c.name: c for c in report.comparisons}
 
 
@@ -220,13 +221,13 @@ class FakeSession:
 
 def compare_fake(
     manifest: Manifest, loaded: LoadedModel, geometry: tuple[int, int], change: Callable[[FakeSession], None]
-) -> VerifyReport:
+) -> ParityReport:
     ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, (B, C + 6 * W))
     with streaming_reference(tiny_model("llama"), *geometry) as reference:
         session = FakeSession(reference)
         change(session)
         comparisons = tuple(compare(session, loaded.model, manifest, ids, 1e-3, 256, lambda *_: None))
-    return VerifyReport("b", "m", "float32", S, W, B, "random", ids.shape[1], 6, 1e-3, comparisons)
+    return ParityReport("b", "m", "float32", S, W, B, "random", ids.shape[1], 6, 1e-3, comparisons)
 
 
 def test_fake_session_without_errors_passes(bundle: Path, loaded: LoadedModel) -> None:

@@ -21,10 +21,10 @@ from sinkexport.graph.attention.expand import expand_operators
 from sinkexport.graph.convert import IR_VERSION, convert
 from sinkexport.graph.passes.constants import fold_small_constants
 from sinkexport.model.attention import sink_attention, stream_angles
-from sinkexport.model.chunked_streaming import chunked_streaming
 from sinkexport.model.int8_rows import dequantized, quantized
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import load_recipe
+from sinkexport.reference.chunked import chunked_streaming
 from sinkexport.sources import LoadedModel
 from sinkrt import Session, UsageError
 from sinkrt.ring import Ring, phase_frequency

@@ -18,7 +18,8 @@ from sinkexport.pipeline.export import export, export_loaded
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel
 from sinkexport.tensorrt.build_engines import build_bundle
-from sinkexport.tensorrt.builder import BuildOptions, float32_values
+from sinkexport.tensorrt.builder import float32_values
+from sinkexport.tensorrt.options import BuildOptions
 from sinkexport.tensorrt.process import EngineBuildError, build_engine_apart
 from sinkrt import Session
 from sinkrt.contract import MANIFEST_NAME, PLUGIN_ABI, Manifest, load_manifest

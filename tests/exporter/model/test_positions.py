@@ -14,7 +14,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from sinkexport.config import ExportConfig
-from sinkexport.model.probe import probe_attention
+from sinkexport.families.probe import probe_attention
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.sources import LoadedModel
 from sinkrt import Session, UsageError

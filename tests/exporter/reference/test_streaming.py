@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from sinkexport.model.recurrent import linear_layers
+from sinkexport.families.linear_attention import linear_layers
 from sinkexport.reference.streaming import streaming_reference
 from sinkrt.errors import UsageError
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

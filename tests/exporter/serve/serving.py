@@ -44,7 +44,7 @@ class Served:
             time.sleep(0.01)
 
     def wait_idle(self) -> None:
-        totals = self.server.engine.totals
+        totals = self.server.decode_loop.totals
         self.wait_until(lambda: totals.running == totals.waiting == 0)
 
 

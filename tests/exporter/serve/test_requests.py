@@ -322,8 +322,8 @@ def test_what_sampling_refuses_leaves_the_conversation_as_it_was(
     position = ask().json()["conversation"]["position"]
     for wrong in ({"repetition_penalty": 1e-300}, {"temperature": 10**400}, {"top_p": 0}, {"seed": 2**80}):
         message_of(ask(**wrong))
-    engine = served.server.engine
-    assert engine._scheduler.position("named:kept") == position
+    loop = served.server.decode_loop
+    assert loop.scheduler.position("named:kept") == position
 
     def broken(*_: Any) -> int:
         raise FloatingPointError("a bug\nin sampling")
@@ -331,7 +331,7 @@ def test_what_sampling_refuses_leaves_the_conversation_as_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(Sampler, "sample", broken)
         assert "FloatingPointError: a bug in sampling" in message_of(ask(), 500)
-    taken = engine._scheduler.position("named:kept")
+    taken = loop.scheduler.position("named:kept")
     assert taken > position, "the message was taken"
     after = ask().json()["conversation"]
     assert (after["new"], after["position"] > taken) == (False, True)

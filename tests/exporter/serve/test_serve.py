@@ -151,7 +151,7 @@ def test_many_clients_each_hear_only_themselves(served: Served, alone: Alone) ->
         for said, expected in pool.map(one, range(24)):
             assert said == expected
     served.wait_idle()
-    assert served.server.engine.totals.conversations > 3
+    assert served.server.decode_loop.totals.conversations > 3
 
 
 def lines_of(response: httpx.Response) -> Iterator[str]:
@@ -195,7 +195,7 @@ def test_a_chat_that_goes_on_feeds_only_what_is_new(served: Served, alone: Alone
     assert [different.choices[0].message.content] == alone.texts(
         [other_ids], 2, temperature=1.0, seed=seed, ignore_eos=True
     )
-    assert served.server.engine.totals.reused_tokens == len(first) + 2
+    assert served.server.decode_loop.totals.reused_tokens == len(first) + 2
 
 
 def test_the_token_that_ends_an_answer_is_fed_with_the_next_turn(
@@ -275,7 +275,7 @@ def test_one_request_at_a_time_in_a_conversation(served: Served) -> None:
 
 
 def test_clients_that_leave_are_cancelled(served: Served) -> None:
-    totals = served.server.engine.totals
+    totals = served.server.decode_loop.totals
     streams = [endless(served) for _ in range(5)]  # two of them wait, or take turns
     for stream in streams[:3]:
         next(iter(stream))
@@ -313,7 +313,7 @@ def test_a_cancelled_prompt_of_a_named_conversation_is_taken_with_the_next_one(
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{served.url}/v1/chat/completions", timeout=0.4, json=body)
     served.wait_idle()
-    position = served.server.engine._scheduler.position("named:c")
+    position = served.server.decode_loop.scheduler.position("named:c")
     first = chat_ids(tokenizer, [user(text)])
     assert 0 < position < len(first)
     monkeypatch.setattr(served.session, "prefill", real)
@@ -328,7 +328,7 @@ def test_a_client_that_takes_no_text_is_paused_and_given_up(many_bundle: Any, al
     with serving(many_bundle, limits, send_buffer=4096) as served:
         body = json.dumps({"prompt": "go", "max_tokens": ENDLESS, "ignore_eos": True, "stream": True}).encode()
         host, port = served.url.removeprefix("http://").split(":")
-        totals = served.server.engine.totals
+        totals = served.server.decode_loop.totals
         with socket.socket() as lazy:
             lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             lazy.connect((host, int(port)))
@@ -336,7 +336,7 @@ def test_a_client_that_takes_no_text_is_paused_and_given_up(many_bundle: Any, al
                 b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n" % len(body) + body
             )
-            outlets = served.server.engine._outlets
+            outlets = served.server.decode_loop.responses
             served.wait_until(lambda: any(outlet.paused for outlet in list(outlets.values())))
             before = totals.answer_tokens
             (outlet,) = outlets.values()
@@ -428,7 +428,7 @@ def test_an_engine_that_dies_is_told_to_everybody(served: Served, monkeypatch: p
     def broken() -> Any:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(served.server.engine._scheduler, "step", broken)
+    monkeypatch.setattr(served.server.decode_loop.scheduler, "step", broken)
     with pytest.raises(openai.APIError, match="a bug"):
         list(stream)
     health = httpx.get(f"{served.url}/health")

@@ -12,17 +12,18 @@ import pytest
 import safetensors.numpy
 import torch
 from sinkexport.config import ExportConfig
-from sinkexport.evaluation.evaluate import Comparison, evaluate
+from sinkexport.evaluation.evaluate import BaselineOptions, evaluate
 from sinkexport.evaluation.parity import verify
 from sinkexport.evaluation.quality_gate import verify_quality
 from sinkexport.model.affine import AffineFactors
-from sinkexport.model.chunked_streaming import chunked_streaming
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import load_recipe
+from sinkexport.reference.chunked import chunked_streaming
 from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
 from sinkexport.variants.affine import FILE_NAME, AffineFile, LayerAffine
 from sinkexport.variants.sink_tuning import ActPart
+from sinkexport.variants.variant import AttentionVariant
 from sinkrt import BundleError, Session, UsageError
 from sinkrt.contract import MANIFEST_NAME, Manifest, load_manifest
 
@@ -198,7 +199,7 @@ def test_the_reference_gives_what_the_oracle_gives(tmp_path: Path) -> None:
     with streaming_reference(
         model,
         **GEOMETRY,
-        affine=affine,
+        variant=AttentionVariant(affine=affine),
         observer=lambda m, *x: seen.append((m.layer_idx, hidden[m.layer_idx], *x)),
     ) as reference:
         for column in ids.T:
@@ -227,9 +228,7 @@ def test_chunks_in_torch_agree_with_the_bundle(kv: str, calibrated: bool, tmp_pa
     loaded = LoadedModel(model, None, "tiny")
     export_loaded(loaded, tmp_path / "b", config)
     ids = np.random.default_rng(0).integers(3, VOCAB_SIZE, 70)
-    with chunked_streaming(
-        model, **GEOMETRY, kv=kv, sink_tuning=tuned.facts, budgets=config.budgets, affine=affine
-    ) as stream:
+    with chunked_streaming(model, **GEOMETRY, kv=kv, variant=config.variant) as stream:
         want = torch.cat([stream.feed(torch.from_numpy(ids[None, i : i + 11])) for i in range(0, 70, 11)], dim=1)[0]
     with Session.load(tmp_path / "b", threads=1) as session:
         got = np.stack([session.step(ids[t : t + 1])[0].copy() for t in range(70)])
@@ -249,7 +248,7 @@ def test_projections_stay_in_floating_point_under_a_recipe(tmp_path: Path) -> No
     ids = np.random.default_rng(0).integers(3, VOCAB_SIZE, (1, 60))
     errors, sizes = [], []
     for asked in (None, affine):
-        with chunked_streaming(model, **GEOMETRY, affine=asked) as stream:
+        with chunked_streaming(model, **GEOMETRY, variant=AttentionVariant(affine=asked)) as stream:
             want = stream.feed(torch.from_numpy(ids))[0].numpy()
         folder = tmp_path / str(len(errors))
         config = ExportConfig(**GEOMETRY, chunk_size=1, recipe=load_recipe("int8-dynamic"), affine=asked)
@@ -306,7 +305,7 @@ def test_texts_are_compared_with_the_model_changed_alike(tmp_path: Path) -> None
     for folder, asked in (("b", affine), ("plain", None)):
         export_loaded(loaded, tmp_path / folder, ExportConfig(**GEOMETRY, chunk_size=1, affine=asked))
     assert verify_quality(tmp_path / "b", loaded, text, threads=1).quality.kl_divergence < 1e-6
-    curves = evaluate(tmp_path / "b", text, compare=Comparison(loaded), threads=1).curves
+    curves = evaluate(tmp_path / "b", text, compare=BaselineOptions(loaded), threads=1).curves
     assert [curve.name for curve in curves[:2]] == ["bundle", "sinks + window"]
     losses = [curve.perplexity for curve in curves]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

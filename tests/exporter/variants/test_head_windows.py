@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sinkexport.analysis.sinks import TextWindows, analyze
+from sinkexport.analysis.sinks import analyze
+from sinkexport.analysis.text_windows import TextWindows
 from sinkexport.config import ExportConfig
 from sinkexport.evaluation.parity import verify
-from sinkexport.model.chunked_streaming import chunked_streaming
 from sinkexport.pipeline.export import export_loaded
+from sinkexport.reference.chunked import chunked_streaming
 from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
-from sinkexport.variants.head_windows import BudgetedModel, BudgetFile, budgets_of
+from sinkexport.variants.head_windows import HeadWindowFile, WindowedModel
 from sinkexport.variants.sink_tuning import ActPart, SinkTuningFile, TunedModel
+from sinkexport.variants.variant import AttentionVariant, head_windows_of
 from sinkrt import Session, StateError
 from sinkrt.contract import BundleError, Manifest, load_manifest
 
@@ -29,11 +31,11 @@ S = 3
 LLAMA = ((9, 4), (5, 9))  # two layers of two key heads; the groups of the second are out of order
 
 
-def budgets(name: str, windows: tuple[tuple[int, ...], ...]) -> BudgetFile:
-    model = BudgetedModel(
+def budgets(name: str, windows: tuple[tuple[int, ...], ...]) -> HeadWindowFile:
+    model = WindowedModel(
         name=name, architecture=type(tiny_model(name)).__name__, num_layers=len(windows), num_kv_heads=len(windows[0])
     )
-    return BudgetFile(model=model, windows=windows)
+    return HeadWindowFile(model=model, windows=windows)
 
 
 def exported(name: str, windows: tuple[tuple[int, ...], ...], folder: Path, **options: object) -> LoadedModel:
@@ -59,9 +61,9 @@ def test_bundles_pass_verify(name: str, windows: tuple[tuple[int, ...], ...], tm
     assert manifest.stream.chunk_size == min(map(min, windows))
     lengths = {s.shape[2] for s in manifest.states if s.kind == "window_k"}
     assert len(lengths) > 1
-    found = budgets_of(manifest)
+    found = head_windows_of(manifest)
     assert found is not None
-    kept = sum(w * manifest.model.head_dim * 2 * 4 * 2 for layer in found.windows for w in layer)  # k and v, B = 2
+    kept = sum(w * manifest.model.head_dim * 2 * 4 * 2 for layer in found for w in layer)  # k and v, B = 2
     assert sum(s.nbytes for s in manifest.states if s.kind.startswith("window")) == kept
     # It must notice windows that are others than the manifest's.
     swapped = tuple(
@@ -78,7 +80,11 @@ def test_the_reference_gives_each_head_what_the_oracle_gives_it() -> None:
     seen: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
     ids = np.random.default_rng(4).integers(3, VOCAB_SIZE, (1, 3 * (S + 9)))
     with streaming_reference(
-        model, S, 9, observer=lambda m, q, k, v, out: seen.append((m.layer_idx, q, k, v, out)), head_windows=windows
+        model,
+        S,
+        9,
+        observer=lambda m, q, k, v, out: seen.append((m.layer_idx, q, k, v, out)),
+        variant=AttentionVariant(head_windows=windows),
     ) as reference:
         for column in ids.T:
             reference.step(torch.from_numpy(column))
@@ -109,7 +115,8 @@ def test_chunks_in_torch_agree_with_the_bundle_with_tuned_sinks(kv: str, tmp_pat
     ids = np.random.default_rng(0).integers(3, VOCAB_SIZE, 70)
     masses = {s.input: s.shape for s in load_manifest(tmp_path / "b").states if s.kind == "attention_mass"}
     assert masses == {f"attention_mass.{at}": (1, 3, 2, w) for at, w in (("0.0", 9), ("0.1", 4), ("1.0", 9))}
-    with chunked_streaming(loaded.model, S, 9, kv, tuned.facts, budgets("llama", LLAMA)) as stream:
+    variant = AttentionVariant(sink_tuning=tuned.facts, head_windows=LLAMA)
+    with chunked_streaming(loaded.model, S, 9, kv, variant) as stream:
         want = torch.cat([stream.feed(torch.from_numpy(ids[None, i : i + 11])) for i in range(0, 70, 11)], dim=1)[0]
     with Session.load(tmp_path / "b", threads=1) as session:
         got = np.stack([session.step(ids[t : t + 1])[0].copy() for t in range(70)])
@@ -164,7 +171,7 @@ def test_manifest_refuses_heads_that_are_missing(tmp_path: Path) -> None:
 def test_export_refuses_in_one_line(content: str, options: list[str], expected: str, tmp_path: Path) -> None:
     (tmp_path / "budgets.json").write_text(content, encoding="utf-8")
     tiny_model("llama").save_pretrained(tmp_path / "model")
-    file = ("--budgets", tmp_path / "budgets.json")
+    file = ("--head-windows", tmp_path / "budgets.json")
     result = run_cli("export", tmp_path / "model", "-o", tmp_path / "out", "--sink-tokens", 3, *file, *options)
     result.refusal(expected)
 
@@ -216,17 +223,17 @@ def test_analyze_proposes_long_windows_for_heads_that_change_most(tmp_path: Path
         "80",
         "--short-window",
         "40",
-        "--budgets",
+        "--head-windows",
         str(tmp_path / "b.json"),
     ]
-    result = run_cli(*arguments, "--budget-share", "0.75", "--json", tmp_path / "all.json")
+    result = run_cli(*arguments, "--head-window-share", "0.75", "--json", tmp_path / "all.json")
     result.succeeded()
     assert "2 of 4 key heads keep 80 tokens" in result.out
-    found = BudgetFile.load(tmp_path / "b.json")
+    found = HeadWindowFile.load(tmp_path / "b.json")
     change = np.array(json.loads((tmp_path / "all.json").read_text())["change"])
     by_head = np.square(change[:, :, 0]).reshape(2, 2, 3).mean(axis=2)  # [L, Hkv]
     farthest = np.sort(by_head, axis=None)[2:]
     np.testing.assert_array_equal(np.array(found.windows), np.where(by_head >= farthest.min(), 80, 40))
     for share, expected in (("0.2", "expected 0.5 .. 1"), ("2", "expected 0.5 .. 1")):
-        refused = run_cli(*arguments, "--budget-share", share)
+        refused = run_cli(*arguments, "--head-window-share", share)
         refused.refusal(expected)

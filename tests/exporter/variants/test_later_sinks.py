@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sinkexport.analysis.sinks import TextWindows, analyze
+from sinkexport.analysis.sinks import analyze
+from sinkexport.analysis.text_windows import TextWindows
 from sinkexport.config import ExportConfig
 from sinkexport.evaluation.parity import verify
-from sinkexport.model.chunked_streaming import chunked_streaming
 from sinkexport.pipeline.export import export_loaded
+from sinkexport.reference.chunked import chunked_streaming
 from sinkexport.reference.dense import first_token_scaled
 from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
 from sinkexport.variants.sink_tuning import ActPart, SinkTuningFile, TunedModel
+from sinkexport.variants.variant import AttentionVariant
 from sinkrt import Session
 from sinkrt.contract import MANIFEST_NAME, load_manifest
 
@@ -87,7 +89,11 @@ def test_the_reference_gives_what_the_oracle_gives() -> None:
     seen: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
     ids = random_ids(2, S + 7 * W)
     with streaming_reference(
-        model, S, W, observer=lambda m, q, k, v, out: seen.append((m.layer_idx, q, k, v, out)), sink_tuning=act
+        model,
+        S,
+        W,
+        observer=lambda m, q, k, v, out: seen.append((m.layer_idx, q, k, v, out)),
+        variant=AttentionVariant(sink_tuning=act),
     ) as reference:
         for column in ids.T:
             reference.step(torch.from_numpy(column))
@@ -116,7 +122,7 @@ def test_streams_at_their_own_positions_in_chunks_and_in_steps(kv: str, tmp_path
     ids, ends = random_ids(2, S + 8 * W), (S + 8 * W, S + 6 * W + 4)
     wanted = []
     for row in ids:
-        with chunked_streaming(model.model, S, W, kv, asked.facts) as stream:
+        with chunked_streaming(model.model, S, W, kv, AttentionVariant(sink_tuning=asked.facts)) as stream:
             wanted.append(torch.cat([stream.feed(torch.from_numpy(row[None, t : t + 1])) for t in range(len(row))], 1))
     with Session.load(tmp_path / "b", threads=1) as session:
         assert_states_are_written_last(tmp_path / "b", session.manifest)  # both windows' graphs
@@ -168,9 +174,10 @@ def test_layers_without_calibrated_heads_have_no_state(tmp_path: Path) -> None:
 def test_dense_attention_is_streaming_before_a_token_is_evicted() -> None:
     model, facts = tiny_model("qwen3"), tuning("qwen3", factor=2.0).facts
     ids = torch.from_numpy(random_ids(2, S + W))
-    with torch.no_grad(), first_token_scaled(model, torch.tensor(facts.first_token_scale), facts.act, S):
+    variant = AttentionVariant(sink_tuning=facts)
+    with torch.no_grad(), first_token_scaled(model, torch.tensor(facts.first_token_scale), variant, S):
         dense = model(ids).logits
-    with chunked_streaming(model, S, W, sink_tuning=facts) as stream:
+    with chunked_streaming(model, S, W, variant=variant) as stream:
         np.testing.assert_allclose(stream.feed(ids).numpy(), dense.numpy(), atol=1e-4)
     with torch.no_grad():
         assert (model(ids).logits - dense).abs().max() > 1e-2
@@ -219,7 +226,7 @@ CANDIDATES, TOKENS = 6, 160
 def test_analyze_proposes_the_heads_that_have_later_sinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thresholds as low as random weights need; which heads they are by transformers' own weights and values."""
     for name, value in (("SECONDARY_WEIGHT", 0.0), ("SECONDARY_RATIO", 3.0), ("LIKENESS", 0.3)):
-        monkeypatch.setattr(f"sinkexport.analysis.sinks.{name}", value)
+        monkeypatch.setattr(f"sinkexport.analysis.secondary_sinks.{name}", value)
     model = tiny_model("llama")
     texts = tuple(tuple(random_ids(TOKENS, seed=seed).tolist()) for seed in range(3))
     report = analyze(LoadedModel(model, None, "tiny"), TextWindows(texts), num_candidates=CANDIDATES)

@@ -1,4 +1,4 @@
-"""How ``sinkexport inspect MODEL`` shows what an export would read."""
+"""Show what an export of a model would read."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
 from rich.text import Text
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.analysis.model_report import ModelReport, inspect_model
-from sinkexport.util.console import table_console
+from sinkexport.util.console import facts_table, listed, table_console
 
 Facts = Mapping[str, Any]
 
@@ -24,11 +23,8 @@ def show_model(source: str, as_json: bool) -> None:
     if as_json:
         click.echo(report.to_json(), nl=False)
         return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in _rows(report):
-        table.add_row(Text(name, style="bold"), Text(_printable(value)))
     console = table_console()
-    console.print(table)
+    console.print(facts_table((name, _printable(value)) for name, value in _rows(report)))
     console.print()
     if not report.refused:
         console.print(Text("nothing that was read would be refused; 'export' probes the model itself as well"))
@@ -169,7 +165,7 @@ def _template(facts: Facts) -> str:
 
 
 def _tokens(tokens: Any) -> str:
-    return ", ".join(f"{token['id']}" + (f" {token['text']}" if token["text"] else "") for token in tokens) or "none"
+    return listed(f"{token['id']}" + (f" {token['text']}" if token["text"] else "") for token in tokens)
 
 
 def _short(value: Any) -> str:
@@ -179,5 +175,5 @@ def _short(value: Any) -> str:
 
 
 def _printable(text: str) -> str:
-    """What a file says, without control characters that a terminal would follow."""
+    """Escape control characters, which a terminal would follow."""
     return "".join(sign if sign.isprintable() or sign == "\n" else f"\\x{ord(sign):02x}" for sign in text)

@@ -16,6 +16,29 @@ MaskFunction = Callable[..., torch.Tensor]
 """transformers' mask interface: keywords ``batch_size, q_length, kv_length, mask_function ..`` -> a mask."""
 
 
+IGNORED_ARGUMENTS = frozenset(
+    # What families pass to the attention function without changing what a single step computes, and what the probe saw.
+    (
+        "dropout",
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "is_causal",
+        "training",
+        "output_hidden_states",
+        "return_dict",
+        "logits_to_keep",
+        "past_key_values",
+        "position_embeddings",
+        "token_type_ids",
+        "deterministic",
+        "output_router_logits",
+        "sliding_window",
+    )
+)
+
+
 @contextlib.contextmanager
 def intercept_attention(
     model: torch.nn.Module, function: AttentionFunction, masks: MaskFunction | None = None
@@ -112,6 +135,20 @@ def random_embeddings(model: Any, num_ids: int, seed: int = 0) -> Iterator[None]
         yield
     finally:
         hook.remove()
+
+
+def refuse_arguments(layer: int, others: dict[str, Any]) -> None:
+    """Refuse what a family passes to its attention function and the operator does not know."""
+    unknown = sorted(key for key, value in others.items() if value is not None and key not in IGNORED_ARGUMENTS)
+    if unknown:
+        raise UsageError(
+            problem(
+                "attention",
+                received=f"the argument '{unknown[0]}' in layer {layer}",
+                expected="plain softmax attention",
+                fix="this model cannot be exported exactly",
+            )
+        )
 
 
 def _restore(model: Any, implementation: str | None) -> None:

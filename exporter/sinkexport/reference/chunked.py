@@ -2,8 +2,9 @@
 
 For `eval --compare` and for tables over many S and W, which need no export. The model's own code runs; only its
 rotation is replaced by one with exact phases, and its attention by one over sinks, window and chunk with a mask by
-distance. It shares the exact phases with the exported graphs, and no more: how tokens are kept, masked and attended is
-written here a second time, so that its agreement with a bundle says something about both.
+distance. It shares with the exported graphs what `families` reads off a model, and the geometry of a layer's cache
+(`ExportConfig.ring`). Phases, and how tokens are kept, masked and attended, are written here a second time, so that its
+agreement with a bundle says something about both.
 """
 
 from __future__ import annotations
@@ -13,30 +14,31 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from sinkrt.contract import ActTuning, SinkTuning
+from sinkrt.contract import ActTuning
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
-from sinkexport.model.attention import TINY, rotated, stream_angles
-from sinkexport.model.decoder import refuse_arguments
-from sinkexport.model.head_caches import HeadCache, head_caches
-from sinkexport.model.interface import intercept_attention
-from sinkexport.model.probe import probe_attention
-from sinkexport.model.recurrent import recurrent_cache
-from sinkexport.model.rope import (
+from sinkexport.families.interface import intercept_attention, refuse_arguments
+from sinkexport.families.linear_attention import recurrent_cache
+from sinkexport.families.probe import probe_attention
+from sinkexport.families.rope import (
     AttentionShape,
     ModelRotary,
     RotarySpec,
     identity_rotary,
     replaced_rotary,
+    rotate,
 )
 from sinkexport.reference.affine import AffineReference
-from sinkexport.variants.affine import AffineFile
-from sinkexport.variants.head_windows import BudgetFile
+from sinkexport.variants.variant import PLAIN, AttentionVariant
 
 CosSin = tuple[torch.Tensor, torch.Tensor]
-"""cos and sin, float32 [1, T, R/2] each."""
+"""cos and sin, float32 [T, R/2] each."""
+
+TINY = 1e-30
+"""Lower bound of a sum of weights that divides."""
 
 
 @contextlib.contextmanager
@@ -45,32 +47,54 @@ def chunked_streaming(
     num_sink_tokens: int,
     window_size: int,
     kv: str = "fp",
-    sink_tuning: SinkTuning | None = None,
-    budgets: BudgetFile | None = None,
-    affine: AffineFile | None = None,
+    variant: AttentionVariant = PLAIN,
 ) -> Iterator[ChunkedStream]:
     """Make `model` stream with S = num_sink_tokens >= 0 and W = window_size >= 1 for the length of a context.
 
     kv: ``fp``, or ``int8``: the window's keys and values are rounded to INT8 as they come, those of sinks are not.
-    sink_tuning: how attention to sinks is changed; needs S >= 1.
-    budgets: windows of single key heads, the longest of W; None: all keep W tokens.
-    affine: scales and biases of the attention weights; None: they are those of the softmax.
+    variant: what is changed of the model's attention.
 
     The model, in evaluation mode, is changed inside and left as it was, also after an exception.
 
     Raises: UsageError for a bad geometry and for a model whose attention or positions cannot be followed exactly.
     """
-    config = ExportConfig(num_sink_tokens, window_size, chunk_size=1, kv=kv, budgets=budgets)
+    config = ExportConfig(num_sink_tokens=num_sink_tokens, window_size=window_size, chunk_size=1, kv=kv)
+    variant.check_window_size(window_size)
     shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
-    stream = ChunkedStream(model, config, shape, rotary, sink_tuning, affine)
+    stream = ChunkedStream(model, config, shape, rotary, variant)
     identity = identity_rotary(rotary, 1, 1, next(model.parameters()).dtype)
     with intercept_attention(model, stream.attend), replaced_rotary(model, identity), stream.affine.watching(model):
         yield stream
 
 
 @dataclasses.dataclass(frozen=True)
+class _Heads:
+    """Heads of one layer whose caches have one geometry. kv_heads, q_heads: their indices in the layer."""
+
+    layer: int
+    kv_heads: tuple[int, ...]
+    q_heads: tuple[int, ...]
+    ring: Ring
+
+
+def _heads(config: ExportConfig, variant: AttentionVariant, shape: AttentionShape) -> tuple[_Heads, ...]:
+    """The heads of all layers with softmax attention, by cache. Each key head serves Hq / Hkv query heads in a row."""
+    group, found = shape.num_q_heads // shape.num_kv_heads, []
+    for layer, sliding_window in enumerate(shape.sliding_windows):
+        if layer in shape.recurrent:
+            continue
+        windows = variant.windows(layer, shape.num_kv_heads, config.window_size)
+        rings = [config.ring(sliding_window, window) for window in windows]
+        for ring in dict.fromkeys(rings):
+            kv_heads = tuple(head for head, own in enumerate(rings) if own == ring)
+            q_heads = tuple(head * group + i for head in kv_heads for i in range(group))
+            found.append(_Heads(layer=layer, kv_heads=kv_heads, q_heads=q_heads, ring=ring))
+    return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Kept:
-    """What one layer carries from chunk to chunk, keys rotated at their stream positions.
+    """Rows that one layer carries from chunk to chunk, keys rotated at their stream positions.
 
     sink_k, sink_v: [B, Hkv, n <= S, D]. window_k, window_v: [B, Hkv, n <= W - 1, D], oldest first.
     """
@@ -90,18 +114,18 @@ class ChunkedStream:
         config: ExportConfig,
         shape: AttentionShape,
         rotary: ModelRotary,
-        sink_tuning: SinkTuning | None = None,
-        affine: AffineFile | None = None,
+        variant: AttentionVariant = PLAIN,
     ) -> None:
         self._model = model
         self._config = config
-        self._caches = head_caches(config, shape)
+        self._caches = _heads(config, variant, shape)
         self._rotary = rotary
-        self._scale = None if sink_tuning is None else torch.tensor(sink_tuning.first_token_scale).log()  # [L, Hq]
-        self._act = None if sink_tuning is None else sink_tuning.act
-        self._received: dict[HeadCache, torch.Tensor] = {}  # [B, Hq, n], by the tokens in `_kept`'s window
-        self.affine = AffineReference(affine)
-        self._kept: dict[HeadCache, _Kept] = {}
+        tuning = variant.sink_tuning
+        self._scale = None if tuning is None else torch.tensor(tuning.first_token_scale).log()  # [L, Hq]
+        self._act = variant.act
+        self._received: dict[_Heads, torch.Tensor] = {}  # [B, Hq, n], by the tokens in `_kept`'s window
+        self.affine = AffineReference(variant.affine)
+        self._kept: dict[_Heads, _Kept] = {}
         self._recurrent = recurrent_cache(model)  # of the layers without softmax attention
         self._position = 0  # of the chunk's first token
         # Of the chunk that runs, the same in all layers of one geometry or table of frequencies.
@@ -121,7 +145,7 @@ class ChunkedStream:
         num_tokens = ids.shape[1]
         self._entries = {ring: visible(ring, self._position, num_tokens) for ring in {c.ring for c in self._caches}}
         self._turns = {
-            (table, behind): stream_angles(torch.tensor([self._position]), content.frequency, num_tokens, behind)
+            (table, behind): _turn(self._position, num_tokens, behind, content.frequency)
             for table, content in self._rotary.tables.items()
             for behind in {0, *(ring.capacity - 1 for ring in self._entries)}
         }
@@ -171,7 +195,7 @@ class ChunkedStream:
     def _attended(
         self,
         module: Any,
-        cache: HeadCache,
+        cache: _Heads,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -187,7 +211,7 @@ class ChunkedStream:
             cos, sin = self._turns[spec.table, ring.capacity - 1]
             q_sink = _rotated(q, (cos, -sin), spec)
         seen = self._with_chunk(cache, k, v)
-        logits = torch.cat((_products(q_sink, seen.sink_k), _products(q, seen.window_k)), dim=-1)  # [B, Hq, T, n]
+        logits = torch.cat((_logits(q_sink, seen.sink_k), _logits(q, seen.window_k)), dim=-1)  # [B, Hq, T, n]
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         entries, logits = self._entries[ring], logits.float()
@@ -208,7 +232,7 @@ class ChunkedStream:
         self._keep(cache, seen)
         return out
 
-    def _calibrated(self, act: ActTuning, cache: HeadCache, weights: torch.Tensor, entries: Entries) -> torch.Tensor:
+    def _calibrated(self, act: ActTuning, cache: _Heads, weights: torch.Tensor, entries: Entries) -> torch.Tensor:
         """weights [B, Hq, T, n], float32, with later sinks scaled down in the heads of `act`."""
         heads = torch.tensor(act.heads[cache.layer])[list(cache.q_heads)].float()  # [Hq]
         if not heads.any():
@@ -232,16 +256,16 @@ class ChunkedStream:
         calibrated[..., sinks:] += act.beta * taken
         return calibrated
 
-    def _with_chunk(self, cache: HeadCache, k: torch.Tensor, v: torch.Tensor) -> _Kept:
-        """What is kept and the chunk's tokens, k and v [B, Hkv, T, D], sorted into sinks and window."""
+    def _with_chunk(self, cache: _Heads, k: torch.Tensor, v: torch.Tensor) -> _Kept:
+        """Rows that are kept and those of the chunk, k and v [B, Hkv, T, D], sorted into sinks and window."""
         none = k[:, :, :0]
-        kept = self._kept.get(cache, _Kept(none, none, none, none))
+        kept = self._kept.get(cache, _Kept(sink_k=none, sink_v=none, window_k=none, window_v=none))
         sinks = max(0, cache.ring.num_sink_tokens - self._position)  # leading tokens of the chunk
         return _Kept(
-            torch.cat((kept.sink_k, k[:, :, :sinks]), dim=2),
-            torch.cat((kept.sink_v, v[:, :, :sinks]), dim=2),
-            torch.cat((kept.window_k, self._as_stored(k[:, :, sinks:])), dim=2),
-            torch.cat((kept.window_v, self._as_stored(v[:, :, sinks:])), dim=2),
+            sink_k=torch.cat((kept.sink_k, k[:, :, :sinks]), dim=2),
+            sink_v=torch.cat((kept.sink_v, v[:, :, :sinks]), dim=2),
+            window_k=torch.cat((kept.window_k, self._as_stored(k[:, :, sinks:])), dim=2),
+            window_v=torch.cat((kept.window_v, self._as_stored(v[:, :, sinks:])), dim=2),
         )
 
     def _as_stored(self, rows: torch.Tensor) -> torch.Tensor:
@@ -252,18 +276,21 @@ class ChunkedStream:
         scale = (x.abs().amax(dim=-1, keepdim=True) / 127).clamp(2.0**-17, 65504.0).half().float()
         return (torch.clamp((x / scale).round(), -127, 127) * scale).to(rows.dtype)
 
-    def _keep(self, cache: HeadCache, seen: _Kept) -> None:
-        """Of the window the last W - 1 tokens: with itself, the next token has W."""
+    def _keep(self, cache: _Heads, seen: _Kept) -> None:
+        """Keep the last W - 1 tokens of the window: with itself, the next token has W."""
         first = max(0, seen.window_k.shape[2] - (cache.ring.window_size - 1))
         # clone: a slice would hold on to the memory of all that it was cut from
         self._kept[cache] = _Kept(
-            seen.sink_k, seen.sink_v, seen.window_k[:, :, first:].clone(), seen.window_v[:, :, first:].clone()
+            sink_k=seen.sink_k,
+            sink_v=seen.sink_v,
+            window_k=seen.window_k[:, :, first:].clone(),
+            window_v=seen.window_v[:, :, first:].clone(),
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Entries:
-    """What a chunk's tokens attend to: the sinks there are, then the window's tokens, n together.
+    """Tokens that a chunk attends to: the sinks there are, then the window's tokens, n together.
 
     is_seen: bool [T, n]. distance: int64 [T, n], in the cache; any where nothing is seen. The window's columns begin
     with the oldest token that the chunk's first one sees, and end with the chunk's last. window: int64, those tokens.
@@ -284,16 +311,27 @@ def visible(ring: Ring, position: int, num_tokens: int) -> Entries:
     window = torch.arange(first, max(first, end))  # none while all tokens are sinks
     is_seen = torch.cat((sinks <= query, (window <= query) & (query - window < window_size)), dim=1)
     place = query.clamp(max=ring.capacity - 1)  # from there on a sink's distance stays
-    return Entries(is_seen, torch.cat((place - sinks, query - window), dim=1), window)
+    return Entries(is_seen=is_seen, distance=torch.cat((place - sinks, query - window), dim=1), window=window)
+
+
+def _turn(position: int, num_tokens: int, behind: int, frequency: torch.Tensor) -> CosSin:
+    """cos and sin of ``max(0, t - behind) * frequency`` turns for T tokens from `position` on.
+
+    frequency: int64 [R/2], turns a token in units of 2^-32. Products wrap modulo 2^64, so phases modulo 2^32 are exact.
+    """
+    t = np.maximum(np.arange(position, position + num_tokens) - behind, 0).astype(np.uint64)
+    phase = (t[:, None] * frequency.numpy().astype(np.uint64)).astype(np.uint32).astype(np.int32)  # in [-2^31, 2^31)
+    angle = torch.from_numpy(phase.astype(np.float64) * (2 * np.pi / 2**32))
+    return angle.cos().float(), angle.sin().float()
 
 
 def _rotated(x: torch.Tensor, cos_sin: CosSin, spec: RotarySpec, factor: float = 1.0) -> torch.Tensor:
-    """x [B, H, T, D] turned by cos, sin [1, T, R/2]; the dimensions that turn are multiplied by `factor`."""
-    cos, sin = ((c * factor).to(x.dtype).expand(x.shape[0], -1, -1) for c in cos_sin)  # [B, T, R/2]
-    return rotated(x, cos, sin, interleaved=spec.interleaved)
+    """x [B, H, T, D] turned by cos, sin [T, R/2]; the dimensions that turn are multiplied by `factor`."""
+    cos, sin = ((c * factor).to(x.dtype) for c in cos_sin)
+    return rotate(x, cos, sin, spec)
 
 
-def _products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def _logits(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """q [B, Hq, T, D] . k [B, Hkv, n, D] -> [B, Hq, T, n]; each key head serves Hq / Hkv query heads in a row."""
     batch, num_q_heads, num_tokens, head_dim = q.shape
     grouped = q.reshape(batch, k.shape[1], -1, head_dim)  # [B, Hkv, G * T, D]

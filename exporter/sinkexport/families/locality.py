@@ -14,9 +14,9 @@ import torch
 from sinkrt.contract import RECURRENT_KINDS
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.model.interface import intercept_attention, random_embeddings
-from sinkexport.model.recurrent import linear_layers, recurrent_cache
-from sinkexport.model.rope import ModelRotary, identity_rotary, replaced_rotary
+from sinkexport.families.interface import intercept_attention, random_embeddings
+from sinkexport.families.linear_attention import linear_layers, recurrent_cache
+from sinkexport.families.rope import ModelRotary, identity_rotary, replaced_rotary
 
 NUM_BEFORE = 5
 """Tokens before the one that is looked at."""
@@ -25,7 +25,7 @@ FAR = 2**20
 """A position that no factor of position overlooks: some change at every 8,192nd token only."""
 
 Tensors = dict[str, torch.Tensor]
-"""By name: queries, keys and values of each layer, and the logits, of the last token."""
+"""Queries, keys and values of each layer, and the logits, of the last token, by name."""
 
 
 def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
@@ -66,7 +66,7 @@ def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
 
 
 def _changed_in_streams(model: Any, rotary: ModelRotary, texts: tuple[list[int], list[int]]) -> str | None:
-    """What of the last token depends on more than the states of linear layers; None: nothing.
+    """Name of what depends on more than the states of linear layers, of the last token; None: nothing does.
 
     The states after the start of a text are kept, another text is fed, and the text goes on with what was kept.
     """
@@ -97,7 +97,7 @@ def _other_states(model: Any, cache: Any) -> list[int]:
 
 
 def _last_token(model: Any, rotary: ModelRotary, ids: list[int], position: int, cache: Any | None = None) -> Tensors:
-    """What the last of these tokens has, the first standing at `position`. Linear layers go on from `cache`."""
+    """Tensors of the last of these tokens, the first standing at `position`. Linear layers go on from `cache`."""
     found: Tensors = {}
 
     def attend(

@@ -1,6 +1,6 @@
 """A model's rotary embedding: its frequencies, how it lays out cos and sin, and how to put another in its place.
 
-Which numbers a layer turns, and by which table, is found out by `sinkexport.model.probe`.
+Which numbers a layer turns, and by which table, is found out by `sinkexport.families.probe`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.ring import phase_frequency
 
 from sinkexport.families.adapters import ROTARY_NAME, find_adapter, has_alibi
-from sinkexport.model.recurrent import RecurrentShapes
+from sinkexport.families.linear_attention import RecurrentShapes
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
     """Facts of one model's attention, the same in all layers but for the window.
 
-    own_windows: by layer, the tokens that the model itself sees in it, the newest included; None: all.
+    sliding_windows: by layer, the tokens that the model itself sees in it, the newest included; None: all.
     alibi_slopes: [Hq], what a logit loses for each token of distance (ALiBi, arXiv:2108.12409); None: no ALiBi.
     recurrent: the layers that have linear attention, of which nothing else here is said.
     """
@@ -32,13 +32,13 @@ class AttentionShape:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
-    own_windows: tuple[int | None, ...]
+    sliding_windows: tuple[int | None, ...]
     alibi_slopes: tuple[float, ...] | None = None
     recurrent: RecurrentShapes = dataclasses.field(default_factory=dict)
 
 
 COS_LAYOUTS = ("halves", "neighbours", "single")
-"""How a family lays out cos and sin over the last axis: (f, f), each of f twice in a row, or f alone."""
+"""Layouts of cos and sin over the last axis: (f, f), each of f twice in a row, or f alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +159,9 @@ def replaced_rotary(model: torch.nn.Module, replacement: torch.nn.Module) -> Ite
             setattr(parent, attribute, original)
 
 
-def rotate(x: torch.Tensor, angles: torch.Tensor, spec: RotarySpec) -> torch.Tensor:
-    """Rotate the pairs of the first R dimensions of x [..., D] by angles [..., R/2] (RoFormer, arXiv:2104.09864)."""
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spec: RotarySpec) -> torch.Tensor:
+    """Rotate the pairs of the first R dimensions of x [..., D] by cos, sin [..., R/2] (RoFormer, arXiv:2104.09864)."""
     turned, rest = x[..., : spec.rotary_dim], x[..., spec.rotary_dim :]
-    cos, sin = angles.cos(), angles.sin()
     if spec.interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]
         turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
@@ -203,7 +202,7 @@ def probe_table(original: torch.nn.Module, table: str, capacity: int) -> tuple[R
 
 
 def refused_rotary(received: str, expected: str) -> UsageError:
-    """A refusal of how a model tells positions."""
+    """A refusal of how a model encodes positions."""
     return UsageError(
         problem("rotary positions", received=received, expected=expected, fix="this model cannot be exported exactly")
     )

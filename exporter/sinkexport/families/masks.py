@@ -1,4 +1,4 @@
-"""What a layer's own mask lets a token see: all before it or a window of the newest, anything else is refused.
+"""Tokens that a layer's own mask lets a token see: all before it or a window of the newest; all else is refused.
 
 transformers describes a mask as a function of (stream, head, query's place, key's place) before it makes a tensor of
 it. The recorder takes that function, hands out a marked tensor in its place, and finds by the mark which layer was
@@ -55,7 +55,7 @@ class MaskRecorder:
                 )
 
     def _number(self, mask: Any) -> int | None:
-        """Which function a mask is of; None: of none."""
+        """Number of the function that a mask is of; None: of none."""
         if not isinstance(mask, torch.Tensor) or not mask.numel():
             return None
         number = float(mask.flatten()[0])
@@ -64,7 +64,7 @@ class MaskRecorder:
 
 
 def visible_window(function: Callable[..., torch.Tensor], capacity: int, layer: int) -> int | None:
-    """How many of the newest tokens a mask function lets a token see, itself included; None: all of 2 C.
+    """Number of the newest tokens that a mask function lets a token see, itself included; None: all of 2 C.
 
     Raises: UsageError if it sees others.
     """

@@ -1,9 +1,9 @@
-"""How a model attends and rotates: read off the model itself, never assumed.
+"""Attention and rotation of a model: read off the model itself, never assumed.
 
 A family's rotary code differs in which numbers form a pair (halves or neighbours), how many dimensions turn, how cos
 and sin are laid out and which layers share them. Instead of a table of families, `probe_attention` runs the model
 twice on the same few tokens: once they see no rotation (cos = 1, sin = 0), once known ones. What the attention function
-receives tells shapes and layout. Queries and keys must both be turned, and nothing else: a norm between rotation and
+receives shows shapes and layout. Queries and keys must both be turned, and nothing else: a norm between rotation and
 attention, a layout that is not recognised or a second call in a layer is refused, so a guess can never reach a bundle.
 
 Tokens are random vectors in the place of embeddings, and every dimension is compared on its own scale: neither a row of
@@ -20,12 +20,12 @@ import torch
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
-from sinkexport.model.interface import intercept_attention, random_embeddings
-from sinkexport.model.locality import refuse_other_states
-from sinkexport.model.masks import MaskRecorder
-from sinkexport.model.recurrent import RecurrentShapes, linear_layers, recurrent_cache, recurrent_shapes
-from sinkexport.model.refusals import refusing
-from sinkexport.model.rope import (
+from sinkexport.families.interface import intercept_attention, random_embeddings
+from sinkexport.families.linear_attention import RecurrentShapes, linear_layers, recurrent_cache, recurrent_shapes
+from sinkexport.families.locality import refuse_other_states
+from sinkexport.families.masks import MaskRecorder
+from sinkexport.families.refusals import refusing
+from sinkexport.families.rope import (
     COS_LAYOUTS,
     AttentionShape,
     HandedOutRotary,
@@ -54,19 +54,19 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
     capacity: tokens that the cache will hold. Where the model makes its frequencies depend on the length of a text
     (longrope, arXiv:2402.13753; dynamic NTK), they are those of a text of this length.
 
-    Raises: UsageError if layers differ in shape, have no attention or several, if cos/sin or the rotation have a layout
-        that is not known, if queries and keys are not turned alike, if a layer masks more than a window, or if anything
-        but attention and known linear layers carries something from token to token.
+    Raises: UsageError if layers differ in shape, or have no attention or several; for an unknown layout of cos/sin or
+        of the rotation; if queries and keys are not turned alike; if a layer masks more than a window; if anything but
+        attention and known linear layers carries something from token to token.
     """
     with refusing(model, "probing its attention"):
         tables, cos_layout = _probe_tables(model, capacity)
-        # Angles of each table differ, so that a layer's rotation tells which one it is of; those of tokens do too.
+        # Angles of each table differ, so that a layer's rotation shows its table; those of tokens differ too.
         angles = {
             key: torch.linspace(0.3 + 0.2 * i, 2.7 + 0.2 * i, table.frequency.numel(), dtype=torch.float64)
             + 0.4 * torch.arange(NUM_TOKENS, dtype=torch.float64)[:, None]  # [T, R/2]
             for i, (key, table) in enumerate(tables.items())
         }
-        still = ModelRotary(tables, cos_layout, ())
+        still = ModelRotary(tables=tables, cos_layout=cos_layout, layers=())
         dtype = next(model.parameters()).dtype
         masks, cache = MaskRecorder(), recurrent_cache(model)
         plain = _run(model, identity_rotary(still, 1, NUM_TOKENS, dtype), num_layers, cache, masks)
@@ -77,11 +77,11 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
             raise refused_rotary("a use of cos and sin outside attention", "queries and keys alone")
         shape = _common_shape(plain, num_layers, recurrent_shapes(model, cache))
         masks.check(
-            [None if one is None else (one.mask, one.own_window) for one in _by_layer(plain, num_layers)],
+            [None if one is None else (one.mask, one.sliding_window) for one in _by_layer(plain, num_layers)],
             capacity,
             adapted=find_adapter(model) is not None,
         )
-        rotary = ModelRotary(tables, cos_layout, layers)
+        rotary = ModelRotary(tables=tables, cos_layout=cos_layout, layers=layers)
         refuse_other_states(model, rotary)
     return shape, rotary
 
@@ -113,7 +113,7 @@ def _handed(angles: Mapping[str, torch.Tensor], cos_layout: str, dtype: torch.dt
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """What the attention function of one layer was given: q [Hq, T, D], k and v [Hkv, T, D], float64.
+    """Inputs of one layer's attention function: q [Hq, T, D], k and v [Hkv, T, D], float64.
 
     mask: what else it was given for a mask.
     """
@@ -121,7 +121,7 @@ class _Seen:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    own_window: int | None
+    sliding_window: int | None
     alibi_slopes: tuple[float, ...] | None
     mask: Any
 
@@ -141,7 +141,7 @@ def _by_layer(run: _Run, num_layers: int) -> list[_Seen | None]:
 def _run(
     model: torch.nn.Module, rotary: HandedOutRotary, num_layers: int, cache: Any | None, masks: MaskRecorder | None
 ) -> _Run:
-    """What attention is given in each layer where `rotary` turns. Each token's output is its own value.
+    """Run the model with `rotary` and record the inputs of each attention. Each token's output is its own value.
 
     Raises: UsageError if a layer attends twice or never, or in shapes of no plain attention.
     """
@@ -165,7 +165,14 @@ def _run(
             raise _refused(f"a call in layer {layer} of {num_layers}", "one in each layer")
         _check_shapes(layer, q, k, v)
         slopes = None if alibi_slopes is None else tuple(alibi_slopes.tolist())
-        seen[layer] = _Seen(q[0].double(), k[0].double(), v[0].double(), sliding_window, slopes, attention_mask)
+        seen[layer] = _Seen(
+            q=q[0].double(),
+            k=k[0].double(),
+            v=v[0].double(),
+            sliding_window=sliding_window,
+            alibi_slopes=slopes,
+            mask=attention_mask,
+        )
         return own_values(q, v), None
 
     ids = torch.arange(NUM_TOKENS)[None]
@@ -187,7 +194,7 @@ def _run(
                 raise _refused(f"{name} that are not finite in layer {layer}", "finite numbers")
             if not bool(x.any()):
                 raise _refused(
-                    f"{name} that are all zero in layer {layer}, whose rotation nothing tells",
+                    f"{name} that are all zero in layer {layer}, which hide its rotation",
                     "weights that are not zero",
                 )
     return _Run(seen, output.logits[0].double())
@@ -223,21 +230,29 @@ def _common_shape(run: _Run, num_layers: int, recurrent: RecurrentShapes) -> Att
             "the same in all layers",
         )
     num_q_heads, num_kv_heads, head_dim, slopes = shapes.pop()
-    windows = tuple(None if one is None else one.own_window for one in seen)
-    return AttentionShape(num_layers, num_q_heads, num_kv_heads, head_dim, windows, slopes, recurrent)
+    windows = tuple(None if one is None else one.sliding_window for one in seen)
+    return AttentionShape(
+        num_layers=num_layers,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        sliding_windows=windows,
+        alibi_slopes=slopes,
+        recurrent=recurrent,
+    )
 
 
 def _layout(
     layer: int, plain: _Run, turned: _Run, angles: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> RotarySpec:
-    """How a layer turns its queries and keys, which must be in one way."""
+    """Rotation that a layer applies to its queries and keys, which must be the same for both."""
     if layer not in plain.seen:
         return STILL
     before, after = plain.seen[layer], turned.seen[layer]
     candidates = [(STILL, torch.zeros(NUM_TOKENS, 0, dtype=torch.float64))]
     for table, turn in angles.items():
         for interleaved in (False, True):
-            spec = RotarySpec(2 * turn.shape[-1], interleaved, table)
+            spec = RotarySpec(rotary_dim=2 * turn.shape[-1], interleaved=interleaved, table=table)
             # Of a single pair both are one: the first will do.
             if spec.rotary_dim <= before.q.shape[-1] and not (interleaved and spec.rotary_dim == 2):
                 candidates.append((spec, turn))
@@ -248,7 +263,7 @@ def _layout(
     found = fits_q & fits_k
     if len(found) > 1:
         raise refused_rotary(
-            f"queries and keys in layer {layer} that are too small to tell how they turn",
+            f"queries and keys in layer {layer} that are too small to show how they turn",
             "numbers in the range of their type",
         )
     if not found:
@@ -270,7 +285,7 @@ def _is_turned(
     plain: torch.Tensor, turned: torch.Tensor, angles: torch.Tensor, spec: RotarySpec, dtype: torch.dtype
 ) -> bool:
     """Whether turned [H, T, D] is plain by these angles [T, R/2], each pair of each head on its own scale."""
-    wanted = rotate(plain, angles, spec) if spec.rotary_dim else plain
+    wanted = rotate(plain, angles.cos(), angles.sin(), spec) if spec.rotary_dim else plain
     error = (turned - wanted).abs().amax(dim=1)  # [H, D]
     size = plain.square().mean(dim=1)  # [H, D]
     pairs = size[:, : spec.rotary_dim]
@@ -283,12 +298,12 @@ def _is_turned(
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Error of a rotation as a share of its pair's size: cos, sin, products and sums are rounded."""
+    """Error of a rotation as a share of its pair's size: cos, sin, multiplications and sums are rounded."""
     return max(1e-4, 16 * torch.finfo(dtype).eps)
 
 
 def smallest(dtype: torch.dtype) -> float:
-    """Where numbers of a type lose digits: a few of its smallest steps."""
+    """Magnitude at which numbers of a type lose digits: a few of its smallest steps."""
     return 4 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
