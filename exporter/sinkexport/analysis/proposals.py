@@ -16,12 +16,13 @@ USUAL = 0.5
 def propose_head_windows(
     report: SinkReport, architecture: str, *, longest: int, shortest: int, share: float
 ) -> tuple[HeadWindowFile, float]:
-    """A window of `longest` tokens for the key heads that need it most, `shortest` for the others.
+    """Give a window of `longest` tokens to the key heads that need it most, and `shortest` to the others.
 
-    share: of the memory that windows of `longest` would take in all heads; as many heads keep it as fit in. Which:
-    those whose output would change most with a window of `shortest` tokens (of the next smaller size that was
-    measured), a key head as much as its query heads together. Returns: the file, and the largest such change of a
-    key head that is cut short.
+    A head needs it if its output would change most with a window of `shortest` tokens (or the next smaller size that
+    was measured). A key head changes as much as its query heads together. As many heads keep the long window as fit
+    in.
+    share: memory of the windows, as a share of what they would take if all were long.
+    Returns: the file, and the largest change of a key head with a short window.
 
     Raises: UsageError as `check_proposal`, or if no such window was measured.
     """
@@ -56,7 +57,10 @@ def propose_head_windows(
 
 
 def check_proposal(longest: int, shortest: int, share: float) -> None:
-    """Raises: UsageError unless 1 <= shortest < longest, and `shortest` tokens in all heads fit into the share."""
+    """Check what is asked for, before a model is loaded.
+
+    Raises: UsageError unless 1 <= shortest < longest, and `shortest` tokens in all heads fit into the share.
+    """
     if not 1 <= shortest < longest:
         raise UsageError(
             problem(
