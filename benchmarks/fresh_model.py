@@ -176,7 +176,7 @@ def train(
         sequences = torch.from_numpy(ids[row[:, None] + np.arange(LENGTH + 1)])  # [batch, LENGTH + 1]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, len(starts))
-        with torch.autocast("cpu", dtype=torch.bfloat16):  # products only; weights and their updates are float32
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # matmuls only; weights and their updates are float32
             logits = model(input_ids=sequences[:, :-1], use_cache=False).logits  # [batch, LENGTH, vocab]
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), sequences[:, 1:].flatten())
         optimizer.zero_grad()
