@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -48,6 +49,7 @@ def measure(name: str, path: Path, arguments: argparse.Namespace, cache: tuple[i
     command += [f"--capacity={cache[1]}", f"--threads={arguments.threads}", f"--bucket={arguments.bucket}"]
     command += [f"--tokens={arguments.tokens}", f"--seconds={arguments.seconds}"]
     facts = environment(arguments.threads)
+    facts["command"] = re.sub(r"(?:/[\w.+-]+)+/", "", facts["command"])  # names of files, wherever they lay
     threads = str(arguments.threads)
     worker = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": threads}
