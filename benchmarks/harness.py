@@ -17,7 +17,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("sinkexport", "onnxruntime", "onnxruntime-genai", "transformers", "torch", "llama-cpp-python", "xllamacpp", "numpy")
+PACKAGES = (
+    "sinkexport",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "transformers",
+    "torch",
+    "llama-cpp-python",
+    "xllamacpp",
+    "numpy",
+)
 
 
 def environment(threads: int, peer_packages: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -45,7 +45,7 @@ WARM_UP = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One request and the answers that are right: from a stream that took all of it, or from one that went on from before.
+    """One request and its right answers: of a stream that took all of it, or of one that went on from before.
 
     The two differ only where a sum in another order tips the balance between two tokens.
     """

@@ -36,9 +36,7 @@ def commands() -> str:
     for name in cli.list_commands(context):
         command = cli.get_command(context, name)
         assert command is not None
-        inner = click.Context(
-            command, context, info_name=name, terminal_width=HELP_WIDTH, max_content_width=HELP_WIDTH
-        )
+        inner = click.Context(command, context, info_name=name, terminal_width=HELP_WIDTH, max_content_width=HELP_WIDTH)
         parts.append(f"## {name}\n\n```text\n{command.get_help(inner)}\n```\n")
     return "\n".join(parts)
 
@@ -72,7 +70,11 @@ def recipes() -> str:
         recipe = load_recipe(name)
         weights = f"INT{recipe.weights.bits}, {_scales(recipe.weights)}" if recipe.weights else "floating point"
         mode = recipe.activations.mode if recipe.activations else "float"
-        inputs = {"float": "floating point", "dynamic": "INT8, ranges found at run time", "static": "INT8, ranges from calibration"}[mode]
+        inputs = {
+            "float": "floating point",
+            "dynamic": "INT8, ranges found at run time",
+            "static": "INT8, ranges from calibration",
+        }[mode]
         window = "INT8" if recipe.kv == "int8" else "floating point"
         rows.append((f"`{name}`", weights, inputs, window, ", ".join(recipe.targets), recipe.description))
     return _table(rows)
