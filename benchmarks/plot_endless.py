@@ -30,7 +30,7 @@ MAX_POINTS = 120
 
 def draw(result: dict[str, Any]) -> Figure:
     """Milliseconds a token at the left, resident memory at the right, against the token's number."""
-    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
     times, memory = figure.subplots(1, 2)
     for name, each in result["decoders"].items():
         label, color = STYLES[name]
@@ -52,8 +52,9 @@ def draw(result: dict[str, Any]) -> Figure:
     memory.set_ylabel("resident memory, MB")
     memory.set_ylim(bottom=0)
     memory.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    times.legend(fontsize=8, loc="upper left", frameon=False)
-    figure.suptitle(_title(result), fontsize=9, color="#555555")
+    handles, labels = times.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.supxlabel(_title(result), fontsize=8, color="#666666")
     return figure
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import pytest
 from sinkexport.cli import cli
+from sinkexport.families import EXPORTED
 
 from tests.docs.pages import NAMES, ROOT, anchors, commands, fences, prose, text_of
 from tests.runtime.toy import Toy, build_toy
@@ -71,6 +72,11 @@ def test_readme_s_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_readme_is_short() -> None:
     """About 900 words, so that it is read."""
     assert len(text_of("README.md").split()) <= 1000
+
+
+def test_readme_counts_the_families() -> None:
+    """The number of tested families is that of the table."""
+    assert f"[{len(EXPORTED)} that are tested](docs/families.md)" in text_of("README.md")
 
 
 def test_make_targets_that_are_named_exist() -> None:
