@@ -16,7 +16,8 @@ from tests.runtime.toy import Toy, build_toy
 
 FOLDERS = ("exporter", "runtime", "plugins", "tests", "docs", "benchmarks", "recipes", "tools", "findings")
 _PATH = re.compile(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)`")
-_ABBREVIATED = {"docs/img"}
+_PLACEHOLDER = re.compile(r"[A-Z]{4}")
+"""`NAME` and `COMMAND` in a path stand for what a reader chooses."""
 COMMANDS = sorted({(name, line) for name in NAMES for line in commands(text_of(name))})
 
 
@@ -37,8 +38,21 @@ def test_links_go_somewhere(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "CHANGELOG.md"])
 def test_files_that_are_named_exist(name: str) -> None:
     """A path in `code` that begins with a folder of the repository is there."""
-    missing = [path for path in _PATH.findall(prose(text_of(name))) if not (ROOT / path).exists()]
-    assert not missing
+    named = [path for path in _PATH.findall(prose(text_of(name))) if not _PLACEHOLDER.search(Path(path).stem)]
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_scripts_that_are_run_exist() -> None:
+    """`python FILE` in the docs names a file."""
+    for name in NAMES:
+        for script in re.findall(r"python ([\w/]+\.py)", text_of(name)):
+            assert (ROOT / script).is_file(), f"{name}: {script}"
+
+
+def test_findings_have_one_line_a_script() -> None:
+    """findings/README.md lists each script of its folder once."""
+    listed = re.findall(r"^\| `(\w+\.sh)` \|", text_of("findings/README.md"), re.MULTILINE)
+    assert listed == sorted(path.name for path in (ROOT / "findings").glob("*.sh"))
 
 
 @pytest.mark.parametrize(("name", "line"), COMMANDS, ids=[line[:60] for _, line in COMMANDS])
