@@ -120,7 +120,7 @@ plot: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-test: lint types $(MODEL) $(LLAMA_VOCABS)/.fetched
+test: lint types docs $(MODEL) $(LLAMA_VOCABS)/.fetched
 	SINKEXPORT_SMOLLM2='$(abspath $(MODEL))' SINKEXPORT_LLAMA_VOCABS='$(abspath $(LLAMA_VOCABS))' OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(PYTEST_FLAGS)
 
 test-fast: $(VENV)/.dev

@@ -203,7 +203,7 @@ def train(
 
 
 def perplexity(model: Any, ids: Ids) -> float:
-    """Of the tokens 1 .. N-1 of ids [N], each predicted from those before it in its piece of `LENGTH` tokens."""
+    """Perplexity of the tokens 1 .. N-1 of ids [N], each predicted from those before it in a piece of `LENGTH`."""
     nats = 0.0
     for start in range(0, len(ids) - 1, LENGTH):
         piece = torch.from_numpy(ids[start : start + LENGTH + 1])
@@ -214,7 +214,7 @@ def perplexity(model: Any, ids: Ids) -> float:
 
 
 def unigram_perplexity(learnt: Ids, held: Ids) -> float:
-    """Of the same tokens under their frequencies in the texts to learn, one added to each count."""
+    """Perplexity of the same tokens under their frequencies in the texts to learn, one added to each count."""
     counts = np.bincount(learnt, minlength=VOCAB_SIZE) + 1.0
     return math.exp(-np.log(counts / counts.sum())[held[1:]].mean())
 

@@ -42,7 +42,7 @@ def environment(threads: int, peer_packages: Mapping[str, str] | None = None) ->
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that matter in this environment."""
+    """Versions of the packages that matter in this environment."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
