@@ -112,7 +112,7 @@ generated: $(VENV)/.dev
 	PYTHONPATH=exporter:runtime $(BIN)/python tools/generate_docs.py
 
 docs: $(VENV)/.dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 plot: $(VENV)/.dev
 	$(BIN)/python benchmarks/plot_endless.py benchmarks/results/endless.json -o docs/img/endless.svg
