@@ -24,7 +24,7 @@ from sinkrt.template_process import require_jinja
 from sinkrt.text import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from tests.exporter.serving import Served, serving, user
+from tests.exporter.serve.serving import Served, serving, user
 from tests.exporter.tiny_models import tiny_model
 from tests.runtime.toy import EOS, Toy, build_toy, rehash, toy_tokenizer
 

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
-from sinkexport.model.refusals import MAX_TEXT, one_line, refusing
+from sinkexport.families.refusals import MAX_TEXT, one_line, refusing
 from sinkexport.pipeline import export as pipeline
 from sinkexport.pipeline.check_export import MAX_STREAMED_TOKENS, UncheckedWarning, check_export, correlations
 from sinkexport.pipeline.export import export_loaded

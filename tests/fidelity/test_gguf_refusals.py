@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from sinkexport.loading.gguf_models.file import open_gguf
-from sinkexport.loading.gguf_models.model import gguf_config, gguf_token_ids, load_gguf
+from sinkexport.loading.gguf_models.model import gguf_config, load_gguf, stated_end_ids
 from sinkexport.sources import locate
 from sinkrt import UsageError
 
@@ -211,7 +211,7 @@ def test_ends_of_a_text(what: str, tmp_path: Path) -> None:
     tokens, expected = TOKENS[what]
     path = write(tmp_path / "tiny.gguf", tiny("llama"), tokens=tokens)
     model = _load(path)
-    assert gguf_token_ids(open_gguf(path)) == expected
+    assert stated_end_ids(open_gguf(path)) == expected
     ends = model.generation_config.eos_token_id
     assert tuple([] if ends is None else [ends] if isinstance(ends, int) else ends) == expected
     assert model.config.eos_token_id == (None if "eos_token_id" in tokens else 2)

@@ -12,9 +12,9 @@ import transformers
 from click.testing import CliRunner
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
+from sinkexport.families.masks import visible_window
+from sinkexport.families.probe import probe_attention
 from sinkexport.model.fold_rotation import fold_rotation, functional
-from sinkexport.model.masks import visible_window
-from sinkexport.model.probe import probe_attention
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
@@ -305,7 +305,7 @@ def test_the_reference_refuses_a_state_beside_attention_too() -> None:
 
 def test_a_window_that_only_the_mask_has_is_refused() -> None:
     model = tiny_model("mistral", sliding_window=9)
-    assert probed(model)[0].own_windows == (9, 9)
+    assert probed(model)[0].sliding_windows == (9, 9)
     for layer in model.model.layers:
         layer.self_attn.config = model.config
     source = transformers.models.mistral.modeling_mistral

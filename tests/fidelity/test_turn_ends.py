@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
-from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids, template_end
+from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids
 from sinkexport.pipeline.export import export, export_loaded
 from sinkexport.sources import LoadedModel
 from sinkrt import Session, UsageError
@@ -78,7 +78,7 @@ def model(**changes: Any) -> Any:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_template_s_own_end(name: str) -> None:
     template, end = TEMPLATES[name]
-    assert template_end(tokenizer(template)) == (None if end is None else number(end))
+    assert tokenizer(template).template_end == (None if end is None else number(end))
 
 
 def test_the_union_of_all_who_name_one(tmp_path: Path) -> None:

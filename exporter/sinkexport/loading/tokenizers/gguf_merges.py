@@ -13,7 +13,7 @@ from sinkexport.loading.tokenizers.gguf_vocab import FOLDER, TokenType, Vocabula
 Pair = tuple[str, str]
 
 _LONGEST_RUN = 40
-"""Of runs with one score: for longer ones the trial takes too long."""
+"""Longest runs with one score that are tried: for longer ones the trial takes too long."""
 
 
 def listed_merges(lines: Iterable[str], ids: Mapping[str, int]) -> list[Pair]:
@@ -109,7 +109,7 @@ def _leftmost_first(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 class _Uses:
-    """What tokens are merged with, by the pairs added so far; indexed when it is asked for, as few vocabularies do."""
+    """Neighbours that tokens are merged with, by the pairs added so far; indexed on demand, which is rare."""
 
     def __init__(self) -> None:
         self._waiting: list[Sequence[Pair]] = []
