@@ -29,7 +29,7 @@ help:
 	@echo "make demo       export SmolLM2-135M and stream $(DEMO_TOKENS) tokens: three windows of 1,020"
 	@echo "make test       lint, types and all tests (test-fast: without the slow ones)"
 	@echo "make format     ruff format, clang-format; make lint: check them, and the direction of imports; make types: mypy"
-	@echo "make generated  write the generated parts of the docs anew; make docs: the docs site, into build/site"
+	@echo "make generated  write generated files anew (docs); make docs: the docs site, into build/site"
 	@echo "make plot       draw docs/img/endless.svg from benchmarks/results/endless.json"
 	@echo "make bench      decode, prefill and export against onnxruntime-genai and transformers; sinkexport bench"
 	@echo "make tokenizers compare the C++ tokenizer with Python's over real files (needs npm; fetches 300 MB)"

@@ -1,4 +1,4 @@
-"""Write the generated parts of the docs anew: commands, families, manifest fields and recipes.
+"""Write the generated parts of the docs anew: commands, families, manifest fields, recipes and layers.
 
     python tools/generate_docs.py [--check]
 
@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import re
 import sys
+import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -80,7 +81,21 @@ def recipes() -> str:
     return _table(rows)
 
 
+def layers() -> str:
+    """The order of imports, as import-linter checks it."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    blocks = []
+    for contract_facts in contracts:
+        if contract_facts["type"] == "layers":
+            lines = [re.sub(r"\bsinkexport\.|[()]", "", line) for line in contract_facts["layers"]]
+            blocks.append(f"{contract_facts['name']}:\n\n```text\n" + "\n".join(lines) + "\n```\n")
+    return "\n".join(blocks)
+
+
 PARTS: Mapping[str, tuple[str, Callable[[], str]]] = {
+    "layers": ("docs/architecture.md", layers),
     "commands": ("docs/cli.md", commands),
     "families": ("docs/families.md", family_table),
     "manifest": ("docs/manifest.md", manifest),

@@ -131,4 +131,4 @@ def test_figures_of_decode(report: BenchReport) -> None:
     shown = decode_cpu.show({**result, "environment": facts, "context_tokens": [1, 2], "far_tokens": [3, 4]})
     rows = [line for line in shown.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(inside) + 1
-    assert len({row.replace(r"\|", "").count("|") for row in rows}) == 1  # what a contender said must not add a column
+    assert len({row.replace(r"\|", "").count("|") for row in rows}) == 1  # what a decoder said must not add a column
