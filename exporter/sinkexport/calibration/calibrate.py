@@ -50,11 +50,11 @@ from sinkexport.calibration.observers import (
 )
 from sinkexport.calibration.rounding import RoundedArrays, SecondMoments, batches, round_batch
 from sinkexport.calibration.stream_inputs import StreamConfig, input_groups, stream_inputs
+from sinkexport.families.interface import intercept_attention
+from sinkexport.families.probe import probe_attention
+from sinkexport.families.rope import AttentionShape
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
-from sinkexport.model.interface import intercept_attention
-from sinkexport.model.probe import probe_attention
-from sinkexport.model.rope import AttentionShape
 from sinkexport.quant.recipe import Calibration, Recipe
 from sinkexport.sources import LoadedModel
 from sinkexport.util import files

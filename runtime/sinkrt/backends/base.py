@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sinkrt.contract import Manifest, TensorSpec
 from sinkrt.errors import BundleError, problem
+
+if TYPE_CHECKING:  # names of backends are for help texts too, which need no NumPy
+    import numpy as np
 
 
 class StateArray(Protocol):
