@@ -31,7 +31,7 @@ from sinkrt.errors import UsageError
 
 from tests.exporter.tiny_models import tiny_model
 from tests.real_model import smollm2_file
-from tests.support import run_cli
+from tests.support import refused
 
 Arrays = dict[str, np.ndarray]
 Spoil = Callable[[Arrays], None]
@@ -254,19 +254,18 @@ def test_folded_norms_of_two_layers_are_not_mistaken(exported: Callable[[str], E
     assert "input_layernorm" in exported("gemma").refusal(spoil, tmp_path / "model")
 
 
-def test_an_export_refuses_and_leaves_nothing_unless_told_not_to_check(
-    exported: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_export_refuses_and_leaves_nothing_unless_asked_not_to_check(
+    exported: Callable[[str], Exported], tmp_path: Path
 ) -> None:
-    """A loader that hands out another model than the file's."""
+    """A model in memory that is another than its file's, as a loader with a bug would hand it out."""
     source = str(exported("llama").source)
-    other = load_model(source)
+    other, config = load_model(source), ExportConfig(window_size=9, chunk_size=1)
     with torch.no_grad():
         other.model.model.layers[0].mlp.up_proj.weight.neg_()
-    monkeypatch.setattr("sinkexport.pipeline.export.load_model", lambda *_: other)
-    result = run_cli("export", source, "-o", tmp_path / "out", "--window", "9", "--chunk", "1")
-    result.refusal("up_proj")
+    with refused("up_proj", error=UsageError):
+        export_loaded(other, tmp_path / "out", config)
     assert not list(tmp_path.iterdir())
-    export(source, tmp_path / "out", ExportConfig(window_size=9, chunk_size=1), check=False)
+    export_loaded(other, tmp_path / "out", config, check=False)
 
 
 def test_torch_files_are_read_as_well(exported: Callable[[str], Exported], tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from sinkexport.bench.step_bytes import weight_bytes_per_step
-from sinkexport.model import experts
-from sinkexport.model.experts import mixtures, routers
+from sinkexport.model.experts import MAX_PICKS, mixtures, routers
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel
 from sinkrt import Session
@@ -113,15 +112,16 @@ def test_three_streams(recipe: str | None, tmp_path: Path) -> None:
     assert max(errors) < 0.02
 
 
-def test_more_tokens_than_a_node_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_tokens_than_a_node_takes(tmp_path: Path) -> None:
     """Several nodes read the same matrices: all experts would have to be read in the model's own form."""
-    monkeypatch.setattr(experts, "MAX_PICKS", 6)
-    model = half_model("gpt_oss")
-    manifest = plugin_bundle(tmp_path / "plugin", model)
+    num_tokens = MAX_PICKS // 2 + 76
+    geometry = {"chunk_size": num_tokens, "window_size": num_tokens}
+    model = half_model("qwen3_moe", max_position_embeddings=4 * num_tokens)
+    manifest = plugin_bundle(tmp_path / "plugin", model, **geometry)
     graph = graph_of(tmp_path / "plugin", "prefill")
-    assert [picks for *_, picks in products(graph)] == [6, 6, 2, 2] * 2
+    assert [picks for *_, picks in products(graph)] == [MAX_PICKS, MAX_PICKS, 152, 152]
     assert not others(graph)
-    reference(tmp_path / "onnx", model)
+    reference(tmp_path / "onnx", model, **geometry)
     assert max(errors_against(tmp_path / "plugin", manifest, tmp_path / "onnx", VOCAB_SIZE)) < 0.02
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import importlib
 import importlib.util
 import os
 import re
@@ -311,7 +312,7 @@ def test_missing_tensorrt_says_what_to_install(
     def fail(_name: str) -> None:
         raise failure
 
-    monkeypatch.setattr(engine.importlib, "import_module", fail)
+    monkeypatch.setattr(importlib, "import_module", fail)
     path = tmp_path / "decode.onnx"
     path.write_bytes(b"")
     with pytest.raises(BackendError, match=r"pip install 'sinkexport\[tensorrt\]'") as caught:
@@ -331,7 +332,7 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     """A stand-in for the package `tensorrt`, whose calls all succeed."""
     module = MagicMock(__version__="10.3.0", ILogger=Logging)
     module.__name__ = "tensorrt"
-    monkeypatch.setattr(engine.importlib, "import_module", lambda _name: module)
+    monkeypatch.setattr(importlib, "import_module", lambda _name: module)
     return module
 
 
@@ -347,7 +348,7 @@ def test_no_driver_is_told_with_tensorrts_reason(tmp_path: Path, tensorrt: Magic
 
 @pytest.mark.parametrize(("version", "has_registry"), [("8.5.3.1", False), ("8.6.1", False), ("10.3.0", True)])
 def test_a_plugin_needs_the_builders_registry_from_tensorrt_10_on(
-    version: str, has_registry: bool, tmp_path: Path, tensorrt: MagicMock, monkeypatch: pytest.MonkeyPatch
+    version: str, has_registry: bool, tmp_path: Path, tensorrt: MagicMock
 ) -> None:
     """The builder of TensorRT 8.5 has none."""
     tensorrt.__version__ = version
@@ -359,9 +360,9 @@ def test_a_plugin_needs_the_builders_registry_from_tensorrt_10_on(
         seen.append((registry is not None, plugin))
         raise UsageError("enough")
 
-    monkeypatch.setattr(engine, "load_plugin", load)
+    options = BuildOptions(plugin=tmp_path / "p.so")
     with pytest.raises(UsageError, match="enough"):
-        build_engine(ring_model(tmp_path / "r.onnx", "float32", 1), options=BuildOptions(plugin=tmp_path / "p.so"))
+        build_engine(ring_model(tmp_path / "r.onnx", "float32", 1), options=options, load=load)
     assert seen == [(has_registry, tmp_path / "p.so")]
 
 
