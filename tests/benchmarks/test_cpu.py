@@ -32,14 +32,14 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
 
 
-def test_a_contender_in_its_process(toy: Path) -> None:
-    from workers import ContenderError, packages, running
+def test_a_decoder_in_its_process(toy: Path) -> None:
+    from workers import DecoderError, packages, running
 
     with running({"sinkexport": toy, "sinkexport-steps": toy}, "", threads=1, capacity=10, sinks=2) as workers:
         assert packages(workers)["numpy"] == np.__version__
         prompt = list(range(1, 26))
         replies = [(worker.prefill(prompt, 99), worker.steps(5)) for worker in workers]
-        with pytest.raises(ContenderError, match="token id: received 9999"):
+        with pytest.raises(DecoderError, match="token id: received 9999"):
             workers[0].prefill([9999], 1)
         assert workers[0].prefill(prompt, 99).tokens == replies[0][0].tokens  # it goes on after an error
     with Session.load(toy, threads=1) as session:
@@ -78,7 +78,7 @@ class FakeLlamaMemory:
 @pytest.mark.parametrize(("shift", "kept"), [(1, [0, 1, *range(32, 40)]), (None, [0, 1, *range(34, 40)])])
 def test_llama_cpp_forgets_what_follows_the_sinks(shift: int | None, kept: list[int]) -> None:
     """S = 2, C = 10, 40 tokens: shifted by one, the cache is a bundle's; by halves, 4 of 8 go each time it is full."""
-    from contenders import LlamaCpp
+    from baselines import LlamaCpp
 
     peer, memory = LlamaCpp.__new__(LlamaCpp), FakeLlamaMemory()
     peer._api, peer._memory, peer._capacity, peer._sinks, peer._shift = memory, None, 10, 2, shift
@@ -114,7 +114,7 @@ def test_figures_of_decode(report: BenchReport) -> None:
     weights = 10_000_000 - report.manifest.state_bytes
     bandwidth = {1: [1.0], 2: [1.0, 2.0, 4.0]}
     result = decode_cpu.report(inside, far, stopped, bandwidth, report.manifest, weights, threads=2)
-    ours, genai, recompute = (result["contenders"][name] for name in inside)
+    ours, genai, recompute = (result["decoders"][name] for name in inside)
     assert result["floor_ms"] == 5
     assert (ours["ratio_to_floor"], genai["times_ours"], recompute["times_ours"]) == (2, 2, 90)
     assert [each["same_tokens"] for each in (ours, genai, recompute)] == [3, 2, 2]
@@ -131,4 +131,4 @@ def test_figures_of_decode(report: BenchReport) -> None:
     shown = decode_cpu.show({**result, "environment": facts, "context_tokens": [1, 2], "far_tokens": [3, 4]})
     rows = [line for line in shown.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(inside) + 1
-    assert len({row.replace(r"\|", "").count("|") for row in rows}) == 1  # what a contender said must not add a column
+    assert len({row.replace(r"\|", "").count("|") for row in rows}) == 1  # what a decoder said must not add a column

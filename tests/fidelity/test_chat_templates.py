@@ -17,9 +17,10 @@ from sinkexport.config import ExportConfig
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.sources import LoadedModel
 from sinkrt import BundleError, Session, UsageError
-from sinkrt.chat_template import ChatTemplate, choose_template, parse_template_args
-from sinkrt.template_process import require_jinja
 from sinkrt.text import Tokenizer
+from sinkrt.text.chat_template import ChatTemplate, choose_template
+from sinkrt.text.template_args import parse_template_args
+from sinkrt.text.template_process import require_jinja
 from transformers import PreTrainedTokenizerFast
 
 from tests.exporter.serve.serving import Served, serving, user

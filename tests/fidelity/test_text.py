@@ -77,7 +77,7 @@ def spaced(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_generated_text_is_the_end_of_the_whole_text(spaced: Path) -> None:
     with Session.load(spaced, threads=1) as session:
-        library = session.tokenizer._tokenizer
+        library = tokenizers.Tokenizer.from_file(str(spaced / "tokenizer.json"))
         prompt = library.encode("w7 w8").ids
         said = "".join(session.generate(prompt, max_tokens=5, ignore_eos=True))
         whole = library.decode(session.recent_ids().tolist())
@@ -215,7 +215,7 @@ def test_control_tokens_of_users_get_the_ids_of_ordinary_text(text: str) -> None
     turn: list[str | int] = [start, f"user\n{text.strip()}", end, "\n", start, "assistant\n"]
     assert ours.chat_ids([{"role": "user", "content": text}]) == [bos, *reference(library, turn)]
     assert ours.next_turn_ids(text) == reference(library, [end, "\n", *turn])
-    assert ours._tokenizer.decode(ours.prompt_ids(text, begun=True), skip_special_tokens=False) == text
+    assert library.decode(ours.prompt_ids(text, begun=True), skip_special_tokens=False) == text
     ours.close()
 
 

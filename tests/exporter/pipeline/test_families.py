@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sinkexport.config import ExportConfig
-from sinkexport.families import EXPORTED, markdown_table, rotates_by_length
+from sinkexport.families import EXPORTED, rotates_by_length
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
@@ -148,12 +148,6 @@ def test_model_is_left_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(before, after)
     assert [name for name, _ in model.named_modules()] == before_names
     assert model.config._attn_implementation == implementation
-
-
-def test_readme_has_the_table_of_families() -> None:
-    readme = Path(__file__).parents[3] / "README.md"
-    table = readme.read_text(encoding="utf-8").split("### Model families")[1].split("\n## ")[0]
-    assert table.endswith(f"\n\n{markdown_table()}"), "put families.markdown_table() into README.md"
 
 
 def test_every_listed_family_is_tested_here() -> None:

@@ -1,7 +1,7 @@
-"""Every way to decode that is compared: greedy, one stream, fp32.
+"""Every way to decode that is compared, sinkexport and its baselines: greedy, one stream, fp32.
 
-A contender is made with the cache's size that all get, in tokens: `capacity` C, of which the first `sinks` are kept
-for ever by those that can. Heavy imports are inside, since each contender runs in an environment of its own.
+Each decoder gets the same cache size in tokens, `capacity` C. Those that can, keep the first `sinks` of them forever.
+Heavy imports are inside the classes, since each decoder runs in an environment of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """path: of the model in the contender's own form. threads: CPU threads."""
+    """path: the model in the decoder's own format. threads: CPU threads."""
 
     path: str
     threads: int
@@ -21,7 +21,7 @@ class Setup:
     sinks: int
 
 
-class Contender(Protocol):
+class Decoder(Protocol):
     """Greedy decoding of one stream."""
 
     def prefill(self, ids: list[int], limit: int) -> int:
@@ -203,7 +203,7 @@ class LlamaCpp:
             api.llama_memory_seq_add(memory, 0, sinks + forget, used, -forget)
 
 
-CONTENDERS: dict[str, type[Any]] = {
+DECODERS: dict[str, type[Any]] = {
     "sinkexport": Sinkexport,
     "sinkexport-steps": SinkexportSteps,
     "genai": Genai,
