@@ -51,47 +51,44 @@ def is_module(name: list[str]) -> bool:
 
 
 def replaced(node: ast.AST, modules: dict[str, str]) -> Iterator[tuple[list[str], str]]:
-    """What a statement or call replaces: the owner's full name and the attribute, "" where nobody can tell."""
+    """What a statement or a call replaces: the owner's full name and the attribute. A call's unknown owner is []."""
     if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        for target in [part for t in targets for part in (t.elts if isinstance(t, ast.Tuple) else [t])]:
+        for target in (part for t in targets for part in (t.elts if isinstance(t, ast.Tuple) else [t])):
             if isinstance(target, ast.Attribute):
-                yield dotted(target.value, modules), target.attr
-    elif isinstance(node, ast.Call) and node.args and dotted(node.func, modules)[-1:] != []:
-        owner, function = dotted(node.func, modules)[:-1], dotted(node.func, modules)[-1]
+                yield dotted(target.value, modules) or ["?"], target.attr
+    elif isinstance(node, ast.Call) and node.args:
+        *owner, function = dotted(node.func, modules) or [""]
         if function not in REPLACING or not {"monkeypatch", "mock", "patch", "unittest"} & set(owner):
             return
         first = node.args[0]
         if isinstance(first, ast.Constant) and isinstance(first.value, str):
-            yield first.value.split(".")[:-1], first.value.split(".")[-1]
-        elif len(node.args) == 1:  # patch.multiple(owner, name=...)
-            yield from ((dotted(first, modules), keyword.arg or "") for keyword in node.keywords)
+            *where, name = first.value.split(".")
+            yield where, name
         else:
-            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
-            yield dotted(first, modules), str(name)
+            second = node.args[1] if len(node.args) > 1 else None
+            yield dotted(first, modules), str(second.value) if isinstance(second, ast.Constant) else ""
 
 
-def problems(source: str) -> list[str]:
-    """Lines that replace a private name, an attribute of a module of ours, or what cannot be told."""
+def problems(source: str) -> list[tuple[str, str]]:
+    """Places that replace a private name, an attribute of a module of ours, or what cannot be seen: function, name."""
     tree = ast.parse(source)
-    modules, found = imports(tree), []
-    for function in [tree, *(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))]:
-        for node in ast.walk(function):
-            for owner, name in replaced(node, modules):
-                own = owner[:1] in (["self"], ["cls"]) and len(owner) == 1
-                if not own and (not name or any(map(is_private, [*owner, name])) or (owner and is_module(owner))):
-                    label = getattr(function, "name", "")
-                    found.append(f"{node.lineno}: {'.'.join([*owner, name])} in {label}")
-        if function is tree:
-            outside = found
-    named = {line.split(":")[0]: line for line in found if not line.endswith(" in ")}
-    return [named.get(line.split(":")[0], line) for line in dict.fromkeys(outside)]
+    modules = imports(tree)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    found = []
+    for node in ast.walk(tree):
+        for owner, name in replaced(node, modules):
+            is_own = owner[:1] in (["self"], ["cls"])
+            if not owner or is_module(owner) or (not is_own and any(map(is_private, [*owner, name]))):
+                inside = [f.name for f in functions if f.lineno <= node.lineno <= (f.end_lineno or 0)]
+                found.append((inside[0] if inside else "", ".".join([*owner, name])))
+    return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(TESTS)))
 def test_nothing_private_is_replaced(path: Path) -> None:
     found = problems(path.read_text(encoding="utf-8"))
-    assert not [line for line in found if (path.name, line.rpartition(" in ")[2]) not in EXEMPT]
+    assert not [place for place in found if (path.name, place[0]) not in EXEMPT]
 
 
 @pytest.mark.parametrize(
@@ -115,5 +112,5 @@ def test_nothing_private_is_replaced(path: Path) -> None:
     ],
 )
 def test_what_is_found(line: str, is_problem: bool) -> None:
-    source = f"import sys\nfrom sinkexport.bench import run\nfrom sinkrt import Session\n\n\ndef test() -> None:\n    {line}\n"
-    assert bool(problems(source)) == is_problem
+    imported = "import sys\nfrom sinkexport.bench import run\nfrom sinkrt import Session\n"
+    assert bool(problems(f"{imported}def test() -> None:\n    {line}\n")) == is_problem
