@@ -34,6 +34,7 @@ from sinkrt.errors import BackendError, UsageError
 from tests.exporter.tiny_models import TINY, tiny_model
 from tests.exporter.variants.test_affine import random_tensors, written
 from tests.real_model import smollm2_file
+from tests.support import slow_but
 
 HAS_TENSORRT = importlib.util.find_spec(MODULE) is not None
 # In CI a missing package is a failure, not a skip: SINKEXPORT_NO_SKIP=1 lets the error come out.
@@ -231,25 +232,29 @@ class TestExportedGraphs:
 
     pytestmark = needs_tensorrt
 
-    @pytest.mark.parametrize("name", BUILT)
+    @pytest.mark.parametrize("name", slow_but(2, BUILT))
     def test_every_family_builds(self, tmp_path: Path, name: str) -> None:
         loaded = LoadedModel(tiny_model(name), None, name)
         check_bundle(tmp_path / "bundle", export_loaded(loaded, tmp_path / "bundle", ExportConfig(S, W, chunk_size=1)))
 
     @pytest.mark.parametrize(
         "config",
-        [
-            ExportConfig(S, W, dtype="fp16", chunk_size=1),
-            ExportConfig(S, W, batch=3, chunk_size=1),
-            ExportConfig(0, W, chunk_size=1),
-            ExportConfig(S, 1),
-        ],
+        slow_but(
+            1,
+            [
+                ExportConfig(S, W, dtype="fp16", chunk_size=1),
+                ExportConfig(S, W, batch=3, chunk_size=1),
+                ExportConfig(0, W, chunk_size=1),
+                ExportConfig(S, 1),
+            ],
+        ),
         ids=["fp16", "batch-3", "no-sinks", "window-1"],
     )
     def test_every_geometry_builds(self, tmp_path: Path, config: ExportConfig) -> None:
         loaded = LoadedModel(tiny_model("llama", dtype=getattr(torch, WEIGHT_DTYPES[config.dtype])), None, "llama")
         check_bundle(tmp_path / "bundle", export_loaded(loaded, tmp_path / "bundle", config))
 
+    @pytest.mark.slow
     def test_scaled_and_shifted_weights_build(self, tmp_path: Path) -> None:
         """Step and chunk, in standard operators."""
         model = tiny_model("llama")

@@ -29,7 +29,7 @@ from tests.exporter.graph.in_place import assert_states_are_written_last
 from tests.exporter.pipeline.export_refusal import assert_export_refuses
 from tests.exporter.tiny_models import VOCAB_SIZE, model_with_a_sink, tiny_model, tiny_tokenizer
 from tests.reference.oracle import Act, SinkAttentionOracle
-from tests.support import run_cli
+from tests.support import run_cli, slow_but
 
 LAYERS, HEADS, S, W = 2, 6, 3, 9
 MASK = ((True, True, False, True, True, False), (False, True, True, True, False, True))
@@ -54,7 +54,7 @@ def random_ids(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, VOCAB_SIZE, shape)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "bloom"])
+@pytest.mark.parametrize("name", slow_but(1, ["llama", "gemma2", "gpt_oss", "bloom"]))
 def test_bundles_pass_verify(name: str, tmp_path: Path) -> None:
     """Dense and streaming over six wraps with the family's own attention; chunks against steps. Batch 2."""
     # gpt-oss: layer 0 has a window of its own, and so no sinks.
@@ -114,7 +114,7 @@ def test_the_reference_gives_what_the_oracle_gives() -> None:
         np.testing.assert_allclose(out[:, 0].numpy(), want, atol=1e-5)  # float32 softmax
 
 
-@pytest.mark.parametrize("kv", ["fp", "int8"])
+@pytest.mark.parametrize("kv", slow_but(1, ["fp", "int8"]))
 def test_streams_at_their_own_positions_in_chunks_and_in_steps(kv: str, tmp_path: Path) -> None:
     """Two streams, of which one runs ahead, are what each is alone, token by token, over six wraps; kept copies too."""
     asked = tuning("llama")
@@ -150,6 +150,7 @@ def test_streams_at_their_own_positions_in_chunks_and_in_steps(kv: str, tmp_path
         np.testing.assert_array_equal(session.step([5, 6]), want)
 
 
+@pytest.mark.slow
 def test_off_changes_no_byte(tmp_path: Path) -> None:
     """No file, a file without `act`, and one that calibrates no head: the same graphs, the same states."""
     nothing = tuning("llama", ((False,) * HEADS,) * LAYERS)
