@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from sinkrt.contract import TARGETS
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
+
+from sinkexport.targets import OPTIONS, Target, find_target
 
 if TYPE_CHECKING:
     from sinkexport.quant.ranges import Ranges
@@ -100,11 +101,11 @@ class ExportConfig:
             raise UsageError(
                 problem("dtype", received=repr(self.dtype), expected=" | ".join(WEIGHT_DTYPES), fix="change --dtype")
             )
-        if self.target not in TARGETS:
+        if self.target not in OPTIONS:
             raise UsageError(
-                problem("target", received=repr(self.target), expected=" | ".join(TARGETS), fix="change --target")
+                problem("target", received=repr(self.target), expected=" | ".join(OPTIONS), fix="change --target")
             )
-        if self.native and self.target != "tensorrt":
+        if find_target(self.target, native=self.native) is None:
             raise UsageError(
                 problem(
                     "native",
@@ -153,7 +154,7 @@ class ExportConfig:
             )
 
     def _check_recipe(self, recipe: Recipe) -> None:
-        if self.target not in recipe.targets:
+        if target_of(self).recipes not in recipe.targets:
             raise UsageError(
                 problem(
                     f"recipe '{recipe.name}'",
@@ -173,7 +174,7 @@ class ExportConfig:
             )
 
     def _check_sink_tuning(self, tuning: SinkTuningFile) -> None:
-        if tuning.act is not None and self.has_plugins:
+        if tuning.act is not None and not target_of(self).changes_attention:
             raise UsageError(
                 problem(
                     "--sink-tuning",
@@ -193,7 +194,7 @@ class ExportConfig:
             )
 
     def _check_affine(self) -> None:
-        if self.has_plugins:
+        if not target_of(self).changes_attention:
             raise UsageError(
                 problem(
                     "--affine",
@@ -213,7 +214,7 @@ class ExportConfig:
             )
 
     def _check_int8_window(self) -> None:
-        if self.native:
+        if not target_of(self).has_int8_window:
             raise UsageError(
                 problem(
                     "kv",
@@ -235,7 +236,7 @@ class ExportConfig:
     @property
     def has_plugins(self) -> bool:
         """Whether the graphs have nodes of the TensorRT plugins."""
-        return self.target == "tensorrt" and not self.native
+        return target_of(self).has_plugins
 
     @property
     def has_int8_window(self) -> bool:
@@ -262,3 +263,11 @@ class ExportConfig:
         if own_window is not None and own_window < self.num_sink_tokens + window_size:
             return Ring(0, own_window)
         return Ring(self.num_sink_tokens, window_size)
+
+
+def target_of(config: ExportConfig) -> Target:
+    """The target that a config chooses."""
+    found = find_target(config.target, native=config.native)
+    if found is None:
+        raise ValueError(f"no target '{config.target}' with native {config.native}")
+    return found

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from sinkrt.contract import TARGETS
 from sinkrt.errors import printable
 
 from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE, KV_KINDS, WEIGHT_DTYPES, ExportConfig
+from sinkexport.targets import OPTIONS
 from sinkexport.util.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ STAGES = {
 )
 @click.option(
     "--target",
-    type=click.Choice(TARGETS),
+    type=click.Choice(OPTIONS),
     default="onnx",
     show_default=True,
     help="tensorrt: for 'sinkexport build', with this project's plugin (docs/tensorrt.md).",

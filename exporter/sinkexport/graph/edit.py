@@ -96,3 +96,13 @@ def replace_node(node: ir.Node, nodes: Sequence[ir.Node], outputs: Sequence[ir.V
         if new is not None:
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+
+
+def drop_unused(graph: ir.Graph) -> bool:
+    """Remove nodes whose results nothing reads. Returns whether there were any."""
+    unused = False
+    for node in reversed(list(graph)):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            graph.remove(node, safe=True)
+            unused = True
+    return unused

@@ -21,16 +21,16 @@ SINK_ATTENTION = "SinkAttention"
 STREAM_ANGLES = "StreamAngles"
 BLOCK_ATTENTION = "BlockAttention"
 """The block mode of SinkAttention: frames of video or audio (model/block_attention.py)."""
-EXPERT_PRODUCT = "ExpertProduct"
-"""A product by the matrices of a mixture's experts (model/experts.py)."""
+EXPERT_MATMUL = "ExpertMatmul"
+"""Matmul by the matrices of MoE experts (model/experts.py)."""
 INT8_LINEAR, INT8_ROWS = "Int8Linear", "Int8Rows"
-"""Products by INT8 weights and rows of INT8 tables, of the TensorRT plugin: made by a graph pass, never traced."""
+"""Matmuls by INT8 weights and rows of INT8 tables, of the TensorRT plugin: made by a graph pass, never traced."""
 HALF_LINEAR = "HalfLinear"
-"""Products by float16 weights, likewise."""
+"""Matmuls by float16 weights, likewise."""
 HALF_EXPERT_LINEAR, INT8_EXPERT_LINEAR = "HalfExpertLinear", "Int8ExpertLinear"
-"""Products by the matrices of chosen experts, float16 or INT8, likewise."""
+"""Matmuls by the matrices of chosen experts, float16 or INT8, likewise."""
 RMS_NORM, GATED_ACTIVATION = "RmsNorm", "GatedActivation"
-"""What is between products, of the TensorRT plugin: made by graph passes, never traced."""
+"""What is between matmuls, of the TensorRT plugin: made by graph passes, never traced."""
 
 SCALE_TYPE = "tensor(float16)"
 _FLOATS = ["tensor(float)", "tensor(float16)"]
@@ -111,8 +111,8 @@ def schemas() -> Mapping[str, onnx.defs.OpSchema]:
         ],
         {"scale": kinds.FLOAT, "interleaved": kinds.INT},
     )
-    expert_product = _schema(
-        EXPERT_PRODUCT,
+    expert_matmul = _schema(
+        EXPERT_MATMUL,
         [
             *(_Parameter(name, "T") for name in ("x", "weight")),
             _Parameter("picks", "tensor(int64)", "", param_option=_Option.Optional),
@@ -120,7 +120,7 @@ def schemas() -> Mapping[str, onnx.defs.OpSchema]:
         [_Parameter("out", "T")],
         {"is_transposed": kinds.INT, "in_place": kinds.INT},
     )
-    every = (sink_attention, stream_angles, block_attention, expert_product)
+    every = (sink_attention, stream_angles, block_attention, expert_matmul)
     return {schema.name: schema for schema in every}
 
 
@@ -222,7 +222,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
             interleaved=int(interleaved),
         )
 
-    experts = onnxscript.values.Op(opset, EXPERT_PRODUCT, schemas()[EXPERT_PRODUCT])
+    experts = onnxscript.values.Op(opset, EXPERT_MATMUL, schemas()[EXPERT_MATMUL])
 
     def translate_experts(x: Any, weight: Any, picks: Any, is_transposed: bool, in_place: bool = False) -> Any:
         return experts(x, weight, picks, is_transposed=int(is_transposed), in_place=int(in_place))

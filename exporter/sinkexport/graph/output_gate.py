@@ -1,4 +1,4 @@
-"""Gated attention (arXiv:2505.06708): the Mul by a sigmoid that follows an attention, so that that can do it."""
+"""Gated attention (arXiv:2505.06708): find the Mul by a sigmoid that follows attention, and let attention do it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ BY_TOKEN = (0, 2, 1, 3)
 
 @dataclasses.dataclass(frozen=True)
 class OutputGate:
-    """``product = ungated * sigmoid(gate)``, where `ungated` is an attention's output in the order of tokens.
+    """``multiplied = ungated * sigmoid(gate)``, where `ungated` is an attention's output in the order of tokens.
 
     ungated: [B, T, Hq, D] or [B, T, Hq * D]. gate: the same shape, or [B, T, Hq, 1], of the same type.
     """
 
     gate: ir.Value
     ungated: ir.Value
-    product: ir.Node
+    multiplied: ir.Node
 
 
 def find_output_gate(attention: ir.Node) -> OutputGate | None:
@@ -47,8 +47,8 @@ def find_output_gate(attention: ir.Node) -> OutputGate | None:
 
 def absorb(b: Builder, found: OutputGate, num_q_heads: int) -> ir.Value:
     """Take the Mul out of the graph: what read it now reads the attention. Returns the gate, [B, Hq, T, D or 1]."""
-    ir.convenience.replace_all_uses_with(found.product.outputs[0], found.ungated, replace_graph_outputs=True)
-    b.graph.remove(found.product, safe=True)
+    ir.convenience.replace_all_uses_with(found.multiplied.outputs[0], found.ungated, replace_graph_outputs=True)
+    b.graph.remove(found.multiplied, safe=True)
     batch, tokens, *_ = shape = known_shape(found.gate)
     if len(shape) == 3:
         shape = (batch, tokens, num_q_heads, shape[2] // num_q_heads)
@@ -56,12 +56,12 @@ def absorb(b: Builder, found: OutputGate, num_q_heads: int) -> ir.Value:
     return b.op("Transpose", [rows], (batch, num_q_heads, tokens, shape[3]), perm=BY_TOKEN)
 
 
-def _gate(value: ir.Value, product: ir.Node, split: tuple[int, ...]) -> OutputGate | None:
-    factor = product.inputs[1] if product.inputs[0] is value else product.inputs[0]
+def _gate(value: ir.Value, multiplied: ir.Node, split: tuple[int, ...]) -> OutputGate | None:
+    factor = multiplied.inputs[1] if multiplied.inputs[0] is value else multiplied.inputs[0]
     sigmoid = None if factor is None else factor.producer()
     if sigmoid is None or sigmoid.op_type != "Sigmoid" or sigmoid.domain or sigmoid.inputs[0] is None:
         return None
     gate, shape = sigmoid.inputs[0], known_shape(value)
     if known_shape(gate) != shape and (shape != split or known_shape(gate) != (*split[:3], 1)):
         return None
-    return OutputGate(gate, value, product) if gate.dtype == value.dtype else None
+    return OutputGate(gate, value, multiplied) if gate.dtype == value.dtype else None

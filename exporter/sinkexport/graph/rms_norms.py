@@ -1,4 +1,4 @@
-"""Root-mean-square norms as the single ONNX operator RMSNormalization (arXiv:1910.07467)."""
+"""Find root-mean-square norms (arXiv:1910.07467), which models spell out in six operators or more."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from sinkexport.graph.edit import is_weight, only_user, replace_node, static_shape, typed
+from sinkexport.graph.edit import is_weight, only_user, static_shape
 
 
 @dataclasses.dataclass(frozen=True)
 class RmsNorm:
-    """What one match found: ``scale * x / sqrt(mean(x^2) + epsilon)``, ending in node `last`, which scales.
+    """One match: ``scale * x / sqrt(mean(x^2) + epsilon)``, ending in node `last`, which scales.
 
-    Types may differ: x as it was before a cast to float32, scale and the result as `last` has them.
+    Types may differ: x is taken before a cast to float32, scale and the result as `last` has them.
     """
 
     x: ir.Value
@@ -23,27 +23,11 @@ class RmsNorm:
     last: ir.Node
 
 
-def fuse_rms_norms(model: ir.Model) -> int:
-    """Fuse every norm over the last axis. Returns how many were found.
-
-    Follows values, not names, and looks through the casts to float32 and back that half-precision models have:
-    RMSNormalization itself computes in float32 (stash_type) and scales in the type of its input.
-    """
-    found = [n for n in find_rms_norms(model.graph) if n.x.dtype == n.scale.dtype == n.last.outputs[0].dtype]
-    for norm in found:
-        fused = ir.node(
-            "RMSNormalization",
-            [norm.x, norm.scale],
-            {"axis": -1, "epsilon": norm.epsilon, "stash_type": int(ir.DataType.FLOAT)},
-        )
-        result = norm.last.outputs[0]
-        typed(fused.outputs[0], result.shape, result.dtype)  # type: ignore[arg-type]
-        replace_node(norm.last, [fused], fused.outputs)
-    return len(found)
-
-
 def find_rms_norms(graph: ir.Graph) -> Iterator[RmsNorm]:
-    """Every norm over the last axis. A found one may be replaced before the next is asked for."""
+    """Every norm over the last axis. One that was found may be replaced before the next is asked for.
+
+    Follows values, not names, and looks through the casts to float32 and back that half-precision models have.
+    """
     for node in list(graph):
         if node.op_type == "ReduceMean" and (norm := _match(node)) is not None:
             yield norm
@@ -58,10 +42,10 @@ def _match(mean: ir.Node) -> RmsNorm | None:
     epsilon = _number(next((v for v in addition.inputs if is_weight(v)), None)) if addition else None
     root = only_user(addition.outputs[0], "Sqrt") if addition else None
     inverse = only_user(root.outputs[0], "Reciprocal") if root else None
-    product = only_user(inverse.outputs[0], "Mul") if inverse else None
-    if epsilon is None or product is None or source not in product.inputs:
+    scaled = only_user(inverse.outputs[0], "Mul") if inverse else None
+    if epsilon is None or scaled is None or source not in scaled.inputs:
         return None
-    normalized = product.outputs[0]
+    normalized = scaled.outputs[0]
     if (cast := only_user(normalized, "Cast")) is not None:
         normalized = cast.outputs[0]
     scaling = only_user(normalized, "Mul")

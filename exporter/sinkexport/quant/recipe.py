@@ -9,11 +9,18 @@ import fnmatch
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 import yaml
 from sinkrt.errors import UsageError, problem
+
+from sinkexport.targets import RECIPE_TARGETS
+
+if TYPE_CHECKING:
+    RecipeTarget = str
+else:
+    RecipeTarget = Literal[*RECIPE_TARGETS]
 
 RECIPES_FOLDER = Path(__file__).parent.parent / "recipes"
 """The recipes that come with the package."""
@@ -142,7 +149,7 @@ class Recipe(_Spec):
     embeddings: Literal["int8", "float"] = "int8"
     keep_float: tuple[str, ...] = ()
     kv: Literal["fp", "int8"] = "fp"
-    targets: tuple[Literal["onnx", "tensorrt"], ...] = pydantic.Field(min_length=1)
+    targets: tuple[RecipeTarget, ...] = pydantic.Field(min_length=1)
     calibration: Calibration | None = None
     thresholds: Thresholds
     families: Mapping[str, Mapping[str, Any]] = pydantic.Field(default_factory=dict)

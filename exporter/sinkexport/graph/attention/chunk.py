@@ -114,10 +114,10 @@ class ChunkAttention(AttentionParts):
     def _placed(self, state: ir.Value, kept: ir.Value) -> ir.Value:
         """A state [B, Hkv, W, D] or [B, Hkv, W] with kept [B, Hkv, T, D] or [B, Hkv, T] in the chunk's slots.
 
-        TensorRT's parser refuses a circular TensorScatter, so there each slot selects its row. That touches the whole
-        window, T times as seldom as a step does; a slot reads no other slot, so one buffer stays safe.
+        Without a circular TensorScatter each slot selects its row. That touches the whole window, T times as seldom as
+        a step does; a slot reads no other slot, so one buffer stays safe.
         """
-        if self.target != "tensorrt":
+        if self.has_circular_scatter:
             return self.write_rows(state, kept, self._first_slot(), mode="circular")
         rows = self._rows(kept, self._token_of_slot(), self.window_size)
         is_written = self._is_in_chunk(len(known_shape(state)))

@@ -53,7 +53,7 @@ class Int8StepAttention(StepAttention):
         # As the right operand keys must be turned, one byte an entry; as the left one they would be the signed one.
         turned = b.op("Transpose", [keys], (batch, num_heads, head_dim, window_size), perm=(0, 1, 3, 2))
         query = as_float(b, b.reshape(q, (batch, num_heads, self.group, head_dim)))
-        logits = b.op("Mul", [self._integer_product(query, b.op("Abs", [query]), turned), scale])
+        logits = b.op("Mul", [self._integer_matmul(query, b.op("Abs", [query]), turned), scale])
         return b.reshape(cast(b, logits, self.q.dtype), (*self._grouped, window_size, 1))
 
     def _window_sum(self, weights: ir.Value, window: list[ir.Value]) -> ir.Value:
@@ -61,14 +61,14 @@ class Int8StepAttention(StepAttention):
         values, scale = window[1], self._scales(window[3])
         heads = (self.batch, self.num_kv_heads, self.group, self.window_size)
         weights = b.op("Mul", [as_float(b, b.reshape(weights, heads)), scale])  # >= 0, as softmax gives them
-        out = self._integer_product(weights, b.op("Abs", [weights]) if self.has_affine else weights, values)
+        out = self._integer_matmul(weights, b.op("Abs", [weights]) if self.has_affine else weights, values)
         return b.reshape(cast(b, out, self.q.dtype), (*self._grouped, 1, self.head_dim))
 
     def _scales(self, state: ir.Value) -> ir.Value:
         """float16 [B, Hkv, W] -> float32 [B, Hkv, 1, W]."""
         return self.b.reshape(as_float(self.b, state), (self.batch, self.num_kv_heads, 1, self.window_size))
 
-    def _integer_product(self, x: ir.Value, magnitude: ir.Value, integers: ir.Value) -> ir.Value:
+    def _integer_matmul(self, x: ir.Value, magnitude: ir.Value, integers: ir.Value) -> ir.Value:
         """x float32 [B, Hkv, G, n], |x| the magnitude, times int8 [B, Hkv, n, m] -> float32 [B, Hkv, G, m]."""
         b, float_ = self.b, ir.DataType.FLOAT
         batch, num_heads, group, length = known_shape(x)

@@ -35,11 +35,13 @@ class AttentionParts:
     """One SinkAttention node about to be expanded, and its pieces that do not depend on the number of tokens.
 
     batch, num_q_heads, num_tokens, head_dim: B, Hq, T, D. num_kv_heads, group: Hkv, Hq / Hkv.
-    num_sinks, window_size: S, W. b: collects the new nodes. target: ``onnx | tensorrt``, what the graph is for.
+    num_sinks, window_size: S, W. b: collects the new nodes.
+    has_circular_scatter: whether the target takes a TensorScatter that runs past the ring's end.
     """
 
-    def __init__(self, graph: ir.Graph, node: ir.Node, per_run: PerRun, target: str = "onnx") -> None:
-        self.node, self.b, self._per_run, self.target = node, Builder(graph), per_run, target
+    def __init__(self, graph: ir.Graph, node: ir.Node, per_run: PerRun, *, has_circular_scatter: bool = True) -> None:
+        self.node, self.b, self._per_run = node, Builder(graph), per_run
+        self.has_circular_scatter = has_circular_scatter
         self.q, self.k, self.v = (operand(node, i) for i in range(3))
         self.batch, self.num_q_heads, self.num_tokens, self.head_dim = known_shape(self.q)
         self.num_kv_heads = known_shape(self.k)[1]
@@ -51,6 +53,10 @@ class AttentionParts:
         self.affine_scale, self.affine_bias = (optional(node, i) for i in (16, 17))
         self.has_affine = self.affine_scale is not None or self.affine_bias is not None
         self.mass, self.calibrated_heads = (optional(node, i) for i in (18, 19))
+
+    def expand(self) -> None:
+        """Put standard operators in the place of the node."""
+        raise NotImplementedError
 
     def once(self, name: str, build: Callable[[Builder], ir.Value]) -> ir.Value:
         """A value that all layers of the same geometry share."""

@@ -13,11 +13,10 @@ import onnx_ir as ir
 from sinkexport.graph.attention.parts import operand, optional
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, replace_node
+from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.operators import DOMAIN
 
 OPSET = 17
-IR_VERSION = 8
-"""ONNX 1.13, the first after opset 17."""
 
 SAME = frozenset(
     (
@@ -60,29 +59,37 @@ SAME = frozenset(
         "Where",
     )
 )
-"""Mean the same in both, as far as a bundle's graph uses them."""
+"""Operators that mean the same in both, as far as a bundle's graph uses them."""
 
 _AXES_WERE_ATTRIBUTES = frozenset(("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd"))
 
 
-def lower_to_opset_17(model: ir.Model) -> None:
-    """Raises: ValueError naming an operator that has no such form."""
-    graph = model.graph
-    for node in list(graph):
-        if node.domain == DOMAIN or node.op_type in SAME:
-            continue
-        if node.op_type in _AXES_WERE_ATTRIBUTES:
-            _axes_as_attribute(graph, node)
-        elif node.op_type == "Split":
-            _sizes_as_input(graph, node)
-        elif node.op_type == "LayerNormalization":
-            _expand_layer_norm(graph, node)
-        elif node.op_type == "Gelu":
-            _expand_gelu(graph, node)
-        else:
-            raise ValueError(f"{node.op_type} '{node.name}' has no form in opset {OPSET} here")
-    model.opset_imports[""] = OPSET
-    model.ir_version = IR_VERSION
+class LowerToOpset17(GraphPass):
+    """Write operators of opset 24 as those of opset 17. Nodes of this project's domain stay as they are."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replace what differs, and declare the opset.
+
+        Raises: ValueError naming an operator that has no such form.
+        """
+        if model.opset_imports[""] <= OPSET:
+            return ir.passes.PassResult(model, False)
+        graph = model.graph
+        for node in list(graph):
+            if node.domain == DOMAIN or node.op_type in SAME:
+                continue
+            if node.op_type in _AXES_WERE_ATTRIBUTES:
+                _axes_as_attribute(graph, node)
+            elif node.op_type == "Split":
+                _sizes_as_input(graph, node)
+            elif node.op_type == "LayerNormalization":
+                _expand_layer_norm(graph, node)
+            elif node.op_type == "Gelu":
+                _expand_gelu(graph, node)
+            else:
+                raise ValueError(f"{node.op_type} '{node.name}' has no form in opset {OPSET} here")
+        model.opset_imports[""] = OPSET
+        return ir.passes.PassResult(model, True)
 
 
 def _axes_as_attribute(graph: ir.Graph, node: ir.Node) -> None:
@@ -109,7 +116,7 @@ def _sizes_as_input(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _expand_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
-    """Over the last axis, in float32 as the operator itself computes (arXiv:1607.06450)."""
+    """Layer norm over the last axis, in float32 as the operator itself computes (arXiv:1607.06450)."""
     x, scale, bias = operand(node, 0), operand(node, 1), optional(node, 2)
     rank = len(known_shape(x))
     if node.attributes["axis"].as_int() not in (-1, rank - 1):

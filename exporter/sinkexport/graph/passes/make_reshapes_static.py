@@ -11,20 +11,26 @@ import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, replace_node, static_shape
+from sinkexport.graph.graph_pass import GraphPass
 
 _VIEWS = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Identity", "Expand"))
 
 
-def make_reshapes_static(model: ir.Model) -> None:
+class MakeReshapesStatic(GraphPass):
     """Turn every view of the graph into at most one Reshape with a constant shape."""
-    graph = model.graph
-    for node in list(graph):
-        if node.domain or node.op_type not in _VIEWS:
-            continue
-        source, result = node.inputs[0], node.outputs[0]
-        if source is None or static_shape(source) is None or static_shape(result) is None or not _moves_no_data(node):
-            continue
-        _replace_by_view(graph, node, _before_views(source))
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replace views. Those that are in this form are made anew, which names of nodes show and nothing else."""
+        graph, modified = model.graph, False
+        for node in list(graph):
+            if node.domain or node.op_type not in _VIEWS:
+                continue
+            source, result = node.inputs[0], node.outputs[0]
+            if source is None or static_shape(source) is None or static_shape(result) is None:
+                continue
+            if _moves_no_data(node):
+                modified |= _replace_by_view(graph, node, _before_views(source))
+        return ir.passes.PassResult(model, modified)
 
 
 def _moves_no_data(node: ir.Node) -> bool:
@@ -50,14 +56,18 @@ def _before_views(value: ir.Value) -> ir.Value:
     return value
 
 
-def _replace_by_view(graph: ir.Graph, node: ir.Node, source: ir.Value) -> None:
+def _replace_by_view(graph: ir.Graph, node: ir.Node, source: ir.Value) -> bool:
+    """Put one Reshape of `source`, or `source` itself, in the place of `node`. Returns whether they differ."""
     result = node.outputs[0]
     shape = known_shape(result)
     if known_shape(source) == shape and not result.is_graph_output():
         ir.convenience.replace_all_uses_with(result, source)
         graph.remove(node, safe=True)
-        return
+        return True
     b = Builder(graph)
-    view = b.op("Reshape", [source, b.ints(shape, "shape")], shape, result.dtype)
+    target = b.ints(shape, "shape")
+    differs = node.op_type != "Reshape" or list(node.inputs) != [source, target]
+    view = b.op("Reshape", [source, target], shape, result.dtype)
     view.name = result.name
     replace_node(node, b.nodes, [view])
+    return differs

@@ -1,93 +1,48 @@
-"""Weights in the orientation that MatMul reads, and projections of one input joined into one MatMul.
+"""Join projections of one input into one MatMul and a Split (q, k, v; gate, up).
 
-A decode step reads every weight once, so its speed is that of memory; fewer, larger products reach more of the
-bandwidth and leave fewer nodes. Everything is computed lazily, while the weights file is written.
+A decode step reads every weight once, so its speed is that of memory. Fewer, larger matmuls reach more of the
+bandwidth and leave fewer nodes. Weights stay lazy: they are joined while the weights file is written.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
-from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import is_weight, known_shape, lazy_weight, only_user, replace_node
-
-ROWS = "rows"
-"""Key in the metadata of a weight [K, N] that was made here: the tensors [n, K] of which it is the transpose, in order,
-as pairs (name, tensor)."""
+from sinkexport.graph.edit import is_weight, known_shape, lazy_weight
+from sinkexport.graph.graph_pass import GraphPass
+from sinkexport.graph.matmuls import ROWS, bias_addition, module_of, weight_operand
 
 
-def fold_weight_transposes(model: ir.Model) -> None:
-    """x @ Transpose(W): W is stored transposed, or read by Gemm(transB=1) if something else needs it as it is.
+class MergeProjections(GraphPass):
+    """MatMuls of one input with weights that nothing else reads become one MatMul and a Split.
 
-    The second case is an embedding that is tied to the output projection: it stays one tensor in the file.
+    Biases are joined as well if every one of them has one. With a plan only weights of one kind are joined.
     """
-    graph = model.graph
-    for node in list(graph):
-        if node.domain or node.op_type != "Transpose" or not is_weight(node.inputs[0]):
-            continue
-        weight = node.inputs[0]
-        if weight is None or len(known_shape(weight)) != 2:
-            continue
-        users = [use.node for use in node.outputs[0].uses()]
-        if any(user.domain or user.op_type != "MatMul" or user.inputs[1] is not node.outputs[0] for user in users):
-            continue
-        if len(weight.uses()) > 1:
-            for user in users:
-                _use_gemm(graph, user, weight)
-        else:
-            rows, columns = known_shape(weight)
-            source = weight.const_value
-            transposed = lazy_weight(
-                graph,
-                f"{weight.name}.T",
-                weight.dtype,  # type: ignore[arg-type]
-                (columns, rows),
-                functools.partial(_transposed, source),
-            )
-            transposed.meta[ROWS] = ((str(weight.name), source),)
-            ir.convenience.replace_all_uses_with(node.outputs[0], transposed)
-        graph.remove(node, safe=True)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Join what reads one input."""
+        plan = self.context.plan
+        by_input: dict[tuple[ir.Value, object], list[ir.Node]] = defaultdict(list)
+        for node in model.graph:
+            x, weight = _operands(node)
+            if x is not None and weight is not None and len(known_shape(weight)) == 2 and len(weight.uses()) == 1:
+                kind = None if plan is None else plan.kind(module_of(str(weight.name)))
+                by_input[x, kind].append(node)
+        groups = [(x, matmuls) for (x, _), matmuls in by_input.items() if len(matmuls) > 1]
+        for x, matmuls in groups:
+            _merge(model.graph, x, matmuls)
+        return ir.passes.PassResult(model, bool(groups))
 
 
-def _transposed(tensor: ir.TensorProtocol | None) -> np.ndarray:
-    if tensor is None:
-        raise ValueError("a weight without content")
-    return np.ascontiguousarray(tensor.numpy().T)
-
-
-def _use_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
-    """MatMul(x, W^T) with x [..., K] -> Gemm over x [rows, K] with transB."""
-    x, result = matmul.inputs[0], matmul.outputs[0]
-    if x is None:
-        raise ValueError(f"MatMul '{matmul.name}' without an input")
-    *_, depth = known_shape(x)
-    rows, width = int(np.prod(known_shape(x))) // depth, known_shape(weight)[0]
-    b = Builder(graph)
-    product = b.op("Gemm", [b.reshape(x, (rows, depth)), weight], (rows, width), transB=1)
-    replace_node(matmul, b.nodes, [b.reshape(product, known_shape(result))])
-
-
-def merge_projections(model: ir.Model, kind: Callable[[str], object] | None = None) -> None:
-    """MatMuls of one input with weights of their own become one MatMul and a Split (q, k, v; gate, up).
-
-    Biases are joined as well if every one of them has one.
-    kind: of a weight, by its name; only weights of one kind are joined. None: all are of one kind.
-    """
-    graph = model.graph
-    by_input: dict[tuple[ir.Value, object], list[ir.Node]] = defaultdict(list)
-    for node in graph:
-        if not node.domain and node.op_type == "MatMul" and node.inputs[0] is not None and is_weight(node.inputs[1]):
-            weight = node.inputs[1]
-            if weight is not None and len(known_shape(weight)) == 2 and len(weight.uses()) == 1:
-                by_input[node.inputs[0], kind and kind(str(weight.name))].append(node)
-    for (x, _), matmuls in by_input.items():
-        if len(matmuls) > 1:
-            _merge(graph, x, matmuls)
+def _operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
+    """x and W of ``x @ W`` with a constant W; else None."""
+    if node.domain or node.op_type != "MatMul" or not is_weight(node.inputs[1]):
+        return None, None
+    return node.inputs[0], node.inputs[1]
 
 
 def _merge(graph: ir.Graph, x: ir.Value, matmuls: list[ir.Node]) -> None:
@@ -108,18 +63,6 @@ def _merge(graph: ir.Graph, x: ir.Value, matmuls: list[ir.Node]) -> None:
     for part, result in zip(parts, results, strict=True):
         ir.convenience.replace_all_uses_with(result, part, replace_graph_outputs=True)
     graph.remove(list(reversed(replaced)), safe=True)
-
-
-def bias_addition(product: ir.Value) -> ir.Node | None:
-    """The Add of a 1-D weight that is the only reader of `product`."""
-    addition = only_user(product, "Add")
-    other = weight_operand(addition)
-    return addition if other is not None and known_shape(other) == known_shape(product)[-1:] else None
-
-
-def weight_operand(node: ir.Node | None) -> ir.Value | None:
-    """The first input that is a constant; None: none is, or there is no node."""
-    return next((value for value in node.inputs if is_weight(value)), None) if node is not None else None
 
 
 def _joined(graph: ir.Graph, weights: list[ir.Value]) -> ir.Value:

@@ -1,4 +1,4 @@
-"""A step's queries, keys and values go to the SinkAttention plugin as the product that makes them leaves them.
+"""A step's queries, keys and values go to the SinkAttention plugin as the matmul that makes them leaves them.
 
 TensorRT would copy each of the three parts of a Split. With one token the parts lie as attention reads them anyway.
 """
@@ -9,29 +9,34 @@ import onnx_ir as ir
 
 from sinkexport.graph.attention.parts import operand
 from sinkexport.graph.edit import known_shape, only_user, replace_node, split_source, static_shape, typed
+from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION
 
 
-def pack_heads(model: ir.Model) -> int:
-    """Fuse Split -> 3 Reshapes -> SinkAttention -> Reshape of plugin graphs with static views. Returns how many.
+class PackHeads(GraphPass):
+    """Fuse Split -> 3 Reshapes -> SinkAttention -> Reshape of plugin graphs with static views.
 
-    The product's output is [B, 1, (Hq + 2 Hkv) * D], the node's then [B, 1, Hq * D]. Whatever lies between (norms of
+    The matmul's output is [B, 1, (Hq + 2 Hkv) * D], the node's then [B, 1, Hq * D]. Whatever lies between (norms of
     queries and keys, casts) is left alone, and so are chunks.
     """
-    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == SINK_ATTENTION]
-    return sum(_pack(node) for node in nodes)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Pack every node that is not packed yet."""
+        nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == SINK_ATTENTION]
+        unpacked = [n for n in nodes if "packed_width" in n.attributes and not n.attributes["packed_width"].as_int()]
+        return ir.passes.PassResult(model, sum(_pack(node) for node in unpacked) > 0)
 
 
 def _pack(node: ir.Node) -> bool:
-    product = _whole([operand(node, i) for i in range(3)])
+    heads = _whole([operand(node, i) for i in range(3)])
     out = node.outputs[0]
     batch, num_heads, num_tokens, head_dim = known_shape(out)
     wanted = (batch, 1, num_heads * head_dim)
     view = only_user(out, "Reshape")
-    if product is None or num_tokens != 1 or view is None or static_shape(view.outputs[0]) != wanted:
+    if heads is None or num_tokens != 1 or view is None or static_shape(view.outputs[0]) != wanted:
         return False
     attributes = {**node.attributes, "packed_width": ir.AttrInt64("packed_width", num_heads * head_dim)}
-    inputs = [product, *node.inputs[3:]]
+    inputs = [heads, *node.inputs[3:]]
     packed = ir.node(SINK_ATTENTION, inputs, attributes, domain=DOMAIN, num_outputs=len(node.outputs))
     for new, old in zip(packed.outputs, node.outputs, strict=True):
         typed(new, known_shape(old), old.dtype)

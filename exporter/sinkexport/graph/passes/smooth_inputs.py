@@ -1,7 +1,7 @@
-"""Move large channels of products' inputs into their weights (SmoothQuant, arXiv:2211.10438), changing no result.
+"""Move large channels of matmuls' inputs into their weights (SmoothQuant, arXiv:2211.10438), changing no result.
 
 ``x @ W = (x / d) @ (d * W)``. The division is free where the node that makes x has weights that can take it over: a
-norm; the values' projection, since attention mixes tokens and never channels; the product that a gate multiplies.
+norm; the values' projection, since attention mixes tokens and never channels; the matmul that a gate multiplies.
 Elsewhere it is a Mul of x. Weights stay lazy: nothing is computed before it is written.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +17,8 @@ from onnx_ir.passes import common
 
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import constant, is_weight, known_shape, lazy_weight
-from sinkexport.graph.matmuls import find_products
-from sinkexport.graph.passes.weights import ROWS
+from sinkexport.graph.graph_pass import GraphPass
+from sinkexport.graph.matmuls import ROWS, find_matmuls
 
 Floats = npt.NDArray[np.float64]
 NORMS = ("RMSNormalization", "LayerNormalization")
@@ -27,25 +26,37 @@ VALUES = 2
 """Which input of SinkAttention."""
 
 
-def smooth(model: ir.Model, divisors: Callable[[str], Floats | None]) -> None:
-    """Divide the input of every product for whose module there are divisors [K], and multiply its weights by them.
+_SMOOTHED = "smoothed"
+"""Key in the metadata of a weight that was multiplied already."""
 
-    Products of one input have the same divisors, or none. To be called before projections are joined.
+
+class SmoothInputs(GraphPass):
+    """Divide the inputs of matmuls by the plan's divisors [K], and multiply their weights by them.
+
+    Matmuls of one input have the same divisors, or none. Projections must not be joined yet.
     """
-    common.RemoveUnusedNodesPass()(model)  # a reader that nothing reads would stand in the way
-    graph = model.graph
-    by_input: dict[ir.Value, list[ir.Node]] = defaultdict(list)
-    found: dict[ir.Value, Floats] = {}
-    for product in find_products(graph):
-        factors = divisors(product.modules[0])
-        if factors is not None:
-            by_input[product.x].append(product.node)
-            found[product.x] = factors
-    for x, nodes in by_input.items():
-        if len(list(x.uses())) != len(nodes) or x.is_graph_output() or not _take_over(graph, x, 1.0 / found[x]):
-            _multiply(graph, x, nodes, 1.0 / found[x])
-        for node in nodes:
-            _scale_matrix(graph, node, found[x][:, None])
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Smooth every matmul for whose module the plan has divisors; without a plan change nothing."""
+        plan, graph = self.context.plan, model.graph
+        if plan is None:
+            return ir.passes.PassResult(model, False)
+        # A reader that nothing reads would stand in the way.
+        modified = common.RemoveUnusedNodesPass()(model).modified
+        by_input: dict[ir.Value, list[ir.Node]] = defaultdict(list)
+        found: dict[ir.Value, Floats] = {}
+        for matmul in find_matmuls(graph):
+            divisors = None if _SMOOTHED in matmul.weight.meta else plan.divisors(matmul.modules[0])
+            if divisors is not None:
+                by_input[matmul.x].append(matmul.node)
+                found[matmul.x] = divisors
+        for x, nodes in by_input.items():
+            if len(list(x.uses())) != len(nodes) or x.is_graph_output() or not _take_over(graph, x, 1.0 / found[x]):
+                _multiply(graph, x, nodes, 1.0 / found[x])
+            for node in nodes:
+                _scale_matrix(graph, node, found[x][:, None])
+                node.inputs[1].meta[_SMOOTHED] = True  # type: ignore[union-attr]
+        return ir.passes.PassResult(model, modified or bool(by_input))
 
 
 def _take_over(graph: ir.Graph, x: ir.Value, factors: Floats) -> bool:
@@ -60,7 +71,7 @@ def _take_over(graph: ir.Graph, x: ir.Value, factors: Floats) -> bool:
             if is_weight(value) and value is not None and known_shape(value) == factors.shape:
                 node.replace_input_with(i, _scaled(graph, value, factors))  # a norm in parts
                 return True
-        return any(_scale_product(graph, value, factors) for value in node.inputs if value is not None)
+        return any(_scale_matmul(graph, value, factors) for value in node.inputs if value is not None)
     attention = _behind(x).producer()
     if attention is not None and attention.op_type == "SinkAttention" and _is_only_read_in_shape(x, attention):
         return _scale_values(graph, attention, factors)
@@ -94,23 +105,23 @@ def _scale_values(graph: ir.Graph, attention: ir.Node, factors: Floats) -> bool:
     groups = factors.reshape(num_heads, -1, head_dim)  # [Hkv, Hq / Hkv, D]
     if not (groups == groups[:, :1]).all():
         return False
-    return _scale_product(graph, _behind(values, only_reader=True), groups[:, 0].reshape(-1))
+    return _scale_matmul(graph, _behind(values, only_reader=True), groups[:, 0].reshape(-1))
 
 
-def _scale_product(graph: ir.Graph, value: ir.Value, factors: Floats) -> bool:
-    """Make a product by a constant matrix, with or without a bias, come out multiplied by factors [N]."""
+def _scale_matmul(graph: ir.Graph, value: ir.Value, factors: Floats) -> bool:
+    """Make a matmul by a constant matrix, with or without a bias, come out multiplied by factors [N]."""
     node = value.producer()
     if node is None or len(list(value.uses())) != 1 or value.is_graph_output():
         return False
     bias = None
     if node.op_type == "Add":
         bias = next((i for i, operand in enumerate(node.inputs) if is_weight(operand)), None)
-        product = node.inputs[1 - bias] if bias is not None else None
-        if bias is None or product is None or len(list(product.uses())) != 1:
+        unbiased = node.inputs[1 - bias] if bias is not None else None
+        if bias is None or unbiased is None or len(list(unbiased.uses())) != 1:
             return False
         if known_shape(node.inputs[bias]) != factors.shape:  # type: ignore[arg-type]
             return False
-        addition, node = node, product.producer()
+        addition, node = node, unbiased.producer()
     if node is None or node.op_type != "MatMul" or node.domain or not is_weight(node.inputs[1]):
         return False
     weight = node.inputs[1]
@@ -125,22 +136,21 @@ def _scale_product(graph: ir.Graph, value: ir.Value, factors: Floats) -> bool:
 
 
 def _scale_matrix(graph: ir.Graph, node: ir.Node, factors: Floats) -> None:
-    """Multiply the matrix [K, N] of a product, and the rows that it is made of, by factors [K, 1] or [1, N].
+    """Multiply the matrix [K, N] of a matmul, and the rows that it is made of, by factors [K, 1] or [1, N].
 
     A Gemm has it as [N, K], which is made of nothing else.
     """
     weight = node.inputs[1]
     if weight is None:
         raise ValueError(f"'{node.name}' without a matrix")
-    if ROWS not in weight.meta:
-        node.replace_input_with(1, _scaled(graph, weight, factors.T))
-        return
-    rows = weight.meta[ROWS]
-    scaled = _scaled(graph, weight, factors)
-    if len(rows) != 1:
+    rows = weight.meta.get(ROWS, ())
+    if len(rows) > 1:
         raise ValueError(f"'{weight.name}' is joined already")
-    name, tensor = rows[0]
-    scaled.meta[ROWS] = ((name, _lazy(tensor, factors.T)),)
+    scaled = _scaled(graph, weight, factors if rows else factors.T)
+    if _SMOOTHED in weight.meta:
+        scaled.meta[_SMOOTHED] = True
+    for name, tensor in rows:
+        scaled.meta[ROWS] = ((name, _lazy(tensor, factors.T)),)
     node.replace_input_with(1, scaled)
 
 
@@ -173,10 +183,10 @@ def _times(tensor: ir.TensorProtocol, factors: Floats) -> np.ndarray:
 def _multiply(graph: ir.Graph, x: ir.Value, nodes: list[ir.Node], factors: Floats) -> None:
     """Let the nodes read x times factors [K]."""
     b = Builder(graph)
-    product = b.op("Mul", [x, _vector(graph, factors, x.dtype)])
+    scaled = b.op("Mul", [x, _vector(graph, factors, x.dtype)])
     graph.insert_before(nodes[0], b.nodes)
     for node in nodes:
-        node.replace_input_with(0, product)
+        node.replace_input_with(0, scaled)
 
 
 def _vector(graph: ir.Graph, factors: Floats, dtype: ir.DataType | None) -> ir.Value:
@@ -184,7 +194,7 @@ def _vector(graph: ir.Graph, factors: Floats, dtype: ir.DataType | None) -> ir.V
 
 
 def _behind(value: ir.Value, *, only_reader: bool = False) -> ir.Value:
-    """What `value` is but for its shape and the order of its axes. only_reader: stop where something else reads it."""
+    """What `value` is a view or a transposition of. only_reader: stop where something else reads it."""
     node = value.producer()
     while node is not None and node.op_type in ("Reshape", "Transpose") and not node.domain:
         before = node.inputs[0]

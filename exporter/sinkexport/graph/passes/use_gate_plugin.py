@@ -12,8 +12,9 @@ import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, only_user, replace_node, split_source
+from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.operators import DOMAIN, GATED_ACTIVATION
-from sinkexport.graph.passes.plugin_operators import PLUGIN_ATTRIBUTES
+from sinkexport.graph.plugin_nodes import PLUGIN_ATTRIBUTES
 
 HALF = ir.DataType.FLOAT16
 WIDTH_MULTIPLE = 8
@@ -31,15 +32,18 @@ class _Gate:
     last: ir.Node
 
 
-def use_gate_plugins(model: ir.Model) -> int:
-    """Replace every gate of float16. Returns how many; others stay as they are."""
-    graph, count = model.graph, 0
-    for node in list(graph):
-        found = _match(node)
-        if found is not None and known_shape(found.gate)[-1] % WIDTH_MULTIPLE == 0:
-            _replace(graph, found)
-            count += 1
-    return count
+class UseGatePlugin(GraphPass):
+    """Hand over every float16 gate whose width the kernel takes; others stay as they are."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replace each with one node."""
+        graph, modified = model.graph, False
+        for node in list(graph):
+            found = _match(node)
+            if found is not None and known_shape(found.gate)[-1] % WIDTH_MULTIPLE == 0:
+                _replace(graph, found)
+                modified = True
+        return ir.passes.PassResult(model, modified)
 
 
 def _match(node: ir.Node) -> _Gate | None:
@@ -51,10 +55,10 @@ def _match(node: ir.Node) -> _Gate | None:
         approximate = node.attributes["approximate"].as_string() if "approximate" in node.attributes else "none"
         activation = GELU_TANH if approximate == "tanh" else GELU
     else:
-        product = only_user(node.outputs[0], "Mul")
-        if product is None or gate not in product.inputs:
+        multiplied = only_user(node.outputs[0], "Mul")
+        if multiplied is None or gate not in multiplied.inputs:
             return None
-        active = product
+        active = multiplied
     last = only_user(active.outputs[0], "Mul")
     if last is None:
         return None
@@ -65,7 +69,7 @@ def _match(node: ir.Node) -> _Gate | None:
 
 
 def _replace(graph: ir.Graph, found: _Gate) -> None:
-    b, merged = Builder(graph), split_source([found.gate, found.up])  # the rows gate | up as one product made them
+    b, merged = Builder(graph), split_source([found.gate, found.up])  # the rows gate | up as one matmul made them
     shape = known_shape(found.gate)
     out = b.op(
         GATED_ACTIVATION,

@@ -1,8 +1,8 @@
 """Norms as RmsNorm nodes of the TensorRT plugin, with the residual addition in front of them.
 
-TensorRT would compile a kernel of its own for each such gap between two products. A node rounds where the operators
+TensorRT would compile a kernel of its own for each such gap between two matmuls. A node rounds where the operators
 that it replaces round: the sum once, before it is normalised; the normalised values before they are multiplied by
-weights of float16, or, where weights are float32 (Gemma), the product once.
+weights of float16, or, where weights are float32 (Gemma), the result once.
 """
 
 from __future__ import annotations
@@ -10,25 +10,29 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from sinkexport.graph.edit import known_shape, only_user, replace_node, typed
+from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.operators import DOMAIN, RMS_NORM
-from sinkexport.graph.passes.norms import RmsNorm, find_rms_norms
-from sinkexport.graph.passes.plugin_operators import PLUGIN_ATTRIBUTES
+from sinkexport.graph.plugin_nodes import PLUGIN_ATTRIBUTES
+from sinkexport.graph.rms_norms import RmsNorm, find_rms_norms
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 LENGTH_MULTIPLE, MAX_LENGTH = 8, 32768
 """What the kernel takes: plugins/kernels/rms_norm.h."""
 
 
-def use_norm_plugins(model: ir.Model) -> int:
-    """Replace every norm of float16 over the last axis. Returns how many; others stay as they are."""
-    count = 0
-    for norm in find_rms_norms(model.graph):
-        last = _rounding(norm)
-        length = known_shape(norm.x)[-1]
-        if norm.x.dtype == HALF and last is not None and length % LENGTH_MULTIPLE == 0 and length <= MAX_LENGTH:
-            _replace(norm, last)
-            count += 1
-    return count
+class UseNormPlugin(GraphPass):
+    """Hand over every float16 norm over the last axis whose width the kernel takes; others stay as they are."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replace each, and the addition before it, with one node."""
+        modified = False
+        for norm in find_rms_norms(model.graph):
+            last = _rounding(norm)
+            length = known_shape(norm.x)[-1]
+            if norm.x.dtype == HALF and last is not None and length % LENGTH_MULTIPLE == 0 and length <= MAX_LENGTH:
+                _replace(norm, last)
+                modified = True
+        return ir.passes.PassResult(model, modified)
 
 
 def _rounding(norm: RmsNorm) -> ir.Node | None:
