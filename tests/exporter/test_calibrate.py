@@ -452,7 +452,7 @@ def test_smoothing_alone_changes_no_result(name: str, target: str, multiplied: i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sinkexport.pipeline.export.RecipePlan", OnlySmooth)
         if name == "gemma2":  # as in models that are large: the sums are left for the runtime to fold
-            patch.setattr("sinkexport.graph.passes.constants.SMALL_ELEMENTS", 40)
+            patch.setattr("sinkexport.graph.passes.fold_constants.SMALL_ELEMENTS", 40)
         export_loaded(loaded, tmp_path / "s", ExportConfig(**geometry, recipe=asked, calibration=found))
     export_loaded(loaded, tmp_path / "f", ExportConfig(**geometry))
     ids = random_ids(2, 20)

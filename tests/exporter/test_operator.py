@@ -10,10 +10,10 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx_ir.passes import common
-from sinkexport.graph.attention.expand import expand_operators
-from sinkexport.graph.convert import IR_VERSION, OPSET, convert
-from sinkexport.graph.passes.constants import fold_small_constants
+from sinkexport.graph.convert import convert
+from sinkexport.graph.graph_pass import PassContext, run_passes
 from sinkexport.model.attention import sink_attention, stream_angles
+from sinkexport.targets import TARGETS
 from sinkrt.ring import phase_frequency
 
 from tests.reference.oracle import Act, SinkAttentionOracle
@@ -125,7 +125,7 @@ CALIBRATED = [
 ATOL, ACT_ATOL = 2e-5, 2e-4
 """Where later sinks have nearly all of the weights, what the others share is small, and known less exactly."""
 
-FORMS = pytest.mark.parametrize("form", ["torch", "onnx", "tensorrt"])
+FORMS = pytest.mark.parametrize("form", ["torch", "onnx", "tensorrt-native"])
 
 
 @pytest.mark.parametrize(
@@ -348,22 +348,22 @@ def _onnx_form(
     operator: Operator,
     case: tuple,
     num_tokens: int,
-    target: str,
+    name: str,
     affine: Sequence[torch.Tensor | None] = (None, None),
 ):
-    """The operator for `target` as ONNX Runtime runs it, each state's input and output being one buffer."""
+    """The operator for target `name` as ONNX Runtime runs it, each state's input and output being one buffer."""
     batch = case[0]
+    (target,) = (target for target in TARGETS if target.name == name)
     states = _subject(case, None, operator.act)[2]
     tokens = [torch.from_numpy(x) for x in _random_tokens(np.random.default_rng(0), case, num_tokens)]
     num_valid = None if num_tokens == 1 else torch.ones(batch, dtype=torch.int64)
     arguments = (*tokens, torch.zeros(batch, dtype=torch.int64), states, num_valid, list(affine))
     model = convert(torch.export.export(operator, arguments, strict=False))
-    fold_small_constants(model)
-    expand_operators(model, target)
+    run_passes(model, ("fold_constants", "expand_attention"), PassContext(target))
     common.NameFixPass()(model)
     assert all(node.domain == "" for node in model.graph)
-    assert model.opset_imports == {"": OPSET}
-    model.ir_version = IR_VERSION
+    assert model.opset_imports == {"": target.opset}
+    model.ir_version = target.ir_version
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
     inputs, outputs = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
 

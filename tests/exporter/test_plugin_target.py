@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from sinkexport.cli import cli
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
-from sinkexport.graph.passes.opset17 import SAME
+from sinkexport.graph.passes.lower_to_opset17 import SAME
 from sinkexport.pipeline.export import export, export_loaded
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel

@@ -40,13 +40,9 @@ ZERO_POINT = 128
 class OrtForm(FormParts):
     """Writes one graph."""
 
-    def __init__(self, graph: ir.Graph, position: ir.Value, num_sinks: int) -> None:
-        super().__init__(graph, position, num_sinks)
-        graph.opset_imports[DOMAIN] = 1
-
     def weight_only(self, matmul: Matmul, weight: QuantizedWeight) -> None:
         """x @ W, x in floating point."""
-        b, block = Builder(self.graph), block_size(weight)
+        b, block = self._builder(), block_size(weight)
         inputs = [matmul.x, *self._blocks(weight, matmul.dtype)]
         result = b.op(
             "MatMulNBits",
@@ -64,7 +60,7 @@ class OrtForm(FormParts):
 
     def gather(self, node: ir.Node, weight: QuantizedWeight) -> None:
         """Rows of a table: taken as they are stored, then turned to floating point. They may be a matmul's weights."""
-        b, bits = Builder(self.graph), weight.scheme.bits
+        b, bits = self._builder(), weight.scheme.bits
         ids, result = node.inputs[1], node.outputs[0]
         if ids is None or result.dtype is None:
             raise ValueError(f"Gather '{node.name}' without indices or type")
@@ -93,7 +89,7 @@ class OrtForm(FormParts):
 
     def dynamic(self, matmul: Matmul, weight: QuantizedWeight) -> None:
         """x @ W, each token of x rounded to 0 .. 255 with a scale and a zero point of its own."""
-        b = Builder(self.graph)
+        b = self._builder()
         x, rows, shape = b.cast(matmul.x, ir.DataType.FLOAT), matmul.num_rows, known_shape(matmul.node.outputs[0])
         matrix, zeros, scales = self._unsigned(weight), self._zero_point(), self._scales(weight)
         if rows == 1:
@@ -110,7 +106,7 @@ class OrtForm(FormParts):
 
     def static(self, matmul: Matmul, weight: QuantizedWeight, scale: InputScale) -> None:
         """x @ W, x rounded with scales that calibration found."""
-        b = Builder(self.graph)
+        b = self._builder()
         x, shape = b.cast(matmul.x, ir.DataType.FLOAT), known_shape(matmul.node.outputs[0])
         step, before, after = self._static_scale(b, matmul, scale)
         if before is not None:
@@ -144,6 +140,11 @@ class OrtForm(FormParts):
         only = self.per_run.once("one token", matmul.node, lambda b: b.reshape(is_sink, ()))
         sinks = b.scalar(scale.sinks, ir.DataType.FLOAT)
         return b.op("Where", [only, sinks, rest], (), ir.DataType.FLOAT), None, None
+
+    def _builder(self) -> Builder:
+        """For nodes of ONNX Runtime's own domain, which the graph then has to import."""
+        self.graph.opset_imports[DOMAIN] = 1
+        return Builder(self.graph)
 
     # --- weights ---
 
