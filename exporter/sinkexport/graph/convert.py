@@ -16,8 +16,8 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.graph.edit import known_shape
 from sinkexport.graph.graph_pass import PassContext, run_passes
-from sinkexport.graph.operators import translations
 from sinkexport.graph.quantize.plan import Plan
+from sinkexport.graph.translations import translations
 from sinkexport.targets import Target
 
 TRACED_OPSET = 24

@@ -3,7 +3,7 @@
 Rows that the chunk evicts are taken out as integers with their scales, the chunk's own are rounded before anything
 reads them, and a token that does not count writes back the integers that it found: no row is rounded twice. Unlike a
 step, a chunk is bound by arithmetic and has more logits than the window has entries, so the window is brought to
-floating point once, scales included, and the products are those of expand_chunk.py.
+floating point once, scales included, and the matmuls are those of chunk.py.
 """
 
 from __future__ import annotations

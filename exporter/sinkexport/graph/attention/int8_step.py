@@ -1,16 +1,16 @@
 """SinkAttention over one token a stream and an INT8 window: the window is read as the integers that it holds.
 
-Both products with the window are integer products, in which the *other* operand, small and new in each step, is rounded
-to fit: the query, and the softmax weights with the values' scales multiplied in. Each is cut into three parts of 7
-bits, which together lose no more than float32 does over the sum: a step gives what a chunk gives. (Two parts would lose
-a fortieth of what the window's own rounding costs, and one as much.) The keys' scales are multiplied into the logits.
+Both matmuls with the window are integer matmuls. The *other* operand, small and new in each step, is rounded to fit:
+the query, and the softmax weights with the values' scales multiplied in. Each is cut into three parts of 7 bits.
+Together they lose no more than float32 does over the sum: a step gives what a chunk gives. (Two parts would lose a
+fortieth of what the window's own rounding costs, and one as much.) The keys' scales are multiplied into the logits.
 No tensor of the window's size is ever scaled, or made in floating point.
 
 Why not simply cast the window to float32: that writes and reads four bytes an entry again. As a chain of 30 layers of
 3 key heads of 64 and W = 1020, with two threads of an AMD EPYC with AVX512-VNNI, in ms (tenth percentile of 200 steps):
 
     window in float32                                              2.0
-    integer products, two parts | three parts                      4.4 | 5.0
+    integer matmuls, two parts | three parts                       4.4 | 5.0
     keys cast to float32, values by integers in two | three parts  5.3 | 5.6
     keys and values cast to float32                                7.9
     (by DequantizeLinear instead of Cast, in another run: 11.5 where Cast takes 7.1)
@@ -31,7 +31,7 @@ from sinkexport.graph.edit import constant, known_shape
 PART_MAX = 63
 ZERO_POINT = PART_MAX + 1
 """Parts are unsigned, 1 .. 127: processors without VNNI add two products uint8 * int8 in 16 bits, which saturates above
-(127 * 127 * 2 < 2^15), and ONNX Runtime's products with a signed left operand are four times slower."""
+(127 * 127 * 2 < 2^15), and ONNX Runtime's matmuls with a signed left operand are four times slower."""
 FINER = 2 * PART_MAX
 """Steps of a part in one of the part before it, whose remainder is at most half a step either way."""
 NUM_PARTS = 3
@@ -91,7 +91,7 @@ class Int8StepAttention(StepAttention):
             (batch, num_heads, rows, known_shape(integers)[-1]),
             ir.DataType.INT32,
         )
-        # The parts of a row are put together, and scaled, by one small product: [G, parts * G] @ [parts * G, m].
+        # The parts of a row are put together, and scaled, by one small matmul: [G, parts * G] @ [parts * G, m].
         together = np.concatenate([np.eye(group, dtype=np.float32) / FINER**i for i in range(NUM_PARTS)], axis=1)
         steps = b.op("Mul", [step, constant(b.graph, together, "parts")])
         return b.matmul(steps, as_float(b, sums))

@@ -1,4 +1,4 @@
-"""What the two portable forms of SinkAttention have in common."""
+"""Parts that a step, a chunk and a block have in common when attention is written out."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class AttentionParts:
         )
 
     def transposed(self, rows: ir.Value) -> ir.Value:
-        """[B, Hkv, n, D] -> [B, Hkv, D, n]; runtimes can fold it into a product that follows."""
+        """[B, Hkv, n, D] -> [B, Hkv, D, n]; runtimes can fold it into a matmul that follows."""
         batch, heads, length, head_dim = known_shape(rows)
         return self.b.op("Transpose", [rows], (batch, heads, head_dim, length), perm=(0, 1, 3, 2))
 
