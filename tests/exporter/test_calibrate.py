@@ -17,9 +17,11 @@ import torch
 from click.testing import CliRunner
 from sinkexport.calibration import calibrate as calibration
 from sinkexport.calibration import histogram
-from sinkexport.calibration.calibrate import attention_outputs, choose_pieces, chosen_range, smoothing
 from sinkexport.calibration.file import CalibrationFile, fingerprint, load_calibration
 from sinkexport.calibration.observers import REST, SINKS, ChannelMaxima, Histograms
+from sinkexport.calibration.pieces import choose_pieces
+from sinkexport.calibration.smoothing import attention_outputs, smoothing
+from sinkexport.calibration.spans import chosen_range
 from sinkexport.calibration.stream_inputs import StreamConfig, input_groups, stream_inputs
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
