@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sinkexport.graph.attention.parts import operand, optional
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import is_weight, known_shape
+from sinkexport.graph.edit import is_weight, known_shape, operand, optional
 from sinkexport.graph.matmuls import module_of
 from sinkexport.graph.operators import DOMAIN, EXPERT_MATMUL
 from sinkexport.graph.quantize.plan import Plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,33 @@ HALF_EXPERT_LINEAR, INT8_EXPERT_LINEAR = "HalfExpertLinear", "Int8ExpertLinear"
 """Matmuls by the matrices of chosen experts, float16 or INT8, likewise."""
 RMS_NORM, GATED_ACTIVATION = "RmsNorm", "GatedActivation"
 """What is between matmuls, of the TensorRT plugin: made by graph passes, never traced."""
+
+
+class Input(enum.IntEnum):
+    """Inputs of SinkAttention by index. BlockAttention has the first ten, and then the oldest block."""
+
+    Q = 0
+    K = 1
+    V = 2
+    SINK_K = 3
+    SINK_V = 4
+    WINDOW_K = 5
+    WINDOW_V = 6
+    POSITION = 7
+    SHIFT_COS = 8
+    SHIFT_SIN = 9
+    NUM_VALID = 10
+    OLDEST = 10
+    WINDOW_K_SCALE = 11
+    WINDOW_V_SCALE = 12
+    ALIBI_SLOPES = 13
+    SINK_LOGIT = 14
+    SINK_SCALE = 15
+    AFFINE_SCALE = 16
+    AFFINE_BIAS = 17
+    ATTENTION_MASS = 18
+    CALIBRATED = 19
+
 
 SCALE_TYPE = "tensor(float16)"
 _FLOATS = ["tensor(float)", "tensor(float16)"]

@@ -8,9 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from sinkrt.ring import TURN
 
-from sinkexport.graph.attention.parts import operand
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape, replace_node
+from sinkexport.graph.edit import known_shape, operand, replace_node
 
 
 def expand_angles(graph: ir.Graph, node: ir.Node) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from sinkexport.graph.attention.chunk_positions import ChunkPositions
-from sinkexport.graph.attention.parts import FLOAT, operand
-from sinkexport.graph.edit import constant, known_shape
+from sinkexport.graph.attention.parts import FLOAT
+from sinkexport.graph.edit import constant, known_shape, operand
+from sinkexport.graph.operators import Input
 
 Written = tuple[list[ir.Value], list[ir.Value], list[ir.Value]]
 """States of the window, then keys and values [B, Hkv, W, D] of it, and [B, Hkv, T, D] of the rows that were evicted."""
@@ -89,7 +90,7 @@ class ChunkAttention(ChunkPositions):
         """sink_k, sink_v after the chunk; none if S = 0."""
         b, states = self.b, []
         if self.num_sinks:
-            for i, new in ((3, self.k), (4, self.v)):
+            for i, new in ((Input.SINK_K, self.k), (Input.SINK_V, self.v)):
                 old = operand(self.node, i)
                 taken = self._rows(new, self._sink_sources(), self.num_sinks)
                 states.append(b.op("Where", [self._becomes_sink(), taken, old], known_shape(old), new.dtype))
@@ -97,7 +98,8 @@ class ChunkAttention(ChunkPositions):
 
     def _write_window(self) -> Written:
         """The window's states after the chunk, and what attention reads."""
-        pairs = [self._exchange(operand(self.node, i), new) for i, new in ((5, self.k), (6, self.v))]
+        news = ((Input.WINDOW_K, self.k), (Input.WINDOW_V, self.v))
+        pairs = [self._exchange(operand(self.node, i), new) for i, new in news]
         window, evicted = ([pair[i] for pair in pairs] for i in range(2))
         return window, window, evicted
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from sinkexport.graph.attention.parts import AttentionParts, operand
+from sinkexport.graph.attention.parts import AttentionParts
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape
+from sinkexport.graph.edit import known_shape, operand
+from sinkexport.graph.operators import Input
 
 
 class ChunkPositions(AttentionParts):
@@ -18,7 +19,7 @@ class ChunkPositions(AttentionParts):
         return b.reshape(value, (self.batch, *[1] * (rank - 1)))
 
     def _num_valid(self) -> ir.Value:
-        return operand(self.node, 10)
+        return operand(self.node, Input.NUM_VALID)
 
     def _first_slot(self) -> ir.Value:
         """int64 [B]: (p - S) mod W."""

@@ -12,8 +12,7 @@ import onnx_ir as ir
 
 from sinkexport.graph.attention.chunk import ChunkAttention, Written
 from sinkexport.graph.attention.int8_rows import as_float, cast, quantized_rows
-from sinkexport.graph.attention.parts import operand
-from sinkexport.graph.edit import known_shape
+from sinkexport.graph.edit import known_shape, operand
 
 
 class Int8ChunkAttention(ChunkAttention):
@@ -21,8 +20,7 @@ class Int8ChunkAttention(ChunkAttention):
 
     def _write_window(self) -> Written:
         rows = quantized_rows(self.b, self.k, self.v)
-        news = ((5, rows.k), (6, rows.v), (11, rows.k_scale), (12, rows.v_scale))
-        pairs = [self._exchange(operand(self.node, i), new) for i, new in news]
+        pairs = [self._exchange(operand(self.node, i), new) for i, new in rows.by_state()]
         states, evicted = ([pair[i] for pair in pairs] for i in range(2))
         window, removed = ([self._floats(*x) for x in zip(y[:2], y[2:], strict=True)] for y in (states, evicted))
         return states, window, removed

@@ -24,9 +24,8 @@ import numpy as np
 import onnx_ir as ir
 
 from sinkexport.graph.attention.int8_rows import as_float, cast, quantized_rows
-from sinkexport.graph.attention.parts import operand
 from sinkexport.graph.attention.step import StepAttention
-from sinkexport.graph.edit import constant, known_shape
+from sinkexport.graph.edit import constant, known_shape, operand
 
 PART_MAX = 63
 ZERO_POINT = PART_MAX + 1
@@ -43,8 +42,7 @@ class Int8StepAttention(StepAttention):
 
     def _write_window(self) -> list[ir.Value]:
         rows = quantized_rows(self.b, self.k, self.v)
-        news = ((5, rows.k), (6, rows.v), (11, rows.k_scale), (12, rows.v_scale))
-        return [self.write_rows(operand(self.node, i), new, self._slot()) for i, new in news]
+        return [self.write_rows(operand(self.node, i), new, self._slot()) for i, new in rows.by_state()]
 
     def _window_logits(self, q: ir.Value, window: list[ir.Value]) -> ir.Value:
         b = self.b

@@ -24,9 +24,10 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from sinkexport.graph.attention.parts import FLOAT, AttentionParts, operand
+from sinkexport.graph.attention.parts import FLOAT, AttentionParts
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape
+from sinkexport.graph.edit import known_shape, operand
+from sinkexport.graph.operators import Input
 
 MANY_HEADS = 4
 """Query heads of a key head from which on one matmul serves them all."""
@@ -141,14 +142,15 @@ class StepAttention(AttentionParts):
         """sink_k, sink_v after this token; none if S = 0."""
         states: list[ir.Value] = []
         if self.num_sinks:
-            for i, new in ((3, self.k), (4, self.v)):
+            for i, new in ((Input.SINK_K, self.k), (Input.SINK_V, self.v)):
                 sinks = operand(self.node, i)
                 states.append(self.b.op("Where", [self._is_this_token(), new, sinks], known_shape(sinks), new.dtype))
         return states
 
     def _write_window(self) -> list[ir.Value]:
         """The window's states after this token: window_k, window_v."""
-        return [self.write_rows(operand(self.node, i), new, self._slot()) for i, new in ((5, self.k), (6, self.v))]
+        news = ((Input.WINDOW_K, self.k), (Input.WINDOW_V, self.v))
+        return [self.write_rows(operand(self.node, i), new, self._slot()) for i, new in news]
 
     def _slot(self) -> ir.Value:
         """int64 [B]: (t - S) mod W. While t < S it names a slot that is masked until it is written again."""

@@ -9,11 +9,11 @@ from sinkexport.graph.attention.block import BlockAttention
 from sinkexport.graph.attention.chunk import ChunkAttention
 from sinkexport.graph.attention.int8_chunk import Int8ChunkAttention
 from sinkexport.graph.attention.int8_step import Int8StepAttention
-from sinkexport.graph.attention.parts import AttentionParts, PerRun, operand
+from sinkexport.graph.attention.parts import AttentionParts, PerRun
 from sinkexport.graph.attention.step import StepAttention
-from sinkexport.graph.edit import known_shape
+from sinkexport.graph.edit import known_shape, operand
 from sinkexport.graph.graph_pass import GraphPass
-from sinkexport.graph.operators import BLOCK_ATTENTION, DOMAIN, SINK_ATTENTION, STREAM_ANGLES
+from sinkexport.graph.operators import BLOCK_ATTENTION, DOMAIN, SINK_ATTENTION, STREAM_ANGLES, Input
 
 
 class ExpandAttention(GraphPass):
@@ -45,7 +45,7 @@ class ExpandAttention(GraphPass):
 def _form(node: ir.Node) -> type[AttentionParts]:
     if node.op_type == BLOCK_ATTENTION:
         return BlockAttention
-    one_token = known_shape(operand(node, 0))[2] == 1
-    is_int8 = operand(node, 5).dtype == ir.DataType.INT8
+    one_token = known_shape(operand(node, Input.Q))[2] == 1
+    is_int8 = operand(node, Input.WINDOW_K).dtype == ir.DataType.INT8
     step, chunk = (Int8StepAttention, Int8ChunkAttention) if is_int8 else (StepAttention, ChunkAttention)
     return step if one_token else chunk

@@ -10,9 +10,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from sinkexport.graph.attention.parts import operand, optional
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape, replace_node
+from sinkexport.graph.edit import known_shape, operand, optional, replace_node
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.operators import DOMAIN
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from sinkexport.graph.attention.parts import operand
-from sinkexport.graph.edit import known_shape, only_user, replace_node, split_source, static_shape, typed
+from sinkexport.graph.edit import known_shape, only_user, operand, replace_node, split_source, static_shape, typed
 from sinkexport.graph.graph_pass import GraphPass
-from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION
+from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION, Input
 
 
 class PackHeads(GraphPass):
@@ -28,7 +27,7 @@ class PackHeads(GraphPass):
 
 
 def _pack(node: ir.Node) -> bool:
-    heads = _whole([operand(node, i) for i in range(3)])
+    heads = _whole([operand(node, i) for i in (Input.Q, Input.K, Input.V)])
     out = node.outputs[0]
     batch, num_heads, num_tokens, head_dim = known_shape(out)
     wanted = (batch, 1, num_heads * head_dim)

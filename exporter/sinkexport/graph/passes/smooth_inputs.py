@@ -19,11 +19,10 @@ from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import constant, is_weight, known_shape, lazy_weight
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.matmuls import ROWS, find_matmuls
+from sinkexport.graph.operators import Input
 
 Floats = npt.NDArray[np.float64]
 NORMS = ("RMSNormalization", "LayerNormalization")
-VALUES = 2
-"""Which input of SinkAttention."""
 
 
 _SMOOTHED = "smoothed"
@@ -98,7 +97,7 @@ def _scale_norm(graph: ir.Graph, node: ir.Node, factors: Floats) -> bool:
 
 def _scale_values(graph: ir.Graph, attention: ir.Node, factors: Floats) -> bool:
     """factors [Hq * D]; query heads that share a value head must agree."""
-    values = attention.inputs[VALUES]
+    values = attention.inputs[Input.V]
     if values is None:
         return False
     _, num_heads, _, head_dim = known_shape(values)

@@ -11,11 +11,10 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from sinkexport.graph.attention.parts import operand, optional
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import constant, drop_unused, is_weight, known_shape, replace_node, typed
+from sinkexport.graph.edit import constant, drop_unused, is_weight, known_shape, operand, optional, replace_node, typed
 from sinkexport.graph.graph_pass import GraphPass
-from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION, STREAM_ANGLES
+from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION, STREAM_ANGLES, Input
 from sinkexport.graph.output_gate import absorb, find_output_gate
 from sinkexport.graph.plugin_nodes import PLUGIN_ATTRIBUTES, is_plugin
 
@@ -57,7 +56,7 @@ class _Rotation:
 
 
 def _use_plugin(graph: ir.Graph, node: ir.Node) -> None:
-    b, dtype = Builder(graph), operand(node, 0).dtype
+    b, dtype = Builder(graph), operand(node, Input.Q).dtype
     states = _states(node)
     inputs, attributes = _operands(b, node, states)
     plugin = ir.node(SINK_ATTENTION, inputs, attributes, domain=DOMAIN, num_outputs=1 + len(states.all))
@@ -91,10 +90,11 @@ class _States:
 
 def _states(node: ir.Node) -> _States:
     """The node's states; those of float32 become float16."""
-    window = [operand(node, i) for i in (5, 6)]
+    window = [operand(node, i) for i in (Input.WINDOW_K, Input.WINDOW_V)]
     is_int8 = window[0].dtype == ir.DataType.INT8
-    scales = [operand(node, i) for i in (11, 12)] if is_int8 else []
-    sinks = [] if optional(node, 3) is None else [operand(node, i) for i in (3, 4)]
+    scales = [operand(node, i) for i in (Input.WINDOW_K_SCALE, Input.WINDOW_V_SCALE)] if is_int8 else []
+    has_sinks = optional(node, Input.SINK_K) is not None
+    sinks = [operand(node, i) for i in (Input.SINK_K, Input.SINK_V)] if has_sinks else []
     states = _States(window, scales, sinks)
     for state in states.all:
         if state.dtype == ir.DataType.FLOAT:
@@ -104,18 +104,19 @@ def _states(node: ir.Node) -> _States:
 
 def _operands(b: Builder, node: ir.Node, states: _States) -> tuple[list[ir.Value], dict[str, float | int | str]]:
     """Inputs and attributes of the plugin's node."""
-    q, k, v = (operand(node, i) for i in range(3))
+    q, k, v = (operand(node, i) for i in (Input.Q, Input.K, Input.V))
     turned = [_rotation(value) for value in (q, k)]
     rotation = turned[0]
-    if (rotation is None) != (turned[1] is None) or (rotation is None and optional(node, 8) is not None):
+    if (rotation is None) != (turned[1] is None) or (rotation is None and optional(node, Input.SHIFT_COS) is not None):
         raise ValueError(f"'{node.name}': queries and keys are rotated in a way that attention cannot do itself")
     if rotation is not None and turned[1] is not None:
         q, k = rotation.x, turned[1].x
-    inputs = [*(b.cast(value, HALF) for value in (q, k, v)), operand(node, 7), *states.all]
+    inputs = [*(b.cast(value, HALF) for value in (q, k, v)), operand(node, Input.POSITION), *states.all]
     if rotation is not None:
         bits = rotation.frequency.astype(np.uint32).view(np.int32)
         inputs.append(constant(b.graph, bits, "frequency"))
-    num_valid, slopes, sink_logit, sink_scale = (optional(node, i) for i in (10, 13, 14, 15))
+    num_valid, slopes = optional(node, Input.NUM_VALID), optional(node, Input.ALIBI_SLOPES)
+    sink_logit, sink_scale = optional(node, Input.SINK_LOGIT), optional(node, Input.SINK_SCALE)
     if num_valid is not None:
         inputs.append(num_valid)
     inputs += [_float32(b, value) for value in (slopes, sink_logit, sink_scale) if value is not None]

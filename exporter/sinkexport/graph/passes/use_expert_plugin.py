@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from sinkexport.graph.attention.parts import operand
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape, lazy_weight, replace_node
+from sinkexport.graph.edit import known_shape, lazy_weight, operand, replace_node
 from sinkexport.graph.expert_matmuls import ExpertMatmul, find_expert_matmuls, rows_of_outputs
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.operators import DOMAIN, HALF_EXPERT_LINEAR, INT8_EXPERT_LINEAR

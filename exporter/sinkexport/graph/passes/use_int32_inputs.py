@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from sinkexport.graph.attention.parts import operand
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import constant, drop_unused, known_shape, replace_node, typed
+from sinkexport.graph.edit import constant, drop_unused, known_shape, operand, replace_node, typed
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION
 from sinkexport.graph.plugin_nodes import is_plugin
