@@ -125,7 +125,7 @@ def expert_product(
     picks: int64 [P]; x [R, K], R dividing P -> [P, M]: row p is row p // (P / R) of x by the matrix of expert picks[p].
     None: x [1 or E, n, K] -> [E, n, M].
     weight: [E, K, M] if `is_transposed`, else [E, M, K]; never transposed. in_place: to be left to the plugin. One node
-    of the trace, so that a pass can find it (graph/passes/experts.py, plugin_experts.py).
+    of the trace, so that a pass can find it (graph/expert_matmuls.py).
     """
     if picks is None:
         return x @ weight if is_transposed else (weight @ x.mT).mT.contiguous()
