@@ -44,7 +44,8 @@ _ELEMENTWISE = frozenset(
 class FoldConstants(GraphPass):
     """Evaluate shape arithmetic now, and give shapes to values that the translation from torch left without.
 
-    Sequences that torch's converter makes of chunks become Split.
+    Sequences that torch's converter makes of chunks become Split. Unlike other passes this one may find more when it is
+    run again: two casts of gpt_oss, which stay so that bundles keep their bytes.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
