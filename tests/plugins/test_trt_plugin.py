@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sinkrt.contract import PLUGIN_ABI
 
-from tests.exporter.test_engine import needs_tensorrt
+from tests.exporter.tensorrt.test_builder import needs_tensorrt
 from tests.plugins.trt_library import needs_plugin_build
 
 pytestmark = [needs_plugin_build, *needs_tensorrt]

@@ -12,7 +12,9 @@ import time
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sinkexport.bench.run_meter import READ_BYTES, RawReader, RunMeter, complete_lines, resident_bytes, utf8_lines
+from sinkexport.bench.run_meter import RunMeter
+from sinkexport.util.process_memory import resident_bytes
+from sinkexport.util.text_stream import READ_BYTES, RawReader, complete_lines, utf8_lines
 from sinkrt import Session
 
 

@@ -11,9 +11,9 @@ import torch
 
 from sinkexport.calibration.file import rounded
 from sinkexport.calibration.observers import ChannelMaxima
-from sinkexport.model.interface import intercept_attention
-from sinkexport.model.probe import probe_attention
-from sinkexport.model.rope import AttentionShape
+from sinkexport.families.interface import intercept_attention
+from sinkexport.families.probe import probe_attention
+from sinkexport.families.rope import AttentionShape
 
 LEAST = 1e-5
 """Largest values of channels and of weights are taken to be at least this: a divisor must not be 0."""

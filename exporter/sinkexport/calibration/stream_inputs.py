@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.model.chunked_streaming import ChunkedStream, chunked_streaming
+from sinkexport.reference.chunked import ChunkedStream, chunked_streaming
 from sinkexport.util.progress import Report, silent
 
 CHUNK_TOKENS = 256

@@ -37,7 +37,8 @@ class BuiltGraph:
 
     def spec(self, file: str) -> GraphSpec:
         """The manifest's entry, once the graph has a file."""
-        return GraphSpec(file, known_shape(self.model.graph.inputs[0])[1], self.inputs, self.outputs)
+        num_tokens = known_shape(self.model.graph.inputs[0])[1]
+        return GraphSpec(file=file, num_tokens=num_tokens, inputs=self.inputs, outputs=self.outputs)
 
 
 def build_graph(
@@ -132,13 +133,15 @@ def _name_tensors(
     for (layer, kind, name), before, after in zip(state_names, states, next_states, strict=True):
         before.name, after.name = name, f"{name}.next"
         spec = tensor_spec(before)
-        specs.append(StateSpec(layer, kind, spec.name, after.name, spec.shape, spec.dtype))
+        specs.append(
+            StateSpec(layer=layer, kind=kind, input=spec.name, output=after.name, shape=spec.shape, dtype=spec.dtype)
+        )
     return tuple(tensor_spec(value) for value in (ids, position, *num_valid)), tuple(specs)
 
 
 def tensor_spec(value: ir.Value) -> TensorSpec:
     """Name, shape and type of a value, as manifests have them."""
-    return TensorSpec(str(value.name), known_shape(value), _dtype_name(value))
+    return TensorSpec(name=str(value.name), shape=known_shape(value), dtype=_dtype_name(value))
 
 
 def _dtype_name(value: ir.Value) -> str:

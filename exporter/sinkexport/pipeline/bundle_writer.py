@@ -29,10 +29,10 @@ SMALL_WEIGHT_BYTES = 2**20
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
-"""Of Linux's renameat2."""
+"""Constants of Linux's renameat2."""
 
 ENGINES_FOLDER = PLUGIN_FILE.split("/")[0]
-"""What `build` adds to a bundle; its graphs gone, it has no use."""
+"""Folder that `build` adds to a bundle; without the bundle's graphs it has no use."""
 
 PAGE_BYTES = 4096
 """Large weights start on a page, so that runtimes can map the file."""
@@ -147,7 +147,8 @@ def write_tokenizer(tokenizer: SourceTokenizer | None, folder: Path) -> Tokenize
     if tokenizer is None:
         return None
     tokenizer.save(folder)
-    return TokenizerFacts(TOKENIZER_FILE, None if tokenizer.chat_template is None else TEMPLATE_FILE)
+    template = None if tokenizer.chat_template is None else TEMPLATE_FILE
+    return TokenizerFacts(file=TOKENIZER_FILE, chat_template=template)
 
 
 def hash_bundle(folder: Path) -> dict[str, FileFacts]:
