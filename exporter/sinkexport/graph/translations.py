@@ -26,7 +26,7 @@ from sinkexport.graph.operators import (
 def translations() -> dict[Any, Callable[..., Any]]:
     """torch operator -> function that adds the ONNX node, for ``torch.onnx.export(custom_translation_table=...)``."""
     return {
-        torch.ops.sinkexport.expert_product.default: _translate_experts,
+        torch.ops.sinkexport.expert_matmul.default: _translate_experts,
         torch.ops.sinkexport.sink_attention.default: _translate_attention,
         torch.ops.sinkexport.stream_angles.default: _translate_angles,
         torch.ops.sinkexport.block_attention.default: _translate_blocks,

@@ -11,37 +11,37 @@ import pytest
 import torch
 from sinkexport.config import ExportConfig
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
-from sinkexport.model.experts import mixtures, routers
+from sinkexport.model.experts import moe_layers, routers
 from sinkexport.quant.recipe import load_recipe, parse_recipe
 
 from tests.exporter.pipeline.test_families import exported, random_ids
 from tests.exporter.tiny_models import tiny_model
 
-MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next")  # 8 of 1, 5 of 2, 6 of 2 (transposed, biases), 4 of 2
+MOE_FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next")  # 8 of 1, 5 of 2, 6 of 2 (transposed, biases), 4 of 2
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", MOE_FAMILIES)
 def test_biases_are_no_embeddings(name: str) -> None:
     """Rows of both are gathered."""
     model = tiny_model(name)
     plan = RecipePlan(load_recipe("int8-weights"), model, "float32")
     assert plan.table("model.embed_tokens") is not None
-    for path, mixture in mixtures(model).items():
-        for parameter, _ in mixture.named_parameters():
+    for path, layer in moe_layers(model).items():
+        for parameter, _ in layer.named_parameters():
             assert plan.table(f"{path}.{parameter}") is None
 
 
 def with_rounded_experts(model: Any) -> Any:
     """8 bits with a scale for each output of each expert, in place, in torch."""
     with torch.no_grad():
-        for module in mixtures(model).values():
+        for module in moe_layers(model).values():
             for weight in (p for name, p in module.named_parameters() if p.ndim == 3):
                 scale = weight.abs().amax(dim=1 if module.is_transposed else 2, keepdim=True) / 127
                 weight.copy_((weight / scale).round() * scale)
     return model
 
 
-@pytest.mark.parametrize("name", MIXTURES[:3])
+@pytest.mark.parametrize("name", MOE_FAMILIES[:3])
 def test_a_recipe_rounds_experts(name: str, tmp_path: Path) -> None:
     """Everything else is kept in floating point here, so that what is left is 15 bits of the inputs."""
     model, ids = tiny_model(name), random_ids(1, 40)
@@ -67,11 +67,11 @@ def test_a_recipe_rounds_experts(name: str, tmp_path: Path) -> None:
         assert path not in kinds
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", MOE_FAMILIES)
 def test_routers_are_found_and_stay_in_floating_point(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     found = routers(model)
-    assert len(found) == len(mixtures(model)) > 0
+    assert len(found) == len(moe_layers(model)) > 0
     with exported(model, tmp_path / "b", ExportConfig(2, 9, chunk_size=1, recipe=load_recipe("int8-weights"))):
         graph = onnx.load(tmp_path / "b" / "decode.onnx", load_external_data=False).graph
     kinds = {i.name.removeprefix("model."): i.data_type for i in graph.initializer}

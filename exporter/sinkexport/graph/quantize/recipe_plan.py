@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from sinkexport.graph.matmuls import Matmul
 from sinkexport.graph.quantize.plan import InputScale, Treatment
-from sinkexport.model.experts import mixtures, routers
+from sinkexport.model.experts import moe_layers, routers
 from sinkexport.quant.ranges import Ranges
 from sinkexport.quant.recipe import Recipe
 from sinkexport.quant.weight import Rounded, WeightScheme
@@ -36,7 +36,7 @@ class RecipePlan:
         self._recipe = recipe
         self._calibration = calibration
         self._routers = routers(model)
-        self._moe_prefixes = tuple(f"{path}." for path in mixtures(model))
+        self._moe_prefixes = tuple(f"{path}." for path in moe_layers(model))
         self._scale_dtype: Literal["float32", "float16"] = dtype
         head = model.get_output_embeddings().weight
         # By all its names: a tied weight has that of the embedding as well.

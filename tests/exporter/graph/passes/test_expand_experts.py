@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sinkexport.graph.passes.expand_experts import ExpandExperts
-from sinkexport.model.experts import expert_product
+from sinkexport.model.experts import expert_matmul
 
 from tests.exporter.graph.passes.expert_graphs import Operands, cases, expert_graph, run
 from tests.exporter.graph.passes.pass_checks import check_left_alone, kinds, parsed
@@ -22,7 +22,7 @@ def test_against_numpy_and_torch(shape: tuple[int, ...], picks: int | None, is_t
     assert "ExpertMatmul" not in kinds(model)
     np.testing.assert_allclose(run(model, **given.inputs), want, rtol=1e-4, atol=1e-3)
     chosen = None if given.picks is None else torch.from_numpy(given.picks)
-    traced = expert_product(torch.from_numpy(given.x), torch.from_numpy(given.weight), chosen, is_transposed)
+    traced = expert_matmul(torch.from_numpy(given.x), torch.from_numpy(given.weight), chosen, is_transposed)
     np.testing.assert_allclose(traced.numpy(), want, rtol=1e-4, atol=1e-3)
 
 
