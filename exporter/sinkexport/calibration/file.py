@@ -30,7 +30,7 @@ from sinkexport.util.files import first_problem
 FILE_SCHEMA_VERSION: Literal[1] = 1
 FORMAT: Literal["sinkexport calibration"] = "sinkexport calibration"
 FINGERPRINT_VALUES = 4096
-"""Values of each weight, at most: enough to tell two trainings of one architecture apart."""
+"""Values of each weight, at most: enough to distinguish two trainings of one architecture."""
 
 Floats = npt.NDArray[np.float64]
 

@@ -15,7 +15,7 @@ Ids = npt.NDArray[np.int64]
 def choose_pieces(tokenizer: SourceTokenizer | None, text: str, asked: Calibration) -> tuple[Ids, int]:
     """Pieces of a text, ids [samples, length], and how many tokens it has.
 
-    The text is cut into pieces, of which the seed picks some; they stay in order. Each begins as a stream does, with
+    The text is cut into pieces. The seed picks some; they stay in order. Each begins as a stream does, with
     what the tokenizer puts before a text.
 
     Raises: UsageError without a tokenizer, or if the text is too short.

@@ -31,7 +31,7 @@ def spans(
 
 
 def chosen_range(counts: histogram.Counts, highest: float, asked: Calibration) -> float:
-    """The bound that a method chooses for values with these counts, the largest of which is `highest`."""
+    """The bound that a method chooses for values with these counts. highest: the largest value."""
     if asked.method == "minmax" or highest == 0.0:
         return highest
     if asked.percentile is not None:

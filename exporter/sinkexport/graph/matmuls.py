@@ -12,8 +12,8 @@ import onnx_ir as ir
 from sinkexport.graph.edit import is_weight, known_shape, only_user
 
 ROWS = "rows"
-"""Key in the metadata of a weight [K, N] of a matmul: the tensors [n, K] of which it is the transpose, in order, as
-pairs (name, tensor). A matrix without it is not the model's own, and no pass touches it."""
+"""Key in the metadata of a weight [K, N] of a matmul: the tensors [n, K] whose transpose it is, in order, as pairs
+(name, tensor). A matrix without it is not the model's own, and no pass touches it."""
 
 QUANTIZED = "quantized"
 """Key in the metadata of integers and scales that stand for a weight: they are not quantised again."""

@@ -228,7 +228,7 @@ class QuantizedWeight:
         return scale, np.clip(np.rint(-low / scale), 0, scheme.highest).astype(np.uint8)
 
     def _storable(self, scale: np.ndarray) -> np.ndarray:
-        """As its type holds it, in float32; 1 where that is no normal float32 or 0, in groups as good as zero."""
+        """The scale as its type holds it, in float32; 1 where that is 0 or subnormal, in groups as good as zero."""
         if self.scheme.scale_dtype == "float16":
             limit = float(np.finfo(np.float16).max)
             if (scale > limit).any():

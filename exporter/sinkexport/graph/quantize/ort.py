@@ -188,7 +188,7 @@ class OrtForm(FormParts):
 
 
 def block_size(weight: QuantizedWeight) -> int:
-    """The block of MatMulNBits: the scheme's; without one, the largest of which K is a multiple (32 if none is)."""
+    """The block of MatMulNBits: the scheme's; without one, the largest that divides K (32 if none does)."""
     if weight.scheme.block_size is not None:
         return weight.scheme.block_size
     return next((size for size in BLOCK_SIZES if weight.num_inputs % size == 0), 32)
