@@ -14,9 +14,13 @@ DONE = (
     "exporter/sinkexport/cli.py",
     "exporter/sinkexport/analysis",
     "exporter/sinkexport/bench",
+    "exporter/sinkexport/calibration",
     "exporter/sinkexport/commands",
     "exporter/sinkexport/evaluation",
+    "exporter/sinkexport/graph",
+    "exporter/sinkexport/quant",
     "exporter/sinkexport/serve",
+    "exporter/sinkexport/targets",
     "exporter/sinkexport/tensorrt",
     "exporter/sinkexport/util",
 )
