@@ -177,28 +177,24 @@ class SharedExports:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def __call__(self, name: str, *, tokenizer: bool = False, **config: Any) -> TinyBundle:
-        """The model `name` of tiny_models, exported with these fields of ExportConfig. tokenizer: with theirs."""
-        from tests.exporter.tiny_models import tiny_tokenizer
-
-        key = hashlib.sha256(pickle.dumps((name, tokenizer, sorted(config.items())))).hexdigest()[:20]
-        made: TinyBundle | None = None
-
-        def export(folder: Path) -> Manifest:
-            nonlocal made
-            made = export_model(name, folder / "bundle", tokenizer=tiny_tokenizer() if tokenizer else None, **config)
-            return made.manifest
-
-        manifest = built_once(self._folder / key, export)
-        return made or self._read(name, self._folder / key / "bundle", manifest)
-
-    @staticmethod
-    def _read(name: str, path: Path, manifest: Manifest) -> TinyBundle:
+    def __call__(self, model: str | functools.partial[Any], *, tokenizer: bool = False, **config: Any) -> TinyBundle:
+        """A model of tiny_models by its name, or what a function of a module makes, exported with these fields of
+        ExportConfig. tokenizer: with that of tiny_models.
+        """
         from sinkexport.sources import LoadedModel
 
-        from tests.exporter.tiny_models import tiny_model
+        from tests.exporter.tiny_models import tiny_model, tiny_tokenizer
 
-        return TinyBundle(path, LoadedModel(tiny_model(name), None, "tiny"), manifest)
+        key = hashlib.sha256(pickle.dumps((model, tokenizer, sorted(config.items())))).hexdigest()[:20]
+        loaded = LoadedModel(
+            tiny_model(model) if isinstance(model, str) else model(), tiny_tokenizer() if tokenizer else None, "tiny"
+        )
+
+        def export(folder: Path) -> Manifest:
+            return export_model(loaded.model, folder / "bundle", tokenizer=loaded.tokenizer, **config).manifest
+
+        manifest = built_once(self._folder / key, export)
+        return TinyBundle(self._folder / key / "bundle", loaded, manifest)
 
 
 def built_once(folder: Path, build: Callable[[Path], Built]) -> Built:

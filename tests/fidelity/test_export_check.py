@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.families.refusals import MAX_TEXT, one_line, refusing
 from sinkexport.pipeline import export as pipeline
@@ -25,6 +23,7 @@ from sinkrt.contract import load_manifest
 from sinkrt.errors import UsageError
 
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
+from tests.support import run_cli
 
 S, W = 4, 12
 C = S + W
@@ -156,23 +155,10 @@ def test_graphs_for_plugins_are_said_not_to_be_compared(tmp_path: Path) -> None:
     tiny_model("llama", dtype=torch.float16, head_dim=64).save_pretrained(tmp_path / "model")
     with pytest.warns(UncheckedWarning, match="TensorRT plugin"):
         pipeline.export(str(tmp_path / "model"), tmp_path / "a", ExportConfig(S, W, dtype="fp16", target="tensorrt"))
-    result = CliRunner().invoke(
-        cli,
-        [
-            "export",
-            str(tmp_path / "model"),
-            "-o",
-            str(tmp_path / "b"),
-            "--window",
-            "9",
-            "--dtype",
-            "fp16",
-            "--target",
-            "tensorrt",
-        ],
-    )
-    assert result.exit_code == 0, result.output
-    assert "warning: the graphs were not compared with the model: they need the TensorRT plugin" in result.output
+    options = ("--window", 9, "--dtype", "fp16", "--target", "tensorrt")
+    result = run_cli("export", tmp_path / "model", "-o", tmp_path / "b", *options)
+    result.succeeded()
+    assert "warning: the graphs were not compared with the model: they need the TensorRT plugin" in result.err
 
 
 def test_the_option_leaves_the_comparison_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,10 +168,10 @@ def test_the_option_leaves_the_comparison_out(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(pipeline, "check_export", refuse)
     tiny_model("llama").save_pretrained(tmp_path / "model")
     command = ["export", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--window", "9"]
-    result = CliRunner().invoke(cli, command)
-    assert isinstance(result.exception, UsageError)
+    result = run_cli(*command)
+    result.refusal()
     assert not (tmp_path / "out").exists()
-    assert CliRunner().invoke(cli, [*command, "--no-check"]).exit_code == 0
+    assert run_cli(*command, "--no-check").code == 0
     assert (tmp_path / "out" / "manifest.json").is_file()
 
 

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner
-from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids
@@ -20,6 +18,7 @@ from sinkrt import Session, UsageError
 
 from tests.exporter.tiny_models import tiny_model
 from tests.fidelity.tokenizer_folders import byte_level, write_folder
+from tests.support import run_cli
 
 ROWS = 420
 CONFIG = ExportConfig(2, 8, chunk_size=1)
@@ -239,7 +238,6 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", byte_level(special=TOKENS), config)
     model().save_pretrained(folder)
     arguments = ["export", str(folder), "-o", str(tmp_path / "bundle"), "--pin-system", "Be brief."]
-    result = CliRunner().invoke(cli, arguments)
-    assert isinstance(result.exception, UsageError)
-    assert "leaves a system message out" in str(result.exception)
+    result = run_cli(*arguments)
+    result.refusal("leaves a system message out")
     assert not (tmp_path / "bundle").exists()

@@ -191,7 +191,7 @@ def tensor_facts(tensors: tuple[Tensor, ...]) -> Facts:
 
 def tokenizer_facts(tokenizer: SourceTokenizer) -> Facts:
     """Describe the kind, special tokens and chat template of a tokenizer."""
-    from sinkrt.chat_template import RESERVED_ARGS
+    from sinkrt.text.template_args import RESERVED_ARGS
 
     from sinkexport.loading.tokenizers.tokenizer_checks import check_template, system_refusal
 

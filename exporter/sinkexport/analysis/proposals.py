@@ -18,8 +18,9 @@ def propose_head_windows(
 ) -> tuple[HeadWindowFile, float]:
     """Give a window of `longest` tokens to the key heads that need it most, and `shortest` to the others.
 
-    A head needs it if its output would change most with a window of `shortest` tokens (or the next smaller size that was
-    measured). A key head changes as much as its query heads together. As many heads keep the long window as fit in.
+    A head needs it if its output would change most with a window of `shortest` tokens (or the next smaller size that
+    was measured). A key head changes as much as its query heads together. As many heads keep the long window as fit
+    in.
     share: memory of the windows, as a share of what they would take if all were long.
     Returns: the file, and the largest change of a key head with a short window.
 

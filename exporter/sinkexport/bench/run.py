@@ -3,8 +3,7 @@
 Stream positions are measured in turns. The stream is really fed up to each position and copied there. A turn puts the
 copy back, takes some untimed steps (the copy has pushed the weights out of the caches) and then times a few. So slow
 moments of a shared machine hit all positions alike, and ratios are taken turn by turn. Every round measures the
-memory's
-bandwidth too: a step's share of it refers to the same minute.
+memory's bandwidth too: a step's share of it refers to the same minute.
 
 A step is one run of the decode graph and the argmax of its logits, which picks the next token.
 """

@@ -12,10 +12,10 @@ from pathlib import Path
 import click
 from sinkrt import Session, UsageError
 from sinkrt.answer import AnswerParams
-from sinkrt.chat_template import parse_template_args
 from sinkrt.errors import problem
 from sinkrt.sampler import SamplingParams
 from sinkrt.state import check_state_target
+from sinkrt.text.template_args import parse_template_args
 
 from sinkexport.bench.run_meter import RunMeter
 from sinkexport.commands.options import (

@@ -130,7 +130,7 @@ def command(
     api_key = read_api_key(api_key_file, os.environ.get(KEY_VARIABLE))
     check_exposure(host, api_key)
     from sinkrt import Session
-    from sinkrt.chat_template import parse_template_args
+    from sinkrt.text.template_args import parse_template_args
 
     from sinkexport.serve.server import Server
 

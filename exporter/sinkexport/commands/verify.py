@@ -19,8 +19,13 @@ from sinkexport.commands.options import (
     refuse_given,
     text_option,
 )
-from sinkexport.evaluation.comparison import DEFAULT_TOLERANCE, TOLERANCE_PER_TOKEN
-from sinkexport.evaluation.defaults import QUALITY_TOKENS, VERIFY_DENSE_TOKENS, VERIFY_WRAPS
+from sinkexport.evaluation.defaults import (
+    DEFAULT_TOLERANCE,
+    QUALITY_TOKENS,
+    TOLERANCE_PER_TOKEN,
+    VERIFY_DENSE_TOKENS,
+    VERIFY_WRAPS,
+)
 from sinkexport.util.console import table_console
 from sinkexport.util.files import check_writable, read_text, write_whole
 from sinkexport.util.progress import shown_progress

@@ -10,31 +10,9 @@ from typing import Protocol
 import numpy as np
 from sinkrt.contract import Manifest
 
+from sinkexport.evaluation.defaults import DEFAULT_TOLERANCE, TOLERANCE_PER_TOKEN
 from sinkexport.util.arrays import Ids, Logits
 from sinkexport.util.progress import Report
-
-DEFAULT_TOLERANCE: Mapping[str, float] = {"float32": 1e-3, "float16": 0.25}
-"""Largest error of a logit, as a share of the spread of its step's logits, by the bundle's weights_dtype.
-
-Bundle and reference round differently (order of sums, fused operators). Measured over six wraps with W = 60:
-
-                     SmolLM2-135M   tiny random models of every family
-float32                      4e-5                           up to 2e-5
-float16                      8e-2                           up to 4e-2.
-
-float16 rounds weights and large activations, which the reference keeps in float32. The tolerances leave room for larger
-models.
-"""
-
-TOLERANCE_PER_TOKEN = 2e-6
-"""The same for each token of the cache's capacity, where that is more.
-
-transformers multiplies position and frequency in float32. Near position C that is wrong by up to C * 2^-24 radians, in
-the dense model and in the reference alike; the bundle's own angles are exact. Measured for SmolLM2-135M with a window
-of
-1,020 tokens over six wraps: 5e-4, and 6e-5 if the reference's cos and sin are computed in float64.
-"""
-
 
 ROUNDED_INPUTS_TOLERANCE = 1.5
 """Tolerance of a bundle's prefill against its own steps, where matmuls take INT8 inputs.
@@ -43,12 +21,10 @@ It holds for quantised weights alone too: MatMulNBits rounds inputs to 8 bits, a
 (SmolLM2-135M: up to 0.3 of the spread. Each is as far from the matmul with float32 inputs as from the other.)
 
 Prefill and steps add in another order. So some inputs are rounded to the neighbouring integer, and more of them layer
-by
-layer: two roundings of one function are as far from each other as each is from the function. Measured for SmolLM2-135M
-with int8-dynamic: up to 0.83 of the spread, and a divergence of 0.02 nats a token. A lost token changes about 0.5,
-which looks the same; predictions of something else are 3 and more away. With floating-point inputs nothing is rounded
-at run
-time: prefill then equals the steps bit by bit (INT8 and INT4 weights alike).
+by layer: two roundings of one function are as far from each other as each is from the function. Measured for
+SmolLM2-135M with int8-dynamic: up to 0.83 of the spread, and a divergence of 0.02 nats a token. A lost token changes
+about 0.5, which looks the same; predictions of something else are 3 and more away. With floating-point inputs nothing
+is rounded at run time: prefill then equals the steps bit by bit (INT8 and INT4 weights alike).
 """
 
 ROUNDED_WINDOW_TOLERANCE = 0.15

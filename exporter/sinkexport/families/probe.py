@@ -1,7 +1,7 @@
 """Attention and rotation of a model: read off the model itself, never assumed.
 
-A family's rotary code differs in which numbers form a pair (halves or neighbours), how many dimensions turn, how cos
-and sin are laid out and which layers share them. Instead of a table of families, `probe_attention` runs the model
+Families' rotary code differs: in which numbers form a pair (halves or neighbours), in how many dimensions turn, in the
+layout of cos and sin and in which layers share them. Instead of a table of families, `probe_attention` runs the model
 twice on the same few tokens: once they see no rotation (cos = 1, sin = 0), once known ones. What the attention function
 receives shows shapes and layout. Queries and keys must both be turned, and nothing else: a norm between rotation and
 attention, a layout that is not recognised or a second call in a layer is refused, so a guess can never reach a bundle.

@@ -289,9 +289,8 @@ def _checked_tokenizer(loaded: LoadedModel, config: ExportConfig) -> SourceToken
     tokenizer, num_rows = loaded.tokenizer, 0
     if tokenizer is not None:
         num_rows = loaded.model.get_input_embeddings().weight.shape[0]
-        if loaded.origin is None:  # of a model made in memory: `load_model` has fitted the others
-            tokenizer = fitted(tokenizer, num_rows)
-        tokenizer = named(tokenizer, loaded.model.config.get_text_config())
+        # Again, after `load_model`: a caller may have replaced the tokenizer. One that fits comes back as it is.
+        tokenizer = named(fitted(tokenizer, num_rows), loaded.model.config.get_text_config())
         check_tokens(tokenizer)
         check_template(tokenizer)
         for remark in tokenizer.remarks:

@@ -145,7 +145,7 @@ class ChunkedStream:
         num_tokens = ids.shape[1]
         self._entries = {ring: visible(ring, self._position, num_tokens) for ring in {c.ring for c in self._caches}}
         self._turns = {
-            (table, behind): _turn(self._position, num_tokens, behind, content.frequency)
+            (table, behind): turn(self._position, num_tokens, behind, content.frequency)
             for table, content in self._rotary.tables.items()
             for behind in {0, *(ring.capacity - 1 for ring in self._entries)}
         }
@@ -314,7 +314,7 @@ def visible(ring: Ring, position: int, num_tokens: int) -> Entries:
     return Entries(is_seen=is_seen, distance=torch.cat((place - sinks, query - window), dim=1), window=window)
 
 
-def _turn(position: int, num_tokens: int, behind: int, frequency: torch.Tensor) -> CosSin:
+def turn(position: int, num_tokens: int, behind: int, frequency: torch.Tensor) -> CosSin:
     """cos and sin of ``max(0, t - behind) * frequency`` turns for T tokens from `position` on.
 
     frequency: int64 [R/2], turns a token in units of 2^-32. Products wrap modulo 2^64, so phases modulo 2^32 are exact.

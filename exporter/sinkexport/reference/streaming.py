@@ -4,10 +4,9 @@ It streams as mit-han-lab/streaming-llm does (arXiv:2309.17453). Keys are kept w
 that is no sink is evicted before each step. Then all keys and the query are rotated by their place in the cache. Slow
 and obvious, in contrast to an exported graph, which rotates a key once and never touches it again.
 
-Rotation and attention are the model's own functions, called from the model's own source file. Nothing here knows
-how a family pairs or lays out its rotary dimensions, and of the code that exports rotation only where a model has its
-rotary embedding is shared. A layer in which the model itself sees fewer tokens than the cache holds keeps just those,
-and no sinks.
+Rotation and attention are the model's own functions, called from the model's own source file. Nothing here knows how a
+family pairs or lays out its rotary dimensions. With the code that exports, it shares only where a model has its rotary
+embedding. A layer in which the model itself sees fewer tokens than the cache holds keeps just those, and no sinks.
 
 It checks what it assumes of a model. Queries and keys must reach attention as the model's own function turns them. A
 few tokens, streamed, must have the logits of the model's own pass over all of them at once. A norm after the rotation,
@@ -275,11 +274,11 @@ class StreamingReference:
             yield
 
     def _append(
-        self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, own_window: int | None, window_size: int
+        self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, sliding_window: int | None, window_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Evict the oldest token that is no sink if the cache is full, then add the new one: [B, Hkv, n, D]."""
         key = module, window_size
-        num_sinks, window_size = self.geometry(own_window, window_size)
+        num_sinks, window_size = self._geometry(sliding_window, window_size)
         capacity = num_sinks + window_size
         if key in self._cached:
             keys, values = self._cached[key]
@@ -291,11 +290,10 @@ class StreamingReference:
         self._cached[key] = (k, v)
         return k, v
 
-    def geometry(self, own_window: int | None, window_size: int | None = None) -> tuple[int, int]:
-        """Sinks and window of a layer in which the model itself sees own_window tokens; None: all."""
-        window_size = self._window_size if window_size is None else window_size
-        if own_window is not None and own_window < self._num_sink_tokens + window_size:
-            return 0, own_window
+    def _geometry(self, sliding_window: int | None, window_size: int) -> tuple[int, int]:
+        """Sinks and window of a layer in which the model itself sees sliding_window tokens; None: all."""
+        if sliding_window is not None and sliding_window < self._num_sink_tokens + window_size:
+            return 0, sliding_window
         return self._num_sink_tokens, window_size
 
     def rotates(self, module: torch.nn.Module) -> bool:

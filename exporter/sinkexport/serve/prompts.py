@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from sinkrt.special_text import texts_in
 from sinkrt.text import Tokenizer
+from sinkrt.text.special_text import texts_in
 
 from sinkexport.serve.errors import ApiError
 from sinkexport.serve.protocol import ChatRequest, CompletionRequest, Request

@@ -99,8 +99,7 @@ class Request(_Strict):
 
     top_k, repetition_penalty, ignore_eos, conversation and allow_special are not OpenAI's. allow_special: let names of
     special tokens in texts become those tokens; None for the server's choice. Fields such as `user` and `metadata`
-    change
-    nothing of an answer: they are accepted and not used.
+    change nothing of an answer: they are accepted and not used.
     """
 
     model: str | None = Field(None, description="the name of this server's model")

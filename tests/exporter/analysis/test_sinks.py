@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from click.testing import CliRunner
 from sinkexport.analysis import weights as module
 from sinkexport.analysis.secondary_sinks import secondary_sinks
 from sinkexport.analysis.sinks import EPSILON, analyze, recommend
 from sinkexport.analysis.text_windows import TextWindows, text_windows
 from sinkexport.analysis.weights import NEAR_TOKENS, attention_weights
-from sinkexport.cli import cli
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.sources import LoadedModel
 from sinkexport.util.files import read_text
@@ -25,6 +23,7 @@ from sinkrt import UsageError
 
 from tests.exporter.pipeline.test_pin_system import tokenizer
 from tests.exporter.tiny_models import TINY, VOCAB_SIZE, tiny_model
+from tests.support import run_cli
 
 T, K = 96, 6
 FAMILIES = ["llama", "llama-mha", "mistral", "gemma2", "cohere", "gpt_neox", "qwen3", "granite"]
@@ -416,9 +415,9 @@ def test_command(model_folder: Path, text: Path, tmp_path: Path) -> None:
     outputs = []
     for name in ("a", "b"):
         files = ("--json", str(tmp_path / f"{name}.json"), "--plot", str(tmp_path / f"{name}.png"))
-        result = CliRunner().invoke(cli, arguments(model_folder, text, *files))
-        assert result.exit_code == 0, result.output
-        outputs.append(result.output)
+        result = run_cli(*arguments(model_folder, text, *files))
+        result.succeeded()
+        outputs.append(result.out)
     assert outputs[0] == outputs[1]
     for kind in ("json", "png"):
         assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
@@ -456,17 +455,15 @@ def test_command_refuses(
     monkeypatch.chdir(tmp_path)
     Path("latin1").write_bytes(b"caf\xe9 " * 900)
     before = sorted(tmp_path.iterdir())
-    failed = CliRunner().invoke(cli, arguments(model_folder, text, *more))
-    assert isinstance(failed.exception, UsageError), failed.output
-    assert words in str(failed.exception)
+    failed = run_cli(*arguments(model_folder, text, *more))
+    failed.refusal(words)
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_command_refuses_a_model_without_tokenizer(text: Path, tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "bare")
-    failed = CliRunner().invoke(cli, arguments(tmp_path / "bare", text))
-    assert isinstance(failed.exception, UsageError)
-    assert "without a tokenizer" in str(failed.exception)
+    failed = run_cli(*arguments(tmp_path / "bare", text))
+    failed.refusal("without a tokenizer")
 
 
 def test_command_tells_of_a_sliding_window(model_folder: Path, text: Path, tmp_path: Path) -> None:
@@ -475,5 +472,5 @@ def test_command_tells_of_a_sliding_window(model_folder: Path, text: Path, tmp_p
     model.save_pretrained(tmp_path / "sliding")
     tokenizer().save(tmp_path / "sliding")
     note = "look back 64 tokens"
-    assert note in CliRunner().invoke(cli, arguments(tmp_path / "sliding", text)).stderr
-    assert note not in CliRunner().invoke(cli, arguments(model_folder, text)).stderr
+    assert note in run_cli(*arguments(tmp_path / "sliding", text)).err
+    assert note not in run_cli(*arguments(model_folder, text)).err

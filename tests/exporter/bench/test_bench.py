@@ -24,13 +24,13 @@ from sinkexport.bench.report import TURN, BenchConfig, BenchReport, PositionTime
 from sinkexport.bench.run import run_bench
 from sinkexport.bench.step_bytes import weight_bytes_per_step
 from sinkexport.bench.timing import Ratio, Stats
-from sinkexport.cli import main
 from sinkexport.util.files import check_writable, write_whole
 from sinkrt import Session
 from sinkrt.contract import load_manifest
 from sinkrt.errors import BundleError, UsageError
 
 from tests.runtime.toy import Toy, build_toy
+from tests.support import run_cli
 
 TOY = Toy(window_size=8, chunk_size=4)  # S=2, C=10
 SMALL = BenchConfig(steps=20, warmup=1, positions=(37, 5), prompt_tokens=23, threads=1, probe_bytes=1 << 16)
@@ -44,21 +44,6 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(toy: Path) -> BenchReport:
     return run_bench(toy, SMALL)
-
-
-def cli(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
-) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr; the probe's buffer is small."""
-    monkeypatch.setattr(sys, "argv", ["sinkexport", "bench", *map(str, arguments)])
-    monkeypatch.setattr(bench, "ReadProbe", lambda threads, _bytes: ReadProbe(threads, 1 << 16))
-    code: Any = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -351,32 +336,15 @@ def test_progress(toy: Path) -> None:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_the_command(
-    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command(toy: Path, tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    code, out, err = cli(
-        monkeypatch,
-        capsys,
-        toy,
-        "--steps",
-        4,
-        "--position",
-        5,
-        "--position",
-        1200,
-        "--prompt-tokens",
-        9,
-        "--threads",
-        1,
-        "--json",
-        path,
-    )
-    assert (code, err) == (0, "")
+    options = ("--steps", 4, "--position", 5, "--position", 1200, "--prompt-tokens", 9, "--threads", 1)
+    result = run_cli("bench", toy, *options, "--json", path).succeeded()
+    assert not result.err
     for text in ("toy: float32, S=2 W=8 B=1 T=4", "1,200", "of bandwidth", "prefill of 9 tokens", "MiB over the run"):
-        assert text in out
-    result = json.loads(path.read_text())
-    assert set(result) == {
+        assert text in result.out
+    facts = json.loads(path.read_text())
+    assert set(facts) == {
         "environment",
         "settings",
         "bundle",
@@ -388,7 +356,7 @@ def test_the_command(
         "prefill",
         "memory",
     }
-    assert [each["position"] for each in result["positions"]] == [5, 1200]
+    assert [each["position"] for each in facts["positions"]] == [5, 1200]
 
 
 LIMITED = Toy(position_limit=100)
@@ -417,17 +385,14 @@ LIMITED = Toy(position_limit=100)
 def test_bad_input(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     arguments: tuple[object, ...],
     message: str,
 ) -> None:
     toy = build_toy(tmp_path / "toy", LIMITED)
     monkeypatch.setattr(Session, "prefill", lambda *_: pytest.fail("work began"))
-    code, out, err = cli(monkeypatch, capsys, toy, *(str(a).replace("FOLDER", str(tmp_path)) for a in arguments))
-    assert (code, out) == (2, "")
-    assert err.startswith("sinkexport: error: ")
-    assert err.count("\n") == 1
-    assert message in err
+    result = run_cli("bench", toy, *(str(a).replace("FOLDER", str(tmp_path)) for a in arguments))
+    result.refusal(message)
+    assert not result.out
 
 
 def test_the_last_position_that_fits(tmp_path: Path) -> None:
@@ -436,10 +401,8 @@ def test_the_last_position_that_fits(tmp_path: Path) -> None:
     assert run_bench(toy, config).positions[0].position == 81
 
 
-def test_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = cli(monkeypatch, capsys, tmp_path / "none")
-    assert code == 2
-    assert "manifest.json" in err
+def test_no_bundle(tmp_path: Path) -> None:
+    run_cli("bench", tmp_path / "none").refusal("manifest.json")
 
 
 def test_no_heavy_package(toy: Path) -> None:

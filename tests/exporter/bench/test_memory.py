@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
 from onnx import TensorProto, helper
 from sinkexport.bench.memory import ModelShape, bundle_memory, live_bytes
-from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import load_recipe
@@ -21,13 +19,10 @@ from sinkexport.sources import LoadedModel
 from tests.exporter.graph.test_plugin_target import wide_model
 from tests.exporter.tiny_models import tiny_model
 from tests.runtime.toy import Toy, build_toy, toy_manifest
+from tests.support import run_cli
 
 S, W, B, T = 3, 9, 2, 4
 PAGE = 4096  # large weights start on one
-
-
-def invoke(*words: Any) -> Any:
-    return CliRunner().invoke(cli, ["inspect", *map(str, words)])
 
 
 def test_values_that_are_alive_at_once(tmp_path: Path) -> None:
@@ -90,9 +85,9 @@ def test_what_is_counted_is_what_is_written(name: str, options: dict[str, str], 
 def test_the_table_of_a_model(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.config.save_pretrained(tmp_path)  # no weights
-    done = invoke(tmp_path, "--memory", "--window", 20, "--window", 40, "--sink-tokens", 2, "--json")
-    assert done.exit_code == 0, done.output
-    rows = json.loads(done.output)
+    done = run_cli("inspect", tmp_path, "--memory", "--window", 20, "--window", 40, "--sink-tokens", 2, "--json")
+    done.succeeded()
+    rows = json.loads(done.out)
     assert [(row["dtype"], row["weights_dtype"], row["kv"], row["window_size"]) for row in rows[:3]] == [
         ("fp32", "float", "fp", 20),
         ("fp32", "float", "fp", 40),
@@ -100,20 +95,20 @@ def test_the_table_of_a_model(tmp_path: Path) -> None:
     ]
     assert rows[0]["weights"] == 4 * sum(p.numel() for p in model.parameters())
     assert rows[1]["window"] == 2 * rows[0]["window"]
-    shown = invoke(tmp_path, "--memory").output
+    shown = run_cli("inspect", tmp_path, "--memory").out
     assert "4 + 1020" in shown
     assert "int8" in shown
 
 
 def test_the_table_of_a_bundle(tmp_path: Path) -> None:
     bundle = build_toy(tmp_path / "b")
-    done = invoke(bundle, "--memory", "--json")
-    assert done.exit_code == 0, done.output
-    memory = json.loads(done.output)
+    done = run_cli("inspect", bundle, "--memory", "--json")
+    done.succeeded()
+    memory = json.loads(done.out)
     toy = Toy()
     assert memory["window"] == 2 * 4 * toy.num_kv_heads * toy.window_size * toy.head_dim
     assert np.isclose(memory["total"], sum(memory[f] for f in ("weights", "sinks", "window", "values")))
-    assert "all, forever" in invoke(bundle, "--memory").output
+    assert "all, forever" in run_cli("inspect", bundle, "--memory").out
 
 
 @pytest.mark.parametrize(
@@ -126,6 +121,5 @@ def test_the_table_of_a_bundle(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_shown(words: tuple[Any, ...], told: str, tmp_path: Path) -> None:
     bundle = build_toy(tmp_path / "b")
-    done = invoke(*(bundle if word == "BUNDLE" else word for word in words))
-    assert done.exit_code != 0
-    assert told in f"{done.output}{done.exception}"
+    done = run_cli("inspect", *(bundle if word == "BUNDLE" else word for word in words))
+    done.refusal(told)

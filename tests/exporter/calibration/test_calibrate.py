@@ -14,14 +14,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from click.testing import CliRunner
 from sinkexport.calibration import calibrate as calibration
 from sinkexport.calibration import histogram
 from sinkexport.calibration.calibrate import attention_outputs, choose_pieces, chosen_range, smoothing
 from sinkexport.calibration.file import CalibrationFile, fingerprint, load_calibration
 from sinkexport.calibration.observers import REST, SINKS, ChannelMaxima, Histograms
 from sinkexport.calibration.stream_inputs import StreamConfig, input_groups, stream_inputs
-from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.model.experts import routers
 from sinkexport.pipeline.export import export_loaded
@@ -35,6 +33,7 @@ from tests.exporter.calibration.test_stream_inputs import Everything
 from tests.exporter.pipeline.test_families import random_ids
 from tests.exporter.tensorrt.test_builder import needs_tensorrt
 from tests.exporter.tiny_models import tiny_model, tiny_tokenizer
+from tests.support import run_cli
 
 SMALL = {"method": "minmax", "samples": 3, "length": 40, "sink_tokens": 2, "window": 6}
 TEXT = " ".join(f"w{i}" for i in np.random.default_rng(7).integers(3, 97, 600))
@@ -291,25 +290,25 @@ def test_the_command_survives_a_kill(tmp_path: Path) -> None:
     process.wait()
     assert partial.exists()
     assert not out.exists()
-    result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
-    assert result.exit_code == 0
-    assert "tokens/s" in result.output
+    result = run_cli(*arguments)
+    result.succeeded()
+    assert "tokens/s" in result.out
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["c.json", "r.yaml", "t.txt"]
-    again = CliRunner().invoke(cli, [*arguments[:-1], str(tmp_path / "d.json")], catch_exceptions=False)
-    assert again.exit_code == 0
+    again = run_cli(*arguments[:-1], tmp_path / "d.json")
+    again.succeeded()
     assert (tmp_path / "d.json").read_bytes() == out.read_bytes()
 
 
 def test_inspect_shows_a_file(tmp_path: Path) -> None:
     found = calibrate(tiny(), recipe(), TEXT)
     (tmp_path / "c.json").write_text(found.to_json(), encoding="utf-8")
-    shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "c.json")], catch_exceptions=False)
-    assert "model.layers.1.self_attn.{q_proj,k_proj,v_proj}" in shown.output
-    assert "2 sinks + window of 6" in shown.output
+    shown = run_cli("inspect", tmp_path / "c.json")
+    assert "model.layers.1.self_attn.{q_proj,k_proj,v_proj}" in shown.out
+    assert "2 sinks + window of 6" in shown.out
     for facts in found.inputs:
-        assert f"{facts.rest.range:.4g}" in shown.output
-    raw = CliRunner().invoke(cli, ["inspect", str(tmp_path / "c.json"), "--json"], catch_exceptions=False)
-    assert raw.output == found.to_json()
+        assert f"{facts.rest.range:.4g}" in shown.out
+    raw = run_cli("inspect", tmp_path / "c.json", "--json")
+    assert raw.out == found.to_json()
 
 
 @pytest.mark.parametrize(
@@ -348,13 +347,6 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def command(folder: Path, *arguments: str) -> str:
-    result = CliRunner().invoke(cli, list(arguments))
-    assert isinstance(result.exception, UsageError), result.output
-    assert "\n" not in str(result.exception)
-    return str(result.exception)
-
-
 def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path: Path) -> None:
     model, out = str(saved(tmp_path / "m")), tmp_path / "c.json"
     text, short = tmp_path / "t.txt", tmp_path / "s.txt"
@@ -368,10 +360,8 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path: Path) -> N
         (["--recipe", asked, "--text", str(short)], "text: received 2 tokens"),
         (["--recipe", asked, "--text", str(tmp_path / "none")], "expected a readable file"),
     ):
-        assert told in command(tmp_path, "calibrate", model, *options, "-o", str(out))
-    assert "--output" in command(
-        tmp_path, "calibrate", model, "--recipe", asked, "--text", str(text), "-o", str(tmp_path)
-    )
+        run_cli("calibrate", model, *options, "-o", out).refusal(told)
+    run_cli("calibrate", model, "--recipe", asked, "--text", text, "-o", tmp_path).refusal("--output")
     assert sorted(tmp_path.rglob("*")) == before
 
 

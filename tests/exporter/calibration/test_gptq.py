@@ -12,14 +12,12 @@ import onnx
 import pytest
 import safetensors.numpy
 import torch
-from click.testing import CliRunner
 from sinkexport.calibration import calibrate as calibration
 from sinkexport.calibration.calibrate import Calibrated
 from sinkexport.calibration.file import CalibrationFile, load_calibration, rounded_path
 from sinkexport.calibration.gptq import DAMPING, rounded_for_inputs
 from sinkexport.calibration.rounding import RoundedFile, SecondMoments, batches, round_batch
 from sinkexport.calibration.stream_inputs import input_groups
-from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
 from sinkexport.pipeline.export import export_loaded
@@ -33,6 +31,7 @@ from sinkrt.errors import UsageError
 from tests.exporter.calibration.test_calibrate import TEXT
 from tests.exporter.graph.test_quantize import plain_steps
 from tests.exporter.tiny_models import tiny_model, tiny_tokenizer
+from tests.support import run_cli
 
 SCHEMES = [
     WeightScheme(4, 32, symmetric=False),
@@ -314,33 +313,15 @@ def test_the_command_writes_both_files(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(json.dumps(ROUNDED), encoding="utf-8")
     (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
     arguments = ["--recipe", str(tmp_path / "r.yaml"), "--text", str(tmp_path / "t.txt")]
-    result = CliRunner().invoke(
-        cli, ["calibrate", str(folder), *arguments, "-o", str(tmp_path / "c.json")], catch_exceptions=False
-    )
-    assert "weights of 14 layers rounded" in result.output
+    result = run_cli("calibrate", folder, *arguments, "-o", tmp_path / "c.json")
+    assert "weights of 14 layers rounded" in result.out
     files = sorted(p.name for p in tmp_path.iterdir() if p.is_file())
     assert files == ["c.json", "c.safetensors", "r.yaml", "t.txt"]
-    shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "c.json")], catch_exceptions=False)
-    assert "weights rounded for their inputs, in c.safetensors" in shown.output
-    done = CliRunner().invoke(
-        cli,
-        [
-            "export",
-            str(folder),
-            "-o",
-            str(tmp_path / "b"),
-            "--sink-tokens",
-            "2",
-            "--window",
-            "6",
-            "--recipe",
-            str(tmp_path / "r.yaml"),
-            "--calibration",
-            str(tmp_path / "c.json"),
-        ],
-        catch_exceptions=False,
-    )
-    assert done.exit_code == 0
+    shown = run_cli("inspect", tmp_path / "c.json")
+    assert "weights rounded for their inputs, in c.safetensors" in shown.out
+    options = ("--sink-tokens", 2, "--window", 6, *arguments[:2], "--calibration", tmp_path / "c.json")
+    done = run_cli("export", folder, "-o", tmp_path / "b", *options)
+    done.succeeded()
     assert load_manifest(tmp_path / "b").quantization is not None
 
 

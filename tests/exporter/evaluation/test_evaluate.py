@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sinkexport import cli
 from sinkexport.config import ExportConfig
 from sinkexport.evaluation import baselines
 from sinkexport.evaluation.evaluate import BaselineOptions, EvalReport, evaluate
@@ -28,6 +27,7 @@ from sinkexport.sources import LoadedModel
 from sinkrt.errors import BackendError, BundleError, UsageError
 
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tests.support import run_cli
 
 S, W = 3, 12
 C = S + W
@@ -353,13 +353,6 @@ def test_bundles_that_cannot_be_evaluated(bundle: Path, model: Any, tmp_path: Pa
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["sinkexport", "eval", *(str(a) for a in arguments)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return int(end.value.code or 0)
-
-
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
@@ -368,26 +361,11 @@ def text_file(tmp_path: Path) -> Path:
 
 
 def test_command(
-    bundle: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+    bundle: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert (
-        run_cli(
-            monkeypatch,
-            bundle,
-            "--text",
-            text_file,
-            "--compare",
-            "--against",
-            model_folder,
-            "--segment",
-            16,
-            "--recompute-block",
-            1,
-        )
-        == 0
-    )
-    shown = capsys.readouterr()
+    compared = ("--compare", "--against", model_folder, "--segment", 16, "--recompute-block", 1)
+    shown = run_cli("eval", bundle, "--text", text_file, *compared).succeeded()
     facts = json.loads((tmp_path / "eval.json").read_text())
     assert [curve["name"] for curve in facts["curves"]] == [
         "bundle",
@@ -403,25 +381,22 @@ def test_command(
     assert "wrote eval.json and eval.png" in shown.err
 
 
-def test_command_without_plot(
-    bundle: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
-) -> None:
+def test_command_without_plot(bundle: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     monkeypatch.chdir(tmp_path)
-    assert run_cli(monkeypatch, bundle, "--text", text_file, "--no-plot", "--json", out, "--tokens", 30) == 0
+    result = run_cli("eval", bundle, "--text", text_file, "--no-plot", "--json", out, "--tokens", 30).succeeded()
     assert json.loads(out.read_text())["num_tokens"] == 30
     assert not list(tmp_path.glob("*.png"))
-    assert "--" not in capsys.readouterr().err
+    assert "--" not in result.err
 
 
 def test_command_refuses_with_exit_code_2(
-    bundle: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+    bundle: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     (tmp_path / "one.txt").write_text("w3")
     good = (bundle, "--text", text_file)
-    capsys.readouterr()
     before = sorted(tmp_path.iterdir())
     for arguments, reason in (
         ((bundle,), "--text"),
@@ -439,28 +414,14 @@ def test_command_refuses_with_exit_code_2(
         ((*good, "--compare", "--against", tmp_path / "none"), "no such folder"),
         ((tmp_path, "--text", text_file), "manifest.json"),
     ):
-        assert run_cli(monkeypatch, *arguments) == 2, arguments
-        error = capsys.readouterr().err
-        assert reason in error, error
-        assert len(error.splitlines()) == 1
+        run_cli("eval", *arguments).refusal(reason)
         assert sorted(tmp_path.iterdir()) == before  # no half-written file is left
 
 
 def test_outputs_are_checked_before_the_bundle_is_opened(text_file: Path, tmp_path: Path) -> None:
     """An hour of work must not end at a folder that does not exist."""
-    command = [
-        sys.executable,
-        "-m",
-        "sinkexport.cli",
-        "eval",
-        str(tmp_path / "no-bundle"),
-        "--text",
-        str(text_file),
-        "--json",
-        str(tmp_path / "no" / "x.json"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, "--json" in done.stderr) == (2, True)
+    options = ("--text", text_file, "--json", tmp_path / "no" / "x.json")
+    run_cli("eval", tmp_path / "no-bundle", *options).refusal("--json")
 
 
 def test_an_interrupted_run_leaves_the_old_results(
@@ -473,7 +434,7 @@ def test_an_interrupted_run_leaves_the_old_results(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sinkexport.evaluation.evaluate.measure", interrupted)
-    assert run_cli(monkeypatch, bundle, "--text", text_file, "--json", out, "--no-plot") == 130
+    assert run_cli("eval", bundle, "--text", text_file, "--json", out, "--no-plot").code == 130
     assert out.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "text.txt"]
 

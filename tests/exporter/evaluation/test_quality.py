@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sinkexport import cli
 from sinkexport.config import ExportConfig
 from sinkexport.evaluation.perplexity import Prediction, Predictor
 from sinkexport.evaluation.quality import BLOCK_TOKENS, SEGMENT_TOKENS, Quality, compare_predictions, kl_divergence
@@ -34,6 +33,7 @@ from sinkrt.errors import BackendError, BundleError, UsageError
 
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.runtime.toy import Toy, build_toy, reference_logits, rehash, write_manifest
+from tests.support import run_cli
 
 LOOSE = {"perplexity_increase": 10.0, "kl_divergence": 10.0, "top1_agreement": 0.0}
 TOY_TEXT = "".join(chr(ord("a") + i) for i in np.random.default_rng(5).integers(0, 26, 90))
@@ -402,14 +402,6 @@ def test_a_damaged_bundle_is_told(rounded_toy: Path, float_toy: Path, tmp_path: 
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["sinkexport", *(str(a) for a in arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-        raise SystemExit(0)
-    return int(stopped.value.code or 0)
-
-
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
@@ -417,13 +409,10 @@ def text_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_command(
-    float_toy: Path, rounded_toy: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_command(float_toy: Path, rounded_toy: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     arguments = ("verify", rounded_toy, "--against", float_toy, "--text", text_file, "--json", out)
-    assert run_cli(monkeypatch, *arguments) == 0
-    shown = capsys.readouterr().out
+    shown = run_cli(*arguments).succeeded().out
     facts = json.loads(out.read_text())
     assert facts["passed"] is True
     assert facts["quality"]["num_tokens"] == len(TOY_IDS) - 1
@@ -433,8 +422,8 @@ def test_command(
     assert [line.rstrip().endswith("ok") for line in shown.splitlines()].count(True) == 4
 
     strict = quantised(copied(rounded_toy, tmp_path), {**LOOSE, "kl_divergence": 1e-5, "top1_agreement": 1.0})
-    assert run_cli(monkeypatch, "verify", strict, *arguments[2:]) == 1
-    told = capsys.readouterr()
+    told = run_cli("verify", strict, *arguments[2:])
+    assert told.code == 1
     found = facts["quality"]
     assert told.err.splitlines() == [
         f"FAILED kl_divergence: {found['kl_divergence']:.4g}, above the limit of 1e-05 of recipe 'test'",
@@ -445,36 +434,19 @@ def test_command(
 
 
 def test_command_compares_predictions_of_a_bundle_that_is_not_quantised(
-    float_toy: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    float_toy: Path, text_file: Path, tmp_path: Path
 ) -> None:
     other = build_toy(tmp_path / "rounded", RoundedToy())
     out = tmp_path / "report.json"
-    assert (
-        run_cli(
-            monkeypatch,
-            "verify",
-            other,
-            "--quality",
-            "--against",
-            float_toy,
-            "--text",
-            text_file,
-            "--tokens",
-            40,
-            "--json",
-            out,
-        )
-        == 0
-    )
+    compared = ("--quality", "--against", float_toy, "--text", text_file, "--tokens", 40, "--json", out)
+    result = run_cli("verify", other, *compared).succeeded()
     facts = json.loads(out.read_text())
     assert (facts["recipe"], facts["checks"], facts["quality"]["num_tokens"]) == (None, [], 39)
     assert facts["quality"]["kl_divergence"] > 0.001
-    assert "(float32) against bundle" in capsys.readouterr().out
+    assert "(float32) against bundle" in result.out
 
 
-def test_command_refuses_with_exit_code_2(
-    float_toy: Path, rounded_toy: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_command_refuses_with_exit_code_2(float_toy: Path, rounded_toy: Path, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("x")
     good = ("verify", rounded_toy, "--against", float_toy, "--text", text_file)
     for arguments, reason in (
@@ -491,10 +463,7 @@ def test_command_refuses_with_exit_code_2(
         (("verify", float_toy, "--against", float_toy, "--tokens", 30), "--tokens: received with logits compared"),
         (("verify", float_toy, "--against", float_toy), "a bundle, expected the model that was exported"),
     ):
-        assert run_cli(monkeypatch, *arguments) == 2, arguments
-        error = capsys.readouterr().err
-        assert reason in error, error
-        assert len(error.splitlines()) == 1
+        run_cli(*arguments).refusal(reason)
 
 
 def test_two_bundles_are_compared_without_torch(float_toy: Path, rounded_toy: Path, text_file: Path) -> None:
@@ -509,17 +478,12 @@ def test_two_bundles_are_compared_without_torch(float_toy: Path, rounded_toy: Pa
     assert done.returncode == 0, done.stderr
 
 
-def test_inspect_tells_how_a_bundle_was_quantised(
-    rounded_toy: Path, float_toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    run_cli(monkeypatch, "inspect", quantised(copied(rounded_toy, tmp_path), calibration_sha256="ab" * 32))
-    shown = capsys.readouterr().out
+def test_inspect_tells_how_a_bundle_was_quantised(rounded_toy: Path, float_toy: Path, tmp_path: Path) -> None:
+    shown = run_cli("inspect", quantised(copied(rounded_toy, tmp_path), calibration_sha256="ab" * 32)).out
     assert "test: int8 weights, float inputs, fp window" in shown
     assert "calibration file abababababababab" in shown
     assert "kl_divergence 10, perplexity_increase 10, top1_agreement 0" in shown
-    run_cli(monkeypatch, "inspect", float_toy)
-    assert "kl_divergence" not in capsys.readouterr().out
-    run_cli(monkeypatch, "inspect", "--json", rounded_toy)
-    facts = Manifest.from_json(capsys.readouterr().out).quantization
+    assert "kl_divergence" not in run_cli("inspect", float_toy).out
+    facts = Manifest.from_json(run_cli("inspect", "--json", rounded_toy).out).quantization
     assert facts is not None
     assert facts.thresholds == LOOSE

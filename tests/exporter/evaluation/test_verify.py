@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from sinkexport import cli
 from sinkexport.config import ExportConfig
-from sinkexport.evaluation.comparison import DEFAULT_TOLERANCE, default_tolerance
+from sinkexport.evaluation.comparison import default_tolerance
+from sinkexport.evaluation.defaults import DEFAULT_TOLERANCE
 from sinkexport.evaluation.parity import ParityReport, compare, verify
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.reference.streaming import StreamingReference, streaming_reference
@@ -27,6 +27,7 @@ from sinkrt.errors import BundleError, UsageError
 from sinkrt.ring import Ring
 
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tests.support import run_cli
 
 S, W, B = 4, 12, 2
 C = S + W
@@ -317,26 +318,12 @@ def test_text_for_a_bundle_without_tokenizer(bundle: Path, loaded: LoadedModel, 
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit code of ``sinkexport verify ...``, through the real entry point."""
-    monkeypatch.setattr("sys.argv", ["sinkexport", "verify", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-        raise SystemExit(0)  # main() returns where there is nothing to tell
-    code = stopped.value.code or 0  # None: all went well
-    assert isinstance(code, int)
-    return code
-
-
-def test_command_passes(
-    bundle: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_command_passes(bundle: Path, model_folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{7 * i % 97}" for i in range(300)))
     out = tmp_path / "report.json"
     arguments = (str(bundle), "--against", str(model_folder), "--text", str(text), "--wraps", "2", "--json", str(out))
-    assert run_cli(monkeypatch, *arguments) == 0
-    shown = capsys.readouterr()
+    shown = run_cli("verify", *arguments).succeeded()
     lines = shown.out.splitlines()
     assert lines[0].startswith(f"{bundle} against model: S=4 W=12 B=2 float32; 2 wraps, 40 tokens (text of 300 tokens)")
     assert [line.split()[0] for line in lines[2:5]] == ["dense", "streaming", "prefill"]
@@ -345,25 +332,20 @@ def test_command_passes(
     assert json.loads(out.read_text())["passed"] is True
 
 
-def test_command_fails_with_exit_code_1(
-    bundle: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_command_fails_with_exit_code_1(bundle: Path, model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     bad = wrong_shift(tmp_path / "bad")
-    assert run_cli(monkeypatch, str(bad), "--against", str(model_folder), "--json", str(out)) == 1
-    shown = capsys.readouterr()
+    shown = run_cli("verify", bad, "--against", model_folder, "--json", out)
+    assert shown.code == 1
     assert "FAILED streaming: error " in shown.err
     assert f"at position {C}, above the tolerance of 1.0e-03" in shown.err
     assert "passed" not in shown.out
     assert json.loads(out.read_text())["passed"] is False
 
 
-def test_command_refuses_with_exit_code_2(
-    bundle: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_command_refuses_with_exit_code_2(bundle: Path, model_folder: Path, tmp_path: Path) -> None:
     tiny_model("mistral").save_pretrained(tmp_path / "other")
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
-    capsys.readouterr()  # transformers' own progress bars
     for arguments, reason in (
         ((str(bundle), "--against", str(tmp_path / "other")), "model's architecture"),
         ((str(bundle), "--against", str(tmp_path / "nowhere")), "no such folder"),
@@ -372,10 +354,7 @@ def test_command_refuses_with_exit_code_2(
         ((str(bundle), "--against", str(model_folder), "--wraps", "0"), "--wraps"),
         ((str(bundle),), "--against"),
     ):
-        assert run_cli(monkeypatch, *arguments) == 2, arguments
-        error = capsys.readouterr().err
-        assert reason in error
-        assert len(error.splitlines()) == 1
+        run_cli("verify", *arguments).refusal(reason)
 
 
 def test_the_command_module_imports_nothing_heavy() -> None:

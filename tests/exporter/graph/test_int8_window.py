@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_ir.passes import common
-from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.graph.attention.expand import expand_operators
 from sinkexport.graph.convert import IR_VERSION, convert
@@ -33,6 +32,7 @@ from sinkrt.ring import Ring, phase_frequency
 from tests.exporter.pipeline.test_families import exported, random_ids
 from tests.exporter.tiny_models import tiny_model
 from tests.reference.oracle import Int8Row, SinkAttentionOracle
+from tests.support import run_cli
 
 Arrays = list[np.ndarray]
 Run = Callable[[Arrays, np.ndarray, Arrays, np.ndarray | None], tuple[np.ndarray, Arrays]]
@@ -152,6 +152,7 @@ def torch_form(case: Case, num_tokens: int) -> Run:
     return run
 
 
+@functools.cache
 def onnx_form(case: Case, num_tokens: int, dtype: np.dtype | type = np.float32) -> Run:
     """The operator as ONNX Runtime runs it, each state's input and output being one buffer."""
     tokens = [torch.from_numpy(x.astype(dtype)) for x in case.tokens(np.random.default_rng(0), num_tokens)]
@@ -433,10 +434,10 @@ def test_state_is_smaller_and_inspect_shows_it(tmp_path: Path) -> None:
     rows = 2 * 2 * 2  # layers, keys and values, heads
     assert sizes["fp"] == rows * (4 + 64) * 16 * 4
     assert sizes["int8"] == rows * (4 * 16 * 4 + 64 * (16 + 2))
-    shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "int8")])
-    assert shown.exit_code == 0
-    assert "float16, int8" in next(line for line in shown.output.splitlines() if line.startswith("window"))
-    assert "float32" in next(line for line in shown.output.splitlines() if line.startswith("sink"))
+    shown = run_cli("inspect", tmp_path / "int8")
+    shown.succeeded()
+    assert "float16, int8" in next(line for line in shown.out.splitlines() if line.startswith("window"))
+    assert "float32" in next(line for line in shown.out.splitlines() if line.startswith("sink"))
 
 
 def test_step_makes_nothing_of_the_windows_size_in_floating_point(tmp_path: Path) -> None:
@@ -454,8 +455,8 @@ def test_refusals() -> None:
         ExportConfig(kv="int4")
     with pytest.raises(UsageError, match="window_size"):
         ExportConfig(window_size=2**18 + 1, kv="int8")
-    result = CliRunner().invoke(cli, ["export", "nowhere", "-o", "x", "--kv", "int3"])
-    assert result.exit_code == 2
+    result = run_cli("export", "nowhere", "-o", "x", "--kv", "int3")
+    assert result.code == 2
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 40])

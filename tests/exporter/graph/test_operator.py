@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -138,7 +140,7 @@ def test_against_oracle(case: tuple, sink_scale: tuple | None, act: Act | None, 
     (batch, *_), (num_sinks, window) = case, case[5:7]
     oracle, operator, states = _subject(case, sink_scale, act)
     atol = ATOL if act is None else ACT_ATOL
-    step = operator if form == "torch" else _onnx_form(operator, case, 1, form)
+    step = operator if form == "torch" else _onnx_form((case, sink_scale, act), 1, form)
     random = np.random.default_rng(7)
     for t in range((6 if act else 3) * (num_sinks + window) + 7):
         q, k, v = _random_tokens(random, case, 1)
@@ -185,7 +187,7 @@ def test_chunks_against_oracle(
     (batch, *_), (num_sinks, window) = case, case[5:7]
     oracle, operator, states = _subject(case, sink_scale, act)
     atol = ATOL if act is None else ACT_ATOL
-    chunk = operator if form == "torch" else _onnx_form(operator, case, num_tokens, form)
+    chunk = operator if form == "torch" else _onnx_form((case, sink_scale, act), num_tokens, form)
     random = np.random.default_rng(seed)
     position = np.zeros(batch, dtype=np.int64)
     while position.min() < 6 * window + num_sinks + 7:
@@ -235,7 +237,7 @@ def test_affine_against_oracle(case: tuple, parts: str, sink_scale: tuple | None
     atol = 5e-5 if act is None else 5 * ACT_ATOL  # as weights, what is uncertain of them is scaled
     random = np.random.default_rng(7)
     pairs, tensors = _random_affine(random, parts, batch, num_q, 1)
-    step = operator if form == "torch" else _onnx_form(operator, case, 1, form, tensors)
+    step = operator if form == "torch" else _onnx_form((case, sink_scale, act), 1, form, tensors)
     for t in range(6 * (num_sinks + window) + 7):
         q, k, v = _random_tokens(random, case, 1)
         if "constant" not in parts:
@@ -268,7 +270,7 @@ def test_affine_chunks_against_oracle(case: tuple, num_tokens: int, parts: str, 
     atol = 5e-5 if act is None else 5 * ACT_ATOL
     random = np.random.default_rng(3)
     pairs, tensors = _random_affine(random, parts, batch, num_q, num_tokens)
-    chunk = operator if form == "torch" else _onnx_form(operator, case, num_tokens, form, tensors)
+    chunk = operator if form == "torch" else _onnx_form((case, None, act), num_tokens, form, tensors)
     position = np.zeros(batch, dtype=np.int64)
     while position.min() < 6 * window + num_sinks + 7:
         counts = random.integers(0, num_tokens + 1, batch)
@@ -344,27 +346,43 @@ def _random_tokens(random: np.random.Generator, case: tuple, num_tokens: int) ->
     return tuple(2 * random.standard_normal(shape).astype(np.float32) for shape in shapes)
 
 
-def _onnx_form(
-    operator: Operator,
-    case: tuple,
-    num_tokens: int,
-    target: str,
-    affine: Sequence[torch.Tensor | None] = (None, None),
-):
-    """The operator for `target` as ONNX Runtime runs it, each state's input and output being one buffer."""
-    batch = case[0]
-    states = _subject(case, None, operator.act)[2]
+Subject = tuple[tuple, tuple | None, Act | None]
+Shape = tuple[int, ...] | None
+
+
+@functools.cache
+def _converted(subject: Subject, num_tokens: int, affine: tuple[Shape, ...]) -> onnx.ModelProto:
+    """The operator in ONNX with this project's own nodes: forms and seeds share it."""
+    case, batch = subject[0], subject[0][0]
+    _, operator, states = _subject(*subject)
     tokens = [torch.from_numpy(x) for x in _random_tokens(np.random.default_rng(0), case, num_tokens)]
     num_valid = None if num_tokens == 1 else torch.ones(batch, dtype=torch.int64)
-    arguments = (*tokens, torch.zeros(batch, dtype=torch.int64), states, num_valid, list(affine))
+    affine_tensors = [None if shape is None else torch.zeros(shape) for shape in affine]
+    arguments = (*tokens, torch.zeros(batch, dtype=torch.int64), states, num_valid, affine_tensors)
     model = convert(torch.export.export(operator, arguments, strict=False))
     fold_small_constants(model)
+    return ir.to_proto(model)
+
+
+@functools.cache
+def _session(subject: Subject, num_tokens: int, target: str, affine: tuple[Shape, ...]) -> ort.InferenceSession:
+    model = ir.from_proto(_converted(subject, num_tokens, affine))
     expand_operators(model, target)
     common.NameFixPass()(model)
     assert all(node.domain == "" for node in model.graph)
     assert model.opset_imports == {"": OPSET}
     model.ir_version = IR_VERSION
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString())
+
+
+def _onnx_form(
+    subject: Subject, num_tokens: int, target: str, affine: Sequence[torch.Tensor | None] = (None, None)
+) -> Callable[..., list[torch.Tensor]]:
+    """The operator for `target` as ONNX Runtime runs it, each state's input and output being one buffer.
+
+    subject: the arguments of `_subject`.
+    """
+    session = _session(subject, num_tokens, target, tuple(None if x is None else tuple(x.shape) for x in affine))
     inputs, outputs = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
 
     def run(q, k, v, position, states, num_valid=None, affine=()):

@@ -17,7 +17,7 @@ from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape
 from sinkexport.graph.passes.output_gate import absorb, find_output_gate
 from sinkexport.tensorrt.build_engines import build_bundle
-from sinkexport.tensorrt.builder import BuildOptions
+from sinkexport.tensorrt.options import BuildOptions
 from sinkexport.tensorrt.process import build_engine_apart
 from sinkrt import Session
 from sinkrt.errors import BackendError

@@ -12,20 +12,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from click.testing import CliRunner
-from sinkexport.cli import cli
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.passes.opset17 import SAME
 from sinkexport.pipeline.export import export, export_loaded
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel
 from sinkexport.tensorrt.build_engines import build_bundle
-from sinkexport.tensorrt.builder import BuildOptions, float32_values
+from sinkexport.tensorrt.builder import float32_values
+from sinkexport.tensorrt.options import BuildOptions
 from sinkexport.tensorrt.process import EngineBuildError, build_engine_apart
 from sinkrt import Session
 from sinkrt.contract import MANIFEST_NAME, PLUGIN_ABI, Manifest, load_manifest
 from sinkrt.engines import EngineHost, check_engine
-from sinkrt.errors import BackendError, BundleError, SinkError, UsageError
+from sinkrt.errors import BackendError, BundleError, UsageError
 
 from tests.exporter.calibration.test_calibrate import TEXT, calibrate, recipe
 from tests.exporter.graph.plugin_evaluator import PluginBundle, errors_against
@@ -35,6 +34,7 @@ from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.exporter.variants.test_head_windows import budgets
 from tests.plugins.trt_library import needs_plugin_build
 from tests.real_model import smollm2_file
+from tests.support import run_cli
 
 S, W, T = 3, 9, 4
 NEEDS_BUILD = [needs_plugin_build, *needs_tensorrt]
@@ -289,16 +289,14 @@ class TestBuilding:
 
     def test_the_command(self, plugin_library: Path, tmp_path: Path) -> None:
         exported(wide_model("llama-tied", "fp16"), tmp_path / "b", dtype="fp16", target="tensorrt", chunk_size=1)
-        result = CliRunner().invoke(
-            cli, ["build", str(tmp_path / "b"), "--plugin", str(plugin_library), "--tactic-sources", "0"]
-        )
-        assert result.exit_code == 0, result.output
-        assert "decode.engine: decode, TensorRT-RTX" in result.output
+        result = run_cli("build", tmp_path / "b", "--plugin", plugin_library, "--tactic-sources", "0")
+        result.succeeded()
+        assert "decode.engine: decode, TensorRT-RTX" in result.out
         with pytest.raises(BackendError, match="a bundle whose graphs need the TensorRT plugin"):
             Session.load(tmp_path / "b")
-        shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "b")])
-        assert f"plugin {PLUGIN_ABI}" in shown.output
-        assert "engines/decode.engine" in shown.output
+        shown = run_cli("inspect", tmp_path / "b")
+        assert f"plugin {PLUGIN_ABI}" in shown.out
+        assert "engines/decode.engine" in shown.out
 
     def test_a_graph_that_does_not_fit_its_fields_is_refused(self, plugin_library: Path, tmp_path: Path) -> None:
         exported(wide_model("llama-tied", "fp16"), tmp_path / "b", dtype="fp16", target="tensorrt", chunk_size=1)
@@ -334,8 +332,8 @@ def test_a_crash_ends_the_command_with_1(tmp_path: Path, monkeypatch: pytest.Mon
         raise EngineBuildError("engine of 'decode.onnx': received a crash")
 
     monkeypatch.setattr("sinkexport.tensorrt.build_engines.build_engine_apart", crash)
-    result = CliRunner().invoke(cli, ["build", str(tmp_path / "b")])
-    assert (result.exit_code, result.stderr) == (1, "sinkexport: error: engine of 'decode.onnx': received a crash\n")
+    result = run_cli("build", tmp_path / "b")
+    assert (result.code, result.err) == (1, "sinkexport: error: engine of 'decode.onnx': received a crash\n")
     assert (tmp_path / "b" / MANIFEST_NAME).read_bytes() == before
 
 
@@ -351,13 +349,12 @@ def test_bad_input_of_the_command(tmp_path: Path) -> None:
         ([plugin, "--plugin", str(tmp_path / "no.so")], "--plugin: received no file at"),
         ([plugin, "--plugin", str(text), "--timing-cache", str(tmp_path)], "--timing-cache: received"),
     ):
-        result = CliRunner().invoke(cli, ["build", *arguments])
-        assert isinstance(result.exception, SinkError)
-        assert told in str(result.exception)
+        result = run_cli("build", *arguments)
+        result.refusal(told)
     for bits in ("-1", "4294967296", "cublas"):
-        result = CliRunner().invoke(cli, ["build", plugin, "--tactic-sources", bits])
-        assert result.exit_code == 2
-        assert "--tactic-sources" in result.stderr
+        result = run_cli("build", plugin, "--tactic-sources", bits)
+        assert result.code == 2
+        assert "--tactic-sources" in result.err
 
 
 def with_engine(bundle: Path, **changes: Any) -> Manifest:

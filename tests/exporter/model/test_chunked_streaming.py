@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sinkexport.families.linear_attention import linear_layers
-from sinkexport.reference.chunked import chunked_streaming, visible
+from sinkexport.model.attention import stream_angles
+from sinkexport.reference.chunked import chunked_streaming, turn, visible
 from sinkexport.reference.streaming import streaming_reference
 from sinkrt.errors import UsageError
-from sinkrt.ring import Ring
+from sinkrt.ring import Ring, phase_frequency
 
 from tests.exporter.tiny_models import TINY, VOCAB_SIZE, tiny_model
 
@@ -144,3 +146,14 @@ def test_refusals() -> None:
     gpt2 = transformers.AutoModelForCausalLM.from_config(learned).eval()
     with pytest.raises(UsageError, match="rotary"), chunked_streaming(gpt2, 4, 8):
         pass
+
+
+@pytest.mark.parametrize("position", [0, 5, 2**24 + 1, 2**33 + 7, 2**46])
+def test_phases_are_those_of_the_exported_graphs(position: int) -> None:
+    """Both are exact, and share no code."""
+    frequency = torch.tensor([phase_frequency(10000 ** (-i / 8)) for i in range(8)], dtype=torch.int64)
+    for behind in (0, 11):
+        want = stream_angles(torch.tensor([position]), frequency, 4, behind)
+        got = turn(position, 4, behind, frequency)
+        for ours, theirs in zip(got, want, strict=True):
+            np.testing.assert_allclose(ours.numpy(), theirs[0].numpy(), atol=3e-7)

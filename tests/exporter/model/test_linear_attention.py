@@ -8,6 +8,7 @@ import torch
 from sinkexport.config import ExportConfig
 from sinkexport.model.recurrent import DecayMasks, chunk_gated_delta_rule, delta_rules
 from sinkrt import Session
+from sinkrt.backends.ort import OrtBackend
 from sinkrt.contract import RECURRENT_KINDS
 from sinkrt.errors import StateError, UsageError
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
@@ -113,13 +114,12 @@ def test_a_step_that_is_cut_short_cannot_be_repeated(session: Session, monkeypat
     session.reset()
     ids = random_ids(3, 5)
     want = session.prefill(ids)[1].copy()
-    backend = session._loaded()
 
-    def interrupted() -> None:
+    def interrupted(_backend: OrtBackend) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(backend), "run", lambda _self: interrupted())
+        patch.setattr(OrtBackend, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             session.step([3], streams=[1])
     with pytest.raises(StateError, match=r"stream 1: received one that an error cut short.*reset"):

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from click.testing import CliRunner
-from sinkexport.cli import cli
-from sinkrt.errors import UsageError
-
 from tests.exporter.tiny_models import tiny_model
+from tests.support import run_cli
 
 
 def assert_export_refuses(option: str, file: Path, options: Mapping[str, str], expected: str, folder: Path) -> None:
@@ -17,10 +14,6 @@ def assert_export_refuses(option: str, file: Path, options: Mapping[str, str], e
     options = dict(options)
     tiny_model(options.pop("MODEL", "llama")).save_pretrained(folder / "model")
     words = [word for pair in options.items() for word in pair]
-    result = CliRunner().invoke(
-        cli, ["export", str(folder / "model"), "-o", str(folder / "out"), "--window", "9", option, str(file), *words]
-    )
-    assert isinstance(result.exception, UsageError)
-    assert expected in str(result.exception)
-    assert "\n" not in str(result.exception)
+    result = run_cli("export", folder / "model", "-o", folder / "out", "--window", "9", option, file, *words)
+    result.refusal(expected)
     assert not (folder / "out").exists()

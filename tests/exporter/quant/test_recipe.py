@@ -9,11 +9,11 @@ from typing import Any
 import pydantic
 import pytest
 import yaml
-from click.testing import CliRunner
-from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.quant.recipe import RECIPES_FOLDER, Recipe, load_recipe, parse_recipe, recipe_names
 from sinkrt.errors import UsageError
+
+from tests.support import run_cli
 
 FOLDER = Path(__file__).parents[3] / "recipes"
 
@@ -134,9 +134,8 @@ def test_families_replace_keys_and_merge_mappings() -> None:
     ],
 )
 def test_export_refuses_before_any_work(options: list[str], told: str, tmp_path: Path) -> None:
-    result = CliRunner().invoke(cli, ["export", "no-such-model", "-o", str(tmp_path / "b"), *options])
-    assert isinstance(result.exception, UsageError)
-    assert told in str(result.exception)
+    result = run_cli("export", "no-such-model", "-o", tmp_path / "b", *options)
+    result.refusal(told)
     assert not list(tmp_path.iterdir())
 
 
@@ -155,7 +154,7 @@ def test_kv_goes_before_the_recipe() -> None:
 
 
 def test_inspect_lists_them() -> None:
-    result = CliRunner().invoke(cli, ["inspect", "recipes"])
-    assert result.exit_code == 0
+    result = run_cli("inspect", "recipes")
+    result.succeeded()
     for name in recipe_names():
-        assert name in result.output
+        assert name in result.out

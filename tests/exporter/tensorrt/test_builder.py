@@ -24,7 +24,8 @@ from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.pipeline.export import export, export_loaded
 from sinkexport.sources import LoadedModel
 from sinkexport.tensorrt import builder as engine
-from sinkexport.tensorrt.builder import BuildOptions, EngineReport, build_engine
+from sinkexport.tensorrt.builder import build_engine
+from sinkexport.tensorrt.options import MODULE, BuildOptions, EngineReport
 from sinkexport.tensorrt.process import build_engine_apart
 from sinkrt.contract import Manifest
 from sinkrt.errors import BackendError, UsageError
@@ -33,7 +34,7 @@ from tests.exporter.tiny_models import TINY, tiny_model
 from tests.exporter.variants.test_affine import random_tensors, written
 from tests.real_model import smollm2_file
 
-HAS_TENSORRT = importlib.util.find_spec(engine.MODULE) is not None
+HAS_TENSORRT = importlib.util.find_spec(MODULE) is not None
 # In CI a missing package is a failure, not a skip: SINKEXPORT_NO_SKIP=1 lets the error come out.
 needs_tensorrt = [
     pytest.mark.tensorrt,
@@ -382,5 +383,5 @@ def test_an_unfit_timing_cache(readable: bool, tmp_path: Path, tensorrt: MagicMo
 
 def test_importing_the_module_does_not_import_tensorrt() -> None:
     """`sinkexport --help` must not pay for 230 MB of shared libraries."""
-    code = f"import sys, sinkexport.tensorrt.builder; sys.exit({engine.MODULE!r} in sys.modules)"
+    code = f"import sys, sinkexport.tensorrt.builder; sys.exit({MODULE!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from click.testing import CliRunner
-from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.evaluation.evaluate import BaselineOptions, evaluate
 from sinkexport.evaluation.parity import verify
@@ -34,6 +32,7 @@ from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.exporter.variants.test_head_windows import budgets
 from tests.exporter.variants.test_sink_tuning import GEOMETRY, tuning
 from tests.reference.oracle import SinkAttentionOracle, affine_factors
+from tests.support import run_cli
 
 Tensors = dict[str, np.ndarray]
 
@@ -126,7 +125,7 @@ def test_forms_of_a_file(form: str, tmp_path: Path) -> None:
     assert verify(tmp_path / "b", loaded, tolerance=1e-4).failures == ()
     assert manifest.affine_attention is not None
     assert manifest.affine_attention.heads == (((), (2, 3, 5)) if form == "constant" else (tuple(range(heads)),) * 2)
-    shown = " ".join(CliRunner().invoke(cli, ["inspect", str(tmp_path / "b")]).output.split())
+    shown = " ".join(run_cli("inspect", tmp_path / "b").out.split())
     expected = "3 heads in 1 layers, constant" if form == "constant" else "12 heads in 2 layers, by hidden state"
     assert f"affine attention {expected}; file {affine.sha256[:16]}" in shown
 

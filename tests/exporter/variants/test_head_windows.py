@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from sinkexport.analysis.sinks import analyze
 from sinkexport.analysis.text_windows import TextWindows
-from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.evaluation.parity import verify
 from sinkexport.pipeline.export import export_loaded
@@ -22,11 +20,12 @@ from sinkexport.sources import LoadedModel
 from sinkexport.variants.head_windows import HeadWindowFile, WindowedModel
 from sinkexport.variants.sink_tuning import ActPart, SinkTuningFile, TunedModel
 from sinkexport.variants.variant import AttentionVariant, head_windows_of
-from sinkrt import Session, StateError, UsageError
+from sinkrt import Session, StateError
 from sinkrt.contract import BundleError, Manifest, load_manifest
 
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.reference.oracle import SinkAttentionOracle
+from tests.support import run_cli
 
 S = 3
 LLAMA = ((9, 4), (5, 9))  # two layers of two key heads; the groups of the second are out of order
@@ -137,7 +136,7 @@ def test_states_are_saved_and_belong_to_their_budgets(tmp_path: Path) -> None:
         np.testing.assert_array_equal(session.prefill(ids[:, 33:]), want)
         with pytest.raises(StateError, match="fingerprint"):
             other.load_state(tmp_path / "state")
-    shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "a")]).output
+    shown = run_cli("inspect", tmp_path / "a").out
     assert "key heads by window: 1 with 4, 1 with 5, 2 with 9" in " ".join(shown.split())
 
 
@@ -172,22 +171,9 @@ def test_manifest_refuses_heads_that_are_missing(tmp_path: Path) -> None:
 def test_export_refuses_in_one_line(content: str, options: list[str], expected: str, tmp_path: Path) -> None:
     (tmp_path / "budgets.json").write_text(content, encoding="utf-8")
     tiny_model("llama").save_pretrained(tmp_path / "model")
-    result = CliRunner().invoke(
-        cli,
-        [
-            "export",
-            str(tmp_path / "model"),
-            "-o",
-            str(tmp_path / "out"),
-            "--sink-tokens",
-            "3",
-            "--head-windows",
-            str(tmp_path / "budgets.json"),
-            *options,
-        ],
-    )
-    assert isinstance(result.exception, UsageError)
-    assert expected in str(result.exception)
+    file = ("--head-windows", tmp_path / "budgets.json")
+    result = run_cli("export", tmp_path / "model", "-o", tmp_path / "out", "--sink-tokens", 3, *file, *options)
+    result.refusal(expected)
 
 
 # --- analyze ----------------------------------------------------------------------------------------------------------
@@ -240,15 +226,14 @@ def test_analyze_proposes_long_windows_for_heads_that_change_most(tmp_path: Path
         "--head-windows",
         str(tmp_path / "b.json"),
     ]
-    result = CliRunner().invoke(cli, [*arguments, "--head-window-share", "0.75", "--json", str(tmp_path / "all.json")])
-    assert result.exit_code == 0, result.output
-    assert "2 of 4 key heads keep 80 tokens" in result.output
+    result = run_cli(*arguments, "--head-window-share", "0.75", "--json", tmp_path / "all.json")
+    result.succeeded()
+    assert "2 of 4 key heads keep 80 tokens" in result.out
     found = HeadWindowFile.load(tmp_path / "b.json")
     change = np.array(json.loads((tmp_path / "all.json").read_text())["change"])
     by_head = np.square(change[:, :, 0]).reshape(2, 2, 3).mean(axis=2)  # [L, Hkv]
     farthest = np.sort(by_head, axis=None)[2:]
     np.testing.assert_array_equal(np.array(found.windows), np.where(by_head >= farthest.min(), 80, 40))
     for share, expected in (("0.2", "expected 0.5 .. 1"), ("2", "expected 0.5 .. 1")):
-        refused = CliRunner().invoke(cli, [*arguments, "--head-window-share", share])
-        assert isinstance(refused.exception, UsageError)
-        assert expected in str(refused.exception)
+        refused = run_cli(*arguments, "--head-window-share", share)
+        refused.refusal(expected)

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from sinkexport.analysis.sinks import analyze
 from sinkexport.analysis.text_windows import TextWindows
-from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.evaluation.parity import verify
 from sinkexport.pipeline.export import export_loaded
@@ -30,6 +28,7 @@ from tests.exporter.graph.in_place import assert_states_are_written_last
 from tests.exporter.pipeline.export_refusal import assert_export_refuses
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.reference.oracle import Act, SinkAttentionOracle
+from tests.support import run_cli
 
 LAYERS, HEADS, S, W = 2, 6, 3, 9
 MASK = ((True, True, False, True, True, False), (False, True, True, True, False, True))
@@ -167,7 +166,7 @@ def test_layers_without_calibrated_heads_have_no_state(tmp_path: Path) -> None:
     manifest = load_manifest(tmp_path / "b")
     (mass,) = (state for state in manifest.states if state.kind == "attention_mass")
     assert (mass.layer, mass.shape, mass.dtype) == (0, (1, HEADS, 2, W), "float32")
-    shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "b")]).output
+    shown = run_cli("inspect", tmp_path / "b").out
     assert "scaled down to 0.1 in 4 of 12 heads" in " ".join(shown.split())
     assert "attention received" in shown
 
@@ -253,27 +252,12 @@ def test_analyze_proposes_the_heads_that_have_later_sinks(tmp_path: Path, monkey
     tiny_tokenizer().save(tmp_path / "model")
     tiny_model("llama").save_pretrained(tmp_path / "model")
     (tmp_path / "text").write_text(" ".join(f"w{i}" for text in texts for i in text), encoding="utf-8")
-    result = CliRunner().invoke(
-        cli,
-        [
-            "analyze",
-            str(tmp_path / "model"),
-            "--text",
-            str(tmp_path / "text"),
-            "--windows",
-            "3",
-            "--window-tokens",
-            str(TOKENS),
-            "--candidates",
-            str(CANDIDATES),
-            "--sink-tuning",
-            str(tmp_path / "tuning.json"),
-        ],
-    )
-    assert result.exit_code == 0, result.output
+    text = ("--text", tmp_path / "text", "--windows", 3, "--window-tokens", TOKENS, "--candidates", CANDIDATES)
+    result = run_cli("analyze", tmp_path / "model", *text, "--sink-tuning", tmp_path / "tuning.json")
+    result.succeeded()
     found = SinkTuningFile.load(tmp_path / "tuning.json")
     assert found.act is not None
     assert (found.act.alpha, found.act.beta) == (5.0, 0.4)  # the paper's
     np.testing.assert_array_equal(found.act.heads, want >= 1.5)
-    assert f"later sinks in {int((want >= 1.5).sum())} of {want.size} heads; add --sink-tuning" in result.output
+    assert f"later sinks in {int((want >= 1.5).sum())} of {want.size} heads; add --sink-tuning" in result.out
     exported(tmp_path / "b", sink_tuning=found)  # and the export takes it

@@ -10,10 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from sinkexport.analysis.tune import Example, read_examples, score, tune
-from sinkexport.cli import cli
-from sinkexport.commands.inspect import command as inspect
 from sinkexport.config import ExportConfig
 from sinkexport.evaluation.parity import verify
 from sinkexport.pipeline.export import export_loaded
@@ -25,6 +22,7 @@ from sinkrt.contract import MANIFEST_NAME, load_manifest
 
 from tests.exporter.pipeline.export_refusal import assert_export_refuses
 from tests.exporter.tiny_models import TINY, VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tests.support import run_cli
 
 LAYERS, HEADS = 2, 6
 GEOMETRY = {"num_sink_tokens": 3, "window_size": 9}
@@ -126,17 +124,17 @@ def test_tune_finds_the_layer_that_was_planted(layer: int, factor: float, tmp_pa
     (tmp_path / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     arguments = ["tune", str(tmp_path / "model"), "--labelled", str(tmp_path / "texts.jsonl"), "--by", "layer", "-o"]
     for file in ("a.json", "b.json"):
-        result = CliRunner().invoke(cli, [*arguments, str(tmp_path / file)])
-        assert result.exit_code == 0, result.output
+        result = run_cli(*arguments, tmp_path / file)
+        result.succeeded()
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()  # deterministic
     found = SinkTuningFile.load(tmp_path / "a.json")
     assert set(found.first_token_scale[layer]) == {0.2 if factor < 1 else 3.0}
     assert set(found.first_token_scale[1 - layer]) == {1.0}
     before, after = (float(x) for x in found.found.rpartition("held out: ")[2].split(" -> "))
     assert after < before  # on texts that did not choose them, too
-    assert "12 texts chose" in result.output
+    assert "12 texts chose" in result.out
     export_loaded(LoadedModel(model, None, "tiny"), tmp_path / "out", ExportConfig(**GEOMETRY, sink_tuning=found))
-    shown = CliRunner().invoke(inspect, [str(tmp_path / "out")]).output
+    shown = run_cli("inspect", tmp_path / "out").out
     assert "tuned sinks" in shown
 
 

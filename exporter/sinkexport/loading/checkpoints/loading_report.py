@@ -1,7 +1,7 @@
 """Comparison of a loaded model with its files: a tensor too many or too few is a reason to refuse.
 
-transformers fills what is missing with random numbers or ones, drops what it has no place for, turns integers into
-floating point without their scales, and hides names that a family asks it to ignore.
+transformers fills what is missing with random numbers or ones and drops what it has no place for. It turns integers
+into floating point without their scales, and hides names that a family asks it to ignore.
 """
 
 from __future__ import annotations

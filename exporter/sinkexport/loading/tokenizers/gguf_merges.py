@@ -41,8 +41,8 @@ def scored_merges(vocabulary: Vocabulary) -> list[Pair]:
     """The merges that give what SentencePiece's BPE gives: of all neighbours that make a token the pair with the
     highest score goes first, the leftmost of equal ones.
 
-    `tokenizers` wants one order of all pairs. Pairs of different tokens with one score that can meet in a text (the
-    second part of one is the first part of the other) are put in the order in which the leftmost goes first.
+    `tokenizers` wants one order of all pairs. Pairs of different tokens with one score can meet in a text, if the
+    second part of one is the first part of the other. They are put in the order in which the leftmost goes first.
 
     Raises: UsageError if there are no scores, if there is no such order, and for a token made of a character that is
     none: there a merge would begin with what has no id.

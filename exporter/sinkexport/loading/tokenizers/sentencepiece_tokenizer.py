@@ -1,7 +1,7 @@
 """tokenizer.model, of sentencepiece, as a tokenizer.json: converted, then compared with sentencepiece itself.
 
-transformers 5 converts such files too, but puts no space before the first word where the text begins with one, and
-forgets how the model's own class treats text after a special token.
+transformers 5 converts such files too. It puts no space before the first word where the text begins with one, and
+ignores how the model's own class treats text after a special token.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A folder's tokenizer.json, copied: what tokenizer_config.json changes of it is put in, all else stays as it is.
 
-transformers builds a tokenizer anew from the vocabulary for many classes (GPT2Tokenizer, Qwen2Tokenizer,
-LlamaTokenizer ..), and what a file says beyond the class, such as a split of digits, is lost. What it rightly takes
-from tokenizer_config.json are the added tokens, the special tokens and whether a text begins with one.
+transformers builds a tokenizer anew from the vocabulary for many classes (GPT2Tokenizer, Qwen2Tokenizer, LlamaTokenizer
+..). What a file says beyond the class, such as a split of digits, is lost. What it rightly takes from
+tokenizer_config.json are the added tokens, the special tokens and whether a text begins with one.
 """
 
 from __future__ import annotations

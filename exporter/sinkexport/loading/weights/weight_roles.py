@@ -42,8 +42,8 @@ LLAMA_ORDER = frozenset(
         "olmo",
     )
 )
-"""GGUF architectures whose queries and keys lie with the two numbers of a rotated pair side by side, where Hugging
-Face's files have a head's first half before the second. Source: llama.cpp, ``convert_hf_to_gguf.py``, ``permute``."""
+"""GGUF architectures whose queries and keys have the two numbers of a rotated pair side by side. Hugging Face's files
+have a head's first half before the second. Source: llama.cpp, ``convert_hf_to_gguf.py``, ``permute``."""
 
 
 def role_of(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The process that renders a chat template, seen from outside: started on first use, ended when it takes too long."""
+"""The process that renders a chat template: started on first use, ended when it takes too long."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIME_LIMIT_S = 10.0
 """Longest time for one request to the process."""
 MAX_RESPONSE_BYTES = 2**29
 KEPT_ENVIRONMENT = ("TZ", "TZDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
-"""What the process gets of the environment: enough to start Python and to tell the time, and no keys."""
+"""Environment variables that the process gets: enough to start Python and to know the time, and no keys."""
 LEAST_JINJA = (3, 1, 6)
 """Older versions have known ways out of the sandbox (CVE-2024-56326, CVE-2025-27516)."""
 
@@ -31,7 +31,7 @@ class TemplateFailure(Exception):  # noqa: N818 - the caller words the error
 
 
 class TemplateProcess:
-    """Renders one template. Any thread may call it, one at a time gets its turn.
+    """Renderer of one template. Any thread may call it; one at a time gets its turn.
 
     source: Jinja. time_limit_s: of one call, compilation included.
     """
@@ -46,7 +46,7 @@ class TemplateProcess:
         self._end: weakref.finalize[Any, TemplateProcess] | None = None
 
     def facts(self) -> dict[str, Any]:
-        """``variables``: names that the template reads. ``literals``: text that it writes by itself.
+        """Facts by name. ``variables``: names that the template reads. ``literals``: text that it writes by itself.
 
         Raises: TemplateFailure, UsageError.
         """
@@ -142,7 +142,7 @@ def require_jinja() -> None:
 
 
 def _start(time_limit_s: float) -> subprocess.Popen[bytes]:
-    """A new process. It gets no modules but Python's and Jinja's, and none of the parent's files.
+    """Start a process. It gets no modules but Python's and Jinja's, and none of the parent's files.
 
     Raises: UsageError if this Python cannot start another.
     """

@@ -1,10 +1,12 @@
-"""Text in and out: the bundle's tokenizer, with its streaming decoder and its chat template."""
+"""The bundle's tokenizer, with its streaming decoder and its chat template.
+
+Twin of runtime/cpp/include/sinkrt/tokenizer.h, which has no chat templates.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,16 +14,17 @@ from typing import Any
 
 import tokenizers
 
-from sinkrt.chat_messages import joined, message_text
-from sinkrt.chat_template import ChatTemplate, TemplateFacts, choose_template
 from sinkrt.contract import Manifest
-from sinkrt.errors import BundleError, UsageError, problem
-from sinkrt.special_text import ControlTokens, Marks, PlainEncoder, pattern, split, texts_in
-from sinkrt.stream_decoder import MAX_PENDING, REPLACEMENT, StreamingDecoder
+from sinkrt.errors import UsageError, problem
+from sinkrt.text.chat_messages import joined, message_text
+from sinkrt.text.chat_template import ChatTemplate, choose_template
+from sinkrt.text.special_text import ControlTokens, Marks, PlainEncoder, pattern, split, texts_in
+from sinkrt.text.stream_decoder import StreamingDecoder
+from sinkrt.text.template_facts import TemplateFacts
+from sinkrt.text.tokenizer_files import read_tokenizer_files
 
-__all__ = ["MAX_PENDING", "OPENING_MESSAGES", "REPLACEMENT", "StreamingDecoder", "Tokenizer", "common_start"]
-
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+OPENING_MESSAGES = ("0", "?")
+"""Two user messages that begin differently: what two conversations share up to them is their opening."""
 
 
 class Tokenizer:
@@ -55,50 +58,7 @@ class Tokenizer:
 
         Raises: UsageError if it has none; BundleError if they are unreadable.
         """
-        facts = manifest.tokenizer
-        if facts is None:
-            raise UsageError(
-                problem(
-                    "tokenizer",
-                    received="a bundle without one",
-                    expected="tokenizer.json",
-                    fix="feed token ids, or export a model folder with its tokenizer",
-                )
-            )
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(bundle / facts.file))
-        except Exception as error:  # the library raises plain Exception
-            raise BundleError(
-                problem(
-                    facts.file,
-                    received=_one_line(error),
-                    expected="a tokenizer of 'tokenizers'",
-                    fix="export the model again",
-                )
-            ) from error
-        model = manifest.model
-        special: dict[str, Any] = {
-            name: tokenizer.id_to_token(token) or ""
-            for name, token in (("bos_token", model.bos_token_id), ("eos_token", next(iter(model.eos_token_ids), None)))
-            if token is not None
-        }
-        template = None
-        try:
-            if facts.chat_template is not None:
-                template = (bundle / facts.chat_template).read_text(encoding="utf-8")
-            if _TOKENIZER_CONFIG in manifest.files:  # what the tokenizer itself calls its special tokens goes first
-                config = json.loads((bundle / _TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-                special |= named_special_tokens(config)
-        except (OSError, ValueError) as error:
-            raise BundleError(
-                problem(
-                    "tokenizer files",
-                    received=_one_line(error),
-                    expected="UTF-8 text and JSON",
-                    fix="export the model again",
-                )
-            ) from error
-        return cls(tokenizer, template, special)
+        return cls(*read_tokenizer_files(bundle, manifest))
 
     @property
     def has_chat_template(self) -> bool:
@@ -107,7 +67,7 @@ class Tokenizer:
 
     @property
     def template_facts(self) -> TemplateFacts:
-        """What the chat template does, found on first use.
+        """Facts of the chat template, found on first use.
 
         Raises: UsageError if there is none, or it cannot be rendered at all.
         """
@@ -175,7 +135,7 @@ class Tokenizer:
     def _plain_ids(
         self, pieces: list[tuple[str, bool]], control: ControlTokens, *, special: bool = False, begun: bool
     ) -> list[int]:
-        """Ids of a text in pieces, of which some are the user's own, as `encode` or `encode_next` gives them."""
+        """Ids of a text in pieces, some of them the user's own, as `encode` or `encode_next` gives them."""
         encoder = self._plain_encoder(control)
         with _utf8_errors():
             ids = encoder.encode([("\n", False), *pieces] if begun else pieces, special=special)
@@ -202,7 +162,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         template_args: Mapping[str, Any] | None = None,
     ) -> str:
-        """The chat template over messages of ``role`` and ``content``.
+        """Render messages of ``role`` and ``content`` by the chat template.
 
         template_args: further variables of the template, such as ``enable_thinking``.
 
@@ -218,8 +178,9 @@ class Tokenizer:
         template_args: Mapping[str, Any] | None = None,
         allow_special: bool = False,
     ) -> list[int]:
-        """Token ids of a conversation. What looks like a control token in a message or argument is ordinary text,
-        unless `allow_special`.
+        """Token ids of a conversation.
+
+        What looks like a control token in a message or an argument is ordinary text, unless `allow_special`.
 
         Raises: UsageError as `render_chat`.
         """
@@ -257,7 +218,7 @@ class Tokenizer:
     def opening_size(self, system: str, *, template_args: Mapping[str, Any] | None = None) -> int:
         """Tokens with which every conversation under this system message begins, up to the user's first words.
 
-        As many sinks keep the message in the cache for ever.
+        As many sinks keep the message in the cache forever.
 
         Raises: UsageError as `render_chat` does.
         """
@@ -279,7 +240,7 @@ class Tokenizer:
         self._the_template.require_system()
 
     def render_next_turn(self, message: str, *, template_args: Mapping[str, Any] | None = None) -> str:
-        """What the chat template adds for one more user message after an answer, the opening not repeated.
+        """Text that the chat template adds for one more user message after an answer, the opening not repeated.
 
         Raises: UsageError as `render_chat` does.
         """
@@ -300,7 +261,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _chat_control(self) -> ControlTokens:
-        """Control tokens, those too that are such only because the chat template writes them."""
+        """Control tokens, including those that are such only because the chat template writes them."""
         return ControlTokens.of(self._tokenizer, self._the_template.literals())
 
     def _plain_encoder(self, control: ControlTokens) -> PlainEncoder:
@@ -353,34 +314,8 @@ class Tokenizer:
 
 
 def common_start(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading ids two texts share."""
+    """Number of leading ids that two texts share."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-OPENING_MESSAGES = ("0", "?")
-"""Two user messages that begin differently: what two conversations share up to them is their opening."""
-
-
-def named_special_tokens(config: Any) -> dict[str, Any]:
-    """Special tokens of a tokenizer_config.json by name: plain texts, or objects with a ``content``.
-
-    Lists, such as ``additional_special_tokens``, stay lists of texts.
-    """
-    if not isinstance(config, dict):
-        return {}
-    named: dict[str, Any] = {}
-    for group in (config, config.get("model_specific_special_tokens"), config.get("extra_special_tokens")):
-        if isinstance(group, dict):
-            named |= {name: _token_text(token) for name, token in group.items() if name.endswith("_token")}
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        if isinstance(config.get(name), list):
-            named[name] = [text for token in config[name] if (text := _token_text(token)) is not None]
-    return {name: value for name, value in named.items() if value is not None}
-
-
-def _token_text(token: Any) -> str | None:
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
 
 
 @contextlib.contextmanager
@@ -396,7 +331,3 @@ def _utf8_errors() -> Iterator[None]:
                 fix="check the encoding of the input",
             )
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""Ids to text as they come."""
+"""Ids to text as they come. Twin of runtime/cpp/src/text/stream_decoder.cpp."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ MAX_PENDING = 8
 
 
 class StreamingDecoder:
-    """Turns ids into text as they come, never splitting a character that spans several tokens.
+    """Turn ids into text as they come, never splitting a character that spans several tokens.
 
     Like tokenizers' DecodeStream, with two differences that endless streams need: memory is constant even if a
-    model repeats special tokens or broken bytes for ever, and no sequence of ids raises.
+    model repeats special tokens or broken bytes forever, and no sequence of ids raises.
 
-    after: ids that the stream has taken before, of which the last MAX_PENDING count that have a text. Their text is not
-    given again, but the space of a word that follows them is: decoders leave it out at the beginning of a text.
+    after: ids that the stream has taken before. The last MAX_PENDING that have a text count: their text is not given
+    again, but the space of a word that follows them is. Decoders leave that out at the beginning of a text.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, after: Sequence[int] = ()) -> None:
@@ -40,7 +40,7 @@ class StreamingDecoder:
         return piece
 
     def flush(self) -> str:
-        """What is left when the ids end inside a character, with U+FFFD for what is missing."""
+        """The rest when the ids end inside a character, with U+FFFD for what is missing."""
         piece = self._piece() if self._pending else ""
         self._context, self._pending = [], []
         return piece
@@ -51,5 +51,5 @@ class StreamingDecoder:
     def _piece(self) -> str:
         before = str(self._tokenizer.decode(self._context))
         whole = str(self._tokenizer.decode(self._context + self._pending))
-        # Bytes can spoil a character before them in the eyes of some decoders; it has been told already, as it was.
+        # Bytes can spoil a character before them in the eyes of some decoders; it has been shown already, as it was.
         return whole[len(before) :] if whole.startswith(before) else str(self._tokenizer.decode(self._pending))

@@ -1,6 +1,6 @@
-"""Renders chat templates in a process of its own, which may be ended at any time.
+"""Render chat templates in a process of its own, which may be ended at any time.
 
-A template is a program that came with a model: it may loop for ever or fill the memory. `sinkrt.template_process`
+A template is a program that came with a model: it may loop forever or fill the memory. `sinkrt.text.template_process`
 starts this file as a script, with no other module of this package, and talks to it in lines of JSON:
 
     {"load": SOURCE}     -> {"variables": [names that the template reads], "literals": text that it writes itself}
@@ -87,7 +87,7 @@ class _TemplateDict:
 
 
 class Renderer:
-    """Compiles one template and renders it."""
+    """Renderer of one template, which it compiles."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -153,7 +153,7 @@ def _limit_memory() -> None:
 
 
 def _limit_time(seconds: int) -> None:
-    """The parent ends a slow rendering; this ends one whose parent is gone."""
+    """Limit CPU time: the parent ends a slow rendering, and this ends one whose parent is gone."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -177,7 +177,7 @@ def _refuse_private(name: Any) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """One line."""
+    """Reason of an error, in one line."""
     if isinstance(error, MemoryError):
         return f"more than {MAX_MEMORY_BYTES} bytes of memory"
     return " ".join(str(error).split())[:200] or type(error).__name__

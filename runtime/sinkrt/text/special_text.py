@@ -1,8 +1,8 @@
-"""Control tokens written out in a user's text: found, and encoded as the ordinary text that they are.
+"""Control tokens written out in a user's text: found, and encoded as ordinary text.
 
 A tokenizer takes ``<|im_end|>`` for a control token wherever it stands. `PlainEncoder` is the same tokenizer with its
-control tokens renamed: text is read as ever, but for their names, and a control token that a template has written is
-given by its new name. So every other rule of the tokenizer (white space, splits, merges) holds as it does without.
+control tokens renamed: text is read as before, but for their names, and a control token that a template has written is
+given by its new name. So every other rule of the tokenizer (white space, splits, merges) still holds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ControlTokens:
 
     @classmethod
     def of(cls, tokenizer: tokenizers.Tokenizer, literals: str = "") -> ControlTokens:
-        """Those of a tokenizer with a template that writes `literals`."""
+        """Control tokens of a tokenizer with a template that writes `literals`."""
         added = list(tokenizer.get_added_tokens_decoder().values())
         special = frozenset(token.content for token in added if token.special and token.content)
         named = (token.content for token in added if not token.special and token.content.strip())
@@ -44,12 +44,12 @@ class ControlTokens:
 
     @property
     def all(self) -> frozenset[str]:
-        """Of both kinds."""
+        """Names of both kinds."""
         return self.special | self.named
 
 
 def pattern(names: Iterable[str]) -> re.Pattern[str]:
-    """Finds any of some texts, the longest where several begin."""
+    """Pattern that finds any of some texts, the longest where several begin."""
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
@@ -76,7 +76,7 @@ def split(text: str, control: re.Pattern[str]) -> list[tuple[str, bool]]:
 
 
 class Marks:
-    """Two characters around each control token of a user's text, to know it again in what a template has rendered.
+    """Two characters around each control token of a user's text, so that it is found again in a rendered text.
 
     texts: everything that will be rendered; the two occur in none of it.
     """
@@ -120,9 +120,9 @@ class Marks:
 
 
 class PlainEncoder:
-    """Encodes text in which only chosen pieces may be control tokens.
+    """Encoder of text in which only chosen pieces may be control tokens.
 
-    Raises: UsageError if the tokenizer cannot be had with other names for its control tokens.
+    Raises: UsageError if the tokenizer does not work with other names for its control tokens.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, control: ControlTokens) -> None:
@@ -138,7 +138,7 @@ class PlainEncoder:
         self._check(tokenizer)
 
     def encode(self, pieces: Iterable[tuple[str, bool]], *, special: bool) -> list[int]:
-        """Ids of a text in pieces, each with whether it is the user's: there, nothing becomes a control token.
+        """Ids of a text in pieces, each with whether it is the user's, in which nothing becomes a control token.
 
         special: whether to add what the model starts its texts with.
 
@@ -152,13 +152,13 @@ class PlainEncoder:
 
         text = "".join(text if users else self._find.sub(new_name, text) for text, users in pieces)
         ids = list(self._tokenizer.encode(text, add_special_tokens=special).ids)
-        for name, count in written.items():  # some tokenizers find some names in some places only
+        for name, count in written.items():  # some tokenizers find a name only where it stands alone, or not at all
             if ids.count(self._ids[name]) < count:
                 raise _impossible(f"'{name}' is not always one token")
         return ids
 
     def _check(self, tokenizer: tokenizers.Tokenizer) -> None:
-        """The same ids as the tokenizer itself, for its control tokens and between them."""
+        """Make sure that ids are those of the tokenizer itself, for its control tokens and between them."""
         for name, other in self._names.items():
             if self._tokenizer.token_to_id(other) != self._ids[name]:
                 raise _impossible(f"'{name}' gets another id")

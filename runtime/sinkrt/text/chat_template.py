@@ -1,4 +1,4 @@
-"""Chat templates: what one is able to show the model, and messages rendered so that none is lost in silence.
+"""Chat templates: messages rendered so that none is lost in silence.
 
 A template may want contents as a text or as a list of parts, may know no system message, and may leave out earlier
 answers. `ChatTemplate.facts` finds that out by rendering conversations of marker words. Every later rendering is
@@ -7,73 +7,21 @@ compared with one of the same messages made of marker words: a message that does
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sinkrt.chat_messages import Message, Wants, message_text, shaped
 from sinkrt.errors import BundleError, UsageError, problem
-from sinkrt.template_process import TIME_LIMIT_S, TemplateFailure, TemplateProcess, require_jinja
-from sinkrt.template_worker import environment
+from sinkrt.text.chat_messages import Message, message_text, shaped
+from sinkrt.text.template_args import check_template_args
+from sinkrt.text.template_facts import MODES, TemplateFacts, facts_of, probes
+from sinkrt.text.template_process import TIME_LIMIT_S, TemplateFailure, TemplateProcess, require_jinja
+from sinkrt.text.template_worker import environment
 
 MAX_TEMPLATE_CHARACTERS = 2**20
 RETRY_S = 60.0
 """How long a template that has failed as a whole is not tried again."""
-RESERVED_ARGS = frozenset(
-    (
-        "messages",
-        "tools",
-        "documents",
-        "add_generation_prompt",
-        "continue_final_message",
-        "raise_exception",
-        "strftime_now",
-        "dict",
-        "namespace",
-        "range",
-        "lipsum",
-        "cycler",
-        "joiner",
-        "self",
-        "caller",
-        "varargs",
-        "kwargs",
-        "loop",
-    )
-)
-"""Variables of a template that are not the user's to set, besides the special tokens."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TemplateFacts:
-    """What a chat template does.
-
-    wants: the form of a message's content, a text or a list of ``{"type": "text", "text": ..}``.
-    has_user, has_system: whether such messages are shown. system_refusal: the template's reason if it raises an error.
-    keeps_history: whether earlier questions and answers are shown. generation_prompt: what opens an answer, if
-    anything. closing: what follows an answer, None if the template shows none. variables: names that it reads.
-    """
-
-    wants: Wants
-    has_user: bool
-    has_system: bool
-    system_refusal: str | None
-    keeps_history: bool
-    generation_prompt: str
-    closing: str | None
-    variables: frozenset[str]
-
-    @property
-    def adds_generation_prompt(self) -> bool:
-        """Whether the template opens an answer when asked to."""
-        return bool(self.generation_prompt)
-
-
-MAX_TEMPLATE = 2**20
-"""Characters of a template; real ones have up to 10^5."""
 
 
 class ChatTemplate:
@@ -97,13 +45,13 @@ class ChatTemplate:
 
     @property
     def facts(self) -> TemplateFacts:
-        """What the template does, found on first use by some renderings.
+        """Facts of the template, found on first use by some renderings.
 
         Raises: UsageError if it cannot be rendered at all: too slow, too large, unknown filters.
         """
         if self._facts is None:
             if self._failure is not None and time.monotonic() < self._failure[1]:
-                raise self._broken(self._failure[0])  # a template that hangs must not be tried for every message
+                raise self._broken(self._failure[0])  # a template that hangs must not run for every message
             try:
                 self._facts = self._probe()
             except TemplateFailure as failure:
@@ -154,7 +102,7 @@ class ChatTemplate:
     def render_next_turn(
         self, message: str, *, args: Mapping[str, Any] | None = None, check: bool = True, now: float | None = None
     ) -> str:
-        """What the template adds for one more user message after an answer, the opening not repeated.
+        """Text that the template adds for one more user message after an answer, the opening not repeated.
 
         Templates render whole conversations only, so this is the end of one with an answer already in it.
 
@@ -199,7 +147,7 @@ class ChatTemplate:
 
     def _job(self, messages: list[dict[str, Any]], generate: bool, args: Mapping[str, Any] | None) -> dict[str, Any]:
         if args:
-            self._check_args(args)
+            check_template_args(args, self.facts.variables, self._special_tokens)
         return {
             **self._special_tokens,
             **(args or {}),
@@ -247,7 +195,7 @@ class ChatTemplate:
         return [f"{self._word}x{i}z" for i in range(count)]
 
     def _check_kept(self, messages: Sequence[Message], markers: list[str], text: str, marked: str | None) -> None:
-        """Every message must be in the text: by its marker word, or itself where a template refuses marker words.
+        """Make sure that every message is in the text: by its marker word, or itself where those are refused.
 
         Raises: UsageError.
         """
@@ -266,80 +214,22 @@ class ChatTemplate:
                     )
                 )
 
-    def _check_args(self, args: Mapping[str, Any]) -> None:
-        known = {name for name in self.facts.variables if not self._is_reserved(name)}
-        for name in args:
-            if self._is_reserved(name):
-                raise UsageError(
-                    problem(
-                        "template argument",
-                        received=f"'{name}', which is reserved",
-                        expected="a variable of the template's own",
-                        fix="leave it out",
-                    )
-                )
-            if name not in known:
-                listed = ", ".join(sorted(known)) or "none"
-                raise UsageError(
-                    problem(
-                        "template argument",
-                        received=f"'{name}', which the template does not read",
-                        expected=f"one of those that it reads: {listed}",
-                        fix="leave it out",
-                    )
-                )
-
-    def _is_reserved(self, name: str) -> bool:
-        return (
-            name in RESERVED_ARGS
-            or name in self._special_tokens
-            or name.endswith(("_token", "_tokens"))
-            or name.startswith("_")
-        )
-
-    # --- facts ---
-
     def _probe(self) -> TemplateFacts:
-        """Raises: TemplateFailure."""
-        user, answer, second = self._markers(3)
-        asked = {"role": "user", "content": user}
-        past = [asked, {"role": "assistant", "content": answer}]
-        conversations: list[tuple[list[dict[str, str]], bool]] = [
-            ([asked], True),
-            ([asked], False),
-            ([{"role": "system", "content": answer}, asked], True),
-            ([*past, {"role": "user", "content": second}], True),
-            (past, False),
-        ]
-        modes: tuple[Wants, ...] = ("text", "parts")
+        """Find out what the template does.
+
+        Raises: TemplateFailure.
+        """
+        markers = self._markers(3)
+        conversations = probes(markers)
         jobs = [
             self._job([shaped(m, wants) for m in messages], generate, None)
-            for wants in modes
+            for wants in MODES
             for messages, generate in conversations
         ]
         variables = frozenset(self._process.facts()["variables"])
-        results = self._process.render(jobs)
-        size = len(conversations)
-        seen = {wants: results[i * size : (i + 1) * size] for i, wants in enumerate(modes)}
-        kept = {
-            wants: (_has(r[0], user), _has(r[2], user, answer), _has(r[3], user, answer, second))
-            for wants, r in seen.items()
-        }
-        wants = max(modes, key=lambda mode: (kept[mode], mode == "text"))
-        opened, plain, system, _, ended = seen[wants]
-        has_user, has_system, keeps_history = kept[wants]
-        closing = ended["text"].rpartition(answer)[2] if _has(ended, answer) else None
-        before, after = plain.get("text", ""), opened.get("text", "")
-        return TemplateFacts(
-            wants,
-            has_user,
-            has_system,
-            None if has_system else system.get("error"),
-            keeps_history,
-            after[len(before) :] if after.startswith(before) else "",
-            closing,
-            variables,
-        )
+        results, size = self._process.render(jobs), len(conversations)
+        renderings = {wants: results[i * size : (i + 1) * size] for i, wants in enumerate(MODES)}
+        return facts_of(renderings, markers, variables)
 
 
 def choose_template(templates: Any) -> str | None:
@@ -364,37 +254,6 @@ def choose_template(templates: Any) -> str | None:
     )
 
 
-def parse_template_args(texts: Iterable[str]) -> dict[str, Any]:
-    """Variables of ``KEY=VALUE`` texts. A value that is JSON is what it says (true, 3, "x"), any other is a text.
-
-    Raises: UsageError.
-    """
-    args: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise UsageError(
-                problem(
-                    "--template-arg",
-                    received=f"'{text}'",
-                    expected="KEY=VALUE",
-                    fix="for example --template-arg enable_thinking=false",
-                )
-            )
-        try:
-            args[name] = json.loads(value)
-        except (ValueError, RecursionError):
-            args[name] = value
-    return args
-
-
-def _has(rendering: Mapping[str, str], *markers: str) -> bool:
-    """Whether a rendering shows all markers, and not as Python or JSON writes a list of parts."""
-    text = rendering.get("text", "").lower()
-    plain = text.replace('"', "'")
-    return all(marker in text for marker in markers) and "'type': 'text'" not in plain and "'type':'text'" not in plain
-
-
 def _check_syntax(source: str) -> None:
     """Parse only: nothing of the template runs, not even sums of constants.
 
@@ -410,15 +269,6 @@ def _check_syntax(source: str) -> None:
             )
         )
     require_jinja()
-    if len(source) > MAX_TEMPLATE:  # read in this process, which nothing ends
-        raise BundleError(
-            problem(
-                "chat template",
-                received=f"{len(source)} characters",
-                expected=f"at most {MAX_TEMPLATE}",
-                fix="export with another template",
-            )
-        )
     try:
         environment().parse(source)
     except Exception as error:  # RecursionError and ValueError besides Jinja's own
