@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from sinkrt.contract import TARGETS
 from sinkrt.errors import printable
 
 from sinkexport.commands.options import RenamedOption, file_option
@@ -20,6 +19,7 @@ from sinkexport.config import (
     WEIGHT_DTYPES,
     ExportConfig,
 )
+from sinkexport.targets import OPTIONS
 from sinkexport.util.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ STAGES = {
 )
 @click.option(
     "--target",
-    type=click.Choice(TARGETS),
+    type=click.Choice(OPTIONS),
     default=ExportConfig.target,
     show_default=True,
     help="tensorrt: for 'sinkexport build', with this project's plugin (docs/tensorrt.md).",

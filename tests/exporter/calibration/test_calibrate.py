@@ -16,9 +16,11 @@ import pytest
 import torch
 from sinkexport.calibration import calibrate as calibration
 from sinkexport.calibration import histogram
-from sinkexport.calibration.calibrate import attention_outputs, choose_pieces, chosen_range, smoothing
 from sinkexport.calibration.file import CalibrationFile, fingerprint, load_calibration
 from sinkexport.calibration.observers import REST, SINKS, ChannelMaxima, Histograms
+from sinkexport.calibration.pieces import choose_pieces
+from sinkexport.calibration.smoothing import attention_outputs, smoothing
+from sinkexport.calibration.spans import chosen_range
 from sinkexport.calibration.stream_inputs import StreamConfig, input_groups, stream_inputs
 from sinkexport.config import ExportConfig
 from sinkexport.model.experts import routers
@@ -442,7 +444,7 @@ def test_smoothing_alone_changes_no_result(name: str, target: str, multiplied: i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sinkexport.pipeline.export.RecipePlan", OnlySmooth)
         if name == "gemma2":  # as in models that are large: the sums are left for the runtime to fold
-            patch.setattr("sinkexport.graph.passes.constants.SMALL_ELEMENTS", 40)
+            patch.setattr("sinkexport.graph.passes.fold_constants.SMALL_ELEMENTS", 40)
         export_loaded(loaded, tmp_path / "s", ExportConfig(**geometry, recipe=asked, calibration=found))
     export_loaded(loaded, tmp_path / "f", ExportConfig(**geometry))
     ids = random_ids(2, 20)
