@@ -101,6 +101,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CLANG_SOURCES)
+	PYTHONPATH=exporter:runtime $(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 
 types: $(VENV)/.dev
@@ -124,7 +125,7 @@ tokenizers: $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.cpp.check_real_tokenizers --keep $(MODELS)/tokenizers
 
 clean:
-	rm -rf $(BUNDLES) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(BUNDLES) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './.venv*' -type d -exec rm -rf {} +
 
 distclean: clean

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from sinkexport.machine import PROBE_BYTES, ReadProbe, physical_cores
+from sinkexport.bench.machine import PROBE_BYTES, ReadProbe, physical_cores
 
 
 def main() -> None:

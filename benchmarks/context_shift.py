@@ -23,8 +23,8 @@ import numpy as np
 from contenders import LlamaCpp, Setup
 from harness import check_json, environment, table, where, write_json
 from peers import llama_gguf
-from sinkexport.machine import physical_cores
-from sinkexport.timing import Stats
+from sinkexport.bench.machine import physical_cores
+from sinkexport.bench.timing import Stats
 from sinkrt import Session
 from sinkrt.contract import load_manifest
 

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 from harness import check_json, environment, table, where, write_json
 from peers import contender_paths
-from sinkexport.machine import ReadProbe, physical_cores
-from sinkexport.step_bytes import weight_bytes_per_step
-from sinkexport.timing import Stats
+from sinkexport.bench.machine import ReadProbe, physical_cores
+from sinkexport.bench.step_bytes import weight_bytes_per_step
+from sinkexport.bench.timing import Stats
 from sinkrt.contract import Manifest, load_manifest
 from workers import ContenderError, Worker, packages, running
 

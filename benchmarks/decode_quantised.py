@@ -25,9 +25,9 @@ import numpy as np
 from decode_cpu import WARM_UP, Course, measure
 from harness import check_json, environment, table, where, write_json
 from peers import LLAMA_TYPES, contender_paths
-from sinkexport.machine import physical_cores
-from sinkexport.step_bytes import weight_bytes_per_step
-from sinkexport.timing import Stats
+from sinkexport.bench.machine import physical_cores
+from sinkexport.bench.step_bytes import weight_bytes_per_step
+from sinkexport.bench.timing import Stats
 from sinkrt.contract import Manifest, load_manifest
 from workers import kind_of, packages, running
 

@@ -20,7 +20,7 @@ from harness import peak_memory_mb
 def run_sinkexport(folder: str, out: str, variant: str) -> dict[str, float]:
     """Seconds to load and to export."""
     from sinkexport.config import ExportConfig
-    from sinkexport.pipeline import export_loaded
+    from sinkexport.pipeline.export import export_loaded
     from sinkexport.quant.recipe import load_recipe
     from sinkexport.sources import load_model
 

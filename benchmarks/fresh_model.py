@@ -29,9 +29,9 @@ import tokenizers
 import torch
 import transformers
 from harness import environment
-from sinkexport.files import check_writable, read_text, write_whole
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
-from sinkexport.progress import Report, shown_progress
+from sinkexport.util.files import check_writable, read_text, write_whole
+from sinkexport.util.progress import Report, shown_progress
 from sinkrt.errors import SinkError, UsageError, problem
 
 VOCAB_SIZE = 2048

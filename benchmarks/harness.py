@@ -24,7 +24,7 @@ def environment(threads: int, peer_packages: Mapping[str, str] | None = None) ->
 
     peer_packages: versions in the peers' environment, for what is not in this one.
     """
-    from sinkexport import machine
+    from sinkexport.bench import machine
 
     facts = machine.environment(threads, PACKAGES)
     packages = {**(peer_packages or {}), **facts["packages"]}
@@ -74,7 +74,7 @@ def where(facts: dict[str, Any]) -> str:
 
 def check_json(path: Path | None) -> None:
     """End with one line before any work if `path` could not be written after it."""
-    from sinkexport.files import check_writable
+    from sinkexport.util.files import check_writable
     from sinkrt.errors import UsageError
 
     if path is not None:
@@ -87,7 +87,7 @@ def check_json(path: Path | None) -> None:
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
     """Readable and stable, so that two runs can be compared with diff. No path: nothing."""
-    from sinkexport.files import write_whole
+    from sinkexport.util.files import write_whole
 
     if path is not None:
         write_whole(path, json.dumps(result, indent=1, sort_keys=True) + "\n", "--json")

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from harness import environment
-from sinkexport.contenders import sinks_and_window
-from sinkexport.files import read_text, write_whole
-from sinkexport.perplexity import Curve, check_text, measure
-from sinkexport.plot import png
-from sinkexport.progress import shown_progress
+from sinkexport.evaluation.baselines import sinks_and_window
+from sinkexport.evaluation.perplexity import Curve, check_text, measure
 from sinkexport.sources import load_model
+from sinkexport.util.files import read_text, write_whole
+from sinkexport.util.plot import png
+from sinkexport.util.progress import shown_progress
 from sinkrt.errors import SinkError, UsageError, problem
 
 SEGMENT_TOKENS = 512

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from harness import check_json, environment, table, where, write_json
 from peers import contender_paths
-from sinkexport.machine import physical_cores
-from sinkexport.timing import Ratio, Stats
+from sinkexport.bench.machine import physical_cores
+from sinkexport.bench.timing import Ratio, Stats
 from sinkrt.contract import load_manifest
 from workers import Worker, packages, running
 

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from harness import check_json, command, environment, table, where, write_json
+from sinkexport.bench.machine import physical_cores
 from sinkexport.config import ExportConfig
-from sinkexport.files import read_text
-from sinkexport.machine import physical_cores
-from sinkexport.pipeline import export_loaded
-from sinkexport.progress import shown_progress
+from sinkexport.evaluation.quality_gate import is_bundle, verify_quality
+from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import Recipe, load_recipe, recipe_names
 from sinkexport.sources import LoadedModel, load_model
-from sinkexport.verify_quality import is_bundle, verify_quality
+from sinkexport.util.files import read_text
+from sinkexport.util.progress import shown_progress
 from sinkrt.contract import Manifest, load_manifest
 from sinkrt.errors import SinkError, UsageError, problem
 

@@ -31,8 +31,8 @@ import harness
 import httpx
 import openai
 import psutil
-from sinkexport.machine import physical_cores
-from sinkexport.timing import Stats
+from sinkexport.bench.machine import physical_cores
+from sinkexport.bench.timing import Stats
 from sinkrt import Session
 from sinkrt.answer import AnswerParams
 from sinkrt.sampler import SamplingParams

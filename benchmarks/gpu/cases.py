@@ -142,7 +142,7 @@ def make(root: Path, names: Sequence[str]) -> None:
     """Write bundles, tokens and expected logits."""
     import torch
     from sinkexport.config import ExportConfig
-    from sinkexport.pipeline import export_loaded
+    from sinkexport.pipeline.export import export_loaded
     from sinkexport.quant.recipe import load_recipe
     from sinkexport.sources import LoadedModel
     from sinkrt import Session
@@ -221,7 +221,7 @@ def _model(case: dict[str, Any]) -> Any:
 
 def _sink_tuning(model: Any) -> Any:
     """Factors far from 1 in every head."""
-    from sinkexport.sink_tuning import SinkTuningFile, TunedModel
+    from sinkexport.variants.sink_tuning import SinkTuningFile, TunedModel
 
     layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
     facts = TunedModel(name="case", architecture=type(model).__name__, num_layers=layers, num_q_heads=heads)

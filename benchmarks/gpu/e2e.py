@@ -328,7 +328,7 @@ def make_shape(bench: Bench, layers: int, recipe: str | None, target: str = "ten
 
 def step_bytes(bundle: Path) -> int:
     """Weights and states that a step reads."""
-    from sinkexport.step_bytes import weight_bytes_per_step
+    from sinkexport.bench.step_bytes import weight_bytes_per_step
     from sinkrt.contract import load_manifest
 
     manifest = load_manifest(bundle)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from sinkexport.bundle import hash_bundle
+from sinkexport.pipeline.bundle_writer import hash_bundle
 from sinkrt import Session
 from sinkrt.contract import MANIFEST_NAME, load_manifest
 

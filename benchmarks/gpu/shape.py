@@ -57,7 +57,7 @@ def random_llama(layers: int, dtype: str = "float16", device: str = "cpu") -> An
 def export_shape(out: Path, layers: int, window: int, recipe: str | None, target: str) -> None:
     """Export a random model to the bundle `out`."""
     from sinkexport.config import ExportConfig
-    from sinkexport.pipeline import export_loaded
+    from sinkexport.pipeline.export import export_loaded
     from sinkexport.quant.recipe import load_recipe
     from sinkexport.sources import LoadedModel
 

@@ -11,11 +11,11 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
 if TYPE_CHECKING:
-    from sinkexport.affine import AffineFile
-    from sinkexport.budgets import BudgetFile
     from sinkexport.quant.ranges import Ranges
     from sinkexport.quant.recipe import Recipe
-    from sinkexport.sink_tuning import SinkTuningFile
+    from sinkexport.variants.affine import AffineFile
+    from sinkexport.variants.head_windows import BudgetFile
+    from sinkexport.variants.sink_tuning import SinkTuningFile
 
 WEIGHT_DTYPES: Mapping[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
 """Command-line spelling -> dtype name of the manifest."""
@@ -44,7 +44,8 @@ class ExportConfig:
     pin_system: a system message that the sinks must cover; num_sink_tokens is raised if it is longer.
     dtype: ``fp32 | fp16``, of weights, arithmetic and cache.
     target: ``onnx | tensorrt``, whose operators and layers the graphs are made for.
-    sink_token: a token that begins every text of the bundle, or ``auto`` (sinkexport/sink_token.py); needs a sink.
+    sink_token: a token that begins every text of the bundle, or ``auto``
+        (sinkexport/pipeline/sink_token.py); needs a sink.
     native: with target ``tensorrt``, standard ONNX operators alone, without the plugins of plugins/trt.
     recipe: how to quantise; None: not at all. calibration: what a recipe with static ranges or smoothing needs.
     kv: ``fp | int8``, the window's keys and values: INT8 with a scale for each key head and token. Sinks always stay in

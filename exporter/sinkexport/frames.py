@@ -19,10 +19,10 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.frames import GRAPH_FILE, SPEC_FILE, FrameSpec, FrameState
 from sinkrt.ring import phase_frequency
 
-from sinkexport.bundle import staged_bundle, write_graph
-from sinkexport.graph.build import convert, expand, finish, prepare, tensor_spec
+from sinkexport.graph.convert import convert, expand, finish, prepare, tensor_spec
 from sinkexport.model.attention import rotated, stream_angles
 from sinkexport.model.block_attention import block_attention
+from sinkexport.pipeline.bundle_writer import staged_bundle, write_graph
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The layout of a bundle's states: their kinds, their names, and the shape and dtype that each must have.
 
 Standard library only. `contract.Manifest` checks itself with `check_layout`, so that a manifest whose geometry and
-states disagree is refused before a buffer is made of it. Twin of runtime/cpp/src/layout.cpp.
+states disagree is refused before a buffer is made of it. Twin of runtime/cpp/src/bundle/layout.cpp.
 """
 
 from __future__ import annotations

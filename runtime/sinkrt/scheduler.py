@@ -23,9 +23,9 @@ import numpy.typing as npt
 from sinkrt.answer import Answer, AnswerParams
 from sinkrt.conversation import NO_IDS, Conversation, starts
 from sinkrt.errors import BackendError, SinkError, UsageError, problem
-from sinkrt.places import Places
 from sinkrt.sampler import SamplingParams
 from sinkrt.session import Session
+from sinkrt.stream_slots import Places
 
 SLICE_TOKENS = 256
 """Tokens that a conversation keeps its stream for while others wait; parking one costs about as much as one token."""

@@ -96,7 +96,7 @@ def fetch(name: str, folder: Path) -> Path:
 def texts(count: int, special: list[str]) -> Iterator[str]:
     """Parts of this repository's files, noise, and pieces that tokenizers treat in ways of their own."""
     draw = random.Random(1)
-    files = sorted([*ROOT.glob("**/*.md"), *ROOT.glob("runtime/**/*.py"), *ROOT.glob("runtime/cpp/src/*.cpp")])[:80]
+    files = sorted([*ROOT.glob("**/*.md"), *ROOT.glob("runtime/**/*.py"), *ROOT.glob("runtime/cpp/src/**/*.cpp")])[:80]
     real = [*TEXTS, *(file.read_text(encoding="utf-8") for file in files)]
     for i in range(count):
         if i % 4 == 0:

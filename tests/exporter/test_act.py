@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from sinkexport.analyze import TextWindows, analyze
-from sinkexport.chunked_streaming import chunked_streaming
+from sinkexport.analysis.sinks import TextWindows, analyze
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
-from sinkexport.pipeline import export_loaded
-from sinkexport.reference import streaming_reference
-from sinkexport.sink_tuning import ActPart, SinkTuningFile, TunedModel
+from sinkexport.evaluation.parity import verify
+from sinkexport.model.chunked_streaming import chunked_streaming
+from sinkexport.pipeline.export import export_loaded
+from sinkexport.reference.dense import first_token_scaled
+from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
-from sinkexport.tuned_attention import first_token_scaled
-from sinkexport.verify import verify
+from sinkexport.variants.sink_tuning import ActPart, SinkTuningFile, TunedModel
 from sinkrt import Session
 from sinkrt.contract import MANIFEST_NAME, load_manifest
 
@@ -220,7 +220,7 @@ CANDIDATES, TOKENS = 6, 160
 def test_analyze_proposes_the_heads_that_have_later_sinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thresholds as low as random weights need; which heads they are by transformers' own weights and values."""
     for name, value in (("SECONDARY_WEIGHT", 0.0), ("SECONDARY_RATIO", 3.0), ("LIKENESS", 0.3)):
-        monkeypatch.setattr(f"sinkexport.analyze.{name}", value)
+        monkeypatch.setattr(f"sinkexport.analysis.sinks.{name}", value)
     model = tiny_model("llama")
     texts = tuple(tuple(random_ids(TOKENS, seed=seed).tolist()) for seed in range(3))
     report = analyze(LoadedModel(model, None, "tiny"), TextWindows(texts), num_candidates=CANDIDATES)

@@ -12,19 +12,19 @@ import pytest
 import safetensors.numpy
 import torch
 from click.testing import CliRunner
-from sinkexport.affine import FILE_NAME, AffineFile, LayerAffine
-from sinkexport.chunked_streaming import chunked_streaming
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
-from sinkexport.evaluate import Comparison, evaluate
+from sinkexport.evaluation.evaluate import Comparison, evaluate
+from sinkexport.evaluation.parity import verify
+from sinkexport.evaluation.quality_gate import verify_quality
 from sinkexport.model.affine import AffineFactors
-from sinkexport.pipeline import export_loaded
+from sinkexport.model.chunked_streaming import chunked_streaming
+from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import load_recipe
-from sinkexport.reference import streaming_reference
-from sinkexport.sink_tuning import ActPart
+from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
-from sinkexport.verify import verify
-from sinkexport.verify_quality import verify_quality
+from sinkexport.variants.affine import FILE_NAME, AffineFile, LayerAffine
+from sinkexport.variants.sink_tuning import ActPart
 from sinkrt import BundleError, Session, UsageError
 from sinkrt.contract import MANIFEST_NAME, Manifest, load_manifest
 

@@ -12,13 +12,13 @@ import pytest
 import tokenizers
 import torch
 from click.testing import CliRunner
-from sinkexport import analyze_weights as module
-from sinkexport.analyze import EPSILON, TextWindows, analyze, recommend, secondary_sinks, text_windows
-from sinkexport.analyze_weights import NEAR_TOKENS, attention_weights
+from sinkexport.analysis import weights as module
+from sinkexport.analysis.sinks import EPSILON, TextWindows, analyze, recommend, secondary_sinks, text_windows
+from sinkexport.analysis.weights import NEAR_TOKENS, attention_weights
 from sinkexport.cli import cli
-from sinkexport.files import read_text
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.sources import LoadedModel
+from sinkexport.util.files import read_text
 from sinkrt import UsageError
 
 from tests.exporter.test_pin_system import tokenizer
@@ -85,7 +85,7 @@ def test_weights_are_those_of_transformers(name: str, rows: int, monkeypatch: py
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_report_is_what_transformers_weights_give(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     epsilon = 0.03  # random weights make no sinks
-    monkeypatch.setattr("sinkexport.analyze.EPSILON", epsilon)
+    monkeypatch.setattr("sinkexport.analysis.sinks.EPSILON", epsilon)
     model, text = tiny_model(name), windows(3)
     report = analyze(LoadedModel(model, None, "tiny"), text, num_candidates=K)
     attentions = np.array([eager(model, window) for window in text.ids])  # [windows, L, Hq, T, T]

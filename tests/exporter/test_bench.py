@@ -18,13 +18,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from sinkexport import bench
-from sinkexport.bench import TURN, BenchConfig, BenchReport, PositionTimes, run_bench
+from sinkexport.bench import run as bench
+from sinkexport.bench.machine import READERS, ReadProbe, environment, physical_cores
+from sinkexport.bench.run import TURN, BenchConfig, BenchReport, PositionTimes, run_bench
+from sinkexport.bench.step_bytes import weight_bytes_per_step
+from sinkexport.bench.timing import Ratio, Stats
 from sinkexport.cli import main
-from sinkexport.files import check_writable, write_whole
-from sinkexport.machine import READERS, ReadProbe, environment, physical_cores
-from sinkexport.step_bytes import weight_bytes_per_step
-from sinkexport.timing import Ratio, Stats
+from sinkexport.util.files import check_writable, write_whole
 from sinkrt import Session
 from sinkrt.contract import load_manifest
 from sinkrt.errors import BundleError, UsageError
@@ -198,7 +198,7 @@ def test_cores_and_environment() -> None:
 
 METER = """
 import numpy as np
-from sinkexport.machine import MemoryMeter
+from sinkexport.bench.machine import MemoryMeter
 meter = MemoryMeter()
 block = np.ones(64 << 20, np.uint8)
 meter.sample()

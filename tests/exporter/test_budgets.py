@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from sinkexport.analyze import TextWindows, analyze
-from sinkexport.budgets import BudgetedModel, BudgetFile, budgets_of
-from sinkexport.chunked_streaming import chunked_streaming
+from sinkexport.analysis.sinks import TextWindows, analyze
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
-from sinkexport.pipeline import export_loaded
-from sinkexport.reference import streaming_reference
-from sinkexport.sink_tuning import ActPart, SinkTuningFile, TunedModel
+from sinkexport.evaluation.parity import verify
+from sinkexport.model.chunked_streaming import chunked_streaming
+from sinkexport.pipeline.export import export_loaded
+from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
-from sinkexport.verify import verify
+from sinkexport.variants.head_windows import BudgetedModel, BudgetFile, budgets_of
+from sinkexport.variants.sink_tuning import ActPart, SinkTuningFile, TunedModel
 from sinkrt import Session, StateError, UsageError
 from sinkrt.contract import BundleError, Manifest, load_manifest
 

@@ -15,19 +15,19 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from sinkexport.calibration import calibrate as calibration
+from sinkexport.calibration import histogram
+from sinkexport.calibration.calibrate import attention_outputs, choose_pieces, chosen_range, smoothing
+from sinkexport.calibration.file import CalibrationFile, fingerprint, load_calibration
+from sinkexport.calibration.observers import REST, SINKS, ChannelMaxima, Histograms
+from sinkexport.calibration.stream_inputs import StreamConfig, input_groups, stream_inputs
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
-from sinkexport.engine import build_engine
 from sinkexport.model.experts import routers
-from sinkexport.pipeline import export_loaded
-from sinkexport.quant import calibrate as calibration
-from sinkexport.quant import histogram
-from sinkexport.quant.calibrate import attention_outputs, choose_pieces, chosen_range, smoothing
-from sinkexport.quant.calibration import CalibrationFile, fingerprint, load_calibration
-from sinkexport.quant.observers import REST, SINKS, ChannelMaxima, Histograms
+from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import Calibration, Recipe, load_recipe, parse_recipe
-from sinkexport.quant.stream_inputs import StreamConfig, input_groups, stream_inputs
 from sinkexport.sources import LoadedModel
+from sinkexport.tensorrt.builder import build_engine
 from sinkrt import Session
 from sinkrt.errors import UsageError
 
@@ -450,7 +450,7 @@ def test_smoothing_alone_changes_no_result(name: str, target: str, multiplied: i
         "native": target == "tensorrt",
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sinkexport.pipeline.RecipePlan", OnlySmooth)
+        patch.setattr("sinkexport.pipeline.export.RecipePlan", OnlySmooth)
         if name == "gemma2":  # as in models that are large: the sums are left for the runtime to fold
             patch.setattr("sinkexport.graph.passes.constants.SMALL_ELEMENTS", 40)
         export_loaded(loaded, tmp_path / "s", ExportConfig(**geometry, recipe=asked, calibration=found))
@@ -503,7 +503,7 @@ def simulated(loaded: LoadedModel, found: CalibrationFile, asked: Recipe, ids: n
     step = table.weight.abs().amax(1, keepdim=True) / 127
     table.weight.data = (table.weight / step).round() * step
     logits = []
-    from sinkexport.reference import streaming_reference
+    from sinkexport.reference.streaming import streaming_reference
 
     with streaming_reference(model, 2, 6) as reference:
         for token in ids:

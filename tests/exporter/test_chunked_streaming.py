@@ -9,9 +9,9 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sinkexport.chunked_streaming import chunked_streaming, visible
+from sinkexport.model.chunked_streaming import chunked_streaming, visible
 from sinkexport.model.recurrent import linear_layers
-from sinkexport.reference import streaming_reference
+from sinkexport.reference.streaming import streaming_reference
 from sinkrt.errors import UsageError
 from sinkrt.ring import Ring
 

@@ -20,12 +20,12 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from sinkexport import engine
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
-from sinkexport.engine import BuildOptions, EngineReport, build_engine
-from sinkexport.engine_process import build_engine_apart
-from sinkexport.pipeline import export, export_loaded
+from sinkexport.pipeline.export import export, export_loaded
 from sinkexport.sources import LoadedModel
+from sinkexport.tensorrt import builder as engine
+from sinkexport.tensorrt.builder import BuildOptions, EngineReport, build_engine
+from sinkexport.tensorrt.process import build_engine_apart
 from sinkrt.contract import Manifest
 from sinkrt.errors import BackendError, UsageError
 
@@ -382,5 +382,5 @@ def test_an_unfit_timing_cache(readable: bool, tmp_path: Path, tensorrt: MagicMo
 
 def test_importing_the_module_does_not_import_tensorrt() -> None:
     """`sinkexport --help` must not pay for 230 MB of shared libraries."""
-    code = f"import sys, sinkexport.engine; sys.exit({engine.MODULE!r} in sys.modules)"
+    code = f"import sys, sinkexport.tensorrt.builder; sys.exit({engine.MODULE!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sinkexport import cli, contenders
+from sinkexport import cli
 from sinkexport.config import ExportConfig
-from sinkexport.evaluate import Comparison, EvalReport, evaluate
-from sinkexport.evaluate_plot import draw
-from sinkexport.perplexity import Contender, Curve, Prediction, Segment, measure, token_nll
-from sinkexport.pipeline import export_loaded
-from sinkexport.reference import streaming_reference
+from sinkexport.evaluation import baselines as contenders
+from sinkexport.evaluation.evaluate import Comparison, EvalReport, evaluate
+from sinkexport.evaluation.perplexity import Contender, Curve, Prediction, Segment, measure, token_nll
+from sinkexport.evaluation.plot import draw
+from sinkexport.pipeline.export import export_loaded
+from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
 from sinkrt.errors import BackendError, BundleError, UsageError
 
@@ -467,7 +468,7 @@ def test_an_interrupted_run_leaves_the_old_results(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sinkexport.evaluate.measure", interrupted)
+    monkeypatch.setattr("sinkexport.evaluation.evaluate.measure", interrupted)
     assert run_cli(monkeypatch, bundle, "--text", text_file, "--json", out, "--no-plot") == 130
     assert out.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "text.txt"]

@@ -16,10 +16,10 @@ from onnx_ir.passes import common
 from sinkexport.config import ExportConfig
 from sinkexport.graph.operators import DOMAIN, EXPERT_PRODUCT
 from sinkexport.graph.passes.experts import expand_experts, quantize_experts
-from sinkexport.graph.passes.quantized_weight import WeightScheme
+from sinkexport.graph.quantize.recipe_plan import RecipePlan
 from sinkexport.model.experts import expert_product, mixtures, routers
-from sinkexport.quant.plan import RecipePlan
 from sinkexport.quant.recipe import load_recipe, parse_recipe
+from sinkexport.quant.weight import WeightScheme
 
 from tests.exporter.test_families import exported, random_ids
 from tests.exporter.tiny_models import tiny_model

@@ -10,8 +10,8 @@ import pytest
 import torch
 from sinkexport.config import ExportConfig
 from sinkexport.families import EXPORTED, markdown_table, rotates_by_length
-from sinkexport.pipeline import export_loaded
-from sinkexport.reference import streaming_reference
+from sinkexport.pipeline.export import export_loaded
+from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
 from sinkrt import Session
 

@@ -13,19 +13,19 @@ import pytest
 import safetensors.numpy
 import torch
 from click.testing import CliRunner
-from sinkexport.chunked_streaming import chunked_streaming
+from sinkexport.calibration import calibrate as calibration
+from sinkexport.calibration.calibrate import Calibrated
+from sinkexport.calibration.file import CalibrationFile, load_calibration, rounded_path
+from sinkexport.calibration.gptq import DAMPING, rounded_for_inputs
+from sinkexport.calibration.rounding import RoundedFile, SecondMoments, batches, round_batch
+from sinkexport.calibration.stream_inputs import input_groups
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
-from sinkexport.graph.passes.quantized_weight import Rounded, WeightScheme
-from sinkexport.pipeline import export_loaded
-from sinkexport.quant import calibrate as calibration
-from sinkexport.quant.calibrate import Calibrated
-from sinkexport.quant.calibration import CalibrationFile, load_calibration, rounded_path
-from sinkexport.quant.gptq import DAMPING, rounded_for_inputs
-from sinkexport.quant.plan import RecipePlan
+from sinkexport.graph.quantize.recipe_plan import RecipePlan
+from sinkexport.model.chunked_streaming import chunked_streaming
+from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import Recipe, parse_recipe
-from sinkexport.quant.rounding import RoundedFile, SecondMoments, batches, round_batch
-from sinkexport.quant.stream_inputs import input_groups
+from sinkexport.quant.weight import Rounded, WeightScheme
 from sinkexport.sources import LoadedModel
 from sinkrt.contract import load_manifest
 from sinkrt.errors import UsageError

@@ -16,15 +16,15 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_ir.passes import common
-from sinkexport.chunked_streaming import chunked_streaming
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
-from sinkexport.graph.build import IR_VERSION, convert
+from sinkexport.graph.attention.expand import expand_operators
+from sinkexport.graph.convert import IR_VERSION, convert
 from sinkexport.graph.passes.constants import fold_small_constants
-from sinkexport.graph.passes.expand_operators import expand_operators
 from sinkexport.model.attention import sink_attention, stream_angles
+from sinkexport.model.chunked_streaming import chunked_streaming
 from sinkexport.model.int8_rows import dequantized, quantized
-from sinkexport.pipeline import export_loaded
+from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel
 from sinkrt import Session, UsageError

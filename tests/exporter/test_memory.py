@@ -11,10 +11,10 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper
+from sinkexport.bench.memory import ModelShape, live_bytes, of_bundle
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
-from sinkexport.memory import ModelShape, live_bytes, of_bundle
-from sinkexport.pipeline import export_loaded
+from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel
 

@@ -10,9 +10,9 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx_ir.passes import common
-from sinkexport.graph.build import IR_VERSION, OPSET, convert
+from sinkexport.graph.attention.expand import expand_operators
+from sinkexport.graph.convert import IR_VERSION, OPSET, convert
 from sinkexport.graph.passes.constants import fold_small_constants
-from sinkexport.graph.passes.expand_operators import expand_operators
 from sinkexport.model.attention import sink_attention, stream_angles
 from sinkrt.ring import phase_frequency
 

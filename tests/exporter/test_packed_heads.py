@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 from sinkexport.config import ExportConfig
-from sinkexport.pipeline import export_loaded
+from sinkexport.pipeline.export import export_loaded
 from sinkexport.sources import LoadedModel
 
 from tests.exporter.tiny_models import tiny_model

@@ -11,11 +11,11 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from sinkexport.bench.step_bytes import weight_bytes_per_step
 from sinkexport.model import experts
 from sinkexport.model.experts import mixtures, routers
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel
-from sinkexport.step_bytes import weight_bytes_per_step
 from sinkrt import Session
 from sinkrt.contract import Manifest
 

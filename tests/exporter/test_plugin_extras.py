@@ -12,13 +12,13 @@ import pytest
 import torch
 import transformers
 from onnx import TensorProto, numpy_helper
-from sinkexport.build_bundle import build_bundle
 from sinkexport.config import WEIGHT_DTYPES
-from sinkexport.engine import BuildOptions
-from sinkexport.engine_process import build_engine_apart
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape
 from sinkexport.graph.passes.output_gate import absorb, find_output_gate
+from sinkexport.tensorrt.build_engines import build_bundle
+from sinkexport.tensorrt.builder import BuildOptions
+from sinkexport.tensorrt.process import build_engine_apart
 from sinkrt import Session
 from sinkrt.errors import BackendError
 

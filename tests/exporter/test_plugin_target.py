@@ -13,15 +13,15 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from sinkexport.build_bundle import build_bundle
 from sinkexport.cli import cli
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
-from sinkexport.engine import BuildOptions, float32_values
-from sinkexport.engine_process import EngineBuildError, build_engine_apart
 from sinkexport.graph.passes.opset17 import SAME
-from sinkexport.pipeline import export, export_loaded
+from sinkexport.pipeline.export import export, export_loaded
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel
+from sinkexport.tensorrt.build_engines import build_bundle
+from sinkexport.tensorrt.builder import BuildOptions, float32_values
+from sinkexport.tensorrt.process import EngineBuildError, build_engine_apart
 from sinkrt import Session
 from sinkrt.contract import MANIFEST_NAME, PLUGIN_ABI, Manifest, load_manifest
 from sinkrt.engines import EngineHost, check_engine
@@ -333,7 +333,7 @@ def test_a_crash_ends_the_command_with_1(tmp_path: Path, monkeypatch: pytest.Mon
     def crash(*_: Any, **__: Any) -> None:
         raise EngineBuildError("engine of 'decode.onnx': received a crash")
 
-    monkeypatch.setattr("sinkexport.build_bundle.build_engine_apart", crash)
+    monkeypatch.setattr("sinkexport.tensorrt.build_engines.build_engine_apart", crash)
     result = CliRunner().invoke(cli, ["build", str(tmp_path / "b")])
     assert (result.exit_code, result.stderr) == (1, "sinkexport: error: engine of 'decode.onnx': received a crash\n")
     assert (tmp_path / "b" / MANIFEST_NAME).read_bytes() == before

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from sinkexport.config import ExportConfig
 from sinkexport.model.probe import probe_attention
-from sinkexport.pipeline import export_loaded
+from sinkexport.pipeline.export import export_loaded
 from sinkexport.sources import LoadedModel
 from sinkrt import Session, UsageError
 from sinkrt.ring import POSITION_LIMIT, TURN

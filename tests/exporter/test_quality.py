@@ -22,13 +22,13 @@ import pytest
 import torch
 from sinkexport import cli
 from sinkexport.config import ExportConfig
-from sinkexport.perplexity import Contender, Prediction
-from sinkexport.pipeline import export_loaded
-from sinkexport.quality import BLOCK_TOKENS, SEGMENT_TOKENS, Quality, compare_predictions, kl_divergence
+from sinkexport.evaluation.perplexity import Contender, Prediction
+from sinkexport.evaluation.quality import BLOCK_TOKENS, SEGMENT_TOKENS, Quality, compare_predictions, kl_divergence
+from sinkexport.evaluation.quality_gate import check, verify_quality
+from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import load_recipe
-from sinkexport.reference import streaming_reference
+from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
-from sinkexport.verify_quality import check, verify_quality
 from sinkrt.contract import Manifest, Quantization, load_manifest
 from sinkrt.errors import BackendError, BundleError, UsageError
 

@@ -15,18 +15,18 @@ import torch
 from onnx_ir.passes import common
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
 from sinkexport.config import ExportConfig
-from sinkexport.engine import build_engine
-from sinkexport.graph.passes.products import Product
-from sinkexport.graph.passes.quantize import InputScale
-from sinkexport.graph.passes.quantize_ort import OrtForm, block_size, packed, packed_zeros
-from sinkexport.graph.passes.quantize_plugin import PluginForm
-from sinkexport.graph.passes.quantize_qdq import QdqForm
-from sinkexport.graph.passes.quantized_weight import QuantizedWeight, WeightScheme
-from sinkexport.pipeline import export_loaded
+from sinkexport.evaluation.parity import verify
+from sinkexport.graph.matmuls import Product
+from sinkexport.graph.quantize.ort import OrtForm, block_size, packed, packed_zeros
+from sinkexport.graph.quantize.plugin import PluginForm
+from sinkexport.graph.quantize.qdq import QdqForm
+from sinkexport.graph.quantize.rewrite import InputScale
+from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.ranges import InputRange
 from sinkexport.quant.recipe import Recipe, load_recipe, parse_recipe
+from sinkexport.quant.weight import QuantizedWeight, WeightScheme
 from sinkexport.sources import LoadedModel
-from sinkexport.verify import verify
+from sinkexport.tensorrt.builder import build_engine
 from sinkrt import Session
 from sinkrt.errors import UsageError
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from onnxruntime.capi import _pybind_state as ort_quantizer
 from sinkexport.graph.edit import lazy_weight
-from sinkexport.graph.passes.quantized_weight import CLIPPINGS, QuantizedWeight, WeightScheme
+from sinkexport.quant.weight import CLIPPINGS, QuantizedWeight, WeightScheme
 from sinkrt.errors import UsageError
 
 SCHEMES = [
@@ -186,7 +186,7 @@ def agree(found: np.ndarray, expected: np.ndarray) -> None:
 def test_orientation_and_slices_change_nothing(scheme: WeightScheme, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight(150, 48, seed=6)
     whole = quantized(weight, scheme)
-    monkeypatch.setattr("sinkexport.graph.passes.quantized_weight._SLICE_ELEMENTS", 1)
+    monkeypatch.setattr("sinkexport.quant.weight._SLICE_ELEMENTS", 1)
     sliced = quantized(weight, scheme, transposed=False)
     np.testing.assert_array_equal(sliced.integers(), whole.integers())
     np.testing.assert_array_equal(sliced.scales(), whole.scales())

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from sinkexport.model.recurrent import linear_layers
-from sinkexport.reference import streaming_reference
+from sinkexport.reference.streaming import streaming_reference
 from sinkrt.errors import UsageError
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from sinkexport.config import ExportConfig
-from sinkexport.pipeline import export, export_loaded
+from sinkexport.pipeline.export import export, export_loaded
 from sinkexport.sources import LoadedModel, load_model
 from sinkrt import UsageError
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sinkexport.config import ExportConfig
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
-from sinkexport.pipeline import export_loaded
+from sinkexport.pipeline.export import export_loaded
 from sinkexport.sources import LoadedModel
 from sinkrt import Session, UsageError
 

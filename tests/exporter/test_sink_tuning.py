@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from sinkexport.analysis.tune import Example, read_examples, score, tune
 from sinkexport.cli import cli
 from sinkexport.commands.inspect import command as inspect
 from sinkexport.config import ExportConfig
-from sinkexport.pipeline import export_loaded
-from sinkexport.sink_tuning import SinkTuningFile, TunedModel
+from sinkexport.evaluation.parity import verify
+from sinkexport.pipeline.export import export_loaded
+from sinkexport.reference.dense import first_token_scaled
 from sinkexport.sources import LoadedModel
-from sinkexport.tune import Example, read_examples, score, tune
-from sinkexport.tuned_attention import first_token_scaled
-from sinkexport.verify import verify
+from sinkexport.variants.sink_tuning import SinkTuningFile, TunedModel
 from sinkrt import UsageError
 from sinkrt.contract import MANIFEST_NAME, load_manifest
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sinkexport.quant.stream_inputs import StreamConfig, input_groups, stream_inputs
-from sinkexport.reference import streaming_reference
+from sinkexport.calibration.stream_inputs import StreamConfig, input_groups, stream_inputs
+from sinkexport.reference.streaming import streaming_reference
 from sinkrt.errors import UsageError
 
 from tests.exporter.test_families import random_ids

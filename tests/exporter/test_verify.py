@@ -16,12 +16,12 @@ import pytest
 import torch
 import transformers
 from sinkexport import cli
-from sinkexport.comparison import DEFAULT_TOLERANCE, default_tolerance
 from sinkexport.config import ExportConfig
-from sinkexport.pipeline import export_loaded
-from sinkexport.reference import StreamingReference, streaming_reference
+from sinkexport.evaluation.comparison import DEFAULT_TOLERANCE, default_tolerance
+from sinkexport.evaluation.parity import VerifyReport, compare, verify
+from sinkexport.pipeline.export import export_loaded
+from sinkexport.reference.streaming import StreamingReference, streaming_reference
 from sinkexport.sources import LoadedModel
-from sinkexport.verify import VerifyReport, compare, verify
 from sinkrt.contract import Manifest, load_manifest
 from sinkrt.errors import BundleError, UsageError
 from sinkrt.ring import Ring

@@ -16,7 +16,7 @@ import openai
 import psutil
 import pytest
 from sinkexport.config import ExportConfig
-from sinkexport.pipeline import export_loaded
+from sinkexport.pipeline.export import export_loaded
 from sinkexport.sources import LoadedModel
 from sinkrt import BundleError, Session, UsageError
 from sinkrt.chat_template import ChatTemplate, choose_template, parse_template_args

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from sinkexport import pipeline
-from sinkexport.check_export import MAX_STREAMED_TOKENS, UncheckedWarning, check_export, correlations
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
-from sinkexport.mid_stream import logits_from, typical_sizes
 from sinkexport.model.refusals import MAX_TEXT, one_line, refusing
-from sinkexport.pipeline import export_loaded
+from sinkexport.pipeline import export as pipeline
+from sinkexport.pipeline.check_export import MAX_STREAMED_TOKENS, UncheckedWarning, check_export, correlations
+from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import load_recipe
-from sinkexport.reference import streaming_reference
+from sinkexport.reference.mid_stream import logits_from, typical_sizes
+from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
 from sinkrt import Session
 from sinkrt.contract import load_manifest

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file, save_file
-from sinkexport.bundle import staged_bundle
-from sinkexport.files import check_writable, write_whole
+from sinkexport.pipeline.bundle_writer import staged_bundle
+from sinkexport.util.files import check_writable, write_whole
 from sinkrt import Session, StateError, UsageError
 from sinkrt.contract import MANIFEST_NAME
 from sinkrt.errors import printable, problem
@@ -265,7 +265,7 @@ def test_a_bundle_is_replaced_and_never_missing(
     tmp_path: Path, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not can_exchange:
-        monkeypatch.setattr("sinkexport.bundle._exchange", lambda _a, _b: False)
+        monkeypatch.setattr("sinkexport.pipeline.bundle_writer._exchange", lambda _a, _b: False)
     out = _old_bundle(tmp_path / "bundle")
     seen: set[str] = set()
     stop = threading.Event()
@@ -364,7 +364,7 @@ def test_closed_descriptors_and_absurd_numbers(
 
 def test_a_cache_that_no_memory_holds(tmp_path: Path) -> None:
     from sinkexport.config import ExportConfig
-    from sinkexport.pipeline import export_loaded
+    from sinkexport.pipeline.export import export_loaded
     from sinkexport.sources import LoadedModel
 
     from tests.exporter.tiny_models import tiny_model

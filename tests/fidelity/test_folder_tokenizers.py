@@ -17,7 +17,7 @@ from sinkexport.config import ExportConfig
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer, as_source_tokenizer
 from sinkexport.loading.tokenizers.tokenizer_checks import check_tokens, fitted
 from sinkexport.loading.tokenizers.tokenizer_corpus import TEXTS as ODD_TEXTS
-from sinkexport.pipeline import export, export_loaded
+from sinkexport.pipeline.export import export, export_loaded
 from sinkexport.sources import LoadedModel, load_tokenizer
 from sinkrt import Session, UsageError
 from tokenizers import pre_tokenizers, processors

@@ -16,7 +16,7 @@ import pytest
 import torch
 from sinkexport.config import ExportConfig
 from sinkexport.loading.gguf_models.model import gguf_config, load_gguf
-from sinkexport.pipeline import export_loaded
+from sinkexport.pipeline.export import export_loaded
 from sinkexport.sources import LoadedModel, locate
 from sinkrt import Session, UsageError
 

@@ -18,7 +18,7 @@ import torch
 from click.testing import CliRunner
 from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
-from sinkexport.pipeline import export
+from sinkexport.pipeline.export import export
 from sinkrt import UsageError
 
 from tests.exporter.tiny_models import TINY, tiny_model

@@ -15,8 +15,8 @@ from sinkexport.config import ExportConfig
 from sinkexport.model.fold_rotation import fold_rotation, functional
 from sinkexport.model.masks import visible_window
 from sinkexport.model.probe import probe_attention
-from sinkexport.pipeline import export_loaded
-from sinkexport.reference import streaming_reference
+from sinkexport.pipeline.export import export_loaded
+from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
 from sinkrt import Session
 from sinkrt.errors import UsageError

@@ -14,7 +14,7 @@ from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids, template_end
-from sinkexport.pipeline import export, export_loaded
+from sinkexport.pipeline.export import export, export_loaded
 from sinkexport.sources import LoadedModel
 from sinkrt import Session, UsageError
 

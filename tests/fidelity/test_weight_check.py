@@ -25,7 +25,7 @@ from sinkexport.loading.weights.check_weights import check_weights, gguf_tensors
 from sinkexport.loading.weights.graph_weights import read_graph
 from sinkexport.loading.weights.weight_roles import rows_of_halves
 from sinkexport.loading.weights.weight_rounding import Rounding
-from sinkexport.pipeline import export, export_loaded
+from sinkexport.pipeline.export import export, export_loaded
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel, Origin, load_model
 from sinkrt.contract import load_manifest
@@ -263,7 +263,7 @@ def test_an_export_refuses_and_leaves_nothing_unless_told_not_to_check(
     other = load_model(source)
     with torch.no_grad():
         other.model.model.layers[0].mlp.up_proj.weight.neg_()
-    monkeypatch.setattr("sinkexport.pipeline.load_model", lambda *_: other)
+    monkeypatch.setattr("sinkexport.pipeline.export.load_model", lambda *_: other)
     result = CliRunner().invoke(cli, ["export", source, "-o", str(tmp_path / "out"), "--window", "9", "--chunk", "1"])
     assert isinstance(result.exception, UsageError)
     assert "up_proj" in str(result.exception)

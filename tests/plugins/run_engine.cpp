@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-#include "backends/tensorrt_library.h"
+#include "backends/tensorrt/library.h"
 #include "sinkrt/manifest.h"
 
 namespace {

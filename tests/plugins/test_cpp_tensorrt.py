@@ -17,7 +17,7 @@ RUNTIME = ROOT / "runtime/cpp"
 SOURCES = [
     *(
         RUNTIME / f"src/{name}.cpp"
-        for name in ("backends/tensorrt", "backends/tensorrt_library", "cuda/device", "engines")
+        for name in ("backends/tensorrt/backend", "backends/tensorrt/library", "cuda/device", "bundle/engines")
     ),
     RUNTIME / "src/cuda/sampling.cu",
 ]
@@ -53,7 +53,7 @@ def test_sampling_picks_what_the_host_picks(tmp_path: Path) -> None:
         "-o",
         str(program),
         str(ROOT / "tests/plugins/sampling_on_host.cpp"),
-        str(RUNTIME / "src/sampler.cpp"),
+        str(RUNTIME / "src/session/sampler.cpp"),
         str(RUNTIME / "src/error.cpp"),
     )
     done = subprocess.run([program], capture_output=True, text=True, check=False)

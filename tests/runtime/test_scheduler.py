@@ -13,9 +13,9 @@ import psutil
 import pytest
 from sinkrt import BackendError, Session, UsageError
 from sinkrt.answer import AnswerParams
-from sinkrt.places import stream_bytes
 from sinkrt.sampler import SamplingParams
 from sinkrt.scheduler import Event, Scheduler
+from sinkrt.stream_slots import stream_bytes
 
 from tests.runtime.toy import VOCAB_SIZE, Toy, build_toy
 

@@ -12,7 +12,7 @@ import time
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sinkexport.streams import READ_BYTES, RawReader, RunMeter, complete_lines, resident_bytes, utf8_lines
+from sinkexport.bench.run_meter import READ_BYTES, RawReader, RunMeter, complete_lines, resident_bytes, utf8_lines
 from sinkrt import Session
 
 

@@ -8,8 +8,8 @@ from unittest.mock import MagicMock
 
 import pytest
 from sinkrt.backends.tensorrt import _Engine
+from sinkrt.backends.tensorrt_library import create
 from sinkrt.errors import BackendError
-from sinkrt.tensorrt_library import create
 
 
 class Runtime:

@@ -12,13 +12,13 @@ from rich.text import Text
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.config import DEFAULT_WINDOW_SIZE
-from sinkexport.console import table_console
-from sinkexport.files import check_writable, read_text, write_whole
-from sinkexport.plot import png
-from sinkexport.progress import shown_progress
+from sinkexport.util.console import table_console
+from sinkexport.util.files import check_writable, read_text, write_whole
+from sinkexport.util.plot import png
+from sinkexport.util.progress import shown_progress
 
 if TYPE_CHECKING:
-    from sinkexport.analyze import SinkReport
+    from sinkexport.analysis.sinks import SinkReport
 
 STAGES = {"load": "Loading the model", "layers": "Measuring layers"}
 SHOWN = 12
@@ -112,14 +112,14 @@ def command(
         if path is not None:
             check_writable(path, option)
     if plot_file is not None:
-        from sinkexport.analyze_plot import draw  # if matplotlib is missing, that should not show at the end
+        from sinkexport.analysis.plot import draw  # if matplotlib is missing, that should not show at the end
     text = read_text(text_file, "--text", BYTES_PER_TOKEN * max(windows, 1) * max(window_tokens, 1))
-    from sinkexport.analyze import analyze, check_geometry, text_windows
+    from sinkexport.analysis.sinks import analyze, check_geometry, text_windows
     from sinkexport.sources import load_model
 
     check_geometry(windows, window_tokens, candidates)
     if budgets_file is not None:
-        from sinkexport.budgets import check_proposal, propose
+        from sinkexport.variants.head_windows import check_proposal, propose
 
         check_proposal(long_window, short_window, budget_share)
     with shown_progress(STAGES) as show:
@@ -144,7 +144,7 @@ def command(
         write_whole(budgets_file, proposed.to_json(), "--budgets")
     tuning = None
     if tuning_file is not None:
-        from sinkexport.sink_tuning import propose as propose_tuning
+        from sinkexport.variants.sink_tuning import propose as propose_tuning
 
         tuning = propose_tuning(report, type(loaded.model).__name__)
         write_whole(tuning_file, tuning.to_json(), "--sink-tuning")

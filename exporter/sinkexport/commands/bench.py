@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from sinkexport.console import table_console
-from sinkexport.files import check_writable, write_whole
-from sinkexport.progress import shown_progress
-from sinkexport.streams import MIB
+from sinkexport.bench.run_meter import MIB
+from sinkexport.util.console import table_console
+from sinkexport.util.files import check_writable, write_whole
+from sinkexport.util.progress import shown_progress
 
 if TYPE_CHECKING:
-    from sinkexport.bench import BenchReport
+    from sinkexport.bench.run import BenchReport
 
 STAGES = {
     "load": "Loading the bundle",
@@ -77,7 +77,7 @@ def command(
     Positions take turns, so that all of them meet the machine's slow moments; the memory's own bandwidth is measured
     in between. Positions far into a stream must be reached first: 50,000 tokens take minutes.
     """
-    from sinkexport.bench import BenchConfig, run_bench
+    from sinkexport.bench.run import BenchConfig, run_bench
 
     config = BenchConfig(steps, warmup, positions, prompt_tokens, threads, backend, seed)
     if json_file is not None:

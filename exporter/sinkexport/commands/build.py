@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sinkexport.progress import shown_progress
+from sinkexport.util.progress import shown_progress
 
 STAGES = {
     "check": "Checking the bundle",
@@ -65,9 +65,9 @@ def command(
     TensorRT builds for the GPU of this machine and needs it; TensorRT-RTX needs none. Each engine holds the weights.
     The manifest says what was built for what; engines that were there are replaced.
     """
-    from sinkexport.build_bundle import build_bundle
-    from sinkexport.engine import BuildOptions
-    from sinkexport.engine_process import EngineBuildError
+    from sinkexport.tensorrt.build_engines import build_bundle
+    from sinkexport.tensorrt.builder import BuildOptions
+    from sinkexport.tensorrt.process import EngineBuildError
 
     options = BuildOptions(
         plugin, None if workspace is None else workspace << 20, timing_cache, tactic_sources, FLAVOURS[flavour]

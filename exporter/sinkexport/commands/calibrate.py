@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 from sinkrt.errors import printable
 
-from sinkexport.files import check_writable, read_text, write_whole
-from sinkexport.progress import Report, shown_progress
+from sinkexport.util.files import check_writable, read_text, write_whole
+from sinkexport.util.progress import Report, shown_progress
 
 STAGES = {
     "load": "Loading the model",
@@ -59,10 +59,10 @@ def command(model: str, recipe_name: str, text_file: Path, output: Path, threads
     recipe = load_recipe(recipe_name)
     check_writable(output, "--output")
     text = read_text(text_file, "--text")
-    from sinkexport.machine import torch_threads
-    from sinkexport.quant.calibrate import calibrate
-    from sinkexport.quant.calibration import rounded_path
-    from sinkexport.quant.rounding import SCALES
+    from sinkexport.bench.machine import torch_threads
+    from sinkexport.calibration.calibrate import calibrate
+    from sinkexport.calibration.file import rounded_path
+    from sinkexport.calibration.rounding import SCALES
     from sinkexport.sources import load_model
 
     partial = output.with_name(output.name + ".partial")

@@ -9,13 +9,13 @@ import click
 from rich.table import Table
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.console import table_console
-from sinkexport.files import check_writable, read_text, write_whole
-from sinkexport.plot import png
-from sinkexport.progress import shown_progress
+from sinkexport.util.console import table_console
+from sinkexport.util.files import check_writable, read_text, write_whole
+from sinkexport.util.plot import png
+from sinkexport.util.progress import shown_progress
 
 if TYPE_CHECKING:
-    from sinkexport.evaluate import EvalReport
+    from sinkexport.evaluation.evaluate import EvalReport
 
 STAGES = {
     "load": "Loading",
@@ -133,7 +133,7 @@ def command(
                 )
             )
         import matplotlib.figure  # noqa: F401 - if it is missing, that should not show after an hour
-    from sinkexport.evaluate import Comparison, evaluate
+    from sinkexport.evaluation.evaluate import Comparison, evaluate
 
     wanted = None if against is None else Comparison(against, dense_tokens, recompute_block)
     with shown_progress(STAGES) as show:
@@ -149,7 +149,7 @@ def command(
         )
     write_whole(json_file, report.to_json(), "--json")
     if not no_plot:
-        from sinkexport.evaluate_plot import draw
+        from sinkexport.evaluation.plot import draw
 
         write_whole(plot_file, png(draw(report)), "--plot")
     _print_report(report)

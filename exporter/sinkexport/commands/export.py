@@ -12,14 +12,14 @@ from sinkrt.contract import TARGETS
 from sinkrt.errors import printable
 
 from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE, KV_KINDS, WEIGHT_DTYPES, ExportConfig
-from sinkexport.progress import shown_progress
+from sinkexport.util.progress import shown_progress
 
 if TYPE_CHECKING:
-    from sinkexport.affine import AffineFile
-    from sinkexport.budgets import BudgetFile
     from sinkexport.quant.ranges import Ranges
     from sinkexport.quant.recipe import Recipe
-    from sinkexport.sink_tuning import SinkTuningFile
+    from sinkexport.variants.affine import AffineFile
+    from sinkexport.variants.head_windows import BudgetFile
+    from sinkexport.variants.sink_tuning import SinkTuningFile
 
 STAGES = {
     "load": "Loading the model",
@@ -168,8 +168,8 @@ def command(
         _budgets(budgets_file),
         _affine(affine_file),
     )
-    from sinkexport.check_export import UncheckedWarning
-    from sinkexport.pipeline import export
+    from sinkexport.pipeline.check_export import UncheckedWarning
+    from sinkexport.pipeline.export import export
 
     start = time.perf_counter()
     with shown_progress(STAGES) as show, warnings.catch_warnings(record=True) as caught:
@@ -201,7 +201,7 @@ def _loaded(recipe: str | None) -> Recipe | None:
 def _budgets(file: Path | None) -> BudgetFile | None:
     if file is None:
         return None
-    from sinkexport.budgets import BudgetFile
+    from sinkexport.variants.head_windows import BudgetFile
 
     return BudgetFile.load(file)
 
@@ -209,7 +209,7 @@ def _budgets(file: Path | None) -> BudgetFile | None:
 def _sink_tuning(file: Path | None) -> SinkTuningFile | None:
     if file is None:
         return None
-    from sinkexport.sink_tuning import SinkTuningFile
+    from sinkexport.variants.sink_tuning import SinkTuningFile
 
     return SinkTuningFile.load(file)
 
@@ -217,7 +217,7 @@ def _sink_tuning(file: Path | None) -> SinkTuningFile | None:
 def _affine(file: Path | None) -> AffineFile | None:
     if file is None:
         return None
-    from sinkexport.affine import AffineFile
+    from sinkexport.variants.affine import AffineFile
 
     return AffineFile.load(file)
 
@@ -225,6 +225,6 @@ def _affine(file: Path | None) -> AffineFile | None:
 def _ranges(file: Path | None) -> Ranges | None:
     if file is None:
         return None
-    from sinkexport.quant.calibration import load_calibration, rounded_path
+    from sinkexport.calibration.file import load_calibration, rounded_path
 
     return load_calibration(file).with_rounded_file(rounded_path(file))

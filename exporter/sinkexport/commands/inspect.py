@@ -25,8 +25,8 @@ from sinkrt.contract import (
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE
-from sinkexport.console import table_console
 from sinkexport.families import describe
+from sinkexport.util.console import table_console
 
 if TYPE_CHECKING:
     from sinkexport.quant.recipe import Recipe
@@ -159,7 +159,7 @@ def _is_model(what: str) -> bool:
 
 
 def _show_budget_of_bundle(bundle: Path, as_json: bool) -> None:
-    from sinkexport.memory import of_bundle
+    from sinkexport.bench.memory import of_bundle
 
     manifest = load_manifest(bundle)
     budget = of_bundle(bundle, manifest)
@@ -183,8 +183,8 @@ def _show_budget_of_bundle(bundle: Path, as_json: bool) -> None:
 
 def _show_budgets(source: str, windows: tuple[int, ...], sinks: int, batch: int, as_json: bool) -> None:
     """A row for each way to export the model."""
+    from sinkexport.bench.memory import ModelShape, combinations
     from sinkexport.config import ExportConfig
-    from sinkexport.memory import ModelShape, combinations
 
     shape = ModelShape.load(source)
     rows, table = [], Table("dtype", "weights", "window", box=None, pad_edge=False)
@@ -262,7 +262,7 @@ def _show_recipes(as_json: bool) -> None:
 
 def _show_calibration(path: Path, as_json: bool) -> None:
     """A row for each input: how far the rest and the sinks reach, and one range for both."""
-    from sinkexport.quant.calibration import load_calibration, rounded_path
+    from sinkexport.calibration.file import load_calibration, rounded_path
 
     found = load_calibration(path)
     if as_json:

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.console import table_console
-from sinkexport.inspect_model import ModelReport, inspect_model
+from sinkexport.analysis.model_report import ModelReport, inspect_model
+from sinkexport.util.console import table_console
 
 Facts = Mapping[str, Any]
 

@@ -22,7 +22,7 @@ from sinkrt.sampler import SamplingParams
 from sinkrt.state import check_state_target
 from sinkrt.text import Tokenizer
 
-from sinkexport.streams import RunMeter, complete_lines, utf8_lines
+from sinkexport.bench.run_meter import RunMeter, complete_lines, utf8_lines
 
 ENDING_SIGNALS = [signal.SIGTERM, signal.SIGHUP] if hasattr(signal, "SIGHUP") else [signal.SIGTERM]
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import click
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.files import check_writable, read_text, write_whole
-from sinkexport.progress import shown_progress
+from sinkexport.util.files import check_writable, read_text, write_whole
+from sinkexport.util.progress import shown_progress
 
 if TYPE_CHECKING:
-    from sinkexport.tune import Score, TuneResult
+    from sinkexport.analysis.tune import Score, TuneResult
 
 STAGES = {"load": "Loading the model", "profile": "Profiling heads", "search": "Searching factors"}
 
@@ -60,9 +60,9 @@ def command(model: str, labelled_file: Path, output: Path, by: str, objective: s
     """
     check_writable(output, "--output")
     lines = read_text(labelled_file, "--labelled")
-    from sinkexport.machine import torch_threads
+    from sinkexport.analysis.tune import read_examples, tune
+    from sinkexport.bench.machine import torch_threads
     from sinkexport.sources import load_model
-    from sinkexport.tune import read_examples, tune
 
     start = time.perf_counter()
     with shown_progress(STAGES) as show, torch_threads(threads):

@@ -11,13 +11,13 @@ from rich.table import Table
 from sinkrt.contract import MANIFEST_NAME, load_manifest
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.console import table_console
-from sinkexport.files import check_writable, read_text, write_whole
-from sinkexport.progress import shown_progress
+from sinkexport.util.console import table_console
+from sinkexport.util.files import check_writable, read_text, write_whole
+from sinkexport.util.progress import shown_progress
 
 if TYPE_CHECKING:
-    from sinkexport.verify import VerifyReport
-    from sinkexport.verify_quality import QualityReport
+    from sinkexport.evaluation.parity import VerifyReport
+    from sinkexport.evaluation.quality_gate import QualityReport
 
 STAGES = {
     "load": "Loading bundle and model",
@@ -148,14 +148,14 @@ def command(
     report: VerifyReport | QualityReport
     with shown_progress(STAGES) as show:
         if by_quality:
-            from sinkexport.verify_quality import verify_quality
+            from sinkexport.evaluation.quality_gate import verify_quality
 
             report = found = verify_quality(
                 bundle, against, text or "", num_tokens=tokens, tolerance=tolerance, backend=backend, report=show
             )
             show_report = partial(_print_quality, found)
         else:
-            from sinkexport.verify import verify
+            from sinkexport.evaluation.parity import verify
 
             report = parity = verify(
                 bundle,

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sinkexport.affine import LayerAffine
+from sinkexport.variants.affine import LayerAffine
 
 Factors = tuple[torch.Tensor | None, torch.Tensor | None]
 """a and b, each [B, Hq, T], or [1, Hq, 1] if it is the same for all tokens; None: 1 and 0."""

@@ -6,9 +6,9 @@ import dataclasses
 
 from sinkrt.ring import Ring
 
-from sinkexport.budgets import head_groups
 from sinkexport.config import ExportConfig
 from sinkexport.model.rope import AttentionShape
+from sinkexport.variants.head_windows import head_groups
 
 
 @dataclasses.dataclass(frozen=True)

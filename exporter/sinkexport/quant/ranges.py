@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sinkexport.graph.passes.quantized_weight import Rounded, WeightScheme
 from sinkexport.quant.recipe import Recipe
+from sinkexport.quant.weight import Rounded, WeightScheme
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,13 +14,13 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from sinkexport.serve.body import check_content_type, parse
-from sinkexport.serve.engine import Engine
+from sinkexport.serve.decode_loop import Engine
 from sinkexport.serve.errors import ApiError, shown
-from sinkexport.serve.exchange import Exchange, Render, Slots
-from sinkexport.serve.guard import Guard
 from sinkexport.serve.metrics import CONTENT_TYPE, Metrics
+from sinkexport.serve.middleware import Guard
 from sinkexport.serve.prompts import Prompts
 from sinkexport.serve.protocol import ChatRequest, CompletionRequest, Request
+from sinkexport.serve.request_handler import Exchange, Render, Slots
 from sinkexport.serve.responses import Form
 from sinkexport.serve.settings import Limits
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.types import Scope
 
 from sinkexport.serve.errors import ApiError, shown
-from sinkexport.serve.guard import values_of
+from sinkexport.serve.middleware import values_of
 from sinkexport.serve.protocol import NESTED, NOT_IMPLEMENTED, Request
 
 MAX_DEPTH = 64

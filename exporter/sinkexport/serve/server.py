@@ -15,7 +15,7 @@ from sinkrt import Session
 
 from sinkexport.serve.app import create_app
 from sinkexport.serve.connections import ACCEPT_BATCH, Connection, ConnectionTable, free_files
-from sinkexport.serve.engine import Engine
+from sinkexport.serve.decode_loop import Engine
 from sinkexport.serve.log import bounded_log
 from sinkexport.serve.metrics import Metrics
 from sinkexport.serve.prompts import Prompts

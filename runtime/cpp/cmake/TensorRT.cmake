@@ -21,11 +21,11 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
 target_sources(sinkrt PRIVATE
-  src/backends/tensorrt.cpp
-  src/backends/tensorrt_library.cpp
+  src/backends/tensorrt/backend.cpp
+  src/backends/tensorrt/library.cpp
   src/cuda/device.cpp
   src/cuda/sampling.cu
-  src/engines.cpp)
+  src/bundle/engines.cpp)
 set_target_properties(sinkrt PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static)
 target_include_directories(sinkrt SYSTEM PRIVATE ${SINKRT_TENSORRT_INCLUDE})
 target_link_libraries(sinkrt PRIVATE CUDA::cudart_static ${CMAKE_DL_LIBS})
@@ -35,7 +35,7 @@ endif()
 
 # Builds engines where there is no Python; needs NvOnnxParser.h too.
 if(EXISTS ${SINKRT_TENSORRT_INCLUDE}/NvOnnxParser.h)
-  add_executable(sinkrt_build tools/build_engine.cpp src/backends/tensorrt_library.cpp)
+  add_executable(sinkrt_build tools/build_engine.cpp src/backends/tensorrt/library.cpp)
   target_include_directories(sinkrt_build PRIVATE src)
   target_include_directories(sinkrt_build SYSTEM PRIVATE ${SINKRT_TENSORRT_INCLUDE})
   target_link_libraries(sinkrt_build PRIVATE sinkrt CUDA::cudart_static ${CMAKE_DL_LIBS})

@@ -28,8 +28,8 @@
 #include <string_view>
 #include <vector>
 
-#include "backends/tensorrt_library.h"
-#include "engines.h"
+#include "backends/tensorrt/library.h"
+#include "bundle/engines.h"
 #include "files.h"
 #include "sinkrt/manifest.h"
 
@@ -151,7 +151,7 @@ std::vector<Field> fieldsOf(std::string_view data) {
   return fields;
 }
 
-// Names of the values that the graph computes in float32: sinkexport.engine.float32_values.
+// Names of the values that the graph computes in float32: sinkexport.tensorrt.builder.float32_values.
 std::set<std::string> float32Values(const std::string& graph_file) {
   constexpr uint64_t kGraph = 7, kNode = 1, kOutput = 12, kValueInfo = 13, kNodeOutput = 2, kName = 1, kType = 2;
   constexpr uint64_t kTensorType = 1, kElementType = 1, kFloat = 1;

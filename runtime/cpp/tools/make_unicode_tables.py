@@ -1,4 +1,4 @@
-"""Write ``src/unicode_tables.inc`` and ``src/grapheme_tables.inc``: what the C++ tokenizer knows of Unicode.
+"""Write ``src/text/unicode_tables.inc`` and ``src/text/grapheme_tables.inc``: what the C++ tokenizer knows of Unicode.
 
 Everything is asked of the `tokenizers` library, part by part: its regular expression engine, its standard library, its
 normalization and its case tables are of different versions of Unicode. Python's tables only say where to look. What
@@ -16,7 +16,7 @@ from pathlib import Path
 import regex
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-TARGET = Path(__file__).parents[1] / "src/unicode_tables.inc"
+TARGET = Path(__file__).parents[1] / "src/text/unicode_tables.inc"
 GRAPHEMES = TARGET.with_name("grapheme_tables.inc")
 SURROGATES = range(0xD800, 0xE000)
 # In the order of the enumeration in unicode.h; what none of them matches is unassigned (Cn).

@@ -17,10 +17,10 @@ import numpy as np
 
 from sinkrt.backends.base import StateArray
 from sinkrt.backends.cuda import ALIGNMENT_BYTES, Cuda, DeviceArray, Staged
+from sinkrt.backends.tensorrt_library import create, load_plugin, make_logger, one_line, said
 from sinkrt.contract import RECURRENT_KINDS, Manifest, TensorSpec
 from sinkrt.engines import PLUGIN_FILE, EngineHost, check_engine
 from sinkrt.errors import BackendError, problem
-from sinkrt.tensorrt_library import create, load_plugin, make_logger, one_line, said
 
 PACKAGES: Mapping[str, tuple[str, ...]] = {
     "TensorRT": ("tensorrt",),

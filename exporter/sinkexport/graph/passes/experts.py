@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from sinkexport.graph.attention.parts import operand, optional
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import constant, is_weight, known_shape, lazy_weight, replace_node
+from sinkexport.graph.matmuls import module_of
 from sinkexport.graph.operators import DOMAIN, EXPERT_PRODUCT
-from sinkexport.graph.passes.attention_parts import operand, optional
-from sinkexport.graph.passes.products import module_of
-from sinkexport.graph.passes.quantize import Plan
-from sinkexport.graph.passes.quantized_weight import QuantizedWeight
+from sinkexport.graph.quantize.rewrite import Plan
 from sinkexport.model.attention import TINY
+from sinkexport.quant.weight import QuantizedWeight
 
 FLOAT = ir.DataType.FLOAT
 STEPS = 128

@@ -6,9 +6,9 @@ import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, lazy_weight, replace_node
+from sinkexport.graph.matmuls import Product, find_products
 from sinkexport.graph.operators import DOMAIN, HALF_LINEAR
 from sinkexport.graph.passes.plugin_operators import PLUGIN_ATTRIBUTES
-from sinkexport.graph.passes.products import Product, find_products
 from sinkexport.graph.passes.weights import bias_addition, weight_operand
 
 INPUTS_MULTIPLE = 8

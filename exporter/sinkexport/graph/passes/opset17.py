@@ -10,10 +10,10 @@ from typing import Any
 
 import onnx_ir as ir
 
+from sinkexport.graph.attention.parts import operand, optional
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, replace_node
 from sinkexport.graph.operators import DOMAIN
-from sinkexport.graph.passes.attention_parts import operand, optional
 
 OPSET = 17
 IR_VERSION = 8

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from sinkexport.graph.attention.parts import operand
 from sinkexport.graph.edit import known_shape, only_user, replace_node, split_source, static_shape, typed
 from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION
-from sinkexport.graph.passes.attention_parts import operand
 
 
 def pack_heads(model: ir.Model) -> int:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from sinkexport.graph.attention.parts import operand
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, lazy_weight, replace_node
 from sinkexport.graph.operators import DOMAIN, HALF_EXPERT_LINEAR, INT8_EXPERT_LINEAR
-from sinkexport.graph.passes.attention_parts import operand
 from sinkexport.graph.passes.experts import ExpertProduct, find_expert_products, rows_of_outputs
 from sinkexport.graph.passes.plugin_operators import PLUGIN_ATTRIBUTES
-from sinkexport.graph.passes.quantize import Plan
-from sinkexport.graph.passes.quantize_plugin import INPUTS_MULTIPLE, packed_rows, row_scales
+from sinkexport.graph.quantize.plugin import INPUTS_MULTIPLE, packed_rows, row_scales
+from sinkexport.graph.quantize.rewrite import Plan
 
 HALF = ir.DataType.FLOAT16
 

@@ -14,10 +14,10 @@ import numpy as np
 import onnx_ir as ir
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.graph.attention.parts import operand, optional
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import constant, is_weight, known_shape, replace_node, typed
 from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION, STREAM_ANGLES
-from sinkexport.graph.passes.attention_parts import operand, optional
 from sinkexport.graph.passes.output_gate import absorb, find_output_gate
 
 PLUGIN_ATTRIBUTES: Mapping[str, str] = {"plugin_version": "1", "plugin_namespace": ""}

@@ -18,7 +18,7 @@ from onnx_ir.passes import common
 
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import constant, is_weight, known_shape, lazy_weight
-from sinkexport.graph.passes.products import find_products
+from sinkexport.graph.matmuls import find_products
 from sinkexport.graph.passes.weights import ROWS
 
 Floats = npt.NDArray[np.float64]

@@ -5,7 +5,7 @@
 #include <stdexcept>
 
 #include "text/byte_names.h"
-#include "utf8.h"
+#include "text/utf8.h"
 
 namespace sinkrt {
 namespace {

@@ -1,6 +1,6 @@
 #include "text/byte_names.h"
 
-#include "utf8.h"
+#include "text/utf8.h"
 
 namespace sinkrt {
 

@@ -1,7 +1,7 @@
 #include "text/characters_map.h"
 
-#include "unicode.h"
-#include "utf8.h"
+#include "text/unicode.h"
+#include "text/utf8.h"
 
 namespace sinkrt {
 namespace {

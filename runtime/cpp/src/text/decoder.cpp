@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "text/byte_names.h"
-#include "utf8.h"
+#include "text/utf8.h"
 
 namespace sinkrt {
 namespace {

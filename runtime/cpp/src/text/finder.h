@@ -6,7 +6,7 @@
 #include <string_view>
 #include <utility>
 
-#include "pattern.h"
+#include "text/pattern.h"
 #include "text/tokenizer_file.h"
 
 namespace sinkrt {

@@ -1,6 +1,6 @@
 #include "text/normalizer.h"
 
-#include "utf8.h"
+#include "text/utf8.h"
 
 namespace sinkrt {
 

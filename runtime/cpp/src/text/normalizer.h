@@ -6,7 +6,7 @@
 
 #include "text/characters_map.h"
 #include "text/finder.h"
-#include "unicode.h"
+#include "text/unicode.h"
 
 namespace sinkrt {
 

@@ -3,8 +3,8 @@
 #include <algorithm>
 
 #include "text/byte_names.h"
-#include "unicode.h"
-#include "utf8.h"
+#include "text/unicode.h"
+#include "text/utf8.h"
 
 namespace sinkrt {
 namespace {

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "sinkrt/error.h"
-#include "utf8.h"
+#include "text/utf8.h"
 
 namespace sinkrt {
 namespace {

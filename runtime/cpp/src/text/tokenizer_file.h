@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "json.h"
+#include "bundle/json.h"
 
 namespace sinkrt {
 

@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "text/byte_names.h"
-#include "utf8.h"
+#include "text/utf8.h"
 
 namespace sinkrt {
 namespace {

@@ -1,0 +1,1 @@
+"""Find a model's sinks, per-head windows and factors on attention."""

@@ -1,0 +1,1 @@
+"""Measure a bundle: time, memory, the bytes of a step, and the machine that ran it."""

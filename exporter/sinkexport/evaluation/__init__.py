@@ -1,0 +1,1 @@
+"""Compare a bundle with its model: logits, perplexity, quality."""

@@ -1,0 +1,289 @@
+"""Does a bundle compute what its model computes? Three comparisons of logits, token by token.
+
+dense      against transformers' own forward pass over the whole text, before the first token is evicted.
+streaming  against `sinkexport.reference.streaming`, which rotates every key anew in each step, over
+           several wraps of the window.
+prefill    the bundle against itself: pieces of odd lengths against one token at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sinkrt.contract import Manifest, load_manifest
+from sinkrt.errors import UsageError, problem
+from sinkrt.session import Session
+from sinkrt.text import Tokenizer
+
+from sinkexport.bench.machine import torch_threads
+from sinkexport.evaluation.comparison import (
+    Comparison,
+    Ids,
+    Logits,
+    Stream,
+    Tally,
+    compare_prefill,
+    default_tolerance,
+    piece_ends,
+)
+from sinkexport.families import rotates_by_length
+from sinkexport.reference.dense import dense_logits
+from sinkexport.reference.streaming import streaming_reference
+from sinkexport.sources import LoadedModel, load_model
+from sinkexport.util.progress import Report, silent
+from sinkexport.variants.affine import AffineFile, affine_of
+from sinkexport.variants.head_windows import budgets_of
+
+DEFAULT_WRAPS = 6
+DEFAULT_DENSE_TOKENS = 256
+
+MAX_TOKENS = 10**8
+"""Of one verification: more than a machine gets through in a month."""
+
+BLOCK_TOKENS = 16
+"""Steps that the bundle runs ahead of the reference."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found. num_tokens: tokens fed to each stream; tolerance: of `Comparison.max_relative_error`."""
+
+    bundle: str
+    model: str
+    weights_dtype: str
+    num_sink_tokens: int
+    window_size: int
+    batch: int
+    ids: str
+    num_tokens: int
+    wraps: int
+    tolerance: float
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """One line for each comparison that failed."""
+        return tuple(
+            f"{c.name}: error {c.max_relative_error:.2e} of the logits' spread at position {c.failed_position}, "
+            f"above the tolerance of {self.tolerance:.1e}"
+            for c in self.comparisons
+            if c.failed_position is not None
+        )
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison stayed within the tolerance."""
+        return not self.failures
+
+    def to_json(self) -> str:
+        """The report as JSON; a number that is not finite becomes null."""
+        facts = {**dataclasses.asdict(self), "passed": self.passed, "failures": self.failures}
+        facts["comparisons"] = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in c.items()}
+            for c in facts["comparisons"]
+        ]
+        return json.dumps(facts, indent=1) + "\n"
+
+
+def verify(
+    bundle: Path | str,
+    source: str | LoadedModel,
+    *,
+    text: str | None = None,
+    wraps: int = DEFAULT_WRAPS,
+    tolerance: float | None = None,
+    dense_tokens: int = DEFAULT_DENSE_TOKENS,
+    seed: int = 0,
+    backend: str = "ort",
+    report: Report = silent,
+) -> VerifyReport:
+    """Compare the bundle with the model `source` (directory, ``.gguf`` file, Hub id, or one loaded in float32).
+
+    text: what to stream, repeated if too short; None for random ids from `seed`.
+    wraps: how often the window is overwritten whole, after it has filled. dense_tokens: positions compared with
+    the dense model, at most C. tolerance: None for `default_tolerance`.
+    The first position above the tolerance ends the run.
+
+    Raises: UsageError for bad arguments, a model that is not the bundle's, or text and no tokenizer;
+        BundleError for a broken bundle; BackendError.
+    """
+    _check_arguments(wraps, tolerance, dense_tokens)
+    manifest = load_manifest(Path(bundle))
+    if manifest.quantization is not None and tolerance is None:
+        raise UsageError(
+            problem(
+                "verify",
+                received=f"a bundle quantised by '{manifest.quantization.recipe}'",
+                expected="a tolerance that allows for it: rounding explains only so much",
+                fix="pass --tolerance, or compare perplexities with 'sinkexport eval'",
+            )
+        )
+    tokens = None if text is None else _encode(Path(bundle), manifest, text)
+    stream = manifest.stream
+    num_tokens = stream.capacity + wraps * stream.window_size
+    if num_tokens > MAX_TOKENS:
+        raise UsageError(
+            problem(
+                "--wraps",
+                received=f"{wraps}, which are {num_tokens} tokens",
+                expected=f"at most {MAX_TOKENS} tokens",
+                fix="verify fewer",
+            )
+        )
+    ids = _random_ids(manifest, num_tokens, seed) if tokens is None else _spread_text(tokens, stream.batch, num_tokens)
+    limit = default_tolerance(manifest) if tolerance is None else tolerance
+    report("load", 0, 1)
+    with Session.load(bundle, backend, threads=_half_of_the_cores()) as session:  # first: it fails faster than a model
+        loaded = load_model(source, "float32") if isinstance(source, str) else source
+        check_same_model(manifest, loaded.model)
+        report("load", 1, 1)
+        affine = affine_of(Path(bundle), manifest)
+        comparisons = tuple(compare(session, loaded.model, manifest, ids, limit, dense_tokens, report, affine))
+    return VerifyReport(
+        bundle=str(bundle),
+        model=loaded.name,
+        weights_dtype=manifest.weights_dtype,
+        num_sink_tokens=stream.num_sink_tokens,
+        window_size=stream.window_size,
+        batch=stream.batch,
+        ids=f"random, seed {seed}" if tokens is None else f"text of {len(tokens)} tokens",
+        num_tokens=num_tokens,
+        wraps=wraps,
+        tolerance=limit,
+        comparisons=comparisons,
+    )
+
+
+def compare(
+    session: Stream,
+    model: Any,
+    manifest: Manifest,
+    ids: Ids,
+    tolerance: float,
+    dense_tokens: int,
+    report: Report,
+    affine: AffineFile | None = None,
+) -> Iterator[Comparison]:
+    """The three comparisons over ids [B, N]; a failed one is the last. affine: of the bundle.
+
+    The dense and the streaming one share one pass of the bundle over the stream.
+    """
+    stream, num_tokens = manifest.stream, ids.shape[1]
+    ends = piece_ends(num_tokens, stream.capacity)
+    if rotates_by_length(model.config, stream.capacity):
+        dense_tokens = stream.capacity  # a shorter text would be rotated otherwise
+    budgets = budgets_of(manifest)
+    shortest = stream.window_size if budgets is None else min(map(min, budgets.windows))
+    dense_tokens = min(dense_tokens, stream.num_sink_tokens + shortest)
+    report("dense", 0, 1)
+    wanted = dense_logits(model, ids[:, : min(dense_tokens, stream.capacity)], manifest, affine)  # [B, n, vocab]
+    report("dense", 1, 1)
+    dense, streaming = Tally("dense", tolerance), Tally("streaming", tolerance)
+    at_ends: dict[int, Logits] = {}
+    with (
+        streaming_reference(
+            model,
+            stream.num_sink_tokens,
+            stream.window_size,
+            sink_tuning=manifest.sink_tuning,
+            head_windows=None if budgets is None else budgets.windows,
+            affine=affine,
+        ) as reference,
+        torch_threads(_half_of_the_cores()),
+        contextlib.closing(_steps_ahead(session, ids)) as steps,
+    ):
+        for t, got in enumerate(steps):
+            if t + 1 in ends:
+                at_ends[t + 1] = got
+            if t < wanted.shape[1]:
+                dense.add(t, got, wanted[:, t])
+            streaming.add(t, got, reference.step(torch.from_numpy(ids[:, t])).float().numpy())
+            report("stream", t + 1, num_tokens)
+            if dense.failed or streaming.failed:
+                break
+    yield dense.result()
+    yield streaming.result()
+    if dense.failed or streaming.failed:
+        return
+    yield compare_prefill(session, ids, at_ends, tolerance, report)
+
+
+def _steps_ahead(session: Stream, ids: Ids) -> Generator[Logits, None, None]:
+    """Logits [B, vocab] of each step of a stream from its start, computed a block ahead in a thread of its own."""
+    session.reset()
+
+    def block(start: int) -> list[Logits]:
+        return [session.step(column).copy() for column in ids.T[start : start + BLOCK_TOKENS]]
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(block, 0)
+        for start in range(0, ids.shape[1], BLOCK_TOKENS):
+            ready = waiting.result()
+            waiting = pool.submit(block, start + BLOCK_TOKENS)  # the last one is empty
+            yield from ready
+
+
+def _half_of_the_cores() -> int:
+    """Bundle and reference run side by side. Given all cores each, their spinning threads would stop each other:
+    several times slower than either alone."""
+    return max(1, torch.get_num_threads() // 2)
+
+
+def _random_ids(manifest: Manifest, num_tokens: int, seed: int) -> Ids:
+    """int64 [B, num_tokens]."""
+    shape = (manifest.stream.batch, num_tokens)
+    return np.random.default_rng(seed).integers(0, manifest.model.vocab_size, shape)
+
+
+def _spread_text(tokens: Ids, batch: int, num_tokens: int) -> Ids:
+    """int64 [B, num_tokens]: each stream starts elsewhere in the text, which repeats if it is too short."""
+    starts = np.arange(batch) * len(tokens) // batch
+    ids: Ids = tokens[(starts[:, None] + np.arange(num_tokens)) % len(tokens)]
+    return ids
+
+
+def _encode(bundle: Path, manifest: Manifest, text: str) -> Ids:
+    """int64 [n], n >= 1, by the bundle's tokenizer."""
+    tokens = Tokenizer.load(bundle, manifest).encode(text)
+    if not tokens:
+        raise UsageError(problem("text", received="no tokens", expected="at least one", fix="pass a longer text"))
+    return np.asarray(tokens, dtype=np.int64)
+
+
+def _check_arguments(wraps: int, tolerance: float | None, dense_tokens: int) -> None:
+    for name, value, low in (("wraps", wraps, 1), ("dense_tokens", dense_tokens, 1)):
+        if value < low:
+            raise UsageError(problem(name, received=value, expected=f">= {low}", fix="change it"))
+    if tolerance is not None and not tolerance > 0:
+        raise UsageError(problem("tolerance", received=tolerance, expected="> 0", fix="change it"))
+
+
+def check_same_model(manifest: Manifest, model: Any) -> None:
+    """Refuse a model that cannot be the bundle's: its logits could not even be compared."""
+    config = model.config.get_text_config()
+    facts = manifest.model
+    for what, ours, theirs in (
+        ("architecture", facts.architecture, type(model).__name__),
+        ("layers", facts.num_layers, config.num_hidden_layers),
+        ("hidden size", facts.hidden_size, config.hidden_size),
+        ("query heads", facts.num_q_heads, config.num_attention_heads),
+        ("vocabulary", facts.vocab_size, config.vocab_size),
+    ):
+        if ours != theirs:
+            raise UsageError(
+                problem(
+                    f"model's {what}",
+                    received=theirs,
+                    expected=f"{ours}, as in the bundle of '{facts.name}'",
+                    fix="pass the model that was exported",
+                )
+            )

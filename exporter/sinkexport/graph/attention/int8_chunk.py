@@ -1,0 +1,34 @@
+"""SinkAttention over a chunk of tokens and an INT8 window: every token sees the rounded rows, as in single steps.
+
+Rows that the chunk evicts are taken out as integers with their scales, the chunk's own are rounded before anything
+reads them, and a token that does not count writes back the integers that it found: no row is rounded twice. Unlike a
+step, a chunk is bound by arithmetic and has more logits than the window has entries, so the window is brought to
+floating point once, scales included, and the products are those of expand_chunk.py.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from sinkexport.graph.attention.chunk import ChunkAttention, Written
+from sinkexport.graph.attention.int8_rows import as_float, cast, quantized_rows
+from sinkexport.graph.attention.parts import operand
+from sinkexport.graph.edit import known_shape
+
+
+class Int8ChunkAttention(ChunkAttention):
+    """Expands one node with T > 1 and an int8 window. The window's states are window_k, window_v and their scales."""
+
+    def _write_window(self) -> Written:
+        rows = quantized_rows(self.b, self.k, self.v)
+        news = ((5, rows.k), (6, rows.v), (11, rows.k_scale), (12, rows.v_scale))
+        pairs = [self._exchange(operand(self.node, i), new) for i, new in news]
+        states, evicted = ([pair[i] for pair in pairs] for i in range(2))
+        window, removed = ([self._floats(*x) for x in zip(y[:2], y[2:], strict=True)] for y in (states, evicted))
+        return states, window, removed
+
+    def _floats(self, entries: ir.Value, scale: ir.Value) -> ir.Value:
+        """int8 [B, Hkv, n, D] and float16 [B, Hkv, n] -> [B, Hkv, n, D] of the bundle's dtype."""
+        b = self.b
+        factor = b.reshape(as_float(b, scale), (*known_shape(scale), 1))
+        return cast(b, b.op("Mul", [as_float(b, entries), factor]), self.q.dtype)

@@ -1,0 +1,1 @@
+"""Quantised matmuls and embeddings, in the form that each target runs fast."""

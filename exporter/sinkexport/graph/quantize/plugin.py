@@ -1,0 +1,112 @@
+"""Products by INT8 weights and INT8 tables as plugin nodes; INT8 inputs with static ranges as explicit Q/DQ."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from sinkrt.errors import UsageError, problem
+
+from sinkexport.graph.builder import Builder
+from sinkexport.graph.edit import known_shape, lazy_weight, replace_node
+from sinkexport.graph.matmuls import Product
+from sinkexport.graph.operators import DOMAIN, INT8_LINEAR, INT8_ROWS
+from sinkexport.graph.passes.plugin_operators import PLUGIN_ATTRIBUTES
+from sinkexport.graph.passes.weights import bias_addition, weight_operand
+from sinkexport.graph.quantize.qdq import QdqForm
+from sinkexport.quant.weight import QuantizedWeight
+
+BYTES_OF_WORD = 4
+INPUTS_MULTIPLE = 16
+"""The kernel reads 16 weights at once (plugins/kernels/linear.h)."""
+
+
+class PluginForm(QdqForm):
+    """Writes one graph. Weights lie in the file as int8 [N, K], declared as int32 [N, K/4], little-endian: every parser
+    takes int32 constants, none gives them a meaning. Q/DQ is in float32: TensorRT 8.5 reads no other scales."""
+
+    scale_dtype = ir.DataType.FLOAT
+
+    def weight_only(self, product: Product, weight: QuantizedWeight) -> None:
+        """Int8Linear(x, W, scale), sums in float32; inputs and outputs in float16. A bias of float16 that follows is
+        added before the sum is rounded."""
+        half = ir.DataType.FLOAT16
+        b, result = Builder(self.graph), product.node.outputs[0]
+        addition = bias_addition(result) if product.dtype == half else None
+        bias = weight_operand(addition)
+        inputs = [b.cast(product.x, half), *self._stored(weight)]
+        out = b.op(
+            INT8_LINEAR,
+            inputs if bias is None else [*inputs, bias],
+            known_shape(result),
+            half,
+            domain=DOMAIN,
+            num_outputs=weight.num_outputs,
+            has_bias=int(bias is not None),
+            **PLUGIN_ATTRIBUTES,
+        )
+        if addition is not None:
+            replace_node(addition, [], [result])
+        replace_node(product.node, b.nodes, [b.cast(out, product.dtype)])
+
+    def gather(self, node: ir.Node, weight: QuantizedWeight) -> None:
+        """Int8Rows(ids, table, scale), float16."""
+        ids, result = node.inputs[1], node.outputs[0]
+        if ids is None:
+            raise ValueError(f"Gather '{node.name}' without indices")
+        b = Builder(self.graph)
+        rows = b.op(
+            INT8_ROWS,
+            [ids, *self._stored(weight)],
+            known_shape(result),
+            ir.DataType.FLOAT16,
+            domain=DOMAIN,
+            row_length=weight.num_inputs,
+            **PLUGIN_ATTRIBUTES,
+        )
+        replace_node(node, b.nodes, [b.cast(rows, result.dtype or ir.DataType.FLOAT)])
+
+    def _stored(self, weight: QuantizedWeight) -> tuple[ir.Value, ir.Value]:
+        outputs = (weight.num_outputs,)
+        return packed_rows(self.graph, weight, outputs), row_scales(self.graph, weight, outputs)
+
+
+def packed_rows(graph: ir.Graph, weight: QuantizedWeight, outputs: tuple[int, ...]) -> ir.Value:
+    """int32 [*outputs, K/4]: int8 [N, K], N being the product of `outputs`.
+
+    Raises: UsageError if the kernels do not take such weights.
+    """
+    scheme = weight.scheme
+    if scheme.bits != 8 or scheme.block_size is not None or not scheme.symmetric:
+        raise _refused(weight, f"{scheme.bits} bits in blocks", "8 bits, a scale for each channel")
+    if weight.num_inputs % INPUTS_MULTIPLE:
+        raise _refused(weight, f"{weight.num_inputs} inputs", f"a multiple of {INPUTS_MULTIPLE}")
+    shape = (*outputs, weight.num_inputs // BYTES_OF_WORD)
+    return lazy_weight(
+        graph,
+        f"{weight.name}.int8x4",
+        ir.DataType.INT32,
+        shape,
+        lambda: np.ascontiguousarray(weight.integers()).view("<i4").reshape(shape),
+    )
+
+
+def row_scales(graph: ir.Graph, weight: QuantizedWeight, outputs: tuple[int, ...]) -> ir.Value:
+    """float32 [*outputs]."""
+    return lazy_weight(
+        graph,
+        f"{weight.name}.scales",
+        ir.DataType.FLOAT,
+        outputs,
+        lambda: weight.scales().astype(np.float32).reshape(outputs),
+    )
+
+
+def _refused(weight: QuantizedWeight, received: str, expected: str) -> UsageError:
+    return UsageError(
+        problem(
+            f"weights '{weight.name}'",
+            received=received,
+            expected=f"what the Int8Linear plugin takes: {expected}",
+            fix="use another recipe, keep_float, or --native",
+        )
+    )

@@ -1,0 +1,1 @@
+"""The whole export: load, probe, trace, convert, check, write."""

@@ -1,0 +1,1 @@
+"""Files, console, progress and plots."""
