@@ -14,7 +14,6 @@ namespace {
 
 constexpr int kMaxExperts = 512;
 constexpr int kMaxPicks = 2048;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 // A task of fewTokens: a tile is outputs of one matrix and up to kGroup of the rows that picked it.
 template <int kGroup>

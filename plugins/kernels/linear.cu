@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) copyStep(step);
   for (int step = 0; step < num_steps; ++step) {
-    waitCopies<kStages - 2>();
+    waitForCopies<kStages - 2>();
     __syncthreads();
     copyStep(step + kStages - 1);  // into the stage that all threads have read in the step before
     const unsigned char* const stage = shared + step % kStages * kStageBytes;
@@ -126,13 +126,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
         const uint4 b = *reinterpret_cast<const uint4*>(tokens + (token * 8 + ((t * 2 + pair) ^ (token & 1))) * 16);
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
-          multiply<Half>(sum[r][j], a[r][0], b.x, b.y);
-          multiply<Half>(sum[r][j], a[r][1], b.z, b.w);
+          multiplyAdd<Half>(sum[r][j], a[r][0], b.x, b.y);
+          multiplyAdd<Half>(sum[r][j], a[r][1], b.z, b.w);
         }
       }
     }
   }
-  waitCopies<0>();
+  waitForCopies<0>();
 
   allowNextKernel();  // not before: the next one's blocks would crowd where there is room now
 #pragma unroll

@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
     const FewTile tile = plan.tile(plan.place(index));
     float sum[kRowTiles][kTokenTiles][4] = {};
     for (int step = 0; step < num_steps; ++step) {
-      waitCopies<kStages - 2>();
+      waitForCopies<kStages - 2>();
       __syncwarp();
       copyNext();  // into the stage that all lanes have read in the step before
       const unsigned char* const stage = ring + read_stage * stage_bytes;
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
 #pragma unroll
             for (int j = 0; j < kTokenTiles; ++j) {
               const uint4 piece = b[j][s / 2];
-              multiply<Half>(sum[r][j], a, s % 2 ? piece.z : piece.x, s % 2 ? piece.w : piece.y);
+              multiplyAdd<Half>(sum[r][j], a, s % 2 ? piece.z : piece.x, s % 2 ? piece.w : piece.y);
             }
           }
         }
