@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "cp_async.cuh"
+#include "device.h"
 #include "half_pairs.cuh"
 #include "linear.h"
 #include "mma.cuh"
@@ -54,32 +55,6 @@ struct Output {
 };
 
 // --- launches ---
-
-struct Device {
-  bool overlaps = false;  // a kernel can be placed before the one that it waits for has ended
-  int multiprocessors = 0;
-  int shared_bytes = 0;         // that a block can have
-  int shared_bytes_of_all = 0;  // that all blocks on a multiprocessor have
-};
-
-constexpr int kReservedSharedBytes = 1024;  // of each block, by the system
-
-inline cudaError_t describeDevice(Device& device) {
-  int index = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&index);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device.shared_bytes_of_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
-  }
-  device.overlaps = major >= 9;
-  return error;
-}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, const Device& device,

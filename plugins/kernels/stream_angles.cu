@@ -1,6 +1,6 @@
 #include "stream_angles.h"
 
-#include "sink_attention_common.cuh"
+#include "angles.cuh"
 
 namespace sinkexport {
 namespace {
@@ -11,8 +11,8 @@ __global__ void streamAngles(const StreamAnglesParams p) {
     const int frequency = index % p.num_frequencies;
     const int token = index / p.num_frequencies % p.num_tokens;
     const int stream = index / p.num_frequencies / p.num_tokens;
-    const int64_t t = detail::streamPosition(p.position, stream) + token - p.behind;
-    detail::cosSin(t > 0 ? t : 0, p.frequency[frequency], p.cos[index], p.sin[index]);
+    const int64_t t = streamPosition(p.position, stream) + token - p.behind;
+    cosSin(t > 0 ? t : 0, p.frequency[frequency], p.cos[index], p.sin[index]);
   }
 }
 
