@@ -24,8 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from plugins.bench.gpu_timing import copy_bandwidth, times_us
-from plugins.capi.expert_linear import ExpertLinear, ExpertLinearParams
-from plugins.capi.linear import DTYPES, WEIGHT_TYPES
+from plugins.capi.header import DTYPES, WEIGHT_TYPES
+from plugins.capi.kernels import ExpertLinear, ExpertLinearParams
 
 # Experts, picks of a token, K, N: gate | up and down of Mixtral-8x7B and of Qwen3-30B-A3B
 MIXTURES = [(8, 2, 4096, 28672), (8, 2, 14336, 4096), (128, 8, 2048, 1536), (128, 8, 768, 2048)]

@@ -29,7 +29,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from plugins.bench.gpu_timing import copy_bandwidth, times_us
-from plugins.capi.linear import DTYPES, WEIGHT_TYPES, Linear, LinearParams
+from plugins.capi.header import DTYPES, WEIGHT_TYPES
+from plugins.capi.kernels import Linear, LinearParams
 
 # (K, N): Llama-2-7B's attention, up and down; Llama-3-8B's down and lm_head, Llama-2-7B's; SmolLM2-135M's up
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (14336, 4096), (4096, 128256), (4096, 32000), (576, 1536)]

@@ -26,7 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from plugins.bench.gpu_timing import copy_bandwidth, times_us
-from plugins.capi.sink_attention import DTYPES, SinkAttention, SinkAttentionParams
+from plugins.capi.header import DTYPES
+from plugins.capi.kernels import SinkAttention, SinkAttentionParams
 
 NUM_SINKS = 4
 

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from plugins.capi.gated_activation import ACTIVATIONS, GatedActivationParams
-from plugins.capi.linear import DTYPES
-from plugins.capi.rms_norm import RmsNormParams
+from plugins.capi.header import ACTIVATIONS, DTYPES
+from plugins.capi.kernels import GatedActivationParams, RmsNormParams
 from tests.plugins.norm_and_gate_library import NormAndGate
 from tests.reference.layers import gated_activation, rms_norm
 

@@ -6,7 +6,8 @@ import dataclasses
 
 import torch
 
-from plugins.capi.sink_attention import DTYPES, SinkAttention, SinkAttentionParams, StreamAnglesParams
+from plugins.capi.header import DTYPES
+from plugins.capi.kernels import SinkAttention, SinkAttentionParams, StreamAngles, StreamAnglesParams
 from tests.plugins.sink_attention_reference import Case, Tokens
 
 GUARD = 256  # bytes before and after every buffer
@@ -142,7 +143,7 @@ class Streams:
                 cos=self.inputs["shift_cos"].tensor.data_ptr(),
                 sin=self.inputs["shift_sin"].tensor.data_ptr(),
             )
-            assert self.library.launch_angles(angles, stream) == 0
+            assert StreamAngles(self.library.path).launch(angles, stream) == 0
         assert self.library.launch(self.params, self.workspace.tensor.data_ptr(), stream) == 0
 
     def run(self, starts: list[int], num_valid: list[int]) -> torch.Tensor:

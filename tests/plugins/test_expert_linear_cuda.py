@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from plugins.capi.expert_linear import ExpertLinear, ExpertLinearParams
-from plugins.capi.linear import DTYPES, WEIGHT_TYPES
+from plugins.capi.header import DTYPES, WEIGHT_TYPES
+from plugins.capi.kernels import ExpertLinear, ExpertLinearParams
 from tests.plugins.compiler import NVCC
 from tests.plugins.gpu_buffers import Buffer, error
 from tests.plugins.linear_library import build

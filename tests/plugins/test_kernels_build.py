@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from plugins.capi.sink_attention import DTYPES, SinkAttention, SinkAttentionParams
+from plugins.capi.header import DTYPES
+from plugins.capi.kernels import SinkAttention, SinkAttentionParams
 from tests.golden import make_ring
 from tests.plugins.compiler import ROOT, needs_nvcc
 from tests.plugins.refusals import INVALID_VALUE, assert_refused
@@ -128,13 +129,15 @@ def test_workspace_holds_what_any_pointers_need(library):
 
 
 @needs_nvcc
-def test_a_struct_of_another_size_is_refused(library, monkeypatch):
+def test_a_struct_of_another_size_is_refused(library):
     class Longer(ctypes.Structure):
         _fields_ = (*SinkAttentionParams._fields_, ("more", ctypes.c_void_p))
 
-    monkeypatch.setattr("plugins.capi.sink_attention.SinkAttentionParams", Longer)
+    class Newer(SinkAttention):
+        PARAMS = Longer
+
     with pytest.raises(ValueError, match=r"received a library whose struct has \d+ bytes, expected \d+; build it"):
-        SinkAttention(Path(library._library._name))
+        Newer(library.path)
 
 
 @pytest.fixture(scope="module")

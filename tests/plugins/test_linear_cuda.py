@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from plugins.capi.linear import DTYPES, WEIGHT_TYPES, Linear, LinearParams
+from plugins.capi.header import DTYPES, WEIGHT_TYPES
+from plugins.capi.kernels import Linear, LinearParams
 from tests.plugins.compiler import NVCC
 from tests.plugins.gpu_buffers import Buffer, error
 from tests.plugins.linear_library import build

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from plugins.capi.sink_attention import SinkAttention, StreamAnglesParams
+from plugins.capi.kernels import SinkAttention, StreamAngles, StreamAnglesParams
 from tests.plugins.compiler import NVCC
 from tests.plugins.sink_attention_library import build
 from tests.plugins.sink_attention_reference import Case, Tokens, angles, attention, stored_rows
@@ -300,7 +300,7 @@ def test_stream_angles(library, behind):
         turns.tensor.data_ptr(),
         *(one.tensor.data_ptr() for one in results),
     )
-    assert library.launch_angles(params, torch.cuda.current_stream().cuda_stream) == 0
+    assert StreamAngles(library.path).launch(params, torch.cuda.current_stream().cuda_stream) == 0
     angle = angles((starts[:, None] + torch.arange(num_tokens) - behind).clamp(min=0), frequency)
     for got, want in zip(results, (angle.cos(), angle.sin()), strict=True):
         assert (got.tensor.double().cpu() - want).abs().max() < 3e-7
@@ -308,4 +308,4 @@ def test_stream_angles(library, behind):
 
 
 def test_angles_are_refused_without_pointers(library):
-    assert library.launch_angles(StreamAnglesParams(1, 1, 8, 0)) == 1
+    assert StreamAngles(library.path).launch(StreamAnglesParams(1, 1, 8, 0)) == 1
