@@ -8,28 +8,8 @@ import torch
 
 from plugins.capi.header import DTYPES
 from plugins.capi.kernels import SinkAttention, SinkAttentionParams, StreamAngles, StreamAnglesParams
+from tests.plugins.gpu_buffers import Buffer
 from tests.plugins.sink_attention_reference import Case, Tokens
-
-GUARD = 256  # bytes before and after every buffer
-
-
-class Buffer:
-    """A CUDA tensor between two guards, all bytes 0xff: NaN as halves and floats, so that reading them shows."""
-
-    def __init__(self, *shape: int, dtype: torch.dtype) -> None:
-        size = dtype.itemsize * torch.Size(shape).numel()
-        self._whole = torch.full((2 * GUARD + -(-size // 16) * 16,), 0xFF, dtype=torch.uint8, device="cuda")
-        self._size = size
-        self.tensor = self._whole[GUARD : GUARD + size].view(dtype).view(shape)
-
-    def poison(self) -> None:
-        self._whole.fill_(0xFF)
-
-    def bits(self) -> torch.Tensor:
-        return self._whole[GUARD : GUARD + self._size].clone()
-
-    def is_untouched_outside(self) -> bool:
-        return bool((self._whole[:GUARD] == 0xFF).all() and (self._whole[GUARD + self._size :] == 0xFF).all())
 
 
 @dataclasses.dataclass
