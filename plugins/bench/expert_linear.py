@@ -27,7 +27,7 @@ from plugins.capi.header import DTYPES, WEIGHT_TYPES
 from plugins.capi.kernels import ExpertLinear, ExpertLinearParams
 
 # Experts, picks of a token, K, N: gate | up and down of Mixtral-8x7B and of Qwen3-30B-A3B
-MIXTURES = [(8, 2, 4096, 28672), (8, 2, 14336, 4096), (128, 8, 2048, 1536), (128, 8, 768, 2048)]
+MOES = [(8, 2, 4096, 28672), (8, 2, 14336, 4096), (128, 8, 2048, 1536), (128, 8, 768, 2048)]
 NUM_TOKENS = [1, 4, 16, 64]
 LAUNCHES = 16
 COLUMNS = ("experts, K x N", "tokens", "MB", "floor us", "us", "p99 us", "of copy", "PyTorch us", "faster")
@@ -45,9 +45,9 @@ def picks_of(num_experts: int, num_chosen: int, num_tokens: int) -> torch.Tensor
 
 
 def measure(
-    library: ExpertLinear, weight_type: str, mixture: tuple[int, ...], num_tokens: int, bandwidth: float
+    library: ExpertLinear, weight_type: str, moe: tuple[int, ...], num_tokens: int, bandwidth: float
 ) -> dict[str, Any]:
-    num_experts, num_chosen, num_inputs, num_outputs = mixture
+    num_experts, num_chosen, num_inputs, num_outputs = moe
     is_int8, num_picks = weight_type == "int8", num_tokens * num_chosen
     picks = picks_of(num_experts, num_chosen, num_tokens)
     x = torch.randn(num_picks, num_inputs, dtype=torch.float16, device="cuda")
@@ -93,7 +93,7 @@ def measure(
     num_bytes = chosen * num_outputs * (num_inputs * (1 if is_int8 else 2) + 4 * is_int8)
     num_bytes += 2 * num_picks * (num_inputs + num_outputs)
     return {
-        "mixture": mixture,
+        "moe": moe,
         "num_tokens": num_tokens,
         "bytes": num_bytes,
         "floor_us": num_bytes / bandwidth * 1e6,
@@ -103,7 +103,7 @@ def measure(
 
 
 def cells(result: dict[str, Any]) -> list[Any]:
-    num_experts, num_chosen, num_inputs, num_outputs = result["mixture"]
+    num_experts, num_chosen, num_inputs, num_outputs = result["moe"]
     return [
         f"{num_chosen} of {num_experts}, {num_inputs} x {num_outputs}",
         result["num_tokens"],
@@ -120,9 +120,9 @@ def cells(result: dict[str, Any]) -> list[Any]:
 def measure_all(
     library: ExpertLinear, weight_type: str, bandwidth: float
 ) -> Iterator[tuple[dict[str, Any], list[Any]]]:
-    for mixture in MIXTURES:
+    for moe in MOES:
         for num_tokens in NUM_TOKENS:
-            result = measure(library, weight_type, mixture, num_tokens, bandwidth)
+            result = measure(library, weight_type, moe, num_tokens, bandwidth)
             yield result, cells(result)
 
 

@@ -1,5 +1,4 @@
-// What products by constant matrices are made of: asynchronous copies, weights as factors, one tensor-core product,
-// what makes an output of a sum, launches.
+// What matmuls by constant matrices share: weights as factors, what makes an output of a sum, launches, checks.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +28,8 @@ __device__ __forceinline__ uint32_t wordOf(const uint4& words, int i) {
   return i < 2 ? (i == 0 ? words.x : words.y) : (i == 2 ? words.z : words.w);
 }
 
-// The left factor of product `s` (below): four weights of row g out of `near`, and of row g + 8 out of `far`, which are
-// those of a[0], a[2] and of a[1], a[3].
+// The left factor of the s-th multiplyAdd: four weights of row g out of `near`, and of row g + 8 out of `far`, which
+// are those of a[0], a[2] and of a[1], a[3].
 template <typename Weight, typename Half, typename Words>
 __device__ __forceinline__ void takeTile(uint32_t (&a)[4], const Words& near, const Words& far, int s) {
   if constexpr (kIsInt8<Weight>) {

@@ -1,5 +1,5 @@
-// Products of up to 16 tokens by a matrix, at the speed of memory: by one matrix (linear.cu), or by one of many for
-// each group of tokens (expert_linear.cu). How lanes share a product: linear.cu.
+// Matmuls of up to 16 tokens by a matrix, at the speed of memory: by one matrix (linear.cu), or by one of many for
+// each group of tokens (expert_linear.cu). How lanes share a matmul: linear.cu.
 //
 // A block takes tiles of 16 or 32 outputs and its warps split k among them, each with a ring of chunks of its own in
 // shared memory, filled by asynchronous copies; the warps' sums are added at the end of a tile, in order. Weights are
@@ -29,11 +29,11 @@ struct OneMatrix {
 
   LinearParams p;
 
-  // Of a tile, at the most.
+  // Most tokens of a tile.
   __host__ __device__ int maxTokens() const { return p.num_rows; }
-  // Tiles of this many outputs, at the most.
+  // Most tiles of this many outputs.
   int maxTiles(int rows) const { return divideUp(p.num_outputs, rows); }
-  // Of a plan.
+  // Shared memory of a plan.
   int sharedBytes() const { return 0; }
 
   template <int kRows>

@@ -27,8 +27,8 @@ struct AttendArgs {
   int tiles_per_split;
 };
 
-// Keys of a tile: 16, and twice as many of short int8 rows, so that what a tile costs beside its bytes is shared. Of
-// 16-bit rows beside an int8 window half as many, so that all tiles are of about one size in bytes.
+// Keys of a tile: 16, and twice as many of short int8 rows, so that what a tile costs beside its bytes is shared. Half
+// as many of 16-bit rows beside an int8 window, so that all tiles are of about one size in bytes.
 __host__ __device__ constexpr int tileKeys(int head_dim, bool window_is_int8, bool tile_is_int8) {
   const int keys = window_is_int8 && head_dim <= 80 ? 32 : 16;
   return window_is_int8 && !tile_is_int8 ? keys / 2 : keys;

@@ -142,8 +142,8 @@ class Attend {
       __syncwarp();
     }
 
-    typename L::Products products = {};
-    L::multiplyKeys(section == kSinks ? memory_.q_sink : memory_.q, data, lane, products);
+    typename L::Dots dots = {};
+    L::multiplyKeys(section == kSinks ? memory_.q_sink : memory_.q, data, lane, dots);
 
     float factor[L::kGroups], value_scale[L::kGroups];
 #pragma unroll
@@ -165,8 +165,8 @@ class Attend {
         const int age = position.newest_slot - row + (row > position.newest_slot ? p_.window_size : 0);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const float product = products[r][group / 2][2 * (group % 2) + j] * factor[group];
-          const float logit = logitOf(product, section, row, age, position, rows, r, j);
+          const float scaled = dots[r][group / 2][2 * (group % 2) + j] * factor[group];
+          const float logit = logitOf(scaled, section, row, age, position, rows, r, j);
           bool is_seen = row < limit;
           if constexpr (C::kPrefill) {
             if (section == kWindow) is_seen = is_seen && age + 1 + rows.token[r][j] < p_.window_size;
@@ -182,7 +182,7 @@ class Attend {
     L::addValues(weights, data, lane, rows.out);
   }
 
-  // Logit, in units of log2(e), of a scaled product.
+  // Logit, in units of log2(e), of a scaled q . k.
   __device__ float logitOf(float logit, Section section, int row, int age, const Position<C>& position,
                            const Rows<C>& rows, int r, int j) const {
     const int token = rows.token[r][j];

@@ -10,8 +10,8 @@ namespace sinkexport {
 namespace sink_attention {
 
 // Weights are 2^(kBias + logit - base), where no logit is more than kSlack above the base: so sums need not be scaled
-// down for every new largest logit. Up to 64: keeps weight * scale of small int8 rows out of float16's denormals; the
-// largest scale of a float16 row is 516, so that 64 * scale does not overflow either.
+// down for every new largest logit. Weights of up to 64 keep weight * scale of small int8 rows out of float16's
+// denormals; the largest scale of a float16 row is 516, so that 64 * scale does not overflow either.
 constexpr float kBias = 4.0f, kSlack = 2.0f;
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -22,7 +22,7 @@ __device__ inline float exp2Fast(float x) {
   return y;
 }
 
-// Of a row: weights were 2^(logit - base + kBias) of logits in units of log2(e).
+// A row's sums: weights were 2^(logit - base + kBias) of logits in units of log2(e).
 struct RowSums {
   float base = -INFINITY;
   float sum = 0.0f;

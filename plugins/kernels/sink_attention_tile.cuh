@@ -68,7 +68,7 @@ struct Tile {
   static constexpr int kValuesAt = kKeys * kStride;
   static_assert(2 * 16 * kKeys * kStride <= C::kStageBytes);
 
-  using Products = float[C::kRowTiles][kSteps][4];
+  using Dots = float[C::kRowTiles][kSteps][4];
   using Weights = uint32_t[C::kRowTiles][kGroups];  // pairs of halves
   using Outs = float[C::kRowTiles][C::kOutTiles][4];
 
@@ -114,7 +114,7 @@ struct Tile {
   }
 
   // Adds q . k, no scales yet: [row tile][16 keys]{key of g: rows 2c, 2c+1; key of 8 + g: likewise}.
-  static __device__ void multiplyKeys(const Half* q, const uint4* stage, int lane, Products& products) {
+  static __device__ void multiplyKeys(const Half* q, const uint4* stage, int lane, Dots& dots) {
     const int g = lane / 4, c = lane % 4;
     auto rowOf = [&](int group) { return stage + keyRow(group, g) * kStride; };
 #pragma unroll
@@ -140,16 +140,16 @@ struct Tile {
         }
 #pragma unroll
         for (int r = 0; r < C::kRowTiles; ++r) {
-          multiplyAdd<Half>(products[r][step], {k[0].x, k[1].x, k[0].y, k[1].y}, query[r].x, query[r].y);
-          multiplyAdd<Half>(products[r][step], {k[0].z, k[1].z, k[0].w, k[1].w}, query[r].z, query[r].w);
+          multiplyAdd<Half>(dots[r][step], {k[0].x, k[1].x, k[0].y, k[1].y}, query[r].x, query[r].y);
+          multiplyAdd<Half>(dots[r][step], {k[0].z, k[1].z, k[0].w, k[1].w}, query[r].z, query[r].w);
         }
       }
     }
-    multiplyKeyTails(q, stage, lane, products);
+    multiplyKeyTails(q, stage, lane, dots);
   }
 
   // The same of the dimensions that are left over, 4 of each lane at a time.
-  static __device__ void multiplyKeyTails(const Half* q, const uint4* stage, int lane, Products& products) {
+  static __device__ void multiplyKeyTails(const Half* q, const uint4* stage, int lane, Dots& dots) {
     const int g = lane / 4, c = lane % 4;
 #pragma unroll
     for (int i = 0; i < C::kKeyTail / 16; ++i) {
@@ -173,7 +173,7 @@ struct Tile {
         }
 #pragma unroll
         for (int r = 0; r < C::kRowTiles; ++r) {
-          multiplyAdd<Half>(products[r][step], {k[0].x, k[1].x, k[0].y, k[1].y}, query[r].x, query[r].y);
+          multiplyAdd<Half>(dots[r][step], {k[0].x, k[1].x, k[0].y, k[1].y}, query[r].x, query[r].y);
         }
       }
     }

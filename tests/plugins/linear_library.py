@@ -1,4 +1,4 @@
-"""The C interfaces of products by constant matrices, built with nvcc for the tests."""
+"""The C interfaces of matmuls by constant matrices, built with nvcc for the tests."""
 
 from __future__ import annotations
 

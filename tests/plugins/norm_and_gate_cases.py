@@ -18,7 +18,7 @@ HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Largest relative error of one rounding."""
 TINIEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133}
 FLOAT32 = 1e-6
-"""Of float32 arithmetic, in whatever order."""
+"""Relative error of float32 arithmetic, in whatever order."""
 
 Place = Callable[[torch.Tensor], torch.Tensor]
 """Brings a tensor to where the kernels see it."""

@@ -1,4 +1,4 @@
-"""The products by chosen matrices compile, and what they check on the host they check on any machine."""
+"""The matmuls by chosen matrices compile, and what they check on the host they check on any machine."""
 
 from __future__ import annotations
 

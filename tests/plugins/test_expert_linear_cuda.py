@@ -21,7 +21,7 @@ pytestmark = needs_gpu("SINKEXPORT_LINEAR")
 
 # Experts, tokens, picks of each: one of all; a token's step; groups of one, full and cut short; many experts of whom
 # most are not chosen; chunks
-MIXTURES = [
+MOES = [
     (1, 1, 1),
     (1, 17, 1),
     (5, 1, 2),
@@ -47,7 +47,7 @@ CASES = [(weights, shape) for weights, shapes in SHAPES.items() for shape in sha
 class ChosenMatrices(Problem):
     """A matmul by a chosen matrix for each row.
 
-    mixture: experts, tokens, picks of each token, which are of different experts. expanded: x has a row for each pick,
+    moe: experts, tokens, picks of each token, which are of different experts. expanded: x has a row for each pick,
     as matmuls after the first have.
     """
 
@@ -55,12 +55,12 @@ class ChosenMatrices(Problem):
         self,
         library: ExpertLinear,
         weights: str,
-        mixture: tuple[int, int, int],
+        moe: tuple[int, int, int],
         shape: tuple[int, int],
         dtype: torch.dtype,
         expanded: bool = False,
     ) -> None:
-        num_experts, num_tokens, num_chosen = mixture
+        num_experts, num_tokens, num_chosen = moe
         num_picks = num_tokens * num_chosen
         num_rows = num_picks if expanded else num_tokens
         super().__init__(library, weights, num_rows, num_picks, (num_experts, *shape), dtype)
@@ -114,16 +114,16 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("expanded", [False, True], ids=["tokens", "picks"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("weights", "shape"), CASES, ids=[f"{weights}-{n}x{k}" for weights, (n, k) in CASES])
-@pytest.mark.parametrize("mixture", MIXTURES, ids=str)
-def test_error_is_at_most_twice_pytorchs(library, record_property, mixture, weights, shape, dtype, expanded):
-    check_error(ChosenMatrices(library, weights, mixture, shape, dtype, expanded), record_property)
+@pytest.mark.parametrize("moe", MOES, ids=str)
+def test_error_is_at_most_twice_pytorchs(library, record_property, moe, weights, shape, dtype, expanded):
+    check_error(ChosenMatrices(library, weights, moe, shape, dtype, expanded), record_property)
 
 
 def test_exact_where_floats_are(library):
     """Small integers: every product and sum is exact, so every row must meet the matrix that it picked."""
-    for mixture in MIXTURES:
+    for moe in MOES:
         for weights, shape in CASES:
-            problem = ChosenMatrices(library, weights, mixture, shape, torch.float16)
+            problem = ChosenMatrices(library, weights, moe, shape, torch.float16)
             problem.x.tensor.random_(-1, 2)
             problem.weight.tensor.random_(-3, 4)
             problem.scale.tensor.fill_(1.0)
@@ -143,29 +143,29 @@ def test_one_expert_for_all_and_picks_out_of_range(library):
 
 
 @pytest.mark.parametrize("weights", SHAPES)
-@pytest.mark.parametrize("mixture", [(8, 1, 2), (128, 16, 8), (8, 64, 2)], ids=str)
-def test_repeats_to_the_bit(library, weights, mixture):
+@pytest.mark.parametrize("moe", [(8, 1, 2), (128, 16, 8), (8, 64, 2)], ids=str)
+def test_repeats_to_the_bit(library, weights, moe):
     """Also where the order in which rows of an expert are found differs."""
-    check_repeats(ChosenMatrices(library, weights, mixture, (576, 1040), torch.float16))
+    check_repeats(ChosenMatrices(library, weights, moe, (576, 1040), torch.float16))
 
 
 @pytest.mark.parametrize("weights", SHAPES)
-@pytest.mark.parametrize("mixture", [(8, 1, 2), (128, 16, 8), (8, 64, 2)], ids=str)
-def test_replays_in_a_graph_on_new_picks(library, weights, mixture):
-    problem = ChosenMatrices(library, weights, mixture, (543, 1488), torch.bfloat16)
+@pytest.mark.parametrize("moe", [(8, 1, 2), (128, 16, 8), (8, 64, 2)], ids=str)
+def test_replays_in_a_graph_on_new_picks(library, weights, moe):
+    problem = ChosenMatrices(library, weights, moe, (543, 1488), torch.bfloat16)
 
     def renew() -> None:
         problem.x.tensor.normal_()
-        problem.choose(mixture[1], mixture[0])
+        problem.choose(moe[1], moe[0])
 
     check_replays(problem, renew)
 
 
 @pytest.mark.parametrize("weights", SHAPES)
-@pytest.mark.parametrize("mixture", [(8, 1, 4), (64, 9, 2)], ids=str)
-def test_each_launch_waits_for_the_one_before(library, weights, mixture):
+@pytest.mark.parametrize("moe", [(8, 1, 4), (64, 9, 2)], ids=str)
+def test_each_launch_waits_for_the_one_before(library, weights, moe):
     """Picks, too, come from what is ahead."""
-    layers = [ChosenMatrices(library, weights, mixture, (768, 768), torch.float16, True) for _ in range(24)]
+    layers = [ChosenMatrices(library, weights, moe, (768, 768), torch.float16, True) for _ in range(24)]
     num_picks = layers[0].params.num_picks
     picks = torch.empty(num_picks, dtype=torch.int32, device="cuda")
     for layer in layers:

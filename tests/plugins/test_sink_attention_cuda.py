@@ -125,7 +125,7 @@ def check_outputs(case: Case, tokens: Tokens, got: torch.Tensor, record_property
         if name == "all":
             record_property(f"{label}_ours", ours)
             record_property(f"{label}_pytorch", baseline)
-        # Of a few tokens PyTorch's may be nearly exact by luck: no error is asked to be below that of rounding.
+        # PyTorch's error of a few tokens may be nearly none by luck: none is asked to be below that of rounding.
         assert ours <= 2 * max(baseline, rounding), (label, name, ours, baseline, rounding)
 
 
