@@ -1,5 +1,7 @@
 #include "stream_angles.h"
 
+#include <algorithm>
+
 #include "angles.cuh"
 #include "problem.h"
 #include "warp.cuh"
@@ -41,10 +43,10 @@ const char* streamAnglesProblem(const StreamAnglesParams& p) {
 
 cudaError_t launchStreamAngles(const StreamAnglesParams& params, cudaStream_t stream) {
   if (streamAnglesProblem(params) != nullptr) return cudaErrorInvalidValue;
-  constexpr int kThreads = 128;
+  constexpr int kThreads = 128, kMostBlocks = 4096;
   const int count = params.batch * params.num_tokens * params.num_frequencies;
-  const int blocks = divideUp(count, kThreads);
-  streamAngles < <<blocks<4096 ? blocks : 4096, kThreads, 0, stream>>>(params);
+  const int blocks = std::min(divideUp(count, kThreads), kMostBlocks);
+  streamAngles<<<blocks, kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
