@@ -33,7 +33,7 @@ def fields(header: str, struct: str) -> list[tuple[str, Any]]:
     """
     result = []
     for declaration in filter(None, map(str.strip, body(header, "struct", struct).split(";"))):
-        match = re.fullmatch(r"(?:const )?(\w+)(\*?) (\w+) = .*", declaration)
+        match = re.fullmatch(r"(?:const )?(\w+)(\*?) (\w+)\s*=.*", declaration, re.DOTALL)
         if match is None or not (match[2] or match[1] in TYPES or match[1] in ENUMERATIONS):
             raise ValueError(f"{header}: received {declaration!r}, expected a number, an enumeration or a pointer")
         result.append((match[3], ctypes.c_void_p if match[2] else TYPES.get(match[1], ctypes.c_int)))

@@ -69,29 +69,35 @@ def read(path: Path) -> dict[str, Kernel]:
     return kernels
 
 
+def compare(before: dict[str, Kernel], after: dict[str, Kernel]) -> tuple[int, int, list[str]]:
+    """How many kernels are the same, how many are under another name, and a paragraph for each other one."""
+    same = {name for name in before if before[name] == after.get(name)}
+    old = {name: kernel for name, kernel in before.items() if name not in same}
+    new = {name: kernel for name, kernel in after.items() if name not in same}
+    renamed = collections.Counter(old.values()) & collections.Counter(new.values())
+    for side in (old, new):
+        left = renamed.copy()
+        for name, kernel in list(side.items()):
+            if left[kernel]:
+                left[kernel] -= 1
+                del side[name]
+    found = [
+        f"{name}\n  before: {old.get(name, 'not there')}\n  after:  {new.get(name, 'not there')}"
+        for name in sorted({*old, *new})
+    ]
+    return len(same), renamed.total(), found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     arguments = parser.parse_args()
     before, after = read(arguments.before), read(arguments.after)
-    same = {name for name in before if before[name] == after.get(name)}
-    renamed = collections.Counter(before[name] for name in before if name not in same)
-    renamed &= collections.Counter(after[name] for name in after if name not in same)
-    num_renamed = renamed.total()
-    print(f"{len(before)} kernels before, {len(after)} after; {len(same)} the same, {num_renamed} under another name")
-    differing = 0
-    rest = renamed.copy()
-    for name in sorted({*before, *after} - same):
-        old, new = before.get(name), after.get(name)
-        for kernel, left in ((old, renamed), (new, rest)):
-            if kernel is not None and left[kernel]:
-                left[kernel] -= 1
-                old, new = (None, new) if kernel is old else (old, None)
-        if old is not None or new is not None:
-            differing += 1
-            print(f"{name}\n  before: {old or 'not there'}\n  after:  {new or 'not there'}")
-    sys.exit(differing > 0)
+    num_same, num_renamed, differing = compare(before, after)
+    print(f"{len(before)} kernels before, {len(after)} after; {num_same} the same, {num_renamed} under another name")
+    print(*differing, sep="\n", end="\n" if differing else "")
+    sys.exit(bool(differing))
 
 
 if __name__ == "__main__":
