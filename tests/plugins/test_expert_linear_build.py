@@ -10,7 +10,7 @@ from tests.plugins.compiler import needs_nvcc
 from tests.plugins.linear_library import build
 from tests.plugins.refusals import assert_refused
 
-pytestmark = needs_nvcc
+pytestmark = [needs_nvcc, pytest.mark.slow]  # compiles for half a minute
 
 POINTERS = ("picks", "x", "weight", "scale", "y")
 HALF = {"weight_type": WEIGHT_TYPES["half"], "scale": 0}

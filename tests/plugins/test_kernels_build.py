@@ -99,18 +99,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @needs_nvcc
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", ACCEPTED, ids=str)
 def test_what_can_be_launched(library, changes):
     assert library.problem(params(**changes)) is None
 
 
 @needs_nvcc
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "expected"), REFUSED, ids=[str(changes) for changes, _ in REFUSED])
 def test_what_is_refused_and_why(library, changes, expected):
     assert_refused(library, params(**changes), expected, 1 << 44)
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_workspace_holds_what_any_pointers_need(library):
     step, chunk = params(), params(num_tokens=64)
     row = 2 * 32 * 128 * 2  # bytes of q of one token
@@ -128,6 +131,7 @@ def test_workspace_holds_what_any_pointers_need(library):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_a_struct_of_another_size_is_refused(library, monkeypatch):
     class Longer(ctypes.Structure):
         _fields_ = (*SinkAttentionParams._fields_, ("more", ctypes.c_void_p))

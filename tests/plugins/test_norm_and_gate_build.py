@@ -15,7 +15,7 @@ from tests.plugins.norm_and_gate_cases import GATE_CASES, NORM_CASES, GateCase, 
 from tests.plugins.norm_and_gate_library import NormAndGate, build, build_on_host
 from tests.plugins.refusals import assert_refused
 
-pytestmark = needs_nvcc
+pytestmark = [needs_nvcc, pytest.mark.slow]  # compiles for half a minute
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from sinkrt.contract import PLUGIN_ABI
 from tests.exporter.tensorrt.test_builder import needs_tensorrt
 from tests.plugins.trt_library import needs_plugin_build
 
-pytestmark = [needs_plugin_build, *needs_tensorrt]
+pytestmark = [needs_plugin_build, *needs_tensorrt, pytest.mark.slow]  # compiles for half a minute
 
 # Creators are asked in a process of their own: what they print goes to the real stderr, and TensorRT keeps libraries.
 ASK = """

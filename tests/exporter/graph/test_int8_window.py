@@ -17,22 +17,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_ir.passes import common
 from sinkexport.config import ExportConfig
-from sinkexport.graph.attention.expand import expand_operators
-from sinkexport.graph.convert import IR_VERSION, convert
-from sinkexport.graph.passes.constants import fold_small_constants
+from sinkexport.graph.convert import convert
+from sinkexport.graph.graph_pass import PassContext, run_passes
 from sinkexport.model.attention import sink_attention, stream_angles
 from sinkexport.model.int8_rows import dequantized, quantized
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.reference.chunked import chunked_streaming
 from sinkexport.sources import LoadedModel
+from sinkexport.targets import ONNX
 from sinkrt import Session, UsageError
 from sinkrt.ring import Ring, phase_frequency
 
 from tests.exporter.pipeline.test_families import exported, random_ids
 from tests.exporter.tiny_models import tiny_model
 from tests.reference.oracle import Int8Row, SinkAttentionOracle
-from tests.support import run_cli
+from tests.support import run_cli, slow_but
 
 Arrays = list[np.ndarray]
 Run = Callable[[Arrays, np.ndarray, Arrays, np.ndarray | None], tuple[np.ndarray, Arrays]]
@@ -160,11 +160,10 @@ def onnx_form(case: Case, num_tokens: int, dtype: np.dtype | type = np.float32) 
     states = [torch.from_numpy(state) for state in case.states(dtype)]
     arguments = (*tokens, torch.zeros(case.batch, dtype=torch.int64), states, *valid)
     model = convert(torch.export.export(Operator(case), arguments, strict=False))
-    fold_small_constants(model)
-    expand_operators(model)
+    run_passes(model, ("fold_constants", "expand_attention"), PassContext(ONNX))
     common.NameFixPass()(model)
     assert all(node.domain == "" for node in model.graph)
-    model.ir_version = IR_VERSION
+    model.ir_version = ONNX.ir_version
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)
@@ -339,7 +338,9 @@ def test_half_precision_operator(rotary_dim: int, num_tokens: int) -> None:
 CONFIG = ExportConfig(num_sink_tokens=4, window_size=12, batch=2, kv="int8")
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-mha", "qwen3", "gpt_neox", "phi3-partial", "smollm3", "gemma2"])
+@pytest.mark.parametrize(
+    "name", slow_but(1, ["llama", "llama-mha", "qwen3", "gpt_neox", "phi3-partial", "smollm3", "gemma2"])
+)
 def test_families(name: str, tmp_path: Path) -> None:
     """Against an implementation that shares nothing with the graphs but the phases; fp is much further away."""
     model = tiny_model(name)
@@ -404,6 +405,7 @@ def test_long_run_writes_in_place_and_stays_finite(tmp_path: Path) -> None:
     assert addresses == {name: array.ctypes.data for name, array in session.buffers.items()}
 
 
+@pytest.mark.slow
 def test_manifest_tells_the_window(tmp_path: Path) -> None:
     loaded = LoadedModel(tiny_model("llama"), None, "tiny")
     recipe = load_recipe("int8-channel")

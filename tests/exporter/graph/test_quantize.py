@@ -16,11 +16,11 @@ from onnx_ir.passes import common
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
 from sinkexport.config import ExportConfig
 from sinkexport.evaluation.parity import verify
-from sinkexport.graph.matmuls import Product
+from sinkexport.graph.matmuls import Matmul
 from sinkexport.graph.quantize.ort import OrtForm, block_size, packed, packed_zeros
+from sinkexport.graph.quantize.plan import InputScale
 from sinkexport.graph.quantize.plugin import PluginForm
 from sinkexport.graph.quantize.qdq import QdqForm
-from sinkexport.graph.quantize.rewrite import InputScale
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.ranges import InputRange
 from sinkexport.quant.recipe import Recipe, load_recipe, parse_recipe
@@ -34,6 +34,7 @@ from tests.exporter.pipeline.test_families import random_ids
 from tests.exporter.quant.test_weight import unpacked
 from tests.exporter.tensorrt.test_builder import needs_tensorrt
 from tests.exporter.tiny_models import tiny_model
+from tests.support import slow_but
 
 FORMS = {"ort": OrtForm, "qdq": QdqForm, "plugin": PluginForm}
 
@@ -43,7 +44,7 @@ def make_weight(rng: np.random.Generator, num_outputs: int, depth: int, scheme: 
     return QuantizedWeight("w", ir.Tensor(source, name="w"), scheme, transposed=True)
 
 
-class OneProduct:
+class OneMatmul:
     """A graph of x [B, T, K] @ W that a form rewrites; inputs x and position."""
 
     def __init__(self, form: str, weight: QuantizedWeight, batch: int, num_tokens: int, num_sinks: int = 0) -> None:
@@ -63,7 +64,7 @@ class OneProduct:
         graph = ir.Graph([x, position], [out], nodes=[node], initializers=[matrix], opset_imports={"": 24})
         self.graph = graph
         self.for_ort = form == "ort"
-        self.product = Product(node, x, matrix, (("w", weight.source),), False)
+        self.matmul = Matmul(node, x, matrix, (("w", weight.source),), False)
         self.form = FORMS[form](graph, position, num_sinks)
 
     def run(self, x: np.ndarray, position: np.ndarray) -> np.ndarray:
@@ -95,8 +96,8 @@ def rounded_rows(x: np.ndarray) -> np.ndarray:
 def test_weight_only_products(bits: Any, symmetric: bool, depth: int, block: int, num_tokens: int) -> None:
     rng = np.random.default_rng(bits + depth)
     weight = make_weight(rng, 24, depth, WeightScheme(bits, block, symmetric))
-    one = OneProduct("ort", weight, 2, num_tokens)
-    one.form.weight_only(one.product, weight)
+    one = OneMatmul("ort", weight, 2, num_tokens)
+    one.form.weight_only(one.matmul, weight)
     x = rng.standard_normal((2, num_tokens, depth)).astype(np.float32)
     want = x.astype(np.float64) @ weight.dequantized().T.astype(np.float64)
     got = one.run(x, np.zeros(2, np.int64))
@@ -141,8 +142,8 @@ def test_packing_is_that_of_onnxruntimes_quantiser(bits: Any, symmetric: bool) -
 def test_dynamic_products_round_every_token_by_itself(batch: int, num_tokens: int) -> None:
     rng, depth = np.random.default_rng(batch + num_tokens), 48
     weight = make_weight(rng, 20, depth, WeightScheme(8))
-    one = OneProduct("ort", weight, batch, num_tokens)
-    one.form.dynamic(one.product, weight)
+    one = OneMatmul("ort", weight, batch, num_tokens)
+    one.form.dynamic(one.matmul, weight)
     x = rng.standard_normal((batch, num_tokens, depth)).astype(np.float32)
     x[0, 0] *= 1000  # a massive token must not cost the others their precision
     want = rounded_rows(x.astype(np.float64)) @ weight.dequantized().T
@@ -153,8 +154,8 @@ def test_dynamic_products_round_every_token_by_itself(batch: int, num_tokens: in
 
 def test_a_token_of_zeros_is_no_trouble() -> None:
     weight = make_weight(np.random.default_rng(0), 8, 32, WeightScheme(8))
-    one = OneProduct("ort", weight, 1, 3)
-    one.form.dynamic(one.product, weight)
+    one = OneMatmul("ort", weight, 1, 3)
+    one.form.dynamic(one.matmul, weight)
     assert not one.run(np.zeros((1, 3, 32), np.float32), np.zeros(1, np.int64)).any()
 
 
@@ -167,8 +168,8 @@ def test_static_products_keep_the_sinks_apart(form: str, batch: int, num_tokens:
     scale = InputScale(3.0 / 127, None if sinks is None else sinks * 100 / 127)
     x = rng.standard_normal((batch, num_tokens, depth)).astype(np.float32).clip(-3, 3)
     for first in (0, 1, 2, 9):
-        one = OneProduct(form, weight, batch, num_tokens, num_sinks)
-        one.form.static(one.product, weight, scale)
+        one = OneMatmul(form, weight, batch, num_tokens, num_sinks)
+        one.form.static(one.matmul, weight, scale)
         position = first + np.arange(batch)
         tokens = position[:, None] + np.arange(num_tokens)  # [B, T]
         is_sink = (tokens < num_sinks)[..., None]
@@ -217,7 +218,7 @@ def plain_steps(graph: Path) -> Callable[[np.ndarray, int], np.ndarray]:
     return step
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt_neox", "gemma2", "phi3", "cohere"])
+@pytest.mark.parametrize("name", slow_but(1, ["llama", "llama-tied", "gpt_neox", "gemma2", "phi3", "cohere"]))
 def test_a_tensorrt_bundle_with_int8_weights_is_the_model_with_rounded_weights(name: str, tmp_path: Path) -> None:
     """Q/DQ graphs say floating-point arithmetic, so the rounded weights are all that differs.
 
@@ -225,8 +226,10 @@ def test_a_tensorrt_bundle_with_int8_weights_is_the_model_with_rounded_weights(n
     """
     recipe = load_recipe("int8-channel")
     with (
-        exported(tiny_model(name), tmp_path / "q", recipe, target="tensorrt", native=True, batch=2) as session,
-        exported(with_rounded_weights(tiny_model(name)), tmp_path / "f", None, batch=2) as rounded,
+        exported(
+            tiny_model(name), tmp_path / "q", recipe, target="tensorrt", native=True, batch=2, chunk_size=1
+        ) as session,
+        exported(with_rounded_weights(tiny_model(name)), tmp_path / "f", None, batch=2, chunk_size=1) as rounded,
     ):
         for ids in random_ids(2, 20).T:
             got, want = session.step(ids), rounded.step(ids)
@@ -234,8 +237,8 @@ def test_a_tensorrt_bundle_with_int8_weights_is_the_model_with_rounded_weights(n
 
 
 @pytest.mark.parametrize("recipe", ["int8-weights", "int8-dynamic", "int4-nearest"])
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt_neox", "phi", "gemma2", "qwen2"])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", slow_but(1, ["llama", "llama-tied", "gpt_neox", "phi", "gemma2", "qwen2"]))
+@pytest.mark.parametrize("batch", slow_but(1, [2, 1]))
 def test_prefill_gives_what_steps_give(recipe: str, name: str, batch: int, tmp_path: Path) -> None:
     with exported(tiny_model(name), tmp_path / "b", load_recipe(recipe), batch=batch) as session:
         ids = random_ids(batch, 23)
@@ -250,6 +253,7 @@ def test_prefill_gives_what_steps_give(recipe: str, name: str, batch: int, tmp_p
             assert difference.mean() < 1e-2 * got.std()
 
 
+@pytest.mark.slow
 def test_float16_bundles_take_recipes_too(tmp_path: Path) -> None:
     model = tiny_model("llama-tied", dtype=torch.float16)
     for recipe in ("int8-weights", "int8-dynamic", "int4-nearest"):
@@ -262,7 +266,7 @@ def test_float16_bundles_take_recipes_too(tmp_path: Path) -> None:
 def test_a_tied_table_is_stored_once_and_weights_are_small(tmp_path: Path) -> None:
     model = tiny_model("llama-tied")
     matrices = {id(p): p.numel() for p in model.parameters() if p.ndim == 2}
-    with exported(model, tmp_path / "b", load_recipe("int8-channel")) as session:
+    with exported(model, tmp_path / "b", load_recipe("int8-channel"), chunk_size=1) as session:
         graph = onnx.load(tmp_path / "b" / "decode.onnx", load_external_data=False).graph
     tables = [i.name for i in graph.initializer if i.data_type == onnx.TensorProto.UINT8 and i.dims[0] == 97]
     assert len(tables) == 1
@@ -286,7 +290,7 @@ def initializers(folder: Path) -> dict[str, int]:
 def test_what_a_recipe_keeps_stays_in_floating_point(tmp_path: Path) -> None:
     recipe = edited("int8-weights", keep_float=["model.layers.0.*", "*.k_proj"], lm_head="float")
     model = tiny_model("llama")
-    with exported(model, tmp_path / "b", recipe):
+    with exported(model, tmp_path / "b", recipe, chunk_size=1):
         found = initializers(tmp_path / "b")
     floats = {name for name, kind in found.items() if kind == onnx.TensorProto.FLOAT}
     assert all("layers.0." in n or "k_proj" in n or "lm_head" in n for n in floats if ".scales" not in n), floats
@@ -297,7 +301,7 @@ def test_what_a_recipe_keeps_stays_in_floating_point(tmp_path: Path) -> None:
 
 def test_families_refine_a_recipe(tmp_path: Path) -> None:
     recipe = edited("int8-weights", families={"llama": {"keep_float": ["*.down_proj"]}, "phi": {"lm_head": "float"}})
-    with exported(tiny_model("llama"), tmp_path / "b", recipe):
+    with exported(tiny_model("llama"), tmp_path / "b", recipe, chunk_size=1):
         floats = {name for name, kind in initializers(tmp_path / "b").items() if kind == onnx.TensorProto.FLOAT}
     assert {name for name in floats if ".scales" not in name} == {
         f"model.model.layers.{i}.mlp.down_proj.weight.T" for i in range(2)
@@ -318,7 +322,7 @@ def test_the_manifest_tells_the_refined_recipe_and_what_is_refined_is_checked(tm
 def test_a_tied_table_follows_the_output_projection_into_floating_point(tmp_path: Path) -> None:
     for number, changes in enumerate(({"lm_head": "float"}, {"keep_float": ["lm_head", "model.embed_tokens"]})):
         folder = tmp_path / str(number)
-        with exported(tiny_model("llama-tied"), folder, edited("int8-weights", **changes)):
+        with exported(tiny_model("llama-tied"), folder, edited("int8-weights", **changes), chunk_size=1):
             graph = onnx.load(folder / "decode.onnx", load_external_data=False).graph
         tables = [i.data_type for i in graph.initializer if list(i.dims[:1]) == [97]]
         assert tables == [onnx.TensorProto.FLOAT]
@@ -326,7 +330,9 @@ def test_a_tied_table_follows_the_output_projection_into_floating_point(tmp_path
 
 def test_an_untied_embedding_may_stay_in_floating_point(tmp_path: Path) -> None:
     for embeddings, kind in (("float", onnx.TensorProto.FLOAT), ("int8", onnx.TensorProto.UINT8)):
-        with exported(tiny_model("llama"), tmp_path / embeddings, edited("int8-weights", embeddings=embeddings)):
+        with exported(
+            tiny_model("llama"), tmp_path / embeddings, edited("int8-weights", embeddings=embeddings), chunk_size=1
+        ):
             found = initializers(tmp_path / embeddings)
         assert [k for name, k in found.items() if "embed_tokens" in name and ".scales" not in name] == [kind]
 
