@@ -487,7 +487,7 @@ def test_a_file_that_may_not_be_read(
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "weights.bin")
 
-    monkeypatch.setattr("sinkrt.contract.hash_file", refuse)
+    monkeypatch.setattr("sinkrt.contract.files.hash_file", refuse)
     assert_error(cli("run", toy_bundle, "--prompt", "a"), "Permission denied: 'weights.bin'")
 
 

@@ -1,6 +1,6 @@
-"""The layout of a bundle's states: their kinds, their names, and the shape and dtype that each must have.
+"""Layout of a bundle's states: their kinds, their names, and the shape and dtype that each must have.
 
-Standard library only. `contract.Manifest` checks itself with `check_layout`, so that a manifest whose geometry and
+Standard library only. `Manifest` checks itself with `check_layout`, so that a manifest whose geometry and
 states disagree is refused before a buffer is made of it. Twin of runtime/cpp/src/bundle/layout.cpp.
 """
 
@@ -10,29 +10,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from sinkrt.contract.constants import MASS_KIND, RECURRENT_KINDS, SCALE_KINDS, STATE_KINDS
 from sinkrt.errors import BundleError, problem
 
 if TYPE_CHECKING:
-    from sinkrt.contract import GraphSpec, Manifest, StateSpec
-
-DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1}
-STATE_KINDS = ("sink_k", "sink_v", "window_k", "window_v")
-SCALE_KINDS = ("window_k_scale", "window_v_scale")
-"""States that an INT8 window has besides: what its entries are to be multiplied by."""
-
-MASS_KIND = "attention_mass"
-"""State of a layer whose later sinks are calibrated: the attention that each token in the window has received."""
-
-RECURRENT_KINDS = ("conv", "recurrent")
-"""States of a layer with linear attention instead of a cache."""
-
-ALL_KINDS = (*STATE_KINDS, *SCALE_KINDS, MASS_KIND, *RECURRENT_KINDS)
-
-MAX_RANK = 8
-"""Axes of a tensor; NumPy and ONNX Runtime end at 64 and at 8 or so."""
-
-MAX_TENSOR_BYTES = 2**46
-"""More than any address space of a process holds."""
+    from sinkrt.contract.manifest import Manifest
+    from sinkrt.contract.schema import GraphSpec, StateSpec
 
 
 @dataclasses.dataclass(frozen=True)
