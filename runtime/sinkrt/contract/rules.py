@@ -19,15 +19,15 @@ LABEL = "_LABEL"
 """Class attribute: a format string that makes the name in messages of a field's name."""
 
 CROSS_CHECK = "_check"
-"""Method of a class whose fields must agree with each other; the C++ runtime has one by hand (src/bundle/checks.cpp)."""
+"""Method of a class whose fields must agree with each other; its C++ twin is in runtime/cpp/src/bundle/checks.cpp."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """What one field may hold.
 
-    doc: a phrase for documentation. least: smallest integer. one_of: allowed strings. is_path: a relative path inside
-    the bundle. is_digest: SHA-256 as 64 hex digits. label: name in messages, if it is not the class's. unit: of `least`.
+    doc: a phrase for documentation. least: smallest integer, in `unit`. one_of: allowed strings. is_path: a relative
+    path inside the bundle. is_digest: SHA-256 as 64 hex digits. label: name in messages, if it is not the class's.
     """
 
     doc: str
