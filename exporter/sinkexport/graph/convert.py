@@ -35,6 +35,7 @@ from sinkexport.graph.quantize.ort import OrtForm
 from sinkexport.graph.quantize.plugin import PluginForm
 from sinkexport.graph.quantize.qdq import QdqForm
 from sinkexport.graph.quantize.rewrite import Plan, quantize
+from sinkexport.graph.weight_bytes import weight_bytes
 
 OPSET = 24
 IR_VERSION = 11
@@ -54,7 +55,8 @@ class BuiltGraph:
 
     def spec(self, file: str) -> GraphSpec:
         """The manifest's entry, once the graph has a file."""
-        return GraphSpec(file, known_shape(self.model.graph.inputs[0])[1], self.inputs, self.outputs)
+        num_tokens = known_shape(self.model.graph.inputs[0])[1]
+        return GraphSpec(file, num_tokens, self.inputs, self.outputs, weight_bytes(self.model))
 
 
 def build_graph(

@@ -122,6 +122,10 @@ void Stream::synchronize() const {
   check(cudaStreamSynchronize(stream_), "work on the GPU");
 }
 
+void copy(char* target, const char* source, size_t bytes, const Stream& stream) {
+  check(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDeviceToDevice, stream), "cudaMemcpy");
+}
+
 Graph::~Graph() {
   if (exec_ != nullptr && cudaGraphExecDestroy(exec_) != cudaSuccess) cudaGetLastError();
 }

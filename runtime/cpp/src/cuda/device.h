@@ -92,6 +92,9 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
+// Copy within the device. Throws Error(kBackend).
+void copy(char* target, const char* source, size_t bytes, const Stream& stream);
+
 // Work that is recorded once and replayed as a whole.
 class Graph {
  public:
