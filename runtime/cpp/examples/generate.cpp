@@ -156,7 +156,7 @@ std::vector<int64_t> readIds(const std::string& path) {
   return out;
 }
 
-// Resident memory in bytes; 0 where the system does not tell.
+// Resident memory in bytes; 0 where the system does not say.
 int64_t residentBytes() {
   std::ifstream status("/proc/self/status");
   for (std::string line; std::getline(status, line);) {

@@ -15,7 +15,7 @@ namespace {
 
 using sinkrt::Code;
 
-// A plain array, so that even "out of memory" can be told without memory.
+// A plain array, so that even "out of memory" can be reported without memory.
 thread_local char last_error[1024] = "";
 
 sinkrt_status failed(Code code, const char* message) noexcept {

@@ -1,4 +1,4 @@
-// Generated from runtime/sinkrt/contract by runtime/cpp/tools/make_manifest.py: `make generated` writes it anew.
+// Generated from runtime/sinkrt/contract by runtime/cpp/tools/make_manifest.py (`make generated`).
 #pragma once
 
 #include "sinkrt/sampling.h"

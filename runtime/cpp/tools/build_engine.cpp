@@ -150,7 +150,7 @@ class Parser {
   void* (*create_)(void*, void*, int) = nullptr;
 };
 
-// What was measured before, if `path` names a file. TensorRT tells of one that does not fit, and begins anew.
+// What was measured before, if `path` names a file. TensorRT reports one that does not fit, and starts without.
 std::unique_ptr<ITimingCache> timingCache(IBuilderConfig& config, const std::string& path) {
   if (path.empty()) return nullptr;
   std::string kept;

@@ -1,18 +1,16 @@
 #!/usr/bin/env python3
-"""Generate what the C++ runtime shares with ``sinkrt.contract``: constants, structs, readers, writers, sampling options.
+"""Generate what the C++ runtime shares with ``sinkrt.contract``: constants, structs, their readers, sampling options.
 
     python make_manifest.py           write the files
     python make_manifest.py --check   exit with 1 if a file differs from what would be written
 
-The files are `OUTPUTS`; a region of the C interface's header is rewritten in place. Needs clang-format beside the Python
-that runs this, or on the path.
+The files are `OUTPUTS`; a region of the C interface's header is rewritten in place. Needs clang-format beside this
+Python, or on the path.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import subprocess
 import sys
 import types
 import typing
@@ -23,14 +21,12 @@ from typing import Any
 CPP = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CPP.parent))
 
+from cpp_sampling import c_interface, c_options, sampling_header  # noqa: E402
+from cpp_text import NOTICE, formatted, quoted  # noqa: E402
 from sinkrt.contract import constants, schema  # noqa: E402
 from sinkrt.contract.manifest import Manifest  # noqa: E402
 from sinkrt.contract.rules import CROSS_CHECK, label_of, rule_of  # noqa: E402
-from sinkrt.contract.sampling import SEED_LIMIT, SamplingParams, range_of  # noqa: E402
 from sinkrt.ring import POSITION_LIMIT  # noqa: E402
-
-NOTICE = "// Generated from runtime/sinkrt/contract by runtime/cpp/tools/make_manifest.py: `make generated` writes it anew.\n"
-BEGIN, END = "  /* generated: sampling options */\n", "  /* end of what is generated */\n"
 
 PARTS: tuple[type, ...] = tuple(
     value
@@ -94,16 +90,6 @@ def main(arguments: list[str]) -> int:
     return int(check and bool(stale))
 
 
-def formatted(text: str, path: Path) -> str:
-    """Return C++ source as clang-format lays it out for `path`."""
-    beside = Path(sys.executable).with_name("clang-format")
-    program = str(beside) if beside.exists() else shutil.which("clang-format")
-    if program is None:
-        sys.exit("clang-format: received none, expected it beside this Python or on the path; pip install clang-format")
-    command = [program, f"--assume-filename={path}"]
-    return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
-
-
 # --- constants -------------------------------------------------------------------------------------------------------
 
 
@@ -118,9 +104,9 @@ namespace sinkrt {{
 
 constexpr int64_t kSchemaVersion = {constants.SCHEMA_VERSION};
 constexpr const char* kManifestName = {quoted(constants.MANIFEST_NAME)};
-// Of the TensorRT plugins that the graphs of this version have nodes of.
+// ABI of the TensorRT plugins that the graphs of this version have nodes of.
 constexpr const char* kPluginAbi = {quoted(constants.PLUGIN_ABI)};
-// Of the files that saveState writes.
+// Format and version of the files that saveState writes.
 constexpr const char* kStateFormat = {quoted(constants.STATE_FORMAT)};
 constexpr const char* kStateVersion = {quoted(constants.STATE_VERSION)};
 // Id of a stream that stands still while others step, where there are recurrent states: these know no positions.
@@ -167,12 +153,6 @@ def power_of_two(value: int) -> str:
     exponent = value.bit_length() - 1
     assert value == 1 << exponent
     return f"int64_t{{1}} << {exponent}"
-
-
-def quoted(text: str) -> str:
-    """Return a C++ string literal of plain ASCII."""
-    assert text.isascii() and text.isprintable() and not set('"\\') & set(text)
-    return f'"{text}"'
 
 
 # --- the manifest ----------------------------------------------------------------------------------------------------
@@ -325,116 +305,11 @@ namespace sinkrt {{
 """
 
 
-# --- sampling --------------------------------------------------------------------------------------------------------
-
-
-def sampling_type(option: dataclasses.Field[Any]) -> str:
-    """Return the C++ type of an option. One of 64 bits and no default is a seed."""
-    if range_of(option).most == SEED_LIMIT - 1:
-        return "std::optional<uint64_t>"
-    return {"int": "int64_t", "float": "double"}[str(option.type)]
-
-
-def sampling_header() -> str:
-    """Return include/sinkrt/sampling.h."""
-    options = dataclasses.fields(SamplingParams)
-    lines: list[str] = []
-    rows: list[str] = []
-    for option in options:
-        kind, found = sampling_type(option), range_of(option)
-        lines.append(
-            f"  {kind} {option.name}{'' if option.default is None else f' = {option.default}'};  // {found.doc}"
-        )
-        if option.default is None:
-            continue  # all values of its type are allowed
-        member = f"&SamplingParams::{option.name}"
-        pair = f"{member}, nullptr" if kind == "double" else f"nullptr, {member}"
-        least, most = (f"{float(limit).hex()}" for limit in (found.least, found.most))
-        rows.append(f"{{{quoted(option.name)}, {quoted(found.expected)}, {least}, {most}, {pair}}}")
-    members = "\n".join(lines)
-    return f"""{NOTICE}// Options of sampling and their ranges.
-#pragma once
-
-#include <cstdint>
-#include <optional>
-
-namespace sinkrt {{
-
-struct SamplingParams {{
-{members}
-
-  // Throws Error(kUsage) for a value out of range.
-  void check() const;
-  // A copy with a seed.
-  SamplingParams resolved() const;
-}};
-
-// One option: its name, its range in words and in numbers, both ends included, and where it is: one of the two.
-struct SamplingOption {{
-  const char* name;
-  const char* expected;
-  double least;
-  double most;
-  double SamplingParams::* number;
-  int64_t SamplingParams::* integer;
-}};
-
-constexpr SamplingOption kSamplingOptions[] = {{{", ".join(rows)}}};
-
-}}  // namespace sinkrt
-"""
-
-
-def c_interface() -> str:
-    """Return include/sinkrt/sinkrt.h with the region of the sampling options anew."""
-    before, _, rest = (CPP / "include/sinkrt/sinkrt.h").read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    assert rest and after, "no region of generated options in sinkrt.h"
-    lines = []
-    for option in dataclasses.fields(SamplingParams):
-        kind = sampling_type(option).removeprefix("std::optional<").removesuffix(">")
-        note = range_of(option).zero
-        if option.default is not None:
-            default = f"{option.default:g}"
-            note = f"0: {note}" if default == "0" else f"0 or {default}: {note}"
-        else:
-            note = "the same seed and stream draw the same tokens"
-        lines.append(f"  {kind} {option.name}; /* {note} */\n")
-    return before + BEGIN + "".join(lines) + END + after
-
-
-def c_options() -> str:
-    """Return src/capi_sampling.h: the C interface's options by name, where 0 that is out of range is the default."""
-    lines = []
-    for option in dataclasses.fields(SamplingParams):
-        value = f"given.{option.name}"
-        if option.default is not None and range_of(option).least > 0:
-            value = f"{value} == 0 ? {option.default} : {value}"
-        lines.append(f"  out.{option.name} = {value};")
-    assignments = "\n".join(lines)
-    return f"""{NOTICE}#pragma once
-
-#include "sinkrt/sampling.h"
-#include "sinkrt/sinkrt.h"
-
-namespace sinkrt {{
-
-// Options of the C interface. Zero is the default of each.
-inline SamplingParams samplingParams(const sinkrt_sampling& given) {{
-  SamplingParams out;
-{assignments}
-  return out;
-}}
-
-}}  // namespace sinkrt
-"""
-
-
 OUTPUTS: Mapping[str, Callable[[], str]] = {
     "include/sinkrt/constants.h": constants_header,
     "include/sinkrt/manifest.h": manifest_header,
     "include/sinkrt/sampling.h": sampling_header,
-    "include/sinkrt/sinkrt.h": c_interface,
+    "include/sinkrt/sinkrt.h": lambda: c_interface(CPP / "include/sinkrt/sinkrt.h"),
     "src/bundle/schema.h": schema_header,
     "src/bundle/schema.cpp": schema_source,
     "src/capi_sampling.h": c_options,

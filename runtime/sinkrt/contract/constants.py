@@ -16,7 +16,7 @@ STATE_VERSION = "2"
 """Version of the files that `save_state` writes."""
 
 PLUGIN_ABI = "3"
-"""Of the TensorRT plugins whose nodes this version writes: their names, inputs, outputs and fields."""
+"""Version of the TensorRT plugins' names, inputs, outputs and fields, as the graphs of this version have them."""
 
 NO_TOKEN = -1
 """Id of a stream that stands still while others step, in models with recurrent states: these know no positions."""

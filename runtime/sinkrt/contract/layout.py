@@ -60,7 +60,7 @@ def _check_graph(graph: GraphSpec, role: str, batch: int, num_tokens: int, vocab
 def _check_states(manifest: Manifest) -> None:
     """Compare every state with the geometry that the manifest announces.
 
-    Each cache has keys and values of the window, [B, Hkv, W, D], and, unless S = 0 or the layer's own sliding window
+    Each cache has keys and values of the window, [B, Hkv, W, D], and, unless S = 0 or the layer's sliding window
     is smaller than S + W, sinks, [B, Hkv, S, D]. An int8 window has scales, [B, Hkv, W]. Names are ``<kind>.<layer>``
     or ``<kind>.<layer>.<group>``; what comes out of the graph has ``.next`` behind the name.
 
@@ -111,7 +111,7 @@ def _check_cache(manifest: Manifest, cache: _Cache, by_name: Mapping[str, StateS
     longest = cache.window_size or stream.window_size
     if has_sinks or cache.window_size is not None or not stream.num_sink_tokens:
         lengths = (longest, longest) if has_sinks or cache.window_size is not None else (1, longest)
-    else:  # a window of the model's own that is shorter than S + W
+    else:  # a sliding window shorter than S + W
         lengths = (1, stream.capacity - 1)
     if length and not lengths[0] <= length <= lengths[1]:
         wanted = str(longest) if lengths[0] == lengths[1] else f"{lengths[0]} .. {lengths[1]}"

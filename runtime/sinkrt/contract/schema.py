@@ -61,7 +61,7 @@ class StateSpec:
 
     Kinds ``sink_k | sink_v`` have the shape [B, Hkv, S, D], and ``window_k | window_v`` have [B, Hkv, W, D]. Where the
     window is int8 there are ``window_k_scale | window_v_scale`` of shape [B, Hkv, W], one for each head and token. A
-    layer whose own sliding window is smaller than S + W has that window for W, and no sinks. ``attention_mass`` of
+    layer whose sliding window is smaller than S + W has that window for W, and no sinks. ``attention_mass`` of
     shape [B, Hq, 2, W] has sums for `ActTuning`, after the last token at an even and at an odd position. So a step
     reads what the token before it left, and can be repeated. Linear attention has ``conv | recurrent``, of any shape
     [B, ..]. All states are zero where a stream begins.

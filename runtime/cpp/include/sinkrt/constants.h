@@ -1,4 +1,4 @@
-// Generated from runtime/sinkrt/contract by runtime/cpp/tools/make_manifest.py: `make generated` writes it anew.
+// Generated from runtime/sinkrt/contract by runtime/cpp/tools/make_manifest.py (`make generated`).
 // Versions, names and limits.
 #pragma once
 
@@ -8,9 +8,9 @@ namespace sinkrt {
 
 constexpr int64_t kSchemaVersion = 6;
 constexpr const char* kManifestName = "manifest.json";
-// Of the TensorRT plugins that the graphs of this version have nodes of.
+// ABI of the TensorRT plugins that the graphs of this version have nodes of.
 constexpr const char* kPluginAbi = "3";
-// Of the files that saveState writes.
+// Format and version of the files that saveState writes.
 constexpr const char* kStateFormat = "sinkrt-state";
 constexpr const char* kStateVersion = "2";
 // Id of a stream that stands still while others step, where there are recurrent states: these know no positions.

@@ -1,4 +1,5 @@
-// Errors that a user can cause, each told in one line: what, received, expected, fix. Twin of runtime/sinkrt/errors.py.
+// Errors that a user can cause, each reported in one line: what, received, expected, fix. Twin of
+// runtime/sinkrt/errors.py.
 #pragma once
 
 #include <stdexcept>

@@ -85,7 +85,8 @@ inline uint32_t phaseFrequency(double inv_freq) {
   return static_cast<uint32_t>(static_cast<int64_t>(turns));  // a negative one wraps as Python's % does
 }
 
-// (t * frequency) mod 2^32: the exact angle of position t, in units of 2^-32 turns. Unsigned products wrap at 2^32.
+// (t * frequency) mod 2^32: the exact angle of position t, in units of 2^-32 turns. Unsigned multiplication wraps at
+// 2^32.
 SINKRT_HOST_DEVICE constexpr uint32_t phase(int64_t t, uint32_t frequency) {
   return static_cast<uint32_t>(static_cast<uint64_t>(t)) * frequency;
 }

@@ -10,7 +10,7 @@
 
 namespace sinkrt {
 
-// The upper half of a product.
+// The upper 64 bits of a * b.
 SINKRT_HOST_DEVICE inline uint64_t mulHigh(uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH__)
   return __umul64hi(a, b);

@@ -1,4 +1,4 @@
-// Generated from runtime/sinkrt/contract by runtime/cpp/tools/make_manifest.py: `make generated` writes it anew.
+// Generated from runtime/sinkrt/contract by runtime/cpp/tools/make_manifest.py (`make generated`).
 // Options of sampling and their ranges.
 #pragma once
 

@@ -1,4 +1,4 @@
-/* The C interface of the runtime. Every function returns a status and throws nothing; `sinkrt_last_error` tells the
+/* The C interface of the runtime. Every function returns a status and throws nothing; `sinkrt_last_error` has the
  * reason of the calling thread's last failure in one line. A session may be used by one thread at a time. */
 #ifndef SINKRT_SINKRT_H_
 #define SINKRT_SINKRT_H_

@@ -55,7 +55,7 @@ struct Place {
   char* data;
 };
 
-// Memory that is free or can be freed at once; 0 where the system does not tell.
+// Memory that is free or can be freed at once; 0 where the system does not say.
 int64_t availableBytes() {
   const File file(std::fopen("/proc/meminfo", "r"));
   long long kib = 0;

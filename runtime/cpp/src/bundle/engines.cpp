@@ -7,7 +7,7 @@ namespace {
 
 constexpr const char* kRebuild = "build it on this machine: sinkexport build, or sinkrt_build";
 
-// "8.5.3" of "8.5.3.1": the library tells no more, and no more decides.
+// "8.5.3" of "8.5.3.1": the library reports no more, and no more decides.
 std::string threeParts(const std::string& version) {
   size_t end = 0;
   for (int dots = 0; end < version.size(); ++end) {

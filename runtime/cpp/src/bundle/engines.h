@@ -1,5 +1,5 @@
-// Whether an engine that 'sinkexport build' or sinkrt_build wrote may run here, told before it is loaded: TensorRT says
-// little. Twin of runtime/sinkrt/engines.py.
+// Whether a TensorRT engine of 'sinkexport build' or sinkrt_build may run here, checked before it is loaded: TensorRT
+// says little. Twin of runtime/sinkrt/engines.py.
 #pragma once
 
 #include <optional>

@@ -118,7 +118,7 @@ class Checker {
     const int64_t longest = cache.window_size.value_or(stream.window_size);
     int64_t low = longest, high = longest;
     if (!has_sinks && !cache.window_size) {
-      low = 1;  // a window of the model's own that is shorter than S + W, or S = 0
+      low = 1;  // a sliding window shorter than S + W, or S = 0
       if (stream.num_sink_tokens > 0) high = stream.capacity() - 1;
     }
     if (length > 0 && (length < low || length > high)) {

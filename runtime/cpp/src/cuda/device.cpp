@@ -132,7 +132,7 @@ Graph::~Graph() {
 
 bool Graph::capture(const Stream& stream, const std::function<void()>& work) {
   stream.synchronize();
-  // Of this thread only: another one's cudaMalloc shall not spoil the recording.
+  // This thread only: another one's cudaMalloc must not spoil the recording.
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
   bool whole = true;
   try {

@@ -109,7 +109,7 @@ int64_t Sampler::sample(const float* logits, const int64_t* recent, int64_t num_
     cumulative += weights_[i];
     if (cumulative > goal) return ids_[i];
   }
-  return ids_[last];  // rounding may carry the product up to the sum itself
+  return ids_[last];  // rounding may carry the goal up to the sum itself
 }
 
 // Moves the fewest largest weights whose share of the sum reaches `top_p` to the front, the largest first and equal

@@ -242,7 +242,7 @@ class TensorrtBackend final : public Backend {
     check(cuda::launchCommit(sampling_, *stream_), "the commit kernel");
   }
 
-  // The first run of a context does work of its own that cannot be recorded: have it behind us. Positions are 0.
+  // The first run of a context does work that cannot be recorded, so it comes before. Positions are 0.
   void recordGraphs() {
     prepareGreedy();
     runStep();
@@ -276,7 +276,7 @@ class TensorrtBackend final : public Backend {
       control().host(fields().end_ids)[i] = static_cast<int32_t>(request.end_ids[i]);
     }
     *control().host(fields().num_end_ids) = static_cast<int32_t>(request.num_end_ids);
-    if (!looks_back) return;  // the device's copy may be stale then: nobody reads it
+    if (!looks_back) return;  // the device's copy may be stale then: no kernel reads it
     const size_t size = static_cast<size_t>(batch() * manifest_.stream.capacity());
     int32_t* recent = buffers_->recent.host(buffers_->recent_ids);
     for (size_t i = 0; i < size; ++i) recent[i] = static_cast<int32_t>(request.recent_ids[i]);
