@@ -21,7 +21,8 @@ from sinkexport.sources import LoadedModel
 from sinkexport.variants.head_windows import BudgetedModel, BudgetFile, budgets_of
 from sinkexport.variants.sink_tuning import ActPart, SinkTuningFile, TunedModel
 from sinkrt import Session, StateError, UsageError
-from sinkrt.contract import BundleError, Manifest, load_manifest
+from sinkrt.contract import Manifest, load_manifest
+from sinkrt.errors import BundleError
 
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.reference.oracle import SinkAttentionOracle

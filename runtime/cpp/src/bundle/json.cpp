@@ -114,7 +114,7 @@ std::string quoted(const std::string& text) {
 // A number as Python's repr writes it: the fewest digits that give it back, with an exponent below 1e-4 and from 1e16.
 std::string shortest(double value) {
   char text[40];
-  for (int digits = 15; digits <= 17; ++digits) {  // 15 digits are always kept: fewer are these without zeros
+  for (int digits = 1; digits <= 17; ++digits) {
     std::snprintf(text, sizeof text, "%.*e", digits - 1, value);
     if (std::strtod(text, nullptr) == value) break;
   }
@@ -125,7 +125,6 @@ std::string shortest(double value) {
   for (const char c : found.substr(0, mark)) {
     if (c >= '0' && c <= '9') digits += c;
   }
-  while (digits.size() > 1 && digits.back() == '0') digits.pop_back();
   const std::string sign = std::signbit(value) ? "-" : "";
   if (exponent < -4 || exponent >= 16) {
     char power[8];
