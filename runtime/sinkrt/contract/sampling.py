@@ -104,8 +104,9 @@ class SamplingParams:
 def _check(option: dataclasses.Field[Any], value: Any) -> None:
     found = range_of(option)
     kind = numbers.Integral if str(option.type).startswith("int") else numbers.Real  # NumPy's scalars are, too
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
     # Compared, not converted: an integer may be too large for a float. No comparison holds for NaN.
-    if isinstance(value, bool) or not isinstance(value, kind) or not found.least <= value <= found.most:
+    if not is_number or not found.least <= value <= found.most:
         name = option.name
         raise UsageError(problem(name, received=_shown(value), expected=found.expected, fix=f"change {name}"))
 
