@@ -172,6 +172,25 @@ def test_both_runtimes_read_the_same_json(
     assert _cpp(text, probe, tmp_path).partition(":")[0] == _python(text).partition(":")[0]
 
 
+@pytest.mark.parametrize(("brackets", "message"), [(65, "schema_version"), (66, "nested too"), (10**6, "nested too")])
+def test_depth_has_a_limit(probe: Probe, tmp_path: Path, brackets: int, message: str) -> None:
+    """64 levels around an empty list are read, and refused for what they are; deeper ones are not even that."""
+    (tmp_path / MANIFEST_NAME).write_text("[" * brackets + "]" * brackets)
+    with pytest.raises(ProbeError, match=message) as error:
+        probe.fingerprint(tmp_path)
+    assert len(str(error.value)) < 500
+
+
+def test_what_is_wrong_with_the_text_is_cut(probe: Probe, tmp_path: Path) -> None:
+    """The parser quotes what it has read last, which may be anything of any length."""
+    (tmp_path / MANIFEST_NAME).write_bytes(b'{"schema_version": "' + b"x" * 100_000 + b"\x1b[31m")
+    with pytest.raises(
+        ProbeError, match=r"manifest\.json: received invalid JSON \(parse error at line 1, column "
+    ) as error:
+        probe.fingerprint(tmp_path)
+    assert len(str(error.value)) < 500 and str(error.value).isprintable()
+
+
 def test_head_windows_of_no_layer(manifest: dict[str, Any]) -> None:
     """A model without windows has no groups of them: a list without any is no crash."""
     raw = copy.deepcopy(manifest)

@@ -38,8 +38,6 @@ using sinkrt::problem;
 
 namespace {
 
-constexpr const char* kFolder = "engines";
-
 struct Options {
   std::string bundle;
   std::string plugin;
@@ -211,7 +209,7 @@ sinkrt::EngineFacts factsOf(const sinkrt::Manifest& manifest, const std::string&
     throw Error(Code::kBackend, problem("CUDA device", "none", "the GPU that the engine is for", "check nvidia-smi"));
   }
   sinkrt::EngineFacts facts;
-  facts.file = std::string(kFolder) + "/" + role + ".engine";
+  facts.file = std::string(sinkrt::kEngineFolder) + "/" + role + ".engine";
   facts.bytes = written.bytes;
   facts.sha256 = written.sha256;
   facts.graph_sha256 = manifest.files.at(manifest.graphs.at(role).file).sha256;
@@ -234,7 +232,8 @@ void run(const Options& options) {
   sinkrt::checkFiles(options.bundle, manifest, false);
   sinkrt::TensorrtLibrary& library = sinkrt::TensorrtLibrary::get();
   if (options.verbose) library.logger().echo();
-  const std::string folder = options.bundle + "/" + kFolder, plugin = options.bundle + "/" + sinkrt::kPluginFile;
+  const std::string folder = options.bundle + "/" + sinkrt::kEngineFolder,
+                    plugin = options.bundle + "/" + sinkrt::kPluginFile;
   if (mkdir(folder.c_str(), 0755) != 0 && access(folder.c_str(), W_OK) != 0) {
     throw unusable("bundle", "'" + options.bundle + "', which cannot be written", "a writable folder");
   }

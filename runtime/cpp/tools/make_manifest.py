@@ -106,6 +106,9 @@ constexpr int64_t kSchemaVersion = {constants.SCHEMA_VERSION};
 constexpr const char* kManifestName = {quoted(constants.MANIFEST_NAME)};
 // ABI of the TensorRT plugins that the graphs of this version have nodes of.
 constexpr const char* kPluginAbi = {quoted(constants.PLUGIN_ABI)};
+// Where 'sinkexport build' and sinkrt_build put engines and the plugin, and sessions look for them.
+constexpr const char* kEngineFolder = {quoted(constants.ENGINE_FOLDER)};
+constexpr const char* kPluginFile = {quoted(constants.PLUGIN_FILE)};
 // Format and version of the files that saveState writes.
 constexpr const char* kStateFormat = {quoted(constants.STATE_FORMAT)};
 constexpr const char* kStateVersion = {quoted(constants.STATE_VERSION)};

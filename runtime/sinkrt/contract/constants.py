@@ -11,6 +11,10 @@ graph. Older ones are read as well."""
 
 MANIFEST_NAME = "manifest.json"
 
+ENGINE_FOLDER = "engines"
+PLUGIN_FILE = f"{ENGINE_FOLDER}/libsinkexport_plugin.so"
+"""Where 'sinkexport build' puts the plugin, and sessions look for it."""
+
 STATE_FORMAT = "sinkrt-state"
 STATE_VERSION = "2"
 """Version of the files that `save_state` writes."""

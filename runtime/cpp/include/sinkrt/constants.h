@@ -10,6 +10,9 @@ constexpr int64_t kSchemaVersion = 6;
 constexpr const char* kManifestName = "manifest.json";
 // ABI of the TensorRT plugins that the graphs of this version have nodes of.
 constexpr const char* kPluginAbi = "3";
+// Where 'sinkexport build' and sinkrt_build put engines and the plugin, and sessions look for them.
+constexpr const char* kEngineFolder = "engines";
+constexpr const char* kPluginFile = "engines/libsinkexport_plugin.so";
 // Format and version of the files that saveState writes.
 constexpr const char* kStateFormat = "sinkrt-state";
 constexpr const char* kStateVersion = "2";

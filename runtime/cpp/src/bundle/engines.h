@@ -9,9 +9,6 @@
 
 namespace sinkrt {
 
-// Where 'sinkexport build' and sinkrt_build put the plugin, and sessions look for it.
-constexpr const char* kPluginFile = "engines/libsinkexport_plugin.so";
-
 // What would run an engine. version: at least "8.5.3". plugin_abi: of the plugin library that is loaded, if one is.
 // compute_capability: of the GPU, as "9.0".
 struct EngineHost {
