@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "sinkrt/sampling_options.h"
 #include "sinkrt/session.h"
 #include "sinkrt/state.h"
 

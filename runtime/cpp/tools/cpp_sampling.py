@@ -20,23 +20,13 @@ def sampling_type(option: dataclasses.Field[Any]) -> str:
 
 
 def sampling_header() -> str:
-    """Return include/sinkrt/sampling.h."""
-    options = dataclasses.fields(SamplingParams)
-    lines: list[str] = []
-    rows: list[str] = []
-    for option in options:
-        kind, found = sampling_type(option), range_of(option)
-        lines.append(
-            f"  {kind} {option.name}{'' if option.default is None else f' = {option.default}'};  // {found.doc}"
-        )
-        if option.default is None:
-            continue  # all values of its type are allowed
-        member = f"&SamplingParams::{option.name}"
-        pair = f"{member}, nullptr" if kind == "double" else f"nullptr, {member}"
-        least, most = (f"{float(limit).hex()}" for limit in (found.least, found.most))
-        rows.append(f"{{{quoted(option.name)}, {quoted(found.expected)}, {least}, {most}, {pair}}}")
+    """Return include/sinkrt/sampling.h, which device code includes too."""
+    lines = []
+    for option in dataclasses.fields(SamplingParams):
+        default = "" if option.default is None else f" = {option.default}"
+        lines.append(f"  {sampling_type(option)} {option.name}{default};  // {range_of(option).doc}")
     members = "\n".join(lines)
-    return f"""{NOTICE}// Options of sampling and their ranges.
+    return f"""{NOTICE}// Options of sampling.
 #pragma once
 
 #include <cstdint>
@@ -52,6 +42,30 @@ struct SamplingParams {{
   // A copy with a seed.
   SamplingParams resolved() const;
 }};
+
+}}  // namespace sinkrt
+"""
+
+
+def options_header() -> str:
+    """Return include/sinkrt/sampling_options.h."""
+    rows = []
+    for option in dataclasses.fields(SamplingParams):
+        found = range_of(option)
+        if option.default is None:
+            continue  # all values of its type are allowed
+        member = f"&SamplingParams::{option.name}"
+        pair = f"{member}, nullptr" if sampling_type(option) == "double" else f"nullptr, {member}"
+        least, most = (f"{float(limit).hex()}" for limit in (found.least, found.most))
+        rows.append(f"{{{quoted(option.name)}, {quoted(found.expected)}, {least}, {most}, {pair}}}")
+    return f"""{NOTICE}// Ranges of the options of sampling.
+#pragma once
+
+#include <cstdint>
+
+#include "sinkrt/sampling.h"
+
+namespace sinkrt {{
 
 // One option: its name, its range in words and in numbers, both ends included, and where it is: one of the two.
 struct SamplingOption {{

@@ -21,7 +21,7 @@ from typing import Any
 CPP = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CPP.parent))
 
-from cpp_sampling import c_interface, c_options, sampling_header  # noqa: E402
+from cpp_sampling import c_interface, c_options, options_header, sampling_header  # noqa: E402
 from cpp_text import NOTICE, formatted, quoted  # noqa: E402
 from sinkrt.contract import constants, schema  # noqa: E402
 from sinkrt.contract.manifest import Manifest  # noqa: E402
@@ -312,6 +312,7 @@ OUTPUTS: Mapping[str, Callable[[], str]] = {
     "include/sinkrt/constants.h": constants_header,
     "include/sinkrt/manifest.h": manifest_header,
     "include/sinkrt/sampling.h": sampling_header,
+    "include/sinkrt/sampling_options.h": options_header,
     "include/sinkrt/sinkrt.h": lambda: c_interface(CPP / "include/sinkrt/sinkrt.h"),
     "src/bundle/schema.h": schema_header,
     "src/bundle/schema.cpp": schema_source,

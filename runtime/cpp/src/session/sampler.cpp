@@ -10,6 +10,7 @@
 #include <string>
 
 #include "sinkrt/error.h"
+#include "sinkrt/sampling_options.h"
 
 namespace sinkrt {
 namespace {
