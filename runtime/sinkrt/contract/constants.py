@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 SCHEMA_VERSION = 6
-"""2: `quantization` and the scales of an INT8 window. 3: `plugin_abi` and `engines`. 4: `sink_tuning` and
-`head_windows`. 5: `affine_attention`, and `act` in `sink_tuning`, with a state of its own. 6: `weight_bytes` of a
-graph. Older ones are read as well."""
+"""Version of the manifest. Older ones are read as well. What each brought: 2: `quantization` and the scales of an INT8
+window. 3: `plugin_abi` and `engines`. 4: `sink_tuning` and `head_windows`. 5: `affine_attention`, and `act` in
+`sink_tuning`, with the state ``attention_mass``. 6: `weight_bytes` of a graph."""
 
 MANIFEST_NAME = "manifest.json"
 

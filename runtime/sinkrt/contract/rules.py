@@ -13,10 +13,10 @@ from typing import Any
 from sinkrt.errors import BundleError, problem
 
 KEY = "rule"
-"""Under which a field's metadata has its rule."""
+"""Key of a field's metadata that holds its rule."""
 
 LABEL = "_LABEL"
-"""Class attribute: a format string that makes the name in messages of a field's name."""
+"""Class attribute with a format string: a field's name -> its name in messages."""
 
 CROSS_CHECK = "_check"
 """Method of a class whose fields must agree with each other; its C++ twin is in runtime/cpp/src/bundle/checks.cpp."""

@@ -15,7 +15,7 @@ from typing import Any
 from sinkrt.errors import UsageError, problem
 
 KEY = "range"
-"""Under which a field's metadata has its range."""
+"""Key of a field's metadata that holds its range."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def range_of(option: dataclasses.Field[Any]) -> Range:
 SEED_LIMIT = 2**64
 MAX_TOP_K = 2**31 - 1
 MIN_PENALTY, MAX_PENALTY = 0.01, 100.0
-"""Beyond these, the logits of real models overflow float32 or lose all their differences."""
+"""Limits beyond which the logits of real models overflow float32 or lose all their differences."""
 
 
 @dataclass(frozen=True)
