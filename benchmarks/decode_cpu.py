@@ -2,11 +2,11 @@
 
     python benchmarks/decode_cpu.py BUNDLE --model MODEL [--threads N] [--json FILE] [--peer-python PYTHON]
 
-All contenders decode greedily, in fp32, from the same prompt, with the same number of threads, each in a process of
+All decoders decode greedily, in fp32, from the same prompt, with the same number of threads, each in a process of
 its own; they take turns of `--turn` steps (A B C A B C ..), so that whatever else the machine does hits all of them.
 
 1. Inside: the prompt is as long as leaves every timed token inside the cache of C tokens. Until it is full all
-   contenders compute the same function, and the table says how many of their tokens agree.
+   decoders compute the same function, and the table says how many of their tokens agree.
 2. Across: each gets a cache of C tokens, a prompt of C - 2 and four steps. Who stops, says so.
 3. Far: the same with a prompt of `--far` tokens, and for those who need it a larger cache.
 
@@ -25,20 +25,20 @@ from typing import Any
 
 import numpy as np
 from harness import check_json, environment, table, where, write_json
-from peers import contender_paths
+from peers import model_paths
 from sinkexport.bench.machine import ReadProbe, physical_cores
 from sinkexport.bench.step_bytes import weight_bytes_per_step
 from sinkexport.bench.timing import Stats
 from sinkrt.contract import Manifest, load_manifest
-from workers import ContenderError, Worker, packages, running
+from workers import DecoderError, Worker, packages, running
 
-WARM_UP = 3  # untimed steps at the start of each turn: caches and clocks belong to the contender again
-PAUSE_S = 0.2  # between turns, for the last contender's threads to stop spinning
+WARM_UP = 3  # untimed steps at the start of each turn: caches and clocks belong to the decoder again
+PAUSE_S = 0.2  # between turns, for the last decoder's threads to stop spinning
 ACROSS = 2  # tokens before and after the end of the cache
 SLOW = {"recompute"}  # a step of these takes seconds: one a turn, without warm-up
 PEERS = "genai,transformers,recompute,llamacpp"
 
-# What a contender's tokens depend on once the cache is full; whether it goes on at all, and how fast, is measured.
+# What a decoder's tokens depend on once the cache is full; whether it goes on at all, and how fast, is measured.
 PAST = {
     "sinkexport": "exact: first S and last W tokens",
     "genai": "all tokens, in a buffer whose size is given beforehand",
@@ -102,7 +102,7 @@ def cross(workers: list[Worker], prompt: list[int], capacity: int) -> dict[str, 
         try:
             worker.prefill(prompt[: capacity - ACROSS], capacity)
             worker.steps(2 * ACROSS)
-        except ContenderError as error:
+        except DecoderError as error:
             stopped[worker.name] = str(error)
     return stopped
 
@@ -125,10 +125,10 @@ def report(
     """All figures, ready for JSON. weights: bytes of them that a step reads."""
     floor_ms = (weights + manifest.state_bytes) / statistics.median(bandwidth[threads]) / 1e6
     ours = inside["sinkexport"]
-    contenders = {}
+    decoders = {}
     for name, course in inside.items():
         stats = Stats.of(course.times_ms)
-        contenders[name] = {
+        decoders[name] = {
             **dataclasses.asdict(stats),
             "tokens_per_s": 1e3 / stats.median_ms,
             "ratio_to_floor": stats.median_ms / floor_ms,
@@ -141,7 +141,7 @@ def report(
         }
         if name in far:
             there = Stats.of(far[name].times_ms)
-            contenders[name]["far"] = {
+            decoders[name]["far"] = {
                 **dataclasses.asdict(there),
                 "ratio_to_inside": there.median_ms / stats.median_ms,
                 "peak_memory_mb": far[name].peak_mb,
@@ -155,7 +155,7 @@ def report(
         },
         "bytes_per_step": {"weights": weights, "states": manifest.state_bytes},
         "floor_ms": floor_ms,
-        "contenders": contenders,
+        "decoders": decoders,
     }
 
 
@@ -168,7 +168,7 @@ def show(result: dict[str, Any]) -> str:
     )
     size = result["bytes_per_step"]
     rows = []
-    for name, c in result["contenders"].items():
+    for name, c in result["decoders"].items():
         there = c.get("far")
         past = c["past_window"] + (f'; stops at its end: "{c["stopped"]}"' if c["stopped"] else "; goes on")
         rows.append(
@@ -186,7 +186,7 @@ def show(result: dict[str, Any]) -> str:
         )
     rows.append(["floor", f"{result['floor_ms']:.1f}", "", f"{1e3 / result['floor_ms']:.1f}", "1.00", *[""] * 5])
     headers = [
-        "contender",
+        "decoder",
         "ms median",
         "p99",
         "tokens/s",
@@ -245,7 +245,7 @@ def main() -> None:
     if unknown := set(names) - set(PAST):
         parser.error(f"unknown peers {sorted(unknown)}: choose from {PEERS}")
     cache = arguments.cache or arguments.bundle.parent / "peers"
-    paths = contender_paths(names, arguments.bundle, arguments.model, cache, arguments.peer_python)
+    paths = model_paths(names, arguments.bundle, arguments.model, cache, arguments.peer_python)
     prompt = np.random.default_rng(0).integers(0, manifest.model.vocab_size, max(capacity, far_context)).tolist()
     threads = arguments.threads
     with running(

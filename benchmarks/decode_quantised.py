@@ -3,7 +3,7 @@
     python benchmarks/decode_quantised.py BUNDLE .. --model MODEL [--peers LIST] [--threads N] [--json FILE]
                                           [--peer-python PYTHON]
 
-The first BUNDLE is what the others are compared with: floating point. All contenders decode greedily from the same
+The first BUNDLE is what the others are compared with: floating point. All decoders decode greedily from the same
 prompt with the same number of threads, each in a process of its own, and take turns of `--turn` steps, as in
 decode_cpu.py; every timed token is inside the cache of the first bundle. Models differ here, so tokens do too: what
 quantisation costs is the matter of quantisation.py.
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from decode_cpu import WARM_UP, Course, measure
 from harness import check_json, environment, table, where, write_json
-from peers import LLAMA_TYPES, contender_paths
+from peers import LLAMA_TYPES, model_paths
 from sinkexport.bench.machine import physical_cores
 from sinkexport.bench.step_bytes import weight_bytes_of_file, weight_bytes_per_step
 from sinkexport.bench.timing import Stats
@@ -32,11 +32,11 @@ from sinkrt.contract import Manifest, load_manifest
 from workers import kind_of, packages, running
 
 PEERS = "genai:int4,llamacpp:Q8_0,llamacpp:Q4_1"
-HEADERS = ("contender", "window", "weights MB a token", "ms median", "p99", "tokens/s", "GB/s", "x floor", "speed-up")
+HEADERS = ("decoder", "window", "weights MB a token", "ms median", "p99", "tokens/s", "GB/s", "x floor", "speed-up")
 
 
 def weights_read(name: str, path: Path) -> int:
-    """Bytes of weights that a step of a contender reads. A GGUF file has little else."""
+    """Bytes of weights that a step of a decoder reads. A GGUF file has little else."""
     if kind_of(name) == "sinkexport":
         return weight_bytes_per_step(path, load_manifest(path))
     return weight_bytes_of_file(path / "model.onnx") if path.is_dir() else path.stat().st_size
@@ -48,10 +48,10 @@ def report(
     """All figures, ready for JSON."""
     gb_per_s = statistics.median(bandwidth)
     first = Stats.of(next(iter(courses.values())).times_ms).median_ms
-    contenders = {}
+    decoders = {}
     for name, course in courses.items():
         stats = Stats.of(course.times_ms)
-        contenders[name] = {
+        decoders[name] = {
             **dataclasses.asdict(stats),
             "tokens_per_s": 1e3 / stats.median_ms,
             "weights_bytes": weights[name],
@@ -62,7 +62,7 @@ def report(
             "peak_memory_mb": course.peak_mb,
         }
     spread = {"median": gb_per_s, "min": min(bandwidth), "max": max(bandwidth)}
-    return {"bandwidth_gb_per_s": spread, "contenders": contenders}
+    return {"bandwidth_gb_per_s": spread, "decoders": decoders}
 
 
 def show(result: dict[str, Any]) -> str:
@@ -79,7 +79,7 @@ def show(result: dict[str, Any]) -> str:
             f"{c['ratio_to_floor']:.2f}",
             f"{c['speed_up']:.2f}",
         ]
-        for name, c in result["contenders"].items()
+        for name, c in result["decoders"].items()
     ]
     bandwidth, cache = result["bandwidth_gb_per_s"], result["cache"]
     start, end = result["context_tokens"]
@@ -97,7 +97,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def label(path: Path, manifest: Manifest) -> str:
-    """A contender's name that tells bundles of one recipe apart as well."""
+    """A decoder's name that tells bundles of one recipe apart as well."""
     recipe = manifest.weights_dtype if manifest.quantization is None else manifest.quantization.recipe
     return f"sinkexport:{path.name} ({recipe})"
 
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--turn", type=int, default=16, help="timed steps in a turn")
     parser.add_argument(
-        "--peers", default=PEERS, help=f"comma-separated; llamacpp has {', '.join(LLAMA_TYPES)}; default: {PEERS}"
+        "--peers", default=PEERS, help=f"comma-separated; llamacpp has F32, {', '.join(LLAMA_TYPES)}; default: {PEERS}"
     )
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has onnxruntime-genai")
     parser.add_argument("--cache", type=Path, help="folder for converted models; default: beside the first bundle")
@@ -132,7 +132,7 @@ def main() -> None:
     peers = [name for name in arguments.peers.split(",") if name]
     cache = arguments.cache or arguments.bundles[0].parent / "peers"
     paths = dict(zip(manifests, arguments.bundles, strict=True))
-    paths |= contender_paths(peers, arguments.bundles[0], arguments.model, cache, arguments.peer_python)
+    paths |= model_paths(peers, arguments.bundles[0], arguments.model, cache, arguments.peer_python)
     vocab_size = next(iter(manifests.values())).model.vocab_size
     prompt = np.random.default_rng(0).integers(0, vocab_size, context).tolist()
     threads = arguments.threads

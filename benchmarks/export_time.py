@@ -37,7 +37,7 @@ def summary(runs: list[dict[str, float]]) -> dict[str, float]:
 def show(result: dict[str, Any]) -> str:
     """The table for people."""
     rows = []
-    for name, figures in result["contenders"].items():
+    for name, figures in result["decoders"].items():
         load = f"{figures['load_s']:.1f}" if "load_s" in figures else "(inside)"
         peak = f"{figures['peak_mb']:.0f}"
         ratio = f"{figures['peak_mb'] * 1e6 / result['weight_bytes']:.1f}"
@@ -81,14 +81,14 @@ def main() -> None:
             print(f"{kind} ..", file=sys.stderr)
             variant = "int4" if kind == "genai" and arguments.recipe != "fp32" else arguments.recipe
             runs[kind].append(run_once(kind, folder, python, arguments.cache, variant))
-    contenders = {kind: summary(results) for kind, results in runs.items()}
+    decoders = {kind: summary(results) for kind, results in runs.items()}
     result = {
         "environment": environment(os.cpu_count() or 1),
         "model": folder.name,
         "variant": arguments.recipe,
         "repeats": arguments.repeats,
-        "weight_bytes": contenders["sinkexport"].pop("weight_bytes"),
-        "contenders": contenders,
+        "weight_bytes": decoders["sinkexport"].pop("weight_bytes"),
+        "decoders": decoders,
     }
     print(show(result))
     write_json(arguments.json, result)

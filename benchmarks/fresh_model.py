@@ -176,7 +176,7 @@ def train(
         sequences = torch.from_numpy(ids[row[:, None] + np.arange(LENGTH + 1)])  # [batch, LENGTH + 1]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, len(starts))
-        with torch.autocast("cpu", dtype=torch.bfloat16):  # products only; weights and their updates are float32
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # matmuls only; weights and their updates are float32
             logits = model(input_ids=sequences[:, :-1], use_cache=False).logits  # [batch, LENGTH, vocab]
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), sequences[:, 1:].flatten())
         optimizer.zero_grad()
@@ -203,7 +203,7 @@ def train(
 
 
 def perplexity(model: Any, ids: Ids) -> float:
-    """Of the tokens 1 .. N-1 of ids [N], each predicted from those before it in its piece of `LENGTH` tokens."""
+    """Perplexity of the tokens 1 .. N-1 of ids [N], each predicted from those before it in a piece of `LENGTH`."""
     nats = 0.0
     for start in range(0, len(ids) - 1, LENGTH):
         piece = torch.from_numpy(ids[start : start + LENGTH + 1])
@@ -214,7 +214,7 @@ def perplexity(model: Any, ids: Ids) -> float:
 
 
 def unigram_perplexity(learnt: Ids, held: Ids) -> float:
-    """Of the same tokens under their frequencies in the texts to learn, one added to each count."""
+    """Perplexity of the same tokens under their frequencies in the texts to learn, one added to each count."""
     counts = np.bincount(learnt, minlength=VOCAB_SIZE) + 1.0
     return math.exp(-np.log(counts / counts.sum())[held[1:]].mean())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("sinkexport", "onnxruntime", "onnxruntime-genai", "transformers", "torch", "llama-cpp-python", "numpy")
+PACKAGES = (
+    "sinkexport",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "transformers",
+    "torch",
+    "llama-cpp-python",
+    "xllamacpp",
+    "numpy",
+)
 
 
 def environment(threads: int, peer_packages: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -32,7 +42,7 @@ def environment(threads: int, peer_packages: Mapping[str, str] | None = None) ->
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that matter in this environment."""
+    """Versions of the packages that matter in this environment."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -90,7 +100,9 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
     from sinkexport.util.files import write_whole
 
     if path is not None:
-        write_whole(path, json.dumps(result, indent=1, sort_keys=True) + "\n", "--json")
+        text = json.dumps(result, indent=1, sort_keys=True)
+        text = re.sub(r"\[[^\[\]{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)  # on one line
+        write_whole(path, text + "\n", "--json")
 
 
 def peak_memory_mb() -> float:
@@ -100,6 +112,12 @@ def peak_memory_mb() -> float:
     """
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+
+
+def resident_mb() -> float:
+    """Memory that this process has resident now, in MB."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e6
 
 
 def _commit() -> str:

@@ -1,4 +1,4 @@
-"""Prepare what the contenders need: a plain Hugging Face folder, a model built by onnxruntime-genai, an F32 GGUF file.
+"""Prepare what the decoders need: a plain Hugging Face folder, a model built by onnxruntime-genai, an F32 GGUF file.
 
 All are kept in a cache folder, so that a second benchmark starts at once.
 """
@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 HERE = Path(__file__).parent
 LLAMA_TYPES = {
-    "F32": "LLAMA_FTYPE_ALL_F32",
     "Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0",
     "Q4_1": "LLAMA_FTYPE_MOSTLY_Q4_1",
     "Q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0",
@@ -24,7 +25,7 @@ LLAMA_TYPES = {
 def plain_folder(model: Path, cache: Path) -> Path:
     """`model` itself if it is a folder; for a ``.gguf`` file a float32 safetensors copy of it.
 
-    The copy is dequantised once, so that every contender computes with the very same weights.
+    The copy is dequantised once, so that every decoder computes with the very same weights.
     """
     if model.is_dir():
         return model
@@ -51,11 +52,44 @@ def plain_folder(model: Path, cache: Path) -> Path:
     return target
 
 
+def float32_gguf(model: Path, cache: Path) -> Path:
+    """`model`, a ``.gguf`` file, with the same metadata and its tensors dequantised to F32: no llama.cpp is needed."""
+    if model.suffix.lower() != ".gguf":
+        raise SystemExit(f"llama.cpp needs a .gguf file, not '{model}': leave llamacpp out")
+    target = cache / f"{model.stem}-F32.gguf"
+    if target.is_file():
+        return target
+    import gguf
+
+    reader = gguf.GGUFReader(model)
+    architecture = reader.fields["general.architecture"].contents()
+    partial = target.with_name(target.name + ".partial")
+    writer = gguf.GGUFWriter(partial, architecture)
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key in ("general.architecture", "general.file_type"):
+            continue
+        element = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(key, field.contents(), field.types[0], element)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for tensor in reader.tensors:
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        writer.add_tensor(tensor.name, values.astype(np.float32, copy=False))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    partial.rename(target)
+    return target
+
+
 def llama_gguf(model: Path, cache: Path, kind: str = "F32") -> Path:
     """`model`, a ``.gguf`` file, as llama.cpp itself writes it in another type of weights.
 
-    kind: of `LLAMA_TYPES`; F32 are the very weights that the others have.
+    kind: F32 or a key of `LLAMA_TYPES`; F32 are the very weights that the others have.
     """
+    if kind == "F32":
+        return float32_gguf(model, cache)
     if model.suffix.lower() != ".gguf":
         raise SystemExit(f"llama.cpp needs a .gguf file, not '{model}': leave llamacpp out of --peers")
     try:
@@ -68,7 +102,6 @@ def llama_gguf(model: Path, cache: Path, kind: str = "F32") -> Path:
     target = cache / f"{model.stem}-{kind}.gguf"
     if target.is_file():
         return target
-
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype, options.allow_requantize = getattr(llama_cpp, LLAMA_TYPES[kind]), True
     partial = target.with_name(target.name + ".partial")
@@ -78,8 +111,8 @@ def llama_gguf(model: Path, cache: Path, kind: str = "F32") -> Path:
     return target
 
 
-def contender_paths(names: Sequence[str], bundle: Path, model: Path, cache: Path, peer_python: str) -> dict[str, Path]:
-    """What each contender loads, made if it is not there. cache: created; model: folder or ``.gguf`` file.
+def model_paths(names: Sequence[str], bundle: Path, model: Path, cache: Path, peer_python: str) -> dict[str, Path]:
+    """The model that each decoder loads, made if it is not there. cache: created; model: folder or ``.gguf`` file.
 
     After a colon a name may say in which type: ``genai:int4``, ``llamacpp:Q8_0``.
     """

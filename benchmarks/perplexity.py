@@ -147,10 +147,10 @@ def run(arguments: argparse.Namespace) -> None:
     pairs = [(s, w) for s in sinks for w in windows]
     with shown_progress({cell_name(*pair): cell_name(*pair) for pair in pairs}) as show:
         for s, w in pairs:
-            contender = sinks_and_window(loaded.model, ids, s, w, name=cell_name(s, w))
-            cells[s, w] = measure(contender, ids, segment_tokens=SEGMENT_TOKENS, capacity=s + w, report=show)
+            decoder = sinks_and_window(loaded.model, ids, s, w, name=cell_name(s, w))
+            cells[s, w] = measure(decoder, ids, segment_tokens=SEGMENT_TOKENS, capacity=s + w, report=show)
             if not math.isfinite(cells[s, w].perplexity):
-                raise SystemExit(f"{contender.name}: the perplexity is not finite")
+                raise SystemExit(f"{decoder.name}: the perplexity is not finite")
             write(arguments.out, cells, facts, sinks, windows)
     print(
         f"{loaded.name}, {len(ids):,} tokens of {arguments.text.name}, "

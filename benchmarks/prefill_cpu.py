@@ -2,7 +2,7 @@
 
     python benchmarks/prefill_cpu.py BUNDLE --model MODEL [--tokens 1000] [--json FILE] [--peer-python PYTHON]
 
-All contenders run in fp32 with the same number of threads, each in a process of its own, and take turns prompt by
+All decoders run in fp32 with the same number of threads, each in a process of its own, and take turns prompt by
 prompt. The clock stops when the first new token is chosen; the table says whether all chose the same one, as they must
 while the prompt fits the cache.
 """
@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 from harness import check_json, environment, table, where, write_json
-from peers import contender_paths
+from peers import model_paths
 from sinkexport.bench.machine import physical_cores
 from sinkexport.bench.timing import Ratio, Stats
 from sinkrt.contract import load_manifest
 from workers import Worker, packages, running
 
 WARM_UP_TOKENS = 130
-PAUSE_S = 0.2  # for the last contender's threads to stop spinning
+PAUSE_S = 0.2  # for the last decoder's threads to stop spinning
 PEERS = "sinkexport-steps,genai,transformers,llamacpp"
 
 
@@ -46,7 +46,7 @@ def measure(workers: list[Worker], prompt: list[int], repeats: int) -> dict[str,
 
 
 def report(measured: dict[str, tuple[list[float], int]], num_tokens: int) -> dict[str, Any]:
-    """Figures by contender; "times_ours" is how many times as long it takes, compared turn by turn."""
+    """Figures by decoder; "times_ours" is how many times as long it takes, compared turn by turn."""
     our_ms, our_token = measured["sinkexport"]
     return {
         name: {
@@ -70,7 +70,7 @@ def show(result: dict[str, Any]) -> str:
             f"{c['times_ours']['median']:.2f}",
             "yes" if c["same_token"] else "NO",
         ]
-        for name, c in result["contenders"].items()
+        for name, c in result["decoders"].items()
     ]
     return "\n".join(
         [
@@ -80,7 +80,7 @@ def show(result: dict[str, Any]) -> str:
             "",
             f"`{result['environment']['command']}`",
             "",
-            table(["contender", "ms median", "min", "tokens/s", "x ours", "same token"], rows),
+            table(["decoder", "ms median", "min", "tokens/s", "x ours", "same token"], rows),
         ]
     )
 
@@ -108,20 +108,20 @@ def main() -> None:
         parser.error(f"--tokens must be {WARM_UP_TOKENS} to {stream.capacity}, where all compute the same function")
     names = ["sinkexport", *(name for name in arguments.peers.split(",") if name)]
     cache = arguments.cache or arguments.bundle.parent / "peers"
-    paths = contender_paths(names, arguments.bundle, arguments.model, cache, arguments.peer_python)
+    paths = model_paths(names, arguments.bundle, arguments.model, cache, arguments.peer_python)
     prompt = np.random.default_rng(0).integers(0, manifest.model.vocab_size, arguments.tokens).tolist()
     with running(
         paths, arguments.peer_python, threads=arguments.threads, capacity=stream.capacity, sinks=stream.num_sink_tokens
     ) as workers:
         found = environment(arguments.threads, packages(workers))  # before our own work adds to the load
-        contenders = report(measure(workers, prompt, arguments.repeats), arguments.tokens)
+        decoders = report(measure(workers, prompt, arguments.repeats), arguments.tokens)
     result = {
         "environment": found,
         "model": manifest.model.name,
         "prompt_tokens": arguments.tokens,
         "chunk_size": stream.chunk_size,
         "repeats": arguments.repeats,
-        "contenders": contenders,
+        "decoders": decoders,
     }
     print(show(result))
     write_json(arguments.json, result)

@@ -5,7 +5,7 @@
                                       [--json FILE]
 
 Every bundle predicts the same tokens as MODEL in float32 with the same sinks and window (see docs/evaluation.md):
-perplexity and its increase, Kullback-Leibler divergence, share of tokens with the same favourite, and whether the
+perplexity and its increase, Kullback-Leibler divergence, share of tokens with the same top-1 token, and whether the
 recipe's own thresholds hold. Bundles are those named, and one for each recipe named, which is exported to a temporary
 folder. All must have the same S and W. MODEL is a model folder, a .gguf file, a Hub id, or a floating-point bundle;
 exporting needs a model.

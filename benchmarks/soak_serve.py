@@ -4,7 +4,7 @@
 
 Starts ``sinkexport serve`` and lets clients of OpenAI's library play scripts against it: chats that resend all of their
 messages, named conversations, completions, streamed or not, with sampling. Some leave in the middle, some send
-nonsense. What each script must be told was computed before, one conversation at a time, on a session of its own.
+nonsense. The right answers were computed before, one conversation at a time, on a session of its own.
 
 Exit code 0: every answer was right, every refusal was a 4xx, no request was lost, memory did not grow; else 1.
 """
@@ -45,7 +45,7 @@ WARM_UP = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One request and the answers that are right: told by a stream that took all of it, or that went on from before.
+    """One request and its right answers: of a stream that took all of it, or of one that went on from before.
 
     The two differ only where a sum in another order tips the balance between two tokens.
     """
@@ -134,7 +134,7 @@ def _say(scheduler: Scheduler, name: str, ids: list[int], sampling: dict[str, An
 
 
 class Player:
-    """One client: plays random scripts until told to stop."""
+    """One client: plays random scripts until `stop` is set."""
 
     def __init__(self, number: int, url: str, model: str, scripts: list[Script], tally: Tally) -> None:
         self._number = number

@@ -1,6 +1,6 @@
-"""One contender in a process of its own, driven by JSON lines.
+"""One decoder in a process of its own, driven by JSON lines.
 
-A process each: thread pools of one contender cannot spin into the time of another, and each may live in an
+A process each: thread pools of one decoder cannot spin into the time of another, and each may live in an
 environment of its own. Requests (standard input) and replies (standard output), one JSON object a line:
 
     when the model is loaded                     ->  {"packages": {name: version}}
@@ -21,14 +21,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from contenders import CONTENDERS, Contender, Setup
+from baselines import DECODERS, Decoder, Setup
 from harness import peak_memory_mb, versions
 
 
 def main() -> None:
-    """Load the contender, say so, then answer requests."""
+    """Load the decoder, report that, then answer requests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=CONTENDERS)
+    parser.add_argument("kind", choices=DECODERS)
     parser.add_argument("path")
     for option in ("threads", "capacity", "sinks"):
         parser.add_argument(f"--{option}", type=int, required=True)
@@ -41,18 +41,18 @@ def main() -> None:
         print(json.dumps(message), file=replies, flush=True)
 
     setup = Setup(arguments.path, arguments.threads, arguments.capacity, arguments.sinks)
-    contender: Contender = CONTENDERS[arguments.kind](setup)
+    decoder: Decoder = DECODERS[arguments.kind](setup)
     reply(packages=versions())
     token = -1
     for line in sys.stdin:
         request = json.loads(line)
         if request["op"] == "prefill":
-            work = [lambda _, r=request: contender.prefill(r["ids"], r["limit"])]
+            work = [lambda _, r=request: decoder.prefill(r["ids"], r["limit"])]
         else:
-            work = [contender.step] * request["count"]
+            work = [decoder.step] * request["count"]
         try:
             times_ms, tokens = _timed(work, token)
-        except Exception as error:  # what a contender does past its limits is a result
+        except Exception as error:  # what a decoder does past its limits is a result
             reply(error=(str(error).strip() or type(error).__name__).splitlines()[0])
             continue
         token = tokens[-1]

@@ -1,4 +1,4 @@
-"""The contenders' processes, seen from the benchmark that drives them."""
+"""The decoders' processes, seen from the benchmark that drives them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ HERE = Path(__file__).parent
 
 
 def kind_of(name: str) -> str:
-    """Which of `contenders.CONTENDERS` a name such as ``genai:int4`` is; variants follow the colon."""
+    """The key of `baselines.DECODERS` in a name such as ``genai:int4``; variants follow the colon."""
     return name.partition(":")[0]
 
 
-class ContenderError(Exception):
-    """What a contender said when it could not go on."""
+class DecoderError(Exception):
+    """The error message of a decoder that could not go on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Reply:
 
 
 class Worker:
-    """A contender's process."""
+    """A decoder's process."""
 
     def __init__(self, name: str, path: Path, *, python: str, threads: int, capacity: int, sinks: int) -> None:
         self.name = name
@@ -51,14 +51,14 @@ class Worker:
     def prefill(self, ids: list[int], limit: int) -> Reply:
         """Start a stream that will have at most `limit` tokens.
 
-        Raises: ContenderError.
+        Raises: DecoderError.
         """
         return Reply(**self._ask(op="prefill", ids=ids, limit=limit))
 
     def steps(self, count: int) -> Reply:
         """`count` steps.
 
-        Raises: ContenderError.
+        Raises: DecoderError.
         """
         return Reply(**self._ask(op="steps", count=count))
 
@@ -74,7 +74,7 @@ class Worker:
         print(json.dumps(request), file=self._process.stdin, flush=True)
         answer = self._reply()
         if "error" in answer:
-            raise ContenderError(answer["error"])
+            raise DecoderError(answer["error"])
         return answer
 
     def _reply(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def packages(workers: list[Worker]) -> dict[str, str]:
 def running(
     paths: Mapping[str, Path], peer_python: str, *, threads: int, capacity: int, sinks: int
 ) -> Iterator[list[Worker]]:
-    """A process for each contender, loaded and waiting. paths: its model by name."""
+    """Start a process for each decoder; yield them loaded and waiting. paths: name -> its model."""
     workers: list[Worker] = []
     try:
         for name, path in paths.items():

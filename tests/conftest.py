@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pickle
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support import SharedExports, built_once, read_operators_once, shared_folder
+
 if TYPE_CHECKING:
     from tests.cpp.build import CppRuntime
-
-Built = TypeVar("Built")
 
 # A test run that a shell starts in the background inherits an ignored SIGINT, and so would the programs that tests
 # start and then interrupt.
@@ -25,7 +22,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come first, so that workers end at about the same time: slow ones, then the exporter's."""
+    """Files that take long come first, so that little is left when workers begin to take each other's tests.
+
+    The first half of the tests goes to the first worker, the second half to the second.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in slow, "exporter" not in item.path.parts))
 
@@ -39,12 +39,25 @@ def _interrupts_as_before() -> Iterator[None]:
     sys.unraisablehook = hook
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _operators_are_read_once() -> None:
+    """In processes whose tests have imported torch."""
+    if "torch" in sys.modules:
+        read_operators_once()
+
+
+@pytest.fixture(scope="session")
+def shared_export(tmp_path_factory: pytest.TempPathFactory) -> SharedExports:
+    """Exports of tiny models for tests that only read them."""
+    return SharedExports(shared_folder(tmp_path_factory) / "exports")
+
+
 @pytest.fixture(scope="session")
 def plugin_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The TensorRT plugin, compiled once."""
     from tests.plugins.trt_library import build_plugin
 
-    return _built_once(tmp_path_factory, "plugin", build_plugin)
+    return built_once(shared_folder(tmp_path_factory) / "plugin", build_plugin)
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +65,7 @@ def cpp_runtime(tmp_path_factory: pytest.TempPathFactory) -> CppRuntime:
     """The C++ runtime and its tests' programs, compiled once."""
     from tests.cpp.build import build_cpp
 
-    return _built_once(tmp_path_factory, "cpp", lambda folder: build_cpp(folder, sanitize=False))
+    return built_once(shared_folder(tmp_path_factory) / "cpp", lambda folder: build_cpp(folder, sanitize=False))
 
 
 @pytest.fixture(scope="session")
@@ -60,18 +73,6 @@ def sanitized_cpp_runtime(tmp_path_factory: pytest.TempPathFactory) -> CppRuntim
     """The same with AddressSanitizer and UndefinedBehaviorSanitizer, and the fuzzers."""
     from tests.cpp.build import build_cpp
 
-    return _built_once(tmp_path_factory, "cpp-sanitized", lambda folder: build_cpp(folder, sanitize=True))
-
-
-def _built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], Built]) -> Built:
-    """What `build` makes in a folder of its own, however many workers ask for it: the others read what it returned."""
-    base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = folder / "built.pickle"
-        if not done.exists():
-            done.write_bytes(pickle.dumps(build(folder)))
-        built: Built = pickle.loads(done.read_bytes())
-        return built
+    return built_once(
+        shared_folder(tmp_path_factory) / "cpp-sanitized", lambda folder: build_cpp(folder, sanitize=True)
+    )

@@ -5,7 +5,7 @@
 
 A case is a model with random weights, a Llama unless attention has more: B streams, a prompt in chunks, steps over two
 wraps of the window. Expected logits come from ONNX Runtime's CPU in float32: a bundle of the same weights, recipe and
-window type without plugin, whose products do not round their inputs.
+window type without plugin, whose matmuls do not round their inputs.
 `check` builds engines, decodes with the C++ runtime and prints a line of JSON with the errors, relative to the norm of
 the expected logits.
 """
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reference import float_products
+from reference import float_matmuls
 
 S, W, CHUNK, PROMPT, STEPS = 4, 60, 16, 100, 150
 VOCAB = 1024
-# Median and largest relative error that pass: float16 products and attention against float32. With INT8 experts
+# Median and largest relative error that pass: float16 matmuls and attention against float32. With INT8 experts
 # rounding tips a choice now and then; the nodes in NumPy, with exact attention, are as far (largest 0.095).
 LIMITS = (0.02, 0.06)
 INT8_EXPERTS = (0.02, 0.2)
@@ -47,10 +47,10 @@ def _case(head_dim: int = 64, **others: Any) -> dict[str, Any]:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "fp16 products": _case(),
+    "fp16 matmuls": _case(),
     "int8 weights": _case(recipe="int8-channel"),
     "int8 window": _case(recipe="int8-channel", kv="int8"),
-    "int8 window, fp16 products": _case(kv="int8"),
+    "int8 window, fp16 matmuls": _case(kv="int8"),
     "3 streams": _case(recipe="int8-channel", batch=3),
     "3 streams, int8 window": _case(recipe="int8-channel", kv="int8", batch=3),
     "separate buffers": _case(recipe="int8-channel", separate=True),
@@ -59,7 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
     "heads of 96": _case(96, recipe="int8-channel"),
     "heads of 128": _case(128, recipe="int8-channel"),
     "heads of 256": _case(256, recipe="int8-channel"),
-    # Without a recipe: ONNX Runtime rounds the inputs of INT8 products to 8 bits, more than these models forgive.
+    # Without a recipe: ONNX Runtime rounds the inputs of INT8 matmuls to 8 bits, more than these models forgive.
     "alibi": _case(family="bloom"),
     "alibi, int8 window": _case(kv="int8", family="bloom"),
     "sink logit": _case(family="flint"),
@@ -171,7 +171,7 @@ def make(root: Path, names: Sequence[str]) -> None:
         )
         tokens = np.random.default_rng(index).integers(0, VOCAB, (PROMPT + STEPS, case["batch"]), np.int32)
         tokens.tofile(folder / "tokens.bin")
-        with float_products(folder / "expected") as exact, Session.load(exact) as session:
+        with float_matmuls(folder / "expected") as exact, Session.load(exact) as session:
             if case["separate"]:  # decode only, from the first token
                 rows = [session.step(row).copy() for row in tokens]
             else:
@@ -232,7 +232,7 @@ def _sink_tuning(model: Any) -> Any:
 def check(
     root: Path, names: Sequence[str], tools: Path, plugin: Path, build_options: list[str], timeout_s: float, jobs: int
 ) -> list[dict[str, Any]]:
-    """Build and run cases, `jobs` at a time. A failure of one is told in its row."""
+    """Build and run cases, `jobs` at a time. A failure of one is reported in its row."""
 
     def checked(name: str) -> dict[str, Any]:
         row = {"case": name, **_checked(folder_of(root, name), CASES[name], tools, plugin, build_options, timeout_s)}

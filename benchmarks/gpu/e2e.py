@@ -1,7 +1,7 @@
 """The C++ runtime on a GPU, end to end: parity, endurance, speed against the floor and against others, faults.
 
     python benchmarks/gpu/e2e.py --tensorrt DIR --tools DIR --plugin FILE --work DIR --out DIR \
-        [--model MODEL.gguf --references DIR] [--cases DIR] [--parts smollm2,shape8,..] [--budget SECONDS]
+        [--model MODEL.gguf --references DIR] [--cases DIR] [--parts smollm2,shape8,..] [--seconds N]
 
 --tensorrt: folder of libnvinfer and its parser. --tools: where benchmarks/gpu/CMakeLists.txt was built. --plugin:
 libsinkexport_plugin.so for that TensorRT. --work: bundles are kept there, and used again by a second call.
@@ -24,22 +24,20 @@ Parts of one machine's GPUs may run side by side: a process for each, with CUDA_
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from reference import compare
+from steps import Bench, StepError
 
 HERE = Path(__file__).parent
 PARTS = ("cases", "smollm2", "soak", "shape8", "peers8", "shape32", "peers32")
@@ -50,127 +48,6 @@ RECIPES = {  # bundles of --model: options of 'sinkexport export'
     "int8-kv8": ["--recipe", "int8-channel", "--kv", "int8"],
 }
 LARGEST_WINDOW = 4092
-STUB = 'extern "C" bool initLibNvInferPlugins(void*, const char*) { return true; }\n'
-
-
-class StepError(Exception):
-    """A step did not do what it should; the line says why."""
-
-
-class Bench:
-    """Runs steps and keeps what they found."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self.out, self.work = arguments.out.absolute(), arguments.work.absolute()
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.results: dict[str, Any] = {}
-        self.running: set[subprocess.Popen[bytes]] = set()
-        self.started = time.monotonic()
-        self.environment = {**os.environ, "CUDA_MODULE_LOADING": "LAZY"}
-        if arguments.tensorrt is not None:
-            folder = arguments.tensorrt.absolute()
-            libraries = [str(folder)]
-            if not list(folder.glob("libnvinfer_plugin.so*")):  # the parser is linked with it, and needs nothing of it
-                libraries.append(str(self._stub()))
-            libraries += filter(None, [os.environ.get("LD_LIBRARY_PATH")])
-            self.environment["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
-
-    def left(self) -> float:
-        """Seconds of the budget."""
-        return self.arguments.budget - (time.monotonic() - self.started)
-
-    def run(self, name: str, command: Sequence[Any], limit_s: float, *, gpu_environment: bool = True) -> str:
-        """Run a program; its output goes to OUT/NAME.log.
-
-        Returns its standard output. Raises: StepError.
-        """
-        limit = min(limit_s, self.left())
-        if limit < 5:
-            raise StepError("no time left")
-        log = self.out / f"{name.replace(' ', '-')}.log"
-        start = time.monotonic()
-        with log.open("ab") as file:
-            file.write(f"$ {' '.join(map(str, command))}\n".encode())
-            file.flush()
-            process = subprocess.Popen(
-                list(map(str, command)),
-                stdout=subprocess.PIPE,
-                stderr=file,
-                start_new_session=True,
-                env=self.environment if gpu_environment else None,
-            )
-            self.running.add(process)
-            try:
-                out, _ = process.communicate(timeout=limit)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                out, _ = process.communicate()
-                file.write(out)
-                raise StepError(f"more than {limit:.0f} s") from None
-            finally:
-                self.running.discard(process)
-            file.write(out)
-        print(
-            f"[{time.monotonic() - self.started:5.0f} s] {name}: {time.monotonic() - start:.1f} s, "
-            f"exit code {process.returncode}",
-            flush=True,
-        )
-        if process.returncode != 0:
-            lines = log.read_text(errors="replace").strip().splitlines()
-            raise StepError(f"exit code {process.returncode}: {lines[-1][:300]}")
-        return out.decode(errors="replace")
-
-    def stop(self) -> None:
-        """End what is still running: exports that came too late."""
-        for process in tuple(self.running):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-    def found(self, name: str, **facts: Any) -> None:
-        """Keep facts of a step, on disk at once."""
-        self.results.setdefault(name, {}).update(facts)
-        (self.out / "results.json").write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
-        print(f"[{time.monotonic() - self.started:5.0f} s] {name}: {json.dumps(facts)[:600]}", flush=True)
-
-    @contextlib.contextmanager
-    def step(self, name: str) -> Any:
-        """A failure is a fact, too."""
-        try:
-            yield
-        except Exception as error:
-            self.found(name, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
-
-    def probe(self, name: str, *words: Any, limit_s: float = 120) -> dict[str, Any]:
-        """The last line of a probe's output, as JSON."""
-        out = self.run(name, [self.arguments.tools / "probe", *words], limit_s)
-        answer: dict[str, Any] = json.loads(out.strip().split("\n")[-1])
-        return answer
-
-    def build(self, name: str, bundle: Path, limit_s: float) -> None:
-        """Engines of a bundle, unless it has them already."""
-        if json.loads((bundle / "manifest.json").read_text())["engines"]:
-            return
-        command = [self._tool("sinkrt_build"), bundle, "--plugin", self.arguments.plugin]
-        if self.arguments.tactic_sources is not None:
-            command += ["--tactic-sources", self.arguments.tactic_sources]
-        start = time.monotonic()
-        self.run(f"build {name}", command, limit_s)
-        self.found(name, build_s=round(time.monotonic() - start, 1))
-
-    def _tool(self, name: str) -> Path:
-        for place in (self.arguments.tools / name, self.arguments.tools / "sinkrt" / name):
-            if place.is_file():
-                return place
-        raise StepError(f"no '{name}' in --tools")
-
-    def _stub(self) -> Path:
-        folder = Path(tempfile.mkdtemp(prefix="stub-"))
-        (folder / "stub.cpp").write_text(STUB)
-        library = folder / "libnvinfer_plugin.so.8"
-        subprocess.run(["g++", "-shared", "-fPIC", "-o", library, folder / "stub.cpp"], check=True)
-        return folder
 
 
 # --- a real model -----------------------------------------------------------------------------------------------------
@@ -394,7 +271,7 @@ def cases(bench: Bench) -> None:
         build = [] if bench.arguments.tactic_sources is None else ["--tactic-sources", bench.arguments.tactic_sources]
         tools = Path(tempfile.mkdtemp(dir=bench.work))
         for name in ("sinkrt_build", "probe", "run_engine"):
-            (tools / name).symlink_to(bench._tool(name).absolute())
+            (tools / name).symlink_to(bench.tool(name).absolute())
         copy = bench.work / "cases"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(bench.arguments.cases, copy)
@@ -461,7 +338,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--recipes", default=",".join(SHAPE_RECIPES), help="of shape8 and shape32")
     parser.add_argument("--windows", default=f"{LARGEST_WINDOW},1020", help="of shape8 and shape32; none is larger")
-    parser.add_argument("--budget", type=float, default=3600, help="seconds for all of it")
+    parser.add_argument("--seconds", type=float, default=3600, help="seconds for all of it")
     return parser.parse_args()
 
 

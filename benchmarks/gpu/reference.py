@@ -5,7 +5,7 @@
 OUT.npz: prompt int32 [P]; tokens int32 [N], greedy; top_ids int32 and top_logits float32 [N, 64], the largest logits
 that each token was picked from; spread float32 [N], standard deviation of all of them.
 
-Products with rounded weights are of float32: ONNX Runtime's INT8 arithmetic would round their inputs too, by some
+Matmuls with rounded weights are of float32: ONNX Runtime's INT8 arithmetic would round their inputs too, by some
 percent of the logits, which a GPU does not.
 """
 
@@ -32,8 +32,8 @@ PROMPT = "Once upon a time, in a village at the edge of a great forest,"
 
 
 @contextlib.contextmanager
-def float_products(bundle: Path) -> Iterator[Path]:
-    """A bundle of target ``onnx`` with the same weights, whose products do not round their inputs."""
+def float_matmuls(bundle: Path) -> Iterator[Path]:
+    """A bundle of target ``onnx`` with the same weights, whose matmuls do not round their inputs."""
     with tempfile.TemporaryDirectory(dir=bundle.parent) as name:
         folder = Path(name) / bundle.name
         shutil.copytree(bundle, folder)
@@ -51,7 +51,7 @@ def float_products(bundle: Path) -> Iterator[Path]:
 
 def reference(bundle: Path, prompt: str, num_tokens: int) -> dict[str, np.ndarray]:
     """Greedy decoding, end of text ignored."""
-    with float_products(bundle) as exact, Session.load(exact) as session:
+    with float_matmuls(bundle) as exact, Session.load(exact) as session:
         ids = session.tokenizer.encode(prompt)
         logits = session.prefill(ids)[0]
         tokens, top_ids, top_logits, spread = [], [], [], []
@@ -76,8 +76,8 @@ def compare(logits: np.ndarray, tokens: np.ndarray, want: dict[str, np.ndarray])
     """Logits float32 [N, vocab], of the reference's tokens fed one after the other, and greedy `tokens` [N] against it.
 
     error: of the logits that were largest in the reference, root mean square over spread, by step. agree: share of
-    steps with the same favourite. first_divergence: first greedy token that differs; None: none does. margin: how far
-    apart the reference's two favourites lay there, over spread.
+    steps with the same top-1 token. first_divergence: first greedy token that differs; None: none does. margin: how far
+    apart the reference's two likeliest tokens lay there, over spread.
     """
     got = np.take_along_axis(logits, want["top_ids"], axis=1)
     errors = np.sqrt(((got - want["top_logits"]) ** 2).mean(axis=1)) / want["spread"]

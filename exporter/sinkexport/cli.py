@@ -1,4 +1,4 @@
-"""The command line: ``sinkexport``. Commands are loaded when they are called, so that `run` never imports torch."""
+"""The command line: ``sinkexport``. A command's module is imported when it is called: `run` never imports torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMANDS = {
     "export": "Turn a Hugging Face model into a bundle.",
     "calibrate": "Find the ranges of a model's activations for a recipe.",
     "build": "Build TensorRT engines of a bundle.",
-    "run": "Stream text from a bundle, for ever if you like.",
+    "run": "Stream text from a bundle, forever if you like.",
     "verify": "Compare a bundle with its model.",
     "eval": "Streaming perplexity over a long text, with a plot.",
     "bench": "Measure speed and memory of a bundle.",
@@ -37,7 +37,7 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERNAL = 70
 EXIT_INTERRUPTED = 130
 INTERRUPT_AGAIN_S = 0.05
-"""After which a Ctrl-C that Python had to swallow comes again."""
+"""Time after which a Ctrl-C that Python had to swallow is repeated."""
 OPTIONAL_PACKAGES = {
     **dict.fromkeys(
         (
@@ -59,7 +59,7 @@ OPTIONAL_PACKAGES = {
     "matplotlib": "plot",
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "serve"),
 }
-"""The extra that installs each package which the runtime alone does not need."""
+"""The extra of each package that the runtime does not need."""
 
 
 class _CtrlCError(Exception):
@@ -97,7 +97,7 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """The overview comes from the table above: help must not import anything heavy."""
+        """Write the overview from the table above: help must not import anything heavy."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
@@ -112,7 +112,7 @@ def cli(debug: bool) -> None:
       sinkexport export MODEL -o DIR      a model to a bundle
       sinkexport run DIR --chat           talk to it for weeks
 
-    `sinkexport COMMAND --help` tells a command's options.
+    `sinkexport COMMAND --help` shows a command's options.
     """
 
 
@@ -158,9 +158,9 @@ def main() -> None:
 
 
 def _fill_closed_descriptors() -> None:
-    """Nothing to read where stdin is closed (``<&-``), nowhere to complain where stderr is, a refusal for stdout.
+    """Open /dev/null in place of a closed stdin (``<&-``) or stderr; refuse a closed stdout.
 
-    Left closed, the next file that is opened would get the number, and what is printed would land in it.
+    Left closed, the next file that is opened would get the number, and output would land in it.
 
     Raises: UsageError.
     """
@@ -183,10 +183,10 @@ def _fill_closed_descriptors() -> None:
 
 
 class _Lossy(io.FileIO):
-    """A file that takes all that is written, and loses what cannot be."""
+    """A file that accepts all that is written, and loses what cannot be."""
 
     def write(self, data: Buffer, /) -> int:
-        """Raises nothing."""
+        """Write what can be written. Raises nothing."""
         size = memoryview(data).nbytes
         try:
             return super().write(data) or size  # None: it would have to wait
@@ -195,7 +195,10 @@ class _Lossy(io.FileIO):
 
 
 def _let_stderr_fail() -> None:
-    """A log on a full disk, or a reader of the log that has gone, must end no stream and change no exit code."""
+    """Make errors of stderr harmless: a full disk or a reader that has gone must end no stream.
+
+    Nor may it change an exit code.
+    """
     if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
         file = io.BufferedWriter(_Lossy(sys.stderr.fileno(), "w", closefd=False))
         sys.stderr = io.TextIOWrapper(
@@ -212,10 +215,9 @@ def _is_open(number: int) -> bool:
 
 
 def _recorded_interrupts() -> list[int]:
-    """A list that grows with every Ctrl-C from now on; each still raises KeyboardInterrupt.
+    """Record every Ctrl-C from now on in a list; each still raises KeyboardInterrupt.
 
-    One that strikes inside a finalizer cannot be raised; Python would print its traceback and go on. It comes again a
-    moment later.
+    Inside a finalizer it cannot be raised: Python would print its traceback and go on. It is repeated a moment later.
     """
     seen: list[int] = []
 

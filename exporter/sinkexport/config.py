@@ -1,4 +1,4 @@
-"""What the user asks of an export."""
+"""Options of an export."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from sinkrt.contract import TARGETS
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
+
+from sinkexport.targets import OPTIONS, Target, find_target
+from sinkexport.variants.variant import AttentionVariant
 
 if TYPE_CHECKING:
     from sinkexport.quant.ranges import Ranges
     from sinkexport.quant.recipe import Recipe
     from sinkexport.variants.affine import AffineFile
-    from sinkexport.variants.head_windows import BudgetFile
+    from sinkexport.variants.head_windows import HeadWindowFile as BudgetFile
     from sinkexport.variants.sink_tuning import SinkTuningFile
 
 WEIGHT_DTYPES: Mapping[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
@@ -36,7 +38,7 @@ DEFAULT_CHUNK_SIZE = 64
 class ExportConfig:
     """Geometry and precision of a bundle.
 
-    num_sink_tokens: S >= 0, first tokens of a stream that are kept for ever (StreamingLLM, arXiv:2309.17453).
+    num_sink_tokens: S >= 0, first tokens of a stream that are kept forever (StreamingLLM, arXiv:2309.17453).
     window_size: W >= 1, most recent tokens kept.
     batch: B >= 1, streams decoded together, each with a position of its own.
     chunk_size: T, tokens that the prefill graph takes in one run, 1 .. W; None: `DEFAULT_CHUNK_SIZE` or W, whichever
@@ -50,7 +52,7 @@ class ExportConfig:
     recipe: how to quantise; None: not at all. calibration: what a recipe with static ranges or smoothing needs.
     kv: ``fp | int8``, the window's keys and values: INT8 with a scale for each key head and token. Sinks always stay in
     `dtype`. None: as the recipe says, or ``fp``.
-    budgets: windows of single key heads (docs/budgets.md), the longest of window_size tokens; None: all have it.
+    budgets: per-head windows (docs/head_windows.md), the longest of window_size tokens; None: all heads have it.
     sink_tuning: factors on the attention to token 0 (docs/sink_tuning.md); None: attention is the model's own.
     affine: scales and biases of the attention weights (docs/sink_tuning.md); None: they are those of the softmax.
 
@@ -74,47 +76,8 @@ class ExportConfig:
     affine: AffineFile | None = None
 
     def __post_init__(self) -> None:
-        for name, option, low, high in (
-            ("num_sink_tokens", "--sink-tokens", 0, MAX_SINK_TOKENS),
-            ("window_size", "--window", 1, MAX_WINDOW),
-            ("batch", "--batch", 1, MAX_BATCH),
-            ("chunk_size", "--chunk", 1, MAX_CHUNK),
-        ):
-            value = getattr(self, name)
-            if name == "chunk_size" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise UsageError(
-                    problem(name, received=repr(value), expected=f"an integer {low} .. {high}", fix=f"change {option}")
-                )
-        if self.sink_token is not None and not self.num_sink_tokens:
-            raise UsageError(
-                problem(
-                    "sink_token",
-                    received="no sinks",
-                    expected="at least one, to keep the token",
-                    fix="use --sink-tokens 1",
-                )
-            )
-        if self.dtype not in WEIGHT_DTYPES:
-            raise UsageError(
-                problem("dtype", received=repr(self.dtype), expected=" | ".join(WEIGHT_DTYPES), fix="change --dtype")
-            )
-        if self.target not in TARGETS:
-            raise UsageError(
-                problem("target", received=repr(self.target), expected=" | ".join(TARGETS), fix="change --target")
-            )
-        if self.native and self.target != "tensorrt":
-            raise UsageError(
-                problem(
-                    "native",
-                    received=f"target {self.target}",
-                    expected="target tensorrt",
-                    fix="leave --native out: other targets are native anyway",
-                )
-            )
-        if self.kv not in (None, *KV_KINDS):
-            raise UsageError(problem("kv", received=repr(self.kv), expected=" | ".join(KV_KINDS), fix="change --kv"))
+        self._check_numbers()
+        self._check_choices()
         if self.recipe is not None:
             self._check_recipe(self.recipe)
         if self.calibration is not None and (self.recipe is None or not self.recipe.may_need_calibration):
@@ -133,15 +96,7 @@ class ExportConfig:
             self._check_sink_tuning(self.sink_tuning)
         if self.affine is not None:
             self._check_affine()
-        if self.budgets is not None and self.budgets.longest != self.window_size:
-            raise UsageError(
-                problem(
-                    "--window",
-                    received=f"{self.window_size}, and budgets of up to {self.budgets.longest} tokens",
-                    expected="the longest budget",
-                    fix=f"pass --window {self.budgets.longest}",
-                )
-            )
+        self.variant.check_window_size(self.window_size)
         if self.num_tokens_per_chunk > self.window_size:
             raise UsageError(
                 problem(
@@ -152,8 +107,51 @@ class ExportConfig:
                 )
             )
 
+    def _check_numbers(self) -> None:
+        for name, option, low, high in (
+            ("num_sink_tokens", "--sink-tokens", 0, MAX_SINK_TOKENS),
+            ("window_size", "--window", 1, MAX_WINDOW),
+            ("batch", "--batch", 1, MAX_BATCH),
+            ("chunk_size", "--chunk", 1, MAX_CHUNK),
+        ):
+            value = getattr(self, name)
+            if name == "chunk_size" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise UsageError(
+                    problem(name, received=repr(value), expected=f"an integer {low} .. {high}", fix=f"change {option}")
+                )
+
+    def _check_choices(self) -> None:
+        if self.sink_token is not None and not self.num_sink_tokens:
+            raise UsageError(
+                problem(
+                    "sink_token",
+                    received="no sinks",
+                    expected="at least one, to keep the token",
+                    fix="use --sink-tokens 1",
+                )
+            )
+        for name, value, choices in (
+            ("dtype", self.dtype, WEIGHT_DTYPES),
+            ("target", self.target, OPTIONS),
+            ("kv", self.kv, (None, *KV_KINDS)),
+        ):
+            if value not in choices:
+                expected = " | ".join(choice for choice in choices if choice is not None)
+                raise UsageError(problem(name, received=repr(value), expected=expected, fix=f"change --{name}"))
+        if find_target(self.target, native=self.native) is None:
+            raise UsageError(
+                problem(
+                    "native",
+                    received=f"target {self.target}",
+                    expected="target tensorrt",
+                    fix="leave --native out: other targets are native anyway",
+                )
+            )
+
     def _check_recipe(self, recipe: Recipe) -> None:
-        if self.target not in recipe.targets:
+        if target_of(self).recipes not in recipe.targets:
             raise UsageError(
                 problem(
                     f"recipe '{recipe.name}'",
@@ -173,7 +171,7 @@ class ExportConfig:
             )
 
     def _check_sink_tuning(self, tuning: SinkTuningFile) -> None:
-        if tuning.act is not None and self.has_plugins:
+        if tuning.act is not None and not target_of(self).changes_attention:
             raise UsageError(
                 problem(
                     "--sink-tuning",
@@ -193,7 +191,7 @@ class ExportConfig:
             )
 
     def _check_affine(self) -> None:
-        if self.has_plugins:
+        if not target_of(self).changes_attention:
             raise UsageError(
                 problem(
                     "--affine",
@@ -213,7 +211,7 @@ class ExportConfig:
             )
 
     def _check_int8_window(self) -> None:
-        if self.native:
+        if not target_of(self).has_int8_window:
             raise UsageError(
                 problem(
                     "kv",
@@ -233,9 +231,18 @@ class ExportConfig:
             )
 
     @property
+    def variant(self) -> AttentionVariant:
+        """Changes that the export makes to the model's attention, without the files that state them."""
+        return AttentionVariant(
+            sink_tuning=None if self.sink_tuning is None else self.sink_tuning.facts,
+            head_windows=None if self.budgets is None else self.budgets.windows,
+            affine=self.affine,
+        )
+
+    @property
     def has_plugins(self) -> bool:
         """Whether the graphs have nodes of the TensorRT plugins."""
-        return self.target == "tensorrt" and not self.native
+        return target_of(self).has_plugins
 
     @property
     def has_int8_window(self) -> bool:
@@ -253,12 +260,22 @@ class ExportConfig:
         return self.num_sink_tokens + self.window_size
 
     def ring(self, own_window: int | None, window_size: int | None = None) -> Ring:
-        """The cache of a layer in which the model itself sees `own_window` tokens, the newest included; None: all.
+        """Geometry of the cache of a layer, or of some of its heads.
 
-        window_size: W of these heads, if they have a budget. S + W tokens, unless the model's own window is smaller:
-        then exactly that window, without sinks, as the model has it.
+        own_window: the layer's sliding window, tokens, the newest included; None: it sees all.
+        window_size: the heads' window; None: W.
+
+        S + W tokens, unless the sliding window is smaller: then exactly that window without sinks, as the model has it.
         """
         window_size = self.window_size if window_size is None else window_size
         if own_window is not None and own_window < self.num_sink_tokens + window_size:
             return Ring(0, own_window)
         return Ring(self.num_sink_tokens, window_size)
+
+
+def target_of(config: ExportConfig) -> Target:
+    """The target that a config chooses."""
+    found = find_target(config.target, native=config.native)
+    if found is None:
+        raise ValueError(f"no target '{config.target}' with native {config.native}")
+    return found

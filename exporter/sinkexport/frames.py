@@ -1,4 +1,4 @@
-"""Export a model that makes frames, or blocks of frames, one after the other for ever: video and audio.
+"""Export a model that makes frames, or blocks of frames, one after the other forever: video and audio.
 
 The model is a module of the caller's, since there is no common interface of such models as there is of language models:
 its ``forward(position, oldest, states, **inputs) -> (output, next states)`` makes one block and calls
@@ -19,15 +19,20 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.frames import GRAPH_FILE, SPEC_FILE, FrameSpec, FrameState
 from sinkrt.ring import phase_frequency
 
-from sinkexport.graph.convert import convert, expand, finish, prepare, tensor_spec
+from sinkexport.graph.convert import convert, finish, tensor_spec
+from sinkexport.graph.graph_pass import PassContext, run_passes
 from sinkexport.model.attention import rotated, stream_angles
 from sinkexport.model.block_attention import block_attention
 from sinkexport.pipeline.bundle_writer import staged_bundle, write_graph
+from sinkexport.targets import ONNX
+
+PASSES = ("fold_constants", "make_reshapes_static", "expand_attention", "make_reshapes_static")
+"""Graph passes: those of the target ``onnx`` that a model of the caller's needs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FrameGeometry:
-    """num_sink_blocks: S >= 0, first blocks kept for ever. window_blocks: W >= 1, last blocks kept, the one at hand
+    """num_sink_blocks: S >= 0, first blocks kept forever. window_blocks: W >= 1, last blocks kept, the one at hand
     included. block_tokens: T >= 1, tokens of a block. batch: B streams in step.
 
     Raises: UsageError.
@@ -55,7 +60,7 @@ class FrameGeometry:
 
 
 class FrameCache:
-    """What the attentions over time of one forward pass share. Make one at the start of ``forward``.
+    """State that the attentions over time of one forward pass share. Make one at the start of ``forward``.
 
     inv_freq: [R/2], radians a block, of the rotation over time; empty: none. interleaved: pairs are neighbours
     (2i, 2i+1); otherwise (i, i + R/2). The leading R dimensions of a head turn.
@@ -84,7 +89,7 @@ class FrameCache:
 
     @property
     def next_states(self) -> list[torch.Tensor]:
-        """What ``forward`` returns, in the order of ``states``."""
+        """States that ``forward`` returns, in the order of ``states``."""
         return self._next
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
@@ -140,8 +145,7 @@ def export_frames(
     with torch.no_grad():
         program = torch.export.export(model, (zeros, zeros.clone(), list(states)), dict(inputs), strict=False)
     graph_model = convert(program)
-    prepare(graph_model)
-    expand(graph_model)
+    run_passes(graph_model, PASSES, PassContext(ONNX))
     graph = graph_model.graph
     position, oldest, *rest = graph.inputs
     befores, others = rest[: len(states)], rest[len(states) :]
@@ -160,13 +164,14 @@ def export_frames(
         value.name = name
     for i, (before, after) in enumerate(zip(befores, afters, strict=True)):
         before.name, after.name = f"state.{i}", f"state.{i}.next"
-    finish(graph_model, "frames")
+    finish(graph_model, "frames", ONNX)
     spec = FrameSpec(
         **dataclasses.asdict(geometry),
         inputs=tuple(tensor_spec(value) for value in others),
         output=tensor_spec(output),
         states=tuple(
-            FrameState(tensor_spec(before), str(after.name)) for before, after in zip(befores, afters, strict=True)
+            FrameState(input=tensor_spec(before), output=str(after.name))
+            for before, after in zip(befores, afters, strict=True)
         ),
     )
     with staged_bundle(Path(out), overwrite=overwrite) as stage:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import logging
 from collections.abc import Iterator
@@ -12,54 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 from sinkrt.errors import SinkError, UsageError, problem
 
+from sinkexport.loading.origin import LoadedModel, Origin
+
 if TYPE_CHECKING:
     from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 
+__all__ = [
+    "LoadedModel",
+    "Origin",
+    "load_config",
+    "load_generation_config",
+    "load_model",
+    "load_tokenizer",
+    "locate",
+    "quiet_transformers",
+    "refuse_architecture",
+]
 
 LOGGER = logging.getLogger("sinkexport")
 REASON_CHARACTERS = 300
-"""Of what a library says of a model that it cannot load."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """A model in evaluation mode on the CPU, its tokenizer if the source has one, and a name for the manifest.
-
-    origin: where its weights lie on the disk; None: a model that was made in memory.
-    A fast tokenizer of transformers, or one of 'tokenizers', is taken over as it is.
-
-    Raises: UsageError for a tokenizer that is none of these.
-    """
-
-    model: Any
-    tokenizer: SourceTokenizer | None
-    name: str
-    origin: Origin | None = None
-
-    def __post_init__(self) -> None:
-        if self.tokenizer is not None:
-            from sinkexport.loading.tokenizers.source_tokenizer import as_source_tokenizer
-
-            object.__setattr__(self, "tokenizer", as_source_tokenizer(self.tokenizer))
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """A model that is named by a user.
-
-    source: as it was given. path: the model folder or the GGUF file; None: an id of the Hub.
-    location: arguments of transformers' from_pretrained. name: of the model, for the manifest.
-    """
-
-    source: str
-    path: Path | None
-    location: dict[str, Any]
-    name: str
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether the model is a GGUF file."""
-        return "gguf_file" in self.location
+"""Characters of what a library says of a model that it cannot load."""
 
 
 def load_model(source: str, dtype: str = "float32") -> LoadedModel:
@@ -86,7 +57,7 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
             tokenizer = source_tokenizer(origin)
             if tokenizer is not None:
                 tokenizer = fitted(tokenizer, model.get_input_embeddings().weight.shape[0])
-    return LoadedModel(model.eval(), tokenizer, origin.name, origin)
+    return LoadedModel(model=model.eval(), tokenizer=tokenizer, name=origin.name, origin=origin)
 
 
 def load_tokenizer(source: str) -> SourceTokenizer | None:
@@ -143,7 +114,7 @@ def _config(origin: Origin) -> Any:
 
 
 def locate(source: str) -> Origin:
-    """Where the model `source` is: a folder, a ``.gguf`` file or an id of the Hub.
+    """Locate the model `source`: a folder, a ``.gguf`` file or an id of the Hub.
 
     Raises: UsageError.
     """
@@ -169,7 +140,7 @@ def locate(source: str) -> Origin:
             raise _no_model(source, "no such folder")
         location = {"pretrained_model_name_or_path": source}
         name = path.resolve().name if path.is_dir() else source
-    return Origin(source, path if path.exists() else None, location, name)
+    return Origin(source=source, path=path if path.exists() else None, location=location, name=name)
 
 
 def refuse_architecture(config: Any) -> None:

@@ -1,6 +1,6 @@
-"""One answer in the making: which token comes next, which text may be shown already, and when to stop.
+"""One answer in progress: its next token, the text that may be shown already, and when to stop.
 
-Knows nothing of sessions: a `Session` or a `Scheduler` asks it for a token, feeds that, and pushes it back for its
+It needs no session. `Session.generate` or a `Scheduler` asks it for a token, feeds that, and pushes it back for its
 text.
 """
 
@@ -23,10 +23,10 @@ MAX_STOP_CHARACTERS = 1024
 
 @dataclasses.dataclass(frozen=True)
 class AnswerParams:
-    """How long an answer goes on.
+    """Limits of an answer.
 
-    max_tokens: None for no limit. stop: texts that end the answer, which does not show them; the names of special
-    tokens count there, although answers do not show those.
+    max_tokens: None for no limit. stop: texts that end the answer, which does not show them. Names of special tokens
+    count there, although answers do not show those.
     ignore_eos: go on when the model ends its text.
 
     Raises: UsageError.
@@ -83,7 +83,7 @@ class Answer:
         self.follow(earlier or after, goes_on=bool(earlier))
 
     def follow(self, after: Sequence[int], *, goes_on: bool = False) -> None:
-        """Say what the stream has taken before the answer's first token, where that is known later than the rest."""
+        """Set what the stream has taken before the answer's first token, where that is known later than the rest."""
         self._decoder = self._tokenizer.streaming_decoder(after[:-MAX_PENDING] if goes_on else after)
         for token in after[-MAX_PENDING:] if goes_on else ():
             self._decoder.push(token)
@@ -120,12 +120,12 @@ class Answer:
         return piece
 
     def flush(self) -> str:
-        """What was held back, once the answer is over."""
+        """Text that was held back, once the answer is over."""
         return self._matcher.flush(self._decoder.flush())
 
 
 class StopMatcher:
-    """Passes text on up to the first of some stop sequences, however it is cut into pieces.
+    """Pass text on up to the first of some stop sequences, however it is cut into pieces.
 
     Names of special tokens are part of what is searched, and are not passed on. A stop sequence also counts where it
     is found once they are left out. Only an end that may become a stop sequence is held back, so at most the longest
@@ -170,5 +170,5 @@ class StopMatcher:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` begin `stop`."""
+    """Number of characters at the end of `text` that begin `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -9,7 +9,7 @@ from sinkrt.errors import UsageError, problem
 
 
 def token_ids(ids: npt.ArrayLike, shape: tuple[int, ...], vocab_size: int) -> npt.NDArray[np.int64]:
-    """int64 of `shape`, each 0 .. vocab_size - 1.
+    """Ids as int64 of `shape`, each 0 .. vocab_size - 1.
 
     Raises: UsageError.
     """
@@ -23,6 +23,30 @@ def token_ids(ids: npt.ArrayLike, shape: tuple[int, ...], vocab_size: int) -> np
                 fix="give each stream its tokens",
             )
         )
+    _check_range(array, vocab_size)
+    return array.astype(np.int64, copy=False)
+
+
+def prompt_ids(ids: npt.ArrayLike, vocab_size: int, *, may_be_empty: bool) -> npt.NDArray[np.int64]:
+    """Ids as int64 [N], each 0 .. vocab_size - 1; N >= 1 unless the prompt may be empty.
+
+    Raises: UsageError.
+    """
+    array = np.asarray(ids)
+    if array.ndim != 1 or not (array.size or may_be_empty) or (array.size and array.dtype.kind not in "iu"):
+        raise UsageError(
+            problem(
+                "prompt",
+                received=f"{array.dtype} {list(array.shape)}",
+                expected="integers [N], N >= 1",
+                fix="give some text",
+            )
+        )
+    _check_range(array, vocab_size)
+    return array.astype(np.int64)
+
+
+def _check_range(array: np.ndarray, vocab_size: int) -> None:
     outside = array[(array < 0) | (array >= vocab_size)]
     if outside.size:
         raise UsageError(
@@ -33,11 +57,10 @@ def token_ids(ids: npt.ArrayLike, shape: tuple[int, ...], vocab_size: int) -> np
                 fix="use the tokenizer of this model",
             )
         )
-    return array.astype(np.int64, copy=False)
 
 
 def valid_counts(num_valid: npt.ArrayLike | None, rows: int, width: int) -> npt.NDArray[np.int64]:
-    """int64 [rows], each 1 .. width.
+    """Counts as int64 [rows], each 1 .. width.
 
     Raises: UsageError.
     """

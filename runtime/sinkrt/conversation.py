@@ -1,4 +1,4 @@
-"""One conversation of a `Scheduler`: where it is, what it has taken and what it still has to do."""
+"""One conversation of a `Scheduler`: its stream, the ids that it has taken, and its work."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from sinkrt.answer import Answer
-from sinkrt.session import StreamCopy
+from sinkrt.graph_runner import StreamCopy
 
 DIGEST_BYTES = 16
 NO_IDS = np.zeros(0, dtype=np.int64)
 
 
 class IdHistory:
-    """Which ids a stream has taken, in constant memory: how many, and a hash over them in their order."""
+    """Record of the ids that a stream has taken, in constant memory: their number, and a hash over them in order."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -57,11 +57,11 @@ def _hash() -> hashlib.blake2b:
 
 @dataclasses.dataclass(eq=False)
 class Conversation:
-    """What a scheduler knows of one conversation.
+    """State of one conversation.
 
     stream: where it is now, or None. copy: what it was when it was parked. pending: int64 [N], ids to feed, from `fed`
     on. answer: in progress, or None. lasting: forgotten only if no other can be. paused: has work that must not go on.
-    announced: whether its owner has been told that it has a stream. placed_tokens: fed since it has had its stream.
+    announced: whether an event has reported that it has a stream. placed_tokens: fed since it has had its stream.
     followed: whether the answer knows what it follows. goes_on: whether that is the answer's own text, cut short.
     """
 
@@ -96,14 +96,20 @@ class Conversation:
 
     @property
     def the_answer(self) -> Answer:
-        """The answer in progress. Raises: RuntimeError if there is none."""
+        """The answer in progress.
+
+        Raises: RuntimeError if there is none.
+        """
         if self.answer is None:
             raise RuntimeError(f"conversation '{self.name}' has no answer in progress")
         return self.answer
 
     @property
     def the_stream(self) -> int:
-        """The stream that it is in. Raises: RuntimeError if it is in none."""
+        """The stream that it is in.
+
+        Raises: RuntimeError if it is in none.
+        """
         if self.stream is None:
             raise RuntimeError(f"conversation '{self.name}' is in no stream")
         return self.stream

@@ -1,4 +1,7 @@
-"""Whether an engine that 'sinkexport build' wrote may run here, told before it is loaded: TensorRT says little."""
+"""Check before loading that an engine of 'sinkexport build' may run here: TensorRT's own reasons say little.
+
+Twin of runtime/cpp/src/bundle/engines.h.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from sinkrt.errors import BackendError, problem
 
 @dataclasses.dataclass(frozen=True)
 class EngineHost:
-    """What would run an engine.
+    """Software and GPU that would run an engine.
 
     flavour: ``TensorRT | TensorRT-RTX``. version: of it, in full. plugin_abi: of the plugin library that is loaded;
     None: none is. compute_capability: of the GPU, as ``9.0``.
@@ -25,7 +28,7 @@ class EngineHost:
 
 
 def check_engine(bundle: Path, manifest: Manifest, role: str, host: EngineHost, *, hashes: bool = True) -> Path:
-    """The engine file of the graph `role`, if it is whole, was made of this very graph and runs on `host`.
+    """Path of the engine of the graph `role`, if it is whole, was made of this very graph and runs on `host`.
 
     hashes: compare SHA-256 too, not only the size.
 
@@ -63,5 +66,5 @@ def check_engine(bundle: Path, manifest: Manifest, role: str, host: EngineHost, 
 
 
 def _three_parts(version: str) -> str:
-    """``8.5.3`` of ``8.5.3.1``: the C++ library tells no more of itself, and no more decides."""
+    """First three numbers of a version: the C++ library reports no more of itself, and no more decides."""
     return ".".join(version.split(".")[:3])

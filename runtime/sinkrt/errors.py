@@ -1,4 +1,7 @@
-"""Errors that a user can cause, each told in one line: what, received, expected, fix."""
+"""Errors that a user can cause, each in one line: what, received, expected, fix.
+
+Twin of runtime/cpp/include/sinkrt/error.h.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ class BackendError(SinkError):
 def problem(what: str, *, received: object, expected: str, fix: str) -> str:
     """One line in the house form, e.g. ``window size: received 0, expected >= 1; pass --window``.
 
-    Control characters are shown as escapes: names come from files of strangers, and terminals obey them. For the same
-    reason what is very long is cut.
+    Control characters are shown as escapes: names come from files of strangers, and terminals obey them. Very long
+    values are cut for the same reason.
     """
     return printable(f"{_cut(what)}: received {_cut(str(received))}, expected {expected}; {fix}")
 
@@ -42,7 +45,7 @@ def _cut(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with escapes in place of control characters, lone surrogates and what turns a line around."""
+    """The text with escapes in place of control characters, lone surrogates and marks that reverse a line."""
     if text.isprintable():
         return text
     return "".join(c if _is_harmless(c) else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -1,8 +1,8 @@
-"""Files that take the place of others whole or not at all, and what killed runs leave behind.
+"""Files that replace others whole or not at all, and the leftovers of killed runs.
 
-A new file is written under ``.NAME.xxxxxxxx.partial`` in the folder of NAME, locked for as long as its process lives,
-and renamed once it has reached the disk. So a leftover whose lock is free belongs to a run that was killed, and the
-next one to write NAME removes it. Twin of `Replacement` in runtime/cpp/src/text/replacement.cpp.
+A new file is written under ``.NAME.xxxxxxxx.partial`` in the folder of NAME. It is locked for as long as its process
+lives, and renamed once it has reached the disk. So a leftover whose lock is free belongs to a killed run, and the next
+one to write NAME removes it. Twin of `Replacement` in runtime/cpp/src/text/replacement.cpp.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ except ImportError:  # Windows: nothing is locked, and no leftover removed
     fcntl = None  # type: ignore[assignment]
 
 ATTEMPTS = 16
-"""To make a file that another process does not take for a leftover between its making and its locking."""
+"""Tries to make a file that no other process removes, as a leftover, before it is locked."""
 
 
 @contextlib.contextmanager
 def replacing(path: Path, buffering: int = -1) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends well.
+    """Open a file that replaces `path` when the block ends well.
 
-    A symbolic link stays one: the file that it names is replaced. Nothing but a regular file is.
+    A symbolic link stays one: the file that it names is replaced. Only regular files are.
     buffering: as of `open`; 0: a full disk shows at `write`, which may then take only a part.
 
     Raises: OSError if `path` is something else, or cannot be written.
@@ -54,7 +54,7 @@ def replacing(path: Path, buffering: int = -1) -> Iterator[BinaryIO]:
 
 
 def replaceable(path: Path) -> Path:
-    """The regular file, there or not, that writing to `path` replaces: links are followed.
+    """Regular file, there or not, that writing to `path` replaces: links are followed.
 
     Raises: OSError for a folder, a device, a pipe or a socket, and for links that lead nowhere or in a circle.
     """
@@ -84,7 +84,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def is_special(path: Path) -> bool:
-    """Whether `path` is there and neither a regular file nor a folder: reading a pipe may wait for ever."""
+    """Whether `path` is there and neither a regular file nor a folder: reading a pipe may wait forever."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -93,7 +93,7 @@ def is_special(path: Path) -> bool:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove what killed runs left of `target`: their partial files, which nobody holds a lock on."""
+    """Remove the partial files of `target` that killed runs left: nobody holds a lock on them."""
     pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.partial")
     for path in named_beside(target, pattern):
         if path.is_file() and not path.is_symlink():
@@ -102,7 +102,7 @@ def remove_leftovers(target: Path) -> None:
 
 
 def named_beside(target: Path, pattern: re.Pattern[str]) -> list[Path]:
-    """What lies in the folder of `target` under a name that `pattern` matches whole; nothing if it cannot be read."""
+    """Paths in the folder of `target` whose name `pattern` matches whole; none if it cannot be read."""
     try:
         return sorted(path for path in target.parent.iterdir() if pattern.fullmatch(path.name))
     except OSError:
@@ -111,7 +111,7 @@ def named_beside(target: Path, pattern: re.Pattern[str]) -> list[Path]:
 
 @contextlib.contextmanager
 def unlocked(path: Path) -> Iterator[None]:
-    """The lock of a file or folder that no other process holds, for the length of the block.
+    """Hold the lock of a file or folder that no other process holds, for the length of the block.
 
     Raises: OSError if another does, or there are no locks here.
     """
@@ -146,7 +146,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _new_file(target: Path, buffering: int = -1) -> tuple[Path, BinaryIO]:
-    """A locked, empty file beside `target`, with the permissions that the user's umask grants."""
+    """Make a locked, empty file beside `target`, with the permissions that the user's umask grants."""
     for _ in range(ATTEMPTS):
         path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
         file = path.open("xb", buffering)

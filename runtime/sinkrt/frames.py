@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from sinkrt.backends.ort import HostPlace, open_graph
+from sinkrt.backends.ort_graph import HostDevice, open_graph
 from sinkrt.contract import TensorSpec, build_from_json
 from sinkrt.errors import BackendError, BundleError, UsageError, problem
 from sinkrt.ring import POSITION_LIMIT, Ring
@@ -42,8 +42,10 @@ class FrameState:
 
 @dataclasses.dataclass(frozen=True)
 class FrameSpec:
-    """What `frames.json` says: S, W (blocks), T (tokens of a block), B, and the graph's tensors but position and
-    oldest, which are int64 [B]."""
+    """Content of `frames.json`: S, W (blocks), T (tokens of a block), B, and the graph's tensors.
+
+    position and oldest, int64 [B], are not among them.
+    """
 
     num_sink_blocks: int
     window_blocks: int
@@ -54,7 +56,7 @@ class FrameSpec:
     states: tuple[FrameState, ...]
 
     def to_json(self) -> str:
-        """Stable text."""
+        """Write as JSON, the same text for the same spec."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
@@ -67,9 +69,9 @@ class FrameSession:
         self._position = 0
         words = [TensorSpec(name, (spec.batch,), "int64") for name in ("position", "oldest")]
         tensors = [*words, *spec.inputs, spec.output, *(state.input for state in spec.states)]
-        place = HostPlace()
-        self.buffers: dict[str, np.ndarray] = {tensor.name: place.zeros(tensor) for tensor in tensors}
-        self._session = open_graph(folder / GRAPH_FILE, threads, place.providers)
+        device = HostDevice()
+        self.buffers: dict[str, np.ndarray] = {tensor.name: device.zeros(tensor) for tensor in tensors}
+        self._session = open_graph(folder / GRAPH_FILE, threads, device.providers)
         self._binding = self._session.io_binding()
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.buffers.items()}
         for tensor in [*words, *spec.inputs]:
@@ -101,8 +103,12 @@ class FrameSession:
 
     @property
     def position(self) -> int:
-        """Blocks that are done, which is the index of the one at hand."""
+        """Blocks that are done: the index of the one at hand. Set it to go on elsewhere with the same cache."""
         return self._position
+
+    @position.setter
+    def position(self, block: int) -> None:
+        self._position = block
 
     @property
     def cached_blocks(self) -> tuple[int, ...]:
@@ -110,15 +116,17 @@ class FrameSession:
         return self._ring.cached_tokens(self._position - 1) if self._position else ()
 
     def run(self, inputs: Inputs) -> np.ndarray:
-        """Compute the block at hand; the array is reused by the next call. It can be run again, with other inputs: the
-        cache then holds it as it was run last. The block that it evicts is gone from the first run on.
+        """Compute the block at hand; the array is reused by the next call.
+
+        It can be run again, with other inputs: the cache then holds it as it was run last. The block that it evicts is
+        gone from the first run on.
 
         Raises: UsageError for inputs of other names, shapes or types; BackendError.
         """
         return self._run(inputs, self._position, oldest=0)
 
     def commit(self, inputs: Inputs) -> np.ndarray:
-        """`run`, and go on to the next block."""
+        """Compute the block at hand as `run` does, and go on to the next one."""
         output = self.run(inputs)
         self._position += 1
         return output

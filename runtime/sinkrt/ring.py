@@ -1,9 +1,9 @@
-"""Where each token of a stream lies in the cache: the one place that knows the ring's arithmetic.
+"""Slots and positions of a stream's tokens in the cache: the only module that knows the ring's arithmetic.
 
-Pure integers and the standard library only, so that the C++ runtime's ``ring.h`` can be its literal twin.
+Pure integers and the standard library only, so that runtime/cpp/include/sinkrt/ring.h can be its literal twin.
 Both replay ``tests/golden/ring.json``.
 
-A cache of capacity C = S + W holds, at position t (the 0-based index of the newest token), the first S tokens of
+Position t is the 0-based index of the newest token. A cache of capacity C = S + W then holds the first S tokens of
 the stream (the sinks) and the last W tokens of index >= S, the newest included (StreamingLLM, arXiv:2309.17453).
 Sinks and window are separate tensors; a window token u lies in slot ``(u - S) mod W`` of the ring.
 """
@@ -26,7 +26,7 @@ POSITION_LIMIT = 2**47
 class Ring:
     """Geometry of one stream's cache. All arguments and results are in tokens or slots.
 
-    num_sink_tokens: S >= 0, first tokens of the stream, kept for ever.
+    num_sink_tokens: S >= 0, first tokens of the stream, kept forever.
     window_size: W >= 1, most recent tokens kept.
 
     Raises: UsageError for an S or W out of range, and every method for a position t < 0.

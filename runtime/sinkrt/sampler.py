@@ -1,12 +1,14 @@
 """Pick the next token: greedy, temperature, top-k, top-p and repetition penalty, as transformers defines them.
 
-The order is transformers' too: repetition penalty, temperature, top-k, top-p.
+The order is transformers' too: repetition penalty, temperature, top-k, top-p. Twin of
+runtime/cpp/include/sinkrt/sampler.h, which picks the same tokens.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -33,13 +35,16 @@ _SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 
 
 class Sampler:
-    """Samples one stream. Holds no history: what it picks depends on its arguments and the seed alone.
+    """Sampler of one stream. It holds no history: the pick depends on its arguments and the seed alone.
 
-    vocab_size: length of the logits.
+    vocab_size: length of the logits. draw: gives a number in [0, 1) for seed and position; None: `uniform`.
     """
 
-    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
+    def __init__(
+        self, params: SamplingParams, vocab_size: int, draw: Callable[[int, int], float] | None = None
+    ) -> None:
         self._params = params
+        self._draw = draw or uniform
         self._seed = secrets.randbits(64) if params.seed is None else params.seed
         self._scratch = np.empty(vocab_size, dtype=np.float32)
 
@@ -80,14 +85,15 @@ class Sampler:
             return best
         ids, weights = candidates(logits, params, self._scratch)
         cumulative = np.cumsum(weights, dtype=np.float64)
-        pick = int(np.searchsorted(cumulative, self._uniform(position) * cumulative[-1], side="right"))
-        # Rounding may carry the product up to the sum itself: then the last token of any weight is meant.
+        pick = int(np.searchsorted(cumulative, self._draw(self._seed, position) * cumulative[-1], side="right"))
+        # Rounding may carry the scaled draw up to the sum itself: then the last token of any weight is meant.
         return int(ids[min(pick, int(np.searchsorted(cumulative, cumulative[-1])))])
 
-    def _uniform(self, position: int) -> float:
-        """A number in [0, 1) for this seed and position: a counter-based generator needs no state."""
-        bits = int(np.random.Philox(key=self._seed, counter=position).random_raw())
-        return (bits >> 11) * 2.0**-53
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) for this seed and position: a counter-based generator needs no state."""
+    bits = int(np.random.Philox(key=seed, counter=position).random_raw())
+    return (bits >> 11) * 2.0**-53
 
 
 def penalized(
@@ -106,7 +112,7 @@ def candidates(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Token ids [N] and their weights float32 [N] > 0 up to a common factor, after temperature, top-k and top-p.
 
-    The likeliest token weighs 1. Ties at the k-th place are all kept. `params.temperature` must be above 0.
+    The likeliest token weighs 1. Ties at rank k are all kept. `params.temperature` must be above 0.
     `out`: float32 [vocab] scratch, which may be `logits` itself and may come back as the weights.
     """
     out = np.empty_like(logits) if out is None else out

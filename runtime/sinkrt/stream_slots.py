@@ -1,4 +1,7 @@
-"""Who is in which stream: a session's B streams, the conversations that wait for one, and those that are parked."""
+"""Stream slots: a session's B streams and who has them, the conversations that wait for one, and the parked ones.
+
+A stream slot is a stream's index in the batch; "slot" alone is an index in the window ring.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from sinkrt.conversation import Conversation
 from sinkrt.session import Session
 
 
-class Places:
+class StreamSlots:
     """The streams of `session` and who has them.
 
-    slice_tokens: how long a conversation keeps its stream while others wait. max_parked_bytes: most memory of parked
-    streams, but for one more while two conversations change places. forget: called with an idle conversation that must
-    make room; it must `leave`.
+    slice_tokens: how long a conversation keeps its stream while others wait.
+    max_parked_bytes: most memory of parked streams, but for one more while two conversations take turns.
+    forget: called with an idle conversation that must make room; it must `leave`.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class Places:
 
     @property
     def owners(self) -> list[Conversation]:
-        """Those in a stream, in the order of the streams."""
+        """Conversations in a stream, in the order of the streams."""
         return [owner for owner in self._owners if owner is not None]
 
     def enter(self, conversation: Conversation) -> None:
@@ -49,7 +52,7 @@ class Places:
             self._waiting.append(conversation)
 
     def stop_waiting(self, conversation: Conversation) -> None:
-        """It has no work any more, or may not go on with it."""
+        """Take a conversation out of the queue: it has no work any more, or may not go on with it."""
         if conversation in self._waiting:
             self._waiting.remove(conversation)
 
@@ -84,7 +87,7 @@ class Places:
             self._owners[stream] = newcomer
 
     def _free_stream(self, newcomer: Conversation, by_age: list[Conversation]) -> int | None:
-        """A stream that nobody has, or whose owner has nothing to do or has had its share."""
+        """Find a stream that nobody has, or whose owner has nothing to do or has had its share."""
         for stream, owner in enumerate(self._owners):
             if owner is None:
                 return stream

@@ -24,10 +24,10 @@ from sinkrt.sampler import Sampler, SamplingParams
 from tests.cpp.build import CppRuntime, onnxruntime_library
 from tests.cpp.probe import Probe, ProbeError
 from tests.cpp.tokenizer_kinds import DECODERS, LLAMA_DECODER, metaspace, model, sequence, whole
-from tests.exporter.test_act import tuning
-from tests.exporter.test_budgets import budgets
-from tests.exporter.test_families import exported
+from tests.exporter.pipeline.test_families import exported
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
+from tests.exporter.variants.test_head_windows import budgets
+from tests.exporter.variants.test_later_sinks import tuning
 from tests.runtime.toy import Toy, build_toy, rehash
 
 SINKS, WINDOW = 4, 12

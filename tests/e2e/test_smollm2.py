@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from tests.cpp.build import CppRuntime
 from tests.cpp.probe import Probe
 from tests.cpp.test_tokenizer import TEXTS, noise
 from tests.real_model import smollm2_file
+from tests.support import run_cli, run_cli_apart
 
 pytestmark = pytest.mark.slow
 
@@ -28,16 +27,10 @@ WINDOW = 28
 CHARACTERS = "naïve café — 日本語のテキスト, العربية, हिन्दी, 👩‍🚀🚀 e\u0301 done"
 
 
-def sinkexport(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sinkexport.cli", *arguments], input=stdin, capture_output=True, text=True, check=True
-    )
-
-
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2") / "bundle"
-    sinkexport("export", str(smollm2_file()), "-o", str(folder), "--window", str(WINDOW))
+    run_cli("export", smollm2_file(), "-o", folder, "--window", WINDOW).succeeded()
     return folder
 
 
@@ -47,7 +40,7 @@ def loaded() -> LoadedModel:
 
 
 def test_bundle_facts(bundle: Path) -> None:
-    facts = json.loads(sinkexport("inspect", str(bundle), "--json").stdout)
+    facts = json.loads(run_cli("inspect", bundle, "--json").succeeded().out)
     assert facts["model"]["num_layers"] == 30
     assert facts["model"]["num_parameters"] == 134_515_008
     weights = facts["files"]["weights.bin"]["bytes"]
@@ -93,30 +86,30 @@ def test_dense_parity_and_greedy_text(bundle: Path, loaded: LoadedModel) -> None
 
 def test_verify_passes_over_six_wraps(bundle: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    sinkexport("verify", str(bundle), "--against", str(smollm2_file()), "--wraps", "6", "--json", str(report))
+    run_cli("verify", bundle, "--against", smollm2_file(), "--wraps", 6, "--json", report).succeeded()
     assert json.loads(report.read_text())["passed"] is True
 
 
 def test_streams_three_windows_from_another_folder_in_constant_memory(bundle: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere" / "renamed"
     shutil.copytree(bundle, moved)
-    done = sinkexport(
-        "run", str(moved), "--prompt", "Once upon a time", "--ignore-eos", "--max-tokens", str(4 * WINDOW), "--stats"
-    )
-    assert len(done.stdout.split()) > WINDOW  # words, not noise
-    assert f"{4 * WINDOW} tokens" in done.stderr
-    growth = re.search(r"\(([+-][0-9.]+) MiB since", done.stderr)
+    options = ("--ignore-eos", "--max-tokens", 4 * WINDOW, "--stats")
+    # Nothing else may grow meanwhile: in a process of its own.
+    done = run_cli_apart("run", moved, "--prompt", "Once upon a time", *options).succeeded()
+    assert len(done.out.split()) > WINDOW  # words, not noise
+    assert f"{4 * WINDOW} tokens" in done.err
+    growth = re.search(r"\(([+-][0-9.]+) MiB since", done.err)
     assert growth is not None
     assert float(growth[1]) < 8.0  # the tokenizer's caches; the window's own 5 MB are there from the start
 
 
 def test_chat_answers_each_line(bundle: Path) -> None:
-    done = sinkexport("run", str(bundle), "--chat", "--max-tokens", "12", stdin="Say hello.\n\nWhat is 2+2?\n")
-    assert len([line for line in done.stdout.split("\n") if line.strip()]) >= 2
+    done = run_cli("run", bundle, "--chat", "--max-tokens", 12, stdin="Say hello.\n\nWhat is 2+2?\n").succeeded()
+    assert len([line for line in done.out.split("\n") if line.strip()]) >= 2
 
 
 def test_half_precision_bundle(tmp_path: Path) -> None:
-    sinkexport("export", str(smollm2_file()), "-o", str(tmp_path / "half"), "--window", str(WINDOW), "--dtype", "fp16")
+    run_cli("export", smollm2_file(), "-o", tmp_path / "half", "--window", WINDOW, "--dtype", "fp16").succeeded()
     session = Session.load(tmp_path / "half")
     weights = session.manifest.files["weights.bin"].bytes
     assert 269.0e6 < weights < 269.5e6

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,14 +17,16 @@ from sinkexport.config import ExportConfig
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.sources import LoadedModel
 from sinkrt import BundleError, Session, UsageError
-from sinkrt.chat_template import ChatTemplate, choose_template, parse_template_args
-from sinkrt.template_process import require_jinja
 from sinkrt.text import Tokenizer
+from sinkrt.text.chat_template import ChatTemplate, choose_template
+from sinkrt.text.template_args import parse_template_args
+from sinkrt.text.template_process import require_jinja
 from transformers import PreTrainedTokenizerFast
 
-from tests.exporter.serving import Served, serving, user
+from tests.exporter.serve.serving import Served, serving, user
 from tests.exporter.tiny_models import tiny_model
 from tests.runtime.toy import EOS, Toy, build_toy, rehash, toy_tokenizer
+from tests.support import run_cli
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -320,28 +320,22 @@ def bundle_with(folder: Path, template: str, batch: int = 1) -> Path:
     return folder
 
 
-def cli(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sinkexport.cli", *map(str, arguments)]
-    done = subprocess.run(command, input=stdin, capture_output=True, timeout=60)
-    return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
-
-
 @pytest.mark.parametrize(("source", "reason"), [(NO_SYSTEM, "leaves it out"), (REFUSES_SYSTEM, "not supported")])
 @pytest.mark.parametrize("pinned", [[], ["--pin-system"]])
 def test_run_refuses_a_system_message_that_would_vanish(
     tmp_path: Path, source: str, reason: str, pinned: list[str]
 ) -> None:
     bundle = bundle_with(tmp_path / "bundle", source)
-    done = cli("run", bundle, "--chat", "--system", "Be brief.", *pinned, "--max-tokens", 2, stdin=b"Hello\n")
-    assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1
-    assert not done.stdout
+    done = run_cli("run", bundle, "--chat", "--system", "Be brief.", *pinned, "--max-tokens", 2, stdin=b"Hello\n")
+    done.refusal(reason)
+    assert not done.out
 
 
 def test_run_feeds_the_text_to_a_template_of_parts(tmp_path: Path) -> None:
     bundle = bundle_with(tmp_path / "bundle", PARTS)
     for text in (b"a", b"abcdef"):
-        done = cli("run", bundle, "--chat", "--max-tokens", 1, "--ignore-eos", "--stats", stdin=text + b"\n")
-        assert f"position {len('[user]') + len(text) + len(chr(10) + '[assistant]') + 1}," in done.stderr, done.stderr
+        done = run_cli("run", bundle, "--chat", "--max-tokens", 1, "--ignore-eos", "--stats", stdin=text + b"\n")
+        assert f"position {len('[user]') + len(text) + len(chr(10) + '[assistant]') + 1}," in done.err, done.err
 
 
 def test_run_passes_arguments_to_the_template(tmp_path: Path) -> None:
@@ -349,14 +343,14 @@ def test_run_passes_arguments_to_the_template(tmp_path: Path) -> None:
     common = ["run", bundle, "--chat", "--max-tokens", 1, "--ignore-eos", "--stats"]
     rendered = "<user>Hello</user><a>"
     for flags, more in (([], ""), (["--template-arg", "enable_thinking=false"], "<think></think>")):
-        done = cli(*common, *flags, stdin=b"Hello\n")
-        assert f"position {len(rendered + more) + 1}," in done.stderr, done.stderr
+        done = run_cli(*common, *flags, stdin=b"Hello\n")
+        assert f"position {len(rendered + more) + 1}," in done.err, done.err
     for flag in ("enable_thinkin=false", "messages=[]", "enable_thinking"):
-        done = cli(*common, "--template-arg", flag, stdin=b"Hello\n")
-        assert done.returncode == 2 and "emplate" in done.stderr.splitlines()[-1] and not done.stdout
-    assert "reads: enable_thinking" in cli(*common, "--template-arg", "enable_thinkin=1", stdin=b"x\n").stderr
-    done = cli("run", bundle, "--prompt", "x", "--template-arg", "enable_thinking=false")
-    assert done.returncode == 2 and "--chat" in done.stderr
+        done = run_cli(*common, "--template-arg", flag, stdin=b"Hello\n")
+        assert done.code == 2 and "emplate" in done.err.splitlines()[-1] and not done.out
+    assert "reads: enable_thinking" in run_cli(*common, "--template-arg", "enable_thinkin=1", stdin=b"x\n").err
+    done = run_cli("run", bundle, "--prompt", "x", "--template-arg", "enable_thinking=false")
+    done.refusal("--chat")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from click.testing import CliRunner
-from sinkexport import cli as command_line
-from sinkexport.cli import cli
 from sinkexport.loading.checkpoints.safetensors_reader import read_safetensors
 from sinkexport.sources import load_model
-from sinkrt.errors import SinkError
 
 from tests.exporter.tiny_models import TINY, tiny_model
+from tests.support import run_cli
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1234567\n"
@@ -65,10 +61,8 @@ def set_config(folder: Path, file: str = "config.json", **values: Any) -> None:
 def refusal(folder: Path | str) -> str:
     """The one line with which an export is refused; nothing is left behind."""
     out = Path(folder).parent / "bundle"
-    result = CliRunner().invoke(cli, ["export", str(folder), "-o", str(out), "--window", "9"])
-    assert isinstance(result.exception, SinkError), result.exception  # the command line's exit code 2
-    message = str(result.exception)
-    assert "\n" not in message
+    result = run_cli("export", folder, "-o", out, "--window", "9")
+    message = result.refusal()
     assert len(message) < 700
     assert not out.exists()
     assert not list(out.parent.glob(".bundle*"))
@@ -435,9 +429,7 @@ def test_a_configuration_that_makes_no_sense_is_one_line(folder: Path, values: d
 
 
 def test_a_hub_id_that_is_not_there_is_one_line() -> None:
-    result = CliRunner().invoke(cli, ["export", "nobody/nothing-of-that-name", "-o", "unused"])
-    assert isinstance(result.exception, SinkError)
-    assert "\n" not in str(result.exception)
+    run_cli("export", "nobody/nothing-of-that-name", "-o", "unused").refusal()
 
 
 # --- .bin files ---
@@ -579,8 +571,8 @@ def add_code(folder: Path, marker: Path, family: str) -> None:
 
 def test_code_of_a_folder_is_not_run_and_said(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     add_code(folder, tmp_path / "ran", "llama")
-    result = CliRunner().invoke(cli, ["export", str(folder), "-o", str(tmp_path / "out"), "--window", "9"], input="y\n")
-    assert result.exit_code == 0, result.exception
+    result = run_cli("export", folder, "-o", tmp_path / "out", "--window", "9", stdin="y\n")
+    result.succeeded()
     assert "custom.CustomModel" in caplog.text
     assert "transformers' LlamaForCausalLM" in caplog.text
     assert not (tmp_path / "ran").exists()
@@ -589,26 +581,16 @@ def test_code_of_a_folder_is_not_run_and_said(folder: Path, tmp_path: Path, capl
 @pytest.mark.parametrize(
     "words", ["export {model} -o {out}", "verify {out} --against {model}", "inspect --memory {model}"]
 )
-def test_a_model_that_needs_its_code_is_refused(
-    folder: Path, tmp_path: Path, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_that_needs_its_code_is_refused(folder: Path, tmp_path: Path, words: str) -> None:
     out = tmp_path / "out"
     if words.startswith("verify"):
-        assert CliRunner().invoke(cli, ["export", str(folder), "-o", str(out), "--window", "9"]).exit_code == 0
+        assert run_cli("export", folder, "-o", out, "--window", "9").code == 0
     add_code(folder, tmp_path / "ran", "custom")
-    lines = (tmp_path / "stdin").open("w+")
-    lines.write("y\ny\n")
-    lines.seek(0)
-    monkeypatch.setattr(sys, "stdin", lines)
-    monkeypatch.setattr(sys, "argv", ["sinkexport", *(word.format(model=folder, out=out) for word in words.split())])
-    with pytest.raises(SystemExit) as stopped:
-        command_line.main()
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err
-    assert len(message.strip().splitlines()) == 1
-    assert "is not run" in message
-    assert "CustomModel" in message
-    assert lines.read() == "y\ny\n"
+    (tmp_path / "stdin").write_text("y\ny\n")
+    with (tmp_path / "stdin").open() as lines:
+        result = run_cli(*(word.format(model=folder, out=out) for word in words.split()), stdin=lines)
+        assert lines.read() == "y\ny\n"
+    result.refusal("is not run", "CustomModel")
     assert not (tmp_path / "ran").exists()
 
 
@@ -616,5 +598,5 @@ def test_code_of_a_tokenizer_is_not_run(folder: Path, tmp_path: Path) -> None:
     (folder / "custom.py").write_text(CODE.format(marker=tmp_path / "ran", base="Llama", family="llama"))
     facts = {"tokenizer_class": "CustomTokenizer", "auto_map": {"AutoTokenizer": ["custom.CustomTokenizer", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(facts))
-    CliRunner().invoke(cli, ["export", str(folder), "-o", str(tmp_path / "out"), "--window", "9"], input="y\n")
+    run_cli("export", folder, "-o", tmp_path / "out", "--window", "9", stdin="y\n")
     assert not (tmp_path / "ran").exists()

@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
-from sinkexport.model.refusals import MAX_TEXT, one_line, refusing
+from sinkexport.families.refusals import MAX_TEXT, one_line, refusing
 from sinkexport.pipeline import export as pipeline
 from sinkexport.pipeline.check_export import MAX_STREAMED_TOKENS, UncheckedWarning, check_export, correlations
 from sinkexport.pipeline.export import export_loaded
@@ -25,6 +23,7 @@ from sinkrt.contract import load_manifest
 from sinkrt.errors import UsageError
 
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
+from tests.support import run_cli, slow_but
 
 S, W = 4, 12
 C = S + W
@@ -75,7 +74,7 @@ HEALTHY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", HEALTHY)
+@pytest.mark.parametrize("name", slow_but(2, HEALTHY))
 def test_a_right_graph_passes_and_a_wrong_layer_does_not(name: str, tmp_path: Path) -> None:
     family, config = HEALTHY[name]
     config = {**config, **({"recipe": load_recipe(config["recipe"])} if "recipe" in config else {})}
@@ -108,7 +107,7 @@ def test_a_chunk_that_differs_is_found_though_steps_do_not(tmp_path: Path) -> No
         export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(S, W, chunk_size=6))
 
 
-@pytest.mark.parametrize("name", ["glm", "phi3-partial", "gemma3_text", "gpt_oss", "bloom"])
+@pytest.mark.parametrize("name", slow_but(1, ["gemma3_text", "glm", "phi3-partial", "gpt_oss", "bloom"]))
 def test_the_middle_of_a_stream(name: str, tmp_path: Path) -> None:
     """From a running bundle's caches, one pass gives what the streaming reference gives token by token."""
     model = tiny_model(name)
@@ -133,7 +132,7 @@ def test_the_middle_of_a_stream(name: str, tmp_path: Path) -> None:
     assert float((logits_from(model, new, start, layers) - got).abs().max()) > 1e-3 * spread
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "falcon-alibi"])
+@pytest.mark.parametrize("name", slow_but(1, ["llama", "gemma2", "falcon-alibi"]))
 def test_large_caches_are_compared_in_the_middle_of_a_stream(name: str, tmp_path: Path) -> None:
     """Where a cache takes too many steps to fill."""
     model = tiny_model(name)
@@ -156,36 +155,23 @@ def test_graphs_for_plugins_are_said_not_to_be_compared(tmp_path: Path) -> None:
     tiny_model("llama", dtype=torch.float16, head_dim=64).save_pretrained(tmp_path / "model")
     with pytest.warns(UncheckedWarning, match="TensorRT plugin"):
         pipeline.export(str(tmp_path / "model"), tmp_path / "a", ExportConfig(S, W, dtype="fp16", target="tensorrt"))
-    result = CliRunner().invoke(
-        cli,
-        [
-            "export",
-            str(tmp_path / "model"),
-            "-o",
-            str(tmp_path / "b"),
-            "--window",
-            "9",
-            "--dtype",
-            "fp16",
-            "--target",
-            "tensorrt",
-        ],
-    )
-    assert result.exit_code == 0, result.output
-    assert "warning: the graphs were not compared with the model: they need the TensorRT plugin" in result.output
+    options = ("--window", 9, "--dtype", "fp16", "--target", "tensorrt")
+    result = run_cli("export", tmp_path / "model", "-o", tmp_path / "b", *options)
+    result.succeeded()
+    assert "warning: the graphs were not compared with the model: they need the TensorRT plugin" in result.err
 
 
 def test_the_option_leaves_the_comparison_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise UsageError(DIFFERS)
 
-    monkeypatch.setattr(pipeline, "check_export", refuse)
+    monkeypatch.setattr(Session, "load", refuse)  # which the comparison begins with
     tiny_model("llama").save_pretrained(tmp_path / "model")
     command = ["export", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--window", "9"]
-    result = CliRunner().invoke(cli, command)
-    assert isinstance(result.exception, UsageError)
+    result = run_cli(*command)
+    result.refusal()
     assert not (tmp_path / "out").exists()
-    assert CliRunner().invoke(cli, [*command, "--no-check"]).exit_code == 0
+    assert run_cli(*command, "--no-check").code == 0
     assert (tmp_path / "out" / "manifest.json").is_file()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file, save_file
-from sinkexport.pipeline.bundle_writer import staged_bundle
+from sinkexport.pipeline.bundle_writer import exchange_names, staged_bundle
 from sinkexport.util.files import check_writable, write_whole
 from sinkrt import Session, StateError, UsageError
 from sinkrt.contract import MANIFEST_NAME
@@ -22,8 +22,8 @@ from sinkrt.state import check_state_target
 
 from tests.cpp.build import CppRuntime, onnxruntime_library
 from tests.runtime.toy import Toy, build_toy
+from tests.support import COMMAND, run_cli
 
-COMMAND = [sys.executable, "-m", "sinkexport.cli"]
 Save = Callable[[Path], str]
 """Saves a stream of a toy bundle to a path. Returns what went wrong; "" if nothing did."""
 
@@ -44,7 +44,7 @@ def toy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save(request: pytest.FixtureRequest, toy_bundle: Path) -> Save:
     """The two runtimes' way to write a state file."""
     if request.param == "python":
-        return lambda path: _run("run", toy_bundle, "--prompt", "abc", "--max-tokens", "2", "--save-state", path)[1]
+        return lambda path: run_cli("run", toy_bundle, "--prompt", "abc", "--max-tokens", 2, "--save-state", path).err
     cpp: CppRuntime = request.getfixturevalue("cpp_runtime")
 
     def with_cpp(path: Path) -> str:
@@ -53,13 +53,6 @@ def save(request: pytest.FixtureRequest, toy_bundle: Path) -> Save:
         return done.stderr
 
     return with_cpp
-
-
-def _run(*arguments: object, stdin: bytes = b"", **options: object) -> tuple[int, str]:
-    done = subprocess.run(
-        [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, timeout=60, check=False, **options
-    )  # type: ignore[call-overload]
-    return done.returncode, done.stderr.decode()
 
 
 def _run_cpp(cpp: CppRuntime, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -204,8 +197,7 @@ def test_a_pipe_as_state_or_manifest_does_not_hang(toy_bundle: Path, tmp_path: P
     bundle = tmp_path / "bundle"
     bundle.mkdir()
     os.mkfifo(bundle / MANIFEST_NAME)
-    code, message = _run("inspect", bundle)
-    assert code == 2 and "manifest.json" in message
+    run_cli("inspect", bundle).refusal("manifest.json")
     done = _run_cpp(cpp_runtime, bundle)
     assert done.returncode == 2 and "manifest.json" in done.stderr
 
@@ -225,8 +217,8 @@ def test_a_state_without_the_ids_of_its_tokens(
     with pytest.raises(StateError, match="recent_ids"):
         session.load_state(tmp_path / "bad")
     assert int(session.position[0]) == 3, "a refused load changes nothing"
-    code, message = _run("run", toy_bundle, "--load-state", tmp_path / "bad", "--resume", "--max-tokens", "2")
-    assert code == 2 and "recent_ids" in message
+    resumed = run_cli("run", toy_bundle, "--load-state", tmp_path / "bad", "--resume", "--max-tokens", 2)
+    resumed.refusal("recent_ids")
     done = _run_cpp(cpp_runtime, toy_bundle, "--load-state", tmp_path / "bad")
     assert done.returncode == 2 and "recent_ids" in done.stderr
 
@@ -261,11 +253,8 @@ def _old_bundle(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
-def test_a_bundle_is_replaced_and_never_missing(
-    tmp_path: Path, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not can_exchange:
-        monkeypatch.setattr("sinkexport.pipeline.bundle_writer._exchange", lambda _a, _b: False)
+def test_a_bundle_is_replaced_and_never_missing(tmp_path: Path, can_exchange: bool) -> None:
+    exchange = exchange_names if can_exchange else lambda _a, _b: False
     out = _old_bundle(tmp_path / "bundle")
     seen: set[str] = set()
     stop = threading.Event()
@@ -280,7 +269,7 @@ def test_a_bundle_is_replaced_and_never_missing(
     watcher = threading.Thread(target=watch)
     watcher.start()
     for i in range(100):
-        with staged_bundle(out, overwrite=True) as stage:
+        with staged_bundle(out, overwrite=True, exchange=exchange) as stage:
             (stage / MANIFEST_NAME).write_text(f"new {i}", encoding="utf-8")
     stop.set()
     watcher.join()
@@ -330,9 +319,9 @@ def test_names_cannot_write_on_the_terminal(tmp_path: Path) -> None:
     bundle = build_toy(tmp_path / "toy")
     manifest = bundle / MANIFEST_NAME
     manifest.write_text(manifest.read_text().replace('"name": "toy"', '"name": "toy\\u001b[31m\\u0007"'))
-    done = subprocess.run([*COMMAND, "inspect", str(bundle)], capture_output=True, text=True, timeout=60, check=True)
-    assert "\x1b" not in done.stdout and "\x07" not in done.stdout
-    assert "toy\\x1b[31m (ToyForCausalLM" in done.stdout
+    shown = run_cli("inspect", bundle).succeeded().out
+    assert "\x1b" not in shown and "\x07" not in shown
+    assert "toy\\x1b[31m (ToyForCausalLM" in shown
 
 
 @pytest.mark.parametrize(
@@ -444,5 +433,4 @@ def test_a_place_that_cannot_be_renamed_is_refused_before_the_export() -> None:
 
 
 def test_a_verification_that_never_ends_is_refused(toy_bundle: Path) -> None:
-    code, message = _run("verify", toy_bundle, "--against", "nothing", "--wraps", 10**12)
-    assert code == 2 and message.startswith("sinkexport: error: --wraps: received 1000000000000")
+    run_cli("verify", toy_bundle, "--against", "nothing", "--wraps", 10**12).refusal("--wraps: received 1000000000000")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tokenizers import pre_tokenizers, processors
 
 from tests.exporter.tiny_models import tiny_model
 from tests.fidelity.tokenizer_folders import DIGITS, TEXTS, byte_level, sentencepiece_model, spaced, write_folder
+from tests.support import run_cli
 
 CLASSES = (
     "GPT2Tokenizer",
@@ -345,9 +345,9 @@ def test_files_without_a_vocabulary_are_refused_with_exit_code_2(tmp_path: Path)
     with pytest.raises(UsageError, match=r"tokenizer_config.json without tokenizer.json"):
         load_tokenizer(str(folder))
     tiny_model("llama").save_pretrained(folder)
-    command = [sys.executable, "-m", "sinkexport.cli", "export", str(folder), "-o", str(tmp_path / "bundle")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    result = run_cli("export", folder, "-o", tmp_path / "bundle")
+    result.refusal("without tokenizer.json")
+    assert not result.out
     assert not (tmp_path / "bundle").exists()
 
 

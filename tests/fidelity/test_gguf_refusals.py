@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from sinkexport.loading.gguf_models.file import open_gguf
-from sinkexport.loading.gguf_models.model import gguf_config, gguf_token_ids, load_gguf
+from sinkexport.loading.gguf_models.model import gguf_config, load_gguf, stated_end_ids
 from sinkexport.sources import locate
 from sinkrt import UsageError
 
 from tests.fidelity.gguf_writer import HIDDEN, VOCAB, Tiny, tiny, tiny_mixtral, write
+from tests.support import run_cli
 
 VECTOR = np.ones(HIDDEN, np.float32)
 
@@ -211,7 +210,7 @@ def test_ends_of_a_text(what: str, tmp_path: Path) -> None:
     tokens, expected = TOKENS[what]
     path = write(tmp_path / "tiny.gguf", tiny("llama"), tokens=tokens)
     model = _load(path)
-    assert gguf_token_ids(open_gguf(path)) == expected
+    assert stated_end_ids(open_gguf(path)) == expected
     ends = model.generation_config.eos_token_id
     assert tuple([] if ends is None else [ends] if isinstance(ends, int) else ends) == expected
     assert model.config.eos_token_id == (None if "eos_token_id" in tokens else 2)
@@ -234,7 +233,7 @@ def test_a_split_model_is_read_whole(tmp_path: Path) -> None:
         assert all(torch.equal(ours[name], whole[name]) for name in whole)
         assert locate(str(part)).name == "tiny"
     parts[3].rename(tmp_path / "away.gguf")
-    assert _matches(r"of which tiny-00004-of-00005\.gguf is missing", _refusal(first))
+    assert _matches(r"without tiny-00004-of-00005\.gguf", _refusal(first))
     parts[2].rename(parts[3])
     parts[2].write_bytes(parts[3].read_bytes())
     assert _matches(r"says that it is part 2 \(from 0\)", _refusal(first))
@@ -331,8 +330,5 @@ def test_reader_equals_gguf_pys(tmp_path: Path) -> None:
 
 def test_the_command_ends_with_2_and_one_line(tmp_path: Path) -> None:
     path = write(tmp_path / "bad.gguf", tiny("llama", keys={"attention.scale": 0.5}))
-    command = [sys.executable, "-m", "sinkexport.cli", "export", str(path), "-o", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1 and "llama.attention.scale" in done.stderr
+    run_cli("export", path, "-o", tmp_path / "out").refusal("llama.attention.scale")
     assert sorted(found.name for found in tmp_path.iterdir()) == ["bad.gguf"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,14 @@ import pytest
 import safetensors.numpy
 import tokenizers
 import torch
-from click.testing import CliRunner
-from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.pipeline.export import export
-from sinkrt import UsageError
 
 from tests.exporter.tiny_models import TINY, tiny_model
 from tests.fidelity.gguf_writer import tiny, write
 from tests.fidelity.test_turn_ends import CHATML, PHI3, TOKENS
 from tests.fidelity.tokenizer_folders import byte_level, spaced, write_folder
+from tests.support import run_cli, run_cli_apart
 
 CONFIG = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
 
@@ -49,9 +45,9 @@ def tensor(folder: Path, name: str, shape: tuple[int, ...] | None) -> None:
 
 
 def inspected(*arguments: str) -> str:
-    result = CliRunner().invoke(cli, ["inspect", *arguments], catch_exceptions=False)
-    assert result.exit_code == 0
-    return result.output
+    result = run_cli("inspect", *arguments)
+    result.succeeded()
+    return result.out
 
 
 def as_json(folder: Path) -> Any:
@@ -225,8 +221,8 @@ def test_tokenizer_out_writes_what_a_bundle_holds(tmp_path: Path) -> None:
 def test_tokenizer_out_refuses_a_template_that_a_bundle_would_not_take(tmp_path: Path) -> None:
     folder = folder_of("llama", tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{% for")
-    result = CliRunner().invoke(cli, ["inspect", str(folder), "--tokenizer-out", str(tmp_path / "out")])
-    assert "the source's own, which fails" in str(result.exception)
+    result = run_cli("inspect", folder, "--tokenizer-out", tmp_path / "out")
+    result.refusal("the source's own, which fails")
     assert not (tmp_path / "out").exists()
 
 
@@ -235,9 +231,8 @@ def test_tokenizer_out_refuses(tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def refused(*arguments: str) -> str:
-        result = CliRunner().invoke(cli, ["inspect", *arguments])
-        assert isinstance(result.exception, UsageError)
-        return str(result.exception)
+        result = run_cli("inspect", *arguments)
+        return result.refusal()
 
     inspected(str(folder), "--tokenizer-out", str(out))
     assert "holds tokenizer.json" in refused(str(folder), "--tokenizer-out", str(out))
@@ -252,9 +247,8 @@ def test_tokenizer_out_refuses(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    result = CliRunner().invoke(cli, ["inspect", str(tmp_path / "none")])
-    assert isinstance(result.exception, UsageError)
-    assert "which is not there" in str(result.exception)
+    result = run_cli("inspect", tmp_path / "none")
+    result.refusal("which is not there")
 
 
 def test_an_id_of_the_hub(tmp_path: Path) -> None:
@@ -265,9 +259,7 @@ def test_an_id_of_the_hub(tmp_path: Path) -> None:
     (repository / "refs" / "main").write_text(commit)
     shutil.copytree(folder, repository / "snapshots" / commit)
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "sinkexport.cli", "inspect", "some/model", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    found = json.loads(done.stdout)
+    found = json.loads(run_cli_apart("inspect", "some/model", "--json", env=environment).succeeded().out)
     assert (found["format"], found["tensors"], found["refused"]) == ("Hub", None, [])
     assert {name: found[name] for name in ("tokenizer", "ends")} == {
         name: as_json(folder)[name] for name in ("tokenizer", "ends")

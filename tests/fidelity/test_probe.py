@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner
-from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
+from sinkexport.families.masks import visible_window
+from sinkexport.families.probe import probe_attention
 from sinkexport.model.fold_rotation import fold_rotation, functional
-from sinkexport.model.masks import visible_window
-from sinkexport.model.probe import probe_attention
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
@@ -23,6 +21,7 @@ from sinkrt.errors import UsageError
 from transformers import masking_utils
 
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
+from tests.support import run_cli
 
 C = 16
 
@@ -305,7 +304,7 @@ def test_the_reference_refuses_a_state_beside_attention_too() -> None:
 
 def test_a_window_that_only_the_mask_has_is_refused() -> None:
     model = tiny_model("mistral", sliding_window=9)
-    assert probed(model)[0].own_windows == (9, 9)
+    assert probed(model)[0].sliding_windows == (9, 9)
     for layer in model.model.layers:
         layer.self_attn.config = model.config
     source = transformers.models.mistral.modeling_mistral
@@ -425,11 +424,9 @@ def test_failures_of_a_models_code_name_family_and_step(
             "moe_intermediate_size": 16,
         }
     random_model(classes[name](**config)).save_pretrained(tmp_path / "model")
-    result = CliRunner().invoke(cli, ["export", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--window", "9"])
-    assert isinstance(result.exception, UsageError)
-    text = str(result.exception)
-    assert f"model family '{name}'" in text and step in text and "\n" not in text
-    assert not result.output
+    result = run_cli("export", tmp_path / "model", "-o", tmp_path / "out", "--window", "9")
+    result.refusal(f"model family '{name}'", step)
+    assert not result.out
     assert not (tmp_path / "out").exists()
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from tests.fidelity.tokenizers_by_kind import CONTROL, KINDS, NAMED, byte_level,
 from tests.runtime.test_text import byte_fallback_tokenizer
 from tests.runtime.toy import BOS, EOS, VOCAB_SIZE, Toy, build_toy, rehash, toy_tokenizer
 from tests.runtime.toy import CHAT_TEMPLATE as TOY_TEMPLATE
+from tests.support import Result, run_cli
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>\n' }}"
@@ -78,7 +77,7 @@ def spaced(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_generated_text_is_the_end_of_the_whole_text(spaced: Path) -> None:
     with Session.load(spaced, threads=1) as session:
-        library = session.tokenizer._tokenizer
+        library = tokenizers.Tokenizer.from_file(str(spaced / "tokenizer.json"))
         prompt = library.encode("w7 w8").ids
         said = "".join(session.generate(prompt, max_tokens=5, ignore_eos=True))
         whole = library.decode(session.recent_ids().tolist())
@@ -93,8 +92,8 @@ def test_generated_text_is_the_end_of_the_whole_text(spaced: Path) -> None:
 
 def test_run_prints_the_first_space(spaced: Path) -> None:
     for arguments, text in ((("--prompt", "w7 w8"), None), ((), b"w7 w8")):
-        done = cli("run", spaced, *arguments, "--max-tokens", 3, "--ignore-eos", stdin=text or b"")
-        assert done.returncode == 0 and done.stdout.startswith(b" "), done.stderr
+        result = run_cli("run", spaced, *arguments, "--max-tokens", 3, "--ignore-eos", stdin=text or b"")
+        assert result.succeeded().out.startswith(" ")
 
 
 # --- stop sequences --------------------------------------------------------------------------------------------------
@@ -216,7 +215,7 @@ def test_control_tokens_of_users_get_the_ids_of_ordinary_text(text: str) -> None
     turn: list[str | int] = [start, f"user\n{text.strip()}", end, "\n", start, "assistant\n"]
     assert ours.chat_ids([{"role": "user", "content": text}]) == [bos, *reference(library, turn)]
     assert ours.next_turn_ids(text) == reference(library, [end, "\n", *turn])
-    assert ours._tokenizer.decode(ours.prompt_ids(text, begun=True), skip_special_tokens=False) == text
+    assert library.decode(ours.prompt_ids(text, begun=True), skip_special_tokens=False) == text
     ours.close()
 
 
@@ -354,27 +353,21 @@ def test_a_rendered_chat_as_a_prompt_begins_once(kind: str) -> None:
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
-def cli(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "sinkexport.cli", *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, timeout=60)
-
-
 @pytest.mark.parametrize("way", ["prompt", "stdin", "chat"])
 def test_run_takes_special_tokens_as_text_and_says_so(toy_bundle: Path, way: str) -> None:
     text = "a<eos>b<eos>"
     flags = {"prompt": ["--prompt", text], "stdin": [], "chat": ["--chat"]}[way]
     common = ["run", toy_bundle, *flags, "--max-tokens", 1, "--stats", "--ignore-eos"]
-    plain = cli(*common, stdin=text.encode())
-    allowed = cli(*common, "--allow-special", stdin=text.encode())
+    plain = run_cli(*common, stdin=text.encode())
+    allowed = run_cli(*common, "--allow-special", stdin=text.encode())
     saved = 2 * (len("<eos>") - 1)
 
-    def position(done: subprocess.CompletedProcess[bytes]) -> int:
-        assert done.returncode == 0, done.stderr
-        return int(done.stderr.split(b"position ")[1].split(b",")[0])
+    def position(result: Result) -> int:
+        return int(result.succeeded().err.split("position ")[1].split(",")[0])
 
     assert position(plain) == position(allowed) + saved
-    assert plain.stderr.count(b"Note: '<eos>'") == 1 and b"--allow-special" in plain.stderr
-    assert b"Note" not in allowed.stderr
+    assert plain.err.count("Note: '<eos>'") == 1 and "--allow-special" in plain.err
+    assert "Note" not in allowed.err
 
 
 def test_generate_takes_special_tokens_as_text_and_warns(toy_bundle: Path) -> None:

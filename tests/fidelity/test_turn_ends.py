@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner
-from sinkexport.cli import cli
 from sinkexport.config import ExportConfig
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
-from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids, template_end
+from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids
 from sinkexport.pipeline.export import export, export_loaded
 from sinkexport.sources import LoadedModel
 from sinkrt import Session, UsageError
 
 from tests.exporter.tiny_models import tiny_model
 from tests.fidelity.tokenizer_folders import byte_level, write_folder
+from tests.support import run_cli
 
 ROWS = 420
 CONFIG = ExportConfig(2, 8, chunk_size=1)
@@ -78,7 +77,7 @@ def model(**changes: Any) -> Any:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_template_s_own_end(name: str) -> None:
     template, end = TEMPLATES[name]
-    assert template_end(tokenizer(template)) == (None if end is None else number(end))
+    assert tokenizer(template).template_end == (None if end is None else number(end))
 
 
 def test_the_union_of_all_who_name_one(tmp_path: Path) -> None:
@@ -239,7 +238,6 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", byte_level(special=TOKENS), config)
     model().save_pretrained(folder)
     arguments = ["export", str(folder), "-o", str(tmp_path / "bundle"), "--pin-system", "Be brief."]
-    result = CliRunner().invoke(cli, arguments)
-    assert isinstance(result.exception, UsageError)
-    assert "leaves a system message out" in str(result.exception)
+    result = run_cli(*arguments)
+    result.refusal("leaves a system message out")
     assert not (tmp_path / "bundle").exists()

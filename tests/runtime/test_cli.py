@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import io
 import itertools
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,45 +22,7 @@ from sinkexport.cli import COMMANDS, main
 from sinkrt import Session
 
 from tests.runtime.toy import BOS, EOS, Toy, build_toy, rehash
-
-COMMAND = [sys.executable, "-m", "sinkexport.cli"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """`sinkexport` in this process."""
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["sinkexport", *map(str, arguments)])
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return Result(code, out, err)
-
-    return call
-
-
-def run(*arguments: object, stdin: bytes = b"", **options: Any) -> Result:
-    """`sinkexport` in a process of its own."""
-    done = subprocess.run([*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, timeout=60, **options)
-    return Result(done.returncode, done.stdout.decode(errors="surrogateescape"), done.stderr.decode())
-
-
-def assert_error(result: Result, message: str, code: int = 2) -> None:
-    assert result.code == code, result
-    assert result.err.startswith("sinkexport: error: "), result.err
-    assert result.err.count("\n") == 1, result.err
-    assert message in result.err
+from tests.support import COMMAND, Result, run_cli, run_cli_apart
 
 
 def greedy(bundle: Path, ids: list[int], count: int) -> str:
@@ -79,24 +39,24 @@ def greedy(bundle: Path, ids: list[int], count: int) -> str:
 # --- overview --------------------------------------------------------------------------------------------------------
 
 
-def test_help_names_every_command(cli: Callable[..., Result]) -> None:
+def test_help_names_every_command() -> None:
     for flag in ("--help", "-h"):
-        result = cli(flag)
+        result = run_cli(flag)
         assert result.code == 0
         assert all(name in result.out and text in result.out for name, text in COMMANDS.items())
 
 
-def test_help_of_run_and_inspect(cli: Callable[..., Result]) -> None:
+def test_help_of_run_and_inspect() -> None:
     for command in ("run", "inspect"):
-        result = cli(command, "--help")
+        result = run_cli(command, "--help")
         assert result.code == 0
         assert result.out.startswith(f"Usage: sinkexport {command} [OPTIONS] DIR")
 
 
-def test_version(cli: Callable[..., Result]) -> None:
+def test_version() -> None:
     from sinkexport import __version__
 
-    assert cli("--version").out == f"sinkexport, version {__version__}\n"
+    assert run_cli("--version").out == f"sinkexport, version {__version__}\n"
 
 
 def test_the_entry_point_is_main() -> None:
@@ -109,28 +69,26 @@ def test_the_entry_point_is_main() -> None:
 # --- run -------------------------------------------------------------------------------------------------------------
 
 
-def test_prompt(cli: Callable[..., Result], toy_bundle: Path) -> None:
-    result = cli("run", toy_bundle, "--prompt", "Hello", "--max-tokens", 25, "--ignore-eos")
+def test_prompt(toy_bundle: Path) -> None:
+    result = run_cli("run", toy_bundle, "--prompt", "Hello", "--max-tokens", 25, "--ignore-eos")
     assert result == Result(0, greedy(toy_bundle, list(b"Hello"), 25) + "\n", "")
 
 
 def test_stdin_is_a_prompt(toy_bundle: Path) -> None:
     text = "One line\nand anöther 🙂\n\nno line break"
-    result = run("run", toy_bundle, "--max-tokens", 25, "--ignore-eos", stdin=text.encode())
+    result = run_cli("run", toy_bundle, "--max-tokens", 25, "--ignore-eos", stdin=text.encode())
     assert result == Result(0, greedy(toy_bundle, list(text.encode()), 25) + "\n", "")
 
 
 def test_stdin_longer_than_any_buffer(toy_bundle: Path) -> None:
     text = b"0123456789abcdef" * 3000 + b"\n" + b"x" * 9000
-    result = run("run", toy_bundle, "--max-tokens", 5, "--ignore-eos", "--stats", stdin=text)
+    result = run_cli("run", toy_bundle, "--max-tokens", 5, "--ignore-eos", "--stats", stdin=text)
     with Session.load(toy_bundle, threads=1) as session:
         assert result.out == "".join(session.generate(list(text), max_tokens=5, ignore_eos=True)) + "\n"
     assert f"position {len(text) + 5}" in result.err
 
 
-def test_stdin_is_fed_as_it_arrives(
-    cli: Callable[..., Result], toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stdin_is_fed_as_it_arrives(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each line is fed before the next is sent, but for its last token: only the end of the input starts the answer."""
     line, fed = b"a line of text\n", []
     reader, writer = os.pipe()
@@ -150,10 +108,10 @@ def test_stdin_is_fed_as_it_arrives(
         os.close(writer)
 
     monkeypatch.setattr(Session, "prefill", recorded)
-    monkeypatch.setattr(sys, "stdin", os.fdopen(reader))
     sender = threading.Thread(target=send)
     sender.start()
-    result = cli("run", toy_bundle, "--max-tokens", 3, "--ignore-eos")
+    with os.fdopen(reader) as stdin:
+        result = run_cli("run", toy_bundle, "--max-tokens", 3, "--ignore-eos", stdin=stdin)
     sender.join()
     assert fed == [*(number * len(line) - 1 for number in range(1, 6)), 5 * len(line)]
     assert result == Result(0, greedy(toy_bundle, list(5 * line), 3) + "\n", "")
@@ -187,40 +145,38 @@ def test_an_endless_run_tells_its_text_while_it_goes_on(toy_bundle: Path) -> Non
     assert process.returncode == 130
 
 
-def test_sampling_options_arrive(cli: Callable[..., Result], toy_bundle: Path) -> None:
+def test_sampling_options_arrive(toy_bundle: Path) -> None:
     options = {"temperature": 1.4, "top_k": 60, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 5}
     flags = [str(part) for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
-    result = cli("run", toy_bundle, "--prompt", "Hi", "--max-tokens", 30, "--ignore-eos", *flags)
+    result = run_cli("run", toy_bundle, "--prompt", "Hi", "--max-tokens", 30, "--ignore-eos", *flags)
     with Session.load(toy_bundle, threads=1) as session:
         want = "".join(session.generate("Hi", max_tokens=30, ignore_eos=True, **options))  # type: ignore[arg-type]
     assert result.out == want + "\n"
     assert want != greedy(toy_bundle, list(b"Hi"), 30)
 
 
-def test_stats(cli: Callable[..., Result], toy_bundle: Path) -> None:
-    result = cli("run", toy_bundle, "--prompt", "Hi", "--max-tokens", 30, "--ignore-eos", "--stats", "--threads", 1)
+def test_stats(toy_bundle: Path) -> None:
+    result = run_cli("run", toy_bundle, "--prompt", "Hi", "--max-tokens", 30, "--ignore-eos", "--stats", "--threads", 1)
     assert result.code == 0
     assert result.err.count("\n") == 1
     for part in ("tokens, ", "ms/token median", "ms p99", "position 32", "5.0 windows of 6", "memory ", "state "):
         assert part in result.err
 
 
-def test_a_stream_in_two_runs_is_the_stream_in_one(
-    cli: Callable[..., Result], toy_bundle: Path, tmp_path: Path
-) -> None:
+def test_a_stream_in_two_runs_is_the_stream_in_one(toy_bundle: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
-    whole = cli("run", toy_bundle, "--prompt", "abcdefghijkl", "--max-tokens", 12, "--ignore-eos")
-    first = cli("run", toy_bundle, "--prompt", "abcdefgh", "--max-tokens", 1, "--ignore-eos", "--save-state", state)
+    whole = run_cli("run", toy_bundle, "--prompt", "abcdefghijkl", "--max-tokens", 12, "--ignore-eos")
+    first = run_cli("run", toy_bundle, "--prompt", "abcdefgh", "--max-tokens", 1, "--ignore-eos", "--save-state", state)
     assert first.code == 0
     with Session.load(toy_bundle, threads=1) as session:
         session.prefill(list(b"abcdefgh"))
         session.save_state(state)
-    second = cli("run", toy_bundle, "--prompt", "ijkl", "--max-tokens", 12, "--ignore-eos", "--load-state", state)
+    second = run_cli("run", toy_bundle, "--prompt", "ijkl", "--max-tokens", 12, "--ignore-eos", "--load-state", state)
     assert second == whole
 
 
-def test_save_state_holds_what_was_fed_and_said(cli: Callable[..., Result], toy_bundle: Path, tmp_path: Path) -> None:
-    cli("run", toy_bundle, "--prompt", "abc", "--max-tokens", 7, "--ignore-eos", "--save-state", tmp_path / "state")
+def test_save_state_holds_what_was_fed_and_said(toy_bundle: Path, tmp_path: Path) -> None:
+    run_cli("run", toy_bundle, "--prompt", "abc", "--max-tokens", 7, "--ignore-eos", "--save-state", tmp_path / "state")
     with Session.load(toy_bundle, threads=1) as session:
         session.load_state(tmp_path / "state")
         assert session.position[0] == 10
@@ -242,7 +198,9 @@ def test_a_killed_run_resumes_from_its_last_save(toy_bundle: Path, tmp_path: Pat
         session.load_state(state)
         reached = int(session.position[0])
         assert reached >= 21
-        run("run", toy_bundle, "--resume", "--load-state", state, "--save-state", state, "--max-tokens", 30, *options)
+        run_cli(
+            "run", toy_bundle, "--resume", "--load-state", state, "--save-state", state, "--max-tokens", 30, *options
+        )
         session.load_state(state)
         resumed = session.recent_ids().tolist(), session.logits.copy()
         session.reset()
@@ -252,11 +210,11 @@ def test_a_killed_run_resumes_from_its_last_save(toy_bundle: Path, tmp_path: Pat
         assert np.array_equal(session.logits, resumed[1])
 
 
-def test_stop_ends_an_answer_before_the_text(cli: Callable[..., Result], toy_bundle: Path) -> None:
+def test_stop_ends_an_answer_before_the_text(toy_bundle: Path) -> None:
     options = ("run", toy_bundle, "--prompt", "Hello", "--max-tokens", 60, "--ignore-eos")
-    whole = cli(*options).out
+    whole = run_cli(*options).out
     stop = whole[20:23]
-    assert cli(*options, "--stop", "nowhere", "--stop", stop).out == whole[: whole.index(stop)] + "\n"
+    assert run_cli(*options, "--stop", "nowhere", "--stop", stop).out == whole[: whole.index(stop)] + "\n"
 
 
 @pytest.mark.parametrize(
@@ -285,13 +243,11 @@ def test_a_stopped_run_saves_its_state(toy_bundle: Path, tmp_path: Path, sent: s
         assert session.position[0] > 1
 
 
-def test_a_run_that_fed_nothing_keeps_the_old_state(
-    cli: Callable[..., Result], toy_bundle: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_fed_nothing_keeps_the_old_state(toy_bundle: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
-    cli("run", toy_bundle, "--prompt", "abc", "--max-tokens", 1, "--save-state", state)
+    run_cli("run", toy_bundle, "--prompt", "abc", "--max-tokens", 1, "--save-state", state)
     before = state.read_bytes()
-    assert_error(cli("run", toy_bundle, "--prompt", "", "--save-state", state), "no tokens")
+    run_cli("run", toy_bundle, "--prompt", "", "--save-state", state).refusal("no tokens")
     assert state.read_bytes() == before
 
 
@@ -310,7 +266,7 @@ def test_a_reader_that_leaves(toy_bundle: Path) -> None:
 
 def test_a_terminal_that_knows_ascii_only(toy_bundle: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = run("run", toy_bundle, "--prompt", "Hello", "--max-tokens", 60, "--ignore-eos", env=environment)
+    result = run_cli_apart("run", toy_bundle, "--prompt", "Hello", "--max-tokens", 60, "--ignore-eos", env=environment)
     assert result.code == 0
     assert result.out.isascii() and "?" in result.out
 
@@ -341,7 +297,7 @@ def test_chat_piped(toy_bundle: Path, system: str | None) -> None:
     messages = ["Hello there", "and again 🙂", "bye"]
     flags = [] if system is None else ["--system", system]
     stdin = "Hello there\n\n   \nand again 🙂\r\nbye".encode()  # blank lines are no messages
-    result = run("run", toy_bundle, "--chat", "--max-tokens", 12, "--stats", *flags, stdin=stdin)
+    result = run_cli("run", toy_bundle, "--chat", "--max-tokens", 12, "--stats", *flags, stdin=stdin)
     answers, position = chat_ids(toy_bundle, messages, 12, system)
     assert result.code == 0
     assert result.out == "".join(answer + "\n" for answer in answers)
@@ -350,12 +306,12 @@ def test_chat_piped(toy_bundle: Path, system: str | None) -> None:
 
 def test_chat_goes_on_after_a_restart(toy_bundle: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
-    first = run("run", toy_bundle, "--chat", "--max-tokens", 9, "--save-state", state, stdin=b"one\n")
-    second = run("run", toy_bundle, "--chat", "--max-tokens", 9, "--load-state", state, stdin=b"two\n")
+    first = run_cli("run", toy_bundle, "--chat", "--max-tokens", 9, "--save-state", state, stdin=b"one\n")
+    second = run_cli("run", toy_bundle, "--chat", "--max-tokens", 9, "--load-state", state, stdin=b"two\n")
     answers, _ = chat_ids(toy_bundle, ["one", "two"], 9)
     assert first.out + second.out == "".join(answer + "\n" for answer in answers)
-    late = run("run", toy_bundle, "--chat", "--load-state", state, "--system", "x", stdin=b"two\n")
-    assert_error(late, "--system")
+    late = run_cli("run", toy_bundle, "--chat", "--load-state", state, "--system", "x", stdin=b"two\n")
+    late.refusal("--system")
 
 
 def test_chat_on_a_terminal(toy_bundle: Path) -> None:
@@ -383,12 +339,12 @@ def test_chat_on_a_terminal(toy_bundle: Path) -> None:
 
 
 def test_chat_without_messages(toy_bundle: Path) -> None:
-    assert run("run", toy_bundle, "--chat", stdin=b"\n\n") == Result(0, "", "")
+    assert run_cli("run", toy_bundle, "--chat", stdin=b"\n\n") == Result(0, "", "")
 
 
 def test_chat_needs_a_template(tmp_path: Path) -> None:
     bundle = build_toy(tmp_path / "bundle", chat=False)
-    assert_error(run("run", bundle, "--chat", stdin=b"hi\n"), "chat template")
+    run_cli("run", bundle, "--chat", stdin=b"hi\n").refusal("chat template")
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -439,56 +395,56 @@ def test_chat_needs_a_template(tmp_path: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_bad_input_is_one_line(
-    cli: Callable[..., Result], toy_bundle: Path, arguments: tuple[str, ...], message: str
-) -> None:
-    result = cli(*(str(toy_bundle) if argument == "BUNDLE" else argument for argument in arguments))
-    assert_error(result, message)
+def test_bad_input_is_one_line(toy_bundle: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = run_cli(*(str(toy_bundle) if argument == "BUNDLE" else argument for argument in arguments))
+    result.refusal(message)
     assert result.out == ""
 
 
 def test_no_text_on_stdin(toy_bundle: Path) -> None:
-    assert_error(run("run", toy_bundle), "stdin: received no text")
+    run_cli("run", toy_bundle).refusal("stdin: received no text")
 
 
-def test_text_for_a_bundle_of_ids(cli: Callable[..., Result], tmp_path: Path) -> None:
-    assert_error(cli("run", build_toy(tmp_path / "b", tokenizer=False), "--prompt", "a"), "tokenizer")
+def test_text_for_a_bundle_of_ids(tmp_path: Path) -> None:
+    run_cli("run", build_toy(tmp_path / "b", tokenizer=False), "--prompt", "a").refusal("tokenizer")
 
 
-def test_two_streams_cannot_print_one_text(cli: Callable[..., Result], tmp_path: Path) -> None:
+def test_two_streams_cannot_print_one_text(tmp_path: Path) -> None:
     bundle = build_toy(tmp_path / "bundle", Toy(batch=2))
     for arguments in (["--prompt", "a"], ["--chat"], []):
-        assert_error(cli("run", bundle, *arguments), "run: received a bundle of 2 streams, expected batch 1")
+        run_cli("run", bundle, *arguments).refusal("run: received a bundle of 2 streams, expected batch 1")
 
 
-def test_corrupt_weights_are_named(cli: Callable[..., Result], tmp_path: Path) -> None:
+def test_corrupt_weights_are_named(tmp_path: Path) -> None:
     bundle = build_toy(tmp_path / "bundle")
     weights = bytearray((bundle / "weights.bin").read_bytes())
     weights[100] ^= 1
     (bundle / "weights.bin").write_bytes(weights)
-    assert_error(cli("run", bundle, "--prompt", "a"), "weights.bin: received sha256")
+    run_cli("run", bundle, "--prompt", "a").refusal("weights.bin: received sha256")
 
 
-def test_a_state_of_another_bundle(cli: Callable[..., Result], toy_bundle: Path, tmp_path: Path) -> None:
+def test_a_state_of_another_bundle(toy_bundle: Path, tmp_path: Path) -> None:
     other = build_toy(tmp_path / "other", Toy(seed=1))
-    cli("run", other, "--prompt", "a", "--max-tokens", 1, "--save-state", tmp_path / "state")
-    assert_error(cli("run", toy_bundle, "--prompt", "a", "--load-state", tmp_path / "state"), "fingerprint")
+    run_cli("run", other, "--prompt", "a", "--max-tokens", 1, "--save-state", tmp_path / "state")
+    run_cli("run", toy_bundle, "--prompt", "a", "--load-state", tmp_path / "state").refusal("fingerprint")
 
 
-def test_the_position_limit_ends_a_run_with_its_text_told(cli: Callable[..., Result], tmp_path: Path) -> None:
+def test_the_position_limit_ends_a_run_with_its_text_told(tmp_path: Path) -> None:
     bundle = build_toy(tmp_path / "bundle", Toy(position_limit=12))
-    result = cli("run", bundle, "--prompt", "abcd", "--ignore-eos")
-    assert_error(result, "position: received 12")
+    result = run_cli("run", bundle, "--prompt", "abcd", "--ignore-eos")
+    result.refusal("position: received 12")
 
 
-def test_a_file_that_may_not_be_read(
-    cli: Callable[..., Result], toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied", "weights.bin")
+def test_a_file_that_may_not_be_read(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
 
-    monkeypatch.setattr("sinkrt.contract.files.hash_file", refuse)
-    assert_error(cli("run", toy_bundle, "--prompt", "a"), "Permission denied: 'weights.bin'")
+    def refuse(path: Path, *mode: str, **options: Any) -> Any:
+        if path.name == "weights.bin":
+            raise PermissionError(13, "Permission denied", path.name)
+        return opened(path, *mode, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    run_cli("run", toy_bundle, "--prompt", "a").refusal("Permission denied: 'weights.bin'")
 
 
 @pytest.mark.parametrize(
@@ -503,16 +459,14 @@ def test_a_file_that_may_not_be_read(
     ],
     ids=repr,
 )
-def test_other_errors(
-    cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
-) -> None:
+def test_other_errors(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(Session, "load", fail)
-    result = cli("run", "anything", "--prompt", "a")
-    assert_error(result, message, code)
-    debug = cli("--debug", "run", "anything", "--prompt", "a")
+    result = run_cli("run", "anything", "--prompt", "a")
+    result.refusal(message, code=code)
+    debug = run_cli("--debug", "run", "anything", "--prompt", "a")
     assert debug.code == code
     assert "Traceback" in debug.err and type(error).__name__ in debug.err
     assert debug.err.splitlines()[-1] + "\n" == result.err
@@ -521,8 +475,8 @@ def test_other_errors(
 # --- inspect ---------------------------------------------------------------------------------------------------------
 
 
-def test_inspect_a_bundle(cli: Callable[..., Result], toy_bundle: Path) -> None:
-    result = cli("inspect", toy_bundle)
+def test_inspect_a_bundle(toy_bundle: Path) -> None:
+    result = run_cli("inspect", toy_bundle)
     assert (result.code, result.err) == (0, "")
     weights = (toy_bundle / "weights.bin").stat().st_size
     parts = (
@@ -533,17 +487,17 @@ def test_inspect_a_bundle(cli: Callable[..., Result], toy_bundle: Path) -> None:
         "decode.onnx, 1 token(s)",
         "tokenizer.json, chat template",
         f"{weights:,}",
-        "all, for ever",
+        "all, forever",
     )
     for part in parts:
         assert part in result.out, part
 
 
-def test_inspect_tells_what_is_missing(cli: Callable[..., Result], tmp_path: Path) -> None:
+def test_inspect_tells_what_is_missing(tmp_path: Path) -> None:
     bundle = build_toy(tmp_path / "bundle", tokenizer=False)
     (bundle / "weights.bin").unlink()
     (bundle / "decode.onnx").write_bytes(b"abc")
-    result = cli("inspect", bundle)
+    result = run_cli("inspect", bundle)
     assert result.code == 0
     rows = {line.split()[0]: line for line in result.out.splitlines() if line}
     assert rows["weights.bin"].rstrip().endswith("missing")
@@ -551,37 +505,39 @@ def test_inspect_tells_what_is_missing(cli: Callable[..., Result], tmp_path: Pat
     assert "none: token ids only" in rows["tokenizer"]
 
 
-def test_inspect_as_json(cli: Callable[..., Result], toy_bundle: Path) -> None:
-    result = cli("inspect", toy_bundle, "--json")
+def test_inspect_as_json(toy_bundle: Path) -> None:
+    result = run_cli("inspect", toy_bundle, "--json")
     assert json.loads(result.out) == json.loads((toy_bundle / "manifest.json").read_text(encoding="utf-8"))
 
 
-def test_names_with_brackets_are_shown_as_they_are(cli: Callable[..., Result], tmp_path: Path) -> None:
+def test_names_with_brackets_are_shown_as_they_are(tmp_path: Path) -> None:
     bundle = build_toy(tmp_path / "bundle")
     (bundle / "[red]notes.txt").write_text("x", encoding="utf-8")
     rehash(bundle)
-    assert "[red]notes.txt" in cli("inspect", bundle).out
+    assert "[red]notes.txt" in run_cli("inspect", bundle).out
 
 
-def test_inspect_families(cli: Callable[..., Result]) -> None:
+def test_inspect_families() -> None:
     from sinkexport.families import describe
 
-    table, rows = cli("inspect", "families"), json.loads(cli("inspect", "families", "--json").out)
+    table, rows = run_cli("inspect", "families"), json.loads(run_cli("inspect", "families", "--json").out)
     assert table.code == 0
     assert [row["family"] for row in rows] == [family.family for family in describe()]
     assert all(row["family"] in table.out for row in rows)
 
 
-def test_a_bundle_named_families(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_named_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_toy(tmp_path / "families")
     monkeypatch.chdir(tmp_path)
-    assert "ToyForCausalLM" in cli("inspect", "families").out
+    assert "ToyForCausalLM" in run_cli("inspect", "families").out
 
 
 def test_an_option_out_of_range_is_refused_before_text_is_read_or_a_state_is_saved(tmp_path: Path) -> None:
     bundle, state = build_toy(tmp_path / "b", Toy()), tmp_path / "state"
     for arguments in ((), ("--chat",)):
-        done = run("run", bundle, *arguments, "--repetition-penalty", "1e-300", "--save-state", state, stdin=b"text\n")
+        done = run_cli(
+            "run", bundle, *arguments, "--repetition-penalty", "1e-300", "--save-state", state, stdin=b"text\n"
+        )
         assert (done.code, done.out) == (2, "")
         assert "repetition_penalty: received 1e-300" in done.err
         assert not state.exists()

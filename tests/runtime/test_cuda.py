@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +16,14 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
+import onnxruntime as ort
 import pytest
-from sinkrt.backends import ort as ort_backend
-from sinkrt.backends import tensorrt as tensorrt_backend
 from sinkrt.backends.cuda import Cuda, DeviceArray, Staged
-from sinkrt.backends.ort import CudaPlace, OrtBackend, load_on_gpu
+from sinkrt.backends.ort import OrtBackend
+from sinkrt.backends.ort_cuda import CudaDevice, load_on_gpu
+from sinkrt.backends.ort_graph import Binding
 from sinkrt.backends.tensorrt import TensorrtBackend
-from sinkrt.contract import Manifest, TensorSpec, load_manifest
+from sinkrt.contract import EngineFacts, Manifest, TensorSpec, hash_file, load_manifest
 from sinkrt.errors import BackendError
 
 from tests.runtime.toy import Toy, build_toy
@@ -81,16 +84,21 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def books(compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Books]:
+def library(compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     """The stand-in, found as NVIDIA's package is. A copy for each test: what another has left does not count here."""
-    library = tmp_path / "packages/nvidia/cu13/lib/libcudart.so.13"
-    library.parent.mkdir(parents=True)
-    shutil.copyfile(compiled, library)
+    path = tmp_path / "packages/nvidia/cu13/lib/libcudart.so.13"
+    path.parent.mkdir(parents=True)
+    shutil.copyfile(compiled, path)
     monkeypatch.syspath_prepend(tmp_path / "packages")
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture
+def books(library: ctypes.CDLL) -> Iterator[Books]:
     # All is to be freed with its last reference: what waits for the collector holds a GPU's memory for nothing.
     gc.disable()
     try:
-        yield Books(ctypes.CDLL(str(library)))
+        yield Books(library)
     finally:
         gc.enable()
 
@@ -277,49 +285,72 @@ class TestRecord:
 
 
 class Context:
-    """An execution context of TensorRT's, as far as addresses go."""
+    """An execution context of TensorRT's: a run copies the first number of a state to the first of the logits.
 
-    def __init__(self) -> None:
+    library: the stand-in for CUDA's runtime.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
         self.addresses: dict[str, int] = {}
+        self.library = library
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
         return True
 
+    def execute_async_v3(self, stream: int) -> bool:
+        target, source = (ctypes.c_void_p(self.addresses[name]) for name in ("logits", "sink_k.0"))
+        size, on_device = ctypes.c_size_t(4), 3
+        return not self.library.cudaMemcpyAsync(target, source, size, on_device, ctypes.c_void_p(stream))
 
-def stand_in(manifest: Manifest, role: str) -> Any:
+
+def stand_in(manifest: Manifest, role: str, library: ctypes.CDLL) -> Any:
     """What `runtime.deserialize_cuda_engine` makes."""
     graph = manifest.graphs[role]
     states = [name for state in manifest.states for name in (state.input, state.output)]
     names = [*(spec.name for spec in (*graph.inputs, *graph.outputs)), *states]
     return SimpleNamespace(
-        num_io_tensors=len(names), get_tensor_name=names.__getitem__, create_execution_context=Context
+        num_io_tensors=len(names),
+        get_tensor_name=names.__getitem__,
+        create_execution_context=lambda: Context(library),
+    )
+
+
+def engine_facts(bundle: Path, manifest: Manifest, role: str) -> EngineFacts:
+    """Write an engine whose content is its role, built for the stand-in's GPU."""
+    path = bundle / f"{role}.engine"
+    path.write_text(role)
+    file, graph = hash_file(path), manifest.files[manifest.graphs[role].file]
+    return EngineFacts(
+        file=path.name,
+        bytes=file.bytes,
+        sha256=file.sha256,
+        graph_sha256=graph.sha256,
+        flavour="TensorRT",
+        version="10.3.0",
+        plugin_abi=None,
+        gpu=None,
+        compute_capability="9.0",
+        precision="float32",
     )
 
 
 class TestTensorrt:
     @pytest.fixture
-    def backend(self, books: Books, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TensorrtBackend]:
+    def backend(
+        self, books: Books, library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> list[TensorrtBackend]:
         """A batch of two, so that the second stream's row of logits does not lie where TensorRT wants addresses."""
-        build_toy(tmp_path / "b", Toy(batch=2, chunk_size=4))
-        manifest = load_manifest(tmp_path / "b")
-        object.__setattr__(manifest, "engines", {"decode": SimpleNamespace(flavour="TensorRT")})
+        bundle = build_toy(tmp_path / "b", Toy(batch=2, chunk_size=4))
+        manifest = load_manifest(bundle)
+        engines = {role: engine_facts(bundle, manifest, role) for role in manifest.graphs}
+        manifest = dataclasses.replace(manifest, engines=engines)
         trt = MagicMock(__version__="10.3.0", ILogger=object)
         trt.Runtime = lambda _logger: SimpleNamespace(
-            deserialize_cuda_engine=lambda role: stand_in(manifest, role.decode())
+            deserialize_cuda_engine=lambda content: stand_in(manifest, content.decode(), library)
         )
-        monkeypatch.setattr(tensorrt_backend, "import_package", lambda _flavour: trt)
-        monkeypatch.setattr(
-            tensorrt_backend, "check_engine", lambda _bundle, _manifest, role, _host: MagicMock(read_bytes=role.encode)
-        )
-
-        def execute(engine: Any, cuda: Cuda) -> None:
-            """The first number of a state becomes the first of the logits."""
-            addresses = engine._context.addresses
-            cuda.on_device(addresses["logits"], addresses["sink_k.0"], 4)
-
-        monkeypatch.setattr(tensorrt_backend._Engine, "execute", execute)
-        return [TensorrtBackend(tmp_path / "b", manifest)]
+        monkeypatch.setitem(sys.modules, "tensorrt", trt)
+        return [TensorrtBackend(bundle, manifest)]
 
     def test_runs_are_replays_and_all_is_freed_with_the_session(
         self, backend: list[TensorrtBackend], books: Books
@@ -341,17 +372,17 @@ class TestTensorrt:
         assert (books.mistakes, books.alive) == (0, (0, 0, 0))
 
 
-class HostGraphs(CudaPlace):
+class HostGraphs(CudaDevice):
     """The stand-in's device memory is the host's: ONNX Runtime on the CPU computes there.
 
     refused: CUDA graphs are, as by ONNX Runtime if a node has no kernel on the GPU.
     """
 
-    refused = False
+    provider, refused = "CPUExecutionProvider", False
 
     def __init__(self, cuda: Cuda, *, graphs: bool) -> None:
         super().__init__(cuda, graphs=graphs)
-        self.providers = ["CPUExecutionProvider"]
+        self.providers = [self.provider]
 
     def bind(self, bind: Any, name: str, array: Any) -> None:
         bind(name, "cpu", 0, array.dtype, array.shape, array.address)
@@ -366,10 +397,8 @@ class HostGraphs(CudaPlace):
 class TestOrtCuda:
     @pytest.fixture
     def bundle(self, books: Books, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.setattr(ort_backend, "CUDA_PROVIDER", "CPUExecutionProvider")
-        monkeypatch.setattr(ort_backend, "CudaPlace", HostGraphs)
-        monkeypatch.setattr(ort_backend.ort, "preload_dlls", lambda: None, raising=False)
-        monkeypatch.setattr(ort_backend.ort, "set_default_logger_severity", lambda _level: None)
+        monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
+        monkeypatch.setattr(ort, "set_default_logger_severity", lambda _level: None)
         return build_toy(tmp_path / "b", Toy(batch=2, chunk_size=4))
 
     @pytest.mark.parametrize("refused", [False, True])
@@ -378,7 +407,7 @@ class TestOrtCuda:
     ) -> None:
         monkeypatch.setattr(HostGraphs, "refused", refused)
         manifest = load_manifest(bundle)
-        on_gpu, on_cpu = load_on_gpu(bundle, manifest, 1), OrtBackend(bundle, manifest, 1, False)
+        on_gpu, on_cpu = load_on_gpu(bundle, manifest, 1, HostGraphs), OrtBackend(bundle, manifest, 1, False)
         assert on_cpu.not_recorded is None
         assert on_gpu.not_recorded == ("decode.onnx: received a node on the CPU" if refused else None)
         for backend in (on_gpu, on_cpu):
@@ -394,19 +423,19 @@ class TestOrtCuda:
         self, bundle: Path, books: Books, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         manifest = load_manifest(bundle)
-        backend = load_on_gpu(bundle, manifest, 1)
+        backend = load_on_gpu(bundle, manifest, 1, HostGraphs)
         books.room_bytes = books.live_bytes
         del backend
         assert books.live_bytes == 0
         monkeypatch.setattr(HostGraphs, "refused", True)
-        assert load_on_gpu(bundle, manifest, 1).not_recorded
+        assert load_on_gpu(bundle, manifest, 1, HostGraphs).not_recorded
 
     def test_cudnn_is_named(self, bundle: Path, books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any) -> None:
             cause = RuntimeError(f"{'x' * 300} CUDNN failure 1001: CUDNN_STATUS_NOT_INITIALIZED")
             raise BackendError("decode run: received xxx") from cause
 
-        monkeypatch.setattr(ort_backend._Binding, "run", fail)
+        monkeypatch.setattr(Binding, "run", fail)
         with pytest.raises(BackendError, match=r"expected cuDNN 9, .*pip install 'sinkexport\[cuda\]'") as caught:
-            load_on_gpu(bundle, load_manifest(bundle), 1)
+            load_on_gpu(bundle, load_manifest(bundle), 1, HostGraphs)
         assert "\n" not in str(caught.value)

@@ -10,6 +10,7 @@ import psutil
 import pytest
 from sinkrt import Session
 
+from tests.runtime.faults import load_faulty
 from tests.runtime.toy import VOCAB_SIZE, Toy
 
 KIB = 2**10
@@ -46,10 +47,11 @@ def test_a_state_is_written_in_place_in_one_slot(session: Session) -> None:
             assert changed.tolist() == want, (t, name)
 
 
-def test_values_bound_are_the_arrays(session: Session) -> None:
+def test_values_bound_are_the_arrays(toy_bundle: Path) -> None:
     """ONNX Runtime's own view of every output is the session's array, state outputs included."""
-    backend = session._backend
-    outputs: list[ort.OrtValue] = backend._step.binding.get_outputs()  # type: ignore[union-attr]
+    session, backend = load_faulty(toy_bundle)
+    session.step([1])
+    outputs: list[ort.OrtValue] = backend.real.step.binding.get_outputs()
     own = {session.buffers["logits"].ctypes.data, *(b.ctypes.data for b in session.buffers.values())}
     assert len(outputs) == 5
     for value in outputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sinkrt import BackendError, Session, StateError, UsageError
 
+from tests.runtime.faults import load_faulty
 from tests.runtime.toy import VOCAB_SIZE, Toy, build_toy, reference_logits
 
 TOYS = [
@@ -124,33 +126,35 @@ def test_a_copy_of_another_bundle_is_refused(pair: Session, session: Session) ->
         session.place_stream(0, dataclasses.replace(pair.copy_stream(0), states={}))
 
 
-class Cut:
-    """A prefill run that raises, before or after it has really run."""
-
-    def __init__(self, run: Any, error: BaseException, *, after: bool) -> None:
-        self._run, self._error, self._after = run, error, after
-
-    def run(self) -> None:
-        if self._after:
-            self._run.run()
-        raise self._error
+@pytest.fixture
+def faulty(tmp_path: Path) -> Iterator[tuple[Session, Any]]:
+    """A session of two streams and its `FaultyBackend`."""
+    session, backend = load_faulty(build_toy(tmp_path / "pair", Toy(batch=2, chunk_size=4)))
+    with session:
+        yield session, backend
 
 
-def cut(session: Session, stream: int, error: BaseException, *, after: bool) -> Any:
-    backend: Any = session._backend
-    run = backend._chunks[stream]
-    backend._chunks[stream] = Cut(run, error, after=after)
-    return lambda: backend._chunks.__setitem__(stream, run)
+def cut(backend: Any, stream: int, error: BaseException, *, after: bool) -> None:
+    """Let the chunks of one stream raise, before or after they have really run; ``del backend.run_chunk`` mends."""
+
+    def run_chunk(chosen: int, ids: np.ndarray, position: int) -> None:
+        if chosen != stream or after:
+            backend.real.run_chunk(chosen, ids, position)
+        if chosen == stream:
+            raise error
+
+    backend.run_chunk = run_chunk
 
 
-def test_a_chunk_that_fails_loses_its_stream_and_no_other(pair: Session, tmp_path: Path) -> None:
+def test_a_chunk_that_fails_loses_its_stream_and_no_other(faulty: tuple[Session, Any], tmp_path: Path) -> None:
+    pair, backend = faulty
     ids = [random_ids(20, seed) for seed in (1, 2)]
     pair.prefill(ids)
     pair.save_state(tmp_path / "state")
-    mend = cut(pair, 1, BackendError("no memory"), after=False)
+    cut(backend, 1, BackendError("no memory"), after=False)
     with pytest.raises(BackendError, match="no memory"):
         pair.prefill([random_ids(4)], streams=[1])
-    mend()
+    del backend.run_chunk
     for call in (
         lambda: pair.step([1], [1]),
         lambda: pair.prefill([[1, 2]], streams=[1]),
@@ -167,23 +171,25 @@ def test_a_chunk_that_fails_loses_its_stream_and_no_other(pair: Session, tmp_pat
     np.testing.assert_allclose(pair.step([7], [1])[1], reference_logits(toy, [*ids[1], 7])[-1], atol=3e-5)
 
 
-def test_a_reset_brings_a_lost_stream_back(pair: Session) -> None:
-    mend = cut(pair, 0, BackendError("x"), after=False)
+def test_a_reset_brings_a_lost_stream_back(faulty: tuple[Session, Any]) -> None:
+    pair, backend = faulty
+    cut(backend, 0, BackendError("x"), after=False)
     with pytest.raises(BackendError):
         pair.prefill([[1, 2, 3, 4]], streams=[0])
-    mend()
+    del backend.run_chunk
     pair.reset([0])
     want = reference_logits(Toy(batch=2, chunk_size=4), [1, 2, 3, 4])[-1]
     np.testing.assert_allclose(pair.prefill([[1, 2, 3, 4]], streams=[0])[0], want, atol=3e-5)
 
 
-def test_an_interrupt_after_a_chunk_does_not_lose_that_it_ran(pair: Session) -> None:
+def test_an_interrupt_after_a_chunk_does_not_lose_that_it_ran(faulty: tuple[Session, Any]) -> None:
+    pair, backend = faulty
     ids = random_ids(24)
     pair.prefill([ids[:16]], streams=[0])
-    mend = cut(pair, 0, KeyboardInterrupt(), after=True)
+    cut(backend, 0, KeyboardInterrupt(), after=True)
     with pytest.raises(KeyboardInterrupt):
         pair.prefill([ids[16:]], streams=[0])
-    mend()
+    del backend.run_chunk
     assert pair.position.tolist() == [20, 0]
     pair.prefill([ids[20:]], streams=[0])
     want = reference_logits(Toy(batch=2, chunk_size=4), ids)[-1]

@@ -12,11 +12,12 @@ import numpy as np
 import psutil
 import pytest
 from sinkrt import BackendError, Session, UsageError
-from sinkrt.answer import AnswerParams
+from sinkrt.answer import Answer, AnswerParams
 from sinkrt.sampler import SamplingParams
 from sinkrt.scheduler import Event, Scheduler
 from sinkrt.stream_slots import stream_bytes
 
+from tests.runtime.faults import load_faulty
 from tests.runtime.toy import VOCAB_SIZE, Toy, build_toy
 
 MANY, ONE = Toy(batch=3, chunk_size=4), Toy(batch=1, chunk_size=4)
@@ -227,13 +228,18 @@ def test_a_failure_ends_its_conversation_and_no_other(
         (lambda s: s.forget("nobody"), "'nobody'"),
         (lambda s: [s.submit("a", [1], SamplingParams(), AnswerParams()) for _ in range(2)], "at work"),
         (lambda s: [s.submit(n, [1], SamplingParams(), AnswerParams()) for n in "abcde"], "4 at work"),
-        (lambda s: Scheduler(s._session, max_conversations=0), "max_conversations"),
-        (lambda s: Scheduler(s._session, slice_tokens=0), "slice_tokens"),
     ],
 )
 def test_what_callers_get_wrong_is_one_line(session: Session, call: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         call(Scheduler(session, max_conversations=4))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["max_conversations", "slice_tokens"])
+def test_an_option_out_of_range_is_one_line(session: Session, option: str) -> None:
+    with pytest.raises(UsageError, match=option) as caught:
+        Scheduler(session, **{option: 0})
     assert "\n" not in str(caught.value)
 
 
@@ -290,21 +296,17 @@ def test_only_the_one_that_cannot_take_its_token_fails(
         assert said[name].texts == alone(bundles[1], [[i + 1]], SamplingParams(), params)
 
 
-def test_a_chunk_of_no_numbers_fails_alone(
-    bundles: tuple[Path, Path], session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chunk_of_no_numbers_fails_alone(bundles: tuple[Path, Path]) -> None:
     """A chunk that overflows leaves NaN and no error; its stream is lost, and a rest of one token is still to feed."""
+    session, backend = load_faulty(bundles[0])
     scheduler, params = Scheduler(session), AnswerParams(max_tokens=12, ignore_eos=True)
-    backend = session._backend
-    assert backend is not None
-    real = backend.run_chunk
 
     def run_chunk(stream: int, ids: np.ndarray, position: int) -> None:
-        real(stream, ids, position)
+        backend.real.run_chunk(stream, ids, position)
         if 99 in ids:
             backend.logits[stream] = np.nan
 
-    monkeypatch.setattr(backend, "run_chunk", run_chunk)
+    backend.run_chunk = run_chunk
     said = {name: Said([""], []) for name in "ab"}
     scheduler.submit("a", [3, 4], SamplingParams(), params)
     scheduler.submit("b", [99] * 5, SamplingParams(), params)
@@ -446,24 +448,43 @@ class _Once:
         return self._real(*arguments)
 
 
+def break_next_answer(monkeypatch: pytest.MonkeyPatch, method: str, call: int, error: Exception) -> None:
+    """Let one call of a method of the answer that is made next fail."""
+
+    made: list[Answer] = []
+    initialise, real = Answer.__init__, getattr(Answer, method)
+    once = _Once(real, call, error)
+
+    def remember(self: Answer, *arguments: Any) -> None:
+        initialise(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(Answer, "__init__", remember)
+    monkeypatch.setattr(Answer, method, lambda self, *arguments: (once if self is made[0] else real)(self, *arguments))
+
+
 @pytest.mark.parametrize(
     "error", [UsageError("repetition_penalty: too small"), FloatingPointError("a\nbug"), MemoryError()]
 )
 @pytest.mark.parametrize("method", ["pick", "push", "flush"])
 @pytest.mark.parametrize("call", [1, 3])
 def test_an_error_of_sampling_or_decoding_keeps_the_conversation(
-    bundles: tuple[Path, Path], session: Session, error: Exception, method: str, call: int
+    bundles: tuple[Path, Path],
+    session: Session,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    method: str,
+    call: int,
 ) -> None:
     """Its answer ends; what its stream has taken stays, the next request goes on there, and no other is disturbed."""
     scheduler = Scheduler(session)
     params = AnswerParams(max_tokens=6, ignore_eos=True)
     first, other, more = [1, 2, 3, 4, 5], [9, 8, 7], [6, 5]
-    scheduler.submit("a", first, SamplingParams(), params, lasting=True)
-    scheduler.submit("b", other, SamplingParams(), params)
-    answer = scheduler._conversations["a"].the_answer
     if method == "flush":
         call = 1
-    setattr(answer, method, _Once(getattr(answer, method), call, error))
+    break_next_answer(monkeypatch, method, call, error)
+    scheduler.submit("a", first, SamplingParams(), params, lasting=True)
+    scheduler.submit("b", other, SamplingParams(), params)
     said: dict[str, Said] = collections.defaultdict(lambda: Said([""], []))
     errors = []
     while scheduler.has_work:
@@ -487,11 +508,11 @@ def test_an_error_of_sampling_or_decoding_keeps_the_conversation(
     assert said["b"].texts == alone(bundles[1], [other], SamplingParams(), params)
 
 
-def test_numbers_that_are_none_still_end_a_conversation(session: Session) -> None:
+def test_numbers_that_are_none_still_end_a_conversation(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in the model's own logits: its stream is lost."""
     scheduler = Scheduler(session)
+    break_next_answer(monkeypatch, "pick", 1, BackendError("logits: nan"))
     scheduler.submit("a", [1, 2], SamplingParams(), AnswerParams(max_tokens=5), lasting=True)
-    scheduler._conversations["a"].the_answer.pick = _Once(None, 1, BackendError("logits: nan"))  # type: ignore[method-assign]
     events = []
     while scheduler.has_work:
         events += scheduler.step()

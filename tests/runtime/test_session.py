@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from sinkrt import BackendError, BundleError, Session, UsageError
 from sinkrt.contract import MANIFEST_NAME
 
+from tests.runtime.faults import load_faulty
 from tests.runtime.toy import EOS, VOCAB_SIZE, Toy, build_toy, reference_logits, rehash
 
 TOYS = [
@@ -200,36 +202,41 @@ def test_a_closed_session(toy_bundle: Path, tmp_path: Path) -> None:
 # --- interrupted -----------------------------------------------------------------------------------------------------
 
 
-class Failing:
-    """A backend whose run fails once, before or after the graph has written the state."""
+@pytest.fixture
+def faulty(toy_bundle: Path) -> Iterator[tuple[Session, Any]]:
+    """A session and its `FaultyBackend`."""
+    session, backend = load_faulty(toy_bundle)
+    with session:
+        yield session, backend
 
-    def __init__(self, backend: Any, error: BaseException, *, after: bool) -> None:
-        self._backend, self._error, self._after = backend, error, after
-        self.armed = True
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
+def fail_once(backend: Any, error: BaseException, *, at: int = 1, after: bool = False) -> None:
+    """Let the run of this number, from 1, raise: before the graph has written the state, or after."""
+    left = at
 
-    def run(self) -> None:
-        if self.armed and not self._after:
-            self.armed = False
-            raise self._error
-        self._backend.run()
-        if self.armed:
-            self.armed = False
-            raise self._error
+    def run() -> None:
+        nonlocal left
+        left -= 1
+        if left != 0 or after:
+            backend.real.run()
+        if left == 0:
+            raise error
+
+    backend.run = run
 
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), BackendError("decode step: failed")], ids=["ctrl-c", "error"])
 @pytest.mark.parametrize("fed", [0, 1, 5, 20])
-def test_a_failed_step_can_be_taken_again(session: Session, error: BaseException, after: bool, fed: int) -> None:
+def test_a_failed_step_can_be_taken_again(
+    faulty: tuple[Session, Any], error: BaseException, after: bool, fed: int
+) -> None:
+    session, backend = faulty
     ids = random_ids(1, fed + 20)[0].tolist()
     want = reference_logits(Toy(), ids)
     if fed:
         session.prefill(ids[:fed])
-    backend = session._backend
-    session._backend = Failing(backend, error, after=after)  # type: ignore[assignment]
+    fail_once(backend, error, after=after)
     with pytest.raises(type(error)):
         session.step([3])  # another token than the one that is fed in its place
     assert session.position[0] == fed
@@ -237,34 +244,24 @@ def test_a_failed_step_can_be_taken_again(session: Session, error: BaseException
         np.testing.assert_allclose(session.step([token])[0], row, atol=2e-5)
 
 
-def test_an_interrupted_prefill_counts_what_was_fed(session: Session) -> None:
+def test_an_interrupted_prefill_counts_what_was_fed(faulty: tuple[Session, Any]) -> None:
+    session, backend = faulty
     ids = random_ids(1, 12)[0].tolist()
-    backend = session._backend
-    runs = 0
-
-    class Interrupted(Failing):
-        def run(self) -> None:
-            nonlocal runs
-            runs += 1
-            if runs == 8:
-                raise KeyboardInterrupt
-            self._backend.run()
-
-    session._backend = Interrupted(backend, KeyboardInterrupt(), after=False)  # type: ignore[assignment]
+    fail_once(backend, KeyboardInterrupt(), at=8)
     with pytest.raises(KeyboardInterrupt):
         session.prefill(ids)
     assert session.position[0] == 7
     np.testing.assert_allclose(session.prefill(ids[7:])[0], reference_logits(Toy(), ids)[-1], atol=2e-5)
 
 
-def test_a_failing_graph_is_one_line(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend: Any = session._backend
+def test_a_failing_graph_is_one_line(faulty: tuple[Session, Any]) -> None:
+    session, backend = faulty
 
     class Broken:
         def run_with_iobinding(self, _binding: object, _options: object) -> None:
             raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : node 7\nmore\nlines")
 
-    monkeypatch.setattr(backend, "_step", dataclasses.replace(backend._step, session=Broken()))
+    backend.real.step = dataclasses.replace(backend.real.step, session=Broken())
     with pytest.raises(BackendError, match="node 7") as caught:
         session.step([1])
     assert_one_line(caught.value)

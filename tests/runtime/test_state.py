@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from sinkrt import Session, StateError, UsageError
 from sinkrt.contract.constants import STATE_VERSION
 
+from tests.runtime.faults import load_faulty
 from tests.runtime.toy import VOCAB_SIZE, Toy, build_toy
 
 
@@ -225,8 +226,9 @@ def test_a_state_of_another_bundle(session: Session, tmp_path: Path, other: Toy)
         second.load_state(tmp_path / "state")
 
 
-def test_an_interrupted_load_leaves_an_empty_stream(session: Session, tmp_path: Path) -> None:
+def test_an_interrupted_load_leaves_an_empty_stream(toy_bundle: Path, tmp_path: Path) -> None:
     """Between the first tensor and the last there is no stream: position 0 says so."""
+    session, backend = load_faulty(toy_bundle)
     session.prefill(random_ids(20))
     session.save_state(tmp_path / "state")
     session.reset()
@@ -236,12 +238,10 @@ def test_an_interrupted_load_leaves_an_empty_stream(session: Session, tmp_path: 
         def __setitem__(self, _key: object, _value: object) -> None:
             raise KeyboardInterrupt
 
-    backend: Any = session._backend
-    states = backend._states
-    backend._states = {**states, "window_v.0": Interrupting()}
+    backend.states = {**backend.real.states, "window_v.0": Interrupting()}
     with pytest.raises(KeyboardInterrupt):
         session.load_state(tmp_path / "state")
-    backend._states = states
+    del backend.states
     assert session.position[0] == 0
     np.testing.assert_array_equal(session.prefill([5, 6]), want)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
-from sinkrt.backends.tensorrt import _Engine
+from sinkrt.backends.tensorrt import Engine
 from sinkrt.backends.tensorrt_library import create
 from sinkrt.errors import BackendError
 
@@ -46,7 +46,7 @@ def test_an_address_that_is_not_taken(tmp_path: Path) -> None:
     runtime = MagicMock()
     runtime.deserialize_cuda_engine.return_value = engine
     logger = SimpleNamespace(errors=[])
-    decode = _Engine(runtime, logger, "decode", tmp_path / "decode.engine")
+    decode = Engine(runtime, logger, "decode", tmp_path / "decode.engine")
     context.set_tensor_address.return_value = True
     decode.bind({"ids": SimpleNamespace(address=256)})
     context.set_tensor_address.return_value = False

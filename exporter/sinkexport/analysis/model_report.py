@@ -1,4 +1,4 @@
-"""What an export of a model would read, and what it would refuse: from headers and metadata, without the weights."""
+"""What an export of a model would read and refuse: from headers and metadata, without the weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sinkexport.sources import (
 )
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "token_embd.weight")
-"""How names of embedding tables end."""
+"""Endings of names of embedding tables."""
 Facts = dict[str, Any]
 
 
@@ -40,9 +40,9 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class ModelReport:
-    """What `inspect_model` found.
+    """Result of `inspect_model`.
 
-    facts: section -> what is there, None where it could not be read. refused: (section, the line an export ends with).
+    facts: by section; None where it could not be read. refused: (section, the line that an export ends with).
     tokenizer: as a bundle would get it, if it can.
     """
 
@@ -51,7 +51,7 @@ class ModelReport:
     tokenizer: SourceTokenizer | None
 
     def to_json(self) -> str:
-        """All of it."""
+        """Write all facts and refusals."""
         refused = [{"section": section, "reason": reason} for section, reason in self.refused]
         return json.dumps({**self.facts, "refused": refused}, indent=1, ensure_ascii=False) + "\n"
 
@@ -59,7 +59,7 @@ class ModelReport:
 def inspect_model(source: str) -> ModelReport:
     """Read what can be read of a folder, a ``.gguf`` file or an id of the Hub.
 
-    What a probe of the model itself may refuse later is not seen here.
+    A probe of the model itself may refuse more; that is not seen here.
 
     Raises: UsageError if there is no such model.
     """
@@ -117,7 +117,7 @@ def inspect_model(source: str) -> ModelReport:
 
 
 def model_facts(config: Any) -> Facts:
-    """Sizes of the model, by its configuration."""
+    """Read the sizes of the model from its configuration."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     width = getattr(text, "hidden_size", None)
@@ -135,7 +135,7 @@ def model_facts(config: Any) -> Facts:
 
 
 def position_facts(config: Any) -> Facts:
-    """Kind of positions, and the frequencies' base, scaling and share of a head where they are rotary."""
+    """Read the kind of positions; where they are rotary, the frequencies' base, scaling and share of a head."""
     from sinkexport.families import describe
 
     text = config.get_text_config()
@@ -160,7 +160,7 @@ def position_facts(config: Any) -> Facts:
 
 
 def window_facts(config: Any) -> list[Facts]:
-    """How many layers see how far back. window: tokens; None: all."""
+    """Count the layers by how far back they see. window: tokens; None: all."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or ()
     window = getattr(text, "sliding_window", None)
@@ -180,7 +180,7 @@ def window_facts(config: Any) -> list[Facts]:
 
 
 def tensor_facts(tensors: tuple[Tensor, ...]) -> Facts:
-    """How many tensors there are of which type, and their bytes."""
+    """Count tensors and bytes by type."""
     types: dict[str, dict[str, int]] = {}
     for tensor in tensors:
         entry = types.setdefault(tensor.dtype, {"count": 0, "bytes": 0})
@@ -190,8 +190,8 @@ def tensor_facts(tensors: tuple[Tensor, ...]) -> Facts:
 
 
 def tokenizer_facts(tokenizer: SourceTokenizer) -> Facts:
-    """Kind, special tokens and chat template."""
-    from sinkrt.chat_template import RESERVED_ARGS
+    """Describe the kind, special tokens and chat template of a tokenizer."""
+    from sinkrt.text.template_args import RESERVED_ARGS
 
     from sinkexport.loading.tokenizers.tokenizer_checks import check_template, system_refusal
 
@@ -227,7 +227,7 @@ def tokenizer_facts(tokenizer: SourceTokenizer) -> Facts:
 
 
 def end_facts(tokenizer: SourceTokenizer | None, config: Any, generation: Any, num_rows: int | None) -> list[Facts]:
-    """The ids that end a turn."""
+    """List the ids that end a turn."""
     from sinkexport.loading.tokenizers.turn_ends import end_ids
 
     text = config.get_text_config()
@@ -236,7 +236,7 @@ def end_facts(tokenizer: SourceTokenizer | None, config: Any, generation: Any, n
 
 
 def model_tensors(origin: Origin) -> tuple[Tensor, ...] | None:
-    """The tensors of a model by the headers of its files; None where they would have to be downloaded.
+    """List the tensors of a model by the headers of its files; None where they would have to be downloaded.
 
     Raises: UsageError for files that are cut short or are none.
     """
@@ -270,7 +270,7 @@ def check_tensors(origin: Origin, config: Any) -> None:
 
 
 def _itemsize(dtype: str) -> int:
-    """Bytes of an element of safetensors' or torch's type."""
+    """Look up the bytes of an element of safetensors' or torch's type."""
     from sinkexport.loading.checkpoints.safetensors_reader import ELEMENTS
 
     return int(np.dtype(ELEMENTS.get(dtype, dtype)).itemsize)
@@ -290,7 +290,7 @@ def _fitted(tokenizer: SourceTokenizer, num_rows: int | None, config: Any) -> So
 
 
 def _embedding_rows(tensors: tuple[Tensor, ...], config: Any) -> int | None:
-    """Rows of the embedding by the weights, or by the configuration where they cannot be seen."""
+    """Count the rows of the embedding by the weights, or by the configuration where they cannot be seen."""
     for tensor in tensors:
         if tensor.name.endswith(EMBEDDINGS) and len(tensor.shape) == 2:
             return tensor.shape[0]
@@ -301,7 +301,7 @@ def _embedding_rows(tensors: tuple[Tensor, ...], config: Any) -> int | None:
 
 
 def _kinds(step: Mapping[str, Any] | None, parts: str) -> list[str]:
-    """Names of the steps of a tokenizer.json, sequences unfolded."""
+    """List the names of the steps of a tokenizer.json, sequences unfolded."""
     if step is None:
         return []
     if step["type"] == "Sequence":

@@ -1,4 +1,4 @@
-"""The picture of a `SinkReport`."""
+"""Plot of a `SinkReport`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def draw(report: SinkReport) -> Figure:
-    """Three panels: attention on the first tokens, the same by layer and head, secondary sinks by layer and place."""
+    """Draw attention on the first tokens, the same by layer and head, and secondary sinks by layer and place."""
     figure = Figure(figsize=(15, 4.8), dpi=120, layout="constrained")
     by_position, by_head, later = figure.subplots(1, 3)
     title = (
@@ -52,7 +52,7 @@ def _draw_heads(axes: Axes, report: SinkReport) -> None:
 
 
 def _draw_secondary(axes: Axes, report: SinkReport) -> None:
-    """A dot for each layer of each sighting that the report keeps; like the first token: bright."""
+    """Draw a dot for each layer of each sighting in the report; bright ones resemble the first token."""
     points = [
         (seen.position, layer, 200 * seen.weight, seen.likeness)
         for sink in report.secondary

@@ -1,13 +1,13 @@
 """Where a model's attention sinks are, and how many first tokens to keep.
 
-Windows of a text run through the model, each as a context of its own, and every layer's attention weights are summed up
-by the token that receives them. Three questions:
+Windows of a text run through the model, each as a context of its own. Every layer's attention weights are summed up by
+the token that receives them. Three questions:
 
 * How much attention do the first tokens draw from queries far behind them? (StreamingLLM, arXiv:2309.17453)
-* In how many heads is token k a sink? alpha_k is the mean weight that token k receives from the queries i >= k, and a
-  head has a sink at k if alpha_k > epsilon = 0.3 ("When Attention Sink Emerges in Language Models", arXiv:2410.10781).
-* Which later tokens draw attention from afar as well, in which layers? ("On the Existence and Behaviour of Secondary
-  Attention Sinks", arXiv:2512.22213.) Such sinks resemble the first token: their values point its way and are short.
+* In how many heads is token k a sink? alpha_k is the mean weight that token k receives from the queries i >= k. A head
+  has a sink at k if alpha_k > epsilon = 0.3 ("When Attention Sink Emerges in Language Models", arXiv:2410.10781).
+* Which later tokens draw attention from afar as well, in which layers? (`secondary_sinks`.) Such sinks resemble the
+  first token: their values have its direction and are short.
 """
 
 from __future__ import annotations
@@ -15,85 +15,47 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.analysis.weights import NEAR_TOKENS, Array, Weights, attention_weights
+from sinkexport.analysis.defaults import NUM_CANDIDATES
+from sinkexport.analysis.secondary_sinks import (
+    THRESHOLDS,
+    SecondarySink,
+    Sighting,
+    Thresholds,
+    by_token,
+    later_sinks,
+    secondary_sinks,
+)
+from sinkexport.analysis.text_windows import TextWindows
+from sinkexport.analysis.weights import NEAR_TOKENS, Array, Weights, WeightsOf, attention_weights
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.sources import LoadedModel
 from sinkexport.util.progress import Report, silent
 
 EPSILON = 0.3
-"""Mean weight above which arXiv:2410.10781 calls a token a sink of a head."""
-
-SECONDARY_WEIGHT = 0.05
-"""Mean weight from afar that makes a later token a secondary sink of a head: 1 in 20 ..."""
-
-SECONDARY_RATIO = 5.0
-"""... if it is also this many times what the token would get from queries that look at all tokens alike."""
+"""Mean weight above which a token is a sink of a head. Source: arXiv:2410.10781."""
 
 SINK_RATIO = 3.0
-"""A first token counts for the recommendation if it draws this many times what any other token draws. Without it,
-the sum over all candidates of how much some happen to be above the mean would ask for more sinks than there are."""
+"""A first token counts for the recommendation if it draws this many times what any other token draws.
+
+Without it, candidates that happen to be above the mean would add up to more sinks than there are.
+"""
 
 COVERAGE = 0.99
 """Share of the first tokens' excess attention that the recommended sinks must draw."""
 
-LIKENESS = 0.5
-"""Cosine with the first token's value above which a later token is taken for a sink rather than for its content. In
-SmolLM2-135M the sinks have 0.7, and words that some head looks for -0.1 to 0.2."""
-
-MAX_SIGHTINGS = 8
-"""Sightings of a secondary sink that a report keeps."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sighting:
-    """A secondary sink at a place. layers: with a head that looks at it. weight: the largest mean weight from afar.
-
-    value_norm, likeness: of the token, in the layer of that weight: its value's norm over the median of the others',
-    and the cosine of its value and the first token's.
-    """
-
-    window: int
-    position: int
-    layers: tuple[int, ...]
-    heads: int
-    weight: float
-    value_norm: float
-    likeness: float
-
-
-@dataclasses.dataclass(frozen=True)
-class SecondarySink:
-    """A later token that heads look at from afar.
-
-    token_id, text: of the token. times: at how many places it is one. windows: in how many windows.
-    layers: those with such a head, anywhere. heads: the most (layer, head) pairs at one place.
-    sightings: the places, heaviest first, at most `MAX_SIGHTINGS`.
-    is_like_first: whether the value resembles the first token's at the heaviest place (`LIKENESS`). Otherwise heads may
-    look at what the token says: a name, or the end of a scene.
-    """
-
-    token_id: int
-    text: str
-    times: int
-    windows: int
-    layers: tuple[int, ...]
-    heads: int
-    sightings: tuple[Sighting, ...]
-    is_like_first: bool
-
 
 @dataclasses.dataclass(frozen=True)
 class SinkReport:
-    """What `analyze` found in windows of T tokens. K candidates, L layers, Hq query heads.
+    """Result of `analyze` over windows of T tokens. K candidates, L layers, Hq query heads.
 
     beginning: tokens that the tokenizer puts before every text; each window begins with them.
+    sliding_window: the model's smallest one, or None.
     mass: [L][Hq][K], mean weight of the first K tokens in queries of a window's second half.
     alpha: [L][Hq][K], mean alpha_k.
     base: mean weight of one token that is neither among the first K nor near, in the queries of `mass`.
@@ -101,12 +63,12 @@ class SinkReport:
     layer_sinks: [L], share of (window, head) in which some of the first K is a sink.
     key_norm, value_norm: [L][K], norms of the first K tokens' keys and values over the median of the others'.
     secondary: those like the first token, then others; most heads first.
-    own_window: the model's smallest sliding window, or None.
     recommended: S. reason: in words.
     later_sinks: [L][Hq], share of windows in which a head looks from afar at a later token like the first one; 0 in
-    layers with a sliding window of their own.
-    num_kv_heads: Hkv. change: [L][Hq][n], how much a head's output changes in a window's second half if it sees the
-    first K tokens and the last `distances` alone, over the root mean square of the layer's outputs.
+    layers with a sliding window.
+    num_kv_heads: Hkv. distances: [n], tokens.
+    change: [L][Hq][n], change of a head's output in a window's second half if it sees only the first K tokens and the
+    last `distances`. It is relative to the root mean square of the layer's outputs.
     """
 
     model: str
@@ -114,7 +76,7 @@ class SinkReport:
     window_tokens: int
     num_candidates: int
     beginning: tuple[str, ...]
-    own_window: int | None
+    sliding_window: int | None
     mass: tuple[tuple[tuple[float, ...], ...], ...]
     alpha: tuple[tuple[tuple[float, ...], ...], ...]
     base: float
@@ -133,55 +95,20 @@ class SinkReport:
 
     @property
     def mass_by_position(self) -> Array:
-        """[K]: mean over layers and heads."""
+        """Mean of `mass` over layers and heads, [K]."""
         mean: Array = np.array(self.mass).mean(axis=(0, 1))
         return mean
 
     def mass_of_first(self, count: int) -> Array:
-        """[L, Hq]: what the first `count` tokens draw together."""
+        """Sum the attention that the first `count` tokens draw together. Returns: [L, Hq]."""
         total: Array = np.array(self.mass)[:, :, :count].sum(axis=-1)
         return total
 
     def to_json(self) -> str:
-        """All figures."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
-
-
-@dataclasses.dataclass(frozen=True)
-class TextWindows:
-    """Contexts of T tokens each. beginning: how many of them the tokenizer puts before every text."""
-
-    ids: tuple[tuple[int, ...], ...]
-    beginning: int = 0
-
-
-def text_windows(tokenizer: SourceTokenizer, text: str, num_windows: int, window_tokens: int) -> TextWindows:
-    """Consecutive pieces of a text, each after what the tokenizer puts before a text, as a stream begins.
-
-    No more of the text is encoded than is needed.
-
-    Raises: UsageError if the text is too short.
-    """
-    before = tokenizer.beginning
-    piece = window_tokens - len(before)
-    needed = num_windows * piece
-    chars, ids = 4 * needed, []
-    while True:
-        ids = tokenizer.encode(text[:chars], special=False)
-        if len(ids) > needed or chars >= len(text):  # the last token may be half a word
-            break
-        chars *= 2
-    if piece < 1 or len(ids) < needed:
-        raise UsageError(
-            problem(
-                "text",
-                received=f"{len(ids):,} tokens",
-                fix="use a longer text, or fewer or shorter windows",
-                expected=f"{num_windows} windows of {window_tokens:,} tokens",
-            )
-        )
-    starts = range(0, needed, max(piece, 1))
-    return TextWindows(tuple((*before, *ids[start : start + piece]) for start in starts), len(before))
+        """Write all figures. The sliding window has the key ``own_window``, which readers of these files know."""
+        facts = dataclasses.asdict(self)
+        names = {name: "own_window" if name == "sliding_window" else name for name in facts}
+        return json.dumps({names[name]: value for name, value in facts.items()}, indent=1) + "\n"
 
 
 def check_geometry(num_windows: int, window_tokens: int, num_candidates: int) -> None:
@@ -206,12 +133,20 @@ def check_geometry(num_windows: int, window_tokens: int, num_candidates: int) ->
 
 
 def analyze(
-    loaded: LoadedModel, windows: TextWindows, *, num_candidates: int = 16, report: Report = silent
+    loaded: LoadedModel,
+    windows: TextWindows,
+    *,
+    num_candidates: int = NUM_CANDIDATES,
+    report: Report = silent,
+    epsilon: float = EPSILON,
+    thresholds: Thresholds = THRESHOLDS,
+    weights_of: WeightsOf | None = None,
 ) -> SinkReport:
     """Measure attention in windows of a text.
 
-    Memory depends on a window's length: of those that are done only sums stay, and their secondary sinks.
-    report: told of the stage ``layers``.
+    Memory depends on a window's length: only sums and secondary sinks are kept of the windows before.
+    report: called with the stage ``layers``. epsilon: mean weight above which a first token is a sink.
+    thresholds: of later ones. weights_of: see `attention_weights`.
 
     Raises: UsageError for numbers out of range, windows longer than the model knows positions, or a model whose
     attention cannot be measured (see `attention_weights`).
@@ -229,11 +164,11 @@ def analyze(
                 fix="lower --window-tokens",
             )
         )
-    sums, num_layers = _Sums(num_candidates), int(config.num_hidden_layers)
+    sums, num_layers = _Sums(num_candidates, epsilon, thresholds), int(config.num_hidden_layers)
     report("layers", 0, num_windows * num_layers)
     for number, ids in enumerate(windows.ids):
-        tell = functools.partial(_tell, report, number * num_layers, num_windows * num_layers)
-        sums.add(attention_weights(loaded.model, ids, num_candidates, tell), number, ids)
+        show = functools.partial(_show, report, number * num_layers, num_windows * num_layers)
+        sums.add(attention_weights(loaded.model, ids, num_candidates, show, weights_of=weights_of), number, ids)
     mean = sums.means()
     recommended, reason = recommend(mean["late"].mean(axis=(0, 1)), float(mean["base"]))
     return SinkReport(
@@ -242,16 +177,16 @@ def analyze(
         window_tokens=window_tokens,
         num_candidates=num_candidates,
         beginning=tuple(_text(loaded.tokenizer, token) for token in windows.ids[0][: windows.beginning]),
-        own_window=sums.own_window,
+        sliding_window=sums.sliding_window,
         mass=_nested(mean["late"]),
         alpha=_nested(mean["alpha"]),
         base=float(mean["base"]),
-        epsilon=EPSILON,
+        epsilon=epsilon,
         sink_share=_nested(mean["sinks"].mean(axis=(0, 1))),
         layer_sinks=_nested(mean["any_sink"].mean(axis=1)),
         key_norm=_nested(mean["key_norm"]),
         value_norm=_nested(mean["value_norm"]),
-        secondary=_by_token(sums.sightings, loaded.tokenizer),
+        secondary=by_token(sums.sightings, functools.partial(_text, loaded.tokenizer)),
         recommended=recommended,
         reason=reason,
         later_sinks=_nested(mean["later_sinks"]),
@@ -261,15 +196,15 @@ def analyze(
     )
 
 
-def _tell(report: Report, before: int, total: int, layers: int) -> None:
+def _show(report: Report, before: int, total: int, layers: int) -> None:
     report("layers", before + layers, total)
 
 
 def recommend(mass: Array, base: float) -> tuple[int, str]:
-    """How many first tokens to keep, and why.
+    """Recommend how many first tokens to keep, and say why.
 
     mass: [K], mean weight of the first tokens from afar. base: that of any other token.
-    What counts is the excess over `base` of those that draw `SINK_RATIO` times as much: a token that draws about what
+    Only tokens that draw `SINK_RATIO` times `base` count, with their excess over it: a token that draws about what
     every token draws is no sink.
     """
     excess = np.where(mass > SINK_RATIO * base, mass - base, 0.0)
@@ -290,20 +225,20 @@ def recommend(mass: Array, base: float) -> tuple[int, str]:
 
 
 class _Sums:
-    """What the windows have in common, summed up; of the windows themselves only secondary sinks are kept."""
+    """Sums over the windows, and their secondary sinks."""
 
-    def __init__(self, num_candidates: int) -> None:
-        self._num_candidates = num_candidates
+    def __init__(self, num_candidates: int, epsilon: float, thresholds: Thresholds) -> None:
+        self._num_candidates, self._epsilon, self._thresholds = num_candidates, epsilon, thresholds
         self._count = 0
         self._sums: dict[str, Array] = {}
-        self.own_window: int | None = None
+        self.sliding_window: int | None = None
         self.num_kv_heads = 0
         self.distances: tuple[int, ...] = ()
         self.sightings: dict[int, list[Sighting]] = {}
 
     def add(self, weights: Weights, window: int, ids: Sequence[int]) -> None:
         first = slice(self._num_candidates)
-        is_sink = weights.received[:, :, first] > EPSILON
+        is_sink = weights.received[:, :, first] > self._epsilon
         added: dict[str, Array] = {
             "late": weights.late,
             "alpha": weights.received[:, :, first],
@@ -312,82 +247,19 @@ class _Sums:
             "any_sink": is_sink.max(axis=-1).astype(np.float64),
             "key_norm": weights.key_norm[:, first],
             "value_norm": weights.value_norm[:, first],
-            "later_sinks": later_sinks(weights, self._num_candidates),
+            "later_sinks": later_sinks(weights, self._num_candidates, self._thresholds),
             "change": weights.change,
         }
         for name, values in added.items():
             self._sums[name] = values + self._sums.get(name, 0.0)
         self._count += 1
-        self.own_window = weights.own_window
+        self.sliding_window = weights.sliding_window
         self.num_kv_heads, self.distances = weights.num_kv_heads, weights.distances
-        for sighting in secondary_sinks(weights, window, self._num_candidates):
+        for sighting in secondary_sinks(weights, window, self._num_candidates, self._thresholds):
             self.sightings.setdefault(int(ids[sighting.position]), []).append(sighting)
 
     def means(self) -> dict[str, Array]:
         return {name: values / self._count for name, values in self._sums.items()}
-
-
-def secondary_sinks(weights: Weights, window: int, num_candidates: int) -> Iterator[Sighting]:
-    """The later tokens that some head looks at from afar."""
-    tokens = _later_tokens(weights, num_candidates)
-    from_afar, looked_at = weights.from_afar[:, :, tokens], _looked_at(weights, tokens)  # [L, Hq, n]
-    for offset in np.flatnonzero(looked_at.any(axis=(0, 1))).tolist():
-        position = num_candidates + offset
-        by_layer = np.where(looked_at[:, :, offset], from_afar[:, :, offset], 0.0).max(axis=1)  # [L]
-        layer = int(by_layer.argmax())
-        yield Sighting(
-            window=window,
-            position=position,
-            layers=tuple(np.flatnonzero(by_layer).tolist()),
-            heads=int(looked_at[:, :, offset].sum()),
-            weight=float(by_layer[layer]),
-            value_norm=float(weights.value_norm[layer, position]),
-            likeness=float(weights.likeness[layer, position]),
-        )
-
-
-def later_sinks(weights: Weights, num_candidates: int) -> Array:
-    """[L, Hq]: 1 for heads that look from afar at a later token whose value, in this layer, resembles the first one's.
-
-    Layers with a sliding window of their own have 0: they may keep no sinks, and then nothing of them is calibrated.
-    """
-    tokens = _later_tokens(weights, num_candidates)
-    like_first = weights.likeness[:, None, tokens] > LIKENESS
-    found = np.asarray((_looked_at(weights, tokens) & like_first).any(axis=2), dtype=np.float64)
-    found[[own is not None for own in weights.own_windows]] = 0.0
-    return found
-
-
-def _later_tokens(weights: Weights, num_candidates: int) -> slice:
-    """Those after the candidates; the last ones have too few queries behind them to tell."""
-    return slice(num_candidates, weights.received.shape[2] - 2 * NEAR_TOKENS)
-
-
-def _looked_at(weights: Weights, tokens: slice) -> npt.NDArray[np.bool_]:
-    """[L, Hq, n]: whether a head looks at a token from afar."""
-    needed = np.maximum(SECONDARY_WEIGHT, SECONDARY_RATIO * weights.fair_share[:, None, tokens])  # [L, 1, n]
-    looked_at: npt.NDArray[np.bool_] = weights.from_afar[:, :, tokens] > needed
-    return looked_at
-
-
-def _by_token(sightings: dict[int, list[Sighting]], tokenizer: SourceTokenizer | None) -> tuple[SecondarySink, ...]:
-    """One entry a token: those like the first token before others, then those that most heads look at."""
-    sinks = []
-    for token_id, unsorted in sightings.items():
-        seen = sorted(unsorted, key=lambda s: -s.weight)
-        sinks.append(
-            SecondarySink(
-                token_id=token_id,
-                text=_text(tokenizer, token_id),
-                times=len(seen),
-                windows=len({s.window for s in seen}),
-                layers=tuple(sorted({layer for s in seen for layer in s.layers})),
-                heads=max(s.heads for s in seen),
-                sightings=tuple(seen[:MAX_SIGHTINGS]),
-                is_like_first=seen[0].likeness > LIKENESS,
-            )
-        )
-    return tuple(sorted(sinks, key=lambda s: (not s.is_like_first, -s.heads, -s.sightings[0].weight, s.token_id)))
 
 
 def _text(tokenizer: SourceTokenizer | None, token_id: int) -> str:
@@ -395,5 +267,5 @@ def _text(tokenizer: SourceTokenizer | None, token_id: int) -> str:
 
 
 def _nested(array: Array) -> Any:
-    """Tuples in tuples of floats, rounded to what is worth reading."""
+    """Nest tuples of floats, rounded to 8 digits."""
     return tuple(_nested(row) for row in array) if array.ndim else round(float(array), 8)

@@ -1,12 +1,12 @@
-"""Factors on the attention to the first token that make a model answer better, found without training.
+"""Find factors on the attention to the first token that make a model answer better, without training.
 
-After ZeroTuning (arXiv:2505.11739), in two steps. Profile: each head (or layer) alone gets the factor `PROBE`; those
-with which the model gets better want more of the first token, those with which it gets worse want less. Search: the
-heads of a kind that are most sensitive, a share of `SHARES` of them, get one factor of `LARGER` or `SMALLER` together.
-The best of both kinds, alone or together, is kept if it is better than no factors at all.
+After ZeroTuning (arXiv:2505.11739), in two steps. Profile: each head (or layer) alone gets the factor `PROBE`. Heads
+with which the model gets better want more of the first token, the others less. Search: the most sensitive heads of a
+kind, a share of `SHARES` of them, get one factor of `LARGER` or `SMALLER` together. The best of both kinds, alone or
+together, is kept if it is better than no factors at all.
 
-Every other example is left out of all that, and tells what the factors are worth on examples that did not choose them.
-Contexts are dense: shorter than the cache, a stream is the same.
+Every other example is held out: it shows what the factors are worth on examples that did not choose them. Contexts are
+dense: a stream that is shorter than the cache is the same.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.analysis.defaults import OBJECTIVES, UNITS
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.reference.dense import first_token_scaled
 from sinkexport.sources import LoadedModel
@@ -30,15 +31,12 @@ PROBE = 1.5
 LARGER, SMALLER = (1.25, 1.5, 2.0, 3.0), (0.8, 0.6, 0.4, 0.2)
 SHARES = (0.25, 0.5, 1.0)
 BATCH_TOKENS = 512
-"""Tokens that run together, padding included: logits of a large vocabulary are what takes memory."""
-
-UNITS = ("head", "layer")
-OBJECTIVES = ("labels", "entropy")
+"""Tokens that run together, padding included: logits of a large vocabulary take the memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One line of a labelled file: token ids of a context and of what may follow it.
+    """One line of a labelled file: token ids of a context and of the texts that may follow it.
 
     answers: the right one first; a text to predict has one, which is all of it but its first token.
     number: of its line.
@@ -53,7 +51,7 @@ class Example:
 class Score:
     """Less is better, errors first. errors: share of questions answered wrong; 0 for texts and for entropy.
 
-    loss: nats. Of questions, of the right answer among the others; of texts, of a token; or the entropy of predictions.
+    loss: nats, of the right answer among the others (questions), of a token (texts), or the entropy of predictions.
     """
 
     errors: float
@@ -62,7 +60,7 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class TuneResult:
-    """What `tune` found. before, after: of the examples that chose; held_out_before, held_out_after: of the others."""
+    """Result of `tune`. before, after: of the examples that chose. held_out_before, held_out_after: of the others."""
 
     file: SinkTuningFile
     kind: str
@@ -76,7 +74,7 @@ class TuneResult:
 
 
 def read_examples(tokenizer: SourceTokenizer, lines: str) -> list[Example]:
-    """The examples of a JSONL text: {"prompt", "choices", "answer"} or {"text"}, one kind alone.
+    """Read the examples of a JSONL text: {"prompt", "choices", "answer"} or {"text"}, one kind alone.
 
     answer: the index of a choice, or the choice itself. A text follows what the tokenizer puts before every text.
 
@@ -150,7 +148,7 @@ def _bad_line(number: int, received: str) -> UsageError:
 
 
 def score(model: Any, examples: Sequence[Example], objective: str) -> Score:
-    """How well `model`, as its attention is now, does on the examples."""
+    """Score `model`, as its attention is now, on the examples."""
     is_text = len(examples[0].answers) == 1
     # The entropy of the prediction that follows a prompt is the same for all of its choices.
     count = 1 if objective == "entropy" else None
@@ -188,7 +186,7 @@ Row = tuple[Example, tuple[int, ...]]
 
 
 def _batches(rows: list[Row]) -> Iterator[list[Row]]:
-    """Neighbouring rows of at most `BATCH_TOKENS` tokens, padding included; one row that is longer runs alone."""
+    """Group neighbouring rows of at most `BATCH_TOKENS` tokens, padding included; a longer row runs alone."""
     batch: list[Row] = []
     longest = 0
     for example, answer in rows:
@@ -205,15 +203,15 @@ def tune(
     loaded: LoadedModel,
     examples: Sequence[Example],
     *,
-    unit: str = "head",
-    objective: str = "labels",
+    unit: str = UNITS[0],
+    objective: str = OBJECTIVES[0],
     report: Report = silent,
 ) -> TuneResult:
     """Find factors for `loaded`, a model in float32. The same input gives the same factors.
 
-    unit: ``head | layer``, what is profiled by itself. objective: ``labels``, or ``entropy``: of the predictions, which
+    unit: ``head | layer``, what is profiled by itself. objective: ``labels``, or ``entropy`` of the predictions, which
     needs no labels (the paper's unsupervised variant).
-    report: told of the stages ``profile`` and ``search``.
+    report: called with the stages ``profile`` and ``search``.
 
     Raises: UsageError if an example is longer than the model knows positions, or for a model that cannot be followed.
     """
@@ -224,7 +222,7 @@ def tune(
     chosen, held_out = examples[::2], examples[1::2]
     with first_token_scaled(loaded.model, scale) as sliding:
         before, held_out_before = (score(loaded.model, part, objective) for part in (chosen, held_out))
-        # Layers with a window of their own may keep no sinks: they stay as they are.
+        # Layers with a sliding window may keep no sinks: they stay as they are.
         layers = [layer for layer in range(shape[0]) if layer not in sliding]
         found, after = _Search(loaded.model, scale, chosen, objective, report).run(unit, layers, before)
         scale.copy_(found)
@@ -242,7 +240,7 @@ def tune(
 
 
 class _Search:
-    """Tries factors, which are `scale` [L, Hq] while they are tried and 1 again afterwards."""
+    """Tries factors: they are in `scale` [L, Hq] while they are tried, and 1 afterwards."""
 
     def __init__(
         self, model: Any, scale: torch.Tensor, examples: Sequence[Example], objective: str, report: Report
@@ -251,7 +249,7 @@ class _Search:
         self._objective, self._report = objective, report
 
     def run(self, unit: str, layers: Sequence[int], before: Score) -> tuple[torch.Tensor, Score]:
-        """The best factors float64 [L, Hq] and their score; all 1 if none is better than `before`."""
+        """Find the best factors float64 [L, Hq] and their score; all 1 if none is better than `before`."""
         units = self._units(unit, layers)
         probed = []
         for done, one in enumerate(units):
@@ -282,7 +280,7 @@ class _Search:
         return found, after
 
     def _units(self, unit: str, layers: Sequence[int]) -> list[torch.Tensor]:
-        """bool [L, Hq] each."""
+        """List what is profiled by itself, as masks: bool [L, Hq] each."""
         num_layers, num_heads = self._scale.shape
         layer, head = torch.arange(num_layers)[:, None], torch.arange(num_heads)
         if unit == "layer":

@@ -1,6 +1,6 @@
 """The machine that a measurement ran on: its cores, and how fast they read memory.
 
-Reading memory is the floor under every decode step, which has to read all weights once.
+Reading memory bounds every decode step from below: it reads all weights once.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from typing import Any
 
 import numpy as np
 
-from sinkexport.bench.run_meter import resident_bytes
+from sinkexport.util.machine import total_memory_bytes
+from sinkexport.util.process_memory import resident_bytes
 
 PACKAGES = ("sinkexport", "onnxruntime", "numpy")
 # Reductions that keep up with the memory: each reads its array once and writes nothing. Which of them is quickest
-# depends on the processor, so the best one counts; a reduction that computes too much would flatter the ratio.
+# depends on the processor, so the best one counts. A reduction that computes too much would flatter the ratio.
 READERS: dict[str, Callable[[Any], Any]] = {
     "max float32": lambda part: part.max(),
     "or uint64": lambda part: np.bitwise_or.reduce(part.view(np.uint64)),
     "sum float32": lambda part: part.sum(),
 }
 PROBE_BYTES = 512 * 2**20
-"""Beyond any last-level cache."""
+"""Size of the probe's buffer: beyond any last-level cache."""
 
 
 class ReadProbe:
@@ -50,7 +51,7 @@ class ReadProbe:
         return self._buffer.nbytes
 
     def gb_per_s(self, repeats: int = 7) -> float:
-        """GB/s (1e9 bytes): the median over `repeats` reads of the quickest reader."""
+        """Measure the bandwidth, GB/s (1e9 bytes): the median over `repeats` reads of the quickest reader."""
         best = 0.0
         for read in READERS.values():
             self._seconds(read)  # warm-up: pages, threads, clock
@@ -68,7 +69,7 @@ class ReadProbe:
 
 
 def physical_cores() -> int:
-    """Cores that this process may run on; two hardware threads of one core count once."""
+    """Count the cores that this process may run on; two hardware threads of one core count once."""
     try:
         cpus = os.sched_getaffinity(0)
         siblings = {
@@ -81,12 +82,12 @@ def physical_cores() -> int:
 
 
 def environment(threads: int, packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
-    """Machine and versions: without them a number says nothing."""
+    """Describe machine and versions, without which a number says nothing."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
         "logical_cpus": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "memory_gb": round(total_memory_bytes() / 1e9, 1),
         "load_average_1min": os.getloadavg()[0],  # other work on the machine spoils every figure
         "threads": threads,
         "os": platform.platform(),
@@ -103,7 +104,7 @@ class MemoryMeter:
         self.known = resident_bytes() > 0
 
     def sample(self, held_bytes: int = 0) -> None:
-        """Look again. held_bytes: what the measurement holds now."""
+        """Measure again. held_bytes: what the measurement holds now."""
         self.latest_bytes = resident_bytes() - held_bytes
         self.highest_bytes = max(self.highest_bytes, self.latest_bytes)
 
@@ -127,7 +128,7 @@ def _version(package: str) -> str | None:
 
 @contextlib.contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """torch's operators use `count` threads inside; None leaves everything alone."""
+    """Let torch's operators use `count` threads inside the block; None changes nothing."""
     if count is None:
         yield
         return

@@ -1,6 +1,6 @@
-"""How much memory decoding takes: weights, cache and the values of a run, before a byte of it is allocated.
+"""Memory that decoding takes (weights, cache and the values of a run) before a byte of it is allocated.
 
-Of a bundle everything is read off its files. Of a model that is not exported only the configuration is needed: weights
+For a bundle, everything is read from its files. For a model that is not exported, the configuration is enough: weights
 are counted on a model without storage, values of a run are estimated.
 """
 
@@ -18,16 +18,16 @@ from sinkrt.errors import UsageError, problem
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 
 SCALE_BYTES = 4
-"""Of a quantised matrix, for each output, and of a quantised table, for each row."""
+"""Bytes of a scale: a quantised matrix has one for each output, a quantised table one for each row."""
 
 INT8_WINDOW_SCALE_BYTES = 2
 LIVE_HIDDEN, LIVE_MLP = 4, 2
-"""Values of a token that are alive at the same time: the residual, a norm and two more of hidden size; gate and up."""
+"""Values of a token that are alive at once: residual, norm and two more of hidden size; gate and up of the MLP."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Budget:
-    """Bytes. values: of the larger of a step and a chunk, intermediate results that are alive at the same time."""
+class DecodeMemory:
+    """Bytes that decoding takes. values: intermediate results alive at once, of a step or a chunk: the larger."""
 
     weights: int
     sinks: int
@@ -36,18 +36,18 @@ class Budget:
 
     @property
     def total(self) -> int:
-        """All that decoding holds, however long the stream; a runtime's own code and CUDA's context come on top."""
+        """Bytes that decoding holds, however long the stream. A runtime's code and CUDA's context come on top."""
         return self.weights + self.sinks + self.window + self.values
 
 
-def of_bundle(bundle: Path, manifest: Manifest) -> Budget:
-    """From the manifest and the shapes in the graphs. Engines, where there are any, hold the weights each.
+def bundle_memory(bundle: Path, manifest: Manifest) -> DecodeMemory:
+    """Read the memory off the manifest and the shapes in the graphs. Each engine holds the weights.
 
     Raises: BundleError if a graph cannot be read.
     """
     engines = manifest.engines or {}
     sinks = sum(state.nbytes for state in manifest.states if state.kind.startswith("sink"))
-    return Budget(
+    return DecodeMemory(
         weights=sum(facts.bytes for facts in engines.values()) if engines else manifest.weights_bytes,
         sinks=sinks,
         window=manifest.state_bytes - sinks,
@@ -56,7 +56,7 @@ def of_bundle(bundle: Path, manifest: Manifest) -> Budget:
 
 
 def live_bytes(graph_file: Path, manifest: Manifest) -> int:
-    """Most bytes of intermediate results that are alive at the same time in one run, nodes in the graph's order.
+    """Compute the most bytes of intermediate results alive at once in one run, nodes in the graph's order.
 
     Outputs count, states do not: they have buffers of their own. Runtimes reuse memory less tightly, and fuse nodes.
     """
@@ -92,14 +92,15 @@ def _nbytes(value: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """What a configuration says of a model. Counts of elements.
+    """Sizes of a model by its configuration, in elements.
 
-    matrices: of products and embedding tables, each parameter once, as (outputs or rows, inputs). others: elements of
-    all other parameters, norms and biases. own_windows: by layer, the tokens that the model itself sees; None: all.
+    matrices: of matmuls and embedding tables, each parameter once, as (outputs or rows, inputs).
+    others: elements of all other parameters, norms and biases.
+    sliding_windows: by layer, the tokens that the model itself sees; None: all.
     """
 
     name: str
-    own_windows: tuple[int | None, ...]
+    sliding_windows: tuple[int | None, ...]
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
@@ -111,7 +112,7 @@ class ModelShape:
 
     @classmethod
     def load(cls, source: str) -> ModelShape:
-        """From a folder with config.json (weights are not needed), a .gguf file or a Hub id.
+        """Read a folder with config.json (weights are not needed), a .gguf file or a Hub id.
 
         Raises: UsageError if there is none, the family does not export, or layers keep something else than a cache.
         """
@@ -133,7 +134,7 @@ class ModelShape:
         heads = text.num_attention_heads
         return cls(
             name=Path(source).resolve().name if Path(source).exists() else source,
-            own_windows=_own_windows(text),
+            sliding_windows=_sliding_windows(text),
             num_q_heads=heads,
             num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
@@ -145,29 +146,29 @@ class ModelShape:
         )
 
     def weight_bytes(self, dtype: str, weights: str) -> int:
-        """weights: ``float``, or ``int8`` as the recipe int8-channel has them."""
+        """Count the bytes of weights. weights: ``float``, or ``int8`` as the recipe int8-channel has them."""
         element_bytes = DTYPE_BYTES[WEIGHT_DTYPES[dtype]]
         kept = self.others * element_bytes
         if weights == "float":
             return kept + sum(n * k for n, k in self.matrices) * element_bytes
         return kept + sum(n * k + n * SCALE_BYTES for n, k in self.matrices)
 
-    def budget(
+    def memory(
         self, num_sinks: int, window: int, batch: int, chunk: int, *, dtype: str, weights: str = "float", kv: str = "fp"
-    ) -> Budget:
-        """Of a bundle that is exported with these options. num_sinks, window, chunk: tokens."""
+    ) -> DecodeMemory:
+        """Estimate the memory of a bundle exported with these options. num_sinks, window, chunk: tokens."""
         rows = 2 * batch * self.num_kv_heads  # of a layer: keys and values
-        config = ExportConfig(num_sinks, window, batch, chunk_size=1)
-        rings = [config.ring(own_window) for own_window in self.own_windows]
+        config = ExportConfig(num_sink_tokens=num_sinks, window_size=window, batch=batch, chunk_size=1)
+        rings = [config.ring(sliding_window) for sliding_window in self.sliding_windows]
         kept_sinks, kept_window = sum(r.num_sink_tokens for r in rings), sum(r.window_size for r in rings)
         float_bytes = DTYPE_BYTES[WEIGHT_DTYPES[dtype]]
         per_token = self.head_dim + INT8_WINDOW_SCALE_BYTES if kv == "int8" else self.head_dim * float_bytes
-        # Logits, float32, of every stream; and of a chunk, or of a step of all streams, the wider of two: hidden values
-        # with the MLP's, or attention's logits and weights.
+        # Float32 logits of every stream, and of a chunk or a step of all streams the larger of two: hidden values with
+        # the MLP's, or attention's logits and weights.
         tokens = max(batch, chunk)
         layer = tokens * (LIVE_HIDDEN * self.hidden_size + LIVE_MLP * self.intermediate_size) * float_bytes
         attention = 2 * tokens * self.num_q_heads * (num_sinks + window + (chunk if chunk > 1 else 0)) * float_bytes
-        return Budget(
+        return DecodeMemory(
             weights=self.weight_bytes(dtype, weights),
             sinks=rows * kept_sinks * self.head_dim * float_bytes,
             window=rows * kept_window * per_token,
@@ -175,8 +176,8 @@ class ModelShape:
         )
 
 
-def _own_windows(text: Any) -> tuple[int | None, ...]:
-    """By layer, from a configuration: the export itself asks the model.
+def _sliding_windows(text: Any) -> tuple[int | None, ...]:
+    """Read sliding windows by layer from a configuration; the export itself asks the model.
 
     Raises: UsageError.
     """
@@ -197,6 +198,6 @@ def _own_windows(text: Any) -> tuple[int | None, ...]:
 
 
 def combinations(windows: Sequence[int]) -> list[tuple[str, str, str, int]]:
-    """(dtype, weights, kv, window) of the rows of a table."""
+    """List (dtype, weights, kv, window) of the rows of a table."""
     kinds = [("fp32", "float", "fp"), ("fp16", "float", "fp"), ("fp16", "int8", "fp"), ("fp16", "int8", "int8")]
     return [(*kind, window) for kind in kinds for window in windows]

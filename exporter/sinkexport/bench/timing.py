@@ -18,7 +18,7 @@ class Stats:
 
     @classmethod
     def of(cls, times_ms: Sequence[float]) -> Stats:
-        """p99 by the nearest-rank rule: a time that was really measured. times_ms: at least one."""
+        """Summarise times. p99 follows the nearest-rank rule: it is a measured time. times_ms: at least one."""
         ordered = sorted(times_ms)
         rank = -(-99 * len(ordered) // 100) - 1  # ceil(0.99 n) - 1
         return cls(len(ordered), statistics.median(ordered), ordered[rank], ordered[0])
@@ -26,7 +26,7 @@ class Stats:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """How many times as long one kind of work takes as another; quartiles tell how sure that is."""
+    """How many times as long one kind of work takes as another; quartiles show how sure that is."""
 
     median: float
     low_quartile: float
@@ -34,7 +34,7 @@ class Ratio:
 
     @classmethod
     def of_turns(cls, turns: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> Ratio:
-        """From times measured in turns: each turn is compared with the base's turn beside it, then the turns' ratios.
+        """Compare times measured in turns: each turn with the base's turn beside it, then the turns' ratios.
 
         A machine whose speed changes from minute to minute changes both times of a pair, and not their ratio.
         turns, base: as many turns each, at least one, times of one unit in each.

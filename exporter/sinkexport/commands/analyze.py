@@ -9,8 +9,18 @@ import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from sinkrt.errors import UsageError, problem
 
+from sinkexport.analysis.defaults import LONG_SHARE, NUM_CANDIDATES, NUM_WINDOWS, SHORT_WINDOW, WINDOW_TOKENS
+from sinkexport.commands.options import (
+    RenamedOption,
+    file_option,
+    json_option,
+    model_without_tokenizer,
+    number_option,
+    plot_option,
+    refuse_same_file,
+    text_option,
+)
 from sinkexport.config import DEFAULT_WINDOW_SIZE
 from sinkexport.util.console import table_console
 from sinkexport.util.files import check_writable, read_text, write_whole
@@ -24,89 +34,66 @@ STAGES = {"load": "Loading the model", "layers": "Measuring layers"}
 SHOWN = 12
 """Rows of a table; the JSON file has them all."""
 BYTES_PER_TOKEN = 64
-"""Of text that is read: far more than tokens have on average, so what was read is too short only if the text is."""
+"""Bytes of text that are read for a token: far more than tokens have on average, so only a short text is too short."""
 
 
 @click.command(name="analyze")
 @click.argument("model")
-@click.option(
-    "--text",
-    "text_file",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="UTF-8 text like that which the model will stream.",
+@text_option()
+@number_option("--windows", NUM_WINDOWS, "Windows of text to measure.")
+@number_option("--window-tokens", WINDOW_TOKENS, "Tokens of each.")
+@number_option("--candidates", NUM_CANDIDATES, "First tokens that may be sinks.")
+@file_option(
+    "--head-windows",
+    "head_windows_file",
+    cls=RenamedOption,
+    former="--budgets",
+    help="Propose windows of single key heads, for 'sinkexport export --head-windows'.",
 )
-@click.option("--windows", type=int, default=8, show_default=True, metavar="N", help="Windows of text to measure.")
-@click.option("--window-tokens", type=int, default=1024, show_default=True, metavar="N", help="Tokens of each.")
-@click.option(
-    "--candidates", type=int, default=16, show_default=True, metavar="N", help="First tokens that may be sinks."
+@number_option(
+    "--long-window", DEFAULT_WINDOW_SIZE, "With --head-windows: window of the heads that need it most.", metavar="W"
 )
-@click.option(
-    "--budgets",
-    "budgets_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Propose windows of single key heads, for 'sinkexport export --budgets'.",
-)
-@click.option(
-    "--long-window",
-    type=int,
-    default=DEFAULT_WINDOW_SIZE,
-    show_default=True,
-    metavar="W",
-    help="With --budgets: of the heads that need it most.",
-)
-@click.option(
-    "--short-window", type=int, default=128, show_default=True, metavar="W", help="With --budgets: of the others."
-)
-@click.option(
-    "--budget-share",
-    type=float,
-    default=0.5,
-    show_default=True,
+@number_option("--short-window", SHORT_WINDOW, "With --head-windows: window of the others.", metavar="W")
+@number_option(
+    "--head-window-share",
+    LONG_SHARE,
+    "With --head-windows: memory of the windows, as a share of what they would take if all were long.",
     metavar="X",
-    help="With --budgets: memory of the windows, of what they would take if all were long.",
+    cls=RenamedOption,
+    former="--budget-share",
 )
-@click.option(
+@file_option(
     "--sink-tuning",
     "tuning_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
     help="Propose heads to scale later sinks down in, for 'sinkexport export --sink-tuning'.",
 )
-@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures.")
-@click.option("--plot", "plot_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a PNG image.")
+@json_option("Write all figures.")
+@plot_option("Write a PNG image.")
 def command(
     model: str,
     text_file: Path,
     windows: int,
     window_tokens: int,
     candidates: int,
-    budgets_file: Path | None,
+    head_windows_file: Path | None,
     long_window: int,
     short_window: int,
-    budget_share: float,
+    head_window_share: float,
     tuning_file: Path | None,
     json_file: Path | None,
     plot_file: Path | None,
 ) -> None:
     """Find the attention sinks of MODEL (a local directory, a .gguf file or a Hub id).
 
-    Tells how much attention the first tokens draw, which later tokens draw it too, and how many sinks to export with.
-    With --budgets it also tells which heads need a long window (docs/budgets.md), with --sink-tuning which ones look at
-    later sinks (docs/sink_tuning.md).
+    Shows how much attention the first tokens draw, which later tokens draw it too, and how many sinks to export with.
+    --head-windows also shows which heads need a long window (docs/head_windows.md), and --sink-tuning which ones look
+    at later sinks (docs/sink_tuning.md).
     """
-    if json_file is not None and plot_file is not None and json_file.resolve() == plot_file.resolve():
-        raise UsageError(
-            problem(
-                "--plot", received=f"'{plot_file}', as --json", expected="a file of its own", fix="choose another path"
-            )
-        )
+    refuse_same_file(plot_file, json_file)
     for path, option in (
         (json_file, "--json"),
         (plot_file, "--plot"),
-        (budgets_file, "--budgets"),
+        (head_windows_file, "--head-windows"),
         (tuning_file, "--sink-tuning"),
     ):
         if path is not None:
@@ -114,55 +101,70 @@ def command(
     if plot_file is not None:
         from sinkexport.analysis.plot import draw  # if matplotlib is missing, that should not show at the end
     text = read_text(text_file, "--text", BYTES_PER_TOKEN * max(windows, 1) * max(window_tokens, 1))
-    from sinkexport.analysis.sinks import analyze, check_geometry, text_windows
-    from sinkexport.sources import load_model
+    from sinkexport.analysis.sinks import check_geometry
 
     check_geometry(windows, window_tokens, candidates)
-    if budgets_file is not None:
-        from sinkexport.variants.head_windows import check_proposal, propose
+    if head_windows_file is not None:
+        from sinkexport.analysis.proposals import check_proposal
 
-        check_proposal(long_window, short_window, budget_share)
-    with shown_progress(STAGES) as show:
-        show("load", 0, 1)
-        loaded = load_model(model)
-        if loaded.tokenizer is None:
-            raise UsageError(
-                problem(
-                    "model",
-                    received="one without a tokenizer",
-                    expected="a tokenizer for the text",
-                    fix="use a complete model folder",
-                )
-            )
-        pieces = text_windows(loaded.tokenizer, text, windows, window_tokens)
-        report = analyze(loaded, pieces, num_candidates=candidates, report=show)
-    proposed = None
-    if budgets_file is not None:
-        proposed, lost = propose(
-            report, type(loaded.model).__name__, longest=long_window, shortest=short_window, share=budget_share
+        check_proposal(long_window, short_window, head_window_share)
+    architecture, report = _measured(model, text, windows, window_tokens, candidates)
+    proposals = []
+    if head_windows_file is not None:
+        proposals.append(
+            _propose_head_windows(report, architecture, head_windows_file, long_window, short_window, head_window_share)
         )
-        write_whole(budgets_file, proposed.to_json(), "--budgets")
-    tuning = None
     if tuning_file is not None:
-        from sinkexport.variants.sink_tuning import propose as propose_tuning
-
-        tuning = propose_tuning(report, type(loaded.model).__name__)
-        write_whole(tuning_file, tuning.to_json(), "--sink-tuning")
+        proposals.append(_propose_tuning(report, architecture, tuning_file))
     if json_file is not None:
         write_whole(json_file, report.to_json(), "--json")
     if plot_file is not None:
         write_whole(plot_file, png(draw(report)), "--plot")
     _print_report(model, report)
-    if proposed is not None:
-        long = sum(window == long_window for layer in proposed.windows for window in layer)
-        total = proposed.model.num_layers * proposed.model.num_kv_heads
-        click.echo(
-            f"{budgets_file}: {long} of {total} key heads keep {long_window:,} tokens, the others "
-            f"{short_window:,}, which changes no head's output by more than {lost:.1%}; "
-            f"add --window {long_window} --budgets {budgets_file}"
-        )
-    if tuning is not None:
-        click.echo(f"{tuning_file}: {tuning.found.partition(': ')[2]}; add --sink-tuning {tuning_file}")
+    for line in proposals:
+        click.echo(line)
+
+
+def _measured(
+    model: str, text: str, num_windows: int, window_tokens: int, num_candidates: int
+) -> tuple[str, SinkReport]:
+    """Load and measure the model. Returns: its class's name, and the report."""
+    from sinkexport.analysis.sinks import analyze
+    from sinkexport.analysis.text_windows import text_windows
+    from sinkexport.sources import load_model
+
+    with shown_progress(STAGES) as show:
+        show("load", 0, 1)
+        loaded = load_model(model)
+        if loaded.tokenizer is None:
+            raise model_without_tokenizer()
+        windows = text_windows(loaded.tokenizer, text, num_windows, window_tokens)
+        return type(loaded.model).__name__, analyze(loaded, windows, num_candidates=num_candidates, report=show)
+
+
+def _propose_head_windows(
+    report: SinkReport, architecture: str, file: Path, long_window: int, short_window: int, share: float
+) -> str:
+    """Write the proposal. Returns: a line that describes it."""
+    from sinkexport.analysis.proposals import propose_head_windows
+
+    proposed, lost = propose_head_windows(report, architecture, longest=long_window, shortest=short_window, share=share)
+    write_whole(file, proposed.to_json(), "--head-windows")
+    long = sum(window == long_window for layer in proposed.windows for window in layer)
+    total = proposed.model.num_layers * proposed.model.num_kv_heads
+    return (
+        f"{file}: {long} of {total} key heads keep {long_window:,} tokens, the others {short_window:,}, which changes "
+        f"no head's output by more than {lost:.1%}; add --window {long_window} --head-windows {file}"
+    )
+
+
+def _propose_tuning(report: SinkReport, architecture: str, file: Path) -> str:
+    """Write the proposal. Returns: a line that describes it."""
+    from sinkexport.analysis.proposals import propose_sink_tuning
+
+    tuning = propose_sink_tuning(report, architecture)
+    write_whole(file, tuning.to_json(), "--sink-tuning")
+    return f"{file}: {tuning.found.partition(': ')[2]}; add --sink-tuning {file}"
 
 
 def _print_report(model: str, report: SinkReport) -> None:
@@ -180,10 +182,10 @@ def _print_report(model: str, report: SinkReport) -> None:
     if report.secondary:
         _print_secondary(console, report)
     click.echo(f"keep {report.recommended}: {report.reason}")
-    if report.own_window is not None and report.own_window < report.window_tokens:
+    if report.sliding_window is not None and report.sliding_window < report.window_tokens:
         click.echo(
-            f"note: layers of this model look back {report.own_window:,} tokens, where a bundle always sees its "
-            f"sinks; --window-tokens {report.own_window} measures that",
+            f"note: layers of this model look back {report.sliding_window:,} tokens, where a bundle always sees its "
+            f"sinks; --window-tokens {report.sliding_window} measures that",
             err=True,
         )
     click.echo(f"sinkexport export {model} -o DIR --sink-tokens {report.recommended}")
@@ -200,7 +202,7 @@ def _first_tokens(report: SinkReport) -> Table:
 
 
 def _layers(report: SinkReport) -> Table:
-    """A row for some neighbouring layers, means over them: `SHOWN` rows at most."""
+    """Make the table of layers: a row is a mean over neighbouring layers, at most `SHOWN` rows."""
     kept = max(1, report.recommended)
     table = Table("layers", box=None, pad_edge=False)
     for header in (f"on the first {kept}", "heads with a sink", "key norm", "value norm", "secondary sinks"):

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
-from sinkexport.bench.run_meter import MIB
+from sinkexport.bench.report import TURN, BenchConfig
+from sinkexport.commands.options import (
+    backend_option,
+    bundle_argument,
+    json_option,
+    number_option,
+    random_ids_option,
+    threads_option,
+)
 from sinkexport.util.console import table_console
 from sinkexport.util.files import check_writable, write_whole
+from sinkexport.util.process_memory import MIB
 from sinkexport.util.progress import shown_progress
 
 if TYPE_CHECKING:
-    from sinkexport.bench.run import BenchReport
+    from sinkexport.bench.report import BenchReport
 
 STAGES = {
     "load": "Loading the bundle",
@@ -22,45 +32,28 @@ STAGES = {
     "feed": "Feeding the stream",
     "decode": "Timing steps",
 }
+Figures = Mapping[str, Any]
 
 
 @click.command(name="bench")
-@click.argument("bundle", type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--steps", type=int, default=256, show_default=True, metavar="N", help="Timed steps at each position.")
-@click.option(
-    "--warmup",
-    type=int,
-    default=3,
-    show_default=True,
-    metavar="N",
-    help="Untimed steps before each turn of 16 timed ones.",
-)
+@bundle_argument
+@number_option("--steps", BenchConfig.steps, "Timed steps at each position.")
+@number_option("--warmup", BenchConfig.warmup, f"Untimed steps before each turn of {TURN} timed ones.")
 @click.option(
     "--position",
     "positions",
     type=int,
     multiple=True,
-    default=(2_000, 50_000),
+    default=BenchConfig.positions,
     show_default=True,
     metavar="P",
     help="Measure with so many tokens in the stream; repeatable.",
 )
-@click.option(
-    "--prompt-tokens",
-    type=int,
-    default=1_000,
-    show_default=True,
-    metavar="N",
-    help="Length of the prompt whose prefill is timed.",
-)
-@click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: all physical cores]")
-@click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True)
-@click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the random ids that are fed."
-)
-@click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every figure as JSON too."
-)
+@number_option("--prompt-tokens", BenchConfig.prompt_tokens, "Length of the prompt whose prefill is timed.")
+@threads_option
+@backend_option
+@random_ids_option
+@json_option("Write every figure as JSON too.")
 def command(
     bundle: Path,
     steps: int,
@@ -77,9 +70,17 @@ def command(
     Positions take turns, so that all of them meet the machine's slow moments; the memory's own bandwidth is measured
     in between. Positions far into a stream must be reached first: 50,000 tokens take minutes.
     """
-    from sinkexport.bench.run import BenchConfig, run_bench
+    from sinkexport.bench.run import run_bench
 
-    config = BenchConfig(steps, warmup, positions, prompt_tokens, threads, backend, seed)
+    config = BenchConfig(
+        steps=steps,
+        warmup=warmup,
+        positions=positions,
+        prompt_tokens=prompt_tokens,
+        threads=threads,
+        backend=backend,
+        seed=seed,
+    )
     if json_file is not None:
         check_writable(json_file, "--json")
     with shown_progress(STAGES) as show:
@@ -91,8 +92,45 @@ def command(
 
 def _print_report(report: BenchReport) -> None:
     figures = report.to_dict()
+    prefill, memory = figures["prefill"], figures["memory"]
+    console = table_console()
+    for line in _facts(figures):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(_positions(figures))
+    console.print(
+        f"prefill of {prefill['prompt_tokens']:,} tokens: {prefill['median_ms']:,.0f} ms, "
+        f"{prefill['tokens_per_s']:.1f} tokens/s"
+    )
+    if memory is not None:
+        start, growth = memory["rss_start_bytes"] / MIB, memory["rss_growth_bytes"] / MIB
+        highest = memory["rss_highest_growth_bytes"] / MIB
+        console.print(
+            f"memory: {start:,.0f} MiB resident at the start, {growth:+.1f} MiB over the run ({highest:+.1f} at most)"
+        )
+
+
+def _facts(figures: Figures) -> Iterator[str]:
+    """Yield lines about the bundle, the machine, and the bytes of a step."""
     facts, machine, size = figures["bundle"], figures["environment"], figures["bytes_per_step"]
-    bandwidth, prefill, memory = figures["bandwidth_gb_per_s"], figures["prefill"], figures["memory"]
+    bandwidth = figures["bandwidth_gb_per_s"]
+    yield (
+        f"{facts['model']}: {facts['weights_dtype']}, S={facts['num_sink_tokens']} W={facts['window_size']} "
+        f"B={facts['batch']} T={facts['chunk_size']}"
+    )
+    yield (
+        f"{machine['cpu']}, {machine['threads']} threads, load average {machine['load_average_1min']:.2f} at the start"
+    )
+    yield (
+        f"a step reads {size['weights'] / 1e6:.1f} MB of weights and {size['states'] / 1e6:.1f} MB of state; "
+        f"memory reads {bandwidth['median']:.1f} GB/s ({bandwidth['min']:.1f} to {bandwidth['max']:.1f}), "
+        f"so at least {figures['floor_ms']:.2f} ms"
+    )
+    if machine["not_recorded"] is not None:
+        yield f"steps are no CUDA graphs: {machine['not_recorded']}"
+
+
+def _positions(figures: Figures) -> Table:
+    """Make the table of decode steps: a row for each position, and one for all of them."""
     table = Table("decode at", box=None, pad_edge=False)
     for header in ("steps", "ms median", "p99", "tokens/s", "GB/s", "of bandwidth", "x first", "quartiles"):
         table.add_column(header, justify="right")
@@ -110,26 +148,4 @@ def _print_report(report: BenchReport) -> None:
             "" if ratio is None else f"{ratio['median']:.3f}",
             "" if ratio is None else f"{ratio['low_quartile']:.3f} .. {ratio['high_quartile']:.3f}",
         )
-    console = table_console()
-    for line in (
-        f"{facts['model']}: {facts['weights_dtype']}, S={facts['num_sink_tokens']} W={facts['window_size']} "
-        f"B={facts['batch']} T={facts['chunk_size']}",
-        f"{machine['cpu']}, {machine['threads']} threads, load average {machine['load_average_1min']:.2f} at the start",
-        f"a step reads {size['weights'] / 1e6:.1f} MB of weights and {size['states'] / 1e6:.1f} MB of state; "
-        f"memory reads {bandwidth['median']:.1f} GB/s ({bandwidth['min']:.1f} to {bandwidth['max']:.1f}), "
-        f"so at least {figures['floor_ms']:.2f} ms",
-    ):
-        console.print(line, markup=False, soft_wrap=True)
-    if machine["not_recorded"] is not None:
-        console.print(f"steps are no CUDA graphs: {machine['not_recorded']}", markup=False, soft_wrap=True)
-    console.print(table)
-    console.print(
-        f"prefill of {prefill['prompt_tokens']:,} tokens: {prefill['median_ms']:,.0f} ms, "
-        f"{prefill['tokens_per_s']:.1f} tokens/s"
-    )
-    if memory is not None:
-        start, growth = memory["rss_start_bytes"] / MIB, memory["rss_growth_bytes"] / MIB
-        highest = memory["rss_highest_growth_bytes"] / MIB
-        console.print(
-            f"memory: {start:,.0f} MiB resident at the start, {growth:+.1f} MiB over the run ({highest:+.1f} at most)"
-        )
+    return table

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import click
 
+from sinkexport.commands.options import bundle_argument, file_option
+from sinkexport.tensorrt.options import FLAVOURS, BuildOptions
+from sinkexport.util.process_memory import MIB
 from sinkexport.util.progress import shown_progress
 
 STAGES = {
@@ -13,15 +16,13 @@ STAGES = {
     "decode": "Building the decode engine",
     "prefill": "Building the prefill engine",
 }
-FLAVOURS = {"auto": ("tensorrt", "tensorrt_rtx_bindings"), "tensorrt": ("tensorrt",), "rtx": ("tensorrt_rtx_bindings",)}
 MAX_UINT32 = (1 << 32) - 1
 
 
 @click.command(name="build")
-@click.argument("bundle", type=click.Path(path_type=Path), metavar="DIR")
-@click.option(
+@bundle_argument
+@file_option(
     "--plugin",
-    type=click.Path(path_type=Path),
     metavar="PATH",
     help="libsinkexport_plugin.so (plugins/README.md); not for bundles exported with --native.",
 )
@@ -38,10 +39,8 @@ MAX_UINT32 = (1 << 32) - 1
     metavar="MIB",
     help="Most scratch memory of a layer.  [default: TensorRT's]",
 )
-@click.option(
+@file_option(
     "--timing-cache",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
     help="Read if it is there, written afterwards: the next build is quicker. Not for RTX.",
 )
 @click.option(
@@ -66,11 +65,14 @@ def command(
     The manifest says what was built for what; engines that were there are replaced.
     """
     from sinkexport.tensorrt.build_engines import build_bundle
-    from sinkexport.tensorrt.builder import BuildOptions
     from sinkexport.tensorrt.process import EngineBuildError
 
     options = BuildOptions(
-        plugin, None if workspace is None else workspace << 20, timing_cache, tactic_sources, FLAVOURS[flavour]
+        plugin=plugin,
+        workspace_bytes=None if workspace is None else workspace * MIB,
+        timing_cache=timing_cache,
+        tactic_sources=tactic_sources,
+        modules=FLAVOURS[flavour],
     )
     try:
         with shown_progress(STAGES) as show:

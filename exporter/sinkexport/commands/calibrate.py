@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from sinkrt.errors import printable
 
+from sinkexport.commands.options import output_option, text_option, threads_option
 from sinkexport.util.files import check_writable, read_text, write_whole
 from sinkexport.util.progress import Report, shown_progress
 
@@ -29,24 +30,12 @@ STAGES = {
     metavar="NAME|FILE",
     help="What to find, and how: a recipe with 'calibration'.",
 )
-@click.option(
-    "--text",
-    "text_file",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="UTF-8 text like that which the model will stream.",
+@text_option()
+@output_option(
+    "Where to write the result, JSON, and beside it weights that the recipe rounds for their inputs, as .safetensors. "
+    "FILE.partial holds what was seen so far."
 )
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Where to write the result, JSON, and beside it weights that the recipe rounds for their inputs, "
-    "as .safetensors. FILE.partial holds what was seen so far.",
-)
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of the CPU.  [default: all physical cores]")
+@threads_option
 def command(model: str, recipe_name: str, text_file: Path, output: Path, threads: int | None) -> None:
     """Find what a recipe needs to know of MODEL (a local directory, a .gguf file or a Hub id): ranges, or how to round.
 
@@ -73,7 +62,7 @@ def command(model: str, recipe_name: str, text_file: Path, output: Path, threads
         streamed = _Streamed(show)
         found, rounded = calibrate(loaded, recipe, text, partial=partial, report=streamed)
         seconds = time.perf_counter() - start
-    if rounded:  # before the file that tells their hash
+    if rounded:  # before the file that has their hash
         import safetensors.numpy
 
         write_whole(rounded_path(output), safetensors.numpy.save(rounded), "--output")
@@ -94,7 +83,7 @@ def command(model: str, recipe_name: str, text_file: Path, output: Path, threads
 
 
 class _Streamed:
-    """Passes a report on, and counts the tokens that were streamed in this run, in all passes."""
+    """Passes a report on, and counts the tokens streamed in this run, over all passes."""
 
     def __init__(self, show: Report) -> None:
         self._show = show

@@ -9,6 +9,19 @@ import click
 from rich.table import Table
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.commands.options import (
+    MODEL_SOURCES,
+    backend_option,
+    bundle_argument,
+    json_option,
+    number_option,
+    plot_option,
+    refuse_given,
+    refuse_same_file,
+    text_option,
+    threads_option,
+)
+from sinkexport.evaluation.defaults import EVAL_DENSE_TOKENS, EVAL_SEGMENT_TOKENS, EVAL_TOKENS
 from sinkexport.util.console import table_console
 from sinkexport.util.files import check_writable, read_text, write_whole
 from sinkexport.util.plot import png
@@ -29,26 +42,10 @@ DEFAULT_JSON, DEFAULT_PLOT = Path("eval.json"), Path("eval.png")
 
 
 @click.command(name="eval")
-@click.argument("bundle", type=click.Path(path_type=Path), metavar="DIR")
-@click.option(
-    "--text",
-    "text_file",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="UTF-8 text, the longer the better.",
-)
-@click.option(
-    "--tokens",
-    type=int,
-    default=20_000,
-    show_default=True,
-    metavar="N",
-    help="Tokens of the text to stream, or all if it has fewer.",
-)
-@click.option(
-    "--segment", type=int, default=512, show_default=True, metavar="N", help="Tokens of each point of the curves."
-)
+@bundle_argument
+@text_option("UTF-8 text, the longer the better.")
+@number_option("--tokens", EVAL_TOKENS, "Tokens of the text to stream, or all if it has fewer.")
+@number_option("--segment", EVAL_SEGMENT_TOKENS, "Tokens of each point of the curves.")
 @click.option(
     "--compare",
     is_flag=True,
@@ -58,15 +55,12 @@ DEFAULT_JSON, DEFAULT_PLOT = Path("eval.json"), Path("eval.png")
 @click.option(
     "--against",
     metavar="MODEL",
-    help="With --compare: the model that was exported, a local directory, a .gguf file or a Hub id.",
+    help=f"With --compare: the model that was exported, {MODEL_SOURCES}.",
 )
-@click.option(
+@number_option(
     "--dense-tokens",
-    type=int,
-    default=4096,
-    show_default=True,
-    metavar="N",
-    help="With --compare: where the dense model stops, or at its own limit if that is less.",
+    EVAL_DENSE_TOKENS,
+    "With --compare: where the dense model stops, or at its own limit if that is less.",
 )
 @click.option(
     "--recompute-block",
@@ -75,26 +69,10 @@ DEFAULT_JSON, DEFAULT_PLOT = Path("eval.json"), Path("eval.png")
     help="With --compare: tokens that each recomputation of the last S + W predicts. 1 is exact, and slow.  "
     "[default: (S + W) / 8]",
 )
-@click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: all physical cores]")
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(path_type=Path),
-    default=DEFAULT_JSON,
-    show_default=True,
-    metavar="FILE",
-    help="Where to write all figures.",
-)
-@click.option(
-    "--plot",
-    "plot_file",
-    type=click.Path(path_type=Path),
-    default=DEFAULT_PLOT,
-    show_default=True,
-    metavar="FILE",
-    help="Where to write the curves as a PNG image.",
-)
+@backend_option
+@threads_option
+@json_option("Where to write all figures.", default=DEFAULT_JSON, show_default=True)
+@plot_option("Where to write the curves as a PNG image.", default=DEFAULT_PLOT, show_default=True)
 @click.option("--no-plot", is_flag=True, help="Draw nothing: matplotlib is not needed then.")
 @click.pass_context
 def command(
@@ -115,7 +93,7 @@ def command(
 ) -> None:
     """Measure how well the bundle DIR predicts a long text, streamed token by token.
 
-    Perplexity is exp of the mean negative log-likelihood of a token; lower is better. The table tells it for the whole
+    Perplexity is exp of the mean negative log-likelihood of a token; lower is better. The table shows it for the whole
     text, with the standard error over segments, and for the tokens before and after the cache is full.
     """
     _check_compare(ctx, compare, against)
@@ -123,19 +101,11 @@ def command(
     check_writable(json_file, "--json")
     if not no_plot:
         check_writable(plot_file, "--plot")
-        if plot_file.resolve() == json_file.resolve():
-            raise UsageError(
-                problem(
-                    "--plot",
-                    received=f"'{plot_file}', as --json",
-                    expected="a file of its own",
-                    fix="choose another path",
-                )
-            )
+        refuse_same_file(plot_file, json_file)
         import matplotlib.figure  # noqa: F401 - if it is missing, that should not show after an hour
-    from sinkexport.evaluation.evaluate import Comparison, evaluate
+    from sinkexport.evaluation.evaluate import BaselineOptions, evaluate
 
-    wanted = None if against is None else Comparison(against, dense_tokens, recompute_block)
+    wanted = None if against is None else BaselineOptions(against, dense_tokens, recompute_block)
     with shown_progress(STAGES) as show:
         report = evaluate(
             bundle,
@@ -166,16 +136,17 @@ def _check_compare(ctx: click.Context, compare: bool, against: str | None) -> No
                 )
             )
         return
-    for name in ("against", "dense_tokens", "recompute_block"):
-        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            option = "--" + name.replace("_", "-")
-            raise UsageError(
-                problem(option, received="without --compare", expected="a comparison", fix="add --compare")
-            )
+    refuse_given(
+        ctx,
+        ("against", "dense_tokens", "recompute_block"),
+        received="without --compare",
+        expected="a comparison",
+        fix="add --compare",
+    )
 
 
 def _print_report(report: EvalReport) -> None:
-    table = Table("contender", "what it is", box=None, pad_edge=False)
+    table = Table("method", "what it is", box=None, pad_edge=False)
     for header in ("tokens", "perplexity", "+-", "before", "after", "tokens/s"):
         table.add_column(header, justify="right")
     for c in report.curves:

@@ -8,17 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from sinkrt.contract import TARGETS
 from sinkrt.errors import printable
 
-from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE, KV_KINDS, WEIGHT_DTYPES, ExportConfig
+from sinkexport.commands.options import RenamedOption, file_option, number_option
+from sinkexport.config import (
+    DEFAULT_CHUNK_SIZE,
+    DEFAULT_NUM_SINK_TOKENS,
+    DEFAULT_WINDOW_SIZE,
+    KV_KINDS,
+    WEIGHT_DTYPES,
+    ExportConfig,
+)
+from sinkexport.targets import OPTIONS
 from sinkexport.util.progress import shown_progress
 
 if TYPE_CHECKING:
     from sinkexport.quant.ranges import Ranges
     from sinkexport.quant.recipe import Recipe
     from sinkexport.variants.affine import AffineFile
-    from sinkexport.variants.head_windows import BudgetFile
+    from sinkexport.variants.head_windows import HeadWindowFile
     from sinkexport.variants.sink_tuning import SinkTuningFile
 
 STAGES = {
@@ -37,28 +45,14 @@ STAGES = {
 @click.command(name="export")
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle.")
-@click.option(
-    "--sink-tokens",
-    type=int,
-    default=DEFAULT_NUM_SINK_TOKENS,
-    show_default=True,
-    metavar="S",
-    help="First tokens that are kept for ever.",
-)
-@click.option(
-    "--window",
-    type=int,
-    default=DEFAULT_WINDOW_SIZE,
-    show_default=True,
-    metavar="W",
-    help="Most recent tokens that are kept.",
-)
-@click.option("--batch", type=int, default=1, show_default=True, metavar="B", help="Streams decoded together.")
+@number_option("--sink-tokens", DEFAULT_NUM_SINK_TOKENS, "First tokens that are kept forever.", metavar="S")
+@number_option("--window", DEFAULT_WINDOW_SIZE, "Most recent tokens that are kept.", metavar="W")
+@number_option("--batch", ExportConfig.batch, "Streams decoded together.", metavar="B")
 @click.option(
     "--chunk",
     type=int,
     metavar="N",
-    help="Tokens that prefill takes at once; 1: no prefill graph.  [default: 64, at most W]",
+    help=f"Tokens that prefill takes at once; 1: no prefill graph.  [default: {DEFAULT_CHUNK_SIZE}, at most W]",
 )
 @click.option(
     "--pin-system",
@@ -74,20 +68,18 @@ STAGES = {
 @click.option(
     "--dtype",
     type=click.Choice(sorted(WEIGHT_DTYPES)),
-    default="fp32",
+    default=ExportConfig.dtype,
     show_default=True,
-    help="Of weights, arithmetic and cache.",
+    help="Type of weights, arithmetic and cache.",
 )
 @click.option(
     "--recipe",
     metavar="NAME|FILE",
     help="Quantise as a recipe says: one of 'sinkexport inspect recipes', or a .yaml file.",
 )
-@click.option(
+@file_option(
     "--calibration",
     "calibration_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
     help="What 'sinkexport calibrate' wrote, for a recipe with static ranges or smoothing.",
 )
 @click.option(
@@ -95,31 +87,27 @@ STAGES = {
     type=click.Choice(KV_KINDS),
     help="The window's keys and values; sinks stay in floating point.  [default: the recipe's, or fp]",
 )
-@click.option(
-    "--budgets",
-    "budgets_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
+@file_option(
+    "--head-windows",
+    "head_windows_file",
+    cls=RenamedOption,
+    former="--budgets",
     help="Windows of single key heads, which 'sinkexport analyze' proposed; --window must be the longest.",
 )
-@click.option(
+@file_option(
     "--sink-tuning",
     "sink_tuning_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
     help="How attention to sinks is changed, as 'sinkexport tune' or 'analyze' wrote it.",
 )
-@click.option(
+@file_option(
     "--affine",
     "affine_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
     help="Scales and biases of attention weights, a safetensors file (docs/sink_tuning.md).",
 )
 @click.option(
     "--target",
-    type=click.Choice(TARGETS),
-    default="onnx",
+    type=click.Choice(OPTIONS),
+    default=ExportConfig.target,
     show_default=True,
     help="tensorrt: for 'sinkexport build', with this project's plugin (docs/tensorrt.md).",
 )
@@ -141,7 +129,7 @@ def command(
     recipe: str | None,
     calibration_file: Path | None,
     kv: str | None,
-    budgets_file: Path | None,
+    head_windows_file: Path | None,
     sink_tuning_file: Path | None,
     affine_file: Path | None,
     target: str,
@@ -150,23 +138,23 @@ def command(
     overwrite: bool,
 ) -> None:
     """Export MODEL (a local directory, a .gguf file or a Hub id) to a bundle."""
-    # Bad numbers are told before torch is loaded.
+    # Bad numbers are refused before torch is loaded.
     config = ExportConfig(
-        sink_tokens,
-        window,
-        batch,
-        dtype,
-        chunk,
-        pin_system,
-        target,
-        _loaded(recipe),
-        _ranges(calibration_file),
-        kv,
-        native,
-        sink_token,
-        _sink_tuning(sink_tuning_file),
-        _budgets(budgets_file),
-        _affine(affine_file),
+        num_sink_tokens=sink_tokens,
+        window_size=window,
+        batch=batch,
+        dtype=dtype,
+        chunk_size=chunk,
+        pin_system=pin_system,
+        target=target,
+        recipe=_loaded(recipe),
+        calibration=_ranges(calibration_file),
+        kv=kv,
+        native=native,
+        sink_token=sink_token,
+        sink_tuning=_sink_tuning(sink_tuning_file),
+        budgets=_head_windows(head_windows_file),
+        affine=_affine(affine_file),
     )
     from sinkexport.pipeline.check_export import UncheckedWarning
     from sinkexport.pipeline.export import export
@@ -183,7 +171,7 @@ def command(
         f"{named} ({facts.num_parameters / 1e6:.0f}M parameters, {facts.num_layers} layers), "
         f"S={manifest.stream.num_sink_tokens} W={window} B={batch} T={manifest.stream.chunk_size} {dtype}"
         f"{'' if config.recipe is None else ' ' + config.recipe.name}{' INT8 window' * config.has_int8_window}"
-        f"{' tuned sinks' * (config.sink_tuning is not None)}{' budgets' * (config.budgets is not None)}"
+        f"{' tuned sinks' * (config.sink_tuning is not None)}{' head windows' * (config.budgets is not None)}"
         f"{' affine attention' * (config.affine is not None)}, "
         f"{sum(f.bytes for f in manifest.files.values()) / 1e6:.0f} MB + {manifest.state_bytes / 1e6:.1f} MB state, "
         f"{time.perf_counter() - start:.1f} s"
@@ -198,12 +186,12 @@ def _loaded(recipe: str | None) -> Recipe | None:
     return load_recipe(recipe)
 
 
-def _budgets(file: Path | None) -> BudgetFile | None:
+def _head_windows(file: Path | None) -> HeadWindowFile | None:
     if file is None:
         return None
-    from sinkexport.variants.head_windows import BudgetFile
+    from sinkexport.variants.head_windows import HeadWindowFile
 
-    return BudgetFile.load(file)
+    return HeadWindowFile.load(file)
 
 
 def _sink_tuning(file: Path | None) -> SinkTuningFile | None:

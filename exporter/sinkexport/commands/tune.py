@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from sinkrt.errors import UsageError, problem
 
+from sinkexport.analysis.defaults import OBJECTIVES, UNITS
+from sinkexport.commands.options import file_option, model_without_tokenizer, output_option, threads_option
 from sinkexport.util.files import check_writable, read_text, write_whole
 from sinkexport.util.progress import shown_progress
 
@@ -20,42 +21,33 @@ STAGES = {"load": "Loading the model", "profile": "Profiling heads", "search": "
 
 @click.command(name="tune")
 @click.argument("model")
-@click.option(
+@file_option(
     "--labelled",
     "labelled_file",
     required=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
     help='JSONL: lines {"prompt": .., "choices": [..], "answer": ..}, or lines {"text": ..} to predict.',
 )
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Where to write the factors, JSON.",
-)
+@output_option("Where to write the factors, JSON.")
 @click.option(
     "--by",
-    type=click.Choice(["head", "layer"]),
-    default="head",
+    type=click.Choice(UNITS),
+    default=UNITS[0],
     show_default=True,
     help="What is tried by itself at first. By layer takes a run for each layer, by head one for each head.",
 )
 @click.option(
     "--objective",
-    type=click.Choice(["labels", "entropy"]),
-    default="labels",
+    type=click.Choice(OBJECTIVES),
+    default=OBJECTIVES[0],
     show_default=True,
     help="labels: right answers, or a text's tokens. entropy: the model's own certainty.",
 )
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of the CPU.  [default: all physical cores]")
+@threads_option
 def command(model: str, labelled_file: Path, output: Path, by: str, objective: str, threads: int | None) -> None:
     """Find factors on MODEL's attention to the first token with which it answers better, without training.
 
     After ZeroTuning (arXiv:2505.11739). MODEL is a local directory, a .gguf file or a Hub id. Every other line of the
-    file is held out and tells what the factors are worth. 'sinkexport export --sink-tuning FILE' uses the result;
+    file is held out and shows what the factors are worth. 'sinkexport export --sink-tuning FILE' uses the result;
     docs/sink_tuning.md says what it does.
     """
     check_writable(output, "--output")
@@ -69,14 +61,7 @@ def command(model: str, labelled_file: Path, output: Path, by: str, objective: s
         show("load", 0, 1)
         loaded = load_model(model)
         if loaded.tokenizer is None:
-            raise UsageError(
-                problem(
-                    "model",
-                    received="one without a tokenizer",
-                    expected="a tokenizer for the text",
-                    fix="use a complete model folder",
-                )
-            )
+            raise model_without_tokenizer()
         examples = read_examples(loaded.tokenizer, lines)
         result = tune(loaded, examples, unit=by, objective=objective, report=show)
     write_whole(output, result.file.to_json(), "--output")

@@ -1,8 +1,7 @@
-"""``sinkexport verify``: parity of a bundle with its Hugging Face model, or, if it is quantised, what it lost."""
+"""``sinkexport verify``: parity of a bundle with its Hugging Face model; its quality if it is quantised."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +10,29 @@ from rich.table import Table
 from sinkrt.contract import MANIFEST_NAME, load_manifest
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.commands.options import (
+    MODEL_SOURCES,
+    backend_option,
+    bundle_argument,
+    json_option,
+    number_option,
+    random_ids_option,
+    refuse_given,
+    text_option,
+)
+from sinkexport.evaluation.defaults import (
+    DEFAULT_TOLERANCE,
+    QUALITY_TOKENS,
+    TOLERANCE_PER_TOKEN,
+    VERIFY_DENSE_TOKENS,
+    VERIFY_WRAPS,
+)
 from sinkexport.util.console import table_console
 from sinkexport.util.files import check_writable, read_text, write_whole
 from sinkexport.util.progress import shown_progress
 
 if TYPE_CHECKING:
-    from sinkexport.evaluation.parity import VerifyReport
+    from sinkexport.evaluation.parity import ParityReport
     from sinkexport.evaluation.quality_gate import QualityReport
 
 STAGES = {
@@ -37,68 +53,53 @@ LOGITS_ONLY, QUALITY_ONLY = ("wraps", "dense_tokens", "seed"), ("tokens",)
 FIGURES = {
     "perplexity_increase": ("perplexity increase", ".2%"),
     "kl_divergence": ("KL divergence, mean nats a token", ".5f"),
-    "top1_agreement": ("top-1 equal", ".2%"),
+    "top1_agreement": ("top-1 agreement", ".2%"),
 }
-"""How to show the figures that have thresholds."""
+"""Label and format of each figure that may have a threshold."""
 
 
 @click.command(name="verify")
-@click.argument("bundle", type=click.Path(path_type=Path), metavar="DIR")
+@bundle_argument
 @click.option(
     "--against",
     required=True,
     metavar="MODEL",
-    help="The model that was exported: a local directory, a .gguf file or a Hub id. For a quantised DIR "
-    "also a bundle of it in floating point with the same S and W, which needs no torch.",
+    help=f"The model that was exported: {MODEL_SOURCES}. For a quantised DIR also a bundle of it in floating point "
+    "with the same S and W, which needs no torch.",
 )
-@click.option(
-    "--text",
-    "text_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Text to stream, repeated if too short; a quantised DIR needs one, which is not repeated.  "
-    "[default: random ids]",
+@text_option(
+    "Text to stream, repeated if too short; a quantised DIR needs one, which is not repeated.  [default: random ids]",
+    required=False,
 )
 @click.option(
     "--quality", is_flag=True, help="Compare predictions of a text, as for a quantised DIR, though it is not quantised."
 )
-@click.option(
+@number_option(
     "--tokens",
+    QUALITY_TOKENS,
+    "Quantised or --quality: tokens of the text, or all if it has fewer.",
     type=click.IntRange(min=2),
-    default=4000,
-    show_default=True,
-    metavar="N",
-    help="Quantised or --quality: tokens of the text, or all if it has fewer.",
 )
-@click.option(
-    "--wraps",
-    type=click.IntRange(min=1),
-    default=6,
-    show_default=True,
-    metavar="N",
-    help="How often the window is overwritten after it has filled.",
+@number_option(
+    "--wraps", VERIFY_WRAPS, "How often the window is overwritten after it has filled.", type=click.IntRange(min=1)
 )
-@click.option(
+@number_option(
     "--dense-tokens",
+    VERIFY_DENSE_TOKENS,
+    "Positions compared with the dense model, at most the cache's capacity.",
     type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    metavar="N",
-    help="Positions compared with the dense model, at most the cache's capacity.",
 )
 @click.option(
     "--tolerance",
     type=float,
     metavar="X",
     help="Largest error of a logit as a share of the logits' spread.  "
-    "[default: 1e-3 (fp32) or 0.25 (fp16), at least 2e-6 times S + W; quantised: of prefill "
-    "only]",
+    f"[default: {DEFAULT_TOLERANCE['float32']:g} (fp32) or {DEFAULT_TOLERANCE['float16']:g} (fp16), at least "
+    f"{TOLERANCE_PER_TOKEN:g} times S + W; quantised: of prefill only]",
 )
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the random ids.")
-@click.option("--backend", type=click.Choice(["ort", "ort-cuda", "tensorrt"]), default="ort", show_default=True)
-@click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON too."
-)
+@random_ids_option
+@backend_option
+@json_option()
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -124,40 +125,28 @@ def command(
     Kullback-Leibler divergence, equal top-1 tokens, and perplexity, each against the threshold that its recipe has
     set; and prefill with single steps. Exit code 1 if one does not hold.
     """
-    manifest = load_manifest(bundle)
-    recipe = None if manifest.quantization is None else manifest.quantization.recipe
-    by_quality = quality or recipe is not None
-    kind = f"a bundle quantised by '{recipe}'" if recipe is not None else "--quality" if quality else "logits compared"
-    _refuse_options(ctx, LOGITS_ONLY if by_quality else QUALITY_ONLY, kind)
-    if by_quality and text_file is None:
-        raise UsageError(
-            problem("--text", received=f"none, with {kind}", expected="a text to predict", fix="pass --text FILE")
-        )
+    quantization = load_manifest(bundle).quantization
+    by_quality = quality or quantization is not None
+    kind = "--quality" if quality else "logits compared"
+    if quantization is not None:
+        kind = f"a bundle quantised by '{quantization.recipe}'"
+    _check_together(ctx, by_quality, kind, text_file, against)
     text = None if text_file is None else read_text(text_file, "--text")
     if json_file is not None:
         check_writable(json_file, "--json")
-    if not by_quality and (Path(against) / MANIFEST_NAME).is_file():
-        raise UsageError(
-            problem(
-                "--against",
-                received=f"'{against}', a bundle",
-                expected="the model that was exported",
-                fix="or add --quality and --text to compare two bundles",
-            )
-        )
-    report: VerifyReport | QualityReport
+    report: ParityReport | QualityReport
     with shown_progress(STAGES) as show:
         if by_quality:
             from sinkexport.evaluation.quality_gate import verify_quality
 
-            report = found = verify_quality(
+            report = verify_quality(
                 bundle, against, text or "", num_tokens=tokens, tolerance=tolerance, backend=backend, report=show
             )
-            show_report = partial(_print_quality, found)
+            headline, table = _quality_table(report)
         else:
             from sinkexport.evaluation.parity import verify
 
-            report = parity = verify(
+            report = verify(
                 bundle,
                 against,
                 text=text,
@@ -168,10 +157,12 @@ def command(
                 backend=backend,
                 report=show,
             )
-            show_report = partial(_print_report, parity)
+            headline, table = _parity_table(report)
     if json_file is not None:
         write_whole(json_file, report.to_json(), "--json")
-    show_report()
+    console = table_console()
+    console.print(headline, markup=False, soft_wrap=True)
+    console.print(table)
     for failure in report.failures:
         click.echo(f"FAILED {failure}", err=True)
     if not report.passed:
@@ -179,29 +170,34 @@ def command(
     click.echo("passed")
 
 
-def _refuse_options(ctx: click.Context, names: tuple[str, ...], kind: str) -> None:
-    """Options that would be ignored."""
-    for name in names:
-        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            option = "--" + name.replace("_", "-")
-            raise UsageError(
-                problem(
-                    option,
-                    received=f"with {kind}",
-                    expected="no such option",
-                    fix="leave it out" if name not in QUALITY_ONLY else "add --quality",
-                )
+def _check_together(ctx: click.Context, by_quality: bool, kind: str, text_file: Path | None, against: str) -> None:
+    """Check options that one kind of comparison needs, or does not have. kind: in words.
+
+    Raises: UsageError.
+    """
+    refused, fix = (LOGITS_ONLY, "leave it out") if by_quality else (QUALITY_ONLY, "add --quality")
+    refuse_given(ctx, refused, received=f"with {kind}", expected="no such option", fix=fix)
+    if by_quality and text_file is None:
+        raise UsageError(
+            problem("--text", received=f"none, with {kind}", expected="a text to predict", fix="pass --text FILE")
+        )
+    if not by_quality and (Path(against) / MANIFEST_NAME).is_file():
+        raise UsageError(
+            problem(
+                "--against",
+                received=f"'{against}', a bundle",
+                expected="the model that was exported",
+                fix="or add --quality and --text to compare two bundles",
             )
+        )
 
 
-def _print_quality(report: QualityReport) -> None:
+def _quality_table(report: QualityReport) -> tuple[str, Table]:
+    """Make a line about both sides, and the table of figures."""
     quality = report.quality
-    console = table_console()
-    console.print(
+    headline = (
         f"{report.bundle} ({report.recipe or report.weights_dtype}) against {report.reference}: "
-        f"S={report.num_sink_tokens} W={report.window_size}; {quality.num_tokens:,} tokens predicted",
-        markup=False,
-        soft_wrap=True,
+        f"S={report.num_sink_tokens} W={report.window_size}; {quality.num_tokens:,} tokens predicted"
     )
     table = Table("figure", box=None, pad_edge=False)
     for header in ("value", "limit", ""):
@@ -223,12 +219,13 @@ def _print_quality(report: QualityReport) -> None:
         f"{report.prefill_tolerance:.2e}",
         "ok" if prefill.failed_position is None else "FAILED",
     )
-    console.print(table)
+    return headline, table
 
 
-def _print_report(report: VerifyReport) -> None:
+def _parity_table(report: ParityReport) -> tuple[str, Table]:
+    """Make a line about both sides, and the table of comparisons."""
     table = Table("comparison", "against", box=None, pad_edge=False)
-    for header in ("positions", "max error", "of spread", "worst at", "top-1 equal", ""):
+    for header in ("positions", "max error", "of spread", "worst at", "top-1 agreement", ""):
         table.add_column(header, justify="right")
     for c in report.comparisons:
         table.add_row(
@@ -241,12 +238,9 @@ def _print_report(report: VerifyReport) -> None:
             f"{c.top1_agreement:.2%}",
             "ok" if c.failed_position is None else "FAILED",
         )
-    console = table_console()
-    console.print(
+    headline = (
         f"{report.bundle} against {report.model}: S={report.num_sink_tokens} W={report.window_size} B={report.batch} "
         f"{report.weights_dtype}; {report.wraps} wraps, {report.num_tokens:,} tokens ({report.ids}); "
-        f"tolerance {report.tolerance:.1e} of the logits' spread",
-        markup=False,
-        soft_wrap=True,
+        f"tolerance {report.tolerance:.1e} of the logits' spread"
     )
-    console.print(table)
+    return headline, table

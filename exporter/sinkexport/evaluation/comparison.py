@@ -1,4 +1,4 @@
-"""Logits against logits, position by position, and a bundle's prefill against its own steps. Needs no torch."""
+"""Comparison of logits, position by position, and of a bundle's prefill with its own steps. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,52 +8,35 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 from sinkrt.contract import Manifest
 
+from sinkexport.evaluation.defaults import DEFAULT_TOLERANCE, TOLERANCE_PER_TOKEN
+from sinkexport.util.arrays import Ids, Logits
 from sinkexport.util.progress import Report
 
-Logits = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
-
-
-DEFAULT_TOLERANCE: Mapping[str, float] = {"float32": 1e-3, "float16": 0.25}
-"""Largest error of a logit, as a share of the spread of its step's logits, by the bundle's weights_dtype.
-
-Bundle and reference round differently (order of sums, fused operators). Measured over six wraps with W = 60: 4e-5 for
-SmolLM2-135M in float32 and up to 2e-5 for tiny random models of every family; 8e-2 and 4e-2 in float16, which rounds
-weights and large activations (the reference keeps both in float32). The tolerances leave room for larger models.
-"""
-
-TOLERANCE_PER_TOKEN = 2e-6
-"""The same for each token of the cache's capacity, where that is more.
-
-transformers multiplies position and frequency in float32, which near position C is wrong by up to C * 2^-24 radians,
-in the dense model and in the reference alike; the bundle's own angles are exact. Measured for SmolLM2-135M with
-W = 1020 over six wraps: 5e-4, of which 6e-5 is left if the reference's cos and sin are computed in float64.
-"""
-
-
 ROUNDED_INPUTS_TOLERANCE = 1.5
-"""Of a bundle's prefill against its own steps, where products take INT8 inputs.
+"""Tolerance of a bundle's prefill against its own steps, where matmuls take INT8 inputs.
 
-With quantised weights alone too: MatMulNBits rounds inputs to 8 bits, and for 16 tokens and more otherwise than for one
-(SmolLM2-135M: up to 0.3 of the spread, each as far from the product with float32 inputs as they are from each other).
+It holds for quantised weights alone too: MatMulNBits rounds inputs to 8 bits, and differently from 16 tokens on.
+(SmolLM2-135M: up to 0.3 of the spread. Each is as far from the matmul with float32 inputs as from the other.)
 
-Prefill and steps add in another order, so some inputs are rounded to the neighbouring integer, and layer by layer more
-of them: two roundings of one function are as far from each other as each is from the function. Measured for
-SmolLM2-135M with int8-dynamic: up to 0.83 of the spread, and a divergence of 0.02 nats a token. A token that is lost
-changes about 0.5 and cannot be told from that; predictions of something else are 3 and more away. With floating-point
-inputs nothing is rounded at run time: prefill then equals the steps bit by bit (INT8 and INT4 weights alike).
+Prefill and steps add in another order. So some inputs are rounded to the neighbouring integer, and more of them layer
+by layer: two roundings of one function are as far from each other as each is from the function. Measured for
+SmolLM2-135M with int8-dynamic: up to 0.83 of the spread, and a divergence of 0.02 nats a token. A lost token changes
+about 0.5, which looks the same; predictions of something else are 3 and more away. With floating-point inputs nothing
+is rounded at run time: prefill then equals the steps bit by bit (INT8 and INT4 weights alike).
 """
 
 ROUNDED_WINDOW_TOLERANCE = 0.15
-"""The same where only the window is INT8: a key or value may become the neighbouring integer, but it is rounded once,
-and attention takes a mean over many. Measured for SmolLM2-135M: up to 0.053 of the spread; a lost token changes 0.5."""
+"""The same where only the window is INT8.
+
+A key or value may become the neighbouring integer, but is rounded once, and attention takes a mean over many. Measured
+for SmolLM2-135M: up to 0.053 of the spread; a lost token changes 0.5.
+"""
 
 
 class Stream(Protocol):
-    """What is asked of a `sinkrt.Session`."""
+    """The part of a `sinkrt.Session` that is used here."""
 
     def step(self, ids: Ids) -> Logits: ...
     def prefill(self, ids: Ids) -> Logits: ...
@@ -62,12 +45,13 @@ class Stream(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Logits of the bundle against others'.
+    """Logits of the bundle compared with others.
 
     name: ``dense | streaming | prefill``. positions: how many were compared, in each stream.
-    max_error: largest absolute difference of a logit. max_relative_error: the largest share of the spread (standard
-    deviation over the vocabulary) of the same step's logits, at `worst_position`.
-    top1_agreement: share of steps in which both put the same token first.
+    max_error: largest absolute difference of a logit.
+    max_relative_error: the largest difference as a share of the spread (standard deviation over the vocabulary) of the
+    same step's logits, at `worst_position`.
+    top1_agreement: share of steps in which both have the same most likely token.
     failed_position: the first position above the tolerance, where the comparison stopped; None if there was none.
     """
 
@@ -81,12 +65,12 @@ class Comparison:
 
 
 def default_tolerance(manifest: Manifest) -> float:
-    """Largest `Comparison.max_relative_error` that rounding explains, for a bundle's precision and capacity."""
+    """Compute the largest `Comparison.max_relative_error` that rounding explains, by precision and capacity."""
     return max(DEFAULT_TOLERANCE[manifest.weights_dtype], TOLERANCE_PER_TOKEN * manifest.stream.capacity)
 
 
 def prefill_tolerance(manifest: Manifest) -> float:
-    """Largest `Comparison.max_relative_error` of prefill against single steps of the same bundle."""
+    """Compute the largest `Comparison.max_relative_error` of prefill against single steps of the same bundle."""
     quantization = manifest.quantization
     if quantization is not None and (quantization.activations != "float" or quantization.weights != "float"):
         return ROUNDED_INPUTS_TOLERANCE
@@ -99,7 +83,7 @@ def compare_prefill(
 ) -> Comparison:
     """Feed the start of the stream again in pieces and compare the logits at their ends.
 
-    ids: [B, N]. at_ends: what the bundle gave token by token, [B, vocab], by the number of tokens fed: `piece_ends`.
+    ids: [B, N]. at_ends: the bundle's logits token by token, [B, vocab], by the number of tokens fed (`piece_ends`).
     """
     tally, start, total = Tally("prefill", tolerance), 0, max(at_ends)
     session.reset()
@@ -113,8 +97,10 @@ def compare_prefill(
 
 
 def piece_ends(num_tokens: int, capacity: int) -> frozenset[int]:
-    """Where prefill pieces end: odd lengths before the window fills, one piece longer than the whole cache, and
-    odd lengths again, over at most two caches and a bit."""
+    """Choose where prefill pieces end, over a little more than two caches.
+
+    Lengths are odd before the window fills. One piece is longer than the whole cache; lengths are odd again after it.
+    """
     lengths = [1, 2, 5, 3, 1, 7, capacity // 2 + 1, 1, capacity + 1, 4, 1, 9, capacity // 3 + 1]
     ends, end = set(), 0
     for length in lengths:
@@ -140,7 +126,7 @@ class Tally:
         return self._failed is not None
 
     def add(self, position: int, got: Logits, want: Logits) -> None:
-        """got, want: [B, vocab] of one position. What is not a number counts as an infinite error."""
+        """Compare one position. got, want: [B, vocab]. A value that is not a number counts as an infinite error."""
         difference = np.abs(got.astype(np.float64) - want)  # [B, vocab]
         spread = np.maximum(want.std(axis=-1, keepdims=True, dtype=np.float64), 1e-9)  # [B, 1]
         error, relative = (float(x.max()) for x in (difference, difference / spread))

@@ -1,4 +1,4 @@
-"""Perplexity of a bundle over a long text, alone or beside the alternatives. See `perplexity` and `contenders`."""
+"""Perplexity of a bundle over a long text, alone or beside baselines. See `perplexity` and `baselines`."""
 
 from __future__ import annotations
 
@@ -10,51 +10,49 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from sinkrt.backends import BACKENDS
 from sinkrt.contract import Manifest, load_manifest
 from sinkrt.errors import UsageError, problem
 from sinkrt.session import Session
 from sinkrt.text import Tokenizer
 
 from sinkexport.bench.machine import torch_threads
-from sinkexport.evaluation import baselines as contenders
-from sinkexport.evaluation.perplexity import Contender, Curve, Ids, check_segment, check_text, measure
+from sinkexport.evaluation import baselines
+from sinkexport.evaluation.defaults import EVAL_DENSE_TOKENS, EVAL_SEGMENT_TOKENS, EVAL_TOKENS
+from sinkexport.evaluation.perplexity import Curve, Ids, Predictor, check_segment, check_text, measure
 from sinkexport.util.progress import Report, silent
-from sinkexport.variants.affine import AffineFile, affine_of
-from sinkexport.variants.head_windows import budgets_of
+from sinkexport.variants.variant import AttentionVariant
 
 if TYPE_CHECKING:
     from sinkexport.sources import LoadedModel
 
-DEFAULT_TOKENS = 20_000
-DEFAULT_SEGMENT_TOKENS = 512
-DEFAULT_DENSE_TOKENS = 4096
-"""Where the dense model stops unless told otherwise: its memory and its time for a token grow with the text."""
-
 RECOMPUTE_SHARE = 8
-"""Recomputation predicts C / 8 tokens a run by default: 8 tokens are computed for each that counts, and each is
-predicted from at least 7/8 of C."""
+"""Recomputation predicts C / 8 tokens a run by default.
+
+So it computes 8 tokens for each prediction, which sees at least 7/8 of C.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """What a bundle is compared with.
+class BaselineOptions:
+    """Baselines that a bundle is compared with.
 
-    against: the model that was exported, a directory, ``.gguf`` file, Hub id, or one loaded in float32.
+    against: the model that was exported: a directory, ``.gguf`` file or Hub id, or one loaded in float32.
     dense_tokens: where the dense model stops, >= 1, or at the model's own limit, whichever is less.
     recompute_block: tokens that each run of recomputation predicts, 1 .. C; None: C / `RECOMPUTE_SHARE`.
     """
 
     against: str | LoadedModel
-    dense_tokens: int = DEFAULT_DENSE_TOKENS
+    dense_tokens: int = EVAL_DENSE_TOKENS
     recompute_block: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalReport:
-    """What `evaluate` found.
+    """Result of `evaluate`.
 
     num_tokens: of the text; all but the first are predicted. segment_tokens: length of a segment of the curves.
-    model: the bundle's own name for it. curves: the bundle's first.
+    model: the bundle's name of it. curves: the bundle's comes first, then the baselines'.
     """
 
     bundle: str
@@ -69,11 +67,11 @@ class EvalReport:
 
     @property
     def capacity(self) -> int:
-        """C, tokens: from token C + 1 on something has been evicted."""
+        """C, tokens: from token C + 1 on, tokens have been evicted."""
         return self.num_sink_tokens + self.window_size
 
     def to_json(self) -> str:
-        """The report as JSON; a number that is not finite becomes null."""
+        """Write the report as JSON; a number that is not finite becomes null."""
         return json.dumps(finite(dataclasses.asdict(self)), indent=1) + "\n"
 
 
@@ -81,21 +79,21 @@ def evaluate(
     bundle: Path | str,
     text: str,
     *,
-    num_tokens: int = DEFAULT_TOKENS,
-    segment_tokens: int = DEFAULT_SEGMENT_TOKENS,
-    compare: Comparison | None = None,
-    backend: str = "ort",
+    num_tokens: int = EVAL_TOKENS,
+    segment_tokens: int = EVAL_SEGMENT_TOKENS,
+    compare: BaselineOptions | None = None,
+    backend: str = BACKENDS[0],
     threads: int | None = None,
     report: Report = silent,
 ) -> EvalReport:
     """Stream the first `num_tokens` tokens of `text` (or all, if there are fewer) through the bundle, one by one.
 
-    compare: predict the same tokens in other ways too, one after the other; needs torch.
+    compare: predict the same tokens with baselines too, one after the other; needs torch.
     threads: CPU threads; None for all physical cores.
-    report: told of the stages ``load`` and ``Curve.name``.
+    report: called with the stages ``load`` and ``Curve.name``.
 
     Raises: UsageError for bad arguments, a text of fewer than 2 tokens, a bundle of several streams or without a
-        tokenizer, and a model that is not the bundle's; BundleError for a broken bundle; BackendError.
+        tokenizer, or another model than the bundle's; BundleError for a broken bundle; BackendError.
     """
     check_segment(segment_tokens)
     if num_tokens < 2:
@@ -117,12 +115,11 @@ def evaluate(
         loaded = None if compare is None else _load(compare.against, manifest)
         with Session.load(bundle, backend, threads=threads) as session:
             report("load", 1, 1)
-            run = [contenders.bundle(session, ids, f"{backend}, {stream.num_sink_tokens} sinks + {stream.window_size}")]
+            run = [baselines.bundle(session, ids, f"{backend}, {stream.num_sink_tokens} sinks + {stream.window_size}")]
             curves += _measured(run, ids, segment_tokens, stream.capacity, report)
         if compare is not None and loaded is not None:
-            run = _alternatives(
-                loaded.model, ids, manifest, affine_of(Path(bundle), manifest), compare.dense_tokens, block or 1
-            )
+            variant = AttentionVariant.of_bundle(Path(bundle), manifest)
+            run = _baselines(loaded.model, ids, manifest, variant, compare.dense_tokens, block or 1)
             curves += _measured(run, ids, segment_tokens, stream.capacity, report)
     return EvalReport(
         bundle=str(bundle),
@@ -137,33 +134,31 @@ def evaluate(
     )
 
 
-def _alternatives(
-    model: Any, ids: Ids, manifest: Manifest, affine: AffineFile | None, dense_tokens: int, block: int
-) -> list[Contender]:
-    """The same sinks and window in torch, and what one would do without: all with a cache of C tokens."""
+def _baselines(
+    model: Any, ids: Ids, manifest: Manifest, variant: AttentionVariant, dense_tokens: int, block: int
+) -> list[Predictor]:
+    """List the baselines: the same sinks and window in torch, and alternatives. All have a cache of C tokens."""
     stream = manifest.stream
     config = model.config.get_text_config()
     limit = min(dense_tokens, getattr(config, "max_position_embeddings", None) or dense_tokens)
     return [
-        contenders.sinks_and_window(
+        baselines.sinks_and_window(
             model,
             ids,
             stream.num_sink_tokens,
             stream.window_size,
             name="sinks + window",
-            sink_tuning=manifest.sink_tuning,
-            budgets=budgets_of(manifest),
-            affine=affine,
+            variant=variant,
         ),
-        contenders.sinks_and_window(model, ids, 0, stream.capacity, name="window only"),
-        contenders.recomputation(model, ids, stream.capacity, block),
-        contenders.dense(model, ids, limit),
+        baselines.sinks_and_window(model, ids, 0, stream.capacity, name="window only"),
+        baselines.recomputation(model, ids, stream.capacity, block),
+        baselines.dense(model, ids, limit),
     ]
 
 
-def _measured(run: list[Contender], ids: Ids, segment_tokens: int, capacity: int, report: Report) -> Iterator[Curve]:
-    for contender in run:
-        yield measure(contender, ids, segment_tokens=segment_tokens, capacity=capacity, report=report)
+def _measured(run: list[Predictor], ids: Ids, segment_tokens: int, capacity: int, report: Report) -> Iterator[Curve]:
+    for predictor in run:
+        yield measure(predictor, ids, segment_tokens=segment_tokens, capacity=capacity, report=report)
 
 
 def _load(source: str | LoadedModel, manifest: Manifest) -> LoadedModel:
@@ -176,9 +171,9 @@ def _load(source: str | LoadedModel, manifest: Manifest) -> LoadedModel:
 
 
 def encode(bundle: Path, manifest: Manifest, text: str) -> Ids:
-    """int64 [n], by the bundle's tokenizer.
+    """Encode a text with the bundle's tokenizer. Returns: int64 [n].
 
-    Raises: UsageError if it gives ids that the model does not know.
+    Raises: UsageError for ids that the model does not know.
     """
     ids = np.asarray(Tokenizer.load(bundle, manifest).encode(text), dtype=np.int64)
     vocab_size = manifest.model.vocab_size
@@ -194,8 +189,8 @@ def encode(bundle: Path, manifest: Manifest, text: str) -> Ids:
     return ids
 
 
-def _checked_block(compare: Comparison, capacity: int) -> int:
-    """Tokens of a run of recomputation, with the default filled in."""
+def _checked_block(compare: BaselineOptions, capacity: int) -> int:
+    """Check the tokens of a run of recomputation; fill the default in."""
     if compare.dense_tokens < 1:
         raise UsageError(
             problem("dense tokens", received=compare.dense_tokens, expected=">= 1", fix="change --dense-tokens")
@@ -211,7 +206,7 @@ def _checked_block(compare: Comparison, capacity: int) -> int:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None for every float that JSON has no number for."""
+    """Replace every float that JSON has no number for by None."""
     if isinstance(value, dict):
         return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

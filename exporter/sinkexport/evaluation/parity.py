@@ -1,9 +1,9 @@
-"""Does a bundle compute what its model computes? Three comparisons of logits, token by token.
+"""Parity of a bundle with its model: three comparisons of logits, token by token.
 
-dense      against transformers' own forward pass over the whole text, before the first token is evicted.
-streaming  against `sinkexport.reference.streaming`, which rotates every key anew in each step, over
-           several wraps of the window.
-prefill    the bundle against itself: pieces of odd lengths against one token at a time.
+dense      with transformers' own forward pass over the whole text, before the first token is evicted.
+streaming  with `sinkexport.reference.streaming`, which rotates every key anew in each step, over several wraps of the
+           window.
+prefill    of the bundle with itself: pieces of odd lengths against one token at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sinkrt.backends import BACKENDS
 from sinkrt.contract import Manifest, load_manifest
 from sinkrt.errors import UsageError, problem
 from sinkrt.session import Session
@@ -27,35 +28,31 @@ from sinkrt.text import Tokenizer
 from sinkexport.bench.machine import torch_threads
 from sinkexport.evaluation.comparison import (
     Comparison,
-    Ids,
-    Logits,
     Stream,
     Tally,
     compare_prefill,
     default_tolerance,
     piece_ends,
 )
+from sinkexport.evaluation.defaults import VERIFY_DENSE_TOKENS, VERIFY_WRAPS
 from sinkexport.families import rotates_by_length
 from sinkexport.reference.dense import dense_logits
 from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel, load_model
+from sinkexport.util.arrays import Ids, Logits
 from sinkexport.util.progress import Report, silent
-from sinkexport.variants.affine import AffineFile, affine_of
-from sinkexport.variants.head_windows import budgets_of
-
-DEFAULT_WRAPS = 6
-DEFAULT_DENSE_TOKENS = 256
+from sinkexport.variants.variant import PLAIN, AttentionVariant
 
 MAX_TOKENS = 10**8
-"""Of one verification: more than a machine gets through in a month."""
+"""Tokens of one verification: more than a machine processes in a month."""
 
 BLOCK_TOKENS = 16
 """Steps that the bundle runs ahead of the reference."""
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifyReport:
-    """What `verify` found. num_tokens: tokens fed to each stream; tolerance: of `Comparison.max_relative_error`."""
+class ParityReport:
+    """Result of `verify`. num_tokens: fed to each stream. tolerance: of `Comparison.max_relative_error`."""
 
     bundle: str
     model: str
@@ -85,7 +82,7 @@ class VerifyReport:
         return not self.failures
 
     def to_json(self) -> str:
-        """The report as JSON; a number that is not finite becomes null."""
+        """Write the report as JSON; a number that is not finite becomes null."""
         facts = {**dataclasses.asdict(self), "passed": self.passed, "failures": self.failures}
         facts["comparisons"] = [
             {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in c.items()}
@@ -99,46 +96,28 @@ def verify(
     source: str | LoadedModel,
     *,
     text: str | None = None,
-    wraps: int = DEFAULT_WRAPS,
+    wraps: int = VERIFY_WRAPS,
     tolerance: float | None = None,
-    dense_tokens: int = DEFAULT_DENSE_TOKENS,
+    dense_tokens: int = VERIFY_DENSE_TOKENS,
     seed: int = 0,
-    backend: str = "ort",
+    backend: str = BACKENDS[0],
     report: Report = silent,
-) -> VerifyReport:
+) -> ParityReport:
     """Compare the bundle with the model `source` (directory, ``.gguf`` file, Hub id, or one loaded in float32).
 
     text: what to stream, repeated if too short; None for random ids from `seed`.
-    wraps: how often the window is overwritten whole, after it has filled. dense_tokens: positions compared with
-    the dense model, at most C. tolerance: None for `default_tolerance`.
+    wraps: how often the whole window is overwritten after it has filled.
+    dense_tokens: positions compared with the dense model, at most C. tolerance: None for `default_tolerance`.
     The first position above the tolerance ends the run.
 
     Raises: UsageError for bad arguments, a model that is not the bundle's, or text and no tokenizer;
         BundleError for a broken bundle; BackendError.
     """
-    _check_arguments(wraps, tolerance, dense_tokens)
     manifest = load_manifest(Path(bundle))
-    if manifest.quantization is not None and tolerance is None:
-        raise UsageError(
-            problem(
-                "verify",
-                received=f"a bundle quantised by '{manifest.quantization.recipe}'",
-                expected="a tolerance that allows for it: rounding explains only so much",
-                fix="pass --tolerance, or compare perplexities with 'sinkexport eval'",
-            )
-        )
-    tokens = None if text is None else _encode(Path(bundle), manifest, text)
     stream = manifest.stream
     num_tokens = stream.capacity + wraps * stream.window_size
-    if num_tokens > MAX_TOKENS:
-        raise UsageError(
-            problem(
-                "--wraps",
-                received=f"{wraps}, which are {num_tokens} tokens",
-                expected=f"at most {MAX_TOKENS} tokens",
-                fix="verify fewer",
-            )
-        )
+    _check_arguments(manifest, wraps, num_tokens, tolerance, dense_tokens)
+    tokens = None if text is None else _encode(Path(bundle), manifest, text)
     ids = _random_ids(manifest, num_tokens, seed) if tokens is None else _spread_text(tokens, stream.batch, num_tokens)
     limit = default_tolerance(manifest) if tolerance is None else tolerance
     report("load", 0, 1)
@@ -146,9 +125,9 @@ def verify(
         loaded = load_model(source, "float32") if isinstance(source, str) else source
         check_same_model(manifest, loaded.model)
         report("load", 1, 1)
-        affine = affine_of(Path(bundle), manifest)
-        comparisons = tuple(compare(session, loaded.model, manifest, ids, limit, dense_tokens, report, affine))
-    return VerifyReport(
+        variant = AttentionVariant.of_bundle(Path(bundle), manifest)
+        comparisons = tuple(compare(session, loaded.model, manifest, ids, limit, dense_tokens, report, variant))
+    return ParityReport(
         bundle=str(bundle),
         model=loaded.name,
         weights_dtype=manifest.weights_dtype,
@@ -171,33 +150,25 @@ def compare(
     tolerance: float,
     dense_tokens: int,
     report: Report,
-    affine: AffineFile | None = None,
+    variant: AttentionVariant = PLAIN,
 ) -> Iterator[Comparison]:
-    """The three comparisons over ids [B, N]; a failed one is the last. affine: of the bundle.
+    """Run the three comparisons over ids [B, N]; a failed one is the last. variant: of the bundle.
 
-    The dense and the streaming one share one pass of the bundle over the stream.
+    ``dense`` and ``streaming`` share one pass of the bundle over the stream.
     """
     stream, num_tokens = manifest.stream, ids.shape[1]
     ends = piece_ends(num_tokens, stream.capacity)
     if rotates_by_length(model.config, stream.capacity):
         dense_tokens = stream.capacity  # a shorter text would be rotated otherwise
-    budgets = budgets_of(manifest)
-    shortest = stream.window_size if budgets is None else min(map(min, budgets.windows))
-    dense_tokens = min(dense_tokens, stream.num_sink_tokens + shortest)
+    dense_tokens = min(dense_tokens, stream.num_sink_tokens + variant.shortest_window(stream.window_size))
     report("dense", 0, 1)
-    wanted = dense_logits(model, ids[:, : min(dense_tokens, stream.capacity)], manifest, affine)  # [B, n, vocab]
+    first = ids[:, : min(dense_tokens, stream.capacity)]
+    wanted = dense_logits(model, first, variant, stream.num_sink_tokens)  # [B, n, vocab]
     report("dense", 1, 1)
     dense, streaming = Tally("dense", tolerance), Tally("streaming", tolerance)
     at_ends: dict[int, Logits] = {}
     with (
-        streaming_reference(
-            model,
-            stream.num_sink_tokens,
-            stream.window_size,
-            sink_tuning=manifest.sink_tuning,
-            head_windows=None if budgets is None else budgets.windows,
-            affine=affine,
-        ) as reference,
+        streaming_reference(model, stream.num_sink_tokens, stream.window_size, variant=variant) as reference,
         torch_threads(_half_of_the_cores()),
         contextlib.closing(_steps_ahead(session, ids)) as steps,
     ):
@@ -218,7 +189,7 @@ def compare(
 
 
 def _steps_ahead(session: Stream, ids: Ids) -> Generator[Logits, None, None]:
-    """Logits [B, vocab] of each step of a stream from its start, computed a block ahead in a thread of its own."""
+    """Yield logits [B, vocab] of each step of a stream from its start, computed a block ahead in another thread."""
     session.reset()
 
     def block(start: int) -> list[Logits]:
@@ -233,42 +204,67 @@ def _steps_ahead(session: Stream, ids: Ids) -> Generator[Logits, None, None]:
 
 
 def _half_of_the_cores() -> int:
-    """Bundle and reference run side by side. Given all cores each, their spinning threads would stop each other:
-    several times slower than either alone."""
+    """Half of torch's threads, for the bundle and for the reference, which run at the same time.
+
+    With all cores each, their spinning threads would stop each other: several times slower than either alone.
+    """
     return max(1, torch.get_num_threads() // 2)
 
 
 def _random_ids(manifest: Manifest, num_tokens: int, seed: int) -> Ids:
-    """int64 [B, num_tokens]."""
+    """Draw random ids. Returns: int64 [B, num_tokens]."""
     shape = (manifest.stream.batch, num_tokens)
     return np.random.default_rng(seed).integers(0, manifest.model.vocab_size, shape)
 
 
 def _spread_text(tokens: Ids, batch: int, num_tokens: int) -> Ids:
-    """int64 [B, num_tokens]: each stream starts elsewhere in the text, which repeats if it is too short."""
+    """Spread a text, repeated if too short, over streams that start apart in it. Returns: int64 [B, num_tokens]."""
     starts = np.arange(batch) * len(tokens) // batch
     ids: Ids = tokens[(starts[:, None] + np.arange(num_tokens)) % len(tokens)]
     return ids
 
 
 def _encode(bundle: Path, manifest: Manifest, text: str) -> Ids:
-    """int64 [n], n >= 1, by the bundle's tokenizer."""
+    """Encode a text with the bundle's tokenizer. Returns: int64 [n], n >= 1."""
     tokens = Tokenizer.load(bundle, manifest).encode(text)
     if not tokens:
         raise UsageError(problem("text", received="no tokens", expected="at least one", fix="pass a longer text"))
     return np.asarray(tokens, dtype=np.int64)
 
 
-def _check_arguments(wraps: int, tolerance: float | None, dense_tokens: int) -> None:
+def _check_arguments(
+    manifest: Manifest, wraps: int, num_tokens: int, tolerance: float | None, dense_tokens: int
+) -> None:
     for name, value, low in (("wraps", wraps, 1), ("dense_tokens", dense_tokens, 1)):
         if value < low:
             raise UsageError(problem(name, received=value, expected=f">= {low}", fix="change it"))
     if tolerance is not None and not tolerance > 0:
         raise UsageError(problem("tolerance", received=tolerance, expected="> 0", fix="change it"))
+    if manifest.quantization is not None and tolerance is None:
+        raise UsageError(
+            problem(
+                "verify",
+                received=f"a bundle quantised by '{manifest.quantization.recipe}'",
+                expected="a tolerance that allows for it: rounding explains only so much",
+                fix="pass --tolerance, or compare perplexities with 'sinkexport eval'",
+            )
+        )
+    if num_tokens > MAX_TOKENS:
+        raise UsageError(
+            problem(
+                "--wraps",
+                received=f"{wraps}, which are {num_tokens} tokens",
+                expected=f"at most {MAX_TOKENS} tokens",
+                fix="verify fewer",
+            )
+        )
 
 
 def check_same_model(manifest: Manifest, model: Any) -> None:
-    """Refuse a model that cannot be the bundle's: its logits could not even be compared."""
+    """Refuse a model that cannot be the bundle's: its logits could not be compared.
+
+    Raises: UsageError.
+    """
     config = model.config.get_text_config()
     facts = manifest.model
     for what, ours, theirs in (

@@ -1,8 +1,8 @@
 """Perplexity of anything that predicts the tokens of a text, in constant memory and without torch.
 
-The score of a token is its negative log-likelihood (NLL, nats) under the prediction made from the tokens before it, in
-float64. Perplexity is exp of the mean NLL. Sums are kept by segment of the text, which gives the curve over the text
-and the standard error: neighbouring tokens are alike, so segments, not tokens, are what counts as independent.
+The score of a token is its negative log-likelihood (NLL, nats) under the prediction from the tokens before it, in
+float64. Perplexity is exp of the mean NLL. Sums are kept by segment of the text, for the curve over the text and the
+standard error. Neighbouring tokens are alike, so segments count as independent and tokens do not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sinkexport.util.progress import Report, silent
 
 Ids = npt.NDArray[np.int64]
 ROWS_AT_ONCE = 16
-"""Predictions whose float64 copy exists at a time: 16 of 50,000 logits are 6 MB."""
+"""Predictions that are in memory as float64 at a time: 16 of 50,000 logits are 6 MB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +33,13 @@ class Prediction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Contender:
+class Predictor:
     """A way to predict the tokens of one text.
 
     name: short, for tables, plots and JSON. note: what it computes, in a few words.
     num_tokens: how many tokens it predicts: 1 .. num_tokens of the text (token 0 has nothing before it).
-    predictions: starts it; yields these tokens in order, each once. Arrays may be reused after the next is asked for.
+    predictions: starts it; yields these tokens in order, each once. The next prediction may overwrite the last one's
+    array.
     """
 
     name: str
@@ -59,13 +60,12 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """How well a contender predicts a text.
+    """Perplexity of a predictor over a text.
 
     num_tokens: predicted tokens. nll: mean, nats a token. perplexity: exp(nll).
-    standard_error: of the perplexity, from the spread of its segments; None with fewer than two.
-    perplexity_before, perplexity_after: of the tokens predicted before the first eviction, and of those after it;
-    None where there are none.
-    tokens_per_s: without the time that scoring takes. seconds: all of it.
+    standard_error: of the perplexity, from the spread over its segments; None with fewer than two.
+    perplexity_before, perplexity_after: of the tokens predicted before and after the first eviction; None without any.
+    tokens_per_s: without the time that scoring takes. seconds: all of the time.
     """
 
     name: str
@@ -81,22 +81,22 @@ class Curve:
     segments: tuple[Segment, ...]
 
 
-def measure(contender: Contender, ids: Ids, *, segment_tokens: int, capacity: int, report: Report = silent) -> Curve:
-    """Score the tokens of ids [N], N >= 2, that the contender predicts.
+def measure(predictor: Predictor, ids: Ids, *, segment_tokens: int, capacity: int, report: Report = silent) -> Curve:
+    """Score the tokens of ids [N], N >= 2, that the predictor predicts.
 
-    segment_tokens: length of a segment, >= 1; the first one has a prediction less, for token 0.
-    capacity: C, tokens of the cache; token C is the last one that is predicted before anything was evicted.
-    report: told of the stage `contender.name`.
+    segment_tokens: length of a segment, >= 1. The first segment has a prediction less: nothing predicts token 0.
+    capacity: C, tokens of the cache. Token C is the last one that is predicted before an eviction.
+    report: called with the stage `predictor.name`.
 
-    Raises: UsageError for a bad argument; BackendError if a prediction is not a number; what the contender raises.
+    Raises: UsageError for a bad argument; BackendError if a prediction is not a number; what the predictor raises.
     """
     check_segment(segment_tokens)
     check_text(ids)
     sums = np.zeros((2, -(-len(ids) // segment_tokens)))  # tokens and nats, by segment
     before = np.zeros((2, 2))  # tokens and nats, [:, 0] after the first eviction, [:, 1] before it
     done, predicting_s, start = 0, 0.0, time.perf_counter()
-    report(contender.name, 0, contender.num_tokens)
-    predictions = contender.predictions()
+    report(predictor.name, 0, predictor.num_tokens)
+    predictions = predictor.predictions()
     while True:
         asked = time.perf_counter()
         prediction = next(predictions, None)
@@ -108,7 +108,7 @@ def measure(contender: Contender, ids: Ids, *, segment_tokens: int, capacity: in
         if np.isnan(nll).any():
             raise BackendError(
                 problem(
-                    f"{contender.name}: prediction of token {tokens[np.isnan(nll)][0]}",
+                    f"{predictor.name}: prediction of token {tokens[np.isnan(nll)][0]}",
                     received="logits that are not numbers",
                     expected="finite logits",
                     fix="check the weights, or use fp32",
@@ -118,12 +118,12 @@ def measure(contender: Contender, ids: Ids, *, segment_tokens: int, capacity: in
             np.add.at(total[0], index, 1)
             np.add.at(total[1], index, nll)
         done += len(tokens)
-        report(contender.name, done, contender.num_tokens)
+        report(predictor.name, done, predictor.num_tokens)
     (after_tokens, before_tokens), (after_nats, before_nats) = before
     nll_mean = float(sums[1].sum() / done)
     return Curve(
-        name=contender.name,
-        note=contender.note,
+        name=predictor.name,
+        note=predictor.note,
         num_tokens=done,
         nll=nll_mean,
         perplexity=exponential(nll_mean),
@@ -141,9 +141,9 @@ def measure(contender: Contender, ids: Ids, *, segment_tokens: int, capacity: in
 
 
 def token_nll(logits: npt.NDArray[Any], targets: Ids) -> npt.NDArray[np.float64]:
-    """-log softmax(logits)[target] of each row, nats. logits: [n, vocab], targets: [n]. Returns float64 [n]."""
+    """Compute -log softmax(logits)[target] by row, nats. logits: [n, vocab]. targets: [n]. Returns: float64 [n]."""
     nll = np.empty(len(targets))
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not a number is told by `measure`
+    with np.errstate(invalid="ignore", over="ignore"):  # `measure` reports what is not a number
         for start in range(0, len(targets), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             block = logits[rows].astype(np.float64)
@@ -154,13 +154,13 @@ def token_nll(logits: npt.NDArray[Any], targets: Ids) -> npt.NDArray[np.float64]
 
 
 def check_segment(segment_tokens: int) -> None:
-    """Raises: UsageError unless segment_tokens >= 1."""
+    """Check a segment's length. Raises: UsageError unless segment_tokens >= 1."""
     if segment_tokens < 1:
         raise UsageError(problem("segment", received=segment_tokens, expected=">= 1 token", fix="change --segment"))
 
 
 def check_text(ids: Ids) -> None:
-    """Raises: UsageError unless there is a token to predict, and one to predict it from."""
+    """Check a text. Raises: UsageError unless there is a token to predict, and one to predict it from."""
     if len(ids) < 2:
         raise UsageError(
             problem(
@@ -173,7 +173,10 @@ def check_text(ids: Ids) -> None:
 
 
 def standard_error(counts: npt.NDArray[np.float64], nats: npt.NDArray[np.float64]) -> float | None:
-    """Of exp(sum of nats / sum of counts), over segments of unequal length: a ratio estimate, and the delta method."""
+    """Estimate the standard error of exp(sum of nats / sum of counts) over segments of unequal length.
+
+    Source: a ratio estimate and the delta method. counts, nats: float64 [segments]. None with fewer than two segments.
+    """
     counts, nats = counts[counts > 0], nats[counts > 0]
     num_segments, total = len(counts), counts.sum()
     if num_segments < 2:
@@ -184,5 +187,5 @@ def standard_error(counts: npt.NDArray[np.float64], nats: npt.NDArray[np.float64
 
 
 def exponential(nll: float) -> float:
-    """exp, infinite where it overflows."""
+    """Compute exp(nll), infinite where it overflows."""
     return math.exp(nll) if nll < 700 else math.inf

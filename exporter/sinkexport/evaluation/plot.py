@@ -1,4 +1,4 @@
-"""The picture of an evaluation: perplexity over the text, a line for each contender."""
+"""Plot of an evaluation: perplexity over the text, a line for each predictor."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sinkrt.errors import printable
 from sinkexport.evaluation.evaluate import EvalReport
 from sinkexport.evaluation.perplexity import Curve
 
-COLORS = ("#0072b2", "#56b4e9", "#d55e00", "#009e73", "#555555", "#cc79a7")  # told apart by colour-blind people too
+COLORS = ("#0072b2", "#56b4e9", "#d55e00", "#009e73", "#555555", "#cc79a7")  # colour-blind people see them apart
 DOTS_PER_INCH = 150
 
 
 def draw(report: EvalReport) -> Figure:
-    """Perplexity of each segment, drawn at its middle, on a logarithmic axis; a line where eviction begins."""
+    """Draw the perplexity of each segment at its middle, on a logarithmic axis, and a line where eviction begins."""
     figure = Figure(figsize=(9, 5), dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -1,8 +1,8 @@
-"""Predictions beside predictions: how much of a model is left when its weights have been rounded.
+"""Quality of a quantised bundle: its predictions compared with those in floating point.
 
-Rounded weights change every logit, so a tolerance for logits says nothing about a quantised bundle. What counts is how
-far its predictions are from the unrounded ones, over a text and past the first eviction: their Kullback-Leibler
-divergence, how often both put the same token first, and the perplexity of both. Needs no torch.
+Rounded weights change every logit, so a tolerance for logits says nothing about a quantised bundle. Its predictions are
+compared instead, over a text and past the first eviction: Kullback-Leibler divergence, top-1 agreement and both
+perplexities. Needs no torch.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ import numpy as np
 import numpy.typing as npt
 from sinkrt.errors import BackendError, problem
 
-from sinkexport.evaluation.perplexity import Contender, Ids, exponential, standard_error
+from sinkexport.evaluation.perplexity import Ids, Predictor, exponential, standard_error
 from sinkexport.util.progress import Report, silent
 
 Floats = npt.NDArray[np.float64]
 BLOCK_TOKENS = 32
-"""Predictions that are compared at a time, and that the floating-point side is ahead: 32 of 50,000 logits are 6 MB."""
+"""Predictions that are compared at a time. The floating-point side is so many ahead: 32 of 50,000 logits are 6 MB."""
 
 SEGMENT_TOKENS = 256
-"""Of the standard error: neighbouring tokens are alike, so segments count as independent, as in `perplexity`."""
+"""Length of a segment for the standard error: segments count as independent, as in `perplexity`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
     """Predictions P in floating point and Q of the bundle, over one text.
 
-    num_tokens: how many tokens were predicted. kl_divergence: mean KL(P || Q), nats a token. worst_kl_divergence: the
-    largest, of the prediction of token `worst_token`. top1_agreement: share of tokens for which both put the same token
-    first. reference_perplexity, perplexity: of P and Q. perplexity_increase: of Q's over P's, 0.01 for 1%.
+    num_tokens: predicted tokens. kl_divergence: mean KL(P || Q), nats a token.
+    worst_kl_divergence: the largest one, of the prediction of token `worst_token`.
+    top1_agreement: share of tokens for which P and Q have the same most likely token.
+    reference_perplexity, perplexity: of P and Q. perplexity_increase: of Q's over P's, 0.01 for 1%.
     standard_error: of the increase, from its spread over segments; None with fewer than two.
     """
 
@@ -50,10 +51,10 @@ class Quality:
     standard_error: float | None
 
 
-def compare_predictions(reference: Contender, bundle: Contender, ids: Ids, report: Report = silent) -> Quality:
-    """Ask both for predictions of the tokens 1 .. N-1 of ids [N], the reference a block ahead.
+def compare_predictions(reference: Predictor, bundle: Predictor, ids: Ids, report: Report = silent) -> Quality:
+    """Compare predictions of the tokens 1 .. N-1 of ids [N]; the reference runs a block ahead.
 
-    Raises: BackendError that names the first prediction that is no number, and whose it is; what either raises.
+    Raises: BackendError that names the first prediction that is not a number; what either predictor raises.
     """
     total = len(ids) - 1
     kl, increase, reference_nll = np.empty(total), np.empty(total), np.empty(total)  # nats, by predicted token
@@ -88,7 +89,7 @@ def compare_predictions(reference: Contender, bundle: Contender, ids: Ids, repor
 
 
 def kl_divergence(log_p: Floats, log_q: Floats) -> Floats:
-    """KL(P || Q) of each row, nats. log_p, log_q: [n, vocab], log-probabilities. Returns float64 [n], >= 0.
+    """Compute KL(P || Q) of each row, nats. log_p, log_q: [n, vocab], log-probabilities. Returns: float64 [n], >= 0.
 
     A token that P rules out adds nothing; one that only Q rules out makes it infinite.
     """
@@ -97,15 +98,15 @@ def kl_divergence(log_p: Floats, log_q: Floats) -> Floats:
     return np.maximum(terms.sum(axis=-1), 0.0)  # equal rows can round to -1e-17
 
 
-def _blocks(contender: Contender) -> Generator[npt.NDArray[Any], None, None]:
-    """All predictions of a contender in order, copied, `BLOCK_TOKENS` at a time: [n, vocab]."""
-    rows = (row.copy() for prediction in contender.predictions() for row in prediction.logits)
+def _blocks(predictor: Predictor) -> Generator[npt.NDArray[Any], None, None]:
+    """Yield copies of all predictions in order, `BLOCK_TOKENS` at a time: [n, vocab]."""
+    rows = (row.copy() for prediction in predictor.predictions() for row in prediction.logits)
     while block := list(itertools.islice(rows, BLOCK_TOKENS)):
         yield np.stack(block)
 
 
 def _ahead(items: Generator[npt.NDArray[Any], None, None]) -> Generator[npt.NDArray[Any], None, None]:
-    """The same items; while one is in use, the next is made in a thread."""
+    """Yield the same items; while one is in use, a thread makes the next."""
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(next, items, None)
         while (item := waiting.result()) is not None:
@@ -113,10 +114,10 @@ def _ahead(items: Generator[npt.NDArray[Any], None, None]) -> Generator[npt.NDAr
             yield item
 
 
-def _log_probabilities(logits: npt.NDArray[Any], contender: Contender, first: int) -> Floats:
-    """log softmax of each row in float64. logits: [n, vocab], the predictions of tokens first + 1, first + 2, ..
+def _log_probabilities(logits: npt.NDArray[Any], predictor: Predictor, first: int) -> Floats:
+    """Compute log softmax of each row in float64. logits: [n, vocab], predictions of tokens first + 1, first + 2, ..
 
-    Raises: BackendError that names the first row with what is no number.
+    Raises: BackendError that names the first row with a value that is not a number.
     """
     block = logits.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -125,7 +126,7 @@ def _log_probabilities(logits: npt.NDArray[Any], contender: Contender, first: in
     if (bad := np.isnan(block).any(axis=-1)).any():
         raise BackendError(
             problem(
-                f"{contender.name}: prediction of token {first + 1 + int(bad.argmax())}",
+                f"{predictor.name}: prediction of token {first + 1 + int(bad.argmax())}",
                 received="logits that are not numbers",
                 expected="finite logits",
                 fix="check the weights, or use fp32",

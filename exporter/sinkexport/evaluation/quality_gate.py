@@ -1,13 +1,14 @@
-"""`verify` for bundles whose logits may differ: a text through the bundle beside the same model in floating point.
+"""`verify` for bundles whose logits may differ: the bundle and its model in floating point predict the same text.
 
 The floating-point side is a model in torch, many tokens at a time, or a bundle, which needs no torch. It runs in a
-thread of its own, a block of tokens ahead of the bundle. A recipe says how far the two may be from each other.
+thread of its own, a block of tokens ahead of the bundle. The recipe sets how far the two may be from each other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,29 +16,28 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from sinkrt.backends import BACKENDS
 from sinkrt.contract import MANIFEST_NAME, Manifest, Quantization, load_manifest
 from sinkrt.errors import BundleError, UsageError, problem
 from sinkrt.session import Session
 
 from sinkexport.bench.machine import physical_cores, torch_threads
-from sinkexport.evaluation import baselines as contenders
+from sinkexport.evaluation import baselines
 from sinkexport.evaluation.comparison import Comparison, compare_prefill, piece_ends, prefill_tolerance
+from sinkexport.evaluation.defaults import QUALITY_TOKENS
 from sinkexport.evaluation.evaluate import encode, finite
-from sinkexport.evaluation.perplexity import Contender, Ids, check_text
+from sinkexport.evaluation.perplexity import Ids, Predictor, check_text
 from sinkexport.evaluation.quality import BLOCK_TOKENS, Quality, compare_predictions
 from sinkexport.util.progress import Report, silent
-from sinkexport.variants.affine import AffineFile, affine_of
-from sinkexport.variants.head_windows import budgets_of
+from sinkexport.variants.variant import AttentionVariant, HeadWindows, head_windows_of
 
 if TYPE_CHECKING:
     from sinkexport.sources import LoadedModel
 
-DEFAULT_TOKENS = 4000
-
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One threshold. name: of it and of the figure of `Quality` it is for. limit: what the figure is held to."""
+    """One threshold. name: of the figure of `Quality` that it limits. limit: what the figure is held to."""
 
     name: str
     value: float
@@ -47,9 +47,9 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class QualityReport:
-    """What `verify_quality` found.
+    """Result of `verify_quality`.
 
-    reference: what was compared with, and how it computed. recipe: None for a floating-point bundle.
+    reference: what the bundle was compared with, and how that computed. recipe: None for a floating-point bundle.
     prefill: the bundle's prefill against its own steps, within `prefill_tolerance`.
     checks: the thresholds that the manifest names; none for a floating-point bundle.
     """
@@ -87,13 +87,13 @@ class QualityReport:
         return not self.failures
 
     def to_json(self) -> str:
-        """The report as JSON; a number that is not finite becomes null."""
+        """Write the report as JSON; a number that is not finite becomes null."""
         facts = {**dataclasses.asdict(self), "passed": self.passed, "failures": self.failures}
         return json.dumps(finite(facts), indent=1) + "\n"
 
 
 AT_MOST, AT_LEAST = ("perplexity_increase", "kl_divergence"), ("top1_agreement",)
-"""The thresholds there are: figures of `Quality` that must not be above, and not below."""
+"""Figures of `Quality` with a threshold that they must not be above, and with one that they must not be below."""
 
 
 def verify_quality(
@@ -101,22 +101,23 @@ def verify_quality(
     against: str | LoadedModel,
     text: str,
     *,
-    num_tokens: int = DEFAULT_TOKENS,
+    num_tokens: int = QUALITY_TOKENS,
     tolerance: float | None = None,
-    backend: str = "ort",
+    backend: str = BACKENDS[0],
     threads: int | None = None,
     report: Report = silent,
 ) -> QualityReport:
     """Stream the first `num_tokens` tokens of `text` (or all, if there are fewer) through the bundle, one by one.
 
-    against: the model in floating point: a directory, ``.gguf`` file or Hub id, one loaded in float32, or a bundle of
-    it with the same S and W that is not quantised, which needs no torch.
+    against: the model in floating point: a directory, ``.gguf`` file or Hub id, or one loaded in float32. Or a bundle
+    of it with the same S and W that is not quantised, which needs no torch.
     tolerance: of prefill against single steps; None for `prefill_tolerance`.
     threads: CPU threads of both sides together; None for all physical cores. Only stream 0 of several is used.
-    report: told of the stages ``load``, ``quality`` and ``prefill``.
+    report: called with the stages ``load``, ``quality`` and ``prefill``.
 
     Raises: UsageError for bad arguments, a text of fewer than 2 tokens, a bundle without a tokenizer, and what is not
-        the bundle's model; BundleError for a broken bundle; BackendError, which names a prediction that is no number.
+        the bundle's model; BundleError for a broken bundle; BackendError, which names a prediction that is not a
+        number.
     """
     if num_tokens < 2:
         raise UsageError(problem("tokens", received=num_tokens, expected=">= 2", fix="change --tokens"))
@@ -133,12 +134,14 @@ def verify_quality(
     with (
         Session.load(bundle, backend, threads=half) as session,
         torch_threads(None if is_bundle(against) else half),
-        _reference(against, manifest, affine_of(Path(bundle), manifest), ids, backend, half) as reference,
+        _reference(
+            against, manifest, AttentionVariant.of_bundle(Path(bundle), manifest), ids, backend, half
+        ) as reference,
     ):
         report("load", 1, 1)
         ends = piece_ends(len(ids) - 1, stream.capacity)
         first = FirstStream(session, ends)
-        quality = compare_predictions(reference, contenders.bundle(first, ids, ""), ids, report)
+        quality = compare_predictions(reference, baselines.bundle(first, ids, ""), ids, report)
         prefill = compare_prefill(first, ids[None, :-1], first.at_ends, limit, report)
     return QualityReport(
         bundle=str(bundle),
@@ -155,7 +158,7 @@ def verify_quality(
 
 
 def thresholds(quantization: Quantization | None) -> Mapping[str, float]:
-    """What a manifest holds its bundle to.
+    """Read the thresholds that a manifest holds its bundle to.
 
     Raises: BundleError for a threshold that this version does not know: it must not pass unseen.
     """
@@ -174,7 +177,7 @@ def thresholds(quantization: Quantization | None) -> Mapping[str, float]:
 
 
 def check(quality: Quality, limits: Mapping[str, float]) -> tuple[Check, ...]:
-    """Hold the figures to their thresholds, in the order of `AT_MOST` and `AT_LEAST`; what is no number fails."""
+    """Hold the figures to their thresholds, in the order of `AT_MOST` and `AT_LEAST`. What is not a number fails."""
     checks = []
     for name in (*AT_MOST, *AT_LEAST):
         if name in limits:
@@ -189,27 +192,27 @@ def is_bundle(source: str | LoadedModel) -> bool:
 
 
 class FirstStream:
-    """Stream 0 of a session, which remembers the logits of its steps at the ends of prefill's pieces."""
+    """Stream 0 of a session. It keeps the logits of its steps at the ends of prefill's pieces."""
 
     def __init__(self, session: Session, ends: frozenset[int] = frozenset()) -> None:
         self._session = session
         self._ends = ends
         self.at_ends: dict[int, npt.NDArray[np.float32]] = {}
-        """[1, vocab] by the number of tokens fed."""
+        """Logits [1, vocab] by the number of tokens fed."""
 
     def reset(self) -> None:
         """Forget all tokens."""
         self._session.reset()
 
     def step(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """ids: int [1]. Returns: logits [1, vocab], reused by the next call."""
+        """Take one token. ids: int [1]. Returns: logits [1, vocab], overwritten by the next call."""
         logits = self._session.step(ids, streams=[0])[:1]
         if (fed := int(self._session.position[0])) in self._ends:
             self.at_ends[fed] = logits.copy()
         return logits
 
     def prefill(self, ids: Ids) -> npt.NDArray[np.float32]:
-        """ids: int [1, N]. Returns: logits [1, vocab] after the last, reused by the next call."""
+        """Take a prompt. ids: int [1, N]. Returns: logits [1, vocab] after the last, overwritten by the next call."""
         return self._session.prefill(ids, streams=[0])[:1]
 
 
@@ -217,12 +220,12 @@ class FirstStream:
 def _reference(
     against: str | LoadedModel,
     manifest: Manifest,
-    affine: AffineFile | None,
+    variant: AttentionVariant,
     ids: Ids,
     backend: str,
     threads: int,
-) -> Iterator[Contender]:
-    """What predicts ids [N] in floating point with the same S and W.
+) -> Iterator[Predictor]:
+    """Provide the predictor of ids [N] in floating point with the same S and W.
 
     Raises: UsageError for another model or another geometry.
     """
@@ -232,25 +235,23 @@ def _reference(
         check_same_bundle(manifest, other)
         with Session.load(against, backend, threads=threads) as session:
             note = f"bundle {against}, {other.weights_dtype}"
-            yield dataclasses.replace(contenders.bundle(FirstStream(session), ids, note), name="reference")
+            yield dataclasses.replace(baselines.bundle(FirstStream(session), ids, note), name="reference")
         return
     from sinkexport.evaluation.parity import check_same_model
     from sinkexport.sources import load_model
 
     loaded = load_model(against, "float32") if isinstance(against, str) else against
     check_same_model(manifest, loaded.model)
-    contender = contenders.sinks_and_window(
+    predictor = baselines.sinks_and_window(
         loaded.model,
         ids,
         stream.num_sink_tokens,
         stream.window_size,
         name="reference",
         chunk_tokens=BLOCK_TOKENS,
-        sink_tuning=manifest.sink_tuning,
-        budgets=budgets_of(manifest),
-        affine=affine,
+        variant=variant,
     )
-    yield dataclasses.replace(contender, note=f"{loaded.name} in torch, float32")
+    yield dataclasses.replace(predictor, note=f"{loaded.name} in torch, float32")
 
 
 def check_same_bundle(manifest: Manifest, other: Manifest) -> None:
@@ -278,7 +279,7 @@ def check_same_bundle(manifest: Manifest, other: Manifest) -> None:
         ("positions", ours.position_scheme, theirs.position_scheme),
         ("sinks", manifest.stream.num_sink_tokens, other.stream.num_sink_tokens),
         ("window", manifest.stream.window_size, other.stream.window_size),
-        ("windows of heads", *(None if b is None else b.sha256[:16] for b in map(budgets_of, (manifest, other)))),
+        ("per-head windows", *(_digest(head_windows_of(m)) for m in (manifest, other))),
         ("sink tuning", *(None if m.sink_tuning is None else m.sink_tuning.sha256[:16] for m in (manifest, other))),
         (
             "affine attention",
@@ -292,6 +293,11 @@ def check_same_bundle(manifest: Manifest, other: Manifest) -> None:
                     received=found,
                     expected=f"{mine}, as in the bundle",
                     fix="export the same model with the same --sink-tokens, --window, "
-                    "--budgets, --sink-tuning and --affine",
+                    "--head-windows, --sink-tuning and --affine",
                 )
             )
+
+
+def _digest(windows: HeadWindows | None) -> str | None:
+    """A short name of per-head windows, for messages."""
+    return None if windows is None else hashlib.sha256(repr(windows).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""Which model families export, and why the others are refused. Importable without torch.
+"""Model families that export, and the reasons why others are refused. Importable without torch.
 
 Export itself is generic: a model is probed and traced, and refused if anything about it is not understood. The
-rows here tell users what to expect; a family that is not listed is tried all the same.
+rows here say what to expect; a family that is not listed is tried all the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 class Family:
     """One line of ``sinkexport inspect families`` and of README's table.
 
-    family: transformers' model_type. examples: models that people know. positions: how it tells positions.
+    family: transformers' model_type. examples: models that people know. positions: how it encodes them.
     layers: what its attention layers see, as ``sliding + full`` or ``full``, and what else is special about them.
     exact: whether exported bundles equal the definition; `reason`: a remark, or why the family is refused.
     tested_by: the tiny models of the test suite that say so: dense transformers before the cache is full, and the
@@ -38,7 +38,7 @@ def _exported(
 
 
 SLIDING = "sliding or full"
-"""Layers whose own window is smaller than S + W keep it, exactly and without sinks; the others keep S + W."""
+"""Layers whose sliding window is smaller than S + W keep it, exactly and without sinks; the others keep S + W."""
 
 EXPORTED = (
     _exported(
@@ -72,18 +72,16 @@ EXPORTED = (
         "gpt-oss 20B, 120B",
         "RoPE, YaRN",
         "sliding + full",
-        "mixture of experts; learned sink logits beside the kept sinks; weights must not be MXFP4 any more",
+        "MoE; learned sink logits beside the kept sinks; weights must not be MXFP4 any more",
     ),
-    _exported("mixtral", "Mixtral", "RoPE", SLIDING, "mixture of experts"),
-    _exported(
-        "qwen3_moe", "Qwen3 30B-A3B, 235B-A22B", "RoPE", SLIDING, "mixture of experts; norms on queries and keys"
-    ),
+    _exported("mixtral", "Mixtral", "RoPE", SLIDING, "MoE"),
+    _exported("qwen3_moe", "Qwen3 30B-A3B, 235B-A22B", "RoPE", SLIDING, "MoE; norms on queries and keys"),
     _exported(
         "qwen3_next",
         "Qwen3-Next 80B-A3B",
         "RoPE, partial",
         "linear + full",
-        "gated attention and delta rule; mixture of experts",
+        "gated attention and delta rule; MoE",
     ),
     _exported("qwen3_5_text", "Qwen3.5, text", "RoPE, partial", "linear + full", "gated attention and delta rule"),
     _exported("gptj", "GPT-J 6B", "RoPE, partial and interleaved", reason="parallel residual"),
@@ -127,7 +125,7 @@ def markdown_table() -> str:
 
 
 def refusal_of_config(config: Any) -> str | None:
-    """Why a transformers configuration rules out an exact export, or None if it does not.
+    """Reason why a transformers configuration rules out an exact export, or None if it does not.
 
     Reads the configuration only, so that a refusal comes before the weights are loaded.
     """

@@ -21,7 +21,7 @@ AttentionFunction = Callable[..., tuple[torch.Tensor, None]]
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """How to adapt one family.
+    """Adaptation of one family.
 
     attention: class names of its attention modules. has_alibi: whether a model of this configuration has ALiBi.
     forward: what replaces theirs, ``forward(attend, model, module, hidden_states, ...)``; attend: `AttentionFunction`.
@@ -51,7 +51,7 @@ ADAPTERS: Mapping[str, Adapter] = {
     ),
     "codegen": Adapter(frozenset(("CodeGenAttention",)), lambda _: False, gptj.attention, gptj.sinusoids, gptj.rotate),
 }
-"""By transformers' model_type."""
+"""Adapters by transformers' model_type."""
 
 
 def find_adapter(model: Any) -> Adapter | None:
@@ -60,7 +60,7 @@ def find_adapter(model: Any) -> Adapter | None:
 
 
 def has_alibi(model: Any) -> bool:
-    """Whether a model tells positions by ALiBi and may lack a rotary embedding."""
+    """Whether a model encodes positions by ALiBi and may lack a rotary embedding."""
     adapter = find_adapter(model)
     return adapter is not None and adapter.has_alibi(model.config)
 

@@ -1,4 +1,4 @@
-"""BLOOM: ALiBi, a bias of slope * place of the key, which softmax cannot tell from - slope * distance."""
+"""BLOOM: ALiBi, a bias of slope * place of the key, which softmax cannot distinguish from - slope * distance."""
 
 from __future__ import annotations
 

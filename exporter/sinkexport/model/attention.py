@@ -7,9 +7,11 @@ be run in torch and compared with the float64 oracle.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from typing import Any, NamedTuple
 
 import torch
+from sinkrt.contract import MASS_KIND, SCALE_KINDS, STATE_KINDS
 from sinkrt.ring import TURN
 
 from sinkexport.model.int8_rows import SCALE_DTYPE, dequantized, quantized
@@ -30,7 +32,7 @@ def stream_angles(
     Returns: cos, sin float32 [B, T, R/2].
 
     float32 ``t * inv_freq`` is 0.25 rad wrong at t = 4M; here the phase is an integer modulo 2^32 and only its
-    final value in [-pi, pi) is rounded. t is split as hi * 2^16 + lo to keep every product inside int64.
+    final value in [-pi, pi) is rounded. t is split as hi * 2^16 + lo to keep every multiplication inside int64.
     """
     t = position[:, None] + torch.arange(num_tokens)  # [B, T]
     t = (t - behind).clamp(min=0)[:, :, None]  # [B, T, 1]
@@ -43,7 +45,7 @@ def stream_angles(
 
 @stream_angles.register_fake
 def _(
-    position: torch.Tensor, frequency: torch.Tensor, num_tokens: int, behind: int
+    position: torch.Tensor, frequency: torch.Tensor, num_tokens: int, _behind: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (position.shape[0], num_tokens, frequency.shape[0])
     return torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.float32)
@@ -64,8 +66,7 @@ EightTensors = tuple[
 ]
 
 
-@torch.library.custom_op("sinkexport::sink_attention", mutates_args=())
-def sink_attention(
+def _sink_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -116,18 +117,18 @@ def sink_attention(
     arXiv:2406.15765), after all that made the weights. Needs a sink.
     Returns: attention output [B, Hq, T, D] and the seven states afterwards, those that are absent without elements.
     """
-    absent = q.new_zeros(*window_k.shape[:2], 0, window_k.shape[3])
-    no_scales = q.new_zeros(0, dtype=SCALE_DTYPE)
-    states = (
-        absent if sink_k is None else sink_k,
-        absent if sink_v is None else sink_v,
-        window_k,
-        window_v,
-        no_scales if window_k_scale is None else window_k_scale,
-        no_scales if window_v_scale is None else window_v_scale,
-        q.new_zeros(0, dtype=torch.float32) if attention_mass is None else attention_mass,
+    absent, nothing = q.new_zeros(*window_k.shape[:2], 0, window_k.shape[3]), q.new_zeros(0)
+    kept = (sink_k, sink_v, window_k, window_v, window_k_scale, window_v_scale, attention_mass)
+    without = (absent, absent, absent, absent, nothing.to(SCALE_DTYPE), nothing.to(SCALE_DTYPE), nothing.float())
+    states = tuple(other if state is None else state for state, other in zip(kept, without, strict=True))
+    act = (
+        None
+        if calibrated is None
+        else _Act(heads=calibrated, alpha=act_alpha, beta=act_beta, min_queries=act_min_queries)
     )
-    act = None if calibrated is None else _Act(calibrated, act_alpha, act_beta, act_min_queries)
+    logits = _Logits(
+        scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sink_logit=sink_logit, sink_scale=sink_scale
+    )
     q_sink = q
     if shift_cos is not None and shift_sin is not None:
         q_sink = rotated(q, shift_cos, -shift_sin, interleaved=interleaved)
@@ -136,30 +137,36 @@ def sink_attention(
         this, this_for_sinks, this_k, this_v = (x[:, :, i : i + 1] for x in (q, q_sink, k, v))
         updated = _written(states, this_k, this_v, position + i)
         a, b = (x if x is None or x.shape[2] == 1 else x[:, :, i : i + 1] for x in (affine_scale, affine_bias))
-        attended, mass = _attended(
-            this, this_for_sinks, updated, position + i, scale, softcap, alibi_slopes, sink_logit, sink_scale, a, b, act
-        )
+        attended, mass = _attended(this, this_for_sinks, updated, position + i, logits, act, a, b)
         outputs.append(attended)
         updated = (*updated[:6], mass)
-        if num_valid is not None:
-            counts = i < num_valid  # [B]
-            updated = tuple(
-                torch.where(counts.view(-1, *[1] * (new.dim() - 1)), new, old) if new.numel() else new
-                for new, old in zip(updated, states, strict=True)
-            )
-        states = updated
+        states = updated if num_valid is None else _chosen(i < num_valid, updated, states)
     # A custom operator must not hand back what it was given, nor one tensor twice.
     after = [state.clone() for state in states]
     return torch.cat(outputs, dim=2), after[0], after[1], after[2], after[3], after[4], after[5], after[6]
 
+
+SIGNATURE = inspect.signature(_sink_attention)
+sink_attention = torch.library.custom_op("sinkexport::sink_attention", _sink_attention, mutates_args=())
+"""The operator: see `_sink_attention`. Its states are called as their kinds in `sinkrt.contract`."""
 
 States = tuple[torch.Tensor, ...]
 """sink_k, sink_v, window_k, window_v, the window's scales (no elements: the window is in floating point), and
 attention_mass (no elements: later sinks are not calibrated)."""
 
 
+class _Logits(NamedTuple):
+    """Steps from q . k to logits: parameters of `sink_attention` by these names."""
+
+    scale: float
+    softcap: float
+    alibi_slopes: torch.Tensor | None
+    sink_logit: torch.Tensor | None
+    sink_scale: torch.Tensor | None
+
+
 class _Act(NamedTuple):
-    """How later sinks are calibrated. heads: float32 [Hq] of 0 and 1."""
+    """Calibration of later sinks. heads: float32 [Hq] of 0 and 1."""
 
     heads: torch.Tensor
     alpha: float
@@ -183,19 +190,23 @@ def _written(states: States, k: torch.Tensor, v: torch.Tensor, position: torch.T
     return sink_k, sink_v, window_k.scatter(2, row, k), window_v.scatter(2, row, v), k_scale, v_scale, mass
 
 
+def _chosen(counts: torch.Tensor, new: States, old: States) -> States:
+    """New states of the streams whose token counts, bool [B], and old ones of the others."""
+    return tuple(
+        torch.where(counts.view(-1, *[1] * (x.dim() - 1)), x, before) if x.numel() else x
+        for x, before in zip(new, old, strict=True)
+    )
+
+
 def _attended(
     q: torch.Tensor,
     q_sink: torch.Tensor,
     states: States,
     position: torch.Tensor,
-    scale: float,
-    softcap: float,
-    alibi_slopes: torch.Tensor | None,
-    sink_logit: torch.Tensor | None,
-    sink_scale: torch.Tensor | None,
+    by: _Logits,
+    act: _Act | None,
     affine_scale: torch.Tensor | None,
     affine_bias: torch.Tensor | None,
-    act: _Act | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one token that is written already. q, q_sink: [B, Hq, 1, D] -> [B, Hq, 1, D], and attention_mass.
 
@@ -206,25 +217,14 @@ def _attended(
         window_k, window_v = dequantized(window_k, k_scale, q.dtype), dequantized(window_v, v_scale, q.dtype)
     num_sinks, window_size = sink_k.shape[2], window_k.shape[2]
     group = q.shape[1] // window_k.shape[1]
-
-    def heads(x: torch.Tensor) -> torch.Tensor:
-        return x.repeat_interleave(group, dim=1)  # [B, Hq, ., D]
-
-    logits = torch.cat((q_sink @ heads(sink_k).mT, q @ heads(window_k).mT), dim=-1) * scale  # [B, Hq, 1, C]
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    if alibi_slopes is not None:
-        distances = _distances(position, num_sinks, window_size)[:, None, None, :]  # [B, 1, 1, C]
-        logits = logits - (alibi_slopes[:, None, None] * distances).to(logits.dtype)
-    if sink_scale is not None:
-        factor = sink_scale.log().to(logits.dtype)[:, None]  # [Hq, 1]
-        logits = torch.cat((logits[..., :1] + factor[..., None], logits[..., 1:]), dim=-1)
+    sink_k, sink_v, window_k, window_v = (
+        x.repeat_interleave(group, dim=1)
+        for x in (sink_k, sink_v, window_k, window_v)  # [B, Hq, ., D]
+    )
     # Sink j is there from t = j on, slot i from t = S + i on: entry n of sinks-then-slots from t = n on.
     is_there = torch.arange(num_sinks + window_size) <= position[:, None]  # [B, C]
-    logits = logits.masked_fill(~is_there[:, None, None, :], float("-inf"))
-    if sink_logit is not None:
-        logits = torch.cat((logits, sink_logit[:, None, None].expand(*logits.shape[:-1], 1)), dim=-1)
-    weights = logits.softmax(dim=-1)[..., : num_sinks + window_size]  # [B, Hq, 1, C]
+    logits = torch.cat((q_sink @ sink_k.mT, q @ window_k.mT), dim=-1) * by.scale  # [B, Hq, 1, C]
+    weights = _weights(logits, position, num_sinks, is_there, by)
     if act is not None:
         weights, mass = _calibrated(weights, mass, position, num_sinks, act)
     if affine_scale is not None:
@@ -232,7 +232,26 @@ def _attended(
     if affine_bias is not None:
         share = (is_there / is_there.sum(dim=1, keepdim=True)).to(weights.dtype)  # [B, C]
         weights = weights + affine_bias[..., None] * share[:, None, None, :]
-    return weights @ heads(torch.cat((sink_v, window_v), dim=2)), mass
+    return weights @ torch.cat((sink_v, window_v), dim=2), mass
+
+
+def _weights(
+    logits: torch.Tensor, position: torch.Tensor, num_sinks: int, is_there: torch.Tensor, by: _Logits
+) -> torch.Tensor:
+    """Softmax weights of scaled logits [B, Hq, 1, C]. is_there: bool [B, C], sinks and slots that hold a token."""
+    capacity = is_there.shape[1]
+    if by.softcap:
+        logits = by.softcap * torch.tanh(logits / by.softcap)
+    if by.alibi_slopes is not None:
+        distances = _distances(position, num_sinks, capacity - num_sinks)[:, None, None, :]  # [B, 1, 1, C]
+        logits = logits - (by.alibi_slopes[:, None, None] * distances).to(logits.dtype)
+    if by.sink_scale is not None:
+        factor = by.sink_scale.log().to(logits.dtype)[:, None]  # [Hq, 1]
+        logits = torch.cat((logits[..., :1] + factor[..., None], logits[..., 1:]), dim=-1)
+    logits = logits.masked_fill(~is_there[:, None, None, :], float("-inf"))
+    if by.sink_logit is not None:
+        logits = torch.cat((logits, by.sink_logit[:, None, None].expand(*logits.shape[:-1], 1)), dim=-1)
+    return logits.softmax(dim=-1)[..., :capacity]
 
 
 def _calibrated(
@@ -269,40 +288,16 @@ def _distances(position: torch.Tensor, num_sinks: int, window_size: int) -> torc
 
 
 @sink_attention.register_fake
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sink_k: torch.Tensor | None,
-    sink_v: torch.Tensor | None,
-    window_k: torch.Tensor,
-    window_v: torch.Tensor,
-    position: torch.Tensor,
-    shift_cos: torch.Tensor | None,
-    shift_sin: torch.Tensor | None,
-    num_valid: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    interleaved: bool,
-    window_k_scale: torch.Tensor | None = None,
-    window_v_scale: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    sink_logit: torch.Tensor | None = None,
-    sink_scale: torch.Tensor | None = None,
-    affine_scale: torch.Tensor | None = None,
-    affine_bias: torch.Tensor | None = None,
-    attention_mass: torch.Tensor | None = None,
-    calibrated: torch.Tensor | None = None,
-    act_alpha: float = 1.0,
-    act_beta: float = 1.0,
-    act_min_queries: int = 1,
-) -> EightTensors:
-    none = q.new_empty(q.shape[0], window_k.shape[1], 0, q.shape[3])
-    sinks = [none.clone() if s is None else torch.empty_like(s) for s in (sink_k, sink_v)]
-    scales = [
-        q.new_empty(0, dtype=SCALE_DTYPE) if s is None else torch.empty_like(s)
-        for s in (window_k_scale, window_v_scale)
-    ]
-    windows = torch.empty_like(window_k), torch.empty_like(window_v)
-    mass = q.new_empty(0, dtype=torch.float32) if attention_mass is None else torch.empty_like(attention_mass)
-    return torch.empty_like(q), sinks[0], sinks[1], *windows, scales[0], scales[1], mass
+def _(*arguments: Any, **named: Any) -> EightTensors:
+    """Empty tensors of the shapes that `sink_attention` returns."""
+    bound = SIGNATURE.bind(*arguments, **named)
+    bound.apply_defaults()
+    given = bound.arguments
+    q, window_k = given["q"], given["window_k"]
+    absent, nothing = q.new_empty(q.shape[0], window_k.shape[1], 0, q.shape[3]), q.new_empty(0)
+    without = (absent, absent, absent, absent, nothing.to(SCALE_DTYPE), nothing.to(SCALE_DTYPE), nothing.float())
+    sk, sv, wk, wv, ks, vs, mass = (
+        torch.empty_like(other if given[kind] is None else given[kind])
+        for kind, other in zip((*STATE_KINDS, *SCALE_KINDS, MASS_KIND), without, strict=True)
+    )
+    return torch.empty_like(q), sk, sv, wk, wv, ks, vs, mass

@@ -1,8 +1,8 @@
 """T tokens of a Hugging Face model over explicit state tensors, as a module that can be traced.
 
-The model's own code runs unchanged; only two things are swapped for the length of a trace. Its rotary embedding
-hands out cos = 1 and sin = 0 (so the model's rotation is the identity, which `fold_rotation` removes from the
-trace), and its attention function rotates once with exact phase and calls the sink-attention operator.
+The model's own code runs unchanged; only two things are swapped for the length of a trace. Its rotary embedding hands
+out cos = 1 and sin = 0, so that the model's rotation is the identity, which `fold_rotation` removes from the trace. Its
+attention function rotates once with exact phase and calls the sink-attention operator.
 """
 
 from __future__ import annotations
@@ -12,52 +12,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sinkrt.contract import MASS_KIND, NO_TOKEN, RECURRENT_KINDS, SCALE_KINDS, STATE_KINDS
+from sinkrt.contract import MASS_KIND, NO_TOKEN, RECURRENT_KINDS, SCALE_KINDS, STATE_KINDS, ActTuning
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
+from sinkexport.families.interface import attention_inputs, intercept_attention, refuse_arguments
+from sinkexport.families.rope import AttentionShape, ModelRotary, RotarySpec
 from sinkexport.model.affine import AffineFactors
 from sinkexport.model.attention import rotated, sink_attention, stream_angles
 from sinkexport.model.experts import static_experts
-from sinkexport.model.fold_rotation import fold_rotation, functional
 from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
-from sinkexport.model.interface import attention_inputs, intercept_attention
 from sinkexport.model.recurrent import StepCache, delta_rules
-from sinkexport.model.rope import (
-    AttentionShape,
-    ModelRotary,
-    RotarySpec,
-    identity_rotary,
-    replaced_rotary,
-)
-
-IGNORED_ARGUMENTS = frozenset(
-    # What families pass to the attention function without changing what a single step computes, and what the probe saw.
-    (
-        "dropout",
-        "position_ids",
-        "cache_position",
-        "use_cache",
-        "output_attentions",
-        "is_causal",
-        "training",
-        "output_hidden_states",
-        "return_dict",
-        "logits_to_keep",
-        "past_key_values",
-        "position_embeddings",
-        "token_type_ids",
-        "deterministic",
-        "output_router_logits",
-        "sliding_window",
-    )
-)
-
 
 Place = HeadCache | int
-"""Where a state belongs: to a cache, or to a layer with linear attention."""
+"""Owner of a state: a cache, or a layer with linear attention."""
 
 
 class StreamStep(torch.nn.Module):
@@ -86,12 +56,13 @@ class StreamStep(torch.nn.Module):
         self.rotary = rotary
         self.batch = batch
         self.num_tokens = num_tokens
-        self.caches = head_caches(config, shape)
+        variant = config.variant
+        self.caches = head_caches(config, variant, shape)
         for table, content in rotary.tables.items():
             self.register_buffer(f"frequency_{table}", content.frequency, persistent=False)
         slopes = None if shape.alibi_slopes is None else torch.tensor(shape.alibi_slopes)
         self.register_buffer("alibi_slopes", slopes, persistent=False)
-        tuning = config.sink_tuning
+        tuning = variant.sink_tuning
         for layer, factors in enumerate(() if tuning is None else tuning.first_token_scale):
             if set(factors) != {1.0}:  # a layer without any stays as it is, to the byte
                 self.register_buffer(f"sink_scale_{layer}", torch.tensor(factors), persistent=False)
@@ -99,11 +70,11 @@ class StreamStep(torch.nn.Module):
         self.affine = torch.nn.ModuleDict(
             {
                 str(layer): AffineFactors(tensors, heads, dtype)
-                for layer, tensors in ({} if config.affine is None else config.affine.layers).items()
+                for layer, tensors in ({} if variant.affine is None else variant.affine.layers).items()
                 if tensors.changed_heads(heads)
             }
         )
-        self.act = None if tuning is None else tuning.act
+        self.act = variant.act
         for layer, chosen in enumerate(() if self.act is None else self.act.heads):
             if any(chosen):
                 self.register_buffer(f"calibrated_{layer}", torch.tensor(chosen).float(), persistent=False)
@@ -187,7 +158,7 @@ class StreamStep(torch.nn.Module):
 
 
 class _Step:
-    """What the attention calls of one forward pass share."""
+    """State that the attention calls of one forward pass share."""
 
     def __init__(
         self,
@@ -211,7 +182,7 @@ class _Step:
             self.recurrent = StepCache(recurrent_states, is_token, num_valid)
         self._angles: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.inputs: dict[torch.nn.Module, torch.Tensor] = {}
-        """Of the attention modules, see `attention_inputs`."""
+        """Inputs of the attention modules, see `attention_inputs`."""
 
     @property
     def next_states(self) -> list[torch.Tensor]:
@@ -277,17 +248,8 @@ class _Step:
             q, k = (self._rotated(x, spec) for x in (q, k))
             shift = self._shift(spec, ring, q.dtype)
         states, act = self._states[cache], self._stream.act
-        calibration = (
-            {}
-            if act is None or MASS_KIND not in states
-            else {
-                "attention_mass": states[MASS_KIND],
-                "calibrated": more["calibrated"],
-                "act_alpha": act.alpha,
-                "act_beta": act.beta,
-                "act_min_queries": act.min_queries,
-            }
-        )
+        if MASS_KIND not in states:
+            more = {**more, "calibrated": None}
         if cache in self._next:
             raise UsageError(
                 problem(
@@ -297,24 +259,19 @@ class _Step:
                     fix="this model cannot be exported exactly",
                 )
             )
+        cos, sin = shift or (None, None)
         out, *updated = sink_attention(
-            q,
-            k,
-            v,
-            *(states.get(kind) for kind in STATE_KINDS),
-            self._position,
-            *(shift or (None, None)),
-            self._num_valid,
-            more["scale"],
-            more["softcap"],
-            spec.interleaved,
-            *(states.get(kind) for kind in SCALE_KINDS),
-            alibi_slopes=more["alibi_slopes"],
-            sink_logit=more["sink_logit"],
-            sink_scale=more["sink_scale"],
-            affine_scale=more.get("affine_scale"),
-            affine_bias=more.get("affine_bias"),
-            **calibration,
+            q=q,
+            k=k,
+            v=v,
+            position=self._position,
+            shift_cos=cos,
+            shift_sin=sin,
+            num_valid=self._num_valid,
+            interleaved=spec.interleaved,
+            **{kind: states.get(kind) for kind in (*STATE_KINDS, *SCALE_KINDS, MASS_KIND)},
+            **more,
+            **({} if act is None or MASS_KIND not in states else _act_arguments(act)),
         )
         after = dict(zip((*STATE_KINDS, *SCALE_KINDS, MASS_KIND), updated, strict=True))
         self._next[cache] = [after[kind] for kind in states]
@@ -328,7 +285,7 @@ class _Step:
         return self._angles[table, behind]
 
     def _shift(self, spec: RotarySpec, ring: Ring, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """By how much the query is turned back for the sinks; None: the layer keeps none."""
+        """cos and sin that turn the query back for the sinks; None: the layer keeps none."""
         if not ring.num_sink_tokens:
             return None
         cos, sin = self._angles_behind(spec.table, ring.capacity - 1)
@@ -340,6 +297,11 @@ class _Step:
         if scaling != 1.0:
             cos, sin = cos * scaling, sin * scaling
         return rotated(x, cos.to(x.dtype), sin.to(x.dtype), interleaved=spec.interleaved)
+
+
+def _act_arguments(act: ActTuning) -> dict[str, float]:
+    """Arguments of the operator that scale later sinks down."""
+    return {"act_alpha": act.alpha, "act_beta": act.beta, "act_min_queries": act.min_queries}
 
 
 def _of_heads(values: torch.Tensor, q_heads: torch.Tensor) -> torch.Tensor:
@@ -372,53 +334,3 @@ def _last_token(values: torch.Tensor, num_valid: torch.Tensor | None) -> torch.T
         return values[:, -1:]
     last = (num_valid - 1).clamp(min=0)[:, None, None].expand(-1, 1, values.shape[-1])
     return values.gather(1, last)
-
-
-def trace(stream: StreamStep) -> torch.export.ExportedProgram:
-    """Trace one run, with the model's own rotation folded away. Parameters are not copied.
-
-    Raises: UsageError if the model reads positions anywhere but in its rotary embedding.
-    """
-    ids = torch.zeros(stream.batch, stream.num_tokens, dtype=torch.int64)
-    position = torch.zeros(stream.batch, dtype=torch.int64)
-    dtype = next(stream.model.parameters()).dtype
-    states = [stream.empty_state(place, kind) for place, kind in stream.states]
-    num_valid = () if stream.num_tokens == 1 else (torch.ones_like(position),)
-    identity = identity_rotary(stream.rotary, stream.batch, stream.num_tokens, dtype)
-    with torch.no_grad(), replaced_rotary(stream.model, identity):
-        program = torch.export.export(stream, (ids, position, states, *num_valid), strict=False)
-    program = functional(program)
-    fold_rotation(program)
-    _refuse_other_uses_of_position(program)
-    return program
-
-
-def _refuse_other_uses_of_position(program: torch.export.ExportedProgram) -> None:
-    """Learned positions, ALiBi or length-dependent scaling read the position ids that the model is handed."""
-    _, position, *_ = program.graph_signature.user_inputs
-    ours = (torch.ops.sinkexport.stream_angles.default, torch.ops.sinkexport.sink_attention.default)
-    node = next(n for n in program.graph_module.graph.nodes if n.name == position)
-    strangers = [user for user in node.users if user.target not in ours]
-    if strangers:
-        raise UsageError(
-            problem(
-                "positions",
-                received=f"a use outside the rotary embedding ({strangers[0].target})",
-                expected="rotary or ALiBi positions only",
-                fix="this model cannot be exported exactly",
-            )
-        )
-
-
-def refuse_arguments(layer: int, others: dict[str, Any]) -> None:
-    """Refuse what a family passes to its attention function and the operator does not know."""
-    unknown = sorted(key for key, value in others.items() if value is not None and key not in IGNORED_ARGUMENTS)
-    if unknown:
-        raise UsageError(
-            problem(
-                "attention",
-                received=f"the argument '{unknown[0]}' in layer {layer}",
-                expected="plain softmax attention",
-                fix="this model cannot be exported exactly",
-            )
-        )

@@ -1,4 +1,4 @@
-"""Mixtures of experts with static shapes: no loop over the experts that happen to be chosen.
+"""Experts of MoE layers with static shapes: no loop over the experts that happen to be chosen.
 
 In standard operators, for few tokens the chosen experts' weights are gathered: a run reads them and no others, but
 copies them. For more, every expert sees every token, and what was not chosen counts nothing: a run reads all weights
@@ -24,11 +24,11 @@ from typing import Any
 import torch
 
 MAX_PICKS, MAX_EXPERTS, MAX_FEATURES, INPUTS_MULTIPLE = 2048, 512, 1 << 21, 8
-"""What the plugin's kernel takes: choices in one run, experts of a mixture, inputs and outputs of a float16 matrix."""
+"""Limits of the plugin's kernel: choices in one run, experts of a layer, inputs and outputs of a float16 matrix."""
 
 
-def mixtures(model: Any) -> dict[str, Any]:
-    """The model's mixtures of experts that transformers lets be computed in another form, by their names."""
+def moe_layers(model: Any) -> dict[str, Any]:
+    """MoE layers of a model that transformers lets be computed in another form, by their names."""
     # The attribute is set by their decorator.
     return {name: module for name, module in model.named_modules() if hasattr(module, "has_post_expert_norm")}
 
@@ -41,7 +41,7 @@ def static_experts(model: Any, *, in_place: bool = False) -> Iterator[None]:
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    if not mixtures(model):
+    if not moe_layers(model):
         yield
         return
     name = f"sinkexport-{uuid.uuid4().hex}"
@@ -87,9 +87,9 @@ def _chosen_experts(
 def _expert_layers(module: Any, x: torch.Tensor, picks: torch.Tensor | None, *, in_place: bool = False) -> torch.Tensor:
     """x [N, D] through the experts `picks` [P], P / N of them for each row: [P, D]. Or, for None, x [1, N, D] through
     all: [E, N, D]."""
-    x = _products(module, _first(module), x, picks, in_place=in_place)  # [.., I or 2 I]
+    x = _matmuls(module, _first(module), x, picks, in_place=in_place)  # [.., I or 2 I]
     x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
-    x = _products(module, "down_proj", x, picks, in_place=in_place)
+    x = _matmuls(module, "down_proj", x, picks, in_place=in_place)
     return module.post_expert_norm(x) if module.has_post_expert_norm else x
 
 
@@ -98,7 +98,7 @@ def _first(module: Any) -> str:
 
 
 def _fits_plugin(module: Any) -> bool:
-    """Whether the plugin takes both products, by float16 matrices of this size."""
+    """Whether the plugin takes both matmuls, by float16 matrices of this size."""
     for name in (_first(module), "down_proj"):
         num_experts, *axes = getattr(module, name).shape
         num_inputs = axes[0 if module.is_transposed else 1]
@@ -107,25 +107,25 @@ def _fits_plugin(module: Any) -> bool:
     return True
 
 
-def _products(module: Any, name: str, x: torch.Tensor, picks: torch.Tensor | None, *, in_place: bool) -> torch.Tensor:
-    """x by experts' weights, with their biases: shapes as of `expert_product`."""
-    out = expert_product(x, getattr(module, name), picks, module.is_transposed, in_place)
+def _matmuls(module: Any, name: str, x: torch.Tensor, picks: torch.Tensor | None, *, in_place: bool) -> torch.Tensor:
+    """x by experts' weights, with their biases: shapes as of `expert_matmul`."""
+    out = expert_matmul(x, getattr(module, name), picks, module.is_transposed, in_place)
     if not module.has_bias:
         return out
     bias = getattr(module, f"{name}_bias")  # [E, M]
     return out + (bias[:, None] if picks is None else bias.index_select(0, picks))
 
 
-@torch.library.custom_op("sinkexport::expert_product", mutates_args=())
-def expert_product(
+@torch.library.custom_op("sinkexport::expert_matmul", mutates_args=())
+def expert_matmul(
     x: torch.Tensor, weight: torch.Tensor, picks: torch.Tensor | None, is_transposed: bool, in_place: bool = False
 ) -> torch.Tensor:
-    """Products by the matrices of chosen experts, or of all E of them.
+    """Matmuls by the matrices of chosen experts, or of all E of them.
 
     picks: int64 [P]; x [R, K], R dividing P -> [P, M]: row p is row p // (P / R) of x by the matrix of expert picks[p].
     None: x [1 or E, n, K] -> [E, n, M].
     weight: [E, K, M] if `is_transposed`, else [E, M, K]; never transposed. in_place: to be left to the plugin. One node
-    of the trace, so that a pass can find it (graph/passes/experts.py, plugin_experts.py).
+    of the trace, so that a pass can find it (graph/expert_matmuls.py).
     """
     if picks is None:
         return x @ weight if is_transposed else (weight @ x.mT).mT.contiguous()
@@ -135,7 +135,7 @@ def expert_product(
     return out[:, 0].contiguous()
 
 
-@expert_product.register_fake
+@expert_matmul.register_fake
 def _(
     x: torch.Tensor, weight: torch.Tensor, picks: torch.Tensor | None, is_transposed: bool, in_place: bool = False
 ) -> torch.Tensor:
@@ -144,12 +144,12 @@ def _(
 
 
 def routers(model: Any) -> frozenset[str]:
-    """Names of the modules that choose experts: neighbours of a mixture, with one output for each of its experts."""
+    """Names of the modules that choose experts: neighbours of an MoE layer, with one output for each of its experts."""
     found = set()
-    for path, mixture in mixtures(model).items():
+    for path, layer in moe_layers(model).items():
         parent = path.rpartition(".")[0]
         for name, module in model.get_submodule(parent).named_children():
             weight = getattr(module, "weight", None)
-            if weight is not None and weight.ndim == 2 and weight.shape[0] == mixture.num_experts:
+            if weight is not None and weight.ndim == 2 and weight.shape[0] == layer.num_experts:
                 found.add(f"{parent}.{name}")
     return frozenset(found)

@@ -173,7 +173,7 @@ def _uniform_value(node: Node, uniform: dict[Node, float]) -> float | None:
 
 
 def _simplified(node: Node, uniform: dict[Node, float]) -> Node | None:
-    """What `node` equals if one of its operands is all ones or all zeros."""
+    """Operand that `node` equals if the other is all ones or all zeros."""
     if node.target not in (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor) or node.kwargs:
         return None
     left, right = node.args

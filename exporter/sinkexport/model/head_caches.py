@@ -1,4 +1,4 @@
-"""Which heads of which layers share a cache of one geometry: whole layers, unless heads have budgets of their own."""
+"""Heads that share a cache of one geometry: whole layers, unless there are per-head windows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import dataclasses
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
-from sinkexport.model.rope import AttentionShape
+from sinkexport.families.rope import AttentionShape
 from sinkexport.variants.head_windows import head_groups
+from sinkexport.variants.variant import AttentionVariant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,23 +28,31 @@ class HeadCache:
     is_whole: bool
 
     def state_name(self, kind: str) -> str:
-        """Of the graph's input."""
+        """Name of the graph's input."""
         return f"{kind}.{self.layer}" if self.is_whole else f"{kind}.{self.layer}.{self.group}"
 
 
-def head_caches(config: ExportConfig, shape: AttentionShape) -> tuple[HeadCache, ...]:
+def head_caches(config: ExportConfig, variant: AttentionVariant, shape: AttentionShape) -> tuple[HeadCache, ...]:
     """All caches, layer by layer, those of a layer with the longest window first."""
     size = shape.num_q_heads // shape.num_kv_heads  # query heads of a key head
     caches = []
-    for layer, own_window in enumerate(shape.own_windows):
+    for layer, sliding_window in enumerate(shape.sliding_windows):
         if layer in shape.recurrent:  # linear attention: no cache
             continue
-        budgets = config.budgets
-        windows = (config.window_size,) * shape.num_kv_heads if budgets is None else budgets.windows[layer]
-        groups = head_groups(layer, [config.ring(own_window, window).window_size for window in windows])
+        windows = variant.windows(layer, shape.num_kv_heads, config.window_size)
+        groups = head_groups(layer, [config.ring(sliding_window, window).window_size for window in windows])
         for number, group in enumerate(groups):
             heads = group.kv_heads
             q_heads = tuple(head * size + i for head in heads for i in range(size))
             window = windows[heads[0]]
-            caches.append(HeadCache(layer, number, heads, q_heads, config.ring(own_window, window), len(groups) == 1))
+            caches.append(
+                HeadCache(
+                    layer=layer,
+                    group=number,
+                    kv_heads=heads,
+                    q_heads=q_heads,
+                    ring=config.ring(sliding_window, window),
+                    is_whole=len(groups) == 1,
+                )
+            )
     return tuple(caches)

@@ -1,4 +1,4 @@
-"""How a row of the INT8 window is rounded: one token's key or value of one head, written once and never again.
+"""Rounding of a row of the INT8 window: one token's key or value of one head, written once and never again.
 
     scale = float16(clamp(max|x| / 127, 2^-17, 65504))        int8 = clip(round_half_even(x / scale), -127, 127)
 

@@ -1,8 +1,6 @@
-"""Layers of linear attention between layers of softmax attention: a state of fixed size instead of a cache.
+"""Linear attention as a traced graph computes it: explicit states of fixed size, and the gated delta rule in chunks.
 
-transformers' own step runs for them (the gated delta rule of Qwen3-Next and Qwen3.5, arXiv:2412.06464), and asks its
-cache for two states: the last inputs of a short convolution and the recurrent matrix. Both are zero where a stream
-begins.
+Which layers these are, and how transformers keeps their states: `sinkexport.families.linear_attention`.
 """
 
 from __future__ import annotations
@@ -15,55 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from sinkrt.contract import RECURRENT_KINDS
 from sinkrt.errors import UsageError, problem
-
-LINEAR = "linear_attention"
-"""What transformers' configurations call such a layer."""
-
-RecurrentShapes = Mapping[int, Mapping[str, tuple[int, ...]]]
-"""By layer and kind of state (`RECURRENT_KINDS`), the shape of one stream's."""
-
-
-def linear_layers(model: Any) -> frozenset[int]:
-    """The layers of a model that have linear attention."""
-    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    return frozenset(layer for layer, kind in enumerate(layer_types) if kind == LINEAR)
-
-
-def recurrent_cache(model: Any) -> Any | None:
-    """transformers' own cache for linear layers, into which softmax attention puts nothing; None: there are none."""
-    if not linear_layers(model):
-        return None
-    from transformers import DynamicCache
-
-    class RecurrentCache(DynamicCache):
-        def update(self, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            return k, v
-
-    return RecurrentCache(config=model.config.get_text_config())
-
-
-def recurrent_shapes(model: Any, cache: Any | None) -> RecurrentShapes:
-    """What the linear layers have put into a cache of `recurrent_cache`.
-
-    Raises: UsageError for a layer with other states than those two.
-    """
-    shapes: dict[int, dict[str, tuple[int, ...]]] = {}
-    for layer in sorted(linear_layers(model)):
-        found = cache.layers[layer] if cache is not None else None
-        states = [getattr(found, f"{kind}_states", {}) for kind in RECURRENT_KINDS]
-        if any(len(state) != 1 or state[0] is None for state in states):
-            raise UsageError(
-                problem(
-                    "model",
-                    received=f"linear attention without a gated delta rule in layer {layer}",
-                    expected="a convolution's and a recurrent state",
-                    fix="this model cannot be exported exactly",
-                )
-            )
-        shapes[layer] = {kind: tuple(state[0].shape[1:]) for kind, state in zip(RECURRENT_KINDS, states, strict=True)}
-    return shapes
 
 
 class StepCache:
@@ -102,7 +52,7 @@ class StepCache:
         return False
 
     def get_conv_state(self, layer: int, state_idx: int = 0) -> torch.Tensor:  # noqa: ARG002
-        """To be written in place by a step."""
+        """Hand out the convolution's state, which a step writes in place."""
         return self.after[layer]["conv"]
 
     def update_conv_state(self, inputs: torch.Tensor, layer: int, **_: Any) -> torch.Tensor:
@@ -115,7 +65,7 @@ class StepCache:
         return seen
 
     def get_recurrent_state(self, layer: int, state_idx: int = 0) -> torch.Tensor:  # noqa: ARG002
-        """To be handed back."""
+        """Hand out the recurrent state."""
         return self.after[layer]["recurrent"]
 
     def update_recurrent_state(self, state: torch.Tensor, layer: int, **_: Any) -> torch.Tensor:
@@ -125,13 +75,14 @@ class StepCache:
 
 
 _STEP_RULE, _CHUNK_RULE = "torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule"
-"""What transformers calls the two forms, in each family's own module."""
+"""Names of the two forms in each family's own module of transformers."""
 
 
 @contextlib.contextmanager
 def delta_rules(model: Any, is_token: torch.Tensor) -> Iterator[None]:
-    """As long as a context lasts, the model's linear layers pass over what is no token, and chunks are computed by
-    `chunk_gated_delta_rule`. is_token: bool [B, T].
+    """Make the model's linear layers skip what is no token, and compute chunks by `chunk_gated_delta_rule`.
+
+    It lasts as long as the context. is_token: bool [B, T].
 
     Raises: UsageError for a model whose linear layers have other rules.
     """
@@ -172,7 +123,7 @@ class DecayMasks:
         self.causal, self.later = (row >= column).float(), (row > column).float()
         widths = [1 << i for i in range((num_tokens - 1).bit_length())]
         self.below = [((row // w % 2 == 1) & (column // w == row // w - 1)).float() for w in widths]
-        """By width, the lower left block of every pair of diagonal blocks of that width."""
+        """Lower left block of every pair of diagonal blocks of a width, by width."""
 
 
 def chunk_gated_delta_rule(
@@ -217,7 +168,7 @@ def chunk_gated_delta_rule(
     for below in masks.below:
         # [[A, 0], [C, B]] has the inverse [[A', 0], [-B' C A', B']].
         inverse = inverse - (inverse @ (system * below) @ inverse)
-    # One product, so that the new state comes after all that read the old one: they share a buffer.
+    # One matmul, so that the new state comes after all that read the old one: they share a buffer.
     seen_by_k, seen_by_q = (torch.cat([k, q], dim=2) @ state).split(g.shape[1], dim=2)
     written = inverse @ (rate * (v - since_start * seen_by_k))
     out = since_start * seen_by_q + ((q @ k.mT) * since) @ written

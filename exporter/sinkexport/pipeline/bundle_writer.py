@@ -29,18 +29,20 @@ SMALL_WEIGHT_BYTES = 2**20
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
-"""Of Linux's renameat2."""
+"""Constants of Linux's renameat2."""
 
 PAGE_BYTES = 4096
 """Large weights start on a page, so that runtimes can map the file."""
 
 
 @contextlib.contextmanager
-def staged_bundle(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_bundle(
+    out: Path, *, overwrite: bool = False, exchange: Callable[[Path, Path], bool] | None = None
+) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends well and vanishes when it does not.
 
     A bundle that is replaced is exchanged in one step where the system can: `out` is never without one. What killed
-    exports left beside `out` is removed.
+    exports left beside `out` is removed. exchange: swaps two names, False where it cannot; `exchange_names` by default.
 
     Raises: UsageError if `out` holds something already (unless it is a bundle and nothing else, and `overwrite`), also
     if that has come meanwhile; or the disk is full.
@@ -58,7 +60,7 @@ def staged_bundle(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         stage.chmod(0o755)  # mkdtemp makes it private
         _sync(stage)
         _refuse_to_replace(out, target, overwrite)  # an export takes minutes, in which others write too
-        _take_place(stage, target)
+        _take_place(stage, target, exchange)
     except OSError as error:
         raise _unwritable(out, error) from error
     finally:
@@ -77,11 +79,11 @@ def _locked_stage(target: Path) -> tuple[Path, int]:
                 return stage, handle
 
 
-def _take_place(stage: Path, target: Path) -> None:
+def _take_place(stage: Path, target: Path, exchange: Callable[[Path, Path], bool] | None) -> None:
     """Put `stage` where `target` is, and remove what was there."""
     if not target.exists():
         stage.rename(target)
-    elif _exchange(stage, target):
+    elif (exchange or exchange_names)(stage, target):
         shutil.rmtree(stage)  # what `target` was
     else:
         retired = stage.with_name(f"{stage.name}-old")
@@ -91,7 +93,7 @@ def _take_place(stage: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def _exchange(a: Path, b: Path) -> bool:
+def exchange_names(a: Path, b: Path) -> bool:
     """Swap the names of two folders in one step. False: this system or file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 is None:
@@ -144,7 +146,8 @@ def write_tokenizer(tokenizer: SourceTokenizer | None, folder: Path) -> Tokenize
     if tokenizer is None:
         return None
     tokenizer.save(folder)
-    return TokenizerFacts(TOKENIZER_FILE, None if tokenizer.chat_template is None else TEMPLATE_FILE)
+    template = None if tokenizer.chat_template is None else TEMPLATE_FILE
+    return TokenizerFacts(file=TOKENIZER_FILE, chat_template=template)
 
 
 def hash_bundle(folder: Path) -> dict[str, FileFacts]:

@@ -1,14 +1,14 @@
-"""Before a bundle gets its name: does the finished graph compute what the model computes?
+"""Comparison of a finished graph with its model, before the bundle gets its name.
 
-A dozen tokens of some streams are fed to the bundle's own graphs, one by one and as a chunk, and their logits compared
-with transformers' own pass of the model. Then tokens after the cache has filled are compared with references that know
-nothing of how the graphs were made: the streaming one, as in `verify`, where that takes no more than a second or two,
-or else from caches filled with random rows, as if the stream had run for long.
+A dozen tokens of some streams are fed to the bundle's own graphs, one by one and as a chunk. Their logits are compared
+with those of transformers' own pass of the model. Tokens after the cache has filled are compared with references that
+know nothing of how the graphs were made. Where it takes no more than a second or two, that is the streaming one, as in
+`verify`. Otherwise both start from caches filled with random rows, as if the stream had run for long.
 
-A bundle whose window alone is INT8 has the model's logits but for a little. One with quantised weights or inputs cannot
-have them. There it is asked whether they rise and fall together: rounding
-leaves correlations near 0.9 in real models, a layer that is wrong or missing leaves little. What it cannot catch is a
-recipe that is merely worse than its thresholds: for that `verify` needs a text.
+A bundle whose window alone is INT8 has nearly the model's logits. One with quantised weights or inputs cannot have
+them: there it is their correlation that counts. Rounding leaves correlations near 0.9 in real models, a layer that is
+wrong or missing leaves little. A recipe that is merely worse than its thresholds is not caught: `verify` with a text
+does that.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from sinkrt.contract import RECURRENT_KINDS, SCALE_KINDS, Manifest
 from sinkrt.errors import UsageError, problem
 from sinkrt.session import Session
 
-from sinkexport.evaluation.comparison import Ids, Logits, default_tolerance
+from sinkexport.evaluation.comparison import default_tolerance
 from sinkexport.families import rotates_by_length
 from sinkexport.families.adapters import has_alibi
+from sinkexport.families.refusals import refusing
 from sinkexport.model.experts import static_experts
-from sinkexport.model.refusals import refusing
 from sinkexport.reference.dense import dense_logits
 from sinkexport.reference.mid_stream import logits_from, typical_sizes
 from sinkexport.reference.streaming import streaming_reference
-from sinkexport.variants.affine import AffineFile
-from sinkexport.variants.head_windows import budgets_of
+from sinkexport.util.arrays import Ids, Logits
+from sinkexport.variants.variant import AttentionVariant
 
 NUM_TOKENS = 12
 """Positions that are compared from a stream's start on, and after the cache has filled."""
@@ -46,18 +46,20 @@ MAX_STREAMED_TOKENS, MAX_STREAMED_WORK = 128, 3e9
 two."""
 
 MID_STREAM_TOLERANCE_PER_TOKEN, MAX_MID_STREAM_TOLERANCE = 1e-5, 0.25
-"""As `TOLERANCE_PER_TOKEN` of comparison.py, where all keys of a full cache are random, so that few tokens share the
-attention and each angle's error shows. A shift that is missing or a token that should have gone changes 0.1 and more.
-Measured: 3e-3 for SmolLM2-135M at position 2,061."""
+"""Tolerance as `TOLERANCE_PER_TOKEN` of comparison.py, where all keys of a full cache are random.
+
+Few tokens share the attention there, so that each angle's error shows. A missing shift or a token that should be gone
+changes 0.1 and more. Measured: 3e-3 for SmolLM2-135M at position 2,061."""
 
 INT8_WINDOW_TOLERANCE = 0.3
 """Largest error of a logit, as a share of the logits' spread, of a bundle whose window alone is INT8. Measured: 0.05
 for SmolLM2-135M."""
 
 MIN_CORRELATION = 0.6
-"""Of a quantised bundle's logits with the model's, in the mean over positions. Measured: 0.98 for SmolLM2-135M by
-int8-dynamic, 0.87 by int4-nearest; 0.82 to 0.99 in tiny random models with INT4 weights, single positions of
-a mixture down to 0.06. Unrelated logits have 0."""
+"""Smallest correlation of a quantised bundle's logits with the model's, in the mean over positions.
+
+Measured: 0.98 for SmolLM2-135M by int8-dynamic, 0.87 by int4-nearest. Tiny random models with INT4 weights have 0.82 to
+0.99, single positions of an MoE down to 0.06. Unrelated logits have 0."""
 
 MIN_HALF_CORRELATION = 0.95
 """The same of float16 from random caches. Measured: 0.995 for SmolLM2-135M, single logits off by 0.8 of
@@ -69,7 +71,7 @@ class UncheckedWarning(UserWarning):
 
 
 def why_unchecked(manifest: Manifest) -> str | None:
-    """Why a bundle cannot be compared on this machine; None: it can."""
+    """Reason why a bundle cannot be compared on this machine; None: it can."""
     if manifest.plugin_abi is not None:
         return "they need the TensorRT plugin, which ONNX Runtime does not have: use 'sinkexport verify' on the GPU"
     if manifest.weights_bytes > (free := available_bytes()):
@@ -77,10 +79,8 @@ def why_unchecked(manifest: Manifest) -> str | None:
     return None
 
 
-def check_export(bundle: Path, manifest: Manifest, model: Any, affine: AffineFile | None = None) -> None:
+def check_export(bundle: Path, manifest: Manifest, model: Any) -> None:
     """Compare the graphs of `bundle`, which `why_unchecked` has nothing against, with the model in memory.
-
-    affine: of the bundle.
 
     Raises: UsageError if they differ by more than rounding explains; BundleError if ONNX Runtime refuses a graph.
     """
@@ -89,7 +89,7 @@ def check_export(bundle: Path, manifest: Manifest, model: Any, affine: AffineFil
         static_experts(model),
         Session.load(bundle, verify=False, repack_prefill=False) as session,
     ):
-        check = _Check(session, model, manifest, affine)
+        check = _Check(session, model, manifest, AttentionVariant.of_bundle(bundle, manifest))
         check.start_of_streams()
         check.full_cache()
 
@@ -97,38 +97,30 @@ def check_export(bundle: Path, manifest: Manifest, model: Any, affine: AffineFil
 class _Check:
     """One bundle and its model."""
 
-    def __init__(self, session: Session, model: Any, manifest: Manifest, affine: AffineFile | None) -> None:
-        self._session, self._model, self._manifest, self._affine = session, model, manifest, affine
-        self._budgets = budgets_of(manifest)
+    def __init__(self, session: Session, model: Any, manifest: Manifest, variant: AttentionVariant) -> None:
+        self._session, self._model, self._manifest, self._variant = session, model, manifest, variant
         batch = manifest.stream.batch
         self._streams = [0, batch - 1][: min(batch, MAX_STREAMS)]
 
     def start_of_streams(self) -> None:
         """Before the first token is evicted, a bundle equals the dense model."""
         stream = self._manifest.stream
-        window = stream.window_size if self._budgets is None else min(map(min, self._budgets.windows))
-        num_tokens = min(NUM_TOKENS, stream.num_sink_tokens + window)
+        num_tokens = min(NUM_TOKENS, stream.num_sink_tokens + self._variant.shortest_window(stream.window_size))
         if rotates_by_length(self._model.config, stream.capacity):
             if self._can_stream(NUM_TOKENS):
                 self._compare(self._ids(NUM_TOKENS), self._streamed(self._ids(NUM_TOKENS), NUM_TOKENS))
             return  # the model would rotate a short text otherwise than a full cache
         ids = self._ids(num_tokens)
-        wanted = dense_logits(self._model, ids[self._streams], self._manifest, self._affine)
+        wanted = dense_logits(self._model, ids[self._streams], self._variant, stream.num_sink_tokens)
         self._compare(ids, wanted)
 
     def full_cache(self) -> None:
         """After evictions."""
-        manifest, capacity = self._manifest, self._manifest.stream.capacity
+        capacity = self._manifest.stream.capacity
         if self._can_stream(capacity + NUM_TOKENS):
             ids = self._ids(capacity + NUM_TOKENS)
             self._compare(ids, self._streamed(ids, NUM_TOKENS))
-        elif (
-            self._budgets is None
-            and manifest.sink_tuning is None
-            and self._affine is None
-            and not rotates_by_length(self._model.config, capacity)
-            and not self._is_rounded
-        ):
+        elif self._variant.is_plain and not rotates_by_length(self._model.config, capacity) and not self._is_rounded:
             self.mid_stream()
 
     @property
@@ -142,8 +134,7 @@ class _Check:
         quantization = self._manifest.quantization
         if quantization is None:
             return False
-        tuning = self._manifest.sink_tuning
-        is_act = tuning is not None and tuning.act is not None and quantization.kv == "int8"
+        is_act = self._variant.act is not None and quantization.kv == "int8"
         return is_act or (quantization.weights, quantization.activations) != ("float", "float")
 
     def mid_stream(self) -> None:
@@ -176,7 +167,7 @@ class _Check:
         )
 
     def _random_states(self, sizes: dict[int, tuple[float, float]]) -> dict[str, np.ndarray]:
-        """By input name, one stream's states; those of linear attention as they begin."""
+        """States of one stream by input name; those of linear attention as they begin."""
         random, states = np.random.default_rng(1), {}
         for state in self._manifest.states:
             shape, size = state.shape[1:], sizes[state.layer]["_v" in state.kind] if state.layer in sizes else 0.0
@@ -220,9 +211,7 @@ class _Check:
             self._model,
             stream.num_sink_tokens,
             stream.window_size,
-            sink_tuning=self._manifest.sink_tuning,
-            head_windows=None if self._budgets is None else self._budgets.windows,
-            affine=self._affine,
+            variant=self._variant,
         ) as reference:
             for t, column in enumerate(ids[self._streams].T):
                 logits = reference.step(torch.from_numpy(column))

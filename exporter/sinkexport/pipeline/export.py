@@ -5,44 +5,41 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import importlib.metadata
 import logging
-import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx
-import torch
 from sinkrt.contract import (
     MANIFEST_NAME,
     PLUGIN_ABI,
     SCHEMA_VERSION,
-    AffineAttention,
-    HeadWindow,
+    GraphSpec,
     Manifest,
-    ModelFacts,
-    Quantization,
+    StateSpec,
     StreamFacts,
+    TokenizerFacts,
 )
-from sinkrt.errors import UsageError, problem
 from sinkrt.ring import POSITION_LIMIT, Ring
 
-from sinkexport.config import WEIGHT_DTYPES, ExportConfig
+from sinkexport.config import WEIGHT_DTYPES, ExportConfig, target_of
+from sinkexport.families.probe import probe_attention
+from sinkexport.families.refusals import refusing
+from sinkexport.families.rope import AttentionShape, ModelRotary
 from sinkexport.graph.convert import BuiltGraph, build_graph
-from sinkexport.graph.passes.plugin_operators import refuse_geometry
+from sinkexport.graph.plugin_nodes import refuse_geometry
+from sinkexport.graph.quantize.plan import Plan
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.loading.tokenizers.tokenizer_checks import check_template, check_tokens, fitted, named, opening_size
 from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids
 from sinkexport.loading.weights.check_weights import check_weights
-from sinkexport.model.decoder import StreamStep, trace
+from sinkexport.model.decoder import StreamStep
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, head_caches
-from sinkexport.model.probe import probe_attention
-from sinkexport.model.refusals import refusing
-from sinkexport.model.rope import AttentionShape, ModelRotary
+from sinkexport.model.tracing import trace
 from sinkexport.pipeline.bundle_writer import (
     hash_bundle,
     require_space,
@@ -52,16 +49,26 @@ from sinkexport.pipeline.bundle_writer import (
     write_tokenizer,
 )
 from sinkexport.pipeline.check_export import UncheckedWarning, check_export, why_unchecked
+from sinkexport.pipeline.checks import (
+    check_calibration,
+    check_memory,
+    check_model,
+    check_rings,
+    check_tuned_sinks,
+    check_variant,
+)
+from sinkexport.pipeline.manifest_facts import head_windows, model_facts, producers, quantization_facts
 from sinkexport.pipeline.sink_token import with_sink_token
 from sinkexport.quant.recipe import load_recipe
-from sinkexport.sources import LoadedModel, load_model, refuse_architecture
+from sinkexport.sources import LoadedModel, load_model
 from sinkexport.util.progress import Report, silent
 from sinkexport.variants.affine import FILE_NAME as AFFINE_FILE
 
+PlanOf = Callable[..., Plan]
+"""Arguments as `RecipePlan`'s."""
 LOGGER = logging.getLogger("sinkexport")
-PRODUCERS = ("sinkexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 WINDOW_RECIPE = "int8-window"
-"""What ``kv="int8"`` means without a recipe."""
+"""Recipe of ``kv="int8"`` where none is given."""
 SMALL_FILES_BYTES = 64 * 2**20
 """Room for graph, tokenizer and manifest beside the weights."""
 
@@ -96,121 +103,159 @@ def export_loaded(
     overwrite: bool = False,
     check: bool = True,
     report: Report = silent,
+    plan_of: PlanOf = RecipePlan,
 ) -> Manifest:
     """Export a model that is in memory already, in the dtype of its parameters, which must be `config`'s.
 
     The model is left as it was. check: compare the finished graphs with it, where ONNX Runtime can run them
-    (`sinkexport.pipeline.check_export`), before the bundle gets its name.
+    (`sinkexport.pipeline.check_export`), before the bundle gets its name. plan_of: makes the plan of a recipe.
 
     Raises: UsageError.
     """
     model, out = loaded.model, Path(out)
-    tokenizer = _checked_tokenizer(loaded, config)
-    loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
-    config = _resolved(_with_pinned_system(tokenizer, config), model.config.get_text_config().model_type)
-    special_ids = _special_ids(model, tokenizer)
-    _check_model(model, config)
-    _check_calibration(model, config)
+    loaded = dataclasses.replace(loaded, tokenizer=_checked_tokenizer(loaded, config))
+    config = _resolved(_with_pinned_system(loaded.tokenizer, config), model.config.get_text_config().model_type)
+    special_ids = _special_ids(model, loaded.tokenizer)
+    check_model(model, config)
+    check_calibration(model, config)
     with staged_bundle(out, overwrite=overwrite) as stage:
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
         report("probe", 0, 1)
-        with static_experts(model):  # transformers' own form has demands on sizes that the graph has not
-            shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
-        if config.budgets is not None:
-            config.budgets.check_model(type(model).__name__, shape.num_layers, shape.num_kv_heads)
-        caches = head_caches(config, shape)
-        rings = [cache.ring for cache in caches]
-        _check_rings(config, rings)
-        _check_memory(config, shape, caches)
-        if config.has_plugins:
-            refuse_geometry(shape.head_dim, config.batch, max(ring.capacity for ring in rings))
-        if config.sink_tuning is not None:
-            config.sink_tuning.check_model(type(model).__name__, shape.num_layers, shape.num_q_heads)
-            config.sink_tuning.check_sinks(
-                [
-                    min((c.ring.num_sink_tokens for c in caches if c.layer == i), default=0)
-                    for i in range(shape.num_layers)
-                ]
-            )
+        probed = _probe(model, config)
         if config.affine is not None:
-            hidden_size = model.config.get_text_config().hidden_size
-            config.affine.check_model(shape.num_layers, shape.num_q_heads, hidden_size, shape.recurrent)
             (stage / AFFINE_FILE).write_bytes(config.affine.raw)
-        report("decode", 0, 1)
-        built = _build(loaded, config, shape, rotary, "decode", config.batch, 1)
-        graphs = {"decode": built.spec("decode.onnx")}
-        write_graph(built.model, stage, "decode.onnx", lambda done, total: report("write", done, total))
-        if (num_tokens := min(config.num_tokens_per_chunk, *(ring.window_size for ring in rings))) > 1:
-            report("prefill", 0, 1)
-            # Of one stream: a long prompt then costs the other streams nothing.
-            chunk = _build(loaded, config, shape, rotary, "prefill", 1, num_tokens)
-            graphs["prefill"] = chunk.spec("prefill.onnx")
-            write_graph_with_weights_of(chunk.model, stage, "prefill.onnx", "decode.onnx")
-        for graph in graphs.values():
-            onnx.checker.check_model(stage / graph.file)
+        written = _write_graphs(stage, loaded, config, probed, report, plan_of)
         if check:
             report("weights", 0, 1)
-            files = [graph.file for graph in graphs.values()]
+            files, shape = [graph.file for graph in written.graphs.values()], probed.shape
             check_weights(stage, files, loaded, config, num_q_heads=shape.num_q_heads, num_kv_heads=shape.num_kv_heads)
-        tokenizer_facts = write_tokenizer(tokenizer, stage)
+        tokenizer_facts = write_tokenizer(loaded.tokenizer, stage)
         report("hash", 0, 1)
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            target=config.target,
-            weights_dtype=WEIGHT_DTYPES[config.dtype],
-            model=_model_facts(loaded, shape, rotary, special_ids, vocab_size=built.outputs[0].shape[-1]),
-            stream=StreamFacts(config.num_sink_tokens, config.window_size, config.batch, num_tokens, POSITION_LIMIT),
-            graphs=graphs,
-            states=built.states,
-            tokenizer=tokenizer_facts,
-            files=hash_bundle(stage),
-            producer=_producers(),
-            quantization=_quantization(config),
-            plugin_abi=PLUGIN_ABI if config.has_plugins else None,
-            sink_tuning=None if config.sink_tuning is None else config.sink_tuning.facts,
-            head_windows=_head_windows(config, caches),
-            affine_attention=_affine_facts(config, shape),
-        )
+        manifest = _manifest(stage, loaded, config, probed, written, special_ids, tokenizer_facts)
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         if check and (reason := why_unchecked(manifest)) is not None:
             warnings.warn(f"the graphs were not compared with the model: {reason}", UncheckedWarning, stacklevel=2)
         elif check:
             report("check", 0, 1)
-            check_export(stage, manifest, model, config.affine)
+            check_export(stage, manifest, model)
     report("done", 1, 1)
     return manifest
 
 
-def _head_windows(config: ExportConfig, caches: Sequence[HeadCache]) -> tuple[HeadWindow, ...] | None:
-    if config.budgets is None:
-        return None
-    return tuple(HeadWindow(cache.layer, cache.kv_heads, cache.ring.window_size) for cache in caches)
+@dataclasses.dataclass(frozen=True)
+class _Probed:
+    """Findings of the probe about a model, and the caches that its heads get."""
+
+    shape: AttentionShape
+    rotary: ModelRotary
+    caches: tuple[HeadCache, ...]
+
+    @property
+    def rings(self) -> list[Ring]:
+        """Geometry of each cache."""
+        return [cache.ring for cache in self.caches]
 
 
-def _affine_facts(config: ExportConfig, shape: AttentionShape) -> AffineAttention | None:
-    return None if config.affine is None else config.affine.facts(shape.num_layers, shape.num_q_heads)
+def _probe(model: Any, config: ExportConfig) -> _Probed:
+    """Find out how a model attends, and what caches it gets.
+
+    Raises: UsageError for a model that cannot be followed, and for one that the config does not fit.
+    """
+    with static_experts(model):  # transformers' own form has demands on sizes that the graph has not
+        shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
+    check_variant(model, config, shape)
+    probed = _Probed(shape=shape, rotary=rotary, caches=head_caches(config, config.variant, shape))
+    check_rings(config, probed.rings)
+    check_memory(config, shape, probed.caches)
+    if config.has_plugins:
+        refuse_geometry(shape.head_dim, config.batch, max(ring.capacity for ring in probed.rings))
+    check_tuned_sinks(config, shape, probed.caches)
+    return probed
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """Graphs of a bundle that are on the disk. num_tokens: T of the prefill graph; 1: there is none."""
+
+    graphs: Mapping[str, GraphSpec]
+    states: tuple[StateSpec, ...]
+    vocab_size: int
+    num_tokens: int
+
+
+def _write_graphs(
+    stage: Path, loaded: LoadedModel, config: ExportConfig, probed: _Probed, report: Report, plan_of: PlanOf
+) -> _Written:
+    """Build and write the decode graph, and the prefill graph where chunks have more than one token."""
+    report("decode", 0, 1)
+    built = _build(loaded, config, probed, "decode", config.batch, 1, plan_of)
+    graphs = {"decode": built.spec("decode.onnx")}
+    write_graph(built.model, stage, "decode.onnx", lambda done, total: report("write", done, total))
+    num_tokens = min(config.num_tokens_per_chunk, *(ring.window_size for ring in probed.rings))
+    if num_tokens > 1:
+        report("prefill", 0, 1)
+        # Of one stream: a long prompt then costs the other streams nothing.
+        chunk = _build(loaded, config, probed, "prefill", 1, num_tokens, plan_of)
+        graphs["prefill"] = chunk.spec("prefill.onnx")
+        write_graph_with_weights_of(chunk.model, stage, "prefill.onnx", "decode.onnx")
+    for graph in graphs.values():
+        onnx.checker.check_model(stage / graph.file)
+    return _Written(graphs=graphs, states=built.states, vocab_size=built.outputs[0].shape[-1], num_tokens=num_tokens)
+
+
+def _manifest(
+    stage: Path,
+    loaded: LoadedModel,
+    config: ExportConfig,
+    probed: _Probed,
+    written: _Written,
+    special_ids: tuple[int | None, tuple[int, ...]],
+    tokenizer: TokenizerFacts | None,
+) -> Manifest:
+    """The manifest of all that is in the folder `stage`."""
+    shape = probed.shape
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        target=target_of(config).manifest_name,
+        weights_dtype=WEIGHT_DTYPES[config.dtype],
+        model=model_facts(loaded, shape, probed.rotary, special_ids, vocab_size=written.vocab_size),
+        stream=StreamFacts(
+            num_sink_tokens=config.num_sink_tokens,
+            window_size=config.window_size,
+            batch=config.batch,
+            chunk_size=written.num_tokens,
+            position_limit=POSITION_LIMIT,
+        ),
+        graphs=written.graphs,
+        states=written.states,
+        tokenizer=tokenizer,
+        files=hash_bundle(stage),
+        producer=producers(),
+        quantization=quantization_facts(config),
+        plugin_abi=PLUGIN_ABI if config.has_plugins else None,
+        **config.variant.manifest_entries(shape.num_layers, shape.num_q_heads, head_windows(probed.caches)),
+    )
 
 
 def _build(
     loaded: LoadedModel,
     config: ExportConfig,
-    shape: AttentionShape,
-    rotary: ModelRotary,
+    probed: _Probed,
     role: str,
     batch: int,
     num_tokens: int,
+    plan_of: PlanOf,
 ) -> BuiltGraph:
-    step = StreamStep(loaded.model, config, shape, rotary, batch=batch, num_tokens=num_tokens).eval()
+    """Trace and convert one graph of B streams and T = num_tokens tokens."""
+    step = StreamStep(loaded.model, config, probed.shape, probed.rotary, batch=batch, num_tokens=num_tokens).eval()
     recipe, dtype = config.recipe, WEIGHT_DTYPES[config.dtype]
-    plan = None if recipe is None else RecipePlan(recipe, loaded.model, dtype, config.calibration)
+    plan = None if recipe is None else plan_of(recipe, loaded.model, dtype, config.calibration)
     num_sinks = 0 if config.calibration is None else config.calibration.num_sink_tokens
     with _no_garbage_collection():
         with refusing(loaded.model, f"tracing the {role} graph"):
             program = trace(step)
         with refusing(loaded.model, f"converting the {role} graph to ONNX"):
-            return build_graph(
-                program, role, step.state_names, config.target, num_sinks, plan, plugins=config.has_plugins
-            )
+            return build_graph(program, role, step.state_names, target_of(config), num_sinks, plan)
 
 
 @contextlib.contextmanager
@@ -241,20 +286,6 @@ def _resolved(config: ExportConfig, family: str) -> ExportConfig:
     return dataclasses.replace(config, recipe=recipe, kv=recipe.kv)
 
 
-def _quantization(config: ExportConfig) -> Quantization | None:
-    recipe = config.recipe
-    if recipe is None:
-        return None
-    return Quantization(
-        recipe=recipe.name,
-        weights="float" if recipe.weights is None else f"int{recipe.weights.bits}",
-        activations=recipe.activations.mode,
-        kv=recipe.kv,
-        calibration_sha256=None if config.calibration is None else config.calibration.sha256,
-        thresholds=recipe.thresholds.model_dump(),
-    )
-
-
 def _checked_tokenizer(loaded: LoadedModel, config: ExportConfig) -> SourceTokenizer | None:
     """The tokenizer that the bundle gets, with the sink token if one is asked for. What users should know is logged.
 
@@ -263,6 +294,7 @@ def _checked_tokenizer(loaded: LoadedModel, config: ExportConfig) -> SourceToken
     tokenizer, num_rows = loaded.tokenizer, 0
     if tokenizer is not None:
         num_rows = loaded.model.get_input_embeddings().weight.shape[0]
+        # Again, after `load_model`: a caller may have replaced the tokenizer. One that fits comes back as it is.
         tokenizer = named(fitted(tokenizer, num_rows), loaded.model.config.get_text_config())
         check_tokens(tokenizer)
         check_template(tokenizer)
@@ -284,117 +316,6 @@ def _with_pinned_system(tokenizer: SourceTokenizer | None, config: ExportConfig)
     return dataclasses.replace(config, num_sink_tokens=max(config.num_sink_tokens, needed))
 
 
-def _check_model(model: Any, config: ExportConfig) -> None:
-    refuse_architecture(model.config)
-    wanted = getattr(torch, WEIGHT_DTYPES[config.dtype])
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != wanted:
-            raise UsageError(
-                problem(
-                    f"dtype of '{name}'",
-                    received=parameter.dtype,
-                    expected=str(wanted),
-                    fix="load the model with that dtype",
-                )
-            )
-        if not bool(torch.isfinite(parameter).all()):
-            raise UsageError(
-                problem(
-                    f"weights '{name}'",
-                    received="NaN or Inf",
-                    expected="finite numbers",
-                    fix="check the model, or use --dtype fp32 if it overflows fp16",
-                )
-            )
-
-
-def _check_rings(config: ExportConfig, rings: Sequence[Ring]) -> None:
-    """Something must keep the sinks, and a chunk must fit the smallest window.
-
-    Raises: UsageError.
-    """
-    if config.budgets is not None and config.window_size > max(ring.window_size for ring in rings):
-        raise UsageError(
-            problem(
-                "--budgets",
-                received=f"{config.window_size} tokens, where own windows are shorter",
-                expected="the longest budget in a layer that can have it",
-                fix="change the file",
-            )
-        )
-    smallest = min(ring.window_size for ring in rings)
-    if config.num_sink_tokens and not any(ring.num_sink_tokens for ring in rings):
-        raise UsageError(
-            problem(
-                "sinks + window",
-                fix="lower --window, or use --sink-tokens 0",
-                received=f"{config.capacity} tokens, more than any layer's own sliding window",
-                expected=f"at most {max(ring.capacity for ring in rings)} tokens, or nothing would keep the sinks",
-            )
-        )
-    if config.chunk_size is not None and config.chunk_size > smallest:
-        raise UsageError(
-            problem(
-                "chunk_size",
-                received=config.chunk_size,
-                fix="lower --chunk",
-                expected=f"at most {smallest}, the smallest window of a layer",
-            )
-        )
-
-
-def _check_memory(config: ExportConfig, shape: AttentionShape, caches: Sequence[HeadCache]) -> None:
-    """The cache must fit this machine's memory: a window with a zero too many is refused before minutes of work.
-
-    Raises: UsageError.
-    """
-    rows = config.batch * sum(len(cache.kv_heads) * cache.ring.capacity for cache in caches)
-    entry_bytes = 1 if config.has_int8_window else 2 if config.dtype == "fp16" else 4
-    needed = 2 * rows * shape.head_dim * entry_bytes
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > total:
-        raise UsageError(
-            problem(
-                "cache",
-                received=f"{needed / 1e9:,.1f} GB of keys and values",
-                expected=f"at most this machine's {total / 1e9:,.1f} GB of memory",
-                fix="lower --window, --sink-tokens or --batch",
-            )
-        )
-
-
-def _check_calibration(model: Any, config: ExportConfig) -> None:
-    """The ranges must be of this model, by this recipe, with sinks that this bundle keeps.
-
-    The window need not be the same: activations hardly depend on how far back a token sees.
-
-    Raises: UsageError.
-    """
-    ranges, recipe = config.calibration, config.recipe
-    if ranges is None or recipe is None:
-        return
-    if not recipe.needs_calibration:  # as refined for the family
-        raise UsageError(
-            problem(
-                "--calibration",
-                received=f"a file for recipe '{recipe.name}'",
-                expected="none: the recipe needs no calibration",
-                fix="leave it out",
-            )
-        )
-    ranges.check_recipe(recipe)
-    if recipe.needs_ranges and ranges.num_sink_tokens > config.num_sink_tokens:
-        raise UsageError(
-            problem(
-                "sinks",
-                received=f"{config.num_sink_tokens} tokens, and a calibration with {ranges.num_sink_tokens}",
-                expected="at least as many as in the calibration",
-                fix="raise --sink-tokens, or calibrate with fewer",
-            )
-        )
-    ranges.check_model(model)
-
-
 def _special_ids(model: Any, tokenizer: SourceTokenizer | None) -> tuple[int | None, tuple[int, ...]]:
     """The beginning of a text and the ends of a turn. Raises: UsageError for ids outside the vocabulary."""
     config = model.config.get_text_config()
@@ -407,48 +328,3 @@ def _special_ids(model: Any, tokenizer: SourceTokenizer | None) -> tuple[int | N
     if tokenizer is not None:
         tokenizer.close()  # no more templates from here on
     return found
-
-
-def _model_facts(
-    loaded: LoadedModel,
-    shape: AttentionShape,
-    rotary: ModelRotary,
-    special_ids: tuple[int | None, tuple[int, ...]],
-    *,
-    vocab_size: int,
-) -> ModelFacts:
-    config = loaded.model.config.get_text_config()
-    return ModelFacts(
-        name=loaded.name,
-        architecture=type(loaded.model).__name__,
-        family=config.model_type,
-        num_layers=shape.num_layers,
-        num_q_heads=shape.num_q_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        hidden_size=config.hidden_size,
-        vocab_size=vocab_size,
-        num_parameters=sum(p.numel() for p in loaded.model.parameters()),
-        position_scheme=_position_scheme(shape, rotary),
-        bos_token_id=special_ids[0],
-        eos_token_ids=special_ids[1],
-    )
-
-
-def _position_scheme(shape: AttentionShape, rotary: ModelRotary) -> str:
-    turning = [spec for spec in rotary.layers if spec.rotary_dim]
-    if shape.alibi_slopes is not None:
-        return "alibi"
-    if not turning:
-        return "none"
-    spec = turning[0]
-    parts = [f"rope {spec.rotary_dim} of {shape.head_dim}", "interleaved" if spec.interleaved else "halves"]
-    if len(turning) < len(rotary.layers):
-        parts.append(f"in {len(turning)} of {len(rotary.layers)} layers")
-    if (tables := len({spec.table for spec in turning})) > 1:
-        parts.append(f"{tables} sets of frequencies")
-    return ", ".join(parts)
-
-
-def _producers() -> Mapping[str, str]:
-    return {name: importlib.metadata.version(name) for name in PRODUCERS}

@@ -22,7 +22,7 @@ from sinkrt.errors import UsageError, problem
 CLIPPINGS = tuple(1.0 - 0.04 * i for i in range(16))
 """Shares of the absmax scale that ``mse`` tries: 1, 0.96, .. 0.4. What lies between is reached by least squares."""
 
-_SLICE_ELEMENTS = 1 << 16
+SLICE_ELEMENTS = 1 << 16
 """Weights worked on at a time: few enough that they and two temporary arrays stay in a core's cache."""
 
 _MIN_SLICE_OUTPUTS = 32
@@ -33,7 +33,7 @@ class WeightScheme:
     """How a matrix is rounded: w = scale * (integer - zero point), zero point 0 if symmetric.
 
     bits: 8 or 4. block_size: inputs of one output that share a scale; None: all of them do (per channel).
-    symmetric: integers are signed. 8 bits use -127 .. 127, as INT8 products expect. 4 bits use all of -8 .. 7, with
+    symmetric: integers are signed. 8 bits use -127 .. 127, as INT8 matmuls expect. 4 bits use all of -8 .. 7, with
     the least positive scale that clips nothing, max(-min / 8, max / 7): the 16th code makes steps finer by an eighth
     wherever the largest weight is negative, and costs nothing elsewhere. Asymmetric: 0 .. 2^bits - 1 with an integer
     zero point in that range; zero is always exact.
@@ -101,6 +101,7 @@ class QuantizedWeight:
     scheme: WeightScheme
     transposed: bool = False
     rounded: Callable[[], Rounded] | None = None
+    slice_elements: int = SLICE_ELEMENTS
 
     @property
     def num_outputs(self) -> int:
@@ -197,7 +198,7 @@ class QuantizedWeight:
         """
         source = self.source.numpy()
         missing = self.num_groups * self.group_size - self.num_inputs
-        step = max(_SLICE_ELEMENTS // max(self.num_inputs, 1), _MIN_SLICE_OUTPUTS)
+        step = max(self.slice_elements // max(self.num_inputs, 1), _MIN_SLICE_OUTPUTS)
         for start in range(0, self.num_outputs, step):
             outputs = slice(start, min(start + step, self.num_outputs))
             part = source[outputs].T if self.transposed else source[:, outputs]
@@ -228,7 +229,7 @@ class QuantizedWeight:
         return scale, np.clip(np.rint(-low / scale), 0, scheme.highest).astype(np.uint8)
 
     def _storable(self, scale: np.ndarray) -> np.ndarray:
-        """As its type holds it, in float32; 1 where that is no normal float32 or 0, in groups as good as zero."""
+        """The scale as its type holds it, in float32; 1 where that is 0 or subnormal, in groups as good as zero."""
         if self.scheme.scale_dtype == "float16":
             limit = float(np.finfo(np.float16).max)
             if (scale > limit).any():

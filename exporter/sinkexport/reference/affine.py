@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from sinkexport.model.interface import attention_inputs
+from sinkexport.families.interface import attention_inputs
 from sinkexport.variants.affine import AffineFile
 
 
 class AffineReference:
-    """Of one model, whose inputs of attention it sees inside `watching`. file: None changes nothing."""
+    """Affine attention of one model, whose inputs it sees inside `watching`. file: None changes nothing."""
 
     def __init__(self, file: AffineFile | None) -> None:
         self._file = file
@@ -41,9 +41,9 @@ class AffineReference:
         seen: torch.Tensor,
         q_heads: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """out [B, T, Hq, D], a layer's attention over values [B, Hkv, n, D], of which queries see `seen`, bool [T, n].
+        """Scale and shift out [B, T, Hq, D], a layer's attention over values [B, Hkv, n, D].
 
-        q_heads: which heads of the layer these are; None: all.
+        seen: bool [T, n], which values each query sees. q_heads: which heads of the layer these are; None: all.
         """
         tensors = None if self._file is None else self._file.layers.get(int(module.layer_idx))
         if tensors is None:
@@ -54,8 +54,10 @@ class AffineReference:
         def linear(weight: Any, bias: Any, absent: float) -> torch.Tensor:
             """[B, T, Hq] or [Hq]."""
             constant = np.full(len(heads), absent) if bias is None else bias[heads]
-            product = 0.0 if weight is None else torch.nn.functional.linear(x, torch.from_numpy(weight[heads]).double())
-            return product + torch.from_numpy(constant).double()
+            projected = (
+                0.0 if weight is None else torch.nn.functional.linear(x, torch.from_numpy(weight[heads]).double())
+            )
+            return projected + torch.from_numpy(constant).double()
 
         a = torch.ones(len(heads), dtype=torch.float64)
         if tensors.has_scale:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sinkexport.model.interface import intercept_attention
+from sinkexport.families.interface import intercept_attention
 from sinkexport.reference.own_attention import plain_attention
 from sinkexport.reference.streaming import StreamingReference
 

@@ -1,34 +1,32 @@
 """An independent streaming reference for any causal LM of transformers: what `verify` measures a bundle against.
 
-It streams as mit-han-lab/streaming-llm does (arXiv:2309.17453): keys are kept without rotation, the oldest token
-that is no sink is thrown out before each step, and then all keys and the query are rotated by their place in the
-cache. Slow and obvious, in contrast to an exported graph, which rotates a key once and never touches it again.
+It streams as mit-han-lab/streaming-llm does (arXiv:2309.17453). Keys are kept without rotation, and the oldest token
+that is no sink is evicted before each step. Then all keys and the query are rotated by their place in the cache. Slow
+and obvious, in contrast to an exported graph, which rotates a key once and never touches it again.
 
-Rotation and attention are the model's own functions, called from the model's own source file. Nothing here knows
-how a family pairs or lays out its rotary dimensions, and of the code that exports rotation only where a model has its
-rotary embedding is shared. A layer in which the model itself sees fewer tokens than the cache holds keeps just those,
-and no sinks.
+Rotation and attention are the model's own functions, called from the model's own source file. Nothing here knows how a
+family pairs or lays out its rotary dimensions. With the code that exports, it shares only where a model has its rotary
+embedding. A layer in which the model itself sees fewer tokens than the cache holds keeps just those, and no sinks.
 
-What it assumes of a model it looks at for itself, and refuses a model that is otherwise: that queries and keys reach
-attention as the model's own function turns them, and that a few tokens, streamed, have the logits of the model's own
-pass over all of them at once. A norm after the rotation, or a state beside attention, would not.
+It checks what it assumes of a model. Queries and keys must reach attention as the model's own function turns them. A
+few tokens, streamed, must have the logits of the model's own pass over all of them at once. A norm after the rotation,
+or a state beside attention, breaks that and is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from sinkrt.contract import SinkTuning
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
-from sinkexport.model.interface import intercept_attention, random_embeddings
-from sinkexport.model.recurrent import linear_layers, recurrent_cache
-from sinkexport.model.rope import find_rotary, replaced_rotary
+from sinkexport.families.interface import intercept_attention, random_embeddings
+from sinkexport.families.linear_attention import linear_layers, recurrent_cache
+from sinkexport.families.rope import find_rotary, replaced_rotary
 from sinkexport.reference.affine import AffineReference
 from sinkexport.reference.own_attention import (
     NoRotation,
@@ -38,14 +36,14 @@ from sinkexport.reference.own_attention import (
     plain_attention,
     rotate_own,
 )
-from sinkexport.variants.affine import AffineFile
+from sinkexport.variants.variant import PLAIN, AttentionVariant
 
 Observer = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Told of each attention: (module, q [B, Hq, 1, D], k and v [B, Hkv, 1, D] of the new token, not rotated,
+"""Callback of each attention: (module, q [B, Hq, 1, D], k and v [B, Hkv, 1, D] of the new token, not rotated,
 output [B, 1, Hq, D])."""
 
 PROBE_POSITIONS = (1, 2, 5)
-"""Where the probe looks at rotated tokens. Any positions but 0 do: at 0 nothing turns."""
+"""Positions of the tokens that are probed. Any but 0 do: at 0 nothing turns."""
 
 NUM_TRIED = 6
 """Tokens that are streamed and passed at once, to see that both give the same."""
@@ -61,21 +59,17 @@ def streaming_reference(
     window_size: int,
     *,
     observer: Observer | None = None,
-    sink_tuning: SinkTuning | None = None,
-    head_windows: Sequence[Sequence[int]] | None = None,
-    affine: AffineFile | None = None,
+    variant: AttentionVariant = PLAIN,
 ) -> Iterator[StreamingReference]:
     """Make `model` stream with S = num_sink_tokens >= 0 and W = window_size >= 1 for the length of a context.
 
-    sink_tuning: how attention to sinks is changed; needs S >= 1.
-    head_windows: [L][Hkv], 1 .. W, windows of single key heads; None: all keep W tokens.
-    affine: scales and biases of the attention weights; None: they are those of the softmax.
+    variant: what is changed of the model's attention.
     The model is changed inside and left exactly as it was, also after an exception.
 
     Raises: UsageError if the model does not use transformers' attention interface, or its rotation or its layers
         are not what this reference can follow.
     """
-    reference = StreamingReference(model, num_sink_tokens, window_size, observer, sink_tuning, head_windows, affine)
+    reference = StreamingReference(model, num_sink_tokens, window_size, observer, variant)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -101,9 +95,7 @@ class StreamingReference:
         num_sink_tokens: int,
         window_size: int,
         observer: Observer | None = None,
-        sink_tuning: SinkTuning | None = None,
-        head_windows: Sequence[Sequence[int]] | None = None,
-        affine: AffineFile | None = None,
+        variant: AttentionVariant = PLAIN,
     ) -> None:
         if num_sink_tokens < 0 or window_size < 1:
             raise UsageError(
@@ -118,10 +110,9 @@ class StreamingReference:
         self._num_sink_tokens = num_sink_tokens
         self._window_size = window_size
         self._capacity = num_sink_tokens + window_size
-        self._head_windows = head_windows
+        self._variant = variant
         self._observer = observer
-        self._sink_tuning = sink_tuning
-        self.affine = AffineReference(affine)
+        self.affine = AffineReference(variant.affine)
         # A copy: some change their frequencies by the positions that they are asked for.
         found = find_rotary(model)
         self._rotary: Any = None if found is None else copy.deepcopy(found[1])
@@ -161,12 +152,13 @@ class StreamingReference:
         **arguments: Any,
     ) -> tuple[torch.Tensor, None]:
         """transformers' attention interface. q: [B, Hq, 1, D], k and v: [B, Hkv, 1, D] -> [B, 1, Hq, D]."""
-        if self._head_windows is None:
-            out = self._attended(module, q, k, v, self._window_size, arguments)
+        windows = self._variant.windows(int(module.layer_idx), k.shape[1], self._window_size)
+        if len(set(windows)) == 1:
+            out = self._attended(module, q, k, v, windows[0], arguments)
         else:
-            # All heads, once for each window; of each head that which its own window gives.
+            # All heads, once for each window; each head takes the result of its own.
             group = q.shape[1] // k.shape[1]
-            by_head = [window for window in self._head_windows[int(module.layer_idx)] for _ in range(group)]
+            by_head = [window for window in windows for _ in range(group)]
             outs = {window: self._attended(module, q, k, v, window, arguments) for window in set(by_head)}
             out = torch.stack([outs[window][:, :, head] for head, window in enumerate(by_head)], dim=2)
         if self._observer is not None:
@@ -191,7 +183,7 @@ class StreamingReference:
         # The family's own plain attention knows its groups, softcap and whatever else it passes along.
         mask = self._mask(module, keys)
         out, weights = plain_attention(module)(module, q, keys, values, mask, **arguments)[:2]
-        act = None if self._sink_tuning is None else self._sink_tuning.act
+        act = self._variant.act
         if act is not None and any(act.heads[int(module.layer_idx)]):
             received, queries = self._receive(module, window_size, weights)
             factors = calibration(act, int(module.layer_idx), weights, received, queries, self._num_sink_tokens)
@@ -202,8 +194,9 @@ class StreamingReference:
     def _receive(
         self, module: torch.nn.Module, window_size: int, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each cached token has received, float64 [B, Hq, 1, n], with weights [B, Hq, 1, n], and from how many
-        queries, [1, n].
+        """Add weights [B, Hq, 1, n] to what cached tokens have received.
+
+        Returns: their sums, float64 [B, Hq, 1, n], and from how many queries, [1, n].
         """
         key, num_sinks = (module, window_size), self._num_sink_tokens
         pair = self._received.get(key, (weights.double()[..., :0], torch.zeros(1, 0)))
@@ -214,10 +207,11 @@ class StreamingReference:
         return self._received[key]
 
     def _mask(self, module: Any, keys: torch.Tensor) -> torch.Tensor | None:
-        """What is added to the logits, [1, Hq, 1, n]: token 0 is the oldest in the cache. None: nothing."""
-        if self._sink_tuning is None:
+        """Summand of the logits, [1, Hq, 1, n]: token 0 is the oldest in the cache. None: nothing is added."""
+        tuning = self._variant.sink_tuning
+        if tuning is None:
             return None
-        factors = torch.tensor(self._sink_tuning.first_token_scale[int(module.layer_idx)], dtype=torch.float64)
+        factors = torch.tensor(tuning.first_token_scale[int(module.layer_idx)], dtype=torch.float64)
         mask = torch.zeros(1, factors.numel(), 1, keys.shape[2], dtype=torch.float64)
         mask[0, :, 0, 0] = factors.log()
         return mask.to(keys.dtype)
@@ -280,11 +274,11 @@ class StreamingReference:
             yield
 
     def _append(
-        self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, own_window: int | None, window_size: int
+        self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, sliding_window: int | None, window_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Throw out the oldest token that is no sink if the cache is full, then add the new one: [B, Hkv, n, D]."""
+        """Evict the oldest token that is no sink if the cache is full, then add the new one: [B, Hkv, n, D]."""
         key = module, window_size
-        num_sinks, window_size = self.geometry(own_window, window_size)
+        num_sinks, window_size = self._geometry(sliding_window, window_size)
         capacity = num_sinks + window_size
         if key in self._cached:
             keys, values = self._cached[key]
@@ -296,11 +290,10 @@ class StreamingReference:
         self._cached[key] = (k, v)
         return k, v
 
-    def geometry(self, own_window: int | None, window_size: int | None = None) -> tuple[int, int]:
-        """Sinks and window of a layer in which the model itself sees own_window tokens; None: all."""
-        window_size = self._window_size if window_size is None else window_size
-        if own_window is not None and own_window < self._num_sink_tokens + window_size:
-            return 0, own_window
+    def _geometry(self, sliding_window: int | None, window_size: int) -> tuple[int, int]:
+        """Sinks and window of a layer in which the model itself sees sliding_window tokens; None: all."""
+        if sliding_window is not None and sliding_window < self._num_sink_tokens + window_size:
+            return 0, sliding_window
         return self._num_sink_tokens, window_size
 
     def rotates(self, module: torch.nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""A request's body: strict JSON in, a checked request or one line that names the field out."""
+"""A request's body: strict JSON becomes a checked request, or one line that names the wrong field."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sinkexport.serve.middleware import values_of
 from sinkexport.serve.protocol import NESTED, NOT_IMPLEMENTED, Request
 
 MAX_DEPTH = 64
-"""Of lists and objects in each other."""
+"""Levels of lists and objects inside each other."""
 
 MAX_ERRORS = 20
-"""Looked at for the one to be told."""
+"""Errors that are searched for the one to report."""
 
 R = TypeVar("R", bound=Request)
 logger = logging.getLogger("sinkexport.serve")
@@ -40,7 +40,7 @@ def check_content_type(scope: Scope) -> None:
 
 
 def parse(raw: bytes, kind: type[R]) -> R:
-    """The request in a body.
+    """Parse the request in a body.
 
     Raises: ApiError 400.
     """
@@ -58,7 +58,7 @@ def parse(raw: bytes, kind: type[R]) -> R:
 
 
 def read_json(raw: bytes) -> Any:
-    """What JSON says, with no key twice, no NaN and whole characters only.
+    """Parse JSON strictly: no key twice, no NaN, whole characters only.
 
     Raises: ApiError 400.
     """
@@ -85,10 +85,10 @@ def read_json(raw: bytes) -> Any:
 
 
 def invalid(error: ValidationError, kind: type[BaseModel], body: dict[str, Any]) -> ApiError:
-    """The first thing that is wrong: its place in the body, what was received and what is expected, in plain words."""
+    """Describe the first thing that is wrong: its place in the body, what was received and what is expected."""
     errors = error.errors(include_url=False, include_context=True, include_input=False)[:MAX_ERRORS]
     top = errors[0]["loc"][:1]
-    # Of the parts of a union, the one that got furthest is meant.
+    # A union gives an error for each part: the one that got furthest is meant.
     first = max((e for e in errors if e["loc"][:1] == top), key=lambda e: len(_place(e["loc"], kind, body)[0]))
     path, expected, value, found = _place(first["loc"], kind, body)
     where = ".".join(path) or "body"
@@ -107,9 +107,10 @@ def invalid(error: ValidationError, kind: type[BaseModel], body: dict[str, Any])
 def _place(
     loc: tuple[int | str, ...], kind: type[BaseModel] | None, value: Any
 ) -> tuple[list[str], str | None, Any, bool]:
-    """Names of fields and numbers of items in `loc`, without the names that pydantic gives the parts of a union.
+    """Find the field that `loc` names, without the names that pydantic gives the parts of a union.
 
-    Returns: the path; what the innermost field's description expects; its value; whether it is there.
+    Returns: the path (names of fields, numbers of items); what the innermost field's description expects; its value;
+    whether it is there.
     """
     path: list[str] = []
     expected, found = None, True

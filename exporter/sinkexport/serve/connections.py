@@ -1,7 +1,7 @@
 """Connections: how many there may be, how long each may take, and which one goes when there are too many.
 
-Uvicorn bounds neither the number of connections nor the time that a client takes for a request or for reading its
-answer. So a client that opens sockets and says nothing would keep everybody else out, with or without a key.
+Uvicorn bounds neither the number of connections nor the time of a request or of reading an answer. So a client that
+opens sockets and says nothing would keep everybody else out, with or without a key.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ logger = logging.getLogger("sinkexport.serve")
 
 
 class Phase(enum.IntEnum):
-    """What a connection is at. Those with smaller numbers go first when there are too many; WORK never goes."""
+    """What a connection is at. Smaller numbers are closed first when there are too many; WORK is never closed."""
 
     HEADER = 0  # a request has not begun or its header is incomplete
     REST = 1  # answered before its body was read
@@ -51,7 +51,7 @@ class Phase(enum.IntEnum):
 class ConnectionTable:
     """The connections of one server; one event loop uses it, so it needs no lock.
 
-    files: file descriptors that may be opened, None for as many as one likes.
+    files: file descriptors that may be opened; None for no limit.
 
     Raises: UsageError if there are too few for one connection.
     """
@@ -83,7 +83,7 @@ class ConnectionTable:
         return iter(list(self._open))
 
     def enter(self, connection: Connection) -> bool:
-        """Count a new connection. False: there is no room to serve it, only to say so."""
+        """Count a new connection. Returns False if there is no room to serve it, only to say so."""
         self._open[connection] = None
         if len(self._open) <= self.max_connections:
             return True
@@ -112,7 +112,7 @@ class ConnectionTable:
 
 
 class Connection(H11Protocol):
-    """One connection, with a deadline for every phase but WORK and one for a client that does not read."""
+    """One connection, with a deadline for every phase except WORK, and one for a client that does not read."""
 
     def __init__(self, *arguments: Any, table: ConnectionTable, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -160,7 +160,7 @@ class Connection(H11Protocol):
     def pause_writing(self) -> None:
         """Give a client that does not read a last while."""
         super().pause_writing()
-        if self._stalled is None:  # the engine ends its answer after half of this, and counts it as stalled
+        if self._stalled is None:  # the decode loop ends its answer after half of this, and counts it as stalled
             self._stalled = self.loop.call_later(2 * self._table.limits.stall_s, self.transport.abort)
 
     def resume_writing(self) -> None:
@@ -193,7 +193,7 @@ class Connection(H11Protocol):
     # --- deadlines ---
 
     def _see(self) -> None:
-        """Set the deadline of the phase, if it has changed."""
+        """Set the phase's deadline, if the phase has changed."""
         if self._refused or self.transport.is_closing():
             return
         phase, limits = self._phase_now(), self._table.limits

@@ -1,8 +1,8 @@
 """Which conversation a request belongs to, and what its stream still has to take.
 
-Two ways to talk. Plain: every request brings all messages; if they begin with exactly the ids that an idle
-conversation's stream has taken, it goes on there and only the rest is fed. By name: the stream goes on for ever, and a
-request brings only what is new. All of this runs in the engine's thread, which owns the scheduler.
+There are two ways to talk. Plain: every request brings all messages. If they begin with exactly the ids that an idle
+conversation's stream has taken, the request goes on there and only the rest is fed. By name: the stream goes on
+forever, and a request brings only what is new. All of this runs in the decode loop's thread, which owns the scheduler.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from sinkexport.serve.settings import Limits
 
 
 class BegunError(Exception):
-    """A named conversation has begun, or been forgotten, since its prompt was rendered: it must be rendered anew."""
+    """A named conversation has begun, or was forgotten, since its prompt was rendered: render it anew."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A request as the engine takes it.
+    """A request as the decode loop takes it.
 
-    ids: int64 [N], of the whole prompt. name: of the conversation, None for a plain request. new: of a named one,
-    whether the prompt is one that begins it.
+    ids: int64 [N], of the whole prompt. name: of the conversation; None for a plain request.
+    new: whether the prompt begins a named conversation.
     """
 
     ids: npt.NDArray[np.int64]
@@ -51,7 +51,7 @@ class Placed:
 
 
 class Conversations:
-    """Finds conversations for requests. Holds no state of its own but a counter: the scheduler has all of it."""
+    """Finds conversations for requests. Holds a counter and no other state: the scheduler has that."""
 
     def __init__(self, scheduler: Scheduler, limits: Limits) -> None:
         self._scheduler = scheduler
@@ -99,7 +99,7 @@ class Conversations:
         self._scheduler.forget(named(name))
 
     def cancel(self, key: str) -> None:
-        """Stop what a conversation is at. A named one takes the rest of its prompt with the next request."""
+        """Stop a conversation's work. A named one takes the rest of its prompt with the next request."""
         if key in self._scheduler:
             self._scheduler.cancel(key, keep_prompt=is_named(key))
 

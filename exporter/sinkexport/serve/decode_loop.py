@@ -1,4 +1,4 @@
-"""The engine: one thread that owns the session and its scheduler. All others talk to it through a queue."""
+"""The decode loop: one thread that owns the session and its scheduler. All others talk to it through a queue."""
 
 from __future__ import annotations
 
@@ -18,47 +18,47 @@ from sinkrt.scheduler import Event, Scheduler
 from sinkexport.serve.conversations import Conversations, Placed, Work
 from sinkexport.serve.errors import ApiError
 from sinkexport.serve.metrics import Metrics, Totals
-from sinkexport.serve.response_queue import HIGH, LOW, Outlet, Piece
+from sinkexport.serve.response_queue import HIGH, LOW, Piece, ResponseQueue
 from sinkexport.serve.settings import Limits
 
 LOOK_S = 1.0
-"""How often an engine without other work looks for clients that take no text."""
+"""How often an idle loop looks for clients that take no text."""
 
 T = TypeVar("T")
 Command = Callable[[], None]
 logger = logging.getLogger("sinkexport.serve")
 
 
-class Engine:
-    """Runs the scheduler of `session`, which belongs to the engine from `start` on.
+class DecodeLoop:
+    """Runs the scheduler of `session`. Both belong to the loop's thread from `start` on.
 
-    If its thread dies, `failure` tells why, every request at work gets 503, and so does every later one.
+    If the thread dies, `failure` says why. Every request at work gets 503, and so does every later one.
     """
 
     def __init__(self, session: Session, limits: Limits, metrics: Metrics) -> None:
         self._session = session
         self._limits = limits
         self._metrics = metrics
-        self._scheduler = Scheduler(
+        self.scheduler = Scheduler(
             session, max_conversations=limits.max_conversations, max_parked_bytes=limits.max_parked_bytes
         )
-        self._conversations = Conversations(self._scheduler, limits)
+        self._conversations = Conversations(self.scheduler, limits)
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()  # None: stop
-        self._outlets: dict[str, Outlet] = {}  # of requests at work, by the scheduler's name
-        self._thread = threading.Thread(target=self._run, name="sinkexport-engine", daemon=True)
+        self.responses: dict[str, ResponseQueue] = {}  # of requests at work, by the scheduler's name
+        self._thread = threading.Thread(target=self._run, name="sinkexport-decode", daemon=True)
         self._failure: str | None = None
-        self._lock = threading.Lock()  # guards what follows, and nothing that takes time
+        self._lock = threading.Lock()  # guards `_closed`, and nothing that takes time
         self._closed = False
         self.totals = Totals()
         metrics.watch(lambda: self.totals)
 
     @property
     def failure(self) -> str | None:
-        """Why the engine is down, in one line; None while it works."""
+        """Why the loop is down, in one line; None while it works."""
         return self._failure
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self, timeout_s: float = 30.0) -> None:
@@ -68,38 +68,38 @@ class Engine:
             self._thread.join(timeout_s)
 
     def request_stop(self) -> None:
-        """As `stop`, without waiting for it."""
+        """Ask the thread to end, without waiting for it."""
         self._inbox.put(None)
 
     async def begun(self, name: str) -> bool:
-        """As `Conversations.begun`."""
+        """See `Conversations.begun`."""
         return await self._call(lambda: self._conversations.begun(name))
 
     async def delete(self, name: str) -> None:
-        """As `Conversations.delete`."""
+        """See `Conversations.delete`."""
         await self._call(lambda: self._conversations.delete(name))
 
-    async def submit(self, work: Work, outlet: Outlet) -> Placed:
-        """Queue a request, whose pieces come out of `outlet`. Whoever awaits this calls `release` in the end.
+    async def submit(self, work: Work, responses: ResponseQueue) -> Placed:
+        """Queue a request, whose pieces come out of `responses`. Whoever awaits this calls `release` in the end.
 
-        Raises: as `Conversations.submit`; ApiError 503 if the engine is down.
+        Raises: as `Conversations.submit`; ApiError 503 if the loop is down.
         """
 
         def begin() -> Placed:
             placed = self._conversations.submit(work)
-            self._outlets[placed.key] = outlet
+            self.responses[placed.key] = responses
             self.totals.reused_tokens += placed.reused
             return placed
 
         return await self._call(begin)
 
-    def release(self, outlet: Outlet) -> None:
-        """The request is over for its client: cancel it if it is at work. Callable whatever became of `submit`."""
-        self._post(lambda: self._release(outlet))
+    def release(self, responses: ResponseQueue) -> None:
+        """End a request for its client: cancel it if it is at work. Callable whatever became of `submit`."""
+        self._post(lambda: self._release(responses))
 
-    def resume(self, outlet: Outlet) -> None:
-        """The client has taken what was waiting for it."""
-        self._post(lambda: self._resume(outlet))
+    def resume(self, responses: ResponseQueue) -> None:
+        """Go on with a paused request: its client has taken what was waiting."""
+        self._post(lambda: self._resume(responses))
 
     # --- into the thread ---
 
@@ -111,7 +111,7 @@ class Engine:
             return True
 
     async def _call(self, function: Callable[[], T]) -> T:
-        """What `function` returns or raises in the engine's thread."""
+        """Run `function` in the loop's thread. Returns or raises what it does."""
         future: Future[T] = Future()
 
         def command() -> None:
@@ -119,7 +119,7 @@ class Engine:
                 return
             try:
                 result = function()
-            except Exception as error:  # the caller's to judge, not the engine's
+            except Exception as error:  # the caller's to judge, not the loop's
                 future.set_exception(error)
             else:
                 future.set_result(result)
@@ -134,30 +134,31 @@ class Engine:
         reason = "the server is stopping"
         try:
             while self._obey():
-                if self._scheduler.has_work:
-                    self._deliver(self._scheduler.step())
+                if self.scheduler.has_work:
+                    self._deliver(self.scheduler.step())
                 self._give_up_on_stalled()
                 self._update_totals()
         except BaseException as error:  # nobody else would hear of it
-            logger.exception("the engine has failed")
-            reason = self._failure = f"the engine has failed: {type(error).__name__}: {' '.join(str(error).split())}"
+            logger.exception("the decode loop has failed")
+            reason = f"the decode loop has failed: {type(error).__name__}: {' '.join(str(error).split())}"
+            self._failure = reason
             self.totals.failed = True
         with self._lock:
             self._closed = True
-        while not self._inbox.empty():  # commands that came too late: nobody must wait for them for ever
+        while not self._inbox.empty():  # commands that came too late: nobody must wait for them forever
             command = self._inbox.get()
             try:
                 if command is not None:
                     command()
             except Exception:  # after a failure the scheduler may be in any state
-                logger.exception("a command failed after the engine")
-        for key, outlet in list(self._outlets.items()):
-            self._send({outlet.loop: [(outlet, Piece(error=ApiError(503, reason)))]})
-            del self._outlets[key]
+                logger.exception("a command failed after the decode loop")
+        for key, responses in list(self.responses.items()):
+            self._send({responses.loop: [(responses, Piece(error=ApiError(503, reason)))]})
+            del self.responses[key]
 
     def _obey(self) -> bool:
-        """Carry out all commands; waits for one if there is nothing else to do. False: stop."""
-        idle = not self._scheduler.has_work
+        """Carry out all commands; wait for one if there is nothing else to do. Returns False to stop."""
+        idle = not self.scheduler.has_work
         while True:
             try:
                 command = self._inbox.get(block=idle, timeout=self._patience() if idle else None)
@@ -169,86 +170,86 @@ class Engine:
             idle = False
 
     def _patience(self) -> float | None:
-        return LOOK_S if any(outlet.paused for outlet in self._outlets.values()) else None
+        return LOOK_S if any(responses.paused for responses in self.responses.values()) else None
 
-    def _release(self, outlet: Outlet) -> None:
-        for key, other in self._outlets.items():
-            if other is outlet:
-                del self._outlets[key]
+    def _release(self, responses: ResponseQueue) -> None:
+        for key, other in self.responses.items():
+            if other is responses:
+                del self.responses[key]
                 self._conversations.cancel(key)
                 self._metrics.finished.labels("cancelled").inc()
                 return
 
-    def _resume(self, outlet: Outlet) -> None:
-        for key, other in self._outlets.items():
-            if other is outlet and outlet.paused and outlet.backlog <= LOW:
-                outlet.paused = False
-                self._scheduler.resume(key)
+    def _resume(self, responses: ResponseQueue) -> None:
+        for key, other in self.responses.items():
+            if other is responses and responses.paused and responses.backlog <= LOW:
+                responses.paused = False
+                self.scheduler.resume(key)
 
     def _deliver(self, events: list[Event]) -> None:
-        batches: dict[asyncio.AbstractEventLoop, list[tuple[Outlet, Piece]]] = defaultdict(list)
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[ResponseQueue, Piece]]] = defaultdict(list)
         for event in events:
-            outlet = self._outlets.get(event.conversation)
-            if outlet is None:
+            responses = self.responses.get(event.conversation)
+            if responses is None:
                 continue
-            self._measure(event, outlet)
+            self._measure(event, responses)
             if not event.text and event.finish_reason is None:
                 continue
             if event.error is not None:
                 logger.error("a request has failed: %s", event.error)
             error = None if event.error is None else ApiError(500, event.error, code="engine_error")
-            position = self._scheduler.position(event.conversation) if event.conversation in self._scheduler else 0
+            position = self.scheduler.position(event.conversation) if event.conversation in self.scheduler else 0
             piece = Piece(event.text, event.finish_reason, error, False, event.answer_tokens, position)
-            outlet.sent += 1
-            batches[outlet.loop].append((outlet, piece))
+            responses.sent += 1
+            batches[responses.loop].append((responses, piece))
             if event.finish_reason is not None:
-                del self._outlets[event.conversation]
-            elif outlet.backlog > HIGH and not outlet.paused:
-                self._pause(event.conversation, outlet)
+                del self.responses[event.conversation]
+            elif responses.backlog > HIGH and not responses.paused:
+                self._pause(event.conversation, responses)
         self._send(batches)
 
-    def _pause(self, key: str, outlet: Outlet) -> None:
-        outlet.paused, outlet.paused_since = True, time.monotonic()
-        self._scheduler.pause(key)
-        self._resume(outlet)  # if everything has been taken in this very moment
+    def _pause(self, key: str, responses: ResponseQueue) -> None:
+        responses.paused, responses.paused_since = True, time.monotonic()
+        self.scheduler.pause(key)
+        self._resume(responses)  # if everything has been taken in this very moment
 
     def _give_up_on_stalled(self) -> None:
         now = time.monotonic()
-        for key, outlet in list(self._outlets.items()):
-            if outlet.paused and now - outlet.paused_since > self._limits.stall_s:
+        for key, responses in list(self.responses.items()):
+            if responses.paused and now - responses.paused_since > self._limits.stall_s:
                 self._conversations.cancel(key)
                 self._metrics.finished.labels("stalled").inc()
-                del self._outlets[key]
+                del self.responses[key]
                 message = f"the client has taken no text for {self._limits.stall_s:.0f} s"
-                self._send({outlet.loop: [(outlet, Piece(error=ApiError(408, message)))]})
+                self._send({responses.loop: [(responses, Piece(error=ApiError(408, message)))]})
 
-    def _measure(self, event: Event, outlet: Outlet) -> None:
+    def _measure(self, event: Event, responses: ResponseQueue) -> None:
         now = time.perf_counter()
-        if not outlet.has_stream:
-            outlet.has_stream = True
-            self._metrics.queue_s.observe(now - outlet.arrived)
-        if event.answer_tokens and outlet.first_token is None:
-            outlet.first_token = now
-            self._metrics.first_token_s.observe(now - outlet.arrived)
+        if not responses.has_stream:
+            responses.has_stream = True
+            self._metrics.queue_s.observe(now - responses.arrived)
+        if event.answer_tokens and responses.first_token is None:
+            responses.first_token = now
+            self._metrics.first_token_s.observe(now - responses.arrived)
         if event.finish_reason is not None:
             self._metrics.finished.labels(event.finish_reason).inc()
-            if outlet.first_token is not None and event.answer_tokens > 1:
-                self._metrics.output_token_s.observe((now - outlet.first_token) / (event.answer_tokens - 1))
+            if responses.first_token is not None and event.answer_tokens > 1:
+                self._metrics.output_token_s.observe((now - responses.first_token) / (event.answer_tokens - 1))
 
     def _update_totals(self) -> None:
-        load = self._scheduler.load
+        load = self.scheduler.load
         totals = self.totals
         totals.running, totals.waiting, totals.parked = load.running, load.waiting, load.parked
         totals.conversations = load.conversations
-        totals.prompt_tokens, totals.answer_tokens = self._scheduler.prompt_tokens, self._scheduler.answer_tokens
+        totals.prompt_tokens, totals.answer_tokens = self.scheduler.prompt_tokens, self.scheduler.answer_tokens
 
     @staticmethod
-    def _send(batches: dict[asyncio.AbstractEventLoop, list[tuple[Outlet, Piece]]]) -> None:
-        """One wake-up a loop, however many pieces."""
+    def _send(batches: dict[asyncio.AbstractEventLoop, list[tuple[ResponseQueue, Piece]]]) -> None:
+        """Hand pieces to their event loops: one wake-up for each loop, however many pieces."""
 
-        def put(pieces: list[tuple[Outlet, Piece]]) -> None:
-            for outlet, piece in pieces:
-                outlet.queue.put_nowait(piece)
+        def put(pieces: list[tuple[ResponseQueue, Piece]]) -> None:
+            for responses, piece in pieces:
+                responses.queue.put_nowait(piece)
 
         for loop, pieces in batches.items():
             try:

@@ -18,12 +18,12 @@ _TYPES = {
 }
 _CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "too_many_requests", 503: "unavailable"}
 
-
 MAX_SHOWN = 60
+"""Characters of a received value that a message repeats."""
 
 
 def shown(value: object) -> str:
-    """What a client sent, as JSON in printable ASCII, cut short: it may be anything."""
+    """Show what a client sent as JSON in printable ASCII, cut short: it may be anything."""
     if isinstance(value, str):  # cut first: it may be as long as a request
         value = value[:MAX_SHOWN]
     elif isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**MAX_SHOWN:
@@ -36,10 +36,10 @@ def shown(value: object) -> str:
 
 
 class ApiError(Exception):
-    """A request that gets an error for an answer.
+    """An error that a request gets as its answer.
 
-    status: HTTP's. message: made one line of text that can be sent. param: the field that is wrong. code: for
-    programs; None for that of the status, if any. headers: HTTP's, besides those of the status.
+    status: HTTP's. message: becomes one line of text that can be sent. param: the field that is wrong.
+    code: for programs; None for the status's own code, if it has one. headers: HTTP's, besides those of the status.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """As JSON."""
+        """The JSON object."""
         default = "invalid_request_error" if self.status < 500 else "server_error"
         kind = _TYPES.get(self.status, default)
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}

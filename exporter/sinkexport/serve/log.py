@@ -1,4 +1,4 @@
-"""The server's log, bounded: whatever clients do, it takes few lines a minute."""
+"""A bound on the server's log: whatever clients do, it takes few lines a minute."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 LINES_A_MINUTE = 5
-"""Of one kind."""
+"""Lines of one kind that pass in a minute."""
 MAX_KINDS = 50
 PERIOD_S = 60.0
 LOGGERS = ("asyncio", "uvicorn.error", "uvicorn.access", "sinkexport.serve")
@@ -18,8 +18,8 @@ LOGGERS = ("asyncio", "uvicorn.error", "uvicorn.access", "sinkexport.serve")
 class FloodFilter(logging.Filter):
     """Lets `LINES_A_MINUTE` lines of a kind pass; the next one that passes says how many were left out.
 
-    A kind: logger, level and the message before its arguments are put in. Requests that were answered well, which
-    `--log-requests` logs, all pass. clock: seconds.
+    A kind is a logger, a level and a message before its arguments are put in. `--log-requests` logs requests that were
+    answered well: these all pass. clock: seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -48,7 +48,7 @@ class FloodFilter(logging.Filter):
 
 @contextlib.contextmanager
 def bounded_log() -> Iterator[None]:
-    """Put the filter before all that a server logs, and take it away in the end."""
+    """Filter all that a server logs; take the filter away in the end."""
     flood = FloodFilter()
     for name in LOGGERS:
         logging.getLogger(name).addFilter(flood)
@@ -60,6 +60,6 @@ def bounded_log() -> Iterator[None]:
 
 
 def _status(record: logging.LogRecord) -> int:
-    """What a line of uvicorn's access log says in its last argument."""
+    """HTTP status in a line of uvicorn's access log: its last argument."""
     last = record.args[-1] if isinstance(record.args, tuple) and record.args else 0
     return last if isinstance(last, int) else 0

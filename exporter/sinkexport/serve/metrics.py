@@ -1,4 +1,4 @@
-"""What Prometheus reads: requests, tokens, conversations, times and memory. Times in seconds, memory in bytes."""
+"""Metrics for Prometheus: requests, tokens, conversations, times and memory. Times in seconds, memory in bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sinkexport.bench.run_meter import resident_bytes
+from sinkexport.util.process_memory import resident_bytes
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _WAIT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -37,11 +37,11 @@ class Metrics:
         memory.set_function(resident_bytes)
 
     def watch(self, totals: Callable[[], Totals]) -> None:
-        """Read the engine's figures whenever somebody asks for the metrics."""
+        """Read the decode loop's figures whenever somebody asks for the metrics."""
         self._registry.register(_TotalsCollector(totals))
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """Write all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
@@ -49,11 +49,11 @@ class Metrics:
 
 
 class Totals:
-    """The engine's figures, written by its thread alone: plain numbers, so that readers need no lock.
+    """Figures of the decode loop, written by its thread alone: plain numbers, so that readers need no lock.
 
-    prompt_tokens, reused_tokens, answer_tokens: since the start; of prompts fed, of prompts that a stream had taken
-    already, of answers. running, waiting, parked, conversations: of `sinkrt.scheduler.Load`. failed: the engine
-    is down.
+    prompt_tokens, reused_tokens, answer_tokens: since the start, tokens of prompts fed, of prompts that a stream had
+    taken already, and of answers.
+    running, waiting, parked, conversations: see `sinkrt.scheduler.Load`. failed: the loop is down.
     """
 
     def __init__(self) -> None:
@@ -86,4 +86,4 @@ class _TotalsCollector(Collector):
         ):
             yield GaugeMetricFamily(f"sinkexport_{name}_conversations", about, value=getattr(totals, name))
         yield GaugeMetricFamily("sinkexport_conversations", "Conversations remembered", value=totals.conversations)
-        yield GaugeMetricFamily("sinkexport_engine_up", "1 while the engine works", value=0 if totals.failed else 1)
+        yield GaugeMetricFamily("sinkexport_engine_up", "1 while decoding works", value=0 if totals.failed else 1)

@@ -1,4 +1,4 @@
-"""What every request passes before it is read: counting, who may ask, and the bound on its size."""
+"""Checks that every request passes before it is read: counting, authorization, and bounds on its size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sinkexport.serve.errors import ApiError
 from sinkexport.serve.metrics import Metrics
 
 OPEN_PATHS = ("/health",)
-"""What supervisors ask without a key."""
+"""Paths that supervisors may ask without a key."""
 
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 16 * 1024
@@ -24,11 +24,8 @@ _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::([0-9]{1,5}))?
 _LOCAL_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\.)*localhost")
 
 
-class Guard:
-    """ASGI middleware around the whole application.
-
-    Raises nothing: what is refused gets its answer here, in OpenAI's form.
-    """
+class Middleware:
+    """ASGI middleware around the whole application. Raises nothing: a refused request gets its error response here."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, api_key: str | None, max_body_bytes: int) -> None:
         self._app = app
@@ -100,7 +97,7 @@ class Guard:
 
 
 def values_of(scope: Scope, name: bytes) -> list[bytes]:
-    """All values of a header, whose name is in lower case."""
+    """List all values of a header, whose name is in lower case."""
     return [value for key, value in scope["headers"] if key == name]
 
 
@@ -123,7 +120,7 @@ def check_size(scope: Scope) -> None:
 def is_local_name(host: str) -> bool:
     """Whether a Host header is exactly an address or a name of this machine, with or without a port.
 
-    A web page can let a name of its own point to this machine and then read all that a server without a key says; it
+    A web page can let a name of its own point to this machine and then read what a server without a key says. It
     cannot do so with an address.
     """
     parts = _HOST.fullmatch(host)

@@ -1,4 +1,4 @@
-"""From a request to the ids of its prompt, outside the event loop: long texts and chat templates take long."""
+"""Prompts to ids, outside the event loop: long texts and chat templates take long."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from sinkrt.special_text import texts_in
 from sinkrt.text import Tokenizer
+from sinkrt.text.special_text import texts_in
 
 from sinkexport.serve.errors import ApiError
 from sinkexport.serve.protocol import ChatRequest, CompletionRequest, Request
 
 CHAT_THREADS = 2
 LOOK_S = 0.5
-"""How often a request whose prompt takes long looks whether the server is to end."""
+"""How often a request whose prompt takes long checks whether the server is stopping."""
 logger = logging.getLogger("sinkexport.serve")
 
 
 class Prompts:
     """Encodes prompts.
 
-    template_args: variables of the chat template, which a request may change one by one. allow_special: whether names
-    of special tokens in texts become those tokens, for requests that do not say. require_pinned: raises UsageError for
-    a system message that the sinks do not keep; None: any is welcome. stopping: whether the server is to end, so that
-    nobody waits for a chat template that takes long.
+    template_args: variables of the chat template, which a request may change one by one.
+    allow_special: whether names of special tokens in texts become those tokens, for requests that do not say.
+    require_pinned: raises UsageError for a system message that the sinks do not keep; None: any is accepted.
+    stopping: whether the server is stopping, so that nobody waits for a chat template that takes long.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Prompts:
         self._threads = ThreadPoolExecutor(CHAT_THREADS, "sinkexport-chat")
 
     async def chat(self, body: ChatRequest, new: bool) -> list[int]:
-        """The prompt of a chat: all messages, or one more turn of a conversation that has begun.
+        """Encode the prompt of a chat: all messages, or one more turn of a conversation that has begun.
 
         Raises: UsageError, ApiError.
         """
@@ -66,19 +66,19 @@ class Prompts:
         return ids.result()
 
     async def completion(self, body: CompletionRequest, new: bool) -> list[int]:
-        """The prompt of a completion: ids as they are, or a text.
+        """Encode the prompt of a completion: a text, or ids as they are.
 
         Raises: UsageError.
         """
         return await asyncio.to_thread(self.completion_ids, body, new)
 
     def close(self) -> None:
-        """Give up what is not done: a template that takes long must not hold up the end of the server."""
+        """Drop what is not done: a template that takes long must not hold up the server's end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._tokenizer.close()
 
     def chat_ids(self, body: ChatRequest, new: bool) -> list[int]:
-        """As `chat`, in the caller's thread."""
+        """Do the work of `chat` in the caller's thread."""
         messages = [message.plain for message in body.messages]
         args = {**self._template_args, **(body.chat_template_kwargs or {})}
         if self._require_pinned is not None:
@@ -99,7 +99,7 @@ class Prompts:
         return self._tokenizer.next_turn_ids(messages[0]["content"], template_args=args, allow_special=allow)
 
     def completion_ids(self, body: CompletionRequest, new: bool) -> list[int]:
-        """As `completion`, in the caller's thread."""
+        """Do the work of `completion` in the caller's thread."""
         if isinstance(body.prompt, str):
             allow = self._allows(body, body.prompt)
             return self._tokenizer.prompt_ids(body.prompt, begun=not new, allow_special=allow)

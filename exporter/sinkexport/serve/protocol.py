@@ -1,8 +1,8 @@
-"""What requests look like: OpenAI's chat completions and completions, and the fields that only this server has.
+"""Requests: OpenAI's chat completions and completions, and the fields that only this server has.
 
-What a model cannot do here (tools, several choices, log probabilities) is refused where a request asks for it: an
-answer that silently lacks something is worse than none. What changes nothing of an answer is taken. A null means that
-the field is absent. Descriptions of fields say what is expected, for error messages.
+A request that asks for what this server cannot do (tools, several choices, log probabilities) is refused: an answer
+that silently lacks something is worse than none. A field that changes nothing of an answer is accepted. A null means
+that the field is absent. Descriptions of fields say what is expected, for error messages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NOT_IMPLEMENTED = {
     "reasoning_effort": "levels of reasoning",
     "web_search_options": "web searches",
 }
-"""Fields of OpenAI's that would change the answer, and what they ask for."""
+"""OpenAI's fields that would change the answer, and what they ask for."""
 
 _STOP = f"a text of 1 .. {MAX_STOP_CHARACTERS} characters, or a list of at most {MAX_STOPS} such texts"
 _PROMPT = "one text, or one list of token ids that are integers from 0 on"
@@ -50,7 +50,7 @@ class TextPart(_Strict):
 class Message(_Strict):
     """One message of a chat, also as OpenAI's clients give it back.
 
-    `name` and `annotations` are taken and not used, as no template has a place for them.
+    `name` and `annotations` are accepted and not used, as no template has a place for them.
     """
 
     role: Literal["system", "developer", "user", "assistant"] = Field(
@@ -78,28 +78,28 @@ class Message(_Strict):
 
     @property
     def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
+        """The message as chat templates take it."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class StreamOptions(_Strict):
-    """include_usage: send the numbers of tokens in a last chunk. include_obfuscation: taken and not used."""
+    """include_usage: send the numbers of tokens in a last chunk. include_obfuscation: accepted and not used."""
 
     include_usage: bool = Field(False, description="true or false")
     include_obfuscation: bool = Field(False, description="true or false")
 
 
 NESTED: dict[str, type[BaseModel]] = {"messages": Message, "content": TextPart, "stream_options": StreamOptions}
-"""What fields that are objects, or lists of objects, hold."""
+"""The type of the objects that a field holds, alone or in a list."""
 
 
 class Request(_Strict):
-    """What both kinds of requests share.
+    """Fields that both kinds of requests share.
 
-    top_k, repetition_penalty, ignore_eos, conversation and allow_special are not OpenAI's; allow_special: let names of
-    special tokens in texts become those tokens, None for the server's choice. `user`, `metadata` and the like change
-    nothing of an answer and are taken and not used.
+    top_k, repetition_penalty, ignore_eos, conversation and allow_special are not OpenAI's. allow_special: let names of
+    special tokens in texts become those tokens; None for the server's choice. Fields such as `user` and `metadata`
+    change nothing of an answer: they are accepted and not used.
     """
 
     model: str | None = Field(None, description="the name of this server's model")
@@ -158,12 +158,12 @@ class Request(_Strict):
 
     @property
     def max_answer_tokens(self) -> int | None:
-        """What the request says of the answer's length."""
+        """Longest answer that the request asks for, tokens; None: it does not say."""
         return self.max_tokens
 
     @property
     def sampling(self) -> SamplingParams:
-        """OpenAI's defaults where the request is silent: temperature 1."""
+        """Sampling parameters, with OpenAI's defaults where the request is silent: temperature 1."""
         return SamplingParams(
             1.0 if self.temperature is None else self.temperature,
             self.top_k,
@@ -173,7 +173,7 @@ class Request(_Strict):
         )
 
     def answer_params(self, max_tokens: int) -> AnswerParams:
-        """max_tokens: of the server, for requests that do not say."""
+        """When the answer ends. max_tokens: the server's limit, for requests that do not say."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return AnswerParams(self.max_answer_tokens or max_tokens, stop, self.ignore_eos)
 
@@ -202,7 +202,7 @@ UNUSED = frozenset(
         "modalities",
     }
 )
-"""What is taken with values that change nothing of an answer."""
+"""Fields that are accepted with values that change nothing of an answer."""
 
 
 class ChatRequest(Request):
@@ -237,7 +237,7 @@ class ChatRequest(Request):
 
     @property
     def max_answer_tokens(self) -> int | None:
-        """The newer name goes first."""
+        """Longest answer, tokens; the newer name goes first."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 

@@ -14,9 +14,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from sinkexport.serve.conversations import BegunError, Placed, Work
-from sinkexport.serve.decode_loop import Engine
+from sinkexport.serve.decode_loop import DecodeLoop
 from sinkexport.serve.errors import ApiError
-from sinkexport.serve.response_queue import LOW, Outlet, Piece
+from sinkexport.serve.response_queue import LOW, Piece, ResponseQueue
 from sinkexport.serve.responses import DONE, Form, Usage, event
 from sinkexport.serve.settings import Limits
 
@@ -24,38 +24,41 @@ MAX_RENDERINGS = 3
 """Tries to render a prompt while others delete its conversation."""
 
 Render = Callable[[bool], Awaitable[list[int]]]
-"""The prompt's ids, given whether it begins a conversation."""
+"""Takes whether the prompt begins a conversation; gives the prompt's ids."""
 
 
-class Slots:
-    """How many requests may be at work; one event loop uses it, so it needs no lock."""
+class RequestLimit:
+    """Bound on the requests at work. One event loop uses it, so it needs no lock."""
 
     def __init__(self, count: int) -> None:
         self._free = count
 
-    def take(self) -> None:
-        """Raises: ApiError 429 if none is free."""
+    def acquire(self) -> None:
+        """Count one more request.
+
+        Raises: ApiError 429 if as many as may be are at work.
+        """
         if not self._free:
             raise ApiError(429, "too many requests are waiting; try again soon")
         self._free -= 1
 
-    def give_back(self) -> None:
-        """Undo one `take`."""
+    def release(self) -> None:
+        """Undo one `acquire`."""
         self._free += 1
 
 
-class Exchange:
-    """One request at work: holds a slot from `__init__` to `close`, which must be called.
+class RequestHandler:
+    """One request at work. It counts towards the limit from `__init__` to `close`, which must be called.
 
     Raises: ApiError 429.
     """
 
-    def __init__(self, engine: Engine, limits: Limits, slots: Slots) -> None:
-        self._engine = engine
+    def __init__(self, decode_loop: DecodeLoop, limits: Limits, request_limit: RequestLimit) -> None:
+        self._decode_loop = decode_loop
         self._limits = limits
-        slots.take()
-        self._slots = slots
-        self._outlet = Outlet()
+        request_limit.acquire()
+        self._request_limit = request_limit
+        self._responses = ResponseQueue()
         self._open = True
         self._prompt_tokens = 0
         self._name: str | None = None
@@ -68,12 +71,12 @@ class Exchange:
         Raises: ApiError, UsageError.
         """
         for _ in range(MAX_RENDERINGS):
-            new = name is None or not await self._engine.begun(name)
+            new = name is None or not await self._decode_loop.begun(name)
             ids = await render(new)
             self._check(ids)
             work = Work(np.array(ids, dtype=np.int64), sampling, params, name, new)
             try:
-                self._placed = await self._engine.submit(work, self._outlet)
+                self._placed = await self._decode_loop.submit(work, self._responses)
             except BegunError:
                 continue
             self._prompt_tokens, self._name, self._new = len(ids), name, new
@@ -81,12 +84,12 @@ class Exchange:
         raise ApiError(409, f"conversation '{name}' is being changed by others", param="conversation")
 
     async def whole(self, http: HttpRequest, form: Form) -> Response:
-        """The response in one piece; nobody gets it if the client goes away, which cancels the request.
+        """Answer in one piece. A client that goes away cancels the request.
 
         Raises: ApiError.
         """
         gone = asyncio.ensure_future(_until_gone(http))
-        gone.add_done_callback(lambda _: self._outlet.queue.put_nowait(Piece(gone=True)))
+        gone.add_done_callback(lambda _: self._responses.queue.put_nowait(Piece(gone=True)))
         texts = []
         try:
             async for piece in self._pieces():
@@ -101,15 +104,15 @@ class Exchange:
         raise RuntimeError("an answer ended without an end")
 
     def stream(self, form: Form) -> Response:
-        """The response as server-sent events; closes this exchange in the end."""
+        """The response as server-sent events; closes this handler in the end."""
         return _EventStream(self._events(form), self.close)
 
     def close(self) -> None:
-        """Give the slot back; cancels the request if it is still at work. Closing twice is fine."""
+        """Stop counting towards the limit; cancel the request if it is still at work. Closing twice is fine."""
         if self._open:
             self._open = False
-            self._engine.release(self._outlet)
-            self._slots.give_back()
+            self._decode_loop.release(self._responses)
+            self._request_limit.release()
 
     async def _events(self, form: Form) -> AsyncIterator[bytes]:
         if opening := form.opening():
@@ -124,15 +127,15 @@ class Exchange:
             yield event(error.body) + DONE
 
     async def _pieces(self) -> AsyncIterator[Piece]:
-        """All pieces up to the last one.
+        """Yield all pieces up to the last one.
 
         Raises: ApiError if the answer fails.
         """
-        outlet = self._outlet
+        responses = self._responses
         while True:
-            piece = await outlet.take()
-            if outlet.paused and outlet.backlog <= LOW:
-                self._engine.resume(outlet)
+            piece = await responses.take()
+            if responses.paused and responses.backlog <= LOW:
+                self._decode_loop.resume(responses)
             if piece.error is not None:
                 raise piece.error
             yield piece
@@ -153,7 +156,7 @@ class Exchange:
         return Usage(self._prompt_tokens, piece.answer_tokens, self._placed.reused if self._placed else 0)
 
     def _facts(self, piece: Piece) -> dict[str, Any] | None:
-        """What a response tells of a named conversation."""
+        """What a response says about a named conversation."""
         return None if self._name is None else {"id": self._name, "position": piece.position, "new": self._new}
 
 

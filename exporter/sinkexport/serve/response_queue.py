@@ -1,4 +1,4 @@
-"""From the engine's thread to the event loop: what an answer says, with a bound on what nobody has taken yet."""
+"""The way from the decode loop's thread to the event loop: pieces of an answer, with a bound on what waits."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ HIGH, LOW = 64, 16
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of an answer. The last one has a finish_reason, or an error, or tells that the client is gone.
+    """A part of an answer. The last one has a finish_reason or an error, or says that the client is gone.
 
-    position: tokens that the stream has taken, at the end. prompt_tokens, answer_tokens: fed so far.
+    position: tokens that the stream has taken, at the end. answer_tokens: fed so far.
     """
 
     text: str = ""
@@ -27,11 +27,12 @@ class Piece:
     position: int = 0
 
 
-class Outlet:
-    """One request's way back. Made and read in the event loop; the engine's thread sends.
+class ResponseQueue:
+    """The pieces of one request's answer. Made and read in the event loop; the decode loop's thread sends.
 
-    The counters have one writer each: `sent` the engine, `taken` the loop. `paused` is set by the engine before it
-    looks at `taken` again, and read by the loop after it has changed `taken`: one of the two sees the other's.
+    Each counter has one writer: the decode loop writes `sent`, the event loop writes `taken`. The decode loop sets
+    `paused` before it looks at `taken` again. The event loop reads `paused` after it has changed `taken`. So one of
+    the two sees what the other wrote.
     """
 
     def __init__(self) -> None:
@@ -47,11 +48,11 @@ class Outlet:
 
     @property
     def backlog(self) -> int:
-        """Pieces sent and not taken."""
+        """Number of pieces sent and not taken."""
         return self.sent - self.taken
 
     async def take(self) -> Piece:
-        """The next piece."""
+        """Take the next piece; waits for it."""
         piece = await self.queue.get()
         self.taken += 1
         return piece

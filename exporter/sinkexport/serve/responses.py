@@ -1,4 +1,4 @@
-"""What responses look like: one JSON object, or server-sent events."""
+"""Responses: one JSON object, or server-sent events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Numbers of tokens. reused: those of the prompt that the stream had taken before."""
+    """Numbers of tokens. reused: tokens of the prompt that the stream had taken before."""
 
     prompt: int
     answer: int
@@ -21,7 +21,7 @@ class Usage:
 
     @property
     def body(self) -> dict[str, Any]:
-        """As JSON."""
+        """The JSON object."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.answer,
@@ -31,9 +31,9 @@ class Usage:
 
 
 class Form:
-    """The objects of one response.
+    """Builds the objects of one response.
 
-    chat: chat completions, else completions. include_usage: whether a stream tells its usage.
+    chat: chat completions, else completions. include_usage: whether a stream reports its usage.
     """
 
     def __init__(self, model: str, *, chat: bool, include_usage: bool) -> None:
@@ -83,11 +83,11 @@ class Form:
 
 
 _LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
-"""What many clients take for the end of a line (str.splitlines does), and JSON leaves as it is."""
+"""Characters that many clients take for the end of a line (str.splitlines does), and JSON leaves as they are."""
 
 
 def event(body: dict[str, Any]) -> bytes:
-    """A server-sent event, one line for every reader."""
+    """Encode a server-sent event, one line for every reader."""
     text = json.dumps(body, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
     return b"data: " + text.encode() + b"\n\n"
 

@@ -1,4 +1,4 @@
-"""Engine, application and web server put together."""
+"""Decode loop, application and web server put together."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from sinkrt import Session
 
 from sinkexport.serve.app import create_app
 from sinkexport.serve.connections import ACCEPT_BATCH, Connection, ConnectionTable, free_files
-from sinkexport.serve.decode_loop import Engine
+from sinkexport.serve.decode_loop import DecodeLoop
 from sinkexport.serve.log import bounded_log
 from sinkexport.serve.metrics import Metrics
 from sinkexport.serve.prompts import Prompts
 from sinkexport.serve.settings import BACKLOG, Limits
 
 FAREWELL_S = 1.0
-"""How long answers that are cut short get to tell so, and then how long their connections get to close."""
+"""How long answers that are cut short get to say so, and then how long their connections get to close."""
 
 
 class Server:
     """A server over `session`, which nobody else may use while it runs.
 
-    model_name: what clients call the model; None for the bundle's name of it. pin_system: refuse system messages that
-    the sinks do not keep for ever. template_args: variables of the chat template. allow_special: let names of special
-    tokens in texts become those tokens. Requests may say otherwise of both.
+    model_name: what clients call the model; None for the bundle's name of it.
+    pin_system: refuse system messages that the sinks do not keep forever.
+    template_args: variables of the chat template. allow_special: let names of special tokens in texts become those
+    tokens. A request may change both for itself.
 
     Raises: UsageError if the bundle has no tokenizer, or too few files may be open.
     """
@@ -51,7 +52,7 @@ class Server:
             session.tokenizer.render_chat([{"role": "user", "content": "?"}], template_args=template_args)
         self.model = model_name or session.manifest.model.name
         metrics = Metrics()
-        self.engine = Engine(session, limits, metrics)
+        self.decode_loop = DecodeLoop(session, limits, metrics)
         self._prompts = Prompts(
             session.tokenizer,
             dict(template_args or {}),
@@ -60,7 +61,7 @@ class Server:
             lambda: self._uvicorn.should_exit,
         )
         self.app = create_app(
-            self.engine, self._prompts, metrics, limits, model=self.model, batch=session.batch, api_key=api_key
+            self.decode_loop, self._prompts, metrics, limits, model=self.model, batch=session.batch, api_key=api_key
         )
         self.app.router.lifespan_context = self._lifespan
         self.connections = ConnectionTable(limits, free_files())
@@ -77,7 +78,7 @@ class Server:
                 access_log=log_requests,
                 timeout_graceful_shutdown=int(limits.grace_s + 3 * FAREWELL_S),
             ),
-            self.engine,
+            self.decode_loop,
             self.connections,
             limits.grace_s,
         )
@@ -93,28 +94,30 @@ class Server:
             with bounded_log():
                 self._uvicorn.run(sockets=[listener])
         finally:
-            self.engine.stop()  # a second Ctrl-C skips the orderly way
+            self.decode_loop.stop()  # a second Ctrl-C skips the orderly way
 
     def stop(self) -> None:
-        """End `run`, from any thread, once requests at work are done or their time of grace is over."""
+        """End `run`, from any thread, once requests at work are done or their grace period is over."""
         self._uvicorn.should_exit = True
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
-        self.engine.start()
+        self.decode_loop.start()
         try:
             yield
         finally:
             self._prompts.close()
-            self.engine.stop()
+            self.decode_loop.stop()
 
 
 class _Uvicorn(uvicorn.Server):
     """Uvicorn that accepts few connections at a time, and that no client keeps from ending."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, connections: ConnectionTable, grace_s: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, decode_loop: DecodeLoop, connections: ConnectionTable, grace_s: float
+    ) -> None:
         super().__init__(config)
-        self._engine, self._table, self._grace_s = engine, connections, grace_s
+        self._decode_loop, self._table, self._grace_s = decode_loop, connections, grace_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, with the kernel's queue as long as it was: asyncio sets it to the number accepted at a time."""
@@ -123,10 +126,10 @@ class _Uvicorn(uvicorn.Server):
             listener.listen(BACKLOG)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End: answers have their time of grace, then they are told, then all connections are closed."""
+        """End in three steps: a grace period for answers, an error event for those left, then all connections close."""
         loop = asyncio.get_running_loop()
         timers = [
-            loop.call_later(self._grace_s, self._engine.request_stop),
+            loop.call_later(self._grace_s, self._decode_loop.request_stop),
             loop.call_later(self._grace_s + FAREWELL_S, self._table.drop_all),
         ]
         try:

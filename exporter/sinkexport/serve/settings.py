@@ -1,4 +1,4 @@
-"""What a server allows, and who may call it."""
+"""Limits of a server, and who may call it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 
 from sinkrt.errors import UsageError, problem
 
-MIB = 2**20
+from sinkexport.util.process_memory import MIB
+
+KEY_VARIABLE = "SINKEXPORT_API_KEY"
+"""Environment variable with the key that clients must send."""
 BACKLOG = 512
 """Connections that the kernel keeps until they are accepted."""
 SECONDS = ("stall_s", "grace_s", "header_s", "body_s", "keep_alive_s")
@@ -17,15 +20,19 @@ SECONDS = ("stall_s", "grace_s", "header_s", "body_s", "keep_alive_s")
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Bounds of a server, each >= 1 unless told otherwise.
+    """Limits of a server, each >= 1 unless stated otherwise. The options of `sinkexport serve` read their defaults
+    here.
 
-    max_waiting: requests at work besides the B that streams can take at a time, >= 0. max_conversations: remembered,
-    those at work included. max_prompt_tokens: of one prompt, what the cache knows of it already included. max_tokens:
-    of one answer; also the default of requests that do not say. max_body_bytes: of one request. max_parked_bytes:
-    memory for conversations that are in no stream, >= 0. stall_s: seconds until a client that takes no text is given
-    up. grace_s: seconds that requests get to end when the server is stopped, >= 0. max_connections: open at a time.
-    header_s, body_s: seconds that a client gets for a request's header and for its body. keep_alive_s: seconds that a
-    connection may be without a request.
+    max_waiting: requests at work besides the B that streams can take at a time, >= 0.
+    max_conversations: remembered, those at work included.
+    max_prompt_tokens: of one prompt, with what the cache knows of it already.
+    max_tokens: of one answer; also the default of requests that do not say.
+    max_body_bytes: of one request. max_parked_bytes: memory for conversations that are in no stream, >= 0.
+    stall_s: seconds until a client that takes no text is given up.
+    grace_s: seconds that requests get to end when the server is stopped, >= 0.
+    max_connections: open at a time.
+    header_s, body_s: seconds that a client gets for a request's header and for its body.
+    keep_alive_s: seconds that a connection may be without a request.
 
     Raises: UsageError.
     """
@@ -63,9 +70,9 @@ class Limits:
 
 
 def read_api_key(file: Path | None, environment: str | None) -> str | None:
-    """The key that clients must send: the file's content without surrounding white space, else the variable's.
+    """Read the key that clients must send: from the file, without surrounding white space, else from the variable.
 
-    Raises: UsageError if the file is unreadable or a key is empty or no printable ASCII, which headers cannot carry.
+    Raises: UsageError if the file is unreadable, or the key is empty or not printable ASCII, which headers need.
     """
     if file is not None:
         try:
@@ -80,7 +87,7 @@ def read_api_key(file: Path | None, environment: str | None) -> str | None:
                 )
             ) from None
     elif environment is not None:
-        key, where = environment, "SINKEXPORT_API_KEY"
+        key, where = environment, KEY_VARIABLE
     else:
         return None
     key = key.strip()
@@ -107,15 +114,15 @@ def check_exposure(host: str, api_key: str | None) -> None:
                 "--host",
                 received=f"'{host}' without an API key",
                 expected="127.0.0.1, or a key that clients send",
-                fix="pass --api-key-file FILE, or set SINKEXPORT_API_KEY",
+                fix=f"pass --api-key-file FILE, or set {KEY_VARIABLE}",
             )
         )
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any free one.
+    """Open a listening socket; port 0 takes any free one.
 
-    Raises: UsageError if the port is taken or may not be had.
+    Raises: UsageError if the port is taken or not permitted.
     """
     family = socket.AF_INET6 if ":" in _addresses(host)[0] else socket.AF_INET
     try:

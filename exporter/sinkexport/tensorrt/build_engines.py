@@ -1,4 +1,4 @@
-"""Engines for all graphs of a bundle, and what its manifest says of them."""
+"""Build the engines of all graphs of a bundle, and record them in its manifest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sinkrt.contract import MANIFEST_NAME, SCHEMA_VERSION, EngineFacts, Manifest
 from sinkrt.contract.constants import ENGINE_FOLDER, PLUGIN_FILE
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.tensorrt.builder import BuildOptions, EngineReport
+from sinkexport.tensorrt.options import BuildOptions, EngineReport
 from sinkexport.tensorrt.process import build_engine_apart
 from sinkexport.util.files import write_whole
 from sinkexport.util.progress import Report, silent
@@ -19,10 +19,10 @@ from sinkexport.util.progress import Report, silent
 def build_bundle(
     bundle: Path, options: BuildOptions, report: Report = silent, *, debug: bool = False
 ) -> dict[str, tuple[EngineFacts, EngineReport]]:
-    """Build an engine for every graph, and write the manifest when all are there.
+    """Build an engine for each graph, and write the manifest when all are there.
 
-    Each engine has its own copy of the weights: TensorRT has no way to share them between engines. (One without weights
-    could be refitted from the bundle's file when it is loaded, but would hold a copy on the device all the same.)
+    Each engine has its own copy of the weights: TensorRT cannot share them between engines. An engine without weights
+    could be refitted from the bundle's file, but would hold a copy on the device all the same.
 
     Raises: UsageError, BackendError, BundleError; EngineBuildError if TensorRT crashed.
     """

@@ -1,94 +1,45 @@
 """Parse an ONNX graph with TensorRT or TensorRT-RTX and build its engine.
 
 TensorRT (10 and later, or 8.5 and 8.6) builds for the GPU of this machine. TensorRT-RTX compiles ahead of time for
-every GPU generation that it supports and finishes the kernels on the machine that runs them, so an engine can be built,
-and a graph be proven buildable, where there is no GPU. Running the engine is a matter for the runtimes.
+every GPU generation that it supports, and finishes the kernels on the machine that runs them. So it builds an engine,
+or proves that a graph can be built, where there is no GPU. The runtimes run engines.
 
-How a state is updated is decided here too: TensorRT turns ``TensorScatter(mode=linear, axis=2)`` into a
-KVCacheUpdate layer, which writes in place (input and output bound to one buffer) and which it accepts only
-from a graph input to a graph output. `EngineReport.in_place` lists those pairs. The plugin SinkAttention does the same
-with a preview feature, which is asked for here.
+The update of a state is decided here too. TensorRT turns ``TensorScatter(mode=linear, axis=2)`` into a KVCacheUpdate
+layer, which writes in place (input and output bound to one buffer). It accepts that only from a graph input to a graph
+output; `EngineReport.in_place` lists those pairs. The plugin SinkAttention needs a preview feature for the same.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import ctypes
 import importlib
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from sinkrt.backends.tensorrt_library import create, is_strongly_typed, load_plugin, make_logger, one_line
 from sinkrt.backends.tensorrt_library import flavour as flavour_of
 from sinkrt.errors import BackendError, UsageError, problem
-from sinkrt.files import replacing
 
-MODULE = "tensorrt_rtx_bindings"
-MODULES = ("tensorrt", MODULE)
-"""Python packages that build engines, the preferred one first."""
+from sinkexport.tensorrt.engine_file import replacing_engine, write_engine
+from sinkexport.tensorrt.options import BuildOptions, EngineReport
+
+LoadPlugin = Callable[[Any, Any, Path], str]
+"""TensorRT, its registry or None, the library -> the plugin's ABI."""
 
 MAX_REPORTED_ERRORS = 8  # one line has to stay readable; the rest is counted
 
 
-@dataclass(frozen=True)
-class BuildOptions:
-    """How to build.
-
-    plugin: the library of plugins/trt; None: the graph has standard operators only. workspace_bytes: most scratch
-    memory that a layer may ask for; None: TensorRT's default. timing_cache: a file that is read if it is there and
-    written afterwards. tactic_sources: bits by TensorRT's TacticSource, the libraries that kernels may come from; None:
-    TensorRT's default. modules: packages to try, in this order.
-    """
-
-    plugin: Path | None = None
-    workspace_bytes: int | None = None
-    timing_cache: Path | None = None
-    tactic_sources: int | None = None
-    modules: tuple[str, ...] = (MODULE,)
-
-
-@dataclass(frozen=True)
-class EngineReport:
-    """What TensorRT made of one ONNX graph.
-
-    tensorrt: its version. flavour: ``TensorRT | TensorRT-RTX``. plugin_abi: of the plugin that was loaded, if one was.
-    gpu, compute_capability: what it was built for, as ``9.0``; None: all that the flavour supports.
-    layer_types: layers by type, e.g. ``{"MATRIX_MULTIPLY": 241}``.
-    inputs, outputs: names, in the graph's order. in_place: (input, output) names of each state that a
-    KVCacheUpdate layer writes in place. warnings: what TensorRT had to say, without repeats.
-    parse_s, build_s: seconds. engine_bytes: size of the serialized engine, weights included.
-    """
-
-    tensorrt: str
-    flavour: str
-    plugin_abi: str | None
-    gpu: str | None
-    compute_capability: str | None
-    layer_types: Mapping[str, int]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    in_place: tuple[tuple[str, str], ...]
-    warnings: tuple[str, ...]
-    parse_s: float
-    build_s: float
-    engine_bytes: int
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the parsed network, before TensorRT fuses any."""
-        return sum(self.layer_types.values())
-
-
-def build_engine(graph: Path, engine: Path | None = None, options: BuildOptions | None = None) -> EngineReport:
+def build_engine(
+    graph: Path, engine: Path | None = None, options: BuildOptions | None = None, load: LoadPlugin = load_plugin
+) -> EngineReport:
     """Parse `graph` and build its engine; keep it at `engine`, or only report on it when that is None.
 
-    graph: an ONNX file; external weights are read from beside it. Shapes must be static.
-    Where the version can, the engine is streamed out piece by piece (its file appears only when complete), so that
-    memory holds the weights once while TensorRT compiles, and not the finished engine on top.
+    graph: an ONNX file; external weights are read from beside it. Shapes must be static. load: registers the plugin.
+    Where the version can, the engine is streamed out piece by piece; its file appears only when complete. So memory
+    holds the weights once while TensorRT compiles, and not the finished engine on top.
 
     Raises: BackendError if TensorRT is missing, refuses nodes (all of them are listed) or fails to build; UsageError if
     a file cannot be read or written, or the plugin is not one for this TensorRT.
@@ -101,8 +52,8 @@ def build_engine(graph: Path, engine: Path | None = None, options: BuildOptions 
     trt = _load_tensorrt(options.modules)
     # TensorRT calls the logger through a raw pointer: it has to outlive the builder, the network and the parser.
     logger = make_logger(trt)
-    with _replacing(engine) as file:
-        return _build(trt, logger, graph, file, options)
+    with replacing_engine(engine) as file:
+        return _build(trt, logger, graph, file, options, load)
 
 
 def _load_tensorrt(modules: tuple[str, ...]) -> Any:
@@ -122,13 +73,15 @@ def _load_tensorrt(modules: tuple[str, ...]) -> Any:
     )
 
 
-def _build(trt: Any, logger: Any, graph: Path, file: IO[bytes] | None, options: BuildOptions) -> EngineReport:
+def _build(
+    trt: Any, logger: Any, graph: Path, file: IO[bytes] | None, options: BuildOptions, load: LoadPlugin
+) -> EngineReport:
     builder = create(trt.Builder, logger)
     typed, flavour = is_strongly_typed(trt), flavour_of(trt)
     abi = None
     if options.plugin is not None:
         registry = builder.get_plugin_registry() if typed else None  # the builder of TensorRT 8.5 has no such method
-        abi = load_plugin(trt, registry, options.plugin)
+        abi = load(trt, registry, options.plugin)
     # Strongly typed: the graph's own dtypes are final, TensorRT may not lower a float32 sum to float16.
     flag = trt.NetworkDefinitionCreationFlag
     network = builder.create_network(1 << int(flag.STRONGLY_TYPED if typed else flag.EXPLICIT_BATCH))
@@ -140,7 +93,52 @@ def _build(trt: Any, logger: Any, graph: Path, file: IO[bytes] | None, options: 
         raise _parse_failure(trt, parser, logger, graph)
     parse_s = time.perf_counter() - start
 
-    config = builder.create_builder_config()
+    config = _configured(trt, builder, options)
+    if typed and abi is not None:
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    if not typed:
+        _hold_precision(trt, network, config, float32_values(graph))
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    start = time.perf_counter()
+    engine_bytes = write_engine(trt, builder, network, config, file)
+    build_s = time.perf_counter() - start
+    if not engine_bytes:
+        raise BackendError(
+            problem(
+                f"engine of '{graph.name}'",
+                received=_listing(logger.errors) or "a failure without a message",
+                expected=f"a graph that {flavour} {trt.__version__} can build",
+                fix="report it with the graph: exports should build",
+            )
+        )
+    if options.timing_cache is not None:
+        with replacing_engine(options.timing_cache) as cache:
+            if cache is not None:
+                cache.write(memoryview(config.get_timing_cache().serialize()))
+    gpu, capability = (None, None) if flavour == "TensorRT-RTX" else current_gpu()
+    return EngineReport(
+        tensorrt=str(trt.__version__),
+        flavour=flavour,
+        plugin_abi=abi,
+        gpu=gpu,
+        compute_capability=capability,
+        layer_types=dict(collections.Counter(layer.type.name for layer in layers).most_common()),
+        inputs=tuple(network.get_input(i).name for i in range(network.num_inputs)),
+        outputs=tuple(network.get_output(i).name for i in range(network.num_outputs)),
+        in_place=_in_place(trt, layers),
+        warnings=tuple(dict.fromkeys(logger.warnings)),
+        parse_s=parse_s,
+        build_s=build_s,
+        engine_bytes=engine_bytes,
+    )
+
+
+def _configured(trt: Any, builder: Any, options: BuildOptions) -> Any:
+    """Create the builder's configuration from `options`.
+
+    Raises: UsageError for options that this TensorRT does not take.
+    """
+    config, flavour = builder.create_builder_config(), flavour_of(trt)
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     if options.tactic_sources is not None and not config.set_tactic_sources(options.tactic_sources):
@@ -152,10 +150,6 @@ def _build(trt: Any, logger: Any, graph: Path, file: IO[bytes] | None, options: 
                 fix="give others, or leave it out",
             )
         )
-    if typed and abi is not None:
-        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
-    if not typed:
-        _hold_precision(trt, network, config, float32_values(graph))
     if options.timing_cache is not None:
         if flavour == "TensorRT-RTX":
             raise UsageError(
@@ -177,68 +171,21 @@ def _build(trt: Any, logger: Any, graph: Path, file: IO[bytes] | None, options: 
                     fix="choose a new file",
                 )
             )
-    layers = [network.get_layer(i) for i in range(network.num_layers)]
-    start = time.perf_counter()
-    engine_bytes = _serialized(trt, builder, network, config, file)
-    build_s = time.perf_counter() - start
-    if not engine_bytes:
-        raise BackendError(
-            problem(
-                f"engine of '{graph.name}'",
-                received=_listing(logger.errors) or "a failure without a message",
-                expected=f"a graph that {flavour} {trt.__version__} can build",
-                fix="report it with the graph: exports should build",
-            )
-        )
-    if options.timing_cache is not None:
-        with _replacing(options.timing_cache) as cache:
-            if cache is not None:
-                cache.write(memoryview(config.get_timing_cache().serialize()))
-    gpu, capability = (None, None) if flavour == "TensorRT-RTX" else current_gpu()
+    return config
+
+
+def _in_place(trt: Any, layers: Sequence[Any]) -> tuple[tuple[str, str], ...]:
+    """Names of the input and output of each KVCacheUpdate layer."""
     update = getattr(trt.LayerType, "KV_CACHE_UPDATE", None)
-    return EngineReport(
-        tensorrt=str(trt.__version__),
-        flavour=flavour,
-        plugin_abi=abi,
-        gpu=gpu,
-        compute_capability=capability,
-        layer_types=dict(collections.Counter(layer.type.name for layer in layers).most_common()),
-        inputs=tuple(network.get_input(i).name for i in range(network.num_inputs)),
-        outputs=tuple(network.get_output(i).name for i in range(network.num_outputs)),
-        in_place=tuple(
-            (layer.get_input(0).name, layer.get_output(0).name)  # input 0 is the cache, 1 the rows, 2 the indices
-            for layer in layers
-            if update is not None and layer.type == update
-        ),
-        warnings=tuple(dict.fromkeys(logger.warnings)),
-        parse_s=parse_s,
-        build_s=build_s,
-        engine_bytes=engine_bytes,
+    return tuple(
+        (layer.get_input(0).name, layer.get_output(0).name)  # input 0 is the cache, 1 the rows, 2 the indices
+        for layer in layers
+        if update is not None and layer.type == update
     )
 
 
-def _serialized(trt: Any, builder: Any, network: Any, config: Any, file: IO[bytes] | None) -> int:
-    """Build and write the engine. Returns its bytes; 0: it failed, and the log says why."""
-    if hasattr(builder, "build_serialized_network_to_stream"):
-        writer = _make_writer(trt, file)
-        built = builder.build_serialized_network_to_stream(network, config, writer)
-        if writer.error is not None:
-            raise _write_failure(writer.error)
-        return int(writer.num_bytes) if built else 0
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        return 0
-    rest = memoryview(plan)
-    try:
-        while file is not None and rest:
-            rest = rest[file.write(rest) :]
-    except OSError as error:
-        raise _write_failure(error) from None
-    return memoryview(plan).nbytes
-
-
 def float32_values(graph: Path) -> frozenset[str]:
-    """Names of the values that `graph` computes in float32."""
+    """List the names of the values that `graph` computes in float32."""
     import onnx
 
     model = onnx.load(str(graph), load_external_data=False).graph
@@ -251,10 +198,10 @@ def float32_values(graph: Path) -> frozenset[str]:
 
 
 def _hold_precision(trt: Any, network: Any, config: Any, float32: frozenset[str]) -> None:
-    """For TensorRT 8, whose networks are weakly typed: float16 is allowed, but not where the graph says float32.
+    """Allow float16 in TensorRT 8, whose networks are weakly typed, but not where the graph has float32.
 
-    Its norms do: squares of massive activations overflow float16. INT8 states only pass through the plugin, but
-    TensorRT wants some range for them.
+    Norms have float32: squares of massive activations overflow float16. INT8 states only pass through the plugin, but
+    TensorRT needs some range for them.
     """
     config.set_flag(trt.BuilderFlag.FP16)
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
@@ -272,7 +219,7 @@ def _hold_precision(trt: Any, network: Any, config: Any, float32: frozenset[str]
 
 
 def current_gpu() -> tuple[str | None, str | None]:
-    """Name and compute capability (``9.0``) of the first GPU; None, None: no driver tells of one."""
+    """Find the name and compute capability (``9.0``) of the first GPU; None, None: no driver reports one."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -290,7 +237,7 @@ def current_gpu() -> tuple[str | None, str | None]:
 
 
 def _parse_failure(trt: Any, parser: Any, logger: Any, graph: Path) -> BackendError:
-    """Every node that the parser refused, in one error: to meet them one at a time would take an export each."""
+    """Describe every node that the parser refused in one error: one at a time would take an export each."""
     found, fix = [], "report it with the graph: exports should build"
     for i in range(parser.num_errors):
         error = parser.get_error(i)
@@ -312,57 +259,6 @@ def _parse_failure(trt: Any, parser: Any, logger: Any, graph: Path) -> BackendEr
     )
 
 
-def _write_failure(error: OSError) -> UsageError:
-    return UsageError(
-        problem(
-            "engine file",
-            received=one_line(str(error)),
-            expected="a writable place with enough room",
-            fix="free some space or choose another path",
-        )
-    )
-
-
-@contextlib.contextmanager
-def _replacing(target: Path | None) -> Iterator[IO[bytes] | None]:
-    """A temporary file that becomes `target` when the block succeeds and vanishes otherwise (Ctrl-C included)."""
-    if target is None:
-        yield None
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: a full disk shows at write, not at close.
-            file = stack.enter_context(replacing(target, buffering=0))
-        except OSError as error:
-            raise _write_failure(error) from None
-        yield file
-
-
 def _listing(items: list[str]) -> str:
     shown = "; ".join(items[:MAX_REPORTED_ERRORS])
     return shown + (f"; and {len(items) - MAX_REPORTED_ERRORS} more" if len(items) > MAX_REPORTED_ERRORS else "")
-
-
-def _make_writer(trt: Any, file: IO[bytes] | None) -> Any:
-    # A class in a function: its base exists only once the package is imported.
-    class Writer(trt.IStreamWriter):
-        """Counts the engine's bytes and passes them on to `file`, if any."""
-
-        def __init__(self) -> None:
-            trt.IStreamWriter.__init__(self)
-            self.num_bytes = 0
-            self.error: OSError | None = None
-
-        def write(self, data: bytes) -> int:
-            rest = memoryview(data)
-            try:
-                while file is not None and rest:
-                    rest = rest[file.write(rest) :]  # an unbuffered file may take only a part
-            except OSError as error:  # must not pass through native code
-                self.error = error
-                return 0
-            self.num_bytes += len(data)
-            return len(data)
-
-    return Writer()

@@ -1,4 +1,4 @@
-"""Build an engine in a process of its own: TensorRT is native code that has crashed, and must not take us along.
+"""Build an engine in a process of its own: TensorRT is native code whose crash must not end this process.
 
 The child reads its task as JSON from stdin and answers with one JSON line; what native code prints goes to stderr.
 """
@@ -17,20 +17,21 @@ from typing import Any
 
 from sinkrt.errors import BackendError, SinkError, UsageError, problem
 
-from sinkexport.tensorrt.builder import MODULE, BuildOptions, EngineReport, build_engine
+from sinkexport.tensorrt.builder import build_engine
+from sinkexport.tensorrt.options import MODULE, BuildOptions, EngineReport
 
 MAX_SHOWN_LINES = 3
 RTX_LIBRARY = "libtensorrt_rtx.so"
 
 
 class EngineBuildError(Exception):
-    """TensorRT crashed, or refused a graph that was made for it: one line, for exit code 1."""
+    """TensorRT crashed, or refused a graph that was made for it. One line, for exit code 1."""
 
 
 def build_engine_apart(
     graph: Path, engine: Path, options: BuildOptions, *, debug: bool = False, command: tuple[str, ...] = ()
 ) -> EngineReport:
-    """`build_engine` in a child process.
+    """Run `build_engine` in a child process.
 
     debug: let the child's stderr, its traceback included, through. command: what to run instead of this module.
 
@@ -75,7 +76,7 @@ def _plain(value: Any) -> Any:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """TensorRT-RTX's parser opens its library under a name that the Python package does not have: it gets a link."""
+    """Link TensorRT-RTX's library to the name under which its parser opens it. Returns: the child's environment."""
     from importlib.util import find_spec
 
     found = find_spec("tensorrt_rtx_libs")

@@ -1,4 +1,4 @@
-"""What commands share on the terminal."""
+"""Output of commands on the terminal."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Iterable
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 from sinkrt.errors import printable
 
 PIPED_WIDTH = 120
-"""Columns of a table that goes to a file or a pipe, where there is no terminal to ask."""
+"""Width of a table that goes to a file or a pipe, columns."""
 
 
 class _PlainConsole(Console):
@@ -26,5 +28,23 @@ class _PlainConsole(Console):
 
 
 def table_console() -> Console:
-    """A console on stdout for tables: as wide as the terminal, plain and of a fixed width elsewhere."""
+    """Create a console on stdout for tables: as wide as the terminal, plain and of a fixed width elsewhere."""
     return _PlainConsole(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+
+
+def facts_table(rows: Iterable[tuple[str, str]]) -> Table:
+    """Make a table of names and values. They are no markup: names may hold what rich takes for it."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows:
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
+
+
+def listed(items: Iterable[object]) -> str:
+    """Join items with commas; "none" without any."""
+    return ", ".join(str(item) for item in items) or "none"
+
+
+def megabytes(size: int) -> str:
+    """Format bytes as MB (1e6 bytes)."""
+    return f"{size / 1e6:.1f}"

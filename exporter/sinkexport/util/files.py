@@ -1,4 +1,4 @@
-"""Text files that commands read, and result files: refused before long work starts, written whole or not at all."""
+"""Text files that commands read, and result files: checked before long work starts, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def read_text(path: Path, option: str, max_bytes: int | None = None) -> str:
-    """The UTF-8 text of a file that was named by `option`, or its beginning if that has more bytes than `max_bytes`.
+    """Read the UTF-8 text of a file that `option` named, or its first `max_bytes` bytes.
 
     Raises: UsageError.
     """
@@ -34,16 +34,16 @@ def read_text(path: Path, option: str, max_bytes: int | None = None) -> str:
 
 
 def first_problem(error: pydantic.ValidationError) -> str:
-    """The first thing that is wrong with a JSON file, behind the key where it is."""
+    """Describe the first thing that is wrong with a JSON file, behind its key."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"{where}: {first['msg']}" if where else str(first["msg"])
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Make sure, by trying, that `path` can be written later; what is there stays as it is.
+    """Check, by trying, that `path` can be written later; what is there stays as it is.
 
-    option: what the user gave it with, for the message.
+    option: that named it, for the message.
 
     Raises: UsageError.
     """

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def png(figure: Figure) -> bytes:
-    """The PNG image of a figure."""
+    """Draw a figure as a PNG image."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""How long work tells how far it is, and the bars that show it on a terminal."""
+"""Progress of long work, and the bars that show it on a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Report = Callable[[str, int, int], None]
-"""Told of the work: (stage, done, total)."""
+"""Called with the progress of the work: (stage, done, total)."""
 
 
 def silent(_stage: str, _done: int, _total: int) -> None:
@@ -19,7 +19,7 @@ def silent(_stage: str, _done: int, _total: int) -> None:
 
 @contextmanager
 def shown_progress(stages: Mapping[str, str]) -> Iterator[Report]:
-    """One bar a stage, in the order in which they begin; nothing where stderr is a file or a pipe.
+    """Show a bar for each stage, in the order in which they begin; nothing where stderr is a file or a pipe.
 
     stages: what to call each stage on the terminal.
     """
@@ -35,7 +35,7 @@ def shown_progress(stages: Mapping[str, str]) -> Iterator[Report]:
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                for earlier in bar.tasks:  # stages follow each other, and some do not tell their end
+                for earlier in bar.tasks:  # stages follow each other, and some do not report their end
                     bar.update(earlier.id, completed=earlier.total)
                 tasks[stage] = bar.add_task(stages[stage], total=total)
             bar.update(tasks[stage], completed=done, total=total)

@@ -1,1 +1,1 @@
-"""What changes attention without training: per-head windows, factors on the first token, affine weights."""
+"""Changes of attention that need no training: per-head windows, factors on the first token, affine weights."""

@@ -60,16 +60,16 @@ class LayerAffine:
 
     @property
     def has_scale(self) -> bool:
-        """Whether a(x) is not 1 for want of tensors."""
+        """Whether there are tensors of a(x); without any it is 1."""
         return self.scale_weight is not None or self.scale_bias is not None
 
     @property
     def absent_scale_bias(self) -> float:
-        """What stands for scale.bias where there is none: no change, or what a layer without bias was trained with."""
+        """Value of scale.bias where there is none: no change, or what a layer without bias was trained with."""
         return 1.0 if self.activation == "linear" else 0.0
 
     def changed_heads(self, num_q_heads: int) -> tuple[int, ...]:
-        """Query heads for which not a = 1 and b = 0 whatever x is."""
+        """Query heads that are changed: not a = 1 and b = 0 for every x."""
 
         def differ(values: Array | None, unchanged: float, absent: float) -> npt.NDArray[np.bool_]:
             """[Hq]."""
@@ -94,7 +94,7 @@ class AffineFile:
 
     @property
     def sha256(self) -> str:
-        """Of the file (hex)."""
+        """Hash of the file (hex)."""
         return hashlib.sha256(self.raw).hexdigest()
 
     def facts(self, num_layers: int, num_q_heads: int) -> AffineAttention:
@@ -103,7 +103,9 @@ class AffineFile:
         layers = [self.layers.get(i, none) for i in range(num_layers)]
         weights = [w for layer in layers for w in (layer.scale_weight, layer.bias_weight) if w is not None]
         heads = tuple(layer.changed_heads(num_q_heads) for layer in layers)
-        return AffineAttention(self.sha256, FILE_NAME, any(w.any() for w in weights), heads)
+        return AffineAttention(
+            sha256=self.sha256, file=FILE_NAME, has_inputs=any(w.any() for w in weights), heads=heads
+        )
 
     def check_model(self, num_layers: int, num_q_heads: int, hidden_size: int, without: Collection[int] = ()) -> None:
         """without: layers that have no softmax attention.
@@ -183,7 +185,7 @@ class AffineFile:
 
 
 def affine_of(bundle: Path, manifest: Manifest) -> AffineFile | None:
-    """That of a bundle; None: its attention weights are those of the softmax.
+    """Affine file of a bundle; None: its attention weights are those of the softmax.
 
     Raises: UsageError if the file cannot be read; BundleError if it is not the one that was exported.
     """

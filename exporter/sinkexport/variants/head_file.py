@@ -1,4 +1,4 @@
-"""What files with a number for each head of each layer share: JSON for people to review, given to the export."""
+"""Files with a number for each head of each layer: JSON for people to review, given to the export."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Spec(pydantic.BaseModel):
 
 
 class ModelOfFile(Spec):
-    """Of what model a file is. name is for people; the rest is checked."""
+    """Model that a file is for. name is for people; the rest is checked."""
 
     name: str
     architecture: str
@@ -32,7 +32,7 @@ class ModelOfFile(Spec):
     @property
     @abc.abstractmethod
     def num_heads(self) -> int:
-        """Of the kind that the file has a number for."""
+        """Heads of the kind that the file has a number for."""
 
 
 class HeadFile(Spec):
@@ -67,7 +67,7 @@ class HeadFile(Spec):
 
     @property
     def sha256(self) -> str:
-        """Of the content, however it is laid out (hex)."""
+        """Hash of the content, however it is laid out (hex)."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:

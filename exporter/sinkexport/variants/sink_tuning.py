@@ -1,8 +1,8 @@
 """The file that says how attention to sinks is changed, for people to review and for `export --sink-tuning`.
 
 JSON with one line for each layer. A factor of a head multiplies the attention weight of token 0 before the weights are
-normalised again (ZeroTuning, arXiv:2505.11739), which is the same as adding its logarithm to that token's logit. 1
-changes nothing. `sinkexport tune` finds factors; a file written by hand is as good.
+normalised again (ZeroTuning, arXiv:2505.11739). Its logarithm, added to that token's logit, does the same. 1 changes
+nothing. `sinkexport tune` finds factors; a file written by hand is as good.
 
 `act`, if it is there, scales later sinks down in some heads (ACT, arXiv:2406.15765); `sinkexport analyze` proposes
 which ones.
@@ -11,7 +11,7 @@ which ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import Annotated, Literal, Self
 
 import pydantic
 from sinkrt.contract import ActTuning, SinkTuning
@@ -19,20 +19,13 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.variants.head_file import HeadFile, ModelOfFile, Spec
 
-if TYPE_CHECKING:
-    from sinkexport.analysis.sinks import SinkReport
-
 FORMAT: Literal["sinkexport sink tuning"] = "sinkexport sink tuning"
 FILE_SCHEMA_VERSION: Literal[1] = 1
 Factor = Annotated[float, pydantic.Field(gt=0.0, le=1000.0, allow_inf_nan=False)]
 
 
-USUAL = 0.5
-"""Share of the windows that `analyze` measured in which a head must have a later sink to be calibrated."""
-
-
 class TunedModel(ModelOfFile):
-    """Of what model the factors are."""
+    """Model of a file of factors."""
 
     num_q_heads: int = pydantic.Field(ge=1)
 
@@ -42,7 +35,7 @@ class TunedModel(ModelOfFile):
 
 
 class ActPart(Spec):
-    """What `sinkrt.contract.ActTuning` says. alpha and beta are the paper's; heads: [L][Hq]."""
+    """Calibration of later sinks, see `sinkrt.contract.ActTuning`. alpha and beta are the paper's; heads: [L][Hq]."""
 
     alpha: float = pydantic.Field(default=5.0, ge=1.0, allow_inf_nan=False)
     beta: float = pydantic.Field(default=0.4, ge=0.0, lt=1.0)
@@ -52,7 +45,7 @@ class ActPart(Spec):
     @property
     def facts(self) -> ActTuning:
         """The manifest's entry."""
-        return ActTuning(self.alpha, self.beta, self.min_queries, self.heads)
+        return ActTuning(alpha=self.alpha, beta=self.beta, min_queries=self.min_queries, heads=self.heads)
 
 
 class SinkTuningFile(HeadFile):
@@ -82,7 +75,8 @@ class SinkTuningFile(HeadFile):
     @property
     def facts(self) -> SinkTuning:
         """The manifest's entry."""
-        return SinkTuning(self.sha256, self.first_token_scale, None if self.act is None else self.act.facts)
+        act = None if self.act is None else self.act.facts
+        return SinkTuning(sha256=self.sha256, first_token_scale=self.first_token_scale, act=act)
 
     def check_sinks(self, num_sinks: Sequence[int]) -> None:
         """num_sinks: of each layer. Raises: UsageError if a layer that keeps none has a factor or a calibrated head."""
@@ -105,16 +99,3 @@ class SinkTuningFile(HeadFile):
                         fix="change the file, or lower --window",
                     )
                 )
-
-
-def propose(report: SinkReport, architecture: str) -> SinkTuningFile:
-    """Calibrate the heads that have later sinks in `USUAL` of the windows or more, and leave the first token alone."""
-    heads = tuple(tuple(share >= USUAL for share in layer) for layer in report.later_sinks)
-    num_heads = len(heads[0])
-    return SinkTuningFile(
-        model=TunedModel(name=report.model, architecture=architecture, num_layers=len(heads), num_q_heads=num_heads),
-        found=f"analyze, {report.num_windows} windows of {report.window_tokens} tokens: later sinks in "
-        f"{sum(map(sum, heads))} of {len(heads) * num_heads} heads",
-        act=ActPart(heads=heads),
-        first_token_scale=((1.0,) * num_heads,) * len(heads),
-    )

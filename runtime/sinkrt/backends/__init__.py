@@ -1,24 +1,53 @@
-"""Backends: what executes a bundle's graphs."""
+"""Backends: what executes a bundle's graphs. A new one is a class that implements `Backend`, and a line in LOADERS."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from sinkrt.backends.base import Backend, check_graphs
 from sinkrt.contract import Manifest
 from sinkrt.errors import BackendError, UsageError, problem
 
-BACKENDS = ("ort", "ort-cuda", "tensorrt")
+Loader = Callable[[Path, Manifest, int | None, bool | None], Backend]
+"""Loads graphs and allocates buffers: of a bundle folder, its manifest, threads and repack_prefill (`Session.load`)."""
+
+
+def _load_ort(bundle: Path, manifest: Manifest, threads: int | None, repack_prefill: bool | None) -> Backend:
+    _check_standard("ort", manifest)
+    from sinkrt.backends.ort import OrtBackend
+
+    return OrtBackend(bundle, manifest, threads, repack_prefill)
+
+
+def _load_ort_cuda(bundle: Path, manifest: Manifest, threads: int | None, _repack_prefill: bool | None) -> Backend:
+    _check_standard("ort-cuda", manifest)
+    from sinkrt.backends.ort_cuda import load_on_gpu
+
+    return load_on_gpu(bundle, manifest, threads)
+
+
+def _load_tensorrt(bundle: Path, manifest: Manifest, _threads: int | None, _repack_prefill: bool | None) -> Backend:
+    from sinkrt.backends.tensorrt import TensorrtBackend
+
+    return TensorrtBackend(bundle, manifest)
+
+
+LOADERS: dict[str, Loader] = {"ort": _load_ort, "ort-cuda": _load_ort_cuda, "tensorrt": _load_tensorrt}
+"""Backends by name. Each imports its library only when it is called."""
+
+BACKENDS = tuple(LOADERS)
+"""Names that ``--backend`` takes."""
 
 
 def check_backend(name: str) -> None:
-    """Tell early, before gigabytes are read, that there is no such backend.
+    """Refuse an unknown backend early, before gigabytes are read.
 
     Raises: UsageError.
     """
-    if name not in BACKENDS:
+    if name not in LOADERS:
         raise UsageError(
-            problem("backend", received=f"'{name}'", expected=" | ".join(BACKENDS), fix="choose one of them")
+            problem("backend", received=f"'{name}'", expected=" | ".join(LOADERS), fix="choose one of them")
         )
 
 
@@ -32,10 +61,14 @@ def load_backend(
     """
     check_backend(name)
     check_graphs(manifest)
-    if name == "tensorrt":
-        from sinkrt.backends.tensorrt import TensorrtBackend
+    return LOADERS[name](bundle, manifest, threads, repack_prefill)
 
-        return TensorrtBackend(bundle, manifest)
+
+def _check_standard(name: str, manifest: Manifest) -> None:
+    """Make sure that the graphs have standard operators only: ONNX Runtime has no plugin.
+
+    Raises: BackendError.
+    """
     if manifest.plugin_abi is not None:
         raise BackendError(
             problem(
@@ -45,8 +78,3 @@ def load_backend(
                 fix="pass --backend tensorrt, or export with --target onnx",
             )
         )
-    from sinkrt.backends.ort import OrtBackend, load_on_gpu
-
-    if name == "ort-cuda":
-        return load_on_gpu(bundle, manifest, threads)
-    return OrtBackend(bundle, manifest, threads, repack_prefill)

@@ -1,14 +1,15 @@
-"""What a session needs of a backend, and what every backend asks of a decode graph."""
+"""Interface between a session and its backend, and what every backend asks of the graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sinkrt.contract import Manifest, TensorSpec
 from sinkrt.errors import BundleError, problem
+
+if TYPE_CHECKING:  # names of backends are for help texts too, which need no NumPy
+    import numpy as np
 
 
 class StateArray(Protocol):
@@ -40,6 +41,8 @@ class Backend(Protocol):
     logits: float32 [B, vocab], overwritten by `run`, and a row of it by `run_chunk`.
     states: the state tensors by input name; `run` changes them in place.
     not_recorded: why runs are not replayed as CUDA graphs; None: they are, or there is no GPU.
+
+    Twin of runtime/cpp/include/sinkrt/backend.h.
     """
 
     @property
@@ -60,7 +63,7 @@ class Backend(Protocol):
     def run(self) -> None:
         """Decode one token a stream; in graphs with linear attention, none where the id is ``NO_TOKEN``.
 
-        Raises: BackendError. Without linear attention the same position can be run again then: it overwrites what the
+        Raises: BackendError. Without linear attention the same position can be run again: that overwrites what the
         failed run wrote.
         """
         ...
@@ -68,17 +71,17 @@ class Backend(Protocol):
     def run_chunk(self, stream: int, ids: np.ndarray, position: int) -> None:
         """Feed ids, int64 [n], 1 <= n <= chunk_size, to one stream, the first of them at `position`; writes its logits.
 
-        Raises: BackendError. The stream is lost then: what a chunk overwrites it would read again.
+        Raises: BackendError. The stream is lost then: a chunk overwrites what it would have to read again.
         """
         ...
 
 
 def check_graphs(manifest: Manifest) -> None:
-    """The graphs must be those that `Backend` speaks of: these inputs and outputs and no others.
+    """Make sure that the graphs have the inputs and outputs that `Backend` needs, and no others.
 
-    decode: one token of each of the B streams. prefill: 1 .. T tokens of one stream, so that a stream that is long to
-    prefill costs the others nothing; it is there if T > 1. With the TensorRT plugin numbers are int32, and a position t
-    is t >> 16 and t & 0xffff.
+    decode: one token of each of the B streams. prefill: 1 .. T tokens of one stream, so that a long prompt costs the
+    other streams nothing; it exists if T > 1. With the TensorRT plugin numbers are int32, and a position t is t >> 16
+    and t & 0xffff.
 
     Raises: BundleError.
     """

@@ -20,7 +20,7 @@ from sinkrt.errors import BackendError, problem
 
 MAJORS = (13, 12, 11)
 ALIGNMENT_BYTES = 256
-"""What TensorRT wants of addresses that it is given; cudaMalloc gives it."""
+"""Alignment that TensorRT wants of addresses; cudaMalloc gives it."""
 
 _MEMORY_ALLOCATION, _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 2, 1, 2, 3
 _COMPUTE_CAPABILITY = (75, 76)  # cudaDevAttrComputeCapabilityMajor, Minor
@@ -56,7 +56,7 @@ class Cuda:
 
     @property
     def compute_capability(self) -> str:
-        """As ``9.0``."""
+        """The GPU's compute capability, as ``9.0``."""
         numbers = []
         for attribute in _COMPUTE_CAPABILITY:
             number = ctypes.c_int()
@@ -65,7 +65,7 @@ class Cuda:
         return ".".join(numbers)
 
     def zeros(self, spec: TensorSpec) -> DeviceArray:
-        """A tensor in device memory, freed with the last that refers to it.
+        """Allocate a tensor of zeros in device memory, freed with its last reference.
 
         Raises: BackendError if there is too little memory.
         """
@@ -77,7 +77,7 @@ class Cuda:
         return array
 
     def pinned(self, spec: TensorSpec) -> np.ndarray:
-        """A NumPy array of zeros in host memory that the GPU copies from and to without a detour."""
+        """Allocate a NumPy array of zeros in pinned host memory, which the GPU copies from and to directly."""
         address = ctypes.c_void_p()
         self._call("cudaHostAlloc", ctypes.byref(address), ctypes.c_size_t(max(spec.nbytes, 1)), 0, what=spec.name)
         memory = (ctypes.c_uint8 * spec.nbytes).from_address(address.value or 0)
@@ -87,15 +87,15 @@ class Cuda:
         return array
 
     def to_device(self, target: int, source: np.ndarray) -> None:
-        """source: C-contiguous."""
+        """Copy to device memory. source: C-contiguous."""
         self._copy(target, source.ctypes.data, source.nbytes, _HOST_TO_DEVICE)
 
     def to_host(self, target: np.ndarray, source: int) -> None:
-        """target: C-contiguous."""
+        """Copy from device memory. target: C-contiguous."""
         self._copy(target.ctypes.data, source, target.nbytes, _DEVICE_TO_HOST)
 
     def on_device(self, target: int, source: int, num_bytes: int) -> None:
-        """From device memory to device memory, on the stream."""
+        """Copy from device memory to device memory, on the stream."""
         self._call(
             "cudaMemcpyAsync",
             ctypes.c_void_p(target),
@@ -113,8 +113,11 @@ class Cuda:
         self._call("cudaStreamSynchronize", ctypes.c_void_p(self.stream))
 
     def record(self, work: Callable[[], None]) -> Callable[[], None] | None:
-        """What `work` puts on the stream as one CUDA graph, to be called any number of times; None: it has parts that
-        cannot be recorded. `work` is not run, but kept with all that it refers to: the graph uses its buffers.
+        """Record what `work` puts on the stream as one CUDA graph, to be called any number of times.
+
+        `work` is not run, but kept with all that it refers to: the graph uses its buffers.
+
+        Returns: None if a part of it cannot be recorded.
 
         Raises: BackendError if what was on the stream before has failed.
         """
@@ -196,11 +199,11 @@ class DeviceArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all."""
+        """Bytes of the tensor."""
         return int(np.prod(self.shape)) * self.itemsize
 
     def row(self, index: int) -> DeviceArray:
-        """[1, ...]: the same memory."""
+        """Row of that index, [1, ...]: the same memory."""
         view = DeviceArray(self._cuda, self._address_of(index), (1, *self.shape[1:]), self.dtype)
         view._owner = self
         return view
@@ -225,7 +228,7 @@ class DeviceArray:
             self._cuda.to_device(self._address_of(index), row)
 
     def _pieces(self, chosen: Any, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, host memory) of each copy: one for all rows that follow each other, as a rule all."""
+        """Pairs of first row and host memory, one a copy: rows that follow each other are copied at once."""
         if np.array_equal(chosen, np.arange(self.shape[0])):
             yield 0, rows
             return
@@ -247,7 +250,7 @@ class _Replay:
 
 
 class Staged:
-    """A tensor in device memory with its place on the host.
+    """A tensor in device memory with its copy on the host.
 
     host: pinned NumPy array. device: what graphs are bound to.
     """
@@ -257,16 +260,16 @@ class Staged:
         self.host, self.device = cuda.pinned(spec), cuda.zeros(spec)
 
     def upload(self) -> None:
-        """Host to device."""
+        """Copy from host to device."""
         self._cuda.to_device(self.device.address, self.host)
 
     def download(self) -> None:
-        """Device to host."""
+        """Copy from device to host."""
         self._cuda.to_host(self.host, self.device.address)
 
 
 def _load() -> ctypes.CDLL:
-    """libcudart: of NVIDIA's Python packages, or the system's."""
+    """Load libcudart: that of NVIDIA's Python packages, or the system's."""
     names = [f"libcudart.so.{major}" for major in MAJORS[:-1]] + ["libcudart.so.11.0", "libcudart.so"]
     folders = []
     spec = importlib.util.find_spec("nvidia")

@@ -1,8 +1,8 @@
 """TensorRT (8.5, 8.6, 10, 11) or TensorRT-RTX over the engines that 'sinkexport build' put into a bundle.
 
 Steps and chunks are recorded as CUDA graphs where the version can. States of attention are bound in place, input and
-output to one buffer; those of linear attention, which a step makes anew by standard operators, are copied back, since
-TensorRT promises nothing of the order within an engine but where an operator is made for it. The engine decides which
+output to one buffer; those of linear attention, which a step makes anew by standard operators, are copied back:
+TensorRT promises an order within an engine only where an operator is made for it. The engine decides which
 package is wanted: ``tensorrt`` or ``tensorrt_rtx``.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from sinkrt.backends.base import StateArray
 from sinkrt.backends.cuda import ALIGNMENT_BYTES, Cuda, DeviceArray, Staged
 from sinkrt.backends.tensorrt_library import create, load_plugin, make_logger, one_line, said
-from sinkrt.contract import RECURRENT_KINDS, Manifest, TensorSpec
+from sinkrt.contract import RECURRENT_KINDS, EngineFacts, Manifest, TensorSpec
 from sinkrt.engines import PLUGIN_FILE, EngineHost, check_engine
 from sinkrt.errors import BackendError, problem
 
@@ -35,17 +35,7 @@ class TensorrtBackend:
     """
 
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
-        facts = (manifest.engines or {}).get("decode")
-        if facts is None:
-            first = "" if manifest.target == "tensorrt" else "export with --target tensorrt, then "
-            raise BackendError(
-                problem(
-                    "backend 'tensorrt'",
-                    received="a bundle without a decode engine",
-                    expected="one with engines",
-                    fix=f"{first}run 'sinkexport build' on this machine",
-                )
-            )
+        facts = _decode_facts(manifest)
         trt = import_package(facts.flavour)
         self.not_recorded: str | None = None
         self._cuda = Cuda()
@@ -56,41 +46,18 @@ class TensorrtBackend:
             abi = load_plugin(trt, trt.get_plugin_registry(), bundle / PLUGIN_FILE, "plugin")
         host = EngineHost(facts.flavour, str(trt.__version__), abi, self._cuda.compute_capability)
         self._engines = {
-            role: _Engine(self._runtime, self._logger, role, check_engine(bundle, manifest, role, host))
+            role: Engine(self._runtime, self._logger, role, check_engine(bundle, manifest, role, host))
             for role in manifest.graphs
         }
         self._has_plugin = manifest.plugin_abi is not None
         self._states = {s.input: self._cuda.zeros(TensorSpec(s.input, s.shape, s.dtype)) for s in manifest.states}
         self._outputs = {state.input: state.output for state in manifest.states}
-        after = {
-            s.input: self._cuda.zeros(TensorSpec(s.output, s.shape, s.dtype))
-            for s in manifest.states
-            if s.kind in RECURRENT_KINDS
-        }
         batch, vocab_size = manifest.stream.batch, manifest.model.vocab_size
         self._ids, self._position = np.zeros((batch, 1), np.int64), np.zeros(batch, np.int64)
         self._logits = Staged(self._cuda, TensorSpec("logits", (batch, vocab_size), "float32"))
         self._inputs = {role: self._staged(manifest, role) for role in manifest.graphs}
-        decode = self._engines["decode"]
-        decode.bind(
-            {
-                **self._devices("decode"),
-                "logits": self._logits.device,
-                **self._bound(self._states),
-                **{self._outputs[name]: array for name, array in after.items()},
-            }
-        )
-
-        cuda, states = self._cuda, self._states
-
-        def step() -> None:  # refers not to self, which refers to it: GPU memory is freed as soon as a session closes
-            decode.execute(cuda)
-            for name, array in after.items():
-                cuda.on_device(states[name].address, array.address, array.nbytes)
-
-        step()  # what a first run does cannot be recorded
-        self._step = self._recorded(step)
-        self._chunks = [self._chunk(stream) for stream in range(batch)] if "prefill" in manifest.graphs else []
+        self._step = self._bind_step(manifest)
+        self._chunks = [self._bind_chunk(stream) for stream in range(batch)] if "prefill" in manifest.graphs else []
         self._cuda.synchronize()
         for state in self._states.values():
             state[...] = 0
@@ -135,7 +102,7 @@ class TensorrtBackend:
         self._logits.download()
 
     def _laid_out(self, position: np.ndarray) -> np.ndarray:
-        """As the graphs take positions, int64 [B]: [B], or [B, 2] with the plugin."""
+        """Positions, int64 [B], as the graphs take them: [B], or [B, 2] with the plugin."""
         return np.stack([position >> 16, position & 0xFFFF], axis=1) if self._has_plugin else position
 
     def _staged(self, manifest: Manifest, role: str) -> dict[str, Staged]:
@@ -148,8 +115,33 @@ class TensorrtBackend:
         """States by the names of their inputs and, the same buffers, of their outputs."""
         return {**states, **{self._outputs[name]: array for name, array in states.items()}}
 
-    def _chunk(self, stream: int) -> Callable[[], None]:
-        """A run of the prefill engine on one stream's rows.
+    def _bind_step(self, manifest: Manifest) -> Callable[[], None]:
+        """Prepare the run of the decode engine: states that it makes anew are copied back behind it."""
+        cuda, states, decode = self._cuda, self._states, self._engines["decode"]
+        after = {
+            s.input: cuda.zeros(TensorSpec(s.output, s.shape, s.dtype))
+            for s in manifest.states
+            if s.kind in RECURRENT_KINDS
+        }
+        decode.bind(
+            {
+                **self._devices("decode"),
+                "logits": self._logits.device,
+                **self._bound(states),
+                **{self._outputs[name]: array for name, array in after.items()},
+            }
+        )
+
+        def step() -> None:  # refers not to self, which refers to it: GPU memory is freed as soon as a session closes
+            decode.execute(cuda)
+            for name, array in after.items():
+                cuda.on_device(states[name].address, array.address, array.nbytes)
+
+        step()  # what a first run does cannot be recorded
+        return self._recorded(step)
+
+    def _bind_chunk(self, stream: int) -> Callable[[], None]:
+        """Prepare a run of the prefill engine on one stream's rows.
 
         A row that does not lie where TensorRT wants addresses is copied to where it does, and back.
         """
@@ -177,14 +169,14 @@ class TensorrtBackend:
         return self._recorded(work)
 
     def _recorded(self, work: Callable[[], None]) -> Callable[[], None]:
-        """As a CUDA graph, or where that cannot be as it is."""
+        """The work as a CUDA graph, or as it is where it cannot be recorded."""
         graph = self._cuda.record(work)
         if graph is None:
             self.not_recorded = "a part of the engines' runs cannot be recorded"
         return graph or work
 
 
-class _Engine:
+class Engine:
     """One graph's engine with an execution context."""
 
     def __init__(self, runtime: Any, logger: Any, role: str, path: Path) -> None:
@@ -244,8 +236,27 @@ class _Engine:
             )
 
 
+def _decode_facts(manifest: Manifest) -> EngineFacts:
+    """Facts of the decode engine.
+
+    Raises: BackendError if there is none.
+    """
+    facts = (manifest.engines or {}).get("decode")
+    if facts is None:
+        first = "" if manifest.target == "tensorrt" else "export with --target tensorrt, then "
+        raise BackendError(
+            problem(
+                "backend 'tensorrt'",
+                received="a bundle without a decode engine",
+                expected="one with engines",
+                fix=f"{first}run 'sinkexport build' on this machine",
+            )
+        )
+    return facts
+
+
 def import_package(flavour: str) -> Any:
-    """The Python package that runs engines of this flavour.
+    """Import the Python package that runs engines of this flavour.
 
     Raises: BackendError.
     """

@@ -1,4 +1,4 @@
-"""What building and running engines share: TensorRT's Python package, its logger, this project's plugin in it."""
+"""Parts that building and running engines share: TensorRT's package, its logger, this project's plugin in it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ PLUGIN_LIBRARY = PurePosixPath(PLUGIN_FILE).name
 
 
 def flavour(trt: Any) -> str:
-    """``TensorRT | TensorRT-RTX``."""
+    """Flavour of the package: ``TensorRT | TensorRT-RTX``."""
     return "TensorRT-RTX" if trt.__name__.startswith("tensorrt_rtx") else "TensorRT"
 
 
 def is_strongly_typed(trt: Any) -> bool:
-    """TensorRT 10 and later and all of TensorRT-RTX."""
+    """Whether networks are strongly typed: TensorRT 10 and later, and all of TensorRT-RTX."""
     return flavour(trt) == "TensorRT-RTX" or int(trt.__version__.partition(".")[0]) >= 10
 
 
@@ -49,9 +49,9 @@ def plugin_facts(plugin: Path, what: str = "--plugin") -> tuple[str, int]:
 
 
 def load_plugin(trt: Any, registry: Any, plugin: Path, what: str = "--plugin") -> str:
-    """Make the plugins known to TensorRT; returns their ABI.
+    """Register the plugins with TensorRT. Returns: their ABI.
 
-    registry: of TensorRT; None will do where networks are weakly typed: the library registers its plugins itself.
+    registry: TensorRT's. None will do where networks are weakly typed: the library registers its plugins itself.
 
     Raises: UsageError if it is not a plugin for this TensorRT.
     """
@@ -86,7 +86,7 @@ def load_plugin(trt: Any, registry: Any, plugin: Path, what: str = "--plugin") -
 
 
 def create(kind: Any, logger: Any) -> Any:
-    """A TensorRT object that needs the GPU's driver. kind: its class, `Builder` or `Runtime`.
+    """Make a TensorRT object that needs the GPU's driver. kind: its class, `Builder` or `Runtime`.
 
     Raises: BackendError if TensorRT makes none, as where there is no driver or no GPU that it supports.
     """
@@ -111,10 +111,13 @@ def said(logger: Any, otherwise: str = "a refusal without a reason") -> str:
 
 
 def make_logger(trt: Any) -> Any:
-    """An ILogger with lists `errors` and `warnings`. A class in a function: its base exists only with the package."""
+    """Make an ILogger with lists `errors` and `warnings`.
+
+    The class is in a function: its base exists only with the package.
+    """
 
     class Logger(trt.ILogger):
-        """Keeps errors and warnings instead of printing them."""
+        """Keep errors and warnings instead of printing them."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -132,5 +135,5 @@ def make_logger(trt: Any) -> Any:
 
 
 def one_line(text: str) -> str:
-    """Without line breaks and runs of spaces."""
+    """Text without line breaks and runs of spaces."""
     return " ".join(text.split())

@@ -21,7 +21,7 @@ from sinkexport.loading.tokenizers.tokenizer_files import TokenizerFiles
 if TYPE_CHECKING:
     import torch
 
-    from sinkexport.sources import Origin
+    from sinkexport.loading.origin import Origin
 
 LOGGER = logging.getLogger("sinkexport")
 CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
@@ -44,7 +44,7 @@ def checkpoint_config(origin: Origin) -> Any:
 
 
 def checkpoint_notes(origin: Origin) -> list[str]:
-    """What a user should know of a folder before it is loaded, a line each.
+    """Notes for the user on a folder before it is loaded, a line each.
 
     Raises: UsageError as `checkpoint_config`.
     """
@@ -81,8 +81,9 @@ def load_checkpoint(origin: Origin, config: Any, dtype: torch.dtype) -> Any:
 
 
 def _say_if_untied(model: Any, config: Any) -> None:
-    """Where a file has an output projection of its own that differs from the embedding, transformers takes it whatever
-    config.json says; other programs take the embedding.
+    """Warn of an output projection that differs from the embedding although config.json ties the two.
+
+    transformers uses it all the same; other programs use the embedding.
     """
     head = model.get_output_embeddings()
     is_tied = head is None or head.weight is model.get_input_embeddings().weight
@@ -151,7 +152,7 @@ def _weights(folder: Path, config: Any) -> WeightFiles:
 
 
 def _check_facts(origin: Origin) -> None:
-    """What transformers would pass over in silence or end on with an error of its own."""
+    """Refuse what transformers would ignore silently or stop at with an error of its own."""
     folder = origin.path
     if folder is None:
         return

@@ -13,7 +13,7 @@ Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
 FLOATING = frozenset(("F64", "F32", "F16", "BF16"))
-"""Element types that hold weights as they are: all others need scales that are told apart from them."""
+"""Element types that hold weights as they are: all others need scales, which are tensors of their own."""
 
 SAMPLED_COLUMNS = 4
 
@@ -53,17 +53,27 @@ class FileTensor:
         return np.asarray(self.array().reshape(self.matrix_shape)[:, indices], np.float32)
 
     def sampled_columns(self) -> Indices:
-        """Which columns are cheap to read, of all rows."""
+        """Columns that are cheap to read of all rows."""
         width = self.matrix_shape[1]
         return np.unique(np.linspace(0, width - 1, SAMPLED_COLUMNS).astype(np.int64))
 
     def flattened(self) -> FileTensor:
         """The same as a vector."""
-        return FileTensor(self.name, (self.size,), self.dtype, self.file, lambda: self.array().reshape(-1))
+        return FileTensor(
+            name=self.name, shape=(self.size,), dtype=self.dtype, file=self.file, array=lambda: self.array().reshape(-1)
+        )
 
     def reordered(self, order: Indices) -> FileTensor:
         """The same with its rows in another order: row i is row order[i] of this."""
-        return ReorderedTensor(self.name, self.shape, self.dtype, self.file, self.array, source=self, order=order)
+        return ReorderedTensor(
+            name=self.name,
+            shape=self.shape,
+            dtype=self.dtype,
+            file=self.file,
+            array=self.array,
+            source=self,
+            order=order,
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,7 +92,7 @@ class ReorderedTensor(FileTensor):
         return self.source.columns(indices)[self.order]
 
     def sampled_columns(self) -> Indices:
-        """Which columns are cheap to read, of all rows."""
+        """Columns that are cheap to read of all rows."""
         return self.source.sampled_columns()
 
 
@@ -111,7 +121,7 @@ class QuantizedFileTensor(FileTensor):
         return self.dequantize(np.ascontiguousarray(self._blocks()[:, :num_bytes]))[:, indices]
 
     def sampled_columns(self) -> Indices:
-        """Those of the first block: no other has to be read."""
+        """Columns of the first block: no other has to be read."""
         return np.arange(min(SAMPLED_COLUMNS, self.matrix_shape[1]), dtype=np.int64)
 
     def _blocks(self) -> npt.NDArray[Any]:

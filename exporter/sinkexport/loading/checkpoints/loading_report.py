@@ -1,7 +1,7 @@
-"""What a model was made of, compared with what its files hold: a tensor too many or too few is a reason to refuse.
+"""Comparison of a loaded model with its files: a tensor too many or too few is a reason to refuse.
 
-transformers fills what is missing with random numbers or ones, drops what it has no place for, turns integers into
-floating point without their scales, and hides names that a family asks it to ignore.
+transformers fills what is missing with random numbers or ones and drops what it has no place for. It turns integers
+into floating point without their scales, and hides names that a family asks it to ignore.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def refuse_incomplete(model: Any, info: Mapping[str, Any], tensors: Mapping[str,
 
 
 def _hidden_missing(model: Any, tensors: Mapping[str, FileTensor]) -> set[str]:
-    """What the family asks transformers not to report, if the files lack it."""
+    """Parameters that the files lack and that the family asks transformers not to report."""
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
     return {
         name
@@ -116,7 +116,7 @@ def _hidden_missing(model: Any, tensors: Mapping[str, FileTensor]) -> set[str]:
 
 
 def _hidden_unexpected(model: Any, tensors: Mapping[str, FileTensor]) -> set[str]:
-    """What transformers drops without a word: what the family asks for, and a few names of all families."""
+    """Tensors that transformers drops silently: those that the family declares, and a few names of all families."""
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     patterns += [re.compile(pattern) for pattern in (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")]
     own = model.state_dict()

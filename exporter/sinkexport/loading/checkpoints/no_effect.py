@@ -12,7 +12,7 @@ import numpy as np
 from sinkexport.loading.checkpoints.file_tensor import FileTensor
 
 MASKED_LOGIT = -1e4
-"""What old checkpoints hold as the logit of a masked token is at most this."""
+"""Largest logit of a masked token in old checkpoints."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from sinkrt.errors import UsageError, problem
 
 
 def code_note(source: str, facts: Mapping[str, Any]) -> str | None:
-    """What to say of a model that comes with code of its own; None: it does not.
+    """Note on a model that comes with code of its own; None: it does not.
 
     facts: config.json.
 

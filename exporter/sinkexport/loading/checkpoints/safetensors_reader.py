@@ -68,7 +68,7 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
             raise unreadable(path, f"'{name}' of shape {list(shape)} in {end - start} bytes")
         spans.append((start, end, name))
         array = functools.partial(_numbers, path, data_start + start, data_start + end, element, shape)
-        tensors[name] = FileTensor(name, shape, dtype, path.name, array)
+        tensors[name] = FileTensor(name=name, shape=shape, dtype=dtype, file=path.name, array=array)
     _check_spans(path, spans, size - data_start)
     return tensors
 
@@ -131,7 +131,7 @@ def _mapped(path: Path, _changed_ns: int) -> mmap.mmap:
 
 
 def lfs_pointer(path: Path) -> UsageError:
-    """What a folder holds that was cloned without Git LFS."""
+    """Refusal of a pointer in a folder that was cloned without Git LFS."""
     return UsageError(
         problem(
             f"'{path.name}'",

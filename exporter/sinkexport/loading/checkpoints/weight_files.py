@@ -1,4 +1,4 @@
-"""Which files of a model folder hold its weights, and what tensors lie in them: found out without transformers.
+"""Weight files of a model folder and the tensors in them, read without transformers.
 
 The order of preference is transformers' own. What it would read in silence beside another file that says otherwise is
 refused: a single file beside the index of a split one, a shard of another save.
@@ -177,7 +177,7 @@ def _tensors(path: Path) -> dict[str, FileTensor]:
 
 
 def _torch_tensors(path: Path) -> dict[str, FileTensor]:
-    """What ``torch.save`` wrote: read with the unpickler that makes tensors and nothing else."""
+    """Tensors of a file of ``torch.save``, read with the unpickler that makes tensors and nothing else."""
     import torch
 
     try:
@@ -214,7 +214,7 @@ def torch_tensor(name: str, value: Any, file: str) -> FileTensor:
         return (held.float() if held.dtype == torch.bfloat16 else held).numpy()
 
     dtype = words.get(value.dtype, str(value.dtype).removeprefix("torch."))
-    return FileTensor(name, tuple(value.shape), dtype, file, array)
+    return FileTensor(name=name, shape=tuple(value.shape), dtype=dtype, file=file, array=array)
 
 
 def listed(names: Sequence[str]) -> str:

@@ -14,18 +14,16 @@ from sinkexport.loading.gguf_models.plan import (
     LAYER,
     Plan,
     attention,
+    attention_biased,
     biased,
     gated_mlp,
-    head_dim,
     head_norms,
     layer,
     layer_types,
     outer,
-    packed_heads,
     pre_norms,
     rope_tensors,
-    rotary,
-    sizes,
+    shared_arguments,
 )
 from sinkexport.loading.gguf_models.tensors import Module, Rule, minus_one, stacked, unpermute
 
@@ -34,17 +32,13 @@ RMS, EPS = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
 
 def llama(facts: Facts) -> Plan:
     """Llama, Mistral, SmolLM2 and others; queries and keys are permuted. With experts see experts.mixtral."""
-    arguments = sizes(facts)
-    length = head_dim(facts, arguments)
-    facts.expect("rope.dimension_count", length, "whole heads are rotated")
+    arguments = shared_arguments(facts, whole=True, tensors=True)
     return Plan(
         "LlamaConfig",
         arguments
-        | rotary(facts, length, tensors=True)
         | {
-            "head_dim": length,
             "rms_norm_eps": facts.number(RMS),
-            "attention_bias": biased(facts, "attn_q", "attn_k", "attn_v", "attn_output"),
+            "attention_bias": attention_biased(facts),
             "mlp_bias": biased(facts, "ffn_gate", "ffn_up", "ffn_down"),
         },
         (*outer(), *pre_norms(), *permuted_attention(arguments), *gated_mlp()),
@@ -59,27 +53,23 @@ def permuted_attention(arguments: dict[str, Any]) -> tuple[Module, ...]:
 
 def qwen2(facts: Facts) -> Plan:
     """Qwen2 and Qwen2.5: biases on queries, keys and values."""
-    arguments = sizes(facts)
-    length = packed_heads(facts, arguments)
+    arguments = shared_arguments(facts, packed=True)
     return Plan(
         "Qwen2Config",
-        arguments | rotary(facts, length) | {"rms_norm_eps": facts.number(RMS)},
+        arguments | {"rms_norm_eps": facts.number(RMS)},
         (*outer(), *pre_norms(), *attention(), *gated_mlp()),
     )
 
 
 def qwen3(facts: Facts) -> Plan:
     """Qwen3: norms on queries and keys."""
-    arguments = sizes(facts)
-    length = head_dim(facts, arguments)
+    arguments = shared_arguments(facts)
     return Plan(
         "Qwen3Config",
         arguments
-        | rotary(facts, length)
         | {
-            "head_dim": length,
             "rms_norm_eps": facts.number(RMS),
-            "attention_bias": biased(facts, "attn_q", "attn_k", "attn_v", "attn_output"),
+            "attention_bias": attention_biased(facts),
         },
         (*outer(), *pre_norms(), *attention(), *head_norms(), *gated_mlp()),
     )
@@ -116,30 +106,27 @@ def granite(facts: Facts) -> Plan:
 
 def olmo(facts: Facts) -> Plan:
     """OLMo: norms without weights, of 1e-5 in transformers."""
-    arguments = sizes(facts)
-    length = packed_heads(facts, arguments)
+    arguments = shared_arguments(facts, packed=True)
     if facts.number(EPS) != 1e-5:
         raise refused(f"'olmo.{EPS}' = {facts.number(EPS)}", "1e-05, the only one in transformers")
     clip = {"clip_qkv": facts.number("attention.clamp_kqv")} if facts.value("attention.clamp_kqv") else {}
     modules = (*(one for one in outer() if one.gguf != "output_norm"), *permuted_attention(arguments), *gated_mlp())
-    return Plan("OlmoConfig", arguments | rotary(facts, length) | clip, modules)
+    return Plan("OlmoConfig", arguments | clip, modules)
 
 
 def olmo2(facts: Facts) -> Plan:
     """OLMo 2: norms behind attention and MLP, and over all queries and all keys. OLMo 3: a window in three of four."""
-    arguments = sizes(facts)
-    length = packed_heads(facts, arguments)
-    facts.expect("rope.dimension_count", length, "whole heads are rotated")
+    arguments = shared_arguments(facts, packed=True, whole=True)
     norms = (
         layer("post_attention_norm", "post_attention_layernorm"),
         layer("post_ffw_norm", "post_feedforward_layernorm"),
     )
     modules = (*outer(), *norms, *attention(), *head_norms(), *gated_mlp())
-    full = rotary(facts, length)["rope_parameters"]
-    common = arguments | {"rms_norm_eps": facts.number(RMS)}
+    full = arguments["rope_parameters"]
+    arguments["rms_norm_eps"] = facts.number(RMS)
     window = facts.count("attention.sliding_window", 0, least=0)
     if not window:
-        return Plan("Olmo2Config", common | {"rope_parameters": full}, modules)
+        return Plan("Olmo2Config", arguments, modules)
     local = {"rope_type": "default", "rope_theta": full["rope_theta"]}  # never scaled
     facts.expect("rope.freq_base_swa", full["rope_theta"], "one base")
     more = {
@@ -147,13 +134,12 @@ def olmo2(facts: Facts) -> Plan:
         "layer_types": layer_types(facts, 4),
         "rope_parameters": {"full_attention": full, "sliding_attention": local},
     }
-    return Plan("Olmo3Config", common | more, modules)
+    return Plan("Olmo3Config", arguments | more, modules)
 
 
 def stablelm(facts: Facts) -> Plan:
     """StableLM 3B and 2: layer norms, partly rotated heads; 12B: norms on each head, attention beside the MLP."""
-    arguments = sizes(facts)
-    length = packed_heads(facts, arguments)
+    arguments = shared_arguments(facts, packed=True, partial=True)
     parallel = not facts.has("blk.{i}.ffn_norm.weight")
     if facts.flag("use_parallel_residual", parallel) != parallel:
         # llama.cpp goes by the tensor alone; so did the converter's flag in all files that are known.
@@ -164,7 +150,6 @@ def stablelm(facts: Facts) -> Plan:
     return Plan(
         "StableLmConfig",
         arguments
-        | rotary(facts, length, partial=True)
         | {
             "layer_norm_eps": facts.number(EPS),
             "use_qkv_bias": biased(facts, "attn_q", "attn_k", "attn_v"),
@@ -190,14 +175,11 @@ def _norm_of_each_head(facts: Facts, arguments: dict[str, Any]) -> list[Rule]:
 
 def starcoder2(facts: Facts) -> Plan:
     """StarCoder2: layer norms and biases."""
-    arguments = sizes(facts)
-    length = packed_heads(facts, arguments)
-    facts.expect("rope.dimension_count", length, "whole heads are rotated")
+    arguments = shared_arguments(facts, packed=True, whole=True)
     mlp = (layer("ffn_up", "mlp.c_fc"), layer("ffn_down", "mlp.c_proj"))
     return Plan(
         "Starcoder2Config",
         arguments
-        | rotary(facts, length)
         | {
             "norm_epsilon": facts.number(EPS),
             "use_bias": biased(facts, "attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down"),
@@ -209,21 +191,17 @@ def starcoder2(facts: Facts) -> Plan:
 
 def nemotron(facts: Facts) -> Plan:
     """Nemotron and Minitron: layer norms whose weights are kept with 1 added, squared ReLU."""
-    arguments = sizes(facts)
-    length = head_dim(facts, arguments)
+    arguments = shared_arguments(facts, partial=True)
     names = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
     norms = [Module(f"{BLOCK}{gguf}", f"{LAYER}{hf}", minus_one, both=False) for gguf, hf in names.items()]
     last = Module("output_norm", "model.norm", minus_one, both=False)
     mlp = tuple(layer(f"ffn_{name}", f"mlp.{name}_proj", optional_bias=True) for name in ("up", "down"))
-    rope = rotary(facts, length, partial=True)
     return Plan(
         "NemotronConfig",
         arguments
-        | rope
         | {
-            "head_dim": length,
             "norm_eps": facts.number(EPS),
-            "attention_bias": biased(facts, "attn_q", "attn_k", "attn_v", "attn_output"),
+            "attention_bias": attention_biased(facts),
             "mlp_bias": biased(facts, "ffn_up", "ffn_down"),
         },
         (*(one for one in outer() if one.gguf != "output_norm"), last, *norms, *attention(), *mlp),
@@ -232,13 +210,12 @@ def nemotron(facts: Facts) -> Plan:
 
 def phi2(facts: Facts) -> Plan:
     """Phi-1.5 and Phi-2: attention beside the MLP, biases everywhere, partly rotated heads."""
-    arguments = sizes(facts)
-    length = packed_heads(facts, arguments)
+    arguments = shared_arguments(facts, packed=True, partial=True)
     if facts.has("blk.{i}.attn_qkv.weight"):
         raise refused("'blk.0.attn_qkv.weight', as converters wrote it until 2024", "queries, keys and values apart")
     return Plan(
         "PhiConfig",
-        arguments | rotary(facts, length, partial=True) | {"layer_norm_eps": facts.number(EPS)},
+        arguments | {"layer_norm_eps": facts.number(EPS)},
         (
             *outer(norm="model.final_layernorm"),
             layer("attn_norm", "input_layernorm"),
@@ -251,8 +228,7 @@ def phi2(facts: Facts) -> Plan:
 
 def phi3(facts: Facts) -> Plan:
     """Phi-3, Phi-3.5, Phi-4: fused projections, factors for long and short texts, a window where the file has one."""
-    arguments = sizes(facts)
-    length = packed_heads(facts, arguments)
+    arguments = shared_arguments(facts, packed=True, tensors=True)
     window = facts.count("attention.sliding_window", 0, least=0)
     original = facts.count("rope.scaling.original_context_length", facts.context_length, most=MAX_LENGTH)
     rules = []
@@ -263,7 +239,6 @@ def phi3(facts: Facts) -> Plan:
     return Plan(
         "Phi3Config",
         arguments
-        | rotary(facts, length, tensors=True)
         | {
             "rms_norm_eps": facts.number(RMS),
             "sliding_window": window or None,
@@ -285,21 +260,17 @@ def phi3(facts: Facts) -> Plan:
 def glm4(facts: Facts) -> Plan:
     """GLM-4 0414: norms before and behind, neighbours rotated, half of each head."""
     facts.expect("rope.dimension_sections", [0, 0, 0, 0], "positions by axis are for pictures")
-    arguments = sizes(facts)
-    length = head_dim(facts, arguments)
+    arguments = shared_arguments(facts, partial=True)
     norms = (
         *pre_norms()[:1],
         layer("post_attention_norm", "post_self_attn_layernorm"),
         layer("ffn_norm", "post_attention_layernorm"),
         layer("post_ffw_norm", "post_mlp_layernorm"),
     )
-    rope = rotary(facts, length, partial=True)
     return Plan(
         "Glm4Config",
         arguments
-        | rope
         | {
-            "head_dim": length,
             "rms_norm_eps": facts.number(RMS),
             "attention_bias": biased(facts, "attn_q", "attn_k", "attn_v"),
         },
@@ -309,12 +280,10 @@ def glm4(facts: Facts) -> Plan:
 
 def command_r(facts: Facts) -> Plan:
     """Command R: layer norms without bias, neighbours rotated, scaled logits; Plus: norms on each head."""
-    arguments = sizes(facts)
-    length = packed_heads(facts, arguments)
+    arguments = shared_arguments(facts, packed=True)
     return Plan(
         "CohereConfig",
         arguments
-        | rotary(facts, length)
         | {
             "layer_norm_eps": facts.number(EPS),
             "logit_scale": facts.number("logit_scale", 1.0),
@@ -326,16 +295,12 @@ def command_r(facts: Facts) -> Plan:
 
 def cohere2(facts: Facts) -> Plan:
     """Command R7B: three layers with a window and rotation, one without either."""
-    arguments = sizes(facts)
-    length = head_dim(facts, arguments)
-    rope = rotary(facts, length)
-    facts.expect("rope.freq_base_swa", rope["rope_parameters"]["rope_theta"], "one base")
+    arguments = shared_arguments(facts)
+    facts.expect("rope.freq_base_swa", arguments["rope_parameters"]["rope_theta"], "one base")
     return Plan(
         "Cohere2Config",
         arguments
-        | rope
         | {
-            "head_dim": length,
             "layer_norm_eps": facts.number(EPS),
             "logit_scale": facts.number("logit_scale"),
             "sliding_window": facts.count("attention.sliding_window"),

@@ -13,17 +13,14 @@ from sinkexport.loading.gguf_models.facts import Facts, refused
 from sinkexport.loading.gguf_models.plan import (
     Plan,
     attention,
-    biased,
-    head_dim,
+    attention_biased,
     head_norms,
     layer,
     layer_types,
     outer,
-    packed_heads,
     pre_norms,
     rope_tensors,
-    rotary,
-    sizes,
+    shared_arguments,
 )
 from sinkexport.loading.gguf_models.tensors import Rule, gate_and_up
 
@@ -33,18 +30,14 @@ SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3
 
 def mixtral(facts: Facts) -> Plan:
     """Mixtral, which is written as ``llama`` with experts."""
-    arguments = sizes(facts)
-    length = head_dim(facts, arguments)
-    facts.expect("rope.dimension_count", length, "whole heads are rotated")
-    if biased(facts, "attn_q", "attn_k", "attn_v", "attn_output"):
+    arguments = shared_arguments(facts, whole=True, tensors=True)
+    if attention_biased(facts):
         raise refused("biases of attention beside experts in 'llama'", "none, as in Mixtral")
     experts, used = _experts(facts, normalised=True)
     return Plan(
         "MixtralConfig",
         arguments
-        | rotary(facts, length, tensors=True)
         | {
-            "head_dim": length,
             "rms_norm_eps": facts.number(RMS),
             "num_local_experts": experts,
             "num_experts_per_tok": used,
@@ -58,8 +51,7 @@ def mixtral(facts: Facts) -> Plan:
 
 def qwen2moe(facts: Facts) -> Plan:
     """Qwen1.5-MoE and Qwen2-57B-A14B: a shared expert with a gate."""
-    arguments = sizes(facts, feed_forward=False)
-    length = packed_heads(facts, arguments)
+    arguments = shared_arguments(facts, packed=True, feed_forward=False)
     experts, used = _experts(facts, normalised=False)
     shared = [layer(f"ffn_{name}_shexp", f"mlp.shared_expert.{name}_proj") for name in ("gate", "up", "down")]
     gates = [
@@ -73,7 +65,6 @@ def qwen2moe(facts: Facts) -> Plan:
     return Plan(
         "Qwen2MoeConfig",
         arguments
-        | rotary(facts, length)
         | {
             "rms_norm_eps": facts.number(RMS),
             "num_experts": experts,
@@ -93,17 +84,14 @@ def qwen2moe(facts: Facts) -> Plan:
 
 def qwen3moe(facts: Facts) -> Plan:
     """Qwen3 30B-A3B and 235B-A22B: norms on queries and keys."""
-    arguments = sizes(facts, feed_forward=False)
-    length = head_dim(facts, arguments)
+    arguments = shared_arguments(facts, feed_forward=False)
     experts, used = _experts(facts, normalised=True)
     return Plan(
         "Qwen3MoeConfig",
         arguments
-        | rotary(facts, length)
         | {
-            "head_dim": length,
             "rms_norm_eps": facts.number(RMS),
-            "attention_bias": biased(facts, "attn_q", "attn_k", "attn_v", "attn_output"),
+            "attention_bias": attention_biased(facts),
             "num_experts": experts,
             "num_experts_per_tok": used,
             "norm_topk_prob": True,
@@ -121,8 +109,7 @@ def qwen3moe(facts: Facts) -> Plan:
 def minimax_m2(facts: Facts) -> Plan:
     """MiniMax-M2: experts are chosen by sigmoid and bias, weighted by sigmoid; norms over all queries and all keys."""
     facts.value("feed_forward_length")  # of no layer: all have experts
-    arguments = sizes(facts, feed_forward=False)
-    length = head_dim(facts, arguments)
+    arguments = shared_arguments(facts, partial=True, feed_forward=False)
     experts, used = _experts(facts, normalised=True, gating=SIGMOID)
     if facts.value("expert_gating_func") is None:
         raise refused("no key 'minimax-m2.expert_gating_func'", f"{SIGMOID}, sigmoid")
@@ -133,9 +120,7 @@ def minimax_m2(facts: Facts) -> Plan:
     return Plan(
         "MiniMaxM2Config",
         arguments
-        | rotary(facts, length, partial=True)
         | {
-            "head_dim": length,
             "rms_norm_eps": facts.number(RMS),
             "num_local_experts": experts,
             "num_experts_per_tok": used,
@@ -152,12 +137,9 @@ def gpt_oss(facts: Facts) -> Plan:
     YaRN's bounds are not whole pairs in this model (``truncate: false``); no key says so, and llama.cpp rounds them.
     """
     facts.value("feed_forward_length")  # the experts' has a key of its own
-    arguments = sizes(facts, feed_forward=False)
-    length = head_dim(facts, arguments)
+    arguments = shared_arguments(facts, whole=True, truncate=False, feed_forward=False)
     experts, used = _experts(facts, normalised=None, gating=SOFTMAX_OF_CHOSEN)
-    facts.expect("rope.dimension_count", length, "whole heads are rotated")
-    rope = rotary(facts, length, truncate=False)
-    facts.expect("rope.freq_base_swa", rope["rope_parameters"]["rope_theta"], "one base")
+    facts.expect("rope.freq_base_swa", arguments["rope_parameters"]["rope_theta"], "one base")
     rules = []
     for number in range(facts.num_layers):
         block, mlp = f"blk.{number}.", f"model.layers.{number}.mlp."
@@ -171,9 +153,7 @@ def gpt_oss(facts: Facts) -> Plan:
     return Plan(
         "GptOssConfig",
         arguments
-        | rope
         | {
-            "head_dim": length,
             "rms_norm_eps": facts.number(RMS),
             "attention_bias": True,
             "num_local_experts": experts,

@@ -1,4 +1,4 @@
-"""What a GGUF file says about its model, read so that nothing it says goes unread."""
+"""Facts of a GGUF file about its model, read so that no key is ignored."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Facts:
 
     @property
     def context_length(self) -> int:
-        """How long texts were in training, in tokens; a very long one where the file does not say."""
+        """Length of texts in training, in tokens; a very large number where the file does not say."""
         return self.count("context_length", MAX_COUNT, most=MAX_LENGTH)
 
     def value(self, key: str) -> Any:

@@ -14,7 +14,11 @@ from sinkrt.errors import UsageError, problem
 from sinkexport.loading.gguf_models.header import NotGgufError, read_part
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
-"""How llama.cpp names the parts of a split model; the first holds the metadata."""
+"""Pattern of llama.cpp's names for the parts of a split model; the first holds the metadata."""
+
+
+END_NAMES = ("eos", "eot", "eom")
+"""Names of the ids in the metadata that end a text, a turn or a message."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +82,7 @@ def _read(parts: tuple[Path, ...], _changed_ns: tuple[int, ...]) -> GgufFile:
     count = metadata.get("split.tensors.count")
     if count is not None and count != len(tensors):
         raise _no_gguf(parts[0], f"{len(tensors)} tensors in {len(parts)} parts, where {count} are announced")
-    return GgufFile(parts, metadata, tensors)
+    return GgufFile(parts=parts, metadata=metadata, tensors=tensors)
 
 
 def _check_split(part: Path, found: Mapping[str, Any], number: int, count: int) -> None:
@@ -124,7 +128,7 @@ def _parts(path: Path) -> list[Path]:
         raise UsageError(
             problem(
                 "model",
-                received=f"'{path}', of which {listed or 'no part'} is missing",
+                received=f"'{path}', without {listed or 'any part'}",
                 expected=f"all {count} parts in one folder",
                 fix="download the missing parts",
             )

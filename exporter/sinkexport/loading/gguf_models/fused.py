@@ -9,20 +9,18 @@ from typing import Any
 
 from sinkexport.loading.gguf_models.dense import EPS
 from sinkexport.loading.gguf_models.facts import Facts, refused
-from sinkexport.loading.gguf_models.plan import Plan, layer, outer, packed_heads, rotary, sizes
+from sinkexport.loading.gguf_models.plan import Plan, layer, outer, packed_heads, shared_arguments, sizes
 from sinkexport.loading.gguf_models.tensors import Module, by_groups
 
 
 def falcon(facts: Facts) -> Plan:
     """Falcon 7B (one head of keys), 40B and 180B (groups, two norms), Falcon 2 (groups, one norm)."""
-    arguments = sizes(facts)
-    length = packed_heads(facts, arguments)
-    facts.expect("rope.dimension_count", length, "whole heads are rotated")
+    arguments = shared_arguments(facts, packed=True, whole=True)
     heads, groups = arguments["num_attention_heads"], arguments.pop("num_key_value_heads")
     two_norms = facts.has("blk.{i}.attn_norm_2.weight")
     if groups == heads and not two_norms:
         raise refused(
-            f"falcon with {groups} heads of keys, as Falcon-RW has, whose ALiBi no key tells of",
+            f"falcon with {groups} heads of keys, as Falcon-RW has, whose ALiBi no key states",
             "one, or groups",
             "export its checkpoint folder",
         )
@@ -33,7 +31,6 @@ def falcon(facts: Facts) -> Plan:
     return Plan(
         "FalconConfig",
         arguments
-        | rotary(facts, length)
         | {
             "layer_norm_epsilon": facts.number(EPS),
             "new_decoder_architecture": new,
@@ -130,17 +127,14 @@ def mpt(facts: Facts) -> Plan:
 
 def gptneox(facts: Facts) -> Plan:
     """Pythia and GPT-NeoX: partly rotated heads, biases everywhere."""
-    arguments = sizes(facts)
-    length = packed_heads(facts, arguments)
+    arguments = shared_arguments(facts, packed=True, partial=True)
     heads = arguments["num_attention_heads"]
     if arguments.pop("num_key_value_heads") != heads:
         raise refused("gptneox with groups of heads", "as many heads of keys as of queries")
     root = "gpt_neox.layers.{i}."
-    rope = rotary(facts, length, partial=True)
     return Plan(
         "GPTNeoXConfig",
         arguments
-        | rope
         | {
             "layer_norm_eps": facts.number(EPS),
             "use_parallel_residual": facts.flag("use_parallel_residual", True),

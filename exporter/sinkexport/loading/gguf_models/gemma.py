@@ -12,13 +12,11 @@ from sinkexport.loading.gguf_models.plan import (
     Plan,
     attention,
     gated_mlp,
-    head_dim,
     head_norms,
     layer,
     layer_types,
-    rotary,
+    shared_arguments,
 )
-from sinkexport.loading.gguf_models.plan import sizes as common_sizes
 from sinkexport.loading.gguf_models.rope import DEFAULT_BASE
 from sinkexport.loading.gguf_models.tensors import Module, minus_one
 
@@ -29,12 +27,11 @@ LARGEST_GEMMA2, LARGEST_GEMMA3 = 46, 62
 
 def gemma(facts: Facts) -> Plan:
     """Gemma 1."""
-    arguments = common_sizes(facts)
-    length = head_dim(facts, arguments)
+    arguments = shared_arguments(facts)
     names = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
     return Plan(
         "GemmaConfig",
-        arguments | rotary(facts, length) | {"head_dim": length, "rms_norm_eps": facts.number(RMS)},
+        arguments | {"rms_norm_eps": facts.number(RMS)},
         (*_outer(), *(layer(gguf, hf, minus_one) for gguf, hf in names.items()), *attention(), *gated_mlp()),
     )
 

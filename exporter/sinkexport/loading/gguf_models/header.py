@@ -1,8 +1,8 @@
 """Read the header of one GGUF file: its metadata and where its tensors lie.
 
-gguf-py has a reader too. This one checks every length against the size of the file before it follows it, where gguf-py
-loops over the lengths of a damaged file for hours, and it reads a vocabulary of 49,152 tokens in a fifth of the time.
-Block sizes, type numbers and dequantisation are gguf-py's.
+gguf-py has a reader too, which loops over the lengths of a damaged file for hours. This one checks every length against
+the size of the file before it follows it, and reads a vocabulary of 49,152 tokens in a fifth of the time. Block sizes,
+type numbers and dequantisation are gguf-py's.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """

@@ -9,7 +9,7 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.loading.gguf_models import dense, experts, fused, gemma
 from sinkexport.loading.gguf_models.facts import Facts, refused
-from sinkexport.loading.gguf_models.file import GgufFile, open_gguf
+from sinkexport.loading.gguf_models.file import END_NAMES, GgufFile, open_gguf
 from sinkexport.loading.gguf_models.plan import Plan
 from sinkexport.loading.gguf_models.rope import check_rotation
 from sinkexport.loading.gguf_models.tensors import check, fill
@@ -17,7 +17,7 @@ from sinkexport.loading.gguf_models.tensors import check, fill
 if TYPE_CHECKING:
     import torch
 
-    from sinkexport.sources import Origin
+    from sinkexport.loading.origin import Origin
 
 ARCHITECTURES: Mapping[str, Callable[[Facts], Plan]] = {
     "bloom": fused.bloom,
@@ -47,7 +47,7 @@ ARCHITECTURES: Mapping[str, Callable[[Facts], Plan]] = {
     "stablelm": dense.stablelm,
     "starcoder2": dense.starcoder2,
 }
-"""What each ``general.architecture`` is."""
+"""Plan of each ``general.architecture``."""
 
 NEVER_EXPORTED: Mapping[str, str] = {
     "gpt2": "learns a vector for each absolute position",
@@ -86,7 +86,7 @@ def load_gguf(origin: Origin, config: Any, dtype: torch.dtype) -> Any:
         check_rotation(model, plan.arguments["rope_parameters"], plan.head_dim)
     model.tie_weights()
     fill(model, facts, plan.modules, plan.rules)
-    ends = gguf_token_ids(facts.file)
+    ends = stated_end_ids(facts.file)
     model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else list(ends) or None
     return model
 
@@ -113,9 +113,12 @@ def _check_tensors(facts: Facts, plan: Plan, config: Any, dtype: torch.dtype) ->
     check(outline, facts, plan.modules, plan.rules, plan.used)
 
 
-def gguf_token_ids(file: GgufFile) -> tuple[int, ...]:
-    """Ids that end a text, a turn or a message by the file's metadata, each once; none if it names none."""
-    values = (file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+def stated_end_ids(file: GgufFile) -> tuple[int, ...]:
+    """Ids of `END_NAMES` in the file's metadata, each once; none if it names none.
+
+    The vocabulary knows further ends by their texts (tokenizers/gguf_vocab.py); a model without a tokenizer has these.
+    """
+    values = (file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in END_NAMES)
     return tuple(dict.fromkeys(value for value in values if type(value) is int and 0 <= value < 0xFFFFFFFF))
 
 
@@ -144,7 +147,7 @@ def _facts(origin: Origin) -> Facts:
 
 
 def _plan(facts: Facts) -> Plan:
-    """What the file is, with every key of its metadata accounted for."""
+    """Plan of a file, with every key of its metadata accounted for."""
     name = facts.architecture
     if name == "llama" and facts.count("expert_count", 0, least=0) > 0:
         plan = experts.mixtral(facts)

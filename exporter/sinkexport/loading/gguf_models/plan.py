@@ -1,4 +1,4 @@
-"""What a GGUF architecture is in transformers: a configuration, and where each parameter is in the file."""
+"""Plans that map a GGUF architecture to transformers: a configuration, and the tensors of each parameter."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sinkexport.loading.gguf_models.facts import Facts, refused
+from sinkexport.loading.gguf_models.file import END_NAMES
 from sinkexport.loading.gguf_models.rope import FREQS, LONG, SHORT, rope_parameters
 from sinkexport.loading.gguf_models.tensors import Module, Rule
 
@@ -15,7 +16,7 @@ BLOCK, LAYER = "blk.{i}.", "model.layers.{i}."
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a file becomes a model.
+    """Plan to turn a file into a model.
 
     config_class: of transformers. arguments: of the configuration. modules: where weights and biases are.
     rules: parameters that are made otherwise. used: tensors that the arguments were made of.
@@ -68,7 +69,7 @@ def special_ids(facts: Facts, vocab_size: int) -> dict[str, int | None]:
     Raises: UsageError for an id outside the vocabulary, those of further ends of a text included.
     """
     found: dict[str, int | None] = {}
-    for name in ("bos", "eos", "padding", "eot", "eom"):
+    for name in ("bos", "padding", *END_NAMES):
         value = facts.file.metadata.get(f"tokenizer.ggml.{name}_token_id")
         if value in (None, -1, 0xFFFFFFFF):  # how old converters wrote "none"
             found[name] = None
@@ -99,14 +100,30 @@ def packed_heads(facts: Facts, arguments: Mapping[str, Any]) -> int:
     return length
 
 
-def rotary(
-    facts: Facts, length: int, *, tensors: bool = False, truncate: bool = True, partial: bool = False
+def shared_arguments(
+    facts: Facts,
+    *,
+    packed: bool = False,
+    whole: bool = False,
+    partial: bool = False,
+    tensors: bool = False,
+    truncate: bool = True,
+    feed_forward: bool = True,
 ) -> dict[str, Any]:
-    """The argument ``rope_parameters``. partial: the configuration's own default is less than whole heads."""
+    """Arguments that families with rotary positions share: sizes, heads and rotation.
+
+    packed: heads share the hidden columns out, so that the configuration has no ``head_dim``. whole: no file of the
+    family rotates parts of heads. partial: the configuration's own default is less than whole heads. tensors,
+    truncate: see `rope_parameters`. feed_forward: whether layers have an MLP beside experts.
+    """
+    arguments = sizes(facts, feed_forward=feed_forward)
+    length = (packed_heads if packed else head_dim)(facts, arguments)
+    if whole:
+        facts.expect("rope.dimension_count", length, "whole heads are rotated")
     parameters = rope_parameters(facts, length, tensors=tensors, truncate=truncate)
     if partial:
         parameters.setdefault("partial_rotary_factor", 1.0)
-    return {"rope_parameters": parameters}
+    return arguments | ({} if packed else {"head_dim": length}) | {"rope_parameters": parameters}
 
 
 def rope_tensors(facts: Facts) -> frozenset[str]:
@@ -115,7 +132,7 @@ def rope_tensors(facts: Facts) -> frozenset[str]:
 
 
 def layer_types(facts: Facts, pattern: int) -> list[str]:
-    """Which layers see a window: all but the last of every `pattern`, unless the file says otherwise."""
+    """Layers that see a window: all but the last of every `pattern`, unless the file says otherwise."""
     value = facts.value("attention.sliding_window_pattern")
     if isinstance(value, list):
         if len(value) != facts.num_layers or any(type(one) not in (bool, int) for one in value):
@@ -133,6 +150,11 @@ def layer_types(facts: Facts, pattern: int) -> list[str]:
 def biased(facts: Facts, *modules: str) -> bool:
     """Whether any layer has a bias in any of the modules, named without ``blk.{i}.``."""
     return any(facts.has(f"{BLOCK}{module}.bias") for module in modules)
+
+
+def attention_biased(facts: Facts) -> bool:
+    """Whether any layer has a bias in any projection of attention."""
+    return biased(facts, "attn_q", "attn_k", "attn_v", "attn_output")
 
 
 def outer(norm: str = "model.norm", embedding: str = "model.embed_tokens", head: str = "lm_head") -> tuple[Module, ...]:

@@ -20,7 +20,7 @@ DEFAULT_BASE = 10000.0
 
 
 def rope_parameters(facts: Facts, head_dim: int, *, tensors: bool = False, truncate: bool = True) -> dict[str, Any]:
-    """What a transformers configuration takes as ``rope_parameters``.
+    """Argument ``rope_parameters`` of a transformers configuration.
 
     tensors: whether the architecture reads tensors of factors. truncate: whether YaRN's bounds are whole pairs.
     Raises: UsageError for scaling that transformers has no exact equal of.

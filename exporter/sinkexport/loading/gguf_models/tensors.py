@@ -34,7 +34,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """Where the weight and the bias of a module are in a file.
+    """Place of a module's weight and bias in a file.
 
     gguf, hf: names without ``.weight``; ``{i}`` is the layer. build: of the weight, and of the bias if `both`.
     optional_bias: a model that has a bias there takes zeros, where the file has none in any layer, nor any in the

@@ -20,7 +20,7 @@ from sinkexport.loading.tokenizers.tokenizer_corpus import TEXTS, compare
 from sinkexport.loading.tokenizers.tokenizer_files import TokenizerFiles
 
 END = "<|endoftext|>"
-"""What all of `CLASSES` take for a special token, even if tokenizer_config.json does not name it."""
+"""Special token of all `CLASSES`, even if tokenizer_config.json does not name it."""
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN2 = (
@@ -31,7 +31,7 @@ QWEN2 = (
 
 @dataclasses.dataclass(frozen=True)
 class Splitting:
-    """How a class of transformers cuts text: pattern, and whether it is normalised (NFC) before."""
+    """Splitting of text by a class of transformers: pattern, and whether text is normalised (NFC) before."""
 
     pattern: str
     is_nfc: bool = False
@@ -122,7 +122,7 @@ class Reference:
         return ids
 
     def text(self, piece: str) -> str:
-        """What a piece of the vocabulary stands for; bytes that are no text become U+FFFD."""
+        """Text of a piece of the vocabulary; bytes that are no text become U+FFFD."""
         numbers = {letter: byte for byte, letter in self._letters.items()}
         return bytes(numbers[letter] for letter in piece if letter in numbers).decode("utf-8", "replace")
 

@@ -13,7 +13,7 @@ from sinkexport.loading.tokenizers.gguf_vocab import FOLDER, TokenType, Vocabula
 Pair = tuple[str, str]
 
 _LONGEST_RUN = 40
-"""Of runs with one score: for longer ones the trial takes too long."""
+"""Longest runs with one score that are tried: for longer ones the trial takes too long."""
 
 
 def listed_merges(lines: Iterable[str], ids: Mapping[str, int]) -> list[Pair]:
@@ -41,8 +41,8 @@ def scored_merges(vocabulary: Vocabulary) -> list[Pair]:
     """The merges that give what SentencePiece's BPE gives: of all neighbours that make a token the pair with the
     highest score goes first, the leftmost of equal ones.
 
-    `tokenizers` wants one order of all pairs. Pairs of different tokens with one score that can meet in a text (the
-    second part of one is the first part of the other) are put in the order in which the leftmost goes first.
+    `tokenizers` wants one order of all pairs. Pairs of different tokens with one score can meet in a text, if the
+    second part of one is the first part of the other. They are put in the order in which the leftmost goes first.
 
     Raises: UsageError if there are no scores, if there is no such order, and for a token made of a character that is
     none: there a merge would begin with what has no id.
@@ -109,7 +109,7 @@ def _leftmost_first(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 class _Uses:
-    """What tokens are merged with, by the pairs added so far; indexed when it is asked for, as few vocabularies do."""
+    """Neighbours that tokens are merged with, by the pairs added so far; indexed on demand, which is rare."""
 
     def __init__(self) -> None:
         self._waiting: list[Sequence[Pair]] = []
@@ -129,7 +129,7 @@ class _Uses:
 
 
 def _refuse_chains(pairs: Sequence[Pair], uses: _Uses) -> None:
-    """Refuse pairs of one score of which one leads to merges that take a part of another away, or add to them.
+    """Refuse pairs of one score if one leads to merges that take a part of another away, or add to it.
 
     uses: of the pairs that go before or among these.
     """

@@ -1,4 +1,4 @@
-r"""How text is split before merging, by the name in ``tokenizer.ggml.pre``: what llama.cpp does for each name it knows.
+r"""Splitting of text before merging, by the name in ``tokenizer.ggml.pre``, as llama.cpp does it.
 
 The names and their patterns are facts of the format (llama.cpp's src/llama-vocab.cpp and src/unicode.cpp, October
 2026). Where llama.cpp splits by code of its own or by collapsed characters, the pattern here says the same as one
@@ -131,7 +131,7 @@ _WORD_OR_LINES = r"[^\n]+|\n+"
 
 @dataclasses.dataclass(frozen=True)
 class Pre:
-    """What a name in ``tokenizer.ggml.pre`` stands for.
+    """Meaning of a name in ``tokenizer.ggml.pre``.
 
     splits: regular expressions, one after the other; matches and what is between them become pieces. ignore_merges: a
     piece that is a token as a whole is taken as it is. add_bos: unless the file says otherwise; always_bos: even then.

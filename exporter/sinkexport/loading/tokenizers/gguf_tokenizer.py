@@ -233,7 +233,7 @@ def _replace(old: str, new: str) -> Json:
 
 
 def _template(vocabulary: Vocabulary, before: list[int], after: list[int]) -> Json | None:
-    """What adds BOS and EOS."""
+    """Post-processor that adds BOS and EOS; None: neither is added."""
     if not before and not after:
         return None
 
@@ -255,7 +255,7 @@ def _template(vocabulary: Vocabulary, before: list[int], after: list[int]) -> Js
 
 
 def _added_tokens(file: GgufFile, vocabulary: Vocabulary) -> list[Json]:
-    """What is found in a text before anything else: control tokens and the like, and those that users defined."""
+    """Tokens that are matched before anything else: control tokens and the like, and user-defined ones."""
     strip_right = _stripping(file, vocabulary)
     kinds = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
     return [

@@ -10,7 +10,7 @@ from typing import Any
 
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.loading.gguf_models.file import GgufFile
+from sinkexport.loading.gguf_models.file import END_NAMES, GgufFile
 
 KEY = "tokenizer.ggml."
 
@@ -70,7 +70,7 @@ _HARMONY = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What a file says of its tokens.
+    """Tokens of a file.
 
     tokens: their texts by id. ids: the reverse. types: TokenType by id. scores: by id, empty without any.
     special: "bos", "eos", "unknown" .. -> id, those that the file names. ends: ids that end a turn, ascending.
@@ -105,14 +105,21 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     more = listed(file, "eos_token_ids", int)  # Ollama's
     if any(not 0 <= index < len(tokens) for index in more):
         raise refused(f"{KEY}eos_token_ids = {list(more)[:8]}", f"ids of the vocabulary, below {len(tokens)}")
-    return Vocabulary(tokens, ids, types, scores, special, tuple(sorted({*_ends(ids, types, special), *more})))
+    return Vocabulary(
+        tokens=tokens,
+        ids=ids,
+        types=types,
+        scores=scores,
+        special=special,
+        ends=tuple(sorted({*_ends(ids, types, special), *more})),
+    )
 
 
 FOLDER = "export the model's folder, which has a tokenizer of its own"
 
 
 def refused(received: str, expected: str, fix: str = "convert the model again with a current llama.cpp") -> UsageError:
-    """What is raised for a vocabulary that cannot be built exactly."""
+    """Refusal of a vocabulary that cannot be built exactly."""
     return UsageError(problem("tokenizer", received=received, expected=expected, fix=fix))
 
 
@@ -133,7 +140,7 @@ def listed(file: GgufFile, name: str, kind: type | tuple[type, ...], size: int |
 
 def _special_ids(file: GgufFile, size: int) -> dict[str, int]:
     out = {}
-    for name in (*NAMED.values(), "eot", "eom", *_FILL_IN, *_OLD_NAMES.values()):
+    for name in (*dict.fromkeys((*NAMED.values(), *END_NAMES)), *_FILL_IN, *_OLD_NAMES.values()):
         key = f"{KEY}{name}_token_id"
         index = file.get(key)
         if index is None:
@@ -162,7 +169,7 @@ def _ends(ids: Mapping[str, int], types: list[int], special: Mapping[str, int]) 
         fill_in[name] = [given] if given is not None else control(sorted(texts, key=lambda text: ids.get(text, -1)))[:1]
     ends = {index for name in ("fim_pad", "fim_rep", "fim_sep") for index in fill_in[name]}
     ends.update(control(_ENDS))
-    ends.update(special[name] for name in ("eos", "eot", "eom") if name in special)
+    ends.update(special[name] for name in END_NAMES if name in special)
     for text in _HARMONY:
         if text in ids:
             types[ids[text]] = TokenType.USER_DEFINED

@@ -1,7 +1,7 @@
 """tokenizer.model, of sentencepiece, as a tokenizer.json: converted, then compared with sentencepiece itself.
 
-transformers 5 converts such files too, but puts no space before the first word where the text begins with one, and
-forgets how the model's own class treats text after a special token.
+transformers 5 converts such files too. It puts no space before the first word where the text begins with one, and
+ignores how the model's own class treats text after a special token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sinkexport.loading.tokenizers.tokenizer_files import TokenizerFiles
 FILE = "tokenizer.model"
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
-"""Whose ids are sentencepiece's own; others move or rename pieces."""
+"""Classes whose ids are sentencepiece's own; others move or rename pieces."""
 MODEL_TYPES = ("llama", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "gemma3", "phi3", "stablelm")
 """Models with such a class, where tokenizer_config.json names none."""
 _UNIGRAM, _BPE = 1, 2
@@ -126,7 +126,7 @@ def merges(proto: Any) -> list[tuple[str, str]]:
     ids = {text: number for number, text in enumerate(texts)}
     types, scores = [piece.type for piece in proto.pieces], [piece.score for piece in proto.pieces]
     try:
-        return scored_merges(Vocabulary(texts, ids, types, scores, {}, ()))
+        return scored_merges(Vocabulary(tokens=texts, ids=ids, types=types, scores=scores, special={}, ends=()))
     except UsageError as error:
         raise UsageError(
             problem(
@@ -145,7 +145,7 @@ def _prefixes(proto: Any, files: TokenizerFiles) -> bool:
 
 
 def _begins(files: TokenizerFiles) -> bool:
-    """As the classes have it, where the folder says nothing."""
+    """Whether texts begin with BOS: as the classes do, where the folder says nothing."""
     wanted = files.config.get("add_bos_token")
     return True if wanted is None else bool(wanted)
 

@@ -1,4 +1,4 @@
-"""What the tokenizer of a model is, whatever it came from: a tokenizer of 'tokenizers', a template, and files."""
+"""Tokenizer of a model from any source: a tokenizer of 'tokenizers', a template, and files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sinkrt.text import Tokenizer, named_special_tokens
 
 TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""What transformers calls special tokens that a model may have."""
+"""Names of transformers for special tokens that a model may have."""
 _PLACEHOLDER = "a"
 
 
@@ -126,12 +126,24 @@ class SourceTokenizer:
         named = {self.token_id(text) for text in self.special_tokens.values()}
         return frozenset({*marked, *(number for number in named if number is not None)})
 
+    @property
+    def template_end(self) -> int | None:
+        """Control token with which the chat template closes an answer; None if there is none, or no template."""
+        if self.chat_template is None:
+            return None
+        try:
+            rest = (self.runtime.template_facts.closing or "").lstrip()
+        except SinkError:  # refused elsewhere
+            return None
+        control = self.control_ids
+        texts = {text: number for text, number in self.vocabulary.items() if number in control}
+        fitting = [text for text in texts if text.strip() and rest.startswith(text)]
+        return texts[max(fitting, key=len)] if fitting else None
+
     @functools.cached_property
     def end_ids(self) -> tuple[int, ...]:
         """Ids that end a turn by what the tokenizer says: eos_token, what the source names and the template's."""
-        from sinkexport.loading.tokenizers.turn_ends import template_end
-
-        ends = {*self.declared_end_ids, self.token_id(self.special_tokens.get("eos_token")), template_end(self)}
+        ends = {*self.declared_end_ids, self.token_id(self.special_tokens.get("eos_token")), self.template_end}
         return tuple(sorted(number for number in ends if number is not None))
 
 
@@ -175,7 +187,10 @@ def as_source_tokenizer(tokenizer: Any) -> SourceTokenizer | None:
     named = {name: text for name in NAMES if isinstance(text := getattr(tokenizer, name, None), str)}
     template = getattr(tokenizer, "chat_template", None)
     return SourceTokenizer(
-        type(tokenizer).__name__, without_limits(library), template if isinstance(template, str) else None, named
+        kind=type(tokenizer).__name__,
+        library=without_limits(library),
+        chat_template=template if isinstance(template, str) else None,
+        special_tokens=named,
     )
 
 

@@ -12,7 +12,7 @@ from sinkexport.loading.tokenizers.tokenizer_files import TokenizerFiles
 from sinkexport.loading.tokenizers.tokenizer_json import TokenizerJson, folder_tokenizer_json
 
 if TYPE_CHECKING:
-    from sinkexport.sources import Origin
+    from sinkexport.loading.origin import Origin
 
 SENTENCEPIECE_FILE, TEKKEN_FILE = "tokenizer.model", "tekken.json"
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"

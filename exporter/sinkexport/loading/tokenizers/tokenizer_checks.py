@@ -1,4 +1,4 @@
-"""What is checked of a tokenizer against its model before anything is exported."""
+"""Checks of a tokenizer against its model before anything is exported."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def opening_size(tokenizer: SourceTokenizer | None, system: str) -> int:
 
 
 def system_refusal(tokenizer: SourceTokenizer) -> str | None:
-    """Why the chat template takes no system message; None if it takes one.
+    """Reason why the chat template takes no system message; None if it takes one.
 
     Raises: UsageError if the template cannot be rendered at all.
     """

@@ -14,7 +14,7 @@ from sinkrt.errors import UsageError, problem
 from sinkexport.loading.tokenizers.source_tokenizer import CONFIG_FILE, NAMES, TEMPLATE_FILE, TOKENIZER_FILE, one_line
 
 if TYPE_CHECKING:
-    from sinkexport.sources import Origin
+    from sinkexport.loading.origin import Origin
 
 LFS_POINTER = b"version https://git-lfs"
 PROCESSOR_TEMPLATE_FILE = "chat_template.json"
@@ -41,7 +41,7 @@ class TokenizerFiles:
         self._origin = origin
 
     def path(self, name: str) -> Path | None:
-        """Where a file is; None if the model has none of that name.
+        """Path of a file; None if the model has none of that name.
 
         Raises: OSError if the Hub cannot be asked.
         """

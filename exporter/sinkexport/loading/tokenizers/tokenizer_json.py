@@ -1,8 +1,8 @@
 """A folder's tokenizer.json, copied: what tokenizer_config.json changes of it is put in, all else stays as it is.
 
-transformers builds a tokenizer anew from the vocabulary for many classes (GPT2Tokenizer, Qwen2Tokenizer,
-LlamaTokenizer ..), and what a file says beyond the class, such as a split of digits, is lost. What it rightly takes
-from tokenizer_config.json are the added tokens, the special tokens and whether a text begins with one.
+transformers builds a tokenizer anew from the vocabulary for many classes (GPT2Tokenizer, Qwen2Tokenizer, LlamaTokenizer
+..). What a file says beyond the class, such as a split of digits, is lost. What it rightly takes from
+tokenizer_config.json are the added tokens, the special tokens and whether a text begins with one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from sinkexport.loading.tokenizers.tokenizer_files import TokenizerFiles
 
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
 BEGINNING_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
-"""Whose texts began with bos_token in transformers 4, whatever tokenizer.json says; 5 follows the file."""
+"""Classes whose texts began with bos_token in transformers 4, whatever tokenizer.json says; 5 follows the file."""
 MISTRAL_PATTERN = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
-"""How the pattern begins that ``fix_mistral_regex`` puts in."""
+"""Beginning of the pattern that ``fix_mistral_regex`` puts in."""
 
 
 class TokenizerJson:
@@ -134,7 +134,7 @@ class TokenizerJson:
         return found
 
     def _steps(self) -> list[dict[str, Any]]:
-        """What the post-processor does, sequences unfolded."""
+        """Steps of the post-processor, sequences unfolded."""
         before = self.data.get("post_processor") or {}
         return list(before["processors"]) if before.get("type") == "Sequence" else [before] if before else []
 

@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sinkrt.errors import SinkError, UsageError, problem
+from sinkrt.errors import UsageError, problem
 
-if TYPE_CHECKING:
-    from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
-
-
-def template_end(tokenizer: SourceTokenizer) -> int | None:
-    """The control token with which the chat template closes an answer; None if there is none, or no template."""
-    if tokenizer.chat_template is None:
-        return None
-    try:
-        rest = (tokenizer.runtime.template_facts.closing or "").lstrip()
-    except SinkError:  # refused elsewhere
-        return None
-    control = tokenizer.control_ids
-    texts = {text: number for text, number in tokenizer.vocabulary.items() if number in control}
-    fitting = [text for text in texts if text.strip() and rest.startswith(text)]
-    return texts[max(fitting, key=len)] if fitting else None
+from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 
 
 def end_ids(
@@ -86,7 +71,7 @@ def stated_ids(config: Any | None, key: str) -> Mapping[int, bool]:
 
 
 def _default(config: Any, key: str) -> Any:
-    """What the class of a configuration has where nothing is stated."""
+    """Default of a configuration's class; None if it cannot be had."""
     try:
         return getattr(type(config)(), key, None)
     except Exception:  # classes that cannot do without arguments

@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-from sinkrt.errors import UsageError, problem
+from sinkrt.errors import UsageError
 
 from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats, QuantizedFileTensor
 from sinkexport.loading.checkpoints.no_effect import why_no_effect
 from sinkexport.loading.checkpoints.weight_files import listed, torch_tensor
 from sinkexport.loading.weights.graph_weights import GraphMatrix, read_graph
-from sinkexport.loading.weights.weight_check import WeightCheck, differs, unclaimed
+from sinkexport.loading.weights.weight_check import WeightCheck
+from sinkexport.loading.weights.weight_refusals import differs, refuse_strangers, unclaimed
 from sinkexport.loading.weights.weight_roles import LLAMA_ORDER, rows_of_halves
 from sinkexport.loading.weights.weight_rounding import Rounding
 
 if TYPE_CHECKING:
     from sinkexport.config import ExportConfig
     from sinkexport.loading.gguf_models.file import GgufFile
-    from sinkexport.sources import LoadedModel
+    from sinkexport.loading.origin import LoadedModel
 
 FREQUENCIES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors of GGUF files that are read for the rotation, whose tables the probe has."""
@@ -59,11 +60,11 @@ def check_weights(
     if left:
         others = f", nor are {len(left) - 1} others: {listed([t.name for t in left[1:]])}" if len(left) > 1 else ""
         raise differs(left[0], f"it is nowhere in the graph{others}")
-    _refuse_strangers(unclaimed(first, check.parameters, num_q_heads), "constants of the graph")
+    refuse_strangers(unclaimed(first, check.parameters, num_q_heads), "constants of the graph")
     foreign = sum(name not in check.parameters for name in check.folded)
     absent = [name for name in check.parameters if name not in check.accounted]
     if len(absent) > foreign:
-        _refuse_strangers(absent, "parameters of the model")
+        refuse_strangers(absent, "parameters of the model")
     for file in files[1:]:
         _compare_shared(check, read_graph(folder / file), first, num_q_heads)
 
@@ -86,19 +87,7 @@ def _compare_shared(
         if not any(one.layers[0] <= matrix.layers[1] and matrix.layers[0] <= one.layers[1] for one in alike):
             own.append(matrix)
     check.compare(own)
-    _refuse_strangers(unclaimed(own, check.parameters, num_q_heads), "constants of the prefill graph")
-
-
-def _refuse_strangers(names: Sequence[str], what: str) -> None:
-    if names:
-        raise UsageError(
-            problem(
-                "weights",
-                received=f"{len(names)} {what} that are not of the file: {listed(names)}",
-                expected="the numbers of the file",
-                fix="this model cannot be exported exactly; please report it",
-            )
-        )
+    refuse_strangers(unclaimed(own, check.parameters, num_q_heads), "constants of the prefill graph")
 
 
 def source_tensors(loaded: LoadedModel) -> Mapping[str, FileTensor]:
@@ -143,16 +132,22 @@ def _gguf_tensor(name: str, tensor: Any) -> FileTensor:
     shape = tuple(int(n) for n in reversed(tensor.shape))
     kind, data = tensor.tensor_type, tensor.data
     if kind == gguf.GGMLQuantizationType.BF16:
-        return FileTensor(name, shape, "BF16", "the file", lambda: data.view(ml_dtypes.bfloat16).reshape(shape))
+        return FileTensor(
+            name=name,
+            shape=shape,
+            dtype="BF16",
+            file="the file",
+            array=lambda: data.view(ml_dtypes.bfloat16).reshape(shape),
+        )
     if data.dtype != np.uint8:
-        return FileTensor(name, shape, kind.name, "the file", lambda: data.reshape(shape))
+        return FileTensor(name=name, shape=shape, dtype=kind.name, file="the file", array=lambda: data.reshape(shape))
     block = gguf.GGML_QUANT_SIZES[kind]
     return QuantizedFileTensor(
-        name,
-        shape,
-        kind.name,
-        "the file",
-        lambda: data,
+        name=name,
+        shape=shape,
+        dtype=kind.name,
+        file="the file",
+        array=lambda: data,
         block=block,
         dequantize=lambda rows: gguf.dequantize(rows, kind),
     )
@@ -171,14 +166,14 @@ def _tied(model: Any) -> list[frozenset[str]]:
 
 
 def _rounding(model: Any, config: ExportConfig, num_kv_heads: int) -> Rounding:
-    """What the export was asked to do to the numbers."""
+    """Rounding that the export was asked for."""
     recipe, calibration = config.recipe, config.calibration
     weights = None if recipe is None else recipe.weights
     nearest = weights is None or (weights.scales, weights.rounding) == ("absmax", "nearest")
     divisors: dict[str, Floats] = {}
     if recipe is not None and recipe.smooth is not None and calibration is not None:
         for name, _module in model.named_modules():
-            with contextlib.suppress(UsageError):  # of what is no product
+            with contextlib.suppress(UsageError):  # of what is no matmul
                 if (found := calibration.divisors(name)) is not None:
                     divisors[name] = np.asarray(found, np.float32)
-    return Rounding(config.dtype == "fp16", nearest, divisors, num_kv_heads)
+    return Rounding(half=config.dtype == "fp16", nearest=nearest, divisors=divisors, num_kv_heads=num_kv_heads)

@@ -23,11 +23,11 @@ BY_HEAD = "const.by_head"
 QUANTIZED = (".packed", ".uint8", ".int8x4", ".int8")
 COMPANIONS = (".scales", ".zero_points", ".sums")
 MODEL = "model."
-"""In front of the names of a model's parameters, which is a part of the traced step."""
+"""Prefix of the names of a model's parameters: the model is a part of the traced step."""
 
 HALF_RANGE = 128
 SMALL_BYTES = 2**20
-"""What two graphs may hold twice."""
+"""Largest constant that two graphs may hold twice."""
 
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
@@ -93,7 +93,7 @@ class GraphMatrix:
 
 
 def _place(tensor: ir.TensorProtocol) -> object:
-    """Where a constant lies that is not in the ONNX file itself."""
+    """Place of a constant that is not in the ONNX file itself; None: it is there."""
     if not isinstance(tensor, ir.ExternalTensor):
         return None
     return tensor.path, tensor.offset, tensor.length, tensor.dtype, tensor.shape
@@ -139,7 +139,7 @@ def parameters_of(name: str) -> tuple[str, ...]:
 
 
 def _layer_ranges(graph: ir.Graph) -> dict[str, tuple[float, float]]:
-    """Between which layers each constant is read first, by the named ones before and after: nodes are in order."""
+    """Layers between which each constant is read first, by the named ones before and after: nodes are in order."""
     first: dict[str, int] = {}
     marks: list[tuple[int, int]] = []
     for place, node in enumerate(graph):
@@ -175,12 +175,12 @@ def _floating(name: str, tensor: ir.TensorProtocol, layers: tuple[float, float])
 
     if len(dims) == 2 and parts and name.split("+")[0].removesuffix(".smoothed").endswith(".T"):
         return GraphMatrix(
-            name,
-            parts,
-            (dims[1], dims[0]),
-            lazily((dims[1], dims[0]), lambda a: a.T),
-            layers,
-            tensor.numpy,
+            name=name,
+            parts=parts,
+            shape=(dims[1], dims[0]),
+            read=lazily((dims[1], dims[0]), lambda a: a.T),
+            layers=layers,
+            raw=tensor.numpy,
             sources=(tensor,),
         )
     shape = (int(np.prod(dims[:-1])), dims[-1]) if len(dims) > 1 else (dims[0] if dims else 1, 1)
@@ -192,19 +192,36 @@ def _floating(name: str, tensor: ir.TensorProtocol, layers: tuple[float, float])
             values = np.asarray(tensor.numpy()[rows[:, None] // last, columns[None], rows[:, None] % last], np.float32)
             return values, np.zeros_like(values)
 
-        swapped = GraphMatrix(name, parts, (count * last, first), read_swapped, layers, tensor.numpy)
+        swapped = GraphMatrix(
+            name=name, parts=parts, shape=(count * last, first), read=read_swapped, layers=layers, raw=tensor.numpy
+        )
     flat = None
     if len(dims) > 1 and tensor.nbytes <= SMALL_BYTES:
-        flat = GraphMatrix(name, parts, (tensor.size, 1), lazily((tensor.size, 1), lambda a: a), layers, tensor.numpy)
+        flat = GraphMatrix(
+            name=name,
+            parts=parts,
+            shape=(tensor.size, 1),
+            read=lazily((tensor.size, 1), lambda a: a),
+            layers=layers,
+            raw=tensor.numpy,
+        )
     return GraphMatrix(
-        name, parts, shape, lazily(shape, lambda a: a), layers, tensor.numpy, swapped, flat, sources=(tensor,)
+        name=name,
+        parts=parts,
+        shape=shape,
+        read=lazily(shape, lambda a: a),
+        layers=layers,
+        raw=tensor.numpy,
+        swapped=swapped,
+        flat=flat,
+        sources=(tensor,),
     )
 
 
 def _quantized(
     base: str, suffix: str, value: ir.Value, values: dict[str, ir.Value], layers: tuple[float, float]
 ) -> GraphMatrix:
-    """Integers times scales; see graph/passes/quantize_*.py for the layouts."""
+    """Integers times scales; see graph/quantize/ for the layouts."""
     integers, scales = _numbers(value), np.asarray(_numbers(values[f"{base}.scales"]), np.float32)
     zeros = values.get(f"{base}.zero_points")
     read: Read
@@ -238,11 +255,11 @@ def _quantized(
         if one is not None and one.const_value is not None
     )
     return GraphMatrix(
-        base,
-        parameters_of(base),
-        (int(shape[0]), int(shape[1])),
-        read,
-        layers,
+        name=base,
+        parts=parameters_of(base),
+        shape=(int(shape[0]), int(shape[1])),
+        read=read,
+        layers=layers,
         swapped=swapped,
         slack=slack,
         sources=sources,
@@ -263,7 +280,7 @@ def _by_input(
         units = integers[rows[:, None] // depth, rows[:, None] % depth, columns[None]].astype(np.int16) - offset
         return units.astype(np.float32) * step, step
 
-    return GraphMatrix(base, parameters_of(base), (count * depth, width), read, layers)
+    return GraphMatrix(name=base, parts=parameters_of(base), shape=(count * depth, width), read=read, layers=layers)
 
 
 def _scaled(take: Callable[[Indices, Indices], npt.NDArray[Any]], scales: Floats) -> Read:
@@ -310,7 +327,7 @@ def _bits(value: ir.Value, integers: npt.NDArray[Any]) -> tuple[int, int, int]:
 
 
 def _readers(value: ir.Value) -> Iterator[ir.Node]:
-    """Nodes that read a constant, products first, through those that only take rows of it."""
+    """Nodes that read a constant, matmuls first, through those that only take rows of it."""
     nodes = [use.node for use in value.uses()]
     yield from nodes
     for node in nodes:

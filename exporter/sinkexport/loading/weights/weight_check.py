@@ -9,10 +9,9 @@ must have come from the file.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from sinkrt.errors import UsageError, problem
 
 from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats, Indices
 from sinkexport.loading.weights.graph_weights import GraphMatrix, layer_of
@@ -24,6 +23,7 @@ from sinkexport.loading.weights.weight_places import (
     orientations,
     subplaces,
 )
+from sinkexport.loading.weights.weight_refusals import differs
 from sinkexport.loading.weights.weight_roles import roles_agree
 from sinkexport.loading.weights.weight_rounding import (
     AS_IT_IS,
@@ -39,9 +39,6 @@ FOLDED = 1 << 20
 
 MAX_HEADS = 512
 """Numbers that a tensor with one for each head may have."""
-
-SMALL = 32
-"""Constants of fewer numbers need not be of the file: slopes, indices, scalars."""
 
 
 class WeightCheck:
@@ -98,8 +95,10 @@ class WeightCheck:
         return left
 
     def _names(self, name: str) -> list[str]:
-        """What the model may call a tensor of this name: itself, with or without the base model's prefix, or a
-        parameter that shares it."""
+        """Names that the model may have for a tensor of this name.
+
+        They are the name itself with or without the base model's prefix, and those of parameters that share it.
+        """
         spelled = [name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")]
         return [*spelled, *(other for one in spelled for other in self._tied.get(one, ()))]
 
@@ -112,7 +111,7 @@ class WeightCheck:
             for part in matrix.parts:
                 shape = self.parameters.get(part)
                 count = matrix.shape[0] if len(matrix.parts) == 1 or shape is None else shape[0]
-                place = Place(matrix, start, count, part)
+                place = Place(matrix=matrix, start=start, count=count, parameter=part)
                 named.setdefault(part, []).append(place)
                 by_layer.setdefault(layer_of(part), []).append(place)
                 start += count
@@ -160,7 +159,7 @@ class WeightCheck:
         return True
 
     def _factors(self, place: Place, tensor: FileTensor) -> Iterable[tuple[Floats | None, Floats | None]]:
-        """By what smoothing may have multiplied the columns and the rows of a parameter."""
+        """Factors that smoothing may have put on the columns and the rows of a parameter."""
         own = self._rounding.divisors.get(place.parameter.removesuffix(".weight"))
         columns = [None] if own is None or tensor.matrix_shape[1] == 1 else [None, own]
         yield from (
@@ -168,7 +167,7 @@ class WeightCheck:
         )
 
     def _factors_of_rows(self, layer: int | None, count: int) -> Iterable[Floats | None]:
-        """What smoothing may have divided the results of a norm or of a product by, None for nothing."""
+        """Factors that smoothing may have put on the results of a norm or of a matmul, None for none."""
         yield None
         for name, found in self._rounding.divisors.items():
             if layer is not None and layer_of(name) != layer:
@@ -232,7 +231,7 @@ class WeightCheck:
                 return True
         if tensor.name.endswith("bias") and len(tensor.shape) == 2:  # of experts: a part of each row of another
             layer = layer_of(tensor.name)
-            places += [Place(m, 0, m.shape[0]) for m in anonymous if m.may_be_of(layer)]
+            places += [Place(matrix=m, start=0, count=m.shape[0]) for m in anonymous if m.may_be_of(layer)]
             flat = [one for place in places if (one := place.flattened()) is not None]
             return self._claim_pieces(tensor.flattened(), flat)
         return self._claim_pieces(tensor, [p for place in places for p in orientations(place)])
@@ -294,8 +293,10 @@ class WeightCheck:
         return True
 
     def _claim_pieces(self, tensor: FileTensor, candidates: Sequence[Place]) -> bool:
-        """In pieces a tensor may be whole parameters one after the other, or lie in a part of one; no other order of
-        rows is taken for its own, but that of queries, keys and values together, which GGUF files have in another."""
+        """Look for a tensor in pieces: whole parameters one after the other, or a part of one.
+
+        No other order of rows counts as its own, but that of fused queries, keys and values in GGUF files.
+        """
         if is_of_one_expert(tensor):
             return False
         pieces = find_pieces(tensor, candidates, self._rounding)
@@ -329,41 +330,3 @@ class WeightCheck:
 
     def _note(self, name: str) -> None:
         self.accounted.update(self._names(name))
-
-
-def differs(tensor: FileTensor, why: str) -> UsageError:
-    """What the export made is not what the file holds."""
-    return UsageError(
-        problem(
-            f"weights '{tensor.name}' of {tensor.file}",
-            received=why,
-            expected="the numbers of the file",
-            fix="this model cannot be exported exactly; please report it",
-        )
-    )
-
-
-def unclaimed(matrices: Iterable[GraphMatrix], parameters: Collection[str], num_heads: int) -> list[str]:
-    """Constants that hold more than a few numbers which are not of the file, nor of a plain computation.
-
-    parameters: of the model. num_heads: of queries, each of which may have a number: a slope, a factor of tuned
-    attention.
-    """
-    return [
-        matrix.name
-        for matrix in matrices
-        if not matrix.is_claimed
-        and (any(part in parameters for part in matrix.parts) or not _is_computed(matrix, max(SMALL, num_heads)))
-    ]
-
-
-OWN = ("frequency_", "alibi_slopes", "sink_scale_", "calibrated_", "affine.")
-"""Constants that the traced step has beside the model: from the probe, or from files of their own."""
-
-
-def _is_computed(matrix: GraphMatrix, small: int) -> bool:
-    """Masks, fills and the step's own constants."""
-    if matrix.name.startswith(OWN) or matrix.raw is None:
-        return matrix.name.startswith(OWN)
-    values = np.asarray(matrix.raw())
-    return values.size <= small or len(np.unique(values[np.isfinite(values)])) <= 2

@@ -1,4 +1,4 @@
-"""Where in the constants of a graph a tensor of a file may lie."""
+"""Places in the constants of a graph where a tensor of a file may lie."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_VECTOR = 1 << 17
 """Numbers of a vector that is looked for in pieces."""
 
 MAX_BEGINNINGS = 64
-"""Places where a run may begin, of which the longest is taken; more where many numbers are the same."""
+"""Places where a run may begin: the longest run is taken. There are more where many numbers are the same."""
 
 STRIDES = (1, 2)
 """Rows lie one after the other, or every second one: gates between what they multiply."""
@@ -74,7 +74,7 @@ def orientations(place: Place) -> list[Place]:
 
 
 def subplaces(places: Sequence[Place], tensor: FileTensor) -> Iterable[Place]:
-    """Where a tensor may lie: a whole parameter, one expert's matrix, or one half of it."""
+    """Places where a tensor may lie: a whole parameter, one expert's matrix, or one half of it."""
     count, width = tensor.matrix_shape
     numbers = [int(part) for part in tensor.name.split(".") if part.isdigit()]
     for place in places:
@@ -87,7 +87,12 @@ def subplaces(places: Sequence[Place], tensor: FileTensor) -> Iterable[Place]:
                 rows = tensor.shape[1]
                 for half in (0, 1):
                     yield Place(
-                        whole.matrix, whole.start + half * rows, count, whole.parameter, half, blocks=(rows, 2 * rows)
+                        matrix=whole.matrix,
+                        start=whole.start + half * rows,
+                        count=count,
+                        parameter=whole.parameter,
+                        half=half,
+                        blocks=(rows, 2 * rows),
                     )
             elif len(numbers) > 1 and whole.count % count == 0:
                 expert = numbers[1]
@@ -98,12 +103,15 @@ def subplaces(places: Sequence[Place], tensor: FileTensor) -> Iterable[Place]:
                     for half in range(share):
                         half_of = half if share == 2 else None
                         start = whole.start + expert * block + half * count
-                        yield Place(whole.matrix, start, count, whole.parameter, half_of)
+                        yield Place(
+                            matrix=whole.matrix, start=start, count=count, parameter=whole.parameter, half=half_of
+                        )
 
 
 def half_of(place: Place, shape: Sequence[int]) -> int | None:
-    """In which half of a fused parameter of this shape, [2 N, K], [E, 2 N, K] or [E, K, 2 N], all rows of a place lie;
-    None: in both. Of every second row the first is of the first half: there the two lie interleaved.
+    """Half of a fused parameter in which all rows of a place lie; None: in both.
+
+    shape: of the parameter, [2 N, K], [E, 2 N, K] or [E, K, 2 N]. Places of every second row are of interleaved halves.
     """
     if len(shape) < 2:
         return None
@@ -133,7 +141,17 @@ def find_pieces(tensor: FileTensor, places: Sequence[Place], rounding: Rounding)
         if not length:
             return []
         place = places[owner[first]]
-        pieces.append(Place(place.matrix, int(row[first]), length, place.parameter, None, stride, place.start))
+        pieces.append(
+            Place(
+                matrix=place.matrix,
+                start=int(row[first]),
+                count=length,
+                parameter=place.parameter,
+                half=None,
+                stride=stride,
+                first_row=place.start,
+            )
+        )
         start += length
     return pieces
 
@@ -141,7 +159,7 @@ def find_pieces(tensor: FileTensor, places: Sequence[Place], rounding: Rounding)
 def _longest_run(
     wanted: Floats, graph: Floats, steps: Floats, owner: Indices, rounding: Rounding
 ) -> tuple[int, int, int]:
-    """Where the first rows of `wanted` follow each other in one place: first row, stride and how many, at most 0."""
+    """Longest run of the first rows of `wanted` in one place: first row, stride and how many, at least 0."""
     best = (0, 1, 0)
     for begin in np.flatnonzero(rounding.close(wanted[:1], graph, steps).all(axis=1))[:MAX_BEGINNINGS]:
         for stride in STRIDES:

@@ -1,4 +1,4 @@
-"""What a weight is for, by its name in any of the usual conventions: two names of one weight must agree."""
+"""Roles of weights by their names in any of the usual conventions: two names of one weight must agree."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ LLAMA_ORDER = frozenset(
         "olmo",
     )
 )
-"""GGUF architectures whose queries and keys lie with the two numbers of a rotated pair side by side, where Hugging
-Face's files have a head's first half before the second. Source: llama.cpp, ``convert_hf_to_gguf.py``, ``permute``."""
+"""GGUF architectures whose queries and keys have the two numbers of a rotated pair side by side. Hugging Face's files
+have a head's first half before the second. Source: llama.cpp, ``convert_hf_to_gguf.py``, ``permute``."""
 
 
 def role_of(name: str) -> str | None:
@@ -64,6 +64,6 @@ def roles_agree(file_name: str, parameter: str, half: int | None) -> bool:
 
 
 def rows_of_halves(num_heads: int, num_rows: int) -> Indices:
-    """Where the rows of queries or keys [num_rows, K] lie in a GGUF file of `LLAMA_ORDER`, in Hugging Face's order."""
+    """Places of the rows of queries or keys [num_rows, K] in a GGUF file of `LLAMA_ORDER`, in Hugging Face's order."""
     places = np.arange(num_rows, dtype=np.int64).reshape(num_heads, -1, 2)  # head, pair, half
     return places.transpose(0, 2, 1).reshape(-1)

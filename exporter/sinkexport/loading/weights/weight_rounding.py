@@ -1,4 +1,4 @@
-"""How far the numbers of a graph may be from those of the file that they came from."""
+"""Distance that the numbers of a graph may have from those of the file that they came from."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy.typing as npt
 from sinkexport.loading.checkpoints.file_tensor import Floats
 
 EXACT, HALF = 2e-6, 1.5e-3
-"""How far a number may be off, relative to itself: float32 that is computed with, float16."""
+"""Relative error of a number: float32 that is computed with, float16."""
 
 HALF_STEP = 6e-8
 """Half of float16's least step and a bit."""
 
 MAX_SHARE = 0.6
-"""Of a tensor's numbers, in the root mean square, that rounding for its inputs (GPTQ, clipped scales) may change."""
+"""Share of a tensor's root mean square that rounding for its inputs (GPTQ, clipped scales) may change."""
 
 LOOSE_STEPS = 8
-"""By how many steps rounding for inputs may move a number, where one row is looked for among others."""
+"""Steps by which rounding for inputs may move a number, where one row is looked for among others."""
 
 Transform = Callable[[Floats], npt.NDArray[Any]]
 AS_IT_IS: tuple[Transform, ...] = (lambda x: x,)
@@ -33,19 +33,19 @@ FOLDED_BY_CODE: tuple[Transform, ...] = (
     lambda x: np.tanh(x),
     lambda x: 1 / (1 + np.exp(-x)),
 )
-"""What a family's code may compute of a parameter before anything else, which is folded as the graph is built."""
+"""Functions of a parameter that a family's code may compute first, which are folded as the graph is built."""
 
 UNDONE_FOR_CODE: tuple[Transform, ...] = (
     lambda x: x,
     lambda x: x - 1,
     lambda x: np.log(np.where(x < 0, -x, np.nan)),
 )
-"""What a parameter holds whose GGUF tensor has the scale or the decay rate itself."""
+"""Functions from a GGUF tensor, which has the scale or the decay rate itself, to the parameter."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
-    """How far the numbers of a graph may be from the file's.
+    """Distance that the numbers of a graph may have from the file's.
 
     half: they are float16, or computed with float16. nearest: integers are those nearest to the numbers; otherwise
     they were chosen for the inputs, or scales clip. divisors: by module, what its input was divided by and its weights
@@ -70,7 +70,7 @@ class Rounding:
         return float(np.square(gap, dtype=np.float64).sum()) <= MAX_SHARE**2 * power
 
     def close(self, file: Floats, graph: Floats, steps: Floats) -> npt.NDArray[np.bool_]:
-        """By number, whether the graph's may be the file's: [n, m]. Of the two one may have one row."""
+        """Whether each number of the graph may be the file's: [n, m]. One of the two may have one row."""
         steps = steps * (1.01 if self.nearest else LOOSE_STEPS)
         near: npt.NDArray[np.bool_] = np.abs(graph - file) <= self._allowed(file, graph) + steps
         return near

@@ -1,0 +1,141 @@
+"""Show a bundle: model, geometry, memory and files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+from sinkrt.contract import MASS_KIND, AffineAttention, FileFacts, HeadWindow, Manifest, Quantization, SinkTuning
+
+from sinkexport.util.console import facts_table, listed, megabytes, table_console
+
+
+def show_bundle(bundle: Path, manifest: Manifest) -> None:
+    """Print what the bundle holds."""
+    console = table_console()
+    for table in (facts_table(_facts(manifest)), _memory(manifest), _files(bundle, manifest)):
+        console.print(table)
+        console.print()
+
+
+def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Yield (name, value) of what the manifest says."""
+    model, stream = manifest.model, manifest.stream
+    yield "model", f"{model.name} ({model.architecture}, {model.num_parameters / 1e6:.1f}M parameters)"
+    heads = f"{model.num_q_heads} query heads, {model.num_kv_heads} key heads of {model.head_dim}"
+    yield "layers", f"{model.num_layers} x {heads}"
+    yield "vocabulary", f"{model.vocab_size} tokens; end of text: {listed(model.eos_token_ids)}"
+    yield "positions", f"{model.position_scheme}; up to {stream.position_limit:.1e} tokens"
+    windows = _sliding_windows(manifest) if manifest.head_windows is None else _head_windows(manifest.head_windows)
+    cache = f"{stream.num_sink_tokens} sinks + window of {stream.window_size} = {stream.capacity} tokens"
+    yield "cache", cache + windows
+    yield "streams", f"{stream.batch}"
+    yield "target", manifest.target + (f", plugin {manifest.plugin_abi}" if manifest.plugin_abi else "")
+    for role, engine in sorted((manifest.engines or {}).items()):
+        built_for = engine.gpu or "any GPU it supports"
+        yield f"{role} engine", f"{engine.file}, {engine.flavour} {engine.version}, {built_for}"
+    yield "quantised", _quantised(manifest.quantization)
+    yield from _tuned(manifest.sink_tuning)
+    yield from _affine(manifest.affine_attention)
+    for role, graph in manifest.graphs.items():
+        yield f"{role} graph", f"{graph.file}, {graph.num_tokens} token(s) a run"
+    tokenizer = manifest.tokenizer
+    template = ", chat template" if tokenizer is not None and tokenizer.chat_template else ""
+    yield "tokenizer", "none: token ids only" if tokenizer is None else tokenizer.file + template
+    yield "made by", listed(f"{name} {version}" for name, version in manifest.producer.items())
+
+
+def _sliding_windows(manifest: Manifest) -> str:
+    """Describe the layers that keep the model's sliding window instead of sinks and window."""
+    keep_sinks = {state.layer for state in manifest.states if state.kind == "sink_k"}
+    windows = [s.shape[2] for s in manifest.states if s.kind == "window_k" and s.layer not in keep_sinks]
+    own = [size for size in windows if manifest.stream.num_sink_tokens or size != manifest.stream.window_size]
+    return f"; {len(own)} layers with a sliding window, {listed(sorted(set(own)))}" if own else ""
+
+
+def _quantised(facts: Quantization | None) -> str:
+    if facts is None:
+        return "no"
+    lines = [f"{facts.recipe}: {facts.weights} weights, {facts.activations} inputs, {facts.kv} window"]
+    if facts.calibration_sha256 is not None:
+        lines.append(f"calibration file {facts.calibration_sha256[:16]}")
+    if facts.thresholds:  # 'sinkexport verify' holds the bundle to them
+        lines.append(listed(f"{name} {limit:g}" for name, limit in sorted(facts.thresholds.items())))
+    return "\n".join(lines)
+
+
+def _head_windows(groups: tuple[HeadWindow, ...]) -> str:
+    """Count the key heads of each window."""
+    counts: dict[int, int] = {}
+    for group in groups:
+        counts[group.window_size] = counts.get(group.window_size, 0) + len(group.kv_heads)
+    return "\nkey heads by window: " + listed(f"{counts[window]} with {window}" for window in sorted(counts))
+
+
+def _tuned(tuning: SinkTuning | None) -> list[tuple[str, str]]:
+    if tuning is None:
+        return []
+    factors = [factor for layer in tuning.first_token_scale for factor in layer if factor != 1]
+    span = f", {min(factors):g} .. {max(factors):g}" if factors else ""
+    total = sum(len(layer) for layer in tuning.first_token_scale)
+    rows = [("tuned sinks", f"{len(factors)} of {total} heads{span}; file {tuning.sha256[:16]}")]
+    if (act := tuning.act) is not None:
+        rows.append(
+            (
+                "later sinks",
+                f"scaled down to {act.beta:g} in {sum(map(sum, act.heads))} of {total} heads, from "
+                f"{act.alpha:g} times the mean and {act.min_queries} queries on",
+            )
+        )
+    return rows
+
+
+def _affine(facts: AffineAttention | None) -> list[tuple[str, str]]:
+    if facts is None:
+        return []
+    layers = sum(bool(heads) for heads in facts.heads)
+    kind = "by hidden state" if facts.has_inputs else "constant"
+    return [
+        ("affine attention", f"{sum(map(len, facts.heads))} heads in {layers} layers, {kind}; file {facts.sha256[:16]}")
+    ]
+
+
+def _memory(manifest: Manifest) -> Table:
+    """Make the table of what decoding holds, however long the stream."""
+    table = Table("memory", "dtype", box=None, pad_edge=False)
+    table.add_column("MB", justify="right")
+    weights = manifest.weights_dtype if manifest.quantization is None else manifest.quantization.weights
+    table.add_row("weights", weights, megabytes(manifest.weights_bytes))
+    for label, kind in (
+        ("sink keys and values", "sink"),
+        ("window keys and values", "window"),
+        ("attention received", MASS_KIND),
+        ("convolutions", "conv"),
+        ("recurrent states", "recurrent"),
+    ):
+        states = [state for state in manifest.states if state.kind.startswith(kind)]
+        if states:
+            dtypes = listed(sorted({state.dtype for state in states}))
+            table.add_row(label, dtypes, megabytes(sum(state.nbytes for state in states)))
+    table.add_row("all, forever", "", megabytes(manifest.weights_bytes + manifest.state_bytes))
+    return table
+
+
+def _files(bundle: Path, manifest: Manifest) -> Table:
+    table = Table("file", box=None, pad_edge=False)
+    table.add_column("bytes", justify="right")
+    table.add_column("sha256")
+    table.add_column("")
+    for name, facts in sorted(manifest.files.items()):
+        table.add_row(Text(name), f"{facts.bytes:,}", facts.sha256[:16], _condition(bundle / name, facts))
+    return table
+
+
+def _condition(path: Path, facts: FileFacts) -> str:
+    """Describe what is wrong with a file's size; `run` and `verify` compare hashes as well."""
+    if not path.is_file():
+        return "missing"
+    size = path.stat().st_size
+    return "" if size == facts.bytes else f"has {size:,} bytes"

@@ -1,0 +1,167 @@
+"""Reroute a model's attention through transformers' attention interface, for as long as a context lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from sinkrt.errors import UsageError, problem
+
+from sinkexport.families.adapters import AttentionFunction, adapted, find_adapter
+
+MaskFunction = Callable[..., torch.Tensor]
+"""transformers' mask interface: keywords ``batch_size, q_length, kv_length, mask_function ..`` -> a mask."""
+
+
+IGNORED_ARGUMENTS = frozenset(
+    # What families pass to the attention function without changing what a single step computes, and what the probe saw.
+    (
+        "dropout",
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "is_causal",
+        "training",
+        "output_hidden_states",
+        "return_dict",
+        "logits_to_keep",
+        "past_key_values",
+        "position_embeddings",
+        "token_type_ids",
+        "deterministic",
+        "output_router_logits",
+        "sliding_window",
+    )
+)
+
+
+@contextlib.contextmanager
+def intercept_attention(
+    model: torch.nn.Module, function: AttentionFunction, masks: MaskFunction | None = None
+) -> Iterator[None]:
+    """Every softmax attention of `model` calls ``function(module, q, k, v, mask, scaling=..., ...)`` instead.
+
+    q: [B, Hq, T, D], k and v: [B, Hkv, T, D], as the model rotated them. Must return ([B, T, Hq, D], None).
+    masks: makes the masks; None: transformers builds none. A family that does not use the interface is adapted, and has
+    none; one with ALiBi passes ``alibi_slopes``, float32 [Hq].
+
+    Raises: UsageError if the model does not use the interface and there is no adapter for it.
+    """
+    if (adapter := find_adapter(model)) is not None:
+        with adapted(model, adapter, function):
+            yield
+        return
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = f"sinkexport-{uuid.uuid4().hex}"  # contexts may nest
+    before = model.config._attn_implementation
+
+    def call(
+        module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mask: Any = None, **arguments: Any
+    ) -> tuple[torch.Tensor, None]:
+        return function(module, q, k, v, attention_mask, **arguments)  # some families pass the mask by its name
+
+    ALL_ATTENTION_FUNCTIONS.register(name, call)
+    if masks is not None:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, masks)
+    try:
+        try:
+            model.set_attn_implementation(name)
+        except (ValueError, AttributeError, ImportError) as error:
+            raise _unsupported(model) from error
+        if model.config._attn_implementation != name:
+            raise _unsupported(model)
+        yield
+    finally:
+        _restore(model, before)
+        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
+
+
+@contextlib.contextmanager
+def attention_inputs(model: torch.nn.Module) -> Iterator[dict[torch.nn.Module, torch.Tensor]]:
+    """The hidden states [B, T, N] that attention modules were last called with, by module, inside a context."""
+    inputs: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def remember(module: torch.nn.Module, arguments: tuple[Any, ...], others: dict[str, Any]) -> None:
+        given = others.get("hidden_states", arguments[0] if arguments else None)
+        if isinstance(given, torch.Tensor):
+            inputs[module] = given
+
+    # What the attention function is called by has a layer's index; so may what is around it, which does no harm.
+    hooks = [
+        module.register_forward_pre_hook(remember, with_kwargs=True)
+        for module in model.modules()
+        if getattr(module, "layer_idx", None) is not None
+    ]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def random_embeddings(model: Any, num_ids: int, seed: int = 0) -> Iterator[None]:
+    """Ids 0 .. num_ids - 1 are embedded as random vectors of unit variance inside a context.
+
+    A model's own rows may be all zeros, as that of a padding token, or tiny: they would show nothing of its layers.
+    The token embedding alone is replaced, whatever it multiplies its rows by. A model without `get_input_embeddings`
+    keeps its own.
+    """
+
+    def replace(
+        _module: torch.nn.Module, arguments: tuple[Any, ...], others: dict[str, Any], output: torch.Tensor
+    ) -> torch.Tensor:
+        ids = arguments[0] if arguments else others["input"]
+        rows = torch.randn(num_ids, output.shape[-1], generator=torch.Generator().manual_seed(seed))
+        return rows[ids].to(output.dtype)
+
+    find = getattr(model, "get_input_embeddings", None)
+    embedding = None
+    if find is not None:
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            embedding = find()
+    if embedding is None:
+        yield
+        return
+    hook = embedding.register_forward_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def refuse_arguments(layer: int, others: dict[str, Any]) -> None:
+    """Refuse what a family passes to its attention function and the operator does not know."""
+    unknown = sorted(key for key, value in others.items() if value is not None and key not in IGNORED_ARGUMENTS)
+    if unknown:
+        raise UsageError(
+            problem(
+                "attention",
+                received=f"the argument '{unknown[0]}' in layer {layer}",
+                expected="plain softmax attention",
+                fix="this model cannot be exported exactly",
+            )
+        )
+
+
+def _restore(model: Any, implementation: str | None) -> None:
+    with contextlib.suppress(ValueError, AttributeError, ImportError):
+        model.set_attn_implementation(implementation)
+
+
+def _unsupported(model: torch.nn.Module) -> UsageError:
+    return UsageError(
+        problem(
+            "model",
+            received=f"{type(model).__name__}, which does not use transformers' attention interface",
+            expected="a family of 'sinkexport inspect families'",
+            fix="this model needs an adapter",
+        )
+    )

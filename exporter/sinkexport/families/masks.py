@@ -1,0 +1,93 @@
+"""Tokens that a layer's own mask lets a token see: all before it or a window of the newest; all else is refused.
+
+transformers describes a mask as a function of (stream, head, query's place, key's place) before it makes a tensor of
+it. The recorder takes that function, hands out a marked tensor in its place, and finds by the mark which layer was
+given which mask. The function can then be asked about places far beyond the few tokens that the probe runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from sinkrt.errors import UsageError, problem
+
+
+class MaskRecorder:
+    """transformers' mask interface, as of `intercept_attention`."""
+
+    def __init__(self) -> None:
+        self._functions: list[Callable[..., torch.Tensor]] = []
+
+    def __call__(
+        self, *, batch_size: int, q_length: int, kv_length: int, mask_function: Callable[..., torch.Tensor], **_: Any
+    ) -> torch.Tensor:
+        """A mask [B, 1, T, n] of the number of its function, from 1 on."""
+        self._functions.append(mask_function)
+        return torch.full((batch_size, 1, q_length, kv_length), float(len(self._functions)))
+
+    def check(self, layers: Sequence[tuple[Any, int | None] | None], capacity: int, *, adapted: bool) -> None:
+        """Compare what layers mask with the windows that they pass to their attention.
+
+        layers: the mask that each was given and its window, None for all tokens; None: no softmax attention.
+        adapted: whether the family's attention is one of ours, which has no masks.
+
+        Raises: UsageError if a layer masks anything but a window, or another one than it passes.
+        """
+        windows: dict[int, int | None] = {}
+        for layer, found in enumerate(layers):
+            if found is None or adapted:
+                continue
+            mask, passed = found
+            number = self._number(mask)
+            if number is None:
+                if mask is not None or self._functions:
+                    raise _refused(f"{'a mask of its own' if mask is not None else 'no causal mask'} in layer {layer}")
+                continue  # a family without transformers' masks: what it sees, the finished graph is compared by
+            if number not in windows:
+                windows[number] = visible_window(self._functions[number - 1], capacity, layer)
+            passed = None if passed is not None and passed > 2 * capacity else passed
+            if windows[number] != passed:
+                raise _refused(
+                    f"a mask of {windows[number] or 'all'} tokens in layer {layer}, which passes a window "
+                    f"of {passed or 'all'}"
+                )
+
+    def _number(self, mask: Any) -> int | None:
+        """Number of the function that a mask is of; None: of none."""
+        if not isinstance(mask, torch.Tensor) or not mask.numel():
+            return None
+        number = float(mask.flatten()[0])
+        is_ours = bool((mask == number).all()) and number in range(1, len(self._functions) + 1)
+        return int(number) if is_ours else None
+
+
+def visible_window(function: Callable[..., torch.Tensor], capacity: int, layer: int) -> int | None:
+    """Number of the newest tokens that a mask function lets a token see, itself included; None: all of 2 C.
+
+    Raises: UsageError if it sees others.
+    """
+    zero, last = torch.tensor(0), 2 * capacity
+    counts = {}
+    for place in sorted({0, 1, capacity - 1, capacity, last}):
+        keys = torch.arange(place + 2)  # and one of the future
+        seen = function(zero, zero, torch.tensor(place), keys).expand(keys.shape)
+        counts[place] = int(seen.sum())
+        if not torch.equal(seen, (keys <= place) & (keys > place - counts[place])):
+            raise _refused(f"a mask in layer {layer} that is no window of the newest tokens")
+    window = counts[last]
+    if any(count != min(place + 1, window) for place, count in counts.items()):
+        raise _refused(f"a mask in layer {layer} whose window is not of one size")
+    return None if window == last + 1 else window
+
+
+def _refused(received: str) -> UsageError:
+    return UsageError(
+        problem(
+            "attention",
+            received=received,
+            expected="all tokens before, or a window of the newest",
+            fix="this model cannot be exported exactly",
+        )
+    )

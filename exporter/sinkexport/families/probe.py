@@ -1,0 +1,319 @@
+"""Attention and rotation of a model: read off the model itself, never assumed.
+
+Families' rotary code differs: in which numbers form a pair (halves or neighbours), in how many dimensions turn, in the
+layout of cos and sin and in which layers share them. Instead of a table of families, `probe_attention` runs the model
+twice on the same few tokens: once they see no rotation (cos = 1, sin = 0), once known ones. What the attention function
+receives shows shapes and layout. Queries and keys must both be turned, and nothing else: a norm between rotation and
+attention, a layout that is not recognised or a second call in a layer is refused, so a guess can never reach a bundle.
+
+Tokens are random vectors in the place of embeddings, and every dimension is compared on its own scale: neither a row of
+zeros nor a tiny one can hide what a layer does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from sinkrt.errors import UsageError, problem
+
+from sinkexport.families.adapters import find_adapter
+from sinkexport.families.interface import intercept_attention, random_embeddings
+from sinkexport.families.linear_attention import RecurrentShapes, linear_layers, recurrent_cache, recurrent_shapes
+from sinkexport.families.locality import refuse_other_states
+from sinkexport.families.masks import MaskRecorder
+from sinkexport.families.refusals import refusing
+from sinkexport.families.rope import (
+    COS_LAYOUTS,
+    AttentionShape,
+    HandedOutRotary,
+    ModelRotary,
+    RotarySpec,
+    RotaryTable,
+    find_rotary,
+    identity_rotary,
+    lay_out,
+    probe_table,
+    refused_rotary,
+    replaced_rotary,
+    rotate,
+    table_names,
+)
+
+NUM_TOKENS = 4
+"""Tokens that the probe looks at: enough that a head is hardly zero at all of them."""
+
+STILL = RotarySpec(rotary_dim=0, interleaved=False)
+
+
+def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) -> tuple[AttentionShape, ModelRotary]:
+    """Find out the shapes of a model's attention and how it rotates queries and keys.
+
+    capacity: tokens that the cache will hold. Where the model makes its frequencies depend on the length of a text
+    (longrope, arXiv:2402.13753; dynamic NTK), they are those of a text of this length.
+
+    Raises: UsageError if layers differ in shape, or have no attention or several; for an unknown layout of cos/sin or
+        of the rotation; if queries and keys are not turned alike; if a layer masks more than a window; if anything but
+        attention and known linear layers carries something from token to token.
+    """
+    with refusing(model, "probing its attention"):
+        tables, cos_layout = _probe_tables(model, capacity)
+        # Angles of each table differ, so that a layer's rotation shows its table; those of tokens differ too.
+        angles = {
+            key: torch.linspace(0.3 + 0.2 * i, 2.7 + 0.2 * i, table.frequency.numel(), dtype=torch.float64)
+            + 0.4 * torch.arange(NUM_TOKENS, dtype=torch.float64)[:, None]  # [T, R/2]
+            for i, (key, table) in enumerate(tables.items())
+        }
+        still = ModelRotary(tables=tables, cos_layout=cos_layout, layers=())
+        dtype = next(model.parameters()).dtype
+        masks, cache = MaskRecorder(), recurrent_cache(model)
+        plain = _run(model, identity_rotary(still, 1, NUM_TOKENS, dtype), num_layers, cache, masks)
+        turned = _run(model, _handed(angles, cos_layout, dtype), num_layers, recurrent_cache(model), None)
+        layers = tuple(_layout(layer, plain, turned, angles, dtype) for layer in range(num_layers))
+        # Of logits that are not finite nothing can be said here: whoever computes with the model refuses them.
+        if bool(plain.logits.isfinite().all()) and not is_close(turned.logits, plain.logits, dtype):
+            raise refused_rotary("a use of cos and sin outside attention", "queries and keys alone")
+        shape = _common_shape(plain, num_layers, recurrent_shapes(model, cache))
+        masks.check(
+            [None if one is None else (one.mask, one.sliding_window) for one in _by_layer(plain, num_layers)],
+            capacity,
+            adapted=find_adapter(model) is not None,
+        )
+        rotary = ModelRotary(tables=tables, cos_layout=cos_layout, layers=layers)
+        refuse_other_states(model, rotary)
+    return shape, rotary
+
+
+def _probe_tables(model: torch.nn.Module, capacity: int) -> tuple[dict[str, RotaryTable], str]:
+    """The model's sets of frequencies and how it lays out cos and sin."""
+    found = find_rotary(model)
+    if found is None:
+        return {}, COS_LAYOUTS[0]
+    tables: dict[str, RotaryTable] = {}
+    layouts = set()
+    for name in table_names(found[1]):
+        tables[name], layout = probe_table(found[1], name, capacity)
+        layouts.add(layout)
+    if len(layouts) != 1:
+        raise refused_rotary(f"cos and sin laid out in {len(layouts)} ways", "one")
+    return tables, layouts.pop()
+
+
+def _handed(angles: Mapping[str, torch.Tensor], cos_layout: str, dtype: torch.dtype) -> HandedOutRotary:
+    """A rotary embedding of these angles [T, R/2] for T tokens."""
+    return HandedOutRotary(
+        {
+            table: (lay_out(a.cos(), cos_layout).to(dtype)[None], lay_out(a.sin(), cos_layout).to(dtype)[None])
+            for table, a in angles.items()
+        }
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """Inputs of one layer's attention function: q [Hq, T, D], k and v [Hkv, T, D], float64.
+
+    mask: what else it was given for a mask.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    sliding_window: int | None
+    alibi_slopes: tuple[float, ...] | None
+    mask: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One run. seen: by layer. logits: [T, vocab], float64."""
+
+    seen: Mapping[int, _Seen]
+    logits: torch.Tensor
+
+
+def _by_layer(run: _Run, num_layers: int) -> list[_Seen | None]:
+    return [run.seen.get(layer) for layer in range(num_layers)]
+
+
+def _run(
+    model: torch.nn.Module, rotary: HandedOutRotary, num_layers: int, cache: Any | None, masks: MaskRecorder | None
+) -> _Run:
+    """Run the model with `rotary` and record the inputs of each attention. Each token's output is its own value.
+
+    Raises: UsageError if a layer attends twice or never, or in shapes of no plain attention.
+    """
+    seen: dict[int, _Seen] = {}
+
+    def record(
+        module: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attention_mask: Any = None,
+        *_: Any,
+        sliding_window: int | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        **__: Any,
+    ) -> tuple[torch.Tensor, None]:
+        layer = int(module.layer_idx)
+        if layer in seen:
+            raise _refused(f"two calls in layer {layer}", "one in each layer")
+        if not 0 <= layer < num_layers:
+            raise _refused(f"a call in layer {layer} of {num_layers}", "one in each layer")
+        _check_shapes(layer, q, k, v)
+        slopes = None if alibi_slopes is None else tuple(alibi_slopes.tolist())
+        seen[layer] = _Seen(
+            q=q[0].double(),
+            k=k[0].double(),
+            v=v[0].double(),
+            sliding_window=sliding_window,
+            alibi_slopes=slopes,
+            mask=attention_mask,
+        )
+        return own_values(q, v), None
+
+    ids = torch.arange(NUM_TOKENS)[None]
+    with (
+        torch.no_grad(),
+        random_embeddings(model, NUM_TOKENS),
+        intercept_attention(model, record, masks),
+        replaced_rotary(model, rotary),
+    ):
+        # Positions in a row, or transformers would take the tokens for those of several texts.
+        output = model(input_ids=ids, position_ids=ids, past_key_values=cache, use_cache=False)
+    if missing := sorted(set(range(num_layers)) - set(seen) - linear_layers(model)):
+        raise refused_rotary(
+            f"layers {missing} without softmax attention", "softmax or linear attention in every layer"
+        )
+    for layer, one in sorted(seen.items()):
+        for name, x in (("queries", one.q), ("keys", one.k)):
+            if not bool(x.isfinite().all()):
+                raise _refused(f"{name} that are not finite in layer {layer}", "finite numbers")
+            if not bool(x.any()):
+                raise _refused(
+                    f"{name} that are all zero in layer {layer}, which hide its rotation",
+                    "weights that are not zero",
+                )
+    return _Run(seen, output.logits[0].double())
+
+
+def own_values(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """An attention in which each token sees itself alone: [B, T, Hq, D] of v [B, Hkv, T, D]."""
+    return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous()
+
+
+def _check_shapes(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    is_plain = (
+        all(len(shape) == 4 and shape[2] == NUM_TOKENS for shape in shapes)
+        and shapes[1] == shapes[2]
+        and q.shape[3] == k.shape[3]
+        and q.shape[1] % k.shape[1] == 0
+    )
+    if not is_plain:
+        raise _refused(
+            f"queries, keys and values of shapes {shapes} for {NUM_TOKENS} tokens in layer {layer}",
+            "heads of one size, [B, H, T, D], as many key as value heads",
+        )
+
+
+def _common_shape(run: _Run, num_layers: int, recurrent: RecurrentShapes) -> AttentionShape:
+    seen = _by_layer(run, num_layers)
+    softmax = [one for one in seen if one is not None]
+    shapes = {(one.q.shape[0], one.k.shape[0], one.q.shape[2], one.alibi_slopes) for one in softmax}
+    if len(shapes) != 1:
+        raise _refused(
+            f"layers of different (query heads, key heads, head size, ALiBi slopes): {sorted(shapes)}",
+            "the same in all layers",
+        )
+    num_q_heads, num_kv_heads, head_dim, slopes = shapes.pop()
+    windows = tuple(None if one is None else one.sliding_window for one in seen)
+    return AttentionShape(
+        num_layers=num_layers,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        sliding_windows=windows,
+        alibi_slopes=slopes,
+        recurrent=recurrent,
+    )
+
+
+def _layout(
+    layer: int, plain: _Run, turned: _Run, angles: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> RotarySpec:
+    """Rotation that a layer applies to its queries and keys, which must be the same for both."""
+    if layer not in plain.seen:
+        return STILL
+    before, after = plain.seen[layer], turned.seen[layer]
+    candidates = [(STILL, torch.zeros(NUM_TOKENS, 0, dtype=torch.float64))]
+    for table, turn in angles.items():
+        for interleaved in (False, True):
+            spec = RotarySpec(rotary_dim=2 * turn.shape[-1], interleaved=interleaved, table=table)
+            # Of a single pair both are one: the first will do.
+            if spec.rotary_dim <= before.q.shape[-1] and not (interleaved and spec.rotary_dim == 2):
+                candidates.append((spec, turn))
+    fits_q, fits_k = (
+        {spec for spec, turn in candidates if _is_turned(x, y, turn, spec, dtype)}
+        for x, y in ((before.q, after.q), (before.k, after.k))
+    )
+    found = fits_q & fits_k
+    if len(found) > 1:
+        raise refused_rotary(
+            f"queries and keys in layer {layer} that are too small to show how they turn",
+            "numbers in the range of their type",
+        )
+    if not found:
+        differ = (
+            "queries and keys that are turned in different ways"
+            if fits_q and fits_k
+            else (
+                f"{'keys' if fits_q else 'queries'} that are more than a rotation of their unrotated selves, such as a "
+                "norm after it, or a rotation that is neither of halves nor of neighbours,"
+            )
+        )
+        raise refused_rotary(f"{differ} in layer {layer}", "a known pairing that reaches attention as it is")
+    if not is_close(after.v, before.v, dtype):
+        raise refused_rotary(f"values that turn in layer {layer}", "queries and keys alone")
+    return found.pop()
+
+
+def _is_turned(
+    plain: torch.Tensor, turned: torch.Tensor, angles: torch.Tensor, spec: RotarySpec, dtype: torch.dtype
+) -> bool:
+    """Whether turned [H, T, D] is plain by these angles [T, R/2], each pair of each head on its own scale."""
+    wanted = rotate(plain, angles.cos(), angles.sin(), spec) if spec.rotary_dim else plain
+    error = (turned - wanted).abs().amax(dim=1)  # [H, D]
+    size = plain.square().mean(dim=1)  # [H, D]
+    pairs = size[:, : spec.rotary_dim]
+    if spec.interleaved:
+        pairs = pairs.unflatten(-1, (-1, 2)).sum(dim=-1).repeat_interleave(2, dim=-1)
+    elif spec.rotary_dim:
+        pairs = sum(pairs.chunk(2, dim=-1)).repeat(1, 2)
+    size = torch.cat((pairs, size[:, spec.rotary_dim :]), dim=-1).sqrt()
+    return bool((error <= tolerance(dtype) * size + smallest(dtype)).all())
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Error of a rotation as a share of its pair's size: cos, sin, multiplications and sums are rounded."""
+    return max(1e-4, 16 * torch.finfo(dtype).eps)
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """Magnitude at which numbers of a type lose digits: a few of its smallest steps."""
+    return 4 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+
+
+def is_close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two runs' tensors [.., N] are equal but for rounding, each row on its own scale; NaN is not."""
+    error, size = (got - wanted).abs().amax(dim=-1), wanted.abs().amax(dim=-1)
+    return bool((error <= tolerance(dtype) * size + smallest(dtype)).all())
+
+
+def _refused(received: str, expected: str) -> UsageError:
+    return UsageError(
+        problem("attention", received=received, expected=expected, fix="this model cannot be exported exactly")
+    )

@@ -1,0 +1,84 @@
+"""Facts of the manifest about the model, its quantisation and the packages that made the bundle."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+
+from sinkrt.contract import HeadWindow, ModelFacts, Quantization
+
+from sinkexport.config import ExportConfig
+from sinkexport.families.rope import AttentionShape, ModelRotary
+from sinkexport.loading.origin import LoadedModel
+from sinkexport.model.head_caches import HeadCache
+
+PRODUCERS = ("sinkexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+
+
+def model_facts(
+    loaded: LoadedModel,
+    shape: AttentionShape,
+    rotary: ModelRotary,
+    special_ids: tuple[int | None, tuple[int, ...]],
+    *,
+    vocab_size: int,
+) -> ModelFacts:
+    """Facts about the model. special_ids: the beginning of a text, and the ends of a turn."""
+    config = loaded.model.config.get_text_config()
+    return ModelFacts(
+        name=loaded.name,
+        architecture=type(loaded.model).__name__,
+        family=config.model_type,
+        num_layers=shape.num_layers,
+        num_q_heads=shape.num_q_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        hidden_size=config.hidden_size,
+        vocab_size=vocab_size,
+        num_parameters=sum(p.numel() for p in loaded.model.parameters()),
+        position_scheme=_position_scheme(shape, rotary),
+        bos_token_id=special_ids[0],
+        eos_token_ids=special_ids[1],
+    )
+
+
+def _position_scheme(shape: AttentionShape, rotary: ModelRotary) -> str:
+    turning = [spec for spec in rotary.layers if spec.rotary_dim]
+    if shape.alibi_slopes is not None:
+        return "alibi"
+    if not turning:
+        return "none"
+    spec = turning[0]
+    parts = [f"rope {spec.rotary_dim} of {shape.head_dim}", "interleaved" if spec.interleaved else "halves"]
+    if len(turning) < len(rotary.layers):
+        parts.append(f"in {len(turning)} of {len(rotary.layers)} layers")
+    if (tables := len({spec.table for spec in turning})) > 1:
+        parts.append(f"{tables} sets of frequencies")
+    return ", ".join(parts)
+
+
+def quantization_facts(config: ExportConfig) -> Quantization | None:
+    """Quantisation of the bundle; None: it has none."""
+    recipe = config.recipe
+    if recipe is None:
+        return None
+    return Quantization(
+        recipe=recipe.name,
+        weights="float" if recipe.weights is None else f"int{recipe.weights.bits}",
+        activations=recipe.activations.mode,
+        kv=recipe.kv,
+        calibration_sha256=None if config.calibration is None else config.calibration.sha256,
+        thresholds=recipe.thresholds.model_dump(),
+    )
+
+
+def head_windows(caches: Sequence[HeadCache]) -> list[HeadWindow]:
+    """Key heads by the window of their cache, in the order of the states."""
+    return [
+        HeadWindow(layer=cache.layer, kv_heads=cache.kv_heads, window_size=cache.ring.window_size) for cache in caches
+    ]
+
+
+def producers() -> Mapping[str, str]:
+    """Packages that made the bundle, and their versions."""
+    return {name: importlib.metadata.version(name) for name in PRODUCERS}

@@ -1,0 +1,176 @@
+"""Run a bundle's graphs for some of B streams, and keep states and `StreamTable` in step.
+
+Whatever interrupts a call, the table says what counts: the order of the lines below is the reason.
+Twin of `Session::run` and `Session::prefill` in runtime/cpp/src/session/session.cpp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from sinkrt.backends.base import Backend, StateArray
+from sinkrt.contract import NO_TOKEN
+from sinkrt.errors import UsageError, problem
+from sinkrt.stream_table import StreamTable
+
+STEPS_OF_A_CHUNK = 8
+"""A chunk of T tokens is about this much faster than T steps (measured on a CPU); shorter rests go step by step."""
+
+
+def smallest_chunk(chunk_size: int) -> int:
+    """Tokens from which on one run of the prefill graph is quicker than as many steps. chunk_size: T."""
+    return sys.maxsize if chunk_size == 1 else max(2, chunk_size // STEPS_OF_A_CHUNK)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamCopy:
+    """One stream taken out of a session.
+
+    states: by input name, without the batch axis. recent_ids: int64 [C]. logits: float32 [vocab].
+    """
+
+    states: Mapping[str, np.ndarray]
+    position: int
+    recent_ids: npt.NDArray[np.int64]
+    logits: npt.NDArray[np.float32]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(a.nbytes for a in (*self.states.values(), self.recent_ids, self.logits))
+
+
+class GraphRunner:
+    """A backend and the table of its streams. Arguments are checked by the caller, `Session`.
+
+    chunk_size: T, tokens that one run of the prefill graph takes.
+    """
+
+    def __init__(self, backend: Backend, table: StreamTable, chunk_size: int) -> None:
+        self.backend = backend
+        self._table = table
+        self._chunk_size = chunk_size
+        self._smallest_chunk = smallest_chunk(chunk_size)
+
+    def step(self, ids: npt.NDArray[np.int64], active: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Feed one token to each active stream. ids, active: int64 [n]. Returns: logits, float32 [B, vocab].
+
+        The graph knows no idle streams. They take some token at the position that comes next: it lands in the slot
+        of the token that this very position evicts, which nothing reads any more, and is overwritten when the
+        position is really taken. Linear attention would keep it: there a negative id marks an idle stream.
+
+        Raises: BackendError; no position has advanced then.
+        """
+        backend, table = self.backend, self._table
+        idle = np.delete(table.streams, active) if active.size < table.streams.size else active[:0]
+        kept_logits = backend.logits[idle]  # a copy
+        backend.ids[active, 0] = ids
+        if table.is_recurrent:
+            backend.ids[idle, 0] = NO_TOKEN
+        backend.position[...] = table.position
+        table.hold(active)
+        backend.run()
+        backend.logits[idle] = kept_logits
+        table.took(active, ids)
+        return backend.logits
+
+    def prefill(
+        self, tokens: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], active: npt.NDArray[np.int64]
+    ) -> None:
+        """Feed tokens: in chunks where those are quicker, then step by step, all rows at once.
+
+        tokens: int64 [n, N]; of row i the first counts[i] are fed to stream active[i]. counts, active: int64 [n].
+
+        Raises: BackendError; positions are at the first token that failed.
+        """
+        done = self._run_chunks(tokens, counts, active)
+        for i in range(int(done.min()), int(counts.max())):
+            rows = np.flatnonzero((done <= i) & (i < counts))
+            if rows.size:
+                self.step(tokens[rows, i], active[rows])
+
+    def _run_chunks(
+        self, tokens: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], active: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Feed what chunks are good for; a rest that steps feed as quickly is left. Returns: how many were fed, [n]."""
+        done = np.zeros_like(counts)
+        for row, stream in enumerate(active.tolist()):
+            while (rest := int(counts[row] - done[row])) >= self._smallest_chunk:
+                size = min(rest, self._chunk_size)
+                self._run_chunk(stream, tokens[row, done[row] : done[row] + size])
+                done[row] += size
+        return done
+
+    def _run_chunk(self, stream: int, ids: npt.NDArray[np.int64]) -> None:
+        """Run the prefill graph once: 1 .. T tokens of one stream."""
+        backend, table = self.backend, self._table
+        table.start_chunk(stream, ids, backend.logits[stream])
+        try:
+            backend.run_chunk(stream, ids, int(table.position[stream]))
+        finally:
+            table.settle_chunk()
+
+    def reset(self, chosen: npt.NDArray[np.int64]) -> None:
+        """Let some streams start again at position 0. chosen: int64 [n]."""
+        table = self._table
+        # The position first: at 0 every slot is masked, so an interrupt cannot leave a stream that is half there.
+        table.hold(chosen)
+        table.position[chosen] = 0
+        table.recent_ids[chosen] = -1
+        for state in self.backend.states.values():
+            state[chosen] = 0
+        table.release(chosen)
+
+    def copy_stream(self, stream: int) -> StreamCopy:
+        """Copy one stream out."""
+        return StreamCopy(
+            states={name: state[stream].copy() for name, state in self.backend.states.items()},
+            position=int(self._table.position[stream]),
+            recent_ids=self._table.recent_ids[stream].copy(),
+            logits=self.backend.logits[stream].copy(),
+        )
+
+    def place_stream(self, stream: int, copy: StreamCopy) -> None:
+        """Put a copy into a stream.
+
+        Raises: UsageError if its states are not those of this bundle.
+        """
+        backend, table = self.backend, self._table
+        shapes = {name: state.shape[1:] for name, state in backend.states.items()}
+        if shapes != {name: state.shape for name, state in copy.states.items()}:
+            raise UsageError(
+                problem(
+                    "stream",
+                    received="a copy from another bundle",
+                    expected="one of this bundle",
+                    fix="use copy_stream of the same bundle",
+                )
+            )
+        row = table.streams[[stream]]
+        table.hold(row)
+        table.position[stream] = 0  # as in `reset`; the copy's position comes last
+        for name, state in backend.states.items():
+            state[stream] = copy.states[name]
+        backend.logits[stream] = copy.logits
+        table.recent_ids[stream] = copy.recent_ids
+        table.position[stream] = copy.position
+        table.release(row)
+
+    def kept(self) -> dict[str, StateArray]:
+        """Arrays that make up the streams, by the names of a state file: the arrays themselves, no copies."""
+        backend, table = self.backend, self._table
+        return {**backend.states, "logits": backend.logits, "recent_ids": table.recent_ids, "position": table.position}
+
+    def restore(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Write the tensors of a state file, by the names of `kept`, into all streams."""
+        kept, table = self.kept(), self._table
+        table.hold(table.streams)
+        table.position.fill(0)  # as in `reset`; the file's position comes last
+        for name in [*(name for name in kept if name != "position"), "position"]:
+            kept[name][...] = tensors[name]
+        table.release(table.streams)

@@ -1,0 +1,1 @@
+"""README and docs/ say what is so: commands, links, files and snippets."""

@@ -1,0 +1,99 @@
+"""Shared options are declared once, show the limits that the code has, and answer to their former names."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from sinkexport.cli import COMMANDS, cli
+from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE
+from sinkexport.serve.settings import Limits
+from sinkrt.backends import BACKENDS
+
+from tests.support import run_cli
+
+FORMER = {
+    ("export", "--head-windows"): "--budgets",
+    ("analyze", "--head-windows"): "--budgets",
+    ("analyze", "--head-window-share"): "--budget-share",
+}
+NEEDED = {
+    "export": ["model", "-o", "out"],
+    "analyze": ["model", "--text", "text"],
+}
+"""Arguments without which a command does not parse."""
+
+
+def command_of(name: str) -> click.Command:
+    return importlib.import_module(f"sinkexport.commands.{name}").command
+
+
+def parsed(name: str, *words: str) -> dict[str, Any]:
+    """Arguments that a command would be called with."""
+    return command_of(name).make_context(name, [*NEEDED[name], *words], parent=click.Context(cli)).params
+
+
+def help_of(name: str) -> str:
+    command = copy.copy(command_of(name))  # which keeps the help option that it is first asked for
+    return command.get_help(click.Context(command, terminal_width=400, max_content_width=400))
+
+
+@pytest.mark.parametrize(("command", "option"), FORMER)
+def test_former_names_mean_the_same_and_are_not_shown(command: str, option: str) -> None:
+    former, value = FORMER[command, option], "0.25" if "share" in option else "file.json"
+    assert parsed(command, former, value) == parsed(command, option, value) != parsed(command)
+    assert parsed(command, f"{former}={value}") == parsed(command, option, value)
+    assert option in help_of(command)
+    assert former not in help_of(command)
+    # The one that comes last counts, as for any option given twice.
+    assert parsed(command, option, "0.75", former, value) == parsed(command, option, value)
+
+
+def test_former_names_reach_the_code(tmp_path: Path) -> None:
+    result = run_cli("export", tmp_path, "-o", tmp_path / "out", "--budgets", tmp_path / "none.json")
+    assert "none.json" in result.refusal()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_of_one_name_are_one_declaration(name: str) -> None:
+    for option in command_of(name).params:
+        if "--backend" in option.opts:
+            assert isinstance(option.type, click.Choice)
+            assert tuple(option.type.choices) == BACKENDS
+            assert option.default == BACKENDS[0]
+        if "--threads" in option.opts:
+            assert "[default: all physical cores]" in (option.help or "")  # type: ignore[attr-defined]
+        if "--budgets" in option.opts:
+            pytest.fail("a former name is an option of its own")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in COMMANDS if any("--threads" in p.opts for p in command_of(name).params)]
+)
+def test_threads_are_at_least_one_in_every_command(name: str, tmp_path: Path) -> None:
+    needed = {
+        "calibrate": ("--recipe", "int8-static", "--text", "x", "-o", "y"),
+        "eval": ("--text", "x"),
+        "tune": ("--labelled", "x", "-o", "y"),
+    }
+    run_cli(name, tmp_path, *needed.get(name, ()), "--threads", 0).refusal("--threads: received 0, expected >= 1")
+
+
+def test_serve_shows_the_limits_of_the_server() -> None:
+    shown = {option.name: option.default for option in command_of("serve").params}
+    shown["max_parked_bytes"] = shown.pop("max_parked_mib") * 2**20
+    limits = {field.name: field.default for field in dataclasses.fields(Limits)}
+    assert {name: shown[name] for name in limits if name in shown} == {
+        name: value for name, value in limits.items() if not name.endswith("_s")
+    }
+
+
+def test_inspect_shows_the_geometry_of_an_export() -> None:
+    assert f"[default: {DEFAULT_WINDOW_SIZE}]" in help_of("inspect")
+    assert f"[default: {DEFAULT_NUM_SINK_TOKENS}]" in help_of("inspect")
+    assert {o.name: o.default for o in command_of("analyze").params}["long_window"] == DEFAULT_WINDOW_SIZE

@@ -1,0 +1,122 @@
+"""Quality of the exported graph: what it must not contain, what it computes once, how many nodes a layer has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from sinkexport.config import ExportConfig
+from sinkexport.pipeline.export import export_loaded
+from sinkexport.sources import LoadedModel
+from sinkrt import Session
+
+from tests.exporter.pipeline.test_families import random_ids
+from tests.exporter.tiny_models import tiny_model
+from tests.support import slow_but
+
+NODES_PER_LAYER = 42
+"""Of a Llama-like decoder with grouped queries, views included."""
+
+
+def export_tiny(name: str, folder: Path, **geometry: int) -> onnx.ModelProto:
+    config = ExportConfig(**{"num_sink_tokens": 4, "window_size": 12, "chunk_size": 1, **geometry})
+    export_loaded(LoadedModel(tiny_model(name), None, name), folder, config)
+    return onnx.load(folder / "decode.onnx", load_external_data=False)
+
+
+def ops(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+@pytest.mark.parametrize("name", slow_but(1, ["llama", "qwen3", "phi3", "gpt_neox", "stablelm", "glm"]))
+@pytest.mark.parametrize("batch", [1, 3])
+def test_only_standard_operators_and_no_copies_of_the_window(name: str, batch: int, tmp_path: Path) -> None:
+    model = export_tiny(name, tmp_path / "bundle", batch=batch)
+    onnx.checker.check_model(tmp_path / "bundle" / "decode.onnx", full_check=True)
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 24)]
+    found = ops(model)
+    num_layers = 2
+    assert found["TensorScatter"] == 2 * num_layers
+    assert found["Transpose"] == found["Expand"] == found["ScatterND"] == found["ScatterElements"] == 0
+    window_values = {f"window_{kv}.{layer}{end}" for kv in "kv" for layer in range(num_layers) for end in ("", ".next")}
+    for node in model.graph.node:
+        if node.op_type not in ("TensorScatter", "Reshape", "MatMul"):
+            assert not window_values & set(node.input), f"{node.op_type} reads the window itself"
+    views = {
+        node.output[0] for node in model.graph.node if node.op_type == "Reshape" and node.input[0] in window_values
+    }
+    for node in model.graph.node:
+        if views & set(node.input):
+            assert node.op_type == "MatMul"
+
+
+def test_position_work_is_done_once_a_step(tmp_path: Path) -> None:
+    few, many = (
+        ops(export_tiny(name, tmp_path / name))
+        for name in ("llama", "smollm3")  # 2 and 4 layers
+    )
+    for found in (few, many):
+        assert found["Cos"] == found["Sin"] == 2  # the token itself and the shift
+        assert found["LessOrEqual"] == found["Equal"] == 1
+        assert found["Neg"] == 1
+
+
+def test_norms_are_single_operators(tmp_path: Path) -> None:
+    found = ops(export_tiny("llama", tmp_path / "llama"))
+    assert found["RMSNormalization"] == 5
+    assert found["ReduceMean"] == found["Pow"] == 0
+    found = ops(export_tiny("gpt_neox", tmp_path / "gpt_neox"))
+    assert found["LayerNormalization"] == 5
+
+
+def test_node_count_per_layer(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    deeper = type(model)(type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 3})).eval()
+    counts = []
+    for number, each in enumerate((model, deeper)):
+        export_loaded(LoadedModel(each, None, "x"), tmp_path / str(number), ExportConfig(4, 12, chunk_size=1))
+        counts.append(len(onnx.load(tmp_path / str(number) / "decode.onnx", load_external_data=False).graph.node))
+    assert counts[1] - counts[0] <= NODES_PER_LAYER
+
+
+def test_weights_are_one_file_and_tied_embeddings_stored_once(tmp_path: Path) -> None:
+    model = export_tiny("llama-tied", tmp_path / "bundle")
+    parameters = sum(p.numel() for p in tiny_model("llama-tied").parameters())
+    size = (tmp_path / "bundle" / "weights.bin").stat().st_size
+    external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    assert {entry.value for t in external for entry in t.external_data if entry.key == "location"} == {"weights.bin"}
+    elements = sum(int(np.prod(t.dims)) for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT)
+    assert parameters <= elements <= parameters + 16  # a few scalars of the graph
+    assert size <= 4 * parameters + 4096 * len(external)
+
+
+def test_export_is_reproducible(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        export_tiny("llama", tmp_path / name, chunk_size=12)
+    for file in ("manifest.json", "decode.onnx", "prefill.onnx", "weights.bin"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_streams_of_a_batch_do_not_mix(tmp_path: Path) -> None:
+    export_tiny("llama", tmp_path / "bundle", batch=2)
+    session = Session.load(tmp_path / "bundle", threads=1)
+    ids = random_ids(2, 40)
+    first = np.stack([session.step(column)[0].copy() for column in ids.T])
+    session.reset()
+    ids[1] = random_ids(1, 40, seed=9)[0]
+    second = np.stack([session.step(column)[0].copy() for column in ids.T])
+    assert np.array_equal(first, second)
+
+
+@pytest.mark.slow
+def test_rotation_is_folded_away(tmp_path: Path) -> None:
+    """Every layer keeps its three rotations (query, key, query for the sinks) and none of the model's own code."""
+    for name in ("llama", "phi3-partial", "stablelm", "cohere", "gpt_neox"):
+        found = ops(export_tiny(name, tmp_path / name))
+        assert found["RotaryEmbedding"] == 6, name
+        assert found["Concat"] == 2, name  # sink and window logits
+    assert torch.is_grad_enabled()

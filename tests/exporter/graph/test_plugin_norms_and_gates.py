@@ -1,0 +1,141 @@
+"""Plugin graphs of float16: between products there are nodes of the plugin, which compute what was there before."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from sinkexport.quant.recipe import load_recipe
+from sinkrt import Session
+
+from tests.exporter.graph.plugin_evaluator import PluginBundle, errors_against
+from tests.exporter.graph.test_plugin_target import S, T, W, exported
+from tests.exporter.graph.test_quantize import with_rounded_weights
+from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
+from tests.support import slow_but
+
+TWO_HEADS = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-tied": {"head_dim": 64},
+    "qwen3": {"head_dim": 64},
+    "gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": S + W - 1},
+    "phi3": TWO_HEADS,
+    "qwen2": TWO_HEADS,
+    "olmo2": TWO_HEADS,
+}
+REPLACED = {"ReduceMean", "Sqrt", "Reciprocal", "Pow", "Sigmoid", "Erf", "Tanh"}
+VIEWS = {"Split", "Slice", "Reshape", "Transpose"}
+
+
+def half_model(name: str) -> Any:
+    model = tiny_model(name, **MODELS[name])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(0.4)
+    return model.half()
+
+
+def nodes_of(path: Path) -> list[onnx.NodeProto]:
+    return list(onnx.load(path, load_external_data=False).graph.node)
+
+
+def counts(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in nodes_of(path))
+
+
+def attributes(path: Path, op_type: str) -> list[dict[str, Any]]:
+    return [
+        {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        for node in nodes_of(path)
+        if node.op_type == op_type
+    ]
+
+
+@pytest.mark.parametrize("recipe", slow_but(1, [None, "int8-channel"]))
+@pytest.mark.parametrize("role", ["decode", "prefill"])
+def test_a_llama_is_products_and_plugins(role: str, recipe: str | None, tmp_path: Path) -> None:
+    options = {} if recipe is None else {"recipe": load_recipe(recipe)}
+    exported(half_model("llama-tied"), tmp_path, target="tensorrt", dtype="fp16", chunk_size=T, **options)
+    found = counts(tmp_path / f"{role}.onnx")
+    for view in VIEWS:
+        found.pop(view, None)
+    ends = {"Gather": 2, "Cast": 1, "HalfLinear": 9}
+    if recipe is not None:
+        ends = {"Gather": 1, "Cast": 1, "Int8Linear": 9, "Int8Rows": 1}
+    if role == "prefill":  # the last token that counts
+        ends = {**ends, "Gather": ends["Gather"] + 1, "Sub": 1, "Max": 1}
+    assert found == {**ends, "SinkAttention": 2, "RmsNorm": 5, "GatedActivation": 2}
+    norms = attributes(tmp_path / f"{role}.onnx", "RmsNorm")
+    assert [(norm["has_residual"], norm["float_weight"]) for norm in norms] == [(0, 0)] + [(1, 0)] * 4
+    gates = attributes(tmp_path / f"{role}.onnx", "GatedActivation")
+    assert [(gate["activation"], gate["width"], gate["is_merged"]) for gate in gates] == [(0, 64, 1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "norms", "gate"),
+    slow_but(
+        1,
+        [
+            ("qwen3", (9, 4, 0), (0, 1)),  # of heads too
+            ("gemma2", (9, 4, 9), (2, 1)),  # weights of float32
+            ("phi3", (5, 4, 0), (0, 1)),  # gate | up is the model's own
+            ("olmo2", (9, 1, 9), (0, 1)),  # norms after products: what is added to the stream is what they give
+        ],
+    ),
+)
+def test_what_other_families_have(
+    name: str, norms: tuple[int, int, int], gate: tuple[int, int], tmp_path: Path
+) -> None:
+    """norms: all, with a residual, with weights of float32. gate: activation, is_merged."""
+    exported(half_model(name), tmp_path, target="tensorrt", dtype="fp16", chunk_size=T)
+    for role in ("decode", "prefill"):
+        path = tmp_path / f"{role}.onnx"
+        left = set(counts(path)) & REPLACED
+        assert left == ({"Tanh"} if name == "gemma2" else set())  # of the logits
+        found = attributes(path, "RmsNorm")
+        assert (len(found), sum(n["has_residual"] for n in found), sum(n["float_weight"] for n in found)) == norms
+        assert [(g["activation"], g["is_merged"]) for g in attributes(path, "GatedActivation")] == [gate] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_it_computes_what_the_onnx_bundle_does(name: str, tmp_path: Path) -> None:
+    """Chunks first, then steps past two wraps, against ONNX Runtime in float32 on the same weights."""
+    model = half_model(name)
+    manifest = exported(model, tmp_path / "plugin", target="tensorrt", dtype="fp16")
+    exported(model.float(), tmp_path / "onnx")
+    errors = errors_against(tmp_path / "plugin", manifest, tmp_path / "onnx", VOCAB_SIZE)
+    assert max(errors) < 0.02
+    assert np.median(errors) < 0.006
+
+
+@pytest.mark.slow
+def test_biases_are_added_by_int8_products(tmp_path: Path) -> None:
+    options = {"dtype": "fp16", "recipe": load_recipe("int8-channel"), "chunk_size": 1}
+    manifest = exported(half_model("qwen2"), tmp_path / "plugin", target="tensorrt", **options)
+    path = tmp_path / "plugin" / "decode.onnx"
+    assert counts(path)["Add"] == 0
+    assert [product["has_bias"] for product in attributes(path, "Int8Linear")] == [1, 0, 0, 0, 1, 0, 0, 0, 0]
+    exported(with_rounded_weights(half_model("qwen2").float()), tmp_path / "onnx", chunk_size=1)
+    under_test, ids = PluginBundle(tmp_path / "plugin", manifest), np.random.default_rng(3).integers(0, VOCAB_SIZE, 16)
+    with Session.load(tmp_path / "onnx") as session:
+        for t in range(len(ids)):
+            got, want = under_test.step(ids[t : t + 1]), session.step(ids[t : t + 1])
+            assert np.linalg.norm(got - want) / np.linalg.norm(want) < 0.02
+
+
+@pytest.mark.slow
+def test_graphs_of_float32_and_native_ones_have_no_such_nodes(tmp_path: Path) -> None:
+    exported(half_model("llama-tied").float(), tmp_path / "wide", target="tensorrt", chunk_size=1)
+    exported(half_model("llama-tied"), tmp_path / "native", target="tensorrt", dtype="fp16", native=True, chunk_size=1)
+    exported(half_model("llama-tied"), tmp_path / "onnx", dtype="fp16", chunk_size=1)
+    for folder in ("wide", "native", "onnx"):
+        assert not {"RmsNorm", "GatedActivation"} & set(counts(tmp_path / folder / "decode.onnx"))
+    assert counts(tmp_path / "wide" / "decode.onnx")["ReduceMean"] == 5
+    assert counts(tmp_path / "native" / "decode.onnx")["RMSNormalization"] == 5

@@ -1,0 +1,1 @@
+"""Scripts that keep the repository: generated docs, hooks of the docs site."""
