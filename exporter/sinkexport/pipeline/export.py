@@ -30,8 +30,8 @@ from sinkexport.families.refusals import refusing
 from sinkexport.families.rope import AttentionShape, ModelRotary
 from sinkexport.graph.convert import BuiltGraph, build_graph
 from sinkexport.graph.plugin_nodes import refuse_geometry
-from sinkexport.graph.quantize.recipe_plan import RecipePlan
 from sinkexport.graph.quantize.plan import Plan
+from sinkexport.graph.quantize.recipe_plan import RecipePlan
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.loading.tokenizers.tokenizer_checks import check_template, check_tokens, fitted, named, opening_size
 from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids
