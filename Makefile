@@ -12,8 +12,8 @@ PIP_FLAGS   ?=
 DEMO_TOKENS ?= 3100
 DEMO_PROMPT ?= Once upon a time, in a village at the edge of a great forest,
 PYTEST_FLAGS ?=
-# A file's tests share what is costly to make, and stay together; one core a worker.
-WORKERS     ?= -n 2 --dist loadfile --no-loadscope-reorder
+# One core a worker. A file's tests share what is costly to make and mostly stay together: at the end, work is shared.
+WORKERS     ?= -n 2 --dist worksteal
 PEERS       ?= genai,transformers
 
 BIN    := $(VENV)/bin
@@ -27,7 +27,7 @@ SOURCES = $(shell find exporter/sinkexport -name '*.py')
 
 help:
 	@echo "make demo       export SmolLM2-135M and stream $(DEMO_TOKENS) tokens: three windows of 1,020"
-	@echo "make test       lint, types and all tests (test-fast: without the slow ones)"
+	@echo "make test       lint, types and all tests; make test-fast: in two minutes, without the slow ones"
 	@echo "make format     ruff format, clang-format; make lint: check them, and the direction of imports; make types: mypy"
 	@echo "make generated  write generated files anew (docs); make docs: the docs site, into build/site"
 	@echo "make plot       draw docs/img/endless.svg from benchmarks/results/endless.json"

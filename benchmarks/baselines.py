@@ -190,17 +190,20 @@ class LlamaCpp:
     def _feed(self, ids: list[int]) -> None:
         api = self._api
         tokens = (api.llama_token * len(ids))(*ids)
-        self._make_room(len(ids))
+        make_room(api, self._memory, len(ids), self._capacity, self._sinks, self._shift)
         if code := api.llama_decode(self._model.ctx, api.llama_batch_get_one(tokens, len(ids))):
             raise RuntimeError(f"llama_decode returned {code}")
 
-    def _make_room(self, count: int) -> None:
-        """Forget tokens after the sinks until `count` more fit; positions close the gap."""
-        api, memory, sinks = self._api, self._memory, self._sinks
-        while (used := api.llama_memory_seq_pos_max(memory, 0) + 1) + count > self._capacity:
-            forget = (used - sinks) // 2 if self._shift is None else self._shift
-            api.llama_memory_seq_rm(memory, 0, sinks, sinks + forget)
-            api.llama_memory_seq_add(memory, 0, sinks + forget, used, -forget)
+
+def make_room(api: Any, memory: Any, count: int, capacity: int, sinks: int, shift: int | None) -> None:
+    """Forget tokens after the sinks until `count` more fit; positions close the gap.
+
+    api: llama.cpp's functions on `memory`. shift: tokens to forget at a time; None: half of what follows the sinks.
+    """
+    while (used := api.llama_memory_seq_pos_max(memory, 0) + 1) + count > capacity:
+        forget = (used - sinks) // 2 if shift is None else shift
+        api.llama_memory_seq_rm(memory, 0, sinks, sinks + forget)
+        api.llama_memory_seq_add(memory, 0, sinks + forget, used, -forget)
 
 
 DECODERS: dict[str, type[Any]] = {

@@ -22,7 +22,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come first, so that workers end at about the same time: slow ones, then the exporter's."""
+    """Files that take long come first, so that little is left when workers begin to take each other's tests.
+
+    The first half of the tests goes to the first worker, the second half to the second.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in slow, "exporter" not in item.path.parts))
 

@@ -16,13 +16,14 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 from unittest import mock
 
 import numpy as np
 import pytest
+from _pytest.mark import ParameterSet
 
 if TYPE_CHECKING:
     from sinkexport.sources import LoadedModel
@@ -45,6 +46,25 @@ ERROR = "sinkexport: error: "
 def random_ids(*shape: int, seed: int = 0, vocab_size: int = VOCAB_SIZE, first: int = FIRST_ID) -> np.ndarray:
     """int64 ids `first` .. `vocab_size` - 1."""
     return np.random.default_rng(seed).integers(first, vocab_size, shape)
+
+
+# --- what `make test-fast` leaves out ---------------------------------------------------------------------------------
+
+
+def slow_but(fast: int, cases: Iterable[Any]) -> list[ParameterSet]:
+    """Cases of one test, all but the first `fast` of them marked slow: those run in `make test` alone.
+
+    A tuple has a value for each of the test's arguments.
+    """
+    made = [case if isinstance(case, ParameterSet) else _case(case) for case in cases]
+    return [
+        case if i < fast else pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.slow])
+        for i, case in enumerate(made)
+    ]
+
+
+def _case(values: Any) -> ParameterSet:
+    return pytest.param(*values) if isinstance(values, tuple) else pytest.param(values)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -216,12 +236,15 @@ def shared_folder(factory: pytest.TempPathFactory) -> Path:
 
 
 def read_operators_once() -> None:
-    """Let torch.onnx read the sources of its translations once a process, and not in every export.
+    """Let torch read the sources of its translations and its list of operators once a process, and not in every export.
 
-    That is a third of a tiny model's export and nothing to a real one's. `torch.onnx.export` takes no registry, so this
-    replaces a function of torch's private module: the one such place, which `tests/test_habits.py` lets pass.
+    That is 0.7 s of a tiny export and of a real one alike. `torch.onnx.export` takes no registry, so this replaces
+    functions of torch's private modules: the one such place, which `tests/test_habits.py` lets pass.
     """
+    from torch._export import utils
     from torch.onnx._internal.exporter import _registration
+
+    utils._materialize_cpp_cia_ops = functools.cache(utils._materialize_cpp_cia_ops)
 
     read = functools.cache(_registration.ONNXRegistry.from_torchlib)
 

@@ -103,8 +103,12 @@ class FrameSession:
 
     @property
     def position(self) -> int:
-        """Blocks that are done, which is the index of the one at hand."""
+        """Blocks that are done: the index of the one at hand. Set it to go on elsewhere with the same cache."""
         return self._position
+
+    @position.setter
+    def position(self, block: int) -> None:
+        self._position = block
 
     @property
     def cached_blocks(self) -> tuple[int, ...]:

@@ -58,7 +58,6 @@ class FakeLlamaMemory:
         self.tokens: dict[int, int] = {}
         self.most = 0
         self.shifts: list[int] = []
-        self.llama_token = int
 
     def llama_memory_seq_pos_max(self, _memory: object, _sequence: int) -> int:
         return max(self.tokens, default=-1)
@@ -78,12 +77,11 @@ class FakeLlamaMemory:
 @pytest.mark.parametrize(("shift", "kept"), [(1, [0, 1, *range(32, 40)]), (None, [0, 1, *range(34, 40)])])
 def test_llama_cpp_forgets_what_follows_the_sinks(shift: int | None, kept: list[int]) -> None:
     """S = 2, C = 10, 40 tokens: shifted by one, the cache is a bundle's; by halves, 4 of 8 go each time it is full."""
-    from baselines import LlamaCpp
+    from baselines import make_room
 
-    peer, memory = LlamaCpp.__new__(LlamaCpp), FakeLlamaMemory()
-    peer._api, peer._memory, peer._capacity, peer._sinks, peer._shift = memory, None, 10, 2, shift
+    memory = FakeLlamaMemory()
     for token in range(40):
-        peer._make_room(1)
+        make_room(memory, None, 1, capacity=10, sinks=2, shift=shift)
         memory.add(token)
     assert [memory.tokens[p] for p in range(len(memory.tokens))] == kept  # positions without gaps, in order
     assert memory.most == 10

@@ -19,6 +19,8 @@ from tests.runtime.toy import Toy, build_toy
 
 RUNS = 4_000
 
+pytestmark = pytest.mark.slow  # compiles the runtime anew, for a minute
+
 
 def test_c_interface_and_faults(sanitized_cpp_runtime: CppRuntime, tmp_path: Path) -> None:
     check_c_interface(sanitized_cpp_runtime, tmp_path)

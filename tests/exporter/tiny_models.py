@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tokenizers
@@ -233,6 +234,32 @@ def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.to(dtype)
+
+
+def model_with_a_sink(token: int, heads: Sequence[Sequence[bool]] = ((True,) * 6,) * 2) -> Any:
+    """`llama-mha` whose heads look at `token` wherever it stands, and at nothing else in particular.
+
+    heads: [2][6], those that do; the others look at all tokens alike. The layers add nothing to the embeddings.
+    """
+    model = tiny_model("llama-mha")
+    with torch.no_grad():
+        for layer, liking in zip(model.model.layers, heads, strict=True):
+            attention = layer.self_attn
+            for part in (attention.q_proj, attention.k_proj):
+                part.weight.mul_(0.05)
+                part.bias.zero_()
+            # The slowest pair of dimensions turns little over 96 tokens: queries point its way by their bias.
+            attention.q_proj.bias.view(6, -1)[:, 3] = 8.0 * torch.tensor(liking)
+            attention.k_proj.weight.view(6, -1, 48)[:, 3] = 0.0
+            attention.k_proj.weight.view(6, -1, 48)[:, 3, 0] = 1.0
+            attention.o_proj.weight.zero_()
+            attention.o_proj.bias.zero_()
+            layer.mlp.down_proj.weight.zero_()
+            layer.mlp.down_proj.bias.zero_()
+            layer.input_layernorm.weight.fill_(1.0)
+        model.model.embed_tokens.weight[:, 0] = 0.0
+        model.model.embed_tokens.weight[token, 0] = 5.0
+    return model
 
 
 def tiny_tokenizer() -> SourceTokenizer:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file, save_file
-from sinkexport.pipeline.bundle_writer import staged_bundle
+from sinkexport.pipeline.bundle_writer import exchange_names, staged_bundle
 from sinkexport.util.files import check_writable, write_whole
 from sinkrt import Session, StateError, UsageError
 from sinkrt.contract import MANIFEST_NAME
@@ -253,11 +253,8 @@ def _old_bundle(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
-def test_a_bundle_is_replaced_and_never_missing(
-    tmp_path: Path, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not can_exchange:
-        monkeypatch.setattr("sinkexport.pipeline.bundle_writer._exchange", lambda _a, _b: False)
+def test_a_bundle_is_replaced_and_never_missing(tmp_path: Path, can_exchange: bool) -> None:
+    exchange = exchange_names if can_exchange else lambda _a, _b: False
     out = _old_bundle(tmp_path / "bundle")
     seen: set[str] = set()
     stop = threading.Event()
@@ -272,7 +269,7 @@ def test_a_bundle_is_replaced_and_never_missing(
     watcher = threading.Thread(target=watch)
     watcher.start()
     for i in range(100):
-        with staged_bundle(out, overwrite=True) as stage:
+        with staged_bundle(out, overwrite=True, exchange=exchange) as stage:
             (stage / MANIFEST_NAME).write_text(f"new {i}", encoding="utf-8")
     stop.set()
     watcher.join()

@@ -31,7 +31,7 @@ from sinkrt.errors import UsageError
 
 from tests.exporter.tiny_models import tiny_model
 from tests.real_model import smollm2_file
-from tests.support import run_cli
+from tests.support import refused, slow_but
 
 Arrays = dict[str, np.ndarray]
 Spoil = Callable[[Arrays], None]
@@ -103,7 +103,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
     return export
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(1, KINDS))
 def test_healthy_models_are_written(exported: Callable[[str], Exported], kind: str) -> None:
     exported(kind)
 
@@ -175,7 +175,7 @@ def _dropped_bias(arrays: Arrays) -> None:
         (_dropped_bias, "model.layers.0.self_attn.q_proj.bias"),
     ],
 )
-@pytest.mark.parametrize("kind", ["llama", "llama in 4 bits"])
+@pytest.mark.parametrize("kind", slow_but(1, ["llama", "llama in 4 bits"]))
 def test_another_files_weight_is_named(
     exported: Callable[[str], Exported], tmp_path: Path, spoil: Spoil, named: str, kind: str
 ) -> None:
@@ -231,7 +231,7 @@ def _gate_for_up(arrays: Arrays) -> None:
     ("spoil", "named"),
     [(_expert_for_another, ".experts.2.w1"), (_expert_random, ".experts.7.w2"), (_gate_for_up, ".experts.0.w1")],
 )
-@pytest.mark.parametrize("kind", ["experts", "experts in 8 bits"])
+@pytest.mark.parametrize("kind", slow_but(1, ["experts", "experts in 8 bits"]))
 def test_another_files_expert_is_named(
     exported: Callable[[str], Exported], tmp_path: Path, spoil: Spoil, named: str, kind: str
 ) -> None:
@@ -254,19 +254,18 @@ def test_folded_norms_of_two_layers_are_not_mistaken(exported: Callable[[str], E
     assert "input_layernorm" in exported("gemma").refusal(spoil, tmp_path / "model")
 
 
-def test_an_export_refuses_and_leaves_nothing_unless_told_not_to_check(
-    exported: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_export_refuses_and_leaves_nothing_unless_asked_not_to_check(
+    exported: Callable[[str], Exported], tmp_path: Path
 ) -> None:
-    """A loader that hands out another model than the file's."""
+    """A model in memory that is another than its file's, as a loader with a bug would hand it out."""
     source = str(exported("llama").source)
-    other = load_model(source)
+    other, config = load_model(source), ExportConfig(window_size=9, chunk_size=1)
     with torch.no_grad():
         other.model.model.layers[0].mlp.up_proj.weight.neg_()
-    monkeypatch.setattr("sinkexport.pipeline.export.load_model", lambda *_: other)
-    result = run_cli("export", source, "-o", tmp_path / "out", "--window", "9", "--chunk", "1")
-    result.refusal("up_proj")
+    with refused("up_proj", error=UsageError):
+        export_loaded(other, tmp_path / "out", config)
     assert not list(tmp_path.iterdir())
-    export(source, tmp_path / "out", ExportConfig(window_size=9, chunk_size=1), check=False)
+    export_loaded(other, tmp_path / "out", config, check=False)
 
 
 def test_torch_files_are_read_as_well(exported: Callable[[str], Exported], tmp_path: Path) -> None:
@@ -369,12 +368,15 @@ def test_own_reader_agrees_with_safetensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"recipe": "int4-nearest"},
-        {"recipe": "int8-weights"},
-        {"recipe": "int8-dynamic"},
-        {"recipe": "int8-channel", "target": "tensorrt", "native": True},
-    ],
+    slow_but(
+        1,
+        [
+            {"recipe": "int4-nearest"},
+            {"recipe": "int8-weights"},
+            {"recipe": "int8-dynamic"},
+            {"recipe": "int8-channel", "target": "tensorrt", "native": True},
+        ],
+    ),
 )
 def test_matrices_of_a_graph_are_the_models(tmp_path: Path, options: dict[str, Any]) -> None:
     """Every layout is read as what it stands for: compared with the whole of the model's own weights."""

@@ -23,7 +23,7 @@ SOURCES = [
 ]
 INCLUDES = (f"-I{RUNTIME / 'src'}", f"-I{RUNTIME / 'include'}")
 
-pytestmark = needs_plugin_build
+pytestmark = [needs_plugin_build, pytest.mark.slow]  # compiles for half a minute
 
 
 @pytest.fixture(scope="module")

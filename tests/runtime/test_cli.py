@@ -436,10 +436,14 @@ def test_the_position_limit_ends_a_run_with_its_text_told(tmp_path: Path) -> Non
 
 
 def test_a_file_that_may_not_be_read(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied", "weights.bin")
+    opened = Path.open
 
-    monkeypatch.setattr("sinkrt.contract.hash_file", refuse)
+    def refuse(path: Path, *mode: str, **options: Any) -> Any:
+        if path.name == "weights.bin":
+            raise PermissionError(13, "Permission denied", path.name)
+        return opened(path, *mode, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
     run_cli("run", toy_bundle, "--prompt", "a").refusal("Permission denied: 'weights.bin'")
 
 

@@ -451,13 +451,16 @@ class _Once:
 def break_next_answer(monkeypatch: pytest.MonkeyPatch, method: str, call: int, error: Exception) -> None:
     """Let one call of a method of the answer that is made next fail."""
 
-    def make(*arguments: Any) -> Answer:
-        monkeypatch.setattr("sinkrt.scheduler.Answer", Answer)
-        answer = Answer(*arguments)
-        setattr(answer, method, _Once(getattr(answer, method), call, error))
-        return answer
+    made: list[Answer] = []
+    initialise, real = Answer.__init__, getattr(Answer, method)
+    once = _Once(real, call, error)
 
-    monkeypatch.setattr("sinkrt.scheduler.Answer", make)
+    def remember(self: Answer, *arguments: Any) -> None:
+        initialise(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(Answer, "__init__", remember)
+    monkeypatch.setattr(Answer, method, lambda self, *arguments: (once if self is made[0] else real)(self, *arguments))
 
 
 @pytest.mark.parametrize(

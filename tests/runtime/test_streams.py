@@ -9,7 +9,6 @@ import os
 import threading
 import time
 
-import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sinkexport.bench.run_meter import RunMeter
@@ -91,13 +90,12 @@ def test_the_meter_counts_tokens_and_windows(session: Session) -> None:
     assert "ms/token median" in report and "ms p99" in report
 
 
-def test_the_meter_keeps_the_last_latencies_only(session: Session, monkeypatch: object) -> None:
-    meter = RunMeter(session)
-    meter.KEPT = 8  # type: ignore[misc]
-    meter._latencies_ms = np.zeros(8)
+def test_the_meter_keeps_the_last_latencies_only(session: Session) -> None:
+    meter = RunMeter(session, kept=8)
     list(meter.timed(session.generate("ab", max_tokens=300, ignore_eos=True)))
     assert "ms/token" in meter.report()
-    assert meter._latencies_ms.all()
+    assert meter.latencies_ms.size == 8
+    assert meter.latencies_ms.all()
 
 
 def test_resident_memory_grows_with_use() -> None:

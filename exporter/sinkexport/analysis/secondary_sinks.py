@@ -30,6 +30,18 @@ MAX_SIGHTINGS = 8
 
 
 @dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """What makes a later token a secondary sink: see the constants."""
+
+    weight: float = SECONDARY_WEIGHT
+    ratio: float = SECONDARY_RATIO
+    likeness: float = LIKENESS
+
+
+THRESHOLDS = Thresholds()
+
+
+@dataclasses.dataclass(frozen=True)
 class Sighting:
     """A secondary sink at one place. layers: with a head that looks at it. weight: the largest mean weight from afar.
 
@@ -67,10 +79,12 @@ class SecondarySink:
     is_like_first: bool
 
 
-def secondary_sinks(weights: Weights, window: int, num_candidates: int) -> Iterator[Sighting]:
+def secondary_sinks(
+    weights: Weights, window: int, num_candidates: int, thresholds: Thresholds = THRESHOLDS
+) -> Iterator[Sighting]:
     """Yield the later tokens that some head looks at from afar."""
     tokens = _later_tokens(weights, num_candidates)
-    from_afar, looked_at = weights.from_afar[:, :, tokens], _looked_at(weights, tokens)  # [L, Hq, n]
+    from_afar, looked_at = weights.from_afar[:, :, tokens], _looked_at(weights, tokens, thresholds)  # [L, Hq, n]
     for offset in np.flatnonzero(looked_at.any(axis=(0, 1))).tolist():
         position = num_candidates + offset
         by_layer = np.where(looked_at[:, :, offset], from_afar[:, :, offset], 0.0).max(axis=1)  # [L]
@@ -86,15 +100,15 @@ def secondary_sinks(weights: Weights, window: int, num_candidates: int) -> Itera
         )
 
 
-def later_sinks(weights: Weights, num_candidates: int) -> Array:
+def later_sinks(weights: Weights, num_candidates: int, thresholds: Thresholds = THRESHOLDS) -> Array:
     """Mark heads that look from afar at a later token whose value, in this layer, resembles the first one's.
 
     Layers with a sliding window have 0: they may keep no sinks, and then nothing of them is calibrated.
     Returns: [L, Hq], 0 or 1.
     """
     tokens = _later_tokens(weights, num_candidates)
-    like_first = weights.likeness[:, None, tokens] > LIKENESS
-    found = np.asarray((_looked_at(weights, tokens) & like_first).any(axis=2), dtype=np.float64)
+    like_first = weights.likeness[:, None, tokens] > thresholds.likeness
+    found = np.asarray((_looked_at(weights, tokens, thresholds) & like_first).any(axis=2), dtype=np.float64)
     found[[window is not None for window in weights.sliding_windows]] = 0.0
     return found
 
@@ -104,9 +118,9 @@ def _later_tokens(weights: Weights, num_candidates: int) -> slice:
     return slice(num_candidates, weights.received.shape[2] - 2 * NEAR_TOKENS)
 
 
-def _looked_at(weights: Weights, tokens: slice) -> npt.NDArray[np.bool_]:
+def _looked_at(weights: Weights, tokens: slice, thresholds: Thresholds) -> npt.NDArray[np.bool_]:
     """Find whether a head looks at a token from afar. Returns: bool [L, Hq, n]."""
-    needed = np.maximum(SECONDARY_WEIGHT, SECONDARY_RATIO * weights.fair_share[:, None, tokens])  # [L, 1, n]
+    needed = np.maximum(thresholds.weight, thresholds.ratio * weights.fair_share[:, None, tokens])  # [L, 1, n]
     looked_at: npt.NDArray[np.bool_] = weights.from_afar[:, :, tokens] > needed
     return looked_at
 

@@ -22,9 +22,17 @@ import numpy as np
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.analysis.defaults import NUM_CANDIDATES
-from sinkexport.analysis.secondary_sinks import SecondarySink, Sighting, by_token, later_sinks, secondary_sinks
+from sinkexport.analysis.secondary_sinks import (
+    THRESHOLDS,
+    SecondarySink,
+    Sighting,
+    Thresholds,
+    by_token,
+    later_sinks,
+    secondary_sinks,
+)
 from sinkexport.analysis.text_windows import TextWindows
-from sinkexport.analysis.weights import NEAR_TOKENS, Array, Weights, attention_weights
+from sinkexport.analysis.weights import NEAR_TOKENS, Array, Weights, WeightsOf, attention_weights
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.sources import LoadedModel
 from sinkexport.util.progress import Report, silent
@@ -125,12 +133,20 @@ def check_geometry(num_windows: int, window_tokens: int, num_candidates: int) ->
 
 
 def analyze(
-    loaded: LoadedModel, windows: TextWindows, *, num_candidates: int = NUM_CANDIDATES, report: Report = silent
+    loaded: LoadedModel,
+    windows: TextWindows,
+    *,
+    num_candidates: int = NUM_CANDIDATES,
+    report: Report = silent,
+    epsilon: float = EPSILON,
+    thresholds: Thresholds = THRESHOLDS,
+    weights_of: WeightsOf | None = None,
 ) -> SinkReport:
     """Measure attention in windows of a text.
 
     Memory depends on a window's length: only sums and secondary sinks are kept of the windows before.
-    report: called with the stage ``layers``.
+    report: called with the stage ``layers``. epsilon: mean weight above which a first token is a sink.
+    thresholds: of later ones. weights_of: see `attention_weights`.
 
     Raises: UsageError for numbers out of range, windows longer than the model knows positions, or a model whose
     attention cannot be measured (see `attention_weights`).
@@ -148,11 +164,11 @@ def analyze(
                 fix="lower --window-tokens",
             )
         )
-    sums, num_layers = _Sums(num_candidates), int(config.num_hidden_layers)
+    sums, num_layers = _Sums(num_candidates, epsilon, thresholds), int(config.num_hidden_layers)
     report("layers", 0, num_windows * num_layers)
     for number, ids in enumerate(windows.ids):
         show = functools.partial(_show, report, number * num_layers, num_windows * num_layers)
-        sums.add(attention_weights(loaded.model, ids, num_candidates, show), number, ids)
+        sums.add(attention_weights(loaded.model, ids, num_candidates, show, weights_of=weights_of), number, ids)
     mean = sums.means()
     recommended, reason = recommend(mean["late"].mean(axis=(0, 1)), float(mean["base"]))
     return SinkReport(
@@ -165,7 +181,7 @@ def analyze(
         mass=_nested(mean["late"]),
         alpha=_nested(mean["alpha"]),
         base=float(mean["base"]),
-        epsilon=EPSILON,
+        epsilon=epsilon,
         sink_share=_nested(mean["sinks"].mean(axis=(0, 1))),
         layer_sinks=_nested(mean["any_sink"].mean(axis=1)),
         key_norm=_nested(mean["key_norm"]),
@@ -211,8 +227,8 @@ def recommend(mass: Array, base: float) -> tuple[int, str]:
 class _Sums:
     """Sums over the windows, and their secondary sinks."""
 
-    def __init__(self, num_candidates: int) -> None:
-        self._num_candidates = num_candidates
+    def __init__(self, num_candidates: int, epsilon: float, thresholds: Thresholds) -> None:
+        self._num_candidates, self._epsilon, self._thresholds = num_candidates, epsilon, thresholds
         self._count = 0
         self._sums: dict[str, Array] = {}
         self.sliding_window: int | None = None
@@ -222,7 +238,7 @@ class _Sums:
 
     def add(self, weights: Weights, window: int, ids: Sequence[int]) -> None:
         first = slice(self._num_candidates)
-        is_sink = weights.received[:, :, first] > EPSILON
+        is_sink = weights.received[:, :, first] > self._epsilon
         added: dict[str, Array] = {
             "late": weights.late,
             "alpha": weights.received[:, :, first],
@@ -231,7 +247,7 @@ class _Sums:
             "any_sink": is_sink.max(axis=-1).astype(np.float64),
             "key_norm": weights.key_norm[:, first],
             "value_norm": weights.value_norm[:, first],
-            "later_sinks": later_sinks(weights, self._num_candidates),
+            "later_sinks": later_sinks(weights, self._num_candidates, self._thresholds),
             "change": weights.change,
         }
         for name, values in added.items():
@@ -239,7 +255,7 @@ class _Sums:
         self._count += 1
         self.sliding_window = weights.sliding_window
         self.num_kv_heads, self.distances = weights.num_kv_heads, weights.distances
-        for sighting in secondary_sinks(weights, window, self._num_candidates):
+        for sighting in secondary_sinks(weights, window, self._num_candidates, self._thresholds):
             self.sightings.setdefault(int(ids[sighting.position]), []).append(sighting)
 
     def means(self) -> dict[str, Array]:

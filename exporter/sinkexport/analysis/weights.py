@@ -19,6 +19,8 @@ NEAR_TOKENS = 32
 """Tokens before a query that are near: every head looks there, so it does not count as looking from afar."""
 
 QUERIES_AT_ONCE = 256
+WeightsOf = Callable[[torch.Tensor, torch.Tensor, int, int, dict[str, Any]], torch.Tensor]
+"""q, k, start, stop and the arguments of attention -> weights float32 [Hq, stop - start, stop]."""
 """Rows of attention weights in memory at a time, for each head of one layer."""
 
 
@@ -60,12 +62,18 @@ class Weights:
 
 
 def attention_weights(
-    model: Any, ids: Sequence[int], num_candidates: int, show: Callable[[int], None] = lambda _done: None
+    model: Any,
+    ids: Sequence[int],
+    num_candidates: int,
+    show: Callable[[int], None] = lambda _done: None,
+    *,
+    queries_at_once: int = QUERIES_AT_ONCE,
+    weights_of: WeightsOf | None = None,
 ) -> Weights:
     """Run `model` over ids [T] as one context and sum its attention.
 
-    At most `QUERIES_AT_ONCE` queries' weights of one layer, float32 [Hq, n, T], are in memory at a time.
-    show: called with the number of layers done.
+    show: called with the number of layers done. queries_at_once: number of queries whose weights of one layer, float32
+    [Hq, n, T], are in memory at a time. weights_of: computes them; `softmax_weights` by default.
 
     Raises: UsageError for a model that does not use transformers' attention interface, has layers without attention or
         with more than a softmax, or gives values that are not numbers.
@@ -75,11 +83,11 @@ def attention_weights(
     def attend(
         _module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: Any = None, **arguments: Any
     ) -> tuple[torch.Tensor, None]:
-        _refuse_unknown(arguments, len(layers))
+        refuse_unknown(arguments, len(layers))
         layer = _Layer(q.shape[1], len(ids), num_candidates, arguments.get("sliding_window"))
         outputs = []
-        for start, stop in _blocks(len(ids)):
-            weights = softmax_weights(q, k, start, stop, arguments)  # [Hq, n, stop]
+        for start, stop in _blocks(len(ids), queries_at_once):
+            weights = (weights_of or softmax_weights)(q, k, start, stop, arguments)  # [Hq, n, stop]
             layer.add(weights, start)
             grouped = weights.to(v.dtype).reshape(v.shape[1], -1, stop)  # [Hkv, G * n, stop]
             outputs.append((grouped @ v[0, :, :stop]).reshape(q.shape[1], stop - start, -1))  # [Hq, n, Dv]
@@ -138,11 +146,11 @@ def softmax_weights(q: torch.Tensor, k: torch.Tensor, start: int, stop: int, arg
 _ARGUMENTS = ("scaling", "softcap", "sliding_window")
 
 
-def _blocks(size: int) -> Iterator[tuple[int, int]]:
+def _blocks(size: int, queries_at_once: int) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of blocks of queries; none has queries of both halves of the context."""
     for first, last in ((0, size // 2), (size // 2, size)):
-        for start in range(first, last, QUERIES_AT_ONCE):
-            yield start, min(start + QUERIES_AT_ONCE, last)
+        for start in range(first, last, queries_at_once):
+            yield start, min(start + queries_at_once, last)
 
 
 class _Layer:
@@ -248,7 +256,7 @@ def _relative_norms(x: torch.Tensor, num_candidates: int) -> Array:
     return relative
 
 
-def _refuse_unknown(arguments: dict[str, Any], layer: int) -> None:
+def refuse_unknown(arguments: dict[str, Any], layer: int) -> None:
     """Refuse attention that does more than `softmax_weights` computes.
 
     Raises: UsageError.

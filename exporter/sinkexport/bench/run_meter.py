@@ -15,13 +15,11 @@ if TYPE_CHECKING:
 
 
 class RunMeter:
-    """Measures speed and memory of a run. Its own memory is constant: it keeps the last `KEPT` latencies."""
+    """Measures speed and memory of a run. Its own memory is constant: it keeps the last `kept` latencies."""
 
-    KEPT = 100_000
-
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, kept: int = 100_000) -> None:
         self._session = session
-        self._latencies_ms = np.zeros(self.KEPT)
+        self._latencies_ms = np.zeros(kept)
         self._latencies_ms.fill(0)  # touches its memory, which would count as growth later
         self._count = 0
         self._rss_at_start = resident_bytes()
@@ -32,17 +30,22 @@ class RunMeter:
         for piece in pieces:
             now, reached = time.perf_counter(), self._position()
             for _ in range(reached - position):
-                self._latencies_ms[self._count % self.KEPT] = (now - before) * 1e3 / (reached - position)
+                self._latencies_ms[self._count % self._latencies_ms.size] = (now - before) * 1e3 / (reached - position)
                 self._count += 1
             yield piece
             before, position = time.perf_counter(), reached
+
+    @property
+    def latencies_ms(self) -> np.ndarray:
+        """Latencies [n] that are kept, in no order."""
+        return self._latencies_ms[: self._count]
 
     def report(self) -> str:
         """Report speed, position and memory in one line."""
         stream = self._session.manifest.stream
         position = self._position()
         wraps = max(0, position - stream.num_sink_tokens) / stream.window_size
-        kept = self._latencies_ms[: min(self._count, self.KEPT)]
+        kept = self.latencies_ms
         speed = (
             f"{self._count} tokens, {np.median(kept):.1f} ms/token median, {np.percentile(kept, 99):.1f} ms p99"
             if self._count

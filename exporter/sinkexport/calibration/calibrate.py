@@ -60,14 +60,20 @@ class Calibrated(NamedTuple):
 
 
 def calibrate(
-    loaded: LoadedModel, recipe: Recipe, text: str, *, partial: Path | None = None, report: Report = silent
+    loaded: LoadedModel,
+    recipe: Recipe,
+    text: str,
+    *,
+    partial: Path | None = None,
+    report: Report = silent,
+    moments_bytes: int = MOMENTS_BYTES,
 ) -> Calibrated:
     """Stream pieces of `text` and find what `recipe` needs.
 
     loaded: in float32. partial: where to keep what has been seen, and to go on from; for the caller to remove once the
     result is written. One that belongs to another calibration is replaced.
     report: gets the stages ``channels`` (with smoothing), ``ranges`` and ``moments`` (where weights are rounded for
-    their inputs), in tokens, and ``round``, in inputs.
+    their inputs), in tokens, and ``round``, in inputs. moments_bytes: memory for second moments.
 
     Raises: UsageError if the recipe needs no calibration, the text is too short, the model cannot be streamed exactly,
     its activations are not finite, or `partial` cannot be written.
@@ -103,7 +109,7 @@ def calibrate(
     checkpoint = Checkpoint(partial, result.sha256, len(pieces))
     passes = _Passes(model, pieces, StreamConfig(asked.sink_tokens, asked.window), checkpoint, report)
     found: dict[str, Any] = {"inputs": _ranges(passes, recipe, asked, groups) if recipe.needs_ranges else ()}
-    weights = _rounded_weights(passes, recipe, groups)
+    weights = _rounded_weights(passes, recipe, groups, moments_bytes)
     if weights:
         digest = hashlib.sha256(safetensors.numpy.save(weights)).hexdigest()
         found["rounded_weights"] = rounding_of(recipe, digest)
@@ -170,7 +176,9 @@ def _ranges(
     return tuple(inputs)
 
 
-def _rounded_weights(passes: _Passes, recipe: Recipe, groups: Mapping[str, tuple[str, ...]]) -> Arrays:
+def _rounded_weights(
+    passes: _Passes, recipe: Recipe, groups: Mapping[str, tuple[str, ...]], moments_bytes: int
+) -> Arrays:
     plan = RecipePlan(recipe, passes.model, "float32")
     schemes = {
         name: scheme
@@ -181,7 +189,7 @@ def _rounded_weights(passes: _Passes, recipe: Recipe, groups: Mapping[str, tuple
     read = {first: members for first, members in groups.items() if any(name in schemes for name in members)}
     weights = RoundedArrays()
     passes.known["weights"] = weights
-    for number, batch in enumerate(batches(read, passes.model, MOMENTS_BYTES)):
+    for number, batch in enumerate(batches(read, passes.model, moments_bytes)):
         moments = SecondMoments()
         passes.run(MOMENTS, {"moments": moments}, batch, number)
         if not weights.has(batch):  # a run that was cut short in a later pass has them

@@ -39,11 +39,13 @@ PAGE_BYTES = 4096
 
 
 @contextlib.contextmanager
-def staged_bundle(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_bundle(
+    out: Path, *, overwrite: bool = False, exchange: Callable[[Path, Path], bool] | None = None
+) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends well and vanishes when it does not.
 
     A bundle that is replaced is exchanged in one step where the system can: `out` is never without one. What killed
-    exports left beside `out` is removed.
+    exports left beside `out` is removed. exchange: swaps two names, False where it cannot; `exchange_names` by default.
 
     Raises: UsageError if `out` holds something already (unless it is a bundle and nothing else, and `overwrite`), also
     if that has come meanwhile; or the disk is full.
@@ -61,7 +63,7 @@ def staged_bundle(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         stage.chmod(0o755)  # mkdtemp makes it private
         _sync(stage)
         _refuse_to_replace(out, target, overwrite)  # an export takes minutes, in which others write too
-        _take_place(stage, target)
+        _take_place(stage, target, exchange)
     except OSError as error:
         raise _unwritable(out, error) from error
     finally:
@@ -80,11 +82,11 @@ def _locked_stage(target: Path) -> tuple[Path, int]:
                 return stage, handle
 
 
-def _take_place(stage: Path, target: Path) -> None:
+def _take_place(stage: Path, target: Path, exchange: Callable[[Path, Path], bool] | None) -> None:
     """Put `stage` where `target` is, and remove what was there."""
     if not target.exists():
         stage.rename(target)
-    elif _exchange(stage, target):
+    elif (exchange or exchange_names)(stage, target):
         shutil.rmtree(stage)  # what `target` was
     else:
         retired = stage.with_name(f"{stage.name}-old")
@@ -94,7 +96,7 @@ def _take_place(stage: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def _exchange(a: Path, b: Path) -> bool:
+def exchange_names(a: Path, b: Path) -> bool:
     """Swap the names of two folders in one step. False: this system or file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 is None:

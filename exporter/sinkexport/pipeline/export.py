@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from sinkexport.families.refusals import refusing
 from sinkexport.families.rope import AttentionShape, ModelRotary
 from sinkexport.graph.convert import BuiltGraph, build_graph
 from sinkexport.graph.plugin_nodes import refuse_geometry
+from sinkexport.graph.quantize.plan import Plan
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.loading.tokenizers.tokenizer_checks import check_template, check_tokens, fitted, named, opening_size
@@ -63,6 +64,8 @@ from sinkexport.sources import LoadedModel, load_model
 from sinkexport.util.progress import Report, silent
 from sinkexport.variants.affine import FILE_NAME as AFFINE_FILE
 
+PlanOf = Callable[..., Plan]
+"""Arguments as `RecipePlan`'s."""
 LOGGER = logging.getLogger("sinkexport")
 WINDOW_RECIPE = "int8-window"
 """Recipe of ``kv="int8"`` where none is given."""
@@ -100,11 +103,12 @@ def export_loaded(
     overwrite: bool = False,
     check: bool = True,
     report: Report = silent,
+    plan_of: PlanOf = RecipePlan,
 ) -> Manifest:
     """Export a model that is in memory already, in the dtype of its parameters, which must be `config`'s.
 
     The model is left as it was. check: compare the finished graphs with it, where ONNX Runtime can run them
-    (`sinkexport.pipeline.check_export`), before the bundle gets its name.
+    (`sinkexport.pipeline.check_export`), before the bundle gets its name. plan_of: makes the plan of a recipe.
 
     Raises: UsageError.
     """
@@ -120,7 +124,7 @@ def export_loaded(
         probed = _probe(model, config)
         if config.affine is not None:
             (stage / AFFINE_FILE).write_bytes(config.affine.raw)
-        written = _write_graphs(stage, loaded, config, probed, report)
+        written = _write_graphs(stage, loaded, config, probed, report, plan_of)
         if check:
             report("weights", 0, 1)
             files, shape = [graph.file for graph in written.graphs.values()], probed.shape
@@ -179,17 +183,19 @@ class _Written:
     num_tokens: int
 
 
-def _write_graphs(stage: Path, loaded: LoadedModel, config: ExportConfig, probed: _Probed, report: Report) -> _Written:
+def _write_graphs(
+    stage: Path, loaded: LoadedModel, config: ExportConfig, probed: _Probed, report: Report, plan_of: PlanOf
+) -> _Written:
     """Build and write the decode graph, and the prefill graph where chunks have more than one token."""
     report("decode", 0, 1)
-    built = _build(loaded, config, probed, "decode", config.batch, 1)
+    built = _build(loaded, config, probed, "decode", config.batch, 1, plan_of)
     graphs = {"decode": built.spec("decode.onnx")}
     write_graph(built.model, stage, "decode.onnx", lambda done, total: report("write", done, total))
     num_tokens = min(config.num_tokens_per_chunk, *(ring.window_size for ring in probed.rings))
     if num_tokens > 1:
         report("prefill", 0, 1)
         # Of one stream: a long prompt then costs the other streams nothing.
-        chunk = _build(loaded, config, probed, "prefill", 1, num_tokens)
+        chunk = _build(loaded, config, probed, "prefill", 1, num_tokens, plan_of)
         graphs["prefill"] = chunk.spec("prefill.onnx")
         write_graph_with_weights_of(chunk.model, stage, "prefill.onnx", "decode.onnx")
     for graph in graphs.values():
@@ -238,11 +244,12 @@ def _build(
     role: str,
     batch: int,
     num_tokens: int,
+    plan_of: PlanOf,
 ) -> BuiltGraph:
     """Trace and convert one graph of B streams and T = num_tokens tokens."""
     step = StreamStep(loaded.model, config, probed.shape, probed.rotary, batch=batch, num_tokens=num_tokens).eval()
     recipe, dtype = config.recipe, WEIGHT_DTYPES[config.dtype]
-    plan = None if recipe is None else RecipePlan(recipe, loaded.model, dtype, config.calibration)
+    plan = None if recipe is None else plan_of(recipe, loaded.model, dtype, config.calibration)
     num_sinks = 0 if config.calibration is None else config.calibration.num_sink_tokens
     with _no_garbage_collection():
         with refusing(loaded.model, f"tracing the {role} graph"):

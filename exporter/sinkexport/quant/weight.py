@@ -22,7 +22,7 @@ from sinkrt.errors import UsageError, problem
 CLIPPINGS = tuple(1.0 - 0.04 * i for i in range(16))
 """Shares of the absmax scale that ``mse`` tries: 1, 0.96, .. 0.4. What lies between is reached by least squares."""
 
-_SLICE_ELEMENTS = 1 << 16
+SLICE_ELEMENTS = 1 << 16
 """Weights worked on at a time: few enough that they and two temporary arrays stay in a core's cache."""
 
 _MIN_SLICE_OUTPUTS = 32
@@ -101,6 +101,7 @@ class QuantizedWeight:
     scheme: WeightScheme
     transposed: bool = False
     rounded: Callable[[], Rounded] | None = None
+    slice_elements: int = SLICE_ELEMENTS
 
     @property
     def num_outputs(self) -> int:
@@ -197,7 +198,7 @@ class QuantizedWeight:
         """
         source = self.source.numpy()
         missing = self.num_groups * self.group_size - self.num_inputs
-        step = max(_SLICE_ELEMENTS // max(self.num_inputs, 1), _MIN_SLICE_OUTPUTS)
+        step = max(self.slice_elements // max(self.num_inputs, 1), _MIN_SLICE_OUTPUTS)
         for start in range(0, self.num_outputs, step):
             outputs = slice(start, min(start + step, self.num_outputs))
             part = source[outputs].T if self.transposed else source[:, outputs]

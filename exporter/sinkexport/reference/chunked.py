@@ -134,8 +134,12 @@ class ChunkedStream:
 
     @property
     def position(self) -> int:
-        """Tokens fed to each stream so far."""
+        """Tokens fed to each stream so far. Set it to go on elsewhere with the same cache."""
         return self._position
+
+    @position.setter
+    def position(self, tokens: int) -> None:
+        self._position = tokens
 
     def feed(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed T >= 1 tokens to each stream, T as it likes in every call. ids: int64 [B, T].

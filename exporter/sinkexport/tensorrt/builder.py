@@ -15,7 +15,7 @@ import collections
 import ctypes
 import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,13 +26,18 @@ from sinkrt.errors import BackendError, UsageError, problem
 from sinkexport.tensorrt.engine_file import replacing_engine, write_engine
 from sinkexport.tensorrt.options import BuildOptions, EngineReport
 
+LoadPlugin = Callable[[Any, Any, Path], str]
+"""TensorRT, its registry or None, the library -> the plugin's ABI."""
+
 MAX_REPORTED_ERRORS = 8  # one line has to stay readable; the rest is counted
 
 
-def build_engine(graph: Path, engine: Path | None = None, options: BuildOptions | None = None) -> EngineReport:
+def build_engine(
+    graph: Path, engine: Path | None = None, options: BuildOptions | None = None, load: LoadPlugin = load_plugin
+) -> EngineReport:
     """Parse `graph` and build its engine; keep it at `engine`, or only report on it when that is None.
 
-    graph: an ONNX file; external weights are read from beside it. Shapes must be static.
+    graph: an ONNX file; external weights are read from beside it. Shapes must be static. load: registers the plugin.
     Where the version can, the engine is streamed out piece by piece; its file appears only when complete. So memory
     holds the weights once while TensorRT compiles, and not the finished engine on top.
 
@@ -48,7 +53,7 @@ def build_engine(graph: Path, engine: Path | None = None, options: BuildOptions 
     # TensorRT calls the logger through a raw pointer: it has to outlive the builder, the network and the parser.
     logger = make_logger(trt)
     with replacing_engine(engine) as file:
-        return _build(trt, logger, graph, file, options)
+        return _build(trt, logger, graph, file, options, load)
 
 
 def _load_tensorrt(modules: tuple[str, ...]) -> Any:
@@ -68,13 +73,15 @@ def _load_tensorrt(modules: tuple[str, ...]) -> Any:
     )
 
 
-def _build(trt: Any, logger: Any, graph: Path, file: IO[bytes] | None, options: BuildOptions) -> EngineReport:
+def _build(
+    trt: Any, logger: Any, graph: Path, file: IO[bytes] | None, options: BuildOptions, load: LoadPlugin
+) -> EngineReport:
     builder = create(trt.Builder, logger)
     typed, flavour = is_strongly_typed(trt), flavour_of(trt)
     abi = None
     if options.plugin is not None:
         registry = builder.get_plugin_registry() if typed else None  # the builder of TensorRT 8.5 has no such method
-        abi = load_plugin(trt, registry, options.plugin)
+        abi = load(trt, registry, options.plugin)
     # Strongly typed: the graph's own dtypes are final, TensorRT may not lower a float32 sum to float16.
     flag = trt.NetworkDefinitionCreationFlag
     network = builder.create_network(1 << int(flag.STRONGLY_TYPED if typed else flag.EXPLICIT_BATCH))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,18 +12,17 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from sinkexport.analysis import weights as module
 from sinkexport.analysis.secondary_sinks import secondary_sinks
 from sinkexport.analysis.sinks import EPSILON, analyze, recommend
 from sinkexport.analysis.text_windows import TextWindows, text_windows
-from sinkexport.analysis.weights import NEAR_TOKENS, attention_weights
+from sinkexport.analysis.weights import NEAR_TOKENS, WeightsOf, attention_weights, refuse_unknown
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.sources import LoadedModel
 from sinkexport.util.files import read_text
 from sinkrt import UsageError
 
 from tests.exporter.pipeline.test_pin_system import tokenizer
-from tests.exporter.tiny_models import TINY, VOCAB_SIZE, tiny_model
+from tests.exporter.tiny_models import TINY, VOCAB_SIZE, model_with_a_sink, tiny_model
 from tests.support import run_cli
 
 T, K = 96, 6
@@ -63,10 +63,9 @@ def layer_windows(name: str) -> list[int | None]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("rows", [1000, 13])
-def test_weights_are_those_of_transformers(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "QUERIES_AT_ONCE", rows)
+def test_weights_are_those_of_transformers(name: str, rows: int) -> None:
     model, window, half = tiny_model(name), ids(T), T // 2
-    got = attention_weights(model, window, K)
+    got = attention_weights(model, window, K, queries_at_once=rows)
     attentions, own_windows = eager(model, window), layer_windows(name)
     assert len(got.received) == len(attentions) == len(own_windows)
     for layer, (want, own) in enumerate(zip(attentions, own_windows, strict=True)):
@@ -84,11 +83,10 @@ def test_weights_are_those_of_transformers(name: str, rows: int, monkeypatch: py
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
-def test_report_is_what_transformers_weights_give(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_is_what_transformers_weights_give(name: str) -> None:
     epsilon = 0.03  # random weights make no sinks
-    monkeypatch.setattr("sinkexport.analysis.sinks.EPSILON", epsilon)
     model, text = tiny_model(name), windows(3)
-    report = analyze(LoadedModel(model, None, "tiny"), text, num_candidates=K)
+    report = analyze(LoadedModel(model, None, "tiny"), text, num_candidates=K, epsilon=epsilon)
     attentions = np.array([eager(model, window) for window in text.ids])  # [windows, L, Hq, T, T]
     queries = np.arange(T, 0, -1)
     alpha = (attentions.sum(axis=3) / queries)[..., :K]  # [windows, L, Hq, K]
@@ -135,8 +133,8 @@ def test_the_model_goes_on_as_without_us(name: str) -> None:
 # --- planted sinks ----------------------------------------------------------------------------------------------------
 
 
-def planted(monkeypatch: pytest.MonkeyPatch, drawn: dict[int, float]) -> None:
-    """Let every head give the tokens at these positions so much of its attention, and the rest its fair share."""
+def planted(drawn: dict[int, float]) -> WeightsOf:
+    """Attention of which every head gives these positions so much, and the other tokens equal shares of the rest."""
 
     def softmax(q: torch.Tensor, _k: torch.Tensor, start: int, stop: int, _arguments: Any) -> torch.Tensor:
         weights = torch.zeros(q.shape[1], stop - start, stop)
@@ -147,12 +145,11 @@ def planted(monkeypatch: pytest.MonkeyPatch, drawn: dict[int, float]) -> None:
                 weights[:, row, position] += weight
         return weights
 
-    monkeypatch.setattr(module, "softmax_weights", softmax)
+    return softmax
 
 
-def test_a_planted_sink_is_the_one_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
-    planted(monkeypatch, {0: 0.6})
-    report = analyze(loaded(), windows(), num_candidates=K)
+def test_a_planted_sink_is_the_one_to_keep() -> None:
+    report = analyze(loaded(), windows(), num_candidates=K, weights_of=planted({0: 0.6}))
     assert report.recommended == 1
     assert report.sink_share[0] == 1.0
     assert max(report.sink_share[1:]) == 0.0
@@ -161,18 +158,16 @@ def test_a_planted_sink_is_the_one_to_keep(monkeypatch: pytest.MonkeyPatch) -> N
     assert report.secondary == ()
 
 
-def test_four_planted_sinks_are_four(monkeypatch: pytest.MonkeyPatch) -> None:
-    planted(monkeypatch, {0: 0.4, 1: 0.1, 3: 0.1})
-    report = analyze(loaded(), windows(), num_candidates=K)
+def test_four_planted_sinks_are_four() -> None:
+    report = analyze(loaded(), windows(), num_candidates=K, weights_of=planted({0: 0.4, 1: 0.1, 3: 0.1}))
     assert report.recommended == 4
     assert [share > 0 for share in report.sink_share[:2]] == [True, False]  # 0.1 is below epsilon
     assert EPSILON == 0.3
 
 
-def test_a_planted_secondary_sink_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    planted(monkeypatch, {0: 0.5, 17: 0.2})
+def test_a_planted_secondary_sink_is_listed() -> None:
     text = windows()
-    report = analyze(loaded(), text, num_candidates=K)
+    report = analyze(loaded(), text, num_candidates=K, weights_of=planted({0: 0.5, 17: 0.2}))
     assert report.recommended == 1
     sightings = [seen for sink in report.secondary for seen in sink.sightings]
     assert sorted((seen.window, seen.position) for seen in sightings) == [(0, 17), (1, 17), (2, 17)]
@@ -182,13 +177,17 @@ def test_a_planted_secondary_sink_is_listed(monkeypatch: pytest.MonkeyPatch) -> 
     assert {seen.layers for seen in sightings} == {tuple(range(len(report.mass)))}
 
 
-def test_a_token_that_recurs_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_that_recurs_is_one_entry() -> None:
     """The first token's own id as a later sink: the value's direction is the same in the first layer, at least."""
-    planted(monkeypatch, {0: 0.4, 9: 0.2, 20: 0.1})
     window = [7, *ids(T - 1)]
     window[9] = window[20] = 7
     model = tiny_model("llama")
-    report = analyze(LoadedModel(model, None, "tiny"), TextWindows((tuple(window),) * 2), num_candidates=K)
+    report = analyze(
+        LoadedModel(model, None, "tiny"),
+        TextWindows((tuple(window),) * 2),
+        num_candidates=K,
+        weights_of=planted({0: 0.4, 9: 0.2, 20: 0.1}),
+    )
     (sink,) = [sink for sink in report.secondary if sink.token_id == 7]
     assert (sink.times, sink.windows) == (4, 2)
     assert [seen.position for seen in sink.sightings] == [9, 9, 20, 20]  # heaviest first
@@ -197,8 +196,7 @@ def test_a_token_that_recurs_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> No
     assert sink.is_like_first == (sink.sightings[0].likeness > 0.5)
 
 
-def test_those_like_the_first_token_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    planted(monkeypatch, {0: 0.3, 9: 0.1, 20: 0.3})
+def test_those_like_the_first_token_come_first() -> None:
     window = [7, *ids(T - 1)]
     window[9], window[20] = 7, 8
     model = tiny_model("llama")
@@ -206,24 +204,27 @@ def test_those_like_the_first_token_come_first(monkeypatch: pytest.MonkeyPatch) 
         for layer in model.model.layers:  # nothing is added to embeddings: equal ids have equal values in each layer
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-    report = analyze(LoadedModel(model, None, "tiny"), TextWindows((tuple(window),)), num_candidates=K)
+    report = analyze(
+        LoadedModel(model, None, "tiny"),
+        TextWindows((tuple(window),)),
+        num_candidates=K,
+        weights_of=planted({0: 0.3, 9: 0.1, 20: 0.3}),
+    )
     assert [(sink.token_id, sink.is_like_first) for sink in report.secondary] == [(7, True), (8, False)]
     assert report.secondary[0].sightings[0].likeness == pytest.approx(1.0)
 
 
-def test_what_is_near_is_no_sink(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_near_is_no_sink() -> None:
     def softmax(q: torch.Tensor, _k: torch.Tensor, start: int, stop: int, _arguments: Any) -> torch.Tensor:
         own = torch.cat((torch.zeros(stop - start, start), torch.eye(stop - start)), dim=1)
         return own.expand(q.shape[1], -1, -1)  # every token looks at itself only
 
-    monkeypatch.setattr(module, "softmax_weights", softmax)
-    report = analyze(loaded(), windows(), num_candidates=K)
+    report = analyze(loaded(), windows(), num_candidates=K, weights_of=softmax)
     assert (report.recommended, report.secondary) == (0, ())
 
 
-def test_a_model_without_sinks_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    planted(monkeypatch, {})
-    report = analyze(loaded(), windows(), num_candidates=K)
+def test_a_model_without_sinks_needs_none() -> None:
+    report = analyze(loaded(), windows(), num_candidates=K, weights_of=planted({}))
     assert report.recommended == 0
     assert "no sinks" in report.reason
     assert report.secondary == ()
@@ -235,30 +236,13 @@ def test_in_a_short_window_a_fair_share_is_no_sink() -> None:
     level = np.full_like(weights.from_afar, 0.06)
     fair = np.full_like(weights.fair_share, 0.02)
     for share, expected in ((fair, 0), (fair / 2, T - K - 2 * NEAR_TOKENS)):
-        changed = module.dataclasses.replace(weights, from_afar=level, fair_share=share)
+        changed = dataclasses.replace(weights, from_afar=level, fair_share=share)
         assert len(list(secondary_sinks(changed, 0, K))) == expected
 
 
 def test_a_sink_made_of_weights_is_found() -> None:
     """No attention is faked: token 5 gets a key that every query likes, wherever it stands."""
-    model = tiny_model("llama-mha")
-    with torch.no_grad():
-        for layer in model.model.layers:
-            attention = layer.self_attn
-            for part in (attention.q_proj, attention.k_proj):
-                part.weight.mul_(0.05)
-                part.bias.zero_()
-            # The slowest pair of dimensions turns little over 96 tokens: queries point its way by their bias.
-            attention.q_proj.bias.view(6, -1)[:, 3] = 8.0
-            attention.k_proj.weight.view(6, -1, 48)[:, 3] = 0.0
-            attention.k_proj.weight.view(6, -1, 48)[:, 3, 0] = 1.0
-            attention.o_proj.weight.zero_()
-            attention.o_proj.bias.zero_()
-            layer.mlp.down_proj.weight.zero_()
-            layer.mlp.down_proj.bias.zero_()
-            layer.input_layernorm.weight.fill_(1.0)
-        model.model.embed_tokens.weight[:, 0] = 0.0
-        model.model.embed_tokens.weight[5, 0] = 5.0
+    model = model_with_a_sink(token=5)
     window = [x if x != 5 else 6 for x in ids(T)]
     window[2], window[25] = 5, 5
     report = analyze(LoadedModel(model, None, "tiny"), TextWindows((tuple(window),)), num_candidates=K)
@@ -381,7 +365,7 @@ def test_a_model_that_computes_no_numbers_is_refused() -> None:
 def test_unknown_attention_is_refused() -> None:
     arguments = {"scaling": 1.0, "dropout": 0.0, "s_aux": torch.ones(1), "sliding_window": None}
     with pytest.raises(UsageError, match="'s_aux' in layer 3"):
-        module._refuse_unknown(arguments, 3)
+        refuse_unknown(arguments, 3)
 
 
 def test_progress_counts_layers() -> None:

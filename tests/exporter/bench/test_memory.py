@@ -19,7 +19,7 @@ from sinkexport.sources import LoadedModel
 from tests.exporter.graph.test_plugin_target import wide_model
 from tests.exporter.tiny_models import tiny_model
 from tests.runtime.toy import Toy, build_toy, toy_manifest
-from tests.support import run_cli
+from tests.support import run_cli, slow_but
 
 S, W, B, T = 3, 9, 2, 4
 PAGE = 4096  # large weights start on one
@@ -58,7 +58,7 @@ def toy_manifest_of(folder: Path) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("gemma2", {}), ("llama-tied", {"kv": "int8"}), ("qwen2", {"recipe": "int8-channel"})],
+    slow_but(1, [("gemma2", {}), ("llama-tied", {"kv": "int8"}), ("qwen2", {"recipe": "int8-channel"})]),
     ids=str,
 )
 def test_what_is_counted_is_what_is_written(name: str, options: dict[str, str], tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_a_file_gives_back_what_was_rounded(scheme: WeightScheme, tmp_path: Path
             assert (ours is None and theirs is None) or np.array_equal(ours, theirs)
 
 
-def test_batches_hold_what_fits_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_hold_what_fits_and_change_nothing() -> None:
     model = tiny("llama")
     groups = input_groups(model.model)
     size = max(4 * model.model.get_submodule(first).in_features ** 2 for first in groups)
@@ -209,8 +209,7 @@ def test_batches_hold_what_fits_and_change_nothing(monkeypatch: pytest.MonkeyPat
             taken = sum(4 * model.model.get_submodule(first).in_features ** 2 for first in batch)
             assert taken <= limit or len(batch) == 1
     whole = calibration.calibrate(model, recipe(), TEXT)
-    monkeypatch.setattr(calibration, "MOMENTS_BYTES", 1)
-    one_by_one = calibration.calibrate(model, recipe(), TEXT)
+    one_by_one = calibration.calibrate(model, recipe(), TEXT, moments_bytes=1)
     assert one_by_one.facts == whole.facts
     assert all(np.array_equal(value, one_by_one.rounded[key]) for key, value in whole.rounded.items())
 
@@ -247,9 +246,9 @@ def test_a_bundle_has_the_weights_of_the_calibration(tmp_path: Path) -> None:
         assert np.abs(step(ids[:, position], position)[0] - want[position]).max() < 1e-4 * want.std()
 
 
-def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     model = tiny("llama")
-    monkeypatch.setattr(calibration, "MOMENTS_BYTES", 3 * 4 * 64**2)
+    several = 3 * 4 * 64**2  # bytes for second moments: several passes
     raw = {
         **ROUNDED,
         "weights": {"bits": 8, "granularity": "channel", "rounding": "gptq"},
@@ -257,7 +256,7 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(tmp_path: Path, monke
         "calibration": {**ROUNDED["calibration"], "method": "minmax"},
     }
     asked = parse_recipe(raw, "recipe 'test'")
-    want = calibration.calibrate(model, asked, TEXT)
+    want = calibration.calibrate(model, asked, TEXT, moments_bytes=several)
     calls = 0
 
     class KilledError(Exception):
@@ -272,7 +271,9 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(tmp_path: Path, monke
     got, kills = None, 0
     while got is None:
         try:
-            got = calibration.calibrate(model, asked, TEXT, partial=tmp_path / "p", report=killed_soon)
+            got = calibration.calibrate(
+                model, asked, TEXT, partial=tmp_path / "p", report=killed_soon, moments_bytes=several
+            )
         except KilledError:
             kills += 1
     assert kills == 4

@@ -24,6 +24,7 @@ from sinkexport.evaluation.plot import draw
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
+from sinkrt import Session
 from sinkrt.errors import BackendError, BundleError, UsageError
 
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
@@ -433,7 +434,7 @@ def test_an_interrupted_run_leaves_the_old_results(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sinkexport.evaluation.evaluate.measure", interrupted)
+    monkeypatch.setattr(Session, "step", interrupted)
     assert run_cli("eval", bundle, "--text", text_file, "--json", out, "--no-plot").code == 130
     assert out.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "text.txt"]

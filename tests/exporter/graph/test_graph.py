@@ -16,13 +16,14 @@ from sinkrt import Session
 
 from tests.exporter.pipeline.test_families import random_ids
 from tests.exporter.tiny_models import tiny_model
+from tests.support import slow_but
 
 NODES_PER_LAYER = 42
 """Of a Llama-like decoder with grouped queries, views included."""
 
 
 def export_tiny(name: str, folder: Path, **geometry: int) -> onnx.ModelProto:
-    config = ExportConfig(**{"num_sink_tokens": 4, "window_size": 12, "batch": 1, **geometry})
+    config = ExportConfig(**{"num_sink_tokens": 4, "window_size": 12, "chunk_size": 1, **geometry})
     export_loaded(LoadedModel(tiny_model(name), None, name), folder, config)
     return onnx.load(folder / "decode.onnx", load_external_data=False)
 
@@ -31,7 +32,7 @@ def ops(model: onnx.ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in model.graph.node)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gpt_neox", "stablelm", "glm"])
+@pytest.mark.parametrize("name", slow_but(1, ["llama", "qwen3", "phi3", "gpt_neox", "stablelm", "glm"]))
 @pytest.mark.parametrize("batch", [1, 3])
 def test_only_standard_operators_and_no_copies_of_the_window(name: str, batch: int, tmp_path: Path) -> None:
     model = export_tiny(name, tmp_path / "bundle", batch=batch)
@@ -77,7 +78,7 @@ def test_node_count_per_layer(tmp_path: Path) -> None:
     deeper = type(model)(type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 3})).eval()
     counts = []
     for number, each in enumerate((model, deeper)):
-        export_loaded(LoadedModel(each, None, "x"), tmp_path / str(number), ExportConfig(4, 12))
+        export_loaded(LoadedModel(each, None, "x"), tmp_path / str(number), ExportConfig(4, 12, chunk_size=1))
         counts.append(len(onnx.load(tmp_path / str(number) / "decode.onnx", load_external_data=False).graph.node))
     assert counts[1] - counts[0] <= NODES_PER_LAYER
 
@@ -95,8 +96,8 @@ def test_weights_are_one_file_and_tied_embeddings_stored_once(tmp_path: Path) ->
 
 def test_export_is_reproducible(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        export_tiny("llama", tmp_path / name)
-    for file in ("manifest.json", "decode.onnx", "weights.bin"):
+        export_tiny("llama", tmp_path / name, chunk_size=12)
+    for file in ("manifest.json", "decode.onnx", "prefill.onnx", "weights.bin"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 
@@ -111,6 +112,7 @@ def test_streams_of_a_batch_do_not_mix(tmp_path: Path) -> None:
     assert np.array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_rotation_is_folded_away(tmp_path: Path) -> None:
     """Every layer keeps its three rotations (query, key, query for the sinks) and none of the model's own code."""
     for name in ("llama", "phi3-partial", "stablelm", "cohere", "gpt_neox"):

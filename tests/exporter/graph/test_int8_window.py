@@ -32,7 +32,7 @@ from sinkrt.ring import Ring, phase_frequency
 from tests.exporter.pipeline.test_families import exported, random_ids
 from tests.exporter.tiny_models import tiny_model
 from tests.reference.oracle import Int8Row, SinkAttentionOracle
-from tests.support import run_cli
+from tests.support import run_cli, slow_but
 
 Arrays = list[np.ndarray]
 Run = Callable[[Arrays, np.ndarray, Arrays, np.ndarray | None], tuple[np.ndarray, Arrays]]
@@ -338,7 +338,9 @@ def test_half_precision_operator(rotary_dim: int, num_tokens: int) -> None:
 CONFIG = ExportConfig(num_sink_tokens=4, window_size=12, batch=2, kv="int8")
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-mha", "qwen3", "gpt_neox", "phi3-partial", "smollm3", "gemma2"])
+@pytest.mark.parametrize(
+    "name", slow_but(1, ["llama", "llama-mha", "qwen3", "gpt_neox", "phi3-partial", "smollm3", "gemma2"])
+)
 def test_families(name: str, tmp_path: Path) -> None:
     """Against an implementation that shares nothing with the graphs but the phases; fp is much further away."""
     model = tiny_model(name)
@@ -403,6 +405,7 @@ def test_long_run_writes_in_place_and_stays_finite(tmp_path: Path) -> None:
     assert addresses == {name: array.ctypes.data for name, array in session.buffers.items()}
 
 
+@pytest.mark.slow
 def test_manifest_tells_the_window(tmp_path: Path) -> None:
     loaded = LoadedModel(tiny_model("llama"), None, "tiny")
     recipe = load_recipe("int8-channel")

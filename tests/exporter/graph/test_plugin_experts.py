@@ -12,8 +12,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from sinkexport.bench.step_bytes import weight_bytes_per_step
-from sinkexport.model import experts
-from sinkexport.model.experts import moe_layers, routers
+from sinkexport.model.experts import MAX_PICKS, moe_layers, routers
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel
 from sinkrt import Session
@@ -25,6 +24,7 @@ from tests.exporter.graph.test_experts import with_rounded_experts
 from tests.exporter.graph.test_plugin_target import WIDE, T, exported
 from tests.exporter.graph.test_quantize import with_rounded_weights
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tests.support import slow_but
 
 MODELS = ("mixtral", "qwen3_moe", "gpt_oss")  # 8 of 1, 5 of 2, 6 of 2 (transposed, biases)
 KINDS = ("HalfExpertLinear", "Int8ExpertLinear")
@@ -74,7 +74,7 @@ def others(graph: onnx.GraphProto) -> list[str]:
     return [n.op_type for n in graph.node if n.op_type not in KINDS and matrices & set(n.input)]
 
 
-@pytest.mark.parametrize("recipe", [None, "int8-channel"])
+@pytest.mark.parametrize("recipe", slow_but(1, [None, "int8-channel"]))
 @pytest.mark.parametrize("name", MODELS)
 def test_it_computes_what_the_onnx_bundle_does(name: str, recipe: str | None, tmp_path: Path) -> None:
     """Chunks first, then steps past two wraps, against ONNX Runtime in float32 on the same weights."""
@@ -99,6 +99,7 @@ def test_it_computes_what_the_onnx_bundle_does(name: str, recipe: str | None, tm
     assert np.median(errors) < (0.003 if recipe is None else 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [None, "int8-channel"])
 def test_three_streams(recipe: str | None, tmp_path: Path) -> None:
     model, options = half_model("qwen3_moe"), {"batch": 3, "chunk_size": 1}
@@ -113,18 +114,22 @@ def test_three_streams(recipe: str | None, tmp_path: Path) -> None:
     assert max(errors) < 0.02
 
 
-def test_more_tokens_than_a_node_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_more_tokens_than_a_node_takes(tmp_path: Path) -> None:
     """Several nodes read the same matrices: all experts would have to be read in the model's own form."""
-    monkeypatch.setattr(experts, "MAX_PICKS", 6)
-    model = half_model("gpt_oss")
-    manifest = plugin_bundle(tmp_path / "plugin", model)
+    chosen, num_tokens = 3, 700
+    taken = chosen * (MAX_PICKS // chosen)
+    geometry = {"chunk_size": num_tokens, "window_size": num_tokens}
+    model = half_model("qwen3_moe", num_experts_per_tok=chosen, max_position_embeddings=4 * num_tokens)
+    manifest = plugin_bundle(tmp_path / "plugin", model, **geometry)
     graph = graph_of(tmp_path / "plugin", "prefill")
-    assert [picks for *_, picks in products(graph)] == [6, 6, 2, 2] * 2
+    assert [picks for *_, picks in products(graph)] == [taken, taken, *[chosen * num_tokens - taken] * 2]
     assert not others(graph)
-    reference(tmp_path / "onnx", model)
+    reference(tmp_path / "onnx", model, **geometry)
     assert max(errors_against(tmp_path / "plugin", manifest, tmp_path / "onnx", VOCAB_SIZE)) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_the_file_holds_them_once_by_rows_of_outputs(name: str, tmp_path: Path) -> None:
     model = half_model(name)
@@ -145,6 +150,7 @@ def test_the_file_holds_them_once_by_rows_of_outputs(name: str, tmp_path: Path) 
             np.testing.assert_array_equal(numpy_helper.to_array(stored[f"model.{path}.{weight}"]), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "bytes_of_expert"),
     [(None, 2 * 3 * 48 * 64), ("int8-channel", 3 * 48 * 64 + 4 * (2 * 64 + 48))],
@@ -161,6 +167,7 @@ def test_a_step_reads_what_is_chosen(recipe: str | None, bytes_of_expert: int, t
     assert read[16, 2] - read[8, 2] == 2 * 8 * 48 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [None, "int8-channel"])
 def test_matrices_that_the_kernels_do_not_take(recipe: str | None, tmp_path: Path) -> None:
     """INT8 ones have multiples of 16 inputs, float16 ones of 8; an MoE layer with others is computed as ever."""
@@ -185,6 +192,7 @@ def test_matrices_that_the_kernels_do_not_take(recipe: str | None, tmp_path: Pat
         assert max(errors_against(tmp_path / "36", manifest, tmp_path / "onnx36", VOCAB_SIZE)) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnx", "tensorrt"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_next"])
 def test_smoothing_leaves_routers_and_experts_as_they_are(name: str, target: str, tmp_path: Path) -> None:
@@ -205,6 +213,7 @@ def test_smoothing_leaves_routers_and_experts_as_they_are(name: str, target: str
     assert np.median(errors) < 0.2  # inputs of 8 bits tip the choice of an expert now and then
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{"dtype": "fp32"}, {"dtype": "fp16", "native": True}], ids=str)
 def test_graphs_of_float32_and_native_ones_have_no_such_nodes(config: dict[str, Any], tmp_path: Path) -> None:
     model = half_model("qwen3_moe", num_experts=12)

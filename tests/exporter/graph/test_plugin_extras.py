@@ -27,6 +27,7 @@ from tests.exporter.graph.test_plugin_target import NEEDS_BUILD, S, W, exported,
 from tests.exporter.tiny_models import TINY, VOCAB_SIZE
 from tests.exporter.variants.test_head_windows import budgets
 from tests.exporter.variants.test_sink_tuning import tuning
+from tests.support import slow_but
 
 FLAGS = ("has_alibi", "has_sink_logit", "has_sink_scale", "has_gate")
 _SIZES: dict[str, Any] = {
@@ -94,14 +95,17 @@ def errors(under_test: PluginBundle, session: Session, ids: np.ndarray, prefille
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [
-        ("bloom", {"kv": "int8"}),
-        ("mpt", {"num_sink_tokens": 0}),
-        ("falcon-alibi", {"budgets": budgets("falcon-alibi", ((9, 5), (4, 9)))}),
-        ("flint", {}),
-        ("llama", {"sink_tuning": tuning("llama")}),
-        ("afmoe", {}),
-    ],
+    slow_but(
+        1,
+        [
+            ("bloom", {"kv": "int8"}),
+            ("mpt", {"num_sink_tokens": 0}),
+            ("falcon-alibi", {"budgets": budgets("falcon-alibi", ((9, 5), (4, 9)))}),
+            ("flint", {}),
+            ("llama", {"sink_tuning": tuning("llama")}),
+            ("afmoe", {}),
+        ],
+    ),
     ids=str,
 )
 def test_the_node_computes_what_the_onnx_bundle_does(name: str, config: dict, tmp_path: Path) -> None:
@@ -119,6 +123,7 @@ def test_the_node_computes_what_the_onnx_bundle_does(name: str, config: dict, tm
     assert np.median(found) < 0.004
 
 
+@pytest.mark.slow
 def test_gates_of_two_streams(tmp_path: Path) -> None:
     """Nothing of the gate is left outside of the node."""
     model, options = model_of("qwen3_5_text"), {"batch": 2, "chunk_size": 1}
@@ -213,6 +218,7 @@ class TestOutputGate:
 class TestBuilding:
     pytestmark = NEEDS_BUILD
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", MODELS)
     def test_engines_are_built(self, name: str, plugin_library: Path, tmp_path: Path) -> None:
         options = {"sink_tuning": tuning("llama")} if name == "llama" else {}
@@ -224,6 +230,7 @@ class TestBuilding:
             assert nodes.count("SinkAttention") == 2
             assert report.layer_types["PLUGIN_V3"] == len(nodes)
 
+    @pytest.mark.slow
     def test_numbers_of_other_heads_are_refused(self, plugin_library: Path, tmp_path: Path) -> None:
         exported(model_of("bloom", "fp16"), tmp_path / "b", target="tensorrt", dtype="fp16", chunk_size=1)
         model = onnx.load(tmp_path / "b" / "decode.onnx", load_external_data=False)

@@ -17,6 +17,7 @@ from tests.exporter.graph.plugin_evaluator import PluginBundle, errors_against
 from tests.exporter.graph.test_plugin_target import S, T, W, exported
 from tests.exporter.graph.test_quantize import with_rounded_weights
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
+from tests.support import slow_but
 
 TWO_HEADS = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
 MODELS: dict[str, dict[str, Any]] = {
@@ -56,7 +57,7 @@ def attributes(path: Path, op_type: str) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("recipe", [None, "int8-channel"])
+@pytest.mark.parametrize("recipe", slow_but(1, [None, "int8-channel"]))
 @pytest.mark.parametrize("role", ["decode", "prefill"])
 def test_a_llama_is_products_and_plugins(role: str, recipe: str | None, tmp_path: Path) -> None:
     options = {} if recipe is None else {"recipe": load_recipe(recipe)}
@@ -78,12 +79,15 @@ def test_a_llama_is_products_and_plugins(role: str, recipe: str | None, tmp_path
 
 @pytest.mark.parametrize(
     ("name", "norms", "gate"),
-    [
-        ("qwen3", (9, 4, 0), (0, 1)),  # of heads too
-        ("gemma2", (9, 4, 9), (2, 1)),  # weights of float32
-        ("phi3", (5, 4, 0), (0, 1)),  # gate | up is the model's own
-        ("olmo2", (9, 1, 9), (0, 1)),  # norms after products: what is added to the stream is what they give
-    ],
+    slow_but(
+        1,
+        [
+            ("qwen3", (9, 4, 0), (0, 1)),  # of heads too
+            ("gemma2", (9, 4, 9), (2, 1)),  # weights of float32
+            ("phi3", (5, 4, 0), (0, 1)),  # gate | up is the model's own
+            ("olmo2", (9, 1, 9), (0, 1)),  # norms after products: what is added to the stream is what they give
+        ],
+    ),
 )
 def test_what_other_families_have(
     name: str, norms: tuple[int, int, int], gate: tuple[int, int], tmp_path: Path
@@ -99,6 +103,7 @@ def test_what_other_families_have(
         assert [(g["activation"], g["is_merged"]) for g in attributes(path, "GatedActivation")] == [gate] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_it_computes_what_the_onnx_bundle_does(name: str, tmp_path: Path) -> None:
     """Chunks first, then steps past two wraps, against ONNX Runtime in float32 on the same weights."""
@@ -110,6 +115,7 @@ def test_it_computes_what_the_onnx_bundle_does(name: str, tmp_path: Path) -> Non
     assert np.median(errors) < 0.006
 
 
+@pytest.mark.slow
 def test_biases_are_added_by_int8_products(tmp_path: Path) -> None:
     options = {"dtype": "fp16", "recipe": load_recipe("int8-channel"), "chunk_size": 1}
     manifest = exported(half_model("qwen2"), tmp_path / "plugin", target="tensorrt", **options)
@@ -124,6 +130,7 @@ def test_biases_are_added_by_int8_products(tmp_path: Path) -> None:
             assert np.linalg.norm(got - want) / np.linalg.norm(want) < 0.02
 
 
+@pytest.mark.slow
 def test_graphs_of_float32_and_native_ones_have_no_such_nodes(tmp_path: Path) -> None:
     exported(half_model("llama-tied").float(), tmp_path / "wide", target="tensorrt", chunk_size=1)
     exported(half_model("llama-tied"), tmp_path / "native", target="tensorrt", dtype="fp16", native=True, chunk_size=1)

@@ -34,6 +34,7 @@ from tests.exporter.pipeline.test_families import random_ids
 from tests.exporter.quant.test_weight import unpacked
 from tests.exporter.tensorrt.test_builder import needs_tensorrt
 from tests.exporter.tiny_models import tiny_model
+from tests.support import slow_but
 
 FORMS = {"ort": OrtForm, "qdq": QdqForm, "plugin": PluginForm}
 
@@ -217,7 +218,7 @@ def plain_steps(graph: Path) -> Callable[[np.ndarray, int], np.ndarray]:
     return step
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt_neox", "gemma2", "phi3", "cohere"])
+@pytest.mark.parametrize("name", slow_but(1, ["llama", "llama-tied", "gpt_neox", "gemma2", "phi3", "cohere"]))
 def test_a_tensorrt_bundle_with_int8_weights_is_the_model_with_rounded_weights(name: str, tmp_path: Path) -> None:
     """Q/DQ graphs say floating-point arithmetic, so the rounded weights are all that differs.
 
@@ -225,8 +226,10 @@ def test_a_tensorrt_bundle_with_int8_weights_is_the_model_with_rounded_weights(n
     """
     recipe = load_recipe("int8-channel")
     with (
-        exported(tiny_model(name), tmp_path / "q", recipe, target="tensorrt", native=True, batch=2) as session,
-        exported(with_rounded_weights(tiny_model(name)), tmp_path / "f", None, batch=2) as rounded,
+        exported(
+            tiny_model(name), tmp_path / "q", recipe, target="tensorrt", native=True, batch=2, chunk_size=1
+        ) as session,
+        exported(with_rounded_weights(tiny_model(name)), tmp_path / "f", None, batch=2, chunk_size=1) as rounded,
     ):
         for ids in random_ids(2, 20).T:
             got, want = session.step(ids), rounded.step(ids)
@@ -234,8 +237,8 @@ def test_a_tensorrt_bundle_with_int8_weights_is_the_model_with_rounded_weights(n
 
 
 @pytest.mark.parametrize("recipe", ["int8-weights", "int8-dynamic", "int4-nearest"])
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt_neox", "phi", "gemma2", "qwen2"])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", slow_but(1, ["llama", "llama-tied", "gpt_neox", "phi", "gemma2", "qwen2"]))
+@pytest.mark.parametrize("batch", slow_but(1, [2, 1]))
 def test_prefill_gives_what_steps_give(recipe: str, name: str, batch: int, tmp_path: Path) -> None:
     with exported(tiny_model(name), tmp_path / "b", load_recipe(recipe), batch=batch) as session:
         ids = random_ids(batch, 23)
@@ -250,6 +253,7 @@ def test_prefill_gives_what_steps_give(recipe: str, name: str, batch: int, tmp_p
             assert difference.mean() < 1e-2 * got.std()
 
 
+@pytest.mark.slow
 def test_float16_bundles_take_recipes_too(tmp_path: Path) -> None:
     model = tiny_model("llama-tied", dtype=torch.float16)
     for recipe in ("int8-weights", "int8-dynamic", "int4-nearest"):
@@ -262,7 +266,7 @@ def test_float16_bundles_take_recipes_too(tmp_path: Path) -> None:
 def test_a_tied_table_is_stored_once_and_weights_are_small(tmp_path: Path) -> None:
     model = tiny_model("llama-tied")
     matrices = {id(p): p.numel() for p in model.parameters() if p.ndim == 2}
-    with exported(model, tmp_path / "b", load_recipe("int8-channel")) as session:
+    with exported(model, tmp_path / "b", load_recipe("int8-channel"), chunk_size=1) as session:
         graph = onnx.load(tmp_path / "b" / "decode.onnx", load_external_data=False).graph
     tables = [i.name for i in graph.initializer if i.data_type == onnx.TensorProto.UINT8 and i.dims[0] == 97]
     assert len(tables) == 1
@@ -286,7 +290,7 @@ def initializers(folder: Path) -> dict[str, int]:
 def test_what_a_recipe_keeps_stays_in_floating_point(tmp_path: Path) -> None:
     recipe = edited("int8-weights", keep_float=["model.layers.0.*", "*.k_proj"], lm_head="float")
     model = tiny_model("llama")
-    with exported(model, tmp_path / "b", recipe):
+    with exported(model, tmp_path / "b", recipe, chunk_size=1):
         found = initializers(tmp_path / "b")
     floats = {name for name, kind in found.items() if kind == onnx.TensorProto.FLOAT}
     assert all("layers.0." in n or "k_proj" in n or "lm_head" in n for n in floats if ".scales" not in n), floats
@@ -297,7 +301,7 @@ def test_what_a_recipe_keeps_stays_in_floating_point(tmp_path: Path) -> None:
 
 def test_families_refine_a_recipe(tmp_path: Path) -> None:
     recipe = edited("int8-weights", families={"llama": {"keep_float": ["*.down_proj"]}, "phi": {"lm_head": "float"}})
-    with exported(tiny_model("llama"), tmp_path / "b", recipe):
+    with exported(tiny_model("llama"), tmp_path / "b", recipe, chunk_size=1):
         floats = {name for name, kind in initializers(tmp_path / "b").items() if kind == onnx.TensorProto.FLOAT}
     assert {name for name in floats if ".scales" not in name} == {
         f"model.model.layers.{i}.mlp.down_proj.weight.T" for i in range(2)
@@ -318,7 +322,7 @@ def test_the_manifest_tells_the_refined_recipe_and_what_is_refined_is_checked(tm
 def test_a_tied_table_follows_the_output_projection_into_floating_point(tmp_path: Path) -> None:
     for number, changes in enumerate(({"lm_head": "float"}, {"keep_float": ["lm_head", "model.embed_tokens"]})):
         folder = tmp_path / str(number)
-        with exported(tiny_model("llama-tied"), folder, edited("int8-weights", **changes)):
+        with exported(tiny_model("llama-tied"), folder, edited("int8-weights", **changes), chunk_size=1):
             graph = onnx.load(folder / "decode.onnx", load_external_data=False).graph
         tables = [i.data_type for i in graph.initializer if list(i.dims[:1]) == [97]]
         assert tables == [onnx.TensorProto.FLOAT]
@@ -326,7 +330,9 @@ def test_a_tied_table_follows_the_output_projection_into_floating_point(tmp_path
 
 def test_an_untied_embedding_may_stay_in_floating_point(tmp_path: Path) -> None:
     for embeddings, kind in (("float", onnx.TensorProto.FLOAT), ("int8", onnx.TensorProto.UINT8)):
-        with exported(tiny_model("llama"), tmp_path / embeddings, edited("int8-weights", embeddings=embeddings)):
+        with exported(
+            tiny_model("llama"), tmp_path / embeddings, edited("int8-weights", embeddings=embeddings), chunk_size=1
+        ):
             found = initializers(tmp_path / embeddings)
         assert [k for name, k in found.items() if "embed_tokens" in name and ".scales" not in name] == [kind]
 

@@ -100,7 +100,7 @@ def test_far_from_the_start_angles_stay_exact() -> None:
         want = stream.feed(ids[:, 20:])
         stream.reset()
         stream.feed(ids[:, :20])
-        stream._position += 2**32
+        stream.position += 2**32
         got = stream.feed(ids[:, 20:])
     assert torch.equal(got, want)
 

@@ -95,6 +95,7 @@ def rows(session: Session, stream: int) -> list[np.ndarray]:
     return [np.asarray(session.buffers[state.input])[stream].copy() for state in states]
 
 
+@pytest.mark.slow
 def test_streams_stand_still_to_the_bit(session: Session) -> None:
     session.reset()
     ids = random_ids(3, 12)

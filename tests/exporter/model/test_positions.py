@@ -22,6 +22,7 @@ from sinkrt.ring import POSITION_LIMIT, TURN
 
 from tests.exporter.pipeline.test_families import random_ids
 from tests.exporter.tiny_models import tiny_model
+from tests.support import slow_but
 
 CONFIG = ExportConfig(num_sink_tokens=4, window_size=12)
 
@@ -48,7 +49,7 @@ def moved_state(path: Path, target: Path, frequency: list[int], delta: int) -> N
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("where", [10**7, 2**33, 2**31 - 5, POSITION_LIMIT - 200])
+@pytest.mark.parametrize("where", slow_but(1, [10**7, 2**33, 2**31 - 5, POSITION_LIMIT - 200]))
 def test_far_positions(name: str, where: int, tmp_path: Path) -> None:
     model = tiny_model(name)
     _, rotary = probe_attention(model, model.config.num_hidden_layers)

@@ -183,11 +183,10 @@ def agree(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
-def test_orientation_and_slices_change_nothing(scheme: WeightScheme, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orientation_and_slices_change_nothing(scheme: WeightScheme) -> None:
     weight = random_weight(150, 48, seed=6)
     whole = quantized(weight, scheme)
-    monkeypatch.setattr("sinkexport.quant.weight._SLICE_ELEMENTS", 1)
-    sliced = quantized(weight, scheme, transposed=False)
+    sliced = quantized(weight, scheme, transposed=False, slice_elements=1)
     np.testing.assert_array_equal(sliced.integers(), whole.integers())
     np.testing.assert_array_equal(sliced.scales(), whole.scales())
 

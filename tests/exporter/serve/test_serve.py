@@ -16,6 +16,7 @@ import openai
 import pytest
 from sinkexport.serve.settings import Limits
 from sinkrt import BackendError
+from sinkrt.sampler import Sampler
 
 from tests.exporter.serve.serving import (
     ENDLESS,
@@ -202,7 +203,7 @@ def test_the_token_that_ends_an_answer_is_fed_with_the_next_turn(
     served: Served, alone: Alone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = iter([*b"yes", EOS, *b"no", EOS])
-    monkeypatch.setattr("sinkrt.sampler.Sampler.sample", lambda *_: next(plan))
+    monkeypatch.setattr(Sampler, "sample", lambda *_: next(plan))
     client, messages = served.client(), [user("hi")]
     for text in ("yes", "no"):
         answer = client.chat.completions.create(model="toy", messages=messages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import importlib
 import importlib.util
 import os
 import re
@@ -33,6 +34,7 @@ from sinkrt.errors import BackendError, UsageError
 from tests.exporter.tiny_models import TINY, tiny_model
 from tests.exporter.variants.test_affine import random_tensors, written
 from tests.real_model import smollm2_file
+from tests.support import slow_but
 
 HAS_TENSORRT = importlib.util.find_spec(MODULE) is not None
 # In CI a missing package is a failure, not a skip: SINKEXPORT_NO_SKIP=1 lets the error come out.
@@ -230,25 +232,29 @@ class TestExportedGraphs:
 
     pytestmark = needs_tensorrt
 
-    @pytest.mark.parametrize("name", BUILT)
+    @pytest.mark.parametrize("name", slow_but(2, BUILT))
     def test_every_family_builds(self, tmp_path: Path, name: str) -> None:
         loaded = LoadedModel(tiny_model(name), None, name)
         check_bundle(tmp_path / "bundle", export_loaded(loaded, tmp_path / "bundle", ExportConfig(S, W, chunk_size=1)))
 
     @pytest.mark.parametrize(
         "config",
-        [
-            ExportConfig(S, W, dtype="fp16", chunk_size=1),
-            ExportConfig(S, W, batch=3, chunk_size=1),
-            ExportConfig(0, W, chunk_size=1),
-            ExportConfig(S, 1),
-        ],
+        slow_but(
+            1,
+            [
+                ExportConfig(S, W, dtype="fp16", chunk_size=1),
+                ExportConfig(S, W, batch=3, chunk_size=1),
+                ExportConfig(0, W, chunk_size=1),
+                ExportConfig(S, 1),
+            ],
+        ),
         ids=["fp16", "batch-3", "no-sinks", "window-1"],
     )
     def test_every_geometry_builds(self, tmp_path: Path, config: ExportConfig) -> None:
         loaded = LoadedModel(tiny_model("llama", dtype=getattr(torch, WEIGHT_DTYPES[config.dtype])), None, "llama")
         check_bundle(tmp_path / "bundle", export_loaded(loaded, tmp_path / "bundle", config))
 
+    @pytest.mark.slow
     def test_scaled_and_shifted_weights_build(self, tmp_path: Path) -> None:
         """Step and chunk, in standard operators."""
         model = tiny_model("llama")
@@ -311,7 +317,7 @@ def test_missing_tensorrt_says_what_to_install(
     def fail(_name: str) -> None:
         raise failure
 
-    monkeypatch.setattr(engine.importlib, "import_module", fail)
+    monkeypatch.setattr(importlib, "import_module", fail)
     path = tmp_path / "decode.onnx"
     path.write_bytes(b"")
     with pytest.raises(BackendError, match=r"pip install 'sinkexport\[tensorrt\]'") as caught:
@@ -331,7 +337,7 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     """A stand-in for the package `tensorrt`, whose calls all succeed."""
     module = MagicMock(__version__="10.3.0", ILogger=Logging)
     module.__name__ = "tensorrt"
-    monkeypatch.setattr(engine.importlib, "import_module", lambda _name: module)
+    monkeypatch.setattr(importlib, "import_module", lambda _name: module)
     return module
 
 
@@ -347,7 +353,7 @@ def test_no_driver_is_told_with_tensorrts_reason(tmp_path: Path, tensorrt: Magic
 
 @pytest.mark.parametrize(("version", "has_registry"), [("8.5.3.1", False), ("8.6.1", False), ("10.3.0", True)])
 def test_a_plugin_needs_the_builders_registry_from_tensorrt_10_on(
-    version: str, has_registry: bool, tmp_path: Path, tensorrt: MagicMock, monkeypatch: pytest.MonkeyPatch
+    version: str, has_registry: bool, tmp_path: Path, tensorrt: MagicMock
 ) -> None:
     """The builder of TensorRT 8.5 has none."""
     tensorrt.__version__ = version
@@ -359,9 +365,9 @@ def test_a_plugin_needs_the_builders_registry_from_tensorrt_10_on(
         seen.append((registry is not None, plugin))
         raise UsageError("enough")
 
-    monkeypatch.setattr(engine, "load_plugin", load)
+    options = BuildOptions(plugin=tmp_path / "p.so")
     with pytest.raises(UsageError, match="enough"):
-        build_engine(ring_model(tmp_path / "r.onnx", "float32", 1), options=BuildOptions(plugin=tmp_path / "p.so"))
+        build_engine(ring_model(tmp_path / "r.onnx", "float32", 1), options=options, load=load)
     assert seen == [(has_registry, tmp_path / "p.so")]
 
 

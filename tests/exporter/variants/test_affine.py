@@ -32,7 +32,7 @@ from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.exporter.variants.test_head_windows import budgets
 from tests.exporter.variants.test_sink_tuning import GEOMETRY, tuning
 from tests.reference.oracle import SinkAttentionOracle, affine_factors
-from tests.support import run_cli
+from tests.support import run_cli, slow_but
 
 Tensors = dict[str, np.ndarray]
 
@@ -71,7 +71,7 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "batch"), FAMILIES)
+@pytest.mark.parametrize(("name", "batch"), slow_but(1, FAMILIES))
 def test_bundle_is_the_model_with_its_own_attention_changed(name: str, batch: int, tmp_path: Path) -> None:
     """verify: the family's own attention and the mean of the values, dense and streaming over six wraps; prefill
     against steps, of streams at positions of their own."""
@@ -105,7 +105,7 @@ def test_verify_fails_if_the_file_is_not_that_of_the_graph(tmp_path: Path) -> No
         verify(bundle, model)
 
 
-@pytest.mark.parametrize("form", ["sigmoid", "clip", "constant", "half"])
+@pytest.mark.parametrize("form", slow_but(1, ["sigmoid", "clip", "constant", "half"]))
 def test_forms_of_a_file(form: str, tmp_path: Path) -> None:
     """The paper's, with an activation and the mean of the scale; constants alone, for some heads; float16."""
     model = tiny_model("llama")
@@ -130,6 +130,7 @@ def test_forms_of_a_file(form: str, tmp_path: Path) -> None:
     assert f"affine attention {expected}; file {affine.sha256[:16]}" in shown
 
 
+@pytest.mark.slow
 def test_a_file_that_changes_nothing_changes_no_graph(tmp_path: Path) -> None:
     model = tiny_model("llama")
     tensors = {name: np.full_like(x, name.endswith("scale.bias")) for name, x in random_tensors(model).items()}
@@ -144,6 +145,7 @@ def test_a_file_that_changes_nothing_changes_no_graph(tmp_path: Path) -> None:
     assert (same.affine_attention.has_inputs, same.affine_attention.heads) == (False, ((), ()))
 
 
+@pytest.mark.slow
 def test_parameters_that_cancel_out_give_the_logits_of_the_plain_export(tmp_path: Path) -> None:
     """Here the operators are in the graph: a weight of the least number there is, scale 1 and bias 0."""
     model, random = tiny_model("llama"), np.random.default_rng(0)
@@ -216,7 +218,9 @@ def test_the_reference_gives_what_the_oracle_gives(tmp_path: Path) -> None:
         np.testing.assert_allclose(out[0, 0].numpy(), want[0], atol=1e-6)
 
 
-@pytest.mark.parametrize(("kv", "calibrated"), [("fp", False), ("fp", True), ("int8", False), ("int8", True)])
+@pytest.mark.parametrize(
+    ("kv", "calibrated"), slow_but(1, [("fp", False), ("fp", True), ("int8", False), ("int8", True)])
+)
 def test_chunks_in_torch_agree_with_the_bundle(kv: str, calibrated: bool, tmp_path: Path) -> None:
     """With windows of single heads and factors on token 0 as well, and later sinks scaled down."""
     model, windows, tuned = tiny_model("llama"), ((4, 9), (9, 5)), tuning("llama")

@@ -25,7 +25,7 @@ from sinkrt.contract import BundleError, Manifest, load_manifest
 
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.reference.oracle import SinkAttentionOracle
-from tests.support import run_cli
+from tests.support import run_cli, slow_but
 
 S = 3
 LLAMA = ((9, 4), (5, 9))  # two layers of two key heads; the groups of the second are out of order
@@ -47,11 +47,14 @@ def exported(name: str, windows: tuple[tuple[int, ...], ...], folder: Path, **op
 
 @pytest.mark.parametrize(
     ("name", "windows"),
-    [
-        ("llama", LLAMA),
-        ("llama-mha", ((9, 2, 9, 4, 2, 4), (9, 9, 9, 9, 9, 9))),  # three groups that interleave; a layer as a whole
-        ("gpt_oss", ((9, 4), (5, 9))),  # sink logits; a layer with a window of its own, 7, and so without sinks
-    ],
+    slow_but(
+        1,
+        [
+            ("llama", LLAMA),
+            ("llama-mha", ((9, 2, 9, 4, 2, 4), (9, 9, 9, 9, 9, 9))),  # three groups that interleave; a layer as a whole
+            ("gpt_oss", ((9, 4), (5, 9))),  # sink logits; a layer with a window of its own, 7, and so without sinks
+        ],
+    ),
 )
 def test_bundles_pass_verify(name: str, windows: tuple[tuple[int, ...], ...], tmp_path: Path) -> None:
     """Six wraps of the longest window, many more of the others; chunks against steps."""
@@ -101,7 +104,7 @@ def test_the_reference_gives_each_head_what_the_oracle_gives_it() -> None:
             np.testing.assert_allclose(out[0, 0, head].numpy(), want, atol=1e-6)
 
 
-@pytest.mark.parametrize("kv", ["fp", "int8"])
+@pytest.mark.parametrize("kv", slow_but(1, ["fp", "int8"]))
 def test_chunks_in_torch_agree_with_the_bundle_with_tuned_sinks(kv: str, tmp_path: Path) -> None:
     factors = tuple(tuple(row) for row in np.random.default_rng(3).uniform(0.1, 6.0, (2, 6)).round(3).tolist())
     # Later sinks of both groups of the first layer, and of one of the second.
@@ -123,6 +126,7 @@ def test_chunks_in_torch_agree_with_the_bundle_with_tuned_sinks(kv: str, tmp_pat
     np.testing.assert_allclose(got, want.numpy(), atol=2e-3 if kv == "fp" else 0.3)
 
 
+@pytest.mark.slow
 def test_states_are_saved_and_belong_to_their_budgets(tmp_path: Path) -> None:
     exported("llama", LLAMA, tmp_path / "a")
     exported("llama", ((4, 9), (5, 9)), tmp_path / "b")
@@ -140,6 +144,7 @@ def test_states_are_saved_and_belong_to_their_budgets(tmp_path: Path) -> None:
     assert "key heads by window: 1 with 4, 1 with 5, 2 with 9" in " ".join(shown.split())
 
 
+@pytest.mark.slow
 def test_the_same_window_everywhere_changes_no_byte(tmp_path: Path) -> None:
     same, plain = (9, 9), tmp_path / "plain"
     loaded = exported("llama", (same, same), tmp_path / "b")
