@@ -21,9 +21,9 @@ from sinkexport.model.experts import expert_product, mixtures, routers
 from sinkexport.quant.recipe import load_recipe, parse_recipe
 from sinkexport.quant.weight import WeightScheme
 
-from tests.exporter.pipeline.test_families import exported, random_ids
+from tests.exporter.pipeline.test_families import exported
 from tests.exporter.tiny_models import tiny_model
-from tests.support import slow_but
+from tests.support import random_ids, slow_but
 
 E, K, M = 5, 48, 20
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next")  # 8 of 1, 5 of 2, 6 of 2 (transposed, biases), 4 of 2

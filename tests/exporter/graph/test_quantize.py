@@ -21,7 +21,6 @@ from sinkexport.graph.quantize.ort import OrtForm, block_size, packed, packed_ze
 from sinkexport.graph.quantize.plugin import PluginForm
 from sinkexport.graph.quantize.qdq import QdqForm
 from sinkexport.graph.quantize.rewrite import InputScale
-from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.ranges import InputRange
 from sinkexport.quant.recipe import Recipe, load_recipe, parse_recipe
 from sinkexport.quant.weight import QuantizedWeight, WeightScheme
@@ -30,11 +29,10 @@ from sinkexport.tensorrt.builder import build_engine
 from sinkrt import Session
 from sinkrt.errors import UsageError
 
-from tests.exporter.pipeline.test_families import random_ids
 from tests.exporter.quant.test_weight import unpacked
 from tests.exporter.tensorrt.test_builder import needs_tensorrt
 from tests.exporter.tiny_models import tiny_model
-from tests.support import slow_but
+from tests.support import export_model, random_ids, slow_but
 
 FORMS = {"ort": OrtForm, "qdq": QdqForm, "plugin": PluginForm}
 
@@ -186,7 +184,7 @@ def test_static_products_keep_the_sinks_apart(form: str, batch: int, num_tokens:
 
 def exported(model: Any, folder: Path, recipe: Recipe | None, **geometry: Any) -> Session:
     config = ExportConfig(**{"num_sink_tokens": 2, "window_size": 6, "chunk_size": 3, "recipe": recipe, **geometry})
-    export_loaded(LoadedModel(model, None, "tiny"), folder, config)
+    export_model(model, folder, config)
     return Session.load(folder, threads=1)
 
 
