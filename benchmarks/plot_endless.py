@@ -32,8 +32,9 @@ def draw(result: dict[str, Any]) -> Figure:
     """Milliseconds a token at the left, resident memory at the right, against the token's number."""
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
     times, memory = figure.subplots(1, 2)
-    for name, each in result["decoders"].items():
-        label, color = STYLES[name]
+    for name, (label, color) in STYLES.items():
+        if (each := result["decoders"].get(name)) is None:
+            continue
         buckets = merged({key: np.asarray(values, float) for key, values in each["buckets"].items()})
         end = buckets["end"]
         times.plot(end, buckets["median_ms"], color=color, linewidth=2, label=label)
@@ -49,6 +50,7 @@ def draw(result: dict[str, Any]) -> Figure:
     times.set_ylabel("ms a token")
     times.set_yscale("log")
     times.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    times.yaxis.set_minor_formatter(FuncFormatter(_two_or_five))
     memory.set_ylabel("resident memory, MB")
     memory.set_ylim(bottom=0)
     memory.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -85,6 +87,12 @@ def _axes(axes: Axes, capacity: int) -> None:
         axes.spines[side].set_visible(False)
 
 
+def _two_or_five(value: float, _: object) -> str:
+    """Labels for 2, 5, 20, 50 .. between the powers of ten of a logarithmic axis."""
+    digits = f"{value:.0e}".partition("e")[0]
+    return f"{value:g}" if digits in ("2", "5") else ""
+
+
 def _count(value: float, _: object) -> str:
     if value >= 1e6:
         return f"{value / 1e6:g}M"
@@ -93,7 +101,7 @@ def _count(value: float, _: object) -> str:
 
 def _title(result: dict[str, Any]) -> str:
     machines = {(e["environment"]["cpu"], e["environment"]["threads"]) for e in result["decoders"].values()}
-    where = "; ".join(f"{cpu}, {threads} threads" for cpu, threads in sorted(machines))
+    where = "; ".join(f"{cpu}, {count} thread{'s' * (count > 1)}" for cpu, count in sorted(machines))
     cache = result["cache"]
     return f"SmolLM2-135M, {result['dtype']}, {cache['sinks']} sinks + window of {cache['window']:,}; {where}"
 

@@ -19,6 +19,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/README.md": "running-benchmarks.md",
+    "exporter/sinkexport/graph/README.md": "graph.md",
     "findings/README.md": "findings.md",
     "plugins/README.md": "kernels.md",
     "recipes/README.md": "recipes.md",

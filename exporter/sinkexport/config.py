@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from sinkrt.contract import TARGETS
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
+from sinkexport.targets import OPTIONS, Target, find_target
 from sinkexport.variants.variant import AttentionVariant
 
 if TYPE_CHECKING:
@@ -134,13 +134,13 @@ class ExportConfig:
             )
         for name, value, choices in (
             ("dtype", self.dtype, WEIGHT_DTYPES),
-            ("target", self.target, TARGETS),
+            ("target", self.target, OPTIONS),
             ("kv", self.kv, (None, *KV_KINDS)),
         ):
             if value not in choices:
                 expected = " | ".join(choice for choice in choices if choice is not None)
                 raise UsageError(problem(name, received=repr(value), expected=expected, fix=f"change --{name}"))
-        if self.native and self.target != "tensorrt":
+        if find_target(self.target, native=self.native) is None:
             raise UsageError(
                 problem(
                     "native",
@@ -151,7 +151,7 @@ class ExportConfig:
             )
 
     def _check_recipe(self, recipe: Recipe) -> None:
-        if self.target not in recipe.targets:
+        if target_of(self).recipes not in recipe.targets:
             raise UsageError(
                 problem(
                     f"recipe '{recipe.name}'",
@@ -171,7 +171,7 @@ class ExportConfig:
             )
 
     def _check_sink_tuning(self, tuning: SinkTuningFile) -> None:
-        if tuning.act is not None and self.has_plugins:
+        if tuning.act is not None and not target_of(self).changes_attention:
             raise UsageError(
                 problem(
                     "--sink-tuning",
@@ -191,7 +191,7 @@ class ExportConfig:
             )
 
     def _check_affine(self) -> None:
-        if self.has_plugins:
+        if not target_of(self).changes_attention:
             raise UsageError(
                 problem(
                     "--affine",
@@ -211,7 +211,7 @@ class ExportConfig:
             )
 
     def _check_int8_window(self) -> None:
-        if self.native:
+        if not target_of(self).has_int8_window:
             raise UsageError(
                 problem(
                     "kv",
@@ -242,7 +242,7 @@ class ExportConfig:
     @property
     def has_plugins(self) -> bool:
         """Whether the graphs have nodes of the TensorRT plugins."""
-        return self.target == "tensorrt" and not self.native
+        return target_of(self).has_plugins
 
     @property
     def has_int8_window(self) -> bool:
@@ -271,3 +271,11 @@ class ExportConfig:
         if own_window is not None and own_window < self.num_sink_tokens + window_size:
             return Ring(0, own_window)
         return Ring(self.num_sink_tokens, window_size)
+
+
+def target_of(config: ExportConfig) -> Target:
+    """The target that a config chooses."""
+    found = find_target(config.target, native=config.native)
+    if found is None:
+        raise ValueError(f"no target '{config.target}' with native {config.native}")
+    return found

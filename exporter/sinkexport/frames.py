@@ -19,10 +19,15 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.frames import GRAPH_FILE, SPEC_FILE, FrameSpec, FrameState
 from sinkrt.ring import phase_frequency
 
-from sinkexport.graph.convert import convert, expand, finish, prepare, tensor_spec
+from sinkexport.graph.convert import convert, finish, tensor_spec
+from sinkexport.graph.graph_pass import PassContext, run_passes
 from sinkexport.model.attention import rotated, stream_angles
 from sinkexport.model.block_attention import block_attention
 from sinkexport.pipeline.bundle_writer import staged_bundle, write_graph
+from sinkexport.targets import ONNX
+
+PASSES = ("fold_constants", "make_reshapes_static", "expand_attention", "make_reshapes_static")
+"""Graph passes: those of the target ``onnx`` that a model of the caller's needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +145,7 @@ def export_frames(
     with torch.no_grad():
         program = torch.export.export(model, (zeros, zeros.clone(), list(states)), dict(inputs), strict=False)
     graph_model = convert(program)
-    prepare(graph_model)
-    expand(graph_model)
+    run_passes(graph_model, PASSES, PassContext(ONNX))
     graph = graph_model.graph
     position, oldest, *rest = graph.inputs
     befores, others = rest[: len(states)], rest[len(states) :]
@@ -160,7 +164,7 @@ def export_frames(
         value.name = name
     for i, (before, after) in enumerate(zip(befores, afters, strict=True)):
         before.name, after.name = f"state.{i}", f"state.{i}.next"
-    finish(graph_model, "frames")
+    finish(graph_model, "frames", ONNX)
     spec = FrameSpec(
         **dataclasses.asdict(geometry),
         inputs=tuple(tensor_spec(value) for value in others),

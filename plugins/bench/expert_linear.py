@@ -1,4 +1,4 @@
-"""Time of products by chosen matrices beside PyTorch's (cuBLAS over gathered weights), and of copying as many bytes.
+"""Time of matmuls by chosen matrices beside PyTorch's (cuBLAS over gathered weights), and of copying as many bytes.
 
     python plugins/bench/expert_linear.py build/plugins/libsinkexport_capi.so [--weights int8|half] [--json FILE]
 
@@ -6,16 +6,15 @@ Needs a GPU and PyTorch. Times as in linear.py, back to back; each launch has pi
 are beyond the L2 cache's reach. PyTorch, float16: the chosen weights are gathered, then multiplied as a batch; for 16
 tokens and more every expert multiplies all tokens instead, whichever is the faster.
 
-The floor is what our product must move (weights of the experts that are chosen, scales, inputs, outputs; mean of all
+The floor is what our matmul must move (weights of the experts that are chosen, scales, inputs, outputs; mean of all
 launches) / bandwidth of a large copy, read + written. GB = 1e9 bytes.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from plugins.bench.gpu_timing import copy_bandwidth, times_us
-from plugins.capi.expert_linear import ExpertLinear, ExpertLinearParams
-from plugins.capi.linear import DTYPES, WEIGHT_TYPES
+from plugins.bench import common
+from plugins.capi.header import DTYPES, WEIGHT_TYPES
+from plugins.capi.kernels import ExpertLinear, ExpertLinearParams
 
 # Experts, picks of a token, K, N: gate | up and down of Mixtral-8x7B and of Qwen3-30B-A3B
-MIXTURES = [(8, 2, 4096, 28672), (8, 2, 14336, 4096), (128, 8, 2048, 1536), (128, 8, 768, 2048)]
+MOES = [(8, 2, 4096, 28672), (8, 2, 14336, 4096), (128, 8, 2048, 1536), (128, 8, 768, 2048)]
 NUM_TOKENS = [1, 4, 16, 64]
 LAUNCHES = 16
+COLUMNS = ("experts, K x N", "tokens", "MB", "floor us", "us", "p99 us", "of copy", "PyTorch us", "faster")
 
 
 def picks_of(num_experts: int, num_chosen: int, num_tokens: int) -> torch.Tensor:
@@ -45,9 +45,9 @@ def picks_of(num_experts: int, num_chosen: int, num_tokens: int) -> torch.Tensor
 
 
 def measure(
-    library: ExpertLinear, weight_type: str, mixture: tuple[int, ...], num_tokens: int, bandwidth: float
+    library: ExpertLinear, weight_type: str, moe: tuple[int, ...], num_tokens: int, bandwidth: float
 ) -> dict[str, Any]:
-    num_experts, num_chosen, num_inputs, num_outputs = mixture
+    num_experts, num_chosen, num_inputs, num_outputs = moe
     is_int8, num_picks = weight_type == "int8", num_tokens * num_chosen
     picks = picks_of(num_experts, num_chosen, num_tokens)
     x = torch.randn(num_picks, num_inputs, dtype=torch.float16, device="cuda")
@@ -72,13 +72,11 @@ def measure(
         )
         for row in picks
     ]
-    if problem := library.problem(params[0]):
-        raise ValueError(problem)
+    common.check(library, params[0])
 
     def ours() -> None:
         for each in params:
-            if error := library.launch(each, torch.cuda.current_stream().cuda_stream):
-                raise RuntimeError(f"expert linear: received CUDA error {error}, expected 0; check the architecture")
+            common.launch(library, each)
 
     def gathered() -> None:
         for row in picks:
@@ -88,55 +86,45 @@ def measure(
         for _ in picks:
             torch.matmul(x[:num_tokens], half.mT)
 
-    times = times_us(ours, LAUNCHES)
-    theirs = [statistics.median(times_us(gathered, LAUNCHES))] if num_tokens <= 16 else []
-    theirs += [statistics.median(times_us(every, LAUNCHES))] if num_tokens >= 16 else []
+    times = common.times_us(ours, LAUNCHES)
+    theirs = [statistics.median(common.times_us(gathered, LAUNCHES))] if num_tokens <= 16 else []
+    theirs += [statistics.median(common.times_us(every, LAUNCHES))] if num_tokens >= 16 else []
     chosen = statistics.mean(len(row.unique()) for row in picks)
     num_bytes = chosen * num_outputs * (num_inputs * (1 if is_int8 else 2) + 4 * is_int8)
     num_bytes += 2 * num_picks * (num_inputs + num_outputs)
     return {
-        "mixture": mixture,
+        "moe": moe,
         "num_tokens": num_tokens,
         "bytes": num_bytes,
         "floor_us": num_bytes / bandwidth * 1e6,
-        "median_us": statistics.median(times),
-        "p99_us": times[round(0.99 * (len(times) - 1))],
+        **common.stats(times),
         "torch_us": min(theirs),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("library", type=Path)
-    parser.add_argument("--weights", choices=list(WEIGHT_TYPES), default="half", help="of our product")
-    parser.add_argument("--json", type=Path, help="all figures go there")
-    arguments = parser.parse_args()
-    library, bandwidth = ExpertLinear(arguments.library), copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, copy {bandwidth / 1e9:,.0f} GB/s\n")
-    print("| experts, K x N | tokens | MB | floor us | us | p99 us | of copy | PyTorch us | faster |")
-    print("| --- " + "| ---: " * 8 + "|")
-    results = []
-    for mixture in MIXTURES:
+def cells(result: dict[str, Any]) -> list[Any]:
+    num_experts, num_chosen, num_inputs, num_outputs = result["moe"]
+    return [
+        f"{num_chosen} of {num_experts}, {num_inputs} x {num_outputs}",
+        result["num_tokens"],
+        f"{result['bytes'] / 1e6:.1f}",
+        f"{result['floor_us']:.1f}",
+        f"{result['median_us']:.1f}",
+        f"{result['p99_us']:.1f}",
+        f"{100 * result['floor_us'] / result['median_us']:.0f}%",
+        f"{result['torch_us']:.1f}",
+        f"{result['torch_us'] / result['median_us']:.2f}",
+    ]
+
+
+def measure_all(
+    library: ExpertLinear, weight_type: str, bandwidth: float
+) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+    for moe in MOES:
         for num_tokens in NUM_TOKENS:
-            found = measure(library, arguments.weights, mixture, num_tokens, bandwidth)
-            results.append(found)
-            experts, chosen, depth, width = mixture
-            cells = [
-                f"{chosen} of {experts}, {depth} x {width}",
-                num_tokens,
-                f"{found['bytes'] / 1e6:.1f}",
-                f"{found['floor_us']:.1f}",
-                f"{found['median_us']:.1f}",
-                f"{found['p99_us']:.1f}",
-                f"{100 * found['floor_us'] / found['median_us']:.0f}%",
-                f"{found['torch_us']:.1f}",
-                f"{found['torch_us'] / found['median_us']:.2f}",
-            ]
-            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    if arguments.json:
-        machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bytes_per_s": bandwidth}
-        arguments.json.write_text(json.dumps({**machine, "results": results}, indent=1))
+            result = measure(library, weight_type, moe, num_tokens, bandwidth)
+            yield result, cells(result)
 
 
 if __name__ == "__main__":
-    main()
+    common.run_linear(__doc__, ExpertLinear, "half", COLUMNS, measure_all)

@@ -1,7 +1,8 @@
 // Times of the attention kernels by themselves: no framework, for any machine that CMake can build on (Jetson, too).
 //
-//   cmake -S plugins -B build/plugins -DSINKEXPORT_BENCH=ON -DCMAKE_CUDA_ARCHITECTURES=native && cmake --build
-//   build/plugins build/plugins/sink_attention [batch num_q_heads num_kv_heads capacity head_dim num_tokens]
+//   cmake -S plugins -B build/plugins -DSINKEXPORT_BENCH=ON -DCMAKE_CUDA_ARCHITECTURES=native
+//   cmake --build build/plugins
+//   build/plugins/sink_attention [batch num_q_heads num_kv_heads capacity head_dim num_tokens]
 //
 // Each launch is timed between two CUDA events, after a warm-up; launches go round sets of buffers that together hold
 // four L2 caches. The floor is the cache's bytes, once, at the bandwidth (read and written) of a device-to-device copy
@@ -15,6 +16,7 @@
 
 namespace {
 
+using sinkexport::DType;
 using sinkexport::SinkAttentionParams;
 
 void check(cudaError_t error, const char* what) {
@@ -88,7 +90,7 @@ struct Shape {
   int batch, num_q_heads, num_kv_heads, capacity, head_dim, num_tokens;
 };
 
-void measure(const Shape& shape, bool is_int8, double bandwidth, size_t l2_bytes) {
+void measure(const Shape& shape, DType dtype, bool is_int8, double bandwidth, size_t l2_bytes) {
   constexpr int kSinks = 4;
   SinkAttentionParams p;
   p.batch = shape.batch;
@@ -98,6 +100,7 @@ void measure(const Shape& shape, bool is_int8, double bandwidth, size_t l2_bytes
   p.head_dim = shape.head_dim;
   p.num_sinks = kSinks;
   p.window_size = shape.capacity - kSinks;
+  p.dtype = dtype;
   p.int8_window = is_int8;
   p.rotary_dim = shape.head_dim;
   p.scale = 0.05f;
@@ -135,9 +138,10 @@ void measure(const Shape& shape, bool is_int8, double bandwidth, size_t l2_bytes
     check(sinkexport::launchSinkAttention(sets[i % sets.size()], workspace, nullptr), "launchSinkAttention");
   });
   const double floor_us = cache_bytes / bandwidth * 1e6;
-  std::printf("B%-3d %3d/%-3d C%-6d D%-4d T%-4d %-5s %9.1f %9.1f %9.1f %9.1f %6.1f%%\n", p.batch, p.num_q_heads,
-              p.num_kv_heads, shape.capacity, p.head_dim, p.num_tokens, is_int8 ? "int8" : "fp16", cache_bytes / 1e6,
-              floor_us, times.median_us, times.p99_us, 100 * floor_us / times.median_us);
+  std::printf("B%-3d %3d/%-3d C%-6d D%-4d T%-4d %-4s %-6s %9.1f %9.1f %9.1f %9.1f %6.1f%%\n", p.batch, p.num_q_heads,
+              p.num_kv_heads, shape.capacity, p.head_dim, p.num_tokens, dtype == DType::kFloat16 ? "fp16" : "bf16",
+              is_int8 ? "int8" : "16-bit", cache_bytes / 1e6, floor_us, times.median_us, times.p99_us,
+              100 * floor_us / times.median_us);
 }
 
 }  // namespace
@@ -156,10 +160,12 @@ int main(int argc, char** argv) {
   cudaDeviceProp device;
   check(cudaGetDeviceProperties(&device, 0), "cudaGetDeviceProperties");
   const double bandwidth = copyBandwidth();
-  std::printf("%s, copy %.0f GB/s\n%-34s %9s %9s %9s %9s %7s\n", device.name, bandwidth / 1e9, "shape, kv", "MB",
-              "floor us", "us", "p99 us", "share");
+  std::printf("%s, copy %.0f GB/s\n%-40s %9s %9s %9s %9s %7s\n", device.name, bandwidth / 1e9, "shape, type, window",
+              "MB", "floor us", "us", "p99 us", "share");
   for (const Shape& shape : shapes) {
-    for (const bool is_int8 : {false, true}) measure(shape, is_int8, bandwidth, device.l2CacheSize);
+    for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+      for (const bool is_int8 : {false, true}) measure(shape, dtype, is_int8, bandwidth, device.l2CacheSize);
+    }
   }
   return 0;
 }

@@ -7,7 +7,7 @@ L2 holds together; p99 is of replays as well. The floor is the bytes of the cach
 device-to-device copy (bytes read and written) measured in the same run. GB = 1e9 bytes.
 
 unfused: what PyTorch does without a kernel for it: write k and v at the slot, turn the query back for the sinks, two
-products, cat, softmax, two products (no copy of the cache, no repeated heads).
+matmuls, cat, softmax, two matmuls (no copy of the cache, no repeated heads).
 SDPA: scaled_dot_product_attention's flash backend over a dense cache of the same length; writes nothing.
 """
 
@@ -25,8 +25,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from plugins.bench.gpu_timing import copy_bandwidth, times_us
-from plugins.capi.sink_attention import DTYPES, SinkAttention, SinkAttentionParams
+from plugins.bench import common
+from plugins.capi.header import DTYPES
+from plugins.capi.kernels import SinkAttention, SinkAttentionParams
 
 NUM_SINKS = 4
 
@@ -73,18 +74,18 @@ QUICK = SHAPES[:2] + SHAPES[6:7]
 
 def sets_past_l2(num_bytes: int) -> int:
     """Sets of buffers that hold four L2 caches together."""
-    return max(2, -(-4 * torch.cuda.get_device_properties(0).L2_cache_size // num_bytes))
+    l2_bytes: int = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, -(-4 * l2_bytes // num_bytes))
 
 
-def time_us(runs: list[Callable[[], Any]]) -> tuple[float, float]:
+def time_us(runs: list[Callable[[], Any]]) -> dict[str, float]:
     """Median and p99 of one run, in microseconds, all runs being in one graph that is replayed."""
 
     def all_runs() -> None:
         for run in runs:
             run()
 
-    times = times_us(all_runs, len(runs))
-    return times[len(times) // 2], times[int(len(times) * 0.99)]
+    return common.stats(common.times_us(all_runs, len(runs)))
 
 
 class Fused:
@@ -132,19 +133,14 @@ class Fused:
             scale=d**-0.5,
             **{name: tensor.data_ptr() for name, tensor in self.tensors.items()},
         )
-        problem = library.problem(self.params)
-        if problem is not None:
-            raise ValueError(problem)
+        common.check(library, self.params)
         self.library = library
         if workspace is None:
             workspace = torch.empty(library.workspace_bytes(self.params) + 16, dtype=torch.uint8, device="cuda")
         self.workspace = workspace
 
     def __call__(self) -> None:
-        stream = torch.cuda.current_stream().cuda_stream
-        error = self.library.launch(self.params, self.workspace.data_ptr(), stream)
-        if error:
-            raise RuntimeError(f"cudaError_t {error}")
+        common.launch(self.library, self.params, self.workspace.data_ptr())
 
 
 class Unfused:
@@ -205,22 +201,22 @@ def measure(library: SinkAttention, shape: Shape, bandwidth: float) -> dict[str,
             runs = []
             torch.cuda.empty_cache()
             runs = fused_runs(library, shape, is_int8=True)
-        median, p99 = time_us(list(runs))
+        times = time_us(list(runs))
         num_bytes = shape.cache_bytes(is_int8)
         row[name] = {
             "bytes": num_bytes,
             "floor_us": num_bytes / bandwidth * 1e6,
-            "us": median,
-            "p99_us": p99,
-            "share": num_bytes / bandwidth * 1e6 / median,
+            "us": times["median_us"],
+            "p99_us": times["p99_us"],
+            "share": num_bytes / bandwidth * 1e6 / times["median_us"],
         }
         if not is_int8:
-            row["unfused_us"] = time_us([Unfused(run, shape) for run in runs])[0]
+            row["unfused_us"] = time_us([Unfused(run, shape) for run in runs])["median_us"]
     runs = []
     torch.cuda.empty_cache()
     dense = [Sdpa(shape) for _ in range(count)]
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        row["sdpa_us"] = time_us(list(dense))[0]
+        row["sdpa_us"] = time_us(list(dense))["median_us"]
     del dense
     torch.cuda.empty_cache()
     return row
@@ -233,14 +229,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three shapes only")
     args = parser.parse_args()
     library = SinkAttention(args.library)
-    bandwidth = copy_bandwidth()
-    device = torch.cuda.get_device_name(0)
-    print(f"{device}, PyTorch {torch.__version__}; copy {bandwidth / 1e9:.0f} GB/s")
+    machine = common.machine()
+    common.print_machine(machine)
     print(f"{'shape':26} {'kv':4}" + "".join(f" {x:>8}" for x in ("MB", "floor us", "us", "p99 us")), end="")
     print(f" {'share':>6} {'unfused':>8} {'SDPA':>8}")
     rows = []
     for shape in QUICK if args.quick else SHAPES:
-        row = measure(library, shape, bandwidth)
+        row = measure(library, shape, machine["copy_bytes_per_s"])
         rows.append(row)
         for kv in ("fp16", "int8"):
             one = row[kv]
@@ -250,7 +245,7 @@ def main() -> None:
                 flush=True,
             )
     if args.json is not None:
-        args.json.write_text(json.dumps({"device": device, "copy_bytes_s": bandwidth, "rows": rows}, indent=1))
+        args.json.write_text(json.dumps({**machine, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

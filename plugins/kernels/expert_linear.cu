@@ -1,4 +1,4 @@
-// Rows that picked the same matrix are one product of few tokens (linear_few.cuh): each matrix that was chosen is read
+// Rows that picked the same matrix are one matmul of few tokens (linear_few.cuh): each matrix that was chosen is read
 // once, by 8 or 16 rows at a time, in place, and no other is. Every block sorts the picks for itself, in shared memory,
 // which takes less time than a launch.
 #include "expert_linear.h"
@@ -14,7 +14,6 @@ namespace {
 
 constexpr int kMaxExperts = 512;
 constexpr int kMaxPicks = 2048;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 // A task of fewTokens: a tile is outputs of one matrix and up to kGroup of the rows that picked it.
 template <int kGroup>

@@ -1,4 +1,4 @@
-// Products by matrices that are chosen at run time, as in mixtures of experts: y = x . W[pick]^T * scale[pick], each
+// Matmuls by matrices that are chosen at run time, as in MoE layers: y = x . W[pick]^T * scale[pick], each
 // row by a matrix of its own.
 #pragma once
 

@@ -4,7 +4,14 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
+#include "types.h"
+
 namespace sinkexport {
+
+template <DType kDType>
+using HalfOf = std::conditional_t<kDType == DType::kFloat16, __half, __nv_bfloat16>;
 
 __device__ __forceinline__ float toFloat(__half value) {
   return __half2float(value);

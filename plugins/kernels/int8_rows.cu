@@ -1,6 +1,7 @@
 #include "int8_rows.h"
 
 #include "halves.cuh"
+#include "problem.h"
 
 namespace sinkexport {
 namespace {
@@ -31,16 +32,13 @@ __global__ void int8Rows(const Int8RowsParams p) {
 }  // namespace
 
 const char* int8RowsProblem(const Int8RowsParams& p) {
-  if (p.num_ids < 1 || p.num_rows < 1) return "num_ids, num_rows: received less than 1, expected at least 1";
-  if (p.row_length < kEntries || p.row_length % kEntries != 0) return "row_length: expected a multiple of 16";
-  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return "dtype: expected float16 or bfloat16";
-  for (const void* pointer : {static_cast<const void*>(p.ids), static_cast<const void*>(p.table),
-                              static_cast<const void*>(p.scale), static_cast<const void*>(p.out)}) {
-    if (pointer == nullptr || reinterpret_cast<uintptr_t>(pointer) % 16 != 0) {
-      return "ids, table, scale, out: expected addresses that 16 divides";
-    }
+  if (p.num_ids < 1) return explain("num_ids: received %d, expected at least 1", p.num_ids);
+  if (p.num_rows < 1) return explain("num_rows: received %d, expected at least 1", p.num_rows);
+  if (p.row_length < kEntries || p.row_length % kEntries != 0) {
+    return explain("row_length: received %d, expected a multiple of %d", p.row_length, kEntries);
   }
-  return nullptr;
+  if (const char* problem = dtypeProblem(p.dtype)) return problem;
+  return pointerProblem({{"ids", p.ids}, {"table", p.table}, {"scale", p.scale}, {"out", p.out}});
 }
 
 cudaError_t launchInt8Rows(const Int8RowsParams& p, cudaStream_t stream) {

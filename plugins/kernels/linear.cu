@@ -4,8 +4,8 @@
 // (8 a tile): even for one token that takes fewer instructions a weight than multiplying and adding one by one, so that
 // reading the weights is what is left. A sum over k has no order of its own, so lanes take 16 consecutive weights of a
 // row (one 16-byte load) as their share of four k16 tiles, and the same k of the tokens: in tile s lane t of four has
-// k = 16 t + 4 s .. + 3 of each 64. Of half weights a load is 8, of two tiles: k = 8 t + 4 s .. + 3 of each 32 (more
-// tokens: two loads, and k as with INT8).
+// k = 16 t + 4 s .. + 3 of each 64. A load of half weights is 8 of them, for two tiles: k = 8 t + 4 s .. + 3 of each 32
+// (more tokens: two loads, and k as with INT8).
 //
 // - Up to 16 tokens: linear_few.cuh.
 // - More tokens: blocks of 64 or 128 outputs x 32, 64 or 128 tokens, with four warps side by side along the outputs, so
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) copyStep(step);
   for (int step = 0; step < num_steps; ++step) {
-    waitCopies<kStages - 2>();
+    waitForCopies<kStages - 2>();
     __syncthreads();
     copyStep(step + kStages - 1);  // into the stage that all threads have read in the step before
     const unsigned char* const stage = shared + step % kStages * kStageBytes;
@@ -126,13 +126,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
         const uint4 b = *reinterpret_cast<const uint4*>(tokens + (token * 8 + ((t * 2 + pair) ^ (token & 1))) * 16);
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
-          multiply<Half>(sum[r][j], a[r][0], b.x, b.y);
-          multiply<Half>(sum[r][j], a[r][1], b.z, b.w);
+          multiplyAdd<Half>(sum[r][j], a[r][0], b.x, b.y);
+          multiplyAdd<Half>(sum[r][j], a[r][1], b.z, b.w);
         }
       }
     }
   }
-  waitCopies<0>();
+  waitForCopies<0>();
 
   allowNextKernel();  // not before: the next one's blocks would crowd where there is room now
 #pragma unroll
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kSumThreads)
 
 // --- launches ---
 
-// How many tiles and splits of k a product of more than 16 tokens has; of shapes alone.
+// How many tiles and splits of k a matmul of more than 16 tokens has; by shapes alone.
 struct ManyPlan {
   dim3 grid;
   int chunks_per_split;
@@ -211,7 +211,7 @@ using Low = ManyShape<1, 4, 1, 4>;   // 64 outputs x 32 tokens
 using Wide = ManyShape<2, 8, 1, 4>;  // 128 x 64
 using Tall = ManyShape<2, 8, 2, 3>;  // 128 x 128
 
-// Calls use(shape, plan) for the shape of tiles that a product of more than 16 tokens takes: the largest that makes
+// Calls use(shape, plan) for the shape of tiles that a matmul of more than 16 tokens takes: the largest that makes
 // enough blocks.
 template <typename Use>
 auto withManyShape(const LinearParams& p, Use use) {

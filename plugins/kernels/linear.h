@@ -1,4 +1,4 @@
-// Products by constant matrices, y = x . W^T + bias: W in INT8 with a scale an output (W8A16), or of x's own type.
+// Matmuls by constant matrices, y = x . W^T + bias: W in INT8 with a scale an output (W8A16), or of x's own type.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// Products of up to 16 tokens by a matrix, at the speed of memory: by one matrix (linear.cu), or by one of many for
-// each group of tokens (expert_linear.cu). How lanes share a product: linear.cu.
+// Matmuls of up to 16 tokens by a matrix, at the speed of memory: by one matrix (linear.cu), or by one of many for
+// each group of tokens (expert_linear.cu). How lanes share a matmul: linear.cu.
 //
 // A block takes tiles of 16 or 32 outputs and its warps split k among them, each with a ring of chunks of its own in
 // shared memory, filled by asynchronous copies; the warps' sums are added at the end of a tile, in order. Weights are
@@ -29,11 +29,11 @@ struct OneMatrix {
 
   LinearParams p;
 
-  // Of a tile, at the most.
+  // Most tokens of a tile.
   __host__ __device__ int maxTokens() const { return p.num_rows; }
-  // Tiles of this many outputs, at the most.
+  // Most tiles of this many outputs.
   int maxTiles(int rows) const { return divideUp(p.num_outputs, rows); }
-  // Of a plan.
+  // Shared memory of a plan.
   int sharedBytes() const { return 0; }
 
   template <int kRows>
@@ -67,31 +67,20 @@ __host__ __device__ constexpr int fewSharedBytes(int row_tiles, int num_tokens, 
   return warps * (stages * fewStageBytes<Weight>(row_tiles, num_tokens) + 2 * sum_bytes);
 }
 
-// Each block takes every gridDim.x-th tile; chunks of k go round its warps. To a warp all that is one sequence of
-// steps, so that its copies for a tile are on their way while the one before it is finished.
-template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, typename Task>
-__global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) {
-  constexpr int kChunk = kFewChunk<Weight>;
-  constexpr int kRows = 16 * kRowTiles;      // outputs of a tile
-  constexpr int kTokenBytes = 2 * kChunk;    // of one token in a stage
-  constexpr int kPieces = kTokenBytes / 16;  // the same in units of a copy
-  constexpr int kWeightBytes = kRows * kLineBytes;
-  constexpr int kUnit = kUnitWeights<Weight>;
-  constexpr int kUnitPieces = kUnit / 8;           // of a token, beside one unit of weights
-  constexpr int kOddPieces = kPieces > 8 ? 1 : 4;  // by which pieces of odd tokens trade places
-  extern __shared__ __align__(16) unsigned char shared[];
-  const LinearParams& p = task.p;
-  const int max_tokens = task.maxTokens(), num_inputs = p.num_inputs, num_outputs = p.num_outputs;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-  const int stage_bytes = fewStageBytes<Weight>(kRowTiles, max_tokens);
-  unsigned char* const ring = shared + warp * kStages * stage_bytes;
-  float* const all_sums = reinterpret_cast<float*>(shared + kWarps * kStages * stage_bytes);
-  const int num_chunks = divideUp(num_inputs, kChunk);
-  const int num_steps = num_chunks > warp ? divideUp(num_chunks - warp, kWarps) : 0;  // of this warp in a tile
-  const Weight* const weight = static_cast<const Weight*>(p.weight);
-  const Half* const x = static_cast<const Half*>(p.x);
+// A stage: weights, then tokens, of as many k as kLineBytes of a weight row hold.
+template <typename Weight, int kRowTiles>
+struct FewStage {
+  static constexpr int kChunk = kFewChunk<Weight>;
+  static constexpr int kRows = 16 * kRowTiles;      // outputs of a tile
+  static constexpr int kTokenBytes = 2 * kChunk;    // of one token in a stage
+  static constexpr int kPieces = kTokenBytes / 16;  // the same in units of a copy
+  static constexpr int kWeightBytes = kRows * kLineBytes;
+  static constexpr int kUnit = kUnitWeights<Weight>;
+  static constexpr int kOddPieces = kPieces > 8 ? 1 : 4;  // by which pieces of odd tokens trade places
 
-  const auto copyWeights = [&](unsigned char* stage, const FewTile& tile, int first_k) {
+  // By a warp.
+  static __device__ __forceinline__ void copyWeights(unsigned char* stage, const Weight* weight, const FewTile& tile,
+                                                     int first_k, int num_inputs, int num_outputs, int lane) {
     const int row = lane / 8, unit = lane % 8;  // then 4 rows on, and so on
     // 16-byte units of odd rows trade places, so that lanes of two rows read from all banks.
     unsigned char* const to = stage + row * kLineBytes + (unit ^ (row & 1) << 2) * 16;
@@ -103,10 +92,36 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
       const Weight* const from = weight + (valid ? offset + static_cast<size_t>(4 * i) * num_inputs : 0);
       copyAsync(to + 4 * i * kLineBytes, from, valid ? 16 : 0);
     }
-  };
-  const auto placeOfPiece = [&](unsigned char* stage, int i) -> unsigned char* {  // of odd tokens likewise
+  }
+
+  // Where the i-th 16-byte piece of the tokens is.
+  static __device__ __forceinline__ unsigned char* placeOfPiece(unsigned char* stage, int i) {
     const int token = i / kPieces, piece = i % kPieces;
     return stage + kWeightBytes + token * kTokenBytes + (piece ^ (token & 1) * kOddPieces) * 16;
+  }
+};
+
+// Each block takes every gridDim.x-th tile; chunks of k go round its warps. To a warp all that is one sequence of
+// steps, so that its copies for a tile are on their way while the one before it is finished.
+template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, typename Task>
+__global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) {
+  using S = FewStage<Weight, kRowTiles>;
+  constexpr int kRows = S::kRows, kPieces = S::kPieces, kUnit = S::kUnit;
+  constexpr int kUnitPieces = kUnit / 8;  // of a token, beside one unit of weights
+  extern __shared__ __align__(16) unsigned char shared[];
+  const LinearParams& p = task.p;
+  const int max_tokens = task.maxTokens(), num_inputs = p.num_inputs, num_outputs = p.num_outputs;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  const int stage_bytes = fewStageBytes<Weight>(kRowTiles, max_tokens);
+  unsigned char* const ring = shared + warp * kStages * stage_bytes;
+  float* const all_sums = reinterpret_cast<float*>(shared + kWarps * kStages * stage_bytes);
+  const int num_chunks = divideUp(num_inputs, S::kChunk);
+  const int num_steps = num_chunks > warp ? divideUp(num_chunks - warp, kWarps) : 0;  // of this warp in a tile
+  const Weight* const weight = static_cast<const Weight*>(p.weight);
+  const Half* const x = static_cast<const Half*>(p.x);
+
+  const auto copyWeights = [&](unsigned char* stage, const FewTile& tile, int first_k) {
+    S::copyWeights(stage, weight, tile, first_k, num_inputs, num_outputs, lane);
   };
   allowNextKernel();
   if (!Task::kPlansEarly || !p.constant_weight) waitForEarlierKernels();
@@ -126,13 +141,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
   const auto copyNext = [&] {
     if (copy_index < num_tiles) {
       unsigned char* const stage = ring + copy_stage * stage_bytes;
-      const int first_k = (warp + copy_step * kWarps) * kChunk;
+      const int first_k = (warp + copy_step * kWarps) * S::kChunk;
       const FewTile tile = plan.tile(copy_place);
       for (int i = lane; i < tile.num_tokens * kPieces; i += kWarpSize) {
         const int k = first_k + i % kPieces * 8;
         const bool valid = k < num_inputs;
         const size_t row = plan.inputRow(tile, i / kPieces);
-        copyAsync(placeOfPiece(stage, i), x + (valid ? row * num_inputs + k : 0), valid ? 16 : 0);
+        copyAsync(S::placeOfPiece(stage, i), x + (valid ? row * num_inputs + k : 0), valid ? 16 : 0);
       }
       copyWeights(stage, tile, first_k);
     }
@@ -142,14 +157,14 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
   if constexpr (Task::kPlansEarly) {
     // The first stage's weights may be allowed to be read early. Not more of them: its tokens would queue behind.
     const FewTile first = plan.tile(copy_place);
-    copyWeights(ring, first, warp * kChunk);
+    copyWeights(ring, first, warp * S::kChunk);
     advanceCopy();
     if (p.constant_weight) waitForEarlierKernels();
     uint4 pieces[kPieces * 8 * kTokenTiles / kWarpSize];
     constexpr int kNumPieces = sizeof pieces / sizeof *pieces;
 #pragma unroll
     for (int j = 0; j < kNumPieces; ++j) {
-      const int i = lane + j * kWarpSize, k = warp * kChunk + i % kPieces * 8;
+      const int i = lane + j * kWarpSize, k = warp * S::kChunk + i % kPieces * 8;
       const bool valid = i < first.num_tokens * kPieces && k < num_inputs;
       const size_t row = plan.inputRow(first, i / kPieces);
       pieces[j] = valid ? *reinterpret_cast<const uint4*>(x + row * num_inputs + k) : uint4{0, 0, 0, 0};
@@ -159,7 +174,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
 #pragma unroll
     for (int j = 0; j < kNumPieces; ++j) {
       const int i = lane + j * kWarpSize;
-      if (i < first.num_tokens * kPieces) *reinterpret_cast<uint4*>(placeOfPiece(ring, i)) = pieces[j];
+      if (i < first.num_tokens * kPieces) *reinterpret_cast<uint4*>(S::placeOfPiece(ring, i)) = pieces[j];
     }
   } else {
 #pragma unroll
@@ -171,11 +186,11 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
     const FewTile tile = plan.tile(plan.place(index));
     float sum[kRowTiles][kTokenTiles][4] = {};
     for (int step = 0; step < num_steps; ++step) {
-      waitCopies<kStages - 2>();
+      waitForCopies<kStages - 2>();
       __syncwarp();
       copyNext();  // into the stage that all lanes have read in the step before
       const unsigned char* const stage = ring + read_stage * stage_bytes;
-      const unsigned char* const tokens = stage + kWeightBytes;
+      const unsigned char* const tokens = stage + S::kWeightBytes;
       if (++read_stage == kStages) read_stage = 0;
 #pragma unroll
       for (int part = 0; part < 2; ++part) {  // half of the k
@@ -185,9 +200,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
           const int token = 8 * j + g;
 #pragma unroll
           for (int i = 0; i < kUnitPieces; ++i) {
-            const int piece = ((part * 4 + t) * kUnitPieces + i) ^ (token & 1) * kOddPieces;
+            const int piece = ((part * 4 + t) * kUnitPieces + i) ^ (token & 1) * S::kOddPieces;
             b[j][i] = token < tile.num_tokens
-                          ? *reinterpret_cast<const uint4*>(tokens + token * kTokenBytes + piece * 16)
+                          ? *reinterpret_cast<const uint4*>(tokens + token * S::kTokenBytes + piece * 16)
                           : uint4{0, 0, 0, 0};
           }
         }
@@ -203,7 +218,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
 #pragma unroll
             for (int j = 0; j < kTokenTiles; ++j) {
               const uint4 piece = b[j][s / 2];
-              multiply<Half>(sum[r][j], a, s % 2 ? piece.z : piece.x, s % 2 ? piece.w : piece.y);
+              multiplyAdd<Half>(sum[r][j], a, s % 2 ? piece.z : piece.x, s % 2 ? piece.w : piece.y);
             }
           }
         }

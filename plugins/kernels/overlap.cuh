@@ -20,8 +20,8 @@ __device__ __forceinline__ void allowNextKernel() {
 #endif
 }
 
-// Brings a line of 128 bytes that this kernel will read nearer. Of anything, also before the wait: the copy is in the
-// L2 cache, where every write arrives.
+// Brings a line of 128 bytes that this kernel will read nearer. Any line, also before the wait: the copy is in the L2
+// cache, where every write arrives.
 __device__ __forceinline__ void prefetchLine([[maybe_unused]] const void* address) {
 #ifdef __CUDA_ARCH__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));

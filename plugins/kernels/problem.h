@@ -52,7 +52,7 @@ struct Range {
   bool is_optional = false;
 };
 
-// Of an output that must have memory of its own, and of inputs.
+// What is wrong with an output that must have memory of its own, or with inputs.
 inline const char* outputProblem(const Range& output, std::initializer_list<Range> inputs) {
   const auto address = [](const Range& range) { return reinterpret_cast<uintptr_t>(range.data); };
   if (const char* problem = pointerProblem({{output.name, output.data}})) return problem;

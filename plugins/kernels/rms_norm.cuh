@@ -6,11 +6,11 @@
 #include "halves.cuh"
 #include "overlap.cuh"
 #include "rms_norm.h"
+#include "warp.cuh"
 
 namespace sinkexport {
 namespace rms_norm {
 
-constexpr int kWarpSize = 32;
 constexpr int kMostThreads = 1024;
 constexpr int kMostPieces = 4;  // of a row that one thread holds
 constexpr int kMostRowLength = kMostThreads * kMostPieces * kHalvesOfPiece;
@@ -29,12 +29,7 @@ inline Block blockOf(const RmsNormParams& p) {
   return {threads, 1, (pieces + threads - 1) / threads};
 }
 
-__device__ __forceinline__ float warpSum(float x) {
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-  return x;
-}
-
-// Of all threads that share a row; everyone gets it. The order of additions depends on the row's length alone.
+// Sum over all threads that share a row; everyone gets it. The order of additions depends on the row's length alone.
 __device__ __forceinline__ float rowSum(float x) {
   __shared__ float sums[kMostThreads / kWarpSize];
   const int num_warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;

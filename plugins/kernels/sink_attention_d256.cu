@@ -1,9 +1,9 @@
 #include "sink_attention_kernel.cuh"
 
 namespace sinkexport {
-namespace detail {
+namespace sink_attention {
 
 template AttendKernel attendKernelOf<256>(DType dtype, bool is_int8, int group, bool is_prefill);
 
-}  // namespace detail
+}  // namespace sink_attention
 }  // namespace sinkexport

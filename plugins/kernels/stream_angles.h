@@ -18,6 +18,9 @@ struct StreamAnglesParams {
   float* sin = nullptr;
 };
 
+// nullptr if it can be launched, else one line that says what is wrong and what is expected.
+const char* streamAnglesProblem(const StreamAnglesParams& params);
+// Asynchronous on `stream`, capturable, allocates nothing. cudaErrorInvalidValue if streamAnglesProblem says so.
 cudaError_t launchStreamAngles(const StreamAnglesParams& params, cudaStream_t stream);
 
 }  // namespace sinkexport

@@ -5,7 +5,7 @@
 
 namespace sinkexport {
 
-// Of activations, sinks and floating-point windows.
+// The type of activations, sinks and floating-point windows.
 enum class DType : int { kFloat16 = 0, kBFloat16 = 1 };
 
 }  // namespace sinkexport

@@ -11,7 +11,8 @@ std::string axesProblem(const char* name, const Tensor& tensor, const char* expe
 }
 
 template <WeightType kWeightType>
-class ExpertLinear final : public Operator {
+class ExpertLinear final : public KernelOperator<ExpertLinearParams, expertLinearProblem, launchExpertLinear> {
+  using KernelOperator::params;
   static constexpr bool kIsInt8 = kWeightType == WeightType::kInt8;
   enum Input { kX, kWeight, kScale, kPicks = kIsInt8 ? 3 : 2 };  // kScale: of Int8ExpertLinear
 
@@ -20,10 +21,7 @@ class ExpertLinear final : public Operator {
 
   FieldList fields() override { return {{"num_outputs", &num_outputs_}}; }
 
-  std::string fieldProblem() const override {
-    if (num_outputs_ >= 1) return "";
-    return "field 'num_outputs': received " + std::to_string(num_outputs_) + ", expected >= 1";
-  }
+  std::string fieldProblem() const override { return leastProblem("num_outputs", num_outputs_, 1); }
 
   int numInputs() const override { return kPicks + 1; }
   int numOutputs() const override { return 1; }
@@ -38,34 +36,18 @@ class ExpertLinear final : public Operator {
     return type == (kIsInt8 ? DataType::kFLOAT : before[kX].type);
   }
 
-  std::string problem(const Tensors& inputs) const override {
+ private:
+  std::string misfit(const Tensors& inputs) const override {
     if (inputs[kX].dims.nbDims != 2) return axesProblem("x", inputs[kX], "[R, K]");
     if (inputs[kPicks].dims.nbDims != 1) return axesProblem("picks", inputs[kPicks], "[P]");
     const ExpertLinearParams p = params(inputs);
-    std::string found =
+    const std::string found =
         shapeProblem("weight", inputs[kWeight], {p.num_experts, p.num_outputs, p.num_inputs / (kIsInt8 ? 4 : 1)});
-    if (found.empty() && kIsInt8) found = shapeProblem("scale", inputs[kScale], {p.num_experts, p.num_outputs});
-    if (!found.empty()) return found;
-    const char* refused = expertLinearProblem(p);
-    return refused != nullptr ? refused : "";
+    if (!found.empty() || !kIsInt8) return found;
+    return shapeProblem("scale", inputs[kScale], {p.num_experts, p.num_outputs});
   }
 
-  size_t workspaceBytes(const Tensors&) const override { return 0; }
-
-  cudaError_t enqueue(const Tensors& inputs, const void* const* in, void* const* out, void*,
-                      cudaStream_t stream) const override {
-    ExpertLinearParams p = params(inputs);
-    p.picks = static_cast<const int32_t*>(in[kPicks]);
-    p.x = in[kX];
-    p.weight = in[kWeight];
-    p.scale = kIsInt8 ? static_cast<const float*>(in[kScale]) : nullptr;
-    p.y = out[0];
-    return launchExpertLinear(p, stream);
-  }
-
- private:
-  // With addresses that lie far apart instead of pointers: enough for checks.
-  ExpertLinearParams params(const Tensors& inputs) const {
+  ExpertLinearParams params(const Tensors& inputs, const void* const* in, void* const* out) const override {
     ExpertLinearParams p;
     const auto axis = [&](int input, int i) { return static_cast<int>(inputs[input].dims.d[i]); };
     p.num_experts = inputs[kWeight].dims.nbDims > 0 ? axis(kWeight, 0) : 0;
@@ -75,11 +57,11 @@ class ExpertLinear final : public Operator {
     p.num_outputs = num_outputs_;
     p.dtype = halfType(inputs[kX].type);
     p.weight_type = kWeightType;
-    p.picks = static_cast<const int32_t*>(farApart(0));
-    p.x = farApart(1);
-    p.weight = farApart(2);
-    p.scale = kIsInt8 ? static_cast<const float*>(farApart(3)) : nullptr;
-    p.y = farApart(4);
+    p.picks = static_cast<const int32_t*>(in[kPicks]);
+    p.x = in[kX];
+    p.weight = in[kWeight];
+    p.scale = kIsInt8 ? static_cast<const float*>(in[kScale]) : nullptr;
+    p.y = out[0];
     return p;
   }
 

@@ -29,7 +29,7 @@ std::string readFields(const FieldList& fields, const nvinfer1::PluginFieldColle
 // The same fields as TensorRT wants to see them; they point at the values.
 std::vector<nvinfer1::PluginField> asPluginFields(const FieldList& fields);
 
-// Names and types of fields, without values: what a creator tells. Not to be moved: the collection points inside.
+// Names and types of fields, without values: what a creator reports. Not to be moved: the collection points inside.
 struct FieldNames {
   std::vector<nvinfer1::PluginField> fields;
   nvinfer1::PluginFieldCollection collection;

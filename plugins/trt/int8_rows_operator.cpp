@@ -7,16 +7,15 @@ namespace {
 
 enum Input { kIds, kTable, kScale };
 
-class Int8Rows final : public Operator {
+class Int8Rows final : public KernelOperator<Int8RowsParams, int8RowsProblem, launchInt8Rows> {
+  using KernelOperator::params;
+
  public:
   std::unique_ptr<Operator> clone() const override { return std::make_unique<Int8Rows>(*this); }
 
   FieldList fields() override { return {{"row_length", &row_length_}}; }
 
-  std::string fieldProblem() const override {
-    if (row_length_ >= 1) return "";
-    return "field 'row_length': received " + std::to_string(row_length_) + ", expected >= 1";
-  }
+  std::string fieldProblem() const override { return leastProblem("row_length", row_length_, 1); }
 
   int numInputs() const override { return 3; }
   int numOutputs() const override { return 1; }
@@ -28,39 +27,23 @@ class Int8Rows final : public Operator {
     return type == (index == kScale ? nvinfer1::DataType::kFLOAT : nvinfer1::DataType::kINT32);
   }
 
-  std::string problem(const Tensors& inputs) const override {
-    const Int8RowsParams p = params(inputs);
-    std::string found = shapeProblem("table", inputs[kTable], {p.num_rows, row_length_ / 4});
-    if (found.empty()) found = shapeProblem("scale", inputs[kScale], {p.num_rows});
-    if (!found.empty()) return found;
-    const char* refused = int8RowsProblem(p);
-    return refused != nullptr ? refused : "";
-  }
-
-  size_t workspaceBytes(const Tensors&) const override { return 0; }
-
-  cudaError_t enqueue(const Tensors& inputs, const void* const* in, void* const* out, void*,
-                      cudaStream_t stream) const override {
-    Int8RowsParams p = params(inputs);
-    p.ids = static_cast<const int32_t*>(in[kIds]);
-    p.table = static_cast<const int8_t*>(in[kTable]);
-    p.scale = static_cast<const float*>(in[kScale]);
-    p.out = out[0];
-    return launchInt8Rows(p, stream);
-  }
-
  private:
-  // With placeholders for pointers: enough for checks.
-  Int8RowsParams params(const Tensors& inputs) const {
+  std::string misfit(const Tensors& inputs) const override {
+    const int num_rows = params(inputs).num_rows;
+    const std::string found = shapeProblem("table", inputs[kTable], {num_rows, row_length_ / 4});
+    return found.empty() ? shapeProblem("scale", inputs[kScale], {num_rows}) : found;
+  }
+
+  Int8RowsParams params(const Tensors& inputs, const void* const* in, void* const* out) const override {
     Int8RowsParams p;
     p.num_ids = 1;
     for (int32_t i = 0; i < inputs[kIds].dims.nbDims; ++i) p.num_ids *= static_cast<int>(inputs[kIds].dims.d[i]);
     p.num_rows = inputs[kTable].dims.nbDims > 0 ? static_cast<int>(inputs[kTable].dims.d[0]) : 0;
     p.row_length = row_length_;
-    p.ids = static_cast<const int32_t*>(placeholder());
-    p.table = static_cast<const int8_t*>(placeholder());
-    p.scale = static_cast<const float*>(placeholder());
-    p.out = placeholder();
+    p.ids = static_cast<const int32_t*>(in[kIds]);
+    p.table = static_cast<const int8_t*>(in[kTable]);
+    p.scale = static_cast<const float*>(in[kScale]);
+    p.out = out[0];
     return p;
   }
 

@@ -7,7 +7,8 @@ namespace sinkexport::trt {
 namespace {
 
 template <WeightType kWeightType>
-class Linear final : public Operator {
+class Linear final : public KernelOperator<LinearParams, linearProblem, launchLinear> {
+  using KernelOperator::params;
   static constexpr bool kIsInt8 = kWeightType == WeightType::kInt8;
   enum Input { kX, kWeight, kScale, kBias = kIsInt8 ? 3 : 2 };  // kScale: of Int8Linear
 
@@ -17,8 +18,8 @@ class Linear final : public Operator {
   FieldList fields() override { return {{"num_outputs", &num_outputs_}, {"has_bias", &has_bias_}}; }
 
   std::string fieldProblem() const override {
-    if (num_outputs_ < 1) return "field 'num_outputs': received " + std::to_string(num_outputs_) + ", expected >= 1";
-    return flagProblem("has_bias", has_bias_);
+    const std::string problem = leastProblem("num_outputs", num_outputs_, 1);
+    return problem.empty() ? flagProblem("has_bias", has_bias_) : problem;
   }
 
   int numInputs() const override { return kBias + has_bias_; }
@@ -34,34 +35,19 @@ class Linear final : public Operator {
     return type == before[kX].type;
   }
 
-  std::string problem(const Tensors& inputs) const override {
+  size_t workspaceBytes(const Tensors& inputs) const override { return linearWorkspaceBytes(params(inputs)); }
+
+ private:
+  std::string misfit(const Tensors& inputs) const override {
     if (inputs[kX].dims.nbDims < 1) return "x: received a scalar, expected [.., K]";
     const LinearParams p = params(inputs);
     std::string found = shapeProblem("weight", inputs[kWeight], {p.num_outputs, p.num_inputs / (kIsInt8 ? 4 : 1)});
     if (found.empty() && kIsInt8) found = shapeProblem("scale", inputs[kScale], {p.num_outputs});
     if (found.empty() && has_bias_) found = shapeProblem("bias", inputs[kBias], {p.num_outputs});
-    if (!found.empty()) return found;
-    const char* refused = linearProblem(p);
-    return refused != nullptr ? refused : "";
+    return found;
   }
 
-  size_t workspaceBytes(const Tensors& inputs) const override { return linearWorkspaceBytes(params(inputs)); }
-
-  cudaError_t enqueue(const Tensors& inputs, const void* const* in, void* const* out, void* workspace,
-                      cudaStream_t stream) const override {
-    LinearParams p = params(inputs);
-    p.x = in[kX];
-    p.weight = in[kWeight];
-    p.scale = kIsInt8 ? static_cast<const float*>(in[kScale]) : nullptr;
-    p.bias = has_bias_ ? in[kBias] : nullptr;
-    p.y = out[0];
-    p.constant_weight = true;  // of the engine
-    return launchLinear(p, workspace, stream);
-  }
-
- private:
-  // With addresses that lie far apart instead of pointers: enough for checks and sizes.
-  LinearParams params(const Tensors& inputs) const {
+  LinearParams params(const Tensors& inputs, const void* const* in, void* const* out) const override {
     const nvinfer1::Dims& x = inputs[kX].dims;
     LinearParams p;
     p.num_rows = numRows(x);
@@ -69,11 +55,12 @@ class Linear final : public Operator {
     p.num_outputs = num_outputs_;
     p.dtype = halfType(inputs[kX].type);
     p.weight_type = kWeightType;
-    p.x = farApart(0);
-    p.weight = farApart(1);
-    p.scale = kIsInt8 ? static_cast<const float*>(farApart(2)) : nullptr;
-    p.bias = has_bias_ ? farApart(3) : nullptr;
-    p.y = farApart(4);
+    p.x = in[kX];
+    p.weight = in[kWeight];
+    p.scale = kIsInt8 ? static_cast<const float*>(in[kScale]) : nullptr;
+    p.bias = has_bias_ ? in[kBias] : nullptr;
+    p.y = out[0];
+    p.constant_weight = true;  // of the engine
     return p;
   }
 

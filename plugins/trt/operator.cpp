@@ -4,6 +4,33 @@
 
 namespace sinkexport::trt {
 
+namespace {
+
+constexpr int kMostTensors = 32;  // of inputs, and of outputs
+
+struct FarApart {
+  void* addresses[2 * kMostTensors];
+  FarApart() {
+    for (int i = 0; i < 2 * kMostTensors; ++i)
+      addresses[i] = reinterpret_cast<void*>(static_cast<uintptr_t>(i + 1) << 40);
+  }
+};
+
+void* const* farApart() {
+  static const FarApart all;
+  return all.addresses;
+}
+
+}  // namespace
+
+const void* const* anyInputs() {
+  return farApart();
+}
+
+void* const* anyOutputs() {
+  return farApart() + kMostTensors;
+}
+
 std::unique_ptr<Operator> makeOperator(const OperatorKind& kind, const nvinfer1::PluginFieldCollection* given) {
   std::unique_ptr<Operator> op = kind.make();
   std::string problem = readFields(op->fields(), given);
@@ -58,6 +85,12 @@ int numRows(const nvinfer1::Dims& dims) {
 std::string flagProblem(const char* name, int32_t value) {
   if (value == 0 || value == 1) return "";
   return std::string("field '") + name + "': received " + std::to_string(value) + ", expected 0 or 1";
+}
+
+std::string leastProblem(const char* name, int32_t value, int32_t least) {
+  if (value >= least) return "";
+  return std::string("field '") + name + "': received " + std::to_string(value) +
+         ", expected >= " + std::to_string(least);
 }
 
 bool hasShape(const Tensor& tensor, const std::vector<int64_t>& wanted) {

@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "fields.h"
@@ -51,6 +52,41 @@ class Operator {
   // Asynchronous on `stream`. Outputs that alias an input have its contents already.
   virtual cudaError_t enqueue(const Tensors& inputs, const void* const* in, void* const* out, void* workspace,
                               cudaStream_t stream) const = 0;
+};
+
+// Addresses that lie far apart, for as many inputs and outputs as a node can have: where only checks and sizes are
+// wanted, and nobody reads or writes there.
+const void* const* anyInputs();
+void* const* anyOutputs();
+
+// An operator that is one launch. Its parameters are made in one place, for the launch and for the checks before it.
+// kProblem, kLaunch: of the kernel's header.
+template <typename Params, auto kProblem, auto kLaunch>
+class KernelOperator : public Operator {
+ public:
+  std::string problem(const Tensors& inputs) const final {
+    const std::string found = misfit(inputs);
+    if (!found.empty()) return found;
+    const char* refused = kProblem(params(inputs));
+    return refused != nullptr ? refused : "";
+  }
+
+  size_t workspaceBytes(const Tensors&) const override { return 0; }
+
+  cudaError_t enqueue(const Tensors& inputs, const void* const* in, void* const* out, [[maybe_unused]] void* workspace,
+                      cudaStream_t stream) const final {
+    if constexpr (std::is_invocable_v<decltype(kLaunch), const Params&, void*, cudaStream_t>) {
+      return kLaunch(params(inputs, in, out), workspace, stream);
+    } else {
+      return kLaunch(params(inputs, in, out), stream);
+    }
+  }
+
+ protected:
+  // "", or one line about inputs whose shapes do not fit the fields or each other.
+  virtual std::string misfit(const Tensors& inputs) const = 0;
+  virtual Params params(const Tensors& inputs, const void* const* in, void* const* out) const = 0;
+  Params params(const Tensors& inputs) const { return params(inputs, anyInputs(), anyOutputs()); }
 };
 
 struct OperatorKind {
@@ -114,21 +150,13 @@ inline DType halfType(nvinfer1::DataType type) {
 // Rows of a tensor [.., K] with at least one axis.
 int numRows(const nvinfer1::Dims& dims);
 
-// "", or one line about a field that says yes or no.
+// "", or one line about a field that says yes or no, or is too small.
 std::string flagProblem(const char* name, int32_t value);
+std::string leastProblem(const char* name, int32_t value, int32_t least);
 
 bool hasShape(const Tensor& tensor, const std::vector<int64_t>& wanted);
 // "q: received [1, 2], expected [1, 3]"
 std::string shapeProblem(const char* name, const Tensor& tensor, const std::vector<int64_t>& wanted);
-
-// An address that only says "there is something": for checks on the host.
-inline void* placeholder() {
-  return reinterpret_cast<void*>(uintptr_t{256});
-}
-// The same for some that must not overlap.
-inline void* farApart(int index) {
-  return reinterpret_cast<void*>(static_cast<uintptr_t>(index + 1) << 40);
-}
 
 void logError(const char* name, const std::string& line);
 

@@ -66,7 +66,7 @@ class Plugin final : public IPluginV2DynamicExt {
            supportsType(*op_, position, tensorsOf(descs, position + 1));
   }
 
-  // It cannot fail; what does not fit is told here and again, as an error, when it should run.
+  // It cannot fail; what does not fit is reported here and again, as an error, when it should run.
   void configurePlugin(const DynamicPluginTensorDesc* in, int32_t num_inputs, const DynamicPluginTensorDesc*,
                        int32_t) noexcept override {
     Tensors inputs;

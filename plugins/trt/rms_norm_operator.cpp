@@ -7,7 +7,7 @@ namespace {
 
 enum Input { kX, kWeight, kResidual };
 
-class RmsNorm final : public Operator {
+class RmsNorm final : public KernelOperator<RmsNormParams, rmsNormProblem, launchRmsNorm> {
  public:
   std::unique_ptr<Operator> clone() const override { return std::make_unique<RmsNorm>(*this); }
 
@@ -31,37 +31,24 @@ class RmsNorm final : public Operator {
     return type == before[kX].type;
   }
 
-  std::string problem(const Tensors& inputs) const override {
+ private:
+  std::string misfit(const Tensors& inputs) const override {
     const nvinfer1::Dims& x = inputs[kX].dims;
     if (x.nbDims < 1) return "x: received a scalar, expected [.., K]";
-    std::string found = shapeProblem("weight", inputs[kWeight], {x.d[x.nbDims - 1]});
-    if (found.empty() && has_residual_) found = shapeProblem("residual", inputs[kResidual], {x.d, x.d + x.nbDims});
-    if (!found.empty()) return found;
-    const char* refused = rmsNormProblem(params(inputs));
-    return refused != nullptr ? refused : "";
+    const std::string found = shapeProblem("weight", inputs[kWeight], {x.d[x.nbDims - 1]});
+    if (!found.empty() || !has_residual_) return found;
+    return shapeProblem("residual", inputs[kResidual], {x.d, x.d + x.nbDims});
   }
 
-  size_t workspaceBytes(const Tensors&) const override { return 0; }
-
-  cudaError_t enqueue(const Tensors& inputs, const void* const* in, void* const* out, void*,
-                      cudaStream_t stream) const override {
-    RmsNormParams p = params(inputs);
-    p.x = in[kX], p.weight = in[kWeight], p.y = out[0];
-    if (has_residual_) p.residual = in[kResidual], p.sum = out[1];
-    return launchRmsNorm(p, stream);
-  }
-
- private:
-  // With placeholders for pointers: enough for checks.
-  RmsNormParams params(const Tensors& inputs) const {
+  RmsNormParams params(const Tensors& inputs, const void* const* in, void* const* out) const override {
     RmsNormParams p;
     p.num_rows = numRows(inputs[kX].dims);
     p.row_length = static_cast<int>(inputs[kX].dims.d[inputs[kX].dims.nbDims - 1]);
     p.dtype = halfType(inputs[kX].type);
     p.float_weight = float_weight_ != 0;
     p.epsilon = epsilon_;
-    p.x = p.weight = p.y = placeholder();
-    if (has_residual_) p.residual = p.sum = placeholder();
+    p.x = in[kX], p.weight = in[kWeight], p.y = out[0];
+    if (has_residual_) p.residual = in[kResidual], p.sum = out[1];
     return p;
   }
 

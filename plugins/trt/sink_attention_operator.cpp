@@ -10,7 +10,9 @@ namespace {
 
 enum Input { kQ, kK, kV };
 
-class SinkAttention final : public Operator {
+class SinkAttention final : public KernelOperator<SinkAttentionParams, sinkAttentionProblem, launchSinkAttention> {
+  using KernelOperator::params;
+
  public:
   std::unique_ptr<Operator> clone() const override { return std::make_unique<SinkAttention>(*this); }
 
@@ -38,13 +40,13 @@ class SinkAttention final : public Operator {
         {"interleaved", interleaved_}, {"int8_window", int8_window_},       {"has_num_valid", has_num_valid_},
         {"has_alibi", has_alibi_},     {"has_sink_logit", has_sink_logit_}, {"has_sink_scale", has_sink_scale_},
         {"has_gate", has_gate_}};
+    std::string found;
     for (const auto& flag : flags) {
-      if (flag.value != 0 && flag.value != 1) {
-        return std::string("field '") + flag.name + "': received " + std::to_string(flag.value) + ", expected 0 or 1";
-      }
+      if (found.empty()) found = flagProblem(flag.name, flag.value);
     }
-    if (packed_width_ < 0) return "field 'packed_width': received " + std::to_string(packed_width_) + ", expected >= 0";
-    if (num_sinks_ < 0) return "field 'num_sinks': received " + std::to_string(num_sinks_) + ", expected >= 0";
+    if (found.empty()) found = leastProblem("packed_width", packed_width_, 0);
+    if (found.empty()) found = leastProblem("num_sinks", num_sinks_, 0);
+    if (!found.empty()) return found;
     if (rotary_dim_ < 0 || rotary_dim_ % 2 != 0) {
       return "field 'rotary_dim': received " + std::to_string(rotary_dim_) + ", expected an even number >= 0";
     }
@@ -72,7 +74,10 @@ class SinkAttention final : public Operator {
     return type == before[kQ].type;
   }
 
-  std::string problem(const Tensors& inputs) const override {
+  size_t workspaceBytes(const Tensors& inputs) const override { return sinkAttentionWorkspaceBytes(params(inputs)); }
+
+ private:
+  std::string misfit(const Tensors& inputs) const override {
     if (inputs[kQ].dims.nbDims != (packed_width_ > 0 ? 3 : 4) || inputs[windowAt()].dims.nbDims != 4) {
       return "q, window_k: received other ranks, expected [B, heads, tokens, D] or, of q, [B, 1, N]";
     }
@@ -110,16 +115,25 @@ class SinkAttention final : public Operator {
     if (has_sink_logit_) check("sink_logit", sinkLogitAt(), {p.num_q_heads});
     if (has_sink_scale_) check("sink_scale", sinkScaleAt(), {p.num_q_heads});
     if (has_gate_) check("gate", gateAt(), {p.batch, p.num_q_heads, p.num_tokens, p.gate_dim});
-    if (!found.empty()) return found;
-    const char* refused = sinkAttentionProblem(p);
-    return refused != nullptr ? refused : "";
+    return found;
   }
 
-  size_t workspaceBytes(const Tensors& inputs) const override { return sinkAttentionWorkspaceBytes(params(inputs)); }
+  // Where an optional input is, or would be. Flags are 0 or 1.
+  int positionAt() const { return packed_width_ > 0 ? 1 : 3; }
+  int windowAt() const { return positionAt() + 1; }
+  int scalesAt() const { return windowAt() + 2; }
+  int sinksAt() const { return scalesAt() + 2 * int8_window_; }
+  int frequencyAt() const { return sinksAt() + (num_sinks_ > 0 ? 2 : 0); }
+  int numValidAt() const { return frequencyAt() + (rotary_dim_ > 0 ? 1 : 0); }
+  int alibiAt() const { return numValidAt() + has_num_valid_; }
+  int sinkLogitAt() const { return alibiAt() + has_alibi_; }
+  int sinkScaleAt() const { return sinkLogitAt() + has_sink_logit_; }
+  int gateAt() const { return sinkScaleAt() + has_sink_scale_; }
+  int numStates() const { return frequencyAt() - windowAt(); }
 
-  cudaError_t enqueue(const Tensors& inputs, const void* const* in, void* const* out, void* workspace,
-                      cudaStream_t stream) const override {
-    SinkAttentionParams p = params(inputs);
+  SinkAttentionParams params(const Tensors& inputs, const void* const* in, void* const* out) const override {
+    SinkAttentionParams p;
+    setShapes(p, inputs);
     p.q = in[kQ];
     if (packed_width_ > 0) {
       constexpr size_t kHalfBytes = 2;
@@ -139,26 +153,15 @@ class SinkAttention final : public Operator {
     if (has_sink_logit_) p.sink_logit = static_cast<const float*>(in[sinkLogitAt()]);
     if (has_sink_scale_) p.sink_scale = static_cast<const float*>(in[sinkScaleAt()]);
     if (has_gate_) p.gate = in[gateAt()];
-    return launchSinkAttention(p, workspace, stream);
+    p.rope_scaling = rope_scaling_;
+    p.rotary_dim = rotary_dim_;
+    p.interleaved = interleaved_ != 0;
+    p.scale = scale_;
+    p.softcap = softcap_;
+    return p;
   }
 
- private:
-  // Where an optional input is, or would be. Flags are 0 or 1.
-  int positionAt() const { return packed_width_ > 0 ? 1 : 3; }
-  int windowAt() const { return positionAt() + 1; }
-  int scalesAt() const { return windowAt() + 2; }
-  int sinksAt() const { return scalesAt() + 2 * int8_window_; }
-  int frequencyAt() const { return sinksAt() + (num_sinks_ > 0 ? 2 : 0); }
-  int numValidAt() const { return frequencyAt() + (rotary_dim_ > 0 ? 1 : 0); }
-  int alibiAt() const { return numValidAt() + has_num_valid_; }
-  int sinkLogitAt() const { return alibiAt() + has_alibi_; }
-  int sinkScaleAt() const { return sinkLogitAt() + has_sink_logit_; }
-  int gateAt() const { return sinkScaleAt() + has_sink_scale_; }
-  int numStates() const { return frequencyAt() - windowAt(); }
-
-  // With placeholders for pointers: enough for checks and sizes.
-  SinkAttentionParams params(const Tensors& inputs) const {
-    SinkAttentionParams p;
+  void setShapes(SinkAttentionParams& p, const Tensors& inputs) const {
     const nvinfer1::Dims &q = inputs[kQ].dims, &window = inputs[windowAt()].dims;  // [B, Hkv, W, D]
     p.batch = static_cast<int>(q.d[0]);
     p.num_kv_heads = static_cast<int>(window.d[1]);
@@ -175,26 +178,10 @@ class SinkAttention final : public Operator {
     p.num_sinks = num_sinks_;
     p.dtype = halfType(inputs[kQ].type);
     p.int8_window = int8_window_ != 0;
-    p.q = p.k = p.v = p.out = p.window_k = p.window_v = placeholder();
-    p.position = static_cast<const int32_t*>(placeholder());
-    if (has_num_valid_) p.num_valid = static_cast<const int32_t*>(placeholder());
-    if (p.int8_window) p.window_k_scale = p.window_v_scale = placeholder();
-    if (num_sinks_ > 0) p.sink_k = p.sink_v = placeholder();
-    if (rotary_dim_ > 0) p.frequency = static_cast<const uint32_t*>(placeholder());
-    if (has_alibi_) p.alibi_slopes = static_cast<const float*>(placeholder());
-    if (has_sink_logit_) p.sink_logit = static_cast<const float*>(placeholder());
-    if (has_sink_scale_) p.sink_scale = static_cast<const float*>(placeholder());
     if (has_gate_) {
       const nvinfer1::Dims& gate = inputs[gateAt()].dims;
-      p.gate = placeholder();
       p.gate_dim = gate.nbDims > 0 ? static_cast<int>(gate.d[gate.nbDims - 1]) : 0;
     }
-    p.rope_scaling = rope_scaling_;
-    p.rotary_dim = rotary_dim_;
-    p.interleaved = interleaved_ != 0;
-    p.scale = scale_;
-    p.softcap = softcap_;
-    return p;
   }
 
   float scale_ = 0.0f, softcap_ = 0.0f, rope_scaling_ = 1.0f;

@@ -1,8 +1,8 @@
 """Files that replace others whole or not at all, and the leftovers of killed runs.
 
-A new file is written under ``.NAME.xxxxxxxx.partial`` in the folder of NAME, locked for as long as its process lives,
-and renamed once it has reached the disk. So a leftover whose lock is free belongs to a run that was killed, and the
-next one to write NAME removes it. Twin of `Replacement` in runtime/cpp/src/text/replacement.cpp.
+A new file is written under ``.NAME.xxxxxxxx.partial`` in the folder of NAME. It is locked for as long as its process
+lives, and renamed once it has reached the disk. So a leftover whose lock is free belongs to a killed run, and the next
+one to write NAME removes it. Twin of `Replacement` in runtime/cpp/src/text/replacement.cpp.
 """
 
 from __future__ import annotations

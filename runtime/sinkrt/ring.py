@@ -3,7 +3,7 @@
 Pure integers and the standard library only, so that runtime/cpp/include/sinkrt/ring.h can be its literal twin.
 Both replay ``tests/golden/ring.json``.
 
-A cache of capacity C = S + W holds, at position t (the 0-based index of the newest token), the first S tokens of
+Position t is the 0-based index of the newest token. A cache of capacity C = S + W then holds the first S tokens of
 the stream (the sinks) and the last W tokens of index >= S, the newest included (StreamingLLM, arXiv:2309.17453).
 Sinks and window are separate tensors; a window token u lies in slot ``(u - S) mod W`` of the ring.
 """

@@ -5,8 +5,8 @@
     while True:
         logits = session.step(pick(logits))
 
-All buffers are allocated by `load`; from token to token nothing grows. After `num_sink_tokens + window_size` tokens
-the cache holds the first S and the last W of them, exactly as if each had been fed one by one (they are).
+All buffers are allocated by `load`; from token to token nothing grows. Once S + W tokens are fed, the cache holds the
+first S and the last W of them (`num_sink_tokens`, `window_size`), exactly as if each had been fed one by one.
 
 Twin of runtime/cpp/include/sinkrt/session.h. Here `StreamTable` keeps the books of the streams, `GraphRunner` runs
 the graphs, and `generate` makes text.
@@ -293,8 +293,8 @@ class Session:
         the piece that it completes is yielded. The stream goes on: a later call continues it. The token that ends
         a text is not fed.
 
-        Raises: UsageError if the prompt is empty or an option is out of range, before any token is fed, and if B
-        is not 1 or the bundle has no tokenizer; StateError, BackendError.
+        Raises: UsageError, before any token is fed, if the prompt is empty, an option is out of range, B is not 1 or
+        the bundle has no tokenizer; StateError, BackendError.
         """
         check_batch(self.batch)
         params = AnswerParams(max_tokens, (stop,) if isinstance(stop, str) else tuple(stop), ignore_eos)

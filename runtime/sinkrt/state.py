@@ -1,10 +1,14 @@
 """Save and load a session's stream as safetensors.
 
-A file holds every state tensor by its input name, `position` (int64 [B], tokens taken), `recent_ids` (int64 [B, C],
-the ids of the last C tokens, that of token t at t mod C, -1 where there is none: sampling looks back at them) and
-`logits` (float32 [B, vocab], of the token that comes next: an answer can go on where it was cut short). Its metadata
-name the format, its version and the bundle's fingerprint, so that a stream can never be continued with other weights
-or another cache geometry. Twin of runtime/cpp/include/sinkrt/state.h.
+A file holds every state tensor by its input name, and besides:
+
+- `position`, int64 [B]: tokens taken.
+- `recent_ids`, int64 [B, C]: ids of the last C tokens, that of token t at t mod C, -1 where there is none. Sampling
+  looks back at them.
+- `logits`, float32 [B, vocab]: of the token that comes next. An answer can go on where it was cut short.
+
+Its metadata name the format, its version and the bundle's fingerprint. So a stream is never continued with other
+weights or another cache geometry. Twin of runtime/cpp/include/sinkrt/state.h.
 """
 
 from __future__ import annotations

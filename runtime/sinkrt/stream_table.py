@@ -56,7 +56,7 @@ class StreamTable:
                     fix="use a stream of this bundle",
                 )
             )
-        if not damaged and (broken := self._damaged.intersection(chosen.tolist())):
+        if self._damaged and not damaged and (broken := self._damaged.intersection(chosen.tolist())):
             raise StateError(
                 problem(
                     f"stream {min(broken)}",
@@ -100,7 +100,8 @@ class StreamTable:
 
     def release(self, streams: npt.NDArray[np.int64]) -> None:
         """Take the marks back: the streams are whole."""
-        self._damaged.difference_update(streams.tolist())
+        if self._damaged:
+            self._damaged.difference_update(streams.tolist())
 
     # --- tokens taken ---
 

@@ -87,3 +87,34 @@ def test_merged_buckets_keep_the_spikes(benchmarks: None) -> None:
     assert len(found["end"]) <= plot_endless.MAX_POINTS
     assert found["end"][-1] == count * 256 and found["max_ms"].max() == 99
     assert (np.diff(found["end"]) > 0).all()
+
+
+def test_a_float32_copy_of_a_gguf_file(benchmarks: None, tmp_path: Path) -> None:
+    """The same metadata, tensors in the same order, and each value as gguf-py dequantises it; made once."""
+    import gguf
+    from peers import float32_gguf
+
+    values = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    rounded = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_uint32("llama.block_count", 3)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "é"])
+    writer.add_tensor("a", rounded, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("b", values[0])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    copy = float32_gguf(tmp_path / "tiny.gguf", tmp_path)
+    reader = gguf.GGUFReader(copy)
+    assert [(tensor.name, tensor.tensor_type.name) for tensor in reader.tensors] == [("a", "F32"), ("b", "F32")]
+    wanted = gguf.quants.dequantize(rounded, gguf.GGMLQuantizationType.Q8_0)
+    np.testing.assert_array_equal(reader.tensors[0].data.reshape(4, 64), wanted)
+    np.testing.assert_array_equal(reader.tensors[1].data, values[0])
+    assert reader.fields["llama.block_count"].contents() == 3
+    assert reader.fields["tokenizer.ggml.tokens"].contents() == ["a", "é"]
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.ALL_F32
+    changed = copy.stat().st_mtime_ns
+    assert float32_gguf(tmp_path / "tiny.gguf", tmp_path).stat().st_mtime_ns == changed

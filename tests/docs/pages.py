@@ -8,7 +8,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "recipes/*.md", "plugins/*.md", "runtime/cpp/*.md")
+    for pattern in (
+        "*.md",
+        "docs/*.md",
+        "benchmarks/*.md",
+        "recipes/*.md",
+        "plugins/*.md",
+        "runtime/cpp/*.md",
+        "exporter/sinkexport/graph/*.md",
+    )
     for path in ROOT.glob(pattern)
 )
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]

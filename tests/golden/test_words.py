@@ -10,17 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DONE = (
-    "exporter/sinkexport/cli.py",
-    "exporter/sinkexport/analysis",
-    "exporter/sinkexport/bench",
-    "exporter/sinkexport/commands",
-    "exporter/sinkexport/evaluation",
-    "exporter/sinkexport/serve",
-    "exporter/sinkexport/tensorrt",
-    "exporter/sinkexport/util",
-)
-"""Files and folders that are held to the words. All of exporter/ and runtime/sinkrt belongs here in the end."""
+DONE = ("exporter/sinkexport",)
+"""Files and folders that are held to the words. runtime/sinkrt belongs here in the end."""
 
 LATER = ("exporter/sinkexport/bench/step_bytes.py",)
 """Files that wait for a change elsewhere."""
@@ -32,7 +23,7 @@ WORDS = {
     r"same favourite": "top-1 agreement",
     r"mixtures? of experts": "MoE",
     r"of which": "a sentence of its own",
-    r"budgets?": "per-head window",
+    r"budgets?(?!:)": "per-head window",  # ExportConfig documents its argument `budgets`
     r"own windows?": "sliding window",
 }
 """Pattern -> what to write instead."""

@@ -9,20 +9,26 @@ GUARD = 256  # bytes before and after every buffer
 
 
 class Buffer:
-    """A tensor between two guards of 0xff bytes: NaN as halves and floats, so that reading them shows."""
+    """A tensor between two guards, all bytes 0xff: NaN as halves and floats, so that reading them shows."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        size = int(np.prod(shape)) * dtype.itemsize
-        self.whole = torch.full((2 * GUARD + (size + 15) // 16 * 16,), 0xFF, dtype=torch.uint8, device="cuda")
-        self.tensor = self.whole[GUARD : GUARD + size].view(dtype).view(shape)
-        self.size = size
+    def __init__(self, *shape: int, dtype: torch.dtype) -> None:
+        size = dtype.itemsize * torch.Size(shape).numel()
+        self._whole = torch.full((2 * GUARD + -(-size // 16) * 16,), 0xFF, dtype=torch.uint8, device="cuda")
+        self._size = size
+        self.tensor = self._whole[GUARD : GUARD + size].view(dtype).view(shape)
 
     @property
     def address(self) -> int:
         return self.tensor.data_ptr()
 
-    def untouched_outside(self) -> bool:
-        return bool((self.whole[:GUARD] == 0xFF).all() and (self.whole[GUARD + self.size :] == 0xFF).all())
+    def poison(self) -> None:
+        self._whole.fill_(0xFF)
+
+    def bits(self) -> torch.Tensor:
+        return self._whole[GUARD : GUARD + self._size].clone()
+
+    def is_untouched_outside(self) -> bool:
+        return bool((self._whole[:GUARD] == 0xFF).all() and (self._whole[GUARD + self._size :] == 0xFF).all())
 
 
 def error(y: torch.Tensor, expected: np.ndarray) -> float:

@@ -1,12 +1,11 @@
-"""The C interfaces of products by constant matrices, built with nvcc for the tests."""
+"""The C interfaces of matmuls by constant matrices, built with nvcc for the tests."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TypeVar
 
-from plugins.capi.expert_linear import ExpertLinear
-from plugins.capi.linear import Linear
+from plugins.capi.kernels import ExpertLinear, Linear
 from tests.plugins.compiler import CAPI, KERNELS, compile_sources, link
 
 Interface = TypeVar("Interface", Linear, ExpertLinear)

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from plugins.capi.gated_activation import ACTIVATIONS, GatedActivationParams
-from plugins.capi.linear import DTYPES
-from plugins.capi.rms_norm import RmsNormParams
+from plugins.capi.header import ACTIVATIONS, DTYPES
+from plugins.capi.kernels import GatedActivationParams, RmsNormParams
 from tests.plugins.norm_and_gate_library import NormAndGate
 from tests.reference.layers import gated_activation, rms_norm
 
@@ -19,7 +18,7 @@ HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Largest relative error of one rounding."""
 TINIEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133}
 FLOAT32 = 1e-6
-"""Of float32 arithmetic, in whatever order."""
+"""Relative error of float32 arithmetic, in whatever order."""
 
 Place = Callable[[torch.Tensor], torch.Tensor]
 """Brings a tensor to where the kernels see it."""

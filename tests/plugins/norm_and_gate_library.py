@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from plugins.capi.gated_activation import GatedActivation
-from plugins.capi.rms_norm import RmsNorm
+from plugins.capi.kernels import GatedActivation, RmsNorm
 from tests.plugins.compiler import CAPI, INCLUDES, KERNELS, ROOT, WARNINGS, compile_sources, link, run_nvcc
 
 NAMES = ("rms_norm", "gated_activation")

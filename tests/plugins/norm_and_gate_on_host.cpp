@@ -1,6 +1,7 @@
 // The kernels of norms and gates on the host, behind the C interface that capi/ has: pointers are the host's.
 #include "block_on_host.h"
 
+#include "../capi/interface.h"
 #include "gated_activation.cuh"
 #include "rms_norm.cuh"
 
@@ -28,29 +29,23 @@ void runGate(const GatedActivationParams& p) {
   on_host::run(kernelOf<Half>(p.activation), {static_cast<unsigned>(p.num_rows), blocksOf(p)}, {kThreads, 1}, p);
 }
 
+const char* noProblem(const RmsNormParams&) {
+  return nullptr;
+}
+const char* noProblem(const GatedActivationParams&) {
+  return nullptr;
+}
+
+int launchNorm(const RmsNormParams& p, cudaStream_t) {
+  p.dtype == DType::kFloat16 ? runNorm<__half>(p) : runNorm<__nv_bfloat16>(p);
+  return 0;
+}
+int launchGate(const GatedActivationParams& p, cudaStream_t) {
+  p.dtype == DType::kFloat16 ? runGate<__half>(p) : runGate<__nv_bfloat16>(p);
+  return 0;
+}
+
 }  // namespace
 
-extern "C" {
-
-size_t sinkexport_rms_norm_params_bytes() {
-  return sizeof(RmsNormParams);
-}
-const char* sinkexport_rms_norm_problem(const RmsNormParams*) {
-  return nullptr;
-}
-int sinkexport_rms_norm(const RmsNormParams* p, void*) {
-  p->dtype == DType::kFloat16 ? runNorm<__half>(*p) : runNorm<__nv_bfloat16>(*p);
-  return 0;
-}
-
-size_t sinkexport_gated_activation_params_bytes() {
-  return sizeof(GatedActivationParams);
-}
-const char* sinkexport_gated_activation_problem(const GatedActivationParams*) {
-  return nullptr;
-}
-int sinkexport_gated_activation(const GatedActivationParams* p, void*) {
-  p->dtype == DType::kFloat16 ? runGate<__half>(*p) : runGate<__nv_bfloat16>(*p);
-  return 0;
-}
-}
+SINKEXPORT_KERNEL(rms_norm, RmsNormParams, noProblem, launchNorm)
+SINKEXPORT_KERNEL(gated_activation, GatedActivationParams, noProblem, launchGate)

@@ -14,7 +14,7 @@ from sinkrt.ring import TURN
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a launch is told besides tensors. dtype: of q, k, v. kv: ``fp | int8``.
+    """What a launch receives besides tensors. dtype: of q, k, v. kv: ``fp | int8``.
 
     rotation: ``none``, ``caller`` (q and k come rotated, queries are turned back by given cos and sin) or ``kernel``.
     gate_dim: 0 (no gate), 1 or head_dim.

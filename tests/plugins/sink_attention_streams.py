@@ -6,29 +6,10 @@ import dataclasses
 
 import torch
 
-from plugins.capi.sink_attention import DTYPES, SinkAttention, SinkAttentionParams, StreamAnglesParams
+from plugins.capi.header import DTYPES
+from plugins.capi.kernels import SinkAttention, SinkAttentionParams, StreamAngles, StreamAnglesParams
+from tests.plugins.gpu_buffers import Buffer
 from tests.plugins.sink_attention_reference import Case, Tokens
-
-GUARD = 256  # bytes before and after every buffer
-
-
-class Buffer:
-    """A CUDA tensor between two guards, all bytes 0xff: NaN as halves and floats, so that reading them shows."""
-
-    def __init__(self, *shape: int, dtype: torch.dtype) -> None:
-        size = dtype.itemsize * torch.Size(shape).numel()
-        self._whole = torch.full((2 * GUARD + -(-size // 16) * 16,), 0xFF, dtype=torch.uint8, device="cuda")
-        self._size = size
-        self.tensor = self._whole[GUARD : GUARD + size].view(dtype).view(shape)
-
-    def poison(self) -> None:
-        self._whole.fill_(0xFF)
-
-    def bits(self) -> torch.Tensor:
-        return self._whole[GUARD : GUARD + self._size].clone()
-
-    def is_untouched_outside(self) -> bool:
-        return bool((self._whole[:GUARD] == 0xFF).all() and (self._whole[GUARD + self._size :] == 0xFF).all())
 
 
 @dataclasses.dataclass
@@ -142,7 +123,7 @@ class Streams:
                 cos=self.inputs["shift_cos"].tensor.data_ptr(),
                 sin=self.inputs["shift_sin"].tensor.data_ptr(),
             )
-            assert self.library.launch_angles(angles, stream) == 0
+            assert StreamAngles(self.library.path).launch(angles, stream) == 0
         assert self.library.launch(self.params, self.workspace.tensor.data_ptr(), stream) == 0
 
     def run(self, starts: list[int], num_valid: list[int]) -> torch.Tensor:

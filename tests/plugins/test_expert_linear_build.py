@@ -1,11 +1,11 @@
-"""The products by chosen matrices compile, and what they check on the host they check on any machine."""
+"""The matmuls by chosen matrices compile, and what they check on the host they check on any machine."""
 
 from __future__ import annotations
 
 import pytest
 
-from plugins.capi.expert_linear import ExpertLinear, ExpertLinearParams
-from plugins.capi.linear import DTYPES, WEIGHT_TYPES
+from plugins.capi.header import DTYPES, WEIGHT_TYPES
+from plugins.capi.kernels import ExpertLinear, ExpertLinearParams
 from tests.plugins.compiler import needs_nvcc
 from tests.plugins.linear_library import build
 from tests.plugins.refusals import assert_refused

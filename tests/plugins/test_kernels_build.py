@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from plugins.capi.sink_attention import DTYPES, SinkAttention, SinkAttentionParams
+from plugins.capi.header import DTYPES
+from plugins.capi.kernels import SinkAttention, SinkAttentionParams, StreamAngles, StreamAnglesParams
 from tests.golden import make_ring
 from tests.plugins.compiler import ROOT, needs_nvcc
 from tests.plugins.refusals import INVALID_VALUE, assert_refused
@@ -130,15 +131,39 @@ def test_workspace_holds_what_any_pointers_need(library):
     assert library.launch(step, (1 << 40) + 8) == INVALID_VALUE
 
 
+ANGLES = {"batch": 2, "num_tokens": 3, "num_frequencies": 8} | {
+    name: (i + 1) << 30 for i, name in enumerate(("position", "frequency", "cos", "sin"))
+}
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_tokens": 0}, "batch, num_tokens, num_frequencies: received 2, 0, 8, expected at least 1 of each"),
+        ({"num_tokens": 1 << 28}, "batch * num_tokens * num_frequencies: expected below 2^31"),
+        ({"behind": -1}, "behind: received -1, expected >= 0"),
+        ({"cos": 0}, "cos: received null, expected a device pointer"),
+    ],
+    ids=str,
+)
+def test_angles_that_are_refused_and_why(library, changes, expected):
+    angles = StreamAngles(library.path)
+    assert angles.problem(StreamAnglesParams(**ANGLES)) is None
+    assert_refused(angles, StreamAnglesParams(**ANGLES | changes), expected)
+
+
 @needs_nvcc
 @pytest.mark.slow
-def test_a_struct_of_another_size_is_refused(library, monkeypatch):
+def test_a_struct_of_another_size_is_refused(library):
     class Longer(ctypes.Structure):
         _fields_ = (*SinkAttentionParams._fields_, ("more", ctypes.c_void_p))
 
-    monkeypatch.setattr("plugins.capi.sink_attention.SinkAttentionParams", Longer)
+    class Newer(SinkAttention):
+        PARAMS = Longer
+
     with pytest.raises(ValueError, match=r"received a library whose struct has \d+ bytes, expected \d+; build it"):
-        SinkAttention(Path(library._library._name))
+        Newer(library.path)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from plugins.capi.linear import DTYPES, WEIGHT_TYPES, Linear, LinearParams
+from plugins.capi.header import DTYPES, WEIGHT_TYPES
+from plugins.capi.kernels import Linear, LinearParams
 from tests.plugins.compiler import needs_nvcc
 from tests.plugins.linear_library import build
 from tests.plugins.refusals import INVALID_VALUE, assert_refused

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from plugins.capi.gated_activation import GatedActivationParams
-from plugins.capi.linear import DTYPES
-from plugins.capi.rms_norm import RmsNormParams
+from plugins.capi.header import DTYPES
+from plugins.capi.kernels import GatedActivationParams, RmsNormParams
 from tests.plugins.compiler import needs_nvcc
 from tests.plugins.norm_and_gate_cases import GATE_CASES, NORM_CASES, GateCase, NormCase
 from tests.plugins.norm_and_gate_library import NormAndGate, build, build_on_host

@@ -6,27 +6,16 @@ compiled for this machine's GPU.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 
-from plugins.capi.gated_activation import GatedActivationParams
-from plugins.capi.linear import DTYPES
-from plugins.capi.rms_norm import RmsNormParams
-from tests.plugins.compiler import NVCC
+from plugins.capi.header import DTYPES
+from plugins.capi.kernels import GatedActivationParams, RmsNormParams
+from tests.plugins.gpu_tests import library_for_gpu, needs_gpu
 from tests.plugins.norm_and_gate_cases import GATE_CASES, NORM_CASES, GateCase, NormCase
 from tests.plugins.norm_and_gate_library import NormAndGate, build
 
-# No CI machine has a GPU: this is run by hand, and plugins/README.md keeps what it said.
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch sees none"),
-    pytest.mark.skipif(
-        NVCC is None and "SINKEXPORT_NORM_AND_GATE" not in os.environ,
-        reason="needs CUDA's compiler (no nvcc on the PATH) or SINKEXPORT_NORM_AND_GATE",
-    ),
-]
+pytestmark = needs_gpu("SINKEXPORT_NORM_AND_GATE")
 
 MANY_ROWS = [NormCase(70_001, 64), NormCase(300, 4096, float_weight=True), NormCase(64, 8192, "bfloat16")]
 LARGE_GATES = [GateCase(64, 14336), GateCase(1, 14336, "gelu_tanh"), GateCase(70_001, 8, merged=False)]
@@ -34,9 +23,9 @@ LARGE_GATES = [GateCase(64, 14336), GateCase(1, 14336, "gelu_tanh"), GateCase(70
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> NormAndGate:
-    if path := os.environ.get("SINKEXPORT_NORM_AND_GATE"):
-        return NormAndGate.of(Path(path))
-    return build(tmp_path_factory.mktemp("norm_and_gate"), "native")
+    return library_for_gpu(
+        "SINKEXPORT_NORM_AND_GATE", NormAndGate.of, lambda: build(tmp_path_factory.mktemp("norm_and_gate"), "native")
+    )
 
 
 def current_stream() -> int:

@@ -6,26 +6,18 @@ SINKEXPORT_SINK_ATTENTION: a library that holds capi/sink_attention.cpp; without
 from __future__ import annotations
 
 import itertools
-import os
-from pathlib import Path
 
 import pytest
 import torch
 
-from plugins.capi.sink_attention import SinkAttention, StreamAnglesParams
-from tests.plugins.compiler import NVCC
+from plugins.capi.kernels import SinkAttention, StreamAngles, StreamAnglesParams
+from tests.plugins.gpu_buffers import Buffer
+from tests.plugins.gpu_tests import library_for_gpu, needs_gpu
 from tests.plugins.sink_attention_library import build
 from tests.plugins.sink_attention_reference import Case, Tokens, angles, attention, stored_rows
-from tests.plugins.sink_attention_streams import Buffer, Streams, expected_states
+from tests.plugins.sink_attention_streams import Streams, expected_states
 
-# No CI machine has a GPU: this is run by hand, and plugins/README.md keeps what it said.
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: PyTorch sees none"),
-    pytest.mark.skipif(
-        NVCC is None and "SINKEXPORT_SINK_ATTENTION" not in os.environ,
-        reason="needs CUDA's compiler (no nvcc on the PATH) or SINKEXPORT_SINK_ATTENTION",
-    ),
-]
+pytestmark = needs_gpu("SINKEXPORT_SINK_ATTENTION")
 
 FAR = (0, 2**33 + 12345, 10**6, 2**46)  # how far beyond its usual position a stream's first token after the sinks is
 HEADS = ((4, 4), (6, 2), (8, 2), (7, 1), (16, 2), (12, 1), (71, 1))
@@ -67,12 +59,9 @@ def all_cases() -> list[Case]:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> SinkAttention:
-    torch.manual_seed(int.from_bytes(os.urandom(4)))
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    if path := os.environ.get("SINKEXPORT_SINK_ATTENTION"):
-        return SinkAttention(Path(path))
-    return build(tmp_path_factory.mktemp("sink_attention"), "native")
+    return library_for_gpu(
+        "SINKEXPORT_SINK_ATTENTION", SinkAttention, lambda: build(tmp_path_factory.mktemp("sink_attention"), "native")
+    )
 
 
 def positions(case: Case, count: int) -> torch.Tensor:
@@ -136,7 +125,7 @@ def check_outputs(case: Case, tokens: Tokens, got: torch.Tensor, record_property
         if name == "all":
             record_property(f"{label}_ours", ours)
             record_property(f"{label}_pytorch", baseline)
-        # Of a few tokens PyTorch's may be nearly exact by luck: no error is asked to be below that of rounding.
+        # PyTorch's error of a few tokens may be nearly none by luck: none is asked to be below that of rounding.
         assert ours <= 2 * max(baseline, rounding), (label, name, ours, baseline, rounding)
 
 
@@ -300,7 +289,7 @@ def test_stream_angles(library, behind):
         turns.tensor.data_ptr(),
         *(one.tensor.data_ptr() for one in results),
     )
-    assert library.launch_angles(params, torch.cuda.current_stream().cuda_stream) == 0
+    assert StreamAngles(library.path).launch(params, torch.cuda.current_stream().cuda_stream) == 0
     angle = angles((starts[:, None] + torch.arange(num_tokens) - behind).clamp(min=0), frequency)
     for got, want in zip(results, (angle.cos(), angle.sin()), strict=True):
         assert (got.tensor.double().cpu() - want).abs().max() < 3e-7
@@ -308,4 +297,4 @@ def test_stream_angles(library, behind):
 
 
 def test_angles_are_refused_without_pointers(library):
-    assert library.launch_angles(StreamAnglesParams(1, 1, 8, 0)) == 1
+    assert StreamAngles(library.path).launch(StreamAnglesParams(1, 1, 8, 0)) == 1

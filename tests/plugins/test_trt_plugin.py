@@ -1,4 +1,4 @@
-"""The plugin library: it compiles without a warning, exports what it should, and tells bad fields by their name."""
+"""The plugin library: it compiles without a warning, exports what it should, and reports bad fields by their name."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def ask(plugin: Path, name: str, fields: dict[str, str], *more: str) -> tuple[st
     return done.stdout.strip(), done.stderr.strip()
 
 
-def test_it_tells_its_abi_and_its_tensorrt(plugin_library: Path) -> None:
+def test_it_reports_its_abi_and_its_tensorrt(plugin_library: Path) -> None:
     library = ctypes.CDLL(str(plugin_library))
     library.sinkexport_plugin_abi.restype = ctypes.c_char_p
     assert library.sinkexport_plugin_abi().decode() == PLUGIN_ABI
@@ -99,7 +99,7 @@ def test_good_fields(plugin_library: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "more", "told"),
+    ("name", "changes", "more", "reported"),
     [
         ("SinkAttention", {"softcap": None}, (), "field 'softcap': missing"),
         ("SinkAttention", {}, ("colour:i:1",), "field 'colour': unknown, expected scale, softcap"),
@@ -128,9 +128,9 @@ def test_good_fields(plugin_library: Path, name: str) -> None:
         ("GatedActivation", {"is_merged": "i:3"}, (), "field 'is_merged': received 3, expected 0 or 1"),
     ],
 )
-def test_bad_fields(plugin_library: Path, name: str, changes: dict, more: tuple[str, ...], told: str) -> None:
+def test_bad_fields(plugin_library: Path, name: str, changes: dict, more: tuple[str, ...], reported: str) -> None:
     fields = {key: value for key, value in {**GOOD[name], **changes}.items() if value is not None}
     answer, printed = ask(plugin_library, name, fields, *more)
     assert answer == "none"
-    assert printed.startswith(f"{name} plugin: {told}")
+    assert printed.startswith(f"{name} plugin: {reported}")
     assert "\n" not in printed

@@ -30,7 +30,7 @@ from sinkexport.util.files import first_problem
 FILE_SCHEMA_VERSION: Literal[1] = 1
 FORMAT: Literal["sinkexport calibration"] = "sinkexport calibration"
 FINGERPRINT_VALUES = 4096
-"""Of each weight, at most: enough to tell two trainings of one architecture apart."""
+"""Values of each weight, at most: enough to distinguish two trainings of one architecture."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -40,7 +40,7 @@ class _Spec(pydantic.BaseModel):
 
 
 class Span(_Spec):
-    """Of absolute values. highest: the largest that was seen; range: what INT8 is to express."""
+    """Absolute values. highest: the largest that was seen; range: what INT8 is to express."""
 
     highest: float = pydantic.Field(ge=0.0, allow_inf_nan=False)
     range: float = pydantic.Field(ge=0.0, allow_inf_nan=False)
@@ -136,7 +136,7 @@ class CalibrationFile(_Spec):
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of the file (hex)."""
+        """SHA-256 of the file (hex)."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @functools.cached_property
@@ -254,7 +254,7 @@ def rounded_path(path: Path) -> Path:
 
 
 def load_calibration(path: Path) -> CalibrationFile:
-    """Read and check a calibration file; what it says of rounded weights is not checked.
+    """Read and check a calibration file. Rounded weights, which lie beside it, are not checked.
 
     Raises: UsageError if it cannot be read, is damaged, or is no such file.
     """
@@ -288,7 +288,7 @@ def load_calibration(path: Path) -> CalibrationFile:
 
 
 def rounded(value: float | np.floating[Any]) -> float:
-    """To the 6 digits of the file."""
+    """Round to the 6 digits of the file."""
     return float(f"{float(value):.6g}")
 
 

@@ -24,7 +24,7 @@ _SHIFT = 23 - MANTISSA_BITS  # of float32's 23 bits of mantissa
 _FIRST = (LOWEST_EXPONENT + 127) << MANTISSA_BITS
 
 HIGHEST = 127
-"""Of the integers: a range's bound becomes this one."""
+"""Largest integer: a range's bound becomes it."""
 
 CANDIDATES_PER_OCTAVE = 16
 OCTAVES = 10
@@ -77,7 +77,7 @@ def squared_error(counts: Counts, low: Floats, high: Floats, bound: float) -> fl
 
 
 def _integral(x: Floats) -> Floats:
-    """Of the squared error of x >= 0 in steps, from 0: 1/12 for each whole step, and what is left over."""
+    """Integral of the squared error of x >= 0 in steps, from 0: 1/12 for each whole step, and what is left over."""
     whole = np.minimum(np.rint(x), HIGHEST)
     integral: Floats = whole / 12.0 + (x - whole) ** 3 / 3.0
     return integral

@@ -34,7 +34,7 @@ class Resumable(Protocol):
 
 
 class ResumableObserver(Observer, Resumable, Protocol):
-    """One whose memory can be kept."""
+    """An observer whose state can be kept."""
 
 
 class ChannelMaxima:
@@ -50,6 +50,11 @@ class ChannelMaxima:
         sinks = is_sink.numpy()
         for kind, rows in ((REST, absolute[~sinks]), (SINKS, absolute[sinks])):
             np.maximum(known[kind], rows.max(axis=0, initial=0.0), out=known[kind])
+
+    def counted(self, module: str, *, with_sinks: bool) -> npt.NDArray[np.float32]:
+        """[K]: of the rest alone, or of all tokens."""
+        maxima = self.maxima[module]
+        return maxima.max(axis=0) if with_sinks else maxima[REST]
 
     def state(self) -> Arrays:
         """See `Resumable`."""

@@ -47,13 +47,13 @@ class SecondMoments:
 
 
 class RoundedArrays:
-    """What `round_batch` gave so far."""
+    """Results of `round_batch` so far."""
 
     def __init__(self) -> None:
         self.arrays: Arrays = {}
 
     def add(self, arrays: Arrays) -> None:
-        """More of it."""
+        """Take more of them."""
         self.arrays |= arrays
 
     def has(self, groups: Mapping[str, tuple[str, ...]]) -> bool:

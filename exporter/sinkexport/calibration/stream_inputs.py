@@ -20,7 +20,7 @@ from sinkexport.reference.chunked import ChunkedStream, chunked_streaming
 from sinkexport.util.progress import Report, silent
 
 CHUNK_TOKENS = 256
-"""Tokens that the model takes at once: enough to keep the matrix products busy."""
+"""Tokens that the model takes at once: enough to keep the matmuls busy."""
 
 
 class Observer(Protocol):
@@ -58,7 +58,7 @@ def stream_inputs(
 
     model: of transformers, in evaluation mode; left as it was. pieces: ids [N, L], L >= 1.
     groups: whose inputs are observed, as `input_groups` gives them; None: all. first_piece: where to go on.
-    after_piece: told after each piece how many are done. report: told of the stage ``stream``, in tokens.
+    after_piece: called after each piece with the number that is done. report: gets the stage ``stream``, in tokens.
 
     Raises: UsageError for a bad geometry, a model that cannot be streamed exactly, and for inputs that are NaN or
     infinite, which names the layer.

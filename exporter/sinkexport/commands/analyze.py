@@ -16,6 +16,7 @@ from sinkexport.commands.options import (
     file_option,
     json_option,
     model_without_tokenizer,
+    number_option,
     plot_option,
     refuse_same_file,
     text_option,
@@ -39,20 +40,9 @@ BYTES_PER_TOKEN = 64
 @click.command(name="analyze")
 @click.argument("model")
 @text_option()
-@click.option(
-    "--windows", type=int, default=NUM_WINDOWS, show_default=True, metavar="N", help="Windows of text to measure."
-)
-@click.option(
-    "--window-tokens", type=int, default=WINDOW_TOKENS, show_default=True, metavar="N", help="Tokens of each."
-)
-@click.option(
-    "--candidates",
-    type=int,
-    default=NUM_CANDIDATES,
-    show_default=True,
-    metavar="N",
-    help="First tokens that may be sinks.",
-)
+@number_option("--windows", NUM_WINDOWS, "Windows of text to measure.")
+@number_option("--window-tokens", WINDOW_TOKENS, "Tokens of each.")
+@number_option("--candidates", NUM_CANDIDATES, "First tokens that may be sinks.")
 @file_option(
     "--head-windows",
     "head_windows_file",
@@ -60,31 +50,17 @@ BYTES_PER_TOKEN = 64
     former="--budgets",
     help="Propose windows of single key heads, for 'sinkexport export --head-windows'.",
 )
-@click.option(
-    "--long-window",
-    type=int,
-    default=DEFAULT_WINDOW_SIZE,
-    show_default=True,
-    metavar="W",
-    help="With --head-windows: window of the heads that need it most.",
+@number_option(
+    "--long-window", DEFAULT_WINDOW_SIZE, "With --head-windows: window of the heads that need it most.", metavar="W"
 )
-@click.option(
-    "--short-window",
-    type=int,
-    default=SHORT_WINDOW,
-    show_default=True,
-    metavar="W",
-    help="With --head-windows: window of the others.",
-)
-@click.option(
+@number_option("--short-window", SHORT_WINDOW, "With --head-windows: window of the others.", metavar="W")
+@number_option(
     "--head-window-share",
+    LONG_SHARE,
+    "With --head-windows: memory of the windows, as a share of what they would take if all were long.",
+    metavar="X",
     cls=RenamedOption,
     former="--budget-share",
-    type=float,
-    default=LONG_SHARE,
-    show_default=True,
-    metavar="X",
-    help="With --head-windows: memory of the windows, as a share of what they would take if all were long.",
 )
 @file_option(
     "--sink-tuning",

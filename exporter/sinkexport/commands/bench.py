@@ -14,6 +14,7 @@ from sinkexport.commands.options import (
     backend_option,
     bundle_argument,
     json_option,
+    number_option,
     random_ids_option,
     threads_option,
 )
@@ -36,17 +37,8 @@ Figures = Mapping[str, Any]
 
 @click.command(name="bench")
 @bundle_argument
-@click.option(
-    "--steps", type=int, default=BenchConfig.steps, show_default=True, metavar="N", help="Timed steps at each position."
-)
-@click.option(
-    "--warmup",
-    type=int,
-    default=BenchConfig.warmup,
-    show_default=True,
-    metavar="N",
-    help=f"Untimed steps before each turn of {TURN} timed ones.",
-)
+@number_option("--steps", BenchConfig.steps, "Timed steps at each position.")
+@number_option("--warmup", BenchConfig.warmup, f"Untimed steps before each turn of {TURN} timed ones.")
 @click.option(
     "--position",
     "positions",
@@ -57,14 +49,7 @@ Figures = Mapping[str, Any]
     metavar="P",
     help="Measure with so many tokens in the stream; repeatable.",
 )
-@click.option(
-    "--prompt-tokens",
-    type=int,
-    default=BenchConfig.prompt_tokens,
-    show_default=True,
-    metavar="N",
-    help="Length of the prompt whose prefill is timed.",
-)
+@number_option("--prompt-tokens", BenchConfig.prompt_tokens, "Length of the prompt whose prefill is timed.")
 @threads_option
 @backend_option
 @random_ids_option

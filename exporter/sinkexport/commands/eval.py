@@ -14,6 +14,7 @@ from sinkexport.commands.options import (
     backend_option,
     bundle_argument,
     json_option,
+    number_option,
     plot_option,
     refuse_given,
     refuse_same_file,
@@ -43,22 +44,8 @@ DEFAULT_JSON, DEFAULT_PLOT = Path("eval.json"), Path("eval.png")
 @click.command(name="eval")
 @bundle_argument
 @text_option("UTF-8 text, the longer the better.")
-@click.option(
-    "--tokens",
-    type=int,
-    default=EVAL_TOKENS,
-    show_default=True,
-    metavar="N",
-    help="Tokens of the text to stream, or all if it has fewer.",
-)
-@click.option(
-    "--segment",
-    type=int,
-    default=EVAL_SEGMENT_TOKENS,
-    show_default=True,
-    metavar="N",
-    help="Tokens of each point of the curves.",
-)
+@number_option("--tokens", EVAL_TOKENS, "Tokens of the text to stream, or all if it has fewer.")
+@number_option("--segment", EVAL_SEGMENT_TOKENS, "Tokens of each point of the curves.")
 @click.option(
     "--compare",
     is_flag=True,
@@ -70,13 +57,10 @@ DEFAULT_JSON, DEFAULT_PLOT = Path("eval.json"), Path("eval.png")
     metavar="MODEL",
     help=f"With --compare: the model that was exported, {MODEL_SOURCES}.",
 )
-@click.option(
+@number_option(
     "--dense-tokens",
-    type=int,
-    default=EVAL_DENSE_TOKENS,
-    show_default=True,
-    metavar="N",
-    help="With --compare: where the dense model stops, or at its own limit if that is less.",
+    EVAL_DENSE_TOKENS,
+    "With --compare: where the dense model stops, or at its own limit if that is less.",
 )
 @click.option(
     "--recompute-block",

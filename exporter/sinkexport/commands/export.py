@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from sinkrt.contract import TARGETS
 from sinkrt.errors import printable
 
-from sinkexport.commands.options import RenamedOption, file_option
+from sinkexport.commands.options import RenamedOption, file_option, number_option
 from sinkexport.config import (
     DEFAULT_CHUNK_SIZE,
     DEFAULT_NUM_SINK_TOKENS,
@@ -20,6 +19,7 @@ from sinkexport.config import (
     WEIGHT_DTYPES,
     ExportConfig,
 )
+from sinkexport.targets import OPTIONS
 from sinkexport.util.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -45,25 +45,9 @@ STAGES = {
 @click.command(name="export")
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle.")
-@click.option(
-    "--sink-tokens",
-    type=int,
-    default=DEFAULT_NUM_SINK_TOKENS,
-    show_default=True,
-    metavar="S",
-    help="First tokens that are kept forever.",
-)
-@click.option(
-    "--window",
-    type=int,
-    default=DEFAULT_WINDOW_SIZE,
-    show_default=True,
-    metavar="W",
-    help="Most recent tokens that are kept.",
-)
-@click.option(
-    "--batch", type=int, default=ExportConfig.batch, show_default=True, metavar="B", help="Streams decoded together."
-)
+@number_option("--sink-tokens", DEFAULT_NUM_SINK_TOKENS, "First tokens that are kept forever.", metavar="S")
+@number_option("--window", DEFAULT_WINDOW_SIZE, "Most recent tokens that are kept.", metavar="W")
+@number_option("--batch", ExportConfig.batch, "Streams decoded together.", metavar="B")
 @click.option(
     "--chunk",
     type=int,
@@ -122,7 +106,7 @@ STAGES = {
 )
 @click.option(
     "--target",
-    type=click.Choice(TARGETS),
+    type=click.Choice(OPTIONS),
     default=ExportConfig.target,
     show_default=True,
     help="tensorrt: for 'sinkexport build', with this project's plugin (docs/tensorrt.md).",

@@ -36,6 +36,14 @@ def file_option(*names: str, **attributes: Any) -> Callable[[Function], Function
     return click.option(*names, type=click.Path(path_type=Path), **{"metavar": "FILE", **attributes})
 
 
+def number_option(
+    name: str, default: float, about: str, *, metavar: str = "N", **attributes: Any
+) -> Callable[[Function], Function]:
+    """Declare an option that takes a number and shows its default. attributes: as of `click.option`."""
+    attributes = {"type": type(default), **attributes}
+    return click.option(name, default=default, show_default=True, metavar=metavar, help=about, **attributes)
+
+
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path), metavar="DIR")
 
 

@@ -13,6 +13,7 @@ from sinkexport.commands.options import (
     backend_option,
     bundle_argument,
     file_option,
+    number_option,
     template_arg_option,
     threads_option,
 )
@@ -30,61 +31,18 @@ from sinkexport.util.signals import handling_signals
     help=f"Holds the key that clients must send; else {KEY_VARIABLE} of the environment.",
 )
 @click.option("--model-name", metavar="NAME", help="What clients call the model.  [default: the bundle's name of it]")
-@click.option(
-    "--max-waiting",
-    type=int,
-    default=Limits.max_waiting,
-    show_default=True,
-    metavar="N",
-    help="Requests at work besides one a stream; more get 429.",
+@number_option("--max-waiting", Limits.max_waiting, "Requests at work besides one a stream; more get 429.")
+@number_option(
+    "--max-conversations", Limits.max_conversations, "Conversations remembered; the least recently active is forgotten."
 )
-@click.option(
-    "--max-conversations",
-    type=int,
-    default=Limits.max_conversations,
-    show_default=True,
-    metavar="N",
-    help="Conversations remembered; the least recently active is forgotten.",
+@number_option(
+    "--max-parked-mib", Limits.max_parked_bytes // MIB, "Memory for conversations that are in no stream.", metavar="MIB"
 )
-@click.option(
-    "--max-parked-mib",
-    type=int,
-    default=Limits.max_parked_bytes // MIB,
-    show_default=True,
-    metavar="MIB",
-    help="Memory for conversations that are in no stream.",
-)
-@click.option(
-    "--max-prompt-tokens",
-    type=int,
-    default=Limits.max_prompt_tokens,
-    show_default=True,
-    metavar="N",
-    help="Longest prompt.",
-)
-@click.option(
-    "--max-tokens",
-    type=int,
-    default=Limits.max_tokens,
-    show_default=True,
-    metavar="N",
-    help="Longest answer, and that of requests that do not say.",
-)
-@click.option(
-    "--max-body-bytes",
-    type=int,
-    default=Limits.max_body_bytes,
-    show_default=True,
-    metavar="N",
-    help="Largest request.",
-)
-@click.option(
-    "--max-connections",
-    type=int,
-    default=Limits.max_connections,
-    show_default=True,
-    metavar="N",
-    help="Open connections; silent ones go first when there are more.",
+@number_option("--max-prompt-tokens", Limits.max_prompt_tokens, "Longest prompt.")
+@number_option("--max-tokens", Limits.max_tokens, "Longest answer, and that of requests that do not say.")
+@number_option("--max-body-bytes", Limits.max_body_bytes, "Largest request.")
+@number_option(
+    "--max-connections", Limits.max_connections, "Open connections; silent ones go first when there are more."
 )
 @click.option("--pin-system", is_flag=True, help="Refuse system messages that the sinks do not keep forever.")
 @template_arg_option(", for requests without chat_template_kwargs of that name")

@@ -48,7 +48,7 @@ def command(model: str, labelled_file: Path, output: Path, by: str, objective: s
 
     After ZeroTuning (arXiv:2505.11739). MODEL is a local directory, a .gguf file or a Hub id. Every other line of the
     file is held out and shows what the factors are worth. 'sinkexport export --sink-tuning FILE' uses the result;
-    docs/sink_tuning.md explains it.
+    docs/sink_tuning.md says what it does.
     """
     check_writable(output, "--output")
     lines = read_text(labelled_file, "--labelled")

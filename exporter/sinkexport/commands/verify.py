@@ -15,6 +15,7 @@ from sinkexport.commands.options import (
     backend_option,
     bundle_argument,
     json_option,
+    number_option,
     random_ids_option,
     refuse_given,
     text_option,
@@ -73,29 +74,20 @@ FIGURES = {
 @click.option(
     "--quality", is_flag=True, help="Compare predictions of a text, as for a quantised DIR, though it is not quantised."
 )
-@click.option(
+@number_option(
     "--tokens",
+    QUALITY_TOKENS,
+    "Quantised or --quality: tokens of the text, or all if it has fewer.",
     type=click.IntRange(min=2),
-    default=QUALITY_TOKENS,
-    show_default=True,
-    metavar="N",
-    help="Quantised or --quality: tokens of the text, or all if it has fewer.",
 )
-@click.option(
-    "--wraps",
-    type=click.IntRange(min=1),
-    default=VERIFY_WRAPS,
-    show_default=True,
-    metavar="N",
-    help="How often the window is overwritten after it has filled.",
+@number_option(
+    "--wraps", VERIFY_WRAPS, "How often the window is overwritten after it has filled.", type=click.IntRange(min=1)
 )
-@click.option(
+@number_option(
     "--dense-tokens",
+    VERIFY_DENSE_TOKENS,
+    "Positions compared with the dense model, at most the cache's capacity.",
     type=click.IntRange(min=1),
-    default=VERIFY_DENSE_TOKENS,
-    show_default=True,
-    metavar="N",
-    help="Positions compared with the dense model, at most the cache's capacity.",
 )
 @click.option(
     "--tolerance",

@@ -72,18 +72,16 @@ EXPORTED = (
         "gpt-oss 20B, 120B",
         "RoPE, YaRN",
         "sliding + full",
-        "mixture of experts; learned sink logits beside the kept sinks; weights must not be MXFP4 any more",
+        "MoE; learned sink logits beside the kept sinks; weights must not be MXFP4 any more",
     ),
-    _exported("mixtral", "Mixtral", "RoPE", SLIDING, "mixture of experts"),
-    _exported(
-        "qwen3_moe", "Qwen3 30B-A3B, 235B-A22B", "RoPE", SLIDING, "mixture of experts; norms on queries and keys"
-    ),
+    _exported("mixtral", "Mixtral", "RoPE", SLIDING, "MoE"),
+    _exported("qwen3_moe", "Qwen3 30B-A3B, 235B-A22B", "RoPE", SLIDING, "MoE; norms on queries and keys"),
     _exported(
         "qwen3_next",
         "Qwen3-Next 80B-A3B",
         "RoPE, partial",
         "linear + full",
-        "gated attention and delta rule; mixture of experts",
+        "gated attention and delta rule; MoE",
     ),
     _exported("qwen3_5_text", "Qwen3.5, text", "RoPE, partial", "linear + full", "gated attention and delta rule"),
     _exported("gptj", "GPT-J 6B", "RoPE, partial and interleaved", reason="parallel residual"),

@@ -25,7 +25,7 @@ class AttentionShape:
 
     sliding_windows: by layer, the tokens that the model itself sees in it, the newest included; None: all.
     alibi_slopes: [Hq], what a logit loses for each token of distance (ALiBi, arXiv:2108.12409); None: no ALiBi.
-    recurrent: the layers that have linear attention, of which nothing else here is said.
+    recurrent: the layers that have linear attention; the other fields say nothing of them.
     """
 
     num_layers: int

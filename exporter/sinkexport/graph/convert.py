@@ -1,4 +1,4 @@
-"""A traced run of a model -> an ONNX model of a bundle, by torch's converter and the passes of this package."""
+"""A traced run of a model -> an ONNX model of a bundle, by torch's converter and the passes of a target."""
 
 from __future__ import annotations
 
@@ -14,38 +14,21 @@ from onnx_ir.passes import common
 from sinkrt.contract import GraphSpec, StateSpec, TensorSpec
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.graph.attention.expand import expand_operators
 from sinkexport.graph.edit import known_shape
-from sinkexport.graph.matmuls import module_of
-from sinkexport.graph.operators import translations
-from sinkexport.graph.passes.constants import complete_shapes, fold_small_constants
-from sinkexport.graph.passes.experts import expand_experts, quantize_experts
-from sinkexport.graph.passes.half_linear import use_half_linear
-from sinkexport.graph.passes.norms import fuse_rms_norms
-from sinkexport.graph.passes.opset17 import lower_to_opset_17
-from sinkexport.graph.passes.packed_heads import pack_heads
-from sinkexport.graph.passes.plugin_experts import use_expert_plugins
-from sinkexport.graph.passes.plugin_gates import use_gate_plugins
-from sinkexport.graph.passes.plugin_norms import use_norm_plugins
-from sinkexport.graph.passes.plugin_operators import use_plugins
-from sinkexport.graph.passes.smooth import smooth
-from sinkexport.graph.passes.static_reshape import make_reshapes_static
-from sinkexport.graph.passes.weights import fold_weight_transposes, merge_projections
-from sinkexport.graph.quantize.ort import OrtForm
-from sinkexport.graph.quantize.plugin import PluginForm
-from sinkexport.graph.quantize.qdq import QdqForm
-from sinkexport.graph.quantize.rewrite import Plan, quantize
+from sinkexport.graph.graph_pass import PassContext, run_passes
+from sinkexport.graph.quantize.plan import Plan
+from sinkexport.graph.translations import translations
+from sinkexport.targets import Target
 
-OPSET = 24
-IR_VERSION = 11
-"""ONNX 1.19, the first with opset 24."""
+TRACED_OPSET = 24
+"""What torch's converter writes and passes read."""
 
 WEIGHTS_FILE = "weights.bin"
 
 
 @dataclasses.dataclass(frozen=True)
 class BuiltGraph:
-    """An ONNX model that still holds its weights by reference, and what the manifest says of it."""
+    """An ONNX model that still holds its weights by reference, and its entries in the manifest."""
 
     model: ir.Model
     inputs: tuple[TensorSpec, ...]
@@ -62,50 +45,24 @@ def build_graph(
     program: torch.export.ExportedProgram,
     role: str,
     state_names: Sequence[tuple[int, str, str]],
-    target: str = "onnx",
+    target: Target,
     num_sinks: int = 0,
     plan: Plan | None = None,
-    *,
-    plugins: bool = False,
 ) -> BuiltGraph:
-    """Convert a traced run into operators that `target` takes (``onnx | tensorrt``).
+    """Convert a traced run, and run the passes of `target` on it.
 
     role: ``decode`` or ``prefill``, the graph's name. state_names: layer, kind and name of each state, in the order of
     the trace's inputs: ids, position, the states, and num_valid if there is one.
-    plugins: leave to TensorRT plugins what they do (target ``tensorrt`` only). plan: what to quantise; None: nothing.
-    num_sinks: first tokens of a stream whose inputs it may treat apart.
+    plan: what to quantise; None: nothing. num_sinks: first tokens of a stream that quantisation may treat apart.
 
-    Raises: UsageError naming the torch operators that have no ONNX form, or a weight that cannot be quantised.
+    Raises: UsageError naming the torch operators that have no ONNX form, or a weight that cannot be quantised;
+    ValueError if the passes leave a graph that is not of the target's form.
     """
     model = convert(program)
-    fold_weight_transposes(model)  # first: folded as constants, weights would be copied and lose their names
-    prepare(model)
-    if not plugins:
-        fuse_rms_norms(model)
-    if plan is None:
-        merge_projections(model)
-    else:
-        smooth(model, plan.divisors)
-        merge_projections(model, lambda name: plan.kind(module_of(name)))
-        form = OrtForm if target == "onnx" else PluginForm if plugins else QdqForm
-        quantize(model, plan, form(model.graph, model.graph.inputs[1], num_sinks))
-        if target == "onnx":
-            quantize_experts(model, plan)
-    if plugins:
-        use_expert_plugins(model, plan)
-    expand_experts(model)
-    if plugins:
-        use_half_linear(model)
-        use_plugins(model)
-        use_norm_plugins(model)
-        use_gate_plugins(model)
-        make_reshapes_static(model)
-        pack_heads(model)
-        lower_to_opset_17(model)
-    else:
-        expand(model, target)
+    run_passes(model, target.passes, PassContext(target, plan, num_sinks))
     inputs, states = _name_tensors(model.graph, state_names)
-    finish(model, role)
+    finish(model, role, target)
+    _check_form(model, target)
     outputs = tuple(tensor_spec(value) for value in model.graph.outputs[:1])
     return BuiltGraph(model, inputs, outputs, states)
 
@@ -120,7 +77,7 @@ def convert(program: torch.export.ExportedProgram) -> ir.Model:
             converted = torch.onnx.export(
                 program,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=TRACED_OPSET,
                 optimize=False,
                 verbose=False,
                 custom_translation_table=translations(),
@@ -140,25 +97,9 @@ def convert(program: torch.export.ExportedProgram) -> ir.Model:
     return converted.model
 
 
-def prepare(model: ir.Model) -> None:
-    """Shapes are known and small constants computed, which all other passes rely on."""
-    fold_small_constants(model)
-    complete_shapes(model)
-    if any(node.op_type in ("Shape", "CastLike") for node in model.graph):  # of what had no shape or type before
-        fold_small_constants(model)
-        complete_shapes(model)
-    make_reshapes_static(model)
-
-
-def expand(model: ir.Model, target: str = "onnx") -> None:
-    """Put standard operators in the place of this project's own."""
-    model.ir_version = IR_VERSION
-    expand_operators(model, target)
-    make_reshapes_static(model)
-
-
-def finish(model: ir.Model, name: str) -> None:
+def finish(model: ir.Model, name: str, target: Target) -> None:
     """Drop what nothing uses, and name the graph. Inputs and outputs have their names."""
+    model.ir_version = target.ir_version
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
@@ -167,10 +108,20 @@ def finish(model: ir.Model, name: str) -> None:
     model.producer_name, model.graph.name = "sinkexport", name
 
 
+def _check_form(model: ir.Model, target: Target) -> None:
+    """Raises: ValueError if opset or inputs are not those that `target` declares."""
+    ids, position = model.graph.inputs[:2]
+    position_type = "int32 words" if len(known_shape(position)) == 2 else _dtype_name(position)
+    found = (model.opset_imports[""], _dtype_name(ids), position_type)
+    declared = (target.opset, target.ids, target.position)
+    if found != declared:
+        raise ValueError(f"target '{target.name}' declares {declared}, its passes leave {found}")
+
+
 def _name_tensors(
     graph: ir.Graph, state_names: Sequence[tuple[int, str, str]]
 ) -> tuple[tuple[TensorSpec, ...], tuple[StateSpec, ...]]:
-    """Give inputs and outputs the names of the contract; list the inputs that are no states, and the states."""
+    """Give inputs and outputs the names of the contract; list other inputs, and states."""
     num_states = len(state_names)
     ids, position, *rest = graph.inputs
     states, num_valid = rest[:num_states], rest[num_states:]
@@ -190,9 +141,13 @@ def _name_tensors(
 
 def tensor_spec(value: ir.Value) -> TensorSpec:
     """Name, shape and type of a value, as manifests have them."""
+    return TensorSpec(name=str(value.name), shape=known_shape(value), dtype=_dtype_name(value))
+
+
+def _dtype_name(value: ir.Value) -> str:
     if value.dtype is None:
         raise ValueError(f"'{value.name}' has no type")
-    return TensorSpec(name=str(value.name), shape=known_shape(value), dtype=str(value.dtype.numpy()))
+    return str(value.dtype.numpy())
 
 
 @contextlib.contextmanager

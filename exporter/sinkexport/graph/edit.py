@@ -32,6 +32,22 @@ def is_weight(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and value.const_value is not None
 
 
+def optional(node: ir.Node, index: int) -> ir.Value | None:
+    """An input that may be absent; trailing absent ones are not even listed."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def operand(node: ir.Node, index: int) -> ir.Value:
+    """An input that must be there.
+
+    Raises: ValueError.
+    """
+    value = optional(node, index)
+    if value is None:
+        raise ValueError(f"{node.op_type} '{node.name}' has no input {index}")
+    return value
+
+
 def only_user(value: ir.Value, op_type: str | None = None) -> ir.Node | None:
     """The standard operator `op_type`, or any if that is None, that alone reads `value`."""
     uses = list(value.uses())
@@ -96,3 +112,13 @@ def replace_node(node: ir.Node, nodes: Sequence[ir.Node], outputs: Sequence[ir.V
         if new is not None:
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+
+
+def drop_unused(graph: ir.Graph) -> bool:
+    """Remove nodes whose results nothing reads. Returns whether there were any."""
+    unused = False
+    for node in reversed(list(graph)):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            graph.remove(node, safe=True)
+            unused = True
+    return unused

@@ -1,4 +1,4 @@
-"""The products of a graph by constant matrices: what quantisation replaces."""
+"""The matmuls of a graph by constant matrices: what quantisation replaces, and the biases that follow them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from sinkexport.graph.edit import is_weight, known_shape
-from sinkexport.graph.passes.weights import ROWS
+from sinkexport.graph.edit import is_weight, known_shape, only_user
+
+ROWS = "rows"
+"""Key in the metadata of a weight [K, N] of a matmul: the tensors [n, K] whose transpose it is, in order, as pairs
+(name, tensor). A matrix without it is not the model's own, and no pass touches it."""
+
+QUANTIZED = "quantized"
+"""Key in the metadata of integers and scales that stand for a weight: they are not quantised again."""
 
 Rows = tuple[tuple[str, ir.TensorProtocol], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class Matmul:
     """``x @ W``, x [.., K] and W [K, N]: a MatMul, or a Gemm whose W^T [N, K] is also an embedding table.
 
     rows: W^T in pieces [n, K] as the model holds them, with their names: those of joined projections, in order.
@@ -30,7 +36,7 @@ class Product:
 
     @property
     def dtype(self) -> ir.DataType:
-        """Of x and of the result."""
+        """Type of x and of the result."""
         if self.x.dtype is None:
             raise ValueError(f"'{self.x.name}' has no type")
         return self.x.dtype
@@ -74,8 +80,8 @@ def module_of(weight_name: str) -> str:
     return weight_name.removesuffix(".T").removesuffix(".weight").removeprefix("model.")
 
 
-def find_products(graph: ir.Graph) -> Iterator[Product]:
-    """Every product by a constant matrix of the model. A matrix that anything else reads, but as a table, is left."""
+def find_matmuls(graph: ir.Graph) -> Iterator[Matmul]:
+    """Every matmul by a constant matrix of the model, unless something else than an embedding reads the matrix."""
     for node in graph:
         if node.domain or node.op_type not in ("MatMul", "Gemm") or len(node.inputs) != 2:
             continue
@@ -83,21 +89,33 @@ def find_products(graph: ir.Graph) -> Iterator[Product]:
         if x is None or weight is None or not is_weight(weight):
             continue
         if node.op_type == "MatMul" and ROWS in weight.meta and len(weight.uses()) == 1:
-            yield Product(node, x, weight, weight.meta[ROWS], False)
+            yield Matmul(node, x, weight, weight.meta[ROWS], False)
         elif node.op_type == "Gemm" and _is_table(node, weight) and weight.const_value is not None:
-            yield Product(node, x, weight, ((str(weight.name), weight.const_value),), True)
+            yield Matmul(node, x, weight, ((str(weight.name), weight.const_value),), True)
 
 
 def find_tables(graph: ir.Graph) -> Iterator[ir.Node]:
-    """Every Gather of rows of a constant matrix of floating-point numbers, by run-time indices: embeddings."""
+    """Embeddings: every Gather of rows of a constant floating-point matrix by run-time indices."""
     for node in graph:
         if node.domain or node.op_type != "Gather" or not is_weight(node.inputs[0]) or is_weight(node.inputs[1]):
             continue
         table = node.inputs[0]
-        if table is None or table.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+        if table is None or table.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16) or QUANTIZED in table.meta:
             continue
         if len(known_shape(table)) == 2:
             yield node
+
+
+def bias_addition(result: ir.Value) -> ir.Node | None:
+    """The Add of a 1-D weight that is the only reader of `result`, a matmul's."""
+    addition = only_user(result, "Add")
+    other = weight_operand(addition)
+    return addition if other is not None and known_shape(other) == known_shape(result)[-1:] else None
+
+
+def weight_operand(node: ir.Node | None) -> ir.Value | None:
+    """The first input that is a constant; None: none is, or there is no node."""
+    return next((value for value in node.inputs if is_weight(value)), None) if node is not None else None
 
 
 def _is_table(node: ir.Node, weight: ir.Value) -> bool:

@@ -27,7 +27,7 @@ MAX_PICKS, MAX_EXPERTS, MAX_FEATURES, INPUTS_MULTIPLE = 2048, 512, 1 << 21, 8
 """Limits of the plugin's kernel: choices in one run, experts of a layer, inputs and outputs of a float16 matrix."""
 
 
-def mixtures(model: Any) -> dict[str, Any]:
+def moe_layers(model: Any) -> dict[str, Any]:
     """MoE layers of a model that transformers lets be computed in another form, by their names."""
     # The attribute is set by their decorator.
     return {name: module for name, module in model.named_modules() if hasattr(module, "has_post_expert_norm")}
@@ -41,7 +41,7 @@ def static_experts(model: Any, *, in_place: bool = False) -> Iterator[None]:
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    if not mixtures(model):
+    if not moe_layers(model):
         yield
         return
     name = f"sinkexport-{uuid.uuid4().hex}"
@@ -108,16 +108,16 @@ def _fits_plugin(module: Any) -> bool:
 
 
 def _matmuls(module: Any, name: str, x: torch.Tensor, picks: torch.Tensor | None, *, in_place: bool) -> torch.Tensor:
-    """x by experts' weights, with their biases: shapes as of `expert_product`."""
-    out = expert_product(x, getattr(module, name), picks, module.is_transposed, in_place)
+    """x by experts' weights, with their biases: shapes as of `expert_matmul`."""
+    out = expert_matmul(x, getattr(module, name), picks, module.is_transposed, in_place)
     if not module.has_bias:
         return out
     bias = getattr(module, f"{name}_bias")  # [E, M]
     return out + (bias[:, None] if picks is None else bias.index_select(0, picks))
 
 
-@torch.library.custom_op("sinkexport::expert_product", mutates_args=())
-def expert_product(
+@torch.library.custom_op("sinkexport::expert_matmul", mutates_args=())
+def expert_matmul(
     x: torch.Tensor, weight: torch.Tensor, picks: torch.Tensor | None, is_transposed: bool, in_place: bool = False
 ) -> torch.Tensor:
     """Matmuls by the matrices of chosen experts, or of all E of them.
@@ -125,7 +125,7 @@ def expert_product(
     picks: int64 [P]; x [R, K], R dividing P -> [P, M]: row p is row p // (P / R) of x by the matrix of expert picks[p].
     None: x [1 or E, n, K] -> [E, n, M].
     weight: [E, K, M] if `is_transposed`, else [E, M, K]; never transposed. in_place: to be left to the plugin. One node
-    of the trace, so that a pass can find it (graph/passes/experts.py, plugin_experts.py).
+    of the trace, so that a pass can find it (graph/expert_matmuls.py).
     """
     if picks is None:
         return x @ weight if is_transposed else (weight @ x.mT).mT.contiguous()
@@ -135,7 +135,7 @@ def expert_product(
     return out[:, 0].contiguous()
 
 
-@expert_product.register_fake
+@expert_matmul.register_fake
 def _(
     x: torch.Tensor, weight: torch.Tensor, picks: torch.Tensor | None, is_transposed: bool, in_place: bool = False
 ) -> torch.Tensor:
@@ -146,7 +146,7 @@ def _(
 def routers(model: Any) -> frozenset[str]:
     """Names of the modules that choose experts: neighbours of an MoE layer, with one output for each of its experts."""
     found = set()
-    for path, layer in mixtures(model).items():
+    for path, layer in moe_layers(model).items():
         parent = path.rpartition(".")[0]
         for name, module in model.get_submodule(parent).named_children():
             weight = getattr(module, "weight", None)

@@ -24,14 +24,14 @@ from sinkrt.contract import (
 )
 from sinkrt.ring import POSITION_LIMIT, Ring
 
-from sinkexport.config import WEIGHT_DTYPES, ExportConfig
+from sinkexport.config import WEIGHT_DTYPES, ExportConfig, target_of
 from sinkexport.families.probe import probe_attention
 from sinkexport.families.refusals import refusing
 from sinkexport.families.rope import AttentionShape, ModelRotary
 from sinkexport.graph.convert import BuiltGraph, build_graph
-from sinkexport.graph.passes.plugin_operators import refuse_geometry
+from sinkexport.graph.plugin_nodes import refuse_geometry
+from sinkexport.graph.quantize.plan import Plan
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
-from sinkexport.graph.quantize.rewrite import Plan
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.loading.tokenizers.tokenizer_checks import check_template, check_tokens, fitted, named, opening_size
 from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids
@@ -216,7 +216,7 @@ def _manifest(
     shape = probed.shape
     return Manifest(
         schema_version=SCHEMA_VERSION,
-        target=config.target,
+        target=target_of(config).manifest_name,
         weights_dtype=WEIGHT_DTYPES[config.dtype],
         model=model_facts(loaded, shape, probed.rotary, special_ids, vocab_size=written.vocab_size),
         stream=StreamFacts(
@@ -255,9 +255,7 @@ def _build(
         with refusing(loaded.model, f"tracing the {role} graph"):
             program = trace(step)
         with refusing(loaded.model, f"converting the {role} graph to ONNX"):
-            return build_graph(
-                program, role, step.state_names, config.target, num_sinks, plan, plugins=config.has_plugins
-            )
+            return build_graph(program, role, step.state_names, target_of(config), num_sinks, plan)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from sinkexport.quant.weight import Rounded, WeightScheme
 
 @dataclasses.dataclass(frozen=True)
 class InputRange:
-    """Bounds of the absolute values of a product's input.
+    """Bounds of the absolute values of a matmul's input.
 
     rest: of most tokens; sinks: of the first tokens of a stream, if known; all: of all tokens, found as `rest` is.
     """
@@ -25,18 +25,18 @@ class InputRange:
 
 
 class Ranges(Protocol):
-    """Of one model, by module, such as ``model.layers.0.mlp.down_proj``; after smoothing, where that is done."""
+    """Ranges of one model, by module, such as ``model.layers.0.mlp.down_proj``; after smoothing, where that is done."""
 
     @property
     def sha256(self) -> str:
-        """Of the file that they come from (hex)."""
+        """SHA-256 of the file that they come from (hex)."""
 
     @property
     def num_sink_tokens(self) -> int:
         """Tokens 0 .. n-1 of a stream are those of `InputRange.sinks`."""
 
     def input_range(self, module: str) -> InputRange:
-        """Of the module's input. Raises: UsageError if there is none."""
+        """Range of the module's input. Raises: UsageError if there is none."""
 
     def divisors(self, module: str) -> npt.NDArray[np.float64] | None:
         """[K], what the channels of the module's input are divided by (arXiv:2211.10438); None: not smoothed."""

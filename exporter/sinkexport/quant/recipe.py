@@ -9,11 +9,18 @@ import fnmatch
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 import yaml
 from sinkrt.errors import UsageError, problem
+
+from sinkexport.targets import RECIPE_TARGETS
+
+if TYPE_CHECKING:
+    RecipeTarget = str
+else:
+    RecipeTarget = Literal[*RECIPE_TARGETS]
 
 RECIPES_FOLDER = Path(__file__).parent.parent / "recipes"
 """The recipes that come with the package."""
@@ -24,11 +31,11 @@ class _Spec(pydantic.BaseModel):
 
 
 class Weights(_Spec):
-    """How the matrix of a product is stored, W [K inputs, N outputs]: rounded to integers times a scale.
+    """How the matrix of a matmul is stored, W [K inputs, N outputs]: rounded to integers times a scale.
 
     bits: 8 or 4. granularity: what shares a scale: ``channel`` (an output) or ``block`` (`block_size` inputs of an
     output). symmetric: no zero points. scales: ``absmax``, or ``mse``: the clipping with the least squared error.
-    rounding: ``nearest``, or ``gptq``: what changes the products least for calibrated inputs (arXiv:2210.17323), which
+    rounding: ``nearest``, or ``gptq``: what changes results least for calibrated inputs (arXiv:2210.17323), which
     chooses scales by itself. int8: patterns (fnmatch) of modules that have 8 bits where the others have 4.
     """
 
@@ -56,7 +63,7 @@ class Weights(_Spec):
 
 
 class Activations(_Spec):
-    """What a product takes beside its weights.
+    """How the inputs of matmuls are treated.
 
     mode: ``float``; ``dynamic``: INT8 with a scale that each token gets at run time; ``static``: INT8 with one range
     for the tensor, from calibration. sinks (static only): ``separate``: tokens 0 .. S-1 have a range of their own;
@@ -142,7 +149,7 @@ class Recipe(_Spec):
     embeddings: Literal["int8", "float"] = "int8"
     keep_float: tuple[str, ...] = ()
     kv: Literal["fp", "int8"] = "fp"
-    targets: tuple[Literal["onnx", "tensorrt"], ...] = pydantic.Field(min_length=1)
+    targets: tuple[RecipeTarget, ...] = pydantic.Field(min_length=1)
     calibration: Calibration | None = None
     thresholds: Thresholds
     families: Mapping[str, Mapping[str, Any]] = pydantic.Field(default_factory=dict)
@@ -200,7 +207,7 @@ class Recipe(_Spec):
         return _matches(module, self.keep_float)
 
     def weight_bits(self, module: str) -> Literal[8, 4]:
-        """Of a module whose weights are rounded as `weights` says."""
+        """Bits of a module whose weights are rounded as `weights` says."""
         if self.weights is None:
             raise ValueError(f"recipe '{self.name}' without weights")
         return 8 if _matches(module, self.weights.int8) else self.weights.bits

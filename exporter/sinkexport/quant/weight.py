@@ -33,7 +33,7 @@ class WeightScheme:
     """How a matrix is rounded: w = scale * (integer - zero point), zero point 0 if symmetric.
 
     bits: 8 or 4. block_size: inputs of one output that share a scale; None: all of them do (per channel).
-    symmetric: integers are signed. 8 bits use -127 .. 127, as INT8 products expect. 4 bits use all of -8 .. 7, with
+    symmetric: integers are signed. 8 bits use -127 .. 127, as INT8 matmuls expect. 4 bits use all of -8 .. 7, with
     the least positive scale that clips nothing, max(-min / 8, max / 7): the 16th code makes steps finer by an eighth
     wherever the largest weight is negative, and costs nothing elsewhere. Asymmetric: 0 .. 2^bits - 1 with an integer
     zero point in that range; zero is always exact.
@@ -229,7 +229,7 @@ class QuantizedWeight:
         return scale, np.clip(np.rint(-low / scale), 0, scheme.highest).astype(np.uint8)
 
     def _storable(self, scale: np.ndarray) -> np.ndarray:
-        """As its type holds it, in float32; 1 where that is no normal float32 or 0, in groups as good as zero."""
+        """The scale as its type holds it, in float32; 1 where that is 0 or subnormal, in groups as good as zero."""
         if self.scheme.scale_dtype == "float16":
             limit = float(np.finfo(np.float16).max)
             if (scale > limit).any():

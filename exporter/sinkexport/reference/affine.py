@@ -41,9 +41,9 @@ class AffineReference:
         seen: torch.Tensor,
         q_heads: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """out [B, T, Hq, D], a layer's attention over values [B, Hkv, n, D], of which queries see `seen`, bool [T, n].
+        """Scale and shift out [B, T, Hq, D], a layer's attention over values [B, Hkv, n, D].
 
-        q_heads: which heads of the layer these are; None: all.
+        seen: bool [T, n], which values each query sees. q_heads: which heads of the layer these are; None: all.
         """
         tensors = None if self._file is None else self._file.layers.get(int(module.layer_idx))
         if tensors is None:

@@ -39,7 +39,7 @@ from sinkexport.reference.own_attention import (
 from sinkexport.variants.variant import PLAIN, AttentionVariant
 
 Observer = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Told of each attention: (module, q [B, Hq, 1, D], k and v [B, Hkv, 1, D] of the new token, not rotated,
+"""Callback of each attention: (module, q [B, Hq, 1, D], k and v [B, Hkv, 1, D] of the new token, not rotated,
 output [B, 1, Hq, D])."""
 
 PROBE_POSITIONS = (1, 2, 5)

@@ -32,11 +32,6 @@ class TemplateFacts:
     closing: str | None
     variables: frozenset[str]
 
-    @property
-    def adds_generation_prompt(self) -> bool:
-        """Whether the template opens an answer when asked to."""
-        return bool(self.generation_prompt)
-
 
 def probes(markers: Sequence[str]) -> list[Conversation]:
     """Conversations whose renderings say what a template does. markers: three words, for `facts_of` too."""

@@ -16,12 +16,14 @@ import pytest
 import torch
 from sinkexport.calibration import calibrate as calibration
 from sinkexport.calibration import histogram
-from sinkexport.calibration.calibrate import attention_outputs, choose_pieces, chosen_range, smoothing
 from sinkexport.calibration.file import CalibrationFile, fingerprint, load_calibration
 from sinkexport.calibration.observers import REST, SINKS, ChannelMaxima, Histograms
+from sinkexport.calibration.pieces import choose_pieces
+from sinkexport.calibration.smoothing import attention_outputs, smoothing
+from sinkexport.calibration.spans import chosen_range
 from sinkexport.calibration.stream_inputs import StreamConfig, input_groups, stream_inputs
 from sinkexport.config import ExportConfig
-from sinkexport.graph.passes.constants import SMALL_ELEMENTS
+from sinkexport.graph.passes.fold_constants import SMALL_ELEMENTS
 from sinkexport.model.experts import routers
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import Calibration, Recipe, load_recipe, parse_recipe
@@ -432,7 +434,7 @@ def test_smoothing_alone_changes_no_result(name: str, target: str, multiplied: i
         def __init__(self, *_: Any) -> None: ...
 
         def kind(self, module: str) -> None: ...
-        def product(self, product: Any) -> None: ...
+        def treatment(self, matmul: Any) -> None: ...
         def table(self, module: str) -> None: ...
         def experts(self, parameter: str) -> None: ...
         def divisors(self, module: str) -> Any:

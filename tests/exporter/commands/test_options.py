@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 from pathlib import Path
@@ -38,7 +39,8 @@ def parsed(name: str, *words: str) -> dict[str, Any]:
 
 
 def help_of(name: str) -> str:
-    return command_of(name).get_help(click.Context(command_of(name), terminal_width=400, max_content_width=400))
+    command = copy.copy(command_of(name))  # which keeps the help option that it is first asked for
+    return command.get_help(click.Context(command, terminal_width=400, max_content_width=400))
 
 
 @pytest.mark.parametrize(("command", "option"), FORMER)

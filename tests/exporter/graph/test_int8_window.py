@@ -17,15 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_ir.passes import common
 from sinkexport.config import ExportConfig
-from sinkexport.graph.attention.expand import expand_operators
-from sinkexport.graph.convert import IR_VERSION, convert
-from sinkexport.graph.passes.constants import fold_small_constants
+from sinkexport.graph.convert import convert
+from sinkexport.graph.graph_pass import PassContext, run_passes
 from sinkexport.model.attention import sink_attention, stream_angles
 from sinkexport.model.int8_rows import dequantized, quantized
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.reference.chunked import chunked_streaming
 from sinkexport.sources import LoadedModel
+from sinkexport.targets import ONNX
 from sinkrt import Session, UsageError
 from sinkrt.ring import Ring, phase_frequency
 
@@ -160,11 +160,10 @@ def onnx_form(case: Case, num_tokens: int, dtype: np.dtype | type = np.float32) 
     states = [torch.from_numpy(state) for state in case.states(dtype)]
     arguments = (*tokens, torch.zeros(case.batch, dtype=torch.int64), states, *valid)
     model = convert(torch.export.export(Operator(case), arguments, strict=False))
-    fold_small_constants(model)
-    expand_operators(model)
+    run_passes(model, ("fold_constants", "expand_attention"), PassContext(ONNX))
     common.NameFixPass()(model)
     assert all(node.domain == "" for node in model.graph)
-    model.ir_version = IR_VERSION
+    model.ir_version = ONNX.ir_version
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)

@@ -12,10 +12,10 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx_ir.passes import common
-from sinkexport.graph.attention.expand import expand_operators
-from sinkexport.graph.convert import IR_VERSION, OPSET, convert
-from sinkexport.graph.passes.constants import fold_small_constants
+from sinkexport.graph.convert import convert
+from sinkexport.graph.graph_pass import PassContext, run_passes
 from sinkexport.model.attention import sink_attention, stream_angles
+from sinkexport.targets import ONNX, TARGETS
 from sinkrt.ring import phase_frequency
 
 from tests.reference.oracle import Act, SinkAttentionOracle
@@ -127,7 +127,7 @@ CALIBRATED = [
 ATOL, ACT_ATOL = 2e-5, 2e-4
 """Where later sinks have nearly all of the weights, what the others share is small, and known less exactly."""
 
-FORMS = pytest.mark.parametrize("form", ["torch", "onnx", "tensorrt"])
+FORMS = pytest.mark.parametrize("form", ["torch", "onnx", "tensorrt-native"])
 
 
 @pytest.mark.parametrize(
@@ -360,18 +360,19 @@ def _converted(subject: Subject, num_tokens: int, affine: tuple[Shape, ...]) -> 
     affine_tensors = [None if shape is None else torch.zeros(shape) for shape in affine]
     arguments = (*tokens, torch.zeros(batch, dtype=torch.int64), states, num_valid, affine_tensors)
     model = convert(torch.export.export(operator, arguments, strict=False))
-    fold_small_constants(model)
+    run_passes(model, ("fold_constants",), PassContext(ONNX))
     return ir.to_proto(model)
 
 
 @functools.cache
-def _session(subject: Subject, num_tokens: int, target: str, affine: tuple[Shape, ...]) -> ort.InferenceSession:
+def _session(subject: Subject, num_tokens: int, name: str, affine: tuple[Shape, ...]) -> ort.InferenceSession:
     model = ir.from_proto(_converted(subject, num_tokens, affine))
-    expand_operators(model, target)
+    (target,) = (target for target in TARGETS if target.name == name)
+    run_passes(model, ("expand_attention",), PassContext(target))
     common.NameFixPass()(model)
     assert all(node.domain == "" for node in model.graph)
-    assert model.opset_imports == {"": OPSET}
-    model.ir_version = IR_VERSION
+    assert model.opset_imports == {"": target.opset}
+    model.ir_version = target.ir_version
     return ort.InferenceSession(ir.to_proto(model).SerializeToString())
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from sinkexport.bench.step_bytes import weight_bytes_per_step
-from sinkexport.model.experts import MAX_PICKS, mixtures, routers
+from sinkexport.model.experts import MAX_PICKS, moe_layers, routers
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel
 from sinkrt import Session
@@ -79,7 +79,7 @@ def others(graph: onnx.GraphProto) -> list[str]:
 def test_it_computes_what_the_onnx_bundle_does(name: str, recipe: str | None, tmp_path: Path) -> None:
     """Chunks first, then steps past two wraps, against ONNX Runtime in float32 on the same weights."""
     model = half_model(name)
-    num_layers, (mixture, *_) = len(mixtures(model)), mixtures(model).values()
+    num_layers, (layer, *_) = len(moe_layers(model)), moe_layers(model).values()
     manifest = plugin_bundle(tmp_path / "plugin", model, recipe)
     kind = KINDS[recipe is not None]
     chosen = model.config.num_experts_per_tok
@@ -87,7 +87,7 @@ def test_it_computes_what_the_onnx_bundle_does(name: str, recipe: str | None, tm
         graph = graph_of(tmp_path / "plugin", role)
         found = products(graph)
         assert [(k, shape[0], picks) for k, shape, picks in found] == [
-            (kind, mixture.num_experts, chosen * num_tokens)
+            (kind, layer.num_experts, chosen * num_tokens)
         ] * 2 * num_layers
         assert not others(graph)
         gates = [node for node in graph.node if node.op_type == "GatedActivation"]
@@ -143,7 +143,7 @@ def test_the_file_holds_them_once_by_rows_of_outputs(name: str, tmp_path: Path) 
     }
     assert read["decode"] == read["prefill"]
     stored = {tensor.name: tensor for tensor in onnx.load(tmp_path / "plugin" / "decode.onnx").graph.initializer}
-    for path, module in mixtures(model).items():
+    for path, module in moe_layers(model).items():
         for weight in ("gate_up_proj", "down_proj"):
             want = getattr(module, weight).detach().numpy()
             want = want.transpose(0, 2, 1) if module.is_transposed else want
@@ -170,7 +170,7 @@ def test_a_step_reads_what_is_chosen(recipe: str | None, bytes_of_expert: int, t
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [None, "int8-channel"])
 def test_matrices_that_the_kernels_do_not_take(recipe: str | None, tmp_path: Path) -> None:
-    """INT8 ones have multiples of 16 inputs, float16 ones of 8; a mixture with others is computed as ever."""
+    """INT8 ones have multiples of 16 inputs, float16 ones of 8; an MoE layer with others is computed as ever."""
     model = half_model("qwen3_moe", moe_intermediate_size=40)
     manifest = plugin_bundle(tmp_path / "40", model, recipe)
     for role in ("decode", "prefill"):

@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 from sinkexport.config import WEIGHT_DTYPES
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape
-from sinkexport.graph.passes.output_gate import absorb, find_output_gate
+from sinkexport.graph.output_gate import absorb, find_output_gate
 from sinkexport.tensorrt.build_engines import build_bundle
 from sinkexport.tensorrt.options import BuildOptions
 from sinkexport.tensorrt.process import build_engine_apart
@@ -177,13 +177,13 @@ class TestOutputGate:
         ungated = joined.outputs[0]
         factor = ir.node(function, [values["gate"] if source == "gate" else ungated])
         pair = [ungated, factor.outputs[0]]
-        product = ir.node("Mul", pair[::-1] if swapped else pair)
+        multiplied = ir.node("Mul", pair[::-1] if swapped else pair)
         by_token = tuple((b, h, t, d)[axis] for axis in perm)
         shapes = {attention: (b, h, t, d), moved: by_token, joined: (b, t, h * d) if joins else by_token}
-        shapes |= {factor: gate, product: shapes[joined]}
+        shapes |= {factor: gate, multiplied: shapes[joined]}
         for node, shape in shapes.items():
             node.outputs[0].shape, node.outputs[0].dtype = ir.Shape(shape), ir.DataType.FLOAT
-        ir.Graph(list(values.values()), product.outputs, nodes=list(shapes), opset_imports={"": 24})
+        ir.Graph(list(values.values()), multiplied.outputs, nodes=list(shapes), opset_imports={"": 24})
         return attention
 
     @pytest.mark.parametrize(

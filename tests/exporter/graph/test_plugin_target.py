@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
-from sinkexport.graph.passes.opset17 import SAME
+from sinkexport.graph.passes.lower_to_opset17 import SAME
 from sinkexport.pipeline.export import export
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel
@@ -41,7 +41,7 @@ S, W, T = 3, 9, 4
 NEEDS_BUILD = [needs_plugin_build, *needs_tensorrt]
 
 EXPERTS_AND_LINEAR = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next", "qwen3_5_text")
-"""Mixtures of experts, and layers of linear attention, which have states of their own."""
+"""MoE families, and layers of linear attention, which have states of their own."""
 
 # Heads of 64: what the kernels start at. Small weights, so that float16 inputs of attention cost little.
 WIDE: dict[str, dict[str, Any]] = {

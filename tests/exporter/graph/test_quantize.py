@@ -16,11 +16,11 @@ from onnx_ir.passes import common
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
 from sinkexport.config import ExportConfig
 from sinkexport.evaluation.parity import verify
-from sinkexport.graph.matmuls import Product
+from sinkexport.graph.matmuls import Matmul
 from sinkexport.graph.quantize.ort import OrtForm, block_size, packed, packed_zeros
+from sinkexport.graph.quantize.plan import InputScale
 from sinkexport.graph.quantize.plugin import PluginForm
 from sinkexport.graph.quantize.qdq import QdqForm
-from sinkexport.graph.quantize.rewrite import InputScale
 from sinkexport.quant.ranges import InputRange
 from sinkexport.quant.recipe import Recipe, load_recipe, parse_recipe
 from sinkexport.quant.weight import QuantizedWeight, WeightScheme
@@ -42,7 +42,7 @@ def make_weight(rng: np.random.Generator, num_outputs: int, depth: int, scheme: 
     return QuantizedWeight("w", ir.Tensor(source, name="w"), scheme, transposed=True)
 
 
-class OneProduct:
+class OneMatmul:
     """A graph of x [B, T, K] @ W that a form rewrites; inputs x and position."""
 
     def __init__(self, form: str, weight: QuantizedWeight, batch: int, num_tokens: int, num_sinks: int = 0) -> None:
@@ -62,7 +62,7 @@ class OneProduct:
         graph = ir.Graph([x, position], [out], nodes=[node], initializers=[matrix], opset_imports={"": 24})
         self.graph = graph
         self.for_ort = form == "ort"
-        self.product = Product(node, x, matrix, (("w", weight.source),), False)
+        self.matmul = Matmul(node, x, matrix, (("w", weight.source),), False)
         self.form = FORMS[form](graph, position, num_sinks)
 
     def run(self, x: np.ndarray, position: np.ndarray) -> np.ndarray:
@@ -94,8 +94,8 @@ def rounded_rows(x: np.ndarray) -> np.ndarray:
 def test_weight_only_products(bits: Any, symmetric: bool, depth: int, block: int, num_tokens: int) -> None:
     rng = np.random.default_rng(bits + depth)
     weight = make_weight(rng, 24, depth, WeightScheme(bits, block, symmetric))
-    one = OneProduct("ort", weight, 2, num_tokens)
-    one.form.weight_only(one.product, weight)
+    one = OneMatmul("ort", weight, 2, num_tokens)
+    one.form.weight_only(one.matmul, weight)
     x = rng.standard_normal((2, num_tokens, depth)).astype(np.float32)
     want = x.astype(np.float64) @ weight.dequantized().T.astype(np.float64)
     got = one.run(x, np.zeros(2, np.int64))
@@ -140,8 +140,8 @@ def test_packing_is_that_of_onnxruntimes_quantiser(bits: Any, symmetric: bool) -
 def test_dynamic_products_round_every_token_by_itself(batch: int, num_tokens: int) -> None:
     rng, depth = np.random.default_rng(batch + num_tokens), 48
     weight = make_weight(rng, 20, depth, WeightScheme(8))
-    one = OneProduct("ort", weight, batch, num_tokens)
-    one.form.dynamic(one.product, weight)
+    one = OneMatmul("ort", weight, batch, num_tokens)
+    one.form.dynamic(one.matmul, weight)
     x = rng.standard_normal((batch, num_tokens, depth)).astype(np.float32)
     x[0, 0] *= 1000  # a massive token must not cost the others their precision
     want = rounded_rows(x.astype(np.float64)) @ weight.dequantized().T
@@ -152,8 +152,8 @@ def test_dynamic_products_round_every_token_by_itself(batch: int, num_tokens: in
 
 def test_a_token_of_zeros_is_no_trouble() -> None:
     weight = make_weight(np.random.default_rng(0), 8, 32, WeightScheme(8))
-    one = OneProduct("ort", weight, 1, 3)
-    one.form.dynamic(one.product, weight)
+    one = OneMatmul("ort", weight, 1, 3)
+    one.form.dynamic(one.matmul, weight)
     assert not one.run(np.zeros((1, 3, 32), np.float32), np.zeros(1, np.int64)).any()
 
 
@@ -166,8 +166,8 @@ def test_static_products_keep_the_sinks_apart(form: str, batch: int, num_tokens:
     scale = InputScale(3.0 / 127, None if sinks is None else sinks * 100 / 127)
     x = rng.standard_normal((batch, num_tokens, depth)).astype(np.float32).clip(-3, 3)
     for first in (0, 1, 2, 9):
-        one = OneProduct(form, weight, batch, num_tokens, num_sinks)
-        one.form.static(one.product, weight, scale)
+        one = OneMatmul(form, weight, batch, num_tokens, num_sinks)
+        one.form.static(one.matmul, weight, scale)
         position = first + np.arange(batch)
         tokens = position[:, None] + np.arange(num_tokens)  # [B, T]
         is_sink = (tokens < num_sinks)[..., None]

@@ -11,9 +11,10 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from sinkexport.graph.attention.parts import AttentionParts, operand
+from sinkexport.graph.attention.parts import AttentionParts
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape
+from sinkexport.graph.edit import known_shape, operand
+from sinkexport.graph.operators import Input
 
 
 class BlockAttention(AttentionParts):
@@ -51,14 +52,15 @@ class BlockAttention(AttentionParts):
         """sink_k, sink_v after the block: each sink block is offered it, and the one that it is takes it."""
         b, states = self.b, []
         if self.num_sinks:
-            for i, new in ((3, self.k), (4, self.v)):
+            for i, new in ((Input.SINK_K, self.k), (Input.SINK_V, self.v)):
                 old = operand(self.node, i)
                 offered = b.op("Tile", [new, b.ints([1, 1, self._num_sink_blocks, 1], "blocks")], known_shape(old))
                 states.append(b.op("Where", [self._is_this_block(), offered, old], known_shape(old), new.dtype))
         return states
 
     def _write_window(self) -> list[ir.Value]:
-        return [self.write_rows(operand(self.node, i), new, self._first_row()) for i, new in ((5, self.k), (6, self.v))]
+        news = ((Input.WINDOW_K, self.k), (Input.WINDOW_V, self.v))
+        return [self.write_rows(operand(self.node, i), new, self._first_row()) for i, new in news]
 
     def _slot(self) -> ir.Value:
         """int64 [B]: (block - S) mod W."""
@@ -96,7 +98,7 @@ class BlockAttention(AttentionParts):
                 [b.op("Sub", [b.reshape(self._slot(), column), slots]), b.ints(self._num_window_blocks, "window")],
             )  # [B, W]
             block = b.op("Sub", [b.reshape(self.position, column), age])
-            oldest = b.op("Max", [operand(self.node, 10), b.ints(self._num_sink_blocks, "num_sinks")])
+            oldest = b.op("Max", [operand(self.node, Input.OLDEST), b.ints(self._num_sink_blocks, "num_sinks")])
             there = b.op("GreaterOrEqual", [block, b.reshape(oldest, column)])
             shape = (self.batch, self._num_window_blocks, self.num_tokens)
             there = b.op("Expand", [b.reshape(there, (*shape[:2], 1)), b.ints(shape, "shape")], shape)

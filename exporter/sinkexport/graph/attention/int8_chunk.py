@@ -3,7 +3,7 @@
 Rows that the chunk evicts are taken out as integers with their scales, the chunk's own are rounded before anything
 reads them, and a token that does not count writes back the integers that it found: no row is rounded twice. Unlike a
 step, a chunk is bound by arithmetic and has more logits than the window has entries, so the window is brought to
-floating point once, scales included, and the products are those of expand_chunk.py.
+floating point once, scales included, and the matmuls are those of chunk.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import onnx_ir as ir
 
 from sinkexport.graph.attention.chunk import ChunkAttention, Written
 from sinkexport.graph.attention.int8_rows import as_float, cast, quantized_rows
-from sinkexport.graph.attention.parts import operand
-from sinkexport.graph.edit import known_shape
+from sinkexport.graph.edit import known_shape, operand
 
 
 class Int8ChunkAttention(ChunkAttention):
@@ -21,8 +20,7 @@ class Int8ChunkAttention(ChunkAttention):
 
     def _write_window(self) -> Written:
         rows = quantized_rows(self.b, self.k, self.v)
-        news = ((5, rows.k), (6, rows.v), (11, rows.k_scale), (12, rows.v_scale))
-        pairs = [self._exchange(operand(self.node, i), new) for i, new in news]
+        pairs = [self._exchange(operand(self.node, i), new) for i, new in rows.by_state()]
         states, evicted = ([pair[i] for pair in pairs] for i in range(2))
         window, removed = ([self._floats(*x) for x in zip(y[:2], y[2:], strict=True)] for y in (states, evicted))
         return states, window, removed

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape
+from sinkexport.graph.operators import Input
 from sinkexport.model.int8_rows import INT8_MAX, LARGEST_SCALE, SMALLEST_SCALE
 
 
@@ -19,6 +20,15 @@ class Int8Rows:
     v: ir.Value
     k_scale: ir.Value
     v_scale: ir.Value
+
+    def by_state(self) -> tuple[tuple[Input, ir.Value], ...]:
+        """Each with the state that it is written to, keys and values first."""
+        return (
+            (Input.WINDOW_K, self.k),
+            (Input.WINDOW_V, self.v),
+            (Input.WINDOW_K_SCALE, self.k_scale),
+            (Input.WINDOW_V_SCALE, self.v_scale),
+        )
 
 
 def quantized_rows(b: Builder, k: ir.Value, v: ir.Value) -> Int8Rows:

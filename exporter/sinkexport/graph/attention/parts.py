@@ -1,4 +1,4 @@
-"""What the two portable forms of SinkAttention have in common."""
+"""Parts that a step, a chunk and a block have in common when attention is written out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import constant, known_shape, replace_node
+from sinkexport.graph.edit import constant, known_shape, operand, optional, replace_node
+from sinkexport.graph.operators import Input
 from sinkexport.model.attention import TINY
 
 FLOAT = ir.DataType.FLOAT
@@ -35,22 +36,33 @@ class AttentionParts:
     """One SinkAttention node about to be expanded, and its pieces that do not depend on the number of tokens.
 
     batch, num_q_heads, num_tokens, head_dim: B, Hq, T, D. num_kv_heads, group: Hkv, Hq / Hkv.
-    num_sinks, window_size: S, W. b: collects the new nodes. target: ``onnx | tensorrt``, what the graph is for.
+    num_sinks, window_size: S, W. b: collects the new nodes.
+    has_circular_scatter: whether the target takes a TensorScatter that runs past the ring's end.
     """
 
-    def __init__(self, graph: ir.Graph, node: ir.Node, per_run: PerRun, target: str = "onnx") -> None:
-        self.node, self.b, self._per_run, self.target = node, Builder(graph), per_run, target
-        self.q, self.k, self.v = (operand(node, i) for i in range(3))
+    def __init__(self, graph: ir.Graph, node: ir.Node, per_run: PerRun, *, has_circular_scatter: bool = True) -> None:
+        self.node, self.b, self._per_run = node, Builder(graph), per_run
+        self.has_circular_scatter = has_circular_scatter
+        self.q, self.k, self.v = (operand(node, i) for i in (Input.Q, Input.K, Input.V))
         self.batch, self.num_q_heads, self.num_tokens, self.head_dim = known_shape(self.q)
         self.num_kv_heads = known_shape(self.k)[1]
         self.group = self.num_q_heads // self.num_kv_heads
-        self.window_size = known_shape(operand(node, 5))[2]
-        self.num_sinks = known_shape(operand(node, 3))[2] if optional(node, 3) is not None else 0
-        self.position = operand(node, 7)
-        self.alibi_slopes, self.sink_logit, self.sink_scale = (optional(node, i) for i in (13, 14, 15))
-        self.affine_scale, self.affine_bias = (optional(node, i) for i in (16, 17))
+        self.window_size = known_shape(operand(node, Input.WINDOW_K))[2]
+        sink_k = optional(node, Input.SINK_K)
+        self.num_sinks = 0 if sink_k is None else known_shape(sink_k)[2]
+        self.position = operand(node, Input.POSITION)
+        self.alibi_slopes = optional(node, Input.ALIBI_SLOPES)
+        self.sink_logit = optional(node, Input.SINK_LOGIT)
+        self.sink_scale = optional(node, Input.SINK_SCALE)
+        self.affine_scale = optional(node, Input.AFFINE_SCALE)
+        self.affine_bias = optional(node, Input.AFFINE_BIAS)
         self.has_affine = self.affine_scale is not None or self.affine_bias is not None
-        self.mass, self.calibrated_heads = (optional(node, i) for i in (18, 19))
+        self.mass = optional(node, Input.ATTENTION_MASS)
+        self.calibrated_heads = optional(node, Input.CALIBRATED)
+
+    def expand(self) -> None:
+        """Put standard operators in the place of the node."""
+        raise NotImplementedError
 
     def once(self, name: str, build: Callable[[Builder], ir.Value]) -> ir.Value:
         """A value that all layers of the same geometry share."""
@@ -63,7 +75,7 @@ class AttentionParts:
 
     def turned_back(self, q: ir.Value) -> ir.Value:
         """The query as the sinks see it, R(-shift) q; q itself in a layer without positions."""
-        cos, sin = optional(self.node, 8), optional(self.node, 9)
+        cos, sin = optional(self.node, Input.SHIFT_COS), optional(self.node, Input.SHIFT_SIN)
         if cos is None or sin is None:
             return q
         minus_sin = self._per_run.once(("minus", sin), self.node, lambda b: b.op("Neg", [sin]))
@@ -77,7 +89,7 @@ class AttentionParts:
         )
 
     def transposed(self, rows: ir.Value) -> ir.Value:
-        """[B, Hkv, n, D] -> [B, Hkv, D, n]; runtimes can fold it into a product that follows."""
+        """[B, Hkv, n, D] -> [B, Hkv, D, n]; runtimes can fold it into a matmul that follows."""
         batch, heads, length, head_dim = known_shape(rows)
         return self.b.op("Transpose", [rows], (batch, heads, head_dim, length), perm=(0, 1, 3, 2))
 
@@ -252,19 +264,3 @@ class AttentionParts:
         b = self.b
         squashed = b.op("Tanh", [b.op("Mul", [logits, b.scalar(1.0 / cap, logits.dtype)])])
         return b.op("Mul", [squashed, b.scalar(cap, logits.dtype)])
-
-
-def optional(node: ir.Node, index: int) -> ir.Value | None:
-    """An input that may be absent; trailing absent ones are not even listed."""
-    return node.inputs[index] if index < len(node.inputs) else None
-
-
-def operand(node: ir.Node, index: int) -> ir.Value:
-    """An input that must be there.
-
-    Raises: ValueError.
-    """
-    value = optional(node, index)
-    if value is None:
-        raise ValueError(f"{node.op_type} '{node.name}' has no input {index}")
-    return value

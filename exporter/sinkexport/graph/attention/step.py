@@ -1,14 +1,14 @@
 """SinkAttention over one token a stream, in standard operators: bound by how fast the cache can be read.
 
 No state is transposed, sliced, joined or copied: the window is written by TensorScatter, which ONNX Runtime does in
-place when input and output are bound to one buffer, and keys are read as the *left* operand of a product,
+place when input and output are bound to one buffer, and keys are read as the *left* operand of a matmul,
 K [W, D] @ q [D, 1], so that they never have to be turned.
 
-Few query heads of a key head take a product each, many one for all, K [W, D] @ q [D, G], before and after which the
-small ones, queries and logits, are turned. One layer's attention on ONNX Runtime, microseconds, with one | two threads
+Few query heads of a key head take a matmul each. Many share one, K [W, D] @ q [D, G]; the small operands, queries and
+logits, are turned before and after it. One layer's attention on ONNX Runtime, microseconds, with one | two threads
 of an AMD EPYC with AVX-512 (beside other work, in turns):
 
-    Hkv, G, W, D         a product each    one for all
+    Hkv, G, W, D         a matmul each     one for all
     3, 3, 1020, 64          54 |   47         62 |   57
     8, 4, 1020, 128        307 |  283        295 |  279
     8, 4, 4092, 128       2808 | 3788       2153 | 3689
@@ -24,12 +24,13 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from sinkexport.graph.attention.parts import FLOAT, AttentionParts, operand
+from sinkexport.graph.attention.parts import FLOAT, AttentionParts
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape
+from sinkexport.graph.edit import known_shape, operand
+from sinkexport.graph.operators import Input
 
 MANY_HEADS = 4
-"""Query heads of a key head from which on one product serves them all."""
+"""Query heads of a key head from which on one matmul serves them all."""
 
 
 class StepAttention(AttentionParts):
@@ -104,7 +105,7 @@ class StepAttention(AttentionParts):
             return b.reshape(sums, (*self._grouped, 1, head_dim))
         if len(shared) > 2 or not of_sinks:
             return b.matmul(weights, b.reshape(values, (*shared, length, head_dim)))
-        # One query head a key head: TensorRT-RTX 1.7.1 crashes while it builds this product of 1 x S by S x D next
+        # One query head a key head: TensorRT-RTX 1.7.1 crashes while it builds this matmul of 1 x S by S x D next
         # to that of the window. For a handful of sinks a sum of products is as quick.
         products = b.op("Mul", [b.reshape(weights, (*shared, length, 1)), values])
         return b.op("ReduceSum", [products, b.ints([-2], "axes")], (*shared, 1, head_dim), keepdims=1)
@@ -141,14 +142,15 @@ class StepAttention(AttentionParts):
         """sink_k, sink_v after this token; none if S = 0."""
         states: list[ir.Value] = []
         if self.num_sinks:
-            for i, new in ((3, self.k), (4, self.v)):
+            for i, new in ((Input.SINK_K, self.k), (Input.SINK_V, self.v)):
                 sinks = operand(self.node, i)
                 states.append(self.b.op("Where", [self._is_this_token(), new, sinks], known_shape(sinks), new.dtype))
         return states
 
     def _write_window(self) -> list[ir.Value]:
         """The window's states after this token: window_k, window_v."""
-        return [self.write_rows(operand(self.node, i), new, self._slot()) for i, new in ((5, self.k), (6, self.v))]
+        news = ((Input.WINDOW_K, self.k), (Input.WINDOW_V, self.v))
+        return [self.write_rows(operand(self.node, i), new, self._slot()) for i, new in news]
 
     def _slot(self) -> ir.Value:
         """int64 [B]: (t - S) mod W. While t < S it names a slot that is masked until it is written again."""

@@ -1,4 +1,4 @@
-"""What the forms of quantised products have in common."""
+"""What the forms of quantised matmuls have in common."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import onnx_ir as ir
 from sinkexport.graph.attention.parts import PerRun
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, lazy_weight
-from sinkexport.graph.matmuls import Product
-from sinkexport.graph.quantize.rewrite import InputScale
+from sinkexport.graph.matmuls import QUANTIZED, Matmul
+from sinkexport.graph.quantize.plan import InputScale
 from sinkexport.quant.weight import QuantizedWeight
 
 
 class FormParts:
-    """Of one graph. position: int64 [B] of the first token; num_sinks: first tokens of a stream that are apart."""
+    """Parts of one graph.
+
+    position: int64 [B] of the first token. num_sinks: first tokens of a stream, which may have scales of their own.
+    """
 
     def __init__(self, graph: ir.Graph, position: ir.Value, num_sinks: int) -> None:
         self.graph = graph
@@ -34,7 +37,9 @@ class FormParts:
         make: Callable[[], np.ndarray],
     ) -> ir.Value:
         """A part of a quantised weight, made once however often it is asked for."""
-        return lazy_weight(self.graph, f"{weight.name}.{what}", dtype, shape, make)
+        part = lazy_weight(self.graph, f"{weight.name}.{what}", dtype, shape, make)
+        part.meta[QUANTIZED] = True
+        return part
 
     def is_sink(self, before: ir.Node, rows: tuple[int, ...]) -> ir.Value:
         """bool [*rows, 1]: whether a token of the run, at position + 0 .. T-1 of its stream, is a sink."""
@@ -48,12 +53,12 @@ class FormParts:
 
         return self.per_run.once(("is sink", rows), before, build)
 
-    def sink_factors(self, b: Builder, product: Product, scale: InputScale) -> tuple[ir.Value, ir.Value]:
-        """[.., 1] each: what makes sinks fit the others' range before the product, and its inverse, for after it."""
+    def sink_factors(self, b: Builder, matmul: Matmul, scale: InputScale) -> tuple[ir.Value, ir.Value]:
+        """[.., 1] each: what makes sinks fit the others' range before the matmul, and its inverse, for after it."""
         if scale.sinks is None:
             raise ValueError("the sinks have no scale of their own")
-        rows = known_shape(product.x)[:-1]
-        is_sink, dtype = self.is_sink(product.node, rows), ir.DataType.FLOAT
+        rows = known_shape(matmul.x)[:-1]
+        is_sink, dtype = self.is_sink(matmul.node, rows), ir.DataType.FLOAT
         one = b.scalar(1.0, dtype)
         before, after = (
             b.op("Where", [is_sink, b.scalar(factor, dtype), one], (*rows, 1), dtype)

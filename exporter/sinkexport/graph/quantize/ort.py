@@ -1,7 +1,7 @@
-"""Quantised products in the operators that ONNX Runtime's CPU provider runs fast.
+"""Quantised matmuls in the operators that ONNX Runtime's CPU provider runs fast.
 
 Weights only: MatMulNBits, whose kernels read each weight once, packed. Its INT8 arithmetic (accuracy_level 4) rounds
-the input to 8 bits for each token and block of 16 to 256 channels inside the product; that costs far less accuracy than
+the input to 8 bits for each token and block of 16 to 256 channels inside the matmul; that costs far less accuracy than
 the weights' own rounding and is what makes it fast. onnxruntime's quantiser for it works on finished files and knows no
 choice of scales, so weights come from `quantized_weight` instead, with the same packing (the tests compare the two).
 
@@ -10,7 +10,7 @@ quantised one by one, by the same formula, and multiplied by MatMulInteger. Stat
 take float32 only.
 
 INT8 inputs are unsigned with zero point 128 where they are static: on x86 the kernels for signed ones are slow. The
-weights of those products are unsigned with zero point 128 too: without VNNI, ONNX Runtime multiplies unsigned inputs by
+weights of those matmuls are unsigned with zero point 128 too: without VNNI, ONNX Runtime multiplies unsigned inputs by
 signed weights with an instruction that saturates sums of two products at 16 bits, which is wrong by up to a sixth of
 the result. With unsigned weights every processor's sums are exact, and VNNI's and Arm's kernels lose nothing.
 """
@@ -22,9 +22,9 @@ import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import constant, known_shape, replace_node
-from sinkexport.graph.matmuls import Product
+from sinkexport.graph.matmuls import Matmul
 from sinkexport.graph.quantize.form import FormParts
-from sinkexport.graph.quantize.rewrite import InputScale
+from sinkexport.graph.quantize.plan import InputScale
 from sinkexport.quant.weight import QuantizedWeight
 
 DOMAIN = "com.microsoft"
@@ -40,19 +40,15 @@ ZERO_POINT = 128
 class OrtForm(FormParts):
     """Writes one graph."""
 
-    def __init__(self, graph: ir.Graph, position: ir.Value, num_sinks: int) -> None:
-        super().__init__(graph, position, num_sinks)
-        graph.opset_imports[DOMAIN] = 1
-
-    def weight_only(self, product: Product, weight: QuantizedWeight) -> None:
+    def weight_only(self, matmul: Matmul, weight: QuantizedWeight) -> None:
         """x @ W, x in floating point."""
-        b, block = Builder(self.graph), block_size(weight)
-        inputs = [product.x, *self._blocks(weight, product.dtype)]
+        b, block = self._builder(), block_size(weight)
+        inputs = [matmul.x, *self._blocks(weight, matmul.dtype)]
         result = b.op(
             "MatMulNBits",
             inputs,
-            known_shape(product.node.outputs[0]),
-            product.dtype,
+            known_shape(matmul.node.outputs[0]),
+            matmul.dtype,
             domain=DOMAIN,
             K=weight.num_inputs,
             N=weight.num_outputs,
@@ -60,11 +56,11 @@ class OrtForm(FormParts):
             block_size=block,
             accuracy_level=INT8_ARITHMETIC,
         )
-        replace_node(product.node, b.nodes, [result])
+        replace_node(matmul.node, b.nodes, [result])
 
     def gather(self, node: ir.Node, weight: QuantizedWeight) -> None:
-        """Rows of a table: taken as they are stored, then turned to floating point. They may be a product's weights."""
-        b, bits = Builder(self.graph), weight.scheme.bits
+        """Rows of a table: taken as they are stored, then turned to floating point. They may be a matmul's weights."""
+        b, bits = self._builder(), weight.scheme.bits
         ids, result = node.inputs[1], node.outputs[0]
         if ids is None or result.dtype is None:
             raise ValueError(f"Gather '{node.name}' without indices or type")
@@ -91,10 +87,10 @@ class OrtForm(FormParts):
             values = b.split(values, [depth, padded - depth], 1)[0]
         replace_node(node, b.nodes, [b.reshape(values, known_shape(result))])
 
-    def dynamic(self, product: Product, weight: QuantizedWeight) -> None:
+    def dynamic(self, matmul: Matmul, weight: QuantizedWeight) -> None:
         """x @ W, each token of x rounded to 0 .. 255 with a scale and a zero point of its own."""
-        b = Builder(self.graph)
-        x, rows, shape = b.cast(product.x, ir.DataType.FLOAT), product.num_rows, known_shape(product.node.outputs[0])
+        b = self._builder()
+        x, rows, shape = b.cast(matmul.x, ir.DataType.FLOAT), matmul.num_rows, known_shape(matmul.node.outputs[0])
         matrix, zeros, scales = self._unsigned(weight), self._zero_point(), self._scales(weight)
         if rows == 1:
             out = b.op("DynamicQuantizeMatMul", [x, matrix, scales, zeros], shape, x.dtype, domain=DOMAIN)
@@ -104,15 +100,15 @@ class OrtForm(FormParts):
             nothing = constant(self.graph, np.asarray(0, np.uint8), "no_zero_point")
             sums = b.op("MatMulInteger", [quantized, matrix, nothing, zeros], shape, ir.DataType.INT32)
             offset = b.op("Mul", [zero, self._column_sums(weight)])
-            products = b.op("Sub", [b.cast(sums, ir.DataType.FLOAT), offset])
-            out = b.op("Mul", [b.op("Mul", [products, scale]), scales])
-        replace_node(product.node, b.nodes, [b.cast(out, product.dtype)])
+            exact = b.op("Sub", [b.cast(sums, ir.DataType.FLOAT), offset])
+            out = b.op("Mul", [b.op("Mul", [exact, scale]), scales])
+        replace_node(matmul.node, b.nodes, [b.cast(out, matmul.dtype)])
 
-    def static(self, product: Product, weight: QuantizedWeight, scale: InputScale) -> None:
+    def static(self, matmul: Matmul, weight: QuantizedWeight, scale: InputScale) -> None:
         """x @ W, x rounded with scales that calibration found."""
-        b = Builder(self.graph)
-        x, shape = b.cast(product.x, ir.DataType.FLOAT), known_shape(product.node.outputs[0])
-        step, before, after = self._static_scale(b, product, scale)
+        b = self._builder()
+        x, shape = b.cast(matmul.x, ir.DataType.FLOAT), known_shape(matmul.node.outputs[0])
+        step, before, after = self._static_scale(b, matmul, scale)
         if before is not None:
             x = b.op("Mul", [x, before])
         zero = self._zero_point()
@@ -126,24 +122,29 @@ class OrtForm(FormParts):
         )
         if after is not None:
             out = b.op("Mul", [out, after])
-        replace_node(product.node, b.nodes, [b.cast(out, product.dtype)])
+        replace_node(matmul.node, b.nodes, [b.cast(out, matmul.dtype)])
 
     def _static_scale(
-        self, b: Builder, product: Product, scale: InputScale
+        self, b: Builder, matmul: Matmul, scale: InputScale
     ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
-        """The scale, and what the tokens are to be multiplied by before and after the product, if they differ.
+        """The scale, and what the tokens are to be multiplied by before and after the matmul, if they differ.
 
         A single token takes the sinks' scale or the others', which costs one small node.
         """
         rest = b.scalar(scale.rest, ir.DataType.FLOAT)
         if scale.sinks is None or not self.num_sinks:
             return rest, None, None
-        if product.num_rows > 1:
-            return rest, *self.sink_factors(b, product, scale)
-        is_sink = self.is_sink(product.node, known_shape(product.x)[:-1])
-        only = self.per_run.once("one token", product.node, lambda b: b.reshape(is_sink, ()))
+        if matmul.num_rows > 1:
+            return rest, *self.sink_factors(b, matmul, scale)
+        is_sink = self.is_sink(matmul.node, known_shape(matmul.x)[:-1])
+        only = self.per_run.once("one token", matmul.node, lambda b: b.reshape(is_sink, ()))
         sinks = b.scalar(scale.sinks, ir.DataType.FLOAT)
         return b.op("Where", [only, sinks, rest], (), ir.DataType.FLOAT), None, None
+
+    def _builder(self) -> Builder:
+        """For nodes of ONNX Runtime's own domain, which the graph then has to import."""
+        self.graph.opset_imports[DOMAIN] = 1
+        return Builder(self.graph)
 
     # --- weights ---
 
@@ -187,7 +188,7 @@ class OrtForm(FormParts):
 
 
 def block_size(weight: QuantizedWeight) -> int:
-    """The block of MatMulNBits: the scheme's; without one, the largest of which K is a multiple (32 if none is)."""
+    """The block of MatMulNBits: the scheme's; without one, the largest that divides K (32 if none does)."""
     if weight.scheme.block_size is not None:
         return weight.scheme.block_size
     return next((size for size in BLOCK_SIZES if weight.num_inputs % size == 0), 32)

@@ -1,4 +1,4 @@
-"""Products by INT8 weights and INT8 tables as plugin nodes; INT8 inputs with static ranges as explicit Q/DQ."""
+"""Matmuls by INT8 weights and INT8 tables as plugin nodes; INT8 inputs with static ranges as explicit Q/DQ."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, lazy_weight, replace_node
-from sinkexport.graph.matmuls import Product
+from sinkexport.graph.matmuls import Matmul, bias_addition, weight_operand
 from sinkexport.graph.operators import DOMAIN, INT8_LINEAR, INT8_ROWS
-from sinkexport.graph.passes.plugin_operators import PLUGIN_ATTRIBUTES
-from sinkexport.graph.passes.weights import bias_addition, weight_operand
+from sinkexport.graph.plugin_nodes import PLUGIN_ATTRIBUTES
 from sinkexport.graph.quantize.qdq import QdqForm
 from sinkexport.quant.weight import QuantizedWeight
 
@@ -26,14 +25,14 @@ class PluginForm(QdqForm):
 
     scale_dtype = ir.DataType.FLOAT
 
-    def weight_only(self, product: Product, weight: QuantizedWeight) -> None:
+    def weight_only(self, matmul: Matmul, weight: QuantizedWeight) -> None:
         """Int8Linear(x, W, scale), sums in float32; inputs and outputs in float16. A bias of float16 that follows is
         added before the sum is rounded."""
         half = ir.DataType.FLOAT16
-        b, result = Builder(self.graph), product.node.outputs[0]
-        addition = bias_addition(result) if product.dtype == half else None
+        b, result = Builder(self.graph), matmul.node.outputs[0]
+        addition = bias_addition(result) if matmul.dtype == half else None
         bias = weight_operand(addition)
-        inputs = [b.cast(product.x, half), *self._stored(weight)]
+        inputs = [b.cast(matmul.x, half), *self._stored(weight)]
         out = b.op(
             INT8_LINEAR,
             inputs if bias is None else [*inputs, bias],
@@ -46,7 +45,7 @@ class PluginForm(QdqForm):
         )
         if addition is not None:
             replace_node(addition, [], [result])
-        replace_node(product.node, b.nodes, [b.cast(out, product.dtype)])
+        replace_node(matmul.node, b.nodes, [b.cast(out, matmul.dtype)])
 
     def gather(self, node: ir.Node, weight: QuantizedWeight) -> None:
         """Int8Rows(ids, table, scale), float16."""
@@ -71,7 +70,7 @@ class PluginForm(QdqForm):
 
 
 def packed_rows(graph: ir.Graph, weight: QuantizedWeight, outputs: tuple[int, ...]) -> ir.Value:
-    """int32 [*outputs, K/4]: int8 [N, K], N being the product of `outputs`.
+    """int32 [*outputs, K/4]: int8 [N, K], N the product of `outputs`.
 
     Raises: UsageError if the kernels do not take such weights.
     """

@@ -1,4 +1,4 @@
-"""Quantised products as explicit QuantizeLinear and DequantizeLinear nodes, which TensorRT turns into INT8 kernels.
+"""Quantised matmuls as explicit QuantizeLinear and DequantizeLinear nodes, which TensorRT turns into INT8 kernels.
 
 TensorRT wants symmetric scales that are constants of the graph. So weights of 4 bits with zero points and scales found
 at run time cannot be expressed; recipes that need them do not list this target. Other runtimes compute the same numbers
@@ -13,23 +13,23 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import constant, known_shape, replace_node
-from sinkexport.graph.matmuls import Product
+from sinkexport.graph.matmuls import Matmul
 from sinkexport.graph.quantize.form import FormParts
-from sinkexport.graph.quantize.rewrite import InputScale
+from sinkexport.graph.quantize.plan import InputScale
 from sinkexport.quant.weight import QuantizedWeight
 
 
 class QdqForm(FormParts):
-    """Writes one graph. scale_dtype: of scales, and of what is computed with them; None: the product's."""
+    """Writes one graph. scale_dtype: of scales, and of what is computed with them; None: the matmul's."""
 
     scale_dtype: ir.DataType | None = None
 
-    def weight_only(self, product: Product, weight: QuantizedWeight) -> None:
+    def weight_only(self, matmul: Matmul, weight: QuantizedWeight) -> None:
         """x @ DQ(W)."""
         b = Builder(self.graph)
-        replace_node(product.node, b.nodes, [self._product(b, product, product.x, weight)])
+        replace_node(matmul.node, b.nodes, [self._matmul(b, matmul, matmul.x, weight)])
 
-    def dynamic(self, product: Product, weight: QuantizedWeight) -> None:  # noqa: ARG002 - as all forms
+    def dynamic(self, matmul: Matmul, weight: QuantizedWeight) -> None:  # noqa: ARG002 - as all forms
         """Raises: UsageError, always."""
         raise UsageError(
             problem(
@@ -40,22 +40,22 @@ class QdqForm(FormParts):
             )
         )
 
-    def static(self, product: Product, weight: QuantizedWeight, scale: InputScale) -> None:
-        """DQ(Q(x)) @ DQ(W); sinks are made to fit the others' range and the product larger again."""
-        b, x = Builder(self.graph), product.x
-        dtype, shape = self.scale_dtype or product.dtype, known_shape(x)
+    def static(self, matmul: Matmul, weight: QuantizedWeight, scale: InputScale) -> None:
+        """DQ(Q(x)) @ DQ(W); sinks are made to fit the others' range and the matmul larger again."""
+        b, x = Builder(self.graph), matmul.x
+        dtype, shape = self.scale_dtype or matmul.dtype, known_shape(x)
         x = b.cast(x, dtype)
         apart = scale.sinks is not None and self.num_sinks > 0
-        before, after = self.sink_factors(b, product, scale) if apart else (None, None)
+        before, after = self.sink_factors(b, matmul, scale) if apart else (None, None)
         if before is not None:
             x = b.op("Mul", [x, b.cast(before, dtype)])
         step = b.scalar(scale.rest, dtype)
         zero = constant(self.graph, np.asarray(0, np.int8), "zero_point")
         quantized = b.op("QuantizeLinear", [x, step, zero], shape, ir.DataType.INT8)
-        out = self._product(b, product, b.op("DequantizeLinear", [quantized, step, zero], shape, dtype), weight)
+        out = self._matmul(b, matmul, b.op("DequantizeLinear", [quantized, step, zero], shape, dtype), weight)
         if after is not None:
             out = b.op("Mul", [out, b.cast(after, dtype)])
-        replace_node(product.node, b.nodes, [b.cast(out, product.dtype)])
+        replace_node(matmul.node, b.nodes, [b.cast(out, matmul.dtype)])
 
     def gather(self, node: ir.Node, weight: QuantizedWeight) -> None:
         """Rows of DQ(table)."""
@@ -65,9 +65,9 @@ class QdqForm(FormParts):
         rows = b.op("Gather", [self._rows(b, weight), ids], known_shape(result), result.dtype, axis=0)
         replace_node(node, b.nodes, [rows])
 
-    def _product(self, b: Builder, product: Product, x: ir.Value, weight: QuantizedWeight) -> ir.Value:
-        shape = known_shape(product.node.outputs[0])
-        if product.is_table:
+    def _matmul(self, b: Builder, matmul: Matmul, x: ir.Value, weight: QuantizedWeight) -> ir.Value:
+        shape = known_shape(matmul.node.outputs[0])
+        if matmul.is_table:
             return b.op("Gemm", [x, self._rows(b, weight)], shape, x.dtype, transB=1)
         matrix = self.lazy(
             weight,

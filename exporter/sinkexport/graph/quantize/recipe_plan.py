@@ -1,4 +1,4 @@
-"""A recipe applied to a model: what becomes of each of its products and embeddings."""
+"""A recipe applied to a model: what becomes of each of its matmuls and embeddings."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from sinkexport.graph.matmuls import Product
-from sinkexport.graph.quantize.rewrite import InputScale, Treatment
-from sinkexport.model.experts import mixtures, routers
+from sinkexport.graph.matmuls import Matmul
+from sinkexport.graph.quantize.plan import InputScale, Treatment
+from sinkexport.model.experts import moe_layers, routers
 from sinkexport.quant.ranges import Ranges
 from sinkexport.quant.recipe import Recipe
 from sinkexport.quant.weight import Rounded, WeightScheme
@@ -22,7 +22,7 @@ HIGHEST = 127
 class RecipePlan:
     """Answers what the graph pass asks. model: whose modules the recipe is applied to.
 
-    The output projection always takes floating-point inputs: its product decides the next token directly, and its
+    The output projection always takes floating-point inputs: its matmul decides the next token directly, and its
     weights may be the embedding's.
     """
 
@@ -36,7 +36,7 @@ class RecipePlan:
         self._recipe = recipe
         self._calibration = calibration
         self._routers = routers(model)
-        self._mixtures = tuple(f"{path}." for path in mixtures(model))
+        self._moe_prefixes = tuple(f"{path}." for path in moe_layers(model))
         self._scale_dtype: Literal["float32", "float16"] = dtype
         head = model.get_output_embeddings().weight
         # By all its names: a tied weight has that of the embedding as well.
@@ -48,18 +48,18 @@ class RecipePlan:
         """Projections are joined if they are rounded alike."""
         return self._scheme(module), self._recipe.input_mode(module)
 
-    def product(self, product: Product) -> Treatment | None:
-        """What becomes of a product; its modules are all of one kind."""
-        scheme = self._scheme(product.modules[0])
+    def treatment(self, matmul: Matmul) -> Treatment | None:
+        """What becomes of a matmul; its modules are all of one kind."""
+        scheme = self._scheme(matmul.modules[0])
         if scheme is None:
             return None
-        rounded = self._rounded(product)
-        mode = self._recipe.input_mode(product.modules[0])
-        if mode == "float" or product.modules[0] in self._head:
+        rounded = self._rounded(matmul)
+        mode = self._recipe.input_mode(matmul.modules[0])
+        if mode == "float" or matmul.modules[0] in self._head:
             return Treatment(scheme, rounded)
         if mode == "dynamic":
             return Treatment(scheme, rounded, dynamic=True)
-        return Treatment(scheme, rounded, input_scale=self._input_scale(product.modules))
+        return Treatment(scheme, rounded, input_scale=self._input_scale(matmul.modules))
 
     def scheme_for_inputs(self, module: str) -> WeightScheme | None:
         """How a module's weights are to be rounded with GPTQ; None: they are not."""
@@ -82,11 +82,11 @@ class RecipePlan:
     def table(self, module: str) -> WeightScheme | None:
         """How an untied embedding is rounded: a scale for each row, as its rows are what is read.
 
-        The biases of a mixture's experts, whose rows are gathered too, are none.
+        Biases of MoE experts, whose rows are gathered too, are none.
         """
         if self._recipe.embeddings == "float" or self._recipe.keeps_float(module):
             return None
-        if module.startswith(self._mixtures):
+        if module.startswith(self._moe_prefixes):
             return None
         return WeightScheme(8, scale_dtype=self._scale_dtype)
 
@@ -112,14 +112,14 @@ class RecipePlan:
         symmetric = weights.symmetric or bits != weights.bits
         return WeightScheme(bits, weights.block_size, symmetric, weights.scales, self._scale_dtype)
 
-    def _rounded(self, product: Product) -> Callable[[], Rounded] | None:
-        """What calibration rounded a product's weights to; None: it did not."""
-        calibration, scheme = self._calibration, self.scheme_for_inputs(product.modules[0])
+    def _rounded(self, matmul: Matmul) -> Callable[[], Rounded] | None:
+        """What calibration rounded a matmul's weights to; None: it did not."""
+        calibration, scheme = self._calibration, self.scheme_for_inputs(matmul.modules[0])
         if calibration is None or scheme is None:
             return None
 
         def read() -> Rounded:
-            parts = [calibration.rounded(module, scheme, product.depth) for module in product.modules]
+            parts = [calibration.rounded(module, scheme, matmul.depth) for module in matmul.modules]
             zeros = [part.zero_points for part in parts if part.zero_points is not None]
             return Rounded(
                 np.concatenate([part.integers for part in parts]),
@@ -143,5 +143,5 @@ class RecipePlan:
 
 
 def _scale(bound: float) -> float:
-    """Of an input that was nothing but zeros any scale is right."""
+    """Scale of an input with this bound. For one that was nothing but zeros any scale is right."""
     return (bound or 1.0) / HIGHEST

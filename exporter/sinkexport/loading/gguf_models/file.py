@@ -128,7 +128,7 @@ def _parts(path: Path) -> list[Path]:
         raise UsageError(
             problem(
                 "model",
-                received=f"'{path}', of which {listed or 'no part'} is missing",
+                received=f"'{path}', without {listed or 'any part'}",
                 expected=f"all {count} parts in one folder",
                 fix="download the missing parts",
             )

@@ -129,7 +129,7 @@ class _Uses:
 
 
 def _refuse_chains(pairs: Sequence[Pair], uses: _Uses) -> None:
-    """Refuse pairs of one score of which one leads to merges that take a part of another away, or add to them.
+    """Refuse pairs of one score if one leads to merges that take a part of another away, or add to it.
 
     uses: of the pairs that go before or among these.
     """

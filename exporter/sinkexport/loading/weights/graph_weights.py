@@ -221,7 +221,7 @@ def _floating(name: str, tensor: ir.TensorProtocol, layers: tuple[float, float])
 def _quantized(
     base: str, suffix: str, value: ir.Value, values: dict[str, ir.Value], layers: tuple[float, float]
 ) -> GraphMatrix:
-    """Integers times scales; see graph/passes/quantize_*.py for the layouts."""
+    """Integers times scales; see graph/quantize/ for the layouts."""
     integers, scales = _numbers(value), np.asarray(_numbers(values[f"{base}.scales"]), np.float32)
     zeros = values.get(f"{base}.zero_points")
     read: Read

@@ -15,7 +15,7 @@ MAX_VECTOR = 1 << 17
 """Numbers of a vector that is looked for in pieces."""
 
 MAX_BEGINNINGS = 64
-"""Places where a run may begin, of which the longest is taken; more where many numbers are the same."""
+"""Places where a run may begin: the longest run is taken. There are more where many numbers are the same."""
 
 STRIDES = (1, 2)
 """Rows lie one after the other, or every second one: gates between what they multiply."""

@@ -46,8 +46,7 @@ def refuse_strangers(names: Sequence[str], what: str) -> None:
 def unclaimed(matrices: Iterable[GraphMatrix], parameters: Collection[str], num_heads: int) -> list[str]:
     """Constants that hold more than a few numbers which are not of the file, nor of a plain computation.
 
-    parameters: of the model. num_heads: of queries, each of which may have a number: a slope, a factor of tuned
-    attention.
+    parameters: of the model. num_heads: of queries; each may have a number: a slope, a factor of tuned attention.
     """
     return [
         matrix.name

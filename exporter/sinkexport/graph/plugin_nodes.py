@@ -1,0 +1,56 @@
+"""What nodes of the TensorRT plugins have in common, and what the kernels behind them take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+from sinkrt.errors import UsageError, problem
+
+PLUGIN_ATTRIBUTES: Mapping[str, str] = {"plugin_version": "1", "plugin_namespace": ""}
+"""Attributes of every node: by them and its name TensorRT's parser finds the plugin."""
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+MAX_BATCH = 64
+MAX_CAPACITY = 65536
+"""What the attention kernels are compiled for: plugins/kernels/sink_attention.h."""
+
+
+def refuse_geometry(head_dim: int, batch: int, capacity: int) -> None:
+    """Refuse what the kernels behind the plugin cannot do, before minutes are spent.
+
+    Raises: UsageError.
+    """
+    native = "use --native, which needs no plugin"
+    if head_dim not in HEAD_DIMS:
+        raise UsageError(
+            problem(
+                "head size",
+                received=head_dim,
+                fix=native,
+                expected="one that the plugin has kernels for: " + ", ".join(map(str, HEAD_DIMS)),
+            )
+        )
+    if batch > MAX_BATCH:
+        raise UsageError(
+            problem(
+                "batch",
+                received=batch,
+                expected=f"at most {MAX_BATCH} with the plugin",
+                fix=f"lower --batch, or {native}",
+            )
+        )
+    if capacity > MAX_CAPACITY:
+        raise UsageError(
+            problem(
+                "sinks + window",
+                received=f"{capacity} tokens",
+                fix=f"lower --window, or {native}",
+                expected=f"at most {MAX_CAPACITY} tokens with the plugin",
+            )
+        )
+
+
+def is_plugin(node: ir.Node) -> bool:
+    """Whether a node is in the form that a plugin takes."""
+    return "plugin_version" in node.attributes

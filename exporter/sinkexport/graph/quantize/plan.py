@@ -1,0 +1,64 @@
+"""What quantisation asks: of a plan, which matmul gets which treatment; of a form, how a target writes it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from sinkexport.graph.matmuls import Matmul
+from sinkexport.quant.weight import QuantizedWeight, Rounded, WeightScheme
+
+
+@dataclasses.dataclass(frozen=True)
+class InputScale:
+    """Static scale of a matmul's INT8 input. rest: of most tokens; sinks: of tokens 0 .. S-1, where it differs."""
+
+    rest: float
+    sinks: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Treatment:
+    """What becomes of one matmul.
+
+    rounded: gives its matrix as it was rounded beforehand; None: it is rounded here.
+    dynamic: INT8 inputs with a scale for each token, found at run time. input_scale: INT8 inputs with this scale. At
+    most one of the two; neither: floating-point inputs.
+    """
+
+    scheme: WeightScheme
+    rounded: Callable[[], Rounded] | None = None
+    dynamic: bool = False
+    input_scale: InputScale | None = None
+
+
+class Plan(Protocol):
+    """Which matmul gets which treatment; None: it stays as it is."""
+
+    def kind(self, module: str) -> object:
+        """The kind of a projection: only those of one kind are joined into one matmul."""
+
+    def divisors(self, module: str) -> npt.NDArray[np.float64] | None:
+        """[K], what the input of the module is divided by, and its weights multiplied; None: nothing."""
+
+    def treatment(self, matmul: Matmul) -> Treatment | None: ...
+
+    def table(self, module: str) -> WeightScheme | None:
+        """Scheme of an embedding that no matmul reads."""
+
+    def experts(self, parameter: str) -> WeightScheme | None:
+        """Scheme of the matrices of MoE experts: 8 bits and a scale for each output."""
+
+
+class Form(Protocol):
+    """How a target writes it. Every method replaces the node, whose matrix `weight` is."""
+
+    def weight_only(self, matmul: Matmul, weight: QuantizedWeight) -> None: ...
+    def dynamic(self, matmul: Matmul, weight: QuantizedWeight) -> None: ...
+    def static(self, matmul: Matmul, weight: QuantizedWeight, scale: InputScale) -> None: ...
+    def gather(self, node: ir.Node, weight: QuantizedWeight) -> None: ...

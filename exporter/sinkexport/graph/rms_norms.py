@@ -1,0 +1,87 @@
+"""Find root-mean-square norms (arXiv:1910.07467), which models spell out in six operators or more."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from sinkexport.graph.edit import is_weight, only_user, static_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class RmsNorm:
+    """One match: ``scale * x / sqrt(mean(x^2) + epsilon)``, ending in node `last`, which scales.
+
+    Types may differ: x is taken before a cast to float32, scale and the result as `last` has them.
+    """
+
+    x: ir.Value
+    scale: ir.Value
+    epsilon: float
+    last: ir.Node
+
+
+def find_rms_norms(graph: ir.Graph) -> Iterator[RmsNorm]:
+    """Every norm over the last axis. One that was found may be replaced before the next is asked for.
+
+    Follows values, not names, and looks through the casts to float32 and back that half-precision models have.
+    """
+    for node in list(graph):
+        if node.op_type == "ReduceMean" and (norm := _match(node)) is not None:
+            yield norm
+
+
+def _match(mean: ir.Node) -> RmsNorm | None:
+    square = mean.inputs[0].producer() if mean.inputs[0] is not None else None
+    source = _squared(square)
+    if source is None or not _over_last_axis(mean):
+        return None
+    addition = only_user(mean.outputs[0], "Add")
+    epsilon = _number(next((v for v in addition.inputs if is_weight(v)), None)) if addition else None
+    root = only_user(addition.outputs[0], "Sqrt") if addition else None
+    inverse = only_user(root.outputs[0], "Reciprocal") if root else None
+    scaled = only_user(inverse.outputs[0], "Mul") if inverse else None
+    if epsilon is None or scaled is None or source not in scaled.inputs:
+        return None
+    normalized = scaled.outputs[0]
+    if (cast := only_user(normalized, "Cast")) is not None:
+        normalized = cast.outputs[0]
+    scaling = only_user(normalized, "Mul")
+    if scaling is None:
+        return None
+    scale = scaling.inputs[1] if scaling.inputs[0] is normalized else scaling.inputs[0]
+    width = static_shape(source)
+    if scale is None or width is None or static_shape(scale) != width[-1:]:
+        return None
+    return RmsNorm(_before_cast(source), scale, epsilon, scaling)
+
+
+def _squared(node: ir.Node | None) -> ir.Value | None:
+    """x, if `node` computes x^2."""
+    if node is None or len(node.inputs) != 2:
+        return None
+    base, exponent = node.inputs
+    if node.op_type == "Pow" and _number(exponent) == 2.0:
+        return base
+    return base if node.op_type == "Mul" and base is exponent else None
+
+
+def _over_last_axis(mean: ir.Node) -> bool:
+    before, after = static_shape(mean.inputs[0]), static_shape(mean.outputs[0])
+    return before is not None and after == (*before[:-1], 1)
+
+
+def _number(value: ir.Value | None) -> float | None:
+    """The value of a one-element constant."""
+    if value is None or value.const_value is None or value.const_value.size != 1:
+        return None
+    return float(value.const_value.numpy().reshape(()))
+
+
+def _before_cast(value: ir.Value) -> ir.Value:
+    node = value.producer()
+    if node is not None and node.op_type == "Cast" and node.inputs[0] is not None:
+        return node.inputs[0]
+    return value

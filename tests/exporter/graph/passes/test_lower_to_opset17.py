@@ -1,0 +1,62 @@
+"""lower_to_opset17: what TensorRT 8.5's parser does not know is written out."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from sinkexport.graph.passes.lower_to_opset17 import OPSET, LowerToOpset17
+
+from tests.exporter.graph.passes.pass_checks import (
+    check_left_alone,
+    check_same_results,
+    kinds,
+    numbers,
+    parsed,
+    written,
+)
+
+NORM = ", ".join([written("g", numbers(6, seed=1)), written("b", numbers(6, seed=2))])
+
+
+@pytest.mark.parametrize(
+    ("body", "lost"),
+    [
+        ("y = ReduceMean <keepdims = 1> (x, axes) ", ""),
+        ("y = ReduceMax (x, axes) ", ""),
+        ("u, v = Split <axis = -1, num_outputs = 2> (x) y = Mul (u, v)", ""),
+        ("y = Gelu (x)", "Gelu"),
+        ('y = Gelu <approximate = "tanh"> (x)', "Gelu"),
+        ("y = LayerNormalization <axis = -1, epsilon = 0.01> (x, g, b)", "LayerNormalization"),
+        ("y = LayerNormalization <axis = 2, epsilon = 0.01> (x, g)", "LayerNormalization"),
+    ],
+)
+def test_operators(body: str, lost: str) -> None:
+    shape = "2, 3, 1" if "Reduce" in body else "2, 3, 3" if "Split" in body else "2, 3, 6"
+    model = parsed(body, "float[2, 3, 6] x", f"float[{shape}] y", f"{NORM}, int64[1] axes = {{-1}}")
+    check_same_results(model, LowerToOpset17(), rtol=1e-5)
+    assert model.opset_imports[""] == OPSET
+    assert lost not in kinds(model)
+    model.ir_version = 8
+    onnx.checker.check_model(_standard(model), full_check=True)
+
+
+def _standard(model: ir.Model) -> onnx.ModelProto:
+    model.opset_imports.pop("ai.sinkexport", None)
+    return ir.to_proto(model)
+
+
+def test_what_has_no_form_is_refused() -> None:
+    model = parsed("y = RMSNormalization <axis = -1> (x, g)", "float[2, 6] x", "float[2, 6] y", NORM)
+    with pytest.raises(ValueError, match=r"RMSNormalization .* has no form in opset 17 here"):
+        LowerToOpset17()(model)
+    model = parsed("y = LayerNormalization <axis = 1> (x, k)", "float[2, 3, 6] x, float[3, 6] k", "float[2, 3, 6] y")
+    with pytest.raises(ValueError, match="over more than the last axis"):
+        LowerToOpset17()(model)
+
+
+def test_left_alone() -> None:
+    model = parsed("y = ReduceMax <axes = [1]> (x)", "float[2, 6] x", "float[2, 1] y", opset=17, ir_version=8)
+    check_left_alone(model, LowerToOpset17())
+    np.testing.assert_equal(kinds(model), ["ReduceMax"])
