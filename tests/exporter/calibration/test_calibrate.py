@@ -510,6 +510,7 @@ def simulated(loaded: LoadedModel, found: CalibrationFile, asked: Recipe, ids: n
     return np.stack(logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnx", "tensorrt"])
 def test_a_bundle_computes_what_the_recipe_says(target: str, tmp_path: Path) -> None:
     loaded, asked = tiny(), recipe()

@@ -51,6 +51,7 @@ def test_only_standard_operators_and_no_copies_of_the_window(name: str, batch: i
             assert node.op_type == "MatMul"
 
 
+@pytest.mark.slow
 def test_position_work_is_done_once_a_step(tmp_path: Path) -> None:
     few, many = (
         ops(export_tiny(name, tmp_path / name))
@@ -70,6 +71,7 @@ def test_norms_are_single_operators(tmp_path: Path) -> None:
     assert found["LayerNormalization"] == 5
 
 
+@pytest.mark.slow
 def test_node_count_per_layer(tmp_path: Path) -> None:
     model = tiny_model("llama")
     deeper = type(model)(type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 3})).eval()

@@ -72,6 +72,7 @@ def test_dense_and_streaming(name: str, tmp_path: Path) -> None:
     assert_streams_like_reference(session, model, ids, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

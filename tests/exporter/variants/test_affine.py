@@ -325,6 +325,7 @@ def test_static_ranges_are_refused(tmp_path: Path) -> None:
         ExportConfig(recipe=recipe, calibration=object(), affine=affine)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -151,6 +151,7 @@ def test_the_same_window_everywhere_changes_no_byte(tmp_path: Path) -> None:
     assert export_loaded(loaded, plain, ExportConfig(S, 9)).files == load_manifest(tmp_path / "b").files
 
 
+@pytest.mark.slow
 def test_manifest_refuses_heads_that_are_missing(tmp_path: Path) -> None:
     exported("llama", LLAMA, tmp_path / "b")
     raw = json.loads((tmp_path / "b" / "manifest.json").read_text())
