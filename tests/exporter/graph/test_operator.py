@@ -128,7 +128,7 @@ CALIBRATED = [
 ATOL, ACT_ATOL = 2e-5, 2e-4
 """Where later sinks have nearly all of the weights, what the others share is small, and known less exactly."""
 
-FORMS = pytest.mark.parametrize("form", ["torch", "onnx", "tensorrt-native"])
+FORMS = pytest.mark.parametrize("form", slow_but(2, ["torch", "onnx", "tensorrt-native"]))
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def others(graph: onnx.GraphProto) -> list[str]:
     return [n.op_type for n in graph.node if n.op_type not in KINDS and matrices & set(n.input)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", slow_but(1, [None, "int8-channel"]))
 @pytest.mark.parametrize("name", MODELS)
 def test_it_computes_what_the_onnx_bundle_does(name: str, recipe: str | None, tmp_path: Path) -> None:

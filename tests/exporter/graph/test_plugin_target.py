@@ -72,7 +72,7 @@ def exported(model: Any, folder: Path, **config: Any) -> Manifest:
 @pytest.mark.parametrize(
     ("name", "config"),
     slow_but(
-        2,
+        1,
         [
             ("llama-tied", {}),
             ("llama-tied", {"recipe": "int8-channel", "kv": "int8"}),

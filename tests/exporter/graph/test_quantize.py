@@ -317,6 +317,7 @@ def test_the_manifest_tells_the_refined_recipe_and_what_is_refined_is_checked(tm
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_a_tied_table_follows_the_output_projection_into_floating_point(tmp_path: Path) -> None:
     for number, changes in enumerate(({"lm_head": "float"}, {"keep_float": ["lm_head", "model.embed_tokens"]})):
         folder = tmp_path / str(number)
@@ -326,6 +327,7 @@ def test_a_tied_table_follows_the_output_projection_into_floating_point(tmp_path
         assert tables == [onnx.TensorProto.FLOAT]
 
 
+@pytest.mark.slow
 def test_an_untied_embedding_may_stay_in_floating_point(tmp_path: Path) -> None:
     for embeddings, kind in (("float", onnx.TensorProto.FLOAT), ("int8", onnx.TensorProto.UINT8)):
         with exported(
@@ -335,6 +337,7 @@ def test_an_untied_embedding_may_stay_in_floating_point(tmp_path: Path) -> None:
         assert [k for name, k in found.items() if "embed_tokens" in name and ".scales" not in name] == [kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needs_tensorrt) for name in ("llama", "llama-tied")])
 def test_tensorrt_builds_int8_weights(name: str, tmp_path: Path) -> None:
     recipe = load_recipe("int8-channel")
@@ -357,6 +360,7 @@ def test_recipes_that_cannot_be_followed_are_refused() -> None:
         ExportConfig(recipe=static)
 
 
+@pytest.mark.slow
 def test_verify_asks_for_a_tolerance(tmp_path: Path) -> None:
     exported(tiny_model("llama"), tmp_path / "b", load_recipe("int8-weights")).close()
     loaded = LoadedModel(tiny_model("llama"), None, "tiny")
@@ -365,7 +369,7 @@ def test_verify_asks_for_a_tolerance(tmp_path: Path) -> None:
     assert verify(tmp_path / "b", loaded, tolerance=2.0, wraps=1).passed
 
 
-@pytest.mark.parametrize("sinks", ["separate", "excluded", "included"])
+@pytest.mark.parametrize("sinks", slow_but(1, ["separate", "excluded", "included"]))
 def test_static_ranges_reach_the_graph(sinks: str, tmp_path: Path) -> None:
     """With ranges that fit, a static bundle is near the floating-point one; the sinks' range is used as told."""
 
