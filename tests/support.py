@@ -26,6 +26,7 @@ import pytest
 from _pytest.mark import ParameterSet
 
 if TYPE_CHECKING:
+    from sinkexport.config import ExportConfig
     from sinkexport.sources import LoadedModel
     from sinkrt import Session
     from sinkrt.contract import Manifest
@@ -178,9 +179,16 @@ class TinyBundle:
 
 
 def export_model(
-    model: Any, folder: Path, *, tokenizer: Any = None, name: str = "tiny", check: bool = True, **config: Any
+    model: Any,
+    folder: Path,
+    config: ExportConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    name: str = "tiny",
+    check: bool = True,
+    **fields: Any,
 ) -> TinyBundle:
-    """Export a model, or a tiny one by its name, to `folder`. config: of ExportConfig's fields."""
+    """Export a model, or a tiny one by its name, to `folder`. fields: of ExportConfig, where there is no `config`."""
     from sinkexport.config import ExportConfig
     from sinkexport.pipeline.export import export_loaded
     from sinkexport.sources import LoadedModel
@@ -188,7 +196,7 @@ def export_model(
     from tests.exporter.tiny_models import tiny_model
 
     loaded = LoadedModel(tiny_model(model) if isinstance(model, str) else model, tokenizer, name)
-    return TinyBundle(folder, loaded, export_loaded(loaded, folder, ExportConfig(**config), check=check))
+    return TinyBundle(folder, loaded, export_loaded(loaded, folder, config or ExportConfig(**fields), check=check))
 
 
 class SharedExports:

@@ -22,8 +22,8 @@ from sinkrt import Session
 from sinkrt.contract import load_manifest
 from sinkrt.errors import UsageError
 
-from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
-from tests.support import run_cli, slow_but
+from tests.exporter.tiny_models import tiny_model
+from tests.support import export_model, random_ids, run_cli, slow_but
 
 S, W = 4, 12
 C = S + W
@@ -44,7 +44,7 @@ class ElseInTheGraph(torch.nn.Module):
 
 def exported(model: Any, folder: Path, **config: Any) -> Path:
     """A bundle that was compared with nothing."""
-    export_loaded(LoadedModel(model, None, "x"), folder, ExportConfig(S, W, **config), check=False)
+    export_model(model, folder, num_sink_tokens=S, window_size=W, **config, check=False)
     return folder
 
 
@@ -104,7 +104,7 @@ def test_a_chunk_that_differs_is_found_though_steps_do_not(tmp_path: Path) -> No
     model = tiny_model("llama")
     model.model.layers[0].mlp = ElseInChunks(model.model.layers[0].mlp, 1.02)
     with pytest.raises(UsageError, match=f"{DIFFERS}.* as a chunk"):
-        export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(S, W, chunk_size=6))
+        export_model(model, tmp_path / "out", num_sink_tokens=S, window_size=W, chunk_size=6)
 
 
 @pytest.mark.parametrize("name", slow_but(1, ["gemma3_text", "glm", "phi3-partial", "gpt_oss", "bloom"]))
@@ -112,7 +112,7 @@ def test_the_middle_of_a_stream(name: str, tmp_path: Path) -> None:
     """From a running bundle's caches, one pass gives what the streaming reference gives token by token."""
     model = tiny_model(name)
     bundle = exported(model, tmp_path / "bundle", chunk_size=1)
-    ids = np.random.default_rng(0).integers(3, VOCAB_SIZE, (1, 2 * C + 9))
+    ids = random_ids(1, 2 * C + 9)
     start, count = 2 * C + 2, 1 if name == "bloom" else 7
     with streaming_reference(model, S, W) as reference:
         want = [reference.step(torch.from_numpy(column)) for column in ids[:, : start + count].T][start:]
@@ -137,7 +137,7 @@ def test_large_caches_are_compared_in_the_middle_of_a_stream(name: str, tmp_path
     """Where a cache takes too many steps to fill."""
     model = tiny_model(name)
     config = ExportConfig(S, MAX_STREAMED_TOKENS, chunk_size=8, kv="int8" if name == "gemma2" else None)
-    export_loaded(LoadedModel(model, None, "x"), tmp_path / "bundle", config)
+    export_model(model, tmp_path / "bundle", config)
 
 
 def test_typical_sizes_are_those_of_keys_and_values() -> None:
@@ -205,6 +205,6 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         want = model(ids).logits
-        export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(S, W))
+        export_model(model, tmp_path / "out", num_sink_tokens=S, window_size=W)
         assert torch.equal(model(ids).logits, want)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())

@@ -22,7 +22,7 @@ from sinkrt.state import check_state_target
 
 from tests.cpp.build import CppRuntime, onnxruntime_library
 from tests.runtime.toy import Toy, build_toy
-from tests.support import COMMAND, run_cli
+from tests.support import COMMAND, export_model, run_cli
 
 Save = Callable[[Path], str]
 """Saves a stream of a toy bundle to a path. Returns what went wrong; "" if nothing did."""
@@ -352,18 +352,11 @@ def test_closed_descriptors_and_absurd_numbers(
 
 
 def test_a_cache_that_no_memory_holds(tmp_path: Path) -> None:
-    from sinkexport.config import ExportConfig
-    from sinkexport.pipeline.export import export_loaded
-    from sinkexport.sources import LoadedModel
 
     from tests.exporter.tiny_models import tiny_model
 
     with pytest.raises(UsageError, match=r"cache: received .* GB of keys and values"):
-        export_loaded(
-            LoadedModel(tiny_model("llama"), None, "tiny"),
-            tmp_path / "out",
-            ExportConfig(window_size=2**24, batch=2**12),
-        )
+        export_model(tiny_model("llama"), tmp_path / "out", window_size=2**24, batch=2**12)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,6 +23,7 @@ from sinkrt import Session, UsageError
 from tests.fidelity.gguf_writer import HEAD, KV_HEADS, VOCAB, Tiny, tiny, tiny_mixtral, tiny_quantised, write
 from tests.fidelity.llama_cpp_logits import PROMPT, log_probabilities
 from tests.real_model import smollm2_file
+from tests.support import export_model
 
 EXACT, WITH_GELU = 2e-4, 5e-3
 """Largest error of log probabilities, of their spread. What ignores a key is at least 10 times as far off."""
@@ -266,7 +267,7 @@ def test_a_bundle_answers_as_llama_cpp(tmp_path: Path) -> None:
     ids, theirs = log_probabilities(path, PROMPT, STEPS, VOCAB)
     origin = locate(str(path))
     model = load_gguf(origin, gguf_config(origin), torch.float32).eval()
-    export_loaded(LoadedModel(model, None, "tiny"), tmp_path / "bundle", ExportConfig(2, len(PROMPT) + STEPS))
+    export_model(model, tmp_path / "bundle", num_sink_tokens=2, window_size=len(PROMPT) + STEPS)
     session = Session.load(tmp_path / "bundle")
     logits = [session.prefill(np.array([PROMPT])).copy()]
     logits += [session.step(np.array([token])).copy() for token in ids[:-1]]

@@ -9,19 +9,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from sinkexport.config import ExportConfig
 from sinkexport.families.masks import visible_window
 from sinkexport.families.probe import probe_attention
 from sinkexport.model.fold_rotation import fold_rotation, functional
-from sinkexport.pipeline.export import export_loaded
 from sinkexport.reference.streaming import streaming_reference
-from sinkexport.sources import LoadedModel
 from sinkrt import Session
 from sinkrt.errors import UsageError
 from transformers import masking_utils
 
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
-from tests.support import run_cli
+from tests.support import export_model, random_ids, run_cli
 
 C = 16
 
@@ -85,8 +82,8 @@ def test_a_padding_row_of_zeros_exports_exactly(name: str, tmp_path: Path) -> No
     model = tiny_model(name)
     with torch.no_grad():
         model.get_input_embeddings().weight[1] = 0
-    export_loaded(LoadedModel(model, None, "x"), tmp_path / "bundle", ExportConfig(4, 12))
-    ids = np.random.default_rng(0).integers(3, VOCAB_SIZE, (1, C))
+    export_model(model, tmp_path / "bundle", num_sink_tokens=4, window_size=12)
+    ids = random_ids(1, C)
     with torch.no_grad():
         want = model(torch.from_numpy(ids)).logits.numpy()
     with Session.load(tmp_path / "bundle", threads=1) as session:
@@ -209,7 +206,7 @@ def test_what_depends_on_other_tokens_or_places_is_refused(change: dict[str, Any
     model = tiny_model("llama")
     changed_arguments(model.model.layers[0].self_attn, **change)
     with pytest.raises(UsageError, match=named):
-        export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 12, chunk_size=4))
+        export_model(model, tmp_path / "out", num_sink_tokens=4, window_size=12, chunk_size=4)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -382,7 +379,7 @@ def test_gemma_3n_is_exact(tmp_path: Path) -> None:
         layer_types=["sliding_attention", "full_attention"],
     )
     model = random_model(config)
-    manifest = export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 12))
+    manifest = export_model(model, tmp_path / "out", num_sink_tokens=4, window_size=12).manifest
     assert manifest.model.family == "gemma3n_text"
 
 

@@ -18,7 +18,7 @@ from sinkrt import Session, UsageError
 
 from tests.exporter.tiny_models import tiny_model
 from tests.fidelity.tokenizer_folders import byte_level, write_folder
-from tests.support import run_cli
+from tests.support import export_model, run_cli
 
 ROWS = 420
 CONFIG = ExportConfig(2, 8, chunk_size=1)
@@ -99,7 +99,7 @@ def test_a_phi_3_chat_ends(tmp_path: Path) -> None:
     with torch.no_grad():  # the likeliest token after the prompt is <|end|>, by far
         last = net.model(torch.tensor([prompt])).last_hidden_state[0, -1]
         net.lm_head.weight[number("<|end|>")] = 10 * last
-    manifest = export_loaded(LoadedModel(net, own, "tiny"), tmp_path / "bundle", CONFIG)
+    manifest = export_model(net, tmp_path / "bundle", CONFIG, tokenizer=own).manifest
     assert manifest.model.eos_token_ids == (number("<|end|>"), number("<|endoftext|>"))
     with Session.load(tmp_path / "bundle", threads=1) as session:
         chat = session.tokenizer.render_chat([{"role": "user", "content": "Hi"}])
@@ -123,14 +123,11 @@ def test_a_folder_with_a_list_in_generation_config(tmp_path: Path) -> None:
 def test_none_is_invented(tmp_path: Path) -> None:
     net = model(eos_token_id=None, bos_token_id=None)
     plain = SourceTokenizer("test", byte_level(special=TOKENS))
-    manifest = export_loaded(LoadedModel(net, plain, "tiny"), tmp_path / "bundle", CONFIG)
+    manifest = export_model(net, tmp_path / "bundle", CONFIG, tokenizer=plain).manifest
     assert manifest.model.eos_token_ids == ()
     assert manifest.model.bos_token_id is None
     # GPT-J's class fills in 50256, which a small model does not have and nobody wrote down.
-    assert (
-        export_loaded(LoadedModel(tiny_model("gptj"), None, "tiny"), tmp_path / "gptj", CONFIG).model.eos_token_ids
-        == ()
-    )
+    assert export_model(tiny_model("gptj"), tmp_path / "gptj", CONFIG).manifest.model.eos_token_ids == ()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +151,7 @@ def test_stated_ids_outside_the_vocabulary_are_refused(
         net.generation_config = transformers.GenerationConfig()
         net.generation_config.eos_token_id = generation
     with pytest.raises(UsageError) as failed:
-        export_loaded(LoadedModel(net, tokenizer(), "tiny"), tmp_path / "bundle", CONFIG)
+        export_model(net, tmp_path / "bundle", CONFIG, tokenizer=tokenizer())
     assert words in str(failed.value)
     assert not list(tmp_path.iterdir())
 
@@ -198,7 +195,7 @@ def test_templates_see_the_same_names_at_export_and_at_run_time(tmp_path: Path) 
 )
 def test_a_broken_template_is_refused_as_the_source_s(template: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"chat template: received the source's own, which fails"):
-        export_loaded(LoadedModel(model(), tokenizer(template), "tiny"), tmp_path / "bundle", CONFIG)
+        export_model(model(), tmp_path / "bundle", CONFIG, tokenizer=tokenizer(template))
     assert not list(tmp_path.iterdir())
 
 
@@ -216,7 +213,7 @@ def test_a_broken_template_is_refused_as_the_source_s(template: str, tmp_path: P
 def test_pin_system_with_a_template_that_takes_none(template: str, reason: str, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, pin_system="Be brief.")
     with pytest.raises(UsageError, match=f"--pin-system: received a model whose chat template {reason}"):
-        export_loaded(LoadedModel(model(), tokenizer(template), "tiny"), tmp_path / "bundle", config)
+        export_model(model(), tmp_path / "bundle", config, tokenizer=tokenizer(template))
     assert not list(tmp_path.iterdir())
 
 
@@ -229,7 +226,7 @@ def test_pin_system_where_the_message_is_part_of_the_user_s_turn(tmp_path: Path)
     )
     config = dataclasses.replace(CONFIG, pin_system=" Be brief. ", window_size=40)
     own = tokenizer(template)
-    manifest = export_loaded(LoadedModel(model(), own, "tiny"), tmp_path / "bundle", config)
+    manifest = export_model(model(), tmp_path / "bundle", config, tokenizer=own).manifest
     assert manifest.stream.num_sink_tokens >= len(own.encode("<|user|> Be brief. \n\n", special=False))
 
 

@@ -31,7 +31,7 @@ from sinkrt.errors import UsageError
 
 from tests.exporter.tiny_models import tiny_model
 from tests.real_model import smollm2_file
-from tests.support import refused, slow_but
+from tests.support import export_model, refused, slow_but
 
 Arrays = dict[str, np.ndarray]
 Spoil = Callable[[Arrays], None]
@@ -382,7 +382,7 @@ def test_matrices_of_a_graph_are_the_models(tmp_path: Path, options: dict[str, A
     """Every layout is read as what it stands for: compared with the whole of the model's own weights."""
     model = tiny_model("llama")
     settings = {**options, "recipe": load_recipe(options["recipe"]), "window_size": 9, "chunk_size": 1}
-    export_loaded(LoadedModel(model, None, "tiny"), tmp_path / "out", ExportConfig(**settings), check=False)
+    export_model(model, tmp_path / "out", **settings, check=False)
     seen = set()
     for matrix in read_graph(tmp_path / "out" / "decode.onnx"):
         if not matrix.parts or matrix.shape[1] == 1:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sinkrt import BackendError, Session, StateError, UsageError
 
 from tests.runtime.faults import load_faulty
-from tests.runtime.toy import VOCAB_SIZE, Toy, build_toy, reference_logits
+from tests.runtime.toy import VOCAB_SIZE, Toy, build_toy, reference_logits, toy_ids
 
 TOYS = [
     Toy(chunk_size=4),
@@ -23,10 +23,6 @@ TOYS = [
     Toy(num_sink_tokens=5, window_size=3, batch=2, chunk_size=2),
     Toy(batch=2, chunk_size=1),
 ]
-
-
-def random_ids(length: int, seed: int = 1) -> list[int]:
-    return np.random.default_rng(seed).integers(0, VOCAB_SIZE, length).tolist()
 
 
 @pytest.mark.parametrize("toy", TOYS, ids=str)
@@ -50,7 +46,7 @@ def test_any_schedule_gives_what_each_stream_gives_alone(toy: Toy, tmp_path_fact
                 fed[streams[0]] = list(fed[streams[-1]])
             else:
                 counts = [1 if action == "step" else data.draw(st.integers(1, 3 * toy.capacity)) for _ in streams]
-                rows = [random_ids(max(counts), seed=data.draw(st.integers(0, 99))) for _ in streams]
+                rows = [toy_ids(max(counts), seed=data.draw(st.integers(0, 99))).tolist() for _ in streams]
                 for stream, row, count in zip(streams, rows, counts, strict=True):
                     fed[stream] += row[:count]
                 if action == "step":
@@ -68,7 +64,7 @@ def test_any_schedule_gives_what_each_stream_gives_alone(toy: Toy, tmp_path_fact
 def test_an_idle_stream_is_left_alone_to_the_bit(toy: Toy, tmp_path: Path) -> None:
     """What others do between its tokens changes nothing, wherever they write: before S, before C and after."""
     with Session.load(build_toy(tmp_path / "bundle", toy), threads=1) as session:
-        ids = random_ids(3 * toy.capacity)
+        ids = toy_ids(3 * toy.capacity).tolist()
         alone = [session.step([i], [0])[0].copy() for i in ids]
         session.reset()
         random = np.random.default_rng(0)
@@ -148,12 +144,12 @@ def cut(backend: Any, stream: int, error: BaseException, *, after: bool) -> None
 
 def test_a_chunk_that_fails_loses_its_stream_and_no_other(faulty: tuple[Session, Any], tmp_path: Path) -> None:
     pair, backend = faulty
-    ids = [random_ids(20, seed) for seed in (1, 2)]
+    ids = [toy_ids(20, seed=seed).tolist() for seed in (1, 2)]
     pair.prefill(ids)
     pair.save_state(tmp_path / "state")
     cut(backend, 1, BackendError("no memory"), after=False)
     with pytest.raises(BackendError, match="no memory"):
-        pair.prefill([random_ids(4)], streams=[1])
+        pair.prefill([toy_ids(4).tolist()], streams=[1])
     del backend.run_chunk
     for call in (
         lambda: pair.step([1], [1]),
@@ -184,7 +180,7 @@ def test_a_reset_brings_a_lost_stream_back(faulty: tuple[Session, Any]) -> None:
 
 def test_an_interrupt_after_a_chunk_does_not_lose_that_it_ran(faulty: tuple[Session, Any]) -> None:
     pair, backend = faulty
-    ids = random_ids(24)
+    ids = toy_ids(24).tolist()
     pair.prefill([ids[:16]], streams=[0])
     cut(backend, 0, KeyboardInterrupt(), after=True)
     with pytest.raises(KeyboardInterrupt):

@@ -14,7 +14,7 @@ from sinkrt import BackendError, BundleError, Session, UsageError
 from sinkrt.contract import MANIFEST_NAME
 
 from tests.runtime.faults import load_faulty
-from tests.runtime.toy import EOS, VOCAB_SIZE, Toy, build_toy, reference_logits, rehash
+from tests.runtime.toy import EOS, VOCAB_SIZE, Toy, build_toy, reference_logits, rehash, toy_ids
 
 TOYS = [
     Toy(),
@@ -25,13 +25,9 @@ TOYS = [
 ]
 
 
-def random_ids(batch: int, length: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, VOCAB_SIZE, (batch, length))
-
-
 @pytest.mark.parametrize("toy", TOYS, ids=str)
 def test_steps_match_a_stream_that_keeps_every_token(toy: Toy, tmp_path: Path) -> None:
-    ids = random_ids(toy.batch, 6 * toy.capacity + 7)
+    ids = toy_ids(toy.batch, 6 * toy.capacity + 7)
     with Session.load(build_toy(tmp_path / "bundle", toy), threads=1) as session:
         logits = np.stack([session.step(column).copy() for column in ids.T], axis=1)  # [B, N, V]
         assert session.position.tolist() == [ids.shape[1]] * toy.batch
@@ -41,7 +37,7 @@ def test_steps_match_a_stream_that_keeps_every_token(toy: Toy, tmp_path: Path) -
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 31])
 def test_prefill_gives_what_steps_give(session: Session, length: int) -> None:
-    ids = random_ids(1, length)
+    ids = toy_ids(1, length)
     for column in ids.T:
         stepped = session.step(column).copy()
     after = {name: buffer.copy() for name, buffer in session.buffers.items()}
@@ -58,7 +54,7 @@ def test_prefill_takes_one_dimension_for_one_stream(session: Session) -> None:
 
 
 def test_prefill_in_pieces(session: Session) -> None:
-    ids = random_ids(1, 29)
+    ids = toy_ids(1, 29)
     whole = session.prefill(ids).copy()
     session.reset()
     for piece in np.split(ids, [1, 4, 12, 28], axis=1):
@@ -74,11 +70,11 @@ def test_position_is_a_copy(session: Session) -> None:
 
 
 def test_reset_starts_the_stream_again(session: Session) -> None:
-    first = session.prefill(random_ids(1, 20)).copy()
+    first = session.prefill(toy_ids(1, 20)).copy()
     session.reset()
     assert session.position[0] == 0
     assert not any(buffer.any() for name, buffer in session.buffers.items() if "_" in name)
-    np.testing.assert_array_equal(session.prefill(random_ids(1, 20)), first)
+    np.testing.assert_array_equal(session.prefill(toy_ids(1, 20)), first)
 
 
 def test_facts(session: Session) -> None:
@@ -232,7 +228,7 @@ def test_a_failed_step_can_be_taken_again(
     faulty: tuple[Session, Any], error: BaseException, after: bool, fed: int
 ) -> None:
     session, backend = faulty
-    ids = random_ids(1, fed + 20)[0].tolist()
+    ids = toy_ids(1, fed + 20)[0].tolist()
     want = reference_logits(Toy(), ids)
     if fed:
         session.prefill(ids[:fed])
@@ -246,7 +242,7 @@ def test_a_failed_step_can_be_taken_again(
 
 def test_an_interrupted_prefill_counts_what_was_fed(faulty: tuple[Session, Any]) -> None:
     session, backend = faulty
-    ids = random_ids(1, 12)[0].tolist()
+    ids = toy_ids(1, 12)[0].tolist()
     fail_once(backend, KeyboardInterrupt(), at=8)
     with pytest.raises(KeyboardInterrupt):
         session.prefill(ids)

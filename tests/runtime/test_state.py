@@ -22,11 +22,7 @@ from sinkrt import Session, StateError, UsageError
 from sinkrt.contract.constants import STATE_VERSION
 
 from tests.runtime.faults import load_faulty
-from tests.runtime.toy import VOCAB_SIZE, Toy, build_toy
-
-
-def random_ids(length: int, seed: int = 1) -> list[int]:
-    return np.random.default_rng(seed).integers(0, VOCAB_SIZE, length).tolist()
+from tests.runtime.toy import VOCAB_SIZE, Toy, build_toy, toy_ids
 
 
 def snapshot(session: Session) -> dict[str, np.ndarray]:
@@ -35,13 +31,13 @@ def snapshot(session: Session) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("fed", [1, 2, 3, 7, 8, 9, 50])
 def test_a_loaded_stream_goes_on_with_the_same_bits(toy_bundle: Path, tmp_path: Path, fed: int) -> None:
-    rest = random_ids(30, seed=2)
+    rest = toy_ids(30, seed=2).tolist()
     with Session.load(toy_bundle, threads=1) as session:
-        session.prefill(random_ids(fed))
+        session.prefill(toy_ids(fed).tolist())
         session.save_state(tmp_path / "state")
         want = [session.step([token]).copy() for token in rest]
     with Session.load(toy_bundle, threads=1) as session:
-        session.prefill(random_ids(13, seed=3))  # leftovers of another stream must not matter
+        session.prefill(toy_ids(13, seed=3).tolist())  # leftovers of another stream must not matter
         session.load_state(tmp_path / "state")
         assert session.position[0] == fed
         for token, logits in zip(rest, want, strict=True):
@@ -74,7 +70,7 @@ def test_sampled_text_goes_on_too(toy_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_the_file_is_plain_safetensors(session: Session, tmp_path: Path) -> None:
-    session.prefill(random_ids(20))
+    session.prefill(toy_ids(20).tolist())
     session.save_state(tmp_path / "state")
     tensors = load_file(tmp_path / "state")
     assert tensors["position"].tolist() == [20]
@@ -83,7 +79,7 @@ def test_the_file_is_plain_safetensors(session: Session, tmp_path: Path) -> None
         if name in tensors and name != "position":
             np.testing.assert_array_equal(tensors[name], buffer)
     ring = tensors["recent_ids"][0]
-    assert {int(ring[t % 8]) for t in range(12, 20)} == set(random_ids(20)[12:])
+    assert {int(ring[t % 8]) for t in range(12, 20)} == set(toy_ids(20).tolist()[12:])
     with safe_open(tmp_path / "state", framework="numpy") as file:
         assert file.metadata() == {
             "format": "sinkrt-state",
@@ -202,10 +198,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_bad_file_changes_nothing(session: Session, tmp_path: Path, name: str) -> None:
     spoil, message = BAD[name]
     path = tmp_path / "state"
-    session.prefill(random_ids(5))
+    session.prefill(toy_ids(5).tolist())
     session.save_state(path)
     spoil(path)
-    session.prefill(random_ids(11, seed=4))
+    session.prefill(toy_ids(11, seed=4).tolist())
     before = snapshot(session)
     with pytest.raises(StateError, match=message) as caught:
         session.load_state(path)
@@ -229,7 +225,7 @@ def test_a_state_of_another_bundle(session: Session, tmp_path: Path, other: Toy)
 def test_an_interrupted_load_leaves_an_empty_stream(toy_bundle: Path, tmp_path: Path) -> None:
     """Between the first tensor and the last there is no stream: position 0 says so."""
     session, backend = load_faulty(toy_bundle)
-    session.prefill(random_ids(20))
+    session.prefill(toy_ids(20).tolist())
     session.save_state(tmp_path / "state")
     session.reset()
     want = session.prefill([5, 6]).copy()
@@ -288,7 +284,7 @@ def test_killed_and_resumed(toy_bundle: Path, tmp_path: Path, wait_s: float) -> 
 
 
 def test_a_state_does_not_depend_on_the_size_of_a_chunk(session: Session, tmp_path: Path) -> None:
-    session.prefill(random_ids(20))
+    session.prefill(toy_ids(20).tolist())
     session.save_state(tmp_path / "state")
     with Session.load(build_toy(tmp_path / "chunks", Toy(chunk_size=5)), threads=1) as second:
         # The toy's prefill graph brings weights of its own; an exported one shares those of the decode graph.

@@ -30,6 +30,8 @@ from sinkrt.contract import (
 from sinkrt.ring import POSITION_LIMIT
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from tests.support import random_ids
+
 BOS, EOS = 256, 257
 VOCAB_SIZE = 258
 CHAT_TEMPLATE = (
@@ -73,6 +75,11 @@ class Toy:
             name: (random.standard_normal(shape) / np.sqrt(shape[0] if name != "embedding" else 1)).astype(np.float32)
             for name, shape in shapes.items()
         }
+
+
+def toy_ids(*shape: int, seed: int = 1) -> np.ndarray:
+    """int64 ids of the toy's vocabulary."""
+    return random_ids(*shape, seed=seed, vocab_size=VOCAB_SIZE, first=0)
 
 
 def reference_logits(toy: Toy, ids: list[int]) -> np.ndarray:

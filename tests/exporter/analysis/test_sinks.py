@@ -23,14 +23,14 @@ from sinkrt import UsageError
 
 from tests.exporter.pipeline.test_pin_system import tokenizer
 from tests.exporter.tiny_models import TINY, VOCAB_SIZE, model_with_a_sink, tiny_model
-from tests.support import run_cli
+from tests.support import random_ids, run_cli
 
 T, K = 96, 6
 FAMILIES = ["llama", "llama-mha", "mistral", "gemma2", "cohere", "gpt_neox", "qwen3", "granite"]
 
 
 def ids(count: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(3, VOCAB_SIZE, count).tolist()
+    return random_ids(count, seed=seed).tolist()
 
 
 def windows(count: int = 3, size: int = T) -> TextWindows:

@@ -12,14 +12,12 @@ import pytest
 from onnx import TensorProto, helper
 from sinkexport.bench.memory import ModelShape, bundle_memory, live_bytes
 from sinkexport.config import ExportConfig
-from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import load_recipe
-from sinkexport.sources import LoadedModel
 
 from tests.exporter.graph.test_plugin_target import wide_model
 from tests.exporter.tiny_models import tiny_model
 from tests.runtime.toy import Toy, build_toy, toy_manifest
-from tests.support import run_cli, slow_but
+from tests.support import export_model, run_cli, slow_but
 
 S, W, B, T = 3, 9, 2, 4
 PAGE = 4096  # large weights start on one
@@ -69,7 +67,7 @@ def test_what_is_counted_is_what_is_written(name: str, options: dict[str, str], 
     own_window = getattr(model.config, "sliding_window", None)
     window = W if own_window is None else own_window + 5
     config = ExportConfig(S, window, B, "fp16", T, target="tensorrt", kv=options.get("kv"), recipe=recipe)
-    manifest = export_loaded(LoadedModel(model, None, "tiny"), tmp_path / "b", config)
+    manifest = export_model(model, tmp_path / "b", config).manifest
     found = bundle_memory(tmp_path / "b", manifest)
     weights = "int8" if recipe else "float"
     counted = ModelShape.load(str(tmp_path / "config")).memory(

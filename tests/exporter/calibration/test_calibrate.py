@@ -33,13 +33,12 @@ from sinkrt import Session
 from sinkrt.errors import UsageError
 
 from tests.exporter.calibration.test_stream_inputs import Everything
-from tests.exporter.pipeline.test_families import random_ids
 from tests.exporter.tensorrt.test_builder import needs_tensorrt
 from tests.exporter.tiny_models import tiny_model, tiny_tokenizer
-from tests.support import run_cli, slow_but
+from tests.support import random_ids, run_cli, slow_but
 
 SMALL = {"method": "minmax", "samples": 3, "length": 40, "sink_tokens": 2, "window": 6}
-TEXT = " ".join(f"w{i}" for i in np.random.default_rng(7).integers(3, 97, 600))
+TEXT = " ".join(f"w{i}" for i in random_ids(600, seed=7))
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -511,6 +510,7 @@ def simulated(loaded: LoadedModel, found: CalibrationFile, asked: Recipe, ids: n
     return np.stack(logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnx", "tensorrt"])
 def test_a_bundle_computes_what_the_recipe_says(target: str, tmp_path: Path) -> None:
     loaded, asked = tiny(), recipe()

@@ -31,7 +31,7 @@ from sinkrt.errors import UsageError
 from tests.exporter.calibration.test_calibrate import TEXT
 from tests.exporter.graph.test_quantize import plain_steps
 from tests.exporter.tiny_models import tiny_model, tiny_tokenizer
-from tests.support import run_cli
+from tests.support import random_ids, run_cli
 
 SCHEMES = [
     WeightScheme(4, 32, symmetric=False),
@@ -239,7 +239,7 @@ def test_a_bundle_has_the_weights_of_the_calibration(tmp_path: Path) -> None:
                 attribute.i = 0  # products in float32: by default they round inputs to 8 bits
     onnx.save(graph, tmp_path / "b" / "exact.onnx")
     step = plain_steps(tmp_path / "b" / "exact.onnx")
-    ids = np.random.default_rng(3).integers(3, 97, (1, 20))
+    ids = random_ids(1, 20, seed=3)
     with torch.no_grad(), chunked_streaming(rounded, 2, 6) as stream:
         want = stream.feed(torch.from_numpy(ids))[0].numpy()
     for position in range(ids.shape[1]):

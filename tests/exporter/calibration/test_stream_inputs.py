@@ -12,8 +12,8 @@ from sinkexport.calibration.stream_inputs import StreamConfig, input_groups, str
 from sinkexport.reference.streaming import streaming_reference
 from sinkrt.errors import UsageError
 
-from tests.exporter.pipeline.test_families import random_ids
 from tests.exporter.tiny_models import tiny_model
+from tests.support import random_ids
 
 
 class Everything:

@@ -16,31 +16,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sinkexport.config import ExportConfig
 from sinkexport.evaluation import baselines
 from sinkexport.evaluation.evaluate import BaselineOptions, EvalReport, evaluate
 from sinkexport.evaluation.perplexity import Curve, Prediction, Predictor, Segment, measure, token_nll
 from sinkexport.evaluation.plot import draw
-from sinkexport.pipeline.export import export_loaded
 from sinkexport.reference.streaming import streaming_reference
 from sinkexport.sources import LoadedModel
 from sinkrt import Session
 from sinkrt.errors import BackendError, BundleError, UsageError
 
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
-from tests.support import run_cli
+from tests.support import export_model, random_ids, run_cli
 
 S, W = 3, 12
 C = S + W
 NUM_TOKENS = 5 * C + 4
 SEGMENT = 16
-IDS = np.random.default_rng(0).integers(0, VOCAB_SIZE, NUM_TOKENS)
+IDS = random_ids(NUM_TOKENS, first=0)
 TEXT = " ".join(f"w{i}" for i in IDS)
 FAMILIES = ("llama", "gpt_neox", "cohere", "gemma2")
 
 
 def export(model: Any, folder: Path, *, batch: int = 1, tokenizer: Any = None) -> Path:
-    export_loaded(LoadedModel(model, tokenizer, "tiny"), folder, ExportConfig(S, W, batch, chunk_size=1))
+    export_model(model, folder, num_sink_tokens=S, window_size=W, batch=batch, chunk_size=1, tokenizer=tokenizer)
     return folder
 
 

@@ -31,9 +31,9 @@ from sinkexport.sources import LoadedModel
 from sinkrt.contract import Manifest, Quantization, load_manifest
 from sinkrt.errors import BackendError, BundleError, UsageError
 
-from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tests.exporter.tiny_models import tiny_model, tiny_tokenizer
 from tests.runtime.toy import Toy, build_toy, reference_logits, rehash, write_manifest
-from tests.support import run_cli, slow_but
+from tests.support import export_model, random_ids, run_cli, slow_but
 
 LOOSE = {"perplexity_increase": 10.0, "kl_divergence": 10.0, "top1_agreement": 0.0}
 TOY_TEXT = "".join(chr(ord("a") + i) for i in np.random.default_rng(5).integers(0, 26, 90))
@@ -229,7 +229,7 @@ def test_stream_0_of_several_counts(float_toy: Path, rounded_toy: Path, tmp_path
 
 
 S, W = 3, 12
-TINY_IDS = np.random.default_rng(0).integers(0, VOCAB_SIZE, 5 * (S + W) + 4)
+TINY_IDS = random_ids(5 * (S + W) + 4, first=0)
 TINY_TEXT = " ".join(f"w{i}" for i in TINY_IDS)
 
 
@@ -252,7 +252,9 @@ def streamed_logits(model: Any) -> np.ndarray:
 @pytest.mark.parametrize("name", slow_but(1, ["llama-tied", "gpt_neox"]))
 def test_model_in_torch_as_reference(name: str, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    export_loaded(LoadedModel(rounded_model(name), tiny_tokenizer(), "tiny"), bundle, ExportConfig(S, W, chunk_size=5))
+    export_model(
+        rounded_model(name), bundle, num_sink_tokens=S, window_size=W, chunk_size=5, tokenizer=tiny_tokenizer()
+    )
     quantised(bundle)
     threads = torch.get_num_threads()
     model = tiny_model(name)

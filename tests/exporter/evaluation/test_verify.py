@@ -19,15 +19,14 @@ from sinkexport.config import ExportConfig
 from sinkexport.evaluation.comparison import default_tolerance
 from sinkexport.evaluation.defaults import DEFAULT_TOLERANCE
 from sinkexport.evaluation.parity import ParityReport, compare, verify
-from sinkexport.pipeline.export import export_loaded
 from sinkexport.reference.streaming import StreamingReference, streaming_reference
 from sinkexport.sources import LoadedModel
 from sinkrt.contract import Manifest, load_manifest
 from sinkrt.errors import BundleError, UsageError
 from sinkrt.ring import Ring
 
-from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
-from tests.support import run_cli
+from tests.exporter.tiny_models import tiny_model, tiny_tokenizer
+from tests.support import export_model, random_ids, run_cli
 
 S, W, B = 4, 12, 2
 C = S + W
@@ -37,7 +36,7 @@ CONFIG = ExportConfig(S, W, B)
 def export(
     model: Any, folder: Path, config: ExportConfig = CONFIG, tokenizer: Any = None, *, check: bool = True
 ) -> Path:
-    export_loaded(LoadedModel(model, tokenizer, "tiny"), folder, config, check=check)
+    export_model(model, folder, config, tokenizer=tokenizer, check=check)
     return folder
 
 
@@ -222,7 +221,7 @@ class FakeSession:
 def compare_fake(
     manifest: Manifest, loaded: LoadedModel, geometry: tuple[int, int], change: Callable[[FakeSession], None]
 ) -> ParityReport:
-    ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, (B, C + 6 * W))
+    ids = random_ids(B, C + 6 * W, first=0)
     with streaming_reference(tiny_model("llama"), *geometry) as reference:
         session = FakeSession(reference)
         change(session)

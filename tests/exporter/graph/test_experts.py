@@ -14,9 +14,9 @@ from sinkexport.graph.quantize.recipe_plan import RecipePlan
 from sinkexport.model.experts import moe_layers, routers
 from sinkexport.quant.recipe import load_recipe, parse_recipe
 
-from tests.exporter.pipeline.test_families import exported, random_ids
+from tests.exporter.pipeline.test_families import exported
 from tests.exporter.tiny_models import tiny_model
-from tests.support import slow_but
+from tests.support import random_ids, slow_but
 
 MOE_FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next")  # 8 of 1, 5 of 2, 6 of 2 (transposed, biases), 4 of 2
 

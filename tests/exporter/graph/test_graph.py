@@ -10,13 +10,10 @@ import onnx
 import pytest
 import torch
 from sinkexport.config import ExportConfig
-from sinkexport.pipeline.export import export_loaded
-from sinkexport.sources import LoadedModel
 from sinkrt import Session
 
-from tests.exporter.pipeline.test_families import random_ids
 from tests.exporter.tiny_models import tiny_model
-from tests.support import slow_but
+from tests.support import export_model, random_ids, slow_but
 
 NODES_PER_LAYER = 42
 """Of a Llama-like decoder with grouped queries, views included."""
@@ -24,7 +21,7 @@ NODES_PER_LAYER = 42
 
 def export_tiny(name: str, folder: Path, **geometry: int) -> onnx.ModelProto:
     config = ExportConfig(**{"num_sink_tokens": 4, "window_size": 12, "chunk_size": 1, **geometry})
-    export_loaded(LoadedModel(tiny_model(name), None, name), folder, config)
+    export_model(tiny_model(name), folder, config, name=name)
     return onnx.load(folder / "decode.onnx", load_external_data=False)
 
 
@@ -54,6 +51,7 @@ def test_only_standard_operators_and_no_copies_of_the_window(name: str, batch: i
             assert node.op_type == "MatMul"
 
 
+@pytest.mark.slow
 def test_position_work_is_done_once_a_step(tmp_path: Path) -> None:
     few, many = (
         ops(export_tiny(name, tmp_path / name))
@@ -73,12 +71,13 @@ def test_norms_are_single_operators(tmp_path: Path) -> None:
     assert found["LayerNormalization"] == 5
 
 
+@pytest.mark.slow
 def test_node_count_per_layer(tmp_path: Path) -> None:
     model = tiny_model("llama")
     deeper = type(model)(type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 3})).eval()
     counts = []
     for number, each in enumerate((model, deeper)):
-        export_loaded(LoadedModel(each, None, "x"), tmp_path / str(number), ExportConfig(4, 12, chunk_size=1))
+        export_model(each, tmp_path / str(number), num_sink_tokens=4, window_size=12, chunk_size=1)
         counts.append(len(onnx.load(tmp_path / str(number) / "decode.onnx", load_external_data=False).graph.node))
     assert counts[1] - counts[0] <= NODES_PER_LAYER
 

@@ -29,10 +29,10 @@ from sinkexport.targets import ONNX
 from sinkrt import Session, UsageError
 from sinkrt.ring import Ring, phase_frequency
 
-from tests.exporter.pipeline.test_families import exported, random_ids
+from tests.exporter.pipeline.test_families import exported
 from tests.exporter.tiny_models import tiny_model
 from tests.reference.oracle import Int8Row, SinkAttentionOracle
-from tests.support import run_cli, slow_but
+from tests.support import export_model, random_ids, run_cli, slow_but
 
 Arrays = list[np.ndarray]
 Run = Callable[[Arrays, np.ndarray, Arrays, np.ndarray | None], tuple[np.ndarray, Arrays]]
@@ -243,6 +243,7 @@ CHUNKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "num_tokens"), CHUNKS, ids=str)
 @FORMS
 def test_pieces_of_any_length_store_the_very_same_bits(case: Case, num_tokens: int, form: Callable) -> None:
@@ -382,6 +383,7 @@ def test_copies_and_saves_carry_the_scales(tmp_path: Path) -> None:
         np.testing.assert_array_equal(got[1], want[t - 33][0])
 
 
+@pytest.mark.slow
 def test_a_state_of_the_other_kind_is_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     plain = exported(model, tmp_path / "fp", dataclasses.replace(CONFIG, kv="fp"))
@@ -425,6 +427,7 @@ def test_manifest_tells_the_window(tmp_path: Path) -> None:
     assert export_loaded(loaded, tmp_path / "none", dataclasses.replace(CONFIG, kv=None)).quantization is None
 
 
+@pytest.mark.slow
 def test_state_is_smaller_and_inspect_shows_it(tmp_path: Path) -> None:
     model = tiny_model("llama")  # 2 layers, 2 key heads of 16
     config = ExportConfig(num_sink_tokens=4, window_size=64, kv="int8")
@@ -443,7 +446,7 @@ def test_state_is_smaller_and_inspect_shows_it(tmp_path: Path) -> None:
 
 
 def test_step_makes_nothing_of_the_windows_size_in_floating_point(tmp_path: Path) -> None:
-    export_loaded(LoadedModel(tiny_model("llama"), None, "t"), tmp_path / "b", ExportConfig(4, 64, kv="int8"))
+    export_model(tiny_model("llama"), tmp_path / "b", num_sink_tokens=4, window_size=64, kv="int8")
     model = onnx.load(tmp_path / "b" / "decode.onnx", load_external_data=False)
     window = {f"window_{x}.{layer}.next" for x in "kv" for layer in range(2)}
     readers = [node for node in model.graph.node if window & set(node.input)]

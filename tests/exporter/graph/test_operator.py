@@ -19,6 +19,7 @@ from sinkexport.targets import ONNX, TARGETS
 from sinkrt.ring import phase_frequency
 
 from tests.reference.oracle import Act, SinkAttentionOracle
+from tests.support import slow_but
 
 
 class Operator(torch.nn.Module):
@@ -127,7 +128,7 @@ CALIBRATED = [
 ATOL, ACT_ATOL = 2e-5, 2e-4
 """Where later sinks have nearly all of the weights, what the others share is small, and known less exactly."""
 
-FORMS = pytest.mark.parametrize("form", ["torch", "onnx", "tensorrt-native"])
+FORMS = pytest.mark.parametrize("form", slow_but(2, ["torch", "onnx", "tensorrt-native"]))
 
 
 @pytest.mark.parametrize(
@@ -175,11 +176,11 @@ CALIBRATED_CHUNKS = [
 
 @pytest.mark.parametrize(
     ("case", "num_tokens", "sink_scale", "act"),
-    [*((*chunk, None, None) for chunk in CHUNKS), *SCALED_CHUNKS, *CALIBRATED_CHUNKS],
+    slow_but(8, [*SCALED_CHUNKS, *CALIBRATED_CHUNKS, *((*chunk, None, None) for chunk in CHUNKS)]),
     ids=str,
 )
 @FORMS
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", slow_but(1, [0, 1]))
 def test_chunks_against_oracle(
     case: tuple, num_tokens: int, sink_scale: tuple | None, act: Act | None, form: str, seed: int
 ) -> None:
@@ -228,7 +229,7 @@ AFFINE = [
 ]
 
 
-@pytest.mark.parametrize(("case", "parts", "sink_scale", "act"), AFFINE, ids=str)
+@pytest.mark.parametrize(("case", "parts", "sink_scale", "act"), slow_but(4, AFFINE), ids=str)
 @FORMS
 def test_affine_against_oracle(case: tuple, parts: str, sink_scale: tuple | None, act: Act | None, form: str) -> None:
     """With later sinks calibrated, the weights that are scaled and shifted are those after it."""

@@ -12,11 +12,9 @@ import onnx
 import pytest
 import torch
 from sinkexport.config import ExportConfig
-from sinkexport.pipeline.export import export_loaded
-from sinkexport.sources import LoadedModel
 
 from tests.exporter.tiny_models import tiny_model
-from tests.support import slow_but
+from tests.support import export_model, slow_but
 
 HEADS = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
 
@@ -30,7 +28,7 @@ def test_steps_of_one_product_are_packed(tmp_path: Path, family: str, dtype: str
     model = model.to(torch.float16) if dtype == "fp16" else model
     config = ExportConfig(num_sink_tokens=3, window_size=9, chunk_size=4, batch=2, dtype=dtype, target="tensorrt")
     bundle = tmp_path / "bundle"
-    export_loaded(LoadedModel(model, None, family), bundle, config)
+    export_model(model, bundle, config, name=family)
     found = {role: _kinds(bundle / f"{role}.onnx") for role in ("decode", "prefill")}
     assert {attributes["packed_width"] for attributes in found["decode"]["SinkAttention"]} == {width}
     assert ("Split" in found["decode"]) == (width == 0)

@@ -23,7 +23,7 @@ from tests.exporter.graph.test_experts import with_rounded_experts
 from tests.exporter.graph.test_plugin_target import WIDE, T, exported
 from tests.exporter.graph.test_quantize import with_rounded_weights
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
-from tests.support import slow_but
+from tests.support import random_ids, slow_but
 
 MODELS = ("mixtral", "qwen3_moe", "gpt_oss")  # 8 of 1, 5 of 2, 6 of 2 (transposed, biases)
 KINDS = ("HalfExpertLinear", "Int8ExpertLinear")
@@ -73,6 +73,7 @@ def others(graph: onnx.GraphProto) -> list[str]:
     return [n.op_type for n in graph.node if n.op_type not in KINDS and matrices & set(n.input)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", slow_but(1, [None, "int8-channel"]))
 @pytest.mark.parametrize("name", MODELS)
 def test_it_computes_what_the_onnx_bundle_does(name: str, recipe: str | None, tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_three_streams(recipe: str | None, tmp_path: Path) -> None:
     reference(tmp_path / "onnx", model, recipe, **options)
     under_test, errors = PluginBundle(tmp_path / "plugin", manifest), []
     with Session.load(tmp_path / "onnx") as session:
-        for ids in np.random.default_rng(3).integers(3, VOCAB_SIZE, (16, 3)):
+        for ids in random_ids(16, 3, seed=3):
             got, want = under_test.step(ids), session.step(ids)
             errors.append(np.linalg.norm(got - want) / np.linalg.norm(want))
     assert max(errors) < 0.02
@@ -205,7 +206,7 @@ def test_smoothing_leaves_routers_and_experts_as_they_are(name: str, target: str
     else:
         exported(model.float(), tmp_path / "smooth", recipe=smooth, calibration=found)
         reference(tmp_path / "float", model)
-        ids = np.random.default_rng(1).integers(0, VOCAB_SIZE, 34)
+        ids = random_ids(34, seed=1, first=0)
         with Session.load(tmp_path / "smooth") as one, Session.load(tmp_path / "float") as other:
             pairs = [(one.step([t]).copy(), other.step([t]).copy()) for t in ids]
         errors = np.array([np.linalg.norm(got - want) / np.linalg.norm(want) for got, want in pairs])

@@ -27,7 +27,7 @@ from tests.exporter.graph.test_plugin_target import NEEDS_BUILD, S, W, exported,
 from tests.exporter.tiny_models import TINY, VOCAB_SIZE
 from tests.exporter.variants.test_head_windows import budgets
 from tests.exporter.variants.test_sink_tuning import tuning
-from tests.support import slow_but
+from tests.support import random_ids, slow_but
 
 FLAGS = ("has_alibi", "has_sink_logit", "has_sink_scale", "has_gate")
 _SIZES: dict[str, Any] = {
@@ -116,7 +116,7 @@ def test_the_node_computes_what_the_onnx_bundle_does(name: str, config: dict, tm
     for role in manifest.graphs:
         for _, attributes in attentions(tmp_path / "plugin", role):
             assert [flag for flag in FLAGS if attributes[flag]] == [MODELS[name][2]]
-    ids = np.random.default_rng(1).integers(3, VOCAB_SIZE, (1, S + 6 * W + 7))
+    ids = random_ids(1, S + 6 * W + 7, seed=1)
     with Session.load(tmp_path / "onnx", threads=1) as session:
         found = errors(PluginBundle(tmp_path / "plugin", manifest), session, ids, 14)
     assert max(found) < 0.01
@@ -135,7 +135,7 @@ def test_gates_of_two_streams(tmp_path: Path) -> None:
         found = errors(
             PluginBundle(tmp_path / "plugin", manifest),
             session,
-            np.random.default_rng(2).integers(3, VOCAB_SIZE, (2, 20)),
+            random_ids(2, 20, seed=2),
             0,
         )
     assert max(found) < 0.01

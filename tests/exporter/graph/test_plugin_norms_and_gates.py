@@ -17,7 +17,7 @@ from tests.exporter.graph.plugin_evaluator import PluginBundle, errors_against
 from tests.exporter.graph.test_plugin_target import S, T, W, exported
 from tests.exporter.graph.test_quantize import with_rounded_weights
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
-from tests.support import slow_but
+from tests.support import random_ids, slow_but
 
 TWO_HEADS = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
 MODELS: dict[str, dict[str, Any]] = {
@@ -123,7 +123,7 @@ def test_biases_are_added_by_int8_products(tmp_path: Path) -> None:
     assert counts(path)["Add"] == 0
     assert [product["has_bias"] for product in attributes(path, "Int8Linear")] == [1, 0, 0, 0, 1, 0, 0, 0, 0]
     exported(with_rounded_weights(half_model("qwen2").float()), tmp_path / "onnx", chunk_size=1)
-    under_test, ids = PluginBundle(tmp_path / "plugin", manifest), np.random.default_rng(3).integers(0, VOCAB_SIZE, 16)
+    under_test, ids = PluginBundle(tmp_path / "plugin", manifest), random_ids(16, seed=3, first=0)
     with Session.load(tmp_path / "onnx") as session:
         for t in range(len(ids)):
             got, want = under_test.step(ids[t : t + 1]), session.step(ids[t : t + 1])

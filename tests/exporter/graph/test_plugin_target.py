@@ -15,7 +15,7 @@ import pytest
 import torch
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.passes.lower_to_opset17 import SAME
-from sinkexport.pipeline.export import export, export_loaded
+from sinkexport.pipeline.export import export
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel
 from sinkexport.tensorrt.build_engines import build_bundle
@@ -35,7 +35,7 @@ from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.exporter.variants.test_head_windows import budgets
 from tests.plugins.trt_library import needs_plugin_build
 from tests.real_model import smollm2_file
-from tests.support import run_cli, slow_but
+from tests.support import export_model, random_ids, run_cli, slow_but
 
 S, W, T = 3, 9, 4
 NEEDS_BUILD = [needs_plugin_build, *needs_tensorrt]
@@ -66,13 +66,13 @@ def wide_model(name: str, dtype: str = "fp32") -> Any:
 
 def exported(model: Any, folder: Path, **config: Any) -> Manifest:
     geometry = {"num_sink_tokens": S, "window_size": W, "chunk_size": T, **config}
-    return export_loaded(LoadedModel(model, None, "tiny"), folder, ExportConfig(**geometry))
+    return export_model(model, folder, **geometry).manifest
 
 
 @pytest.mark.parametrize(
     ("name", "config"),
     slow_but(
-        2,
+        1,
         [
             ("llama-tied", {}),
             ("llama-tied", {"recipe": "int8-channel", "kv": "int8"}),
@@ -114,7 +114,7 @@ def with_smooth(folder: Path, **config: Any) -> Manifest:
 def test_static_inputs_compute_what_the_native_bundle_does(tmp_path: Path) -> None:
     manifest = with_smooth(tmp_path / "plugin")
     with_smooth(tmp_path / "native", native=True)
-    ids = np.random.default_rng(2).integers(0, VOCAB_SIZE, 24)
+    ids = random_ids(24, seed=2, first=0)
     under_test = PluginBundle(tmp_path / "plugin", manifest)
     step = plain_steps(tmp_path / "native" / "decode.onnx")
     errors = []

@@ -21,7 +21,6 @@ from sinkexport.graph.quantize.ort import OrtForm, block_size, packed, packed_ze
 from sinkexport.graph.quantize.plan import InputScale
 from sinkexport.graph.quantize.plugin import PluginForm
 from sinkexport.graph.quantize.qdq import QdqForm
-from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.ranges import InputRange
 from sinkexport.quant.recipe import Recipe, load_recipe, parse_recipe
 from sinkexport.quant.weight import QuantizedWeight, WeightScheme
@@ -30,11 +29,10 @@ from sinkexport.tensorrt.builder import build_engine
 from sinkrt import Session
 from sinkrt.errors import UsageError
 
-from tests.exporter.pipeline.test_families import random_ids
 from tests.exporter.quant.test_weight import unpacked
 from tests.exporter.tensorrt.test_builder import needs_tensorrt
 from tests.exporter.tiny_models import tiny_model
-from tests.support import slow_but
+from tests.support import export_model, random_ids, slow_but
 
 FORMS = {"ort": OrtForm, "qdq": QdqForm, "plugin": PluginForm}
 
@@ -186,7 +184,7 @@ def test_static_products_keep_the_sinks_apart(form: str, batch: int, num_tokens:
 
 def exported(model: Any, folder: Path, recipe: Recipe | None, **geometry: Any) -> Session:
     config = ExportConfig(**{"num_sink_tokens": 2, "window_size": 6, "chunk_size": 3, "recipe": recipe, **geometry})
-    export_loaded(LoadedModel(model, None, "tiny"), folder, config)
+    export_model(model, folder, config)
     return Session.load(folder, threads=1)
 
 
@@ -319,6 +317,7 @@ def test_the_manifest_tells_the_refined_recipe_and_what_is_refined_is_checked(tm
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_a_tied_table_follows_the_output_projection_into_floating_point(tmp_path: Path) -> None:
     for number, changes in enumerate(({"lm_head": "float"}, {"keep_float": ["lm_head", "model.embed_tokens"]})):
         folder = tmp_path / str(number)
@@ -328,6 +327,7 @@ def test_a_tied_table_follows_the_output_projection_into_floating_point(tmp_path
         assert tables == [onnx.TensorProto.FLOAT]
 
 
+@pytest.mark.slow
 def test_an_untied_embedding_may_stay_in_floating_point(tmp_path: Path) -> None:
     for embeddings, kind in (("float", onnx.TensorProto.FLOAT), ("int8", onnx.TensorProto.UINT8)):
         with exported(
@@ -337,6 +337,7 @@ def test_an_untied_embedding_may_stay_in_floating_point(tmp_path: Path) -> None:
         assert [k for name, k in found.items() if "embed_tokens" in name and ".scales" not in name] == [kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needs_tensorrt) for name in ("llama", "llama-tied")])
 def test_tensorrt_builds_int8_weights(name: str, tmp_path: Path) -> None:
     recipe = load_recipe("int8-channel")
@@ -359,6 +360,7 @@ def test_recipes_that_cannot_be_followed_are_refused() -> None:
         ExportConfig(recipe=static)
 
 
+@pytest.mark.slow
 def test_verify_asks_for_a_tolerance(tmp_path: Path) -> None:
     exported(tiny_model("llama"), tmp_path / "b", load_recipe("int8-weights")).close()
     loaded = LoadedModel(tiny_model("llama"), None, "tiny")
@@ -367,7 +369,7 @@ def test_verify_asks_for_a_tolerance(tmp_path: Path) -> None:
     assert verify(tmp_path / "b", loaded, tolerance=2.0, wraps=1).passed
 
 
-@pytest.mark.parametrize("sinks", ["separate", "excluded", "included"])
+@pytest.mark.parametrize("sinks", slow_but(1, ["separate", "excluded", "included"]))
 def test_static_ranges_reach_the_graph(sinks: str, tmp_path: Path) -> None:
     """With ranges that fit, a static bundle is near the floating-point one; the sinks' range is used as told."""
 

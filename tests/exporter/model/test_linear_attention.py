@@ -13,8 +13,9 @@ from sinkrt.contract import RECURRENT_KINDS
 from sinkrt.errors import StateError, UsageError
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
-from tests.exporter.pipeline.test_families import exported, random_ids
+from tests.exporter.pipeline.test_families import exported
 from tests.exporter.tiny_models import tiny_model
+from tests.support import random_ids
 
 HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM = 2, 4, 8, 16
 

@@ -15,14 +15,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from sinkexport.config import ExportConfig
 from sinkexport.families.probe import probe_attention
-from sinkexport.pipeline.export import export_loaded
-from sinkexport.sources import LoadedModel
 from sinkrt import Session, UsageError
 from sinkrt.ring import POSITION_LIMIT, TURN
 
-from tests.exporter.pipeline.test_families import random_ids
 from tests.exporter.tiny_models import tiny_model
-from tests.support import slow_but
+from tests.support import export_model, random_ids, slow_but
 
 CONFIG = ExportConfig(num_sink_tokens=4, window_size=12)
 
@@ -54,7 +51,7 @@ def test_far_positions(name: str, where: int, tmp_path: Path) -> None:
     model = tiny_model(name)
     _, rotary = probe_attention(model, model.config.num_hidden_layers)
     frequency = [int(f) for f in rotary.tables[""].frequency]
-    export_loaded(LoadedModel(model, None, "tiny"), tmp_path / "bundle", CONFIG)
+    export_model(model, tmp_path / "bundle", CONFIG)
     near, far = Session.load(tmp_path / "bundle"), Session.load(tmp_path / "bundle")
     near.prefill(random_ids(1, 2 * CONFIG.capacity + 3))
     near.save_state(tmp_path / "near.safetensors")
@@ -70,7 +67,7 @@ def test_far_positions(name: str, where: int, tmp_path: Path) -> None:
 
 
 def test_past_the_limit_is_refused(tmp_path: Path) -> None:
-    export_loaded(LoadedModel(tiny_model("llama"), None, "tiny"), tmp_path / "bundle", CONFIG)
+    export_model(tiny_model("llama"), tmp_path / "bundle", CONFIG)
     session = Session.load(tmp_path / "bundle")
     session.step([5])
     session.save_state(tmp_path / "state")

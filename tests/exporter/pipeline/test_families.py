@@ -10,26 +10,20 @@ import pytest
 import torch
 from sinkexport.config import ExportConfig
 from sinkexport.families import EXPORTED, rotates_by_length
-from sinkexport.pipeline.export import export_loaded
 from sinkexport.reference.streaming import streaming_reference
-from sinkexport.sources import LoadedModel
 from sinkrt import Session
 
 from tests.exporter.graph.in_place import assert_states_are_written_last
-from tests.exporter.tiny_models import TINY, VOCAB_SIZE, tiny_model
-from tests.support import slow_but
+from tests.exporter.tiny_models import TINY, tiny_model
+from tests.support import export_model, random_ids, slow_but
 
 WRAPS = 6
-FAST = ("llama", "bloom", "gemma3_text", "gpt_oss", "gpt_neox", "qwen3_moe")
-"""Of each kind of position and attention one."""
-
-
-def random_ids(batch: int, num_tokens: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(3, VOCAB_SIZE, (batch, num_tokens))
+FAST = ("llama", "bloom", "gemma3_text", "gpt_oss")
+"""Rotation, ALiBi, sliding windows, MoE with sink logits."""
 
 
 def exported(model: Any, folder: Path, config: ExportConfig) -> Session:
-    export_loaded(LoadedModel(model, None, "tiny"), folder, config)
+    export_model(model, folder, config)
     return Session.load(folder, threads=1)  # tiny graphs: idle threads would only spin against torch's
 
 
@@ -63,7 +57,7 @@ def assert_streams_like_reference(session: Session, model: Any, ids: np.ndarray,
             assert_close(logits[stream_], wanted[end - 1][stream_], tolerance, f"prefill of {stream_} up to {end}")
 
 
-@pytest.mark.parametrize("name", slow_but(6, sorted(TINY, key=lambda name: (name not in FAST, name))))
+@pytest.mark.parametrize("name", slow_but(len(FAST), sorted(TINY, key=lambda name: (name not in FAST, name))))
 def test_dense_and_streaming(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     config = ExportConfig(num_sink_tokens=4, window_size=12, batch=2)
@@ -78,6 +72,7 @@ def test_dense_and_streaming(name: str, tmp_path: Path) -> None:
     assert_streams_like_reference(session, model, ids, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

@@ -14,6 +14,7 @@ from sinkrt import Session, UsageError
 
 from tests.exporter.tiny_models import tiny_model
 from tests.runtime.toy import CHAT_TEMPLATE, toy_tokenizer
+from tests.support import export_model
 
 SYSTEM = "Be brief."
 
@@ -25,7 +26,7 @@ def tokenizer(template: str | None = CHAT_TEMPLATE) -> SourceTokenizer:
 def test_sinks_grow_to_the_message_and_its_frame(tmp_path: Path) -> None:
     config = ExportConfig(num_sink_tokens=4, window_size=12, chunk_size=4, pin_system=SYSTEM)
     model = tiny_model("llama", vocab_size=258)
-    export_loaded(LoadedModel(model, tokenizer(), "tiny"), tmp_path / "bundle", config)
+    export_model(model, tmp_path / "bundle", config, tokenizer=tokenizer())
     with Session.load(tmp_path / "bundle", threads=1) as session:
         rendered = f"[system]{SYSTEM}<eos>\n[user]"
         assert session.num_sink_tokens == len(session.tokenizer.encode(rendered, special=False))

@@ -19,6 +19,7 @@ from sinkexport.sources import LoadedModel, load_model
 from sinkrt import UsageError
 
 from tests.exporter.tiny_models import tiny_model
+from tests.support import export_model
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 50,
@@ -40,7 +41,7 @@ def test_families_that_are_not_exact(name: str, tmp_path: Path) -> None:
     config, reason = REFUSED[name]
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(UsageError, match=reason):
-        export_loaded(LoadedModel(model, None, name), tmp_path / "out", ExportConfig(2, 6))
+        export_model(model, tmp_path / "out", num_sink_tokens=2, window_size=6, name=name)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -61,7 +62,7 @@ def test_unknown_arguments_of_attention(tmp_path: Path) -> None:
 
     attention.forward = with_bias
     with pytest.raises(UsageError, match="relative_bias"):
-        export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(2, 6))
+        export_model(model, tmp_path / "out", num_sink_tokens=2, window_size=6)
 
 
 def test_positions_read_elsewhere(tmp_path: Path) -> None:
@@ -82,20 +83,20 @@ def test_positions_read_elsewhere(tmp_path: Path) -> None:
             self.inner.set_attn_implementation(name)
 
     with pytest.raises(UsageError, match="outside the rotary embedding"):
-        export_loaded(LoadedModel(Shifted(model), None, "x"), tmp_path / "out", ExportConfig(2, 6))
+        export_model(Shifted(model), tmp_path / "out", num_sink_tokens=2, window_size=6)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_sinks_that_no_layer_would_keep(tmp_path: Path) -> None:
     model = tiny_model("mistral")
     with pytest.raises(UsageError, match=r"sliding window.*at most 64 tokens"):
-        export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 61))
+        export_model(model, tmp_path / "out", num_sink_tokens=4, window_size=61)
 
 
 def test_chunk_past_the_smallest_window(tmp_path: Path) -> None:
     model = tiny_model("gemma3_text")
     with pytest.raises(UsageError, match="at most 5, the smallest window"):
-        export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(4, 12, chunk_size=8))
+        export_model(model, tmp_path / "out", num_sink_tokens=4, window_size=12, chunk_size=8)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -104,7 +105,7 @@ def test_weights_that_are_not_finite_are_named(value: float, tmp_path: Path) -> 
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = value
     with pytest.raises(UsageError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        export_loaded(LoadedModel(model, None, "x"), tmp_path / "out", ExportConfig(2, 6))
+        export_model(model, tmp_path / "out", num_sink_tokens=2, window_size=6)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from sinkrt.errors import BackendError, UsageError
 from tests.exporter.tiny_models import TINY, tiny_model
 from tests.exporter.variants.test_affine import random_tensors, written
 from tests.real_model import smollm2_file
-from tests.support import slow_but
+from tests.support import export_model, slow_but
 
 HAS_TENSORRT = importlib.util.find_spec(MODULE) is not None
 # In CI a missing package is a failure, not a skip: SINKEXPORT_NO_SKIP=1 lets the error come out.
@@ -260,7 +260,7 @@ class TestExportedGraphs:
         model = tiny_model("llama")
         affine = written(tmp_path / "file", random_tensors(model))
         config = ExportConfig(S, W, chunk_size=4, target="tensorrt", native=True, affine=affine)
-        manifest = export_loaded(LoadedModel(model, None, "llama"), tmp_path / "bundle", config)
+        manifest = export_model(model, tmp_path / "bundle", config).manifest
         check_bundle(tmp_path / "bundle", manifest)
         assert build_engine(tmp_path / "bundle" / "prefill.onnx").engine_bytes > 0
 

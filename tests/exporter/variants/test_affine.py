@@ -32,7 +32,7 @@ from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.exporter.variants.test_head_windows import budgets
 from tests.exporter.variants.test_sink_tuning import GEOMETRY, tuning
 from tests.reference.oracle import SinkAttentionOracle, affine_factors
-from tests.support import run_cli, slow_but
+from tests.support import random_ids, run_cli, slow_but
 
 Tensors = dict[str, np.ndarray]
 
@@ -197,7 +197,7 @@ def test_the_reference_gives_what_the_oracle_gives(tmp_path: Path) -> None:
         layer.input_layernorm.register_forward_hook(
             lambda _, __, out, i=layer.self_attn.layer_idx: hidden.__setitem__(i, out)
         )
-    ids = np.random.default_rng(4).integers(3, VOCAB_SIZE, (1, 3 * 12))
+    ids = random_ids(1, 3 * 12, seed=4)
     with streaming_reference(
         model,
         **GEOMETRY,
@@ -231,7 +231,7 @@ def test_chunks_in_torch_agree_with_the_bundle(kv: str, calibrated: bool, tmp_pa
     config = ExportConfig(**GEOMETRY, kv=kv, sink_tuning=tuned, budgets=budgets("llama", windows), affine=affine)
     loaded = LoadedModel(model, None, "tiny")
     export_loaded(loaded, tmp_path / "b", config)
-    ids = np.random.default_rng(0).integers(3, VOCAB_SIZE, 70)
+    ids = random_ids(70)
     with chunked_streaming(model, **GEOMETRY, kv=kv, variant=config.variant) as stream:
         want = torch.cat([stream.feed(torch.from_numpy(ids[None, i : i + 11])) for i in range(0, 70, 11)], dim=1)[0]
     with Session.load(tmp_path / "b", threads=1) as session:
@@ -249,7 +249,7 @@ def test_projections_stay_in_floating_point_under_a_recipe(tmp_path: Path) -> No
     model = tiny_model("llama")
     affine = written(tmp_path / "file", random_tensors(model))
     loaded = LoadedModel(model, None, "tiny")
-    ids = np.random.default_rng(0).integers(3, VOCAB_SIZE, (1, 60))
+    ids = random_ids(1, 60)
     errors, sizes = [], []
     for asked in (None, affine):
         with chunked_streaming(model, **GEOMETRY, variant=AttentionVariant(affine=asked)) as stream:
@@ -303,7 +303,7 @@ def test_export_refuses_in_one_line(
 
 def test_texts_are_compared_with_the_model_changed_alike(tmp_path: Path) -> None:
     """verify --text and eval --compare; a bundle without the file is no reference for one with it."""
-    model, text = tiny_model("llama"), " ".join(f"w{i}" for i in np.random.default_rng(0).integers(3, VOCAB_SIZE, 60))
+    model, text = tiny_model("llama"), " ".join(f"w{i}" for i in random_ids(60))
     affine = written(tmp_path / "file", random_tensors(model))
     loaded = LoadedModel(model, tiny_tokenizer(), "tiny")
     for folder, asked in (("b", affine), ("plain", None)):
@@ -325,6 +325,7 @@ def test_static_ranges_are_refused(tmp_path: Path) -> None:
         ExportConfig(recipe=recipe, calibration=object(), affine=affine)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

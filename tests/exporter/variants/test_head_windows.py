@@ -24,9 +24,9 @@ from sinkrt import Session, StateError
 from sinkrt.contract import Manifest, load_manifest
 from sinkrt.errors import BundleError
 
-from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tests.exporter.tiny_models import tiny_model, tiny_tokenizer
 from tests.reference.oracle import SinkAttentionOracle
-from tests.support import run_cli, slow_but
+from tests.support import random_ids, run_cli, slow_but
 
 S = 3
 LLAMA = ((9, 4), (5, 9))  # two layers of two key heads; the groups of the second are out of order
@@ -82,7 +82,7 @@ def test_the_reference_gives_each_head_what_the_oracle_gives_it() -> None:
     """The oracle of one window, run for each of the windows, on the same tokens; each head takes its own."""
     model, windows = tiny_model("llama").double(), LLAMA
     seen: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    ids = np.random.default_rng(4).integers(3, VOCAB_SIZE, (1, 3 * (S + 9)))
+    ids = random_ids(1, 3 * (S + 9), seed=4)
     with streaming_reference(
         model,
         S,
@@ -116,7 +116,7 @@ def test_chunks_in_torch_agree_with_the_bundle_with_tuned_sinks(kv: str, tmp_pat
         first_token_scale=factors,
     )
     loaded = exported("llama", LLAMA, tmp_path / "b", kv=kv, sink_tuning=tuned)
-    ids = np.random.default_rng(0).integers(3, VOCAB_SIZE, 70)
+    ids = random_ids(70)
     masses = {s.input: s.shape for s in load_manifest(tmp_path / "b").states if s.kind == "attention_mass"}
     assert masses == {f"attention_mass.{at}": (1, 3, 2, w) for at, w in (("0.0", 9), ("0.1", 4), ("1.0", 9))}
     variant = AttentionVariant(sink_tuning=tuned.facts, head_windows=LLAMA)
@@ -131,7 +131,7 @@ def test_chunks_in_torch_agree_with_the_bundle_with_tuned_sinks(kv: str, tmp_pat
 def test_states_are_saved_and_belong_to_their_budgets(tmp_path: Path) -> None:
     exported("llama", LLAMA, tmp_path / "a")
     exported("llama", ((4, 9), (5, 9)), tmp_path / "b")
-    ids = np.random.default_rng(1).integers(3, VOCAB_SIZE, (1, 40))
+    ids = random_ids(1, 40, seed=1)
     with Session.load(tmp_path / "a", threads=1) as session, Session.load(tmp_path / "b", threads=1) as other:
         session.prefill(ids[:, :33])
         session.save_state(tmp_path / "state")
@@ -152,6 +152,7 @@ def test_the_same_window_everywhere_changes_no_byte(tmp_path: Path) -> None:
     assert export_loaded(loaded, plain, ExportConfig(S, 9)).files == load_manifest(tmp_path / "b").files
 
 
+@pytest.mark.slow
 def test_manifest_refuses_heads_that_are_missing(tmp_path: Path) -> None:
     exported("llama", LLAMA, tmp_path / "b")
     raw = json.loads((tmp_path / "b" / "manifest.json").read_text())
@@ -187,7 +188,7 @@ def test_export_refuses_in_one_line(content: str, options: list[str], expected: 
 
 def test_change_of_a_head_that_is_cut_short_by_transformers_own_weights() -> None:
     model, tokens, candidates, values = tiny_model("llama"), 160, 6, []
-    text = tuple(np.random.default_rng(2).integers(3, VOCAB_SIZE, tokens).tolist())
+    text = tuple(random_ids(tokens, seed=2).tolist())
     report = analyze(LoadedModel(model, None, "tiny"), TextWindows((text,)), num_candidates=candidates)
     assert report.distances == (32, 64)
     model.set_attn_implementation("eager")
@@ -212,7 +213,7 @@ def test_analyze_proposes_long_windows_for_heads_that_change_most(tmp_path: Path
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save(tmp_path / "model")
-    words = " ".join(f"w{i}" for i in np.random.default_rng(2).integers(3, VOCAB_SIZE, 400))
+    words = " ".join(f"w{i}" for i in random_ids(400, seed=2))
     (tmp_path / "text").write_text(words, encoding="utf-8")
     arguments = [
         "analyze",

@@ -27,9 +27,9 @@ from sinkrt.contract import MANIFEST_NAME, load_manifest
 
 from tests.exporter.graph.in_place import assert_states_are_written_last
 from tests.exporter.pipeline.export_refusal import assert_export_refuses
-from tests.exporter.tiny_models import VOCAB_SIZE, model_with_a_sink, tiny_model, tiny_tokenizer
+from tests.exporter.tiny_models import model_with_a_sink, tiny_model, tiny_tokenizer
 from tests.reference.oracle import Act, SinkAttentionOracle
-from tests.support import run_cli, slow_but
+from tests.support import random_ids, run_cli, slow_but
 
 LAYERS, HEADS, S, W = 2, 6, 3, 9
 MASK = ((True, True, False, True, True, False), (False, True, True, True, False, True))
@@ -48,10 +48,6 @@ def exported(folder: Path, name: str = "llama", **options: Any) -> LoadedModel:
     model = LoadedModel(tiny_model(name), None, "tiny")
     export_loaded(model, folder, ExportConfig(S, W, **options))
     return model
-
-
-def random_ids(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(3, VOCAB_SIZE, shape)
 
 
 @pytest.mark.parametrize("name", slow_but(1, ["llama", "gemma2", "gpt_oss", "bloom"]))

@@ -22,7 +22,7 @@ from sinkrt.contract import MANIFEST_NAME, load_manifest
 
 from tests.exporter.pipeline.export_refusal import assert_export_refuses
 from tests.exporter.tiny_models import TINY, VOCAB_SIZE, tiny_model, tiny_tokenizer
-from tests.support import run_cli
+from tests.support import export_model, run_cli
 
 LAYERS, HEADS = 2, 6
 GEOMETRY = {"num_sink_tokens": 3, "window_size": 9}
@@ -133,7 +133,7 @@ def test_tune_finds_the_layer_that_was_planted(layer: int, factor: float, tmp_pa
     before, after = (float(x) for x in found.found.rpartition("held out: ")[2].split(" -> "))
     assert after < before  # on texts that did not choose them, too
     assert "12 texts chose" in result.out
-    export_loaded(LoadedModel(model, None, "tiny"), tmp_path / "out", ExportConfig(**GEOMETRY, sink_tuning=found))
+    export_model(model, tmp_path / "out", **GEOMETRY, sink_tuning=found)
     shown = run_cli("inspect", tmp_path / "out").out
     assert "tuned sinks" in shown
 

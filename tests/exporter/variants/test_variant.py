@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 from sinkexport.config import ExportConfig
-from sinkexport.pipeline.export import export_loaded
-from sinkexport.sources import LoadedModel
 from sinkexport.variants.head_windows import HeadWindowFile, WindowedModel
 from sinkexport.variants.sink_tuning import SinkTuningFile, TunedModel
 from sinkexport.variants.variant import PLAIN, AttentionVariant
 from sinkrt import UsageError
 
 from tests.exporter.tiny_models import tiny_model
+from tests.support import export_model
 
 WINDOWS = ((9, 4), (5, 9))
 
@@ -33,7 +32,7 @@ def config() -> ExportConfig:
 
 def test_the_variant_of_a_bundle_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
     asked = config()
-    manifest = export_loaded(LoadedModel(tiny_model("llama"), None, "tiny"), tmp_path / "b", asked, check=False)
+    manifest = export_model(tiny_model("llama"), tmp_path / "b", asked, check=False).manifest
     found = AttentionVariant.of_bundle(tmp_path / "b", manifest)
     assert found == asked.variant
     assert not found.is_plain
