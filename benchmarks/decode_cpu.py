@@ -266,7 +266,7 @@ def main() -> None:
                 turn=arguments.turn,
                 threads=threads,
             )
-    weights = weight_bytes_per_step(arguments.bundle / manifest.graphs["decode"].file)
+    weights = weight_bytes_per_step(arguments.bundle, manifest)
     result = report(inside, far, stopped, bandwidth, manifest, weights, threads=threads) | {
         "environment": found,
         "context_tokens": [context, context + new_tokens],

@@ -26,7 +26,7 @@ from decode_cpu import WARM_UP, Course, measure
 from harness import check_json, environment, table, where, write_json
 from peers import LLAMA_TYPES, model_paths
 from sinkexport.bench.machine import physical_cores
-from sinkexport.bench.step_bytes import weight_bytes_per_step
+from sinkexport.bench.step_bytes import weight_bytes_of_file, weight_bytes_per_step
 from sinkexport.bench.timing import Stats
 from sinkrt.contract import Manifest, load_manifest
 from workers import kind_of, packages, running
@@ -38,8 +38,8 @@ HEADERS = ("decoder", "window", "weights MB a token", "ms median", "p99", "token
 def weights_read(name: str, path: Path) -> int:
     """Bytes of weights that a step of a decoder reads. A GGUF file has little else."""
     if kind_of(name) == "sinkexport":
-        return weight_bytes_per_step(path / load_manifest(path).graphs["decode"].file)
-    return weight_bytes_per_step(path / "model.onnx") if path.is_dir() else path.stat().st_size
+        return weight_bytes_per_step(path, load_manifest(path))
+    return weight_bytes_of_file(path / "model.onnx") if path.is_dir() else path.stat().st_size
 
 
 def report(

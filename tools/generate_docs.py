@@ -127,6 +127,8 @@ def _class_section(cls: type) -> str:
     for field in dataclasses.fields(cls):
         rule = field.metadata.get("rule")
         meaning = getattr(rule, "doc", "") if rule is not None else ""
+        if choices := getattr(rule, "one_of", ()):
+            meaning += ": " + ", ".join(f"`{choice}`" for choice in choices)
         optional = field.default is not dataclasses.MISSING
         rows.append((f"`{field.name}`", _type(hints[field.name]) + (", may be absent" if optional else ""), meaning))
     text = re.sub(r"``([^`]+)``", r"`\1`", " ".join((cls.__doc__ or "").split()))

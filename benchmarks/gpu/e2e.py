@@ -209,7 +209,7 @@ def step_bytes(bundle: Path) -> int:
     from sinkrt.contract import load_manifest
 
     manifest = load_manifest(bundle)
-    return weight_bytes_per_step(bundle / manifest.graphs["decode"].file) + manifest.state_bytes
+    return weight_bytes_per_step(bundle, manifest) + manifest.state_bytes
 
 
 def shape(bench: Bench, layers: int, made: dict[str, Future[Path]]) -> None:

@@ -4,12 +4,13 @@
 #include <cstdio>
 
 #include "operator.h"
+#include "sinkrt/constants.h"
 
 #define SINKEXPORT_API extern "C" __attribute__((visibility("default")))
 
 // Changes whenever an engine that was built with this library could not run with another one.
 SINKEXPORT_API const char* sinkexport_plugin_abi() {
-  return SINKEXPORT_PLUGIN_ABI;
+  return sinkrt::kPluginAbi;
 }
 
 // The TensorRT whose headers it was compiled against: its major version decides which loads it.

@@ -2,8 +2,6 @@
 
 #include <NvInferRuntime.h>
 
-#define SINKEXPORT_PLUGIN_ABI "3"
-
 namespace sinkexport::trt {
 
 // TensorRT's logger; null if it has none for this library. Each plugin interface finds it in its own way.

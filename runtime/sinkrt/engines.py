@@ -9,10 +9,8 @@ import dataclasses
 from pathlib import Path
 
 from sinkrt.contract import Manifest, hash_file
+from sinkrt.contract.constants import PLUGIN_FILE as PLUGIN_FILE
 from sinkrt.errors import BackendError, problem
-
-PLUGIN_FILE = "engines/libsinkexport_plugin.so"
-"""Where 'sinkexport build' puts the plugin, and sessions look for it."""
 
 
 @dataclasses.dataclass(frozen=True)

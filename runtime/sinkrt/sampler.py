@@ -6,7 +6,6 @@ runtime/cpp/include/sinkrt/sampler.h, which picks the same tokens.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import secrets
 from collections.abc import Callable
@@ -14,51 +13,25 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from sinkrt.contract.sampling import MAX_PENALTY, MAX_TOP_K, MIN_PENALTY, SEED_LIMIT, SamplingParams
 from sinkrt.errors import BackendError, UsageError, problem
 
-SEED_LIMIT = 2**64
-MAX_TEMPERATURE = 100.0
-MAX_TOP_K = 2**31 - 1
-MIN_PENALTY, MAX_PENALTY = 0.01, 100.0
-"""Beyond these, the logits of real models overflow float32 or lose all their differences."""
+__all__ = [
+    "MAX_PENALTY",
+    "MAX_TOP_K",
+    "MIN_PENALTY",
+    "SEED_LIMIT",
+    "Sampler",
+    "SamplingParams",
+    "candidates",
+    "penalized",
+]
 
 FIRST_CANDIDATES = 1024
 """Tokens that top-p sorts at first: sorting a whole vocabulary costs more than the model's own small operators."""
 
 _SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 """Anything below is greedy as well, and would be 0 in float32."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-    """How to sample.
-
-    temperature: 0 .. 100, 0 is greedy. top_k: keep the k likeliest tokens (0: all). top_p: in (0, 1], keep the smallest
-    set whose probability reaches p (arXiv:1904.09751). repetition_penalty: 0.01 .. 100, > 1 makes tokens of the
-    cache's reach less likely (arXiv:1909.05858). seed: 0 .. 2^64-1; None draws one.
-
-    Raises: UsageError.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        _require_number("temperature", self.temperature, 0, MAX_TEMPERATURE, "0 .. 100 (0: greedy)")
-        _require_integer("top_k", self.top_k, MAX_TOP_K, f"0 .. {MAX_TOP_K} (0: all tokens)")
-        _require_number("top_p", self.top_p, math.ulp(0.0), 1, "a number in (0, 1]")
-        _require_number(
-            "repetition_penalty",
-            self.repetition_penalty,
-            MIN_PENALTY,
-            MAX_PENALTY,
-            f"{MIN_PENALTY} .. {MAX_PENALTY:.0f} (1: none)",
-        )
-        if self.seed is not None:
-            _require_integer("seed", self.seed, SEED_LIMIT - 1, f"0 .. {SEED_LIMIT - 1}")
 
 
 class Sampler:
@@ -174,20 +147,3 @@ def _nucleus(weights: npt.NDArray[np.float32], top_p: float) -> npt.NDArray[np.i
             # A token stays if those before it do not reach the goal by themselves: the first one always does.
             return top[: int(np.searchsorted(cumulative, goal)) + 1]
         count = min(count * 8, weights.size)
-
-
-def _require_number(what: str, value: object, least: float, most: float, expected: str) -> None:
-    # Compared, not converted: an integer may be too large for a float. No comparison holds for NaN.
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not least <= value <= most:
-        raise UsageError(problem(what, received=_shown(value), expected=expected, fix=f"change {what}"))
-
-
-def _require_integer(what: str, value: object, most: int, expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value <= most:
-        raise UsageError(problem(what, received=_shown(value), expected=expected, fix=f"change {what}"))
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, int) and abs(value) >= 10**30:  # Python refuses to write the longest ones
-        return "a huge number"
-    return str(value) if isinstance(value, (int, float, np.number)) else repr(value)[:60]

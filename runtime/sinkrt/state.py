@@ -23,12 +23,9 @@ from safetensors import SafetensorError, safe_open
 
 from sinkrt.backends.base import StateArray
 from sinkrt.contract import Manifest
+from sinkrt.contract.constants import SAFETENSORS_DTYPES, STATE_FORMAT, STATE_VERSION
 from sinkrt.errors import StateError, UsageError, problem
 from sinkrt.files import check_replaceable, is_special, replacing
-
-FORMAT = "sinkrt-state"
-VERSION = "2"
-_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int8": "I8"}
 
 
 def state_tensors(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -49,7 +46,7 @@ def save_state(path: Path, manifest: Manifest, tensors: Mapping[str, StateArray]
 
     Raises: UsageError if the file cannot be written.
     """
-    metadata = {"format": FORMAT, "version": VERSION, "fingerprint": manifest.fingerprint}
+    metadata = {"format": STATE_FORMAT, "version": STATE_VERSION, "fingerprint": manifest.fingerprint}
     try:
         with replacing(path) as file:
             _write_safetensors(file, tensors, metadata)
@@ -124,8 +121,8 @@ def read_state(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
 
 def _check_metadata(path: Path, metadata: Mapping[str, str], manifest: Manifest) -> None:
     checks = (
-        ("format", FORMAT, "use a file that save_state wrote"),
-        ("version", VERSION, "use the sinkexport version that saved it"),
+        ("format", STATE_FORMAT, "use a file that save_state wrote"),
+        ("version", STATE_VERSION, "use the sinkexport version that saved it"),
         ("fingerprint", manifest.fingerprint, "it is of another model, window or batch: use the bundle that saved it"),
     )
     for key, wanted, fix in checks:
@@ -155,7 +152,7 @@ def _write_safetensors(file: BinaryIO, tensors: Mapping[str, StateArray], metada
     start = 0
     for name, tensor in ordered:
         header[name] = {
-            "dtype": _SAFETENSORS_DTYPES[str(tensor.dtype)],
+            "dtype": SAFETENSORS_DTYPES[str(tensor.dtype)],
             "shape": list(tensor.shape),
             "data_offsets": [start, start + tensor.nbytes],
         }

@@ -48,6 +48,11 @@ int64_t probe_fingerprint(const char* bundle, char* out) {
   return guarded([&] { return given(sinkrt::loadManifest(bundle).fingerprint(), out, 64); });
 }
 
+// The manifest's text as it would be written. Returns its size.
+int64_t probe_manifest(const char* bundle, char* out, int64_t room) {
+  return guarded([&] { return given(sinkrt::loadManifest(bundle).toJson(), out, room); });
+}
+
 int64_t probe_check(const char* bundle) {
   return guarded([&]() -> int64_t {
     const sinkrt::Manifest manifest = sinkrt::loadManifest(bundle);

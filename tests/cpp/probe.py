@@ -23,7 +23,7 @@ class Probe:
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
-        for name in ("sample", "fingerprint", "check", "encode", "decode", "stream", "steps"):
+        for name in ("sample", "fingerprint", "manifest", "check", "encode", "decode", "stream", "steps"):
             getattr(self._library, f"probe_{name}").restype = ctypes.c_int64
         self._library.probe_error.restype = ctypes.c_char_p
         self._library.probe_tokenizer.restype = ctypes.c_void_p
@@ -64,6 +64,14 @@ class Probe:
         out = ctypes.create_string_buffer(64)
         self.call("fingerprint", str(bundle).encode(), out)
         return out.raw.decode()
+
+    def manifest(self, bundle: Path) -> str:
+        """The manifest's text as C++ writes it."""
+        room = 16 * ROOM
+        out = ctypes.create_string_buffer(room)
+        size = self.call("manifest", str(bundle).encode(), out, ctypes.c_int64(room))
+        assert size <= room
+        return out.raw[:size].decode()
 
     def check(self, bundle: Path) -> None:
         """Read the manifest and compare files and graphs with it."""

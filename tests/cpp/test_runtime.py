@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sinkexport.config import ExportConfig
 from sinkrt import Session, UsageError
-from sinkrt.contract import MANIFEST_NAME, load_manifest
+from sinkrt.contract import MANIFEST_NAME, SCHEMA_VERSION, load_manifest
 from sinkrt.sampler import Sampler, SamplingParams
 
 from tests.cpp.build import CppRuntime, onnxruntime_library
@@ -333,8 +333,8 @@ def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -
         ("affine_attention", affine),
     ):
         (good / MANIFEST_NAME).write_text(changed(path, value))
-        load_manifest(good)
         assert probe.fingerprint(good) == load_manifest(good).fingerprint
+        assert probe.manifest(good) == load_manifest(good).to_json()
 
     broken = [
         "",
@@ -346,7 +346,7 @@ def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -
         changed("more", 1),
         changed("target", None),
         changed("target", "other"),
-        changed("schema_version", 6),
+        changed("schema_version", SCHEMA_VERSION + 1),
         changed("schema_version", True),
         changed("model/vocab_size", 0),
         changed("model/num_q_heads", 3),

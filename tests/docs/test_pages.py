@@ -37,9 +37,10 @@ def test_links_go_somewhere(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "CHANGELOG.md"])
 def test_files_that_are_named_exist(name: str) -> None:
-    """A path in `code` that begins with a folder of the repository is there."""
+    """A path in `code` that begins with a folder of the repository is there, or beside the page."""
     named = [path for path in _PATH.findall(prose(text_of(name))) if not _PLACEHOLDER.search(Path(path).stem)]
-    assert [path for path in named if not (ROOT / path).exists()] == []
+    places = (ROOT, (ROOT / name).parent)
+    assert [path for path in named if not any((place / path).exists() for place in places)] == []
 
 
 def test_scripts_that_are_run_exist() -> None:

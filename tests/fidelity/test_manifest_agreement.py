@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from sinkrt import BundleError
 from sinkrt.contract import MANIFEST_NAME, Manifest
@@ -110,8 +111,24 @@ def test_both_runtimes_take_the_same(manifest: dict[str, Any], probe: Probe, tmp
         found = _python(text)
         if number % 3 == 0 or found.startswith("taken"):  # the others for Python alone: it is a matter of time
             assert _cpp(text, probe, tmp_path).partition(":")[0] == found.partition(":")[0], (what, found)
-        accepted += found.startswith("taken")
+        if found.startswith("taken"):
+            accepted += 1
+            assert probe.manifest(tmp_path) == Manifest.from_json(text.decode()).to_json(), what
     assert accepted > 100
+
+
+def test_numbers_are_written_as_python_writes_them(manifest: dict[str, Any], probe: Probe, tmp_path: Path) -> None:
+    """The engine builder writes a manifest that Python has written: a number that it does not touch stays as it is."""
+    random = np.random.default_rng(0)
+    bits = random.integers(0, 2**64, 3_000, dtype=np.uint64).view(np.float64)
+    values = [float(value) for value in bits if np.isfinite(value)]
+    values += [float(np.float32(value)) for value in random.standard_normal(500)]
+    values += [sign * base * 10.0**power for sign in (1, -1) for base in (1, 1.5, 9.999) for power in range(-8, 20)]
+    values += [0.0, -0.0, 5e-324, 2.2250738585072014e-308, 1.7976931348623157e308, 0.1, 1 / 3, 2.0**53, 1e22, 1e23]
+    changed = copy.deepcopy(manifest)
+    changed["quantization"]["thresholds"] = {f"{i}": value for i, value in enumerate(values)}
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(changed))
+    assert probe.manifest(tmp_path) == Manifest.from_json(json.dumps(changed)).to_json()
 
 
 @pytest.mark.parametrize(
@@ -121,6 +138,10 @@ def test_both_runtimes_take_the_same(manifest: dict[str, Any], probe: Probe, tmp
         (b'"toy"', b'"\\ud83d\\ude00"'),
         (b'"toy"', b'"\\udc00\\ud800"'),
         (b'"toy"', b'"\x01"'),
+        (b'"toy"', b'"\\u0000"'),
+        (b'"toy"', b'"\x00"'),
+        (b'"toy"', b'"\\x"'),
+        (b'"toy"', b"'toy'"),
         (b'"target"', b'"target": "onnx", "target"'),
         (b": 1,", b": 01,"),
         (b": 1,", b": 1.0,"),
@@ -130,6 +151,16 @@ def test_both_runtimes_take_the_same(manifest: dict[str, Any], probe: Probe, tmp
         (b": 1,", b": " + b"9" * 5000 + b","),
         (b"{", b"{,"),
         (b"{", b"[{"),
+        (b"{", b"\xef\xbb\xbf{"),
+        (b"{", b"/* of C */ {"),
+        (b": 1,", b": 1e5,"),
+        (b": 1,", b": 1e400,"),
+        (b": 1,", b": .5,"),
+        (b": 1,", b": +1,"),
+        (b": 1,", b": 0x1,"),
+        (b": 1,", b": 18446744073709551615,"),
+        (b": 1,", b": 9223372036854775808,"),
+        (b": 1,", b": -9223372036854775808,"),
     ],
 )
 def test_both_runtimes_read_the_same_json(
@@ -139,6 +170,25 @@ def test_both_runtimes_read_the_same_json(
     assert old in text
     text = text.replace(old, new)
     assert _cpp(text, probe, tmp_path).partition(":")[0] == _python(text).partition(":")[0]
+
+
+@pytest.mark.parametrize(("brackets", "message"), [(65, "schema_version"), (66, "nested too"), (10**6, "nested too")])
+def test_depth_has_a_limit(probe: Probe, tmp_path: Path, brackets: int, message: str) -> None:
+    """64 levels around an empty list are read, and refused for what they are; deeper ones are not even that."""
+    (tmp_path / MANIFEST_NAME).write_text("[" * brackets + "]" * brackets)
+    with pytest.raises(ProbeError, match=message) as error:
+        probe.fingerprint(tmp_path)
+    assert len(str(error.value)) < 500
+
+
+def test_what_is_wrong_with_the_text_is_cut(probe: Probe, tmp_path: Path) -> None:
+    """The parser quotes what it has read last, which may be anything of any length."""
+    (tmp_path / MANIFEST_NAME).write_bytes(b'{"schema_version": "' + b"x" * 100_000 + b"\x1b[31m")
+    with pytest.raises(
+        ProbeError, match=r"manifest\.json: received invalid JSON \(parse error at line 1, column "
+    ) as error:
+        probe.fingerprint(tmp_path)
+    assert len(str(error.value)) < 500 and str(error.value).isprintable()
 
 
 def test_head_windows_of_no_layer(manifest: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ void run(const std::string& bundle, const std::string& tokens_file, const std::s
   sinkrt::TensorrtLibrary& library = sinkrt::TensorrtLibrary::get();
   library.loadPlugin("", bundle + "/engines/libsinkexport_plugin.so");
   const std::unique_ptr<nvinfer1::IRuntime> runtime(library.createRuntime());
-  const std::vector<char> plan = contentOf(bundle + "/" + manifest.engines.at("decode").file);
+  const std::vector<char> plan = contentOf(bundle + "/" + manifest.engines->at("decode").file);
   const std::unique_ptr<nvinfer1::ICudaEngine> engine(runtime->deserializeCudaEngine(plan.data(), plan.size()));
   check(engine != nullptr, "engine: " + library.logger().takeErrors());
   const std::unique_ptr<nvinfer1::IExecutionContext> context(engine->createExecutionContext());

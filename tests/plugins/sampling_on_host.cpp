@@ -77,9 +77,7 @@ int main() {
 
     const std::vector<int64_t> seen(recent.begin(), recent.end());
     const int64_t want = sampler.sample(logits.data(), seen.data(), kCapacity, position, params);
-    const sinkrt::cuda::DeviceSampling sampling{params.top_p, static_cast<float>(params.temperature),
-                                                static_cast<float>(params.repetition_penalty), *params.seed,
-                                                static_cast<int32_t>(params.top_k)};
+    const sinkrt::cuda::DeviceSampling sampling = sinkrt::cuda::deviceSampling(params, kVocab);
     const int32_t no_ends = 0;
     int32_t id = -1, parts[2] = {static_cast<int32_t>(position >> 16), static_cast<int32_t>(position & 0xffff)};
     int32_t active = 0, ended = 0, invalid = 0, num_ids = 0, history[kHistory];

@@ -14,10 +14,11 @@ from tests.plugins.compiler import ROOT, compile_sources, run_nvcc
 from tests.plugins.trt_library import PTX_ONLY, headers, needs_plugin_build
 
 RUNTIME = ROOT / "runtime/cpp"
+PARTS = ("backend", "buffers", "engine", "library", "prefill")
 SOURCES = [
     *(
         RUNTIME / f"src/{name}.cpp"
-        for name in ("backends/tensorrt/backend", "backends/tensorrt/library", "cuda/device", "bundle/engines")
+        for name in (*(f"backends/tensorrt/{part}" for part in PARTS), "cuda/device", "bundle/engines")
     ),
     RUNTIME / "src/cuda/sampling.cu",
 ]

@@ -137,6 +137,7 @@ ANGLES = {"batch": 2, "num_tokens": 3, "num_frequencies": 8} | {
 
 
 @needs_nvcc
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

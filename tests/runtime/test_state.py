@@ -19,7 +19,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from sinkrt import Session, StateError, UsageError
-from sinkrt.state import VERSION
+from sinkrt.contract.constants import STATE_VERSION
 
 from tests.runtime.faults import load_faulty
 from tests.runtime.toy import VOCAB_SIZE, Toy, build_toy, toy_ids
@@ -83,7 +83,7 @@ def test_the_file_is_plain_safetensors(session: Session, tmp_path: Path) -> None
     with safe_open(tmp_path / "state", framework="numpy") as file:
         assert file.metadata() == {
             "format": "sinkrt-state",
-            "version": VERSION,
+            "version": STATE_VERSION,
             "fingerprint": session.manifest.fingerprint,
         }
     header = int.from_bytes((tmp_path / "state").read_bytes()[:8], "little")

@@ -90,7 +90,7 @@ def test_a_decoder_goes_on_after_a_flush() -> None:
     assert streamed(decoder, list("né".encode())) == "né"
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.text(max_size=40))
 def test_any_text_streams_through_bytes(text: str) -> None:
     assert streamed(StreamingDecoder(toy_tokenizer()), list(text.encode())) == text

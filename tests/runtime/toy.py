@@ -159,7 +159,10 @@ def toy_manifest(toy: Toy, tokenizer: TokenizerFacts | None, files: dict[str, Fi
             eos_token_ids=(EOS,),
         ),
         stream=StreamFacts(toy.num_sink_tokens, toy.window_size, toy.batch, toy.chunk_size, toy.position_limit),
-        graphs={role: _graph_spec(toy, role) for role in ("decode", "prefill")[: 1 + (toy.chunk_size > 1)]},
+        graphs={
+            role: dataclasses.replace(_graph_spec(toy, role), weight_bytes=_weight_bytes(toy, role))
+            for role in ("decode", "prefill")[: 1 + (toy.chunk_size > 1)]
+        },
         states=tuple(
             StateSpec(
                 0, kind, f"{kind}.0", f"{kind}.0.next", (toy.batch, toy.num_kv_heads, size, toy.head_dim), "float32"
@@ -178,6 +181,12 @@ def _graph_spec(toy: Toy, role: str) -> GraphSpec:
     if role == "prefill":
         inputs.append(TensorSpec("num_valid", (batch,), "int64"))
     return GraphSpec(f"{role}.onnx", num_tokens, tuple(inputs), (TensorSpec("logits", (batch, VOCAB_SIZE), "float32"),))
+
+
+def _weight_bytes(toy: Toy, role: str) -> int:
+    """All constants but the table that is only gathered from."""
+    constants = _model(toy, role).graph.initializer
+    return sum(numpy_helper.to_array(value).nbytes for value in constants if value.name != "embedding")
 
 
 def toy_tokenizer() -> tokenizers.Tokenizer:

@@ -39,7 +39,7 @@ def run_bench(bundle: Path, config: BenchConfig, report: Report = silent) -> Ben
     """
     manifest = load_manifest(bundle)
     config.check_room(manifest.stream.position_limit)
-    weight_bytes = weight_bytes_per_step(bundle / manifest.graphs["decode"].file)
+    weight_bytes = weight_bytes_per_step(bundle, manifest)
     threads = config.threads or physical_cores()
     found = environment(threads)  # now: later the load average would be our own doing
     report("load", 0, 1)

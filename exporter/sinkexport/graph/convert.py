@@ -18,6 +18,7 @@ from sinkexport.graph.edit import known_shape
 from sinkexport.graph.graph_pass import PassContext, run_passes
 from sinkexport.graph.quantize.plan import Plan
 from sinkexport.graph.translations import translations
+from sinkexport.graph.weight_bytes import weight_bytes
 from sinkexport.targets import Target
 
 TRACED_OPSET = 24
@@ -38,7 +39,8 @@ class BuiltGraph:
     def spec(self, file: str) -> GraphSpec:
         """The manifest's entry, once the graph has a file."""
         num_tokens = known_shape(self.model.graph.inputs[0])[1]
-        return GraphSpec(file=file, num_tokens=num_tokens, inputs=self.inputs, outputs=self.outputs)
+        read = weight_bytes(self.model)
+        return GraphSpec(file=file, num_tokens=num_tokens, inputs=self.inputs, outputs=self.outputs, weight_bytes=read)
 
 
 def build_graph(

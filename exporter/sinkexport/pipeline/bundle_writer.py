@@ -17,7 +17,7 @@ from typing import Any
 
 import onnx_ir as ir
 from sinkrt.contract import MANIFEST_NAME, FileFacts, TokenizerFacts, hash_file
-from sinkrt.engines import PLUGIN_FILE
+from sinkrt.contract.constants import ENGINE_FOLDER
 from sinkrt.errors import UsageError, problem
 from sinkrt.files import lock, named_beside, sync_folder, unlocked
 
@@ -30,9 +30,6 @@ SMALL_WEIGHT_BYTES = 2**20
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
 """Constants of Linux's renameat2."""
-
-ENGINES_FOLDER = PLUGIN_FILE.split("/")[0]
-"""Folder that `build` adds to a bundle; without the bundle's graphs it has no use."""
 
 PAGE_BYTES = 4096
 """Large weights start on a page, so that runtimes can map the file."""
@@ -212,7 +209,7 @@ def _other_file(bundle: Path) -> str | None:
         return None
     for path in sorted(bundle.rglob("*")):
         name = path.relative_to(bundle)
-        if not path.is_dir() and name.as_posix() not in known and name.parts[0] != ENGINES_FOLDER:
+        if not path.is_dir() and name.as_posix() not in known and name.parts[0] != ENGINE_FOLDER:
             return str(name)
     return None
 

@@ -7,15 +7,13 @@ import shutil
 from pathlib import Path
 
 from sinkrt.contract import MANIFEST_NAME, SCHEMA_VERSION, EngineFacts, Manifest, check_files, hash_file, load_manifest
-from sinkrt.engines import PLUGIN_FILE
+from sinkrt.contract.constants import ENGINE_FOLDER, PLUGIN_FILE
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.tensorrt.options import BuildOptions, EngineReport
 from sinkexport.tensorrt.process import build_engine_apart
 from sinkexport.util.files import write_whole
 from sinkexport.util.progress import Report, silent
-
-FOLDER = "engines"
 
 
 def build_bundle(
@@ -36,7 +34,7 @@ def build_bundle(
     built: dict[str, tuple[EngineFacts, EngineReport]] = {}
     for role, graph in sorted(manifest.graphs.items()):
         report(role, 0, 1)
-        file = f"{FOLDER}/{role}.engine"
+        file = f"{ENGINE_FOLDER}/{role}.engine"
         done = build_engine_apart(bundle / graph.file, bundle / file, options, debug=debug)
         written = hash_file(bundle / file)
         facts = EngineFacts(

@@ -22,7 +22,10 @@ find_package(CUDAToolkit REQUIRED)
 
 target_sources(sinkrt PRIVATE
   src/backends/tensorrt/backend.cpp
+  src/backends/tensorrt/buffers.cpp
+  src/backends/tensorrt/engine.cpp
   src/backends/tensorrt/library.cpp
+  src/backends/tensorrt/prefill.cpp
   src/cuda/device.cpp
   src/cuda/sampling.cu
   src/bundle/engines.cpp)
@@ -35,9 +38,12 @@ endif()
 
 # Builds engines where there is no Python; needs NvOnnxParser.h too.
 if(EXISTS ${SINKRT_TENSORRT_INCLUDE}/NvOnnxParser.h)
-  add_executable(sinkrt_build tools/build_engine.cpp src/backends/tensorrt/library.cpp)
+  add_executable(sinkrt_build tools/build_engine.cpp tools/weak_types.cpp src/backends/tensorrt/library.cpp)
   target_include_directories(sinkrt_build PRIVATE src)
   target_include_directories(sinkrt_build SYSTEM PRIVATE ${SINKRT_TENSORRT_INCLUDE})
+  if(SINKRT_TENSORRT_RTX)
+    target_compile_definitions(sinkrt_build PRIVATE SINKRT_TENSORRT_RTX)
+  endif()
   target_link_libraries(sinkrt_build PRIVATE sinkrt CUDA::cudart_static ${CMAKE_DL_LIBS})
   install(TARGETS sinkrt_build)
 endif()

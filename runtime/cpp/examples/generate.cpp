@@ -3,6 +3,7 @@
 //   sinkrt_generate bundle --prompt "Once upon a time" --max-tokens 100 --temperature 0.7
 //
 // Exit codes: 0, or 2 with one line on standard error.
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
@@ -12,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "sinkrt/sampling_options.h"
 #include "sinkrt/session.h"
 #include "sinkrt/state.h"
 
@@ -75,6 +77,16 @@ uint64_t seed(const std::string& text) {
   return value;
 }
 
+// The option of a flag: --top-k is top_k. nullptr: none.
+const sinkrt::SamplingOption* samplingOption(const std::string& flag) {
+  for (const sinkrt::SamplingOption& option : sinkrt::kSamplingOptions) {
+    std::string name = std::string("--") + option.name;
+    std::replace(name.begin() + 2, name.end(), '_', '-');
+    if (name == flag) return &option;
+  }
+  return nullptr;
+}
+
 Options parse(int argc, char** argv) {
   Options out;
   for (int i = 1; i < argc; ++i) {
@@ -96,14 +108,12 @@ Options parse(int argc, char** argv) {
       if (out.generate.max_tokens < 1) refuse(name, std::to_string(out.generate.max_tokens), ">= 1");
     } else if (name == "--ignore-eos") {
       out.generate.ignore_eos = true;
-    } else if (name == "--temperature") {
-      sampling.temperature = number(name, value());
-    } else if (name == "--top-k") {
-      sampling.top_k = integer(name, value());
-    } else if (name == "--top-p") {
-      sampling.top_p = number(name, value());
-    } else if (name == "--repetition-penalty") {
-      sampling.repetition_penalty = number(name, value());
+    } else if (const sinkrt::SamplingOption* option = samplingOption(name)) {
+      if (option->number != nullptr) {
+        sampling.*option->number = number(name, value());
+      } else {
+        sampling.*option->integer = integer(name, value());
+      }
     } else if (name == "--seed") {
       sampling.seed = seed(value());
     } else if (name == "--tokens-at-once") {
@@ -147,7 +157,7 @@ std::vector<int64_t> readIds(const std::string& path) {
   return out;
 }
 
-// Resident memory in bytes; 0 where the system does not tell.
+// Resident memory in bytes; 0 where the system does not say.
 int64_t residentBytes() {
   std::ifstream status("/proc/self/status");
   for (std::string line; std::getline(status, line);) {

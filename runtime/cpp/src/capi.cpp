@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "capi_sampling.h"
 #include "sinkrt/session.h"
 #include "sinkrt/sinkrt.h"
 
@@ -14,7 +15,7 @@ namespace {
 
 using sinkrt::Code;
 
-// A plain array, so that even "out of memory" can be told without memory.
+// A plain array, so that even "out of memory" can be reported without memory.
 thread_local char last_error[1024] = "";
 
 sinkrt_status failed(Code code, const char* message) noexcept {
@@ -56,11 +57,7 @@ sinkrt::Session& opened(const sinkrt_session* session) {
 sinkrt::GenerateParams generateParams(const sinkrt_sampling* given) {
   sinkrt::GenerateParams out;
   if (given == nullptr) return out;
-  out.sampling.temperature = given->temperature;
-  out.sampling.top_k = given->top_k;
-  out.sampling.top_p = given->top_p == 0 ? 1 : given->top_p;
-  out.sampling.repetition_penalty = given->repetition_penalty == 0 ? 1 : given->repetition_penalty;
-  out.sampling.seed = given->seed;
+  out.sampling = sinkrt::samplingParams(*given);
   out.max_tokens = given->max_tokens;
   out.ignore_eos = given->ignore_eos != 0;
   out.tokens_at_once = given->tokens_at_once == 0 ? 1 : given->tokens_at_once;

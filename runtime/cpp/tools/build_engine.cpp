@@ -1,10 +1,10 @@
-// sinkrt_build: engines of a bundle's graphs, and what its manifest says of them; what 'sinkexport build' does, where
+// sinkrt_build: engines of a bundle's graphs, and their entries in its manifest: what 'sinkexport build' does, where
 // there is no Python or none of TensorRT's.
 //
 //   sinkrt_build BUNDLE [--plugin FILE] [--workspace MIB] [--tactic-sources BITS] [--timing-cache FILE] [--verbose]
 //
 // --tactic-sources: nvinfer1::TacticSource bits; 0 builds without cuBLAS and cuDNN (TensorRT 8). --timing-cache: what
-// was measured is kept there, and not measured again. --verbose: all that TensorRT says, on stderr, with the time.
+// was measured is kept there, and not measured again. --verbose: every message of TensorRT on stderr, with the time.
 // TensorRT is found as libsinkrt finds it; the parser likewise, or at $SINKRT_ONNX_PARSER. Exit codes: 0; 2 after one
 // line of what is wrong.
 #include <cuda_runtime_api.h>
@@ -22,16 +22,14 @@
 #include <map>
 #include <memory>
 #include <optional>
-#include <set>
-#include <sstream>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "backends/tensorrt/library.h"
 #include "bundle/engines.h"
 #include "files.h"
 #include "sinkrt/manifest.h"
+#include "weak_types.h"
 
 using namespace nvinfer1;
 using sinkrt::Code;
@@ -39,8 +37,6 @@ using sinkrt::Error;
 using sinkrt::problem;
 
 namespace {
-
-constexpr const char* kFolder = "engines";
 
 struct Options {
   std::string bundle;
@@ -113,101 +109,6 @@ std::string contentOf(const std::string& path) {
               problem("'" + path + "'", content, "a readable file", "check the path and its permissions"));
 }
 
-#if defined(SINKRT_TENSORRT_8)
-// The few fields of ONNX's protobuf that tell types (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto). A message
-// as its fields in order; numbers keep their value, anything else its bytes.
-struct Field {
-  uint64_t number;  // of the field
-  uint64_t value;
-  std::string_view bytes;
-};
-
-uint64_t varint(std::string_view& data) {
-  uint64_t value = 0;
-  for (int shift = 0; !data.empty() && shift < 64; shift += 7) {
-    const auto byte = static_cast<unsigned char>(data.front());
-    data.remove_prefix(1);
-    value |= uint64_t{byte & 0x7fu} << shift;
-    if (byte < 0x80) return value;
-  }
-  throw Error(Code::kBundle, problem("graph", "a truncated file", "an ONNX graph", "copy or export the bundle again"));
-}
-
-std::vector<Field> fieldsOf(std::string_view data) {
-  std::vector<Field> fields;
-  while (!data.empty()) {
-    const uint64_t key = varint(data), wire = key & 7;
-    Field field{key >> 3, 0, {}};
-    if (wire == 0) {
-      field.value = varint(data);
-    } else {
-      const uint64_t size = wire == 2 ? varint(data) : wire == 1 ? 8 : 4;
-      if (size > data.size()) throw Error(Code::kBundle, "graph: truncated");
-      field.bytes = data.substr(0, size);
-      data.remove_prefix(size);
-    }
-    fields.push_back(field);
-  }
-  return fields;
-}
-
-// Names of the values that the graph computes in float32: sinkexport.tensorrt.builder.float32_values.
-std::set<std::string> float32Values(const std::string& graph_file) {
-  constexpr uint64_t kGraph = 7, kNode = 1, kOutput = 12, kValueInfo = 13, kNodeOutput = 2, kName = 1, kType = 2;
-  constexpr uint64_t kTensorType = 1, kElementType = 1, kFloat = 1;
-  const std::string text = contentOf(graph_file);
-  std::set<std::string> computed, found;
-  std::vector<std::string_view> values;
-  for (const Field& model : fieldsOf(text)) {
-    if (model.number != kGraph) continue;
-    for (const Field& part : fieldsOf(model.bytes)) {
-      if (part.number == kOutput || part.number == kValueInfo) values.push_back(part.bytes);
-      if (part.number != kNode) continue;
-      for (const Field& field : fieldsOf(part.bytes)) {
-        if (field.number == kNodeOutput) computed.emplace(field.bytes);
-      }
-    }
-  }
-  for (const std::string_view value : values) {
-    std::string name;
-    bool is_float = false;
-    for (const Field& field : fieldsOf(value)) {
-      if (field.number == kName) name = field.bytes;
-      if (field.number != kType) continue;
-      for (const Field& type : fieldsOf(field.bytes)) {
-        if (type.number != kTensorType) continue;
-        for (const Field& tensor : fieldsOf(type.bytes)) {
-          is_float = is_float || (tensor.number == kElementType && tensor.value == kFloat);
-        }
-      }
-    }
-    if (is_float && computed.count(name) != 0) found.insert(name);
-  }
-  return found;
-}
-
-// Networks of TensorRT 8 are weakly typed: float16 is allowed, but not where the graph says float32. Its norms do:
-// squares of massive activations overflow float16. INT8 states only pass through the plugin, but TensorRT wants some
-// range for them.
-void holdPrecision(INetworkDefinition& network, IBuilderConfig& config, const std::set<std::string>& float32) {
-  config.setFlag(BuilderFlag::kFP16);
-  config.setFlag(BuilderFlag::kOBEY_PRECISION_CONSTRAINTS);
-  for (int32_t i = 0; i < network.getNbLayers(); ++i) {
-    ILayer* layer = network.getLayer(i);
-    if (layer->getNbOutputs() != 1 || float32.count(layer->getOutput(0)->getName()) == 0) continue;
-    layer->setPrecision(DataType::kFLOAT);
-    layer->setOutputType(0, DataType::kFLOAT);
-  }
-  const int32_t inputs = network.getNbInputs();
-  for (int32_t i = 0; i < inputs + network.getNbOutputs(); ++i) {
-    ITensor* tensor = i < inputs ? network.getInput(i) : network.getOutput(i - inputs);
-    if (tensor->getType() != DataType::kINT8) continue;
-    config.setFlag(BuilderFlag::kINT8);
-    tensor->setDynamicRange(-127.0f, 127.0f);
-  }
-}
-#endif
-
 // libnvonnxparser, found when the program runs.
 class Parser {
  public:
@@ -247,7 +148,7 @@ class Parser {
   void* (*create_)(void*, void*, int) = nullptr;
 };
 
-// What was measured before, if `path` names a file. TensorRT tells of one that does not fit, and begins anew.
+// What was measured before, if `path` names a file. TensorRT reports one that does not fit, and starts without.
 std::unique_ptr<ITimingCache> timingCache(IBuilderConfig& config, const std::string& path) {
   if (path.empty()) return nullptr;
   std::string kept;
@@ -282,7 +183,7 @@ std::unique_ptr<IHostMemory> build(sinkrt::TensorrtLibrary& library, const Parse
   if (options.tactic_sources) config->setTacticSources(*options.tactic_sources);
   const std::unique_ptr<ITimingCache> cache = timingCache(*config, options.timing_cache);
 #if defined(SINKRT_TENSORRT_8)
-  holdPrecision(*network, *config, float32Values(graph));
+  sinkrt::holdPrecision(*network, *config, contentOf(graph));
   static_cast<void>(has_plugins);  // they write in place wherever they are given one buffer
 #else
   if (has_plugins) config->setPreviewFeature(PreviewFeature::kALIASED_PLUGIN_IO_10_03, true);
@@ -300,56 +201,39 @@ std::unique_ptr<IHostMemory> build(sinkrt::TensorrtLibrary& library, const Parse
   return plan;
 }
 
-std::string quoted(const std::string& text) {
-  return '"' + text + '"';
-}  // plain ASCII: versions, names of GPUs
-
-// EngineFacts of one engine as the manifest has them, keys in order.
-std::string entry(const sinkrt::Manifest& manifest, const std::string& role, const sinkrt::FileFacts& written,
-                  const std::string& version) {
+// What the manifest says of one engine.
+sinkrt::EngineFacts factsOf(const sinkrt::Manifest& manifest, const std::string& role, const sinkrt::FileFacts& written,
+                            const std::string& version) {
   cudaDeviceProp device{};
   if (cudaGetDeviceProperties(&device, 0) != cudaSuccess) {
     throw Error(Code::kBackend, problem("CUDA device", "none", "the GPU that the engine is for", "check nvidia-smi"));
   }
-#if defined(SINKRT_TENSORRT_RTX)
-  const std::string gpu = "null", capability = "null";  // it suits all that RTX supports
-#else
-  const std::string gpu = quoted(device.name);
-  const std::string capability = quoted(std::to_string(device.major) + "." + std::to_string(device.minor));
+  sinkrt::EngineFacts facts;
+  facts.file = std::string(sinkrt::kEngineFolder) + "/" + role + ".engine";
+  facts.bytes = written.bytes;
+  facts.sha256 = written.sha256;
+  facts.graph_sha256 = manifest.files.at(manifest.graphs.at(role).file).sha256;
+  facts.flavour = sinkrt::TensorrtLibrary::flavour();
+  facts.version = version;
+  facts.plugin_abi = manifest.plugin_abi;
+  facts.precision = manifest.weights_dtype;
+#if !defined(SINKRT_TENSORRT_RTX)  // whose engines suit all GPUs that it supports
+  facts.gpu = device.name;
+  facts.compute_capability = std::to_string(device.major) + "." + std::to_string(device.minor);
 #endif
-  std::ostringstream out;
-  out << "  " << quoted(role) << ": {\n   \"bytes\": " << written.bytes
-      << ",\n   \"compute_capability\": " << capability
-      << ",\n   \"file\": " << quoted(std::string(kFolder) + "/" + role + ".engine")
-      << ",\n   \"flavour\": " << quoted(sinkrt::TensorrtLibrary::flavour()) << ",\n   \"gpu\": " << gpu
-      << ",\n   \"graph_sha256\": " << quoted(manifest.files.at(manifest.graphs.at(role).file).sha256)
-      << ",\n   \"plugin_abi\": " << (manifest.plugin_abi ? quoted(*manifest.plugin_abi) : "null")
-      << ",\n   \"precision\": " << quoted(manifest.weights_dtype) << ",\n   \"sha256\": " << quoted(written.sha256)
-      << ",\n   \"version\": " << quoted(version) << "\n  }";
-  return out.str();
-}
-
-// The manifest's text with other engines. It is written by Manifest.to_json: a key of the top level on a line of its
-// own, behind one space.
-std::string withEngines(const std::string& text, const std::string& engines) {
-  const std::string key = "\n \"engines\": ";
-  const size_t at = text.find(key);
-  if (at == std::string::npos) {
-    throw Error(Code::kBundle, problem("manifest.json", "no 'engines'", "one that this version wrote", "export again"));
-  }
-  const size_t begin = at + key.size(), end = text.find(",\n \"", begin);
-  return text.substr(0, begin) + engines + text.substr(end);
+  return facts;
 }
 
 void run(const Options& options) {
-  const sinkrt::Manifest manifest = sinkrt::loadManifest(options.bundle);
+  sinkrt::Manifest manifest = sinkrt::loadManifest(options.bundle);
   if (manifest.target != "tensorrt") {
     throw unusable("bundle", "one exported for " + manifest.target, "one exported with --target tensorrt");
   }
   sinkrt::checkFiles(options.bundle, manifest, false);
   sinkrt::TensorrtLibrary& library = sinkrt::TensorrtLibrary::get();
   if (options.verbose) library.logger().echo();
-  const std::string folder = options.bundle + "/" + kFolder, plugin = options.bundle + "/" + sinkrt::kPluginFile;
+  const std::string folder = options.bundle + "/" + sinkrt::kEngineFolder,
+                    plugin = options.bundle + "/" + sinkrt::kPluginFile;
   if (mkdir(folder.c_str(), 0755) != 0 && access(folder.c_str(), W_OK) != 0) {
     throw unusable("bundle", "'" + options.bundle + "', which cannot be written", "a writable folder");
   }
@@ -361,7 +245,7 @@ void run(const Options& options) {
     }
   }
   const Parser parser;
-  std::string entries;
+  std::map<std::string, sinkrt::EngineFacts> engines;
   for (const auto& [role, graph] : manifest.graphs) {
     const auto start = std::chrono::steady_clock::now();
     const std::string file = folder + "/" + role + ".engine";
@@ -371,14 +255,16 @@ void run(const Options& options) {
       writeWhole(file, plan->data(), plan->size());
     }
     const sinkrt::FileFacts written = sinkrt::hashFile(file);
-    entries += (entries.empty() ? "" : ",\n") + entry(manifest, role, written, library.version());
+    engines[role] = factsOf(manifest, role, written, library.version());
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     std::printf("%s: %s, %s %s, %.1f MB, %.1f s\n", file.c_str(), role.c_str(), sinkrt::TensorrtLibrary::flavour(),
                 library.version().c_str(), static_cast<double>(written.bytes) / 1e6, seconds.count());
     std::fflush(stdout);
   }
   const std::string path = options.bundle + "/" + sinkrt::kManifestName;
-  const std::string text = withEngines(contentOf(path), "{\n" + entries + "\n }");
+  manifest.schema_version = sinkrt::kSchemaVersion;
+  manifest.engines = std::move(engines);
+  const std::string text = manifest.toJson();
   sinkrt::Manifest::fromJson(text);  // what is written must be readable
   writeWhole(path, text.data(), text.size());
 }

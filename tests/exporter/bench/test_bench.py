@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -22,13 +23,17 @@ from sinkexport.bench import run as bench
 from sinkexport.bench.machine import READERS, ReadProbe, environment, physical_cores
 from sinkexport.bench.report import TURN, BenchConfig, BenchReport, PositionTimes
 from sinkexport.bench.run import run_bench
-from sinkexport.bench.step_bytes import weight_bytes_per_step
+from sinkexport.bench.step_bytes import weight_bytes_of_file, weight_bytes_per_step
 from sinkexport.bench.timing import Ratio, Stats
+from sinkexport.config import ExportConfig
+from sinkexport.pipeline.export import export_loaded
+from sinkexport.sources import LoadedModel
 from sinkexport.util.files import check_writable, write_whole
 from sinkrt import Session
 from sinkrt.contract import load_manifest
 from sinkrt.errors import BundleError, UsageError
 
+from tests.exporter.tiny_models import tiny_model
 from tests.runtime.toy import Toy, build_toy
 from tests.support import run_cli
 
@@ -100,7 +105,7 @@ def test_a_gathered_table_does_not_count(tmp_path: Path) -> None:
     ]
     tensors = [weight("table", (50, 8)), weight("w", (8, 3), np.float16), weight("unused", (99,))]
     ids = weight("ids", (2,), np.int64)
-    assert weight_bytes_per_step(save_graph(tmp_path / "g.onnx", nodes, [*tensors, ids])) == 8 * 3 * 2 + 2 * 8
+    assert weight_bytes_of_file(save_graph(tmp_path / "g.onnx", nodes, [*tensors, ids])) == 8 * 3 * 2 + 2 * 8
 
 
 def test_of_gathered_experts_the_chosen_ones_count(tmp_path: Path) -> None:
@@ -112,7 +117,7 @@ def test_of_gathered_experts_the_chosen_ones_count(tmp_path: Path) -> None:
     graph.initializer.append(weight("experts", (32, 8, 5), np.float16))
     graph.value_info.append(helper.make_tensor_value_info("w", TensorProto.FLOAT16, [3, 8, 5]))
     onnx.save(helper.make_model(graph), tmp_path / "g.onnx")
-    assert weight_bytes_per_step(tmp_path / "g.onnx") == 3 * 8 * 5 * 2
+    assert weight_bytes_of_file(tmp_path / "g.onnx") == 3 * 8 * 5 * 2
 
 
 def test_a_tied_table_counts_once(tmp_path: Path) -> None:
@@ -121,7 +126,7 @@ def test_a_tied_table_counts_once(tmp_path: Path) -> None:
         helper.make_node("Transpose", ["table"], ["t"]),
         helper.make_node("MatMul", ["x", "t"], ["y"]),
     ]
-    assert weight_bytes_per_step(save_graph(tmp_path / "g.onnx", nodes, [weight("table", (50, 8))])) == 50 * 8 * 4
+    assert weight_bytes_of_file(save_graph(tmp_path / "g.onnx", nodes, [weight("table", (50, 8))])) == 50 * 8 * 4
 
 
 @pytest.mark.parametrize(
@@ -138,7 +143,7 @@ def test_a_tied_table_counts_once(tmp_path: Path) -> None:
 def test_quantized_weights(tmp_path: Path, data_type: int, num_bytes: int) -> None:
     tensor = TensorProto(name="w", data_type=data_type, dims=[300, 1], raw_data=b"")
     nodes = [helper.make_node("Identity", ["w"], ["y"])]
-    assert weight_bytes_per_step(save_graph(tmp_path / "g.onnx", nodes, [tensor])) == num_bytes
+    assert weight_bytes_of_file(save_graph(tmp_path / "g.onnx", nodes, [tensor])) == num_bytes
 
 
 def test_external_weights_count_too(toy: Path) -> None:
@@ -147,15 +152,38 @@ def test_external_weights_count_too(toy: Path) -> None:
     everything = {
         t.name: int(np.prod(t.dims)) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in graph.initializer
     }
-    assert weight_bytes_per_step(toy / "decode.onnx") == sum(everything.values()) - everything["embedding"]
+    assert weight_bytes_of_file(toy / "decode.onnx") == sum(everything.values()) - everything["embedding"]
+    assert load_manifest(toy).graphs["decode"].weight_bytes == weight_bytes_of_file(toy / "decode.onnx")
     assert any(t.data_location == TensorProto.EXTERNAL for t in graph.initializer)
+
+
+def test_an_export_records_what_its_graphs_read(tmp_path: Path) -> None:
+    """An older bundle gives the same number by its graph; without onnx it says what to do."""
+    loaded = LoadedModel(tiny_model("mixtral"), None, "tiny")
+    manifest = export_loaded(loaded, tmp_path / "b", ExportConfig(2, 8, chunk_size=4))
+    for graph in manifest.graphs.values():
+        assert graph.weight_bytes == weight_bytes_of_file(tmp_path / "b" / graph.file) > 0
+    recorded = weight_bytes_per_step(tmp_path / "b", manifest)
+    assert recorded == manifest.graphs["decode"].weight_bytes
+    graphs = {role: dataclasses.replace(graph, weight_bytes=None) for role, graph in manifest.graphs.items()}
+    older = dataclasses.replace(manifest, schema_version=5, graphs=graphs)
+    assert weight_bytes_per_step(tmp_path / "b", older) == recorded
+    assert older.fingerprint == manifest.fingerprint
+
+
+def test_without_onnx_an_older_bundle_says_what_to_do(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = load_manifest(toy)
+    graphs = {role: dataclasses.replace(graph, weight_bytes=None) for role, graph in manifest.graphs.items()}
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(BundleError, match=r"for 'decode\.onnx', expected one of schema 6 or newer"):
+        weight_bytes_per_step(toy, dataclasses.replace(manifest, graphs=graphs))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph at all", b"\x3a\xff\x01abc", b"\x3a", b"\x3b\x00"])
 def test_what_is_no_graph(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "decode.onnx").write_bytes(content)
     with pytest.raises(BundleError, match=r"decode\.onnx: received a file that is no ONNX graph"):
-        weight_bytes_per_step(tmp_path / "decode.onnx")
+        weight_bytes_of_file(tmp_path / "decode.onnx")
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------

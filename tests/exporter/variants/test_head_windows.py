@@ -21,7 +21,8 @@ from sinkexport.variants.head_windows import HeadWindowFile, WindowedModel
 from sinkexport.variants.sink_tuning import ActPart, SinkTuningFile, TunedModel
 from sinkexport.variants.variant import AttentionVariant, head_windows_of
 from sinkrt import Session, StateError
-from sinkrt.contract import BundleError, Manifest, load_manifest
+from sinkrt.contract import Manifest, load_manifest
+from sinkrt.errors import BundleError
 
 from tests.exporter.tiny_models import tiny_model, tiny_tokenizer
 from tests.reference.oracle import SinkAttentionOracle

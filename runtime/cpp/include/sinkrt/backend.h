@@ -35,7 +35,7 @@ struct StepsRequest {
   int64_t* ids;         // [B, k] out: the ids fed
   int64_t* num_ids;     // [B] out: how many of them, 0 .. k
   bool* ended;          // [B] in: streams that take no token; out: also those that picked one of `end_ids`
-  char* damaged;        // [B] set to 1 where an error left tokens in the states that positions do not tell
+  char* damaged;        // [B] set to 1 where an error left tokens in the states that positions do not count
 };
 
 class Backend {
@@ -63,7 +63,7 @@ class Backend {
 
   // Sample, feed, and so on, up to `count` tokens a stream; the first is picked from the logits as they are. Afterwards
   // the logits are those after each stream's last token, also if it ended early. If a stream's logits are no numbers,
-  // or a run fails, throws Error(kBackend) with positions, recent_ids, ids and num_ids telling what was fed.
+  // or a run fails, throws Error(kBackend) where positions, recent_ids, ids and num_ids say what was fed.
   // This default does it on the host by `logits` and `step`, one token at a time.
   virtual void steps(const StepsRequest& request);
 

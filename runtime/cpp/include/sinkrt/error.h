@@ -1,4 +1,5 @@
-// Errors that a user can cause, each told in one line: what, received, expected, fix. Twin of runtime/sinkrt/errors.py.
+// Errors that a user can cause, each reported in one line: what, received, expected, fix. Twin of
+// runtime/sinkrt/errors.py.
 #pragma once
 
 #include <stdexcept>
@@ -27,11 +28,12 @@ class Error : public std::runtime_error {
   Code code_;
 };
 
-// The text with escapes in place of control characters and of bytes that are no UTF-8: names come from files of
-// strangers, and terminals obey them.
+// The text with escapes in place of control characters and of bytes that are no UTF-8: names come from
+// untrusted files, and terminals obey control characters.
 std::string printable(std::string_view text);
 
-// One line in the house form, e.g. "window size: received 0, expected >= 1; pass --window". Printable.
+// One line of what, received, expected and fix, e.g. "window size: received 0, expected >= 1; pass --window".
+// Printable.
 std::string problem(const std::string& what, const std::string& received, const std::string& expected,
                     const std::string& fix);
 

@@ -11,6 +11,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "sinkrt/constants.h"
+
 #if defined(__CUDACC__)
 #define SINKRT_HOST_DEVICE __host__ __device__
 #else
@@ -21,8 +23,6 @@ namespace sinkrt {
 
 // Units of a full turn in fixed-point phase.
 constexpr int64_t kTurn = int64_t{1} << 32;
-// First stream position that 47 bits do not hold: positions travel as t >> 16 and t & 0xffff, two int32.
-constexpr int64_t kPositionLimit = int64_t{1} << 47;
 
 // Geometry of one stream's cache. All arguments and results are in tokens or slots.
 struct Ring {
@@ -85,7 +85,8 @@ inline uint32_t phaseFrequency(double inv_freq) {
   return static_cast<uint32_t>(static_cast<int64_t>(turns));  // a negative one wraps as Python's % does
 }
 
-// (t * frequency) mod 2^32: the exact angle of position t, in units of 2^-32 turns. Unsigned products wrap at 2^32.
+// (t * frequency) mod 2^32: the exact angle of position t, in units of 2^-32 turns. Unsigned multiplication wraps at
+// 2^32.
 SINKRT_HOST_DEVICE constexpr uint32_t phase(int64_t t, uint32_t frequency) {
   return static_cast<uint32_t>(static_cast<uint64_t>(t)) * frequency;
 }

@@ -3,27 +3,14 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "sinkrt/ring.h"
+#include "sinkrt/sampling.h"
 
 namespace sinkrt {
 
-struct SamplingParams {
-  double temperature = 0.0;         // 0 .. 100; 0: greedy
-  int64_t top_k = 0;                // 0 .. 2^31 - 1; 0: all tokens
-  double top_p = 1.0;               // (0, 1]
-  double repetition_penalty = 1.0;  // 0.01 .. 100; 1: none
-  std::optional<uint64_t> seed;     // none: drawn by `resolved`
-
-  // Throws Error(kUsage) for a value out of range.
-  void check() const;
-  // A copy with a seed.
-  SamplingParams resolved() const;
-};
-
-// The upper half of a product.
+// The upper 64 bits of a * b.
 SINKRT_HOST_DEVICE inline uint64_t mulHigh(uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH__)
   return __umul64hi(a, b);

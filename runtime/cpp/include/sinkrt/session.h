@@ -27,10 +27,10 @@ struct LoadOptions : BackendOptions {
 
 struct GenerateParams {
   SamplingParams sampling;
-  int64_t max_tokens = 0;  // 0: until the model ends its text, or for ever with ignore_eos
+  int64_t max_tokens = 0;  // 0: until the model ends its text, or forever with ignore_eos
   bool ignore_eos = false;
   // Decoded without coming back to the host in between, on backends that can; at most 4,096. An answer that is stopped
-  // early has fed them all: `position` and `recentIds` tell, not what was handed over.
+  // early has fed them all: `position` and `recentIds` count them, not what was handed over.
   int64_t tokens_at_once = 1;
 };
 

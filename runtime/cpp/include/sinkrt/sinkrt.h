@@ -1,4 +1,4 @@
-/* The C interface of the runtime. Every function returns a status and throws nothing; `sinkrt_last_error` tells the
+/* The C interface of the runtime. Every function returns a status and throws nothing; `sinkrt_last_error` has the
  * reason of the calling thread's last failure in one line. A session may be used by one thread at a time. */
 #ifndef SINKRT_SINKRT_H_
 #define SINKRT_SINKRT_H_
@@ -40,15 +40,17 @@ typedef struct sinkrt_options {
 
 /* Zero is the default of every field: greedy, until the model ends its text. */
 typedef struct sinkrt_sampling {
+  /* generated: sampling options */
   double temperature;        /* 0: greedy */
   int64_t top_k;             /* 0: all tokens */
   double top_p;              /* 0 or 1: all tokens */
   double repetition_penalty; /* 0 or 1: none */
   uint64_t seed;             /* the same seed and stream draw the same tokens */
-  int64_t max_tokens;        /* 0: no limit */
-  int ignore_eos;            /* 1: go on when the model ends its text */
-  int64_t tokens_at_once;    /* 0 or 1: one; more: decoded without coming back in between, on backends that can; all
-                                of them are in the stream, also if the callback stops earlier */
+  /* end of what is generated */
+  int64_t max_tokens;     /* 0: no limit */
+  int ignore_eos;         /* 1: go on when the model ends its text */
+  int64_t tokens_at_once; /* 0 or 1: one; more: decoded without coming back in between, on backends that can; all
+                             of them are in the stream, also if the callback stops earlier */
 } sinkrt_sampling;
 
 /* What a session is made of, constant for its life. */

@@ -53,8 +53,8 @@ class StreamingDecoder {
   // Tokens held back: a character has at most 4 bytes, so more are no character.
   static constexpr size_t kMaxPending = 8;
 
-  // after, count: ids that the stream has taken already, such as a prompt's, of which the last kMaxPending that have
-  // text count. Only what follows them comes out: whether it begins with a space depends on them.
+  // after, count: ids that the stream has taken already, such as a prompt's: the last kMaxPending that have text
+  // count. Only what follows them comes out: whether it begins with a space depends on them.
   explicit StreamingDecoder(const Tokenizer& tokenizer, const int64_t* after = nullptr, size_t count = 0);
   ~StreamingDecoder();
   StreamingDecoder(StreamingDecoder&&) noexcept;

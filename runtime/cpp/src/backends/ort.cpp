@@ -13,10 +13,8 @@ namespace sinkrt {
 namespace {
 
 constexpr size_t kAlignment = 64;  // a cache line, and what vector kernels like best
-
-constexpr int kFatal = 4;  // nothing on stderr
-constexpr int kSequential = 0;
-constexpr int kDeviceAllocator = 0, kDefaultMemory = 0;
+constexpr int kFatal = 4;          // nothing on stderr
+constexpr int kSequential = 0, kDeviceAllocator = 0, kDefaultMemory = 0;
 
 [[noreturn]] void refuseMemory(const std::string& received, int64_t bytes) {
   throw Error(Code::kOutOfMemory, problem("memory", received, std::to_string(bytes) + " bytes for the cache",
@@ -55,7 +53,7 @@ struct Place {
   char* data;
 };
 
-// Memory that is free or can be freed at once; 0 where the system does not tell.
+// Memory that is free or can be freed at once; 0 where the system does not say.
 int64_t availableBytes() {
   const File file(std::fopen("/proc/meminfo", "r"));
   long long kib = 0;

@@ -7,7 +7,7 @@ namespace {
 
 constexpr const char* kRebuild = "build it on this machine: sinkexport build, or sinkrt_build";
 
-// "8.5.3" of "8.5.3.1": the library tells no more, and no more decides.
+// "8.5.3" of "8.5.3.1": the library reports no more, and no more decides.
 std::string threeParts(const std::string& version) {
   size_t end = 0;
   for (int dots = 0; end < version.size(); ++end) {
@@ -24,9 +24,8 @@ std::string threeParts(const std::string& version) {
 
 std::string checkEngine(const std::string& bundle, const Manifest& manifest, const std::string& role,
                         const EngineHost& host, bool hashes) {
-  const auto found = manifest.engines.find(role);
-  if (found == manifest.engines.end()) refuse(role + " engine", "none", "one in the bundle");
-  const EngineFacts& facts = found->second;
+  if (!manifest.engines || manifest.engines->count(role) == 0) refuse(role + " engine", "none", "one in the bundle");
+  const EngineFacts& facts = manifest.engines->at(role);
   const std::string graph = manifest.files.at(manifest.graphs.at(role).file).sha256;
   const auto require = [&](const char* what, const std::string& here, const std::string& built) {
     if (here != built) refuse(role + " engine: " + what, "one that was built for " + built, here + ", as here");

@@ -1,5 +1,5 @@
-// Whether an engine that 'sinkexport build' or sinkrt_build wrote may run here, told before it is loaded: TensorRT says
-// little. Twin of runtime/sinkrt/engines.py.
+// Whether a TensorRT engine of 'sinkexport build' or sinkrt_build may run here, checked before it is loaded: TensorRT
+// says little. Twin of runtime/sinkrt/engines.py.
 #pragma once
 
 #include <optional>
@@ -8,9 +8,6 @@
 #include "sinkrt/manifest.h"
 
 namespace sinkrt {
-
-// Where 'sinkexport build' and sinkrt_build put the plugin, and sessions look for it.
-constexpr const char* kPluginFile = "engines/libsinkexport_plugin.so";
 
 // What would run an engine. version: at least "8.5.3". plugin_abi: of the plugin library that is loaded, if one is.
 // compute_capability: of the GPU, as "9.0".

@@ -4,14 +4,13 @@
 #include <set>
 #include <utility>
 
+#include "bundle/checks.h"
+#include "bundle/schema.h"
+
 namespace sinkrt {
 namespace {
 
 using Shape = std::vector<int64_t>;
-
-[[noreturn]] void refuse(const std::string& what, const std::string& received, const std::string& expected) {
-  throw Error(Code::kBundle, problem(what, received, expected, "export the model again"));
-}
 
 std::string listed(const Shape& shape) {
   std::string out = "[";
@@ -47,11 +46,11 @@ class Checker {
     }
     bool has_caches = false, has_sinks = false;
     for (const auto& [layer, found] : kinds) {
-      const size_t recurrent = found.count("conv") + found.count("recurrent");
+      const size_t recurrent = found.count(kConv) + found.count(kRecurrent);
       if (recurrent > 0) linearAttention(layer);
       if (found.size() == recurrent) continue;
       has_caches = true;
-      has_sinks = has_sinks || found.count("sink_k") > 0 || found.count("sink_v") > 0;
+      has_sinks = has_sinks || found.count(kSinkK) > 0 || found.count(kSinkV) > 0;
       for (const Cache& one : caches(layer)) cache(one);
     }
     if (has_caches && !has_sinks && manifest_.stream.num_sink_tokens > 0) {
@@ -109,17 +108,17 @@ class Checker {
     const StreamFacts& stream = manifest_.stream;
     const ModelFacts& model = manifest_.model;
     const int64_t batch = stream.batch, heads = cache.num_kv_heads;
-    const StateSpec* window = find("window_k." + cache.suffix);
+    const StateSpec* window = find(std::string(kWindowK) + "." + cache.suffix);
     if (window == nullptr) {
-      refuse("states of layer " + std::to_string(cache.layer), "no 'window_k." + cache.suffix + "'",
-             "keys of the window in each cache");
+      refuse("states of layer " + std::to_string(cache.layer),
+             "no '" + std::string(kWindowK) + "." + cache.suffix + "'", "keys of the window in each cache");
     }
-    const bool has_sinks = find("sink_k." + cache.suffix) != nullptr;
+    const bool has_sinks = find(std::string(kSinkK) + "." + cache.suffix) != nullptr;
     const int64_t length = window->shape.size() == 4 ? window->shape[2] : 0;  // 0: its shape is refused below
     const int64_t longest = cache.window_size.value_or(stream.window_size);
     int64_t low = longest, high = longest;
     if (!has_sinks && !cache.window_size) {
-      low = 1;  // a window of the model's own that is shorter than S + W, or S = 0
+      low = 1;  // a sliding window shorter than S + W, or S = 0
       if (stream.num_sink_tokens > 0) high = stream.capacity() - 1;
     }
     if (length > 0 && (length < low || length > high)) {
@@ -132,12 +131,12 @@ class Checker {
     const auto both = [&](const char* k, const char* v, const Shape& shape, const std::string& dtype) {
       for (const char* kind : {k, v}) state(kind, cache.suffix, shape, dtype);
     };
-    both("window_k", "window_v", {batch, heads, length, model.head_dim}, is_int8 ? "int8" : float_dtype);
-    if (has_sinks) both("sink_k", "sink_v", {batch, heads, stream.num_sink_tokens, model.head_dim}, float_dtype);
-    if (is_int8) both("window_k_scale", "window_v_scale", {batch, heads, length}, "float16");
-    if (find("attention_mass." + cache.suffix) != nullptr) {
+    both(kWindowK, kWindowV, {batch, heads, length, model.head_dim}, is_int8 ? "int8" : float_dtype);
+    if (has_sinks) both(kSinkK, kSinkV, {batch, heads, stream.num_sink_tokens, model.head_dim}, float_dtype);
+    if (is_int8) both(kWindowKScale, kWindowVScale, {batch, heads, length}, "float16");
+    if (find(std::string(kAttentionMass) + "." + cache.suffix) != nullptr) {
       const int64_t q_heads = heads * (model.num_q_heads / model.num_kv_heads);
-      state("attention_mass", cache.suffix, {batch, q_heads, 2, length}, "float32");
+      state(kAttentionMass, cache.suffix, {batch, q_heads, 2, length}, "float32");
     }
   }
 
@@ -150,7 +149,7 @@ class Checker {
 
   // The states of linear attention: any shape, one row for each stream.
   void linearAttention(int64_t layer) {
-    for (const char* kind : {"conv", "recurrent"}) {
+    for (const char* kind : kRecurrentKinds) {
       const StateSpec& state = named(kind, std::to_string(layer), "both states of linear attention");
       if (state.shape.empty() || state.shape[0] != manifest_.stream.batch) {
         refuse("streams of state '" + state.input + "'", listed(state.shape),

@@ -122,13 +122,17 @@ void Stream::synchronize() const {
   check(cudaStreamSynchronize(stream_), "work on the GPU");
 }
 
+void copy(char* target, const char* source, size_t bytes, const Stream& stream) {
+  check(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDeviceToDevice, stream), "cudaMemcpy");
+}
+
 Graph::~Graph() {
   if (exec_ != nullptr && cudaGraphExecDestroy(exec_) != cudaSuccess) cudaGetLastError();
 }
 
 bool Graph::capture(const Stream& stream, const std::function<void()>& work) {
   stream.synchronize();
-  // Of this thread only: another one's cudaMalloc shall not spoil the recording.
+  // This thread only: another one's cudaMalloc must not spoil the recording.
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
   bool whole = true;
   try {

@@ -1,5 +1,5 @@
 // Memory, streams and graphs of CUDA as objects that free themselves and throw sinkrt::Error. What they allocate is
-// counted, so that a test can tell that a loop allocates nothing.
+// counted, so that a test can show that a loop allocates nothing.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,7 +19,7 @@ constexpr size_t aligned(size_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-// Throws Error(kBackend), or Error(kOutOfMemory) if that was it. what: the call, for people.
+// Throws Error(kBackend), or Error(kOutOfMemory) if that was it. what: the call, for messages.
 void check(cudaError_t error, const char* what);
 
 // Make the device the calling thread's. Throws Error(kBackend) if there is no such device or no driver. A context that
@@ -91,6 +91,9 @@ class Stream {
  private:
   cudaStream_t stream_ = nullptr;
 };
+
+// Copy within the device. Throws Error(kBackend).
+void copy(char* target, const char* source, size_t bytes, const Stream& stream);
 
 // Work that is recorded once and replayed as a whole.
 class Graph {

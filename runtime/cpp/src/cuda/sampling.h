@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "sinkrt/sampling.h"
+
 namespace sinkrt::cuda {
 
 // SamplingParams of one stream, as the device takes them.
@@ -17,6 +19,16 @@ struct DeviceSampling {
   uint64_t seed;
   int32_t top_k;  // 0: all
 };
+
+inline DeviceSampling deviceSampling(const SamplingParams& params, int64_t vocab_size) {
+  DeviceSampling out{};
+  out.top_p = params.top_p;
+  out.temperature = static_cast<float>(params.temperature);
+  out.penalty = static_cast<float>(params.repetition_penalty);
+  out.seed = params.seed.value_or(0);
+  out.top_k = static_cast<int32_t>(params.top_k < vocab_size ? params.top_k : 0);
+  return out;
+}
 
 // All pointers are device pointers. B streams, a vocabulary of V, C = S + W tokens in the cache, at most H steps in a
 // row.

@@ -10,16 +10,13 @@
 #include <string>
 
 #include "sinkrt/error.h"
+#include "sinkrt/sampling_options.h"
 
 namespace sinkrt {
 namespace {
 
 // Tokens that top-p sorts at first: sorting a whole vocabulary costs more than the model's own small operators.
 constexpr int64_t kFirstCandidates = 1024;
-
-void require(bool ok, const char* what, const std::string& received, const char* expected) {
-  if (!ok) throw Error(Code::kUsage, problem(what, received, expected, std::string("change ") + what));
-}
 
 // A number as short as it can be said: std::to_string knows no 1e-300.
 std::string shown(double value) {
@@ -30,14 +27,13 @@ std::string shown(double value) {
 
 }  // namespace
 
-// The limits of runtime/sinkrt/sampler.py. No comparison holds for NaN.
 void SamplingParams::check() const {
-  require(temperature >= 0 && temperature <= 100, "temperature", shown(temperature), "0 .. 100 (0: greedy)");
-  require(top_k >= 0 && top_k <= std::numeric_limits<int32_t>::max(), "top_k", std::to_string(top_k),
-          "0 .. 2147483647 (0: all tokens)");
-  require(top_p > 0 && top_p <= 1, "top_p", shown(top_p), "a number in (0, 1]");
-  require(repetition_penalty >= 0.01 && repetition_penalty <= 100, "repetition_penalty", shown(repetition_penalty),
-          "0.01 .. 100 (1: none)");
+  for (const SamplingOption& option : kSamplingOptions) {
+    const double value = option.number != nullptr ? this->*option.number : static_cast<double>(this->*option.integer);
+    if (value >= option.least && value <= option.most) continue;  // neither holds for NaN
+    const std::string received = option.number != nullptr ? shown(value) : std::to_string(this->*option.integer);
+    throw Error(Code::kUsage, problem(option.name, received, option.expected, std::string("change ") + option.name));
+  }
 }
 
 SamplingParams SamplingParams::resolved() const {
@@ -114,7 +110,7 @@ int64_t Sampler::sample(const float* logits, const int64_t* recent, int64_t num_
     cumulative += weights_[i];
     if (cumulative > goal) return ids_[i];
   }
-  return ids_[last];  // rounding may carry the product up to the sum itself
+  return ids_[last];  // rounding may carry the goal up to the sum itself
 }
 
 // Moves the fewest largest weights whose share of the sum reaches `top_p` to the front, the largest first and equal

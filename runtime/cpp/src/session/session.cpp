@@ -14,7 +14,7 @@ namespace {
 // A chunk of T tokens is about this much faster than T steps; shorter rests go step by step.
 constexpr int64_t kStepsOfAChunk = 8;
 
-// Of `tokens_at_once`: beyond it, coming back to the host takes no time that could be told.
+// Limit of `tokens_at_once`: beyond it, coming back to the host takes no measurable time.
 constexpr int64_t kMostAtOnce = 4096;
 
 [[noreturn]] void refuse(const std::string& what, const std::string& received, const std::string& expected,

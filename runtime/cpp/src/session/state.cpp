@@ -3,20 +3,19 @@
 #include <algorithm>
 
 #include "bundle/json.h"
+#include "bundle/json_fields.h"
+#include "bundle/schema.h"
 #include "files.h"
 #include "text/replacement.h"
 
 namespace sinkrt {
 namespace {
 
-constexpr const char* kFormat = "sinkrt-state";
-constexpr const char* kVersion = "2";
-
 const char* safetensorsDtype(const std::string& dtype) {
-  if (dtype == "float32") return "F32";
-  if (dtype == "float16") return "F16";
-  if (dtype == "int64") return "I64";
-  return dtype == "int32" ? "I32" : "I8";
+  for (const Dtype& known : kDtypes) {
+    if (dtype == known.name) return known.safetensors;
+  }
+  return "";
 }
 
 [[noreturn]] void refuseFile(const std::string& path, const std::string& reason) {
@@ -34,8 +33,8 @@ void checkMetadata(const std::string& name, const Json* metadata, const Manifest
     std::string wanted;
     const char* fix;
   } checks[] = {
-      {"format", kFormat, "use a file that save_state wrote"},
-      {"version", kVersion, "use the sinkexport version that saved it"},
+      {"format", kStateFormat, "use a file that save_state wrote"},
+      {"version", kStateVersion, "use the sinkexport version that saved it"},
       {"fingerprint", manifest.fingerprint(), "it is of another model, window or batch: use the bundle that saved it"},
   };
   for (const auto& [key, wanted, fix] : checks) {
@@ -105,20 +104,24 @@ void saveState(const std::string& path, const Manifest& manifest,
     const int64_t wide_a = dtypeBytes(tensors[a].dtype), wide_b = dtypeBytes(tensors[b].dtype);
     return wide_a != wide_b ? wide_a > wide_b : tensors[a].name < tensors[b].name;
   });
-  std::string header = "{\"__metadata__\": {\"format\": " + jsonQuoted(kFormat) +
-                       ", \"version\": " + jsonQuoted(kVersion) +
-                       ", \"fingerprint\": " + jsonQuoted(manifest.fingerprint()) + "}";
+  Json tree = Json::object(), metadata = Json::object();
+  metadata.add("format", toJson(kStateFormat));
+  metadata.add("version", toJson(kStateVersion));
+  metadata.add("fingerprint", toJson(manifest.fingerprint()));
+  tree.add("__metadata__", std::move(metadata));
   int64_t start = 0, largest = 0;
   for (const size_t i : order) {
     const TensorSpec& spec = tensors[i];
     const int64_t end = start + spec.bytes();
-    header += ", " + jsonQuoted(spec.name) + ": {\"dtype\": " + jsonQuoted(safetensorsDtype(spec.dtype)) +
-              ", \"shape\": " + shown("", spec.shape).substr(1) + ", \"data_offsets\": [" + std::to_string(start) +
-              ", " + std::to_string(end) + "]}";
+    Json entry = Json::object();
+    entry.add("dtype", toJson(safetensorsDtype(spec.dtype)));
+    entry.add("shape", toJson(spec.shape));
+    entry.add("data_offsets", toJson(std::vector<int64_t>{start, end}));
+    tree.add(spec.name, std::move(entry));
     start = end;
     largest = std::max(largest, spec.bytes());
   }
-  header += "}";
+  std::string header = dumpJson(tree);
   header.append((8 - header.size() % 8) % 8, ' ');
   unsigned char size[8];  // little-endian
   for (int i = 0; i < 8; ++i) size[i] = static_cast<unsigned char>(uint64_t{header.size()} >> (8 * i));

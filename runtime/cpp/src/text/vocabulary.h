@@ -17,7 +17,7 @@ class Vocabulary {
   size_t end() const { return texts_.size(); }
   bool has(int64_t id) const { return id >= 0 && static_cast<size_t>(id) < end() && known_[static_cast<size_t>(id)]; }
   const std::string& text(int64_t id) const { return texts_[static_cast<size_t>(id)]; }
-  // Of a token of the model; -1: there is none.
+  // Id of a token of the model; -1: there is none.
   int64_t id(std::string_view text) const {
     const auto found = ids_.find(std::string(text));
     return found == ids_.end() ? -1 : found->second;

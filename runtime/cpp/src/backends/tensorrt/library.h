@@ -18,7 +18,7 @@
 
 namespace sinkrt {
 
-// Keeps TensorRT's errors, which are told by whoever meets them, and prints nothing unless asked to.
+// Keeps TensorRT's errors for the messages of exceptions, and prints nothing unless asked to.
 class TensorrtLogger final : public nvinfer1::ILogger {
  public:
   // Write every message to stderr from now on, behind the seconds since this call.

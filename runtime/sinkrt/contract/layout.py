@@ -1,6 +1,6 @@
-"""The layout of a bundle's states: their kinds, their names, and the shape and dtype that each must have.
+"""Layout of a bundle's states: their kinds, their names, and the shape and dtype that each must have.
 
-Standard library only. `contract.Manifest` checks itself with `check_layout`, so that a manifest whose geometry and
+Standard library only. `Manifest` checks itself with `check_layout`, so that a manifest whose geometry and
 states disagree is refused before a buffer is made of it. Twin of runtime/cpp/src/bundle/layout.cpp.
 """
 
@@ -10,29 +10,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from sinkrt.contract.constants import MASS_KIND, RECURRENT_KINDS, SCALE_KINDS, STATE_KINDS
 from sinkrt.errors import BundleError, problem
 
 if TYPE_CHECKING:
-    from sinkrt.contract import GraphSpec, Manifest, StateSpec
-
-DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1}
-STATE_KINDS = ("sink_k", "sink_v", "window_k", "window_v")
-SCALE_KINDS = ("window_k_scale", "window_v_scale")
-"""States that an INT8 window has besides: what its entries are to be multiplied by."""
-
-MASS_KIND = "attention_mass"
-"""State of a layer whose later sinks are calibrated: the attention that each token in the window has received."""
-
-RECURRENT_KINDS = ("conv", "recurrent")
-"""States of a layer with linear attention instead of a cache."""
-
-ALL_KINDS = (*STATE_KINDS, *SCALE_KINDS, MASS_KIND, *RECURRENT_KINDS)
-
-MAX_RANK = 8
-"""Axes of a tensor; NumPy and ONNX Runtime end at 64 and at 8 or so."""
-
-MAX_TENSOR_BYTES = 2**46
-"""More than any address space of a process holds."""
+    from sinkrt.contract.manifest import Manifest
+    from sinkrt.contract.schema import GraphSpec, StateSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +60,7 @@ def _check_graph(graph: GraphSpec, role: str, batch: int, num_tokens: int, vocab
 def _check_states(manifest: Manifest) -> None:
     """Compare every state with the geometry that the manifest announces.
 
-    Each cache has keys and values of the window, [B, Hkv, W, D], and, unless S = 0 or the layer's own sliding window
+    Each cache has keys and values of the window, [B, Hkv, W, D], and, unless S = 0 or the layer's sliding window
     is smaller than S + W, sinks, [B, Hkv, S, D]. An int8 window has scales, [B, Hkv, W]. Names are ``<kind>.<layer>``
     or ``<kind>.<layer>.<group>``; what comes out of the graph has ``.next`` behind the name.
 
@@ -128,7 +111,7 @@ def _check_cache(manifest: Manifest, cache: _Cache, by_name: Mapping[str, StateS
     longest = cache.window_size or stream.window_size
     if has_sinks or cache.window_size is not None or not stream.num_sink_tokens:
         lengths = (longest, longest) if has_sinks or cache.window_size is not None else (1, longest)
-    else:  # a window of the model's own that is shorter than S + W
+    else:  # a sliding window shorter than S + W
         lengths = (1, stream.capacity - 1)
     if length and not lengths[0] <= length <= lengths[1]:
         wanted = str(longest) if lengths[0] == lengths[1] else f"{lengths[0]} .. {lengths[1]}"

@@ -1,0 +1,61 @@
+"""Versions, names, sets and limits of the contract. The C++ runtime's are generated from here: `make generated`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+SCHEMA_VERSION = 6
+"""Version of the manifest. Older ones are read as well. What each brought: 2: `quantization` and the scales of an INT8
+window. 3: `plugin_abi` and `engines`. 4: `sink_tuning` and `head_windows`. 5: `affine_attention`, and `act` in
+`sink_tuning`, with the state ``attention_mass``. 6: `weight_bytes` of a graph."""
+
+MANIFEST_NAME = "manifest.json"
+
+ENGINE_FOLDER = "engines"
+PLUGIN_FILE = f"{ENGINE_FOLDER}/libsinkexport_plugin.so"
+"""Where 'sinkexport build' puts the plugin, and sessions look for it."""
+
+STATE_FORMAT = "sinkrt-state"
+STATE_VERSION = "2"
+"""Version of the files that `save_state` writes."""
+
+PLUGIN_ABI = "3"
+"""Version of the TensorRT plugins' names, inputs, outputs and fields, as the graphs of this version have them."""
+
+NO_TOKEN = -1
+"""Id of a stream that stands still while others step, in models with recurrent states: these know no positions."""
+
+TARGETS = ("onnx", "tensorrt")
+FLOAT_DTYPES = ("float32", "float16")
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1}
+SAFETENSORS_DTYPES: Mapping[str, str] = {
+    "float32": "F32",
+    "float16": "F16",
+    "int64": "I64",
+    "int32": "I32",
+    "int8": "I8",
+}
+"""Names of the dtypes in state files."""
+
+WEIGHT_KINDS = ("float", "int8", "int4")
+ACTIVATION_KINDS = ("float", "dynamic", "static")
+WINDOW_KINDS = ("fp", "int8")
+FLAVOURS = ("TensorRT", "TensorRT-RTX")
+
+STATE_KINDS = ("sink_k", "sink_v", "window_k", "window_v")
+SCALE_KINDS = ("window_k_scale", "window_v_scale")
+"""States that an INT8 window has besides: what its entries are to be multiplied by."""
+
+MASS_KIND = "attention_mass"
+"""State of a layer whose later sinks are calibrated: the attention that each token in the window has received."""
+
+RECURRENT_KINDS = ("conv", "recurrent")
+"""States of a layer with linear attention instead of a cache."""
+
+ALL_KINDS = (*STATE_KINDS, *SCALE_KINDS, MASS_KIND, *RECURRENT_KINDS)
+
+MAX_RANK = 8
+"""Axes of a tensor; NumPy and ONNX Runtime end at 64 and at 8 or so."""
+
+MAX_TENSOR_BYTES = 2**46
+"""More than any address space of a process holds."""
