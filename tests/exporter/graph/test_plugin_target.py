@@ -38,6 +38,7 @@ from tests.real_model import smollm2_file
 from tests.support import export_model, random_ids, run_cli, slow_but
 
 S, W, T = 3, 9, 4
+GEOMETRY = {"num_sink_tokens": S, "window_size": W, "chunk_size": T}
 NEEDS_BUILD = [needs_plugin_build, *needs_tensorrt]
 
 EXPERTS_AND_LINEAR = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next", "qwen3_5_text")
@@ -65,7 +66,7 @@ def wide_model(name: str, dtype: str = "fp32") -> Any:
 
 
 def exported(model: Any, folder: Path, **config: Any) -> Manifest:
-    geometry = {"num_sink_tokens": S, "window_size": W, "chunk_size": T, **config}
+    geometry = {**GEOMETRY, **config}
     return export_model(model, folder, **geometry).manifest
 
 
