@@ -249,7 +249,8 @@ def streamed_logits(model: Any) -> np.ndarray:
         return np.stack([reference.step(torch.tensor([i]))[0].numpy() for i in TINY_IDS[:-1]])
 
 
-@pytest.mark.parametrize("name", slow_but(1, ["llama-tied", "gpt_neox"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama-tied", "gpt_neox"])
 def test_model_in_torch_as_reference(name: str, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     export_model(
