@@ -244,6 +244,7 @@ def test_chunks_in_torch_agree_with_the_bundle(kv: str, calibrated: bool, tmp_pa
         assert verify(tmp_path / "b", loaded, tolerance=1e-4).failures == ()
 
 
+@pytest.mark.slow
 def test_projections_stay_in_floating_point_under_a_recipe(tmp_path: Path) -> None:
     """Rounded weights change what a bundle computes as much with scales and biases as without."""
     model = tiny_model("llama")
