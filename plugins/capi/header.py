@@ -12,27 +12,27 @@ TYPES: dict[str, Any] = {"int": ctypes.c_int, "bool": ctypes.c_bool, "float": ct
 ENUMERATIONS = {"DType", "WeightType", "Activation"}  # of int
 
 
-def body(header: str, kind: str, name: str) -> str:
+def body(header: str, kind: str, name: str, folder: Path = KERNELS) -> str:
     """What stands between the braces of a struct or an enumeration, without comments.
 
     Raises:
         ValueError: the header has no such struct or enumeration.
     """
-    text = re.sub(r"//.*", "", (KERNELS / header).read_text(encoding="utf-8"))
+    text = re.sub(r"//.*", "", (folder / header).read_text(encoding="utf-8"))
     match = re.search(rf"{kind} {name}\b[^{{;]*{{(.*?)}};", text, re.DOTALL)
     if match is None:
         raise ValueError(f"{header}: received no {kind} {name}, expected one")
     return match[1]
 
 
-def fields(header: str, struct: str) -> list[tuple[str, Any]]:
+def fields(header: str, struct: str, folder: Path = KERNELS) -> list[tuple[str, Any]]:
     """A struct's fields as ctypes wants them. Pointers are device addresses, 0 or None for null.
 
     Raises:
         ValueError: a field's type is none of those that parameters have.
     """
     result = []
-    for declaration in filter(None, map(str.strip, body(header, "struct", struct).split(";"))):
+    for declaration in filter(None, map(str.strip, body(header, "struct", struct, folder).split(";"))):
         match = re.fullmatch(r"(?:const )?(\w+)(\*?) (\w+)\s*=.*", declaration, re.DOTALL)
         if match is None or not (match[2] or match[1] in TYPES or match[1] in ENUMERATIONS):
             raise ValueError(f"{header}: received {declaration!r}, expected a number, an enumeration or a pointer")

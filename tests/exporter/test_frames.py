@@ -1,4 +1,4 @@
-"""Frames for ever: an exported diffusion transformer against its definition in float64, wraps and recaches included."""
+"""Frames forever: an exported diffusion transformer against its definition in float64, wraps and recaches included."""
 
 from __future__ import annotations
 

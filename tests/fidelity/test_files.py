@@ -1,4 +1,4 @@
-"""Files that runs write and read: nothing but files is replaced, nothing is left behind, nothing waits for ever."""
+"""Files that runs write and read: nothing but files is replaced, nothing is left behind, nothing waits forever."""
 
 from __future__ import annotations
 

@@ -24,15 +24,9 @@ struct Params {
 """
 
 
-@pytest.fixture
-def headers(tmp_path, monkeypatch):
-    monkeypatch.setattr(header, "KERNELS", tmp_path)
-    return tmp_path
-
-
-def test_fields_are_those_of_the_header(headers):
-    (headers / "one.h").write_text(STRUCT)
-    assert header.fields("one.h", "Params") == [
+def test_fields_are_those_of_the_header(tmp_path):
+    (tmp_path / "one.h").write_text(STRUCT)
+    assert header.fields("one.h", "Params", tmp_path) == [
         ("num_rows", ctypes.c_int),
         ("dtype", ctypes.c_int),
         ("is_late", ctypes.c_bool),
@@ -41,12 +35,12 @@ def test_fields_are_those_of_the_header(headers):
     ]
 
 
-def test_types_that_nobody_expects_are_refused(headers):
-    (headers / "one.h").write_text("struct Params {\n  double x = 0;\n};\n")
+def test_types_that_nobody_expects_are_refused(tmp_path):
+    (tmp_path / "one.h").write_text("struct Params {\n  double x = 0;\n};\n")
     with pytest.raises(ValueError, match=r"one\.h: received 'double x = 0', expected a number, an enumeration or"):
-        header.fields("one.h", "Params")
+        header.fields("one.h", "Params", tmp_path)
     with pytest.raises(ValueError, match=r"one\.h: received no struct Other, expected one"):
-        header.fields("one.h", "Other")
+        header.fields("one.h", "Other", tmp_path)
 
 
 def test_the_kernels_own_headers():

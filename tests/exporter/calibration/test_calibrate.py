@@ -35,7 +35,7 @@ from sinkrt.errors import UsageError
 from tests.exporter.calibration.test_stream_inputs import Everything
 from tests.exporter.tensorrt.test_builder import needs_tensorrt
 from tests.exporter.tiny_models import tiny_model, tiny_tokenizer
-from tests.support import random_ids, run_cli, slow_but
+from tests.support import random_ids, run_cli
 
 SMALL = {"method": "minmax", "samples": 3, "length": 40, "sink_tokens": 2, "window": 6}
 TEXT = " ".join(f"w{i}" for i in random_ids(600, seed=7))
@@ -400,21 +400,19 @@ def test_a_fingerprint_tells_models_apart_but_not_precisions() -> None:
 # --- smoothing and the recipe ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "target", "multiplied"),
-    slow_but(
-        1,
-        [
-            ("llama", "onnx", 0),
-            ("llama-mha", "tensorrt", 0),
-            ("gemma2", "onnx", 4),
-            ("gpt_neox", "onnx", 4),
-            ("phi", "onnx", 2),
-            ("cohere", "onnx", 0),
-            ("mixtral", "onnx", 0),
-            ("qwen3_next", "onnx", 6),
-        ],
-    ),
+    [
+        ("llama", "onnx", 0),
+        ("llama-mha", "tensorrt", 0),
+        ("gemma2", "onnx", 4),
+        ("gpt_neox", "onnx", 4),
+        ("phi", "onnx", 2),
+        ("cohere", "onnx", 0),
+        ("mixtral", "onnx", 0),
+        ("qwen3_next", "onnx", 6),
+    ],
 )
 def test_smoothing_alone_changes_no_result(name: str, target: str, multiplied: int, tmp_path: Path) -> None:
     """multiplied: inputs, in two layers, that nothing can take the division over for (what GELU gives, values that come

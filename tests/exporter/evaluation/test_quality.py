@@ -33,7 +33,7 @@ from sinkrt.errors import BackendError, BundleError, UsageError
 
 from tests.exporter.tiny_models import tiny_model, tiny_tokenizer
 from tests.runtime.toy import Toy, build_toy, reference_logits, rehash, write_manifest
-from tests.support import export_model, random_ids, run_cli, slow_but
+from tests.support import export_model, random_ids, run_cli
 
 LOOSE = {"perplexity_increase": 10.0, "kl_divergence": 10.0, "top1_agreement": 0.0}
 TOY_TEXT = "".join(chr(ord("a") + i) for i in np.random.default_rng(5).integers(0, 26, 90))
@@ -249,7 +249,8 @@ def streamed_logits(model: Any) -> np.ndarray:
         return np.stack([reference.step(torch.tensor([i]))[0].numpy() for i in TINY_IDS[:-1]])
 
 
-@pytest.mark.parametrize("name", slow_but(1, ["llama-tied", "gpt_neox"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama-tied", "gpt_neox"])
 def test_model_in_torch_as_reference(name: str, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     export_model(
@@ -266,7 +267,8 @@ def test_model_in_torch_as_reference(name: str, tmp_path: Path) -> None:
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize("recipe", slow_but(1, ["int8-weights", "int8-dynamic", "int4-nearest"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["int8-weights", "int8-dynamic", "int4-nearest"])
 def test_recipes_through_the_real_export(recipe: str, tmp_path: Path) -> None:
     """Prefill stays with the steps within the tolerance, and less is lost with more bits."""
     model = tiny_model("llama")

@@ -26,7 +26,7 @@ from sinkrt.errors import BundleError, UsageError
 from sinkrt.ring import Ring
 
 from tests.exporter.tiny_models import tiny_model, tiny_tokenizer
-from tests.support import export_model, random_ids, run_cli
+from tests.support import export_model, random_ids, run_cli, slow_but
 
 S, W, B = 4, 12, 2
 C = S + W
@@ -107,6 +107,7 @@ def test_default_tolerance_grows_with_the_float32_angles_of_the_reference(bundle
     assert tolerance("float16", 8188) == DEFAULT_TOLERANCE["float16"]
 
 
+@pytest.mark.slow
 def test_half_precision(tmp_path: Path, loaded: LoadedModel) -> None:
     half = export(tiny_model("llama", dtype=torch.float16), tmp_path / "half", ExportConfig(S, W, B, "fp16"))
     report = verify(half, loaded, wraps=2)
@@ -164,11 +165,14 @@ def wrong_shift(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("sabotage", "failing", "first_position"),
-    [
-        (other_weights, {"dense", "streaming"}, 0),
-        (wrong_frequency, {"dense", "streaming"}, 1),
-        (wrong_shift, {"streaming"}, C),
-    ],
+    slow_but(
+        1,
+        [
+            (other_weights, {"dense", "streaming"}, 0),
+            (wrong_frequency, {"dense", "streaming"}, 1),
+            (wrong_shift, {"streaming"}, C),
+        ],
+    ),
 )
 def test_bad_bundle_fails(
     sabotage: Callable[[Path], Path], failing: set[str], first_position: int, loaded: LoadedModel, tmp_path: Path

@@ -16,7 +16,7 @@ from sinkexport.quant.recipe import load_recipe, parse_recipe
 
 from tests.exporter.pipeline.test_families import exported
 from tests.exporter.tiny_models import tiny_model
-from tests.support import random_ids, slow_but
+from tests.support import random_ids
 
 MOE_FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next")  # 8 of 1, 5 of 2, 6 of 2 (transposed, biases), 4 of 2
 
@@ -42,7 +42,8 @@ def with_rounded_experts(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", slow_but(1, MOE_FAMILIES[:3]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MOE_FAMILIES[:3])
 def test_a_recipe_rounds_experts(name: str, tmp_path: Path) -> None:
     """Everything else is kept in floating point here, so that what is left is 15 bits of the inputs."""
     model, ids = tiny_model(name), random_ids(1, 40)
@@ -68,7 +69,8 @@ def test_a_recipe_rounds_experts(name: str, tmp_path: Path) -> None:
         assert path not in kinds
 
 
-@pytest.mark.parametrize("name", slow_but(1, MOE_FAMILIES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MOE_FAMILIES)
 def test_routers_are_found_and_stay_in_floating_point(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     found = routers(model)

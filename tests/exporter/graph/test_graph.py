@@ -63,6 +63,7 @@ def test_position_work_is_done_once_a_step(tmp_path: Path) -> None:
         assert found["Neg"] == 1
 
 
+@pytest.mark.slow
 def test_norms_are_single_operators(tmp_path: Path) -> None:
     found = ops(export_tiny("llama", tmp_path / "llama"))
     assert found["RMSNormalization"] == 5
@@ -93,6 +94,7 @@ def test_weights_are_one_file_and_tied_embeddings_stored_once(tmp_path: Path) ->
     assert size <= 4 * parameters + 4096 * len(external)
 
 
+@pytest.mark.slow
 def test_export_is_reproducible(tmp_path: Path) -> None:
     for name in ("a", "b"):
         export_tiny("llama", tmp_path / name, chunk_size=12)

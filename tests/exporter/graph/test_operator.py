@@ -133,7 +133,7 @@ FORMS = pytest.mark.parametrize("form", slow_but(2, ["torch", "onnx", "tensorrt-
 
 @pytest.mark.parametrize(
     ("case", "sink_scale", "act"),
-    [*((case, None, None) for case in CASES), *((*scaled, None) for scaled in SCALED), *CALIBRATED],
+    slow_but(6, [*((case, None, None) for case in CASES), *((*scaled, None) for scaled in SCALED), *CALIBRATED]),
     ids=str,
 )
 @FORMS

@@ -14,13 +14,14 @@ import torch
 from sinkexport.config import ExportConfig
 
 from tests.exporter.tiny_models import tiny_model
-from tests.support import export_model, slow_but
+from tests.support import export_model
 
 HEADS = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "dtype", "width"), slow_but(1, [("llama", "fp16", 128), ("qwen3", "fp16", 0), ("llama", "fp32", 0)])
+    ("family", "dtype", "width"), [("llama", "fp16", 128), ("qwen3", "fp16", 0), ("llama", "fp32", 0)]
 )
 def test_steps_of_one_product_are_packed(tmp_path: Path, family: str, dtype: str, width: int) -> None:
     """Norms of heads and casts come between a product and attention: then there is a Split."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from sinkrt.contract import Manifest
 from tests.exporter.calibration.test_calibrate import TEXT, calibrate, recipe
 from tests.exporter.graph.plugin_evaluator import PluginBundle, errors_against
 from tests.exporter.graph.test_experts import with_rounded_experts
-from tests.exporter.graph.test_plugin_target import WIDE, T, exported
+from tests.exporter.graph.test_plugin_target import GEOMETRY, WIDE, T, exported
 from tests.exporter.graph.test_quantize import with_rounded_weights
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
-from tests.support import random_ids, slow_but
+from tests.support import SharedExports, TinyBundle, random_ids, slow_but
 
 MODELS = ("mixtral", "qwen3_moe", "gpt_oss")  # 8 of 1, 5 of 2, 6 of 2 (transposed, biases)
 KINDS = ("HalfExpertLinear", "Int8ExpertLinear")
@@ -46,14 +47,33 @@ def plugin_bundle(folder: Path, model: Any, recipe: str | None = None, **config:
     return exported(model, folder, target="tensorrt", dtype="fp16", **options, **config)
 
 
-def reference(folder: Path, model: Any, recipe: str | None = None, **config: Any) -> None:
-    """For ONNX Runtime, in float32, of the same weights."""
-    model = model.float()
+def float_model(name: str, recipe: str | None = None) -> Any:
+    """The weights of `half_model` in float32, rounded as `recipe` rounds them."""
+    return rounded_as(half_model(name).float(), recipe)
+
+
+def rounded_as(model: Any, recipe: str | None) -> Any:
     if recipe is not None:
         kept = {f"{router}.weight" for router in routers(model)}
         kept = {name: weight.clone() for name, weight in model.state_dict().items() if name in kept}
         with_rounded_experts(with_rounded_weights(model)).load_state_dict(kept, strict=False)
-    exported(model, folder, **config)
+    return model
+
+
+def reference(folder: Path, model: Any, recipe: str | None = None, **config: Any) -> None:
+    """For ONNX Runtime, in float32, of the same weights."""
+    exported(rounded_as(model.float(), recipe), folder, **config)
+
+
+def shared_plugin(shared: SharedExports, name: str, recipe: str | None = None) -> TinyBundle:
+    """What `plugin_bundle` makes of `half_model(name)`."""
+    options = {} if recipe is None else {"recipe": load_recipe(recipe)}
+    return shared(functools.partial(half_model, name), **GEOMETRY, target="tensorrt", dtype="fp16", **options)
+
+
+def shared_reference(shared: SharedExports, name: str, recipe: str | None = None) -> Path:
+    """What `reference` makes of `half_model(name)`."""
+    return shared(functools.partial(float_model, name, recipe), **GEOMETRY).path
 
 
 def graph_of(folder: Path, role: str) -> onnx.GraphProto:
@@ -76,15 +96,15 @@ def others(graph: onnx.GraphProto) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", slow_but(1, [None, "int8-channel"]))
 @pytest.mark.parametrize("name", MODELS)
-def test_it_computes_what_the_onnx_bundle_does(name: str, recipe: str | None, tmp_path: Path) -> None:
+def test_it_computes_what_the_onnx_bundle_does(name: str, recipe: str | None, shared_export: SharedExports) -> None:
     """Chunks first, then steps past two wraps, against ONNX Runtime in float32 on the same weights."""
-    model = half_model(name)
+    plugin = shared_plugin(shared_export, name, recipe)
+    model = plugin.model
     num_layers, (layer, *_) = len(moe_layers(model)), moe_layers(model).values()
-    manifest = plugin_bundle(tmp_path / "plugin", model, recipe)
     kind = KINDS[recipe is not None]
     chosen = model.config.num_experts_per_tok
     for role, num_tokens in (("decode", 1), ("prefill", T)):
-        graph = graph_of(tmp_path / "plugin", role)
+        graph = graph_of(plugin.path, role)
         found = products(graph)
         assert [(k, shape[0], picks) for k, shape, picks in found] == [
             (kind, layer.num_experts, chosen * num_tokens)
@@ -92,8 +112,8 @@ def test_it_computes_what_the_onnx_bundle_does(name: str, recipe: str | None, tm
         assert not others(graph)
         gates = [node for node in graph.node if node.op_type == "GatedActivation"]
         assert len(gates) == (0 if name == "gpt_oss" else 2)  # that one's gate is its own
-    reference(tmp_path / "onnx", model, recipe)
-    errors = errors_against(tmp_path / "plugin", manifest, tmp_path / "onnx", VOCAB_SIZE)
+    onnx_bundle = shared_reference(shared_export, name, recipe)
+    errors = errors_against(plugin.path, plugin.manifest, onnx_bundle, VOCAB_SIZE)
     assert max(errors) < 0.02
     # Of other products the scales are float16, which tips some weights to the next code.
     assert np.median(errors) < (0.003 if recipe is None else 0.01)
@@ -131,18 +151,18 @@ def test_more_tokens_than_a_node_takes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_the_file_holds_them_once_by_rows_of_outputs(name: str, tmp_path: Path) -> None:
-    model = half_model(name)
-    plugin_bundle(tmp_path / "plugin", model)
+def test_the_file_holds_them_once_by_rows_of_outputs(name: str, shared_export: SharedExports, tmp_path: Path) -> None:
+    plugin = shared_plugin(shared_export, name)
+    model = plugin.model
     exported(model, tmp_path / "onnx", dtype="fp16")
-    sizes = {(tmp_path / folder / "weights.bin").stat().st_size for folder in ("plugin", "onnx")}
+    sizes = {(folder / "weights.bin").stat().st_size for folder in (plugin.path, tmp_path / "onnx")}
     assert len(sizes) == 1
     read = {
-        role: {n.input[1] for n in graph_of(tmp_path / "plugin", role).node if n.op_type in KINDS}
+        role: {n.input[1] for n in graph_of(plugin.path, role).node if n.op_type in KINDS}
         for role in ("decode", "prefill")
     }
     assert read["decode"] == read["prefill"]
-    stored = {tensor.name: tensor for tensor in onnx.load(tmp_path / "plugin" / "decode.onnx").graph.initializer}
+    stored = {tensor.name: tensor for tensor in onnx.load(plugin.path / "decode.onnx").graph.initializer}
     for path, module in moe_layers(model).items():
         for weight in ("gate_up_proj", "down_proj"):
             want = getattr(module, weight).detach().numpy()
@@ -195,19 +215,20 @@ def test_matrices_that_the_kernels_do_not_take(recipe: str | None, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnx", "tensorrt"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_next"])
-def test_smoothing_leaves_routers_and_experts_as_they_are(name: str, target: str, tmp_path: Path) -> None:
+def test_smoothing_leaves_routers_and_experts_as_they_are(
+    name: str, target: str, shared_export: SharedExports, tmp_path: Path
+) -> None:
     """The experts beside which other products read the same inputs, smoothed: a shared expert's, as a Gemm."""
     model, smooth = half_model(name), recipe()
     found = calibrate(LoadedModel(copy.deepcopy(model).float(), tiny_tokenizer(), "tiny"), smooth, TEXT)
+    plain = shared_reference(shared_export, name)
     if target == "tensorrt":
         manifest = exported(model, tmp_path / "smooth", target=target, dtype="fp16", recipe=smooth, calibration=found)
-        reference(tmp_path / "float", model)
-        errors = errors_against(tmp_path / "smooth", manifest, tmp_path / "float", VOCAB_SIZE)
+        errors = errors_against(tmp_path / "smooth", manifest, plain, VOCAB_SIZE)
     else:
         exported(model.float(), tmp_path / "smooth", recipe=smooth, calibration=found)
-        reference(tmp_path / "float", model)
         ids = random_ids(34, seed=1, first=0)
-        with Session.load(tmp_path / "smooth") as one, Session.load(tmp_path / "float") as other:
+        with Session.load(tmp_path / "smooth") as one, Session.load(plain) as other:
             pairs = [(one.step([t]).copy(), other.step([t]).copy()) for t in ids]
         errors = np.array([np.linalg.norm(got - want) / np.linalg.norm(want) for got, want in pairs])
     assert np.median(errors) < 0.2  # inputs of 8 bits tip the choice of an expert now and then

@@ -27,7 +27,7 @@ from tests.exporter.graph.test_plugin_target import NEEDS_BUILD, S, W, exported,
 from tests.exporter.tiny_models import TINY, VOCAB_SIZE
 from tests.exporter.variants.test_head_windows import budgets
 from tests.exporter.variants.test_sink_tuning import tuning
-from tests.support import random_ids, slow_but
+from tests.support import random_ids
 
 FLAGS = ("has_alibi", "has_sink_logit", "has_sink_scale", "has_gate")
 _SIZES: dict[str, Any] = {
@@ -93,19 +93,17 @@ def errors(under_test: PluginBundle, session: Session, ids: np.ndarray, prefille
     return [float(np.linalg.norm(got - want) / np.linalg.norm(want)) for got, want in pairs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "config"),
-    slow_but(
-        1,
-        [
-            ("bloom", {"kv": "int8"}),
-            ("mpt", {"num_sink_tokens": 0}),
-            ("falcon-alibi", {"budgets": budgets("falcon-alibi", ((9, 5), (4, 9)))}),
-            ("flint", {}),
-            ("llama", {"sink_tuning": tuning("llama")}),
-            ("afmoe", {}),
-        ],
-    ),
+    [
+        ("bloom", {"kv": "int8"}),
+        ("mpt", {"num_sink_tokens": 0}),
+        ("falcon-alibi", {"budgets": budgets("falcon-alibi", ((9, 5), (4, 9)))}),
+        ("flint", {}),
+        ("llama", {"sink_tuning": tuning("llama")}),
+        ("afmoe", {}),
+    ],
     ids=str,
 )
 def test_the_node_computes_what_the_onnx_bundle_does(name: str, config: dict, tmp_path: Path) -> None:

@@ -77,17 +77,15 @@ def test_a_llama_is_products_and_plugins(role: str, recipe: str | None, tmp_path
     assert [(gate["activation"], gate["width"], gate["is_merged"]) for gate in gates] == [(0, 64, 1)] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "norms", "gate"),
-    slow_but(
-        1,
-        [
-            ("qwen3", (9, 4, 0), (0, 1)),  # of heads too
-            ("gemma2", (9, 4, 9), (2, 1)),  # weights of float32
-            ("phi3", (5, 4, 0), (0, 1)),  # gate | up is the model's own
-            ("olmo2", (9, 1, 9), (0, 1)),  # norms after products: what is added to the stream is what they give
-        ],
-    ),
+    [
+        ("qwen3", (9, 4, 0), (0, 1)),  # of heads too
+        ("gemma2", (9, 4, 9), (2, 1)),  # weights of float32
+        ("phi3", (5, 4, 0), (0, 1)),  # gate | up is the model's own
+        ("olmo2", (9, 1, 9), (0, 1)),  # norms after products: what is added to the stream is what they give
+    ],
 )
 def test_what_other_families_have(
     name: str, norms: tuple[int, int, int], gate: tuple[int, int], tmp_path: Path

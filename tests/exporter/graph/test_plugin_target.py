@@ -35,9 +35,10 @@ from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.exporter.variants.test_head_windows import budgets
 from tests.plugins.trt_library import needs_plugin_build
 from tests.real_model import smollm2_file
-from tests.support import export_model, random_ids, run_cli, slow_but
+from tests.support import export_model, random_ids, run_cli
 
 S, W, T = 3, 9, 4
+GEOMETRY = {"num_sink_tokens": S, "window_size": W, "chunk_size": T}
 NEEDS_BUILD = [needs_plugin_build, *needs_tensorrt]
 
 EXPERTS_AND_LINEAR = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next", "qwen3_5_text")
@@ -65,28 +66,26 @@ def wide_model(name: str, dtype: str = "fp32") -> Any:
 
 
 def exported(model: Any, folder: Path, **config: Any) -> Manifest:
-    geometry = {"num_sink_tokens": S, "window_size": W, "chunk_size": T, **config}
+    geometry = {**GEOMETRY, **config}
     return export_model(model, folder, **geometry).manifest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "config"),
-    slow_but(
-        1,
-        [
-            ("llama-tied", {}),
-            ("llama-tied", {"recipe": "int8-channel", "kv": "int8"}),
-            ("gpt_neox", {"kv": "int8"}),
-            ("gemma2", {"num_sink_tokens": 0}),
-            ("llama-yarn", {}),
-            ("llama-tied", {"budgets": budgets("llama-tied", ((9, 5), (4, 9)))}),
-            ("llama-tied", {"dtype": "fp16"}),
-            ("gpt_neox", {"dtype": "fp16"}),  # biases
-            *((name, {}) for name in EXPERTS_AND_LINEAR if name != "qwen3_next"),
-            ("qwen3_next", {"dtype": "fp16"}),
-            ("qwen3_5_text", {"recipe": "int8-channel"}),
-        ],
-    ),
+    [
+        ("llama-tied", {}),
+        ("llama-tied", {"recipe": "int8-channel", "kv": "int8"}),
+        ("gpt_neox", {"kv": "int8"}),
+        ("gemma2", {"num_sink_tokens": 0}),
+        ("llama-yarn", {}),
+        ("llama-tied", {"budgets": budgets("llama-tied", ((9, 5), (4, 9)))}),
+        ("llama-tied", {"dtype": "fp16"}),
+        ("gpt_neox", {"dtype": "fp16"}),  # biases
+        *((name, {}) for name in EXPERTS_AND_LINEAR if name != "qwen3_next"),
+        ("qwen3_next", {"dtype": "fp16"}),
+        ("qwen3_5_text", {"recipe": "int8-channel"}),
+    ],
     ids=str,
 )
 def test_the_plugins_graph_computes_what_the_onnx_bundle_does(name: str, config: dict, tmp_path: Path) -> None:

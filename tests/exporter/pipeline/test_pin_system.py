@@ -33,7 +33,7 @@ def test_sinks_grow_to_the_message_and_its_frame(tmp_path: Path) -> None:
         session.require_pinned(SYSTEM)
         with pytest.raises(UsageError, match=f"--sink-tokens {session.num_sink_tokens + 3}"):
             session.require_pinned(SYSTEM + " Or")
-        # What is pinned is what the chat begins with: its keys stay where they were for ever.
+        # What is pinned is what the chat begins with: its keys stay where they were forever.
         chat = session.tokenizer.render_chat(
             [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Hello"}]
         )

@@ -136,11 +136,11 @@ def test_output_that_is_taken(tmp_path: Path) -> None:
     loaded = LoadedModel(tiny_model("llama"), None, "x")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="not a bundle"):
-        export_loaded(loaded, tmp_path, ExportConfig(2, 6), overwrite=True)
-    export_loaded(loaded, tmp_path / "out", ExportConfig(2, 6))
+        export_loaded(loaded, tmp_path, ExportConfig(2, 6, chunk_size=1), overwrite=True)
+    export_loaded(loaded, tmp_path / "out", ExportConfig(2, 6, chunk_size=1))
     with pytest.raises(UsageError, match="--overwrite"):
-        export_loaded(loaded, tmp_path / "out", ExportConfig(2, 7))
-    export_loaded(loaded, tmp_path / "out", ExportConfig(2, 7), overwrite=True)
+        export_loaded(loaded, tmp_path / "out", ExportConfig(2, 7, chunk_size=1))
+    export_loaded(loaded, tmp_path / "out", ExportConfig(2, 7, chunk_size=1), overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "out"]
 
 
@@ -154,6 +154,7 @@ def _export_command(model: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "sinkexport.cli", "export", str(model), "-o", str(out), "--window", "12"]
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     """A limit on the size of a file stands in for a full disk: the write of the weights fails in the middle."""
     out = tmp_path / "out" / "bundle"
@@ -190,6 +191,7 @@ except KeyboardInterrupt:
     assert (done.stdout, done.stderr) == ("interrupted, 2 times\n", "")
 
 
+@pytest.mark.slow
 def test_interrupted_export_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "bundle"
     process = subprocess.Popen(_export_command(tiny_folder, out), stderr=subprocess.PIPE, text=True)

@@ -185,7 +185,7 @@ def test_too_many_requests_are_turned_away_and_tried_again(strict: Served) -> No
 
 
 def test_a_refused_request_leaves_nothing_behind(strict: Served) -> None:
-    """Slots come back after every kind of refusal: else the server would be full for ever."""
+    """Slots come back after every kind of refusal: else the server would be full forever."""
     for _ in range(20):
         httpx.post(strict.url + COMPLETIONS, json={"prompt": [300]})
         httpx.post(strict.url + COMPLETIONS, json={"prompt": ""})

@@ -105,7 +105,8 @@ def test_verify_fails_if_the_file_is_not_that_of_the_graph(tmp_path: Path) -> No
         verify(bundle, model)
 
 
-@pytest.mark.parametrize("form", slow_but(1, ["sigmoid", "clip", "constant", "half"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["sigmoid", "clip", "constant", "half"])
 def test_forms_of_a_file(form: str, tmp_path: Path) -> None:
     """The paper's, with an activation and the mean of the scale; constants alone, for some heads; float16."""
     model = tiny_model("llama")
@@ -218,9 +219,8 @@ def test_the_reference_gives_what_the_oracle_gives(tmp_path: Path) -> None:
         np.testing.assert_allclose(out[0, 0].numpy(), want[0], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("kv", "calibrated"), slow_but(1, [("fp", False), ("fp", True), ("int8", False), ("int8", True)])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kv", "calibrated"), [("fp", False), ("fp", True), ("int8", False), ("int8", True)])
 def test_chunks_in_torch_agree_with_the_bundle(kv: str, calibrated: bool, tmp_path: Path) -> None:
     """With windows of single heads and factors on token 0 as well, and later sinks scaled down."""
     model, windows, tuned = tiny_model("llama"), ((4, 9), (9, 5)), tuning("llama")
@@ -244,6 +244,7 @@ def test_chunks_in_torch_agree_with_the_bundle(kv: str, calibrated: bool, tmp_pa
         assert verify(tmp_path / "b", loaded, tolerance=1e-4).failures == ()
 
 
+@pytest.mark.slow
 def test_projections_stay_in_floating_point_under_a_recipe(tmp_path: Path) -> None:
     """Rounded weights change what a bundle computes as much with scales and biases as without."""
     model = tiny_model("llama")
@@ -301,6 +302,7 @@ def test_export_refuses_in_one_line(
     assert_export_refuses("--affine", file, options, expected, tmp_path)
 
 
+@pytest.mark.slow
 def test_texts_are_compared_with_the_model_changed_alike(tmp_path: Path) -> None:
     """verify --text and eval --compare; a bundle without the file is no reference for one with it."""
     model, text = tiny_model("llama"), " ".join(f"w{i}" for i in random_ids(60))

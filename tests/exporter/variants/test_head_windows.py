@@ -105,7 +105,8 @@ def test_the_reference_gives_each_head_what_the_oracle_gives_it() -> None:
             np.testing.assert_allclose(out[0, 0, head].numpy(), want, atol=1e-6)
 
 
-@pytest.mark.parametrize("kv", slow_but(1, ["fp", "int8"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["fp", "int8"])
 def test_chunks_in_torch_agree_with_the_bundle_with_tuned_sinks(kv: str, tmp_path: Path) -> None:
     factors = tuple(tuple(row) for row in np.random.default_rng(3).uniform(0.1, 6.0, (2, 6)).round(3).tolist())
     # Later sinks of both groups of the first layer, and of one of the second.

@@ -110,7 +110,8 @@ def test_the_reference_gives_what_the_oracle_gives() -> None:
         np.testing.assert_allclose(out[:, 0].numpy(), want, atol=1e-5)  # float32 softmax
 
 
-@pytest.mark.parametrize("kv", slow_but(1, ["fp", "int8"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["fp", "int8"])
 def test_streams_at_their_own_positions_in_chunks_and_in_steps(kv: str, tmp_path: Path) -> None:
     """Two streams, of which one runs ahead, are what each is alone, token by token, over six wraps; kept copies too."""
     asked = tuning("llama")
