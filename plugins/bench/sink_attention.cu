@@ -4,9 +4,9 @@
 //   cmake --build build/plugins
 //   build/plugins/sink_attention [batch num_q_heads num_kv_heads capacity head_dim num_tokens]
 //
-// Each launch is timed between two CUDA events, after a warm-up; launches go round sets of buffers that together hold
-// four L2 caches. The floor is the cache's bytes, once, at the bandwidth (read and written) of a device-to-device copy
-// measured first. GB = 1e9 bytes. sink_attention.py puts PyTorch's times beside these.
+// Each figure is of replays of a CUDA graph whose launches go round sets of buffers that together hold four L2 caches.
+// The floor is the cache's bytes, once, at the bandwidth (read and written) of a device-to-device copy measured first.
+// GB = 1e9 bytes. sink_attention.py puts PyTorch's times beside these.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -55,24 +55,38 @@ struct Times {
   double p99_us;
 };
 
+// Of one launch, in replays of a CUDA graph that holds `launches`: what the host takes to launch is left out.
 template <typename Run>
-Times timeOf(Run run) {
-  constexpr int kWarmUp = 20, kRuns = 300;
+Times timeOf(int launches, Run run) {
+  constexpr int kWarmUp = 10, kReplays = 60;
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t recorded;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  run(0, stream);
+  check(cudaStreamSynchronize(stream), "run");
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "cudaStreamBeginCapture");
+  for (int i = 0; i < launches; ++i) run(i, stream);
+  check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
+  check(cudaGraphInstantiate(&recorded, graph, 0), "cudaGraphInstantiate");
   cudaEvent_t begin, end;
   check(cudaEventCreate(&begin), "cudaEventCreate");
   check(cudaEventCreate(&end), "cudaEventCreate");
   std::vector<float> times;
-  for (int i = 0; i < kWarmUp + kRuns; ++i) {
-    check(cudaEventRecord(begin), "cudaEventRecord");
-    run(i);
-    check(cudaEventRecord(end), "cudaEventRecord");
+  for (int i = 0; i < kWarmUp + kReplays; ++i) {
+    check(cudaEventRecord(begin, stream), "cudaEventRecord");
+    check(cudaGraphLaunch(recorded, stream), "cudaGraphLaunch");
+    check(cudaEventRecord(end, stream), "cudaEventRecord");
     check(cudaEventSynchronize(end), "run");
     float ms = 0;
     check(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
-    if (i >= kWarmUp) times.push_back(ms);
+    if (i >= kWarmUp) times.push_back(ms / launches);
   }
   cudaEventDestroy(begin);
   cudaEventDestroy(end);
+  cudaGraphExecDestroy(recorded);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
   std::sort(times.begin(), times.end());
   return {times[times.size() / 2] * 1e3, times[times.size() * 99 / 100] * 1e3};
 }
@@ -81,8 +95,9 @@ Times timeOf(Run run) {
 double copyBandwidth() {
   constexpr size_t kBytes = size_t{256} << 20;
   const Memory from(kBytes), to(kBytes);
-  const Times times = timeOf(
-      [&](int) { check(cudaMemcpyAsync(to.get(), from.get(), kBytes, cudaMemcpyDeviceToDevice), "cudaMemcpyAsync"); });
+  const Times times = timeOf(4, [&](int, cudaStream_t stream) {
+    check(cudaMemcpyAsync(to.get(), from.get(), kBytes, cudaMemcpyDeviceToDevice, stream), "cudaMemcpyAsync");
+  });
   return 2.0 * kBytes / (times.median_us * 1e-6);
 }
 
@@ -134,8 +149,9 @@ void measure(const Shape& shape, DType dtype, bool is_int8, double bandwidth, si
     std::exit(2);
   }
   void* workspace = take(sinkexport::sinkAttentionWorkspaceBytes(sets[0]));
-  const Times times = timeOf([&](int i) {
-    check(sinkexport::launchSinkAttention(sets[i % sets.size()], workspace, nullptr), "launchSinkAttention");
+  const int launches = static_cast<int>(std::max<size_t>(sets.size(), 16));
+  const Times times = timeOf(launches, [&](int i, cudaStream_t stream) {
+    check(sinkexport::launchSinkAttention(sets[i % sets.size()], workspace, stream), "launchSinkAttention");
   });
   const double floor_us = cache_bytes / bandwidth * 1e6;
   std::printf("B%-3d %3d/%-3d C%-6d D%-4d T%-4d %-4s %-6s %9.1f %9.1f %9.1f %9.1f %6.1f%%\n", p.batch, p.num_q_heads,
