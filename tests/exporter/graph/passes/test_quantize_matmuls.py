@@ -65,7 +65,9 @@ def test_the_plugins_form() -> None:
     check_left_alone(model, under_test)
 
 
-@pytest.mark.parametrize("plan", [SimplePlan(dynamic=True), SimplePlan(input_scale=InputScale(2.0 / 127))], ids=str)
+@pytest.mark.parametrize(
+    "plan", [SimplePlan(dynamic=True), SimplePlan(input_scale=InputScale(2.0 / 127))], ids=["dynamic", "static"]
+)
 def test_integer_inputs(plan: SimplePlan) -> None:
     want, model = run(model_of()), model_of()
     assert QuantizeMatmuls(context(plan))(model).modified
