@@ -27,9 +27,10 @@ SOURCES = $(shell find exporter/sinkexport -name '*.py')
 
 help:
 	@echo "make demo       export SmolLM2-135M and stream $(DEMO_TOKENS) tokens: three windows of 1,020"
-	@echo "make test       lint, types and all tests; make test-fast: in two minutes, without the slow ones"
+	@echo "make test       lint, types, the docs site and all tests (needs CMake and a C++17 compiler)"
+	@echo "make test-fast  all tests but the slow ones, in two minutes"
 	@echo "make format     ruff format, clang-format; make lint: check them, and the direction of imports; make types: mypy"
-	@echo "make generated  write what follows from code anew (C++ of sinkrt.contract, docs); make docs: the site, into build/site"
+	@echo "make generated  rewrite what comes from code: C++ of sinkrt.contract, tables in docs; make docs: the site, into build/site"
 	@echo "make plot       draw docs/img/endless.svg from benchmarks/results/endless.json"
 	@echo "make bench      decode, prefill and export against onnxruntime-genai and transformers; sinkexport bench"
 	@echo "make tokenizers compare the C++ tokenizer with Python's over real files (needs npm; fetches 300 MB)"

@@ -136,6 +136,8 @@ def locate(source: str) -> Origin:
             if (path / "adapter_config.json").is_file():
                 raise adapter_refused(source)
             raise _no_model(source, "a folder without config.json")
+        if path.is_file():
+            raise _no_model(source, "a file without the ending .gguf")
         if not path.is_dir() and (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1):
             raise _no_model(source, "no such folder")
         location = {"pretrained_model_name_or_path": source}

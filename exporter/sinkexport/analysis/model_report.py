@@ -63,6 +63,8 @@ def inspect_model(source: str) -> ModelReport:
 
     Raises: UsageError if there is no such model.
     """
+    import transformers  # noqa: F401 - if it is missing, that is no fault of the model
+
     origin = locate(source)
     refused: list[tuple[str, str]] = []
 

@@ -61,6 +61,8 @@ def check_proposal(longest: int, shortest: int, share: float) -> None:
 
     Raises: UsageError unless 1 <= shortest < longest, and `shortest` tokens in all heads fit into the share.
     """
+    if longest < 2:
+        raise UsageError(problem("--long-window", received=longest, expected=">= 2", fix="raise it"))
     if not 1 <= shortest < longest:
         raise UsageError(
             problem(

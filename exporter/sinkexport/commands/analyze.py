@@ -89,13 +89,14 @@ def command(
     --head-windows also shows which heads need a long window (docs/head_windows.md), and --sink-tuning which ones look
     at later sinks (docs/sink_tuning.md).
     """
-    refuse_same_file(plot_file, json_file)
-    for path, option in (
-        (json_file, "--json"),
-        (plot_file, "--plot"),
-        (head_windows_file, "--head-windows"),
-        (tuning_file, "--sink-tuning"),
-    ):
+    files = {
+        "--json": json_file,
+        "--plot": plot_file,
+        "--head-windows": head_windows_file,
+        "--sink-tuning": tuning_file,
+    }
+    refuse_same_file(files)
+    for option, path in files.items():
         if path is not None:
             check_writable(path, option)
     if plot_file is not None:

@@ -101,7 +101,7 @@ def command(
     check_writable(json_file, "--json")
     if not no_plot:
         check_writable(plot_file, "--plot")
-        refuse_same_file(plot_file, json_file)
+        refuse_same_file({"--json": json_file, "--plot": plot_file})
         import matplotlib.figure  # noqa: F401 - if it is missing, that should not show after an hour
     from sinkexport.evaluation.evaluate import BaselineOptions, evaluate
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,17 +118,20 @@ def allow_special_option(texts: str, scope: str = "") -> Callable[[Function], Fu
     )
 
 
-def refuse_same_file(plot_file: Path | None, json_file: Path | None) -> None:
-    """Refuse a plot that would overwrite the figures.
+def refuse_same_file(files: Mapping[str, Path | None]) -> None:
+    """Refuse an output that would overwrite another one. files: by the option that names them.
 
     Raises: UsageError.
     """
-    if json_file is not None and plot_file is not None and json_file.resolve() == plot_file.resolve():
-        raise UsageError(
-            problem(
-                "--plot", received=f"'{plot_file}', as --json", expected="a file of its own", fix="choose another path"
+    options: dict[Path, str] = {}
+    for option, file in files.items():
+        if file is None:
+            continue
+        if (first := options.setdefault(file.resolve(), option)) != option:
+            received = f"'{file}', as {first}"
+            raise UsageError(
+                problem(option, received=received, expected="a file of its own", fix="choose another path")
             )
-        )
 
 
 def model_without_tokenizer() -> UsageError:
@@ -158,4 +161,14 @@ def _at_least_one(_ctx: click.Context, option: click.Parameter, value: int | Non
         raise UsageError(
             problem(f"--{option.name}", received=value, expected=">= 1", fix="give a larger number, or leave it out")
         )
+    return value
+
+
+def not_negative(_ctx: click.Context, option: click.Parameter, value: int) -> int:
+    """Refuse a negative number under the option's own name and unit: a callback of options.
+
+    Raises: UsageError.
+    """
+    if value < 0:
+        raise UsageError(problem(option.opts[0], received=value, expected=">= 0", fix="raise it"))
     return value

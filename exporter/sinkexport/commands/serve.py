@@ -13,6 +13,7 @@ from sinkexport.commands.options import (
     backend_option,
     bundle_argument,
     file_option,
+    not_negative,
     number_option,
     template_arg_option,
     threads_option,
@@ -36,7 +37,11 @@ from sinkexport.util.signals import handling_signals
     "--max-conversations", Limits.max_conversations, "Conversations remembered; the least recently active is forgotten."
 )
 @number_option(
-    "--max-parked-mib", Limits.max_parked_bytes // MIB, "Memory for conversations that are in no stream.", metavar="MIB"
+    "--max-parked-mib",
+    Limits.max_parked_bytes // MIB,
+    "Memory for conversations that are in no stream.",
+    metavar="MIB",
+    callback=not_negative,
 )
 @number_option("--max-prompt-tokens", Limits.max_prompt_tokens, "Longest prompt.")
 @number_option("--max-tokens", Limits.max_tokens, "Longest answer, and that of requests that do not say.")

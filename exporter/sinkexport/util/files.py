@@ -5,13 +5,15 @@ from __future__ import annotations
 import codecs
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from sinkrt.errors import UsageError, problem
 from sinkrt.files import check_replaceable, is_special, replacing
 
 if TYPE_CHECKING:
     import pydantic
+
+PIECE_BYTES = 2**20
 
 
 def read_text(path: Path, option: str, max_bytes: int | None = None) -> str:
@@ -21,7 +23,7 @@ def read_text(path: Path, option: str, max_bytes: int | None = None) -> str:
     """
     try:
         with path.open("rb") as file:
-            raw = file.read(-1 if max_bytes is None else max_bytes)
+            raw = file.read() if max_bytes is None else _read_at_most(file, max_bytes)
         is_cut = max_bytes is not None and len(raw) == max_bytes  # perhaps inside a character
         text, _ = codecs.utf_8_decode(raw, "strict", not is_cut)
         return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -31,6 +33,14 @@ def read_text(path: Path, option: str, max_bytes: int | None = None) -> str:
     except UnicodeDecodeError as error:
         reason = f"'{path}' ({error.reason} at byte {error.start})"
         raise UsageError(problem(option, received=reason, expected="UTF-8 text", fix="convert the file")) from None
+
+
+def _read_at_most(file: BinaryIO, max_bytes: int) -> bytes:
+    """Read in pieces: one `read` would allocate all of `max_bytes` for the shortest file."""
+    raw = bytearray()
+    while piece := file.read(min(PIECE_BYTES, max_bytes - len(raw))):
+        raw += piece
+    return bytes(raw)
 
 
 def first_problem(error: pydantic.ValidationError) -> str:

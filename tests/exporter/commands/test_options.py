@@ -97,3 +97,42 @@ def test_inspect_shows_the_geometry_of_an_export() -> None:
     assert f"[default: {DEFAULT_WINDOW_SIZE}]" in help_of("inspect")
     assert f"[default: {DEFAULT_NUM_SINK_TOKENS}]" in help_of("inspect")
     assert {o.name: o.default for o in command_of("analyze").params}["long_window"] == DEFAULT_WINDOW_SIZE
+
+
+def test_a_negative_number_is_refused_under_the_option_that_was_given(tmp_path: Path) -> None:
+    run_cli("serve", tmp_path, "--max-parked-mib", -1).refusal("--max-parked-mib: received -1, expected >= 0")
+
+
+def test_outputs_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    one = tmp_path / "one.json"
+    given = ("analyze", tmp_path, "--text", "x", "--json", one)
+    for option in ("--plot", "--head-windows", "--sink-tuning"):
+        run_cli(*given, option, tmp_path / "." / "one.json").refusal(f"{option}: received", "as --json")
+    assert not one.exists()
+
+
+def test_windows_that_cannot_differ_are_refused_by_the_long_one(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("a")
+    given = ("analyze", tmp_path, "--text", text, "--head-windows", tmp_path / "out.json")
+    run_cli(*given, "--long-window", 0).refusal("--long-window: received 0, expected >= 2")
+
+
+def test_a_number_far_beyond_a_text_takes_no_memory(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("a")
+    run_cli("analyze", tmp_path, "--text", text, "--windows", 10**9, "--window-tokens", 10**9).refusal(
+        "model: received"
+    )
+
+
+def test_a_file_that_is_no_model_is_refused_as_one(tmp_path: Path) -> None:
+    file = tmp_path / "model.bin"
+    file.write_text("a")
+    run_cli("export", file, "-o", tmp_path / "out").refusal("(a file without the ending .gguf)")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("table", ["families", "recipes"])
+def test_tables_take_no_memory(table: str) -> None:
+    run_cli("inspect", table, "--memory").refusal(f"--memory: received '{table}', expected a bundle or a model")

@@ -63,6 +63,10 @@ def command(
         return
     has_geometry = bool(windows) or sink_tokens is not None or batch is not None
     if memory:
+        if _is_families(what) or _is_recipes(what):
+            raise UsageError(
+                problem("--memory", received=f"'{what}'", expected="a bundle or a model", fix="leave it out")
+            )
         from sinkexport.commands.inspect.memory import show_memory_of_bundle, show_memory_of_model
 
         if Path(what, MANIFEST_NAME).exists():
@@ -89,11 +93,11 @@ def _show(what: str, as_json: bool) -> None:
     Raises: UsageError if there is no such thing.
     """
     path = Path(what)
-    if what == "families" and not path.exists():
+    if _is_families(what):
         from sinkexport.commands.inspect.tables import show_families
 
         show_families(as_json)
-    elif what == "recipes" and not path.joinpath(MANIFEST_NAME).exists():
+    elif _is_recipes(what):
         from sinkexport.commands.inspect.tables import show_recipes
 
         show_recipes(as_json)
@@ -146,6 +150,16 @@ def _write_tokenizer(what: str, out: Path, other_option: str | None) -> None:
 
 def _refused_geometry(received: str, expected: str, fix: str) -> UsageError:
     return UsageError(problem("--window, --sink-tokens, --batch", received=received, expected=expected, fix=fix))
+
+
+def _is_families(what: str) -> bool:
+    """Whether the table is meant, and no folder or file of that name."""
+    return what == "families" and not Path(what).exists()
+
+
+def _is_recipes(what: str) -> bool:
+    """Whether the table is meant: this repository has a folder of that name, which is no bundle."""
+    return what == "recipes" and not Path(what, MANIFEST_NAME).exists()
 
 
 def _is_model(what: str) -> bool:
