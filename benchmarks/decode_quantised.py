@@ -97,7 +97,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def label(path: Path, manifest: Manifest) -> str:
-    """A decoder's name that tells bundles of one recipe apart as well."""
+    """A name for a decoder, also of several bundles of one recipe."""
     recipe = manifest.weights_dtype if manifest.quantization is None else manifest.quantization.recipe
     return f"sinkexport:{path.name} ({recipe})"
 

@@ -211,7 +211,7 @@ def test_every_name_splits_as_llama_cpp(tmp_path: Path) -> None:
     assert len(PRE) > 80
 
 
-def test_the_texts_tell_rows_apart() -> None:
+def test_the_texts_distinguish_rows() -> None:
     metadata = made_bytes()
     rows = {row.splits: name for name, row in PRE.items() if not row.raw}
     some = [*texts(50, 11), *dense_texts(150, 3), *SPACES, *CUTS]

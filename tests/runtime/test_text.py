@@ -121,7 +121,7 @@ def test_spaces_between_words_of_a_byte_fallback_tokenizer() -> None:
 
 
 def test_broken_bytes_after_a_byte_fallback_character() -> None:
-    """One stray byte makes this decoder call the whole run of bytes broken, also what has been told already."""
+    """One stray byte makes this decoder call the whole run of bytes broken, also what has been given out already."""
     tokenizer = byte_fallback_tokenizer()
     ids = [tokenizer.token_to_id(name) for name in ("<0xE5>", "<0xA5>", "<0xBD>", "<0xFF>", "ab")]
     assert streamed(StreamingDecoder(tokenizer), ids) == f"好{REPLACEMENT}ab"

@@ -113,7 +113,7 @@ def _sink_attention(
     being the tokens that the query sees (affine-scaled attention, arXiv:2602.23057). None: a = 1, b = 0.
     attention_mass: float32 [B, Hq, 2, W], a state: the weights that the token in each slot has received since it came,
     summed up, after the last token at an even position and after that at an odd one. With it, later sinks are scaled
-    down in the heads of calibrated, float32 [Hq] of 0 and 1, as `ActTuning` says (sinkrt/contract.py; ACT,
+    down in the heads of calibrated, float32 [Hq] of 0 and 1, as `ActTuning` says (sinkrt/contract/schema.py; ACT,
     arXiv:2406.15765), after all that made the weights. Needs a sink.
     Returns: attention output [B, Hq, T, D] and the seven states afterwards, those that are absent without elements.
     """

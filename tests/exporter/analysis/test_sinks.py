@@ -54,7 +54,7 @@ def eager(model: Any, window: Any) -> list[np.ndarray]:
 
 
 def layer_windows(name: str) -> list[int | None]:
-    """Each layer's sliding window, as the configuration tells it."""
+    """Each layer's sliding window, as the configuration has it."""
     config = tiny_model(name).config
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     own = TINY[name][1].get("sliding_window")
@@ -134,7 +134,7 @@ def test_the_model_goes_on_as_without_us(name: str) -> None:
 
 
 def planted(drawn: dict[int, float]) -> WeightsOf:
-    """Attention of which every head gives these positions so much, and the other tokens equal shares of the rest."""
+    """Attention whose every head gives these positions so much, and the other tokens equal shares of the rest."""
 
     def softmax(q: torch.Tensor, _k: torch.Tensor, start: int, stop: int, _arguments: Any) -> torch.Tensor:
         weights = torch.zeros(q.shape[1], stop - start, stop)
@@ -369,9 +369,9 @@ def test_unknown_attention_is_refused() -> None:
 
 
 def test_progress_counts_layers() -> None:
-    told: list[tuple[str, int, int]] = []
-    analyze(loaded(), windows(2), num_candidates=K, report=lambda *stage: told.append(stage))
-    assert told == [("layers", done, 4) for done in range(5)]
+    reports: list[tuple[str, int, int]] = []
+    analyze(loaded(), windows(2), num_candidates=K, report=lambda *stage: reports.append(stage))
+    assert reports == [("layers", done, 4) for done in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -450,7 +450,7 @@ def test_command_refuses_a_model_without_tokenizer(text: Path, tmp_path: Path) -
     failed.refusal("without a tokenizer")
 
 
-def test_command_tells_of_a_sliding_window(model_folder: Path, text: Path, tmp_path: Path) -> None:
+def test_command_reports_a_sliding_window(model_folder: Path, text: Path, tmp_path: Path) -> None:
     model = tiny_model("mistral")
     model.resize_token_embeddings(258)
     model.save_pretrained(tmp_path / "sliding")

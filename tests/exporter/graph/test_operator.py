@@ -112,7 +112,7 @@ SCALED = [
     # factors on token 0's weight: (case, of each query head)
     (CASES[1], (0.5, 2.0, 1.0, 1.0, 0.01, 40.0)),
     (CASES[5], (0.3, 1.5, 1.0, 6.0)),  # softcap: the factor comes after it
-    (CASES[3], (0.5, 2.0, 1.0, 0.1)),  # one product for all query heads
+    (CASES[3], (0.5, 2.0, 1.0, 0.1)),  # one matmul for all query heads
 ]
 
 CALIBRATED = [

@@ -1,5 +1,5 @@
 // Text to ids and back, out of a tokenizer.json: byte-level BPE (SmolLM2, GPT-2, Llama 3, Qwen, DeepSeek, Falcon,
-// BLOOM), BPE as SentencePiece has it (Llama 2, Mistral, Phi-3, Gemma) and Unigram. Twin of runtime/sinkrt/text.py,
+// BLOOM), BPE as SentencePiece has it (Llama 2, Mistral, Phi-3, Gemma) and Unigram. Twin of runtime/sinkrt/text,
 // whose ids and texts it gives; it has no chat templates, which are Python's Jinja. A file with a part or an option
 // that is not understood is refused with the reason: its bundle still runs on ids.
 #pragma once
