@@ -43,25 +43,8 @@ def export(model: Any, folder: Path, *, batch: int = 1, tokenizer: Any = None) -
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
-def loaded(model: Any) -> LoadedModel:
-    return LoadedModel(model, None, "tiny")
-
-
-@pytest.fixture(scope="module")
 def bundle(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(model, tmp_path_factory.mktemp("eval") / "bundle", tokenizer=tiny_tokenizer())
-
-
-@pytest.fixture(scope="module")
-def model_folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("eval") / "model"
-    model.save_pretrained(folder)
-    return folder
 
 
 def dense_logits(model: Any, ids: np.ndarray) -> np.ndarray:
