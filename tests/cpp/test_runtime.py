@@ -27,7 +27,7 @@ from tests.cpp.probe import Probe, ProbeError
 from tests.cpp.tokenizer_kinds import DECODERS, LLAMA_DECODER, metaspace, model, sequence, whole
 from tests.exporter.pipeline.test_families import exported
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
-from tests.exporter.variants.test_head_windows import budgets
+from tests.exporter.variants.test_head_windows import window_file
 from tests.exporter.variants.test_later_sinks import tuning
 from tests.runtime.toy import Toy, build_toy, rehash
 
@@ -77,12 +77,12 @@ def cpp_ids(cpp: CppRuntime, bundle: Path, prompt: list[int], count: int, *more:
     return [int(word) for word in done.stdout.split()]
 
 
-@pytest.fixture(scope="module", params=["llama", "int8-window", "budgets", "act", "qwen3_5_text"])
+@pytest.fixture(scope="module", params=["llama", "int8-window", "head-windows", "act", "qwen3_5_text"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny, with a prefill graph: a Llama, its window in floating point, INT8, or of two lengths, its later sinks
     calibrated, or not; linear attention."""
     name = request.param if request.param == "qwen3_5_text" else "llama"
-    windows = budgets("llama", ((WINDOW, 5), (5, WINDOW))) if request.param == "budgets" else None
+    windows = window_file("llama", ((WINDOW, 5), (5, WINDOW))) if request.param == "head-windows" else None
     config = ExportConfig(
         num_sink_tokens=SINKS,
         window_size=WINDOW,

@@ -32,7 +32,7 @@ from tests.exporter.graph.plugin_evaluator import PluginBundle, errors_against
 from tests.exporter.graph.test_quantize import plain_steps, with_rounded_weights
 from tests.exporter.tensorrt.test_builder import needs_tensorrt
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
-from tests.exporter.variants.test_head_windows import budgets
+from tests.exporter.variants.test_head_windows import window_file
 from tests.plugins.trt_library import needs_plugin_build
 from tests.real_model import smollm2_file
 from tests.support import export_model, random_ids, run_cli
@@ -79,7 +79,7 @@ def exported(model: Any, folder: Path, **config: Any) -> Manifest:
         ("gpt_neox", {"kv": "int8"}),
         ("gemma2", {"num_sink_tokens": 0}),
         ("llama-yarn", {}),
-        ("llama-tied", {"budgets": budgets("llama-tied", ((9, 5), (4, 9)))}),
+        ("llama-tied", {"budgets": window_file("llama-tied", ((9, 5), (4, 9)))}),
         ("llama-tied", {"dtype": "fp16"}),
         ("gpt_neox", {"dtype": "fp16"}),  # biases
         *((name, {}) for name in EXPERTS_AND_LINEAR if name != "qwen3_next"),

@@ -29,7 +29,7 @@ from sinkrt.contract import MANIFEST_NAME, Manifest, load_manifest
 
 from tests.exporter.pipeline.export_refusal import assert_export_refuses
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
-from tests.exporter.variants.test_head_windows import budgets
+from tests.exporter.variants.test_head_windows import window_file
 from tests.exporter.variants.test_sink_tuning import GEOMETRY, tuning
 from tests.reference.oracle import SinkAttentionOracle, affine_factors
 from tests.support import random_ids, run_cli, slow_but
@@ -228,7 +228,7 @@ def test_chunks_in_torch_agree_with_the_bundle(kv: str, calibrated: bool, tmp_pa
         act = ActPart(alpha=1.0, beta=0.2, min_queries=2, heads=((True, False, True) * 2, (False,) * 3 + (True,) * 3))
         tuned = tuned.model_copy(update={"act": act})
     affine = written(tmp_path / "file", random_tensors(model))
-    config = ExportConfig(**GEOMETRY, kv=kv, sink_tuning=tuned, budgets=budgets("llama", windows), affine=affine)
+    config = ExportConfig(**GEOMETRY, kv=kv, sink_tuning=tuned, budgets=window_file("llama", windows), affine=affine)
     loaded = LoadedModel(model, None, "tiny")
     export_loaded(loaded, tmp_path / "b", config)
     ids = random_ids(70)
