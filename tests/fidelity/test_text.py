@@ -303,7 +303,7 @@ def test_tokens_that_a_template_writes_are_control_tokens_in_users_messages_only
 
 
 def test_messages_that_a_template_takes_apart_at_control_tokens() -> None:
-    """As Qwen and DeepSeek do with what was thought, where the mark is a special token."""
+    """Qwen and DeepSeek do so with what was thought, where the mark is a special token."""
     library = KINDS["byte level"]()
     template = (
         "{% for m in messages %}{{ '<|im_start|>' }}{% if m.role == 'assistant' %}"

@@ -13,7 +13,7 @@ from sinkrt.errors import BackendError
 
 
 class Runtime:
-    """As pybind11 makes one where TensorRT returns none."""
+    """What pybind11 makes where TensorRT returns none."""
 
     def __init__(self, logger: SimpleNamespace) -> None:
         logger.errors.extend(logger.logged)

@@ -43,7 +43,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer]:
 
 @functools.cache
 def byte_fallback_tokenizer() -> tokenizers.Tokenizer:
-    """As in Llama 2, Mistral and Gemma: a space before the text is part of words, rare characters are byte tokens."""
+    """Llama 2, Mistral and Gemma: a space before the text is part of words, rare characters are byte tokens."""
     words = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "ab", "▁ab", "你"]
     vocab = {word: i for i, word in enumerate(words)}
     merges = [("▁", "a"), ("a", "b"), ("▁a", "b")]

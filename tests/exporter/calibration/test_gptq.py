@@ -52,7 +52,7 @@ def dequantized(found: Rounded, block: int) -> np.ndarray:
 
 
 def moments_of(rng: np.random.Generator, num_inputs: int) -> np.ndarray:
-    """Of inputs that go along with each other, as those of layers do."""
+    """Moments of inputs that go along with each other, as those of layers do."""
     mixed = rng.standard_normal((2 * num_inputs, num_inputs // 4)) @ rng.standard_normal((num_inputs // 4, num_inputs))
     x = mixed + 0.3 * rng.standard_normal(mixed.shape)
     return x.T @ x / len(x)

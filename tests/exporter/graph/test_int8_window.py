@@ -217,7 +217,7 @@ CASES = [
 ]
 FORMS = pytest.mark.parametrize("form", [torch_form, onnx_form], ids=["torch", "onnx"])
 TOLERANCE = {torch_form: 3e-5, onnx_form: 2e-4}
-"""Of outputs of up to 25; an entry of the window that is rounded the wrong way costs 0.01 and more."""
+"""Largest errors of outputs of up to 25; an entry of the window that is rounded the wrong way costs 0.01 and more."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -232,7 +232,7 @@ AFFINE = [
 @pytest.mark.parametrize(("case", "parts", "sink_scale", "act"), slow_but(4, AFFINE), ids=str)
 @FORMS
 def test_affine_against_oracle(case: tuple, parts: str, sink_scale: tuple | None, act: Act | None, form: str) -> None:
-    """With later sinks calibrated, the weights that are scaled and shifted are those after it."""
+    """Scaled and shifted are the weights after later sinks are calibrated, if they are."""
     (batch, num_q, *_), (num_sinks, window) = case, case[5:7]
     oracle, operator, states = _subject(case, sink_scale, act)
     atol = 5e-5 if act is None else 5 * ACT_ATOL  # as weights, what is uncertain of them is scaled

@@ -81,7 +81,7 @@ def graph_of(folder: Path, role: str) -> onnx.GraphProto:
 
 
 def expert_matmuls(graph: onnx.GraphProto) -> list[tuple[str, tuple[int, ...], int]]:
-    """Of chosen experts: kind, shape of the matrices, picks."""
+    """Matmuls by chosen experts: kind, shape of the matrices, picks."""
     sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.value_info}
     return [(n.op_type, sizes[n.input[1]], shapes[n.output[0]][0]) for n in graph.node if n.op_type in KINDS]

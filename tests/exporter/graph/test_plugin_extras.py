@@ -85,7 +85,7 @@ def attentions(folder: Path, role: str) -> list[tuple[onnx.NodeProto, dict[str, 
 
 
 def errors(under_test: PluginBundle, session: Session, ids: np.ndarray, prefilled: int) -> list[float]:
-    """Of each step of ids [B, N] and, if `prefilled` > 0, of what so many tokens of the only stream end with."""
+    """Error of each step of ids [B, N] and, if `prefilled` > 0, of what so many tokens of the only stream end with."""
     pairs = []
     if prefilled:
         pairs = [(under_test.prefill(ids[0, :prefilled]), session.prefill(ids[:, :prefilled]).copy())]

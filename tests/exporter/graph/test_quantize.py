@@ -66,7 +66,7 @@ class OneMatmul:
         self.form = FORMS[form](graph, position, num_sinks)
 
     def run(self, x: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """As the graph says. Q/DQ is for TensorRT: ONNX Runtime's fusions of it saturate on CPUs without VNNI."""
+        """Run the graph without fusions. Q/DQ is for TensorRT: ONNX Runtime's fusions saturate without VNNI."""
         self.graph.initializers.pop("w.T", None)
         options = ort.SessionOptions()
         if not self.for_ort:
@@ -371,7 +371,7 @@ def test_verify_asks_for_a_tolerance(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sinks", slow_but(1, ["separate", "excluded", "included"]))
 def test_static_ranges_reach_the_graph(sinks: str, tmp_path: Path) -> None:
-    """With ranges that fit, a static bundle is near the floating-point one; the sinks' range is as asked for."""
+    """A static bundle whose ranges fit is near the floating-point one; the sinks' range is as asked for."""
 
     class Fixed:
         sha256 = "0" * 64

@@ -223,7 +223,7 @@ CRASHES = ("bloom", "mpt", "falcon-alibi", "codegen")
 """TensorRT-RTX 1.7.1 crashes while it builds these, all of one query head a key head. MPT without sinks builds, and
 with sinks but a mask without ALiBi's biases it crashes as well."""
 SAME_OPERATORS = ("llama3-rope", "llama-linear-rope", "mistral", "phi3-partial", "falcon-groups", "qwen3_5_text")
-"""As others have: their graphs differ from those in constants alone."""
+"""Models with the operators of others: their graphs differ from those in constants alone."""
 BUILT = [name for name in TINY if name not in (*CRASHES, *SAME_OPERATORS)]
 
 
