@@ -66,9 +66,9 @@ def layer_windows(name: str) -> list[int | None]:
 def test_weights_are_those_of_transformers(name: str, rows: int) -> None:
     model, window, half = tiny_model(name), ids(T), T // 2
     got = attention_weights(model, window, K, queries_at_once=rows)
-    attentions, own_windows = eager(model, window), layer_windows(name)
-    assert len(got.received) == len(attentions) == len(own_windows)
-    for layer, (want, own) in enumerate(zip(attentions, own_windows, strict=True)):
+    attentions, sliding_windows = eager(model, window), layer_windows(name)
+    assert len(got.received) == len(attentions) == len(sliding_windows)
+    for layer, (want, own) in enumerate(zip(attentions, sliding_windows, strict=True)):
         for k in range(T):
             np.testing.assert_allclose(got.received[layer, :, k], want[:, k:, k].mean(axis=1), atol=1e-6)
             far = [i for i in range(k + NEAR_TOKENS, T) if own is None or i - k < own]
@@ -79,7 +79,7 @@ def test_weights_are_those_of_transformers(name: str, rows: int) -> None:
         np.testing.assert_allclose(got.late[layer], want[:, half:, :K].mean(axis=1), atol=1e-6)
     others = [w[:, i, k] for w in attentions for i in range(half, T) for k in range(K, i - NEAR_TOKENS + 1)]
     assert got.base == pytest.approx(np.mean(others), rel=1e-5)
-    assert got.sliding_window == min((own for own in own_windows if own), default=None)
+    assert got.sliding_window == min((own for own in sliding_windows if own), default=None)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
