@@ -143,8 +143,8 @@ class Recompute(Transformers):
 class LlamaCpp:
     """llama.cpp through llama-cpp-python, with context shift: how llama.cpp itself goes on past its context.
 
-    When the cache is full, the older half of what follows the sinks is dropped, and the kept keys are rotated back to
-    their new positions in place (llama.cpp's server and command-line tool do the same).
+    When the cache is full, the older half of what follows the sinks is dropped. The kept keys are rotated back to their
+    new positions in place. llama.cpp's server and command-line tool do the same.
     cache_type: ggml's number of the type of cached keys and values, 0 for F32.
     """
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import check_json, environment, table, where, write_json
+from harness import add_peer_options, check_json, environment, table, where, write_json
 from peers import model_paths
 from sinkexport.bench.machine import ReadProbe, physical_cores
 from sinkexport.bench.step_bytes import weight_bytes_per_step
@@ -223,10 +223,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, help="prompt length; default: as long as stays inside the cache")
     parser.add_argument("--far", type=int, help="prompt length past the window, 0 for none; default: four times C")
     parser.add_argument("--far-turns", type=int, default=4)
-    parser.add_argument("--peers", default=PEERS, help=f"comma-separated, empty for none; default: {PEERS}")
-    parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has onnxruntime-genai")
-    parser.add_argument("--cache", type=Path, help="folder for converted models; default: beside the bundle")
-    parser.add_argument("--json", type=Path, help="write all figures here")
+    add_peer_options(parser, PEERS)
     arguments = parser.parse_args()
     check_json(arguments.json)
 

@@ -17,13 +17,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from decode_cpu import WARM_UP, Course, measure
-from harness import check_json, environment, table, where, write_json
+from harness import add_peer_options, check_json, environment, table, where, write_json
 from peers import LLAMA_TYPES, model_paths
 from sinkexport.bench.machine import physical_cores
 from sinkexport.bench.step_bytes import weight_bytes_of_file, weight_bytes_per_step
@@ -97,7 +96,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def label(path: Path, manifest: Manifest) -> str:
-    """A decoder's name that tells bundles of one recipe apart as well."""
+    """A name for a decoder, also of several bundles of one recipe."""
     recipe = manifest.weights_dtype if manifest.quantization is None else manifest.quantization.recipe
     return f"sinkexport:{path.name} ({recipe})"
 
@@ -110,12 +109,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--turn", type=int, default=16, help="timed steps in a turn")
-    parser.add_argument(
-        "--peers", default=PEERS, help=f"comma-separated; llamacpp has F32, {', '.join(LLAMA_TYPES)}; default: {PEERS}"
-    )
-    parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has onnxruntime-genai")
-    parser.add_argument("--cache", type=Path, help="folder for converted models; default: beside the first bundle")
-    parser.add_argument("--json", type=Path, help="write all figures here")
+    add_peer_options(parser, PEERS, f"llamacpp has F32, {', '.join(LLAMA_TYPES)}")
     arguments = parser.parse_args()
     check_json(arguments.json)
 

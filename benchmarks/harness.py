@@ -6,6 +6,7 @@ not have sinkexport, so it is imported late here.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.metadata
 import json
@@ -80,6 +81,14 @@ def where(facts: dict[str, Any]) -> str:
         f"{facts['load_average_1min']:.2f}, commit {facts['commit']}\n"
         f"{', '.join(f'{name} {version}' for name, version in facts['packages'].items())}"
     )
+
+
+def add_peer_options(parser: argparse.ArgumentParser, peers: str, note: str = "empty for none") -> None:
+    """Add what benchmarks beside other decoders take. peers: those that run by default, with commas."""
+    parser.add_argument("--peers", default=peers, help=f"comma-separated; {note}; default: {peers}")
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has onnxruntime-genai")
+    parser.add_argument("--cache", type=Path, help="folder for converted models; default: beside the first bundle")
+    parser.add_argument("--json", type=Path, help="write all figures here")
 
 
 def check_json(path: Path | None) -> None:

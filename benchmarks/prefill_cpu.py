@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import check_json, environment, table, where, write_json
+from harness import add_peer_options, check_json, environment, table, where, write_json
 from peers import model_paths
 from sinkexport.bench.machine import physical_cores
 from sinkexport.bench.timing import Ratio, Stats
@@ -93,10 +93,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000, help="length of the prompt")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=physical_cores())
-    parser.add_argument("--peers", default=PEERS, help=f"comma-separated, empty for none; default: {PEERS}")
-    parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has onnxruntime-genai")
-    parser.add_argument("--cache", type=Path, help="folder for converted models; default: beside the bundle")
-    parser.add_argument("--json", type=Path, help="write all figures here")
+    add_peer_options(parser, PEERS)
     arguments = parser.parse_args()
     check_json(arguments.json)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from harness import check_json, command, environment, table, where, write_json
 from sinkexport.bench.machine import physical_cores
-from sinkexport.config import ExportConfig
+from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE, ExportConfig
 from sinkexport.evaluation.quality_gate import is_bundle, verify_quality
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import Recipe, load_recipe, recipe_names
@@ -170,8 +170,12 @@ def main() -> None:
         metavar="KIND,..",
         help="fp and int8: each recipe with these kinds of window (default: its own)",
     )
-    parser.add_argument("--sink-tokens", type=int, default=4, metavar="S", help="of exports; the bundles' if any")
-    parser.add_argument("--window", type=int, default=1020, metavar="W", help="of exports; the bundles' if any")
+    parser.add_argument(
+        "--sink-tokens", type=int, default=DEFAULT_NUM_SINK_TOKENS, metavar="S", help="of exports; the bundles' if any"
+    )
+    parser.add_argument(
+        "--window", type=int, default=DEFAULT_WINDOW_SIZE, metavar="W", help="of exports; the bundles' if any"
+    )
     parser.add_argument("--tokens", type=int, default=20_000, metavar="N", help="of the text (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=physical_cores(), help="of both sides together")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure")

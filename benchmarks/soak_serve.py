@@ -258,7 +258,7 @@ def served(bundle: Path, threads: int | None, max_conversations: int) -> Iterato
 
 
 def show(text: str) -> None:
-    """Tell how far it is, in one line of a terminal."""
+    """Show how far it is, in one line of a terminal."""
     if sys.stderr.isatty():
         print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
 

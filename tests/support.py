@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Built = TypeVar("Built")
 
 VOCAB_SIZE = 97
-"""Of the exporter's tiny models."""
+"""Tokens that the exporter's tiny models know."""
 FIRST_ID = 3
 """The tiny models' ids below it are special."""
 COMMAND = (sys.executable, "-m", "sinkexport.cli")

@@ -66,7 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sink scale": _case(sink_scale=True),
     "gate": _case(family="qwen3_5"),
     "3 streams, gate": _case(family="qwen3_5", batch=3),
-    # 4 experts of 12 for each token: in a step of one stream, of several, and in a chunk, of which many take the same.
+    # 4 experts of 12 for each token: in a step of one stream, of several, and in a chunk, where many take the same.
     "experts": _case(family="mixtral"),
     "experts, int8 weights": _case(recipe="int8-channel", family="mixtral", limits=INT8_EXPERTS),
     "3 streams, experts": _case(family="mixtral", batch=3),

@@ -1,11 +1,12 @@
 // What e2e.py asks of the C++ runtime on a GPU. Each task is a process; its last line is a JSON object.
 //
-//   probe load BUNDLE                                        load, decode four tokens; errors are the runtime's
-//   probe replay BUNDLE TOKENS LOGITS PREFILL                feed tokens (int32 file), write logits (float32 [N,
-//   vocab]) probe generate BUNDLE PROMPT TOKENS COUNT AT_ONCE        greedy; int32 files probe soak BUNDLE STEPS
-//   AT_ONCE [logits]                 latency, memory and allocations over many tokens probe sampling BUNDLE TOKENS
-//   COUNT                       the GPU's picks against the host's sampler probe faults BUNDLE too little memory, a
-//   CUDA error in the loop probe bandwidth                                          of a device-to-device copy
+//   probe load BUNDLE                                load, decode four tokens; errors are the runtime's
+//   probe replay BUNDLE TOKENS LOGITS PREFILL        feed tokens (int32 file), write logits (float32 [N, vocab])
+//   probe generate BUNDLE PROMPT TOKENS COUNT AT_ONCE    greedy; int32 files
+//   probe soak BUNDLE STEPS AT_ONCE [logits]         latency, memory and allocations over many tokens
+//   probe sampling BUNDLE TOKENS COUNT               the GPU's picks against the host's sampler
+//   probe faults BUNDLE                              too little memory, a CUDA error in the loop
+//   probe bandwidth                                  of a device-to-device copy
 //
 // Sessions skip hashes. Allocations are counted between the first and the last timed step: `operator_new`, by any code
 // of the process; `malloc`, by any library of the process, the driver included; `device`, cudaMalloc and cudaHostAlloc
@@ -13,7 +14,6 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -22,64 +22,14 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
-#include <new>
 #include <string>
 #include <vector>
 
+#include "allocations.h"
 #include "cuda/device.h"
 #include "sinkrt/session.h"
 
 void launchFault();  // fault.cu
-
-namespace {
-
-std::atomic<bool> counting{false};
-std::atomic<int64_t> num_new{0}, num_malloc{0};
-
-void count(std::atomic<int64_t>& counter) {
-  if (counting.load(std::memory_order_relaxed)) ++counter;
-}
-
-}  // namespace
-
-extern "C" {
-void* __libc_malloc(size_t) noexcept;
-void* __libc_calloc(size_t, size_t) noexcept;
-void* __libc_realloc(void*, size_t) noexcept;
-void* malloc(size_t size) noexcept {
-  count(num_malloc);
-  return __libc_malloc(size);
-}
-void* calloc(size_t number, size_t size) noexcept {
-  count(num_malloc);
-  return __libc_calloc(number, size);
-}
-void* realloc(void* memory, size_t size) noexcept {
-  count(num_malloc);
-  return __libc_realloc(memory, size);
-}
-}
-
-void* operator new(size_t size) {
-  count(num_new);
-  if (void* memory = __libc_malloc(size > 0 ? size : 1)) return memory;
-  throw std::bad_alloc();
-}
-void* operator new[](size_t size) {
-  return operator new(size);
-}
-void operator delete(void* memory) noexcept {
-  std::free(memory);
-}
-void operator delete[](void* memory) noexcept {
-  std::free(memory);
-}
-void operator delete(void* memory, size_t) noexcept {
-  std::free(memory);
-}
-void operator delete[](void* memory, size_t) noexcept {
-  std::free(memory);
-}
 
 namespace {
 
@@ -231,14 +181,14 @@ int taskSoak(int argc, char** argv) {
   const size_t device_before = deviceBytesUsed(), resident_before = residentBytes();
   const int64_t allocations_before = sinkrt::cuda::numAllocations();
   const auto all = Clock::now();
-  counting = true;
+  heap::counting = true;
   for (double& time : times) {
     const auto start = Clock::now();
     loop();
     if (wants_logits) session->logits();
     time = millisecondsSince(start) / static_cast<double>(at_once);
   }
-  counting = false;
+  heap::counting = false;
   const double total_ms = millisecondsSince(all);
   const int64_t allocations = sinkrt::cuda::numAllocations() - allocations_before;
   const size_t device_after = deviceBytesUsed(), resident_after = residentBytes();
@@ -256,8 +206,8 @@ int taskSoak(int argc, char** argv) {
       "\"same_buffers\": %s, \"last_position\": %lld}\n",
       static_cast<long long>(calls * at_once), static_cast<long long>(at_once), wants_logits ? "true" : "false",
       sorted[sorted.size() / 2], sorted[(sorted.size() * 99 + 99) / 100 - 1], sorted.back(),
-      total_ms / static_cast<double>(calls * at_once), first, last, static_cast<long long>(num_new.load()),
-      static_cast<long long>(num_malloc.load()), static_cast<long long>(allocations), device_after,
+      total_ms / static_cast<double>(calls * at_once), first, last, static_cast<long long>(heap::num_new.load()),
+      static_cast<long long>(heap::num_malloc.load()), static_cast<long long>(allocations), device_after,
       static_cast<long long>(device_after) - static_cast<long long>(device_before), resident_after,
       static_cast<long long>(resident_after) - static_cast<long long>(resident_before), same_buffers ? "true" : "false",
       static_cast<long long>(session->position()));

@@ -110,7 +110,7 @@ def with_window(source: Path, out: Path, window: int) -> None:
 
 
 def main() -> None:
-    """Make a bundle and tell how long it took."""
+    """Make a bundle and report how long it took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=32)

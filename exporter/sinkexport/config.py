@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+from sinkrt.contract.constants import WINDOW_KINDS
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 WEIGHT_DTYPES: Mapping[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
 """Command-line spelling -> dtype name of the manifest."""
 
-KV_KINDS = ("fp", "int8")
 MAX_INT8_WINDOW = 2**18
 """Tokens whose INT8 values can be summed in int32 with weights of 7 bits: 64 * 127 * 2^18 < 2^31."""
 
@@ -135,7 +135,7 @@ class ExportConfig:
         for name, value, choices in (
             ("dtype", self.dtype, WEIGHT_DTYPES),
             ("target", self.target, OPTIONS),
-            ("kv", self.kv, (None, *KV_KINDS)),
+            ("kv", self.kv, (None, *WINDOW_KINDS)),
         ):
             if value not in choices:
                 expected = " | ".join(choice for choice in choices if choice is not None)

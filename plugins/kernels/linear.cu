@@ -2,7 +2,7 @@
 //
 // Both kernels multiply on the tensor cores, weights as the left factor (16 outputs a tile) and tokens as the right one
 // (8 a tile): even for one token that takes fewer instructions a weight than multiplying and adding one by one, so that
-// reading the weights is what is left. A sum over k has no order of its own, so lanes take 16 consecutive weights of a
+// reading the weights is what is left. A sum over k has no order of its own. So lanes take 16 consecutive weights of a
 // row (one 16-byte load) as their share of four k16 tiles, and the same k of the tokens: in tile s lane t of four has
 // k = 16 t + 4 s .. + 3 of each 64. A load of half weights is 8 of them, for two tiles: k = 8 t + 4 s .. + 3 of each 32
 // (more tokens: two loads, and k as with INT8).

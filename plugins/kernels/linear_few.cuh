@@ -1,8 +1,8 @@
 // Matmuls of up to 16 tokens by a matrix, at the speed of memory: by one matrix (linear.cu), or by one of many for
 // each group of tokens (expert_linear.cu). How lanes share a matmul: linear.cu.
 //
-// A block takes tiles of 16 or 32 outputs and its warps split k among them, each with a ring of chunks of its own in
-// shared memory, filled by asynchronous copies; the warps' sums are added at the end of a tile, in order. Weights are
+// A block takes tiles of 16 or 32 outputs and its warps split k among them. Each warp has a ring of chunks of its own
+// in shared memory, filled by asynchronous copies. Their sums are added at the end of a tile, in order. Weights are
 // read once. No second launch, no workspace: a few blocks with so much on its way fill the memory's queue.
 #pragma once
 

@@ -29,8 +29,8 @@ struct SinkAttentionParams {
   const void* q = nullptr;  // half [B, Hq, T, D]
   const void* k = nullptr;  // half [B, Hkv, T, D]
   const void* v = nullptr;  // half [B, Hkv, T, D]
-  // For a step: rows of D from one stream's q to the next one's, and of k and v likewise, as in the output of a matmul
-  // that makes all three, where it is Hq + 2 Hkv. 0: dense, as above.
+  // For a step: rows of D from one stream's q to the next one's, and of k and v likewise. In the output of a matmul
+  // that makes all three it is Hq + 2 Hkv. 0: dense, as above.
   int stream_rows = 0;
   // Stream position t of the first of the T tokens, as t >> 16 and t & 0xffff, so that TensorRT versions without
   // int64 reach t < 2^47 as well.

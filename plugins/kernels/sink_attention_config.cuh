@@ -61,8 +61,8 @@ struct Config {
   static constexpr int kHeadDim = kHeadDim_, kRowTiles = kRowTiles_;
   static constexpr bool kInt8 = kInt8_, kPrefill = kPrefill_;
 
-  // A lane of a quad holds pieces of 8 dimensions (16 bytes of 16-bit numbers) of a key, in int8 kernels two at a time,
-  // and its share of the 16 or 32 dimensions that are left over. A lane of eight does so of a value.
+  // A lane of a quad holds pieces of 8 dimensions (16 bytes of 16-bit numbers) of a key, in int8 kernels two at a time.
+  // It also holds its share of the 16 or 32 dimensions that are left over. A lane of eight does so of a value.
   static constexpr int kKeyTail = kHeadDim % (kInt8 ? 64 : 32);
   static constexpr int kKeyPieces = (kHeadDim - kKeyTail) / 32;
   // Whether a lane takes 16 bytes of an int8 value at once; otherwise 8.

@@ -1,8 +1,8 @@
 // One tile of the cache: how it comes to shared memory, and its two matmuls.
 //
-// Both matmuls put up with any order of what they sum over and of what they give, so a lane = 4 * g + c feeds whole
-// pieces of 16 bytes to mma.m16n8k16 (no ldmatrix, no barrier but the warp's), of rows that lie in shared memory as
-// they do in the cache, an odd number of pieces apart:
+// Both matmuls put up with any order of what they sum over and of what they give. So a lane = 4 * g + c feeds whole
+// pieces of 16 bytes to mma.m16n8k16 (no ldmatrix, no barrier but the warp's). Rows lie in shared memory as they do in
+// the cache, an odd number of pieces apart:
 //   S^T = K Q^T    of 16 keys each: keys g / 2 + 4 * (g % 2) and 8 more, dimensions of pieces c
 //   O^T = V^T P^T  of 16 keys each: keys c, c+4, 8+c, 12+c, dimensions of pieces g / 2 + 4 * (g % 2)
 // In this order the pieces that 8 lanes read at once lie in different banks. S^T leaves two keys by rows 2c and 2c+1 in

@@ -4,7 +4,7 @@ Pure integers and the standard library only, so that runtime/cpp/include/sinkrt/
 Both replay ``tests/golden/ring.json``.
 
 Position t is the 0-based index of the newest token. A cache of capacity C = S + W then holds the first S tokens of
-the stream (the sinks) and the last W tokens of index >= S, the newest included (StreamingLLM, arXiv:2309.17453).
+the stream (the sinks) and the last W tokens of index >= S (StreamingLLM, arXiv:2309.17453). The newest is included.
 Sinks and window are separate tensors; a window token u lies in slot ``(u - S) mod W`` of the ring.
 """
 

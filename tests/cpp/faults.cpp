@@ -1,4 +1,4 @@
-// A session over a backend that fails when told to: what counts afterwards, and how a stream gets well again.
+// A session over a backend that fails when asked to: what counts afterwards, and how a stream gets well again.
 // Arguments: a toy bundle of batch 2, chunks of 4 and streams of at most 100 tokens, and a folder to write to.
 #include <cmath>
 #include <cstdio>
@@ -54,7 +54,7 @@ class Counting final : public sinkrt::Backend {
 
  private:
   void run() {
-    if (fail_after == 0) throw sinkrt::Error(sinkrt::Code::kBackend, "as told");
+    if (fail_after == 0) throw sinkrt::Error(sinkrt::Code::kBackend, "as asked");
     if (fail_after > 0) --fail_after;
   }
   void took(int64_t stream, int64_t id) {
@@ -102,7 +102,7 @@ int main(int argc, char** argv) {
 
   // A step that fails counts for nobody, and can be taken again.
   backend->fail_after = 0;
-  refused(Code::kBackend, "as told", [&] { session.step(pair); });
+  refused(Code::kBackend, "as asked", [&] { session.step(pair); });
   CHECK(session.position(0) == 10 && session.position(1) == 3 && session.recentIds(1).back() == 3);
   backend->fail_after = -1;
   session.step(pair);
@@ -110,7 +110,7 @@ int main(int argc, char** argv) {
 
   // A chunk that fails loses its stream, from the chunks before it on, until it is reset; the other goes on.
   backend->fail_after = 1;
-  refused(Code::kBackend, "as told", [&] { session.prefill(prompt.data(), 10, 0); });
+  refused(Code::kBackend, "as asked", [&] { session.prefill(prompt.data(), 10, 0); });
   backend->fail_after = -1;
   CHECK(session.position(0) == 15);
   refused(Code::kState, "stream 0: received one that an error cut short", [&] { session.step(pair); });
@@ -126,14 +126,14 @@ int main(int argc, char** argv) {
   session.loadState(state);
   CHECK(session.position(0) == 10 && session.position(1) == 3 && session.recentIds(1).size() == 3);
 
-  // Steps of several tokens that fail halfway tell what was fed.
+  // Steps of several tokens that fail halfway say what was fed.
   sinkrt::SamplingParams greedy;
   greedy.seed = 0;
   const sinkrt::SamplingParams sampling[2] = {greedy, greedy};
   int64_t ids[16], num_ids[2];
   bool ended[2] = {false, true};  // the second stream takes no part
   backend->fail_after = 3;
-  refused(Code::kBackend, "as told", [&] { session.steps(8, sampling, true, ids, num_ids, ended); });
+  refused(Code::kBackend, "as asked", [&] { session.steps(8, sampling, true, ids, num_ids, ended); });
   backend->fail_after = -1;
   CHECK(num_ids[0] == 3 && num_ids[1] == 0 && ids[0] == 11 && ids[2] == 13);
   CHECK(session.position(0) == 13 && session.position(1) == 3 && session.recentIds(0).back() == 13);

@@ -18,15 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sinkexport.config import ExportConfig
 from sinkrt import Session, UsageError
-from sinkrt.contract import MANIFEST_NAME, SCHEMA_VERSION, load_manifest
+from sinkrt.contract import MANIFEST_NAME, load_manifest
 from sinkrt.sampler import Sampler, SamplingParams
 
+from tests.cpp import manifests
 from tests.cpp.build import CppRuntime, onnxruntime_library
 from tests.cpp.probe import Probe, ProbeError
 from tests.cpp.tokenizer_kinds import DECODERS, LLAMA_DECODER, metaspace, model, sequence, whole
 from tests.exporter.pipeline.test_families import exported
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
-from tests.exporter.variants.test_head_windows import budgets
+from tests.exporter.variants.test_head_windows import window_file
 from tests.exporter.variants.test_later_sinks import tuning
 from tests.runtime.toy import Toy, build_toy, rehash
 
@@ -76,12 +77,12 @@ def cpp_ids(cpp: CppRuntime, bundle: Path, prompt: list[int], count: int, *more:
     return [int(word) for word in done.stdout.split()]
 
 
-@pytest.fixture(scope="module", params=["llama", "int8-window", "budgets", "act", "qwen3_5_text"])
+@pytest.fixture(scope="module", params=["llama", "int8-window", "head-windows", "act", "qwen3_5_text"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny, with a prefill graph: a Llama, its window in floating point, INT8, or of two lengths, its later sinks
     calibrated, or not; linear attention."""
     name = request.param if request.param == "qwen3_5_text" else "llama"
-    windows = budgets("llama", ((WINDOW, 5), (5, WINDOW))) if request.param == "budgets" else None
+    windows = window_file("llama", ((WINDOW, 5), (5, WINDOW))) if request.param == "head-windows" else None
     config = ExportConfig(
         num_sink_tokens=SINKS,
         window_size=WINDOW,
@@ -136,7 +137,7 @@ def test_batch_of_streams_in_several_tokens_at_once(name: str, probe: Probe, tmp
     """Three streams with prompts of their own; one of them ends its text and stands still while the others go on."""
     if name == "toy":
         bundle = build_toy(tmp_path / "toy", Toy(batch=3, chunk_size=4, num_sink_tokens=2, window_size=7, seed=3))
-    else:  # linear attention, whose states must be told to stand still
+    else:  # linear attention, whose states stand still only where a mask says so
         bundle = tmp_path / "bundle"
         exported(tiny_model(name), bundle, ExportConfig(2, 7, batch=3, chunk_size=4)).close()
     prompt = np.random.default_rng(1).integers(0, VOCAB_SIZE, (3, 21))
@@ -277,183 +278,34 @@ def test_manifests_are_read_as_python_reads_them(probe: Probe, tmp_path: Path) -
     raw["model"].update(name='ü "quoted"\n\x7f 🚀', bos_token_id=None, eos_token_ids=[])
     (good / MANIFEST_NAME).write_text(json.dumps(raw))
     assert probe.fingerprint(good) == load_manifest(good).fingerprint
-
-    def changed(path: str, value: Any) -> str:
-        """The manifest's text with one value replaced, or taken out."""
-        copy = json.loads(json.dumps(raw))
-        *parents, last = path.split("/")
-        node = copy
-        for name in parents:
-            node = node[int(name) if isinstance(node, list) else name]
-        if value is None:
-            del node[last]
-        else:
-            node[int(last) if isinstance(node, list) else last] = value
-        return json.dumps(copy)
-
-    sha = "0" * 64
-    engine = {
-        "file": "engines/x",
-        "bytes": 1,
-        "sha256": sha,
-        "graph_sha256": sha,
-        "flavour": "TensorRT",
-        "version": "8.5",
-        "plugin_abi": None,
-        "gpu": None,
-        "compute_capability": None,
-        "precision": "float16",
-    }
-    model = raw["model"]
-    tuning = {"sha256": sha, "first_token_scale": [[1.5] * model["num_q_heads"]] * model["num_layers"]}
-    act = {"alpha": 5, "beta": 0.4, "min_queries": 32, "heads": [[True] * model["num_q_heads"]] * model["num_layers"]}
-    window_size = raw["stream"]["window_size"]
-    windows = [
-        {"layer": layer, "kv_heads": list(range(model["num_kv_heads"])), "window_size": window_size}
-        for layer in range(model["num_layers"])
-    ]
-    affine = {"sha256": sha, "file": "decode.onnx", "has_inputs": True, "heads": [[0]] * model["num_layers"]}
-    for path, value in (
-        ("engines", {"decode": engine}),
-        ("schema_version", 1),
-        (
-            "quantization",
-            {
-                "recipe": "r",
-                "weights": "int8",
-                "activations": "float",
-                "kv": "int8",
-                "calibration_sha256": sha,
-                "thresholds": {"kl_divergence": 1},
-            },
-        ),
-        ("sink_tuning", tuning),
-        ("sink_tuning", {**tuning, "act": act}),
-        ("head_windows", windows),
-        ("affine_attention", affine),
-    ):
-        (good / MANIFEST_NAME).write_text(changed(path, value))
+    for text in manifests.good_manifests(raw):
+        (good / MANIFEST_NAME).write_text(text)
         assert probe.fingerprint(good) == load_manifest(good).fingerprint
         assert probe.manifest(good) == load_manifest(good).to_json()
-
-    broken = [
-        "",
-        "{",
-        "[]",
-        "null",
-        json.dumps(raw) + "x",
-        "[" * 100_000,
-        changed("more", 1),
-        changed("target", None),
-        changed("target", "other"),
-        changed("schema_version", SCHEMA_VERSION + 1),
-        changed("schema_version", True),
-        changed("model/vocab_size", 0),
-        changed("model/num_q_heads", 3),
-        changed("model/head_dim", "8"),
-        changed("model/extra", 1),
-        changed("model/num_layers", 1.0),
-        changed("stream/window_size", 0),
-        changed("stream/chunk_size", 99),
-        changed("stream/num_sink_tokens", -1),
-        changed("stream/position_limit", 0),
-        changed("stream/position_limit", 2**47 + 1),
-        changed("schema_version", -3),
-        changed("stream", {**raw["stream"], "batch": 65536, "num_sink_tokens": 2**47, "window_size": 2**47}),
-        changed("stream", {**raw["stream"], "batch": 2**40, "window_size": 2**30}),
-        changed("tokenizer", {"file": "../x", "chat_template": None}),
-        changed("tokenizer", {"file": "tokenizer.json", "chat_template": "/x"}),
-        changed("states/0/kind", "odd"),
-        changed("states/0/shape/1", 0),
-        changed("states/0/kind", "attention_mass"),
-        changed("states/0/kind", "sink_v"),
-        changed("states/0/layer", 1),
-        changed("states/0/input", "sink_k.00"),
-        changed("states/0/output", raw["states"][1]["output"]),
-        changed("states/0/dtype", "float16"),
-        changed("states/0/shape/2", 3),
-        changed("states/2/shape/2", 7),
-        changed("states/0/shape/0", 2),
-        changed("states/3/shape/3", 9),
-        changed("states", raw["states"][1:]),
-        changed("states", raw["states"][:3]),
-        changed("states", [*raw["states"], raw["states"][0]]),
-        changed("states/0/shape", [1] * 65),
-        changed("states/0/shape", [1, 2**31, 2**31, 2**31]),
-        changed("stream/num_sink_tokens", raw["stream"]["num_sink_tokens"] + 1),
-        changed("stream/num_sink_tokens", 0),
-        changed("stream/window_size", raw["stream"]["window_size"] + 1),
-        changed("stream/batch", 2),
-        changed("model/num_kv_heads", 1),
-        changed("model/head_dim", 16),
-        changed("model/vocab_size", 300),
-        changed("graphs/prefill/num_tokens", 3),
-        changed("graphs/decode/num_tokens", 2),
-        changed("graphs/decode/inputs/0/shape", [2, 1]),
-        changed("graphs/decode/outputs/0/dtype", "float16"),
-        changed("graphs/decode/inputs/0/name", "a\x1b[2J"),
-        changed("files/tokenizer.json", None),
-        changed("files/chat_template.jinja", None),
-        changed("files", {**raw["files"], "a\x07b": raw["files"]["decode.onnx"]}),
-        json.dumps(raw)[:-1] + ',"target":"onnx"}',
-        changed("plugin_abi", "1"),  # whose states are float16
-        changed("states/0/output", raw["states"][0]["input"]),
-        changed("states/0/dtype", "bool"),
-        changed("graphs/decode/file", "missing.onnx"),
-        changed("graphs/decode", None),
-        changed("files/decode.onnx/sha256", "zz"),
-        changed("files/decode.onnx/bytes", -1),
-        changed("files", {**raw["files"], "../x": raw["files"]["decode.onnx"]}),
-        changed("files", {**raw["files"], "/x": raw["files"]["decode.onnx"]}),
-        changed("weights_dtype", "int8"),
-        changed("engines", {"other": engine}),
-        changed("engines", {"decode": {**engine, "file": "/x"}}),
-        changed("engines", {"decode": {**engine, "flavour": "x"}}),
-        changed("tokenizer", "x"),
-        changed("quantization", {"recipe": "r"}),
-        changed("sink_tuning", {**tuning, "first_token_scale": [[0.0]]}),
-        changed("sink_tuning", {**tuning, "first_token_scale": [[1.0]] * 9}),
-        *(
-            changed("sink_tuning", {**tuning, "act": {**act, name: value}})
-            for name, value in (
-                ("alpha", 0.5),
-                ("beta", 1.0),
-                ("min_queries", 0),
-                ("heads", [[True]]),
-                ("heads", [[1] * model["num_q_heads"]] * model["num_layers"]),
-                ("more", 1),
-            )
-        ),
-        changed("head_windows", windows[1:]),
-        changed("head_windows", [{**windows[0], "window_size": 0}]),
-        changed("head_windows", [{**windows[0], "window_size": 1000}, *windows[1:]]),
-        changed("affine_attention", {**affine, "heads": [[0]] * 9}),
-        changed("affine_attention", {**affine, "file": "x"}),
-        changed("affine_attention", {**affine, "heads": [[model["num_q_heads"]]] * model["num_layers"]}),
-        changed("affine_attention", {**affine, "has_inputs": 1}),
-        changed("affine_attention", {**affine, "sha256": "x"}),
-    ]
-    for text in broken:
-        (good / MANIFEST_NAME).write_text(text)
-        with pytest.raises(sinkrt.BundleError) as python:
-            load_manifest(good)
-        with pytest.raises(ProbeError) as cpp:
-            probe.fingerprint(good)
-        if "JSON" not in str(python.value):
-            # The same thing is refused: 'what' comes before 'received', in the same words.
-            assert str(cpp.value).partition(": received")[0] == str(python.value).partition(": received")[0]
-        assert "\n" not in str(cpp.value)
-    for text, message in (
-        (changed("stream/batch", 2**70), "stream.batch: received float"),
-        (json.dumps(raw)[:-1] + ',"target":"onnx"}', 'key "target" twice'),
-        (changed("files", {**raw["files"], "a\ud800": raw["files"]["decode.onnx"]}), "JSON"),
-        (changed("stream/window_size", 2**50), "at most 2"),
-        (changed("graphs/decode/inputs/0/dtype", "int32"), "inputs of the decode graph"),
-        (changed("graphs/prefill", None), "graphs: received decode"),
+    for faults in (
+        manifests.broken_streams,
+        manifests.broken_states,
+        manifests.broken_graphs,
+        manifests.broken_options,
     ):
+        for text in faults(raw):
+            (good / MANIFEST_NAME).write_text(text)
+            check_both_refuse(probe, good)
+    for text, message in manifests.reported_faults(raw):
         (good / MANIFEST_NAME).write_text(text)
         with pytest.raises(ProbeError, match=message):
             probe.check(good)
+
+
+def check_both_refuse(probe: Probe, bundle: Path) -> None:
+    """The same thing is refused, in the same words: 'what' comes before 'received'."""
+    with pytest.raises(sinkrt.BundleError) as python:
+        load_manifest(bundle)
+    with pytest.raises(ProbeError) as cpp:
+        probe.fingerprint(bundle)
+    if "JSON" not in str(python.value):
+        assert str(cpp.value).partition(": received")[0] == str(python.value).partition(": received")[0]
+    assert "\n" not in str(cpp.value)
 
 
 def broken_bundles(folder: Path) -> dict[str, tuple[Path, int, str]]:
@@ -506,8 +358,8 @@ def check_c_interface(cpp: CppRuntime, folder: Path) -> None:
     good = folder / "good"
     done = cpp.run(cpp.programs / "c_api", good, folder, *(path for path, *_ in faults.values()))
     assert done.returncode == 0, done.stdout + done.stderr
-    *told, ids = done.stdout.rstrip("\n").split("\n")
-    for line, (name, (_, status, message)) in zip(told, faults.items(), strict=True):
+    *lines, ids = done.stdout.rstrip("\n").split("\n")
+    for line, (name, (_, status, message)) in zip(lines, faults.items(), strict=True):
         assert line.startswith(f"{status} "), (name, line)
         assert message in line, (name, line)
     with Session.load(good, threads=1) as session:

@@ -12,7 +12,7 @@ from tools import generate_docs
 
 
 def test_nothing_is_stale() -> None:
-    """As `make lint` checks it."""
+    """The check of `make lint`."""
     command = [sys.executable, ROOT / "tools/generate_docs.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -75,7 +75,7 @@ def test_python_snippets_are_python(name: str) -> None:
 
 
 def test_readme_s_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """As it stands, in a folder with a bundle named `bundle`."""
+    """The snippet as it stands, in a folder with a bundle named `bundle`."""
     build_toy(tmp_path / "bundle", Toy(chunk_size=4))
     monkeypatch.chdir(tmp_path)
     (snippet,) = fences(text_of("README.md"), "python")

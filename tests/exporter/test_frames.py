@@ -141,7 +141,7 @@ def test_far_positions_are_exact(tmp_path: Path) -> None:
     np.testing.assert_allclose(outputs[0], outputs[1], atol=2e-5)
 
 
-def test_wrong_inputs_and_folders_are_told_in_one_line(tmp_path: Path) -> None:
+def test_wrong_inputs_and_folders_are_reported_in_one_line(tmp_path: Path) -> None:
     model = model_of((1, 2, 1, 1))
     session = exported(model, tmp_path / "dit")
     good = inputs_of(model, 0, 0, "p")

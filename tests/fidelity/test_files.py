@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -117,27 +118,16 @@ def test_leftovers_of_killed_runs_go_and_those_of_living_ones_stay(save: Save, t
     assert not living.exists()
 
 
+def saving_often(bundle: Path, state: Path, stderr: Any) -> subprocess.Popen[bytes]:
+    """A run of 4,000 tokens that saves its stream every 10."""
+    options = ("--prompt", "a", "--ignore-eos", "--max-tokens", "4000", "--save-every", "10", "--save-state", state)
+    return subprocess.Popen([*COMMAND, "run", bundle, *options], stdout=subprocess.PIPE, stderr=stderr)
+
+
 def test_a_save_on_the_way_that_fails_is_a_warning(toy_bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "there"
     folder.mkdir()
-    process = subprocess.Popen(
-        [
-            *COMMAND,
-            "run",
-            str(toy_bundle),
-            "--prompt",
-            "a",
-            "--ignore-eos",
-            "--max-tokens",
-            "4000",
-            "--save-every",
-            "10",
-            "--save-state",
-            str(folder / "state"),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = saving_often(toy_bundle, folder / "state", stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.read(400)  # some saves have been made
     moved = folder.rename(tmp_path / "gone")
@@ -155,24 +145,7 @@ def test_a_log_that_cannot_be_written_ends_no_stream(toy_bundle: Path, tmp_path:
     folder = tmp_path / "there"
     folder.mkdir()
     with Path("/dev/full").open("wb") as full:
-        process = subprocess.Popen(
-            [
-                *COMMAND,
-                "run",
-                str(toy_bundle),
-                "--prompt",
-                "a",
-                "--ignore-eos",
-                "--max-tokens",
-                "4000",
-                "--save-every",
-                "10",
-                "--save-state",
-                str(folder / "state"),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=full,
-        )
+        process = saving_often(toy_bundle, folder / "state", stderr=full)
     assert process.stdout is not None
     process.stdout.read(400)
     folder.rename(tmp_path / "gone")

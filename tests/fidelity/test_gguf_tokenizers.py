@@ -211,7 +211,7 @@ def test_every_name_splits_as_llama_cpp(tmp_path: Path) -> None:
     assert len(PRE) > 80
 
 
-def test_the_texts_tell_rows_apart() -> None:
+def test_the_texts_distinguish_rows() -> None:
     metadata = made_bytes()
     rows = {row.splits: name for name, row in PRE.items() if not row.raw}
     some = [*texts(50, 11), *dense_texts(150, 3), *SPACES, *CUTS]
@@ -410,7 +410,7 @@ def test_no_vocabulary() -> None:
 
 
 def test_phi_3_strips_all_white_space_after_special_tokens() -> None:
-    """As its own tokenizer does; llama.cpp strips that of ASCII only."""
+    """Its own tokenizer does so; llama.cpp strips that of ASCII only."""
     path = llama_vocab("phi-3")
     built = build(read_metadata(path))
     with LlamaVocabulary(path) as reference:
@@ -420,7 +420,7 @@ def test_phi_3_strips_all_white_space_after_special_tokens() -> None:
 
 
 def test_characters_of_unicode_16_are_letters(tmp_path: Path) -> None:
-    """As for `tokenizers`, and so for models' own tokenizers; llama.cpp's tables end before."""
+    """They are for `tokenizers`, and so for models' own tokenizers; llama.cpp's tables end before."""
     metadata = {**made_bytes(), KEY + "pre": "qwen2"}
     built = build(metadata)
     sets = ("ДЖЯ", "\u1c89\ua7cb\ua7da")

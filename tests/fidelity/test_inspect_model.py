@@ -252,7 +252,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 
 def test_an_id_of_the_hub(tmp_path: Path) -> None:
-    """As the Hub's cache has it: files that a model may lack are not there."""
+    """The Hub's cache is read: files that a model may lack are not there."""
     folder, commit = folder_of("llama", tmp_path / "model"), "a" * 40
     repository = tmp_path / "hub" / "models--some--model"
     (repository / "refs").mkdir(parents=True)

@@ -142,7 +142,7 @@ def test_a_refused_upload_does_not_go_on_for_ever(plain: Process) -> None:
 
 
 def test_answers_that_nobody_reads_hold_nothing(plain: Process) -> None:
-    """As many such clients as there are slots; then a real one is served."""
+    """There are as many such clients as slots; then a real one is served."""
     lazy = [plain.connect(buffer=4096) for _ in range(4)]
     for raw in lazy:
         raw.sendall(post(ENDLESS))

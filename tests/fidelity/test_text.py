@@ -104,7 +104,7 @@ def answer(stop: list[str], **options: Any) -> Answer:
     return Answer(Tokenizer(toy_tokenizer(), None), (EOS,), VOCAB_SIZE, SamplingParams(), params)
 
 
-def told(stop: list[str], ids: list[int]) -> tuple[str, str | None]:
+def answered(stop: list[str], ids: list[int]) -> tuple[str, str | None]:
     one, text = answer(stop, ignore_eos=True), ""
     for token in ids:
         text += one.push(token)
@@ -134,12 +134,12 @@ def test_a_stop_that_is_a_special_token_ends_the_answer_before_it_is_fed() -> No
     ],
 )
 def test_stops_with_special_tokens(stop: str, ids: list[int], shown: str) -> None:
-    assert told([stop], ids) == (shown, "stop")
+    assert answered([stop], ids) == (shown, "stop")
 
 
 def test_what_is_held_back_for_a_stop_comes_in_the_end() -> None:
-    assert told(["ab<eos>c"], [*b"xab", EOS, *b"d"]) == ("xabd", None)
-    assert told(["ab<eos>"], [*b"xab"]) == ("xab", None)
+    assert answered(["ab<eos>c"], [*b"xab", EOS, *b"d"]) == ("xabd", None)
+    assert answered(["ab<eos>"], [*b"xab"]) == ("xab", None)
 
 
 SPECIAL = "[S]"
@@ -303,7 +303,7 @@ def test_tokens_that_a_template_writes_are_control_tokens_in_users_messages_only
 
 
 def test_messages_that_a_template_takes_apart_at_control_tokens() -> None:
-    """As Qwen and DeepSeek do with what was thought, where the mark is a special token."""
+    """Qwen and DeepSeek do so with what was thought, where the mark is a special token."""
     library = KINDS["byte level"]()
     template = (
         "{% for m in messages %}{{ '<|im_start|>' }}{% if m.role == 'assistant' %}"

@@ -218,7 +218,7 @@ def test_pin_system_with_a_template_that_takes_none(template: str, reason: str, 
 
 
 def test_pin_system_where_the_message_is_part_of_the_user_s_turn(tmp_path: Path) -> None:
-    """As in Gemma 3."""
+    """Gemma 3 is such a model."""
     template = (
         "{% set first = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
         "{% for m in messages if m.role != 'system' %}"

@@ -194,7 +194,7 @@ def test_old_buffers_are_accounted_for(exported: Callable[[str], Exported], tmp_
 
 
 def test_a_parameter_that_the_file_lacks_is_named(exported: Callable[[str], Exported], tmp_path: Path) -> None:
-    """As if the loader had filled it with ones, and had not said so."""
+    """The loader might have filled it with ones, and had not said so."""
     message = exported("llama").refusal(lambda arrays: arrays.pop("model.norm.weight"), tmp_path / "model")
     assert "1 constants of the graph that are not of the file: 'model.model.norm.weight'" in message
 

@@ -69,7 +69,7 @@ CLASSES = (
     "aAzZsSlLdDtTmrevREVﬁÉéßſКабБ中文一龥가힣ㄱあアーﾊก១၀أאع123٣५½²Ⅷ  \t\n\r\x0b\x85\u3000\u2003\xa0\u2028\u1680"
     ".,'’!?/-_[]()\\^`~$+<=>|%#@\"&*:;{}€©。、，「」！…‘️😀🏽\u0301\u0947\u20e3\u200d\u200c\x00\x04\x7f\u0378\ufa6e𠀀𪜀𮯠𰀀𐐀𐲀𑢠𞤀￼\ue000"
 )
-"""One or more characters of each class that a pattern may tell apart."""
+"""One or more characters of each class that a pattern may distinguish."""
 
 
 def texts(count: int, seed: int, special: Sequence[str] = ("<s>",)) -> Iterator[str]:

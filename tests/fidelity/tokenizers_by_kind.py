@@ -55,7 +55,7 @@ def with_control(tokenizer: tokenizers.Tokenizer, *, normalized: bool = False) -
 
 
 def byte_level() -> tokenizers.Tokenizer:
-    """As GPT-2, Llama 3 and Qwen: bytes, a pattern that cuts words, and merges across a control token's letters."""
+    """GPT-2, Llama 3 and Qwen: bytes, a pattern that cuts words, and merges across a control token's letters."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ġ", "<"), ("<", "|"), ("Ġ<", "|"), ("|", ">"), ("a", "b"), ("i", "m"), ("im", "_"), ("Ġ", "a")]
     words = [*letters, *("".join(merge) for merge in merges)]
@@ -66,7 +66,7 @@ def byte_level() -> tokenizers.Tokenizer:
 
 
 def sentence_piece(*, normalized: bool = False) -> tokenizers.Tokenizer:
-    """As Llama 2: ``</s>`` is in the vocabulary, with merges that make it. Not normalized: a space before texts."""
+    """Llama 2: ``</s>`` is in the vocabulary, with merges that make it. Not normalized: a space before texts."""
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS, "</", "</s", "</s>", "<s", "<s>"]
     merges = [
         ("▁", "a"),
@@ -94,7 +94,7 @@ def sentence_piece(*, normalized: bool = False) -> tokenizers.Tokenizer:
 
 
 def unigram() -> tokenizers.Tokenizer:
-    """As T5 and XGLM: pieces with scores, a space before the first word of a text only."""
+    """T5 and XGLM: pieces with scores, a space before the first word of a text only."""
     words = ["<unk>", *WORDS, "</s>"]
     tokenizer = tokenizers.Tokenizer(
         models.Unigram([(word, -float(1 + len(words) / (1 + i))) for i, word in enumerate(words)], unk_id=0)

@@ -62,7 +62,7 @@ def ring_case(num_sink_tokens: int, window_size: int, t: int, state: tuple[list[
         "shift": t - cached.index(t),
         "cached_tokens": cached,
         "token_in_slot": ring,
-        # A sink's step writes to the ring too: into slot (t - S) mod W with a floored modulo, which no list tells.
+        # A sink's step writes to the ring too: into slot (t - S) mod W with a floored modulo, which no list shows.
         "slot": ring.index(t) if t in window else divmod(t - num_sink_tokens, window_size)[1],
     }
 

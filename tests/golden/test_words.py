@@ -1,41 +1,50 @@
-"""Docstrings, messages and help texts keep to the field's words: a newcomer knows them from papers and libraries."""
+"""Docstrings, messages, comments and docs keep to the field's words, which newcomers know from papers and libraries."""
 
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DONE = ("exporter/sinkexport",)
-"""Files and folders that are held to the words. runtime/sinkrt belongs here in the end."""
-
-LATER = ("exporter/sinkexport/bench/step_bytes.py",)
-"""Files that wait for a change elsewhere."""
+CODE = ("exporter/sinkexport", "runtime", "plugins", "benchmarks", "tools", "tests")
+"""Folders whose Python files, in C++ and CUDA ones the comments and messages, are held to the words."""
+PROSE = ("README.md", "CONTRIBUTING.md", "docs", "recipes", "findings", "exporter", "runtime", "plugins", "benchmarks")
+"""Markdown files that are, and folders with such files."""
+SUFFIXES = {".py", ".c", ".cpp", ".h", ".cu", ".cuh"}
+EXEMPT = ("third_party", "tests/golden")
+"""Parts of paths: what others wrote, and this file with its words."""
 
 WORDS = {
     r"told|tells?": "reported, shown",
     r"contenders?": "baseline, predictor",
-    r"for ever": "forever",
-    r"same favourite": "top-1 agreement",
-    r"mixtures? of experts": "MoE",
+    r"for ever(?!y)": "forever",
+    r"favourites?": "top-1 agreement",
+    r"mixtures? of experts(?!: )": "MoE",  # the glossary says what it is
     r"of which": "a sentence of its own",
-    r"budgets?(?!:)": "per-head window",  # ExportConfig documents its argument `budgets`
+    r"budgets?(?![:=])": "per-head window",  # ExportConfig has an argument `budgets`
     r"own windows?": "sliding window",
 }
 """Pattern -> what to write instead."""
-FORMER_NAMES = {"--budgets", "--budget-share", "sinkexport budgets"}
-"""Texts that users may have written down: options that still work, and the format of a file."""
+FORMER_NAMES = {"--budgets", "--budget-share", "sinkexport budgets", "budgets"}
+"""Texts that users may have written down: options that still work, the format of a file, an argument's name."""
+A_WORD = {"tell"}
+"""Strings that are words and no prose: what a benchmark asks a server."""
 BAD_START = re.compile(r"(Of|As|By|With)\b")
 PATTERN = re.compile("|".join(rf"(?P<w{i}>\b(?:{word})\b)" for i, word in enumerate(WORDS)), re.IGNORECASE)
 
 
 def sources() -> list[Path]:
-    files = {path for place in DONE for path in (ROOT / place, *(ROOT / place).rglob("*.py")) if path.is_file()}
-    return sorted(files - {ROOT / name for name in LATER})
+    found = {path for place in CODE for path in (ROOT / place).rglob("*") if path.suffix in SUFFIXES}
+    for place in PROSE:
+        path = ROOT / place
+        found |= {path} if path.is_file() else set(path.rglob("*.md"))
+    return sorted(path for path in found if not any(part in path.relative_to(ROOT).as_posix() for part in EXEMPT))
 
 
 def texts(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
@@ -52,20 +61,41 @@ def texts(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
             yield node.lineno, node.value, id(node) in docstrings
 
 
+def wrong_words(line: int, text: str) -> Iterator[str]:
+    if text not in FORMER_NAMES | A_WORD:
+        for match in PATTERN.finditer(text):
+            instead = list(WORDS.values())[int((match.lastgroup or "w0")[1:])]
+            yield f"line {line}: '{match.group()}', better: {instead}"
+
+
 def complaints(text: str) -> Iterator[str]:
     """What is wrong with the words of a Python file."""
     for line, words, is_docstring in texts(ast.parse(text)):
-        if words not in FORMER_NAMES:
-            for match in PATTERN.finditer(words):
-                instead = list(WORDS.values())[int((match.lastgroup or "w0")[1:])]
-                yield f"line {line}: '{match.group()}', better: {instead}"
+        yield from wrong_words(line, words)
         if is_docstring and BAD_START.match(words):
             yield f"line {line}: a docstring begins with '{words.split()[0]}', better: a verb or a noun"
+    if PATTERN.search(text):
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                yield from wrong_words(token.start[0], token.string)
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_words(path: Path) -> None:
-    assert list(complaints(path.read_text(encoding="utf-8"))) == []
+def complaints_of(path: Path) -> list[str]:
+    """What is wrong with the words of a file, names in C++ and code in Markdown included."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return list(complaints(text))
+    lines = enumerate(text.splitlines(), 1) if PATTERN.search(text) else ()
+    return [wrong for line, words in lines for wrong in wrong_words(line, words)]
+
+
+def test_words() -> None:
+    wrong = [f"{path.relative_to(ROOT)}, {found}" for path in sources() for found in complaints_of(path)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_all_kinds_of_files_are_read() -> None:
+    assert {path.suffix for path in sources()} == {*SUFFIXES, ".md"}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +106,8 @@ def test_words(path: Path) -> None:
         ('def f():\n    """Offer a thing. It lasts forever."""\n    return f"kept for ever {1}"', 1),
         ('help = "As it is told, the mixture of experts"', 2),
         ('name, former = "--budgets", "budget"', 1),
-        ("from x import budgets  # names and comments are left alone", 0),
+        ("from x import budgets  # names are left alone", 0),
+        ("x = 1  # what it was told", 1),
         ('"""Matter of fact; untold."""', 0),
     ],
 )

@@ -1,4 +1,4 @@
-"""The float64 oracle of what lies between products: norms and gates, in the plainest words."""
+"""The float64 oracle of what lies between matmuls: norms and gates, in the plainest words."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The float64 oracle of SinkAttention: the definition of correct, in the plainest words.
 
-It keeps every token of every stream unrotated and, at each step, picks the first S and the last W of them, rotates
-keys and query by their place in that list, and attends (StreamingLLM, arXiv:2309.17453). No ring, no stored
-rotation, no shift: nothing that the code under test could get wrong in the same way. Slow on purpose.
+It keeps every token of every stream unrotated. Each step picks the first S and the last W of them, rotates keys and
+query by their place in that list, and attends (StreamingLLM, arXiv:2309.17453). No ring, no stored rotation, no
+shift: nothing that the code under test could get wrong in the same way. Slow on purpose.
 
 With kv="int8" each token is rounded once, its key as it is at its stream position, and takes part as its rounded self
 for as long as it is in the window. Sinks are not rounded. A key's place in the list then no longer says how it was

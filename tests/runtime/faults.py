@@ -12,7 +12,7 @@ from sinkrt.backends.base import Backend
 
 
 class FaultyBackend:
-    """A backend of which a test may replace any part: ``faulty.run = fail``, and ``del faulty.run`` mends it.
+    """A backend whose parts a test may replace: ``faulty.run = fail``, and ``del faulty.run`` mends it.
 
     real: the backend behind it.
     """

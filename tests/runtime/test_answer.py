@@ -35,7 +35,7 @@ def test_the_matcher_cuts_where_a_search_of_it_all_does(text: str, stops: list[s
         if not matcher.matched:
             assert len(whole) - len(shown) < max([1, *map(len, stops)])
     shown += matcher.flush()
-    # Of two that overlap, the one that is whole first ends the text: pieces cannot tell that a longer one would follow.
+    # Of two that overlap, the one that is whole first ends the text: pieces cannot show that a longer one would follow.
     assert text.startswith(shown)
     if not any(stop in text for stop in stops):
         assert shown == text

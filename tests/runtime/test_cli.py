@@ -118,11 +118,11 @@ def test_stdin_is_fed_as_it_arrives(toy_bundle: Path, monkeypatch: pytest.Monkey
 
 
 def test_every_piece_is_flushed(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
+    flushed: list[str] = []
 
     class Terminal(io.StringIO):
         def flush(self) -> None:
-            told.append(self.getvalue())
+            flushed.append(self.getvalue())
 
     monkeypatch.setattr(sys, "argv", ["sinkexport", "run", str(toy_bundle), "--prompt", "Hi", "--max-tokens", "20"])
     monkeypatch.setattr(sys, "stdout", Terminal())
@@ -130,10 +130,10 @@ def test_every_piece_is_flushed(toy_bundle: Path, monkeypatch: pytest.MonkeyPatc
         main()
     with Session.load(toy_bundle, threads=1) as session:
         pieces = list(session.generate("Hi", max_tokens=20))
-    assert told[: len(pieces)] == list(itertools.accumulate(pieces))
+    assert flushed[: len(pieces)] == list(itertools.accumulate(pieces))
 
 
-def test_an_endless_run_tells_its_text_while_it_goes_on(toy_bundle: Path) -> None:
+def test_an_endless_run_shows_its_text_while_it_goes_on(toy_bundle: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "run", str(toy_bundle), "--prompt", "a", "--ignore-eos"], stdout=subprocess.PIPE
     )
@@ -429,7 +429,7 @@ def test_a_state_of_another_bundle(toy_bundle: Path, tmp_path: Path) -> None:
     run_cli("run", toy_bundle, "--prompt", "a", "--load-state", tmp_path / "state").refusal("fingerprint")
 
 
-def test_the_position_limit_ends_a_run_with_its_text_told(tmp_path: Path) -> None:
+def test_the_position_limit_ends_a_run_with_its_text_shown(tmp_path: Path) -> None:
     bundle = build_toy(tmp_path / "bundle", Toy(position_limit=12))
     result = run_cli("run", bundle, "--prompt", "abcd", "--ignore-eos")
     result.refusal("position: received 12")
@@ -493,7 +493,7 @@ def test_inspect_a_bundle(toy_bundle: Path) -> None:
         assert part in result.out, part
 
 
-def test_inspect_tells_what_is_missing(tmp_path: Path) -> None:
+def test_inspect_shows_what_is_missing(tmp_path: Path) -> None:
     bundle = build_toy(tmp_path / "bundle", tokenizer=False)
     (bundle / "weights.bin").unlink()
     (bundle / "decode.onnx").write_bytes(b"abc")

@@ -122,15 +122,15 @@ def test_the_device(cuda: list[Cuda], books: Books) -> None:
 
 
 @pytest.mark.parametrize(
-    ("devices", "error", "told"),
+    ("devices", "error", "problem"),
     [
         (0, 0, "received none"),
         (1, NO_DRIVER, "received CUDA driver version is insufficient"),
     ],
 )
-def test_no_device(devices: int, error: int, told: str, books: Books) -> None:
+def test_no_device(devices: int, error: int, problem: str, books: Books) -> None:
     books.devices, books.count_error = devices, error
-    with pytest.raises(BackendError, match=told) as caught:
+    with pytest.raises(BackendError, match=problem) as caught:
         Cuda()
     assert "\n" not in str(caught.value)
     assert books.alive == (0, 0, 0)

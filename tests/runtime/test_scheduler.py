@@ -421,7 +421,7 @@ def test_parked_streams_have_their_memory_and_no_more(bundles: tuple[Path, Path]
     assert stream_bytes(session) == copy.nbytes
 
 
-def test_the_first_event_of_a_request_tells_that_it_has_a_stream(session: Session) -> None:
+def test_the_first_event_of_a_request_shows_that_it_has_a_stream(session: Session) -> None:
     scheduler = Scheduler(session, slice_tokens=1000)
     for i in range(4):
         scheduler.submit(f"c{i}", [1], SamplingParams(), AnswerParams(max_tokens=3, ignore_eos=True))

@@ -172,8 +172,8 @@ def test_bad_threads(toy_bundle: Path, threads: int) -> None:
 def test_backends(toy_bundle: Path) -> None:
     with pytest.raises(UsageError, match="ort-cuda"):  # lists what there is
         Session.load(toy_bundle, "onnx")
-    for name, told in (("ort-cuda", "onnxruntime-gpu"), ("tensorrt", "without a decode engine")):
-        with pytest.raises(BackendError, match=told) as caught:
+    for name, problem in (("ort-cuda", "onnxruntime-gpu"), ("tensorrt", "without a decode engine")):
+        with pytest.raises(BackendError, match=problem) as caught:
             Session.load(toy_bundle, name)
         assert_one_line(caught.value)
 

@@ -268,7 +268,7 @@ def test_killed_and_resumed(toy_bundle: Path, tmp_path: Path, wait_s: float) -> 
         process.stdout.readline()
     time.sleep(wait_s)
     process.send_signal(signal.SIGKILL)
-    told = process.stdout.read().split()
+    printed = process.stdout.read().split()
     process.wait()
     with Session.load(toy_bundle, threads=1) as session:
         logits = session.step([1])
@@ -278,7 +278,7 @@ def test_killed_and_resumed(toy_bundle: Path, tmp_path: Path, wait_s: float) -> 
             logits = session.step(want[-1:])
         session.load_state(state)
         position = int(session.position[0])
-        assert position >= int(told[-1] if told else 21)
+        assert position >= int(printed[-1] if printed else 21)
         for token, next_token in zip(want[position : position + 20], want[position + 1 :], strict=False):
             assert int(session.step([token])[0].argmax()) == next_token
 

@@ -1,4 +1,4 @@
-"""What TensorRT says no to is told in one line. Running engines needs a GPU: tests/plugins."""
+"""What TensorRT refuses is reported in one line. Running engines needs a GPU: tests/plugins."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sinkrt.errors import BackendError
 
 
 class Runtime:
-    """As pybind11 makes one where TensorRT returns none."""
+    """What pybind11 makes where TensorRT returns none."""
 
     def __init__(self, logger: SimpleNamespace) -> None:
-        logger.errors.extend(logger.told)
+        logger.errors.extend(logger.logged)
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
 
 @pytest.mark.parametrize(
-    ("told", "reason"),
+    ("logged", "reason"),
     [
         (
             ["CUDA initialization failure with error: 35", "and what follows"],
@@ -30,12 +30,12 @@ class Runtime:
         ([], "pybind11::init(): factory function returned nullptr"),
     ],
 )
-def test_no_driver_is_told_with_tensorrts_reason(told: list[str], reason: str) -> None:
-    logger = SimpleNamespace(errors=[], told=told)
+def test_no_driver_is_reported_with_tensorrts_reason(logged: list[str], reason: str) -> None:
+    logger = SimpleNamespace(errors=[], logged=logged)
     with pytest.raises(BackendError) as caught:
         create(Runtime, logger)
     assert str(caught.value).startswith(f"TensorRT's Runtime: received {reason}, expected ")
-    assert logger.errors == []  # the next failure is told with its own reason
+    assert logger.errors == []  # the next failure is reported with its own reason
 
 
 def test_an_address_that_is_not_taken(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer]:
 
 @functools.cache
 def byte_fallback_tokenizer() -> tokenizers.Tokenizer:
-    """As in Llama 2, Mistral and Gemma: a space before the text is part of words, rare characters are byte tokens."""
+    """Llama 2, Mistral and Gemma: a space before the text is part of words, rare characters are byte tokens."""
     words = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "ab", "▁ab", "你"]
     vocab = {word: i for i, word in enumerate(words)}
     merges = [("▁", "a"), ("a", "b"), ("▁a", "b")]
@@ -121,7 +121,7 @@ def test_spaces_between_words_of_a_byte_fallback_tokenizer() -> None:
 
 
 def test_broken_bytes_after_a_byte_fallback_character() -> None:
-    """One stray byte makes this decoder call the whole run of bytes broken, also what has been told already."""
+    """One stray byte makes this decoder call the whole run of bytes broken, also what has been given out already."""
     tokenizer = byte_fallback_tokenizer()
     ids = [tokenizer.token_to_id(name) for name in ("<0xE5>", "<0xA5>", "<0xBD>", "<0xFF>", "ab")]
     assert streamed(StreamingDecoder(tokenizer), ids) == f"好{REPLACEMENT}ab"

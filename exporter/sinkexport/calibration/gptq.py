@@ -1,9 +1,9 @@
 """Weights rounded so that what a layer gives changes least, not the weights: GPTQ (arXiv:2210.17323).
 
-The error that rounding a weight makes is made up for by the weights of the same output that are not rounded yet, as
-far as their inputs go along with its own: that is what the inputs' second moments say. Scales and zero points are
-chosen when their block's turn has come, so for weights that have already been changed, and by the error weighted with
-the inputs' sizes.
+Weights that are not rounded yet make up for the error of those of the same output that are. They can as far as
+their inputs go along with each other: that is what the inputs' second moments say. Scales and zero points are chosen
+when their block's turn has come, so for weights that have already been changed. What decides is the error weighted
+with the inputs' sizes.
 
 The moments must hold the sinks: they are one token in a thousand, but a hundred times larger, and what they lose all
 later tokens attend to. Left out, the errors of all others are pushed just where the sinks feel them.

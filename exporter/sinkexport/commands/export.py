@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from sinkrt.contract.constants import WINDOW_KINDS
 from sinkrt.errors import printable
 
 from sinkexport.commands.options import RenamedOption, file_option, number_option
@@ -15,7 +16,6 @@ from sinkexport.config import (
     DEFAULT_CHUNK_SIZE,
     DEFAULT_NUM_SINK_TOKENS,
     DEFAULT_WINDOW_SIZE,
-    KV_KINDS,
     WEIGHT_DTYPES,
     ExportConfig,
 )
@@ -84,7 +84,7 @@ STAGES = {
 )
 @click.option(
     "--kv",
-    type=click.Choice(KV_KINDS),
+    type=click.Choice(WINDOW_KINDS),
     help="The window's keys and values; sinks stay in floating point.  [default: the recipe's, or fp]",
 )
 @file_option(

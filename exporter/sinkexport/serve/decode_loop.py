@@ -24,6 +24,9 @@ from sinkexport.serve.settings import Limits
 LOOK_S = 1.0
 """How often an idle loop looks for clients that take no text."""
 
+STOP_S = 30.0
+"""Seconds that the thread gets to end."""
+
 T = TypeVar("T")
 Command = Callable[[], None]
 logger = logging.getLogger("sinkexport.serve")
@@ -61,11 +64,11 @@ class DecodeLoop:
         """Start the thread."""
         self._thread.start()
 
-    def stop(self, timeout_s: float = 30.0) -> None:
+    def stop(self) -> None:
         """End the thread; requests at work get 503. Stopping twice is fine."""
         self.request_stop()
         if self._thread.is_alive():
-            self._thread.join(timeout_s)
+            self._thread.join(STOP_S)
 
     def request_stop(self) -> None:
         """Ask the thread to end, without waiting for it."""

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from sinkrt.backends.tensorrt_library import create, is_strongly_typed, load_plugin, make_logger, one_line
 from sinkrt.backends.tensorrt_library import flavour as flavour_of
+from sinkrt.contract.constants import TENSORRT_RTX
 from sinkrt.errors import BackendError, UsageError, problem
 
 from sinkexport.tensorrt.engine_file import replacing_engine, write_engine
@@ -115,7 +116,7 @@ def _build(
         with replacing_engine(options.timing_cache) as cache:
             if cache is not None:
                 cache.write(memoryview(config.get_timing_cache().serialize()))
-    gpu, capability = (None, None) if flavour == "TensorRT-RTX" else current_gpu()
+    gpu, capability = (None, None) if flavour == TENSORRT_RTX else current_gpu()
     return EngineReport(
         tensorrt=str(trt.__version__),
         flavour=flavour,
@@ -151,7 +152,7 @@ def _configured(trt: Any, builder: Any, options: BuildOptions) -> Any:
             )
         )
     if options.timing_cache is not None:
-        if flavour == "TensorRT-RTX":
+        if flavour == TENSORRT_RTX:
             raise UsageError(
                 problem(
                     "--timing-cache",

@@ -2,7 +2,7 @@
 
 Everything is asked of the `tokenizers` library, part by part: its regular expression engine, its standard library, its
 normalization and its case tables are of different versions of Unicode. Python's tables only say where to look. What
-belongs to one character on the screen it does not tell: that is Unicode 17's, of the package `regex` of that time.
+belongs to one character on the screen it does not say: that is Unicode 17's, of the package `regex` of that time.
 
     python runtime/cpp/tools/make_unicode_tables.py  # with regex==2025.11.3
 """

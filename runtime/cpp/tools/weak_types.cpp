@@ -13,7 +13,7 @@
 namespace sinkrt {
 namespace {
 
-// The few fields of ONNX's protobuf that tell types (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto). A message
+// The few fields of ONNX's protobuf that hold types (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto). A message
 // as its fields in order; numbers keep their value, anything else its bytes.
 struct Field {
   uint64_t number;  // of the field

@@ -19,12 +19,13 @@ from sinkrt.backends.base import StateArray
 from sinkrt.backends.cuda import ALIGNMENT_BYTES, Cuda, DeviceArray, Staged
 from sinkrt.backends.tensorrt_library import create, load_plugin, make_logger, one_line, said
 from sinkrt.contract import RECURRENT_KINDS, EngineFacts, Manifest, TensorSpec
+from sinkrt.contract.constants import TENSORRT, TENSORRT_RTX
 from sinkrt.engines import PLUGIN_FILE, EngineHost, check_engine
 from sinkrt.errors import BackendError, problem
 
 PACKAGES: Mapping[str, tuple[str, ...]] = {
-    "TensorRT": ("tensorrt",),
-    "TensorRT-RTX": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+    TENSORRT: ("tensorrt",),
+    TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
 
 
@@ -266,7 +267,7 @@ def import_package(flavour: str) -> Any:
             return importlib.import_module(package)
         except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
             failures.append(one_line(f"{type(error).__name__}: {error}"))
-    fix = "pip install 'sinkexport[tensorrt]'" if flavour == "TensorRT-RTX" else "install NVIDIA's 'tensorrt'"
+    fix = "pip install 'sinkexport[tensorrt]'" if flavour == TENSORRT_RTX else "install NVIDIA's 'tensorrt'"
     raise BackendError(
         problem(
             flavour,

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sinkrt.contract import PLUGIN_ABI
+from sinkrt.contract.constants import TENSORRT, TENSORRT_RTX
 from sinkrt.engines import PLUGIN_FILE
 from sinkrt.errors import BackendError, UsageError, problem
 
@@ -16,12 +17,12 @@ PLUGIN_LIBRARY = PurePosixPath(PLUGIN_FILE).name
 
 def flavour(trt: Any) -> str:
     """Flavour of the package: ``TensorRT | TensorRT-RTX``."""
-    return "TensorRT-RTX" if trt.__name__.startswith("tensorrt_rtx") else "TensorRT"
+    return TENSORRT_RTX if trt.__name__.startswith("tensorrt_rtx") else TENSORRT
 
 
 def is_strongly_typed(trt: Any) -> bool:
     """Whether networks are strongly typed: TensorRT 10 and later, and all of TensorRT-RTX."""
-    return flavour(trt) == "TensorRT-RTX" or int(trt.__version__.partition(".")[0]) >= 10
+    return flavour(trt) == TENSORRT_RTX or int(trt.__version__.partition(".")[0]) >= 10
 
 
 def plugin_facts(plugin: Path, what: str = "--plugin") -> tuple[str, int]:

@@ -1,7 +1,7 @@
 """The bundle's manifest: the only thing that the exporter and the runtimes share.
 
-``manifest.json`` names every file of a bundle with its size and SHA-256, every graph with its tensors,
-and every state tensor with the input and the output that must be bound to one buffer.
+``manifest.json`` names every file of a bundle with its size and SHA-256, and every graph with its tensors.
+It also names every state tensor, with the input and the output that must be bound to one buffer.
 Standard library only, so that any tool can read a bundle.
 
 The schema version is one integer. A runtime reads its own version and older ones it knows;

@@ -40,7 +40,8 @@ SAFETENSORS_DTYPES: Mapping[str, str] = {
 WEIGHT_KINDS = ("float", "int8", "int4")
 ACTIVATION_KINDS = ("float", "dynamic", "static")
 WINDOW_KINDS = ("fp", "int8")
-FLAVOURS = ("TensorRT", "TensorRT-RTX")
+TENSORRT, TENSORRT_RTX = "TensorRT", "TensorRT-RTX"
+FLAVOURS = (TENSORRT, TENSORRT_RTX)
 
 STATE_KINDS = ("sink_k", "sink_v", "window_k", "window_v")
 SCALE_KINDS = ("window_k_scale", "window_v_scale")

@@ -60,8 +60,8 @@ def _check_graph(graph: GraphSpec, role: str, batch: int, num_tokens: int, vocab
 def _check_states(manifest: Manifest) -> None:
     """Compare every state with the geometry that the manifest announces.
 
-    Each cache has keys and values of the window, [B, Hkv, W, D], and, unless S = 0 or the layer's sliding window
-    is smaller than S + W, sinks, [B, Hkv, S, D]. An int8 window has scales, [B, Hkv, W]. Names are ``<kind>.<layer>``
+    Each cache has keys and values of the window, [B, Hkv, W, D]. It has sinks, [B, Hkv, S, D], unless S = 0 or the
+    layer's sliding window is smaller than S + W. An int8 window has scales, [B, Hkv, W]. Names are ``<kind>.<layer>``
     or ``<kind>.<layer>.<group>``; what comes out of the graph has ``.next`` behind the name.
 
     Raises: BundleError naming the first state that disagrees.

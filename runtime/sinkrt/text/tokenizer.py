@@ -85,7 +85,7 @@ class Tokenizer:
 
         Raises: UsageError for text that is not valid Unicode (a lone surrogate).
         """
-        with _utf8_errors():
+        with utf8_errors():
             return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def encode_next(self, text: str) -> list[int]:
@@ -137,7 +137,7 @@ class Tokenizer:
     ) -> list[int]:
         """Ids of a text in pieces, some of them the user's own, as `encode` or `encode_next` gives them."""
         encoder = self._plain_encoder(control)
-        with _utf8_errors():
+        with utf8_errors():
             ids = encoder.encode([("\n", False), *pieces] if begun else pieces, special=special)
             if begun and ids[: len(self._newline)] != self._newline:
                 return encoder.encode(pieces, special=special)
@@ -319,7 +319,8 @@ def common_start(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 @contextlib.contextmanager
-def _utf8_errors() -> Iterator[None]:
+def utf8_errors() -> Iterator[None]:
+    """Make the library's refusal of text that is not Unicode a UsageError."""
     try:
         yield
     except (TypeError, UnicodeError) as error:  # the library takes Rust strings, which are valid UTF-8

@@ -54,7 +54,7 @@ def eager(model: Any, window: Any) -> list[np.ndarray]:
 
 
 def layer_windows(name: str) -> list[int | None]:
-    """Each layer's sliding window, as the configuration tells it."""
+    """Each layer's sliding window, as the configuration has it."""
     config = tiny_model(name).config
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     own = TINY[name][1].get("sliding_window")
@@ -66,9 +66,9 @@ def layer_windows(name: str) -> list[int | None]:
 def test_weights_are_those_of_transformers(name: str, rows: int) -> None:
     model, window, half = tiny_model(name), ids(T), T // 2
     got = attention_weights(model, window, K, queries_at_once=rows)
-    attentions, own_windows = eager(model, window), layer_windows(name)
-    assert len(got.received) == len(attentions) == len(own_windows)
-    for layer, (want, own) in enumerate(zip(attentions, own_windows, strict=True)):
+    attentions, sliding_windows = eager(model, window), layer_windows(name)
+    assert len(got.received) == len(attentions) == len(sliding_windows)
+    for layer, (want, own) in enumerate(zip(attentions, sliding_windows, strict=True)):
         for k in range(T):
             np.testing.assert_allclose(got.received[layer, :, k], want[:, k:, k].mean(axis=1), atol=1e-6)
             far = [i for i in range(k + NEAR_TOKENS, T) if own is None or i - k < own]
@@ -79,7 +79,7 @@ def test_weights_are_those_of_transformers(name: str, rows: int) -> None:
         np.testing.assert_allclose(got.late[layer], want[:, half:, :K].mean(axis=1), atol=1e-6)
     others = [w[:, i, k] for w in attentions for i in range(half, T) for k in range(K, i - NEAR_TOKENS + 1)]
     assert got.base == pytest.approx(np.mean(others), rel=1e-5)
-    assert got.sliding_window == min((own for own in own_windows if own), default=None)
+    assert got.sliding_window == min((own for own in sliding_windows if own), default=None)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
@@ -134,7 +134,7 @@ def test_the_model_goes_on_as_without_us(name: str) -> None:
 
 
 def planted(drawn: dict[int, float]) -> WeightsOf:
-    """Attention of which every head gives these positions so much, and the other tokens equal shares of the rest."""
+    """Attention whose every head gives these positions so much, and the other tokens equal shares of the rest."""
 
     def softmax(q: torch.Tensor, _k: torch.Tensor, start: int, stop: int, _arguments: Any) -> torch.Tensor:
         weights = torch.zeros(q.shape[1], stop - start, stop)
@@ -369,9 +369,9 @@ def test_unknown_attention_is_refused() -> None:
 
 
 def test_progress_counts_layers() -> None:
-    told: list[tuple[str, int, int]] = []
-    analyze(loaded(), windows(2), num_candidates=K, report=lambda *stage: told.append(stage))
-    assert told == [("layers", done, 4) for done in range(5)]
+    reports: list[tuple[str, int, int]] = []
+    analyze(loaded(), windows(2), num_candidates=K, report=lambda *stage: reports.append(stage))
+    assert reports == [("layers", done, 4) for done in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -450,7 +450,7 @@ def test_command_refuses_a_model_without_tokenizer(text: Path, tmp_path: Path) -
     failed.refusal("without a tokenizer")
 
 
-def test_command_tells_of_a_sliding_window(model_folder: Path, text: Path, tmp_path: Path) -> None:
+def test_command_reports_a_sliding_window(model_folder: Path, text: Path, tmp_path: Path) -> None:
     model = tiny_model("mistral")
     model.resize_token_embeddings(258)
     model.save_pretrained(tmp_path / "sliding")

@@ -354,11 +354,11 @@ def test_memory_stays(toy: Path) -> None:
 
 
 def test_progress(toy: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    run_bench(toy, BenchConfig(5, 0, (600,), 3, 1, probe_bytes=1 << 16), lambda *step: told.append(step))
-    assert list(dict.fromkeys(stage for stage, *_ in told)) == ["load", "prefill", "feed", "decode"]
-    assert [done for stage, done, _ in told if stage == "feed"] == [0, 256, 512, 600]
-    assert all(done <= total for _, done, total in told)
+    reports: list[tuple[str, int, int]] = []
+    run_bench(toy, BenchConfig(5, 0, (600,), 3, 1, probe_bytes=1 << 16), lambda *step: reports.append(step))
+    assert list(dict.fromkeys(stage for stage, *_ in reports)) == ["load", "prefill", "feed", "decode"]
+    assert [done for stage, done, _ in reports if stage == "feed"] == [0, 256, 512, 600]
+    assert all(done <= total for _, done, total in reports)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

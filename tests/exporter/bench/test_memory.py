@@ -110,14 +110,14 @@ def test_the_table_of_a_bundle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "problem"),
     [
         (("BUNDLE", "--memory", "--window", 5), "a bundle has its own"),
         (("BUNDLE", "--window", 5), "without --memory"),
         (("nowhere/at/all", "--memory"), "no such folder"),
     ],
 )
-def test_what_cannot_be_shown(words: tuple[Any, ...], told: str, tmp_path: Path) -> None:
+def test_what_cannot_be_shown(words: tuple[Any, ...], problem: str, tmp_path: Path) -> None:
     bundle = build_toy(tmp_path / "b")
     done = run_cli("inspect", *(bundle if word == "BUNDLE" else word for word in words))
-    done.refusal(told)
+    done.refusal(problem)

@@ -315,7 +315,7 @@ def test_inspect_shows_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "problem"),
     [
         (lambda text: text[: len(text) // 2], "no JSON, or cut short"),
         (lambda _: '{"a": 1}', "something else"),
@@ -326,12 +326,12 @@ def test_inspect_shows_a_file(tmp_path: Path) -> None:
         (lambda text: text.replace('"tokens": ', '"tokenz": ', 1), "text.tokens: Field required"),
     ],
 )
-def test_damaged_and_foreign_files_are_refused(damage: Any, told: str, tmp_path: Path) -> None:
+def test_damaged_and_foreign_files_are_refused(damage: Any, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     path.write_text(damage(calibrate(tiny(), recipe(), TEXT).to_json()), encoding="utf-8")
     with pytest.raises(UsageError) as failure:
         load_calibration(path)
-    assert told in str(failure.value)
+    assert problem in str(failure.value)
     assert str(path) in str(failure.value)
     assert "\n" not in str(failure.value)
 
@@ -357,13 +357,13 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path: Path) -> N
     short.write_text("w3 w4", encoding="utf-8")
     asked = str(write_recipe(tmp_path / "r.yaml"))
     before = sorted(tmp_path.rglob("*"))
-    for options, told in (
+    for options, problem in (
         (["--recipe", "int9", "--text", str(text)], "recipe: received 'int9'"),
         (["--recipe", "int8-weights", "--text", str(text)], "received no calibration in it"),
         (["--recipe", asked, "--text", str(short)], "text: received 2 tokens"),
         (["--recipe", asked, "--text", str(tmp_path / "none")], "expected a readable file"),
     ):
-        run_cli("calibrate", model, *options, "-o", out).refusal(told)
+        run_cli("calibrate", model, *options, "-o", out).refusal(problem)
     run_cli("calibrate", model, "--recipe", asked, "--text", text, "-o", tmp_path).refusal("--output")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -373,8 +373,8 @@ def test_an_export_checks_the_file_against_model_recipe_and_sinks(tmp_path: Path
     found = calibrate(loaded, asked, TEXT)
     geometry: dict[str, Any] = {"num_sink_tokens": 2, "window_size": 6, "chunk_size": 1, "calibration": found}
 
-    def refused(model: LoadedModel, told: str, **changes: Any) -> None:
-        with pytest.raises(UsageError, match=told):
+    def refused(model: LoadedModel, problem: str, **changes: Any) -> None:
+        with pytest.raises(UsageError, match=problem):
             export_loaded(model, tmp_path / "b", ExportConfig(**{**geometry, "recipe": asked, **changes}))
         assert not list(tmp_path.iterdir())
 
@@ -389,7 +389,7 @@ def test_an_export_checks_the_file_against_model_recipe_and_sinks(tmp_path: Path
     refused(loaded, "received a file, and recipe none", recipe=None)
 
 
-def test_a_fingerprint_tells_models_apart_but_not_precisions() -> None:
+def test_a_fingerprint_distinguishes_models_but_not_precisions() -> None:
     model = tiny_model("llama")
     same = fingerprint(model)
     assert same == fingerprint(tiny_model("llama")) == fingerprint(tiny_model("llama", dtype=torch.float16))
@@ -416,7 +416,7 @@ def test_a_fingerprint_tells_models_apart_but_not_precisions() -> None:
 )
 def test_smoothing_alone_changes_no_result(name: str, target: str, multiplied: int, tmp_path: Path) -> None:
     """multiplied: inputs, in two layers, that nothing can take the division over for (what GELU gives, values that come
-    from one product with queries, what a router reads as well), and scales of gemma2's norms, a sum of constants.
+    from one matmul with queries, what a router reads as well), and scales of gemma2's norms, a sum of constants.
 
     All weights stay in floating point (a plan that rounds nothing), and the logits stay what they were."""
     # gemma2's norms: sums of so many elements are left for the runtime to fold.

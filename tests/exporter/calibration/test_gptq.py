@@ -52,7 +52,7 @@ def dequantized(found: Rounded, block: int) -> np.ndarray:
 
 
 def moments_of(rng: np.random.Generator, num_inputs: int) -> np.ndarray:
-    """Of inputs that go along with each other, as those of layers do."""
+    """Moments of inputs that go along with each other, as those of layers do."""
     mixed = rng.standard_normal((2 * num_inputs, num_inputs // 4)) @ rng.standard_normal((num_inputs // 4, num_inputs))
     x = mixed + 0.3 * rng.standard_normal(mixed.shape)
     return x.T @ x / len(x)
@@ -236,7 +236,7 @@ def test_a_bundle_has_the_weights_of_the_calibration(tmp_path: Path) -> None:
     for node in graph.graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
-                attribute.i = 0  # products in float32: by default they round inputs to 8 bits
+                attribute.i = 0  # matmuls in float32: by default they round inputs to 8 bits
     onnx.save(graph, tmp_path / "b" / "exact.onnx")
     step = plain_steps(tmp_path / "b" / "exact.onnx")
     ids = random_ids(1, 20, seed=3)
@@ -286,8 +286,8 @@ def test_rounded_weights_are_refused_where_they_do_not_belong(tmp_path: Path) ->
     path = written(calibration.calibrate(model, recipe(), TEXT), tmp_path)
     kept = loaded_calibration(path)
 
-    def refused(told: str, asked: Recipe, ranges: CalibrationFile = kept) -> None:
-        with pytest.raises(UsageError, match=told) as failure:
+    def refused(problem: str, asked: Recipe, ranges: CalibrationFile = kept) -> None:
+        with pytest.raises(UsageError, match=problem) as failure:
             export_loaded(model, tmp_path / "b", ExportConfig(2, 6, chunk_size=1, recipe=asked, calibration=ranges))
         assert "\n" not in str(failure.value)
         assert not (tmp_path / "b").exists()
@@ -327,7 +327,7 @@ def test_the_command_writes_both_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "problem"),
     [
         ({"calibration": None}, "calibration is needed by"),
         ({"calibration": {**ROUNDED["calibration"], "method": "minmax"}}, "calibration.method goes with"),
@@ -335,6 +335,6 @@ def test_the_command_writes_both_files(tmp_path: Path) -> None:
         ({"weights": {"bits": 8, "granularity": "channel", "int8": ["*"]}}, "int8 goes with bits: 4"),
     ],
 )
-def test_recipes_that_contradict_themselves_are_refused(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_recipes_that_contradict_themselves_are_refused(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
         recipe(**changes)

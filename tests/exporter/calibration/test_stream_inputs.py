@@ -17,7 +17,7 @@ from tests.support import random_ids
 
 
 class Everything:
-    """Keeps all inputs [n, K] by layer, and which tokens were told to be sinks."""
+    """Keeps all inputs [n, K] by layer, and which tokens were called sinks."""
 
     def __init__(self) -> None:
         self.inputs: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -109,15 +109,15 @@ def test_it_goes_on_after_a_piece_and_leaves_the_model_alone() -> None:
     model, pieces, config = tiny_model("llama"), random_ids(3, 20), StreamConfig(2, 5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     whole, first, rest = Everything(), Everything(), Everything()
-    told: list[tuple[str, int, int]] = []
+    reports: list[tuple[str, int, int]] = []
     done: list[int] = []
-    stream_inputs(model, pieces, config, [whole], lambda *a: told.append(a), after_piece=done.append)
+    stream_inputs(model, pieces, config, [whole], lambda *a: reports.append(a), after_piece=done.append)
     stream_inputs(model, pieces[:1], config, [first])
     stream_inputs(model, pieces, config, [rest], first_piece=1)
     for group in whole.inputs:
         assert torch.equal(whole.all(group), torch.cat((first.all(group), rest.all(group))))
     assert done == [1, 2, 3]
-    assert told == [("stream", 20 * i, 60) for i in range(4)]
+    assert reports == [("stream", 20 * i, 60) for i in range(4)]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
 

@@ -43,25 +43,8 @@ def export(model: Any, folder: Path, *, batch: int = 1, tokenizer: Any = None) -
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
-def loaded(model: Any) -> LoadedModel:
-    return LoadedModel(model, None, "tiny")
-
-
-@pytest.fixture(scope="module")
 def bundle(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(model, tmp_path_factory.mktemp("eval") / "bundle", tokenizer=tiny_tokenizer())
-
-
-@pytest.fixture(scope="module")
-def model_folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("eval") / "model"
-    model.save_pretrained(folder)
-    return folder
 
 
 def dense_logits(model: Any, ids: np.ndarray) -> np.ndarray:
@@ -92,7 +75,7 @@ def assert_close(got: np.ndarray, want: np.ndarray) -> None:
 
 
 def nll_of(logits: np.ndarray) -> np.ndarray:
-    """By torch, float64 [n], of tokens 1 .. n."""
+    """Negative log likelihoods of tokens 1 .. n by torch, float64 [n]."""
     targets = torch.from_numpy(IDS[1 : len(logits) + 1])
     return torch.nn.functional.cross_entropy(torch.from_numpy(logits).double(), targets, reduction="none").numpy()
 
@@ -152,7 +135,7 @@ def test_standard_error_is_that_of_repeated_texts() -> None:
     for _ in range(600):
         nll = np.repeat(rng.normal(2.0, 0.3, 20), 16) + rng.normal(0, 0.2, 320)  # 20 segments of 16 tokens
         nll = nll[1:]  # the first has one less
-        logits = np.stack((-nll, np.log1p(-np.exp(-nll))), axis=1)  # two tokens, of which 0 has this likelihood
+        logits = np.stack((-nll, np.log1p(-np.exp(-nll))), axis=1)  # two tokens; 0 has this likelihood
         found.append(measure(predictor_of(logits, 320), ids, segment_tokens=16, capacity=C))
     spread = np.std([curve.perplexity for curve in found])
     assert np.mean([curve.standard_error for curve in found]) == pytest.approx(spread, rel=0.12)
@@ -172,7 +155,7 @@ def test_short_of_a_second_segment_or_of_eviction_nothing_is_claimed() -> None:
     assert len(curve.segments) == 1
 
 
-def test_what_is_no_number_is_told() -> None:
+def test_what_is_no_number_is_reported() -> None:
     logits = np.zeros((NUM_TOKENS - 1, VOCAB_SIZE))
     logits[40, 7] = np.nan
     with pytest.raises(BackendError, match=r"prediction of token 41: .*not numbers"):
@@ -243,10 +226,10 @@ def test_all_baselines_over_one_text(bundle: Path, model: Any, loaded: LoadedMod
     assert before is not None
     for curve in found.curves:
         assert curve.perplexity_before == pytest.approx(before, rel=1e-4)
-        told = [done for stage, done, _ in stages if stage == curve.name]
-        assert told[0] == 0
-        assert told == sorted(set(told))
-        assert told[-1] == curve.num_tokens
+        reports = [done for stage, done, _ in stages if stage == curve.name]
+        assert reports[0] == 0
+        assert reports == sorted(set(reports))
+        assert reports[-1] == curve.num_tokens
     assert curves["window only"].perplexity_after != pytest.approx(curves["bundle"].perplexity_after, rel=1e-3)
     assert torch.get_num_threads() == threads
 

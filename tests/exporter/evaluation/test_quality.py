@@ -1,4 +1,4 @@
-"""The gate of quantised bundles: figures are those of float64 NumPy, thresholds hold and fail, bad input is told.
+"""The gate of quantised bundles: figures are those of float64 NumPy, thresholds hold and fail, bad input is reported.
 
 The toy bundle has a definition in a few lines of NumPy, rounded weights or not; so what the gate says of it can be
 computed without any of the code that is tested.
@@ -147,13 +147,13 @@ def test_figures_of_given_predictions(num_tokens: int) -> None:
     want = (random.normal(size=(num_tokens, 50)) * 4).astype(np.float32)
     got = (want + random.normal(size=want.shape)).astype(np.float32)
     ids = random.integers(0, 50, num_tokens + 1)
-    told: list[tuple[str, int, int]] = []
+    reports: list[tuple[str, int, int]] = []
     quality = compare_predictions(
-        predictor_of("reference", want, 64), predictor_of("bundle", got, 1), ids, lambda *stage: told.append(stage)
+        predictor_of("reference", want, 64), predictor_of("bundle", got, 1), ids, lambda *stage: reports.append(stage)
     )
     assert_figures(quality, expected(want, got, ids[1:].tolist()), 1e-10)
-    assert told[0] == ("quality", 0, num_tokens)
-    assert told[-1] == ("quality", num_tokens, num_tokens)
+    assert reports[0] == ("quality", 0, num_tokens)
+    assert reports[-1] == ("quality", num_tokens, num_tokens)
 
 
 def test_standard_error_is_that_of_the_segments() -> None:
@@ -395,7 +395,7 @@ def test_other_references_that_will_not_do(rounded_toy: Path, float_toy: Path, t
         verify_quality(untold, str(float_toy), TOY_TEXT)
 
 
-def test_a_damaged_bundle_is_told(rounded_toy: Path, float_toy: Path, tmp_path: Path) -> None:
+def test_a_damaged_bundle_is_reported(rounded_toy: Path, float_toy: Path, tmp_path: Path) -> None:
     bundle = copied(rounded_toy, tmp_path)
     weights = bundle / "weights.bin"
     weights.write_bytes(b"\x01" + weights.read_bytes()[1:])
@@ -426,14 +426,14 @@ def test_command(float_toy: Path, rounded_toy: Path, text_file: Path, tmp_path: 
     assert [line.rstrip().endswith("ok") for line in shown.splitlines()].count(True) == 4
 
     strict = quantised(copied(rounded_toy, tmp_path), {**LOOSE, "kl_divergence": 1e-5, "top1_agreement": 1.0})
-    told = run_cli("verify", strict, *arguments[2:])
-    assert told.code == 1
+    failed = run_cli("verify", strict, *arguments[2:])
+    assert failed.code == 1
     found = facts["quality"]
-    assert told.err.splitlines() == [
+    assert failed.err.splitlines() == [
         f"FAILED kl_divergence: {found['kl_divergence']:.4g}, above the limit of 1e-05 of recipe 'test'",
         f"FAILED top1_agreement: {found['top1_agreement']:.4g}, below the limit of 1 of recipe 'test'",
     ]
-    assert "passed" not in told.out
+    assert "passed" not in failed.out
     assert json.loads(out.read_text())["passed"] is False
 
 
@@ -482,7 +482,7 @@ def test_two_bundles_are_compared_without_torch(float_toy: Path, rounded_toy: Pa
     assert done.returncode == 0, done.stderr
 
 
-def test_inspect_tells_how_a_bundle_was_quantised(rounded_toy: Path, float_toy: Path, tmp_path: Path) -> None:
+def test_inspect_shows_how_a_bundle_was_quantised(rounded_toy: Path, float_toy: Path, tmp_path: Path) -> None:
     shown = run_cli("inspect", quantised(copied(rounded_toy, tmp_path), calibration_sha256="ab" * 32)).out
     assert "test: int8 weights, float inputs, fp window" in shown
     assert "calibration file abababababababab" in shown

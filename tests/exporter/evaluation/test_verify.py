@@ -41,25 +41,8 @@ def export(
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
-def loaded(model: Any) -> LoadedModel:
-    return LoadedModel(model, None, "tiny")
-
-
-@pytest.fixture(scope="module")
 def bundle(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(model, tmp_path_factory.mktemp("verify") / "bundle", tokenizer=tiny_tokenizer())
-
-
-@pytest.fixture(scope="module")
-def model_folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("verify") / "model"
-    model.save_pretrained(folder)
-    return folder
 
 
 def by_name(report: ParityReport) -> dict[str, Any]:

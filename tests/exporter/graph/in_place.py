@@ -1,4 +1,4 @@
-"""States are updated in place: input and output share a buffer, of which ONNX Runtime's scheduler knows nothing."""
+"""States are updated in place: input and output share a buffer. ONNX Runtime's scheduler does not know."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class PluginBundle:
 
 
 def errors_against(folder: Path, manifest: Manifest, reference: Path, vocab_size: int) -> np.ndarray:
-    """Of the plugin bundle in `folder` against ONNX Runtime, relative: chunks first, then steps past two wraps."""
+    """Relative errors of the plugin bundle in `folder` against ONNX Runtime: chunks, then steps past two wraps."""
     ids = np.random.default_rng(1).integers(0, vocab_size, 34)
     under_test = PluginBundle(folder, manifest)
     with Session.load(reference) as session:

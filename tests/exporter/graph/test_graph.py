@@ -16,7 +16,7 @@ from tests.exporter.tiny_models import tiny_model
 from tests.support import export_model, random_ids, slow_but
 
 NODES_PER_LAYER = 42
-"""Of a Llama-like decoder with grouped queries, views included."""
+"""Nodes of a Llama-like decoder with grouped queries, views included."""
 
 
 def export_tiny(name: str, folder: Path, **geometry: int) -> onnx.ModelProto:

@@ -217,7 +217,7 @@ CASES = [
 ]
 FORMS = pytest.mark.parametrize("form", [torch_form, onnx_form], ids=["torch", "onnx"])
 TOLERANCE = {torch_form: 3e-5, onnx_form: 2e-4}
-"""Of outputs of up to 25; an entry of the window that is rounded the wrong way costs 0.01 and more."""
+"""Largest errors of outputs of up to 25; an entry of the window that is rounded the wrong way costs 0.01 and more."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -408,10 +408,10 @@ def test_long_run_writes_in_place_and_stays_finite(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_manifest_tells_the_window(tmp_path: Path) -> None:
+def test_manifest_has_the_window(tmp_path: Path) -> None:
     loaded = LoadedModel(tiny_model("llama"), None, "tiny")
     recipe = load_recipe("int8-channel")
-    for name, config, told in (
+    for name, config, facts_expected in (
         ("window", CONFIG, ("int8-window", "float", "int8")),
         ("both", dataclasses.replace(CONFIG, recipe=recipe), ("int8-channel", "int8", "int8")),
         ("weights", dataclasses.replace(CONFIG, recipe=recipe, kv=None), ("int8-channel", "int8", "fp")),
@@ -423,7 +423,7 @@ def test_manifest_tells_the_window(tmp_path: Path) -> None:
     ):
         facts = export_loaded(loaded, tmp_path / name, config).quantization
         assert facts is not None
-        assert (facts.recipe, facts.weights, facts.kv) == told
+        assert (facts.recipe, facts.weights, facts.kv) == facts_expected
     assert export_loaded(loaded, tmp_path / "none", dataclasses.replace(CONFIG, kv=None)).quantization is None
 
 

@@ -112,7 +112,7 @@ SCALED = [
     # factors on token 0's weight: (case, of each query head)
     (CASES[1], (0.5, 2.0, 1.0, 1.0, 0.01, 40.0)),
     (CASES[5], (0.3, 1.5, 1.0, 6.0)),  # softcap: the factor comes after it
-    (CASES[3], (0.5, 2.0, 1.0, 0.1)),  # one product for all query heads
+    (CASES[3], (0.5, 2.0, 1.0, 0.1)),  # one matmul for all query heads
 ]
 
 CALIBRATED = [
@@ -232,7 +232,7 @@ AFFINE = [
 @pytest.mark.parametrize(("case", "parts", "sink_scale", "act"), slow_but(4, AFFINE), ids=str)
 @FORMS
 def test_affine_against_oracle(case: tuple, parts: str, sink_scale: tuple | None, act: Act | None, form: str) -> None:
-    """With later sinks calibrated, the weights that are scaled and shifted are those after it."""
+    """Scaled and shifted are the weights after later sinks are calibrated, if they are."""
     (batch, num_q, *_), (num_sinks, window) = case, case[5:7]
     oracle, operator, states = _subject(case, sink_scale, act)
     atol = 5e-5 if act is None else 5 * ACT_ATOL  # as weights, what is uncertain of them is scaled

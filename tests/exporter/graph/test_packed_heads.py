@@ -24,7 +24,7 @@ HEADS = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1,
     ("family", "dtype", "width"), [("llama", "fp16", 128), ("qwen3", "fp16", 0), ("llama", "fp32", 0)]
 )
 def test_steps_of_one_product_are_packed(tmp_path: Path, family: str, dtype: str, width: int) -> None:
-    """Norms of heads and casts come between a product and attention: then there is a Split."""
+    """Norms of heads and casts come between a matmul and attention: then there is a Split."""
     model = tiny_model(family, **HEADS)
     model = model.to(torch.float16) if dtype == "fp16" else model
     config = ExportConfig(num_sink_tokens=3, window_size=9, chunk_size=4, batch=2, dtype=dtype, target="tensorrt")

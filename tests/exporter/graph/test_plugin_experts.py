@@ -80,8 +80,8 @@ def graph_of(folder: Path, role: str) -> onnx.GraphProto:
     return onnx.load(folder / f"{role}.onnx", load_external_data=False).graph
 
 
-def products(graph: onnx.GraphProto) -> list[tuple[str, tuple[int, ...], int]]:
-    """Of chosen experts: kind, shape of the matrices, picks."""
+def expert_matmuls(graph: onnx.GraphProto) -> list[tuple[str, tuple[int, ...], int]]:
+    """Matmuls by chosen experts: kind, shape of the matrices, picks."""
     sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.value_info}
     return [(n.op_type, sizes[n.input[1]], shapes[n.output[0]][0]) for n in graph.node if n.op_type in KINDS]
@@ -105,7 +105,7 @@ def test_it_computes_what_the_onnx_bundle_does(name: str, recipe: str | None, sh
     chosen = model.config.num_experts_per_tok
     for role, num_tokens in (("decode", 1), ("prefill", T)):
         graph = graph_of(plugin.path, role)
-        found = products(graph)
+        found = expert_matmuls(graph)
         assert [(k, shape[0], picks) for k, shape, picks in found] == [
             (kind, layer.num_experts, chosen * num_tokens)
         ] * 2 * num_layers
@@ -115,7 +115,7 @@ def test_it_computes_what_the_onnx_bundle_does(name: str, recipe: str | None, sh
     onnx_bundle = shared_reference(shared_export, name, recipe)
     errors = errors_against(plugin.path, plugin.manifest, onnx_bundle, VOCAB_SIZE)
     assert max(errors) < 0.02
-    # Of other products the scales are float16, which tips some weights to the next code.
+    # Of other matmuls the scales are float16, which tips some weights to the next code.
     assert np.median(errors) < (0.003 if recipe is None else 0.01)
 
 
@@ -124,7 +124,7 @@ def test_it_computes_what_the_onnx_bundle_does(name: str, recipe: str | None, sh
 def test_three_streams(recipe: str | None, tmp_path: Path) -> None:
     model, options = half_model("qwen3_moe"), {"batch": 3, "chunk_size": 1}
     manifest = plugin_bundle(tmp_path / "plugin", model, recipe, **options)
-    assert [picks for *_, picks in products(graph_of(tmp_path / "plugin", "decode"))] == [6, 6]
+    assert [picks for *_, picks in expert_matmuls(graph_of(tmp_path / "plugin", "decode"))] == [6, 6]
     reference(tmp_path / "onnx", model, recipe, **options)
     under_test, errors = PluginBundle(tmp_path / "plugin", manifest), []
     with Session.load(tmp_path / "onnx") as session:
@@ -143,7 +143,7 @@ def test_more_tokens_than_a_node_takes(tmp_path: Path) -> None:
     model = half_model("qwen3_moe", num_experts_per_tok=chosen, max_position_embeddings=4 * num_tokens)
     manifest = plugin_bundle(tmp_path / "plugin", model, **geometry)
     graph = graph_of(tmp_path / "plugin", "prefill")
-    assert [picks for *_, picks in products(graph)] == [taken, taken, *[chosen * num_tokens - taken] * 2]
+    assert [picks for *_, picks in expert_matmuls(graph)] == [taken, taken, *[chosen * num_tokens - taken] * 2]
     assert not others(graph)
     reference(tmp_path / "onnx", model, **geometry)
     assert max(errors_against(tmp_path / "plugin", manifest, tmp_path / "onnx", VOCAB_SIZE)) < 0.02
@@ -195,7 +195,7 @@ def test_matrices_that_the_kernels_do_not_take(recipe: str | None, tmp_path: Pat
     manifest = plugin_bundle(tmp_path / "40", model, recipe)
     for role in ("decode", "prefill"):
         graph = graph_of(tmp_path / "40", role)
-        assert [kind for kind, *_ in products(graph)] == [KINDS[recipe is not None], KINDS[0]]
+        assert [kind for kind, *_ in expert_matmuls(graph)] == [KINDS[recipe is not None], KINDS[0]]
         assert not others(graph)
     if recipe is None:
         reference(tmp_path / "onnx", model)
@@ -205,7 +205,7 @@ def test_matrices_that_the_kernels_do_not_take(recipe: str | None, tmp_path: Pat
     manifest = plugin_bundle(tmp_path / "36", model, recipe)
     for role, kinds in (("decode", ["Gather"] * 2), ("prefill", ["MatMul"] * 2)):
         graph = graph_of(tmp_path / "36", role)
-        assert not products(graph)
+        assert not expert_matmuls(graph)
         assert others(graph) == kinds
     if recipe is None:
         reference(tmp_path / "onnx36", model)
@@ -218,7 +218,7 @@ def test_matrices_that_the_kernels_do_not_take(recipe: str | None, tmp_path: Pat
 def test_smoothing_leaves_routers_and_experts_as_they_are(
     name: str, target: str, shared_export: SharedExports, tmp_path: Path
 ) -> None:
-    """The experts beside which other products read the same inputs, smoothed: a shared expert's, as a Gemm."""
+    """The experts beside which other matmuls read the same inputs, smoothed: a shared expert's, as a Gemm."""
     model, smooth = half_model(name), recipe()
     found = calibrate(LoadedModel(copy.deepcopy(model).float(), tiny_tokenizer(), "tiny"), smooth, TEXT)
     plain = shared_reference(shared_export, name)
@@ -242,5 +242,5 @@ def test_graphs_of_float32_and_native_ones_have_no_such_nodes(config: dict[str, 
     exported(model, tmp_path, target="tensorrt", **config)
     for role, kinds in (("decode", ["Gather"] * 2), ("prefill", ["MatMul"] * 2)):
         graph = graph_of(tmp_path, role)
-        assert not products(graph)
+        assert not expert_matmuls(graph)
         assert others(graph) == kinds

@@ -25,7 +25,7 @@ from sinkrt.errors import BackendError
 from tests.exporter.graph.plugin_evaluator import PluginBundle
 from tests.exporter.graph.test_plugin_target import NEEDS_BUILD, S, W, exported, plugin_nodes
 from tests.exporter.tiny_models import TINY, VOCAB_SIZE
-from tests.exporter.variants.test_head_windows import budgets
+from tests.exporter.variants.test_head_windows import window_file
 from tests.exporter.variants.test_sink_tuning import tuning
 from tests.support import random_ids
 
@@ -85,7 +85,7 @@ def attentions(folder: Path, role: str) -> list[tuple[onnx.NodeProto, dict[str, 
 
 
 def errors(under_test: PluginBundle, session: Session, ids: np.ndarray, prefilled: int) -> list[float]:
-    """Of each step of ids [B, N] and, if `prefilled` > 0, of what so many tokens of the only stream end with."""
+    """Error of each step of ids [B, N] and, if `prefilled` > 0, of what so many tokens of the only stream end with."""
     pairs = []
     if prefilled:
         pairs = [(under_test.prefill(ids[0, :prefilled]), session.prefill(ids[:, :prefilled]).copy())]
@@ -99,7 +99,7 @@ def errors(under_test: PluginBundle, session: Session, ids: np.ndarray, prefille
     [
         ("bloom", {"kv": "int8"}),
         ("mpt", {"num_sink_tokens": 0}),
-        ("falcon-alibi", {"budgets": budgets("falcon-alibi", ((9, 5), (4, 9)))}),
+        ("falcon-alibi", {"budgets": window_file("falcon-alibi", ((9, 5), (4, 9)))}),
         ("flint", {}),
         ("llama", {"sink_tuning": tuning("llama")}),
         ("afmoe", {}),

@@ -1,4 +1,4 @@
-"""Plugin graphs of float16: between products there are nodes of the plugin, which compute what was there before."""
+"""Plugin graphs of float16: between matmuls there are nodes of the plugin, which compute what was there before."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_llama_is_products_and_plugins(role: str, recipe: str | None, tmp_path
         ("qwen3", (9, 4, 0), (0, 1)),  # of heads too
         ("gemma2", (9, 4, 9), (2, 1)),  # weights of float32
         ("phi3", (5, 4, 0), (0, 1)),  # gate | up is the model's own
-        ("olmo2", (9, 1, 9), (0, 1)),  # norms after products: what is added to the stream is what they give
+        ("olmo2", (9, 1, 9), (0, 1)),  # norms after matmuls: what is added to the stream is what they give
     ],
 )
 def test_what_other_families_have(
@@ -119,7 +119,7 @@ def test_biases_are_added_by_int8_products(tmp_path: Path) -> None:
     manifest = exported(half_model("qwen2"), tmp_path / "plugin", target="tensorrt", **options)
     path = tmp_path / "plugin" / "decode.onnx"
     assert counts(path)["Add"] == 0
-    assert [product["has_bias"] for product in attributes(path, "Int8Linear")] == [1, 0, 0, 0, 1, 0, 0, 0, 0]
+    assert [matmul["has_bias"] for matmul in attributes(path, "Int8Linear")] == [1, 0, 0, 0, 1, 0, 0, 0, 0]
     exported(with_rounded_weights(half_model("qwen2").float()), tmp_path / "onnx", chunk_size=1)
     under_test, ids = PluginBundle(tmp_path / "plugin", manifest), random_ids(16, seed=3, first=0)
     with Session.load(tmp_path / "onnx") as session:

@@ -32,7 +32,7 @@ from tests.exporter.graph.plugin_evaluator import PluginBundle, errors_against
 from tests.exporter.graph.test_quantize import plain_steps, with_rounded_weights
 from tests.exporter.tensorrt.test_builder import needs_tensorrt
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
-from tests.exporter.variants.test_head_windows import budgets
+from tests.exporter.variants.test_head_windows import window_file
 from tests.plugins.trt_library import needs_plugin_build
 from tests.real_model import smollm2_file
 from tests.support import export_model, random_ids, run_cli
@@ -48,7 +48,7 @@ EXPERTS_AND_LINEAR = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next", "qwen3_5_
 WIDE: dict[str, dict[str, Any]] = {
     "llama-tied": {"head_dim": 64},
     "gpt_neox": {"hidden_size": 128, "num_attention_heads": 2},
-    "gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 7},  # < S + W: its own window
+    "gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 7},  # < S + W
     "llama-yarn": {"head_dim": 64},
     "phi3": {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
     "qwen2": {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
@@ -79,7 +79,7 @@ def exported(model: Any, folder: Path, **config: Any) -> Manifest:
         ("gpt_neox", {"kv": "int8"}),
         ("gemma2", {"num_sink_tokens": 0}),
         ("llama-yarn", {}),
-        ("llama-tied", {"budgets": budgets("llama-tied", ((9, 5), (4, 9)))}),
+        ("llama-tied", {"budgets": window_file("llama-tied", ((9, 5), (4, 9)))}),
         ("llama-tied", {"dtype": "fp16"}),
         ("gpt_neox", {"dtype": "fp16"}),  # biases
         *((name, {}) for name in EXPERTS_AND_LINEAR if name != "qwen3_next"),
@@ -101,7 +101,7 @@ def test_the_plugins_graph_computes_what_the_onnx_bundle_does(name: str, config:
 
 
 def with_smooth(folder: Path, **config: Any) -> Manifest:
-    """A bundle whose products have INT8 inputs with static ranges."""
+    """A bundle whose matmuls have INT8 inputs with static ranges."""
     asked, model = recipe(), wide_model("llama-tied")
     found = calibrate(LoadedModel(model, tiny_tokenizer(), "tiny"), asked, TEXT)
     return exported(
@@ -144,9 +144,9 @@ def test_what_tensorrt_8_is_given(name: str, tmp_path: Path) -> None:
         held = float32_values(tmp_path / "b" / graph.file)  # what TensorRT 8 may not lower to float16
         assert "logits" in held
         assert {node.output[0] for node in model.graph.node if node.op_type == "ReduceMean"} <= held
-        products = {node.output[0] for node in model.graph.node if node.op_type == "HalfLinear"}
-        assert len(products) == 9
-        assert not products & held
+        matmuls = {node.output[0] for node in model.graph.node if node.op_type == "HalfLinear"}
+        assert len(matmuls) == 9
+        assert not matmuls & held
         attentions = [node for node in model.graph.node if node.op_type == "SinkAttention"]
         assert len(attentions) == 2
         assert {a.name: a.s for a in attentions[0].attribute if a.name.startswith("plugin_")} == {
@@ -162,7 +162,7 @@ def plugin_nodes(folder: Path, role: str) -> list[str]:
 
 
 def operators(folder: Path, role: str = "decode") -> list[tuple[str, str]]:
-    """Kind and name of the matrix of every product of a graph."""
+    """Kind and name of the matrix of every matmul of a graph."""
     kinds = ("MatMul", "Gemm", "HalfLinear", "Int8Linear")
     model = onnx.load(folder / f"{role}.onnx", load_external_data=False)
     return [(node.op_type, node.input[1]) for node in model.graph.node if node.op_type in kinds]
@@ -292,7 +292,7 @@ class TestBuilding:
         config = ExportConfig(chunk_size=1, dtype="fp16", kv="int8", target="tensorrt")
         export(str(smollm2_file()), tmp_path / "b", config)
         facts, report = build_bundle(tmp_path / "b", BuildOptions(plugin_library))["decode"]
-        assert report.layer_types["PLUGIN_V3"] == 30 + 4 * 30 + 1 + 61 + 30  # attention, products, norms, gates
+        assert report.layer_types["PLUGIN_V3"] == 30 + 4 * 30 + 1 + 61 + 30  # attention, matmuls, norms, gates
         assert facts.precision == "float16"
         assert facts.bytes > 260e6  # 135 M parameters
 
@@ -322,15 +322,15 @@ class TestBuilding:
 
 
 @pytest.mark.parametrize(
-    ("code", "told"),
+    ("code", "problem"),
     [
         ("import os; os.abort()", r"a crash of TensorRT \(signal 6"),
         ("import sys; print('said this', file=sys.stderr); sys.exit(3)", r"exit code 3; said this\)"),
         ("print('{}')", r"exit code 0"),
     ],
 )
-def test_a_crash_of_tensorrt_is_told_in_one_line(code: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(EngineBuildError, match=told) as caught:
+def test_a_crash_of_tensorrt_is_reported_in_one_line(code: str, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(EngineBuildError, match=problem) as caught:
         build_engine_apart(tmp_path / "g.onnx", tmp_path / "e", BuildOptions(), command=(sys.executable, "-c", code))
     assert "\n" not in str(caught.value)
 
@@ -351,7 +351,7 @@ def test_bad_input_of_the_command(tmp_path: Path) -> None:
     exported(wide_model("qwen2"), tmp_path / "onnx", chunk_size=1)
     plugin, text = str(tmp_path / "plugin"), tmp_path / "text.so"
     text.write_text("no library")
-    for arguments, told in (
+    for arguments, problem in (
         ([str(tmp_path / "onnx")], "exported for target onnx, expected target tensorrt"),
         ([str(tmp_path / "none")], "manifest.json: received no readable file"),
         ([plugin], "--plugin: received nothing"),
@@ -359,7 +359,7 @@ def test_bad_input_of_the_command(tmp_path: Path) -> None:
         ([plugin, "--plugin", str(text), "--timing-cache", str(tmp_path)], "--timing-cache: received"),
     ):
         result = run_cli("build", *arguments)
-        result.refusal(told)
+        result.refusal(problem)
     for bits in ("-1", "4294967296", "cublas"):
         result = run_cli("build", plugin, "--tactic-sources", bits)
         assert result.code == 2
@@ -396,25 +396,25 @@ def test_an_engine_that_does_not_fit_is_refused_with_the_reason(tmp_path: Path) 
     host = EngineHost("TensorRT", "10.14.1.48", "1", "8.9")
     good = with_engine(bundle, sha256=digest)
     assert check_engine(bundle, good, "decode", host) == bundle / "engines" / "decode.engine"
-    # The C++ library tells no build number of itself.
+    # The C++ library has no build number of its own.
     assert check_engine(bundle, good, "decode", dataclasses.replace(host, version="10.14.1"))
     anywhere = with_engine(bundle, sha256=digest, gpu=None, compute_capability=None, plugin_abi=None)
     assert check_engine(bundle, anywhere, "decode", dataclasses.replace(host, compute_capability="12.0"))
-    for changes, told in (
+    for changes, problem in (
         ({"flavour": "TensorRT-RTX"}, "flavour: received one that was built for TensorRT, expected TensorRT-RTX"),
         ({"version": "11.1.0"}, "version: received one that was built for 10.14.1, expected 11.1.0"),
         ({"plugin_abi": "2"}, "plugin ABI: received one that was built for 1, expected 2"),
         ({"plugin_abi": None}, "plugin ABI: received one that was built for 1, expected None"),
         ({"compute_capability": "9.0"}, "compute capability: received one that was built for 8.9, expected 9.0"),
     ):
-        with pytest.raises(BackendError, match=told):
+        with pytest.raises(BackendError, match=problem):
             check_engine(bundle, good, "decode", dataclasses.replace(host, **changes))
-    for changes, told in (
+    for changes, problem in (
         ({"graph_sha256": "0" * 64}, "its graph: received one that was built for 000000000000"),
         ({"bytes": 7}, "received 6 bytes, expected 7 bytes"),
         ({}, "received other content"),
     ):
-        with pytest.raises(BackendError, match=told):
+        with pytest.raises(BackendError, match=problem):
             check_engine(bundle, with_engine(bundle, **changes), "decode", host)
     with pytest.raises(BackendError, match="decode engine: received none"):
         check_engine(bundle, load_manifest(bundle), "decode", host)

@@ -1,4 +1,4 @@
-"""Quantised products and tables, alone and in whole bundles, against NumPy and onnxruntime's own quantiser."""
+"""Quantised matmuls and tables, alone and in whole bundles, against NumPy and onnxruntime's own quantiser."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class OneMatmul:
         self.form = FORMS[form](graph, position, num_sinks)
 
     def run(self, x: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """As the graph says. Q/DQ is for TensorRT: ONNX Runtime's fusions of it saturate on CPUs without VNNI."""
+        """Run the graph without fusions. Q/DQ is for TensorRT: ONNX Runtime's fusions saturate without VNNI."""
         self.graph.initializers.pop("w.T", None)
         options = ort.SessionOptions()
         if not self.for_ort:
@@ -220,7 +220,7 @@ def plain_steps(graph: Path) -> Callable[[np.ndarray, int], np.ndarray]:
 def test_a_tensorrt_bundle_with_int8_weights_is_the_model_with_rounded_weights(name: str, tmp_path: Path) -> None:
     """Q/DQ graphs say floating-point arithmetic, so the rounded weights are all that differs.
 
-    Left to itself, ONNX Runtime makes INT8 products of them, which round their inputs as well: a session forbids that.
+    Left to itself, ONNX Runtime makes INT8 matmuls of them, which round their inputs as well: a session forbids that.
     """
     recipe = load_recipe("int8-channel")
     with (
@@ -306,7 +306,7 @@ def test_families_refine_a_recipe(tmp_path: Path) -> None:
     }
 
 
-def test_the_manifest_tells_the_refined_recipe_and_what_is_refined_is_checked(tmp_path: Path) -> None:
+def test_the_manifest_has_the_refined_recipe_and_what_is_refined_is_checked(tmp_path: Path) -> None:
     four_bits = {"weights": {"bits": 4, "granularity": "block", "block_size": 32}}
     with exported(tiny_model("llama"), tmp_path / "b", edited("int8-weights", families={"llama": four_bits})) as small:
         assert small.manifest.quantization is not None
@@ -345,7 +345,7 @@ def test_tensorrt_builds_int8_weights(name: str, tmp_path: Path) -> None:
         for graph in session.manifest.graphs.values():
             report = build_engine(tmp_path / "b" / graph.file)
             assert report.engine_bytes > 0
-            assert report.layer_types["DEQUANTIZE"] >= 9  # 4 products a layer and the output projection
+            assert report.layer_types["DEQUANTIZE"] >= 9  # 4 matmuls a layer and the output projection
 
 
 def test_recipes_that_cannot_be_followed_are_refused() -> None:
@@ -371,7 +371,7 @@ def test_verify_asks_for_a_tolerance(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sinks", slow_but(1, ["separate", "excluded", "included"]))
 def test_static_ranges_reach_the_graph(sinks: str, tmp_path: Path) -> None:
-    """With ranges that fit, a static bundle is near the floating-point one; the sinks' range is used as told."""
+    """A static bundle whose ranges fit is near the floating-point one; the sinks' range is as asked for."""
 
     class Fixed:
         sha256 = "0" * 64
@@ -406,7 +406,7 @@ def test_static_ranges_reach_the_graph(sinks: str, tmp_path: Path) -> None:
     errors = [np.abs(a - b).mean() / b.std() for a, b in zip(steps, exact, strict=True)]
     assert 1e-3 < np.mean(errors) < 0.3
     nodes = [n.op_type for n in onnx.load(tmp_path / "q" / "decode.onnx", load_external_data=False).graph.node]
-    assert nodes.count("MatMulIntegerToFloat") == 8  # 4 products a layer
+    assert nodes.count("MatMulIntegerToFloat") == 8  # 4 matmuls a layer
     chosen = {"separate": 8, "excluded": 0, "included": 0}[sinks]
     base = onnx.load(tmp_path / "f" / "decode.onnx", load_external_data=False).graph.node
     assert nodes.count("Where") == [n.op_type for n in base].count("Where") + chosen

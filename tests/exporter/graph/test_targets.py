@@ -18,7 +18,6 @@ from sinkrt.contract import TARGETS as MANIFEST_NAMES
 
 from tests.exporter.tiny_models import tiny_model
 
-POSITIONS = {"int64": (1, "int64"), "int32 words": (2, "int32")}
 HERE = Path(__file__).parent / "passes"
 NAMES = sorted({name for target in TARGETS for name in target.passes} | set(FRAME_PASSES))
 EACH = pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)

@@ -1,4 +1,4 @@
-"""Recipes: the ones that ship, what they may hold, and how a mistake is told."""
+"""Recipes: the ones that ship, what they may hold, and how a mistake is reported."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ RANGES = {"method": "minmax", "samples": 4, "length": 64}
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "problem"),
     [
         ({"wieghts": 1}, "wieghts: received 1, expected no such key"),
         ({"kv": "int4"}, "kv: received 'int4', expected 'fp' or 'int8'"),
@@ -90,10 +90,10 @@ RANGES = {"method": "minmax", "samples": 4, "length": 64}
         ({"families": {"llama": {"typo": 1}}}, "for llama: typo: received 1, expected no such key"),
     ],
 )
-def test_mistakes_are_told_in_one_line(changes: dict[str, Any], told: str) -> None:
+def test_mistakes_are_reported_in_one_line(changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(UsageError) as failure:
         parse_recipe(raw(**changes), "recipe 'mine.yaml'")
-    assert told in str(failure.value)
+    assert problem in str(failure.value)
     assert str(failure.value).startswith("recipe '")
     assert "\n" not in str(failure.value)
 
@@ -127,15 +127,15 @@ def test_families_replace_keys_and_merge_mappings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "problem"),
     [
         (["--recipe", "int9"], "recipe: received 'int9'"),
         (["--recipe", "int8-dynamic", "--target", "tensorrt"], "received target tensorrt, expected onnx"),
     ],
 )
-def test_export_refuses_before_any_work(options: list[str], told: str, tmp_path: Path) -> None:
+def test_export_refuses_before_any_work(options: list[str], problem: str, tmp_path: Path) -> None:
     result = run_cli("export", "no-such-model", "-o", tmp_path / "b", *options)
-    result.refusal(told)
+    result.refusal(problem)
     assert not list(tmp_path.iterdir())
 
 

@@ -34,7 +34,7 @@ def random_weight(num_outputs: int, num_inputs: int, seed: int = 0) -> np.ndarra
 
 
 def quantized(weight: np.ndarray, scheme: WeightScheme, *, transposed: bool = True, **rest: object) -> QuantizedWeight:
-    """Of weight [N, K]; not transposed: handed over as [K, N]."""
+    """Quantised weight [N, K]; not transposed: handed over as [K, N]."""
     source = weight if transposed else np.ascontiguousarray(weight.T)
     return QuantizedWeight("w", ir.Tensor(source), scheme, transposed, **rest)  # type: ignore[arg-type]
 

@@ -133,7 +133,7 @@ def alibi_slopes(model: Any) -> np.ndarray | None:
     return slopes
 
 
-def test_layers_without_positions_are_told_apart() -> None:
+def test_layers_without_positions_are_distinguished() -> None:
     model = tiny_model("smollm3")
     assert {layer.self_attn.use_rope for layer in model.model.layers} == {True, False}
     with streaming_reference(model, S, W) as reference:
@@ -176,7 +176,7 @@ def test_reset_forgets() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_the_model_is_left_as_it_was(name: str, fails: bool) -> None:
     model = tiny_model(name)
-    model.base_model.layers[1].train()  # a mixture of modes is to survive too
+    model.base_model.layers[1].train()  # mixed modes are to survive too
     ids = random_ids(C)
     want = dense(model, ids)
     before = (

@@ -226,7 +226,7 @@ def test_a_system_message_that_the_sinks_do_not_keep_is_refused_if_asked(many_bu
         assert ask(model="toy", messages=[user("Hi")], max_tokens=1).choices  # type: ignore[list-item]
 
 
-def test_metrics_tell_what_happened(many_bundle: Path) -> None:
+def test_metrics_show_what_happened(many_bundle: Path) -> None:
     with serving(many_bundle) as served:
         client = served.client()
         client.completions.create(model="toy", prompt=[1] * 40, max_tokens=7, extra_body={"ignore_eos": True})

@@ -337,11 +337,11 @@ def test_a_client_that_takes_no_text_is_paused_and_given_up(many_bundle: Any, al
                 b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n" % len(body) + body
             )
-            outlets = served.server.decode_loop.responses
-            served.wait_until(lambda: any(outlet.paused for outlet in list(outlets.values())))
+            responses = served.server.decode_loop.responses
+            served.wait_until(lambda: any(response.paused for response in list(responses.values())))
             before = totals.answer_tokens
-            (outlet,) = outlets.values()
-            assert outlet.queue.qsize() < 1000
+            (response,) = responses.values()
+            assert response.queue.qsize() < 1000
             answer = served.client().completions.create(
                 model="toy", prompt="x", max_tokens=5, temperature=0, extra_body={"ignore_eos": True}
             )
@@ -421,7 +421,7 @@ def test_a_failure_reaches_its_client_and_no_other(
     assert httpx.get(f"{served.url}/health").status_code == 200
 
 
-def test_an_engine_that_dies_is_told_to_everybody(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decode_loop_that_dies_is_reported_to_everybody(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     assert httpx.get(f"{served.url}/health").json() == {"status": "ready"}
     stream = endless(served)
     next(iter(stream))

@@ -223,7 +223,7 @@ CRASHES = ("bloom", "mpt", "falcon-alibi", "codegen")
 """TensorRT-RTX 1.7.1 crashes while it builds these, all of one query head a key head. MPT without sinks builds, and
 with sinks but a mask without ALiBi's biases it crashes as well."""
 SAME_OPERATORS = ("llama3-rope", "llama-linear-rope", "mistral", "phi3-partial", "falcon-groups", "qwen3_5_text")
-"""As others have: their graphs differ from those in constants alone."""
+"""Models with the operators of others: their graphs differ from those in constants alone."""
 BUILT = [name for name in TINY if name not in (*CRASHES, *SAME_OPERATORS)]
 
 
@@ -296,7 +296,7 @@ def check_bundle(bundle: Path, manifest: Manifest) -> EngineReport:
 
 @contextlib.contextmanager
 def largest_file(limit_bytes: int) -> Iterator[None]:
-    """Let this process write no file beyond `limit_bytes`: a full disk, as far as a writer can tell."""
+    """Let this process write no file beyond `limit_bytes`: a full disk, as a writer sees it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
     try:
@@ -341,7 +341,7 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     return module
 
 
-def test_no_driver_is_told_with_tensorrts_reason(tmp_path: Path, tensorrt: MagicMock) -> None:
+def test_no_driver_is_reported_with_tensorrts_reason(tmp_path: Path, tensorrt: MagicMock) -> None:
     def refuse(logger: Any) -> None:
         logger.log(Logging.Severity.ERROR, "CUDA initialization failure with error: 35\n")
         raise TypeError("pybind11::init(): factory function returned nullptr")

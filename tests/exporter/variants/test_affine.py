@@ -29,7 +29,7 @@ from sinkrt.contract import MANIFEST_NAME, Manifest, load_manifest
 
 from tests.exporter.pipeline.export_refusal import assert_export_refuses
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
-from tests.exporter.variants.test_head_windows import budgets
+from tests.exporter.variants.test_head_windows import window_file
 from tests.exporter.variants.test_sink_tuning import GEOMETRY, tuning
 from tests.reference.oracle import SinkAttentionOracle, affine_factors
 from tests.support import random_ids, run_cli, slow_but
@@ -43,7 +43,7 @@ def written(file: Path, tensors: Tensors, **metadata: str) -> AffineFile:
 
 
 def random_tensors(model: Any, kinds: str = "scale bias", seed: int = 0, without: tuple[int, ...] = ()) -> Tensors:
-    """Of every layer: weights and biases of the kinds, large enough to matter."""
+    """Tensors of every layer: weights and biases of the kinds, large enough to matter."""
     config, random = model.config.get_text_config(), np.random.default_rng(seed)
     heads, hidden = config.num_attention_heads, config.hidden_size
     found: Tensors = {}
@@ -222,13 +222,13 @@ def test_the_reference_gives_what_the_oracle_gives(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kv", "calibrated"), [("fp", False), ("fp", True), ("int8", False), ("int8", True)])
 def test_chunks_in_torch_agree_with_the_bundle(kv: str, calibrated: bool, tmp_path: Path) -> None:
-    """With windows of single heads and factors on token 0 as well, and later sinks scaled down."""
+    """Windows of single heads, factors on token 0 and later sinks that are scaled down come besides."""
     model, windows, tuned = tiny_model("llama"), ((4, 9), (9, 5)), tuning("llama")
     if calibrated:
         act = ActPart(alpha=1.0, beta=0.2, min_queries=2, heads=((True, False, True) * 2, (False,) * 3 + (True,) * 3))
         tuned = tuned.model_copy(update={"act": act})
     affine = written(tmp_path / "file", random_tensors(model))
-    config = ExportConfig(**GEOMETRY, kv=kv, sink_tuning=tuned, budgets=budgets("llama", windows), affine=affine)
+    config = ExportConfig(**GEOMETRY, kv=kv, sink_tuning=tuned, budgets=window_file("llama", windows), affine=affine)
     loaded = LoadedModel(model, None, "tiny")
     export_loaded(loaded, tmp_path / "b", config)
     ids = random_ids(70)

@@ -32,7 +32,7 @@ S = 3
 LLAMA = ((9, 4), (5, 9))  # two layers of two key heads; the groups of the second are out of order
 
 
-def budgets(name: str, windows: tuple[tuple[int, ...], ...]) -> HeadWindowFile:
+def window_file(name: str, windows: tuple[tuple[int, ...], ...]) -> HeadWindowFile:
     model = WindowedModel(
         name=name, architecture=type(tiny_model(name)).__name__, num_layers=len(windows), num_kv_heads=len(windows[0])
     )
@@ -41,7 +41,7 @@ def budgets(name: str, windows: tuple[tuple[int, ...], ...]) -> HeadWindowFile:
 
 def exported(name: str, windows: tuple[tuple[int, ...], ...], folder: Path, **options: object) -> LoadedModel:
     loaded = LoadedModel(tiny_model(name), None, "tiny")
-    asked = budgets(name, windows)
+    asked = window_file(name, windows)
     export_loaded(loaded, folder, ExportConfig(S, asked.longest, budgets=asked, **options))
     return loaded
 
@@ -166,20 +166,20 @@ def test_manifest_refuses_heads_that_are_missing(tmp_path: Path) -> None:
     ("content", "options", "expected"),
     [
         ("[]", [], "Input should be an object"),
-        (budgets("llama", LLAMA).to_json().replace("4", "0", 1), [], "greater than or equal to 1"),
+        (window_file("llama", LLAMA).to_json().replace("4", "0", 1), [], "greater than or equal to 1"),
         (
-            budgets("llama", ((9, 4, 4), LLAMA[1] + (3,))).to_json(),
+            window_file("llama", ((9, 4, 4), LLAMA[1] + (3,))).to_json(),
             ["--window", "9"],
             "key heads 3, expected key heads 2",
         ),
-        (budgets("llama", LLAMA).to_json(), ["--window", "20"], "pass --window 9"),
-        (budgets("llama", LLAMA).to_json(), ["--window", "9", "--chunk", "6"], "at most 4"),
+        (window_file("llama", LLAMA).to_json(), ["--window", "20"], "pass --window 9"),
+        (window_file("llama", LLAMA).to_json(), ["--window", "9", "--chunk", "6"], "at most 4"),
     ],
 )
 def test_export_refuses_in_one_line(content: str, options: list[str], expected: str, tmp_path: Path) -> None:
-    (tmp_path / "budgets.json").write_text(content, encoding="utf-8")
+    (tmp_path / "windows.json").write_text(content, encoding="utf-8")
     tiny_model("llama").save_pretrained(tmp_path / "model")
-    file = ("--head-windows", tmp_path / "budgets.json")
+    file = ("--head-windows", tmp_path / "windows.json")
     result = run_cli("export", tmp_path / "model", "-o", tmp_path / "out", "--sink-tokens", 3, *file, *options)
     result.refusal(expected)
 

@@ -64,8 +64,8 @@ def test_bundles_pass_verify(name: str, tmp_path: Path) -> None:
     assert manifest.sink_tuning is not None
     assert manifest.sink_tuning.act is not None
     for act in (None, dataclasses.replace(manifest.sink_tuning.act, min_queries=4)):
-        told = dataclasses.replace(manifest, sink_tuning=dataclasses.replace(manifest.sink_tuning, act=act))
-        (tmp_path / "b" / MANIFEST_NAME).write_text(told.to_json(), encoding="utf-8")
+        other = dataclasses.replace(manifest, sink_tuning=dataclasses.replace(manifest.sink_tuning, act=act))
+        (tmp_path / "b" / MANIFEST_NAME).write_text(other.to_json(), encoding="utf-8")
         assert {line.partition(":")[0] for line in verify(tmp_path / "b", model).failures} == {"dense", "streaming"}
 
 
@@ -113,7 +113,7 @@ def test_the_reference_gives_what_the_oracle_gives() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kv", ["fp", "int8"])
 def test_streams_at_their_own_positions_in_chunks_and_in_steps(kv: str, tmp_path: Path) -> None:
-    """Two streams, of which one runs ahead, are what each is alone, token by token, over six wraps; kept copies too."""
+    """Two streams, one of them ahead, are what each is alone, token by token, over six wraps; kept copies too."""
     asked = tuning("llama")
     model = exported(tmp_path / "b", batch=2, kv=kv, sink_tuning=asked, chunk_size=5)
     atol = 5e-4 if kv == "fp" else 0.1  # INT8: of a rounding that another last bit turns

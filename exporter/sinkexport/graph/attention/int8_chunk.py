@@ -1,8 +1,8 @@
 """SinkAttention over a chunk of tokens and an INT8 window: every token sees the rounded rows, as in single steps.
 
-Rows that the chunk evicts are taken out as integers with their scales, the chunk's own are rounded before anything
-reads them, and a token that does not count writes back the integers that it found: no row is rounded twice. Unlike a
-step, a chunk is bound by arithmetic and has more logits than the window has entries, so the window is brought to
+Rows that the chunk evicts are taken out as integers with their scales. The chunk's own are rounded before anything
+reads them. A token that does not count writes back the integers that it found. So no row is rounded twice. Unlike a
+step, a chunk is bound by arithmetic and has more logits than the window has entries. So the window is brought to
 floating point once, scales included, and the matmuls are those of chunk.py.
 """
 

@@ -1,7 +1,7 @@
 """SinkAttention over one token a stream, in standard operators: bound by how fast the cache can be read.
 
-No state is transposed, sliced, joined or copied: the window is written by TensorScatter, which ONNX Runtime does in
-place when input and output are bound to one buffer, and keys are read as the *left* operand of a matmul,
+No state is transposed, sliced, joined or copied. The window is written by TensorScatter, which ONNX Runtime does in
+place when input and output are bound to one buffer. Keys are read as the *left* operand of a matmul,
 K [W, D] @ q [D, 1], so that they never have to be turned.
 
 Few query heads of a key head take a matmul each. Many share one, K [W, D] @ q [D, G]; the small operands, queries and

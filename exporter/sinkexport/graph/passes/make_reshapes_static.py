@@ -1,7 +1,7 @@
 """Reshapes with constant targets, none in a row, none that changes nothing; moving unit axes is a Reshape too.
 
-With one token a step most of a model's view and transpose calls move no data, but each would still be a node,
-and its target shape would be put together from pieces at run time.
+With one token a step most of a model's view and transpose calls move no data. But each would still be a node, and
+its target shape would be put together from pieces at run time.
 """
 
 from __future__ import annotations

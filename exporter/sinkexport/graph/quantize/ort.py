@@ -10,8 +10,8 @@ quantised one by one, by the same formula, and multiplied by MatMulInteger. Stat
 take float32 only.
 
 INT8 inputs are unsigned with zero point 128 where they are static: on x86 the kernels for signed ones are slow. The
-weights of those matmuls are unsigned with zero point 128 too: without VNNI, ONNX Runtime multiplies unsigned inputs by
-signed weights with an instruction that saturates sums of two products at 16 bits, which is wrong by up to a sixth of
+weights of those matmuls are unsigned with zero point 128 too. Without VNNI, ONNX Runtime multiplies unsigned inputs by
+signed weights with an instruction that saturates sums of two numbers at 16 bits. That is wrong by up to a sixth of
 the result. With unsigned weights every processor's sums are exact, and VNNI's and Arm's kernels lose nothing.
 """
 

@@ -73,8 +73,8 @@ def scored_merges(vocabulary: Vocabulary) -> list[Pair]:
 def _splits(vocabulary: Vocabulary) -> dict[str, list[Pair]]:
     """Token -> the pairs that make it, of tokens that can come about themselves.
 
-    Control tokens and those for bytes never come from text, as with SentencePiece. (llama.cpp lets text become control
-    tokens, where merges lead to one.) What users defined is cut out of a text before, unless it has a ``▁`` that is a
+    Control tokens and those for bytes never come from text, as with SentencePiece. llama.cpp lets text become control
+    tokens, where merges lead to one. What users defined is cut out of a text before, unless it has a ``▁`` that is a
     space in the text.
     """
     ids, types = vocabulary.ids, vocabulary.types

@@ -13,6 +13,7 @@ from typing import Any
 import tokenizers
 from sinkrt.errors import SinkError, UsageError, problem
 from sinkrt.text import Tokenizer, named_special_tokens
+from sinkrt.text.tokenizer import utf8_errors
 
 TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -79,17 +80,8 @@ class SourceTokenizer:
 
         Raises: UsageError for text that is not valid Unicode.
         """
-        try:
+        with utf8_errors():
             return list(self.library.encode(text, add_special_tokens=special).ids)
-        except (TypeError, UnicodeError) as error:
-            raise UsageError(
-                problem(
-                    "text",
-                    received="something that is not Unicode text",
-                    expected="valid UTF-8",
-                    fix="check the encoding of the input",
-                )
-            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens included."""

@@ -69,7 +69,7 @@ class GraphMatrix:
         return any(one is not None and bool(one.claimed.all()) for one in (self, self.swapped, self.flat))
 
     def may_be_of(self, layer: int | None) -> bool:
-        """Whether it is read where the constants of a layer are, or there is no telling."""
+        """Whether it is read where the constants of a layer are, or that cannot be known."""
         return layer is None or self.layers[0] <= layer <= self.layers[1]
 
     @property

@@ -1,9 +1,9 @@
 // Where each token of a stream lies in the cache. Literal twin of runtime/sinkrt/ring.py; both replay
 // tests/golden/ring.json.
 //
-// A cache of capacity C = S + W holds, at position t (the 0-based index of the newest token), the first S tokens of the
-// stream (the sinks) and the last W tokens of index >= S, the newest included (StreamingLLM, arXiv:2309.17453). Sinks
-// and window are separate tensors; a window token u lies in slot (u - S) mod W of the ring.
+// Position t is the 0-based index of the newest token. A cache of capacity C = S + W then holds the first S tokens of
+// the stream (the sinks) and the last W tokens of index >= S (StreamingLLM, arXiv:2309.17453). The newest is included.
+// Sinks and window are separate tensors; a window token u lies in slot (u - S) mod W of the ring.
 //
 // Integers only, for host and device. Arguments are the caller's to check: S >= 0, W >= 1, 0 <= t < kPositionLimit.
 #pragma once

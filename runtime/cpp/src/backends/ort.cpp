@@ -221,7 +221,7 @@ class OrtBackend final : public Backend {
     const int64_t batch = manifest.stream.batch;
     const bool repack_prefill =
         options.repack_prefill < 0 ? manifest.weightsBytes() <= availableBytes() / 4 : options.repack_prefill != 0;
-    // Told before memory is touched: systems that hand out more than they have kill the process instead.
+    // Refused before memory is touched: systems that hand out more than they have kill the process instead.
     if (const int64_t available = availableBytes(); available > 0 && manifest.stateBytes() > available) {
       refuseMemory(std::to_string(available) + " bytes", manifest.stateBytes());
     }

@@ -18,7 +18,7 @@ class Normalizer {
   bool isNone() const { return steps_.empty(); }
   // Whether no character becomes several, so that a piece inside the result is no part of the text's first character.
   bool keepsPlaces() const { return !expands_; }
-  // Whether `apply` can tell about the beginning.
+  // Whether `apply` depends on the beginning.
   bool followsStart() const { return follows_start_; }
   // Changes `text` in place. at_start: whether it begins where the whole text does; after it, whether what is first
   // now still counts as that beginning for the library, which follows each character's origin.

@@ -10,7 +10,7 @@ from tests.exporter.graph.passes.pass_checks import check_left_alone, check_same
 
 
 def without_shapes(model: ir.Model) -> ir.Model:
-    """As translations of one torch operator into several nodes leave values."""
+    """A graph whose values have no shapes, as translations of one torch operator into several nodes leave them."""
     for node in model.graph:
         for output in node.outputs:
             if not output.is_graph_output():
