@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests import slow_tests
 from tests.support import SharedExports, built_once, read_operators_once, shared_folder
 
 if TYPE_CHECKING:
@@ -21,12 +22,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come first, so that little is left when workers begin to take each other's tests.
+    """Mark what slow_tests.txt lists, before pytest leaves out what ``-m`` says.
+
+    Files that take long come first, so that little is left when workers begin to take each other's tests.
 
     The first half of the tests goes to the first worker, the second half to the second.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
+    listed = slow_tests.read()
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker("slow")
     items.sort(key=lambda item: (item.path not in slow, "exporter" not in item.path.parts))
 
 
