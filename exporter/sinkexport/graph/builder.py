@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,9 @@ import onnx_ir as ir
 from sinkexport.graph.edit import constant, known_shape, typed
 
 COMPARISONS = frozenset(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
+
+LARGE_CONSTANT_BYTES = 2**20
+"""Constants of a prefill graph that are larger must be weights, which it shares: tables of positions are computed."""
 
 
 class Builder:
@@ -69,6 +73,14 @@ class Builder:
     def ints(self, values: Sequence[int] | int | np.ndarray, hint: str) -> ir.Value:
         """An int64 constant."""
         return constant(self.graph, np.asarray(values, dtype=np.int64), hint)
+
+    def range(self, first: int, shape: Sequence[int], hint: str) -> ir.Value:
+        """int64 first, first + 1 .. in a shape: a constant, or computed in the graph if it would be a large one."""
+        count = math.prod(shape)
+        if count * 8 <= LARGE_CONSTANT_BYTES:
+            return self.ints(np.arange(first, first + count).reshape(shape), hint)
+        ends = [self.ints(end, hint) for end in (first, first + count, 1)]
+        return self.reshape(self.op("Range", ends, (count,)), shape)
 
     def bools(self, values: np.ndarray, hint: str) -> ir.Value:
         """A constant of truth values."""

@@ -21,11 +21,9 @@ from sinkrt.contract.constants import ENGINE_FOLDER
 from sinkrt.errors import UsageError, problem
 from sinkrt.files import lock, named_beside, sync_folder, unlocked
 
+from sinkexport.graph.builder import LARGE_CONSTANT_BYTES
 from sinkexport.graph.convert import WEIGHTS_FILE
 from sinkexport.loading.tokenizers.source_tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, SourceTokenizer
-
-SMALL_WEIGHT_BYTES = 2**20
-"""Larger constants must be shared between the graphs of a bundle."""
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
@@ -136,7 +134,7 @@ def write_graph_with_weights_of(model: ir.Model, folder: Path, file: str, other:
         shared = None if found is None else found.const_value
         if isinstance(shared, ir.ExternalTensor) and (shared.dtype, shared.shape) == (value.dtype, value.shape):
             value.const_value = shared
-        elif tensor is not None and tensor.nbytes > SMALL_WEIGHT_BYTES:
+        elif tensor is not None and tensor.nbytes > LARGE_CONSTANT_BYTES:
             raise RuntimeError(f"weight '{name}' of {file} is not in {other}; this is a bug of the graph passes")
     ir.save(model, folder / file)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -158,10 +157,10 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("position", [0, 5, 2**24 + 1, 2**33 + 7, 2**46])
 def test_phases_are_those_of_the_exported_graphs(position: int) -> None:
-    """Both are exact, and share no code."""
+    """To the bit, and without shared code: calibration files depend on every bit."""
     frequency = torch.tensor([phase_frequency(10000 ** (-i / 8)) for i in range(8)], dtype=torch.int64)
     for behind in (0, 11):
         want = stream_angles(torch.tensor([position]), frequency, 4, behind)
         got = turn(position, 4, behind, frequency)
         for ours, theirs in zip(got, want, strict=True):
-            np.testing.assert_allclose(ours.numpy(), theirs[0].numpy(), atol=3e-7)
+            assert torch.equal(ours, theirs[0])

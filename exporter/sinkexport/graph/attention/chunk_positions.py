@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sinkexport.graph.attention.parts import AttentionParts
-from sinkexport.graph.builder import Builder
+from sinkexport.graph.builder import LARGE_CONSTANT_BYTES, Builder
 from sinkexport.graph.edit import known_shape, operand
 from sinkexport.graph.operators import Input
 
@@ -48,7 +48,7 @@ class ChunkPositions(AttentionParts):
         """int64 [B, 1, W]: (slot - first) mod W, the token of the chunk that goes to each slot if it is < T."""
 
         def build(b: Builder) -> ir.Value:
-            slots = b.ints(np.arange(self.window_size).reshape(1, 1, -1), "slots")
+            slots = b.range(0, (1, 1, self.window_size), "slots")
             after_first = b.op("Sub", [slots, self._column(b, self._first_slot(), 3)])
             return b.op("Mod", [after_first, b.ints(self.window_size, "window_size")])
 
@@ -200,10 +200,14 @@ class ChunkPositions(AttentionParts):
 
     def _distances_in_window(self, b: Builder, t: ir.Value) -> list[ir.Value]:
         """Those of slots [B, T, W] and of evicted rows [B, T, T]."""
-        tokens = np.arange(self.num_tokens)
         window = b.op("Sub", [t, self._window_tokens(b)])
-        evicted = (tokens[:, None] - tokens[None, :] + self.window_size)[None]  # (p + i) - (p + m - W)
-        return [window, b.ints(np.broadcast_to(evicted, (self.batch, *evicted.shape[1:])), "distance_of_evicted")]
+        tokens = np.arange(self.num_tokens)
+        query = np.broadcast_to(tokens[:, None] + self.window_size, (self.batch, self.num_tokens, 1))
+        # (p + i) - (p + m - W)
+        if self.batch * self.num_tokens**2 * 8 <= LARGE_CONSTANT_BYTES:
+            return [window, b.ints(query - tokens, "distance_of_evicted")]
+        row = b.ints(tokens.reshape(1, 1, -1), "tokens")
+        return [window, b.op("Sub", [b.ints(query, "tokens_after_window"), row])]
 
     def _sees_window(self, b: Builder) -> ir.Value:
         """bool [B, T, W]: the token u in a slot after the chunk is no sink, and none that comes later: S <= u <= t.
@@ -220,7 +224,7 @@ class ChunkPositions(AttentionParts):
         u = last - ((last - S - slot) mod W), last = p + n - 1.
         """
         last = self._column(b, self._last(b), 3)
-        slots = b.ints(np.arange(self.window_size).reshape(1, 1, -1) + self.num_sinks, "slots_after_sinks")
+        slots = b.range(self.num_sinks, (1, 1, self.window_size), "slots_after_sinks")
         age = b.op("Mod", [b.op("Sub", [last, slots]), b.ints(self.window_size, "window_size")])  # [B, 1, W]
         return b.op("Sub", [last, age])
 
@@ -231,10 +235,12 @@ class ChunkPositions(AttentionParts):
     def _sees_evicted(self, b: Builder) -> ir.Value:
         """bool [B, T, T]: token i sees the row that token m replaces, u = p + m - W, if u >= S, i < m and m < n."""
         tokens = np.arange(self.num_tokens)
-        earlier = b.bools(tokens[:, None] < tokens[None, :], "earlier")
-        replaced = b.op(
-            "Add", [self._column(b, self.position, 3), b.ints(tokens.reshape(1, 1, -1) - self.window_size, "replaced")]
-        )
+        column, row = tokens.reshape(1, -1, 1), tokens.reshape(1, 1, -1)
+        if self.num_tokens**2 <= LARGE_CONSTANT_BYTES:
+            earlier = b.bools((column < row)[0], "earlier")
+        else:
+            earlier = b.op("Less", [b.ints(column, "tokens"), b.ints(row, "tokens")])
+        replaced = b.op("Add", [self._column(b, self.position, 3), b.ints(row - self.window_size, "replaced")])
         in_window = b.op("GreaterOrEqual", [replaced, b.ints(self.num_sinks, "num_sinks")])
-        valid = b.op("Less", [b.ints(tokens.reshape(1, 1, -1), "tokens"), self._column(b, self._num_valid(), 3)])
+        valid = b.op("Less", [b.ints(row, "tokens"), self._column(b, self._num_valid(), 3)])
         return b.op("And", [b.op("And", [in_window, valid]), earlier])
