@@ -37,10 +37,13 @@ def slow_of(times: dict[str, float]) -> list[str]:
 
 def times_of(report: Path) -> dict[str, float]:
     """Seconds by node id of a JUnit report."""
-    return {
-        f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}": float(case.get("time", 0))
-        for case in ET.parse(report).iter("testcase")
-    }
+    times = {}
+    for case in ET.parse(report).iter("testcase"):
+        parts = str(case.get("classname")).split(".")
+        file = next(i for i, part in enumerate(parts) if part.startswith("test_")) + 1  # what follows is a class
+        node = "::".join(["/".join(parts[:file]) + ".py", *parts[file:], str(case.get("name"))])
+        times[node] = float(case.get("time", 0))
+    return times
 
 
 if __name__ == "__main__":

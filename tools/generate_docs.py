@@ -32,12 +32,13 @@ HELP_WIDTH = 100
 def commands() -> str:
     """Every command's help, as ``--help`` prints it."""
     parts = []
-    context = click.Context(cli, info_name="sinkexport", terminal_width=HELP_WIDTH, max_content_width=HELP_WIDTH)
+    width: dict[str, Any] = {"terminal_width": HELP_WIDTH, "max_content_width": HELP_WIDTH}
+    context = click.Context(cli, info_name="sinkexport", **width, **cli.context_settings)
     parts.append(f"```text\n{cli.get_help(context)}\n```\n")
     for name in cli.list_commands(context):
         command = cli.get_command(context, name)
         assert command is not None
-        inner = click.Context(command, context, info_name=name, terminal_width=HELP_WIDTH, max_content_width=HELP_WIDTH)
+        inner = click.Context(command, context, info_name=name, **width)
         parts.append(f"## {name}\n\n```text\n{command.get_help(inner)}\n```\n")
     return "\n".join(parts)
 

@@ -60,7 +60,7 @@ def test_findings_have_one_line_a_script() -> None:
 def test_commands_parse(name: str, line: str) -> None:
     """Every option of a command in the docs is one that the command has."""
     _, command_name, *arguments = shlex.split(line)
-    context = click.Context(cli, info_name="sinkexport")
+    context = click.Context(cli, info_name="sinkexport", **cli.context_settings)
     command = cli.get_command(context, command_name)
     assert command is not None, f"{name}: {line}"
     arguments = [argument for argument in arguments if argument not in ("..", "[..]")]

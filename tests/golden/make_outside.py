@@ -8,7 +8,6 @@ Regenerate with ``python -m tests.golden.make_outside`` after a change that is m
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib
 import inspect
@@ -34,9 +33,9 @@ def help_texts() -> dict[str, str]:
     """File name -> the help of a command, 100 columns wide."""
 
     def walk(command: click.Command, words: list[str], parent: click.Context | None) -> Iterator[tuple[str, str]]:
-        # A copy: commands keep the help option of the first context that asks, and this one has no -h.
-        command = copy.copy(command)
-        context = click.Context(command, parent, words[-1], terminal_width=100, max_content_width=100)
+        # Commands keep the help option that the first context asks for, so this one has to be as the program's own.
+        settings = cli.context_settings if parent is None else {}
+        context = click.Context(command, parent, words[-1], terminal_width=100, max_content_width=100, **settings)
         yield "_".join(words) + ".txt", command.get_help(context) + "\n"
         if isinstance(command, click.Group):
             for name in command.list_commands(context):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib
 from pathlib import Path
@@ -35,12 +34,16 @@ def command_of(name: str) -> click.Command:
 
 def parsed(name: str, *words: str) -> dict[str, Any]:
     """Arguments that a command would be called with."""
-    return command_of(name).make_context(name, [*NEEDED[name], *words], parent=click.Context(cli)).params
+    return (
+        command_of(name)
+        .make_context(name, [*NEEDED[name], *words], parent=click.Context(cli, **cli.context_settings))
+        .params
+    )
 
 
 def help_of(name: str) -> str:
-    command = copy.copy(command_of(name))  # which keeps the help option that it is first asked for
-    return command.get_help(click.Context(command, terminal_width=400, max_content_width=400))
+    command, settings = command_of(name), cli.context_settings
+    return command.get_help(click.Context(command, terminal_width=400, max_content_width=400, **settings))
 
 
 @pytest.mark.parametrize(("command", "option"), FORMER)
