@@ -125,16 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     torch.set_num_threads(arguments.threads)
     loaded = load_model(arguments.model)
-    if loaded.tokenizer is None:
-        raise UsageError(
-            problem(
-                "model",
-                received="one without a tokenizer",
-                expected="a tokenizer for the text",
-                fix="use a complete model folder",
-            )
-        )
-    ids = np.asarray(loaded.tokenizer.encode(text)[: arguments.tokens], dtype=np.int64)
+    ids = np.asarray(loaded.text_tokenizer().encode(text)[: arguments.tokens], dtype=np.int64)
     check_text(ids)
     facts = {
         "environment": environment(arguments.threads),

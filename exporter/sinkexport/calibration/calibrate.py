@@ -90,7 +90,7 @@ def calibrate(
                 fix="export with it as it is",
             )
         )
-    pieces, num_tokens = choose_pieces(loaded.tokenizer, text, asked)
+    pieces, num_tokens = choose_pieces(loaded.text_tokenizer(), text, asked)
     head = model.get_output_embeddings()
     groups = {name: same for name, same in input_groups(model).items() if model.get_submodule(name) is not head}
     result = CalibrationFile(

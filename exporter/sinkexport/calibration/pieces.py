@@ -12,23 +12,14 @@ from sinkexport.quant.recipe import Calibration
 Ids = npt.NDArray[np.int64]
 
 
-def choose_pieces(tokenizer: SourceTokenizer | None, text: str, asked: Calibration) -> tuple[Ids, int]:
+def choose_pieces(tokenizer: SourceTokenizer, text: str, asked: Calibration) -> tuple[Ids, int]:
     """Pieces of a text, ids [samples, length], and how many tokens it has.
 
     The text is cut into pieces. The seed picks some; they stay in order. Each begins as a stream does, with
     what the tokenizer puts before a text.
 
-    Raises: UsageError without a tokenizer, or if the text is too short.
+    Raises: UsageError if the text is too short.
     """
-    if tokenizer is None:
-        raise UsageError(
-            problem(
-                "model",
-                received="one without a tokenizer",
-                expected="a tokenizer for the text",
-                fix="use a complete model folder",
-            )
-        )
     ids = np.asarray(tokenizer.encode(text, special=False), np.int64)
     beginning = np.asarray(tokenizer.beginning, np.int64)
     own = asked.length - len(beginning)

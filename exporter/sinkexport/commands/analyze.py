@@ -15,7 +15,6 @@ from sinkexport.commands.options import (
     RenamedOption,
     file_option,
     json_option,
-    model_without_tokenizer,
     number_option,
     plot_option,
     refuse_same_file,
@@ -137,9 +136,7 @@ def _measured(
     with shown_progress(STAGES) as show:
         show("load", 0, 1)
         loaded = load_model(model)
-        if loaded.tokenizer is None:
-            raise model_without_tokenizer()
-        windows = text_windows(loaded.tokenizer, text, num_windows, window_tokens)
+        windows = text_windows(loaded.text_tokenizer(), text, num_windows, window_tokens)
         return type(loaded.model).__name__, analyze(loaded, windows, num_candidates=num_candidates, report=show)
 
 

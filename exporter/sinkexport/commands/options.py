@@ -134,18 +134,6 @@ def refuse_same_file(files: Mapping[str, Path | None]) -> None:
             )
 
 
-def model_without_tokenizer() -> UsageError:
-    """Describe the error of a model that has no tokenizer for a text."""
-    return UsageError(
-        problem(
-            "model",
-            received="one without a tokenizer",
-            expected="a tokenizer for the text",
-            fix="use a complete model folder",
-        )
-    )
-
-
 def refuse_given(ctx: click.Context, names: Sequence[str], **error: str) -> None:
     """Refuse options that would be ignored. names: of arguments. error: received, expected and fix.
 

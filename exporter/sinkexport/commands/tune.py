@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sinkexport.analysis.defaults import OBJECTIVES, UNITS
-from sinkexport.commands.options import file_option, model_without_tokenizer, output_option, threads_option
+from sinkexport.commands.options import file_option, output_option, threads_option
 from sinkexport.util.files import check_writable, read_text, write_whole
 from sinkexport.util.progress import shown_progress
 
@@ -60,9 +60,7 @@ def command(model: str, labelled_file: Path, output: Path, by: str, objective: s
     with shown_progress(STAGES) as show, torch_threads(threads):
         show("load", 0, 1)
         loaded = load_model(model)
-        if loaded.tokenizer is None:
-            raise model_without_tokenizer()
-        examples = read_examples(loaded.tokenizer, lines)
+        examples = read_examples(loaded.text_tokenizer(), lines)
         result = tune(loaded, examples, unit=by, objective=objective, report=show)
     write_whole(output, result.file.to_json(), "--output")
     factors = [factor for layer in result.file.first_token_scale for factor in layer]

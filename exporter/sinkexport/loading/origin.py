@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sinkrt.errors import UsageError, problem
+
 if TYPE_CHECKING:
     from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 
@@ -49,3 +51,19 @@ class LoadedModel:
             from sinkexport.loading.tokenizers.source_tokenizer import as_source_tokenizer
 
             object.__setattr__(self, "tokenizer", as_source_tokenizer(self.tokenizer))
+
+    def text_tokenizer(self) -> SourceTokenizer:
+        """The tokenizer, where a text has to be read.
+
+        Raises: UsageError if the source has none.
+        """
+        if self.tokenizer is None:
+            raise UsageError(
+                problem(
+                    "model",
+                    received="one without a tokenizer",
+                    expected="a tokenizer for the text",
+                    fix="use a complete model folder",
+                )
+            )
+        return self.tokenizer

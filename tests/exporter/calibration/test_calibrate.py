@@ -193,7 +193,7 @@ def test_ranges_and_divisors_are_those_of_the_inputs(name: str) -> None:
     found = calibrate(loaded, asked, TEXT)
     everything = Everything()
     assert asked.calibration is not None
-    pieces, num_tokens = choose_pieces(loaded.tokenizer, TEXT, asked.calibration)
+    pieces, num_tokens = choose_pieces(loaded.text_tokenizer(), TEXT, asked.calibration)
     assert (num_tokens, pieces.shape) == (600, (3, 40))
     stream_inputs(loaded.model, pieces, StreamConfig(2, 6), [everything])
     attention = attention_outputs(loaded.model, input_groups(loaded.model))
