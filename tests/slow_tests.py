@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 PATH = Path(__file__).with_name("slow_tests.txt")
-LIMIT_S, KEPT_S = 0.3, 2.0
+LIMIT_S, KEPT_S = 0.2, 2.0
 
 
 def read() -> frozenset[str]:

@@ -16,14 +16,13 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 from unittest import mock
 
 import numpy as np
 import pytest
-from _pytest.mark import ParameterSet
 
 if TYPE_CHECKING:
     from sinkexport.config import ExportConfig
@@ -47,25 +46,6 @@ ERROR = "sinkexport: error: "
 def random_ids(*shape: int, seed: int = 0, vocab_size: int = VOCAB_SIZE, first: int = FIRST_ID) -> np.ndarray:
     """int64 ids `first` .. `vocab_size` - 1."""
     return np.random.default_rng(seed).integers(first, vocab_size, shape)
-
-
-# --- what `make test-fast` leaves out ---------------------------------------------------------------------------------
-
-
-def slow_but(fast: int, cases: Iterable[Any]) -> list[ParameterSet]:
-    """Cases of one test, all but the first `fast` of them marked slow: those run in `make test` alone.
-
-    A tuple has a value for each of the test's arguments.
-    """
-    made = [case if isinstance(case, ParameterSet) else _case(case) for case in cases]
-    return [
-        case if i < fast else pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.slow])
-        for i, case in enumerate(made)
-    ]
-
-
-def _case(values: Any) -> ParameterSet:
-    return pytest.param(*values) if isinstance(values, tuple) else pytest.param(values)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

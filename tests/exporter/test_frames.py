@@ -25,7 +25,6 @@ from tests.exporter.tiny_dit import (
     TinyDit,
     in_time,
 )
-from tests.support import slow_but
 
 NOISE_LEVELS = (1.0, 0.5)
 CASES = [
@@ -71,7 +70,7 @@ def wanted(reference: Reference, block: int, inputs: dict[str, np.ndarray], olde
         return reference.run(block, *(torch.from_numpy(x).double() for x in inputs.values()), oldest).numpy()
 
 
-@pytest.mark.parametrize("case", slow_but(1, [(case,) for case in CASES]), ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_streams_as_defined_past_six_wraps_with_a_new_prompt_on_the_way(case: tuple, tmp_path: Path) -> None:
     model = model_of(case)
     session, reference = exported(model, tmp_path / "dit"), Reference(copy.deepcopy(model).double())

@@ -14,7 +14,7 @@ VOCAB_SIZE = 97
 
 torch.set_num_threads(1)  # tiny matrices are faster without handing work around
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -26,16 +26,17 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_NO_GROUPS = {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"}
+"""Arguments of most configurations."""
+_NO_GROUPS = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
 
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", {**_COMMON, "head_dim": 16}),
-    "llama-tied": ("LlamaConfig", {**_COMMON, "head_dim": 8, "tie_word_embeddings": True}),
-    "llama-mha": ("LlamaConfig", {**_COMMON, "num_key_value_heads": 6, "attention_bias": True, "mlp_bias": True}),
+    "llama": ("LlamaConfig", {**COMMON, "head_dim": 16}),
+    "llama-tied": ("LlamaConfig", {**COMMON, "head_dim": 8, "tie_word_embeddings": True}),
+    "llama-mha": ("LlamaConfig", {**COMMON, "num_key_value_heads": 6, "attention_bias": True, "mlp_bias": True}),
     "llama3-rope": (
         "LlamaConfig",
         {
-            **_COMMON,
+            **COMMON,
             "rope_parameters": {
                 "rope_type": "llama3",
                 "rope_theta": 10000.0,
@@ -48,12 +49,12 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama-linear-rope": (
         "LlamaConfig",
-        {**_COMMON, "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+        {**COMMON, "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
     "llama-yarn": (
         "LlamaConfig",
         {
-            **_COMMON,
+            **COMMON,
             "rope_parameters": {
                 "rope_type": "yarn",
                 "rope_theta": 10000.0,
@@ -62,15 +63,15 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "mistral": ("MistralConfig", {**_COMMON, "sliding_window": 64}),
-    "qwen2": ("Qwen2Config", _COMMON),
-    "qwen3": ("Qwen3Config", {**_COMMON, "head_dim": 16}),
-    "phi": ("PhiConfig", {**_COMMON, "partial_rotary_factor": 0.5}),
-    "phi3": ("Phi3Config", _COMMON),
+    "mistral": ("MistralConfig", {**COMMON, "sliding_window": 64}),
+    "qwen2": ("Qwen2Config", COMMON),
+    "qwen3": ("Qwen3Config", {**COMMON, "head_dim": 16}),
+    "phi": ("PhiConfig", {**COMMON, "partial_rotary_factor": 0.5}),
+    "phi3": ("Phi3Config", COMMON),
     "phi3-partial": (
         "Phi3Config",
         {
-            **_COMMON,
+            **COMMON,
             "original_max_position_embeddings": 64,
             "rope_parameters": {
                 "rope_type": "longrope",
@@ -84,32 +85,32 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpt_neox": ("GPTNeoXConfig", {**_NO_GROUPS, "rotary_pct": 0.25, "hidden_size": 96}),
-    "olmo": ("OlmoConfig", _COMMON),
-    "olmo2": ("Olmo2Config", _COMMON),
-    "stablelm": ("StableLmConfig", {**_COMMON, "hidden_size": 96, "partial_rotary_factor": 0.25}),
+    "olmo": ("OlmoConfig", COMMON),
+    "olmo2": ("Olmo2Config", COMMON),
+    "stablelm": ("StableLmConfig", {**COMMON, "hidden_size": 96, "partial_rotary_factor": 0.25}),
     "granite": (
         "GraniteConfig",
         {
-            **_COMMON,
+            **COMMON,
             "attention_multiplier": 0.2,
             "residual_multiplier": 0.5,
             "embedding_multiplier": 3.0,
             "logits_scaling": 2.0,
         },
     ),
-    "smollm3": ("SmolLM3Config", {**_COMMON, "num_hidden_layers": 4}),
-    "starcoder2": ("Starcoder2Config", {**_COMMON, "use_bias": True}),
-    "cohere": ("CohereConfig", _COMMON),
-    "glm": ("GlmConfig", {**_COMMON, "head_dim": 8}),
-    "gemma": ("GemmaConfig", {**_COMMON, "head_dim": 16}),
+    "smollm3": ("SmolLM3Config", {**COMMON, "num_hidden_layers": 4}),
+    "starcoder2": ("Starcoder2Config", {**COMMON, "use_bias": True}),
+    "cohere": ("CohereConfig", COMMON),
+    "glm": ("GlmConfig", {**COMMON, "head_dim": 8}),
+    "gemma": ("GemmaConfig", {**COMMON, "head_dim": 16}),
     "gemma2": (
         "Gemma2Config",
-        {**_COMMON, "head_dim": 16, "sliding_window": 64, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
+        {**COMMON, "head_dim": 16, "sliding_window": 64, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
     ),
     "gemma3_text": (
         "Gemma3TextConfig",
         {
-            **_COMMON,
+            **COMMON,
             "head_dim": 16,
             "sliding_window": 5,
             "num_hidden_layers": 3,
@@ -119,7 +120,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cohere2": (
         "Cohere2Config",
-        {**_COMMON, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+        {**COMMON, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "bloom": ("BloomConfig", {"vocab_size": VOCAB_SIZE, "hidden_size": 48, "n_layer": 2, "n_head": 6}),
     "mpt": (
@@ -140,11 +141,11 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "FalconConfig",
         {**_NO_GROUPS, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
     ),
-    "mixtral": ("MixtralConfig", {**_COMMON, "num_local_experts": 8, "num_experts_per_tok": 1}),
+    "mixtral": ("MixtralConfig", {**COMMON, "num_local_experts": 8, "num_experts_per_tok": 1}),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         {
-            **_COMMON,
+            **COMMON,
             "head_dim": 8,
             "moe_intermediate_size": 32,
             "num_experts": 5,
@@ -155,7 +156,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": (
         "GptOssConfig",
         {
-            **_COMMON,
+            **COMMON,
             "head_dim": 8,
             "sliding_window": 7,
             "num_local_experts": 6,
@@ -173,7 +174,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": (
         "Qwen3NextConfig",
         {
-            **_COMMON,
+            **COMMON,
             "layer_types": ["linear_attention", "full_attention"],
             "head_dim": 16,
             "partial_rotary_factor": 0.25,
@@ -190,7 +191,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_text": (
         "Qwen3_5TextConfig",
         {
-            **_COMMON,
+            **COMMON,
             "layer_types": ["linear_attention", "full_attention"],
             "head_dim": 16,
             "linear_num_value_heads": 4,
@@ -262,9 +263,14 @@ def model_with_a_sink(token: int, heads: Sequence[Sequence[bool]] = ((True,) * 6
     return model
 
 
-def tiny_tokenizer() -> SourceTokenizer:
+def word_tokenizer() -> tokenizers.Tokenizer:
     """One word a token: ``w0`` to the last of the vocabulary."""
     words = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0")
     tokenizer = tokenizers.Tokenizer(words)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return SourceTokenizer("tiny", tokenizer, special_tokens={"unk_token": "w0"})
+    return tokenizer
+
+
+def tiny_tokenizer() -> SourceTokenizer:
+    """`word_tokenizer` as an export takes it."""
+    return SourceTokenizer("tiny", word_tokenizer(), special_tokens={"unk_token": "w0"})

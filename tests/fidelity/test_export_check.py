@@ -23,7 +23,7 @@ from sinkrt.contract import load_manifest
 from sinkrt.errors import UsageError
 
 from tests.exporter.tiny_models import tiny_model
-from tests.support import export_model, random_ids, run_cli, slow_but
+from tests.support import export_model, random_ids, run_cli
 
 S, W = 4, 12
 C = S + W
@@ -74,7 +74,7 @@ HEALTHY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(2, HEALTHY))
+@pytest.mark.parametrize("name", HEALTHY)
 def test_a_right_graph_passes_and_a_wrong_layer_does_not(name: str, tmp_path: Path) -> None:
     family, config = HEALTHY[name]
     config = {**config, **({"recipe": load_recipe(config["recipe"])} if "recipe" in config else {})}
@@ -107,7 +107,7 @@ def test_a_chunk_that_differs_is_found_though_steps_do_not(tmp_path: Path) -> No
         export_model(model, tmp_path / "out", num_sink_tokens=S, window_size=W, chunk_size=6)
 
 
-@pytest.mark.parametrize("name", slow_but(1, ["gemma3_text", "glm", "phi3-partial", "gpt_oss", "bloom"]))
+@pytest.mark.parametrize("name", ["gemma3_text", "glm", "phi3-partial", "gpt_oss", "bloom"])
 def test_the_middle_of_a_stream(name: str, tmp_path: Path) -> None:
     """From a running bundle's caches, one pass gives what the streaming reference gives token by token."""
     model = tiny_model(name)
@@ -132,7 +132,7 @@ def test_the_middle_of_a_stream(name: str, tmp_path: Path) -> None:
     assert float((logits_from(model, new, start, layers) - got).abs().max()) > 1e-3 * spread
 
 
-@pytest.mark.parametrize("name", slow_but(1, ["llama", "gemma2", "falcon-alibi"]))
+@pytest.mark.parametrize("name", ["llama", "gemma2", "falcon-alibi"])
 def test_large_caches_are_compared_in_the_middle_of_a_stream(name: str, tmp_path: Path) -> None:
     """Where a cache takes too many steps to fill."""
     model = tiny_model(name)

@@ -17,24 +17,12 @@ from sinkrt import Session
 from sinkrt.errors import UsageError
 from transformers import masking_utils
 
-from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
+from tests.exporter.tiny_models import COMMON, VOCAB_SIZE, tiny_model
 from tests.support import export_model, random_ids, run_cli
 
 C = 16
 
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+SMALL: dict[str, Any] = {**COMMON, "head_dim": 8}
 
 
 def random_model(config: Any) -> Any:

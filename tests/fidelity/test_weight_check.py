@@ -31,7 +31,7 @@ from sinkrt.errors import UsageError
 
 from tests.exporter.tiny_models import tiny_model
 from tests.real_model import smollm2_file
-from tests.support import export_model, refused, slow_but
+from tests.support import export_model, refused
 
 Arrays = dict[str, np.ndarray]
 Spoil = Callable[[Arrays], None]
@@ -103,7 +103,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
     return export
 
 
-@pytest.mark.parametrize("kind", slow_but(1, KINDS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_healthy_models_are_written(exported: Callable[[str], Exported], kind: str) -> None:
     exported(kind)
 
@@ -175,7 +175,7 @@ def _dropped_bias(arrays: Arrays) -> None:
         (_dropped_bias, "model.layers.0.self_attn.q_proj.bias"),
     ],
 )
-@pytest.mark.parametrize("kind", slow_but(1, ["llama", "llama in 4 bits"]))
+@pytest.mark.parametrize("kind", ["llama", "llama in 4 bits"])
 def test_another_files_weight_is_named(
     exported: Callable[[str], Exported], tmp_path: Path, spoil: Spoil, named: str, kind: str
 ) -> None:
@@ -231,7 +231,7 @@ def _gate_for_up(arrays: Arrays) -> None:
     ("spoil", "named"),
     [(_expert_for_another, ".experts.2.w1"), (_expert_random, ".experts.7.w2"), (_gate_for_up, ".experts.0.w1")],
 )
-@pytest.mark.parametrize("kind", slow_but(1, ["experts", "experts in 8 bits"]))
+@pytest.mark.parametrize("kind", ["experts", "experts in 8 bits"])
 def test_another_files_expert_is_named(
     exported: Callable[[str], Exported], tmp_path: Path, spoil: Spoil, named: str, kind: str
 ) -> None:
@@ -368,15 +368,12 @@ def test_own_reader_agrees_with_safetensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    slow_but(
-        1,
-        [
-            {"recipe": "int4-nearest"},
-            {"recipe": "int8-weights"},
-            {"recipe": "int8-dynamic"},
-            {"recipe": "int8-channel", "target": "tensorrt", "native": True},
-        ],
-    ),
+    [
+        {"recipe": "int4-nearest"},
+        {"recipe": "int8-weights"},
+        {"recipe": "int8-dynamic"},
+        {"recipe": "int8-channel", "target": "tensorrt", "native": True},
+    ],
 )
 def test_matrices_of_a_graph_are_the_models(tmp_path: Path, options: dict[str, Any]) -> None:
     """Every layout is read as what it stands for: compared with the whole of the model's own weights."""

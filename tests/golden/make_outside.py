@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import tokenizers
 import torch
 import transformers
 from sinkexport.cli import cli
@@ -89,7 +88,7 @@ def bundle_facts(folder: Path) -> dict[str, Any]:
     from sinkexport import ExportConfig, export
     from sinkexport.quant.recipe import load_recipe
 
-    from tests.exporter.tiny_models import TINY, VOCAB_SIZE
+    from tests.exporter.tiny_models import TINY, word_tokenizer
 
     config_class, arguments = TINY["llama"]
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**arguments)).eval()
@@ -99,7 +98,7 @@ def bundle_facts(folder: Path) -> dict[str, Any]:
             steps = (torch.arange(parameter.numel()) * 2654435761 + number * 40503) % 65521 % 255 - 127
             parameter.copy_(steps.reshape(parameter.shape) / 256 + (parameter.dim() == 1))
     model.save_pretrained(folder / "model")
-    (folder / "model" / "tokenizer.json").write_text(_tokenizer(VOCAB_SIZE).to_str())
+    (folder / "model" / "tokenizer.json").write_text(word_tokenizer().to_str())
     found = {}
     for name, recipe in (("fp32", None), ("int8", load_recipe("int8-window"))):
         config = ExportConfig(num_sink_tokens=2, window_size=14, chunk_size=4, recipe=recipe)
@@ -110,13 +109,6 @@ def bundle_facts(folder: Path) -> dict[str, Any]:
             "states": [dataclasses.asdict(state) for state in manifest.states],
         }
     return found
-
-
-def _tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
-    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return tokenizer
 
 
 def write() -> None:

@@ -10,7 +10,7 @@ from tests.plugins.compiler import needs_nvcc
 from tests.plugins.linear_library import build
 from tests.plugins.refusals import INVALID_VALUE, assert_refused
 
-pytestmark = needs_nvcc
+pytestmark = [needs_nvcc, pytest.mark.slow]
 
 POINTERS = ("x", "weight", "scale", "bias", "y")
 

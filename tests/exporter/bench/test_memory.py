@@ -17,7 +17,7 @@ from sinkexport.quant.recipe import load_recipe
 from tests.exporter.graph.test_plugin_target import wide_model
 from tests.exporter.tiny_models import tiny_model
 from tests.runtime.toy import Toy, build_toy, toy_manifest
-from tests.support import export_model, run_cli, slow_but
+from tests.support import export_model, run_cli
 
 S, W, B, T = 3, 9, 2, 4
 PAGE = 4096  # large weights start on one
@@ -56,7 +56,7 @@ def toy_manifest_of(folder: Path) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    slow_but(1, [("gemma2", {}), ("llama-tied", {"kv": "int8"}), ("qwen2", {"recipe": "int8-channel"})]),
+    [("gemma2", {}), ("llama-tied", {"kv": "int8"}), ("qwen2", {"recipe": "int8-channel"})],
     ids=str,
 )
 def test_what_is_counted_is_what_is_written(name: str, options: dict[str, str], tmp_path: Path) -> None:

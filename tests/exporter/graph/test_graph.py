@@ -13,7 +13,7 @@ from sinkexport.config import ExportConfig
 from sinkrt import Session
 
 from tests.exporter.tiny_models import tiny_model
-from tests.support import export_model, random_ids, slow_but
+from tests.support import export_model, random_ids
 
 NODES_PER_LAYER = 42
 """Nodes of a Llama-like decoder with grouped queries, views included."""
@@ -29,7 +29,7 @@ def ops(model: onnx.ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in model.graph.node)
 
 
-@pytest.mark.parametrize("name", slow_but(1, ["llama", "qwen3", "phi3", "gpt_neox", "stablelm", "glm"]))
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gpt_neox", "stablelm", "glm"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_only_standard_operators_and_no_copies_of_the_window(name: str, batch: int, tmp_path: Path) -> None:
     model = export_tiny(name, tmp_path / "bundle", batch=batch)

@@ -32,7 +32,7 @@ from sinkrt.ring import Ring, phase_frequency
 from tests.exporter.pipeline.test_families import exported
 from tests.exporter.tiny_models import tiny_model
 from tests.reference.oracle import Int8Row, SinkAttentionOracle
-from tests.support import export_model, random_ids, run_cli, slow_but
+from tests.support import export_model, random_ids, run_cli
 
 Arrays = list[np.ndarray]
 Run = Callable[[Arrays, np.ndarray, Arrays, np.ndarray | None], tuple[np.ndarray, Arrays]]
@@ -339,9 +339,7 @@ def test_half_precision_operator(rotary_dim: int, num_tokens: int) -> None:
 CONFIG = ExportConfig(num_sink_tokens=4, window_size=12, batch=2, kv="int8")
 
 
-@pytest.mark.parametrize(
-    "name", slow_but(1, ["llama", "llama-mha", "qwen3", "gpt_neox", "phi3-partial", "smollm3", "gemma2"])
-)
+@pytest.mark.parametrize("name", ["llama", "llama-mha", "qwen3", "gpt_neox", "phi3-partial", "smollm3", "gemma2"])
 def test_families(name: str, tmp_path: Path) -> None:
     """Against an implementation that shares nothing with the graphs but the phases; fp is much further away."""
     model = tiny_model(name)

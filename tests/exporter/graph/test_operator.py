@@ -19,7 +19,6 @@ from sinkexport.targets import ONNX, TARGETS
 from sinkrt.ring import phase_frequency
 
 from tests.reference.oracle import Act, SinkAttentionOracle
-from tests.support import slow_but
 
 
 class Operator(torch.nn.Module):
@@ -128,12 +127,12 @@ CALIBRATED = [
 ATOL, ACT_ATOL = 2e-5, 2e-4
 """Where later sinks have nearly all of the weights, what the others share is small, and known less exactly."""
 
-FORMS = pytest.mark.parametrize("form", slow_but(2, ["torch", "onnx", "tensorrt-native"]))
+FORMS = pytest.mark.parametrize("form", ["torch", "onnx", "tensorrt-native"])
 
 
 @pytest.mark.parametrize(
     ("case", "sink_scale", "act"),
-    slow_but(6, [*((case, None, None) for case in CASES), *((*scaled, None) for scaled in SCALED), *CALIBRATED]),
+    [*((case, None, None) for case in CASES), *((*scaled, None) for scaled in SCALED), *CALIBRATED],
     ids=str,
 )
 @FORMS
@@ -176,11 +175,11 @@ CALIBRATED_CHUNKS = [
 
 @pytest.mark.parametrize(
     ("case", "num_tokens", "sink_scale", "act"),
-    slow_but(8, [*SCALED_CHUNKS, *CALIBRATED_CHUNKS, *((*chunk, None, None) for chunk in CHUNKS)]),
+    [*SCALED_CHUNKS, *CALIBRATED_CHUNKS, *((*chunk, None, None) for chunk in CHUNKS)],
     ids=str,
 )
 @FORMS
-@pytest.mark.parametrize("seed", slow_but(1, [0, 1]))
+@pytest.mark.parametrize("seed", [0, 1])
 def test_chunks_against_oracle(
     case: tuple, num_tokens: int, sink_scale: tuple | None, act: Act | None, form: str, seed: int
 ) -> None:
@@ -229,7 +228,7 @@ AFFINE = [
 ]
 
 
-@pytest.mark.parametrize(("case", "parts", "sink_scale", "act"), slow_but(4, AFFINE), ids=str)
+@pytest.mark.parametrize(("case", "parts", "sink_scale", "act"), AFFINE, ids=str)
 @FORMS
 def test_affine_against_oracle(case: tuple, parts: str, sink_scale: tuple | None, act: Act | None, form: str) -> None:
     """Scaled and shifted are the weights after later sinks are calibrated, if they are."""

@@ -24,7 +24,7 @@ from tests.exporter.graph.test_experts import with_rounded_experts
 from tests.exporter.graph.test_plugin_target import GEOMETRY, WIDE, T, exported
 from tests.exporter.graph.test_quantize import with_rounded_weights
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
-from tests.support import SharedExports, TinyBundle, random_ids, slow_but
+from tests.support import SharedExports, TinyBundle, random_ids
 
 MODELS = ("mixtral", "qwen3_moe", "gpt_oss")  # 8 of 1, 5 of 2, 6 of 2 (transposed, biases)
 KINDS = ("HalfExpertLinear", "Int8ExpertLinear")
@@ -94,7 +94,7 @@ def others(graph: onnx.GraphProto) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", slow_but(1, [None, "int8-channel"]))
+@pytest.mark.parametrize("recipe", [None, "int8-channel"])
 @pytest.mark.parametrize("name", MODELS)
 def test_it_computes_what_the_onnx_bundle_does(name: str, recipe: str | None, shared_export: SharedExports) -> None:
     """Chunks first, then steps past two wraps, against ONNX Runtime in float32 on the same weights."""

@@ -17,7 +17,7 @@ from tests.exporter.graph.plugin_evaluator import PluginBundle, errors_against
 from tests.exporter.graph.test_plugin_target import S, T, W, exported
 from tests.exporter.graph.test_quantize import with_rounded_weights
 from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
-from tests.support import random_ids, slow_but
+from tests.support import random_ids
 
 TWO_HEADS = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
 MODELS: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ def attributes(path: Path, op_type: str) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("recipe", slow_but(1, [None, "int8-channel"]))
+@pytest.mark.parametrize("recipe", [None, "int8-channel"])
 @pytest.mark.parametrize("role", ["decode", "prefill"])
 def test_a_llama_is_products_and_plugins(role: str, recipe: str | None, tmp_path: Path) -> None:
     options = {} if recipe is None else {"recipe": load_recipe(recipe)}

@@ -32,7 +32,7 @@ from sinkrt.errors import UsageError
 from tests.exporter.quant.test_weight import unpacked
 from tests.exporter.tensorrt.test_builder import needs_tensorrt
 from tests.exporter.tiny_models import tiny_model
-from tests.support import export_model, random_ids, slow_but
+from tests.support import export_model, random_ids
 
 FORMS = {"ort": OrtForm, "qdq": QdqForm, "plugin": PluginForm}
 
@@ -216,7 +216,7 @@ def plain_steps(graph: Path) -> Callable[[np.ndarray, int], np.ndarray]:
     return step
 
 
-@pytest.mark.parametrize("name", slow_but(1, ["llama", "llama-tied", "gpt_neox", "gemma2", "phi3", "cohere"]))
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt_neox", "gemma2", "phi3", "cohere"])
 def test_a_tensorrt_bundle_with_int8_weights_is_the_model_with_rounded_weights(name: str, tmp_path: Path) -> None:
     """Q/DQ graphs say floating-point arithmetic, so the rounded weights are all that differs.
 
@@ -235,8 +235,8 @@ def test_a_tensorrt_bundle_with_int8_weights_is_the_model_with_rounded_weights(n
 
 
 @pytest.mark.parametrize("recipe", ["int8-weights", "int8-dynamic", "int4-nearest"])
-@pytest.mark.parametrize("name", slow_but(1, ["llama", "llama-tied", "gpt_neox", "phi", "gemma2", "qwen2"]))
-@pytest.mark.parametrize("batch", slow_but(1, [2, 1]))
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt_neox", "phi", "gemma2", "qwen2"])
+@pytest.mark.parametrize("batch", [2, 1])
 def test_prefill_gives_what_steps_give(recipe: str, name: str, batch: int, tmp_path: Path) -> None:
     with exported(tiny_model(name), tmp_path / "b", load_recipe(recipe), batch=batch) as session:
         ids = random_ids(batch, 23)
@@ -369,7 +369,7 @@ def test_verify_asks_for_a_tolerance(tmp_path: Path) -> None:
     assert verify(tmp_path / "b", loaded, tolerance=2.0, wraps=1).passed
 
 
-@pytest.mark.parametrize("sinks", slow_but(1, ["separate", "excluded", "included"]))
+@pytest.mark.parametrize("sinks", ["separate", "excluded", "included"])
 def test_static_ranges_reach_the_graph(sinks: str, tmp_path: Path) -> None:
     """A static bundle whose ranges fit is near the floating-point one; the sinks' range is as asked for."""
 

@@ -17,7 +17,6 @@ from sinkrt.errors import UsageError
 from sinkrt.ring import Ring, phase_frequency
 
 from tests.exporter.tiny_models import TINY, VOCAB_SIZE, tiny_model
-from tests.support import slow_but
 
 B = 2
 
@@ -50,17 +49,10 @@ GEOMETRIES = [(3, 7, 5), (5, 11, 2), (0, 9, 4), (4, 1, 3), (1, 13, 40)]
 
 @pytest.mark.parametrize(
     ("name", "num_sink_tokens", "window_size", "chunk"),
-    slow_but(
-        12,
-        [
-            *((name, *GEOMETRIES[0]) for name in TINY),
-            *(
-                (name, *one)
-                for name in ("llama", "smollm3", "gemma3_text", "gpt_oss", "bloom")
-                for one in GEOMETRIES[1:]
-            ),
-        ],
-    ),
+    [
+        *((name, *GEOMETRIES[0]) for name in TINY),
+        *((name, *one) for name in ("llama", "smollm3", "gemma3_text", "gpt_oss", "bloom") for one in GEOMETRIES[1:]),
+    ],
     ids=str,
 )
 def test_equals_the_reference(name: str, num_sink_tokens: int, window_size: int, chunk: int) -> None:

@@ -15,11 +15,9 @@ from sinkrt import Session
 
 from tests.exporter.graph.in_place import assert_states_are_written_last
 from tests.exporter.tiny_models import TINY, tiny_model
-from tests.support import export_model, random_ids, slow_but
+from tests.support import export_model, random_ids
 
 WRAPS = 6
-FAST = ("llama", "bloom", "gemma3_text")
-"""Rotation, ALiBi, sliding windows."""
 
 
 def exported(model: Any, folder: Path, config: ExportConfig) -> Session:
@@ -57,7 +55,7 @@ def assert_streams_like_reference(session: Session, model: Any, ids: np.ndarray,
             assert_close(logits[stream_], wanted[end - 1][stream_], tolerance, f"prefill of {stream_} up to {end}")
 
 
-@pytest.mark.parametrize("name", slow_but(len(FAST), sorted(TINY, key=lambda name: (name not in FAST, name))))
+@pytest.mark.parametrize("name", sorted(TINY))
 def test_dense_and_streaming(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     config = ExportConfig(num_sink_tokens=4, window_size=12, batch=2)
@@ -111,9 +109,9 @@ def test_frequencies_that_depend_on_length_are_those_of_a_full_cache(
 
 @pytest.mark.parametrize(
     ("num_sinks", "window", "batch", "chunk"),
-    slow_but(2, [(7, 3, 3, 2), (0, 5, 1, 5), (1, 1, 1, 1), (0, 1, 2, 1), (4, 33, 1, 16), (9, 6, 2, 4), (2, 24, 2, 24)]),
+    [(7, 3, 3, 2), (0, 5, 1, 5), (1, 1, 1, 1), (0, 1, 2, 1), (4, 33, 1, 16), (9, 6, 2, 4), (2, 24, 2, 24)],
 )
-@pytest.mark.parametrize("name", slow_but(1, ["llama", "smollm3"]))
+@pytest.mark.parametrize("name", ["llama", "smollm3"])
 def test_odd_geometries(name: str, num_sinks: int, window: int, batch: int, chunk: int, tmp_path: Path) -> None:
     config = ExportConfig(num_sink_tokens=num_sinks, window_size=window, batch=batch, chunk_size=chunk)
     model = tiny_model(name, seed=1)

@@ -10,13 +10,13 @@ import pytest
 from sinkexport.graph.builder import LARGE_CONSTANT_BYTES
 
 from tests.exporter.tiny_models import tiny_model
-from tests.support import export_model, random_ids, slow_but
+from tests.support import export_model, random_ids
 
 
 @pytest.mark.parametrize(
     ("name", "chunk_size", "window_size"),
     # [T, T] of truth values; [T, T] of distances; [W] of slots
-    slow_but(1, [("llama", 1025, 1030), ("bloom", 363, 370), ("llama", 3, 2**17 + 1)]),
+    [("llama", 1025, 1030), ("bloom", 363, 370), ("llama", 3, 2**17 + 1)],
 )
 def test_large_tables_are_computed_in_the_graph(name: str, chunk_size: int, window_size: int, tmp_path: Path) -> None:
     """The export's own check agrees, and a long prompt ends where single steps do."""

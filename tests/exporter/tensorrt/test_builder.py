@@ -34,7 +34,7 @@ from sinkrt.errors import BackendError, UsageError
 from tests.exporter.tiny_models import TINY, tiny_model
 from tests.exporter.variants.test_affine import random_tensors, written
 from tests.real_model import smollm2_file
-from tests.support import export_model, slow_but
+from tests.support import export_model
 
 HAS_TENSORRT = importlib.util.find_spec(MODULE) is not None
 # In CI a missing package is a failure, not a skip: SINKEXPORT_NO_SKIP=1 lets the error come out.
@@ -232,22 +232,19 @@ class TestExportedGraphs:
 
     pytestmark = needs_tensorrt
 
-    @pytest.mark.parametrize("name", slow_but(2, BUILT))
+    @pytest.mark.parametrize("name", BUILT)
     def test_every_family_builds(self, tmp_path: Path, name: str) -> None:
         loaded = LoadedModel(tiny_model(name), None, name)
         check_bundle(tmp_path / "bundle", export_loaded(loaded, tmp_path / "bundle", ExportConfig(S, W, chunk_size=1)))
 
     @pytest.mark.parametrize(
         "config",
-        slow_but(
-            1,
-            [
-                ExportConfig(S, W, dtype="fp16", chunk_size=1),
-                ExportConfig(S, W, batch=3, chunk_size=1),
-                ExportConfig(0, W, chunk_size=1),
-                ExportConfig(S, 1),
-            ],
-        ),
+        [
+            ExportConfig(S, W, dtype="fp16", chunk_size=1),
+            ExportConfig(S, W, batch=3, chunk_size=1),
+            ExportConfig(0, W, chunk_size=1),
+            ExportConfig(S, 1),
+        ],
         ids=["fp16", "batch-3", "no-sinks", "window-1"],
     )
     def test_every_geometry_builds(self, tmp_path: Path, config: ExportConfig) -> None:

@@ -32,7 +32,7 @@ from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.exporter.variants.test_head_windows import window_file
 from tests.exporter.variants.test_sink_tuning import GEOMETRY, tuning
 from tests.reference.oracle import SinkAttentionOracle, affine_factors
-from tests.support import random_ids, run_cli, slow_but
+from tests.support import random_ids, run_cli
 
 Tensors = dict[str, np.ndarray]
 
@@ -71,7 +71,7 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "batch"), slow_but(1, FAMILIES))
+@pytest.mark.parametrize(("name", "batch"), FAMILIES)
 def test_bundle_is_the_model_with_its_own_attention_changed(name: str, batch: int, tmp_path: Path) -> None:
     """verify: the family's own attention and the mean of the values, dense and streaming over six wraps; prefill
     against steps, of streams at positions of their own."""

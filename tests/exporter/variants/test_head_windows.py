@@ -26,7 +26,7 @@ from sinkrt.errors import BundleError
 
 from tests.exporter.tiny_models import tiny_model, tiny_tokenizer
 from tests.reference.oracle import SinkAttentionOracle
-from tests.support import random_ids, run_cli, slow_but
+from tests.support import random_ids, run_cli
 
 S = 3
 LLAMA = ((9, 4), (5, 9))  # two layers of two key heads; the groups of the second are out of order
@@ -48,14 +48,11 @@ def exported(name: str, windows: tuple[tuple[int, ...], ...], folder: Path, **op
 
 @pytest.mark.parametrize(
     ("name", "windows"),
-    slow_but(
-        1,
-        [
-            ("llama", LLAMA),
-            ("llama-mha", ((9, 2, 9, 4, 2, 4), (9, 9, 9, 9, 9, 9))),  # three groups that interleave; a layer as a whole
-            ("gpt_oss", ((9, 4), (5, 9))),  # sink logits; a layer with a window of its own, 7, and so without sinks
-        ],
-    ),
+    [
+        ("llama", LLAMA),
+        ("llama-mha", ((9, 2, 9, 4, 2, 4), (9, 9, 9, 9, 9, 9))),  # three groups that interleave; a layer as a whole
+        ("gpt_oss", ((9, 4), (5, 9))),  # sink logits; a layer with a window of its own, 7, and so without sinks
+    ],
 )
 def test_bundles_pass_verify(name: str, windows: tuple[tuple[int, ...], ...], tmp_path: Path) -> None:
     """Six wraps of the longest window, many more of the others; chunks against steps."""

@@ -29,7 +29,7 @@ from tests.exporter.graph.in_place import assert_states_are_written_last
 from tests.exporter.pipeline.export_refusal import assert_export_refuses
 from tests.exporter.tiny_models import model_with_a_sink, tiny_model, tiny_tokenizer
 from tests.reference.oracle import Act, SinkAttentionOracle
-from tests.support import random_ids, run_cli, slow_but
+from tests.support import random_ids, run_cli
 
 LAYERS, HEADS, S, W = 2, 6, 3, 9
 MASK = ((True, True, False, True, True, False), (False, True, True, True, False, True))
@@ -50,7 +50,7 @@ def exported(folder: Path, name: str = "llama", **options: Any) -> LoadedModel:
     return model
 
 
-@pytest.mark.parametrize("name", slow_but(1, ["llama", "gemma2", "gpt_oss", "bloom"]))
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "bloom"])
 def test_bundles_pass_verify(name: str, tmp_path: Path) -> None:
     """Dense and streaming over six wraps with the family's own attention; chunks against steps. Batch 2."""
     # gpt-oss: layer 0 has a window of its own, and so no sinks.
