@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from sinkrt.contract import HeadWindow, ModelFacts, Quantization
 
 from sinkexport.config import ExportConfig
-from sinkexport.families.rope import AttentionShape, ModelRotary
+from sinkexport.families.rope import ModelRotary
+from sinkexport.families.shape import AttentionShape
 from sinkexport.loading.origin import LoadedModel
 from sinkexport.model.head_caches import HeadCache
 
@@ -43,15 +44,15 @@ def model_facts(
 
 
 def _position_scheme(shape: AttentionShape, rotary: ModelRotary) -> str:
-    turning = [spec for spec in rotary.layers if spec.rotary_dim]
+    turning = [spec for spec in rotary.calls if spec.rotary_dim]
     if shape.alibi_slopes is not None:
         return "alibi"
     if not turning:
         return "none"
     spec = turning[0]
     parts = [f"rope {spec.rotary_dim} of {shape.head_dim}", "interleaved" if spec.interleaved else "halves"]
-    if len(turning) < len(rotary.layers):
-        parts.append(f"in {len(turning)} of {len(rotary.layers)} layers")
+    if len(turning) < shape.num_layers:
+        parts.append(f"in {len(turning)} of {shape.num_layers} layers")
     if (tables := len({spec.table for spec in turning})) > 1:
         parts.append(f"{tables} sets of frequencies")
     return ", ".join(parts)
@@ -77,6 +78,24 @@ def head_windows(caches: Sequence[HeadCache]) -> list[HeadWindow]:
     return [
         HeadWindow(layer=cache.layer, kv_heads=cache.kv_heads, window_size=cache.ring.window_size) for cache in caches
     ]
+
+
+def attention_caches(shape: AttentionShape, caches: Sequence[HeadCache]) -> tuple[AttentionCache, ...] | None:
+    """Sizes of every cache, in the order of the states; None: each has the model's, one a layer."""
+    if shape.is_uniform and all(cache.value_dim == cache.key_dim == shape.head_dim for cache in caches):
+        return None
+    return tuple(
+        AttentionCache(
+            layer=cache.layer,
+            call=cache.number,
+            num_q_heads=len(cache.q_heads),
+            num_kv_heads=len(cache.kv_heads),
+            key_dim=cache.key_dim,
+            value_dim=cache.value_dim,
+            latent=False,
+        )
+        for cache in sorted(caches, key=lambda cache: cache.layer)
+    )
 
 
 def producers() -> Mapping[str, str]:
