@@ -17,7 +17,6 @@ from sinkrt.ring import phase_frequency
 
 from sinkexport.families.adapters import ROTARY_NAME, find_adapter, has_alibi
 
-
 COS_LAYOUTS = ("halves", "neighbours", "single")
 """Layouts of cos and sin over the last axis: (f, f), each of f twice in a row, or f alone."""
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from sinkrt.contract import MASS_KIND, NO_TOKEN, RECURRENT_KINDS, SCALE_KINDS, STATE_KINDS, ActTuning
-from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig

@@ -58,7 +58,12 @@ from sinkexport.pipeline.checks import (
     check_tuned_sinks,
     check_variant,
 )
-from sinkexport.pipeline.manifest_facts import attention_caches, head_windows, model_facts, producers, quantization_facts
+from sinkexport.pipeline.manifest_facts import (
+    head_windows,
+    model_facts,
+    producers,
+    quantization_facts,
+)
 from sinkexport.pipeline.sink_token import with_sink_token
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel, load_model

@@ -80,24 +80,6 @@ def head_windows(caches: Sequence[HeadCache]) -> list[HeadWindow]:
     ]
 
 
-def attention_caches(shape: AttentionShape, caches: Sequence[HeadCache]) -> tuple[AttentionCache, ...] | None:
-    """Sizes of every cache, in the order of the states; None: each has the model's, one a layer."""
-    if shape.is_uniform and all(cache.value_dim == cache.key_dim == shape.head_dim for cache in caches):
-        return None
-    return tuple(
-        AttentionCache(
-            layer=cache.layer,
-            call=cache.number,
-            num_q_heads=len(cache.q_heads),
-            num_kv_heads=len(cache.kv_heads),
-            key_dim=cache.key_dim,
-            value_dim=cache.value_dim,
-            latent=False,
-        )
-        for cache in sorted(caches, key=lambda cache: cache.layer)
-    )
-
-
 def producers() -> Mapping[str, str]:
     """Packages that made the bundle, and their versions."""
     return {name: importlib.metadata.version(name) for name in PRODUCERS}

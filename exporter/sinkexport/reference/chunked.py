@@ -177,7 +177,7 @@ class ChunkedStream:
         alibi_slopes: torch.Tensor | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
-        """transformers' attention interface. q: [B, Hq, T, D], k: [B, Hkv, T, D], v: [B, Hkv, T, Dv] -> [B, T, Hq, Dv]."""
+        """transformers' attention interface: q [B, Hq, T, D], k and v [B, Hkv, T, D or Dv] -> [B, T, Hq, Dv]."""
         call = self._num_calls
         self._num_calls += 1
         refuse_arguments(int(module.layer_idx), others)
