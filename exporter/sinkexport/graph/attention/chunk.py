@@ -19,7 +19,7 @@ from sinkexport.graph.edit import constant, known_shape, operand
 from sinkexport.graph.operators import Input
 
 Written = tuple[list[ir.Value], list[ir.Value], list[ir.Value]]
-"""States of the window, then keys and values of it, [B, Hkv, W, D or Dv], and of the rows that were evicted, [.., T, ..]."""
+"""States of the window, then keys and values of it, [B, Hkv, W, D or Dv], and of evicted rows, [.., T, ..]."""
 
 
 class ChunkAttention(ChunkPositions):
