@@ -41,7 +41,7 @@ struct StateSpec {
   TensorSpec tensor() const { return {input, shape, dtype}; }
   int64_t bytes() const { return tensorBytes(shape, dtype); }
   int64_t rowBytes() const { return bytes() / shape[0]; }  // of one stream
-  // Whether it belongs to linear attention: a step makes all of it anew, by standard operators.
+  // Whether it belongs to a recurrence: a step makes all of it anew, by standard operators.
   bool isRecurrent() const;
 };
 
@@ -80,6 +80,9 @@ struct AttentionCache {
   int64_t key_dim = 0;       // elements of a key
   int64_t value_dim = 0;     // elements of a value
   bool latent = false;       // whether values are a part of the keys' rows (MLA)
+
+  // What its states have behind "<kind>.": the layer, and the call unless it is the first.
+  std::string suffix() const { return std::to_string(layer) + (call == 0 ? "" : ".call" + std::to_string(call)); }
 };
 
 // Geometry of the cache, in tokens.
@@ -180,7 +183,7 @@ struct Manifest {
   std::optional<std::vector<AttentionCache>>
       attention;  // None: each cache has the model's heads and head_dim; empty: no attention
 
-  // Whether there is linear attention.
+  // Whether there are recurrent states: these know no positions, so an idle stream takes kNoToken.
   bool isRecurrent() const;
   int64_t weightsBytes() const;
   int64_t stateBytes() const;
