@@ -24,6 +24,7 @@ from sinkexport.model.affine import AffineFactors
 from sinkexport.model.attention import rotated, sink_attention, stream_angles
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, cache_owner, head_caches
+from sinkexport.model.loop_experts import unrolled_experts
 from sinkexport.model.int8_rows import SCALE_DTYPE
 from sinkexport.recurrent.registry import RecurrentStates
 from sinkexport.recurrent.states import StateKey, Tokens, state_name
@@ -156,6 +157,7 @@ class StreamStep(torch.nn.Module):
             attention_inputs(self.model) as step.inputs,
             intercept_attention(self.model, step.attend),
             static_experts(self.model, in_place=self.config.has_plugins),
+            unrolled_experts(self.model, in_place=self.config.has_plugins),
             contextlib.nullcontext() if step.recurrent is None else step.recurrent.in_place(),
             _only_last_token(self.model, num_valid),
         ):
