@@ -102,6 +102,24 @@ def causal_masks(*, batch_size: int, attention_mask: Any = None, **arguments: An
     return mask.expand(batch_size, -1, -1, -1)
 
 
+def with_indices(module: Any, q: torch.Tensor, mask: Any, arguments: dict[str, Any]) -> Any:
+    """The mask of an attention call, and what an indexer of sparse attention chose of it, which leaves `arguments`.
+
+    ``indices``: int64 [b, n, k], keys of each query. ``block_indices``: blocks of keys, which the model's own indexer
+    makes a mask of. transformers merges them into the mask for its own attention functions alone.
+    """
+    indices, blocks = (arguments.pop(name, None) for name in ("indices", "block_indices"))
+    num_tokens = q.shape[2]
+    if indices is not None:
+        chosen = torch.zeros(q.shape[0], num_tokens, num_tokens, dtype=torch.bool)
+        chosen = chosen.scatter(-1, indices.long(), value=True)[:, None]
+        mask = chosen if mask is None else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
+    if blocks is not None:
+        places = torch.arange(num_tokens).expand(q.shape[0], -1)
+        mask = module.indexer.build_block_mask(blocks, mask, num_tokens, q.dtype, q.device, places)
+    return mask
+
+
 def visible_window(layer: int, mask: Any, num_tokens: int) -> int | None:
     """Number of the newest tokens that each of num_tokens tokens sees by its mask [.., n, n]; None: all before it.
 

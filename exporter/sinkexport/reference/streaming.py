@@ -25,7 +25,7 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
 from sinkexport.families.interface import intercept_attention, random_embeddings
-from sinkexport.families.linear_attention import linear_layers, recurrent_cache
+from sinkexport.families.linear_attention import recurrent_cache
 from sinkexport.families.rope import find_rotary, replaced_rotary
 from sinkexport.reference.affine import AffineReference
 from sinkexport.reference.own_attention import (
@@ -226,10 +226,10 @@ class StreamingReference:
         """
         plain = self._recorded(rotation=False)
         turned = self._recorded(rotation=True)
-        num_layers = self.model.config.get_text_config().num_hidden_layers - len(linear_layers(self.model))
-        if len(plain) != num_layers:
-            raise no_reference(f"{len(plain)} attention layers of {num_layers}", "softmax attention in every layer")
+        far = self._recorded(rotation=False, shift=self._capacity)
         for module, before in plain.items():
+            if not all(torch.equal(x, y) for x, y in zip(before, far[module], strict=True)):
+                raise no_reference("queries or keys that are a function of position beside rotation", "plain rotation")
             after = turned[module]
             self._rotates[module] = not all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
             if not self._rotates[module]:
@@ -258,8 +258,10 @@ class StreamingReference:
         error = ((streamed - dense).abs().amax(dim=-1) / dense.std(dim=-1).clamp(min=1e-9)).max()
         dtype = next(self.model.parameters()).dtype
         if not float(error) <= LIKE_DENSE.get(dtype, 1e-3):
+            num_layers = self.model.config.get_text_config().num_hidden_layers
+            without = f"{len(self._rotates)} attention layers of {num_layers}, and "
             raise no_reference(
-                f"{NUM_TRIED} tokens whose logits, streamed, are {float(error):.1e} of the spread from "
+                f"{without if len(self._rotates) < num_layers else ''}{NUM_TRIED} tokens whose logits, streamed, are {float(error):.1e} of the spread from "
                 "those of one pass",
                 "no state but what attention keeps",
             )
@@ -339,11 +341,13 @@ class StreamingReference:
         turned = rotate_own(module, turned, cos, sin)
         return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
-    def _recorded(self, *, rotation: bool) -> dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]:
-        """Each attention's queries and keys [1, H, n, D] for tokens at PROBE_POSITIONS, by module."""
+    def _recorded(
+        self, *, rotation: bool, shift: int = 0
+    ) -> dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+        """Each attention's queries and keys [1, H, n, D] for tokens `shift` after PROBE_POSITIONS, by module."""
         recorder = Recorder()
         swapped = contextlib.nullcontext() if rotation else self.no_rotation()
-        positions = torch.tensor([PROBE_POSITIONS])
+        positions = torch.tensor([PROBE_POSITIONS]) + shift
         ids = torch.arange(len(PROBE_POSITIONS))[None]
         with (
             torch.no_grad(),
