@@ -25,7 +25,7 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
 from sinkexport.families.interface import intercept_attention, random_embeddings
-from sinkexport.families.linear_attention import recurrent_cache
+from sinkexport.families.recurrent import layers_without_attention, recurrent_cache, with_cache
 from sinkexport.families.rope import find_rotary, replaced_rotary
 from sinkexport.reference.affine import AffineReference
 from sinkexport.reference.own_attention import (
@@ -130,8 +130,8 @@ class StreamingReference:
             output = self.model(
                 input_ids=ids[:, None],
                 position_ids=torch.zeros_like(ids)[:, None],
-                past_key_values=self._recurrent,
                 use_cache=False,
+                **with_cache(self.model, self._recurrent),
             )
         logits: torch.Tensor = output.logits[:, -1]
         return logits
@@ -227,6 +227,9 @@ class StreamingReference:
         plain = self._recorded(rotation=False)
         turned = self._recorded(rotation=True)
         far = self._recorded(rotation=False, shift=self._capacity)
+        num_layers = self.model.config.get_text_config().num_hidden_layers - len(layers_without_attention(self.model))
+        if len(plain) != num_layers:
+            raise no_reference(f"{len(plain)} attention layers of {num_layers}", "softmax attention in every layer")
         for module, before in plain.items():
             if not all(torch.equal(x, y) for x, y in zip(before, far[module], strict=True)):
                 raise no_reference("queries or keys that are a function of position beside rotation", "plain rotation")
@@ -258,10 +261,8 @@ class StreamingReference:
         error = ((streamed - dense).abs().amax(dim=-1) / dense.std(dim=-1).clamp(min=1e-9)).max()
         dtype = next(self.model.parameters()).dtype
         if not float(error) <= LIKE_DENSE.get(dtype, 1e-3):
-            num_layers = self.model.config.get_text_config().num_hidden_layers
-            without = f"{len(self._rotates)} attention layers of {num_layers}, and "
             raise no_reference(
-                f"{without if len(self._rotates) < num_layers else ''}{NUM_TRIED} tokens whose logits, streamed, are {float(error):.1e} of the spread from "
+                f"{NUM_TRIED} tokens whose logits, streamed, are {float(error):.1e} of the spread from "
                 "those of one pass",
                 "no state but what attention keeps",
             )
