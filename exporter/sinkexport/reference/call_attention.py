@@ -94,11 +94,12 @@ def own_values(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous()
 
 
-def causal_masks(*, batch_size: int, attention_mask: Any = None, **arguments: Any) -> torch.Tensor:
-    """transformers' mask interface: additive, [B, 1, n, n], the same for all rows. attention_mask: all ones, if any."""
+def causal_masks(*, batch_size: int, **arguments: Any) -> torch.Tensor:
+    """transformers' mask interface: additive, [B, 1, n, n], the same for all rows of texts without padding."""
     from transformers.masking_utils import eager_mask
 
-    mask: torch.Tensor = eager_mask(batch_size=1, **{**arguments, "allow_is_causal_skip": False})
+    arguments.update(attention_mask=None, allow_is_causal_skip=False)
+    mask: torch.Tensor = eager_mask(batch_size=1, **arguments)
     return mask.expand(batch_size, -1, -1, -1)
 
 

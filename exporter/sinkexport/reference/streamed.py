@@ -50,7 +50,9 @@ def streamed_logits(
     with contextlib.ExitStack() as stack:
         try:
             with refusing(model, "streaming it"):
-                rotating = stack.enter_context(streaming_reference(model, num_sink_tokens, window_size, variant=variant))
+                rotating = stack.enter_context(
+                    streaming_reference(model, num_sink_tokens, window_size, variant=variant)
+                )
         except UsageError:
             calls = stack.enter_context(calls_reference(model, num_sink_tokens, window_size, variant))
             num_tokens = calls.affordable(ids.shape[1], ids.shape[0], max_work)

@@ -342,9 +342,7 @@ class StreamingReference:
         turned = rotate_own(module, turned, cos, sin)
         return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
-    def _recorded(
-        self, *, rotation: bool, shift: int = 0
-    ) -> dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    def _recorded(self, *, rotation: bool, shift: int = 0) -> dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]:
         """Each attention's queries and keys [1, H, n, D] for tokens `shift` after PROBE_POSITIONS, by module."""
         recorder = Recorder()
         swapped = contextlib.nullcontext() if rotation else self.no_rotation()
