@@ -1,0 +1,164 @@
+"""Latent attention (MLA, DeepSeek-V2, arXiv:2405.04434): keys and values that one matrix expands from a small latent.
+
+For each token such a layer makes a latent, L numbers for all heads, and a rotary key, R numbers that all heads share.
+Key and value of head h are ``[W_k,h latent, rotary key]`` and ``W_v,h latent``. So a cache need not hold them: with
+``q_row = [q_rotary, q_rest W_k,h]`` and ``row = [rotary key, latent]`` every logit q . k is q_row . row, and the output
+of head h is W_v,h times the latent part of the weighted sum of rows. That is attention with one key head, whose rows
+are keys and values at once: R + L numbers a token, for DeepSeek-V3 576 in place of 128 * (192 + 128).
+
+transformers hands latent and rotary key to its cache before it expands them. So a layer is recognised by what it does:
+what it caches is not what reaches its attention, and a matrix of its own makes the one of the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+Matmul = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
+"""x [H, n, K] by a matrix for each head, [H, K, M] if the flag says so, else [H, M, K] -> [H, n, M]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """How one attention call expands keys and values.
+
+    weight: the matrix [H * (N + V), L], its name in the attention module: for each head the rows of its key, then those
+    of its value. num_heads, rest_dim, value_dim, latent_dim, rotary_dim: H, N, V, L, R.
+    rotary_first: whether keys begin with the rotary key. latent_first: whether the latent is cached as the key, and the
+    rotary key as the value, or the other way round.
+    """
+
+    weight: str
+    num_heads: int
+    rest_dim: int
+    value_dim: int
+    latent_dim: int
+    rotary_dim: int
+    rotary_first: bool = False
+    latent_first: bool = True
+
+    @property
+    def row_dim(self) -> int:
+        """Numbers of a cached row: R + L."""
+        return self.rotary_dim + self.latent_dim
+
+    @property
+    def module(self) -> str:
+        """Name of the module that owns the matrix, in the attention module."""
+        return self.weight.rpartition(".")[0]
+
+    def parts(self, weight: torch.Tensor) -> Pair:
+        """W_k [H, N, L] and W_v [H, V, L], which share the memory of the matrix."""
+        by_head = weight.view(self.num_heads, self.rest_dim + self.value_dim, self.latent_dim)
+        return by_head[:, : self.rest_dim], by_head[:, self.rest_dim :]
+
+    def row(self, cached: Pair) -> torch.Tensor:
+        """The row [B, 1, T, R + L] of what a layer caches, [B, 1, T, L] and [B, 1, T, R]."""
+        latent, rotary = cached if self.latent_first else cached[::-1]
+        return torch.cat((rotary, latent), dim=-1)
+
+    def query(self, q: torch.Tensor, keys: torch.Tensor, matmul: Matmul) -> torch.Tensor:
+        """The query [B, H, T, R + L] of rows, for q [B, H, T, N + R] of keys. keys: W_k."""
+        if self.rotary_first:
+            rotary, rest = q.split((self.rotary_dim, self.rest_dim), dim=-1)
+        else:
+            rest, rotary = q.split((self.rest_dim, self.rotary_dim), dim=-1)
+        return torch.cat((rotary, _by_head(rest, keys, matmul, is_transposed=True)), dim=-1)
+
+    def output(self, rows: torch.Tensor, values: torch.Tensor, matmul: Matmul) -> torch.Tensor:
+        """The output [B, H, T, V] of a sum of rows [B, H, T, R + L]. values: W_v."""
+        return _by_head(rows[..., self.rotary_dim :], values, matmul, is_transposed=False)
+
+
+def _by_head(x: torch.Tensor, weight: torch.Tensor, matmul: Matmul, *, is_transposed: bool) -> torch.Tensor:
+    """x [B, H, T, K] of each head by its own matrix -> [B, H, T, M]. All streams share one pass over the matrices."""
+    batch, heads, num_tokens, _ = x.shape
+    rows = x.transpose(0, 1).reshape(heads, batch * num_tokens, -1)
+    return matmul(rows, weight, is_transposed).reshape(heads, batch, num_tokens, -1).transpose(0, 1)
+
+
+class CachedPairs:
+    """Stands in for transformers' cache: it hands back what it is given, and keeps it until attention is called."""
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self._pairs: dict[int, Pair] = {}
+
+    def update(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> Pair:
+        """Remember k and v."""
+        self._pairs[layer_idx] = (k, v)
+        return k, v
+
+    def take(self, layer: int) -> Pair | None:
+        """What a layer has cached since its last attention; None: nothing."""
+        return self._pairs.pop(layer, None)
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Positions are given."""
+        return 0
+
+    def get_query_offset(self, *_: Any) -> int:
+        """Likewise."""
+        return 0
+
+    def get_mask_sizes(self, num_tokens: int, *_: Any) -> tuple[int, int]:
+        """Keys are those of the tokens at hand."""
+        return num_tokens, 0
+
+
+def find_latent(
+    module: torch.nn.Module, cached: Pair | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> Latent | None:
+    """Recognise latent attention by one call of it; None: keys and values are to be cached as they are.
+
+    cached: what the layer put into its cache for the same tokens. q, k [B, H, T, N + R] and v [B, H, T, V]: what reached
+    attention. Every number of k and v must follow from the pair: on random tokens no other matrix would do.
+    None also where rows would be no smaller than keys and values.
+    """
+    if cached is None or any(x.dim() != 4 or x.shape[1] != 1 or x.shape[2] != k.shape[2] for x in cached):
+        return None
+    num_heads, key_dim, value_dim = q.shape[1], k.shape[3], v.shape[3]
+    if not q.shape[1] == k.shape[1] == v.shape[1]:
+        return None
+    for latent_first in (True, False):
+        latent, rotary = cached if latent_first else cached[::-1]
+        latent_dim, rotary_dim = latent.shape[3], rotary.shape[3]
+        rest_dim = key_dim - rotary_dim
+        if rest_dim < 1 or rotary_dim + latent_dim >= num_heads * (key_dim + value_dim):
+            continue
+        for rotary_first in (False, True):
+            start = rotary_dim if rotary_first else 0
+            shared = k[..., :rotary_dim] if rotary_first else k[..., rest_dim:]
+            if not torch.equal(shared, rotary.expand_as(shared)):
+                continue
+            made = torch.cat((k[..., start : start + rest_dim], v), dim=-1)
+            for name, weight in module.named_parameters():
+                if weight.shape != (num_heads * made.shape[3], latent_dim) or not _makes(weight, latent, made):
+                    continue
+                return Latent(
+                    weight=name,
+                    num_heads=num_heads,
+                    rest_dim=rest_dim,
+                    value_dim=value_dim,
+                    latent_dim=latent_dim,
+                    rotary_dim=rotary_dim,
+                    rotary_first=rotary_first,
+                    latent_first=latent_first,
+                )
+    return None
+
+
+def _makes(weight: torch.Tensor, latent: torch.Tensor, made: torch.Tensor) -> bool:
+    """Whether the matrix [H * M, L] makes [B, H, T, M] of the latent [B, 1, T, L]: each number but for rounding."""
+    batch, num_heads, num_tokens, width = made.shape
+    wanted = (latent[:, 0].double() @ weight.double().T).view(batch, num_tokens, num_heads, width).transpose(1, 2)
+    # A sum of L products is wrong by a share of what their sizes add up to, whatever is left of it.
+    sizes = (latent[:, 0].double().abs() @ weight.double().abs().T).view(batch, num_tokens, num_heads, width)
+    eps = torch.finfo(weight.dtype).eps
+    return bool(((made.double() - wanted).abs() <= max(1e-6, 4 * eps) * sizes.transpose(1, 2)).all())
