@@ -137,6 +137,11 @@ def random_embeddings(model: Any, num_ids: int, seed: int = 0) -> Iterator[None]
         hook.remove()
 
 
+def own_values(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """An attention in which each token sees itself alone: [B, T, Hq, D] of v [B, Hkv, T, D]."""
+    return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous()
+
+
 def refuse_arguments(layer: int, others: dict[str, Any]) -> None:
     """Refuse what a family passes to its attention function and the operator does not know."""
     unknown = sorted(key for key, value in others.items() if value is not None and key not in IGNORED_ARGUMENTS)

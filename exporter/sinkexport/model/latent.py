@@ -8,7 +8,8 @@ are, one a head: in floating point or, with a recipe for weights, in INT8 (graph
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -20,18 +21,18 @@ KEYS, VALUES = "latent_keys", "latent_values"
 
 
 @contextlib.contextmanager
-def latent_parts(latents: Sequence[tuple[torch.nn.Module, Latent]]) -> Iterator[None]:
-    """The matrices of these attention modules have their parts beside them inside a context, as buffers.
+def latent_parts(model: Any, latents: Iterable[Latent]) -> Iterator[None]:
+    """The matrices have their parts beside them inside a context, as buffers.
 
     A trace then has the parts under names that say what they belong to.
     """
     owners: list[torch.nn.Module] = []
     try:
-        for module, latent in latents:
-            owner = module.get_submodule(latent.module)
+        for latent in latents:
+            owner = model.get_submodule(latent.owner)
             if owner in owners:  # a module that is called in several layers
                 continue
-            for name, part in zip((KEYS, VALUES), latent.parts(module.get_parameter(latent.weight)), strict=True):
+            for name, part in zip((KEYS, VALUES), latent.parts(model.get_parameter(latent.weight)), strict=True):
                 owner.register_buffer(name, part.detach(), persistent=False)
             owners.append(owner)
         yield
@@ -41,15 +42,14 @@ def latent_parts(latents: Sequence[tuple[torch.nn.Module, Latent]]) -> Iterator[
                 delattr(owner, name)
 
 
-def absorbed(module: torch.nn.Module, latent: Latent, cached: Pair, q: torch.Tensor) -> Pair:
+def absorbed(model: Any, latent: Latent, cached: Pair, q: torch.Tensor) -> Pair:
     """Query [B, H, T, R + L] and row [B, 1, T, R + L] of a call inside `latent_parts`, not rotated."""
-    keys = module.get_submodule(latent.module).get_buffer(KEYS)
-    return latent.query(q, keys, _matmul), latent.row(cached)
+    return latent.query(q, model.get_submodule(latent.owner).get_buffer(KEYS), _matmul), latent.row(cached)
 
 
-def attended(module: torch.nn.Module, latent: Latent, rows: torch.Tensor) -> torch.Tensor:
+def output_of_rows(model: Any, latent: Latent, rows: torch.Tensor) -> torch.Tensor:
     """A call's output [B, H, T, V] of its sums of rows [B, H, T, R + L], inside `latent_parts`."""
-    return latent.output(rows, module.get_submodule(latent.module).get_buffer(VALUES), _matmul)
+    return latent.output(rows, model.get_submodule(latent.owner).get_buffer(VALUES), _matmul)
 
 
 def _matmul(x: torch.Tensor, weight: torch.Tensor, is_transposed: bool) -> torch.Tensor:
