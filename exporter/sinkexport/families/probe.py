@@ -238,14 +238,14 @@ def _check_shapes(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
     shapes = [tuple(x.shape) for x in (q, k, v)]
     is_plain = (
         all(len(shape) == 4 and shape[2] == NUM_TOKENS for shape in shapes)
-        and k.shape[:3] == v.shape[:3]
         and q.shape[3] == k.shape[3]
-        and q.shape[1] % k.shape[1] == 0
+        and all(q.shape[1] % heads == 0 for heads in (k.shape[1], v.shape[1]))
+        and max(k.shape[1], v.shape[1]) % min(k.shape[1], v.shape[1]) == 0
     )
     if not is_plain:
         raise _refused(
             f"queries, keys and values of shapes {shapes} for {NUM_TOKENS} tokens in layer {layer}",
-            "[B, H, T, D], queries as long as keys, as many key as value heads",
+            "[B, H, T, D], queries as long as keys, their number a multiple of those of key and of value heads",
         )
 
 
@@ -266,7 +266,7 @@ def _calls(plain: _Run, turned: _Run) -> tuple[AttentionCall, ...]:
                 layer=one.layer,
                 number=one.number,
                 num_q_heads=one.q.shape[0],
-                num_kv_heads=one.k.shape[0],
+                num_kv_heads=max(one.k.shape[0], one.v.shape[0]),
                 key_dim=one.k.shape[2],
                 value_dim=one.v.shape[2],
                 sliding_window=one.sliding_window,

@@ -18,6 +18,8 @@ class AttentionCall:
     """One call of the attention function in a forward pass.
 
     layer: index of its layer. number: of the calls of that layer, from 0 on.
+    num_kv_heads: the larger number, where there are fewer key than value heads or the other way round (DHA,
+    arXiv:2406.06567): the fewer are repeated.
     key_dim, value_dim: elements of a key or query, and of a value.
     sliding_window: tokens that the model itself sees, the newest included; None: all.
     alibi_slopes: [Hq], what a logit loses for each token of distance (ALiBi, arXiv:2108.12409); None: no ALiBi.

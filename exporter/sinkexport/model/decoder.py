@@ -16,7 +16,7 @@ from sinkrt.contract import MASS_KIND, NO_TOKEN, RECURRENT_KINDS, SCALE_KINDS, S
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
-from sinkexport.families.interface import attention_inputs, intercept_attention, refuse_arguments
+from sinkexport.families.interface import as_many_heads, attention_inputs, intercept_attention, refuse_arguments
 from sinkexport.families.latent import CachedPairs, Latent
 from sinkexport.families.rope import ModelRotary, RotarySpec
 from sinkexport.families.shape import AttentionShape
@@ -242,10 +242,10 @@ class _Step:
         if str(layer) in self._stream.affine:
             factors = self._stream.affine[str(layer)](self.inputs[module])
             more |= zip(("affine_scale", "affine_bias"), factors, strict=True)
-        caches, latent = self._stream.caches_of_call[index], self._stream.shape.calls[index].latent
-        if latent is not None and caches[0].is_latent:
-            return self._attend_to_rows(index, latent, q, more).transpose(1, 2), None
-        if latent is not None:
+        (k, v), caches = as_many_heads(k, v), self._stream.caches_of_call[index]
+        if (latent := self._stream.shape.calls[index].latent) is not None:
+            if caches[0].is_latent:
+                return self._attend_to_rows(index, latent, q, more).transpose(1, 2), None
             q, k = latent.rotary_part_first(q), latent.rotary_part_first(k)
         if len(caches) == 1:
             return self._attend(index, caches[0], q, k, v, more).transpose(1, 2), None

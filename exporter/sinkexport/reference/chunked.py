@@ -20,7 +20,7 @@ from sinkrt.contract import ActTuning
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
-from sinkexport.families.interface import intercept_attention, refuse_arguments
+from sinkexport.families.interface import as_many_heads, intercept_attention, refuse_arguments
 from sinkexport.families.linear_attention import recurrent_cache
 from sinkexport.families.probe import probe_attention
 from sinkexport.families.rope import ModelRotary, RotarySpec, identity_rotary, replaced_rotary, rotate
@@ -181,6 +181,7 @@ class ChunkedStream:
         call = self._num_calls
         self._num_calls += 1
         refuse_arguments(int(module.layer_idx), others)
+        k, v = as_many_heads(k, v)
         q = q * (scaling if scaling is not None else q.shape[-1] ** -0.5)  # here: logits are many more
         caches = [cache for cache in self._caches if cache.call == call]
         out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype)  # [B, Hq, T, D]

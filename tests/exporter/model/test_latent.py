@@ -10,7 +10,7 @@ import pytest
 import torch
 from sinkexport.families.interface import intercept_attention
 from sinkexport.families.latent import CachedPairs, Latent, Pair, find_latent
-from sinkexport.model.latent import KEYS, absorbed, attended, latent_parts
+from sinkexport.model.latent import KEYS, absorbed, latent_parts, output_of_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 NUM_TOKENS = 5
@@ -88,11 +88,11 @@ def test_absorbed_form_is_the_models_attention(calls: list[Call]) -> None:
         assert latent is not None
         assert latent.weight == "kv_b_proj.weight"
         weights = (q @ k.mT * scale).softmax(dim=-1)
-        with latent_parts([(module, latent)]):
+        with latent_parts(module, [latent]):
             query, row = absorbed(module, latent, cached, q)
             assert row.shape == (2, 1, NUM_TOKENS, latent.row_dim)
             by_row = (query @ row.mT * scale).softmax(dim=-1)
-            out = attended(module, latent, by_row @ row)
+            out = output_of_rows(module, latent, by_row @ row)
         torch.testing.assert_close(by_row, weights, rtol=0, atol=1e-12)
         torch.testing.assert_close(out, weights @ v, rtol=0, atol=1e-12)
         assert not hasattr(module.kv_b_proj, KEYS)
@@ -119,7 +119,7 @@ def test_recognised_in_other_orders(calls: list[Call]) -> None:
     latent = find_latent(module, cached[::-1], turned(q), turned(k), v)
     assert latent is not None
     assert (latent.rotary_first, latent.latent_first) == (True, False)
-    with latent_parts([(module, latent)]):
+    with latent_parts(module, [latent]):
         query, row = absorbed(module, latent, cached[::-1], turned(q))
         torch.testing.assert_close(query @ row.mT * scale, q @ k.mT * scale, rtol=0, atol=1e-10)
 
@@ -145,18 +145,21 @@ def test_anything_else_is_not_recognised(calls: list[Call], broken: str) -> None
     assert find_latent(module, pair, q, k, v) is None
 
 
-def test_rows_that_are_no_smaller_are_not_taken() -> None:
-    """One head with a wide latent: keys and values are less to keep."""
+def test_rows_that_are_no_smaller() -> None:
+    """Two small heads with a wide latent: keys and values are less to keep."""
     module = torch.nn.Module()
-    module.up = torch.nn.Linear(40, 12, bias=False).double()
+    module.up = torch.nn.Linear(40, 24, bias=False).double()
     latent, rotary = torch.randn(1, 1, 4, 40).double(), torch.randn(1, 1, 4, 2).double()
-    made = module.up(latent)
-    k, v = torch.cat((made[..., :6], rotary), dim=-1), made[..., 6:]
-    assert find_latent(module, (latent, rotary), k, k, v) is None
+    made = module.up(latent).view(1, 4, 2, 12).transpose(1, 2)
+    k, v = torch.cat((made[..., :6], rotary.expand(1, 2, 4, 2)), dim=-1), made[..., 6:]
+    found = find_latent(module, (latent, rotary), k, k, v)
+    assert found is not None
+    assert not found.is_smaller
 
 
 def test_sizes() -> None:
     """DeepSeek-V3: 576 numbers a token in place of 40,960."""
     latent = Latent("kv_b_proj.weight", num_heads=128, rest_dim=128, value_dim=128, latent_dim=512, rotary_dim=64)
     assert latent.row_dim == 576
+    assert latent.is_smaller
     assert latent.num_heads * (latent.rest_dim + latent.rotary_dim + latent.value_dim) == 40960
