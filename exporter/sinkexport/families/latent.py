@@ -22,6 +22,9 @@ import torch
 from sinkexport.families.interface import intercept_attention, own_values, random_embeddings
 from sinkexport.families.rope import HandedOutRotary, replaced_rotary
 
+KEYS, VALUES = "latent_keys", "latent_values"
+"""Names of the parts of a matrix in a graph, beside it."""
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 Matmul = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 """x [H, n, K] by a matrix for each head, [H, K, M] if the flag says so, else [H, M, K] -> [H, n, M]."""
@@ -192,7 +195,9 @@ def _candidates(module: torch.nn.Module, cached: Pair, k: torch.Tensor, v: torch
             continue
         made = torch.cat((rest, v), dim=-1)
         for name, weight in module.named_parameters():
-            if weight.shape == (num_heads * made.shape[3], latent.shape[3]) and _makes(weight, latent, made):
+            is_linear = name.rpartition(".")[2] == "weight"
+            fits = is_linear and weight.shape == (num_heads * made.shape[3], latent.shape[3])
+            if fits and _makes(weight, latent, made):
                 yield Latent(
                     weight=name,
                     num_heads=num_heads,

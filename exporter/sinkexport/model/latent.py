@@ -13,12 +13,8 @@ from typing import Any
 
 import torch
 
-from sinkexport.families.latent import Latent, Pair
+from sinkexport.families.latent import KEYS, VALUES, Latent, Pair
 from sinkexport.model.experts import expert_matmul
-
-KEYS, VALUES = "latent_keys", "latent_values"
-"""Names of the parts, beside the matrix."""
-
 
 @contextlib.contextmanager
 def latent_parts(model: Any, latents: Iterable[Latent]) -> Iterator[None]:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from sinkexport.families.interface import intercept_attention
-from sinkexport.families.latent import CachedPairs, Latent, Pair, find_latent
-from sinkexport.model.latent import KEYS, absorbed, latent_parts, output_of_rows
+from sinkexport.families.latent import KEYS, CachedPairs, Latent, Pair, find_latent
+from sinkexport.model.latent import absorbed, latent_parts, output_of_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 NUM_TOKENS = 5

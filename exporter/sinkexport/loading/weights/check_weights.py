@@ -15,6 +15,7 @@ from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats, Quant
 from sinkexport.loading.checkpoints.no_effect import why_no_effect
 from sinkexport.loading.checkpoints.weight_files import listed, torch_tensor
 from sinkexport.loading.weights.graph_weights import GraphMatrix, read_graph
+from sinkexport.loading.weights.latent_weights import whole_latent_matrices
 from sinkexport.loading.weights.weight_check import WeightCheck
 from sinkexport.loading.weights.weight_refusals import differs, refuse_strangers, unclaimed
 from sinkexport.loading.weights.weight_roles import LLAMA_ORDER, rows_of_halves
@@ -55,7 +56,7 @@ def check_weights(
         model.base_model_prefix,
         is_gguf=is_gguf,
     )
-    first = read_graph(folder / files[0])
+    first = whole_latent_matrices(read_graph(folder / files[0]))
     left = [t for t in check.compare(first) if t.name not in FREQUENCIES and why_no_effect(t, model) is None]
     if left:
         others = f", nor are {len(left) - 1} others: {listed([t.name for t in left[1:]])}" if len(left) > 1 else ""
@@ -66,7 +67,7 @@ def check_weights(
     if len(absent) > foreign:
         refuse_strangers(absent, "parameters of the model")
     for file in files[1:]:
-        _compare_shared(check, read_graph(folder / file), first, num_q_heads)
+        _compare_shared(check, whole_latent_matrices(read_graph(folder / file)), first, num_q_heads)
 
 
 def _compare_shared(
