@@ -59,6 +59,7 @@ from sinkexport.pipeline.checks import (
     check_variant,
 )
 from sinkexport.pipeline.manifest_facts import (
+    attention_caches,
     head_windows,
     model_facts,
     producers,
@@ -221,11 +222,12 @@ def _manifest(
 ) -> Manifest:
     """The manifest of all that is in the folder `stage`."""
     shape = probed.shape
+    facts = model_facts(loaded, shape, probed.rotary, special_ids, vocab_size=written.vocab_size)
     return Manifest(
         schema_version=SCHEMA_VERSION,
         target=target_of(config).manifest_name,
         weights_dtype=WEIGHT_DTYPES[config.dtype],
-        model=model_facts(loaded, shape, probed.rotary, special_ids, vocab_size=written.vocab_size),
+        model=facts,
         stream=StreamFacts(
             num_sink_tokens=config.num_sink_tokens,
             window_size=config.window_size,
@@ -240,6 +242,7 @@ def _manifest(
         producer=producers(),
         quantization=quantization_facts(config),
         plugin_abi=PLUGIN_ABI if config.has_plugins else None,
+        attention=attention_caches(facts, probed.caches),
         **config.variant.manifest_entries(shape.num_layers, shape.num_q_heads, head_windows(probed.caches)),
     )
 
