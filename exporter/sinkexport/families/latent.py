@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from sinkexport.families.interface import intercept_attention, own_values, random_embeddings
+from sinkexport.families.recurrent import with_cache
 from sinkexport.families.rope import HandedOutRotary, replaced_rotary
 
 KEYS, VALUES = "latent_keys", "latent_values"
@@ -158,7 +159,7 @@ def find_latents(
         intercept_attention(model, record),
         replaced_rotary(model, still),
     ):
-        model(input_ids=ids, position_ids=ids, past_key_values=pairs.cache, use_cache=False)
+        model(input_ids=ids, position_ids=ids, use_cache=False, **with_cache(model, pairs.cache))
         return found if any(found) else []
     return []
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from sinkexport.families.latent import Latent
-from sinkexport.families.linear_attention import RecurrentShapes
+from sinkexport.recurrent.states import RecurrentShapes
 
 
 @dataclasses.dataclass(frozen=True)
