@@ -1,0 +1,53 @@
+"""The mLSTM of xLSTM (arXiv:2405.04517, 2503.13427): a matrix memory with exponential gates and a normaliser."""
+
+from __future__ import annotations
+
+import torch
+
+from sinkexport.model.recurrent import DecayMasks
+from sinkexport.model.recurrent_scan import NOTHING
+
+States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Matrix [B, H, Dk, Dv], normaliser [B, H, Dk] and the gates' largest logarithm [B, H, 1]: float32, all 0 at first."""
+
+
+def mlstm(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    input_gate: torch.Tensor,
+    forget_gate: torch.Tensor,
+    states: States,
+    is_token: torch.Tensor,
+    masks: DecayMasks,
+    eps: float,
+) -> tuple[torch.Tensor, States]:
+    """T tokens at once, in float32: matrix and normaliser are kept divided by exp(m), m the third state.
+
+    query, key: [B, H, T, Dk]; value: [B, H, T, Dv]; input_gate, forget_gate: [B, H, T], before their exponential and
+    sigmoid. is_token: bool [B, T]; what is none leaves the states as they are. Returns: [B, H, T, Dv] of the query's
+    dtype, and the states after the last token.
+    """
+    dtype, counts = query.dtype, is_token[:, None]  # [B, 1, T]
+    query, key, value = query.float() * query.shape[-1] ** -0.5, key.float(), value.float()
+    logs = torch.where(counts, torch.nn.functional.logsigmoid(forget_gate.float()), 0.0)[..., None]  # [B, H, T, 1]
+    gates = torch.where(counts, input_gate.float(), NOTHING)[:, :, None]  # [B, H, 1, T]
+    matrix, normaliser, largest = states[0], states[1][..., None], states[2][..., None]  # [.., Dv], [.., 1], [B, H, 1, 1]
+
+    own = masks.causal @ (logs * masks.later) + gates  # [B, H, T, T], of token j in the state after token t
+    own = torch.where(masks.causal > 0, own, NOTHING)
+    before = masks.causal @ logs + largest  # [B, H, T, 1], of what was there
+    new_largest = torch.maximum(before, own.amax(dim=-1, keepdim=True))
+    own, before = torch.exp(own - new_largest), torch.exp(before - new_largest)
+
+    attention = (query @ key.mT) * own
+    # One matmul, so that the new states come after all that read the old ones: they share their buffers.
+    seen, seen_normaliser = (query @ torch.cat([matrix, normaliser], dim=-1)).split([matrix.shape[-1], 1], dim=-1)
+    numerator = before * seen + attention @ value
+    denominator = before * seen_normaliser + attention.sum(dim=-1, keepdim=True)
+    out = numerator / (torch.maximum(denominator.abs(), torch.exp(-new_largest)) + eps)
+
+    kept, taken = before[:, :, -1:], (key * own[:, :, -1:].mT).mT  # [B, H, 1, 1], [B, H, Dk, T]
+    after = kept * matrix + taken @ value
+    after_normaliser = (kept * normaliser + taken.sum(dim=-1, keepdim=True))[..., 0]
+    return out.to(dtype), (after, after_normaliser, new_largest[:, :, -1])
