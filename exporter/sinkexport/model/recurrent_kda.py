@@ -12,8 +12,8 @@ from sinkexport.model.recurrent import DecayMasks
 class ChannelMasks(DecayMasks):
     """Constants of a chunk of T tokens where every channel decays by itself.
 
-    around: by width of blocks, as `below`: float32 [T, T]. A row sums the logarithms of decays between its token and the
-    middle of its pair of blocks: up to the token in the later block, after it in the earlier one.
+    around: by width of blocks, as `below`: float32 [T, T]. A row sums the logarithms of decays between its token and
+    the middle of its pair of blocks: up to the token in the later block, after it in the earlier one.
     """
 
     def __init__(self, num_tokens: int) -> None:
@@ -49,7 +49,8 @@ def kimi_delta_attention(
     at most 1, and one matmul a width has them all.
 
     query, key: [B, T, H, Dk]; value: [B, T, H, Dv]; g: [B, T, H, Dk]; beta: [B, T, H]; g and beta are 0 for what is no
-    token. initial_state: [B, H, Dk, Dv]. Returns: [B, T, H, Dv] of the query's dtype, and the state after the last token.
+    token. initial_state: [B, H, Dk, Dv]. Returns: [B, T, H, Dv] of the query's dtype, and the state after the last
+    token.
     """
     dtype, num_tokens = query.dtype, query.shape[1]
     q, k, v, logs = (x.transpose(1, 2).float() for x in (query, key, value, g))  # [B, H, T, D]

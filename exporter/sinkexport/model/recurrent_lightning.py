@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from sinkexport.model.recurrent import DecayMasks
+from sinkexport.model.recurrent_modules import ModuleRule, StateKey, TokenStates
 
 
 def lightning_attention(
@@ -28,6 +31,35 @@ def lightning_attention(
     since_start = torch.exp(masks.causal @ logs)  # [B, H, T, 1]
     # Sums of their own, since differences of long sums would lose digits: [B, H, T, T].
     since = torch.exp(masks.causal @ (logs * masks.later)) * masks.causal
-    out = since_start * (query @ state) + ((query @ key.mT) * since) @ value
+    # One copy, so that the new state comes after all that read the old one: they share a buffer.
+    seen, state = torch.cat([query @ state, state], dim=2).split([query.shape[2], state.shape[2]], dim=2)
+    out = since_start * seen + ((query @ key.mT) * since) @ value
     after = since_start[:, :, -1:] * state + (key * since[:, :, -1:].mT).mT @ value
     return out.to(dtype), after
+
+
+def _shapes(module: Any) -> dict[StateKey, tuple[int, ...]]:
+    return {("recurrent", 0): (module.num_attention_heads, module.head_dim, module.head_dim)}
+
+
+def _forward(module: Any, states: TokenStates, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+    """hidden_states: [B, T, N] -> the same."""
+    batch, num_tokens, _width = hidden_states.shape
+    mixed = module.act_fn(module.qkv_proj(hidden_states))
+    mixed = mixed.reshape(batch, num_tokens, module.num_attention_heads, 3 * module.head_dim).transpose(1, 2)
+    query, key, value = mixed.split(module.head_dim, dim=3)  # [B, H, T, D]
+    counts = states.is_token[:, None]  # [B, 1, T]
+    log_decay = torch.where(counts, -module.slope_rate[:, :, 0].float(), 0.0)  # [B, H, T]
+    out, states.states["recurrent", 0] = lightning_attention(
+        query,
+        torch.where(counts[..., None], key, 0.0),
+        value,
+        log_decay,
+        states.states["recurrent", 0],
+        DecayMasks(num_tokens),
+    )
+    out = module.norm(out.transpose(1, 2).reshape(batch, num_tokens, -1))
+    return module.out_proj(torch.sigmoid(module.output_gate(hidden_states)) * out), None
+
+
+RULES = (ModuleRule("MiniMaxLightningAttention", _shapes, _forward),)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import torch
 
 from sinkexport.model.recurrent import DecayMasks
+from sinkexport.model.recurrent_modules import ModuleRule, StateKey, TokenStates
 from sinkexport.model.recurrent_scan import NOTHING
 
 States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -32,7 +36,9 @@ def mlstm(
     query, key, value = query.float() * query.shape[-1] ** -0.5, key.float(), value.float()
     logs = torch.where(counts, torch.nn.functional.logsigmoid(forget_gate.float()), 0.0)[..., None]  # [B, H, T, 1]
     gates = torch.where(counts, input_gate.float(), NOTHING)[:, :, None]  # [B, H, 1, T]
-    matrix, normaliser, largest = states[0], states[1][..., None], states[2][..., None]  # [.., Dv], [.., 1], [B, H, 1, 1]
+    # One copy, so that the new states come after all that read the old ones: they share their buffers.
+    both = torch.cat([states[0], states[1][..., None]], dim=-1)  # [B, H, Dk, Dv + 1]
+    largest = states[2][..., None]  # [B, H, 1, 1]
 
     own = masks.causal @ (logs * masks.later) + gates  # [B, H, T, T], of token j in the state after token t
     own = torch.where(masks.causal > 0, own, NOTHING)
@@ -41,13 +47,40 @@ def mlstm(
     own, before = torch.exp(own - new_largest), torch.exp(before - new_largest)
 
     attention = (query @ key.mT) * own
-    # One matmul, so that the new states come after all that read the old ones: they share their buffers.
-    seen, seen_normaliser = (query @ torch.cat([matrix, normaliser], dim=-1)).split([matrix.shape[-1], 1], dim=-1)
+    seen, seen_normaliser = (query @ both).split([value.shape[-1], 1], dim=-1)
     numerator = before * seen + attention @ value
     denominator = before * seen_normaliser + attention.sum(dim=-1, keepdim=True)
     out = numerator / (torch.maximum(denominator.abs(), torch.exp(-new_largest)) + eps)
 
     kept, taken = before[:, :, -1:], (key * own[:, :, -1:].mT).mT  # [B, H, 1, 1], [B, H, Dk, T]
-    after = kept * matrix + taken @ value
-    after_normaliser = (kept * normaliser + taken.sum(dim=-1, keepdim=True))[..., 0]
-    return out.to(dtype), (after, after_normaliser, new_largest[:, :, -1])
+    after = kept * both + torch.cat([taken @ value, taken.sum(dim=-1, keepdim=True)], dim=-1)
+    return out.to(dtype), (after[..., :-1], after[..., -1], new_largest[:, :, -1])
+
+
+def _shapes(layer: Any) -> dict[StateKey, tuple[int, ...]]:
+    heads = layer.config.num_heads
+    key_dim, value_dim = layer.qk_dim // heads, layer.v_dim // heads
+    return {
+        ("recurrent", 0): (heads, key_dim, value_dim),
+        ("recurrent", 1): (heads, key_dim),
+        ("recurrent", 2): (heads, 1),
+    }
+
+
+def _forward(layer: Any, states: TokenStates, x: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+    """x: [B, T, N] -> the same."""
+
+    def recur(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, igate: torch.Tensor, fgate: torch.Tensor, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        found, masks = states.states, DecayMasks(query.shape[2])
+        before = (found["recurrent", 0], found["recurrent", 1], found["recurrent", 2])
+        out, after = mlstm(query, key, value, igate, fgate, before, states.is_token, masks, layer.config.eps)
+        found |= {("recurrent", index): state for index, state in enumerate(after)}
+        return out, None
+
+    with mock.patch.object(layer.mlstm_backend, "forward", recur):
+        return type(layer).forward(layer, x)[0], None
+
+
+RULES = (ModuleRule("xLSTMLayer", _shapes, _forward),)

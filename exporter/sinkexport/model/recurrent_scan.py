@@ -49,9 +49,7 @@ class Weighted(NamedTuple):
         log_scale = torch.maximum(self.log_scale, earlier.log_scale + log_decay)
         old = torch.exp(earlier.log_scale + log_decay - log_scale)
         new = torch.exp(self.log_scale - log_scale)
-        return Weighted(
-            log_scale, new * self.values + old * earlier.values, new * self.weights + old * earlier.weights
-        )
+        return Weighted(log_scale, new * self.values + old * earlier.values, new * self.weights + old * earlier.weights)
 
 
 def weighted_scan(log_decay: torch.Tensor, tokens: Weighted, state: Weighted) -> Weighted:

@@ -79,7 +79,9 @@ def delta_arguments(num_tokens: int, strength: float) -> dict[str, torch.Tensor]
 
 
 def delta_by_steps(given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    query, key = (given[name] / given[name].square().sum(-1, keepdim=True).add(1e-6).sqrt() for name in ("query", "key"))
+    query, key = (
+        given[name] / given[name].square().sum(-1, keepdim=True).add(1e-6).sqrt() for name in ("query", "key")
+    )
     state, outputs = given["initial_state"], []
     for t in range(query.shape[1]):
         state = state * given["g"][:, t, :, :, None].exp()
@@ -196,7 +198,9 @@ def test_mlstm_skips_what_is_no_token_to_the_bit() -> None:
     normal = Normal(0)
     query, key, value = (normal(2, HEADS, 9, KEY_DIM).float() for _ in range(3))
     gates = [normal(2, HEADS, 9).float() for _ in range(2)]
-    states = tuple(normal(*shape).float() for shape in ((2, HEADS, KEY_DIM, KEY_DIM), (2, HEADS, KEY_DIM), (2, HEADS, 1)))
+    states = tuple(
+        normal(*shape).float() for shape in ((2, HEADS, KEY_DIM, KEY_DIM), (2, HEADS, KEY_DIM), (2, HEADS, 1))
+    )
     is_token = torch.arange(9) < torch.tensor([4, 0])[:, None]
     _, after = mlstm(query, key, value, *gates, states, is_token, DecayMasks(9), 1e-6)
     shorter = [x[:, :, :4] for x in (query, key, value, *gates)]
