@@ -41,8 +41,8 @@ def probed(model: Any) -> tuple[Any, Any]:
 
 
 def same_layout(name: str, model: Any) -> None:
-    assert probed(model)[1].layers == probed(tiny_model(name))[1].layers
-    assert all(spec.rotary_dim for spec in probed(model)[1].layers)
+    assert probed(model)[1].calls == probed(tiny_model(name))[1].calls
+    assert all(spec.rotary_dim for spec in probed(model)[1].calls)
 
 
 # Rows and weights that are zero or tiny.
@@ -218,18 +218,25 @@ def test_values_that_turn_are_refused() -> None:
 # Calls of attention.
 
 
-def test_two_calls_in_a_layer_are_refused() -> None:
+def test_two_calls_in_a_layer_have_a_place_each() -> None:
     config = transformers.DiffLlamaConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"})
-    model = random_model(config)
-    with pytest.raises(UsageError, match="two calls in layer 0"):
-        probed(model)
-    with pytest.raises(UsageError, match="two calls in one"), streaming_reference(model, 4, 12):
-        pass
+    calls = probed(random_model(config))[0].calls
+    assert [(call.layer, call.number) for call in calls] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
-def test_values_of_another_size_are_refused() -> None:
+def test_values_of_another_size_than_keys() -> None:
     model = tiny_model("llama")
-    changed_arguments(model.model.layers[0].self_attn, v=lambda v: v[..., :8])
+    changed_arguments(model.model.layers[0].self_attn, v=lambda v: torch.cat((v, v[..., :8]), dim=-1))
+    attention = model.model.layers[0].self_attn
+    attention.o_proj = torch.nn.Linear(attention.o_proj.in_features * 3 // 2, attention.o_proj.out_features)
+    shape = probed(model)[0]
+    assert [(call.key_dim, call.value_dim) for call in shape.calls] == [(16, 24), (16, 16)]
+    assert not shape.is_uniform
+
+
+def test_heads_that_do_not_match_are_refused() -> None:
+    model = tiny_model("llama")
+    changed_arguments(model.model.layers[0].self_attn, v=lambda v: v[:, :1])
     with pytest.raises(UsageError, match=r"queries, keys and values of shapes .* in layer 0"):
         probed(model)
 
@@ -289,7 +296,7 @@ def test_the_reference_refuses_a_state_beside_attention_too() -> None:
 
 def test_a_window_that_only_the_mask_has_is_refused() -> None:
     model = tiny_model("mistral", sliding_window=9)
-    assert probed(model)[0].sliding_windows == (9, 9)
+    assert [call.sliding_window for call in probed(model)[0].calls] == [9, 9]
     for layer in model.model.layers:
         layer.self_attn.config = model.config
     source = transformers.models.mistral.modeling_mistral

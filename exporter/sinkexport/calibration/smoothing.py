@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from sinkrt.errors import UsageError, problem
 
 from sinkexport.calibration.file import rounded
 from sinkexport.calibration.observers import ChannelMaxima
 from sinkexport.families.interface import intercept_attention
 from sinkexport.families.probe import probe_attention
-from sinkexport.families.rope import AttentionShape
+from sinkexport.families.shape import AttentionShape
 
 LEAST = 1e-5
 """Largest values of channels and of weights are taken to be at least this: a divisor must not be 0."""
@@ -26,9 +27,20 @@ def smoothing(
 
     s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), w of all layers that read x, scaled to a geometric mean of 1. Query
     heads that share a value head share their divisors, so that the values' projection can take them over.
+
+    Raises: UsageError if layers attend with heads of different sizes.
     """
     shape, _ = probe_attention(model, model.config.get_text_config().num_hidden_layers)
     outputs = attention_outputs(model, groups)
+    if outputs and not shape.is_uniform:
+        raise UsageError(
+            problem(
+                "recipe",
+                received="smoothing, for a model whose layers attend with heads of different sizes",
+                expected="heads of one size in all layers",
+                fix="choose a recipe without smoothing",
+            )
+        )
     found = {}
     for first, members in groups.items():
         x = maxima.counted(first, with_sinks=with_sinks).astype(np.float64)

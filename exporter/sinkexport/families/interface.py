@@ -137,6 +137,13 @@ def random_embeddings(model: Any, num_ids: int, seed: int = 0) -> Iterator[None]
         hook.remove()
 
 
+def as_many_heads(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [B, H, T, D] as they are, or the fewer heads repeated, each for a group of the others."""
+    num_heads = max(k.shape[1], v.shape[1])
+    k, v = (x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1) for x in (k, v))
+    return k, v
+
+
 def refuse_arguments(layer: int, others: dict[str, Any]) -> None:
     """Refuse what a family passes to its attention function and the operator does not know."""
     unknown = sorted(key for key, value in others.items() if value is not None and key not in IGNORED_ARGUMENTS)

@@ -27,19 +27,16 @@ class MaskRecorder:
         self._functions.append(mask_function)
         return torch.full((batch_size, 1, q_length, kv_length), float(len(self._functions)))
 
-    def check(self, layers: Sequence[tuple[Any, int | None] | None], capacity: int, *, adapted: bool) -> None:
+    def check(self, calls: Sequence[tuple[int, Any, int | None]], capacity: int, *, adapted: bool) -> None:
         """Compare what layers mask with the windows that they pass to their attention.
 
-        layers: the mask that each was given and its window, None for all tokens; None: no softmax attention.
+        calls: the layer of each call of attention, the mask that it was given and its window, None for all tokens.
         adapted: whether the family's attention is one of ours, which has no masks.
 
         Raises: UsageError if a layer masks anything but a window, or another one than it passes.
         """
         windows: dict[int, int | None] = {}
-        for layer, found in enumerate(layers):
-            if found is None or adapted:
-                continue
-            mask, passed = found
+        for layer, mask, passed in () if adapted else calls:
             number = self._number(mask)
             if number is None:
                 if mask is not None or self._functions:

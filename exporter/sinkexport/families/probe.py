@@ -3,8 +3,8 @@
 Families' rotary code differs: in which numbers form a pair (halves or neighbours), in how many dimensions turn, in the
 layout of cos and sin and in which layers share them. Instead of a table of families, `probe_attention` runs the model
 twice on the same few tokens: once they see no rotation (cos = 1, sin = 0), once known ones. What the attention function
-receives shows shapes and layout. Queries and keys must both be turned, and nothing else: a norm between rotation and
-attention, a layout that is not recognised or a second call in a layer is refused, so a guess can never reach a bundle.
+receives shows shapes and layout, call by call. Queries and keys must both be turned, and nothing else: a norm between
+rotation and attention or a layout that is not recognised is refused, so a guess can never reach a bundle.
 
 Tokens are random vectors in the place of embeddings, and every dimension is compared on its own scale: neither a row of
 zeros nor a tiny one can hide what a layer does.
@@ -13,7 +13,7 @@ zeros nor a tiny one can hide what a layer does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,12 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
 from sinkexport.families.interface import intercept_attention, random_embeddings
-from sinkexport.families.linear_attention import RecurrentShapes, linear_layers, recurrent_cache, recurrent_shapes
+from sinkexport.families.linear_attention import recurrent_cache, recurrent_shapes
 from sinkexport.families.locality import refuse_other_states
 from sinkexport.families.masks import MaskRecorder
 from sinkexport.families.refusals import refusing
 from sinkexport.families.rope import (
     COS_LAYOUTS,
-    AttentionShape,
     HandedOutRotary,
     ModelRotary,
     RotarySpec,
@@ -41,6 +40,7 @@ from sinkexport.families.rope import (
     rotate,
     table_names,
 )
+from sinkexport.families.shape import AttentionCall, AttentionShape
 
 NUM_TOKENS = 4
 """Tokens that the probe looks at: enough that a head is hardly zero at all of them."""
@@ -54,9 +54,9 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
     capacity: tokens that the cache will hold. Where the model makes its frequencies depend on the length of a text
     (longrope, arXiv:2402.13753; dynamic NTK), they are those of a text of this length.
 
-    Raises: UsageError if layers differ in shape, or have no attention or several; for an unknown layout of cos/sin or
-        of the rotation; if queries and keys are not turned alike; if a layer masks more than a window; if anything but
-        attention and known linear layers carries something from token to token.
+    Raises: UsageError for heads of unknown shapes; for an unknown layout of cos/sin or of the rotation; if queries and
+        keys are not turned alike; if a layer masks more than a window; if anything but attention and known linear
+        layers carries something from token to token.
     """
     with refusing(model, "probing its attention"):
         tables, cos_layout = _probe_tables(model, capacity)
@@ -66,22 +66,25 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
             + 0.4 * torch.arange(NUM_TOKENS, dtype=torch.float64)[:, None]  # [T, R/2]
             for i, (key, table) in enumerate(tables.items())
         }
-        still = ModelRotary(tables=tables, cos_layout=cos_layout, layers=())
+        still = ModelRotary(tables=tables, cos_layout=cos_layout, calls=())
         dtype = next(model.parameters()).dtype
         masks, cache = MaskRecorder(), recurrent_cache(model)
         plain = _run(model, identity_rotary(still, 1, NUM_TOKENS, dtype), num_layers, cache, masks)
         turned = _run(model, _handed(angles, cos_layout, dtype), num_layers, recurrent_cache(model), None)
-        layers = tuple(_layout(layer, plain, turned, angles, dtype) for layer in range(num_layers))
+        if [one.place for one in plain.seen] != [one.place for one in turned.seen]:
+            raise _refused("other calls of attention in each run", "the same in every run")
+        pairs = zip(plain.seen, turned.seen, strict=True)
+        calls = tuple(_layout(before, after, angles, dtype) for before, after in pairs)
         # Of logits that are not finite nothing can be said here: whoever computes with the model refuses them.
         if bool(plain.logits.isfinite().all()) and not is_close(turned.logits, plain.logits, dtype):
             raise refused_rotary("a use of cos and sin outside attention", "queries and keys alone")
-        shape = _common_shape(plain, num_layers, recurrent_shapes(model, cache))
+        shape = AttentionShape(num_layers, _calls(plain, turned), recurrent_shapes(model, cache))
         masks.check(
-            [None if one is None else (one.mask, one.sliding_window) for one in _by_layer(plain, num_layers)],
+            [(one.layer, one.mask, one.sliding_window) for one in plain.seen],
             capacity,
             adapted=find_adapter(model) is not None,
         )
-        rotary = ModelRotary(tables=tables, cos_layout=cos_layout, layers=layers)
+        rotary = ModelRotary(tables=tables, cos_layout=cos_layout, calls=calls)
         refuse_other_states(model, rotary)
     return shape, rotary
 
@@ -113,11 +116,13 @@ def _handed(angles: Mapping[str, torch.Tensor], cos_layout: str, dtype: torch.dt
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """Inputs of one layer's attention function: q [Hq, T, D], k and v [Hkv, T, D], float64.
+    """Inputs of one call of the attention function: q [Hq, T, Dk], k [Hkv, T, Dk] and v [Hkv, T, Dv], float64.
 
-    mask: what else it was given for a mask.
+    number: of the calls of its layer. mask: what else it was given for a mask.
     """
 
+    layer: int
+    number: int
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
@@ -125,17 +130,22 @@ class _Seen:
     alibi_slopes: tuple[float, ...] | None
     mask: Any
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Layer and number."""
+        return self.layer, self.number
+
+    def has_keys_of(self, other: _Seen) -> bool:
+        """Whether keys and values are those of another call, bit by bit."""
+        return torch.equal(self.k, other.k) and torch.equal(self.v, other.v)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """One run. seen: by layer. logits: [T, vocab], float64."""
+    """One run. seen: the calls, in their order. logits: [T, vocab], float64."""
 
-    seen: Mapping[int, _Seen]
+    seen: Sequence[_Seen]
     logits: torch.Tensor
-
-
-def _by_layer(run: _Run, num_layers: int) -> list[_Seen | None]:
-    return [run.seen.get(layer) for layer in range(num_layers)]
 
 
 def _run(
@@ -143,9 +153,9 @@ def _run(
 ) -> _Run:
     """Run the model with `rotary` and record the inputs of each attention. Each token's output is its own value.
 
-    Raises: UsageError if a layer attends twice or never, or in shapes of no plain attention.
+    Raises: UsageError for shapes of no plain attention.
     """
-    seen: dict[int, _Seen] = {}
+    seen: list[_Seen] = []
 
     def record(
         module: Any,
@@ -159,13 +169,13 @@ def _run(
         **__: Any,
     ) -> tuple[torch.Tensor, None]:
         layer = int(module.layer_idx)
-        if layer in seen:
-            raise _refused(f"two calls in layer {layer}", "one in each layer")
         if not 0 <= layer < num_layers:
-            raise _refused(f"a call in layer {layer} of {num_layers}", "one in each layer")
+            raise _refused(f"a call in layer {layer} of {num_layers}", "calls in the model's own layers")
         _check_shapes(layer, q, k, v)
         slopes = None if alibi_slopes is None else tuple(alibi_slopes.tolist())
-        seen[layer] = _Seen(
+        one = _Seen(
+            layer=layer,
+            number=sum(before.layer == layer for before in seen),
             q=q[0].double(),
             k=k[0].double(),
             v=v[0].double(),
@@ -173,6 +183,7 @@ def _run(
             alibi_slopes=slopes,
             mask=attention_mask,
         )
+        seen.append(one)
         return own_values(q, v), None
 
     ids = torch.arange(NUM_TOKENS)[None]
@@ -184,17 +195,13 @@ def _run(
     ):
         # Positions in a row, or transformers would take the tokens for those of several texts.
         output = model(input_ids=ids, position_ids=ids, past_key_values=cache, use_cache=False)
-    if missing := sorted(set(range(num_layers)) - set(seen) - linear_layers(model)):
-        raise refused_rotary(
-            f"layers {missing} without softmax attention", "softmax or linear attention in every layer"
-        )
-    for layer, one in sorted(seen.items()):
+    for one in seen:
         for name, x in (("queries", one.q), ("keys", one.k)):
             if not bool(x.isfinite().all()):
-                raise _refused(f"{name} that are not finite in layer {layer}", "finite numbers")
+                raise _refused(f"{name} that are not finite in layer {one.layer}", "finite numbers")
             if not bool(x.any()):
                 raise _refused(
-                    f"{name} that are all zero in layer {layer}, which hide its rotation",
+                    f"{name} that are all zero in layer {one.layer}, which hide its rotation",
                     "weights that are not zero",
                 )
     return _Run(seen, output.logits[0].double())
@@ -209,46 +216,48 @@ def _check_shapes(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
     shapes = [tuple(x.shape) for x in (q, k, v)]
     is_plain = (
         all(len(shape) == 4 and shape[2] == NUM_TOKENS for shape in shapes)
-        and shapes[1] == shapes[2]
         and q.shape[3] == k.shape[3]
-        and q.shape[1] % k.shape[1] == 0
+        and all(q.shape[1] % heads == 0 for heads in (k.shape[1], v.shape[1]))
+        and max(k.shape[1], v.shape[1]) % min(k.shape[1], v.shape[1]) == 0
     )
     if not is_plain:
         raise _refused(
             f"queries, keys and values of shapes {shapes} for {NUM_TOKENS} tokens in layer {layer}",
-            "heads of one size, [B, H, T, D], as many key as value heads",
+            "[B, H, T, D], queries as long as keys, their number a multiple of those of key and of value heads",
         )
 
 
-def _common_shape(run: _Run, num_layers: int, recurrent: RecurrentShapes) -> AttentionShape:
-    seen = _by_layer(run, num_layers)
-    softmax = [one for one in seen if one is not None]
-    shapes = {(one.q.shape[0], one.k.shape[0], one.q.shape[2], one.alibi_slopes) for one in softmax}
-    if len(shapes) != 1:
-        raise _refused(
-            f"layers of different (query heads, key heads, head size, ALiBi slopes): {sorted(shapes)}",
-            "the same in all layers",
+def _calls(plain: _Run, turned: _Run) -> tuple[AttentionCall, ...]:
+    """Sizes of each call, and which calls read the keys and values of an earlier one."""
+    calls: list[AttentionCall] = []
+    for i, one in enumerate(plain.seen):
+        same = (
+            j
+            for j, earlier in enumerate(plain.seen[:i])
+            if one.has_keys_of(earlier) and turned.seen[i].has_keys_of(turned.seen[j])
         )
-    num_q_heads, num_kv_heads, head_dim, slopes = shapes.pop()
-    windows = tuple(None if one is None else one.sliding_window for one in seen)
-    return AttentionShape(
-        num_layers=num_layers,
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        sliding_windows=windows,
-        alibi_slopes=slopes,
-        recurrent=recurrent,
-    )
+        shares = next((j for j in same if calls[j].sliding_window == one.sliding_window), None)
+        if one.alibi_slopes != plain.seen[0].alibi_slopes:
+            raise _refused(f"other ALiBi slopes in layer {one.layer} than in layer 0", "the same in all layers")
+        calls.append(
+            AttentionCall(
+                layer=one.layer,
+                number=one.number,
+                num_q_heads=one.q.shape[0],
+                num_kv_heads=max(one.k.shape[0], one.v.shape[0]),
+                key_dim=one.k.shape[2],
+                value_dim=one.v.shape[2],
+                sliding_window=one.sliding_window,
+                alibi_slopes=one.alibi_slopes,
+                shares=shares,
+            )
+        )
+    return tuple(calls)
 
 
-def _layout(
-    layer: int, plain: _Run, turned: _Run, angles: Mapping[str, torch.Tensor], dtype: torch.dtype
-) -> RotarySpec:
-    """Rotation that a layer applies to its queries and keys, which must be the same for both."""
-    if layer not in plain.seen:
-        return STILL
-    before, after = plain.seen[layer], turned.seen[layer]
+def _layout(before: _Seen, after: _Seen, angles: Mapping[str, torch.Tensor], dtype: torch.dtype) -> RotarySpec:
+    """Rotation that a call's queries and keys have, which must be the same for both. before: without any."""
+    layer = before.layer
     candidates = [(STILL, torch.zeros(NUM_TOKENS, 0, dtype=torch.float64))]
     for table, turn in angles.items():
         for interleaved in (False, True):

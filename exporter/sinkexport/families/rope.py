@@ -16,26 +16,6 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.ring import phase_frequency
 
 from sinkexport.families.adapters import ROTARY_NAME, find_adapter, has_alibi
-from sinkexport.families.linear_attention import RecurrentShapes
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionShape:
-    """Facts of one model's attention, the same in all layers but for the window.
-
-    sliding_windows: by layer, the tokens that the model itself sees in it, the newest included; None: all.
-    alibi_slopes: [Hq], what a logit loses for each token of distance (ALiBi, arXiv:2108.12409); None: no ALiBi.
-    recurrent: the layers that have linear attention; the other fields say nothing of them.
-    """
-
-    num_layers: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    sliding_windows: tuple[int | None, ...]
-    alibi_slopes: tuple[float, ...] | None = None
-    recurrent: RecurrentShapes = dataclasses.field(default_factory=dict)
-
 
 COS_LAYOUTS = ("halves", "neighbours", "single")
 """Layouts of cos and sin over the last axis: (f, f), each of f twice in a row, or f alone."""
@@ -43,11 +23,11 @@ COS_LAYOUTS = ("halves", "neighbours", "single")
 
 @dataclasses.dataclass(frozen=True)
 class RotarySpec:
-    """The rotation that one layer applies.
+    """The rotation that one call of the attention function sees.
 
-    rotary_dim: R, leading dimensions of a head that turn (0: the layer has no positions).
+    rotary_dim: R, leading dimensions of a head that turn (0: it has no positions).
     interleaved: pairs are neighbours (2i, 2i+1); otherwise (i, i + R/2).
-    table: of `ModelRotary.tables`, the name of that which the layer turns by.
+    table: of `ModelRotary.tables`, the name of that which it turns by.
     """
 
     rotary_dim: int
@@ -72,12 +52,12 @@ class ModelRotary:
     """The rotary embedding of a whole model.
 
     tables: by the layer type that the model's code asks its embedding for; "" if it asks for none.
-    cos_layout: one of ``COS_LAYOUTS``. layers: one spec a layer, by layer index.
+    cos_layout: one of ``COS_LAYOUTS``. calls: one spec for each call of the attention function, in their order.
     """
 
     tables: Mapping[str, RotaryTable]
     cos_layout: str
-    layers: tuple[RotarySpec, ...]
+    calls: tuple[RotarySpec, ...]
 
 
 def find_rotary(model: torch.nn.Module) -> tuple[str, torch.nn.Module] | None:

@@ -96,10 +96,10 @@ def _sink_attention(
 ) -> EightTensors:
     """T tokens of attention over sinks and window, as if they came one by one (StreamingLLM, arXiv:2309.17453).
 
-    q: [B, Hq, T, D], k and v: [B, Hkv, T, D], rotated at their stream position; 1 <= T <= W.
+    q: [B, Hq, T, D], k: [B, Hkv, T, D], rotated at their stream position; v: [B, Hkv, T, Dv]; 1 <= T <= W.
     position: int64 [B], of the first token. num_valid: int64 [B], how many of the T tokens count, 0 .. T; None: all.
     The others are computed and dropped: they change no state, and their outputs mean nothing.
-    sink_k, sink_v: [B, Hkv, S, D] (None if S = 0), window_k, window_v: [B, Hkv, W, D].
+    sink_k, sink_v: [B, Hkv, S, D and Dv] (None if S = 0), window_k, window_v: [B, Hkv, W, D and Dv].
     window_k_scale, window_v_scale: float16 [B, Hkv, W] where the window is int8 (model/int8_rows.py), else None. A
     token is quantised once, when it comes, and is seen so by itself and by all later ones; sinks are not quantised.
     shift_cos, shift_sin: [B, T, R/2], of ``max(0, t - (C - 1))`` tokens: the query is turned back by it for the
@@ -115,11 +115,12 @@ def _sink_attention(
     summed up, after the last token at an even position and after that at an odd one. With it, later sinks are scaled
     down in the heads of calibrated, float32 [Hq] of 0 and 1, as `ActTuning` says (sinkrt.contract; ACT,
     arXiv:2406.15765), after all that made the weights. Needs a sink.
-    Returns: attention output [B, Hq, T, D] and the seven states afterwards, those that are absent without elements.
+    Returns: attention output [B, Hq, T, Dv] and the seven states afterwards, those that are absent without elements.
     """
-    absent, nothing = q.new_zeros(*window_k.shape[:2], 0, window_k.shape[3]), q.new_zeros(0)
+    (absent_k, absent_v), nothing = (q.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (k, v)), q.new_zeros(0)
     kept = (sink_k, sink_v, window_k, window_v, window_k_scale, window_v_scale, attention_mass)
-    without = (absent, absent, absent, absent, nothing.to(SCALE_DTYPE), nothing.to(SCALE_DTYPE), nothing.float())
+    scales = (nothing.to(SCALE_DTYPE), nothing.to(SCALE_DTYPE))
+    without = (absent_k, absent_v, absent_k, absent_v, *scales, nothing.float())
     states = tuple(other if state is None else state for state, other in zip(kept, without, strict=True))
     act = (
         None
@@ -175,7 +176,7 @@ class _Act(NamedTuple):
 
 
 def _written(states: States, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor) -> States:
-    """The states with one token more. k, v: [B, Hkv, 1, D]."""
+    """The states with one token more. k, v: [B, Hkv, 1, D and Dv]."""
     sink_k, sink_v, window_k, window_v, k_scale, v_scale, mass = states
     num_sinks, window_size = sink_k.shape[2], window_k.shape[2]
     is_token = (torch.arange(num_sinks) == position[:, None])[:, None, :, None]  # [B, 1, S, 1]
@@ -186,8 +187,10 @@ def _written(states: States, k: torch.Tensor, v: torch.Tensor, position: torch.T
         k_scale, v_scale = (
             old.scatter(2, slot.expand_as(new), new) for old, new in ((k_scale, new_k_scale), (v_scale, new_v_scale))
         )
-    row = slot[..., None].expand_as(k)  # [B, Hkv, 1, D]
-    return sink_k, sink_v, window_k.scatter(2, row, k), window_v.scatter(2, row, v), k_scale, v_scale, mass
+    window_k, window_v = (
+        window.scatter(2, slot[..., None].expand_as(row), row) for window, row in ((window_k, k), (window_v, v))
+    )
+    return sink_k, sink_v, window_k, window_v, k_scale, v_scale, mass
 
 
 def _chosen(counts: torch.Tensor, new: States, old: States) -> States:
@@ -208,7 +211,7 @@ def _attended(
     affine_scale: torch.Tensor | None,
     affine_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one token that is written already. q, q_sink: [B, Hq, 1, D] -> [B, Hq, 1, D], and attention_mass.
+    """Attention of one token that is written already. q, q_sink: [B, Hq, 1, D] -> [B, Hq, 1, Dv], and attention_mass.
 
     affine_scale, affine_bias: [B or 1, Hq, 1].
     """
@@ -293,11 +296,20 @@ def _(*arguments: Any, **named: Any) -> EightTensors:
     bound = SIGNATURE.bind(*arguments, **named)
     bound.apply_defaults()
     given = bound.arguments
-    q, window_k = given["q"], given["window_k"]
-    absent, nothing = q.new_empty(q.shape[0], window_k.shape[1], 0, q.shape[3]), q.new_empty(0)
-    without = (absent, absent, absent, absent, nothing.to(SCALE_DTYPE), nothing.to(SCALE_DTYPE), nothing.float())
+    q, v, nothing = given["q"], given["v"], given["q"].new_empty(0)
+    absent_k, absent_v = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (given["k"], v))
+    scales = (nothing.to(SCALE_DTYPE), nothing.to(SCALE_DTYPE))
+    without = (absent_k, absent_v, absent_k, absent_v, *scales, nothing.float())
     sk, sv, wk, wv, ks, vs, mass = (
         torch.empty_like(other if given[kind] is None else given[kind])
         for kind, other in zip((*STATE_KINDS, *SCALE_KINDS, MASS_KIND), without, strict=True)
     )
-    return torch.empty_like(q), sk, sv, wk, wv, ks, vs, mass
+    # Families make one row of all heads by a view, which takes the strides that their own queries have.
+    out = torch.empty_like(q) if q.shape[3] == v.shape[3] else _laid_out_by_token(q, v.shape[3])
+    return out, sk, sv, wk, wv, ks, vs, mass
+
+
+def _laid_out_by_token(q: torch.Tensor, value_dim: int) -> torch.Tensor:
+    """Empty [B, Hq, T, Dv] whose heads of one token lie in a row."""
+    batch, heads, num_tokens, _ = q.shape
+    return q.new_empty(batch, num_tokens, heads, value_dim).transpose(1, 2)

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 from sinkrt.contract import MASS_KIND, NO_TOKEN, RECURRENT_KINDS, SCALE_KINDS, STATE_KINDS, ActTuning
-from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
-from sinkexport.families.interface import attention_inputs, intercept_attention, refuse_arguments
-from sinkexport.families.rope import AttentionShape, ModelRotary, RotarySpec
+from sinkexport.families.interface import as_many_heads, attention_inputs, intercept_attention, refuse_arguments
+from sinkexport.families.rope import ModelRotary, RotarySpec
+from sinkexport.families.shape import AttentionShape
 from sinkexport.model.affine import AffineFactors
 from sinkexport.model.attention import rotated, sink_attention, stream_angles
 from sinkexport.model.experts import static_experts
-from sinkexport.model.head_caches import HeadCache, head_caches
+from sinkexport.model.head_caches import HeadCache, cache_owner, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
 from sinkexport.model.recurrent import StepCache, delta_rules
 
@@ -58,6 +58,8 @@ class StreamStep(torch.nn.Module):
         self.num_tokens = num_tokens
         variant = config.variant
         self.caches = head_caches(config, variant, shape)
+        owners = [cache_owner(config, shape, call) for call in range(len(shape.calls))]
+        self.caches_of_call = [[cache for cache in self.caches if cache.call == owner] for owner in owners]
         for table, content in rotary.tables.items():
             self.register_buffer(f"frequency_{table}", content.frequency, persistent=False)
         slopes = None if shape.alibi_slopes is None else torch.tensor(shape.alibi_slopes)
@@ -114,7 +116,7 @@ class StreamStep(torch.nn.Module):
         return getattr(self, f"calibrated_{layer}", None)
 
     def empty_state(self, place: Place, kind: str) -> torch.Tensor:
-        """One state tensor before the first token: [B, Hkv, S or W, D], [B, Hkv, W] if it holds scales,
+        """One state tensor before the first token: [B, Hkv, S or W, Dk or Dv], [B, Hkv, W] if it holds scales,
         [B, Hq, 2, W] if it holds attention, or [B, ..]."""
         model_dtype = next(self.model.parameters()).dtype
         if isinstance(place, int):
@@ -129,7 +131,7 @@ class StreamStep(torch.nn.Module):
             return torch.zeros(rows, dtype=SCALE_DTYPE)
         is_int8 = self.config.has_int8_window and kind.startswith("window")
         dtype = torch.int8 if is_int8 else model_dtype
-        return torch.zeros(*rows, self.shape.head_dim, dtype=dtype)
+        return torch.zeros(*rows, cache.key_dim if kind.endswith("_k") else cache.value_dim, dtype=dtype)
 
     def forward(
         self,
@@ -181,6 +183,7 @@ class _Step:
             recurrent_states = {layer: self._states[layer] for layer in stream.shape.recurrent}
             self.recurrent = StepCache(recurrent_states, is_token, num_valid)
         self._angles: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._num_calls = 0
         self.inputs: dict[torch.nn.Module, torch.Tensor] = {}
         """Inputs of the attention modules, see `attention_inputs`."""
 
@@ -190,8 +193,8 @@ class _Step:
             self.recurrent.finish()
             for layer, after in self.recurrent.after.items():
                 self._next[layer] = [after[kind] for kind in RECURRENT_KINDS]
-        if any(place not in self._next for place in self._states):
-            raise RuntimeError("an attention layer did not run; the probe should have refused this model")
+        if self._num_calls != len(self._stream.shape.calls):
+            raise RuntimeError(f"{self._num_calls} calls of attention; the probe saw {len(self._stream.shape.calls)}")
         return [state for place in self._states for state in self._next[place]]
 
     def attend(
@@ -207,11 +210,12 @@ class _Step:
         alibi_slopes: torch.Tensor | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
-        """transformers' attention interface: q [B, Hq, T, D], k and v [B, Hkv, T, D] -> [B, T, Hq, D].
+        """transformers' attention interface: q [B, Hq, T, Dk], k and v [B, Hkv, T, Dk or Dv] -> [B, T, Hq, Dv].
 
         s_aux: [Hq], the layer's sink logits. alibi_slopes: [Hq], as the probe saw them.
         """
-        layer = int(module.layer_idx)
+        index, layer = self._num_calls, int(module.layer_idx)
+        self._num_calls += 1
         refuse_arguments(layer, others)
         more = {
             "scale": float(scaling if scaling is not None else q.shape[-1] ** -0.5),
@@ -224,25 +228,25 @@ class _Step:
         if str(layer) in self._stream.affine:
             factors = self._stream.affine[str(layer)](self.inputs[module])
             more |= zip(("affine_scale", "affine_bias"), factors, strict=True)
-        caches = [cache for cache in self._stream.caches if cache.layer == layer]
+        (k, v), caches = as_many_heads(k, v), self._stream.caches_of_call[index]
         if len(caches) == 1:
-            return self._attend(caches[0], q, k, v, more).transpose(1, 2), None
+            return self._attend(index, caches[0], q, k, v, more).transpose(1, 2), None
         outputs = []
         for cache in caches:
             kv_heads, q_heads = torch.tensor(cache.kv_heads), torch.tensor(cache.q_heads)
             own = {name: _of_heads(x, q_heads) if isinstance(x, torch.Tensor) else x for name, x in more.items()}
             own_q, own_k, own_v = (x.index_select(1, i) for x, i in ((q, q_heads), (k, kv_heads), (v, kv_heads)))
-            outputs.append(self._attend(cache, own_q, own_k, own_v, own))
+            outputs.append(self._attend(index, cache, own_q, own_k, own_v, own))
         out, made = torch.cat(outputs, dim=1), [head for cache in caches for head in cache.q_heads]
         if made != sorted(made):
             out = out.index_select(1, torch.tensor([made.index(head) for head in range(len(made))]))
         return out.transpose(1, 2), None
 
     def _attend(
-        self, cache: HeadCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, more: dict[str, Any]
+        self, call: int, cache: HeadCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, more: dict[str, Any]
     ) -> torch.Tensor:
-        """The heads of one cache: q [B, Hq, T, D], k and v [B, Hkv, T, D], not rotated -> [B, Hq, T, D]."""
-        spec, ring = self._stream.rotary.layers[cache.layer], cache.ring
+        """The heads of one cache: q [B, Hq, T, Dk], k and v [B, Hkv, T, Dk or Dv], not rotated -> [B, Hq, T, Dv]."""
+        spec, ring, value_dim = self._stream.rotary.calls[call], cache.ring, v.shape[-1]
         shift = None
         if spec.rotary_dim:
             q, k = (self._rotated(x, spec) for x in (q, k))
@@ -250,15 +254,7 @@ class _Step:
         states, act = self._states[cache], self._stream.act
         if MASS_KIND not in states:
             more = {**more, "calibrated": None}
-        if cache in self._next:
-            raise UsageError(
-                problem(
-                    "attention",
-                    received=f"two calls in layer {cache.layer}",
-                    expected="one a layer",
-                    fix="this model cannot be exported exactly",
-                )
-            )
+        q, k, v = _widened(q, cache.key_dim), _widened(k, cache.key_dim), _widened(v, cache.value_dim)
         cos, sin = shift or (None, None)
         out, *updated = sink_attention(
             q=q,
@@ -273,9 +269,10 @@ class _Step:
             **more,
             **({} if act is None or MASS_KIND not in states else _act_arguments(act)),
         )
-        after = dict(zip((*STATE_KINDS, *SCALE_KINDS, MASS_KIND), updated, strict=True))
-        self._next[cache] = [after[kind] for kind in states]
-        return out
+        if cache.call == call:  # a call that shares a cache writes what its owner has written: once is enough
+            after = dict(zip((*STATE_KINDS, *SCALE_KINDS, MASS_KIND), updated, strict=True))
+            self._next[cache] = [after[kind] for kind in states]
+        return out if out.shape[-1] == value_dim else out[..., :value_dim]
 
     def _angles_behind(self, table: str, behind: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B, T, R/2], the same for all layers."""
@@ -297,6 +294,11 @@ class _Step:
         if scaling != 1.0:
             cos, sin = cos * scaling, sin * scaling
         return rotated(x, cos.to(x.dtype), sin.to(x.dtype), interleaved=spec.interleaved)
+
+
+def _widened(x: torch.Tensor, size: int) -> torch.Tensor:
+    """x [.., n] with zeros up to `size` elements."""
+    return x if x.shape[-1] == size else torch.nn.functional.pad(x, (0, size - x.shape[-1]))
 
 
 def _act_arguments(act: ActTuning) -> dict[str, float]:

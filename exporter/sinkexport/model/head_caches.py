@@ -1,4 +1,4 @@
-"""Heads that share a cache of one geometry: whole layers, unless there are per-head windows."""
+"""Heads that share a cache of one geometry: all of an attention call, unless there are per-head windows."""
 
 from __future__ import annotations
 
@@ -7,52 +7,81 @@ import dataclasses
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
-from sinkexport.families.rope import AttentionShape
+from sinkexport.families.shape import AttentionCall, AttentionShape
 from sinkexport.variants.head_windows import head_groups
 from sinkexport.variants.variant import AttentionVariant
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadCache:
-    """A cache of some key heads of a layer.
+    """A cache of some key heads of one attention call.
 
-    group: its number in the layer. kv_heads: their indices, ascending. q_heads: of the query heads that they serve.
-    is_whole: whether these are all heads of the layer.
+    call: index of the call whose keys and values it keeps. number: of that call in its layer.
+    group: its number in the call. kv_heads: their indices, ascending. q_heads: of the query heads that they serve.
+    is_whole: whether these are all heads of the call.
+    key_dim, value_dim: elements of a row of keys and of values.
     """
 
     layer: int
+    call: int
+    number: int
     group: int
     kv_heads: tuple[int, ...]
     q_heads: tuple[int, ...]
     ring: Ring
     is_whole: bool
+    key_dim: int
+    value_dim: int
 
     def state_name(self, kind: str) -> str:
         """Name of the graph's input."""
-        return f"{kind}.{self.layer}" if self.is_whole else f"{kind}.{self.layer}.{self.group}"
+        parts = [f"{kind}.{self.layer}"]
+        parts += [f"call{self.number}"] if self.number else []
+        parts += [] if self.is_whole else [str(self.group)]
+        return ".".join(parts)
 
 
 def head_caches(config: ExportConfig, variant: AttentionVariant, shape: AttentionShape) -> tuple[HeadCache, ...]:
-    """All caches, layer by layer, those of a layer with the longest window first."""
-    size = shape.num_q_heads // shape.num_kv_heads  # query heads of a key head
-    caches = []
-    for layer, sliding_window in enumerate(shape.sliding_windows):
-        if layer in shape.recurrent:  # linear attention: no cache
-            continue
-        windows = variant.windows(layer, shape.num_kv_heads, config.window_size)
-        groups = head_groups(layer, [config.ring(sliding_window, window).window_size for window in windows])
-        for number, group in enumerate(groups):
-            heads = group.kv_heads
-            q_heads = tuple(head * size + i for head in heads for i in range(size))
-            window = windows[heads[0]]
-            caches.append(
-                HeadCache(
-                    layer=layer,
-                    group=number,
-                    kv_heads=heads,
-                    q_heads=q_heads,
-                    ring=config.ring(sliding_window, window),
-                    is_whole=len(groups) == 1,
-                )
-            )
-    return tuple(caches)
+    """All caches, in the order of their calls, those of a call with the longest window first."""
+    return tuple(
+        cache
+        for index, call in enumerate(shape.calls)
+        if cache_owner(config, shape, index) == index
+        for cache in _caches_of(config, variant, index, call)
+    )
+
+
+def cache_owner(config: ExportConfig, shape: AttentionShape, call: int) -> int:
+    """Index of the call whose cache a call reads: its own, or that of the call whose keys and values it shares.
+
+    The plugin writes what it attends to: there every call has a cache of its own. So it is where heads or layers of an
+    attention variant may keep different windows.
+    """
+    shares = shape.calls[call].shares
+    return call if shares is None or config.has_plugins or not config.variant.is_plain else shares
+
+
+def _caches_of(
+    config: ExportConfig, variant: AttentionVariant, index: int, call: AttentionCall
+) -> tuple[HeadCache, ...]:
+    size = call.num_q_heads // call.num_kv_heads  # query heads of a key head
+    key_dim, value_dim = call.key_dim, call.value_dim
+    if config.has_plugins:  # its rows of keys and values are of one size
+        key_dim = value_dim = max(key_dim, value_dim)
+    windows = variant.windows(call.layer, call.num_kv_heads, config.window_size)
+    groups = head_groups(call.layer, [config.ring(call.sliding_window, window).window_size for window in windows])
+    return tuple(
+        HeadCache(
+            layer=call.layer,
+            call=index,
+            number=call.number,
+            group=number,
+            kv_heads=group.kv_heads,
+            q_heads=tuple(head * size + i for head in group.kv_heads for i in range(size)),
+            ring=config.ring(call.sliding_window, windows[group.kv_heads[0]]),
+            is_whole=len(groups) == 1,
+            key_dim=key_dim,
+            value_dim=value_dim,
+        )
+        for number, group in enumerate(groups)
+    )

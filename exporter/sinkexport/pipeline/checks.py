@@ -10,7 +10,7 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
-from sinkexport.families.rope import AttentionShape
+from sinkexport.families.shape import AttentionShape
 from sinkexport.model.head_caches import HeadCache
 from sinkexport.sources import refuse_architecture
 from sinkexport.util.machine import total_memory_bytes
@@ -82,6 +82,15 @@ def check_variant(model: Any, config: ExportConfig, shape: AttentionShape) -> No
     Raises: UsageError.
     """
     architecture = type(model).__name__
+    if not config.variant.is_plain and not shape.is_uniform:
+        raise UsageError(
+            problem(
+                "attention variant",
+                received=f"a file for {architecture}, whose layers attend with heads of different sizes, or not at all",
+                expected="one attention a layer, of the same sizes in all",
+                fix="leave out --head-windows, --sink-tuning and --affine",
+            )
+        )
     if config.budgets is not None:
         config.budgets.check_model(architecture, shape.num_layers, shape.num_kv_heads)
     if config.sink_tuning is not None:
@@ -106,6 +115,8 @@ def check_rings(config: ExportConfig, rings: Sequence[Ring]) -> None:
 
     Raises: UsageError.
     """
+    if not rings:
+        return  # no attention: nothing to keep
     if config.budgets is not None and config.window_size > max(ring.window_size for ring in rings):
         raise UsageError(
             problem(
@@ -136,14 +147,14 @@ def check_rings(config: ExportConfig, rings: Sequence[Ring]) -> None:
         )
 
 
-def check_memory(config: ExportConfig, shape: AttentionShape, caches: Sequence[HeadCache]) -> None:
+def check_memory(config: ExportConfig, caches: Sequence[HeadCache]) -> None:
     """The cache must fit this machine's memory: a window with a zero too many is refused before minutes of work.
 
     Raises: UsageError.
     """
-    rows = config.batch * sum(len(cache.kv_heads) * cache.ring.capacity for cache in caches)
     entry_bytes = 1 if config.has_int8_window else 2 if config.dtype == "fp16" else 4
-    needed = 2 * rows * shape.head_dim * entry_bytes
+    per_stream = sum(len(c.kv_heads) * c.ring.capacity * (c.key_dim + c.value_dim) for c in caches)
+    needed = config.batch * per_stream * entry_bytes
     total = total_memory_bytes()
     if needed > total:
         raise UsageError(

@@ -27,7 +27,8 @@ from sinkrt.ring import POSITION_LIMIT, Ring
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig, target_of
 from sinkexport.families.probe import probe_attention
 from sinkexport.families.refusals import refusing
-from sinkexport.families.rope import AttentionShape, ModelRotary
+from sinkexport.families.rope import ModelRotary
+from sinkexport.families.shape import AttentionShape
 from sinkexport.graph.convert import BuiltGraph, build_graph
 from sinkexport.graph.plugin_nodes import refuse_geometry
 from sinkexport.graph.quantize.plan import Plan
@@ -57,7 +58,12 @@ from sinkexport.pipeline.checks import (
     check_tuned_sinks,
     check_variant,
 )
-from sinkexport.pipeline.manifest_facts import head_windows, model_facts, producers, quantization_facts
+from sinkexport.pipeline.manifest_facts import (
+    head_windows,
+    model_facts,
+    producers,
+    quantization_facts,
+)
 from sinkexport.pipeline.sink_token import with_sink_token
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel, load_model
@@ -166,9 +172,10 @@ def _probe(model: Any, config: ExportConfig) -> _Probed:
     check_variant(model, config, shape)
     probed = _Probed(shape=shape, rotary=rotary, caches=head_caches(config, config.variant, shape))
     check_rings(config, probed.rings)
-    check_memory(config, shape, probed.caches)
+    check_memory(config, probed.caches)
     if config.has_plugins:
-        refuse_geometry(shape.head_dim, config.batch, max(ring.capacity for ring in probed.rings))
+        for cache in probed.caches:
+            refuse_geometry(cache.key_dim, config.batch, cache.ring.capacity)
     check_tuned_sinks(config, shape, probed.caches)
     return probed
 
@@ -191,7 +198,7 @@ def _write_graphs(
     built = _build(loaded, config, probed, "decode", config.batch, 1, plan_of)
     graphs = {"decode": built.spec("decode.onnx")}
     write_graph(built.model, stage, "decode.onnx", lambda done, total: report("write", done, total))
-    num_tokens = min(config.num_tokens_per_chunk, *(ring.window_size for ring in probed.rings))
+    num_tokens = min([config.num_tokens_per_chunk, *(ring.window_size for ring in probed.rings)])
     if num_tokens > 1:
         report("prefill", 0, 1)
         # Of one stream: a long prompt then costs the other streams nothing.

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from sinkrt.contract import HeadWindow, ModelFacts, Quantization
 
 from sinkexport.config import ExportConfig
-from sinkexport.families.rope import AttentionShape, ModelRotary
+from sinkexport.families.rope import ModelRotary
+from sinkexport.families.shape import AttentionShape
 from sinkexport.loading.origin import LoadedModel
 from sinkexport.model.head_caches import HeadCache
 
@@ -43,15 +44,15 @@ def model_facts(
 
 
 def _position_scheme(shape: AttentionShape, rotary: ModelRotary) -> str:
-    turning = [spec for spec in rotary.layers if spec.rotary_dim]
+    turning = [spec for spec in rotary.calls if spec.rotary_dim]
     if shape.alibi_slopes is not None:
         return "alibi"
     if not turning:
         return "none"
     spec = turning[0]
     parts = [f"rope {spec.rotary_dim} of {shape.head_dim}", "interleaved" if spec.interleaved else "halves"]
-    if len(turning) < len(rotary.layers):
-        parts.append(f"in {len(turning)} of {len(rotary.layers)} layers")
+    if len(turning) < shape.num_layers:
+        parts.append(f"in {len(turning)} of {shape.num_layers} layers")
     if (tables := len({spec.table for spec in turning})) > 1:
         parts.append(f"{tables} sets of frequencies")
     return ", ".join(parts)

@@ -20,17 +20,11 @@ from sinkrt.contract import ActTuning
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
-from sinkexport.families.interface import intercept_attention, refuse_arguments
+from sinkexport.families.interface import as_many_heads, intercept_attention, refuse_arguments
 from sinkexport.families.linear_attention import recurrent_cache
 from sinkexport.families.probe import probe_attention
-from sinkexport.families.rope import (
-    AttentionShape,
-    ModelRotary,
-    RotarySpec,
-    identity_rotary,
-    replaced_rotary,
-    rotate,
-)
+from sinkexport.families.rope import ModelRotary, RotarySpec, identity_rotary, replaced_rotary, rotate
+from sinkexport.families.shape import AttentionShape
 from sinkexport.reference.affine import AffineReference
 from sinkexport.variants.variant import PLAIN, AttentionVariant
 
@@ -69,8 +63,9 @@ def chunked_streaming(
 
 @dataclasses.dataclass(frozen=True)
 class _Heads:
-    """Heads of one layer whose caches have one geometry. kv_heads, q_heads: their indices in the layer."""
+    """Heads of one attention call whose caches have one geometry. kv_heads, q_heads: their indices in the call."""
 
+    call: int
     layer: int
     kv_heads: tuple[int, ...]
     q_heads: tuple[int, ...]
@@ -78,25 +73,24 @@ class _Heads:
 
 
 def _heads(config: ExportConfig, variant: AttentionVariant, shape: AttentionShape) -> tuple[_Heads, ...]:
-    """The heads of all layers with softmax attention, by cache. Each key head serves Hq / Hkv query heads in a row."""
-    group, found = shape.num_q_heads // shape.num_kv_heads, []
-    for layer, sliding_window in enumerate(shape.sliding_windows):
-        if layer in shape.recurrent:
-            continue
-        windows = variant.windows(layer, shape.num_kv_heads, config.window_size)
-        rings = [config.ring(sliding_window, window) for window in windows]
+    """The heads of all attention calls, by cache. Each key head serves Hq / Hkv query heads in a row."""
+    found = []
+    for index, call in enumerate(shape.calls):
+        group = call.num_q_heads // call.num_kv_heads
+        windows = variant.windows(call.layer, call.num_kv_heads, config.window_size)
+        rings = [config.ring(call.sliding_window, window) for window in windows]
         for ring in dict.fromkeys(rings):
             kv_heads = tuple(head for head, own in enumerate(rings) if own == ring)
             q_heads = tuple(head * group + i for head in kv_heads for i in range(group))
-            found.append(_Heads(layer=layer, kv_heads=kv_heads, q_heads=q_heads, ring=ring))
+            found.append(_Heads(call=index, layer=call.layer, kv_heads=kv_heads, q_heads=q_heads, ring=ring))
     return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """Rows that one layer carries from chunk to chunk, keys rotated at their stream positions.
+    """Rows that the heads of one cache carry from chunk to chunk, keys rotated at their stream positions.
 
-    sink_k, sink_v: [B, Hkv, n <= S, D]. window_k, window_v: [B, Hkv, n <= W - 1, D], oldest first.
+    sink_k, sink_v: [B, Hkv, n <= S, D and Dv]. window_k, window_v: [B, Hkv, n <= W - 1, D and Dv], oldest first.
     """
 
     sink_k: torch.Tensor
@@ -128,6 +122,7 @@ class ChunkedStream:
         self._kept: dict[_Heads, _Kept] = {}
         self._recurrent = recurrent_cache(model)  # of the layers without softmax attention
         self._position = 0  # of the chunk's first token
+        self._num_calls = 0  # of attention, in the chunk that runs
         # Of the chunk that runs, the same in all layers of one geometry or table of frequencies.
         self._entries: dict[Ring, Entries] = {}
         self._turns: dict[tuple[str, int], CosSin] = {}
@@ -146,7 +141,7 @@ class ChunkedStream:
 
         Returns: logits [B, T, vocab] after each token, in the model's dtype.
         """
-        num_tokens = ids.shape[1]
+        num_tokens, self._num_calls = ids.shape[1], 0
         self._entries = {ring: visible(ring, self._position, num_tokens) for ring in {c.ring for c in self._caches}}
         self._turns = {
             (table, behind): turn(self._position, num_tokens, behind, content.frequency)
@@ -182,11 +177,13 @@ class ChunkedStream:
         alibi_slopes: torch.Tensor | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
-        """transformers' attention interface. q: [B, Hq, T, D], k and v: [B, Hkv, T, D] -> [B, T, Hq, D]."""
-        layer = int(module.layer_idx)
-        refuse_arguments(layer, others)
+        """transformers' attention interface: q [B, Hq, T, D], k and v [B, Hkv, T, D or Dv] -> [B, T, Hq, Dv]."""
+        call = self._num_calls
+        self._num_calls += 1
+        refuse_arguments(int(module.layer_idx), others)
+        k, v = as_many_heads(k, v)
         q = q * (scaling if scaling is not None else q.shape[-1] ** -0.5)  # here: logits are many more
-        caches = [cache for cache in self._caches if cache.layer == layer]
+        caches = [cache for cache in self._caches if cache.call == call]
         out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype)  # [B, Hq, T, D]
         for cache in caches:
             kv_heads, q_heads = list(cache.kv_heads), list(cache.q_heads)
@@ -208,7 +205,7 @@ class ChunkedStream:
         alibi_slopes: torch.Tensor | None,
     ) -> torch.Tensor:
         """The heads of one cache: q [B, Hq, T, D], scaled, k and v [B, Hkv, T, D] -> [B, Hq, T, D]."""
-        spec, ring, q_sink = self._rotary.layers[cache.layer], cache.ring, q
+        spec, ring, q_sink = self._rotary.calls[cache.call], cache.ring, q
         if spec.rotary_dim:
             factor, turn = self._rotary.tables[spec.table].scaling, self._turns[spec.table, 0]
             q, k = (_rotated(x, turn, spec, factor) for x in (q, k))
@@ -262,8 +259,8 @@ class ChunkedStream:
 
     def _with_chunk(self, cache: _Heads, k: torch.Tensor, v: torch.Tensor) -> _Kept:
         """Rows that are kept and those of the chunk, k and v [B, Hkv, T, D], sorted into sinks and window."""
-        none = k[:, :, :0]
-        kept = self._kept.get(cache, _Kept(sink_k=none, sink_v=none, window_k=none, window_v=none))
+        no_k, no_v = k[:, :, :0], v[:, :, :0]
+        kept = self._kept.get(cache, _Kept(sink_k=no_k, sink_v=no_v, window_k=no_k, window_v=no_v))
         sinks = max(0, cache.ring.num_sink_tokens - self._position)  # leading tokens of the chunk
         return _Kept(
             sink_k=torch.cat((kept.sink_k, k[:, :, :sinks]), dim=2),

@@ -19,7 +19,7 @@ from sinkexport.graph.edit import constant, known_shape, operand
 from sinkexport.graph.operators import Input
 
 Written = tuple[list[ir.Value], list[ir.Value], list[ir.Value]]
-"""States of the window, then keys and values [B, Hkv, W, D] of it, and [B, Hkv, T, D] of the rows that were evicted."""
+"""States of the window, then keys and values of it, [B, Hkv, W, D or Dv], and of evicted rows, [.., T, ..]."""
 
 
 class ChunkAttention(ChunkPositions):
@@ -27,7 +27,7 @@ class ChunkAttention(ChunkPositions):
 
     def expand(self) -> None:
         b, rows = self.b, self.group * self.num_tokens
-        sinks, (states, window, evicted) = self._write_sinks(), self._write_window()
+        sinks, (states, window, evicted) = self.written(lambda: (self._write_sinks(), self._write_window()))
         q = self.scaled(self.q)
         parts = [(q, *window), (q, *evicted)]
         if sinks:
@@ -51,9 +51,9 @@ class ChunkAttention(ChunkPositions):
             weights, mass = self._calibrated(weights, self.mass)
         weights = self.with_affine(weights, self._share)
         # The values are joined: they are fewer than the weights, which would have to be cut up otherwise.
-        values = b.op("Concat", [part[2] for part in parts], (*heads, entries, self.head_dim), axis=-2)
-        out = b.matmul(b.reshape(weights, (*heads, rows, entries)), values)  # [B, Hkv, G*T, D]
-        out = b.reshape(out, (self.batch, self.num_q_heads, self.num_tokens, self.head_dim))
+        values = b.op("Concat", [part[2] for part in parts], (*heads, entries, self.value_dim), axis=-2)
+        out = b.matmul(b.reshape(weights, (*heads, rows, entries)), values)  # [B, Hkv, G*T, Dv]
+        out = b.reshape(out, (self.batch, self.num_q_heads, self.num_tokens, self.value_dim))
         self.replace_node(out, sinks, states, mass)
 
     def _calibrated(self, weights: ir.Value, mass: ir.Value) -> tuple[ir.Value, ir.Value]:

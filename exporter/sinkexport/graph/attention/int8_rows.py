@@ -32,19 +32,29 @@ class Int8Rows:
 
 
 def quantized_rows(b: Builder, k: ir.Value, v: ir.Value) -> Int8Rows:
-    """k, v [B, Hkv, T, D] in floating point, rounded together: half the nodes, which is what a step is short of."""
+    """k, v [B, Hkv, T, D or Dv] in floating point.
+
+    Rows of one size are rounded together: half the nodes, which is what a step is short of.
+    """
     batch, num_heads, num_tokens, head_dim = known_shape(k)
-    rows, both = (batch, 2 * num_heads, num_tokens, head_dim), [num_heads, num_heads]
-    x = as_float(b, b.op("Concat", [k, v], rows, axis=1))
-    peak = b.op("ReduceMax", [b.op("Abs", [x]), b.ints([-1], "axes")], (*rows[:-1], 1), keepdims=1)
+    if known_shape(v)[3] != head_dim:
+        (k8, k_scale), (v8, v_scale) = _rounded(b, k), _rounded(b, v)
+        return Int8Rows(k8, v8, *(b.reshape(x, known_shape(x)[:-1]) for x in (k_scale, v_scale)))
+    both, shape = [num_heads, num_heads], (batch, 2 * num_heads, num_tokens)
+    entries, scales = _rounded(b, b.op("Concat", [k, v], (*shape, head_dim), axis=1))
+    return Int8Rows(*b.split(entries, both, 1), *b.split(b.reshape(scales, shape), both, 1))
+
+
+def _rounded(b: Builder, rows: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """[B, H, T, D] in floating point -> int8 of the same shape, and float16 scales [B, H, T, 1]."""
+    x = as_float(b, rows)
+    peak = b.op("ReduceMax", [b.op("Abs", [x]), b.ints([-1], "axes")], (*known_shape(x)[:-1], 1), keepdims=1)
     scale = b.op("Div", [peak, b.scalar(INT8_MAX, x.dtype)])
     scale = b.op("Clip", [scale, b.scalar(SMALLEST_SCALE, x.dtype), b.scalar(LARGEST_SCALE, x.dtype)])
     stored = cast(b, scale, ir.DataType.FLOAT16)
     entries = b.op("Round", [b.op("Div", [x, as_float(b, stored)])])  # halves to even
     entries = b.op("Clip", [entries, b.scalar(-INT8_MAX, x.dtype), b.scalar(INT8_MAX, x.dtype)])
-    k8, v8 = b.split(cast(b, entries, ir.DataType.INT8), both, 1)
-    k_scale, v_scale = b.split(b.reshape(stored, rows[:-1]), both, 1)
-    return Int8Rows(k8, v8, k_scale, v_scale)
+    return cast(b, entries, ir.DataType.INT8), stored
 
 
 def cast(b: Builder, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:

@@ -60,7 +60,7 @@ class Int8StepAttention(StepAttention):
         heads = (self.batch, self.num_kv_heads, self.group, self.window_size)
         weights = b.op("Mul", [as_float(b, b.reshape(weights, heads)), scale])  # >= 0, as softmax gives them
         out = self._integer_matmul(weights, b.op("Abs", [weights]) if self.has_affine else weights, values)
-        return b.reshape(cast(b, out, self.q.dtype), (*self._grouped, 1, self.head_dim))
+        return b.reshape(cast(b, out, self.q.dtype), (*self._grouped, 1, self.value_dim))
 
     def _scales(self, state: ir.Value) -> ir.Value:
         """float16 [B, Hkv, W] -> float32 [B, Hkv, 1, W]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +14,7 @@ from sinkexport.graph.operators import Input
 from sinkexport.model.attention import TINY
 
 FLOAT = ir.DataType.FLOAT
+T = TypeVar("T")
 
 
 class PerRun:
@@ -21,6 +23,7 @@ class PerRun:
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
         self._values: dict[object, ir.Value] = {}
+        self._written: dict[ir.Value, object] = {}
 
     def once(self, key: object, before: ir.Node, build: Callable[[Builder], ir.Value]) -> ir.Value:
         """Build a value the first time that it is asked for, before the first node that needs it."""
@@ -31,11 +34,20 @@ class PerRun:
             self._values[key] = value
         return self._values[key]
 
+    def written(self, state: ir.Value, write: Callable[[], T]) -> T:
+        """What became of the cache of `state`: nodes that share a cache write it once, the first of them.
+
+        The others read what it wrote. A second write would copy the state or, where both share a buffer, race with it.
+        """
+        if state not in self._written:
+            self._written[state] = write()
+        return cast("T", self._written[state])
+
 
 class AttentionParts:
     """One SinkAttention node about to be expanded, and its pieces that do not depend on the number of tokens.
 
-    batch, num_q_heads, num_tokens, head_dim: B, Hq, T, D. num_kv_heads, group: Hkv, Hq / Hkv.
+    batch, num_q_heads, num_tokens, head_dim, value_dim: B, Hq, T, D, Dv. num_kv_heads, group: Hkv, Hq / Hkv.
     num_sinks, window_size: S, W. b: collects the new nodes.
     has_circular_scatter: whether the target takes a TensorScatter that runs past the ring's end.
     """
@@ -45,7 +57,7 @@ class AttentionParts:
         self.has_circular_scatter = has_circular_scatter
         self.q, self.k, self.v = (operand(node, i) for i in (Input.Q, Input.K, Input.V))
         self.batch, self.num_q_heads, self.num_tokens, self.head_dim = known_shape(self.q)
-        self.num_kv_heads = known_shape(self.k)[1]
+        self.num_kv_heads, self.value_dim = known_shape(self.k)[1], known_shape(self.v)[3]
         self.group = self.num_q_heads // self.num_kv_heads
         self.window_size = known_shape(operand(node, Input.WINDOW_K))[2]
         sink_k = optional(node, Input.SINK_K)
@@ -63,6 +75,10 @@ class AttentionParts:
     def expand(self) -> None:
         """Put standard operators in the place of the node."""
         raise NotImplementedError
+
+    def written(self, write: Callable[[], T]) -> T:
+        """What `write` made of this node's cache, or an earlier node of the same cache."""
+        return self._per_run.written(operand(self.node, Input.WINDOW_K), write)
 
     def once(self, name: str, build: Callable[[Builder], ir.Value]) -> ir.Value:
         """A value that all layers of the same geometry share."""

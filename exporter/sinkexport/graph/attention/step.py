@@ -38,7 +38,7 @@ class StepAttention(AttentionParts):
 
     def expand(self) -> None:
         b = self.b
-        sinks, window = self._write_sinks(), self._write_window()
+        sinks, window = self.written(lambda: (self._write_sinks(), self._write_window()))
         q = self.scaled(self.q)
         logits, lengths = [self._window_logits(q, window)], [self.window_size]
         if self.num_sinks:
@@ -63,7 +63,7 @@ class StepAttention(AttentionParts):
         out = self._window_sum(pieces[-1], window)
         if self.num_sinks:
             out = b.op("Add", [self._weighted_sum(pieces[0], sinks[1], of_sinks=True), out])
-        self.replace_node(b.reshape(out, (self.batch, self.num_q_heads, 1, self.head_dim)), sinks, window, mass)
+        self.replace_node(b.reshape(out, (self.batch, self.num_q_heads, 1, self.value_dim)), sinks, window, mass)
 
     # With one query head a key head the plain four axes do; otherwise an axis of the group is put in between.
 
@@ -84,7 +84,7 @@ class StepAttention(AttentionParts):
         return self._logits(q, window[0])
 
     def _window_sum(self, weights: ir.Value, window: list[ir.Value]) -> ir.Value:
-        """weights [B, Hkv, (G,) 1, W] -> [B, Hkv, (G,) 1, D]."""
+        """weights [B, Hkv, (G,) 1, W] -> [B, Hkv, (G,) 1, Dv]."""
         return self._weighted_sum(weights, window[1])
 
     def _logits(self, q: ir.Value, keys: ir.Value) -> ir.Value:
@@ -97,18 +97,18 @@ class StepAttention(AttentionParts):
         return b.matmul(b.reshape(keys, (*self._shared, length, self.head_dim)), query)
 
     def _weighted_sum(self, weights: ir.Value, values: ir.Value, *, of_sinks: bool = False) -> ir.Value:
-        """weights [B, Hkv, (G,) 1, n] over values [B, Hkv, n, D] -> [B, Hkv, (G,) 1, D]."""
+        """weights [B, Hkv, (G,) 1, n] over values [B, Hkv, n, Dv] -> [B, Hkv, (G,) 1, Dv]."""
         b, shared = self.b, self._shared
-        *_, length, head_dim = known_shape(values)
+        *_, length, value_dim = known_shape(values)
         if self.group >= MANY_HEADS:
-            sums = b.matmul(b.reshape(weights, (*self._grouped, length)), values)  # [B, Hkv, G, D]
-            return b.reshape(sums, (*self._grouped, 1, head_dim))
+            sums = b.matmul(b.reshape(weights, (*self._grouped, length)), values)  # [B, Hkv, G, Dv]
+            return b.reshape(sums, (*self._grouped, 1, value_dim))
         if len(shared) > 2 or not of_sinks:
-            return b.matmul(weights, b.reshape(values, (*shared, length, head_dim)))
+            return b.matmul(weights, b.reshape(values, (*shared, length, value_dim)))
         # One query head a key head: TensorRT-RTX 1.7.1 crashes while it builds this matmul of 1 x S by S x D next
         # to that of the window. For a handful of sinks a sum of products is as quick.
         products = b.op("Mul", [b.reshape(weights, (*shared, length, 1)), values])
-        return b.op("ReduceSum", [products, b.ints([-2], "axes")], (*shared, 1, head_dim), keepdims=1)
+        return b.op("ReduceSum", [products, b.ints([-2], "axes")], (*shared, 1, value_dim), keepdims=1)
 
     def _calibrated(self, mass: ir.Value, sinks: ir.Value, window: ir.Value) -> list[ir.Value]:
         """attention_mass after this token, and the weights [B, Hkv, (G,) 1, S] and [.., W], calibrated."""
