@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from sinkexport.model import recurrent_lightning, recurrent_mlstm, recurrent_rg_lru, recurrent_rwkv, recurrent_zaya
+from sinkexport.model import recurrent_lightning, recurrent_mlstm, recurrent_ngrams, recurrent_rg_lru, recurrent_rwkv, recurrent_zaya
 from sinkexport.model.recurrent_modules import ModuleRule, TokenStates, explicit_states, layer_of
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextConfig, Qwen4ExpTextPLELayer
 from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
 from transformers.models.rwkv.modeling_rwkv import RwkvFeedForward, RwkvSelfAttention
 from transformers.models.xlstm.modeling_xlstm import xLSTMLayer
@@ -139,3 +140,43 @@ def test_streams_without_a_token_stand_still_to_the_bit(case: str) -> None:
 def test_the_layer_is_in_the_name() -> None:
     assert layer_of("model.layers.12.self_attn") == 12
     assert layer_of("backbone.blocks.0.mlstm_layer.mlstm_backend") == 0
+
+
+@pytest.mark.parametrize("sizes", [[21], [1] * 21, [3, 1, 8, 1, 1, 7]], ids=str)
+def test_hashed_ngrams(sizes: list[int]) -> None:
+    """Two modules, one in the other; ids decide, among them ends of a text."""
+    config = Qwen4ExpTextConfig(
+        vocab_size=7,
+        hidden_size=WIDTH,
+        hc_count=2,
+        ple_layer_ids=[1],
+        ple_embed_dim=36,
+        ngram_size=4,
+        heads_per_ngram=2,
+        ngram_vocab_size_base=50,
+        eos_token_id=3,
+        num_hidden_layers=1,
+    )
+    torch.manual_seed(0)
+    layer = Qwen4ExpTextPLELayer(config, 0, 0).eval()
+    rules = {rule.class_name: rule for rule in recurrent_ngrams.RULES}
+    parts = [module for module in layer.modules() if type(module).__name__ in rules]
+    states = [states_of(part, rules[type(part).__name__], 1) for part in parts]
+    assert len(parts) == 2
+    ids, hidden = torch.randint(7, (1, NUM_TOKENS)), torch.randn(1, NUM_TOKENS, 2 * WIDTH)
+    outputs, at = [], 0
+    with torch.no_grad():
+        layer.conv1d.weight.normal_(0.0, 0.4)
+        wanted = layer(hidden, ids, None)
+        for size in sizes:
+            padding = 2 if size > 1 else 0
+            piece = torch.nn.functional.pad(ids[:, at : at + size], (0, padding), value=1)
+            hidden_piece = torch.nn.functional.pad(hidden[:, at : at + size], (0, 0, 0, padding), value=1.0)
+            place = torch.arange(size + padding)[None]
+            num_valid = torch.tensor([size]) if padding else None
+            held = [TokenStates(one, place < size, num_valid, at + place == 0) for one in states]
+            replaced = {part: (rules[type(part).__name__], one) for part, one in zip(parts, held, strict=True)}
+            with explicit_states(replaced):
+                outputs.append(layer(hidden_piece, piece, None)[:, :size])
+            states, at = [one.states for one in held], at + size
+    torch.testing.assert_close(torch.cat(outputs, dim=1), wanted, rtol=1e-4, atol=1e-5)
