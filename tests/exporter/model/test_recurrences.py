@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sinkexport.model.recurrent import DecayMasks
-from sinkexport.model.recurrent_kda import ChannelMasks, kimi_delta_attention
-from sinkexport.model.recurrent_lightning import lightning_attention
-from sinkexport.model.recurrent_mlstm import mlstm
-from sinkexport.model.recurrent_rwkv import wkv
-from sinkexport.model.recurrent_scan import linear_scan
+from sinkexport.recurrent.delta_rule import DecayMasks
+from sinkexport.recurrent.kda import ChannelMasks, kimi_delta_attention
+from sinkexport.recurrent.lightning import lightning_attention
+from sinkexport.recurrent.mlstm import mlstm
+from sinkexport.recurrent.rwkv import wkv
+from sinkexport.recurrent.scan import linear_scan
 from transformers.models.glm5_next.modeling_glm5_next import recurrent_kimi_delta_attention
 from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 from transformers.models.xlstm.modeling_xlstm import mlstm_recurrent_sequence_native

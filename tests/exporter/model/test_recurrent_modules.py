@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from sinkexport.model import recurrent_lightning, recurrent_mlstm, recurrent_ngrams, recurrent_rg_lru, recurrent_rwkv, recurrent_zaya
-from sinkexport.model.recurrent_modules import ModuleRule, TokenStates, explicit_states, layer_of
+from sinkexport.recurrent import lightning, mlstm, ngrams, rg_lru, rwkv, zaya
+from sinkexport.recurrent.modules import ModuleRule, TokenStates, explicit_states, layer_of
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextConfig, Qwen4ExpTextPLELayer
 from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
@@ -20,13 +20,13 @@ from transformers.models.zaya.modeling_zaya import ZayaCCAProjection
 WIDTH, NUM_TOKENS = 24, 21
 
 
-def rg_lru() -> tuple[Any, Callable[..., Any]]:
+def make_rg_lru() -> tuple[Any, Callable[..., Any]]:
     config = transformers.RecurrentGemmaConfig(hidden_size=WIDTH, lru_width=30, num_attention_heads=3, conv1d_width=4)
     block = RecurrentGemmaRecurrentBlock(config, 0)
     return block, lambda x: block(x, torch.arange(x.shape[1])[None], None, use_cache=False)[0]
 
 
-def lightning() -> tuple[Any, Callable[..., Any]]:
+def make_lightning() -> tuple[Any, Callable[..., Any]]:
     config = transformers.MiniMaxConfig(
         hidden_size=WIDTH, num_attention_heads=3, num_hidden_layers=2, head_dim=6, block_size=8
     )
@@ -34,18 +34,18 @@ def lightning() -> tuple[Any, Callable[..., Any]]:
     return module, lambda x: module(x, position_embeddings=None, attention_mask=None)[0]
 
 
-def rwkv_attention() -> tuple[Any, Callable[..., Any]]:
+def make_rwkv_attention() -> tuple[Any, Callable[..., Any]]:
     config = transformers.RwkvConfig(hidden_size=WIDTH, attention_hidden_size=18, num_hidden_layers=2)
     module = RwkvSelfAttention(config, 0)
     return module, lambda x: module(x)[0]
 
 
-def rwkv_feed_forward() -> tuple[Any, Callable[..., Any]]:
+def make_rwkv_feed_forward() -> tuple[Any, Callable[..., Any]]:
     module = RwkvFeedForward(transformers.RwkvConfig(hidden_size=WIDTH, num_hidden_layers=2), 0)
     return module, lambda x: module(x)[0]
 
 
-def xlstm() -> tuple[Any, Callable[..., Any]]:
+def make_xlstm() -> tuple[Any, Callable[..., Any]]:
     config = transformers.xLSTMConfig(
         hidden_size=WIDTH, num_heads=3, num_hidden_layers=1, chunk_size=16, qk_dim_factor=0.5, v_dim_factor=1.0
     )
@@ -53,7 +53,7 @@ def xlstm() -> tuple[Any, Callable[..., Any]]:
     return layer, lambda x: layer(x)[0]
 
 
-def zaya(*, bias: bool = True) -> tuple[Any, Callable[..., Any]]:
+def make_zaya(*, bias: bool = True) -> tuple[Any, Callable[..., Any]]:
     config = transformers.ZayaConfig(
         hidden_size=WIDTH,
         num_attention_heads=4,
@@ -69,13 +69,13 @@ def zaya(*, bias: bool = True) -> tuple[Any, Callable[..., Any]]:
 
 
 CASES = {
-    "rg_lru": (rg_lru, recurrent_rg_lru.RULES),
-    "lightning": (lightning, recurrent_lightning.RULES),
-    "rwkv attention": (rwkv_attention, recurrent_rwkv.RULES),
-    "rwkv feed-forward": (rwkv_feed_forward, recurrent_rwkv.RULES),
-    "xlstm": (xlstm, recurrent_mlstm.RULES),
-    "zaya": (zaya, recurrent_zaya.RULES),
-    "zaya without bias": (lambda: zaya(bias=False), recurrent_zaya.RULES),
+    "rg_lru": (make_rg_lru, rg_lru.RULES),
+    "lightning": (make_lightning, lightning.RULES),
+    "rwkv attention": (make_rwkv_attention, rwkv.RULES),
+    "rwkv feed-forward": (make_rwkv_feed_forward, rwkv.RULES),
+    "xlstm": (make_xlstm, mlstm.RULES),
+    "zaya": (make_zaya, zaya.RULES),
+    "zaya without bias": (lambda: make_zaya(bias=False), zaya.RULES),
 }
 
 
@@ -159,7 +159,7 @@ def test_hashed_ngrams(sizes: list[int]) -> None:
     )
     torch.manual_seed(0)
     layer = Qwen4ExpTextPLELayer(config, 0, 0).eval()
-    rules = {rule.class_name: rule for rule in recurrent_ngrams.RULES}
+    rules = {rule.class_name: rule for rule in ngrams.RULES}
     parts = [module for module in layer.modules() if type(module).__name__ in rules]
     states = [states_of(part, rules[type(part).__name__], 1) for part in parts]
     assert len(parts) == 2

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from sinkexport.model.recurrent_modules import ModuleRule, StateKey, TokenStates
+from sinkexport.recurrent.modules import ModuleRule, TokenStates
+from sinkexport.recurrent.states import StateKey
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -7,8 +7,9 @@ from unittest import mock
 
 import torch
 
-from sinkexport.model.recurrent_modules import ModuleRule, StateKey, TokenStates
-from sinkexport.model.recurrent_scan import linear_scan
+from sinkexport.recurrent.modules import ModuleRule, TokenStates
+from sinkexport.recurrent.states import StateKey
+from sinkexport.recurrent.scan import linear_scan
 
 
 def _shapes(block: Any) -> dict[StateKey, tuple[int, ...]]:

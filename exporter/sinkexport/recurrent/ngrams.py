@@ -7,7 +7,8 @@ from unittest import mock
 
 import torch
 
-from sinkexport.model.recurrent_modules import ModuleRule, StateKey, TokenStates
+from sinkexport.recurrent.modules import ModuleRule, TokenStates
+from sinkexport.recurrent.states import StateKey
 
 
 def _ngram_shapes(module: Any) -> dict[StateKey, tuple[int, ...]]:

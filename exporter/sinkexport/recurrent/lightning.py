@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from sinkexport.model.recurrent import DecayMasks
-from sinkexport.model.recurrent_modules import ModuleRule, StateKey, TokenStates
+from sinkexport.recurrent.delta_rule import DecayMasks
+from sinkexport.recurrent.modules import ModuleRule, TokenStates
+from sinkexport.recurrent.states import StateKey
 
 
 def lightning_attention(

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from sinkexport.model.recurrent import DecayMasks
+from sinkexport.recurrent.delta_rule import DecayMasks
+from sinkexport.recurrent.rules import CacheRule, has_functions, replaced_functions
+from sinkexport.recurrent.states import StateKey, Tokens
+from sinkexport.recurrent.step_cache import StepCache
+
+_FUNCTIONS = "recurrent_kimi_delta_attention", "chunk_kimi_delta_attention"
+"""Names of the two forms in each family's own module of transformers."""
+
+
+def covers(module: Any, keys: frozenset[StateKey]) -> bool:
+    """Whether a module with states of these keys has Kimi delta attention and one short convolution."""
+    return keys == {("conv", 0), ("recurrent", 0)} and has_functions(module, *_FUNCTIONS)
+
+
+@contextlib.contextmanager
+def kimi_rules(model: Any, _cache: StepCache, tokens: Tokens) -> Iterator[None]:
+    """Make a model's Kimi delta attention skip what is no token, and compute by `kimi_delta_attention`."""
+    masks, counts = ChannelMasks(tokens.num_tokens), tokens.is_token[..., None]
+
+    def replaced(_theirs: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, **named: Any) -> Any:
+            skipping = {"g": g * counts[..., None].to(g.dtype), "beta": beta * counts.to(beta.dtype)}
+            return kimi_delta_attention(*arguments, masks=masks, **skipping, **named)
+
+        return run
+
+    with replaced_functions(model, dict.fromkeys(_FUNCTIONS, replaced)):
+        yield
 
 
 class ChannelMasks(DecayMasks):
@@ -80,3 +109,6 @@ def kimi_delta_attention(
     out = seen_by_q + reads @ written
     after = since_start[:, :, -1:].mT * state + (k * torch.exp(masks.after @ logs)).mT @ written
     return out.transpose(1, 2).to(dtype), after
+
+
+KIMI_DELTA_RULE = CacheRule("Kimi delta attention", covers, kimi_rules)

@@ -7,9 +7,10 @@ from unittest import mock
 
 import torch
 
-from sinkexport.model.recurrent import DecayMasks
-from sinkexport.model.recurrent_modules import ModuleRule, StateKey, TokenStates
-from sinkexport.model.recurrent_scan import NOTHING
+from sinkexport.recurrent.delta_rule import DecayMasks
+from sinkexport.recurrent.modules import ModuleRule, TokenStates
+from sinkexport.recurrent.states import StateKey
+from sinkexport.recurrent.scan import NOTHING
 
 States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Matrix [B, H, Dk, Dv], normaliser [B, H, Dk] and the gates' largest logarithm [B, H, 1]: float32, all 0 at first."""
