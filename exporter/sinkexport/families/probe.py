@@ -21,7 +21,7 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
 from sinkexport.families.interface import intercept_attention, random_embeddings
-from sinkexport.families.linear_attention import recurrent_cache, recurrent_shapes
+from sinkexport.families.recurrent import recorded_owners, recurrent_cache, recurrent_shapes, with_cache
 from sinkexport.families.locality import refuse_other_states
 from sinkexport.families.masks import MaskRecorder
 from sinkexport.families.refusals import refusing
@@ -41,6 +41,7 @@ from sinkexport.families.rope import (
     table_names,
 )
 from sinkexport.families.shape import AttentionCall, AttentionShape
+from sinkexport.recurrent.registry import each_token_alone, refuse_unknown
 
 NUM_TOKENS = 4
 """Tokens that the probe looks at: enough that a head is hardly zero at all of them."""
@@ -69,7 +70,9 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
         still = ModelRotary(tables=tables, cos_layout=cos_layout, calls=())
         dtype = next(model.parameters()).dtype
         masks, cache = MaskRecorder(), recurrent_cache(model)
-        plain = _run(model, identity_rotary(still, 1, NUM_TOKENS, dtype), num_layers, cache, masks)
+        with recorded_owners(model, cache) as owners:
+            plain = _run(model, identity_rotary(still, 1, NUM_TOKENS, dtype), num_layers, cache, masks)
+        refuse_unknown(owners)
         turned = _run(model, _handed(angles, cos_layout, dtype), num_layers, recurrent_cache(model), None)
         if [one.place for one in plain.seen] != [one.place for one in turned.seen]:
             raise _refused("other calls of attention in each run", "the same in every run")
@@ -192,9 +195,10 @@ def _run(
         random_embeddings(model, NUM_TOKENS),
         intercept_attention(model, record, masks),
         replaced_rotary(model, rotary),
+        each_token_alone(model),
     ):
         # Positions in a row, or transformers would take the tokens for those of several texts.
-        output = model(input_ids=ids, position_ids=ids, past_key_values=cache, use_cache=False)
+        output = model(input_ids=ids, position_ids=ids, use_cache=False, **with_cache(model, cache))
     for one in seen:
         for name, x in (("queries", one.q), ("keys", one.k)):
             if not bool(x.isfinite().all()):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from sinkexport.families.linear_attention import RecurrentShapes
+from sinkexport.recurrent.states import RecurrentShapes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sinkrt.contract import MASS_KIND, NO_TOKEN, RECURRENT_KINDS, SCALE_KINDS, STATE_KINDS, ActTuning
+from sinkrt.contract import MASS_KIND, NO_TOKEN, SCALE_KINDS, STATE_KINDS, ActTuning
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
 from sinkexport.families.interface import as_many_heads, attention_inputs, intercept_attention, refuse_arguments
+from sinkexport.families.recurrent import with_cache
 from sinkexport.families.rope import ModelRotary, RotarySpec
 from sinkexport.families.shape import AttentionShape
 from sinkexport.model.affine import AffineFactors
@@ -24,17 +25,21 @@ from sinkexport.model.attention import rotated, sink_attention, stream_angles
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, cache_owner, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
-from sinkexport.model.recurrent import StepCache, delta_rules
+from sinkexport.recurrent.registry import RecurrentStates
+from sinkexport.recurrent.states import StateKey, Tokens, state_name
 
 Place = HeadCache | int
-"""Owner of a state: a cache, or a layer with linear attention."""
+"""Owner of a state: a cache, or a layer with recurrent states."""
+
+Kind = str | StateKey
+"""A cache's kind of state, or the key of a recurrent one."""
 
 
 class StreamStep(torch.nn.Module):
     """``forward(ids, position, states, num_valid) -> (logits, next states)``: T tokens of each of B streams.
 
     ids: int64 [B, T]. position: int64 [B], of the first token. states: in the order of ``states``.
-    num_valid: int64 [B], how many of the T tokens count; left out if T = 1. Then, in a model with linear attention, an
+    num_valid: int64 [B], how many of the T tokens count; left out if T = 1. Then, in a model with recurrent states, an
     id below 0 is no token: its stream stands still.
     logits: float32 [B, vocab], after the last token that counts.
     """
@@ -89,12 +94,11 @@ class StreamStep(torch.nn.Module):
         return (*kinds, MASS_KIND) if is_calibrated else kinds
 
     @property
-    def states(self) -> list[tuple[Place, str]]:
+    def states(self) -> list[tuple[Place, Kind]]:
         """Place and kind of every state tensor, layer by layer."""
-        found: list[tuple[Place, str]] = []
+        found: list[tuple[Place, Kind]] = []
         for layer in range(self.shape.num_layers):
-            if layer in self.shape.recurrent:
-                found += [(layer, kind) for kind in RECURRENT_KINDS]
+            found += [(layer, key) for key in sorted(self.shape.recurrent.get(layer, ()))]
             for cache in (cache for cache in self.caches if cache.layer == layer):
                 found += [(cache, kind) for kind in self.state_kinds(cache)]
         return found
@@ -103,7 +107,9 @@ class StreamStep(torch.nn.Module):
     def state_names(self) -> list[tuple[int, str, str]]:
         """Layer, kind and input name of every state tensor."""
         return [
-            (place, kind, f"{kind}.{place}") if isinstance(place, int) else (place.layer, kind, place.state_name(kind))
+            (place.layer, str(kind), place.state_name(str(kind)))
+            if isinstance(place, HeadCache)
+            else (place, kind[0], state_name(place, kind))
             for place, kind in self.states
         ]
 
@@ -115,13 +121,13 @@ class StreamStep(torch.nn.Module):
         """float32 [Hq] of 0 and 1: heads whose later sinks are scaled down; None: none."""
         return getattr(self, f"calibrated_{layer}", None)
 
-    def empty_state(self, place: Place, kind: str) -> torch.Tensor:
+    def empty_state(self, place: Place, kind: Kind) -> torch.Tensor:
         """One state tensor before the first token: [B, Hkv, S or W, Dk or Dv], [B, Hkv, W] if it holds scales,
         [B, Hq, 2, W] if it holds attention, or [B, ..]."""
         model_dtype = next(self.model.parameters()).dtype
-        if isinstance(place, int):
-            dtype = model_dtype if kind == "conv" else torch.float32
-            return torch.zeros(self.batch, *self.shape.recurrent[place][kind], dtype=dtype)
+        if not isinstance(place, HeadCache):
+            state = self.shape.recurrent[place][kind]
+            return torch.zeros(self.batch, *state.shape, dtype=state.dtype)
         cache, ring = place, place.ring
         if kind == MASS_KIND:
             return torch.zeros(self.batch, len(cache.q_heads), 2, ring.window_size)
@@ -140,21 +146,25 @@ class StreamStep(torch.nn.Module):
         states: list[torch.Tensor],
         num_valid: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        is_token = None
+        tokens = None
         if self.shape.recurrent:
             is_token = ids > NO_TOKEN if num_valid is None else torch.arange(self.num_tokens) < num_valid[:, None]
             ids = torch.maximum(ids, torch.zeros((), dtype=ids.dtype))
-        step = _Step(self, position, states, num_valid, is_token)
+            tokens = Tokens(is_token, num_valid, position)
+        step = _Step(self, position, states, num_valid, tokens)
         with (
             attention_inputs(self.model) as step.inputs,
             intercept_attention(self.model, step.attend),
             static_experts(self.model, in_place=self.config.has_plugins),
-            contextlib.nullcontext() if is_token is None else delta_rules(self.model, is_token),
+            contextlib.nullcontext() if step.recurrent is None else step.recurrent.in_place(),
             _only_last_token(self.model, num_valid),
         ):
             # position_ids reach the model only so that `_refuse_other_uses_of_position` can see who reads them.
             positions = position[:, None] + torch.arange(self.num_tokens)  # [B, T]
-            output = self.model(input_ids=ids, position_ids=positions, past_key_values=step.recurrent, use_cache=False)
+            cache = None if step.recurrent is None else step.recurrent.cache
+            output = self.model(
+                input_ids=ids, position_ids=positions, use_cache=False, **with_cache(self.model, cache)
+            )
         logits = output.logits if output.logits.shape[1] == 1 else _last_token(output.logits, num_valid)
         return logits[:, 0].to(torch.float32), step.next_states
 
@@ -168,20 +178,20 @@ class _Step:
         position: torch.Tensor,
         states: list[torch.Tensor],
         num_valid: torch.Tensor | None,
-        is_token: torch.Tensor | None,
+        tokens: Tokens | None,
     ) -> None:
-        """is_token: bool [B, T], where there is linear attention."""
+        """tokens: where there are recurrent states."""
         self._stream = stream
         self._position = position
         self._num_valid = num_valid
-        self._states: dict[Place, dict[str, torch.Tensor]] = {}
+        self._states: dict[Place, dict[Any, torch.Tensor]] = {}
         for (place, kind), state in zip(stream.states, states, strict=True):
             self._states.setdefault(place, {})[kind] = state
         self._next: dict[Place, list[torch.Tensor]] = {}
         self.recurrent = None
-        if is_token is not None:
+        if tokens is not None:
             recurrent_states = {layer: self._states[layer] for layer in stream.shape.recurrent}
-            self.recurrent = StepCache(recurrent_states, is_token, num_valid)
+            self.recurrent = RecurrentStates(stream.model, recurrent_states, tokens)
         self._angles: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._num_calls = 0
         self.inputs: dict[torch.nn.Module, torch.Tensor] = {}
@@ -190,9 +200,8 @@ class _Step:
     @property
     def next_states(self) -> list[torch.Tensor]:
         if self.recurrent is not None:
-            self.recurrent.finish()
-            for layer, after in self.recurrent.after.items():
-                self._next[layer] = [after[kind] for kind in RECURRENT_KINDS]
+            for layer, after in self.recurrent.after().items():
+                self._next[layer] = [after[key] for key in self._states[layer]]
         if self._num_calls != len(self._stream.shape.calls):
             raise RuntimeError(f"{self._num_calls} calls of attention; the probe saw {len(self._stream.shape.calls)}")
         return [state for place in self._states for state in self._next[place]]

@@ -34,7 +34,7 @@ def _refuse_other_uses_of_position(program: torch.export.ExportedProgram) -> Non
     _, position, *_ = program.graph_signature.user_inputs
     ours = (torch.ops.sinkexport.stream_angles.default, torch.ops.sinkexport.sink_attention.default)
     node = next(n for n in program.graph_module.graph.nodes if n.name == position)
-    strangers = [user for user in node.users if user.target not in ours]
+    strangers = [user for user in node.users if user.target not in ours and not _asks_for_the_beginning(user)]
     if strangers:
         raise UsageError(
             problem(
@@ -44,3 +44,8 @@ def _refuse_other_uses_of_position(program: torch.export.ExportedProgram) -> Non
                 fix="this model cannot be exported exactly",
             )
         )
+
+
+def _asks_for_the_beginning(node: torch.fx.Node) -> bool:
+    """Whether a node asks which streams begin, as `Tokens.begins` does."""
+    return node.target == torch.ops.aten.eq.Scalar and node.args[1] == 0

@@ -16,8 +16,7 @@ from unittest import mock
 
 import torch
 
-StateKey = tuple[str, int]
-"""Kind of `RECURRENT_KINDS` and state_idx."""
+from sinkexport.recurrent.states import StateKey
 
 
 @dataclasses.dataclass

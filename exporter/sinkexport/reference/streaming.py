@@ -25,7 +25,7 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
 from sinkexport.families.interface import intercept_attention, random_embeddings
-from sinkexport.families.linear_attention import linear_layers, recurrent_cache
+from sinkexport.families.recurrent import layers_without_attention, recurrent_cache, with_cache
 from sinkexport.families.rope import find_rotary, replaced_rotary
 from sinkexport.reference.affine import AffineReference
 from sinkexport.reference.own_attention import (
@@ -130,8 +130,8 @@ class StreamingReference:
             output = self.model(
                 input_ids=ids[:, None],
                 position_ids=torch.zeros_like(ids)[:, None],
-                past_key_values=self._recurrent,
                 use_cache=False,
+                **with_cache(self.model, self._recurrent),
             )
         logits: torch.Tensor = output.logits[:, -1]
         return logits
@@ -226,7 +226,7 @@ class StreamingReference:
         """
         plain = self._recorded(rotation=False)
         turned = self._recorded(rotation=True)
-        num_layers = self.model.config.get_text_config().num_hidden_layers - len(linear_layers(self.model))
+        num_layers = self.model.config.get_text_config().num_hidden_layers - len(layers_without_attention(self.model))
         if len(plain) != num_layers:
             raise no_reference(f"{len(plain)} attention layers of {num_layers}", "softmax attention in every layer")
         for module, before in plain.items():
