@@ -29,6 +29,7 @@ from sinkexport.evaluation.defaults import (
 )
 from sinkexport.util.console import table_console
 from sinkexport.util.files import check_writable, read_text, write_whole
+from sinkexport.util.garbage import no_garbage_collection
 from sinkexport.util.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -144,7 +145,8 @@ def command(
             )
             headline, table = _quality_table(report)
         else:
-            from sinkexport.evaluation.parity import verify
+            with no_garbage_collection(is_lasting=True):
+                from sinkexport.evaluation.parity import verify
 
             report = verify(
                 bundle,

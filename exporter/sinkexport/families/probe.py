@@ -21,9 +21,9 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
 from sinkexport.families.interface import intercept_attention, random_embeddings
-from sinkexport.families.recurrent import recorded_owners, recurrent_cache, recurrent_shapes, with_cache
 from sinkexport.families.locality import refuse_other_states
 from sinkexport.families.masks import MaskRecorder
+from sinkexport.families.recurrent import recorded_owners, recurrent_cache, recurrent_shapes, with_cache
 from sinkexport.families.refusals import refusing
 from sinkexport.families.rope import (
     COS_LAYOUTS,

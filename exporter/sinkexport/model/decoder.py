@@ -25,6 +25,7 @@ from sinkexport.model.attention import rotated, sink_attention, stream_angles
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, cache_owner, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
+from sinkexport.model.loop_experts import unrolled_experts
 from sinkexport.recurrent.registry import RecurrentStates
 from sinkexport.recurrent.states import StateKey, Tokens, state_name
 
@@ -109,7 +110,7 @@ class StreamStep(torch.nn.Module):
         return [
             (place.layer, str(kind), place.state_name(str(kind)))
             if isinstance(place, HeadCache)
-            else (place, kind[0], state_name(place, kind))
+            else (place, str(kind[0]), state_name(place, (str(kind[0]), int(kind[1]))))
             for place, kind in self.states
         ]
 
@@ -122,13 +123,15 @@ class StreamStep(torch.nn.Module):
         return getattr(self, f"calibrated_{layer}", None)
 
     def empty_state(self, place: Place, kind: Kind) -> torch.Tensor:
-        """One state tensor before the first token: [B, Hkv, S or W, Dk or Dv], [B, Hkv, W] if it holds scales,
-        [B, Hq, 2, W] if it holds attention, or [B, ..]."""
-        model_dtype = next(self.model.parameters()).dtype
-        if not isinstance(place, HeadCache):
-            state = self.shape.recurrent[place][kind]
-            return torch.zeros(self.batch, *state.shape, dtype=state.dtype)
-        cache, ring = place, place.ring
+        """One state tensor before the first token, all zeros."""
+        if isinstance(place, HeadCache):
+            return self._empty_cache_state(place, str(kind))
+        state = self.shape.recurrent[place][str(kind[0]), int(kind[1])]
+        return torch.zeros(self.batch, *state.shape, dtype=state.dtype)
+
+    def _empty_cache_state(self, cache: HeadCache, kind: str) -> torch.Tensor:
+        """[B, Hkv, S or W, Dk or Dv], [B, Hkv, W] if it holds scales, [B, Hq, 2, W] if it holds attention."""
+        model_dtype, ring = next(self.model.parameters()).dtype, cache.ring
         if kind == MASS_KIND:
             return torch.zeros(self.batch, len(cache.q_heads), 2, ring.window_size)
         length = ring.num_sink_tokens if kind.startswith("sink") else ring.window_size
@@ -156,15 +159,14 @@ class StreamStep(torch.nn.Module):
             attention_inputs(self.model) as step.inputs,
             intercept_attention(self.model, step.attend),
             static_experts(self.model, in_place=self.config.has_plugins),
+            unrolled_experts(self.model, in_place=self.config.has_plugins),
             contextlib.nullcontext() if step.recurrent is None else step.recurrent.in_place(),
             _only_last_token(self.model, num_valid),
         ):
             # position_ids reach the model only so that `_refuse_other_uses_of_position` can see who reads them.
             positions = position[:, None] + torch.arange(self.num_tokens)  # [B, T]
             cache = None if step.recurrent is None else step.recurrent.cache
-            output = self.model(
-                input_ids=ids, position_ids=positions, use_cache=False, **with_cache(self.model, cache)
-            )
+            output = self.model(input_ids=ids, position_ids=positions, use_cache=False, **with_cache(self.model, cache))
         logits = output.logits if output.logits.shape[1] == 1 else _last_token(output.logits, num_valid)
         return logits[:, 0].to(torch.float32), step.next_states
 

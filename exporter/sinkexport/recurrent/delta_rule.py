@@ -13,7 +13,6 @@ from sinkexport.recurrent.rules import CacheRule, has_functions, replaced_functi
 from sinkexport.recurrent.states import StateKey, Tokens
 from sinkexport.recurrent.step_cache import StepCache
 
-
 _STEP_RULE, _CHUNK_RULE = "torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule"
 """Names of the two forms in each family's own module of transformers."""
 

@@ -41,7 +41,9 @@ def replaced_functions(model: Any, replacements: Mapping[str, Callable[[Callable
     replacements: by name; each takes the function and returns what replaces it.
     """
     names = {type(module).__module__ for module in model.modules()}
-    files = [file for file in (sys.modules[name] for name in sorted(names)) if all(hasattr(file, n) for n in replacements)]
+    files = [
+        file for file in (sys.modules[name] for name in sorted(names)) if all(hasattr(file, n) for n in replacements)
+    ]
     with contextlib.ExitStack() as patches:
         for file in files:
             for name, replace in replacements.items():

@@ -121,7 +121,9 @@ class CallsReference:
         start = self._num_sink_tokens + self._variant.shortest_window(self._window_size)  # of the first eviction
         yield from self._first_tokens(ids)[: min(start, self._num_tokens)]
         while start < self._num_tokens:
-            views = list(dict.fromkeys(view for views in self._views for view in views)) or [View(self._num_sink_tokens, self._window_size)]
+            views = list(dict.fromkeys(view for views in self._views for view in views)) or [
+                View(self._num_sink_tokens, self._window_size)
+            ]
             length = self._num_tokens if carries_state else self._capacity
             at_once = max(1, TOKENS_PER_PASS // (length * len(views) * self._batch))
             times = range(start, min(start + at_once, self._num_tokens))

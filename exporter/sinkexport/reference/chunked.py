@@ -21,8 +21,8 @@ from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
 from sinkexport.families.interface import as_many_heads, intercept_attention, refuse_arguments
-from sinkexport.families.recurrent import recurrent_cache, with_cache
 from sinkexport.families.probe import probe_attention
+from sinkexport.families.recurrent import recurrent_cache, with_cache
 from sinkexport.families.rope import ModelRotary, RotarySpec, identity_rotary, replaced_rotary, rotate
 from sinkexport.families.shape import AttentionShape
 from sinkexport.reference.affine import AffineReference
