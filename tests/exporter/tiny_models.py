@@ -235,7 +235,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 3,
             "head_dim": 16,
             "lru_width": 48,
-            "attention_window_size": 9,
+            "attention_window_size": 64,
             "block_types": ["recurrent", "attention"],
             "logits_soft_cap": 5.0,
         },

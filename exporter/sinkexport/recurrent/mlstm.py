@@ -9,8 +9,8 @@ import torch
 
 from sinkexport.recurrent.delta_rule import DecayMasks
 from sinkexport.recurrent.modules import ModuleRule, TokenStates
-from sinkexport.recurrent.states import StateKey
 from sinkexport.recurrent.scan import NOTHING
+from sinkexport.recurrent.states import StateKey
 
 States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Matrix [B, H, Dk, Dv], normaliser [B, H, Dk] and the gates' largest logarithm [B, H, 1]: float32, all 0 at first."""

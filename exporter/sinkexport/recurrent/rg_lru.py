@@ -8,8 +8,8 @@ from unittest import mock
 import torch
 
 from sinkexport.recurrent.modules import ModuleRule, TokenStates
-from sinkexport.recurrent.states import StateKey
 from sinkexport.recurrent.scan import linear_scan
+from sinkexport.recurrent.states import StateKey
 
 
 def _shapes(block: Any) -> dict[StateKey, tuple[int, ...]]:

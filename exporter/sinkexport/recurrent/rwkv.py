@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from sinkexport.recurrent.modules import ModuleRule, TokenStates
-from sinkexport.recurrent.states import StateKey
 from sinkexport.recurrent.scan import NOTHING, Weighted, shifted, weighted_scan
+from sinkexport.recurrent.states import StateKey
 
 States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Numerator, denominator and the logarithm by which both are scaled: float32 [B, N] each, all 0 at the beginning."""
