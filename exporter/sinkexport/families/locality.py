@@ -1,8 +1,8 @@
 """Does anything but attention carry something from token to token, and do positions reach anything but rotation?
 
 Found out by behaviour. With the rotation taken away and an attention in which each token sees itself alone, a decoder
-is a function of one token: what came before it and where it stands must not change it. A short convolution over
-queries, a recurrent block beside attention, a shift of tokens or a scale by position would.
+is a function of one token: what came before it must not change it, and where it stands nothing but its queries. A short
+convolution over queries, a recurrent block beside attention, a shift of tokens or learned positions would.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.interface import intercept_attention, random_embeddings
 from sinkexport.families.linear_attention import linear_layers, recurrent_cache
+from sinkexport.families.query_scale import LongCache, measured_scales
 from sinkexport.families.rope import ModelRotary, identity_rotary, replaced_rotary
 
 NUM_BEFORE = 5
@@ -31,6 +32,8 @@ Tensors = dict[str, torch.Tensor]
 def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
     """Refuse a model whose token depends on others but by attention and by the states of known linear layers.
 
+    Nor may anything but rotation and queries depend on where a token stands.
+
     Raises: UsageError.
     """
     x = [2 * NUM_BEFORE]
@@ -40,13 +43,13 @@ def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
         far = _last_token(model, rotary, texts[0], FAR)
     except IndexError:  # a table of positions, which ends
         far = None
-    if far is None or (changed := _changed(first, far, model)):
+    if far is None or (changed := _changed(_without_queries(first), far, model)):
         what = "a table of positions" if far is None else changed
         raise UsageError(
             problem(
                 "positions",
                 received=f"a use outside the rotary embedding ({what})",
-                expected="rotary or ALiBi positions only",
+                expected="rotary or ALiBi positions, or a scale of queries",
                 fix="this model cannot be exported exactly",
             )
         )
@@ -63,6 +66,38 @@ def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
                 fix="this model cannot be exported exactly",
             )
         )
+
+
+def query_scales(model: Any, rotary: ModelRotary, capacity: int) -> dict[int, torch.Tensor]:
+    """Factors float64 [C] by attention call where the length of a cache, as a position, changes queries.
+
+    Raises: UsageError if it changes anything else.
+    """
+    if linear_layers(model):
+        return {}
+    ids = list(range(NUM_BEFORE + 1))
+    first = _last_token(model, rotary, ids, 0)
+    try:
+        far = _last_token(model, rotary, ids, 0, LongCache(FAR))
+    except Exception:  # no model of ours, which is never given such a cache
+        return {}
+    if _changed(first, far, model) is None:
+        return {}
+    if other := _changed(_without_queries(first), far, model):
+        raise UsageError(
+            problem(
+                "positions",
+                received=f"a use of the length of the cache ({other})",
+                expected="rotary or ALiBi positions, or a scale of queries",
+                fix="this model cannot be exported exactly",
+            )
+        )
+    dtype = next(model.parameters()).dtype
+    return measured_scales(model, lambda num_tokens: identity_rotary(rotary, 1, num_tokens, dtype), capacity)
+
+
+def _without_queries(found: Tensors) -> Tensors:
+    return {name: x for name, x in found.items() if not name.startswith("queries")}
 
 
 def _changed_in_streams(model: Any, rotary: ModelRotary, texts: tuple[list[int], list[int]]) -> str | None:
