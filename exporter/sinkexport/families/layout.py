@@ -30,13 +30,24 @@ Angles = Mapping[str, torch.Tensor]
 class Given(Protocol):
     """What one call of attention was given: q [Hq, T, Dk], k [Hkv, T, Dk] and v [Hkv, T, Dv], float64."""
 
-    layer: int
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
+    @property
+    def layer(self) -> int:
+        """Index of its layer."""
+
+    @property
+    def q(self) -> torch.Tensor:
+        """Queries."""
+
+    @property
+    def k(self) -> torch.Tensor:
+        """Keys."""
+
+    @property
+    def v(self) -> torch.Tensor:
+        """Values."""
 
 
-class NoLayout(Exception):
+class NoLayoutError(Exception):
     """A call whose queries and keys are no rotation of their unrotated selves. differ: in which way."""
 
     def __init__(self, differ: str, layer: int) -> None:
@@ -54,7 +65,7 @@ def find_layout(
 
     before, after: unrotated, and turned by these angles, cos and sin times each table's scaling. dtype: the model's.
 
-    Raises: NoLayout if there is none. UsageError if values turn, or if the numbers are too small to tell.
+    Raises: NoLayoutError if there is none. UsageError if values turn, or if the numbers are too small to show it.
     """
     candidates = list(_candidates(tables, angles, before.q.shape[-1]))
     fits_q, fits_k = (
@@ -70,7 +81,7 @@ def find_layout(
             "numbers in the range of their type",
         )
     if not found:
-        raise NoLayout(
+        raise NoLayoutError(
             "queries and keys that are turned in different ways"
             if fits_q and fits_k
             else f"{'keys' if fits_q else 'queries'} that are more than a rotation of their unrotated selves",
@@ -113,7 +124,9 @@ def _searched(
                 break
 
 
-def _find_order(plain: torch.Tensor, turned: torch.Tensor, angles: torch.Tensor, scaling: float) -> tuple[int, ...] | None:
+def _find_order(
+    plain: torch.Tensor, turned: torch.Tensor, angles: torch.Tensor, scaling: float
+) -> tuple[int, ...] | None:
     """The order of the dimensions of [H, T, D] in which halves turn by angles [T, P]; None: no pairing was found.
 
     The best of all (pair of angles, partner, direction) is taken for each dimension; both of a pair must agree.
@@ -135,9 +148,7 @@ def _find_order(plain: torch.Tensor, turned: torch.Tensor, angles: torch.Tensor,
         if not bool(is_still[i]):
             is_second, pair, partner = place // (num_pairs * dim), place // dim % num_pairs, place % dim
             (seconds if is_second else firsts)[pair] = i, partner
-    agree = all(
-        pair in firsts and pair in seconds and firsts[pair] == seconds[pair][::-1] for pair in range(num_pairs)
-    )
+    agree = all(pair in firsts and pair in seconds and firsts[pair] == seconds[pair][::-1] for pair in range(num_pairs))
     if not agree:
         return None
     turning = [firsts[pair][0] for pair in range(num_pairs)] + [seconds[pair][0] for pair in range(num_pairs)]

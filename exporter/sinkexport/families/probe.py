@@ -21,7 +21,7 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
 from sinkexport.families.interface import intercept_attention, random_embeddings
-from sinkexport.families.layout import NoLayout, find_layout, is_close
+from sinkexport.families.layout import NoLayoutError, find_layout, is_close
 from sinkexport.families.linear_attention import recurrent_cache, recurrent_shapes
 from sinkexport.families.locality import query_scales, refuse_other_states
 from sinkexport.families.masks import MaskRecorder
@@ -40,10 +40,11 @@ from sinkexport.families.rope import (
     table_names,
 )
 from sinkexport.families.shape import AttentionCall, AttentionShape
-from sinkexport.families.weights_after import norms_of_calls, without_weights
+from sinkexport.families.weights_after import WEIGHT, norms_of_calls, without_weights
 
 NUM_TOKENS = 4
 """Tokens that the probe looks at: enough that a head is hardly zero at all of them."""
+
 
 def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) -> tuple[AttentionShape, ModelRotary]:
     """Find out the shapes of a model's attention and how it rotates queries and keys.
@@ -123,35 +124,51 @@ def _layouts(
     model: torch.nn.Module, plain: _Run, turned: _Run, still: ModelRotary, angles: Mapping[str, torch.Tensor]
 ) -> tuple[RotarySpec, ...]:
     """The rotation of each call; of those with a weight after it, that of what the weight multiplies."""
-    dtype, specs, failed = next(model.parameters()).dtype, dict[int, RotarySpec](), dict[int, NoLayout]()
+    dtype, specs, failed = next(model.parameters()).dtype, dict[int, RotarySpec](), dict[int, NoLayoutError]()
     for i, (before, after) in enumerate(zip(plain.seen, turned.seen, strict=True)):
         try:
             specs[i] = find_layout(before, after, still.tables, angles, dtype)
-        except NoLayout as error:
+        except NoLayoutError as error:
             failed[i] = error
     if failed:
-        identity = identity_rotary(still, 1, NUM_TOKENS, dtype)
-        norms = norms_of_calls(model, identity, NUM_TOKENS, recurrent_cache(model))
-        if len(norms) != len(plain.seen) or not all(norms[i] for i in failed):
-            raise next(iter(failed.values())).refusal
-        num_layers = 1 + max(one.layer for one in plain.seen)
-        with without_weights(model, (name for i in failed for name in norms[i])):
-            bare = [
-                _run(model, rotary, num_layers, recurrent_cache(model), None)
-                for rotary in (identity, _handed(still.tables, angles, dtype))
-            ]
-        for i in failed:
-            try:
-                spec = find_layout(bare[0].seen[i], bare[1].seen[i], still.tables, angles, dtype)
-            except NoLayout:
-                raise failed[i].refusal from None
-            weights = [model.get_submodule(name).get_parameter("weight").double() for name in norms[i]]
-            weighed = bare[0].seen[i].q * weights[0], bare[0].seen[i].k * weights[-1]
-            is_weight = all(is_close(x, y, dtype) for x, y in zip(weighed, (plain.seen[i].q, plain.seen[i].k), strict=True))
-            if len(weights) != 2 or not is_weight or spec.rotary_dim == 0:
-                raise failed[i].refusal
-            specs[i] = dataclasses.replace(spec, norms=tuple(norms[i]))
+        specs |= _layouts_before_weights(model, plain, failed, still, angles)
     return tuple(specs[i] for i in range(len(plain.seen)))
+
+
+def _layouts_before_weights(
+    model: torch.nn.Module,
+    plain: _Run,
+    failed: Mapping[int, NoLayoutError],
+    still: ModelRotary,
+    angles: Mapping[str, torch.Tensor],
+) -> dict[int, RotarySpec]:
+    """The rotation of calls whose queries and keys are one but for the weights of the norms that made them.
+
+    Raises: UsageError if there is no such norm, or if it does anything else.
+    """
+    dtype, num_layers = next(model.parameters()).dtype, 1 + max(one.layer for one in plain.seen)
+    identity = identity_rotary(still, 1, NUM_TOKENS, dtype)
+    norms = norms_of_calls(model, identity, NUM_TOKENS, recurrent_cache(model))
+    if len(norms) != len(plain.seen) or any(len(norms[i]) != 2 for i in failed):
+        raise next(iter(failed.values())).refusal
+    with without_weights(model, (name for i in failed for name in norms[i])):
+        before, after = (
+            _run(model, rotary, num_layers, recurrent_cache(model), None)
+            for rotary in (identity, _handed(still.tables, angles, dtype))
+        )
+    specs = {}
+    for i, error in failed.items():
+        try:
+            spec = find_layout(before.seen[i], after.seen[i], still.tables, angles, dtype)
+        except NoLayoutError:
+            raise error.refusal from None
+        weights = [model.get_submodule(name).get_parameter(WEIGHT).double() for name in norms[i]]
+        with_weights = before.seen[i].q * weights[0], before.seen[i].k * weights[1]
+        pairs = zip(with_weights, (plain.seen[i].q, plain.seen[i].k), strict=True)
+        if not spec.rotary_dim or not all(is_close(x, y, dtype) for x, y in pairs):
+            raise error.refusal
+        specs[i] = dataclasses.replace(spec, norms=tuple(norms[i]))
+    return specs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,7 +77,7 @@ def measured_scales(model: Any, still: Any, capacity: int) -> dict[int, torch.Te
 def _queries(model: Any, still: Any, start: int, num_tokens: int) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
 
-    def record(_module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
+    def record(_module: Any, q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
         found.append(q[0].double())
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous(), None
 

@@ -232,7 +232,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spec: RotarySp
 
 
 def probe_table(original: torch.nn.Module, module: str, layer_type: str, capacity: int) -> RotaryTable:
-    """One set of frequencies of a rotary embedding, the name of which is `module`.
+    """One set of frequencies of the rotary embedding called `module`.
 
     Raises: UsageError if cos and sin are not those of the frequencies, at the first positions and at the last in-cache
         one.

@@ -26,16 +26,16 @@ WEIGHT = "weight"
 
 
 def norms_of_calls(model: torch.nn.Module, identity: Replacements, num_tokens: int, cache: Any) -> list[list[str]]:
-    """By attention call, the modules of queries and of keys whose output attention is given and that have a weight."""
+    """Modules with a weight whose outputs are the queries and keys of an attention call, for each call."""
     names = {module: name for name, module in model.named_modules()}
     outputs: dict[tuple[int, int], tuple[str, torch.Tensor]] = {}  # the tensors too: memory must not be used again
     found: list[list[str]] = []
 
     def remember(module: torch.nn.Module, _arguments: Any, output: Any) -> None:
         weight = getattr(module, WEIGHT, None)
-        if isinstance(output, torch.Tensor) and isinstance(weight, torch.nn.Parameter):
-            if weight.shape == output.shape[-1:]:
-                outputs[output.data_ptr(), output.numel()] = names[module], output
+        is_norm = isinstance(output, torch.Tensor) and isinstance(weight, torch.nn.Parameter)
+        if is_norm and weight.shape == output.shape[-1:]:
+            outputs[output.data_ptr(), output.numel()] = names[module], output
 
     def record(_module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
         keys = ((x.data_ptr(), x.numel()) for x in (q, k))

@@ -19,6 +19,7 @@ from sinkexport.config import ExportConfig
 from sinkexport.families.interface import as_many_heads, attention_inputs, intercept_attention, refuse_arguments
 from sinkexport.families.rope import ModelRotary, RotarySpec
 from sinkexport.families.shape import AttentionShape
+from sinkexport.families.weights_after import WEIGHT
 from sinkexport.model.affine import AffineFactors
 from sinkexport.model.attention import rotated, sink_attention, stream_angles
 from sinkexport.model.experts import static_experts
@@ -304,7 +305,6 @@ class _Step:
             cos, sin = cos * scaling, sin * scaling
         return rotated(x, cos.to(x.dtype), sin.to(x.dtype), interleaved=spec.interleaved)
 
-
     def _scaled(self, call: int, q: torch.Tensor) -> torch.Tensor:
         """Queries [B, Hq, T, D] of a call, times their factors where the model reads positions off its cache.
 
@@ -327,7 +327,7 @@ class _Step:
         back_cos, back_sin = (x.to(q.dtype) for x in self._in_cache_angles[spec.table])
         q = rotated(q, back_cos, back_sin, interleaved=spec.interleaved)
         for name in spec.norms:
-            weight = self._stream.model.get_submodule(name).get_parameter("weight")
+            weight = self._stream.model.get_submodule(name).get_parameter(WEIGHT)
             q = q * (weight if spec.order is None else weight[torch.tensor(spec.order)])
         return rotated(q, shift_cos.to(q.dtype), shift_sin.to(q.dtype), interleaved=spec.interleaved)
 

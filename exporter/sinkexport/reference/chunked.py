@@ -25,7 +25,7 @@ from sinkexport.families.linear_attention import recurrent_cache
 from sinkexport.families.probe import probe_attention
 from sinkexport.families.rope import ModelRotary, RotarySpec, identity_rotary, replaced_rotary, rotate
 from sinkexport.families.shape import AttentionShape
-from sinkexport.families.weights_after import without_weights
+from sinkexport.families.weights_after import WEIGHT, without_weights
 from sinkexport.reference.affine import AffineReference
 from sinkexport.variants.variant import PLAIN, AttentionVariant
 
@@ -257,7 +257,7 @@ class ChunkedStream:
         cos, sin = self._turns[spec.table, self._config.capacity - 1]
         q = _rotated(q, (cos, -sin), spec)
         for name in spec.norms:
-            q = q * self._model.get_submodule(name).get_parameter("weight")
+            q = q * self._model.get_submodule(name).get_parameter(WEIGHT)
         return _rotated(q, (cos, sin), spec)
 
     def _calibrated(self, act: ActTuning, cache: _Heads, weights: torch.Tensor, entries: Entries) -> torch.Tensor:

@@ -116,7 +116,8 @@ class StreamingReference:
         self.affine = AffineReference(variant.affine)
         # A copy: some change their frequencies by the positions that they are asked for.
         found = find_rotary(model)
-        self._rotary_name, self._rotary = ("", None) if found is None else (found[0], copy.deepcopy(found[1]))
+        self._rotary_name = "" if found is None else found[0]
+        self._rotary: Any = None if found is None else copy.deepcopy(found[1])
         self._rotates: dict[torch.nn.Module, bool] = {}  # by attention module; some layers have no positions
         # k, v [B, Hkv, n, D], unrotated, by attention module and window
         self._cached: dict[tuple[torch.nn.Module, int], tuple[torch.Tensor, torch.Tensor]] = {}
