@@ -168,12 +168,13 @@ def test_a_norm_after_the_rotation_is_refused(which: str, named: str) -> None:
         pass
 
 
-def test_hunyuan_with_its_key_norm_alone_is_refused_by_the_exporter_and_by_the_reference() -> None:
+def test_hunyuan_with_its_key_norm_alone_has_weights_after_its_rotation() -> None:
     model = random_model(transformers.HunYuanDenseV1Config(**SMALL))
     for layer in model.model.layers:
         torch.nn.init.ones_(layer.self_attn.query_layernorm.weight)
-    with pytest.raises(UsageError, match="keys that are more than a rotation"):
-        probed(model)
+    for layer, spec in enumerate(probed(model)[1].calls):
+        module = f"model.layers.{layer}.self_attn"
+        assert spec.norms == (f"{module}.query_layernorm", f"{module}.key_layernorm")
     with pytest.raises(UsageError, match="a key that is more than a rotation"), streaming_reference(model, 4, 12):
         pass
 
@@ -234,9 +235,15 @@ def test_values_of_another_size_than_keys() -> None:
     assert not shape.is_uniform
 
 
-def test_heads_that_do_not_match_are_refused() -> None:
+def test_fewer_value_than_key_heads() -> None:
     model = tiny_model("llama")
     changed_arguments(model.model.layers[0].self_attn, v=lambda v: v[:, :1])
+    assert [call.num_kv_heads for call in probed(model)[0].calls] == [2, 2]
+
+
+def test_heads_that_do_not_match_are_refused() -> None:
+    model = tiny_model("llama")
+    changed_arguments(model.model.layers[0].self_attn, v=lambda v: torch.cat((v, v[:, :1]), dim=1))
     with pytest.raises(UsageError, match=r"queries, keys and values of shapes .* in layer 0"):
         probed(model)
 

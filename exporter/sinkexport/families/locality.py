@@ -7,6 +7,7 @@ convolution over queries, a recurrent block beside attention, a shift of tokens 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -15,9 +16,10 @@ from sinkrt.contract import RECURRENT_KINDS
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.interface import intercept_attention, random_embeddings
-from sinkexport.families.linear_attention import linear_layers, recurrent_cache
 from sinkexport.families.query_scale import LongCache, measured_scales
+from sinkexport.families.recurrent import cached_states, recurrent_cache, with_cache
 from sinkexport.families.rope import ModelRotary, identity_rotary, replaced_rotary
+from sinkexport.recurrent.registry import each_token_alone
 
 NUM_BEFORE = 5
 """Tokens before the one that is looked at."""
@@ -25,12 +27,14 @@ NUM_BEFORE = 5
 FAR = 2**20
 """A position that no factor of position overlooks: some change at every 8,192nd token only."""
 
+QUERIES = "queries"
+
 Tensors = dict[str, torch.Tensor]
 """Queries, keys and values of each layer, and the logits, of the last token, by name."""
 
 
 def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
-    """Refuse a model whose token depends on others but by attention and by the states of known linear layers.
+    """Refuse a model whose token depends on others but by attention and by the states of known recurrent layers.
 
     Nor may anything but rotation and queries depend on where a token stands.
 
@@ -38,7 +42,9 @@ def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
     """
     x = [2 * NUM_BEFORE]
     texts = list(range(NUM_BEFORE)) + x, list(range(NUM_BEFORE, 2 * NUM_BEFORE)) + x
-    first = _last_token(model, rotary, texts[0], 0)
+    cache = recurrent_cache(model)
+    first = _last_token(model, rotary, texts[0], 0, cache)
+    has_states = bool(cached_states(cache))
     try:
         far = _last_token(model, rotary, texts[0], FAR)
     except IndexError:  # a table of positions, which ends
@@ -53,19 +59,32 @@ def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
                 fix="this model cannot be exported exactly",
             )
         )
-    other = first if linear_layers(model) else _last_token(model, rotary, texts[1], 0)
-    changed = _changed(first, other, model)
-    if linear_layers(model):
-        changed = changed or _changed_in_streams(model, rotary, texts)
+    if has_states:
+        changed = _changed_in_streams(model, rotary, texts)
+    else:
+        changed = _changed(first, _last_token(model, rotary, texts[1], 0), model)
+        changed = changed or _changed_alone(model, rotary, first, x)
     if changed:
         raise UsageError(
             problem(
                 "model",
                 received=f"a state beside attention: earlier tokens change {changed}",
-                expected="softmax attention, or linear attention in layers of its own",
+                expected="softmax attention, and recurrent layers of known rules",
                 fix="this model cannot be exported exactly",
             )
         )
+
+
+def _changed_alone(model: Any, rotary: ModelRotary, first: Tensors, ids: list[int]) -> str | None:
+    """Name of what a token has otherwise if none comes before it; None: nothing.
+
+    Queries may depend on the length of a cache: it then says that as many came before.
+    """
+    changed = _changed(first, _last_token(model, rotary, ids, NUM_BEFORE), model)
+    if changed is not None and changed.startswith(QUERIES):
+        with contextlib.suppress(Exception):  # a model that takes no such cache
+            changed = _changed(first, _last_token(model, rotary, ids, NUM_BEFORE, LongCache(NUM_BEFORE)), model)
+    return changed
 
 
 def query_scales(model: Any, rotary: ModelRotary, capacity: int) -> dict[int, torch.Tensor]:
@@ -73,7 +92,7 @@ def query_scales(model: Any, rotary: ModelRotary, capacity: int) -> dict[int, to
 
     Raises: UsageError if it changes anything else.
     """
-    if linear_layers(model):
+    if recurrent_cache(model) is not None:  # its layers have a length of their own
         return {}
     ids = list(range(NUM_BEFORE + 1))
     first = _last_token(model, rotary, ids, 0)
@@ -97,29 +116,28 @@ def query_scales(model: Any, rotary: ModelRotary, capacity: int) -> dict[int, to
 
 
 def _without_queries(found: Tensors) -> Tensors:
-    return {name: x for name, x in found.items() if not name.startswith("queries")}
+    return {name: x for name, x in found.items() if not name.startswith(QUERIES)}
 
 
 def _changed_in_streams(model: Any, rotary: ModelRotary, texts: tuple[list[int], list[int]]) -> str | None:
-    """Name of what depends on more than the states of linear layers, of the last token; None: nothing does.
+    """Name of what depends on more than the states of recurrent layers, of the last token; None: nothing does.
 
     The states after the start of a text are kept, another text is fed, and the text goes on with what was kept.
     """
     cache = recurrent_cache(model)
     _last_token(model, rotary, texts[0][:-1], 0, cache)
-    if other := _other_states(model, cache):
-        return f"a state of layer {other[0]} that is none of linear attention's"
+    if other := _other_states(cache):
+        return f"a state of layer {other[0]} that is no convolution's and not recurrent"
     kept = copy.deepcopy(cache)
     first = _last_token(model, rotary, texts[0][-1:], 0, cache)
     _last_token(model, rotary, texts[1][:-1], 0, recurrent_cache(model))
     return _changed(first, _last_token(model, rotary, texts[0][-1:], FAR, kept), model)
 
 
-def _other_states(model: Any, cache: Any) -> list[int]:
-    """Layers that have put something into a cache of `recurrent_cache` that belongs to no linear attention."""
-    linear, found = linear_layers(model), []
+def _other_states(cache: Any) -> list[int]:
+    """Layers that have put something else into a cache of `recurrent_cache` than recurrent states."""
+    known, found = {f"{kind}_states" for kind in RECURRENT_KINDS}, []
     for layer, one in enumerate(cache.layers):
-        known = {f"{kind}_states" for kind in RECURRENT_KINDS} if layer in linear else set()
         values = [
             x
             for name, value in vars(one).items()
@@ -132,7 +150,7 @@ def _other_states(model: Any, cache: Any) -> list[int]:
 
 
 def _last_token(model: Any, rotary: ModelRotary, ids: list[int], position: int, cache: Any | None = None) -> Tensors:
-    """Tensors of the last of these tokens, the first standing at `position`. Linear layers go on from `cache`."""
+    """Tensors of the last of these tokens, the first standing at `position`. Recurrent layers go on from `cache`."""
     found: Tensors = {}
 
     def attend(
@@ -140,10 +158,7 @@ def _last_token(model: Any, rotary: ModelRotary, ids: list[int], position: int, 
     ) -> tuple[torch.Tensor, None]:
         layer = int(module.layer_idx)
         found.update(
-            {
-                f"{name} of layer {layer}": x[0, :, -1].double()
-                for name, x in (("queries", q), ("keys", k), ("values", v))
-            }
+            {f"{name} of layer {layer}": x[0, :, -1].double() for name, x in ((QUERIES, q), ("keys", k), ("values", v))}
         )
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous(), None
 
@@ -156,8 +171,9 @@ def _last_token(model: Any, rotary: ModelRotary, ids: list[int], position: int, 
         random_embeddings(model, 2 * NUM_BEFORE + 1),
         intercept_attention(model, attend),
         replaced_rotary(model, identity_rotary(rotary, 1, len(ids), dtype)),
+        each_token_alone(model),
     ):
-        output = model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=False)
+        output = model(input_ids=tokens, position_ids=positions, use_cache=False, **with_cache(model, cache))
     found["logits"] = output.logits[0, -1:].double()
     return found
 

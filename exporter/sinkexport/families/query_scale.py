@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.families.interface import intercept_attention, random_embeddings
+from sinkexport.families.interface import intercept_attention, own_values, random_embeddings
 from sinkexport.families.rope import Replacements, replaced_rotary
 
 TOKENS_AT_ONCE = 256
@@ -79,7 +79,7 @@ def _queries(model: Any, still: Any, start: int, num_tokens: int) -> list[torch.
 
     def record(_module: Any, q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
         found.append(q[0].double())
-        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous(), None
+        return own_values(q, v), None
 
     replacements: Replacements = still(num_tokens)
     ids = torch.zeros(1, num_tokens, dtype=torch.int64)
@@ -89,11 +89,6 @@ def _queries(model: Any, still: Any, start: int, num_tokens: int) -> list[torch.
         intercept_attention(model, record),
         replaced_rotary(model, replacements),
     ):
-        # position_ids stay in a row from 0: what a model reads off them is traced.
-        model(
-            input_ids=ids,
-            position_ids=torch.zeros_like(ids),
-            past_key_values=LongCache(start),
-            use_cache=False,
-        )
+        # position_ids stay 0: what a model reads off them is traced.
+        model(input_ids=ids, position_ids=torch.zeros_like(ids), past_key_values=LongCache(start), use_cache=False)
     return found

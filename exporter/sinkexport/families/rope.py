@@ -99,11 +99,14 @@ def rotary_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 def find_rotary(model: torch.nn.Module) -> tuple[str, torch.nn.Module] | None:
     """The one rotary embedding module of a model, or of its adapter: (name, module). None: it has none.
 
+    A model without one has ALiBi, or no positions at all: whatever else it does with positions,
+    `sinkexport.families.locality` refuses.
+
     Raises: UsageError if the model has several.
     """
     found = list(rotary_modules(model).items())
     if len(found) > 1:
-        raise refused_rotary(f"{len(found)} rotary embeddings", "one that all layers share")
+        raise refused_rotary(f"{len(found)} rotary embeddings", "one that all layers share, or none")
     return found[0] if found else None
 
 

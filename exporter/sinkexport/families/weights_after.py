@@ -19,28 +19,29 @@ from typing import Any
 
 import torch
 
-from sinkexport.families.interface import intercept_attention, random_embeddings
+from sinkexport.families.interface import intercept_attention, own_values, random_embeddings
+from sinkexport.families.recurrent import with_cache
 from sinkexport.families.rope import Replacements, replaced_rotary
+from sinkexport.recurrent.registry import each_token_alone
 
 WEIGHT = "weight"
 
 
-def norms_of_calls(model: torch.nn.Module, identity: Replacements, num_tokens: int, cache: Any) -> list[list[str]]:
+def norms_of_calls(model: Any, identity: Replacements, num_tokens: int, cache: Any) -> list[list[str]]:
     """Modules with a weight whose outputs are the queries and keys of an attention call, for each call."""
     names = {module: name for name, module in model.named_modules()}
     outputs: dict[tuple[int, int], tuple[str, torch.Tensor]] = {}  # the tensors too: memory must not be used again
     found: list[list[str]] = []
 
     def remember(module: torch.nn.Module, _arguments: Any, output: Any) -> None:
-        weight = getattr(module, WEIGHT, None)
-        is_norm = isinstance(output, torch.Tensor) and isinstance(weight, torch.nn.Parameter)
-        if is_norm and weight.shape == output.shape[-1:]:
+        weight = module._parameters.get(WEIGHT)
+        if weight is not None and isinstance(output, torch.Tensor) and weight.shape == output.shape[-1:]:
             outputs[output.data_ptr(), output.numel()] = names[module], output
 
     def record(_module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
         keys = ((x.data_ptr(), x.numel()) for x in (q, k))
         found.append([outputs[key][0] for key in keys if key in outputs])
-        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous(), None
+        return own_values(q, v), None
 
     ids = torch.arange(num_tokens)[None]
     hooks = [module.register_forward_hook(remember) for module in names]
@@ -50,8 +51,9 @@ def norms_of_calls(model: torch.nn.Module, identity: Replacements, num_tokens: i
             random_embeddings(model, num_tokens),
             intercept_attention(model, record),
             replaced_rotary(model, identity),
+            each_token_alone(model),
         ):
-            model(input_ids=ids, position_ids=ids, past_key_values=cache, use_cache=False)
+            model(input_ids=ids, position_ids=ids, use_cache=False, **with_cache(model, cache))
     finally:
         for hook in hooks:
             hook.remove()
@@ -73,7 +75,7 @@ def without_weights(model: torch.nn.Module, names: Iterable[str]) -> Iterator[No
 
 def _unweighted(norm: torch.nn.Module, *arguments: Any, **named: Any) -> Any:
     weight = norm._parameters[WEIGHT]
-    norm._parameters[WEIGHT] = torch.ones_like(weight)  # type: ignore[assignment, arg-type]
+    norm._parameters[WEIGHT] = torch.ones_like(weight)
     try:
         return type(norm).forward(norm, *arguments, **named)
     finally:

@@ -9,7 +9,9 @@ from torch.fx import Node
 from sinkexport.families.rope import identity_rotary, replaced_rotary
 from sinkexport.families.weights_after import without_weights
 from sinkexport.model.decoder import StreamStep
+from sinkexport.model.fold_constants import fold_constants
 from sinkexport.model.fold_rotation import fold_rotation, functional
+from sinkexport.model.latent import latent_parts
 
 
 def trace(stream: StreamStep) -> torch.export.ExportedProgram:
@@ -27,10 +29,12 @@ def trace(stream: StreamStep) -> torch.export.ExportedProgram:
         torch.no_grad(),
         replaced_rotary(stream.model, identity),
         without_weights(stream.model, stream.rotary.norms),
+        latent_parts(stream.model, stream.latents),
     ):
         program = torch.export.export(stream, (ids, position, states, *num_valid), strict=False)
     program = functional(program)
     fold_rotation(program)
+    fold_constants(program)
     _refuse_other_uses_of_position(program)
     return program
 
@@ -45,13 +49,14 @@ def _refuse_other_uses_of_position(program: torch.export.ExportedProgram) -> Non
     ours = (operators.stream_angles.default, operators.sink_attention.default)
     nodes = program.graph_module.graph.nodes
     start = next(node for node in nodes if node.name == position)
-    of_position = {user: user for user in start.users if user.target not in ours}  # each, and what first read them
+    readers = [user for user in start.users if user.target not in ours and not _asks_for_the_beginning(user)]
+    of_position = {user: user for user in readers}  # what depends on positions, and what first read them
     for node in nodes:
         sources = [one for one in node.all_input_nodes if one in of_position]
-        if not sources:
-            continue
-        others = [one for one in node.all_input_nodes if one in of_position and one is not _query(node)]
-        if node.op == "output" or (node.target in ours and (others or _is_also_other(node))):
+        if node.op != "output" and node.target not in ours:
+            if sources:
+                of_position.setdefault(node, of_position[sources[0]])
+        elif sources and (node.op == "output" or _inputs_but_query(node) & of_position.keys()):
             raise UsageError(
                 problem(
                     "positions",
@@ -60,19 +65,18 @@ def _refuse_other_uses_of_position(program: torch.export.ExportedProgram) -> Non
                     fix="this model cannot be exported exactly",
                 )
             )
-        if node.target not in ours:
-            of_position.setdefault(node, of_position[sources[0]])
 
 
-def _query(node: Node) -> Node | None:
-    """The queries that an attention operator is given; None: the node is none."""
-    if node.target is not torch.ops.sinkexport.sink_attention.default:
-        return None
-    query = node.args[0] if node.args else node.kwargs["q"]
-    return query if isinstance(query, Node) else None
+def _inputs_but_query(node: Node) -> set[Node]:
+    """Inputs of one of the operators, an attention's queries left out."""
+    given = dict(node.kwargs)
+    arguments = list(node.args)
+    if node.target is torch.ops.sinkexport.sink_attention.default:
+        given.pop("q", None)
+        arguments = arguments[1:]
+    return {one for one in (*arguments, *given.values()) if isinstance(one, Node)}
 
 
-def _is_also_other(node: Node) -> bool:
-    """Whether an operator is given its queries as another input as well."""
-    given = [*node.args, *node.kwargs.values()]
-    return sum(one is _query(node) for one in given) > 1
+def _asks_for_the_beginning(node: torch.fx.Node) -> bool:
+    """Whether a node asks which streams begin, as `Tokens.begins` does."""
+    return node.target == torch.ops.aten.eq.Scalar and node.args[1] == 0

@@ -41,11 +41,14 @@ METHODS: Mapping[type, str] = {
   TensorSpec tensor() const { return {input, shape, dtype}; }
   int64_t bytes() const { return tensorBytes(shape, dtype); }
   int64_t rowBytes() const { return bytes() / shape[0]; }  // of one stream
-  // Whether it belongs to linear attention: a step makes all of it anew, by standard operators.
+  // Whether it belongs to a recurrence: a step makes all of it anew, by standard operators.
   bool isRecurrent() const;""",
+    schema.AttentionCache: """
+  // What its states have behind "<kind>.": the layer, and the call unless it is the first.
+  std::string suffix() const { return std::to_string(layer) + (call == 0 ? "" : ".call" + std::to_string(call)); }""",
     schema.StreamFacts: "int64_t capacity() const { return num_sink_tokens + window_size; }  // C",
     Manifest: """
-  // Whether there is linear attention.
+  // Whether there are recurrent states: these know no positions, so an idle stream takes kNoToken.
   bool isRecurrent() const;
   int64_t weightsBytes() const;
   int64_t stateBytes() const;

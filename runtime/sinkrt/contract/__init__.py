@@ -23,11 +23,13 @@ from sinkrt.contract.constants import (
     TARGETS,
 )
 from sinkrt.contract.files import check_files, hash_file, load_manifest
+from sinkrt.contract.layout import attention_entries
 from sinkrt.contract.manifest import Manifest
 from sinkrt.contract.reader import build_from_json
 from sinkrt.contract.schema import (
     ActTuning,
     AffineAttention,
+    AttentionCache,
     EngineFacts,
     FileFacts,
     GraphSpec,
@@ -54,6 +56,7 @@ __all__ = [
     "TARGETS",
     "ActTuning",
     "AffineAttention",
+    "AttentionCache",
     "EngineFacts",
     "FileFacts",
     "GraphSpec",
@@ -66,6 +69,7 @@ __all__ = [
     "StreamFacts",
     "TensorSpec",
     "TokenizerFacts",
+    "attention_entries",
     "build_from_json",
     "check_files",
     "hash_file",

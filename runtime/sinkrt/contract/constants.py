@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 """Version of the manifest. Older ones are read as well. What each brought: 2: `quantization` and the scales of an INT8
 window. 3: `plugin_abi` and `engines`. 4: `sink_tuning` and `head_windows`. 5: `affine_attention`, and `act` in
-`sink_tuning`, with the state ``attention_mass``. 6: `weight_bytes` of a graph."""
+`sink_tuning`, with the state ``attention_mass``. 6: `weight_bytes` of a graph. 7: `attention`, caches
+of several calls a layer, latent caches, any number of recurrent states in a layer, and models without attention."""
 
 MANIFEST_NAME = "manifest.json"
 
@@ -51,7 +52,7 @@ MASS_KIND = "attention_mass"
 """State of a layer whose later sinks are calibrated: the attention that each token in the window has received."""
 
 RECURRENT_KINDS = ("conv", "recurrent")
-"""States of a layer with linear attention instead of a cache."""
+"""States of a recurrence: linear attention, a state-space layer, a short convolution. They carry all earlier tokens."""
 
 ALL_KINDS = (*STATE_KINDS, *SCALE_KINDS, MASS_KIND, *RECURRENT_KINDS)
 

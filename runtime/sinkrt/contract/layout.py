@@ -6,30 +6,54 @@ states disagree is refused before a buffer is made of it. Twin of runtime/cpp/sr
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from sinkrt.contract.constants import MASS_KIND, RECURRENT_KINDS, SCALE_KINDS, STATE_KINDS
+from sinkrt.contract.constants import MASS_KIND, RECURRENT_KINDS, STATE_KINDS
+from sinkrt.contract.schema import AttentionCache
 from sinkrt.errors import BundleError, problem
 
 if TYPE_CHECKING:
     from sinkrt.contract.manifest import Manifest
-    from sinkrt.contract.schema import GraphSpec, StateSpec
+    from sinkrt.contract.schema import GraphSpec, ModelFacts, StateSpec
+
+WINDOW_KEYS = STATE_KINDS[2]
+"""Kind of the one state that every cache has."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Cache:
-    """Where the states of one cache belong: all key heads of a layer, or those of one group (``head_windows``)."""
+    """Where the states of one cache belong: all key heads of a call, or those of one group (``head_windows``)."""
 
-    layer: int
-    group: int | None
+    suffix: str
+    sizes: AttentionCache
     num_kv_heads: int
     window_size: int | None
 
-    @property
-    def suffix(self) -> str:
-        return f"{self.layer}" if self.group is None else f"{self.layer}.{self.group}"
+
+def attention_entries(model: ModelFacts, caches: Sequence[AttentionCache]) -> tuple[AttentionCache, ...] | None:
+    """Return `Manifest.attention` for these caches: None if each is its layer's only one, of the model's sizes."""
+    if model.num_q_heads == 0:
+        return tuple(caches)
+    is_uniform = len({cache.layer for cache in caches}) == len(caches) and all(
+        cache == model_cache(model, cache.layer) for cache in caches
+    )
+    return None if is_uniform else tuple(caches)
+
+
+def model_cache(model: ModelFacts, layer: int) -> AttentionCache:
+    """Return the cache of a layer that has the model's heads and `head_dim`."""
+    heads = (model.num_q_heads, model.num_kv_heads, model.head_dim, model.head_dim)
+    return AttentionCache(layer, 0, *heads, latent=False)
+
+
+def uniform_caches(manifest: Manifest) -> tuple[AttentionCache, ...]:
+    """Sizes of the caches if each is the one of its layer and has the model's heads, in the order of the states."""
+    layers = dict.fromkeys(state.layer for state in manifest.states if state.kind not in RECURRENT_KINDS)
+    return tuple(model_cache(manifest.model, layer) for layer in layers)
 
 
 def check_layout(manifest: Manifest) -> None:
@@ -61,8 +85,10 @@ def _check_states(manifest: Manifest) -> None:
     """Compare every state with the geometry that the manifest announces.
 
     Each cache has keys and values of the window, [B, Hkv, W, D]. It has sinks, [B, Hkv, S, D], unless S = 0 or the
-    layer's sliding window is smaller than S + W. An int8 window has scales, [B, Hkv, W]. Names are ``<kind>.<layer>``
-    or ``<kind>.<layer>.<group>``; what comes out of the graph has ``.next`` behind the name.
+    layer's sliding window is smaller than S + W. An int8 window has scales, [B, Hkv, W]. A latent cache has keys alone.
+    Names are ``<kind>.<layer>``, or ``<kind>.<layer>.call<k>`` of a layer's later calls, or ``<kind>.<layer>.<group>``.
+    Recurrent states are ``<kind>.<layer>`` and ``<kind>.<layer>.<index>``. What comes out of the graph has ``.next``
+    behind the name.
 
     Raises: BundleError naming the first state that disagrees.
     """
@@ -75,14 +101,12 @@ def _check_states(manifest: Manifest) -> None:
         if state.output != f"{state.input}.next":
             _refuse(f"output of state '{state.input}'", f"'{state.output}'", f"'{state.input}.next'")
         by_name[state.input] = state
-    expected: set[str] = set()
-    for layer in sorted({state.layer for state in manifest.states}):
-        kinds = {state.kind for state in manifest.states if state.layer == layer}
-        if kinds & set(RECURRENT_KINDS):
-            expected |= _check_recurrent(manifest, layer, by_name)
-        if kinds - set(RECURRENT_KINDS):
-            for cache in _caches(manifest, layer):
-                expected |= _check_cache(manifest, cache, by_name)
+    if manifest.attention is not None:
+        _check_order(manifest, manifest.attention)
+    expected = _check_recurrent(manifest, by_name)
+    for sizes in manifest.caches:
+        for cache in _groups(manifest, sizes):
+            expected |= _check_cache(manifest, cache, by_name)
     kinds = {state.kind for state in manifest.states}
     if manifest.stream.num_sink_tokens and kinds & set(STATE_KINDS) and not kinds & set(STATE_KINDS[:2]):
         _refuse("stream.num_sink_tokens", manifest.stream.num_sink_tokens, "0: no layer keeps sinks")
@@ -91,21 +115,38 @@ def _check_states(manifest: Manifest) -> None:
             _refuse("states", f"'{name}'", "names of the form <kind>.<layer>, one for each state of a layer")
 
 
-def _caches(manifest: Manifest, layer: int) -> Sequence[_Cache]:
-    groups = [group for group in manifest.head_windows or () if group.layer == layer]
+def _check_order(manifest: Manifest, caches: Sequence[AttentionCache]) -> None:
+    """Compare the caches of `attention` with those that have states, one by one; calls of a layer must ascend."""
+    found = [state.input for state in manifest.states if state.kind == WINDOW_KEYS]
+    last_calls: dict[int, int] = {}
+    for number, (cache, name) in enumerate(itertools.zip_longest(caches, found)):
+        wanted = "no more" if cache is None else f"'{WINDOW_KEYS}.{cache.suffix}'"
+        if cache is None or name != f"{WINDOW_KEYS}.{cache.suffix}":
+            _refuse(f"attention[{number}]", wanted, "no more caches" if name is None else f"'{name}', as states say")
+        if cache.call <= last_calls.get(cache.layer, -1):
+            _refuse(f"attention[{number}].call", cache.call, f"above {last_calls[cache.layer]}, the layer's last")
+        last_calls[cache.layer] = cache.call
+
+
+def _groups(manifest: Manifest, sizes: AttentionCache) -> Sequence[_Cache]:
+    """The caches of one call: one, or one for each group of its key heads."""
+    groups = [group for group in manifest.head_windows or () if group.layer == sizes.layer]
     if len(groups) < 2:
         window = groups[0].window_size if groups else None
-        return [_Cache(layer, None, manifest.model.num_kv_heads, window)]
-    return [_Cache(layer, number, len(group.kv_heads), group.window_size) for number, group in enumerate(groups)]
+        return [_Cache(sizes.suffix, sizes, sizes.num_kv_heads, window)]
+    return [
+        _Cache(f"{sizes.suffix}.{number}", sizes, len(group.kv_heads), group.window_size)
+        for number, group in enumerate(groups)
+    ]
 
 
 def _check_cache(manifest: Manifest, cache: _Cache, by_name: Mapping[str, StateSpec]) -> set[str]:
     """The states of one cache. Returns their names."""
-    stream, model = manifest.stream, manifest.model
+    stream, sizes = manifest.stream, cache.sizes
     head = (stream.batch, cache.num_kv_heads)
-    window = by_name.get(f"window_k.{cache.suffix}")
+    window = by_name.get(f"{WINDOW_KEYS}.{cache.suffix}")
     if window is None:
-        _refuse(f"states of layer {cache.layer}", f"no 'window_k.{cache.suffix}'", "keys of the window in each cache")
+        _refuse(f"states of layer {sizes.layer}", f"no 'window_k.{cache.suffix}'", "keys of the window in each cache")
     has_sinks = f"sink_k.{cache.suffix}" in by_name
     length = window.shape[2] if len(window.shape) == 4 else 0  # 0: its shape is refused below
     longest = cache.window_size or stream.window_size
@@ -118,45 +159,48 @@ def _check_cache(manifest: Manifest, cache: _Cache, by_name: Mapping[str, StateS
         _refuse(f"tokens of state '{window.input}'", length, f"{wanted}, as stream and head_windows say")
     is_int8 = window.dtype == "int8"
     float_dtype = manifest.weights_dtype if manifest.plugin_abi is None else "float16"  # the plugin's, always
-    rows: tuple[tuple[int, ...], str] = ((*head, length, model.head_dim), "int8" if is_int8 else float_dtype)
-    wanted_states = dict.fromkeys(("window_k", "window_v"), rows)
-    if has_sinks:
-        sinks = ((*head, stream.num_sink_tokens, model.head_dim), float_dtype)
-        wanted_states |= dict.fromkeys(("sink_k", "sink_v"), sinks)
-    if is_int8:
-        wanted_states |= dict.fromkeys(SCALE_KINDS, ((*head, length), "float16"))
-    mass = f"{MASS_KIND}.{cache.suffix}"
-    if mass in by_name:
-        q_heads = cache.num_kv_heads * (model.num_q_heads // model.num_kv_heads)
-        wanted_states[MASS_KIND] = ((stream.batch, q_heads, 2, length), "float32")
+    wanted_states: dict[str, tuple[tuple[int, ...], str]] = {}
+    for part, dim in zip("kv", (sizes.key_dim, 0 if sizes.latent else sizes.value_dim), strict=True):
+        if not dim:
+            continue
+        wanted_states[f"window_{part}"] = (*head, length, dim), "int8" if is_int8 else float_dtype
+        if has_sinks:
+            wanted_states[f"sink_{part}"] = (*head, stream.num_sink_tokens, dim), float_dtype
+        if is_int8:
+            wanted_states[f"window_{part}_scale"] = (*head, length), "float16"
+    if manifest.attention is None and f"{MASS_KIND}.{cache.suffix}" in by_name:
+        q_heads = cache.num_kv_heads * (sizes.num_q_heads // sizes.num_kv_heads)
+        wanted_states[MASS_KIND] = (stream.batch, q_heads, 2, length), "float32"
     for kind, (shape, dtype) in wanted_states.items():
-        _check_state(by_name.get(f"{kind}.{cache.suffix}"), f"{kind}.{cache.suffix}", kind, shape, dtype)
+        state = _named(by_name, f"{kind}.{cache.suffix}", kind, sizes.layer)
+        if (state.shape, state.dtype) != (shape, dtype):
+            _refuse(f"state '{state.input}'", f"{state.dtype} {list(state.shape)}", f"{dtype} {list(shape)}")
     return {f"{kind}.{cache.suffix}" for kind in wanted_states}
 
 
-def _check_state(state: StateSpec | None, name: str, kind: str, shape: tuple[int, ...], dtype: str) -> None:
-    if state is None:
-        _refuse("states", f"no '{name}'", "every state of a cache")
-    if state.kind != kind:
-        _refuse(f"kind of state '{name}'", state.kind, kind)
-    if (state.shape, state.dtype) != (shape, dtype):
-        _refuse(f"state '{name}'", f"{state.dtype} {list(state.shape)}", f"{dtype} {list(shape)}")
-
-
-def _check_recurrent(manifest: Manifest, layer: int, by_name: Mapping[str, StateSpec]) -> set[str]:
-    """The states of linear attention: any shape, one row for each stream."""
-    names = set()
-    for kind in RECURRENT_KINDS:
-        name = f"{kind}.{layer}"
-        state = by_name.get(name)
-        if state is None:
-            _refuse("states", f"no '{name}'", "both states of linear attention")
-        if state.kind != kind:
-            _refuse(f"kind of state '{name}'", state.kind, kind)
-        if not state.shape or state.shape[0] != manifest.stream.batch:
+def _check_recurrent(manifest: Manifest, by_name: Mapping[str, StateSpec]) -> set[str]:
+    """The recurrent states: of any shape, one row for each stream, numbered without gaps. Returns their names."""
+    numbers = collections.Counter((s.layer, s.kind) for s in manifest.states if s.kind in RECURRENT_KINDS)
+    names = {
+        f"{kind}.{layer}.{index}" if index else f"{kind}.{layer}": (layer, kind)
+        for (layer, kind), number in sorted(numbers.items())
+        for index in range(number)
+    }
+    for name, (layer, kind) in names.items():
+        state = _named(by_name, name, kind, layer)
+        if state.shape[:1] != (manifest.stream.batch,):
             _refuse(f"streams of state '{name}'", list(state.shape)[:1], f"batch={manifest.stream.batch} first")
-        names.add(name)
-    return names
+    return set(names)
+
+
+def _named(by_name: Mapping[str, StateSpec], name: str, kind: str, layer: int) -> StateSpec:
+    """The state of this name, whose kind and layer must be those that the name says."""
+    state = by_name.get(name)
+    if state is None:
+        _refuse("states", f"no '{name}'", "every state of a cache, and recurrent states numbered from 0")
+    if (state.kind, state.layer) != (kind, layer):
+        _refuse(f"state '{name}'", f"{state.kind} of layer {state.layer}", f"{kind} of layer {layer}")
+    return state
 
 
 def _refuse(what: str, received: object, expected: str) -> NoReturn:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sinkrt.contract.constants import FLOAT_DTYPES, SCHEMA_VERSION, TARGETS
-from sinkrt.contract.layout import check_layout
+from sinkrt.contract.constants import FLOAT_DTYPES, RECURRENT_KINDS, SCHEMA_VERSION, TARGETS
+from sinkrt.contract.layout import attention_entries, check_layout, uniform_caches
 from sinkrt.contract.reader import build_from_json, parse_json
 from sinkrt.contract.rules import about, check_rules, is_inside, require
 from sinkrt.contract.schema import (
     AffineAttention,
+    AttentionCache,
     EngineFacts,
     FileFacts,
     GraphSpec,
@@ -36,6 +37,9 @@ class Manifest:
     With plugins `position` is int32 [B, 2], t >> 16 and t & 0xffff, and `ids` and `num_valid` are int32.
     `head_windows` has each key head of each layer with a window once, in the order of the states. States of group g of
     a layer with several groups are named ``<kind>.<layer>.<g>`` and hold its heads alone.
+
+    `attention` has the sizes of each cache in the order of the states, if one cache has others than `model` says or
+    belongs to a layer's second call. Such models have no `sink_tuning`, `head_windows` or `affine_attention`.
     """
 
     schema_version: int = field(metadata=about("version of this schema"))
@@ -62,11 +66,15 @@ class Manifest:
     affine_attention: AffineAttention | None = field(
         default=None, metadata=about("None: attention weights are those of the softmax")
     )
+    attention: tuple[AttentionCache, ...] | None = field(
+        default=None, metadata=about("None: each cache has the model's heads and head_dim; empty: no attention")
+    )
 
     def __post_init__(self) -> None:
         check_rules(self)
 
     def _check(self) -> None:
+        self._check_attention()
         if self.sink_tuning is not None:
             self._check_sink_tuning(self.sink_tuning)
         if self.head_windows is not None:
@@ -84,6 +92,17 @@ class Manifest:
             for path in filter(None, (self.tokenizer.file, self.tokenizer.chat_template)):
                 require(path in self.files, "tokenizer file", path, "a file that 'files' lists")
         check_layout(self)
+
+    def _check_attention(self) -> None:
+        heads, entries = self.model.num_q_heads, self.attention
+        expected = "null or a cache, as 'model' has heads" if heads else "an empty list, as 'model' has no heads"
+        require((heads == 0) == (entries == ()), "attention", _count(entries), expected)
+        if entries is None:
+            return
+        is_uniform = attention_entries(self.model, entries) is None
+        require(not is_uniform, "attention", "the sizes that 'model' has", "null for these")
+        for name in ("sink_tuning", "head_windows", "affine_attention"):
+            require(getattr(self, name) is None, name, "it beside 'attention'", "null where caches differ in size")
 
     def _check_sink_tuning(self, tuning: SinkTuning) -> None:
         wanted = (self.model.num_layers, self.model.num_q_heads)
@@ -111,6 +130,17 @@ class Manifest:
         require(ok, "affine_attention.heads", found, f"{layers} layers, heads below {self.model.num_q_heads}")
 
     @property
+    def caches(self) -> tuple[AttentionCache, ...]:
+        """Sizes of every cache in the order of the states, as `attention` or else `model` says; the groups of a layer
+        (`head_windows`) are one cache."""
+        return uniform_caches(self) if self.attention is None else self.attention
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether there are recurrent states: these know no positions, so an idle stream takes `NO_TOKEN`."""
+        return any(state.kind in RECURRENT_KINDS for state in self.states)
+
+    @property
     def weights_bytes(self) -> int:
         """Bytes of the weights files."""
         return sum(facts.bytes for path, facts in self.files.items() if path.startswith("weights"))
@@ -136,6 +166,8 @@ class Manifest:
             facts.append([dataclasses.asdict(group) for group in self.head_windows])
         if self.affine_attention is not None:
             facts.append(self.affine_attention.sha256)
+        if self.attention is not None:
+            facts.append({"attention": [dataclasses.asdict(cache) for cache in self.attention]})
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -164,3 +196,7 @@ class Manifest:
                 )
             )
         return build_from_json(cls, raw, "manifest")
+
+
+def _count(entries: Sequence[AttentionCache] | None) -> str:
+    return "null" if entries is None else f"{len(entries)} caches"

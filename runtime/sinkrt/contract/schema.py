@@ -61,10 +61,11 @@ class StateSpec:
 
     Kinds ``sink_k | sink_v`` have the shape [B, Hkv, S, D], and ``window_k | window_v`` have [B, Hkv, W, D]. Where the
     window is int8 there are ``window_k_scale | window_v_scale`` of shape [B, Hkv, W], one for each head and token. A
-    layer whose sliding window is smaller than S + W has that window for W, and no sinks. ``attention_mass`` of
+    layer whose sliding window is smaller than S + W has that window for W, and no sinks. Hkv and D are the cache's own
+    (`AttentionCache`), and a latent cache has no ``_v``. ``attention_mass`` of
     shape [B, Hq, 2, W] has sums for `ActTuning`, after the last token at an even and at an odd position. So a step
-    reads what the token before it left, and can be repeated. Linear attention has ``conv | recurrent``, of any shape
-    [B, ..]. All states are zero where a stream begins.
+    reads what the token before it left, and can be repeated. A recurrence has ``conv | recurrent``, of any shape
+    [B, ..] and any number, in a layer with or without a cache. All states are zero where a stream begins.
     """
 
     _LABEL: ClassVar[str] = "state {}"
@@ -117,9 +118,9 @@ class ModelFacts:
     architecture: str = field(metadata=about("name of transformers' class"))
     family: str = field(metadata=about("transformers' model_type"))
     num_layers: int = field(metadata=about("decoder layers", least=1))
-    num_q_heads: int = field(metadata=about("query heads of a layer, a multiple of num_kv_heads", least=1))
-    num_kv_heads: int = field(metadata=about("key and value heads of a layer", least=1))
-    head_dim: int = field(metadata=about("elements of a head", least=1))
+    num_q_heads: int = field(metadata=about("query heads of a layer, a multiple of num_kv_heads; 0: none", least=0))
+    num_kv_heads: int = field(metadata=about("key and value heads of a layer; 0: no attention", least=0))
+    head_dim: int = field(metadata=about("elements of a head; 0: no attention", least=0))
     hidden_size: int = field(metadata=about("elements of a hidden state", least=1))
     vocab_size: int = field(metadata=about("logits of a token", least=1))
     num_parameters: int = field(metadata=about("parameters of the model"))
@@ -131,13 +132,59 @@ class ModelFacts:
         check_rules(self)
 
     def _check(self) -> None:
-        is_multiple = self.num_q_heads % self.num_kv_heads == 0
-        require(is_multiple, "model.num_q_heads", self.num_q_heads, f"a multiple of num_kv_heads={self.num_kv_heads}")
+        check_heads("model", self.num_q_heads, self.num_kv_heads)
+        has_attention = self.num_q_heads > 0
+        expected = ">= 1, as there are query heads" if has_attention else "0, as there are no query heads"
+        require((self.head_dim > 0) == has_attention, "model.head_dim", self.head_dim, expected)
+
+
+@dataclass(frozen=True)
+class AttentionCache:
+    """Sizes of one cache: what one attention call of a layer keeps.
+
+    A latent cache has one row a token, for keys and values alike: the values are the row's first `value_dim` elements.
+    Its states are ``sink_k | window_k`` alone, and ``window_k_scale`` where the window is int8.
+    """
+
+    _LABEL: ClassVar[str] = "attention.{}"
+
+    layer: int = field(metadata=about("index of the layer", least=0))
+    call: int = field(metadata=about("number of the call among those of its layer", least=0))
+    num_q_heads: int = field(metadata=about("query heads, a multiple of num_kv_heads", least=1))
+    num_kv_heads: int = field(metadata=about("key and value heads", least=1))
+    key_dim: int = field(metadata=about("elements of a key", least=1))
+    value_dim: int = field(metadata=about("elements of a value", least=1))
+    latent: bool = field(metadata=about("whether values are a part of the keys' rows (MLA)"))
+
+    def __post_init__(self) -> None:
+        check_rules(self)
+
+    def _check(self) -> None:
+        check_heads("attention", self.num_q_heads, self.num_kv_heads)
+        if self.latent:
+            require(self.num_kv_heads == 1, "attention.num_kv_heads", self.num_kv_heads, "1 in a latent cache")
+            fits = self.value_dim <= self.key_dim
+            require(fits, "attention.value_dim", self.value_dim, f"at most key_dim={self.key_dim} in a latent cache")
+
+    @property
+    def suffix(self) -> str:
+        """What its states have behind ``<kind>.``: the layer, and the call unless it is the first."""
+        return f"{self.layer}.call{self.call}" if self.call else f"{self.layer}"
+
+
+def check_heads(where: str, num_q_heads: int, num_kv_heads: int) -> None:
+    """Raise BundleError unless query heads are a multiple of key heads; none is one of none."""
+    ok = num_q_heads > 0 and num_q_heads % num_kv_heads == 0 if num_kv_heads > 0 else num_q_heads == 0
+    expected = f"a multiple of num_kv_heads={num_kv_heads}" if num_kv_heads else "0, as num_kv_heads is"
+    require(ok, f"{where}.num_q_heads", num_q_heads, expected)
 
 
 @dataclass(frozen=True)
 class StreamFacts:
-    """Geometry of the cache, in tokens."""
+    """Geometry of the cache, in tokens.
+
+    In a model without attention, S and W mean nothing but the longest chunk (W) and the number of recent ids (S + W).
+    """
 
     _LABEL: ClassVar[str] = "stream.{}"
 

@@ -6,7 +6,7 @@
 
 namespace sinkrt {
 
-constexpr int64_t kSchemaVersion = 6;
+constexpr int64_t kSchemaVersion = 7;
 constexpr const char* kManifestName = "manifest.json";
 // ABI of the TensorRT plugins that the graphs of this version have nodes of.
 constexpr const char* kPluginAbi = "3";

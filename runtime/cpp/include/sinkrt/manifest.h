@@ -41,7 +41,7 @@ struct StateSpec {
   TensorSpec tensor() const { return {input, shape, dtype}; }
   int64_t bytes() const { return tensorBytes(shape, dtype); }
   int64_t rowBytes() const { return bytes() / shape[0]; }  // of one stream
-  // Whether it belongs to linear attention: a step makes all of it anew, by standard operators.
+  // Whether it belongs to a recurrence: a step makes all of it anew, by standard operators.
   bool isRecurrent() const;
 };
 
@@ -60,15 +60,29 @@ struct ModelFacts {
   std::string architecture;             // name of transformers' class
   std::string family;                   // transformers' model_type
   int64_t num_layers = 0;               // decoder layers
-  int64_t num_q_heads = 0;              // query heads of a layer, a multiple of num_kv_heads
-  int64_t num_kv_heads = 0;             // key and value heads of a layer
-  int64_t head_dim = 0;                 // elements of a head
+  int64_t num_q_heads = 0;              // query heads of a layer, a multiple of num_kv_heads; 0: none
+  int64_t num_kv_heads = 0;             // key and value heads of a layer; 0: no attention
+  int64_t head_dim = 0;                 // elements of a head; 0: no attention
   int64_t hidden_size = 0;              // elements of a hidden state
   int64_t vocab_size = 0;               // logits of a token
   int64_t num_parameters = 0;           // parameters of the model
   std::string position_scheme;          // how positions enter attention
   std::optional<int64_t> bos_token_id;  // token that begins a text; None: there is none
   std::vector<int64_t> eos_token_ids;   // tokens that end a text
+};
+
+// Sizes of one cache: what one attention call of a layer keeps.
+struct AttentionCache {
+  int64_t layer = 0;         // index of the layer
+  int64_t call = 0;          // number of the call among those of its layer
+  int64_t num_q_heads = 0;   // query heads, a multiple of num_kv_heads
+  int64_t num_kv_heads = 0;  // key and value heads
+  int64_t key_dim = 0;       // elements of a key
+  int64_t value_dim = 0;     // elements of a value
+  bool latent = false;       // whether values are a part of the keys' rows (MLA)
+
+  // What its states have behind "<kind>.": the layer, and the call unless it is the first.
+  std::string suffix() const { return std::to_string(layer) + (call == 0 ? "" : ".call" + std::to_string(call)); }
 };
 
 // Geometry of the cache, in tokens.
@@ -166,8 +180,10 @@ struct Manifest {
   std::optional<SinkTuning> sink_tuning;                      // None: attention is the model's own
   std::optional<std::vector<HeadWindow>> head_windows;        // None: all heads keep stream.window_size tokens
   std::optional<AffineAttention> affine_attention;            // None: attention weights are those of the softmax
+  std::optional<std::vector<AttentionCache>>
+      attention;  // None: each cache has the model's heads and head_dim; empty: no attention
 
-  // Whether there is linear attention.
+  // Whether there are recurrent states: these know no positions, so an idle stream takes kNoToken.
   bool isRecurrent() const;
   int64_t weightsBytes() const;
   int64_t stateBytes() const;

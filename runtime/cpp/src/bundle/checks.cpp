@@ -36,6 +36,13 @@ bool isInside(const std::string& path) {
   return true;
 }
 
+// Query heads are a multiple of key heads; none is one of none.
+void checkHeads(const std::string& where, int64_t num_q_heads, int64_t num_kv_heads) {
+  const bool fits = num_kv_heads > 0 ? num_q_heads > 0 && num_q_heads % num_kv_heads == 0 : num_q_heads == 0;
+  require(fits, where + ".num_q_heads", std::to_string(num_q_heads),
+          num_kv_heads > 0 ? "a multiple of num_kv_heads=" + std::to_string(num_kv_heads) : "0, as num_kv_heads is");
+}
+
 // A table of the tuning: [L][Hq].
 template <typename T>
 void checkTable(const ModelFacts& model, const std::string& name, const std::vector<std::vector<T>>& rows) {
@@ -44,6 +51,33 @@ void checkTable(const ModelFacts& model, const std::string& name, const std::vec
                     std::all_of(rows.begin(), rows.end(), [&](const auto& layer) { return layer.size() == heads; });
   require(fits, "sink_tuning." + name, "other sizes",
           "(" + std::to_string(model.num_layers) + ", " + std::to_string(heads) + "): layers, query heads");
+}
+
+// Whether each cache is its layer's only one and has the model's sizes.
+bool isUniform(const ModelFacts& model, const std::vector<AttentionCache>& caches) {
+  std::set<int64_t> layers;
+  return std::all_of(caches.begin(), caches.end(), [&](const AttentionCache& cache) {
+    return layers.insert(cache.layer).second && cache.call == 0 && !cache.latent &&
+           cache.num_q_heads == model.num_q_heads && cache.num_kv_heads == model.num_kv_heads &&
+           cache.key_dim == model.head_dim && cache.value_dim == model.head_dim;
+  });
+}
+
+void checkAttention(const Manifest& manifest) {
+  const auto& caches = manifest.attention;
+  const bool has_heads = manifest.model.num_q_heads > 0;
+  require(has_heads != (caches && caches->empty()), "attention",
+          caches ? std::to_string(caches->size()) + " caches" : "null",
+          has_heads ? "null or a cache, as 'model' has heads" : "an empty list, as 'model' has no heads");
+  if (!caches) return;
+  require(!has_heads || !isUniform(manifest.model, *caches), "attention", "the sizes that 'model' has",
+          "null for these");
+  const std::pair<const char*, bool> variants[] = {{"sink_tuning", manifest.sink_tuning.has_value()},
+                                                   {"head_windows", manifest.head_windows.has_value()},
+                                                   {"affine_attention", manifest.affine_attention.has_value()}};
+  for (const auto& [name, is_there] : variants) {
+    require(!is_there, name, "it beside 'attention'", "null where caches differ in size");
+  }
 }
 
 void checkSinkTuning(const Manifest& manifest) {
@@ -130,8 +164,18 @@ void check(const StateSpec& state) {
 }
 
 void check(const ModelFacts& model) {
-  require(model.num_q_heads % model.num_kv_heads == 0, "model.num_q_heads", std::to_string(model.num_q_heads),
-          "a multiple of num_kv_heads=" + std::to_string(model.num_kv_heads));
+  checkHeads("model", model.num_q_heads, model.num_kv_heads);
+  const bool has_attention = model.num_q_heads > 0;
+  require((model.head_dim > 0) == has_attention, "model.head_dim", std::to_string(model.head_dim),
+          has_attention ? ">= 1, as there are query heads" : "0, as there are no query heads");
+}
+
+void check(const AttentionCache& cache) {
+  checkHeads("attention", cache.num_q_heads, cache.num_kv_heads);
+  if (!cache.latent) return;
+  require(cache.num_kv_heads == 1, "attention.num_kv_heads", std::to_string(cache.num_kv_heads), "1 in a latent cache");
+  require(cache.value_dim <= cache.key_dim, "attention.value_dim", std::to_string(cache.value_dim),
+          "at most key_dim=" + std::to_string(cache.key_dim) + " in a latent cache");
 }
 
 void check(const StreamFacts& stream) {
@@ -163,6 +207,7 @@ void check(const HeadWindow& group) {
 }
 
 void check(const Manifest& manifest) {
+  checkAttention(manifest);
   if (manifest.sink_tuning) checkSinkTuning(manifest);
   if (manifest.head_windows) checkHeadWindows(manifest);
   if (manifest.affine_attention) checkAffineAttention(manifest);

@@ -21,6 +21,11 @@ std::string Manifest::fingerprint() const {
   if (sink_tuning) facts.items.push_back(sinkrt::toJson(sink_tuning->sha256));  // later tokens were computed under it
   if (head_windows) facts.items.push_back(sinkrt::toJson(*head_windows));
   if (affine_attention) facts.items.push_back(sinkrt::toJson(affine_attention->sha256));
+  if (attention) {
+    Json caches = Json::object();
+    caches.add("attention", sinkrt::toJson(*attention));
+    facts.items.push_back(std::move(caches));
+  }
   const std::string text = dumpJson(facts, {-1, true});
   Sha256 digest;
   digest.add(text.data(), text.size());

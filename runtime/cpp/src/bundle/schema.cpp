@@ -82,9 +82,9 @@ void read(const Json& raw, const std::string& where, ModelFacts& out) {
       .take("eos_token_ids", out.eos_token_ids)
       .end();
   atLeast("model.num_layers", out.num_layers, 1);
-  atLeast("model.num_q_heads", out.num_q_heads, 1);
-  atLeast("model.num_kv_heads", out.num_kv_heads, 1);
-  atLeast("model.head_dim", out.head_dim, 1);
+  atLeast("model.num_q_heads", out.num_q_heads, 0);
+  atLeast("model.num_kv_heads", out.num_kv_heads, 0);
+  atLeast("model.head_dim", out.head_dim, 0);
   atLeast("model.hidden_size", out.hidden_size, 1);
   atLeast("model.vocab_size", out.vocab_size, 1);
   check(out);
@@ -105,6 +105,37 @@ Json toJson(const ModelFacts& value) {
   out.add("position_scheme", toJson(value.position_scheme));
   out.add("bos_token_id", toJson(value.bos_token_id));
   out.add("eos_token_ids", toJson(value.eos_token_ids));
+  return out;
+}
+
+void read(const Json& raw, const std::string& where, AttentionCache& out) {
+  Fields(raw, where)
+      .take("layer", out.layer)
+      .take("call", out.call)
+      .take("num_q_heads", out.num_q_heads)
+      .take("num_kv_heads", out.num_kv_heads)
+      .take("key_dim", out.key_dim)
+      .take("value_dim", out.value_dim)
+      .take("latent", out.latent)
+      .end();
+  atLeast("attention.layer", out.layer, 0);
+  atLeast("attention.call", out.call, 0);
+  atLeast("attention.num_q_heads", out.num_q_heads, 1);
+  atLeast("attention.num_kv_heads", out.num_kv_heads, 1);
+  atLeast("attention.key_dim", out.key_dim, 1);
+  atLeast("attention.value_dim", out.value_dim, 1);
+  check(out);
+}
+
+Json toJson(const AttentionCache& value) {
+  Json out = Json::object();
+  out.add("layer", toJson(value.layer));
+  out.add("call", toJson(value.call));
+  out.add("num_q_heads", toJson(value.num_q_heads));
+  out.add("num_kv_heads", toJson(value.num_kv_heads));
+  out.add("key_dim", toJson(value.key_dim));
+  out.add("value_dim", toJson(value.value_dim));
+  out.add("latent", toJson(value.latent));
   return out;
 }
 
@@ -309,6 +340,7 @@ void read(const Json& raw, const std::string& where, Manifest& out) {
       .takeIfThere("sink_tuning", out.sink_tuning)
       .takeIfThere("head_windows", out.head_windows)
       .takeIfThere("affine_attention", out.affine_attention)
+      .takeIfThere("attention", out.attention)
       .end();
   oneOf("target", out.target, kTargets);
   oneOf("weights_dtype", out.weights_dtype, kFloatDtypes);
@@ -333,6 +365,7 @@ Json toJson(const Manifest& value) {
   out.add("sink_tuning", toJson(value.sink_tuning));
   out.add("head_windows", toJson(value.head_windows));
   out.add("affine_attention", toJson(value.affine_attention));
+  out.add("attention", toJson(value.attention));
   return out;
 }
 
