@@ -73,7 +73,9 @@ class StepCache:
         """Hand out the last inputs of a convolution, which a step writes in place."""
         return self.after[layer_idx]["conv", state_idx]
 
-    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> torch.Tensor:
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
+    ) -> torch.Tensor:
         """conv_states [B, channels, T] -> [B, channels, kernel + T], what came before included."""
         before, num_valid = self._before[layer_idx]["conv", state_idx], self._tokens.num_valid
         seen = torch.cat([before, conv_states.to(before.dtype)], dim=-1)
@@ -88,7 +90,9 @@ class StepCache:
         self.last_read, self.num_reads = (layer_idx, ("recurrent", state_idx)), self.num_reads + 1
         return self.read()
 
-    def update_recurrent_state(self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> torch.Tensor:
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
+    ) -> torch.Tensor:
         """The state after the tokens."""
         self.after[layer_idx]["recurrent", state_idx] = recurrent_states
         return recurrent_states
