@@ -20,6 +20,7 @@ from sinkexport.config import (
     ExportConfig,
 )
 from sinkexport.targets import OPTIONS
+from sinkexport.util.garbage import no_garbage_collection
 from sinkexport.util.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -156,8 +157,9 @@ def command(
         budgets=_head_windows(head_windows_file),
         affine=_affine(affine_file),
     )
-    from sinkexport.pipeline.check_export import UncheckedWarning
-    from sinkexport.pipeline.export import export
+    with no_garbage_collection(is_lasting=True):
+        from sinkexport.pipeline.check_export import UncheckedWarning
+        from sinkexport.pipeline.export import export
 
     start = time.perf_counter()
     with shown_progress(STAGES) as show, warnings.catch_warnings(record=True) as caught:

@@ -18,6 +18,7 @@ from sinkexport.graph.edit import known_shape
 from sinkexport.graph.graph_pass import PassContext, run_passes
 from sinkexport.graph.quantize.plan import Plan
 from sinkexport.graph.state_order import check_state_order
+from sinkexport.graph.torchlib import quick_table
 from sinkexport.graph.translations import translations
 from sinkexport.graph.weight_bytes import weight_bytes
 from sinkexport.targets import Target
@@ -77,7 +78,7 @@ def convert(program: torch.export.ExportedProgram) -> ir.Model:
 
     Raises: UsageError naming the torch operators that have no ONNX form.
     """
-    with _quiet():
+    with _quiet(), quick_table():
         try:
             converted = torch.onnx.export(
                 program,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +68,7 @@ from sinkexport.pipeline.sink_token import with_sink_token
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel, load_model
 from sinkexport.util.derived_constant import DerivedConstant
+from sinkexport.util.garbage import no_garbage_collection
 from sinkexport.util.progress import Report, silent
 from sinkexport.variants.affine import FILE_NAME as AFFINE_FILE
 
@@ -99,7 +98,8 @@ def export(
     """
     config = config or ExportConfig()
     report("load", 0, 1)
-    loaded = load_model(source, WEIGHT_DTYPES[config.dtype])
+    with no_garbage_collection():  # the model's code is imported here
+        loaded = load_model(source, WEIGHT_DTYPES[config.dtype])
     report("load", 1, 1)
     return export_loaded(loaded, out, config, overwrite=overwrite, check=check, report=report)
 
@@ -282,26 +282,12 @@ def _build(
     recipe, dtype = config.recipe, WEIGHT_DTYPES[config.dtype]
     plan = None if recipe is None else plan_of(recipe, loaded.model, dtype, config.calibration)
     num_sinks = 0 if config.calibration is None else config.calibration.num_sink_tokens
-    with _no_garbage_collection():
+    with no_garbage_collection():
         with refusing(loaded.model, f"tracing the {role} graph"):
             program = trace(step)
             derived = derived_constants(program)
         with refusing(loaded.model, f"converting the {role} graph to ONNX"):
             return build_graph(program, role, step.state_names, target_of(config), num_sinks, plan), derived
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Tracing makes millions of small objects that live on: the collector would look through all of them again and
-    again, an eighth of the whole time, and find a few megabytes.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _resolved(config: ExportConfig, family: str) -> ExportConfig:
