@@ -20,6 +20,7 @@ import torch
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
+from sinkexport.families.indexers import refuse_small_indexes
 from sinkexport.families.interface import intercept_attention, layer_of, own_values, random_embeddings
 from sinkexport.families.latent import Latent, find_latents
 from sinkexport.families.layout import NoLayoutError, find_layout, is_close
@@ -59,6 +60,7 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
         layers carries something from token to token.
     """
     with refusing(model, "probing its attention"):
+        refuse_small_indexes(model, capacity)
         tables = _probe_tables(model, capacity)
         # Angles of each table differ, so that a layer's rotation shows its table; those of tokens differ too.
         angles = {

@@ -149,7 +149,8 @@ def weights_folder(origin: Origin) -> Path:
 def _weights(folder: Path, config: Any) -> WeightFiles:
     files = read_weight_files(folder, getattr(config, "transformers_weights", None))
     refuse_numbers(files.tensors)
-    refuse_gaps(files.tensors)
+    has_identities = bool(getattr(config, "zero_expert_num", None))
+    refuse_gaps(files.tensors, config.n_routed_experts if has_identities else None)
     return files
 
 
