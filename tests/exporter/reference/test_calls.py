@@ -1,4 +1,4 @@
-"""The call-following reference: like the re-rotating one where both apply, and like a slow oracle for other families."""
+"""The call-following reference: like the re-rotating one where both apply, and like an oracle for other families."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ class Oracle:
         return torch.stack(self.outputs[self.call - 1], dim=1), None
 
     def temperature(self, module: Any) -> float:
-        """Llama 4 counts tokens, whatever their positions: the factor of the place in the cache for that of the text."""
+        """Llama 4 counts tokens: the factor of the place in the cache for that of the place in the text."""
         if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
             return 1.0
         place, wanted = (
