@@ -11,6 +11,7 @@ import torch
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import AttentionFunction, adapted, find_adapter
+from sinkexport.recurrent.registry import is_without_attention
 
 MaskFunction = Callable[..., torch.Tensor]
 """transformers' mask interface: keywords ``batch_size, q_length, kv_length, mask_function ..`` -> a mask."""
@@ -73,8 +74,9 @@ def intercept_attention(
         try:
             model.set_attn_implementation(name)
         except (ValueError, AttributeError, ImportError) as error:
-            raise _unsupported(model) from error
-        if model.config._attn_implementation != name:
+            if not is_without_attention(model):
+                raise _unsupported(model) from error
+        if model.config._attn_implementation != name and not is_without_attention(model):
             raise _unsupported(model)
         yield
     finally:

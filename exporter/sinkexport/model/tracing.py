@@ -7,6 +7,7 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.rope import identity_rotary, replaced_rotary
 from sinkexport.model.decoder import StreamStep
+from sinkexport.model.fold_constants import fold_constants
 from sinkexport.model.fold_rotation import fold_rotation, functional
 from sinkexport.model.latent import latent_parts
 
@@ -30,6 +31,7 @@ def trace(stream: StreamStep) -> torch.export.ExportedProgram:
         program = torch.export.export(stream, (ids, position, states, *num_valid), strict=False)
     program = functional(program)
     fold_rotation(program)
+    fold_constants(program)
     _refuse_other_uses_of_position(program)
     return program
 

@@ -13,17 +13,28 @@ from typing import Any
 import torch
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.recurrent import lightning, mlstm, ngrams, rg_lru, rwkv, zaya
 from sinkexport.recurrent.delta_rule import DELTA_RULE
+from sinkexport.recurrent.kda import KIMI_DELTA_RULE
+from sinkexport.recurrent.mamba1 import MAMBA1
+from sinkexport.recurrent.mamba2 import MAMBA2
 from sinkexport.recurrent.modules import ModuleRule, TokenStates, explicit_states, layer_of
 from sinkexport.recurrent.rules import CacheRule
 from sinkexport.recurrent.short_convolution import SHORT_CONVOLUTION
 from sinkexport.recurrent.states import FixedState, RecurrentShapes, StateKey, Tokens, state_of
 from sinkexport.recurrent.step_cache import LayerStates, StepCache
 
-CACHE_RULES: tuple[CacheRule, ...] = (DELTA_RULE, SHORT_CONVOLUTION)
+CACHE_RULES: tuple[CacheRule, ...] = (DELTA_RULE, KIMI_DELTA_RULE, MAMBA1, MAMBA2, SHORT_CONVOLUTION)
 """Rules of layers whose states live in transformers' cache."""
 
-MODULE_RULES: tuple[ModuleRule, ...] = ()
+MODULE_RULES: tuple[ModuleRule, ...] = (
+    *lightning.RULES,
+    *mlstm.RULES,
+    *ngrams.RULES,
+    *rg_lru.RULES,
+    *rwkv.RULES,
+    *zaya.RULES,
+)
 """Rules of modules that keep their states elsewhere."""
 
 Owners = Mapping[Any, tuple[int, frozenset[StateKey]]]
@@ -81,38 +92,48 @@ def module_shapes(model: Any) -> RecurrentShapes:
 
 
 class RecurrentStates:
-    """States of all recurrent layers of a model while T tokens of each of B streams run through it.
-
-    cache: to be passed to the model.
-    """
+    """States of all recurrent layers of a model while T tokens of each of B streams run through it."""
 
     def __init__(self, model: Any, states: Mapping[int, Mapping[StateKey, torch.Tensor]], tokens: Tokens) -> None:
         self._model, self._tokens = model, tokens
         self._ruled = [one for one in _ruled_modules(model) if one.layer in states]
-        self.cache = StepCache(states, tokens)
+        self._cache = StepCache(states, tokens)
         self._of_module: dict[Any, tuple[ModuleRule, TokenStates]] = {}
         for one in self._ruled:
             own = {key: states[one.layer][in_layer] for key, in_layer in one.keys.items()}
             given = TokenStates(own, tokens.is_token, tokens.num_valid, tokens.begins)
             self._of_module[one.module] = one.rule, given
 
+    @property
+    def cache(self) -> StepCache | None:
+        """To be passed to the model; None: its modules with a `ModuleRule` have all states, and ask no cache."""
+        ruled = {(one.layer, key) for one in self._ruled for key in one.keys.values()}
+        owned = {(layer, key) for layer, states in self._cache.after.items() for key in states}
+        return self._cache if owned - ruled else None
+
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Make the model's recurrent layers follow their rules inside a context."""
         with contextlib.ExitStack() as contexts:
             for rule in CACHE_RULES:
-                contexts.enter_context(rule.in_place(self._model, self.cache, self._tokens))
+                contexts.enter_context(rule.in_place(self._model, self._cache, self._tokens))
             contexts.enter_context(explicit_states(self._of_module))
             yield
 
     def after(self) -> Mapping[int, LayerStates]:
         """What became of the states, by layer."""
-        self.cache.finish()
+        self._cache.finish()
         for one in self._ruled:
             _, given = self._of_module[one.module]
             for key, in_layer in one.keys.items():
-                self.cache.after[one.layer][in_layer] = given.states[key]
-        return self.cache.after
+                self._cache.after[one.layer][in_layer] = given.states[key]
+        return self._cache.after
+
+
+def is_without_attention(model: Any) -> bool:
+    """Whether every layer has a module with a `ModuleRule`: what does not know transformers' attention has none."""
+    layers = {one.layer for one in _ruled_modules(model)}
+    return layers == set(range(model.config.get_text_config().num_hidden_layers))
 
 
 @contextlib.contextmanager
@@ -128,7 +149,8 @@ def each_token_alone(model: Any) -> Iterator[None]:
 def _alone(one: _Ruled) -> Iterator[None]:
     dtype = next(one.module.parameters()).dtype
 
-    def forward(hidden: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+    def forward(*arguments: Any, **named: Any) -> Any:
+        hidden = arguments[0] if arguments else named["hidden_states"]
         batch, num_tokens = hidden.shape[:2]
         count = batch * num_tokens
         found = {key: state_of(key[0], shape, dtype) for key, shape in one.rule.shapes(one.module).items()}
@@ -144,7 +166,7 @@ def _alone(one: _Ruled) -> Iterator[None]:
             is_per_token = isinstance(x, torch.Tensor) and x.shape[:2] == (count, 1)
             return x[:, 0].unflatten(0, (batch, num_tokens)) if is_per_token else x
 
-        out = one.rule.forward(one.module, given, apart(hidden), *_each(apart, arguments), **_each(apart, named))
+        out = one.rule.forward(one.module, given, *_each(apart, arguments), **_each(apart, named))
         return _each(together, out)
 
     before = one.module.__dict__.get("forward")
