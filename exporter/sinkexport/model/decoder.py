@@ -103,7 +103,7 @@ class StreamStep(torch.nn.Module):
 
     def state_kinds(self, cache: HeadCache) -> tuple[str, ...]:
         """State tensors of a cache, in the order in which `states` holds them."""
-        kinds = STATE_KINDS if cache.ring.num_sink_tokens else STATE_KINDS[2:]
+        kinds: tuple[str, ...] = STATE_KINDS if cache.ring.num_sink_tokens else STATE_KINDS[2:]
         kinds = (*kinds, *SCALE_KINDS) if self.config.has_int8_window else kinds
         kinds = tuple(kind for kind in kinds if kind not in VALUE_KINDS) if cache.is_latent else kinds
         is_calibrated = self.act is not None and any(self.act.heads[cache.layer][head] for head in cache.q_heads)
