@@ -94,12 +94,31 @@ def own_values(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous()
 
 
-def causal_masks(*, batch_size: int, attention_mask: Any = None, **arguments: Any) -> torch.Tensor:
-    """transformers' mask interface: additive, [B, 1, n, n], the same for all rows. attention_mask: all ones, if any."""
+def causal_masks(*, batch_size: int, **arguments: Any) -> torch.Tensor:
+    """transformers' mask interface: additive, [B, 1, n, n], the same for all rows of texts without padding."""
     from transformers.masking_utils import eager_mask
 
-    mask: torch.Tensor = eager_mask(batch_size=1, **{**arguments, "allow_is_causal_skip": False})
+    arguments.update(attention_mask=None, allow_is_causal_skip=False)
+    mask: torch.Tensor = eager_mask(batch_size=1, **arguments)
     return mask.expand(batch_size, -1, -1, -1)
+
+
+def with_indices(module: Any, q: torch.Tensor, mask: Any, arguments: dict[str, Any]) -> Any:
+    """The mask of an attention call, and what an indexer of sparse attention chose of it, which leaves `arguments`.
+
+    ``indices``: int64 [b, n, k], keys of each query. ``block_indices``: blocks of keys, which the model's own indexer
+    makes a mask of. transformers merges them into the mask for its own attention functions alone.
+    """
+    indices, blocks = (arguments.pop(name, None) for name in ("indices", "block_indices"))
+    num_tokens = q.shape[2]
+    if indices is not None:
+        chosen = torch.zeros(q.shape[0], num_tokens, num_tokens, dtype=torch.bool)
+        chosen = chosen.scatter(-1, indices.long(), value=True)[:, None]
+        mask = chosen if mask is None else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
+    if blocks is not None:
+        places = torch.arange(num_tokens).expand(q.shape[0], -1)
+        mask = module.indexer.build_block_mask(blocks, mask, num_tokens, q.dtype, q.device, places)
+    return mask
 
 
 def visible_window(layer: int, mask: Any, num_tokens: int) -> int | None:

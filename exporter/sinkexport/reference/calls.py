@@ -32,6 +32,7 @@ from sinkexport.reference.call_attention import (
     check_visible,
     own_values,
     visible_window,
+    with_indices,
 )
 from sinkexport.variants.variant import PLAIN, AttentionVariant
 
@@ -117,8 +118,7 @@ class CallsReference:
         self._batch, self._num_tokens = ids.shape
         self._outputs, self._views = [], []
         ids = torch.nn.functional.pad(ids, (0, max(0, self._capacity - ids.shape[1])))
-        carries_state = self._carries_state()
-        start = self._num_sink_tokens + self._variant.shortest_window(self._window_size)  # of the first eviction
+        carries_state, start = self._carries_state(), self._start
         yield from self._first_tokens(ids)[: min(start, self._num_tokens)]
         while start < self._num_tokens:
             views = list(dict.fromkeys(view for views in self._views for view in views)) or [
@@ -130,6 +130,24 @@ class CallsReference:
             yield from self._next_tokens(ids, times, views, carries_state)
             start = times.stop
 
+    @property
+    def _start(self) -> int:
+        """Tokens before the first eviction."""
+        return self._num_sink_tokens + self._variant.shortest_window(self._window_size)
+
+    def affordable(self, num_tokens: int, batch: int, max_work: float) -> int:
+        """The first of num_tokens tokens of each stream that take no more than max_work parameters times tokens.
+
+        They are no fewer than those of the first pass, up to the first eviction.
+        """
+        num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        num_texts, carries_state = 2 if self._num_sink_tokens else 1, self._carries_state()  # a text for each view
+        for count in range(self._start, num_tokens):
+            length = count + 1 if carries_state else self._capacity
+            if num_parameters * batch * num_texts * length * (count + 1 - self._start) > max_work:
+                return count
+        return num_tokens
+
     def attend(
         self, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any = None, **arguments: Any
     ) -> tuple[torch.Tensor, None]:
@@ -138,6 +156,7 @@ class CallsReference:
             self._tried += [x[0, :, -1].double() for x in (q, k, v)]
             return own_values(q, v), None
         layer = int(getattr(module, "layer_idx", None) or 0)
+        mask = with_indices(module, q, mask, arguments)
         given = call_arguments(layer, q, arguments)
         call, self._pass.call = self._pass.call, self._pass.call + 1
         if self._pass.rows is None:

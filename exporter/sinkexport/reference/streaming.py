@@ -226,10 +226,13 @@ class StreamingReference:
         """
         plain = self._recorded(rotation=False)
         turned = self._recorded(rotation=True)
+        far = self._recorded(rotation=False, shift=self._capacity)
         num_layers = self.model.config.get_text_config().num_hidden_layers - len(layers_without_attention(self.model))
         if len(plain) != num_layers:
             raise no_reference(f"{len(plain)} attention layers of {num_layers}", "softmax attention in every layer")
         for module, before in plain.items():
+            if not all(torch.equal(x, y) for x, y in zip(before, far[module], strict=True)):
+                raise no_reference("queries or keys that are a function of position beside rotation", "plain rotation")
             after = turned[module]
             self._rotates[module] = not all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
             if not self._rotates[module]:
@@ -339,11 +342,11 @@ class StreamingReference:
         turned = rotate_own(module, turned, cos, sin)
         return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
-    def _recorded(self, *, rotation: bool) -> dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]:
-        """Each attention's queries and keys [1, H, n, D] for tokens at PROBE_POSITIONS, by module."""
+    def _recorded(self, *, rotation: bool, shift: int = 0) -> dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+        """Each attention's queries and keys [1, H, n, D] for tokens `shift` after PROBE_POSITIONS, by module."""
         recorder = Recorder()
         swapped = contextlib.nullcontext() if rotation else self.no_rotation()
-        positions = torch.tensor([PROBE_POSITIONS])
+        positions = torch.tensor([PROBE_POSITIONS]) + shift
         ids = torch.arange(len(PROBE_POSITIONS))[None]
         with (
             torch.no_grad(),
