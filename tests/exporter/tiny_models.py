@@ -10,6 +10,8 @@ import torch
 import transformers
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 
+from tests.exporter.tiny_recurrent import RECURRENT
+
 VOCAB_SIZE = 97
 
 torch.set_num_threads(1)  # tiny matrices are faster without handing work around
@@ -300,6 +302,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+TINY |= RECURRENT
 
 
 def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

@@ -139,6 +139,11 @@ def random_embeddings(model: Any, num_ids: int, seed: int = 0) -> Iterator[None]
         hook.remove()
 
 
+def own_values(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """An attention in which each token sees itself alone: [B, T, Hq, D] of v [B, Hkv, T, D]."""
+    return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous()
+
+
 def as_many_heads(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [B, H, T, D] as they are, or the fewer heads repeated, each for a group of the others."""
     num_heads = max(k.shape[1], v.shape[1])

@@ -17,6 +17,7 @@ from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
 from sinkexport.families.interface import as_many_heads, attention_inputs, intercept_attention, refuse_arguments
+from sinkexport.families.latent import CachedPairs, Latent
 from sinkexport.families.recurrent import with_cache
 from sinkexport.families.rope import ModelRotary, RotarySpec
 from sinkexport.families.shape import AttentionShape
@@ -25,6 +26,7 @@ from sinkexport.model.attention import rotated, sink_attention, stream_angles
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, cache_owner, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
+from sinkexport.model.latent import absorbed, output_of_rows
 from sinkexport.model.loop_experts import unrolled_experts
 from sinkexport.recurrent.registry import RecurrentStates
 from sinkexport.recurrent.states import StateKey, Tokens, state_name
@@ -34,6 +36,9 @@ Place = HeadCache | int
 
 Kind = str | StateKey
 """A cache's kind of state, or the key of a recurrent one."""
+
+VALUE_KINDS = ("sink_v", "window_v", "window_v_scale")
+"""States that a latent cache has not."""
 
 
 class StreamStep(torch.nn.Module):
@@ -91,8 +96,15 @@ class StreamStep(torch.nn.Module):
         """State tensors of a cache, in the order in which `states` holds them."""
         kinds = STATE_KINDS if cache.ring.num_sink_tokens else STATE_KINDS[2:]
         kinds = (*kinds, *SCALE_KINDS) if self.config.has_int8_window else kinds
+        kinds = tuple(kind for kind in kinds if kind not in VALUE_KINDS) if cache.is_latent else kinds
         is_calibrated = self.act is not None and any(self.act.heads[cache.layer][head] for head in cache.q_heads)
         return (*kinds, MASS_KIND) if is_calibrated else kinds
+
+    @property
+    def latents(self) -> list[Latent]:
+        """What makes keys and values in the calls whose caches are latent."""
+        calls = zip(self.shape.calls, self.caches_of_call, strict=True)
+        return [call.latent for call, caches in calls if call.latent is not None and caches[0].is_latent]
 
     @property
     def states(self) -> list[tuple[Place, Kind]]:
@@ -165,8 +177,9 @@ class StreamStep(torch.nn.Module):
         ):
             # position_ids reach the model only so that `_refuse_other_uses_of_position` can see who reads them.
             positions = position[:, None] + torch.arange(self.num_tokens)  # [B, T]
-            cache = None if step.recurrent is None else step.recurrent.cache
-            output = self.model(input_ids=ids, position_ids=positions, use_cache=False, **with_cache(self.model, cache))
+            output = self.model(
+                input_ids=ids, position_ids=positions, use_cache=False, **with_cache(self.model, step.cache)
+            )
         logits = output.logits if output.logits.shape[1] == 1 else _last_token(output.logits, num_valid)
         return logits[:, 0].to(torch.float32), step.next_states
 
@@ -194,6 +207,10 @@ class _Step:
         if tokens is not None:
             recurrent_states = {layer: self._states[layer] for layer in stream.shape.recurrent}
             self.recurrent = RecurrentStates(stream.model, recurrent_states, tokens)
+        self.cache: Any | None = None if self.recurrent is None else self.recurrent.cache
+        self._pairs = CachedPairs(self.cache)
+        if stream.latents:
+            self.cache = self._pairs.cache
         self._angles: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._num_calls = 0
         self.inputs: dict[torch.nn.Module, torch.Tensor] = {}
@@ -240,6 +257,10 @@ class _Step:
             factors = self._stream.affine[str(layer)](self.inputs[module])
             more |= zip(("affine_scale", "affine_bias"), factors, strict=True)
         (k, v), caches = as_many_heads(k, v), self._stream.caches_of_call[index]
+        if (latent := self._stream.shape.calls[index].latent) is not None:
+            if caches[0].is_latent:
+                return self._attend_to_rows(index, latent, q, more).transpose(1, 2), None
+            q, k = latent.rotary_part_first(q), latent.rotary_part_first(k)
         if len(caches) == 1:
             return self._attend(index, caches[0], q, k, v, more).transpose(1, 2), None
         outputs = []
@@ -253,11 +274,30 @@ class _Step:
             out = out.index_select(1, torch.tensor([made.index(head) for head in range(len(made))]))
         return out.transpose(1, 2), None
 
+    def _attend_to_rows(self, call: int, latent: Latent, q: torch.Tensor, more: dict[str, Any]) -> torch.Tensor:
+        """Latent attention: q [B, H, T, Dk] -> [B, H, T, Dv]; the model's own keys and values are not used."""
+        (cache,), model = self._stream.caches_of_call[call], self._stream.model
+        cached = self._pairs.take(cache.layer)
+        if cached is None:
+            raise RuntimeError(f"nothing was cached in layer {cache.layer}; the probe saw a latent")
+        query, row = absorbed(model, latent, cached, q)
+        return output_of_rows(model, latent, self._attend(call, cache, query, row, None, more))
+
     def _attend(
-        self, call: int, cache: HeadCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, more: dict[str, Any]
+        self,
+        call: int,
+        cache: HeadCache,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor | None,
+        more: dict[str, Any],
     ) -> torch.Tensor:
-        """The heads of one cache: q [B, Hq, T, Dk], k and v [B, Hkv, T, Dk or Dv], not rotated -> [B, Hq, T, Dv]."""
-        spec, ring, value_dim = self._stream.rotary.calls[call], cache.ring, v.shape[-1]
+        """The heads of one cache: q [B, Hq, T, Dk], k and v [B, Hkv, T, Dk or Dv], not rotated -> [B, Hq, T, Dv].
+
+        v: None where rows are both, as they are in the result.
+        """
+        spec, ring = self._stream.rotary.calls[call], cache.ring
+        value_dim = (k if v is None else v).shape[-1]
         shift = None
         if spec.rotary_dim:
             q, k = (self._rotated(x, spec) for x in (q, k))
@@ -265,7 +305,8 @@ class _Step:
         states, act = self._states[cache], self._stream.act
         if MASS_KIND not in states:
             more = {**more, "calibrated": None}
-        q, k, v = _widened(q, cache.key_dim), _widened(k, cache.key_dim), _widened(v, cache.value_dim)
+        q, k = _widened(q, cache.key_dim), _widened(k, cache.key_dim)
+        v = None if v is None else _widened(v, cache.value_dim)
         cos, sin = shift or (None, None)
         out, *updated = sink_attention(
             q=q,

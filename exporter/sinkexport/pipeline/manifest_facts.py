@@ -94,7 +94,7 @@ def attention_caches(model: ModelFacts, caches: Sequence[HeadCache]) -> tuple[At
                 num_kv_heads=len(cache.kv_heads),
                 key_dim=cache.key_dim,
                 value_dim=cache.value_dim,
-                latent=False,
+                latent=cache.is_latent,
             )
             for cache in sorted(caches, key=lambda cache: cache.layer)
         ],

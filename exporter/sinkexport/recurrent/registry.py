@@ -16,13 +16,15 @@ from sinkrt.errors import UsageError, problem
 from sinkexport.recurrent import lightning, mlstm, ngrams, rg_lru, rwkv, zaya
 from sinkexport.recurrent.delta_rule import DELTA_RULE
 from sinkexport.recurrent.kda import KIMI_DELTA_RULE
+from sinkexport.recurrent.mamba1 import MAMBA1
+from sinkexport.recurrent.mamba2 import MAMBA2
 from sinkexport.recurrent.modules import ModuleRule, TokenStates, explicit_states, layer_of
 from sinkexport.recurrent.rules import CacheRule
 from sinkexport.recurrent.short_convolution import SHORT_CONVOLUTION
 from sinkexport.recurrent.states import FixedState, RecurrentShapes, StateKey, Tokens, state_of
 from sinkexport.recurrent.step_cache import LayerStates, StepCache
 
-CACHE_RULES: tuple[CacheRule, ...] = (DELTA_RULE, KIMI_DELTA_RULE, SHORT_CONVOLUTION)
+CACHE_RULES: tuple[CacheRule, ...] = (DELTA_RULE, KIMI_DELTA_RULE, MAMBA1, MAMBA2, SHORT_CONVOLUTION)
 """Rules of layers whose states live in transformers' cache."""
 
 MODULE_RULES: tuple[ModuleRule, ...] = (

@@ -17,7 +17,7 @@ class StepCache:
     """Stands in for transformers' cache while T tokens of each of B streams are traced.
 
     states: by layer. after: what became of them. last_read: layer and key of the recurrent state that a layer last
-    asked for, for rules that get no state.
+    asked for, for rules that get no state. num_reads: times that layers asked.
     """
 
     def __init__(self, states: Mapping[int, Mapping[StateKey, torch.Tensor]], tokens: Tokens) -> None:
@@ -28,6 +28,7 @@ class StepCache:
             layer: {key: state.clone() for key, state in one.items()} for layer, one in states.items()
         }
         self.last_read: tuple[int, StateKey] | None = None
+        self.num_reads = 0
 
     def finish(self) -> None:
         """Undo what a step made of the convolutions' states in streams that have no token."""
@@ -84,7 +85,7 @@ class StepCache:
 
     def get_recurrent_state(self, layer: int, state_idx: int = 0) -> torch.Tensor:
         """Hand out a recurrent state."""
-        self.last_read = layer, ("recurrent", state_idx)
+        self.last_read, self.num_reads = (layer, ("recurrent", state_idx)), self.num_reads + 1
         return self.read()
 
     def update_recurrent_state(self, state: torch.Tensor, layer: int, state_idx: int = 0, **_: Any) -> torch.Tensor:

@@ -16,6 +16,7 @@ from sinkexport.loading.checkpoints.no_effect import why_no_effect
 from sinkexport.loading.checkpoints.weight_files import listed, torch_tensor
 from sinkexport.loading.weights.derived_weights import claim_derived
 from sinkexport.loading.weights.graph_weights import GraphMatrix, read_graph
+from sinkexport.loading.weights.latent_weights import whole_latent_matrices
 from sinkexport.loading.weights.weight_check import WeightCheck
 from sinkexport.loading.weights.weight_refusals import differs, refuse_strangers, unclaimed
 from sinkexport.loading.weights.weight_roles import LLAMA_ORDER, rows_of_halves
@@ -59,7 +60,7 @@ def check_weights(
         model.base_model_prefix,
         is_gguf=is_gguf,
     )
-    first = read_graph(folder / files[0])
+    first = whole_latent_matrices(read_graph(folder / files[0]))
     left = [t for t in check.compare(first) if t.name not in FREQUENCIES and why_no_effect(t, model) is None]
     left = claim_derived(check, left, tensors, derived, first)
     if left:
@@ -71,7 +72,7 @@ def check_weights(
     if len(absent) > foreign:
         refuse_strangers(absent, "parameters of the model")
     for file in files[1:]:
-        matrices = read_graph(folder / file)
+        matrices = whole_latent_matrices(read_graph(folder / file))
         claim_derived(check, [], tensors, derived, matrices)
         _compare_shared(check, matrices, first, num_q_heads)
 
