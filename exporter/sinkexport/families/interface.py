@@ -85,6 +85,12 @@ def intercept_attention(
         ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
 
 
+def layer_of(module: Any) -> int:
+    """Index of an attention module's layer. Layers that share one have no index in it: their calls count as layer 0's."""
+    layer = getattr(module, "layer_idx", None)
+    return 0 if layer is None or int(layer) < 0 else int(layer)
+
+
 @contextlib.contextmanager
 def attention_inputs(model: torch.nn.Module) -> Iterator[dict[torch.nn.Module, torch.Tensor]]:
     """The hidden states [B, T, N] that attention modules were last called with, by module, inside a context."""

@@ -20,7 +20,7 @@ import torch
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
-from sinkexport.families.interface import intercept_attention, own_values, random_embeddings
+from sinkexport.families.interface import intercept_attention, layer_of, own_values, random_embeddings
 from sinkexport.families.latent import Latent, find_latents
 from sinkexport.families.locality import refuse_other_states
 from sinkexport.families.masks import MaskRecorder
@@ -198,7 +198,7 @@ def _run(
         alibi_slopes: torch.Tensor | None = None,
         **__: Any,
     ) -> tuple[torch.Tensor, None]:
-        layer = int(module.layer_idx)
+        layer = layer_of(module)
         if not 0 <= layer < num_layers:
             raise _refused(f"a call in layer {layer} of {num_layers}", "calls in the model's own layers")
         _check_shapes(layer, q, k, v)

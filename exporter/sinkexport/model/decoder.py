@@ -16,7 +16,13 @@ from sinkrt.contract import MASS_KIND, NO_TOKEN, SCALE_KINDS, STATE_KINDS, ActTu
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
-from sinkexport.families.interface import as_many_heads, attention_inputs, intercept_attention, refuse_arguments
+from sinkexport.families.interface import (
+    as_many_heads,
+    attention_inputs,
+    intercept_attention,
+    layer_of,
+    refuse_arguments,
+)
 from sinkexport.families.latent import CachedPairs, Latent
 from sinkexport.families.recurrent import with_cache
 from sinkexport.families.rope import ModelRotary, RotarySpec
@@ -242,7 +248,7 @@ class _Step:
 
         s_aux: [Hq], the layer's sink logits. alibi_slopes: [Hq], as the probe saw them.
         """
-        index, layer = self._num_calls, int(module.layer_idx)
+        index, layer = self._num_calls, layer_of(module)
         self._num_calls += 1
         refuse_arguments(layer, others)
         more = {

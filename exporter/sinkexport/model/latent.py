@@ -16,6 +16,7 @@ import torch
 from sinkexport.families.latent import KEYS, VALUES, Latent, Pair
 from sinkexport.model.experts import expert_matmul
 
+
 @contextlib.contextmanager
 def latent_parts(model: Any, latents: Iterable[Latent]) -> Iterator[None]:
     """The matrices have their parts beside them inside a context, as buffers.

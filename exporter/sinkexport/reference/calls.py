@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.families.interface import intercept_attention, random_embeddings
+from sinkexport.families.interface import intercept_attention, layer_of, random_embeddings
 from sinkexport.reference.call_attention import (
     CallArguments,
     View,
@@ -155,7 +155,7 @@ class CallsReference:
         if self._tried is not None:
             self._tried += [x[0, :, -1].double() for x in (q, k, v)]
             return own_values(q, v), None
-        layer = int(getattr(module, "layer_idx", None) or 0)
+        layer = layer_of(module)
         mask = with_indices(module, q, mask, arguments)
         given = call_arguments(layer, q, arguments)
         call, self._pass.call = self._pass.call, self._pass.call + 1

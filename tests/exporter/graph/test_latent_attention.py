@@ -202,7 +202,10 @@ def test_window_is_written_once_and_never_copied(num_tokens: int, kv: str) -> No
     if num_tokens == 1:
         (window,) = (node.output[0] for node in scatters if node.input[0] == graph.input[4].name)
         readers = [node.op_type for node in graph.node if window in node.input]
-        assert sorted(readers) == {
-            "fp": ["MatMul", "MatMul"],
-            "int8": ["MatMulInteger", "Transpose"],  # one byte an entry is turned, see int8_step.py
-        }[kv]
+        assert (
+            sorted(readers)
+            == {
+                "fp": ["MatMul", "MatMul"],
+                "int8": ["MatMulInteger", "Transpose"],  # one byte an entry is turned, see int8_step.py
+            }[kv]
+        )
