@@ -247,8 +247,12 @@ class CallsReference:
         if num_tokens is None:
             after = self._capacity - 1 - position
             return _Row([0] * before + cached + [0] * after, None, position, list(range(before, position + 1)))
-        positions = [min(max(0, position - time + u), self._capacity - 1) for u in range(num_tokens)]
+        # Some recurrent layers begin anew at position 0, which the first token has and no other (RecurrentGemma).
+        # Without sinks the oldest cached token would have it, too: all cached tokens stand one further then.
+        further = int(not sinks and time > position)
+        positions = [min(max(0, position - time + u), self._capacity - 1) + further for u in range(num_tokens)]
         positions[: len(sinks)] = range(before, before + len(sinks))
+        positions = [0, *(max(1, place) for place in positions[1:])]
         return _Row(list(range(num_tokens)), positions, time, cached)
 
     def _first_tokens(self, ids: torch.Tensor) -> list[torch.Tensor]:
