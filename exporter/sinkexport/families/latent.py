@@ -61,9 +61,11 @@ class Latent:
         return self.weight.rpartition(".")[0]
 
     @property
-    def is_smaller(self) -> bool:
-        """Whether a row has fewer numbers than keys and values of all heads."""
-        return self.row_dim < self.num_heads * (self.rest_dim + self.rotary_dim + self.value_dim)
+    def is_worth_it(self) -> bool:
+        """Whether there are rows of both parts, and a row has fewer numbers than keys and values of all heads."""
+        return 0 < self.rotary_dim and self.row_dim < self.num_heads * (
+            self.rest_dim + self.rotary_dim + self.value_dim
+        )
 
     def parts(self, weight: torch.Tensor) -> Pair:
         """W_k [H, N, L] and W_v [H, V, L], which share the memory of the matrix."""
@@ -84,9 +86,9 @@ class Latent:
         rotary, rest = self.rotary_part_first(q).split((self.rotary_dim, self.rest_dim), dim=-1)
         return torch.cat((rotary, _by_head(rest, keys, matmul, is_transposed=True)), dim=-1)
 
-    def output(self, rows: torch.Tensor, values: torch.Tensor, matmul: Matmul) -> torch.Tensor:
-        """The output [B, H, T, V] of a sum of rows [B, H, T, R + L]. values: W_v."""
-        return _by_head(rows[..., self.rotary_dim :], values, matmul, is_transposed=False)
+    def output(self, latents: torch.Tensor, values: torch.Tensor, matmul: Matmul) -> torch.Tensor:
+        """The output [B, H, T, V] of sums of latents [B, H, T, L]. values: W_v."""
+        return _by_head(latents, values, matmul, is_transposed=False)
 
 
 def _by_head(x: torch.Tensor, weight: torch.Tensor, matmul: Matmul, *, is_transposed: bool) -> torch.Tensor:
