@@ -22,7 +22,12 @@ _MAMBA1 = {"mamba_d_state": 8, "mamba_dt_rank": 4}
 RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": (
         "Lfm2Config",
-        {**COMMON, "layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "block_auto_adjust_ff_dim": False},
+        {
+            **COMMON,
+            "layer_types": ["conv", "full_attention"],
+            "num_hidden_layers": 2,
+            "block_auto_adjust_ff_dim": False,
+        },
     ),
     "lfm2_moe": (
         "Lfm2MoeConfig",
