@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sinkexport.families.interface import intercept_attention, own_values, random_embeddings
+from sinkexport.families.interface import intercept_attention, layer_of, own_values, random_embeddings
 from sinkexport.families.recurrent import with_cache
 from sinkexport.families.rope import HandedOutRotary, replaced_rotary
 
@@ -63,9 +63,8 @@ class Latent:
     @property
     def is_worth_it(self) -> bool:
         """Whether there are rows of both parts, and a row has fewer numbers than keys and values of all heads."""
-        return 0 < self.rotary_dim and self.row_dim < self.num_heads * (
-            self.rest_dim + self.rotary_dim + self.value_dim
-        )
+        expanded = self.num_heads * (self.rest_dim + self.rotary_dim + self.value_dim)
+        return self.rotary_dim > 0 and self.row_dim < expanded
 
     def parts(self, weight: torch.Tensor) -> Pair:
         """W_k [H, N, L] and W_v [H, V, L], which share the memory of the matrix."""
@@ -146,7 +145,7 @@ def find_latents(
     names = {module: name for name, module in model.named_modules()}
 
     def record(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
-        latent = find_latent(module, pairs.take(int(module.layer_idx)), q, k, v)
+        latent = find_latent(module, pairs.take(layer_of(module)), q, k, v)
         if latent is not None:
             latent = dataclasses.replace(latent, weight=f"{names[module]}.{latent.weight}")
         found.append(latent)

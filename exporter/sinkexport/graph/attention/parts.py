@@ -49,8 +49,8 @@ class AttentionParts:
 
     batch, num_q_heads, num_tokens, head_dim, value_dim: B, Hq, T, D, Dv. num_kv_heads, group: Hkv, Hq / Hkv.
     num_sinks, window_size: S, W. b: collects the new nodes.
-    latent_dim: 0, or of a latent cache elements at the end of keys that are the values: one state in place of two, whose
-    rows are read twice. What a sum of rows has before them is cut off.
+    latent_dim: 0, or of a latent cache the elements at the end of keys that are the values. One state is in place of
+    two, and its rows are read twice; what a sum of rows has before them is cut off.
     has_circular_scatter: whether the target takes a TensorScatter that runs past the ring's end.
     """
 
