@@ -21,7 +21,7 @@ import torch
 
 from sinkexport.families.interface import intercept_attention, layer_of, own_values, random_embeddings
 from sinkexport.families.recurrent import with_cache
-from sinkexport.families.rope import HandedOutRotary, replaced_rotary
+from sinkexport.families.rope import Replacements, replaced_rotary
 
 KEYS, VALUES = "latent_keys", "latent_values"
 """Names of the parts of a matrix in a graph, beside it."""
@@ -135,11 +135,11 @@ class CachedPairs:
 
 
 def find_latents(
-    model: Any, still: HandedOutRotary, num_tokens: int, recurrent_cache: Any | None
+    model: Any, still: Replacements, num_tokens: int, recurrent_cache: Any | None
 ) -> list[Latent | None]:
     """The latent attention of each call of a forward pass; empty: there is none.
 
-    still: a rotary embedding that turns nothing. recurrent_cache: an empty one, if the model needs one.
+    still: rotary embeddings that turn nothing. recurrent_cache: an empty one, if the model needs one.
     """
     pairs, found = CachedPairs(recurrent_cache), list[Latent | None]()
     names = {module: name for name, module in model.named_modules()}

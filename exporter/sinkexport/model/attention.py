@@ -121,8 +121,10 @@ def _sink_attention(
     Returns: attention output [B, Hq, T, Dv] and the seven states afterwards, those that are absent without elements.
     """
     if v is None or window_v is None:
-        v, sink_v, window_v = (x if x is None else x[..., -latent_dim:] for x in (k, sink_k, window_k))
-        k, sink_k, window_k = (x if x is None else x[..., :-latent_dim] for x in (k, sink_k, window_k))
+        sink_v = None if sink_k is None else sink_k[..., -latent_dim:]
+        sink_k = None if sink_k is None else sink_k[..., :-latent_dim]
+        v, window_v = k[..., -latent_dim:], window_k[..., -latent_dim:]
+        k, window_k = k[..., :-latent_dim], window_k[..., :-latent_dim]
     (absent_k, absent_v), nothing = (q.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (k, v)), q.new_zeros(0)
     kept = (sink_k, sink_v, window_k, window_v, window_k_scale, window_v_scale, attention_mass)
     scales = (nothing.to(SCALE_DTYPE), nothing.to(SCALE_DTYPE))
