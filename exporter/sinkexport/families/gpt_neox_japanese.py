@@ -1,4 +1,4 @@
-"""GPT-NeoX Japanese: partial RoPE, and a bias of the last layer's output that the layer around attention adds."""
+"""GPT-NeoX Japanese: RoPE, partial in some models, with an attention of its own beside transformers' interface."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def attention(
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     **__: Any,
 ) -> tuple[torch.Tensor, None, torch.Tensor | None]:
-    """Replaces ``GPTNeoXJapaneseAttention.forward``: hidden_states [B, T, N] -> [B, T, N], None and the bias [N]."""
+    """Replaces ``GPTNeoXJapaneseAttention.forward``: hidden_states [B, T, N] -> [B, T, N], and the output's bias."""
+    rotate = importlib.import_module(type(module).__module__).apply_rotary_pos_emb
     batch, num_tokens, _width = hidden_states.shape
     fused = module.query_key_value(hidden_states).view(batch, num_tokens, module.num_attention_heads, -1)
-    q, k, v = fused.transpose(1, 2).chunk(3, dim=-1)  # [B, H, T, D]
-    rotary_dim = module.rotary_ndims
-    rotate = importlib.import_module(type(module).__module__).apply_rotary_pos_emb
-    turned = rotate(q[..., :rotary_dim], k[..., :rotary_dim], *position_embeddings)
-    q, k = (torch.cat((part, x[..., rotary_dim:]), dim=-1) for part, x in zip(turned, (q, k), strict=True))
+    q, k, v = (x.transpose(1, 2) for x in fused.chunk(3, dim=-1))  # [B, H, T, D]
+    size = module.rotary_ndims
+    turned = rotate(q[..., :size], k[..., :size], *position_embeddings)
+    q, k = (torch.cat((one, x[..., size:]), dim=-1) for one, x in zip(turned, (q, k), strict=True))
     out, _weights = attend(module, q, k, v, None, scaling=1.0 / module.norm_factor)
     return module.dense(out.flatten(2)), None, module.dense_bias

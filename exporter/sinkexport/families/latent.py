@@ -21,7 +21,7 @@ import torch
 
 from sinkexport.families.interface import intercept_attention, own_values, random_embeddings
 from sinkexport.families.recurrent import with_cache
-from sinkexport.families.rope import Replacements, replaced_rotary
+from sinkexport.families.rope import HandedOutRotary, replaced_rotary
 
 KEYS, VALUES = "latent_keys", "latent_values"
 """Names of the parts of a matrix in a graph, beside it."""
@@ -133,10 +133,12 @@ class CachedPairs:
         return num_tokens, 0
 
 
-def find_latents(model: Any, still: Replacements, num_tokens: int, recurrent_cache: Any | None) -> list[Latent | None]:
+def find_latents(
+    model: Any, still: HandedOutRotary, num_tokens: int, recurrent_cache: Any | None
+) -> list[Latent | None]:
     """The latent attention of each call of a forward pass; empty: there is none.
 
-    still: rotary embeddings that turn nothing. recurrent_cache: an empty one, if the model needs one.
+    still: a rotary embedding that turns nothing. recurrent_cache: an empty one, if the model needs one.
     """
     pairs, found = CachedPairs(recurrent_cache), list[Latent | None]()
     names = {module: name for name, module in model.named_modules()}
@@ -167,7 +169,7 @@ def find_latent(
 ) -> Latent | None:
     """Recognise latent attention by one call of it; None: keys and values are to be cached as they are.
 
-    cached: what the layer put into its cache for the same tokens. q, k [B, H, T, N + R] and v [B, H, T, V]: what
+    cached: what the layer put into its cache for the same tokens. q, k [B, H, T, N + R] and v [B, H, T, V] are what
     reached attention. Every number of k and v must follow from the pair: on random tokens no other matrix would do. The
     name of the matrix is that in the module.
     """

@@ -15,7 +15,7 @@ import torch
 from sinkrt.contract import RECURRENT_KINDS
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.families.interface import intercept_attention, random_embeddings
+from sinkexport.families.interface import intercept_attention, layer_of, random_embeddings
 from sinkexport.families.query_scale import LongCache, measured_scales
 from sinkexport.families.recurrent import cached_states, recurrent_cache, with_cache
 from sinkexport.families.rope import ModelRotary, identity_rotary, replaced_rotary
@@ -156,7 +156,7 @@ def _last_token(model: Any, rotary: ModelRotary, ids: list[int], position: int, 
     def attend(
         module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, None]:
-        layer = int(module.layer_idx)
+        layer = layer_of(module)
         found.update(
             {f"{name} of layer {layer}": x[0, :, -1].double() for name, x in ((QUERIES, q), ("keys", k), ("values", v))}
         )

@@ -20,7 +20,8 @@ import torch
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
-from sinkexport.families.interface import intercept_attention, own_values, random_embeddings
+from sinkexport.families.indexers import refuse_small_indexes
+from sinkexport.families.interface import intercept_attention, layer_of, own_values, random_embeddings
 from sinkexport.families.latent import Latent, find_latents
 from sinkexport.families.layout import NoLayoutError, find_layout, is_close
 from sinkexport.families.locality import query_scales, refuse_other_states
@@ -59,6 +60,7 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
         layers carries something from token to token.
     """
     with refusing(model, "probing its attention"):
+        refuse_small_indexes(model, capacity)
         tables = _probe_tables(model, capacity)
         # Angles of each table differ, so that a layer's rotation shows its table; those of tokens differ too.
         angles = {
@@ -259,7 +261,7 @@ def _run(
         alibi_slopes: torch.Tensor | None = None,
         **__: Any,
     ) -> tuple[torch.Tensor, None]:
-        layer = int(module.layer_idx)
+        layer = layer_of(module)
         if not 0 <= layer < num_layers:
             raise _refused(f"a call in layer {layer} of {num_layers}", "calls in the model's own layers")
         _check_shapes(layer, q, k, v)

@@ -16,7 +16,13 @@ from sinkrt.contract import MASS_KIND, NO_TOKEN, SCALE_KINDS, STATE_KINDS, ActTu
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
-from sinkexport.families.interface import as_many_heads, attention_inputs, intercept_attention, refuse_arguments
+from sinkexport.families.interface import (
+    as_many_heads,
+    attention_inputs,
+    intercept_attention,
+    layer_of,
+    refuse_arguments,
+)
 from sinkexport.families.latent import CachedPairs, Latent
 from sinkexport.families.recurrent import with_cache
 from sinkexport.families.rope import ModelRotary, RotarySpec
@@ -97,7 +103,7 @@ class StreamStep(torch.nn.Module):
 
     def state_kinds(self, cache: HeadCache) -> tuple[str, ...]:
         """State tensors of a cache, in the order in which `states` holds them."""
-        kinds = STATE_KINDS if cache.ring.num_sink_tokens else STATE_KINDS[2:]
+        kinds: tuple[str, ...] = STATE_KINDS if cache.ring.num_sink_tokens else STATE_KINDS[2:]
         kinds = (*kinds, *SCALE_KINDS) if self.config.has_int8_window else kinds
         kinds = tuple(kind for kind in kinds if kind not in VALUE_KINDS) if cache.is_latent else kinds
         is_calibrated = self.act is not None and any(self.act.heads[cache.layer][head] for head in cache.q_heads)
@@ -249,7 +255,7 @@ class _Step:
 
         s_aux: [Hq], the layer's sink logits. alibi_slopes: [Hq], as the probe saw them.
         """
-        index, layer = self._num_calls, int(module.layer_idx)
+        index, layer = self._num_calls, layer_of(module)
         self._num_calls += 1
         refuse_arguments(layer, others)
         more = {

@@ -20,7 +20,7 @@ from sinkrt.contract import ActTuning
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
-from sinkexport.families.interface import as_many_heads, intercept_attention, refuse_arguments
+from sinkexport.families.interface import as_many_heads, intercept_attention, layer_of, refuse_arguments
 from sinkexport.families.probe import probe_attention
 from sinkexport.families.recurrent import recurrent_cache, with_cache
 from sinkexport.families.rope import ModelRotary, RotarySpec, identity_rotary, replaced_rotary, rotate
@@ -192,7 +192,7 @@ class ChunkedStream:
         """transformers' attention interface: q [B, Hq, T, D], k and v [B, Hkv, T, D or Dv] -> [B, T, Hq, Dv]."""
         call = self._num_calls
         self._num_calls += 1
-        refuse_arguments(int(module.layer_idx), others)
+        refuse_arguments(layer_of(module), others)
         k, v = as_many_heads(k, v)
         if call in self._rotary.query_scales:  # the model took the tokens for the first T of a text
             scales, num_tokens = self._rotary.query_scales[call], q.shape[2]
