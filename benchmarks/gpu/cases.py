@@ -188,7 +188,7 @@ def _model(case: dict[str, Any]) -> Any:
     """In float32, of weights that float16 holds."""
     import torch
     import transformers
-    from sinkexport.model.experts import routers
+    from sinkexport.model.moe_layers import routers
 
     if case["family"] == "llama":
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": case["head_dim"]}

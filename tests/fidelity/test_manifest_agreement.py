@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from sinkrt.contract import MANIFEST_NAME, Manifest
 
 from tests.cpp.build import CppRuntime
 from tests.cpp.probe import Probe, ProbeError
+from tests.runtime.layouts import CacheSizes, Recurrent, cache, layout
 from tests.runtime.toy import Toy, build_toy
 
 SHA256 = "a" * 64
@@ -106,15 +107,29 @@ def probe(cpp_runtime: CppRuntime) -> Probe:
 
 
 def test_both_runtimes_take_the_same(manifest: dict[str, Any], probe: Probe, tmp_path: Path) -> None:
+    assert _compare(_mutations(manifest), probe, tmp_path) > 100
+
+
+def test_both_runtimes_take_the_same_sizes_of_caches(probe: Probe, tmp_path: Path) -> None:
+    """`attention` excludes what `manifest` has, so it has a manifest of its own."""
+    sizes = cache(1, heads=(4, 1), dims=(6, 4), latent=True)
+    good = layout([CacheSizes(cache(0, 1)), CacheSizes(sizes)], [Recurrent(0, 1, 2)])
+    raw = json.loads(good.to_json())
+    changes = ((what, text) for what, text in _mutations(raw) if what.startswith(("('attention", "no ('attention")))
+    assert _compare(changes, probe, tmp_path) > 10
+
+
+def _compare(mutations: Iterable[tuple[str, bytes]], probe: Probe, tmp_path: Path) -> int:
+    """Read each text in both runtimes. Returns: how many were taken."""
     accepted = 0
-    for number, (what, text) in enumerate(_mutations(manifest)):
+    for number, (what, text) in enumerate(mutations):
         found = _python(text)
         if number % 3 == 0 or found.startswith("taken"):  # the others for Python alone: it is a matter of time
             assert _cpp(text, probe, tmp_path).partition(":")[0] == found.partition(":")[0], (what, found)
         if found.startswith("taken"):
             accepted += 1
             assert probe.manifest(tmp_path) == Manifest.from_json(text.decode()).to_json(), what
-    assert accepted > 100
+    return accepted
 
 
 def test_numbers_are_written_as_python_writes_them(manifest: dict[str, Any], probe: Probe, tmp_path: Path) -> None:

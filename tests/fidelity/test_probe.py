@@ -234,9 +234,15 @@ def test_values_of_another_size_than_keys() -> None:
     assert not shape.is_uniform
 
 
-def test_heads_that_do_not_match_are_refused() -> None:
+def test_fewer_value_than_key_heads() -> None:
     model = tiny_model("llama")
     changed_arguments(model.model.layers[0].self_attn, v=lambda v: v[:, :1])
+    assert [call.num_kv_heads for call in probed(model)[0].calls] == [2, 2]
+
+
+def test_heads_that_do_not_match_are_refused() -> None:
+    model = tiny_model("llama")
+    changed_arguments(model.model.layers[0].self_attn, v=lambda v: torch.cat((v, v[:, :1]), dim=1))
     with pytest.raises(UsageError, match=r"queries, keys and values of shapes .* in layer 0"):
         probed(model)
 

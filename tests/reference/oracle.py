@@ -88,6 +88,7 @@ class SinkAttentionOracle:
     sink_logit: [Hq], one more logit of each softmax, without a value (gpt-oss).
     sink_scale: [Hq], factor on the softmax weight of token 0 before normalising; needs a sink.
     act: calibration of later sinks, of the weights that all that gives; needs a sink.
+    is_latent: a value is the last part of its key, and is rounded with it (kv="int8"): a row has one scale.
     """
 
     def __init__(
@@ -106,10 +107,11 @@ class SinkAttentionOracle:
         sink_logit: npt.ArrayLike | None = None,
         sink_scale: npt.ArrayLike | None = None,
         act: Act | None = None,
+        is_latent: bool = False,
     ) -> None:
         if (sink_scale is not None or act is not None) and num_sink_tokens < 1:
             raise ValueError("sink_scale and act need num_sink_tokens >= 1: token 0 must stay in the cache")
-        self.act = act
+        self.act, self.is_latent = act, is_latent
         self.num_sink_tokens = num_sink_tokens
         self.window_size = window_size
         self.inv_freq = np.asarray(inv_freq, dtype=np.float64)
@@ -158,7 +160,9 @@ class SinkAttentionOracle:
         t = len(tokens)
         tokens.append(Token(k, v))
         if self.kv == "int8":
-            tokens[t].k_in_window, tokens[t].v_in_window = Int8Row.of(self.rotated(k, t)), Int8Row.of(v)
+            row = Int8Row.of(self.rotated(k, t))
+            of_value = Int8Row(row.entries[:, -v.shape[1] :], row.scale) if self.is_latent else Int8Row.of(v)
+            tokens[t].k_in_window, tokens[t].v_in_window = row, of_value
         cached = self.cached(tokens)
         # Of each cached token its key, the query as it meets this key, and its value:
         # [n, Hkv, D], [n, Hq, D], [n, Hkv, D].

@@ -45,7 +45,8 @@ STAGES = {
 }
 AGAINST = {
     "dense": "transformers, before eviction",
-    "streaming": "keys re-rotated every step",
+    "re-rotating": "keys re-rotated every step",
+    "call-following": "the model on its cached tokens",
     "prefill": "the bundle, token by token",
 }
 LOGITS_ONLY, QUALITY_ONLY = ("wraps", "dense_tokens", "seed"), ("tokens",)
@@ -165,6 +166,8 @@ def command(
     console = table_console()
     console.print(headline, markup=False, soft_wrap=True)
     console.print(table)
+    for remark in report.remarks:
+        click.echo(remark)
     for failure in report.failures:
         click.echo(f"FAILED {failure}", err=True)
     if not report.passed:
@@ -232,7 +235,7 @@ def _parity_table(report: ParityReport) -> tuple[str, Table]:
     for c in report.comparisons:
         table.add_row(
             c.name,
-            AGAINST[c.name],
+            AGAINST[c.reference or c.name],
             f"{c.positions:,}",
             f"{c.max_error:.2e}",
             f"{c.max_relative_error:.2e}",

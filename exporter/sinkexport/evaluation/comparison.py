@@ -53,6 +53,7 @@ class Comparison:
     same step's logits, at `worst_position`.
     top1_agreement: share of steps in which both have the same most likely token.
     failed_position: the first position above the tolerance, where the comparison stopped; None if there was none.
+    reference: of ``streaming``, ``re-rotating | call-following``; None otherwise.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Comparison:
     worst_position: int
     top1_agreement: float
     failed_position: int | None
+    reference: str | None = None
 
 
 def default_tolerance(manifest: Manifest) -> float:

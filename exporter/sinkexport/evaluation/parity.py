@@ -2,7 +2,7 @@
 
 dense      with transformers' own forward pass over the whole text, before the first token is evicted.
 streaming  with `sinkexport.reference.streaming`, which rotates every key anew in each step, over several wraps of the
-           window.
+           window; where that cannot follow a model, with `sinkexport.reference.calls`.
 prefill    of the bundle with itself: pieces of odd lengths against one token at a time.
 """
 
@@ -37,7 +37,7 @@ from sinkexport.evaluation.comparison import (
 from sinkexport.evaluation.defaults import VERIFY_DENSE_TOKENS, VERIFY_WRAPS
 from sinkexport.families import rotates_by_length
 from sinkexport.reference.dense import dense_logits
-from sinkexport.reference.streaming import streaming_reference
+from sinkexport.reference.streamed import streamed_logits
 from sinkexport.sources import LoadedModel, load_model
 from sinkexport.util.arrays import Ids, Logits
 from sinkexport.util.progress import Report, silent
@@ -45,6 +45,10 @@ from sinkexport.variants.variant import PLAIN, AttentionVariant
 
 MAX_TOKENS = 10**8
 """Tokens of one verification: more than a machine processes in a month."""
+
+MAX_FOLLOWED_WORK = 5e13
+"""Parameters times tokens that the call-following reference computes: half an hour, as a stream of a large model takes.
+It compares fewer tokens then."""
 
 BLOCK_TOKENS = 16
 """Steps that the bundle runs ahead of the reference."""
@@ -74,6 +78,15 @@ class ParityReport:
             f"above the tolerance of {self.tolerance:.1e}"
             for c in self.comparisons
             if c.failed_position is not None
+        )
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """One line for each comparison that stopped before the stream's end without a failure."""
+        return tuple(
+            f"{c.name}: {c.positions:,} of {self.num_tokens:,} tokens, as many as the {c.reference} reference can take"
+            for c in self.comparisons
+            if c.reference is not None and c.failed_position is None and c.positions < self.num_tokens and self.passed
         )
 
     @property
@@ -167,8 +180,11 @@ def compare(
     report("dense", 1, 1)
     dense, streaming = Tally("dense", tolerance), Tally("streaming", tolerance)
     at_ends: dict[int, Logits] = {}
+    tokens = torch.from_numpy(ids)
     with (
-        streaming_reference(model, stream.num_sink_tokens, stream.window_size, variant=variant) as reference,
+        streamed_logits(
+            model, tokens, stream.num_sink_tokens, stream.window_size, variant, MAX_FOLLOWED_WORK
+        ) as streamed,
         torch_threads(_half_of_the_cores()),
         contextlib.closing(_steps_ahead(session, ids)) as steps,
     ):
@@ -177,12 +193,13 @@ def compare(
                 at_ends[t + 1] = got
             if t < wanted.shape[1]:
                 dense.add(t, got, wanted[:, t])
-            streaming.add(t, got, reference.step(torch.from_numpy(ids[:, t])).float().numpy())
+            if t < streamed.num_tokens:
+                streaming.add(t, got, next(streamed.logits).float().numpy())
             report("stream", t + 1, num_tokens)
             if dense.failed or streaming.failed:
                 break
     yield dense.result()
-    yield streaming.result()
+    yield dataclasses.replace(streaming.result(), reference=streamed.reference)
     if dense.failed or streaming.failed:
         return
     yield compare_prefill(session, ids, at_ends, tolerance, report)

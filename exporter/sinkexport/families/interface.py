@@ -11,6 +11,7 @@ import torch
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import AttentionFunction, adapted, find_adapter
+from sinkexport.recurrent.registry import is_without_attention
 
 MaskFunction = Callable[..., torch.Tensor]
 """transformers' mask interface: keywords ``batch_size, q_length, kv_length, mask_function ..`` -> a mask."""
@@ -73,8 +74,9 @@ def intercept_attention(
         try:
             model.set_attn_implementation(name)
         except (ValueError, AttributeError, ImportError) as error:
-            raise _unsupported(model) from error
-        if model.config._attn_implementation != name:
+            if not is_without_attention(model):
+                raise _unsupported(model) from error
+        if model.config._attn_implementation != name and not is_without_attention(model):
             raise _unsupported(model)
         yield
     finally:
@@ -135,6 +137,11 @@ def random_embeddings(model: Any, num_ids: int, seed: int = 0) -> Iterator[None]
         yield
     finally:
         hook.remove()
+
+
+def own_values(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """An attention in which each token sees itself alone: [B, T, Hq, D] of v [B, Hkv, T, D]."""
+    return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous()
 
 
 def as_many_heads(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,8 +15,9 @@ from sinkrt.contract import RECURRENT_KINDS
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.interface import intercept_attention, random_embeddings
-from sinkexport.families.linear_attention import linear_layers, recurrent_cache
+from sinkexport.families.recurrent import cached_states, recurrent_cache, with_cache
 from sinkexport.families.rope import ModelRotary, identity_rotary, replaced_rotary
+from sinkexport.recurrent.registry import each_token_alone
 
 NUM_BEFORE = 5
 """Tokens before the one that is looked at."""
@@ -29,13 +30,15 @@ Tensors = dict[str, torch.Tensor]
 
 
 def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
-    """Refuse a model whose token depends on others but by attention and by the states of known linear layers.
+    """Refuse a model whose token depends on others but by attention and by the states of known recurrent layers.
 
     Raises: UsageError.
     """
     x = [2 * NUM_BEFORE]
     texts = list(range(NUM_BEFORE)) + x, list(range(NUM_BEFORE, 2 * NUM_BEFORE)) + x
-    first = _last_token(model, rotary, texts[0], 0)
+    cache = recurrent_cache(model)
+    first = _last_token(model, rotary, texts[0], 0, cache)
+    has_states = bool(cached_states(cache))
     try:
         far = _last_token(model, rotary, texts[0], FAR)
     except IndexError:  # a table of positions, which ends
@@ -50,41 +53,41 @@ def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
                 fix="this model cannot be exported exactly",
             )
         )
-    other = first if linear_layers(model) else _last_token(model, rotary, texts[1], 0)
-    changed = _changed(first, other, model)
-    if linear_layers(model):
-        changed = changed or _changed_in_streams(model, rotary, texts)
+    if has_states:
+        changed = _changed_in_streams(model, rotary, texts)
+    else:
+        others = (_last_token(model, rotary, text, 0) for text in (texts[1], x))
+        changed = next((name for other in others if (name := _changed(first, other, model))), None)
     if changed:
         raise UsageError(
             problem(
                 "model",
                 received=f"a state beside attention: earlier tokens change {changed}",
-                expected="softmax attention, or linear attention in layers of its own",
+                expected="softmax attention, and recurrent layers of known rules",
                 fix="this model cannot be exported exactly",
             )
         )
 
 
 def _changed_in_streams(model: Any, rotary: ModelRotary, texts: tuple[list[int], list[int]]) -> str | None:
-    """Name of what depends on more than the states of linear layers, of the last token; None: nothing does.
+    """Name of what depends on more than the states of recurrent layers, of the last token; None: nothing does.
 
     The states after the start of a text are kept, another text is fed, and the text goes on with what was kept.
     """
     cache = recurrent_cache(model)
     _last_token(model, rotary, texts[0][:-1], 0, cache)
-    if other := _other_states(model, cache):
-        return f"a state of layer {other[0]} that is none of linear attention's"
+    if other := _other_states(cache):
+        return f"a state of layer {other[0]} that is no convolution's and not recurrent"
     kept = copy.deepcopy(cache)
     first = _last_token(model, rotary, texts[0][-1:], 0, cache)
     _last_token(model, rotary, texts[1][:-1], 0, recurrent_cache(model))
     return _changed(first, _last_token(model, rotary, texts[0][-1:], FAR, kept), model)
 
 
-def _other_states(model: Any, cache: Any) -> list[int]:
-    """Layers that have put something into a cache of `recurrent_cache` that belongs to no linear attention."""
-    linear, found = linear_layers(model), []
+def _other_states(cache: Any) -> list[int]:
+    """Layers that have put something else into a cache of `recurrent_cache` than recurrent states."""
+    known, found = {f"{kind}_states" for kind in RECURRENT_KINDS}, []
     for layer, one in enumerate(cache.layers):
-        known = {f"{kind}_states" for kind in RECURRENT_KINDS} if layer in linear else set()
         values = [
             x
             for name, value in vars(one).items()
@@ -97,7 +100,7 @@ def _other_states(model: Any, cache: Any) -> list[int]:
 
 
 def _last_token(model: Any, rotary: ModelRotary, ids: list[int], position: int, cache: Any | None = None) -> Tensors:
-    """Tensors of the last of these tokens, the first standing at `position`. Linear layers go on from `cache`."""
+    """Tensors of the last of these tokens, the first standing at `position`. Recurrent layers go on from `cache`."""
     found: Tensors = {}
 
     def attend(
@@ -121,8 +124,9 @@ def _last_token(model: Any, rotary: ModelRotary, ids: list[int], position: int, 
         random_embeddings(model, 2 * NUM_BEFORE + 1),
         intercept_attention(model, attend),
         replaced_rotary(model, identity_rotary(rotary, 1, len(ids), dtype)),
+        each_token_alone(model),
     ):
-        output = model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=False)
+        output = model(input_ids=tokens, position_ids=positions, use_cache=False, **with_cache(model, cache))
     found["logits"] = output.logits[0, -1:].double()
     return found
 

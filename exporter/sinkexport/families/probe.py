@@ -20,10 +20,11 @@ import torch
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
-from sinkexport.families.interface import intercept_attention, random_embeddings
-from sinkexport.families.linear_attention import recurrent_cache, recurrent_shapes
+from sinkexport.families.interface import intercept_attention, own_values, random_embeddings
+from sinkexport.families.latent import Latent, find_latents
 from sinkexport.families.locality import refuse_other_states
 from sinkexport.families.masks import MaskRecorder
+from sinkexport.families.recurrent import recorded_owners, recurrent_cache, recurrent_shapes, with_cache
 from sinkexport.families.refusals import refusing
 from sinkexport.families.rope import (
     COS_LAYOUTS,
@@ -41,6 +42,7 @@ from sinkexport.families.rope import (
     table_names,
 )
 from sinkexport.families.shape import AttentionCall, AttentionShape
+from sinkexport.recurrent.registry import each_token_alone, refuse_unknown
 
 NUM_TOKENS = 4
 """Tokens that the probe looks at: enough that a head is hardly zero at all of them."""
@@ -68,11 +70,16 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
         }
         still = ModelRotary(tables=tables, cos_layout=cos_layout, calls=())
         dtype = next(model.parameters()).dtype
-        masks, cache = MaskRecorder(), recurrent_cache(model)
-        plain = _run(model, identity_rotary(still, 1, NUM_TOKENS, dtype), num_layers, cache, masks)
+        masks, cache, identity = MaskRecorder(), recurrent_cache(model), identity_rotary(still, 1, NUM_TOKENS, dtype)
+        with recorded_owners(model, cache) as owners:
+            plain = _run(model, identity, num_layers, cache, masks)
+        refuse_unknown(owners)
         turned = _run(model, _handed(angles, cos_layout, dtype), num_layers, recurrent_cache(model), None)
         if [one.place for one in plain.seen] != [one.place for one in turned.seen]:
             raise _refused("other calls of attention in each run", "the same in every run")
+        if plain.may_have_latents:
+            latents = find_latents(model, identity, NUM_TOKENS, recurrent_cache(model))
+            plain, turned = plain.with_latents(latents), turned.with_latents(latents)
         pairs = zip(plain.seen, turned.seen, strict=True)
         calls = tuple(_layout(before, after, angles, dtype) for before, after in pairs)
         # Of logits that are not finite nothing can be said here: whoever computes with the model refuses them.
@@ -118,7 +125,8 @@ def _handed(angles: Mapping[str, torch.Tensor], cos_layout: str, dtype: torch.dt
 class _Seen:
     """Inputs of one call of the attention function: q [Hq, T, Dk], k [Hkv, T, Dk] and v [Hkv, T, Dv], float64.
 
-    number: of the calls of its layer. mask: what else it was given for a mask.
+    number: of the calls of its layer. mask: what else it was given for a mask. latent: what makes the keys and values,
+    if they are expanded; what turns leads then in q and k, wherever the layer has it.
     """
 
     layer: int
@@ -129,6 +137,7 @@ class _Seen:
     sliding_window: int | None
     alibi_slopes: tuple[float, ...] | None
     mask: Any
+    latent: Latent | None = None
 
     @property
     def place(self) -> tuple[int, int]:
@@ -146,6 +155,27 @@ class _Run:
 
     seen: Sequence[_Seen]
     logits: torch.Tensor
+
+    @property
+    def may_have_latents(self) -> bool:
+        """Whether there are calls in which every query head has keys and values of its own."""
+        return any(one.q.shape[0] == one.k.shape[0] > 1 for one in self.seen)
+
+    def with_latents(self, latents: Sequence[Latent | None]) -> _Run:
+        """The same with what was found of each call; empty: nothing was."""
+        if len(latents) != len(self.seen):
+            return self
+        return dataclasses.replace(
+            self,
+            seen=[
+                one
+                if latent is None
+                else dataclasses.replace(
+                    one, latent=latent, q=latent.rotary_part_first(one.q), k=latent.rotary_part_first(one.k)
+                )
+                for one, latent in zip(self.seen, latents, strict=True)
+            ],
+        )
 
 
 def _run(
@@ -192,9 +222,10 @@ def _run(
         random_embeddings(model, NUM_TOKENS),
         intercept_attention(model, record, masks),
         replaced_rotary(model, rotary),
+        each_token_alone(model),
     ):
         # Positions in a row, or transformers would take the tokens for those of several texts.
-        output = model(input_ids=ids, position_ids=ids, past_key_values=cache, use_cache=False)
+        output = model(input_ids=ids, position_ids=ids, use_cache=False, **with_cache(model, cache))
     for one in seen:
         for name, x in (("queries", one.q), ("keys", one.k)):
             if not bool(x.isfinite().all()):
@@ -205,11 +236,6 @@ def _run(
                     "weights that are not zero",
                 )
     return _Run(seen, output.logits[0].double())
-
-
-def own_values(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """An attention in which each token sees itself alone: [B, T, Hq, D] of v [B, Hkv, T, D]."""
-    return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous()
 
 
 def _check_shapes(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -250,6 +276,7 @@ def _calls(plain: _Run, turned: _Run) -> tuple[AttentionCall, ...]:
                 sliding_window=one.sliding_window,
                 alibi_slopes=one.alibi_slopes,
                 shares=shares,
+                latent=one.latent,
             )
         )
     return tuple(calls)

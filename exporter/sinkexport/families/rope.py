@@ -61,9 +61,12 @@ class ModelRotary:
 
 
 def find_rotary(model: torch.nn.Module) -> tuple[str, torch.nn.Module] | None:
-    """The one rotary embedding module of a model, or of its adapter: (name, module). None: it has ALiBi instead.
+    """The one rotary embedding module of a model, or of its adapter: (name, module). None: it has none.
 
-    Raises: UsageError if the model has none or several otherwise.
+    A model without one has ALiBi, or no positions at all: whatever else it does with positions,
+    `sinkexport.families.locality` refuses.
+
+    Raises: UsageError if the model has several.
     """
     found = [(name, m) for name, m in model.named_modules() if name.endswith("rotary_emb") and table_names(m)]
     if not found and has_alibi(model):
@@ -71,9 +74,9 @@ def find_rotary(model: torch.nn.Module) -> tuple[str, torch.nn.Module] | None:
     adapter = find_adapter(model)
     if not found and adapter is not None and adapter.rotary is not None:
         return ROTARY_NAME, adapter.rotary(model)
-    if len(found) != 1:
-        raise refused_rotary(f"{len(found)} rotary embeddings", "exactly one that all layers share")
-    return found[0]
+    if len(found) > 1:
+        raise refused_rotary(f"{len(found)} rotary embeddings", "one that all layers share, or none")
+    return found[0] if found else None
 
 
 def table_names(rotary: torch.nn.Module) -> list[str]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from sinkexport.families.linear_attention import RecurrentShapes
+from sinkexport.families.latent import Latent
+from sinkexport.recurrent.states import RecurrentShapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class AttentionCall:
     sliding_window: tokens that the model itself sees, the newest included; None: all.
     alibi_slopes: [Hq], what a logit loses for each token of distance (ALiBi, arXiv:2108.12409); None: no ALiBi.
     shares: index of an earlier call whose keys and values this one reads; None: it has its own.
+    latent: how they are expanded from a latent, where what turns leads in queries and keys; None: they are not.
     """
 
     layer: int
@@ -34,6 +36,7 @@ class AttentionCall:
     sliding_window: int | None = None
     alibi_slopes: tuple[float, ...] | None = None
     shares: int | None = None
+    latent: Latent | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -56,6 +59,8 @@ class AttentionShape:
     def is_uniform(self) -> bool:
         """Whether no layer attends twice, and all that do have the same sizes, values as large as keys."""
         sizes = {call.sizes for call in self.calls}
+        if any(call.latent is not None for call in self.calls):
+            return False
         return len(sizes) == 1 and self.calls[0].key_dim == self.calls[0].value_dim and not self.has_later_calls
 
     @property

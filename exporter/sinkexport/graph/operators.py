@@ -87,7 +87,8 @@ def schemas() -> Mapping[str, onnx.defs.OpSchema]:
         BLOCK_ATTENTION,
         [
             *(_Parameter(name, "T") for name in ("q", "k", "v")),
-            *_states(),
+            *(_optional(name, "T") for name in STATE_KINDS[:2]),
+            *(_Parameter(name, "TW") for name in STATE_KINDS[2:]),
             _Parameter("position", "tensor(int64)"),
             *(_optional(name, "T") for name in ("shift_cos", "shift_sin")),
             _Parameter("oldest", "tensor(int64)"),
@@ -111,13 +112,6 @@ def schemas() -> Mapping[str, onnx.defs.OpSchema]:
     return {schema.name: schema for schema in every}
 
 
-def _states() -> list[Any]:
-    return [
-        *(_optional(name, "T") for name in STATE_KINDS[:2]),
-        *(_Parameter(name, "TW") for name in STATE_KINDS[2:]),
-    ]
-
-
 def _optional(name: str, kind: str) -> Any:
     return _Parameter(name, kind, "", param_option=_Option.Optional)
 
@@ -127,8 +121,10 @@ def _sink_attention() -> onnx.defs.OpSchema:
     return _schema(
         SINK_ATTENTION,
         [
-            *(_Parameter(name, "T") for name in ("q", "k", "v")),
-            *_states(),
+            *(_Parameter(name, "T") for name in ("q", "k")),
+            *(_optional(name, "T") for name in ("v", "sink_k", "sink_v")),
+            _Parameter("window_k", "TW"),
+            _optional("window_v", "TW"),
             _Parameter("position", "tensor(int64)"),
             *(_optional(name, "T") for name in ("shift_cos", "shift_sin")),
             _optional("num_valid", "tensor(int64)"),

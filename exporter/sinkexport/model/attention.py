@@ -69,11 +69,11 @@ EightTensors = tuple[
 def _sink_attention(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     sink_k: torch.Tensor | None,
     sink_v: torch.Tensor | None,
     window_k: torch.Tensor,
-    window_v: torch.Tensor,
+    window_v: torch.Tensor | None,
     position: torch.Tensor,
     shift_cos: torch.Tensor | None,
     shift_sin: torch.Tensor | None,
@@ -102,6 +102,7 @@ def _sink_attention(
     sink_k, sink_v: [B, Hkv, S, D and Dv] (None if S = 0), window_k, window_v: [B, Hkv, W, D and Dv].
     window_k_scale, window_v_scale: float16 [B, Hkv, W] where the window is int8 (model/int8_rows.py), else None. A
     token is quantised once, when it comes, and is seen so by itself and by all later ones; sinks are not quantised.
+    v, sink_v, window_v, window_v_scale: None for latent attention, whose rows of keys are the values, too.
     shift_cos, shift_sin: [B, T, R/2], of ``max(0, t - (C - 1))`` tokens: the query is turned back by it for the
     sinks, whose distance stops growing once the cache is full (None: no sinks or no positions).
     softcap: 0 for none, else logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv:2408.00118).
@@ -117,6 +118,9 @@ def _sink_attention(
     arXiv:2406.15765), after all that made the weights. Needs a sink.
     Returns: attention output [B, Hq, T, Dv] and the seven states afterwards, those that are absent without elements.
     """
+    has_values = v is not None
+    if v is None or window_v is None:  # rows are keys and values
+        v, sink_v, window_v, window_v_scale = k, sink_k, window_k, window_k_scale
     (absent_k, absent_v), nothing = (q.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (k, v)), q.new_zeros(0)
     kept = (sink_k, sink_v, window_k, window_v, window_k_scale, window_v_scale, attention_mass)
     scales = (nothing.to(SCALE_DTYPE), nothing.to(SCALE_DTYPE))
@@ -143,6 +147,8 @@ def _sink_attention(
         updated = (*updated[:6], mass)
         states = updated if num_valid is None else _chosen(i < num_valid, updated, states)
     # A custom operator must not hand back what it was given, nor one tensor twice.
+    if not has_values:
+        states = (states[0], absent_v, states[2], absent_v, states[4], scales[1], states[6])
     after = [state.clone() for state in states]
     return torch.cat(outputs, dim=2), after[0], after[1], after[2], after[3], after[4], after[5], after[6]
 
@@ -296,7 +302,7 @@ def _(*arguments: Any, **named: Any) -> EightTensors:
     bound = SIGNATURE.bind(*arguments, **named)
     bound.apply_defaults()
     given = bound.arguments
-    q, v, nothing = given["q"], given["v"], given["q"].new_empty(0)
+    q, v, nothing = given["q"], given["k"] if given["v"] is None else given["v"], given["q"].new_empty(0)
     absent_k, absent_v = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (given["k"], v))
     scales = (nothing.to(SCALE_DTYPE), nothing.to(SCALE_DTYPE))
     without = (absent_k, absent_v, absent_k, absent_v, *scales, nothing.float())

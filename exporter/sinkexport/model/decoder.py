@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sinkrt.contract import MASS_KIND, NO_TOKEN, RECURRENT_KINDS, SCALE_KINDS, STATE_KINDS, ActTuning
+from sinkrt.contract import MASS_KIND, NO_TOKEN, SCALE_KINDS, STATE_KINDS, ActTuning
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
 from sinkexport.families.interface import as_many_heads, attention_inputs, intercept_attention, refuse_arguments
+from sinkexport.families.latent import CachedPairs, Latent
+from sinkexport.families.recurrent import with_cache
 from sinkexport.families.rope import ModelRotary, RotarySpec
 from sinkexport.families.shape import AttentionShape
 from sinkexport.model.affine import AffineFactors
@@ -24,17 +26,26 @@ from sinkexport.model.attention import rotated, sink_attention, stream_angles
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, cache_owner, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
-from sinkexport.model.recurrent import StepCache, delta_rules
+from sinkexport.model.latent import absorbed, output_of_rows
+from sinkexport.model.loop_experts import unrolled_experts
+from sinkexport.recurrent.registry import RecurrentStates
+from sinkexport.recurrent.states import StateKey, Tokens, state_name
 
 Place = HeadCache | int
-"""Owner of a state: a cache, or a layer with linear attention."""
+"""Owner of a state: a cache, or a layer with recurrent states."""
+
+Kind = str | StateKey
+"""A cache's kind of state, or the key of a recurrent one."""
+
+VALUE_KINDS = ("sink_v", "window_v", "window_v_scale")
+"""States that a latent cache has not."""
 
 
 class StreamStep(torch.nn.Module):
     """``forward(ids, position, states, num_valid) -> (logits, next states)``: T tokens of each of B streams.
 
     ids: int64 [B, T]. position: int64 [B], of the first token. states: in the order of ``states``.
-    num_valid: int64 [B], how many of the T tokens count; left out if T = 1. Then, in a model with linear attention, an
+    num_valid: int64 [B], how many of the T tokens count; left out if T = 1. Then, in a model with recurrent states, an
     id below 0 is no token: its stream stands still.
     logits: float32 [B, vocab], after the last token that counts.
     """
@@ -85,16 +96,22 @@ class StreamStep(torch.nn.Module):
         """State tensors of a cache, in the order in which `states` holds them."""
         kinds = STATE_KINDS if cache.ring.num_sink_tokens else STATE_KINDS[2:]
         kinds = (*kinds, *SCALE_KINDS) if self.config.has_int8_window else kinds
+        kinds = tuple(kind for kind in kinds if kind not in VALUE_KINDS) if cache.is_latent else kinds
         is_calibrated = self.act is not None and any(self.act.heads[cache.layer][head] for head in cache.q_heads)
         return (*kinds, MASS_KIND) if is_calibrated else kinds
 
     @property
-    def states(self) -> list[tuple[Place, str]]:
+    def latents(self) -> list[Latent]:
+        """What makes keys and values in the calls whose caches are latent."""
+        calls = zip(self.shape.calls, self.caches_of_call, strict=True)
+        return [call.latent for call, caches in calls if call.latent is not None and caches[0].is_latent]
+
+    @property
+    def states(self) -> list[tuple[Place, Kind]]:
         """Place and kind of every state tensor, layer by layer."""
-        found: list[tuple[Place, str]] = []
+        found: list[tuple[Place, Kind]] = []
         for layer in range(self.shape.num_layers):
-            if layer in self.shape.recurrent:
-                found += [(layer, kind) for kind in RECURRENT_KINDS]
+            found += [(layer, key) for key in sorted(self.shape.recurrent.get(layer, ()))]
             for cache in (cache for cache in self.caches if cache.layer == layer):
                 found += [(cache, kind) for kind in self.state_kinds(cache)]
         return found
@@ -103,7 +120,9 @@ class StreamStep(torch.nn.Module):
     def state_names(self) -> list[tuple[int, str, str]]:
         """Layer, kind and input name of every state tensor."""
         return [
-            (place, kind, f"{kind}.{place}") if isinstance(place, int) else (place.layer, kind, place.state_name(kind))
+            (place.layer, str(kind), place.state_name(str(kind)))
+            if isinstance(place, HeadCache)
+            else (place, str(kind[0]), state_name(place, (str(kind[0]), int(kind[1]))))
             for place, kind in self.states
         ]
 
@@ -115,14 +134,16 @@ class StreamStep(torch.nn.Module):
         """float32 [Hq] of 0 and 1: heads whose later sinks are scaled down; None: none."""
         return getattr(self, f"calibrated_{layer}", None)
 
-    def empty_state(self, place: Place, kind: str) -> torch.Tensor:
-        """One state tensor before the first token: [B, Hkv, S or W, Dk or Dv], [B, Hkv, W] if it holds scales,
-        [B, Hq, 2, W] if it holds attention, or [B, ..]."""
-        model_dtype = next(self.model.parameters()).dtype
-        if isinstance(place, int):
-            dtype = model_dtype if kind == "conv" else torch.float32
-            return torch.zeros(self.batch, *self.shape.recurrent[place][kind], dtype=dtype)
-        cache, ring = place, place.ring
+    def empty_state(self, place: Place, kind: Kind) -> torch.Tensor:
+        """One state tensor before the first token, all zeros."""
+        if isinstance(place, HeadCache):
+            return self._empty_cache_state(place, str(kind))
+        state = self.shape.recurrent[place][str(kind[0]), int(kind[1])]
+        return torch.zeros(self.batch, *state.shape, dtype=state.dtype)
+
+    def _empty_cache_state(self, cache: HeadCache, kind: str) -> torch.Tensor:
+        """[B, Hkv, S or W, Dk or Dv], [B, Hkv, W] if it holds scales, [B, Hq, 2, W] if it holds attention."""
+        model_dtype, ring = next(self.model.parameters()).dtype, cache.ring
         if kind == MASS_KIND:
             return torch.zeros(self.batch, len(cache.q_heads), 2, ring.window_size)
         length = ring.num_sink_tokens if kind.startswith("sink") else ring.window_size
@@ -140,21 +161,25 @@ class StreamStep(torch.nn.Module):
         states: list[torch.Tensor],
         num_valid: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        is_token = None
+        tokens = None
         if self.shape.recurrent:
             is_token = ids > NO_TOKEN if num_valid is None else torch.arange(self.num_tokens) < num_valid[:, None]
             ids = torch.maximum(ids, torch.zeros((), dtype=ids.dtype))
-        step = _Step(self, position, states, num_valid, is_token)
+            tokens = Tokens(is_token, num_valid, position)
+        step = _Step(self, position, states, num_valid, tokens)
         with (
             attention_inputs(self.model) as step.inputs,
             intercept_attention(self.model, step.attend),
             static_experts(self.model, in_place=self.config.has_plugins),
-            contextlib.nullcontext() if is_token is None else delta_rules(self.model, is_token),
+            unrolled_experts(self.model, in_place=self.config.has_plugins),
+            contextlib.nullcontext() if step.recurrent is None else step.recurrent.in_place(),
             _only_last_token(self.model, num_valid),
         ):
             # position_ids reach the model only so that `_refuse_other_uses_of_position` can see who reads them.
             positions = position[:, None] + torch.arange(self.num_tokens)  # [B, T]
-            output = self.model(input_ids=ids, position_ids=positions, past_key_values=step.recurrent, use_cache=False)
+            output = self.model(
+                input_ids=ids, position_ids=positions, use_cache=False, **with_cache(self.model, step.cache)
+            )
         logits = output.logits if output.logits.shape[1] == 1 else _last_token(output.logits, num_valid)
         return logits[:, 0].to(torch.float32), step.next_states
 
@@ -168,20 +193,24 @@ class _Step:
         position: torch.Tensor,
         states: list[torch.Tensor],
         num_valid: torch.Tensor | None,
-        is_token: torch.Tensor | None,
+        tokens: Tokens | None,
     ) -> None:
-        """is_token: bool [B, T], where there is linear attention."""
+        """tokens: where there are recurrent states."""
         self._stream = stream
         self._position = position
         self._num_valid = num_valid
-        self._states: dict[Place, dict[str, torch.Tensor]] = {}
+        self._states: dict[Place, dict[Any, torch.Tensor]] = {}
         for (place, kind), state in zip(stream.states, states, strict=True):
             self._states.setdefault(place, {})[kind] = state
         self._next: dict[Place, list[torch.Tensor]] = {}
         self.recurrent = None
-        if is_token is not None:
+        if tokens is not None:
             recurrent_states = {layer: self._states[layer] for layer in stream.shape.recurrent}
-            self.recurrent = StepCache(recurrent_states, is_token, num_valid)
+            self.recurrent = RecurrentStates(stream.model, recurrent_states, tokens)
+        self.cache: Any | None = None if self.recurrent is None else self.recurrent.cache
+        self._pairs = CachedPairs(self.cache)
+        if stream.latents:
+            self.cache = self._pairs.cache
         self._angles: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._num_calls = 0
         self.inputs: dict[torch.nn.Module, torch.Tensor] = {}
@@ -190,9 +219,8 @@ class _Step:
     @property
     def next_states(self) -> list[torch.Tensor]:
         if self.recurrent is not None:
-            self.recurrent.finish()
-            for layer, after in self.recurrent.after.items():
-                self._next[layer] = [after[kind] for kind in RECURRENT_KINDS]
+            for layer, after in self.recurrent.after().items():
+                self._next[layer] = [after[key] for key in self._states[layer]]
         if self._num_calls != len(self._stream.shape.calls):
             raise RuntimeError(f"{self._num_calls} calls of attention; the probe saw {len(self._stream.shape.calls)}")
         return [state for place in self._states for state in self._next[place]]
@@ -229,6 +257,10 @@ class _Step:
             factors = self._stream.affine[str(layer)](self.inputs[module])
             more |= zip(("affine_scale", "affine_bias"), factors, strict=True)
         (k, v), caches = as_many_heads(k, v), self._stream.caches_of_call[index]
+        if (latent := self._stream.shape.calls[index].latent) is not None:
+            if caches[0].is_latent:
+                return self._attend_to_rows(index, latent, q, more).transpose(1, 2), None
+            q, k = latent.rotary_part_first(q), latent.rotary_part_first(k)
         if len(caches) == 1:
             return self._attend(index, caches[0], q, k, v, more).transpose(1, 2), None
         outputs = []
@@ -242,11 +274,30 @@ class _Step:
             out = out.index_select(1, torch.tensor([made.index(head) for head in range(len(made))]))
         return out.transpose(1, 2), None
 
+    def _attend_to_rows(self, call: int, latent: Latent, q: torch.Tensor, more: dict[str, Any]) -> torch.Tensor:
+        """Latent attention: q [B, H, T, Dk] -> [B, H, T, Dv]; the model's own keys and values are not used."""
+        (cache,), model = self._stream.caches_of_call[call], self._stream.model
+        cached = self._pairs.take(cache.layer)
+        if cached is None:
+            raise RuntimeError(f"nothing was cached in layer {cache.layer}; the probe saw a latent")
+        query, row = absorbed(model, latent, cached, q)
+        return output_of_rows(model, latent, self._attend(call, cache, query, row, None, more))
+
     def _attend(
-        self, call: int, cache: HeadCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, more: dict[str, Any]
+        self,
+        call: int,
+        cache: HeadCache,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor | None,
+        more: dict[str, Any],
     ) -> torch.Tensor:
-        """The heads of one cache: q [B, Hq, T, Dk], k and v [B, Hkv, T, Dk or Dv], not rotated -> [B, Hq, T, Dv]."""
-        spec, ring, value_dim = self._stream.rotary.calls[call], cache.ring, v.shape[-1]
+        """The heads of one cache: q [B, Hq, T, Dk], k and v [B, Hkv, T, Dk or Dv], not rotated -> [B, Hq, T, Dv].
+
+        v: None where rows are both, as they are in the result.
+        """
+        spec, ring = self._stream.rotary.calls[call], cache.ring
+        value_dim = (k if v is None else v).shape[-1]
         shift = None
         if spec.rotary_dim:
             q, k = (self._rotated(x, spec) for x in (q, k))
@@ -254,7 +305,8 @@ class _Step:
         states, act = self._states[cache], self._stream.act
         if MASS_KIND not in states:
             more = {**more, "calibrated": None}
-        q, k, v = _widened(q, cache.key_dim), _widened(k, cache.key_dim), _widened(v, cache.value_dim)
+        q, k = _widened(q, cache.key_dim), _widened(k, cache.key_dim)
+        v = None if v is None else _widened(v, cache.value_dim)
         cos, sin = shift or (None, None)
         out, *updated = sink_attention(
             q=q,

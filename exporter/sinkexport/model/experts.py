@@ -16,9 +16,10 @@ tokens there are.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ MAX_PICKS, MAX_EXPERTS, MAX_FEATURES, INPUTS_MULTIPLE = 2048, 512, 1 << 21, 8
 """Limits of the plugin's kernel: choices in one run, experts of a layer, inputs and outputs of a float16 matrix."""
 
 
-def moe_layers(model: Any) -> dict[str, Any]:
+def declared_experts(model: Any) -> dict[str, Any]:
     """MoE layers of a model that transformers lets be computed in another form, by their names."""
     # The attribute is set by their decorator.
     return {name: module for name, module in model.named_modules() if hasattr(module, "has_post_expert_norm")}
@@ -41,7 +42,7 @@ def static_experts(model: Any, *, in_place: bool = False) -> Iterator[None]:
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    if not moe_layers(model):
+    if not declared_experts(model):
         yield
         return
     name = f"sinkexport-{uuid.uuid4().hex}"
@@ -55,64 +56,116 @@ def static_experts(model: Any, *, in_place: bool = False) -> Iterator[None]:
         ALL_EXPERTS_FUNCTIONS._global_mapping.pop(name, None)
 
 
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The matrices of an MoE layer's experts.
+
+    first: [E, M, K] each, or [E, K, M] if `is_transposed`: one, or a gate and what it gates. down: from [.., I] back.
+    first_bias, down_bias: [E, M] or None. inner: results of `first` [.., M] -> [.., I]. after: what each expert's
+    output [.., D] goes through, or None.
+    """
+
+    first: tuple[torch.Tensor, ...]
+    down: torch.Tensor
+    inner: Callable[..., torch.Tensor]
+    is_transposed: bool = False
+    is_down_transposed: bool = False
+    first_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+    after: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.down.shape[0])
+
+    @property
+    def matrices(self) -> list[tuple[torch.Tensor, bool]]:
+        """All, each with whether it is transposed."""
+        return [*((weight, self.is_transposed) for weight in self.first), (self.down, self.is_down_transposed)]
+
+
 def _experts(
     module: Any, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, *, in_place: bool
 ) -> torch.Tensor:
     """transformers' experts interface: hidden [N, D], chosen experts int64 [N, k] and their shares [N, k] -> [N, D]."""
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    experts = Experts(
+        first=(getattr(module, name),),
+        down=module.down_proj,
+        inner=module._apply_gate if module.has_gate else module.act_fn,
+        is_transposed=module.is_transposed,
+        is_down_transposed=module.is_transposed,
+        first_bias=getattr(module, f"{name}_bias") if module.has_bias else None,
+        down_bias=module.down_proj_bias if module.has_bias else None,
+        after=module.post_expert_norm if module.has_post_expert_norm else None,
+    )
+    return mixed(experts, hidden, chosen, shares, in_place=in_place)
+
+
+def mixed(
+    experts: Experts, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, *, in_place: bool
+) -> torch.Tensor:
+    """Sum of the outputs of each token's experts by their shares: hidden [N, D], chosen, shares [N, k] -> [N, D]."""
     num_tokens, num_chosen = chosen.shape
-    if in_place and hidden.dtype == torch.float16 and num_chosen <= MAX_PICKS and _fits_plugin(module):
+    if in_place and hidden.dtype == torch.float16 and num_chosen <= MAX_PICKS and _fits_plugin(experts):
         # All experts never, not even for more tokens than a node takes: both graphs share one form of the weights.
         step = MAX_PICKS // num_chosen
         if num_tokens <= step:
-            return _chosen_experts(module, hidden, chosen, shares, in_place=True)
+            return _chosen_experts(experts, hidden, chosen, shares, in_place=True)
         starts = range(0, num_tokens, step)
         parts = ([x[start : start + step] for x in (hidden, chosen, shares)] for start in starts)
-        return torch.cat([_chosen_experts(module, *part, in_place=True) for part in parts])
-    if 2 * num_tokens * num_chosen < module.num_experts:
-        return _chosen_experts(module, hidden, chosen, shares)
-    is_chosen = chosen[..., None] == torch.arange(module.num_experts)  # [N, k, E]
+        return torch.cat([_chosen_experts(experts, *part, in_place=True) for part in parts])
+    if is_gathered(chosen, experts.num_experts):
+        return _chosen_experts(experts, hidden, chosen, shares)
+    is_chosen = chosen[..., None] == torch.arange(experts.num_experts)  # [N, k, E]
     share = (is_chosen * shares[..., None]).sum(dim=1)  # [N, E]
-    out = _expert_layers(module, hidden[None], None) * share.T[..., None]  # [E, N, D]
+    out = _expert_layers(experts, hidden[None], None) * share.T[..., None]  # [E, N, D]
     return out.sum(dim=0).to(hidden.dtype)
 
 
+def is_gathered(chosen: torch.Tensor, num_experts: int) -> bool:
+    """Whether so few experts are chosen [N, k] that their weights are gathered."""
+    return 2 * chosen.numel() < num_experts
+
+
 def _chosen_experts(
-    module: Any, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, *, in_place: bool = False
+    experts: Experts, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, *, in_place: bool = False
 ) -> torch.Tensor:
     """Each token by its own experts alone; shapes as above."""
-    out = _expert_layers(module, hidden, chosen.reshape(-1), in_place=in_place) * shares.reshape(-1, 1)  # [N * k, D]
+    out = _expert_layers(experts, hidden, chosen.reshape(-1), in_place=in_place) * shares.reshape(-1, 1)  # [N * k, D]
     return out.reshape(*chosen.shape, -1).sum(dim=1).to(hidden.dtype)
 
 
-def _expert_layers(module: Any, x: torch.Tensor, picks: torch.Tensor | None, *, in_place: bool = False) -> torch.Tensor:
+def _expert_layers(
+    experts: Experts, x: torch.Tensor, picks: torch.Tensor | None, *, in_place: bool = False
+) -> torch.Tensor:
     """x [N, D] through the experts `picks` [P], P / N of them for each row: [P, D]. Or, for None, x [1, N, D] through
     all: [E, N, D]."""
-    x = _matmuls(module, _first(module), x, picks, in_place=in_place)  # [.., I or 2 I]
-    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
-    x = _matmuls(module, "down_proj", x, picks, in_place=in_place)
-    return module.post_expert_norm(x) if module.has_post_expert_norm else x
+    made = [
+        _with_bias(expert_matmul(x, weight, picks, experts.is_transposed, in_place), experts.first_bias, picks)
+        for weight in experts.first
+    ]
+    x = experts.inner(*made)  # [.., I]
+    x = expert_matmul(x, experts.down, picks, experts.is_down_transposed, in_place)
+    x = _with_bias(x, experts.down_bias, picks)
+    return x if experts.after is None else experts.after(x)
 
 
-def _first(module: Any) -> str:
-    return "gate_up_proj" if module.has_gate else "up_proj"
-
-
-def _fits_plugin(module: Any) -> bool:
-    """Whether the plugin takes both matmuls, by float16 matrices of this size."""
-    for name in (_first(module), "down_proj"):
-        num_experts, *axes = getattr(module, name).shape
-        num_inputs = axes[0 if module.is_transposed else 1]
+def _fits_plugin(experts: Experts) -> bool:
+    """Whether the plugin takes all matmuls, by float16 matrices of this size."""
+    for weight, is_transposed in experts.matrices:
+        num_experts, *axes = weight.shape
+        num_inputs = axes[0 if is_transposed else 1]
         if num_experts > MAX_EXPERTS or max(axes) > MAX_FEATURES or num_inputs % INPUTS_MULTIPLE:
             return False
     return True
 
 
-def _matmuls(module: Any, name: str, x: torch.Tensor, picks: torch.Tensor | None, *, in_place: bool) -> torch.Tensor:
-    """x by experts' weights, with their biases: shapes as of `expert_matmul`."""
-    out = expert_matmul(x, getattr(module, name), picks, module.is_transposed, in_place)
-    if not module.has_bias:
+def _with_bias(out: torch.Tensor, bias: torch.Tensor | None, picks: torch.Tensor | None) -> torch.Tensor:
+    """Results of `expert_matmul` with each expert's bias, of [E, M]."""
+    if bias is None:
         return out
-    bias = getattr(module, f"{name}_bias")  # [E, M]
     return out + (bias[:, None] if picks is None else bias.index_select(0, picks))
 
 
@@ -141,15 +194,3 @@ def _(
 ) -> torch.Tensor:
     width = weight.shape[2 if is_transposed else 1]
     return x.new_empty(*((weight.shape[0], x.shape[1]) if picks is None else picks.shape), width)
-
-
-def routers(model: Any) -> frozenset[str]:
-    """Names of the modules that choose experts: neighbours of an MoE layer, with one output for each of its experts."""
-    found = set()
-    for path, layer in moe_layers(model).items():
-        parent = path.rpartition(".")[0]
-        for name, module in model.get_submodule(parent).named_children():
-            weight = getattr(module, "weight", None)
-            if weight is not None and weight.ndim == 2 and weight.shape[0] == layer.num_experts:
-                found.add(f"{parent}.{name}")
-    return frozenset(found)

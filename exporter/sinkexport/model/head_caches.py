@@ -20,6 +20,7 @@ class HeadCache:
     group: its number in the call. kv_heads: their indices, ascending. q_heads: of the query heads that they serve.
     is_whole: whether these are all heads of the call.
     key_dim, value_dim: elements of a row of keys and of values.
+    is_latent: whether values are the last elements of the keys' rows, which alone are kept (model/latent.py).
     """
 
     layer: int
@@ -32,6 +33,12 @@ class HeadCache:
     is_whole: bool
     key_dim: int
     value_dim: int
+    is_latent: bool = False
+
+    @property
+    def num_elements(self) -> int:
+        """Elements that are kept of a token and key head."""
+        return self.key_dim if self.is_latent else self.key_dim + self.value_dim
 
     def state_name(self, kind: str) -> str:
         """Name of the graph's input."""
@@ -64,11 +71,16 @@ def cache_owner(config: ExportConfig, shape: AttentionShape, call: int) -> int:
 def _caches_of(
     config: ExportConfig, variant: AttentionVariant, index: int, call: AttentionCall
 ) -> tuple[HeadCache, ...]:
-    size = call.num_q_heads // call.num_kv_heads  # query heads of a key head
+    latent, num_kv_heads = call.latent, call.num_kv_heads
     key_dim, value_dim = call.key_dim, call.value_dim
+    # The plugin has two caches, and no kernel for rows of this length: there keys and values are expanded.
+    is_latent = latent is not None and latent.is_smaller and not config.has_plugins
+    if latent is not None and is_latent:
+        num_kv_heads, key_dim, value_dim = 1, latent.row_dim, latent.latent_dim
+    size = call.num_q_heads // num_kv_heads  # query heads of a key head
     if config.has_plugins:  # its rows of keys and values are of one size
         key_dim = value_dim = max(key_dim, value_dim)
-    windows = variant.windows(call.layer, call.num_kv_heads, config.window_size)
+    windows = variant.windows(call.layer, num_kv_heads, config.window_size)
     groups = head_groups(call.layer, [config.ring(call.sliding_window, window).window_size for window in windows])
     return tuple(
         HeadCache(
@@ -82,6 +94,7 @@ def _caches_of(
             is_whole=len(groups) == 1,
             key_dim=key_dim,
             value_dim=value_dim,
+            is_latent=is_latent,
         )
         for number, group in enumerate(groups)
     )

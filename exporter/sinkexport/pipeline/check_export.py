@@ -2,8 +2,9 @@
 
 A dozen tokens of some streams are fed to the bundle's own graphs, one by one and as a chunk. Their logits are compared
 with those of transformers' own pass of the model. Tokens after the cache has filled are compared with references that
-know nothing of how the graphs were made. Where it takes no more than a second or two, that is the streaming one, as in
-`verify`. Otherwise both start from caches filled with random rows, as if the stream had run for long.
+know nothing of how the graphs were made. Where it takes no more than a second or two, they are those of `verify`.
+Otherwise both start from caches filled with random rows, as if the stream had run for long. That does not fit all
+models: of those it says that their full caches were not compared.
 
 A bundle whose window alone is INT8 has nearly the model's logits. One with quantised weights or inputs cannot have
 them: there it is their correlation that counts. Rounding leaves correlations near 0.9 in real models, a layer that is
@@ -13,7 +14,10 @@ does that.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,7 @@ from sinkexport.families.refusals import refusing
 from sinkexport.model.experts import static_experts
 from sinkexport.reference.dense import dense_logits
 from sinkexport.reference.mid_stream import logits_from, typical_sizes
-from sinkexport.reference.streaming import streaming_reference
+from sinkexport.reference.streamed import CALL_FOLLOWING, Streamed, streamed_logits
 from sinkexport.util.arrays import Ids, Logits
 from sinkexport.variants.variant import AttentionVariant
 
@@ -44,6 +48,9 @@ MAX_STREAMS = 2
 MAX_STREAMED_TOKENS, MAX_STREAMED_WORK = 128, 3e9
 """Tokens, and parameters times tokens, up to which a step of the reference for each takes no more than a second or
 two."""
+
+MAX_FOLLOWED_WORK = 1e10
+"""The same of the call-following reference, which has a pass of many tokens for each. It compares fewer then."""
 
 MID_STREAM_TOLERANCE_PER_TOKEN, MAX_MID_STREAM_TOLERANCE = 1e-5, 0.25
 """Tolerance as `TOLERANCE_PER_TOKEN` of comparison.py, where all keys of a full cache are random.
@@ -67,7 +74,7 @@ their spread."""
 
 
 class UncheckedWarning(UserWarning):
-    """A bundle was written that nothing was compared with."""
+    """A bundle was written that nothing was compared with, or not with full caches."""
 
 
 def why_unchecked(manifest: Manifest) -> str | None:
@@ -107,8 +114,10 @@ class _Check:
         stream = self._manifest.stream
         num_tokens = min(NUM_TOKENS, stream.num_sink_tokens + self._variant.shortest_window(stream.window_size))
         if rotates_by_length(self._model.config, stream.capacity):
+            ids = self._ids(NUM_TOKENS)
             if self._can_stream(NUM_TOKENS):
-                self._compare(self._ids(NUM_TOKENS), self._streamed(self._ids(NUM_TOKENS), NUM_TOKENS))
+                with self._streaming(ids) as streamed:
+                    self._compare(ids, _last(streamed, 0))
             return  # the model would rotate a short text otherwise than a full cache
         ids = self._ids(num_tokens)
         wanted = dense_logits(self._model, ids[self._streams], self._variant, stream.num_sink_tokens)
@@ -116,12 +125,27 @@ class _Check:
 
     def full_cache(self) -> None:
         """After evictions."""
-        capacity = self._manifest.stream.capacity
-        if self._can_stream(capacity + NUM_TOKENS):
-            ids = self._ids(capacity + NUM_TOKENS)
-            self._compare(ids, self._streamed(ids, NUM_TOKENS))
-        elif self._variant.is_plain and not rotates_by_length(self._model.config, capacity) and not self._is_rounded:
+        capacity, is_mid_stream = self._manifest.stream.capacity, False
+        ids = self._ids(capacity + NUM_TOKENS)
+        with self._streaming(ids) as streamed:
+            if streamed.reference == CALL_FOLLOWING or self._can_stream(ids.shape[1]):
+                if streamed.num_tokens > capacity:
+                    self._compare(ids[:, : streamed.num_tokens], _last(streamed, capacity))
+                else:
+                    _warn_of_full_caches("it would take long; 'sinkexport verify' does it")
+            else:
+                is_mid_stream = self._variant.is_plain and not self._is_rounded
+        if is_mid_stream and not rotates_by_length(self._model.config, capacity):
             self.mid_stream()
+
+    @contextlib.contextmanager
+    def _streaming(self, ids: Ids) -> Iterator[Streamed]:
+        """Stream ids [B, N] through the model, those of the streams that count."""
+        stream = self._manifest.stream
+        geometry = stream.num_sink_tokens, stream.window_size
+        tokens = torch.from_numpy(ids[self._streams])
+        with streamed_logits(self._model, tokens, *geometry, self._variant, MAX_FOLLOWED_WORK) as streamed:
+            yield streamed
 
     @property
     def _is_rounded(self) -> bool:
@@ -142,7 +166,12 @@ class _Check:
         stream, session = self._streams[-1], self._session
         num_tokens = 1 if has_alibi(self._model) else NUM_TOKENS
         ids = self._ids(NUM_TOKENS)[stream : stream + 1, :num_tokens]
-        states = self._random_states(typical_sizes(self._model, torch.from_numpy(ids)))
+        sizes = typical_sizes(self._model, torch.from_numpy(ids))
+        kept = {(state.layer, state.kind) for state in self._manifest.states}
+        if not {(layer, kind) for layer in sizes for kind in ("window_k", "window_v")} <= kept:
+            _warn_of_full_caches("some of its layers share a cache")
+            return
+        states = self._random_states(sizes)
         position = self._manifest.stream.capacity + NUM_TOKENS // 2
         tolerance = min(MID_STREAM_TOLERANCE_PER_TOKEN * position, MAX_MID_STREAM_TOLERANCE)
         start = dataclasses.replace(session.copy_stream(stream), states=states, position=position)
@@ -204,21 +233,6 @@ class _Check:
         vocab_size = min(known, self._manifest.model.vocab_size)
         return np.random.default_rng(0).integers(0, vocab_size, (self._manifest.stream.batch, num_tokens))
 
-    def _streamed(self, ids: Ids, num_last: int) -> Logits:
-        """The streaming reference's logits [b, num_last, vocab] of the last tokens of the streams that count."""
-        stream, wanted = self._manifest.stream, []
-        with streaming_reference(
-            self._model,
-            stream.num_sink_tokens,
-            stream.window_size,
-            variant=self._variant,
-        ) as reference:
-            for t, column in enumerate(ids[self._streams].T):
-                logits = reference.step(torch.from_numpy(column))
-                if t >= ids.shape[1] - num_last:
-                    wanted.append(logits.float().numpy())
-        return np.stack(wanted, axis=1)
-
     def _compare(self, ids: Ids, wanted: Logits) -> None:
         """wanted: [b, n, vocab] of the last n tokens of ids [B, N]: of steps, and of all of them as chunks."""
         session, start = self._session, ids.shape[1] - wanted.shape[1]
@@ -279,6 +293,16 @@ class _Check:
             raise UsageError(
                 problem("the exported graph differs from the model", received=found, expected=expected, fix=fix)
             )
+
+
+def _last(streamed: Streamed, first: int) -> Logits:
+    """[b, n, vocab], from token `first` on."""
+    wanted = [logits.float().numpy() for t, logits in enumerate(streamed.logits) if t >= first]
+    return np.stack(wanted, axis=1)
+
+
+def _warn_of_full_caches(reason: str) -> None:
+    warnings.warn(f"the graphs were compared with the model before eviction only: {reason}", UncheckedWarning, 2)
 
 
 def correlations(got: Logits, wanted: Logits) -> Logits:

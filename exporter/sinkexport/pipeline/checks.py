@@ -153,7 +153,7 @@ def check_memory(config: ExportConfig, caches: Sequence[HeadCache]) -> None:
     Raises: UsageError.
     """
     entry_bytes = 1 if config.has_int8_window else 2 if config.dtype == "fp16" else 4
-    per_stream = sum(len(c.kv_heads) * c.ring.capacity * (c.key_dim + c.value_dim) for c in caches)
+    per_stream = sum(len(c.kv_heads) * c.ring.capacity * c.num_elements for c in caches)
     needed = config.batch * per_stream * entry_bytes
     total = total_memory_bytes()
     if needed > total:

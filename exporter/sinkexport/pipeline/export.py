@@ -36,6 +36,7 @@ from sinkexport.loading.tokenizers.tokenizer_checks import check_template, check
 from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids
 from sinkexport.loading.weights.check_weights import check_weights
 from sinkexport.model.decoder import StreamStep
+from sinkexport.model.derived_constants import derived_constants
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.model.tracing import trace
@@ -57,6 +58,7 @@ from sinkexport.pipeline.checks import (
     check_variant,
 )
 from sinkexport.pipeline.manifest_facts import (
+    attention_caches,
     head_windows,
     model_facts,
     producers,
@@ -65,6 +67,7 @@ from sinkexport.pipeline.manifest_facts import (
 from sinkexport.pipeline.sink_token import with_sink_token
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel, load_model
+from sinkexport.util.derived_constant import DerivedConstant
 from sinkexport.util.garbage import no_garbage_collection
 from sinkexport.util.progress import Report, silent
 from sinkexport.variants.affine import FILE_NAME as AFFINE_FILE
@@ -134,7 +137,15 @@ def export_loaded(
         if check:
             report("weights", 0, 1)
             files, shape = [graph.file for graph in written.graphs.values()], probed.shape
-            check_weights(stage, files, loaded, config, num_q_heads=shape.num_q_heads, num_kv_heads=shape.num_kv_heads)
+            check_weights(
+                stage,
+                files,
+                loaded,
+                config,
+                num_q_heads=max((call.num_q_heads for call in shape.calls), default=0),
+                num_kv_heads=shape.num_kv_heads,
+                derived=written.derived,
+            )
         tokenizer_facts = write_tokenizer(loaded.tokenizer, stage)
         report("hash", 0, 1)
         manifest = _manifest(stage, loaded, config, probed, written, special_ids, tokenizer_facts)
@@ -182,12 +193,16 @@ def _probe(model: Any, config: ExportConfig) -> _Probed:
 
 @dataclasses.dataclass(frozen=True)
 class _Written:
-    """Graphs of a bundle that are on the disk. num_tokens: T of the prefill graph; 1: there is none."""
+    """Graphs of a bundle that are on the disk. num_tokens: T of the prefill graph; 1: there is none.
+
+    derived: constants of the graphs that the model's code computes of its parameters.
+    """
 
     graphs: Mapping[str, GraphSpec]
     states: tuple[StateSpec, ...]
     vocab_size: int
     num_tokens: int
+    derived: tuple[DerivedConstant, ...]
 
 
 def _write_graphs(
@@ -195,19 +210,26 @@ def _write_graphs(
 ) -> _Written:
     """Build and write the decode graph, and the prefill graph where chunks have more than one token."""
     report("decode", 0, 1)
-    built = _build(loaded, config, probed, "decode", config.batch, 1, plan_of)
+    built, derived = _build(loaded, config, probed, "decode", config.batch, 1, plan_of)
     graphs = {"decode": built.spec("decode.onnx")}
     write_graph(built.model, stage, "decode.onnx", lambda done, total: report("write", done, total))
     num_tokens = min([config.num_tokens_per_chunk, *(ring.window_size for ring in probed.rings)])
     if num_tokens > 1:
         report("prefill", 0, 1)
         # Of one stream: a long prompt then costs the other streams nothing.
-        chunk = _build(loaded, config, probed, "prefill", 1, num_tokens, plan_of)
+        chunk, more = _build(loaded, config, probed, "prefill", 1, num_tokens, plan_of)
+        derived += more
         graphs["prefill"] = chunk.spec("prefill.onnx")
         write_graph_with_weights_of(chunk.model, stage, "prefill.onnx", "decode.onnx")
     for graph in graphs.values():
         onnx.checker.check_model(stage / graph.file)
-    return _Written(graphs=graphs, states=built.states, vocab_size=built.outputs[0].shape[-1], num_tokens=num_tokens)
+    return _Written(
+        graphs=graphs,
+        states=built.states,
+        vocab_size=built.outputs[0].shape[-1],
+        num_tokens=num_tokens,
+        derived=tuple(derived),
+    )
 
 
 def _manifest(
@@ -221,11 +243,12 @@ def _manifest(
 ) -> Manifest:
     """The manifest of all that is in the folder `stage`."""
     shape = probed.shape
+    facts = model_facts(loaded, shape, probed.rotary, special_ids, vocab_size=written.vocab_size)
     return Manifest(
         schema_version=SCHEMA_VERSION,
         target=target_of(config).manifest_name,
         weights_dtype=WEIGHT_DTYPES[config.dtype],
-        model=model_facts(loaded, shape, probed.rotary, special_ids, vocab_size=written.vocab_size),
+        model=facts,
         stream=StreamFacts(
             num_sink_tokens=config.num_sink_tokens,
             window_size=config.window_size,
@@ -240,6 +263,7 @@ def _manifest(
         producer=producers(),
         quantization=quantization_facts(config),
         plugin_abi=PLUGIN_ABI if config.has_plugins else None,
+        attention=attention_caches(facts, probed.caches),
         **config.variant.manifest_entries(shape.num_layers, shape.num_q_heads, head_windows(probed.caches)),
     )
 
@@ -252,8 +276,8 @@ def _build(
     batch: int,
     num_tokens: int,
     plan_of: PlanOf,
-) -> BuiltGraph:
-    """Trace and convert one graph of B streams and T = num_tokens tokens."""
+) -> tuple[BuiltGraph, list[DerivedConstant]]:
+    """Trace and convert one graph of B streams and T = num_tokens tokens, and what it computes of parameters."""
     step = StreamStep(loaded.model, config, probed.shape, probed.rotary, batch=batch, num_tokens=num_tokens).eval()
     recipe, dtype = config.recipe, WEIGHT_DTYPES[config.dtype]
     plan = None if recipe is None else plan_of(recipe, loaded.model, dtype, config.calibration)
@@ -261,8 +285,9 @@ def _build(
     with no_garbage_collection():
         with refusing(loaded.model, f"tracing the {role} graph"):
             program = trace(step)
+            derived = derived_constants(program)
         with refusing(loaded.model, f"converting the {role} graph to ONNX"):
-            return build_graph(program, role, step.state_names, target_of(config), num_sinks, plan)
+            return build_graph(program, role, step.state_names, target_of(config), num_sinks, plan), derived
 
 
 def _resolved(config: ExportConfig, family: str) -> ExportConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 
-from sinkrt.contract import HeadWindow, ModelFacts, Quantization
+from sinkrt.contract import AttentionCache, HeadWindow, ModelFacts, Quantization, attention_entries
 
 from sinkexport.config import ExportConfig
 from sinkexport.families.rope import ModelRotary
@@ -78,6 +78,27 @@ def head_windows(caches: Sequence[HeadCache]) -> list[HeadWindow]:
     return [
         HeadWindow(layer=cache.layer, kv_heads=cache.kv_heads, window_size=cache.ring.window_size) for cache in caches
     ]
+
+
+def attention_caches(model: ModelFacts, caches: Sequence[HeadCache]) -> tuple[AttentionCache, ...] | None:
+    """Sizes of every cache, in the order of the states; None: each has the model's, one a layer."""
+    if not all(cache.is_whole for cache in caches):
+        return None  # groups of the heads of one cache
+    return attention_entries(
+        model,
+        [
+            AttentionCache(
+                layer=cache.layer,
+                call=cache.number,
+                num_q_heads=len(cache.q_heads),
+                num_kv_heads=len(cache.kv_heads),
+                key_dim=cache.key_dim,
+                value_dim=cache.value_dim,
+                latent=cache.is_latent,
+            )
+            for cache in sorted(caches, key=lambda cache: cache.layer)
+        ],
+    )
 
 
 def producers() -> Mapping[str, str]:

@@ -21,8 +21,8 @@ from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
 from sinkexport.families.interface import as_many_heads, intercept_attention, refuse_arguments
-from sinkexport.families.linear_attention import recurrent_cache
 from sinkexport.families.probe import probe_attention
+from sinkexport.families.recurrent import recurrent_cache, with_cache
 from sinkexport.families.rope import ModelRotary, RotarySpec, identity_rotary, replaced_rotary, rotate
 from sinkexport.families.shape import AttentionShape
 from sinkexport.reference.affine import AffineReference
@@ -151,7 +151,10 @@ class ChunkedStream:
         with torch.no_grad():
             # Positions reach nothing but the rotary embedding, which is replaced.
             output = self._model(
-                input_ids=ids, position_ids=torch.zeros_like(ids), past_key_values=self._recurrent, use_cache=False
+                input_ids=ids,
+                position_ids=torch.zeros_like(ids),
+                use_cache=False,
+                **with_cache(self._model, self._recurrent),
             )
         self._position += num_tokens
         logits: torch.Tensor = output.logits

@@ -46,7 +46,7 @@ def logits_from(model: Any, ids: torch.Tensor, position: int, layers: Mapping[in
 
     Raises: UsageError if the model's attention or rotation cannot be followed.
     """
-    reference = StreamingReference(model, 0, 1)
+    reference = StreamingReference(model, 0, position)
     reference.learn_rotation()
     place = position + torch.arange(ids.shape[1])
 

@@ -25,7 +25,7 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
 from sinkexport.families.interface import intercept_attention, random_embeddings
-from sinkexport.families.linear_attention import linear_layers, recurrent_cache
+from sinkexport.families.recurrent import layers_without_attention, recurrent_cache, with_cache
 from sinkexport.families.rope import find_rotary, replaced_rotary
 from sinkexport.reference.affine import AffineReference
 from sinkexport.reference.own_attention import (
@@ -130,8 +130,8 @@ class StreamingReference:
             output = self.model(
                 input_ids=ids[:, None],
                 position_ids=torch.zeros_like(ids)[:, None],
-                past_key_values=self._recurrent,
                 use_cache=False,
+                **with_cache(self.model, self._recurrent),
             )
         logits: torch.Tensor = output.logits[:, -1]
         return logits
@@ -226,10 +226,13 @@ class StreamingReference:
         """
         plain = self._recorded(rotation=False)
         turned = self._recorded(rotation=True)
-        num_layers = self.model.config.get_text_config().num_hidden_layers - len(linear_layers(self.model))
+        far = self._recorded(rotation=False, shift=self._capacity)
+        num_layers = self.model.config.get_text_config().num_hidden_layers - len(layers_without_attention(self.model))
         if len(plain) != num_layers:
             raise no_reference(f"{len(plain)} attention layers of {num_layers}", "softmax attention in every layer")
         for module, before in plain.items():
+            if not all(torch.equal(x, y) for x, y in zip(before, far[module], strict=True)):
+                raise no_reference("queries or keys that are a function of position beside rotation", "plain rotation")
             after = turned[module]
             self._rotates[module] = not all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
             if not self._rotates[module]:
@@ -339,11 +342,11 @@ class StreamingReference:
         turned = rotate_own(module, turned, cos, sin)
         return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
-    def _recorded(self, *, rotation: bool) -> dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]:
-        """Each attention's queries and keys [1, H, n, D] for tokens at PROBE_POSITIONS, by module."""
+    def _recorded(self, *, rotation: bool, shift: int = 0) -> dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+        """Each attention's queries and keys [1, H, n, D] for tokens `shift` after PROBE_POSITIONS, by module."""
         recorder = Recorder()
         swapped = contextlib.nullcontext() if rotation else self.no_rotation()
-        positions = torch.tensor([PROBE_POSITIONS])
+        positions = torch.tensor([PROBE_POSITIONS]) + shift
         ids = torch.arange(len(PROBE_POSITIONS))[None]
         with (
             torch.no_grad(),

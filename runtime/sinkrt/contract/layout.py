@@ -183,7 +183,7 @@ def _check_recurrent(manifest: Manifest, by_name: Mapping[str, StateSpec]) -> se
     numbers = collections.Counter((s.layer, s.kind) for s in manifest.states if s.kind in RECURRENT_KINDS)
     names = {
         f"{kind}.{layer}.{index}" if index else f"{kind}.{layer}": (layer, kind)
-        for (layer, kind), number in numbers.items()
+        for (layer, kind), number in sorted(numbers.items())
         for index in range(number)
     }
     for name, (layer, kind) in names.items():

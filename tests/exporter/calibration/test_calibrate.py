@@ -24,7 +24,7 @@ from sinkexport.calibration.spans import chosen_range
 from sinkexport.calibration.stream_inputs import StreamConfig, input_groups, stream_inputs
 from sinkexport.config import ExportConfig
 from sinkexport.graph.passes.fold_constants import SMALL_ELEMENTS
-from sinkexport.model.experts import routers
+from sinkexport.model.moe_layers import routers
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import Calibration, Recipe, load_recipe, parse_recipe
 from sinkexport.sources import LoadedModel

@@ -11,7 +11,8 @@ import pytest
 import torch
 from sinkexport.config import ExportConfig
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
-from sinkexport.model.experts import moe_layers, routers
+from sinkexport.model.experts import declared_experts
+from sinkexport.model.moe_layers import routers
 from sinkexport.quant.recipe import load_recipe, parse_recipe
 
 from tests.exporter.pipeline.test_families import exported
@@ -27,7 +28,7 @@ def test_biases_are_no_embeddings(name: str) -> None:
     model = tiny_model(name)
     plan = RecipePlan(load_recipe("int8-weights"), model, "float32")
     assert plan.table("model.embed_tokens") is not None
-    for path, layer in moe_layers(model).items():
+    for path, layer in declared_experts(model).items():
         for parameter, _ in layer.named_parameters():
             assert plan.table(f"{path}.{parameter}") is None
 
@@ -35,7 +36,7 @@ def test_biases_are_no_embeddings(name: str) -> None:
 def with_rounded_experts(model: Any) -> Any:
     """8 bits with a scale for each output of each expert, in place, in torch."""
     with torch.no_grad():
-        for module in moe_layers(model).values():
+        for module in declared_experts(model).values():
             for weight in (p for name, p in module.named_parameters() if p.ndim == 3):
                 scale = weight.abs().amax(dim=1 if module.is_transposed else 2, keepdim=True) / 127
                 weight.copy_((weight / scale).round() * scale)
@@ -74,7 +75,7 @@ def test_a_recipe_rounds_experts(name: str, tmp_path: Path) -> None:
 def test_routers_are_found_and_stay_in_floating_point(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     found = routers(model)
-    assert len(found) == len(moe_layers(model)) > 0
+    assert len(found) == len(declared_experts(model)) > 0
     with exported(model, tmp_path / "b", ExportConfig(2, 9, chunk_size=1, recipe=load_recipe("int8-weights"))):
         graph = onnx.load(tmp_path / "b" / "decode.onnx", load_external_data=False).graph
     kinds = {i.name.removeprefix("model."): i.data_type for i in graph.initializer}

@@ -12,7 +12,8 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from sinkexport.model.experts import MAX_PICKS, moe_layers, routers
+from sinkexport.model.experts import MAX_PICKS, declared_experts
+from sinkexport.model.moe_layers import routers
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel
 from sinkrt import Session
@@ -100,7 +101,7 @@ def test_it_computes_what_the_onnx_bundle_does(name: str, recipe: str | None, sh
     """Chunks first, then steps past two wraps, against ONNX Runtime in float32 on the same weights."""
     plugin = shared_plugin(shared_export, name, recipe)
     model = plugin.model
-    num_layers, (layer, *_) = len(moe_layers(model)), moe_layers(model).values()
+    num_layers, (layer, *_) = len(declared_experts(model)), declared_experts(model).values()
     kind = KINDS[recipe is not None]
     chosen = model.config.num_experts_per_tok
     for role, num_tokens in (("decode", 1), ("prefill", T)):
@@ -163,7 +164,7 @@ def test_the_file_holds_them_once_by_rows_of_outputs(name: str, shared_export: S
     }
     assert read["decode"] == read["prefill"]
     stored = {tensor.name: tensor for tensor in onnx.load(plugin.path / "decode.onnx").graph.initializer}
-    for path, module in moe_layers(model).items():
+    for path, module in declared_experts(model).items():
         for weight in ("gate_up_proj", "down_proj"):
             want = getattr(module, weight).detach().numpy()
             want = want.transpose(0, 2, 1) if module.is_transposed else want

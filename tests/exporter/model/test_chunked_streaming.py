@@ -9,7 +9,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sinkexport.families.linear_attention import linear_layers
+from sinkexport.families.recurrent import layers_without_attention
 from sinkexport.model.attention import stream_angles
 from sinkexport.reference.chunked import chunked_streaming, turn, visible
 from sinkexport.reference.streaming import streaming_reference
@@ -61,7 +61,7 @@ def test_equals_the_reference(name: str, num_sink_tokens: int, window_size: int,
     want = by_token(model, ids, num_sink_tokens, window_size)
     got = by_chunk(model, ids, num_sink_tokens, window_size, chunk)
     # transformers sums linear attention in another order over a chunk than over single tokens.
-    assert error(got, want) < (1e-3 if linear_layers(model) else 1e-4)
+    assert error(got, want) < (1e-3 if layers_without_attention(model) else 1e-4)
     # It would show if the sinks' distance were wrong, or one token more or less were kept.
     other = by_chunk(model, ids, num_sink_tokens, window_size + 1, chunk)
     assert error(other, want) > 1e-2

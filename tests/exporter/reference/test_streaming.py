@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from sinkexport.families.linear_attention import linear_layers
+from sinkexport.families.recurrent import layers_without_attention
 from sinkexport.reference.streaming import streaming_reference
 from sinkrt.errors import UsageError
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -46,7 +46,7 @@ def test_dense_before_the_window_fills(name: str) -> None:
     want, got = dense(model, ids), streamed(model, ids)
     scale = float(want.std())
     # transformers sums linear attention in another order over a text than over single tokens.
-    tolerance = 5e-4 if linear_layers(model) else 2e-5
+    tolerance = 5e-4 if layers_without_attention(model) else 2e-5
     assert float((got - want)[:, :C].abs().max()) < tolerance * scale
     assert float((got - want)[:, C:].abs().max()) > 1e-2 * scale  # from the first eviction on it is another thing
 
@@ -76,7 +76,7 @@ def test_every_attention_equals_the_oracle(name: str, geometry: tuple[int, int])
     with streaming_reference(model, *geometry, observer=observe) as reference:
         for t in range(ids.shape[1]):
             reference.step(ids[:, t])
-    assert len(oracles) == model.config.num_hidden_layers - len(linear_layers(model))
+    assert len(oracles) == model.config.num_hidden_layers - len(layers_without_attention(model))
     assert worst < 1e-5
 
 

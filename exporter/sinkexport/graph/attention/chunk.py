@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from sinkexport.graph.attention.chunk_positions import ChunkPositions
 from sinkexport.graph.attention.parts import FLOAT
-from sinkexport.graph.edit import constant, known_shape, operand
+from sinkexport.graph.edit import constant, known_shape
 from sinkexport.graph.operators import Input
 
 Written = tuple[list[ir.Value], list[ir.Value], list[ir.Value]]
@@ -89,18 +89,15 @@ class ChunkAttention(ChunkPositions):
     def _write_sinks(self) -> list[ir.Value]:
         """sink_k, sink_v after the chunk; none if S = 0."""
         b, states = self.b, []
-        if self.num_sinks:
-            for i, new in ((Input.SINK_K, self.k), (Input.SINK_V, self.v)):
-                old = operand(self.node, i)
-                taken = self._rows(new, self._sink_sources(), self.num_sinks)
-                states.append(b.op("Where", [self._becomes_sink(), taken, old], known_shape(old), new.dtype))
-        return states
+        for old, new in self.new_rows(Input.SINK_K, Input.SINK_V) if self.num_sinks else ():
+            taken = self._rows(new, self._sink_sources(), self.num_sinks)
+            states.append(b.op("Where", [self._becomes_sink(), taken, old], known_shape(old), new.dtype))
+        return self.as_keys_and_values(states)
 
     def _write_window(self) -> Written:
         """The window's states after the chunk, and what attention reads."""
-        news = ((Input.WINDOW_K, self.k), (Input.WINDOW_V, self.v))
-        pairs = [self._exchange(operand(self.node, i), new) for i, new in news]
-        window, evicted = ([pair[i] for pair in pairs] for i in range(2))
+        pairs = [self._exchange(state, new) for state, new in self.new_rows(Input.WINDOW_K, Input.WINDOW_V)]
+        window, evicted = (self.as_keys_and_values([pair[i] for pair in pairs]) for i in range(2))
         return window, window, evicted
 
     def _exchange(self, state: ir.Value, new: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -19,11 +19,15 @@ class Int8ChunkAttention(ChunkAttention):
     """Expands one node with T > 1 and an int8 window. The window's states are window_k, window_v and their scales."""
 
     def _write_window(self) -> Written:
-        rows = quantized_rows(self.b, self.k, self.v)
+        rows = quantized_rows(self.b, self.k, None if self.is_latent else self.v)
         pairs = [self._exchange(operand(self.node, i), new) for i, new in rows.by_state()]
         states, evicted = ([pair[i] for pair in pairs] for i in range(2))
-        window, removed = ([self._floats(*x) for x in zip(y[:2], y[2:], strict=True)] for y in (states, evicted))
-        return states, window, removed
+        half = len(states) // 2
+        window, removed = (
+            self.as_keys_and_values([self._floats(*x) for x in zip(y[:half], y[half:], strict=True)])
+            for y in (states, evicted)
+        )
+        return self.as_keys_and_values(states), window, removed
 
     def _floats(self, entries: ir.Value, scale: ir.Value) -> ir.Value:
         """int8 [B, Hkv, n, D] and float16 [B, Hkv, n] -> [B, Hkv, n, D] of the bundle's dtype."""

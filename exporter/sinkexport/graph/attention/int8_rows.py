@@ -14,29 +14,36 @@ from sinkexport.model.int8_rows import INT8_MAX, LARGEST_SCALE, SMALLEST_SCALE
 
 @dataclasses.dataclass(frozen=True)
 class Int8Rows:
-    """Keys and values of T tokens: k, v int8 [B, Hkv, T, D]; k_scale, v_scale float16 [B, Hkv, T]."""
+    """Keys and values of T tokens: k, v int8 [B, Hkv, T, D]; k_scale, v_scale float16 [B, Hkv, T].
+
+    None: keys' rows are the values.
+    """
 
     k: ir.Value
-    v: ir.Value
+    v: ir.Value | None
     k_scale: ir.Value
-    v_scale: ir.Value
+    v_scale: ir.Value | None
 
     def by_state(self) -> tuple[tuple[Input, ir.Value], ...]:
         """Each with the state that it is written to, keys and values first."""
-        return (
+        rows = (
             (Input.WINDOW_K, self.k),
             (Input.WINDOW_V, self.v),
             (Input.WINDOW_K_SCALE, self.k_scale),
             (Input.WINDOW_V_SCALE, self.v_scale),
         )
+        return tuple((i, row) for i, row in rows if row is not None)
 
 
-def quantized_rows(b: Builder, k: ir.Value, v: ir.Value) -> Int8Rows:
-    """k, v [B, Hkv, T, D or Dv] in floating point.
+def quantized_rows(b: Builder, k: ir.Value, v: ir.Value | None) -> Int8Rows:
+    """k, v [B, Hkv, T, D or Dv] in floating point; v: None where rows of keys are the values.
 
     Rows of one size are rounded together: half the nodes, which is what a step is short of.
     """
     batch, num_heads, num_tokens, head_dim = known_shape(k)
+    if v is None:
+        k8, k_scale = _rounded(b, k)
+        return Int8Rows(k8, None, b.reshape(k_scale, known_shape(k_scale)[:-1]), None)
     if known_shape(v)[3] != head_dim:
         (k8, k_scale), (v8, v_scale) = _rounded(b, k), _rounded(b, v)
         return Int8Rows(k8, v8, *(b.reshape(x, known_shape(x)[:-1]) for x in (k_scale, v_scale)))

@@ -41,8 +41,9 @@ class Int8StepAttention(StepAttention):
     """Expands one node with T = 1 and an int8 window. The window's states are window_k, window_v and their scales."""
 
     def _write_window(self) -> list[ir.Value]:
-        rows = quantized_rows(self.b, self.k, self.v)
-        return [self.write_rows(operand(self.node, i), new, self._slot()) for i, new in rows.by_state()]
+        rows = quantized_rows(self.b, self.k, None if self.is_latent else self.v)
+        states = [self.write_rows(operand(self.node, i), new, self._slot()) for i, new in rows.by_state()]
+        return self.as_keys_and_values(states)
 
     def _window_logits(self, q: ir.Value, window: list[ir.Value]) -> ir.Value:
         b = self.b

@@ -49,13 +49,16 @@ class AttentionParts:
 
     batch, num_q_heads, num_tokens, head_dim, value_dim: B, Hq, T, D, Dv. num_kv_heads, group: Hkv, Hq / Hkv.
     num_sinks, window_size: S, W. b: collects the new nodes.
+    is_latent: whether rows of keys are the values, too: one state in place of two, read twice (model/latent.py).
     has_circular_scatter: whether the target takes a TensorScatter that runs past the ring's end.
     """
 
     def __init__(self, graph: ir.Graph, node: ir.Node, per_run: PerRun, *, has_circular_scatter: bool = True) -> None:
         self.node, self.b, self._per_run = node, Builder(graph), per_run
         self.has_circular_scatter = has_circular_scatter
-        self.q, self.k, self.v = (operand(node, i) for i in (Input.Q, Input.K, Input.V))
+        self.q, self.k = (operand(node, i) for i in (Input.Q, Input.K))
+        values = optional(node, Input.V)
+        self.is_latent, self.v = values is None, self.k if values is None else values
         self.batch, self.num_q_heads, self.num_tokens, self.head_dim = known_shape(self.q)
         self.num_kv_heads, self.value_dim = known_shape(self.k)[1], known_shape(self.v)[3]
         self.group = self.num_q_heads // self.num_kv_heads
@@ -79,6 +82,15 @@ class AttentionParts:
     def written(self, write: Callable[[], T]) -> T:
         """What `write` made of this node's cache, or an earlier node of the same cache."""
         return self._per_run.written(operand(self.node, Input.WINDOW_K), write)
+
+    def new_rows(self, keys: Input, values: Input) -> list[tuple[ir.Value, ir.Value]]:
+        """A state of keys and that of values, each with its new rows; of a latent cache the first alone."""
+        rows = [(operand(self.node, keys), self.k)]
+        return rows if self.is_latent else [*rows, (operand(self.node, values), self.v)]
+
+    def as_keys_and_values(self, rows: list[T]) -> list[T]:
+        """What stands for keys and what for values, in turns: each twice in a latent cache."""
+        return [row for row in rows for _ in range(2)] if self.is_latent else rows
 
     def once(self, name: str, build: Callable[[Builder], ir.Value]) -> ir.Value:
         """A value that all layers of the same geometry share."""
@@ -270,6 +282,8 @@ class AttentionParts:
     ) -> None:
         """Put the collected nodes in the node's place. sinks: two states or none. window: two, with scales four."""
         outputs = [out, *(sinks or (None, None)), *window, *[None] * (4 - len(window)), mass]
+        if self.is_latent:
+            outputs[2:7:2] = [None] * 3
         replace_node(self.node, self.b.nodes, outputs[: len(self.node.outputs)])
 
     def softcapped(self, logits: ir.Value) -> ir.Value:

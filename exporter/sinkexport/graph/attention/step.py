@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 from sinkexport.graph.attention.parts import FLOAT, AttentionParts
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape, operand
+from sinkexport.graph.edit import known_shape
 from sinkexport.graph.operators import Input
 
 MANY_HEADS = 4
@@ -140,17 +140,19 @@ class StepAttention(AttentionParts):
 
     def _write_sinks(self) -> list[ir.Value]:
         """sink_k, sink_v after this token; none if S = 0."""
-        states: list[ir.Value] = []
-        if self.num_sinks:
-            for i, new in ((Input.SINK_K, self.k), (Input.SINK_V, self.v)):
-                sinks = operand(self.node, i)
-                states.append(self.b.op("Where", [self._is_this_token(), new, sinks], known_shape(sinks), new.dtype))
-        return states
+        if not self.num_sinks:
+            return []
+        return self.as_keys_and_values(
+            [
+                self.b.op("Where", [self._is_this_token(), new, sinks], known_shape(sinks), new.dtype)
+                for sinks, new in self.new_rows(Input.SINK_K, Input.SINK_V)
+            ]
+        )
 
     def _write_window(self) -> list[ir.Value]:
         """The window's states after this token: window_k, window_v."""
-        news = ((Input.WINDOW_K, self.k), (Input.WINDOW_V, self.v))
-        return [self.write_rows(operand(self.node, i), new, self._slot()) for i, new in news]
+        rows = self.new_rows(Input.WINDOW_K, Input.WINDOW_V)
+        return self.as_keys_and_values([self.write_rows(state, new, self._slot()) for state, new in rows])
 
     def _slot(self) -> ir.Value:
         """int64 [B]: (t - S) mod W. While t < S it names a slot that is masked until it is written again."""

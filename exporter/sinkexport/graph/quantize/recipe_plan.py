@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from sinkexport.graph.matmuls import Matmul
 from sinkexport.graph.quantize.plan import InputScale, Treatment
-from sinkexport.model.experts import moe_layers, routers
+from sinkexport.model.moe_layers import moe_layers, routers
 from sinkexport.quant.ranges import Ranges
 from sinkexport.quant.recipe import Recipe
 from sinkexport.quant.weight import Rounded, WeightScheme

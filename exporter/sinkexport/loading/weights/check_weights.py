@@ -14,11 +14,14 @@ from sinkrt.errors import UsageError
 from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats, QuantizedFileTensor
 from sinkexport.loading.checkpoints.no_effect import why_no_effect
 from sinkexport.loading.checkpoints.weight_files import listed, torch_tensor
+from sinkexport.loading.weights.derived_weights import claim_derived
 from sinkexport.loading.weights.graph_weights import GraphMatrix, read_graph
+from sinkexport.loading.weights.latent_weights import whole_latent_matrices
 from sinkexport.loading.weights.weight_check import WeightCheck
 from sinkexport.loading.weights.weight_refusals import differs, refuse_strangers, unclaimed
 from sinkexport.loading.weights.weight_roles import LLAMA_ORDER, rows_of_halves
 from sinkexport.loading.weights.weight_rounding import Rounding
+from sinkexport.util.derived_constant import DerivedConstant
 
 if TYPE_CHECKING:
     from sinkexport.config import ExportConfig
@@ -37,11 +40,13 @@ def check_weights(
     *,
     num_q_heads: int,
     num_kv_heads: int,
+    derived: Sequence[DerivedConstant] = (),
 ) -> None:
     """Compare the graphs of a bundle with the file that the model came from, or, if it was made in memory, with the
     model itself.
 
-    files: the ONNX files of `folder`; the others share the first one's weights.
+    files: the ONNX files of `folder`; the others share the first one's weights. derived: constants that the model's
+    code computes of parameters.
 
     Raises: UsageError naming a tensor whose numbers are not in the graph, or a constant that is not of the file.
     """
@@ -55,8 +60,9 @@ def check_weights(
         model.base_model_prefix,
         is_gguf=is_gguf,
     )
-    first = read_graph(folder / files[0])
+    first = whole_latent_matrices(read_graph(folder / files[0]))
     left = [t for t in check.compare(first) if t.name not in FREQUENCIES and why_no_effect(t, model) is None]
+    left = claim_derived(check, left, tensors, derived, first)
     if left:
         others = f", nor are {len(left) - 1} others: {listed([t.name for t in left[1:]])}" if len(left) > 1 else ""
         raise differs(left[0], f"it is nowhere in the graph{others}")
@@ -66,7 +72,9 @@ def check_weights(
     if len(absent) > foreign:
         refuse_strangers(absent, "parameters of the model")
     for file in files[1:]:
-        _compare_shared(check, read_graph(folder / file), first, num_q_heads)
+        matrices = whole_latent_matrices(read_graph(folder / file))
+        claim_derived(check, [], tensors, derived, matrices)
+        _compare_shared(check, matrices, first, num_q_heads)
 
 
 def _compare_shared(

@@ -58,7 +58,7 @@ class WeightCheck:
         self._tensors = tensors
         self.parameters = parameters
         self._tied = {name: names for names in tied for name in names}
-        self._rounding = rounding
+        self.rounding = rounding
         self._prefix = prefix
         self._is_gguf = is_gguf
         self._of_folded = AS_IT_IS if is_gguf else FOLDED_BY_CODE
@@ -77,7 +77,7 @@ class WeightCheck:
         anonymous = [matrix for matrix in matrices if not matrix.parts]
         left = []
         for tensor in self._tensors.values():
-            places = next((named[name] for name in self._names(tensor.name) if name in named), ())
+            places = next((named[name] for name in self.names_of(tensor.name) if name in named), ())
             for place in places:  # several if one of them is smoothed
                 if not self._claim_named(tensor, place):
                     raise differs(tensor, f"'{place.parameter}' in the graph holds other numbers")
@@ -94,7 +94,7 @@ class WeightCheck:
             self._claim_zeros(named)
         return left
 
-    def _names(self, name: str) -> list[str]:
+    def names_of(self, name: str) -> list[str]:
         """Names that the model may have for a tensor of this name.
 
         They are the name itself with or without the base model's prefix, and those of parameters that share it.
@@ -154,13 +154,13 @@ class WeightCheck:
                 wanted = wanted * by_column[columns]
             if by_row is not None:
                 wanted = wanted * by_row[rows][:, None]
-            if not self._rounding.fits(wanted, graph, steps):
+            if not self.rounding.fits(wanted, graph, steps):
                 return False
         return True
 
     def _factors(self, place: Place, tensor: FileTensor) -> Iterable[tuple[Floats | None, Floats | None]]:
         """Factors that smoothing may have put on the columns and the rows of a parameter."""
-        own = self._rounding.divisors.get(place.parameter.removesuffix(".weight"))
+        own = self.rounding.divisors.get(place.parameter.removesuffix(".weight"))
         columns = [None] if own is None or tensor.matrix_shape[1] == 1 else [None, own]
         yield from (
             (column, row) for row in self._factors_of_rows(layer_of(place.parameter), place.count) for column in columns
@@ -169,15 +169,15 @@ class WeightCheck:
     def _factors_of_rows(self, layer: int | None, count: int) -> Iterable[Floats | None]:
         """Factors that smoothing may have put on the results of a norm or of a matmul, None for none."""
         yield None
-        for name, found in self._rounding.divisors.items():
+        for name, found in self.rounding.divisors.items():
             if layer is not None and layer_of(name) != layer:
                 continue
             if len(found) == count:
                 yield np.asarray(1.0 / found, np.float32)
             groups, odd = divmod(len(found), count)
-            if groups > 1 and not odd and not len(found) % self._rounding.num_kv_heads:
+            if groups > 1 and not odd and not len(found) % self.rounding.num_kv_heads:
                 # Values whose heads are shared by groups of queries.
-                heads = found.reshape(self._rounding.num_kv_heads, groups, -1)
+                heads = found.reshape(self.rounding.num_kv_heads, groups, -1)
                 yield np.asarray(1.0 / heads[:, 0], np.float32).reshape(-1)
 
     # --- by content ---
@@ -196,7 +196,7 @@ class WeightCheck:
         with np.errstate(all="ignore"):
             made = [np.asarray(transform(file), np.float32) for transform in transforms]
         return any(
-            self._rounding.fits(one if row is None else one * row[:, None], graph, none)
+            self.rounding.fits(one if row is None else one * row[:, None], graph, none)
             for row in self._factors_of_rows(layer_of(tensor.name), len(file))
             for one in made
         )
@@ -212,7 +212,7 @@ class WeightCheck:
                 if values.size == tensor.size <= FOLDED and self._fits_transformed(tensor, values, self._of_folded):
                     matrix.claimed[:] = True
                     self.folded.add(tensor.name)
-                    self._note(tensor.name)
+                    self.account(tensor.name)
                     return True
         return False
 
@@ -258,7 +258,7 @@ class WeightCheck:
         if place.matrix.shape[1] != 1 or place.count != tensor.matrix_shape[1] or not self._may_be(tensor, place):
             return False
         graph, steps = place.matrix.read(place.rows(), np.zeros(1, np.int64))
-        return self._rounding.fits(tensor.rows(np.array([row])).reshape(-1, 1), graph, steps)
+        return self.rounding.fits(tensor.rows(np.array([row])).reshape(-1, 1), graph, steps)
 
     def _claim_zeros(self, named: Mapping[str, list[Place]]) -> None:
         """Biases of nothing but zeros that the family's code wants and a GGUF file may lack: it has none then."""
@@ -267,7 +267,7 @@ class WeightCheck:
                 graph, _steps = place.matrix.read(place.rows(), np.arange(place.matrix.shape[1]))
                 if not graph.any():
                     place.matrix.claimed[place.rows()] = True
-                    self._note(name)
+                    self.account(name)
 
     def _claim_by_head(self, tensor: FileTensor, anonymous: Sequence[GraphMatrix]) -> bool:
         """A number for each head, where heads have windows of their own: the graph has those of each window apart."""
@@ -280,7 +280,7 @@ class WeightCheck:
             if matrix.raw is None or not matrix.may_be_of(layer_of(tensor.name)) or matrix.shape[0] >= tensor.size:
                 continue
             values = np.asarray(matrix.raw(), np.float32).reshape(-1, 1)  # [n, 1]
-            same = self._rounding.close(file[None], values, np.zeros_like(values))  # [n, heads]
+            same = self.rounding.close(file[None], values, np.zeros_like(values))  # [n, heads]
             if same.any(axis=1).all():
                 seen |= same.any(axis=0)
                 taken.append(matrix)
@@ -289,7 +289,7 @@ class WeightCheck:
         for matrix in taken:
             matrix.claimed[:] = True
         self.folded.add(tensor.name)
-        self._note(tensor.name)
+        self.account(tensor.name)
         return True
 
     def _claim_pieces(self, tensor: FileTensor, candidates: Sequence[Place]) -> bool:
@@ -299,7 +299,7 @@ class WeightCheck:
         """
         if is_of_one_expert(tensor):
             return False
-        pieces = find_pieces(tensor, candidates, self._rounding)
+        pieces = find_pieces(tensor, candidates, self.rounding)
         is_free = self._is_gguf and "qkv" in tensor.name
         if len(pieces) > 1 and not is_free and not all(piece.is_whole(candidates) for piece in pieces):
             return False
@@ -324,9 +324,10 @@ class WeightCheck:
     def _claim(self, tensor: FileTensor, place: Place) -> None:
         place.matrix.claimed[place.rows()] = True
         if place.parameter:
-            self._note(place.parameter)
+            self.account(place.parameter)
         else:
             self.folded.add(tensor.name)
 
-    def _note(self, name: str) -> None:
-        self.accounted.update(self._names(name))
+    def account(self, name: str) -> None:
+        """Note that a parameter came from the file."""
+        self.accounted.update(self.names_of(name))

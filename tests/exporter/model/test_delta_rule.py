@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from sinkexport.config import ExportConfig
-from sinkexport.model.recurrent import DecayMasks, chunk_gated_delta_rule, delta_rules
+from sinkexport.recurrent.delta_rule import DecayMasks, chunk_gated_delta_rule
+from sinkexport.recurrent.registry import refuse_unknown
 from sinkrt import Session
 from sinkrt.backends.ort import OrtBackend
 from sinkrt.contract import RECURRENT_KINDS
@@ -132,6 +133,6 @@ def test_a_step_that_is_cut_short_cannot_be_repeated(session: Session, monkeypat
 
 
 def test_other_rules_are_refused() -> None:
-    is_token = torch.ones(1, 1, dtype=torch.bool)
-    with pytest.raises(UsageError, match="a rule of its own"), delta_rules(tiny_model("llama"), is_token):
-        pass
+    stranger = torch.nn.Linear(2, 2)
+    with pytest.raises(UsageError, match=r"those of a Linear in layer 3 \(conv 0, recurrent 0\).*gated delta rule"):
+        refuse_unknown({stranger: (3, frozenset({("conv", 0), ("recurrent", 0)}))})

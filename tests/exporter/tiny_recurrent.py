@@ -1,0 +1,142 @@
+"""Tiny models with recurrent layers: arguments of their configurations, for `tests.exporter.tiny_models`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_MAMBA2 = {"mamba_n_heads": 12, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 8, "mamba_n_groups": 2}
+_NO_ATTENTION = {"vocab_size": 97, "hidden_size": 48, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_MAMBA1 = {"mamba_d_state": 8, "mamba_dt_rank": 4}
+
+RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "lfm2": (
+        "Lfm2Config",
+        {**COMMON, "layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "block_auto_adjust_ff_dim": False},
+    ),
+    "lfm2_moe": (
+        "Lfm2MoeConfig",
+        {
+            **COMMON,
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "moe_intermediate_size": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_dense_layers": 1,
+            "conv_L_cache": 4,
+        },
+    ),
+    "lfm3": (
+        "Lfm3Config",
+        {
+            **COMMON,
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+            "layer_types": ["conv", "sliding_attention", "full_attention"],
+            "sliding_window": 7,
+        },
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        {
+            **COMMON,
+            "head_dim": 8,
+            "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+            "ssm_state_size": 16,
+            "mamba_num_heads": 12,
+            "mamba_head_dim": 8,
+            "n_groups": 2,
+            "chunk_size": 8,
+        },
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            **COMMON,
+            **_MAMBA2,
+            "num_hidden_layers": 3,
+            "attention_multiplier": 0.3,
+            "num_local_experts": 4,
+            "shared_intermediate_size": 32,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
+    "bamba": (
+        "BambaConfig",
+        {**COMMON, **_MAMBA2, "num_hidden_layers": 3, "attn_layer_indices": [1]},
+    ),
+    "falcon_h1": (
+        "FalconH1Config",
+        {**COMMON, **_MAMBA2, "num_hidden_layers": 2, "head_dim": 8, "mamba_d_ssm": 96, "key_multiplier": 0.7},
+    ),
+    "zamba2": (
+        "Zamba2Config",
+        {
+            **COMMON,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 6,
+            "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+            "mamba_d_state": 16,
+            "mamba_headdim": 8,
+            "n_mamba_heads": 12,
+            "mamba_ngroups": 2,
+            "chunk_size": 8,
+            "num_mem_blocks": 1,
+            "use_mem_rope": True,
+            "use_shared_attention_adapter": True,
+            "adapter_rank": 4,
+        },
+    ),
+    "mamba2": (
+        "Mamba2Config",
+        {
+            **_NO_ATTENTION,
+            "num_heads": 12,
+            "head_dim": 8,
+            "state_size": 16,
+            "num_hidden_layers": 2,
+            "n_groups": 2,
+            "chunk_size": 8,
+        },
+    ),
+    "jamba": (
+        "JambaConfig",
+        {
+            **COMMON,
+            **_MAMBA1,
+            "num_hidden_layers": 2,
+            "num_experts": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+        },
+    ),
+    "zamba": (
+        "ZambaConfig",
+        {
+            **COMMON,
+            **_MAMBA1,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 6,
+            "attention_hidden_size": 96,
+            "attention_head_dim": 16,
+            "n_mamba_heads": 2,
+            "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        },
+    ),
+    "mamba": ("MambaConfig", {**_NO_ATTENTION, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 4}),
+    "falcon_mamba": (
+        "FalconMambaConfig",
+        {**_NO_ATTENTION, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 4},
+    ),
+}
