@@ -10,7 +10,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 OVERRIDES = json.loads(Path(__file__).with_name("overrides.json").read_text(encoding="utf-8"))
-"""By model type: fields that replace the automatic ones; null takes a field out."""
+"""By model type: ``fields`` that replace the automatic ones, arguments of the ``defaults`` that they are made from, or
+the reason why it is ``not_built``."""
 
 HIDDEN, HEADS, KEY_HEADS, HEAD = 48, 6, 2, 8
 """Sizes that most code can divide: heads of 8, three to a key head."""
@@ -63,7 +64,7 @@ LEFT_OUT = ("per_layer_config",)
 """Fields that a configuration makes of others."""
 
 MAX_LAYERS = 4
-MAX_PARAMETERS = 2_000_000
+MAX_PARAMETERS = 4_000_000
 
 
 def model_types() -> list[str]:
@@ -81,7 +82,7 @@ def tiny_config(model_type: str) -> Any:
             fields[name] = {**fields[name], **value}
         else:
             fields[name] = value
-    return cls(**{name: value for name, value in fields.items() if name not in override.get("without", ())})
+    return cls(**fields)
 
 
 def shrunk(default: Any) -> dict[str, Any]:
