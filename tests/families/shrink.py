@@ -13,52 +13,80 @@ OVERRIDES = json.loads(Path(__file__).with_name("overrides.json").read_text(enco
 """By model type: ``fields`` that replace the automatic ones, arguments of the ``defaults`` that they are made from, or
 the reason why it is ``not_built``."""
 
-HIDDEN, HEADS, KEY_HEADS, HEAD = 48, 6, 2, 8
-"""Sizes that most code can divide: heads of 8, three to a key head."""
+HIDDEN, HEADS, HEAD = 48, 6, 8
 
-SIZES: dict[str, int] = {
-    **dict.fromkeys(("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"), 97),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "emb_dim", "embedding_dim"), HIDDEN),
-    **dict.fromkeys(("embedding_size", "input_embedding_size", "output_embedding_size", "lru_width"), HIDDEN),
-    **dict.fromkeys(("attention_hidden_size", "backbone_hidden_size"), HIDDEN),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), HEADS),
-    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads", "num_decoder_attention_heads"), HEADS),
-    **dict.fromkeys(("num_encoder_attention_heads", "swa_num_attention_heads", "linear_num_heads"), HEADS),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "kv_n_heads"), KEY_HEADS),
-    **dict.fromkeys(("num_global_key_value_heads", "linear_num_key_heads", "n_mamba_heads"), KEY_HEADS),
-    **dict.fromkeys(("head_dim", "swa_head_dim", "kv_channels", "d_head", "attention_head_size", "dim_head"), HEAD),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "global_head_dim", "linear_head_dim"), HEAD),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "index_head_dim", "swa_v_head_dim"), HEAD),
-    **dict.fromkeys(("qk_head_dim",), 2 * HEAD),
-    **dict.fromkeys(("linear_num_value_heads",), 4),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size", "dim_ff"), 64),
-    **dict.fromkeys(("dff", "d_inner", "feed_forward_size", "shared_intermediate_size", "intermediate_size_mlp"), 64),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
-    **dict.fromkeys(("shared_experts_intermediate_size", "dense_intermediate_size"), 32),
-    **dict.fromkeys(("moe_shared_expert_intermediate_size", "router_hidden_size"), 32),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "n_shared_experts", "num_shared_experts"), 1),
-    **dict.fromkeys(("moe_num_shared_experts",), 1),
-    **dict.fromkeys(("zero_expert_num",), 2),
-    **dict.fromkeys(("kv_lora_rank",), 16),
-    **dict.fromkeys(("q_lora_rank", "o_lora_rank"), 24),
-    **dict.fromkeys(("index_n_heads", "o_groups", "hc_mult"), 2),
-    **dict.fromkeys(("gated_norm_rank", "laurel_rank", "adapter_rank", "hidden_size_per_layer_input", "d_rel"), 8),
-    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_window_size", "local_attention", "window_size"), 7),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length"), 512),
-    **dict.fromkeys(("max_target_positions", "max_source_positions", "context_length"), 512),
-    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "mamba_d_head", "mamba_head_dim"), 8),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 12),
-    **dict.fromkeys(("mamba_n_groups", "n_groups", "mamba_ngroups"), 2),
-    **dict.fromkeys(("time_step_rank", "mamba_dt_rank"), 4),
-    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 8),
-    **dict.fromkeys(("block_multiple_of", "ffn_round_up_to_multiple_of"), 8),
-    **dict.fromkeys(("rotary_dim",), 4),
+SIZE_OF: dict[int, str] = {
+    512: """
+        max_position_embeddings n_positions n_ctx max_seq_len model_max_length max_target_positions
+        max_source_positions context_length
+    """,
+    97: """
+        vocab_size unpadded_vocab_size vocab_size_per_layer_input decoder_vocab_size
+    """,
+    64: """
+        intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dim_ff dff d_inner
+        feed_forward_size shared_intermediate_size intermediate_size_mlp
+    """,
+    HIDDEN: """
+        hidden_size d_model n_embd dim word_embed_proj_dim emb_dim embedding_dim embedding_size
+        input_embedding_size output_embedding_size lru_width attention_hidden_size backbone_hidden_size
+    """,
+    32: """
+        moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size
+        shared_experts_intermediate_size dense_intermediate_size moe_shared_expert_intermediate_size
+        router_hidden_size
+    """,
+    24: """
+        q_lora_rank o_lora_rank
+    """,
+    16: """
+        qk_head_dim kv_lora_rank
+    """,
+    12: """
+        mamba_n_heads mamba_num_heads
+    """,
+    8: """
+        head_dim swa_head_dim kv_channels d_head attention_head_size dim_head qk_rope_head_dim qk_nope_head_dim
+        v_head_dim global_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim index_head_dim
+        swa_v_head_dim gated_norm_rank laurel_rank adapter_rank hidden_size_per_layer_input d_rel mamba_d_state
+        ssm_state_size state_size mamba_d_head mamba_head_dim mamba_chunk_size chunk_size block_multiple_of
+        ffn_round_up_to_multiple_of
+    """,
+    7: """
+        sliding_window sliding_window_size attention_window_size local_attention window_size
+    """,
+    HEADS: """
+        num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads
+        encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads
+        linear_num_heads
+    """,
+    4: """
+        linear_num_value_heads num_experts num_local_experts n_routed_experts moe_num_experts time_step_rank
+        mamba_dt_rank rotary_dim
+    """,
+    2: """
+        num_key_value_heads num_kv_heads swa_num_key_value_heads kv_n_heads num_global_key_value_heads
+        linear_num_key_heads n_mamba_heads num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k
+        top_k_experts zero_expert_num index_n_heads o_groups hc_mult mamba_n_groups n_groups mamba_ngroups
+    """,
+    1: """
+        n_group topk_group num_expert_group n_shared_experts num_shared_experts moe_num_shared_experts
+    """,
 }
-"""Size of each field that has one, if the defaults have the field and its default is no less."""
+"""Names of the fields that get a size, where the defaults have the field and its default is no less."""
 
-DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "num_blocks")
+SIZES = {name: size for size, names in SIZE_OF.items() for name in names.split()}
+VOCAB_SIZE = SIZES["vocab_size"]
+
+DEPTHS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+    "num_blocks",
+)
 OTHER_DEPTHS = ("encoder_layers", "num_encoder_layers")
 LEFT_OUT = ("per_layer_config",)
 """Fields that a configuration makes of others."""
@@ -144,6 +172,6 @@ def _tokens(given: dict[str, Any]) -> dict[str, int]:
     usual = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     found = {name: usual[name] for name in usual if name in given}
     for name, value in given.items():
-        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= SIZES["vocab_size"]:
+        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= VOCAB_SIZE:
             found.setdefault(name, 3 + len(found))
     return found
