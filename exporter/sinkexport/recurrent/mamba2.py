@@ -162,7 +162,7 @@ def chunk_scan(
     joined = torch.cat([written, state], dim=-1)  # [B, H, P, T + N]
     out = torch.cat([reads, reads_state], dim=-1) @ joined.mT  # [B, H, T, P]
     after = since_start[:, :, -1:] * joined[..., num_tokens:] + written @ kept
-    return out.transpose(1, 2), after
+    return out.transpose(1, 2).contiguous(), after
 
 
 MAMBA2 = CacheRule("Mamba-2", covers, mamba2_rules)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.families.interface import intercept_attention, random_embeddings
+from sinkexport.families.interface import intercept_attention, layer_of, random_embeddings
 from sinkexport.reference.call_attention import (
     CallArguments,
     View,
@@ -155,7 +155,7 @@ class CallsReference:
         if self._tried is not None:
             self._tried += [x[0, :, -1].double() for x in (q, k, v)]
             return own_values(q, v), None
-        layer = int(getattr(module, "layer_idx", None) or 0)
+        layer = layer_of(module)
         mask = with_indices(module, q, mask, arguments)
         given = call_arguments(layer, q, arguments)
         call, self._pass.call = self._pass.call, self._pass.call + 1
@@ -247,8 +247,12 @@ class CallsReference:
         if num_tokens is None:
             after = self._capacity - 1 - position
             return _Row([0] * before + cached + [0] * after, None, position, list(range(before, position + 1)))
-        positions = [min(max(0, position - time + u), self._capacity - 1) for u in range(num_tokens)]
+        # Some recurrent layers begin anew at position 0, which the first token has and no other (RecurrentGemma).
+        # Without sinks the oldest cached token would have it, too: all cached tokens stand one further then.
+        further = int(not sinks and time > position)
+        positions = [min(max(0, position - time + u), self._capacity - 1) + further for u in range(num_tokens)]
         positions[: len(sinks)] = range(before, before + len(sinks))
+        positions = [0, *(max(1, place) for place in positions[1:])]
         return _Row(list(range(num_tokens)), positions, time, cached)
 
     def _first_tokens(self, ids: torch.Tensor) -> list[torch.Tensor]:
