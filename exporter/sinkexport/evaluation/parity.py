@@ -284,11 +284,13 @@ def check_same_model(manifest: Manifest, model: Any) -> None:
     """
     config = model.config.get_text_config()
     facts = manifest.model
+    # Where layers differ, no one number of the configuration says how many heads there are.
+    heads = [("query heads", facts.num_q_heads, config.num_attention_heads)] if manifest.attention is None else []
     for what, ours, theirs in (
         ("architecture", facts.architecture, type(model).__name__),
         ("layers", facts.num_layers, config.num_hidden_layers),
         ("hidden size", facts.hidden_size, config.hidden_size),
-        ("query heads", facts.num_q_heads, config.num_attention_heads),
+        *heads,
         ("vocabulary", facts.vocab_size, config.vocab_size),
     ):
         if ours != theirs:
