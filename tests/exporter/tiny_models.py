@@ -311,8 +311,12 @@ def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
     changes: of the arguments of its configuration.
     """
     config_class, arguments = TINY[name]
+    return random_model(getattr(transformers, config_class)(**{**arguments, **changes}), seed=seed, dtype=dtype)
+
+
+def random_model(config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of a configuration in evaluation mode, with weights large enough for attention to matter."""
     torch.manual_seed(seed)
-    config = getattr(transformers, config_class)(**{**arguments, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sinkrt.contract import DTYPE_BYTES, Manifest
+from sinkrt.contract import DTYPE_BYTES, RECURRENT_KINDS, Manifest
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
@@ -27,17 +27,20 @@ LIVE_HIDDEN, LIVE_MLP = 4, 2
 
 @dataclasses.dataclass(frozen=True)
 class DecodeMemory:
-    """Bytes that decoding takes. values: intermediate results alive at once, of a step or a chunk: the larger."""
+    """Bytes that decoding takes. recurrent: states of layers without a cache, and those beside one.
+    values: intermediate results alive at once, of a step or a chunk: the larger.
+    """
 
     weights: int
     sinks: int
     window: int
     values: int
+    recurrent: int = 0
 
     @property
     def total(self) -> int:
         """Bytes that decoding holds, however long the stream. A runtime's code and CUDA's context come on top."""
-        return self.weights + self.sinks + self.window + self.values
+        return self.weights + self.sinks + self.window + self.recurrent + self.values
 
 
 def bundle_memory(bundle: Path, manifest: Manifest) -> DecodeMemory:
@@ -47,11 +50,13 @@ def bundle_memory(bundle: Path, manifest: Manifest) -> DecodeMemory:
     """
     engines = manifest.engines or {}
     sinks = sum(state.nbytes for state in manifest.states if state.kind.startswith("sink"))
+    recurrent = sum(state.nbytes for state in manifest.states if state.kind in RECURRENT_KINDS)
     return DecodeMemory(
         weights=sum(facts.bytes for facts in engines.values()) if engines else manifest.weights_bytes,
         sinks=sinks,
-        window=manifest.state_bytes - sinks,
+        window=manifest.state_bytes - sinks - recurrent,
         values=max(live_bytes(bundle / graph.file, manifest) for graph in manifest.graphs.values()),
+        recurrent=recurrent,
     )
 
 

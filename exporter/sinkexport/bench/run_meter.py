@@ -44,7 +44,9 @@ class RunMeter:
         """Report speed, position and memory in one line."""
         stream = self._session.manifest.stream
         position = self._position()
-        wraps = max(0, position - stream.num_sink_tokens) / stream.window_size
+        wraps = f"{max(0, position - stream.num_sink_tokens) / stream.window_size:.1f} windows of {stream.window_size}"
+        if not self._session.manifest.caches:
+            wraps = "no attention"
         kept = self.latencies_ms
         speed = (
             f"{self._count} tokens, {np.median(kept):.1f} ms/token median, {np.percentile(kept, 99):.1f} ms p99"
@@ -56,8 +58,7 @@ class RunMeter:
             f"memory {rss / MIB:.0f} MiB ({(rss - self._rss_at_start) / MIB:+.1f} MiB since the start), " if rss else ""
         )
         return (
-            f"{speed}; position {position}, {wraps:.1f} windows of {stream.window_size}; "
-            f"{memory}state {self._session.manifest.state_bytes / MIB:.1f} MiB"
+            f"{speed}; position {position}, {wraps}; {memory}state {self._session.manifest.state_bytes / MIB:.1f} MiB"
         )
 
     def _position(self) -> int:

@@ -121,6 +121,7 @@ def command(
 
     Logits are compared with transformers' dense forward pass before the window fills, with a reference that
     re-rotates every key in every step over several wraps of the window, and between prefill and single steps.
+    A model that this reference cannot follow is run on its cached tokens for every step instead.
     Exit code 1 if any error is above the tolerance.
 
     A quantised DIR cannot have the same logits. Its predictions of a text are compared with those in floating point:

@@ -29,7 +29,7 @@ from sinkexport.evaluation.evaluate import encode, finite
 from sinkexport.evaluation.perplexity import Ids, Predictor, check_text
 from sinkexport.evaluation.quality import BLOCK_TOKENS, Quality, compare_predictions
 from sinkexport.util.progress import Report, silent
-from sinkexport.variants.variant import AttentionVariant, HeadWindows, head_windows_of
+from sinkexport.variants.variant import AttentionVariant, head_windows_of
 
 if TYPE_CHECKING:
     from sinkexport.sources import LoadedModel
@@ -275,6 +275,7 @@ def check_same_bundle(manifest: Manifest, other: Manifest) -> None:
         ("hidden size", ours.hidden_size, theirs.hidden_size),
         ("query heads", ours.num_q_heads, theirs.num_q_heads),
         ("key heads", ours.num_kv_heads, theirs.num_kv_heads),
+        ("caches", *(_digest(m.attention) for m in (manifest, other))),
         ("vocabulary", ours.vocab_size, theirs.vocab_size),
         ("positions", ours.position_scheme, theirs.position_scheme),
         ("sinks", manifest.stream.num_sink_tokens, other.stream.num_sink_tokens),
@@ -298,6 +299,6 @@ def check_same_bundle(manifest: Manifest, other: Manifest) -> None:
             )
 
 
-def _digest(windows: HeadWindows | None) -> str | None:
-    """A short name of per-head windows, for messages."""
-    return None if windows is None else hashlib.sha256(repr(windows).encode()).hexdigest()[:16]
+def _digest(facts: object) -> str | None:
+    """A short name of per-head windows, or of the sizes of caches, for messages."""
+    return None if facts is None else hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -169,9 +169,9 @@ def find_latent(
 ) -> Latent | None:
     """Recognise latent attention by one call of it; None: keys and values are to be cached as they are.
 
-    cached: what the layer put into its cache for the same tokens. q, k [B, H, T, N + R] and v [B, H, T, V]: what reached
-    attention. Every number of k and v must follow from the pair: on random tokens no other matrix would do. The name of
-    the matrix is that in the module.
+    cached: what the layer put into its cache for the same tokens. q, k [B, H, T, N + R] and v [B, H, T, V] are what
+    reached attention. Every number of k and v must follow from the pair: on random tokens no other matrix would do. The
+    name of the matrix is that in the module.
     """
     if cached is None or not k.shape[1] == v.shape[1] == q.shape[1]:
         return None

@@ -17,6 +17,7 @@ from sinkrt.errors import UsageError, problem
 from sinkexport.graph.edit import known_shape
 from sinkexport.graph.graph_pass import PassContext, run_passes
 from sinkexport.graph.quantize.plan import Plan
+from sinkexport.graph.state_order import check_state_order
 from sinkexport.graph.torchlib import quick_table
 from sinkexport.graph.translations import translations
 from sinkexport.graph.weight_bytes import weight_bytes
@@ -58,14 +59,16 @@ def build_graph(
     the trace's inputs: ids, position, the states, and num_valid if there is one.
     plan: what to quantise; None: nothing. num_sinks: first tokens of a stream that quantisation may treat apart.
 
-    Raises: UsageError naming the torch operators that have no ONNX form, or a weight that cannot be quantised;
-    ValueError if the passes leave a graph that is not of the target's form.
+    Raises: UsageError naming the torch operators that have no ONNX form, a weight that cannot be quantised, or a state
+    that may be read after it is written; ValueError if the passes leave a graph that is not of the target's form.
     """
     model = convert(program)
     run_passes(model, target.passes, PassContext(target, plan, num_sinks))
     inputs, states = _name_tensors(model.graph, state_names)
     finish(model, role, target)
     _check_form(model, target)
+    if not target.has_plugins:
+        check_state_order(model.graph, {state.input: state.output for state in states})
     outputs = tuple(tensor_spec(value) for value in model.graph.outputs[:1])
     return BuiltGraph(model, inputs, outputs, states)
 

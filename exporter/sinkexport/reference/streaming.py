@@ -110,11 +110,13 @@ class StreamingReference:
         self._num_sink_tokens = num_sink_tokens
         self._window_size = window_size
         self._capacity = num_sink_tokens + window_size
+        self._num_tokens = 0  # that each stream has been fed
         self._variant = variant
         self._observer = observer
         self.affine = AffineReference(variant.affine)
         # A copy: some change their frequencies by the positions that they are asked for.
         found = find_rotary(model)
+        self._rotary_name = "" if found is None else found[0]
         self._rotary: Any = None if found is None else copy.deepcopy(found[1])
         self._rotates: dict[torch.nn.Module, bool] = {}  # by attention module; some layers have no positions
         # k, v [B, Hkv, n, D], unrotated, by attention module and window
@@ -126,10 +128,13 @@ class StreamingReference:
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed one token to each stream. ids: int64 [B]. Returns logits [B, vocab] in the model's dtype."""
+        # Queries may depend on their in-cache position; keys have none before they are rotated.
+        position = min(self._num_tokens, self._capacity - 1)
+        self._num_tokens += 1
         with torch.no_grad():
             output = self.model(
                 input_ids=ids[:, None],
-                position_ids=torch.zeros_like(ids)[:, None],
+                position_ids=torch.full_like(ids, position)[:, None],
                 use_cache=False,
                 **with_cache(self.model, self._recurrent),
             )
@@ -138,6 +143,7 @@ class StreamingReference:
 
     def reset(self) -> None:
         """Forget all tokens."""
+        self._num_tokens = 0
         self._cached.clear()
         self._received.clear()
         self._recurrent = recurrent_cache(self.model)
@@ -273,7 +279,7 @@ class StreamingReference:
         if self._rotary is None:
             yield
             return
-        with replaced_rotary(self.model, NoRotation(self._rotary)):
+        with replaced_rotary(self.model, {self._rotary_name: NoRotation(self._rotary)}):
             yield
 
     def _append(

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
-from sinkrt.contract import MASS_KIND, AffineAttention, FileFacts, HeadWindow, Manifest, Quantization, SinkTuning
+from sinkrt.contract import (
+    MASS_KIND,
+    RECURRENT_KINDS,
+    AffineAttention,
+    AttentionCache,
+    FileFacts,
+    HeadWindow,
+    Manifest,
+    Quantization,
+    SinkTuning,
+)
 
 from sinkexport.util.console import facts_table, listed, megabytes, table_console
 
@@ -24,13 +35,12 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """Yield (name, value) of what the manifest says."""
     model, stream = manifest.model, manifest.stream
     yield "model", f"{model.name} ({model.architecture}, {model.num_parameters / 1e6:.1f}M parameters)"
-    heads = f"{model.num_q_heads} query heads, {model.num_kv_heads} key heads of {model.head_dim}"
-    yield "layers", f"{model.num_layers} x {heads}"
+    yield "layers", _layers(manifest)
     yield "vocabulary", f"{model.vocab_size} tokens; end of text: {listed(model.eos_token_ids)}"
     yield "positions", f"{model.position_scheme}; up to {stream.position_limit:.1e} tokens"
-    windows = _sliding_windows(manifest) if manifest.head_windows is None else _head_windows(manifest.head_windows)
-    cache = f"{stream.num_sink_tokens} sinks + window of {stream.window_size} = {stream.capacity} tokens"
-    yield "cache", cache + windows
+    yield "cache", _cache(manifest)
+    if manifest.is_recurrent:
+        yield "recurrent", _recurrent(manifest)
     yield "streams", f"{stream.batch}"
     yield "target", manifest.target + (f", plugin {manifest.plugin_abi}" if manifest.plugin_abi else "")
     for role, engine in sorted((manifest.engines or {}).items()):
@@ -47,10 +57,49 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "made by", listed(f"{name} {version}" for name, version in manifest.producer.items())
 
 
+def _layers(manifest: Manifest) -> str:
+    """Describe the heads: of all layers alike, or a line for each size."""
+    model, caches = manifest.model, manifest.attention
+    if caches is None:
+        return (
+            f"{model.num_layers} x {model.num_q_heads} query heads, {model.num_kv_heads} key heads of {model.head_dim}"
+        )
+    counts = collections.Counter(_sizes(cache) for cache in caches)
+    return "\n".join([f"{model.num_layers}", *(f"{count} x {sizes}" for sizes, count in counts.items())])
+
+
+def _sizes(cache: AttentionCache) -> str:
+    if cache.latent:
+        return f"{cache.num_q_heads} query heads over latent rows of {cache.key_dim} ({cache.value_dim} of them values)"
+    values = "" if cache.value_dim == cache.key_dim else f", values of {cache.value_dim}"
+    return f"{cache.num_q_heads} query heads, {cache.num_kv_heads} key heads of {cache.key_dim}{values}"
+
+
+def _cache(manifest: Manifest) -> str:
+    """Describe what attention keeps."""
+    stream = manifest.stream
+    if not manifest.caches:
+        return "none: no attention, constant state"
+    windows = _sliding_windows(manifest) if manifest.head_windows is None else _head_windows(manifest.head_windows)
+    return f"{stream.num_sink_tokens} sinks + window of {stream.window_size} = {stream.capacity} tokens{windows}"
+
+
+def _recurrent(manifest: Manifest) -> str:
+    """Count the layers with recurrent states, and those that have a cache besides."""
+    layers = {state.layer for state in manifest.states if state.kind in RECURRENT_KINDS}
+    both = layers & {cache.layer for cache in manifest.caches}
+    beside = f", {len(both)} of them beside a cache" if both else ""
+    return f"constant state in {len(layers)} layers{beside}"
+
+
 def _sliding_windows(manifest: Manifest) -> str:
-    """Describe the layers that keep the model's sliding window instead of sinks and window."""
-    keep_sinks = {state.layer for state in manifest.states if state.kind == "sink_k"}
-    windows = [s.shape[2] for s in manifest.states if s.kind == "window_k" and s.layer not in keep_sinks]
+    """Describe the caches that keep the model's sliding window instead of sinks and window."""
+    names = {state.input for state in manifest.states}
+    windows = [
+        state.shape[2]
+        for state in manifest.states
+        if state.kind == "window_k" and state.input.replace("window_k", "sink_k", 1) not in names
+    ]
     own = [size for size in windows if manifest.stream.num_sink_tokens or size != manifest.stream.window_size]
     return f"; {len(own)} layers with a sliding window, {listed(sorted(set(own)))}" if own else ""
 

@@ -28,6 +28,7 @@ def show_memory_of_bundle(bundle: Path, as_json: bool) -> None:
         ("weights", memory.weights, "the engines' files" if manifest.engines else "the weights' files"),
         ("sinks", memory.sinks, "the manifest"),
         ("window", memory.window, "the manifest"),
+        ("recurrent states", memory.recurrent, "the manifest"),
         ("values of a run", memory.values, "shapes in the graphs: most that are alive at once"),
         ("all, forever", memory.total, ""),
     ]
@@ -35,6 +36,8 @@ def show_memory_of_bundle(bundle: Path, as_json: bool) -> None:
     table.add_column("MB", justify="right")
     table.add_column("source")
     for name, size, source in rows:
+        if name == "recurrent states" and not size:
+            continue
         table.add_row(name, megabytes(size), source)
     table_console().print(table)
 
