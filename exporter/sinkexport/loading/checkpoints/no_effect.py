@@ -66,7 +66,7 @@ DECAYS = ("query_decay", "key_decay", "diagonal_decay")
 def _are_powers_of_the_slope(tensor: FileTensor, model: Any) -> bool:
     """Whether factors for a block of tokens of lightning attention are those of the layer's own decay rate."""
     name, _, kind = tensor.name.rpartition(".")
-    module = next((m for own, m in model.named_modules() if own == name or own.endswith(f".{name}")), None)
+    module: Any = next((m for own, m in model.named_modules() if own == name or own.endswith(f".{name}")), None)
     rate = getattr(module, "slope_rate", None)
     if rate is None or rate.is_meta:
         return rate is not None
