@@ -45,20 +45,14 @@ def _sources(
 ) -> list[str]:
     """Names of the tensors of the file whose numbers a parameter holds; none: it holds others.
 
-    It is the parameter's own one, or those of its module that transformers joined as it loaded them, one after the
-    other. Files of some families have other names for what is around the module.
+    It is the parameter's own one, or those of its layer that transformers joined as it loaded them, one after the
+    other. Files of some families have other names for the module.
     """
     values = np.asarray(values, np.float32)
     if name in names:
         return [name] if _is_same(check, names[name], values) else []
-    module, found, start = name.split(".")[-2:-1], [], 0
-    pieces = [
-        tensor
-        for tensor in left
-        if layer_of(tensor.name) == layer_of(name)
-        and set(module) <= set(tensor.name.split("."))
-        and tensor.shape[1:] == values.shape[1:]
-    ]
+    layer, found, start = layer_of(name), [], 0  # files may have another name for the module
+    pieces = [tensor for tensor in left if layer_of(tensor.name) == layer and tensor.shape[1:] == values.shape[1:]]
     while start < len(values):
         fits = (t for t in pieces if t.name not in found and _is_same(check, t, values[start : start + t.shape[0]]))
         if (piece := next(fits, None)) is None:
