@@ -218,6 +218,38 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+TINY |= {
+    "laguna": (
+        "LagunaConfig",
+        {
+            **COMMON,
+            "head_dim": 8,
+            "sliding_window": 7,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "num_attention_heads_per_layer": [4, 6],
+            "mlp_layer_types": ["dense", "sparse"],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+    "mimo_v2_flash": (
+        "MiMoV2FlashConfig",
+        {
+            **COMMON,
+            "num_attention_heads": 8,
+            "head_dim": 16,
+            "v_head_dim": 8,
+            "sliding_window": 7,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
+}
 TINY |= RECURRENT
 
 

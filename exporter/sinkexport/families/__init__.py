@@ -105,6 +105,16 @@ EXPORTED = (
     _exported("zaya", "Zaya1 8B", "RoPE, partial", SLIDING, "convolutions of queries, keys and values; MoE"),
     _exported("rwkv", "RWKV-4", "none", "RWKV", "no attention: S and W mean nothing"),
     _exported("xlstm", "xLSTM 7B", "none", "mLSTM", "no attention: S and W mean nothing"),
+    _exported(
+        "laguna", "Laguna", "RoPE, two bases", "sliding + full", "MoE; as many query heads as each layer wants; gated"
+    ),
+    _exported(
+        "mimo_v2_flash",
+        "MiMo-V2-Flash",
+        "RoPE, two bases; partial",
+        "sliding + full",
+        "MoE; values smaller than keys, as many heads as each kind of layer wants; learned sink logits",
+    ),
     _exported("gptj", "GPT-J 6B", "RoPE, partial and interleaved", reason="parallel residual"),
     _exported("codegen", "CodeGen", "RoPE, partial and interleaved", reason="parallel residual"),
     _exported("bloom", "BLOOM, BLOOMZ", "ALiBi"),
