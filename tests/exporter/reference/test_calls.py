@@ -231,7 +231,7 @@ class Oracle:
             newest = min(self.time, self.capacity - 1)
             # An evicted token stands anywhere but at place 0, where recurrences begin anew.
             places = [newest - self.time + token for token in range(self.time + 1)]
-            places = [place if place >= 0 else 1 for place in places]
+            places = [place if place >= min(self.num_sinks, 1) else 1 for place in places]
             places[: self.num_sinks] = range(min(self.num_sinks, len(places)))
             given = ids[:, : self.time + 1]
             with torch.no_grad():
