@@ -253,6 +253,16 @@ TINY |= {
 TINY |= RECURRENT
 
 
+NOT_RE_ROTATED = frozenset(
+    (
+        *("recurrent_gemma", "minimax", "rwkv", "xlstm", "zaya"),  # modules that keep states to themselves
+        *("mamba", "mamba2", "falcon_mamba"),  # no attention
+        *("kimi_linear", "bailing_hybrid", "lfm3", "nemotron_h", "zamba", "zamba2"),
+    )
+)
+"""Models of `TINY` that the re-rotating reference does not follow, or not to rounding: the call-following one does."""
+
+
 def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A model of `TINY` in evaluation mode, with weights large enough for attention to matter.
 
