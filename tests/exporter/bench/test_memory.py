@@ -121,3 +121,17 @@ def test_what_cannot_be_shown(words: tuple[Any, ...], problem: str, tmp_path: Pa
     bundle = build_toy(tmp_path / "b")
     done = run_cli("inspect", *(bundle if word == "BUNDLE" else word for word in words))
     done.refusal(problem)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("rwkv", "a model of 3 layers with 0 calls of attention"),
+        ("kimi_linear", "latent attention"),
+        ("zaya", "recurrent layers"),
+        ("falcon_h1", "layers of hybrid"),
+    ],
+)
+def test_caches_that_a_configuration_does_not_say(name: str, reason: str, tmp_path: Path) -> None:
+    tiny_model(name).config.save_pretrained(tmp_path)
+    run_cli("inspect", tmp_path, "--memory").refusal(reason, "export it, then inspect the bundle")
