@@ -18,7 +18,7 @@ from sinkrt.scheduler import Scheduler
 
 from tests.cpp.probe import Probe
 from tests.exporter.graph.in_place import assert_states_are_written_last
-from tests.exporter.tiny_models import COMMON, VOCAB_SIZE, model_of, tiny_model, tiny_tokenizer
+from tests.exporter.tiny_models import COMMON, VOCAB_SIZE, random_model, tiny_model, tiny_tokenizer
 from tests.support import export_model, random_ids, run_cli
 
 SINKS, WINDOW, BATCH, CHUNK = 2, 7, 3, 4
@@ -68,7 +68,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     name = request.param
     if name in UNEVEN:
         config_class, arguments = UNEVEN[name]
-        model = model_of(getattr(transformers, config_class)(**arguments))
+        model = random_model(getattr(transformers, config_class)(**arguments))
     else:
         model = tiny_model(NAMES[name])
     folder = tmp_path_factory.mktemp("uneven") / "bundle"

@@ -208,12 +208,9 @@ def _uniform_heads(model: Any, text: Any) -> tuple[int, int, int]:
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
     except Exception:  # the model's own code, which may look at values that are not there
         sizes = [_configured(model, text)] * text.num_hidden_layers
-    if len(sizes) != text.num_hidden_layers:
-        raise _uncounted(f"a model of {text.num_hidden_layers} layers with {len(sizes)} calls of attention")
-    num_q_heads, num_kv_heads, key_dim, value_dim = sizes[0]
-    if len(set(sizes)) > 1 or key_dim != value_dim:
-        raise _uncounted("a model whose heads differ in size")
-    return num_q_heads, num_kv_heads, key_dim
+    if len(sizes) != text.num_hidden_layers or len(set(sizes)) > 1 or sizes[0][2] != sizes[0][3]:
+        raise _uncounted("a model whose layers have heads of different sizes, or not one attention each")
+    return sizes[0][:3]
 
 
 def _configured(model: Any, text: Any) -> tuple[int, int, int, int]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sinkexport.families import bloom, falcon, gptj, mpt
+from sinkexport.families import bloom, falcon, gpt_neox_japanese, gptj, mpt
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, None]]
 
@@ -42,6 +42,9 @@ ADAPTERS: Mapping[str, Adapter] = {
     "bloom": Adapter(frozenset(("BloomAttention",)), lambda _: True, bloom.attention),
     "mpt": Adapter(frozenset(("MptAttention",)), lambda _: True, mpt.attention),
     "falcon": Adapter(frozenset(("FalconAttention", "FalconFlashAttention2")), falcon.has_alibi, falcon.attention),
+    "gpt_neox_japanese": Adapter(
+        frozenset(("GPTNeoXJapaneseAttention",)), lambda _: False, gpt_neox_japanese.attention
+    ),
     "gptj": Adapter(
         frozenset(("GPTJAttention", "GPTJFlashAttention2")),
         lambda _: False,

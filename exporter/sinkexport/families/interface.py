@@ -11,6 +11,7 @@ import torch
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import AttentionFunction, adapted, find_adapter
+from sinkexport.families.indexers import every_token_chosen, no_mask, without_choices
 from sinkexport.recurrent.registry import is_without_attention
 
 MaskFunction = Callable[..., torch.Tensor]
@@ -48,7 +49,7 @@ def intercept_attention(
 
     q: [B, Hq, T, D], k and v: [B, Hkv, T, D], as the model rotated them. Must return ([B, T, Hq, D], None).
     masks: makes the masks; None: transformers builds none. A family that does not use the interface is adapted, and has
-    none; one with ALiBi passes ``alibi_slopes``, float32 [Hq].
+    none; one with ALiBi passes ``alibi_slopes``, float32 [Hq]. Indexers choose all tokens.
 
     Raises: UsageError if the model does not use the interface and there is no adapter for it.
     """
@@ -65,9 +66,14 @@ def intercept_attention(
     def call(
         module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mask: Any = None, **arguments: Any
     ) -> tuple[torch.Tensor, None]:
+        arguments = without_choices(stand_ins, arguments)
         return function(module, q, k, v, attention_mask, **arguments)  # some families pass the mask by its name
 
     ALL_ATTENTION_FUNCTIONS.register(name, call)
+    stack = contextlib.ExitStack()
+    stand_ins = stack.enter_context(every_token_chosen(model))
+    if masks is None and stand_ins:
+        masks = no_mask
     if masks is not None:
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, masks)
     try:
@@ -80,9 +86,16 @@ def intercept_attention(
             raise _unsupported(model)
         yield
     finally:
+        stack.close()
         _restore(model, before)
         ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
         ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
+
+
+def layer_of(module: Any) -> int:
+    """Index of an attention module's layer; 0 if it has none, because several layers share it."""
+    layer = getattr(module, "layer_idx", None)
+    return 0 if layer is None or int(layer) < 0 else int(layer)
 
 
 @contextlib.contextmanager

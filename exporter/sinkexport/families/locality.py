@@ -1,12 +1,13 @@
 """Does anything but attention carry something from token to token, and do positions reach anything but rotation?
 
 Found out by behaviour. With the rotation taken away and an attention in which each token sees itself alone, a decoder
-is a function of one token: what came before it and where it stands must not change it. A short convolution over
-queries, a recurrent block beside attention, a shift of tokens or a scale by position would.
+is a function of one token: what came before it must not change it, and where it stands nothing but its queries. A short
+convolution over queries, a recurrent block beside attention, a shift of tokens or learned positions would.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from sinkrt.contract import RECURRENT_KINDS
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.families.interface import intercept_attention, random_embeddings
+from sinkexport.families.interface import intercept_attention, layer_of, random_embeddings
+from sinkexport.families.query_scale import LongCache, measured_scales
 from sinkexport.families.recurrent import cached_states, recurrent_cache, with_cache
 from sinkexport.families.rope import ModelRotary, identity_rotary, replaced_rotary
 from sinkexport.recurrent.registry import each_token_alone
@@ -25,12 +27,16 @@ NUM_BEFORE = 5
 FAR = 2**20
 """A position that no factor of position overlooks: some change at every 8,192nd token only."""
 
+QUERIES = "queries"
+
 Tensors = dict[str, torch.Tensor]
 """Queries, keys and values of each layer, and the logits, of the last token, by name."""
 
 
 def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
     """Refuse a model whose token depends on others but by attention and by the states of known recurrent layers.
+
+    Nor may anything but rotation and queries depend on where a token stands.
 
     Raises: UsageError.
     """
@@ -43,21 +49,21 @@ def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
         far = _last_token(model, rotary, texts[0], FAR)
     except IndexError:  # a table of positions, which ends
         far = None
-    if far is None or (changed := _changed(first, far, model)):
+    if far is None or (changed := _changed(_without_queries(first), far, model)):
         what = "a table of positions" if far is None else changed
         raise UsageError(
             problem(
                 "positions",
                 received=f"a use outside the rotary embedding ({what})",
-                expected="rotary or ALiBi positions only",
+                expected="rotary or ALiBi positions, or a scale of queries",
                 fix="this model cannot be exported exactly",
             )
         )
     if has_states:
         changed = _changed_in_streams(model, rotary, texts)
     else:
-        others = (_last_token(model, rotary, text, 0) for text in (texts[1], x))
-        changed = next((name for other in others if (name := _changed(first, other, model))), None)
+        changed = _changed(first, _last_token(model, rotary, texts[1], 0), model)
+        changed = changed or _changed_alone(model, rotary, first, x)
     if changed:
         raise UsageError(
             problem(
@@ -67,6 +73,50 @@ def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
                 fix="this model cannot be exported exactly",
             )
         )
+
+
+def _changed_alone(model: Any, rotary: ModelRotary, first: Tensors, ids: list[int]) -> str | None:
+    """Name of what a token has otherwise if none comes before it; None: nothing.
+
+    Queries may depend on the length of a cache: it then says that as many came before.
+    """
+    changed = _changed(first, _last_token(model, rotary, ids, NUM_BEFORE), model)
+    if changed is not None and changed.startswith(QUERIES):
+        with contextlib.suppress(Exception):  # a model that takes no such cache
+            changed = _changed(first, _last_token(model, rotary, ids, NUM_BEFORE, LongCache(NUM_BEFORE)), model)
+    return changed
+
+
+def query_scales(model: Any, rotary: ModelRotary, capacity: int) -> dict[int, torch.Tensor]:
+    """Factors float64 [C] by attention call where the length of a cache, as a position, changes queries.
+
+    Raises: UsageError if it changes anything else.
+    """
+    if recurrent_cache(model) is not None:  # its layers have a length of their own
+        return {}
+    ids = list(range(NUM_BEFORE + 1))
+    first = _last_token(model, rotary, ids, 0)
+    try:
+        far = _last_token(model, rotary, ids, 0, LongCache(FAR))
+    except Exception:  # no model of ours, which is never given such a cache
+        return {}
+    if _changed(first, far, model) is None:
+        return {}
+    if other := _changed(_without_queries(first), far, model):
+        raise UsageError(
+            problem(
+                "positions",
+                received=f"a use of the length of the cache ({other})",
+                expected="rotary or ALiBi positions, or a scale of queries",
+                fix="this model cannot be exported exactly",
+            )
+        )
+    dtype = next(model.parameters()).dtype
+    return measured_scales(model, lambda num_tokens: identity_rotary(rotary, 1, num_tokens, dtype), capacity)
+
+
+def _without_queries(found: Tensors) -> Tensors:
+    return {name: x for name, x in found.items() if not name.startswith(QUERIES)}
 
 
 def _changed_in_streams(model: Any, rotary: ModelRotary, texts: tuple[list[int], list[int]]) -> str | None:
@@ -106,12 +156,9 @@ def _last_token(model: Any, rotary: ModelRotary, ids: list[int], position: int, 
     def attend(
         module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, None]:
-        layer = int(module.layer_idx)
+        layer = layer_of(module)
         found.update(
-            {
-                f"{name} of layer {layer}": x[0, :, -1].double()
-                for name, x in (("queries", q), ("keys", k), ("values", v))
-            }
+            {f"{name} of layer {layer}": x[0, :, -1].double() for name, x in ((QUERIES, q), ("keys", k), ("values", v))}
         )
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous(), None
 

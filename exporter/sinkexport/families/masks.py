@@ -63,20 +63,53 @@ class MaskRecorder:
 def visible_window(function: Callable[..., torch.Tensor], capacity: int, layer: int) -> int | None:
     """Number of the newest tokens that a mask function lets a token see, itself included; None: all of 2 C.
 
+    A mask of chunks, in which a token sees those of its own chunk, sees all while a chunk holds the whole cache: a
+    token's chunk is that of its in-cache position.
+
     Raises: UsageError if it sees others.
     """
-    zero, last = torch.tensor(0), 2 * capacity
     counts = {}
-    for place in sorted({0, 1, capacity - 1, capacity, last}):
-        keys = torch.arange(place + 2)  # and one of the future
-        seen = function(zero, zero, torch.tensor(place), keys).expand(keys.shape)
+    for place in sorted({0, 1, capacity - 1, capacity, 2 * capacity}):
+        seen = _seen(function, place)
         counts[place] = int(seen.sum())
+        keys = torch.arange(place + 2)
         if not torch.equal(seen, (keys <= place) & (keys > place - counts[place])):
             raise _refused(f"a mask in layer {layer} that is no window of the newest tokens")
-    window = counts[last]
-    if any(count != min(place + 1, window) for place, count in counts.items()):
+    window = counts[2 * capacity]
+    if all(count == min(place + 1, window) for place, count in counts.items()):
+        return None if window == 2 * capacity + 1 else window
+    chunk = _chunk_size(function, 2 * capacity)
+    if chunk is None:
         raise _refused(f"a mask in layer {layer} whose window is not of one size")
-    return None if window == last + 1 else window
+    if chunk < capacity:
+        raise UsageError(
+            problem(
+                "attention",
+                received=f"{capacity} cached tokens, and chunks of {chunk} tokens in layer {layer}",
+                expected=f"a cache that one chunk holds: at most {chunk} tokens, sinks included",
+                fix=f"choose --sink-tokens and --window that add up to {chunk} or less",
+            )
+        )
+    return None
+
+
+def _seen(function: Callable[..., torch.Tensor], place: int) -> torch.Tensor:
+    """Which of the tokens up to a place, and one of the future, the token there sees: bool [place + 2]."""
+    zero, keys = torch.tensor(0), torch.arange(place + 2)
+    return function(zero, zero, torch.tensor(place), keys).expand(keys.shape)
+
+
+def _chunk_size(function: Callable[..., torch.Tensor], last: int) -> int | None:
+    """Tokens of a chunk, if the tokens up to place `last` see those of their own chunk, and not beyond; else None."""
+    chunk = next((place for place in range(1, last + 1) if not bool(_seen(function, place)[0])), None)
+    if chunk is None:
+        return None
+    is_chunked = all(
+        torch.equal(_seen(function, place), (keys <= place) & (keys >= place // chunk * chunk))
+        for place in range(last + 1)
+        for keys in (torch.arange(place + 2),)
+    )
+    return chunk if is_chunked else None
 
 
 def _refused(received: str) -> UsageError:

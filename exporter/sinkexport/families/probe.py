@@ -20,34 +20,33 @@ import torch
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
-from sinkexport.families.interface import intercept_attention, own_values, random_embeddings
+from sinkexport.families.indexers import refuse_small_indexes
+from sinkexport.families.interface import intercept_attention, layer_of, own_values, random_embeddings
 from sinkexport.families.latent import Latent, find_latents
-from sinkexport.families.locality import refuse_other_states
+from sinkexport.families.layout import NoLayoutError, find_layout, is_close
+from sinkexport.families.locality import query_scales, refuse_other_states
 from sinkexport.families.masks import MaskRecorder
 from sinkexport.families.recurrent import recorded_owners, recurrent_cache, recurrent_shapes, with_cache
 from sinkexport.families.refusals import refusing
 from sinkexport.families.rope import (
-    COS_LAYOUTS,
-    HandedOutRotary,
     ModelRotary,
+    Replacements,
     RotarySpec,
     RotaryTable,
-    find_rotary,
+    handed_out,
     identity_rotary,
-    lay_out,
     probe_table,
     refused_rotary,
     replaced_rotary,
-    rotate,
+    rotary_modules,
     table_names,
 )
 from sinkexport.families.shape import AttentionCall, AttentionShape
+from sinkexport.families.weights_after import WEIGHT, norms_of_calls, without_weights
 from sinkexport.recurrent.registry import each_token_alone, refuse_unknown
 
 NUM_TOKENS = 4
 """Tokens that the probe looks at: enough that a head is hardly zero at all of them."""
-
-STILL = RotarySpec(rotary_dim=0, interleaved=False)
 
 
 def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) -> tuple[AttentionShape, ModelRotary]:
@@ -61,27 +60,27 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
         layers carries something from token to token.
     """
     with refusing(model, "probing its attention"):
-        tables, cos_layout = _probe_tables(model, capacity)
+        refuse_small_indexes(model, capacity)
+        tables = _probe_tables(model, capacity)
         # Angles of each table differ, so that a layer's rotation shows its table; those of tokens differ too.
         angles = {
             key: torch.linspace(0.3 + 0.2 * i, 2.7 + 0.2 * i, table.frequency.numel(), dtype=torch.float64)
             + 0.4 * torch.arange(NUM_TOKENS, dtype=torch.float64)[:, None]  # [T, R/2]
             for i, (key, table) in enumerate(tables.items())
         }
-        still = ModelRotary(tables=tables, cos_layout=cos_layout, calls=())
+        still = ModelRotary(tables=tables, calls=())
         dtype = next(model.parameters()).dtype
         masks, cache, identity = MaskRecorder(), recurrent_cache(model), identity_rotary(still, 1, NUM_TOKENS, dtype)
         with recorded_owners(model, cache) as owners:
             plain = _run(model, identity, num_layers, cache, masks)
         refuse_unknown(owners)
-        turned = _run(model, _handed(angles, cos_layout, dtype), num_layers, recurrent_cache(model), None)
+        turned = _run(model, _handed(tables, angles, dtype), num_layers, recurrent_cache(model), None)
         if [one.place for one in plain.seen] != [one.place for one in turned.seen]:
             raise _refused("other calls of attention in each run", "the same in every run")
         if plain.may_have_latents:
             latents = find_latents(model, identity, NUM_TOKENS, recurrent_cache(model))
             plain, turned = plain.with_latents(latents), turned.with_latents(latents)
-        pairs = zip(plain.seen, turned.seen, strict=True)
-        calls = tuple(_layout(before, after, angles, dtype) for before, after in pairs)
+        calls = _layouts(model, plain, turned, still, angles)
         # Of logits that are not finite nothing can be said here: whoever computes with the model refuses them.
         if bool(plain.logits.isfinite().all()) and not is_close(turned.logits, plain.logits, dtype):
             raise refused_rotary("a use of cos and sin outside attention", "queries and keys alone")
@@ -91,34 +90,98 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
             capacity,
             adapted=find_adapter(model) is not None,
         )
-        rotary = ModelRotary(tables=tables, cos_layout=cos_layout, calls=calls)
+        rotary = ModelRotary(tables=tables, calls=calls)
         refuse_other_states(model, rotary)
-    return shape, rotary
+        scales = query_scales(model, rotary, capacity)
+    return shape, dataclasses.replace(rotary, query_scales=scales)
 
 
-def _probe_tables(model: torch.nn.Module, capacity: int) -> tuple[dict[str, RotaryTable], str]:
-    """The model's sets of frequencies and how it lays out cos and sin."""
-    found = find_rotary(model)
-    if found is None:
-        return {}, COS_LAYOUTS[0]
+def _probe_tables(model: torch.nn.Module, capacity: int) -> dict[str, RotaryTable]:
+    """The sets of frequencies of the rotary embeddings that a model uses."""
+    modules = rotary_modules(model)
+    if len(modules) > 1:  # those of another modality, or left over from a base class, do not matter
+        modules = _used(model, modules)
     tables: dict[str, RotaryTable] = {}
-    layouts = set()
-    for name in table_names(found[1]):
-        tables[name], layout = probe_table(found[1], name, capacity)
-        layouts.add(layout)
-    if len(layouts) != 1:
-        raise refused_rotary(f"cos and sin laid out in {len(layouts)} ways", "one")
-    return tables, layouts.pop()
+    for number, (name, module) in enumerate(modules.items()):
+        for layer_type in table_names(module):
+            key = layer_type if len(modules) == 1 else "_".join((str(number), layer_type)).rstrip("_")
+            tables[key] = probe_table(module, name, layer_type, capacity)
+    return tables
 
 
-def _handed(angles: Mapping[str, torch.Tensor], cos_layout: str, dtype: torch.dtype) -> HandedOutRotary:
-    """A rotary embedding of these angles [T, R/2] for T tokens."""
-    return HandedOutRotary(
-        {
-            table: (lay_out(a.cos(), cos_layout).to(dtype)[None], lay_out(a.sin(), cos_layout).to(dtype)[None])
-            for table, a in angles.items()
-        }
-    )
+def _used(model: Any, modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    """Those of these modules that a pass over text calls."""
+    used: set[torch.nn.Module] = set()
+    hooks = [module.register_forward_hook(lambda module, *_: used.add(module)) for module in modules.values()]
+    ids = torch.arange(NUM_TOKENS)[None]
+    try:
+        with (
+            torch.no_grad(),
+            intercept_attention(model, lambda _m, q, _k, v, *_, **__: (own_values(q, v), None)),
+            each_token_alone(model),
+        ):
+            model(input_ids=ids, position_ids=ids, use_cache=False, **with_cache(model, recurrent_cache(model)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: module for name, module in modules.items() if module in used}
+
+
+def _handed(tables: Mapping[str, RotaryTable], angles: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Replacements:
+    """Rotary embeddings of these angles [T, R/2] for T tokens, cos and sin scaled as the model's own are."""
+    scaled = {name: (a.cos() * tables[name].scaling, a.sin() * tables[name].scaling) for name, a in angles.items()}
+    return handed_out(tables, {name: (cos.to(dtype)[None], sin.to(dtype)[None]) for name, (cos, sin) in scaled.items()})
+
+
+def _layouts(
+    model: torch.nn.Module, plain: _Run, turned: _Run, still: ModelRotary, angles: Mapping[str, torch.Tensor]
+) -> tuple[RotarySpec, ...]:
+    """The rotation of each call; of those with a weight after it, that of what the weight multiplies."""
+    dtype, specs, failed = next(model.parameters()).dtype, dict[int, RotarySpec](), dict[int, NoLayoutError]()
+    for i, (before, after) in enumerate(zip(plain.seen, turned.seen, strict=True)):
+        try:
+            specs[i] = find_layout(before, after, still.tables, angles, dtype)
+        except NoLayoutError as error:
+            failed[i] = error
+    if failed:
+        specs |= _layouts_before_weights(model, plain, failed, still, angles)
+    return tuple(specs[i] for i in range(len(plain.seen)))
+
+
+def _layouts_before_weights(
+    model: torch.nn.Module,
+    plain: _Run,
+    failed: Mapping[int, NoLayoutError],
+    still: ModelRotary,
+    angles: Mapping[str, torch.Tensor],
+) -> dict[int, RotarySpec]:
+    """The rotation of calls whose queries and keys are one but for the weights of the norms that made them.
+
+    Raises: UsageError if there is no such norm, or if it does anything else.
+    """
+    dtype, num_layers = next(model.parameters()).dtype, 1 + max(one.layer for one in plain.seen)
+    identity = identity_rotary(still, 1, NUM_TOKENS, dtype)
+    norms = norms_of_calls(model, identity, NUM_TOKENS, recurrent_cache(model))
+    if len(norms) != len(plain.seen) or any(len(norms[i]) != 2 for i in failed):
+        raise next(iter(failed.values())).refusal
+    with without_weights(model, (name for i in failed for name in norms[i])):
+        before, after = (
+            _run(model, rotary, num_layers, recurrent_cache(model), None)
+            for rotary in (identity, _handed(still.tables, angles, dtype))
+        )
+    specs = {}
+    for i, error in failed.items():
+        try:
+            spec = find_layout(before.seen[i], after.seen[i], still.tables, angles, dtype)
+        except NoLayoutError:
+            raise error.refusal from None
+        weights = [model.get_submodule(name).get_parameter(WEIGHT).double() for name in norms[i]]
+        with_weights = before.seen[i].q * weights[0], before.seen[i].k * weights[1]
+        pairs = zip(with_weights, (plain.seen[i].q, plain.seen[i].k), strict=True)
+        if not spec.rotary_dim or not all(is_close(x, y, dtype) for x, y in pairs):
+            raise error.refusal
+        specs[i] = dataclasses.replace(spec, norms=tuple(norms[i]))
+    return specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +242,7 @@ class _Run:
 
 
 def _run(
-    model: torch.nn.Module, rotary: HandedOutRotary, num_layers: int, cache: Any | None, masks: MaskRecorder | None
+    model: torch.nn.Module, rotary: Replacements, num_layers: int, cache: Any | None, masks: MaskRecorder | None
 ) -> _Run:
     """Run the model with `rotary` and record the inputs of each attention. Each token's output is its own value.
 
@@ -198,7 +261,7 @@ def _run(
         alibi_slopes: torch.Tensor | None = None,
         **__: Any,
     ) -> tuple[torch.Tensor, None]:
-        layer = int(module.layer_idx)
+        layer = layer_of(module)
         if not 0 <= layer < num_layers:
             raise _refused(f"a call in layer {layer} of {num_layers}", "calls in the model's own layers")
         _check_shapes(layer, q, k, v)
@@ -280,73 +343,6 @@ def _calls(plain: _Run, turned: _Run) -> tuple[AttentionCall, ...]:
             )
         )
     return tuple(calls)
-
-
-def _layout(before: _Seen, after: _Seen, angles: Mapping[str, torch.Tensor], dtype: torch.dtype) -> RotarySpec:
-    """Rotation that a call's queries and keys have, which must be the same for both. before: without any."""
-    layer = before.layer
-    candidates = [(STILL, torch.zeros(NUM_TOKENS, 0, dtype=torch.float64))]
-    for table, turn in angles.items():
-        for interleaved in (False, True):
-            spec = RotarySpec(rotary_dim=2 * turn.shape[-1], interleaved=interleaved, table=table)
-            # Of a single pair both are one: the first will do.
-            if spec.rotary_dim <= before.q.shape[-1] and not (interleaved and spec.rotary_dim == 2):
-                candidates.append((spec, turn))
-    fits_q, fits_k = (
-        {spec for spec, turn in candidates if _is_turned(x, y, turn, spec, dtype)}
-        for x, y in ((before.q, after.q), (before.k, after.k))
-    )
-    found = fits_q & fits_k
-    if len(found) > 1:
-        raise refused_rotary(
-            f"queries and keys in layer {layer} that are too small to show how they turn",
-            "numbers in the range of their type",
-        )
-    if not found:
-        differ = (
-            "queries and keys that are turned in different ways"
-            if fits_q and fits_k
-            else (
-                f"{'keys' if fits_q else 'queries'} that are more than a rotation of their unrotated selves, such as a "
-                "norm after it, or a rotation that is neither of halves nor of neighbours,"
-            )
-        )
-        raise refused_rotary(f"{differ} in layer {layer}", "a known pairing that reaches attention as it is")
-    if not is_close(after.v, before.v, dtype):
-        raise refused_rotary(f"values that turn in layer {layer}", "queries and keys alone")
-    return found.pop()
-
-
-def _is_turned(
-    plain: torch.Tensor, turned: torch.Tensor, angles: torch.Tensor, spec: RotarySpec, dtype: torch.dtype
-) -> bool:
-    """Whether turned [H, T, D] is plain by these angles [T, R/2], each pair of each head on its own scale."""
-    wanted = rotate(plain, angles.cos(), angles.sin(), spec) if spec.rotary_dim else plain
-    error = (turned - wanted).abs().amax(dim=1)  # [H, D]
-    size = plain.square().mean(dim=1)  # [H, D]
-    pairs = size[:, : spec.rotary_dim]
-    if spec.interleaved:
-        pairs = pairs.unflatten(-1, (-1, 2)).sum(dim=-1).repeat_interleave(2, dim=-1)
-    elif spec.rotary_dim:
-        pairs = sum(pairs.chunk(2, dim=-1)).repeat(1, 2)
-    size = torch.cat((pairs, size[:, spec.rotary_dim :]), dim=-1).sqrt()
-    return bool((error <= tolerance(dtype) * size + smallest(dtype)).all())
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Error of a rotation as a share of its pair's size: cos, sin, multiplications and sums are rounded."""
-    return max(1e-4, 16 * torch.finfo(dtype).eps)
-
-
-def smallest(dtype: torch.dtype) -> float:
-    """Magnitude at which numbers of a type lose digits: a few of its smallest steps."""
-    return 4 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-
-
-def is_close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether two runs' tensors [.., N] are equal but for rounding, each row on its own scale; NaN is not."""
-    error, size = (got - wanted).abs().amax(dim=-1), wanted.abs().amax(dim=-1)
-    return bool((error <= tolerance(dtype) * size + smallest(dtype)).all())
 
 
 def _refused(received: str, expected: str) -> UsageError:

@@ -16,17 +16,24 @@ from sinkrt.contract import MASS_KIND, NO_TOKEN, SCALE_KINDS, STATE_KINDS, ActTu
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
-from sinkexport.families.interface import as_many_heads, attention_inputs, intercept_attention, refuse_arguments
+from sinkexport.families.interface import (
+    as_many_heads,
+    attention_inputs,
+    intercept_attention,
+    layer_of,
+    refuse_arguments,
+)
 from sinkexport.families.latent import CachedPairs, Latent
 from sinkexport.families.recurrent import with_cache
 from sinkexport.families.rope import ModelRotary, RotarySpec
 from sinkexport.families.shape import AttentionShape
+from sinkexport.families.weights_after import WEIGHT
 from sinkexport.model.affine import AffineFactors
 from sinkexport.model.attention import rotated, sink_attention, stream_angles
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, cache_owner, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
-from sinkexport.model.latent import absorbed, output_of_rows
+from sinkexport.model.latent import absorbed, output_of_latents
 from sinkexport.model.loop_experts import unrolled_experts
 from sinkexport.recurrent.registry import RecurrentStates
 from sinkexport.recurrent.states import StateKey, Tokens, state_name
@@ -37,7 +44,7 @@ Place = HeadCache | int
 Kind = str | StateKey
 """A cache's kind of state, or the key of a recurrent one."""
 
-VALUE_KINDS = ("sink_v", "window_v", "window_v_scale")
+VALUE_KINDS = ("sink_v", "window_v")
 """States that a latent cache has not."""
 
 
@@ -73,6 +80,8 @@ class StreamStep(torch.nn.Module):
         self.caches_of_call = [[cache for cache in self.caches if cache.call == owner] for owner in owners]
         for table, content in rotary.tables.items():
             self.register_buffer(f"frequency_{table}", content.frequency, persistent=False)
+        for call, scales in rotary.query_scales.items():
+            self.register_buffer(f"query_scale_{call}", scales.float(), persistent=False)
         slopes = None if shape.alibi_slopes is None else torch.tensor(shape.alibi_slopes)
         self.register_buffer("alibi_slopes", slopes, persistent=False)
         tuning = variant.sink_tuning
@@ -94,7 +103,7 @@ class StreamStep(torch.nn.Module):
 
     def state_kinds(self, cache: HeadCache) -> tuple[str, ...]:
         """State tensors of a cache, in the order in which `states` holds them."""
-        kinds = STATE_KINDS if cache.ring.num_sink_tokens else STATE_KINDS[2:]
+        kinds: tuple[str, ...] = STATE_KINDS if cache.ring.num_sink_tokens else STATE_KINDS[2:]
         kinds = (*kinds, *SCALE_KINDS) if self.config.has_int8_window else kinds
         kinds = tuple(kind for kind in kinds if kind not in VALUE_KINDS) if cache.is_latent else kinds
         is_calibrated = self.act is not None and any(self.act.heads[cache.layer][head] for head in cache.q_heads)
@@ -175,10 +184,11 @@ class StreamStep(torch.nn.Module):
             contextlib.nullcontext() if step.recurrent is None else step.recurrent.in_place(),
             _only_last_token(self.model, num_valid),
         ):
-            # position_ids reach the model only so that `_refuse_other_uses_of_position` can see who reads them.
-            positions = position[:, None] + torch.arange(self.num_tokens)  # [B, T]
             output = self.model(
-                input_ids=ids, position_ids=positions, use_cache=False, **with_cache(self.model, step.cache)
+                input_ids=ids,
+                position_ids=step.in_cache_positions,  # for queries alone: see `_refuse_other_uses_of_position`
+                use_cache=False,
+                **with_cache(self.model, step.cache),
             )
         logits = output.logits if output.logits.shape[1] == 1 else _last_token(output.logits, num_valid)
         return logits[:, 0].to(torch.float32), step.next_states
@@ -212,6 +222,9 @@ class _Step:
         if stream.latents:
             self.cache = self._pairs.cache
         self._angles: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._in_cache_angles: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        last = stream.config.capacity - 1
+        self.in_cache_positions = (position[:, None] + torch.arange(stream.num_tokens)).clamp(max=last)  # [B, T]
         self._num_calls = 0
         self.inputs: dict[torch.nn.Module, torch.Tensor] = {}
         """Inputs of the attention modules, see `attention_inputs`."""
@@ -242,7 +255,7 @@ class _Step:
 
         s_aux: [Hq], the layer's sink logits. alibi_slopes: [Hq], as the probe saw them.
         """
-        index, layer = self._num_calls, int(module.layer_idx)
+        index, layer = self._num_calls, layer_of(module)
         self._num_calls += 1
         refuse_arguments(layer, others)
         more = {
@@ -256,6 +269,7 @@ class _Step:
         if str(layer) in self._stream.affine:
             factors = self._stream.affine[str(layer)](self.inputs[module])
             more |= zip(("affine_scale", "affine_bias"), factors, strict=True)
+        q = self._scaled(index, q)
         (k, v), caches = as_many_heads(k, v), self._stream.caches_of_call[index]
         if (latent := self._stream.shape.calls[index].latent) is not None:
             if caches[0].is_latent:
@@ -281,7 +295,7 @@ class _Step:
         if cached is None:
             raise RuntimeError(f"nothing was cached in layer {cache.layer}; the probe saw a latent")
         query, row = absorbed(model, latent, cached, q)
-        return output_of_rows(model, latent, self._attend(call, cache, query, row, None, more))
+        return output_of_latents(model, latent, self._attend(call, cache, query, row, None, more))
 
     def _attend(
         self,
@@ -294,13 +308,16 @@ class _Step:
     ) -> torch.Tensor:
         """The heads of one cache: q [B, Hq, T, Dk], k and v [B, Hkv, T, Dk or Dv], not rotated -> [B, Hq, T, Dv].
 
-        v: None where rows are both, as they are in the result.
+        v: None where rows of k end with the values.
         """
         spec, ring = self._stream.rotary.calls[call], cache.ring
-        value_dim = (k if v is None else v).shape[-1]
+        value_dim = cache.value_dim if v is None else v.shape[-1]
         shift = None
+        if spec.order is not None:
+            order = torch.tensor(spec.order)
+            q, k = q.index_select(-1, order), k.index_select(-1, order)
         if spec.rotary_dim:
-            q, k = (self._rotated(x, spec) for x in (q, k))
+            q, k = self._weighed(q, spec) if spec.norms else self._rotated(q, spec), self._rotated(k, spec)
             shift = self._shift(spec, ring, q.dtype)
         states, act = self._states[cache], self._stream.act
         if MASS_KIND not in states:
@@ -317,6 +334,7 @@ class _Step:
             shift_sin=sin,
             num_valid=self._num_valid,
             interleaved=spec.interleaved,
+            latent_dim=cache.value_dim if v is None else 0,
             **{kind: states.get(kind) for kind in (*STATE_KINDS, *SCALE_KINDS, MASS_KIND)},
             **more,
             **({} if act is None or MASS_KIND not in states else _act_arguments(act)),
@@ -346,6 +364,32 @@ class _Step:
         if scaling != 1.0:
             cos, sin = cos * scaling, sin * scaling
         return rotated(x, cos.to(x.dtype), sin.to(x.dtype), interleaved=spec.interleaved)
+
+    def _scaled(self, call: int, q: torch.Tensor) -> torch.Tensor:
+        """Queries [B, Hq, T, D] of a call, times their factors where the model reads positions off its cache.
+
+        Here it has none, and took the tokens for the first T of a text.
+        """
+        if call not in self._stream.rotary.query_scales:
+            return q
+        scales = self._stream.get_buffer(f"query_scale_{call}")
+        factors = scales[self.in_cache_positions] / scales[: q.shape[2]]  # [B, T]
+        return q * factors[:, None, :, None].to(q.dtype)
+
+    def _weighed(self, q: torch.Tensor, spec: RotarySpec) -> torch.Tensor:
+        """Queries [B, Hq, T, D] as they meet keys of the window, see `sinkexport.families.weights_after`."""
+        (cos, sin), (shift_cos, shift_sin) = (
+            self._angles_behind(spec.table, behind) for behind in (0, self._stream.config.capacity - 1)
+        )
+        if spec.table not in self._in_cache_angles:  # of t less the shift
+            back = cos * shift_cos + sin * shift_sin, sin * shift_cos - cos * shift_sin
+            self._in_cache_angles[spec.table] = back
+        back_cos, back_sin = (x.to(q.dtype) for x in self._in_cache_angles[spec.table])
+        q = rotated(q, back_cos, back_sin, interleaved=spec.interleaved)
+        for name in spec.norms:
+            weight = self._stream.model.get_submodule(name).get_parameter(WEIGHT)
+            q = q * (weight if spec.order is None else weight[torch.tensor(spec.order)])
+        return rotated(q, shift_cos.to(q.dtype), shift_sin.to(q.dtype), interleaved=spec.interleaved)
 
 
 def _widened(x: torch.Tensor, size: int) -> torch.Tensor:

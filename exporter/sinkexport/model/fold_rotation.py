@@ -1,7 +1,8 @@
 """Remove the identity rotation from a trace: x * 1 + turned(x) * 0 is x.
 
 Works on any family's rotary code, since it follows values and not names: what stems from the handed-out cos is
-known to be all ones, from sin all zeros, and multiplying, adding, slicing and joining with those is resolved.
+known to be all ones, from sin all zeros, and multiplying, adding, slicing and joining with those is resolved. Code that
+rotates complex numbers multiplies them by 1 + 0i, and making them of pairs and pairs of them again is resolved as well.
 A rotation that is not recognised stays in the graph: slower, never wrong.
 """
 
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from sinkrt.errors import UsageError, problem
 from torch.fx import Graph, GraphModule, Node
+
+from sinkexport.families.rope import HANDED_COMPLEX, HANDED_COS, HANDED_SIN
 
 aten = torch.ops.aten
 
@@ -116,12 +119,14 @@ def _handed_out(program: torch.export.ExportedProgram) -> dict[Node, float]:
     buffers = program.graph_signature.inputs_to_buffers
     for node in program.graph_module.graph.nodes:
         name = buffers.get(node.name, "") if node.op == "placeholder" else ""
-        if "rotary_emb.cos_" in name:
+        if f".{HANDED_COS}" in name or f".{HANDED_COMPLEX}" in name:
             values[node] = 1.0
-        elif "rotary_emb.sin_" in name:
+        elif f".{HANDED_SIN}" in name:
             values[node] = 0.0
     return values
 
+
+_SHAPES = frozenset((aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int))
 
 _COPIES = frozenset(
     (
@@ -153,6 +158,8 @@ def _drop_no_op(node: Node) -> None:
 def _uniform_value(node: Node, uniform: dict[Node, float]) -> float | None:
     """The one number that all elements of `node` have, if that is known."""
     known = [uniform.get(arg) if isinstance(arg, Node) else None for arg in node.args]
+    if node.target in (aten.ones_like.default, aten.ones.default):
+        return 1.0
     if node.target in _KEEPS_CONTENT:
         return known[0]
     if node.target is aten.cat.default:
@@ -173,7 +180,9 @@ def _uniform_value(node: Node, uniform: dict[Node, float]) -> float | None:
 
 
 def _simplified(node: Node, uniform: dict[Node, float]) -> Node | None:
-    """Operand that `node` equals if the other is all ones or all zeros."""
+    """Operand that `node` equals if the other is all ones or all zeros, or what it makes back of it."""
+    if (made_of := _undone(node)) is not None:
+        return made_of
     if node.target not in (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor) or node.kwargs:
         return None
     left, right = node.args
@@ -182,6 +191,24 @@ def _simplified(node: Node, uniform: dict[Node, float]) -> Node | None:
         return left
     if node.target is not aten.sub.Tensor and isinstance(left, Node) and uniform.get(left) == neutral:
         return right if _same_tensor(right, node) else None
+    return None
+
+
+_OF_COMPLEX = "sinkexport_pairs_of_complex"
+"""Mark of pairs that were made into complex numbers and are pairs again."""
+
+
+def _undone(node: Node) -> Node | None:
+    """What a node makes again of complex numbers that nothing has happened to: pairs, or the shape before the pairs."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node) or not source.args or not isinstance(source.args[0], Node):
+        return None
+    origin = source.args[0]
+    if node.target is aten.view_as_real.default and source.target is aten.view_as_complex.default:
+        origin.meta[_OF_COMPLEX] = True
+        return origin if _same_tensor(origin, node) else None
+    if node.target in _SHAPES and source.target in _SHAPES and _OF_COMPLEX in source.meta:
+        return origin if _same_tensor(origin, node) else None
     return None
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,7 +44,7 @@ def _form(module: Any) -> tuple[int, Callable[..., contextlib.AbstractContextMan
     """Number of experts of a layer that loops, and the context that replaces its code; None: it is none."""
     if hasattr(module, "has_post_expert_norm"):  # transformers has other forms of it
         return None
-    if _has_stacks(module, "gate_up_proj", "down_proj"):
+    if _has_stacks(module, "gate_up_proj", "down_proj") and _takes_choices(module):
         return module.down_proj.shape[0], _replaced_stacks
     glu = getattr(module, "mlp", None)
     if all(isinstance(getattr(glu, name, None), torch.nn.Parameter) for name in ("w1", "v1", "w2")) and (
@@ -55,6 +56,11 @@ def _form(module: Any) -> tuple[int, Callable[..., contextlib.AbstractContextMan
         is_attention = hasattr(module, "map") and hasattr(module, "reduce")
         return first.weight.shape[0], _replaced_attention if is_attention else _replaced_sorting
     return None
+
+
+def _takes_choices(module: Any) -> bool:
+    """Whether a module is called with hidden states, chosen experts and shares; others compute all (Llama 4)."""
+    return len(inspect.signature(type(module).forward).parameters) > 3  # itself is one
 
 
 def _has_stacks(module: Any, *names: str) -> bool:

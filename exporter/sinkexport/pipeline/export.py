@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from sinkexport.families.probe import probe_attention
 from sinkexport.families.refusals import refusing
 from sinkexport.families.rope import ModelRotary
 from sinkexport.families.shape import AttentionShape
+from sinkexport.families.unread import unread_parameters
 from sinkexport.graph.convert import BuiltGraph, build_graph
 from sinkexport.graph.plugin_nodes import refuse_geometry
 from sinkexport.graph.quantize.plan import Plan
@@ -145,6 +147,7 @@ def export_loaded(
                 num_q_heads=max((call.num_q_heads for call in shape.calls), default=0),
                 num_kv_heads=shape.num_kv_heads,
                 derived=written.derived,
+                unread=functools.partial(unread_parameters, model),
             )
         tokenizer_facts = write_tokenizer(loaded.tokenizer, stage)
         report("hash", 0, 1)

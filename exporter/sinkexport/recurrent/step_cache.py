@@ -69,26 +69,30 @@ class StepCache:
         """Every state is given."""
         return True
 
-    def get_conv_state(self, layer: int, state_idx: int = 0) -> torch.Tensor:
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor:
         """Hand out the last inputs of a convolution, which a step writes in place."""
-        return self.after[layer]["conv", state_idx]
+        return self.after[layer_idx]["conv", state_idx]
 
-    def update_conv_state(self, inputs: torch.Tensor, layer: int, state_idx: int = 0, **_: Any) -> torch.Tensor:
-        """inputs [B, channels, T] -> [B, channels, kernel + T], what came before included."""
-        before, num_valid = self._before[layer]["conv", state_idx], self._tokens.num_valid
-        seen = torch.cat([before, inputs.to(before.dtype)], dim=-1)
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
+    ) -> torch.Tensor:
+        """conv_states [B, channels, T] -> [B, channels, kernel + T], what came before included."""
+        before, num_valid = self._before[layer_idx]["conv", state_idx], self._tokens.num_valid
+        seen = torch.cat([before, conv_states.to(before.dtype)], dim=-1)
         kernel = before.shape[-1]
-        self.after[layer]["conv", state_idx] = (
+        self.after[layer_idx]["conv", state_idx] = (
             seen[..., -kernel:] if num_valid is None else seen.index_select(-1, num_valid + torch.arange(kernel))
         )
         return seen
 
-    def get_recurrent_state(self, layer: int, state_idx: int = 0) -> torch.Tensor:
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor:
         """Hand out a recurrent state."""
-        self.last_read, self.num_reads = (layer, ("recurrent", state_idx)), self.num_reads + 1
+        self.last_read, self.num_reads = (layer_idx, ("recurrent", state_idx)), self.num_reads + 1
         return self.read()
 
-    def update_recurrent_state(self, state: torch.Tensor, layer: int, state_idx: int = 0, **_: Any) -> torch.Tensor:
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
+    ) -> torch.Tensor:
         """The state after the tokens."""
-        self.after[layer]["recurrent", state_idx] = state
-        return state
+        self.after[layer_idx]["recurrent", state_idx] = recurrent_states
+        return recurrent_states

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.families.interface import intercept_attention, random_embeddings
+from sinkexport.families.interface import intercept_attention, layer_of, random_embeddings
 from sinkexport.reference.call_attention import (
     CallArguments,
     View,
@@ -155,7 +155,7 @@ class CallsReference:
         if self._tried is not None:
             self._tried += [x[0, :, -1].double() for x in (q, k, v)]
             return own_values(q, v), None
-        layer = int(getattr(module, "layer_idx", None) or 0)
+        layer = layer_of(module)
         mask = with_indices(module, q, mask, arguments)
         given = call_arguments(layer, q, arguments)
         call, self._pass.call = self._pass.call, self._pass.call + 1
@@ -174,12 +174,9 @@ class CallsReference:
         views = [self._view(size, window) for size in self._variant.windows(layer, k.shape[1], self._window_size)]
         behind = torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)
         seen = (behind >= 0) & (behind < (window or num_tokens))
-        out = torch.cat(
-            [
-                attended(given, *(x[b : b + 1] for x in (q, k, v)), behind, seen, self._factors(layer, views))
-                for b in range(self._batch)
-            ]
-        ).to(v.dtype)  # [B, n, Hq, Dv]
+        factors = self._factors(layer, views)
+        streams = zip(q.split(1), k.split(1), v.split(1), strict=True)  # one after another: memory
+        out = torch.cat([attended(given, *stream, behind, seen, factors) for stream in streams]).to(v.dtype)
         kept = out.new_zeros(max(self._num_tokens, num_tokens), self._batch, *out.shape[2:])
         kept[:num_tokens] = out.transpose(0, 1)
         self._outputs.append(kept)
@@ -247,8 +244,12 @@ class CallsReference:
         if num_tokens is None:
             after = self._capacity - 1 - position
             return _Row([0] * before + cached + [0] * after, None, position, list(range(before, position + 1)))
-        positions = [min(max(0, position - time + u), self._capacity - 1) for u in range(num_tokens)]
+        # Some recurrent layers begin anew at position 0, which the first token has and no other (RecurrentGemma).
+        # Without sinks the oldest cached token would have it, too: all cached tokens stand one further then.
+        further = int(not sinks and time > position)
+        positions = [min(max(0, position - time + u), self._capacity - 1) + further for u in range(num_tokens)]
         positions[: len(sinks)] = range(before, before + len(sinks))
+        positions = [0, *(max(1, place) for place in positions[1:])]
         return _Row(list(range(num_tokens)), positions, time, cached)
 
     def _first_tokens(self, ids: torch.Tensor) -> list[torch.Tensor]:

@@ -20,11 +20,12 @@ from sinkrt.contract import ActTuning
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
-from sinkexport.families.interface import as_many_heads, intercept_attention, refuse_arguments
+from sinkexport.families.interface import as_many_heads, intercept_attention, layer_of, refuse_arguments
 from sinkexport.families.probe import probe_attention
 from sinkexport.families.recurrent import recurrent_cache, with_cache
 from sinkexport.families.rope import ModelRotary, RotarySpec, identity_rotary, replaced_rotary, rotate
 from sinkexport.families.shape import AttentionShape
+from sinkexport.families.weights_after import WEIGHT, without_weights
 from sinkexport.reference.affine import AffineReference
 from sinkexport.variants.variant import PLAIN, AttentionVariant
 
@@ -57,7 +58,12 @@ def chunked_streaming(
     shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
     stream = ChunkedStream(model, config, shape, rotary, variant)
     identity = identity_rotary(rotary, 1, 1, next(model.parameters()).dtype)
-    with intercept_attention(model, stream.attend), replaced_rotary(model, identity), stream.affine.watching(model):
+    with (
+        intercept_attention(model, stream.attend),
+        replaced_rotary(model, identity),
+        without_weights(model, rotary.norms),
+        stream.affine.watching(model),
+    ):
         yield stream
 
 
@@ -142,17 +148,20 @@ class ChunkedStream:
         Returns: logits [B, T, vocab] after each token, in the model's dtype.
         """
         num_tokens, self._num_calls = ids.shape[1], 0
+        if self._rotary.query_scales and num_tokens > self._config.capacity:  # known for so many positions
+            return torch.cat([self.feed(part) for part in ids.split(self._config.capacity, dim=1)], dim=1)
         self._entries = {ring: visible(ring, self._position, num_tokens) for ring in {c.ring for c in self._caches}}
         self._turns = {
             (table, behind): turn(self._position, num_tokens, behind, content.frequency)
             for table, content in self._rotary.tables.items()
-            for behind in {0, *(ring.capacity - 1 for ring in self._entries)}
+            for behind in {0, self._config.capacity - 1, *(ring.capacity - 1 for ring in self._entries)}
         }
+        positions = self._in_cache_positions(num_tokens).expand(ids.shape)
         with torch.no_grad():
-            # Positions reach nothing but the rotary embedding, which is replaced.
+            # Positions reach queries and the rotary embedding, which is replaced.
             output = self._model(
                 input_ids=ids,
-                position_ids=torch.zeros_like(ids),
+                position_ids=positions,
                 use_cache=False,
                 **with_cache(self._model, self._recurrent),
             )
@@ -183,8 +192,12 @@ class ChunkedStream:
         """transformers' attention interface: q [B, Hq, T, D], k and v [B, Hkv, T, D or Dv] -> [B, T, Hq, Dv]."""
         call = self._num_calls
         self._num_calls += 1
-        refuse_arguments(int(module.layer_idx), others)
+        refuse_arguments(layer_of(module), others)
         k, v = as_many_heads(k, v)
+        if call in self._rotary.query_scales:  # the model took the tokens for the first T of a text
+            scales, num_tokens = self._rotary.query_scales[call], q.shape[2]
+            factors = scales[self._in_cache_positions(num_tokens)] / scales[:num_tokens]
+            q = q * factors[:, None].to(q.dtype)
         q = q * (scaling if scaling is not None else q.shape[-1] ** -0.5)  # here: logits are many more
         caches = [cache for cache in self._caches if cache.call == call]
         out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype)  # [B, Hq, T, D]
@@ -212,6 +225,8 @@ class ChunkedStream:
         if spec.rotary_dim:
             factor, turn = self._rotary.tables[spec.table].scaling, self._turns[spec.table, 0]
             q, k = (_rotated(x, turn, spec, factor) for x in (q, k))
+            if spec.norms:
+                q = self._weighed(q, spec)
             cos, sin = self._turns[spec.table, ring.capacity - 1]
             q_sink = _rotated(q, (cos, -sin), spec)
         seen = self._with_chunk(cache, k, v)
@@ -235,6 +250,18 @@ class ChunkedStream:
         out = self.affine.changed(module, out, values, entries.is_seen, cache.q_heads).transpose(1, 2)
         self._keep(cache, seen)
         return out
+
+    def _in_cache_positions(self, num_tokens: int) -> torch.Tensor:
+        """int64 [T]: in-cache positions of the chunk's tokens as queries."""
+        return torch.arange(self._position, self._position + num_tokens).clamp(max=self._config.capacity - 1)
+
+    def _weighed(self, q: torch.Tensor, spec: RotarySpec) -> torch.Tensor:
+        """Queries at their stream positions, weighed at their in-cache positions; sinkexport.families.weights_after."""
+        cos, sin = self._turns[spec.table, self._config.capacity - 1]
+        q = _rotated(q, (cos, -sin), spec)
+        for name in spec.norms:
+            q = q * self._model.get_submodule(name).get_parameter(WEIGHT)
+        return _rotated(q, (cos, sin), spec)
 
     def _calibrated(self, act: ActTuning, cache: _Heads, weights: torch.Tensor, entries: Entries) -> torch.Tensor:
         """weights [B, Hq, T, n], float32, with later sinks scaled down in the heads of `act`."""

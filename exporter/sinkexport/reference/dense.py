@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sinkexport.families.interface import intercept_attention
+from sinkexport.families.interface import intercept_attention, layer_of
 from sinkexport.reference.affine import AffineReference
 from sinkexport.reference.own_attention import calibration, plain_attention
 from sinkexport.util.arrays import Ids, Logits
@@ -36,7 +36,7 @@ def first_token_scaled(
     def attend(
         module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: Any = None, **arguments: Any
     ) -> tuple[torch.Tensor, None]:
-        num_tokens, layer = q.shape[2], int(module.layer_idx)
+        num_tokens, layer = q.shape[2], layer_of(module)
         behind = torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)  # [T, T], tokens from key to query
         sliding_window = arguments.get("sliding_window")
         if sliding_window:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sinkexport.families.interface import intercept_attention
+from sinkexport.families.interface import intercept_attention, layer_of
 from sinkexport.reference.own_attention import plain_attention
 from sinkexport.reference.streaming import StreamingReference
 
@@ -30,7 +30,7 @@ def typical_sizes(model: Any, ids: torch.Tensor) -> dict[int, tuple[float, float
         module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, None]:
         k_size, v_size = (float(x.double().square().mean().sqrt()) for x in (k, v))
-        sizes[int(module.layer_idx)] = (k_size, v_size)
+        sizes[layer_of(module)] = (k_size, v_size)
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2), None
 
     with torch.no_grad(), intercept_attention(model, attend):
@@ -53,7 +53,7 @@ def logits_from(model: Any, ids: torch.Tensor, position: int, layers: Mapping[in
     def attend(
         module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _mask: Any = None, **arguments: Any
     ) -> tuple[torch.Tensor, None]:
-        before = layers[int(module.layer_idx)]
+        before = layers[layer_of(module)]
         window_size = before["window_k"].shape[2]
         sink_k, sink_v = (before.get(name, k[:, :, :0]) for name in ("sink_k", "sink_v"))
         num_sinks = sink_k.shape[2]

@@ -24,7 +24,7 @@ import torch
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
-from sinkexport.families.interface import intercept_attention, random_embeddings
+from sinkexport.families.interface import intercept_attention, layer_of, random_embeddings
 from sinkexport.families.recurrent import layers_without_attention, recurrent_cache, with_cache
 from sinkexport.families.rope import find_rotary, replaced_rotary
 from sinkexport.reference.affine import AffineReference
@@ -110,11 +110,13 @@ class StreamingReference:
         self._num_sink_tokens = num_sink_tokens
         self._window_size = window_size
         self._capacity = num_sink_tokens + window_size
+        self._num_tokens = 0  # that each stream has been fed
         self._variant = variant
         self._observer = observer
         self.affine = AffineReference(variant.affine)
         # A copy: some change their frequencies by the positions that they are asked for.
         found = find_rotary(model)
+        self._rotary_name = "" if found is None else found[0]
         self._rotary: Any = None if found is None else copy.deepcopy(found[1])
         self._rotates: dict[torch.nn.Module, bool] = {}  # by attention module; some layers have no positions
         # k, v [B, Hkv, n, D], unrotated, by attention module and window
@@ -126,10 +128,13 @@ class StreamingReference:
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed one token to each stream. ids: int64 [B]. Returns logits [B, vocab] in the model's dtype."""
+        # Queries may depend on their in-cache position; keys have none before they are rotated.
+        position = min(self._num_tokens, self._capacity - 1)
+        self._num_tokens += 1
         with torch.no_grad():
             output = self.model(
                 input_ids=ids[:, None],
-                position_ids=torch.zeros_like(ids)[:, None],
+                position_ids=torch.full_like(ids, position)[:, None],
                 use_cache=False,
                 **with_cache(self.model, self._recurrent),
             )
@@ -138,6 +143,7 @@ class StreamingReference:
 
     def reset(self) -> None:
         """Forget all tokens."""
+        self._num_tokens = 0
         self._cached.clear()
         self._received.clear()
         self._recurrent = recurrent_cache(self.model)
@@ -152,7 +158,7 @@ class StreamingReference:
         **arguments: Any,
     ) -> tuple[torch.Tensor, None]:
         """transformers' attention interface. q: [B, Hq, 1, D], k and v: [B, Hkv, 1, D] -> [B, 1, Hq, D]."""
-        windows = self._variant.windows(int(module.layer_idx), k.shape[1], self._window_size)
+        windows = self._variant.windows(layer_of(module), k.shape[1], self._window_size)
         if len(set(windows)) == 1:
             out = self._attended(module, q, k, v, windows[0], arguments)
         else:
@@ -184,9 +190,9 @@ class StreamingReference:
         mask = self._mask(module, keys)
         out, weights = plain_attention(module)(module, q, keys, values, mask, **arguments)[:2]
         act = self._variant.act
-        if act is not None and any(act.heads[int(module.layer_idx)]):
+        if act is not None and any(act.heads[layer_of(module)]):
             received, queries = self._receive(module, window_size, weights)
-            factors = calibration(act, int(module.layer_idx), weights, received, queries, self._num_sink_tokens)
+            factors = calibration(act, layer_of(module), weights, received, queries, self._num_sink_tokens)
             mask = factors.log().to(keys.dtype) + (0 if mask is None else mask)
             out = plain_attention(module)(module, q, keys, values, mask, **arguments)[0]
         return self.affine.changed(module, out, values, torch.ones(1, values.shape[2], dtype=torch.bool))
@@ -211,7 +217,7 @@ class StreamingReference:
         tuning = self._variant.sink_tuning
         if tuning is None:
             return None
-        factors = torch.tensor(tuning.first_token_scale[int(module.layer_idx)], dtype=torch.float64)
+        factors = torch.tensor(tuning.first_token_scale[layer_of(module)], dtype=torch.float64)
         mask = torch.zeros(1, factors.numel(), 1, keys.shape[2], dtype=torch.float64)
         mask[0, :, 0, 0] = factors.log()
         return mask.to(keys.dtype)
@@ -273,7 +279,7 @@ class StreamingReference:
         if self._rotary is None:
             yield
             return
-        with replaced_rotary(self.model, NoRotation(self._rotary)):
+        with replaced_rotary(self.model, {self._rotary_name: NoRotation(self._rotary)}):
             yield
 
     def _append(

@@ -32,7 +32,6 @@ _SMALL: dict[str, Any] = {
 REFUSED = {
     "gpt2": (transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4), "absolute position"),
     "opt": (transformers.OPTConfig(**_SMALL, ffn_dim=32, word_embed_proj_dim=32), "absolute position"),
-    "mamba": (transformers.MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2), "no attention"),
 }
 
 

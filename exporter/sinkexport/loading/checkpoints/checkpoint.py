@@ -14,6 +14,7 @@ from sinkexport.loading.checkpoints.loading_report import (
     refuse_incomplete,
     refuse_numbers,
 )
+from sinkexport.loading.checkpoints.padding_rows import restore_padding_rows
 from sinkexport.loading.checkpoints.remote_code import code_note
 from sinkexport.loading.checkpoints.weight_files import WeightFiles, read_json, read_weight_files
 from sinkexport.loading.tokenizers.tokenizer_files import TokenizerFiles
@@ -76,6 +77,7 @@ def load_checkpoint(origin: Origin, config: Any, dtype: torch.dtype) -> Any:
         model.generation_config = ids
     files = files or _weights(weights_folder(origin), config)
     refuse_incomplete(model, info, files.tensors)
+    restore_padding_rows(model, files.tensors)
     _say_if_untied(model, config)
     return model
 
@@ -147,7 +149,8 @@ def weights_folder(origin: Origin) -> Path:
 def _weights(folder: Path, config: Any) -> WeightFiles:
     files = read_weight_files(folder, getattr(config, "transformers_weights", None))
     refuse_numbers(files.tensors)
-    refuse_gaps(files.tensors)
+    has_identities = bool(getattr(config, "zero_expert_num", None))
+    refuse_gaps(files.tensors, config.n_routed_experts if has_identities else None)
     return files
 
 

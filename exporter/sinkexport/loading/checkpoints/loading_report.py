@@ -47,8 +47,10 @@ def refuse_numbers(tensors: Mapping[str, FileTensor]) -> None:
         )
 
 
-def refuse_gaps(names: Iterable[str]) -> None:
+def refuse_gaps(names: Iterable[str], num_experts: int | None = None) -> None:
     """Refuse lists of experts with gaps: transformers names only what it makes of all of them.
+
+    num_experts: of each list; those after them are the identity (LongCat-Flash), and need no weights. None: all.
 
     Raises: UsageError naming the tensors that are missing.
     """
@@ -61,7 +63,7 @@ def refuse_gaps(names: Iterable[str]) -> None:
         everything = set().union(*found.values())
         missing += [
             f"{path}.{number}.{rest}"
-            for number in range(max(found) + 1)
+            for number in range(max(found) + 1 if num_experts is None else num_experts)
             for rest in sorted(everything - found.get(number, set()))
         ]
     if missing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +41,14 @@ def check_weights(
     num_q_heads: int,
     num_kv_heads: int,
     derived: Sequence[DerivedConstant] = (),
+    unread: Callable[[], Collection[str]] = frozenset,
 ) -> None:
     """Compare the graphs of a bundle with the file that the model came from, or, if it was made in memory, with the
     model itself.
 
     files: the ONNX files of `folder`; the others share the first one's weights. derived: constants that the model's
-    code computes of parameters.
+    code computes of parameters. unread: names of parameters that the model's code does not read; asked for if there are
+    tensors that the graph lacks.
 
     Raises: UsageError naming a tensor whose numbers are not in the graph, or a constant that is not of the file.
     """
@@ -64,6 +66,8 @@ def check_weights(
     left = [t for t in check.compare(first) if t.name not in FREQUENCIES and why_no_effect(t, model) is None]
     left = claim_derived(check, left, tensors, derived, first)
     if left:
+        left = _read_ones(check, left, unread())
+    if left:
         others = f", nor are {len(left) - 1} others: {listed([t.name for t in left[1:]])}" if len(left) > 1 else ""
         raise differs(left[0], f"it is nowhere in the graph{others}")
     refuse_strangers(unclaimed(first, check.parameters, num_q_heads), "constants of the graph")
@@ -75,6 +79,17 @@ def check_weights(
         matrices = whole_latent_matrices(read_graph(folder / file))
         claim_derived(check, [], tensors, derived, matrices)
         _compare_shared(check, matrices, first, num_q_heads)
+
+
+def _read_ones(check: WeightCheck, left: Sequence[FileTensor], unread: Collection[str]) -> list[FileTensor]:
+    """Tensors that are left without those of parameters that nothing reads, which then are accounted for."""
+    read = []
+    for tensor in left:
+        names = set(check.names_of(tensor.name)) & set(unread)
+        for name in names:
+            check.account(name)
+        read += [] if names else [tensor]
+    return read
 
 
 def _compare_shared(

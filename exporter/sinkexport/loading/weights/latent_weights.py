@@ -29,7 +29,7 @@ def whole_latent_matrices(matrices: Sequence[GraphMatrix]) -> list[GraphMatrix]:
 
 def _joined(parameter: str, keys: GraphMatrix, values: GraphMatrix) -> GraphMatrix:
     """W_k [H, N, L] and W_v [H, V, L] as one. In INT8 the scales of W_k are by column, as its outputs are."""
-    num_heads = keys.sources[0].shape[0]
+    num_heads = int(keys.sources[0].shape.numpy()[0])
     by_row = keys if keys.raw is not None or keys.swapped is None else keys.swapped
     sizes = [matrix.shape[0] // num_heads for matrix in (by_row, values)]
     height, width = sum(sizes), values.shape[1]
