@@ -43,8 +43,11 @@ def _sources(
     names: Mapping[str, FileTensor],
     left: Sequence[FileTensor],
 ) -> list[str]:
-    """Names of the tensors of the file whose numbers a parameter holds: of its own one, or of those that transformers
-    joined to it as it loaded them, one after the other, of the same layer. None: it holds others."""
+    """Names of the tensors of the file whose numbers a parameter holds; none: it holds others.
+
+    It is the parameter's own one, or those of its layer that transformers joined as it loaded them, one after the
+    other. Files of some families have other names for the module.
+    """
     values = np.asarray(values, np.float32)
     if name in names:
         return [name] if _is_same(check, names[name], values) else []
