@@ -10,6 +10,7 @@ import torch
 import transformers
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 
+from tests.exporter.tiny_latent import LATENT
 from tests.exporter.tiny_recurrent import RECURRENT
 
 VOCAB_SIZE = 97
@@ -302,7 +303,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-TINY |= RECURRENT
+TINY |= RECURRENT | LATENT
 
 
 def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
