@@ -142,9 +142,7 @@ class CachedPairs:
         return num_tokens, 0
 
 
-def find_latents(
-    model: Any, still: Replacements, num_tokens: int, recurrent_cache: Any | None
-) -> list[Latent | None]:
+def find_latents(model: Any, still: Replacements, num_tokens: int, recurrent_cache: Any | None) -> list[Latent | None]:
     """The latent attention of each call of a forward pass; empty: there is none.
 
     still: rotary embeddings that turn nothing. recurrent_cache: an empty one, if the model needs one.
