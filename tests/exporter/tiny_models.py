@@ -10,6 +10,7 @@ import torch
 import transformers
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 
+from tests.exporter.tiny_latent import LATENT
 from tests.exporter.tiny_recurrent import RECURRENT
 
 VOCAB_SIZE = 97
@@ -250,7 +251,7 @@ TINY |= {
         },
     ),
 }
-TINY |= RECURRENT
+TINY |= RECURRENT | LATENT
 
 
 NOT_RE_ROTATED = frozenset(
