@@ -321,7 +321,10 @@ def test_a_window_that_only_the_mask_has_is_refused() -> None:
         (masking_utils.sliding_window_causal_mask_function(40), None),
         (masking_utils.bidirectional_mask_function, "no window"),
         (masking_utils.sliding_window_bidirectional_mask_function(5), "no window"),
-        (masking_utils.chunked_causal_mask_function(7, torch.zeros(1, dtype=torch.int64)), "16 cached tokens, and chunks of 7"),
+        (
+            masking_utils.chunked_causal_mask_function(7, torch.zeros(1, dtype=torch.int64)),
+            "16 cached tokens, and chunks of 7",
+        ),
         (masking_utils.chunked_causal_mask_function(15, torch.zeros(1, dtype=torch.int64)), "and chunks of 15"),
         (masking_utils.chunked_causal_mask_function(16, torch.zeros(1, dtype=torch.int64)), None),
         (masking_utils.chunked_causal_mask_function(24, torch.zeros(1, dtype=torch.int64)), None),
@@ -406,9 +409,7 @@ class Chooses(torch.nn.Module):
 @pytest.mark.parametrize(
     ("mlp", "step"), [(Raises, "probing its attention (unsupported)"), (Chooses, "tracing the decode graph")]
 )
-def test_failures_of_a_models_code_name_family_and_step(
-    mlp: type[torch.nn.Module], step: str, tmp_path: Path
-) -> None:
+def test_failures_of_a_models_code_name_family_and_step(mlp: type[torch.nn.Module], step: str, tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp = mlp()
     with refused("model family 'llama'", step, error=UsageError):
