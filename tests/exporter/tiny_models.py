@@ -11,6 +11,7 @@ import transformers
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 
 from tests.exporter.tiny_recurrent import RECURRENT
+from tests.exporter.tiny_uncommon import UNCOMMON
 
 VOCAB_SIZE = 97
 
@@ -302,7 +303,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-TINY |= RECURRENT
+TINY |= RECURRENT | UNCOMMON
 
 
 def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

@@ -51,7 +51,10 @@ def refuse_small_indexes(model: Any, capacity: int) -> None:
     for name, module in find_indexers(model).items():
         num_tokens = _num_tokens(module)
         if num_tokens is None:
-            received, expected = f"an indexer of an unknown kind, '{name}'", "one whose number of chosen tokens is known"
+            received, expected = (
+                f"an indexer of an unknown kind, '{name}'",
+                "one whose number of chosen tokens is known",
+            )
             fix = "this model cannot be exported exactly"
         elif num_tokens < capacity:
             received = f"an indexer that chooses {num_tokens} tokens, and a cache of {capacity} (sinks and window)"

@@ -67,11 +67,11 @@ def _transposed(tensor: ir.TensorProtocol | None) -> np.ndarray:
 
 def _use_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
     """MatMul(x, W^T) with x [..., K] -> Gemm over x [rows, K] with transB."""
-    x, result = matmul.inputs[0], matmul.outputs[0]
+    x = matmul.inputs[0]
     if x is None:
         raise ValueError(f"MatMul '{matmul.name}' without an input")
-    *_, depth = known_shape(x)
+    *others, depth = known_shape(x)
     rows, width = int(np.prod(known_shape(x))) // depth, known_shape(weight)[0]
     b = Builder(graph)
     out = b.op("Gemm", [b.reshape(x, (rows, depth)), weight], (rows, width), transB=1)
-    replace_node(matmul, b.nodes, [b.reshape(out, known_shape(result))])
+    replace_node(matmul, b.nodes, [b.reshape(out, (*others, width))])
