@@ -23,12 +23,14 @@ BUNDLE := $(BUNDLES)/smollm2
 SOURCES = $(shell find exporter/sinkexport -name '*.py')
 
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo test test-fast format lint types generated docs plot bench tokenizers clean distclean
+.PHONY: help venv model demo test test-fast test-families test-newest format lint types generated docs plot bench tokenizers clean distclean
 
 help:
 	@echo "make demo       export SmolLM2-135M and stream $(DEMO_TOKENS) tokens: three windows of 1,020"
 	@echo "make test       lint, types, the docs site and all tests (needs CMake and a C++17 compiler)"
 	@echo "make test-fast  all tests but the slow ones, in two minutes"
+	@echo "make test-families  all causal LM classes of transformers: exact or refused, in ten minutes"
+	@echo "make test-newest    families and exporter with the newest torch and transformers, in $(VENV)-newest"
 	@echo "make format     ruff format, clang-format; make lint: check them, and the direction of imports; make types: mypy"
 	@echo "make generated  rewrite what comes from code: C++ of sinkrt.contract, tables in docs; make docs: the site, into build/site"
 	@echo "make plot       draw docs/img/endless.svg from benchmarks/results/endless.json"
@@ -127,7 +129,26 @@ test: lint types docs $(MODEL) $(LLAMA_VOCABS)/.fetched
 	SINKEXPORT_SMOLLM2='$(abspath $(MODEL))' SINKEXPORT_LLAMA_VOCABS='$(abspath $(LLAMA_VOCABS))' OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(PYTEST_FLAGS)
 
 test-fast: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m 'not slow' $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m 'not slow and not nightly' $(PYTEST_FLAGS)
+
+# Every causal LM class of the installed transformers. What it finds is recorded by python -m tests.families.found.
+test-families: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m '' tests/families $(PYTEST_FLAGS)
+
+# What the exporter leans on, in the newest releases that the index has: what breaks there is met before users meet it.
+NEWEST       = $(VENV)-newest
+NEWEST_TESTS = tests/exporter/model tests/exporter/graph tests/exporter/pipeline tests/golden tests/families
+
+$(NEWEST)/.installed: pyproject.toml | $(BIN)/python
+	@echo "Installing the newest releases into $(NEWEST)"
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --upgrade \
+	  --upgrade-strategy eager -e '.[export,plot,serve,dev]'
+	@touch $@
+
+test-newest: $(NEWEST)/.installed
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(WORKERS) -m 'nightly or not nightly' $(NEWEST_TESTS) \
+	  $(PYTEST_FLAGS)
 
 bench: $(VENV)/.bench $(BUNDLE)/manifest.json
 	$(BIN)/python benchmarks/decode_cpu.py $(BUNDLE) --model $(MODEL) --peers $(PEERS),recompute \
@@ -145,4 +166,4 @@ clean:
 	find . -name __pycache__ -not -path './.venv*' -type d -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(MODELS)
+	rm -rf $(VENV) $(NEWEST) $(MODELS)

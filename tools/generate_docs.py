@@ -1,4 +1,4 @@
-"""Write the generated parts of the docs anew: commands, families, manifest fields, recipes and layers.
+"""Write the generated parts of the docs anew: commands, families, manifest fields, recipes, layers.
 
     python tools/generate_docs.py [--check]
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 import sys
 import tomllib
@@ -46,6 +47,29 @@ def commands() -> str:
 def family_table() -> str:
     """All families, exported and refused."""
     return families.markdown_table()
+
+
+def all_families() -> str:
+    """What became of every causal LM class of transformers, as tests/families/found.json records it."""
+    found = json.loads((ROOT / "tests/families/found.json").read_text(encoding="utf-8"))
+    by_state: dict[str, dict[str, list[str]]] = {}
+    for family, (state, reason) in found["families"].items():
+        by_state.setdefault(state, {}).setdefault(_reason(reason, family), []).append(f"`{family}`")
+    parts = [f"Of the {len(found['families'])} families of transformers {found['transformers']}:"]
+    for state, reasons in sorted(by_state.items()):
+        names = [name for same in reasons.values() for name in same]
+        if list(reasons) == [""]:
+            parts.append(f"**{state}: {len(names)}.** {', '.join(names)}")
+            continue
+        rows: list[Sequence[str]] = [("families", "reason"), ("---",) * 2]
+        rows += [(", ".join(same), reason) for reason, same in sorted(reasons.items(), key=lambda item: item[1])]
+        parts.append(f"**{state}: {len(names)}.**\n\n{_table(rows)}")
+    return "\n\n".join(parts)
+
+
+def _reason(text: str, family: str) -> str:
+    """A refusal as a table shows it: without the family's name, so that equal ones share a row."""
+    return text.replace(f"'{family}'", "").replace("  ", " ").replace("<", "\\<")
 
 
 def manifest() -> str:
@@ -99,6 +123,7 @@ PARTS: Mapping[str, tuple[str, Callable[[], str]]] = {
     "layers": ("docs/architecture.md", layers),
     "commands": ("docs/cli.md", commands),
     "families": ("docs/families.md", family_table),
+    "all families": ("docs/families.md", all_families),
     "manifest": ("docs/manifest.md", manifest),
     "recipes": ("recipes/README.md", recipes),
 }

@@ -36,7 +36,7 @@ CASES = [
 ]
 
 
-def model_of(case: tuple[int, int, int, int]) -> TinyDit:
+def random_model(case: tuple[int, int, int, int]) -> TinyDit:
     sinks, window, frames, batch = case
     torch.manual_seed(1)
     model = TinyDit(frames, FrameGeometry(sinks, window, frames * HEIGHT * WIDTH, batch)).eval()
@@ -72,7 +72,7 @@ def wanted(reference: Reference, block: int, inputs: dict[str, np.ndarray], olde
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_streams_as_defined_past_six_wraps_with_a_new_prompt_on_the_way(case: tuple, tmp_path: Path) -> None:
-    model = model_of(case)
+    model = random_model(case)
     session, reference = exported(model, tmp_path / "dit"), Reference(copy.deepcopy(model).double())
     addresses = {name: array.ctypes.data for name, array in session.buffers.items()}
     sinks, window = case[:2]
@@ -103,7 +103,7 @@ def test_streams_as_defined_past_six_wraps_with_a_new_prompt_on_the_way(case: tu
 
 def test_the_definition_is_dense_attention_causal_between_blocks_before_anything_is_evicted() -> None:
     """All blocks at once, one mask: nothing of the definition's code but the rotation."""
-    model = model_of((1, 3, 2, 1)).double()
+    model = random_model((1, 3, 2, 1)).double()
     reference, blocks = Reference(model), 4
     inputs = [{k: torch.from_numpy(v).double() for k, v in inputs_of(model, b, 2, "p").items()} for b in range(blocks)]
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_the_definition_is_dense_attention_causal_between_blocks_before_anything
 
 def test_far_positions_are_exact(tmp_path: Path) -> None:
     """Only the order of cached blocks matters: the same frames give the same picture at block 2^40."""
-    model = model_of((1, 3, 1, 1))
+    model = random_model((1, 3, 1, 1))
     session = exported(model, tmp_path / "dit")
     outputs = []
     for start in (7, 7 + 3 * 2**40):  # the same slots of the ring
@@ -141,7 +141,7 @@ def test_far_positions_are_exact(tmp_path: Path) -> None:
 
 
 def test_wrong_inputs_and_folders_are_reported_in_one_line(tmp_path: Path) -> None:
-    model = model_of((1, 2, 1, 1))
+    model = random_model((1, 2, 1, 1))
     session = exported(model, tmp_path / "dit")
     good = inputs_of(model, 0, 0, "p")
     with pytest.raises(UsageError, match=r"input 'x': received float32 \[3\], expected float32 \[1, 1, 2, 3, 4\]"):

@@ -31,22 +31,6 @@ COMMON: dict[str, Any] = {
 }
 """Arguments of most configurations."""
 _NO_GROUPS = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
-_LATENT = {
-    **{name: value for name, value in COMMON.items() if name != "num_key_value_heads"},
-    "kv_lora_rank": 16,
-    "q_lora_rank": None,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "num_experts": 8,
-    "num_experts_per_token": 2,
-    "num_shared_experts": 1,
-    "moe_intermediate_size": 32,
-    "layer_types": ["linear_attention", "full_attention"],
-    "mlp_layer_types": ["dense", "sparse"],
-}
-"""Arguments of families with Kimi delta attention beside latent attention."""
-
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {**COMMON, "head_dim": 16}),
     "llama-tied": ("LlamaConfig", {**COMMON, "head_dim": 8, "tie_word_embeddings": True}),
@@ -216,74 +200,6 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_num_key_heads": 2,
             "linear_key_head_dim": 8,
             "linear_value_head_dim": 8,
-        },
-    ),
-    "olmo_hybrid": (
-        "OlmoHybridConfig",
-        {
-            **COMMON,
-            "num_key_value_heads": 6,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 4,
-            "linear_key_head_dim": 6,
-            "linear_value_head_dim": 8,
-        },
-    ),
-    "recurrent_gemma": (
-        "RecurrentGemmaConfig",
-        {
-            **COMMON,
-            "num_key_value_heads": 1,
-            "num_hidden_layers": 3,
-            "head_dim": 16,
-            "lru_width": 48,
-            "attention_window_size": 64,
-            "block_types": ["recurrent", "attention"],
-            "logits_soft_cap": 5.0,
-        },
-    ),
-    "minimax": (
-        "MiniMaxConfig",
-        {
-            **COMMON,
-            "head_dim": 8,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "block_size": 8,
-            "linear_attn_alpha_factor": 1.5,
-            "mlp_beta_factor": 0.5,
-        },
-    ),
-    "kimi_linear": ("KimiLinearConfig", {**_LATENT, "linear_head_dim": 8, "linear_num_heads": 4}),
-    "bailing_hybrid": (
-        "BailingHybridConfig",
-        {**_LATENT, "head_dim": 8, "num_expert_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
-    ),
-    "rwkv": ("RwkvConfig", {"vocab_size": VOCAB_SIZE, "hidden_size": 48, "num_hidden_layers": 3, "rescale_every": 2}),
-    "xlstm": (
-        "xLSTMConfig",
-        {
-            "vocab_size": VOCAB_SIZE,
-            "hidden_size": 48,
-            "num_hidden_layers": 2,
-            "num_heads": 3,
-            "chunk_size": 8,
-            "qk_dim_factor": 0.5,
-            "v_dim_factor": 1.0,
-        },
-    ),
-    "zaya": (
-        "ZayaConfig",
-        {
-            **{name: value for name, value in COMMON.items() if name != "intermediate_size"},
-            "head_dim": 8,
-            "num_experts": 4,
-            "num_experts_per_tok": 1,
-            "moe_intermediate_size": 32,
-            "router_hidden_size": 16,
-            "sliding_window": 7,
-            "layer_types": ["hybrid", "hybrid_sliding"],
         },
     ),
     "gptj": (

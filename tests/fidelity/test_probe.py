@@ -18,7 +18,7 @@ from sinkrt.errors import UsageError
 from transformers import masking_utils
 
 from tests.exporter.tiny_models import COMMON, VOCAB_SIZE, tiny_model
-from tests.support import export_model, random_ids, run_cli
+from tests.support import export_model, random_ids, refused
 
 C = 16
 
@@ -184,7 +184,7 @@ def test_hunyuan_with_its_key_norm_alone_has_weights_after_its_rotation() -> Non
     [
         (
             {"k": lambda k: k * torch.linspace(0.9, 1.1, k.shape[2])[:, None]},
-            "the exported graph differs from the model",
+            "the exported graph differs from the model|a state beside attention",
         ),
         ({"v": lambda v: v.cumsum(dim=2)}, "a state beside attention: earlier tokens change values of layer 0"),
         ({"q": lambda q: q.cumsum(dim=2)}, "queries that are more than a rotation"),
@@ -321,7 +321,15 @@ def test_a_window_that_only_the_mask_has_is_refused() -> None:
         (masking_utils.sliding_window_causal_mask_function(40), None),
         (masking_utils.bidirectional_mask_function, "no window"),
         (masking_utils.sliding_window_bidirectional_mask_function(5), "no window"),
-        (masking_utils.chunked_causal_mask_function(7, torch.zeros(1, dtype=torch.int64)), "not of one size"),
+        (
+            masking_utils.chunked_causal_mask_function(7, torch.zeros(1, dtype=torch.int64)),
+            "16 cached tokens, and chunks of 7",
+        ),
+        (masking_utils.chunked_causal_mask_function(15, torch.zeros(1, dtype=torch.int64)), "and chunks of 15"),
+        (masking_utils.chunked_causal_mask_function(16, torch.zeros(1, dtype=torch.int64)), None),
+        (masking_utils.chunked_causal_mask_function(24, torch.zeros(1, dtype=torch.int64)), None),
+        (masking_utils.chunked_causal_mask_function(99, torch.zeros(1, dtype=torch.int64)), None),
+        (lambda _b, _h, q, k: (k <= q) & (k > q // 2), "no(t of one size| window)"),
         (masking_utils.and_masks(masking_utils.causal_mask_function, lambda _b, _h, _q, k: k % 2 == 0), "no window"),
     ],
 )
@@ -388,45 +396,25 @@ def test_gemma_3n_is_exact(tmp_path: Path) -> None:
 # Errors.
 
 
+class Raises(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise TypeError("unsupported")
+
+
+class Chooses(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if float(x.sum()) > 0 else x
+
+
 @pytest.mark.parametrize(
-    ("name", "config", "step"),
-    [
-        ("deepseek_v2", {"kv_lora_rank": 16, "qk_rope_head_dim": 8}, "probing its attention"),
-        (
-            "dbrx",
-            {
-                "vocab_size": VOCAB_SIZE,
-                "d_model": 48,
-                "n_heads": 6,
-                "n_layers": 2,
-                "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0},
-                "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 48},
-            },
-            "tracing the decode graph",
-        ),
-    ],
+    ("mlp", "step"), [(Raises, "probing its attention (unsupported)"), (Chooses, "tracing the decode graph")]
 )
-def test_failures_of_a_models_code_name_family_and_step(
-    name: str, config: dict[str, Any], step: str, tmp_path: Path
-) -> None:
-    classes = {"deepseek_v2": transformers.DeepseekV2Config, "dbrx": transformers.DbrxConfig}
-    if name == "deepseek_v2":
-        config = {
-            **SMALL,
-            **config,
-            "num_key_value_heads": 6,
-            "q_lora_rank": None,
-            "v_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-        }
-    random_model(classes[name](**config)).save_pretrained(tmp_path / "model")
-    result = run_cli("export", tmp_path / "model", "-o", tmp_path / "out", "--window", "9")
-    result.refusal(f"model family '{name}'", step)
-    assert not result.out
-    assert not (tmp_path / "out").exists()
+def test_failures_of_a_models_code_name_family_and_step(mlp: type[torch.nn.Module], step: str, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp = mlp()
+    with refused("model family 'llama'", step, error=UsageError):
+        export_model(model, tmp_path / "out", num_sink_tokens=4, window_size=9, chunk_size=4)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])

@@ -43,6 +43,19 @@ class Int8Row:
 
 
 @dataclasses.dataclass
+class LatentRow:
+    """One token's key of latent attention, [1, R + L]: what turns, and what is the value."""
+
+    rotary: Int8Row
+    latent: Int8Row
+
+    @property
+    def values(self) -> Array:
+        """[1, R + L]."""
+        return np.concatenate((self.rotary.values, self.latent.values), axis=1)
+
+
+@dataclasses.dataclass
 class Token:
     """What attention knows of one token. k: [Hkv, D], not rotated; v: [Hkv, Dv].
 
@@ -52,7 +65,7 @@ class Token:
 
     k: Array
     v: Array
-    k_in_window: Int8Row | None = None
+    k_in_window: Int8Row | LatentRow | None = None
     v_in_window: Int8Row | None = None
     received: dict[int, list[float]] = dataclasses.field(default_factory=dict)
 
@@ -88,7 +101,7 @@ class SinkAttentionOracle:
     sink_logit: [Hq], one more logit of each softmax, without a value (gpt-oss).
     sink_scale: [Hq], factor on the softmax weight of token 0 before normalising; needs a sink.
     act: calibration of later sinks, of the weights that all that gives; needs a sink.
-    is_latent: a value is the last part of its key, and is rounded with it (kv="int8"): a row has one scale.
+    is_latent: a value is the last part of its key. Both parts are rounded apart (kv="int8").
     """
 
     def __init__(
@@ -160,9 +173,12 @@ class SinkAttentionOracle:
         t = len(tokens)
         tokens.append(Token(k, v))
         if self.kv == "int8":
-            row = Int8Row.of(self.rotated(k, t))
-            of_value = Int8Row(row.entries[:, -v.shape[1] :], row.scale) if self.is_latent else Int8Row.of(v)
-            tokens[t].k_in_window, tokens[t].v_in_window = row, of_value
+            turned, of_value = self.rotated(k, t), Int8Row.of(v)
+            if self.is_latent:
+                tokens[t].k_in_window = LatentRow(Int8Row.of(turned[:, : -v.shape[1]]), of_value)
+            else:
+                tokens[t].k_in_window = Int8Row.of(turned)
+            tokens[t].v_in_window = of_value
         cached = self.cached(tokens)
         # Of each cached token its key, the query as it meets this key, and its value:
         # [n, Hkv, D], [n, Hq, D], [n, Hkv, D].

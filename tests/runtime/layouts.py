@@ -70,7 +70,8 @@ def cache_states(sizes: CacheSizes, toy: Toy) -> Iterator[StateSpec]:
     for part, dim in parts:
         yield state(cache.layer, f"window_{part}", suffix, (*head, window, dim), "int8" if sizes.is_int8 else "float32")
         if sizes.is_int8:
-            yield state(cache.layer, f"window_{part}_scale", suffix, (*head, window), "float16")
+            scales = "kv" if cache.latent else part  # a latent row's two parts have one each
+            yield from (state(cache.layer, f"window_{one}_scale", suffix, (*head, window), "float16") for one in scales)
 
 
 def recurrent_states(one: Recurrent, toy: Toy) -> Iterator[StateSpec]:

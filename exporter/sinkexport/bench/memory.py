@@ -136,19 +136,21 @@ class ModelShape:
             if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
         }
         others = sum(p.numel() for p in model.parameters() if id(p) not in matrices)
-        heads = text.num_attention_heads
-        return cls(
+        heads, head_dim = _heads(text)
+        shape = cls(
             name=Path(source).resolve().name if Path(source).exists() else source,
             sliding_windows=_sliding_windows(text),
             num_q_heads=heads,
             num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            head_dim=head_dim,
             hidden_size=text.hidden_size,
             intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
             vocab_size=text.vocab_size,
             matrices=tuple(matrices.values()),
             others=others,
         )
+        _refuse_uneven(model, shape)
+        return shape
 
     def weight_bytes(self, dtype: str, weights: str) -> int:
         """Count the bytes of weights. weights: ``float``, or ``int8`` as the recipe int8-channel has them."""
@@ -179,6 +181,61 @@ class ModelShape:
             window=rows * kept_window * per_token,
             values=4 * batch * self.vocab_size + max(layer, attention),
         )
+
+
+def _heads(text: Any) -> tuple[int, int]:
+    """Query heads and their size by a configuration.
+
+    Raises: UsageError if it gives them layer by layer, or has none.
+    """
+    try:
+        heads = int(text.num_attention_heads)
+        return heads, int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    except Exception as error:  # transformers has an error of its own for what differs from layer to layer
+        raise _uneven() from error
+
+
+def _refuse_uneven(model: Any, shape: ModelShape) -> None:
+    """Refuse a model, without memory for its weights, whose layers do not all attend once with heads of one size.
+
+    Raises: UsageError.
+    """
+    import torch
+
+    from sinkexport.families.interface import intercept_attention
+    from sinkexport.families.refusals import refusing
+    from sinkexport.model.experts import static_experts
+
+    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+
+    def record(
+        _module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, None]:
+        found.append((tuple(k.shape), tuple(v.shape)))
+        return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]), None
+
+    with (
+        refusing(model, "measuring its attention"),
+        torch.no_grad(),
+        torch.device("meta"),
+        static_experts(model),
+        intercept_attention(model, record),
+    ):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
+    rows = (1, shape.num_kv_heads, 1, shape.head_dim)
+    if found != [(rows, rows)] * len(shape.sliding_windows):
+        raise _uneven()
+
+
+def _uneven() -> UsageError:
+    return UsageError(
+        problem(
+            "--memory",
+            received="a model whose layers have heads of different sizes, or not one attention each",
+            expected="one attention a layer, with the heads that its configuration says",
+            fix="export it, then inspect the bundle",
+        )
+    )
 
 
 def _sliding_windows(text: Any) -> tuple[int | None, ...]:

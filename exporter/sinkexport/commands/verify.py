@@ -138,6 +138,7 @@ def command(
     if json_file is not None:
         check_writable(json_file, "--json")
     report: ParityReport | QualityReport
+    remarks: tuple[str, ...] = ()
     with shown_progress(STAGES) as show:
         if by_quality:
             from sinkexport.evaluation.quality_gate import verify_quality
@@ -162,12 +163,13 @@ def command(
                 report=show,
             )
             headline, table = _parity_table(report)
+            remarks = report.remarks
     if json_file is not None:
         write_whole(json_file, report.to_json(), "--json")
     console = table_console()
     console.print(headline, markup=False, soft_wrap=True)
     console.print(table)
-    for remark in report.remarks:
+    for remark in remarks:
         click.echo(remark)
     for failure in report.failures:
         click.echo(f"FAILED {failure}", err=True)

@@ -277,6 +277,12 @@ def _check_arguments(
         )
 
 
+def _num_q_heads(manifest: Manifest, config: Any) -> int:
+    """Query heads by the model's configuration, which says nothing of layers that differ, nor of none at all."""
+    given = None if manifest.attention is not None else getattr(config, "num_attention_heads", None)
+    return manifest.model.num_q_heads if given is None else int(given)
+
+
 def check_same_model(manifest: Manifest, model: Any) -> None:
     """Refuse a model that cannot be the bundle's: its logits could not be compared.
 
@@ -288,7 +294,7 @@ def check_same_model(manifest: Manifest, model: Any) -> None:
         ("architecture", facts.architecture, type(model).__name__),
         ("layers", facts.num_layers, config.num_hidden_layers),
         ("hidden size", facts.hidden_size, config.hidden_size),
-        ("query heads", facts.num_q_heads, config.num_attention_heads),
+        ("query heads", facts.num_q_heads, _num_q_heads(manifest, config)),
         ("vocabulary", facts.vocab_size, config.vocab_size),
     ):
         if ours != theirs:

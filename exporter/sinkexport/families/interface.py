@@ -93,7 +93,7 @@ def intercept_attention(
 
 
 def layer_of(module: Any) -> int:
-    """Index of an attention module's layer. Layers that share one have no index in it: their calls count as layer 0's."""
+    """Index of an attention module's layer; 0 if it has none, because several layers share it."""
     layer = getattr(module, "layer_idx", None)
     return 0 if layer is None or int(layer) < 0 else int(layer)
 

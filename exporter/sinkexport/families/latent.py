@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from sinkexport.families.interface import intercept_attention, own_values, random_embeddings
+from sinkexport.families.interface import intercept_attention, layer_of, own_values, random_embeddings
 from sinkexport.families.recurrent import with_cache
-from sinkexport.families.rope import HandedOutRotary, replaced_rotary
+from sinkexport.families.rope import Replacements, replaced_rotary
 
 KEYS, VALUES = "latent_keys", "latent_values"
 """Names of the parts of a matrix in a graph, beside it."""
@@ -61,9 +61,10 @@ class Latent:
         return self.weight.rpartition(".")[0]
 
     @property
-    def is_smaller(self) -> bool:
-        """Whether a row has fewer numbers than keys and values of all heads."""
-        return self.row_dim < self.num_heads * (self.rest_dim + self.rotary_dim + self.value_dim)
+    def is_worth_it(self) -> bool:
+        """Whether there are rows of both parts, and a row has fewer numbers than keys and values of all heads."""
+        expanded = self.num_heads * (self.rest_dim + self.rotary_dim + self.value_dim)
+        return self.rotary_dim > 0 and self.row_dim < expanded
 
     def parts(self, weight: torch.Tensor) -> Pair:
         """W_k [H, N, L] and W_v [H, V, L], which share the memory of the matrix."""
@@ -84,9 +85,9 @@ class Latent:
         rotary, rest = self.rotary_part_first(q).split((self.rotary_dim, self.rest_dim), dim=-1)
         return torch.cat((rotary, _by_head(rest, keys, matmul, is_transposed=True)), dim=-1)
 
-    def output(self, rows: torch.Tensor, values: torch.Tensor, matmul: Matmul) -> torch.Tensor:
-        """The output [B, H, T, V] of a sum of rows [B, H, T, R + L]. values: W_v."""
-        return _by_head(rows[..., self.rotary_dim :], values, matmul, is_transposed=False)
+    def output(self, latents: torch.Tensor, values: torch.Tensor, matmul: Matmul) -> torch.Tensor:
+        """The output [B, H, T, V] of sums of latents [B, H, T, L]. values: W_v."""
+        return _by_head(latents, values, matmul, is_transposed=False)
 
 
 def _by_head(x: torch.Tensor, weight: torch.Tensor, matmul: Matmul, *, is_transposed: bool) -> torch.Tensor:
@@ -133,18 +134,16 @@ class CachedPairs:
         return num_tokens, 0
 
 
-def find_latents(
-    model: Any, still: HandedOutRotary, num_tokens: int, recurrent_cache: Any | None
-) -> list[Latent | None]:
+def find_latents(model: Any, still: Replacements, num_tokens: int, recurrent_cache: Any | None) -> list[Latent | None]:
     """The latent attention of each call of a forward pass; empty: there is none.
 
-    still: a rotary embedding that turns nothing. recurrent_cache: an empty one, if the model needs one.
+    still: rotary embeddings that turn nothing. recurrent_cache: an empty one, if the model needs one.
     """
     pairs, found = CachedPairs(recurrent_cache), list[Latent | None]()
     names = {module: name for name, module in model.named_modules()}
 
     def record(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
-        latent = find_latent(module, pairs.take(int(module.layer_idx)), q, k, v)
+        latent = find_latent(module, pairs.take(layer_of(module)), q, k, v)
         if latent is not None:
             latent = dataclasses.replace(latent, weight=f"{names[module]}.{latent.weight}")
         found.append(latent)

@@ -149,5 +149,6 @@ def _sink_attention() -> onnx.defs.OpSchema:
             "act_alpha": kinds.FLOAT,
             "act_beta": kinds.FLOAT,
             "act_min_queries": kinds.INT,
+            "latent_dim": kinds.INT,
         },
     )

@@ -65,6 +65,7 @@ def _translate_attention(
     act_alpha: float = 1.0,
     act_beta: float = 1.0,
     act_min_queries: int = 1,
+    latent_dim: int = 0,
 ) -> Any:
     return _operator(SINK_ATTENTION)(
         q,
@@ -93,6 +94,7 @@ def _translate_attention(
         act_alpha=act_alpha,
         act_beta=act_beta,
         act_min_queries=act_min_queries,
+        latent_dim=latent_dim,
     )
 
 

@@ -93,6 +93,7 @@ def _sink_attention(
     act_alpha: float = 1.0,
     act_beta: float = 1.0,
     act_min_queries: int = 1,
+    latent_dim: int = 0,
 ) -> EightTensors:
     """T tokens of attention over sinks and window, as if they came one by one (StreamingLLM, arXiv:2309.17453).
 
@@ -102,7 +103,8 @@ def _sink_attention(
     sink_k, sink_v: [B, Hkv, S, D and Dv] (None if S = 0), window_k, window_v: [B, Hkv, W, D and Dv].
     window_k_scale, window_v_scale: float16 [B, Hkv, W] where the window is int8 (model/int8_rows.py), else None. A
     token is quantised once, when it comes, and is seen so by itself and by all later ones; sinks are not quantised.
-    v, sink_v, window_v, window_v_scale: None for latent attention, whose rows of keys are the values, too.
+    latent_dim: 0, or for latent attention Dv: values are the last Dv elements of keys, and v, sink_v, window_v None. In
+    an int8 window the last Dv elements have window_v_scale, the others window_k_scale.
     shift_cos, shift_sin: [B, T, R/2], of ``max(0, t - (C - 1))`` tokens: the query is turned back by it for the
     sinks, whose distance stops growing once the cache is full (None: no sinks or no positions).
     softcap: 0 for none, else logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv:2408.00118).
@@ -118,9 +120,11 @@ def _sink_attention(
     arXiv:2406.15765), after all that made the weights. Needs a sink.
     Returns: attention output [B, Hq, T, Dv] and the seven states afterwards, those that are absent without elements.
     """
-    has_values = v is not None
-    if v is None or window_v is None:  # rows are keys and values
-        v, sink_v, window_v, window_v_scale = k, sink_k, window_k, window_k_scale
+    if v is None or window_v is None:
+        sink_v = None if sink_k is None else sink_k[..., -latent_dim:]
+        sink_k = None if sink_k is None else sink_k[..., :-latent_dim]
+        v, window_v = k[..., -latent_dim:], window_k[..., -latent_dim:]
+        k, window_k = k[..., :-latent_dim], window_k[..., :-latent_dim]
     (absent_k, absent_v), nothing = (q.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (k, v)), q.new_zeros(0)
     kept = (sink_k, sink_v, window_k, window_v, window_k_scale, window_v_scale, attention_mass)
     scales = (nothing.to(SCALE_DTYPE), nothing.to(SCALE_DTYPE))
@@ -147,8 +151,9 @@ def _sink_attention(
         updated = (*updated[:6], mass)
         states = updated if num_valid is None else _chosen(i < num_valid, updated, states)
     # A custom operator must not hand back what it was given, nor one tensor twice.
-    if not has_values:
-        states = (states[0], absent_v, states[2], absent_v, states[4], scales[1], states[6])
+    if latent_dim:
+        rows = [torch.cat(pair, dim=-1) for pair in (states[:2], states[2:4])]
+        states = (rows[0], absent_v, rows[1], absent_v, *states[4:])
     after = [state.clone() for state in states]
     return torch.cat(outputs, dim=2), after[0], after[1], after[2], after[3], after[4], after[5], after[6]
 
@@ -224,6 +229,8 @@ def _attended(
     sink_k, sink_v, window_k, window_v, k_scale, v_scale, mass = states
     if window_k.dtype == torch.int8:
         window_k, window_v = dequantized(window_k, k_scale, q.dtype), dequantized(window_v, v_scale, q.dtype)
+    if sink_k.shape[3] < q.shape[3]:  # of a latent cache: keys are both
+        sink_k, window_k = torch.cat((sink_k, sink_v), dim=-1), torch.cat((window_k, window_v), dim=-1)
     num_sinks, window_size = sink_k.shape[2], window_k.shape[2]
     group = q.shape[1] // window_k.shape[1]
     sink_k, sink_v, window_k, window_v = (
@@ -302,7 +309,8 @@ def _(*arguments: Any, **named: Any) -> EightTensors:
     bound = SIGNATURE.bind(*arguments, **named)
     bound.apply_defaults()
     given = bound.arguments
-    q, v, nothing = given["q"], given["k"] if given["v"] is None else given["v"], given["q"].new_empty(0)
+    q, v, nothing = given["q"], given["v"], given["q"].new_empty(0)
+    v = given["k"][..., -given["latent_dim"] :] if v is None else v
     absent_k, absent_v = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (given["k"], v))
     scales = (nothing.to(SCALE_DTYPE), nothing.to(SCALE_DTYPE))
     without = (absent_k, absent_v, absent_k, absent_v, *scales, nothing.float())

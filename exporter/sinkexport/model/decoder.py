@@ -33,7 +33,7 @@ from sinkexport.model.attention import rotated, sink_attention, stream_angles
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, cache_owner, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
-from sinkexport.model.latent import absorbed, output_of_rows
+from sinkexport.model.latent import absorbed, output_of_latents
 from sinkexport.model.loop_experts import unrolled_experts
 from sinkexport.recurrent.registry import RecurrentStates
 from sinkexport.recurrent.states import StateKey, Tokens, state_name
@@ -44,7 +44,7 @@ Place = HeadCache | int
 Kind = str | StateKey
 """A cache's kind of state, or the key of a recurrent one."""
 
-VALUE_KINDS = ("sink_v", "window_v", "window_v_scale")
+VALUE_KINDS = ("sink_v", "window_v")
 """States that a latent cache has not."""
 
 
@@ -295,7 +295,7 @@ class _Step:
         if cached is None:
             raise RuntimeError(f"nothing was cached in layer {cache.layer}; the probe saw a latent")
         query, row = absorbed(model, latent, cached, q)
-        return output_of_rows(model, latent, self._attend(call, cache, query, row, None, more))
+        return output_of_latents(model, latent, self._attend(call, cache, query, row, None, more))
 
     def _attend(
         self,
@@ -308,10 +308,10 @@ class _Step:
     ) -> torch.Tensor:
         """The heads of one cache: q [B, Hq, T, Dk], k and v [B, Hkv, T, Dk or Dv], not rotated -> [B, Hq, T, Dv].
 
-        v: None where rows are both, as they are in the result.
+        v: None where rows of k end with the values.
         """
         spec, ring = self._stream.rotary.calls[call], cache.ring
-        value_dim = (k if v is None else v).shape[-1]
+        value_dim = cache.value_dim if v is None else v.shape[-1]
         shift = None
         if spec.order is not None:
             order = torch.tensor(spec.order)
@@ -334,6 +334,7 @@ class _Step:
             shift_sin=sin,
             num_valid=self._num_valid,
             interleaved=spec.interleaved,
+            latent_dim=cache.value_dim if v is None else 0,
             **{kind: states.get(kind) for kind in (*STATE_KINDS, *SCALE_KINDS, MASS_KIND)},
             **more,
             **({} if act is None or MASS_KIND not in states else _act_arguments(act)),

@@ -74,7 +74,7 @@ def _caches_of(
     latent, num_kv_heads = call.latent, call.num_kv_heads
     key_dim, value_dim = call.key_dim, call.value_dim
     # The plugin has two caches, and no kernel for rows of this length: there keys and values are expanded.
-    is_latent = latent is not None and latent.is_smaller and not config.has_plugins
+    is_latent = latent is not None and latent.is_worth_it and not config.has_plugins
     if latent is not None and is_latent:
         num_kv_heads, key_dim, value_dim = 1, latent.row_dim, latent.latent_dim
     size = call.num_q_heads // num_kv_heads  # query heads of a key head

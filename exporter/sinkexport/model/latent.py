@@ -44,9 +44,9 @@ def absorbed(model: Any, latent: Latent, cached: Pair, q: torch.Tensor) -> Pair:
     return latent.query(q, model.get_submodule(latent.owner).get_buffer(KEYS), _matmul), latent.row(cached)
 
 
-def output_of_rows(model: Any, latent: Latent, rows: torch.Tensor) -> torch.Tensor:
-    """A call's output [B, H, T, V] of its sums of rows [B, H, T, R + L], inside `latent_parts`."""
-    return latent.output(rows, model.get_submodule(latent.owner).get_buffer(VALUES), _matmul)
+def output_of_latents(model: Any, latent: Latent, latents: torch.Tensor) -> torch.Tensor:
+    """A call's output [B, H, T, V] of its sums of latents [B, H, T, L], inside `latent_parts`."""
+    return latent.output(latents, model.get_submodule(latent.owner).get_buffer(VALUES), _matmul)
 
 
 def _matmul(x: torch.Tensor, weight: torch.Tensor, is_transposed: bool) -> torch.Tensor:

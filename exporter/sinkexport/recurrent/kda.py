@@ -28,9 +28,10 @@ def kimi_rules(model: Any, _cache: StepCache, tokens: Tokens) -> Iterator[None]:
     masks, counts = ChannelMasks(tokens.num_tokens), tokens.is_token[..., None]
 
     def replaced(_theirs: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, **named: Any) -> Any:
-            skipping = {"g": g * counts[..., None].to(g.dtype), "beta": beta * counts.to(beta.dtype)}
-            return kimi_delta_attention(*arguments, masks=masks, **skipping, **named)
+        def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **named: Any) -> Any:
+            named["g"] = named["g"] * counts[..., None].to(named["g"].dtype)
+            named["beta"] = named["beta"] * counts.to(named["beta"].dtype)
+            return kimi_delta_attention(query, key, value, masks=masks, **named)
 
         return run
 

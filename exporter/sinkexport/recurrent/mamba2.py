@@ -72,7 +72,9 @@ def mamba2_rules(model: Any, cache: StepCache, tokens: Tokens) -> Iterator[None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         length = step_lengths(dt, dt_bias, limits, tokens.is_token)
         out, after = chunk_scan(x, length, a, b, c, initial_states, masks)
-        return (out + x.float() * D.float()[:, None]).to(x.dtype), after
+        out = (out + x.float() * D.float()[:, None]).to(x.dtype)
+        # Falcon-H1 views it in another shape. (`contiguous` is a node that the trace drops.)
+        return out.clone(memory_format=torch.contiguous_format), after
 
     with replaced_functions(model, {_STEP: lambda _: step, _CHUNK: lambda _: chunk}):
         yield
@@ -162,7 +164,7 @@ def chunk_scan(
     joined = torch.cat([written, state], dim=-1)  # [B, H, P, T + N]
     out = torch.cat([reads, reads_state], dim=-1) @ joined.mT  # [B, H, T, P]
     after = since_start[:, :, -1:] * joined[..., num_tokens:] + written @ kept
-    return out.transpose(1, 2).contiguous(), after
+    return out.transpose(1, 2), after
 
 
 MAMBA2 = CacheRule("Mamba-2", covers, mamba2_rules)

@@ -174,12 +174,9 @@ class CallsReference:
         views = [self._view(size, window) for size in self._variant.windows(layer, k.shape[1], self._window_size)]
         behind = torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)
         seen = (behind >= 0) & (behind < (window or num_tokens))
-        out = torch.cat(
-            [
-                attended(given, *(x[b : b + 1] for x in (q, k, v)), behind, seen, self._factors(layer, views))
-                for b in range(self._batch)
-            ]
-        ).to(v.dtype)  # [B, n, Hq, Dv]
+        factors = self._factors(layer, views)
+        streams = zip(q.split(1), k.split(1), v.split(1), strict=True)  # one after another: memory
+        out = torch.cat([attended(given, *stream, behind, seen, factors) for stream in streams]).to(v.dtype)
         kept = out.new_zeros(max(self._num_tokens, num_tokens), self._batch, *out.shape[2:])
         kept[:num_tokens] = out.transpose(0, 1)
         self._outputs.append(kept)

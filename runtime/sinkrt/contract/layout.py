@@ -161,13 +161,13 @@ def _check_cache(manifest: Manifest, cache: _Cache, by_name: Mapping[str, StateS
     float_dtype = manifest.weights_dtype if manifest.plugin_abi is None else "float16"  # the plugin's, always
     wanted_states: dict[str, tuple[tuple[int, ...], str]] = {}
     for part, dim in zip("kv", (sizes.key_dim, 0 if sizes.latent else sizes.value_dim), strict=True):
+        if is_int8:
+            wanted_states[f"window_{part}_scale"] = (*head, length), "float16"
         if not dim:
             continue
         wanted_states[f"window_{part}"] = (*head, length, dim), "int8" if is_int8 else float_dtype
         if has_sinks:
             wanted_states[f"sink_{part}"] = (*head, stream.num_sink_tokens, dim), float_dtype
-        if is_int8:
-            wanted_states[f"window_{part}_scale"] = (*head, length), "float16"
     if manifest.attention is None and f"{MASS_KIND}.{cache.suffix}" in by_name:
         q_heads = cache.num_kv_heads * (sizes.num_q_heads // sizes.num_kv_heads)
         wanted_states[MASS_KIND] = (stream.batch, q_heads, 2, length), "float32"

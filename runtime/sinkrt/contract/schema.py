@@ -142,8 +142,9 @@ class ModelFacts:
 class AttentionCache:
     """Sizes of one cache: what one attention call of a layer keeps.
 
-    A latent cache has one row a token, for keys and values alike: the values are the row's first `value_dim` elements.
-    Its states are ``sink_k | window_k`` alone, and ``window_k_scale`` where the window is int8.
+    A latent cache has one row a token, for keys and values alike: the values are the row's last `value_dim` elements.
+    Its states are ``sink_k | window_k`` alone. Where the window is int8, ``window_k_scale`` is that of the other
+    elements, which turn, and ``window_v_scale`` that of the values.
     """
 
     _LABEL: ClassVar[str] = "attention.{}"

@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import transformers
 from onnx import TensorProto, helper
 from sinkexport.bench.memory import ModelShape, bundle_memory, live_bytes
 from sinkexport.config import ExportConfig
 from sinkexport.quant.recipe import load_recipe
+from sinkrt.errors import UsageError
 
 from tests.exporter.graph.test_plugin_target import wide_model
-from tests.exporter.tiny_models import tiny_model
+from tests.exporter.tiny_models import COMMON, tiny_model
 from tests.runtime.toy import Toy, build_toy, toy_manifest
-from tests.support import export_model, run_cli
+from tests.support import export_model, refused, run_cli
 
 S, W, B, T = 3, 9, 2, 4
 PAGE = 4096  # large weights start on one
@@ -121,3 +123,20 @@ def test_what_cannot_be_shown(words: tuple[Any, ...], problem: str, tmp_path: Pa
     bundle = build_toy(tmp_path / "b")
     done = run_cli("inspect", *(bundle if word == "BUNDLE" else word for word in words))
     done.refusal(problem)
+
+
+@pytest.mark.parametrize("name", ["diffllama", "gemma4", "mixtral"])
+def test_only_uneven_layers_are_refused(name: str, tmp_path: Path) -> None:
+    """Their configuration does not say what each layer keeps: an estimate would be wrong."""
+    uneven = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7, "global_head_dim": 16}
+    config_class, changes = {
+        "diffllama": (transformers.DiffLlamaConfig, {}),
+        "gemma4": (transformers.Gemma4TextConfig, {"head_dim": 8, **uneven}),
+        "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4}),
+    }[name]
+    config_class(**{**COMMON, **changes}).save_pretrained(tmp_path)
+    if name == "mixtral":
+        assert ModelShape.load(str(tmp_path)).head_dim == 8
+        return
+    with refused("heads of different sizes, or not one attention each", error=UsageError):
+        ModelShape.load(str(tmp_path))

@@ -65,12 +65,14 @@ class Case:
         rows = (self.batch, 1)
         sinks = [np.zeros((*rows, self.num_sinks, self.row_dim), np.float32)] if self.num_sinks else []
         window = np.zeros((*rows, self.window, self.row_dim), np.int8 if is_int8 else np.float32)
-        return [*sinks, window, *([np.zeros((*rows, self.window), np.float16)] if is_int8 else [])]
+        return [*sinks, window, *(np.zeros((*rows, self.window), np.float16) for _ in range(2 * is_int8))]
 
     def tokens(self, random: np.random.Generator, num_tokens: int) -> Arrays:
         """q [B, H, T, R + L], row [B, 1, T, R + L]."""
         shapes = [(self.batch, heads, num_tokens, self.row_dim) for heads in (self.num_heads, 1)]
-        return [random.standard_normal(shape).astype(np.float32) for shape in shapes]
+        q, row = (random.standard_normal(shape).astype(np.float32) for shape in shapes)
+        row[..., : self.rotary_dim] *= 3
+        return [q, row]
 
 
 class Operator(torch.nn.Module):
@@ -93,8 +95,8 @@ class Operator(torch.nn.Module):
             )
             if case.num_sinks:
                 angles = stream_angles(position, self.frequency, q.shape[2], case.num_sinks + case.window - 1)
-        sink, (window, *scale) = (states[0], states[1:]) if case.num_sinks else (None, states)
-        out, sink_k, _, window_k, _, k_scale, *_ = sink_attention(
+        sink, (window, *scales) = (states[0], states[1:]) if case.num_sinks else (None, states)
+        out, sink_k, _, window_k, _, *scales_after, _ = sink_attention(
             q,
             row,
             None,
@@ -108,9 +110,10 @@ class Operator(torch.nn.Module):
             0.2,
             case.softcap,
             case.interleaved,
-            *scale,
+            *scales,
+            latent_dim=case.latent_dim,
         )
-        return [out, *([sink_k] if case.num_sinks else []), window_k, *([k_scale] if scale else [])]
+        return [out, *([sink_k] if case.num_sinks else []), window_k, *(scales_after if scales else [])]
 
 
 def torch_form(case: Case, _num_tokens: int) -> Run:
@@ -187,7 +190,7 @@ def test_against_oracle(case: Case, num_tokens: int, form: str) -> None:
             for i in range(count):
                 latent = row[stream, :, i, case.rotary_dim :]
                 wanted = oracle.step_stream(stream, q[stream, :, i], row[stream, :, i], latent)
-                np.testing.assert_allclose(out[stream, :, i, case.rotary_dim :], wanted, rtol=0, atol=3e-5)
+                np.testing.assert_allclose(out[stream, :, i], wanted, rtol=0, atol=3e-5)
         position = position + valid
 
 

@@ -63,7 +63,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-def model_of(name: str, dtype: str = "fp32") -> Any:
+def random_model(name: str, dtype: str = "fp32") -> Any:
     """Random, with logits that spread enough for every extra to matter and little enough for float16."""
     config_class, arguments, _ = MODELS[name]
     torch.manual_seed(0)
@@ -108,7 +108,7 @@ def errors(under_test: PluginBundle, session: Session, ids: np.ndarray, prefille
 )
 def test_the_node_computes_what_the_onnx_bundle_does(name: str, config: dict, tmp_path: Path) -> None:
     """Chunks, then steps past six wraps. Attention's inputs are rounded to float16 for the plugin."""
-    model = model_of(name)
+    model = random_model(name)
     manifest = exported(model, tmp_path / "plugin", target="tensorrt", **config)
     exported(model, tmp_path / "onnx", **config)
     for role in manifest.graphs:
@@ -124,7 +124,7 @@ def test_the_node_computes_what_the_onnx_bundle_does(name: str, config: dict, tm
 @pytest.mark.slow
 def test_gates_of_two_streams(tmp_path: Path) -> None:
     """Nothing of the gate is left outside of the node."""
-    model, options = model_of("qwen3_5_text"), {"batch": 2, "chunk_size": 1}
+    model, options = random_model("qwen3_5_text"), {"batch": 2, "chunk_size": 1}
     manifest = exported(model, tmp_path / "plugin", target="tensorrt", **options)
     exported(model, tmp_path / "onnx", **options)
     graph = onnx.load(tmp_path / "plugin" / "decode.onnx", load_external_data=False).graph
@@ -141,7 +141,7 @@ def test_gates_of_two_streams(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bloom", "flint"])
 def test_numbers_of_heads_are_float32_constants_whatever_the_model_is(name: str, tmp_path: Path) -> None:
-    exported(model_of(name, "fp16"), tmp_path / "b", target="tensorrt", dtype="fp16", chunk_size=1)
+    exported(random_model(name, "fp16"), tmp_path / "b", target="tensorrt", dtype="fp16", chunk_size=1)
     constants = {one.name: one for one in onnx.load(tmp_path / "b" / "decode.onnx").graph.initializer}
     for node, _ in attentions(tmp_path / "b", "decode"):
         assert constants[node.input[-1]].data_type == TensorProto.FLOAT
@@ -220,7 +220,7 @@ class TestBuilding:
     @pytest.mark.parametrize("name", MODELS)
     def test_engines_are_built(self, name: str, plugin_library: Path, tmp_path: Path) -> None:
         options = {"sink_tuning": tuning("llama")} if name == "llama" else {}
-        exported(model_of(name, "fp16"), tmp_path / "b", target="tensorrt", dtype="fp16", **options)
+        exported(random_model(name, "fp16"), tmp_path / "b", target="tensorrt", dtype="fp16", **options)
         built = build_bundle(tmp_path / "b", BuildOptions(plugin_library))
         assert sorted(built) == ["decode", "prefill"]
         for role, (_, report) in built.items():
@@ -230,7 +230,7 @@ class TestBuilding:
 
     @pytest.mark.slow
     def test_numbers_of_other_heads_are_refused(self, plugin_library: Path, tmp_path: Path) -> None:
-        exported(model_of("bloom", "fp16"), tmp_path / "b", target="tensorrt", dtype="fp16", chunk_size=1)
+        exported(random_model("bloom", "fp16"), tmp_path / "b", target="tensorrt", dtype="fp16", chunk_size=1)
         model = onnx.load(tmp_path / "b" / "decode.onnx", load_external_data=False)
         slopes = next(node for node in model.graph.node if node.op_type == "SinkAttention").input[-1]
         constant = next(one for one in model.graph.initializer if one.name == slopes)

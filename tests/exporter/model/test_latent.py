@@ -10,7 +10,7 @@ import pytest
 import torch
 from sinkexport.families.interface import intercept_attention
 from sinkexport.families.latent import KEYS, CachedPairs, Latent, Pair, find_latent
-from sinkexport.model.latent import absorbed, latent_parts, output_of_rows
+from sinkexport.model.latent import absorbed, latent_parts, output_of_latents
 from transformers import AutoConfig, AutoModelForCausalLM
 
 NUM_TOKENS = 5
@@ -92,7 +92,7 @@ def test_absorbed_form_is_the_models_attention(calls: list[Call]) -> None:
             query, row = absorbed(module, latent, cached, q)
             assert row.shape == (2, 1, NUM_TOKENS, latent.row_dim)
             by_row = (query @ row.mT * scale).softmax(dim=-1)
-            out = output_of_rows(module, latent, by_row @ row)
+            out = output_of_latents(module, latent, (by_row @ row)[..., latent.rotary_dim :])
         torch.testing.assert_close(by_row, weights, rtol=0, atol=1e-12)
         torch.testing.assert_close(out, weights @ v, rtol=0, atol=1e-12)
         assert not hasattr(module.kv_b_proj, KEYS)
@@ -154,12 +154,12 @@ def test_rows_that_are_no_smaller() -> None:
     k, v = torch.cat((made[..., :6], rotary.expand(1, 2, 4, 2)), dim=-1), made[..., 6:]
     found = find_latent(module, (latent, rotary), k, k, v)
     assert found is not None
-    assert not found.is_smaller
+    assert not found.is_worth_it
 
 
 def test_sizes() -> None:
     """DeepSeek-V3: 576 numbers a token in place of 40,960."""
     latent = Latent("kv_b_proj.weight", num_heads=128, rest_dim=128, value_dim=128, latent_dim=512, rotary_dim=64)
     assert latent.row_dim == 576
-    assert latent.is_smaller
+    assert latent.is_worth_it
     assert latent.num_heads * (latent.rest_dim + latent.rotary_dim + latent.value_dim) == 40960

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sinkexport.config import ExportConfig
 from sinkexport.families import EXPORTED, rotates_by_length
-from sinkexport.reference.streaming import streaming_reference
+from sinkexport.reference.streamed import streamed_logits
 from sinkrt import Session
 
 from tests.exporter.graph.in_place import assert_states_are_written_last
@@ -35,9 +35,9 @@ def assert_streams_like_reference(session: Session, model: Any, ids: np.ndarray,
     """Every step's logits, then those after prefilled pieces of the same streams."""
     stream = session.manifest.stream
     wanted = []
-    with streaming_reference(model, stream.num_sink_tokens, stream.window_size) as reference:
-        for t, column in enumerate(ids.T):
-            wanted.append(reference.step(torch.from_numpy(column)).float().numpy())
+    with streamed_logits(model, torch.from_numpy(ids), stream.num_sink_tokens, stream.window_size) as streamed:
+        for t, (column, logits) in enumerate(zip(ids.T, streamed.logits, strict=True)):
+            wanted.append(logits.float().numpy())
             assert_close(session.step(column), wanted[-1], tolerance, f"step {t}")
     session.reset()
     random = np.random.default_rng(5)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from sinkexport.graph.attention.chunk import ChunkAttention, Written
-from sinkexport.graph.attention.int8_rows import as_float, cast, quantized_rows
+from sinkexport.graph.attention.int8_rows import as_float, cast, new_int8_rows
 from sinkexport.graph.edit import known_shape, operand
 
 
@@ -19,15 +19,19 @@ class Int8ChunkAttention(ChunkAttention):
     """Expands one node with T > 1 and an int8 window. The window's states are window_k, window_v and their scales."""
 
     def _write_window(self) -> Written:
-        rows = quantized_rows(self.b, self.k, None if self.is_latent else self.v)
-        pairs = [self._exchange(operand(self.node, i), new) for i, new in rows.by_state()]
+        pairs = [self._exchange(operand(self.node, i), new) for i, new in new_int8_rows(self).by_state()]
         states, evicted = ([pair[i] for pair in pairs] for i in range(2))
-        half = len(states) // 2
-        window, removed = (
-            self.as_keys_and_values([self._floats(*x) for x in zip(y[:half], y[half:], strict=True)])
-            for y in (states, evicted)
-        )
+        window, removed = (self._keys_and_values(rows) for rows in (states, evicted))
         return self.as_keys_and_values(states), window, removed
+
+    def _keys_and_values(self, rows: list[ir.Value]) -> list[ir.Value]:
+        """Rows of one or two states and two scales -> keys and values in floating point."""
+        if not self.latent_dim:
+            return [self._floats(*x) for x in zip(rows[:2], rows[2:], strict=True)]
+        entries, *scales = rows
+        parts = zip(self.b.split(entries, self.row_parts, -1), scales, strict=True)
+        row = self.b.op("Concat", [self._floats(*x) for x in parts], known_shape(entries), self.q.dtype, axis=-1)
+        return self.as_keys_and_values([row])
 
     def _floats(self, entries: ir.Value, scale: ir.Value) -> ir.Value:
         """int8 [B, Hkv, n, D] and float16 [B, Hkv, n] -> [B, Hkv, n, D] of the bundle's dtype."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from sinkexport.graph.attention.int8_rows import as_float, cast, quantized_rows
+from sinkexport.graph.attention.int8_rows import as_float, cast, new_int8_rows
 from sinkexport.graph.attention.step import StepAttention
 from sinkexport.graph.edit import constant, known_shape, operand
 
@@ -41,18 +41,25 @@ class Int8StepAttention(StepAttention):
     """Expands one node with T = 1 and an int8 window. The window's states are window_k, window_v and their scales."""
 
     def _write_window(self) -> list[ir.Value]:
-        rows = quantized_rows(self.b, self.k, None if self.is_latent else self.v)
-        states = [self.write_rows(operand(self.node, i), new, self._slot()) for i, new in rows.by_state()]
+        rows = new_int8_rows(self).by_state()
+        states = [self.write_rows(operand(self.node, i), new, self._slot()) for i, new in rows]
         return self.as_keys_and_values(states)
 
     def _window_logits(self, q: ir.Value, window: list[ir.Value]) -> ir.Value:
         b = self.b
-        keys, scale = window[0], self._scales(window[2])
-        batch, num_heads, window_size, head_dim = known_shape(keys)
+        batch, num_heads, window_size, head_dim = known_shape(window[0])
         # As the right operand keys must be turned, one byte an entry; as the left one they would be the signed one.
-        turned = b.op("Transpose", [keys], (batch, num_heads, head_dim, window_size), perm=(0, 1, 3, 2))
+        turned = b.op("Transpose", [window[0]], (batch, num_heads, head_dim, window_size), perm=(0, 1, 3, 2))
         query = as_float(b, b.reshape(q, (batch, num_heads, self.group, head_dim)))
-        logits = b.op("Mul", [self._integer_matmul(query, b.op("Abs", [query]), turned), scale])
+        parts = [(query, turned, window[2])]
+        if self.latent_dim:  # each part of a row has its scale
+            queries, keys = b.split(query, self.row_parts, 3), b.split(turned, self.row_parts, 2)
+            parts = list(zip(queries, keys, window[2:], strict=True))
+        found = [
+            b.op("Mul", [self._integer_matmul(x, b.op("Abs", [x]), keys), self._scales(scale)])
+            for x, keys, scale in parts
+        ]
+        logits = found[0] if len(found) == 1 else b.op("Add", found)
         return b.reshape(cast(b, logits, self.q.dtype), (*self._grouped, window_size, 1))
 
     def _window_sum(self, weights: ir.Value, window: list[ir.Value]) -> ir.Value:

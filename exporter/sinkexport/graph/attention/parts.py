@@ -49,7 +49,8 @@ class AttentionParts:
 
     batch, num_q_heads, num_tokens, head_dim, value_dim: B, Hq, T, D, Dv. num_kv_heads, group: Hkv, Hq / Hkv.
     num_sinks, window_size: S, W. b: collects the new nodes.
-    is_latent: whether rows of keys are the values, too: one state in place of two, read twice (model/latent.py).
+    latent_dim: 0, or of a latent cache the elements at the end of keys that are the values. One state is in place of
+    two, and its rows are read twice; what a sum of rows has before them is cut off.
     has_circular_scatter: whether the target takes a TensorScatter that runs past the ring's end.
     """
 
@@ -58,7 +59,8 @@ class AttentionParts:
         self.has_circular_scatter = has_circular_scatter
         self.q, self.k = (operand(node, i) for i in (Input.Q, Input.K))
         values = optional(node, Input.V)
-        self.is_latent, self.v = values is None, self.k if values is None else values
+        self.v = self.k if values is None else values
+        self.latent_dim = 0 if values is not None else node.attributes["latent_dim"].as_int()
         self.batch, self.num_q_heads, self.num_tokens, self.head_dim = known_shape(self.q)
         self.num_kv_heads, self.value_dim = known_shape(self.k)[1], known_shape(self.v)[3]
         self.group = self.num_q_heads // self.num_kv_heads
@@ -86,11 +88,16 @@ class AttentionParts:
     def new_rows(self, keys: Input, values: Input) -> list[tuple[ir.Value, ir.Value]]:
         """A state of keys and that of values, each with its new rows; of a latent cache the first alone."""
         rows = [(operand(self.node, keys), self.k)]
-        return rows if self.is_latent else [*rows, (operand(self.node, values), self.v)]
+        return rows if self.latent_dim else [*rows, (operand(self.node, values), self.v)]
 
     def as_keys_and_values(self, rows: list[T]) -> list[T]:
-        """What stands for keys and what for values, in turns: each twice in a latent cache."""
-        return [row for row in rows for _ in range(2)] if self.is_latent else rows
+        """Rows of keys, and of values: in a latent cache the same. There may be scales behind them, which stay."""
+        return [*rows[:1], *rows] if self.latent_dim else rows
+
+    @property
+    def row_parts(self) -> tuple[int, int]:
+        """Elements of a latent cache's row that turn, and that are values."""
+        return self.head_dim - self.latent_dim, self.latent_dim
 
     def once(self, name: str, build: Callable[[Builder], ir.Value]) -> ir.Value:
         """A value that all layers of the same geometry share."""
@@ -282,8 +289,8 @@ class AttentionParts:
     ) -> None:
         """Put the collected nodes in the node's place. sinks: two states or none. window: two, with scales four."""
         outputs = [out, *(sinks or (None, None)), *window, *[None] * (4 - len(window)), mass]
-        if self.is_latent:
-            outputs[2:7:2] = [None] * 3
+        if self.latent_dim:
+            outputs[0], outputs[2], outputs[4] = self.b.split(out, self.row_parts, -1)[1], None, None
         replace_node(self.node, self.b.nodes, outputs[: len(self.node.outputs)])
 
     def softcapped(self, logits: ir.Value) -> ir.Value:

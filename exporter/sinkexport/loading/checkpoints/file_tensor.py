@@ -63,18 +63,6 @@ class FileTensor:
             name=self.name, shape=(self.size,), dtype=self.dtype, file=self.file, array=lambda: self.array().reshape(-1)
         )
 
-    def with_zero_row(self, row: int) -> FileTensor:
-        """The same with zeros in one row."""
-        return ZeroedTensor(
-            name=self.name,
-            shape=self.shape,
-            dtype=self.dtype,
-            file=self.file,
-            array=self.array,
-            source=self,
-            row=row,
-        )
-
     def reordered(self, order: Indices) -> FileTensor:
         """The same with its rows in another order: row i is row order[i] of this."""
         return ReorderedTensor(
@@ -102,27 +90,6 @@ class ReorderedTensor(FileTensor):
     def columns(self, indices: Indices) -> Floats:
         """float32 [rows, len(indices)]."""
         return self.source.columns(indices)[self.order]
-
-    def sampled_columns(self) -> Indices:
-        """Columns that are cheap to read of all rows."""
-        return self.source.sampled_columns()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ZeroedTensor(FileTensor):
-    """A tensor but for one row, which is zero."""
-
-    source: FileTensor
-    row: int
-
-    def rows(self, indices: Indices) -> Floats:
-        """float32 [len(indices), length of a row]."""
-        return np.where((indices == self.row)[:, None], np.float32(0), self.source.rows(indices))
-
-    def columns(self, indices: Indices) -> Floats:
-        """float32 [rows, len(indices)]."""
-        is_zero = np.arange(self.matrix_shape[0]) == self.row
-        return np.where(is_zero[:, None], np.float32(0), self.source.columns(indices))
 
     def sampled_columns(self) -> Indices:
         """Columns that are cheap to read of all rows."""

@@ -25,6 +25,7 @@ class NoEffect:
     names: re.Pattern[str]
     reason: str
     fits: Callable[[FileTensor], bool] = lambda _: True
+    agrees: Callable[[FileTensor, Any], bool] = lambda *_: True
     family: bool = False
 
 
@@ -46,10 +47,46 @@ def _counts_up(tensor: FileTensor) -> bool:
     return bool((values == np.arange(len(values))).all())
 
 
+def _are_the_models(tensor: FileTensor, model: Any) -> bool:
+    """Whether frequencies are those of the model's rotary embeddings, but for rounding to bfloat16."""
+    stored = np.asarray(tensor.array(), np.float32).reshape(-1)
+    own = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
+    if not own or any(buffer.is_meta for buffer in own):  # computed in the family's code; or a mere outline of a model
+        return True
+    return any(
+        len(stored) == buffer.numel() and np.allclose(stored, buffer.float().numpy(), rtol=0.01, atol=1e-9)
+        for buffer in own
+    )
+
+
+DECAYS = ("query_decay", "key_decay", "diagonal_decay")
+"""Buffers of lightning attention, in the order in which its `decay_factors` computes them of `slope_rate`."""
+
+
+def _are_powers_of_the_slope(tensor: FileTensor, model: Any) -> bool:
+    """Whether factors for a block of tokens of lightning attention are those of the layer's own decay rate."""
+    name, _, kind = tensor.name.rpartition(".")
+    module: Any = next((m for own, m in model.named_modules() if own == name or own.endswith(f".{name}")), None)
+    rate = getattr(module, "slope_rate", None)
+    if rate is None or rate.is_meta:
+        return rate is not None
+    factors = module.decay_factors(rate)[DECAYS.index(kind)]
+    stored = np.asarray(tensor.array(), np.float32)
+    return stored.size == factors.numel() and np.allclose(
+        stored.reshape(-1), factors.float().numpy().reshape(-1), rtol=0.02, atol=1e-4
+    )
+
+
 TABLE = (
     NoEffect(
         re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.inv_freq$"),
         "frequencies, computed from the configuration: compared with it",
+        agrees=_are_the_models,
+    ),
+    NoEffect(
+        re.compile(rf"(^|\.)({'|'.join(DECAYS)})$"),
+        "powers of a layer's decay rate: compared with it",
+        agrees=_are_powers_of_the_slope,
     ),
     NoEffect(
         re.compile(r"(attn|attention|self_attention)\.(bias|causal_mask|mask)$"), "a causal mask", _is_causal_mask
@@ -67,8 +104,6 @@ TABLE = (
     ),
 )
 
-FREQUENCIES = TABLE[0]
-
 
 def why_no_effect(tensor: FileTensor, model: Any) -> str | None:
     """The reason why a tensor that the model has no place for changes nothing; None: there is none."""
@@ -78,19 +113,7 @@ def why_no_effect(tensor: FileTensor, model: Any) -> str | None:
             continue
         if entry.family and not any(pattern.search(tensor.name) for pattern in declared):
             continue
-        if entry is FREQUENCIES and not _are_the_models(tensor, model):
+        if not entry.agrees(tensor, model):
             continue
         return entry.reason
     return None
-
-
-def _are_the_models(tensor: FileTensor, model: Any) -> bool:
-    """Whether frequencies are those of the model's rotary embeddings, but for rounding to bfloat16."""
-    stored = np.asarray(tensor.array(), np.float32).reshape(-1)
-    own = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
-    if not own or any(buffer.is_meta for buffer in own):  # computed in the family's code; or a mere outline of a model
-        return True
-    return any(
-        len(stored) == buffer.numel() and np.allclose(stored, buffer.float().numpy(), rtol=0.01, atol=1e-9)
-        for buffer in own
-    )

@@ -130,23 +130,7 @@ def source_tensors(loaded: LoadedModel) -> Mapping[str, FileTensor]:
     from sinkexport.loading.checkpoints.weight_files import read_weight_files
 
     explicit = getattr(loaded.model.config, "transformers_weights", None)
-    return _as_transformers_has_them(read_weight_files(weights_folder(origin), explicit).tensors, loaded.model)
-
-
-def _as_transformers_has_them(tensors: Mapping[str, FileTensor], model: Any) -> dict[str, FileTensor]:
-    """The tensors of a file but for rows of padding that transformers sets to zero after loading (Youtu).
-
-    Exact is what equals transformers: other programs may embed a padding token by the file's own row.
-    """
-    found = dict(tensors)
-    for module_name, module in model.named_modules():
-        row, weight = getattr(module, "padding_idx", None), getattr(module, "weight", None)
-        if row is None or weight is None or weight.dim() != 2 or bool(weight[row].any()):
-            continue
-        name = f"{module_name}.weight"
-        for known in {name, name.removeprefix(f"{model.base_model_prefix}.")} & found.keys():
-            found[known] = found[known].with_zero_row(row)
-    return found
+    return read_weight_files(weights_folder(origin), explicit).tensors
 
 
 def gguf_tensors(file: GgufFile) -> dict[str, FileTensor]:

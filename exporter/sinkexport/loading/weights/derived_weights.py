@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats
-from sinkexport.loading.weights.graph_weights import GraphMatrix
+from sinkexport.loading.weights.graph_weights import GraphMatrix, layer_of
 from sinkexport.loading.weights.weight_check import WeightCheck
 from sinkexport.util.derived_constant import DerivedConstant
 
@@ -43,13 +43,16 @@ def _sources(
     names: Mapping[str, FileTensor],
     left: Sequence[FileTensor],
 ) -> list[str]:
-    """Names of the tensors of the file whose numbers a parameter holds: of its own one, or of those that transformers
-    joined to it as it loaded them, one after the other, of the same module. None: it holds others."""
+    """Names of the tensors of the file whose numbers a parameter holds; none: it holds others.
+
+    It is the parameter's own one, or those of its layer that transformers joined as it loaded them, one after the
+    other. Files of some families have other names for the module.
+    """
     values = np.asarray(values, np.float32)
     if name in names:
         return [name] if _is_same(check, names[name], values) else []
-    module, found, start = name.rsplit(".", 2)[0], [], 0
-    pieces = [tensor for tensor in left if module in tensor.name and tensor.shape[1:] == values.shape[1:]]
+    layer, found, start = layer_of(name), [], 0  # files may have another name for the module
+    pieces = [tensor for tensor in left if layer_of(tensor.name) == layer and tensor.shape[1:] == values.shape[1:]]
     while start < len(values):
         fits = (t for t in pieces if t.name not in found and _is_same(check, t, values[start : start + t.shape[0]]))
         if (piece := next(fits, None)) is None:

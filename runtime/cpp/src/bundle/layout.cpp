@@ -165,10 +165,10 @@ class Checker {
     } parts[] = {{kWindowK, kSinkK, kWindowKScale, sizes.key_dim},
                  {kWindowV, kSinkV, kWindowVScale, sizes.latent ? 0 : sizes.value_dim}};
     for (const auto& part : parts) {
+      if (is_int8) state(part.scales, cache, {batch, heads, length}, "float16");
       if (part.dim == 0) continue;
       state(part.window, cache, {batch, heads, length, part.dim}, is_int8 ? "int8" : float_dtype);
       if (has_sinks) state(part.sinks, cache, {batch, heads, stream.num_sink_tokens, part.dim}, float_dtype);
-      if (is_int8) state(part.scales, cache, {batch, heads, length}, "float16");
     }
     if (!manifest_.attention && find(std::string(kAttentionMass) + "." + cache.suffix) != nullptr) {
       const int64_t q_heads = heads * (sizes.num_q_heads / sizes.num_kv_heads);

@@ -20,7 +20,7 @@ from tests.exporter.graph.passes.plans import SimplePlan, context
 K, N, ROWS = 32, 16, 7
 
 
-def model_of(*, tied: bool = False) -> ir.Model:
+def random_model(*, tied: bool = False) -> ir.Model:
     """An embedding and a matmul, by one matrix if `tied`."""
     matrix = "table" if tied else "w"
     rows = ROWS if tied else N
@@ -48,7 +48,7 @@ def run(model: ir.Model) -> np.ndarray:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("target", [ONNX, TENSORRT_NATIVE], ids=lambda target: target.name)
 def test_weights_only(target: Target, tied: bool) -> None:
-    want, model = run(model_of(tied=tied)), model_of(tied=tied)
+    want, model = run(random_model(tied=tied)), random_model(tied=tied)
     under_test = QuantizeMatmuls(context(target=target))
     assert under_test(model).modified
     assert not list(find_matmuls(model.graph))
@@ -58,7 +58,7 @@ def test_weights_only(target: Target, tied: bool) -> None:
 
 
 def test_the_plugins_form() -> None:
-    model = model_of()
+    model = random_model()
     under_test = QuantizeMatmuls(context(target=TENSORRT_PLUGIN))
     assert under_test(model).modified
     assert {"Int8Linear", "Int8Rows"} <= set(kinds(model))
@@ -69,7 +69,7 @@ def test_the_plugins_form() -> None:
     "plan", [SimplePlan(dynamic=True), SimplePlan(input_scale=InputScale(2.0 / 127))], ids=["dynamic", "static"]
 )
 def test_integer_inputs(plan: SimplePlan) -> None:
-    want, model = run(model_of()), model_of()
+    want, model = run(random_model()), random_model()
     assert QuantizeMatmuls(context(plan))(model).modified
     assert "MatMulNBits" not in kinds(model)
     assert 0 < np.abs(run(model) - want).max() < 0.05 * np.abs(want).max()
@@ -78,14 +78,14 @@ def test_integer_inputs(plan: SimplePlan) -> None:
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_left_alone(target: Target) -> None:
     """Without a plan, where the plan keeps everything, and where a matrix is none of the model's own."""
-    check_left_alone(model_of(), QuantizeMatmuls())
-    check_left_alone(model_of(), QuantizeMatmuls(context(SimplePlan(keep=("w", "table")), target)))
+    check_left_alone(random_model(), QuantizeMatmuls())
+    check_left_alone(random_model(), QuantizeMatmuls(context(SimplePlan(keep=("w", "table")), target)))
     computed = parsed("y = MatMul (x, k)", "float[1, 3, 4] x, float[4, 2] k", "float[1, 3, 2] y")
     check_left_alone(computed, QuantizeMatmuls(context(target=target)))
 
 
 def test_a_table_can_stay_where_its_matmul_is_quantised() -> None:
-    model = model_of()
+    model = random_model()
     assert QuantizeMatmuls(context(SimplePlan(WeightScheme(8), keep=("table",))))(model).modified
     assert {"Gather", "MatMulNBits"} <= set(kinds(model))
     assert "GatherBlockQuantized" not in kinds(model)

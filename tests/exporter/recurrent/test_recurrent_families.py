@@ -1,0 +1,80 @@
+"""Every family with recurrent layers: steps against chunks of several sizes, idle streams, and INT8 weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from sinkexport.config import ExportConfig
+from sinkexport.quant.recipe import load_recipe
+from sinkrt import Session
+from sinkrt.contract import RECURRENT_KINDS
+
+from tests.exporter.pipeline.test_families import assert_close, exported
+from tests.exporter.tiny_models import tiny_model
+from tests.exporter.tiny_recurrent import RECURRENT
+from tests.support import random_ids
+
+NUM_TOKENS = 75
+FAST = {("lfm2", 64), ("nemotron_h", 16), ("jamba", 4), ("mamba", 1)}
+CASES = [
+    pytest.param(name, chunk, marks=() if (name, chunk) in FAST else pytest.mark.slow)
+    for name in RECURRENT
+    for chunk in (1, 4, 16, 64)
+]
+
+
+def recurrent_rows(session: Session, stream: int) -> list[np.ndarray]:
+    """Copies of the recurrent states of a stream."""
+    states = [state for state in session.manifest.states if state.kind in RECURRENT_KINDS]
+    return [np.asarray(session.buffers[state.input])[stream].copy() for state in states]
+
+
+@pytest.mark.parametrize(("name", "chunk"), CASES)
+def test_chunks_and_steps_of_three_streams_are_dense(name: str, chunk: int, tmp_path: Path) -> None:
+    """Nothing is evicted; a chunk ends midway, and streams that have no token stand still to the bit."""
+    model = tiny_model(name)
+    ids, lengths = random_ids(3, NUM_TOKENS), np.array([70, 41, 13])
+    with torch.no_grad():
+        dense = model(torch.from_numpy(ids)).logits.numpy()
+    session = exported(model, tmp_path / "bundle", ExportConfig(2, NUM_TOKENS, batch=3, chunk_size=chunk))
+    logits = session.prefill(ids[:, : lengths.max()], lengths)
+    for stream, length in enumerate(lengths):
+        assert_close(logits[stream], dense[stream, length - 1], 1e-4, f"prefill of {stream}")
+    for k in range(3):
+        still = recurrent_rows(session, 1)
+        assert still
+        logits = session.step(ids[[0, 2], lengths[[0, 2]] + k], streams=[0, 2])
+        for stream in (0, 2):
+            assert_close(logits[stream], dense[stream, lengths[stream] + k], 1e-4, f"step {k} of {stream}")
+        for before, after in zip(still, recurrent_rows(session, 1), strict=True):
+            np.testing.assert_array_equal(before, after)
+    logits = session.prefill(ids[1:2, 41:60], streams=[1])
+    assert_close(logits[1], dense[1, 59], 1e-4, "prefill of a stream that stood still")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ("lfm2", "mamba2") else pytest.param(name, marks=pytest.mark.slow) for name in RECURRENT]
+)
+def test_int8_weights_leave_states_and_convolutions_alone(name: str, tmp_path: Path) -> None:
+    model, recipe = tiny_model(name), load_recipe("int8-weights")
+    ids = random_ids(1, 16)
+    with torch.no_grad():
+        dense = model(torch.from_numpy(ids)).logits.numpy()
+    session = exported(model, tmp_path / "bundle", ExportConfig(2, 16, chunk_size=4, recipe=recipe))
+    states = {state.dtype for state in session.manifest.states if state.kind in RECURRENT_KINDS}
+    assert states == {"float32"}
+    graph = onnx.load(tmp_path / "bundle" / "decode.onnx", load_external_data=False).graph
+    convolved = {node.input[1] for node in graph.node if node.op_type == "Conv"}
+    sizes = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    assert convolved
+    assert {sizes[weight] for weight in convolved} == {onnx.TensorProto.FLOAT}
+    packed = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.UINT8}
+    for part in ("in_proj", "out_proj"):
+        assert any(part in weight for weight in packed), part
+    steps = np.stack([session.step(ids[:, t]).copy() for t in range(ids.shape[1])], axis=1)
+    error = np.linalg.norm(steps - dense) / np.linalg.norm(dense)
+    assert 1e-5 < error < 0.05
