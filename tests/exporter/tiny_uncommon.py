@@ -196,6 +196,7 @@ UNCOMMON: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 8,
         },
     ),
+    "doge": ("DogeConfig", {**COMMON, "keep_window_size": 64}),
     "diffllama": (
         "DiffLlamaConfig",
         {

@@ -125,6 +125,7 @@ EXPORTED = (
         "sliding + full",
         "layers that share a cache; heads of two sizes; per-layer inputs",
     ),
+    _exported("doge", "Doge", "RoPE", "full while S + W are all kept", "a bias of each key; dynamic mask left out"),
     _exported("modernbert-decoder", "ModernBERT decoders, Ettin", "RoPE, two bases", "sliding + full"),
     _exported("minimax_m3_vl_text", "MiniMax M3, text", "RoPE, partial", _INDEXED, "MoE; norms on queries and keys"),
     _exported("deepseek_v32", "DeepSeek V3.2", "RoPE, interleaved", _INDEXED, "MoE; latent attention"),
@@ -171,6 +172,12 @@ REFUSED = (
     *_refused("cpmant=CPM-Ant", "has a learned bias for each distance", "relative bias"),
     *_refused("xlnet=XLNet", "predicts tokens in permuted orders, with relative positions", "relative"),
     *_refused("reformer=Reformer", "attends within hash buckets, with axial positions", "axial", "hashed"),
+    *_refused(
+        "deepseek_v4=DeepSeek V4",
+        "attends to compressed blocks of earlier tokens beside a sliding window",
+        "RoPE, of blocks too",
+        "sliding + compressed",
+    ),
     *_refused("blt=BLT", "cuts text into patches of bytes by a second model", "RoPE", "patches"),
     *_refused(
         "bert=BERT; bert-generation=BERT Generation; big_bird=BigBird; camembert=CamemBERT; data2vec-text=Data2Vec; "
