@@ -169,6 +169,12 @@ REFUSED = (
         "sinusoidal absolute",
     ),
     *_refused("xlm=XLM", "adds or learns a vector for each absolute position", "absolute"),
+    *_refused(
+        "inkling_text=Inkling, text; inkling2_text=Inkling 2, text",
+        "adds to each logit what a query makes of the distance",
+        "relative, by query",
+        "sliding + full",
+    ),
     *_refused("cpmant=CPM-Ant", "has a learned bias for each distance", "relative bias"),
     *_refused("xlnet=XLNet", "predicts tokens in permuted orders, with relative positions", "relative"),
     *_refused("reformer=Reformer", "attends within hash buckets, with axial positions", "axial", "hashed"),
