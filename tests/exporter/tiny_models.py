@@ -13,6 +13,7 @@ from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from tests.exporter.tiny_latent import LATENT
 from tests.exporter.tiny_positions import POSITIONED
 from tests.exporter.tiny_recurrent import RECURRENT
+from tests.exporter.tiny_uncommon import UNCOMMON
 
 VOCAB_SIZE = 97
 
@@ -252,7 +253,7 @@ TINY |= {
         },
     ),
 }
-TINY |= RECURRENT | LATENT
+TINY |= RECURRENT | LATENT | UNCOMMON
 
 
 NOT_RE_ROTATED = frozenset(
