@@ -40,6 +40,8 @@ def _exported(
 SLIDING = "sliding or full"
 """Layers whose sliding window is smaller than S + W keep it, exactly and without sinks; the others keep S + W."""
 
+_MLA = "latent attention (MLA): the latent is cached"
+
 EXPORTED = (
     _exported(
         "llama",
@@ -105,6 +107,25 @@ EXPORTED = (
     _exported("zaya", "Zaya1 8B", "RoPE, partial", SLIDING, "convolutions of queries, keys and values; MoE"),
     _exported("rwkv", "RWKV-4", "none", "RWKV", "no attention: S and W mean nothing"),
     _exported("xlstm", "xLSTM 7B", "none", "mLSTM", "no attention: S and W mean nothing"),
+    _exported(
+        "laguna", "Laguna", "RoPE, two bases", "sliding + full", "MoE; as many query heads as each layer wants; gated"
+    ),
+    _exported(
+        "mimo_v2_flash",
+        "MiMo-V2-Flash",
+        "RoPE, two bases; partial",
+        "sliding + full",
+        "MoE; values smaller than keys, as many heads as each kind of layer wants; learned sink logits",
+    ),
+    _exported("deepseek_v2", "DeepSeek V2, V2 Lite", "RoPE, YaRN", reason=f"{_MLA}; MoE"),
+    _exported(
+        "deepseek_v3", "DeepSeek V3, R1, Kimi K2", "RoPE, YaRN", reason=f"{_MLA}; MoE", also=("deepseek_v3-yarn",)
+    ),
+    _exported("minicpm3", "MiniCPM3 4B", "RoPE", reason=_MLA),
+    _exported("glm4_moe_lite", "GLM-4.7 Flash", "RoPE", reason=f"{_MLA}; MoE"),
+    _exported("youtu", "Youtu-LLM 2B", "RoPE", reason=_MLA),
+    _exported("longcat_flash", "LongCat Flash", "RoPE", reason=f"{_MLA}, twice in a layer; MoE"),
+    _exported("axk1", "A.X K1", "RoPE, YaRN", reason=f"{_MLA}; MoE"),
     _exported("gptj", "GPT-J 6B", "RoPE, partial and interleaved", reason="parallel residual"),
     _exported("codegen", "CodeGen", "RoPE, partial and interleaved", reason="parallel residual"),
     _exported("bloom", "BLOOM, BLOOMZ", "ALiBi"),
