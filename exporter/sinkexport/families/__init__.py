@@ -98,6 +98,13 @@ EXPORTED = (
     _exported("mamba", "Mamba", "none", "Mamba", "no attention: S and W mean nothing"),
     _exported("falcon_mamba", "Falcon Mamba 7B", "none", "Mamba", "no attention: S and W mean nothing"),
     _exported("olmo_hybrid", "OLMo hybrid", "none, or RoPE", "linear + full", "gated delta rule"),
+    _exported(
+        "qwen4_exp_text",
+        "Qwen4 exp, text",
+        "RoPE, partial",
+        "linear + full",
+        "gated delta rule; hashed n-grams; indexers where S + W is within their budget; MoE",
+    ),
     _exported("kimi_linear", "Kimi Linear 48B-A3B", "none", "linear + full", "Kimi delta attention; latent cache; MoE"),
     _exported("bailing_hybrid", "Ling 3.0 Flash", "RoPE", "linear + full", "Kimi delta attention; latent cache; MoE"),
     _exported("minimax", "MiniMax-Text-01", "RoPE", "linear + full", "lightning attention; MoE"),

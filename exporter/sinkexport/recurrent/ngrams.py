@@ -61,6 +61,6 @@ def _layer_forward(module: Any, states: TokenStates, *arguments: Any, **named: A
 
 
 RULES = (
-    ModuleRule("Qwen4ExpTextNGramEmbedding", _ngram_shapes, _ngram_forward),
-    ModuleRule("Qwen4ExpTextPLELayer", _layer_shapes, _layer_forward),
+    ModuleRule("Qwen4ExpTextNGramEmbedding", _ngram_shapes, _ngram_forward, is_beside=True),
+    ModuleRule("Qwen4ExpTextPLELayer", _layer_shapes, _layer_forward, is_beside=True),
 )
