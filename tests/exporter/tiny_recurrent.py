@@ -242,10 +242,6 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
             "indexer_head_dim": 8,
             "indexer_budget": 256,
             "indexer_compress_ratio": 4,
-            "ple_layer_ids": [1],
-            "ple_embed_dim": 48,
-            "heads_per_ngram": 2,
-            "ngram_vocab_size_base": 50,
         },
     ),
     "zaya": (

@@ -103,7 +103,7 @@ EXPORTED = (
         "Qwen4 exp, text",
         "RoPE, partial",
         "linear + full",
-        "gated delta rule; hashed n-grams; indexers where S + W is within their budget; MoE",
+        "gated delta rule; indexers where S + W is within their budget; without hashed n-grams; MoE",
     ),
     _exported("kimi_linear", "Kimi Linear 48B-A3B", "none", "linear + full", "Kimi delta attention; latent cache; MoE"),
     _exported("bailing_hybrid", "Ling 3.0 Flash", "RoPE", "linear + full", "Kimi delta attention; latent cache; MoE"),
@@ -161,6 +161,8 @@ def refusal_of_config(config: Any) -> str | None:
     for family in REFUSED:
         if config.model_type == family.family:
             return family.reason
+    if getattr(config, "ple_layer_ids", None):
+        return "looks hashed n-grams up (ple_layer_ids)"
     quantization = getattr(config, "quantization_config", None)
     method = (
         quantization.get("quant_method")

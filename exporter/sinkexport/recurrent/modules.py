@@ -53,13 +53,11 @@ class ModuleRule:
     """How one class of transformers computes with explicit states.
 
     shapes: of one stream's states, of a module. forward: takes the module, its states and what its own `forward` takes.
-    is_beside: whether a layer may have linear attention, whose states come first, too.
     """
 
     class_name: str
     shapes: Callable[[Any], Mapping[StateKey, tuple[int, ...]]]
     forward: Callable[..., Any]
-    is_beside: bool = False
 
 
 def layer_of(name: str) -> int:

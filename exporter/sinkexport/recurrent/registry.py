@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.recurrent import lightning, mlstm, ngrams, rg_lru, rwkv, zaya
+from sinkexport.recurrent import lightning, mlstm, rg_lru, rwkv, zaya
 from sinkexport.recurrent.delta_rule import DELTA_RULE
 from sinkexport.recurrent.kda import KIMI_DELTA_RULE
 from sinkexport.recurrent.mamba1 import MAMBA1
@@ -30,7 +30,6 @@ CACHE_RULES: tuple[CacheRule, ...] = (DELTA_RULE, KIMI_DELTA_RULE, MAMBA1, MAMBA
 MODULE_RULES: tuple[ModuleRule, ...] = (
     *lightning.RULES,
     *mlstm.RULES,
-    *ngrams.RULES,
     *rg_lru.RULES,
     *rwkv.RULES,
     *zaya.RULES,
@@ -69,16 +68,14 @@ class _Ruled:
 def _ruled_modules(model: Any) -> list[_Ruled]:
     """A model's modules that have a `ModuleRule`, in their order."""
     rules = {rule.class_name: rule for rule in MODULE_RULES}
-    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
     found: list[_Ruled] = []
     for name, module in model.named_modules():
         if (rule := rules.get(type(module).__name__)) is None:
             continue
         layer, keys = layer_of(name), {}
         taken = [key for one in found if one.layer == layer for key in one.keys.values()]
-        is_second = rule.is_beside and layer_types[layer] == "linear_attention"
         for kind, index in rule.shapes(module):
-            keys[kind, index] = kind, index + is_second + sum(before == kind for before, _ in taken)
+            keys[kind, index] = kind, index + sum(before == kind for before, _ in taken)
         found.append(_Ruled(module, rule, layer, keys))
     return found
 

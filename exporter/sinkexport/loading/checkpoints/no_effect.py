@@ -77,17 +77,6 @@ def _are_powers_of_the_slope(tensor: FileTensor, model: Any) -> bool:
     )
 
 
-def _are_the_models_numbers(tensor: FileTensor, model: Any) -> bool:
-    """Whether integers are those of the model's buffer of the same name."""
-    buffer = next(
-        (b for name, b in model.named_buffers() if name.endswith(tensor.name) or tensor.name.endswith(name)), None
-    )
-    if buffer is None or buffer.is_meta:
-        return buffer is not None
-    stored = np.asarray(tensor.array()).reshape(-1)
-    return bool(np.array_equal(stored, buffer.numpy().reshape(-1)))
-
-
 TABLE = (
     NoEffect(
         re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.inv_freq$"),
@@ -104,11 +93,6 @@ TABLE = (
     ),
     NoEffect(
         re.compile(r"(attn|attention|self_attention)\.masked_bias$"), "the logit of a masked token", _is_masked_logit
-    ),
-    NoEffect(
-        re.compile(r"ple_embedding\.(layer_multipliers|ngram_heads_vocab_sizes|ngram_heads_offsets)$"),
-        "numbers of a hash, computed from the configuration: compared with it",
-        agrees=_are_the_models_numbers,
     ),
     NoEffect(re.compile(r"(^|\.)position_ids$"), "0, 1, 2 ..", _counts_up),
     NoEffect(re.compile(r"(^|\.)mtp(\.|_|$)"), "drafts of later tokens: decoding one by one needs none", family=True),
