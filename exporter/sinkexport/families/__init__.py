@@ -102,6 +102,13 @@ EXPORTED = (
     _exported("mamba", "Mamba", "none", "Mamba", "no attention: S and W mean nothing"),
     _exported("falcon_mamba", "Falcon Mamba 7B", "none", "Mamba", "no attention: S and W mean nothing"),
     _exported("olmo_hybrid", "OLMo hybrid", "none, or RoPE", "linear + full", "gated delta rule"),
+    _exported(
+        "qwen4_exp_text",
+        "Qwen4 exp, text",
+        "RoPE, partial",
+        "linear + full",
+        "gated delta rule; indexers where S + W is within their budget; without hashed n-grams; MoE",
+    ),
     _exported("kimi_linear", "Kimi Linear 48B-A3B", "none", "linear + full", "Kimi delta attention; latent cache; MoE"),
     _exported("bailing_hybrid", "Ling 3.0 Flash", "RoPE", "linear + full", "Kimi delta attention; latent cache; MoE"),
     _exported("minimax", "MiniMax-Text-01", "RoPE", "linear + full", "lightning attention; MoE"),
@@ -270,6 +277,8 @@ def refusal_of_config(config: Any) -> str | None:
     for family in REFUSED:
         if config.model_type == family.family:
             return family.reason
+    if getattr(config, "ple_layer_ids", None):
+        return "looks hashed n-grams up (ple_layer_ids)"
     quantization = getattr(config, "quantization_config", None)
     method = (
         quantization.get("quant_method")
