@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import onnx_ir as ir
 from sinkrt.contract import MANIFEST_NAME, FileFacts, TokenizerFacts, hash_file
@@ -24,6 +24,7 @@ from sinkrt.files import lock, named_beside, sync_folder, unlocked
 from sinkexport.graph.builder import LARGE_CONSTANT_BYTES
 from sinkexport.graph.convert import WEIGHTS_FILE
 from sinkexport.loading.tokenizers.source_tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, SourceTokenizer
+from sinkexport.loading.weights.graph_weights import MODEL
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
@@ -125,6 +126,9 @@ def write_graph(model: ir.Model, folder: Path, file: str, progress: Callable[[in
 def write_graph_with_weights_of(model: ir.Model, folder: Path, file: str, other: str) -> None:
     """Write an ONNX file that reads its weights from those of another graph of the folder, by their names.
 
+    Only names of the model's parameters say what a constant holds. Others are numbered as each graph is made: there the
+    two may have the same name for other numbers, which are compared.
+
     Raises: RuntimeError if a large weight is not there: it would be held twice.
     """
     written = ir.load(folder / other).graph.initializers
@@ -132,11 +136,22 @@ def write_graph_with_weights_of(model: ir.Model, folder: Path, file: str, other:
         tensor = value.const_value
         found = written.get(name)
         shared = None if found is None else found.const_value
-        if isinstance(shared, ir.ExternalTensor) and (shared.dtype, shared.shape) == (value.dtype, value.shape):
+        if _holds_the_same(tensor, shared, name.startswith(MODEL)):
             value.const_value = shared
         elif tensor is not None and tensor.nbytes > LARGE_CONSTANT_BYTES:
             raise RuntimeError(f"weight '{name}' of {file} is not in {other}; this is a bug of the graph passes")
     ir.save(model, folder / file)
+
+
+def _holds_the_same(
+    tensor: ir.TensorProtocol | None, shared: ir.TensorProtocol | None, is_parameter: bool
+) -> TypeGuard[ir.ExternalTensor]:
+    """Whether a constant is one of another graph's weights file. is_parameter: its name says so."""
+    if tensor is None or not isinstance(shared, ir.ExternalTensor):
+        return False
+    if (shared.dtype, shared.shape) != (tensor.dtype, tensor.shape):
+        return False
+    return is_parameter or tensor.tobytes() == shared.tobytes()
 
 
 def write_tokenizer(tokenizer: SourceTokenizer | None, folder: Path) -> TokenizerFacts | None:
