@@ -62,7 +62,7 @@ class GraphRunner:
 
         The graph knows no idle streams. They take some token at the position that comes next: it lands in the slot
         of the token that this very position evicts, which nothing reads any more, and is overwritten when the
-        position is really taken. Linear attention would keep it: there a negative id marks an idle stream.
+        position is really taken. Recurrent states would keep it: there a negative id marks an idle stream.
 
         Raises: BackendError; no position has advanced then.
         """

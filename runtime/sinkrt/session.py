@@ -45,8 +45,8 @@ class Session:
     """Session of B streams over one bundle. Make one with `Session.load`; use one session a thread.
 
     Whatever interrupts a call (an error, Ctrl-C), the session stays consistent: `position` says how many tokens
-    count, and a token that was cut short can be fed again. Where it cannot, inside a chunk and in models with linear
-    attention, every call reports that until the stream is reset.
+    count, and a token that was cut short can be fed again. Where it cannot, inside a chunk and in models with recurrent
+    states, every call reports that until the stream is reset.
     """
 
     def __init__(

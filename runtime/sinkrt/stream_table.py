@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sinkrt.arguments import integers
-from sinkrt.contract import RECURRENT_KINDS, Manifest
+from sinkrt.contract import Manifest
 from sinkrt.errors import StateError, UsageError, problem
 
 
@@ -23,8 +23,8 @@ class StreamTable:
     position: int64 [B], tokens taken, which is the position of the next one.
     recent_ids: int64 [B, C], the last C ids. The id of token t lies at t mod C; -1: none.
     streams: int64 [B], 0 .. B-1.
-    is_recurrent: whether the model has linear attention. Its states know no positions, so a token that was cut short
-    cannot be fed again.
+    is_recurrent: whether the model has recurrent states. They know no positions, so a token that was cut short cannot
+    be fed again.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -32,7 +32,7 @@ class StreamTable:
         self.position = np.zeros(stream.batch, dtype=np.int64)
         self.recent_ids = np.full((stream.batch, stream.capacity), -1, dtype=np.int64)
         self.streams = np.arange(stream.batch)
-        self.is_recurrent = any(state.kind in RECURRENT_KINDS for state in manifest.states)
+        self.is_recurrent = manifest.is_recurrent
         self._position_limit = stream.position_limit
         self._damaged: set[int] = set()
         self._chunk: _Chunk | None = None  # now running
@@ -94,7 +94,7 @@ class StreamTable:
     # --- marks of streams that are not whole ---
 
     def hold(self, streams: npt.NDArray[np.int64]) -> None:
-        """Mark streams whose work must reach its end, where there is linear attention: its states are not masked."""
+        """Mark streams whose work must reach its end, where there are recurrent states: these are not masked."""
         if self.is_recurrent:
             self._damaged.update(streams.tolist())
 

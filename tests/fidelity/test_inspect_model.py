@@ -15,6 +15,7 @@ import tokenizers
 import torch
 from sinkexport.config import ExportConfig
 from sinkexport.pipeline.export import export
+from transformers import Gemma4TextConfig, RwkvConfig
 
 from tests.exporter.tiny_models import TINY, tiny_model
 from tests.fidelity.gguf_writer import tiny, write
@@ -343,3 +344,13 @@ def test_bundles_stay_bundles(tmp_path: Path) -> None:
     export(str(folder), tmp_path / "bundle", ExportConfig(2, 8, chunk_size=1))
     shutil.copy(folder / "config.json", tmp_path / "bundle" / "config.json")
     assert json.loads(inspected(str(tmp_path / "bundle"), "--json"))["schema_version"]
+
+
+def test_heads_that_differ_by_layer_are_no_fault(tmp_path: Path) -> None:
+    """transformers refuses to give one number for them; a model without attention has none."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 16, "head_dim": 8}
+    for name, config in (("gemma4", Gemma4TextConfig(**layers, num_hidden_layers=2)), ("rwkv", RwkvConfig())):
+        config.save_pretrained(tmp_path / name)
+        done = run_cli("inspect", tmp_path / name)
+        assert "heads as each layer has them, or none" in done.out
+        assert "refused (config)" not in done.out

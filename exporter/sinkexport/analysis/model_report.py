@@ -121,19 +121,28 @@ def inspect_model(source: str) -> ModelReport:
 def model_facts(config: Any) -> Facts:
     """Read the sizes of the model from its configuration."""
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
+    heads = _size(text, "num_attention_heads")
     width = getattr(text, "hidden_size", None)
     return {
         "family": text.model_type,
         "architecture": next(iter(getattr(config, "architectures", None) or ()), None),
         "num_layers": getattr(text, "num_hidden_layers", None),
         "num_q_heads": heads,
-        "num_kv_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(text, "head_dim", None) or (width // heads if width and heads else None),
+        "num_kv_heads": _size(text, "num_key_value_heads", heads),
+        "head_dim": _size(text, "head_dim", width // heads if width and heads else None),
         "hidden_size": width,
         "vocab_size": getattr(text, "vocab_size", None),
         "max_positions": getattr(text, "max_position_embeddings", None),
     }
+
+
+def _size(text: Any, name: str, default: int | None = None) -> int | None:
+    """Read a size from a configuration; `default` if it has none, None if it differs by layer."""
+    try:
+        found = getattr(text, name, None) or default
+    except Exception:  # transformers has an error of its own for what differs by layer
+        return None
+    return found if isinstance(found, int) else None
 
 
 def position_facts(config: Any) -> Facts:

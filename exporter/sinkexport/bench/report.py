@@ -146,6 +146,7 @@ class BenchReport:
                 "weights_dtype": self.manifest.weights_dtype,
                 "num_sink_tokens": stream.num_sink_tokens,
                 "window_size": stream.window_size,
+                "has_attention": bool(self.manifest.caches),
                 "batch": stream.batch,
                 "chunk_size": stream.chunk_size,
                 "producer": dict(self.manifest.producer),

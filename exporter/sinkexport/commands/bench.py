@@ -18,7 +18,7 @@ from sinkexport.commands.options import (
     random_ids_option,
     threads_option,
 )
-from sinkexport.util.console import table_console
+from sinkexport.util.console import geometry, table_console
 from sinkexport.util.files import check_writable, write_whole
 from sinkexport.util.process_memory import MIB
 from sinkexport.util.progress import shown_progress
@@ -113,10 +113,8 @@ def _facts(figures: Figures) -> Iterator[str]:
     """Yield lines about the bundle, the machine, and the bytes of a step."""
     facts, machine, size = figures["bundle"], figures["environment"], figures["bytes_per_step"]
     bandwidth = figures["bandwidth_gb_per_s"]
-    yield (
-        f"{facts['model']}: {facts['weights_dtype']}, S={facts['num_sink_tokens']} W={facts['window_size']} "
-        f"B={facts['batch']} T={facts['chunk_size']}"
-    )
+    kept = geometry(facts["num_sink_tokens"], facts["window_size"], has_attention=facts["has_attention"])
+    yield f"{facts['model']}: {facts['weights_dtype']}, {kept} B={facts['batch']} T={facts['chunk_size']}"
     yield (
         f"{machine['cpu']}, {machine['threads']} threads, load average {machine['load_average_1min']:.2f} at the start"
     )

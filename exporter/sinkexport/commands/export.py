@@ -20,6 +20,7 @@ from sinkexport.config import (
     ExportConfig,
 )
 from sinkexport.targets import OPTIONS
+from sinkexport.util.console import geometry
 from sinkexport.util.garbage import no_garbage_collection
 from sinkexport.util.progress import shown_progress
 
@@ -167,11 +168,12 @@ def command(
     for one in caught:
         if issubclass(one.category, UncheckedWarning):
             click.echo(f"sinkexport: warning: {one.message}", err=True)
-    facts = manifest.model
+    facts, stream = manifest.model, manifest.stream
+    kept = geometry(stream.num_sink_tokens, stream.window_size, has_attention=bool(manifest.caches))
     named = printable(f"{output}: {facts.name}")
     click.echo(
         f"{named} ({facts.num_parameters / 1e6:.0f}M parameters, {facts.num_layers} layers), "
-        f"S={manifest.stream.num_sink_tokens} W={window} B={batch} T={manifest.stream.chunk_size} {dtype}"
+        f"{kept} B={batch} T={stream.chunk_size} {dtype}"
         f"{'' if config.recipe is None else ' ' + config.recipe.name}{' INT8 window' * config.has_int8_window}"
         f"{' tuned sinks' * (config.sink_tuning is not None)}{' head windows' * (config.budgets is not None)}"
         f"{' affine attention' * (config.affine is not None)}, "

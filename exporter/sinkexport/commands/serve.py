@@ -19,6 +19,7 @@ from sinkexport.commands.options import (
     threads_option,
 )
 from sinkexport.serve.settings import KEY_VARIABLE, Limits, check_exposure, listen, read_api_key
+from sinkexport.util.console import geometry
 from sinkexport.util.process_memory import MIB
 from sinkexport.util.signals import handling_signals
 
@@ -111,9 +112,10 @@ def command(
         )
         where = f"[{host}]" if ":" in host else host
         facts = session.manifest.stream
+        kept = geometry(facts.num_sink_tokens, facts.window_size, has_attention=bool(session.manifest.caches))
         click.echo(
             f"Serving '{server.model}' at http://{where}:{listener.getsockname()[1]}/v1: {facts.batch} stream(s), "
-            f"S={facts.num_sink_tokens} W={facts.window_size}; Ctrl-C ends",
+            f"{kept}; Ctrl-C ends",
             err=True,
         )
         # Ctrl-C and SIGTERM are how a server ends: no errors, although uvicorn raises them once more.

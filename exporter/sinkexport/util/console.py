@@ -45,6 +45,11 @@ def listed(items: Iterable[object]) -> str:
     return ", ".join(str(item) for item in items) or "none"
 
 
+def geometry(num_sink_tokens: int, window_size: int, *, has_attention: bool) -> str:
+    """Name the cache's geometry in short, as in ``S=4 W=1020``; without attention it has none."""
+    return f"S={num_sink_tokens} W={window_size}" if has_attention else "no attention"
+
+
 def megabytes(size: int) -> str:
     """Format bytes as MB (1e6 bytes)."""
     return f"{size / 1e6:.1f}"

@@ -61,9 +61,9 @@ class Backend(Protocol):
     def not_recorded(self) -> str | None: ...
 
     def run(self) -> None:
-        """Decode one token a stream; in graphs with linear attention, none where the id is ``NO_TOKEN``.
+        """Decode one token a stream; in graphs with recurrent states, none where the id is ``NO_TOKEN``.
 
-        Raises: BackendError. Without linear attention the same position can be run again: that overwrites what the
+        Raises: BackendError. Without recurrent states the same position can be run again: that overwrites what the
         failed run wrote.
         """
         ...

@@ -1,9 +1,9 @@
 """TensorRT (8.5, 8.6, 10, 11) or TensorRT-RTX over the engines that 'sinkexport build' put into a bundle.
 
 Steps and chunks are recorded as CUDA graphs where the version can. States of attention are bound in place, input and
-output to one buffer; those of linear attention, which a step makes anew by standard operators, are copied back:
-TensorRT promises an order within an engine only where an operator is made for it. The engine decides which
-package is wanted: ``tensorrt`` or ``tensorrt_rtx``.
+output to one buffer; recurrent ones, which a step makes anew by standard operators, are copied back: TensorRT promises
+an order within an engine only where an operator is made for it. The engine decides which package is wanted:
+``tensorrt`` or ``tensorrt_rtx``.
 """
 
 from __future__ import annotations

@@ -106,11 +106,17 @@ def _model(facts: Facts | None) -> list[tuple[str, str]]:
         ("family", f"{facts['family']} ({facts['architecture'] or 'architecture not named'})"),
         (
             "layers",
-            f"{facts['num_layers']} x {facts['num_q_heads']} query heads, {facts['num_kv_heads']} key heads of "
-            f"{facts['head_dim']}; hidden size {facts['hidden_size']}",
+            f"{facts['num_layers']} x {_heads(facts)}; hidden size {facts['hidden_size']}",
         ),
         ("vocabulary", f"{facts['vocab_size']} tokens{positions}"),
     ]
+
+
+def _heads(facts: Facts) -> str:
+    sizes = [facts[name] for name in ("num_q_heads", "num_kv_heads", "head_dim")]
+    if None in sizes:
+        return "heads as each layer has them, or none"
+    return "{} query heads, {} key heads of {}".format(*sizes)
 
 
 def _tensors(facts: Facts | None) -> list[tuple[str, str]]:

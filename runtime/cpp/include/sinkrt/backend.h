@@ -49,10 +49,10 @@ class Backend {
   virtual const char* name() const = 0;
 
   // Decode one token a stream. ids, positions, active: [B]. Idle streams come with some id and with the position of
-  // their next token: what they write is overwritten when that is really taken. Graphs with linear attention, whose
-  // states know no positions, are given kNoToken for an id instead. Their logits stay as they were, so that a backend
+  // their next token: what they write is overwritten when that is really taken. Graphs with recurrent states, which
+  // know no positions, are given kNoToken for an id instead. Their logits stay as they were, so that a backend
   // must keep or restore these rows.
-  // Throws Error(kBackend). Without linear attention the same positions can be run again then: that overwrites what the
+  // Throws Error(kBackend). Without recurrent states the same positions can be run again then: that overwrites what the
   // failed run wrote.
   virtual void step(const int64_t* ids, const int64_t* positions, const bool* active) = 0;
 

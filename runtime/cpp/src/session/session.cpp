@@ -122,7 +122,7 @@ void Session::run(const int64_t* ids, const int64_t* streams, int64_t count) {
   }
 }
 
-// What follows must reach its end, where there is linear attention: its states know no positions, so a token that was
+// What follows must reach its end, where there are recurrent states: they know no positions, so a token that was
 // cut short cannot be fed again, and a state that is not all there is not masked.
 void Session::hold(int64_t stream) {
   if (is_recurrent_) damaged_[stream] = 1;
