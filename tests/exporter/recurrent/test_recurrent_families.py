@@ -12,6 +12,7 @@ from sinkexport.config import ExportConfig
 from sinkexport.quant.recipe import load_recipe
 from sinkrt import Session
 from sinkrt.contract import RECURRENT_KINDS
+from sinkrt.errors import UsageError
 
 from tests.exporter.pipeline.test_families import assert_close, exported
 from tests.exporter.tiny_models import tiny_model
@@ -54,6 +55,13 @@ def test_chunks_and_steps_of_three_streams_are_dense(name: str, chunk: int, tmp_
             np.testing.assert_array_equal(before, after)
     logits = session.prefill(ids[1:2, 41:60], streams=[1])
     assert_close(logits[1], dense[1, 59], 1e-4, "prefill of a stream that stood still")
+
+
+def test_the_plugin_target_refuses_a_model_without_attention(tmp_path: Path) -> None:
+    config = ExportConfig(2, 16, chunk_size=4, dtype="fp16", target="tensorrt")
+    with pytest.raises(UsageError, match=r"no attention, and target tensorrt with the plugin.*--native"):
+        exported(tiny_model("mamba", dtype=torch.float16), tmp_path / "bundle", config)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
