@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ class StepCache:
         self.after: dict[int, LayerStates] = {
             layer: {key: state.clone() for key, state in one.items()} for layer, one in states.items()
         }
+        # Qwen4 exp keeps the positions of all tokens there, for an indexer that has nothing to choose here.
+        self.layers: Mapping[int, Any] = collections.defaultdict(lambda: SimpleNamespace(indexer_position_ids=None))
         self.last_read: tuple[int, StateKey] | None = None
         self.num_reads = 0
 
@@ -60,6 +64,14 @@ class StepCache:
     def get_seq_length(self, *_: Any) -> int:
         """Positions are given."""
         return 0
+
+    def get_query_offset(self, *_: Any) -> int:
+        """No mask is made of it."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, *_: Any) -> tuple[int, int]:
+        """No mask is made of them."""
+        return query_length, 0
 
     def is_recording_past(self, _layer: int) -> bool:
         """No."""
