@@ -1,4 +1,4 @@
-"""Every family with recurrent layers: steps against chunks of several sizes, idle streams, and INT8 weights."""
+"""Families of short convolutions and of state-space layers: steps against chunks of several sizes, idle streams, and INT8 weights."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from sinkrt.errors import UsageError
 
 from tests.exporter.pipeline.test_families import assert_close, exported
 from tests.exporter.tiny_models import tiny_model
-from tests.exporter.tiny_recurrent import RECURRENT
 from tests.support import random_ids
+
+CONVOLUTIONS = ("lfm2", "lfm2_moe", "lfm3")
+MAMBA2 = ("nemotron_h", "granitemoehybrid", "bamba", "falcon_h1", "zamba2", "mamba2")
+MAMBA1 = ("jamba", "zamba", "mamba", "falcon_mamba")
+FAMILIES = (*CONVOLUTIONS, *MAMBA2, *MAMBA1)
 
 NUM_TOKENS = 75
 FAST = {("lfm2", 64), ("nemotron_h", 16), ("jamba", 4), ("mamba", 1)}
 CASES = [
     pytest.param(name, chunk, marks=() if (name, chunk) in FAST else pytest.mark.slow)
-    for name in RECURRENT
+    for name in FAMILIES
     for chunk in (1, 4, 16, 64)
 ]
 
@@ -65,7 +69,7 @@ def test_the_plugin_target_refuses_a_model_without_attention(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("lfm2", "mamba2") else pytest.param(name, marks=pytest.mark.slow) for name in RECURRENT]
+    "name", [name if name in ("lfm2", "mamba2") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
 def test_int8_weights_leave_states_and_convolutions_alone(name: str, tmp_path: Path) -> None:
     model, recipe = tiny_model(name), load_recipe("int8-weights")
