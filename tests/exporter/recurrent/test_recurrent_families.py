@@ -1,4 +1,4 @@
-"""Families of short convolutions and of state-space layers: steps against chunks of several sizes, idle streams, and INT8 weights."""
+"""Short convolutions and state-space layers: steps against chunks, idle streams, INT8 weights."""
 
 from __future__ import annotations
 
