@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx
 import pytest
 import torch
 from sinkexport.config import ExportConfig
+from sinkexport.families.recurrent import recurrent_cache, steps_like_texts, with_cache
 from sinkexport.quant.recipe import load_recipe
 from sinkrt import Session
 from sinkrt.contract import RECURRENT_KINDS
@@ -59,6 +61,20 @@ def test_chunks_and_steps_of_three_streams_are_dense(name: str, chunk: int, tmp_
             np.testing.assert_array_equal(before, after)
     logits = session.prefill(ids[1:2, 41:60], streams=[1])
     assert_close(logits[1], dense[1, 59], 1e-4, "prefill of a stream that stood still")
+
+
+def test_single_tokens_keep_the_limits_of_time_steps_as_a_text_does() -> None:
+    model, ids = tiny_model("mamba2", time_step_limit=(0.3, 0.9)), torch.from_numpy(random_ids(1, 9))
+    errors = []
+    with torch.no_grad():
+        dense = model(ids).logits
+        for context in (steps_like_texts(model), contextlib.nullcontext()):  # transformers' own steps do not
+            cache = recurrent_cache(model)
+            with context:
+                steps = [model(token[:, None], **with_cache(model, cache)).logits for token in ids.T]
+            errors.append(float((torch.cat(steps, dim=1) - dense).abs().max()))
+    assert errors[0] < 1e-4
+    assert errors[1] > 1e-2
 
 
 def test_the_plugin_target_refuses_a_model_without_attention(tmp_path: Path) -> None:
