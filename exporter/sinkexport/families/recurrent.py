@@ -34,6 +34,9 @@ def recurrent_cache(model: Any) -> Any | None:
         def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
             return 0  # the positions are given
 
+        def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
+            return query_length, 0
+
     try:
         cache = RecurrentCache(config=model.config.get_text_config())
     except (AttributeError, KeyError, TypeError, ValueError):  # layers that the cache knows nothing of
