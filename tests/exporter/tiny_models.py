@@ -13,6 +13,7 @@ from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from tests.exporter.tiny_latent import LATENT
 from tests.exporter.tiny_positions import POSITIONED
 from tests.exporter.tiny_recurrent import RECURRENT
+from tests.exporter.tiny_uncommon import UNCOMMON
 
 VOCAB_SIZE = 97
 
@@ -252,17 +253,28 @@ TINY |= {
         },
     ),
 }
-TINY |= RECURRENT | LATENT
+TINY |= RECURRENT | LATENT | UNCOMMON
 
 
-NOT_RE_ROTATED = frozenset(
-    (
-        *("recurrent_gemma", "minimax", "rwkv", "xlstm", "zaya"),  # modules that keep states to themselves
-        *("mamba", "mamba2", "falcon_mamba"),  # no attention
-        *("kimi_linear", "bailing_hybrid", "lfm3", "nemotron_h", "zamba", "zamba2"),
-    )
+RE_ROTATED = (
+    *(
+        "llama",
+        "llama-tied",
+        "llama-mha",
+        "llama3-rope",
+        "llama-linear-rope",
+        "llama-yarn",
+        "mistral",
+        "qwen2",
+        "qwen3",
+    ),
+    *("phi", "phi3", "phi3-partial", "gpt_neox", "olmo", "olmo2", "stablelm", "granite", "smollm3", "starcoder2"),
+    *("cohere", "cohere2", "glm", "gemma", "gemma2", "gemma3_text", "bloom", "mpt", "gptj", "codegen"),
+    *("falcon", "falcon-groups", "falcon-alibi", "mixtral", "qwen3_moe", "gpt_oss"),
+    *("qwen3_next", "qwen3_5_text", "olmo_hybrid"),
+    *("lfm2", "lfm2_moe", "granitemoehybrid", "bamba", "falcon_h1", "jamba"),
 )
-"""Models of `TINY` that the re-rotating reference does not follow, or not to rounding: the call-following one does."""
+"""Models of `TINY` that the re-rotating reference follows; the call-following one follows all."""
 
 ALL_TINY = TINY | POSITIONED
 """Those that the re-rotating reference cannot follow as well."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from sinkexport.config import ExportConfig
 from sinkexport.families.refusals import MAX_TEXT, one_line, refusing
 from sinkexport.pipeline import export as pipeline
@@ -22,7 +23,7 @@ from sinkrt import Session
 from sinkrt.contract import load_manifest
 from sinkrt.errors import UsageError
 
-from tests.exporter.tiny_models import tiny_model
+from tests.exporter.tiny_models import COMMON, random_model, tiny_model
 from tests.support import export_model, random_ids, run_cli
 
 S, W = 4, 12
@@ -138,6 +139,19 @@ def test_large_caches_are_compared_in_the_middle_of_a_stream(name: str, tmp_path
     model = tiny_model(name)
     config = ExportConfig(S, MAX_STREAMED_TOKENS, chunk_size=8, kv="int8" if name == "gemma2" else None)
     export_model(model, tmp_path / "bundle", config)
+
+
+def test_large_caches_are_streamed_where_random_ones_do_not_fit(tmp_path: Path) -> None:
+    """Keys and values of latent attention are one row."""
+    sizes = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
+    model = random_model(transformers.MiniCPM3Config(**{**COMMON, "num_key_value_heads": 6}, **sizes))
+    config = ExportConfig(S, MAX_STREAMED_TOKENS, chunk_size=8)
+    export_model(model, tmp_path / "bundle", config, check=False)
+    check(tmp_path / "bundle", model)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.kv_b_proj.weight *= 1.05
+    with pytest.raises(UsageError, match=DIFFERS):
+        check(tmp_path / "bundle", model)
 
 
 def test_typical_sizes_are_those_of_keys_and_values() -> None:

@@ -164,8 +164,11 @@ def compare(
     dense_tokens: int,
     report: Report,
     variant: AttentionVariant = PLAIN,
+    max_work: float = MAX_FOLLOWED_WORK,
 ) -> Iterator[Comparison]:
     """Run the three comparisons over ids [B, N]; a failed one is the last. variant: of the bundle.
+
+    max_work: of `streamed_logits`.
 
     ``dense`` and ``streaming`` share one pass of the bundle over the stream.
     """
@@ -182,9 +185,7 @@ def compare(
     at_ends: dict[int, Logits] = {}
     tokens = torch.from_numpy(ids)
     with (
-        streamed_logits(
-            model, tokens, stream.num_sink_tokens, stream.window_size, variant, MAX_FOLLOWED_WORK
-        ) as streamed,
+        streamed_logits(model, tokens, stream.num_sink_tokens, stream.window_size, variant, max_work) as streamed,
         torch_threads(_half_of_the_cores()),
         contextlib.closing(_steps_ahead(session, ids)) as steps,
     ):

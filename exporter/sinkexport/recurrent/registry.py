@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.recurrent import lightning, mlstm, ngrams, rg_lru, rwkv, zaya
+from sinkexport.recurrent import lightning, mlstm, rg_lru, rwkv, zaya
 from sinkexport.recurrent.delta_rule import DELTA_RULE
 from sinkexport.recurrent.kda import KIMI_DELTA_RULE
 from sinkexport.recurrent.mamba1 import MAMBA1
@@ -30,7 +30,6 @@ CACHE_RULES: tuple[CacheRule, ...] = (DELTA_RULE, KIMI_DELTA_RULE, MAMBA1, MAMBA
 MODULE_RULES: tuple[ModuleRule, ...] = (
     *lightning.RULES,
     *mlstm.RULES,
-    *ngrams.RULES,
     *rg_lru.RULES,
     *rwkv.RULES,
     *zaya.RULES,

@@ -39,23 +39,25 @@ def streamed_logits(
     window_size: int,
     variant: AttentionVariant = PLAIN,
     max_work: float = float("inf"),
+    *,
+    follow_calls: bool = False,
 ) -> Iterator[Streamed]:
     """Stream ids int64 [B, N] through `model` with S = num_sink_tokens and W = window_size inside a context.
 
     max_work: parameters times tokens that the call-following reference may compute. It runs the model on S + W tokens
-    for each one, and stops where that would be more.
+    for each one, and stops where that would be more. follow_calls: take it even where the other one would do.
 
     Raises: UsageError if neither reference can follow the model.
     """
+    geometry = num_sink_tokens, window_size
     with contextlib.ExitStack() as stack:
-        try:
-            with refusing(model, "streaming it"):
-                rotating = stack.enter_context(
-                    streaming_reference(model, num_sink_tokens, window_size, variant=variant)
-                )
-        except UsageError:
-            calls = stack.enter_context(calls_reference(model, num_sink_tokens, window_size, variant))
-            num_tokens = calls.affordable(ids.shape[1], ids.shape[0], max_work)
-            yield Streamed(CALL_FOLLOWING, num_tokens, calls.logits(ids[:, :num_tokens]))
+        rotating = None
+        if not follow_calls:
+            with contextlib.suppress(UsageError), refusing(model, "streaming it"):
+                rotating = stack.enter_context(streaming_reference(model, *geometry, variant=variant))
+        if rotating is not None:
+            yield Streamed(RE_ROTATING, ids.shape[1], map(rotating.step, ids.T))
             return
-        yield Streamed(RE_ROTATING, ids.shape[1], (rotating.step(column) for column in ids.T))
+        calls = stack.enter_context(calls_reference(model, *geometry, variant))
+        num_tokens = calls.affordable(ids.shape[1], ids.shape[0], max_work)
+        yield Streamed(CALL_FOLLOWING, num_tokens, calls.logits(ids[:, :num_tokens]))

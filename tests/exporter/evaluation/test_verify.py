@@ -19,13 +19,15 @@ from sinkexport.config import ExportConfig
 from sinkexport.evaluation.comparison import default_tolerance
 from sinkexport.evaluation.defaults import DEFAULT_TOLERANCE
 from sinkexport.evaluation.parity import ParityReport, compare, verify
+from sinkexport.reference.calls import calls_reference
 from sinkexport.reference.streaming import StreamingReference, streaming_reference
 from sinkexport.sources import LoadedModel
+from sinkexport.util.progress import silent
 from sinkrt.contract import Manifest, load_manifest
 from sinkrt.errors import BundleError, UsageError
 from sinkrt.ring import Ring
 
-from tests.exporter.tiny_models import tiny_model, tiny_tokenizer
+from tests.exporter.tiny_models import COMMON, random_model, tiny_model, tiny_tokenizer
 from tests.support import export_model, random_ids, run_cli
 
 S, W, B = 4, 12, 2
@@ -58,6 +60,7 @@ def test_good_bundle(bundle: Path, loaded: LoadedModel) -> None:
     assert report.failures == ()
     assert (found["dense"].positions, found["streaming"].positions) == (C, C + 6 * W) == (C, report.num_tokens)
     assert found["prefill"].positions >= 10
+    assert [found[name].reference for name in ("dense", "streaming", "prefill")] == [None, "re-rotating", None]
     for comparison in found.values():
         assert comparison.max_relative_error < 1e-4
         assert comparison.top1_agreement == 1.0
@@ -211,6 +214,44 @@ def compare_fake(
         change(session)
         comparisons = tuple(compare(session, loaded.model, manifest, ids, 1e-3, 256, lambda *_: None))
     return ParityReport("b", "m", "float32", S, W, B, "random", ids.shape[1], 6, 1e-3, comparisons)
+
+
+class RecordedSession:
+    """Steps with these logits [B, N, vocab], and a prefill of them."""
+
+    def __init__(self, logits: np.ndarray) -> None:
+        self.logits, self.position = logits, 0
+
+    def reset(self) -> None:
+        self.position = 0
+
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        return self.prefill(ids[:, None])
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        self.position += ids.shape[1]
+        return self.logits[:, self.position - 1]
+
+
+def test_a_model_that_cannot_be_re_rotated_is_followed(bundle: Path) -> None:
+    """Two attention calls a layer; as many tokens as the work allows."""
+    model = random_model(transformers.DiffLlamaConfig(**COMMON))
+    manifest, ids = load_manifest(bundle), random_ids(B, C + 6 * W, first=0)
+    with calls_reference(model, S, W) as reference:
+        logits = torch.stack(list(reference.logits(torch.from_numpy(ids))), dim=1).numpy()
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    reports = []
+    for max_work in (1e99, num_parameters * B * 2 * C * 5.5):
+        found = tuple(compare(RecordedSession(logits), model, manifest, ids, 1e-3, 256, silent, max_work=max_work))
+        reports.append(ParityReport("b", "m", "float32", S, W, B, "random", ids.shape[1], 6, 1e-3, found))
+    assert all(report.passed for report in reports)
+    assert [by_name(report)["streaming"].reference for report in reports] == ["call-following"] * 2
+    assert [by_name(report)["streaming"].positions for report in reports] == [C + 6 * W, C + 5]
+    assert [len(report.remarks) for report in reports] == [0, 1]
+    assert f"streaming: {C + 5} of {C + 6 * W} tokens" in reports[1].remarks[0]
+    logits[1, C + 2, 5] += 1
+    found = tuple(compare(RecordedSession(logits), model, manifest, ids, 1e-3, 256, silent))
+    assert found[-1].failed_position == C + 2
 
 
 def test_fake_session_without_errors_passes(bundle: Path, loaded: LoadedModel) -> None:

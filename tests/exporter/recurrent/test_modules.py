@@ -8,14 +8,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from sinkexport.recurrent import lightning, mlstm, ngrams, rg_lru, rwkv, zaya
+from sinkexport.families import refusal_of_config
+from sinkexport.families.probe import probe_attention
+from sinkexport.loading.checkpoints.no_effect import DECAYS, why_no_effect
+from sinkexport.loading.checkpoints.weight_files import torch_tensor
+from sinkexport.recurrent import lightning, mlstm, rg_lru, rwkv, zaya
 from sinkexport.recurrent.modules import ModuleRule, TokenStates, explicit_states, layer_of
+from sinkexport.recurrent.registry import MODULE_RULES
+from sinkrt.errors import UsageError
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
-from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextConfig, Qwen4ExpTextPLELayer
 from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
 from transformers.models.rwkv.modeling_rwkv import RwkvFeedForward, RwkvSelfAttention
 from transformers.models.xlstm.modeling_xlstm import xLSTMLayer
 from transformers.models.zaya.modeling_zaya import ZayaCCAProjection
+
+from tests.exporter.tiny_models import random_model, tiny_model
 
 WIDTH, NUM_TOKENS = 24, 21
 
@@ -137,46 +144,50 @@ def test_streams_without_a_token_stand_still_to_the_bit(case: str) -> None:
         assert not torch.equal(held.states[key][0], before[0])
 
 
+def test_a_layer_of_an_outside_package_has_no_rule() -> None:
+    """transformers takes xLSTM's blocks from the package xlstm where that is installed."""
+    outside = type("mLSTMLayer", (torch.nn.Module,), {})()
+    assert type(outside).__name__ not in {rule.class_name for rule in MODULE_RULES}
+
+
+def test_hashed_ngrams_are_refused_by_the_configuration() -> None:
+    config = tiny_model("qwen4_exp_text").config
+    assert refusal_of_config(config) is None
+    config.ple_layer_ids = [1]
+    assert "hashed n-grams" in str(refusal_of_config(config))
+
+
+def test_a_bias_for_every_distance_is_refused_in_one_line() -> None:
+    config = transformers.models.inkling.configuration_inkling.InklingTextConfig(
+        vocab_size=97,
+        hidden_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        d_rel=4,
+        rel_extent=32,
+        layer_types=["hybrid"],
+        mlp_layer_types=["dense"],
+        intermediate_size=64,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    )
+    with pytest.raises(UsageError, match="a bias that each token computes for every distance, in layer 0"):
+        probe_attention(random_model(config), 1, 18)
+
+
+@pytest.mark.parametrize("name", DECAYS)
+def test_decays_of_lightning_attention_are_those_of_its_rate(name: str) -> None:
+    """A checkpoint has them: they change nothing if they are what the rate gives."""
+    model = tiny_model("minimax")
+    layer = model.model.layers[1].self_attn
+    kind = f"model.layers.1.self_attn.{name}"
+    assert why_no_effect(torch_tensor(kind, getattr(layer, name), "the model"), model) is not None
+    assert why_no_effect(torch_tensor(kind, 0.5 * getattr(layer, name), "the model"), model) is None
+
+
 def test_the_layer_is_in_the_name() -> None:
     assert layer_of("model.layers.12.self_attn") == 12
     assert layer_of("backbone.blocks.0.mlstm_layer.mlstm_backend") == 0
-
-
-@pytest.mark.parametrize("sizes", [[21], [1] * 21, [3, 1, 8, 1, 1, 7]], ids=str)
-def test_hashed_ngrams(sizes: list[int]) -> None:
-    """Two modules, one in the other; ids decide, among them ends of a text."""
-    config = Qwen4ExpTextConfig(
-        vocab_size=7,
-        hidden_size=WIDTH,
-        hc_count=2,
-        ple_layer_ids=[1],
-        ple_embed_dim=36,
-        ngram_size=4,
-        heads_per_ngram=2,
-        ngram_vocab_size_base=50,
-        eos_token_id=3,
-        num_hidden_layers=1,
-    )
-    torch.manual_seed(0)
-    layer = Qwen4ExpTextPLELayer(config, 0, 0).eval()
-    rules = {rule.class_name: rule for rule in ngrams.RULES}
-    parts = [module for module in layer.modules() if type(module).__name__ in rules]
-    states = [states_of(part, rules[type(part).__name__], 1) for part in parts]
-    assert len(parts) == 2
-    ids, hidden = torch.randint(7, (1, NUM_TOKENS)), torch.randn(1, NUM_TOKENS, 2 * WIDTH)
-    outputs, at = [], 0
-    with torch.no_grad():
-        layer.conv1d.weight.normal_(0.0, 0.4)
-        wanted = layer(hidden, ids, None)
-        for size in sizes:
-            padding = 2 if size > 1 else 0
-            piece = torch.nn.functional.pad(ids[:, at : at + size], (0, padding), value=1)
-            hidden_piece = torch.nn.functional.pad(hidden[:, at : at + size], (0, 0, 0, padding), value=1.0)
-            place = torch.arange(size + padding)[None]
-            num_valid = torch.tensor([size]) if padding else None
-            held = [TokenStates(one, place < size, num_valid, at + place == 0) for one in states]
-            replaced = {part: (rules[type(part).__name__], one) for part, one in zip(parts, held, strict=True)}
-            with explicit_states(replaced):
-                outputs.append(layer(hidden_piece, piece, None)[:, :size])
-            states, at = [one.states for one in held], at + size
-    torch.testing.assert_close(torch.cat(outputs, dim=1), wanted, rtol=1e-4, atol=1e-5)

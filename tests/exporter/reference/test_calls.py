@@ -16,7 +16,7 @@ from sinkexport.variants.variant import PLAIN, AttentionVariant
 from sinkrt.contract import ActTuning, SinkTuning
 from sinkrt.errors import UsageError
 
-from tests.exporter.tiny_models import COMMON, NOT_RE_ROTATED, TINY, VOCAB_SIZE, random_model, tiny_model
+from tests.exporter.tiny_models import COMMON, RE_ROTATED, TINY, VOCAB_SIZE, random_model, tiny_model
 
 B = 2
 ROUNDING = 1e-5
@@ -27,7 +27,7 @@ RECURRENT = (
     *("qwen3_next", "qwen3_5_text", "olmo_hybrid"),
     *("lfm2", "lfm2_moe", "granitemoehybrid", "bamba", "falcon_h1", "jamba"),
 )
-AGREEING = [name for name in TINY if name not in RECURRENT and name not in NOT_RE_ROTATED]
+AGREEING = [name for name in RE_ROTATED if name not in RECURRENT]
 
 
 def in_float64(model: Any) -> Any:
@@ -305,6 +305,17 @@ def test_families_follow_the_oracle(name: str, geometry: tuple[int, int]) -> Non
     assert error(got[:, :capacity], dense[:, :capacity]) < ROUNDING
     # From the first eviction on it is another thing, unless there is no attention.
     assert (error(got[:, capacity:], dense[:, capacity:]) > 1e-2) == (name != "mamba")
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name not in RE_ROTATED])
+def test_all_other_families_are_dense_before_the_window_fills(name: str) -> None:
+    model = tiny_model(name)
+    ids = random_ids(12)
+    with torch.no_grad():
+        dense = model(input_ids=ids, use_cache=False).logits
+    got = followed(model, ids, (3, 6))
+    assert error(got[:, :9], dense[:, :9]) < 1e-3
+    assert bool(got.isfinite().all())
 
 
 def test_an_indexer_that_keeps_all_cached_tokens_is_dense_attention() -> None:

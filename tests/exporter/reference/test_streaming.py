@@ -14,13 +14,12 @@ from sinkexport.reference.streaming import streaming_reference
 from sinkrt.errors import UsageError
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.exporter.tiny_models import NOT_RE_ROTATED, TINY, VOCAB_SIZE, tiny_model
+from tests.exporter.tiny_models import RE_ROTATED, VOCAB_SIZE, tiny_model
 from tests.reference.oracle import SinkAttentionOracle
 
 S, W = 3, 6
 C = S + W
 B = 2
-FOLLOWED = [name for name in TINY if name not in NOT_RE_ROTATED]
 INTERLEAVED = ("cohere", "cohere2", "glm", "gptj", "codegen")
 
 
@@ -40,7 +39,7 @@ def streamed(model: Any, ids: torch.Tensor, num_sink_tokens: int = S, window_siz
         return torch.stack([reference.step(ids[:, t]) for t in range(ids.shape[1])], dim=1)
 
 
-@pytest.mark.parametrize("name", FOLLOWED)
+@pytest.mark.parametrize("name", RE_ROTATED)
 def test_dense_before_the_window_fills(name: str) -> None:
     model = tiny_model(name)
     ids = random_ids(C + 3)
@@ -55,7 +54,7 @@ def test_dense_before_the_window_fills(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "geometry"),
     [
-        *((name, (S, W)) for name in FOLLOWED),
+        *((name, (S, W)) for name in RE_ROTATED),
         *((name, g) for name in ("llama", "smollm3", "gemma3_text", "gpt_oss", "bloom") for g in ((0, 5), (4, 1))),
     ],
     ids=str,
