@@ -268,8 +268,8 @@ def test_zaya_has_convolutions_before_attention() -> None:
         moe_intermediate_size=32,
         router_hidden_size=16,
     )
-    with pytest.raises(UsageError, match="a state beside attention"):
-        probed(random_model(config))
+    recurrent = probed(random_model(config))[0].recurrent
+    assert {key for states in recurrent.values() for key in states} == {("conv", 0), ("recurrent", 0)}
 
 
 class Remembers(torch.nn.Module):

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from sinkrt.contract import RECURRENT_KINDS
 
+from sinkexport.recurrent import mamba2
 from sinkexport.recurrent.registry import module_shapes
+from sinkexport.recurrent.rules import replaced_functions
 from sinkexport.recurrent.states import FixedState, RecurrentShapes, StateKey, state_of
 
 
@@ -31,6 +33,9 @@ def recurrent_cache(model: Any) -> Any | None:
 
         def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
             return 0  # the positions are given
+
+        def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
+            return query_length, 0
 
     try:
         cache = RecurrentCache(config=model.config.get_text_config())
@@ -78,6 +83,33 @@ def with_cache(model: Any, cache: Any | None) -> dict[str, Any]:
     """Arguments that hand a cache to a model: some families call it otherwise."""
     named = inspect.signature(model.forward).parameters
     return {"cache_params" if "cache_params" in named else "past_key_values": cache}
+
+
+@contextlib.contextmanager
+def steps_like_texts(model: Any) -> Iterator[None]:
+    """Make Mamba-2 keep the limits of time steps for single tokens, as for those of a text, inside a context.
+
+    transformers' form for one token forgets them. By them a token is the same however a text is cut.
+    """
+    limits = mamba2.time_limits(model)
+
+    def limited(step: Any) -> Any:
+        def run(
+            state: torch.Tensor,
+            x: torch.Tensor,
+            dt: torch.Tensor,
+            *arguments: Any,
+            dt_bias: torch.Tensor,
+            dt_softplus: bool,  # noqa: ARG001
+            **named: Any,
+        ) -> Any:
+            length = torch.nn.functional.softplus(dt + dt_bias.to(dt.dtype)).clamp(*limits)
+            return step(state, x, length, *arguments, dt_bias=None, dt_softplus=False, **named)
+
+        return run
+
+    with replaced_functions(model, {mamba2.STEP: limited}):
+        yield
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from sinkexport.recurrent.rules import CacheRule, has_functions, replaced_functi
 from sinkexport.recurrent.states import StateKey, Tokens
 from sinkexport.recurrent.step_cache import StepCache
 
-_STEP, _CHUNK = "mamba2_selective_state_update", "mamba2_chunk_scan"
+STEP, CHUNK = "mamba2_selective_state_update", "mamba2_chunk_scan"
 """Names of the two forms in each family's own file of transformers."""
 
 Limits = tuple[float, float]
@@ -27,7 +27,7 @@ Limits = tuple[float, float]
 
 def covers(module: Any, keys: frozenset[StateKey]) -> bool:
     """Whether a module with states of these keys is a Mamba-2 mixer."""
-    return keys == {("conv", 0), ("recurrent", 0)} and has_functions(module, _STEP, _CHUNK)
+    return keys == {("conv", 0), ("recurrent", 0)} and has_functions(module, STEP, CHUNK)
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ def mamba2_rules(model: Any, cache: StepCache, tokens: Tokens) -> Iterator[None]
 
     transformers limits the steps in time of a whole text, but not that of a single token. The text decides here.
     """
-    masks, limits = DecayMasks(tokens.num_tokens), _limits(model)
+    masks, limits = DecayMasks(tokens.num_tokens), time_limits(model)
 
     def step(
         _state: torch.Tensor,
@@ -76,11 +76,11 @@ def mamba2_rules(model: Any, cache: StepCache, tokens: Tokens) -> Iterator[None]
         # Falcon-H1 views it in another shape. (`contiguous` is a node that the trace drops.)
         return out.clone(memory_format=torch.contiguous_format), after
 
-    with replaced_functions(model, {_STEP: lambda _: step, _CHUNK: lambda _: chunk}):
+    with replaced_functions(model, {STEP: lambda _: step, CHUNK: lambda _: chunk}):
         yield
 
 
-def _limits(model: Any) -> Limits:
+def time_limits(model: Any) -> Limits:
     """Limits of a model's mixers.
 
     Raises: UsageError if layers differ in them.
@@ -88,7 +88,7 @@ def _limits(model: Any) -> Limits:
     found = {
         (float(module.time_step_limit[0]), float(module.time_step_limit[1]))
         for module in model.modules()
-        if has_functions(module, _STEP, _CHUNK) and getattr(module, "time_step_limit", None) is not None
+        if has_functions(module, STEP, CHUNK) and getattr(module, "time_step_limit", None) is not None
     }
     if len(found) > 1:
         raise UsageError(

@@ -22,7 +22,7 @@ from sinkrt.ring import Ring
 from sinkexport.config import ExportConfig
 from sinkexport.families.interface import as_many_heads, intercept_attention, layer_of, refuse_arguments
 from sinkexport.families.probe import probe_attention
-from sinkexport.families.recurrent import recurrent_cache, with_cache
+from sinkexport.families.recurrent import recurrent_cache, steps_like_texts, with_cache
 from sinkexport.families.rope import ModelRotary, RotarySpec, identity_rotary, replaced_rotary, rotate
 from sinkexport.families.shape import AttentionShape
 from sinkexport.families.weights_after import WEIGHT, without_weights
@@ -63,6 +63,7 @@ def chunked_streaming(
         replaced_rotary(model, identity),
         without_weights(model, rotary.norms),
         stream.affine.watching(model),
+        steps_like_texts(model),
     ):
         yield stream
 

@@ -25,7 +25,7 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
 from sinkexport.families.interface import intercept_attention, layer_of, random_embeddings
-from sinkexport.families.recurrent import layers_without_attention, recurrent_cache, with_cache
+from sinkexport.families.recurrent import layers_without_attention, recurrent_cache, steps_like_texts, with_cache
 from sinkexport.families.rope import find_rotary, replaced_rotary
 from sinkexport.reference.affine import AffineReference
 from sinkexport.reference.own_attention import (
@@ -73,14 +73,15 @@ def streaming_reference(
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        reference.learn_rotation()
-        reference.compare_with_dense()
-        with (
-            intercept_attention(model, reference.attend),
-            reference.no_rotation(),
-            reference.affine.watching(model),
-        ):
-            yield reference
+        with steps_like_texts(model):
+            reference.learn_rotation()
+            reference.compare_with_dense()
+            with (
+                intercept_attention(model, reference.attend),
+                reference.no_rotation(),
+                reference.affine.watching(model),
+            ):
+                yield reference
     finally:
         for module in training:  # not model.train(): some modules may have been in evaluation mode
             module.training = True

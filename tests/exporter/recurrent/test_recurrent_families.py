@@ -1,7 +1,8 @@
-"""Every family with recurrent layers: steps against chunks of several sizes, idle streams, and INT8 weights."""
+"""Short convolutions and state-space layers: steps against chunks, idle streams, INT8 weights."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -9,20 +10,26 @@ import onnx
 import pytest
 import torch
 from sinkexport.config import ExportConfig
+from sinkexport.families.recurrent import recurrent_cache, steps_like_texts, with_cache
 from sinkexport.quant.recipe import load_recipe
 from sinkrt import Session
 from sinkrt.contract import RECURRENT_KINDS
+from sinkrt.errors import UsageError
 
 from tests.exporter.pipeline.test_families import assert_close, exported
 from tests.exporter.tiny_models import tiny_model
-from tests.exporter.tiny_recurrent import RECURRENT
 from tests.support import random_ids
+
+CONVOLUTIONS = ("lfm2", "lfm2_moe", "lfm3")
+MAMBA2 = ("nemotron_h", "granitemoehybrid", "bamba", "falcon_h1", "zamba2", "mamba2")
+MAMBA1 = ("jamba", "zamba", "mamba", "falcon_mamba")
+FAMILIES = (*CONVOLUTIONS, *MAMBA2, *MAMBA1)
 
 NUM_TOKENS = 75
 FAST = {("lfm2", 64), ("nemotron_h", 16), ("jamba", 4), ("mamba", 1)}
 CASES = [
     pytest.param(name, chunk, marks=() if (name, chunk) in FAST else pytest.mark.slow)
-    for name in RECURRENT
+    for name in FAMILIES
     for chunk in (1, 4, 16, 64)
 ]
 
@@ -56,8 +63,29 @@ def test_chunks_and_steps_of_three_streams_are_dense(name: str, chunk: int, tmp_
     assert_close(logits[1], dense[1, 59], 1e-4, "prefill of a stream that stood still")
 
 
+def test_single_tokens_keep_the_limits_of_time_steps_as_a_text_does() -> None:
+    model, ids = tiny_model("mamba2", time_step_limit=(0.3, 0.9)), torch.from_numpy(random_ids(1, 9))
+    errors = []
+    with torch.no_grad():
+        dense = model(ids).logits
+        for context in (steps_like_texts(model), contextlib.nullcontext()):  # transformers' own steps do not
+            cache = recurrent_cache(model)
+            with context:
+                steps = [model(token[:, None], **with_cache(model, cache)).logits for token in ids.T]
+            errors.append(float((torch.cat(steps, dim=1) - dense).abs().max()))
+    assert errors[0] < 1e-4
+    assert errors[1] > 1e-2
+
+
+def test_the_plugin_target_refuses_a_model_without_attention(tmp_path: Path) -> None:
+    config = ExportConfig(2, 16, chunk_size=4, dtype="fp16", target="tensorrt")
+    with pytest.raises(UsageError, match=r"no attention, and target tensorrt with the plugin.*--native"):
+        exported(tiny_model("mamba", dtype=torch.float16), tmp_path / "bundle", config)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
-    "name", [name if name in ("lfm2", "mamba2") else pytest.param(name, marks=pytest.mark.slow) for name in RECURRENT]
+    "name", [name if name in ("lfm2", "mamba2") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
 def test_int8_weights_leave_states_and_convolutions_alone(name: str, tmp_path: Path) -> None:
     model, recipe = tiny_model(name), load_recipe("int8-weights")
