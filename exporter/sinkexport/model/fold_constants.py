@@ -51,7 +51,7 @@ def _value(node: Node, known: dict[str, torch.Tensor]) -> torch.Tensor | None:
                 values[one] = known[one.name]
             else:
                 args, others = map_arg((one.args, dict(one.kwargs)), compute)
-                values[one] = one.target(*args, **others)  # type: ignore[operator]
+                values[one] = one.target(*args, **others)
         return values[one]
 
     try:

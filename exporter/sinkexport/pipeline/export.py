@@ -30,7 +30,7 @@ from sinkexport.families.rope import ModelRotary
 from sinkexport.families.shape import AttentionShape
 from sinkexport.families.unread import unread_parameters
 from sinkexport.graph.convert import BuiltGraph, build_graph
-from sinkexport.graph.plugin_nodes import refuse_geometry
+from sinkexport.graph.plugin_nodes import refuse_geometry, refuse_no_attention
 from sinkexport.graph.quantize.plan import Plan
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
@@ -190,6 +190,8 @@ def _probe(model: Any, config: ExportConfig) -> _Probed:
     check_rings(config, probed.rings)
     check_memory(config, probed.caches)
     if config.has_plugins:
+        if not probed.caches:
+            refuse_no_attention()
         for cache in probed.caches:
             refuse_geometry(cache.key_dim, config.batch, cache.ring.capacity)
     check_tuned_sinks(config, shape, probed.caches)

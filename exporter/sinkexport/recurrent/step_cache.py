@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,13 @@ from sinkexport.recurrent.states import StateKey, Tokens
 
 LayerStates = dict[StateKey, torch.Tensor]
 """States [B, ..] of one layer."""
+
+
+class _NoLayer:
+    """Stands in for a layer's cache: nothing came before. indexer_position_ids: of earlier tokens (Qwen4 exp)."""
+
+    def __init__(self) -> None:
+        self.indexer_position_ids: torch.Tensor | None = None
 
 
 class StepCache:
@@ -29,6 +37,7 @@ class StepCache:
         }
         self.last_read: tuple[int, StateKey] | None = None
         self.num_reads = 0
+        self.layers: defaultdict[int, _NoLayer] = defaultdict(_NoLayer)
 
     def finish(self) -> None:
         """Undo what a step made of the convolutions' states in streams that have no token."""
@@ -59,6 +68,14 @@ class StepCache:
 
     def get_seq_length(self, *_: Any) -> int:
         """Positions are given."""
+        return 0
+
+    def get_mask_sizes(self, num_queries: int, *_: Any) -> tuple[int, int]:
+        """Keys that a mask is for, and how many came before: softmax attention keeps its tokens elsewhere."""
+        return num_queries, 0
+
+    def get_query_offset(self, *_: Any) -> int:
+        """Place of the first query among the keys of a mask."""
         return 0
 
     def is_recording_past(self, _layer: int) -> bool:
