@@ -21,7 +21,7 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.adapters import find_adapter
 from sinkexport.families.indexers import refuse_small_indexes
-from sinkexport.families.interface import intercept_attention, layer_of, own_values, random_embeddings
+from sinkexport.families.interface import intercept_attention, layer_of, own_values, random_embeddings, refuse_arguments
 from sinkexport.families.latent import Latent, find_latents
 from sinkexport.families.layout import NoLayoutError, find_layout, is_close
 from sinkexport.families.locality import query_scales, refuse_other_states
@@ -44,6 +44,9 @@ from sinkexport.families.rope import (
 from sinkexport.families.shape import AttentionCall, AttentionShape
 from sinkexport.families.weights_after import WEIGHT, norms_of_calls, without_weights
 from sinkexport.recurrent.registry import each_token_alone, refuse_unknown
+
+KNOWN_ARGUMENTS = ("scaling", "softcap", "s_aux")
+"""Arguments of an attention function that the traced one takes, whatever their values."""
 
 NUM_TOKENS = 4
 """Tokens that the probe looks at: enough that a head is hardly zero at all of them."""
@@ -260,7 +263,7 @@ def _run(
         sliding_window: int | None = None,
         alibi_slopes: torch.Tensor | None = None,
         position_bias: torch.Tensor | None = None,
-        **__: Any,
+        **others: Any,
     ) -> tuple[torch.Tensor, None]:
         layer = layer_of(module)
         if not 0 <= layer < num_layers:
@@ -271,6 +274,7 @@ def _run(
                 f"a bias that each token computes for every distance, in layer {layer}",
                 "rotary or ALiBi positions, or none",
             )
+        refuse_arguments(layer, {name: value for name, value in others.items() if name not in KNOWN_ARGUMENTS})
         slopes = None if alibi_slopes is None else tuple(alibi_slopes.tolist())
         one = _Seen(
             layer=layer,

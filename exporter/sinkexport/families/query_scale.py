@@ -55,12 +55,13 @@ def measured_scales(model: Any, still: Any, capacity: int) -> dict[int, torch.Te
     for start in range(0, capacity, TOKENS_AT_ONCE):
         parts.append(_queries(model, still, start, min(TOKENS_AT_ONCE, capacity - start)))
     scales: dict[int, torch.Tensor] = {}
+    tolerance = max(1e-4, 16 * torch.finfo(next(model.parameters()).dtype).eps)  # queries are rounded once more
     for call, pieces in enumerate(zip(*parts, strict=True)):
         queries = torch.cat(pieces, dim=1)  # [Hq, C, D]
         first = queries[:, :1]
         factors = (queries * first).sum((0, 2)) / first.square().sum()  # [C]
         error = (queries - factors[:, None] * first).abs().amax()
-        if not bool(error <= 1e-4 * queries.abs().amax()) or not bool((factors > 0).all()):
+        if not bool(error <= tolerance * queries.abs().amax()) or not bool((factors > 0).all()):
             raise UsageError(
                 problem(
                     "positions",

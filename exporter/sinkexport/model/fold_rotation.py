@@ -30,6 +30,8 @@ _KEEPS_CONTENT = frozenset(
         aten.slice.Tensor,
         aten.select.int,
         aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.to.device,
         aten.clone.default,
         aten.repeat_interleave.self_int,
         aten.contiguous.default,

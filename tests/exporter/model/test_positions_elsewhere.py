@@ -104,11 +104,24 @@ def test_positions_elsewhere_matter(name: str) -> None:
     assert np.abs(followed(model, ids) - followed(other, ids)).max() > 1e-2
 
 
+def test_scales_are_measured_in_half_precision_too() -> None:
+    half, full = (
+        probe_attention(tiny_model("llama4_text", dtype=dtype), 2, C)[1].query_scales
+        for dtype in (torch.float16, torch.float32)
+    )
+    assert half.keys() == full.keys() == {1}
+    torch.testing.assert_close(half[1], full[1], rtol=1e-3, atol=0)
+    wanted = 1 + 0.3 * torch.log1p(torch.floor((torch.arange(C) + 1.0) / 2))
+    torch.testing.assert_close(full[1], wanted.double(), rtol=1e-5, atol=0)
+
+
 # Complex numbers.
 
 
-def test_no_complex_number_is_left_in_a_trace() -> None:
-    model = tiny_model("llama4_text")
+@pytest.mark.parametrize("moe_layers", [[], [1]])  # experts write in place: the trace then has other operators
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_complex_number_is_left_in_a_trace(moe_layers: list[int], dtype: torch.dtype) -> None:
+    model = tiny_model("llama4_text", moe_layers=moe_layers, dtype=dtype)
     config = ExportConfig(**GEOMETRY, chunk_size=4)
     shape, rotary = probe_attention(model, 2, C)
     assert {table.cos_layout for table in rotary.tables.values()} == {COMPLEX}
