@@ -10,6 +10,8 @@ import torch
 import transformers
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 
+from tests.exporter.tiny_latent import LATENT
+from tests.exporter.tiny_positions import POSITIONED
 from tests.exporter.tiny_recurrent import RECURRENT
 from tests.exporter.tiny_uncommon import UNCOMMON
 
@@ -219,15 +221,60 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-TINY |= RECURRENT | UNCOMMON
+TINY |= {
+    "laguna": (
+        "LagunaConfig",
+        {
+            **COMMON,
+            "head_dim": 8,
+            "sliding_window": 7,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "num_attention_heads_per_layer": [4, 6],
+            "mlp_layer_types": ["dense", "sparse"],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+    "mimo_v2_flash": (
+        "MiMoV2FlashConfig",
+        {
+            **COMMON,
+            "num_attention_heads": 8,
+            "head_dim": 16,
+            "v_head_dim": 8,
+            "sliding_window": 7,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
+}
+TINY |= RECURRENT | LATENT
+
+
+NOT_RE_ROTATED = frozenset(
+    (
+        *("recurrent_gemma", "minimax", "rwkv", "xlstm", "zaya"),  # modules that keep states to themselves
+        *("mamba", "mamba2", "falcon_mamba"),  # no attention
+        *("kimi_linear", "bailing_hybrid", "lfm3", "nemotron_h", "zamba", "zamba2"),
+    )
+)
+"""Models of `TINY` that the re-rotating reference does not follow, or not to rounding: the call-following one does."""
+
+ALL_TINY = TINY | POSITIONED | UNCOMMON
+"""Those that the re-rotating reference cannot follow as well."""
 
 
 def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A model of `TINY` in evaluation mode, with weights large enough for attention to matter.
+    """A model of `ALL_TINY` in evaluation mode, with weights large enough for attention to matter.
 
     changes: of the arguments of its configuration.
     """
-    config_class, arguments = TINY[name]
+    config_class, arguments = ALL_TINY[name]
     return random_model(getattr(transformers, config_class)(**{**arguments, **changes}), seed=seed, dtype=dtype)
 
 

@@ -215,6 +215,7 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
             "num_heads": 3,
             "chunk_size": 8,
             "qk_dim_factor": 0.5,
+            "mlstm_round_up_to_multiple_of": 24,
             "v_dim_factor": 1.0,
         },
     ),

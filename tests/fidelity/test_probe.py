@@ -254,8 +254,11 @@ def test_heads_that_do_not_match_are_refused() -> None:
 def test_falcon_h1_has_mamba_states_beside_attention() -> None:
     sizes = {"mamba_d_ssm": 48, "mamba_n_heads": 6, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
     config = transformers.FalconH1Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}, **sizes)
-    with pytest.raises(UsageError, match="a state beside attention"):
-        probed(random_model(config))
+    shape = probed(random_model(config))[0]
+    assert [call.layer for call in shape.calls] == [0, 1]
+    states = {("conv", 0): (64, 4), ("recurrent", 0): (6, 8, 8)}
+    for layer in (0, 1):
+        assert {key: state.shape for key, state in shape.recurrent[layer].items()} == states
 
 
 def test_zaya_has_convolutions_before_attention() -> None:

@@ -119,7 +119,7 @@ class ModelShape:
     def load(cls, source: str) -> ModelShape:
         """Read a folder with config.json (weights are not needed), a .gguf file or a Hub id.
 
-        Raises: UsageError if there is none, the family does not export, or layers keep something else than a cache.
+        Raises: UsageError if there is none, the family does not export, or caches are not one of the same size a layer.
         """
         import torch
         import transformers
@@ -136,21 +136,19 @@ class ModelShape:
             if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
         }
         others = sum(p.numel() for p in model.parameters() if id(p) not in matrices)
-        heads, head_dim = _heads(text)
-        shape = cls(
+        num_q_heads, num_kv_heads, head_dim = _uniform_heads(model, text)
+        return cls(
             name=Path(source).resolve().name if Path(source).exists() else source,
             sliding_windows=_sliding_windows(text),
-            num_q_heads=heads,
-            num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             hidden_size=text.hidden_size,
-            intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            intermediate_size=_largest(getattr(text, "intermediate_size", None)) or 4 * text.hidden_size,
             vocab_size=text.vocab_size,
             matrices=tuple(matrices.values()),
             others=others,
         )
-        _refuse_uneven(model, shape)
-        return shape
 
     def weight_bytes(self, dtype: str, weights: str) -> int:
         """Count the bytes of weights. weights: ``float``, or ``int8`` as the recipe int8-channel has them."""
@@ -183,56 +181,66 @@ class ModelShape:
         )
 
 
-def _heads(text: Any) -> tuple[int, int]:
-    """Query heads and their size by a configuration.
+def _uniform_heads(model: Any, text: Any) -> tuple[int, int, int]:
+    """Query heads, key heads and their size, of a model on the device ``meta``.
 
-    Raises: UsageError if it gives them layer by layer, or has none.
-    """
-    try:
-        heads = int(text.num_attention_heads)
-        return heads, int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    except Exception as error:  # transformers has an error of its own for what differs from layer to layer
-        raise _uneven() from error
+    They are what its attention is called with. A model that cannot run without weights is believed its configuration.
 
-
-def _refuse_uneven(model: Any, shape: ModelShape) -> None:
-    """Refuse a model, without memory for its weights, whose layers do not all attend once with heads of one size.
-
-    Raises: UsageError.
+    Raises: UsageError for a model whose layers do not all have one cache of the same size.
     """
     import torch
 
     from sinkexport.families.interface import intercept_attention
-    from sinkexport.families.refusals import refusing
     from sinkexport.model.experts import static_experts
 
-    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    sizes: list[tuple[int, int, int, int]] = []
 
-    def record(
-        _module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, None]:
-        found.append((tuple(k.shape), tuple(v.shape)))
-        return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]), None
+    def record(_module: Any, q: Any, k: Any, v: Any, _mask: Any, **_arguments: Any) -> tuple[Any, None]:
+        sizes.append((q.shape[1], k.shape[1], k.shape[-1], v.shape[-1]))
+        return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]), None
 
-    with (
-        refusing(model, "measuring its attention"),
-        torch.no_grad(),
-        torch.device("meta"),
-        static_experts(model),
-        intercept_attention(model, record),
-    ):
-        model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
-    rows = (1, shape.num_kv_heads, 1, shape.head_dim)
-    if found != [(rows, rows)] * len(shape.sliding_windows):
-        raise _uneven()
+    if getattr(text, "kv_lora_rank", None):
+        raise _uncounted("a model with latent attention")
+    if getattr(text, "num_kv_shared_layers", None):
+        raise _uncounted("a model whose layers share caches")
+    try:
+        with torch.no_grad(), static_experts(model), intercept_attention(model, record):
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
+    except Exception:  # the model's own code, which may look at values that are not there
+        sizes = [_configured(model, text)] * text.num_hidden_layers
+    if len(sizes) != text.num_hidden_layers or len(set(sizes)) > 1 or sizes[0][2] != sizes[0][3]:
+        raise _uncounted("a model whose layers have heads of different sizes, or not one attention each")
+    return sizes[0][:3]
 
 
-def _uneven() -> UsageError:
+def _configured(model: Any, text: Any) -> tuple[int, int, int, int]:
+    """Query heads, key heads, sizes of a key and of a value as a configuration has them.
+
+    Raises: UsageError for a model with convolutions, as recurrent layers have, and one whose sizes are no integers.
+    """
+    import torch
+
+    heads, size = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    if any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
+        raise _uncounted("a model with recurrent layers")
+    if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(size, int)):
+        raise _uncounted("a model whose configuration does not say its heads")
+    head_dim = getattr(text, "head_dim", None) or size // heads
+    return heads, kv_heads, head_dim, getattr(text, "v_head_dim", None) or head_dim
+
+
+def _largest(sizes: Any) -> int | None:
+    """The largest of sizes by layer, or the one of all."""
+    return max(sizes) if isinstance(sizes, (list, tuple)) else sizes
+
+
+def _uncounted(received: str) -> UsageError:
     return UsageError(
         problem(
             "--memory",
-            received="a model whose layers have heads of different sizes, or not one attention each",
-            expected="one attention a layer, with the heads that its configuration says",
+            received=received,
+            expected="a cache of the same size in every layer",
             fix="export it, then inspect the bundle",
         )
     )
@@ -248,14 +256,7 @@ def _sliding_windows(text: Any) -> tuple[int | None, ...]:
     if kinds is None:
         return (window,) * text.num_hidden_layers
     if others := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
-        raise UsageError(
-            problem(
-                "--memory",
-                received=f"a model with layers of {', '.join(others)}",
-                expected="full or sliding attention in all of them",
-                fix="export it, then inspect the bundle",
-            )
-        )
+        raise _uncounted(f"a model with layers of {', '.join(others)}")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 

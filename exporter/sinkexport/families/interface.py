@@ -43,13 +43,18 @@ IGNORED_ARGUMENTS = frozenset(
 
 @contextlib.contextmanager
 def intercept_attention(
-    model: torch.nn.Module, function: AttentionFunction, masks: MaskFunction | None = None
+    model: torch.nn.Module,
+    function: AttentionFunction,
+    masks: MaskFunction | None = None,
+    *,
+    own_indexers: bool = False,
 ) -> Iterator[None]:
     """Every softmax attention of `model` calls ``function(module, q, k, v, mask, scaling=..., ...)`` instead.
 
     q: [B, Hq, T, D], k and v: [B, Hkv, T, D], as the model rotated them. Must return ([B, T, Hq, D], None).
     masks: makes the masks; None: transformers builds none. A family that does not use the interface is adapted, and has
-    none; one with ALiBi passes ``alibi_slopes``, float32 [Hq]. Indexers choose all tokens.
+    none; one with ALiBi passes ``alibi_slopes``, float32 [Hq].
+    own_indexers: indexers choose as the model's own do, and what they chose is passed on; otherwise all tokens.
 
     Raises: UsageError if the model does not use the interface and there is no adapter for it.
     """
@@ -71,7 +76,7 @@ def intercept_attention(
 
     ALL_ATTENTION_FUNCTIONS.register(name, call)
     stack = contextlib.ExitStack()
-    stand_ins = stack.enter_context(every_token_chosen(model))
+    stand_ins = [] if own_indexers else stack.enter_context(every_token_chosen(model))
     if masks is None and stand_ins:
         masks = no_mask
     if masks is not None:

@@ -76,6 +76,14 @@ class Latent:
         latent, rotary = cached if self.latent_first else cached[::-1]
         return torch.cat((rotary, latent), dim=-1)
 
+    def expanded(self, cached: Pair, weight: torch.Tensor) -> Pair:
+        """Keys [B, H, T, R + N] and values [B, H, T, V], as the layer makes them, but for what turns: it leads."""
+        latent, rotary = cached if self.latent_first else cached[::-1]
+        batch, _, num_tokens, _ = latent.shape
+        made = torch.nn.functional.linear(latent[:, 0], weight).view(batch, num_tokens, self.num_heads, -1)
+        rest, values = made.transpose(1, 2).split((self.rest_dim, self.value_dim), dim=-1)
+        return torch.cat((rotary.expand(-1, self.num_heads, -1, -1), rest), dim=-1), values
+
     def rotary_part_first(self, x: torch.Tensor) -> torch.Tensor:
         """Queries or keys [.., N + R] as [.., R + N]: what turns leads, as everywhere else."""
         return x if self.rotary_first else torch.cat((x[..., self.rest_dim :], x[..., : self.rest_dim]), dim=-1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.interface import intercept_attention, layer_of, random_embeddings
 from sinkexport.families.query_scale import LongCache, measured_scales
-from sinkexport.families.recurrent import cached_states, recurrent_cache, with_cache
+from sinkexport.families.recurrent import cached_states, recurrent_cache, recurrent_shapes, with_cache
 from sinkexport.families.rope import ModelRotary, identity_rotary, replaced_rotary
-from sinkexport.recurrent.registry import each_token_alone
+from sinkexport.recurrent.registry import RecurrentStates, each_token_alone
+from sinkexport.recurrent.states import RecurrentShapes, Tokens
+from sinkexport.recurrent.step_cache import LayerStates
 
 NUM_BEFORE = 5
 """Tokens before the one that is looked at."""
@@ -64,6 +67,8 @@ def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
     else:
         changed = _changed(first, _last_token(model, rotary, texts[1], 0), model)
         changed = changed or _changed_alone(model, rotary, first, x)
+    if shapes := recurrent_shapes(model, cache):
+        changed = changed or _changed_in_calls(model, rotary, texts[0], shapes)
     if changed:
         raise UsageError(
             problem(
@@ -134,6 +139,28 @@ def _changed_in_streams(model: Any, rotary: ModelRotary, texts: tuple[list[int],
     return _changed(first, _last_token(model, rotary, texts[0][-1:], FAR, kept), model)
 
 
+def _changed_in_calls(model: Any, rotary: ModelRotary, ids: list[int], shapes: RecurrentShapes) -> str | None:
+    """Name of what the last token has otherwise if it comes in a call of its own; None: nothing.
+
+    Recurrent layers follow their rules, and their states are all that the first call leaves to the second.
+    """
+
+    def run(ids: list[int], start: int, states: Mapping[int, LayerStates]) -> tuple[Tensors, Mapping[int, LayerStates]]:
+        num_valid = None if len(ids) == 1 else torch.tensor([len(ids)])
+        is_token = torch.ones(1, len(ids), dtype=torch.bool)
+        recurrent = RecurrentStates(model, states, Tokens(is_token, num_valid, torch.tensor([start])))
+        with torch.no_grad():
+            return _last_token(model, rotary, ids, start, recurrent=recurrent), recurrent.after()
+
+    begin = {
+        layer: {key: torch.zeros(1, *state.shape, dtype=state.dtype) for key, state in states.items()}
+        for layer, states in shapes.items()
+    }
+    whole, _ = run(ids, 0, begin)
+    _, kept = run(ids[:-1], 0, begin)
+    return _changed(whole, run(ids[-1:], len(ids) - 1, kept)[0], model)
+
+
 def _other_states(cache: Any) -> list[int]:
     """Layers that have put something else into a cache of `recurrent_cache` than recurrent states."""
     known, found = {f"{kind}_states" for kind in RECURRENT_KINDS}, []
@@ -149,8 +176,18 @@ def _other_states(cache: Any) -> list[int]:
     return found
 
 
-def _last_token(model: Any, rotary: ModelRotary, ids: list[int], position: int, cache: Any | None = None) -> Tensors:
-    """Tensors of the last of these tokens, the first standing at `position`. Recurrent layers go on from `cache`."""
+def _last_token(
+    model: Any,
+    rotary: ModelRotary,
+    ids: list[int],
+    position: int,
+    cache: Any | None = None,
+    recurrent: RecurrentStates | None = None,
+) -> Tensors:
+    """Tensors of the last of these tokens, the first standing at `position`.
+
+    Recurrent layers go on from `cache` as transformers computes them, or by their rules from `recurrent`.
+    """
     found: Tensors = {}
 
     def attend(
@@ -165,13 +202,16 @@ def _last_token(model: Any, rotary: ModelRotary, ids: list[int], position: int, 
     dtype = next(model.parameters()).dtype
     tokens = torch.tensor([ids])
     positions = position + torch.arange(len(ids))[None]
-    cache = recurrent_cache(model) if cache is None else cache
+    if recurrent is not None:
+        cache = recurrent.cache
+    elif cache is None:
+        cache = recurrent_cache(model)
     with (
         torch.no_grad(),
         random_embeddings(model, 2 * NUM_BEFORE + 1),
         intercept_attention(model, attend),
         replaced_rotary(model, identity_rotary(rotary, 1, len(ids), dtype)),
-        each_token_alone(model),
+        each_token_alone(model) if recurrent is None else recurrent.in_place(),
     ):
         output = model(input_ids=tokens, position_ids=positions, use_cache=False, **with_cache(model, cache))
     found["logits"] = output.logits[0, -1:].double()

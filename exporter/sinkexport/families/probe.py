@@ -259,12 +259,18 @@ def _run(
         *_: Any,
         sliding_window: int | None = None,
         alibi_slopes: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
         **__: Any,
     ) -> tuple[torch.Tensor, None]:
         layer = layer_of(module)
         if not 0 <= layer < num_layers:
             raise _refused(f"a call in layer {layer} of {num_layers}", "calls in the model's own layers")
         _check_shapes(layer, q, k, v)
+        if position_bias is not None:
+            raise _refused(
+                f"a bias that each token computes for every distance, in layer {layer}",
+                "rotary or ALiBi positions, or none",
+            )
         slopes = None if alibi_slopes is None else tuple(alibi_slopes.tolist())
         one = _Seen(
             layer=layer,

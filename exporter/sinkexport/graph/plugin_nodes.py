@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NoReturn
 
 import onnx_ir as ir
 from sinkrt.errors import UsageError, problem
@@ -14,6 +15,21 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_BATCH = 64
 MAX_CAPACITY = 65536
 """What the attention kernels are compiled for: plugins/kernels/sink_attention.h."""
+
+
+def refuse_no_attention() -> NoReturn:
+    """Refuse a model without attention: its graph has nothing for the plugin to do.
+
+    Raises: UsageError.
+    """
+    raise UsageError(
+        problem(
+            "model",
+            received="no attention, and target tensorrt with the plugin",
+            expected="a model that attends",
+            fix="use --native, which needs no plugin",
+        )
+    )
 
 
 def refuse_geometry(head_dim: int, batch: int, capacity: int) -> None:

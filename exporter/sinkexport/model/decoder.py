@@ -23,7 +23,7 @@ from sinkexport.families.interface import (
     layer_of,
     refuse_arguments,
 )
-from sinkexport.families.latent import CachedPairs, Latent
+from sinkexport.families.latent import CachedPairs, Latent, Pair
 from sinkexport.families.recurrent import with_cache
 from sinkexport.families.rope import ModelRotary, RotarySpec
 from sinkexport.families.shape import AttentionShape
@@ -219,7 +219,7 @@ class _Step:
             self.recurrent = RecurrentStates(stream.model, recurrent_states, tokens)
         self.cache: Any | None = None if self.recurrent is None else self.recurrent.cache
         self._pairs = CachedPairs(self.cache)
-        if stream.latents:
+        if any(call.latent is not None for call in stream.shape.calls):
             self.cache = self._pairs.cache
         self._angles: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._in_cache_angles: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -272,9 +272,11 @@ class _Step:
         q = self._scaled(index, q)
         (k, v), caches = as_many_heads(k, v), self._stream.caches_of_call[index]
         if (latent := self._stream.shape.calls[index].latent) is not None:
+            cached = self._cached(caches[0].layer)
             if caches[0].is_latent:
-                return self._attend_to_rows(index, latent, q, more).transpose(1, 2), None
-            q, k = latent.rotary_part_first(q), latent.rotary_part_first(k)
+                return self._attend_to_rows(index, latent, cached, q, more).transpose(1, 2), None
+            q = latent.rotary_part_first(q)
+            k, v = latent.expanded(cached, self._stream.model.get_parameter(latent.weight))
         if len(caches) == 1:
             return self._attend(index, caches[0], q, k, v, more).transpose(1, 2), None
         outputs = []
@@ -288,12 +290,18 @@ class _Step:
             out = out.index_select(1, torch.tensor([made.index(head) for head in range(len(made))]))
         return out.transpose(1, 2), None
 
-    def _attend_to_rows(self, call: int, latent: Latent, q: torch.Tensor, more: dict[str, Any]) -> torch.Tensor:
+    def _cached(self, layer: int) -> Pair:
+        """What a layer that expands keys and values has just put into transformers' cache."""
+        cached = self._pairs.take(layer)
+        if cached is None:
+            raise RuntimeError(f"nothing was cached in layer {layer}; the probe saw a latent")
+        return cached
+
+    def _attend_to_rows(
+        self, call: int, latent: Latent, cached: Pair, q: torch.Tensor, more: dict[str, Any]
+    ) -> torch.Tensor:
         """Latent attention: q [B, H, T, Dk] -> [B, H, T, Dv]; the model's own keys and values are not used."""
         (cache,), model = self._stream.caches_of_call[call], self._stream.model
-        cached = self._pairs.take(cache.layer)
-        if cached is None:
-            raise RuntimeError(f"nothing was cached in layer {cache.layer}; the probe saw a latent")
         query, row = absorbed(model, latent, cached, q)
         return output_of_latents(model, latent, self._attend(call, cache, query, row, None, more))
 

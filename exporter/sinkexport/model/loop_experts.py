@@ -52,7 +52,9 @@ def _form(module: Any) -> tuple[int, Callable[..., contextlib.AbstractContextMan
     ):
         return module.num_experts, _replaced_rows
     first, second = (getattr(module, name, None) for name in ("input_linear", "output_linear"))
-    if _has_stacks(first, "weight") and _has_stacks(second, "weight") and hasattr(module, "router"):
+    if first is None or not hasattr(module, "router"):
+        return None
+    if _has_stacks(first, "weight") and _has_stacks(second, "weight"):
         is_attention = hasattr(module, "map") and hasattr(module, "reduce")
         return module.input_linear.weight.shape[0], _replaced_attention if is_attention else _replaced_sorting
     return None

@@ -30,7 +30,7 @@ from sinkexport.families.rope import ModelRotary
 from sinkexport.families.shape import AttentionShape
 from sinkexport.families.unread import unread_parameters
 from sinkexport.graph.convert import BuiltGraph, build_graph
-from sinkexport.graph.plugin_nodes import refuse_geometry
+from sinkexport.graph.plugin_nodes import refuse_geometry, refuse_no_attention
 from sinkexport.graph.quantize.plan import Plan
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
@@ -58,6 +58,7 @@ from sinkexport.pipeline.checks import (
     check_rings,
     check_tuned_sinks,
     check_variant,
+    check_weights_after_rotation,
 )
 from sinkexport.pipeline.manifest_facts import (
     attention_caches,
@@ -184,10 +185,13 @@ def _probe(model: Any, config: ExportConfig) -> _Probed:
     with static_experts(model):  # transformers' own form has demands on sizes that the graph has not
         shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
     check_variant(model, config, shape)
+    check_weights_after_rotation(config, rotary)
     probed = _Probed(shape=shape, rotary=rotary, caches=head_caches(config, config.variant, shape))
     check_rings(config, probed.rings)
     check_memory(config, probed.caches)
     if config.has_plugins:
+        if not probed.caches:
+            refuse_no_attention()
         for cache in probed.caches:
             refuse_geometry(cache.key_dim, config.batch, cache.ring.capacity)
     check_tuned_sinks(config, shape, probed.caches)

@@ -64,7 +64,7 @@ def calls_reference(
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with intercept_attention(model, reference.attend, causal_masks):
+        with intercept_attention(model, reference.attend, causal_masks, own_indexers=True):
             yield reference
     finally:
         for module in training:

@@ -125,6 +125,20 @@ def test_what_cannot_be_shown(words: tuple[Any, ...], problem: str, tmp_path: Pa
     done.refusal(problem)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("rwkv", "heads of different sizes, or not one attention each"),
+        ("kimi_linear", "latent attention"),
+        ("zaya", "recurrent layers"),
+        ("falcon_h1", "layers of hybrid"),
+    ],
+)
+def test_caches_that_a_configuration_does_not_say(name: str, reason: str, tmp_path: Path) -> None:
+    tiny_model(name).config.save_pretrained(tmp_path)
+    run_cli("inspect", tmp_path, "--memory").refusal(reason, "export it, then inspect the bundle")
+
+
 @pytest.mark.parametrize("name", ["diffllama", "gemma4", "mixtral"])
 def test_only_uneven_layers_are_refused(name: str, tmp_path: Path) -> None:
     """Their configuration does not say what each layer keeps: an estimate would be wrong."""
