@@ -63,13 +63,18 @@ def all_families() -> str:
             continue
         rows: list[Sequence[str]] = [("families", "reason"), ("---",) * 2]
         rows += [(", ".join(same), reason) for reason, same in sorted(reasons.items(), key=lambda item: item[1])]
-        parts.append(f"**{state}: {len(names)}.**\n\n{_table(rows)}")
+        parts.append(f"**{state}: {len(names)}.**\n\n{_table(rows)}".rstrip())
     return "\n\n".join(parts)
 
 
 def _reason(text: str, family: str) -> str:
-    """A refusal as a table shows it: without the family's name, so that equal ones share a row."""
-    return text.replace(f"'{family}'", "").replace("  ", " ").replace("<", "\\<")
+    """A refusal as the table shows it: without names of families and classes, so that equal ones share a row."""
+    named = re.sub(r"\b\w+(?:ForCausalLM|ForConditionalGeneration|LMHead\w*|Decoder|TextConfig)(?=,)", "a class", text)
+    return (
+        re.sub(rf" '{family}'|(?<=received ){family}(?=,)", "", named)
+        .replace("received ,", "received a model,")
+        .replace("<", "\\<")
+    )
 
 
 def manifest() -> str:

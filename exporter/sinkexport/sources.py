@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,6 +216,15 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _no_model(source: str, reason: str) -> UsageError:
+    if (other := re.match(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", reason)) is not None:
+        return UsageError(
+            problem(
+                "model",
+                received=f"a {other[1]}, which transformers loads as no causal language model",
+                expected="a decoder-only language model",
+                fix="see 'sinkexport inspect families'",
+            )
+        )
     return UsageError(
         problem(
             "model",

@@ -253,7 +253,7 @@ TINY |= {
         },
     ),
 }
-TINY |= RECURRENT | LATENT
+TINY |= RECURRENT | LATENT | UNCOMMON
 
 
 NOT_RE_ROTATED = frozenset(
@@ -265,7 +265,7 @@ NOT_RE_ROTATED = frozenset(
 )
 """Models of `TINY` that the re-rotating reference does not follow, or not to rounding: the call-following one does."""
 
-ALL_TINY = TINY | POSITIONED | UNCOMMON
+ALL_TINY = TINY | POSITIONED
 """Those that the re-rotating reference cannot follow as well."""
 
 

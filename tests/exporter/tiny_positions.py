@@ -70,27 +70,4 @@ POSITIONED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "moshi": ("MoshiConfig", {**COMMON, "head_dim": 8, "ffn_dim": 64, "sliding_window": 64}),
-    "modernbert-decoder": (
-        "ModernBertDecoderConfig",
-        {
-            **{name: value for name, value in COMMON.items() if name != "num_key_value_heads"},
-            "local_attention": 14,
-            "layer_types": ["full_attention", "sliding_attention"],
-            "cls_token_id": 1,
-            "sep_token_id": 2,
-        },
-    ),
-    "gpt_neox_japanese": (
-        "GPTNeoXJapaneseConfig",
-        {
-            "vocab_size": 97,
-            "hidden_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 6,
-            "intermediate_multiple_size": 2,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-        },
-    ),
 }

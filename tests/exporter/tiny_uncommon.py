@@ -71,6 +71,38 @@ UNCOMMON: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_k_eq_v": True,
         },
     ),
+    "gpt_neox_japanese": (
+        "GPTNeoXJapaneseConfig",
+        {
+            "vocab_size": 97,
+            "hidden_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "intermediate_multiple_size": 2,
+            "max_position_embeddings": 512,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "rotary_pct": 0.5,
+        },
+    ),
+    "modernbert-decoder": (
+        "ModernBertDecoderConfig",
+        {
+            "vocab_size": 97,
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "max_position_embeddings": 512,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "local_attention": 14,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+        },
+    ),
     "minimax_m3_vl_text": (
         "MiniMaxM3VLTextConfig",
         {

@@ -40,9 +40,9 @@ def _exported(
 SLIDING = "sliding or full"
 """Layers whose sliding window is smaller than S + W keep it, exactly and without sinks; the others keep S + W."""
 
+_MLA = "latent attention (MLA): the latent is cached"
 _INDEXED = "indexed: full while S + W are all chosen"
 """Layers whose indexer chooses the tokens that they see. A larger cache than what it chooses is refused."""
-_MLA = "latent attention (MLA): the latent is cached"
 
 EXPORTED = (
     _exported(
@@ -109,28 +109,6 @@ EXPORTED = (
     _exported("zaya", "Zaya1 8B", "RoPE, partial", SLIDING, "convolutions of queries, keys and values; MoE"),
     _exported("rwkv", "RWKV-4", "none", "RWKV", "no attention: S and W mean nothing"),
     _exported("xlstm", "xLSTM 7B", "none", "mLSTM", "no attention: S and W mean nothing"),
-    _exported("dbrx", "DBRX", "RoPE", reason="MoE; clipped queries, keys and values"),
-    _exported("jetmoe", "JetMoE", "RoPE", reason="MoE, in the attention too: experts make queries"),
-    _exported(
-        "gemma3n_text",
-        "Gemma 3n, text",
-        "RoPE, two bases",
-        "sliding + full",
-        "layers that share a cache; per-layer inputs; sparse activations",
-    ),
-    _exported(
-        "gemma4_text",
-        "Gemma 4, text",
-        "RoPE, two bases; partial",
-        "sliding + full",
-        "layers that share a cache; heads of two sizes; per-layer inputs",
-    ),
-    _exported("doge", "Doge", "RoPE", "full while S + W are all kept", "a bias of each key; dynamic mask left out"),
-    _exported("minimax_m3_vl_text", "MiniMax M3, text", "RoPE, partial", _INDEXED, "MoE; norms on queries and keys"),
-    _exported("deepseek_v32", "DeepSeek V3.2", "RoPE, interleaved", _INDEXED, f"{_MLA}; MoE"),
-    _exported("glm_moe_dsa", "GLM-5", "RoPE, interleaved", _INDEXED, f"{_MLA}; MoE"),
-    _exported("diffllama", "DiffLlama", "RoPE", reason="two calls of attention in each layer"),
-    _exported("hrm_text", "HRM, text", "RoPE", reason="runs through its layers again and again"),
     _exported(
         "laguna", "Laguna", "RoPE, two bases", "sliding + full", "MoE; as many query heads as each layer wants; gated"
     ),
@@ -150,6 +128,30 @@ EXPORTED = (
     _exported("youtu", "Youtu-LLM 2B", "RoPE", reason=_MLA),
     _exported("longcat_flash", "LongCat Flash", "RoPE", reason=f"{_MLA}, twice in a layer; MoE"),
     _exported("axk1", "A.X K1", "RoPE, YaRN", reason=f"{_MLA}; MoE"),
+    _exported("gpt_neox_japanese", "GPT-NeoX Japanese", "RoPE, partial"),
+    _exported("dbrx", "DBRX", "RoPE", reason="MoE; clipped queries, keys and values"),
+    _exported("jetmoe", "JetMoE", "RoPE", reason="MoE, in the attention too: experts make queries"),
+    _exported(
+        "gemma3n_text",
+        "Gemma 3n, text",
+        "RoPE, two bases",
+        "sliding + full",
+        "layers that share a cache; per-layer inputs; sparse activations",
+    ),
+    _exported(
+        "gemma4_text",
+        "Gemma 4, text",
+        "RoPE, two bases; partial",
+        "sliding + full",
+        "layers that share a cache; heads of two sizes; per-layer inputs",
+    ),
+    _exported("doge", "Doge", "RoPE", "full while S + W are all kept", "a bias of each key; dynamic mask left out"),
+    _exported("modernbert-decoder", "ModernBERT decoders, Ettin", "RoPE, two bases", "sliding + full"),
+    _exported("minimax_m3_vl_text", "MiniMax M3, text", "RoPE, partial", _INDEXED, "MoE; norms on queries and keys"),
+    _exported("deepseek_v32", "DeepSeek V3.2", "RoPE, interleaved", _INDEXED, f"{_MLA}; MoE"),
+    _exported("glm_moe_dsa", "GLM-5", "RoPE, interleaved", _INDEXED, f"{_MLA}; MoE"),
+    _exported("diffllama", "DiffLlama", "RoPE", reason="two calls of attention in each layer"),
+    _exported("hrm_text", "HRM, text", "RoPE", reason="runs through its layers again and again"),
     _exported("gptj", "GPT-J 6B", "RoPE, partial and interleaved", reason="parallel residual"),
     _exported("codegen", "CodeGen", "RoPE, partial and interleaved", reason="parallel residual"),
     _exported("nanochat", "nanochat", "RoPE, turned the other way", reason="norms without weights after RoPE"),
@@ -165,8 +167,6 @@ EXPORTED = (
     _exported("granite_swa", "Granite, sliding", "RoPE, or none, with a base for each layer", "sliding + full"),
     _exported("granitemoe_swa", "Granite MoE, sliding", "RoPE, or none, with a base for each layer", "sliding + full"),
     _exported("moshi", "Moshi, its text model", "RoPE, an embedding in each layer"),
-    _exported("modernbert-decoder", "ModernBERT decoders (Ettin)", "RoPE, two bases", "sliding + full"),
-    _exported("gpt_neox_japanese", "GPT-NeoX Japanese 2.7B", "RoPE, partial"),
     _exported("bloom", "BLOOM, BLOOMZ", "ALiBi"),
     _exported("mpt", "MPT", "ALiBi", reason="clipped queries, keys and values"),
     _exported(

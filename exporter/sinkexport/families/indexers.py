@@ -90,7 +90,7 @@ def _num_tokens(indexer: Any) -> int | None:
 
 @contextlib.contextmanager
 def every_token_chosen(model: Any) -> Iterator[list[EveryToken]]:
-    """All indexers of `model` choose all tokens inside a context; contexts may nest. Yields: their stand-ins."""
+    """All indexers of `model` choose all tokens inside a context. Yields: their stand-ins. Contexts may nest."""
     found = find_indexers(model)
     stand_ins = {
         name: module if isinstance(module, EveryToken) else EveryToken(module.layer_idx)

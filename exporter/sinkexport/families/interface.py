@@ -193,7 +193,7 @@ def _unsupported(model: torch.nn.Module) -> UsageError:
         problem(
             "model",
             received=f"{type(model).__name__}, which does not use transformers' attention interface",
-            expected="a family of 'sinkexport inspect families'",
-            fix="this model needs an adapter",
+            expected="a model that does, or a family of 'sinkexport inspect families'",
+            fix="its attention cannot be replaced, so that it cannot be exported",
         )
     )

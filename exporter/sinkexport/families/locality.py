@@ -50,7 +50,9 @@ def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
     has_states = bool(cached_states(cache))
     try:
         far = _last_token(model, rotary, texts[0], FAR)
-    except IndexError:  # a table of positions, which ends
+    except (IndexError, RuntimeError) as error:
+        if not _is_end_of_table(error):
+            raise
         far = None
     if far is None or (changed := _changed(_without_queries(first), far, model)):
         what = "a table of positions" if far is None else changed
@@ -92,6 +94,11 @@ def _changed_alone(model: Any, rotary: ModelRotary, first: Tensors, ids: list[in
     return changed
 
 
+def _is_end_of_table(error: Exception) -> bool:
+    """Whether a model has read past the end of a table of positions. torch has several words for it."""
+    return isinstance(error, IndexError) or "out of bounds" in str(error)
+
+
 def query_scales(model: Any, rotary: ModelRotary, capacity: int) -> dict[int, torch.Tensor]:
     """Factors float64 [C] by attention call where the length of a cache, as a position, changes queries.
 
@@ -103,8 +110,17 @@ def query_scales(model: Any, rotary: ModelRotary, capacity: int) -> dict[int, to
     first = _last_token(model, rotary, ids, 0)
     try:
         far = _last_token(model, rotary, ids, 0, LongCache(FAR))
-    except Exception:  # no model of ours, which is never given such a cache
-        return {}
+    except Exception as error:
+        if _is_end_of_table(error):
+            raise UsageError(
+                problem(
+                    "positions",
+                    received="a table of positions, which is read at the length of the cache",
+                    expected="rotary or ALiBi positions, or a scale of queries",
+                    fix="this model cannot be exported exactly",
+                )
+            ) from error
+        return {}  # no model of ours, which is never given such a cache
     if _changed(first, far, model) is None:
         return {}
     if other := _changed(_without_queries(first), far, model):
