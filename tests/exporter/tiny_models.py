@@ -261,6 +261,13 @@ NOT_RE_ROTATED = frozenset(
         *("recurrent_gemma", "minimax", "rwkv", "xlstm", "zaya"),  # modules that keep states to themselves
         *("mamba", "mamba2", "falcon_mamba"),  # no attention
         *("kimi_linear", "bailing_hybrid", "lfm3", "nemotron_h", "zamba", "zamba2"),
+        *(
+            "longcat_flash",
+            "deepseek_v32",
+            "glm_moe_dsa",
+            "diffllama",
+        ),  # two calls a layer, a part of a head that turns
+        "modernbert-decoder",  # whose plain attention wants a mask
     )
 )
 """Models of `TINY` that the re-rotating reference does not follow, or not to rounding: the call-following one does."""
