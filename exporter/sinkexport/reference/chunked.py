@@ -208,7 +208,7 @@ class ChunkedStream:
             out[:, q_heads] = self._attended(
                 module, cache, q[:, q_heads], k[:, kv_heads], v[:, kv_heads], softcap, *per_head
             )
-        return out.transpose(1, 2), None
+        return out.transpose(1, 2).contiguous(), None
 
     def _attended(
         self,

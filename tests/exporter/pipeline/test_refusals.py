@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import pytest
 import torch
 import transformers
 from sinkexport.config import ExportConfig
+from sinkexport.families import REFUSED as LISTED_AS_REFUSED
+from sinkexport.families import Family, refusal_of_config
 from sinkexport.pipeline.export import export, export_loaded
 from sinkexport.sources import LoadedModel, load_model
 from sinkrt import UsageError
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from tests.exporter.tiny_models import tiny_model
 from tests.support import export_model
@@ -48,6 +52,14 @@ def test_encoder_decoder_is_refused_from_its_configuration(tmp_path: Path) -> No
     transformers.T5Config(vocab_size=50, d_model=32, num_layers=1).save_pretrained(tmp_path / "t5")
     with pytest.raises(UsageError, match="encoder-decoder"):
         load_model(str(tmp_path / "t5"))
+
+
+@pytest.mark.parametrize("family", LISTED_AS_REFUSED, ids=lambda family: family.family)
+def test_listed_families_are_refused_from_their_configuration(family: Family) -> None:
+    # Some have no configuration without arguments; what is read of it is its name.
+    config = types.SimpleNamespace(model_type=family.family, is_encoder_decoder=False)
+    assert refusal_of_config(config) == family.reason
+    assert family.family.removesuffix("_decoder") in CONFIG_MAPPING_NAMES
 
 
 def test_unknown_arguments_of_attention(tmp_path: Path) -> None:
