@@ -11,7 +11,9 @@ import transformers
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 
 from tests.exporter.tiny_latent import LATENT
+from tests.exporter.tiny_positions import POSITIONED
 from tests.exporter.tiny_recurrent import RECURRENT
+from tests.exporter.tiny_uncommon import UNCOMMON
 
 VOCAB_SIZE = 97
 
@@ -251,7 +253,7 @@ TINY |= {
         },
     ),
 }
-TINY |= RECURRENT | LATENT
+TINY |= RECURRENT | LATENT | UNCOMMON
 
 
 NOT_RE_ROTATED = frozenset(
@@ -263,13 +265,16 @@ NOT_RE_ROTATED = frozenset(
 )
 """Models of `TINY` that the re-rotating reference does not follow, or not to rounding: the call-following one does."""
 
+ALL_TINY = TINY | POSITIONED
+"""Those that the re-rotating reference cannot follow as well."""
+
 
 def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A model of `TINY` in evaluation mode, with weights large enough for attention to matter.
+    """A model of `ALL_TINY` in evaluation mode, with weights large enough for attention to matter.
 
     changes: of the arguments of its configuration.
     """
-    config_class, arguments = TINY[name]
+    config_class, arguments = ALL_TINY[name]
     return random_model(getattr(transformers, config_class)(**{**arguments, **changes}), seed=seed, dtype=dtype)
 
 

@@ -41,6 +41,8 @@ SLIDING = "sliding or full"
 """Layers whose sliding window is smaller than S + W keep it, exactly and without sinks; the others keep S + W."""
 
 _MLA = "latent attention (MLA): the latent is cached"
+_INDEXED = "indexed: full while S + W are all chosen"
+"""Layers whose indexer chooses the tokens that they see. A larger cache than what it chooses is refused."""
 
 EXPORTED = (
     _exported(
@@ -126,8 +128,45 @@ EXPORTED = (
     _exported("youtu", "Youtu-LLM 2B", "RoPE", reason=_MLA),
     _exported("longcat_flash", "LongCat Flash", "RoPE", reason=f"{_MLA}, twice in a layer; MoE"),
     _exported("axk1", "A.X K1", "RoPE, YaRN", reason=f"{_MLA}; MoE"),
+    _exported("gpt_neox_japanese", "GPT-NeoX Japanese", "RoPE, partial"),
+    _exported("dbrx", "DBRX", "RoPE", reason="MoE; clipped queries, keys and values"),
+    _exported("jetmoe", "JetMoE", "RoPE", reason="MoE, in the attention too: experts make queries"),
+    _exported(
+        "gemma3n_text",
+        "Gemma 3n, text",
+        "RoPE, two bases",
+        "sliding + full",
+        "layers that share a cache; per-layer inputs; sparse activations",
+    ),
+    _exported(
+        "gemma4_text",
+        "Gemma 4, text",
+        "RoPE, two bases; partial",
+        "sliding + full",
+        "layers that share a cache; heads of two sizes; per-layer inputs",
+    ),
+    _exported("doge", "Doge", "RoPE", "full while S + W are all kept", "a bias of each key; dynamic mask left out"),
+    _exported("modernbert-decoder", "ModernBERT decoders, Ettin", "RoPE, two bases", "sliding + full"),
+    _exported("minimax_m3_vl_text", "MiniMax M3, text", "RoPE, partial", _INDEXED, "MoE; norms on queries and keys"),
+    _exported("deepseek_v32", "DeepSeek V3.2", "RoPE, interleaved", _INDEXED, "MoE; latent attention"),
+    _exported("glm_moe_dsa", "GLM-5", "RoPE, interleaved", _INDEXED, "MoE; latent attention"),
+    _exported("diffllama", "DiffLlama", "RoPE", reason="two calls of attention in each layer"),
+    _exported("hrm_text", "HRM, text", "RoPE", reason="runs through its layers again and again"),
     _exported("gptj", "GPT-J 6B", "RoPE, partial and interleaved", reason="parallel residual"),
     _exported("codegen", "CodeGen", "RoPE, partial and interleaved", reason="parallel residual"),
+    _exported("nanochat", "nanochat", "RoPE, turned the other way", reason="norms without weights after RoPE"),
+    _exported("hunyuan_v1_dense", "Hunyuan 0.5B-7B", "RoPE", reason="norms with weights after RoPE"),
+    _exported("hunyuan_v1_moe", "Hunyuan A13B", "RoPE", reason="MoE; norms with weights after RoPE"),
+    _exported("ministral3", "Ministral 3", "RoPE, YaRN; queries scaled by in-cache position", SLIDING),
+    _exported(
+        "llama4_text",
+        "Llama 4, text",
+        "RoPE of complex numbers; none and queries scaled by in-cache position in every fourth layer",
+        reason="MoE; S + W at most attention_chunk_size",
+    ),
+    _exported("granite_swa", "Granite, sliding", "RoPE, or none, with a base for each layer", "sliding + full"),
+    _exported("granitemoe_swa", "Granite MoE, sliding", "RoPE, or none, with a base for each layer", "sliding + full"),
+    _exported("moshi", "Moshi, its text model", "RoPE, an embedding in each layer"),
     _exported("bloom", "BLOOM, BLOOMZ", "ALiBi"),
     _exported("mpt", "MPT", "ALiBi", reason="clipped queries, keys and values"),
     _exported(
@@ -140,12 +179,68 @@ EXPORTED = (
 )
 
 _ABSOLUTE = "learns a vector for each absolute position"
+_SINES = "adds a vector of sines for each absolute position"
+_ENCODER = "is an encoder, or a decoder with a vector for each absolute position"
+
+
+def _refused(names: str, reason: str, positions: str, layers: str = "full") -> tuple[Family, ...]:
+    """Families by transformers' names, in a row, and what people call them."""
+    pairs = (name.split("=") for name in names.split("; "))
+    return tuple(Family(name, example, positions, layers, False, reason) for name, example in pairs)
+
+
 REFUSED = (
-    Family("gpt2", "GPT-2", "learned absolute", "full", False, _ABSOLUTE),
-    Family("opt", "OPT", "learned absolute", "full", False, _ABSOLUTE),
-    Family("gpt_bigcode", "StarCoder", "learned absolute", "full", False, _ABSOLUTE),
-    Family("gpt_neo", "GPT-Neo", "learned absolute", "sliding + full", False, _ABSOLUTE),
-    Family("t5", "T5", "relative bias", "full", False, "is an encoder-decoder"),
+    *_refused("gpt2=GPT-2; opt=OPT; gpt_bigcode=StarCoder", _ABSOLUTE, "learned absolute"),
+    *_refused("gpt_neo=GPT-Neo", _ABSOLUTE, "learned absolute", "sliding + full"),
+    *_refused("openai-gpt=GPT; biogpt=BioGPT; git=GIT", _ABSOLUTE, "learned absolute"),
+    *_refused(
+        "ctrl=CTRL; xglm=XGLM; musicgen_decoder=MusicGen; musicgen_melody_decoder=MusicGen Melody",
+        _SINES,
+        "sinusoidal absolute",
+    ),
+    *_refused("xlm=XLM", "adds or learns a vector for each absolute position", "absolute"),
+    *_refused(
+        "inkling_text=Inkling, text; inkling2_text=Inkling 2, text",
+        "adds to each logit what a query makes of the distance",
+        "relative, by query",
+        "sliding + full",
+    ),
+    *_refused("cpmant=CPM-Ant", "has a learned bias for each distance", "relative bias"),
+    *_refused("xlnet=XLNet", "predicts tokens in permuted orders, with relative positions", "relative"),
+    *_refused("reformer=Reformer", "attends within hash buckets, with axial positions", "axial", "hashed"),
+    *_refused(
+        "deepseek_v4=DeepSeek V4",
+        "attends to compressed blocks of earlier tokens beside a sliding window",
+        "RoPE, of blocks too",
+        "sliding + compressed",
+    ),
+    *_refused("blt=BLT", "cuts text into patches of bytes by a second model", "RoPE", "patches"),
+    *_refused(
+        "bert=BERT; bert-generation=BERT Generation; big_bird=BigBird; camembert=CamemBERT; data2vec-text=Data2Vec; "
+        "electra=ELECTRA; ernie=ERNIE; megatron-bert=Megatron-BERT; rembert=RemBERT; roberta=RoBERTa; "
+        "roberta-prelayernorm=RoBERTa PreLayerNorm; roc_bert=RoCBert; xlm-roberta=XLM-RoBERTa; "
+        "xlm-roberta-xl=XLM-RoBERTa-XL; xmod=X-MOD",
+        _ENCODER,
+        "learned absolute",
+    ),
+    *_refused("roformer=RoFormer", "is an encoder", "RoPE"),
+    *_refused("t5=T5", "is an encoder-decoder", "relative bias"),
+    *_refused(
+        "bart=BART; bigbird_pegasus=BigBird-Pegasus; blenderbot=Blenderbot; blenderbot-small=Blenderbot Small; "
+        "mbart=mBART; mvp=MVP; plbart=PLBart; prophetnet=ProphetNet; trocr=TrOCR; whisper=Whisper",
+        "is an encoder-decoder, or its decoder, and learns a vector for each absolute position",
+        "learned absolute",
+    ),
+    *_refused(
+        "marian=Marian; pegasus=Pegasus",
+        "is an encoder-decoder, or its decoder, and adds a vector of sines for each absolute position",
+        "sinusoidal absolute",
+    ),
+    *_refused(
+        "gemma4_assistant=Gemma 4 assistants; gemma4_unified_assistant=Gemma 4 assistants",
+        "drafts for another model, whose keys and values it reads",
+        "RoPE",
+    ),
 )
 
 

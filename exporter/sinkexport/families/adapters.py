@@ -1,4 +1,4 @@
-"""Families whose attention does not go through transformers' attention interface, made to.
+"""Families whose attention does not go through transformers' attention interface, or not as it is, made to.
 
 An adapter puts its own `forward` in the place of that of a family's attention modules: the family's projections,
 reshapes and biases, with one call of the attention function in the place of the family's softmax.
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sinkexport.families import bloom, falcon, gpt_neox_japanese, gptj, mpt
+from sinkexport.families import bloom, doge, falcon, gpt_neox_japanese, gptj, mpt
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, None]]
 
@@ -40,6 +40,7 @@ ROTARY_NAME = "transformer.rotary_emb"
 
 ADAPTERS: Mapping[str, Adapter] = {
     "bloom": Adapter(frozenset(("BloomAttention",)), lambda _: True, bloom.attention),
+    "doge": Adapter(frozenset(("DogeAttention",)), lambda _: False, doge.attention),
     "mpt": Adapter(frozenset(("MptAttention",)), lambda _: True, mpt.attention),
     "falcon": Adapter(frozenset(("FalconAttention", "FalconFlashAttention2")), falcon.has_alibi, falcon.attention),
     "gpt_neox_japanese": Adapter(

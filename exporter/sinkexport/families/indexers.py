@@ -44,7 +44,7 @@ def find_indexers(model: Any) -> dict[str, Any]:
 
 
 def refuse_small_indexes(model: Any, capacity: int) -> None:
-    """Refuse a model whose indexers choose fewer tokens than a cache of `capacity` holds.
+    """Refuse a model whose indexers or dynamic masks choose fewer tokens than a cache of `capacity` holds.
 
     Raises: UsageError with the number.
     """
@@ -63,6 +63,17 @@ def refuse_small_indexes(model: Any, capacity: int) -> None:
         else:
             continue
         raise UsageError(problem("attention", received=received, expected=expected, fix=fix))
+    for module in model.modules():
+        kept = getattr(module, "keep_window_size", None)  # of a dynamic mask
+        if isinstance(kept, int) and kept < capacity:
+            raise UsageError(
+                problem(
+                    "attention",
+                    received=f"a dynamic mask that keeps {kept} tokens, and a cache of {capacity} (sinks and window)",
+                    expected="a cache that it keeps whole: attention is dense then",
+                    fix=f"use --window with at most {kept} tokens, less the sinks",
+                )
+            )
 
 
 def _num_tokens(indexer: Any) -> int | None:
@@ -79,7 +90,7 @@ def _num_tokens(indexer: Any) -> int | None:
 
 @contextlib.contextmanager
 def every_token_chosen(model: Any) -> Iterator[list[EveryToken]]:
-    """All indexers of `model` choose all tokens inside a context; contexts may nest. Yields: their stand-ins."""
+    """All indexers of `model` choose all tokens inside a context. Yields: their stand-ins. Contexts may nest."""
     found = find_indexers(model)
     stand_ins = {
         name: module if isinstance(module, EveryToken) else EveryToken(module.layer_idx)

@@ -56,7 +56,7 @@ def _form(module: Any) -> tuple[int, Callable[..., contextlib.AbstractContextMan
         return None
     if _has_stacks(first, "weight") and _has_stacks(second, "weight"):
         is_attention = hasattr(module, "map") and hasattr(module, "reduce")
-        return first.weight.shape[0], _replaced_attention if is_attention else _replaced_sorting
+        return module.input_linear.weight.shape[0], _replaced_attention if is_attention else _replaced_sorting
     return None
 
 

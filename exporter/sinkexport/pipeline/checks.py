@@ -10,6 +10,7 @@ from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
+from sinkexport.families.rope import ModelRotary
 from sinkexport.families.shape import AttentionShape
 from sinkexport.model.head_caches import HeadCache
 from sinkexport.sources import refuse_architecture
@@ -98,6 +99,24 @@ def check_variant(model: Any, config: ExportConfig, shape: AttentionShape) -> No
     if config.affine is not None:
         hidden_size = model.config.get_text_config().hidden_size
         config.affine.check_model(shape.num_layers, shape.num_q_heads, hidden_size, shape.recurrent)
+
+
+def check_weights_after_rotation(config: ExportConfig, rotary: ModelRotary) -> None:
+    """Queries that are weighed at their in-cache position need the portable graph, and one window for all heads.
+
+    Raises: UsageError.
+    """
+    if not rotary.norms or (config.variant.is_plain and not config.has_plugins):
+        return
+    what = f"--target {config.target}" if config.has_plugins else "a file that changes attention"
+    raise UsageError(
+        problem(
+            "rotary positions",
+            received=f"{what}, and weights of norms after the rotation ({min(rotary.norms)})",
+            expected="--target onnx, and the model's own attention",
+            fix="export it without",
+        )
+    )
 
 
 def check_tuned_sinks(config: ExportConfig, shape: AttentionShape, caches: Sequence[HeadCache]) -> None:

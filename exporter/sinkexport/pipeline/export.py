@@ -58,6 +58,7 @@ from sinkexport.pipeline.checks import (
     check_rings,
     check_tuned_sinks,
     check_variant,
+    check_weights_after_rotation,
 )
 from sinkexport.pipeline.manifest_facts import (
     attention_caches,
@@ -184,6 +185,7 @@ def _probe(model: Any, config: ExportConfig) -> _Probed:
     with static_experts(model):  # transformers' own form has demands on sizes that the graph has not
         shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
     check_variant(model, config, shape)
+    check_weights_after_rotation(config, rotary)
     probed = _Probed(shape=shape, rotary=rotary, caches=head_caches(config, config.variant, shape))
     check_rings(config, probed.rings)
     check_memory(config, probed.caches)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import collections
+from collections import defaultdict
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +12,13 @@ from sinkexport.recurrent.states import StateKey, Tokens
 
 LayerStates = dict[StateKey, torch.Tensor]
 """States [B, ..] of one layer."""
+
+
+class _NoLayer:
+    """Stands in for a layer's cache: nothing came before. indexer_position_ids: of earlier tokens (Qwen4 exp)."""
+
+    def __init__(self) -> None:
+        self.indexer_position_ids: torch.Tensor | None = None
 
 
 class StepCache:
@@ -29,10 +35,9 @@ class StepCache:
         self.after: dict[int, LayerStates] = {
             layer: {key: state.clone() for key, state in one.items()} for layer, one in states.items()
         }
-        # Qwen4 exp keeps the positions of all tokens there, for an indexer that has nothing to choose here.
-        self.layers: Mapping[int, Any] = collections.defaultdict(lambda: SimpleNamespace(indexer_position_ids=None))
         self.last_read: tuple[int, StateKey] | None = None
         self.num_reads = 0
+        self.layers: defaultdict[int, _NoLayer] = defaultdict(_NoLayer)
 
     def finish(self) -> None:
         """Undo what a step made of the convolutions' states in streams that have no token."""
@@ -65,13 +70,13 @@ class StepCache:
         """Positions are given."""
         return 0
 
-    def get_query_offset(self, *_: Any) -> int:
-        """No mask is made of it."""
-        return 0
+    def get_mask_sizes(self, num_queries: int, *_: Any) -> tuple[int, int]:
+        """Keys that a mask is for, and how many came before: softmax attention keeps its tokens elsewhere."""
+        return num_queries, 0
 
-    def get_mask_sizes(self, query_length: int, *_: Any) -> tuple[int, int]:
-        """No mask is made of them."""
-        return query_length, 0
+    def get_query_offset(self, *_: Any) -> int:
+        """Place of the first query among the keys of a mask."""
+        return 0
 
     def is_recording_past(self, _layer: int) -> bool:
         """No."""
