@@ -12,10 +12,9 @@ from tests.families.outcome import REFUSED, outcome_of
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("bart", "a table of positions, which is read at the length of the cache"),
-        ("roberta", "a table of positions"),
-        ("biogpt", "a table of positions"),
-        ("cpmant", "does not use transformers' attention interface"),
+        ("bart", "learns a vector for each absolute position"),
+        ("roberta", "a vector for each absolute position"),
+        ("cpmant", "a learned bias for each distance"),
         ("mllama", "a MllamaTextConfig, which transformers loads as no causal language model"),
     ],
 )
