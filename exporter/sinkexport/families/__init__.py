@@ -107,7 +107,7 @@ EXPORTED = (
         "Qwen4 exp, text",
         "RoPE, partial",
         "linear + full",
-        "gated delta rule; indexers where S + W is within their budget; without hashed n-grams; MoE",
+        "gated delta rule; indexers where they choose all of S + W; without hashed n-grams; MoE",
     ),
     _exported("kimi_linear", "Kimi Linear 48B-A3B", "none", "linear + full", "Kimi delta attention; latent cache; MoE"),
     _exported("bailing_hybrid", "Ling 3.0 Flash", "RoPE", "linear + full", "Kimi delta attention; latent cache; MoE"),

@@ -45,7 +45,7 @@ def recurrent_cache(model: Any) -> Any | None:
 
 
 def layers_without_attention(model: Any) -> frozenset[int]:
-    """Layers of which transformers' cache keeps no keys: they have recurrent states only, or nothing."""
+    """Layers without keys in transformers' cache: they have recurrent states only, or nothing."""
     from transformers.cache_utils import CacheLayerMixin
 
     cache = recurrent_cache(model)

@@ -1,4 +1,4 @@
-"""Mamba (arXiv:2312.00752): N numbers a channel, each of which decays by itself, a step or a chunk at a time.
+"""Mamba (arXiv:2312.00752): N numbers a channel, each with its own decay, a step or a chunk at a time.
 
 Jamba, Zamba, Mamba and Falcon Mamba share transformers' two functions for it. That for a text begins with zeros
 whatever the cache holds; here a chunk goes on from the state.

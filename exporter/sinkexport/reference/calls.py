@@ -168,7 +168,7 @@ class CallsReference:
     def _attend_first(
         self, layer: int, given: CallArguments, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any
     ) -> torch.Tensor:
-        """The first C tokens, of which the first see all before them or the model's own window."""
+        """The first C tokens. Each sees all before it, or the sliding window of its layer."""
         num_tokens = q.shape[2]
         window = given.sliding_window if mask is None else visible_window(layer, mask, num_tokens)
         views = [self._view(size, window) for size in self._variant.windows(layer, k.shape[1], self._window_size)]

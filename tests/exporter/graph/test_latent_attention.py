@@ -176,7 +176,7 @@ FORMS = {
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 4])
 def test_against_oracle(case: Case, num_tokens: int, form: str) -> None:
-    """Single tokens and chunks of which some do not count, past three wraps of the window."""
+    """Single tokens and chunks, some of them not counted, past three wraps of the window."""
     if case.kv == "int8" and form == "tensorrt-native":
         pytest.skip("this target has no INT8 window")
     run, random, oracle = FORMS[form](case, num_tokens), np.random.default_rng(1), case.oracle()

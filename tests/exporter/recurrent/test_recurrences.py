@@ -31,7 +31,7 @@ class Normal:
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 2e-6) -> None:
-    """By the norm of what is wanted."""
+    """Compare on the scale of what is wanted."""
     assert got.dtype == torch.float32
     assert float((got.double() - want).norm() / want.norm().clamp(min=1e-30)) < tolerance
 

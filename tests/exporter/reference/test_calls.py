@@ -20,7 +20,7 @@ from tests.exporter.tiny_models import COMMON, RE_ROTATED, TINY, VOCAB_SIZE, ran
 
 B = 2
 ROUNDING = 1e-5
-"""Of the logits' spread."""
+"""Share of the logits' spread."""
 
 # Their states are summed in another order over a text than over single tokens, in float32.
 RECURRENT = (
@@ -204,7 +204,7 @@ STATES = (
     "bailing_hybrid",
     "mamba",
 )
-"""Of `TINY`, with states beside attention, which must run over all tokens."""
+"""Models of `TINY` with states beside attention, which must run over all tokens."""
 
 
 def followed_model(name: str, **changes: Any) -> Any:

@@ -47,18 +47,16 @@ class Int8StepAttention(StepAttention):
 
     def _window_logits(self, q: ir.Value, window: list[ir.Value]) -> ir.Value:
         b = self.b
+        scales = [self._scales(scale) for scale in window[2 : None if self.latent_dim else 3]]
         batch, num_heads, window_size, head_dim = known_shape(window[0])
         # As the right operand keys must be turned, one byte an entry; as the left one they would be the signed one.
         turned = b.op("Transpose", [window[0]], (batch, num_heads, head_dim, window_size), perm=(0, 1, 3, 2))
         query = as_float(b, b.reshape(q, (batch, num_heads, self.group, head_dim)))
-        parts = [(query, turned, window[2])]
+        parts = [(query, turned, scales[0])]
         if self.latent_dim:  # each part of a row has its scale
             queries, keys = b.split(query, self.row_parts, 3), b.split(turned, self.row_parts, 2)
-            parts = list(zip(queries, keys, window[2:], strict=True))
-        found = [
-            b.op("Mul", [self._integer_matmul(x, b.op("Abs", [x]), keys), self._scales(scale)])
-            for x, keys, scale in parts
-        ]
+            parts = list(zip(queries, keys, scales, strict=True))
+        found = [b.op("Mul", [self._integer_matmul(x, b.op("Abs", [x]), keys), scale]) for x, keys, scale in parts]
         logits = found[0] if len(found) == 1 else b.op("Add", found)
         return b.reshape(cast(b, logits, self.q.dtype), (*self._grouped, window_size, 1))
 
