@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 OVERRIDES = json.loads(Path(__file__).with_name("overrides.json").read_text(encoding="utf-8"))
-"""Corrections by model type: ``fields`` that replace the automatic ones, arguments of the ``defaults`` that they are made
+"""Corrections by model type: ``fields`` for the automatic ones, arguments of the ``defaults`` that they are made
 from, or the reason why it is ``not_built``."""
 
 HIDDEN, HEADS, HEAD = 48, 6, 8
