@@ -1,4 +1,5 @@
-"""Parameters that a model has and its code does not read: options turned off, and indexers that choose all tokens."""
+"""Weights that a model has and its code does not read: options turned off, indexers that choose all tokens, and what
+serves images and sounds."""
 
 from __future__ import annotations
 
@@ -14,19 +15,23 @@ NUM_TOKENS = 8
 
 
 class _Readers(TorchDispatchMode):
-    """Records which tensors operators are called with."""
+    """Records which of some tensors operators are called with. known: their ids; they live as long as this does."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: frozenset[int]) -> None:
         super().__init__()
+        self._known = known
         self.read: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.read.update(id(one) for one in tree_leaves((args, kwargs)) if isinstance(one, torch.nn.Parameter))
+        self.read.update(self._known.intersection(id(one) for one in tree_leaves((args, kwargs))))
         return function(*args, **(kwargs or {}))
 
 
-def unread_parameters(model: Any) -> frozenset[str]:
-    """Names of parameters that no operator reads while the model's own code computes logits, by all their names."""
+def unread_weights(model: Any) -> frozenset[str]:
+    """Names of parameters and saved buffers that no operator reads while the model's own code computes logits.
+
+    All names of each are given.
+    """
 
     def attend(
         _module: Any, q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
@@ -34,7 +39,10 @@ def unread_parameters(model: Any) -> frozenset[str]:
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous(), None
 
     ids = torch.arange(NUM_TOKENS)[None]
-    with torch.no_grad(), intercept_attention(model, attend), _Readers() as readers:
+    saved = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers(remove_duplicate=False) if name in saved]
+    named = [*model.named_parameters(remove_duplicate=False), *buffers]
+    known = frozenset(id(tensor) for _, tensor in named)
+    with torch.no_grad(), intercept_attention(model, attend), _Readers(known) as readers:
         model(input_ids=ids, position_ids=ids, use_cache=False)
-    named = model.named_parameters(remove_duplicate=False)
-    return frozenset(name for name, parameter in named if id(parameter) not in readers.read)
+    return frozenset(name for name, tensor in named if id(tensor) not in readers.read)

@@ -28,7 +28,7 @@ from sinkexport.families.probe import probe_attention
 from sinkexport.families.refusals import refusing
 from sinkexport.families.rope import ModelRotary
 from sinkexport.families.shape import AttentionShape
-from sinkexport.families.unread import unread_parameters
+from sinkexport.families.unread import unread_weights
 from sinkexport.graph.convert import BuiltGraph, build_graph
 from sinkexport.graph.plugin_nodes import refuse_geometry, refuse_no_attention
 from sinkexport.graph.quantize.plan import Plan
@@ -148,7 +148,7 @@ def export_loaded(
                 num_q_heads=max((call.num_q_heads for call in shape.calls), default=0),
                 num_kv_heads=shape.num_kv_heads,
                 derived=written.derived,
-                unread=functools.partial(unread_parameters, model),
+                unread=functools.partial(unread_weights, model),
             )
         tokenizer_facts = write_tokenizer(loaded.tokenizer, stage)
         report("hash", 0, 1)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from sinkexport.families.indexers import EveryToken, every_token_chosen, find_indexers, refuse_small_indexes
-from sinkexport.families.unread import unread_parameters
+from sinkexport.families.unread import unread_weights
 
 from tests.exporter.tiny_models import tiny_model
 from tests.support import refused
@@ -65,9 +65,16 @@ def test_contexts_nest_and_leave_the_model_as_it_was() -> None:
 def test_parameters_that_nothing_reads() -> None:
     model = tiny_model("minimax_m3_vl_text")
     indexers = tuple(f"{name}." for name in find_indexers(model))
-    unread = unread_parameters(model)
+    unread = unread_weights(model)
     assert unread
     assert unread == {name for name, _ in model.named_parameters() if name.startswith(indexers)}
-    unread = unread_parameters(tiny_model("gemma3n_text"))  # without the scales that its configuration turns off
+    unread = unread_weights(tiny_model("gemma3n_text"))  # without the scales that its configuration turns off
     assert {name.rpartition(".")[2] for name in unread} == {"correct_output_scale"}
-    assert not unread_parameters(tiny_model("llama"))
+    assert not unread_weights(tiny_model("llama"))
+
+
+def test_a_buffer_that_nothing_reads() -> None:
+    model = tiny_model("llama")
+    model.register_buffer("scale_of_images", torch.ones(3))
+    model.model.register_buffer("scratch", torch.ones(3), persistent=False)
+    assert unread_weights(model) == {"scale_of_images"}
