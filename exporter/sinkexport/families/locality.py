@@ -42,7 +42,8 @@ Tensors = dict[str, torch.Tensor]
 def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
     """Refuse a model whose token depends on others but by attention and by the states of known recurrent layers.
 
-    Others are those before it and those of other streams of a batch. Nor may anything but rotation and queries depend on where a token stands.
+    Others are those before it and those of other streams of a batch. Nor may anything but rotation and queries depend
+    on where a token stands.
 
     Raises: UsageError.
     """

@@ -19,7 +19,7 @@ MANY_TOKENS = 64
 
 
 def many_tokens(model: Any, rotary: ModelRotary) -> tuple[Replacements, int]:
-    """Rotary embeddings that turn nothing, and the number of their tokens: `MANY_TOKENS`, if the model knows as many."""
+    """Rotary embeddings that turn nothing and their number of tokens: `MANY_TOKENS`, or what the model has."""
     num_tokens = min(MANY_TOKENS, int(model.config.get_text_config().vocab_size))
     return identity_rotary(rotary, 1, num_tokens, next(model.parameters()).dtype), num_tokens
 
