@@ -30,6 +30,9 @@ NUM_BEFORE = 16
 FAR = 2**20
 """A position that no factor of position overlooks: some change at every 8,192nd token only."""
 
+OTHER_ORDER = 8.0
+"""How much more rounding may explain where whole layers add in another order."""
+
 QUERIES = "queries"
 
 OPTIONS = ("scaling", "softcap", "s_aux")
@@ -183,7 +186,7 @@ def _changed_in_calls(model: Any, rotary: ModelRotary, ids: list[int], shapes: R
 def _changed_by_rules(model: Any, rotary: ModelRotary, ids: list[int], shapes: RecurrentShapes) -> str | None:
     """Name of what the rules change of the last token, beside the model's own recurrent layers; None: nothing."""
     own = _last_token(model, rotary, ids, 0, are_alone=False)
-    return _changed(own, _by_rules(model, rotary, ids, 0, _begin(shapes))[0], model)
+    return _changed(own, _by_rules(model, rotary, ids, 0, _begin(shapes))[0], model, OTHER_ORDER)
 
 
 def _begin(shapes: RecurrentShapes) -> dict[int, LayerStates]:
@@ -277,10 +280,10 @@ def _recurrent_layers(
     return each_token_alone(model) if are_alone else contextlib.nullcontext()
 
 
-def _changed(first: Tensors, second: Tensors, model: Any) -> str | None:
-    """The first of these that differs by more than rounding; None: none does."""
+def _changed(first: Tensors, second: Tensors, model: Any, slack: float = 1.0) -> str | None:
+    """The first of these that differs by more than `slack` times what rounding explains; None: none does."""
     dtype = next(model.parameters()).dtype
-    share = max(1e-4, 16 * torch.finfo(dtype).eps)
+    share = slack * max(1e-4, 16 * torch.finfo(dtype).eps)
     for name, wanted in first.items():
         if not bool(wanted.isfinite().all()):
             continue  # whoever computes with the model refuses it: nothing can be compared here
