@@ -69,7 +69,9 @@ def all_families() -> str:
 
 def _reason(text: str, family: str) -> str:
     """A refusal as the table shows it: without names of families and classes, so that equal ones share a row."""
-    named = re.sub(r"\b\w+(?:ForCausalLM|ForConditionalGeneration|LMHead\w*|Decoder|TextConfig)(?=,)", "a class", text)
+    named = re.sub(
+        r"\b(?:an? )?\w+(?:ForCausalLM|ForConditionalGeneration|LMHead\w*|Decoder|TextConfig)(?=,)", "a class", text
+    )
     return (
         re.sub(rf" '{family}'|(?<=received ){family}(?=,)", "", named)
         .replace("received ,", "received a model,")

@@ -55,6 +55,17 @@ def as_json(folder: Path) -> Any:
     return json.loads(inspected(str(folder), "--json"))
 
 
+@pytest.mark.parametrize(
+    ("name", "heads"), [("rwkv", "no attention"), ("mamba2", "no attention"), ("lfm2", "6 query heads")]
+)
+def test_recurrent_layers_are_called_so(name: str, heads: str, tmp_path: Path) -> None:
+    tiny_model(name).save_pretrained(tmp_path / "model")
+    out = inspected(str(tmp_path / "model"))
+    assert f" x {heads}" in out
+    assert "layers: recurrent" in out or name == "lfm2"
+    assert "full attention" not in out or name == "lfm2"
+
+
 def test_a_folder(tmp_path: Path) -> None:
     folder = folder_of("llama-yarn", tmp_path / "model")
     before = sorted(path.name for path in folder.iterdir())
@@ -352,5 +363,5 @@ def test_heads_that_differ_by_layer_are_no_fault(tmp_path: Path) -> None:
     for name, config in (("gemma4", Gemma4TextConfig(**layers, num_hidden_layers=2)), ("rwkv", RwkvConfig())):
         config.save_pretrained(tmp_path / name)
         done = run_cli("inspect", tmp_path / name)
-        assert "heads as each layer has them, or none" in done.out
+        assert {"gemma4": "heads as each layer has them, or none", "rwkv": "no attention"}[name] in done.out
         assert "refused (config)" not in done.out

@@ -23,6 +23,9 @@ from sinkexport.sources import (
     refuse_architecture,
 )
 
+RECURRENT = "recurrent"
+"""Kind of layers that have states of fixed size instead of attention."""
+
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "token_embd.weight")
 """Endings of names of embedding tables."""
 Facts = dict[str, Any]
@@ -171,14 +174,17 @@ def position_facts(config: Any) -> Facts:
 
 
 def window_facts(config: Any) -> list[Facts]:
-    """Count the layers by how far back they see. window: tokens; None: all."""
+    """Count the layers by how far back they see. window: tokens; None: all.
+
+    A configuration that has no heads of attention is that of a model of recurrent layers.
+    """
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or ()
     window = getattr(text, "sliding_window", None)
     if not kinds:
         return [
             {
-                "kind": "sliding_attention" if window else "full_attention",
+                "kind": _only_kind(text),
                 "window": window or None,
                 "layers": getattr(text, "num_hidden_layers", None),
             }
@@ -188,6 +194,13 @@ def window_facts(config: Any) -> list[Facts]:
         {"kind": kind, "window": window if kind == "sliding_attention" else None, "layers": count}
         for kind, count in counts.items()
     ]
+
+
+def _only_kind(text: Any) -> str:
+    """Kind of all layers of a configuration that names none."""
+    if getattr(text, "num_attention_heads", None) is None:
+        return RECURRENT
+    return "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
 
 
 def tensor_facts(tensors: tuple[Tensor, ...]) -> Facts:

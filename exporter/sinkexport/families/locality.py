@@ -24,22 +24,29 @@ from sinkexport.recurrent.registry import RecurrentStates, each_token_alone
 from sinkexport.recurrent.states import RecurrentShapes, Tokens
 from sinkexport.recurrent.step_cache import LayerStates
 
-NUM_BEFORE = 5
-"""Tokens before the one that is looked at."""
+NUM_BEFORE = 16
+"""Tokens before the one that is looked at: what drops tokens once there are many, as experts that are full, shows."""
 
 FAR = 2**20
 """A position that no factor of position overlooks: some change at every 8,192nd token only."""
 
+OTHER_ORDER = 8.0
+"""How much more rounding may explain where whole layers add in another order."""
+
 QUERIES = "queries"
 
+OPTIONS = ("scaling", "softcap", "s_aux")
+"""Arguments of an attention function that may be numbers or depend on weights, and on no token."""
+
 Tensors = dict[str, torch.Tensor]
-"""Queries, keys and values of each layer, and the logits, of the last token, by name."""
+"""Queries, keys, values and options of each attention call, and the logits, of the last token, by name."""
 
 
 def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
     """Refuse a model whose token depends on others but by attention and by the states of known recurrent layers.
 
-    Nor may anything but rotation and queries depend on where a token stands.
+    Others are those before it and those of other streams of a batch. Nor may anything but rotation and queries depend
+    on where a token stands.
 
     Raises: UsageError.
     """
@@ -71,11 +78,21 @@ def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
         changed = changed or _changed_alone(model, rotary, first, x)
     if shapes := recurrent_shapes(model, cache):
         changed = changed or _changed_in_calls(model, rotary, texts[0], shapes)
-    if changed:
+        if not changed and (other := _changed_by_rules(model, rotary, texts[0], shapes)):
+            raise UsageError(
+                problem(
+                    "recurrent states",
+                    received=f"layers that do not follow the rule of their class: it changes {other}",
+                    expected="layers as transformers has them",
+                    fix="this model cannot be exported exactly",
+                )
+            )
+    if beside := changed or _changed(first, _last_token(model, rotary, texts[0], 0, beside=texts[1][::-1]), model):
+        who = "earlier tokens" if changed else "other streams of a batch"
         raise UsageError(
             problem(
                 "model",
-                received=f"a state beside attention: earlier tokens change {changed}",
+                received=f"a state beside attention: {who} change {beside}",
                 expected="softmax attention, and recurrent layers of known rules",
                 fix="this model cannot be exported exactly",
             )
@@ -160,21 +177,35 @@ def _changed_in_calls(model: Any, rotary: ModelRotary, ids: list[int], shapes: R
 
     Recurrent layers follow their rules, and their states are all that the first call leaves to the second.
     """
+    begin = _begin(shapes)
+    whole, _ = _by_rules(model, rotary, ids, 0, begin)
+    _, kept = _by_rules(model, rotary, ids[:-1], 0, begin)
+    return _changed(whole, _by_rules(model, rotary, ids[-1:], len(ids) - 1, kept)[0], model)
 
-    def run(ids: list[int], start: int, states: Mapping[int, LayerStates]) -> tuple[Tensors, Mapping[int, LayerStates]]:
-        num_valid = None if len(ids) == 1 else torch.tensor([len(ids)])
-        is_token = torch.ones(1, len(ids), dtype=torch.bool)
-        recurrent = RecurrentStates(model, states, Tokens(is_token, num_valid, torch.tensor([start])))
-        with torch.no_grad():
-            return _last_token(model, rotary, ids, start, recurrent=recurrent), recurrent.after()
 
-    begin = {
+def _changed_by_rules(model: Any, rotary: ModelRotary, ids: list[int], shapes: RecurrentShapes) -> str | None:
+    """Name of what the rules change of the last token, beside the model's own recurrent layers; None: nothing."""
+    own = _last_token(model, rotary, ids, 0, are_alone=False)
+    return _changed(own, _by_rules(model, rotary, ids, 0, _begin(shapes))[0], model, OTHER_ORDER)
+
+
+def _begin(shapes: RecurrentShapes) -> dict[int, LayerStates]:
+    """States [1, ..] of a stream that begins."""
+    return {
         layer: {key: torch.zeros(1, *state.shape, dtype=state.dtype) for key, state in states.items()}
         for layer, states in shapes.items()
     }
-    whole, _ = run(ids, 0, begin)
-    _, kept = run(ids[:-1], 0, begin)
-    return _changed(whole, run(ids[-1:], len(ids) - 1, kept)[0], model)
+
+
+def _by_rules(
+    model: Any, rotary: ModelRotary, ids: list[int], start: int, states: Mapping[int, LayerStates]
+) -> tuple[Tensors, Mapping[int, LayerStates]]:
+    """Tensors of the last of these tokens, whose first stands at `start`, and the states after it."""
+    num_valid = None if len(ids) == 1 else torch.tensor([len(ids)])
+    is_token = torch.ones(1, len(ids), dtype=torch.bool)
+    recurrent = RecurrentStates(model, states, Tokens(is_token, num_valid, torch.tensor([start])))
+    with torch.no_grad():
+        return _last_token(model, rotary, ids, start, recurrent=recurrent), recurrent.after()
 
 
 def _other_states(cache: Any) -> list[int]:
@@ -199,45 +230,60 @@ def _last_token(
     position: int,
     cache: Any | None = None,
     recurrent: RecurrentStates | None = None,
+    beside: list[int] | None = None,
+    *,
+    are_alone: bool = True,
 ) -> Tensors:
     """Tensors of the last of these tokens, the first standing at `position`.
 
-    Recurrent layers go on from `cache` as transformers computes them, or by their rules from `recurrent`.
+    Recurrent layers go on from `cache` as transformers computes them, or by their rules from `recurrent`. beside: as
+    many tokens of another stream. are_alone: modules with a rule of their own see each token as a stream of its own.
     """
     found: Tensors = {}
 
     def attend(
-        module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
+        module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **others: Any
     ) -> tuple[torch.Tensor, None]:
-        layer = layer_of(module)
-        found.update(
-            {f"{name} of layer {layer}": x[0, :, -1].double() for name, x in ((QUERIES, q), ("keys", k), ("values", v))}
-        )
+        seen = {name: x[0, :, -1] for name, x in ((QUERIES, q), ("keys", k), ("values", v))}
+        seen |= {f"'{name}'": torch.as_tensor(others[name]) for name in OPTIONS if others.get(name) is not None}
+        where = f"layer {layer_of(module)}"
+        if f"{QUERIES} of {where}" in found:
+            where += f", call {len(found)}"  # a layer may have several
+        found.update({f"{name} of {where}": x.detach().double() for name, x in seen.items()})
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous(), None
 
     dtype = next(model.parameters()).dtype
-    tokens = torch.tensor([ids])
-    positions = position + torch.arange(len(ids))[None]
+    tokens = torch.tensor([ids] if beside is None else [ids, beside])
+    positions = (position + torch.arange(len(ids))).expand(tokens.shape)
     if recurrent is not None:
         cache = recurrent.cache
-    elif cache is None:
+    elif cache is None and are_alone:  # else transformers' own pass over a text, which needs none
         cache = recurrent_cache(model)
     with (
         torch.no_grad(),
         random_embeddings(model, 2 * NUM_BEFORE + 1),
         intercept_attention(model, attend),
-        replaced_rotary(model, identity_rotary(rotary, 1, len(ids), dtype)),
-        each_token_alone(model) if recurrent is None else recurrent.in_place(),
+        replaced_rotary(model, identity_rotary(rotary, len(tokens), len(ids), dtype)),
+        _recurrent_layers(model, recurrent, are_alone=are_alone),
     ):
-        output = model(input_ids=tokens, position_ids=positions, use_cache=False, **with_cache(model, cache))
+        given = with_cache(model, cache) if cache is not None else {}
+        output = model(input_ids=tokens, position_ids=positions, use_cache=False, **given)
     found["logits"] = output.logits[0, -1:].double()
     return found
 
 
-def _changed(first: Tensors, second: Tensors, model: Any) -> str | None:
-    """The first of these that differs by more than rounding; None: none does."""
+def _recurrent_layers(
+    model: Any, recurrent: RecurrentStates | None, *, are_alone: bool
+) -> contextlib.AbstractContextManager[None]:
+    if recurrent is not None:
+        return recurrent.in_place()
+    return each_token_alone(model) if are_alone else contextlib.nullcontext()
+
+
+def _changed(first: Tensors, second: Tensors, model: Any, slack: float = 1.0) -> str | None:
+    """The first of these that differs by more than `slack` times what rounding explains; None: none does."""
     dtype = next(model.parameters()).dtype
-    share = max(1e-4, 16 * torch.finfo(dtype).eps)
+    share = slack * max(1e-4, 16 * torch.finfo(dtype).eps)
     for name, wanted in first.items():
         if not bool(wanted.isfinite().all()):
             continue  # whoever computes with the model refuses it: nothing can be compared here

@@ -42,6 +42,7 @@ from sinkexport.families.rope import (
     table_names,
 )
 from sinkexport.families.shape import AttentionCall, AttentionShape
+from sinkexport.families.shared_keys import many_tokens, shared_keys
 from sinkexport.families.weights_after import WEIGHT, norms_of_calls, without_weights
 from sinkexport.recurrent.registry import each_token_alone, refuse_unknown
 
@@ -81,13 +82,16 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
         if [one.place for one in plain.seen] != [one.place for one in turned.seen]:
             raise _refused("other calls of attention in each run", "the same in every run")
         if plain.may_have_latents:
-            latents = find_latents(model, identity, NUM_TOKENS, recurrent_cache(model))
+            latents = find_latents(model, *many_tokens(model, still), recurrent_cache(model))
             plain, turned = plain.with_latents(latents), turned.with_latents(latents)
         calls = _layouts(model, plain, turned, still, angles)
         # Of logits that are not finite nothing can be said here: whoever computes with the model refuses them.
         if bool(plain.logits.isfinite().all()) and not is_close(turned.logits, plain.logits, dtype):
             raise refused_rotary("a use of cos and sin outside attention", "queries and keys alone")
-        shape = AttentionShape(num_layers, _calls(plain, turned), recurrent_shapes(model, cache))
+        shared = _shared(plain) & _shared(turned)
+        if shared:
+            shared &= shared_keys(model, *many_tokens(model, still), recurrent_cache(model))
+        shape = AttentionShape(num_layers, _calls(plain, shared), recurrent_shapes(model, cache))
         masks.check(
             [(one.layer, one.mask, one.sliding_window) for one in plain.seen],
             capacity,
@@ -326,15 +330,16 @@ def _check_shapes(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
         )
 
 
-def _calls(plain: _Run, turned: _Run) -> tuple[AttentionCall, ...]:
-    """Sizes of each call, and which calls read the keys and values of an earlier one."""
+def _shared(run: _Run) -> set[tuple[int, int]]:
+    """Pairs (call, earlier call) that have the same keys and values."""
+    return {(i, j) for i, one in enumerate(run.seen) for j in range(i) if one.has_keys_of(run.seen[j])}
+
+
+def _calls(plain: _Run, shared: set[tuple[int, int]]) -> tuple[AttentionCall, ...]:
+    """Sizes of each call, and which calls read the keys and values of an earlier one: of the pairs `shared`."""
     calls: list[AttentionCall] = []
     for i, one in enumerate(plain.seen):
-        same = (
-            j
-            for j, earlier in enumerate(plain.seen[:i])
-            if one.has_keys_of(earlier) and turned.seen[i].has_keys_of(turned.seen[j])
-        )
+        same = (j for j in range(i) if (i, j) in shared)
         shares = next((j for j in same if calls[j].sliding_window == one.sliding_window), None)
         if one.alibi_slopes != plain.seen[0].alibi_slopes:
             raise _refused(f"other ALiBi slopes in layer {one.layer} than in layer 0", "the same in all layers")

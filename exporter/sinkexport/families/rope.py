@@ -67,6 +67,10 @@ class RotaryTable:
         return self.scaling == other.scaling and torch.equal(self.frequency, other.frequency)
 
 
+HIDDEN = torch.tensor([1.5, -0.25, 4.0, -3.0])[None, :, None]
+"""Hidden states [1, 4, 1] of no model: a rotary embedding may read their type."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelRotary:
     """All that positions do in a model.
@@ -238,7 +242,7 @@ def probe_table(original: torch.nn.Module, module: str, layer_type: str, capacit
     """One set of frequencies of the rotary embedding called `module`.
 
     Raises: UsageError if cos and sin are not those of the frequencies, at the first positions and at the last in-cache
-        one.
+        one; if hidden states change them.
     """
     rotary = copy.deepcopy(original)  # it changes its frequencies by the positions that it is asked for
     prefix, named = (f"{layer_type}_", {"layer_type": layer_type}) if layer_type else ("", {})
@@ -247,6 +251,10 @@ def probe_table(original: torch.nn.Module, module: str, layer_type: str, capacit
     with torch.no_grad():
         rotary(torch.zeros(1, 1, 1), positions[:, :1], **named)  # forget a longer text that came before
         handed = rotary(torch.zeros(1, 4, 1), positions, **named)
+        again = rotary(HIDDEN.clone(), positions, **named)
+    pairs = zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (handed, again)), strict=True)
+    if not all(torch.equal(one, other) for one, other in pairs):
+        raise refused_rotary("cos and sin that hidden states change", "those of positions alone")
     is_complex = isinstance(handed, torch.Tensor) and handed.is_complex()
     cos, sin = (x.double() for x in ((handed.real, handed.imag) if is_complex else handed))
     inv_freq = rotary.get_buffer(f"{prefix}inv_freq").double()  # [R/2], radians a token

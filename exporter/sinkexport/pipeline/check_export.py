@@ -215,7 +215,7 @@ class _Check:
         return True
 
     def _random_states(self, sizes: dict[int, tuple[float, float]]) -> dict[str, np.ndarray]:
-        """States of one stream by input name; those of linear attention as they begin."""
+        """States of one stream by input name; those of recurrent layers as they begin."""
         random, states = np.random.default_rng(1), {}
         for state in self._manifest.states:
             shape, size = state.shape[1:], sizes[state.layer]["_v" in state.kind] if state.layer in sizes else 0.0

@@ -103,5 +103,5 @@ def head_windows_of(manifest: Manifest) -> HeadWindows | None:
     by_head = {(group.layer, head): group.window_size for group in manifest.head_windows for head in group.kv_heads}
     return tuple(
         tuple(by_head.get((layer, head), manifest.stream.window_size) for head in range(facts.num_kv_heads))
-        for layer in range(facts.num_layers)  # without entry: no cache, but linear attention
+        for layer in range(facts.num_layers)  # without entry: no cache, but recurrent states
     )

@@ -11,7 +11,7 @@ import click
 from rich.text import Text
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.analysis.model_report import ModelReport, inspect_model
+from sinkexport.analysis.model_report import RECURRENT, ModelReport, inspect_model
 from sinkexport.util.console import facts_table, listed, table_console
 
 Facts = Mapping[str, Any]
@@ -81,13 +81,13 @@ def _rows(report: ModelReport) -> list[tuple[str, str]]:
     facts = report.facts
     return [
         ("model", f"{facts['name']} ({facts['format']})"),
-        *_model(facts["model"]),
+        *_model(facts["model"], _kinds(facts)),
         *_tensors(facts["tensors"]),
         *_positions(facts["positions"]),
         *(
             (
                 "windows",
-                f"{row['layers']} layers: {row['kind'].replace('_', ' ')}"
+                f"{row['layers']} layers: {_words(row['kind'])}"
                 + (f", {row['window']:,} tokens" if row["window"] else ""),
             )
             for row in facts["windows"] or ()
@@ -98,15 +98,26 @@ def _rows(report: ModelReport) -> list[tuple[str, str]]:
     ]
 
 
-def _model(facts: Facts | None) -> list[tuple[str, str]]:
+def _kinds(facts: Facts) -> set[str]:
+    """Kinds of layers."""
+    return {_words(row["kind"]) for row in facts["windows"] or ()}
+
+
+def _words(kind: str) -> str:
+    """Kind of layers in our words: transformers calls all recurrent ones linear attention."""
+    return RECURRENT if kind == "linear_attention" else kind.replace("_", " ")
+
+
+def _model(facts: Facts | None, kinds: set[str]) -> list[tuple[str, str]]:
     if facts is None:
         return []
+    heads = "no attention" if kinds == {RECURRENT} else _heads(facts)
     positions = f", trained for {facts['max_positions']:,} positions" if facts["max_positions"] else ""
     return [
         ("family", f"{facts['family']} ({facts['architecture'] or 'architecture not named'})"),
         (
             "layers",
-            f"{facts['num_layers']} x {_heads(facts)}; hidden size {facts['hidden_size']}",
+            f"{facts['num_layers']} x {heads}; hidden size {facts['hidden_size']}",
         ),
         ("vocabulary", f"{facts['vocab_size']} tokens{positions}"),
     ]
