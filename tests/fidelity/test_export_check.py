@@ -222,3 +222,13 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
         export_model(model, tmp_path / "out", num_sink_tokens=S, window_size=W)
         assert torch.equal(model(ids).logits, want)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_experts_that_an_int8_window_chooses_otherwise_are_no_fault(tmp_path: Path) -> None:
+    """Rounded keys change what a router chooses at one position of these, and its logits by more than their spread."""
+    sizes = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 32}
+    common = {name: value for name, value in COMMON.items() if name not in ("intermediate_size", "num_hidden_layers")}
+    sizes = {**common, **sizes, **experts, "num_key_value_heads": 6, "num_layers": 2, "head_dim": 8}
+    model = random_model(transformers.LongcatFlashConfig(**sizes, ffn_hidden_size=64))
+    export_model(model, tmp_path / "bundle", num_sink_tokens=2, window_size=16, chunk_size=4, kv="int8")

@@ -24,7 +24,18 @@ def check_model(model: Any, config: ExportConfig) -> None:
     """
     refuse_architecture(model.config)
     wanted = getattr(torch, WEIGHT_DTYPES[config.dtype])
+    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    kept |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
     for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float32 != wanted and kept & set(name.split(".")):
+            raise UsageError(
+                problem(
+                    f"--dtype {config.dtype}",
+                    received=f"'{name}', which this family keeps in float32",
+                    expected="weights of one type",
+                    fix="use --dtype fp32",
+                )
+            )
         if parameter.dtype != wanted:
             raise UsageError(
                 problem(

@@ -13,8 +13,9 @@ from sinkexport.recurrent.states import StateKey
 
 
 def _shapes(block: Any) -> dict[StateKey, tuple[int, ...]]:
-    width = block.conv_1d.in_channels
-    return {("conv", 0): (width, block.conv_1d.kernel_size[0] - 1), ("recurrent", 0): (width,)}
+    width, num_kept = block.conv_1d.in_channels, block.conv_1d.kernel_size[0] - 1
+    conv: dict[StateKey, tuple[int, ...]] = {("conv", 0): (width, num_kept)} if num_kept else {}
+    return conv | {("recurrent", 0): (width,)}
 
 
 def _forward(block: Any, states: TokenStates, inputs: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
@@ -33,7 +34,9 @@ def _forward(block: Any, states: TokenStates, inputs: torch.Tensor, *_: Any, **_
         return h.to(hidden_states.dtype), None
 
     branch = block.act_fn(block.linear_y(inputs))
-    seen = states.window(block.linear_x(inputs).transpose(1, 2))  # [B, N, K + T]
+    seen = block.linear_x(inputs).transpose(1, 2)  # [B, N, T]
+    if ("conv", 0) in states.states:  # one of a single tap keeps nothing
+        seen = states.window(seen)  # [B, N, K + T]
     conv = block.conv_1d
     mixed = torch.nn.functional.conv1d(seen, conv.weight, conv.bias, groups=conv.groups).transpose(1, 2)
     with mock.patch.object(block.rg_lru, "_rnn_scan", scan), mock.patch.object(block.rg_lru, "recurrent_states", None):

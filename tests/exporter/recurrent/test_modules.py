@@ -27,8 +27,10 @@ from tests.exporter.tiny_models import random_model, tiny_model
 WIDTH, NUM_TOKENS = 24, 21
 
 
-def make_rg_lru() -> tuple[Any, Callable[..., Any]]:
-    config = transformers.RecurrentGemmaConfig(hidden_size=WIDTH, lru_width=30, num_attention_heads=3, conv1d_width=4)
+def make_rg_lru(*, taps: int = 4) -> tuple[Any, Callable[..., Any]]:
+    config = transformers.RecurrentGemmaConfig(
+        hidden_size=WIDTH, lru_width=30, num_attention_heads=3, conv1d_width=taps
+    )
     block = RecurrentGemmaRecurrentBlock(config, 0)
     return block, lambda x: block(x, torch.arange(x.shape[1])[None], None, use_cache=False)[0]
 
@@ -77,6 +79,7 @@ def make_zaya(*, bias: bool = True) -> tuple[Any, Callable[..., Any]]:
 
 CASES = {
     "rg_lru": (make_rg_lru, rg_lru.RULES),
+    "rg_lru without convolution": (lambda: make_rg_lru(taps=1), rg_lru.RULES),
     "lightning": (make_lightning, lightning.RULES),
     "rwkv attention": (make_rwkv_attention, rwkv.RULES),
     "rwkv feed-forward": (make_rwkv_feed_forward, rwkv.RULES),

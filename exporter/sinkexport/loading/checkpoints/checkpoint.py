@@ -16,6 +16,7 @@ from sinkexport.loading.checkpoints.loading_report import (
 )
 from sinkexport.loading.checkpoints.padding_rows import restore_padding_rows
 from sinkexport.loading.checkpoints.remote_code import code_note
+from sinkexport.loading.checkpoints.rescaled_layers import keep_saved_weights
 from sinkexport.loading.checkpoints.weight_files import WeightFiles, read_json, read_weight_files
 from sinkexport.loading.tokenizers.tokenizer_files import TokenizerFiles
 
@@ -78,6 +79,7 @@ def load_checkpoint(origin: Origin, config: Any, dtype: torch.dtype) -> Any:
     files = files or _weights(weights_folder(origin), config)
     refuse_incomplete(model, info, files.tensors)
     restore_padding_rows(model, files.tensors)
+    keep_saved_weights(model)
     _say_if_untied(model, config)
     return model
 
