@@ -14,7 +14,7 @@ from sinkexport.pipeline.export import export_loaded
 from sinkexport.sources import load_model
 from sinkrt.errors import UsageError
 
-from tests.exporter.tiny_models import COMMON
+from tests.exporter.tiny_models import COMMON, tiny_model
 from tests.support import refused
 
 CONFIG = ExportConfig(num_sink_tokens=2, window_size=9, chunk_size=3)
@@ -85,3 +85,10 @@ def test_the_padding_row_is_the_files(tmp_path: Path) -> None:
     loaded = load_model(str(tmp_path / "model"))
     assert bool((loaded.model.model.embed_tokens.weight[0] == 0.5).all())
     export_loaded(loaded, tmp_path / "bundle", CONFIG)
+
+
+def test_a_buffer_that_is_computed_of_the_configuration(tmp_path: Path) -> None:
+    """Falcon-H1's multipliers of a projection's parts, one for each output, are in no file."""
+    model = tiny_model("falcon_h1", ssm_multipliers=[1.1, 0.9, 1.2, 0.8, 1.3])
+    model.save_pretrained(tmp_path / "model")
+    export_loaded(load_model(str(tmp_path / "model")), tmp_path / "bundle", CONFIG)
