@@ -15,7 +15,7 @@ from sinkexport.families.rope import ModelRotary, Replacements, identity_rotary,
 from sinkexport.recurrent.registry import each_token_alone
 
 MANY_TOKENS = 64
-"""Tokens of which all must show what lets a cache be left out: keys of an earlier call, or made of a latent."""
+"""Tokens that must all show what lets a cache be left out: keys of an earlier call, or made of a latent."""
 
 
 def many_tokens(model: Any, rotary: ModelRotary) -> tuple[Replacements, int]:

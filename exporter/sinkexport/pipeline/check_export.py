@@ -7,7 +7,7 @@ Otherwise both start from caches filled with random rows, as if the stream had r
 models: with others the streaming is done for as many tokens as a second allows.
 
 A bundle whose window alone is INT8 has nearly the model's logits. One with quantised weights or inputs cannot have
-them, nor one of experts, of which rounding makes tokens choose others: there it is their correlation that counts.
+them, nor one of experts, where rounding makes tokens choose others: there it is their correlation that counts.
 Rounding leaves correlations near 0.9 in real models, a layer that is wrong or missing leaves little. A recipe that is
 merely worse than its thresholds is not caught: `verify` with a text does that.
 """
