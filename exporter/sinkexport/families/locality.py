@@ -16,7 +16,7 @@ import torch
 from sinkrt.contract import RECURRENT_KINDS
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.families.interface import intercept_attention, layer_of, random_embeddings
+from sinkexport.families.interface import intercept_attention, layer_of, own_values, random_embeddings
 from sinkexport.families.query_scale import LongCache, measured_scales
 from sinkexport.families.recurrent import cached_states, recurrent_cache, recurrent_shapes, with_cache
 from sinkexport.families.rope import ModelRotary, identity_rotary, replaced_rotary
@@ -250,7 +250,7 @@ def _last_token(
         if f"{QUERIES} of {where}" in found:
             where += f", call {len(found)}"  # a layer may have several
         found.update({f"{name} of {where}": x.detach().double() for name, x in seen.items()})
-        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous(), None
+        return own_values(q, v), None
 
     dtype = next(model.parameters()).dtype
     tokens = torch.tensor([ids] if beside is None else [ids, beside])

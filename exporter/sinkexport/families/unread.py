@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sinkexport.families.interface import intercept_attention
+from sinkexport.families.interface import intercept_attention, own_values
 
 NUM_TOKENS = 8
 
@@ -36,7 +36,7 @@ def unread_weights(model: Any) -> frozenset[str]:
     def attend(
         _module: Any, q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, None]:
-        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous(), None
+        return own_values(q, v), None
 
     ids = torch.arange(NUM_TOKENS)[None]
     saved = model.state_dict().keys()

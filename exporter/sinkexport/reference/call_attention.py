@@ -89,11 +89,6 @@ def attended(
     return (weights @ v).transpose(1, 2)
 
 
-def own_values(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """An attention in which each token sees itself alone: [B, T, Hq, Dv]."""
-    return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous()
-
-
 def causal_masks(*, batch_size: int, **arguments: Any) -> torch.Tensor:
     """transformers' mask interface: additive, [B, 1, n, n], the same for all rows of texts without padding."""
     from transformers.masking_utils import eager_mask

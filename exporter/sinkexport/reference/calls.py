@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.families.interface import intercept_attention, layer_of, random_embeddings
+from sinkexport.families.interface import intercept_attention, layer_of, own_values, random_embeddings
 from sinkexport.reference.call_attention import (
     CallArguments,
     View,
@@ -30,7 +30,6 @@ from sinkexport.reference.call_attention import (
     call_arguments,
     causal_masks,
     check_visible,
-    own_values,
     visible_window,
     with_indices,
 )

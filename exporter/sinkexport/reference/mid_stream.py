@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sinkexport.families.interface import intercept_attention, layer_of
+from sinkexport.families.interface import intercept_attention, layer_of, own_values
 from sinkexport.reference.own_attention import plain_attention
 from sinkexport.reference.streaming import StreamingReference
 
@@ -31,7 +31,7 @@ def typical_sizes(model: Any, ids: torch.Tensor) -> dict[int, tuple[float, float
     ) -> tuple[torch.Tensor, None]:
         k_size, v_size = (float(x.double().square().mean().sqrt()) for x in (k, v))
         sizes[layer_of(module)] = (k_size, v_size)
-        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2), None
+        return own_values(q, v), None
 
     with torch.no_grad(), intercept_attention(model, attend):
         model(input_ids=ids, use_cache=False)

@@ -45,21 +45,11 @@ def test_shared_caches_stream_exactly(num_shared: int, tmp_path: Path) -> None:
         assert_streams_like_reference(session, model, random_ids(3, S + 7 * W), 1e-4)
 
 
-def test_a_shared_int8_window(tmp_path: Path) -> None:
-    """Readers see the rounded rows that the owner wrote, in steps and in chunks."""
-    model, ids = shared_model(4), random_ids(1, S + 4 * W)
-    export_model(model, tmp_path / "b", num_sink_tokens=S, window_size=W, chunk_size=T, kv="int8")
-    with chunked_streaming(model, S, W, kv="int8") as stream:
-        wanted = stream.feed(torch.from_numpy(ids)).numpy()
-    with Session.load(tmp_path / "b", threads=1) as session:
-        for t in range(ids.shape[1]):
-            assert_close(session.step(ids[:, t]), wanted[:, t], 2e-3, f"step {t}")
-        session.reset()
-        assert_close(session.prefill(ids), wanted[:, -1], 2e-3, "prefill")
-
-
-def test_values_smaller_than_keys_in_an_int8_window(tmp_path: Path) -> None:
-    model, ids = tiny_model("mimo_v2_flash"), random_ids(1, S + 4 * W)
+@pytest.mark.parametrize("name", ["a shared cache", "values smaller than keys"])
+def test_an_int8_window(name: str, tmp_path: Path) -> None:
+    """Every token sees the rounded rows, in steps and in chunks; so do readers of a cache that another call wrote."""
+    model = shared_model(4) if name == "a shared cache" else tiny_model("mimo_v2_flash")
+    ids = random_ids(1, S + 4 * W)
     export_model(model, tmp_path / "b", num_sink_tokens=S, window_size=W, chunk_size=T, kv="int8")
     with chunked_streaming(model, S, W, kv="int8") as stream:
         wanted = stream.feed(torch.from_numpy(ids)).numpy()
