@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from sinkexport.graph.edit import is_weight, known_shape, only_user
+from sinkexport.graph.edit import is_weight, known_shape, only_user, operand
 
 ROWS = "rows"
 """Key in the metadata of a weight [K, N] of a matmul: the tensors [n, K] whose transpose it is, in order, as pairs
@@ -29,10 +29,14 @@ class Matmul:
     """
 
     node: ir.Node
-    x: ir.Value
     weight: ir.Value
     rows: Rows
     is_table: bool
+
+    @property
+    def x(self) -> ir.Value:
+        """The input, as it is now: it may be the result of another matmul, which a pass has replaced."""
+        return operand(self.node, 0)
 
     @property
     def dtype(self) -> ir.DataType:
@@ -89,9 +93,9 @@ def find_matmuls(graph: ir.Graph) -> Iterator[Matmul]:
         if x is None or weight is None or not is_weight(weight):
             continue
         if node.op_type == "MatMul" and ROWS in weight.meta and len(weight.uses()) == 1:
-            yield Matmul(node, x, weight, weight.meta[ROWS], False)
+            yield Matmul(node, weight, weight.meta[ROWS], False)
         elif node.op_type == "Gemm" and _is_table(node, weight) and weight.const_value is not None:
-            yield Matmul(node, x, weight, ((str(weight.name), weight.const_value),), True)
+            yield Matmul(node, weight, ((str(weight.name), weight.const_value),), True)
 
 
 def find_tables(graph: ir.Graph) -> Iterator[ir.Node]:

@@ -62,7 +62,7 @@ class OneMatmul:
         graph = ir.Graph([x, position], [out], nodes=[node], initializers=[matrix], opset_imports={"": 24})
         self.graph = graph
         self.for_ort = form == "ort"
-        self.matmul = Matmul(node, x, matrix, (("w", weight.source),), False)
+        self.matmul = Matmul(node, matrix, (("w", weight.source),), False)
         self.form = FORMS[form](graph, position, num_sinks)
 
     def run(self, x: np.ndarray, position: np.ndarray) -> np.ndarray:
