@@ -27,6 +27,8 @@ from sinkexport.families.rope import ModelRotary, RotarySpec, identity_rotary, r
 from sinkexport.families.shape import AttentionShape
 from sinkexport.families.weights_after import WEIGHT, without_weights
 from sinkexport.reference.affine import AffineReference
+from sinkexport.reference.own_attention import no_reference
+from sinkexport.reference.streaming import LIKE_DENSE, NUM_TRIED
 from sinkexport.variants.variant import PLAIN, AttentionVariant
 
 CosSin = tuple[torch.Tensor, torch.Tensor]
@@ -57,6 +59,15 @@ def chunked_streaming(
     variant.check_window_size(window_size)
     shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
     stream = ChunkedStream(model, config, shape, rotary, variant)
+    if shape.recurrent:
+        stream.max_tokens = _max_tokens(model, shape, rotary)
+    with _streaming(model, stream, rotary):
+        yield stream
+
+
+@contextlib.contextmanager
+def _streaming(model: Any, stream: ChunkedStream, rotary: ModelRotary) -> Iterator[None]:
+    """Let the model's attention calls go to `stream` inside a context."""
     identity = identity_rotary(rotary, 1, 1, next(model.parameters()).dtype)
     with (
         intercept_attention(model, stream.attend),
@@ -65,7 +76,31 @@ def chunked_streaming(
         stream.affine.watching(model),
         steps_like_texts(model),
     ):
-        yield stream
+        yield
+
+
+def _max_tokens(model: Any, shape: AttentionShape, rotary: ModelRotary) -> int | None:
+    """Tokens that transformers' recurrent layers may get in one call after others; None: as many as one likes.
+
+    By the Mamba layers of transformers 5.23 several tokens begin anew, or from a state that is not theirs.
+
+    Raises: UsageError if however a text is cut, it has other logits than in one pass.
+    """
+    vocab_size = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocab_size, (1, NUM_TRIED), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        dense = model(input_ids=ids, use_cache=False).logits.double()  # [1, n, vocab]
+    limit = LIKE_DENSE.get(next(model.parameters()).dtype, 1e-3)
+    for max_tokens, length in ((None, NUM_TRIED // 2), (1, 1)):
+        stream = ChunkedStream(model, ExportConfig(0, NUM_TRIED, chunk_size=1), shape, rotary)
+        with _streaming(model, stream, rotary):
+            logits = torch.cat([stream.feed(part) for part in ids.split(length, dim=1)], dim=1).double()
+        error = ((logits - dense).abs().amax(dim=-1) / dense.std(dim=-1).clamp(min=1e-9)).max()
+        if float(error) <= limit:
+            return max_tokens
+    raise no_reference(
+        f"a text whose logits are {float(error):.1e} of their spread off as it is cut", "recurrent states"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +164,8 @@ class ChunkedStream:
         self._kept: dict[_Heads, _Kept] = {}
         self._recurrent = recurrent_cache(model)  # of the layers without softmax attention
         self._position = 0  # of the chunk's first token
+        self.max_tokens: int | None = None
+        """Tokens of one call of the model; None: as many as one likes."""
         self._num_calls = 0  # of attention, in the chunk that runs
         # Of the chunk that runs, the same in all layers of one geometry or table of frequencies.
         self._entries: dict[Ring, Entries] = {}
@@ -149,8 +186,10 @@ class ChunkedStream:
         Returns: logits [B, T, vocab] after each token, in the model's dtype.
         """
         num_tokens, self._num_calls = ids.shape[1], 0
-        if self._rotary.query_scales and num_tokens > self._config.capacity:  # known for so many positions
-            return torch.cat([self.feed(part) for part in ids.split(self._config.capacity, dim=1)], dim=1)
+        # Query scales are known for so many positions.
+        limit = self._config.capacity if self._rotary.query_scales else self.max_tokens
+        if limit is not None and num_tokens > limit:
+            return torch.cat([self.feed(part) for part in ids.split(limit, dim=1)], dim=1)
         self._entries = {ring: visible(ring, self._position, num_tokens) for ring in {c.ring for c in self._caches}}
         self._turns = {
             (table, behind): turn(self._position, num_tokens, behind, content.frequency)
