@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -43,7 +45,8 @@ def recurrent_rows(session: Session, stream: int) -> list[np.ndarray]:
 @pytest.mark.parametrize(("name", "chunk"), CASES)
 def test_chunks_and_steps_of_three_streams_are_dense(name: str, chunk: int, tmp_path: Path) -> None:
     """Nothing is evicted; a chunk ends midway, and streams that have no token stand still to the bit."""
-    model = tiny_model(name)
+    wide = {"sliding_window": NUM_TOKENS} if name == "lfm3" and chunk > 4 else {}  # a chunk must fit every window
+    model = tiny_model(name, **wide)
     ids, lengths = random_ids(3, NUM_TOKENS), np.array([70, 41, 13])
     with torch.no_grad():
         dense = model(torch.from_numpy(ids)).logits.numpy()
@@ -84,6 +87,19 @@ def test_the_plugin_target_refuses_a_model_without_attention(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+def error_of_noise(model: Any, ids: np.ndarray, dense: np.ndarray) -> float:
+    """Error of logits where each weight of a matmul is off by up to half a step of 8 bits: some models magnify it."""
+    random = torch.Generator().manual_seed(1)
+    noisy = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in noisy.parameters():
+            if parameter.dim() > 1:
+                step = parameter.abs().amax(dim=-1, keepdim=True) / 127
+                parameter += (torch.rand(parameter.shape, generator=random) - 0.5) * step
+        logits = noisy(torch.from_numpy(ids)).logits.numpy()
+    return float(np.linalg.norm(logits - dense) / np.linalg.norm(dense))
+
+
 @pytest.mark.parametrize(
     "name", [name if name in ("lfm2", "mamba2") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
@@ -105,4 +121,4 @@ def test_int8_weights_leave_states_and_convolutions_alone(name: str, tmp_path: P
         assert any(part in weight for weight in packed), part
     steps = np.stack([session.step(ids[:, t]).copy() for t in range(ids.shape[1])], axis=1)
     error = np.linalg.norm(steps - dense) / np.linalg.norm(dense)
-    assert 1e-5 < error < 0.05
+    assert 1e-5 < error < max(0.05, 4 * error_of_noise(model, ids, dense))

@@ -219,7 +219,7 @@ class TestRefusals:
         assert list(target.parent.iterdir()) == []
 
 
-CRASHES = ("bloom", "mpt", "falcon-alibi", "codegen")
+CRASHES = ("bloom", "mpt", "falcon-alibi", "codegen", "gpt_neox_japanese", "jetmoe", "zamba")
 """TensorRT-RTX 1.7.1 crashes while it builds these, all of one query head a key head. MPT without sinks builds, and
 with sinks but a mask without ALiBi's biases it crashes as well."""
 SAME_OPERATORS = ("llama3-rope", "llama-linear-rope", "mistral", "phi3-partial", "falcon-groups", "qwen3_5_text")
@@ -285,7 +285,8 @@ def check_bundle(bundle: Path, manifest: Manifest) -> EngineReport:
     """Build the decode graph; every window must be written in place, and every state be bound by its name."""
     report = build_engine(bundle / manifest.graphs["decode"].file)
     windows = {(s.input, s.output) for s in manifest.states if s.kind.startswith("window")}
-    assert windows and windows <= set(report.in_place)
+    assert bool(windows) == bool(manifest.caches)  # a model without attention has none
+    assert windows <= set(report.in_place)
     assert {"ids", "position", *(s.input for s in manifest.states)} == set(report.inputs)
     assert {"logits", *(s.output for s in manifest.states)} == set(report.outputs)
     return report

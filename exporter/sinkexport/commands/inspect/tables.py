@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 import click
-from rich.table import Table
+from rich.table import Column, Table
 
 from sinkexport.families import describe
 from sinkexport.util.console import listed, table_console
@@ -22,8 +22,8 @@ def show_families(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(family) for family in families], indent=1))
         return
-    headers = ("family", "models", "positions", "layers", "exact", "remark", "tested by")
-    table = Table(*headers, box=None, pad_edge=False)
+    headers = ("models", "positions", "layers", "exact", "remark", "tested by")
+    table = Table(Column("family", no_wrap=True), *headers, box=None, pad_edge=False)
     for family in families:
         table.add_row(
             family.family,
