@@ -425,5 +425,5 @@ def test_program_of_the_documentation(cpp_runtime: CppRuntime, tmp_path: Path) -
     bundle = build_toy(tmp_path / "toy")
     done = cpp_runtime.run(cpp_runtime.programs / "snippet", bundle, input="hello\nagain\n")
     assert done.returncode == 0
-    assert len(done.stdout) > 20
+    assert done.stdout.count("\n") >= 2  # an answer to each line, of random weights: any length
     assert "manifest.json" in cpp_runtime.run(cpp_runtime.programs / "snippet", tmp_path).stderr

@@ -47,13 +47,13 @@ class Matmul:
 
     @property
     def depth(self) -> int:
-        """K."""
-        return known_shape(self.x)[-1]
+        """K, read off the weight: also right once the node has been replaced."""
+        return known_shape(self.weight)[-1 if self.is_table else 0]
 
     @property
     def width(self) -> int:
         """N."""
-        return known_shape(self.node.outputs[0])[-1]
+        return known_shape(self.weight)[0 if self.is_table else -1]
 
     @property
     def num_rows(self) -> int:
