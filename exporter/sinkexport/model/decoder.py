@@ -33,8 +33,10 @@ from sinkexport.model.attention import rotated, sink_attention, stream_angles
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, cache_owner, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
+from sinkexport.model.layer_kinds import LayerRepeats
 from sinkexport.model.latent import absorbed, output_of_latents
 from sinkexport.model.loop_experts import unrolled_experts
+from sinkexport.model.repeated_layers import LeftOut
 from sinkexport.recurrent.registry import RecurrentStates
 from sinkexport.recurrent.states import StateKey, Tokens, state_name
 
@@ -100,6 +102,8 @@ class StreamStep(torch.nn.Module):
         for layer, chosen in enumerate(() if self.act is None else self.act.heads):
             if any(chosen):
                 self.register_buffer(f"calibrated_{layer}", torch.tensor(chosen).float(), persistent=False)
+        self.repeats: LayerRepeats | None = None
+        """Layers that a trace leaves out, as others show what they do."""
 
     def state_kinds(self, cache: HeadCache) -> tuple[str, ...]:
         """State tensors of a cache, in the order in which `states` holds them."""
@@ -176,9 +180,11 @@ class StreamStep(torch.nn.Module):
             ids = torch.maximum(ids, torch.zeros((), dtype=ids.dtype))
             tokens = Tokens(is_token, num_valid, position)
         step = _Step(self, position, states, num_valid, tokens)
+        left_out = LeftOut(self.repeats, step, step.attend)
         with (
             attention_inputs(self.model) as step.inputs,
-            intercept_attention(self.model, step.attend),
+            intercept_attention(self.model, left_out.attend),
+            left_out.in_place(),
             static_experts(self.model, in_place=self.config.has_plugins),
             unrolled_experts(self.model, in_place=self.config.has_plugins),
             contextlib.nullcontext() if step.recurrent is None else step.recurrent.in_place(),
@@ -225,7 +231,7 @@ class _Step:
         self._in_cache_angles: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         last = stream.config.capacity - 1
         self.in_cache_positions = (position[:, None] + torch.arange(stream.num_tokens)).clamp(max=last)  # [B, T]
-        self._num_calls = 0
+        self.num_calls = 0
         self.inputs: dict[torch.nn.Module, torch.Tensor] = {}
         """Inputs of the attention modules, see `attention_inputs`."""
 
@@ -234,9 +240,17 @@ class _Step:
         if self.recurrent is not None:
             for layer, after in self.recurrent.after().items():
                 self._next[layer] = [after[key] for key in self._states[layer]]
-        if self._num_calls != len(self._stream.shape.calls):
-            raise RuntimeError(f"{self._num_calls} calls of attention; the probe saw {len(self._stream.shape.calls)}")
+        if self.num_calls != len(self._stream.shape.calls):
+            raise RuntimeError(f"{self.num_calls} calls of attention; the probe saw {len(self._stream.shape.calls)}")
         return [state for place in self._states for state in self._next[place]]
+
+    def leave_out(self, layer: int) -> None:
+        """Hand on the states of a layer that is left out of a trace."""
+        for cache in self._stream.caches_of_call[self.num_calls]:
+            if cache.layer != layer:
+                raise RuntimeError(f"layer {layer} is run where the probe saw layer {cache.layer}")
+            self._next[cache] = list(self._states[cache].values())
+        self.num_calls += 1
 
     def attend(
         self,
@@ -255,8 +269,8 @@ class _Step:
 
         s_aux: [Hq], the layer's sink logits. alibi_slopes: [Hq], as the probe saw them.
         """
-        index, layer = self._num_calls, layer_of(module)
-        self._num_calls += 1
+        index, layer = self.num_calls, layer_of(module)
+        self.num_calls += 1
         refuse_arguments(layer, others)
         more = {
             "scale": float(scaling if scaling is not None else q.shape[-1] ** -0.5),

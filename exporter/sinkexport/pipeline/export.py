@@ -33,15 +33,14 @@ from sinkexport.graph.convert import BuiltGraph, build_graph
 from sinkexport.graph.plugin_nodes import refuse_geometry, refuse_no_attention
 from sinkexport.graph.quantize.plan import Plan
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
+from sinkexport.graph.trace_graph import traced_graph
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.loading.tokenizers.tokenizer_checks import check_template, check_tokens, fitted, named, opening_size
 from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids
 from sinkexport.loading.weights.check_weights import check_weights
 from sinkexport.model.decoder import StreamStep
-from sinkexport.model.derived_constants import derived_constants
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, head_caches
-from sinkexport.model.tracing import trace
 from sinkexport.pipeline.bundle_writer import (
     hash_bundle,
     require_space,
@@ -290,11 +289,9 @@ def _build(
     plan = None if recipe is None else plan_of(recipe, loaded.model, dtype, config.calibration)
     num_sinks = 0 if config.calibration is None else config.calibration.num_sink_tokens
     with no_garbage_collection():
-        with refusing(loaded.model, f"tracing the {role} graph"):
-            program = trace(step)
-            derived = derived_constants(program)
+        model, derived = traced_graph(step, role)
         with refusing(loaded.model, f"converting the {role} graph to ONNX"):
-            return build_graph(program, role, step.state_names, target_of(config), num_sinks, plan), derived
+            return build_graph(model, role, step.state_names, target_of(config), num_sinks, plan), derived
 
 
 def _resolved(config: ExportConfig, family: str) -> ExportConfig:
