@@ -17,6 +17,7 @@ from sinkrt.errors import UsageError, problem
 from sinkexport.graph.edit import known_shape
 from sinkexport.graph.graph_pass import PassContext, run_passes
 from sinkexport.graph.quantize.plan import Plan
+from sinkexport.graph.quick_decompositions import without_second_trace
 from sinkexport.graph.state_order import check_state_order
 from sinkexport.graph.torchlib import quick_table
 from sinkexport.graph.translations import translations
@@ -80,7 +81,7 @@ def convert(program: torch.export.ExportedProgram) -> ir.Model:
     with _quiet(), quick_table():
         try:
             converted = torch.onnx.export(
-                program,
+                without_second_trace(program),
                 dynamo=True,
                 opset_version=TRACED_OPSET,
                 optimize=False,

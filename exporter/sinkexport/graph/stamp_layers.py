@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import onnx_ir as ir
 import torch
 
 from sinkexport.graph.operators import DOMAIN, LAYER_MARK
 from sinkexport.model.layer_kinds import LayerRepeats
-from sinkexport.model.repeated_layers import CannotRepeat, Mark
+from sinkexport.model.repeated_layers import CannotRepeatError, Mark
 
 CONSTANT_KIND = "CONSTANT_TENSOR"
 KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
@@ -34,15 +35,17 @@ def stamp_layers(
 ) -> None:
     """Fill in the layers that are left out of a graph just converted, and remove all marks.
 
-    tensors: parameters and buffers of the trace by name, those of layers that are left out among them. state_layers: layer of each state, in the order of the trace's inputs, see `build_graph`.
+    tensors: parameters and buffers of the trace by name, those of layers that are left out among them.
+    state_layers: layer of each state, in the order of the trace's inputs, see `build_graph`.
 
-    Raises: CannotRepeat if the two traced layers of a kind differ, or if a copy might be something else than the layer.
+    Raises: CannotRepeatError if the two traced layers of a kind differ, or a copy might be something else than the
+        layer.
     """
     stamps = _Stamps(model.graph, repeats, tensors, state_layers)
     for template, first in repeats.first_of.items():
         body = stamps.body(template)
         if body.digests() != stamps.body(first).digests():
-            raise CannotRepeat(f"the traces of layers {first} and {template} differ")
+            raise CannotRepeatError(f"the traces of layers {first} and {template} differ")
         body.check_closed()
         for layer, its_template in repeats.template_of.items():
             if its_template == template:
@@ -75,10 +78,10 @@ class _Stamps:
     def mark(self, layer: int, role: Mark) -> ir.Node:
         """The node of a mark.
 
-        Raises: CannotRepeat if the converter has lost it.
+        Raises: CannotRepeatError if the converter has lost it.
         """
         if (layer, role) not in self.marks:
-            raise CannotRepeat(f"no mark of layer {layer}")
+            raise CannotRepeatError(f"no mark of layer {layer}")
         return self.marks[layer, role]
 
     def body(self, layer: int) -> _Body:
@@ -127,7 +130,8 @@ class _Stamps:
         like: the same of another layer.
         """
         if name not in self.graph.initializers and name in self._tensors and like.const_value is not None:
-            tensor = type(like.const_value)(self._tensors[name], name=name)
+            make: Any = type(like.const_value)  # the converter's own view of a torch tensor, which copies nothing
+            tensor = make(self._tensors[name], name=name)
             value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
             value.metadata_props.update(like.metadata_props)
             self.graph.register_initializer(value)
@@ -172,15 +176,15 @@ class _Body:
             inputs = [digest(value) for value in node.inputs]
             is_free = all(value is None or self._stamps.is_free(value) for value in node.inputs)
             for output in node.outputs:  # what all layers share may be in any of them
-                known[output] = self._stamps.shared_digest(output) if is_free else _digest_of_node(
-                    node, inputs, output.index()
+                known[output] = (
+                    self._stamps.shared_digest(output) if is_free else _digest_of_node(node, inputs, output.index())
                 )
         return [digest(value) for value in self._results()]
 
     def _leaf_digest(self, value: ir.Value) -> Digest:
         """Of a value that the layer reads.
 
-        Raises: CannotRepeat if it is another layer's.
+        Raises: CannotRepeatError if it is another layer's.
         """
         stamps = self._stamps
         if value is self._begin.outputs[0]:
@@ -193,26 +197,26 @@ class _Body:
             return _digest(b"own", name.encode(), _type(value))
         if stamps.is_free(value):
             return stamps.shared_digest(value)
-        raise CannotRepeat(f"layer {self._layer} reads '{value.name}', which is not its own")
+        raise CannotRepeatError(f"layer {self._layer} reads '{value.name}', which is not its own")
 
     def check_closed(self) -> None:
-        """Raises: CannotRepeat if something else than its results is read elsewhere, or a node is more than a node."""
+        """Raises: CannotRepeatError if more than its results is read elsewhere, or a node has a graph of its own."""
         inside, results = set(self._nodes), set(self._results())
         for node in self._nodes:
             kinds = {attribute.type for attribute in node.attributes.values()}
             if kinds & {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS}:
-                raise CannotRepeat(f"layer {self._layer} has a {node.op_type}")
+                raise CannotRepeatError(f"layer {self._layer} has a {node.op_type}")
             for output in node.outputs:
                 is_read = any(use.node not in inside and use.node is not self._end for use in output.uses())
                 if is_read or (output.is_graph_output() and output not in results):
-                    raise CannotRepeat(f"'{output.name}' of layer {self._layer} is read elsewhere")
+                    raise CannotRepeatError(f"'{output.name}' of layer {self._layer} is read elsewhere")
 
     def copy_to(self, layer: int) -> None:
         """Put the nodes of a layer of the same kind where it was left out."""
         stamps, place = self._stamps, self._stamps.mark(layer, Mark.LEFT_OUT)
         hidden = place.inputs[0]
         if hidden is None:
-            raise CannotRepeat(f"the mark of layer {layer} has no input")
+            raise CannotRepeatError(f"the mark of layer {layer} has no input")
         own: dict[ir.Value | None, ir.Value | None] = {self._begin.outputs[0]: hidden, None: None}
         copies = []
         for node in self._nodes:
@@ -222,19 +226,19 @@ class _Body:
         stamps.graph.insert_before(place, copies)
         (result, *before), (_, *after) = self._results(), [None, *stamps.states[layer]]
         if len(before) != len(after):
-            raise CannotRepeat(f"layer {layer} has other states than layer {self._layer}")
+            raise CannotRepeatError(f"layer {layer} has other states than layer {self._layer}")
         for value, index in zip(before, after, strict=True):
-            stamps.graph.outputs[1 + index] = own[value] if value in own else self._counterpart(value, layer)  # type: ignore[assignment,index]
+            stamps.graph.outputs[1 + index] = own[value] if value in own else self._counterpart(value, layer)  # type: ignore[assignment]
         place.replace_input_with(0, own[result] if result in own else self._counterpart(result, layer))
 
     def _counterpart(self, value: ir.Value | None, layer: int) -> ir.Value:
         """What `layer` reads where this one reads `value`.
 
-        Raises: CannotRepeat if there is none of the same type.
+        Raises: CannotRepeatError if there is none of the same type.
         """
         stamps, found = self._stamps, value
         if value is None:
-            raise CannotRepeat("an input is missing")
+            raise CannotRepeatError("an input is missing")
         if value in stamps.state_of:
             number = stamps.states[self._layer].index(stamps.state_of[value][1])
             found = stamps.graph.inputs[2 + stamps.states[layer][number]]
@@ -242,9 +246,9 @@ class _Body:
             name = stamps.repeats.renamed(str(value.name), self._layer, layer)
             found = stamps.weight(name, value)
         elif not stamps.is_free(value):
-            raise CannotRepeat(f"layer {self._layer} reads '{value.name}', which is not its own")
+            raise CannotRepeatError(f"layer {self._layer} reads '{value.name}', which is not its own")
         if found is None or _type(found) != _type(value):
-            raise CannotRepeat(f"layer {layer} has nothing like '{value.name}'")
+            raise CannotRepeatError(f"layer {layer} has nothing like '{value.name}'")
         return found
 
 

@@ -33,7 +33,7 @@ def traced_graph(step: StreamStep, role: str) -> Traced:
     if repeats is not None:
         try:
             return _stamped(step, repeats)
-        except Exception as error:  # noqa: BLE001 - whatever went wrong, the trace of all layers says what it is
+        except Exception as error:
             LOGGER.debug("sinkexport: every layer of the %s graph is traced: %s", role, error)
     with refusing(step.model, f"tracing the {role} graph"):
         program = trace(step)

@@ -33,8 +33,8 @@ from sinkexport.model.attention import rotated, sink_attention, stream_angles
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, cache_owner, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
-from sinkexport.model.layer_kinds import LayerRepeats
 from sinkexport.model.latent import absorbed, output_of_latents
+from sinkexport.model.layer_kinds import LayerRepeats
 from sinkexport.model.loop_experts import unrolled_experts
 from sinkexport.model.repeated_layers import LeftOut
 from sinkexport.recurrent.registry import RecurrentStates

@@ -191,4 +191,3 @@ def _same_value(a: Any, b: Any, owner_a: Any, owner_b: Any) -> bool:
 def _attribute(layer: torch.nn.Module, path: str) -> Attribute:
     module, _, name = path.rpartition(".")
     return layer.get_submodule(module), name
-

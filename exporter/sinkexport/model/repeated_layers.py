@@ -20,7 +20,7 @@ from sinkexport.model.layer_kinds import LayerRepeats
 from sinkexport.util.derived_constant import DerivedConstant
 
 
-class CannotRepeat(Exception):
+class CannotRepeatError(Exception):
     """Layers that seemed to be alike are not, or not surely: all have to be traced."""
 
 
@@ -81,7 +81,7 @@ class LeftOut:
     def in_place(self) -> Iterator[None]:
         """Mark the layers of kinds that repeat, and leave out all but two of each.
 
-        Raises: CannotRepeat if a layer is called in another way than its template.
+        Raises: CannotRepeatError if a layer is called in another way than its template.
         """
         if self._repeats is None:
             yield
@@ -95,7 +95,7 @@ class LeftOut:
                 stack.enter_context(_replaced(repeats.layers[layer], "forward", forward))
             yield
         if missing := {*repeats.traced, *repeats.template_of} - self._given.keys():
-            raise CannotRepeat(f"layers {sorted(missing)} were not called")
+            raise CannotRepeatError(f"layers {sorted(missing)} were not called")
 
     def _marked(self, repeats: LayerRepeats, layer: int) -> Callable[..., Any]:
         """`forward` of a layer that is traced."""
@@ -110,10 +110,13 @@ class LeftOut:
                     stack.enter_context(_replaced(module, name, _Number(vars(module)[name], self)))
                 (result, *more), form = pytree.tree_flatten(forward(*args, **kwargs))
             if self._step.num_calls != first_call + 1:
-                raise CannotRepeat(f"layer {layer} attends {self._step.num_calls - first_call} times")
-            is_hidden = isinstance(result, torch.Tensor) and (result.shape, result.dtype) == (hidden.shape, hidden.dtype)
+                raise CannotRepeatError(f"layer {layer} attends {self._step.num_calls - first_call} times")
+            is_hidden = isinstance(result, torch.Tensor) and (result.shape, result.dtype) == (
+                hidden.shape,
+                hidden.dtype,
+            )
             if not is_hidden or any(isinstance(one, torch.Tensor) for one in more):
-                raise CannotRepeat(f"layer {layer} returns something else than hidden states")
+                raise CannotRepeatError(f"layer {layer} returns something else than hidden states")
             self._returned[layer] = more, form
             return pytree.tree_unflatten([layer_mark(result, layer, Mark.END), *more], form)
 
@@ -126,7 +129,7 @@ class LeftOut:
             hidden, _others, _tree = self._take(layer, args, kwargs)
             given = self._given.get(template)
             if given is None or not _same_arguments(given, self._given[layer]):
-                raise CannotRepeat(f"layer {layer} is called with other arguments than layer {template}")
+                raise CannotRepeatError(f"layer {layer} is called with other arguments than layer {template}")
             self._step.leave_out(layer)
             more, form = self._returned[template]
             return pytree.tree_unflatten([layer_mark(hidden, layer, Mark.LEFT_OUT), *more], form)
@@ -137,9 +140,9 @@ class LeftOut:
         """Hidden states, all other arguments and their form, which are remembered."""
         (hidden, *others), tree = pytree.tree_flatten((args, kwargs))
         if layer in self._given:
-            raise CannotRepeat(f"layer {layer} is called twice")
-        if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3 or not hidden.is_floating_point():  # noqa: PLR2004
-            raise CannotRepeat(f"layer {layer} is not called with hidden states first")
+            raise CannotRepeatError(f"layer {layer} is called twice")
+        if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3 or not hidden.is_floating_point():
+            raise CannotRepeatError(f"layer {layer} is not called with hidden states first")
         self._given[layer] = [tree, *others]
         return hidden, others, tree
 
@@ -153,13 +156,13 @@ class _Number:
 
     def __int__(self) -> int:
         if not self._run.is_attending:
-            raise CannotRepeat("a layer's code reads its index")
+            raise CannotRepeatError("a layer's code reads its index")
         return self._value
 
     def _read(self, *_: Any) -> NoReturn:
-        raise CannotRepeat("a layer's code reads its index")
+        raise CannotRepeatError("a layer's code reads its index")
 
-    __class__ = property(lambda _: int)  # type: ignore[assignment]  # code that asks for the type goes on, and reads it
+    __class__ = property(lambda _: int)  # code that asks for the type goes on, and reads it
     __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _read
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _read
     __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __divmod__ = __rdivmod__ = _read

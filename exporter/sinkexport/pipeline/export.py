@@ -7,6 +7,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sinkrt.contract import (
     MANIFEST_NAME,
     PLUGIN_ABI,
     SCHEMA_VERSION,
+    FileFacts,
     GraphSpec,
     Manifest,
     StateSpec,
@@ -136,22 +138,15 @@ def export_loaded(
         if config.affine is not None:
             (stage / AFFINE_FILE).write_bytes(config.affine.raw)
         written = _write_graphs(stage, loaded, config, probed, report, plan_of)
-        if check:
-            report("weights", 0, 1)
-            files, shape = [graph.file for graph in written.graphs.values()], probed.shape
-            check_weights(
-                stage,
-                files,
-                loaded,
-                config,
-                num_q_heads=max((call.num_q_heads for call in shape.calls), default=0),
-                num_kv_heads=shape.num_kv_heads,
-                derived=written.derived,
-                unread=functools.partial(unread_weights, model),
-            )
         tokenizer_facts = write_tokenizer(loaded.tokenizer, stage)
-        report("hash", 0, 1)
-        manifest = _manifest(stage, loaded, config, probed, written, special_ids, tokenizer_facts)
+        with ThreadPoolExecutor(max_workers=1) as hashing:  # hashing leaves the interpreter to the check
+            hashed = hashing.submit(hash_bundle, stage)
+            if check:
+                report("weights", 0, 1)
+                _check_weights(stage, loaded, config, probed, written)
+            report("hash", 0, 1)
+            files = hashed.result()
+        manifest = _manifest(files, loaded, config, probed, written, special_ids, tokenizer_facts)
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         if check and (reason := why_unchecked(manifest)) is not None:
             warnings.warn(f"the graphs were not compared with the model: {reason}", UncheckedWarning, stacklevel=2)
@@ -238,8 +233,23 @@ def _write_graphs(
     )
 
 
+def _check_weights(stage: Path, loaded: LoadedModel, config: ExportConfig, probed: _Probed, written: _Written) -> None:
+    """Raises: UsageError if the graphs have other numbers than the file that the model came from."""
+    calls = probed.shape.calls
+    check_weights(
+        stage,
+        [graph.file for graph in written.graphs.values()],
+        loaded,
+        config,
+        num_q_heads=max((call.num_q_heads for call in calls), default=0),
+        num_kv_heads=probed.shape.num_kv_heads,
+        derived=written.derived,
+        unread=functools.partial(unread_weights, loaded.model),
+    )
+
+
 def _manifest(
-    stage: Path,
+    files: dict[str, FileFacts],
     loaded: LoadedModel,
     config: ExportConfig,
     probed: _Probed,
@@ -247,7 +257,7 @@ def _manifest(
     special_ids: tuple[int | None, tuple[int, ...]],
     tokenizer: TokenizerFacts | None,
 ) -> Manifest:
-    """The manifest of all that is in the folder `stage`."""
+    """The manifest of a bundle of these files."""
     shape = probed.shape
     facts = model_facts(loaded, shape, probed.rotary, special_ids, vocab_size=written.vocab_size)
     return Manifest(
@@ -265,7 +275,7 @@ def _manifest(
         graphs=written.graphs,
         states=written.states,
         tokenizer=tokenizer,
-        files=hash_bundle(stage),
+        files=files,
         producer=producers(),
         quantization=quantization_facts(config),
         plugin_abi=PLUGIN_ABI if config.has_plugins else None,

@@ -20,7 +20,12 @@ def described(model: ir.Model) -> list[Any]:
         tensor = value.const_value
         assert tensor is not None
         content = hashlib.sha256(tensor.tobytes()).hexdigest()
-        places[value] = ("constant", name if name.startswith("model.") else "", repr((tensor.dtype, tensor.shape)), content)
+        places[value] = (
+            "constant",
+            name if name.startswith("model.") else "",
+            repr((tensor.dtype, tensor.shape)),
+            content,
+        )
     found: list[Any] = []
     for number, node in enumerate(graph):
         inputs = [places[value] for value in node.inputs]

@@ -191,9 +191,7 @@ def counting_calls(model: Any) -> None:
         (sharing_a_weight, True),
     ],
 )
-def test_hidden_differences(
-    change: Callable[[Any], None], is_stamped: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_hidden_differences(change: Callable[[Any], None], is_stamped: bool, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever tells layers apart is in the graph: looked up in each layer, or the full trace is taken."""
     model = deep_model("llama")
     change(model)
