@@ -3,6 +3,7 @@ is taken."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import types
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from sinkexport.graph.trace_graph import traced_graph
 from sinkexport.model.decoder import StreamStep
 from sinkexport.model.layer_kinds import layer_repeats
 from sinkexport.model.tracing import trace
+from sinkexport.quant.recipe import load_recipe
 from sinkexport.targets import ONNX
 
 from tests.exporter.graph.same_graph import described
@@ -26,7 +28,7 @@ from tests.exporter.tiny_models import tiny_model
 from tests.support import export_model
 
 CONFIG = ExportConfig(num_sink_tokens=2, window_size=14, chunk_size=3)
-NUM_LAYERS = 6
+NUM_LAYERS = 6  # three of each kind where two alternate
 ALTERNATING = {"num_hidden_layers": NUM_LAYERS, "layer_types": ["sliding_attention", "full_attention"] * 3}
 MORE_LAYERS: dict[str, dict[str, Any]] = {
     "gemma3_text": ALTERNATING,
@@ -212,6 +214,12 @@ def test_other_arguments(caplog: pytest.LogCaptureFixture) -> None:
 def test_derived_constants(tmp_path: Path) -> None:
     """What the code computes of parameters, 1 + weight, is looked for in each layer; the graphs are the model's."""
     export_model(deep_model("gemma2"), tmp_path / "bundle", CONFIG, check=True)
+
+
+def test_recipe(tmp_path: Path) -> None:
+    """Each layer's own weights are quantised, and its own window."""
+    config = dataclasses.replace(CONFIG, recipe=load_recipe("int8-window"))
+    export_model(deep_model("llama"), tmp_path / "bundle", config, check=True)
 
 
 def test_small_models_are_traced_whole() -> None:
