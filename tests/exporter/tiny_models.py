@@ -10,29 +10,16 @@ import torch
 import transformers
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 
+from tests.exporter.tiny_common import COMMON, without
 from tests.exporter.tiny_latent import LATENT
 from tests.exporter.tiny_positions import POSITIONED
 from tests.exporter.tiny_recurrent import RECURRENT
 from tests.exporter.tiny_uncommon import UNCOMMON
-
-VOCAB_SIZE = 97
+from tests.support import VOCAB_SIZE
 
 torch.set_num_threads(1)  # tiny matrices are faster without handing work around
 
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-"""Arguments of most configurations."""
-_NO_GROUPS = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
+_NO_GROUPS = without(COMMON, "num_key_value_heads")
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {**COMMON, "head_dim": 16}),
     "llama-tied": ("LlamaConfig", {**COMMON, "head_dim": 8, "tie_word_embeddings": True}),
@@ -253,8 +240,7 @@ TINY |= {
         },
     ),
 }
-TINY |= RECURRENT | LATENT | UNCOMMON
-
+TINY |= RECURRENT | LATENT | UNCOMMON | POSITIONED
 
 RE_ROTATED = (
     *(
@@ -276,16 +262,13 @@ RE_ROTATED = (
 )
 """Models of `TINY` that the re-rotating reference follows; the call-following one follows all."""
 
-ALL_TINY = TINY | POSITIONED
-"""Those that the re-rotating reference cannot follow as well."""
-
 
 def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A model of `ALL_TINY` in evaluation mode, with weights large enough for attention to matter.
+    """A model of `TINY` in evaluation mode, with weights large enough for attention to matter.
 
     changes: of the arguments of its configuration.
     """
-    config_class, arguments = ALL_TINY[name]
+    config_class, arguments = TINY[name]
     return random_model(getattr(transformers, config_class)(**{**arguments, **changes}), seed=seed, dtype=dtype)
 
 

@@ -14,7 +14,7 @@ from sinkexport.reference.streamed import streamed_logits
 from sinkrt import Session
 
 from tests.exporter.graph.in_place import assert_states_are_written_last
-from tests.exporter.tiny_models import ALL_TINY, TINY, tiny_model
+from tests.exporter.tiny_models import TINY, tiny_model
 from tests.support import export_model, random_ids
 
 WRAPS = 6
@@ -149,4 +149,4 @@ def test_model_is_left_as_it_was(tmp_path: Path) -> None:
 
 def test_every_listed_family_is_tested_here() -> None:
     tested = {name: family.family for family in EXPORTED for name in family.tested_by}
-    assert {name: tiny_model(name).config.model_type for name in ALL_TINY} == tested
+    assert {name: tiny_model(name).config.model_type for name in TINY} == tested
