@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from sinkrt.contract import AttentionCache, attention_entries
+
 from sinkexport.families.latent import Latent
 from sinkexport.recurrent.states import RecurrentShapes
 
@@ -39,9 +41,10 @@ class AttentionCall:
     latent: Latent | None = None
 
     @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Hq, Hkv, elements of a key and of a value."""
-        return self.num_q_heads, self.num_kv_heads, self.key_dim, self.value_dim
+    def entry(self) -> AttentionCache:
+        """How a manifest describes what it attends to."""
+        heads = (self.num_q_heads, self.num_kv_heads, self.key_dim, self.value_dim)
+        return AttentionCache(self.layer, self.number, *heads, latent=self.latent is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +60,8 @@ class AttentionShape:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether no layer attends twice, and all that do have the same sizes, values as large as keys."""
-        sizes = {call.sizes for call in self.calls}
-        if any(call.latent is not None for call in self.calls):
-            return False
-        return len(sizes) == 1 and self.calls[0].key_dim == self.calls[0].value_dim and not self.has_later_calls
-
-    @property
-    def has_later_calls(self) -> bool:
-        """Whether a layer attends more than once."""
-        return any(call.number for call in self.calls)
+        """Whether no layer attends twice, and all that do have the same sizes, as a manifest without `attention`."""
+        return attention_entries(self, [call.entry for call in self.calls]) is None
 
     @property
     def num_q_heads(self) -> int:

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from sinkrt.contract.constants import MASS_KIND, RECURRENT_KINDS, STATE_KINDS
 from sinkrt.contract.schema import AttentionCache
@@ -18,10 +18,21 @@ from sinkrt.errors import BundleError, problem
 
 if TYPE_CHECKING:
     from sinkrt.contract.manifest import Manifest
-    from sinkrt.contract.schema import GraphSpec, ModelFacts, StateSpec
+    from sinkrt.contract.schema import GraphSpec, StateSpec
 
 WINDOW_KEYS = STATE_KINDS[2]
 """Kind of the one state that every cache has."""
+
+
+class Heads(Protocol):
+    """Sizes of a model's attention: of `ModelFacts`, and what an exporter finds before there is a manifest."""
+
+    @property
+    def num_q_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +45,7 @@ class _Cache:
     window_size: int | None
 
 
-def attention_entries(model: ModelFacts, caches: Sequence[AttentionCache]) -> tuple[AttentionCache, ...] | None:
+def attention_entries(model: Heads, caches: Sequence[AttentionCache]) -> tuple[AttentionCache, ...] | None:
     """Return `Manifest.attention` for these caches: None if each is its layer's only one, of the model's sizes."""
     if model.num_q_heads == 0:
         return tuple(caches)
@@ -44,7 +55,7 @@ def attention_entries(model: ModelFacts, caches: Sequence[AttentionCache]) -> tu
     return None if is_uniform else tuple(caches)
 
 
-def model_cache(model: ModelFacts, layer: int) -> AttentionCache:
+def model_cache(model: Heads, layer: int) -> AttentionCache:
     """Return the cache of a layer that has the model's heads and `head_dim`."""
     heads = (model.num_q_heads, model.num_kv_heads, model.head_dim, model.head_dim)
     return AttentionCache(layer, 0, *heads, latent=False)
