@@ -42,9 +42,9 @@ class AttentionCall:
 
     @property
     def entry(self) -> AttentionCache:
-        """How a manifest describes what it attends to."""
+        """How a manifest describes what it attends to, with keys and values expanded."""
         heads = (self.num_q_heads, self.num_kv_heads, self.key_dim, self.value_dim)
-        return AttentionCache(self.layer, self.number, *heads, latent=self.latent is not None)
+        return AttentionCache(self.layer, self.number, *heads, latent=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,8 @@ class AttentionShape:
     @property
     def is_uniform(self) -> bool:
         """Whether no layer attends twice, and all that do have the same sizes, as a manifest without `attention`."""
-        return attention_entries(self, [call.entry for call in self.calls]) is None
+        is_latent = any(call.latent is not None for call in self.calls)
+        return not is_latent and attention_entries(self, [call.entry for call in self.calls]) is None
 
     @property
     def num_q_heads(self) -> int:
