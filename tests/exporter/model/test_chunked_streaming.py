@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sinkexport.families.recurrent import layers_without_attention
 from sinkexport.model.attention import stream_angles
-from sinkexport.reference.chunked import chunked_streaming, turn, visible
+from sinkexport.reference.chunk_attention import turn, visible
+from sinkexport.reference.chunked import chunked_streaming
 from sinkexport.reference.streaming import streaming_reference
 from sinkrt.errors import UsageError
 from sinkrt.ring import Ring, phase_frequency
