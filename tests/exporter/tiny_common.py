@@ -27,7 +27,7 @@ MLA: dict[str, Any] = {
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 8,
 }
-"""With latent attention."""
+"""Sizes of latent attention besides."""
 
 EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 GROUPED_EXPERTS: dict[str, Any] = {
@@ -36,7 +36,7 @@ GROUPED_EXPERTS: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "topk_group": 1,
 }
-"""As DeepSeek has them, in one group."""
+"""DeepSeek's experts, in one group."""
 
 
 def without(arguments: dict[str, Any], *names: str) -> dict[str, Any]:

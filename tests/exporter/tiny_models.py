@@ -263,6 +263,16 @@ RE_ROTATED = (
 """Models of `TINY` that the re-rotating reference follows; the call-following one follows all."""
 
 
+DAILY = (
+    *("llama", "llama-yarn", "phi3-partial", "gpt_neox", "cohere", "gptj"),  # ways to rotate
+    *("bloom", "mpt", "falcon", "gemma3_text", "modernbert-decoder", "doge"),  # masks, ALiBi, windows
+    *("mixtral", "jetmoe"),  # experts
+    *("qwen3_5_text", "lfm2", "nemotron_h", "recurrent_gemma", "minimax", "bailing_hybrid", "rwkv", "xlstm", "zaya"),
+    *("deepseek_v3", "deepseek_v32", "laguna", "diffllama", "hrm_text"),  # caches, indexers, heads and calls of layers
+)
+"""Models of `TINY` for each day: one for each mechanism. The others have a test of a mechanism each night."""
+
+
 def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A model of `TINY` in evaluation mode, with weights large enough for attention to matter.
 

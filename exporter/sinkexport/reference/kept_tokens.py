@@ -60,12 +60,12 @@ class KeptTokens:
 
     def __init__(self, config: ExportConfig) -> None:
         self._is_int8 = config.has_int8_window
-        self._kept: dict[CacheHeads, KeptRows] = {}
-        self._received: dict[CacheHeads, torch.Tensor] = {}  # [B, Hq, n], by the tokens in `_kept`'s window
+        self.rows: dict[CacheHeads, KeptRows] = {}
+        self._received: dict[CacheHeads, torch.Tensor] = {}  # [B, Hq, n], by the tokens in `rows`' window
 
     def clear(self) -> None:
         """Forget all tokens."""
-        self._kept.clear()
+        self.rows.clear()
         self._received.clear()
 
     def calibrated(
@@ -100,7 +100,7 @@ class KeptTokens:
     def with_chunk(self, cache: CacheHeads, k: torch.Tensor, v: torch.Tensor, position: int) -> KeptRows:
         """Rows that are kept and those of the chunk, k and v [B, Hkv, T, D], sorted into sinks and window."""
         no_k, no_v = k[:, :, :0], v[:, :, :0]
-        kept = self._kept.get(cache, KeptRows(sink_k=no_k, sink_v=no_v, window_k=no_k, window_v=no_v))
+        kept = self.rows.get(cache, KeptRows(sink_k=no_k, sink_v=no_v, window_k=no_k, window_v=no_v))
         sinks = max(0, cache.ring.num_sink_tokens - position)  # leading tokens of the chunk
         return KeptRows(
             sink_k=torch.cat((kept.sink_k, k[:, :, :sinks]), dim=2),
@@ -121,7 +121,7 @@ class KeptTokens:
         """Keep the last W - 1 tokens of the window: with itself, the next token has W."""
         first = max(0, seen.window_k.shape[2] - (cache.ring.window_size - 1))
         # clone: a slice would hold on to the memory of all that it was cut from
-        self._kept[cache] = KeptRows(
+        self.rows[cache] = KeptRows(
             sink_k=seen.sink_k,
             sink_v=seen.sink_v,
             window_k=seen.window_k[:, :, first:].clone(),

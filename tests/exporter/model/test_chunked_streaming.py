@@ -119,7 +119,9 @@ def test_memory_does_not_grow_with_the_stream() -> None:
         sizes = set()
         for piece in random_ids(90).split(10, dim=1):
             stream.feed(piece)
-            sizes.add(sum(x.untyped_storage().nbytes() for kept in stream._kept.values() for x in vars(kept).values()))
+            sizes.add(
+                sum(x.untyped_storage().nbytes() for kept in stream._kept.rows.values() for x in vars(kept).values())
+            )
     assert len(sizes) == 1
 
 

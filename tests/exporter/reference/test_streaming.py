@@ -139,7 +139,8 @@ def test_layers_without_positions_are_distinguished() -> None:
     model = tiny_model("smollm3")
     assert {layer.self_attn.use_rope for layer in model.model.layers} == {True, False}
     with streaming_reference(model, S, W) as reference:
-        rotates = {module.layer_idx: rotates for module, rotates in reference._rotates.items()}
+        modules = [layer.self_attn for layer in model.model.layers]
+        rotates = {module.layer_idx: reference.rotation.rotates(module) for module in modules}
     assert rotates == {i: bool(layer.self_attn.use_rope) for i, layer in enumerate(model.model.layers)}
 
 
