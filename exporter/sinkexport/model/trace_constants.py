@@ -53,12 +53,13 @@ def _leaves(program: torch.export.ExportedProgram) -> Iterator[tuple[Node, Trace
     for node in program.graph_module.graph.nodes:
         if node.op != "placeholder":
             continue
-        name, of_code = names.get(node.name), signature.inputs_to_lifted_tensor_constants.get(node.name)
-        if of_code is not None:
+        if (of_code := signature.inputs_to_lifted_tensor_constants.get(node.name)) is not None:
             yield node, TraceConstant(program.constants[of_code])
-        elif name in signature.non_persistent_buffers:
+        if (name := names.get(node.name)) is None:
+            continue
+        if name in signature.non_persistent_buffers:
             yield node, TraceConstant(program.constants[name], computed=frozenset({name}))
-        elif name is not None and program.state_dict[name].numel() <= MAX_NUMBERS:
+        elif program.state_dict[name].numel() <= MAX_NUMBERS:
             yield node, TraceConstant(program.state_dict[name].detach(), parameters=frozenset({name}))
 
 
