@@ -38,6 +38,20 @@ GROUPED_EXPERTS: dict[str, Any] = {
 }
 """DeepSeek's experts, in one group."""
 
+SHARED_EXPERT: dict[str, Any] = {
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 32,
+}
+
+DELTA_RULE: dict[str, Any] = {
+    "linear_key_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 8,
+}
+
 
 def without(arguments: dict[str, Any], *names: str) -> dict[str, Any]:
     """The others of these arguments."""

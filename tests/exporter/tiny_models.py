@@ -10,7 +10,7 @@ import torch
 import transformers
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 
-from tests.exporter.tiny_common import COMMON, without
+from tests.exporter.tiny_common import COMMON, DELTA_RULE, SHARED_EXPERT, without
 from tests.exporter.tiny_latent import LATENT
 from tests.exporter.tiny_positions import POSITIONED
 from tests.exporter.tiny_recurrent import RECURRENT
@@ -169,14 +169,8 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["linear_attention", "full_attention"],
             "head_dim": 16,
             "partial_rotary_factor": 0.25,
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
+            **DELTA_RULE,
+            **SHARED_EXPERT,
         },
     ),
     "qwen3_5_text": (
@@ -185,10 +179,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             **COMMON,
             "layer_types": ["linear_attention", "full_attention"],
             "head_dim": 16,
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
+            **DELTA_RULE,
         },
     ),
     "gptj": (
@@ -218,10 +209,7 @@ TINY |= {
             "layer_types": ["full_attention", "sliding_attention"],
             "num_attention_heads_per_layer": [4, 6],
             "mlp_layer_types": ["dense", "sparse"],
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
+            **SHARED_EXPERT,
         },
     ),
     "mimo_v2_flash": (

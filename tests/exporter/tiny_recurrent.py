@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.exporter.tiny_common import COMMON, EXPERTS, without
+from tests.exporter.tiny_common import COMMON, DELTA_RULE, EXPERTS, SHARED_EXPERT, without
 
 _MAMBA2 = {"mamba_n_heads": 12, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 8, "mamba_n_groups": 2}
 _NO_ATTENTION = {"vocab_size": 97, "hidden_size": 48, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -211,14 +211,8 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
             **without(COMMON, "intermediate_size"),
             "head_dim": 8,
             "layer_types": ["linear_attention", "indexed_attention"],
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
+            **DELTA_RULE,
+            **SHARED_EXPERT,
             "hc_count": 2,
             "hc_lowrank": 8,
             "indexer_n_heads": 2,
