@@ -14,9 +14,9 @@ from sinkexport.reference.streamed import streamed_logits
 from sinkrt import Session
 
 from tests.exporter.graph.in_place import assert_states_are_written_last
-from tests.exporter.tiny_models import DAILY, TINY, tiny_model
+from tests.exporter.tiny_models import DAILY, GEOMETRY, TINY, tiny_model
 from tests.exporter.tiny_positions import POSITIONED
-from tests.support import export_model, nightly_but, random_ids
+from tests.support import SharedExports, export_model, nightly_but, random_ids
 
 WRAPS = 6
 
@@ -57,14 +57,13 @@ def assert_streams_like_reference(session: Session, model: Any, ids: np.ndarray,
 
 
 @pytest.mark.parametrize("name", nightly_but(DAILY, sorted(TINY.keys() - POSITIONED)))
-def test_dense_and_streaming(name: str, tmp_path: Path) -> None:
-    model = tiny_model(name)
-    config = ExportConfig(num_sink_tokens=4, window_size=12, batch=2)
+def test_dense_and_streaming(name: str, shared_export: SharedExports) -> None:
+    bundle, config = shared_export(name, **GEOMETRY), ExportConfig(**GEOMETRY)
+    model, session = bundle.model, bundle.session()
     ids = random_ids(config.batch, config.capacity + WRAPS * config.window_size + 3)
     with torch.no_grad():
         dense = model(torch.from_numpy(ids[:, : config.capacity])).logits.numpy()
-    session = exported(model, tmp_path / "bundle", config)
-    assert_states_are_written_last(tmp_path / "bundle", session.manifest)
+    assert_states_are_written_last(bundle.path, bundle.manifest)
     for t in range(config.capacity):
         assert_close(session.step(ids[:, t]), dense[:, t], 1e-4, f"position {t}")
     session.reset()

@@ -31,10 +31,10 @@ from sinkexport.tensorrt.process import build_engine_apart
 from sinkrt.contract import Manifest
 from sinkrt.errors import BackendError, UsageError
 
-from tests.exporter.tiny_models import DAILY, TINY, tiny_model
+from tests.exporter.tiny_models import DAILY, GEOMETRY, TINY, tiny_model
 from tests.exporter.variants.test_affine import random_tensors, written
 from tests.real_model import smollm2_file
-from tests.support import export_model, nightly_but
+from tests.support import SharedExports, export_model, nightly_but
 
 HAS_TENSORRT = importlib.util.find_spec(MODULE) is not None
 # In CI a missing package is a failure, not a skip: SINKEXPORT_NO_SKIP=1 lets the error come out.
@@ -233,9 +233,9 @@ class TestExportedGraphs:
     pytestmark = needs_tensorrt
 
     @pytest.mark.parametrize("name", nightly_but([name for name in DAILY if name in BUILT], BUILT))
-    def test_every_family_builds(self, tmp_path: Path, name: str) -> None:
-        loaded = LoadedModel(tiny_model(name), None, name)
-        check_bundle(tmp_path / "bundle", export_loaded(loaded, tmp_path / "bundle", ExportConfig(S, W, chunk_size=1)))
+    def test_every_family_builds(self, shared_export: SharedExports, name: str) -> None:
+        bundle = shared_export(name, **GEOMETRY)
+        check_bundle(bundle.path, bundle.manifest)
 
     @pytest.mark.parametrize(
         "config",
