@@ -261,8 +261,8 @@ DAILY = (
 """Models of `TINY` for each day: one for each mechanism. The others have a test of a mechanism each night."""
 
 
-GEOMETRY = {"num_sink_tokens": 4, "window_size": 12, "batch": 2}
-"""Arguments with which tests of all families ask `shared_export` for them: each is exported once for all."""
+DECODE_GRAPH = {"num_sink_tokens": 4, "window_size": 12, "batch": 1, "chunk_size": 1}
+"""Arguments of `shared_export` for tests that read the decode graph of a family: it is exported once for all."""
 
 
 def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

@@ -11,20 +11,17 @@ import onnx
 import pytest
 import torch
 
-from tests.exporter.tiny_models import tiny_model
+from tests.exporter.tiny_models import DECODE_GRAPH, tiny_model
 from tests.support import SharedExports, TinyBundle, export_model, random_ids
 
 NODES_PER_LAYER = 42
 """Nodes of a Llama-like decoder with grouped queries, views included."""
 
 
-GEOMETRY = {"num_sink_tokens": 4, "window_size": 12, "batch": 1, "chunk_size": 1}
-
-
 @pytest.fixture
 def decode_graph(shared_export: SharedExports) -> Callable[[str], onnx.ModelProto]:
     """Decode graphs of tiny models, by their names."""
-    return lambda name: loaded(shared_export(name, **GEOMETRY))
+    return lambda name: loaded(shared_export(name, **DECODE_GRAPH))
 
 
 def loaded(bundle: TinyBundle) -> onnx.ModelProto:
@@ -40,7 +37,7 @@ def ops(model: onnx.ModelProto) -> Counter[str]:
 def test_only_standard_operators_and_no_copies_of_the_window(
     name: str, batch: int, shared_export: SharedExports
 ) -> None:
-    bundle = shared_export(name, **{**GEOMETRY, "batch": batch})
+    bundle = shared_export(name, **{**DECODE_GRAPH, "batch": batch})
     model = loaded(bundle)
     onnx.checker.check_model(bundle.path / "decode.onnx", full_check=True)
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 24)]
@@ -80,12 +77,12 @@ def test_norms_are_single_operators(decode_graph: Callable[[str], onnx.ModelProt
 
 @pytest.mark.slow
 def test_node_count_per_layer(decode_graph: Callable[[str], onnx.ModelProto], tmp_path: Path) -> None:
-    deeper = export_model(tiny_model("llama", num_hidden_layers=3), tmp_path / "deeper", **GEOMETRY)
+    deeper = export_model(tiny_model("llama", num_hidden_layers=3), tmp_path / "deeper", **DECODE_GRAPH)
     assert len(loaded(deeper).graph.node) - len(decode_graph("llama").graph.node) <= NODES_PER_LAYER
 
 
 def test_weights_are_one_file_and_tied_embeddings_stored_once(shared_export: SharedExports) -> None:
-    bundle = shared_export("llama-tied", **GEOMETRY)
+    bundle = shared_export("llama-tied", **DECODE_GRAPH)
     model = loaded(bundle)
     parameters = sum(p.numel() for p in tiny_model("llama-tied").parameters())
     size = (bundle.path / "weights.bin").stat().st_size
@@ -99,13 +96,13 @@ def test_weights_are_one_file_and_tied_embeddings_stored_once(shared_export: Sha
 @pytest.mark.slow
 def test_export_is_reproducible(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        export_model("llama", tmp_path / name, **{**GEOMETRY, "chunk_size": 12})
+        export_model("llama", tmp_path / name, **{**DECODE_GRAPH, "chunk_size": 12})
     for file in ("manifest.json", "decode.onnx", "prefill.onnx", "weights.bin"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 
 def test_streams_of_a_batch_do_not_mix(shared_export: SharedExports) -> None:
-    session = shared_export("llama", **{**GEOMETRY, "batch": 3}).session()
+    session = shared_export("llama", **{**DECODE_GRAPH, "batch": 3}).session()
     ids = random_ids(3, 40)
     first = np.stack([session.step(column)[0].copy() for column in ids.T])
     session.reset()

@@ -14,7 +14,7 @@ from sinkexport.reference.streamed import streamed_logits
 from sinkrt import Session
 
 from tests.exporter.graph.in_place import assert_states_are_written_last
-from tests.exporter.tiny_models import DAILY, GEOMETRY, TINY, tiny_model
+from tests.exporter.tiny_models import DAILY, TINY, tiny_model
 from tests.exporter.tiny_positions import POSITIONED
 from tests.support import SharedExports, export_model, nightly_but, random_ids
 
@@ -58,7 +58,8 @@ def assert_streams_like_reference(session: Session, model: Any, ids: np.ndarray,
 
 @pytest.mark.parametrize("name", nightly_but(DAILY, sorted(TINY.keys() - POSITIONED)))
 def test_dense_and_streaming(name: str, shared_export: SharedExports) -> None:
-    bundle, config = shared_export(name, **GEOMETRY), ExportConfig(**GEOMETRY)
+    geometry = {"num_sink_tokens": 4, "window_size": 12, "batch": 2}
+    bundle, config = shared_export(name, **geometry), ExportConfig(**geometry)
     model, session = bundle.model, bundle.session()
     ids = random_ids(config.batch, config.capacity + WRAPS * config.window_size + 3)
     with torch.no_grad():
