@@ -122,11 +122,16 @@ def inspect_model(source: str) -> ModelReport:
 
 
 def model_facts(config: Any) -> Facts:
-    """Read the sizes of the model from its configuration."""
+    """Read the sizes of the model from its configuration.
+
+    latent: numbers that latent attention keeps of a token, and how many of them are the value; absent elsewhere.
+    """
     text = config.get_text_config()
     heads = _size(text, "num_attention_heads")
     width = getattr(text, "hidden_size", None)
+    latent, turning = (_size(text, name) for name in ("kv_lora_rank", "qk_rope_head_dim"))
     return {
+        **({} if latent is None or turning is None else {"latent": (latent + turning, latent)}),
         "family": text.model_type,
         "architecture": next(iter(getattr(config, "architectures", None) or ()), None),
         "num_layers": getattr(text, "num_hidden_layers", None),

@@ -51,5 +51,7 @@ def geometry(num_sink_tokens: int, window_size: int, *, has_attention: bool) -> 
 
 
 def megabytes(size: int) -> str:
-    """Format bytes as MB (1e6 bytes)."""
+    """Format bytes as MB (1e6 bytes): one decimal, or two digits of what would be 0.0."""
+    if 0 < size < 50_000:
+        return f"{float(f'{size / 1e6:.1e}'):.6f}".rstrip("0")
     return f"{size / 1e6:.1f}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
@@ -42,6 +43,22 @@ def attention_entries(model: ModelFacts, caches: Sequence[AttentionCache]) -> tu
         cache == model_cache(model, cache.layer) for cache in caches
     )
     return None if is_uniform else tuple(caches)
+
+
+def layout_text(
+    model: ModelFacts, num_sink_tokens: int, window_size: int, caches: Sequence[AttentionCache] | None
+) -> str | None:
+    """Return what a graph's metadata say of its sizes (`LAYOUT_METADATA`). caches: `Manifest.attention`; None: nothing."""
+    if caches is None:
+        return None
+    names = ("num_layers", "num_q_heads", "num_kv_heads", "head_dim")
+    facts = {
+        **{name: getattr(model, name) for name in names},
+        "num_sink_tokens": num_sink_tokens,
+        "window_size": window_size,
+        "attention": [dataclasses.asdict(cache) for cache in caches],
+    }
+    return json.dumps(facts, sort_keys=True)
 
 
 def model_cache(model: ModelFacts, layer: int) -> AttentionCache:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from sinkexport.analysis.model_report import RECURRENT, ModelReport, inspect_mod
 from sinkexport.util.console import facts_table, listed, table_console
 
 Facts = Mapping[str, Any]
+
+WITHOUT_ATTENTION = {RECURRENT, "conv", "moe", "mlp"}
+"""Kinds of layers that a configuration lists beside those with attention."""
 
 
 def show_model(source: str, as_json: bool) -> None:
@@ -81,7 +84,7 @@ def _rows(report: ModelReport) -> list[tuple[str, str]]:
     facts = report.facts
     return [
         ("model", f"{facts['name']} ({facts['format']})"),
-        *_model(facts["model"], _kinds(facts)),
+        *_model(facts["model"], facts["windows"] or ()),
         *_tensors(facts["tensors"]),
         *_positions(facts["positions"]),
         *(
@@ -98,26 +101,30 @@ def _rows(report: ModelReport) -> list[tuple[str, str]]:
     ]
 
 
-def _kinds(facts: Facts) -> set[str]:
-    """Kinds of layers."""
-    return {_words(row["kind"]) for row in facts["windows"] or ()}
-
-
 def _words(kind: str) -> str:
     """Kind of layers in our words: transformers calls all recurrent ones linear attention."""
     return RECURRENT if kind == "linear_attention" else kind.replace("_", " ")
 
 
-def _model(facts: Facts | None, kinds: set[str]) -> list[tuple[str, str]]:
+def _layers(facts: Facts, rows: Sequence[Facts]) -> str:
+    """Describe the layers' heads. rows: layers by kind."""
+    kinds = {_words(row["kind"]) for row in rows}
+    if kinds == {RECURRENT}:
+        return f"{facts['num_layers']} x no attention"
+    heads, others = _heads(facts), sum(row["layers"] for row in rows if _words(row["kind"]) in WITHOUT_ATTENTION)
+    total = facts["num_layers"]
+    return f"{total}: {total - others} x {heads}" if others else f"{total} x {heads}"
+
+
+def _model(facts: Facts | None, rows: Sequence[Facts]) -> list[tuple[str, str]]:
     if facts is None:
         return []
-    heads = "no attention" if kinds == {RECURRENT} else _heads(facts)
     positions = f", trained for {facts['max_positions']:,} positions" if facts["max_positions"] else ""
     return [
         ("family", f"{facts['family']} ({facts['architecture'] or 'architecture not named'})"),
         (
             "layers",
-            f"{facts['num_layers']} x {heads}; hidden size {facts['hidden_size']}",
+            f"{_layers(facts, rows)}; hidden size {facts['hidden_size']}",
         ),
         ("vocabulary", f"{facts['vocab_size']} tokens{positions}"),
     ]
@@ -125,6 +132,8 @@ def _model(facts: Facts | None, kinds: set[str]) -> list[tuple[str, str]]:
 
 def _heads(facts: Facts) -> str:
     sizes = [facts[name] for name in ("num_q_heads", "num_kv_heads", "head_dim")]
+    if (latent := facts.get("latent")) is not None and sizes[0] is not None:
+        return "{} query heads over latent rows of {} ({} of them values)".format(sizes[0], *latent)
     if None in sizes:
         return "heads as each layer has them, or none"
     return "{} query heads, {} key heads of {}".format(*sizes)

@@ -106,6 +106,7 @@ class Graph {
       }
       compare<ort::SessionGetInputCount, ort::SessionGetInputName, ort::SessionGetInputTypeInfo>("input", inputs);
       compare<ort::SessionGetOutputCount, ort::SessionGetOutputName, ort::SessionGetOutputTypeInfo>("output", outputs);
+      compareLayout(graph.file, manifest);
     } catch (const OrtFailure& failure) {
       if (failure.out_of_memory) {
         throw Error(Code::kOutOfMemory, problem(graph.file, "too little memory (" + failure.message + ")",
@@ -168,6 +169,11 @@ class Graph {
     size_t count = 0;
     api_.call<Count>(session_.get(), &count);
     std::map<std::string, std::string> found, expected;
+    std::vector<std::string> names;  // as they come: the first that differs is named
+    for (const TensorSpec& spec : wanted) {
+      expected[spec.name] = shown(spec.dtype, spec.shape);
+      names.push_back(spec.name);
+    }
     for (size_t i = 0; i < count; ++i) {
       char* name = nullptr;
       api_.call<Name>(session_.get(), i, allocator, &name);
@@ -187,18 +193,35 @@ class Graph {
       std::vector<int64_t> shape(rank);
       if (rank > 0) api_.call<ort::GetDimensions>(tensor, shape.data(), rank);
       found[kept] = shown(ortTypeName(type), shape);
+      names.push_back(kept);
     }
-    for (const TensorSpec& spec : wanted) expected[spec.name] = shown(spec.dtype, spec.shape);
-    for (const auto& names : {expected, found}) {
-      for (const auto& entry : names) {
-        const auto actual = found.find(entry.first), should = expected.find(entry.first);
-        const std::string received = actual == found.end() ? "nothing" : actual->second;
-        const std::string needed = should == expected.end() ? "nothing" : should->second;
-        if (received == needed) continue;
-        throw Error(Code::kBundle, problem("graph " + kind + " '" + entry.first + "'", received, needed,
-                                           "graph and manifest differ: export again"));
-      }
+    for (const std::string& name : names) {
+      const auto actual = found.find(name), should = expected.find(name);
+      const std::string received = actual == found.end() ? "nothing" : actual->second;
+      const std::string needed = should == expected.end() ? "nothing" : should->second;
+      if (received == needed) continue;
+      throw Error(Code::kBundle, problem("graph " + kind + " '" + name + "'", received, needed,
+                                         "graph and manifest differ: export again"));
     }
+  }
+
+  // The graph must have been made for the sizes that the manifest says: not all of them show in its inputs.
+  void compareLayout(const std::string& file, const Manifest& manifest) const {
+    OrtAllocator* allocator = nullptr;
+    api_.call<ort::GetAllocatorWithDefaultOptions>(&allocator);
+    OrtModelMetadata* made = nullptr;
+    api_.call<ort::SessionGetModelMetadata>(session_.get(), &made);
+    const OrtOwned<OrtModelMetadata, ort::ReleaseModelMetadata> metadata(api_, made);
+    char* value = nullptr;  // stays so where there is no such entry
+    api_.call<ort::ModelMetadataLookupCustomMetadataMap>(made, allocator, kLayoutMetadata, &value);
+    const std::string wanted = manifest.graphLayout();
+    std::string found = "nothing";
+    if (value != nullptr) {
+      found = value;
+      api_.call<ort::AllocatorFree>(allocator, static_cast<void*>(value));
+    }
+    if (found == wanted) return;
+    throw Error(Code::kBundle, problem("layout in " + file, found, wanted, "graph and manifest differ: export again"));
   }
 
   static std::string shown(const std::string& type, const std::vector<int64_t>& shape) {
