@@ -1,4 +1,4 @@
-"""Bundles whose manifest was changed by hand: both runtimes refuse them in one line, or both go on with the same tokens.
+"""Bundles whose manifest was changed by hand: both runtimes refuse them in one line, or go on with the same tokens.
 
 `test_manifest_agreement` reads manifests alone; here the graphs behind them are loaded and run as well.
 """

@@ -1,4 +1,4 @@
-"""Bundles of any layout of states without torch and exporter: their graphs mix ids and states, and attend to nothing."""
+"""Bundles of any layout of states, without torch and exporter: their graphs mix ids and states without attention."""
 
 from __future__ import annotations
 

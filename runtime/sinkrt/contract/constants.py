@@ -14,8 +14,10 @@ ATTENTION_SCHEMA = 7
 """Version that brought `attention`: older manifests have none."""
 
 LAYOUT_METADATA = "sinkexport.layout"
-"""Key of a graph's metadata: the sizes that it was made for, in bundles whose manifest has `attention`. Some of them show
-in no input of the graph: query heads, how much of a latent row is the value, and W of a model without attention."""
+"""Key of a graph's metadata: the sizes that it was made for, in bundles whose manifest has `attention`.
+
+Some show in no input of the graph: query heads, how much of a latent row is the value, W of a model without attention.
+"""
 
 MANIFEST_NAME = "manifest.json"
 

@@ -48,7 +48,10 @@ def attention_entries(model: ModelFacts, caches: Sequence[AttentionCache]) -> tu
 def layout_text(
     model: ModelFacts, num_sink_tokens: int, window_size: int, caches: Sequence[AttentionCache] | None
 ) -> str | None:
-    """Return what a graph's metadata say of its sizes (`LAYOUT_METADATA`). caches: `Manifest.attention`; None: nothing."""
+    """Return what a graph's metadata say of its sizes (`LAYOUT_METADATA`); None: nothing.
+
+    caches: `Manifest.attention`.
+    """
     if caches is None:
         return None
     names = ("num_layers", "num_q_heads", "num_kv_heads", "head_dim")

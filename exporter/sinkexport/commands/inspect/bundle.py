@@ -20,7 +20,7 @@ from sinkrt.contract import (
     SinkTuning,
 )
 
-from sinkexport.util.console import facts_table, listed, megabytes, table_console
+from sinkexport.util.console import counted, facts_table, listed, megabytes, table_console
 
 
 def show_bundle(bundle: Path, manifest: Manifest) -> None:
@@ -103,11 +103,7 @@ def _recurrent(manifest: Manifest) -> str:
     both = layers & {cache.layer for cache in manifest.caches}
     beside = f", {len(both)} of them beside a cache" if both else ""
     size = megabytes(sum(state.nbytes for state in states) // manifest.stream.batch)
-    return f"constant state in {_counted(len(layers), 'layer')}{beside}; {size} MB a stream"
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    return f"constant state in {counted(len(layers), 'layer')}{beside}; {size} MB a stream"
 
 
 def _sliding_windows(manifest: Manifest) -> str:
@@ -120,7 +116,7 @@ def _sliding_windows(manifest: Manifest) -> str:
     ]
     own = [size for size in windows if manifest.stream.num_sink_tokens or size != manifest.stream.window_size]
     sizes = " or ".join(map(str, sorted(set(own))))
-    return f"; {_counted(len(own), 'layer')} with a sliding window of {sizes}" if own else ""
+    return f"; {counted(len(own), 'layer')} with a sliding window of {sizes}" if own else ""
 
 
 def _quantised(facts: Quantization | None) -> str:

@@ -12,7 +12,7 @@ from rich.text import Text
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.analysis.model_report import RECURRENT, ModelReport, inspect_model
-from sinkexport.util.console import facts_table, listed, table_console
+from sinkexport.util.console import counted, facts_table, listed, table_console
 
 Facts = Mapping[str, Any]
 
@@ -90,7 +90,7 @@ def _rows(report: ModelReport) -> list[tuple[str, str]]:
         *(
             (
                 "windows",
-                f"{row['layers']} layers: {_words(row['kind'])}"
+                f"{counted(row['layers'], 'layer')}: {_words(row['kind'])}"
                 + (f", {row['window']:,} tokens" if row["window"] else ""),
             )
             for row in facts["windows"] or ()
@@ -103,6 +103,8 @@ def _rows(report: ModelReport) -> list[tuple[str, str]]:
 
 def _words(kind: str) -> str:
     """Kind of layers in our words: transformers calls all recurrent ones linear attention."""
+    if kind.startswith("hybrid"):
+        return "sliding attention beside a recurrence" if "sliding" in kind else "full attention beside a recurrence"
     return RECURRENT if kind == "linear_attention" else kind.replace("_", " ")
 
 
@@ -120,12 +122,14 @@ def _model(facts: Facts | None, rows: Sequence[Facts]) -> list[tuple[str, str]]:
     if facts is None:
         return []
     positions = f", trained for {facts['max_positions']:,} positions" if facts["max_positions"] else ""
+    shared = facts.get("shared_layers")
     return [
         ("family", f"{facts['family']} ({facts['architecture'] or 'architecture not named'})"),
         (
             "layers",
             f"{_layers(facts, rows)}; hidden size {facts['hidden_size']}",
         ),
+        *([] if shared is None else [("without a cache", f"the last {shared}: they read an earlier layer's")]),
         ("vocabulary", f"{facts['vocab_size']} tokens{positions}"),
     ]
 
@@ -157,7 +161,7 @@ def _positions(facts: Facts | None) -> list[tuple[str, str]]:
         rows.append(
             (
                 "positions",
-                f"rope, {rope['type']}, theta {rope['theta']}, share {rope['rotary_share']:g} of a "
+                f"rope, {rope['type']}, theta {rope['theta']}, share {rope['rotary_share']:.3g} of a "
                 f"head, {rope['layers']}" + (f"; {scaling}" if scaling else ""),
             )
         )
