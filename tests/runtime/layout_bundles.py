@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from sinkrt.contract import Manifest, StateSpec, TensorSpec, TokenizerFacts, hash_file
 from sinkrt.contract.constants import LAYOUT_METADATA
+from sinkrt.contract.layout import graph_layout
 
 from tests.runtime.layouts import CacheSizes, Recurrent, cache, layout
 from tests.runtime.toy import VOCAB_SIZE, Toy, toy_tokenizer, write_manifest
@@ -43,7 +44,7 @@ def build_layout(folder: Path, manifest: Manifest) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for graph in manifest.graphs.values():
         model = _model(graph.inputs, graph.outputs, manifest.states)
-        if (text := manifest.graph_layout) is not None:
+        if (text := graph_layout(manifest)) is not None:
             helper.set_model_props(model, {LAYOUT_METADATA: text})
         onnx.save(model, folder / graph.file)
     toy_tokenizer().save(str(folder / "tokenizer.json"))

@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from sinkrt.contract import Manifest, TensorSpec
 from sinkrt.contract.constants import LAYOUT_METADATA
+from sinkrt.contract.layout import graph_layout
 from sinkrt.errors import BackendError, BundleError, problem
 
 ALIGNMENT_BYTES = 64
@@ -243,7 +244,7 @@ def _compare_layout(file: str, session: ort.InferenceSession, manifest: Manifest
 
     Raises: BundleError.
     """
-    found, wanted = session.get_modelmeta().custom_metadata_map.get(LAYOUT_METADATA), manifest.graph_layout
+    found, wanted = session.get_modelmeta().custom_metadata_map.get(LAYOUT_METADATA), graph_layout(manifest)
     if found != wanted:
         raise BundleError(
             problem(

@@ -64,6 +64,12 @@ def layout_text(
     return json.dumps(facts, sort_keys=True)
 
 
+def graph_layout(manifest: Manifest) -> str | None:
+    """Return what the metadata of each graph must say (`LAYOUT_METADATA`); None: nothing."""
+    stream = manifest.stream
+    return layout_text(manifest.model, stream.num_sink_tokens, stream.window_size, manifest.attention)
+
+
 def model_cache(model: ModelFacts, layer: int) -> AttentionCache:
     """Return the cache of a layer that has the model's heads and `head_dim`."""
     heads = (model.num_q_heads, model.num_kv_heads, model.head_dim, model.head_dim)

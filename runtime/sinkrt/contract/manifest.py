@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sinkrt.contract.constants import ATTENTION_SCHEMA, FLOAT_DTYPES, RECURRENT_KINDS, SCHEMA_VERSION, TARGETS
-from sinkrt.contract.layout import attention_entries, check_layout, layout_text, uniform_caches
+from sinkrt.contract.layout import attention_entries, check_layout, uniform_caches
 from sinkrt.contract.reader import build_from_json, parse_json
 from sinkrt.contract.rules import about, check_rules, is_inside, require
 from sinkrt.contract.schema import (
@@ -137,11 +137,6 @@ class Manifest:
         """Sizes of every cache in the order of the states, as `attention` or else `model` says; the groups of a layer
         (`head_windows`) are one cache."""
         return uniform_caches(self) if self.attention is None else self.attention
-
-    @property
-    def graph_layout(self) -> str | None:
-        """What the metadata of each graph must say (`LAYOUT_METADATA`); None: nothing."""
-        return layout_text(self.model, self.stream.num_sink_tokens, self.stream.window_size, self.attention)
 
     @property
     def is_recurrent(self) -> bool:
