@@ -112,6 +112,7 @@ HOSTILE: list[tuple[str, Callable[[Any], None], str]] = [
     ("uniform", changing("stream", "num_sink_tokens", to=1), "state 'sink_k.0'"),
     ("none", changing("stream", "window_size", to=7), "layout in decode.onnx"),
     ("none", changing("stream", "num_sink_tokens", to=0), "layout in decode.onnx"),
+    ("none", changing("states", 0, "shape", to=[2, 2**40]), "graph input 'conv.0'"),
     ("none", changing("attention", to=None), "attention"),
     ("none", changing("states", 0, "kind", to="window_k"), "attention[0]"),
     ("none", changing("schema_version", to=6), "attention"),

@@ -43,15 +43,17 @@ class OrtBackend:
         if repack_prefill is None:
             repack_prefill = manifest.weights_bytes <= available_bytes() // 4
         device = device or HostDevice()
+        # Opened first: a manifest whose sizes are not the graphs' is refused before memory is asked for.
+        decode = Graph(bundle, manifest, "decode", threads, device, repack=True)
+        prefill = manifest.graphs.get("prefill")
+        in_chunks = Graph(bundle, manifest, "prefill", threads, device, repack=repack_prefill) if prefill else None
         self._states = {s.input: device.zeros(TensorSpec(s.input, s.shape, s.dtype)) for s in manifest.states}
         graph = manifest.graphs["decode"]
         self._arrays = {spec.name: device.staged(spec) for spec in (*graph.inputs, *graph.outputs)}
-        decode = Graph(bundle, manifest, "decode", threads, device, repack=True)
         self.step = decode.bind({**_devices(self._arrays), **self._states}, 0)
         self.chunks: list[Binding] = []
-        if prefill := manifest.graphs.get("prefill"):
+        if prefill is not None and in_chunks is not None:
             self._chunk_inputs = {spec.name: device.staged(spec) for spec in prefill.inputs}
-            in_chunks = Graph(bundle, manifest, "prefill", threads, device, repack=repack_prefill)
             for stream in range(manifest.stream.batch):
                 # The prefill graph sees one stream: a row of each.
                 rows = {"logits": self._arrays["logits"].device, **self._states}

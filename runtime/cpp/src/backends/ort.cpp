@@ -244,6 +244,12 @@ class OrtBackend final : public Backend {
     const int64_t batch = manifest.stream.batch;
     const bool repack_prefill =
         options.repack_prefill < 0 ? manifest.weightsBytes() <= availableBytes() / 4 : options.repack_prefill != 0;
+    // Opened first: a manifest whose sizes are not the graphs' is refused before memory is asked for.
+    decode_ = std::make_unique<Graph>(api, env, bundle, manifest, "decode", options.threads, true);
+    const auto found = manifest.graphs.find("prefill");
+    if (found != manifest.graphs.end()) {
+      prefill_ = std::make_unique<Graph>(api, env, bundle, manifest, "prefill", options.threads, repack_prefill);
+    }
     // Refused before memory is touched: systems that hand out more than they have kill the process instead.
     if (const int64_t available = availableBytes(); available > 0 && manifest.stateBytes() > available) {
       refuseMemory(std::to_string(available) + " bytes", manifest.stateBytes());
@@ -254,15 +260,13 @@ class OrtBackend final : public Backend {
     position_ = &add(inputs_, graph.inputs, "position");
     logits_.emplace_back(graph.outputs[0].bytes());
     kept_logits_.resize(logits_[0].size() / sizeof(float));
-    decode_ = std::make_unique<Graph>(api, env, bundle, manifest, "decode", options.threads, true);
     step_ = decode_->bind({{spec(graph, "ids"), ids_->data()}, {spec(graph, "position"), position_->data()}},
                           {{graph.outputs[0], logits_[0].data()}}, statePlaces(0, batch), manifest.states);
-    if (const auto found = manifest.graphs.find("prefill"); found != manifest.graphs.end()) {
+    if (prefill_) {
       const GraphSpec& chunk = found->second;
       chunk_ids_ = &add(inputs_, chunk.inputs, "ids");
       chunk_position_ = &add(inputs_, chunk.inputs, "position");
       num_valid_ = &add(inputs_, chunk.inputs, "num_valid");
-      prefill_ = std::make_unique<Graph>(api, env, bundle, manifest, "prefill", options.threads, repack_prefill);
       for (int64_t b = 0; b < batch; ++b) {  // the prefill graph sees one stream: a row of each
         chunks_.push_back(prefill_->bind({{spec(chunk, "ids"), chunk_ids_->data()},
                                           {spec(chunk, "position"), chunk_position_->data()},
