@@ -59,7 +59,7 @@ NAMES = {"latent and recurrent": "kimi_linear", "no attention": "rwkv", "state b
 
 SHOWN = {
     "heads by layer": ("3: 3 with attention", "88 numbers a token", "2 layers with a sliding window of 5"),
-    "value heads of another size": ("2: 2 with attention", "192 numbers a token"),
+    "value heads of another size": ("192 numbers a token, all layers together",),
     "latent and recurrent": ("2: 1 with attention, 1 recurrent", "24 numbers a token", "sink latent rows"),
     "no attention": ("3: 3 recurrent", "constant state in 3 layers; 0.0029 MB a stream"),
     "state beside a cache": ("2 x 6 query heads, 2 key heads of 8", "64 numbers a token"),
