@@ -244,15 +244,15 @@ class OrtBackend final : public Backend {
     const int64_t batch = manifest.stream.batch;
     const bool repack_prefill =
         options.repack_prefill < 0 ? manifest.weightsBytes() <= availableBytes() / 4 : options.repack_prefill != 0;
+    // Refused before memory is touched: systems that hand out more than they have kill the process instead.
+    if (const int64_t available = availableBytes(); available > 0 && manifest.stateBytes() > available) {
+      refuseMemory(std::to_string(available) + " bytes", manifest.stateBytes());
+    }
     // Opened first: a manifest whose sizes are not the graphs' is refused before memory is asked for.
     decode_ = std::make_unique<Graph>(api, env, bundle, manifest, "decode", options.threads, true);
     const auto found = manifest.graphs.find("prefill");
     if (found != manifest.graphs.end()) {
       prefill_ = std::make_unique<Graph>(api, env, bundle, manifest, "prefill", options.threads, repack_prefill);
-    }
-    // Refused before memory is touched: systems that hand out more than they have kill the process instead.
-    if (const int64_t available = availableBytes(); available > 0 && manifest.stateBytes() > available) {
-      refuseMemory(std::to_string(available) + " bytes", manifest.stateBytes());
     }
     for (const StateSpec& state : manifest.states) states_.emplace_back(state.bytes());
     const GraphSpec& graph = manifest.graphs.at("decode");
