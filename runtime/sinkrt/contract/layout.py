@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
@@ -18,7 +19,7 @@ from sinkrt.errors import BundleError, problem
 
 if TYPE_CHECKING:
     from sinkrt.contract.manifest import Manifest
-    from sinkrt.contract.schema import GraphSpec, StateSpec
+    from sinkrt.contract.schema import GraphSpec, ModelFacts, StateSpec
 
 WINDOW_KEYS = STATE_KINDS[2]
 """Kind of the one state that every cache has."""
@@ -53,6 +54,31 @@ def attention_entries(model: Heads, caches: Sequence[AttentionCache]) -> tuple[A
         cache == model_cache(model, cache.layer) for cache in caches
     )
     return None if is_uniform else tuple(caches)
+
+
+def layout_text(
+    model: ModelFacts, num_sink_tokens: int, window_size: int, caches: Sequence[AttentionCache] | None
+) -> str | None:
+    """Return what a graph's metadata say of its sizes (`LAYOUT_METADATA`); None: nothing.
+
+    caches: `Manifest.attention`.
+    """
+    if caches is None:
+        return None
+    names = ("num_layers", "num_q_heads", "num_kv_heads", "head_dim")
+    facts = {
+        **{name: getattr(model, name) for name in names},
+        "num_sink_tokens": num_sink_tokens,
+        "window_size": window_size,
+        "attention": [dataclasses.asdict(cache) for cache in caches],
+    }
+    return json.dumps(facts, sort_keys=True)
+
+
+def graph_layout(manifest: Manifest) -> str | None:
+    """Return what the metadata of each graph must say (`LAYOUT_METADATA`); None: nothing."""
+    stream = manifest.stream
+    return layout_text(manifest.model, stream.num_sink_tokens, stream.window_size, manifest.attention)
 
 
 def model_cache(model: Heads, layer: int) -> AttentionCache:
