@@ -119,7 +119,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 1,
         },
     ),
-    "lfm2": ("Lfm2Config", {**_TWO_LAYERS, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "lfm2": (
+        "Lfm2Config",
+        {**_TWO_LAYERS, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    ),
     "falcon_h1": ("FalconH1Config", {**_TWO_LAYERS, **_MAMBA2, "mamba_d_ssm": 128, "key_multiplier": 0.7}),
     "nemotron_h": (
         "NemotronHConfig",

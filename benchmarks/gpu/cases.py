@@ -102,6 +102,7 @@ CASES: dict[str, dict[str, Any]] = {
     "RG-LRU": _case(family="recurrent_gemma", batch=2, vocab=SMALL_VOCAB, sinks=0),
 }
 
+
 def folder_of(root: Path, name: str) -> Path:
     """Where a case lies."""
     return root / name.replace(" ", "-").replace(",", "")

@@ -41,7 +41,9 @@ INTS = "int64[3] repeats = {1, 1, 1}, int64[2] pads = {2, 0}, int64[1] first = {
     ],
 )
 def test_operators(body: str, lost: str) -> None:
-    shape = "2, 3, 1" if "Reduce" in body else "2, 3, 3" if "Split" in body else "4, 3, 6" if "Pad" in body else "2, 3, 6"
+    shape = (
+        "2, 3, 1" if "Reduce" in body else "2, 3, 3" if "Split" in body else "4, 3, 6" if "Pad" in body else "2, 3, 6"
+    )
     model = parsed(body, "float[2, 3, 6] x", f"float[{shape}] y", f"{NORM}, int64[1] axes = {{-1}}, {INTS}")
     check_same_results(model, LowerToOpset17(), rtol=1e-5)
     assert model.opset_imports[""] == OPSET
