@@ -14,7 +14,7 @@ _TWO_LAYERS: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-"""Of small vocabularies, and no row of an embedding that is left out."""
+"""Token ids that small vocabularies have; no row of an embedding is left out."""
 
 _LINEAR_AND_FULL = {
     "layer_types": ["linear_attention", "full_attention"],
