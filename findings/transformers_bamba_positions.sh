@@ -2,7 +2,7 @@
 # transformers 5.23.0, torch 2.13.0.
 # Expected: without position_ids a model counts on from the tokens in its cache, as Llama does.
 # Happens: Bamba counts from 0 in every call. A text in two calls, or a prompt and single tokens, has logits that are
-#   off by about twice their spread. With position_ids both are right, and so is generate(), which gives them.
+#   off by one to two times their spread. With position_ids both are right, and so is generate(), which gives them.
 # Why it matters: a decoding loop of one's own that works with Llama gives other text with Bamba, without a warning.
 # Exits with 0 if this is seen, 1 if not.
 set -euo pipefail
