@@ -369,6 +369,14 @@ def test_a_plugin_needs_the_builders_registry_from_tensorrt_10_on(
     assert seen == [(has_registry, tmp_path / "p.so")]
 
 
+def test_tensorrt_8_without_cublas_is_named() -> None:
+    """TensorRT 8.5.3 says no more of a recurrent layer's matmul than that it has no kernel."""
+    line = "[optimizer.cpp::computeCosts::3728] Could not find any implementation for node {ForeignNode[a...b]}."
+    assert "without cuBLAS 11" in engine.fix_of_failure(line, has_strong_types=False)
+    assert "report it" in engine.fix_of_failure(line, has_strong_types=True)
+    assert "report it" in engine.fix_of_failure("out of memory", has_strong_types=False)
+
+
 @pytest.mark.parametrize("readable", [False, True])
 def test_an_unfit_timing_cache(readable: bool, tmp_path: Path, tensorrt: MagicMock) -> None:
     """TensorRT makes none of a file that is none, and does not set one of another version or GPU."""
