@@ -279,6 +279,8 @@ def refusal_of_config(config: Any) -> str | None:
             return family.reason
     if getattr(config, "ple_layer_ids", None):
         return "looks hashed n-grams up (ple_layer_ids)"
+    if config.model_type == "doge" and config.is_moe:
+        return "chooses the experts of a token by other tokens of the text as well (is_moe)"
     quantization = getattr(config, "quantization_config", None)
     method = (
         quantization.get("quant_method")
