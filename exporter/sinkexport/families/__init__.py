@@ -137,7 +137,7 @@ EXPORTED = (
     _exported("axk1", "A.X K1", "RoPE, YaRN", reason=f"{_MLA}; MoE"),
     _exported("gpt_neox_japanese", "GPT-NeoX Japanese", "RoPE, partial"),
     _exported("dbrx", "DBRX", "RoPE", reason="MoE; clipped queries, keys and values"),
-    _exported("jetmoe", "JetMoE", "RoPE", reason="MoE, in the attention too: experts make queries"),
+    _exported("jetmoe", "JetMoE", "RoPE", reason="MoE, in the attention too: experts make queries for the same keys"),
     _exported(
         "gemma3n_text",
         "Gemma 3n, text",
