@@ -210,7 +210,8 @@ def repeated_constants(program: torch.export.ExportedProgram, repeats: LayerRepe
             constants=of_layer(program.constants),
         )
         for constant in derived_constants(its_own):
-            if any(prefix in name for name in constant.sources):
+            is_its_own = not constant.sources and any(prefix in name for name in program.constants)
+            if is_its_own or any(prefix in name for name in constant.sources):
                 names = {repeats.renamed(name, template, layer): one for name, one in constant.sources.items()}
                 found.append(DerivedConstant(constant.values, names))
     return found

@@ -16,14 +16,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from sinkexport.loading.checkpoints.file_tensor import Floats, Indices
+from sinkexport.util.traced_names import MODEL
 
 BY_HEAD = "const.by_head"
 """The plugin's copies of the model's numbers of heads, in float32."""
 
 QUANTIZED = (".packed", ".uint8", ".int8x4", ".int8")
 COMPANIONS = (".scales", ".zero_points", ".sums")
-MODEL = "model."
-"""Prefix of the names of a model's parameters: the model is a part of the traced step."""
 
 HALF_RANGE = 128
 SMALL_BYTES = 2**20
