@@ -55,7 +55,8 @@ def layer_repeats(stream: StreamStep) -> LayerRepeats | None:
     """Find the layers of a model that repeat others. None: every layer is traced.
 
     Layers are of one kind if their modules have the same types and attributes, parameters of the same shapes that no
-    other layer has, and one attention call of the same sizes, rotation and cache. Attributes that are integers may
+    other layer has, and one attention call of the same sizes, rotation and cache. Models with states beside attention, or with latents, have
+    none. Attributes that are integers may
     differ, such as a layer's index: the trace then fails where the code reads them (model/repeated_layers.py).
     """
     lists = [
@@ -63,7 +64,8 @@ def layer_repeats(stream: StreamStep) -> LayerRepeats | None:
         for name, module in stream.model.named_modules()
         if isinstance(module, torch.nn.ModuleList) and len(module) == stream.shape.num_layers
     ]
-    if len(lists) != 1 or stream.shape.num_layers < MIN_ALIKE:
+    has_cache = bool(stream.shape.recurrent) or any(call.latent is not None for call in stream.shape.calls)
+    if len(lists) != 1 or stream.shape.num_layers < MIN_ALIKE or has_cache:  # a cache is asked by a layer's index
         return None
     path, layers = lists[0][0], tuple(lists[0][1])
     own = _layers_with_own_tensors(stream.model, path, len(layers))
@@ -116,14 +118,12 @@ def _call(stream: StreamStep, path: str, layer: int) -> tuple[Any, ...] | None:
     """What the attention of a layer depends on beside its modules. None: more than can be compared."""
     shape, rotary = stream.shape, stream.rotary
     calls = [(number, call) for number, call in enumerate(shape.calls) if call.layer == layer]
-    if layer in shape.recurrent or len(calls) != 1:
+    if len(calls) != 1:
         return None
     number, call = calls[0]
     is_shared = call.shares is not None or any(other.shares == number for other in shape.calls)
     is_varied = stream.sink_scale(layer) is not None or stream.calibrated(layer) is not None
-    if is_shared or is_varied or str(layer) in stream.affine or call.latent is not None:
-        return None
-    if number in rotary.query_scales:
+    if is_shared or is_varied or str(layer) in stream.affine or number in rotary.query_scales:
         return None
     caches = tuple(dataclasses.replace(cache, layer=0, call=0) for cache in stream.caches_of_call[number])
     spec, prefix = rotary.calls[number], f"{path}.{layer}."
