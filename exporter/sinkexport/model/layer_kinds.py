@@ -55,9 +55,9 @@ def layer_repeats(stream: StreamStep) -> LayerRepeats | None:
     """Find the layers of a model that repeat others. None: every layer is traced.
 
     Layers are of one kind if their modules have the same types and attributes, parameters of the same shapes that no
-    other layer has, and one attention call of the same sizes, rotation and cache. Models with states beside attention, or with latents, have
-    none. Attributes that are integers may
-    differ, such as a layer's index: the trace then fails where the code reads them (model/repeated_layers.py).
+    other layer has, and one attention call of the same sizes, rotation and cache. Attributes that are integers may
+    differ, such as a layer's index: the trace then fails where the code reads them (model/repeated_layers.py). Models
+    with states beside attention or with latents have no layers that repeat.
     """
     lists = [
         (name, module)
