@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+from sinkexport.targets.cpu import CPU
 from sinkexport.targets.onnx import ONNX
 from sinkexport.targets.target import Target
 from sinkexport.targets.tensorrt_native import TENSORRT_NATIVE
 from sinkexport.targets.tensorrt_plugin import TENSORRT_PLUGIN
 
 __all__ = [
+    "CPU",
     "ONNX",
     "OPTIONS",
     "RECIPE_TARGETS",
@@ -21,7 +23,7 @@ __all__ = [
     "find_target",
 ]
 
-TARGETS = (ONNX, TENSORRT_PLUGIN, TENSORRT_NATIVE)
+TARGETS = (ONNX, CPU, TENSORRT_PLUGIN, TENSORRT_NATIVE)
 """The registry: a new target is one line here and one above."""
 
 RECIPE_TARGETS = tuple(dict.fromkeys(target.recipes for target in TARGETS))
