@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 from sinkrt.contract import (
     MANIFEST_NAME,
+    CPU_ABI,
     PLUGIN_ABI,
     SCHEMA_VERSION,
     GraphSpec,
@@ -69,6 +70,7 @@ from sinkexport.pipeline.manifest_facts import (
 )
 from sinkexport.pipeline.sink_token import with_sink_token
 from sinkexport.quant.recipe import load_recipe
+from sinkexport.targets import Target
 from sinkexport.sources import LoadedModel, load_model
 from sinkexport.util.derived_constant import DerivedConstant
 from sinkexport.util.garbage import no_garbage_collection
@@ -269,10 +271,17 @@ def _manifest(
         files=hash_bundle(stage),
         producer=producers(),
         quantization=quantization_facts(config),
-        plugin_abi=PLUGIN_ABI if config.has_plugins else None,
+        plugin_abi=_library_abi(target_of(config)),
         attention=attention_caches(facts, probed.caches),
         **config.variant.manifest_entries(shape.num_layers, shape.num_q_heads, head_windows(probed.caches)),
     )
+
+
+def _library_abi(target: Target) -> str | None:
+    """Version of the nodes that are not ONNX's own."""
+    if target.has_cpu_library:
+        return CPU_ABI
+    return PLUGIN_ABI if target.has_plugins else None
 
 
 def _build(

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from sinkrt.backends.base import StateArray
+from sinkrt.backends.cpu_library import checked_library
 from sinkrt.backends.ort_graph import Binding, Device, Graph, HostDevice
 from sinkrt.contract import Manifest, TensorSpec
+from sinkrt.contract.constants import CPU
 
 
 class OrtBackend:
@@ -46,12 +48,15 @@ class OrtBackend:
         self._states = {s.input: device.zeros(TensorSpec(s.input, s.shape, s.dtype)) for s in manifest.states}
         graph = manifest.graphs["decode"]
         self._arrays = {spec.name: device.staged(spec) for spec in (*graph.inputs, *graph.outputs)}
-        decode = Graph(bundle, manifest, "decode", threads, device, repack=True)
+        library = checked_library(manifest.plugin_abi) if manifest.target == CPU else None
+        decode = Graph(bundle, manifest, "decode", threads, device, repack=True, library=library)
         self.step = decode.bind({**_devices(self._arrays), **self._states}, 0)
         self.chunks: list[Binding] = []
         if prefill := manifest.graphs.get("prefill"):
             self._chunk_inputs = {spec.name: device.staged(spec) for spec in prefill.inputs}
-            in_chunks = Graph(bundle, manifest, "prefill", threads, device, repack=repack_prefill)
+            in_chunks = Graph(
+                bundle, manifest, "prefill", threads, device, repack=repack_prefill, library=library
+            )
             for stream in range(manifest.stream.batch):
                 # The prefill graph sees one stream: a row of each.
                 rows = {"logits": self._arrays["logits"].device, **self._states}

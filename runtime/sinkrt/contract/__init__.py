@@ -11,6 +11,7 @@ The C++ runtime's structs, readers and constants are generated from this package
 """
 
 from sinkrt.contract.constants import (
+    CPU_ABI,
     DTYPE_BYTES,
     MANIFEST_NAME,
     MASS_KIND,
@@ -48,6 +49,7 @@ __all__ = [
     "MANIFEST_NAME",
     "MASS_KIND",
     "NO_TOKEN",
+    "CPU_ABI",
     "PLUGIN_ABI",
     "RECURRENT_KINDS",
     "SCALE_KINDS",

@@ -16,11 +16,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from sinkexport.loading.checkpoints.file_tensor import Floats, Indices
+from sinkexport.loading.weights.packed_matrices import PACKED, read_packed
 
 BY_HEAD = "const.by_head"
 """The plugin's copies of the model's numbers of heads, in float32."""
 
 QUANTIZED = (".packed", ".uint8", ".int8x4", ".int8")
+PACKED_OR_QUANTIZED = (*QUANTIZED, PACKED)
 COMPANIONS = (".scales", ".zero_points", ".sums")
 MODEL = "model."
 """Prefix of the names of a model's parameters: the model is a part of the traced step."""
@@ -118,7 +120,9 @@ def read_graph(path: Path) -> list[GraphMatrix]:
             continue
         layers = positions.get(name, (-np.inf, np.inf))
         suffix = next((s for s in QUANTIZED if name.endswith(s)), None)
-        if suffix is not None and f"{name.removesuffix(suffix)}.scales" in values:
+        if name.endswith(PACKED):
+            found.append(_packed_for_library(name.removesuffix(PACKED), value, values, layers))
+        elif suffix is not None and f"{name.removesuffix(suffix)}.scales" in values:
             found.append(_quantized(name.removesuffix(suffix), suffix, value, values, layers))
         elif tensor.dtype.is_floating_point() and not (name.endswith(COMPANIONS) and _has_base(name, values)):
             found.append(_floating(name, tensor, layers))
@@ -127,7 +131,7 @@ def read_graph(path: Path) -> list[GraphMatrix]:
 
 def _has_base(name: str, values: dict[str, ir.Value]) -> bool:
     base = name.rpartition(".")[0]
-    return any(f"{base}{suffix}" in values for suffix in QUANTIZED)
+    return any(f"{base}{suffix}" in values for suffix in PACKED_OR_QUANTIZED)
 
 
 def parameters_of(name: str) -> tuple[str, ...]:
@@ -264,6 +268,19 @@ def _quantized(
         slack=slack,
         sources=sources,
     )
+
+
+def _packed_for_library(
+    base: str, value: ir.Value, values: dict[str, ir.Value], layers: tuple[float, float]
+) -> GraphMatrix:
+    """A weight in the layout of the CPU library."""
+    companions = [values.get(f"{base}{suffix}") for suffix in (".scales", ".zero_points")]
+    scales, zeros = (None if one is None else _numbers(one) for one in companions)
+    shape, read = read_packed(value, _numbers(value), scales, zeros)
+    sources = tuple(
+        one.const_value for one in (value, *companions) if one is not None and one.const_value is not None
+    )
+    return GraphMatrix(name=base, parts=parameters_of(base), shape=shape, read=read, layers=layers, sources=sources)
 
 
 def _by_input(
