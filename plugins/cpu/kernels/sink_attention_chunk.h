@@ -195,7 +195,8 @@ template <typename Matmul, int V, typename Row>
 void attendRing(const SinkAttentionParams& p, const StreamCache& cache, const ChunkWork& work, const Item& item) {
   const int64_t newest = (cache.position - 1 - p.num_sinks) % p.window_size;
   const int64_t older = cache.num_ring == p.window_size ? p.window_size - 1 - newest : 0;
-  for (const bool is_older : {true, false}) {
+  for (int part = 0; part < 2; ++part) {
+    const bool is_older = part == 0;
     const KeyRows keys{Section::kRing, is_older ? older : newest + 1, is_older ? p.window_size : newest + 1, false};
     const int64_t row = item.unit * p.window_size + (is_older ? newest + 1 : 0);
     const auto* k = static_cast<const typename Row::Element*>(p.window_k) + row * p.head_dim;

@@ -2,6 +2,7 @@
 // form that the matmuls of sink_attention_tile.h take.
 #pragma once
 
+#include "half.h"
 #include "sink_attention_tile.h"
 
 namespace sinkexport::cpu::SINKEXPORT_ISA {
@@ -13,12 +14,6 @@ struct Item {
   int num_tokens;  // that count
 };
 
-inline float floatOf(uint16_t half) {
-  float lanes[16];
-  store(lanes, loadHalfPart(&half, 1));
-  return lanes[0];
-}
-
 // The new rows of a unit, turned, as they are stored and in float32 as they take part.
 inline void prepareRows(const SinkAttentionParams& p, const StreamCache& cache, const ChunkWork& work,
                         const Item& item) {
@@ -29,7 +24,8 @@ inline void prepareRows(const SinkAttentionParams& p, const StreamCache& cache, 
       angles.half = p.rotary_dim / 2;
       anglesOf(t, p.frequency, angles.half, p.rope_scaling, angles.cosine, angles.sine);
     }
-    for (const bool is_key : {true, false}) {
+    for (int part = 0; part < 2; ++part) {
+      const bool is_key = part == 0;
       const int n = is_key ? p.head_dim : p.value_dim;
       const float* row = newRow(p, is_key, item.b, item.kv_head, i);
       float* to = (is_key ? work.keys : work.values) + int64_t{i} * n;
@@ -50,7 +46,7 @@ inline void prepareRows(const SinkAttentionParams& p, const StreamCache& cache, 
           storePart(to + d, HalfRow::readPart(static_cast<const uint16_t*>(stored) + int64_t{i} * n + d, left), left);
         } else {
           const Floats entries = Int8Row::readPart(static_cast<const int8_t*>(stored) + int64_t{i} * n + d, left);
-          storePart(to + d, entries * broadcast(floatOf(scales[i])), left);
+          storePart(to + d, entries * broadcast(floatOfHalf(scales[i])), left);
         }
       }
     }
@@ -62,7 +58,8 @@ inline void writeRows(const SinkAttentionParams& p, const StreamCache& cache, co
   const int64_t bytes = p.window_type == WindowType::kFloat32 ? 4 : p.window_type == WindowType::kFloat16 ? 2 : 1;
   for (int64_t i = 0; i < item.num_tokens; ++i) {
     const int64_t t = cache.position + i, slot = item.unit * p.window_size + (t - p.num_sinks) % p.window_size;
-    for (const bool is_key : {true, false}) {
+    for (int part = 0; part < 2; ++part) {
+      const bool is_key = part == 0;
       const int64_t n = is_key ? p.head_dim : p.value_dim;
       const float* row = (is_key ? work.keys : work.values) + i * n;
       char* window = static_cast<char*>(is_key ? p.window_k : p.window_v);

@@ -46,19 +46,41 @@ SINKEXPORT_INLINE Ints loadInt8Part(const int8_t* from, int64_t n) {
 
 #if defined(SINKEXPORT_ISA_avx2) || defined(SINKEXPORT_ISA_avx2_vnni)
 constexpr int kRegisters = 8;
+
+SINKEXPORT_INLINE __m256 sumEight(const Floats* a) {
+  __m256 x[4];
+  for (int i = 0; i < 4; ++i) x[i] = _mm256_hadd_ps(a[2 * i].a + a[2 * i].b, a[2 * i + 1].a + a[2 * i + 1].b);
+  const __m256 low = _mm256_hadd_ps(x[0], x[1]), high = _mm256_hadd_ps(x[2], x[3]);
+  return _mm256_permute2f128_ps(low, high, 0x20) + _mm256_permute2f128_ps(low, high, 0x31);
+}
+SINKEXPORT_INLINE Floats sumEach(const Floats (&a)[16]) { return {sumEight(a), sumEight(a + 8)}; }
 #elif defined(SINKEXPORT_ISA_neon_dot) || defined(SINKEXPORT_ISA_neon_i8mm)
 constexpr int kRegisters = 8;
+
+SINKEXPORT_INLINE Floats sumEach(const Floats (&a)[16]) {
+  Floats result;
+  for (int i = 0; i < 4; ++i) {
+    float32x4_t x[4];
+    for (int j = 0; j < 4; ++j) {
+      const Floats& one = a[4 * i + j];
+      x[j] = vaddq_f32(vaddq_f32(one.v[0], one.v[1]), vaddq_f32(one.v[2], one.v[3]));
+    }
+    result.v[i] = vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3]));
+  }
+  return result;
+}
 #else
 constexpr int kRegisters = 4;
-#endif
 
-SINKEXPORT_INLINE Floats roundEven(Floats a) { return toFloats(toInts(a)); }
-SINKEXPORT_INLINE Floats timesPowerOf2(Floats a, Floats n) { return shiftExponent(a, toInts(n)); }
 SINKEXPORT_INLINE Floats sumEach(const Floats (&a)[16]) {
   float sums[16];
   for (int i = 0; i < 16; ++i) sums[i] = sum(a[i]);
   return load(sums);
 }
+#endif
+
+SINKEXPORT_INLINE Floats roundEven(Floats a) { return toFloats(toInts(a)); }
+SINKEXPORT_INLINE Floats timesPowerOf2(Floats a, Floats n) { return shiftExponent(a, toInts(n)); }
 SINKEXPORT_INLINE Floats loadHalfPart(const uint16_t* from, int64_t n) {
   uint16_t lanes[16] = {};
   for (int64_t i = 0; i < n && i < 16; ++i) lanes[i] = from[i];
