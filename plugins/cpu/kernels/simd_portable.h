@@ -34,7 +34,7 @@ SINKEXPORT_INLINE Floats load(const float* from) {
 SINKEXPORT_INLINE void store(float* to, Floats a) { std::memcpy(to, &a, sizeof a); }
 SINKEXPORT_INLINE Floats loadPart(const float* from, int64_t n) { SINKEXPORT_LANES(Floats, i < n ? from[i] : 0.0f); }
 SINKEXPORT_INLINE void storePart(float* to, Floats a, int64_t n) {
-  for (int i = 0; i < n; ++i) to[i] = a.lane[i];
+  for (int i = 0; i < n && i < 16; ++i) to[i] = a.lane[i];
 }
 SINKEXPORT_INLINE Floats loadHalf(const uint16_t* from) { SINKEXPORT_LANES(Floats, floatOfHalf(from[i])); }
 SINKEXPORT_INLINE void storeHalf(uint16_t* to, Floats a) {
