@@ -9,7 +9,7 @@ from typing import Any
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 TYPES: dict[str, Any] = {"int": ctypes.c_int, "bool": ctypes.c_bool, "float": ctypes.c_float}
-ENUMERATIONS = {"DType", "WeightType", "Activation"}  # of int
+ENUMERATIONS = {"DType", "WeightType", "WindowType", "Activation"}  # of int
 
 
 def body(header: str, kind: str, name: str, folder: Path = KERNELS) -> str:
