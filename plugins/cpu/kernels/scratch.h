@@ -3,8 +3,6 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdlib>
-#include <new>
 
 namespace sinkexport::cpu {
 
@@ -15,21 +13,11 @@ class Scratch {
   Scratch() = default;
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(memory_); }
+  ~Scratch();
 
   // At least `bytes`, 64-byte aligned, undefined contents; what an earlier call gave is no longer valid.
   // Raises std::bad_alloc.
-  char* reserve(size_t bytes) {
-    if (bytes > size_) {
-      std::free(memory_);
-      size_ = 0;
-      bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-      memory_ = std::aligned_alloc(kAlignment, bytes);
-      if (memory_ == nullptr) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return static_cast<char*>(memory_);
-  }
+  char* reserve(size_t bytes);
 
  private:
   void* memory_ = nullptr;
@@ -37,18 +25,18 @@ class Scratch {
 };
 
 // Cuts a reserved piece of memory into arrays, each 64-byte aligned. With null it only counts: bytes() is what to
-// reserve.
+// reserve. Inlined always: the linker could keep a copy that was compiled for a newer processor (simd.h).
 class Slices {
  public:
-  explicit Slices(char* memory) : memory_(memory) {}
+  __attribute__((always_inline)) explicit Slices(char* memory) : memory_(memory) {}
 
   template <typename T>
-  T* take(size_t count) {
+  __attribute__((always_inline)) T* take(size_t count) {
     char* slice = memory_ == nullptr ? nullptr : memory_ + used_;
     used_ += (count * sizeof(T) + Scratch::kAlignment - 1) / Scratch::kAlignment * Scratch::kAlignment;
     return reinterpret_cast<T*>(slice);
   }
-  size_t bytes() const { return used_; }
+  __attribute__((always_inline)) size_t bytes() const { return used_; }
 
  private:
   char* memory_;

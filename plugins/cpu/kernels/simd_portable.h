@@ -1,7 +1,7 @@
 // simd.h's vectors as arrays of 16, for any processor.
 #pragma once
 
-#include <cmath>
+#include "half.h"
 
 namespace sinkexport::cpu::SINKEXPORT_ISA {
 
@@ -26,33 +26,6 @@ struct Quad {
   for (int i = 0; i < 16; ++i) result.lane[i] = (expression); \
   return result
 
-// One float16 or float32 as bits of the other.
-SINKEXPORT_INLINE float floatOfBits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-SINKEXPORT_INLINE uint32_t bitsOfFloat(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-SINKEXPORT_INLINE float floatOfHalf(uint16_t half) {
-  const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7fffu;
-  if (rest >= 0x7c00u) return floatOfBits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-  // Exponents differ by 112; multiplying makes subnormals normal.
-  return floatOfBits(sign | bitsOfFloat(floatOfBits(rest << 13) * 0x1p112f));
-}
-SINKEXPORT_INLINE uint16_t halfOfFloat(float value) {
-  const uint32_t bits = bitsOfFloat(value), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
-  if (rest > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-  if (rest >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00u);
-  if (rest < 0x38800000u) {  // subnormal: the unit of 0.5f is a half's smallest step
-    return static_cast<uint16_t>(sign | (bitsOfFloat(floatOfBits(rest) + 0.5f) - 0x3f000000u));
-  }
-  return static_cast<uint16_t>(sign | ((rest + 0xfffu + (rest >> 13 & 1u)) >> 13) - 0x1c000u);
-}
-
 SINKEXPORT_INLINE Floats load(const float* from) {
   Floats result;
   std::memcpy(&result, from, sizeof result);
@@ -61,7 +34,7 @@ SINKEXPORT_INLINE Floats load(const float* from) {
 SINKEXPORT_INLINE void store(float* to, Floats a) { std::memcpy(to, &a, sizeof a); }
 SINKEXPORT_INLINE Floats loadPart(const float* from, int64_t n) { SINKEXPORT_LANES(Floats, i < n ? from[i] : 0.0f); }
 SINKEXPORT_INLINE void storePart(float* to, Floats a, int64_t n) {
-  for (int i = 0; i < n; ++i) to[i] = a.lane[i];
+  for (int i = 0; i < n && i < 16; ++i) to[i] = a.lane[i];
 }
 SINKEXPORT_INLINE Floats loadHalf(const uint16_t* from) { SINKEXPORT_LANES(Floats, floatOfHalf(from[i])); }
 SINKEXPORT_INLINE void storeHalf(uint16_t* to, Floats a) {

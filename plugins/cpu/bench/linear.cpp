@@ -1,0 +1,208 @@
+// Times of SmolLM2-135M's matmuls: one step (M = 1) and chunks, beside the speed at which this memory is read.
+//
+//   bench_linear [THREADS] [REPEATS] [M,M,..] [int4,int8,bf16,fp32] [BLOCK]
+//
+// Each of the 30 layers has matrices of its own, so that a step reads all weights from memory. The least time counts:
+// other programs can only add to it.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "linear.h"
+#include "spin_pool.h"
+
+using namespace sinkexport::cpu;
+
+namespace {
+
+constexpr int kLayers = 30;
+
+struct Matrix {
+  const char* name;
+  int64_t inputs, outputs;  // gated: of y
+  bool is_gated, has_norm, has_residual;
+};
+constexpr Matrix kLayer[] = {{"qkv", 576, 960, false, true, false},
+                             {"attention out", 576, 576, false, false, true},
+                             {"gate|up", 576, 1536, true, true, false},
+                             {"down", 1536, 576, false, false, true}};
+constexpr Matrix kHead = {"head", 576, 49152, false, true, false};
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+struct Aligned {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<char, Aligned>;
+
+// Bytes that mean small finite numbers in every format.
+Memory filled(size_t bytes) {
+  bytes = (bytes + 4095) / 4096 * 4096;
+  Memory memory(static_cast<char*>(std::aligned_alloc(4096, bytes)));
+  uint32_t state = 1;
+  for (size_t i = 0; i < bytes / 4; ++i) {
+    state = state * 1664525u + 1013904223u;
+    const uint32_t word = (state & 0x0f7f0f7fu) | 0x20002000u;
+    std::memcpy(memory.get() + 4 * i, &word, 4);
+  }
+  return memory;
+}
+
+struct Linear {
+  LinearParams params;
+  PackedBytes bytes{};
+  Memory weight, scale;
+
+  Linear(const Matrix& matrix, WeightType type, int block) {
+    params.num_inputs = matrix.inputs;
+    params.num_outputs = matrix.outputs;
+    params.weight_type = type;
+    params.block_size = type == WeightType::kInt4 ? block : 0;
+    params.scale_type = ScaleType::kFloat16;
+    params.is_gated = matrix.is_gated;
+    params.activation = matrix.is_gated ? Activation::kSilu : Activation::kNone;
+    bytes = packedBytes(type, matrix.inputs, matrix.outputs * (matrix.is_gated ? 2 : 1), params.block_size,
+                        params.scale_type);
+    weight = filled(bytes.weight);
+    params.weight = weight.get();
+    if (bytes.scale > 0) {
+      scale = filled(bytes.scale);
+      params.scale = scale.get();
+    }
+  }
+};
+
+// GB/s of reading 512 MB by all threads.
+double readSpeed(const Parallel& parallel, int repeats) {
+  constexpr size_t kBytes = size_t{512} << 20;
+  const Memory memory = filled(kBytes);
+  std::vector<uint64_t> sums(static_cast<size_t>(parallel.threads) * 8);
+  double best = 1e9;
+  for (int i = 0; i < repeats; ++i) {
+    const double start = now();
+    parallelFor(parallel, parallel.threads, [&](int64_t task) {
+      const size_t share = kBytes / 64 / static_cast<size_t>(parallel.threads) * 64;
+      const char* from = memory.get() + share * static_cast<size_t>(task);
+      uint64_t sum[8] = {};
+      for (size_t at = 0; at < share; at += 64) {
+        __builtin_prefetch(from + at + 4096);
+        for (int lane = 0; lane < 8; ++lane) {
+          uint64_t word;
+          std::memcpy(&word, from + at + 8 * lane, 8);
+          sum[lane] += word;
+        }
+      }
+      for (uint64_t one : sum) sums[static_cast<size_t>(task) * 8] += one;
+    });
+    best = std::min(best, now() - start);
+  }
+  return kBytes / best / 1e9;
+}
+
+struct Bench {
+  SpinPool pool;
+  Parallel parallel;
+  LinearFunction run;
+  Scratch scratch;
+  int repeats;
+  Memory x = filled(size_t{1024} * 1536 * 4), norm = filled(1536 * 4), y = filled(size_t{256} * 49152 * 4),
+         residual = filled(size_t{1024} * 1536 * 4);
+
+  Bench(int threads, int count, Isa isa) : pool(threads), parallel(pool.parallel()), run(linearFor(isa)), repeats(count) {}
+
+  void call(const Linear& linear, const Matrix& matrix, int64_t rows) {
+    LinearParams params = linear.params;
+    params.num_rows = rows;
+    params.x = reinterpret_cast<float*>(x.get());
+    params.y = reinterpret_cast<float*>(y.get());
+    if (matrix.has_norm) params.norm_weight = reinterpret_cast<float*>(norm.get());
+    if (matrix.has_residual) params.residual = reinterpret_cast<float*>(residual.get());
+    run(params, parallel, scratch);
+  }
+
+  void table(WeightType type, const char* name, int block, int64_t rows, double read_speed) {
+    std::vector<std::vector<Linear>> layers(kLayers);
+    for (auto& layer : layers) {
+      for (const Matrix& matrix : kLayer) layer.emplace_back(matrix, type, block);
+    }
+    const Linear head(kHead, type, block);
+    double best_step = 1e9, best_head = 1e9, best[4] = {1e9, 1e9, 1e9, 1e9};
+    const int64_t head_rows = 1;  // of a chunk the last token alone needs logits
+    for (int i = 0; i < repeats; ++i) {
+      const double start = now();
+      double sum[4] = {};
+      for (const auto& layer : layers) {
+        for (int m = 0; m < 4; ++m) {
+          const double before = now();
+          call(layer[static_cast<size_t>(m)], kLayer[m], rows);
+          sum[m] += now() - before;
+        }
+      }
+      const double middle = now();
+      call(head, kHead, head_rows);
+      const double end = now();
+      best_step = std::min(best_step, end - start);
+      best_head = std::min(best_head, end - middle);
+      for (int m = 0; m < 4; ++m) best[m] = std::min(best[m], sum[m]);
+    }
+    double all_bytes = 0, all_operations = 0;
+    const auto line = [&](const char* what, double seconds, double bytes, double operations) {
+      std::printf("%-5s M=%-4lld %-14s %8.3f ms %7.1f MB %6.1f GB/s (%3.0f%%) %8.1f GOPS\n", name,
+                  static_cast<long long>(rows), what, seconds * 1e3, bytes / 1e6, bytes / seconds / 1e9,
+                  bytes / seconds / 1e7 / read_speed, operations / seconds / 1e9);
+    };
+    const auto count = [&](const Linear& linear, const Matrix& matrix, int64_t times, int64_t tokens, double& bytes,
+                           double& operations) {
+      bytes = static_cast<double>(times) * static_cast<double>(linear.bytes.weight + linear.bytes.scale);
+      operations = 2.0 * static_cast<double>(times * tokens * matrix.inputs * matrix.outputs * (matrix.is_gated ? 2 : 1));
+      all_bytes += bytes;
+      all_operations += operations;
+    };
+    double bytes, operations;
+    for (size_t m = 0; m < 4; ++m) {
+      count(layers[0][m], kLayer[m], kLayers, rows, bytes, operations);
+      line(kLayer[m].name, best[m], bytes, operations);
+    }
+    count(head, kHead, 1, head_rows, bytes, operations);
+    line("head", best_head, bytes, operations);
+    line("all", best_step, all_bytes, all_operations);
+    if (rows > 1) std::printf("%-5s M=%-4lld tokens/s %.0f\n", name, static_cast<long long>(rows), static_cast<double>(rows) / best_step);
+  }
+};
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const auto argument = [&](int i, const char* otherwise) { return std::string(count > i ? arguments[i] : otherwise); };
+  const int threads = std::atoi(argument(1, "2").c_str()), repeats = std::atoi(argument(2, "20").c_str());
+  const std::string rows = argument(3, "1,64,256"), types = argument(4, "int4,int8,bf16,fp32");
+  const int block = std::atoi(argument(5, "32").c_str());
+  Isa isa;
+  if (const char* problem = chooseIsa(std::getenv("SINKEXPORT_CPU_ISA"), isa)) {
+    std::fprintf(stderr, "%s\n", problem);
+    return 2;
+  }
+  Bench bench(threads, repeats, isa);
+  const double speed = readSpeed(bench.parallel, repeats);
+  std::printf("%s, %d threads, %d repeats, int4 in blocks of %d, memory read %.1f GB/s\n", isaName(isa), threads,
+              repeats, block, speed);
+  const struct {
+    const char* name;
+    WeightType type;
+  } kinds[] = {{"int4", WeightType::kInt4}, {"int8", WeightType::kInt8}, {"bf16", WeightType::kBFloat16}, {"fp32", WeightType::kFloat32}};
+  for (const auto& kind : kinds) {
+    if (types.find(kind.name) == std::string::npos) continue;
+    for (size_t at = 0; at < rows.size();) {
+      bench.table(kind.type, kind.name, block, std::atoll(rows.c_str() + at), speed);
+      const size_t comma = rows.find(',', at);
+      at = comma == std::string::npos ? rows.size() : comma + 1;
+    }
+  }
+}
