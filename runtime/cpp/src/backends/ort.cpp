@@ -5,9 +5,11 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "backends/cpu_library.h"
 #include "backends/ort_api.h"
 #include "files.h"
 #include "sinkrt/backend.h"
+#include "sinkrt/constants.h"
 
 namespace sinkrt {
 namespace {
@@ -74,7 +76,7 @@ struct Binding {
 class Graph {
  public:
   Graph(const OrtApi& api, OrtEnv* env, const std::string& bundle, const Manifest& manifest, const std::string& role,
-        int threads, bool repack)
+        int threads, bool repack, const std::string& library)
       : api_(api), role_(role) {
     const GraphSpec& graph = manifest.graphs.at(role);
     try {
@@ -92,7 +94,14 @@ class Graph {
       // Q/DQ nodes are computed as they stand: see sinkrt/backends/ort.py.
       api.call<ort::AddSessionConfigEntry>(made, "session.disable_quant_qdq", "1");
       if (!repack) api.call<ort::AddSessionConfigEntry>(made, "session.disable_prepacking", "1");
-      if (threads > 0) api.call<ort::SetIntraOpNumThreads>(made, threads);
+      if (threads > 0) {
+        api.call<ort::SetIntraOpNumThreads>(made, threads);
+        api.call<ort::AddSessionConfigEntry>(made, kThreadsOption, std::to_string(threads).c_str());
+      }
+      if (!library.empty()) {
+        void* handle = nullptr;  // of the library, which stays loaded
+        api.call<ort::RegisterCustomOpsLibrary>(made, library.c_str(), &handle);
+      }
       OrtSession* session = nullptr;
       api.call<ort::CreateSession>(env, joined(bundle, graph.file).c_str(), made, &session);
       session_ = {api, session};
@@ -218,6 +227,7 @@ class OrtBackend final : public Backend {
   OrtBackend(const std::string& bundle, const Manifest& manifest, const BackendOptions& options) : Backend(manifest) {
     const OrtApi& api = OrtApi::load(options.onnxruntime_library);
     OrtEnv* env = api.environment();
+    const std::string library = manifest.target == kCpuTarget ? checkedCpuLibrary(manifest, options) : "";
     const int64_t batch = manifest.stream.batch;
     const bool repack_prefill =
         options.repack_prefill < 0 ? manifest.weightsBytes() <= availableBytes() / 4 : options.repack_prefill != 0;
@@ -231,7 +241,7 @@ class OrtBackend final : public Backend {
     position_ = &add(inputs_, graph.inputs, "position");
     logits_.emplace_back(graph.outputs[0].bytes());
     kept_logits_.resize(logits_[0].size() / sizeof(float));
-    decode_ = std::make_unique<Graph>(api, env, bundle, manifest, "decode", options.threads, true);
+    decode_ = std::make_unique<Graph>(api, env, bundle, manifest, "decode", options.threads, true, library);
     step_ = decode_->bind({{spec(graph, "ids"), ids_->data()}, {spec(graph, "position"), position_->data()}},
                           {{graph.outputs[0], logits_[0].data()}}, statePlaces(0, batch), manifest.states);
     if (const auto found = manifest.graphs.find("prefill"); found != manifest.graphs.end()) {
@@ -239,7 +249,8 @@ class OrtBackend final : public Backend {
       chunk_ids_ = &add(inputs_, chunk.inputs, "ids");
       chunk_position_ = &add(inputs_, chunk.inputs, "position");
       num_valid_ = &add(inputs_, chunk.inputs, "num_valid");
-      prefill_ = std::make_unique<Graph>(api, env, bundle, manifest, "prefill", options.threads, repack_prefill);
+      prefill_ = std::make_unique<Graph>(api, env, bundle, manifest, "prefill", options.threads, repack_prefill,
+                                         library);
       for (int64_t b = 0; b < batch; ++b) {  // the prefill graph sees one stream: a row of each
         chunks_.push_back(prefill_->bind({{spec(chunk, "ids"), chunk_ids_->data()},
                                           {spec(chunk, "position"), chunk_position_->data()},
