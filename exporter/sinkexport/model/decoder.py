@@ -15,7 +15,7 @@ import torch
 from sinkrt.contract import MASS_KIND, NO_TOKEN, SCALE_KINDS, STATE_KINDS, ActTuning
 from sinkrt.ring import Ring
 
-from sinkexport.config import ExportConfig
+from sinkexport.config import ExportConfig, target_of
 from sinkexport.families.interface import (
     as_many_heads,
     attention_inputs,
@@ -179,8 +179,8 @@ class StreamStep(torch.nn.Module):
         with (
             attention_inputs(self.model) as step.inputs,
             intercept_attention(self.model, step.attend),
-            static_experts(self.model, in_place=self.config.has_plugins),
-            unrolled_experts(self.model, in_place=self.config.has_plugins),
+            static_experts(self.model, in_place=_experts_in_place(self.config)),
+            unrolled_experts(self.model, in_place=_experts_in_place(self.config)),
             contextlib.nullcontext() if step.recurrent is None else step.recurrent.in_place(),
             _only_last_token(self.model, num_valid),
         ):
@@ -192,6 +192,12 @@ class StreamStep(torch.nn.Module):
             )
         logits = output.logits if output.logits.shape[1] == 1 else _last_token(output.logits, num_valid)
         return logits[:, 0].to(torch.float32), step.next_states
+
+
+def _experts_in_place(config: ExportConfig) -> torch.dtype | None:
+    """Type of experts' matrices that the target reads where they lie."""
+    dtype = target_of(config).experts_in_place
+    return None if dtype is None else getattr(torch, dtype)
 
 
 class _Step:

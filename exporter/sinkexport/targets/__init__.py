@@ -12,6 +12,7 @@ from sinkexport.targets.tensorrt_native import TENSORRT_NATIVE
 from sinkexport.targets.tensorrt_plugin import TENSORRT_PLUGIN
 
 __all__ = [
+    "AUTO",
     "CPU",
     "ONNX",
     "OPTIONS",
@@ -31,6 +32,10 @@ RECIPE_TARGETS = tuple(dict.fromkeys(target.recipes for target in TARGETS))
 
 OPTIONS = tuple(dict.fromkeys(target.option for target in TARGETS))
 """Values of ``--target``, each once."""
+
+
+AUTO = "auto"
+"""Value of ``--target`` that leaves the choice to the machine: `sinkexport.config`."""
 
 
 def find_target(option: str, *, native: bool = False) -> Target | None:

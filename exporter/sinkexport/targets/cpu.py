@@ -13,6 +13,7 @@ CPU = Target(
     ir_version=11,
     quantization="cpu",
     has_cpu_library=True,
+    experts_in_place="float32",
     passes=(
         "fold_weight_transposes",
         "fold_constants",
@@ -21,6 +22,7 @@ CPU = Target(
         "smooth_inputs",
         "merge_projections",
         "quantize_matmuls",
+        "use_cpu_experts",
         "quantize_experts",
         "expand_experts",
         "use_cpu_linears",  # matmuls that quantisation left in float32

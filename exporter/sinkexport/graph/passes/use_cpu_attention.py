@@ -35,19 +35,18 @@ class UseCpuAttention(GraphPass):
         """Replace each with one node."""
         graph = model.graph
         attentions = [n for n in graph if n.domain == DOMAIN and n.op_type == SINK_ATTENTION and not is_cpu_node(n)]
-        if not attentions:
-            return ir.passes.PassResult(model, False)
-        modified = drop_unused(graph)  # a view that nothing reads would hide an output's gate
         owners = Counter(operand(node, Input.WINDOW_K) for node in attentions)
+        fitting = [node for node in attentions if owners[operand(node, Input.WINDOW_K)] == 1 and _fits(node)]
+        if not fitting:
+            return ir.passes.PassResult(model, False)
+        drop_unused(graph)  # a view that nothing reads would hide an output's gate
         is_rounded = any(node.domain == DOMAIN and node.op_type in (INT8_LINEAR, INT4_LINEAR) for node in graph)
-        for node in attentions:
-            if owners[operand(node, Input.WINDOW_K)] == 1 and _fits(node):
-                fields: dict[str, int | str] = {"bfloat16_chunks": int(is_rounded)}
-                make_whole(graph, node, dtype=FLOAT, frequency=np.dtype(np.int64), fields=fields)
-                graph.opset_imports[DOMAIN] = VERSION
-                modified = True
+        for node in fitting:
+            fields: dict[str, int | str] = {"bfloat16_chunks": int(is_rounded)}
+            make_whole(graph, node, dtype=FLOAT, frequency=np.dtype(np.int64), fields=fields)
+        graph.opset_imports[DOMAIN] = VERSION
         drop_unused(graph)  # rotations and angles
-        return ir.passes.PassResult(model, modified)
+        return ir.passes.PassResult(model, True)
 
 
 def _fits(node: ir.Node) -> bool:
