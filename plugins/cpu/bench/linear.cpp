@@ -117,7 +117,8 @@ struct Bench {
   Memory x = filled(size_t{1024} * 1536 * 4), norm = filled(1536 * 4), y = filled(size_t{256} * 49152 * 4),
          residual = filled(size_t{1024} * 1536 * 4);
 
-  Bench(int threads, int count, Isa isa) : pool(threads), parallel(pool.parallel()), run(linearFor(isa)), repeats(count) {}
+  Bench(int threads, int count, Isa isa)
+      : pool(threads), parallel(pool.parallel()), run(linearFor(isa)), repeats(count) {}
 
   void call(const Linear& linear, const Matrix& matrix, int64_t rows) {
     LinearParams params = linear.params;
@@ -162,7 +163,8 @@ struct Bench {
     const auto count = [&](const Linear& linear, const Matrix& matrix, int64_t times, int64_t tokens, double& bytes,
                            double& operations) {
       bytes = static_cast<double>(times) * static_cast<double>(linear.bytes.weight + linear.bytes.scale);
-      operations = 2.0 * static_cast<double>(times * tokens * matrix.inputs * matrix.outputs * (matrix.is_gated ? 2 : 1));
+      operations =
+          2.0 * static_cast<double>(times * tokens * matrix.inputs * matrix.outputs * (matrix.is_gated ? 2 : 1));
       all_bytes += bytes;
       all_operations += operations;
     };
@@ -204,7 +206,10 @@ int main(int count, char** arguments) {
   const struct {
     const char* name;
     WeightType type;
-  } kinds[] = {{"int4", WeightType::kInt4}, {"int8", WeightType::kInt8}, {"bf16", WeightType::kBFloat16}, {"fp32", WeightType::kFloat32}};
+  } kinds[] = {{"int4", WeightType::kInt4},
+               {"int8", WeightType::kInt8},
+               {"bf16", WeightType::kBFloat16},
+               {"fp32", WeightType::kFloat32}};
   for (const auto& kind : kinds) {
     if (types.find(kind.name) == std::string::npos) continue;
     for (size_t at = 0; at < rows.size();) {

@@ -6,12 +6,14 @@
 namespace sinkexport::cpu::SINKEXPORT_ISA {
 namespace {
 
-constexpr int64_t kRowsAtATime = 240;            // of x, so that they stay in the second-level cache: a multiple of kRows
+constexpr int64_t kRowsAtATime = 240;       // of x, so that they stay in the second-level cache: a multiple of kRows
 constexpr int64_t kPackedByEach = 1 << 13;  // values; fewer are packed by every thread for itself, with nobody waiting
 constexpr int64_t kAskedForFirst = 4096;    // bytes of weights that are on their way while a thread packs
-constexpr int64_t kRowsOfFewTasks = 64;          // from here on ranges are cut finer, for threads that are held up
+constexpr int64_t kRowsOfFewTasks = 64;     // from here on ranges are cut finer, for threads that are held up
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
 // Rows that one matrix multiplies: all of them, or those that picked an expert.
 struct Segment {
@@ -25,15 +27,17 @@ struct Run {
   const Format format;
   int64_t tiles;  // of a matrix; gated: of both
   PackedBytes bytes;
-  int64_t tasks = 1;       // of multiplyAll
-  int64_t copies = 1;      // of the packed rows: each task's own, or 1
+  int64_t tasks = 1;   // of multiplyAll
+  int64_t copies = 1;  // of the packed rows: each task's own, or 1
   PackedRows packed{};
   Segment* segments = nullptr;
   int64_t num_segments = 0;
   int64_t* order = nullptr;  // row of y of a packed row; null: the same
 
   explicit Run(const LinearParams& p)
-      : params(p), format(p), tiles((p.num_outputs + 15) / 16 * (p.is_gated ? 2 : 1)),
+      : params(p),
+        format(p),
+        tiles((p.num_outputs + 15) / 16 * (p.is_gated ? 2 : 1)),
         bytes(packedBytes(p.weight_type, p.num_inputs, tiles * 16, p.block_size, p.scale_type)) {}
 
   // Tiles are shared out in units of 1, gated of 2.

@@ -48,7 +48,9 @@ struct RowTarget {
   int rows;
 };
 
-SINKEXPORT_INLINE Floats loadUpTo(const float* from, int64_t n) { return n >= 16 ? load(from) : loadPart(from, n); }
+SINKEXPORT_INLINE Floats loadUpTo(const float* from, int64_t n) {
+  return n >= 16 ? load(from) : loadPart(from, n);
+}
 
 // 1 / sqrt(mean(x^2) + epsilon)
 SINKEXPORT_INLINE float rmsFactor(const float* x, int64_t count, float epsilon) {

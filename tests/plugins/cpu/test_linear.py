@@ -110,7 +110,9 @@ def largest_sums(isa: str) -> tuple[list[Call], list[np.ndarray]]:
         assert np.array_equal(whole, x)
         arrays = {"weight": weight.packed, "scale": weight.packed_scales, "zero_point": weight.packed_zeros}
         y = np.full((7, outputs), np.nan, np.float32)
-        calls.append(Call("linear", Case(kind, 7, columns, outputs, block_size).numbers, {**arrays, "x": x, "y": y}, isa))
+        calls.append(
+            Call("linear", Case(kind, 7, columns, outputs, block_size).numbers, {**arrays, "x": x, "y": y}, isa)
+        )
         results.append((x.astype(np.int64) @ weight.whole.T).astype(np.float32))
     return calls, results
 
@@ -233,7 +235,10 @@ REFUSED = [
     ({"block_size": 16}, "block_size: received 16, expected 32, 64 or 128"),
     ({"weight_type": 2, "block_size": 16}, "block_size: received 16, expected 0 (a scale an output), 32, 64 or 128"),
     ({"weight_type": 0}, "block_size: received 32, expected 0 with weights that are not integers"),
-    ({"weight_type": 0, "block_size": 0}, "scale: received a pointer, expected null with weights that are not integers"),
+    (
+        {"weight_type": 0, "block_size": 0},
+        "scale: received a pointer, expected null with weights that are not integers",
+    ),
     ({"activation": 5}, "activation: received 5, expected 0 (none) .. 4 (relu2)"),
     ({"norm_epsilon": float("nan")}, "norm_epsilon: received nan, expected a number from 0 on"),
     ({"num_experts": -1}, "num_experts: received -1, expected 0 (one matrix) .. 4096"),
