@@ -6,11 +6,14 @@
 namespace sinkexport::cpu::SINKEXPORT_ISA {
 namespace {
 
-constexpr int64_t kRowsAtATime = 240;            // of x, so that they stay in the second-level cache: a multiple of kRows
-constexpr int64_t kPackedInOneThread = 1 << 15;  // values; fewer are packed sooner than a thread can help
-constexpr int64_t kRowsOfFewTasks = 64;          // from here on ranges are cut finer, for threads that are held up
+constexpr int64_t kRowsAtATime = 240;       // of x, so that they stay in the second-level cache: a multiple of kRows
+constexpr int64_t kPackedByEach = 1 << 13;  // values; fewer are packed by every thread for itself, with nobody waiting
+constexpr int64_t kAskedForFirst = 4096;    // bytes of weights that are on their way while a thread packs
+constexpr int64_t kRowsOfFewTasks = 64;     // from here on ranges are cut finer, for threads that are held up
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
 // Rows that one matrix multiplies: all of them, or those that picked an expert.
 struct Segment {
@@ -24,14 +27,28 @@ struct Run {
   const Format format;
   int64_t tiles;  // of a matrix; gated: of both
   PackedBytes bytes;
+  int64_t tasks = 1;   // of multiplyAll
+  int64_t copies = 1;  // of the packed rows: each task's own, or 1
   PackedRows packed{};
   Segment* segments = nullptr;
   int64_t num_segments = 0;
   int64_t* order = nullptr;  // row of y of a packed row; null: the same
 
   explicit Run(const LinearParams& p)
-      : params(p), format(p), tiles((p.num_outputs + 15) / 16 * (p.is_gated ? 2 : 1)),
+      : params(p),
+        format(p),
+        tiles((p.num_outputs + 15) / 16 * (p.is_gated ? 2 : 1)),
         bytes(packedBytes(p.weight_type, p.num_inputs, tiles * 16, p.block_size, p.scale_type)) {}
+
+  // Tiles are shared out in units of 1, gated of 2.
+  int64_t unit() const { return params.is_gated ? 2 : 1; }
+
+  void plan(const Parallel& parallel) {
+    const int64_t finer = params.num_rows >= kRowsOfFewTasks ? 4 : 1;
+    const int64_t matrices = params.num_experts > 0 ? smaller(params.num_experts, params.num_rows) : 1;
+    tasks = smaller(tiles / unit() * matrices, parallel.threads > 1 ? finer * parallel.threads : 1);
+    copies = params.num_rows * params.num_inputs <= kPackedByEach ? tasks : 1;
+  }
 
   void reserve(Scratch& scratch) {
     Slices count(nullptr);
@@ -41,13 +58,22 @@ struct Run {
   }
 
   void slice(Slices& slices) {
-    const size_t rows = static_cast<size_t>(params.num_rows);
-    packed.values = slices.take<char>(rows * static_cast<size_t>(format.padded_inputs * format.x_bytes));
-    packed.scales = slices.take<float>(rows * static_cast<size_t>(format.groups));
-    packed.sums = slices.take<int32_t>(rows * static_cast<size_t>(format.groups));
+    const size_t rows = static_cast<size_t>(params.num_rows), number = static_cast<size_t>(copies);
+    packed.values = slices.take<char>(number * static_cast<size_t>(valueBytes()));
+    packed.scales = slices.take<float>(number * static_cast<size_t>(scaleCount()));
+    packed.sums = slices.take<int32_t>(number * static_cast<size_t>(scaleCount()));
     const size_t experts = static_cast<size_t>(params.num_experts);
     segments = slices.take<Segment>(experts > 0 ? experts : 1);
     if (experts > 0) order = slices.take<int64_t>(rows);
+  }
+
+  // Of one copy, rounded up to cache lines.
+  int64_t valueBytes() const { return (params.num_rows * format.padded_inputs * format.x_bytes + 63) / 64 * 64; }
+  int64_t scaleCount() const { return (params.num_rows * format.groups + 15) / 16 * 16; }
+
+  PackedRows copy(int64_t number) const {
+    return {packed.values + number * valueBytes(), packed.scales + number * scaleCount(),
+            packed.sums + number * scaleCount()};
   }
 
   int64_t expertOf(int64_t row) const {
@@ -88,32 +114,34 @@ struct Run {
     return params.x + row * params.num_inputs;
   }
 
-  char* valuesOf(int64_t packed_row) const {
-    return packed.values + packed_row * format.padded_inputs * format.x_bytes;
+  // The block that begins with a packed row.
+  PackedRows blockOf(const PackedRows& all, int64_t packed_row) const {
+    return {all.values + packed_row * format.padded_inputs * format.x_bytes, all.scales + packed_row * format.groups,
+            all.sums + packed_row * format.groups};
   }
 
   // Packed rows first .. last - 1 of a segment; blocks are counted from the segment's beginning.
-  void packRows(const Segment& segment, int64_t first, int64_t last) const {
+  void packRows(const PackedRows& to, const Segment& segment, int64_t first, int64_t last) const {
     for (int64_t m = first; m < last; ++m) {
-      const int64_t block = m / format.largest_rows * format.largest_rows, at = segment.first + block;
+      const int64_t block = m / format.largest_rows * format.largest_rows;
       const int rows = static_cast<int>(smaller(format.largest_rows, segment.rows - block));
+      const PackedRows at = blockOf(to, segment.first + block);
       packRow(params, format, rowOfX(segment.first + m),
-              {valuesOf(at), packed.scales + at * format.groups, packed.sums + at * format.groups,
-               static_cast<int>(m - block), rows});
+              {at.values, at.scales, at.sums, static_cast<int>(m - block), rows});
     }
   }
 
+  void packAll(const PackedRows& to) const {
+    for (int64_t s = 0; s < num_segments; ++s) packRows(to, segments[s], 0, segments[s].rows);
+  }
+
   void pack(const Parallel& parallel) const {
-    if (params.num_rows * params.num_inputs < kPackedInOneThread) {
-      for (int64_t s = 0; s < num_segments; ++s) packRows(segments[s], 0, segments[s].rows);
-      return;
-    }
-    const int64_t tasks = num_segments > 1 ? num_segments : smaller(params.num_rows, 2 * parallel.threads);
-    parallelFor(parallel, tasks, [&](int64_t task) {
+    const int64_t parts = num_segments > 1 ? num_segments : smaller(params.num_rows, 2 * parallel.threads);
+    parallelFor(parallel, parts, [&](int64_t part) {
       if (num_segments > 1) {
-        packRows(segments[task], 0, segments[task].rows);
+        packRows(packed, segments[part], 0, segments[part].rows);
       } else {
-        packRows(segments[0], task * params.num_rows / tasks, (task + 1) * params.num_rows / tasks);
+        packRows(packed, segments[0], part * params.num_rows / parts, (part + 1) * params.num_rows / parts);
       }
     });
   }
@@ -183,7 +211,8 @@ struct Run {
   }
 
   // Tiles first_tile .. last_tile - 1 of one matrix with rows first .. last - 1 of its segment.
-  void multiply(const Segment& segment, int64_t first_tile, int64_t last_tile, int64_t first, int64_t last) const {
+  void multiply(const PackedRows& from, const Segment& segment, int64_t first_tile, int64_t last_tile, int64_t first,
+                int64_t last) const {
     alignas(64) float out[2 * kMostRows * 16];
     const int tiles_at_once = params.is_gated || format.largest_tiles > 1 ? 2 : 1;
     for (int64_t tile = first_tile; tile < last_tile; tile += tiles_at_once) {
@@ -191,10 +220,10 @@ struct Run {
       TileOperands of = operands(segment, tile);
       for (int64_t m = first; m < last; m += format.largest_rows) {
         const int rows = static_cast<int>(smaller(format.largest_rows, last - m));
-        const int64_t at = segment.first + m;
-        of.x = valuesOf(at);
-        of.x_scale = packed.scales + at * format.groups;
-        of.x_sum = packed.sums + at * format.groups;
+        const PackedRows block = blockOf(from, segment.first + m);
+        of.x = block.values;
+        of.x_scale = block.scales;
+        of.x_sum = block.sums;
         multiplyBlock(of, rows, num_tiles, out);
         finish(segment, m, rows, params.is_gated ? tile / 2 * 16 : tile * 16, num_tiles, out);
       }
@@ -217,21 +246,32 @@ struct Run {
   }
 
   void multiplyAll(const Parallel& parallel) const {
-    const int64_t unit = params.is_gated ? 2 : 1, units = tiles / unit, all = units * num_segments;
-    const int64_t finer = params.num_rows >= kRowsOfFewTasks ? 4 : 1;
-    const int64_t tasks = smaller(all, parallel.threads > 1 ? finer * parallel.threads : 1);
+    const int64_t units = tiles / unit(), all = units * num_segments;
     parallelFor(parallel, tasks, [&](int64_t task) {
-      int64_t from = task * all / tasks;
-      const int64_t to = (task + 1) * all / tasks;
-      while (from < to) {
-        const Segment& segment = segments[from / units];
-        const int64_t first = from % units, last = smaller(units, first + to - from);
+      int64_t at = task * all / tasks;
+      const int64_t end = (task + 1) * all / tasks;
+      if (at == end) return;
+      PackedRows rows = packed;
+      if (copies > 1) {
+        rows = copy(task);
+        askForWeights(segments[at / units], at % units * unit());
+        packAll(rows);
+      }
+      while (at < end) {
+        const Segment& segment = segments[at / units];
+        const int64_t first = at % units, last = smaller(units, first + end - at);
         for (int64_t m = 0; m < segment.rows; m += kRowsAtATime) {
-          multiply(segment, first * unit, last * unit, m, smaller(segment.rows, m + kRowsAtATime));
+          multiply(rows, segment, first * unit(), last * unit(), m, smaller(segment.rows, m + kRowsAtATime));
         }
-        from += last - first;
+        at += last - first;
       }
     });
+  }
+
+  void askForWeights(const Segment& segment, int64_t tile) const {
+    const TileOperands first = operands(segment, tile);
+    for (int64_t at = 0; at < kAskedForFirst; at += 64) prefetch(first.weight + at);
+    if (first.scale != nullptr) prefetch(first.scale);
   }
 
   static constexpr int kMostRows = kRows > kFloatRows ? kRows : kFloatRows;
@@ -243,9 +283,16 @@ struct Run {
 
 void runLinear(const LinearParams& params, const Parallel& parallel, Scratch& scratch) {
   Run run(params);
+  run.plan(parallel);
   run.reserve(scratch);
   run.sortRows();
-  run.pack(parallel);
+  if (run.copies == 1) {
+    if (parallel.threads > 1 && params.num_rows > 1) {
+      run.pack(parallel);
+    } else {
+      run.packAll(run.packed);
+    }
+  }
   run.multiplyAll(parallel);
 }
 

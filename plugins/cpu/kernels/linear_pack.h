@@ -48,7 +48,9 @@ struct RowTarget {
   int rows;
 };
 
-SINKEXPORT_INLINE Floats loadUpTo(const float* from, int64_t n) { return n >= 16 ? load(from) : loadPart(from, n); }
+SINKEXPORT_INLINE Floats loadUpTo(const float* from, int64_t n) {
+  return n >= 16 ? load(from) : loadPart(from, n);
+}
 
 // 1 / sqrt(mean(x^2) + epsilon)
 SINKEXPORT_INLINE float rmsFactor(const float* x, int64_t count, float epsilon) {
@@ -93,7 +95,11 @@ SINKEXPORT_INLINE void packGroup(const RowSource& source, int64_t start, int64_t
   const float scale = largest(size) * (1.0f / 127.0f);
   const Floats inverse = broadcast(scale > 0.0f ? 1.0f / scale : 0.0f);
   const Floats limit = broadcast(127.0f), lowest = broadcast(-127.0f);
-  int8_t rounded[128];
+  // One row alone takes its values as they come; others from here, since each 4 of them go to places of their own.
+  alignas(64) int8_t apart[128];
+  char* to = target.values + (start * target.rows + 4 * target.row);
+  const bool is_alone = target.rows == 1 && count % 16 == 0;
+  int8_t* rounded = is_alone ? reinterpret_cast<int8_t*>(to) : apart;
   Floats total = broadcast(0.0f);
   for (int i = 0; i < vectors; ++i) {
     const Ints whole = toInts(max(lowest, min(limit, values[i] * inverse)));
@@ -102,12 +108,8 @@ SINKEXPORT_INLINE void packGroup(const RowSource& source, int64_t start, int64_t
   }
   target.scales[group * target.rows + target.row] = scale;
   target.sums[group * target.rows + target.row] = static_cast<int32_t>(sum(total)) * factor_of_sum;
-  char* to = target.values + (start * target.rows + 4 * target.row);
-  if (target.rows == 1) {
-    std::memcpy(to, rounded, static_cast<size_t>(count));
-  } else {
-    for (int64_t k = 0; k < count; k += 4, to += 4 * target.rows) std::memcpy(to, rounded + k, 4);
-  }
+  if (is_alone) return;
+  for (int64_t k = 0; k < count; k += 4, to += 4 * target.rows) std::memcpy(to, rounded + k, 4);
 }
 
 SINKEXPORT_INLINE void packFloats(const RowSource& source, const Format& format, const RowTarget& target) {

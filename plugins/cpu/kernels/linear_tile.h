@@ -1,6 +1,7 @@
 // Sums of a few rows of x with one or a few tiles of 16 outputs, held in registers.
 //
-// Rows of x come in blocks of 1 .. kRows (kFloatRows), interleaved so that what one step of the loop wants lies together.
+// Rows of x come in blocks of 1 .. kRows (kFloatRows), interleaved so that what one step of the loop wants lies
+// together.
 #pragma once
 
 #include "linear.h"
@@ -15,9 +16,9 @@ constexpr int64_t kActivationGroup = 64;
 
 // What a tile's function reads; of weights the first tile, others follow at the strides.
 struct TileOperands {
-  int64_t num_steps = 0;        // float32: K; bfloat16: K / 2; int8, int4: quads, K / 4
-  int64_t group_steps = 0;      // quads that share a scale of x
-  const void* x = nullptr;      // [steps][rows][1, 2 or 4]
+  int64_t num_steps = 0;           // float32: K; bfloat16: K / 2; int8, int4: quads, K / 4
+  int64_t group_steps = 0;         // quads that share a scale of x
+  const void* x = nullptr;         // [steps][rows][1, 2 or 4]
   const float* x_scale = nullptr;  // [groups][rows]
   const int32_t* x_sum = nullptr;  // [groups][rows]: where the integer sums begin; with zero points the sum of x
   const char* weight = nullptr;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -88,30 +89,40 @@ def test_a_row_has_the_same_bits_in_any_company(isa, form):
         assert np.array_equal(call.results, calls[0].results[: len(call.results)])
 
 
-@pytest.mark.parametrize("isa", isas_here())
-@pytest.mark.parametrize(
-    ("kind", "block_size", "has_zeros"), [("int8", 0, False), ("int4", 32, False), ("int4", 128, True)]
-)
-def test_integer_sums_are_exact_at_their_largest(isa, kind, block_size, has_zeros):
-    """Scales of 1 leave whole numbers, which float32 holds; the first group's largest sums would saturate 16 bits."""
+def largest_sums(isa: str) -> tuple[list[Call], list[np.ndarray]]:
+    """Calls and what they give to the bit. Scales of 1 leave whole numbers, which float32 holds.
+
+    Sums are as large as they can be: pairs of products would saturate 16 bits.
+    """
     rng = np.random.default_rng(1)
-    columns, outputs, low, high = 160, 24, *((-127, 127) if kind == "int8" else (0, 15))
-    values = rng.choice([low, high], (outputs, columns))
-    values[:4], values[4:8] = high, low
-    blocks = -(-columns // block_size) if block_size else 1
-    zeros = rng.choice([0, 15], (outputs, blocks)) if has_zeros else None
-    weight = int_weight(kind, values, np.ones((outputs, blocks)), zeros, block_size, np.float32)
-    x = rng.choice([-127.0, 127.0], (7, columns)).astype(np.float32)
-    x[0], x[1] = 127, -127
-    whole, scales, _ = quantised(x, block_size)
-    assert (scales == 1).all()
-    assert np.array_equal(whole, x)
-    numbers = Case(kind, 7, columns, outputs, block_size).numbers
-    arrays = {"weight": weight.packed, "scale": weight.packed_scales, "zero_point": weight.packed_zeros}
-    y = np.full((7, outputs), np.nan, np.float32)
-    call = Call("linear", numbers, {**arrays, "x": x, "y": y}, isa)
-    run_here([call])
-    assert np.array_equal(call.results, x.astype(np.int64) @ weight.whole.T)
+    calls, results = [], []
+    for kind, block_size, has_zeros in (("int8", 0, False), ("int4", 32, False), ("int4", 128, True)):
+        columns, outputs, low, high = 160, 24, *((-127, 127) if kind == "int8" else (0, 15))
+        values = rng.choice([low, high], (outputs, columns))
+        values[:4], values[4:8] = high, low
+        blocks = -(-columns // block_size) if block_size else 1
+        zeros = rng.choice([0, 15], (outputs, blocks)) if has_zeros else None
+        weight = int_weight(kind, values, np.ones((outputs, blocks)), zeros, block_size, np.float32)
+        x = rng.choice([-127.0, 127.0], (7, columns)).astype(np.float32)
+        x[0], x[1] = 127, -127
+        whole, scales, _ = quantised(x, block_size)
+        assert (scales == 1).all()
+        assert np.array_equal(whole, x)
+        arrays = {"weight": weight.packed, "scale": weight.packed_scales, "zero_point": weight.packed_zeros}
+        y = np.full((7, outputs), np.nan, np.float32)
+        calls.append(
+            Call("linear", Case(kind, 7, columns, outputs, block_size).numbers, {**arrays, "x": x, "y": y}, isa)
+        )
+        results.append((x.astype(np.int64) @ weight.whole.T).astype(np.float32))
+    return calls, results
+
+
+@pytest.mark.parametrize("isa", isas_here())
+def test_integer_sums_are_exact_at_their_largest(isa):
+    calls, results = largest_sums(isa)
+    run_here(calls)
+    for call, result in zip(calls, results, strict=True):
+        assert np.array_equal(call.results, result)
 
 
 @pytest.mark.parametrize("isa", isas_here())
@@ -138,60 +149,81 @@ def test_residual_in_place(isa):
 EXPERTS = [*FORMATS, {"kind": "int4", "block_size": 64, "activation": "silu", "gated": True, "bias": True}]
 
 
-@pytest.mark.parametrize("isa", isas_here())
-@pytest.mark.parametrize("form", EXPERTS, ids=lambda form: "-".join(map(str, form.values())))
-def test_experts_are_the_matmuls_of_their_matrices(isa, form):
-    """Picks beyond the last give the last; every row has the bits of a call with its own matrix."""
+def expert_calls(isa: str) -> tuple[list[Call], list[Callable[[], np.ndarray]]]:
+    """Calls of every format, first each expert's own matrix, then chosen ones; and what each gives, once all have run.
+
+    Picks beyond the last give the last; every row has the bits of a call with its own matrix.
+    """
     rng = np.random.default_rng(3)
     experts, tokens, top_k, columns, outputs = 5, 23, 3, 100, 40
-    tasks = [Problem(Case(**form, rows=tokens, columns=columns, outputs=outputs), seed) for seed in range(experts)]
-    x = tasks[0].x
-    picks = rng.integers(0, experts, (tokens, top_k))
-    picks[picks == 3] = 2  # nobody's
-    asked = picks.copy()
-    asked[asked == experts - 1] = experts + 7
-    asked[asked == 0] = -1
-    alone = [task.call(isa) for task in tasks]
-    for call in alone:
-        call.arrays["x"] = x
-    run_here(alone)
-    arrays = {
-        name: np.stack([call.arrays[name] for call in alone])
-        for name in ("weight", "scale", "zero_point", "bias")
-        if alone[0].arrays[name] is not None
-    }
-    y = np.full((tokens * top_k, outputs), np.nan, np.float32)
-    numbers = {**alone[0].numbers, "num_rows": tokens * top_k, "num_experts": experts, "num_x_rows": tokens}
-    both = [
-        Call("linear", numbers, {**arrays, "x": x, "picks": asked.reshape(-1), "y": y}, isa, threads)
-        for threads in (1, 2)
-    ]
-    run_here(both)
-    for call in both:
-        for row, pick in enumerate(picks.reshape(-1)):
-            assert np.array_equal(call.results[row], alone[pick].results[row // top_k])
+    calls, results = [], []
+    for form in EXPERTS:
+        tasks = [Problem(Case(**form, rows=tokens, columns=columns, outputs=outputs), seed) for seed in range(experts)]
+        picks = rng.integers(0, experts, (tokens, top_k))
+        picks[picks == 3] = 2  # nobody's
+        asked = picks.copy()
+        asked[asked == experts - 1] = experts + 7
+        asked[asked == 0] = -1
+        alone = [task.call(isa) for task in tasks]
+        for call in alone:
+            call.arrays["x"] = tasks[0].x
+        parts = [name for name in ("weight", "scale", "zero_point", "bias") if alone[0].arrays[name] is not None]
+        arrays = {name: np.stack([call.arrays[name] for call in alone]) for name in parts}
+        y = np.full((tokens * top_k, outputs), np.nan, np.float32)
+        numbers = {**alone[0].numbers, "num_rows": tokens * top_k, "num_experts": experts, "num_x_rows": tokens}
+        arrays |= {"x": tasks[0].x, "picks": asked.reshape(-1), "y": y}
+
+        def chosen(alone: list[Call] = alone, picks: np.ndarray = picks) -> np.ndarray:
+            return np.stack([alone[pick].results[row // top_k] for row, pick in enumerate(picks.reshape(-1))])
+
+        calls += [*alone, *(Call("linear", numbers, arrays, isa, threads) for threads in (1, 2))]
+        results += [*(lambda call=call: call.results for call in alone), chosen, chosen]
+    return calls, results
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=lambda form: "-".join(map(str, form.values())))
-def test_rows_of_a_table(form):
+@pytest.mark.parametrize("isa", isas_here())
+def test_experts_are_the_matmuls_of_their_matrices(isa):
+    calls, results = expert_calls(isa)
+    run_here(calls)
+    for call, result in zip(calls, results, strict=True):
+        assert np.array_equal(call.results, result())
+
+
+def row_calls() -> tuple[list[Call], list[np.ndarray]]:
+    """Rows of a table of every format, and what they are."""
     rng = np.random.default_rng(4)
-    form = dict(form)
-    scale_dtype = np.float16 if form.pop("has_half_scales", False) else np.float32
-    table = random_weight(rng, form["kind"], 50, 101, form.get("block_size", 0), form.get("has_zeros", False), scale_dtype)
-    ids = np.concatenate([rng.integers(0, 50, 30), [-5, 50, 1 << 40]])
-    numbers = {
-        "num_ids": len(ids),
-        "num_rows": 50,
-        "row_length": 101,
-        "weight_type": WEIGHT_TYPES.index(table.kind),
-        "block_size": table.block_size,
-        "scale_type": int(scale_dtype is np.float16),
-    }
-    arrays = {"weight": table.packed, "scale": table.packed_scales, "zero_point": table.packed_zeros}
-    y = np.full((len(ids), 101), np.nan, np.float32)
-    call = Call("rows", numbers, {**arrays, "ids": ids, "y": y}, "portable", threads=3)
-    run_here([call])
-    assert np.array_equal(call.results, table.values[np.clip(ids, 0, 49)].astype(np.float32))
+    calls, results = [], []
+    for form in FORMATS:
+        table = random_weight(
+            rng,
+            form["kind"],
+            50,
+            101,
+            form.get("block_size", 0),
+            form.get("has_zeros", False),
+            np.float16 if form.get("has_half_scales") else np.float32,
+        )
+        ids = np.concatenate([rng.integers(0, 50, 30), [-5, 50, 1 << 40]])
+        numbers = {
+            "num_ids": len(ids),
+            "num_rows": 50,
+            "row_length": 101,
+            "weight_type": WEIGHT_TYPES.index(table.kind),
+            "block_size": table.block_size,
+            "scale_type": int(form.get("has_half_scales", False)),
+        }
+        arrays = {"weight": table.packed, "scale": table.packed_scales, "zero_point": table.packed_zeros}
+        y = np.full((len(ids), 101), np.nan, np.float32)
+        calls.append(Call("rows", numbers, {**arrays, "ids": ids, "y": y}, "portable", threads=3))
+        results.append(table.values[np.clip(ids, 0, 49)].astype(np.float32))
+    return calls, results
+
+
+def test_rows_of_a_table():
+    calls, results = row_calls()
+    run_here(calls)
+    for call, result in zip(calls, results, strict=True):
+        assert np.array_equal(call.results, result)
 
 
 REFUSED = [
@@ -203,7 +235,10 @@ REFUSED = [
     ({"block_size": 16}, "block_size: received 16, expected 32, 64 or 128"),
     ({"weight_type": 2, "block_size": 16}, "block_size: received 16, expected 0 (a scale an output), 32, 64 or 128"),
     ({"weight_type": 0}, "block_size: received 32, expected 0 with weights that are not integers"),
-    ({"weight_type": 0, "block_size": 0}, "scale: received a pointer, expected null with weights that are not integers"),
+    (
+        {"weight_type": 0, "block_size": 0},
+        "scale: received a pointer, expected null with weights that are not integers",
+    ),
     ({"activation": 5}, "activation: received 5, expected 0 (none) .. 4 (relu2)"),
     ({"norm_epsilon": float("nan")}, "norm_epsilon: received nan, expected a number from 0 on"),
     ({"num_experts": -1}, "num_experts: received -1, expected 0 (one matrix) .. 4096"),
