@@ -135,10 +135,10 @@ ChunkWork chunkWork(const SinkAttentionParams& p, const ChunkPlan& plan, Slices&
   work.row = slices.take<float>(std::max(dim, value_dim) + more);
   work.q = slices.take<float>(rows * dim);
   work.sink_q = slices.take<float>(rows * dim);
-  work.logits = slices.take<float>(kChunkBlock * lanes);
-  work.weights = slices.take<float>(plan.is_bfloat16 ? kChunkBlock / 2 * lanes : 0);
-  work.tile_k = slices.take<float>(kChunkBlock * dim + more);
-  work.tile_v = slices.take<float>(kChunkBlock * value_dim + more);
+  work.logits = slices.take<float>(plan.block_keys * lanes);
+  work.weights = slices.take<float>(plan.is_bfloat16 ? plan.block_keys / 2 * lanes : 0);
+  work.tile_k = slices.take<float>(plan.block_keys * dim + more);
+  work.tile_v = slices.take<float>(plan.block_keys * value_dim + more);
   work.out = slices.take<float>(rows * value_dim);
   for (float** one : {&work.largest, &work.sums, &work.token, &work.slope, &work.sink_place, &work.sink_factor}) {
     *one = slices.take<float>(rows);
@@ -171,6 +171,7 @@ void runChunk(const AttentionKernels& kernels, const SinkAttentionParams& p, con
   const int64_t vectors = cut(int64_t{p.num_tokens} * (p.num_q_heads / p.num_kv_heads), 16);
   ChunkPlan plan{};
   plan.tile_vectors = static_cast<int>(cut(vectors, cut(vectors, kernels.max_tile_vectors)));
+  plan.block_keys = std::max(p.head_dim, p.value_dim) > 96 ? 32 : 64;  // keys and values of a block stay in 32 KiB
   const int64_t tiles = cut(vectors, plan.tile_vectors);
   const int64_t shared = std::clamp<int64_t>(units * tiles / (threads * kItemsPerWorker), 1, kMaxItemTiles);
   plan.tiles_per_item = static_cast<int>(std::min(shared, tiles));

@@ -6,7 +6,6 @@
 namespace sinkexport::cpu {
 
 constexpr int kStepBlock = 64;     // keys that a step takes at a time
-constexpr int kChunkBlock = 64;    // keys that a chunk takes at a time, even
 constexpr int kMaxItemTiles = 4;   // tiles of rows that share one reading of the cache
 
 // Cache of one stream before a run. A unit is one (stream, kv head).
@@ -40,7 +39,7 @@ struct StepPlan {
   int workers;
 };
 
-// Arrays of one worker of a chunk. n: kChunkBlock; R: rows of a tile, a multiple of 16.
+// Arrays of one worker of a chunk. n: keys of a block; R: rows of a tile, a multiple of 16.
 struct ChunkWork {
   float *cos, *sin, *sink_cos, *sink_sin;  // [R/2]
   float *keys, *values;    // [T][D], [T][Dv]: the chunk's rows as they are stored, in float32
@@ -66,6 +65,7 @@ struct ChunkPlan {
   int items_per_unit;
   int tiles_per_item;
   int tile_vectors;  // vectors of 16 rows in a tile
+  int block_keys;    // keys that are taken at a time, even
   int workers;
   bool is_bfloat16;
 };

@@ -6,6 +6,9 @@
 
 namespace sinkexport::cpu::SINKEXPORT_ISA {
 
+// The processor's own prefetching ends with a page: lines this far ahead are asked for.
+constexpr int64_t kAhead = 4096;
+
 // Readers of stored rows: 16 numbers, or the first n of them.
 struct FloatRow {
   using Element = float;

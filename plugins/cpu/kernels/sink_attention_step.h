@@ -12,6 +12,12 @@ struct KeyTile {
   static constexpr int kAtOnce = kRegisters >= 32 ? (H == 1 ? 8 : 4) : (H == 1 ? 4 : H == 2 ? 2 : 1);
 };
 
+template <typename Element>
+SINKEXPORT_INLINE void prefetchRow(const Element* row, int dim) {
+  const char* bytes = reinterpret_cast<const char*>(row);
+  for (int64_t at = 0; at < static_cast<int64_t>(dim * sizeof(Element)); at += 64) prefetch(bytes + at + kAhead);
+}
+
 // Logits of H heads and n keys. keys: [n, dim]; q: [H][dim padded], zeros behind; logits: [H][kStepBlock].
 template <typename Row, int H>
 void findLogits(const typename Row::Element* keys, int n, int dim, const float* q, float* logits) {
@@ -28,6 +34,7 @@ void findLogits(const typename Row::Element* keys, int n, int dim, const float* 
       for (int k = 0; k < kAtOnce; ++k) {
         const int key = first + part + k;
         rows[k] = keys + static_cast<int64_t>(key < n ? key : n - 1) * dim;  // a key that is not there is not used
+        prefetchRow(rows[k], dim);
 #pragma GCC unroll 4
         for (int h = 0; h < H; ++h) found[k][h] = broadcast(0.0f);
       }
@@ -78,6 +85,7 @@ void addValues(const typename Row::Element* values, int n, int dim, int size, co
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       const typename Row::Element* from = values + static_cast<int64_t>(k) * dim + 16 * v;
+      if (v * 16 * sizeof *from % 64 == 0) prefetch(reinterpret_cast<const char*>(from) + kAhead);
       row[v] = kPart ? Row::readPart(from, size) : Row::read(from);
     }
 #pragma GCC unroll 4
