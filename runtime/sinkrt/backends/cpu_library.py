@@ -41,7 +41,9 @@ def checked_library(abi: str | None = CPU_ABI) -> Path:
         function.restype = ctypes.c_char_p
     found, reason = (function() for function in functions)
     if abi != CPU_ABI:
-        _refuse(f"a bundle for its version {abi}", CPU_ABI, "export the model again, or install the bundle's sinkexport")
+        _refuse(
+            f"a bundle for its version {abi}", CPU_ABI, "export the model again, or install the bundle's sinkexport"
+        )
     if found.decode() != abi:
         _refuse(f"version {found.decode()} at '{path}'", f"version {abi}", "build the library of this version")
     if reason is not None:

@@ -75,7 +75,7 @@ def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "qwen3", "gemma2", "gpt_oss", "gpt2", "bloom", "mixtral", "deepseek_v2", "lfm2"]
+    "family", ["llama", "qwen2", "qwen3", "gemma2", "gpt_oss", "gpt_neox", "bloom", "mixtral", "deepseek_v2", "lfm2"]
 )
 def test_dense_and_past_six_wraps(family: str, tmp_path: Path) -> None:
     """Steps and chunks, of streams at positions of their own."""

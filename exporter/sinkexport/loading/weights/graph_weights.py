@@ -282,9 +282,7 @@ def _packed_for_library(
         swapped = GraphMatrix(
             name=base, parts=parts, shape=packed.swapped_shape, read=packed.read_swapped, layers=layers
         )
-    sources = tuple(
-        one.const_value for one in (value, *companions) if one is not None and one.const_value is not None
-    )
+    sources = tuple(one.const_value for one in (value, *companions) if one is not None and one.const_value is not None)
     return GraphMatrix(
         name=base,
         parts=parts,
