@@ -36,7 +36,7 @@ std::string checkedCpuLibrary(const Manifest& manifest, const BackendOptions& op
            "build the library of this version");
   }
   if (const char* reason = problem_of()) {
-    refuse(reason, "what this processor runs", "unset SINKEXPORT_CPU_ISA, or export with --target onnx");
+    throw Error(Code::kBackend, "CPU library: " + std::string(reason) + "; change it, or export with --target onnx");
   }
   return path;
 }
