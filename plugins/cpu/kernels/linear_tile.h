@@ -6,6 +6,9 @@
 
 #include "linear.h"
 #include "simd.h"
+#ifdef SINKEXPORT_ISA_neon_i8mm
+#include "simd_neon_i8mm.h"
+#endif
 
 namespace sinkexport::cpu::SINKEXPORT_ISA {
 
@@ -92,6 +95,12 @@ void bf16Tile(const TileOperands& operands, float* out) {
 template <bool is_int4, int rows, int tiles>
 SINKEXPORT_INLINE void addQuads(int64_t steps, const int8_t* x, const char* weight, int64_t stride,
                                 Ints (&sum)[tiles][rows]) {
+#ifdef SINKEXPORT_ISA_neon_i8mm
+  if constexpr (rows % 2 == 0 && tiles == 1) {
+    addRowPairs<is_int4, rows>(steps, x, weight, sum[0]);
+    return;
+  }
+#endif
   if constexpr (is_int4) {
 #pragma GCC unroll 4
     for (int64_t k = 0; k < steps; k += 2, x += 8 * rows, weight += 64) {
