@@ -5,10 +5,7 @@
 
 namespace sinkexport::cpu::SINKEXPORT_ISA {
 
-#ifndef KR
-#define KR 6
-#endif
-constexpr int kRows = KR, kTiles = 2, kFloatRows = 12, kFloatTiles = 2;
+constexpr int kRows = 6, kTiles = 2, kFloatRows = 12, kFloatTiles = 2;
 constexpr int kInt8Offset = 128;
 
 struct Floats {
@@ -159,9 +156,6 @@ SINKEXPORT_INLINE Ints minusProduct(Ints sum, Ints a, int32_t b) {
   return {_mm512_sub_epi32(sum.v, _mm512_madd_epi16(a.v, _mm512_set1_epi32(b & 0xffff)))};
 }
 SINKEXPORT_INLINE void prefetch(const void* address) {
-#ifdef NOPF
-  return;
-#endif
   _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
 }
 

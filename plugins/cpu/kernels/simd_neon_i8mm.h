@@ -30,17 +30,18 @@ SINKEXPORT_INLINE int8x16_t rowPair(const int8_t* first, const int8_t* second) {
 
 // Exact sums of `steps` quads of an even number of rows with 16 outputs, added to `sum`.
 template <bool is_int4, int rows>
-SINKEXPORT_INLINE void addRowPairs(int64_t steps, const int8_t* x, const char* weight, Ints (&sum)[rows]) {
+SINKEXPORT_INLINE void addRowPairs(int64_t steps, const int8_t* x, const char* weight, int64_t ahead,
+                                   Ints (&sum)[rows]) {
   int32x4_t squares[rows / 2][8];  // [r o, r o+1, r+1 o, r+1 o+1]
   for (int p = 0; p < rows / 2; ++p) {
     for (int i = 0; i < 8; ++i) squares[p][i] = vdupq_n_s32(0);
   }
   int64_t k = 0;
   for (; k + 2 <= steps; k += 2, x += 8 * rows, weight += is_int4 ? 64 : 128) {
-    prefetch(weight + 4096);
+    prefetch(weight + ahead);
     const Bytes first = loadBytes(weight);
-    const OutputPairs w = is_int4 ? outputPairs(lowNibbles(first), highNibbles(first))
-                                  : outputPairs(first, loadBytes(weight + 64));
+    const OutputPairs w =
+        is_int4 ? outputPairs(lowNibbles(first), highNibbles(first)) : outputPairs(first, loadBytes(weight + 64));
     for (int p = 0; p < rows / 2; ++p) {
       const int8x16_t pair = rowPair(x + 8 * p, x + 4 * rows + 8 * p);
       for (int i = 0; i < 8; ++i) squares[p][i] = vmmlaq_s32(squares[p][i], pair, w.v[i]);
