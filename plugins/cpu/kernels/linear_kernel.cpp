@@ -26,7 +26,7 @@ SINKEXPORT_INLINE Floats activate(Floats x) {
 constexpr int64_t kRowsAtATime = 240;       // of x, so that they stay in the second-level cache: a multiple of kRows
 constexpr int64_t kPackedByEach = 1 << 13;  // values; fewer are packed by every thread for itself, with nobody waiting
 constexpr int64_t kAskedForFirst = 4096;    // bytes of weights that are on their way while a thread packs
-constexpr int64_t kAhead = 6144;            // bytes that are asked for ahead where one row reads one tile after another
+constexpr int64_t kAhead = 6144;            // bytes from what is read to what is asked for
 constexpr int64_t kRowsOfFewTasks = 64;     // from here on ranges are cut finer, for threads that are held up
 
 int64_t smaller(int64_t a, int64_t b) {
@@ -258,8 +258,9 @@ struct Run {
         of.x = block.values;
         of.x_scale = block.scales;
         of.x_sum = block.sums;
-        // Several rows go over the same tiles again and again: the last ones ask for the next tiles.
-        of.prefetch_ahead = at_once == 1 ? kAhead : m + rows == last ? num_tiles * of.weight_stride : 0;
+        // Several rows go over the same tiles again and again: the last ones ask for what comes next.
+        const int64_t next = of.weight_stride > 2 * kAhead ? kAhead : num_tiles * of.weight_stride;
+        of.prefetch_ahead = at_once == 1 ? kAhead : m + rows == last ? next : 0;
         multiplyBlock(of, rows, num_tiles, at_once, out);
         finish(segment, m, rows, params.is_gated ? tile / 2 * 16 : tile * 16, num_tiles, out);
       }
