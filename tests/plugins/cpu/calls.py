@@ -70,9 +70,7 @@ def problem(call: Call) -> str | None:
 def run_here(calls: Sequence[Call]) -> None:
     """Fill in results. Every array ends at a page without access, and what lies before it must stay as it was."""
     for call in calls:
-        memory = {
-            name: Guarded(array, ALIGNMENTS.get(name, array.itemsize)) for name, array in call.present().items()
-        }
+        memory = {name: Guarded(array, ALIGNMENTS.get(name, array.itemsize)) for name, array in call.present().items()}
         addresses = {name: one.address for name, one in memory.items()}
         addresses |= {name: addresses[other] for name, other in call.aliases.items()}
         params = PARAMS[call.name](**call.numbers, **addresses)
@@ -100,7 +98,13 @@ def replay_bytes(call: Call) -> bytes:
         blob += np.ascontiguousarray(array).tobytes()
     blob += b"\xa5" * 128
     header = struct.pack(
-        "<32siiiiq", call.name.encode(), ISAS.index(call.isa), call.threads, len(bytes(params)), len(pointers), len(blob)
+        "<32siiiiq",
+        call.name.encode(),
+        ISAS.index(call.isa),
+        call.threads,
+        len(bytes(params)),
+        len(pointers),
+        len(blob),
     )
     places = b"".join(struct.pack("<qq", *pointer) for pointer in pointers)
     return header + bytes(params) + places + bytes(blob)
