@@ -11,10 +11,16 @@ namespace {
 constexpr int64_t kLeastBytes = 32 * 1024;  // of a cache that a further worker is worth waking for
 constexpr int64_t kItemsPerWorker = 3;      // of a chunk, so that workers end at about the same time
 
-constexpr int64_t roundedUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-constexpr int64_t cut(int64_t n, int64_t into) { return (n + into - 1) / into; }
+constexpr int64_t roundedUp(int64_t n, int64_t to) {
+  return (n + to - 1) / to * to;
+}
+constexpr int64_t cut(int64_t n, int64_t into) {
+  return (n + into - 1) / into;
+}
 
-int64_t elementBytes(WindowType type) { return type == WindowType::kInt8 ? 1 : type == WindowType::kFloat16 ? 2 : 4; }
+int64_t elementBytes(WindowType type) {
+  return type == WindowType::kInt8 ? 1 : type == WindowType::kFloat16 ? 2 : 4;
+}
 
 void findStreams(const SinkAttentionParams& p, StreamCache* streams) {
   for (int b = 0; b < p.batch; ++b) {
@@ -135,10 +141,10 @@ ChunkWork chunkWork(const SinkAttentionParams& p, const ChunkPlan& plan, Slices&
   work.row = slices.take<float>(std::max(dim, value_dim) + more);
   work.q = slices.take<float>(rows * dim);
   work.sink_q = slices.take<float>(rows * dim);
-  work.logits = slices.take<float>(kChunkBlock * lanes);
-  work.weights = slices.take<float>(plan.is_bfloat16 ? kChunkBlock / 2 * lanes : 0);
-  work.tile_k = slices.take<float>(kChunkBlock * dim + more);
-  work.tile_v = slices.take<float>(kChunkBlock * value_dim + more);
+  work.logits = slices.take<float>(plan.block_keys * lanes);
+  work.weights = slices.take<float>(plan.is_bfloat16 ? plan.block_keys / 2 * lanes : 0);
+  work.tile_k = slices.take<float>(plan.block_keys * dim + more);
+  work.tile_v = slices.take<float>(plan.block_keys * value_dim + more);
   work.out = slices.take<float>(rows * value_dim);
   for (float** one : {&work.largest, &work.sums, &work.token, &work.slope, &work.sink_place, &work.sink_factor}) {
     *one = slices.take<float>(rows);
@@ -171,6 +177,7 @@ void runChunk(const AttentionKernels& kernels, const SinkAttentionParams& p, con
   const int64_t vectors = cut(int64_t{p.num_tokens} * (p.num_q_heads / p.num_kv_heads), 16);
   ChunkPlan plan{};
   plan.tile_vectors = static_cast<int>(cut(vectors, cut(vectors, kernels.max_tile_vectors)));
+  plan.block_keys = std::max(p.head_dim, p.value_dim) > 96 ? 32 : 64;  // keys and values of a block stay in 32 KiB
   const int64_t tiles = cut(vectors, plan.tile_vectors);
   const int64_t shared = std::clamp<int64_t>(units * tiles / (threads * kItemsPerWorker), 1, kMaxItemTiles);
   plan.tiles_per_item = static_cast<int>(std::min(shared, tiles));
@@ -201,12 +208,12 @@ void runAttention(const AttentionKernels& kernels, const SinkAttentionParams& p,
 
 }  // namespace
 
-#define SINKEXPORT_DECLARE(isa, value)                                                                        \
-  namespace isa {                                                                                             \
-  extern const AttentionKernels kAttentionKernels;                                                            \
+#define SINKEXPORT_DECLARE(isa, value)                                                                          \
+  namespace isa {                                                                                               \
+  extern const AttentionKernels kAttentionKernels;                                                              \
   static void runSinkAttention(const SinkAttentionParams& params, const Parallel& parallel, Scratch& scratch) { \
-    runAttention(kAttentionKernels, params, parallel, scratch);                                               \
-  }                                                                                                           \
+    runAttention(kAttentionKernels, params, parallel, scratch);                                                 \
+  }                                                                                                             \
   }
 SINKEXPORT_FOR_EACH_ISA(SINKEXPORT_DECLARE)
 #undef SINKEXPORT_DECLARE

@@ -28,6 +28,8 @@ struct TileRun {
   const KeyRows& keys;
   int64_t tile;
   int64_t first_token, last_token;  // of the tile's rows
+  int block;
+  bool reads_in_place;
 
   float* row(float* of_tiles) const { return of_tiles + tile * kLanes; }
 
@@ -95,6 +97,14 @@ struct TileRun {
     }
   }
 
+  // What the first tile asks for while it multiplies keys, if they are read where they are stored: their values, which
+  // come next, and the keys of the next block.
+  SINKEXPORT_INLINE Ahead aheadOf(const char* k, const char* v, int64_t begin) const {
+    if (tile > 0 || !reads_in_place) return {nullptr, nullptr, 0, 0};
+    const int64_t k_bytes = int64_t{4} * p.head_dim, v_bytes = int64_t{4} * p.value_dim;
+    return {k + (begin + block) * k_bytes, v + begin * v_bytes, k_bytes, v_bytes};
+  }
+
   // k, v: factors of the n keys from `first` on.
   void attend(int64_t first, int n, const char* k, const char* v, const void* q) const {
     int64_t begin = 0, end = n;
@@ -113,7 +123,8 @@ struct TileRun {
     Floats peaks[V], base[V], shrink[V];
     for (int i = 0; i < V; ++i) peaks[i] = broadcast(kNoLogit);
     const char* tile_q = static_cast<const char*>(q) + tile * kLanes * p.head_dim * row_bytes;
-    tileLogits<Matmul, V>(tile_q, k + begin * p.head_dim * row_bytes, count, p.head_dim, work.logits, peaks);
+    const Ahead ahead = aheadOf(k, v, begin);
+    tileLogits<Matmul, V>(tile_q, k + begin * p.head_dim * row_bytes, count, p.head_dim, ahead, work.logits, peaks);
     if (is_masked || p.softcap > 0.0f || p.alibi_slopes != nullptr) adjust(first + begin, count, peaks);
     for (int i = 0; i < V; ++i) {
       float* largest_yet = row(work.largest) + 16 * i;
@@ -133,23 +144,25 @@ struct TileRun {
 
 // All tiles of an item over one section. k, v: its rows; scales: of them, or null.
 template <typename Matmul, int V, typename Row>
-void attendSection(const SinkAttentionParams& p, const ChunkWork& work, const Item& item, const KeyRows& keys,
-                   const void* k, const void* v, const uint16_t* scale_k, const uint16_t* scale_v, const void* q) {
+void attendSection(const SinkAttentionParams& p, const ChunkWork& work, int block, const Item& item,
+                   const KeyRows& keys, const void* k, const void* v, const uint16_t* scale_k, const uint16_t* scale_v,
+                   const void* q) {
   using Element = typename Row::Element;
   const int64_t last_seen = (item.first_row + item.num_rows - 1) / item.group;
-  for (int64_t first = 0; first < keys.count; first += kChunkBlock) {
+  for (int64_t first = 0; first < keys.count; first += block) {
     if (keys.section == Section::kChunk && first > last_seen) return;
-    const int n = static_cast<int>(keys.count - first < kChunkBlock ? keys.count - first : kChunkBlock);
-    const void* tile_k = asFactors<Matmul, Row>(static_cast<const Element*>(k) + first * p.head_dim,
-                                                scale_k == nullptr ? nullptr : scale_k + first, n, p.head_dim, false,
-                                                work.tile_k);
-    const void* tile_v = asFactors<Matmul, Row>(static_cast<const Element*>(v) + first * p.value_dim,
-                                                scale_v == nullptr ? nullptr : scale_v + first, n, p.value_dim, true,
-                                                work.tile_v);
+    const int n = static_cast<int>(keys.count - first < block ? keys.count - first : block);
+    const Element* k_rows = static_cast<const Element*>(k) + first * p.head_dim;
+    const void* tile_k = asFactors<Matmul, Row>(k_rows, scale_k == nullptr ? nullptr : scale_k + first, n, p.head_dim,
+                                                false, work.tile_k);
+    const void* tile_v =
+        asFactors<Matmul, Row>(static_cast<const Element*>(v) + first * p.value_dim,
+                               scale_v == nullptr ? nullptr : scale_v + first, n, p.value_dim, true, work.tile_v);
     for (int64_t tile = 0; tile < item.num_tiles; ++tile) {
       const int64_t begin = item.first_row + tile * 16 * V, unit_end = item.first_row + item.num_rows;
       const int64_t end = begin + 16 * V < unit_end ? begin + 16 * V : unit_end;
-      const TileRun<Matmul, V> run{p, work, keys, tile, begin / item.group, (end - 1) / item.group};
+      const TileRun<Matmul, V> run{
+          p, work, keys, tile, begin / item.group, (end - 1) / item.group, block, tile_k == k_rows};
       run.attend(first, n, static_cast<const char*>(tile_k), static_cast<const char*>(tile_v), q);
     }
   }
@@ -192,7 +205,8 @@ void prepareQueries(const SinkAttentionParams& p, const StreamCache& cache, cons
 }
 
 template <typename Matmul, int V, typename Row>
-void attendRing(const SinkAttentionParams& p, const StreamCache& cache, const ChunkWork& work, const Item& item) {
+void attendRing(const SinkAttentionParams& p, const StreamCache& cache, const ChunkWork& work, int block,
+                const Item& item) {
   const int64_t newest = (cache.position - 1 - p.num_sinks) % p.window_size;
   const int64_t older = cache.num_ring == p.window_size ? p.window_size - 1 - newest : 0;
   for (int part = 0; part < 2; ++part) {
@@ -201,27 +215,28 @@ void attendRing(const SinkAttentionParams& p, const StreamCache& cache, const Ch
     const int64_t row = item.unit * p.window_size + (is_older ? newest + 1 : 0);
     const auto* k = static_cast<const typename Row::Element*>(p.window_k) + row * p.head_dim;
     const auto* v = static_cast<const typename Row::Element*>(p.window_v) + row * p.value_dim;
-    attendSection<Matmul, V, Row>(p, work, item, keys, k, v, Row::kHasScale ? p.window_k_scale + row : nullptr,
+    attendSection<Matmul, V, Row>(p, work, block, item, keys, k, v, Row::kHasScale ? p.window_k_scale + row : nullptr,
                                   Row::kHasScale ? p.window_v_scale + row : nullptr, work.q);
   }
 }
 
 template <typename Matmul, int V>
-void attendItem(const SinkAttentionParams& p, const StreamCache& cache, const ChunkWork& work, const Item& item) {
+void attendItem(const SinkAttentionParams& p, const StreamCache& cache, const ChunkWork& work, int block,
+                const Item& item) {
   prepareRows(p, cache, work, item);
   prepareQueries<Matmul, V>(p, cache, work, item);
   if (cache.num_sinks > 0) {
     const KeyRows keys{Section::kSinks, cache.num_sinks, 0, true};
-    attendSection<Matmul, V, FloatRow>(p, work, item, keys, p.sink_k + item.unit * p.num_sinks * p.head_dim,
+    attendSection<Matmul, V, FloatRow>(p, work, block, item, keys, p.sink_k + item.unit * p.num_sinks * p.head_dim,
                                        p.sink_v + item.unit * p.num_sinks * p.value_dim, nullptr, nullptr, work.sink_q);
   }
   if (cache.num_ring > 0) {
-    if (p.window_type == WindowType::kFloat32) attendRing<Matmul, V, FloatRow>(p, cache, work, item);
-    if (p.window_type == WindowType::kFloat16) attendRing<Matmul, V, HalfRow>(p, cache, work, item);
-    if (p.window_type == WindowType::kInt8) attendRing<Matmul, V, Int8Row>(p, cache, work, item);
+    if (p.window_type == WindowType::kFloat32) attendRing<Matmul, V, FloatRow>(p, cache, work, block, item);
+    if (p.window_type == WindowType::kFloat16) attendRing<Matmul, V, HalfRow>(p, cache, work, block, item);
+    if (p.window_type == WindowType::kInt8) attendRing<Matmul, V, Int8Row>(p, cache, work, block, item);
   }
   const KeyRows keys{Section::kChunk, item.num_tokens, 0, cache.position == 0};
-  attendSection<Matmul, V, FloatRow>(p, work, item, keys, work.keys, work.values, nullptr, nullptr, work.q);
+  attendSection<Matmul, V, FloatRow>(p, work, block, item, keys, work.keys, work.values, nullptr, nullptr, work.q);
   for (int64_t i = 0; i < item.num_rows; ++i) {
     const int64_t tile = i / (16 * V), lane = i % (16 * V), row = item.first_row + i;
     const int64_t head = item.kv_head * item.group + row % item.group;
@@ -231,12 +246,12 @@ void attendItem(const SinkAttentionParams& p, const StreamCache& cache, const Ch
 }
 
 template <typename Matmul>
-void attendTiles(const SinkAttentionParams& p, const StreamCache& cache, const ChunkWork& work, const Item& item,
-                 int tile_vectors) {
-  if (tile_vectors == 1) attendItem<Matmul, 1>(p, cache, work, item);
+void attendTiles(const SinkAttentionParams& p, const ChunkPlan& plan, const ChunkWork& work, const Item& item) {
+  const StreamCache& cache = plan.streams[item.b];
+  if (plan.tile_vectors == 1) attendItem<Matmul, 1>(p, cache, work, plan.block_keys, item);
 #ifdef SINKEXPORT_WIDE_TILES
-  if (tile_vectors == 2) attendItem<Matmul, 2>(p, cache, work, item);
-  if (tile_vectors == 3) attendItem<Matmul, 3>(p, cache, work, item);
+  if (plan.tile_vectors == 2) attendItem<Matmul, 2>(p, cache, work, plan.block_keys, item);
+  if (plan.tile_vectors == 3) attendItem<Matmul, 3>(p, cache, work, plan.block_keys, item);
 #endif
 }
 
@@ -260,12 +275,12 @@ inline void chunkWorker(const SinkAttentionParams& p, const ChunkPlan& plan, int
     if (left > 0) {
 #ifdef SINKEXPORT_BF16
       if (plan.is_bfloat16) {
-        attendTiles<Bf16Matmul>(p, cache, work, item, plan.tile_vectors);
+        attendTiles<Bf16Matmul>(p, plan, work, item);
       } else {
-        attendTiles<FloatMatmul>(p, cache, work, item, plan.tile_vectors);
+        attendTiles<FloatMatmul>(p, plan, work, item);
       }
 #else
-      attendTiles<FloatMatmul>(p, cache, work, item, plan.tile_vectors);
+      attendTiles<FloatMatmul>(p, plan, work, item);
 #endif
     }
     const int ended = __atomic_add_fetch(plan.ended + item.unit, 1, __ATOMIC_ACQ_REL);

@@ -111,6 +111,7 @@ const void* asFactors(const typename Row::Element* rows, const uint16_t* scales,
         const auto read = [&](int row) __attribute__((always_inline)) {
           if (row >= n) return broadcast(0.0f);
           const typename Row::Element* from = rows + int64_t{row} * dim + d;
+          prefetch(reinterpret_cast<const char*>(from) + kAhead);
           const Floats x = d + 16 <= dim ? Row::read(from) : Row::readPart(from, dim - d);
           return Row::kHasScale ? x * broadcast(factors[row - first]) : x;
         };

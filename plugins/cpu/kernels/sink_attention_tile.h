@@ -73,14 +73,23 @@ SINKEXPORT_INLINE void logitsOfKeys(const void* q, const char* keys, int64_t key
   }
 }
 
+// Rows that will be wanted soon, one for each key; null: none.
+struct Ahead {
+  const char *k, *v;
+  int64_t k_bytes, v_bytes;  // of a row
+};
+
 // logits [n][V * 16] of n keys, [n][dim] of Matmul's type, and q [dim][V * 16]; their largest in `peaks`.
 template <typename Matmul, int V>
-void tileLogits(const void* q, const void* keys, int n, int dim, float* logits, Floats (&peaks)[V]) {
+void tileLogits(const void* q, const void* keys, int n, int dim, const Ahead& ahead, float* logits,
+                Floats (&peaks)[V]) {
   constexpr int kKeys = kRegisters >= 32 ? 8 : 4;
   const int steps = dim / Matmul::kTogether;
   const char* from = static_cast<const char*>(keys);
   int key = 0;
   for (; key + kKeys <= n; key += kKeys) {
+    for (int64_t at = 0; at < kKeys * ahead.k_bytes; at += 64) prefetch(ahead.k + key * ahead.k_bytes + at);
+    for (int64_t at = 0; at < kKeys * ahead.v_bytes; at += 64) prefetch(ahead.v + key * ahead.v_bytes + at);
     logitsOfKeys<Matmul, V, kKeys>(q, from + int64_t{4} * key * steps, steps, steps, logits + key * V * 16, peaks);
   }
   for (; key < n; ++key) {

@@ -5,22 +5,17 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 
+import numpy as np
 import torch
 
-from plugins.capi.header import fields
-from tests.plugins.cpu.library import ISAS, KERNELS, library
+from tests.plugins.cpu.calls import Call, SinkAttentionParams
+from tests.plugins.cpu.library import ISAS, library
 from tests.plugins.gpu_buffers import Buffer
 from tests.plugins.sink_attention_reference import Case, Tokens, angles
 
 WINDOW_TYPES = {"fp": (0, torch.float32), "fp16": (1, torch.float16), "int8": (2, torch.int8)}
 FAR = (0, 2**33 + 12345, 10**6, 2**46)
 """How far beyond its usual position a stream's first token after the sinks is."""
-
-
-class SinkAttentionParams(ctypes.Structure):
-    """plugins/cpu/kernels/sink_attention.h."""
-
-    _fields_ = fields("sink_attention.h", "SinkAttentionParams", KERNELS)
 
 
 def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Buffer:
@@ -47,6 +42,9 @@ class Streams:
     threads: int = 2
     layout: Layout = Layout()
     bfloat16_chunks: bool = False
+    calls: list[tuple[Call, dict[str, np.ndarray]]] = dataclasses.field(default_factory=list, repr=False)
+    """With `records`: each run as a call with the arrays as they were, and the arrays that it changed."""
+    records: bool = False
 
     def __post_init__(self) -> None:
         case, count, batch = self.case, self.num_tokens, self.case.batch
@@ -76,9 +74,10 @@ class Streams:
                 constants[name].tensor.copy_(values)
         self.out = buffer(*self._shape(case.num_q_heads, case.value_size, self.layout.out_tokens_first))
         every = {**self.states, **self.inputs, **constants, "out": self.out}
+        self._arrays = {name: one.tensor for name, one in every.items()}
         self._all = list(every.values())
         addresses = {name: one.address for name, one in every.items() if name != "qkv"}
-        self.params = SinkAttentionParams(
+        self._numbers = dict(
             batch=batch,
             num_tokens=count,
             num_q_heads=case.num_q_heads,
@@ -98,8 +97,9 @@ class Streams:
             softcap=case.softcap,
             gate_dim=case.gate_dim,
             out_tokens_first=self.layout.out_tokens_first,
-            **addresses | {name: rows.data_ptr() for name, rows in self._rows.items()},
         )
+        addresses |= {name: rows.data_ptr() for name, rows in self._rows.items()}
+        self.params = SinkAttentionParams(**self._numbers, **addresses)
         functions = library()
         functions.sinkexport_cpu_sink_attention_problem.restype = ctypes.c_char_p
         problem = functions.sinkexport_cpu_sink_attention_problem(ctypes.byref(self.params))
@@ -152,9 +152,16 @@ class Streams:
             angle = angles(shift, self.tokens.frequency)
             self.inputs["shift_cos"].tensor.copy_(angle.cos())
             self.inputs["shift_sin"].tensor.copy_(angle.sin())
+        before = self._copies() if self.records else {}
         library().sinkexport_cpu_sink_attention(ctypes.byref(self.params), ISAS.index(self.isa), self.threads)
+        if self.records:
+            after = {name: array for name, array in self._copies().items() if name == "out" or name in self.states}
+            self.calls.append((Call("sink_attention", self._numbers, before, self.isa), after))
         out = self.out.tensor.clone()
         return out.transpose(1, 2) if self.layout.out_tokens_first else out
+
+    def _copies(self) -> dict[str, np.ndarray]:
+        return {name: tensor.numpy().copy() for name, tensor in self._arrays.items()}
 
     def run_all(self, count: int) -> torch.Tensor:
         """All `count` tokens, T at a time where positions have no gap. Returns outputs [B, Hq, N, Dv]."""
@@ -194,3 +201,19 @@ def is_comparable(case: Case, count: int) -> torch.Tensor:
     index = torch.arange(count).expand(case.batch, -1)
     is_near = torch.tensor([FAR[b % len(FAR)] == 0 for b in range(case.batch)])
     return is_near[:, None] | (index < case.num_sinks) | (index >= case.capacity - 1)
+
+
+def recorded(case: Case, isa: str) -> list[tuple[Call, dict[str, np.ndarray]]]:
+    """Steps and chunks where something changes, for `isa`, and the arrays that they left here."""
+    count = 3 * case.capacity + 7
+    torch.manual_seed(count)
+    tokens = Tokens.random(case, positions(case, count))
+    found = []
+    for size in sorted({1, min(7, case.window_size), min(64, case.window_size)}):
+        streams = Streams(case, tokens, size, "portable", records=True)
+        streams.run_all(count)
+        wanted = {0, 1, case.num_sinks, case.capacity - 1, case.capacity, len(streams.calls) - 1}
+        found += [streams.calls[i] for i in sorted(wanted) if 0 <= i < len(streams.calls)]
+    for call, _ in found:
+        call.isa = isa
+    return found

@@ -31,7 +31,13 @@ class RowsParams(ctypes.Structure):
     _fields_ = fields("linear.h", "RowsParams", KERNELS)
 
 
-PARAMS = {"linear": LinearParams, "rows": RowsParams}
+class SinkAttentionParams(ctypes.Structure):
+    """kernels/sink_attention.h."""
+
+    _fields_ = fields("sink_attention.h", "SinkAttentionParams", KERNELS)
+
+
+PARAMS = {"linear": LinearParams, "rows": RowsParams, "sink_attention": SinkAttentionParams}
 
 
 @dataclass
@@ -104,24 +110,34 @@ def replay_bytes(call: Call) -> bytes:
     return header + bytes(params) + places + bytes(blob)
 
 
-def run_replay(command: Sequence[str], calls: Sequence[Call], folder: Path) -> None:
-    """Fill in results by a program that reads all calls from a file and writes the arrays back."""
+def replayed(command: Sequence[str], calls: Sequence[Call], folder: Path) -> list[dict[str, np.ndarray]]:
+    """All arrays of each call, as a program leaves them that reads calls from a file and writes the arrays back.
+
+    What lies between the arrays must stay as it was.
+    """
     before, after = folder / "calls", folder / "results"
     texts = [replay_bytes(call) for call in calls]
     before.write_bytes(b"".join(texts))
     done = subprocess.run([*command, str(before), str(after)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    blobs = after.read_bytes()
-    start = 0
+    blobs, start, results = after.read_bytes(), 0, []
     for call, text in zip(calls, texts, strict=True):
         size = struct.unpack_from("<32siiiiq", text)[-1]
         blob, original = bytearray(blobs[start : start + size]), text[-size:]
-        start += size
-        at = 0
+        start, at, arrays = start + size, 0, {}
         for name, array in call.present().items():
             at += 64 - at % 64 + 64
-            if name == call.output:
-                call.results = np.frombuffer(blob, array.dtype, array.size, at).reshape(array.shape).copy()
-                blob[at : at + array.nbytes] = original[at : at + array.nbytes]
+            arrays[name] = np.frombuffer(blob, array.dtype, array.size, at).reshape(array.shape).copy()
+            blob[at : at + array.nbytes] = original[at : at + array.nbytes]
             at += array.nbytes
-        assert bytes(blob) == original, f"{call.name}: something but {call.output} was written to"
+        assert bytes(blob) == original, f"{call.name}: something beside the arrays was written to"
+        results.append(arrays)
+    return results
+
+
+def run_replay(command: Sequence[str], calls: Sequence[Call], folder: Path) -> None:
+    """Fill in results by `replayed`; no other array may be written to."""
+    for call, arrays in zip(calls, replayed(command, calls, folder), strict=True):
+        call.results = arrays[call.output]
+        for name, array in call.present().items():
+            assert name == call.output or array.tobytes() == arrays[name].tobytes(), f"{name} was written to"
