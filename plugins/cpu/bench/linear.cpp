@@ -129,8 +129,7 @@ struct Bench {
     line("sum of these", sum, all_bytes, all_operations);
     line("a whole step", best_step, all_bytes, all_operations);
     if (rows > 1) {
-      std::printf("%-5s M=%-4lld tokens/s %.0f\n", name, static_cast<long long>(rows),
-                  static_cast<double>(rows) / sum);
+      std::printf("%-5s M=%-4lld tokens/s %.0f\n", name, static_cast<long long>(rows), static_cast<double>(rows) / sum);
     }
   }
 };
