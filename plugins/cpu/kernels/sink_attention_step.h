@@ -110,13 +110,11 @@ void attendKeys(const SinkAttentionParams& p, const StepKeys& keys, const StepWo
   }
 }
 
-// Turns a unit's queries and, if the new token's row is among the worker's, writes it. own: whether it is.
-inline void beginUnit(const SinkAttentionParams& p, const StreamCache& cache, const StepWork& work, int64_t b,
-                      int64_t kv_head, bool writes) {
+// Turns a unit's queries and, where it `writes`, writes the new token's row. angles: the stream's.
+inline void beginUnit(const SinkAttentionParams& p, const StreamCache& cache, const StepWork& work,
+                      const Angles& angles, int64_t b, int64_t kv_head, bool writes) {
   const int64_t t = cache.position, group = p.num_q_heads / p.num_kv_heads;
   const int64_t padded = (p.head_dim + 15) / 16 * 16;
-  Angles angles{work.cos, work.sin, work.sink_cos, work.sink_sin};
-  findAngles(p, b, 0, t, angles);
   const float factor = logitFactor(p);
   for (int64_t g = 0; g < group; ++g) {
     const float* q = queryRow(p, b, kv_head * group + g, 0);
@@ -144,13 +142,14 @@ inline void beginUnit(const SinkAttentionParams& p, const StreamCache& cache, co
 
 // Rows begin .. end - 1 of a unit's cache, sinks first, then slots of the window.
 inline void attendUnit(const SinkAttentionParams& p, const StreamCache& cache, const StepWork& work,
-                       const StepSums& sums, int64_t b, int64_t kv_head, int64_t begin, int64_t end) {
+                       const Angles& angles, const StepSums& sums, int64_t b, int64_t kv_head, int64_t begin,
+                       int64_t end) {
   const int64_t group = p.num_q_heads / p.num_kv_heads, unit = b * p.num_kv_heads + kv_head, t = cache.position;
   const bool new_sink = t < p.num_sinks;
   const int64_t sinks = cache.num_sinks + (new_sink ? 1 : 0);
   const int64_t slot = new_sink ? -1 : (t - p.num_sinks) % p.window_size;
   const int64_t own = new_sink ? t : sinks + slot;
-  beginUnit(p, cache, work, b, kv_head, begin <= own && own < end);
+  beginUnit(p, cache, work, angles, b, kv_head, begin <= own && own < end);
   for (int64_t g = 0; g < group; ++g) sums.largest[g] = kNoLogit, sums.sums[g] = 0.0f;
   const int64_t padded = (p.value_dim + 15) / 16 * 16;
   for (int64_t i = 0; i < group * padded; i += 16) store(sums.out + i, broadcast(0.0f));
@@ -216,13 +215,15 @@ inline void mergeParts(const SinkAttentionParams& p, const StepPlan& plan, int64
 inline void stepWorker(const SinkAttentionParams& p, const StepPlan& plan, int worker) {
   const int64_t begin = plan.bounds[worker], end = plan.bounds[worker + 1];
   const StepWork& work = plan.work[worker];
+  Angles angles{work.cos, work.sin, work.sink_cos, work.sink_sin};
   for (int64_t b = 0, at = begin; b < p.batch && at < end; ++b) {
+    if (at < plan.stream_start[b + 1]) findAngles(p, b, 0, plan.streams[b].position, angles);
     const int64_t start = plan.stream_start[b], keys = (plan.stream_start[b + 1] - start) / p.num_kv_heads;
     while (at < end && at < plan.stream_start[b + 1]) {
       const int64_t kv_head = (at - start) / keys, unit_start = start + kv_head * keys, unit_end = unit_start + keys;
       const int64_t stop = end < unit_end ? end : unit_end;
       const StepSums sums = sumsAt(p, work.sums[unit_start < begin ? 0 : 1]);
-      attendUnit(p, plan.streams[b], work, sums, b, kv_head, at - unit_start, stop - unit_start);
+      attendUnit(p, plan.streams[b], work, angles, sums, b, kv_head, at - unit_start, stop - unit_start);
       if (at == unit_start && stop == unit_end) {
         finishUnit(p, sums, b, kv_head);
       } else {
