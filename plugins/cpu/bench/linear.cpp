@@ -2,21 +2,20 @@
 //
 //   bench_linear [THREADS] [REPEATS] [M,M,..] [int4,int8,bf16,fp32] [BLOCK]
 //
-// Each of the 30 layers has matrices of its own, so that a step reads all weights from memory. The least time counts:
-// other programs can only add to it.
+// Each of the 30 layers has matrices of its own, so that a step reads all weights from memory. The least time of each
+// call counts: other programs can only add to it.
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <memory>
 #include <string>
 #include <vector>
 
+#include "bench.h"
 #include "linear.h"
 #include "spin_pool.h"
 
 using namespace sinkexport::cpu;
+using namespace sinkexport::cpu::bench;
 
 namespace {
 
@@ -32,28 +31,6 @@ constexpr Matrix kLayer[] = {{"qkv", 576, 960, false, true, false},
                              {"gate|up", 576, 1536, true, true, false},
                              {"down", 1536, 576, false, false, true}};
 constexpr Matrix kHead = {"head", 576, 49152, false, true, false};
-
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-struct Aligned {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<char, Aligned>;
-
-// Bytes that mean small finite numbers in every format.
-Memory filled(size_t bytes) {
-  bytes = (bytes + 4095) / 4096 * 4096;
-  Memory memory(static_cast<char*>(std::aligned_alloc(4096, bytes)));
-  uint32_t state = 1;
-  for (size_t i = 0; i < bytes / 4; ++i) {
-    state = state * 1664525u + 1013904223u;
-    const uint32_t word = (state & 0x0f7f0f7fu) | 0x20002000u;
-    std::memcpy(memory.get() + 4 * i, &word, 4);
-  }
-  return memory;
-}
 
 struct Linear {
   LinearParams params;
@@ -79,33 +56,6 @@ struct Linear {
   }
 };
 
-// GB/s of reading 512 MB by all threads.
-double readSpeed(const Parallel& parallel, int repeats) {
-  constexpr size_t kBytes = size_t{512} << 20;
-  const Memory memory = filled(kBytes);
-  std::vector<uint64_t> sums(static_cast<size_t>(parallel.threads) * 8);
-  double best = 1e9;
-  for (int i = 0; i < repeats; ++i) {
-    const double start = now();
-    parallelFor(parallel, parallel.threads, [&](int64_t task) {
-      const size_t share = kBytes / 64 / static_cast<size_t>(parallel.threads) * 64;
-      const char* from = memory.get() + share * static_cast<size_t>(task);
-      uint64_t sum[8] = {};
-      for (size_t at = 0; at < share; at += 64) {
-        __builtin_prefetch(from + at + 4096);
-        for (int lane = 0; lane < 8; ++lane) {
-          uint64_t word;
-          std::memcpy(&word, from + at + 8 * lane, 8);
-          sum[lane] += word;
-        }
-      }
-      for (uint64_t one : sum) sums[static_cast<size_t>(task) * 8] += one;
-    });
-    best = std::min(best, now() - start);
-  }
-  return kBytes / best / 1e9;
-}
-
 struct Bench {
   SpinPool pool;
   Parallel parallel;
@@ -115,7 +65,8 @@ struct Bench {
   Memory x = filled(size_t{1024} * 1536 * 4), norm = filled(1536 * 4), y = filled(size_t{256} * 49152 * 4),
          residual = filled(size_t{1024} * 1536 * 4);
 
-  Bench(int threads, int count, Isa isa) : pool(threads), parallel(pool.parallel()), run(linearFor(isa)), repeats(count) {}
+  Bench(int threads, int count, Isa isa)
+      : pool(threads), parallel(pool.parallel()), run(linearFor(isa)), repeats(count) {}
 
   void call(const Linear& linear, const Matrix& matrix, int64_t rows) {
     LinearParams params = linear.params;
@@ -133,24 +84,23 @@ struct Bench {
       for (const Matrix& matrix : kLayer) layer.emplace_back(matrix, type, block);
     }
     const Linear head(kHead, type, block);
-    double best_step = 1e9, best_head = 1e9, best[4] = {1e9, 1e9, 1e9, 1e9};
+    double best_step = 1e9, best_head = 1e9;
+    std::vector<double> best(kLayers * 4, 1e9);
     const int64_t head_rows = 1;  // of a chunk the last token alone needs logits
     for (int i = 0; i < repeats; ++i) {
       const double start = now();
-      double sum[4] = {};
-      for (const auto& layer : layers) {
-        for (int m = 0; m < 4; ++m) {
-          const double before = now();
-          call(layer[static_cast<size_t>(m)], kLayer[m], rows);
-          sum[m] += now() - before;
-        }
+      double before = start;
+      for (size_t call_index = 0; call_index < best.size(); ++call_index) {
+        const size_t m = call_index % 4;
+        call(layers[call_index / 4][m], kLayer[m], rows);
+        const double after = now();
+        best[call_index] = std::min(best[call_index], after - before);
+        before = after;
       }
-      const double middle = now();
       call(head, kHead, head_rows);
       const double end = now();
       best_step = std::min(best_step, end - start);
-      best_head = std::min(best_head, end - middle);
-      for (int m = 0; m < 4; ++m) best[m] = std::min(best[m], sum[m]);
+      best_head = std::min(best_head, end - before);
     }
     double all_bytes = 0, all_operations = 0;
     const auto line = [&](const char* what, double seconds, double bytes, double operations) {
@@ -161,19 +111,26 @@ struct Bench {
     const auto count = [&](const Linear& linear, const Matrix& matrix, int64_t times, int64_t tokens, double& bytes,
                            double& operations) {
       bytes = static_cast<double>(times) * static_cast<double>(linear.bytes.weight + linear.bytes.scale);
-      operations = 2.0 * static_cast<double>(times * tokens * matrix.inputs * matrix.outputs * (matrix.is_gated ? 2 : 1));
+      operations =
+          2.0 * static_cast<double>(times * tokens * matrix.inputs * matrix.outputs * (matrix.is_gated ? 2 : 1));
       all_bytes += bytes;
       all_operations += operations;
     };
-    double bytes, operations;
+    double bytes, operations, sum = best_head;
     for (size_t m = 0; m < 4; ++m) {
+      double seconds = 0;
+      for (size_t layer = 0; layer < kLayers; ++layer) seconds += best[layer * 4 + m];
+      sum += seconds;
       count(layers[0][m], kLayer[m], kLayers, rows, bytes, operations);
-      line(kLayer[m].name, best[m], bytes, operations);
+      line(kLayer[m].name, seconds, bytes, operations);
     }
     count(head, kHead, 1, head_rows, bytes, operations);
     line("head", best_head, bytes, operations);
-    line("all", best_step, all_bytes, all_operations);
-    if (rows > 1) std::printf("%-5s M=%-4lld tokens/s %.0f\n", name, static_cast<long long>(rows), static_cast<double>(rows) / best_step);
+    line("sum of these", sum, all_bytes, all_operations);
+    line("a whole step", best_step, all_bytes, all_operations);
+    if (rows > 1) {
+      std::printf("%-5s M=%-4lld tokens/s %.0f\n", name, static_cast<long long>(rows), static_cast<double>(rows) / sum);
+    }
   }
 };
 
@@ -196,7 +153,10 @@ int main(int count, char** arguments) {
   const struct {
     const char* name;
     WeightType type;
-  } kinds[] = {{"int4", WeightType::kInt4}, {"int8", WeightType::kInt8}, {"bf16", WeightType::kBFloat16}, {"fp32", WeightType::kFloat32}};
+  } kinds[] = {{"int4", WeightType::kInt4},
+               {"int8", WeightType::kInt8},
+               {"bf16", WeightType::kBFloat16},
+               {"fp32", WeightType::kFloat32}};
   for (const auto& kind : kinds) {
     if (types.find(kind.name) == std::string::npos) continue;
     for (size_t at = 0; at < rows.size();) {

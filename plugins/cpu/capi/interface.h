@@ -15,15 +15,15 @@
 #define SINKEXPORT_API extern "C" __attribute__((visibility("default")))
 
 // call(const Params&, Isa, const Parallel&, Scratch&)
-#define SINKEXPORT_CPU_KERNEL(name, Params, findProblem, call)                               \
-  SINKEXPORT_API size_t sinkexport_cpu_##name##_params_bytes() {                             \
-    return sizeof(Params);                                                                   \
-  }                                                                                          \
-  SINKEXPORT_API const char* sinkexport_cpu_##name##_problem(const Params* params) {         \
-    return findProblem(*params);                                                             \
-  }                                                                                          \
-  SINKEXPORT_API void sinkexport_cpu_##name(const Params* params, int isa, int threads) {    \
-    sinkexport::cpu::SpinPool pool(threads);                                                 \
-    sinkexport::cpu::Scratch scratch;                                                        \
-    call(*params, static_cast<sinkexport::cpu::Isa>(isa), pool.parallel(), scratch);         \
+#define SINKEXPORT_CPU_KERNEL(name, Params, findProblem, call)                            \
+  SINKEXPORT_API size_t sinkexport_cpu_##name##_params_bytes() {                          \
+    return sizeof(Params);                                                                \
+  }                                                                                       \
+  SINKEXPORT_API const char* sinkexport_cpu_##name##_problem(const Params* params) {      \
+    return findProblem(*params);                                                          \
+  }                                                                                       \
+  SINKEXPORT_API void sinkexport_cpu_##name(const Params* params, int isa, int threads) { \
+    sinkexport::cpu::SpinPool pool(threads);                                              \
+    sinkexport::cpu::Scratch scratch;                                                     \
+    call(*params, static_cast<sinkexport::cpu::Isa>(isa), pool.parallel(), scratch);      \
   }

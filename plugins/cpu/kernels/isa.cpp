@@ -65,7 +65,9 @@ bool runs(Isa isa) {
   return isa == Isa::kNeonDot || (isa == Isa::kNeonI8mm && has_i8mm);
 }
 #else
-bool runs(Isa) { return false; }
+bool runs(Isa) {
+  return false;
+}
 #endif
 
 bool isBuilt(Isa isa) {
@@ -78,9 +80,13 @@ bool isBuilt(Isa isa) {
 
 }  // namespace
 
-const char* isaName(Isa isa) { return kNames[static_cast<int>(isa)]; }
+const char* isaName(Isa isa) {
+  return kNames[static_cast<int>(isa)];
+}
 
-bool hasIsa(Isa isa) { return isBuilt(isa) && (isa == Isa::kPortable || runs(isa)); }
+bool hasIsa(Isa isa) {
+  return isBuilt(isa) && (isa == Isa::kPortable || runs(isa));
+}
 
 Isa bestIsa() {
   for (int i = kIsas - 1; i > 0; --i) {

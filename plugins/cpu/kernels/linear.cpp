@@ -129,8 +129,7 @@ const char* linearProblem(const LinearParams& params, bool shapes_only) {
   if (const char* problem = expertProblem(params, shapes_only)) return problem;
   if (shapes_only) return nullptr;
   if (const char* problem = pointerProblem({{"x", params.x, 4}, {"y", params.y, 4}})) return problem;
-  if (const char* problem =
-          weightPointerProblem(params.weight_type, params.weight, params.scale, params.zero_point)) {
+  if (const char* problem = weightPointerProblem(params.weight_type, params.weight, params.scale, params.zero_point)) {
     return problem;
   }
   const int64_t x_rows = params.num_experts > 0 ? params.num_x_rows : params.num_rows;

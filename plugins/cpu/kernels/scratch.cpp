@@ -5,7 +5,9 @@
 
 namespace sinkexport::cpu {
 
-Scratch::~Scratch() { std::free(memory_); }
+Scratch::~Scratch() {
+  std::free(memory_);
+}
 
 char* Scratch::reserve(size_t bytes) {
   if (bytes > size_) {

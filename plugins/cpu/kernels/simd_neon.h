@@ -21,12 +21,14 @@ struct Quad {
   int8x16_t v;
 };
 
-#define SINKEXPORT_PARTS(Result, expression)             \
-  Result result;                                         \
+#define SINKEXPORT_PARTS(Result, expression)              \
+  Result result;                                          \
   for (int i = 0; i < 4; ++i) result.v[i] = (expression); \
   return result
 
-SINKEXPORT_INLINE Floats load(const float* from) { SINKEXPORT_PARTS(Floats, vld1q_f32(from + 4 * i)); }
+SINKEXPORT_INLINE Floats load(const float* from) {
+  SINKEXPORT_PARTS(Floats, vld1q_f32(from + 4 * i));
+}
 SINKEXPORT_INLINE void store(float* to, Floats a) {
   for (int i = 0; i < 4; ++i) vst1q_f32(to + 4 * i, a.v[i]);
 }
@@ -65,15 +67,31 @@ SINKEXPORT_INLINE void storeInt8(int8_t* to, Ints a) {
   const int16x8_t high = vcombine_s16(vqmovn_s32(a.v[2]), vqmovn_s32(a.v[3]));
   vst1q_s8(to, vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)));
 }
-SINKEXPORT_INLINE Floats broadcast(float a) { SINKEXPORT_PARTS(Floats, vdupq_n_f32(a)); }
-SINKEXPORT_INLINE Ints broadcastInt(int32_t a) { SINKEXPORT_PARTS(Ints, vdupq_n_s32(a)); }
+SINKEXPORT_INLINE Floats broadcast(float a) {
+  SINKEXPORT_PARTS(Floats, vdupq_n_f32(a));
+}
+SINKEXPORT_INLINE Ints broadcastInt(int32_t a) {
+  SINKEXPORT_PARTS(Ints, vdupq_n_s32(a));
+}
 
-SINKEXPORT_INLINE Floats operator+(Floats a, Floats b) { SINKEXPORT_PARTS(Floats, vaddq_f32(a.v[i], b.v[i])); }
-SINKEXPORT_INLINE Floats operator-(Floats a, Floats b) { SINKEXPORT_PARTS(Floats, vsubq_f32(a.v[i], b.v[i])); }
-SINKEXPORT_INLINE Floats operator*(Floats a, Floats b) { SINKEXPORT_PARTS(Floats, vmulq_f32(a.v[i], b.v[i])); }
-SINKEXPORT_INLINE Floats operator/(Floats a, Floats b) { SINKEXPORT_PARTS(Floats, vdivq_f32(a.v[i], b.v[i])); }
-SINKEXPORT_INLINE Ints operator+(Ints a, Ints b) { SINKEXPORT_PARTS(Ints, vaddq_s32(a.v[i], b.v[i])); }
-SINKEXPORT_INLINE Ints operator-(Ints a, Ints b) { SINKEXPORT_PARTS(Ints, vsubq_s32(a.v[i], b.v[i])); }
+SINKEXPORT_INLINE Floats operator+(Floats a, Floats b) {
+  SINKEXPORT_PARTS(Floats, vaddq_f32(a.v[i], b.v[i]));
+}
+SINKEXPORT_INLINE Floats operator-(Floats a, Floats b) {
+  SINKEXPORT_PARTS(Floats, vsubq_f32(a.v[i], b.v[i]));
+}
+SINKEXPORT_INLINE Floats operator*(Floats a, Floats b) {
+  SINKEXPORT_PARTS(Floats, vmulq_f32(a.v[i], b.v[i]));
+}
+SINKEXPORT_INLINE Floats operator/(Floats a, Floats b) {
+  SINKEXPORT_PARTS(Floats, vdivq_f32(a.v[i], b.v[i]));
+}
+SINKEXPORT_INLINE Ints operator+(Ints a, Ints b) {
+  SINKEXPORT_PARTS(Ints, vaddq_s32(a.v[i], b.v[i]));
+}
+SINKEXPORT_INLINE Ints operator-(Ints a, Ints b) {
+  SINKEXPORT_PARTS(Ints, vsubq_s32(a.v[i], b.v[i]));
+}
 SINKEXPORT_INLINE Floats fma(Floats a, Floats b, Floats c) {
   SINKEXPORT_PARTS(Floats, vfmaq_f32(c.v[i], a.v[i], b.v[i]));
 }
@@ -84,12 +102,18 @@ SINKEXPORT_INLINE Floats max(Floats a, Floats b) {
 SINKEXPORT_INLINE Floats min(Floats a, Floats b) {
   SINKEXPORT_PARTS(Floats, vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]));
 }
-SINKEXPORT_INLINE Floats abs(Floats a) { SINKEXPORT_PARTS(Floats, vabsq_f32(a.v[i])); }
-SINKEXPORT_INLINE Floats floor(Floats a) { SINKEXPORT_PARTS(Floats, vrndmq_f32(a.v[i])); }
+SINKEXPORT_INLINE Floats abs(Floats a) {
+  SINKEXPORT_PARTS(Floats, vabsq_f32(a.v[i]));
+}
+SINKEXPORT_INLINE Floats floor(Floats a) {
+  SINKEXPORT_PARTS(Floats, vrndmq_f32(a.v[i]));
+}
 SINKEXPORT_INLINE Floats ifLess(Floats a, Floats b, Floats yes, Floats no) {
   SINKEXPORT_PARTS(Floats, vbslq_f32(vcltq_f32(a.v[i], b.v[i]), yes.v[i], no.v[i]));
 }
-SINKEXPORT_INLINE float sqrt(float a) { return vget_lane_f32(vsqrt_f32(vdup_n_f32(a)), 0); }
+SINKEXPORT_INLINE float sqrt(float a) {
+  return vget_lane_f32(vsqrt_f32(vdup_n_f32(a)), 0);
+}
 SINKEXPORT_INLINE float sum(Floats a) {
   const float32x4_t four = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
   const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
@@ -98,8 +122,12 @@ SINKEXPORT_INLINE float sum(Floats a) {
 SINKEXPORT_INLINE float largest(Floats a) {
   return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3])));
 }
-SINKEXPORT_INLINE Floats toFloats(Ints a) { SINKEXPORT_PARTS(Floats, vcvtq_f32_s32(a.v[i])); }
-SINKEXPORT_INLINE Ints toInts(Floats a) { SINKEXPORT_PARTS(Ints, vcvtnq_s32_f32(a.v[i])); }
+SINKEXPORT_INLINE Floats toFloats(Ints a) {
+  SINKEXPORT_PARTS(Floats, vcvtq_f32_s32(a.v[i]));
+}
+SINKEXPORT_INLINE Ints toInts(Floats a) {
+  SINKEXPORT_PARTS(Ints, vcvtnq_s32_f32(a.v[i]));
+}
 SINKEXPORT_INLINE Floats shiftExponent(Floats a, Ints n) {
   SINKEXPORT_PARTS(Floats, vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a.v[i]), vshlq_n_s32(n.v[i], 23))));
 }
@@ -111,11 +139,14 @@ SINKEXPORT_INLINE Floats evenBf16(Bytes a) {
   SINKEXPORT_PARTS(Floats, vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u8(a.v[i]), 16)));
 }
 SINKEXPORT_INLINE Floats oddBf16(Bytes a) {
-  SINKEXPORT_PARTS(Floats,
-                   vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u8(a.v[i]), vdupq_n_u32(0xffff0000u))));
+  SINKEXPORT_PARTS(Floats, vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u8(a.v[i]), vdupq_n_u32(0xffff0000u))));
 }
-SINKEXPORT_INLINE Bytes lowNibbles(Bytes a) { SINKEXPORT_PARTS(Bytes, vandq_u8(a.v[i], vdupq_n_u8(15))); }
-SINKEXPORT_INLINE Bytes highNibbles(Bytes a) { SINKEXPORT_PARTS(Bytes, vshrq_n_u8(a.v[i], 4)); }
+SINKEXPORT_INLINE Bytes lowNibbles(Bytes a) {
+  SINKEXPORT_PARTS(Bytes, vandq_u8(a.v[i], vdupq_n_u8(15)));
+}
+SINKEXPORT_INLINE Bytes highNibbles(Bytes a) {
+  SINKEXPORT_PARTS(Bytes, vshrq_n_u8(a.v[i], 4));
+}
 SINKEXPORT_INLINE Quad loadQuad(const int8_t* from) {
   int32_t four;
   std::memcpy(&four, from, 4);
@@ -124,12 +155,18 @@ SINKEXPORT_INLINE Quad loadQuad(const int8_t* from) {
 SINKEXPORT_INLINE Ints dotInt8(Ints sum, Bytes a, Quad b) {
   SINKEXPORT_PARTS(Ints, vdotq_s32(sum.v[i], vreinterpretq_s8_u8(a.v[i]), b.v));
 }
-SINKEXPORT_INLINE Ints dotSmall(Ints sum, Bytes a, Quad b) { return dotInt8(sum, a, b); }
-SINKEXPORT_INLINE Bytes prepareInt8(Bytes a) { return a; }
+SINKEXPORT_INLINE Ints dotSmall(Ints sum, Bytes a, Quad b) {
+  return dotInt8(sum, a, b);
+}
+SINKEXPORT_INLINE Bytes prepareInt8(Bytes a) {
+  return a;
+}
 SINKEXPORT_INLINE Ints minusProduct(Ints sum, Ints a, int32_t b) {
   SINKEXPORT_PARTS(Ints, vmlsq_n_s32(sum.v[i], a.v[i], b));
 }
-SINKEXPORT_INLINE void prefetch(const void* address) { __builtin_prefetch(address); }
+SINKEXPORT_INLINE void prefetch(const void* address) {
+  __builtin_prefetch(address);
+}
 
 #undef SINKEXPORT_PARTS
 

@@ -70,7 +70,9 @@ void SpinPool::run(void* pool, int64_t tasks, void (*task)(void*, int64_t), void
   shared.running.store(static_cast<int>(shared.helpers.size()), std::memory_order_relaxed);
   shared.call.fetch_add(1);  // sequentially consistent, like `sleepers`: one of the two sees the other
   if (shared.sleepers.load() > 0) {
-    { std::lock_guard<std::mutex> lock(shared.mutex); }
+    {
+      std::lock_guard<std::mutex> lock(shared.mutex);
+    }
     shared.woken.notify_all();
   }
   shared.takeTasks();

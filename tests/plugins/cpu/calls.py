@@ -42,7 +42,7 @@ PARAMS = {"linear": LinearParams, "rows": RowsParams, "sink_attention": SinkAtte
 
 @dataclass
 class Call:
-    """One call: the kernel's name, its numbers, its arrays by the field that points to them, and its instruction set."""
+    """One call: the kernel's name, its numbers, its arrays by the field that points to them, its instruction set."""
 
     name: str
     numbers: dict[str, float]

@@ -66,7 +66,7 @@ def int_weight(
     values: stored numbers, -127 .. 127 or 0 .. 15
     zeros: 0 .. 15; None: 8 for int4, 0 for int8
     """
-    rows, columns = values.shape
+    columns = values.shape[1]
     scales = scales.astype(scale_dtype)
     block = block_size or columns
     middle = 8 if kind == "int4" else 0

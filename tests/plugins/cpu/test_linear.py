@@ -110,7 +110,9 @@ def largest_sums(isa: str) -> tuple[list[Call], list[np.ndarray]]:
         assert np.array_equal(whole, x)
         arrays = {"weight": weight.packed, "scale": weight.packed_scales, "zero_point": weight.packed_zeros}
         y = np.full((7, outputs), np.nan, np.float32)
-        calls.append(Call("linear", Case(kind, 7, columns, outputs, block_size).numbers, {**arrays, "x": x, "y": y}, isa))
+        calls.append(
+            Call("linear", Case(kind, 7, columns, outputs, block_size).numbers, {**arrays, "x": x, "y": y}, isa)
+        )
         results.append((x.astype(np.int64) @ weight.whole.T).astype(np.float32))
     return calls, results
 
@@ -131,6 +133,21 @@ def test_zeros_stay_zeros_and_extremes_finite(isa):
     run_here([call])
     assert (call.results[0] == 0).all()
     assert np.isfinite(call.results).all()
+
+
+@pytest.mark.parametrize("isa", isas_here())
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: "-".join(map(str, form.values())))
+def test_what_is_not_a_number_spoils_its_row_alone(isa, form):
+    task = Problem(Case(**form, rows=8, columns=100, outputs=16))
+    clean, spoilt = task.call(isa), task.call(isa)
+    spoilt.arrays["x"] = task.x.copy()
+    spoilt.arrays["x"][[1, 4, 6], [0, 99, 50]] = np.nan, np.inf, np.nan
+    run_here([clean, spoilt])
+    for row in range(8):
+        if row in {1, 4, 6}:
+            assert not np.isfinite(spoilt.results[row]).any()
+        else:
+            assert np.array_equal(spoilt.results[row], clean.results[row])
 
 
 @pytest.mark.parametrize("isa", isas_here())
@@ -233,7 +250,10 @@ REFUSED = [
     ({"block_size": 16}, "block_size: received 16, expected 32, 64 or 128"),
     ({"weight_type": 2, "block_size": 16}, "block_size: received 16, expected 0 (a scale an output), 32, 64 or 128"),
     ({"weight_type": 0}, "block_size: received 32, expected 0 with weights that are not integers"),
-    ({"weight_type": 0, "block_size": 0}, "scale: received a pointer, expected null with weights that are not integers"),
+    (
+        {"weight_type": 0, "block_size": 0},
+        "scale: received a pointer, expected null with weights that are not integers",
+    ),
     ({"activation": 5}, "activation: received 5, expected 0 (none) .. 4 (relu2)"),
     ({"norm_epsilon": float("nan")}, "norm_epsilon: received nan, expected a number from 0 on"),
     ({"num_experts": -1}, "num_experts: received -1, expected 0 (one matrix) .. 4096"),

@@ -4,8 +4,8 @@
 //
 // CALLS, little-endian, one after another: char name[32], int32 isa, int32 threads, int32 bytes of the struct, int32
 // pointers, int64 bytes of the arrays; the struct; for each pointer int64 its offset in the struct and int64 its offset
-// in the arrays; the arrays. RESULTS: the arrays of each call, afterwards. Ends with 77 if this processor lacks a call's
-// instruction set.
+// in the arrays; the arrays. RESULTS: the arrays of each call, afterwards. Ends with 77 if this processor lacks a
+// call's instruction set.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -16,9 +16,9 @@
 
 #include "isa.h"
 
-#define SINKEXPORT_DECLARE(name)                                            \
+#define SINKEXPORT_DECLARE(name)                                              \
   extern "C" const char* sinkexport_cpu_##name##_problem(const void* params); \
-  extern "C" size_t sinkexport_cpu_##name##_params_bytes();                 \
+  extern "C" size_t sinkexport_cpu_##name##_params_bytes();                   \
   extern "C" void sinkexport_cpu_##name(const void* params, int isa, int threads);
 #define SINKEXPORT_ENTRY(name) \
   {#name, sinkexport_cpu_##name##_params_bytes, sinkexport_cpu_##name##_problem, sinkexport_cpu_##name},
