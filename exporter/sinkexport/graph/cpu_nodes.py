@@ -39,8 +39,8 @@ def is_cpu_node(node: ir.Node) -> bool:
     if node.domain != DOMAIN:
         return False
     if node.op_type == SINK_ATTENTION:
-        return "packed_width" in node.attributes
-    return node.op_type in (*BITS_OF_LINEARS, *BITS_OF_ROWS, *BITS_OF_EXPERTS)
+        return "bfloat16_chunks" in node.attributes
+    return "layout" in node.attributes  # of the plugin's nodes some have the same names
 
 
 @dataclasses.dataclass(frozen=True)

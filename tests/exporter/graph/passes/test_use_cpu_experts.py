@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from sinkexport.graph.passes.use_cpu_experts import UseCpuExperts
+from sinkexport.graph.weight_bytes import weight_bytes
 
 from tests.exporter.graph.passes.expert_graphs import E, K, M, expert_graph
 from tests.exporter.graph.passes.pass_checks import check_left_alone, evaluated, kinds, numbers
@@ -34,6 +35,13 @@ def test_chosen_experts(under_test: UseCpuExperts, kind: str, error: float, is_t
     (got,) = evaluated(model, {"x": x, "picks": picks})
     np.testing.assert_allclose(got.astype(np.float64), want[:, 0], atol=error * np.abs(want).max())
     check_left_alone(model, under_test)
+
+
+def test_bytes_of_the_experts_that_can_be_chosen_count() -> None:
+    model, _ = graph(is_transposed=False)
+    UseCpuExperts()(model)
+    padded = -(-M // 16) * 16
+    assert weight_bytes(model) == 4 * padded * K * 4  # four picks of five
 
 
 @pytest.mark.parametrize("changes", [{"in_place": False}, {"dtype": "float16"}], ids=str)
