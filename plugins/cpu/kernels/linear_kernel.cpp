@@ -246,8 +246,8 @@ struct Run {
   void multiply(const PackedRows& from, const Segment& segment, int64_t first_tile, int64_t last_tile, int64_t first,
                 int64_t last) const {
     alignas(64) float out[2 * kMostRows * 16];
-    // One row is done when its weights are there: they come fastest as one stream.
-    const int at_once = params.num_rows == 1 ? 1 : format.largest_tiles;
+    // Few rows are done when their weights are there: these come fastest as one stream.
+    const int at_once = last - first <= format.largest_rows ? 1 : format.largest_tiles;
     const int64_t group = params.is_gated ? 2 : at_once;
     for (int64_t tile = first_tile; tile < last_tile; tile += group) {
       const int num_tiles = static_cast<int>(smaller(group, last_tile - tile));

@@ -41,18 +41,23 @@ void unpackBf16(const RowView& row, int64_t count, float* y) {
 }
 
 void unpackInt8(const RowView& row, int64_t count, ScaleType type, float* y) {
-  for (int64_t k = 0; k < count; ++k) {
-    const auto value = static_cast<int8_t>(row.values[(k / 4 * 16 + row.lane) * 4 + k % 4]);
-    y[k] = scaleAt(row, k / row.block, type) * static_cast<float>(value);
+  for (int64_t start = 0; start < count; start += row.block) {
+    const float scale = scaleAt(row, start / row.block, type);
+    for (int64_t k = start; k < count && k < start + row.block; ++k) {
+      y[k] = scale * static_cast<float>(static_cast<int8_t>(row.values[(k / 4 * 16 + row.lane) * 4 + k % 4]));
+    }
   }
 }
 
 void unpackInt4(const RowView& row, int64_t count, ScaleType type, float* y) {
-  for (int64_t k = 0; k < count; ++k) {
-    const uint8_t both = row.values[(k / 8 * 16 + row.lane) * 4 + k % 4];
-    const int value = k % 8 < 4 ? both & 15 : both >> 4;
-    const int zero = row.zeros == nullptr ? 8 : row.zeros[k / row.block * 16 + row.lane];
-    y[k] = scaleAt(row, k / row.block, type) * static_cast<float>(value - zero);
+  for (int64_t start = 0; start < count; start += row.block) {
+    const int64_t block = start / row.block;
+    const float scale = scaleAt(row, block, type);
+    const int zero = row.zeros == nullptr ? 8 : row.zeros[block * 16 + row.lane];
+    for (int64_t k = start; k < count && k < start + row.block; ++k) {
+      const uint8_t both = row.values[(k / 8 * 16 + row.lane) * 4 + k % 4];
+      y[k] = scale * static_cast<float>((k % 8 < 4 ? both & 15 : both >> 4) - zero);
+    }
   }
 }
 
