@@ -12,9 +12,9 @@ namespace sinkexport::cpu::SINKEXPORT_ISA {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kNoLogit = -1e30f;  // before any: finite, so that differences are numbers
 
-// 2^x; 2^-120, which is next to nothing, for all that is below.
+// 2^x; 2^-120, which is next to nothing, for all that is below. What is not a number stays none.
 SINKEXPORT_INLINE Floats exp2Of(Floats x) {
-  x = max(x, broadcast(-120.0f));
+  x = max(broadcast(-120.0f), x);
   const Floats whole = roundEven(x), f = x - whole;
   Floats y = fma(broadcast(1.5469732e-4f), f, broadcast(1.34004322e-3f));
   y = fma(y, f, broadcast(9.6180256e-3f));

@@ -218,6 +218,22 @@ def test_nothing_beyond_the_arrays_is_read(case, isa):
         np.testing.assert_allclose(memory["out"].array, want["out"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", (1, 5))
+@pytest.mark.parametrize("isa", isas_here())
+def test_what_is_not_a_number_stays_in_its_head(isa, size):
+    case = Case(6, 2, 64, 4, 40, F32, rotation="none")
+    tokens = Tokens.random(case, positions(case, 10))
+    outputs = []
+    for bad in (False, True):
+        if bad:
+            tokens.q[1, 3, size - 1] = float("nan")
+        outputs.append(Streams(case, tokens, size, isa).run([0] * 3, [size] * 3))
+    is_bad = torch.zeros(3, 6, size, dtype=torch.bool)
+    is_bad[1, 3, size - 1] = True
+    assert outputs[1][is_bad].isnan().all()
+    assert torch.equal(outputs[0][~is_bad], outputs[1][~is_bad])
+
+
 REFUSED = {
     "batch": ({"batch": 0}, "batch: received 0, expected 1 .. 65535"),
     "heads": ({"num_q_heads": 5}, "num_q_heads: received 5, expected a multiple of num_kv_heads (2)"),
