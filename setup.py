@@ -3,7 +3,7 @@
 SINKEXPORT_BUILD_CPU says what happens where it cannot be built:
   auto      the package is installed without it, and one line says why (the default; pip shows it with -v)
   required  the build fails with that line
-  no        it is not tried
+  no        it is not tried; an editable install keeps the one that it has
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class BuildCpuLibrary(Command):
         choice = os.environ.get(VARIABLE) or CHOICES[0]
         if choice not in CHOICES:
             sys.exit(f"{VARIABLE}: received '{choice}', expected one of {', '.join(CHOICES)}")
+        if choice == "no" and self.editable_mode:
+            return
         self.target.unlink(missing_ok=True)  # an older one would be taken for this one
         if choice == "no":
             return

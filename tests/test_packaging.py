@@ -164,6 +164,8 @@ def test_sources_that_have_moved(source: Path) -> None:
 def test_an_editable_install_has_it_beside_the_sources(source: Path, tmp_path: Path) -> None:
     hook(source, "build_editable", tmp_path / "editable", SINKEXPORT_BUILD_CPU="required")
     assert (source / "runtime" / LIBRARY).is_file()
+    hook(source, "build_editable", tmp_path / "editable", SINKEXPORT_BUILD_CPU="no")
+    assert (source / "runtime" / LIBRARY).is_file()  # kept
     wheel, _ = build_wheel(source, SINKEXPORT_BUILD_CPU="no")
     assert LIBRARY not in names(wheel)  # what lies there is no part of a wheel
 
