@@ -4,9 +4,9 @@ It keeps every token of every stream unrotated. Each step picks the first S and 
 query by their place in that list, and attends (StreamingLLM, arXiv:2309.17453). No ring, no stored rotation, no
 shift: nothing that the code under test could get wrong in the same way. Slow on purpose.
 
-With kv="fp16" or "int8" each token is rounded once, its key as it is at its stream position, and takes part as its rounded self
-for as long as it is in the window. Sinks are not rounded. A key's place in the list then no longer says how it was
-rounded, so the query is rotated to its stream position for the window's keys.
+With kv="fp16" or "int8" each token is rounded once, its key as it is at its stream position, and takes part as its
+rounded self for as long as it is in the window. Sinks are not rounded. A key's place in the list then no longer says
+how it was rounded, so the query is rotated to its stream position for the window's keys.
 
 Only the order of the cached tokens matters, so a stream that is at position 2^33 is checked by feeding its sinks
 and then its last W (or more) tokens.

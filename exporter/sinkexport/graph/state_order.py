@@ -13,9 +13,7 @@ from sinkexport.graph.operators import SINK_ATTENTION
 VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
 """Operators whose output may be the memory of their input."""
 
-WRITES_IN_PLACE = frozenset(
-    {"Where", "Add", "Sub", "Mul", "Div", "Max", "Min", "Mod", "TensorScatter", SINK_ATTENTION}
-)
+WRITES_IN_PLACE = frozenset({"Where", "Add", "Sub", "Mul", "Div", "Max", "Min", "Mod", "TensorScatter", SINK_ATTENTION})
 """Operators that read each element of a state before they write it, and no other element after that.
 
 SinkAttention is the CPU library's node, which writes its states last or tracks what it has written."""

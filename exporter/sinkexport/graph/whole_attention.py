@@ -148,8 +148,8 @@ def _replace(
         typed(new, known_shape(old), old.dtype)
     ends = [len(states.window), len(states.window) + len(states.scales)]
     window, scales, sinks = after[: ends[0]], after[ends[0] : ends[1]], after[ends[1] :]
-    outputs: list[ir.Value | None] = [b.cast(out, dtypes[1]), *(sinks or [None, None]), *window]
-    outputs += scales or [None, None]
+    none: list[ir.Value | None] = [None, None]
+    outputs: list[ir.Value | None] = [b.cast(out, dtypes[1]), *(sinks or none), *window, *(scales or none)]
     outputs.append(None)  # attention_mass: who calls has made sure that there is none
     replace_node(node, b.nodes, outputs)
 

@@ -9,8 +9,8 @@ shared AMD EPYC, in ms (tenth percentile):
     gathered         17 (3)       36 (15)      80 (36)      -
     all experts      35 (32)      34 (36)      38 (32)      146 (127)
 
-The TensorRT plugin and the CPU library read chosen experts where they lie: there every token takes its own and no others, however many
-tokens there are.
+The TensorRT plugin and the CPU library read chosen experts where they lie: there every token takes its own and no
+others, however many tokens there are.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ def expert_matmul(
 
     picks: int64 [P]; x [R, K], R dividing P -> [P, M]: row p is row p // (P / R) of x by the matrix of expert picks[p].
     None: x [1 or E, n, K] -> [E, n, M].
-    weight: [E, K, M] if `is_transposed`, else [E, M, K]; never transposed. in_place: to be left to a kernel library. One node
-    of the trace, so that a pass can find it (graph/expert_matmuls.py).
+    weight: [E, K, M] if `is_transposed`, else [E, M, K]; never transposed. in_place: to be left to a kernel library.
+    One node of the trace, so that a pass can find it (graph/expert_matmuls.py).
     """
     if picks is None:
         return x @ weight if is_transposed else (weight @ x.mT).mT.contiguous()

@@ -12,8 +12,8 @@ from typing import Any
 
 import onnx
 from sinkrt.contract import (
-    MANIFEST_NAME,
     CPU_ABI,
+    MANIFEST_NAME,
     PLUGIN_ABI,
     SCHEMA_VERSION,
     GraphSpec,
@@ -70,8 +70,8 @@ from sinkexport.pipeline.manifest_facts import (
 )
 from sinkexport.pipeline.sink_token import with_sink_token
 from sinkexport.quant.recipe import load_recipe
-from sinkexport.targets import Target
 from sinkexport.sources import LoadedModel, load_model
+from sinkexport.targets import Target
 from sinkexport.util.derived_constant import DerivedConstant
 from sinkexport.util.garbage import no_garbage_collection
 from sinkexport.util.progress import Report, silent

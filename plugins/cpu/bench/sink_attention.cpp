@@ -59,7 +59,8 @@ struct Bench {
   }
 
   // Seconds of one layer.
-  double time(const Shape& shape, WindowType type, int bytes, int window, int num_tokens, bool bfloat16, int64_t position) {
+  double time(const Shape& shape, WindowType type, int bytes, int window, int num_tokens, bool bfloat16,
+              int64_t position) {
     const size_t rows = static_cast<size_t>(shape.num_kv_heads) * static_cast<size_t>(window);
     const size_t dim = static_cast<size_t>(shape.head_dim), state = rows * dim * static_cast<size_t>(bytes);
     const size_t tokens = static_cast<size_t>(num_tokens), width = static_cast<size_t>(shape.num_q_heads) * dim;
@@ -67,7 +68,8 @@ struct Bench {
     for (Layer& one : layers) {
       const size_t sinks = static_cast<size_t>(shape.num_kv_heads) * kSinks * dim;
       const auto window_rows = [&] { return type == WindowType::kFloat32 ? filledFloats(state / 4) : filled(state); };
-      one = {filledFloats(sinks), filledFloats(sinks), window_rows(), window_rows(), filled(rows * 2), filled(rows * 2)};
+      one = {filledFloats(sinks), filledFloats(sinks), window_rows(),
+             window_rows(),       filled(rows * 2),    filled(rows * 2)};
     }
     const Memory qkv = filledFloats(tokens * (width + 2 * static_cast<size_t>(shape.num_kv_heads) * dim));
     const Memory out = filled(tokens * width * 4);
@@ -128,8 +130,9 @@ int main(int count, char** arguments) {
       for (const auto& type : kTypes) {
         if (what == "chunk") break;
         const double seconds = bench.time(shape, type.type, type.bytes, window, 1, false, 3 * window);
-        const double bytes = 2.0 * shape.num_kv_heads *
-                             (window * (shape.head_dim * type.bytes + (type.bytes == 1 ? 2 : 0)) + kSinks * shape.head_dim * 4.0);
+        const double bytes =
+            2.0 * shape.num_kv_heads *
+            (window * (shape.head_dim * type.bytes + (type.bytes == 1 ? 2 : 0)) + kSinks * shape.head_dim * 4.0);
         std::printf("step  %-20s W=%-5d %s %8.3f MB floor %8.1f us, %8.1f us (%3.0f%%)\n", shape.name, window,
                     type.name, bytes / 1e6, bytes / speed / 1e3, seconds * 1e6, bytes / speed / seconds / 1e7);
       }

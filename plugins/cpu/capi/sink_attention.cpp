@@ -6,7 +6,9 @@ using namespace sinkexport::cpu;
 
 namespace {
 
-const char* problemOf(const SinkAttentionParams& params) { return sinkAttentionProblem(params); }
+const char* problemOf(const SinkAttentionParams& params) {
+  return sinkAttentionProblem(params);
+}
 
 void call(const SinkAttentionParams& params, Isa isa, const Parallel& parallel, Scratch& scratch) {
   sinkAttentionFor(isa)(params, parallel, scratch);

@@ -6,9 +6,27 @@
 namespace sinkexport::cpu::SINKEXPORT_ISA {
 namespace {
 
+template <Activation activation>
+SINKEXPORT_INLINE Floats activate(Floats x) {
+  if constexpr (activation == Activation::kSilu) return x * sigmoid(x);
+  if constexpr (activation == Activation::kGelu) {
+    return broadcast(0.5f) * x * (broadcast(1.0f) + erf(x * broadcast(0.707106781f)));
+  }
+  if constexpr (activation == Activation::kGeluTanh) {
+    const Floats inner = fma(x * x, x * broadcast(0.044715f), x) * broadcast(0.797884561f);
+    return broadcast(0.5f) * x * (broadcast(1.0f) + tanh(inner));
+  }
+  if constexpr (activation == Activation::kRelu2) {
+    const Floats positive = max(x, broadcast(0.0f));
+    return positive * positive;
+  }
+  return x;
+}
+
 constexpr int64_t kRowsAtATime = 240;       // of x, so that they stay in the second-level cache: a multiple of kRows
 constexpr int64_t kPackedByEach = 1 << 13;  // values; fewer are packed by every thread for itself, with nobody waiting
 constexpr int64_t kAskedForFirst = 4096;    // bytes of weights that are on their way while a thread packs
+constexpr int64_t kAhead = 6144;            // bytes from what is read to what is asked for
 constexpr int64_t kRowsOfFewTasks = 64;     // from here on ranges are cut finer, for threads that are held up
 
 int64_t smaller(int64_t a, int64_t b) {
@@ -163,49 +181,63 @@ struct Run {
     return result;
   }
 
-  SINKEXPORT_INLINE Floats activate(Floats x) const {
-    switch (params.activation) {
-      case Activation::kSilu:
-        return x * sigmoid(x);
-      case Activation::kGelu:
-        return broadcast(0.5f) * x * (broadcast(1.0f) + erf(x * broadcast(0.707106781f)));
-      case Activation::kGeluTanh: {
-        const Floats inner = fma(x * x, x * broadcast(0.044715f), x) * broadcast(0.797884561f);
-        return broadcast(0.5f) * x * (broadcast(1.0f) + tanh(inner));
-      }
-      case Activation::kRelu2: {
-        const Floats positive = max(x, broadcast(0.0f));
-        return positive * positive;
-      }
-      default:
-        return x;
-    }
-  }
-
   // What stands after the matmul. out [tiles][rows][16]; `column` is the first output of y.
   void finish(const Segment& segment, int64_t first_row, int rows, int64_t column, int num_tiles,
               const float* out) const {
-    const int64_t outputs = params.num_outputs;
-    const float* bias = params.bias;
-    if (bias != nullptr) bias += segment.expert * outputs * (params.is_gated ? 2 : 1);
     for (int n = 0; n < (params.is_gated ? 1 : num_tiles); ++n, column += 16, out += rows * 16) {
-      const int64_t width = smaller(16, outputs - column);
-      for (int r = 0; r < rows; ++r) {
-        const int64_t at = rowOfY(segment.first + first_row + r) * outputs + column;
-        Floats value = load(out + r * 16);
-        if (bias != nullptr) value = value + loadUpTo(bias + column, width);
-        value = activate(value);
-        if (params.is_gated) {
-          Floats up = load(out + (rows + r) * 16);
-          if (bias != nullptr) up = up + loadUpTo(bias + outputs + column, width);
-          value = value * up;
-        }
-        if (params.residual != nullptr) value = value + loadUpTo(params.residual + at, width);
-        if (width == 16) {
-          store(params.y + at, value);
-        } else {
-          storePart(params.y + at, value, width);
-        }
+      const FinishedTile tile{segment.first + first_row,
+                              rows,
+                              column,
+                              smaller(16, params.num_outputs - column),
+                              segment.expert * params.num_outputs * (params.is_gated ? 2 : 1),
+                              out};
+      switch (params.activation) {
+        case Activation::kNone:
+          finishTile<Activation::kNone>(tile);
+          break;
+        case Activation::kSilu:
+          finishTile<Activation::kSilu>(tile);
+          break;
+        case Activation::kGelu:
+          finishTile<Activation::kGelu>(tile);
+          break;
+        case Activation::kGeluTanh:
+          finishTile<Activation::kGeluTanh>(tile);
+          break;
+        case Activation::kRelu2:
+          finishTile<Activation::kRelu2>(tile);
+          break;
+      }
+    }
+  }
+
+  struct FinishedTile {
+    int64_t first_row;  // packed
+    int rows;
+    int64_t column, width;
+    int64_t bias_at;
+    const float* out;  // sums; gated: of the gate, then of up
+  };
+
+  template <Activation activation>
+  void finishTile(const FinishedTile& tile) const {
+    const int64_t outputs = params.num_outputs;
+    const bool is_whole = tile.width == 16;
+    Floats bias = broadcast(0.0f), up_bias = bias;
+    if (params.bias != nullptr) {
+      const float* from = params.bias + tile.bias_at + tile.column;
+      bias = loadUpTo(from, tile.width);
+      if (params.is_gated) up_bias = loadUpTo(from + outputs, tile.width);
+    }
+    for (int r = 0; r < tile.rows; ++r) {
+      const int64_t at = rowOfY(tile.first_row + r) * outputs + tile.column;
+      Floats value = activate<activation>(load(tile.out + r * 16) + bias);
+      if (params.is_gated) value = value * (load(tile.out + (tile.rows + r) * 16) + up_bias);
+      if (params.residual != nullptr) value = value + loadUpTo(params.residual + at, tile.width);
+      if (is_whole) {
+        store(params.y + at, value);
+      } else {
+        storePart(params.y + at, value, tile.width);
       }
     }
   }
@@ -214,9 +246,11 @@ struct Run {
   void multiply(const PackedRows& from, const Segment& segment, int64_t first_tile, int64_t last_tile, int64_t first,
                 int64_t last) const {
     alignas(64) float out[2 * kMostRows * 16];
-    const int tiles_at_once = params.is_gated || format.largest_tiles > 1 ? 2 : 1;
-    for (int64_t tile = first_tile; tile < last_tile; tile += tiles_at_once) {
-      const int num_tiles = static_cast<int>(smaller(tiles_at_once, last_tile - tile));
+    // One row is done when its weights are there: they come fastest as one stream.
+    const int at_once = params.num_rows == 1 ? 1 : format.largest_tiles;
+    const int64_t group = params.is_gated ? 2 : at_once;
+    for (int64_t tile = first_tile; tile < last_tile; tile += group) {
+      const int num_tiles = static_cast<int>(smaller(group, last_tile - tile));
       TileOperands of = operands(segment, tile);
       for (int64_t m = first; m < last; m += format.largest_rows) {
         const int rows = static_cast<int>(smaller(format.largest_rows, last - m));
@@ -224,15 +258,18 @@ struct Run {
         of.x = block.values;
         of.x_scale = block.scales;
         of.x_sum = block.sums;
-        multiplyBlock(of, rows, num_tiles, out);
+        // Several rows go over the same tiles again and again: the last ones ask for what comes next.
+        const int64_t next = of.weight_stride > 2 * kAhead ? kAhead : num_tiles * of.weight_stride;
+        of.prefetch_ahead = at_once == 1 ? kAhead : m + rows == last ? next : 0;
+        multiplyBlock(of, rows, num_tiles, at_once, out);
         finish(segment, m, rows, params.is_gated ? tile / 2 * 16 : tile * 16, num_tiles, out);
       }
     }
   }
 
-  void multiplyBlock(const TileOperands& of, int rows, int num_tiles, float* out) const {
+  void multiplyBlock(const TileOperands& of, int rows, int num_tiles, int at_once, float* out) const {
     const bool has_zeros = params.zero_point != nullptr;
-    if (num_tiles <= format.largest_tiles) {
+    if (num_tiles <= at_once) {
       findTile(params.weight_type, has_zeros, rows, num_tiles)(of, out);
       return;
     }

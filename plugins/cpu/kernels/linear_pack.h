@@ -68,35 +68,38 @@ SINKEXPORT_INLINE float rmsFactor(const float* x, int64_t count, float epsilon) 
   return 1.0f / sqrt(sum(squares + more) / static_cast<float>(count) + epsilon);
 }
 
-// x as the matmul wants it: 16 inputs from k on, zeros beyond the last.
+// x as the matmul wants it.
 struct RowSource {
   const float* x;
   const float* norm_weight;  // null: no norm
   int64_t count;
   Floats factor;
 
+  // 16 inputs from k on, zeros beyond the last.
   SINKEXPORT_INLINE Floats at(int64_t k) const {
     if (k >= count) return broadcast(0.0f);
     const Floats values = loadUpTo(x + k, count - k);
     return norm_weight == nullptr ? values : values * factor * loadUpTo(norm_weight + k, count - k);
   }
+
+  // The same where all 16 are there.
+  template <bool has_norm>
+  SINKEXPORT_INLINE Floats whole(int64_t k) const {
+    return has_norm ? load(x + k) * factor * load(norm_weight + k) : load(x + k);
+  }
 };
 
-// One group: the scale is the largest size / 127, the values are rounded to nearest even.
-SINKEXPORT_INLINE void packGroup(const RowSource& source, int64_t start, int64_t count, int factor_of_sum,
-                                 const RowTarget& target, int64_t group) {
-  Floats values[8];
-  Floats size = broadcast(0.0f);
-  const int vectors = static_cast<int>((count + 15) / 16);
-  for (int i = 0; i < vectors; ++i) {
-    values[i] = source.at(start + 16 * i);
-    size = max(size, abs(values[i]));
-  }
+// Rounds a group, to nearest even: its scale is the largest size / 127. `count` values go to the target.
+template <int most>
+SINKEXPORT_INLINE void roundGroup(const Floats (&values)[most], int vectors, int64_t start, int64_t count,
+                                  int factor_of_sum, const RowTarget& target, int64_t group) {
+  Floats size = abs(values[0]);
+  for (int i = 1; i < vectors; ++i) size = max(size, abs(values[i]));
   const float scale = largest(size) * (1.0f / 127.0f);
   const Floats inverse = broadcast(scale > 0.0f ? 1.0f / scale : 0.0f);
   const Floats limit = broadcast(127.0f), lowest = broadcast(-127.0f);
   // One row alone takes its values as they come; others from here, since each 4 of them go to places of their own.
-  alignas(64) int8_t apart[128];
+  alignas(64) int8_t apart[16 * most];
   char* to = target.values + (start * target.rows + 4 * target.row);
   const bool is_alone = target.rows == 1 && count % 16 == 0;
   int8_t* rounded = is_alone ? reinterpret_cast<int8_t*>(to) : apart;
@@ -106,10 +109,30 @@ SINKEXPORT_INLINE void packGroup(const RowSource& source, int64_t start, int64_t
     total = total + toFloats(whole);
     storeInt8(rounded + 16 * i, whole);
   }
-  target.scales[group * target.rows + target.row] = scale;
-  target.sums[group * target.rows + target.row] = static_cast<int32_t>(sum(total)) * factor_of_sum;
+  const int64_t at = group * target.rows + target.row;
+  target.scales[at] = scale;
+  target.sums[at] = factor_of_sum == 0 ? 0 : static_cast<int32_t>(sum(total)) * factor_of_sum;
   if (is_alone) return;
   for (int64_t k = 0; k < count; k += 4, to += 4 * target.rows) std::memcpy(to, rounded + k, 4);
+}
+
+// All groups of a row that lie within it; the rest is left. Returns how many.
+template <int vectors, bool has_norm>
+SINKEXPORT_INLINE int64_t packWholeGroups(const RowSource& source, int factor_of_sum, const RowTarget& target) {
+  const int64_t groups = source.count / (16 * vectors);
+  for (int64_t g = 0; g < groups; ++g) {
+    Floats values[vectors];
+    for (int i = 0; i < vectors; ++i) values[i] = source.whole<has_norm>((g * vectors + i) * 16);
+    roundGroup(values, vectors, g * vectors * 16, vectors * 16, factor_of_sum, target, g);
+  }
+  return groups;
+}
+
+template <bool has_norm>
+int64_t packWholeGroups(const RowSource& source, int64_t group, int factor_of_sum, const RowTarget& target) {
+  if (group == 32) return packWholeGroups<2, has_norm>(source, factor_of_sum, target);
+  if (group == 64) return packWholeGroups<4, has_norm>(source, factor_of_sum, target);
+  return packWholeGroups<8, has_norm>(source, factor_of_sum, target);
 }
 
 SINKEXPORT_INLINE void packFloats(const RowSource& source, const Format& format, const RowTarget& target) {
@@ -141,9 +164,16 @@ inline void packRow(const LinearParams& params, const Format& format, const floa
     packFloats(source, format, target);
     return;
   }
-  for (int64_t g = 0; g < format.groups; ++g) {
+  const int factor = sumFactor(params);
+  int64_t g = params.norm_weight != nullptr ? packWholeGroups<true>(source, format.group, factor, target)
+                                            : packWholeGroups<false>(source, format.group, factor, target);
+  for (; g < format.groups; ++g) {
     const int64_t start = g * format.group, rest = format.padded_inputs - start;
-    packGroup(source, start, rest < format.group ? rest : format.group, sumFactor(params), target, g);
+    const int64_t count = rest < format.group ? rest : format.group;
+    const int vectors = static_cast<int>((count + 15) / 16);
+    Floats values[8];
+    for (int i = 0; i < vectors; ++i) values[i] = source.at(start + 16 * i);
+    roundGroup(values, vectors, start, count, factor, target, g);
   }
 }
 

@@ -6,11 +6,13 @@
 
 #include "linear.h"
 #include "simd.h"
+#ifdef SINKEXPORT_ISA_neon_i8mm
+#include "simd_neon_i8mm.h"
+#endif
 
 namespace sinkexport::cpu::SINKEXPORT_ISA {
 
-// How far ahead weights are asked for: what the memory delivers in its latency, and a page or so more.
-constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kScalesAhead = 512;  // bytes
 // Inputs that share a scale where all weights of an output do.
 constexpr int64_t kActivationGroup = 64;
 
@@ -22,7 +24,8 @@ struct TileOperands {
   const float* x_scale = nullptr;  // [groups][rows]
   const int32_t* x_sum = nullptr;  // [groups][rows]: where the integer sums begin; with zero points the sum of x
   const char* weight = nullptr;
-  int64_t weight_stride = 0;  // bytes
+  int64_t weight_stride = 0;   // bytes from tile to tile
+  int64_t prefetch_ahead = 0;  // bytes from what is read to what is asked for
   const char* scale = nullptr;
   int64_t scale_stride = 0, scale_step = 0;  // bytes from tile to tile, from group to group (0: one for all)
   bool has_half_scales = false;
@@ -48,11 +51,11 @@ void floatTile(const TileOperands& operands, float* out) {
   }
   const float* x = static_cast<const float*>(operands.x);
   const char* weight = operands.weight;
-  const int64_t stride = operands.weight_stride;
+  const int64_t stride = operands.weight_stride, ahead = operands.prefetch_ahead;
   for (int64_t k = 0; k < operands.num_steps; ++k, x += rows, weight += 64) {
     Floats w[tiles];
     for (int n = 0; n < tiles; ++n) {
-      prefetch(weight + n * stride + kPrefetchBytes);
+      prefetch(weight + n * stride + ahead);
       w[n] = load(reinterpret_cast<const float*>(weight + n * stride));
     }
     for (int r = 0; r < rows; ++r) {
@@ -71,11 +74,11 @@ void bf16Tile(const TileOperands& operands, float* out) {
   }
   const float* x = static_cast<const float*>(operands.x);
   const char* weight = operands.weight;
-  const int64_t stride = operands.weight_stride;
+  const int64_t stride = operands.weight_stride, ahead = operands.prefetch_ahead;
   for (int64_t k = 0; k < operands.num_steps; ++k, x += 2 * rows, weight += 64) {
     Floats even[tiles], odd[tiles];
     for (int n = 0; n < tiles; ++n) {
-      prefetch(weight + n * stride + kPrefetchBytes);
+      prefetch(weight + n * stride + ahead);
       const Bytes pairs = loadBytes(weight + n * stride);
       even[n] = evenBf16(pairs);
       odd[n] = oddBf16(pairs);
@@ -90,14 +93,20 @@ void bf16Tile(const TileOperands& operands, float* out) {
 
 // Exact sums of `steps` quads, added to `sum`.
 template <bool is_int4, int rows, int tiles>
-SINKEXPORT_INLINE void addQuads(int64_t steps, const int8_t* x, const char* weight, int64_t stride,
+SINKEXPORT_INLINE void addQuads(int64_t steps, const int8_t* x, const char* weight, int64_t stride, int64_t ahead,
                                 Ints (&sum)[tiles][rows]) {
+#ifdef SINKEXPORT_ISA_neon_i8mm
+  if constexpr (rows % 2 == 0 && tiles == 1) {
+    addRowPairs<is_int4, rows>(steps, x, weight, ahead, sum[0]);
+    return;
+  }
+#endif
   if constexpr (is_int4) {
 #pragma GCC unroll 4
     for (int64_t k = 0; k < steps; k += 2, x += 8 * rows, weight += 64) {
       Bytes low[tiles], high[tiles];
       for (int n = 0; n < tiles; ++n) {
-        prefetch(weight + n * stride + kPrefetchBytes);
+        prefetch(weight + n * stride + ahead);
         const Bytes both = loadBytes(weight + n * stride);
         low[n] = lowNibbles(both);
         high[n] = highNibbles(both);
@@ -112,7 +121,7 @@ SINKEXPORT_INLINE void addQuads(int64_t steps, const int8_t* x, const char* weig
     for (int64_t k = 0; k < steps; ++k, x += 4 * rows, weight += 64) {
       Bytes w[tiles];
       for (int n = 0; n < tiles; ++n) {
-        prefetch(weight + n * stride + kPrefetchBytes);
+        prefetch(weight + n * stride + ahead);
         w[n] = prepareInt8(loadBytes(weight + n * stride));
       }
       for (int r = 0; r < rows; ++r) {
@@ -140,13 +149,14 @@ void intTile(const TileOperands& operands, float* out) {
     for (int n = 0; n < tiles; ++n) {
       for (int r = 0; r < rows; ++r) sum[n][r] = broadcastInt(has_zeros ? 0 : x_sum[r]);
     }
-    addQuads<is_int4, rows, tiles>(steps, x, weight, operands.weight_stride, sum);
+    addQuads<is_int4, rows, tiles>(steps, x, weight, operands.weight_stride, operands.prefetch_ahead, sum);
     for (int n = 0; n < tiles; ++n) {
       if constexpr (has_zeros) {
         const Ints zeros = loadUint8(zero + n * operands.zero_stride);
         for (int r = 0; r < rows; ++r) sum[n][r] = minusProduct(sum[n][r], zeros, x_sum[r]);
       }
       const char* from = scale + n * operands.scale_stride;
+      prefetch(from + kScalesAhead);
       const Floats factor = operands.has_half_scales ? loadHalf(reinterpret_cast<const uint16_t*>(from))
                                                      : load(reinterpret_cast<const float*>(from));
       for (int r = 0; r < rows; ++r) {

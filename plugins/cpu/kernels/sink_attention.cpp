@@ -11,10 +11,16 @@ namespace {
 constexpr int64_t kLeastBytes = 32 * 1024;  // of a cache that a further worker is worth waking for
 constexpr int64_t kItemsPerWorker = 3;      // of a chunk, so that workers end at about the same time
 
-constexpr int64_t roundedUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-constexpr int64_t cut(int64_t n, int64_t into) { return (n + into - 1) / into; }
+constexpr int64_t roundedUp(int64_t n, int64_t to) {
+  return (n + to - 1) / to * to;
+}
+constexpr int64_t cut(int64_t n, int64_t into) {
+  return (n + into - 1) / into;
+}
 
-int64_t elementBytes(WindowType type) { return type == WindowType::kInt8 ? 1 : type == WindowType::kFloat16 ? 2 : 4; }
+int64_t elementBytes(WindowType type) {
+  return type == WindowType::kInt8 ? 1 : type == WindowType::kFloat16 ? 2 : 4;
+}
 
 void findStreams(const SinkAttentionParams& p, StreamCache* streams) {
   for (int b = 0; b < p.batch; ++b) {
@@ -202,12 +208,12 @@ void runAttention(const AttentionKernels& kernels, const SinkAttentionParams& p,
 
 }  // namespace
 
-#define SINKEXPORT_DECLARE(isa, value)                                                                        \
-  namespace isa {                                                                                             \
-  extern const AttentionKernels kAttentionKernels;                                                            \
+#define SINKEXPORT_DECLARE(isa, value)                                                                          \
+  namespace isa {                                                                                               \
+  extern const AttentionKernels kAttentionKernels;                                                              \
   static void runSinkAttention(const SinkAttentionParams& params, const Parallel& parallel, Scratch& scratch) { \
-    runAttention(kAttentionKernels, params, parallel, scratch);                                               \
-  }                                                                                                           \
+    runAttention(kAttentionKernels, params, parallel, scratch);                                                 \
+  }                                                                                                             \
   }
 SINKEXPORT_FOR_EACH_ISA(SINKEXPORT_DECLARE)
 #undef SINKEXPORT_DECLARE

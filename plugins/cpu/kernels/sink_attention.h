@@ -69,8 +69,8 @@ struct SinkAttentionParams {
   const float* alibi_slopes = nullptr;  // [Hq]: logits get slope * (in-cache position of key - of query); after softcap
   const float* sink_logit = nullptr;    // [Hq]: one more logit of the softmax that has no value (gpt-oss)
   const float* sink_scale = nullptr;  // [Hq] >= 0: factor on the softmax weight of token 0, before normalising; S >= 1
-  const float* gate = nullptr;        // laid out as q, [B, Hq, T, gate_dim], dense: the output is multiplied by its sigmoid
-  int gate_dim = 0;                   // 1 (head-wise) or Dv
+  const float* gate = nullptr;  // laid out as q, [B, Hq, T, gate_dim], dense: the output is multiplied by its sigmoid
+  int gate_dim = 0;             // 1 (head-wise) or Dv
 
   bool out_tokens_first = false;
   float* out = nullptr;  // [B, Hq, T, Dv], or tokens first [B, T, Hq, Dv]

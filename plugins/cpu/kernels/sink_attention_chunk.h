@@ -144,24 +144,25 @@ struct TileRun {
 
 // All tiles of an item over one section. k, v: its rows; scales: of them, or null.
 template <typename Matmul, int V, typename Row>
-void attendSection(const SinkAttentionParams& p, const ChunkWork& work, int block, const Item& item, const KeyRows& keys,
-                   const void* k, const void* v, const uint16_t* scale_k, const uint16_t* scale_v, const void* q) {
+void attendSection(const SinkAttentionParams& p, const ChunkWork& work, int block, const Item& item,
+                   const KeyRows& keys, const void* k, const void* v, const uint16_t* scale_k, const uint16_t* scale_v,
+                   const void* q) {
   using Element = typename Row::Element;
   const int64_t last_seen = (item.first_row + item.num_rows - 1) / item.group;
   for (int64_t first = 0; first < keys.count; first += block) {
     if (keys.section == Section::kChunk && first > last_seen) return;
     const int n = static_cast<int>(keys.count - first < block ? keys.count - first : block);
     const Element* k_rows = static_cast<const Element*>(k) + first * p.head_dim;
-    const void* tile_k = asFactors<Matmul, Row>(k_rows, scale_k == nullptr ? nullptr : scale_k + first, n, p.head_dim, false,
-                                                work.tile_k);
-    const void* tile_v = asFactors<Matmul, Row>(static_cast<const Element*>(v) + first * p.value_dim,
-                                                scale_v == nullptr ? nullptr : scale_v + first, n, p.value_dim, true,
-                                                work.tile_v);
+    const void* tile_k = asFactors<Matmul, Row>(k_rows, scale_k == nullptr ? nullptr : scale_k + first, n, p.head_dim,
+                                                false, work.tile_k);
+    const void* tile_v =
+        asFactors<Matmul, Row>(static_cast<const Element*>(v) + first * p.value_dim,
+                               scale_v == nullptr ? nullptr : scale_v + first, n, p.value_dim, true, work.tile_v);
     for (int64_t tile = 0; tile < item.num_tiles; ++tile) {
       const int64_t begin = item.first_row + tile * 16 * V, unit_end = item.first_row + item.num_rows;
       const int64_t end = begin + 16 * V < unit_end ? begin + 16 * V : unit_end;
-      const TileRun<Matmul, V> run{p, work, keys, tile, begin / item.group, (end - 1) / item.group,
-                                    block, tile_k == k_rows};
+      const TileRun<Matmul, V> run{
+          p, work, keys, tile, begin / item.group, (end - 1) / item.group, block, tile_k == k_rows};
       run.attend(first, n, static_cast<const char*>(tile_k), static_cast<const char*>(tile_v), q);
     }
   }

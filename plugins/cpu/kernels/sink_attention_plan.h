@@ -5,8 +5,8 @@
 
 namespace sinkexport::cpu {
 
-constexpr int kStepBlock = 64;     // keys that a step takes at a time
-constexpr int kMaxItemTiles = 4;   // tiles of rows that share one reading of the cache
+constexpr int kStepBlock = 64;    // keys that a step takes at a time
+constexpr int kMaxItemTiles = 4;  // tiles of rows that share one reading of the cache
 
 // Cache of one stream before a run. A unit is one (stream, kv head).
 struct StreamCache {
@@ -41,16 +41,16 @@ struct StepPlan {
 
 // Arrays of one worker of a chunk. n: keys of a block; R: rows of a tile, a multiple of 16.
 struct ChunkWork {
-  float *cos, *sin, *sink_cos, *sink_sin;  // [R/2]
-  float *keys, *values;    // [T][D], [T][Dv]: the chunk's rows as they are stored, in float32
-  void *stored_k, *stored_v;  // [T] rows of the window's type
-  uint16_t *scale_k, *scale_v;  // [T]
-  float *row;                   // [max(D, Dv) padded to 16]
-  void *q, *sink_q;             // [tiles][D][R], or pairs of bfloat16 [tiles][D/2][R][2]
-  float* logits;                // [n][R], then weights
-  void* weights;                // pairs of bfloat16 [n/2][R][2]
-  void *tile_k, *tile_v;        // [n][D], [n][Dv] float; or bfloat16 [n][D], [n/2][Dv][2]
-  float *largest, *sums, *out;  // [tiles][R], [tiles][R], [tiles][Dv][R]
+  float *cos, *sin, *sink_cos, *sink_sin;           // [R/2]
+  float *keys, *values;                             // [T][D], [T][Dv]: the chunk's rows as they are stored, in float32
+  void *stored_k, *stored_v;                        // [T] rows of the window's type
+  uint16_t *scale_k, *scale_v;                      // [T]
+  float* row;                                       // [max(D, Dv) padded to 16]
+  void *q, *sink_q;                                 // [tiles][D][R], or pairs of bfloat16 [tiles][D/2][R][2]
+  float* logits;                                    // [n][R], then weights
+  void* weights;                                    // pairs of bfloat16 [n/2][R][2]
+  void *tile_k, *tile_v;                            // [n][D], [n][Dv] float; or bfloat16 [n][D], [n/2][Dv][2]
+  float *largest, *sums, *out;                      // [tiles][R], [tiles][R], [tiles][Dv][R]
   float *token, *slope, *sink_place, *sink_factor;  // [tiles][R]
 };
 

@@ -57,8 +57,9 @@ inline void anglesOf(int64_t t, const int64_t* frequency, int n, float factor, f
     const float x = static_cast<float>(static_cast<int32_t>(phase - (quarter << 30))) * kRadians;
     const float square = x * x;
     const float s = x + x * square * (-1.6666654611e-1f + square * (8.3321608736e-3f - square * 1.9515295891e-4f));
-    const float c = 1.0f - 0.5f * square +
-                    square * square * (4.166664568298827e-2f - square * (1.388731625493765e-3f - square * 2.443315711809948e-5f));
+    const float c =
+        1.0f - 0.5f * square +
+        square * square * (4.166664568298827e-2f - square * (1.388731625493765e-3f - square * 2.443315711809948e-5f));
     const float a = quarter & 1u ? s : c, b = quarter & 1u ? c : s;
     cosine[i] = ((quarter + 1u) & 2u ? -a : a) * factor;
     sine[i] = (quarter & 2u ? -b : b) * factor;

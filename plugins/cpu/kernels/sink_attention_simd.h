@@ -20,17 +20,21 @@ constexpr int kRegisters = 32;
 SINKEXPORT_INLINE Floats roundEven(Floats a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-SINKEXPORT_INLINE Floats timesPowerOf2(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+SINKEXPORT_INLINE Floats timesPowerOf2(Floats a, Floats n) {
+  return {_mm512_scalef_ps(a.v, n.v)};
+}
 // Vectors are added in pairs, then parts of 128 bits.
 SINKEXPORT_INLINE Floats sumEach(const Floats (&a)[16]) {
   __m512 x[8];
   for (int i = 0; i < 8; ++i) {  // lanes of 64 bits: a0 b0 a2 b2 .. + a1 b1 a3 b3 ..
-    x[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i].v, a[2 * i + 1].v), _mm512_unpackhi_ps(a[2 * i].v, a[2 * i + 1].v));
+    x[i] =
+        _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i].v, a[2 * i + 1].v), _mm512_unpackhi_ps(a[2 * i].v, a[2 * i + 1].v));
   }
   __m512 y[4];
   for (int i = 0; i < 4; ++i) {  // each 128 bits hold sums of four vectors over that 128-bit part
     const __m512d low = _mm512_castps_pd(x[2 * i]), high = _mm512_castps_pd(x[2 * i + 1]);
-    y[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+    y[i] =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
   }
   const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(y[0], y[1], 0x88), _mm512_shuffle_f32x4(y[0], y[1], 0xdd));
   const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(y[2], y[3], 0x88), _mm512_shuffle_f32x4(y[2], y[3], 0xdd));
@@ -53,7 +57,9 @@ SINKEXPORT_INLINE __m256 sumEight(const Floats* a) {
   const __m256 low = _mm256_hadd_ps(x[0], x[1]), high = _mm256_hadd_ps(x[2], x[3]);
   return _mm256_permute2f128_ps(low, high, 0x20) + _mm256_permute2f128_ps(low, high, 0x31);
 }
-SINKEXPORT_INLINE Floats sumEach(const Floats (&a)[16]) { return {sumEight(a), sumEight(a + 8)}; }
+SINKEXPORT_INLINE Floats sumEach(const Floats (&a)[16]) {
+  return {sumEight(a), sumEight(a + 8)};
+}
 #elif defined(SINKEXPORT_ISA_neon_dot) || defined(SINKEXPORT_ISA_neon_i8mm)
 constexpr int kRegisters = 8;
 
@@ -79,8 +85,12 @@ SINKEXPORT_INLINE Floats sumEach(const Floats (&a)[16]) {
 }
 #endif
 
-SINKEXPORT_INLINE Floats roundEven(Floats a) { return toFloats(toInts(a)); }
-SINKEXPORT_INLINE Floats timesPowerOf2(Floats a, Floats n) { return shiftExponent(a, toInts(n)); }
+SINKEXPORT_INLINE Floats roundEven(Floats a) {
+  return toFloats(toInts(a));
+}
+SINKEXPORT_INLINE Floats timesPowerOf2(Floats a, Floats n) {
+  return shiftExponent(a, toInts(n));
+}
 SINKEXPORT_INLINE Floats loadHalfPart(const uint16_t* from, int64_t n) {
   uint16_t lanes[16] = {};
   for (int64_t i = 0; i < n && i < 16; ++i) lanes[i] = from[i];
@@ -104,7 +114,9 @@ SINKEXPORT_INLINE Bytes packBf16(Floats first, Floats second) {
 SINKEXPORT_INLINE void storeBf16(uint16_t* to, Floats a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
 }
-SINKEXPORT_INLINE void storeBytes(void* to, Bytes a) { _mm512_storeu_si512(to, a.v); }
+SINKEXPORT_INLINE void storeBytes(void* to, Bytes a) {
+  _mm512_storeu_si512(to, a.v);
+}
 SINKEXPORT_INLINE Bytes broadcastPair(const void* from) {
   int32_t pair;
   std::memcpy(&pair, from, 4);

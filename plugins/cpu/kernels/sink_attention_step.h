@@ -1,122 +1,9 @@
 // A step: one token a stream. The query heads of a kv head share one reading of its cache, which workers cut by keys.
 #pragma once
 
-#include "sink_attention_softmax.h"
+#include "sink_attention_step_matmul.h"
 
 namespace sinkexport::cpu::SINKEXPORT_ISA {
-
-// Keys whose sums with H heads fill 16 lanes, and how many of them are multiplied at a time.
-template <int H>
-struct KeyTile {
-  static constexpr int kKeys = H == 1 ? 16 : H == 2 ? 8 : 4;
-  static constexpr int kAtOnce = kRegisters >= 32 ? (H == 1 ? 8 : 4) : (H == 1 ? 4 : H == 2 ? 2 : 1);
-};
-
-template <typename Element>
-SINKEXPORT_INLINE void prefetchRow(const Element* row, int dim) {
-  const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t at = 0; at < static_cast<int64_t>(dim * sizeof(Element)); at += 64) prefetch(bytes + at + kAhead);
-}
-
-// Logits of H heads and n keys. keys: [n, dim]; q: [H][dim padded], zeros behind; logits: [H][kStepBlock].
-template <typename Row, int H>
-void findLogits(const typename Row::Element* keys, int n, int dim, const float* q, float* logits) {
-  constexpr int kKeys = KeyTile<H>::kKeys, kAtOnce = KeyTile<H>::kAtOnce;
-  const int64_t padded = (dim + 15) / 16 * 16;
-  const int whole = dim / 16 * 16;
-  for (int first = 0; first < n; first += kKeys) {
-    Floats sums[16];
-    for (int i = kKeys * H; i < 16; ++i) sums[i] = broadcast(0.0f);
-    for (int part = 0; part < kKeys; part += kAtOnce) {
-      const typename Row::Element* rows[kAtOnce];
-      Floats found[kAtOnce][H];
-#pragma GCC unroll 16
-      for (int k = 0; k < kAtOnce; ++k) {
-        const int key = first + part + k;
-        rows[k] = keys + static_cast<int64_t>(key < n ? key : n - 1) * dim;  // a key that is not there is not used
-        prefetchRow(rows[k], dim);
-#pragma GCC unroll 4
-        for (int h = 0; h < H; ++h) found[k][h] = broadcast(0.0f);
-      }
-      for (int d = 0; d < whole; d += 16) {
-        Floats query[H];
-#pragma GCC unroll 4
-        for (int h = 0; h < H; ++h) query[h] = load(q + h * padded + d);
-#pragma GCC unroll 16
-        for (int k = 0; k < kAtOnce; ++k) {
-          const Floats row = Row::read(rows[k] + d);
-#pragma GCC unroll 4
-          for (int h = 0; h < H; ++h) found[k][h] = fma(row, query[h], found[k][h]);
-        }
-      }
-      if (whole < dim) {
-#pragma GCC unroll 16
-        for (int k = 0; k < kAtOnce; ++k) {
-          const Floats row = Row::readPart(rows[k] + whole, dim - whole);
-#pragma GCC unroll 4
-          for (int h = 0; h < H; ++h) found[k][h] = fma(row, load(q + h * padded + whole), found[k][h]);
-        }
-      }
-#pragma GCC unroll 16
-      for (int k = 0; k < kAtOnce; ++k) {
-#pragma GCC unroll 4
-        for (int h = 0; h < H; ++h) sums[h * kKeys + part + k] = found[k][h];
-      }
-    }
-    float lanes[16];
-    store(lanes, sumEach(sums));
-    for (int h = 0; h < H; ++h) std::memcpy(logits + h * kStepBlock + first, lanes + h * kKeys, kKeys * sizeof(float));
-  }
-}
-
-// Adds to V vectors of the sums of H heads the values of n keys, each times its weight. kPart: of the only vector the
-// first `size` lanes are there.
-template <typename Row, int H, int V, bool kPart>
-void addValues(const typename Row::Element* values, int n, int dim, int size, const float* weights, float* sums,
-               int64_t padded) {
-  Floats found[H][V];
-#pragma GCC unroll 4
-  for (int h = 0; h < H; ++h) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) found[h][v] = load(sums + h * padded + 16 * v);
-  }
-  for (int k = 0; k < n; ++k) {
-    Floats row[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const typename Row::Element* from = values + static_cast<int64_t>(k) * dim + 16 * v;
-      if (v * 16 * sizeof *from % 64 == 0) prefetch(reinterpret_cast<const char*>(from) + kAhead);
-      row[v] = kPart ? Row::readPart(from, size) : Row::read(from);
-    }
-#pragma GCC unroll 4
-    for (int h = 0; h < H; ++h) {
-      const Floats weight = broadcast(weights[h * kStepBlock + k]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) found[h][v] = fma(row[v], weight, found[h][v]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int h = 0; h < H; ++h) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(sums + h * padded + 16 * v, found[h][v]);
-  }
-}
-
-template <typename Row, int H>
-void addAllValues(const typename Row::Element* values, int n, int dim, const float* weights, float* sums) {
-  constexpr int kMost = kRegisters >= 32 ? 4 : 1;
-  const int64_t padded = (dim + 15) / 16 * 16;
-  int d = 0;
-  for (; d + 16 * kMost <= dim; d += 16 * kMost) {
-    addValues<Row, H, kMost, false>(values + d, n, dim, 16, weights, sums + d, padded);
-  }
-  for (; d + 32 <= dim; d += 32) {
-    addValues<Row, H, kMost == 1 ? 1 : 2, false>(values + d, n, dim, 16, weights, sums + d, padded);
-    if (kMost == 1) addValues<Row, H, 1, false>(values + d + 16, n, dim, 16, weights, sums + d + 16, padded);
-  }
-  for (; d + 16 <= dim; d += 16) addValues<Row, H, 1, false>(values + d, n, dim, 16, weights, sums + d, padded);
-  if (d < dim) addValues<Row, H, 1, true>(values + d, n, dim, dim - d, weights, sums + d, padded);
-}
 
 // Sums of a unit's heads so far.
 struct StepSums {
@@ -125,10 +12,10 @@ struct StepSums {
 
 // One piece of a unit's cache.
 struct StepKeys {
-  const float* q;           // [G][D padded], in units of the logits
-  int64_t begin, end;       // rows of the piece
+  const float* q;      // [G][D padded], in units of the logits
+  int64_t begin, end;  // rows of the piece
   bool is_sink;
-  int64_t newest;           // of the window: slot of the new token; of sinks: the query's place in the cache
+  int64_t newest;  // of the window: slot of the new token; of sinks: the query's place in the cache
 };
 
 // Logits of one head to weights, in place; sums are scaled down where the largest logit rises.
@@ -223,13 +110,11 @@ void attendKeys(const SinkAttentionParams& p, const StepKeys& keys, const StepWo
   }
 }
 
-// Turns a unit's queries and, if the new token's row is among the worker's, writes it. own: whether it is.
-inline void beginUnit(const SinkAttentionParams& p, const StreamCache& cache, const StepWork& work, int64_t b,
-                      int64_t kv_head, bool writes) {
+// Turns a unit's queries and, where it `writes`, writes the new token's row. angles: the stream's.
+inline void beginUnit(const SinkAttentionParams& p, const StreamCache& cache, const StepWork& work,
+                      const Angles& angles, int64_t b, int64_t kv_head, bool writes) {
   const int64_t t = cache.position, group = p.num_q_heads / p.num_kv_heads;
   const int64_t padded = (p.head_dim + 15) / 16 * 16;
-  Angles angles{work.cos, work.sin, work.sink_cos, work.sink_sin};
-  findAngles(p, b, 0, t, angles);
   const float factor = logitFactor(p);
   for (int64_t g = 0; g < group; ++g) {
     const float* q = queryRow(p, b, kv_head * group + g, 0);
@@ -257,13 +142,14 @@ inline void beginUnit(const SinkAttentionParams& p, const StreamCache& cache, co
 
 // Rows begin .. end - 1 of a unit's cache, sinks first, then slots of the window.
 inline void attendUnit(const SinkAttentionParams& p, const StreamCache& cache, const StepWork& work,
-                       const StepSums& sums, int64_t b, int64_t kv_head, int64_t begin, int64_t end) {
+                       const Angles& angles, const StepSums& sums, int64_t b, int64_t kv_head, int64_t begin,
+                       int64_t end) {
   const int64_t group = p.num_q_heads / p.num_kv_heads, unit = b * p.num_kv_heads + kv_head, t = cache.position;
   const bool new_sink = t < p.num_sinks;
   const int64_t sinks = cache.num_sinks + (new_sink ? 1 : 0);
   const int64_t slot = new_sink ? -1 : (t - p.num_sinks) % p.window_size;
   const int64_t own = new_sink ? t : sinks + slot;
-  beginUnit(p, cache, work, b, kv_head, begin <= own && own < end);
+  beginUnit(p, cache, work, angles, b, kv_head, begin <= own && own < end);
   for (int64_t g = 0; g < group; ++g) sums.largest[g] = kNoLogit, sums.sums[g] = 0.0f;
   const int64_t padded = (p.value_dim + 15) / 16 * 16;
   for (int64_t i = 0; i < group * padded; i += 16) store(sums.out + i, broadcast(0.0f));
@@ -329,13 +215,15 @@ inline void mergeParts(const SinkAttentionParams& p, const StepPlan& plan, int64
 inline void stepWorker(const SinkAttentionParams& p, const StepPlan& plan, int worker) {
   const int64_t begin = plan.bounds[worker], end = plan.bounds[worker + 1];
   const StepWork& work = plan.work[worker];
+  Angles angles{work.cos, work.sin, work.sink_cos, work.sink_sin};
   for (int64_t b = 0, at = begin; b < p.batch && at < end; ++b) {
+    if (at < plan.stream_start[b + 1]) findAngles(p, b, 0, plan.streams[b].position, angles);
     const int64_t start = plan.stream_start[b], keys = (plan.stream_start[b + 1] - start) / p.num_kv_heads;
     while (at < end && at < plan.stream_start[b + 1]) {
       const int64_t kv_head = (at - start) / keys, unit_start = start + kv_head * keys, unit_end = unit_start + keys;
       const int64_t stop = end < unit_end ? end : unit_end;
       const StepSums sums = sumsAt(p, work.sums[unit_start < begin ? 0 : 1]);
-      attendUnit(p, plan.streams[b], work, sums, b, kv_head, at - unit_start, stop - unit_start);
+      attendUnit(p, plan.streams[b], work, angles, sums, b, kv_head, at - unit_start, stop - unit_start);
       if (at == unit_start && stop == unit_end) {
         finishUnit(p, sums, b, kv_head);
       } else {

@@ -20,7 +20,8 @@ class ExpertLinear final : public Kernel {
     params_.num_rows = node.input(picks).elements();
     x_ = Input(node, x);
     picks_ = Input(node, picks);
-    weights_ = std::make_unique<Weights>(node, type, params_.num_inputs, params_.num_outputs, params_.num_experts, false);
+    weights_ =
+        std::make_unique<Weights>(node, type, params_.num_inputs, params_.num_outputs, params_.num_experts, false);
     weights_->setTypes(params_);
     shape_ = node.input(picks).shape;
     shape_.push_back(params_.num_outputs);

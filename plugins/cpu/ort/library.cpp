@@ -82,7 +82,9 @@ int threadsOf(const Api& api, const OrtSessionOptions* options) {
 
 using namespace sinkexport;
 
-SINKEXPORT_EXPORT const char* sinkexport_cpu_abi() { return ort::kAbi; }
+SINKEXPORT_EXPORT const char* sinkexport_cpu_abi() {
+  return ort::kAbi;
+}
 
 // One line that says why this processor, or SINKEXPORT_CPU_ISA, does not suit the library; null: it does.
 SINKEXPORT_EXPORT const char* sinkexport_cpu_problem() {

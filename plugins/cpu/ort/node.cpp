@@ -23,16 +23,24 @@ Tensor described(const Api& api, OrtTypeInfo* info) {
 
 const char* typeName(int type) {
   switch (type) {
-    case kFloat: return "float32";
-    case kUint8: return "uint8";
-    case kInt8: return "int8";
-    case kInt64: return "int64";
-    case kFloat16: return "float16";
-    default: return "another type";
+    case kFloat:
+      return "float32";
+    case kUint8:
+      return "uint8";
+    case kInt8:
+      return "int8";
+    case kInt64:
+      return "int64";
+    case kFloat16:
+      return "float16";
+    default:
+      return "another type";
   }
 }
 
-std::string text(const Tensor& tensor) { return std::string(typeName(tensor.type)) + " " + shown(tensor.shape); }
+std::string text(const Tensor& tensor) {
+  return std::string(typeName(tensor.type)) + " " + shown(tensor.shape);
+}
 
 }  // namespace
 
@@ -84,7 +92,9 @@ int64_t Node::integer(const char* field, int64_t least, int64_t most) const {
   return value;
 }
 
-int Node::size(const char* field, int least) const { return static_cast<int>(integer(field, least, INT_MAX)); }
+int Node::size(const char* field, int least) const {
+  return static_cast<int>(integer(field, least, INT_MAX));
+}
 
 float Node::number(const char* field) const {
   float value = 0;

@@ -19,7 +19,8 @@ struct Tensor {
 
 std::string shown(const std::vector<int64_t>& shape);
 
-// Every problem is one line that names operator, node and field: std::runtime_error, which ends the making of a session.
+// Every problem is one line that names operator, node and field: std::runtime_error, which ends the making of a
+// session.
 class Node {
  public:
   Node(const Api& api, const OrtKernelInfo* info, const char* operator_name);

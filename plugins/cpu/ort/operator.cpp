@@ -6,7 +6,9 @@
 namespace sinkexport::ort {
 namespace {
 
-const Operator& of(const OrtCustomOp* op) { return *static_cast<const Operator*>(op); }
+const Operator& of(const OrtCustomOp* op) {
+  return *static_cast<const Operator*>(op);
+}
 
 // A kernel with what it needs to run.
 struct Instance {

@@ -101,10 +101,10 @@ struct OrtCustomOp {
   void (*release_alias_map)(int*, int*);
 };
 
-constexpr int kFail = 1, kInvalidGraph = 10;             // error codes
-constexpr int kVariadic = 2;                             // characteristic of inputs and outputs
-constexpr int kDefaultMemory = 0;                        // memory type
-enum ElementType : int {                                 // of tensors
+constexpr int kFail = 1, kInvalidGraph = 10;  // error codes
+constexpr int kVariadic = 2;                  // characteristic of inputs and outputs
+constexpr int kDefaultMemory = 0;             // memory type
+enum ElementType : int {                      // of tensors
   kUndefined = 0,
   kFloat = 1,
   kUint8 = 2,

@@ -14,9 +14,12 @@ namespace {
 
 size_t bytesOf(int type) {
   switch (type) {
-    case kInt8: return 1;
-    case kFloat16: return 2;
-    default: return 4;
+    case kInt8:
+      return 1;
+    case kFloat16:
+      return 2;
+    default:
+      return 4;
   }
 }
 

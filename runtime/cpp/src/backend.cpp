@@ -67,7 +67,9 @@ void Backend::steps(const StepsRequest& request) {
   }
 }
 
-bool hasTensorrtPlugin(const Manifest& manifest) { return manifest.plugin_abi && manifest.target != kCpuTarget; }
+bool hasTensorrtPlugin(const Manifest& manifest) {
+  return manifest.plugin_abi && manifest.target != kCpuTarget;
+}
 
 void checkGraphs(const Manifest& manifest) {
   const StreamFacts& stream = manifest.stream;

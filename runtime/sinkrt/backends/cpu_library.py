@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from sinkrt.contract import CPU_ABI
 from sinkrt.contract.constants import CPU_LIBRARY, CPU_LIBRARY_VARIABLE
-from sinkrt.errors import BackendError, problem
+from sinkrt.errors import BackendError, printable, problem
 
 INSTALL = f"install sinkexport where there is a C++ compiler, or set {CPU_LIBRARY_VARIABLE}; --target onnx needs none"
 
@@ -41,11 +41,13 @@ def checked_library(abi: str | None = CPU_ABI) -> Path:
         function.restype = ctypes.c_char_p
     found, reason = (function() for function in functions)
     if abi != CPU_ABI:
-        _refuse(f"a bundle for its version {abi}", CPU_ABI, "export the model again, or install the bundle's sinkexport")
+        _refuse(
+            f"a bundle for its version {abi}", CPU_ABI, "export the model again, or install the bundle's sinkexport"
+        )
     if found.decode() != abi:
         _refuse(f"version {found.decode()} at '{path}'", f"version {abi}", "build the library of this version")
     if reason is not None:
-        _refuse(reason.decode(), "what this processor runs", "unset SINKEXPORT_CPU_ISA, or use --target onnx")
+        raise BackendError(printable(f"CPU library: {reason.decode()}; change it, or use --target onnx"))
     return path
 
 

@@ -54,9 +54,7 @@ class OrtBackend:
         self.chunks: list[Binding] = []
         if prefill := manifest.graphs.get("prefill"):
             self._chunk_inputs = {spec.name: device.staged(spec) for spec in prefill.inputs}
-            in_chunks = Graph(
-                bundle, manifest, "prefill", threads, device, repack=repack_prefill, library=library
-            )
+            in_chunks = Graph(bundle, manifest, "prefill", threads, device, repack=repack_prefill, library=library)
             for stream in range(manifest.stream.batch):
                 # The prefill graph sees one stream: a row of each.
                 rows = {"logits": self._arrays["logits"].device, **self._states}

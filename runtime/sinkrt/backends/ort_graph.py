@@ -188,7 +188,9 @@ def open_graph(
     Raises: BundleError if ONNX Runtime refuses the graph; BackendError if it cannot load the first provider.
     """
     try:
-        session = ort.InferenceSession(path, _session_options(threads, repack=repack, library=library), providers=providers)
+        session = ort.InferenceSession(
+            path, _session_options(threads, repack=repack, library=library), providers=providers
+        )
     except Exception as error:
         raise BundleError(
             problem(

@@ -45,11 +45,11 @@ from sinkrt.contract.schema import (
 )
 
 __all__ = [
+    "CPU_ABI",
     "DTYPE_BYTES",
     "MANIFEST_NAME",
     "MASS_KIND",
     "NO_TOKEN",
-    "CPU_ABI",
     "PLUGIN_ABI",
     "RECURRENT_KINDS",
     "SCALE_KINDS",

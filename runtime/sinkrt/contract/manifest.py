@@ -54,7 +54,8 @@ class Manifest:
     producer: Mapping[str, str] = field(metadata=about("versions of what made it, for bug reports"))
     quantization: Quantization | None = field(default=None, metadata=about("None: floating point"))
     plugin_abi: str | None = field(
-        default=None, metadata=about("of the plugins or the CPU library that the graphs have nodes of; None: standard operators")
+        default=None,
+        metadata=about("of the plugins or the CPU library that the graphs have nodes of; None: standard operators"),
     )
     engines: Mapping[str, EngineFacts] | None = field(
         default=None, metadata=about("by the role of their graph; None: none were built")

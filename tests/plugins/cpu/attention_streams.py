@@ -201,3 +201,19 @@ def is_comparable(case: Case, count: int) -> torch.Tensor:
     index = torch.arange(count).expand(case.batch, -1)
     is_near = torch.tensor([FAR[b % len(FAR)] == 0 for b in range(case.batch)])
     return is_near[:, None] | (index < case.num_sinks) | (index >= case.capacity - 1)
+
+
+def recorded(case: Case, isa: str) -> list[tuple[Call, dict[str, np.ndarray]]]:
+    """Steps and chunks where something changes, for `isa`, and the arrays that they left here."""
+    count = 3 * case.capacity + 7
+    torch.manual_seed(count)
+    tokens = Tokens.random(case, positions(case, count))
+    found = []
+    for size in sorted({1, min(7, case.window_size), min(64, case.window_size)}):
+        streams = Streams(case, tokens, size, "portable", records=True)
+        streams.run_all(count)
+        wanted = {0, 1, case.num_sinks, case.capacity - 1, case.capacity, len(streams.calls) - 1}
+        found += [streams.calls[i] for i in sorted(wanted) if 0 <= i < len(streams.calls)]
+    for call, _ in found:
+        call.isa = isa
+    return found

@@ -4,29 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
-from tests.plugins.cpu.attention_streams import Streams, positions
-from tests.plugins.cpu.calls import Call, replayed
+from tests.plugins.cpu.attention_streams import recorded
+from tests.plugins.cpu.calls import replayed
 from tests.plugins.cpu.test_arm import EMULATOR, PROCESSORS, program, pytestmark  # noqa: F401
 from tests.plugins.cpu.test_sink_attention import cases
-from tests.plugins.sink_attention_reference import Case, Tokens
-
-
-def recorded(case: Case, isa: str) -> list[tuple[Call, dict[str, np.ndarray]]]:
-    """Steps and chunks where something changes, for `isa`, and the arrays that they left here."""
-    count = 3 * case.capacity + 7
-    torch.manual_seed(count)
-    tokens = Tokens.random(case, positions(case, count))
-    found = []
-    for size in sorted({1, min(7, case.window_size), min(64, case.window_size)}):
-        streams = Streams(case, tokens, size, "portable", records=True)
-        streams.run_all(count)
-        wanted = {0, 1, case.num_sinks, case.capacity - 1, case.capacity, len(streams.calls) - 1}
-        found += [streams.calls[i] for i in sorted(wanted) if 0 <= i < len(streams.calls)]
-    for call, _ in found:
-        call.isa = isa
-    return found
 
 
 @pytest.mark.parametrize("isa", PROCESSORS)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from sinkexport.loading.checkpoints.file_tensor import Floats, Indices
-from sinkexport.loading.weights.packed_matrices import PACKED, read_packed
+from sinkexport.loading.weights.packed_matrices import PACKED, packed_rows
 
 BY_HEAD = "const.by_head"
 """The plugin's copies of the model's numbers of heads, in float32."""
@@ -276,11 +276,22 @@ def _packed_for_library(
     """A weight in the layout of the CPU library."""
     companions = [values.get(f"{base}{suffix}") for suffix in (".scales", ".zero_points")]
     scales, zeros = (None if one is None else _numbers(one) for one in companions)
-    shape, read = read_packed(value, _numbers(value), scales, zeros)
-    sources = tuple(
-        one.const_value for one in (value, *companions) if one is not None and one.const_value is not None
+    packed = packed_rows(value, _numbers(value), scales, zeros)
+    parts, swapped = parameters_of(base), None
+    if packed.num_experts:
+        swapped = GraphMatrix(
+            name=base, parts=parts, shape=packed.swapped_shape, read=packed.read_swapped, layers=layers
+        )
+    sources = tuple(one.const_value for one in (value, *companions) if one is not None and one.const_value is not None)
+    return GraphMatrix(
+        name=base,
+        parts=parts,
+        shape=packed.shape,
+        read=packed.read,
+        layers=layers,
+        swapped=swapped,
+        sources=sources,
     )
-    return GraphMatrix(name=base, parts=parameters_of(base), shape=shape, read=read, layers=layers, sources=sources)
 
 
 def _by_input(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +16,42 @@ TILE = 16
 PACKED = ".n16"
 """Suffix of the packed bytes of a weight."""
 
-Numbers = Callable[[Indices, Indices], tuple[Floats, Floats]]
+At = Callable[[Indices, Indices], tuple[Floats, Floats]]
+"""Rows and columns, of shapes that broadcast -> numbers and their steps, of that shape."""
 
 
-def read_packed(
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """A packed matrix: rows and columns [N, K], those of experts one below the other, [E * N, K].
+
+    num_experts: E; 0: it is one matrix.
+    """
+
+    shape: tuple[int, int]
+    num_experts: int
+    at: At
+
+    def read(self, rows: Indices, columns: Indices) -> tuple[Floats, Floats]:
+        """[rows, columns]."""
+        return self.at(rows[:, None], columns[None])
+
+    @property
+    def swapped_shape(self) -> tuple[int, int]:
+        """[E * K, N], as some families keep experts."""
+        return self.num_experts * self.shape[1], self.shape[0] // self.num_experts
+
+    def read_swapped(self, rows: Indices, columns: Indices) -> tuple[Floats, Floats]:
+        """[rows, columns] of `swapped_shape`."""
+        depth, width = self.shape[1], self.swapped_shape[1]
+        return self.at(rows[:, None] // depth * width + columns[None], rows[:, None] % depth)
+
+
+def packed_rows(
     value: ir.Value, packed: npt.NDArray[Any], scales: npt.NDArray[Any] | None, zeros: npt.NDArray[Any] | None
-) -> tuple[tuple[int, int], Numbers]:
-    """Shape of a packed matrix, [N, K], and what reads its numbers and steps.
+) -> PackedRows:
+    """What a constant holds.
 
-    value: the constant, whose reader says how it lies. packed: uint8 [n]. scales, zeros: [(E,) tiles, groups, 16]. Of
-    experts the rows follow each other, [E * N, K].
+    value: the constant, whose reader says how it lies. packed: uint8 [n]. scales, zeros: [(E,) tiles, groups, 16].
     """
     fields = _fields(value)
     depth = fields.get("in_features") or fields["row_length"]
@@ -41,9 +68,8 @@ def read_packed(
         part, row = row // width, row % width
         return matrix * tiles + parts * (row // TILE) + part, row % TILE
 
-    def read(rows: Indices, columns: Indices) -> tuple[Floats, Floats]:
-        tile, place = (index[:, None] for index in places(rows))
-        column = columns[None]
+    def at(rows: Indices, column: Indices) -> tuple[Floats, Floats]:
+        tile, place = places(rows)
         if scales is None:
             values = packed.view(np.float32).reshape(-1, depth, TILE)[tile, column, place]
             return values, np.zeros_like(values)
@@ -57,7 +83,8 @@ def read_packed(
         zero: Any = 8 if zeros is None else zeros.reshape(-1, zeros.shape[-2], TILE)[tile, group, place]
         return (codes.astype(np.int16) - zero).astype(np.float32) * step, step
 
-    return (max(fields.get("num_experts", 0), 1) * parts * width, depth), read
+    num_experts = fields.get("num_experts", 0)
+    return PackedRows((max(num_experts, 1) * parts * width, depth), num_experts, at)
 
 
 def _fields(value: ir.Value) -> dict[str, Any]:

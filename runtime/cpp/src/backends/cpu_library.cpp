@@ -19,15 +19,16 @@ namespace {
 std::string checkedCpuLibrary(const Manifest& manifest, const BackendOptions& options) {
   const std::string install = std::string("build plugins/cpu and set ") + kCpuLibraryVariable + " to its path";
   const char* named = std::getenv(kCpuLibraryVariable);
-  const std::string path = !options.plugin_library.empty()          ? options.plugin_library
+  const std::string path = !options.plugin_library.empty()        ? options.plugin_library
                            : named != nullptr && named[0] != '\0' ? named
-                                                                    : kCpuLibrary;
+                                                                  : kCpuLibrary;
   void* library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);  // never closed: sessions use it
   if (library == nullptr) refuse("no library that loads (" + std::string(::dlerror()) + ")", kCpuLibrary, install);
   using Function = const char* (*)();
   const auto abi_of = reinterpret_cast<Function>(::dlsym(library, "sinkexport_cpu_abi"));
   const auto problem_of = reinterpret_cast<Function>(::dlsym(library, "sinkexport_cpu_problem"));
-  if (abi_of == nullptr || problem_of == nullptr) refuse("'" + path + "', which is another library", kCpuLibrary, install);
+  if (abi_of == nullptr || problem_of == nullptr)
+    refuse("'" + path + "', which is another library", kCpuLibrary, install);
   const std::string wanted = manifest.plugin_abi.value_or("none");
   if (wanted != kCpuAbi) refuse("a bundle for its version " + wanted, kCpuAbi, "export the model again");
   if (abi_of() != wanted) {
@@ -35,7 +36,7 @@ std::string checkedCpuLibrary(const Manifest& manifest, const BackendOptions& op
            "build the library of this version");
   }
   if (const char* reason = problem_of()) {
-    refuse(reason, "what this processor runs", "unset SINKEXPORT_CPU_ISA, or export with --target onnx");
+    throw Error(Code::kBackend, "CPU library: " + std::string(reason) + "; change it, or export with --target onnx");
   }
   return path;
 }

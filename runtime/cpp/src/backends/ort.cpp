@@ -249,8 +249,8 @@ class OrtBackend final : public Backend {
       chunk_ids_ = &add(inputs_, chunk.inputs, "ids");
       chunk_position_ = &add(inputs_, chunk.inputs, "position");
       num_valid_ = &add(inputs_, chunk.inputs, "num_valid");
-      prefill_ = std::make_unique<Graph>(api, env, bundle, manifest, "prefill", options.threads, repack_prefill,
-                                         library);
+      prefill_ =
+          std::make_unique<Graph>(api, env, bundle, manifest, "prefill", options.threads, repack_prefill, library);
       for (int64_t b = 0; b < batch; ++b) {  // the prefill graph sees one stream: a row of each
         chunks_.push_back(prefill_->bind({{spec(chunk, "ids"), chunk_ids_->data()},
                                           {spec(chunk, "position"), chunk_position_->data()},

@@ -15,12 +15,16 @@ NORM = "n = RMSNormalization <axis = -1, epsilon = 0.001> (x, g)"
     ("body", "expected"),
     [
         (f"{NORM} y = MatMul (n, W)", ["FloatLinear"]),
-        (f"{NORM} m = Reshape (n, shape) t = MatMul (m, W) y = Reshape (t, back)", ["FloatLinear", "Reshape", "Reshape"]),
+        (
+            f"{NORM} m = Reshape (n, shape) t = MatMul (m, W) y = Reshape (t, back)",
+            ["FloatLinear", "Reshape", "Reshape"],
+        ),
     ],
     ids=["plain", "through a view"],
 )
 def test_norms(body: str, expected: list[str]) -> None:
-    head = f"shape = Constant <value = int64[2] {{6, {DEPTH}}}> () back = Constant <value = int64[3] {{2, 3, {WIDTH}}}> () "
+    head = f"shape = Constant <value = int64[2] {{6, {DEPTH}}}> () "
+    head += f"back = Constant <value = int64[3] {{2, 3, {WIDTH}}}> () "
     model = linear_graph(head * ("shape" in body) + body)
     check_same_results(model, FuseCpuNorms(), rtol=1e-5)
     assert [kind for kind in kinds(model) if kind != "Constant"] == expected
