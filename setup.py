@@ -1,4 +1,4 @@
-"""Builds the CPU library (plugins/cpu) into the package sinkrt, where there is a C++ compiler. All else: pyproject.toml.
+"""Builds the CPU library (plugins/cpu) into the package sinkrt where there is a C++ compiler. All else: pyproject.toml.
 
 SINKEXPORT_BUILD_CPU says what happens where it cannot be built:
   auto      the package is installed without it, and one line says why (the default; pip shows it with -v)
@@ -56,7 +56,7 @@ class BuildCpuLibrary(Command):
         if choice == "no":
             return
         if reason := self._problem() or self._compile():
-            line = f"sinkexport is installed without its CPU library: {reason}"
+            line = f"sinkexport is built without its CPU library: {reason}"
             if choice == "required":
                 sys.exit(line)
             print(f"warning: {line}; bundles of --target onnx run all the same", file=sys.stderr)

@@ -123,7 +123,7 @@ def test_without_a_compiler_it_is_a_plain_wheel(source: Path, tmp_path: Path) ->
     empty = tmp_path / "empty"
     empty.mkdir()
     wheel, (said,) = build_wheel(source, PATH=str(empty))
-    assert said.startswith("warning: sinkexport is installed without its CPU library: no C++ compiler")
+    assert said.startswith("warning: sinkexport is built without its CPU library: no C++ compiler")
     assert wheel.name == PLAIN
     assert LIBRARY not in names(wheel) and "sinkexport/recipes/int8-weights.yaml" in names(wheel)
 
