@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 from setuptools import Command, setup
@@ -27,6 +28,7 @@ LIBRARY = "libsinkexport_cpu.so"
 
 VARIABLE = "SINKEXPORT_BUILD_CPU"
 CHOICES = ("auto", "required", "no")
+CMAKE_READS = ("CXX", "CXXFLAGS", "LDFLAGS")
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -43,8 +45,9 @@ class BuildCpuLibrary(Command):
 
     def finalize_options(self) -> None:
         self.set_undefined_options("build", ("build_lib", "build_lib"))
-        # Kept: the next install compiles what has changed.
-        self.folder = Path(self.get_finalized_command("build").build_base) / "cpu-library"
+        # Kept: the next install compiles what has changed. CMake reads these once in a folder.
+        chosen = zlib.crc32(repr([os.environ.get(name) for name in CMAKE_READS]).encode())
+        self.folder = Path(self.get_finalized_command("build").build_base, f"cpu-library-{chosen:08x}")
 
     def run(self) -> None:
         choice = os.environ.get(VARIABLE) or CHOICES[0]
@@ -101,14 +104,13 @@ class BuildCpuLibrary(Command):
         was_there = self.folder.exists()
         ninja = shutil.which("ninja")
         options = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-        configure = ["cmake", "-S", SOURCE, "-B", self.folder, *options]
-        configure += ["-DCMAKE_BUILD_TYPE=Release", "-DSINKEXPORT_CPU_WARNINGS_ARE_ERRORS=OFF"]
-        failed = _run(configure)
-        if failed and was_there:  # by another compiler, CMake or generator, or for a tree that has moved
+        options += ["-DCMAKE_BUILD_TYPE=Release", "-DSINKEXPORT_CPU_WARNINGS_ARE_ERRORS=OFF"]
+        failed = _run("cmake", "-S", SOURCE, "-B", self.folder, *options)
+        if failed and was_there:  # by another generator, or for a tree that has moved since
             shutil.rmtree(self.folder)
-            failed = _run(configure)
+            failed = _run("cmake", "-S", SOURCE, "-B", self.folder, *options)
         parallel = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-        failed = failed or _run(["cmake", "--build", self.folder, "--target", TARGET, "--parallel", parallel])
+        failed = failed or _run("cmake", "--build", self.folder, "--target", TARGET, "--parallel", parallel)
         if failed:
             return failed
         self.target.parent.mkdir(parents=True, exist_ok=True)
@@ -117,9 +119,12 @@ class BuildCpuLibrary(Command):
         return None
 
 
-def _run(command: list[str | Path]) -> str | None:
+def _run(*command: str | Path) -> str | None:
     """Run a command; return the first line of its output that names an error, or None where it ends well."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - this file's commands
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - this file's commands
+    except OSError as error:
+        return str(error)
     print(done.stdout + done.stderr, end="")
     if done.returncode == 0:
         return None
