@@ -24,13 +24,14 @@ SOURCES = $(shell find exporter/sinkexport -name '*.py')
 CPU_SOURCES = $(shell find plugins/cpu -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo test test-fast test-families test-newest format lint types generated docs plot bench tokenizers clean distclean
+.PHONY: help venv model demo test test-fast test-families test-nightly test-newest format lint types generated docs plot bench tokenizers clean distclean
 
 help:
 	@echo "make demo       export SmolLM2-135M and stream $(DEMO_TOKENS) tokens: three windows of 1,020"
 	@echo "make test       lint, types, the docs site and all tests (needs CMake and a C++17 compiler)"
 	@echo "make test-fast  all tests but the slow ones, in two minutes"
 	@echo "make test-families  all causal LM classes of transformers: exact or refused, in ten minutes"
+	@echo "make test-nightly   those, and what make test does for one family of each mechanism, for all others"
 	@echo "make test-newest    families and exporter with the newest torch and transformers, in $(VENV)-newest"
 	@echo "make format     ruff format, clang-format; make lint: check them, and the direction of imports; make types: mypy"
 	@echo "make generated  rewrite what comes from code: C++ of sinkrt.contract, tables in docs; make docs: the site, into build/site"
@@ -142,6 +143,10 @@ test-fast: $(VENV)/.dev $(VENV)/.cpu
 # Every causal LM class of the installed transformers. What it finds is recorded by python -m tests.families.found.
 test-families: $(VENV)/.dev $(VENV)/.cpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m '' tests/families $(PYTEST_FLAGS)
+
+# The same, and the tests that `make test` runs for one family of each mechanism alone.
+test-nightly: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m nightly $(PYTEST_FLAGS)
 
 # What the exporter leans on, in the newest releases that the index has: what breaks there is met before users meet it.
 NEWEST       = $(VENV)-newest

@@ -16,7 +16,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 from unittest import mock
@@ -134,6 +134,24 @@ def refused(*expected: str, error: type[Exception] | None = None) -> Iterator[No
     assert "\n" not in message, message
     for text in expected:
         assert text in message, message
+
+
+# --- what runs each day and what each night ---------------------------------------------------------------------------
+
+
+def nightly_but(daily: Iterable[object], cases: Iterable[object]) -> list[Any]:
+    """Parameters of a test: those in `daily` are of the usual run, the others of ``make test-nightly``.
+
+    For cases that repeat a mechanism, such as one family after the other: `daily` has one case for each mechanism.
+    """
+    listed, found = list(daily), list(cases)
+    assert all(case in found for case in listed), [case for case in listed if case not in found]
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)), marks=() if case in listed else pytest.mark.nightly
+        )
+        for case in found
+    ]
 
 
 # --- exports of tiny models ------------------------------------------------------------------------------------------

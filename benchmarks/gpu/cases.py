@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from case_models import case_model
 from reference import float_matmuls
 
 S, W, CHUNK, PROMPT, STEPS = 4, 60, 16, 100, 150
 VOCAB = 1024
+SMALL_VOCAB = 256
 # Median and largest relative error that pass: float16 matmuls and attention against float32. With INT8 experts
 # rounding tips a choice now and then; the nodes in NumPy, with exact attention, are as far (largest 0.095).
 LIMITS = (0.02, 0.06)
@@ -42,9 +44,30 @@ def _case(head_dim: int = 64, **others: Any) -> dict[str, Any]:
         "family": "llama",
         "sink_scale": False,
         "limits": LIMITS,
+        "vocab": VOCAB,
+        "sinks": S,
         **others,
     }
 
+
+_TWO_STREAMS = {
+    "heads by layer": "laguna",
+    "values smaller than keys": "mimo_v2_flash",
+    "shared caches": "gemma3n",
+    "shared caches of two sizes": "gemma4",
+    "two attentions a layer": "diffllama",
+    "latent attention": "minicpm3",
+    "latent attention, experts": "deepseek_v3",
+    "short convolution": "lfm2",
+    "Mamba-2 beside attention": "falcon_h1",
+    "Mamba-2": "nemotron_h",
+    "Mamba": "jamba",
+    "gated delta rule": "olmo_hybrid",
+    "lightning attention": "minimax",
+    "Kimi delta attention": "kimi_linear",
+    "convolutions in attention": "zaya",
+}
+"""Cases of two streams that differ in their family alone."""
 
 CASES: dict[str, dict[str, Any]] = {
     "fp16 matmuls": _case(),
@@ -75,61 +98,8 @@ CASES: dict[str, dict[str, Any]] = {
     "3 streams, linear attention": _case(family="qwen3_5_linear", batch=3),
     "linear attention, experts": _case(family="qwen3_next"),
     "3 streams, experts, int8 weights": _case(recipe="int8-channel", batch=3, family="mixtral", limits=INT8_EXPERTS),
-}
-
-_TWO_LAYERS = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "tie_word_embeddings": False,
-}
-_LINEAR_AND_FULL = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
-}
-# What attention has besides, in models that have it: ALiBi; learned sink logits, in a layer with a window of its own as
-# well; output gates. What models have besides: experts, linear attention.
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "bloom": ("BloomConfig", {"hidden_size": 256, "n_layer": 2, "n_head": 4}),
-    "flint": (
-        "FlintConfig",
-        {
-            **_TWO_LAYERS,
-            "layer_types": ["full_attention", "sliding_attention"],
-            "sliding_window": 24,
-            "mlp_only_layers": [0, 1],
-        },
-    ),
-    "qwen3_5": ("Qwen3_5TextConfig", {**_TWO_LAYERS, "layer_types": ["full_attention"] * 2}),
-    "qwen3_5_linear": ("Qwen3_5TextConfig", {**_TWO_LAYERS, **_LINEAR_AND_FULL}),
-    "mixtral": ("MixtralConfig", {**_TWO_LAYERS, "num_local_experts": 12, "num_experts_per_tok": 4}),
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        {
-            **_TWO_LAYERS,
-            "moe_intermediate_size": 64,
-            "num_experts": 12,
-            "num_experts_per_tok": 4,
-            "mlp_only_layers": [0],
-        },
-    ),
-    "qwen3_next": (
-        "Qwen3NextConfig",
-        {
-            **_TWO_LAYERS,
-            **_LINEAR_AND_FULL,
-            "num_experts": 12,
-            "num_experts_per_tok": 4,
-            "moe_intermediate_size": 64,
-            "shared_expert_intermediate_size": 64,
-        },
-    ),
+    **{name: _case(family=family, batch=2, vocab=SMALL_VOCAB) for name, family in _TWO_STREAMS.items()},
+    "RG-LRU": _case(family="recurrent_gemma", batch=2, vocab=SMALL_VOCAB, sinks=0),
 }
 
 
@@ -151,9 +121,9 @@ def make(root: Path, names: Sequence[str]) -> None:
         if name not in names:
             continue
         torch.manual_seed(index)
-        model = _model(case)
+        model = case_model(case["family"], case["vocab"], case["head_dim"], has_sink_scale=case["sink_scale"])
         geometry = {
-            "num_sink_tokens": S,
+            "num_sink_tokens": case["sinks"],
             "window_size": W,
             "batch": case["batch"],
             "chunk_size": CHUNK,
@@ -169,7 +139,7 @@ def make(root: Path, names: Sequence[str]) -> None:
             ExportConfig(**geometry, target="tensorrt", dtype="fp16"),
             overwrite=True,
         )
-        tokens = np.random.default_rng(index).integers(0, VOCAB, (PROMPT + STEPS, case["batch"]), np.int32)
+        tokens = np.random.default_rng(index).integers(0, case["vocab"], (PROMPT + STEPS, case["batch"]), np.int32)
         tokens.tofile(folder / "tokens.bin")
         with float_matmuls(folder / "expected") as exact, Session.load(exact) as session:
             if case["separate"]:  # decode only, from the first token
@@ -182,41 +152,6 @@ def make(root: Path, names: Sequence[str]) -> None:
             file.unlink()
         (folder / "expected").rmdir()
         print(f"{name}: made", flush=True)
-
-
-def _model(case: dict[str, Any]) -> Any:
-    """In float32, of weights that float16 holds."""
-    import torch
-    import transformers
-    from sinkexport.model.moe_layers import routers
-
-    if case["family"] == "llama":
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": case["head_dim"]}
-        config = transformers.LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            tie_word_embeddings=False,
-            **heads,
-        )
-    else:
-        config_class, arguments = FAMILIES[case["family"]]
-        config = getattr(transformers, config_class)(vocab_size=VOCAB, **arguments)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    if case["family"] != "llama" or case["sink_scale"]:
-        # Weights of a new model make attention so even that what it has besides would not matter.
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(0.0, 0.05)
-                elif name.endswith("sinks"):  # about as heavy as all that a window holds
-                    parameter.normal_(4.0, 1.0)
-                else:
-                    parameter.add_(torch.randn_like(parameter) * 0.3)
-            for name in sorted(routers(model)):  # so that a choice which rounding tips is of experts that count little
-                model.get_parameter(f"{name}.weight").normal_(0.0, 1.0)
-    return model.to(torch.float16).to(torch.float32).eval()
 
 
 def _sink_tuning(model: Any) -> Any:
@@ -247,30 +182,45 @@ def _checked(
     folder: Path, case: dict[str, Any], tools: Path, plugin: Path, build_options: list[str], timeout_s: float
 ) -> dict[str, Any]:
     logits_file = folder / "logits.bin"
-    build = [tools / "sinkrt_build", folder / "bundle", "--plugin", plugin, *build_options]
-    if case["separate"]:
-        run: list[Any] = [tools / "run_engine", folder / "bundle", folder / "tokens.bin", logits_file]
-    else:
-        run = [tools / "probe", "replay", folder / "bundle", folder / "tokens.bin", logits_file, PROMPT]
-    for command in (build, run):
-        try:
-            done = subprocess.run(
-                list(map(str, command)), capture_output=True, text=True, check=False, timeout=timeout_s
-            )
-        except subprocess.TimeoutExpired:
-            return {"failed": f"{command[0].name}: more than {timeout_s:.0f} s"}
-        if done.returncode != 0:
-            return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:400]}
     want = np.load(folder / "expected.npy").astype(np.float32)
-    got = np.fromfile(logits_file, np.float32).reshape(want.shape)
-    logits_file.unlink()
-    errors = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
-    return {
-        "error_median": float(np.median(errors)),
-        "error_max": float(errors.max()),
-        "agree": float((got.argmax(-1) == want.argmax(-1)).mean()),
-        "passed": bool(np.median(errors) < case["limits"][0] and errors.max() < case["limits"][1]),
-    }
+    row: dict[str, Any] = {}
+    try:
+        built = _run([tools / "sinkrt_build", folder / "bundle", "--plugin", plugin, *build_options], timeout_s)
+        row["build_s"] = [float(line.split(", ")[-1].removesuffix(" s")) for line in built.splitlines()]
+        run: list[Any] = [folder / "bundle", folder / "tokens.bin", logits_file]
+        if case["separate"]:
+            ways = {"": [tools / "run_engine", *run]}
+        else:  # the prompt in chunks, and all of it in steps
+            ways = {"": [tools / "probe", "replay", *run, PROMPT], "steps_": [tools / "probe", "replay", *run, 0]}
+        passed = True
+        for way, command in ways.items():
+            _run(command, timeout_s)
+            got = np.fromfile(logits_file, np.float32).reshape(-1, *want.shape[1:])[-len(want) :]
+            logits_file.unlink()
+            errors = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
+            row[f"{way}error_median"], row[f"{way}error_max"] = float(np.median(errors)), float(errors.max())
+            row[f"{way}agree"] = float((got.argmax(-1) == want.argmax(-1)).mean())
+            passed &= bool(np.median(errors) < case["limits"][0] and errors.max() < case["limits"][1])
+    except RuntimeError as error:
+        return {**row, "failed": str(error)}
+    return {**row, "passed": passed}
+
+
+def _run(command: Sequence[Any], timeout_s: float) -> str:
+    """Standard output of a program.
+
+    Raises: RuntimeError with the last line of what it says, or that it took too long.
+    """
+    name = Path(command[0]).name
+    try:
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=timeout_s)
+    except subprocess.TimeoutExpired as error:
+        before = (error.stdout or b"").decode().strip().replace("\n", "; ")  # engines that it had built
+        raise RuntimeError(f"{name}: more than {timeout_s:.0f} s; {before}") from None
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["nothing"]
+        raise RuntimeError(f"{name}: exit code {done.returncode}: {lines[-1][:400]}")
+    return done.stdout
 
 
 def main() -> int:

@@ -62,6 +62,17 @@ int64_t probe_check(const char* bundle) {
   });
 }
 
+// Load a bundle, and a saved state into it.
+int64_t probe_load_state(const char* bundle, const char* onnxruntime, const char* state) {
+  return guarded([&]() -> int64_t {
+    sinkrt::LoadOptions options;
+    options.threads = 1;
+    options.onnxruntime_library = onnxruntime;
+    sinkrt::Session::load(bundle, options)->loadState(state);
+    return 0;
+  });
+}
+
 void* probe_tokenizer(const char* path) {
   sinkrt::Tokenizer* out = nullptr;
   guarded([&]() -> int64_t {

@@ -23,7 +23,7 @@ class Probe:
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
-        for name in ("sample", "fingerprint", "manifest", "check", "encode", "decode", "stream", "steps"):
+        for name in ("sample", "fingerprint", "manifest", "check", "encode", "decode", "stream", "steps", "load_state"):
             getattr(self._library, f"probe_{name}").restype = ctypes.c_int64
         self._library.probe_error.restype = ctypes.c_char_p
         self._library.probe_tokenizer.restype = ctypes.c_void_p
@@ -94,6 +94,10 @@ class Probe:
             str(state).encode(),
         )
         return [row[:n].tolist() for row, n in zip(ids, counts, strict=True)]
+
+    def load_state(self, bundle: Path, state: Path) -> None:
+        """Load a bundle, and a saved state into it."""
+        self.call("load_state", str(bundle).encode(), str(onnxruntime_library()).encode(), str(state).encode())
 
     def tokenizer(self, path: Path) -> CppTokenizer:
         """Raises: ProbeError."""

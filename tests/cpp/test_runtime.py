@@ -27,10 +27,11 @@ from tests.cpp.build import CppRuntime, onnxruntime_library
 from tests.cpp.probe import Probe, ProbeError
 from tests.cpp.tokenizer_kinds import DECODERS, LLAMA_DECODER, metaspace, model, sequence, whole
 from tests.exporter.pipeline.test_families import exported
-from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
+from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.exporter.variants.test_head_windows import window_file
 from tests.exporter.variants.test_later_sinks import tuning
 from tests.runtime.toy import Toy, build_toy, rehash
+from tests.support import export_model
 
 SINKS, WINDOW = 4, 12
 WRAPS = SINKS + 4 * WINDOW  # tokens; the prompt comes before
@@ -222,7 +223,7 @@ def test_ten_thousand_tokens_by_the_cpu_library(cpp_runtime: CppRuntime, cpu_lib
             SINKS, WINDOW, batch=batch, chunk_size=5, target="cpu", recipe=load_recipe("int4-nearest")
         )
         bundle = tmp_path / f"batch{batch}"
-        exported(tiny_model("llama"), bundle, config).close()
+        export_model("llama", bundle, config, tokenizer=tiny_tokenizer())
         done = cpp_runtime.run(cpp_runtime.programs / "allocations", bundle, "10000")
         assert re.fullmatch(r"ours 0 onnxruntime [1-9]\d* buffers same\n", done.stdout), done.stdout + done.stderr
 

@@ -15,6 +15,7 @@ from tests.cpp.test_runtime import check_c_interface
 from tests.cpp.test_tokenizer import KINDS
 from tests.cpp.test_tokenizer_kinds import KINDS as FILES
 from tests.cpp.tokenizer_kinds import draw_file
+from tests.runtime.layout_bundles import build_layout, kinds
 from tests.runtime.toy import Toy, build_toy
 
 RUNS = 4_000
@@ -59,11 +60,25 @@ def test_text_and_states(sanitized_cpp_runtime: CppRuntime, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("kind", kinds())
+def test_every_kind_of_state(sanitized_cpp_runtime: CppRuntime, tmp_path: Path, kind: str) -> None:
+    """Chunks, steps past three wraps, a saved state and one that goes on from it."""
+    bundle = build_layout(tmp_path / "bundle", kinds(batch=1)[kind])
+    options = ("--max-tokens", "30", "--ignore-eos")
+    for more in (("--prompt", "ten bytes.", "--save-state"), ("--load-state",)):
+        done = sanitized_cpp_runtime.run(sanitized_cpp_runtime.generate, bundle, *options, *more, tmp_path / "state")
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", ["manifest", "state", "tokenizer"])
 def test_fuzz(sanitized_cpp_runtime: CppRuntime, tmp_path: Path, name: str) -> None:
     """Mutations of good files by a fixed seed: read or refused, and nothing else."""
     bundle = build_toy(tmp_path / "toy", Toy(chunk_size=4, batch=2))
     files = [bundle / MANIFEST_NAME]
+    if name == "manifest":
+        for kind, layout in kinds().items():
+            files.append(tmp_path / f"{kind}.json")
+            files[-1].write_text(layout.to_json(), encoding="utf-8")
     if name == "state":
         files = [tmp_path / "empty.state", tmp_path / "full.state"]
         with Session.load(bundle, threads=1) as session:

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import transformers
 from sinkexport.config import ExportConfig
 from sinkrt import Session
 from sinkrt.answer import AnswerParams
 from sinkrt.contract import RECURRENT_KINDS
+from sinkrt.contract.constants import LAYOUT_METADATA
+from sinkrt.contract.layout import graph_layout
 from sinkrt.sampler import SamplingParams
 from sinkrt.scheduler import Scheduler
 
@@ -53,6 +56,15 @@ UNEVEN = {
     ),
 }
 NAMES = {"latent and recurrent": "kimi_linear", "no attention": "rwkv", "state beside a cache": "zaya"}
+
+SHOWN = {
+    "heads by layer": ("3: 3 with attention", "88 numbers a token", "2 layers with a sliding window of 5"),
+    "value heads of another size": ("192 numbers a token, all layers together",),
+    "latent and recurrent": ("2: 1 with attention, 1 recurrent", "24 numbers a token", "sink latent rows"),
+    "no attention": ("3: 3 recurrent", "constant state in 3 layers; 0.0029 MB a stream"),
+    "state beside a cache": ("2 x 6 query heads, 2 key heads of 8", "64 numbers a token"),
+}
+"""What `inspect` shows of each besides."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +114,12 @@ def test_the_manifest_says_what_is_kept(bundle: Bundle, session: Session) -> Non
         assert manifest.attention is None and kinds > {"window_v", "conv"}
         words = "layers, 2 of them beside a cache"
     assert_states_are_written_last(bundle.folder, manifest)
-    assert words in run_cli("inspect", bundle.folder).out
+    for part in (words, *SHOWN[bundle.name]):
+        assert part in run_cli("inspect", bundle.folder).out, part
+    for graph in manifest.graphs.values():
+        metadata = onnx.load(bundle.folder / graph.file, load_external_data=False).metadata_props
+        found_layout = {entry.key: entry.value for entry in metadata}.get(LAYOUT_METADATA)
+        assert found_layout == graph_layout(manifest) and (found_layout is None) == (manifest.attention is None)
     assert ("recurrent states" in run_cli("inspect", bundle.folder, "--memory").out) == manifest.is_recurrent
 
 

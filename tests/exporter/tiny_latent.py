@@ -4,25 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 6,
-    "max_position_embeddings": 512,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 24,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
-_EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
-_DEEPSEEK = {**COMMON, **_EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+from tests.exporter.tiny_common import GROUPED_EXPERTS, MLA, without
+
+_MLA = {**MLA, "v_head_dim": 12, "pad_token_id": None}
+_DEEPSEEK = {**_MLA, **GROUPED_EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
 _YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -39,17 +24,17 @@ LATENT: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3Config",
         {**_DEEPSEEK, "rope_parameters": _YARN, "rope_interleave": False, "attention_bias": True, "kv_lora_rank": 33},
     ),
-    "minicpm3": ("MiniCPM3Config", {**COMMON, "v_head_dim": 8}),
+    "minicpm3": ("MiniCPM3Config", {**_MLA, "v_head_dim": 8}),
     "glm4_moe_lite": (
         "Glm4MoeLiteConfig",
-        {**COMMON, **_EXPERTS, "n_routed_experts": 4, "mlp_layer_types": ["dense", "sparse"]},
+        {**_MLA, **GROUPED_EXPERTS, "n_routed_experts": 4, "mlp_layer_types": ["dense", "sparse"]},
     ),
-    "youtu": ("YoutuConfig", {**COMMON, "v_head_dim": 6}),
+    "youtu": ("YoutuConfig", {**_MLA, "v_head_dim": 6}),
     "axk1": ("AXK1Config", _DEEPSEEK),
     "longcat_flash": (
         "LongcatFlashConfig",
         {
-            **{key: value for key, value in COMMON.items() if key not in ("intermediate_size", "num_hidden_layers")},
+            **without(_MLA, "intermediate_size", "num_hidden_layers"),
             "num_layers": 1,
             "head_dim": 8,
             "ffn_hidden_size": 64,

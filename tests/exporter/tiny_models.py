@@ -10,29 +10,16 @@ import torch
 import transformers
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 
+from tests.exporter.tiny_common import COMMON, DELTA_RULE, SHARED_EXPERT, without
 from tests.exporter.tiny_latent import LATENT
 from tests.exporter.tiny_positions import POSITIONED
 from tests.exporter.tiny_recurrent import RECURRENT
 from tests.exporter.tiny_uncommon import UNCOMMON
-
-VOCAB_SIZE = 97
+from tests.support import VOCAB_SIZE
 
 torch.set_num_threads(1)  # tiny matrices are faster without handing work around
 
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-"""Arguments of most configurations."""
-_NO_GROUPS = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
+_NO_GROUPS = without(COMMON, "num_key_value_heads")
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {**COMMON, "head_dim": 16}),
     "llama-tied": ("LlamaConfig", {**COMMON, "head_dim": 8, "tie_word_embeddings": True}),
@@ -182,14 +169,8 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["linear_attention", "full_attention"],
             "head_dim": 16,
             "partial_rotary_factor": 0.25,
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
+            **DELTA_RULE,
+            **SHARED_EXPERT,
         },
     ),
     "qwen3_5_text": (
@@ -198,10 +179,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             **COMMON,
             "layer_types": ["linear_attention", "full_attention"],
             "head_dim": 16,
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
+            **DELTA_RULE,
         },
     ),
     "gptj": (
@@ -231,10 +209,7 @@ TINY |= {
             "layer_types": ["full_attention", "sliding_attention"],
             "num_attention_heads_per_layer": [4, 6],
             "mlp_layer_types": ["dense", "sparse"],
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
+            **SHARED_EXPERT,
         },
     ),
     "mimo_v2_flash": (
@@ -253,8 +228,7 @@ TINY |= {
         },
     ),
 }
-TINY |= RECURRENT | LATENT | UNCOMMON
-
+TINY |= RECURRENT | LATENT | UNCOMMON | POSITIONED
 
 RE_ROTATED = (
     *(
@@ -276,16 +250,27 @@ RE_ROTATED = (
 )
 """Models of `TINY` that the re-rotating reference follows; the call-following one follows all."""
 
-ALL_TINY = TINY | POSITIONED
-"""Those that the re-rotating reference cannot follow as well."""
+
+DAILY = (
+    *("llama", "llama-yarn", "phi3-partial", "gpt_neox", "cohere", "gptj"),  # ways to rotate
+    *("bloom", "mpt", "falcon", "gemma3_text", "modernbert-decoder", "doge"),  # masks, ALiBi, windows
+    *("mixtral", "jetmoe"),  # experts
+    *("qwen3_5_text", "lfm2", "nemotron_h", "recurrent_gemma", "minimax", "bailing_hybrid", "rwkv", "xlstm", "zaya"),
+    *("deepseek_v3", "deepseek_v32", "laguna", "diffllama", "hrm_text"),  # caches, indexers, heads and calls of layers
+)
+"""Models of `TINY` for each day: one for each mechanism. The others have a test of a mechanism each night."""
+
+
+DECODE_GRAPH = {"num_sink_tokens": 4, "window_size": 12, "batch": 1, "chunk_size": 1}
+"""Arguments of `shared_export` for tests that read the decode graph of a family: it is exported once for all."""
 
 
 def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A model of `ALL_TINY` in evaluation mode, with weights large enough for attention to matter.
+    """A model of `TINY` in evaluation mode, with weights large enough for attention to matter.
 
     changes: of the arguments of its configuration.
     """
-    config_class, arguments = ALL_TINY[name]
+    config_class, arguments = TINY[name]
     return random_model(getattr(transformers, config_class)(**{**arguments, **changes}), seed=seed, dtype=dtype)
 
 

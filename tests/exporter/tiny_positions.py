@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.exporter.tiny_recurrent import COMMON as _COMMON
-
-COMMON: dict[str, Any] = {**_COMMON, "num_hidden_layers": 2}
-_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+from tests.exporter.tiny_common import COMMON, EXPERTS
 
 POSITIONED: dict[str, tuple[str, dict[str, Any]]] = {
     "nanochat": ("NanoChatConfig", COMMON),
@@ -62,7 +59,7 @@ POSITIONED: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteMoeSWAConfig",
         {
             **COMMON,
-            **_MOE,
+            **EXPERTS,
             "attention_multiplier": 0.3,
             "sliding_window": 7,
             "layer_types": ["full_attention", "sliding_attention"],

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+from tests.exporter.tiny_common import COMMON, DELTA_RULE, EXPERTS, SHARED_EXPERT, without
+
 _MAMBA2 = {"mamba_n_heads": 12, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 8, "mamba_n_groups": 2}
 _NO_ATTENTION = {"vocab_size": 97, "hidden_size": 48, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _MAMBA1 = {"mamba_d_state": 8, "mamba_dt_rank": 4}
 
-_LATENT = {
-    **{name: value for name, value in COMMON.items() if name != "num_key_value_heads"},
-    "num_hidden_layers": 2,
+_KIMI = {
+    **without(COMMON, "num_key_value_heads"),
     "kv_lora_rank": 16,
     "q_lora_rank": None,
     "qk_rope_head_dim": 8,
@@ -42,7 +32,6 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **COMMON,
             "layer_types": ["conv", "full_attention"],
-            "num_hidden_layers": 2,
             "block_auto_adjust_ff_dim": False,
         },
     ),
@@ -72,7 +61,7 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h": (
         "NemotronHConfig",
         {
-            **COMMON,
+            **without(COMMON, "num_hidden_layers"),
             "head_dim": 8,
             "layers_block_type": ["linear_attention", "full_attention", "mlp"],
             "ssm_state_size": 16,
@@ -100,7 +89,7 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "falcon_h1": (
         "FalconH1Config",
-        {**COMMON, **_MAMBA2, "num_hidden_layers": 2, "head_dim": 8, "mamba_d_ssm": 96, "key_multiplier": 0.7},
+        {**COMMON, **_MAMBA2, "head_dim": 8, "mamba_d_ssm": 96, "key_multiplier": 0.7},
     ),
     "zamba2": (
         "Zamba2Config",
@@ -137,7 +126,6 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **COMMON,
             **_MAMBA1,
-            "num_hidden_layers": 2,
             "num_experts": 4,
             "attn_layer_period": 2,
             "attn_layer_offset": 1,
@@ -165,7 +153,6 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
         "OlmoHybridConfig",
         {
             **COMMON,
-            "num_hidden_layers": 2,
             "num_key_value_heads": 6,
             "layer_types": ["linear_attention", "full_attention"],
             "linear_num_value_heads": 4,
@@ -191,19 +178,17 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
         "MiniMaxConfig",
         {
             **COMMON,
-            "num_hidden_layers": 2,
             "head_dim": 8,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
+            **EXPERTS,
             "block_size": 8,
             "linear_attn_alpha_factor": 1.5,
             "mlp_beta_factor": 0.5,
         },
     ),
-    "kimi_linear": ("KimiLinearConfig", {**_LATENT, "linear_head_dim": 8, "linear_num_heads": 4}),
+    "kimi_linear": ("KimiLinearConfig", {**_KIMI, "linear_head_dim": 8, "linear_num_heads": 4}),
     "bailing_hybrid": (
         "BailingHybridConfig",
-        {**_LATENT, "head_dim": 8, "num_expert_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+        {**_KIMI, "head_dim": 8, "num_expert_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     ),
     "rwkv": ("RwkvConfig", {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "rescale_every": 2}),
     # Sizes that transformers' own cache has, too: multiples of 64.
@@ -223,18 +208,11 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen4_exp_text": (
         "Qwen4ExpTextConfig",
         {
-            **{name: value for name, value in COMMON.items() if name != "intermediate_size"},
-            "num_hidden_layers": 2,
+            **without(COMMON, "intermediate_size"),
             "head_dim": 8,
             "layer_types": ["linear_attention", "indexed_attention"],
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
+            **DELTA_RULE,
+            **SHARED_EXPERT,
             "hc_count": 2,
             "hc_lowrank": 8,
             "indexer_n_heads": 2,
@@ -247,8 +225,7 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     "zaya": (
         "ZayaConfig",
         {
-            **{name: value for name, value in COMMON.items() if name != "intermediate_size"},
-            "num_hidden_layers": 2,
+            **without(COMMON, "intermediate_size"),
             "head_dim": 8,
             "num_experts": 4,
             "num_experts_per_tok": 1,

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.exporter.tiny_recurrent import COMMON as _COMMON
+from tests.exporter.tiny_common import COMMON, EXPERTS, GROUPED_EXPERTS, MLA
 
-COMMON: dict[str, Any] = {**_COMMON, "num_hidden_layers": 2}
+_INDEXED = {
+    **MLA,
+    **GROUPED_EXPERTS,
+    "head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "mlp_layer_types": ["dense", "sparse"],
+    "index_topk": 64,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "layer_types": ["indexed_attention", "indexed_attention"],
+}
+"""Arguments of families that choose tokens of a latent cache by an indexer."""
 
 UNCOMMON: dict[str, tuple[str, dict[str, Any]]] = {
     "dbrx": (
@@ -108,8 +121,7 @@ UNCOMMON: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **COMMON,
             "head_dim": 8,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
+            **EXPERTS,
             "dense_intermediate_size": 64,
             "shared_intermediate_size": 32,
             "rotary_dim": 4,
@@ -121,62 +133,10 @@ UNCOMMON: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["full_attention", "minimax_m3_sparse"],
         },
     ),
-    "deepseek_v32": (
-        "DeepseekV32Config",
-        {
-            **COMMON,
-            "num_key_value_heads": 6,
-            "head_dim": 8,
-            "kv_lora_rank": 16,
-            "q_lora_rank": 24,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 16,
-            "qk_nope_head_dim": 8,
-            "n_routed_experts": 8,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "n_group": 1,
-            "topk_group": 1,
-            "mlp_layer_types": ["dense", "sparse"],
-            "index_topk": 64,
-            "index_head_dim": 16,
-            "index_n_heads": 2,
-            "layer_types": ["indexed_attention", "indexed_attention"],
-        },
-    ),
-    "glm_moe_dsa": (
-        "GlmMoeDsaConfig",
-        {
-            **COMMON,
-            "num_key_value_heads": 6,
-            "head_dim": 8,
-            "kv_lora_rank": 16,
-            "q_lora_rank": 24,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "n_routed_experts": 8,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "n_group": 1,
-            "topk_group": 1,
-            "mlp_layer_types": ["dense", "sparse"],
-            "index_topk": 64,
-            "index_head_dim": 16,
-            "index_n_heads": 2,
-            "layer_types": ["indexed_attention", "indexed_attention"],
-            "indexer_types": ["full", "shared"],
-        },
-    ),
+    "deepseek_v32": ("DeepseekV32Config", {**_INDEXED, "v_head_dim": 16}),
+    "glm_moe_dsa": ("GlmMoeDsaConfig", {**_INDEXED, "indexer_types": ["full", "shared"]}),
     "doge": ("DogeConfig", {**COMMON, "keep_window_size": 64}),
-    "diffllama": (
-        "DiffLlamaConfig",
-        {
-            **COMMON,
-        },
-    ),
+    "diffllama": ("DiffLlamaConfig", COMMON),
     "hrm_text": (
         "HrmTextConfig",
         {

@@ -10,6 +10,7 @@ import transformers
 from tests.families.found import Found
 from tests.families.outcome import EXACT, FAULT, NOT_BUILT, outcome_of
 from tests.families.shrink import OVERRIDES, model_types
+from tests.support import nightly_but
 
 DAILY = frozenset(
     (
@@ -27,13 +28,10 @@ DAILY = frozenset(
         "vaultgemma",
     )
 )
-"""Families of the usual run; the others are of the nightly one, ``make test-families``."""
+"""Families of the usual run; the others are of ``make test-families`` and ``make test-nightly``."""
 
 
-@pytest.mark.parametrize(
-    "model_type",
-    [pytest.param(name, marks=() if name in DAILY else pytest.mark.nightly) for name in model_types()],
-)
+@pytest.mark.parametrize("model_type", nightly_but(DAILY, model_types()))
 def test_a_family_is_exact_or_refused(model_type: str, tmp_path: Path) -> None:
     outcome = outcome_of(model_type, tmp_path)
     assert outcome.state != FAULT, outcome.reason

@@ -92,3 +92,23 @@ def test_a_buffer_that_is_computed_of_the_configuration(tmp_path: Path) -> None:
     model = tiny_model("falcon_h1", ssm_multipliers=[1.1, 0.9, 1.2, 0.8, 1.3])
     model.save_pretrained(tmp_path / "model")
     export_loaded(load_model(str(tmp_path / "model")), tmp_path / "bundle", CONFIG)
+
+
+class Computed(torch.nn.Module):
+    """Buffers that no file has: one is read as it is, one times a parameter, one is an integer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([2.0, 4.0]))
+        self.register_buffer("read", torch.tensor([0.5, 1.5]), persistent=False)
+        self.register_buffer("factor", torch.tensor([3.0, 5.0]), persistent=False)
+        self.register_buffer("number", torch.tensor([1, 2]), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.read + self.weight * self.factor + self.number
+
+
+def test_constants_of_buffers_that_no_file_has() -> None:
+    found = derived_constants(torch.export.export(Computed(), (torch.ones(1, 2),)))
+    by_source = {tuple(one.sources): one.values.tolist() for one in found}
+    assert by_source == {(): [0.5, 1.5], ("weight",): [6.0, 20.0]}

@@ -66,6 +66,20 @@ def test_recurrent_layers_are_called_so(name: str, heads: str, tmp_path: Path) -
     assert "full attention" not in out or name == "lfm2"
 
 
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("kimi_linear", "2: 1 x 6 query heads over latent rows of 24 (16 of them values)"),
+        ("deepseek_v3", "2 x 6 query heads over latent rows of 24 (16 of them values)"),
+        ("gemma4_text", "the last 2: they read an earlier layer's"),
+        ("lfm2", "2: 1 x 6 query heads, 2 key heads of 8"),
+    ],
+)
+def test_layers_of_other_kinds_are_described(name: str, layers: str, tmp_path: Path) -> None:
+    tiny_model(name).save_pretrained(tmp_path / "model")
+    assert layers in inspected(str(tmp_path / "model"))
+
+
 def test_a_folder(tmp_path: Path) -> None:
     folder = folder_of("llama-yarn", tmp_path / "model")
     before = sorted(path.name for path in folder.iterdir())

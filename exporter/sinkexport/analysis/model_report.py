@@ -122,11 +122,20 @@ def inspect_model(source: str) -> ModelReport:
 
 
 def model_facts(config: Any) -> Facts:
-    """Read the sizes of the model from its configuration."""
+    """Read the sizes of the model from its configuration.
+
+    latent: numbers that latent attention keeps of a token, and how many of them are the value; absent elsewhere.
+    shared_layers: last layers that keep no cache, as they read an earlier layer's; absent elsewhere.
+    """
     text = config.get_text_config()
     heads = _size(text, "num_attention_heads")
     width = getattr(text, "hidden_size", None)
+    latent, turning, shared = (
+        _size(text, name) for name in ("kv_lora_rank", "qk_rope_head_dim", "num_kv_shared_layers")
+    )
     return {
+        **({} if latent is None or turning is None else {"latent": (latent + turning, latent)}),
+        **({} if shared is None else {"shared_layers": shared}),
         "family": text.model_type,
         "architecture": next(iter(getattr(config, "architectures", None) or ()), None),
         "num_layers": getattr(text, "num_hidden_layers", None),
@@ -160,7 +169,8 @@ def position_facts(config: Any) -> Facts:
     for layers, values in groups.items():
         if isinstance(values, dict) and values:
             rest = {name: value for name, value in values.items() if name not in ("rope_type", "rope_theta")}
-            share = rest.pop("partial_rotary_factor", None) or getattr(text, "partial_rotary_factor", None) or 1.0
+            share = rest.pop("partial_rotary_factor", None) or getattr(text, "partial_rotary_factor", None)
+            share = share or _latent_share(text)
             rope.append(
                 {
                     "layers": layers,
@@ -171,6 +181,12 @@ def position_facts(config: Any) -> Facts:
                 }
             )
     return {"known_as": known, "rope": rope}
+
+
+def _latent_share(text: Any) -> float:
+    """Compute the share of a query head that turns: one part of two in latent attention, all elsewhere."""
+    turning, fixed = (_size(text, name) for name in ("qk_rope_head_dim", "qk_nope_head_dim"))
+    return 1.0 if turning is None or fixed is None else turning / (turning + fixed)
 
 
 def window_facts(config: Any) -> list[Facts]:

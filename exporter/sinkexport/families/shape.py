@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from sinkrt.contract import AttentionCache, attention_entries
+
 from sinkexport.families.latent import Latent
 from sinkexport.recurrent.states import RecurrentShapes
 
@@ -23,6 +25,8 @@ class AttentionCall:
     key_dim, value_dim: elements of a key or query, and of a value.
     sliding_window: tokens that the model itself sees, the newest included; None: all.
     alibi_slopes: [Hq], what a logit loses for each token of distance (ALiBi, arXiv:2108.12409); None: no ALiBi.
+    is_tiled: whether query head i reads key head i modulo Hkv (JetMoE, where experts make queries for the same keys);
+    otherwise those of a key head lie in a row.
     shares: index of an earlier call whose keys and values this one reads; None: it has its own.
     latent: how they are expanded from a latent, where what turns leads in queries and keys; None: they are not.
     """
@@ -35,13 +39,22 @@ class AttentionCall:
     value_dim: int
     sliding_window: int | None = None
     alibi_slopes: tuple[float, ...] | None = None
+    is_tiled: bool = False
     shares: int | None = None
     latent: Latent | None = None
 
     @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Hq, Hkv, elements of a key and of a value."""
-        return self.num_q_heads, self.num_kv_heads, self.key_dim, self.value_dim
+    def entry(self) -> AttentionCache:
+        """How a manifest describes what it attends to, with keys and values expanded."""
+        heads = (self.num_q_heads, self.num_kv_heads, self.key_dim, self.value_dim)
+        return AttentionCache(self.layer, self.number, *heads, latent=False)
+
+    def query_heads(self, key_head: int) -> tuple[int, ...]:
+        """Indices of the query heads that read a key head."""
+        if self.is_tiled:
+            return tuple(range(key_head, self.num_q_heads, self.num_kv_heads))
+        size = self.num_q_heads // self.num_kv_heads
+        return tuple(range(key_head * size, (key_head + 1) * size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +70,9 @@ class AttentionShape:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether no layer attends twice, and all that do have the same sizes, values as large as keys."""
-        sizes = {call.sizes for call in self.calls}
-        if any(call.latent is not None for call in self.calls):
-            return False
-        return len(sizes) == 1 and self.calls[0].key_dim == self.calls[0].value_dim and not self.has_later_calls
-
-    @property
-    def has_later_calls(self) -> bool:
-        """Whether a layer attends more than once."""
-        return any(call.number for call in self.calls)
+        """Whether no layer attends twice, and all that do have the same sizes, as a manifest without `attention`."""
+        is_latent = any(call.latent is not None for call in self.calls)
+        return not is_latent and attention_entries(self, [call.entry for call in self.calls]) is None
 
     @property
     def num_q_heads(self) -> int:

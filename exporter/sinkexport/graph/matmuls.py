@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sinkexport.graph.edit import is_weight, known_shape, only_user, operand
+from sinkexport.util.traced_names import MODEL
 
 ROWS = "rows"
 """Key in the metadata of a weight [K, N] of a matmul: the tensors [n, K] whose transpose it is, in order, as pairs
@@ -81,7 +82,7 @@ class Matmul:
 
 def module_of(weight_name: str) -> str:
     """The module of a parameter of the traced step, whose only child is the model, ``model``."""
-    return weight_name.removesuffix(".T").removesuffix(".weight").removeprefix("model.")
+    return weight_name.removesuffix(".T").removesuffix(".weight").removeprefix(MODEL)
 
 
 def find_matmuls(graph: ir.Graph) -> Iterator[Matmul]:

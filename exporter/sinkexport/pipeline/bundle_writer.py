@@ -24,7 +24,7 @@ from sinkrt.files import lock, named_beside, sync_folder, unlocked
 from sinkexport.graph.builder import LARGE_CONSTANT_BYTES
 from sinkexport.graph.convert import WEIGHTS_FILE
 from sinkexport.loading.tokenizers.source_tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, SourceTokenizer
-from sinkexport.loading.weights.graph_weights import MODEL
+from sinkexport.util.traced_names import MODEL
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2

@@ -16,12 +16,16 @@ from sinkrt.contract import (
     MANIFEST_NAME,
     PLUGIN_ABI,
     SCHEMA_VERSION,
+    AttentionCache,
     GraphSpec,
     Manifest,
+    ModelFacts,
     StateSpec,
     StreamFacts,
     TokenizerFacts,
 )
+from sinkrt.contract.constants import LAYOUT_METADATA
+from sinkrt.contract.layout import layout_text
 from sinkrt.ring import POSITION_LIMIT, Ring
 
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig, target_of
@@ -138,7 +142,7 @@ def export_loaded(
         probed = _probe(model, config)
         if config.affine is not None:
             (stage / AFFINE_FILE).write_bytes(config.affine.raw)
-        written = _write_graphs(stage, loaded, config, probed, report, plan_of)
+        written = _write_graphs(stage, loaded, config, probed, report, plan_of, special_ids)
         if check:
             report("weights", 0, 1)
             files, shape = [graph.file for graph in written.graphs.values()], probed.shape
@@ -154,7 +158,7 @@ def export_loaded(
             )
         tokenizer_facts = write_tokenizer(loaded.tokenizer, stage)
         report("hash", 0, 1)
-        manifest = _manifest(stage, loaded, config, probed, written, special_ids, tokenizer_facts)
+        manifest = _manifest(stage, config, probed, written, tokenizer_facts)
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         if check and (reason := why_unchecked(manifest)) is not None:
             warnings.warn(f"the graphs were not compared with the model: {reason}", UncheckedWarning, stacklevel=2)
@@ -204,22 +208,35 @@ def _probe(model: Any, config: ExportConfig) -> _Probed:
 class _Written:
     """Graphs of a bundle that are on the disk. num_tokens: T of the prefill graph; 1: there is none.
 
+    model, attention: what the manifest and the graphs' metadata say of the model and its caches.
     derived: constants of the graphs that the model's code computes of its parameters.
     """
 
     graphs: Mapping[str, GraphSpec]
     states: tuple[StateSpec, ...]
-    vocab_size: int
+    model: ModelFacts
+    attention: tuple[AttentionCache, ...] | None
     num_tokens: int
     derived: tuple[DerivedConstant, ...]
 
 
 def _write_graphs(
-    stage: Path, loaded: LoadedModel, config: ExportConfig, probed: _Probed, report: Report, plan_of: PlanOf
+    stage: Path,
+    loaded: LoadedModel,
+    config: ExportConfig,
+    probed: _Probed,
+    report: Report,
+    plan_of: PlanOf,
+    special_ids: tuple[int | None, tuple[int, ...]],
 ) -> _Written:
     """Build and write the decode graph, and the prefill graph where chunks have more than one token."""
     report("decode", 0, 1)
     built, derived = _build(loaded, config, probed, "decode", config.batch, 1, plan_of)
+    facts = model_facts(loaded, probed.shape, probed.rotary, special_ids, vocab_size=built.outputs[0].shape[-1])
+    attention = attention_caches(facts, probed.caches)
+    layout = layout_text(facts, config.num_sink_tokens, config.window_size, attention)
+    metadata = {} if layout is None else {LAYOUT_METADATA: layout}
+    built.model.metadata_props.update(metadata)
     graphs = {"decode": built.spec("decode.onnx")}
     write_graph(built.model, stage, "decode.onnx", lambda done, total: report("write", done, total))
     num_tokens = min([config.num_tokens_per_chunk, *(ring.window_size for ring in probed.rings)])
@@ -229,13 +246,15 @@ def _write_graphs(
         chunk, more = _build(loaded, config, probed, "prefill", 1, num_tokens, plan_of)
         derived += more
         graphs["prefill"] = chunk.spec("prefill.onnx")
+        chunk.model.metadata_props.update(metadata)
         write_graph_with_weights_of(chunk.model, stage, "prefill.onnx", "decode.onnx")
     for graph in graphs.values():
         onnx.checker.check_model(stage / graph.file)
     return _Written(
         graphs=graphs,
         states=built.states,
-        vocab_size=built.outputs[0].shape[-1],
+        model=facts,
+        attention=attention,
         num_tokens=num_tokens,
         derived=tuple(derived),
     )
@@ -243,21 +262,18 @@ def _write_graphs(
 
 def _manifest(
     stage: Path,
-    loaded: LoadedModel,
     config: ExportConfig,
     probed: _Probed,
     written: _Written,
-    special_ids: tuple[int | None, tuple[int, ...]],
     tokenizer: TokenizerFacts | None,
 ) -> Manifest:
     """The manifest of all that is in the folder `stage`."""
     shape = probed.shape
-    facts = model_facts(loaded, shape, probed.rotary, special_ids, vocab_size=written.vocab_size)
     return Manifest(
         schema_version=SCHEMA_VERSION,
         target=target_of(config).manifest_name,
         weights_dtype=WEIGHT_DTYPES[config.dtype],
-        model=facts,
+        model=written.model,
         stream=StreamFacts(
             num_sink_tokens=config.num_sink_tokens,
             window_size=config.window_size,
@@ -272,7 +288,7 @@ def _manifest(
         producer=producers(),
         quantization=quantization_facts(config),
         plugin_abi=_library_abi(target_of(config)),
-        attention=attention_caches(facts, probed.caches),
+        attention=written.attention,
         **config.variant.manifest_entries(shape.num_layers, shape.num_q_heads, head_windows(probed.caches)),
     )
 

@@ -10,32 +10,25 @@ agreement with a bundle says something about both.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from sinkrt.contract import ActTuning
 from sinkrt.ring import Ring
 
 from sinkexport.config import ExportConfig
 from sinkexport.families.interface import as_many_heads, intercept_attention, layer_of, refuse_arguments
 from sinkexport.families.probe import probe_attention
 from sinkexport.families.recurrent import recurrent_cache, steps_like_texts, with_cache
-from sinkexport.families.rope import ModelRotary, RotarySpec, identity_rotary, replaced_rotary, rotate
+from sinkexport.families.rope import ModelRotary, RotarySpec, identity_rotary, replaced_rotary
 from sinkexport.families.shape import AttentionShape
 from sinkexport.families.weights_after import WEIGHT, without_weights
 from sinkexport.reference.affine import AffineReference
+from sinkexport.reference.chunk_attention import CosSin, Entries, logits_of, rotated, turn, visible, weighted
+from sinkexport.reference.kept_tokens import CacheHeads, KeptTokens, heads_by_cache
 from sinkexport.reference.own_attention import no_reference
 from sinkexport.reference.streaming import LIKE_DENSE, NUM_TRIED
 from sinkexport.variants.variant import PLAIN, AttentionVariant
-
-CosSin = tuple[torch.Tensor, torch.Tensor]
-"""cos and sin, float32 [T, R/2] each."""
-
-TINY = 1e-30
-"""Lower bound of a sum of weights that divides."""
 
 
 @contextlib.contextmanager
@@ -103,44 +96,6 @@ def _max_tokens(model: Any, shape: AttentionShape, rotary: ModelRotary) -> int |
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Heads:
-    """Heads of one attention call whose caches have one geometry. kv_heads, q_heads: their indices in the call."""
-
-    call: int
-    layer: int
-    kv_heads: tuple[int, ...]
-    q_heads: tuple[int, ...]
-    ring: Ring
-
-
-def _heads(config: ExportConfig, variant: AttentionVariant, shape: AttentionShape) -> tuple[_Heads, ...]:
-    """The heads of all attention calls, by cache. Each key head serves Hq / Hkv query heads in a row."""
-    found = []
-    for index, call in enumerate(shape.calls):
-        group = call.num_q_heads // call.num_kv_heads
-        windows = variant.windows(call.layer, call.num_kv_heads, config.window_size)
-        rings = [config.ring(call.sliding_window, window) for window in windows]
-        for ring in dict.fromkeys(rings):
-            kv_heads = tuple(head for head, own in enumerate(rings) if own == ring)
-            q_heads = tuple(head * group + i for head in kv_heads for i in range(group))
-            found.append(_Heads(call=index, layer=call.layer, kv_heads=kv_heads, q_heads=q_heads, ring=ring))
-    return tuple(found)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    """Rows that the heads of one cache carry from chunk to chunk, keys rotated at their stream positions.
-
-    sink_k, sink_v: [B, Hkv, n <= S, D and Dv]. window_k, window_v: [B, Hkv, n <= W - 1, D and Dv], oldest first.
-    """
-
-    sink_k: torch.Tensor
-    sink_v: torch.Tensor
-    window_k: torch.Tensor
-    window_v: torch.Tensor
-
-
 class ChunkedStream:
     """The streams of one `chunked_streaming` context: B of them, in step, B being that of the first ids."""
 
@@ -154,14 +109,13 @@ class ChunkedStream:
     ) -> None:
         self._model = model
         self._config = config
-        self._caches = _heads(config, variant, shape)
+        self._caches = heads_by_cache(config, variant, shape)
         self._rotary = rotary
         tuning = variant.sink_tuning
         self._scale = None if tuning is None else torch.tensor(tuning.first_token_scale).log()  # [L, Hq]
         self._act = variant.act
-        self._received: dict[_Heads, torch.Tensor] = {}  # [B, Hq, n], by the tokens in `_kept`'s window
         self.affine = AffineReference(variant.affine)
-        self._kept: dict[_Heads, _Kept] = {}
+        self._kept = KeptTokens(config)
         self._recurrent = recurrent_cache(model)  # of the layers without softmax attention
         self._position = 0  # of the chunk's first token
         self.max_tokens: int | None = None
@@ -212,7 +166,6 @@ class ChunkedStream:
     def reset(self) -> None:
         """Forget all tokens."""
         self._kept.clear()
-        self._received.clear()
         self._recurrent = recurrent_cache(self._model)
         self._position = 0
 
@@ -252,7 +205,7 @@ class ChunkedStream:
     def _attended(
         self,
         module: Any,
-        cache: _Heads,
+        cache: CacheHeads,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -264,13 +217,13 @@ class ChunkedStream:
         spec, ring, q_sink = self._rotary.calls[cache.call], cache.ring, q
         if spec.rotary_dim:
             factor, turn = self._rotary.tables[spec.table].scaling, self._turns[spec.table, 0]
-            q, k = (_rotated(x, turn, spec, factor) for x in (q, k))
+            q, k = (rotated(x, turn, spec, factor) for x in (q, k))
             if spec.norms:
                 q = self._weighed(q, spec)
             cos, sin = self._turns[spec.table, ring.capacity - 1]
-            q_sink = _rotated(q, (cos, -sin), spec)
-        seen = self._with_chunk(cache, k, v)
-        logits = torch.cat((_logits(q_sink, seen.sink_k), _logits(q, seen.window_k)), dim=-1)  # [B, Hq, T, n]
+            q_sink = rotated(q, (cos, -sin), spec)
+        seen = self._kept.with_chunk(cache, k, v, self._position)
+        logits = torch.cat((logits_of(q_sink, seen.sink_k), logits_of(q, seen.window_k)), dim=-1)  # [B, Hq, T, n]
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         entries, logits = self._entries[ring], logits.float()
@@ -284,11 +237,11 @@ class ChunkedStream:
             logits = torch.cat((logits, s_aux.float()[:, None, None].expand(*logits.shape[:-1], 1)), dim=-1)
         weights = logits.softmax(dim=-1)[..., : entries.is_seen.shape[1]]
         if self._act is not None and ring.num_sink_tokens:
-            weights = self._calibrated(self._act, cache, weights, entries)
+            weights = self._kept.calibrated(self._act, cache, weights, entries, self._position)
         values = torch.cat((seen.sink_v, seen.window_v), dim=2)
-        out = _weighted(weights.to(v.dtype), values).transpose(1, 2)  # [B, T, Hq, D]
+        out = weighted(weights.to(v.dtype), values).transpose(1, 2)  # [B, T, Hq, D]
         out = self.affine.changed(module, out, values, entries.is_seen, cache.q_heads).transpose(1, 2)
-        self._keep(cache, seen)
+        self._kept.keep(cache, seen)
         return out
 
     def _in_cache_positions(self, num_tokens: int) -> torch.Tensor:
@@ -298,121 +251,7 @@ class ChunkedStream:
     def _weighed(self, q: torch.Tensor, spec: RotarySpec) -> torch.Tensor:
         """Queries at their stream positions, weighed at their in-cache positions; sinkexport.families.weights_after."""
         cos, sin = self._turns[spec.table, self._config.capacity - 1]
-        q = _rotated(q, (cos, -sin), spec)
+        q = rotated(q, (cos, -sin), spec)
         for name in spec.norms:
             q = q * self._model.get_submodule(name).get_parameter(WEIGHT)
-        return _rotated(q, (cos, sin), spec)
-
-    def _calibrated(self, act: ActTuning, cache: _Heads, weights: torch.Tensor, entries: Entries) -> torch.Tensor:
-        """weights [B, Hq, T, n], float32, with later sinks scaled down in the heads of `act`."""
-        heads = torch.tensor(act.heads[cache.layer])[list(cache.q_heads)].float()  # [Hq]
-        if not heads.any():
-            return weights
-        ring, num_tokens = cache.ring, weights.shape[2]
-        sinks = weights.shape[3] - len(entries.window)
-        window = weights[..., sinks:]  # [B, Hq, T, w]
-        before = self._received.get(cache, window[:, :, 0, :0])  # of the window's oldest
-        before = torch.nn.functional.pad(before, (0, window.shape[3] - before.shape[2]))
-        received = before[:, :, None] + window.cumsum(dim=2)
-        last = min(ring.window_size - 1, window.shape[3])
-        self._received[cache] = received[:, :, -1, window.shape[3] - last :].clone()
-        query = torch.arange(self._position, self._position + num_tokens)[:, None]
-        queries = (query - entries.window + 1).clamp(min=1)  # [T, w]
-        share = (query + 1).clamp(max=ring.capacity) / queries / act.alpha
-        degree = (received * share - 1).clamp(0, 1) * (queries >= act.min_queries) * heads[:, None, None]
-        taken = degree * window
-        rest = torch.cat((weights[..., :sinks], window - taken), dim=-1)
-        freed = (1 - act.beta) * taken.sum(dim=-1, keepdim=True)
-        calibrated = rest * (1 + freed / rest.sum(dim=-1, keepdim=True).clamp(min=TINY))
-        calibrated[..., sinks:] += act.beta * taken
-        return calibrated
-
-    def _with_chunk(self, cache: _Heads, k: torch.Tensor, v: torch.Tensor) -> _Kept:
-        """Rows that are kept and those of the chunk, k and v [B, Hkv, T, D], sorted into sinks and window."""
-        no_k, no_v = k[:, :, :0], v[:, :, :0]
-        kept = self._kept.get(cache, _Kept(sink_k=no_k, sink_v=no_v, window_k=no_k, window_v=no_v))
-        sinks = max(0, cache.ring.num_sink_tokens - self._position)  # leading tokens of the chunk
-        return _Kept(
-            sink_k=torch.cat((kept.sink_k, k[:, :, :sinks]), dim=2),
-            sink_v=torch.cat((kept.sink_v, v[:, :, :sinks]), dim=2),
-            window_k=torch.cat((kept.window_k, self._as_stored(k[:, :, sinks:])), dim=2),
-            window_v=torch.cat((kept.window_v, self._as_stored(v[:, :, sinks:])), dim=2),
-        )
-
-    def _as_stored(self, rows: torch.Tensor) -> torch.Tensor:
-        """Keys or values [B, Hkv, n, D] as the window holds them: here in floating point, rounded if it is INT8."""
-        if not self._config.has_int8_window:
-            return rows
-        x = rows.float()
-        scale = (x.abs().amax(dim=-1, keepdim=True) / 127).clamp(2.0**-17, 65504.0).half().float()
-        return (torch.clamp((x / scale).round(), -127, 127) * scale).to(rows.dtype)
-
-    def _keep(self, cache: _Heads, seen: _Kept) -> None:
-        """Keep the last W - 1 tokens of the window: with itself, the next token has W."""
-        first = max(0, seen.window_k.shape[2] - (cache.ring.window_size - 1))
-        # clone: a slice would hold on to the memory of all that it was cut from
-        self._kept[cache] = _Kept(
-            sink_k=seen.sink_k,
-            sink_v=seen.sink_v,
-            window_k=seen.window_k[:, :, first:].clone(),
-            window_v=seen.window_v[:, :, first:].clone(),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Entries:
-    """Tokens that a chunk attends to: the sinks there are, then the window's tokens, n together.
-
-    is_seen: bool [T, n]. distance: int64 [T, n], in the cache; any where nothing is seen. The window's columns begin
-    with the oldest token that the chunk's first one sees, and end with the chunk's last. window: int64, those tokens.
-    """
-
-    is_seen: torch.Tensor
-    distance: torch.Tensor
-    window: torch.Tensor
-
-
-def visible(ring: Ring, position: int, num_tokens: int) -> Entries:
-    """The entries of a chunk whose first token is at `position`."""
-    num_sinks, window_size = ring.num_sink_tokens, ring.window_size
-    end = position + num_tokens
-    query = torch.arange(position, end)[:, None]  # [T, 1]
-    sinks = torch.arange(min(num_sinks, end))
-    first = max(num_sinks, position - window_size + 1)
-    window = torch.arange(first, max(first, end))  # none while all tokens are sinks
-    is_seen = torch.cat((sinks <= query, (window <= query) & (query - window < window_size)), dim=1)
-    place = query.clamp(max=ring.capacity - 1)  # from there on a sink's distance stays
-    return Entries(is_seen=is_seen, distance=torch.cat((place - sinks, query - window), dim=1), window=window)
-
-
-def turn(position: int, num_tokens: int, behind: int, frequency: torch.Tensor) -> CosSin:
-    """cos and sin of ``max(0, t - behind) * frequency`` turns for T tokens from `position` on.
-
-    frequency: int64 [R/2], turns a token in units of 2^-32. Products wrap modulo 2^64, so phases modulo 2^32 are exact.
-    Their angles are rounded to float32, as graphs round them, with an error of 2^-22 pi at most. Calibration streams by
-    this: its files, and bundles made from them, depend on every bit.
-    """
-    t = np.maximum(np.arange(position, position + num_tokens) - behind, 0).astype(np.uint64)
-    phase = (t[:, None] * frequency.numpy().astype(np.uint64)).astype(np.uint32).astype(np.int32)  # in [-2^31, 2^31)
-    angle = torch.from_numpy(phase.astype(np.float32)) * (2 * np.pi / 2**32)
-    return angle.cos(), angle.sin()
-
-
-def _rotated(x: torch.Tensor, cos_sin: CosSin, spec: RotarySpec, factor: float = 1.0) -> torch.Tensor:
-    """x [B, H, T, D] turned by cos, sin [T, R/2]; the dimensions that turn are multiplied by `factor`."""
-    cos, sin = ((c * factor).to(x.dtype) for c in cos_sin)
-    return rotate(x, cos, sin, spec)
-
-
-def _logits(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """q [B, Hq, T, D] . k [B, Hkv, n, D] -> [B, Hq, T, n]; each key head serves Hq / Hkv query heads in a row."""
-    batch, num_q_heads, num_tokens, head_dim = q.shape
-    grouped = q.reshape(batch, k.shape[1], -1, head_dim)  # [B, Hkv, G * T, D]
-    return (grouped @ k.mT).reshape(batch, num_q_heads, num_tokens, k.shape[2])
-
-
-def _weighted(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """weights [B, Hq, T, n] . v [B, Hkv, n, D] -> [B, Hq, T, D]."""
-    batch, num_q_heads, num_tokens, n = weights.shape
-    grouped = weights.reshape(batch, v.shape[1], -1, n)  # [B, Hkv, G * T, n]
-    return (grouped @ v).reshape(batch, num_q_heads, num_tokens, v.shape[3])
+        return rotated(q, (cos, sin), spec)

@@ -15,7 +15,7 @@ import torch
 
 from sinkexport.families.interface import intercept_attention, layer_of, own_values
 from sinkexport.reference.own_attention import plain_attention
-from sinkexport.reference.streaming import StreamingReference
+from sinkexport.reference.own_rotation import OwnRotation
 
 LayerStates = Mapping[str, torch.Tensor]
 """``sink_k, sink_v`` [B, Hkv, S, D], absent if S = 0, and ``window_k, window_v`` [B, Hkv, W, D], in the model's dtype,
@@ -46,8 +46,8 @@ def logits_from(model: Any, ids: torch.Tensor, position: int, layers: Mapping[in
 
     Raises: UsageError if the model's attention or rotation cannot be followed.
     """
-    reference = StreamingReference(model, 0, position)
-    reference.learn_rotation()
+    rotation = OwnRotation(model, position)
+    rotation.learn()
     place = position + torch.arange(ids.shape[1])
 
     def attend(
@@ -60,9 +60,9 @@ def logits_from(model: Any, ids: torch.Tensor, position: int, layers: Mapping[in
         tokens = torch.arange(position - window_size + 1, position)  # what the first of the new ones sees
         slots = (tokens - num_sinks) % window_size
         q_sink = q
-        if reference.rotates(module):
-            q_sink = reference.turned(module, q, place.clamp(max=num_sinks + window_size - 1))
-            q, k = (reference.turned(module, x, place) for x in (q, k))
+        if rotation.rotates(module):
+            q_sink = rotation.turned(module, q, place.clamp(max=num_sinks + window_size - 1))
+            q, k = (rotation.turned(module, x, place) for x in (q, k))
         window_k, window_v = (
             torch.cat((before[name][:, :, slots], new), dim=2) for name, new in (("window_k", k), ("window_v", v))
         )
@@ -76,6 +76,6 @@ def logits_from(model: Any, ids: torch.Tensor, position: int, layers: Mapping[in
         queries, values = torch.cat((q, q_sink), dim=-1), torch.cat((sink_v, window_v), dim=2)
         return plain_attention(module)(module, queries, keys, values, mask, **arguments)[0], None
 
-    with torch.no_grad(), intercept_attention(model, attend), reference.no_rotation():
+    with torch.no_grad(), intercept_attention(model, attend), rotation.removed():
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits

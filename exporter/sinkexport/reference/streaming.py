@@ -16,34 +16,22 @@ or a state beside attention, breaks that and is refused.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.families.adapters import find_adapter
-from sinkexport.families.interface import intercept_attention, layer_of, random_embeddings
-from sinkexport.families.recurrent import layers_without_attention, recurrent_cache, steps_like_texts, with_cache
-from sinkexport.families.rope import find_rotary, replaced_rotary
+from sinkexport.families.interface import intercept_attention, layer_of
+from sinkexport.families.recurrent import recurrent_cache, steps_like_texts, with_cache
 from sinkexport.reference.affine import AffineReference
-from sinkexport.reference.own_attention import (
-    NoRotation,
-    Recorder,
-    calibration,
-    no_reference,
-    plain_attention,
-    rotate_own,
-)
+from sinkexport.reference.own_attention import calibration, no_reference, plain_attention
+from sinkexport.reference.own_rotation import OwnRotation
 from sinkexport.variants.variant import PLAIN, AttentionVariant
 
 Observer = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Callback of each attention: (module, q [B, Hq, 1, D], k and v [B, Hkv, 1, D] of the new token, not rotated,
 output [B, 1, Hq, D])."""
-
-PROBE_POSITIONS = (1, 2, 5)
-"""Positions of the tokens that are probed. Any but 0 do: at 0 nothing turns."""
 
 NUM_TRIED = 6
 """Tokens that are streamed and passed at once, to see that both give the same."""
@@ -74,11 +62,11 @@ def streaming_reference(
     model.eval()
     try:
         with steps_like_texts(model):
-            reference.learn_rotation()
+            reference.rotation.learn()
             reference.compare_with_dense()
             with (
                 intercept_attention(model, reference.attend),
-                reference.no_rotation(),
+                reference.rotation.removed(),
                 reference.affine.watching(model),
             ):
                 yield reference
@@ -115,17 +103,12 @@ class StreamingReference:
         self._variant = variant
         self._observer = observer
         self.affine = AffineReference(variant.affine)
-        # A copy: some change their frequencies by the positions that they are asked for.
-        found = find_rotary(model)
-        self._rotary_name = "" if found is None else found[0]
-        self._rotary: Any = None if found is None else copy.deepcopy(found[1])
-        self._rotates: dict[torch.nn.Module, bool] = {}  # by attention module; some layers have no positions
+        self.rotation = OwnRotation(model, self._capacity)
         # k, v [B, Hkv, n, D], unrotated, by attention module and window
         self._cached: dict[tuple[torch.nn.Module, int], tuple[torch.Tensor, torch.Tensor]] = {}
         # What its tokens have received, and from how many queries: see `_receive`.
         self._received: dict[tuple[torch.nn.Module, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._recurrent = recurrent_cache(model)  # of the layers without softmax attention
-        self._cos_sin: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = {}  # [1, C, .] each, by type of layer
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed one token to each stream. ids: int64 [B]. Returns logits [B, vocab] in the model's dtype."""
@@ -183,10 +166,10 @@ class StreamingReference:
     ) -> torch.Tensor:
         """[B, 1, Hq, D], with a window of this size."""
         keys, values = self._append(module, k, v, arguments.get("sliding_window"), window_size)
-        if self._rotates[module]:
-            cos, sin = self._places(module, keys)
-            q = self._rotated(module, q, cos[:, -1:], sin[:, -1:])
-            keys = self._rotated(module, keys, cos, sin)
+        if self.rotation.rotates(module):
+            cos, sin = self.rotation.places(module, keys)
+            q = self.rotation.rotated(module, q, cos[:, -1:], sin[:, -1:])
+            keys = self.rotation.rotated(module, keys, cos, sin)
         # The family's own plain attention knows its groups, softcap and whatever else it passes along.
         mask = self._mask(module, keys)
         out, weights = plain_attention(module)(module, q, keys, values, mask, **arguments)[:2]
@@ -223,47 +206,18 @@ class StreamingReference:
         mask[0, :, 0, 0] = factors.log()
         return mask.to(keys.dtype)
 
-    def learn_rotation(self) -> None:
-        """Find the layers that rotate, and make sure that this file rotates as the model does, queries and keys.
-
-        A few tokens, random vectors in the place of embeddings, are run with the model's rotation and without;
-        attention gives zeros, so that the layers see the same hidden states both times.
-
-        Raises: UsageError.
-        """
-        plain = self._recorded(rotation=False)
-        turned = self._recorded(rotation=True)
-        far = self._recorded(rotation=False, shift=self._capacity)
-        num_layers = self.model.config.get_text_config().num_hidden_layers - len(layers_without_attention(self.model))
-        if len(plain) != num_layers:
-            raise no_reference(f"{len(plain)} attention layers of {num_layers}", "softmax attention in every layer")
-        for module, before in plain.items():
-            if not all(torch.equal(x, y) for x, y in zip(before, far[module], strict=True)):
-                raise no_reference("queries or keys that are a function of position beside rotation", "plain rotation")
-            after = turned[module]
-            self._rotates[module] = not all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
-            if not self._rotates[module]:
-                continue
-            cos, sin = self._rotary(before[0], torch.tensor([PROBE_POSITIONS]), **self._layer_type(module))
-            for name, x, y in zip(("query", "key"), before, after, strict=True):
-                wanted = self._rotated(module, x, cos, sin)
-                # Of each head, on its own scale: a tiny one is no excuse.
-                error, size = ((t.double()).abs().amax(dim=-1) for t in (y - wanted, x))
-                if not bool((error <= 64 * torch.finfo(x.dtype).eps * size).all()):
-                    raise no_reference(f"a {name} that is more than a rotation of its unrotated self", "plain rotation")
-
     def compare_with_dense(self) -> None:
         """Make sure that a few tokens, streamed one by one, have the logits of the model's own pass over all of them.
 
         Raises: UsageError.
         """
         stream = StreamingReference(self.model, 0, NUM_TRIED)
-        stream._rotates = self._rotates
+        stream.rotation = self.rotation.of_capacity(NUM_TRIED)
         vocab_size = self.model.config.get_text_config().vocab_size
         ids = torch.randint(vocab_size, (1, NUM_TRIED), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             dense = self.model(input_ids=ids, use_cache=False).logits[0].double()  # [n, vocab]
-        with intercept_attention(self.model, stream.attend), stream.no_rotation():
+        with intercept_attention(self.model, stream.attend), stream.rotation.removed():
             streamed = torch.cat([stream.step(column) for column in ids.T]).double()
         error = ((streamed - dense).abs().amax(dim=-1) / dense.std(dim=-1).clamp(min=1e-9)).max()
         dtype = next(self.model.parameters()).dtype
@@ -273,15 +227,6 @@ class StreamingReference:
                 "those of one pass",
                 "no state but what attention keeps",
             )
-
-    @contextlib.contextmanager
-    def no_rotation(self) -> Iterator[None]:
-        """The model's rotary embedding hands out cos = 1 and sin = 0: x * 1 + rotate_half(x) * 0 is x exactly."""
-        if self._rotary is None:
-            yield
-            return
-        with replaced_rotary(self.model, {self._rotary_name: NoRotation(self._rotary)}):
-            yield
 
     def _append(
         self, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, sliding_window: int | None, window_size: int
@@ -305,61 +250,3 @@ class StreamingReference:
         if sliding_window is not None and sliding_window < self._num_sink_tokens + window_size:
             return 0, sliding_window
         return self._num_sink_tokens, window_size
-
-    def rotates(self, module: torch.nn.Module) -> bool:
-        """Whether an attention module has positions."""
-        return self._rotates[module]
-
-    def turned(self, module: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """x [B, H, n, D] turned as the model turns tokens at these places, int64 [n]."""
-        return self._rotated(module, x, *self._rotary(x, places[None], **self._layer_type(module)))
-
-    def _places(self, module: Any, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The model's own cos and sin of in-cache positions 0 .. n-1, [1, n, .], n = keys.shape[2].
-
-        The model is asked for those of a full cache: some rotate by the length of the text, and the keys of a shorter
-        one would not fit the next one's.
-        """
-        layer_type = self._layer_type(module)
-        key = layer_type.get("layer_type")
-        if key not in self._cos_sin:
-            self._cos_sin[key] = self._rotary(keys, torch.arange(self._capacity)[None], **layer_type)
-        cos, sin = self._cos_sin[key]
-        return cos[:, : keys.shape[2]], sin[:, : keys.shape[2]]
-
-    def _layer_type(self, module: Any) -> dict[str, str]:
-        """The further argument of a rotary embedding that has frequencies for each type of layer."""
-        if isinstance(getattr(self._rotary, "rope_type", None), dict):
-            return {"layer_type": module.config.layer_types[module.layer_idx]}
-        return {}
-
-    def _rotated(self, module: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotate x [B, H, n, D] with the family's own function; cos, sin: [1, n, R or R/2].
-
-        Some families slice off the R dimensions that turn before they call it and some leave that to the function,
-        which then takes R dimensions as well.
-        """
-        prefix = "".join(f"{layer_type}_" for layer_type in self._layer_type(module).values())
-        rotary_dim = 2 * self._rotary.get_buffer(f"{prefix}inv_freq").numel()
-        adapter = find_adapter(self.model)
-        if adapter is not None and adapter.rotate is not None:
-            rotated: torch.Tensor = adapter.rotate(module, x, cos, sin)
-            return rotated
-        turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-        turned = rotate_own(module, turned, cos, sin)
-        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
-
-    def _recorded(self, *, rotation: bool, shift: int = 0) -> dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]:
-        """Each attention's queries and keys [1, H, n, D] for tokens `shift` after PROBE_POSITIONS, by module."""
-        recorder = Recorder()
-        swapped = contextlib.nullcontext() if rotation else self.no_rotation()
-        positions = torch.tensor([PROBE_POSITIONS]) + shift
-        ids = torch.arange(len(PROBE_POSITIONS))[None]
-        with (
-            torch.no_grad(),
-            random_embeddings(self.model, len(PROBE_POSITIONS), seed=1),
-            intercept_attention(self.model, recorder),
-            swapped,
-        ):
-            self.model(input_ids=ids, position_ids=positions, use_cache=False)
-        return recorder.given

@@ -30,6 +30,9 @@ from sinkexport.tensorrt.options import BuildOptions, EngineReport
 LoadPlugin = Callable[[Any, Any, Path], str]
 """TensorRT, its registry or None, the library -> the plugin's ABI."""
 
+NO_KERNEL = "Could not find any implementation"
+"""How TensorRT says that none of its kernels fits a layer."""
+
 MAX_REPORTED_ERRORS = 8  # one line has to stay readable; the rest is counted
 
 
@@ -109,7 +112,7 @@ def _build(
                 f"engine of '{graph.name}'",
                 received=_listing(logger.errors) or "a failure without a message",
                 expected=f"a graph that {flavour} {trt.__version__} can build",
-                fix="report it with the graph: exports should build",
+                fix=fix_of_failure(" ".join(logger.errors), has_strong_types=typed),
             )
         )
     if options.timing_cache is not None:
@@ -235,6 +238,16 @@ def current_gpu() -> tuple[str | None, str | None]:
             return None, None
         numbers.append(str(number.value))
     return name.value.decode(errors="replace"), ".".join(numbers)
+
+
+def fix_of_failure(errors: str, *, has_strong_types: bool) -> str:
+    """What to try after TensorRT gave no engine.
+
+    has_strong_types: TensorRT 10 and later. Before, matmuls of recurrent layers need cuBLAS.
+    """
+    if NO_KERNEL in errors and not has_strong_types:
+        return "TensorRT 8 has no such kernel without cuBLAS 11: make that available, or use TensorRT 10"
+    return "report it with the graph: exports should build"
 
 
 def _parse_failure(trt: Any, parser: Any, logger: Any, graph: Path) -> BackendError:

@@ -50,6 +50,13 @@ def geometry(num_sink_tokens: int, window_size: int, *, has_attention: bool) -> 
     return f"S={num_sink_tokens} W={window_size}" if has_attention else "no attention"
 
 
+def counted(count: int | None, noun: str) -> str:
+    """Format a number with its noun: ``1 layer``, ``2 layers``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def megabytes(size: int) -> str:
-    """Format bytes as MB (1e6 bytes)."""
+    """Format bytes as MB (1e6 bytes): one decimal, or two digits of what would be 0.0."""
+    if 0 < size < 50_000:
+        return f"{float(f'{size / 1e6:.1e}'):.6f}".rstrip("0")
     return f"{size / 1e6:.1f}"

@@ -1,4 +1,4 @@
-"""A constant that a model's own code computes of its parameters, as it is found in a trace."""
+"""A constant that a model's own code computes of its parameters or of its configuration, as it is found in a trace."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 @dataclasses.dataclass(frozen=True)
 class DerivedConstant:
-    """Numbers that depend on nothing but parameters.
+    """Numbers that depend on nothing but parameters and the configuration.
 
-    values: the result, of any shape. sources: the parameters, by their names in the model.
+    values: the result, of any shape. sources: the parameters, by their names in the trace; none: it depends on the
+    configuration alone.
     """
 
     values: npt.NDArray[np.float32]

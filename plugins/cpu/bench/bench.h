@@ -35,17 +35,17 @@ inline Memory filled(size_t bytes) {
   return memory;
 }
 
-// GB/s of reading 512 MB by all threads, the best of `repeats`.
+// GB/s of reading 512 MB by all threads, a piece of 16 MB after another; of each piece the least time.
 inline double readSpeed(const Parallel& parallel, int repeats) {
-  constexpr size_t kBytes = size_t{512} << 20;
-  const Memory memory = filled(kBytes);
+  constexpr size_t kPiece = size_t{16} << 20, kPieces = 32;
+  const Memory memory = filled(kPiece * kPieces);
   std::vector<uint64_t> sums(static_cast<size_t>(parallel.threads) * 8);
-  double best = 1e9;
-  for (int i = 0; i < repeats; ++i) {
+  std::vector<double> best(kPieces, 1e9);
+  for (size_t i = 0; i < static_cast<size_t>(repeats) * kPieces; ++i) {
     const double start = now();
     parallelFor(parallel, parallel.threads, [&](int64_t task) {
-      const size_t share = kBytes / 64 / static_cast<size_t>(parallel.threads) * 64;
-      const char* from = memory.get() + share * static_cast<size_t>(task);
+      const size_t share = kPiece / 64 / static_cast<size_t>(parallel.threads) * 64;
+      const char* from = memory.get() + kPiece * (i % kPieces) + share * static_cast<size_t>(task);
       uint64_t sum[8] = {};
       for (size_t at = 0; at < share; at += 64) {
         __builtin_prefetch(from + at + 4096);
@@ -57,9 +57,11 @@ inline double readSpeed(const Parallel& parallel, int repeats) {
       }
       for (uint64_t one : sum) sums[static_cast<size_t>(task) * 8] += one;
     });
-    best = std::min(best, now() - start);
+    best[i % kPieces] = std::min(best[i % kPieces], now() - start);
   }
-  return kBytes / best / 1e9;
+  double sum = 0;
+  for (double one : best) sum += one;
+  return kPiece * kPieces / sum / 1e9;
 }
 
 }  // namespace sinkexport::cpu::bench

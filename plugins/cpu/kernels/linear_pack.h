@@ -106,12 +106,15 @@ SINKEXPORT_INLINE void roundGroup(const Floats (&values)[most], int vectors, int
   Floats total = broadcast(0.0f);
   for (int i = 0; i < vectors; ++i) {
     const Ints whole = toInts(max(lowest, min(limit, values[i] * inverse)));
-    total = total + toFloats(whole);
+    total = total + toFloats(whole) + (values[i] - values[i]);
     storeInt8(rounded + 16 * i, whole);
   }
+  // What is not a number stays none: it, and infinity, less itself is not 0.
+  const float whole_sum = sum(total);
+  const bool is_finite = whole_sum == whole_sum;
   const int64_t at = group * target.rows + target.row;
-  target.scales[at] = scale;
-  target.sums[at] = factor_of_sum == 0 ? 0 : static_cast<int32_t>(sum(total)) * factor_of_sum;
+  target.scales[at] = is_finite ? scale : __builtin_nanf("");
+  target.sums[at] = is_finite ? static_cast<int32_t>(whole_sum) * factor_of_sum : 0;
   if (is_alone) return;
   for (int64_t k = 0; k < count; k += 4, to += 4 * target.rows) std::memcpy(to, rounded + k, 4);
 }

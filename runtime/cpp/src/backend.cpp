@@ -110,12 +110,12 @@ std::unique_ptr<Backend> loadBackend(const std::string& name, const std::string&
   if (name != "ort" && name != "tensorrt") {
     throw Error(Code::kUsage, problem("backend", "'" + name + "'", "ort | tensorrt", "choose one of them"));
   }
+  checkGraphs(manifest);
   if (name == "ort" && hasTensorrtPlugin(manifest)) {
     throw Error(Code::kBackend,
                 problem("backend 'ort'", "a bundle whose graphs need the TensorRT plugin", "standard operators",
                         "use the backend tensorrt, or export with --target onnx"));
   }
-  checkGraphs(manifest);
 #ifdef SINKRT_WITH_ORT
   if (name == "ort") return loadOrtBackend(bundle, manifest, options);
 #endif

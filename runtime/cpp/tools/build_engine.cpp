@@ -190,9 +190,15 @@ std::unique_ptr<IHostMemory> build(sinkrt::TensorrtLibrary& library, const Parse
 #endif
   std::unique_ptr<IHostMemory> plan(builder->buildSerializedNetwork(*network, *config));
   if (plan == nullptr || plan->size() == 0) {
-    throw Error(Code::kBackend, problem("engine of '" + graph + "'", library.logger().takeErrors(),
-                                        "a graph that TensorRT " + library.version() + " can build",
-                                        "report it with the graph: exports should build"));
+    const std::string errors = library.logger().takeErrors();
+    const char* fix = "report it with the graph: exports should build";
+#if defined(SINKRT_TENSORRT_8)
+    if (errors.find("Could not find any implementation") != std::string::npos) {
+      fix = "TensorRT 8 has no such kernel without cuBLAS 11: make that available, or use TensorRT 10";
+    }
+#endif
+    throw Error(Code::kBackend, problem("engine of '" + graph + "'", errors,
+                                        "a graph that TensorRT " + library.version() + " can build", fix));
   }
   if (cache != nullptr) {
     const std::unique_ptr<IHostMemory> kept(cache->serialize());

@@ -52,6 +52,8 @@ METHODS: Mapping[type, str] = {
   bool isRecurrent() const;
   int64_t weightsBytes() const;
   int64_t stateBytes() const;
+  // What the metadata of each graph must say; "nothing" where they need not have it.
+  std::string graphLayout() const;
   // What a saved state depends on: the same digits as Python's `Manifest.fingerprint`.
   std::string fingerprint() const;
   // The text of manifest.json, byte for byte as Python's `Manifest.to_json` writes it.
@@ -106,6 +108,10 @@ def constants_header() -> str:
 namespace sinkrt {{
 
 constexpr int64_t kSchemaVersion = {constants.SCHEMA_VERSION};
+// Version that brought `attention`.
+constexpr int64_t kAttentionSchema = {constants.ATTENTION_SCHEMA};
+// Key of a graph's metadata: the sizes that it was made for, where a manifest has `attention`.
+constexpr const char* kLayoutMetadata = {quoted(constants.LAYOUT_METADATA)};
 constexpr const char* kManifestName = {quoted(constants.MANIFEST_NAME)};
 // ABI of the TensorRT plugins that the graphs of this version have nodes of.
 constexpr const char* kPluginAbi = {quoted(constants.PLUGIN_ABI)};

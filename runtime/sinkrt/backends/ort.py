@@ -5,6 +5,7 @@ Twin of runtime/cpp/src/backends/ort.cpp.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sinkrt.backends.cpu_library import checked_library
 from sinkrt.backends.ort_graph import Binding, Device, Graph, HostDevice
 from sinkrt.contract import Manifest, TensorSpec
 from sinkrt.contract.constants import CPU
+from sinkrt.errors import BackendError, problem
 
 
 class OrtBackend:
@@ -29,7 +31,7 @@ class OrtBackend:
     step, chunks: the decode graph's binding, and the prefill graph's by stream; for inspection.
 
     Raises: BundleError if a graph is unreadable or is not what the manifest says; BackendError if ONNX Runtime
-    cannot run it.
+    cannot run it, or the states do not fit into the memory that is free.
     """
 
     def __init__(
@@ -44,17 +46,21 @@ class OrtBackend:
         self.not_recorded = not_recorded
         if repack_prefill is None:
             repack_prefill = manifest.weights_bytes <= available_bytes() // 4
-        device = device or HostDevice()
+        if device is None:
+            _check_memory(manifest)
+            device = HostDevice()
+        # Opened first: a manifest whose sizes are not the graphs' is refused before memory is asked for.
+        library = checked_library(manifest.plugin_abi) if manifest.target == CPU else None
+        open_ = functools.partial(Graph, bundle, manifest, threads=threads, device=device, library=library)
+        decode, prefill = open_("decode", repack=True), manifest.graphs.get("prefill")
+        in_chunks = open_("prefill", repack=repack_prefill) if prefill else None
         self._states = {s.input: device.zeros(TensorSpec(s.input, s.shape, s.dtype)) for s in manifest.states}
         graph = manifest.graphs["decode"]
         self._arrays = {spec.name: device.staged(spec) for spec in (*graph.inputs, *graph.outputs)}
-        library = checked_library(manifest.plugin_abi) if manifest.target == CPU else None
-        decode = Graph(bundle, manifest, "decode", threads, device, repack=True, library=library)
         self.step = decode.bind({**_devices(self._arrays), **self._states}, 0)
         self.chunks: list[Binding] = []
-        if prefill := manifest.graphs.get("prefill"):
+        if prefill is not None and in_chunks is not None:
             self._chunk_inputs = {spec.name: device.staged(spec) for spec in prefill.inputs}
-            in_chunks = Graph(bundle, manifest, "prefill", threads, device, repack=repack_prefill, library=library)
             for stream in range(manifest.stream.batch):
                 # The prefill graph sees one stream: a row of each.
                 rows = {"logits": self._arrays["logits"].device, **self._states}
@@ -105,6 +111,22 @@ class OrtBackend:
     def _host(self, name: str) -> np.ndarray:
         array: np.ndarray = self._arrays[name].host
         return array
+
+
+def _check_memory(manifest: Manifest) -> None:
+    """Make sure that the states fit: systems that hand out more memory than they have kill the process instead.
+
+    Raises: BackendError.
+    """
+    if 0 < (available := available_bytes()) < manifest.state_bytes:
+        raise BackendError(
+            problem(
+                "memory",
+                received=f"{available} bytes",
+                expected=f"{manifest.state_bytes} bytes for the cache",
+                fix="export with a smaller --window or --batch",
+            )
+        )
 
 
 def _devices(staged: Mapping[str, Any]) -> dict[str, Any]:

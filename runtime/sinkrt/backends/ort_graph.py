@@ -11,7 +11,8 @@ import numpy as np
 import onnxruntime as ort
 
 from sinkrt.contract import Manifest, TensorSpec
-from sinkrt.contract.constants import THREADS_OPTION
+from sinkrt.contract.constants import LAYOUT_METADATA, THREADS_OPTION
+from sinkrt.contract.layout import graph_layout
 from sinkrt.errors import BackendError, BundleError, problem
 
 ALIGNMENT_BYTES = 64
@@ -132,6 +133,7 @@ class Graph:
         state_outputs = [TensorSpec(s.output, shapes[s.input], s.dtype) for s in manifest.states]
         _compare("input", self._session.get_inputs(), [*graph.inputs, *state_inputs])
         _compare("output", self._session.get_outputs(), [*graph.outputs, *state_outputs])
+        _compare_layout(graph.file, self._session, manifest)
 
     def bind(self, arrays: Mapping[str, Any], index: int) -> Binding:
         """Tie the graph to buffers: inputs and outputs by name, states by the names of their inputs.
@@ -250,6 +252,23 @@ def _compare(kind: str, found: list[ort.NodeArg], wanted: list[TensorSpec]) -> N
                     fix="graph and manifest differ: export again",
                 )
             )
+
+
+def _compare_layout(file: str, session: ort.InferenceSession, manifest: Manifest) -> None:
+    """Make sure that the graph was made for the sizes that the manifest says: not all of them show in its inputs.
+
+    Raises: BundleError.
+    """
+    found, wanted = session.get_modelmeta().custom_metadata_map.get(LAYOUT_METADATA), graph_layout(manifest)
+    if found != wanted:
+        raise BundleError(
+            problem(
+                f"layout in {file}",
+                received=found or "nothing",
+                expected=wanted or "nothing",
+                fix="graph and manifest differ: export again",
+            )
+        )
 
 
 def first_line(error: BaseException) -> str:

@@ -10,6 +10,15 @@ window. 3: `plugin_abi` and `engines`. 4: `sink_tuning` and `head_windows`. 5: `
 `sink_tuning`, with the state ``attention_mass``. 6: `weight_bytes` of a graph. 7: `attention`, caches
 of several calls a layer, latent caches, any number of recurrent states in a layer, and models without attention."""
 
+ATTENTION_SCHEMA = 7
+"""Version that brought `attention`: older manifests have none."""
+
+LAYOUT_METADATA = "sinkexport.layout"
+"""Key of a graph's metadata: the sizes that it was made for, in bundles whose manifest has `attention`.
+
+Some show in no input of the graph: query heads, how much of a latent row is the value, W of a model without attention.
+"""
+
 MANIFEST_NAME = "manifest.json"
 
 ENGINE_FOLDER = "engines"

@@ -9,8 +9,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from sinkrt.contract.constants import MASS_KIND, RECURRENT_KINDS, STATE_KINDS
 from sinkrt.contract.schema import AttentionCache
@@ -24,6 +25,17 @@ WINDOW_KEYS = STATE_KINDS[2]
 """Kind of the one state that every cache has."""
 
 
+class Heads(Protocol):
+    """Sizes of a model's attention: of `ModelFacts`, and what an exporter finds before there is a manifest."""
+
+    @property
+    def num_q_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class _Cache:
     """Where the states of one cache belong: all key heads of a call, or those of one group (``head_windows``)."""
@@ -34,7 +46,7 @@ class _Cache:
     window_size: int | None
 
 
-def attention_entries(model: ModelFacts, caches: Sequence[AttentionCache]) -> tuple[AttentionCache, ...] | None:
+def attention_entries(model: Heads, caches: Sequence[AttentionCache]) -> tuple[AttentionCache, ...] | None:
     """Return `Manifest.attention` for these caches: None if each is its layer's only one, of the model's sizes."""
     if model.num_q_heads == 0:
         return tuple(caches)
@@ -44,7 +56,32 @@ def attention_entries(model: ModelFacts, caches: Sequence[AttentionCache]) -> tu
     return None if is_uniform else tuple(caches)
 
 
-def model_cache(model: ModelFacts, layer: int) -> AttentionCache:
+def layout_text(
+    model: ModelFacts, num_sink_tokens: int, window_size: int, caches: Sequence[AttentionCache] | None
+) -> str | None:
+    """Return what a graph's metadata say of its sizes (`LAYOUT_METADATA`); None: nothing.
+
+    caches: `Manifest.attention`.
+    """
+    if caches is None:
+        return None
+    names = ("num_layers", "num_q_heads", "num_kv_heads", "head_dim")
+    facts = {
+        **{name: getattr(model, name) for name in names},
+        "num_sink_tokens": num_sink_tokens,
+        "window_size": window_size,
+        "attention": [dataclasses.asdict(cache) for cache in caches],
+    }
+    return json.dumps(facts, sort_keys=True)
+
+
+def graph_layout(manifest: Manifest) -> str | None:
+    """Return what the metadata of each graph must say (`LAYOUT_METADATA`); None: nothing."""
+    stream = manifest.stream
+    return layout_text(manifest.model, stream.num_sink_tokens, stream.window_size, manifest.attention)
+
+
+def model_cache(model: Heads, layer: int) -> AttentionCache:
     """Return the cache of a layer that has the model's heads and `head_dim`."""
     heads = (model.num_q_heads, model.num_kv_heads, model.head_dim, model.head_dim)
     return AttentionCache(layer, 0, *heads, latent=False)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sinkrt.contract.constants import CPU, FLOAT_DTYPES, RECURRENT_KINDS, SCHEMA_VERSION, TARGETS
+from sinkrt.contract.constants import ATTENTION_SCHEMA, CPU, FLOAT_DTYPES, RECURRENT_KINDS, SCHEMA_VERSION, TARGETS
 from sinkrt.contract.layout import attention_entries, check_layout, uniform_caches
 from sinkrt.contract.reader import build_from_json, parse_json
 from sinkrt.contract.rules import about, check_rules, is_inside, require
@@ -39,7 +39,8 @@ class Manifest:
     a layer with several groups are named ``<kind>.<layer>.<g>`` and hold its heads alone.
 
     `attention` has the sizes of each cache in the order of the states, if one cache has others than `model` says or
-    belongs to a layer's second call. Such models have no `sink_tuning`, `head_windows` or `affine_attention`.
+    belongs to a layer's second call. Such models have no `sink_tuning`, `head_windows` or `affine_attention`. Their
+    graphs have these sizes in their metadata as well, under ``sinkexport.layout``: runtimes compare the two.
     """
 
     schema_version: int = field(metadata=about("version of this schema"))
@@ -100,6 +101,8 @@ class Manifest:
         require((heads == 0) == (entries == ()), "attention", _count(entries), expected)
         if entries is None:
             return
+        expected = f"null, or schema_version {ATTENTION_SCHEMA} and newer"
+        require(self.schema_version >= ATTENTION_SCHEMA, "attention", f"it in schema {self.schema_version}", expected)
         is_uniform = attention_entries(self.model, entries) is None
         require(not is_uniform, "attention", "the sizes that 'model' has", "null for these")
         for name in ("sink_tuning", "head_windows", "affine_attention"):

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from sinkexport.config import ExportConfig
-from sinkrt import Session
 
-from tests.exporter.tiny_models import tiny_model
-from tests.support import export_model, random_ids
+from tests.exporter.tiny_models import DECODE_GRAPH, tiny_model
+from tests.support import SharedExports, TinyBundle, export_model, random_ids
 
 NODES_PER_LAYER = 42
 """Nodes of a Llama-like decoder with grouped queries, views included."""
 
 
-def export_tiny(name: str, folder: Path, **geometry: int) -> onnx.ModelProto:
-    config = ExportConfig(**{"num_sink_tokens": 4, "window_size": 12, "chunk_size": 1, **geometry})
-    export_model(tiny_model(name), folder, config, name=name)
-    return onnx.load(folder / "decode.onnx", load_external_data=False)
+@pytest.fixture
+def decode_graph(shared_export: SharedExports) -> Callable[[str], onnx.ModelProto]:
+    """Decode graphs of tiny models, by their names."""
+    return lambda name: loaded(shared_export(name, **DECODE_GRAPH))
+
+
+def loaded(bundle: TinyBundle) -> onnx.ModelProto:
+    return onnx.load(bundle.path / "decode.onnx", load_external_data=False)
 
 
 def ops(model: onnx.ModelProto) -> Counter[str]:
@@ -31,9 +34,12 @@ def ops(model: onnx.ModelProto) -> Counter[str]:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gpt_neox", "stablelm", "glm"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_only_standard_operators_and_no_copies_of_the_window(name: str, batch: int, tmp_path: Path) -> None:
-    model = export_tiny(name, tmp_path / "bundle", batch=batch)
-    onnx.checker.check_model(tmp_path / "bundle" / "decode.onnx", full_check=True)
+def test_only_standard_operators_and_no_copies_of_the_window(
+    name: str, batch: int, shared_export: SharedExports
+) -> None:
+    bundle = shared_export(name, **{**DECODE_GRAPH, "batch": batch})
+    model = loaded(bundle)
+    onnx.checker.check_model(bundle.path / "decode.onnx", full_check=True)
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 24)]
     found = ops(model)
     num_layers = 2
@@ -52,41 +58,34 @@ def test_only_standard_operators_and_no_copies_of_the_window(name: str, batch: i
 
 
 @pytest.mark.slow
-def test_position_work_is_done_once_a_step(tmp_path: Path) -> None:
-    few, many = (
-        ops(export_tiny(name, tmp_path / name))
-        for name in ("llama", "smollm3")  # 2 and 4 layers
-    )
-    for found in (few, many):
+def test_position_work_is_done_once_a_step(decode_graph: Callable[[str], onnx.ModelProto]) -> None:
+    for name in ("llama", "smollm3"):  # 2 and 4 layers
+        found = ops(decode_graph(name))
         assert found["Cos"] == found["Sin"] == 2  # the token itself and the shift
         assert found["LessOrEqual"] == found["Equal"] == 1
         assert found["Neg"] == 1
 
 
 @pytest.mark.slow
-def test_norms_are_single_operators(tmp_path: Path) -> None:
-    found = ops(export_tiny("llama", tmp_path / "llama"))
+def test_norms_are_single_operators(decode_graph: Callable[[str], onnx.ModelProto]) -> None:
+    found = ops(decode_graph("llama"))
     assert found["RMSNormalization"] == 5
     assert found["ReduceMean"] == found["Pow"] == 0
-    found = ops(export_tiny("gpt_neox", tmp_path / "gpt_neox"))
+    found = ops(decode_graph("gpt_neox"))
     assert found["LayerNormalization"] == 5
 
 
 @pytest.mark.slow
-def test_node_count_per_layer(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    deeper = type(model)(type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 3})).eval()
-    counts = []
-    for number, each in enumerate((model, deeper)):
-        export_model(each, tmp_path / str(number), num_sink_tokens=4, window_size=12, chunk_size=1)
-        counts.append(len(onnx.load(tmp_path / str(number) / "decode.onnx", load_external_data=False).graph.node))
-    assert counts[1] - counts[0] <= NODES_PER_LAYER
+def test_node_count_per_layer(decode_graph: Callable[[str], onnx.ModelProto], tmp_path: Path) -> None:
+    deeper = export_model(tiny_model("llama", num_hidden_layers=3), tmp_path / "deeper", **DECODE_GRAPH)
+    assert len(loaded(deeper).graph.node) - len(decode_graph("llama").graph.node) <= NODES_PER_LAYER
 
 
-def test_weights_are_one_file_and_tied_embeddings_stored_once(tmp_path: Path) -> None:
-    model = export_tiny("llama-tied", tmp_path / "bundle")
+def test_weights_are_one_file_and_tied_embeddings_stored_once(shared_export: SharedExports) -> None:
+    bundle = shared_export("llama-tied", **DECODE_GRAPH)
+    model = loaded(bundle)
     parameters = sum(p.numel() for p in tiny_model("llama-tied").parameters())
-    size = (tmp_path / "bundle" / "weights.bin").stat().st_size
+    size = (bundle.path / "weights.bin").stat().st_size
     external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     assert {entry.value for t in external for entry in t.external_data if entry.key == "location"} == {"weights.bin"}
     elements = sum(int(np.prod(t.dims)) for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT)
@@ -97,27 +96,26 @@ def test_weights_are_one_file_and_tied_embeddings_stored_once(tmp_path: Path) ->
 @pytest.mark.slow
 def test_export_is_reproducible(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        export_tiny("llama", tmp_path / name, chunk_size=12)
+        export_model("llama", tmp_path / name, **{**DECODE_GRAPH, "chunk_size": 12})
     for file in ("manifest.json", "decode.onnx", "prefill.onnx", "weights.bin"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 
-def test_streams_of_a_batch_do_not_mix(tmp_path: Path) -> None:
-    export_tiny("llama", tmp_path / "bundle", batch=2)
-    session = Session.load(tmp_path / "bundle", threads=1)
-    ids = random_ids(2, 40)
+def test_streams_of_a_batch_do_not_mix(shared_export: SharedExports) -> None:
+    session = shared_export("llama", **{**DECODE_GRAPH, "batch": 3}).session()
+    ids = random_ids(3, 40)
     first = np.stack([session.step(column)[0].copy() for column in ids.T])
     session.reset()
-    ids[1] = random_ids(1, 40, seed=9)[0]
+    ids[1:] = random_ids(2, 40, seed=9)
     second = np.stack([session.step(column)[0].copy() for column in ids.T])
     assert np.array_equal(first, second)
 
 
 @pytest.mark.slow
-def test_rotation_is_folded_away(tmp_path: Path) -> None:
+def test_rotation_is_folded_away(decode_graph: Callable[[str], onnx.ModelProto]) -> None:
     """Every layer keeps its three rotations (query, key, query for the sinks) and none of the model's own code."""
     for name in ("llama", "phi3-partial", "stablelm", "cohere", "gpt_neox"):
-        found = ops(export_tiny(name, tmp_path / name))
+        found = ops(decode_graph(name))
         assert found["RotaryEmbedding"] == 6, name
         assert found["Concat"] == 2, name  # sink and window logits
     assert torch.is_grad_enabled()

@@ -53,7 +53,14 @@ WIDE: dict[str, dict[str, Any]] = {
     "phi3": {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
     "qwen2": {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
     **{name: {"head_dim": 64} for name in EXPERTS_AND_LINEAR},
+    "mimo_v2_flash": {"head_dim": 80, "v_head_dim": 64},
+    "gemma3n_text": {"head_dim": 64},
+    **{name: {"head_dim": 64} for name in ("diffllama", "falcon_h1", "recurrent_gemma", "zaya")},
+    "deepseek_v3": {"qk_nope_head_dim": 48, "qk_rope_head_dim": 16, "v_head_dim": 64},
+    "kimi_linear": {"qk_nope_head_dim": 48, "qk_rope_head_dim": 16, "v_head_dim": 64},
 }
+FURTHER = ("mimo_v2_flash", "gemma3n_text", "diffllama", "deepseek_v3", "falcon_h1", "zaya", "kimi_linear")
+"""Values smaller than keys, shared caches, two attentions a layer, latents, recurrent layers."""
 
 
 def wide_model(name: str, dtype: str = "fp32") -> Any:
@@ -85,6 +92,8 @@ def exported(model: Any, folder: Path, **config: Any) -> Manifest:
         *((name, {}) for name in EXPERTS_AND_LINEAR if name != "qwen3_next"),
         ("qwen3_next", {"dtype": "fp16"}),
         ("qwen3_5_text", {"recipe": "int8-channel"}),
+        *((name, {}) for name in FURTHER),
+        ("recurrent_gemma", {"num_sink_tokens": 0}),
     ],
     ids=str,
 )

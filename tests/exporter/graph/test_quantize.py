@@ -32,7 +32,7 @@ from sinkrt.errors import UsageError
 from tests.exporter.quant.test_weight import unpacked
 from tests.exporter.tensorrt.test_builder import needs_tensorrt
 from tests.exporter.tiny_models import tiny_model
-from tests.support import export_model, random_ids
+from tests.support import SharedExports, export_model, nightly_but, random_ids
 
 FORMS = {"ort": OrtForm, "qdq": QdqForm, "plugin": PluginForm}
 
@@ -182,8 +182,11 @@ def test_static_products_keep_the_sinks_apart(form: str, batch: int, num_tokens:
         assert (np.abs(got - want) / row <= allowed).all(), first
 
 
+GEOMETRY = {"num_sink_tokens": 2, "window_size": 6, "chunk_size": 3}
+
+
 def exported(model: Any, folder: Path, recipe: Recipe | None, **geometry: Any) -> Session:
-    config = ExportConfig(**{"num_sink_tokens": 2, "window_size": 6, "chunk_size": 3, "recipe": recipe, **geometry})
+    config = ExportConfig(**{**GEOMETRY, "recipe": recipe, **geometry})
     export_model(model, folder, config)
     return Session.load(folder, threads=1)
 
@@ -216,7 +219,9 @@ def plain_steps(graph: Path) -> Callable[[np.ndarray, int], np.ndarray]:
     return step
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt_neox", "gemma2", "phi3", "cohere"])
+@pytest.mark.parametrize(
+    "name", nightly_but(["llama", "phi3"], ["llama", "llama-tied", "gpt_neox", "gemma2", "phi3", "cohere"])
+)
 def test_a_tensorrt_bundle_with_int8_weights_is_the_model_with_rounded_weights(name: str, tmp_path: Path) -> None:
     """Q/DQ graphs say floating-point arithmetic, so the rounded weights are all that differs.
 
@@ -234,10 +239,28 @@ def test_a_tensorrt_bundle_with_int8_weights_is_the_model_with_rounded_weights(n
             assert np.abs(got - want).max() < 1e-4 * want.std()
 
 
-@pytest.mark.parametrize("recipe", ["int8-weights", "int8-dynamic", "int4-nearest"])
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt_neox", "phi", "gemma2", "qwen2"])
-@pytest.mark.parametrize("batch", [2, 1])
-def test_prefill_gives_what_steps_give(recipe: str, name: str, batch: int, tmp_path: Path) -> None:
+RECIPES = ("int8-weights", "int8-dynamic", "int4-nearest")
+STEPPED = [
+    *((1, "llama", recipe) for recipe in RECIPES),
+    *((2, "gpt_neox", recipe) for recipe in RECIPES),
+    (2, "llama-tied", "int8-weights"),
+    (2, "gemma2", "int8-dynamic"),
+]
+
+
+@pytest.mark.parametrize(
+    ("batch", "name", "recipe"),
+    nightly_but(
+        STEPPED,
+        [
+            (batch, name, recipe)
+            for batch in (2, 1)
+            for name in ("llama", "llama-tied", "gpt_neox", "phi", "gemma2", "qwen2")
+            for recipe in RECIPES
+        ],
+    ),
+)
+def test_prefill_gives_what_steps_give(batch: int, name: str, recipe: str, tmp_path: Path) -> None:
     with exported(tiny_model(name), tmp_path / "b", load_recipe(recipe), batch=batch) as session:
         ids = random_ids(batch, 23)
         steps = [session.step(column).copy() for column in ids.T]
@@ -370,7 +393,7 @@ def test_verify_asks_for_a_tolerance(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sinks", ["separate", "excluded", "included"])
-def test_static_ranges_reach_the_graph(sinks: str, tmp_path: Path) -> None:
+def test_static_ranges_reach_the_graph(sinks: str, shared_export: SharedExports, tmp_path: Path) -> None:
     """A static bundle whose ranges fit is near the floating-point one; the sinks' range is as asked for."""
 
     class Fixed:
@@ -401,14 +424,15 @@ def test_static_ranges_reach_the_graph(sinks: str, tmp_path: Path) -> None:
         assert np.abs(session.prefill(ids) - steps[-1]).max() < 2e-2 * steps[-1].std()
         assert session.manifest.quantization is not None
         assert session.manifest.quantization.activations == "static"
-    with exported(tiny_model("llama"), tmp_path / "f", None) as session:
+    plain = shared_export("llama", **GEOMETRY)
+    with plain.session() as session:
         exact = [session.step(column).copy() for column in ids.T]
     errors = [np.abs(a - b).mean() / b.std() for a, b in zip(steps, exact, strict=True)]
     assert 1e-3 < np.mean(errors) < 0.3
     nodes = [n.op_type for n in onnx.load(tmp_path / "q" / "decode.onnx", load_external_data=False).graph.node]
     assert nodes.count("MatMulIntegerToFloat") == 8  # 4 matmuls a layer
     chosen = {"separate": 8, "excluded": 0, "included": 0}[sinks]
-    base = onnx.load(tmp_path / "f" / "decode.onnx", load_external_data=False).graph.node
+    base = onnx.load(plain.path / "decode.onnx", load_external_data=False).graph.node
     assert nodes.count("Where") == [n.op_type for n in base].count("Where") + chosen
 
 

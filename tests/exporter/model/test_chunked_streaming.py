@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sinkexport.families.recurrent import layers_without_attention
 from sinkexport.model.attention import stream_angles
-from sinkexport.reference.chunked import chunked_streaming, turn, visible
+from sinkexport.reference.chunk_attention import turn, visible
+from sinkexport.reference.chunked import chunked_streaming
 from sinkexport.reference.streaming import streaming_reference
 from sinkrt.errors import UsageError
 from sinkrt.ring import Ring, phase_frequency
@@ -118,7 +119,9 @@ def test_memory_does_not_grow_with_the_stream() -> None:
         sizes = set()
         for piece in random_ids(90).split(10, dim=1):
             stream.feed(piece)
-            sizes.add(sum(x.untyped_storage().nbytes() for kept in stream._kept.values() for x in vars(kept).values()))
+            sizes.add(
+                sum(x.untyped_storage().nbytes() for kept in stream._kept.rows.values() for x in vars(kept).values())
+            )
     assert len(sizes) == 1
 
 

@@ -15,13 +15,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from sinkexport.config import ExportConfig
 from sinkexport.families.probe import probe_attention
-from sinkrt import Session, UsageError
+from sinkrt import UsageError
 from sinkrt.ring import POSITION_LIMIT, TURN
 
-from tests.exporter.tiny_models import tiny_model
-from tests.support import export_model, random_ids
+from tests.support import SharedExports, random_ids
 
-CONFIG = ExportConfig(num_sink_tokens=4, window_size=12)
+GEOMETRY = {"num_sink_tokens": 4, "window_size": 12}
+CONFIG = ExportConfig(**GEOMETRY)
 
 
 def turned(keys: np.ndarray, frequency: list[int], delta: int) -> np.ndarray:
@@ -48,12 +48,12 @@ def moved_state(path: Path, target: Path, frequency: list[int], delta: int) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("where", [10**7, 2**33, 2**31 - 5, POSITION_LIMIT - 200])
-def test_far_positions(name: str, where: int, tmp_path: Path) -> None:
-    model = tiny_model(name)
+def test_far_positions(name: str, where: int, shared_export: SharedExports, tmp_path: Path) -> None:
+    bundle = shared_export(name, **GEOMETRY)
+    model = bundle.model
     _, rotary = probe_attention(model, model.config.num_hidden_layers)
     frequency = [int(f) for f in rotary.tables[""].frequency]
-    export_model(model, tmp_path / "bundle", CONFIG)
-    near, far = Session.load(tmp_path / "bundle"), Session.load(tmp_path / "bundle")
+    near, far = bundle.session(), bundle.session()
     near.prefill(random_ids(1, 2 * CONFIG.capacity + 3))
     near.save_state(tmp_path / "near.safetensors")
     delta = where // CONFIG.window_size * CONFIG.window_size  # whole windows: every token keeps its slot
@@ -67,9 +67,8 @@ def test_far_positions(name: str, where: int, tmp_path: Path) -> None:
         assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
 
 
-def test_past_the_limit_is_refused(tmp_path: Path) -> None:
-    export_model(tiny_model("llama"), tmp_path / "bundle", CONFIG)
-    session = Session.load(tmp_path / "bundle")
+def test_past_the_limit_is_refused(shared_export: SharedExports, tmp_path: Path) -> None:
+    session = shared_export("llama", **GEOMETRY).session()
     session.step([5])
     session.save_state(tmp_path / "state")
     frequency = [0] * 8

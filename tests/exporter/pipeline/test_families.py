@@ -14,8 +14,9 @@ from sinkexport.reference.streamed import streamed_logits
 from sinkrt import Session
 
 from tests.exporter.graph.in_place import assert_states_are_written_last
-from tests.exporter.tiny_models import ALL_TINY, TINY, tiny_model
-from tests.support import export_model, random_ids
+from tests.exporter.tiny_models import DAILY, TINY, tiny_model
+from tests.exporter.tiny_positions import POSITIONED
+from tests.support import SharedExports, export_model, nightly_but, random_ids
 
 WRAPS = 6
 
@@ -55,15 +56,15 @@ def assert_streams_like_reference(session: Session, model: Any, ids: np.ndarray,
             assert_close(logits[stream_], wanted[end - 1][stream_], tolerance, f"prefill of {stream_} up to {end}")
 
 
-@pytest.mark.parametrize("name", sorted(TINY))
-def test_dense_and_streaming(name: str, tmp_path: Path) -> None:
-    model = tiny_model(name)
-    config = ExportConfig(num_sink_tokens=4, window_size=12, batch=2)
+@pytest.mark.parametrize("name", nightly_but(DAILY, sorted(TINY.keys() - POSITIONED)))
+def test_dense_and_streaming(name: str, shared_export: SharedExports) -> None:
+    geometry = {"num_sink_tokens": 4, "window_size": 12, "batch": 2}
+    bundle, config = shared_export(name, **geometry), ExportConfig(**geometry)
+    model, session = bundle.model, bundle.session()
     ids = random_ids(config.batch, config.capacity + WRAPS * config.window_size + 3)
     with torch.no_grad():
         dense = model(torch.from_numpy(ids[:, : config.capacity])).logits.numpy()
-    session = exported(model, tmp_path / "bundle", config)
-    assert_states_are_written_last(tmp_path / "bundle", session.manifest)
+    assert_states_are_written_last(bundle.path, bundle.manifest)
     for t in range(config.capacity):
         assert_close(session.step(ids[:, t]), dense[:, t], 1e-4, f"position {t}")
     session.reset()
@@ -107,11 +108,16 @@ def test_frequencies_that_depend_on_length_are_those_of_a_full_cache(
     assert_streams_like_reference(session, model, ids, 1e-4)
 
 
+ODD = [(7, 3, 3, 2), (0, 5, 1, 5), (1, 1, 1, 1), (0, 1, 2, 1), (4, 33, 1, 16), (9, 6, 2, 4), (2, 24, 2, 24)]
+
+
 @pytest.mark.parametrize(
-    ("num_sinks", "window", "batch", "chunk"),
-    [(7, 3, 3, 2), (0, 5, 1, 5), (1, 1, 1, 1), (0, 1, 2, 1), (4, 33, 1, 16), (9, 6, 2, 4), (2, 24, 2, 24)],
+    ("name", "num_sinks", "window", "batch", "chunk"),
+    nightly_but(
+        [*(("llama", *geometry) for geometry in ODD), ("smollm3", 9, 6, 2, 4)],  # some of its layers do not rotate
+        [(name, *geometry) for name in ("llama", "smollm3") for geometry in ODD],
+    ),
 )
-@pytest.mark.parametrize("name", ["llama", "smollm3"])
 def test_odd_geometries(name: str, num_sinks: int, window: int, batch: int, chunk: int, tmp_path: Path) -> None:
     config = ExportConfig(num_sink_tokens=num_sinks, window_size=window, batch=batch, chunk_size=chunk)
     model = tiny_model(name, seed=1)
@@ -149,4 +155,4 @@ def test_model_is_left_as_it_was(tmp_path: Path) -> None:
 
 def test_every_listed_family_is_tested_here() -> None:
     tested = {name: family.family for family in EXPORTED for name in family.tested_by}
-    assert {name: tiny_model(name).config.model_type for name in ALL_TINY} == tested
+    assert {name: tiny_model(name).config.model_type for name in TINY} == tested

@@ -22,10 +22,11 @@ from sinkrt import Session
 from sinkrt.errors import UsageError
 
 from tests.exporter.tiny_models import tiny_model
-from tests.support import random_ids
+from tests.support import SharedExports, random_ids
 
 DEEPSEEK_V3 = Latent("kv_b_proj.weight", num_heads=128, rest_dim=128, value_dim=128, latent_dim=512, rotary_dim=64)
-CONFIG = ExportConfig(num_sink_tokens=2, window_size=8, batch=3, chunk_size=4)
+GEOMETRY = {"num_sink_tokens": 2, "window_size": 8, "batch": 3, "chunk_size": 4}
+CONFIG = ExportConfig(**GEOMETRY)
 
 
 def test_cache_of_deepseek_v3() -> None:
@@ -66,9 +67,10 @@ def test_states_and_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("row", [3, 14], ids=["key", "value"])
-def test_another_matrix_is_noticed(row: int, tmp_path: Path) -> None:
+def test_another_matrix_is_noticed(row: int, shared_export: SharedExports) -> None:
     """Each row of a head, of the key and of the value, is compared with the file's."""
-    model, bundle = exported("minicpm3", tmp_path)
+    made = shared_export("minicpm3", **GEOMETRY)
+    model, bundle = made.model, made.path
     files = ["decode.onnx", "prefill.onnx"]
     check_weights(bundle, files, LoadedModel(model, None, "m"), CONFIG, num_q_heads=6, num_kv_heads=6)
     with torch.no_grad():

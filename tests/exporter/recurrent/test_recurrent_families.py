@@ -20,7 +20,7 @@ from sinkrt.errors import UsageError
 
 from tests.exporter.pipeline.test_families import assert_close, exported
 from tests.exporter.tiny_models import tiny_model
-from tests.support import random_ids
+from tests.support import nightly_but, random_ids
 
 CONVOLUTIONS = ("lfm2", "lfm2_moe", "lfm3")
 MAMBA2 = ("nemotron_h", "granitemoehybrid", "bamba", "falcon_h1", "zamba2", "mamba2")
@@ -28,12 +28,7 @@ MAMBA1 = ("jamba", "zamba", "mamba", "falcon_mamba")
 FAMILIES = (*CONVOLUTIONS, *MAMBA2, *MAMBA1)
 
 NUM_TOKENS = 75
-FAST = {("lfm2", 64), ("nemotron_h", 16), ("jamba", 4), ("mamba", 1)}
-CASES = [
-    pytest.param(name, chunk, marks=() if (name, chunk) in FAST else pytest.mark.slow)
-    for name in FAMILIES
-    for chunk in (1, 4, 16, 64)
-]
+DAILY = (("lfm2", 64), ("lfm3", 4), ("nemotron_h", 16), ("granitemoehybrid", 1), ("jamba", 4), ("mamba", 1))
 
 
 def recurrent_rows(session: Session, stream: int) -> list[np.ndarray]:
@@ -42,7 +37,9 @@ def recurrent_rows(session: Session, stream: int) -> list[np.ndarray]:
     return [np.asarray(session.buffers[state.input])[stream].copy() for state in states]
 
 
-@pytest.mark.parametrize(("name", "chunk"), CASES)
+@pytest.mark.parametrize(
+    ("name", "chunk"), nightly_but(DAILY, [(name, chunk) for name in FAMILIES for chunk in (1, 4, 16, 64)])
+)
 def test_chunks_and_steps_of_three_streams_are_dense(name: str, chunk: int, tmp_path: Path) -> None:
     """Nothing is evicted; a chunk ends midway, and streams that have no token stand still to the bit."""
     wide = {"sliding_window": NUM_TOKENS} if name == "lfm3" and chunk > 4 else {}  # a chunk must fit every window
@@ -100,9 +97,7 @@ def error_of_noise(model: Any, ids: np.ndarray, dense: np.ndarray) -> float:
     return float(np.linalg.norm(logits - dense) / np.linalg.norm(dense))
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in ("lfm2", "mamba2") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", nightly_but(("lfm2", "mamba2", "zamba2", "jamba"), FAMILIES))
 def test_int8_weights_leave_states_and_convolutions_alone(name: str, tmp_path: Path) -> None:
     model, recipe = tiny_model(name), load_recipe("int8-weights")
     ids = random_ids(1, 16)

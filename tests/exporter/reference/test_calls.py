@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from sinkexport.families.interface import intercept_attention
 from sinkexport.reference.calls import calls_reference
 from sinkexport.reference.streamed import CALL_FOLLOWING, RE_ROTATING, streamed_logits
@@ -16,7 +15,7 @@ from sinkexport.variants.variant import PLAIN, AttentionVariant
 from sinkrt.contract import ActTuning, SinkTuning
 from sinkrt.errors import UsageError
 
-from tests.exporter.tiny_models import COMMON, RE_ROTATED, TINY, VOCAB_SIZE, random_model, tiny_model
+from tests.exporter.tiny_models import RE_ROTATED, TINY, VOCAB_SIZE, tiny_model
 
 B = 2
 ROUNDING = 1e-5
@@ -112,86 +111,21 @@ def test_both_agree_on_per_head_windows_and_factors_on_token_0() -> None:
 
 # --- families that the re-rotating reference does not follow --------------------------------------------------------
 
-LATENT = {
-    **COMMON,
-    "num_key_value_heads": 6,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 24,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "n_group": 1,
-    "topk_group": 1,
+FOLLOWED: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {},
+    "deepseek_v2": {},
+    "llama4_text": {"attention_chunk_size": 64},
+    "ministral3": {
+        "rope_parameters": {**TINY["ministral3"][1]["rope_parameters"], "original_max_position_embeddings": 2}
+    },
+    "diffllama": {},
+    "gemma3n_text": {"sliding_window": 4},
+    "nanochat": {"num_key_value_heads": 6},
+    "hunyuan_v1_dense": {},
+    "jamba": {"use_mamba_kernels": False},
+    "lfm2": {},
 }
-LLAMA4 = {
-    **COMMON,
-    "head_dim": 8,
-    "intermediate_size_mlp": 64,
-    "num_local_experts": 4,
-    "moe_layers": [1],
-    "attention_chunk_size": 64,
-    "layer_types": ["chunked_attention", "full_attention"],
-    "no_rope_layers": [1, 0],
-    "attn_temperature_tuning": True,
-    "floor_scale": 2,
-    "attn_scale": 0.3,
-}
-FOLLOWED: dict[str, tuple[str, dict[str, Any]]] = {
-    "deepseek_v3": ("DeepseekV3Config", {**LATENT, "qk_head_dim": 16, "head_dim": 8, "first_k_dense_replace": 1}),
-    "deepseek_v2": ("DeepseekV2Config", {**LATENT, "first_k_dense_replace": 1, "topk_method": "greedy"}),
-    "llama4": ("Llama4TextConfig", LLAMA4),
-    "ministral3": (
-        "Ministral3Config",
-        {
-            **COMMON,
-            "head_dim": 8,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 16.0,
-                "original_max_position_embeddings": 2,
-                "llama_4_scaling_beta": 0.3,
-            },
-        },
-    ),
-    "diffllama": ("DiffLlamaConfig", COMMON),
-    "gemma3n": (
-        "Gemma3nTextConfig",
-        {
-            **COMMON,
-            "num_hidden_layers": 4,
-            "intermediate_size": [64] * 4,
-            "head_dim": 8,
-            "num_kv_shared_layers": 2,
-            "sliding_window": 4,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "vocab_size_per_layer_input": VOCAB_SIZE,
-            "hidden_size_per_layer_input": 8,
-            "laurel_rank": 8,
-            "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
-        },
-    ),
-    "nanochat": ("NanoChatConfig", {**COMMON, "num_key_value_heads": 6}),
-    "hunyuan": ("HunYuanDenseV1Config", {**COMMON, "head_dim": 8}),
-    "jamba": (
-        "JambaConfig",
-        {
-            **COMMON,
-            "num_experts": 4,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "mamba_d_state": 8,
-            "mamba_dt_rank": 4,
-            "use_mamba_kernels": False,
-        },
-    ),
-    "lfm2": ("Lfm2Config", {**COMMON, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
-}
-
+"""Models of `TINY`, and what is changed of their configurations."""
 
 STATES = (
     "recurrent_gemma",
@@ -208,8 +142,7 @@ STATES = (
 
 
 def followed_model(name: str, **changes: Any) -> Any:
-    config_class, arguments = FOLLOWED.get(name) or TINY[name]
-    return random_model(getattr(transformers, config_class)(**{**arguments, **changes}))
+    return tiny_model(name, **{**FOLLOWED.get(name, {}), **changes})
 
 
 class Oracle:
@@ -319,12 +252,10 @@ def test_all_other_families_are_dense_before_the_window_fills(name: str) -> None
 
 
 def test_an_indexer_that_keeps_all_cached_tokens_is_dense_attention() -> None:
-    indexer = {"index_head_dim": 16, "index_n_heads": 2, "head_dim": 8}
-    arguments = {**LATENT, **indexer, "mlp_layer_types": ["dense", "sparse"]}
     ids = random_ids(9 + 36)
 
     def model(topk: int) -> Any:
-        return in_float64(random_model(transformers.DeepseekV32Config(**arguments, index_topk=topk)))
+        return in_float64(tiny_model("deepseek_v32", index_topk=topk))
 
     got = followed(model(9), ids, (3, 6))
     assert error(got, followed(model(2048), ids, (3, 6))) < ROUNDING
@@ -337,9 +268,9 @@ def test_an_indexer_that_keeps_all_cached_tokens_is_dense_attention() -> None:
 
 def test_chunks_smaller_than_the_cache_are_refused() -> None:
     ids = random_ids(20)
-    followed(followed_model("llama4", attention_chunk_size=9), ids, (3, 6))
+    followed(followed_model("llama4_text", attention_chunk_size=9), ids, (3, 6))
     with pytest.raises(UsageError, match="no window of the newest tokens"):
-        followed(followed_model("llama4", attention_chunk_size=8), ids, (3, 6))
+        followed(followed_model("llama4_text", attention_chunk_size=8), ids, (3, 6))
 
 
 def test_unknown_arguments_are_refused() -> None:
@@ -384,7 +315,7 @@ def test_the_model_is_left_as_it_was() -> None:
         (lambda: tiny_model("llama"), RE_ROTATING),
         (lambda: followed_model("deepseek_v3"), CALL_FOLLOWING),
         (lambda: followed_model("deepseek_v2"), CALL_FOLLOWING),
-        (lambda: followed_model("llama4"), CALL_FOLLOWING),
+        (lambda: followed_model("llama4_text"), CALL_FOLLOWING),
         (lambda: followed_model("ministral3"), CALL_FOLLOWING),
         (lambda: followed_model("diffllama"), CALL_FOLLOWING),
     ],

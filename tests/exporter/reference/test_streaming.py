@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from sinkexport.reference.streaming import streaming_reference
 from sinkrt.errors import UsageError
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.exporter.tiny_models import RE_ROTATED, VOCAB_SIZE, tiny_model
+from tests.exporter.tiny_models import RE_ROTATED, VOCAB_SIZE, random_model, tiny_model
 from tests.reference.oracle import SinkAttentionOracle
 
 S, W = 3, 6
@@ -139,7 +140,8 @@ def test_layers_without_positions_are_distinguished() -> None:
     model = tiny_model("smollm3")
     assert {layer.self_attn.use_rope for layer in model.model.layers} == {True, False}
     with streaming_reference(model, S, W) as reference:
-        rotates = {module.layer_idx: rotates for module, rotates in reference._rotates.items()}
+        modules = [layer.self_attn for layer in model.model.layers]
+        rotates = {module.layer_idx: reference.rotation.rotates(module) for module in modules}
     assert rotates == {i: bool(layer.self_attn.use_rope) for i, layer in enumerate(model.model.layers)}
 
 
@@ -207,44 +209,20 @@ def test_the_model_is_left_as_it_was(name: str, fails: bool) -> None:
     assert torch.equal(dense(model, ids), want)
 
 
-def tiny(config: Any) -> Any:
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-COMMON = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-
-
 @pytest.mark.parametrize(
-    ("config", "reason"),
+    ("made", "reason"),
     [
         # Learned positions, a norm after the rotation.
         (
-            lambda: transformers.GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4),
+            lambda: random_model(transformers.GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4)),
             "a function of position",
         ),
-        (lambda: transformers.HunYuanDenseV1Config(**COMMON), "more than a rotation"),
+        (lambda: tiny_model("hunyuan_v1_dense"), "more than a rotation"),
     ],
     ids=["gpt2", "hunyuan"],
 )
-def test_refused(config: Any, reason: str) -> None:
-    model = tiny(config())
-    if hasattr(model.base_model, "layers"):
-        for layer in model.base_model.layers:
-            for norm in ("query_layernorm", "key_layernorm"):
-                if hasattr(layer.self_attn, norm):  # all ones would commute with rotation
-                    torch.nn.init.normal_(getattr(layer.self_attn, norm).weight)
+def test_refused(made: Callable[[], Any], reason: str) -> None:
+    model = made()
     want = dense(model, random_ids(4))
     with pytest.raises(UsageError, match=reason), streaming_reference(model, S, W):
         pass

@@ -26,7 +26,7 @@ from sinkrt.errors import BundleError
 
 from tests.exporter.tiny_models import tiny_model, tiny_tokenizer
 from tests.reference.oracle import SinkAttentionOracle
-from tests.support import random_ids, run_cli
+from tests.support import SharedExports, random_ids, run_cli
 
 S = 3
 LLAMA = ((9, 4), (5, 9))  # two layers of two key heads; the groups of the second are out of order
@@ -44,6 +44,12 @@ def exported(name: str, windows: tuple[tuple[int, ...], ...], folder: Path, **op
     asked = window_file(name, windows)
     export_loaded(loaded, folder, ExportConfig(S, asked.longest, budgets=asked, **options))
     return loaded
+
+
+@pytest.fixture
+def windowed(shared_export: SharedExports) -> Path:
+    """A bundle of `llama` with the windows `LLAMA`, to read."""
+    return shared_export("llama", num_sink_tokens=S, window_size=9, budgets=window_file("llama", LLAMA)).path
 
 
 @pytest.mark.parametrize(
@@ -126,11 +132,10 @@ def test_chunks_in_torch_agree_with_the_bundle_with_tuned_sinks(kv: str, tmp_pat
 
 
 @pytest.mark.slow
-def test_states_are_saved_and_belong_to_their_budgets(tmp_path: Path) -> None:
-    exported("llama", LLAMA, tmp_path / "a")
+def test_states_are_saved_and_belong_to_their_budgets(windowed: Path, tmp_path: Path) -> None:
     exported("llama", ((4, 9), (5, 9)), tmp_path / "b")
     ids = random_ids(1, 40, seed=1)
-    with Session.load(tmp_path / "a", threads=1) as session, Session.load(tmp_path / "b", threads=1) as other:
+    with Session.load(windowed, threads=1) as session, Session.load(tmp_path / "b", threads=1) as other:
         session.prefill(ids[:, :33])
         session.save_state(tmp_path / "state")
         want = session.prefill(ids[:, 33:]).copy()
@@ -139,21 +144,20 @@ def test_states_are_saved_and_belong_to_their_budgets(tmp_path: Path) -> None:
         np.testing.assert_array_equal(session.prefill(ids[:, 33:]), want)
         with pytest.raises(StateError, match="fingerprint"):
             other.load_state(tmp_path / "state")
-    shown = run_cli("inspect", tmp_path / "a").out
+    shown = run_cli("inspect", windowed).out
     assert "key heads by window: 1 with 4, 1 with 5, 2 with 9" in " ".join(shown.split())
 
 
 @pytest.mark.slow
-def test_the_same_window_everywhere_changes_no_byte(tmp_path: Path) -> None:
-    same, plain = (9, 9), tmp_path / "plain"
-    loaded = exported("llama", (same, same), tmp_path / "b")
-    assert export_loaded(loaded, plain, ExportConfig(S, 9)).files == load_manifest(tmp_path / "b").files
+def test_the_same_window_everywhere_changes_no_byte(shared_export: SharedExports, tmp_path: Path) -> None:
+    exported("llama", ((9, 9), (9, 9)), tmp_path / "b")
+    plain = shared_export("llama", num_sink_tokens=S, window_size=9).manifest
+    assert plain.files == load_manifest(tmp_path / "b").files
 
 
 @pytest.mark.slow
-def test_manifest_refuses_heads_that_are_missing(tmp_path: Path) -> None:
-    exported("llama", LLAMA, tmp_path / "b")
-    raw = json.loads((tmp_path / "b" / "manifest.json").read_text())
+def test_manifest_refuses_heads_that_are_missing(windowed: Path) -> None:
+    raw = json.loads((windowed / "manifest.json").read_text())
     raw["head_windows"].pop()
     with pytest.raises(BundleError, match="each of the 4 key heads once"):
         Manifest.from_json(json.dumps(raw))

@@ -29,7 +29,7 @@ from tests.exporter.graph.in_place import assert_states_are_written_last
 from tests.exporter.pipeline.export_refusal import assert_export_refuses
 from tests.exporter.tiny_models import model_with_a_sink, tiny_model, tiny_tokenizer
 from tests.reference.oracle import Act, SinkAttentionOracle
-from tests.support import random_ids, run_cli
+from tests.support import SharedExports, random_ids, run_cli
 
 LAYERS, HEADS, S, W = 2, 6, 3, 9
 MASK = ((True, True, False, True, True, False), (False, True, True, True, False, True))
@@ -148,12 +148,12 @@ def test_streams_at_their_own_positions_in_chunks_and_in_steps(kv: str, tmp_path
 
 
 @pytest.mark.slow
-def test_off_changes_no_byte(tmp_path: Path) -> None:
+def test_off_changes_no_byte(shared_export: SharedExports, tmp_path: Path) -> None:
     """No file, a file without `act`, and one that calibrates no head: the same graphs, the same states."""
     nothing = tuning("llama", ((False,) * HEADS,) * LAYERS)
     without = nothing.model_copy(update={"act": None})
-    manifests = []
-    for number, asked in enumerate((None, without, nothing)):
+    manifests = [shared_export("llama", num_sink_tokens=S, window_size=W).manifest]
+    for number, asked in enumerate((without, nothing)):
         exported(tmp_path / str(number), sink_tuning=asked)
         manifests.append(load_manifest(tmp_path / str(number)))
     assert manifests[0].files == manifests[1].files == manifests[2].files

@@ -22,7 +22,7 @@ from sinkrt.contract import MANIFEST_NAME, load_manifest
 
 from tests.exporter.pipeline.export_refusal import assert_export_refuses
 from tests.exporter.tiny_models import TINY, VOCAB_SIZE, tiny_model, tiny_tokenizer
-from tests.support import export_model, run_cli
+from tests.support import SharedExports, export_model, run_cli
 
 LAYERS, HEADS = 2, 6
 GEOMETRY = {"num_sink_tokens": 3, "window_size": 9}
@@ -54,13 +54,9 @@ def test_bundle_is_the_model_with_its_own_attention_rescaled(name: str, tmp_path
 
 
 @pytest.mark.slow
-def test_factors_of_1_change_no_byte(tmp_path: Path) -> None:
-    model = LoadedModel(tiny_model("llama"), None, "tiny")
-    ones = tuning("llama", [[1.0] * HEADS] * LAYERS)
-    plain, tuned = (
-        export_loaded(model, tmp_path / folder, ExportConfig(**GEOMETRY, sink_tuning=asked))
-        for folder, asked in (("plain", None), ("tuned", ones))
-    )
+def test_factors_of_1_change_no_byte(shared_export: SharedExports, tmp_path: Path) -> None:
+    ones, plain = tuning("llama", [[1.0] * HEADS] * LAYERS), shared_export("llama", **GEOMETRY).manifest
+    tuned = export_model("llama", tmp_path / "tuned", **GEOMETRY, sink_tuning=ones).manifest
     assert plain.files == tuned.files
     assert (plain.sink_tuning, tuned.sink_tuning) == (None, ones.facts)
 

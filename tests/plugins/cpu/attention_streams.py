@@ -77,27 +77,27 @@ class Streams:
         self._arrays = {name: one.tensor for name, one in every.items()}
         self._all = list(every.values())
         addresses = {name: one.address for name, one in every.items() if name != "qkv"}
-        self._numbers = dict(
-            batch=batch,
-            num_tokens=count,
-            num_q_heads=case.num_q_heads,
-            num_kv_heads=case.num_kv_heads,
-            head_dim=case.head_dim,
-            value_dim=case.value_size,
-            num_sinks=case.num_sinks,
-            window_size=case.window_size,
-            window_type=window_type,
-            bfloat16_chunks=self.bfloat16_chunks,
-            tokens_first=self.layout.tokens_first or self.layout.is_packed,
-            row_width=self._width() if self.layout.is_packed else 0,
-            rope_scaling=case.rope_scaling,
-            rotary_dim=case.rotary_dim,
-            interleaved=case.interleaved,
-            scale=case.scale,
-            softcap=case.softcap,
-            gate_dim=case.gate_dim,
-            out_tokens_first=self.layout.out_tokens_first,
-        )
+        self._numbers = {
+            "batch": batch,
+            "num_tokens": count,
+            "num_q_heads": case.num_q_heads,
+            "num_kv_heads": case.num_kv_heads,
+            "head_dim": case.head_dim,
+            "value_dim": case.value_size,
+            "num_sinks": case.num_sinks,
+            "window_size": case.window_size,
+            "window_type": window_type,
+            "bfloat16_chunks": self.bfloat16_chunks,
+            "tokens_first": self.layout.tokens_first or self.layout.is_packed,
+            "row_width": self._width() if self.layout.is_packed else 0,
+            "rope_scaling": case.rope_scaling,
+            "rotary_dim": case.rotary_dim,
+            "interleaved": case.interleaved,
+            "scale": case.scale,
+            "softcap": case.softcap,
+            "gate_dim": case.gate_dim,
+            "out_tokens_first": self.layout.out_tokens_first,
+        }
         addresses |= {name: rows.data_ptr() for name, rows in self._rows.items()}
         self.params = SinkAttentionParams(**self._numbers, **addresses)
         functions = library()

@@ -136,6 +136,21 @@ def test_zeros_stay_zeros_and_extremes_finite(isa):
 
 
 @pytest.mark.parametrize("isa", isas_here())
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: "-".join(map(str, form.values())))
+def test_what_is_not_a_number_spoils_its_row_alone(isa, form):
+    task = Problem(Case(**form, rows=8, columns=100, outputs=16))
+    clean, spoilt = task.call(isa), task.call(isa)
+    spoilt.arrays["x"] = task.x.copy()
+    spoilt.arrays["x"][[1, 4, 6], [0, 99, 50]] = np.nan, np.inf, np.nan
+    run_here([clean, spoilt])
+    for row in range(8):
+        if row in {1, 4, 6}:
+            assert not np.isfinite(spoilt.results[row]).any()
+        else:
+            assert np.array_equal(spoilt.results[row], clean.results[row])
+
+
+@pytest.mark.parametrize("isa", isas_here())
 def test_residual_in_place(isa):
     task = Problem(Case("int8", 9, 100, 40, residual=True))
     apart, together = task.call(isa), task.call(isa)

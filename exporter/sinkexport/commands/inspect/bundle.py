@@ -20,7 +20,7 @@ from sinkrt.contract import (
     SinkTuning,
 )
 
-from sinkexport.util.console import facts_table, listed, megabytes, table_console
+from sinkexport.util.console import counted, facts_table, listed, megabytes, table_console
 
 
 def show_bundle(bundle: Path, manifest: Manifest) -> None:
@@ -66,14 +66,20 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _layers(manifest: Manifest) -> str:
-    """Describe the heads: of all layers alike, or a line for each size."""
-    model, caches = manifest.model, manifest.attention
-    if caches is None:
-        return (
-            f"{model.num_layers} x {model.num_q_heads} query heads, {model.num_kv_heads} key heads of {model.head_dim}"
-        )
-    counts = collections.Counter(_sizes(cache) for cache in caches)
-    return "\n".join([f"{model.num_layers}", *(f"{count} x {sizes}" for sizes, count in counts.items())])
+    """Describe the heads: of all layers alike, or the kinds of layers and a line for each size."""
+    num_layers, caches = manifest.model.num_layers, manifest.caches
+    lines = [f"{count} x {sizes}" for sizes, count in collections.Counter(map(_sizes, caches)).items()]
+    attending = {cache.layer for cache in caches}
+    if len(lines) == 1 and len(attending) == len(caches) == num_layers:
+        return lines[0]
+    recurrent = {state.layer for state in manifest.states if state.kind in RECURRENT_KINDS} - attending
+    calls = "" if len(caches) == len(attending) else f" ({len(caches)} calls)"
+    kinds = {
+        f"with attention{calls}": len(attending),
+        "recurrent": len(recurrent),
+        "without a state (they read an earlier layer's cache, or need none)": num_layers - len(attending | recurrent),
+    }
+    return "\n".join([f"{num_layers}: " + listed(f"{n} {kind}" for kind, n in kinds.items() if n), *lines])
 
 
 def _sizes(cache: AttentionCache) -> str:
@@ -89,15 +95,23 @@ def _cache(manifest: Manifest) -> str:
     if not manifest.caches:
         return "none: no attention, constant state"
     windows = _sliding_windows(manifest) if manifest.head_windows is None else _head_windows(manifest.head_windows)
-    return f"{stream.num_sink_tokens} sinks + window of {stream.window_size} = {stream.capacity} tokens{windows}"
+    tokens = f"{stream.num_sink_tokens} sinks + window of {stream.window_size} = {stream.capacity} tokens{windows}"
+    return f"{tokens}\n{sum(map(_numbers, manifest.caches)):,} numbers a token, all layers together"
+
+
+def _numbers(cache: AttentionCache) -> int:
+    """Count the elements that a cache keeps of one token."""
+    return cache.key_dim if cache.latent else cache.num_kv_heads * (cache.key_dim + cache.value_dim)
 
 
 def _recurrent(manifest: Manifest) -> str:
-    """Count the layers with recurrent states, and those that have a cache besides."""
-    layers = {state.layer for state in manifest.states if state.kind in RECURRENT_KINDS}
+    """Count the layers with recurrent states, those that have a cache besides, and the bytes."""
+    states = [state for state in manifest.states if state.kind in RECURRENT_KINDS]
+    layers = {state.layer for state in states}
     both = layers & {cache.layer for cache in manifest.caches}
     beside = f", {len(both)} of them beside a cache" if both else ""
-    return f"constant state in {len(layers)} layers{beside}"
+    size = megabytes(sum(state.nbytes for state in states) // manifest.stream.batch)
+    return f"constant state in {counted(len(layers), 'layer')}{beside}; {size} MB a stream"
 
 
 def _sliding_windows(manifest: Manifest) -> str:
@@ -109,7 +123,8 @@ def _sliding_windows(manifest: Manifest) -> str:
         if state.kind == "window_k" and state.input.replace("window_k", "sink_k", 1) not in names
     ]
     own = [size for size in windows if manifest.stream.num_sink_tokens or size != manifest.stream.window_size]
-    return f"; {len(own)} layers with a sliding window, {listed(sorted(set(own)))}" if own else ""
+    sizes = " or ".join(map(str, sorted(set(own))))
+    return f"; {counted(len(own), 'layer')} with a sliding window of {sizes}" if own else ""
 
 
 def _quantised(facts: Quantization | None) -> str:
@@ -165,9 +180,11 @@ def _memory(manifest: Manifest) -> Table:
     table.add_column("MB", justify="right")
     weights = manifest.weights_dtype if manifest.quantization is None else manifest.quantization.weights
     table.add_row("weights", weights, megabytes(manifest.weights_bytes))
+    latent = {cache.latent for cache in manifest.caches}
+    rows = "latent rows" if latent == {True} else "keys, values, latent rows" if True in latent else "keys and values"
     for label, kind in (
-        ("sink keys and values", "sink"),
-        ("window keys and values", "window"),
+        (f"sink {rows}", "sink"),
+        (f"window {rows}", "window"),
         ("attention received", MASS_KIND),
         ("convolutions", "conv"),
         ("recurrent states", "recurrent"),

@@ -36,7 +36,7 @@ def show_memory_of_bundle(bundle: Path, as_json: bool) -> None:
     table.add_column("MB", justify="right")
     table.add_column("source")
     for name, size, source in rows:
-        if name == "recurrent states" and not size:
+        if not size and (name == "recurrent states" or not manifest.caches):
             continue
         table.add_row(name, megabytes(size), source)
     table_console().print(table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ from rich.text import Text
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.analysis.model_report import RECURRENT, ModelReport, inspect_model
-from sinkexport.util.console import facts_table, listed, table_console
+from sinkexport.util.console import counted, facts_table, listed, table_console
 
 Facts = Mapping[str, Any]
+
+WITHOUT_ATTENTION = {RECURRENT, "conv", "moe", "mlp"}
+"""Kinds of layers that a configuration lists beside those with attention."""
 
 
 def show_model(source: str, as_json: bool) -> None:
@@ -81,13 +84,13 @@ def _rows(report: ModelReport) -> list[tuple[str, str]]:
     facts = report.facts
     return [
         ("model", f"{facts['name']} ({facts['format']})"),
-        *_model(facts["model"], _kinds(facts)),
+        *_model(facts["model"], facts["windows"] or ()),
         *_tensors(facts["tensors"]),
         *_positions(facts["positions"]),
         *(
             (
                 "windows",
-                f"{row['layers']} layers: {_words(row['kind'])}"
+                f"{counted(row['layers'], 'layer')}: {_words(row['kind'])}"
                 + (f", {row['window']:,} tokens" if row["window"] else ""),
             )
             for row in facts["windows"] or ()
@@ -98,33 +101,43 @@ def _rows(report: ModelReport) -> list[tuple[str, str]]:
     ]
 
 
-def _kinds(facts: Facts) -> set[str]:
-    """Kinds of layers."""
-    return {_words(row["kind"]) for row in facts["windows"] or ()}
-
-
 def _words(kind: str) -> str:
     """Kind of layers in our words: transformers calls all recurrent ones linear attention."""
+    if kind.startswith("hybrid"):
+        return "sliding attention beside a recurrence" if "sliding" in kind else "full attention beside a recurrence"
     return RECURRENT if kind == "linear_attention" else kind.replace("_", " ")
 
 
-def _model(facts: Facts | None, kinds: set[str]) -> list[tuple[str, str]]:
+def _layers(facts: Facts, rows: Sequence[Facts]) -> str:
+    """Describe the layers' heads. rows: layers by kind."""
+    kinds = {_words(row["kind"]) for row in rows}
+    if kinds == {RECURRENT}:
+        return f"{facts['num_layers']} x no attention"
+    heads, others = _heads(facts), sum(row["layers"] for row in rows if _words(row["kind"]) in WITHOUT_ATTENTION)
+    total = facts["num_layers"]
+    return f"{total}: {total - others} x {heads}" if others else f"{total} x {heads}"
+
+
+def _model(facts: Facts | None, rows: Sequence[Facts]) -> list[tuple[str, str]]:
     if facts is None:
         return []
-    heads = "no attention" if kinds == {RECURRENT} else _heads(facts)
     positions = f", trained for {facts['max_positions']:,} positions" if facts["max_positions"] else ""
+    shared = facts.get("shared_layers")
     return [
         ("family", f"{facts['family']} ({facts['architecture'] or 'architecture not named'})"),
         (
             "layers",
-            f"{facts['num_layers']} x {heads}; hidden size {facts['hidden_size']}",
+            f"{_layers(facts, rows)}; hidden size {facts['hidden_size']}",
         ),
+        *([] if shared is None else [("without a cache", f"the last {shared}: they read an earlier layer's")]),
         ("vocabulary", f"{facts['vocab_size']} tokens{positions}"),
     ]
 
 
 def _heads(facts: Facts) -> str:
     sizes = [facts[name] for name in ("num_q_heads", "num_kv_heads", "head_dim")]
+    if (latent := facts.get("latent")) is not None and sizes[0] is not None:
+        return "{} query heads over latent rows of {} ({} of them values)".format(sizes[0], *latent)
     if None in sizes:
         return "heads as each layer has them, or none"
     return "{} query heads, {} key heads of {}".format(*sizes)
@@ -148,7 +161,7 @@ def _positions(facts: Facts | None) -> list[tuple[str, str]]:
         rows.append(
             (
                 "positions",
-                f"rope, {rope['type']}, theta {rope['theta']}, share {rope['rotary_share']:g} of a "
+                f"rope, {rope['type']}, theta {rope['theta']}, share {rope['rotary_share']:.3g} of a "
                 f"head, {rope['layers']}" + (f"; {scaling}" if scaling else ""),
             )
         )

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape, operand, optional, replace_node
+from sinkexport.graph.edit import known_shape, operand, optional, replace_node, static_shape
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.operators import DOMAIN
 
@@ -19,10 +21,13 @@ OPSET = 17
 
 SAME = frozenset(
     (
+        "Abs",
         "Add",
+        "And",
         "Cast",
         "Clip",
         "Concat",
+        "ConstantOfShape",
         "Conv",
         "DequantizeLinear",
         "Div",
@@ -30,15 +35,23 @@ SAME = frozenset(
         "Erf",
         "Exp",
         "Expand",
+        "Floor",
         "Gather",
+        "GatherElements",
+        "GatherND",
         "Gemm",
         "Greater",
+        "GreaterOrEqual",
         "Less",
+        "LessOrEqual",
+        "Log",
         "MatMul",
         "Max",
         "Min",
         "Mul",
         "Neg",
+        "Not",
+        "Or",
         "Pow",
         "QuantizeLinear",
         "Reciprocal",
@@ -46,6 +59,8 @@ SAME = frozenset(
         "Relu",
         "Reshape",
         "ScatterElements",
+        "ScatterND",
+        "Shape",
         "Sigmoid",
         "Slice",
         "Softmax",
@@ -53,14 +68,16 @@ SAME = frozenset(
         "Sqrt",
         "Sub",
         "Tanh",
+        "Tile",
         "TopK",
         "Transpose",
+        "Unsqueeze",
         "Where",
     )
 )
 """Operators that mean the same in both, as far as a bundle's graph uses them."""
 
-_AXES_WERE_ATTRIBUTES = frozenset(("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd"))
+_AXES_WERE_ATTRIBUTES = frozenset(("ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd"))
 
 
 class LowerToOpset17(GraphPass):
@@ -74,15 +91,21 @@ class LowerToOpset17(GraphPass):
         if model.opset_imports[""] <= OPSET:
             return ir.passes.PassResult(model, False)
         graph = model.graph
-        for node in list(graph):
-            if node.domain == DOMAIN or node.op_type in SAME:
-                continue
+        others = [node for node in graph if node.domain != DOMAIN and node.op_type not in SAME]
+        values = (value for node in others for value in (*node.inputs, *node.outputs) if value is not None)
+        if any(static_shape(value) is None for value in values):
+            ShapeInferencePass()(model)  # functions of torch's in several nodes have no shapes between them
+        for node in others:
             if node.op_type in _AXES_WERE_ATTRIBUTES:
                 _axes_as_attribute(graph, node)
             elif node.op_type == "Split":
                 _sizes_as_input(graph, node)
+            elif node.op_type == "Pad":
+                _pads_of_all_axes(graph, node)
             elif node.op_type == "LayerNormalization":
                 _expand_layer_norm(graph, node)
+            elif node.op_type == "RMSNormalization":
+                _expand_rms_norm(graph, node)
             elif node.op_type == "Gelu":
                 _expand_gelu(graph, node)
             else:
@@ -114,6 +137,22 @@ def _sizes_as_input(graph: ir.Graph, node: ir.Node) -> None:
     replace_node(node, b.nodes, b.split(operand(node, 0), sizes, axis))
 
 
+def _pads_of_all_axes(graph: ir.Graph, node: ir.Node) -> None:
+    """Pad(pads, axes) -> Pad(pads of every axis)."""
+    x, pads, value, axes = operand(node, 0), operand(node, 1), optional(node, 2), optional(node, 3)
+    if axes is None:
+        return
+    if pads.const_value is None or axes.const_value is None:
+        raise ValueError(f"Pad '{node.name}' by sizes that are found at run time")
+    rank = len(known_shape(x))
+    sizes = np.zeros((2, rank), np.int64)
+    sizes[:, axes.const_value.numpy()] = pads.const_value.numpy().reshape(2, -1)
+    b, result = Builder(graph), node.outputs[0]
+    inputs = [x, b.ints(sizes.ravel().tolist(), "pads"), *([] if value is None else [value])]
+    mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "constant"
+    replace_node(node, b.nodes, [b.op("Pad", inputs, known_shape(result), result.dtype, mode=mode)])
+
+
 def _expand_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
     """Layer norm over the last axis, in float32 as the operator itself computes (arXiv:1607.06450)."""
     x, scale, bias = operand(node, 0), operand(node, 1), optional(node, 2)
@@ -134,6 +173,22 @@ def _expand_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
     if bias is not None:
         out = b.op("Add", [out, bias])
     replace_node(node, b.nodes, [out])
+
+
+def _expand_rms_norm(graph: ir.Graph, node: ir.Node) -> None:
+    """Root-mean-square norm over the last axis, in float32 as the operator itself computes (arXiv:1910.07467)."""
+    x, scale = operand(node, 0), operand(node, 1)
+    shape = known_shape(x)
+    if node.attributes["axis"].as_int() not in (-1, len(shape) - 1):
+        raise ValueError(f"RMSNormalization '{node.name}' over more than the last axis")
+    b, dtype = Builder(graph), x.dtype or ir.DataType.FLOAT
+    wide = b.cast(x, ir.DataType.FLOAT)
+    square = b.op("Mul", [wide, wide])
+    mean = b.op("ReduceMean", [square], (*shape[:-1], 1), ir.DataType.FLOAT, axes=[-1], keepdims=1)
+    epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+    root = b.op("Sqrt", [b.op("Add", [mean, b.scalar(epsilon, ir.DataType.FLOAT)])])
+    out = b.cast(b.op("Div", [wide, root]), dtype)
+    replace_node(node, b.nodes, [b.op("Mul", [out, scale])])
 
 
 def _expand_gelu(graph: ir.Graph, node: ir.Node) -> None:

@@ -57,8 +57,8 @@ def _select_last_token(graph: ir.Graph, num_valid: ir.Value) -> None:
     TensorRT 8.5 neither clips integers nor has int64.
     """
     for node in list(graph):
-        if node.op_type != "GatherElements" or node.domain:
-            continue
+        if node.op_type != "GatherElements" or node.domain or not _is_of(operand(node, 1), num_valid):
+            continue  # a router picks its experts' scores by such nodes
         values = operand(node, 0)
         batch, _, width = known_shape(values)
         if batch != 1:
@@ -68,6 +68,17 @@ def _select_last_token(graph: ir.Graph, num_valid: ir.Value) -> None:
         last = b.op("Max", [b.op("Sub", [num_valid, one], (1,), ir.DataType.INT32), zero])
         replace_node(node, b.nodes, [b.op("Gather", [values, last], (1, 1, width), values.dtype, axis=1)])
     drop_unused(graph)
+
+
+def _is_of(value: ir.Value, source: ir.Value) -> bool:
+    """Whether `value` is computed of `source` and constants alone."""
+    node = value.producer()
+    while node is not None and value is not source:
+        variable = [v for v in node.inputs if v is not None and v.const_value is None]
+        if len(variable) != 1:
+            return False
+        value, node = variable[0], variable[0].producer()
+    return value is source
 
 
 def _split_position(graph: ir.Graph, position: ir.Value) -> None:

@@ -15,7 +15,7 @@ from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats, Quant
 from sinkexport.loading.checkpoints.no_effect import why_no_effect
 from sinkexport.loading.checkpoints.weight_files import listed, torch_tensor
 from sinkexport.loading.weights.derived_weights import claim_derived
-from sinkexport.loading.weights.graph_weights import MODEL, GraphMatrix, read_graph
+from sinkexport.loading.weights.graph_weights import GraphMatrix, read_graph
 from sinkexport.loading.weights.latent_weights import whole_latent_matrices
 from sinkexport.loading.weights.weight_check import WeightCheck
 from sinkexport.loading.weights.weight_refusals import differs, refuse_strangers, unclaimed
@@ -47,7 +47,7 @@ def check_weights(
     model itself.
 
     files: the ONNX files of `folder`; the others share the first one's weights. derived: constants that the model's
-    code computes of parameters. unread: names of parameters that the model's code does not read; asked for if there are
+    code computes. unread: names of parameters that the model's code does not read; asked for if there are
     tensors that the graph lacks.
 
     Raises: UsageError naming a tensor whose numbers are not in the graph, or a constant that is not of the file.
@@ -70,7 +70,6 @@ def check_weights(
     if left:
         others = f", nor are {len(left) - 1} others: {listed([t.name for t in left[1:]])}" if len(left) > 1 else ""
         raise differs(left[0], f"it is nowhere in the graph{others}")
-    _claim_computed(model, first)
     refuse_strangers(unclaimed(first, check.parameters, num_q_heads), "constants of the graph")
     foreign = sum(name not in check.parameters for name in check.folded)
     absent = [name for name in check.parameters if name not in check.accounted]
@@ -79,21 +78,7 @@ def check_weights(
     for file in files[1:]:
         matrices = whole_latent_matrices(read_graph(folder / file))
         claim_derived(check, [], tensors, derived, matrices)
-        _claim_computed(model, matrices)
         _compare_shared(check, matrices, first, num_q_heads)
-
-
-def _claim_computed(model: Any, matrices: Sequence[GraphMatrix]) -> None:
-    """Claim constants that hold a buffer which no file has: the model's code computes it of its configuration."""
-    saved = model.state_dict().keys()
-    computed = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
-    for matrix in matrices:
-        buffer = computed.get(matrix.name.removeprefix(MODEL))
-        if buffer is None or matrix.raw is None:
-            continue
-        raw = np.asarray(matrix.raw(), np.float32)
-        if raw.size == buffer.numel() and np.array_equal(raw.reshape(-1), buffer.float().numpy().reshape(-1)):
-            matrix.claimed[:] = True
 
 
 def _read_ones(check: WeightCheck, left: Sequence[FileTensor], unread: Collection[str]) -> list[FileTensor]:

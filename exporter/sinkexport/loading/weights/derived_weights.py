@@ -10,6 +10,7 @@ from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats
 from sinkexport.loading.weights.graph_weights import GraphMatrix, layer_of
 from sinkexport.loading.weights.weight_check import WeightCheck
 from sinkexport.util.derived_constant import DerivedConstant
+from sinkexport.util.traced_names import MODEL
 
 
 def claim_derived(
@@ -22,15 +23,17 @@ def claim_derived(
     """Account for tensors whose numbers went into constants that the graph has, and for those constants.
 
     A constant counts if each parameter that it was computed of holds the numbers of the file (`tensors`), and the
-    graph (`matrices`) has the result, in any layout; a single number may have gone into anything.
+    graph (`matrices`) has the result, in any layout; a single number may have gone into anything. One that was computed
+    of the configuration alone has no parameter, and no tensor of the file.
     Returns: what is left then.
     """
     names = {name: tensor for tensor in tensors.values() for name in check.names_of(tensor.name)}
     accounted: set[str] = set()
     for one in derived:
-        sources = [_sources(check, name, values, names, left) for name, values in one.sources.items()]
+        parameters = {name.removeprefix(MODEL): values for name, values in one.sources.items()}
+        sources = [_sources(check, name, values, names, left) for name, values in parameters.items()]
         if all(sources) and (_claim(check, one.values, matrices) or one.values.size == 1):
-            accounted.update(*sources, one.sources)
+            accounted.update(*sources, parameters)
     for name in accounted:
         check.account(name)
     return [tensor for tensor in left if not accounted & set(check.names_of(tensor.name))]
@@ -71,15 +74,15 @@ def _is_same(check: WeightCheck, tensor: FileTensor, values: Floats) -> bool:
 
 
 def _claim(check: WeightCheck, values: Floats, matrices: Sequence[GraphMatrix]) -> bool:
-    """Claim the constants of the graph that hold these numbers, whatever their order."""
-    wanted, found = np.sort(values.reshape(-1, 1), axis=0), False
+    """Claim the constants of the graph that hold these numbers: a buffer's own, and nameless ones in any order."""
+    wanted, found = values.reshape(-1, 1), False
+    in_order = np.sort(wanted, axis=0)
     for matrix in matrices:
-        if matrix.raw is None or matrix.parts:
+        is_weight = any(part in check.parameters for part in matrix.parts)
+        if matrix.raw is None or is_weight or matrix.shape[0] * matrix.shape[1] != wanted.size:
             continue
-        raw = matrix.raw()
-        if raw.size != wanted.size:
-            continue
-        graph = np.sort(np.asarray(raw, np.float32).reshape(-1, 1), axis=0)
-        if check.rounding.fits(wanted, graph, np.zeros_like(graph)):
+        graph = np.asarray(matrix.raw(), np.float32).reshape(-1, 1)
+        pair = (wanted, graph) if matrix.parts else (in_order, np.sort(graph, axis=0))
+        if check.rounding.fits(*pair, np.zeros_like(graph)):
             matrix.claimed[:] = found = True
     return found

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from sinkexport.loading.checkpoints.file_tensor import Floats, Indices
 from sinkexport.loading.weights.packed_matrices import PACKED, packed_rows
+from sinkexport.util.traced_names import MODEL
 
 BY_HEAD = "const.by_head"
 """The plugin's copies of the model's numbers of heads, in float32."""
@@ -24,8 +25,6 @@ BY_HEAD = "const.by_head"
 QUANTIZED = (".packed", ".uint8", ".int8x4", ".int8")
 PACKED_OR_QUANTIZED = (*QUANTIZED, PACKED)
 COMPANIONS = (".scales", ".zero_points", ".sums")
-MODEL = "model."
-"""Prefix of the names of a model's parameters: the model is a part of the traced step."""
 
 HALF_RANGE = 128
 SMALL_BYTES = 2**20

@@ -7,6 +7,10 @@
 namespace sinkrt {
 
 constexpr int64_t kSchemaVersion = 7;
+// Version that brought `attention`.
+constexpr int64_t kAttentionSchema = 7;
+// Key of a graph's metadata: the sizes that it was made for, where a manifest has `attention`.
+constexpr const char* kLayoutMetadata = "sinkexport.layout";
 constexpr const char* kManifestName = "manifest.json";
 // ABI of the TensorRT plugins that the graphs of this version have nodes of.
 constexpr const char* kPluginAbi = "3";

@@ -188,6 +188,8 @@ struct Manifest {
   bool isRecurrent() const;
   int64_t weightsBytes() const;
   int64_t stateBytes() const;
+  // What the metadata of each graph must say; "nothing" where they need not have it.
+  std::string graphLayout() const;
   // What a saved state depends on: the same digits as Python's `Manifest.fingerprint`.
   std::string fingerprint() const;
   // The text of manifest.json, byte for byte as Python's `Manifest.to_json` writes it.

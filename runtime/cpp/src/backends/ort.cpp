@@ -115,6 +115,7 @@ class Graph {
       }
       compare<ort::SessionGetInputCount, ort::SessionGetInputName, ort::SessionGetInputTypeInfo>("input", inputs);
       compare<ort::SessionGetOutputCount, ort::SessionGetOutputName, ort::SessionGetOutputTypeInfo>("output", outputs);
+      compareLayout(graph.file, manifest);
     } catch (const OrtFailure& failure) {
       if (failure.out_of_memory) {
         throw Error(Code::kOutOfMemory, problem(graph.file, "too little memory (" + failure.message + ")",
@@ -177,6 +178,11 @@ class Graph {
     size_t count = 0;
     api_.call<Count>(session_.get(), &count);
     std::map<std::string, std::string> found, expected;
+    std::vector<std::string> names;  // as they come: the first that differs is named
+    for (const TensorSpec& spec : wanted) {
+      expected[spec.name] = shown(spec.dtype, spec.shape);
+      names.push_back(spec.name);
+    }
     for (size_t i = 0; i < count; ++i) {
       char* name = nullptr;
       api_.call<Name>(session_.get(), i, allocator, &name);
@@ -196,18 +202,35 @@ class Graph {
       std::vector<int64_t> shape(rank);
       if (rank > 0) api_.call<ort::GetDimensions>(tensor, shape.data(), rank);
       found[kept] = shown(ortTypeName(type), shape);
+      names.push_back(kept);
     }
-    for (const TensorSpec& spec : wanted) expected[spec.name] = shown(spec.dtype, spec.shape);
-    for (const auto& names : {expected, found}) {
-      for (const auto& entry : names) {
-        const auto actual = found.find(entry.first), should = expected.find(entry.first);
-        const std::string received = actual == found.end() ? "nothing" : actual->second;
-        const std::string needed = should == expected.end() ? "nothing" : should->second;
-        if (received == needed) continue;
-        throw Error(Code::kBundle, problem("graph " + kind + " '" + entry.first + "'", received, needed,
-                                           "graph and manifest differ: export again"));
-      }
+    for (const std::string& name : names) {
+      const auto actual = found.find(name), should = expected.find(name);
+      const std::string received = actual == found.end() ? "nothing" : actual->second;
+      const std::string needed = should == expected.end() ? "nothing" : should->second;
+      if (received == needed) continue;
+      throw Error(Code::kBundle, problem("graph " + kind + " '" + name + "'", received, needed,
+                                         "graph and manifest differ: export again"));
     }
+  }
+
+  // The graph must have been made for the sizes that the manifest says: not all of them show in its inputs.
+  void compareLayout(const std::string& file, const Manifest& manifest) const {
+    OrtAllocator* allocator = nullptr;
+    api_.call<ort::GetAllocatorWithDefaultOptions>(&allocator);
+    OrtModelMetadata* made = nullptr;
+    api_.call<ort::SessionGetModelMetadata>(session_.get(), &made);
+    const OrtOwned<OrtModelMetadata, ort::ReleaseModelMetadata> metadata(api_, made);
+    char* value = nullptr;  // stays so where there is no such entry
+    api_.call<ort::ModelMetadataLookupCustomMetadataMap>(made, allocator, kLayoutMetadata, &value);
+    const std::string wanted = manifest.graphLayout();
+    std::string found = "nothing";
+    if (value != nullptr) {
+      found = value;
+      api_.call<ort::AllocatorFree>(allocator, static_cast<void*>(value));
+    }
+    if (found == wanted) return;
+    throw Error(Code::kBundle, problem("layout in " + file, found, wanted, "graph and manifest differ: export again"));
   }
 
   static std::string shown(const std::string& type, const std::vector<int64_t>& shape) {
@@ -235,22 +258,26 @@ class OrtBackend final : public Backend {
     if (const int64_t available = availableBytes(); available > 0 && manifest.stateBytes() > available) {
       refuseMemory(std::to_string(available) + " bytes", manifest.stateBytes());
     }
+    // Opened first: a manifest whose sizes are not the graphs' is refused before memory is asked for.
+    decode_ = std::make_unique<Graph>(api, env, bundle, manifest, "decode", options.threads, true, library);
+    const auto found = manifest.graphs.find("prefill");
+    if (found != manifest.graphs.end()) {
+      prefill_ =
+          std::make_unique<Graph>(api, env, bundle, manifest, "prefill", options.threads, repack_prefill, library);
+    }
     for (const StateSpec& state : manifest.states) states_.emplace_back(state.bytes());
     const GraphSpec& graph = manifest.graphs.at("decode");
     ids_ = &add(inputs_, graph.inputs, "ids");
     position_ = &add(inputs_, graph.inputs, "position");
     logits_.emplace_back(graph.outputs[0].bytes());
     kept_logits_.resize(logits_[0].size() / sizeof(float));
-    decode_ = std::make_unique<Graph>(api, env, bundle, manifest, "decode", options.threads, true, library);
     step_ = decode_->bind({{spec(graph, "ids"), ids_->data()}, {spec(graph, "position"), position_->data()}},
                           {{graph.outputs[0], logits_[0].data()}}, statePlaces(0, batch), manifest.states);
-    if (const auto found = manifest.graphs.find("prefill"); found != manifest.graphs.end()) {
+    if (prefill_) {
       const GraphSpec& chunk = found->second;
       chunk_ids_ = &add(inputs_, chunk.inputs, "ids");
       chunk_position_ = &add(inputs_, chunk.inputs, "position");
       num_valid_ = &add(inputs_, chunk.inputs, "num_valid");
-      prefill_ =
-          std::make_unique<Graph>(api, env, bundle, manifest, "prefill", options.threads, repack_prefill, library);
       for (int64_t b = 0; b < batch; ++b) {  // the prefill graph sees one stream: a row of each
         chunks_.push_back(prefill_->bind({{spec(chunk, "ids"), chunk_ids_->data()},
                                           {spec(chunk, "position"), chunk_position_->data()},

@@ -23,6 +23,7 @@ struct OrtTypeInfo;
 struct OrtTensorInfo;
 struct OrtSessionOptions;
 struct OrtAllocator;
+struct OrtModelMetadata;
 
 // Place in the table and type of each entry, under its documented name.
 template <size_t kPlace, typename Function>
@@ -66,6 +67,10 @@ using ReleaseValue = OrtEntry<96, void(OrtValue*)>;
 using ReleaseRunOptions = OrtEntry<97, void(OrtRunOptions*)>;
 using ReleaseTypeInfo = OrtEntry<98, void(OrtTypeInfo*)>;
 using ReleaseSessionOptions = OrtEntry<100, void(OrtSessionOptions*)>;
+using SessionGetModelMetadata = OrtEntry<111, OrtStatus*(const OrtSession*, OrtModelMetadata**)>;
+using ModelMetadataLookupCustomMetadataMap =
+    OrtEntry<116, OrtStatus*(const OrtModelMetadata*, OrtAllocator*, const char* key, char** value)>;
+using ReleaseModelMetadata = OrtEntry<118, void(OrtModelMetadata*)>;
 using AddSessionConfigEntry = OrtEntry<130, OrtStatus*(OrtSessionOptions*, const char* key, const char* value)>;
 using RunWithBinding = OrtEntry<133, OrtStatus*(OrtSession*, const OrtRunOptions*, const OrtIoBinding*)>;
 using CreateIoBinding = OrtEntry<134, OrtStatus*(OrtSession*, OrtIoBinding**)>;

@@ -70,6 +70,9 @@ void checkAttention(const Manifest& manifest) {
           caches ? std::to_string(caches->size()) + " caches" : "null",
           has_heads ? "null or a cache, as 'model' has heads" : "an empty list, as 'model' has no heads");
   if (!caches) return;
+  require(manifest.schema_version >= kAttentionSchema, "attention",
+          "it in schema " + std::to_string(manifest.schema_version),
+          "null, or schema_version " + std::to_string(kAttentionSchema) + " and newer");
   require(!has_heads || !isUniform(manifest.model, *caches), "attention", "the sizes that 'model' has",
           "null for these");
   const std::pair<const char*, bool> variants[] = {{"sink_tuning", manifest.sink_tuning.has_value()},

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "bundle/checks.h"
+#include "bundle/json_fields.h"
 #include "bundle/schema.h"
 
 namespace sinkrt {
@@ -238,6 +239,19 @@ class Checker {
 };
 
 }  // namespace
+
+std::string Manifest::graphLayout() const {
+  if (!attention) return "nothing";
+  Json facts = Json::object();
+  facts.add("num_layers", sinkrt::toJson(model.num_layers));
+  facts.add("num_q_heads", sinkrt::toJson(model.num_q_heads));
+  facts.add("num_kv_heads", sinkrt::toJson(model.num_kv_heads));
+  facts.add("head_dim", sinkrt::toJson(model.head_dim));
+  facts.add("num_sink_tokens", sinkrt::toJson(stream.num_sink_tokens));
+  facts.add("window_size", sinkrt::toJson(stream.window_size));
+  facts.add("attention", sinkrt::toJson(*attention));
+  return dumpJson(facts, {-1, true});
+}
 
 void checkLayout(const Manifest& manifest) {
   Checker checker(manifest);

@@ -19,12 +19,20 @@ from tests.exporter.graph.passes.pass_checks import (
 
 NORM = ", ".join([written("g", numbers(6, seed=1)), written("b", numbers(6, seed=2))])
 
+INTS = "int64[3] repeats = {1, 1, 1}, int64[2] pads = {2, 0}, int64[1] first = {-3}"
+
 
 @pytest.mark.parametrize(
     ("body", "lost"),
     [
         ("y = ReduceMean <keepdims = 1> (x, axes) ", ""),
         ("y = ReduceMax (x, axes) ", ""),
+        ("y = ReduceL2 (x, axes) ", ""),
+        ("y = ReduceL1 (x, axes) ", ""),
+        ("c = GreaterOrEqual (x, x) d = Not (c) e = Or (c, d) f = And (e, c) y = Where (f, x, x)", ""),
+        ("y = RMSNormalization <axis = -1, epsilon = 0.01> (x, g)", "RMSNormalization"),
+        ("y = Pad (x, pads, , first)", ""),
+        ("t = Tile (x, repeats) u = Abs (t) v = Log (u) y = Floor (v)", ""),
         ("u, v = Split <axis = -1, num_outputs = 2> (x) y = Mul (u, v)", ""),
         ("y = Gelu (x)", "Gelu"),
         ('y = Gelu <approximate = "tanh"> (x)', "Gelu"),
@@ -33,8 +41,10 @@ NORM = ", ".join([written("g", numbers(6, seed=1)), written("b", numbers(6, seed
     ],
 )
 def test_operators(body: str, lost: str) -> None:
-    shape = "2, 3, 1" if "Reduce" in body else "2, 3, 3" if "Split" in body else "2, 3, 6"
-    model = parsed(body, "float[2, 3, 6] x", f"float[{shape}] y", f"{NORM}, int64[1] axes = {{-1}}")
+    shape = (
+        "2, 3, 1" if "Reduce" in body else "2, 3, 3" if "Split" in body else "4, 3, 6" if "Pad" in body else "2, 3, 6"
+    )
+    model = parsed(body, "float[2, 3, 6] x", f"float[{shape}] y", f"{NORM}, int64[1] axes = {{-1}}, {INTS}")
     check_same_results(model, LowerToOpset17(), rtol=1e-5)
     assert model.opset_imports[""] == OPSET
     assert lost not in kinds(model)
@@ -48,8 +58,11 @@ def _standard(model: ir.Model) -> onnx.ModelProto:
 
 
 def test_what_has_no_form_is_refused() -> None:
-    model = parsed("y = RMSNormalization <axis = -1> (x, g)", "float[2, 6] x", "float[2, 6] y", NORM)
-    with pytest.raises(ValueError, match=r"RMSNormalization .* has no form in opset 17 here"):
+    model = parsed("y = Swish (x)", "float[2, 6] x", "float[2, 6] y")
+    with pytest.raises(ValueError, match=r"Swish .* has no form in opset 17 here"):
+        LowerToOpset17()(model)
+    model = parsed("y = RMSNormalization <axis = 1> (x, k)", "float[2, 3, 6] x, float[3, 6] k", "float[2, 3, 6] y")
+    with pytest.raises(ValueError, match="over more than the last axis"):
         LowerToOpset17()(model)
     model = parsed("y = LayerNormalization <axis = 1> (x, k)", "float[2, 3, 6] x, float[3, 6] k", "float[2, 3, 6] y")
     with pytest.raises(ValueError, match="over more than the last axis"):

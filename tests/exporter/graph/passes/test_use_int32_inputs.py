@@ -74,6 +74,30 @@ def test_the_last_valid_token_is_selected(num_valid: int) -> None:
     np.testing.assert_array_equal(last, q[:, 0, num_valid - 1 : num_valid])
 
 
+def test_what_routers_select_is_left_alone() -> None:
+    """A choice of the data itself, which attention's tokens that count come into as well."""
+    model = attention_graph(3, dtype=ir.DataType.FLOAT16)
+    UseAttentionPlugin()(model)
+    router = parsed(
+        "v, i = TopK (s, one) y = GatherElements <axis = -1> (s, i)",
+        "float16[1, 4, 3, 64] s",
+        "float16[1, 4, 3, 1] y",
+        "int64[1] one = {1}",
+    ).graph
+    nodes, (scores,), (y,) = list(router), router.inputs, router.outputs
+    one = router.initializers.pop("one")
+    for node in nodes:
+        for i, given in enumerate(node.inputs):
+            node.replace_input_with(i, model.graph.outputs[0] if given is scores else given)
+    router.remove(nodes)
+    router.outputs.clear()
+    model.graph.register_initializer(one)
+    model.graph.extend(nodes)
+    model.graph.outputs[0] = y
+    UseInt32Inputs()(model)
+    assert "GatherElements" in [node.op_type for node in model.graph]
+
+
 def chunk_with_selection() -> ir.Model:
     """GatherElements of token num_valid - 1, as the traced prefill graph has it."""
     model = attention_graph(3, dtype=ir.DataType.FLOAT16)
