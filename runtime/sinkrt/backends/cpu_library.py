@@ -60,5 +60,13 @@ def is_usable() -> bool:
     return True
 
 
+def instruction_set(path: Path) -> str:
+    """Name of the instruction set whose kernels are used, of a library that `checked_library` returned."""
+    function = ctypes.CDLL(str(path.resolve())).sinkexport_cpu_isa
+    function.restype = ctypes.c_char_p
+    name: bytes = function()
+    return name.decode()
+
+
 def _refuse(received: str, expected: str, fix: str) -> NoReturn:
     raise BackendError(problem("CPU library", received=received, expected=expected, fix=fix))
