@@ -28,6 +28,12 @@ HALF_EXPERT_LINEAR, INT8_EXPERT_LINEAR = "HalfExpertLinear", "Int8ExpertLinear"
 """Matmuls by the matrices of chosen experts, float16 or INT8, likewise."""
 RMS_NORM, GATED_ACTIVATION = "RmsNorm", "GatedActivation"
 """What is between matmuls, of the TensorRT plugin: made by graph passes, never traced."""
+FLOAT_LINEAR, INT4_LINEAR = "FloatLinear", "Int4Linear"
+"""Matmuls of the CPU library (plugins/cpu), which has an Int8Linear too: made by graph passes, never traced."""
+FLOAT_ROWS, INT4_ROWS = "FloatRows", "Int4Rows"
+"""Rows of tables of the CPU library, which has Int8Rows too, likewise."""
+FLOAT_EXPERT_LINEAR = "FloatExpertLinear"
+"""Matmul by the matrices of chosen experts of the CPU library, which has an Int8ExpertLinear too, likewise."""
 
 
 class Input(enum.IntEnum):

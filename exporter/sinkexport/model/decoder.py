@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from sinkrt.contract import MASS_KIND, NO_TOKEN, SCALE_KINDS, STATE_KINDS
 
-from sinkexport.config import ExportConfig
+from sinkexport.config import ExportConfig, target_of
 from sinkexport.families.interface import attention_inputs, intercept_attention
 from sinkexport.families.latent import Latent
 from sinkexport.families.recurrent import with_cache
@@ -175,8 +175,8 @@ class StreamStep(torch.nn.Module):
             attention_inputs(self.model) as step.inputs,
             intercept_attention(self.model, left_out.attend),
             left_out.in_place(),
-            static_experts(self.model, in_place=self.config.has_plugins),
-            unrolled_experts(self.model, in_place=self.config.has_plugins),
+            static_experts(self.model, in_place=_experts_in_place(self.config)),
+            unrolled_experts(self.model, in_place=_experts_in_place(self.config)),
             contextlib.nullcontext() if step.recurrent is None else step.recurrent.in_place(),
             _only_last_token(self.model, num_valid),
         ):
@@ -188,6 +188,12 @@ class StreamStep(torch.nn.Module):
             )
         logits = output.logits if output.logits.shape[1] == 1 else _last_token(output.logits, num_valid)
         return logits[:, 0].to(torch.float32), step.next_states
+
+
+def _experts_in_place(config: ExportConfig) -> torch.dtype | None:
+    """Type of experts' matrices that the target reads where they lie."""
+    dtype = target_of(config).experts_in_place
+    return None if dtype is None else getattr(torch, dtype)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx
 from sinkrt.contract import (
+    CPU_ABI,
     MANIFEST_NAME,
     PLUGIN_ABI,
     SCHEMA_VERSION,
@@ -75,6 +76,7 @@ from sinkexport.pipeline.manifest_facts import (
 from sinkexport.pipeline.sink_token import with_sink_token
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel, load_model
+from sinkexport.targets import Target
 from sinkexport.util.derived_constant import DerivedConstant
 from sinkexport.util.garbage import no_garbage_collection
 from sinkexport.util.progress import Report, silent
@@ -294,10 +296,17 @@ def _manifest(
         files=files,
         producer=producers(),
         quantization=quantization_facts(config),
-        plugin_abi=PLUGIN_ABI if config.has_plugins else None,
+        plugin_abi=_library_abi(target_of(config)),
         attention=written.attention,
         **config.variant.manifest_entries(shape.num_layers, shape.num_q_heads, head_windows(probed.caches)),
     )
+
+
+def _library_abi(target: Target) -> str | None:
+    """Version of the nodes that are not ONNX's own."""
+    if target.has_cpu_library:
+        return CPU_ABI
+    return PLUGIN_ABI if target.has_plugins else None
 
 
 def _build(

@@ -25,7 +25,7 @@ from sinkexport.targets import ONNX
 
 from tests.exporter.graph.same_graph import described
 from tests.exporter.tiny_models import tiny_model
-from tests.support import export_model
+from tests.support import export_model, nightly_but
 
 CONFIG = ExportConfig(num_sink_tokens=2, window_size=14, chunk_size=3)
 NUM_LAYERS = 6  # three of each kind where two alternate
@@ -42,6 +42,9 @@ def deep_model(name: str) -> Any:
     """A tiny model with more layers than the others have."""
     arguments = MORE_LAYERS.get(name, {"num_hidden_layers": NUM_LAYERS})
     return tiny_model(name, **arguments)
+
+
+FAMILIES = ["llama", "gemma2", "gemma3_text", "qwen3", "mixtral", "gpt_oss", "gpt_neox", "mpt"]
 
 
 def step_of(model: Any, num_tokens: int = 1) -> StreamStep:
@@ -65,7 +68,7 @@ def assert_same(step: StreamStep, caplog: pytest.LogCaptureFixture, *, is_stampe
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "qwen3", "mixtral", "gpt_oss", "gpt_neox", "mpt"])
+@pytest.mark.parametrize("name", nightly_but(["gemma3_text", "mixtral", "mpt"], FAMILIES))
 def test_families(name: str, num_tokens: int, caplog: pytest.LogCaptureFixture) -> None:
     """One kind of layer, kinds that alternate, experts, sink logits, ALiBi."""
     assert_same(step_of(deep_model(name), num_tokens), caplog, is_stamped=True)
