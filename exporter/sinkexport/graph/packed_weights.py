@@ -28,7 +28,7 @@ BLOCK_SIZES = (32, 64, 128)
 """Inputs that can share a scale; INT8 can have one for each output, too."""
 
 SCALE_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-"""By the number that a node's field ``scale_type`` has for them."""
+"""Types by the number that a node's field ``scale_type`` has for them."""
 
 _SOURCE = "packed from"
 """Key in the metadata of a packed weight: the `PackedMatrix` that it is of."""

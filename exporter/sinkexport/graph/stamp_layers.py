@@ -112,7 +112,7 @@ class _Stamps:
         return self._is_free[value]
 
     def shared_digest(self, value: ir.Value) -> Digest:
-        """Of a value that `is_free`."""
+        """Digest of a value that `is_free`."""
         if value not in self._shared_digests:
             node = value.producer()
             if node is None:
@@ -182,7 +182,7 @@ class _Body:
         return [digest(value) for value in self._results()]
 
     def _leaf_digest(self, value: ir.Value) -> Digest:
-        """Of a value that the layer reads.
+        """Digest of a value that the layer reads.
 
         Raises: CannotRepeatError if it is another layer's.
         """
@@ -289,7 +289,7 @@ def _type(value: ir.Value) -> bytes:
 
 
 def _digest_of_node(node: ir.Node, inputs: Iterable[Digest], output: int | None) -> Digest:
-    """Of one output of a node."""
+    """Digest of one output of a node."""
     attributes = [_attribute(one) for _, one in sorted(_attributes(node).items())]
     operator = repr((node.domain, node.op_type, node.overload, len(node.outputs), output)).encode()
     return _digest(operator, *attributes, b"inputs", *inputs)
@@ -306,7 +306,7 @@ def _attribute(attribute: ir.Attr) -> bytes:
 
 
 def _digest(*parts: bytes) -> Digest:
-    """Of the parts and their lengths."""
+    """Digest of the parts and their lengths."""
     found = hashlib.sha256()
     for part in parts:
         found.update(len(part).to_bytes(8, "little") + part)

@@ -28,7 +28,7 @@ class LayerRepeats:
     path: name of the list of decoder layers in the model. layers: its modules.
     template_of: by layer that is left out, the layer whose trace it takes over. first_of: by template, the first layer
     of the kind, whose trace must be like the template's.
-    numbers: by layer that is traced, attributes that tell it from others of its kind, such as its index.
+    numbers: by layer that is traced, attributes in which it differs from others of its kind, such as its index.
     """
 
     path: str

@@ -148,7 +148,7 @@ class LeftOut:
 
 
 class _Number:
-    """Stands for an integer that tells a layer from others, such as its index: the layer's code must not read it."""
+    """Stands for an integer in which layers differ, such as their index: the layer's code must not read it."""
 
     def __init__(self, value: int, run: LeftOut) -> None:
         self._value = value

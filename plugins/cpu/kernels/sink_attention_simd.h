@@ -3,7 +3,7 @@
 //   kRegisters: Floats that fit into the registers; SINKEXPORT_WIDE_TILES: 32 of them
 //   roundEven(Floats); timesPowerOf2(Floats x, Floats n): x * 2^n for whole n, 0 where that is below 2^-126
 //   sumEach(Floats (&)[16]): lane i is the sum of vector i
-//   loadHalfPart, loadInt8Part: the first n lanes, the others 0, of which no memory is touched
+//   loadHalfPart, loadInt8Part: the first n lanes, the others 0; memory behind the n-th is not touched
 //   With SINKEXPORT_BF16: packBf16(Floats first, Floats second): pairs of bfloat16, to nearest even; storeBf16(to, a):
 //     16 bfloat16; dotBf16(Floats sum, Bytes a, Bytes b): sum + a.first * b.first + a.second * b.second;
 //     broadcastPair(const void*): a pair in every lane; storeBytes(void*, Bytes)

@@ -19,7 +19,7 @@ namespace {
 // one that it was made for (CPU_ABI in sinkrt.contract).
 constexpr const char* kAbi = "1";
 constexpr const char* kDomain = "ai.sinkexport";
-// Threads of the session's pool, which ONNX Runtime does not tell an operator.
+// Threads of the session's pool, which ONNX Runtime does not report to operators.
 constexpr const char* kThreadsOption = "sinkexport.threads";
 constexpr const char* kIsaVariable = "SINKEXPORT_CPU_ISA";
 

@@ -197,7 +197,7 @@ def counting_calls(model: Any) -> None:
     ],
 )
 def test_hidden_differences(change: Callable[[Any], None], is_stamped: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever tells layers apart is in the graph: looked up in each layer, or the full trace is taken."""
+    """Whatever layers differ in is in the graph: looked up in each layer, or the full trace is taken."""
     model = deep_model("llama")
     change(model)
     assert_same(step_of(model), caplog, is_stamped=is_stamped)
@@ -220,7 +220,7 @@ def test_derived_constants(tmp_path: Path) -> None:
 
 
 def test_recipe(tmp_path: Path) -> None:
-    """Each layer's own weights are quantised, and its own window."""
+    """Each layer's own weights are quantised, and its sliding window."""
     config = dataclasses.replace(CONFIG, recipe=load_recipe("int8-window"))
     export_model(deep_model("llama"), tmp_path / "bundle", config, check=True)
 

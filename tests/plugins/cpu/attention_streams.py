@@ -43,7 +43,7 @@ class Streams:
     layout: Layout = Layout()
     bfloat16_chunks: bool = False
     calls: list[tuple[Call, dict[str, np.ndarray]]] = dataclasses.field(default_factory=list, repr=False)
-    """With `records`: each run as a call with the arrays as they were, and the arrays that it changed."""
+    """Whether to keep `records`: each run as a call with the arrays as they were, and the arrays that it changed."""
     records: bool = False
 
     def __post_init__(self) -> None:

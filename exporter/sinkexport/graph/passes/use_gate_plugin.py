@@ -19,7 +19,7 @@ HALF = ir.DataType.FLOAT16
 WIDTH_MULTIPLE = 8
 """What the kernel takes: plugins/kernels/gated_activation.h."""
 ACTIVATIONS = (SILU, GELU, GELU_TANH)
-"""By their numbers in the node's field."""
+"""Activations by their numbers in the node's field."""
 
 
 class UseGatePlugin(GraphPass):
