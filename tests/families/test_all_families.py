@@ -37,8 +37,7 @@ def test_a_family_is_exact_or_refused(model_type: str, tmp_path: Path) -> None:
     assert outcome.state != FAULT, outcome.reason
     if outcome.state == NOT_BUILT:
         assert "not_built" in OVERRIDES.get(model_type, {}), f"tests/families/overrides.json: {outcome.reason}"
-    found = Found.read()
-    if found.transformers == transformers.__version__ and found.families.get(model_type, outcome).state == EXACT:
+    if Found.read().families.get(model_type, outcome).state == EXACT:  # and in newer releases of transformers
         assert outcome.state == EXACT, outcome.reason
 
 

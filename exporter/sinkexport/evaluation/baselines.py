@@ -102,10 +102,12 @@ def _dense(model: Any, inputs: Ids, chunk_tokens: int) -> Iterator[Prediction]:
     import torch
     import transformers
 
-    cache = transformers.DynamicCache(config=model.config)
+    from sinkexport.families.recurrent import with_cache
+
+    given = with_cache(model, transformers.DynamicCache(config=model.config))
     for start, piece in _pieces(inputs, chunk_tokens):
         with torch.no_grad():
-            output = model(input_ids=torch.from_numpy(piece)[None], past_key_values=cache, use_cache=True)
+            output = model(input_ids=torch.from_numpy(piece)[None], use_cache=True, **given)
         yield Prediction(start + 1, _numpy(output.logits))
 
 

@@ -1,7 +1,8 @@
-"""GPT-J and CodeGen: partial, interleaved RoPE from a table of sinusoids that each attention module holds.
+"""GPT-J and CodeGen: partial, interleaved RoPE from a table of sinusoids.
 
-The table ends at the longest text of training. In its place comes a rotary embedding as other families have it, whose
-frequencies are those that the table was made of (RoFormer, arXiv:2104.09864).
+Each attention module holds the table; since transformers 5.24 one module of the model does. The table ends at the
+longest text of training. In its place comes a rotary embedding as other families have it, whose frequencies are those
+that the table was made of (RoFormer, arXiv:2104.09864).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Sinusoids(torch.nn.Module):
 
 def sinusoids(model: Any) -> torch.nn.Module:
     """The rotary embedding of a model that has tables."""
-    return Sinusoids(model.transformer.h[0].attn.pos_embd_dim)
+    attention = model.transformer.h[0].attn
+    return Sinusoids(attention.rotary_dim or attention.embed_dim)
 
 
 def rotate(module: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -61,7 +63,9 @@ def attention(
     else:
         q, k, v = (project(hidden_states) for project in (module.q_proj, module.k_proj, module.v_proj))
     q, k, v = (x.reshape(shape).transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
-    rotary = getattr(model.transformer, "rotary_emb", None) or sinusoids(model)
+    rotary = getattr(model.transformer, "rotary_emb", None)
+    if rotary is None or type(rotary).__module__ == type(module).__module__:  # or the table, with sin before cos
+        rotary = sinusoids(model)
     cos, sin = rotary(q, position_ids)
     q, k = (rotate(module, x, cos, sin) for x in (q, k))
     out, _weights = attend(module, q, k, v, None, scaling=module.head_dim**-0.5)

@@ -31,6 +31,7 @@ IGNORED_ARGUMENTS = frozenset(
         "output_hidden_states",
         "return_dict",
         "logits_to_keep",
+        "cache",
         "past_key_values",
         "position_embeddings",
         "token_type_ids",

@@ -13,6 +13,7 @@ import torch
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.families.interface import intercept_attention, own_values, random_embeddings
+from sinkexport.families.recurrent import with_cache
 from sinkexport.families.rope import Replacements, replaced_rotary
 
 TOKENS_AT_ONCE = 256
@@ -91,5 +92,5 @@ def _queries(model: Any, still: Any, start: int, num_tokens: int) -> list[torch.
         replaced_rotary(model, replacements),
     ):
         # position_ids stay 0: what a model reads off them is traced.
-        model(input_ids=ids, position_ids=torch.zeros_like(ids), past_key_values=LongCache(start), use_cache=False)
+        model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False, **with_cache(model, LongCache(start)))
     return found

@@ -18,6 +18,9 @@ from sinkexport.recurrent.registry import module_shapes
 from sinkexport.recurrent.rules import replaced_functions
 from sinkexport.recurrent.states import FixedState, RecurrentShapes, StateKey, state_of
 
+CACHE_ARGUMENTS = ("cache", "cache_params", "past_key_values")
+"""Names that models give their cache, the first since transformers 5.24."""
+
 
 def recurrent_cache(model: Any) -> Any | None:
     """transformers' own cache for recurrent layers, into which softmax attention puts nothing; None: it has none.
@@ -82,7 +85,7 @@ def recurrent_shapes(model: Any, cache: Any | None) -> RecurrentShapes:
 def with_cache(model: Any, cache: Any | None) -> dict[str, Any]:
     """Arguments that hand a cache to a model: some families call it otherwise."""
     named = inspect.signature(model.forward).parameters
-    return {"cache_params" if "cache_params" in named else "past_key_values": cache}
+    return {next((name for name in CACHE_ARGUMENTS if name in named), CACHE_ARGUMENTS[-1]): cache}
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sinkexport.families.interface import intercept_attention
 from sinkexport.families.latent import KEYS, CachedPairs, Latent, Pair, find_latent
+from sinkexport.families.recurrent import with_cache
 from sinkexport.model.latent import absorbed, latent_parts, output_of_latents
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -70,7 +71,7 @@ def _calls(model: Any, batch: int = 2) -> list[Call]:
 
     ids = torch.randint(0, 50, (batch, NUM_TOKENS), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), intercept_attention(model, record):
-        model(input_ids=ids, past_key_values=cache, use_cache=False)
+        model(input_ids=ids, use_cache=False, **with_cache(model, cache))
     return calls
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from sinkexport.families.probe import probe_attention
+from sinkexport.families.recurrent import CACHE_ARGUMENTS
 from sinkexport.recurrent import mamba1, mamba2
 from sinkrt.errors import UsageError
 
@@ -32,7 +33,7 @@ def changed(mixer: Any, change: str) -> None:
 
     def run(hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
         if change == "forgets":
-            caches = {name: None for name in ("cache_params", "past_key_values") if name in named}
+            caches = {name: None for name in CACHE_ARGUMENTS if name in named}
             assert caches
             return forward(hidden_states, *arguments, **named | caches)
         out = forward(hidden_states, *arguments, **named)

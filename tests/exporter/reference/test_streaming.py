@@ -64,7 +64,7 @@ def test_every_attention_equals_the_oracle(name: str, geometry: tuple[int, int])
     model = tiny_model(name)
     names = ("rotary_emb", "pos_emb")
     rotary = next((r for name in names if (r := getattr(model.base_model, name, None))), None)
-    rotary = rotary or table_of_sinusoids(model)
+    rotary = table_of_sinusoids(model) or rotary
     oracles: dict[Any, SinkAttentionOracle] = {}
     worst = 0.0
 
@@ -113,7 +113,8 @@ def oracle_of(name: str, model: Any, module: Any, rotary: Any, geometry: tuple[i
 
 def table_of_sinusoids(model: Any) -> Any:
     """GPT-J's and CodeGen's frequencies, from the angles of place 1 in the tables that transformers makes."""
-    table = getattr(model.base_model.h[0], "attn", None) if hasattr(model.base_model, "h") else None
+    attention = getattr(model.base_model.h[0], "attn", None) if hasattr(model.base_model, "h") else None
+    table = getattr(model.base_model, "rotary_emb", attention)  # the model's own since transformers 5.24
     if not hasattr(table, "embed_positions"):
         return None
     sin, cos = table.embed_positions[1].double().chunk(2)
