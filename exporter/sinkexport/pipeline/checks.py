@@ -125,7 +125,7 @@ def check_weights_after_rotation(config: ExportConfig, rotary: ModelRotary) -> N
             "rotary positions",
             received=f"{what}, and weights of norms after the rotation ({min(rotary.norms)})",
             expected="--target onnx, and the model's own attention",
-            fix="export it without",
+            fix="use --native, or --target onnx" if config.has_plugins else "export it without",
         )
     )
 

@@ -16,7 +16,7 @@ from sinkexport.graph.edit import constant, drop_unused, is_weight, known_shape,
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION, STREAM_ANGLES, Input
 from sinkexport.graph.output_gate import absorb, find_output_gate
-from sinkexport.graph.plugin_nodes import PLUGIN_ATTRIBUTES, is_plugin
+from sinkexport.graph.plugin_nodes import PLUGIN_ATTRIBUTES, is_plugin, no_plugin_form
 
 HALF = ir.DataType.FLOAT16
 
@@ -30,7 +30,7 @@ class UseAttentionPlugin(GraphPass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Replace each with one node.
 
-        Raises: ValueError if queries and keys are rotated in a way that the plugin has not.
+        Raises: NoPluginFormError if queries and keys are rotated in a way that the plugin has not.
         """
         graph = model.graph
         attentions = [n for n in graph if n.domain == DOMAIN and n.op_type == SINK_ATTENTION and not is_plugin(n)]
@@ -41,7 +41,7 @@ class UseAttentionPlugin(GraphPass):
             _use_plugin(graph, node)
         drop_unused(graph)  # rotations and angles
         if left := [node.op_type for node in graph if node.domain == DOMAIN and node.op_type == STREAM_ANGLES]:
-            raise ValueError(f"{len(left)} {STREAM_ANGLES} nodes belong to no rotation that attention could do itself")
+            raise no_plugin_form(f"{len(left)} {STREAM_ANGLES} nodes of no rotation that attention could do itself")
         return ir.passes.PassResult(model, True)
 
 
@@ -108,7 +108,7 @@ def _operands(b: Builder, node: ir.Node, states: _States) -> tuple[list[ir.Value
     turned = [_rotation(value) for value in (q, k)]
     rotation = turned[0]
     if (rotation is None) != (turned[1] is None) or (rotation is None and optional(node, Input.SHIFT_COS) is not None):
-        raise ValueError(f"'{node.name}': queries and keys are rotated in a way that attention cannot do itself")
+        raise no_plugin_form(f"'{node.name}', with queries and keys rotated in a way that attention cannot do itself")
     if rotation is not None and turned[1] is not None:
         q, k = rotation.x, turned[1].x
     inputs = [*(b.cast(value, HALF) for value in (q, k, v)), operand(node, Input.POSITION), *states.all]
