@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from sinkrt.errors import SinkError, UsageError, problem
 
 MAX_TEXT = 300
@@ -21,8 +22,8 @@ def refusing(model: Any, step: str) -> Iterator[None]:
     which is a fault of this program. What the tracer prints meanwhile, whole graphs, is dropped, and so are
     transformers' warnings.
 
-    Raises: UsageError that names the family, the step and the error. Errors of this project, a lack of memory and
-    what is no `Exception` pass through.
+    Raises: UsageError that names the family, the step and the error, or says that the model's own code fails by itself.
+        Errors of this project, a lack of memory and what is no `Exception` pass through.
     """
     try:
         with (
@@ -34,6 +35,15 @@ def refusing(model: Any, step: str) -> Iterator[None]:
     except (SinkError, MemoryError):
         raise
     except Exception as error:
+        if (own := _own_failure(model)) is not None:
+            raise UsageError(
+                problem(
+                    "model",
+                    received=f"{type(own).__name__} of transformers' own {family(model)} code ({one_line(own)})",
+                    expected="a model that transformers can run",
+                    fix="check what its config.json says, or use another release of transformers",
+                )
+            ) from error
         raise UsageError(
             problem(
                 f"model family '{family(model)}'",
@@ -42,6 +52,18 @@ def refusing(model: Any, step: str) -> Iterator[None]:
                 fix="it cannot be exported exactly; 'sinkexport --debug ..' shows where it failed",
             )
         ) from error
+
+
+def _own_failure(model: Any) -> Exception | None:
+    """What a model raises as it is, for two tokens of id 0. None: it computes them."""
+    if not isinstance(model, torch.nn.Module):
+        return None
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64), position_ids=torch.arange(2)[None], use_cache=False)
+    except Exception as error:  # of any family's own code
+        return error
+    return None
 
 
 @contextlib.contextmanager
