@@ -25,6 +25,7 @@ SAME = frozenset(
         "Abs",
         "Add",
         "And",
+        "ArgMax",
         "Cast",
         "Ceil",
         "Celu",
