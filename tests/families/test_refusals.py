@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import transformers
+from sinkexport.families import refusal_of_config
 
 from tests.families.outcome import REFUSED, outcome_of
 
@@ -22,3 +24,10 @@ def test_the_reason_is_of_the_model(model_type: str, reason: str, tmp_path: Path
     outcome = outcome_of(model_type, tmp_path)
     assert outcome.state == REFUSED
     assert reason in outcome.reason
+
+
+def test_experts_chosen_by_other_tokens_are_named() -> None:
+    """Doge MoE's router cuts the logits of all tokens in two, in the middle of the text."""
+    config = transformers.DogeConfig(is_moe=True)
+    assert refusal_of_config(config) == "chooses the experts of a token by other tokens of the text as well (is_moe)"
+    assert refusal_of_config(transformers.DogeConfig()) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from sinkexport.families.masks import visible_window
+from sinkexport.families.masks import lengthen_tables, visible_window
 from sinkexport.families.probe import probe_attention
 from sinkexport.model.fold_rotation import fold_rotation, functional
 from sinkexport.reference.streaming import streaming_reference
@@ -124,7 +125,7 @@ def swapped(x: torch.Tensor, i: int, j: int) -> torch.Tensor:
 
 def changed_arguments(attention: Any, **changes: Any) -> None:
     """Let an attention module hand other queries, keys or values to its attention function."""
-    forward, source = attention.forward, transformers.models.llama.modeling_llama
+    forward, source = attention.forward, sys.modules[type(attention).__module__]
     functions = source.ALL_ATTENTION_FUNCTIONS
 
     class Changing:
@@ -197,6 +198,21 @@ def test_what_depends_on_other_tokens_or_places_is_refused(change: dict[str, Any
     with pytest.raises(UsageError, match=named):
         export_model(model, tmp_path / "out", num_sink_tokens=4, window_size=12, chunk_size=4)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", [2, 40])
+def test_copies_of_key_heads_with_an_exception_are_all_cached(place: int) -> None:
+    """JetMoE hands on three key heads, once for each of two experts. The probe runs fewer tokens than 40."""
+    model = tiny_model("jetmoe")
+    assert [(call.num_kv_heads, call.is_tiled) for call in probed(model)[0].calls] == [(3, True)] * 2
+
+    def changed(k: torch.Tensor) -> torch.Tensor:
+        k = k.clone()
+        k[:, 4, place : place + 1] *= 2.0
+        return k
+
+    changed_arguments(model.model.layers[1].self_attention, k=changed)
+    assert [(call.num_kv_heads, call.is_tiled) for call in probed(model)[0].calls] == [(3, True), (6, False)]
 
 
 def test_values_that_turn_are_refused() -> None:
@@ -342,6 +358,27 @@ def test_what_a_mask_lets_a_token_see(function: Any, window: Any) -> None:
             visible_window(function, C, 0)
     else:
         assert visible_window(function, C, 0) == window
+
+
+def of_images(*images: int) -> Any:
+    """A mask under which the tokens of an image see each other. images: the image of each token, -1: none."""
+    blocks = masking_utils.blockwise_overlay(torch.tensor([images]))
+    return masking_utils.or_masks(masking_utils.sliding_window_causal_mask_function(5), blocks)
+
+
+def test_a_mask_that_says_the_same_of_all_tokens_is_known_beyond_them() -> None:
+    function = of_images(-1, -1, -1, -1)
+    with pytest.raises(UsageError, match="a mask in layer 3 that differs from token to token"):
+        visible_window(function, C, 3)
+    lengthen_tables(function, 2 * C + 2)
+    assert visible_window(function, C, 3) == 5
+
+
+def test_a_mask_that_knows_the_tokens_apart_is_refused() -> None:
+    function = of_images(-1, 0, 0, -1)
+    lengthen_tables(function, 2 * C + 2)
+    with pytest.raises(UsageError, match=r"a mask in layer 3 that (differs from token to token|is no window)"):
+        visible_window(function, C, 3)
 
 
 # In-place operators.

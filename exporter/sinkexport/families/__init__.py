@@ -137,7 +137,7 @@ EXPORTED = (
     _exported("axk1", "A.X K1", "RoPE, YaRN", reason=f"{_MLA}; MoE"),
     _exported("gpt_neox_japanese", "GPT-NeoX Japanese", "RoPE, partial"),
     _exported("dbrx", "DBRX", "RoPE", reason="MoE; clipped queries, keys and values"),
-    _exported("jetmoe", "JetMoE", "RoPE", reason="MoE, in the attention too: experts make queries"),
+    _exported("jetmoe", "JetMoE", "RoPE", reason="MoE, in the attention too: experts make queries for the same keys"),
     _exported(
         "gemma3n_text",
         "Gemma 3n, text",
@@ -279,6 +279,8 @@ def refusal_of_config(config: Any) -> str | None:
             return family.reason
     if getattr(config, "ple_layer_ids", None):
         return "looks hashed n-grams up (ple_layer_ids)"
+    if config.model_type == "doge" and config.is_moe:
+        return "chooses the experts of a token by other tokens of the text as well (is_moe)"
     quantization = getattr(config, "quantization_config", None)
     method = (
         quantization.get("quant_method")

@@ -2,7 +2,8 @@
 
 transformers describes a mask as a function of (stream, head, query's place, key's place) before it makes a tensor of
 it. The recorder takes that function, hands out a marked tensor in its place, and finds by the mark which layer was
-given which mask. The function can then be asked about places far beyond the few tokens that the probe runs.
+given which mask. The function can then be asked about places far beyond the few tokens that the probe runs. What it
+holds for each of those tokens, as which image they belong to, is lengthened as long as it says the same of all.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class MaskRecorder:
                     raise _refused(f"{'a mask of its own' if mask is not None else 'no causal mask'} in layer {layer}")
                 continue  # a family without transformers' masks: what it sees, the finished graph is compared by
             if number not in windows:
+                lengthen_tables(self._functions[number - 1], 2 * capacity + 2)
                 windows[number] = visible_window(self._functions[number - 1], capacity, layer)
             passed = None if passed is not None and passed > 2 * capacity else passed
             if windows[number] != passed:
@@ -70,7 +72,10 @@ def visible_window(function: Callable[..., torch.Tensor], capacity: int, layer: 
     """
     counts = {}
     for place in sorted({0, 1, capacity - 1, capacity, 2 * capacity}):
-        seen = _seen(function, place)
+        try:
+            seen = _seen(function, place)
+        except IndexError:  # of a table of the tokens that the probe ran
+            raise _refused(f"a mask in layer {layer} that differs from token to token") from None
         counts[place] = int(seen.sum())
         keys = torch.arange(place + 2)
         if not torch.equal(seen, (keys <= place) & (keys > place - counts[place])):
@@ -91,6 +96,21 @@ def visible_window(function: Callable[..., torch.Tensor], capacity: int, layer: 
             )
         )
     return None
+
+
+def lengthen_tables(function: Callable[..., torch.Tensor], length: int) -> None:
+    """Lengthen what a mask function holds for each token of a text, where that is one value for all of them.
+
+    Such is the image that a token is of (Gemma 4: none, for text), or whether it is padding. The tables [B, T] become
+    [B, length] in the function's closure. Others stay, and places beyond them raise `IndexError`.
+    """
+    for cell in getattr(function, "__closure__", None) or ():
+        held = cell.cell_contents
+        for inner in held if isinstance(held, tuple | list) else (held,):
+            if callable(inner):
+                lengthen_tables(inner, length)
+        if isinstance(held, torch.Tensor) and held.dim() == 2 and held.numel() and bool((held == held[0, 0]).all()):
+            cell.cell_contents = held[0, 0].expand(held.shape[0], length)
 
 
 def _seen(function: Callable[..., torch.Tensor], place: int) -> torch.Tensor:

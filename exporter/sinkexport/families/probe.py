@@ -42,7 +42,7 @@ from sinkexport.families.rope import (
     table_names,
 )
 from sinkexport.families.shape import AttentionCall, AttentionShape
-from sinkexport.families.shared_keys import many_tokens, shared_keys
+from sinkexport.families.shared_keys import Copies, many_tokens, shared_keys
 from sinkexport.families.weights_after import WEIGHT, norms_of_calls, without_weights
 from sinkexport.recurrent.registry import each_token_alone, refuse_unknown
 
@@ -88,10 +88,10 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
         # Of logits that are not finite nothing can be said here: whoever computes with the model refuses them.
         if bool(plain.logits.isfinite().all()) and not is_close(turned.logits, plain.logits, dtype):
             raise refused_rotary("a use of cos and sin outside attention", "queries and keys alone")
-        shared = _shared(plain) & _shared(turned)
-        if shared:
-            shared &= shared_keys(model, *many_tokens(model, still), recurrent_cache(model))
-        shape = AttentionShape(num_layers, _calls(plain, shared), recurrent_shapes(model, cache))
+        copies = plain.copies & turned.copies
+        if copies.calls or any(one.k.shape[0] > n for one, n in zip(plain.seen, copies.heads, strict=True)):
+            copies &= shared_keys(model, *many_tokens(model, still), recurrent_cache(model))
+        shape = AttentionShape(num_layers, _calls(plain, copies), recurrent_shapes(model, cache))
         masks.check(
             [(one.layer, one.mask, one.sliding_window) for one in plain.seen],
             capacity,
@@ -215,10 +215,6 @@ class _Seen:
         """Layer and number."""
         return self.layer, self.number
 
-    def has_keys_of(self, other: _Seen) -> bool:
-        """Whether keys and values are those of another call, bit by bit."""
-        return torch.equal(self.k, other.k) and torch.equal(self.v, other.v)
-
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
@@ -231,6 +227,11 @@ class _Run:
     def may_have_latents(self) -> bool:
         """Whether there are calls in which every query head has keys and values of its own."""
         return any(one.q.shape[0] == one.k.shape[0] > 1 for one in self.seen)
+
+    @property
+    def copies(self) -> Copies:
+        """Keys and values that are the same."""
+        return Copies.of([(one.k, one.v) for one in self.seen])
 
     def with_latents(self, latents: Sequence[Latent | None]) -> _Run:
         """The same with what was found of each call; empty: nothing was."""
@@ -331,29 +332,27 @@ def _check_shapes(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
         )
 
 
-def _shared(run: _Run) -> set[tuple[int, int]]:
-    """Pairs (call, earlier call) that have the same keys and values."""
-    return {(i, j) for i, one in enumerate(run.seen) for j in range(i) if one.has_keys_of(run.seen[j])}
-
-
-def _calls(plain: _Run, shared: set[tuple[int, int]]) -> tuple[AttentionCall, ...]:
-    """Sizes of each call, and which calls read the keys and values of an earlier one: of the pairs `shared`."""
+def _calls(plain: _Run, copies: Copies) -> tuple[AttentionCall, ...]:
+    """Sizes of each call, and which calls or heads read the keys and values of others."""
     calls: list[AttentionCall] = []
     for i, one in enumerate(plain.seen):
-        same = (j for j in range(i) if (i, j) in shared)
+        same = (j for j in range(i) if (i, j) in copies.calls)
         shares = next((j for j in same if calls[j].sliding_window == one.sliding_window), None)
         if one.alibi_slopes != plain.seen[0].alibi_slopes:
             raise _refused(f"other ALiBi slopes in layer {one.layer} than in layer 0", "the same in all layers")
+        num_kv_heads = max(one.k.shape[0], one.v.shape[0])
+        is_tiled = copies.heads[i] < num_kv_heads == one.q.shape[0] and one.latent is None
         calls.append(
             AttentionCall(
                 layer=one.layer,
                 number=one.number,
                 num_q_heads=one.q.shape[0],
-                num_kv_heads=max(one.k.shape[0], one.v.shape[0]),
+                num_kv_heads=copies.heads[i] if is_tiled else num_kv_heads,
                 key_dim=one.k.shape[2],
                 value_dim=one.v.shape[2],
                 sliding_window=one.sliding_window,
                 alibi_slopes=one.alibi_slopes,
+                is_tiled=is_tiled,
                 shares=shares,
                 latent=one.latent,
             )

@@ -25,6 +25,8 @@ class AttentionCall:
     key_dim, value_dim: elements of a key or query, and of a value.
     sliding_window: tokens that the model itself sees, the newest included; None: all.
     alibi_slopes: [Hq], what a logit loses for each token of distance (ALiBi, arXiv:2108.12409); None: no ALiBi.
+    is_tiled: whether query head i reads key head i modulo Hkv (JetMoE, where experts make queries for the same keys);
+    otherwise those of a key head lie in a row.
     shares: index of an earlier call whose keys and values this one reads; None: it has its own.
     latent: how they are expanded from a latent, where what turns leads in queries and keys; None: they are not.
     """
@@ -37,6 +39,7 @@ class AttentionCall:
     value_dim: int
     sliding_window: int | None = None
     alibi_slopes: tuple[float, ...] | None = None
+    is_tiled: bool = False
     shares: int | None = None
     latent: Latent | None = None
 
@@ -45,6 +48,13 @@ class AttentionCall:
         """How a manifest describes what it attends to, with keys and values expanded."""
         heads = (self.num_q_heads, self.num_kv_heads, self.key_dim, self.value_dim)
         return AttentionCache(self.layer, self.number, *heads, latent=False)
+
+    def query_heads(self, key_head: int) -> tuple[int, ...]:
+        """Indices of the query heads that read a key head."""
+        if self.is_tiled:
+            return tuple(range(key_head, self.num_q_heads, self.num_kv_heads))
+        size = self.num_q_heads // self.num_kv_heads
+        return tuple(range(key_head * size, (key_head + 1) * size))
 
 
 @dataclasses.dataclass(frozen=True)

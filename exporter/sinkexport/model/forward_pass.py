@@ -105,7 +105,7 @@ class ForwardPass:
                 return self._attend_to_rows(index, latent, cached, q, more).transpose(1, 2), None
             q = latent.rotary_part_first(q)
             k, v = latent.expanded(cached, self._stream.model.get_parameter(latent.weight))
-        if len(caches) == 1:
+        if len(caches) == 1 and not self._stream.shape.calls[index].is_tiled:
             return self._attend(index, caches[0], q, k, v, more).transpose(1, 2), None
         outputs = []
         for cache in caches:
@@ -116,7 +116,7 @@ class ForwardPass:
         out, made = torch.cat(outputs, dim=1), [head for cache in caches for head in cache.q_heads]
         if made != sorted(made):
             out = out.index_select(1, torch.tensor([made.index(head) for head in range(len(made))]))
-        return out.transpose(1, 2), None
+        return out.transpose(1, 2).contiguous(), None  # as families view it: a row of all heads
 
     def _cached(self, layer: int) -> Pair:
         """What a layer that expands keys and values has just put into transformers' cache."""

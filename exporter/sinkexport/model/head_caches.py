@@ -77,9 +77,9 @@ def _caches_of(
     is_latent = latent is not None and latent.is_worth_it and not config.has_plugins
     if latent is not None and is_latent:
         num_kv_heads, key_dim, value_dim = 1, latent.row_dim, latent.latent_dim
-    size = call.num_q_heads // num_kv_heads  # query heads of a key head
     if config.has_plugins:  # its rows of keys and values are of one size
         key_dim = value_dim = max(key_dim, value_dim)
+    all_heads = tuple(range(call.num_q_heads))
     windows = variant.windows(call.layer, num_kv_heads, config.window_size)
     groups = head_groups(call.layer, [config.ring(call.sliding_window, window).window_size for window in windows])
     return tuple(
@@ -89,7 +89,7 @@ def _caches_of(
             number=call.number,
             group=number,
             kv_heads=group.kv_heads,
-            q_heads=tuple(head * size + i for head in group.kv_heads for i in range(size)),
+            q_heads=all_heads if is_latent else tuple(q for head in group.kv_heads for q in call.query_heads(head)),
             ring=config.ring(call.sliding_window, windows[group.kv_heads[0]]),
             is_whole=len(groups) == 1,
             key_dim=key_dim,

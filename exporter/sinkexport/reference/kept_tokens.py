@@ -29,15 +29,14 @@ class CacheHeads:
 
 
 def heads_by_cache(config: ExportConfig, variant: AttentionVariant, shape: AttentionShape) -> tuple[CacheHeads, ...]:
-    """The heads of all attention calls, by cache. Each key head serves Hq / Hkv query heads in a row."""
+    """The heads of all attention calls, by cache."""
     found = []
     for index, call in enumerate(shape.calls):
-        group = call.num_q_heads // call.num_kv_heads
         windows = variant.windows(call.layer, call.num_kv_heads, config.window_size)
         rings = [config.ring(call.sliding_window, window) for window in windows]
         for ring in dict.fromkeys(rings):
             kv_heads = tuple(head for head, own in enumerate(rings) if own == ring)
-            q_heads = tuple(head * group + i for head in kv_heads for i in range(group))
+            q_heads = tuple(q for head in kv_heads for q in call.query_heads(head))
             found.append(CacheHeads(call=index, layer=call.layer, kv_heads=kv_heads, q_heads=q_heads, ring=ring))
     return tuple(found)
 

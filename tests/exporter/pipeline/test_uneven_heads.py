@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,17 @@ def test_shared_caches_stream_exactly(num_shared: int, shared_export: SharedExpo
         assert_streams_like_reference(session, bundle.model, random_ids(3, S + 7 * W), 1e-4)
 
 
-@pytest.mark.parametrize("name", ["a shared cache", "values smaller than keys"])
+MODELS: dict[str, Callable[[], Any]] = {
+    "a shared cache": lambda: shared_model(4),
+    "values smaller than keys": lambda: tiny_model("mimo_v2_flash"),
+    "the same keys for several experts": lambda: tiny_model("jetmoe"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_an_int8_window(name: str, tmp_path: Path) -> None:
     """Every token sees the rounded rows, in steps and in chunks; so do readers of a cache that another call wrote."""
-    model = shared_model(4) if name == "a shared cache" else tiny_model("mimo_v2_flash")
+    model = MODELS[name]()
     ids = random_ids(1, S + 4 * W)
     export_model(model, tmp_path / "b", **GEOMETRY, kv="int8")
     with chunked_streaming(model, S, W, kv="int8") as stream:
@@ -60,6 +68,13 @@ def test_an_int8_window(name: str, tmp_path: Path) -> None:
             assert_close(session.step(ids[:, t]), wanted[:, t], 2e-3, f"step {t}")
         session.reset()
         assert_close(session.prefill(ids), wanted[:, -1], 2e-3, "prefill")
+
+
+def test_keys_that_all_experts_share_are_kept_once(tmp_path: Path) -> None:
+    """JetMoE hands its attention a copy of the same three key heads for each of two experts."""
+    bundle = export_model(tiny_model("jetmoe"), tmp_path / "b", num_sink_tokens=S, window_size=W, chunk_size=T)
+    assert (bundle.manifest.model.num_q_heads, bundle.manifest.model.num_kv_heads) == (6, 3)
+    assert {state.shape[1] for state in bundle.manifest.states} == {3}
 
 
 class FewerValues(torch.nn.Module):
