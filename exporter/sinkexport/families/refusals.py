@@ -35,35 +35,27 @@ def refusing(model: Any, step: str) -> Iterator[None]:
     except (SinkError, MemoryError):
         raise
     except Exception as error:
-        if (own := _own_failure(model)) is not None:
-            raise UsageError(
-                problem(
-                    "model",
-                    received=f"{type(own).__name__} of transformers' own {family(model)} code ({one_line(own)})",
-                    expected="a model that transformers can run",
-                    fix="check what its config.json says, or use another release of transformers",
-                )
-            ) from error
-        raise UsageError(
-            problem(
-                f"model family '{family(model)}'",
-                received=f"{type(error).__name__} while {step} ({one_line(error)})",
-                expected="a model whose code can be followed, see 'sinkexport inspect families'",
-                fix="it cannot be exported exactly; 'sinkexport --debug ..' shows where it failed",
-            )
-        ) from error
+        received = f"{type(error).__name__} while {step} ({one_line(error)})"
+        expected = "a model whose code can be followed, see 'sinkexport inspect families'"
+        fix = "it cannot be exported exactly; 'sinkexport --debug ..' shows where it failed"
+        if not _runs(model):
+            received += ", and when transformers runs it"
+            expected = "a model that transformers can run"
+            fix = "check what its config.json says, or use another release of transformers"
+        problem_found = problem(f"model family '{family(model)}'", received=received, expected=expected, fix=fix)
+        raise UsageError(problem_found) from error
 
 
-def _own_failure(model: Any) -> Exception | None:
-    """What a model raises as it is, for two tokens of id 0. None: it computes them."""
+def _runs(model: Any) -> bool:
+    """Whether a model as it is computes logits of two tokens of id 0. What is no module is taken to."""
     if not isinstance(model, torch.nn.Module):
-        return None
+        return True
     try:
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64), position_ids=torch.arange(2)[None], use_cache=False)
-    except Exception as error:  # of any family's own code
-        return error
-    return None
+    except Exception:  # of any family's own code
+        return False
+    return True
 
 
 @contextlib.contextmanager
