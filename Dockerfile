@@ -33,9 +33,17 @@ RUN cmake -G Ninja -S plugins -B /build -DCMAKE_BUILD_TYPE=Release \
       "-DSINKEXPORT_TENSORRT_INCLUDE=${TENSORRT_INCLUDE}" \
  && cmake --build /build --target sinkexport_plugin
 
+# The CPU library: the package in the server image is installed without a compiler.
+FROM plugin AS cpu-library
+RUN cmake -G Ninja -S plugins/cpu -B /build-cpu -DCMAKE_BUILD_TYPE=Release \
+      -DSINKEXPORT_CPU_WARNINGS_ARE_ERRORS=OFF \
+ && cmake --build /build-cpu --target sinkexport_cpu
+
 # Server: the Python package beside the image's own tensorrt module.
 FROM server-base AS server
 COPY --from=plugin /build/trt/libsinkexport_plugin.so /opt/sinkexport/
+COPY --from=cpu-library /build-cpu/ort/libsinkexport_cpu.so /opt/sinkexport/
+ENV SINKEXPORT_CPU_LIBRARY=/opt/sinkexport/libsinkexport_cpu.so
 WORKDIR /opt/sinkexport/src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY exporter exporter

@@ -21,6 +21,7 @@ PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 MODEL  := $(MODELS)/SmolLM2-135M-Instruct.Q4_1.gguf
 BUNDLE := $(BUNDLES)/smollm2
 SOURCES = $(shell find exporter/sinkexport -name '*.py')
+CPU_SOURCES = $(shell find plugins/cpu -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 
 .DELETE_ON_ERROR:
 .PHONY: help venv model demo test test-fast test-families test-nightly test-newest format lint types generated docs plot bench tokenizers clean distclean
@@ -50,13 +51,20 @@ $(BIN)/python:
 # What the demo needs, and nothing else.
 $(VENV)/.export: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing sinkexport[export] into $(VENV): some minutes the first time"
-	$(PIP) -e '.[export]'
+	SINKEXPORT_BUILD_CPU=no $(PIP) -e '.[export]'
+	@touch $@
+
+# The CPU library, beside the sources of the runtime, if there is a compiler: what has changed is compiled again.
+$(VENV)/.cpu: setup.py $(CPU_SOURCES) | $(VENV)/.export
+	@echo "Compiling the CPU library, if there is a C++ compiler: half a minute on two cores"
+	$(PIP) --no-deps -e .
+	$(BIN)/sinkexport inspect cpu
 	@touch $@
 
 # What the tests need besides.
 $(VENV)/.dev: $(VENV)/.export
 	@echo "Installing the development tools into $(VENV)"
-	$(PIP) -e '.[export,plot,serve,tensorrt,docs,dev]'
+	SINKEXPORT_BUILD_CPU=no $(PIP) -e '.[export,plot,serve,tensorrt,docs,dev]'
 	$(PIP) --no-deps kernel-lens  # for TensorRT's headers; what it needs to run is not wanted
 	@touch $@
 
@@ -64,7 +72,7 @@ $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) onnxruntime-genai
 	@touch $@
 
-venv: $(VENV)/.dev
+venv: $(VENV)/.dev $(VENV)/.cpu
 
 # --- the real model --------------------------------------------------------------------------------------------------
 
@@ -76,7 +84,7 @@ $(MODEL): | $(VENV)/.export
 
 model: $(MODEL)
 
-$(BUNDLE)/manifest.json: $(MODEL) $(VENV)/.export $(SOURCES)
+$(BUNDLE)/manifest.json: $(MODEL) $(VENV)/.export $(SOURCES) | $(VENV)/.cpu
 	$(BIN)/sinkexport export $(MODEL) -o $(BUNDLE) --overwrite
 
 demo: $(BUNDLE)/manifest.json
@@ -126,14 +134,14 @@ plot: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-test: lint types docs $(MODEL) $(LLAMA_VOCABS)/.fetched
+test: lint types docs $(VENV)/.cpu $(MODEL) $(LLAMA_VOCABS)/.fetched
 	SINKEXPORT_SMOLLM2='$(abspath $(MODEL))' SINKEXPORT_LLAMA_VOCABS='$(abspath $(LLAMA_VOCABS))' OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(PYTEST_FLAGS)
 
-test-fast: $(VENV)/.dev
+test-fast: $(VENV)/.dev $(VENV)/.cpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m 'not slow and not nightly' $(PYTEST_FLAGS)
 
 # Every causal LM class of the installed transformers. What it finds is recorded by python -m tests.families.found.
-test-families: $(VENV)/.dev
+test-families: $(VENV)/.dev $(VENV)/.cpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m '' tests/families $(PYTEST_FLAGS)
 
 # The same, and the tests that `make test` runs for one family of each mechanism alone.
@@ -147,7 +155,7 @@ NEWEST_TESTS = tests/exporter/model tests/exporter/graph tests/exporter/pipeline
 $(NEWEST)/.installed: pyproject.toml | $(BIN)/python
 	@echo "Installing the newest releases into $(NEWEST)"
 	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --upgrade \
+	SINKEXPORT_BUILD_CPU=no $(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --upgrade \
 	  --upgrade-strategy eager -e '.[export,plot,serve,dev]'
 	@touch $@
 
@@ -167,7 +175,7 @@ tokenizers: $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.cpp.check_real_tokenizers --keep $(MODELS)/tokenizers
 
 clean:
-	rm -rf $(BUNDLES) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(BUNDLES) build dist runtime/sinkrt/libsinkexport_cpu.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './.venv*' -type d -exec rm -rf {} +
 
 distclean: clean

@@ -41,7 +41,8 @@ def show(result: dict[str, Any]) -> str:
         load = f"{figures['load_s']:.1f}" if "load_s" in figures else "(inside)"
         peak = f"{figures['peak_mb']:.0f}"
         ratio = f"{figures['peak_mb'] * 1e6 / result['weight_bytes']:.1f}"
-        rows.append([name, load, f"{figures['export_s']:.1f}", f"{figures['total_s']:.1f}", peak, ratio])
+        checks = f"{figures['checks_s']:.1f}" if "checks_s" in figures else "(none)"
+        rows.append([name, load, f"{figures['export_s']:.1f}", checks, f"{figures['total_s']:.1f}", peak, ratio])
     facts = result["environment"]
     return "\n".join(
         [
@@ -49,7 +50,9 @@ def show(result: dict[str, Any]) -> str:
             f"median of {result['repeats']}",
             where(facts),
             "",
-            table(["exporter", "load s", "export s", "total s", "peak MB", "peak / weights"], rows),
+            table(["exporter", "load s", "export s", "of it checks s", "total s", "peak MB", "peak / weights"], rows),
+            "",
+            f"floor: writing as many bytes takes {result['floor_s']:.2f} s",
         ]
     )
 
@@ -88,6 +91,7 @@ def main() -> None:
         "variant": arguments.recipe,
         "repeats": arguments.repeats,
         "weight_bytes": decoders["sinkexport"].pop("weight_bytes"),
+        "floor_s": decoders["sinkexport"].pop("floor_s"),
         "decoders": decoders,
     }
     print(show(result))

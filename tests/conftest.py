@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import pytest
 
@@ -66,6 +68,18 @@ def plugin_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.plugins.trt_library import build_plugin
 
     return built_once(shared_folder(tmp_path_factory) / "plugin", build_plugin)
+
+
+@pytest.fixture(scope="session")
+def cpu_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The CPU library, compiled once; bundles find it for the rest of the run."""
+    from sinkrt.contract.constants import CPU_LIBRARY_VARIABLE
+
+    from tests.plugins.cpu_library import build_cpu_library
+
+    path = built_once(shared_folder(tmp_path_factory) / "cpu-library", build_cpu_library)
+    with mock.patch.dict(os.environ, {CPU_LIBRARY_VARIABLE: str(path)}):
+        yield path
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+from sinkrt.backends.cpu_library import is_usable
 from sinkrt.contract.constants import WINDOW_KINDS
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
-from sinkexport.targets import OPTIONS, Target, find_target
+from sinkexport.targets import AUTO, CPU, ONNX, OPTIONS, Target, find_target
 from sinkexport.variants.variant import AttentionVariant
 
 if TYPE_CHECKING:
@@ -42,10 +43,11 @@ class ExportConfig:
     window_size: W >= 1, most recent tokens kept.
     batch: B >= 1, streams decoded together, each with a position of its own.
     chunk_size: T, tokens that the prefill graph takes in one run, 1 .. W; None: `DEFAULT_CHUNK_SIZE` or W, whichever
-    is less. 1: no prefill graph, half the time to export.
+    is less. 1: no prefill graph, which exports faster.
     pin_system: a system message that the sinks must cover; num_sink_tokens is raised if it is longer.
     dtype: ``fp32 | fp16``, of weights, arithmetic and cache.
-    target: ``onnx | tensorrt``, whose operators and layers the graphs are made for.
+    target: ``onnx | cpu | tensorrt``, whose operators and layers the graphs are made for. ``auto`` becomes ``cpu`` if
+    the CPU library runs here, else ``onnx``.
     sink_token: a token that begins every text of the bundle, or ``auto``
         (sinkexport/pipeline/sink_token.py); needs a sink.
     native: with target ``tensorrt``, standard ONNX operators alone, without the plugins of plugins/trt.
@@ -76,6 +78,8 @@ class ExportConfig:
     affine: AffineFile | None = None
 
     def __post_init__(self) -> None:
+        if self.target == AUTO:
+            object.__setattr__(self, "target", CPU.option if is_usable() else ONNX.option)
         self._check_numbers()
         self._check_choices()
         if self.recipe is not None:
@@ -134,7 +138,7 @@ class ExportConfig:
             )
         for name, value, choices in (
             ("dtype", self.dtype, WEIGHT_DTYPES),
-            ("target", self.target, OPTIONS),
+            ("target", self.target, (*OPTIONS, AUTO)),
             ("kv", self.kv, (None, *WINDOW_KINDS)),
         ):
             if value not in choices:

@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 KERNELS = Path(__file__).parents[1] / "kernels"
-TYPES: dict[str, Any] = {"int": ctypes.c_int, "bool": ctypes.c_bool, "float": ctypes.c_float}
-ENUMERATIONS = {"DType", "WeightType", "Activation"}  # of int
+TYPES: dict[str, Any] = {
+    "int": ctypes.c_int,
+    "int64_t": ctypes.c_int64,
+    "bool": ctypes.c_bool,
+    "float": ctypes.c_float,
+}
+ENUMERATIONS = {"DType", "WeightType", "WindowType", "ScaleType", "Activation"}  # of int
 
 
 def body(header: str, kind: str, name: str, folder: Path = KERNELS) -> str:
@@ -40,9 +45,9 @@ def fields(header: str, struct: str, folder: Path = KERNELS) -> list[tuple[str, 
     return result
 
 
-def values(header: str, enumeration: str) -> dict[str, int]:
+def values(header: str, enumeration: str, folder: Path = KERNELS) -> dict[str, int]:
     """An enumeration's values by name: kGeluTanh is gelu_tanh."""
-    pairs = re.findall(r"k(\w+) = (\d+)", body(header, "enum class", enumeration))
+    pairs = re.findall(r"k(\w+) = (\d+)", body(header, "enum class", enumeration, folder))
     return {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(): int(value) for name, value in pairs}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
+from sinkrt.contract.constants import CPU_LIBRARY_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "runtime/cpp"
@@ -26,8 +27,9 @@ class CppRuntime:
     fuzzers: Path
 
     def run(self, program: Path, *arguments: str | Path, input: str = "") -> subprocess.CompletedProcess[str]:  # noqa: A002
-        """A program, with ONNX Runtime found."""
-        return _run([str(program), *map(str, arguments)], {ENVIRONMENT: str(onnxruntime_library())}, input)
+        """A program, with ONNX Runtime found, and the CPU library where tests have one."""
+        found = {name: os.environ[name] for name in (CPU_LIBRARY_VARIABLE,) if name in os.environ}
+        return _run([str(program), *map(str, arguments)], {ENVIRONMENT: str(onnxruntime_library()), **found}, input)
 
     def fuzz(self, name: str, bundle: Path, runs: int, corpus: list[Path]) -> subprocess.CompletedProcess[str]:
         """A fuzzer, `runs` times. bundle: whose states it reads, if it reads states."""

@@ -17,6 +17,7 @@ import sinkrt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sinkexport.config import ExportConfig
+from sinkexport.quant.recipe import load_recipe
 from sinkrt import Session, UsageError
 from sinkrt.contract import MANIFEST_NAME, load_manifest
 from sinkrt.sampler import Sampler, SamplingParams
@@ -26,10 +27,11 @@ from tests.cpp.build import CppRuntime, onnxruntime_library
 from tests.cpp.probe import Probe, ProbeError
 from tests.cpp.tokenizer_kinds import DECODERS, LLAMA_DECODER, metaspace, model, sequence, whole
 from tests.exporter.pipeline.test_families import exported
-from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model
+from tests.exporter.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.exporter.variants.test_head_windows import window_file
 from tests.exporter.variants.test_later_sinks import tuning
 from tests.runtime.toy import Toy, build_toy, rehash
+from tests.support import export_model
 
 SINKS, WINDOW = 4, 12
 WRAPS = SINKS + 4 * WINDOW  # tokens; the prompt comes before
@@ -77,17 +79,22 @@ def cpp_ids(cpp: CppRuntime, bundle: Path, prompt: list[int], count: int, *more:
     return [int(word) for word in done.stdout.split()]
 
 
-@pytest.fixture(scope="module", params=["llama", "int8-window", "head-windows", "act", "qwen3_5_text"])
+@pytest.fixture(scope="module", params=["llama", "int8-window", "head-windows", "act", "qwen3_5_text", "cpu"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny, with a prefill graph: a Llama, its window in floating point, INT8, or of two lengths, its later sinks
-    calibrated, or not; linear attention."""
+    calibrated, or not; linear attention; for the CPU library, INT8 weights and window."""
     name = request.param if request.param == "qwen3_5_text" else "llama"
+    is_for_cpu = request.param == "cpu"
+    if is_for_cpu:
+        request.getfixturevalue("cpu_library")
     windows = window_file("llama", ((WINDOW, 5), (5, WINDOW))) if request.param == "head-windows" else None
     config = ExportConfig(
         num_sink_tokens=SINKS,
         window_size=WINDOW,
         chunk_size=5,
-        kv="int8" if request.param == "int8-window" else "fp",
+        kv="int8" if request.param in ("int8-window", "cpu") else "fp",
+        recipe=load_recipe("int8-weights") if is_for_cpu else None,
+        target="cpu" if is_for_cpu else "onnx",
         budgets=windows,
         sink_tuning=tuning("llama") if request.param == "act" else None,
     )
@@ -207,6 +214,20 @@ def test_ten_thousand_tokens_without_an_allocation(cpp_runtime: CppRuntime, tmp_
     for toy in (Toy(chunk_size=4), Toy(batch=2)):
         bundle = build_toy(tmp_path / f"batch{toy.batch}", toy)
         done = cpp_runtime.run(cpp_runtime.programs / "allocations", bundle, "10000", *files)
+        assert re.fullmatch(r"ours 0 onnxruntime [1-9]\d* buffers same\n", done.stdout), done.stdout + done.stderr
+
+
+def test_ten_thousand_tokens_by_the_cpu_library(cpp_runtime: CppRuntime, cpu_library: Path, tmp_path: Path) -> None:
+    for batch in (1, 2):
+        config = ExportConfig(
+            SINKS, WINDOW, batch=batch, chunk_size=5, target="cpu", recipe=load_recipe("int4-nearest")
+        )
+        bundle = tmp_path / f"batch{batch}"
+        export_model("llama", bundle, config, tokenizer=tiny_tokenizer())
+        with_decoder = json.dumps(whole(model("bpe"), decoder=LLAMA_DECODER))
+        (bundle / "tokenizer.json").write_text(with_decoder, encoding="utf-8")
+        rehash(bundle)
+        done = cpp_runtime.run(cpp_runtime.programs / "allocations", bundle, "10000")
         assert re.fullmatch(r"ours 0 onnxruntime [1-9]\d* buffers same\n", done.stdout), done.stdout + done.stderr
 
 

@@ -1,4 +1,4 @@
-"""Memory on a GPU that shows what was read or written beside it, and errors of what a kernel computes."""
+"""Memory that shows what was read or written beside it, and errors of what a kernel computes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ GUARD = 256  # bytes before and after every buffer
 class Buffer:
     """A tensor between two guards, all bytes 0xff: NaN as halves and floats, so that reading them shows."""
 
-    def __init__(self, *shape: int, dtype: torch.dtype) -> None:
+    def __init__(self, *shape: int, dtype: torch.dtype, device: str = "cuda") -> None:
         size = dtype.itemsize * torch.Size(shape).numel()
-        self._whole = torch.full((2 * GUARD + -(-size // 16) * 16,), 0xFF, dtype=torch.uint8, device="cuda")
+        self._whole = torch.full((2 * GUARD + -(-size // 16) * 16,), 0xFF, dtype=torch.uint8, device=device)
         self._size = size
         self.tensor = self._whole[GUARD : GUARD + size].view(dtype).view(shape)
 

@@ -14,8 +14,9 @@ from sinkrt.ring import TURN
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a launch receives besides tensors. dtype: of q, k, v. kv: ``fp | int8``.
+    """What a launch receives besides tensors. dtype: of q, k, v. kv: ``fp | fp16 | int8``.
 
+    value_dim: of values and outputs, 0: head_dim.
     rotation: ``none``, ``caller`` (q and k come rotated, queries are turned back by given cos and sin) or ``kernel``.
     gate_dim: 0 (no gate), 1 or head_dim.
     """
@@ -37,6 +38,11 @@ class Case:
     sink_scale: bool = False
     gate_dim: int = 0
     batch: int = 3
+    value_dim: int = 0
+
+    @property
+    def value_size(self) -> int:
+        return self.value_dim or self.head_dim
 
     @property
     def capacity(self) -> int:
@@ -50,6 +56,7 @@ class Case:
         names = ("softcap", "alibi", "sink_logit", "sink_scale", "interleaved")
         extras = [name for name in names if getattr(self, name)]
         extras += [f"gate{self.gate_dim}"] if self.gate_dim else []
+        extras += [f"Dv{self.value_dim}"] if self.value_dim else []
         return "-".join(
             (
                 f"Hq{self.num_q_heads}-Hkv{self.num_kv_heads}-D{self.head_dim}-S{self.num_sinks}-W{self.window_size}",
@@ -92,7 +99,7 @@ class Tokens:
         return cls(
             q=normal(batch, case.num_q_heads, count, case.head_dim) * 1.5,
             k=normal(batch, case.num_kv_heads, count, case.head_dim) * 1.5,
-            v=normal(batch, case.num_kv_heads, count, case.head_dim),
+            v=normal(batch, case.num_kv_heads, count, case.value_size),
             positions=positions,
             frequency=(base / (2 * torch.pi) * TURN).round().long().to(device),
             gate=normal(batch, case.num_q_heads, count, case.gate_dim) if case.gate_dim else None,
@@ -150,6 +157,8 @@ def attention(case: Case, tokens: Tokens, dtype: torch.dtype, queries: slice = s
         (k_int8, k_scale), (v_int8, v_scale) = as_int8(k), as_int8(v)
         k = torch.where(is_sink[:, None], k, k_int8 * k_scale[..., None])
         v = torch.where(is_sink[:, None], v, v_int8 * v_scale[..., None])
+    if case.kv == "fp16":
+        k, v = (torch.where(is_sink[:, None], x, x.half().double()) for x in (k, v))
     q = tokens.q[:, :, queries]
     positions, shift = tokens.positions[:, queries], tokens.shift(case)[:, queries]
     if case.rotation == "kernel":

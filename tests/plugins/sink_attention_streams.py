@@ -143,13 +143,15 @@ def expected_states(case: Case, tokens: Tokens, k: torch.Tensor, v: torch.Tensor
 
     int8 rows are float32 arithmetic here, as in exporter/sinkexport/model/int8_rows.py.
     """
+    device = str(tokens.positions.device)
     batch, heads, count = tokens.positions.shape[0], case.num_kv_heads, tokens.positions.shape[1]
     states = {}
     for x, rows in (("k", k), ("v", v)):
-        element = torch.int8 if case.kv == "int8" else case.dtype
-        window = Buffer(batch, heads, case.window_size, case.head_dim, dtype=element).tensor
-        sinks = Buffer(batch, heads, case.num_sinks, case.head_dim, dtype=case.dtype).tensor
-        scales = Buffer(batch, heads, case.window_size, dtype=torch.float16).tensor
+        element = {"int8": torch.int8, "fp16": torch.float16}.get(case.kv, case.dtype)
+        size = rows.shape[-1]
+        window = Buffer(batch, heads, case.window_size, size, dtype=element, device=device).tensor
+        sinks = Buffer(batch, heads, case.num_sinks, size, dtype=case.dtype, device=device).tensor
+        scales = Buffer(batch, heads, case.window_size, dtype=torch.float16, device=device).tensor
         sinks.copy_(rows[:, :, : case.num_sinks])
         for b in range(batch):
             kept = slice(max(case.num_sinks, count - case.window_size), count)

@@ -17,6 +17,7 @@ CASES = [
     Case(7, 1, 16, 1, 1, torch.float64, rotation="none", alibi=True, sink_logit=True, sink_scale=True, gate_dim=16),
     Case(7, 1, 16, 4, 6, torch.float64, kv="int8", rotation="none", alibi=True, softcap=5.0, sink_scale=True),
     Case(3, 1, 16, 2, 6, torch.float64, rotation="kernel", rotary_dim=4, sink_logit=True),
+    Case(4, 2, 16, 2, 6, torch.float64, kv="fp16", rotation="kernel", rotary_dim=16, value_dim=8),
 ]
 
 

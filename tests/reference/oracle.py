@@ -4,9 +4,9 @@ It keeps every token of every stream unrotated. Each step picks the first S and 
 query by their place in that list, and attends (StreamingLLM, arXiv:2309.17453). No ring, no stored rotation, no
 shift: nothing that the code under test could get wrong in the same way. Slow on purpose.
 
-With kv="int8" each token is rounded once, its key as it is at its stream position, and takes part as its rounded self
-for as long as it is in the window. Sinks are not rounded. A key's place in the list then no longer says how it was
-rounded, so the query is rotated to its stream position for the window's keys.
+With kv="fp16" or "int8" each token is rounded once, its key as it is at its stream position, and takes part as its
+rounded self for as long as it is in the window. Sinks are not rounded. A key's place in the list then no longer says
+how it was rounded, so the query is rotated to its stream position for the window's keys.
 
 Only the order of the cached tokens matters, so a stream that is at position 2^33 is checked by feeding its sinks
 and then its last W (or more) tokens.
@@ -43,6 +43,17 @@ class Int8Row:
 
 
 @dataclasses.dataclass
+class HalfRow:
+    """One token's key or value [Hkv, D], rounded to float16 by way of float32, which is what is ever stored."""
+
+    values: Array
+
+    @classmethod
+    def of(cls, x: Array) -> HalfRow:
+        return cls(x.astype(np.float32).astype(np.float16).astype(np.float64))
+
+
+@dataclasses.dataclass
 class LatentRow:
     """One token's key of latent attention, [1, R + L]: what turns, and what is the value."""
 
@@ -59,14 +70,14 @@ class LatentRow:
 class Token:
     """What attention knows of one token. k: [Hkv, D], not rotated; v: [Hkv, Dv].
 
-    k_in_window, v_in_window: with kv="int8", key at its stream position and value as the window holds them.
+    k_in_window, v_in_window: with kv="fp16" and "int8", key at its stream position and value as the window holds them.
     received: with act, by query head, the softmax weights that it got while it was cached, its own query's first.
     """
 
     k: Array
     v: Array
-    k_in_window: Int8Row | LatentRow | None = None
-    v_in_window: Int8Row | None = None
+    k_in_window: HalfRow | Int8Row | LatentRow | None = None
+    v_in_window: HalfRow | Int8Row | None = None
     received: dict[int, list[float]] = dataclasses.field(default_factory=dict)
 
 
@@ -96,7 +107,7 @@ class SinkAttentionOracle:
     attention_scaling: factor on cos and sin (YaRN, arXiv:2309.00071).
     scale: factor on q . k; None for D ** -0.5.
     softcap: 0 for none, else logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118).
-    kv: ``fp | int8``, how the window holds keys and values.
+    kv: ``fp | fp16 | int8``, how the window holds keys and values.
     alibi_slopes: [Hq]; logits get slope * (place of the key - place of the query), after softcap (arXiv:2108.12409).
     sink_logit: [Hq], one more logit of each softmax, without a value (gpt-oss).
     sink_scale: [Hq], factor on the softmax weight of token 0 before normalising; needs a sink.
@@ -172,7 +183,9 @@ class SinkAttentionOracle:
         tokens = self.streams[stream]
         t = len(tokens)
         tokens.append(Token(k, v))
-        if self.kv == "int8":
+        if self.kv == "fp16":
+            tokens[t].k_in_window, tokens[t].v_in_window = HalfRow.of(self.rotated(k, t)), HalfRow.of(v)
+        elif self.kv == "int8":
             turned, of_value = self.rotated(k, t), Int8Row.of(v)
             if self.is_latent:
                 tokens[t].k_in_window = LatentRow(Int8Row.of(turned[:, : -v.shape[1]]), of_value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from tests.runtime.toy import build_toy
 
 REPOSITORY = Path(__file__).parents[2]
 FORBIDDEN = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate")
+OURS = ("PYTHONPATH", "VIRTUAL_ENV", "SINKEXPORT_BUILD_CPU", "SINKEXPORT_CPU_LIBRARY")
+"""Environment variables that would say where sources or a library are."""
 HOOK = f"""
     import sys
     FORBIDDEN = {FORBIDDEN!r}
@@ -109,16 +112,19 @@ def test_commands_that_need_more_say_so(toy_bundle: Path, tmp_path: Path, argume
 
 @pytest.mark.slow
 def test_a_bare_environment(tmp_path: Path) -> None:
-    """`pip install .` as a user does it, without extras: the command is there, runs, and has brought no torch."""
+    """`pip install .` as a user does it, without extras: the command is there, runs, and has brought no torch.
+
+    The CPU library is there where a compiler is.
+    """
     source = tmp_path / "source"  # building writes into the folder it builds
     source.mkdir()
-    for name in ("exporter", "runtime"):
-        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("exporter", "runtime", "plugins/cpu"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment = {key: value for key, value in os.environ.items() if key not in OURS}
 
     def run(*command: object) -> str:
         done = subprocess.run(
@@ -135,6 +141,8 @@ def test_a_bare_environment(tmp_path: Path) -> None:
     assert len(text) > 10
     assert "ToyForCausalLM" in run(command, "inspect", bundle)
     assert run(command, "--version").startswith("sinkexport, version ")
+    library = json.loads(run(command, "inspect", "cpu", "--json"))
+    assert (library["problem"] is None) == any(map(shutil.which, ("c++", "g++", "clang++"))), library
     installed = {line.split("==")[0].lower() for line in run(python, "-m", "pip", "freeze", "--all").splitlines()}
     assert "onnxruntime" in installed
     assert not installed & {"torch", "transformers", "onnx", "onnxscript", "onnx-ir", "gguf", "accelerate"}

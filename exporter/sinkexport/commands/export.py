@@ -19,7 +19,7 @@ from sinkexport.config import (
     WEIGHT_DTYPES,
     ExportConfig,
 )
-from sinkexport.targets import OPTIONS
+from sinkexport.targets import AUTO, OPTIONS
 from sinkexport.util.console import geometry
 from sinkexport.util.garbage import no_garbage_collection
 from sinkexport.util.progress import shown_progress
@@ -108,10 +108,11 @@ STAGES = {
 )
 @click.option(
     "--target",
-    type=click.Choice(OPTIONS),
+    type=click.Choice((*OPTIONS, AUTO)),
     default=ExportConfig.target,
     show_default=True,
-    help="tensorrt: for 'sinkexport build', with this project's plugin (docs/tensorrt.md).",
+    help="cpu: kernels of this project's library, which must be there to run the bundle. tensorrt: for 'sinkexport "
+    "build', with its plugin (docs/tensorrt.md). auto: cpu if the library runs here, else onnx.",
 )
 @click.option(
     "--native", is_flag=True, help="With --target tensorrt: standard operators, for TensorRT >= 10.15 without plugin."

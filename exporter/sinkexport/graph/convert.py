@@ -17,6 +17,7 @@ from sinkrt.errors import UsageError, problem
 from sinkexport.graph.edit import known_shape
 from sinkexport.graph.graph_pass import PassContext, run_passes
 from sinkexport.graph.quantize.plan import Plan
+from sinkexport.graph.quick_decompositions import without_second_trace
 from sinkexport.graph.state_order import check_state_order
 from sinkexport.graph.torchlib import quick_table
 from sinkexport.graph.translations import translations
@@ -46,23 +47,22 @@ class BuiltGraph:
 
 
 def build_graph(
-    program: torch.export.ExportedProgram,
+    model: ir.Model,
     role: str,
     state_names: Sequence[tuple[int, str, str]],
     target: Target,
     num_sinks: int = 0,
     plan: Plan | None = None,
 ) -> BuiltGraph:
-    """Convert a traced run, and run the passes of `target` on it.
+    """Run the passes of `target` on a traced run that is converted, and name its tensors.
 
     role: ``decode`` or ``prefill``, the graph's name. state_names: layer, kind and name of each state, in the order of
     the trace's inputs: ids, position, the states, and num_valid if there is one.
     plan: what to quantise; None: nothing. num_sinks: first tokens of a stream that quantisation may treat apart.
 
-    Raises: UsageError naming the torch operators that have no ONNX form, a weight that cannot be quantised, or a state
-    that may be read after it is written; ValueError if the passes leave a graph that is not of the target's form.
+    Raises: UsageError naming a weight that cannot be quantised, or a state that may be read after it is written;
+        ValueError if the passes leave a graph that is not of the target's form.
     """
-    model = convert(program)
     run_passes(model, target.passes, PassContext(target, plan, num_sinks))
     inputs, states = _name_tensors(model.graph, state_names)
     finish(model, role, target)
@@ -81,7 +81,7 @@ def convert(program: torch.export.ExportedProgram) -> ir.Model:
     with _quiet(), quick_table():
         try:
             converted = torch.onnx.export(
-                program,
+                without_second_trace(program),
                 dynamo=True,
                 opset_version=TRACED_OPSET,
                 optimize=False,

@@ -18,6 +18,8 @@ BLOCK_ATTENTION = "BlockAttention"
 """The block mode of SinkAttention: frames of video or audio (model/block_attention.py)."""
 EXPERT_MATMUL = "ExpertMatmul"
 """Matmul by the matrices of MoE experts (model/experts.py)."""
+LAYER_MARK = "LayerMark"
+"""Where a decoder layer begins, ends or is left out (model/repeated_layers.py); no finished graph has one."""
 INT8_LINEAR, INT8_ROWS = "Int8Linear", "Int8Rows"
 """Matmuls by INT8 weights and rows of INT8 tables, of the TensorRT plugin: made by a graph pass, never traced."""
 HALF_LINEAR = "HalfLinear"
@@ -26,6 +28,12 @@ HALF_EXPERT_LINEAR, INT8_EXPERT_LINEAR = "HalfExpertLinear", "Int8ExpertLinear"
 """Matmuls by the matrices of chosen experts, float16 or INT8, likewise."""
 RMS_NORM, GATED_ACTIVATION = "RmsNorm", "GatedActivation"
 """What is between matmuls, of the TensorRT plugin: made by graph passes, never traced."""
+FLOAT_LINEAR, INT4_LINEAR = "FloatLinear", "Int4Linear"
+"""Matmuls of the CPU library (plugins/cpu), which has an Int8Linear too: made by graph passes, never traced."""
+FLOAT_ROWS, INT4_ROWS = "FloatRows", "Int4Rows"
+"""Rows of tables of the CPU library, which has Int8Rows too, likewise."""
+FLOAT_EXPERT_LINEAR = "FloatExpertLinear"
+"""Matmul by the matrices of chosen experts of the CPU library, which has an Int8ExpertLinear too, likewise."""
 
 
 class Input(enum.IntEnum):
@@ -108,7 +116,10 @@ def schemas() -> Mapping[str, onnx.defs.OpSchema]:
         [_Parameter("out", "T")],
         {"is_transposed": kinds.INT, "in_place": kinds.INT},
     )
-    every = (_sink_attention(), stream_angles, block_attention, expert_matmul)
+    layer_mark = _schema(
+        LAYER_MARK, [_Parameter("hidden", "T")], [_Parameter("same", "T")], {"layer": kinds.INT, "role": kinds.INT}
+    )
+    every = (_sink_attention(), stream_angles, block_attention, expert_matmul, layer_mark)
     return {schema.name: schema for schema in every}
 
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 import onnx_ir as ir
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.graph.operators import SINK_ATTENTION
+
 VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
 """Operators whose output may be the memory of their input."""
 
-WRITES_IN_PLACE = frozenset({"Where", "Add", "Sub", "Mul", "Div", "Max", "Min", "Mod", "TensorScatter"})
-"""Operators that read each element of a state before they write it, and no other element after that."""
+WRITES_IN_PLACE = frozenset({"Where", "Add", "Sub", "Mul", "Div", "Max", "Min", "Mod", "TensorScatter", SINK_ATTENTION})
+"""Operators that read each element of a state before they write it, and no other element after that.
+
+SinkAttention is the CPU library's node, which writes its states last or tracks what it has written."""
 
 
 def check_state_order(graph: ir.Graph, states: dict[str, str]) -> None:

@@ -11,11 +11,13 @@ import torch
 
 import sinkexport.model.attention
 import sinkexport.model.block_attention
-import sinkexport.model.experts  # noqa: F401 - all three register the torch operators that are translated
+import sinkexport.model.experts
+import sinkexport.model.repeated_layers  # noqa: F401 - all four register the torch operators that are translated
 from sinkexport.graph.operators import (
     BLOCK_ATTENTION,
     DOMAIN,
     EXPERT_MATMUL,
+    LAYER_MARK,
     SINK_ATTENTION,
     STREAM_ANGLES,
     VERSION,
@@ -30,6 +32,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         torch.ops.sinkexport.sink_attention.default: _translate_attention,
         torch.ops.sinkexport.stream_angles.default: _translate_angles,
         torch.ops.sinkexport.block_attention.default: _translate_blocks,
+        torch.ops.sinkexport.layer_mark.default: _translate_mark,
     }
 
 
@@ -136,3 +139,7 @@ def _translate_blocks(
 
 def _translate_experts(x: Any, weight: Any, picks: Any, is_transposed: bool, in_place: bool = False) -> Any:
     return _operator(EXPERT_MATMUL)(x, weight, picks, is_transposed=int(is_transposed), in_place=int(in_place))
+
+
+def _translate_mark(hidden: Any, layer: int, role: int) -> Any:
+    return _operator(LAYER_MARK)(hidden, layer=layer, role=role)

@@ -6,6 +6,7 @@ import math
 
 import onnx_ir as ir
 
+from sinkexport.graph.cpu_nodes import BITS_OF_EXPERTS, BITS_OF_ROWS, is_cpu_node
 from sinkexport.graph.operators import HALF_EXPERT_LINEAR, INT8_EXPERT_LINEAR
 
 EXPERT_MATMULS = (HALF_EXPERT_LINEAR, INT8_EXPERT_LINEAR)
@@ -17,9 +18,10 @@ def weight_bytes(model: ir.Model) -> int:
 
     Of an initializer that is only gathered from, the rows count: nothing of an untied embedding. Of the experts of an
     MoE, matrices each, as many count as a run can choose at most. The same holds for matrices and scales that a node of
-    the TensorRT plugin reads where they lie.
+    the TensorRT plugin or of the CPU library reads where they lie, and for tables whose rows such a node gives.
     """
     read_whole: set[str | None] = set()
+    shares: dict[str | None, float] = {}  # by initializer of the CPU library's experts, what can be chosen of it
     gathered: dict[str | None, ir.Value] = {}  # by initializer, what is gathered of it
     chosen: dict[str | None, ir.Value] = {}  # by initializer, the rows that a matmul by chosen experts gives
     for node in model.graph:
@@ -27,6 +29,11 @@ def weight_bytes(model: ir.Model) -> int:
         if node.op_type == "Gather":
             gathered[names[0]] = node.outputs[0]
             read_whole.update(names[1:])
+        elif is_cpu_node(node) and node.op_type in BITS_OF_ROWS:
+            read_whole.update(names[:1])
+        elif is_cpu_node(node) and node.op_type in BITS_OF_EXPERTS:
+            experts = node.attributes["num_experts"].as_int()
+            shares |= dict.fromkeys(names[2:], min(1.0, _rows(node.outputs[0], otherwise=experts) / experts))
         elif node.op_type in EXPERT_MATMULS:
             chosen |= dict.fromkeys(names[1:-1], node.outputs[0])
             read_whole.update((names[0], names[-1]))
@@ -40,6 +47,8 @@ def weight_bytes(model: ir.Model) -> int:
         shape, bits = tensor.shape.numpy(), tensor.dtype.bitwidth
         if name in read_whole:
             total += math.prod(shape) * bits // 8
+        elif name in shares:
+            total += round(shares[name] * math.prod(shape) * bits // 8)
         elif name in chosen or (name in gathered and len(shape) > 2):
             # Of an axis of experts, what as many picks as the result has rows can choose.
             rows = _rows(chosen.get(name) or gathered[name], otherwise=shape[0])

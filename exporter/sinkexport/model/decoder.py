@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from sinkrt.contract import MASS_KIND, NO_TOKEN, SCALE_KINDS, STATE_KINDS
 
-from sinkexport.config import ExportConfig
+from sinkexport.config import ExportConfig, target_of
 from sinkexport.families.interface import attention_inputs, intercept_attention
 from sinkexport.families.latent import Latent
 from sinkexport.families.recurrent import with_cache
@@ -25,7 +25,9 @@ from sinkexport.model.experts import static_experts
 from sinkexport.model.forward_pass import ForwardPass
 from sinkexport.model.head_caches import HeadCache, cache_owner, head_caches
 from sinkexport.model.int8_rows import SCALE_DTYPE
+from sinkexport.model.layer_kinds import LayerRepeats
 from sinkexport.model.loop_experts import unrolled_experts
+from sinkexport.model.repeated_layers import LeftOut
 from sinkexport.recurrent.states import StateKey, Tokens, state_name
 
 Place = HeadCache | int
@@ -90,6 +92,8 @@ class StreamStep(torch.nn.Module):
         for layer, chosen in enumerate(() if self.act is None else self.act.heads):
             if any(chosen):
                 self.register_buffer(f"calibrated_{layer}", torch.tensor(chosen).float(), persistent=False)
+        self.repeats: LayerRepeats | None = None
+        """Layers that a trace leaves out, as others show what they do."""
 
     def state_kinds(self, cache: HeadCache) -> tuple[str, ...]:
         """State tensors of a cache, in the order in which `states` holds them."""
@@ -166,11 +170,13 @@ class StreamStep(torch.nn.Module):
             ids = torch.maximum(ids, torch.zeros((), dtype=ids.dtype))
             tokens = Tokens(is_token, num_valid, position)
         step = ForwardPass(self, position, states, num_valid, tokens)
+        left_out = LeftOut(self.repeats, step, step.attend)
         with (
             attention_inputs(self.model) as step.inputs,
-            intercept_attention(self.model, step.attend),
-            static_experts(self.model, in_place=self.config.has_plugins),
-            unrolled_experts(self.model, in_place=self.config.has_plugins),
+            intercept_attention(self.model, left_out.attend),
+            left_out.in_place(),
+            static_experts(self.model, in_place=_experts_in_place(self.config)),
+            unrolled_experts(self.model, in_place=_experts_in_place(self.config)),
             contextlib.nullcontext() if step.recurrent is None else step.recurrent.in_place(),
             _only_last_token(self.model, num_valid),
         ):
@@ -182,6 +188,12 @@ class StreamStep(torch.nn.Module):
             )
         logits = output.logits if output.logits.shape[1] == 1 else _last_token(output.logits, num_valid)
         return logits[:, 0].to(torch.float32), step.next_states
+
+
+def _experts_in_place(config: ExportConfig) -> torch.dtype | None:
+    """Type of experts' matrices that the target reads where they lie."""
+    dtype = target_of(config).experts_in_place
+    return None if dtype is None else getattr(torch, dtype)
 
 
 @contextlib.contextmanager

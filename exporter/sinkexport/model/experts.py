@@ -9,8 +9,8 @@ shared AMD EPYC, in ms (tenth percentile):
     gathered         17 (3)       36 (15)      80 (36)      -
     all experts      35 (32)      34 (36)      38 (32)      146 (127)
 
-The TensorRT plugin reads chosen experts where they lie: there every token takes its own and no others, however many
-tokens there are.
+The TensorRT plugin and the CPU library read chosen experts where they lie: there every token takes its own and no
+others, however many tokens there are.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def declared_experts(model: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def static_experts(model: Any, *, in_place: bool = False) -> Iterator[None]:
+def static_experts(model: Any, *, in_place: torch.dtype | None = None) -> Iterator[None]:
     """The experts of `model`, if it has some, take one of these forms for as long as a context lasts.
 
-    in_place: the graph is for the plugin, which reads chosen experts where they lie.
+    in_place: the graph is for a kernel library that reads chosen experts of this type where they lie.
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -86,7 +86,7 @@ class Experts:
 
 
 def _experts(
-    module: Any, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, *, in_place: bool
+    module: Any, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, *, in_place: torch.dtype | None
 ) -> torch.Tensor:
     """transformers' experts interface: hidden [N, D], chosen experts int64 [N, k] and their shares [N, k] -> [N, D]."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
@@ -104,11 +104,13 @@ def _experts(
 
 
 def mixed(
-    experts: Experts, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, *, in_place: bool
+    experts: Experts, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, *, in_place: torch.dtype | None
 ) -> torch.Tensor:
     """Sum of the outputs of each token's experts by their shares: hidden [N, D], chosen, shares [N, k] -> [N, D]."""
     num_tokens, num_chosen = chosen.shape
-    if in_place and hidden.dtype == torch.float16 and num_chosen <= MAX_PICKS and _fits_plugin(experts):
+    if in_place == hidden.dtype == torch.float32:  # the CPU library has no limits
+        return _chosen_experts(experts, hidden, chosen, shares, in_place=True)
+    if in_place == hidden.dtype == torch.float16 and num_chosen <= MAX_PICKS and _fits_plugin(experts):
         # All experts never, not even for more tokens than a node takes: both graphs share one form of the weights.
         step = MAX_PICKS // num_chosen
         if num_tokens <= step:
@@ -177,8 +179,8 @@ def expert_matmul(
 
     picks: int64 [P]; x [R, K], R dividing P -> [P, M]: row p is row p // (P / R) of x by the matrix of expert picks[p].
     None: x [1 or E, n, K] -> [E, n, M].
-    weight: [E, K, M] if `is_transposed`, else [E, M, K]; never transposed. in_place: to be left to the plugin. One node
-    of the trace, so that a pass can find it (graph/expert_matmuls.py).
+    weight: [E, K, M] if `is_transposed`, else [E, M, K]; never transposed. in_place: to be left to a kernel library.
+    One node of the trace, so that a pass can find it (graph/expert_matmuls.py).
     """
     if picks is None:
         return x @ weight if is_transposed else (weight @ x.mT).mT.contiguous()

@@ -53,7 +53,7 @@ class ForwardPass:
         self._in_cache_angles: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         last = stream.config.capacity - 1
         self.in_cache_positions = (position[:, None] + torch.arange(stream.num_tokens)).clamp(max=last)  # [B, T]
-        self._num_calls = 0
+        self.num_calls = 0
         self.inputs: dict[torch.nn.Module, torch.Tensor] = {}
         """Inputs of the attention modules, see `attention_inputs`."""
 
@@ -62,9 +62,17 @@ class ForwardPass:
         if self.recurrent is not None:
             for layer, after in self.recurrent.after().items():
                 self._next[layer] = [after[key] for key in self._states[layer]]
-        if self._num_calls != len(self._stream.shape.calls):
-            raise RuntimeError(f"{self._num_calls} calls of attention; the probe saw {len(self._stream.shape.calls)}")
+        if self.num_calls != len(self._stream.shape.calls):
+            raise RuntimeError(f"{self.num_calls} calls of attention; the probe saw {len(self._stream.shape.calls)}")
         return [state for place in self._states for state in self._next[place]]
+
+    def leave_out(self, layer: int) -> None:
+        """Hand on the states of a layer that is left out of a trace."""
+        for cache in self._stream.caches_of_call[self.num_calls]:
+            if cache.layer != layer:
+                raise RuntimeError(f"layer {layer} is run where the probe saw layer {cache.layer}")
+            self._next[cache] = list(self._states[cache].values())
+        self.num_calls += 1
 
     def attend(
         self,
@@ -83,8 +91,8 @@ class ForwardPass:
 
         s_aux: [Hq], the layer's sink logits. alibi_slopes: [Hq], as the probe saw them.
         """
-        index, layer = self._num_calls, layer_of(module)
-        self._num_calls += 1
+        index, layer = self.num_calls, layer_of(module)
+        self.num_calls += 1
         refuse_arguments(layer, others)
         more = {
             "scale": float(scaling if scaling is not None else q.shape[-1] ** -0.5),

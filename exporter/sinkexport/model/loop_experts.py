@@ -31,7 +31,7 @@ def loop_experts(model: Any) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def unrolled_experts(model: Any, *, in_place: bool = False) -> Iterator[None]:
+def unrolled_experts(model: Any, *, in_place: torch.dtype | None = None) -> Iterator[None]:
     """Experts that loop have static shapes for as long as a context lasts. in_place: as `static_experts`."""
     with contextlib.ExitStack() as stack:
         for module in list(model.modules()):
@@ -86,7 +86,7 @@ def _replaced(module: Any, **functions: Callable[..., Any]) -> Iterator[None]:
 # --- gate_up_proj [E.., 2 I, D] and down_proj [E, D, I] --------------------------------------------------------------
 
 
-def _replaced_stacks(module: Any, *, in_place: bool) -> contextlib.AbstractContextManager[None]:
+def _replaced_stacks(module: Any, *, in_place: torch.dtype | None) -> contextlib.AbstractContextManager[None]:
     def forward(
         module: Any, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, **_: Any
     ) -> torch.Tensor:
@@ -94,7 +94,8 @@ def _replaced_stacks(module: Any, *, in_place: bool) -> contextlib.AbstractConte
         count = module.down_proj.shape[0]
         inner = getattr(module, "_apply_gate", functools.partial(_gated, module.act_fn))
         is_whole = module.gate_up_proj.shape[0] == count
-        first = module.gate_up_proj if is_whole or is_gathered(chosen, count) else module.gate_up_proj[:count]
+        is_read_whole = is_whole or is_gathered(chosen, count) or in_place == hidden.dtype
+        first = module.gate_up_proj if is_read_whole else module.gate_up_proj[:count]
         experts = Experts(first=(first,), down=module.down_proj, inner=inner)
         if not hasattr(module, "identity_expert"):
             return mixed(experts, hidden, chosen, shares, in_place=in_place)
@@ -118,7 +119,7 @@ def _gated(activation: Callable[[torch.Tensor], torch.Tensor], gate_up: torch.Te
 
 
 @contextlib.contextmanager
-def _replaced_rows(module: Any, *, in_place: bool) -> Iterator[None]:
+def _replaced_rows(module: Any, *, in_place: torch.dtype | None) -> Iterator[None]:
     def forward(module: Any, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """hidden [.., D], chosen int64 and shares [N, k] -> the shape of hidden."""
         glu = module.mlp
@@ -158,7 +159,7 @@ def _with_own_bias(module: Any, out: torch.Tensor) -> torch.Tensor:
     return out if bias is None else out + bias
 
 
-def _replaced_sorting(module: Any, *, in_place: bool) -> contextlib.AbstractContextManager[None]:
+def _replaced_sorting(module: Any, *, in_place: torch.dtype | None) -> contextlib.AbstractContextManager[None]:
     def forward(module: Any, layer_input: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]."""
         hidden = layer_input.reshape(-1, layer_input.shape[-1])
@@ -173,7 +174,7 @@ def _replaced_sorting(module: Any, *, in_place: bool) -> contextlib.AbstractCont
     return _replaced(module, forward=forward)
 
 
-def _replaced_attention(module: Any, *, in_place: bool) -> contextlib.AbstractContextManager[None]:
+def _replaced_attention(module: Any, *, in_place: torch.dtype | None) -> contextlib.AbstractContextManager[None]:
     def make_queries(module: Any, layer_input: torch.Tensor) -> tuple[torch.Tensor, None, tuple[torch.Tensor, ...]]:
         """[B, T, D] -> queries [B, T, k, H], no logits, and what `merge_heads` needs."""
         hidden = layer_input.reshape(-1, layer_input.shape[-1])

@@ -80,7 +80,7 @@ class UncheckedWarning(UserWarning):
 
 def why_unchecked(manifest: Manifest) -> str | None:
     """Reason why a bundle cannot be compared on this machine; None: it can."""
-    if manifest.plugin_abi is not None:
+    if manifest.has_tensorrt_plugin:
         return "they need the TensorRT plugin, which ONNX Runtime does not have: use 'sinkexport verify' on the GPU"
     if manifest.weights_bytes > (free := available_bytes()):
         return f"they take {manifest.weights_bytes / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"

@@ -7,15 +7,18 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import onnx
 from sinkrt.contract import (
+    CPU_ABI,
     MANIFEST_NAME,
     PLUGIN_ABI,
     SCHEMA_VERSION,
     AttentionCache,
+    FileFacts,
     GraphSpec,
     Manifest,
     ModelFacts,
@@ -37,15 +40,14 @@ from sinkexport.graph.convert import BuiltGraph, build_graph
 from sinkexport.graph.plugin_nodes import refuse_geometry, refuse_no_attention
 from sinkexport.graph.quantize.plan import Plan
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
+from sinkexport.graph.trace_graph import traced_graph
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.loading.tokenizers.tokenizer_checks import check_template, check_tokens, fitted, named, opening_size
 from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids
 from sinkexport.loading.weights.check_weights import check_weights
 from sinkexport.model.decoder import StreamStep
-from sinkexport.model.derived_constants import derived_constants
 from sinkexport.model.experts import static_experts
 from sinkexport.model.head_caches import HeadCache, head_caches
-from sinkexport.model.tracing import trace
 from sinkexport.pipeline.bundle_writer import (
     hash_bundle,
     require_space,
@@ -74,6 +76,7 @@ from sinkexport.pipeline.manifest_facts import (
 from sinkexport.pipeline.sink_token import with_sink_token
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel, load_model
+from sinkexport.targets import Target
 from sinkexport.util.derived_constant import DerivedConstant
 from sinkexport.util.garbage import no_garbage_collection
 from sinkexport.util.progress import Report, silent
@@ -141,22 +144,15 @@ def export_loaded(
         if config.affine is not None:
             (stage / AFFINE_FILE).write_bytes(config.affine.raw)
         written = _write_graphs(stage, loaded, config, probed, report, plan_of, special_ids)
-        if check:
-            report("weights", 0, 1)
-            files, shape = [graph.file for graph in written.graphs.values()], probed.shape
-            check_weights(
-                stage,
-                files,
-                loaded,
-                config,
-                num_q_heads=max((call.num_q_heads for call in shape.calls), default=0),
-                num_kv_heads=shape.num_kv_heads,
-                derived=written.derived,
-                unread=functools.partial(unread_weights, model),
-            )
         tokenizer_facts = write_tokenizer(loaded.tokenizer, stage)
-        report("hash", 0, 1)
-        manifest = _manifest(stage, config, probed, written, tokenizer_facts)
+        with ThreadPoolExecutor(max_workers=1) as hashing:  # hashing leaves the interpreter to the check
+            hashed = hashing.submit(hash_bundle, stage)
+            if check:
+                report("weights", 0, 1)
+                _check_weights(stage, loaded, config, probed, written)
+            report("hash", 0, 1)
+            files = hashed.result()
+        manifest = _manifest(files, config, probed, written, tokenizer_facts)
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         if check and (reason := why_unchecked(manifest)) is not None:
             warnings.warn(f"the graphs were not compared with the model: {reason}", UncheckedWarning, stacklevel=2)
@@ -258,14 +254,29 @@ def _write_graphs(
     )
 
 
+def _check_weights(stage: Path, loaded: LoadedModel, config: ExportConfig, probed: _Probed, written: _Written) -> None:
+    """Raises: UsageError if the graphs have other numbers than the file that the model came from."""
+    calls = probed.shape.calls
+    check_weights(
+        stage,
+        [graph.file for graph in written.graphs.values()],
+        loaded,
+        config,
+        num_q_heads=max((call.num_q_heads for call in calls), default=0),
+        num_kv_heads=probed.shape.num_kv_heads,
+        derived=written.derived,
+        unread=functools.partial(unread_weights, loaded.model),
+    )
+
+
 def _manifest(
-    stage: Path,
+    files: dict[str, FileFacts],
     config: ExportConfig,
     probed: _Probed,
     written: _Written,
     tokenizer: TokenizerFacts | None,
 ) -> Manifest:
-    """The manifest of all that is in the folder `stage`."""
+    """The manifest of a bundle of these files."""
     shape = probed.shape
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -282,13 +293,20 @@ def _manifest(
         graphs=written.graphs,
         states=written.states,
         tokenizer=tokenizer,
-        files=hash_bundle(stage),
+        files=files,
         producer=producers(),
         quantization=quantization_facts(config),
-        plugin_abi=PLUGIN_ABI if config.has_plugins else None,
+        plugin_abi=_library_abi(target_of(config)),
         attention=written.attention,
         **config.variant.manifest_entries(shape.num_layers, shape.num_q_heads, head_windows(probed.caches)),
     )
+
+
+def _library_abi(target: Target) -> str | None:
+    """Version of the nodes that are not ONNX's own."""
+    if target.has_cpu_library:
+        return CPU_ABI
+    return PLUGIN_ABI if target.has_plugins else None
 
 
 def _build(
@@ -306,11 +324,9 @@ def _build(
     plan = None if recipe is None else plan_of(recipe, loaded.model, dtype, config.calibration)
     num_sinks = 0 if config.calibration is None else config.calibration.num_sink_tokens
     with no_garbage_collection():
-        with refusing(loaded.model, f"tracing the {role} graph"):
-            program = trace(step)
-            derived = derived_constants(program)
+        model, derived = traced_graph(step, role)
         with refusing(loaded.model, f"converting the {role} graph to ONNX"):
-            return build_graph(program, role, step.state_names, target_of(config), num_sinks, plan), derived
+            return build_graph(model, role, step.state_names, target_of(config), num_sinks, plan), derived
 
 
 def _resolved(config: ExportConfig, family: str) -> ExportConfig:

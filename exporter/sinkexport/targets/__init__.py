@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from sinkexport.targets.cpu import CPU
 from sinkexport.targets.onnx import ONNX
 from sinkexport.targets.target import Target
 from sinkexport.targets.tensorrt_native import TENSORRT_NATIVE
 from sinkexport.targets.tensorrt_plugin import TENSORRT_PLUGIN
 
 __all__ = [
+    "AUTO",
+    "CPU",
     "ONNX",
     "OPTIONS",
     "RECIPE_TARGETS",
@@ -21,7 +24,7 @@ __all__ = [
     "find_target",
 ]
 
-TARGETS = (ONNX, TENSORRT_PLUGIN, TENSORRT_NATIVE)
+TARGETS = (ONNX, CPU, TENSORRT_PLUGIN, TENSORRT_NATIVE)
 """The registry: a new target is one line here and one above."""
 
 RECIPE_TARGETS = tuple(dict.fromkeys(target.recipes for target in TARGETS))
@@ -29,6 +32,10 @@ RECIPE_TARGETS = tuple(dict.fromkeys(target.recipes for target in TARGETS))
 
 OPTIONS = tuple(dict.fromkeys(target.option for target in TARGETS))
 """Values of ``--target``, each once."""
+
+
+AUTO = "auto"
+"""Value of ``--target`` that leaves the choice to the machine: `sinkexport.config`."""
 
 
 def find_target(option: str, *, native: bool = False) -> Target | None:

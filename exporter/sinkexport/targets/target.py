@@ -23,6 +23,8 @@ class Target:
     has_int8_window: whether keys and values of the window can be INT8 (``--kv int8``).
     changes_attention: whether attention takes scales, biases and ACT (``--affine``, ``--sink-tuning`` with ``act``).
     has_circular_scatter: whether TensorScatter may write past the ring's end.
+    has_cpu_library: whether graphs may have nodes that need this project's CPU library (plugins/cpu).
+    experts_in_place: type of experts' matrices that nodes read where they lie; None: there are no such nodes.
     passes: names of files in ``graph/passes``, in the order in which they run.
     """
 
@@ -32,12 +34,14 @@ class Target:
     recipes: str
     opset: int
     ir_version: int
-    quantization: Literal["ort", "qdq", "plugin"]
+    quantization: Literal["ort", "qdq", "plugin", "cpu"]
     passes: tuple[str, ...]
     native: bool = False
     ids: Literal["int64", "int32"] = "int64"
     position: Literal["int64", "int32 words"] = "int64"
     has_plugins: bool = False
+    has_cpu_library: bool = False
+    experts_in_place: Literal["float16", "float32"] | None = None
     has_int8_window: bool = True
     changes_attention: bool = True
     has_circular_scatter: bool = True

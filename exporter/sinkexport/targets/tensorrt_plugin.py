@@ -15,6 +15,7 @@ TENSORRT_PLUGIN = Target(
     ids="int32",  # TensorRT 8.5 has no int64 inputs
     position="int32 words",  # so that every position of the exact phase can be expressed
     has_plugins=True,
+    experts_in_place="float16",
     changes_attention=False,
     passes=(
         "fold_weight_transposes",

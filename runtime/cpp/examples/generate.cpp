@@ -31,7 +31,7 @@ constexpr const char* kUsage =
     "  --backend NAME          ort (default) | tensorrt\n"
     "  --threads N             CPU threads (default: all physical cores)\n"
     "  --onnxruntime PATH      libonnxruntime.so (default: $SINKRT_ONNXRUNTIME, then the loader's path)\n"
-    "  --plugin PATH           libsinkexport_plugin.so, for TensorRT bundles\n"
+    "  --plugin PATH           libsinkexport_plugin.so or libsinkexport_cpu.so\n"
     "  --device N              CUDA device (default 0)\n"
     "  --skip-hashes           compare the sizes of the bundle's files only\n"
     "  --load-state FILE  --save-state FILE\n"

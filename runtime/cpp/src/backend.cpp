@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <set>
 
+#include "sinkrt/constants.h"
+
 namespace sinkrt {
 namespace {
 
@@ -65,6 +67,10 @@ void Backend::steps(const StepsRequest& request) {
   }
 }
 
+bool hasTensorrtPlugin(const Manifest& manifest) {
+  return manifest.plugin_abi && manifest.target != kCpuTarget;
+}
+
 void checkGraphs(const Manifest& manifest) {
   const StreamFacts& stream = manifest.stream;
   std::map<std::string, std::pair<int64_t, int64_t>> roles = {{"decode", {stream.batch, 1}}};
@@ -73,7 +79,7 @@ void checkGraphs(const Manifest& manifest) {
   for (const auto& graph : manifest.graphs) found += (found.empty() ? "" : ", ") + graph.first;
   for (const auto& role : roles) wanted += (wanted.empty() ? "" : ", ") + role.first;
   if (found != wanted) throw Error(Code::kBundle, problem("graphs", found, wanted, "export the model again"));
-  const bool plugin = manifest.plugin_abi.has_value();
+  const bool plugin = hasTensorrtPlugin(manifest);
   const char* integer = plugin ? "int32" : "int64";
   for (const auto& [role, size] : roles) {
     const auto [batch, num_tokens] = size;
@@ -105,7 +111,7 @@ std::unique_ptr<Backend> loadBackend(const std::string& name, const std::string&
     throw Error(Code::kUsage, problem("backend", "'" + name + "'", "ort | tensorrt", "choose one of them"));
   }
   checkGraphs(manifest);
-  if (name == "ort" && manifest.plugin_abi) {
+  if (name == "ort" && hasTensorrtPlugin(manifest)) {
     throw Error(Code::kBackend,
                 problem("backend 'ort'", "a bundle whose graphs need the TensorRT plugin", "standard operators",
                         "use the backend tensorrt, or export with --target onnx"));

@@ -115,6 +115,13 @@ constexpr const char* kLayoutMetadata = {quoted(constants.LAYOUT_METADATA)};
 constexpr const char* kManifestName = {quoted(constants.MANIFEST_NAME)};
 // ABI of the TensorRT plugins that the graphs of this version have nodes of.
 constexpr const char* kPluginAbi = {quoted(constants.PLUGIN_ABI)};
+// Target of bundles for the CPU library, ABI of its operators, its file, the environment variable with the path of
+// another one, and the entry of a session's configuration by which it is given the number of threads.
+constexpr const char* kCpuTarget = {quoted(constants.CPU)};
+constexpr const char* kCpuAbi = {quoted(constants.CPU_ABI)};
+constexpr const char* kCpuLibrary = {quoted(constants.CPU_LIBRARY)};
+constexpr const char* kCpuLibraryVariable = {quoted(constants.CPU_LIBRARY_VARIABLE)};
+constexpr const char* kThreadsOption = {quoted(constants.THREADS_OPTION)};
 // Where 'sinkexport build' and sinkrt_build put engines and the plugin, and sessions look for them.
 constexpr const char* kEngineFolder = {quoted(constants.ENGINE_FOLDER)};
 constexpr const char* kPluginFile = {quoted(constants.PLUGIN_FILE)};

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sinkrt.backends.base import Backend, check_graphs
 from sinkrt.contract import Manifest
+from sinkrt.contract.constants import CPU
 from sinkrt.errors import BackendError, UsageError, problem
 
 Loader = Callable[[Path, Manifest, int | None, bool | None], Backend]
@@ -14,7 +15,7 @@ Loader = Callable[[Path, Manifest, int | None, bool | None], Backend]
 
 
 def _load_ort(bundle: Path, manifest: Manifest, threads: int | None, repack_prefill: bool | None) -> Backend:
-    _check_standard("ort", manifest)
+    _check_standard("ort", manifest, or_cpu_library=True)
     from sinkrt.backends.ort import OrtBackend
 
     return OrtBackend(bundle, manifest, threads, repack_prefill)
@@ -64,12 +65,21 @@ def load_backend(
     return LOADERS[name](bundle, manifest, threads, repack_prefill)
 
 
-def _check_standard(name: str, manifest: Manifest) -> None:
-    """Make sure that the graphs have standard operators only: ONNX Runtime has no plugin.
+def _check_standard(name: str, manifest: Manifest, *, or_cpu_library: bool = False) -> None:
+    """Make sure that the graphs have standard operators only: ONNX Runtime has no plugin. or_cpu_library: or its nodes.
 
     Raises: BackendError.
     """
-    if manifest.plugin_abi is not None:
+    if manifest.target == CPU and not or_cpu_library:
+        raise BackendError(
+            problem(
+                f"backend '{name}'",
+                received="a bundle for the CPU library",
+                expected="standard operators",
+                fix="pass --backend ort, or export with --target onnx",
+            )
+        )
+    if manifest.has_tensorrt_plugin:
         raise BackendError(
             problem(
                 f"backend '{name}'",

@@ -98,7 +98,7 @@ def check_graphs(manifest: Manifest) -> None:
                 fix="export the model again",
             )
         )
-    has_plugin = manifest.plugin_abi is not None
+    has_plugin = manifest.has_tensorrt_plugin
     dtype = "int32" if has_plugin else "int64"
     for role, (batch, num_tokens) in roles.items():
         graph = manifest.graphs[role]

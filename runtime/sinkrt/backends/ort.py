@@ -5,6 +5,7 @@ Twin of runtime/cpp/src/backends/ort.cpp.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from sinkrt.backends.base import StateArray
+from sinkrt.backends.cpu_library import checked_library
 from sinkrt.backends.ort_graph import Binding, Device, Graph, HostDevice
 from sinkrt.contract import Manifest, TensorSpec
+from sinkrt.contract.constants import CPU
 from sinkrt.errors import BackendError, problem
 
 
@@ -47,9 +50,10 @@ class OrtBackend:
             _check_memory(manifest)
             device = HostDevice()
         # Opened first: a manifest whose sizes are not the graphs' is refused before memory is asked for.
-        decode = Graph(bundle, manifest, "decode", threads, device, repack=True)
-        prefill = manifest.graphs.get("prefill")
-        in_chunks = Graph(bundle, manifest, "prefill", threads, device, repack=repack_prefill) if prefill else None
+        library = checked_library(manifest.plugin_abi) if manifest.target == CPU else None
+        open_ = functools.partial(Graph, bundle, manifest, threads=threads, device=device, library=library)
+        decode, prefill = open_("decode", repack=True), manifest.graphs.get("prefill")
+        in_chunks = open_("prefill", repack=repack_prefill) if prefill else None
         self._states = {s.input: device.zeros(TensorSpec(s.input, s.shape, s.dtype)) for s in manifest.states}
         graph = manifest.graphs["decode"]
         self._arrays = {spec.name: device.staged(spec) for spec in (*graph.inputs, *graph.outputs)}

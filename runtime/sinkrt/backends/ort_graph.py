@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from sinkrt.contract import Manifest, TensorSpec
-from sinkrt.contract.constants import LAYOUT_METADATA
+from sinkrt.contract.constants import LAYOUT_METADATA, THREADS_OPTION
 from sinkrt.contract.layout import graph_layout
 from sinkrt.errors import BackendError, BundleError, problem
 
@@ -108,18 +108,26 @@ class HostArray:
 class Graph:
     """One graph of the bundle, loaded.
 
-    role: ``decode | prefill``. threads, repack: as of `open_graph`.
+    role: ``decode | prefill``. threads, repack, library: as of `open_graph`.
 
     Raises: BundleError, BackendError as `open_graph`; BundleError if its tensors are not those of the manifest.
     """
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, role: str, threads: int | None, device: Device, *, repack: bool
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        role: str,
+        threads: int | None,
+        device: Device,
+        *,
+        repack: bool,
+        library: Path | None = None,
     ) -> None:
         graph = manifest.graphs[role]
         batch = graph.inputs[0].shape[0]
         self._role, self._states, self._graph, self._device = role, manifest.states, graph, device
-        self._session = open_graph(bundle / graph.file, threads, device.providers, repack=repack)
+        self._session = open_graph(bundle / graph.file, threads, device.providers, repack=repack, library=library)
         shapes = {state.input: (batch, *state.shape[1:]) for state in manifest.states}
         state_inputs = [TensorSpec(s.input, shapes[s.input], s.dtype) for s in manifest.states]
         state_outputs = [TensorSpec(s.output, shapes[s.input], s.dtype) for s in manifest.states]
@@ -171,16 +179,20 @@ class Binding:
             ) from error
 
 
-def open_graph(path: Path, threads: int | None, providers: list[Any], *, repack: bool = True) -> ort.InferenceSession:
+def open_graph(
+    path: Path, threads: int | None, providers: list[Any], *, repack: bool = True, library: Path | None = None
+) -> ort.InferenceSession:
     """Load a graph.
 
     threads: of one operator; None leaves the choice to ONNX Runtime. providers: as of `Device`.
-    repack: copy the weights to the layout that ONNX Runtime's matmuls like best.
+    repack: copy the weights to the layout that ONNX Runtime's matmuls like best. library: has operators of the graph.
 
     Raises: BundleError if ONNX Runtime refuses the graph; BackendError if it cannot load the first provider.
     """
     try:
-        session = ort.InferenceSession(path, _session_options(threads, repack=repack), providers=providers)
+        session = ort.InferenceSession(
+            path, _session_options(threads, repack=repack, library=library), providers=providers
+        )
     except Exception as error:
         raise BundleError(
             problem(
@@ -203,7 +215,7 @@ def open_graph(path: Path, threads: int | None, providers: list[Any], *, repack:
     return session
 
 
-def _session_options(threads: int | None, *, repack: bool) -> ort.SessionOptions:
+def _session_options(threads: int | None, *, repack: bool, library: Path | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # nothing on stderr: errors are raised, and shown in one line by whoever catches
     # One graph, one stream of nodes: the threads serve single operators.
@@ -217,6 +229,9 @@ def _session_options(threads: int | None, *, repack: bool) -> ort.SessionOptions
         options.add_session_config_entry("session.disable_prepacking", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
+        options.add_session_config_entry(THREADS_OPTION, str(threads))
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     return options
 
 

@@ -43,14 +43,14 @@ class TensorrtBackend:
         self._logger = make_logger(trt)  # TensorRT keeps a raw pointer to it
         self._runtime = create(trt.Runtime, self._logger)
         abi = None
-        if manifest.plugin_abi is not None:
+        if manifest.has_tensorrt_plugin:
             abi = load_plugin(trt, trt.get_plugin_registry(), bundle / PLUGIN_FILE, "plugin")
         host = EngineHost(facts.flavour, str(trt.__version__), abi, self._cuda.compute_capability)
         self._engines = {
             role: Engine(self._runtime, self._logger, role, check_engine(bundle, manifest, role, host))
             for role in manifest.graphs
         }
-        self._has_plugin = manifest.plugin_abi is not None
+        self._has_plugin = manifest.has_tensorrt_plugin
         self._states = {s.input: self._cuda.zeros(TensorSpec(s.input, s.shape, s.dtype)) for s in manifest.states}
         self._outputs = {state.input: state.output for state in manifest.states}
         batch, vocab_size = manifest.stream.batch, manifest.model.vocab_size

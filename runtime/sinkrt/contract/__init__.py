@@ -11,6 +11,7 @@ The C++ runtime's structs, readers and constants are generated from this package
 """
 
 from sinkrt.contract.constants import (
+    CPU_ABI,
     DTYPE_BYTES,
     MANIFEST_NAME,
     MASS_KIND,
@@ -44,6 +45,7 @@ from sinkrt.contract.schema import (
 )
 
 __all__ = [
+    "CPU_ABI",
     "DTYPE_BYTES",
     "MANIFEST_NAME",
     "MASS_KIND",

@@ -32,10 +32,23 @@ STATE_VERSION = "2"
 PLUGIN_ABI = "3"
 """Version of the TensorRT plugins' names, inputs, outputs and fields, as the graphs of this version have them."""
 
+CPU_ABI = "1"
+"""Version of the CPU library's operators and of its layout of weights, as the graphs of this version have them."""
+
+CPU_LIBRARY = "libsinkexport_cpu.so"
+"""The CPU library, which is found beside the package."""
+
+CPU_LIBRARY_VARIABLE = "SINKEXPORT_CPU_LIBRARY"
+"""Environment variable with the path of another one."""
+
+THREADS_OPTION = "sinkexport.threads"
+"""Entry of a session's configuration by which the CPU library is given the number of threads."""
+
 NO_TOKEN = -1
 """Id of a stream that stands still while others step, in models with recurrent states: these know no positions."""
 
-TARGETS = ("onnx", "tensorrt")
+CPU = "cpu"
+TARGETS = ("onnx", CPU, "tensorrt")
 FLOAT_DTYPES = ("float32", "float16")
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1}
 SAFETENSORS_DTYPES: Mapping[str, str] = {

@@ -195,7 +195,7 @@ def _check_cache(manifest: Manifest, cache: _Cache, by_name: Mapping[str, StateS
         wanted = str(longest) if lengths[0] == lengths[1] else f"{lengths[0]} .. {lengths[1]}"
         _refuse(f"tokens of state '{window.input}'", length, f"{wanted}, as stream and head_windows say")
     is_int8 = window.dtype == "int8"
-    float_dtype = manifest.weights_dtype if manifest.plugin_abi is None else "float16"  # the plugin's, always
+    float_dtype = "float16" if manifest.has_tensorrt_plugin else manifest.weights_dtype  # the plugin's, always
     wanted_states: dict[str, tuple[tuple[int, ...], str]] = {}
     for part, dim in zip("kv", (sizes.key_dim, 0 if sizes.latent else sizes.value_dim), strict=True):
         if is_int8:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sinkrt.contract.constants import ATTENTION_SCHEMA, FLOAT_DTYPES, RECURRENT_KINDS, SCHEMA_VERSION, TARGETS
+from sinkrt.contract.constants import ATTENTION_SCHEMA, CPU, FLOAT_DTYPES, RECURRENT_KINDS, SCHEMA_VERSION, TARGETS
 from sinkrt.contract.layout import attention_entries, check_layout, uniform_caches
 from sinkrt.contract.reader import build_from_json, parse_json
 from sinkrt.contract.rules import about, check_rules, is_inside, require
@@ -55,7 +55,8 @@ class Manifest:
     producer: Mapping[str, str] = field(metadata=about("versions of what made it, for bug reports"))
     quantization: Quantization | None = field(default=None, metadata=about("None: floating point"))
     plugin_abi: str | None = field(
-        default=None, metadata=about("of the plugins that the graphs have nodes of; None: standard operators only")
+        default=None,
+        metadata=about("of the plugins or the CPU library that the graphs have nodes of; None: standard operators"),
     )
     engines: Mapping[str, EngineFacts] | None = field(
         default=None, metadata=about("by the role of their graph; None: none were built")
@@ -137,6 +138,11 @@ class Manifest:
         """Sizes of every cache in the order of the states, as `attention` or else `model` says; the groups of a layer
         (`head_windows`) are one cache."""
         return uniform_caches(self) if self.attention is None else self.attention
+
+    @property
+    def has_tensorrt_plugin(self) -> bool:
+        """Whether the graphs have nodes of the TensorRT plugin: `plugin_abi` is the CPU library's otherwise."""
+        return self.plugin_abi is not None and self.target != CPU
 
     @property
     def is_recurrent(self) -> bool:

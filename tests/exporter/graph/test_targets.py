@@ -76,4 +76,5 @@ def test_graphs_are_of_the_form_that_the_target_declares(target: Target, tmp_pat
     assert (len(position.shape), position.dtype) == {"int64": (1, "int64"), "int32 words": (2, "int32")}[
         target.position
     ]
-    assert (manifest.plugin_abi is not None) == target.has_plugins
+    assert manifest.has_tensorrt_plugin == target.has_plugins
+    assert (manifest.plugin_abi is not None) == (target.has_plugins or target.has_cpu_library)

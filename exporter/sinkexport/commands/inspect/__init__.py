@@ -1,4 +1,4 @@
-"""``sinkexport inspect``: what a bundle holds, what a model has, which families and recipes there are."""
+"""``sinkexport inspect``: what a bundle holds, what a model has, which families, recipes and CPU library there are."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from pathlib import Path
 
 import click
 from sinkrt.contract import MANIFEST_NAME, load_manifest
+from sinkrt.contract.constants import CPU
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE, ExportConfig
 
 
 @click.command(name="inspect")
-@click.argument("what", metavar="DIR|MODEL|FILE|families|recipes")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable: manifest, model, families or recipes.")
+@click.argument("what", metavar="DIR|MODEL|FILE|families|recipes|cpu")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Machine-readable: manifest, model, families, recipes or CPU library."
+)
 @click.option(
     "--tokenizer-out",
     type=click.Path(path_type=Path),
@@ -56,14 +59,14 @@ def command(
     batch: int | None,
 ) -> None:
     """Show the bundle DIR, what an export of MODEL (a folder, a .gguf file or a Hub id) would read and refuse, a
-    calibration FILE, the table of model families or that of quantisation recipes.
+    calibration FILE, the table of model families or that of quantisation recipes, or the CPU library that is used here.
     """
     if tokenizer_out is not None:
         _write_tokenizer(what, tokenizer_out, "--memory or --json" if memory or as_json else None)
         return
     has_geometry = bool(windows) or sink_tokens is not None or batch is not None
     if memory:
-        if _is_families(what) or _is_recipes(what):
+        if _is_families(what) or _is_recipes(what) or _is_cpu(what):
             raise UsageError(
                 problem("--memory", received=f"'{what}'", expected="a bundle or a model", fix="leave it out")
             )
@@ -101,6 +104,10 @@ def _show(what: str, as_json: bool) -> None:
         from sinkexport.commands.inspect.tables import show_recipes
 
         show_recipes(as_json)
+    elif _is_cpu(what):
+        from sinkexport.commands.inspect.cpu import show_cpu_library
+
+        show_cpu_library(as_json)
     elif _is_model(what):
         from sinkexport.commands.inspect.model import show_model
 
@@ -111,7 +118,7 @@ def _show(what: str, as_json: bool) -> None:
                 "inspect",
                 received=f"'{what}', which is not there",
                 expected="a bundle, a model (a folder, a .gguf file or a Hub id), a calibration file, "
-                "families or recipes",
+                "families, recipes or cpu",
                 fix="check the path",
             )
         )
@@ -155,6 +162,11 @@ def _refused_geometry(received: str, expected: str, fix: str) -> UsageError:
 def _is_families(what: str) -> bool:
     """Whether the table is meant, and no folder or file of that name."""
     return what == "families" and not Path(what).exists()
+
+
+def _is_cpu(what: str) -> bool:
+    """Whether the CPU library is meant, and no folder or file of that name."""
+    return what == CPU and not Path(what).exists()
 
 
 def _is_recipes(what: str) -> bool:

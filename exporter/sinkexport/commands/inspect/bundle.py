@@ -42,7 +42,15 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if manifest.is_recurrent:
         yield "recurrent", _recurrent(manifest)
     yield "streams", f"{stream.batch}"
-    yield "target", manifest.target + (f", plugin {manifest.plugin_abi}" if manifest.plugin_abi else "")
+    yield (
+        "target",
+        manifest.target
+        + (
+            f", {'plugin' if manifest.has_tensorrt_plugin else 'library'} {manifest.plugin_abi}"
+            if manifest.plugin_abi
+            else ""
+        ),
+    )
     for role, engine in sorted((manifest.engines or {}).items()):
         built_for = engine.gpu or "any GPU it supports"
         yield f"{role} engine", f"{engine.file}, {engine.flavour} {engine.version}, {built_for}"

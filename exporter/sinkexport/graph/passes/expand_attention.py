@@ -11,6 +11,7 @@ from sinkexport.graph.attention.int8_chunk import Int8ChunkAttention
 from sinkexport.graph.attention.int8_step import Int8StepAttention
 from sinkexport.graph.attention.parts import AttentionParts, PerRun
 from sinkexport.graph.attention.step import StepAttention
+from sinkexport.graph.cpu_nodes import is_cpu_node
 from sinkexport.graph.edit import known_shape, operand
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.operators import BLOCK_ATTENTION, DOMAIN, SINK_ATTENTION, STREAM_ANGLES, Input
@@ -18,6 +19,8 @@ from sinkexport.graph.operators import BLOCK_ATTENTION, DOMAIN, SINK_ATTENTION, 
 
 class ExpandAttention(GraphPass):
     """Replace every node of domain ``ai.sinkexport`` by standard operators, those that the target takes.
+
+    Nodes of the CPU library stay.
 
     Attention over one token and over a chunk have forms of their own: one is bound by memory, the other by arithmetic.
     """
@@ -28,7 +31,7 @@ class ExpandAttention(GraphPass):
         Raises: ValueError naming an operator of that domain that is none of attention's.
         """
         graph = model.graph
-        nodes = [node for node in graph if node.domain == DOMAIN]
+        nodes = [node for node in graph if node.domain == DOMAIN and not is_cpu_node(node)]
         per_run = PerRun(graph)
         for node in nodes:
             if node.op_type == STREAM_ANGLES:
@@ -38,7 +41,8 @@ class ExpandAttention(GraphPass):
                 _form(node)(graph, node, per_run, has_circular_scatter=has_circular_scatter).expand()
             else:
                 raise ValueError(f"unknown operator {node.domain}::{node.op_type}")
-        model.opset_imports.pop(DOMAIN, None)
+        if not any(node.domain == DOMAIN for node in graph):
+            model.opset_imports.pop(DOMAIN, None)
         return ir.passes.PassResult(model, bool(nodes))
 
 

@@ -16,12 +16,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from sinkexport.loading.checkpoints.file_tensor import Floats, Indices
+from sinkexport.loading.weights.packed_matrices import PACKED, packed_rows
 from sinkexport.util.traced_names import MODEL
 
 BY_HEAD = "const.by_head"
 """The plugin's copies of the model's numbers of heads, in float32."""
 
 QUANTIZED = (".packed", ".uint8", ".int8x4", ".int8")
+PACKED_OR_QUANTIZED = (*QUANTIZED, PACKED)
 COMPANIONS = (".scales", ".zero_points", ".sums")
 
 HALF_RANGE = 128
@@ -117,7 +119,9 @@ def read_graph(path: Path) -> list[GraphMatrix]:
             continue
         layers = positions.get(name, (-np.inf, np.inf))
         suffix = next((s for s in QUANTIZED if name.endswith(s)), None)
-        if suffix is not None and f"{name.removesuffix(suffix)}.scales" in values:
+        if name.endswith(PACKED):
+            found.append(_packed_for_library(name.removesuffix(PACKED), value, values, layers))
+        elif suffix is not None and f"{name.removesuffix(suffix)}.scales" in values:
             found.append(_quantized(name.removesuffix(suffix), suffix, value, values, layers))
         elif tensor.dtype.is_floating_point() and not (name.endswith(COMPANIONS) and _has_base(name, values)):
             found.append(_floating(name, tensor, layers))
@@ -126,7 +130,7 @@ def read_graph(path: Path) -> list[GraphMatrix]:
 
 def _has_base(name: str, values: dict[str, ir.Value]) -> bool:
     base = name.rpartition(".")[0]
-    return any(f"{base}{suffix}" in values for suffix in QUANTIZED)
+    return any(f"{base}{suffix}" in values for suffix in PACKED_OR_QUANTIZED)
 
 
 def parameters_of(name: str) -> tuple[str, ...]:
@@ -261,6 +265,30 @@ def _quantized(
         layers=layers,
         swapped=swapped,
         slack=slack,
+        sources=sources,
+    )
+
+
+def _packed_for_library(
+    base: str, value: ir.Value, values: dict[str, ir.Value], layers: tuple[float, float]
+) -> GraphMatrix:
+    """A weight in the layout of the CPU library."""
+    companions = [values.get(f"{base}{suffix}") for suffix in (".scales", ".zero_points")]
+    scales, zeros = (None if one is None else _numbers(one) for one in companions)
+    packed = packed_rows(value, _numbers(value), scales, zeros)
+    parts, swapped = parameters_of(base), None
+    if packed.num_experts:
+        swapped = GraphMatrix(
+            name=base, parts=parts, shape=packed.swapped_shape, read=packed.read_swapped, layers=layers
+        )
+    sources = tuple(one.const_value for one in (value, *companions) if one is not None and one.const_value is not None)
+    return GraphMatrix(
+        name=base,
+        parts=parts,
+        shape=packed.shape,
+        read=packed.read,
+        layers=layers,
+        swapped=swapped,
         sources=sources,
     )
 

@@ -19,7 +19,7 @@ struct BackendOptions {
   int threads = 0;                  // CPU threads of one operator; 0: all physical cores
   int repack_prefill = -1;          // CPU: a copy of the weights for prefill. 1, 0; -1: if memory is plentiful
   std::string onnxruntime_library;  // path of libonnxruntime.so; empty: $SINKRT_ONNXRUNTIME, then the loader's path
-  std::string plugin_library;       // TensorRT: path of libsinkexport_plugin.so; empty: the loader's path
+  std::string plugin_library;       // path of libsinkexport_plugin.so or libsinkexport_cpu.so; empty: the loader's path
   int device = 0;                   // CUDA device
   bool verify = true;               // compare SHA-256 of engines too, not only sizes
 };
@@ -94,6 +94,9 @@ class Backend {
   std::vector<int64_t> next_ids_;
   std::unique_ptr<bool[]> active_;
 };
+
+// Whether the graphs have nodes of the TensorRT plugin: plugin_abi is the CPU library's otherwise.
+bool hasTensorrtPlugin(const Manifest& manifest);
 
 // The graphs must be those that `Backend` speaks of, with these inputs and outputs and no others: int64 ids and
 // num_valid and position int64 [B], or, with the TensorRT plugin, all int32 and position [B, 2] = t >> 16, t & 0xffff.

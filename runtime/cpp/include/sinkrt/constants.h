@@ -14,6 +14,13 @@ constexpr const char* kLayoutMetadata = "sinkexport.layout";
 constexpr const char* kManifestName = "manifest.json";
 // ABI of the TensorRT plugins that the graphs of this version have nodes of.
 constexpr const char* kPluginAbi = "3";
+// Target of bundles for the CPU library, ABI of its operators, its file, the environment variable with the path of
+// another one, and the entry of a session's configuration by which it is given the number of threads.
+constexpr const char* kCpuTarget = "cpu";
+constexpr const char* kCpuAbi = "1";
+constexpr const char* kCpuLibrary = "libsinkexport_cpu.so";
+constexpr const char* kCpuLibraryVariable = "SINKEXPORT_CPU_LIBRARY";
+constexpr const char* kThreadsOption = "sinkexport.threads";
 // Where 'sinkexport build' and sinkrt_build put engines and the plugin, and sessions look for them.
 constexpr const char* kEngineFolder = "engines";
 constexpr const char* kPluginFile = "engines/libsinkexport_plugin.so";

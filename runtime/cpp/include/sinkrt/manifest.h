@@ -165,7 +165,7 @@ struct EngineFacts {
 // Everything that a runtime knows about a bundle.
 struct Manifest {
   int64_t schema_version = 0;                   // version of this schema
-  std::string target;                           // what runs the graphs: onnx | tensorrt
+  std::string target;                           // what runs the graphs: onnx | cpu | tensorrt
   std::string weights_dtype;                    // of arithmetic, and of weights not quantised: float32 | float16
   ModelFacts model;                             // what the bundle was made from
   StreamFacts stream;                           // geometry of the cache
@@ -175,7 +175,8 @@ struct Manifest {
   std::map<std::string, FileFacts> files;       // every file but this and the engines, by path (with '/')
   std::map<std::string, std::string> producer;  // versions of what made it, for bug reports
   std::optional<Quantization> quantization;     // None: floating point
-  std::optional<std::string> plugin_abi;  // of the plugins that the graphs have nodes of; None: standard operators only
+  std::optional<std::string>
+      plugin_abi;  // of the plugins or the CPU library that the graphs have nodes of; None: standard operators
   std::optional<std::map<std::string, EngineFacts>> engines;  // by the role of their graph; None: none were built
   std::optional<SinkTuning> sink_tuning;                      // None: attention is the model's own
   std::optional<std::vector<HeadWindow>> head_windows;        // None: all heads keep stream.window_size tokens

@@ -35,7 +35,7 @@ typedef struct sinkrt_options {
   int skip_hashes;                 /* 1: compare the sizes of the bundle's files only, not their SHA-256 */
   int device;                      /* CUDA device */
   const char* onnxruntime_library; /* path of libonnxruntime.so; NULL: $SINKRT_ONNXRUNTIME, then the loader's path */
-  const char* plugin_library;      /* path of libsinkexport_plugin.so, for TensorRT bundles */
+  const char* plugin_library; /* path of libsinkexport_plugin.so or libsinkexport_cpu.so, which some bundles need */
 } sinkrt_options;
 
 /* Zero is the default of every field: greedy, until the model ends its text. */

@@ -5,9 +5,11 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "backends/cpu_library.h"
 #include "backends/ort_api.h"
 #include "files.h"
 #include "sinkrt/backend.h"
+#include "sinkrt/constants.h"
 
 namespace sinkrt {
 namespace {
@@ -74,7 +76,7 @@ struct Binding {
 class Graph {
  public:
   Graph(const OrtApi& api, OrtEnv* env, const std::string& bundle, const Manifest& manifest, const std::string& role,
-        int threads, bool repack)
+        int threads, bool repack, const std::string& library)
       : api_(api), role_(role) {
     const GraphSpec& graph = manifest.graphs.at(role);
     try {
@@ -92,7 +94,14 @@ class Graph {
       // Q/DQ nodes are computed as they stand: see sinkrt/backends/ort.py.
       api.call<ort::AddSessionConfigEntry>(made, "session.disable_quant_qdq", "1");
       if (!repack) api.call<ort::AddSessionConfigEntry>(made, "session.disable_prepacking", "1");
-      if (threads > 0) api.call<ort::SetIntraOpNumThreads>(made, threads);
+      if (threads > 0) {
+        api.call<ort::SetIntraOpNumThreads>(made, threads);
+        api.call<ort::AddSessionConfigEntry>(made, kThreadsOption, std::to_string(threads).c_str());
+      }
+      if (!library.empty()) {
+        void* handle = nullptr;  // of the library, which stays loaded
+        api.call<ort::RegisterCustomOpsLibrary>(made, library.c_str(), &handle);
+      }
       OrtSession* session = nullptr;
       api.call<ort::CreateSession>(env, joined(bundle, graph.file).c_str(), made, &session);
       session_ = {api, session};
@@ -241,6 +250,7 @@ class OrtBackend final : public Backend {
   OrtBackend(const std::string& bundle, const Manifest& manifest, const BackendOptions& options) : Backend(manifest) {
     const OrtApi& api = OrtApi::load(options.onnxruntime_library);
     OrtEnv* env = api.environment();
+    const std::string library = manifest.target == kCpuTarget ? checkedCpuLibrary(manifest, options) : "";
     const int64_t batch = manifest.stream.batch;
     const bool repack_prefill =
         options.repack_prefill < 0 ? manifest.weightsBytes() <= availableBytes() / 4 : options.repack_prefill != 0;
@@ -249,10 +259,11 @@ class OrtBackend final : public Backend {
       refuseMemory(std::to_string(available) + " bytes", manifest.stateBytes());
     }
     // Opened first: a manifest whose sizes are not the graphs' is refused before memory is asked for.
-    decode_ = std::make_unique<Graph>(api, env, bundle, manifest, "decode", options.threads, true);
+    decode_ = std::make_unique<Graph>(api, env, bundle, manifest, "decode", options.threads, true, library);
     const auto found = manifest.graphs.find("prefill");
     if (found != manifest.graphs.end()) {
-      prefill_ = std::make_unique<Graph>(api, env, bundle, manifest, "prefill", options.threads, repack_prefill);
+      prefill_ =
+          std::make_unique<Graph>(api, env, bundle, manifest, "prefill", options.threads, repack_prefill, library);
     }
     for (const StateSpec& state : manifest.states) states_.emplace_back(state.bytes());
     const GraphSpec& graph = manifest.graphs.at("decode");

@@ -41,6 +41,7 @@ using CreateSessionOptions = OrtEntry<10, OrtStatus*(OrtSessionOptions**)>;
 using SetSessionExecutionMode = OrtEntry<13, OrtStatus*(OrtSessionOptions*, int mode)>;
 using SetSessionLogSeverityLevel = OrtEntry<22, OrtStatus*(OrtSessionOptions*, int severity)>;
 using SetIntraOpNumThreads = OrtEntry<24, OrtStatus*(OrtSessionOptions*, int threads)>;
+using RegisterCustomOpsLibrary = OrtEntry<29, OrtStatus*(OrtSessionOptions*, const char* path, void** library)>;
 using SessionGetInputCount = OrtEntry<30, OrtStatus*(const OrtSession*, size_t*)>;
 using SessionGetOutputCount = OrtEntry<31, OrtStatus*(const OrtSession*, size_t*)>;
 using SessionGetInputTypeInfo = OrtEntry<33, OrtStatus*(const OrtSession*, size_t, OrtTypeInfo**)>;

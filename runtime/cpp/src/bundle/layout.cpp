@@ -157,7 +157,9 @@ class Checker {
     const int64_t length = window->shape.size() == 4 ? window->shape[2] : 0;  // 0: its shape is refused below
     checkLength(cache, *window, length, has_sinks);
     const bool is_int8 = window->dtype == "int8";
-    const std::string float_dtype = manifest_.plugin_abi ? "float16" : manifest_.weights_dtype;  // the plugin's, always
+    const std::string float_dtype = manifest_.plugin_abi && manifest_.target != kCpuTarget
+                                        ? "float16"
+                                        : manifest_.weights_dtype;  // the plugin's, always
     const struct {
       const char* window;
       const char* sinks;

@@ -12,6 +12,7 @@ from onnx_ir.passes import common
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.operators import DOMAIN
 
+from tests.exporter.graph.cpu_evaluator import CPU_NODES
 from tests.exporter.graph.plugin_evaluator import (
     GatedActivation,
     HalfExpertLinear,
@@ -55,10 +56,11 @@ def kinds(model: ir.Model) -> list[str]:
 
 
 def evaluated(model: ir.Model, inputs: dict[str, np.ndarray]) -> list[Any]:
-    """What ONNX's reference evaluator computes, the plugins' nodes in NumPy."""
+    """What ONNX's reference evaluator computes, nodes of the plugins or of the CPU library in NumPy."""
     common.NameFixPass()(model)
     common.TopologicalSortPass()(model)
-    return ReferenceEvaluator(ir.to_proto(model), new_ops=PLUGINS).run(None, inputs)
+    nodes = CPU_NODES if any("layout" in node.attributes for node in model.graph) else PLUGINS
+    return ReferenceEvaluator(ir.to_proto(model), new_ops=nodes).run(None, inputs)
 
 
 def random_inputs(model: ir.Model, scale: float = 1.0) -> dict[str, np.ndarray]:

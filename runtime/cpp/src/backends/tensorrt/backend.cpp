@@ -24,9 +24,9 @@ using cuda::check;
 class TensorrtBackend final : public Backend {
  public:
   TensorrtBackend(const std::string& bundle, const Manifest& manifest, const BackendOptions& options)
-      : Backend(manifest), device_(options.device), library_(prepared()), integers_(!manifest.plugin_abi) {
+      : Backend(manifest), device_(options.device), library_(prepared()), integers_(!hasTensorrtPlugin(manifest)) {
     EngineHost host{TensorrtLibrary::flavour(), library_.version(), {}, cuda::computeCapability(device_)};
-    if (manifest.plugin_abi) {
+    if (hasTensorrtPlugin(manifest)) {
       host.plugin_abi = library_.loadPlugin(options.plugin_library, bundle + "/" + kPluginFile);
     }
     stream_ = std::make_unique<cuda::Stream>();

@@ -1,0 +1,183 @@
+"""Nodes of the CPU library (plugins/cpu) as values: read from a graph, changed, and written again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import onnx_ir as ir
+
+from sinkexport.graph.builder import Builder
+from sinkexport.graph.edit import known_shape, operand
+from sinkexport.graph.operators import (
+    DOMAIN,
+    FLOAT_EXPERT_LINEAR,
+    FLOAT_LINEAR,
+    FLOAT_ROWS,
+    INT4_LINEAR,
+    INT4_ROWS,
+    INT8_EXPERT_LINEAR,
+    INT8_LINEAR,
+    INT8_ROWS,
+    SINK_ATTENTION,
+    VERSION,
+)
+from sinkexport.graph.packed_weights import LAYOUT, SCALE_TYPES, PackedMatrix, packed_source
+
+BITS_OF_LINEARS: Mapping[str, int] = {FLOAT_LINEAR: 32, INT8_LINEAR: 8, INT4_LINEAR: 4}
+BITS_OF_ROWS: Mapping[str, int] = {FLOAT_ROWS: 32, INT8_ROWS: 8, INT4_ROWS: 4}
+BITS_OF_EXPERTS: Mapping[str, int] = {FLOAT_EXPERT_LINEAR: 32, INT8_EXPERT_LINEAR: 8}
+ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu2")
+"""Names of a linear's activations."""
+
+_FUSED = ("norm", "has_bias", "has_residual")
+"""Fields that say which inputs follow the weights, in their order."""
+
+
+def is_cpu_node(node: ir.Node) -> bool:
+    """Whether a node is in the form that the CPU library takes."""
+    if node.domain != DOMAIN:
+        return False
+    if node.op_type == SINK_ATTENTION:
+        return "bfloat16_chunks" in node.attributes
+    return "layout" in node.attributes  # of the plugin's nodes some have the same names
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """``y = activation(norm(x) . W^T + bias) + residual``, or of gates and ups their gated form.
+
+    weights: packed bytes, then scales and zero points if there are any. in_features, out_features: of x and y.
+    norm_weight: [K] of an RMS norm of x; None: no norm.
+    """
+
+    op_type: str
+    x: ir.Value
+    weights: tuple[ir.Value, ...]
+    in_features: int
+    out_features: int
+    block_size: int
+    norm_weight: ir.Value | None = None
+    norm_epsilon: float = 0.0
+    bias: ir.Value | None = None
+    residual: ir.Value | None = None
+    activation: str = "none"
+    is_gated: bool = False
+
+    @classmethod
+    def made(cls, graph: ir.Graph, x: ir.Value, matrix: PackedMatrix, bias: ir.Value | None = None) -> Linear:
+        """A matmul by a matrix, which becomes constants of the graph. matrix: not gated."""
+        op_type = _of_bits(BITS_OF_LINEARS, matrix)
+        weights = tuple(matrix.values(graph))
+        return cls(op_type, x, weights, matrix.num_inputs, matrix.num_outputs, _block_size(matrix), bias=bias)
+
+    @classmethod
+    def of(cls, node: ir.Node) -> Linear:
+        """What a node says."""
+        fields = {name: attribute.value for name, attribute in node.attributes.items()}
+        num_weights = 1 + (node.op_type != FLOAT_LINEAR) + fields["has_zero_points"]
+        rest = iter([operand(node, i) for i in range(1 + num_weights, len(node.inputs))])
+        norm_weight, bias, residual = (next(rest) if fields[name] else None for name in _FUSED)
+        return cls(
+            op_type=node.op_type,
+            x=operand(node, 0),
+            weights=tuple(operand(node, i) for i in range(1, 1 + num_weights)),
+            in_features=fields["in_features"],
+            out_features=fields["out_features"],
+            block_size=fields["block_size"],
+            norm_weight=norm_weight,
+            norm_epsilon=fields["norm_epsilon"],
+            bias=bias,
+            residual=residual,
+            activation=fields["activation"],
+            is_gated=bool(fields["gated"]),
+        )
+
+    @property
+    def matrix(self) -> PackedMatrix | None:
+        """What the weights are made of; None: in a graph that came from a file."""
+        return packed_source(self.weights[0])
+
+    def write(self, b: Builder) -> ir.Value:
+        """Add the node."""
+        fused = (self.norm_weight, self.bias, self.residual)
+        inputs = [self.x, *self.weights, *(value for value in fused if value is not None)]
+        return _op(
+            b,
+            self.op_type,
+            inputs,
+            (*known_shape(self.x)[:-1], self.out_features),
+            in_features=self.in_features,
+            out_features=self.out_features,
+            **_weight_fields(self.weights, self.block_size),
+            norm=int(self.norm_weight is not None),
+            norm_epsilon=float(self.norm_epsilon),
+            norm_offset=0,
+            has_bias=int(self.bias is not None),
+            has_residual=int(self.residual is not None),
+            activation=self.activation,
+            gated=int(self.is_gated),
+        )
+
+
+def find_linears(graph: ir.Graph) -> Iterator[tuple[ir.Node, Linear]]:
+    """Every linear of the CPU library. The node that is handed out may be replaced."""
+    for node in list(graph):
+        if node.domain == DOMAIN and node.op_type in BITS_OF_LINEARS and "layout" in node.attributes:
+            yield node, Linear.of(node)
+
+
+def write_rows(b: Builder, ids: ir.Value, matrix: PackedMatrix) -> ir.Value:
+    """Add a node that gives rows of a table, which may be a linear's weights too."""
+    weights = matrix.values(b.graph)
+    return _op(
+        b,
+        _of_bits(BITS_OF_ROWS, matrix),
+        [ids, *weights],
+        (*known_shape(ids), matrix.num_inputs),
+        num_rows=matrix.num_outputs,
+        row_length=matrix.num_inputs,
+        **_weight_fields(weights, _block_size(matrix)),
+    )
+
+
+def write_expert_linear(b: Builder, x: ir.Value, picks: ir.Value, matrix: PackedMatrix) -> ir.Value:
+    """Add a matmul by chosen matrices: x [R, K], picks [P], R a divisor of P -> [P, N]."""
+    weights = matrix.values(b.graph)
+    return _op(
+        b,
+        _of_bits(BITS_OF_EXPERTS, matrix),
+        [x, picks, *weights],
+        (*known_shape(picks), matrix.num_outputs),
+        in_features=matrix.num_inputs,
+        out_features=matrix.num_outputs,
+        num_experts=matrix.num_experts,
+        **_weight_fields(weights, _block_size(matrix)),
+    )
+
+
+def _op(
+    b: Builder, op_type: str, inputs: Sequence[ir.Value], shape: Sequence[int], **fields: int | float | str
+) -> ir.Value:
+    b.graph.opset_imports[DOMAIN] = VERSION
+    return b.op(op_type, inputs, shape, ir.DataType.FLOAT, domain=DOMAIN, **fields)
+
+
+def _weight_fields(weights: Sequence[ir.Value], block_size: int) -> dict[str, int | str]:
+    """Fields that say how weights are stored."""
+    scale_type = weights[1].dtype if len(weights) > 1 else None
+    return {
+        "block_size": block_size,
+        "has_zero_points": int(len(weights) > 2),
+        "scale_type": 0 if scale_type is None else SCALE_TYPES.index(scale_type),
+        "layout": LAYOUT,
+    }
+
+
+def _of_bits(names: Mapping[str, int], matrix: PackedMatrix) -> str:
+    bits = 32 if matrix.integers is None else matrix.integers.bits
+    return next(name for name, has in names.items() if has == bits)
+
+
+def _block_size(matrix: PackedMatrix) -> int:
+    return 0 if matrix.integers is None else matrix.integers.block_size

@@ -1,0 +1,56 @@
+"""Matmuls by float32 weights, and tables that they share, as nodes of the CPU library.
+
+One layout serves steps and chunks, and no copy of the weights is made at run time.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from sinkexport.graph.builder import Builder
+from sinkexport.graph.cpu_nodes import Linear, write_rows
+from sinkexport.graph.edit import known_shape, replace_node
+from sinkexport.graph.graph_pass import GraphPass
+from sinkexport.graph.matmuls import find_matmuls, find_tables
+from sinkexport.graph.packed_weights import packed_floats
+
+FLOAT = ir.DataType.FLOAT
+
+
+class UseCpuLinears(GraphPass):
+    """Hand over every matmul by a constant float32 matrix: FloatLinear(x, W), W packed in tiles of 16 outputs.
+
+    A table that is also an embedding stays one tensor, whose rows FloatRows gives. Quantisation must have taken its
+    matmuls.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replace each with one node."""
+        graph, modified = model.graph, False
+        tables = {node.inputs[0]: node for node in find_tables(graph)}
+        for matmul in list(find_matmuls(graph)):
+            if matmul.dtype != FLOAT or matmul.weight.dtype != FLOAT:
+                continue
+            name = "+".join(name for name, _ in matmul.rows)
+            matrix = packed_floats(name, matmul.transposed)
+            gather = tables.get(matmul.weight) if matmul.is_table else None
+            if gather is not None and not _replace_gather(graph, gather, matmul.weight, name):
+                continue
+            b, result = Builder(graph), matmul.node.outputs[0]
+            out = Linear.made(graph, matmul.x, matrix).write(b)
+            replace_node(matmul.node, b.nodes, [b.reshape(out, known_shape(result))])
+            modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+def _replace_gather(graph: ir.Graph, gather: ir.Node, table: ir.Value, name: str) -> bool:
+    """Let an embedding read the packed table. Returns whether it can."""
+    ids, result = gather.inputs[1], gather.outputs[0]
+    axis = gather.attributes["axis"].as_int() if "axis" in gather.attributes else 0
+    others = [use.node for use in table.uses() if use.node is not gather and use.node.op_type == "Gather"]
+    if ids is None or ids.dtype != ir.DataType.INT64 or axis or others or table.const_value is None:
+        return False
+    b = Builder(graph)
+    rows = write_rows(b, ids, packed_floats(name, table.const_value))
+    replace_node(gather, b.nodes, [b.reshape(rows, known_shape(result))])
+    return True

@@ -1,0 +1,163 @@
+"""SinkAttention as one node of a kernel library: rotation, output gate and states included.
+
+The TensorRT plugin and the CPU library take the same inputs in the same order, in types of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+
+from sinkexport.graph.builder import Builder
+from sinkexport.graph.edit import constant, is_weight, known_shape, operand, optional, replace_node, typed
+from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION, STREAM_ANGLES, Input
+from sinkexport.graph.output_gate import absorb, find_output_gate
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """x: what is rotated. frequency: int64 [R/2], constant. scaling: factor on cos and sin."""
+
+    x: ir.Value
+    frequency: np.ndarray
+    scaling: float
+    interleaved: bool
+
+
+def rotation_of(value: ir.Value) -> Rotation | None:
+    """What `value` is a rotation of by its own positions; None: of nothing."""
+    node = value.producer()
+    if node is None or node.op_type != "RotaryEmbedding" or node.domain:
+        return None
+    x, cos = operand(node, 0), operand(node, 1)
+    scaling, source = 1.0, cos.producer()
+    while source is not None and not source.domain and source.op_type in ("Cast", "Mul"):
+        if source.op_type == "Mul":
+            factor = next((v for v in source.inputs if v is not None and v.const_value is not None), None)
+            if factor is None or factor.const_value is None or factor.const_value.size != 1:
+                return None
+            scaling *= float(factor.const_value.numpy().reshape(()))
+        source = next((v for v in source.inputs if v is not None and v.const_value is None), cos).producer()
+    if source is None or source.op_type != STREAM_ANGLES or source.attributes["behind"].as_int() != 0:
+        return None
+    frequency = operand(source, 1).const_value
+    if frequency is None:
+        return None
+    interleaved = node.attributes["interleaved"].as_int() if "interleaved" in node.attributes else 0
+    return Rotation(x, frequency.numpy(), scaling, bool(interleaved))
+
+
+def rotations_of(node: ir.Node) -> tuple[Rotation, Rotation] | None:
+    """Rotations of queries and keys.
+
+    None: there are none. Raises: ValueError if these are of a kind that attention cannot do itself.
+    """
+    of_queries, of_keys = (rotation_of(operand(node, i)) for i in (Input.Q, Input.K))
+    if of_queries is not None and of_keys is not None:
+        return of_queries, of_keys
+    if of_queries is not of_keys or optional(node, Input.SHIFT_COS) is not None:
+        raise ValueError(f"'{node.name}': queries and keys are rotated in a way that attention cannot do itself")
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class States:
+    """States of one node, two of a kind or none, in the order in which kernels have them."""
+
+    window: list[ir.Value]
+    scales: list[ir.Value]
+    sinks: list[ir.Value]
+
+    @property
+    def all(self) -> list[ir.Value]:
+        """In the order of inputs and outputs."""
+        return [*self.window, *self.scales, *self.sinks]
+
+    @classmethod
+    def of(cls, node: ir.Node) -> States:
+        """The states of a traced node."""
+        window = [operand(node, i) for i in (Input.WINDOW_K, Input.WINDOW_V)]
+        is_int8 = window[0].dtype == ir.DataType.INT8
+        scales = [operand(node, i) for i in (Input.WINDOW_K_SCALE, Input.WINDOW_V_SCALE)] if is_int8 else []
+        has_sinks = optional(node, Input.SINK_K) is not None
+        sinks = [operand(node, i) for i in (Input.SINK_K, Input.SINK_V)] if has_sinks else []
+        return cls(window, scales, sinks)
+
+
+def make_whole(
+    graph: ir.Graph, node: ir.Node, *, dtype: ir.DataType, frequency: np.dtype, fields: dict[str, int | str]
+) -> None:
+    """Replace a traced node. dtype: of all but the states, scales and numbers of heads. frequency: its type's bits.
+
+    fields: attributes beside those that both libraries have.
+
+    Raises: ValueError if queries and keys are rotated in a way that attention cannot do itself.
+    """
+    b, states, result = Builder(graph), States.of(node), operand(node, Input.Q).dtype
+    rotations = rotations_of(node)
+    q, k = (r.x for r in rotations) if rotations else (operand(node, i) for i in (Input.Q, Input.K))
+    inputs = [*(b.cast(value, dtype) for value in (q, k, operand(node, Input.V))), operand(node, Input.POSITION)]
+    inputs += states.all
+    if rotations:
+        turns = rotations[0].frequency  # below 2^32
+        bits = turns if frequency == turns.dtype else turns.astype(np.uint32).view(frequency)
+        inputs.append(constant(graph, bits, "frequency"))
+    optional_ones = {
+        "has_num_valid": optional(node, Input.NUM_VALID),
+        "has_alibi": _float32(b, optional(node, Input.ALIBI_SLOPES)),
+        "has_sink_logit": _float32(b, optional(node, Input.SINK_LOGIT)),
+        "has_sink_scale": _float32(b, optional(node, Input.SINK_SCALE)),
+        "has_gate": None,
+    }
+    if (gate := find_output_gate(node)) is not None:
+        optional_ones["has_gate"] = b.cast(absorb(b, gate, known_shape(q)[1]), dtype)
+    inputs += [value for value in optional_ones.values() if value is not None]
+    rotation = rotations[0] if rotations else None
+    attributes: dict[str, float | int | str] = {
+        "scale": node.attributes["scale"].as_float(),
+        "softcap": node.attributes["softcap"].as_float(),
+        "rope_scaling": 1.0 if rotation is None else rotation.scaling,
+        "packed_width": 0,
+        "rotary_dim": 0 if rotation is None else 2 * rotation.frequency.size,
+        "interleaved": int(rotation is not None and rotation.interleaved),
+        "num_sinks": known_shape(states.sinks[0])[2] if states.sinks else 0,
+        "int8_window": int(bool(states.scales)),
+        **{name: int(value is not None) for name, value in optional_ones.items()},
+        **fields,
+    }
+    _replace(node, b, inputs, attributes, states, (dtype, result or dtype))
+
+
+def _replace(
+    node: ir.Node,
+    b: Builder,
+    inputs: list[ir.Value],
+    attributes: dict[str, float | int | str],
+    states: States,
+    dtypes: tuple[ir.DataType, ir.DataType],
+) -> None:
+    """dtypes: of the new node's result, and of the old one's."""
+    whole = ir.node(SINK_ATTENTION, inputs, attributes, domain=DOMAIN, num_outputs=1 + len(states.all))
+    b.nodes.append(whole)
+    shape = (*known_shape(inputs[0])[:3], known_shape(operand(node, Input.V))[3])
+    typed(whole.outputs[0], shape, dtypes[0])
+    out, *after = whole.outputs
+    for new, old in zip(after, states.all, strict=True):
+        typed(new, known_shape(old), old.dtype)
+    ends = [len(states.window), len(states.window) + len(states.scales)]
+    window, scales, sinks = after[: ends[0]], after[ends[0] : ends[1]], after[ends[1] :]
+    none: list[ir.Value | None] = [None, None]
+    outputs: list[ir.Value | None] = [b.cast(out, dtypes[1]), *(sinks or none), *window, *(scales or none)]
+    outputs.append(None)  # attention_mass: who calls has made sure that there is none
+    replace_node(node, b.nodes, outputs)
+
+
+def _float32(b: Builder, value: ir.Value | None) -> ir.Value | None:
+    """One number for each query head, [Hq], as the kernels read it: constants are converted here."""
+    if value is None:
+        return None
+    if is_weight(value) and value.const_value is not None and value.dtype != ir.DataType.FLOAT:
+        return constant(b.graph, value.const_value.numpy().astype(np.float32), "by_head")
+    return b.cast(value, ir.DataType.FLOAT)

@@ -1,0 +1,97 @@
+"""Weights of the CPU library read back from its packed bytes; plugins/cpu/kernels/linear.h has the layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from sinkexport.loading.checkpoints.file_tensor import Floats, Indices
+
+TILE = 16
+PACKED = ".n16"
+"""Suffix of the packed bytes of a weight."""
+
+At = Callable[[Indices, Indices], tuple[Floats, Floats]]
+"""Rows and columns, of shapes that broadcast -> numbers and their steps, of that shape."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """A packed matrix: rows and columns [N, K], those of experts one below the other, [E * N, K].
+
+    num_experts: E; 0: it is one matrix.
+    """
+
+    shape: tuple[int, int]
+    num_experts: int
+    at: At
+
+    def read(self, rows: Indices, columns: Indices) -> tuple[Floats, Floats]:
+        """[rows, columns]."""
+        return self.at(rows[:, None], columns[None])
+
+    @property
+    def swapped_shape(self) -> tuple[int, int]:
+        """[E * K, N], as some families keep experts."""
+        return self.num_experts * self.shape[1], self.shape[0] // self.num_experts
+
+    def read_swapped(self, rows: Indices, columns: Indices) -> tuple[Floats, Floats]:
+        """[rows, columns] of `swapped_shape`."""
+        depth, width = self.shape[1], self.swapped_shape[1]
+        return self.at(rows[:, None] // depth * width + columns[None], rows[:, None] % depth)
+
+
+def packed_rows(
+    value: ir.Value, packed: npt.NDArray[Any], scales: npt.NDArray[Any] | None, zeros: npt.NDArray[Any] | None
+) -> PackedRows:
+    """What a constant holds.
+
+    value: the constant, whose reader says how it lies. packed: uint8 [n]. scales, zeros: [(E,) tiles, groups, 16].
+    """
+    fields = _fields(value)
+    depth = fields.get("in_features") or fields["row_length"]
+    parts = 2 if fields.get("gated") else 1
+    width = fields["out_features"] if "out_features" in fields else fields["num_rows"]
+    tiles = parts * -(-width // TILE)
+    bits = 32 if scales is None else _bits(value)
+    block = fields["block_size"]
+    padded = depth if scales is None else -(-depth // (block or 4)) * (block or 4)
+
+    def places(rows: Indices) -> tuple[Indices, Indices]:
+        """Tiles, counted over all matrices, and rows in them."""
+        matrix, row = rows // (parts * width), rows % (parts * width)
+        part, row = row // width, row % width
+        return matrix * tiles + parts * (row // TILE) + part, row % TILE
+
+    def at(rows: Indices, column: Indices) -> tuple[Floats, Floats]:
+        tile, place = places(rows)
+        if scales is None:
+            values = packed.view(np.float32).reshape(-1, depth, TILE)[tile, column, place]
+            return values, np.zeros_like(values)
+        group = column // block if block else np.zeros_like(column)
+        step = scales.reshape(-1, scales.shape[-2], TILE)[tile, group, place].astype(np.float32)
+        if bits == 8:
+            codes = packed.view(np.int8).reshape(-1, padded // 4, TILE, 4)[tile, column // 4, place, column % 4]
+            return codes.astype(np.float32) * step, step
+        both = packed.reshape(-1, padded // 8, TILE, 4)[tile, column // 8, place, column % 4]
+        codes = (both >> (column // 4 % 2 * 4).astype(np.uint8)) & 15
+        zero: Any = 8 if zeros is None else zeros.reshape(-1, zeros.shape[-2], TILE)[tile, group, place]
+        return (codes.astype(np.int16) - zero).astype(np.float32) * step, step
+
+    num_experts = fields.get("num_experts", 0)
+    return PackedRows((max(num_experts, 1) * parts * width, depth), num_experts, at)
+
+
+def _fields(value: ir.Value) -> dict[str, Any]:
+    """Fields of the node that reads a packed weight, of a matmul first."""
+    nodes = sorted((use.node for use in value.uses()), key=lambda node: "in_features" not in node.attributes)
+    return {name: attribute.value for name, attribute in nodes[0].attributes.items()}
+
+
+def _bits(value: ir.Value) -> int:
+    return 4 if any(use.node.op_type.startswith("Int4") for use in value.uses()) else 8

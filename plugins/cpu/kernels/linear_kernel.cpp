@@ -1,0 +1,336 @@
+// Matmuls by packed weights: rows are packed, then each thread takes a contiguous range of tiles.
+#include "linear_pack.h"
+#include "linear_tile.h"
+#include "vector_math.h"
+
+namespace sinkexport::cpu::SINKEXPORT_ISA {
+namespace {
+
+template <Activation activation>
+SINKEXPORT_INLINE Floats activate(Floats x) {
+  if constexpr (activation == Activation::kSilu) return x * sigmoid(x);
+  if constexpr (activation == Activation::kGelu) {
+    return broadcast(0.5f) * x * (broadcast(1.0f) + erf(x * broadcast(0.707106781f)));
+  }
+  if constexpr (activation == Activation::kGeluTanh) {
+    const Floats inner = fma(x * x, x * broadcast(0.044715f), x) * broadcast(0.797884561f);
+    return broadcast(0.5f) * x * (broadcast(1.0f) + tanh(inner));
+  }
+  if constexpr (activation == Activation::kRelu2) {
+    const Floats positive = max(x, broadcast(0.0f));
+    return positive * positive;
+  }
+  return x;
+}
+
+constexpr int64_t kRowsAtATime = 240;       // of x, so that they stay in the second-level cache: a multiple of kRows
+constexpr int64_t kPackedByEach = 1 << 13;  // values; fewer are packed by every thread for itself, with nobody waiting
+constexpr int64_t kAskedForFirst = 4096;    // bytes of weights that are on their way while a thread packs
+constexpr int64_t kAhead = 6144;            // bytes from what is read to what is asked for
+constexpr int64_t kRowsOfFewTasks = 64;     // from here on ranges are cut finer, for threads that are held up
+
+int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+// Rows that one matrix multiplies: all of them, or those that picked an expert.
+struct Segment {
+  int64_t expert;
+  int64_t first;  // packed row
+  int64_t rows;
+};
+
+struct Run {
+  const LinearParams& params;
+  const Format format;
+  int64_t tiles;  // of a matrix; gated: of both
+  PackedBytes bytes;
+  int64_t tasks = 1;   // of multiplyAll
+  int64_t copies = 1;  // of the packed rows: each task's own, or 1
+  PackedRows packed{};
+  Segment* segments = nullptr;
+  int64_t num_segments = 0;
+  int64_t* order = nullptr;  // row of y of a packed row; null: the same
+
+  explicit Run(const LinearParams& p)
+      : params(p),
+        format(p),
+        tiles((p.num_outputs + 15) / 16 * (p.is_gated ? 2 : 1)),
+        bytes(packedBytes(p.weight_type, p.num_inputs, tiles * 16, p.block_size, p.scale_type)) {}
+
+  // Tiles are shared out in units of 1, gated of 2.
+  int64_t unit() const { return params.is_gated ? 2 : 1; }
+
+  void plan(const Parallel& parallel) {
+    const int64_t finer = params.num_rows >= kRowsOfFewTasks ? 4 : 1;
+    const int64_t matrices = params.num_experts > 0 ? smaller(params.num_experts, params.num_rows) : 1;
+    tasks = smaller(tiles / unit() * matrices, parallel.threads > 1 ? finer * parallel.threads : 1);
+    copies = params.num_rows * params.num_inputs <= kPackedByEach ? tasks : 1;
+  }
+
+  void reserve(Scratch& scratch) {
+    Slices count(nullptr);
+    slice(count);
+    Slices slices(scratch.reserve(count.bytes()));
+    slice(slices);
+  }
+
+  void slice(Slices& slices) {
+    const size_t rows = static_cast<size_t>(params.num_rows), number = static_cast<size_t>(copies);
+    packed.values = slices.take<char>(number * static_cast<size_t>(valueBytes()));
+    packed.scales = slices.take<float>(number * static_cast<size_t>(scaleCount()));
+    packed.sums = slices.take<int32_t>(number * static_cast<size_t>(scaleCount()));
+    const size_t experts = static_cast<size_t>(params.num_experts);
+    segments = slices.take<Segment>(experts > 0 ? experts : 1);
+    if (experts > 0) order = slices.take<int64_t>(rows);
+  }
+
+  // Of one copy, rounded up to cache lines.
+  int64_t valueBytes() const { return (params.num_rows * format.padded_inputs * format.x_bytes + 63) / 64 * 64; }
+  int64_t scaleCount() const { return (params.num_rows * format.groups + 15) / 16 * 16; }
+
+  PackedRows copy(int64_t number) const {
+    return {packed.values + number * valueBytes(), packed.scales + number * scaleCount(),
+            packed.sums + number * scaleCount()};
+  }
+
+  int64_t expertOf(int64_t row) const {
+    const int64_t pick = params.picks[row];
+    return pick < 0 ? 0 : pick >= params.num_experts ? params.num_experts - 1 : pick;
+  }
+
+  // Groups rows by expert, each expert's in their order, so that a matrix is read once.
+  void sortRows() {
+    if (params.num_experts == 0) {
+      segments[0] = {0, 0, params.num_rows};
+      num_segments = 1;
+      return;
+    }
+    for (int64_t e = 0; e < params.num_experts; ++e) segments[e] = {e, 0, 0};
+    for (int64_t m = 0; m < params.num_rows; ++m) ++segments[expertOf(m)].rows;
+    int64_t first = 0;
+    for (int64_t e = 0; e < params.num_experts; ++e) {
+      segments[e].first = first;
+      first += segments[e].rows;
+      segments[e].rows = 0;
+    }
+    for (int64_t m = 0; m < params.num_rows; ++m) {
+      Segment& segment = segments[expertOf(m)];
+      order[segment.first + segment.rows++] = m;
+    }
+    num_segments = 0;
+    for (int64_t e = 0; e < params.num_experts; ++e) {
+      if (segments[e].rows > 0) segments[num_segments++] = segments[e];
+    }
+  }
+
+  int64_t rowOfY(int64_t packed_row) const { return order == nullptr ? packed_row : order[packed_row]; }
+
+  const float* rowOfX(int64_t packed_row) const {
+    int64_t row = rowOfY(packed_row);
+    if (params.num_experts > 0) row /= params.num_rows / params.num_x_rows;
+    return params.x + row * params.num_inputs;
+  }
+
+  // The block that begins with a packed row.
+  PackedRows blockOf(const PackedRows& all, int64_t packed_row) const {
+    return {all.values + packed_row * format.padded_inputs * format.x_bytes, all.scales + packed_row * format.groups,
+            all.sums + packed_row * format.groups};
+  }
+
+  // Packed rows first .. last - 1 of a segment; blocks are counted from the segment's beginning.
+  void packRows(const PackedRows& to, const Segment& segment, int64_t first, int64_t last) const {
+    for (int64_t m = first; m < last; ++m) {
+      const int64_t block = m / format.largest_rows * format.largest_rows;
+      const int rows = static_cast<int>(smaller(format.largest_rows, segment.rows - block));
+      const PackedRows at = blockOf(to, segment.first + block);
+      packRow(params, format, rowOfX(segment.first + m),
+              {at.values, at.scales, at.sums, static_cast<int>(m - block), rows});
+    }
+  }
+
+  void packAll(const PackedRows& to) const {
+    for (int64_t s = 0; s < num_segments; ++s) packRows(to, segments[s], 0, segments[s].rows);
+  }
+
+  void pack(const Parallel& parallel) const {
+    const int64_t parts = num_segments > 1 ? num_segments : smaller(params.num_rows, 2 * parallel.threads);
+    parallelFor(parallel, parts, [&](int64_t part) {
+      if (num_segments > 1) {
+        packRows(packed, segments[part], 0, segments[part].rows);
+      } else {
+        packRows(packed, segments[0], part * params.num_rows / parts, (part + 1) * params.num_rows / parts);
+      }
+    });
+  }
+
+  TileOperands operands(const Segment& segment, int64_t tile) const {
+    TileOperands result;
+    result.num_steps = format.padded_inputs / format.step;
+    result.weight_stride = static_cast<int64_t>(bytes.weight) / tiles;
+    result.weight = static_cast<const char*>(params.weight) + (segment.expert * tiles + tile) * result.weight_stride;
+    if (!format.is_integer) return result;
+    result.group_steps = format.group / 4;
+    result.has_half_scales = params.scale_type == ScaleType::kFloat16;
+    result.scale_step = params.block_size == 0 ? 0 : result.has_half_scales ? 32 : 64;
+    result.scale_stride = static_cast<int64_t>(bytes.scale) / tiles;
+    result.scale = static_cast<const char*>(params.scale) + (segment.expert * tiles + tile) * result.scale_stride;
+    if (params.zero_point == nullptr) return result;
+    result.zero_stride = static_cast<int64_t>(bytes.zero_point) / tiles;
+    result.zero_point = params.zero_point + (segment.expert * tiles + tile) * result.zero_stride;
+    return result;
+  }
+
+  // What stands after the matmul. out [tiles][rows][16]; `column` is the first output of y.
+  void finish(const Segment& segment, int64_t first_row, int rows, int64_t column, int num_tiles,
+              const float* out) const {
+    for (int n = 0; n < (params.is_gated ? 1 : num_tiles); ++n, column += 16, out += rows * 16) {
+      const FinishedTile tile{segment.first + first_row,
+                              rows,
+                              column,
+                              smaller(16, params.num_outputs - column),
+                              segment.expert * params.num_outputs * (params.is_gated ? 2 : 1),
+                              out};
+      switch (params.activation) {
+        case Activation::kNone:
+          finishTile<Activation::kNone>(tile);
+          break;
+        case Activation::kSilu:
+          finishTile<Activation::kSilu>(tile);
+          break;
+        case Activation::kGelu:
+          finishTile<Activation::kGelu>(tile);
+          break;
+        case Activation::kGeluTanh:
+          finishTile<Activation::kGeluTanh>(tile);
+          break;
+        case Activation::kRelu2:
+          finishTile<Activation::kRelu2>(tile);
+          break;
+      }
+    }
+  }
+
+  struct FinishedTile {
+    int64_t first_row;  // packed
+    int rows;
+    int64_t column, width;
+    int64_t bias_at;
+    const float* out;  // sums; gated: of the gate, then of up
+  };
+
+  template <Activation activation>
+  void finishTile(const FinishedTile& tile) const {
+    const int64_t outputs = params.num_outputs;
+    const bool is_whole = tile.width == 16;
+    Floats bias = broadcast(0.0f), up_bias = bias;
+    if (params.bias != nullptr) {
+      const float* from = params.bias + tile.bias_at + tile.column;
+      bias = loadUpTo(from, tile.width);
+      if (params.is_gated) up_bias = loadUpTo(from + outputs, tile.width);
+    }
+    for (int r = 0; r < tile.rows; ++r) {
+      const int64_t at = rowOfY(tile.first_row + r) * outputs + tile.column;
+      Floats value = activate<activation>(load(tile.out + r * 16) + bias);
+      if (params.is_gated) value = value * (load(tile.out + (tile.rows + r) * 16) + up_bias);
+      if (params.residual != nullptr) value = value + loadUpTo(params.residual + at, tile.width);
+      if (is_whole) {
+        store(params.y + at, value);
+      } else {
+        storePart(params.y + at, value, tile.width);
+      }
+    }
+  }
+
+  // Tiles first_tile .. last_tile - 1 of one matrix with rows first .. last - 1 of its segment.
+  void multiply(const PackedRows& from, const Segment& segment, int64_t first_tile, int64_t last_tile, int64_t first,
+                int64_t last) const {
+    alignas(64) float out[2 * kMostRows * 16];
+    // Few rows are done when their weights are there: these come fastest as one stream.
+    const int at_once = last - first <= format.largest_rows ? 1 : format.largest_tiles;
+    const int64_t group = params.is_gated ? 2 : at_once;
+    for (int64_t tile = first_tile; tile < last_tile; tile += group) {
+      const int num_tiles = static_cast<int>(smaller(group, last_tile - tile));
+      TileOperands of = operands(segment, tile);
+      for (int64_t m = first; m < last; m += format.largest_rows) {
+        const int rows = static_cast<int>(smaller(format.largest_rows, last - m));
+        const PackedRows block = blockOf(from, segment.first + m);
+        of.x = block.values;
+        of.x_scale = block.scales;
+        of.x_sum = block.sums;
+        // Several rows go over the same tiles again and again: the last ones ask for what comes next.
+        const int64_t next = of.weight_stride > 2 * kAhead ? kAhead : num_tiles * of.weight_stride;
+        of.prefetch_ahead = at_once == 1 ? kAhead : m + rows == last ? next : 0;
+        multiplyBlock(of, rows, num_tiles, at_once, out);
+        finish(segment, m, rows, params.is_gated ? tile / 2 * 16 : tile * 16, num_tiles, out);
+      }
+    }
+  }
+
+  void multiplyBlock(const TileOperands& of, int rows, int num_tiles, int at_once, float* out) const {
+    const bool has_zeros = params.zero_point != nullptr;
+    if (num_tiles <= at_once) {
+      findTile(params.weight_type, has_zeros, rows, num_tiles)(of, out);
+      return;
+    }
+    TileOperands one = of;
+    for (int n = 0; n < num_tiles; ++n) {
+      findTile(params.weight_type, has_zeros, rows, 1)(one, out + n * rows * 16);
+      one.weight += one.weight_stride;
+      one.scale += one.scale_stride;
+      one.zero_point += one.zero_stride;
+    }
+  }
+
+  void multiplyAll(const Parallel& parallel) const {
+    const int64_t units = tiles / unit(), all = units * num_segments;
+    parallelFor(parallel, tasks, [&](int64_t task) {
+      int64_t at = task * all / tasks;
+      const int64_t end = (task + 1) * all / tasks;
+      if (at == end) return;
+      PackedRows rows = packed;
+      if (copies > 1) {
+        rows = copy(task);
+        askForWeights(segments[at / units], at % units * unit());
+        packAll(rows);
+      }
+      while (at < end) {
+        const Segment& segment = segments[at / units];
+        const int64_t first = at % units, last = smaller(units, first + end - at);
+        for (int64_t m = 0; m < segment.rows; m += kRowsAtATime) {
+          multiply(rows, segment, first * unit(), last * unit(), m, smaller(segment.rows, m + kRowsAtATime));
+        }
+        at += last - first;
+      }
+    });
+  }
+
+  void askForWeights(const Segment& segment, int64_t tile) const {
+    const TileOperands first = operands(segment, tile);
+    for (int64_t at = 0; at < kAskedForFirst; at += 64) prefetch(first.weight + at);
+    if (first.scale != nullptr) prefetch(first.scale);
+  }
+
+  static constexpr int kMostRows = kRows > kFloatRows ? kRows : kFloatRows;
+  static_assert(kRowsAtATime % kRows == 0 && kRowsAtATime % kFloatRows == 0);
+  static_assert(kTiles <= 2 && kFloatTiles <= 2);
+};
+
+}  // namespace
+
+void runLinear(const LinearParams& params, const Parallel& parallel, Scratch& scratch) {
+  Run run(params);
+  run.plan(parallel);
+  run.reserve(scratch);
+  run.sortRows();
+  if (run.copies == 1) {
+    if (parallel.threads > 1 && params.num_rows > 1) {
+      run.pack(parallel);
+    } else {
+      run.packAll(run.packed);
+    }
+  }
+  run.multiplyAll(parallel);
+}
+
+}  // namespace sinkexport::cpu::SINKEXPORT_ISA

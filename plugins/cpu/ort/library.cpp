@@ -1,0 +1,120 @@
+// What the library exports: its ABI, whether this processor runs it, and the operators for ONNX Runtime.
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "operator.h"
+
+#define SINKEXPORT_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace sinkexport::ort {
+namespace {
+
+// Version of names, inputs and fields of the operators, and of the layout of weights. The manifest of a bundle has the
+// one that it was made for (CPU_ABI in sinkrt.contract).
+constexpr const char* kAbi = "1";
+constexpr const char* kDomain = "ai.sinkexport";
+// Threads of the session's pool, which ONNX Runtime does not tell an operator.
+constexpr const char* kThreadsOption = "sinkexport.threads";
+constexpr const char* kIsaVariable = "SINKEXPORT_CPU_ISA";
+
+const struct {
+  const char* name;
+  Create create;
+} kOperators[] = {
+    {"FloatLinear", createFloatLinear},
+    {"Bf16Linear", createBf16Linear},
+    {"Int8Linear", createInt8Linear},
+    {"Int4Linear", createInt4Linear},
+    {"FloatRows", createFloatRows},
+    {"Bf16Rows", createBf16Rows},
+    {"Int8Rows", createInt8Rows},
+    {"Int4Rows", createInt4Rows},
+    {"FloatExpertLinear", createFloatExpertLinear},
+    {"Int8ExpertLinear", createInt8ExpertLinear},
+    {"SinkAttention", createSinkAttention},
+};
+
+// The operators for one instruction set and number of threads.
+struct Domain {
+  Domain(const Api& used, cpu::Isa isa, int threads) : api(used), library{isa, threads, {}} {
+    api.call<CreateCustomOpDomain>(kDomain, &handle);
+    for (const auto& [name, create] : kOperators) {
+      operators.push_back(std::make_unique<Operator>(name, create, api, library));
+      api.call<CustomOpDomainAdd>(handle, static_cast<const OrtCustomOp*>(operators.back().get()));
+    }
+  }
+
+  const Api api;
+  Library library;
+  std::vector<std::unique_ptr<Operator>> operators;
+  OrtCustomOpDomain* handle = nullptr;
+};
+
+// Sessions refer to a domain for as long as they live, and nothing says when the last one ends: it is kept.
+Domain& domainOf(const Api& api, cpu::Isa isa, int threads) {
+  static std::mutex mutex;
+  static std::map<std::pair<cpu::Isa, int>, std::unique_ptr<Domain>> domains;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::unique_ptr<Domain>& found = domains[{isa, threads}];
+  if (found == nullptr) found = std::make_unique<Domain>(api, isa, threads);
+  return *found;
+}
+
+int threadsOf(const Api& api, const OrtSessionOptions* options) {
+  int is_there = 0;
+  char value[16] = "";
+  size_t bytes = sizeof value;
+  api.call<HasSessionConfigEntry>(options, kThreadsOption, &is_there);
+  if (is_there != 0 && api.succeeds<GetSessionConfigEntry>(options, kThreadsOption, value, &bytes)) {
+    return std::max(1, std::atoi(value));
+  }
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+}  // namespace
+}  // namespace sinkexport::ort
+
+using namespace sinkexport;
+
+SINKEXPORT_EXPORT const char* sinkexport_cpu_abi() {
+  return ort::kAbi;
+}
+
+// One line that says why this processor, or SINKEXPORT_CPU_ISA, does not suit the library; null: it does.
+SINKEXPORT_EXPORT const char* sinkexport_cpu_problem() {
+  cpu::Isa isa;
+  return cpu::chooseIsa(std::getenv(ort::kIsaVariable), isa);
+}
+
+// The instruction set whose kernels are used; null if there is a problem.
+SINKEXPORT_EXPORT const char* sinkexport_cpu_isa() {
+  cpu::Isa isa;
+  return cpu::chooseIsa(std::getenv(ort::kIsaVariable), isa) == nullptr ? cpu::isaName(isa) : nullptr;
+}
+
+SINKEXPORT_EXPORT ort::OrtStatus* RegisterCustomOps(ort::OrtSessionOptions* options, const ort::OrtApiBase* base) {
+  void* const* table = base->get_api(ort::kApiVersion);
+  if (table == nullptr) {
+    const ort::Api oldest(base->get_api(1));
+    const std::string message = std::string("ONNX Runtime: received ") + base->version() + ", expected 1.17 or later";
+    return oldest.status(ort::kFail, message.c_str());
+  }
+  const ort::Api api(table);
+  try {
+    cpu::Isa isa;
+    if (const char* problem = cpu::chooseIsa(std::getenv(ort::kIsaVariable), isa)) {
+      return api.status(ort::kFail, problem);
+    }
+    ort::Domain& domain = ort::domainOf(api, isa, ort::threadsOf(api, options));
+    api.call<ort::AddCustomOpDomain>(options, domain.handle);
+    return nullptr;
+  } catch (const std::exception& error) {
+    return api.status(ort::kFail, error.what());
+  }
+}

@@ -1,0 +1,162 @@
+#include "node.h"
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+
+namespace sinkexport::ort {
+namespace {
+
+Tensor described(const Api& api, OrtTypeInfo* info) {
+  const OrtTensorInfo* tensor = nullptr;
+  Tensor out{kUndefined, {}};
+  if (api.succeeds<CastTypeInfoToTensorInfo>(static_cast<const OrtTypeInfo*>(info), &tensor) && tensor != nullptr) {
+    size_t rank = 0;
+    api.call<GetTensorElementType>(tensor, &out.type);
+    api.call<GetDimensionsCount>(tensor, &rank);
+    out.shape.resize(rank);
+    if (rank > 0) api.call<GetDimensions>(tensor, out.shape.data(), rank);
+  }
+  api.plain<ReleaseTypeInfo>(info);
+  return out;
+}
+
+const char* typeName(int type) {
+  switch (type) {
+    case kFloat:
+      return "float32";
+    case kUint8:
+      return "uint8";
+    case kInt8:
+      return "int8";
+    case kInt64:
+      return "int64";
+    case kFloat16:
+      return "float16";
+    default:
+      return "another type";
+  }
+}
+
+std::string text(const Tensor& tensor) {
+  return std::string(typeName(tensor.type)) + " " + shown(tensor.shape);
+}
+
+}  // namespace
+
+int64_t Tensor::elements() const {
+  int64_t count = 1;
+  for (const int64_t size : shape) count *= size;
+  return count;
+}
+
+std::string shown(const std::vector<int64_t>& shape) {
+  std::string out = "[";
+  for (size_t i = 0; i < shape.size(); ++i) out += (i ? ", " : "") + std::to_string(shape[i]);
+  return out + "]";
+}
+
+Node::Node(const Api& api, const OrtKernelInfo* info, const char* operator_name) : api_(api), info_(info) {
+  char name[128] = "";
+  size_t bytes = sizeof name;
+  name_ = operator_name;
+  if (api.succeeds<KernelInfoGetNodeName>(info, name, &bytes)) name_ += std::string(" '") + name + "'";
+  size_t count = 0;
+  api.call<KernelInfoGetInputCount>(info, &count);
+  for (size_t i = 0; i < count; ++i) {
+    OrtTypeInfo* type = nullptr;
+    api.call<KernelInfoGetInputTypeInfo>(info, i, &type);
+    inputs_.push_back(described(api, type));
+  }
+  api.call<KernelInfoGetOutputCount>(info, &count);
+  for (size_t i = 0; i < count; ++i) {
+    OrtTypeInfo* type = nullptr;
+    api.call<KernelInfoGetOutputTypeInfo>(info, i, &type);
+    outputs_.push_back(described(api, type));
+  }
+  for (const auto* tensors : {&inputs_, &outputs_}) {
+    for (const Tensor& tensor : *tensors) {
+      for (const int64_t size : tensor.shape) {
+        if (size < 0) refuse("shapes", "one that is only known at run time", "static shapes");
+      }
+    }
+  }
+}
+
+int64_t Node::integer(const char* field, int64_t least, int64_t most) const {
+  int64_t value = 0;
+  if (!api_.succeeds<KernelInfoGetAttributeInt64>(info_, field, &value)) refuse(field, "nothing", "an integer");
+  if (value < least || value > most) {
+    refuse(field, std::to_string(value), std::to_string(least) + " .. " + std::to_string(most));
+  }
+  return value;
+}
+
+int Node::size(const char* field, int least) const {
+  return static_cast<int>(integer(field, least, INT_MAX));
+}
+
+float Node::number(const char* field) const {
+  float value = 0;
+  if (!api_.succeeds<KernelInfoGetAttributeFloat>(info_, field, &value)) refuse(field, "nothing", "a number");
+  if (!std::isfinite(value)) refuse(field, "no finite number", "a number");
+  return value;
+}
+
+int Node::choice(const char* field, std::initializer_list<const char*> choices) const {
+  char value[64] = "";
+  size_t bytes = sizeof value;
+  std::string expected;
+  for (const char* one : choices) expected += (expected.empty() ? "" : " | ") + std::string(one);
+  if (!api_.succeeds<KernelInfoGetAttributeString>(info_, field, value, &bytes)) refuse(field, "nothing", expected);
+  const auto found =
+      std::find_if(choices.begin(), choices.end(), [&](const char* one) { return std::string(one) == value; });
+  if (found == choices.end()) refuse(field, "'" + std::string(value) + "'", expected);
+  return static_cast<int>(found - choices.begin());
+}
+
+size_t Node::take(const char* name) {
+  if (taken_ == inputs_.size()) refuse(name, "nothing", "an input");
+  return taken_++;
+}
+
+size_t Node::take(const char* name, int type, const std::vector<int64_t>& shape) {
+  const size_t index = take(name);
+  const Tensor wanted{type, shape};
+  if (inputs_[index].type != type || inputs_[index].shape != shape) {
+    refuse(name, text(inputs_[index]), text(wanted));
+  }
+  return index;
+}
+
+void Node::finish(const std::vector<Tensor>& outputs) const {
+  if (taken_ != inputs_.size()) refuse("inputs", std::to_string(inputs_.size()), std::to_string(taken_));
+  if (outputs_.size() != outputs.size()) {
+    refuse("outputs", std::to_string(outputs_.size()), std::to_string(outputs.size()));
+  }
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (outputs_[i].type != outputs[i].type || outputs_[i].shape != outputs[i].shape) {
+      refuse("output " + std::to_string(i), text(outputs_[i]), text(outputs[i]));
+    }
+  }
+}
+
+const void* Node::constant(size_t index) const {
+  int is_constant = 0;
+  const OrtValue* value = nullptr;
+  if (!api_.succeeds<KernelInfoGetConstantInput>(info_, index, &is_constant, &value)) return nullptr;
+  if (is_constant == 0 || value == nullptr) return nullptr;
+  void* data = nullptr;
+  api_.call<GetTensorMutableData>(const_cast<OrtValue*>(value), &data);
+  return data;
+}
+
+void Node::refuse(const std::string& what, const std::string& received, const std::string& expected) const {
+  throw std::runtime_error(name_ + ": " + what + ": received " + received + ", expected " + expected);
+}
+
+void Node::refuseIf(const char* problem) const {
+  if (problem != nullptr) throw std::runtime_error(name_ + ": " + problem);
+}
+
+}  // namespace sinkexport::ort

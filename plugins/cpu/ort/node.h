@@ -1,0 +1,59 @@
+// A node of a graph as a session that is being made shows it: fields, types and shapes, and constants.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+#include "ort_api.h"
+
+namespace sinkexport::ort {
+
+struct Tensor {
+  int type;
+  std::vector<int64_t> shape;
+
+  int64_t elements() const;
+};
+
+std::string shown(const std::vector<int64_t>& shape);
+
+// Every problem is one line that names operator, node and field: std::runtime_error, which ends the making of a
+// session.
+class Node {
+ public:
+  Node(const Api& api, const OrtKernelInfo* info, const char* operator_name);
+
+  // Fields. Every one must be given.
+  int64_t integer(const char* field, int64_t least, int64_t most) const;
+  int size(const char* field, int least = 0) const;
+  bool flag(const char* field) const { return integer(field, 0, 1) == 1; }
+  float number(const char* field) const;
+  // The place of a field's text in `choices`.
+  int choice(const char* field, std::initializer_list<const char*> choices) const;
+
+  // Inputs, taken in turn: what is `wanted` must be there. shape: the expected one; none: any.
+  size_t inputs() const { return inputs_.size(); }
+  size_t take(const char* name);  // index of the next input
+  size_t take(const char* name, int type, const std::vector<int64_t>& shape);
+  const Tensor& input(size_t index) const { return inputs_[index]; }
+  // Refuse inputs that were not taken, and outputs other than these.
+  void finish(const std::vector<Tensor>& outputs) const;
+
+  // Data of a constant input; null: it is computed.
+  const void* constant(size_t index) const;
+
+  [[noreturn]] void refuse(const std::string& what, const std::string& received, const std::string& expected) const;
+  // A kernel's own line; null: no problem.
+  void refuseIf(const char* problem) const;
+
+ private:
+  const Api& api_;
+  const OrtKernelInfo* info_;
+  std::string name_;
+  std::vector<Tensor> inputs_, outputs_;
+  size_t taken_ = 0;
+};
+
+}  // namespace sinkexport::ort

@@ -1,0 +1,72 @@
+"""This project's kernels for ONNX Runtime on a CPU (plugins/cpu): found, checked, registered.
+
+Twin of runtime/cpp/src/backends/cpu_library.cpp.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import NoReturn
+
+from sinkrt.contract import CPU_ABI
+from sinkrt.contract.constants import CPU_LIBRARY, CPU_LIBRARY_VARIABLE
+from sinkrt.errors import BackendError, printable, problem
+
+INSTALL = f"install sinkexport where there is a C++ compiler, or set {CPU_LIBRARY_VARIABLE}; --target onnx needs none"
+
+
+def find_library() -> Path | None:
+    """The library's path: as SINKEXPORT_CPU_LIBRARY says, else beside the package; None: there is none."""
+    named = os.environ.get(CPU_LIBRARY_VARIABLE)
+    path = Path(named) if named else Path(__file__).parent.with_name(CPU_LIBRARY)
+    return path if named or path.is_file() else None
+
+
+def checked_library(abi: str | None = CPU_ABI) -> Path:
+    """The library's path, if it has operators of this version and runs on this processor.
+
+    Raises: BackendError.
+    """
+    path = find_library()
+    if path is None:
+        _refuse("no library that has its operators", CPU_LIBRARY, INSTALL)
+    try:
+        library = ctypes.CDLL(str(path.resolve()))
+        functions = library.sinkexport_cpu_abi, library.sinkexport_cpu_problem
+    except (OSError, AttributeError) as error:
+        _refuse(f"'{path}' ({' '.join(str(error).split())})", CPU_LIBRARY, INSTALL)
+    for function in functions:
+        function.restype = ctypes.c_char_p
+    found, reason = (function() for function in functions)
+    if abi != CPU_ABI:
+        _refuse(
+            f"a bundle for its version {abi}", CPU_ABI, "export the model again, or install the bundle's sinkexport"
+        )
+    if found.decode() != abi:
+        _refuse(f"version {found.decode()} at '{path}'", f"version {abi}", "build the library of this version")
+    if reason is not None:
+        raise BackendError(printable(f"CPU library: {reason.decode()}; change it, or use --target onnx"))
+    return path
+
+
+def is_usable() -> bool:
+    """Whether bundles for the library run here."""
+    try:
+        checked_library()
+    except BackendError:
+        return False
+    return True
+
+
+def instruction_set(path: Path) -> str:
+    """Name of the instruction set whose kernels are used, of a library that `checked_library` returned."""
+    function = ctypes.CDLL(str(path.resolve())).sinkexport_cpu_isa
+    function.restype = ctypes.c_char_p
+    name: bytes = function()
+    return name.decode()
+
+
+def _refuse(received: str, expected: str, fix: str) -> NoReturn:
+    raise BackendError(problem("CPU library", received=received, expected=expected, fix=fix))

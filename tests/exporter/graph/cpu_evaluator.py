@@ -1,0 +1,115 @@
+"""Nodes of the CPU library in NumPy, for ONNX's reference evaluator: matmuls, rows of tables, chosen experts.
+
+Packed weights are unpacked by the definition in plugins/cpu/kernels/linear.h.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from onnx.reference.op_run import OpRun
+from sinkexport.graph.operators import DOMAIN
+
+from tests.reference.layers import rms_norm
+
+TILE = 16
+
+
+def unpacked(weights: list[Any], bits: int, rows: int, depth: int, block: int) -> np.ndarray:
+    """float64 [.., rows, K]: packed bytes, then scales [.., tiles, groups, 16] and zero points."""
+    packed, *groups = weights
+    if bits == 32:
+        tiles = packed.view(np.float32).reshape(-1, depth, TILE).swapaxes(1, 2)
+        return tiles.reshape(-1, TILE * -(-rows // TILE), depth)[:, :rows].astype(np.float64)
+    padded = -(-depth // (block or 4)) * (block or 4)
+    if bits == 8:
+        tiles = packed.view(np.int8).reshape(-1, padded // 4, TILE, 4).transpose(0, 2, 1, 3)
+    else:
+        fours = packed.reshape(-1, padded // 8, TILE, 4)
+        tiles = np.stack([fours & 15, fours >> 4], axis=3).transpose(0, 2, 1, 3, 4)
+    codes = tiles.reshape(-1, TILE * -(-rows // TILE), padded).astype(np.float64)
+    each = [np.repeat(_by_row(one, codes.shape[1]), block or padded, axis=2) for one in groups]
+    zero = each[1] if len(each) > 1 else (8.0 if bits == 4 else 0.0)
+    return ((codes - zero) * each[0])[:, :rows, :depth]
+
+
+def _by_row(groups: np.ndarray, rows: int) -> np.ndarray:
+    """[.., tiles, groups, 16] -> [E, rows, groups]."""
+    by_tile = groups.reshape(-1, *groups.shape[-2:]).swapaxes(1, 2)
+    return by_tile.reshape(-1, rows, groups.shape[-2]).astype(np.float64)
+
+
+def activated(x: np.ndarray, activation: str) -> np.ndarray:
+    """An activation by its name in a node."""
+    if activation == "silu":
+        return x / (1 + np.exp(-x))
+    if activation == "gelu":
+        return x * np.vectorize(math.erfc, otypes=[float])(-x / math.sqrt(2)) / 2
+    if activation == "gelu_tanh":
+        return x / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return np.square(np.maximum(x, 0)) if activation == "relu2" else x
+
+
+class _Node(OpRun):
+    op_domain = DOMAIN
+    bits = 32
+
+    def _weights(self, inputs: list[Any], rows: int, depth: int, fields: dict[str, Any]) -> np.ndarray:
+        """The matrices of the first inputs, which are taken away."""
+        assert fields["layout"] == "n16"
+        count = 1 + (self.bits < 32) + fields["has_zero_points"]
+        weights = [inputs.pop(0) for _ in range(count)]
+        return unpacked(weights, self.bits, rows, depth, fields["block_size"])
+
+
+class FloatLinear(_Node):
+    def _run(self, x: Any, *inputs: Any, **fields: Any) -> tuple[Any]:
+        left, depth, width = list(inputs), fields["in_features"], fields["out_features"]
+        assert x.dtype == np.float32
+        assert x.shape[-1] == depth
+        parts = 2 if fields["gated"] else 1
+        tiled = parts * TILE * -(-width // TILE)
+        (matrix,) = self._weights(left, tiled if parts == 2 else width, depth, fields)
+        if parts == 2:  # gates and ups in turns of 16
+            matrix = matrix.reshape(-1, 2, TILE, depth).swapaxes(0, 1).reshape(2, -1, depth)[:, :width]
+            matrix = matrix.reshape(2 * width, depth)
+        x = x.astype(np.float64)
+        if fields["norm"]:
+            x = rms_norm(x, left.pop(0), fields["norm_epsilon"])
+        y = x @ matrix.T + (left.pop(0) if fields["has_bias"] else 0.0)
+        y = activated(y[..., :width], fields["activation"]) * (y[..., width:] if parts == 2 else 1.0)
+        y = y + (left.pop(0) if fields["has_residual"] else 0.0)
+        assert not left
+        return (y.astype(np.float32),)
+
+
+class FloatRows(_Node):
+    def _run(self, ids: Any, *inputs: Any, **fields: Any) -> tuple[Any]:
+        (table,) = self._weights(list(inputs), fields["num_rows"], fields["row_length"], fields)
+        return (table[ids].astype(np.float32),)
+
+
+class FloatExpertLinear(_Node):
+    def _run(self, x: Any, picks: Any, *inputs: Any, **fields: Any) -> tuple[Any]:
+        matrices = self._weights(list(inputs), fields["out_features"], fields["in_features"], fields)
+        assert len(matrices) == fields["num_experts"]
+        rows = np.repeat(x.astype(np.float64), len(picks) // len(x), axis=0)
+        return (np.stack([matrices[p] @ row for p, row in zip(picks, rows, strict=True)]).astype(np.float32),)
+
+
+def _narrower(parent: type[_Node], name: str, bits: int) -> type[_Node]:
+    return type(name, (parent,), {"bits": bits, "__module__": __name__})
+
+
+CPU_NODES = [
+    FloatLinear,
+    FloatRows,
+    FloatExpertLinear,
+    _narrower(FloatLinear, "Int8Linear", 8),
+    _narrower(FloatLinear, "Int4Linear", 4),
+    _narrower(FloatRows, "Int8Rows", 8),
+    _narrower(FloatRows, "Int4Rows", 4),
+    _narrower(FloatExpertLinear, "Int8ExpertLinear", 8),
+]

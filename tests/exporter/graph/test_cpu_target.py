@@ -1,0 +1,277 @@
+"""Bundles for the CPU library: nodes, logits beside --target onnx and the reference, states, refusals."""
+
+from __future__ import annotations
+
+import _ctypes
+import collections
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from sinkexport.config import ExportConfig
+from sinkexport.quant.recipe import load_recipe
+from sinkrt import Session
+from sinkrt.contract import CPU_ABI
+from sinkrt.contract.constants import CPU_LIBRARY_VARIABLE
+from sinkrt.errors import BackendError, BundleError
+
+from tests.exporter.pipeline.test_families import WRAPS, assert_close, assert_streams_like_reference
+from tests.exporter.tiny_models import tiny_model
+from tests.support import export_model, random_ids, refused, run_cli
+
+pytestmark = pytest.mark.usefixtures("cpu_library")
+GEOMETRY = {"num_sink_tokens": 2, "window_size": 14, "chunk_size": 4}
+TOLERANCE = 2e-4
+
+
+def exported(family: str | Any, folder: Path, *, target: str = "cpu", **fields: Any) -> Session:
+    model = tiny_model(family) if isinstance(family, str) else family
+    export_model(model, folder, ExportConfig(target=target, **{**GEOMETRY, **fields}))
+    return Session.load(folder, threads=2)
+
+
+def kinds(folder: Path, role: str = "decode") -> collections.Counter[str]:
+    """Nodes of a graph by operator."""
+    graph = onnx.load(folder / f"{role}.onnx", load_external_data=False).graph
+    return collections.Counter(node.op_type for node in graph.node)
+
+
+def decoded(session: Session, ids: np.ndarray) -> np.ndarray:
+    """Logits of every step, [T, B, vocab]."""
+    return np.stack([np.array(session.step(column)) for column in ids.T])
+
+
+# --- nodes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [None, "int8-weights", "int4-nearest", "int8-window"])
+def test_five_nodes_a_layer(recipe: str | None, tmp_path: Path) -> None:
+    fields = {} if recipe is None else {"recipe": load_recipe(recipe)}
+    session = exported("llama", tmp_path / "bundle", **fields)
+    layers = session.manifest.model.num_layers
+    for role in ("decode", "prefill"):
+        found = kinds(tmp_path / "bundle", role)
+        assert found["SinkAttention"] == layers
+        assert sum(n for kind, n in found.items() if kind.endswith("Linear")) == 4 * layers + 1
+    assert sum(kinds(tmp_path / "bundle").values()) == 5 * layers + 3  # embedding, logits and the last token's row
+    assert (session.manifest.target, session.manifest.plugin_abi) == ("cpu", CPU_ABI)
+
+
+def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
+    exported("llama-tied", tmp_path / "bundle")
+    assert kinds(tmp_path / "bundle")["FloatRows"] == 1
+    graph = onnx.load(tmp_path / "bundle/decode.onnx", load_external_data=False).graph
+    names = [tensor.name for tensor in graph.initializer if tensor.name.endswith(".n16")]
+    assert sum("embed" in name or "lm_head" in name for name in names) == 1
+
+
+# --- logits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "gemma2", "gpt_oss", "gpt_neox", "bloom", "mixtral", "deepseek_v2", "lfm2"]
+)
+def test_dense_and_past_six_wraps(family: str, tmp_path: Path) -> None:
+    """Steps and chunks, of streams at positions of their own."""
+    model = tiny_model(family)
+    session = exported(model, tmp_path / "bundle", batch=3)
+    capacity = session.capacity
+    ids = random_ids(3, capacity + WRAPS * session.window_size + 3)
+    with torch.no_grad():
+        dense = model(torch.from_numpy(ids[:, :capacity])).logits.numpy()
+    for t, logits in enumerate(decoded(session, ids[:, :capacity])):
+        assert_close(logits, dense[:, t], TOLERANCE, f"position {t}")
+    session.reset()
+    assert_streams_like_reference(session, model, ids, TOLERANCE)
+
+
+def test_tokens_are_those_of_the_standard_operators(tmp_path: Path) -> None:
+    prompt = random_ids(1, 9)
+    texts = []
+    for target in ("onnx", "cpu"):
+        session = exported("llama", tmp_path / target, target=target)
+        logits = session.prefill(prompt)
+        texts.append([])
+        for _ in range(60):
+            texts[-1].append(int(logits[0].argmax()))
+            logits = session.step([texts[-1][-1]])
+    assert texts[0] == texts[1]
+
+
+def test_idle_streams_stand_still(tmp_path: Path) -> None:
+    session = exported("llama", tmp_path / "bundle", batch=3)
+    ids = random_ids(3, 40)
+    want = decoded(session, ids)
+    session.reset()
+    taken = [0, 0, 0]
+    random = np.random.default_rng(0)
+    while min(taken) < 40:
+        streams = [b for b in range(3) if taken[b] < 40 and random.random() < 0.6]
+        if not streams:
+            continue
+        logits = np.array(session.step([ids[b, taken[b]] for b in streams], streams=streams))
+        for b in streams:
+            assert_close(logits[b], want[taken[b], b], 1e-5, f"stream {b} at {taken[b]}")
+            taken[b] += 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "share"), [("int8-weights", 1.2), ("int8-channel", 1.5), ("int4-nearest", 1.2), ("int8-dynamic", 1.2)]
+)
+def test_rounding_costs_what_it_costs_in_standard_operators(recipe: str, share: float, tmp_path: Path) -> None:
+    """The error of the logits beside those of float32, as a share of that of ONNX Runtime's operators."""
+    model, ids = tiny_model("llama"), random_ids(2, 40)
+    fields = {"batch": 2, "chunk_size": 1}
+    exact = decoded(exported(model, tmp_path / "exact", target="onnx", **fields), ids)
+    errors = {}
+    for target in ("onnx", "cpu"):
+        session = exported(model, tmp_path / target, target=target, recipe=load_recipe(recipe), **fields)
+        errors[target] = float(np.sqrt(np.square(decoded(session, ids) - exact).mean()))
+    assert 0 < errors["cpu"] <= share * errors["onnx"], errors
+
+
+def test_an_int8_window_is_that_of_the_standard_operators(tmp_path: Path) -> None:
+    ids = random_ids(2, 60)
+    got, want = (
+        decoded(exported("llama", tmp_path / target, target=target, kv="int8", batch=2), ids)
+        for target in ("cpu", "onnx")
+    )
+    assert_close(got, want, 0.02, "INT8 window")
+
+
+# --- states ----------------------------------------------------------------------------------------------------------
+
+
+def test_states_in_two_buffers_are_copied(tmp_path: Path, cpu_library: Path) -> None:
+    """Sessions bind input and output of a state to one buffer; other callers need not."""
+    session = exported("llama", tmp_path / "bundle", chunk_size=1)
+    manifest, ids = session.manifest, random_ids(1, 40)
+    want = decoded(session, ids)
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(cpu_library))
+    graph = ort.InferenceSession(tmp_path / "bundle/decode.onnx", options, providers=["CPUExecutionProvider"])
+    states = {state.input: np.zeros(state.shape, state.dtype) for state in manifest.states}
+    names = ["logits", *(state.output for state in manifest.states)]
+    for t in range(ids.shape[1]):
+        before = {name: value.copy() for name, value in states.items()}
+        inputs = {"ids": ids[:, t : t + 1], "position": np.array([t])}
+        logits, *after = graph.run(names, {**inputs, **states})
+        assert all((states[name] == value).all() for name, value in before.items())
+        states = {state.input: value for state, value in zip(manifest.states, after, strict=True)}
+        assert_close(logits, want[t], 1e-5, f"step {t}")
+
+
+def test_forced_instruction_sets_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = random_ids(1, 30)
+    session = exported("llama", tmp_path / "bundle")
+    want = decoded(session, ids)
+    monkeypatch.setenv("SINKEXPORT_CPU_ISA", "portable")
+    with Session.load(tmp_path / "bundle", threads=1) as portable:
+        assert_close(decoded(portable, ids), want, 1e-4, "portable kernels")
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bundle(shared_export: Any) -> Path:
+    """A bundle that tests only read."""
+    path: Path = shared_export("llama", target="cpu", **GEOMETRY).path
+    return path
+
+
+def test_no_library(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CPU_LIBRARY_VARIABLE, str(tmp_path / "nothing.so"))
+    with refused("CPU library: received", "nothing.so", "--target onnx", error=BackendError):
+        Session.load(bundle)
+    run_cli("bench", bundle).refusal("CPU library: received")
+
+
+def test_a_library_of_another_kind(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CPU_LIBRARY_VARIABLE, _ctypes.__file__)
+    with refused("CPU library: received", "sinkexport_cpu_abi", error=BackendError):
+        Session.load(bundle)
+
+
+def test_a_bundle_for_another_version(bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    raw = json.loads((folder / "manifest.json").read_text())
+    for abi, shown in (("99", "99"), (None, "None")):
+        (folder / "manifest.json").write_text(json.dumps({**raw, "plugin_abi": abi}))
+        with refused(f"CPU library: received a bundle for its version {shown}, expected {CPU_ABI}", error=BackendError):
+            Session.load(folder)
+
+
+@pytest.mark.parametrize("name", ["sse9", "neon_i8mm"])
+def test_instruction_sets_that_the_processor_has_not(bundle: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SINKEXPORT_CPU_ISA", name)
+    with refused("CPU library: SINKEXPORT_CPU_ISA: received", name, error=BackendError):
+        Session.load(bundle)
+
+
+def test_other_backends_do_not_run_it(bundle: Path) -> None:
+    with refused("backend 'ort-cuda': received a bundle for the CPU library", error=BackendError):
+        Session.load(bundle, backend="ort-cuda")
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "shown"),
+    [
+        ("FloatLinear", "activation", "swish", "activation: received 'swish', expected none | silu"),
+        ("FloatLinear", "layout", "n32", "layout: received 'n32', expected n16"),
+        ("FloatLinear", "norm_offset", 1, "norm_offset: received 1, expected 0 .. 0"),
+        ("FloatLinear", "gated", None, "gated: received nothing"),
+        ("FloatLinear", "out_features", 7, "received"),
+        ("FloatLinear", "in_features", 1 << 40, "in_features: received 1099511627776"),
+        ("SinkAttention", "num_sinks", 3, "received"),
+        ("SinkAttention", "packed_width", 5, "received"),
+        ("SinkAttention", "rotary_dim", 1 << 30, "received"),
+        ("SinkAttention", "scale", float("nan"), "scale: received no finite number"),
+    ],
+)
+def test_fields_that_do_not_fit(
+    kind: str, field: str, value: Any, shown: str, bundle: Path, cpu_library: Path, tmp_path: Path
+) -> None:
+    model = onnx.load(bundle / "decode.onnx", load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == kind:
+            kept = [attribute for attribute in node.attribute if attribute.name != field]
+            changed = [] if value is None else [onnx.helper.make_attribute(field, value)]
+            del node.attribute[:]
+            node.attribute.extend([*kept, *changed])
+            break
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(cpu_library))
+    shutil.copy(bundle / "weights.bin", tmp_path)
+    onnx.save(model, tmp_path / "changed.onnx")
+    with pytest.raises(Exception, match="received") as caught:
+        ort.InferenceSession(tmp_path / "changed.onnx", options, providers=["CPUExecutionProvider"])
+    message = str(caught.value)
+    assert kind in message
+    assert shown in message
+    assert "\n" not in message.strip()
+
+
+def test_a_graph_that_the_library_refuses_is_refused_in_one_line(bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    model = onnx.load(folder / "decode.onnx", load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "layout":
+                attribute.s = b"n64"
+    onnx.save(model, folder / "decode.onnx")
+    with refused("a graph that ONNX Runtime refuses", "layout: received 'n64'", error=BundleError):
+        Session.load(folder, verify=False)
+
+
+def test_auto_takes_the_library_where_there_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert ExportConfig(target="auto").target == "cpu"
+    monkeypatch.setenv(CPU_LIBRARY_VARIABLE, str(tmp_path / "nothing.so"))
+    assert ExportConfig(target="auto").target == "onnx"
