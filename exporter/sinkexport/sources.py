@@ -179,7 +179,7 @@ def _readable_errors(source: str, what: str = "model") -> Iterator[None]:
             raise UsageError(
                 problem(what, received=received, expected=f"whole {what} files", fix="download the model again")
             ) from error
-        raise _no_model(source, _reason(error)) from error
+        raise _no_model(source, _reason(error), is_there=Path(source).exists()) from error
 
 
 def _reason(error: Exception) -> str:
@@ -187,11 +187,12 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    words = (
-        lines[0]
-        if isinstance(error, OSError | ValueError | RuntimeError | ImportError)
-        else (f"{type(error).__name__}: {lines[0]}")
-    )
+    if re.match(r"(Class v|V)alidation error for ", lines[0]) and len(lines) > 1:  # of a config; what it is comes after
+        words = lines[1].partition("Error: ")[2] or lines[1]
+    elif isinstance(error, OSError | ValueError | RuntimeError | ImportError):
+        words = lines[0]
+    else:
+        words = f"{type(error).__name__}: {lines[0]}"
     if words.endswith(":") and len(lines) > 1:
         words = f"{words} {lines[1]}"
     return "".join(c if c.isprintable() else " " for c in words)[:REASON_CHARACTERS]
@@ -215,7 +216,8 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _no_model(source: str, reason: str) -> UsageError:
+def _no_model(source: str, reason: str, *, is_there: bool = False) -> UsageError:
+    """The refusal of a source. is_there: it was found, and what is in it could not be read."""
     if (other := re.match(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", reason)) is not None:
         return UsageError(
             problem(
@@ -225,11 +227,9 @@ def _no_model(source: str, reason: str) -> UsageError:
                 fix="see 'sinkexport inspect families'",
             )
         )
-    return UsageError(
-        problem(
-            "model",
-            received=f"'{source}' ({reason})",
-            expected="a model folder, a .gguf file or a Hub id",
-            fix="check the path or the network",
-        )
-    )
+    expected, fix = "a model folder, a .gguf file or a Hub id", "check the path or the network"
+    if is_there and (Path(source) / "config.json").is_file():
+        expected, fix = "one that transformers can load", "check what its config.json says, or download it again"
+    elif is_there and Path(source).is_file():
+        expected, fix = "a whole .gguf file of a known architecture", "download it again"
+    return UsageError(problem("model", received=f"'{source}' ({reason})", expected=expected, fix=fix))

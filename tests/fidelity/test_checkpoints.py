@@ -425,7 +425,14 @@ def test_ends_that_are_no_ids_are_named(folder: Path, value: Any) -> None:
 )
 def test_a_configuration_that_makes_no_sense_is_one_line(folder: Path, values: dict[str, Any]) -> None:
     set_config(folder, **values)
-    refusal(folder)
+    assert "the network" not in refusal(folder)
+
+
+def test_what_a_configuration_lacks_is_said(folder: Path) -> None:
+    set_config(folder, layer_types=["full_attention"])
+    message = refusal(folder)
+    assert "(`num_hidden_layers` (2) must be equal to the number of `layer_types` (1))" in message
+    assert "check what its config.json says" in message
 
 
 def test_a_hub_id_that_is_not_there_is_one_line() -> None:

@@ -132,16 +132,22 @@ def random_embeddings(model: Any, num_ids: int, seed: int = 0) -> Iterator[None]
     """Ids 0 .. num_ids - 1 are embedded as random vectors of unit variance inside a context.
 
     A model's own rows may be all zeros, as that of a padding token, or tiny: they would show nothing of its layers.
-    The token embedding alone is replaced, whatever it multiplies its rows by. A model without `get_input_embeddings`
-    keeps its own.
+    The token embedding alone is replaced, whatever it multiplies its rows by: it may have fewer rows than num_ids. A
+    model without `get_input_embeddings` keeps its own.
     """
+    given: list[torch.Tensor] = []
 
-    def replace(
-        _module: torch.nn.Module, arguments: tuple[Any, ...], others: dict[str, Any], output: torch.Tensor
-    ) -> torch.Tensor:
+    def known(
+        module: torch.nn.Module, arguments: tuple[Any, ...], others: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         ids = arguments[0] if arguments else others["input"]
+        given[:] = [ids]
+        rows = getattr(module, "num_embeddings", num_ids)
+        return ((ids % rows, *arguments[1:]), others) if arguments else ((), {**others, "input": ids % rows})
+
+    def replace(_module: torch.nn.Module, _arguments: Any, output: torch.Tensor) -> torch.Tensor:
         rows = torch.randn(num_ids, output.shape[-1], generator=torch.Generator().manual_seed(seed))
-        return rows[ids].to(output.dtype)
+        return rows[given[0]].to(output.dtype)
 
     find = getattr(model, "get_input_embeddings", None)
     embedding = None
@@ -151,11 +157,12 @@ def random_embeddings(model: Any, num_ids: int, seed: int = 0) -> Iterator[None]
     if embedding is None:
         yield
         return
-    hook = embedding.register_forward_hook(replace, with_kwargs=True)
+    hooks = [embedding.register_forward_pre_hook(known, with_kwargs=True), embedding.register_forward_hook(replace)]
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def own_values(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

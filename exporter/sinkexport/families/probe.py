@@ -120,14 +120,15 @@ def _used(model: Any, modules: Mapping[str, torch.nn.Module]) -> dict[str, torch
     """Those of these modules that a pass over text calls."""
     used: set[torch.nn.Module] = set()
     hooks = [module.register_forward_hook(lambda module, *_: used.add(module)) for module in modules.values()]
-    ids = torch.arange(NUM_TOKENS)[None]
+    places = torch.arange(NUM_TOKENS)[None]
+    ids = places % model.config.get_text_config().vocab_size
     try:
         with (
             torch.no_grad(),
             intercept_attention(model, lambda _m, q, _k, v, *_, **__: (own_values(q, v), None)),
             each_token_alone(model),
         ):
-            model(input_ids=ids, position_ids=ids, use_cache=False, **with_cache(model, recurrent_cache(model)))
+            model(input_ids=ids, position_ids=places, use_cache=False, **with_cache(model, recurrent_cache(model)))
     finally:
         for hook in hooks:
             hook.remove()

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from sinkrt.errors import SinkError, UsageError, problem
 
 MAX_TEXT = 300
@@ -21,8 +22,8 @@ def refusing(model: Any, step: str) -> Iterator[None]:
     which is a fault of this program. What the tracer prints meanwhile, whole graphs, is dropped, and so are
     transformers' warnings.
 
-    Raises: UsageError that names the family, the step and the error. Errors of this project, a lack of memory and
-    what is no `Exception` pass through.
+    Raises: UsageError that names the family, the step and the error, or says that the model's own code fails by itself.
+        Errors of this project, a lack of memory and what is no `Exception` pass through.
     """
     try:
         with (
@@ -34,14 +35,27 @@ def refusing(model: Any, step: str) -> Iterator[None]:
     except (SinkError, MemoryError):
         raise
     except Exception as error:
-        raise UsageError(
-            problem(
-                f"model family '{family(model)}'",
-                received=f"{type(error).__name__} while {step} ({one_line(error)})",
-                expected="a model whose code can be followed, see 'sinkexport inspect families'",
-                fix="it cannot be exported exactly; 'sinkexport --debug ..' shows where it failed",
-            )
-        ) from error
+        received = f"{type(error).__name__} while {step} ({one_line(error)})"
+        expected = "a model whose code can be followed, see 'sinkexport inspect families'"
+        fix = "it cannot be exported exactly; 'sinkexport --debug ..' shows where it failed"
+        if not _runs(model):
+            received += ", and when transformers runs it"
+            expected = "a model that transformers can run"
+            fix = "check what its config.json says, or use another release of transformers"
+        problem_found = problem(f"model family '{family(model)}'", received=received, expected=expected, fix=fix)
+        raise UsageError(problem_found) from error
+
+
+def _runs(model: Any) -> bool:
+    """Whether a model as it is computes logits of two tokens of id 0. What is no module is taken to."""
+    if not isinstance(model, torch.nn.Module):
+        return True
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64), position_ids=torch.arange(2)[None], use_cache=False)
+    except Exception:  # of any family's own code
+        return False
+    return True
 
 
 @contextlib.contextmanager

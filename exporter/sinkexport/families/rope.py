@@ -242,7 +242,7 @@ def probe_table(original: torch.nn.Module, module: str, layer_type: str, capacit
     """One set of frequencies of the rotary embedding called `module`.
 
     Raises: UsageError if cos and sin are not those of the frequencies, at the first positions and at the last in-cache
-        one; if hidden states change them.
+        one; if they are not finite; if hidden states change them.
     """
     rotary = copy.deepcopy(original)  # it changes its frequencies by the positions that it is asked for
     prefix, named = (f"{layer_type}_", {"layer_type": layer_type}) if layer_type else ("", {})
@@ -252,7 +252,9 @@ def probe_table(original: torch.nn.Module, module: str, layer_type: str, capacit
         rotary(torch.zeros(1, 1, 1), positions[:, :1], **named)  # forget a longer text that came before
         handed = rotary(torch.zeros(1, 4, 1), positions, **named)
         again = rotary(HIDDEN.clone(), positions, **named)
-    pairs = zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (handed, again)), strict=True)
+    pairs = [*zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (handed, again)), strict=True)]
+    if not all(bool(x.isfinite().all()) for x, _ in pairs):
+        raise refused_rotary("cos and sin that are NaN or Inf", "finite numbers; see rope_parameters in config.json")
     if not all(torch.equal(one, other) for one, other in pairs):
         raise refused_rotary("cos and sin that hidden states change", "those of positions alone")
     is_complex = isinstance(handed, torch.Tensor) and handed.is_complex()

@@ -38,11 +38,12 @@ def unread_weights(model: Any) -> frozenset[str]:
     ) -> tuple[torch.Tensor, None]:
         return own_values(q, v), None
 
-    ids = torch.arange(NUM_TOKENS)[None]
+    places = torch.arange(NUM_TOKENS)[None]
+    ids = places % model.config.get_text_config().vocab_size
     saved = model.state_dict().keys()
     buffers = [(name, buffer) for name, buffer in model.named_buffers(remove_duplicate=False) if name in saved]
     named = [*model.named_parameters(remove_duplicate=False), *buffers]
     known = frozenset(id(tensor) for _, tensor in named)
     with torch.no_grad(), intercept_attention(model, attend), _Readers(known) as readers:
-        model(input_ids=ids, position_ids=ids, use_cache=False)
+        model(input_ids=ids, position_ids=places, use_cache=False)
     return frozenset(name for name, tensor in named if id(tensor) not in readers.read)

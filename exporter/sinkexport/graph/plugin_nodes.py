@@ -17,6 +17,19 @@ MAX_CAPACITY = 65536
 """What the attention kernels are compiled for: plugins/kernels/sink_attention.h."""
 
 
+USE_NATIVE = "use --native, which needs no plugin"
+
+
+class NoPluginFormError(UsageError, ValueError):
+    """A graph that TensorRT 8.5's parser with the plugins does not take, though the model is understood."""
+
+
+def no_plugin_form(received: str) -> NoPluginFormError:
+    """The refusal of a graph for `received`, which neither TensorRT 8.5's parser nor a plugin has."""
+    expected = "what TensorRT 8.5 and the plugin compute"
+    return NoPluginFormError(problem("target tensorrt", received=received, expected=expected, fix=USE_NATIVE))
+
+
 def refuse_no_attention() -> NoReturn:
     """Refuse a model without attention: its graph has nothing for the plugin to do.
 
@@ -27,7 +40,7 @@ def refuse_no_attention() -> NoReturn:
             "model",
             received="no attention, and target tensorrt with the plugin",
             expected="a model that attends",
-            fix="use --native, which needs no plugin",
+            fix=USE_NATIVE,
         )
     )
 
@@ -37,13 +50,12 @@ def refuse_geometry(head_dim: int, batch: int, capacity: int) -> None:
 
     Raises: UsageError.
     """
-    native = "use --native, which needs no plugin"
     if head_dim not in HEAD_DIMS:
         raise UsageError(
             problem(
                 "head size",
                 received=head_dim,
-                fix=native,
+                fix=USE_NATIVE,
                 expected="one that the plugin has kernels for: " + ", ".join(map(str, HEAD_DIMS)),
             )
         )
@@ -53,7 +65,7 @@ def refuse_geometry(head_dim: int, batch: int, capacity: int) -> None:
                 "batch",
                 received=batch,
                 expected=f"at most {MAX_BATCH} with the plugin",
-                fix=f"lower --batch, or {native}",
+                fix=f"lower --batch, or {USE_NATIVE}",
             )
         )
     if capacity > MAX_CAPACITY:
@@ -61,7 +73,7 @@ def refuse_geometry(head_dim: int, batch: int, capacity: int) -> None:
             problem(
                 "sinks + window",
                 received=f"{capacity} tokens",
-                fix=f"lower --window, or {native}",
+                fix=f"lower --window, or {USE_NATIVE}",
                 expected=f"at most {MAX_CAPACITY} tokens with the plugin",
             )
         )

@@ -24,10 +24,9 @@ def check_model(model: Any, config: ExportConfig) -> None:
     """
     refuse_architecture(model.config)
     wanted = getattr(torch, WEIGHT_DTYPES[config.dtype])
-    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
-    kept |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    is_loaded_so = any(parameter.dtype == wanted for parameter in model.parameters())
     for name, parameter in model.named_parameters():
-        if parameter.dtype == torch.float32 != wanted and kept & set(name.split(".")):
+        if parameter.dtype == torch.float32 != wanted and is_loaded_so:
             raise UsageError(
                 problem(
                     f"--dtype {config.dtype}",
@@ -125,7 +124,7 @@ def check_weights_after_rotation(config: ExportConfig, rotary: ModelRotary) -> N
             "rotary positions",
             received=f"{what}, and weights of norms after the rotation ({min(rotary.norms)})",
             expected="--target onnx, and the model's own attention",
-            fix="export it without",
+            fix="use --native, or --target onnx" if config.has_plugins else "export it without",
         )
     )
 

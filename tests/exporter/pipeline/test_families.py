@@ -56,6 +56,12 @@ def assert_streams_like_reference(session: Session, model: Any, ids: np.ndarray,
             assert_close(logits[stream_], wanted[end - 1][stream_], tolerance, f"prefill of {stream_} up to {end}")
 
 
+def test_a_vocabulary_of_fewer_tokens_than_a_probe(tmp_path: Path) -> None:
+    model, ids = tiny_model("llama", vocab_size=3), random_ids(1, 20, vocab_size=3, first=0)
+    session = exported(model, tmp_path / "b", ExportConfig(num_sink_tokens=1, window_size=4))
+    assert_streams_like_reference(session, model, ids, 1e-4)
+
+
 @pytest.mark.parametrize("name", nightly_but(DAILY, sorted(TINY.keys() - POSITIONED)))
 def test_dense_and_streaming(name: str, shared_export: SharedExports) -> None:
     geometry = {"num_sink_tokens": 4, "window_size": 12, "batch": 2}

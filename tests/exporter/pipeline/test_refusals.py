@@ -119,6 +119,20 @@ def test_weights_that_are_not_finite_are_named(value: float, tmp_path: Path) -> 
         export_model(model, tmp_path / "out", num_sink_tokens=2, window_size=6)
 
 
+def test_a_model_that_transformers_cannot_run_is_said_to_be_so(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    model.model.layers[1].mlp.gate.top_k = 99
+    with pytest.raises(UsageError, match=r"when transformers runs it, .*config\.json"):
+        export_model(model, tmp_path / "out", num_sink_tokens=2, window_size=6)
+
+
+def test_frequencies_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.model.rotary_emb.inv_freq[1] = float("inf")
+    with pytest.raises(UsageError, match=r"NaN or Inf.*rope_parameters"):
+        export_model(model, tmp_path / "out", num_sink_tokens=2, window_size=6)
+
+
 @pytest.mark.parametrize(
     "bad",
     [

@@ -1,6 +1,6 @@
 """Operators of opset 24 as those of opset 17, the last that TensorRT 8.5's parser knows, and only those that it takes.
 
-What it lacks is written out: LayerNormalization is of opset 17 but not of that parser, Gelu is of opset 20.
+What it lacks is written out: LayerNormalization is of opset 17 but not of that parser, Gelu and Mish are younger.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, operand, optional, replace_node, static_shape
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.operators import DOMAIN
+from sinkexport.graph.plugin_nodes import no_plugin_form
 
 OPSET = 17
 
@@ -24,13 +25,18 @@ SAME = frozenset(
         "Abs",
         "Add",
         "And",
+        "ArgMax",
         "Cast",
+        "Ceil",
+        "Celu",
         "Clip",
         "Concat",
         "ConstantOfShape",
         "Conv",
+        "Cos",
         "DequantizeLinear",
         "Div",
+        "Elu",
         "Equal",
         "Erf",
         "Exp",
@@ -42,9 +48,12 @@ SAME = frozenset(
         "Gemm",
         "Greater",
         "GreaterOrEqual",
+        "HardSigmoid",
+        "LeakyRelu",
         "Less",
         "LessOrEqual",
         "Log",
+        "LogSoftmax",
         "MatMul",
         "Max",
         "Min",
@@ -52,19 +61,25 @@ SAME = frozenset(
         "Neg",
         "Not",
         "Or",
+        "PRelu",
         "Pow",
         "QuantizeLinear",
         "Reciprocal",
         "ReduceSum",
         "Relu",
         "Reshape",
+        "Round",
         "ScatterElements",
         "ScatterND",
+        "Selu",
         "Shape",
         "Sigmoid",
+        "Sign",
+        "Sin",
         "Slice",
         "Softmax",
         "Softplus",
+        "Softsign",
         "Sqrt",
         "Sub",
         "Tanh",
@@ -86,7 +101,7 @@ class LowerToOpset17(GraphPass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Replace what differs, and declare the opset.
 
-        Raises: ValueError naming an operator that has no such form.
+        Raises: NoPluginFormError naming an operator that has no such form.
         """
         if model.opset_imports[""] <= OPSET:
             return ir.passes.PassResult(model, False)
@@ -108,8 +123,12 @@ class LowerToOpset17(GraphPass):
                 _expand_rms_norm(graph, node)
             elif node.op_type == "Gelu":
                 _expand_gelu(graph, node)
+            elif node.op_type == "HardSwish":
+                _expand_hard_swish(graph, node)
+            elif node.op_type == "Mish":
+                _expand_mish(graph, node)
             else:
-                raise ValueError(f"{node.op_type} '{node.name}' has no form in opset {OPSET} here")
+                raise no_plugin_form(f"{node.op_type} '{node.name}', which has no form in opset {OPSET} here")
         model.opset_imports[""] = OPSET
         return ir.passes.PassResult(model, True)
 
@@ -120,7 +139,7 @@ def _axes_as_attribute(graph: ir.Graph, node: ir.Node) -> None:
     attributes: dict[str, Any] = {"keepdims": keeps}
     if axes is not None:
         if axes.const_value is None:
-            raise ValueError(f"{node.op_type} '{node.name}' over axes that are found at run time")
+            raise no_plugin_form(f"{node.op_type} '{node.name}' over axes that are found at run time")
         attributes["axes"] = [int(axis) for axis in axes.const_value.numpy()]
     b, result = Builder(graph), node.outputs[0]
     out = b.op(node.op_type, [operand(node, 0)], known_shape(result), result.dtype, **attributes)
@@ -143,7 +162,7 @@ def _pads_of_all_axes(graph: ir.Graph, node: ir.Node) -> None:
     if axes is None:
         return
     if pads.const_value is None or axes.const_value is None:
-        raise ValueError(f"Pad '{node.name}' by sizes that are found at run time")
+        raise no_plugin_form(f"Pad '{node.name}' by sizes that are found at run time")
     rank = len(known_shape(x))
     sizes = np.zeros((2, rank), np.int64)
     sizes[:, axes.const_value.numpy()] = pads.const_value.numpy().reshape(2, -1)
@@ -158,7 +177,7 @@ def _expand_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
     x, scale, bias = operand(node, 0), operand(node, 1), optional(node, 2)
     rank = len(known_shape(x))
     if node.attributes["axis"].as_int() not in (-1, rank - 1):
-        raise ValueError(f"LayerNormalization '{node.name}' over more than the last axis")
+        raise no_plugin_form(f"LayerNormalization '{node.name}' over more than the last axis")
     b, dtype = Builder(graph), x.dtype or ir.DataType.FLOAT
     width, wide = (*known_shape(x)[:-1], 1), b.cast(x, ir.DataType.FLOAT)
 
@@ -180,7 +199,7 @@ def _expand_rms_norm(graph: ir.Graph, node: ir.Node) -> None:
     x, scale = operand(node, 0), operand(node, 1)
     shape = known_shape(x)
     if node.attributes["axis"].as_int() not in (-1, len(shape) - 1):
-        raise ValueError(f"RMSNormalization '{node.name}' over more than the last axis")
+        raise no_plugin_form(f"RMSNormalization '{node.name}' over more than the last axis")
     b, dtype = Builder(graph), x.dtype or ir.DataType.FLOAT
     wide = b.cast(x, ir.DataType.FLOAT)
     square = b.op("Mul", [wide, wide])
@@ -203,3 +222,16 @@ def _expand_gelu(graph: ir.Graph, node: ir.Node) -> None:
         phi = b.op("Erf", [b.op("Mul", [x, b.scalar(math.sqrt(0.5), x.dtype)])])
     phi = b.op("Mul", [b.op("Add", [phi, b.scalar(1.0, x.dtype)]), b.scalar(0.5, x.dtype)])
     replace_node(node, b.nodes, [b.op("Mul", [x, phi])])
+
+
+def _expand_hard_swish(graph: ir.Graph, node: ir.Node) -> None:
+    """x * HardSigmoid(x), which is max(0, min(1, x / 6 + 1 / 2)) (arXiv:1905.02244)."""
+    b, x = Builder(graph), operand(node, 0)
+    gate = b.op("HardSigmoid", [x], known_shape(x), x.dtype, alpha=1 / 6, beta=0.5)
+    replace_node(node, b.nodes, [b.op("Mul", [x, gate])])
+
+
+def _expand_mish(graph: ir.Graph, node: ir.Node) -> None:
+    """x * tanh(softplus(x)) (arXiv:1908.08681)."""
+    b, x = Builder(graph), operand(node, 0)
+    replace_node(node, b.nodes, [b.op("Mul", [x, b.op("Tanh", [b.op("Softplus", [x])])])])

@@ -12,8 +12,8 @@ import onnx_ir as ir
 from sinkexport.graph.edit import drop_unused
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION, STREAM_ANGLES
-from sinkexport.graph.plugin_nodes import PLUGIN_ATTRIBUTES, is_plugin
-from sinkexport.graph.whole_attention import States, make_whole
+from sinkexport.graph.plugin_nodes import PLUGIN_ATTRIBUTES, is_plugin, no_plugin_form
+from sinkexport.graph.whole_attention import States, make_whole, rotations_of
 
 HALF = ir.DataType.FLOAT16
 
@@ -27,7 +27,7 @@ class UseAttentionPlugin(GraphPass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Replace each with one node.
 
-        Raises: ValueError if queries and keys are rotated in a way that the plugin has not.
+        Raises: NoPluginFormError if queries and keys are rotated in a way that the plugin has not.
         """
         graph = model.graph
         attentions = [n for n in graph if n.domain == DOMAIN and n.op_type == SINK_ATTENTION and not is_plugin(n)]
@@ -38,11 +38,15 @@ class UseAttentionPlugin(GraphPass):
             _use_plugin(graph, node)
         drop_unused(graph)  # rotations and angles
         if left := [node.op_type for node in graph if node.domain == DOMAIN and node.op_type == STREAM_ANGLES]:
-            raise ValueError(f"{len(left)} {STREAM_ANGLES} nodes belong to no rotation that attention could do itself")
+            raise no_plugin_form(f"{len(left)} {STREAM_ANGLES} nodes of no rotation that attention could do itself")
         return ir.passes.PassResult(model, True)
 
 
 def _use_plugin(graph: ir.Graph, node: ir.Node) -> None:
+    try:
+        rotations_of(node)
+    except ValueError as error:
+        raise no_plugin_form(str(error)) from error
     for state in States.of(node).all:
         if state.dtype == ir.DataType.FLOAT:
             state.dtype = HALF

@@ -182,7 +182,8 @@ def _make_neutral(config: Any) -> None:
     """Undo what changes how a model is run and not what it computes: it was saved with the author's settings.
 
     attn_implementation may name a package that is not there; tuples in the place of results, or attention weights, are
-    not what an export reads; padding_idx outside the vocabulary stops torch, and no padding is ever embedded.
+    not what an export reads; padding_idx outside the vocabulary stops torch, and no padding is ever embedded;
+    rescale_prenorm_residual is for training, and transformers divides loaded weights of Mamba layers by it.
     """
     for part in _with_parts(config):
         part._attn_implementation = None
@@ -194,6 +195,7 @@ def _make_neutral(config: Any) -> None:
             ("torchscript", False),
             ("_experts_implementation", None),
             ("gradient_checkpointing", False),
+            ("rescale_prenorm_residual", False),
         ):
             if hasattr(part, name):
                 setattr(part, name, value)

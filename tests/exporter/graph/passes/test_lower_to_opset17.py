@@ -7,6 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from sinkexport.graph.passes.lower_to_opset17 import OPSET, LowerToOpset17
+from sinkrt.errors import UsageError
 
 from tests.exporter.graph.passes.pass_checks import (
     check_left_alone,
@@ -16,6 +17,7 @@ from tests.exporter.graph.passes.pass_checks import (
     parsed,
     written,
 )
+from tests.support import refused
 
 NORM = ", ".join([written("g", numbers(6, seed=1)), written("b", numbers(6, seed=2))])
 
@@ -36,6 +38,10 @@ INTS = "int64[3] repeats = {1, 1, 1}, int64[2] pads = {2, 0}, int64[1] first = {
         ("u, v = Split <axis = -1, num_outputs = 2> (x) y = Mul (u, v)", ""),
         ("y = Gelu (x)", "Gelu"),
         ('y = Gelu <approximate = "tanh"> (x)', "Gelu"),
+        ("y = Mish (x)", "Mish"),
+        ("y = HardSwish (x)", "HardSwish"),
+        ("y = LeakyRelu <alpha = 0.01> (x)", ""),
+        ("t = Sin (x) u = Cos (t) v = Elu (u) y = Sign (v)", ""),
         ("y = LayerNormalization <axis = -1, epsilon = 0.01> (x, g, b)", "LayerNormalization"),
         ("y = LayerNormalization <axis = 2, epsilon = 0.01> (x, g)", "LayerNormalization"),
     ],
@@ -67,6 +73,11 @@ def test_what_has_no_form_is_refused() -> None:
     model = parsed("y = LayerNormalization <axis = 1> (x, k)", "float[2, 3, 6] x, float[3, 6] k", "float[2, 3, 6] y")
     with pytest.raises(ValueError, match="over more than the last axis"):
         LowerToOpset17()(model)
+
+
+def test_a_refusal_is_about_the_target_not_the_model() -> None:
+    with refused("target tensorrt", "Swish", "use --native", error=UsageError):
+        LowerToOpset17()(parsed("y = Swish (x)", "float[2, 6] x", "float[2, 6] y"))
 
 
 def test_left_alone() -> None:
