@@ -31,7 +31,7 @@ COMMANDS = {
     "analyze": "Find a model's attention sinks and recommend how many to keep.",
     "tune": "Find factors on attention to the first token, without training.",
     "serve": "Serve a bundle over the OpenAI HTTP API.",
-    "inspect": "Show a bundle, model, calibration, families, recipes or CPU library.",
+    "inspect": "Show a bundle, model, calibration, families, recipes or cpu.",
 }
 EXIT_BAD_INPUT = 2
 EXIT_INTERNAL = 70
