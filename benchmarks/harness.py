@@ -26,6 +26,7 @@ PACKAGES = (
     "torch",
     "llama-cpp-python",
     "xllamacpp",
+    "openvino-genai",
     "numpy",
 )
 
@@ -86,7 +87,9 @@ def where(facts: dict[str, Any]) -> str:
 def add_peer_options(parser: argparse.ArgumentParser, peers: str, note: str = "empty for none") -> None:
     """Add what benchmarks beside other decoders take. peers: those that run by default, with commas."""
     parser.add_argument("--peers", default=peers, help=f"comma-separated; {note}; default: {peers}")
-    parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has onnxruntime-genai")
+    parser.add_argument(
+        "--peer-python", default=sys.executable, help="interpreter that has onnxruntime-genai, OpenVINO"
+    )
     parser.add_argument("--cache", type=Path, help="folder for converted models; default: beside the first bundle")
     parser.add_argument("--json", type=Path, help="write all figures here")
 
