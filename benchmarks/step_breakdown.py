@@ -98,7 +98,7 @@ def kinds(file: Path) -> dict[str, str]:
 
 
 def report(times: dict[str, float], kind_of: dict[str, str], layers: int, step_ms: float) -> dict[str, Any]:
-    """Nodes and milliseconds a step of each kind, the slowest first; nodes that ONNX Runtime made have their own name."""
+    """Nodes and milliseconds a step of each kind, the slowest first."""
     groups: dict[str, list[float]] = collections.defaultdict(list)
     for name, ms in times.items():
         groups[kind_of.get(name, "made by ONNX Runtime")].append(ms)
