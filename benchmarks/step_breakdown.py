@@ -53,11 +53,11 @@ def timed_steps(bundle: Path, steps: int, threads: int) -> dict[str, Any]:
     }
 
 
-def profiled_ms(bundle: Path, manifest: Manifest, steps: int, threads: int) -> dict[str, float]:
-    """Milliseconds a step of each node of the decode graph, by its name, the mean over the steps."""
+def profiled_ms(bundle: Path, manifest: Manifest, steps: int, threads: int) -> dict[tuple[str, str], float]:
+    """Milliseconds a step of each node of the decode graph, the mean over the steps, by its name and operator."""
     graph = manifest.graphs["decode"]
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     if manifest.target == "cpu":
@@ -79,11 +79,11 @@ def profiled_ms(bundle: Path, manifest: Manifest, steps: int, threads: int) -> d
         for _ in range(WARM_UP + steps):
             session.run_with_iobinding(binding)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    times_us: dict[str, list[float]] = collections.defaultdict(list)
+    times_us: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            times_us[event["name"].removesuffix("_kernel_time")].append(event["dur"])
-    return {name: float(np.mean(durations[-steps:])) / 1e3 for name, durations in times_us.items()}
+            times_us[event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]].append(event["dur"])
+    return {node: float(np.mean(durations[-steps:])) / 1e3 for node, durations in times_us.items()}
 
 
 def kinds(file: Path) -> dict[str, str]:
@@ -97,11 +97,11 @@ def kinds(file: Path) -> dict[str, str]:
     return found
 
 
-def report(times: dict[str, float], kind_of: dict[str, str], layers: int, step_ms: float) -> dict[str, Any]:
+def report(times: dict[tuple[str, str], float], kind_of: dict[str, str], layers: int, step_ms: float) -> dict[str, Any]:
     """Nodes and milliseconds a step of each kind, the slowest first."""
     groups: dict[str, list[float]] = collections.defaultdict(list)
-    for name, ms in times.items():
-        groups[kind_of.get(name, "made by ONNX Runtime")].append(ms)
+    for (name, operator), ms in times.items():
+        groups[kind_of.get(name, operator)].append(ms)
     rows = {kind: {"nodes": len(ms), "ms": sum(ms)} for kind, ms in groups.items()}
     ordered = dict(sorted(rows.items(), key=lambda row: -row[1]["ms"]))
     nodes_ms = sum(row["ms"] for row in rows.values())
