@@ -132,6 +132,12 @@ def resident_mb() -> float:
     return int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e6
 
 
+def proportional_mb() -> float:
+    """Memory that this process has resident now, in MB, each page divided by how often it is mapped."""
+    rollup = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
+    return int(rollup.split("\nPss:")[1].split()[0]) * 1024 / 1e6
+
+
 def _commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(
