@@ -65,6 +65,7 @@ def report(courses: dict[str, Course], num_tokens: int) -> dict[str, Any]:
         name: {
             **dataclasses.asdict(stats := Stats.of(course.times_ms)),
             "times_ms": course.times_ms,
+            "tokens": course.tokens,
             "tokens_per_s": num_tokens * 1e3 / stats.median_ms,
             "times_ours": dataclasses.asdict(
                 Ratio.of_turns([[ms] for ms in course.times_ms], [[ms] for ms in ours.times_ms])
