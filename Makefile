@@ -69,7 +69,7 @@ $(VENV)/.dev: $(VENV)/.export
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
-	$(PIP) onnxruntime-genai
+	$(PIP) onnxruntime-genai openvino-genai
 	@touch $@
 
 venv: $(VENV)/.dev $(VENV)/.cpu

@@ -1,4 +1,4 @@
-"""Every way to decode that is compared, sinkexport and its baselines: greedy, one stream, fp32.
+"""Every way to decode that is compared, sinkexport and its baselines: greedy, one stream.
 
 Each decoder gets the same cache size in tokens, `capacity` C. Those that can, keep the first `sinks` of them forever.
 Heavy imports are inside the classes, since each decoder runs in an environment of its own.
@@ -7,6 +7,7 @@ Heavy imports are inside the classes, since each decoder runs in an environment 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from typing import Any, Protocol
 
@@ -29,6 +30,16 @@ class Decoder(Protocol):
 
     def step(self, token: int) -> int:
         """Feed `token`, the last one returned; the next one."""
+
+
+class TimedDecoder(Protocol):
+    """A decoder that generates by itself and records when each token came."""
+
+    def prefill(self, ids: list[int], limit: int) -> int | None:
+        """Start a stream as `Decoder` does; None: it does not report tokens."""
+
+    def steps(self, count: int) -> list[float]:
+        """Milliseconds of each of `count` steps, which start at the end of the prompt each time."""
 
 
 class Sinkexport:
@@ -206,6 +217,83 @@ def make_room(api: Any, memory: Any, count: int, capacity: int, sinks: int, shif
         api.llama_memory_seq_add(memory, 0, sinks + forget, used, -forget)
 
 
+class XLlamaCpp:
+    """llama.cpp as the wheel xllamacpp has it: its server loop in this process, everything at its defaults.
+
+    Times of steps are those that the server reports, so handing tokens over is not part of them.
+    """
+
+    SPARE = 64
+    """Tokens of context beyond the others', since the server stops before its context is full."""
+
+    def __init__(self, setup: Setup) -> None:
+        import xllamacpp
+
+        settings = xllamacpp.CommonParams()
+        settings.model.path = setup.path
+        settings.n_ctx, settings.n_parallel, settings.n_keep = setup.capacity + self.SPARE, 1, setup.sinks
+        settings.fit_params, settings.verbosity = False, -1
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = setup.threads
+        self._server = xllamacpp.Server(settings)
+        self._ids: list[int] = []
+
+    def prefill(self, ids: list[int], limit: int) -> None:  # noqa: ARG002 - its context is given beforehand
+        self._ids = ids
+        self._generate(1, cache_prompt=False)
+
+    def steps(self, count: int) -> list[float]:
+        ends_ms = [each["predicted_ms"] for each in self._generate(1 + count, cache_prompt=True)]
+        return [end - start for start, end in itertools.pairwise(ends_ms)][:count]
+
+    def _generate(self, count: int, *, cache_prompt: bool) -> list[dict[str, float]]:
+        """What the server says of each of `count` tokens. cache_prompt: read the last token of the prompt alone."""
+        timings: dict[int, dict[str, float]] = {}
+        request = {"prompt": self._ids, "n_predict": count, "stream": True, "timings_per_token": True}
+        greedy = {"temperature": 0.0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True}
+
+        def on_chunk(chunk: dict[str, Any]) -> bool:
+            if "timings" in chunk:
+                timings.setdefault(chunk["timings"]["predicted_n"], chunk["timings"])
+            return False  # go on
+
+        self._server.handle_completions({**request, **greedy, "cache_prompt": cache_prompt}, on_chunk)
+        if sorted(timings) != list(range(1, count + 1)):
+            raise RuntimeError(f"llama.cpp reported tokens {sorted(timings)} of {count}")
+        if timings[1]["prompt_n"] != (1 if cache_prompt else len(self._ids)):
+            raise RuntimeError(f"llama.cpp read {timings[1]['prompt_n']} tokens of the prompt")
+        return [timings[number] for number in range(1, count + 1)]
+
+
+class OpenVino:
+    """OpenVINO GenAI from its wheel, everything at its defaults: it keeps prefixes, and an INT8 cache.
+
+    It reads GGUF files. Times of steps are those that it reports, so handing tokens over is not part of them.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        import numpy as np
+        import openvino
+        import openvino_genai
+
+        self._np, self._tensor, self._api = np, openvino.Tensor, openvino_genai
+        self._pipeline = openvino_genai.LLMPipeline(setup.path, "CPU", INFERENCE_NUM_THREADS=setup.threads)
+        self._ids: list[int] = []
+
+    def prefill(self, ids: list[int], limit: int) -> int:  # noqa: ARG002 - its cache grows as needed
+        self._ids = ids
+        return int(self._generate(1).tokens[0][0])
+
+    def steps(self, count: int) -> list[float]:
+        ends_ms = self._generate(1 + count).perf_metrics.raw_metrics.m_new_token_times
+        return [end - start for start, end in itertools.pairwise(ends_ms)]
+
+    def _generate(self, count: int) -> Any:
+        config = self._api.GenerationConfig()
+        config.max_new_tokens = config.min_new_tokens = count
+        config.ignore_eos, config.do_sample = True, False
+        return self._pipeline.generate(self._tensor(self._np.array([self._ids], self._np.int64)), config)
+
+
 DECODERS: dict[str, type[Any]] = {
     "sinkexport": Sinkexport,
     "sinkexport-steps": SinkexportSteps,
@@ -213,4 +301,6 @@ DECODERS: dict[str, type[Any]] = {
     "transformers": Transformers,
     "recompute": Recompute,
     "llamacpp": LlamaCpp,
+    "xllamacpp": XLlamaCpp,
+    "openvino": OpenVino,
 }

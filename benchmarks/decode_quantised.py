@@ -8,8 +8,9 @@ prompt with the same number of threads, each in a process of its own, and take t
 decode_cpu.py; every timed token is inside the cache of the first bundle. Models differ here, so tokens do too: what
 quantisation costs is the matter of quantisation.py.
 
-A step has to read all weights once, an embedding table that is only gathered from excepted; the floor is that over the
-read bandwidth that the machine had in the same turns. Weights that fit the processor's caches can be below it.
+A step has to read all weights once, an embedding table that is only gathered from excepted, and all keys and values.
+The floor is that over the read bandwidth that the machine had in the same turns. What fits the processor's caches can
+be below it. For peers the cache counts as if it were as long as the first bundle's.
 """
 
 from __future__ import annotations
@@ -30,8 +31,15 @@ from sinkexport.bench.timing import Stats
 from sinkrt.contract import Manifest, load_manifest
 from workers import kind_of, packages, running
 
-PEERS = "genai:int4,llamacpp:Q8_0,llamacpp:Q4_1"
-HEADERS = ("decoder", "window", "weights MB a token", "ms median", "p99", "tokens/s", "GB/s", "x floor", "speed-up")
+PEERS = "genai:int4,genai:fp32,xllamacpp,openvino"
+HEADERS = ("decoder", "cache", "MB a step", "ms median", "p99", "tokens/s", "GB/s", "x floor", "speed-up", "peak MB")
+PEER_CACHES = {
+    "genai": ("float32", 4),
+    "llamacpp": ("float32", 4),
+    "xllamacpp": ("float16", 2),
+    "openvino": ("uint8", 1),
+}
+"""Type of each peer's keys and values, as it is run here, and its bytes an element."""
 
 
 def weights_read(name: str, path: Path) -> int:
@@ -41,23 +49,39 @@ def weights_read(name: str, path: Path) -> int:
     return weight_bytes_of_file(path / "model.onnx") if path.is_dir() else path.stat().st_size
 
 
+def caches(manifests: dict[str, Manifest], peers: list[str]) -> dict[str, tuple[str, int]]:
+    """Type and bytes of each decoder's keys and values."""
+    found = {
+        name: ("int8" if m.quantization is not None and m.quantization.kv == "int8" else m.weights_dtype, m.state_bytes)
+        for name, m in manifests.items()
+    }
+    first_bytes = next(iter(manifests.values())).state_bytes  # of the first, which is float32
+    for name in peers:
+        dtype, element = PEER_CACHES[kind_of(name)]
+        found[name] = (dtype, first_bytes * element // 4)
+    return found
+
+
 def report(
-    courses: dict[str, Course], bandwidth: list[float], weights: dict[str, int], windows: dict[str, str]
+    courses: dict[str, Course], bandwidth: list[float], weights: dict[str, int], caches: dict[str, tuple[str, int]]
 ) -> dict[str, Any]:
-    """All figures, ready for JSON."""
+    """All figures, ready for JSON. weights: bytes that a step reads. caches: as of `caches`."""
     gb_per_s = statistics.median(bandwidth)
     first = Stats.of(next(iter(courses.values())).times_ms).median_ms
     decoders = {}
     for name, course in courses.items():
         stats = Stats.of(course.times_ms)
+        dtype, cache_bytes = caches[name]
+        step_bytes = weights[name] + cache_bytes
         decoders[name] = {
             **dataclasses.asdict(stats),
             "tokens_per_s": 1e3 / stats.median_ms,
             "weights_bytes": weights[name],
-            "gb_per_s": weights[name] / stats.median_ms / 1e6,
-            "ratio_to_floor": stats.median_ms / (weights[name] / gb_per_s / 1e6),
+            "cache_bytes": cache_bytes,
+            "cache": dtype,
+            "gb_per_s": step_bytes / stats.median_ms / 1e6,
+            "ratio_to_floor": stats.median_ms / (step_bytes / gb_per_s / 1e6),
             "speed_up": first / stats.median_ms,
-            "window": windows.get(name, ""),
             "peak_memory_mb": course.peak_mb,
         }
     spread = {"median": gb_per_s, "min": min(bandwidth), "max": max(bandwidth)}
@@ -69,14 +93,15 @@ def show(result: dict[str, Any]) -> str:
     rows = [
         [
             name,
-            c["window"],
-            f"{c['weights_bytes'] / 1e6:.0f}",
+            c["cache"],
+            f"{(c['weights_bytes'] + c['cache_bytes']) / 1e6:.0f}",
             f"{c['median_ms']:.2f}",
             f"{c['p99_ms']:.1f}",
             f"{c['tokens_per_s']:.0f}",
             f"{c['gb_per_s']:.1f}",
             f"{c['ratio_to_floor']:.2f}",
             f"{c['speed_up']:.2f}",
+            f"{c['peak_memory_mb']:.0f}",
         ]
         for name, c in result["decoders"].items()
     ]
@@ -98,7 +123,7 @@ def show(result: dict[str, Any]) -> str:
 def label(path: Path, manifest: Manifest) -> str:
     """A name for a decoder, also of several bundles of one recipe."""
     recipe = manifest.weights_dtype if manifest.quantization is None else manifest.quantization.recipe
-    return f"sinkexport:{path.name} ({recipe})"
+    return f"sinkexport:{path.name} ({manifest.target}, {recipe})"
 
 
 def main() -> None:
@@ -109,7 +134,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--turn", type=int, default=16, help="timed steps in a turn")
-    add_peer_options(parser, PEERS, f"llamacpp has F32, {', '.join(LLAMA_TYPES)}")
+    add_peer_options(parser, PEERS, f"genai has fp32, int4; llamacpp F32, {', '.join(LLAMA_TYPES)}")
     arguments = parser.parse_args()
     check_json(arguments.json)
 
@@ -138,11 +163,7 @@ def main() -> None:
             workers, prompt, stream.capacity, turns=arguments.turns, turn=arguments.turn, threads=threads
         )
     weights = {name: weights_read(name, path) for name, path in paths.items()}
-    windows = {
-        name: "int8" if m.quantization is not None and m.quantization.kv == "int8" else m.weights_dtype
-        for name, m in manifests.items()
-    }
-    result = report(courses, bandwidth[threads], weights, windows) | {
+    result = report(courses, bandwidth[threads], weights, caches(manifests, peers)) | {
         "model": next(iter(manifests.values())).model.name,
         "cache": {"sinks": stream.num_sink_tokens, "window": stream.window_size},
         "environment": found,

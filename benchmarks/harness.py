@@ -26,6 +26,7 @@ PACKAGES = (
     "torch",
     "llama-cpp-python",
     "xllamacpp",
+    "openvino-genai",
     "numpy",
 )
 
@@ -86,7 +87,9 @@ def where(facts: dict[str, Any]) -> str:
 def add_peer_options(parser: argparse.ArgumentParser, peers: str, note: str = "empty for none") -> None:
     """Add what benchmarks beside other decoders take. peers: those that run by default, with commas."""
     parser.add_argument("--peers", default=peers, help=f"comma-separated; {note}; default: {peers}")
-    parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has onnxruntime-genai")
+    parser.add_argument(
+        "--peer-python", default=sys.executable, help="interpreter that has onnxruntime-genai, OpenVINO"
+    )
     parser.add_argument("--cache", type=Path, help="folder for converted models; default: beside the first bundle")
     parser.add_argument("--json", type=Path, help="write all figures here")
 
@@ -127,6 +130,12 @@ def resident_mb() -> float:
     """Memory that this process has resident now, in MB."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e6
+
+
+def proportional_mb() -> float:
+    """Memory that this process has resident now, in MB, each page divided by how often it is mapped."""
+    rollup = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
+    return int(rollup.split("\nPss:")[1].split()[0]) * 1024 / 1e6
 
 
 def _commit() -> str:

@@ -54,8 +54,7 @@ def plain_folder(model: Path, cache: Path) -> Path:
 
 def float32_gguf(model: Path, cache: Path) -> Path:
     """`model`, a ``.gguf`` file, with the same metadata and its tensors dequantised to F32: no llama.cpp is needed."""
-    if model.suffix.lower() != ".gguf":
-        raise SystemExit(f"llama.cpp needs a .gguf file, not '{model}': leave llamacpp out")
+    gguf_file(model, "llama.cpp")
     target = cache / f"{model.stem}-F32.gguf"
     if target.is_file():
         return target
@@ -83,6 +82,13 @@ def float32_gguf(model: Path, cache: Path) -> Path:
     return target
 
 
+def gguf_file(model: Path, peer: str) -> Path:
+    """`model` itself, which `peer` reads as it is."""
+    if model.suffix.lower() != ".gguf":
+        raise SystemExit(f"{peer} needs a .gguf file, not '{model}': leave it out of --peers")
+    return model
+
+
 def llama_gguf(model: Path, cache: Path, kind: str = "F32") -> Path:
     """`model`, a ``.gguf`` file, as llama.cpp itself writes it in another type of weights.
 
@@ -90,8 +96,7 @@ def llama_gguf(model: Path, cache: Path, kind: str = "F32") -> Path:
     """
     if kind == "F32":
         return float32_gguf(model, cache)
-    if model.suffix.lower() != ".gguf":
-        raise SystemExit(f"llama.cpp needs a .gguf file, not '{model}': leave llamacpp out of --peers")
+    gguf_file(model, "llama.cpp")
     try:
         import llama_cpp
     except ModuleNotFoundError:
@@ -114,7 +119,8 @@ def llama_gguf(model: Path, cache: Path, kind: str = "F32") -> Path:
 def model_paths(names: Sequence[str], bundle: Path, model: Path, cache: Path, peer_python: str) -> dict[str, Path]:
     """The model that each decoder loads, made if it is not there. cache: created; model: folder or ``.gguf`` file.
 
-    After a colon a name may say in which type: ``genai:int4``, ``llamacpp:Q8_0``.
+    After a colon a name may say in which type: ``genai:int4``, ``llamacpp:Q8_0``. ``xllamacpp`` and ``openvino`` read
+    the file as it is, and of ``:F32`` a float32 copy.
     """
     cache.mkdir(parents=True, exist_ok=True)
     paths = {}
@@ -124,6 +130,8 @@ def model_paths(names: Sequence[str], bundle: Path, model: Path, cache: Path, pe
             paths[name] = bundle
         elif kind == "llamacpp":
             paths[name] = llama_gguf(model, cache, variant or "F32")
+        elif kind in ("xllamacpp", "openvino"):
+            paths[name] = float32_gguf(model, cache) if variant == "F32" else gguf_file(model, name)
         elif kind == "genai":
             paths[name] = genai_folder(plain_folder(model, cache), cache, peer_python, variant or "fp32")
         else:

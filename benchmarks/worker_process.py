@@ -8,6 +8,8 @@ environment of its own. Requests (standard input) and replies (standard output),
     {"op": "steps", "count": n}                  ->  {"ms": [...], "tokens": [...], "peak_mb": m}
     end of input                                 ->  the process ends
 
+A decoder that generates by itself (`TimedDecoder`) replies without the tokens that it does not report.
+
 Decoding is greedy, argmax included. A library's error is a reply too: {"error": "first line"}.
 """
 
@@ -21,7 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from baselines import DECODERS, Decoder, Setup
+from baselines import DECODERS, Decoder, Setup, TimedDecoder
 from harness import peak_memory_mb, versions
 
 
@@ -41,21 +43,22 @@ def main() -> None:
         print(json.dumps(message), file=replies, flush=True)
 
     setup = Setup(arguments.path, arguments.threads, arguments.capacity, arguments.sinks)
-    decoder: Decoder = DECODERS[arguments.kind](setup)
+    decoder: Decoder | TimedDecoder = DECODERS[arguments.kind](setup)
     reply(packages=versions())
     token = -1
     for line in sys.stdin:
         request = json.loads(line)
-        if request["op"] == "prefill":
-            work = [lambda _, r=request: decoder.prefill(r["ids"], r["limit"])]
-        else:
-            work = [decoder.step] * request["count"]
         try:
-            times_ms, tokens = _timed(work, token)
+            if request["op"] == "prefill":
+                times_ms, tokens = _timed([lambda _, r=request: decoder.prefill(r["ids"], r["limit"])], token)
+            elif hasattr(decoder, "steps"):
+                times_ms, tokens = decoder.steps(request["count"]), []
+            else:
+                times_ms, tokens = _timed([decoder.step] * request["count"], token)
         except Exception as error:  # what a decoder does past its limits is a result
             reply(error=(str(error).strip() or type(error).__name__).splitlines()[0])
             continue
-        token = tokens[-1]
+        token = tokens[-1] if tokens else -1
         reply(ms=times_ms, tokens=tokens, peak_mb=peak_memory_mb())
 
 
@@ -66,7 +69,8 @@ def _timed(work: list[Callable[[int], Any]], token: int) -> tuple[list[float], l
         start = time.perf_counter()
         token = call(token)
         times_ms.append((time.perf_counter() - start) * 1e3)
-        tokens.append(token)
+        if token is not None:
+            tokens.append(token)
     return times_ms, tokens
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+WITH_PEER_PYTHON = {"genai", "openvino"}
 
 
 def kind_of(name: str) -> str:
@@ -26,7 +27,9 @@ class DecoderError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """ms: one time a call. tokens: chosen by them. peak_mb: most memory the process has had resident so far."""
+    """ms: one time a call. tokens: chosen by them, as far as the decoder reports them. peak_mb: most memory the process
+    has had resident so far.
+    """
 
     ms: list[float]
     tokens: list[int]
@@ -99,7 +102,7 @@ def running(
     try:
         for name, path in paths.items():
             print(f"loading {name}", file=sys.stderr)
-            python = peer_python if kind_of(name) == "genai" else sys.executable
+            python = peer_python if kind_of(name) in WITH_PEER_PYTHON else sys.executable
             workers.append(Worker(name, path, python=python, threads=threads, capacity=capacity, sinks=sinks))
         yield workers
     finally:

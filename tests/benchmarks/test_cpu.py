@@ -10,6 +10,7 @@ from sinkexport.bench.report import BenchConfig, BenchReport
 from sinkexport.bench.run import run_bench
 from sinkrt import Session
 
+from tests.fidelity.gguf_writer import tiny, write
 from tests.runtime.toy import Toy, build_toy
 
 
@@ -49,6 +50,18 @@ def test_a_decoder_in_its_process(toy: Path) -> None:
     for first, rest in replies:
         assert first.tokens + rest.tokens == expected
         assert len(first.ms) == 1 and len(rest.ms) == 5 and rest.peak_mb > 1
+
+
+def test_llama_cpp_from_its_wheel(tmp_path: Path) -> None:
+    """Its server reports a time for each step, and no tokens; a second turn starts at the end of the prompt again."""
+    from workers import running
+
+    model = write(tmp_path / "tiny.gguf", tiny("llama"))
+    with running({"xllamacpp": model}, "", threads=1, capacity=64, sinks=2) as workers:
+        for prompt in ([5, 17, 42, 8], [6, 17, 42, 8, 90]):
+            start, first, second = workers[0].prefill(prompt, 64), workers[0].steps(5), workers[0].steps(3)
+            assert [len(reply.ms) for reply in (start, first, second)] == [1, 5, 3]
+            assert min(first.ms + second.ms) > 0 and not start.tokens + first.tokens + second.tokens
 
 
 class FakeLlamaMemory:
@@ -130,3 +143,47 @@ def test_figures_of_decode(report: BenchReport) -> None:
     rows = [line for line in shown.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(inside) + 1
     assert len({row.replace(r"\|", "").count("|") for row in rows}) == 1  # what a decoder said must not add a column
+
+
+def test_figures_of_quantised_decode(report: BenchReport) -> None:
+    """Floors count weights and cache; a peer's cache has as many elements as the first bundle's."""
+    import decode_quantised
+    from decode_cpu import Course
+
+    state_bytes = report.manifest.state_bytes
+    caches = decode_quantised.caches({"ours": report.manifest}, ["genai:int4", "xllamacpp", "openvino"])
+    assert caches == {
+        "ours": ("float32", state_bytes),
+        "genai:int4": ("float32", state_bytes),
+        "xllamacpp": ("float16", state_bytes // 2),
+        "openvino": ("uint8", state_bytes // 4),
+    }
+    courses = {"ours": Course([10.0, 10.0], [1, 2], 50), "xllamacpp": Course([20.0], [], 60)}
+    weights = {"ours": 10_000_000 - state_bytes, "xllamacpp": 5_000_000 - state_bytes // 2}
+    result = decode_quantised.report(courses, [1.0, 2.0, 4.0], weights, caches)
+    ours, peer = result["decoders"].values()
+    assert (ours["ratio_to_floor"], ours["speed_up"], ours["gb_per_s"]) == (2, 1, 1)
+    assert (peer["ratio_to_floor"], peer["speed_up"], peer["gb_per_s"]) == (8, 0.5, 0.25)
+
+
+def test_figures_of_prefill() -> None:
+    import prefill_cpu
+
+    courses = {
+        "ours": prefill_cpu.Course([10.0, 20.0], [1, 2], 50),
+        "genai": prefill_cpu.Course([20.0, 40.0], [1, 3], 60),
+        "xllamacpp": prefill_cpu.Course([5.0, 10.0], [], 70),
+    }
+    result = prefill_cpu.report(courses, 30)
+    assert [each["times_ours"]["median"] for each in result.values()] == [1, 2, 0.5]
+    assert [each["same_tokens"] for each in result.values()] == [2, 1, None]
+    assert result["ours"]["tokens_per_s"] == 2000
+
+
+def test_figures_of_a_step() -> None:
+    import step_breakdown
+
+    times = {("a", "MatMul"): 2.0, ("b", "MatMul"): 1.0, ("c", "Add"): 0.5}
+    result = step_breakdown.report(times, {"a": "MatMul 4 x 8"}, layers=1, step_ms=4.0)
+    assert list(result["kinds"]) == ["MatMul 4 x 8", "MatMul", "Add"]
+    assert (result["nodes"], result["nodes_ms"], result["overhead_ms"]) == (3, 3.5, 0.5)
