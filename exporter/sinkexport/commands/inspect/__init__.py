@@ -14,9 +14,7 @@ from sinkexport.config import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_SIZE, Expo
 
 @click.command(name="inspect")
 @click.argument("what", metavar="DIR|MODEL|FILE|families|recipes|cpu")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Machine-readable: manifest, model, families, recipes or cpu."
-)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable: manifest, model, families, recipes or cpu.")
 @click.option(
     "--tokenizer-out",
     type=click.Path(path_type=Path),
