@@ -71,13 +71,20 @@ def plugin_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cpu_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The CPU library, compiled once; bundles find it for the rest of the run."""
-    from sinkrt.contract.constants import CPU_LIBRARY_VARIABLE
+def cpu_plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which plugins/cpu is compiled, once."""
+    from tests.plugins.cpu_library import compile_for_this_machine
 
-    from tests.plugins.cpu_library import build_cpu_library
+    return built_once(shared_folder(tmp_path_factory) / "cpu-plugins", compile_for_this_machine)
 
-    path = built_once(shared_folder(tmp_path_factory) / "cpu-library", build_cpu_library)
+
+@pytest.fixture(scope="session")
+def cpu_library(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """The CPU library, which bundles find for the rest of the run: what SINKEXPORT_CPU_LIBRARY names, else our own."""
+    from sinkrt.contract.constants import CPU_LIBRARY, CPU_LIBRARY_VARIABLE
+
+    given = os.environ.get(CPU_LIBRARY_VARIABLE)
+    path = Path(given) if given else request.getfixturevalue("cpu_plugins") / "ort" / CPU_LIBRARY
     with mock.patch.dict(os.environ, {CPU_LIBRARY_VARIABLE: str(path)}):
         yield path
 

@@ -13,48 +13,20 @@ import torch
 from plugins.capi.kernels import SinkAttention, StreamAngles, StreamAnglesParams
 from tests.plugins.gpu_buffers import Buffer
 from tests.plugins.gpu_tests import library_for_gpu, needs_gpu
+from tests.plugins.sink_attention_cases import FAR, error, is_comparable, mixed_case, positions
 from tests.plugins.sink_attention_library import build
 from tests.plugins.sink_attention_reference import Case, Tokens, angles, attention, stored_rows
 from tests.plugins.sink_attention_streams import Streams, expected_states
 
 pytestmark = needs_gpu("SINKEXPORT_SINK_ATTENTION")
 
-FAR = (0, 2**33 + 12345, 10**6, 2**46)  # how far beyond its usual position a stream's first token after the sinks is
 HEADS = ((4, 4), (6, 2), (8, 2), (7, 1), (16, 2), (12, 1), (71, 1))
-GEOMETRIES = ((4, 29), (0, 17), (1, 16), (20, 45), (3, 64), (5, 1), (4, 150))
-EXTRAS = (
-    {"rotation": "caller", "rotary_dim": 1.0},
-    {"rotation": "kernel", "rotary_dim": 0.5, "interleaved": True, "softcap": 4.0},
-    {"alibi": True},
-    {"rotation": "kernel", "rotary_dim": 1.0, "rope_scaling": 1.2, "sink_logit": True, "gate_dim": "D"},
-    {"rotation": "caller", "rotary_dim": 0.25, "interleaved": True, "sink_scale": True, "gate_dim": 1},
-    {
-        "rotation": "kernel",
-        "rotary_dim": 1.0,
-        "alibi": True,
-        "softcap": 10.0,
-        "sink_logit": True,
-        "sink_scale": True,
-        "gate_dim": 1,
-    },
-)
 
 
 def all_cases() -> list[Case]:
     """Every head_dim x dtype x kv, each with several combinations of the rest; all of each list appear often."""
-    cases = []
     basics = itertools.product((64, 80, 96, 128, 256), (torch.float16, torch.bfloat16), ("fp", "int8"), range(6))
-    for i, (head_dim, dtype, kv, _) in enumerate(basics):
-        heads, (num_sinks, window) = HEADS[i % len(HEADS)], GEOMETRIES[(i + i // 7) % len(GEOMETRIES)]
-        extras = dict(EXTRAS[(i + i // 6) % len(EXTRAS)])
-        if not num_sinks:
-            extras.pop("sink_scale", None)
-        if "rotary_dim" in extras:
-            extras["rotary_dim"] = int(head_dim * extras["rotary_dim"]) // 2 * 2
-        if extras.get("gate_dim") == "D":
-            extras["gate_dim"] = head_dim
-        cases.append(Case(*heads, head_dim, num_sinks, window, dtype, kv=kv, **extras))
-    return cases
+    return [mixed_case(i, HEADS, head_dim, dtype, kv) for i, (head_dim, dtype, kv, _) in enumerate(basics)]
 
 
 @pytest.fixture(scope="module")
@@ -62,26 +34,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> SinkAttention:
     return library_for_gpu(
         "SINKEXPORT_SINK_ATTENTION", SinkAttention, lambda: build(tmp_path_factory.mktemp("sink_attention"), "native")
     )
-
-
-def positions(case: Case, count: int) -> torch.Tensor:
-    """int64 [B, N] on the GPU: each stream has its own place after the sinks, the first one the usual."""
-    index = torch.arange(count, device="cuda").expand(case.batch, -1)
-    # Multiples of W and others: rings are cut at different slots.
-    far = torch.tensor([FAR[b % len(FAR)] + b * 7 * (b % len(FAR) > 0) for b in range(case.batch)], device="cuda")
-    return torch.where(index < case.num_sinks, index, index + far[:, None])
-
-
-def is_comparable(case: Case, count: int) -> torch.Tensor:
-    """bool [B, N]: far streams have jumped there, so their outputs count once the window was filled again."""
-    index = torch.arange(count, device="cuda").expand(case.batch, -1)
-    is_near = torch.tensor([FAR[b % len(FAR)] == 0 for b in range(case.batch)], device="cuda")
-    return is_near[:, None] | (index < case.num_sinks) | (index >= case.capacity - 1)
-
-
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """|got - want| / |want|; NaN if any is."""
-    return float((got.double() - want).norm() / want.norm())
 
 
 def run_in_chunks(streams: Streams, count: int) -> torch.Tensor:
@@ -114,7 +66,7 @@ def check_outputs(case: Case, tokens: Tokens, got: torch.Tensor, record_property
     count = got.shape[2]
     want, theirs = attention(case, tokens, torch.float64), attention(case, tokens, case.dtype)
     rounded = want.to(case.dtype)
-    keep = is_comparable(case, count)
+    keep = is_comparable(case, count, "cuda")
     steps = {1, case.num_sinks, case.capacity - 1, case.capacity, case.capacity + 1, count}
     selections = {"all": keep} | {
         f"step{n}": keep & (torch.arange(count, device="cuda") == n - 1) for n in sorted(steps) if 1 <= n <= count
@@ -155,7 +107,7 @@ def check_states(case: Case, tokens: Tokens, streams: Streams) -> None:
 @pytest.mark.parametrize("case", all_cases(), ids=str)
 def test_steps_and_chunks(library, record_property, case):
     count = 3 * case.capacity + 7
-    tokens = Tokens.random(case, positions(case, count))
+    tokens = Tokens.random(case, positions(case, count, "cuda"))
     steps = Streams(library, case, tokens, 1)
     check_outputs(case, tokens, run_in_chunks(steps, count), record_property, "step")
     check_states(case, tokens, steps)
@@ -172,7 +124,7 @@ def test_steps_and_chunks(library, record_property, case):
 def test_packed_inputs_are_separate_ones_to_the_bit(library, kv):
     case = Case(6, 2, 96, 4, 20, torch.float16, kv=kv, rotation="kernel", rotary_dim=96, gate_dim=96)
     count = 2 * case.capacity
-    tokens = Tokens.random(case, positions(case, count))
+    tokens = Tokens.random(case, positions(case, count, "cuda"))
     outputs, states = [], []
     for is_packed in (False, True):
         streams = Streams(library, case, tokens, 1, is_packed)
@@ -201,7 +153,7 @@ LARGE = (
 def test_large_caches_one_run_on_given_states(library, record_property, case, num_tokens):
     """Many splits: the states are set from a history, one run goes on from there."""
     count = case.capacity + num_tokens
-    tokens = Tokens.random(case, positions(case, count))
+    tokens = Tokens.random(case, positions(case, count, "cuda"))
     k, v = stored_rows(case, tokens)
     before = Tokens(**{**vars(tokens), "positions": tokens.positions[:, :-num_tokens]})
     states = expected_states(case, before, k[:, :, :-num_tokens], v[:, :, :-num_tokens])

@@ -11,11 +11,10 @@ import torch
 from tests.plugins.cpu.calls import Call, SinkAttentionParams
 from tests.plugins.cpu.library import ISAS, library
 from tests.plugins.gpu_buffers import Buffer
+from tests.plugins.sink_attention_cases import FAR, positions
 from tests.plugins.sink_attention_reference import Case, Tokens, angles
 
 WINDOW_TYPES = {"fp": (0, torch.float32), "fp16": (1, torch.float16), "int8": (2, torch.int8)}
-FAR = (0, 2**33 + 12345, 10**6, 2**46)
-"""How far beyond its usual position a stream's first token after the sinks is."""
 
 
 def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Buffer:
@@ -186,21 +185,6 @@ class Streams:
 
     def check_guards(self) -> None:
         assert all(one.is_untouched_outside() for one in self._all)
-
-
-def positions(case: Case, count: int) -> torch.Tensor:
-    """int64 [B, N]: each stream has its own place after the sinks, the first one the usual."""
-    index = torch.arange(count).expand(case.batch, -1)
-    # Multiples of W and others: rings are cut at different slots.
-    far = torch.tensor([FAR[b % len(FAR)] + b * 7 * (b % len(FAR) > 0) for b in range(case.batch)])
-    return torch.where(index < case.num_sinks, index, index + far[:, None])
-
-
-def is_comparable(case: Case, count: int) -> torch.Tensor:
-    """bool [B, N]: far streams have jumped there, so their outputs count once the window was filled again."""
-    index = torch.arange(count).expand(case.batch, -1)
-    is_near = torch.tensor([FAR[b % len(FAR)] == 0 for b in range(case.batch)])
-    return is_near[:, None] | (index < case.num_sinks) | (index >= case.capacity - 1)
 
 
 def recorded(case: Case, isa: str) -> list[tuple[Call, dict[str, np.ndarray]]]:

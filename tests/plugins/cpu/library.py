@@ -1,34 +1,29 @@
-"""The C interface of the CPU kernels (plugins/cpu/capi), built once for the tests.
-
-SINKEXPORT_CPU_CAPI: a library that is built already.
-"""
+"""The C interface of the CPU kernels (plugins/cpu/capi), which conftest.py compiles."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import os
-import subprocess
-import tempfile
+import platform
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[3] / "plugins/cpu"
+from tests.plugins.cpu_library import SOURCE
+
 KERNELS = SOURCE / "kernels"
+VARIABLE = "SINKEXPORT_CPU_CAPI"
+"""Environment variable: the library's path. Given, nothing is compiled."""
+
 ISAS = ("portable", "avx2", "avx2_vnni", "avx512_vnni", "avx512_bf16", "neon_dot", "neon_i8mm")
 """Numbers of kernels/isa.h."""
 
+ISAS_OF_MACHINE = {"x86_64": ISAS[:5], "aarch64": (ISAS[0], *ISAS[5:])}.get(platform.machine(), ISAS[:1])
+"""Those that a processor of this kind may have: tests are collected before the library is there to be asked."""
 
-@functools.cache
+
 def library_path() -> Path:
-    """Build libsinkexport_cpu_capi.so, all instruction sets that the compiler knows."""
-    if given := os.environ.get("SINKEXPORT_CPU_CAPI"):
-        return Path(given)
-    folder = Path(tempfile.mkdtemp(prefix="sinkexport-cpu-"))
-    configure = ["cmake", "-S", str(SOURCE), "-B", str(folder), "-DSINKEXPORT_CPU_TESTS=ON"]
-    for command in (configure, ["cmake", "--build", str(folder), "-j2", "--target", "sinkexport_cpu_capi"]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "libsinkexport_cpu_capi.so"
+    """The library, with all instruction sets that the compiler knows."""
+    return Path(os.environ[VARIABLE])
 
 
 @functools.cache

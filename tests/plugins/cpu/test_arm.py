@@ -9,16 +9,15 @@ Needs Debian's packages g++-aarch64-linux-gnu and qemu-user; it is skipped where
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.plugins.cpu.calls import run_replay
-from tests.plugins.cpu.library import SOURCE
 from tests.plugins.cpu.linear_cases import Problem
 from tests.plugins.cpu.test_linear import cases, check, expert_calls, largest_sums, row_calls
+from tests.plugins.cpu_library import compile_plugins
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 PROCESSORS = {"portable": "cortex-a53", "neon_dot": "neoverse-n1", "neon_i8mm": "max"}
@@ -36,14 +35,9 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """capi/replay for ARM, without shared libraries."""
-    folder = tmp_path_factory.mktemp("arm")
     toolchain = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}"]
-    flags = ["-DSINKEXPORT_CPU_TESTS=ON", "-DCMAKE_EXE_LINKER_FLAGS=-static"]
-    configure = ["cmake", "-S", str(SOURCE), "-B", str(folder), *toolchain, *flags]
-    for command in (configure, ["cmake", "--build", str(folder), "-j2", "--target", "replay"]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "replay"
+    options = (*toolchain, "-DCMAKE_EXE_LINKER_FLAGS=-static")
+    return compile_plugins(tmp_path_factory.mktemp("arm"), "replay", options=options) / "replay"
 
 
 @pytest.mark.parametrize("isa", PROCESSORS)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from tests.plugins.cpu.calls import Call, problem, run_here
-from tests.plugins.cpu.library import isas_here
 from tests.plugins.cpu.linear_cases import Case, Problem, error, quantised
 from tests.plugins.cpu.packing import WEIGHT_TYPES, int_weight, random_weight
 
@@ -65,7 +64,6 @@ def check(task: Problem, got: np.ndarray) -> None:
         assert (off <= task.rounding_of_activations() * 1.001 + 1e-5 * np.abs(task.plain()) + 1e-5).all(), str(case)
 
 
-@pytest.mark.parametrize("isa", isas_here())
 def test_matmuls(isa):
     tasks = [Problem(case, seed) for seed, case in enumerate(cases())]
     calls = [task.call(isa, threads=1 + i % 3) for i, task in enumerate(tasks)]
@@ -74,7 +72,6 @@ def test_matmuls(isa):
         check(task, call.results)
 
 
-@pytest.mark.parametrize("isa", isas_here())
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: "-".join(map(str, form.values())))
 def test_a_row_has_the_same_bits_in_any_company(isa, form):
     whole = Problem(Case(**form, rows=100, columns=261, outputs=70, norm=True))
@@ -117,7 +114,6 @@ def largest_sums(isa: str) -> tuple[list[Call], list[np.ndarray]]:
     return calls, results
 
 
-@pytest.mark.parametrize("isa", isas_here())
 def test_integer_sums_are_exact_at_their_largest(isa):
     calls, results = largest_sums(isa)
     run_here(calls)
@@ -125,7 +121,6 @@ def test_integer_sums_are_exact_at_their_largest(isa):
         assert np.array_equal(call.results, result)
 
 
-@pytest.mark.parametrize("isa", isas_here())
 def test_zeros_stay_zeros_and_extremes_finite(isa):
     task = Problem(Case("int4", 3, 64, 16, 32))
     call = task.call(isa)
@@ -135,7 +130,6 @@ def test_zeros_stay_zeros_and_extremes_finite(isa):
     assert np.isfinite(call.results).all()
 
 
-@pytest.mark.parametrize("isa", isas_here())
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: "-".join(map(str, form.values())))
 def test_what_is_not_a_number_spoils_its_row_alone(isa, form):
     task = Problem(Case(**form, rows=8, columns=100, outputs=16))
@@ -150,7 +144,6 @@ def test_what_is_not_a_number_spoils_its_row_alone(isa, form):
             assert np.array_equal(spoilt.results[row], clean.results[row])
 
 
-@pytest.mark.parametrize("isa", isas_here())
 def test_residual_in_place(isa):
     task = Problem(Case("int8", 9, 100, 40, residual=True))
     apart, together = task.call(isa), task.call(isa)
@@ -196,7 +189,6 @@ def expert_calls(isa: str) -> tuple[list[Call], list[Callable[[], np.ndarray]]]:
     return calls, results
 
 
-@pytest.mark.parametrize("isa", isas_here())
 def test_experts_are_the_matmuls_of_their_matrices(isa):
     calls, results = expert_calls(isa)
     run_here(calls)

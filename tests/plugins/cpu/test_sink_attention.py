@@ -9,33 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.plugins.cpu.attention_streams import Layout, Streams, is_comparable, positions, recorded
+from tests.plugins.cpu.attention_streams import Layout, Streams, recorded
 from tests.plugins.cpu.calls import SinkAttentionParams
 from tests.plugins.cpu.guarded import Guarded
 from tests.plugins.cpu.library import ISAS, isas_here, library
+from tests.plugins.sink_attention_cases import error, is_comparable, mixed_case, positions
 from tests.plugins.sink_attention_reference import Case, Tokens, attention, stored_rows
 from tests.plugins.sink_attention_streams import expected_states
 from tests.plugins.test_sink_attention_reference import oracle_outputs
 
 F32 = torch.float32
 HEADS = ((4, 4), (6, 2), (8, 2), (7, 1), (16, 2), (12, 1), (5, 1))
-GEOMETRIES = ((4, 29), (0, 17), (1, 16), (20, 45), (3, 64), (5, 1), (4, 150))
-EXTRAS = (
-    {"rotation": "caller", "rotary_dim": 1.0},
-    {"rotation": "kernel", "rotary_dim": 0.5, "interleaved": True, "softcap": 4.0},
-    {"alibi": True},
-    {"rotation": "kernel", "rotary_dim": 1.0, "rope_scaling": 1.2, "sink_logit": True, "gate_dim": "D"},
-    {"rotation": "caller", "rotary_dim": 0.25, "interleaved": True, "sink_scale": True, "gate_dim": 1},
-    {
-        "rotation": "kernel",
-        "rotary_dim": 1.0,
-        "alibi": True,
-        "softcap": 10.0,
-        "sink_logit": True,
-        "sink_scale": True,
-        "gate_dim": 1,
-    },
-)
 LAYOUTS = (Layout(), Layout(is_packed=True, out_tokens_first=True), Layout(tokens_first=True))
 MOST = {"fp": 3e-6, "fp16": 2e-5, "int8": 1.5e-4}
 """Errors that pass, |out - want| / |want|. A row that lies between two float16 or int8 numbers may go either way."""
@@ -43,25 +27,11 @@ MOST = {"fp": 3e-6, "fp16": 2e-5, "int8": 1.5e-4}
 
 def cases() -> list[Case]:
     """Every head_dim x window type, each with several combinations of the rest; all of each list appear often."""
-    found = []
     basics = itertools.product((8, 64, 72, 80, 96, 128, 256), ("fp", "fp16", "int8"), range(2))
-    for i, (head_dim, kv, _) in enumerate(basics):
-        heads, (num_sinks, window) = HEADS[i % len(HEADS)], GEOMETRIES[(i + i // 7) % len(GEOMETRIES)]
-        extras = dict(EXTRAS[(i + i // 6) % len(EXTRAS)])
-        if not num_sinks:
-            extras.pop("sink_scale", None)
-        if "rotary_dim" in extras:
-            extras["rotary_dim"] = max(int(head_dim * extras["rotary_dim"]) // 2 * 2, 2)
-        value_dim = (0, 0, 40)[i % 3]
-        if extras.get("gate_dim") == "D":
-            extras["gate_dim"] = value_dim or head_dim
-        found.append(Case(*heads, head_dim, num_sinks, window, F32, kv=kv, value_dim=value_dim, **extras))
-    return found
-
-
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """|got - want| / |want|; NaN if any is."""
-    return float((got.double() - want).norm() / want.norm())
+    return [
+        mixed_case(i, HEADS, head_dim, F32, kv, value_dim=(0, 0, 40)[i % 3])
+        for i, (head_dim, kv, _) in enumerate(basics)
+    ]
 
 
 def check_outputs(case: Case, tokens: Tokens, got: torch.Tensor, most: float, record_property, label: str) -> None:
@@ -125,7 +95,6 @@ def test_steps_and_chunks(record_property, case):
     run_case(case, isas_here()[-1], record_property, LAYOUTS[number % 3], threads=1 + number % 3)
 
 
-@pytest.mark.parametrize("isa", isas_here())
 @pytest.mark.parametrize("case", cases()[::5], ids=str)
 def test_every_instruction_set(record_property, case, isa):
     run_case(case, isa, record_property)
@@ -204,7 +173,6 @@ def test_chunks_in_bfloat16(case):
 
 
 @pytest.mark.parametrize("case", cases()[2::6], ids=str)
-@pytest.mark.parametrize("isa", isas_here())
 def test_nothing_beyond_the_arrays_is_read(case, isa):
     """Every array ends at a page without access."""
     for call, want in recorded(case, isa):
@@ -219,7 +187,6 @@ def test_nothing_beyond_the_arrays_is_read(case, isa):
 
 
 @pytest.mark.parametrize("size", (1, 5))
-@pytest.mark.parametrize("isa", isas_here())
 def test_what_is_not_a_number_stays_in_its_head(isa, size):
     case = Case(6, 2, 64, 4, 40, F32, rotation="none")
     tokens = Tokens.random(case, positions(case, 10))
