@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from sinkexport.graph.edit import is_weight, only_user, static_shape
+from sinkexport.graph.edit import is_weight, known_shape, only_user, operand, static_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,30 @@ class RmsNorm:
     scale: ir.Value
     epsilon: float
     last: ir.Node
+
+
+@dataclasses.dataclass(frozen=True)
+class RowNorm:
+    """A node RMSNormalization over the last axis of x, in float32. scale: [K]."""
+
+    x: ir.Value
+    scale: ir.Value
+    epsilon: float
+
+
+def row_norm(node: ir.Node | None) -> RowNorm | None:
+    """What `node` normalises, if it is such a norm."""
+    if node is None or node.op_type != "RMSNormalization" or node.domain:
+        return None
+    x, scale = operand(node, 0), operand(node, 1)
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
+    shape = known_shape(x)
+    if axis not in (-1, len(shape) - 1) or known_shape(scale) != shape[-1:]:
+        return None
+    if x.dtype != ir.DataType.FLOAT or scale.dtype != ir.DataType.FLOAT:
+        return None
+    epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+    return RowNorm(x, scale, epsilon)
 
 
 def find_rms_norms(graph: ir.Graph) -> Iterator[RmsNorm]:

@@ -68,24 +68,60 @@ SINKEXPORT_INLINE float rmsFactor(const float* x, int64_t count, float epsilon) 
   return 1.0f / sqrt(sum(squares + more) / static_cast<float>(count) + epsilon);
 }
 
+enum class Norm { kNone, kRms, kLayer };
+
 // x as the matmul wants it.
 struct RowSource {
   const float* x;
-  const float* norm_weight;  // null: no norm
+  const float* norm_weight;
+  const float* norm_bias;  // of a layer norm; null: none
   int64_t count;
-  Floats factor;
+  Norm norm;
+  Floats mean, factor;
+
+  RowSource(const LinearParams& params, const float* row)
+      : x(row),
+        norm_weight(params.norm_weight),
+        norm_bias(params.norm_bias),
+        count(params.num_inputs),
+        norm(params.norm_weight == nullptr ? Norm::kNone
+             : params.is_layer_norm        ? Norm::kLayer
+                                           : Norm::kRms),
+        mean(broadcast(0.0f)),
+        factor(broadcast(1.0f)) {
+    if (norm == Norm::kRms) factor = broadcast(rmsFactor(x, count, params.norm_epsilon));
+    if (norm == Norm::kLayer) findMoments(params.norm_epsilon);
+  }
+
+  void findMoments(float epsilon) {
+    Floats all = broadcast(0.0f), squares = all;
+    for (int64_t k = 0; k < count; k += 16) all = all + loadUpTo(x + k, count - k);
+    mean = broadcast(sum(all) / static_cast<float>(count));
+    for (int64_t k = 0; k < count; k += 16) {
+      float part[16] = {};  // lanes beyond the last stay 0
+      storePart(part, loadUpTo(x + k, count - k) - mean, count - k);
+      const Floats off = load(part);
+      squares = fma(off, off, squares);
+    }
+    factor = broadcast(1.0f / sqrt(sum(squares) / static_cast<float>(count) + epsilon));
+  }
 
   // 16 inputs from k on, zeros beyond the last.
   SINKEXPORT_INLINE Floats at(int64_t k) const {
     if (k >= count) return broadcast(0.0f);
     const Floats values = loadUpTo(x + k, count - k);
-    return norm_weight == nullptr ? values : values * factor * loadUpTo(norm_weight + k, count - k);
+    if (norm == Norm::kNone) return values;
+    const Floats scaled = (values - mean) * factor * loadUpTo(norm_weight + k, count - k);
+    return norm_bias == nullptr ? scaled : scaled + loadUpTo(norm_bias + k, count - k);
   }
 
   // The same where all 16 are there.
-  template <bool has_norm>
+  template <Norm kind>
   SINKEXPORT_INLINE Floats whole(int64_t k) const {
-    return has_norm ? load(x + k) * factor * load(norm_weight + k) : load(x + k);
+    if constexpr (kind == Norm::kNone) return load(x + k);
+    if constexpr (kind == Norm::kRms) return load(x + k) * factor * load(norm_weight + k);
+    const Floats scaled = (load(x + k) - mean) * factor * load(norm_weight + k);
+    return norm_bias == nullptr ? scaled : scaled + load(norm_bias + k);
   }
 };
 
@@ -120,22 +156,28 @@ SINKEXPORT_INLINE void roundGroup(const Floats (&values)[most], int vectors, int
 }
 
 // All groups of a row that lie within it; the rest is left. Returns how many.
-template <int vectors, bool has_norm>
+template <int vectors, Norm kind>
 SINKEXPORT_INLINE int64_t packWholeGroups(const RowSource& source, int factor_of_sum, const RowTarget& target) {
   const int64_t groups = source.count / (16 * vectors);
   for (int64_t g = 0; g < groups; ++g) {
     Floats values[vectors];
-    for (int i = 0; i < vectors; ++i) values[i] = source.whole<has_norm>((g * vectors + i) * 16);
+    for (int i = 0; i < vectors; ++i) values[i] = source.whole<kind>((g * vectors + i) * 16);
     roundGroup(values, vectors, g * vectors * 16, vectors * 16, factor_of_sum, target, g);
   }
   return groups;
 }
 
-template <bool has_norm>
+template <Norm kind>
 int64_t packWholeGroups(const RowSource& source, int64_t group, int factor_of_sum, const RowTarget& target) {
-  if (group == 32) return packWholeGroups<2, has_norm>(source, factor_of_sum, target);
-  if (group == 64) return packWholeGroups<4, has_norm>(source, factor_of_sum, target);
-  return packWholeGroups<8, has_norm>(source, factor_of_sum, target);
+  if (group == 32) return packWholeGroups<2, kind>(source, factor_of_sum, target);
+  if (group == 64) return packWholeGroups<4, kind>(source, factor_of_sum, target);
+  return packWholeGroups<8, kind>(source, factor_of_sum, target);
+}
+
+inline int64_t packWholeGroups(const RowSource& source, int64_t group, int factor_of_sum, const RowTarget& target) {
+  if (source.norm == Norm::kRms) return packWholeGroups<Norm::kRms>(source, group, factor_of_sum, target);
+  if (source.norm == Norm::kLayer) return packWholeGroups<Norm::kLayer>(source, group, factor_of_sum, target);
+  return packWholeGroups<Norm::kNone>(source, group, factor_of_sum, target);
 }
 
 SINKEXPORT_INLINE void packFloats(const RowSource& source, const Format& format, const RowTarget& target) {
@@ -159,17 +201,13 @@ inline int sumFactor(const LinearParams& params) {
 }
 
 inline void packRow(const LinearParams& params, const Format& format, const float* x, const RowTarget& target) {
-  RowSource source{x, params.norm_weight, params.num_inputs, broadcast(1.0f)};
-  if (params.norm_weight != nullptr) {
-    source.factor = broadcast(rmsFactor(x, params.num_inputs, params.norm_epsilon));
-  }
+  const RowSource source(params, x);
   if (!format.is_integer) {
     packFloats(source, format, target);
     return;
   }
   const int factor = sumFactor(params);
-  int64_t g = params.norm_weight != nullptr ? packWholeGroups<true>(source, format.group, factor, target)
-                                            : packWholeGroups<false>(source, format.group, factor, target);
+  int64_t g = packWholeGroups(source, format.group, factor, target);
   for (; g < format.groups; ++g) {
     const int64_t start = g * format.group, rest = format.padded_inputs - start;
     const int64_t count = rest < format.group ? rest : format.group;
