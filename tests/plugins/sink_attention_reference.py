@@ -79,7 +79,7 @@ class Tokens:
     """N tokens of B streams. q: [B, Hq, N, D], k, v: [B, Hkv, N, D], of the case's dtype, rotated if callers do that.
 
     positions: int64 [B, N]: 0 .. S-1, then any ones without gaps. frequency: int64 [R/2], turns a token by 2^-32.
-    gate: [B, Hq, N, gate_dim]. Per head float32 [Hq]: slopes, sink_logit, sink_scale. Norms float32 [D]: q_norm, k_norm.
+    gate: [B, Hq, N, gate_dim]. Per head float32 [Hq]: slopes, sink_logit, sink_scale. Norms [D]: q_norm, k_norm.
     """
 
     q: torch.Tensor

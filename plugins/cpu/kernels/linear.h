@@ -36,7 +36,7 @@ struct LinearParams {
   int block_size = 0;  // inputs that share a scale: int8 0 (all of them), 32, 64 or 128; int4 32, 64 or 128; else 0
   ScaleType scale_type = ScaleType::kFloat32;
   Activation activation = Activation::kNone;
-  bool is_gated = false;      // y = activation(x . gate^T) * (x . up^T)
+  bool is_gated = false;       // y = activation(x . gate^T) * (x . up^T)
   bool is_layer_norm = false;  // the norm of x takes the mean off first: (x - mean) / sqrt(variance + epsilon)
   float norm_epsilon = 0.0f;   // of norm_weight
   float multiplier = 1.0f;     // on what the activation gives
@@ -51,7 +51,7 @@ struct LinearParams {
   const float* bias = nullptr;          // [N], gated [2N], all gates first; with experts [E, ..]; null: none
   const float* output_norm_weight = nullptr;  // [N], of an RMS norm of each row before `residual`; null: none
   const float* residual = nullptr;            // [M, N], added last; null: none
-  float* y = nullptr;                   // [M, N]
+  float* y = nullptr;                         // [M, N]
 
   int num_experts = 0;             // E; 0: one matrix for all rows
   int64_t num_x_rows = 0;          // with experts, divides M: row m of y is of row m / (M / num_x_rows) of x

@@ -224,6 +224,7 @@ struct Run {
     const int64_t outputs = params.num_outputs;
     const bool is_whole = tile.width == 16;
     const Floats multiplier = broadcast(params.multiplier);
+    const float* residual = params.output_norm_weight == nullptr ? params.residual : nullptr;  // after the norm if any
     Floats bias = broadcast(0.0f), up_bias = bias;
     if (params.bias != nullptr) {
       const float* from = params.bias + tile.bias_at + tile.column;
@@ -235,7 +236,7 @@ struct Run {
       Floats value = activate<activation>(load(tile.out + r * 16) + bias);
       if (params.is_gated) value = value * (load(tile.out + (tile.rows + r) * 16) + up_bias);
       value = value * multiplier;
-      if (params.residual != nullptr && params.output_norm_weight == nullptr) value = value + loadUpTo(params.residual + at, tile.width);
+      if (residual != nullptr) value = value + loadUpTo(residual + at, tile.width);
       if (is_whole) {
         store(params.y + at, value);
       } else {
@@ -309,19 +310,10 @@ struct Run {
 
   // The norm after the matmul, and the residual: a row needs all of its tiles.
   void normaliseOutputs(const Parallel& parallel) const {
-    const int64_t rows = params.num_rows, outputs = params.num_outputs;
-    const int64_t parts = rows * outputs <= kPackedByEach ? 1 : smaller(rows, parallel.threads);
+    const int64_t rows = params.num_rows;
+    const int64_t parts = rows * params.num_outputs <= kPackedByEach ? 1 : smaller(rows, parallel.threads);
     parallelFor(parallel, parts, [&](int64_t part) {
-      for (int64_t m = part * rows / parts; m < (part + 1) * rows / parts; ++m) {
-        float* y = params.y + m * outputs;
-        const Floats factor = broadcast(rmsFactor(y, outputs, params.output_norm_epsilon));
-        for (int64_t n = 0; n < outputs; n += 16) {
-          const int64_t left = outputs - n;
-          Floats value = loadUpTo(y + n, left) * factor * loadUpTo(params.output_norm_weight + n, left);
-          if (params.residual != nullptr) value = value + loadUpTo(params.residual + m * outputs + n, left);
-          storePart(y + n, value, left);
-        }
-      }
+      for (int64_t m = part * rows / parts; m < (part + 1) * rows / parts; ++m) finishRow(params, m);
     });
   }
 

@@ -24,7 +24,14 @@ EXTRAS = (
     {"rotation": "caller", "rotary_dim": 1.0},
     {"rotation": "kernel", "rotary_dim": 0.5, "interleaved": True, "softcap": 4.0},
     {"alibi": True},
-    {"rotation": "kernel", "rotary_dim": 1.0, "rope_scaling": 1.2, "sink_logit": True, "gate_dim": "D", "qk_norm": True},
+    {
+        "rotation": "kernel",
+        "rotary_dim": 1.0,
+        "rope_scaling": 1.2,
+        "sink_logit": True,
+        "gate_dim": "D",
+        "qk_norm": True,
+    },
     {"rotation": "caller", "rotary_dim": 0.25, "interleaved": True, "sink_scale": True, "gate_dim": 1},
     {
         "rotation": "kernel",

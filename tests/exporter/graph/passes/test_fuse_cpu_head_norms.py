@@ -11,7 +11,15 @@ from sinkexport.graph.edit import constant
 from sinkexport.graph.passes.fuse_cpu_head_norms import FuseCpuHeadNorms
 from sinkexport.graph.passes.use_cpu_attention import UseCpuAttention
 
-from tests.exporter.graph.passes.attention_graphs import BATCH, DIM, HEADS, KV_HEADS, attention_graph, attention_of, value
+from tests.exporter.graph.passes.attention_graphs import (
+    BATCH,
+    DIM,
+    HEADS,
+    KV_HEADS,
+    attention_graph,
+    attention_of,
+    value,
+)
 from tests.exporter.graph.passes.pass_checks import check_left_alone, kinds, parsed
 
 FLOAT = ir.DataType.FLOAT
