@@ -1,9 +1,11 @@
-"""Find root-mean-square norms (arXiv:1910.07467), which models spell out in six operators or more."""
+"""Find root-mean-square norms (arXiv:1910.07467) and layer norms that models spell out in six operators or more."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import onnx_ir as ir
 
@@ -57,7 +59,36 @@ def find_rms_norms(graph: ir.Graph) -> Iterator[RmsNorm]:
             yield norm
 
 
-def _match(mean: ir.Node) -> RmsNorm | None:
+def find_layer_norms(graph: ir.Graph) -> Iterator[RmsNorm]:
+    """Every layer norm without a bias over the last axis (Cohere), likewise: x is what the mean is taken off."""
+    for node in list(graph):
+        norm = _match(node, _is_same_difference) if node.op_type == "ReduceMean" and not node.domain else None
+        if norm is not None and (x := _without_mean(norm.x)) is not None:
+            yield dataclasses.replace(norm, x=x)
+
+
+def _without_mean(centred: ir.Value) -> ir.Value | None:
+    """x, if a value is ``x - mean(x)``."""
+    node = centred.producer()
+    if node is None or node.op_type != "Sub" or node.domain:
+        return None
+    x, mean = operand(node, 0), operand(node, 1).producer()
+    if mean is None or mean.op_type != "ReduceMean" or mean.domain or mean.inputs[0] is not x:
+        return None
+    return x if _over_last_axis(mean) else None
+
+
+def _is_same_difference(a: ir.Value | None, b: ir.Value | None) -> bool:
+    """Whether two values are one, or are computed as one difference: models write it twice."""
+    if a is b or a is None or b is None:
+        return a is b
+    one, other = a.producer(), b.producer()
+    if one is None or other is None or (one.op_type, one.domain) != ("Sub", ""):
+        return False
+    return (other.op_type, other.domain) == ("Sub", "") and list(one.inputs) == list(other.inputs)
+
+
+def _match(mean: ir.Node, is_same: Callable[[Any, Any], bool] = operator.is_) -> RmsNorm | None:
     square = mean.inputs[0].producer() if mean.inputs[0] is not None else None
     source = _squared(square)
     if source is None or not _over_last_axis(mean):
@@ -67,7 +98,7 @@ def _match(mean: ir.Node) -> RmsNorm | None:
     root = only_user(addition.outputs[0], "Sqrt") if addition else None
     inverse = only_user(root.outputs[0], "Reciprocal") if root else None
     scaled = only_user(inverse.outputs[0], "Mul") if inverse else None
-    if epsilon is None or scaled is None or source not in scaled.inputs:
+    if epsilon is None or scaled is None or not any(is_same(source, value) for value in scaled.inputs):
         return None
     normalized = scaled.outputs[0]
     if (cast := only_user(normalized, "Cast")) is not None:

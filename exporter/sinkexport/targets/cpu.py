@@ -36,6 +36,7 @@ CPU = Target(
         "fuse_cpu_output_norms",  # after biases
         "fuse_cpu_additions",  # residuals, which are added last
         "fuse_cpu_activations",  # after biases
+        "fuse_layer_norms",
         "fuse_cpu_norms",
         "name_cpu_fields",  # last: of finished nodes
     ),

@@ -63,7 +63,7 @@ def test_five_nodes_a_layer(recipe: str | None, tmp_path: Path) -> None:
     assert (session.manifest.target, session.manifest.plugin_abi) == ("cpu", CPU_ABI)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text", "granite", "phi3", "stablelm"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text", "granite", "phi3", "stablelm", "cohere"])
 def test_norms_of_heads_and_results_are_part_of_the_five_nodes(family: str, tmp_path: Path) -> None:
     session = exported(family, tmp_path / "bundle")
     layers = session.manifest.model.num_layers
@@ -75,7 +75,7 @@ def test_norms_of_heads_and_results_are_part_of_the_five_nodes(family: str, tmp_
         # The last norm of a chunk is of the last token's row alone, or of all rows.
         assert sum(found[kind] for kind in between) <= (role == "prefill"), found
     # Scales of embeddings and logits, softcaps, views of the last row.
-    around = {"gemma2": 6, "gemma3_text": 3, "granite": 2}.get(family, 0)
+    around = {"gemma2": 6, "gemma3_text": 3, "granite": 2, "cohere": 2}.get(family, 0)
     assert sum(kinds(tmp_path / "bundle").values()) == 5 * layers + 3 + around
 
 
@@ -99,7 +99,7 @@ def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
     "family",
     [
         *("llama", "qwen2", "qwen3", "gemma2", "gpt_oss", "gpt_neox", "bloom", "mixtral", "deepseek_v2", "lfm2"),
-        *("gemma3_text", "granite", "phi3", "stablelm"),
+        *("gemma3_text", "granite", "phi3", "stablelm", "cohere"),
     ],
 )
 def test_dense_and_past_six_wraps(family: str, tmp_path: Path) -> None:
