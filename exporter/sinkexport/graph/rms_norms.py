@@ -49,13 +49,14 @@ def row_norm(node: ir.Node | None) -> RowNorm | None:
     return RowNorm(x, scale, epsilon)
 
 
-def find_rms_norms(graph: ir.Graph) -> Iterator[RmsNorm]:
+def find_rms_norms(graph: ir.Graph, *, with_powers: bool = False) -> Iterator[RmsNorm]:
     """Every norm over the last axis. One that was found may be replaced before the next is asked for.
 
     Follows values, not names, and looks through the casts to float32 and back that half-precision models have.
+    with_powers: also norms that write 1 / sqrt(..) as a power of -1/2 (Gemma 3n and 4).
     """
     for node in list(graph):
-        if node.op_type == "ReduceMean" and (norm := _match(node)) is not None:
+        if node.op_type == "ReduceMean" and (norm := _match(node, with_powers=with_powers)) is not None:
             yield norm
 
 
@@ -88,15 +89,25 @@ def _is_same_difference(a: ir.Value | None, b: ir.Value | None) -> bool:
     return (other.op_type, other.domain) == ("Sub", "") and list(one.inputs) == list(other.inputs)
 
 
-def _match(mean: ir.Node, is_same: Callable[[Any, Any], bool] = operator.is_) -> RmsNorm | None:
+def _inverse_root(value: ir.Value, *, with_powers: bool) -> ir.Node | None:
+    """The node that ends ``1 / sqrt(value)``."""
+    root = only_user(value, "Sqrt")
+    if root is not None:
+        return only_user(root.outputs[0], "Reciprocal")
+    power = only_user(value, "Pow") if with_powers else None
+    return power if power is not None and power.inputs[0] is value and _number(power.inputs[1]) == -0.5 else None
+
+
+def _match(
+    mean: ir.Node, is_same: Callable[[Any, Any], bool] = operator.is_, *, with_powers: bool = False
+) -> RmsNorm | None:
     square = mean.inputs[0].producer() if mean.inputs[0] is not None else None
     source = _squared(square)
     if source is None or not _over_last_axis(mean):
         return None
     addition = only_user(mean.outputs[0], "Add")
     epsilon = _number(next((v for v in addition.inputs if is_weight(v)), None)) if addition else None
-    root = only_user(addition.outputs[0], "Sqrt") if addition else None
-    inverse = only_user(root.outputs[0], "Reciprocal") if root else None
+    inverse = _inverse_root(addition.outputs[0], with_powers=with_powers) if addition else None
     scaled = only_user(inverse.outputs[0], "Mul") if inverse else None
     if epsilon is None or scaled is None or not any(is_same(source, value) for value in scaled.inputs):
         return None

@@ -12,12 +12,14 @@ from sinkexport.graph.rms_norms import find_rms_norms
 class FuseRmsNorms(GraphPass):
     """Fuse every norm over the last axis whose input, scale and result have one type.
 
-    RMSNormalization itself computes in float32 (stash_type) and scales in the type of its input.
+    RMSNormalization itself computes in float32 (stash_type) and scales in the type of its input. Norms with a power of
+    -1/2 are fused for the CPU library, which takes them into its nodes; other targets keep their operators.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Replace the last node of each norm; those before it are left without use."""
-        found = [n for n in find_rms_norms(model.graph) if n.x.dtype == n.scale.dtype == n.last.outputs[0].dtype]
+        norms = find_rms_norms(model.graph, with_powers=self.context.target.has_cpu_library)
+        found = [n for n in norms if n.x.dtype == n.scale.dtype == n.last.outputs[0].dtype]
         for norm in found:
             fused = ir.node(
                 "RMSNormalization",
