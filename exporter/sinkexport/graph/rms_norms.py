@@ -60,6 +60,14 @@ def find_rms_norms(graph: ir.Graph, *, with_powers: bool = False) -> Iterator[Rm
             yield norm
 
 
+def find_unscaled_norms(graph: ir.Graph) -> Iterator[tuple[ir.Value, float, ir.Node]]:
+    """Every float32 norm over the last axis that nothing scales (values of Gemma 4): x, epsilon, the last node."""
+    for node in list(graph):
+        found = _unscaled(node, with_powers=True) if node.op_type == "ReduceMean" and not node.domain else None
+        if found is not None and found.x.dtype == ir.DataType.FLOAT:
+            yield found.x, found.epsilon, found.last
+
+
 def find_layer_norms(graph: ir.Graph) -> Iterator[RmsNorm]:
     """Every layer norm without a bias over the last axis (Cohere), likewise: x is what the mean is taken off."""
     for node in list(graph):
@@ -98,9 +106,19 @@ def _inverse_root(value: ir.Value, *, with_powers: bool) -> ir.Node | None:
     return power if power is not None and power.inputs[0] is value and _number(power.inputs[1]) == -0.5 else None
 
 
-def _match(
+@dataclasses.dataclass(frozen=True)
+class _Unscaled:
+    """``x / sqrt(mean(x^2) + epsilon)``, ending in node `last`. result: in the type that is scaled."""
+
+    x: ir.Value
+    epsilon: float
+    last: ir.Node
+    result: ir.Value
+
+
+def _unscaled(
     mean: ir.Node, is_same: Callable[[Any, Any], bool] = operator.is_, *, with_powers: bool = False
-) -> RmsNorm | None:
+) -> _Unscaled | None:
     square = mean.inputs[0].producer() if mean.inputs[0] is not None else None
     source = _squared(square)
     if source is None or not _over_last_axis(mean):
@@ -111,17 +129,22 @@ def _match(
     scaled = only_user(inverse.outputs[0], "Mul") if inverse else None
     if epsilon is None or scaled is None or not any(is_same(source, value) for value in scaled.inputs):
         return None
-    normalized = scaled.outputs[0]
-    if (cast := only_user(normalized, "Cast")) is not None:
-        normalized = cast.outputs[0]
-    scaling = only_user(normalized, "Mul")
-    if scaling is None:
+    cast = only_user(scaled.outputs[0], "Cast")
+    return _Unscaled(source, epsilon, scaled, (cast or scaled).outputs[0])
+
+
+def _match(
+    mean: ir.Node, is_same: Callable[[Any, Any], bool] = operator.is_, *, with_powers: bool = False
+) -> RmsNorm | None:
+    found = _unscaled(mean, is_same, with_powers=with_powers)
+    scaling = None if found is None else only_user(found.result, "Mul")
+    if found is None or scaling is None:
         return None
-    scale = scaling.inputs[1] if scaling.inputs[0] is normalized else scaling.inputs[0]
-    width = static_shape(source)
+    scale = scaling.inputs[1] if scaling.inputs[0] is found.result else scaling.inputs[0]
+    width = static_shape(found.x)
     if scale is None or width is None or static_shape(scale) != width[-1:]:
         return None
-    return RmsNorm(_before_cast(source), scale, epsilon, scaling)
+    return RmsNorm(_before_cast(found.x), scale, found.epsilon, scaling)
 
 
 def _squared(node: ir.Node | None) -> ir.Value | None:

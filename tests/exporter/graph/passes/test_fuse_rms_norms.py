@@ -61,6 +61,18 @@ def test_a_power_of_minus_a_half_for_the_cpu_library() -> None:
     check_left_alone(model(-1.0), FuseRmsNorms(PassContext(CPU)))
 
 
+def test_without_a_scale_for_the_cpu_library() -> None:
+    def model() -> ir.Model:
+        body = NORM.format(square=POW.format(x="x"), wide="x", ending="y = Neg (normal)")
+        constants = "float epsilon = {0.01}, float two = {2}, int64[1] axes = {-1}"
+        return parsed(body, "float[2, 3, 8] x", "float[2, 3, 8] y", constants)
+
+    norm = model()
+    check_same_results(norm, FuseRmsNorms(PassContext(CPU)))
+    assert kinds(norm) == ["Neg", "RMSNormalization"]
+    check_left_alone(model(), FuseRmsNorms())
+
+
 @pytest.mark.parametrize("changes", [{}, {"square": MUL}, {"half": True}], ids=str)
 def test_a_norm_becomes_one_operator(changes: dict) -> None:
     model = norm_graph(**changes)
