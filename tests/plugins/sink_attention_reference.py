@@ -12,7 +12,7 @@ import torch
 from sinkrt.ring import TURN
 
 QK_EPSILON = 0.01
-"""Of norms of queries and keys: large, so that one left out is noticed."""
+"""Epsilon of norms of queries and keys: large, so that one left out is noticed."""
 
 
 @dataclasses.dataclass(frozen=True)
