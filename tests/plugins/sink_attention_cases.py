@@ -31,9 +31,12 @@ EXTRAS = (
 
 
 def mixed_case(
-    number: int, heads: Sequence[tuple[int, int]], head_dim: int, dtype: torch.dtype, kv: str, value_dim: int = 0
+    number: int, heads: Sequence[tuple[int, int]], head_dim: int, dtype: torch.dtype, kv: str, value_dim: int = 0, qk_norm: bool = False
 ) -> Case:
-    """A case with combinations of the rest that `number` chooses: over many, all of each list appear often."""
+    """A case with combinations of the rest that `number` chooses: over many, all of each list appear often.
+
+    qk_norm: cases with a sink logit and a gate have norms of queries and keys too.
+    """
     num_q_heads, num_kv_heads = heads[number % len(heads)]
     num_sinks, window = GEOMETRIES[(number + number // 7) % len(GEOMETRIES)]
     extras = dict(EXTRAS[(number + number // 6) % len(EXTRAS)])
@@ -43,6 +46,7 @@ def mixed_case(
         extras["rotary_dim"] = max(int(head_dim * extras["rotary_dim"]) // 2 * 2, 2)
     if extras.get("gate_dim") == "D":
         extras["gate_dim"] = value_dim or head_dim
+        extras["qk_norm"] = qk_norm
     return Case(num_q_heads, num_kv_heads, head_dim, num_sinks, window, dtype, kv=kv, value_dim=value_dim, **extras)
 
 

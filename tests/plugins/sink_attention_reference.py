@@ -11,6 +11,9 @@ import dataclasses
 import torch
 from sinkrt.ring import TURN
 
+QK_EPSILON = 0.01
+"""Epsilon of norms of queries and keys: large, so that one left out is noticed."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -19,6 +22,7 @@ class Case:
     value_dim: of values and outputs, 0: head_dim.
     rotation: ``none``, ``caller`` (q and k come rotated, queries are turned back by given cos and sin) or ``kernel``.
     gate_dim: 0 (no gate), 1 or head_dim.
+    qk_norm: RMS norms of queries and keys before the rotation.
     """
 
     num_q_heads: int
@@ -39,6 +43,7 @@ class Case:
     gate_dim: int = 0
     batch: int = 3
     value_dim: int = 0
+    qk_norm: bool = False
 
     @property
     def value_size(self) -> int:
@@ -53,7 +58,7 @@ class Case:
         return float(self.head_dim**-0.5)
 
     def __str__(self) -> str:
-        names = ("softcap", "alibi", "sink_logit", "sink_scale", "interleaved")
+        names = ("softcap", "alibi", "sink_logit", "sink_scale", "interleaved", "qk_norm")
         extras = [name for name in names if getattr(self, name)]
         extras += [f"gate{self.gate_dim}"] if self.gate_dim else []
         extras += [f"Dv{self.value_dim}"] if self.value_dim else []
@@ -74,7 +79,7 @@ class Tokens:
     """N tokens of B streams. q: [B, Hq, N, D], k, v: [B, Hkv, N, D], of the case's dtype, rotated if callers do that.
 
     positions: int64 [B, N]: 0 .. S-1, then any ones without gaps. frequency: int64 [R/2], turns a token by 2^-32.
-    gate: [B, Hq, N, gate_dim]. Per head float32 [Hq]: slopes, sink_logit, sink_scale.
+    gate: [B, Hq, N, gate_dim]. Per head float32 [Hq]: slopes, sink_logit, sink_scale. Norms [D]: q_norm, k_norm.
     """
 
     q: torch.Tensor
@@ -86,6 +91,8 @@ class Tokens:
     slopes: torch.Tensor | None
     sink_logit: torch.Tensor | None
     sink_scale: torch.Tensor | None
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
 
     @classmethod
     def random(cls, case: Case, positions: torch.Tensor) -> Tokens:
@@ -106,6 +113,8 @@ class Tokens:
             slopes=torch.rand(case.num_q_heads, device=device) if case.alibi else None,
             sink_logit=torch.randn(case.num_q_heads, device=device) * 3 if case.sink_logit else None,
             sink_scale=torch.rand(case.num_q_heads, device=device) * 3 if case.sink_scale else None,
+            q_norm=torch.rand(case.head_dim, device=device) + 0.5 if case.qk_norm else None,
+            k_norm=torch.rand(case.head_dim, device=device) + 0.5 if case.qk_norm else None,
         )
 
     def shift(self, case: Case) -> torch.Tensor:
@@ -132,6 +141,14 @@ def turned(x: torch.Tensor, angle: torch.Tensor, case: Case, scaling: float = 1.
     return torch.cat((head, rest), -1)
 
 
+def normed(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Rows of x [.., D] by their RMS norm in float64; x itself without a weight."""
+    if weight is None:
+        return x
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + QK_EPSILON).sqrt() * weight.double()
+
+
 def as_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Entries and scales [..] of rows x [.., D], in float64: tests/reference/oracle.py's Int8Row."""
     scale = (x.abs().amax(-1) / 127).clamp(2.0**-17, 65504.0).half().double()
@@ -140,7 +157,7 @@ def as_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def stored_rows(case: Case, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
     """k, v [B, Hkv, N, D] in float64 as states hold floating-point rows: keys rotated."""
-    k = tokens.k.double()
+    k = normed(tokens.k, tokens.k_norm).double()
     if case.rotation == "kernel":
         k = turned(k, angles(tokens.positions, tokens.frequency), case, case.rope_scaling)
     return k, tokens.v.double()
@@ -159,7 +176,7 @@ def attention(case: Case, tokens: Tokens, dtype: torch.dtype, queries: slice = s
         v = torch.where(is_sink[:, None], v, v_int8 * v_scale[..., None])
     if case.kv == "fp16":
         k, v = (torch.where(is_sink[:, None], x, x.half().double()) for x in (k, v))
-    q = tokens.q[:, :, queries]
+    q = normed(tokens.q[:, :, queries], tokens.q_norm)
     positions, shift = tokens.positions[:, queries], tokens.shift(case)[:, queries]
     if case.rotation == "kernel":
         q_window = turned(q, angles(positions, tokens.frequency), case, case.rope_scaling)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from sinkrt.ring import TURN
 
-from tests.plugins.sink_attention_reference import Case, Tokens, angles, attention, turned
+from tests.plugins.sink_attention_reference import QK_EPSILON, Case, Tokens, angles, attention, turned
+from tests.reference.layers import rms_norm
 from tests.reference.oracle import SinkAttentionOracle
 
 CASES = [
@@ -18,6 +19,7 @@ CASES = [
     Case(7, 1, 16, 4, 6, torch.float64, kv="int8", rotation="none", alibi=True, softcap=5.0, sink_scale=True),
     Case(3, 1, 16, 2, 6, torch.float64, rotation="kernel", rotary_dim=4, sink_logit=True),
     Case(4, 2, 16, 2, 6, torch.float64, kv="fp16", rotation="kernel", rotary_dim=16, value_dim=8),
+    Case(4, 2, 16, 2, 6, torch.float64, kv="int8", rotation="kernel", rotary_dim=8, qk_norm=True),
 ]
 
 
@@ -36,6 +38,8 @@ def oracle_outputs(case: Case, tokens: Tokens) -> np.ndarray:
         **{name: None if x is None else x.numpy() for name, x in per_head.items()},
     )
     q, k, v = (x.numpy() for x in (tokens.q, tokens.k, tokens.v))
+    if tokens.q_norm is not None and tokens.k_norm is not None:
+        q, k = rms_norm(q, tokens.q_norm.numpy(), QK_EPSILON), rms_norm(k, tokens.k_norm.numpy(), QK_EPSILON)
     gates = [None] * q.shape[2] if tokens.gate is None else [tokens.gate[:, :, i].numpy() for i in range(q.shape[2])]
     return np.stack([oracle.step(q[:, :, i], k[:, :, i], v[:, :, i], gates[i]) for i in range(q.shape[2])], axis=2)
 

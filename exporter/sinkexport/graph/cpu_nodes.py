@@ -30,7 +30,10 @@ BITS_OF_EXPERTS: Mapping[str, int] = {FLOAT_EXPERT_LINEAR: 32, INT8_EXPERT_LINEA
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu2")
 """Names of a linear's activations."""
 
-_FUSED = ("norm", "has_bias", "has_residual")
+RMS, LAYER_NORM = 1, 2
+"""Values of a linear's field ``norm``."""
+
+_FUSED = ("norm", "has_norm_bias", "has_bias", "output_norm", "has_residual")
 """Fields that say which inputs follow the weights, in their order."""
 
 
@@ -45,10 +48,11 @@ def is_cpu_node(node: ir.Node) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """``y = activation(norm(x) . W^T + bias) + residual``, or of gates and ups their gated form.
+    """``y = output_norm(activation(norm(x) . W^T + bias) * multiplier) + residual``; gates and ups in their gated form.
 
     weights: packed bytes, then scales and zero points if there are any. in_features, out_features: of x and y.
-    norm_weight: [K] of an RMS norm of x; None: no norm.
+    norm_weight: [K] of an RMS norm of x, or of a layer norm with norm_bias [K] or None; None: no norm.
+    output_norm_weight: [N] of an RMS norm of each row of the result.
     """
 
     op_type: str
@@ -59,10 +63,15 @@ class Linear:
     block_size: int
     norm_weight: ir.Value | None = None
     norm_epsilon: float = 0.0
+    norm_bias: ir.Value | None = None
+    is_layer_norm: bool = False
     bias: ir.Value | None = None
     residual: ir.Value | None = None
     activation: str = "none"
     is_gated: bool = False
+    multiplier: float = 1.0
+    output_norm_weight: ir.Value | None = None
+    output_norm_epsilon: float = 0.0
 
     @classmethod
     def made(cls, graph: ir.Graph, x: ir.Value, matrix: PackedMatrix, bias: ir.Value | None = None) -> Linear:
@@ -77,7 +86,7 @@ class Linear:
         fields = {name: attribute.value for name, attribute in node.attributes.items()}
         num_weights = 1 + (node.op_type != FLOAT_LINEAR) + fields["has_zero_points"]
         rest = iter([operand(node, i) for i in range(1 + num_weights, len(node.inputs))])
-        norm_weight, bias, residual = (next(rest) if fields[name] else None for name in _FUSED)
+        norm_weight, norm_bias, bias, output_norm, residual = (next(rest) if fields[name] else None for name in _FUSED)
         return cls(
             op_type=node.op_type,
             x=operand(node, 0),
@@ -87,11 +96,22 @@ class Linear:
             block_size=fields["block_size"],
             norm_weight=norm_weight,
             norm_epsilon=fields["norm_epsilon"],
+            norm_bias=norm_bias,
+            is_layer_norm=fields["norm"] == LAYER_NORM,
             bias=bias,
             residual=residual,
             activation=fields["activation"],
             is_gated=bool(fields["gated"]),
+            multiplier=fields["multiplier"],
+            output_norm_weight=output_norm,
+            output_norm_epsilon=fields["output_norm_epsilon"],
         )
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether nothing follows the matmul but a bias."""
+        is_scaled = self.multiplier != 1.0 or self.output_norm_weight is not None
+        return self.activation == "none" and self.residual is None and not is_scaled
 
     @property
     def matrix(self) -> PackedMatrix | None:
@@ -100,7 +120,8 @@ class Linear:
 
     def write(self, b: Builder) -> ir.Value:
         """Add the node."""
-        fused = (self.norm_weight, self.bias, self.residual)
+        fused = (self.norm_weight, self.norm_bias, self.bias, self.output_norm_weight, self.residual)
+        norm = 0 if self.norm_weight is None else LAYER_NORM if self.is_layer_norm else RMS
         inputs = [self.x, *self.weights, *(value for value in fused if value is not None)]
         return _op(
             b,
@@ -110,13 +131,17 @@ class Linear:
             in_features=self.in_features,
             out_features=self.out_features,
             **_weight_fields(self.weights, self.block_size),
-            norm=int(self.norm_weight is not None),
+            norm=norm,
             norm_epsilon=float(self.norm_epsilon),
             norm_offset=0,
+            has_norm_bias=int(self.norm_bias is not None),
             has_bias=int(self.bias is not None),
             has_residual=int(self.residual is not None),
             activation=self.activation,
             gated=int(self.is_gated),
+            multiplier=float(self.multiplier),
+            output_norm=int(self.output_norm_weight is not None),
+            output_norm_epsilon=float(self.output_norm_epsilon),
         )
 
 

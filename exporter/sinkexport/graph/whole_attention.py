@@ -6,6 +6,7 @@ The TensorRT plugin and the CPU library take the same inputs in the same order, 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -87,7 +88,7 @@ class States:
 
 
 def make_whole(
-    graph: ir.Graph, node: ir.Node, *, dtype: ir.DataType, frequency: np.dtype, fields: dict[str, int | str]
+    graph: ir.Graph, node: ir.Node, *, dtype: ir.DataType, frequency: np.dtype, fields: Mapping[str, float | int | str]
 ) -> None:
     """Replace a traced node. dtype: of all but the states, scales and numbers of heads. frequency: its type's bits.
 

@@ -29,9 +29,15 @@ CPU = Target(
         "use_cpu_attention",
         "expand_attention",  # what the library's attention does not do
         "make_reshapes_static",
+        "fuse_cpu_slices",
+        "fuse_cpu_head_norms",
         "pack_heads",
         "fuse_cpu_additions",
-        "fuse_cpu_activations",  # after biases, which are added first
+        "fuse_cpu_output_norms",  # after biases
+        "fuse_cpu_additions",  # residuals, which are added last
+        "fuse_cpu_activations",  # after biases
+        "fuse_layer_norms",
         "fuse_cpu_norms",
+        "name_cpu_fields",  # last: of finished nodes
     ),
 )

@@ -126,8 +126,18 @@ const char* linearProblem(const LinearParams& params, bool shapes_only) {
   if (!(params.norm_epsilon >= 0.0f && params.norm_epsilon < 1e30f)) {
     return explain("norm_epsilon: received %g, expected a number from 0 on", static_cast<double>(params.norm_epsilon));
   }
+  if (!(params.output_norm_epsilon >= 0.0f && params.output_norm_epsilon < 1e30f)) {
+    return explain("output_norm_epsilon: received %g, expected a number from 0 on",
+                   static_cast<double>(params.output_norm_epsilon));
+  }
+  if (!(params.multiplier > -1e30f && params.multiplier < 1e30f)) {
+    return explain("multiplier: received %g, expected a finite number", static_cast<double>(params.multiplier));
+  }
   if (const char* problem = expertProblem(params, shapes_only)) return problem;
   if (shapes_only) return nullptr;
+  if (params.norm_bias != nullptr && (!params.is_layer_norm || params.norm_weight == nullptr)) {
+    return "norm_bias: received a pointer, expected null without a layer norm";
+  }
   if (const char* problem = pointerProblem({{"x", params.x, 4}, {"y", params.y, 4}})) return problem;
   if (const char* problem = weightPointerProblem(params.weight_type, params.weight, params.scale, params.zero_point)) {
     return problem;
@@ -136,6 +146,9 @@ const char* linearProblem(const LinearParams& params, bool shapes_only) {
   const int64_t y_bytes = params.num_rows * params.num_outputs * 4;
   if (overlaps(params.y, y_bytes, params.x, x_rows * params.num_inputs * 4)) {
     return "y: overlaps x, expected memory of its own";
+  }
+  if (params.output_norm_weight != nullptr && params.residual == params.y) {
+    return "y: is residual's memory, expected memory of its own with output_norm_weight";
   }
   if (params.residual != nullptr && params.residual != params.y &&
       overlaps(params.y, y_bytes, params.residual, y_bytes)) {

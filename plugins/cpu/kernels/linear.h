@@ -1,5 +1,5 @@
-// Matmuls by constant matrices, y = activation(norm(x) . W^T + bias) + residual, with packed weights that are read as
-// they lie in a bundle; by matrices chosen at run time (MoE); and rows of a packed table.
+// Matmuls by constant matrices, y = output_norm(activation(norm(x) . W^T + bias) * multiplier) + residual, with packed
+// weights that are read as they lie in a bundle; by matrices chosen at run time (MoE); and rows of a packed table.
 //
 // Weights are tiles of 16 outputs, the last one padded with rows of zeros (K is padded with zeros too):
 //
@@ -27,7 +27,7 @@ enum class ScaleType : int { kFloat32 = 0, kFloat16 = 1 };
 enum class Activation : int { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu2 = 4 };
 
 // Pointers are dense and row-major; weight and scale 64-byte aligned, x and y as floats are. y may be residual's
-// memory; otherwise it has memory of its own.
+// memory where nothing is normalised after the matmul; otherwise it has memory of its own.
 struct LinearParams {
   int64_t num_rows = 0;     // M, rows of y
   int64_t num_inputs = 0;   // K
@@ -36,17 +36,22 @@ struct LinearParams {
   int block_size = 0;  // inputs that share a scale: int8 0 (all of them), 32, 64 or 128; int4 32, 64 or 128; else 0
   ScaleType scale_type = ScaleType::kFloat32;
   Activation activation = Activation::kNone;
-  bool is_gated = false;      // y = activation(x . gate^T) * (x . up^T)
-  float norm_epsilon = 0.0f;  // of norm_weight
+  bool is_gated = false;       // y = activation(x . gate^T) * (x . up^T)
+  bool is_layer_norm = false;  // the norm of x takes the mean off first: (x - mean) / sqrt(variance + epsilon)
+  float norm_epsilon = 0.0f;   // of norm_weight
+  float multiplier = 1.0f;     // on what the activation gives
+  float output_norm_epsilon = 0.0f;
 
   const float* x = nullptr;             // [M, K]; with experts [num_x_rows, K]
   const void* weight = nullptr;         // packed, as above
   const void* scale = nullptr;          // null with float32 and bfloat16
   const uint8_t* zero_point = nullptr;  // int4 only; null: symmetric
   const float* norm_weight = nullptr;   // [K]: x is x / sqrt(mean(x^2) + norm_epsilon) * norm_weight; null: no norm
+  const float* norm_bias = nullptr;     // [K], of a layer norm: added after the weight; null: none
   const float* bias = nullptr;          // [N], gated [2N], all gates first; with experts [E, ..]; null: none
-  const float* residual = nullptr;      // [M, N], added last; null: none
-  float* y = nullptr;                   // [M, N]
+  const float* output_norm_weight = nullptr;  // [N], of an RMS norm of each row before `residual`; null: none
+  const float* residual = nullptr;            // [M, N], added last; null: none
+  float* y = nullptr;                         // [M, N]
 
   int num_experts = 0;             // E; 0: one matrix for all rows
   int64_t num_x_rows = 0;          // with experts, divides M: row m of y is of row m / (M / num_x_rows) of x

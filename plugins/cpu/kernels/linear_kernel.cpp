@@ -223,6 +223,8 @@ struct Run {
   void finishTile(const FinishedTile& tile) const {
     const int64_t outputs = params.num_outputs;
     const bool is_whole = tile.width == 16;
+    const Floats multiplier = broadcast(params.multiplier);
+    const float* residual = params.output_norm_weight == nullptr ? params.residual : nullptr;  // after the norm if any
     Floats bias = broadcast(0.0f), up_bias = bias;
     if (params.bias != nullptr) {
       const float* from = params.bias + tile.bias_at + tile.column;
@@ -233,7 +235,8 @@ struct Run {
       const int64_t at = rowOfY(tile.first_row + r) * outputs + tile.column;
       Floats value = activate<activation>(load(tile.out + r * 16) + bias);
       if (params.is_gated) value = value * (load(tile.out + (tile.rows + r) * 16) + up_bias);
-      if (params.residual != nullptr) value = value + loadUpTo(params.residual + at, tile.width);
+      value = value * multiplier;
+      if (residual != nullptr) value = value + loadUpTo(residual + at, tile.width);
       if (is_whole) {
         store(params.y + at, value);
       } else {
@@ -305,6 +308,15 @@ struct Run {
     });
   }
 
+  // The norm after the matmul, and the residual: a row needs all of its tiles.
+  void normaliseOutputs(const Parallel& parallel) const {
+    const int64_t rows = params.num_rows;
+    const int64_t parts = rows * params.num_outputs <= kPackedByEach ? 1 : smaller(rows, parallel.threads);
+    parallelFor(parallel, parts, [&](int64_t part) {
+      for (int64_t m = part * rows / parts; m < (part + 1) * rows / parts; ++m) finishRow(params, m);
+    });
+  }
+
   void askForWeights(const Segment& segment, int64_t tile) const {
     const TileOperands first = operands(segment, tile);
     for (int64_t at = 0; at < kAskedForFirst; at += 64) prefetch(first.weight + at);
@@ -331,6 +343,7 @@ void runLinear(const LinearParams& params, const Parallel& parallel, Scratch& sc
     }
   }
   run.multiplyAll(parallel);
+  if (params.output_norm_weight != nullptr) run.normaliseOutputs(parallel);
 }
 
 }  // namespace sinkexport::cpu::SINKEXPORT_ISA

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "linear.h"
+#include "linear_norm.h"
 #include "linear_tile.h"
-#include "simd.h"
 
 namespace sinkexport::cpu::SINKEXPORT_ISA {
 
@@ -48,47 +48,6 @@ struct RowTarget {
   int rows;
 };
 
-SINKEXPORT_INLINE Floats loadUpTo(const float* from, int64_t n) {
-  return n >= 16 ? load(from) : loadPart(from, n);
-}
-
-// 1 / sqrt(mean(x^2) + epsilon)
-SINKEXPORT_INLINE float rmsFactor(const float* x, int64_t count, float epsilon) {
-  Floats squares = broadcast(0.0f), more = broadcast(0.0f);
-  int64_t k = 0;
-  for (; k + 32 <= count; k += 32) {
-    const Floats first = load(x + k), second = load(x + k + 16);
-    squares = fma(first, first, squares);
-    more = fma(second, second, more);
-  }
-  for (; k < count; k += 16) {
-    const Floats rest = loadUpTo(x + k, count - k);
-    squares = fma(rest, rest, squares);
-  }
-  return 1.0f / sqrt(sum(squares + more) / static_cast<float>(count) + epsilon);
-}
-
-// x as the matmul wants it.
-struct RowSource {
-  const float* x;
-  const float* norm_weight;  // null: no norm
-  int64_t count;
-  Floats factor;
-
-  // 16 inputs from k on, zeros beyond the last.
-  SINKEXPORT_INLINE Floats at(int64_t k) const {
-    if (k >= count) return broadcast(0.0f);
-    const Floats values = loadUpTo(x + k, count - k);
-    return norm_weight == nullptr ? values : values * factor * loadUpTo(norm_weight + k, count - k);
-  }
-
-  // The same where all 16 are there.
-  template <bool has_norm>
-  SINKEXPORT_INLINE Floats whole(int64_t k) const {
-    return has_norm ? load(x + k) * factor * load(norm_weight + k) : load(x + k);
-  }
-};
-
 // Rounds a group, to nearest even: its scale is the largest size / 127. `count` values go to the target.
 template <int most>
 SINKEXPORT_INLINE void roundGroup(const Floats (&values)[most], int vectors, int64_t start, int64_t count,
@@ -120,22 +79,28 @@ SINKEXPORT_INLINE void roundGroup(const Floats (&values)[most], int vectors, int
 }
 
 // All groups of a row that lie within it; the rest is left. Returns how many.
-template <int vectors, bool has_norm>
+template <int vectors, Norm kind>
 SINKEXPORT_INLINE int64_t packWholeGroups(const RowSource& source, int factor_of_sum, const RowTarget& target) {
   const int64_t groups = source.count / (16 * vectors);
   for (int64_t g = 0; g < groups; ++g) {
     Floats values[vectors];
-    for (int i = 0; i < vectors; ++i) values[i] = source.whole<has_norm>((g * vectors + i) * 16);
+    for (int i = 0; i < vectors; ++i) values[i] = source.whole<kind>((g * vectors + i) * 16);
     roundGroup(values, vectors, g * vectors * 16, vectors * 16, factor_of_sum, target, g);
   }
   return groups;
 }
 
-template <bool has_norm>
+template <Norm kind>
 int64_t packWholeGroups(const RowSource& source, int64_t group, int factor_of_sum, const RowTarget& target) {
-  if (group == 32) return packWholeGroups<2, has_norm>(source, factor_of_sum, target);
-  if (group == 64) return packWholeGroups<4, has_norm>(source, factor_of_sum, target);
-  return packWholeGroups<8, has_norm>(source, factor_of_sum, target);
+  if (group == 32) return packWholeGroups<2, kind>(source, factor_of_sum, target);
+  if (group == 64) return packWholeGroups<4, kind>(source, factor_of_sum, target);
+  return packWholeGroups<8, kind>(source, factor_of_sum, target);
+}
+
+inline int64_t packWholeGroups(const RowSource& source, int64_t group, int factor_of_sum, const RowTarget& target) {
+  if (source.norm == Norm::kRms) return packWholeGroups<Norm::kRms>(source, group, factor_of_sum, target);
+  if (source.norm == Norm::kLayer) return packWholeGroups<Norm::kLayer>(source, group, factor_of_sum, target);
+  return packWholeGroups<Norm::kNone>(source, group, factor_of_sum, target);
 }
 
 SINKEXPORT_INLINE void packFloats(const RowSource& source, const Format& format, const RowTarget& target) {
@@ -159,17 +124,13 @@ inline int sumFactor(const LinearParams& params) {
 }
 
 inline void packRow(const LinearParams& params, const Format& format, const float* x, const RowTarget& target) {
-  RowSource source{x, params.norm_weight, params.num_inputs, broadcast(1.0f)};
-  if (params.norm_weight != nullptr) {
-    source.factor = broadcast(rmsFactor(x, params.num_inputs, params.norm_epsilon));
-  }
+  const RowSource source(params, x);
   if (!format.is_integer) {
     packFloats(source, format, target);
     return;
   }
   const int factor = sumFactor(params);
-  int64_t g = params.norm_weight != nullptr ? packWholeGroups<true>(source, format.group, factor, target)
-                                            : packWholeGroups<false>(source, format.group, factor, target);
+  int64_t g = packWholeGroups(source, format.group, factor, target);
   for (; g < format.groups; ++g) {
     const int64_t start = g * format.group, rest = format.padded_inputs - start;
     const int64_t count = rest < format.group ? rest : format.group;

@@ -60,6 +60,7 @@ StepWork stepWork(const SinkAttentionParams& p, Slices& slices) {
   work.q = slices.take<float>(group * dim);
   work.sink_q = slices.take<float>(group * dim);
   work.row = slices.take<float>(std::max(dim, value_dim));
+  work.normed = slices.take<float>(dim);
   work.logits = slices.take<float>(group * kStepBlock);
   work.key_scale = slices.take<float>(kStepBlock);
   work.value_scale = slices.take<float>(kStepBlock);
@@ -139,6 +140,7 @@ ChunkWork chunkWork(const SinkAttentionParams& p, const ChunkPlan& plan, Slices&
   work.scale_k = slices.take<uint16_t>(tokens);
   work.scale_v = slices.take<uint16_t>(tokens);
   work.row = slices.take<float>(std::max(dim, value_dim) + more);
+  work.normed = slices.take<float>(dim + more);
   work.q = slices.take<float>(rows * dim);
   work.sink_q = slices.take<float>(rows * dim);
   work.logits = slices.take<float>(plan.block_keys * lanes);

@@ -53,6 +53,11 @@ struct SinkAttentionParams {
   uint16_t* window_k_scale = nullptr;  // float16 [B, Hkv, W], int8 windows only
   uint16_t* window_v_scale = nullptr;  // float16 [B, Hkv, W]
 
+  // --- norms of queries and keys, before they turn: each row becomes x / sqrt(mean(x^2) + epsilon) * weight ---
+  const float* q_norm_weight = nullptr;  // [D], one for all query heads; null: no norms
+  const float* k_norm_weight = nullptr;  // [D], there if the other is
+  float qk_norm_epsilon = 0.0f;
+
   // --- positions ---
   // q and k come unrotated and turn here by exact phase, (t * f mod 2^32) * 2 pi / 2^32; rotary_dim 0: no positions ...
   const int64_t* frequency = nullptr;  // [R/2], 0 .. 2^32 - 1, turns a token in units of 2^-32

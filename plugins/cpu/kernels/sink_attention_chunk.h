@@ -186,7 +186,7 @@ void prepareQueries(const SinkAttentionParams& p, const StreamCache& cache, cons
       token = row / item.group;
       findAngles(p, item.b, token, cache.position + token, angles);
     }
-    const float* q = queryRow(p, item.b, head, token);
+    const float* q = normalised(p, queryRow(p, item.b, head, token), p.q_norm_weight, work.normed);
     turn(q, work.row, p.head_dim, angles.half, p.interleaved, angles.cosine, angles.sine, factor);
     placeQuery<Matmul>(work.row, p.head_dim, kLanes, lane, static_cast<char*>(work.q) + tile * tile_bytes);
     if (cache.num_sinks > 0) {

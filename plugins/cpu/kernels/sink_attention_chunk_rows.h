@@ -30,6 +30,7 @@ inline void prepareRows(const SinkAttentionParams& p, const StreamCache& cache, 
       const float* row = newRow(p, is_key, item.b, item.kv_head, i);
       float* to = (is_key ? work.keys : work.values) + int64_t{i} * n;
       if (is_key) {
+        row = normalised(p, row, p.k_norm_weight, work.normed);
         turn(row, work.row, n, angles.half, p.interleaved, angles.cosine, angles.sine, 1.0f);
         row = work.row;
       }

@@ -21,6 +21,7 @@ struct StepWork {
   float *cos, *sin, *sink_cos, *sink_sin;  // [R/2]
   float *q, *sink_q;                       // [G][D padded to 16]
   float* row;                              // [max(D, Dv) padded to 16]
+  float* normed;                           // [D padded to 16]
   float* logits;                           // [G][kStepBlock]
   float *key_scale, *value_scale;          // [kStepBlock]
   // Sums of a unit that began before this worker's keys, and of the worker's last: [G] largest logits, [G] sums of
@@ -46,6 +47,7 @@ struct ChunkWork {
   void *stored_k, *stored_v;                        // [T] rows of the window's type
   uint16_t *scale_k, *scale_v;                      // [T]
   float* row;                                       // [max(D, Dv) padded to 16]
+  float* normed;                                    // [D padded to 16]
   void *q, *sink_q;                                 // [tiles][D][R], or pairs of bfloat16 [tiles][D/2][R][2]
   float* logits;                                    // [n][R], then weights
   void* weights;                                    // pairs of bfloat16 [n/2][R][2]

@@ -61,10 +61,20 @@ const char* valueProblem(const SinkAttentionParams& p) {
   if (!std::isfinite(p.rope_scaling)) {
     return explain("rope_scaling: received %g, expected a finite number", static_cast<double>(p.rope_scaling));
   }
+  if (!(p.qk_norm_epsilon >= 0.0f) || !std::isfinite(p.qk_norm_epsilon)) {
+    return explain("qk_norm_epsilon: received %g, expected a finite number >= 0",
+                   static_cast<double>(p.qk_norm_epsilon));
+  }
   return nullptr;
 }
 
 const char* optionProblem(const SinkAttentionParams& p) {
+  if ((p.q_norm_weight == nullptr) != (p.k_norm_weight == nullptr)) {
+    return explain("q_norm_weight, k_norm_weight: received one of them, expected both or neither");
+  }
+  if (p.q_norm_weight != nullptr && p.shift_cos != nullptr) {
+    return explain("q_norm_weight, shift_cos: received both, expected norms before the rotation");
+  }
   if ((p.shift_cos == nullptr) != (p.shift_sin == nullptr)) {
     return explain("shift_cos, shift_sin: received one of them, expected both or neither");
   }
@@ -106,6 +116,8 @@ const char* pointersProblem(const SinkAttentionParams& p) {
                        {"window_k_scale", p.window_k_scale, is_int8, 2},
                        {"window_v_scale", p.window_v_scale, is_int8, 2},
                        {"num_valid", p.num_valid, false, 8},
+                       {"q_norm_weight", p.q_norm_weight, false, 4},
+                       {"k_norm_weight", p.k_norm_weight, false, 4},
                        {"frequency", p.frequency, false, 8},
                        {"shift_cos", p.shift_cos, false, 4},
                        {"shift_sin", p.shift_sin, false, 4},

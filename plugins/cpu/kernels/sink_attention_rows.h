@@ -66,6 +66,24 @@ inline void anglesOf(int64_t t, const int64_t* frequency, int n, float factor, f
   }
 }
 
+// A row of queries or keys by the norm of its kind: x itself, or `normed`, which has room for whole vectors. Steps and
+// chunks share this function and so get the same bits.
+__attribute__((noinline)) inline const float* normalised(const SinkAttentionParams& p, const float* x,
+                                                         const float* weight, float* normed) {
+  const int dim = p.head_dim;
+  if (weight == nullptr) return x;
+  Floats squares = broadcast(0.0f);
+  for (int i = 0; i < dim; i += 16) {
+    const Floats part = loadPart(x + i, dim - i);
+    squares = fma(part, part, squares);
+  }
+  const Floats factor = broadcast(1.0f / sqrt(sum(squares) / static_cast<float>(dim) + p.qk_norm_epsilon));
+  for (int i = 0; i < dim; i += 16) {
+    store(normed + i, loadPart(x + i, dim - i) * factor * loadPart(weight + i, dim - i));
+  }
+  return normed;
+}
+
 // y = x turned, times `factor`. half: R/2, 0 for none. Steps and chunks share this function and so get the same bits.
 __attribute__((noinline)) inline void turn(const float* __restrict x, float* __restrict y, int dim, int half,
                                            bool interleaved, const float* __restrict cosine,

@@ -117,7 +117,7 @@ inline void beginUnit(const SinkAttentionParams& p, const StreamCache& cache, co
   const int64_t padded = (p.head_dim + 15) / 16 * 16;
   const float factor = logitFactor(p);
   for (int64_t g = 0; g < group; ++g) {
-    const float* q = queryRow(p, b, kv_head * group + g, 0);
+    const float* q = normalised(p, queryRow(p, b, kv_head * group + g, 0), p.q_norm_weight, work.normed);
     float *to = work.q + g * padded, *to_sink = work.sink_q + g * padded;
     turn(q, to, p.head_dim, angles.half, p.interleaved, angles.cosine, angles.sine, factor);
     for (int64_t i = p.head_dim; i < padded; ++i) to[i] = to_sink[i] = 0.0f;
@@ -128,8 +128,8 @@ inline void beginUnit(const SinkAttentionParams& p, const StreamCache& cache, co
   if (!writes) return;
   const int64_t unit = b * p.num_kv_heads + kv_head;
   const float* v = newRow(p, false, b, kv_head, 0);
-  turn(newRow(p, true, b, kv_head, 0), work.row, p.head_dim, angles.half, p.interleaved, angles.cosine, angles.sine,
-       1.0f);
+  const float* k = normalised(p, newRow(p, true, b, kv_head, 0), p.k_norm_weight, work.normed);
+  turn(k, work.row, p.head_dim, angles.half, p.interleaved, angles.cosine, angles.sine, 1.0f);
   if (t < p.num_sinks) {
     std::memcpy(p.sink_k + (unit * p.num_sinks + t) * p.head_dim, work.row, p.head_dim * sizeof(float));
     std::memcpy(p.sink_v + (unit * p.num_sinks + t) * p.value_dim, v, p.value_dim * sizeof(float));

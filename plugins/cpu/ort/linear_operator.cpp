@@ -1,4 +1,5 @@
-// FloatLinear, Bf16Linear, Int8Linear, Int4Linear: y = activation(norm(x) . W^T + bias) + residual.
+// FloatLinear, Bf16Linear, Int8Linear, Int4Linear:
+// y = output_norm(activation(norm(x) . W^T + bias) * multiplier) + residual.
 #include "weights.h"
 
 namespace sinkexport::ort {
@@ -15,6 +16,8 @@ class Linear final : public Kernel {
         static_cast<cpu::Activation>(node.choice("activation", {"none", "silu", "gelu", "gelu_tanh", "relu2"}));
     node.integer("norm_offset", 0, 0);
     params_.norm_epsilon = node.number("norm_epsilon");
+    params_.multiplier = node.number("multiplier");
+    params_.output_norm_epsilon = node.number("output_norm_epsilon");
     const size_t x = node.take("x");
     shape_ = node.input(x).shape;
     if (node.input(x).type != kFloat || shape_.empty() || shape_.back() != inputs) {
@@ -26,8 +29,17 @@ class Linear final : public Kernel {
     const int64_t rows = params_.is_gated ? 2 * outputs : outputs;
     weights_ = std::make_unique<Weights>(node, type, inputs, rows, 0, params_.is_gated);
     weights_->setTypes(params_);
-    if ((has_norm_ = node.flag("norm"))) norm_ = Input(node, node.take("norm_weight", kFloat, {inputs}));
+    const int64_t norm = node.integer("norm", 0, 2);  // 1: RMS norm, 2: layer norm
+    params_.is_layer_norm = norm == 2;
+    if ((has_norm_ = norm > 0)) norm_ = Input(node, node.take("norm_weight", kFloat, {inputs}));
+    if ((has_norm_bias_ = node.flag("has_norm_bias"))) {
+      if (!params_.is_layer_norm) node.refuse("has_norm_bias", "1", "0 without a layer norm");
+      norm_bias_ = Input(node, node.take("norm_bias", kFloat, {inputs}));
+    }
     if ((has_bias_ = node.flag("has_bias"))) bias_ = Input(node, node.take("bias", kFloat, {rows}));
+    if ((has_output_norm_ = node.flag("output_norm"))) {
+      output_norm_ = Input(node, node.take("output_norm_weight", kFloat, {outputs}));
+    }
     if ((has_residual_ = node.flag("has_residual"))) residual_ = Input(node, node.take("residual", kFloat, shape_));
     node.finish({{kFloat, shape_}});
     node.refuseIf(cpu::linearProblem(params_, true));
@@ -38,6 +50,8 @@ class Linear final : public Kernel {
     params.x = x_.of<float>(run);
     weights_->setPointers(params, run);
     if (has_norm_) params.norm_weight = norm_.of<float>(run);
+    if (has_norm_bias_) params.norm_bias = norm_bias_.of<float>(run);
+    if (has_output_norm_) params.output_norm_weight = output_norm_.of<float>(run);
     if (has_bias_) params.bias = bias_.of<float>(run);
     if (has_residual_) params.residual = residual_.of<float>(run);
     params.y = static_cast<float*>(run.output(0, shape_));
@@ -49,8 +63,8 @@ class Linear final : public Kernel {
   cpu::LinearParams params_;  // without pointers
   std::vector<int64_t> shape_;
   std::unique_ptr<Weights> weights_;
-  Input x_, norm_, bias_, residual_;
-  bool has_norm_ = false, has_bias_ = false, has_residual_ = false;
+  Input x_, norm_, norm_bias_, bias_, output_norm_, residual_;
+  bool has_norm_ = false, has_norm_bias_ = false, has_bias_ = false, has_output_norm_ = false, has_residual_ = false;
 };
 
 }  // namespace

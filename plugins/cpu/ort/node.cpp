@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <climits>
 #include <cmath>
+#include <sstream>
 
 namespace sinkexport::ort {
 namespace {
@@ -83,8 +84,9 @@ Node::Node(const Api& api, const OrtKernelInfo* info, const char* operator_name)
   }
 }
 
-int64_t Node::integer(const char* field, int64_t least, int64_t most) const {
+int64_t Node::integer(const char* field, int64_t least, int64_t most) {
   int64_t value = 0;
+  asked_.insert(field);
   if (!api_.succeeds<KernelInfoGetAttributeInt64>(info_, field, &value)) refuse(field, "nothing", "an integer");
   if (value < least || value > most) {
     refuse(field, std::to_string(value), std::to_string(least) + " .. " + std::to_string(most));
@@ -92,21 +94,23 @@ int64_t Node::integer(const char* field, int64_t least, int64_t most) const {
   return value;
 }
 
-int Node::size(const char* field, int least) const {
+int Node::size(const char* field, int least) {
   return static_cast<int>(integer(field, least, INT_MAX));
 }
 
-float Node::number(const char* field) const {
+float Node::number(const char* field) {
   float value = 0;
+  asked_.insert(field);
   if (!api_.succeeds<KernelInfoGetAttributeFloat>(info_, field, &value)) refuse(field, "nothing", "a number");
   if (!std::isfinite(value)) refuse(field, "no finite number", "a number");
   return value;
 }
 
-int Node::choice(const char* field, std::initializer_list<const char*> choices) const {
+int Node::choice(const char* field, std::initializer_list<const char*> choices) {
   char value[64] = "";
   size_t bytes = sizeof value;
   std::string expected;
+  asked_.insert(field);
   for (const char* one : choices) expected += (expected.empty() ? "" : " | ") + std::string(one);
   if (!api_.succeeds<KernelInfoGetAttributeString>(info_, field, value, &bytes)) refuse(field, "nothing", expected);
   const auto found =
@@ -129,7 +133,23 @@ size_t Node::take(const char* name, int type, const std::vector<int64_t>& shape)
   return index;
 }
 
+// `fields`: names with commas between them, of every field but itself.
+void Node::refuseOtherFields() const {
+  char value[1024] = "";
+  size_t bytes = sizeof value;
+  if (!api_.succeeds<KernelInfoGetAttributeString>(info_, "fields", value, &bytes)) {
+    refuse("fields", "nothing, or too many", "the names of the node's fields");
+  }
+  std::set<std::string> left = asked_;
+  std::istringstream names(value);
+  for (std::string name; std::getline(names, name, ',');) {
+    if (left.erase(name) == 0) refuse("fields", "'" + name + "'", "fields that this version of the library knows");
+  }
+  if (!left.empty()) refuse("fields", "none of name '" + *left.begin() + "'", "the names of all fields");
+}
+
 void Node::finish(const std::vector<Tensor>& outputs) const {
+  refuseOtherFields();
   if (taken_ != inputs_.size()) refuse("inputs", std::to_string(inputs_.size()), std::to_string(taken_));
   if (outputs_.size() != outputs.size()) {
     refuse("outputs", std::to_string(outputs_.size()), std::to_string(outputs.size()));

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -25,20 +26,20 @@ class Node {
  public:
   Node(const Api& api, const OrtKernelInfo* info, const char* operator_name);
 
-  // Fields. Every one must be given.
-  int64_t integer(const char* field, int64_t least, int64_t most) const;
-  int size(const char* field, int least = 0) const;
-  bool flag(const char* field) const { return integer(field, 0, 1) == 1; }
-  float number(const char* field) const;
+  // Fields. Every one must be given, and `fields` must name all of them: ONNX Runtime lists them to nobody.
+  int64_t integer(const char* field, int64_t least, int64_t most);
+  int size(const char* field, int least = 0);
+  bool flag(const char* field) { return integer(field, 0, 1) == 1; }
+  float number(const char* field);
   // The place of a field's text in `choices`.
-  int choice(const char* field, std::initializer_list<const char*> choices) const;
+  int choice(const char* field, std::initializer_list<const char*> choices);
 
   // Inputs, taken in turn: what is `wanted` must be there. shape: the expected one; none: any.
   size_t inputs() const { return inputs_.size(); }
   size_t take(const char* name);  // index of the next input
   size_t take(const char* name, int type, const std::vector<int64_t>& shape);
   const Tensor& input(size_t index) const { return inputs_[index]; }
-  // Refuse inputs that were not taken, and outputs other than these.
+  // Refuse inputs that were not taken, fields that were not asked for, and outputs other than these.
   void finish(const std::vector<Tensor>& outputs) const;
 
   // Data of a constant input; null: it is computed.
@@ -51,9 +52,12 @@ class Node {
  private:
   const Api& api_;
   const OrtKernelInfo* info_;
+  void refuseOtherFields() const;
+
   std::string name_;
   std::vector<Tensor> inputs_, outputs_;
   size_t taken_ = 0;
+  std::set<std::string> asked_;  // fields
 };
 
 }  // namespace sinkexport::ort

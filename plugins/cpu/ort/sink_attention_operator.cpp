@@ -72,6 +72,10 @@ class SinkAttention final : public Kernel {
     if (has_sink_logit_) params.sink_logit = sink_logit_.of<float>(run);
     if (has_sink_scale_) params.sink_scale = sink_scale_.of<float>(run);
     if (params.gate_dim > 0) params.gate = gate_.of<float>(run);
+    if (has_qk_norm_) {
+      params.q_norm_weight = q_norm_.of<float>(run);
+      params.k_norm_weight = k_norm_.of<float>(run);
+    }
     params.out = static_cast<float*>(run.output(0, out_shape_));
     run_(params, run.parallel(), run.scratch());
   }
@@ -165,6 +169,11 @@ class SinkAttention final : public Kernel {
       sink_scale_ = Input(node, node.take("sink_scale", kFloat, {heads}));
     }
     if (node.flag("has_gate")) takeGate(node);
+    params_.qk_norm_epsilon = node.number("qk_norm_epsilon");
+    if ((has_qk_norm_ = node.flag("has_qk_norm"))) {
+      q_norm_ = Input(node, node.take("q_norm_weight", kFloat, {params_.head_dim}));
+      k_norm_ = Input(node, node.take("k_norm_weight", kFloat, {params_.head_dim}));
+    }
   }
 
   // [B, Hq, T, 1 or Dv]; of packed tokens, which then are one a stream, the same numbers.
@@ -192,8 +201,9 @@ class SinkAttention final : public Kernel {
   cpu::SinkAttentionParams params_;  // without pointers
   std::vector<int64_t> out_shape_;
   std::vector<State> states_;
-  Input q_, k_, v_, position_, frequency_, num_valid_, alibi_, sink_logit_, sink_scale_, gate_;
+  Input q_, k_, v_, position_, frequency_, num_valid_, alibi_, sink_logit_, sink_scale_, gate_, q_norm_, k_norm_;
   bool has_num_valid_ = false, has_alibi_ = false, has_sink_logit_ = false, has_sink_scale_ = false;
+  bool has_qk_norm_ = false;
 };
 
 }  // namespace

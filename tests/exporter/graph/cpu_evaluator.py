@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from onnx.reference.op_run import OpRun
+from sinkexport.graph.cpu_nodes import LAYER_NORM
 from sinkexport.graph.operators import DOMAIN
 
 from tests.reference.layers import rms_norm
@@ -77,9 +78,13 @@ class FloatLinear(_Node):
             matrix = matrix.reshape(2 * width, depth)
         x = x.astype(np.float64)
         if fields["norm"]:
+            x = x - x.mean(axis=-1, keepdims=True) if fields["norm"] == LAYER_NORM else x
             x = rms_norm(x, left.pop(0), fields["norm_epsilon"])
+        x = x + (left.pop(0) if fields["has_norm_bias"] else 0.0)
         y = x @ matrix.T + (left.pop(0) if fields["has_bias"] else 0.0)
         y = activated(y[..., :width], fields["activation"]) * (y[..., width:] if parts == 2 else 1.0)
+        y = y * fields["multiplier"]
+        y = rms_norm(y, left.pop(0), fields["output_norm_epsilon"]) if fields["output_norm"] else y
         y = y + (left.pop(0) if fields["has_residual"] else 0.0)
         assert not left
         return (y.astype(np.float32),)

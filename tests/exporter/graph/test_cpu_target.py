@@ -63,6 +63,27 @@ def test_five_nodes_a_layer(recipe: str | None, tmp_path: Path) -> None:
     assert (session.manifest.target, session.manifest.plugin_abi) == ("cpu", CPU_ABI)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text", "granite", "phi3", "stablelm", "cohere"])
+def test_norms_of_heads_and_results_are_part_of_the_five_nodes(family: str, tmp_path: Path) -> None:
+    session = exported(family, tmp_path / "bundle")
+    layers = session.manifest.model.num_layers
+    for role in ("decode", "prefill"):
+        found = kinds(tmp_path / "bundle", role)
+        assert found["SinkAttention"] == layers
+        assert found["FloatLinear"] == 4 * layers + 1
+        between = ("RMSNormalization", "LayerNormalization", "Split", "Slice", "Transpose", "Add")
+        # The last norm of a chunk is of the last token's row alone, or of all rows.
+        assert sum(found[kind] for kind in between) <= (role == "prefill"), found
+    # Scales of embeddings and logits, softcaps, views of the last row.
+    around = {"gemma2": 6, "gemma3_text": 3, "granite": 2, "cohere": 2}.get(family, 0)
+    assert sum(kinds(tmp_path / "bundle").values()) == 5 * layers + 3 + around
+
+
+def test_layer_norms_are_part_of_the_matmuls(tmp_path: Path) -> None:
+    exported("gpt_neox", tmp_path / "bundle")
+    assert not kinds(tmp_path / "bundle")["LayerNormalization"]
+
+
 def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
     exported("llama-tied", tmp_path / "bundle")
     assert kinds(tmp_path / "bundle")["FloatRows"] == 1
@@ -75,7 +96,11 @@ def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "qwen3", "gemma2", "gpt_oss", "gpt_neox", "bloom", "mixtral", "deepseek_v2", "lfm2"]
+    "family",
+    [
+        *("llama", "qwen2", "qwen3", "gemma2", "gpt_oss", "gpt_neox", "bloom", "mixtral", "deepseek_v2", "lfm2"),
+        *("gemma3_text", "gemma4_text", "granite", "phi3", "stablelm", "cohere", "nanochat"),
+    ],
 )
 def test_dense_and_past_six_wraps(family: str, tmp_path: Path) -> None:
     """Steps and chunks, of streams at positions of their own."""
@@ -229,6 +254,13 @@ def test_other_backends_do_not_run_it(bundle: Path) -> None:
         ("FloatLinear", "gated", None, "gated: received nothing"),
         ("FloatLinear", "out_features", 7, "received"),
         ("FloatLinear", "in_features", 1 << 40, "in_features: received 1099511627776"),
+        ("FloatLinear", "norm", 3, "norm: received 3, expected 0 .. 2"),
+        ("FloatLinear", "has_norm_bias", 1, "has_norm_bias: received 1, expected 0 without a layer norm"),
+        ("FloatLinear", "multiplier", None, "multiplier: received nothing"),
+        ("FloatLinear", "fields", None, "fields: received nothing"),
+        ("FloatLinear", "fields", "gated", "fields: received none of name 'activation'"),
+        ("SinkAttention", "qk_norm_epsilon", -1.0, "qk_norm_epsilon: received -1, expected a finite number >= 0"),
+        ("SinkAttention", "has_qk_norm", 1, "q_norm_weight: received nothing"),
         ("SinkAttention", "num_sinks", 3, "received"),
         ("SinkAttention", "packed_width", 5, "received"),
         ("SinkAttention", "rotary_dim", 1 << 30, "received"),
@@ -257,6 +289,18 @@ def test_fields_that_do_not_fit(
     assert kind in message
     assert shown in message
     assert "\n" not in message.strip()
+
+
+def test_a_field_of_a_later_version_is_noticed(bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    model = onnx.load(folder / "decode.onnx", load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "fields":
+                attribute.s = attribute.s.replace(b"layout", b"temper")  # as long as before
+    onnx.save(model, folder / "decode.onnx")
+    with refused("fields: received 'temper', expected fields that this version of the library", error=BundleError):
+        Session.load(folder, verify=False)
 
 
 def test_a_graph_that_the_library_refuses_is_refused_in_one_line(bundle: Path, tmp_path: Path) -> None:

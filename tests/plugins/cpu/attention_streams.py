@@ -12,7 +12,7 @@ from tests.plugins.cpu.calls import Call, SinkAttentionParams
 from tests.plugins.cpu.library import ISAS, library
 from tests.plugins.gpu_buffers import Buffer
 from tests.plugins.sink_attention_cases import FAR, positions
-from tests.plugins.sink_attention_reference import Case, Tokens, angles
+from tests.plugins.sink_attention_reference import QK_EPSILON, Case, Tokens, angles
 
 WINDOW_TYPES = {"fp": (0, torch.float32), "fp16": (1, torch.float16), "int8": (2, torch.int8)}
 
@@ -66,6 +66,10 @@ class Streams:
         elif case.rotation == "kernel":
             constants["frequency"] = buffer(case.rotary_dim // 2, dtype=torch.int64)
             constants["frequency"].tensor.copy_(self.tokens.frequency)
+        for name, weight in (("q_norm_weight", self.tokens.q_norm), ("k_norm_weight", self.tokens.k_norm)):
+            if weight is not None:
+                constants[name] = buffer(case.head_dim)
+                constants[name].tensor.copy_(weight)
         heads = {name: getattr(self.tokens, name) for name in ("sink_logit", "sink_scale")}
         for name, values in (heads | {"alibi_slopes": self.tokens.slopes}).items():
             if values is not None:
@@ -95,6 +99,7 @@ class Streams:
             "scale": case.scale,
             "softcap": case.softcap,
             "gate_dim": case.gate_dim,
+            "qk_norm_epsilon": QK_EPSILON,
             "out_tokens_first": self.layout.out_tokens_first,
         }
         addresses |= {name: rows.data_ptr() for name, rows in self._rows.items()}

@@ -30,16 +30,21 @@ class Case:
     has_zeros: bool = False
     has_half_scales: bool = False
     norm: bool = False
+    layer_norm: bool = False  # of `norm`
+    norm_bias: bool = False
     bias: bool = False
     residual: bool = False
     activation: str = "none"
     gated: bool = False
+    multiplier: float = 1.0
+    output_norm: bool = False
 
     def __str__(self) -> str:
         words = [self.kind, f"M{self.rows} K{self.columns} N{self.outputs}"]
         words += [f"block{self.block_size}"] if self.block_size else []
-        flags = ("has_zeros", "has_half_scales", "norm", "bias", "residual", "gated")
-        words += [name for name in flags if getattr(self, name)]
+        flags = ("has_zeros", "has_half_scales", "norm", "layer_norm", "norm_bias", "bias", "residual", "gated")
+        words += [name for name in (*flags, "output_norm") if getattr(self, name)]
+        words += [f"x{self.multiplier}"] if self.multiplier != 1.0 else []
         return "-".join([*words, *([self.activation] if self.activation != "none" else [])]).replace(" ", "-")
 
     @property
@@ -54,7 +59,10 @@ class Case:
             "scale_type": int(self.has_half_scales),
             "activation": ACTIVATIONS[self.activation],
             "is_gated": self.gated,
+            "is_layer_norm": self.layer_norm,
             "norm_epsilon": EPSILON,
+            "multiplier": self.multiplier,
+            "output_norm_epsilon": EPSILON,
         }
 
 
@@ -79,6 +87,8 @@ class Problem:
         self.bias = rng.standard_normal(case.outputs * len(self.weights)).astype(np.float32) if case.bias else None
         shape = (case.rows, case.outputs)
         self.residual = rng.standard_normal(shape).astype(np.float32) if case.residual else None
+        self.norm_bias = rng.standard_normal(case.columns).astype(np.float32) if case.norm_bias else None
+        self.output_norm = rng.uniform(0.5, 1.5, case.outputs).astype(np.float32) if case.output_norm else None
 
     def call(self, isa: str, threads: int = 1) -> Call:
         """The same as a call; y begins as NaN."""
@@ -90,6 +100,7 @@ class Problem:
         )
         y = np.full((self.case.rows, self.case.outputs), np.nan, np.float32)
         arrays = {"x": self.x, "norm_weight": self.norm, "bias": self.bias, "residual": self.residual, "y": y}
+        arrays |= {"norm_bias": self.norm_bias, "output_norm_weight": self.output_norm}
         return Call("linear", self.case.numbers, {**packed, **arrays}, isa, threads)
 
     def normed(self) -> np.ndarray:
@@ -97,7 +108,10 @@ class Problem:
         x = self.x.astype(np.float64)
         if self.norm is None:
             return x
-        return x / np.sqrt((x**2).mean(axis=1, keepdims=True) + EPSILON) * self.norm
+        if self.case.layer_norm:
+            x = x - x.mean(axis=1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + EPSILON) * self.norm
+        return x if self.norm_bias is None else x + self.norm_bias
 
     def plain(self) -> np.ndarray:
         """The whole in float64 with activations as they are."""
@@ -114,6 +128,9 @@ class Problem:
         y = activate(self.case.activation, sums[0])
         if self.case.gated:
             y = y * sums[1]
+        y = y * self.case.multiplier
+        if self.output_norm is not None:
+            y = y / np.sqrt((y**2).mean(axis=1, keepdims=True) + EPSILON) * self.output_norm
         return y if self.residual is None else y + self.residual
 
     def rounding_of_activations(self) -> np.ndarray:
@@ -121,7 +138,7 @@ class Problem:
         x = self.normed()
         _, scales, group = quantised(x.astype(np.float32), self.weights[0].block_size)
         steps = np.repeat(scales.astype(np.float64), group, axis=1)[:, : x.shape[1]]
-        return 0.5 * steps @ np.abs(self.weights[0].values).T
+        return abs(self.case.multiplier) * 0.5 * steps @ np.abs(self.weights[0].values).T
 
 
 def quantised(x: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -163,5 +180,5 @@ def activate(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def error(got: np.ndarray, want: np.ndarray) -> float:
-    """|got - want| / |want|; NaN if any is."""
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+    """|got - want| / |want|, or |got| where all of `want` is 0; NaN if any is."""
+    return float(np.linalg.norm(got - want) / (np.linalg.norm(want) or 1.0))

@@ -35,6 +35,10 @@ FUSED = (
     {"norm": True, "bias": True, "activation": "silu", "gated": True, "residual": True},
     {"activation": "gelu_tanh", "gated": True},
     {"bias": True, "activation": "relu2"},
+    {"norm": True, "layer_norm": True},
+    {"norm": True, "layer_norm": True, "norm_bias": True, "bias": True, "multiplier": 0.3, "residual": True},
+    {"output_norm": True, "residual": True},
+    {"norm": True, "bias": True, "activation": "silu", "multiplier": -2.0, "output_norm": True},
 )
 MOST = {"float32": 2e-6, "bfloat16": 2e-6, "int8": 2e-6, "int4": 2e-6}
 """Errors that pass, |got - want| / |want|; with integers against the same int8 activations."""
@@ -59,7 +63,7 @@ def check(task: Problem, got: np.ndarray) -> None:
         assert error(got, task.plain()) < MOST[case.kind], str(case)
         return
     assert error(got, task.rounded()) < (MOST_WITH_NORM if case.norm else MOST[case.kind]), str(case)
-    if case.activation == "none" and not case.gated:
+    if case.activation == "none" and not case.gated and not case.output_norm:
         off = np.abs(got - task.plain())
         assert (off <= task.rounding_of_activations() * 1.001 + 1e-5 * np.abs(task.plain()) + 1e-5).all(), str(case)
 
@@ -74,7 +78,7 @@ def test_matmuls(isa):
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: "-".join(map(str, form.values())))
 def test_a_row_has_the_same_bits_in_any_company(isa, form):
-    whole = Problem(Case(**form, rows=100, columns=261, outputs=70, norm=True))
+    whole = Problem(Case(**form, rows=100, columns=261, outputs=70, norm=True, output_norm=True))
     calls = [whole.call(isa, threads) for threads in (1, 2, 5)]
     for rows in (1, 2, 3, 5, 6, 7, 13):
         call = whole.call(isa)
@@ -248,6 +252,13 @@ REFUSED = [
     ),
     ({"activation": 5}, "activation: received 5, expected 0 (none) .. 4 (relu2)"),
     ({"norm_epsilon": float("nan")}, "norm_epsilon: received nan, expected a number from 0 on"),
+    ({"multiplier": float("inf")}, "multiplier: received inf, expected a finite number"),
+    ({"output_norm_epsilon": -1.0}, "output_norm_epsilon: received -1, expected a number from 0 on"),
+    ({"norm_bias": 5 << 30}, "norm_bias: received a pointer, expected null without a layer norm"),
+    (
+        {"residual": 4 << 30, "output_norm_weight": 5 << 30},
+        "y: is residual's memory, expected memory of its own with output_norm_weight",
+    ),
     ({"num_experts": -1}, "num_experts: received -1, expected 0 (one matrix) .. 4096"),
     ({"num_experts": 2, "num_x_rows": 2}, "num_x_rows: received 2, expected a number that divides the 3 rows of y"),
     ({"num_experts": 2, "num_x_rows": 3}, "picks: received null, expected a pointer"),

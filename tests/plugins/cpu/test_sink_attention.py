@@ -29,7 +29,7 @@ def cases() -> list[Case]:
     """Every head_dim x window type, each with several combinations of the rest; all of each list appear often."""
     basics = itertools.product((8, 64, 72, 80, 96, 128, 256), ("fp", "fp16", "int8"), range(2))
     return [
-        mixed_case(i, HEADS, head_dim, F32, kv, value_dim=(0, 0, 40)[i % 3])
+        mixed_case(i, HEADS, head_dim, F32, kv, value_dim=(0, 0, 40)[i % 3], qk_norm=True)
         for i, (head_dim, kv, _) in enumerate(basics)
     ]
 
@@ -95,7 +95,13 @@ def test_steps_and_chunks(record_property, case):
     run_case(case, isas_here()[-1], record_property, LAYOUTS[number % 3], threads=1 + number % 3)
 
 
-@pytest.mark.parametrize("case", cases()[::5], ids=str)
+NORMED = (
+    Case(8, 2, 128, 4, 29, F32, rotation="kernel", rotary_dim=128, qk_norm=True),
+    Case(7, 1, 72, 0, 17, F32, kv="int8", rotation="kernel", rotary_dim=36, qk_norm=True, value_dim=40),
+)
+
+
+@pytest.mark.parametrize("case", (*cases()[::5], *NORMED), ids=str)
 def test_every_instruction_set(record_property, case, isa):
     run_case(case, isa, record_property)
 
@@ -107,6 +113,7 @@ ORACLE = (
         4, 4, 8, 1, 7, F32, kv="int8", rotation="kernel", rotary_dim=8, sink_logit=True, sink_scale=True, value_dim=16
     ),
     Case(5, 1, 8, 0, 4, F32, kv="int8", alibi=True, gate_dim=8),
+    Case(4, 2, 24, 2, 6, F32, kv="fp16", alibi=True, qk_norm=True),
 )
 
 
@@ -216,6 +223,8 @@ REFUSED = {
     "scale": ({"scale": 0.0}, "scale: received 0, expected a finite number > 0"),
     "softcap": ({"softcap": -1.0}, "softcap: received -1, expected a finite number >= 0"),
     "rotary_dim": ({"rotary_dim": 18}, "rotary_dim: received 18, expected an even number in 0 .. head_dim (16)"),
+    "qk_norm": ({"k_norm_weight": 64}, "q_norm_weight, k_norm_weight: received one of them, expected both or neither"),
+    "qk_norm_epsilon": ({"qk_norm_epsilon": -1.0}, "qk_norm_epsilon: received -1, expected a finite number >= 0"),
     "frequency": ({"rotary_dim": 0}, "rotary_dim: received 0 with frequency, expected the dimensions that turn"),
     "sink_scale": ({"num_sinks": 0}, "sink_scale: received with num_sinks = 0, expected num_sinks >= 1"),
     "gate_dim": ({"gate_dim": 3}, "gate_dim: received 3, expected 1 or value_dim (16)"),

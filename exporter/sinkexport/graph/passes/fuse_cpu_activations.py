@@ -72,4 +72,4 @@ def _linear(value: ir.Value) -> Linear | None:
     if node is None or node.domain != DOMAIN or node.op_type not in BITS_OF_LINEARS:
         return None
     linear = Linear.of(node)
-    return linear if linear.activation == "none" and linear.residual is None else None
+    return linear if linear.is_bare else None

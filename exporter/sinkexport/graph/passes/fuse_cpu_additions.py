@@ -45,7 +45,7 @@ def _with_addition(node: ir.Node, linear: Linear) -> tuple[ir.Node, Linear] | No
     if other is None or other is result or other.dtype != FLOAT:
         return None
     shape = known_shape(result)
-    if is_weight(other) and known_shape(other) == shape[-1:] and linear.bias is None and linear.activation == "none":
+    if is_weight(other) and known_shape(other) == shape[-1:] and linear.bias is None and linear.is_bare:
         return addition, dataclasses.replace(linear, bias=other)
     if known_shape(other) != shape or is_weight(other):
         return None

@@ -1,4 +1,4 @@
-"""RMS norms in front of matmuls, by the CPU library's nodes of the matmuls."""
+"""RMS norms and layer norms in front of matmuls, by the CPU library's nodes of the matmuls."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.cpu_nodes import BITS_OF_LINEARS, find_linears
-from sinkexport.graph.edit import drop_unused, known_shape, operand, replace_node
+from sinkexport.graph.edit import drop_unused, known_shape, operand, optional, replace_node
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.operators import DOMAIN
+from sinkexport.graph.rms_norms import row_norm
 
 FLOAT = ir.DataType.FLOAT
 
 
 class FuseCpuNorms(GraphPass):
-    """A linear whose input is an RMSNormalization that only linears read does the norm itself."""
+    """A linear whose input is a norm that only linears read does the norm itself."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fuse each norm into all of its readers."""
@@ -27,16 +28,31 @@ class FuseCpuNorms(GraphPass):
             if norm is None or linear.norm_weight is not None:
                 continue
             b = Builder(graph)
-            x = b.reshape(operand(norm, 0), known_shape(linear.x))
-            epsilon = norm.attributes["epsilon"].as_float() if "epsilon" in norm.attributes else 1e-5
-            fused = dataclasses.replace(linear, x=x, norm_weight=operand(norm, 1), norm_epsilon=epsilon)
+            x = b.reshape(norm.x, known_shape(linear.x))
+            fused = dataclasses.replace(
+                linear,
+                x=x,
+                norm_weight=norm.weight,
+                norm_epsilon=norm.epsilon,
+                norm_bias=norm.bias,
+                is_layer_norm=norm.is_layer_norm,
+            )
             replace_node(node, b.nodes, [fused.write(b)])
             modified = True
         drop_unused(graph)
         return ir.passes.PassResult(model, modified)
 
 
-def _norm(x: ir.Value) -> ir.Node | None:
+@dataclasses.dataclass(frozen=True)
+class _Norm:
+    x: ir.Value
+    weight: ir.Value
+    bias: ir.Value | None
+    epsilon: float
+    is_layer_norm: bool
+
+
+def _norm(x: ir.Value) -> _Norm | None:
     """The norm over the last axis that makes x, maybe through a view; None: it is of another kind, or is read by
     something else."""
     node = x.producer()
@@ -47,13 +63,25 @@ def _norm(x: ir.Value) -> ir.Node | None:
         node = source.producer()
     elif not _are_linears(x):
         return None
-    if node is None or node.op_type != "RMSNormalization" or node.domain or node.outputs[0].is_graph_output():
+    if node is None or node.domain or node.outputs[0].is_graph_output():
         return None
-    value, scale = operand(node, 0), operand(node, 1)
+    rms = row_norm(node)
+    return _layer_norm(node) if rms is None else _Norm(rms.x, rms.scale, None, rms.epsilon, is_layer_norm=False)
+
+
+def _layer_norm(node: ir.Node) -> _Norm | None:
+    if node.op_type != "LayerNormalization" or any(output.uses() for output in node.outputs[1:]):
+        return None
+    x, weight, bias = operand(node, 0), operand(node, 1), optional(node, 2)
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
-    rank = len(known_shape(value))
-    is_plain = axis in (-1, rank - 1) and known_shape(scale) == known_shape(value)[-1:]
-    return node if is_plain and value.dtype == scale.dtype == FLOAT else None
+    shape = known_shape(x)
+    given = [weight] if bias is None else [weight, bias]
+    if axis not in (-1, len(shape) - 1) or any(known_shape(value) != shape[-1:] for value in given):
+        return None
+    if any(value.dtype != FLOAT for value in (x, *given)):
+        return None
+    epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+    return _Norm(x, weight, bias, epsilon, is_layer_norm=True)
 
 
 def _are_linears(x: ir.Value) -> bool:

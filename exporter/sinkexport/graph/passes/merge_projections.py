@@ -15,27 +15,46 @@ from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import is_weight, known_shape, lazy_weight
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.matmuls import ROWS, bias_addition, module_of, weight_operand
+from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION
+
+_ON_THE_WAY = frozenset(
+    ("Add", "Split", "Reshape", "Transpose", "RMSNormalization", "LayerNormalization", "RotaryEmbedding")
+)
+"""Operators between projections and attention."""
 
 
 class MergeProjections(GraphPass):
     """MatMuls of one input with weights that nothing else reads become one MatMul and a Split.
 
-    Biases are joined as well if every one of them has one. With a plan only weights of one kind are joined.
+    Biases are joined as well if every one of them has one. With a plan only weights of one kind are joined. For the CPU
+    library what attention reads is one matmul, and what else reads the input another: its nodes take results whole.
+    Both read one input where blocks lie side by side, as Cohere's do.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Join what reads one input."""
         plan = self.context.plan
-        by_input: dict[tuple[ir.Value, object], list[ir.Node]] = defaultdict(list)
+        apart = self.context.target.has_cpu_library
+        by_input: dict[tuple[ir.Value, object, bool], list[ir.Node]] = defaultdict(list)
         for node in model.graph:
             x, weight = _operands(node)
             if x is not None and weight is not None and len(known_shape(weight)) == 2 and len(weight.uses()) == 1:
                 kind = None if plan is None else plan.kind(module_of(str(weight.name)))
-                by_input[x, kind].append(node)
-        groups = [(x, matmuls) for (x, _), matmuls in by_input.items() if len(matmuls) > 1]
+                by_input[x, kind, apart and _feeds_attention(node.outputs[0])].append(node)
+        groups = [(x, matmuls) for (x, *_), matmuls in by_input.items() if len(matmuls) > 1]
         for x, matmuls in groups:
             _merge(model.graph, x, matmuls)
         return ir.passes.PassResult(model, bool(groups))
+
+
+def _feeds_attention(value: ir.Value) -> bool:
+    """Whether a SinkAttention reads a value, maybe normalised, rotated and viewed."""
+    for use in value.uses():
+        if use.node.domain == DOMAIN and use.node.op_type == SINK_ATTENTION:
+            return True
+        if not use.node.domain and use.node.op_type in _ON_THE_WAY and any(map(_feeds_attention, use.node.outputs)):
+            return True
+    return False
 
 
 def _operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:

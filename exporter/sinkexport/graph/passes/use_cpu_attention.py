@@ -42,7 +42,8 @@ class UseCpuAttention(GraphPass):
         drop_unused(graph)  # a view that nothing reads would hide an output's gate
         is_rounded = any(node.domain == DOMAIN and node.op_type in (INT8_LINEAR, INT4_LINEAR) for node in graph)
         for node in fitting:
-            fields: dict[str, int | str] = {"bfloat16_chunks": int(is_rounded)}
+            # Norms of queries and keys are fused by a pass that runs later.
+            fields = {"bfloat16_chunks": int(is_rounded), "has_qk_norm": 0, "qk_norm_epsilon": 0.0}
             make_whole(graph, node, dtype=FLOAT, frequency=np.dtype(np.int64), fields=fields)
         graph.opset_imports[DOMAIN] = VERSION
         drop_unused(graph)  # rotations and angles

@@ -14,13 +14,14 @@ DEPTH, WIDTH = 12, 20
 def linear_graph(body: str, outputs: str = "", *, converted: bool = True, width: int = WIDTH, **sizes: int) -> ir.Model:
     """``s = MatMul (x, W)``, then `body`; W is w [width, DEPTH] turned. x, r: float32 [2, 3, DEPTH], [2, 3, width].
 
-    Constants: b [width], g [DEPTH]. sizes: of an input z [2, 3, ..]. converted: whether the matmul is a node of the
+    Constants: b [width], g, h [DEPTH]. sizes: of an input z [2, 3, ..]. converted: whether the matmul is a node of the
     library.
     """
     constants = [
         written("w", numbers(width, DEPTH)),
         written("b", numbers(width, seed=1)),
         written("g", numbers(DEPTH, seed=2)),
+        written("h", numbers(DEPTH, seed=3)),
         "float two = {2}",
     ]
     inputs = f"float[2, 3, {DEPTH}] x, float[2, 3, {width}] r, int64[2] ids"

@@ -1,4 +1,4 @@
-"""fuse_cpu_norms: RMS norms in front of matmuls by the CPU library's nodes."""
+"""fuse_cpu_norms: RMS norms and layer norms in front of matmuls by the CPU library's nodes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from tests.exporter.graph.passes.cpu_graphs import DEPTH, WIDTH, linear_graph
 from tests.exporter.graph.passes.pass_checks import check_left_alone, check_same_results, kinds
 
 NORM = "n = RMSNormalization <axis = -1, epsilon = 0.001> (x, g)"
+LAYER_NORM = "n = LayerNormalization <axis = -1, epsilon = 0.01> (x, g, h)"
 
 
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
         (f"{NORM} y = MatMul (n, W)", ["FloatLinear"]),
+        (f"{LAYER_NORM} y = MatMul (n, W)", ["FloatLinear"]),
+        ("n = LayerNormalization <axis = 2> (x, g) y = MatMul (n, W)", ["FloatLinear"]),
         (
             f"{NORM} m = Reshape (n, shape) t = MatMul (m, W) y = Reshape (t, back)",
             ["FloatLinear", "Reshape", "Reshape"],
         ),
     ],
-    ids=["plain", "through a view"],
+    ids=["plain", "a layer norm", "a layer norm without bias", "through a view"],
 )
 def test_norms(body: str, expected: list[str]) -> None:
     head = f"shape = Constant <value = int64[2] {{6, {DEPTH}}}> () "
@@ -35,6 +38,7 @@ def test_norms(body: str, expected: list[str]) -> None:
     [
         f"{NORM} s = MatMul (n, W) m = ReduceSum <keepdims = 1> (n) y = Add (s, m)",
         "n = RMSNormalization <axis = 1, epsilon = 0.001> (x, gg) y = MatMul (n, W)".replace("gg", "x"),
+        f"{LAYER_NORM} s = MatMul (n, W) m = ReduceSum <keepdims = 1> (n) y = Add (s, m)",
         "y = MatMul (x, W)",
     ],
 )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
+from sinkexport.graph.graph_pass import PassContext
 from sinkexport.graph.passes.fuse_rms_norms import FuseRmsNorms
+from sinkexport.targets import CPU
 
 from tests.exporter.graph.passes.pass_checks import (
     check_left_alone,
@@ -41,6 +43,34 @@ def norm_graph(
         f"{written('weight', numbers(8, dtype='float16' if half else 'float32'))}, float epsilon = {{0.01}}, "
         f"float two = {{{power}}}, int64[1] axes = {{{axis}}}",
     )
+
+
+def test_a_power_of_minus_a_half_for_the_cpu_library() -> None:
+    body = NORM.format(square=POW.format(x="x"), wide="x", ending="y = Mul (normal, weight)")
+    body = body.replace("root = Sqrt (small)", "").replace("Reciprocal (root)", "Pow (small, power)")
+
+    def model(power: float) -> ir.Model:
+        constants = f"{written('weight', numbers(8))}, float epsilon = {{0.01}}, float two = {{2}}"
+        constants += f", float power = {{{power}}}, int64[1] axes = {{-1}}"
+        return parsed(body, "float[2, 3, 8] x", "float[2, 3, 8] y", constants)
+
+    norm = model(-0.5)
+    check_same_results(norm, FuseRmsNorms(PassContext(CPU)))
+    assert kinds(norm) == ["RMSNormalization"]
+    check_left_alone(model(-0.5), FuseRmsNorms())
+    check_left_alone(model(-1.0), FuseRmsNorms(PassContext(CPU)))
+
+
+def test_without_a_scale_for_the_cpu_library() -> None:
+    def model() -> ir.Model:
+        body = NORM.format(square=POW.format(x="x"), wide="x", ending="y = Neg (normal)")
+        constants = "float epsilon = {0.01}, float two = {2}, int64[1] axes = {-1}"
+        return parsed(body, "float[2, 3, 8] x", "float[2, 3, 8] y", constants)
+
+    norm = model()
+    check_same_results(norm, FuseRmsNorms(PassContext(CPU)))
+    assert kinds(norm) == ["Neg", "RMSNormalization"]
+    check_left_alone(model(), FuseRmsNorms())
 
 
 @pytest.mark.parametrize("changes", [{}, {"square": MUL}, {"half": True}], ids=str)

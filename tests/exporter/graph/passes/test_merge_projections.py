@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
+from sinkexport.graph.graph_pass import PassContext
 from sinkexport.graph.passes.merge_projections import MergeProjections
+from sinkexport.targets import CPU, ONNX
 
 from tests.exporter.graph.passes.pass_checks import (
     check_left_alone,
@@ -52,6 +54,27 @@ def test_joined(body: str, expected: list[str]) -> None:
 def test_only_weights_of_one_kind_are_joined() -> None:
     check_left_alone(projections(PLAIN), MergeProjections(context(SimplePlan(keep=("k",)))))
     check_same_results(projections(PLAIN), MergeProjections(context()))
+
+
+def test_for_the_cpu_library_attention_has_a_matmul_of_its_own() -> None:
+    def model() -> ir.Model:
+        constants = ", ".join(written(name, numbers(4, 6, seed=i)) for i, name in enumerate("qkgu"))
+        attention = "a = Reshape (p, shape) n = ai.sinkexport.SinkAttention (a, r)"
+        outputs = "float[2, 3, 6] v, float[2, 3, 6] w, float[2, 3, 2, 3] n"
+        shape = "shape = Constant <value = int64[4] {2, 3, 2, 3}> () "
+        return parsed(
+            f"{shape} p = MatMul (x, q) r = MatMul (x, k) {attention} v = MatMul (x, g) w = MatMul (x, u)",
+            "float[2, 3, 4] x",
+            outputs,
+            constants,
+        )
+
+    for target, expected in ((CPU, ["g+u", "q+k"]), (ONNX, ["q+k+g+u"])):
+        joined = model()
+        assert MergeProjections(PassContext(target))(joined).modified
+        names = [node.inputs[1].name for node in joined.graph if node.op_type == "MatMul"]
+        assert sorted(names) == expected
+        check_left_alone(joined, MergeProjections(PassContext(target)))
 
 
 @pytest.mark.parametrize(
