@@ -31,7 +31,13 @@ EXTRAS = (
 
 
 def mixed_case(
-    number: int, heads: Sequence[tuple[int, int]], head_dim: int, dtype: torch.dtype, kv: str, value_dim: int = 0, qk_norm: bool = False
+    number: int,
+    heads: Sequence[tuple[int, int]],
+    head_dim: int,
+    dtype: torch.dtype,
+    kv: str,
+    value_dim: int = 0,
+    qk_norm: bool = False,
 ) -> Case:
     """A case with combinations of the rest that `number` chooses: over many, all of each list appear often.
 
