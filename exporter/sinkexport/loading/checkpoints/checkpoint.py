@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.loading.checkpoints.file_tensor import FLOATING, FileTensor
 from sinkexport.loading.checkpoints.loading_report import (
     adapter_refused,
     refuse_gaps,
@@ -18,6 +21,7 @@ from sinkexport.loading.checkpoints.padding_rows import restore_padding_rows
 from sinkexport.loading.checkpoints.remote_code import code_note
 from sinkexport.loading.checkpoints.rescaled_layers import keep_saved_weights
 from sinkexport.loading.checkpoints.weight_files import WeightFiles, read_json, read_weight_files
+from sinkexport.loading.stored.folder import quantization_of, with_stored
 from sinkexport.loading.tokenizers.tokenizer_files import TokenizerFiles
 
 if TYPE_CHECKING:
@@ -41,8 +45,23 @@ def checkpoint_config(origin: Origin) -> Any:
     if origin.path is not None:
         _check_facts(origin)
     config = transformers.AutoConfig.from_pretrained(**origin.location, trust_remote_code=False)
+    if origin.path is None:
+        _refuse_quantized_id(origin, config)
     _make_neutral(config)
     return config
+
+
+def _refuse_quantized_id(origin: Origin, config: Any) -> None:
+    """Raises: UsageError for a quantised model of the Hub, whose files must be here to be read."""
+    if any(getattr(part, "quantization_config", None) is not None for part in _with_parts(config)):
+        raise UsageError(
+            problem(
+                "model",
+                received=f"'{origin.source}', whose weights are quantised",
+                expected="its folder",
+                fix=f"run 'hf download {origin.source} --local-dir DIR' first",
+            )
+        )
 
 
 def checkpoint_notes(origin: Origin) -> list[str]:
@@ -65,14 +84,18 @@ def load_checkpoint(origin: Origin, config: Any, dtype: torch.dtype) -> Any:
     import transformers
 
     files, ids = None if origin.path is None else _weights(origin.path, config), generation_ids(origin)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        **origin.location,
+    location, family = origin.location, transformers.AutoModelForCausalLM
+    if origin.path is not None and quantization_of(origin.path) is not None and files is not None:
+        # transformers' own readers need kernels, or round each product to the type of its scale.
+        location = {"pretrained_model_name_or_path": None, "state_dict": _as_torch(files.tensors)}
+        family = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, info = family.from_pretrained(
+        **location,
         config=config,
         dtype=dtype,
-        trust_remote_code=False,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported, by name
-        generation_config=ids,
+        **({"trust_remote_code": False, "generation_config": ids} if location is origin.location else {}),
     )
     if ids is not None:
         model.generation_config = ids
@@ -82,6 +105,19 @@ def load_checkpoint(origin: Origin, config: Any, dtype: torch.dtype) -> Any:
     keep_saved_weights(model)
     _say_if_untied(model, config)
     return model
+
+
+def _as_torch(tensors: Mapping[str, FileTensor]) -> dict[str, torch.Tensor]:
+    """The numbers of all tensors, floating-point ones in float32, which holds every type exactly."""
+    import numpy as np
+    import torch
+
+    def numbers(tensor: FileTensor) -> torch.Tensor:
+        array = tensor.array()
+        is_floating = tensor.dtype in FLOATING
+        return torch.from_numpy(np.array(array, np.float32 if is_floating else array.dtype))
+
+    return {name: numbers(tensor) for name, tensor in tensors.items()}
 
 
 def _say_if_untied(model: Any, config: Any) -> None:
@@ -150,6 +186,7 @@ def weights_folder(origin: Origin) -> Path:
 
 def _weights(folder: Path, config: Any) -> WeightFiles:
     files = read_weight_files(folder, getattr(config, "transformers_weights", None))
+    files = dataclasses.replace(files, tensors=with_stored(files.tensors, quantization_of(folder)))
     refuse_numbers(files.tensors)
     has_identities = bool(getattr(config, "zero_expert_num", None))
     refuse_gaps(files.tensors, config.n_routed_experts if has_identities else None)
@@ -164,6 +201,7 @@ def _check_facts(origin: Origin) -> None:
     if (folder / ADAPTER).is_file():
         raise adapter_refused(origin.source)
     code_note(origin.source, read_json(folder / CONFIG))
+    quantization_of(folder)
     if not (folder / GENERATION).is_file():
         return
     facts = read_json(folder / GENERATION)
@@ -186,6 +224,8 @@ def _make_neutral(config: Any) -> None:
     rescale_prenorm_residual is for training, and transformers divides loaded weights of Mamba layers by it.
     """
     for part in _with_parts(config):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config  # its tensors are read here, as loading/stored says
         part._attn_implementation = None
         part.output_attentions = False
         for name, value in (

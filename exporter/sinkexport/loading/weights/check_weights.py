@@ -128,9 +128,10 @@ def source_tensors(loaded: LoadedModel) -> Mapping[str, FileTensor]:
         return gguf_tensors(open_gguf(origin.path))
     from sinkexport.loading.checkpoints.checkpoint import weights_folder
     from sinkexport.loading.checkpoints.weight_files import read_weight_files
+    from sinkexport.loading.stored.folder import quantization_of, with_stored
 
-    explicit = getattr(loaded.model.config, "transformers_weights", None)
-    return read_weight_files(weights_folder(origin), explicit).tensors
+    explicit, folder = getattr(loaded.model.config, "transformers_weights", None), weights_folder(origin)
+    return with_stored(read_weight_files(folder, explicit).tensors, quantization_of(folder))
 
 
 def gguf_tensors(file: GgufFile) -> dict[str, FileTensor]:
