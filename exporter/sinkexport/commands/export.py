@@ -162,6 +162,7 @@ def command(
     with no_garbage_collection(is_lasting=True):
         from sinkexport.pipeline.check_export import UncheckedWarning
         from sinkexport.pipeline.export import export
+        from sinkexport.pipeline.manifest_facts import STORED
 
     start = time.perf_counter()
     with shown_progress(STAGES) as show, warnings.catch_warnings(record=True) as caught:
@@ -181,6 +182,8 @@ def command(
         f"{sum(f.bytes for f in manifest.files.values()) / 1e6:.0f} MB + {manifest.state_bytes / 1e6:.1f} MB state, "
         f"{time.perf_counter() - start:.1f} s"
     )
+    if (words := manifest.producer.get(STORED)) is not None:
+        click.echo(f"{STORED}: {words}")
 
 
 def _loaded(recipe: str | None) -> Recipe | None:

@@ -13,7 +13,7 @@ from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import is_weight, known_shape, operand, optional
 from sinkexport.graph.matmuls import module_of
 from sinkexport.graph.operators import DOMAIN, EXPERT_MATMUL
-from sinkexport.graph.quantize.plan import Plan
+from sinkexport.graph.quantize.plan import Plan, treatment_of_rows
 from sinkexport.quant.weight import QuantizedWeight
 
 
@@ -43,12 +43,14 @@ class ExpertMatmul:
     def rounded(self, plan: Plan) -> QuantizedWeight | None:
         """The matrices as the plan rounds them, as the rows of one, [E * M, K]; None: it does not."""
         name, source = str(self.weight.name), self.weight.const_value
-        scheme = plan.experts(module_of(name))
-        if scheme is None or source is None or not is_weight(self.weight):
+        if source is None or not is_weight(self.weight):
             return None
         count, depth, width = self.sizes
         rows = rows_of_outputs(source, (count * width, depth), is_transposed=self.is_transposed)
-        return QuantizedWeight(name, rows, scheme, transposed=True)
+        treatment = treatment_of_rows(plan, module_of(name), rows, "experts")
+        if treatment is None:
+            return None
+        return QuantizedWeight(name, rows, treatment.scheme, transposed=True, rounded=treatment.rounded)
 
 
 def find_expert_matmuls(graph: ir.Graph) -> Iterator[ExpertMatmul]:

@@ -147,7 +147,8 @@ def packed_floats(name: str, transposed: ir.TensorProtocol) -> PackedMatrix:
 def packed_integers(weight: QuantizedWeight, num_experts: int = 0) -> PackedMatrix | None:
     """A rounded matrix, or those of experts one below the other; None: of a scheme that the library has no kernels for.
 
-    Scales of blocks are stored in float16, which halves what they add to the bytes of a step.
+    Scales of blocks are stored in float16, which halves what they add to the bytes of a step. Those of a quantised
+    checkpoint are only where that changes none.
     """
     scheme = weight.scheme
     block = scheme.block_size or 0
@@ -155,7 +156,7 @@ def packed_integers(weight: QuantizedWeight, num_experts: int = 0) -> PackedMatr
         return None
     if scheme.bits == 8 and not scheme.symmetric:
         return None
-    if block:
+    if block and (scheme.scales != "stored" or holds_half(weight.scales())):
         weight = dataclasses.replace(weight, scheme=dataclasses.replace(scheme, scale_dtype="float16"))
     zeros = None if scheme.symmetric else functools.partial(_zero_points, weight)
     rows = weight.integers if scheme.bits == 8 else weight.unsigned
@@ -163,6 +164,12 @@ def packed_integers(weight: QuantizedWeight, num_experts: int = 0) -> PackedMatr
     integers = Integers(scheme.bits, block, scale_type, weight.scales, zeros)
     outputs = weight.num_outputs // max(num_experts, 1)
     return PackedMatrix(weight.name, outputs, weight.num_inputs, rows, integers, num_experts=num_experts)
+
+
+def holds_half(scales: np.ndarray) -> bool:
+    """Whether float16 holds these scales exactly."""
+    with np.errstate(over="ignore"):
+        return bool((scales.astype(np.float16).astype(np.float32) == scales).all())
 
 
 def _zero_points(weight: QuantizedWeight) -> np.ndarray:

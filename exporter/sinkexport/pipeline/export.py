@@ -40,7 +40,10 @@ from sinkexport.graph.convert import BuiltGraph, build_graph
 from sinkexport.graph.plugin_nodes import refuse_geometry, refuse_no_attention
 from sinkexport.graph.quantize.plan import Plan
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
+from sinkexport.graph.quantize.stored_plan import StoredPlan
 from sinkexport.graph.trace_graph import traced_graph
+from sinkexport.loading.stored.matrices import is_quantized_folder, quantized_tensors
+from sinkexport.loading.stored.tensors import ComputedTensor
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.loading.tokenizers.tokenizer_checks import check_template, check_tokens, fitted, named, opening_size
 from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids
@@ -62,19 +65,24 @@ from sinkexport.pipeline.checks import (
     check_memory,
     check_model,
     check_rings,
+    check_stored,
     check_tuned_sinks,
     check_variant,
     check_weights_after_rotation,
+    no_stored,
 )
 from sinkexport.pipeline.manifest_facts import (
+    STORED,
     attention_caches,
     head_windows,
     model_facts,
     producers,
     quantization_facts,
+    stored_weights,
 )
 from sinkexport.pipeline.sink_token import with_sink_token
 from sinkexport.quant.recipe import load_recipe
+from sinkexport.quant.weight import WeightScheme
 from sinkexport.sources import LoadedModel, load_model
 from sinkexport.targets import Target
 from sinkexport.util.derived_constant import DerivedConstant
@@ -87,6 +95,8 @@ PlanOf = Callable[..., Plan]
 LOGGER = logging.getLogger("sinkexport")
 WINDOW_RECIPE = "int8-window"
 """Recipe of ``kv="int8"`` where none is given."""
+STORED_RECIPE = "stored"
+"""Recipe of a folder of quantised weights where none is given."""
 SMALL_FILES_BYTES = 64 * 2**20
 """Room for graph, tokenizer and manifest beside the weights."""
 
@@ -133,10 +143,13 @@ def export_loaded(
     """
     model, out = loaded.model, Path(out)
     loaded = dataclasses.replace(loaded, tokenizer=_checked_tokenizer(loaded, config))
-    config = _resolved(_with_pinned_system(loaded.tokenizer, config), model.config.get_text_config().model_type)
+    config = _resolved(_with_pinned_system(loaded.tokenizer, config), loaded)
     special_ids = _special_ids(model, loaded.tokenizer)
     check_model(model, config)
     check_calibration(model, config)
+    tensors, stored = _stored_plan(loaded, config)
+    if stored is not None:
+        plan_of = functools.partial(_always, stored)
     with staged_bundle(out, overwrite=overwrite) as stage:
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
         report("probe", 0, 1)
@@ -153,6 +166,8 @@ def export_loaded(
             report("hash", 0, 1)
             files = hashed.result()
         manifest = _manifest(files, config, probed, written, tokenizer_facts)
+        if tensors:
+            manifest = _with_stored(manifest, config, tensors, {} if stored is None else stored.kept)
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         if check and (reason := why_unchecked(manifest)) is not None:
             warnings.warn(f"the graphs were not compared with the model: {reason}", UncheckedWarning, stacklevel=2)
@@ -302,6 +317,18 @@ def _manifest(
     )
 
 
+def _with_stored(
+    manifest: Manifest, config: ExportConfig, tensors: list[ComputedTensor], kept: Mapping[str, WeightScheme]
+) -> Manifest:
+    """The manifest with what became of a quantised checkpoint's tensors."""
+    words = stored_weights(tensors, kept, is_half=config.dtype == "fp16")
+    return dataclasses.replace(
+        manifest,
+        producer={**manifest.producer, STORED: words},
+        quantization=quantization_facts(config, list(kept.values())),
+    )
+
+
 def _library_abi(target: Target) -> str | None:
     """Version of the nodes that are not ONNX's own."""
     if target.has_cpu_library:
@@ -321,7 +348,7 @@ def _build(
     """Trace and convert one graph of B streams and T = num_tokens tokens, and what it computes of parameters."""
     step = StreamStep(loaded.model, config, probed.shape, probed.rotary, batch=batch, num_tokens=num_tokens).eval()
     recipe, dtype = config.recipe, WEIGHT_DTYPES[config.dtype]
-    plan = None if recipe is None else plan_of(recipe, loaded.model, dtype, config.calibration)
+    plan = None if recipe is None or recipe.stored == "float" else plan_of(recipe, loaded.model, dtype, config.calibration)
     num_sinks = 0 if config.calibration is None else config.calibration.num_sink_tokens
     with no_garbage_collection():
         model, derived = traced_graph(step, role)
@@ -329,18 +356,47 @@ def _build(
             return build_graph(model, role, step.state_names, target_of(config), num_sinks, plan), derived
 
 
-def _resolved(config: ExportConfig, family: str) -> ExportConfig:
+def _resolved(config: ExportConfig, loaded: LoadedModel) -> ExportConfig:
     """The config whose recipe says all: refined for the family, and with `kv`, which goes before the recipe's.
 
-    Raises: UsageError if the refined recipe cannot be followed.
+    A folder of quantised weights keeps them where no recipe is given.
+
+    Raises: UsageError if the refined recipe cannot be followed, or is not for such weights.
     """
-    recipe = load_recipe(WINDOW_RECIPE) if config.recipe is None and config.has_int8_window else config.recipe
+    recipe, is_quantized = config.recipe, is_quantized_folder(loaded)
+    if recipe is None and is_quantized:
+        recipe = load_recipe(STORED_RECIPE)
+    elif recipe is None and config.has_int8_window:
+        recipe = load_recipe(WINDOW_RECIPE)
     if recipe is None:
         return config
-    recipe = recipe.for_family(family)
+    check_stored(recipe, loaded, is_quantized=is_quantized)
+    recipe = recipe.for_family(loaded.model.config.get_text_config().model_type)
     if config.kv is not None:
         recipe = recipe.with_kv(config.kv)
     return dataclasses.replace(config, recipe=recipe, kv=recipe.kv)
+
+
+def _stored_plan(loaded: LoadedModel, config: ExportConfig) -> tuple[list[ComputedTensor], StoredPlan | None]:
+    """The quantised tensors of the source, if the recipe is about them, and the plan if it keeps them.
+
+    Raises: UsageError if there are none.
+    """
+    if config.recipe is None or config.recipe.stored is None:
+        return [], None
+    tensors = quantized_tensors(loaded)
+    if not tensors:
+        raise no_stored(config.recipe, loaded)
+    if config.recipe.stored == "float":
+        return tensors, None
+    matrices = [tensor.matrix for tensor in tensors if tensor.matrix is not None]
+    target, dtype = target_of(config), WEIGHT_DTYPES[config.dtype]
+    return tensors, StoredPlan(matrices, loaded.model, dtype, target.quantization)
+
+
+def _always(plan: Plan, *_arguments: Any) -> Plan:
+    """The plan that both graphs of a quantised checkpoint have."""
+    return plan
 
 
 def _checked_tokenizer(loaded: LoadedModel, config: ExportConfig) -> SourceTokenizer | None:

@@ -130,6 +130,8 @@ class Recipe(_Spec):
     """A whole recipe.
 
     weights: None: all stay in floating point, and only the window is quantised.
+    stored: of a quantised checkpoint, with nothing else: ``keep``: integers stay what they are where the target takes
+    them, and are dequantised elsewhere; ``float``: all are dequantised. None: the recipe is for other checkpoints.
 
     lm_head: the output projection: ``same`` as other weights, ``int8`` or ``float``. An embedding that is tied to it is
     stored once, as it is. embeddings: an untied one: ``int8`` (a scale for each row and block) or ``float``.
@@ -143,6 +145,7 @@ class Recipe(_Spec):
     name: str = pydantic.Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str
     weights: Weights | None = None
+    stored: Literal["keep", "float"] | None = None
     activations: Activations
     smooth: Smooth | None = None
     lm_head: Literal["same", "int8", "float"] = "same"
@@ -171,9 +174,15 @@ class Recipe(_Spec):
         weights, is_float = self.weights, self.activations.mode == "float"
         if weights is None:
             # What would quantise something else than the window is refused, so that its absence is no oversight.
-            if not is_float or self.smooth or self.lm_head != "same" or self.embeddings != "float" or self.kv != "int8":
+            plain = is_float and not self.smooth and self.lm_head == "same" and self.embeddings == "float"
+            if self.stored is not None:
+                if not plain:
+                    raise ValueError("stored goes with activations.mode: float and embeddings: float, and nothing else")
+            elif not plain or self.kv != "int8":
                 raise ValueError("without weights a recipe has activations.mode: float, embeddings: float, kv: int8")
             return self
+        if self.stored is not None:
+            raise ValueError("stored goes without weights: those of the checkpoint are not rounded again")
         if not is_float and weights.bits != 8:
             raise ValueError("INT8 activations need weights.bits: 8")
         if not is_float and weights.granularity != "channel":

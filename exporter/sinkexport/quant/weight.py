@@ -38,14 +38,14 @@ class WeightScheme:
     wherever the largest weight is negative, and costs nothing elsewhere. Asymmetric: 0 .. 2^bits - 1 with an integer
     zero point in that range; zero is always exact.
     scales: ``absmax``: nothing is clipped; ``mse``: the best of `CLIPPINGS` by squared error, then the least squares
-    scale for the integers found.
+    scale for the integers found; ``stored``: those of a quantised checkpoint, any number, of which no bit is changed.
     scale_dtype: ``float32 | float16``, the type that scales are stored in; integers are computed with what it holds.
     """
 
     bits: Literal[8, 4]
     block_size: int | None = None
     symmetric: bool = True
-    scales: Literal["absmax", "mse"] = "absmax"
+    scales: Literal["absmax", "mse", "stored"] = "absmax"
     scale_dtype: Literal["float32", "float16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -178,7 +178,8 @@ class QuantizedWeight:
     def _steps(self) -> _Steps:
         if self.rounded is not None:
             found = self.rounded()
-            return _Steps(self._storable(found.scales), found.zero_points)
+            kept = self.scheme.scales == "stored"
+            return _Steps(found.scales if kept else self._storable(found.scales), found.zero_points)
         scales = np.empty((self.num_outputs, self.num_groups), np.float32)
         zeros = None if self.scheme.symmetric else np.empty(scales.shape, np.uint8)
         for outputs, values in self._slices():

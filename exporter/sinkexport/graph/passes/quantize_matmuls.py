@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
+from sinkexport.graph.builder import Builder
+from sinkexport.graph.edit import constant, known_shape
 from sinkexport.graph.graph_pass import GraphPass
-from sinkexport.graph.matmuls import find_matmuls, find_tables, module_of
+from sinkexport.graph.matmuls import Matmul, find_matmuls, find_tables, module_of
 from sinkexport.graph.quantize.forms import FORMS
-from sinkexport.graph.quantize.plan import Form, Plan
+from sinkexport.graph.quantize.plan import Form, Plan, treatment_of_rows
 from sinkexport.quant.weight import QuantizedWeight
 
 
@@ -40,6 +44,8 @@ def _quantize_matmuls(graph: ir.Graph, plan: Plan, form: Form) -> dict[ir.Value,
             str(matmul.weight.name), matmul.transposed, treatment.scheme, transposed=True, rounded=treatment.rounded
         )
         decided[matmul.weight] = weight
+        if treatment.order is not None:
+            _reorder_inputs(graph, matmul, treatment.order)
         if treatment.dynamic:
             form.dynamic(matmul, weight)
         elif treatment.input_scale is not None:
@@ -47,6 +53,20 @@ def _quantize_matmuls(graph: ir.Graph, plan: Plan, form: Form) -> dict[ir.Value,
         else:
             form.weight_only(matmul, weight)
     return decided
+
+
+def _reorder_inputs(graph: ir.Graph, matmul: Matmul, order: npt.NDArray[np.int64]) -> None:
+    """Let a matmul read channel order[i] of its input as channel i. Matmuls of one input and order share the Gather."""
+    x, indices = matmul.x, constant(graph, order, "input_order")
+    b = Builder(graph)
+    for use in x.uses():
+        if use.node.op_type == "Gather" and use.idx == 0 and use.node.inputs[1] is indices:
+            reordered = use.node.outputs[0]
+            break
+    else:
+        reordered = b.op("Gather", [x, indices], known_shape(x), x.dtype, axis=len(known_shape(x)) - 1)
+        graph.insert_before(matmul.node, b.nodes)
+    matmul.node.replace_input_with(0, reordered)
 
 
 def _quantize_tables(graph: ir.Graph, plan: Plan, form: Form, decided: dict[ir.Value, QuantizedWeight | None]) -> bool:
@@ -59,9 +79,12 @@ def _quantize_tables(graph: ir.Graph, plan: Plan, form: Form, decided: dict[ir.V
         if table in decided:
             stored = decided[table]
         else:
-            scheme = plan.table(module_of(str(table.name)))
             name = str(table.name)
-            stored = None if scheme is None else QuantizedWeight(name, table.const_value, scheme, transposed=True)
+            treatment = treatment_of_rows(plan, module_of(name), table.const_value, "table")
+            stored = None
+            if treatment is not None:
+                scheme, rounded = treatment.scheme, treatment.rounded
+                stored = QuantizedWeight(name, table.const_value, scheme, transposed=True, rounded=rounded)
         if stored is not None:
             form.gather(node, stored)
             modified = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,8 @@ class InputScale:
 class Treatment:
     """What becomes of one matmul.
 
-    rounded: gives its matrix as it was rounded beforehand; None: it is rounded here.
+    rounded: gives its matrix as it was rounded beforehand; None: it is rounded here. order: the input of each column of
+    that, where they lie otherwise; None: they do not.
     dynamic: INT8 inputs with a scale for each token, found at run time. input_scale: INT8 inputs with this scale. At
     most one of the two; neither: floating-point inputs.
     """
@@ -35,6 +36,11 @@ class Treatment:
     rounded: Callable[[], Rounded] | None = None
     dynamic: bool = False
     input_scale: InputScale | None = None
+    order: npt.NDArray[np.int64] | None = None
+
+
+Use = Literal["table", "experts"]
+"""What rows are that no matmul of `treatment` has: a table, or the outputs of all experts of a layer."""
 
 
 class Plan(Protocol):
@@ -53,6 +59,21 @@ class Plan(Protocol):
 
     def experts(self, parameter: str) -> WeightScheme | None:
         """Scheme of the matrices of MoE experts: 8 bits and a scale for each output."""
+
+
+@runtime_checkable
+class RowPlan(Protocol):
+    """A plan that knows the integers of rows by their numbers."""
+
+    def of_rows(self, name: str, rows: ir.TensorProtocol, use: Use) -> Treatment | None: ...
+
+
+def treatment_of_rows(plan: Plan, name: str, rows: ir.TensorProtocol, use: Use) -> Treatment | None:
+    """What becomes of rows [n, K]. name: the module of a table, the parameter of experts."""
+    if isinstance(plan, RowPlan):
+        return plan.of_rows(name, rows, use)
+    scheme = plan.table(name) if use == "table" else plan.experts(name)
+    return None if scheme is None else Treatment(scheme)
 
 
 class Form(Protocol):

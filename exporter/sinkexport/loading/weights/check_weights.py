@@ -136,9 +136,8 @@ def source_tensors(loaded: LoadedModel) -> Mapping[str, FileTensor]:
 
 def gguf_tensors(file: GgufFile) -> dict[str, FileTensor]:
     """The tensors of a GGUF file, queries and keys in the order that Hugging Face's files have."""
-    found: dict[str, FileTensor] = {}
-    for name, tensor in file.tensors.items():
-        found[name] = _gguf_tensor(name, tensor)
+    found = raw_gguf_tensors(file)
+    for name in found:
         heads = {"attn_q": "{arch}.attention.head_count", "attn_k": "{arch}.attention.head_count_kv"}
         key = next((key for part, key in heads.items() if f".{part}." in name), None)
         if key is None or file.architecture not in LLAMA_ORDER:
@@ -148,6 +147,11 @@ def gguf_tensors(file: GgufFile) -> dict[str, FileTensor]:
         if isinstance(count, int) and count > 0 and rows % (2 * count) == 0:
             found[name] = found[name].reordered(rows_of_halves(count, rows))
     return found
+
+
+def raw_gguf_tensors(file: GgufFile) -> dict[str, FileTensor]:
+    """The tensors of a GGUF file, their rows as they lie there."""
+    return {name: _gguf_tensor(name, tensor) for name, tensor in file.tensors.items()}
 
 
 def _gguf_tensor(name: str, tensor: Any) -> FileTensor:
@@ -200,4 +204,10 @@ def _rounding(model: Any, config: ExportConfig, num_kv_heads: int) -> Rounding:
             with contextlib.suppress(UsageError):  # of what is no matmul
                 if (found := calibration.divisors(name)) is not None:
                     divisors[name] = np.asarray(found, np.float32)
-    return Rounding(half=config.dtype == "fp16", nearest=nearest, divisors=divisors, num_kv_heads=num_kv_heads)
+    return Rounding(
+        half=config.dtype == "fp16",
+        nearest=nearest,
+        exact=recipe is not None and recipe.stored == "keep",
+        divisors=divisors,
+        num_kv_heads=num_kv_heads,
+    )

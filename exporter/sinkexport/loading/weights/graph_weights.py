@@ -252,6 +252,7 @@ def _quantized(
     else:
         shape, read = integers.shape, _scaled(lambda r, c: integers[r[:, None], c[None]], scales.reshape(-1))
     slack = _bits(value, integers)[2] - 1 if suffix == ".packed" else 0
+    read = _in_model_order(value, read)
     sources = tuple(
         one.const_value
         for one in (value, values[f"{base}.scales"], zeros)
@@ -286,11 +287,23 @@ def _packed_for_library(
         name=base,
         parts=parts,
         shape=packed.shape,
-        read=packed.read,
+        read=_in_model_order(value, packed.read),
         layers=layers,
         swapped=swapped,
         sources=sources,
     )
+
+
+def _in_model_order(value: ir.Value, read: Read) -> Read:
+    """Read columns as the model has them, where the matmul's input is reordered by a Gather (activation order)."""
+    for use in value.uses():
+        x = use.node.inputs[0]
+        gather = None if x is None else x.producer()
+        order = None if gather is None or gather.op_type != "Gather" else gather.inputs[1]
+        if order is not None and order.const_value is not None and order.const_value.shape.rank() == 1:
+            place = np.argsort(order.const_value.numpy())
+            return lambda rows, columns: read(rows, place[columns])
+    return read
 
 
 def _by_input(

@@ -48,12 +48,14 @@ class Rounding:
     """Distance that the numbers of a graph may have from the file's.
 
     half: they are float16, or computed with float16. nearest: integers are those nearest to the numbers; otherwise
-    they were chosen for the inputs, or scales clip. divisors: by module, what its input was divided by and its weights
+    they were chosen for the inputs, or scales clip. exact: integers stand for the numbers, and no step is allowed.
+    divisors: by module, what its input was divided by and its weights
     multiplied (SmoothQuant); num_kv_heads: to which heads of values those of an attention's output belong.
     """
 
     half: bool = False
     nearest: bool = True
+    exact: bool = False
     divisors: Mapping[str, Floats] = dataclasses.field(default_factory=dict)
     num_kv_heads: int = 1
 
@@ -62,16 +64,16 @@ class Rounding:
         if graph.shape != file.shape or not np.isfinite(graph).all():
             return False
         gap = np.abs(graph - file)
-        if bool((gap <= self._allowed(file, graph) + 1.01 * steps).all()):
+        if bool((gap <= self._allowed(file, graph) + (0.0 if self.exact else 1.01) * steps).all()):
             return True
-        if self.nearest or not steps.any():
+        if self.nearest or self.exact or not steps.any():
             return False
         power = float(np.square(file, dtype=np.float64).sum())
         return float(np.square(gap, dtype=np.float64).sum()) <= MAX_SHARE**2 * power
 
     def close(self, file: Floats, graph: Floats, steps: Floats) -> npt.NDArray[np.bool_]:
         """Whether each number of the graph may be the file's: [n, m]. One of the two may have one row."""
-        steps = steps * (1.01 if self.nearest else LOOSE_STEPS)
+        steps = steps * (0.0 if self.exact else 1.01 if self.nearest else LOOSE_STEPS)
         near: npt.NDArray[np.bool_] = np.abs(graph - file) <= self._allowed(file, graph) + steps
         return near
 
