@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ import torch
 import transformers
 
 HIDDEN, FEED_FORWARD, HEADS, KV_HEADS, VOCAB = 64, 128, 4, 2, 96
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NEVER = ("embed_tokens", "lm_head", "gate", "router")
+"""Modules that no program quantises by itself: tables, and what chooses experts."""
+
 AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
 """Outputs in the fields of a word, the lowest field first."""
 
@@ -33,6 +36,8 @@ class Folder:
     weights: dict[str, np.ndarray]
     tensors: Tensors
     config: dict[str, Any]
+    floats: frozenset[str]
+    """Names of tensors that are not quantised."""
 
     def write(self) -> Path:
         """Write it, again after a change."""
@@ -45,20 +50,16 @@ class Folder:
         )
         return self.path
 
-    def model(self) -> Any:
-        """transformers' model with the numbers that the tensors stand for."""
-        facts = {key: value for key, value in self.config.items() if key != "quantization_config"}
-        config = transformers.AutoConfig.for_model(**facts)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            parameters = dict(model.named_parameters())
-            for name, parameter in parameters.items():
-                values = self.weights.get(name)
-                if values is None and name in self.tensors:
-                    values = self.tensors[name].float().numpy()
-                if values is not None:
-                    parameter.copy_(torch.from_numpy(values.copy()))
-        return model.eval()
+    def reference(self) -> Any:
+        """transformers' model from a folder with the numbers that the tensors stand for, in float32."""
+        folder = self.path.with_name(f"{self.path.name}-float")
+        folder.mkdir(exist_ok=True)
+        plain = {key: value for key, value in self.config.items() if key != "quantization_config"}
+        (folder / "config.json").write_text(json.dumps(plain))
+        tensors = {name: tensor.float() for name, tensor in self.tensors.items() if name in self.floats}
+        tensors |= {name: torch.from_numpy(values.copy()) for name, values in self.weights.items()}
+        safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 Pack = Callable[[str, tuple[int, int], np.random.Generator], tuple[Tensors, np.ndarray]]
@@ -75,7 +76,7 @@ def quantized_folder(
     layers: int = 2,
     **config: Any,
 ) -> Folder:
-    """A Llama whose projections are quantised by `pack`, and the modules named in `also`, such as ``lm_head``."""
+    """A model, a Llama by default, whose projections are quantised by `pack`, and the modules that `also` names."""
     torch.manual_seed(seed)
     arguments = {
         "vocab_size": VOCAB,
@@ -95,15 +96,20 @@ def quantized_folder(
     random = np.random.default_rng(seed)
     tensors: Tensors = {}
     weights: dict[str, np.ndarray] = {}
-    for name, tensor in model.state_dict().items():
+    floats = set()
+    with tempfile.TemporaryDirectory() as saved:  # experts have a tensor each in files
+        model.save_pretrained(saved)
+        plain = safetensors.torch.load_file(Path(saved) / "model.safetensors")
+    for name, tensor in plain.items():
         base = name.removesuffix(".weight")
-        if tensor.ndim == 2 and (base.rsplit(".", 1)[-1] in PROJECTIONS or base in also):
+        if tensor.ndim == 2 and base != name and (base.rsplit(".", 1)[-1] not in NEVER or base in also):
             packed, weights[name] = pack(base, tuple(tensor.shape), random)
             tensors |= packed
-        elif not (name == "lm_head.weight" and made.tie_word_embeddings):
-            tensors[name] = tensor.clone()
+        else:
+            tensors[name] = tensor
+            floats.add(name)
     facts = {**json.loads(made.to_json_string()), "quantization_config": quantization}
-    folder = Folder(path, weights, tensors, facts)
+    folder = Folder(path, weights, tensors, facts, frozenset(floats))
     folder.write()
     return folder
 

@@ -19,6 +19,7 @@ from sinkexport.graph.packed_weights import holds_half
 from sinkexport.graph.quantize.ort import BLOCK_SIZES as ORT_BLOCKS
 from sinkexport.graph.quantize.plan import Treatment, Use
 from sinkexport.graph.quantize.plugin import INPUTS_MULTIPLE
+from sinkexport.model.moe_layers import moe_layers
 from sinkexport.quant.stored import StoredMatrix
 from sinkexport.quant.stored_rows import RowIndex, StoredRows
 from sinkexport.quant.weight import Rounded, WeightScheme
@@ -71,6 +72,7 @@ class StoredPlan:
         self._dtype = dtype
         self._quantization = quantization
         self._parameters: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+        self._moe_prefixes = tuple(f"{path}." for path in moe_layers(model))
         self._found: dict[str, StoredRows | None] = {}
         self.kept: dict[str, WeightScheme] = {}
         """How each tensor of the checkpoint is written that stays integers in a graph."""
@@ -106,6 +108,8 @@ class StoredPlan:
 
     def of_rows(self, name: str, rows: ir.TensorProtocol, use: Use) -> Treatment | None:
         """The integers of a table or of the matrices of experts, rows [n, K], where the target reads them."""
+        if use == "table" and name.startswith(self._moe_prefixes):
+            return None  # biases of experts, whose rows are gathered too
         found = self._rows(f"{use} {name}", rows.numpy())
         if found is None or found.first.order is not None:
             return None
