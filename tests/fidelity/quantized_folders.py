@@ -147,7 +147,8 @@ def gptq(
         codes = random.integers(0, 2**bits, (width, depth))
         half = 2 ** (bits - 1)
         zeros = np.full((groups, width), half) if sym else random.integers(1, 2**bits, (groups, width))
-        scales = scales_of(random, (groups, width)) * 2.0 ** (4 - bits)
+        scales = scales_of(random, (groups, width)) * np.float32(2.0 ** (4 - bits))
+        scales = torch.from_numpy(scales).to(dtype).float().numpy()
         group = np.arange(depth) // block
         if order != "none":
             shuffle = np.random.default_rng(depth) if order == "shared" else random
