@@ -102,6 +102,7 @@ def recipes() -> str:
     for name in recipe_names():
         recipe = load_recipe(name)
         weights = f"INT{recipe.weights.bits}, {_scales(recipe.weights)}" if recipe.weights else "floating point"
+        weights = "as stored" if recipe.stored == "keep" else weights
         mode = recipe.activations.mode if recipe.activations else "float"
         inputs = {
             "float": "floating point",

@@ -269,7 +269,9 @@ def compressed_facts(layout: str, bits: int, group_size: int | None, *, symmetri
     }
 
 
-def fp8(scale: str = "block", *, blocks: tuple[int, int] = (32, 48), compressed: bool = False) -> tuple[Pack, dict[str, Any]]:
+def fp8(
+    scale: str = "block", *, blocks: tuple[int, int] = (32, 48), compressed: bool = False
+) -> tuple[Pack, dict[str, Any]]:
     """FP8 (E4M3). scale: of a ``block``, a ``channel`` or the ``tensor``; compressed: as compressed-tensors has it."""
 
     def pack(base: str, shape: tuple[int, int], random: np.random.Generator) -> tuple[Tensors, np.ndarray]:

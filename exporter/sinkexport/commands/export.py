@@ -162,7 +162,7 @@ def command(
     with no_garbage_collection(is_lasting=True):
         from sinkexport.pipeline.check_export import UncheckedWarning
         from sinkexport.pipeline.export import export
-        from sinkexport.pipeline.manifest_facts import STORED
+        from sinkexport.pipeline.stored_weights import STORED
 
     start = time.perf_counter()
     with shown_progress(STAGES) as show, warnings.catch_warnings(record=True) as caught:

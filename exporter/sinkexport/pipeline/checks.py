@@ -12,9 +12,7 @@ from sinkrt.ring import Ring
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.families.rope import ModelRotary
 from sinkexport.families.shape import AttentionShape
-from sinkexport.loading.origin import LoadedModel
 from sinkexport.model.head_caches import HeadCache
-from sinkexport.quant.recipe import Recipe
 from sinkexport.sources import refuse_architecture
 from sinkexport.util.machine import total_memory_bytes
 
@@ -87,40 +85,6 @@ def check_calibration(model: Any, config: ExportConfig) -> None:
             )
         )
     ranges.check_model(model)
-
-
-def check_stored(recipe: Recipe, loaded: LoadedModel, *, is_quantized: bool) -> None:
-    """A recipe that rounds weights must not be given those that are integers already, and one that keeps integers must.
-
-    GGUF files may be rounded again: their numbers are dequantised, as they always were.
-
-    Raises: UsageError.
-    """
-    is_gguf = loaded.origin is not None and loaded.origin.is_gguf
-    if recipe.stored is None and is_quantized:
-        raise UsageError(
-            problem(
-                f"recipe '{recipe.name}'",
-                received=f"'{loaded.name}', whose weights are quantised already",
-                expected="a recipe for them: 'stored' or 'dequantized'",
-                fix="leave --recipe out (with --kv int8 if the window is to be INT8), or export the "
-                "floating-point original",
-            )
-        )
-    if recipe.stored is not None and not (is_quantized or is_gguf):
-        raise no_stored(recipe, loaded)
-
-
-def no_stored(recipe: Recipe, loaded: LoadedModel) -> UsageError:
-    """The refusal of a recipe that keeps integers, for a model that has none."""
-    return UsageError(
-        problem(
-            f"recipe '{recipe.name}'",
-            received=f"'{loaded.name}', whose weights are floating point",
-            expected="a quantised checkpoint",
-            fix="leave --recipe out, or choose one that rounds",
-        )
-    )
 
 
 def check_variant(model: Any, config: ExportConfig, shape: AttentionShape) -> None:

@@ -40,10 +40,7 @@ from sinkexport.graph.convert import BuiltGraph, build_graph
 from sinkexport.graph.plugin_nodes import refuse_geometry, refuse_no_attention
 from sinkexport.graph.quantize.plan import Plan
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
-from sinkexport.graph.quantize.stored_plan import StoredPlan
 from sinkexport.graph.trace_graph import traced_graph
-from sinkexport.loading.stored.matrices import is_quantized_folder, quantized_tensors
-from sinkexport.loading.stored.tensors import ComputedTensor
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.loading.tokenizers.tokenizer_checks import check_template, check_tokens, fitted, named, opening_size
 from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids
@@ -65,24 +62,20 @@ from sinkexport.pipeline.checks import (
     check_memory,
     check_model,
     check_rings,
-    check_stored,
     check_tuned_sinks,
     check_variant,
     check_weights_after_rotation,
-    no_stored,
 )
 from sinkexport.pipeline.manifest_facts import (
-    STORED,
     attention_caches,
     head_windows,
     model_facts,
     producers,
     quantization_facts,
-    stored_weights,
 )
 from sinkexport.pipeline.sink_token import with_sink_token
+from sinkexport.pipeline.stored_weights import recipe_for, stored_weights
 from sinkexport.quant.recipe import load_recipe
-from sinkexport.quant.weight import WeightScheme
 from sinkexport.sources import LoadedModel, load_model
 from sinkexport.targets import Target
 from sinkexport.util.derived_constant import DerivedConstant
@@ -95,8 +88,6 @@ PlanOf = Callable[..., Plan]
 LOGGER = logging.getLogger("sinkexport")
 WINDOW_RECIPE = "int8-window"
 """Recipe of ``kv="int8"`` where none is given."""
-STORED_RECIPE = "stored"
-"""Recipe of a folder of quantised weights where none is given."""
 SMALL_FILES_BYTES = 64 * 2**20
 """Room for graph, tokenizer and manifest beside the weights."""
 
@@ -147,16 +138,14 @@ def export_loaded(
     special_ids = _special_ids(model, loaded.tokenizer)
     check_model(model, config)
     check_calibration(model, config)
-    tensors, stored = _stored_plan(loaded, config)
-    if stored is not None:
-        plan_of = functools.partial(_always, stored)
+    stored = stored_weights(loaded, config)
     with staged_bundle(out, overwrite=overwrite) as stage:
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
         report("probe", 0, 1)
         probed = _probe(model, config)
         if config.affine is not None:
             (stage / AFFINE_FILE).write_bytes(config.affine.raw)
-        written = _write_graphs(stage, loaded, config, probed, report, plan_of, special_ids)
+        written = _write_graphs(stage, loaded, config, probed, report, stored.planner(plan_of), special_ids)
         tokenizer_facts = write_tokenizer(loaded.tokenizer, stage)
         with ThreadPoolExecutor(max_workers=1) as hashing:  # hashing leaves the interpreter to the check
             hashed = hashing.submit(hash_bundle, stage)
@@ -165,9 +154,7 @@ def export_loaded(
                 _check_weights(stage, loaded, config, probed, written)
             report("hash", 0, 1)
             files = hashed.result()
-        manifest = _manifest(files, config, probed, written, tokenizer_facts)
-        if tensors:
-            manifest = _with_stored(manifest, config, tensors, {} if stored is None else stored.kept)
+        manifest = stored.described(_manifest(files, config, probed, written, tokenizer_facts), config)
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         if check and (reason := why_unchecked(manifest)) is not None:
             warnings.warn(f"the graphs were not compared with the model: {reason}", UncheckedWarning, stacklevel=2)
@@ -317,18 +304,6 @@ def _manifest(
     )
 
 
-def _with_stored(
-    manifest: Manifest, config: ExportConfig, tensors: list[ComputedTensor], kept: Mapping[str, WeightScheme]
-) -> Manifest:
-    """The manifest with what became of a quantised checkpoint's tensors."""
-    words = stored_weights(tensors, kept, is_half=config.dtype == "fp16")
-    return dataclasses.replace(
-        manifest,
-        producer={**manifest.producer, STORED: words},
-        quantization=quantization_facts(config, list(kept.values())),
-    )
-
-
 def _library_abi(target: Target) -> str | None:
     """Version of the nodes that are not ONNX's own."""
     if target.has_cpu_library:
@@ -348,7 +323,9 @@ def _build(
     """Trace and convert one graph of B streams and T = num_tokens tokens, and what it computes of parameters."""
     step = StreamStep(loaded.model, config, probed.shape, probed.rotary, batch=batch, num_tokens=num_tokens).eval()
     recipe, dtype = config.recipe, WEIGHT_DTYPES[config.dtype]
-    plan = None if recipe is None or recipe.stored == "float" else plan_of(recipe, loaded.model, dtype, config.calibration)
+    plan = (
+        None if recipe is None or recipe.stored == "float" else plan_of(recipe, loaded.model, dtype, config.calibration)
+    )
     num_sinks = 0 if config.calibration is None else config.calibration.num_sink_tokens
     with no_garbage_collection():
         model, derived = traced_graph(step, role)
@@ -359,44 +336,17 @@ def _build(
 def _resolved(config: ExportConfig, loaded: LoadedModel) -> ExportConfig:
     """The config whose recipe says all: refined for the family, and with `kv`, which goes before the recipe's.
 
-    A folder of quantised weights keeps them where no recipe is given.
-
     Raises: UsageError if the refined recipe cannot be followed, or is not for such weights.
     """
-    recipe, is_quantized = config.recipe, is_quantized_folder(loaded)
-    if recipe is None and is_quantized:
-        recipe = load_recipe(STORED_RECIPE)
-    elif recipe is None and config.has_int8_window:
+    recipe = recipe_for(config.recipe, loaded)
+    if recipe is None and config.has_int8_window:
         recipe = load_recipe(WINDOW_RECIPE)
     if recipe is None:
         return config
-    check_stored(recipe, loaded, is_quantized=is_quantized)
     recipe = recipe.for_family(loaded.model.config.get_text_config().model_type)
     if config.kv is not None:
         recipe = recipe.with_kv(config.kv)
     return dataclasses.replace(config, recipe=recipe, kv=recipe.kv)
-
-
-def _stored_plan(loaded: LoadedModel, config: ExportConfig) -> tuple[list[ComputedTensor], StoredPlan | None]:
-    """The quantised tensors of the source, if the recipe is about them, and the plan if it keeps them.
-
-    Raises: UsageError if there are none.
-    """
-    if config.recipe is None or config.recipe.stored is None:
-        return [], None
-    tensors = quantized_tensors(loaded)
-    if not tensors:
-        raise no_stored(config.recipe, loaded)
-    if config.recipe.stored == "float":
-        return tensors, None
-    matrices = [tensor.matrix for tensor in tensors if tensor.matrix is not None]
-    target, dtype = target_of(config), WEIGHT_DTYPES[config.dtype]
-    return tensors, StoredPlan(matrices, loaded.model, dtype, target.quantization)
-
-
-def _always(plan: Plan, *_arguments: Any) -> Plan:
-    """The plan that both graphs of a quantised checkpoint have."""
-    return plan
 
 
 def _checked_tokenizer(loaded: LoadedModel, config: ExportConfig) -> SourceTokenizer | None:

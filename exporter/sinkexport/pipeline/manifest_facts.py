@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import collections
 from collections.abc import Collection, Mapping, Sequence
 
 from sinkrt.contract import AttentionCache, HeadWindow, ModelFacts, Quantization, attention_entries
@@ -12,12 +11,8 @@ from sinkexport.config import ExportConfig
 from sinkexport.families.rope import ModelRotary
 from sinkexport.families.shape import AttentionShape
 from sinkexport.loading.origin import LoadedModel
-from sinkexport.loading.stored.tensors import ComputedTensor
 from sinkexport.model.head_caches import HeadCache
 from sinkexport.quant.weight import WeightScheme
-
-STORED = "quantised weights"
-"""Entry of a manifest's `producer` that says what became of a quantised checkpoint's tensors."""
 
 PRODUCERS = ("sinkexport", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
@@ -78,22 +73,6 @@ def quantization_facts(config: ExportConfig, kept: Collection[WeightScheme] = ()
         calibration_sha256=None if config.calibration is None else config.calibration.sha256,
         thresholds=recipe.thresholds.model_dump(),
     )
-
-
-def stored_weights(
-    tensors: Sequence[ComputedTensor], kept: Mapping[str, WeightScheme], *, is_half: bool
-) -> str:
-    """What became of a checkpoint's quantised tensors, in words. is_half: floating point is float16."""
-    floats = "dequantised to float16" if is_half else "dequantised"
-    counts = collections.Counter(
-        f"{tensor.kind} {_form(kept[tensor.name]) if tensor.name in kept else floats}" for tensor in tensors
-    )
-    return "; ".join(f"{count} x {words}" for words, count in sorted(counts.items()))
-
-
-def _form(scheme: WeightScheme) -> str:
-    share = "a scale for each output" if scheme.block_size is None else f"blocks of {scheme.block_size}"
-    return f"kept in {scheme.bits} bits, {share}{'' if scheme.symmetric else ', zero points'}"
 
 
 def head_windows(caches: Sequence[HeadCache]) -> list[HeadWindow]:

@@ -1,4 +1,4 @@
-"""A weight matrix as a quantised checkpoint holds it: its integers, scales and zero points, none of which is changed."""
+"""A weight matrix as a quantised checkpoint holds it: its integers, scales and zero points, unchanged."""
 
 from __future__ import annotations
 

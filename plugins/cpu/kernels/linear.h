@@ -5,7 +5,7 @@
 //
 //   float32   [tiles][K][16] float
 //   bfloat16  [tiles][K/2][16][2]          K padded to a multiple of 2
-//   int8      [tiles][K/4][16][4]          of the block; per output: of 4. Values -127 .. 127
+//   int8      [tiles][K/4][16][4]          of the block; per output: of 4. Values -128 .. 127
 //   int4      [tiles][K/8][16][4] uint8    of the block. Low nibble: input 8i + j, high: 8i + 4 + j. Values 0 .. 15
 //   scales    [tiles][blocks][16]          float32 or float16; weight = scale * (value - zero)
 //   zeros     [tiles][blocks][16] uint8    0 .. 15; without them 8 for int4, 0 for int8

@@ -98,7 +98,7 @@ def largest_sums(isa: str) -> tuple[list[Call], list[np.ndarray]]:
     rng = np.random.default_rng(1)
     calls, results = [], []
     for kind, block_size, has_zeros in (("int8", 0, False), ("int4", 32, False), ("int4", 128, True)):
-        columns, outputs, low, high = 160, 24, *((-127, 127) if kind == "int8" else (0, 15))
+        columns, outputs, low, high = 160, 24, *((-128, 127) if kind == "int8" else (0, 15))
         values = rng.choice([low, high], (outputs, columns))
         values[:4], values[4:8] = high, low
         blocks = -(-columns // block_size) if block_size else 1

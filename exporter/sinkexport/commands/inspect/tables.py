@@ -62,6 +62,6 @@ def show_recipes(as_json: bool) -> None:
 def _weights(recipe: Recipe) -> str:
     weights = recipe.weights
     if weights is None:
-        return "float"
+        return "as stored" if recipe.stored == "keep" else "float"
     share = "channel" if weights.block_size is None else f"{weights.block_size} inputs"
     return f"int{weights.bits}, a scale per {share}"

@@ -142,7 +142,7 @@ class StoredPlan:
 
 def _fits(found: StoredRows, bits: int, *, symmetric: bool) -> bool:
     """Whether the integers, less their zero points where the form has none, have these bits."""
-    return bits == found.first.bits and symmetric == found.symmetric or (bits == 8 and found.first.bits == 4)
+    return (bits == found.first.bits and symmetric == found.symmetric) or (bits == 8 and found.first.bits == 4)
 
 
 def joined(parts: Sequence[StoredRows | None]) -> StoredRows | None:
@@ -178,5 +178,5 @@ def _read(found: StoredRows, scheme: WeightScheme) -> Rounded:
         return Rounded(integers, stored.scales, zeros)
     groups = -(-depth // scheme.block_size)
     times = groups if found.first.block_size is None else found.first.block_size // scheme.block_size
-    repeated = [None if part is None else np.repeat(part, times, axis=1)[:, :groups] for part in (stored.scales, zeros)]
-    return Rounded(integers, repeated[0], repeated[1])
+    scales = np.repeat(stored.scales, times, axis=1)[:, :groups]
+    return Rounded(integers, scales, None if zeros is None else np.repeat(zeros, times, axis=1)[:, :groups])

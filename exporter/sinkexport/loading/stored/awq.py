@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sinkexport.loading.checkpoints.file_tensor import FileTensor, Indices
-from sinkexport.loading.stored.settings import anything, checked, is_size, nothing, unknown
+from sinkexport.loading.stored.settings import Known, anything, checked, is_size, nothing, unknown
 from sinkexport.loading.stored.tensors import ComputedTensor, Parts, grouped, refused, stored
 from sinkexport.quant.stored import StoredMatrix
 from sinkexport.quant.weight import Rounded
@@ -28,7 +28,7 @@ PLACES = np.array((0, 4, 1, 5, 2, 6, 3, 7), np.int64)
 HALF = 8
 WHERE = "quantization_config of config.json"
 
-KNOWN = {
+KNOWN: Known = {
     "quant_method": ("awq",),
     "bits": (4,),
     "group_size": is_size,

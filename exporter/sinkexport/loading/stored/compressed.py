@@ -21,7 +21,7 @@ import numpy.typing as npt
 from sinkexport.loading.checkpoints.file_tensor import FileTensor, Indices
 from sinkexport.loading.stored.bit_fields import unpacked
 from sinkexport.loading.stored.float8 import scaled
-from sinkexport.loading.stored.settings import anything, checked, nothing, unknown
+from sinkexport.loading.stored.settings import Known, anything, checked, nothing, unknown
 from sinkexport.loading.stored.tensors import ComputedTensor, Parts, grouped, kind_of, refused, stored
 from sinkexport.quant.stored import StoredMatrix
 from sinkexport.quant.weight import Rounded
@@ -32,7 +32,7 @@ PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "
 WORD_BITS = 32
 WHERE = "quantization_config of config.json"
 
-KNOWN = {
+KNOWN: Known = {
     "quant_method": ("compressed-tensors",),
     "format": FORMATS,
     "config_groups": anything,  # checked one by one
@@ -46,14 +46,14 @@ KNOWN = {
     "moe_sparsity_config": nothing,
     "run_compressed": anything,
 }
-KNOWN_OF_GROUP = {
+KNOWN_OF_GROUP: Known = {
     "weights": anything,
     "input_activations": anything,
     "output_activations": nothing,
     "targets": anything,
     "format": (None, *FORMATS),
 }
-KNOWN_OF_WEIGHTS = {
+KNOWN_OF_WEIGHTS: Known = {
     "num_bits": (2, 4, 8),
     "type": ("int", "float"),
     "symmetric": (True, False),

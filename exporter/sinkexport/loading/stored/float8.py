@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats, Indices
-from sinkexport.loading.stored.settings import anything, checked, nothing
+from sinkexport.loading.stored.settings import Known, anything, checked, nothing
 from sinkexport.loading.stored.tensors import ComputedTensor, computed, kind_of, refused
 
 SCALES = ("_scale_inv", "_scale")
 WHERE = "quantization_config of config.json"
-KNOWN = {
+KNOWN: Known = {
     "quant_method": ("fp8",),
     "activation_scheme": ("dynamic", "static"),
     "weight_block_size": anything,

@@ -40,7 +40,15 @@ WHY_NOT: Mapping[str, str] = {
 }
 """Why a method is refused; others are not known."""
 
-NO_EFFECT = (".input_scale", ".activation_scale", ".input_zero_point", ".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")
+NO_EFFECT = (
+    ".input_scale",
+    ".activation_scale",
+    ".input_zero_point",
+    ".k_scale",
+    ".v_scale",
+    ".k_zero_point",
+    ".v_zero_point",
+)
 """Endings of scales for inputs and caches, which this project's graphs do not round so."""
 
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats, Indices
 from sinkexport.loading.stored.bit_fields import unpacked
-from sinkexport.loading.stored.settings import anything, checked, is_size, nothing, unknown
+from sinkexport.loading.stored.settings import Known, anything, checked, is_size, nothing, unknown
 from sinkexport.loading.stored.tensors import ComputedTensor, Parts, computed, grouped, refused, stored
 from sinkexport.quant.stored import StoredMatrix
 from sinkexport.quant.weight import Rounded
@@ -31,7 +31,7 @@ WORD_BITS = 32
 V1, V2 = "gptq", "gptq_v2"
 WHERE = "quantization_config of config.json"
 
-KNOWN = {
+KNOWN: Known = {
     "quant_method": ("gptq",),
     "method": ("gptq",),
     "bits": (2, 3, 4, 8),

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats, Indices
-from sinkexport.loading.stored.settings import anything, checked, nothing
+from sinkexport.loading.stored.settings import Known, anything, checked, nothing
 from sinkexport.loading.stored.tensors import ComputedTensor, computed, refused
 
 NUMBERS = np.array((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0), np.float32)
 BIAS, LARGEST = 127, 254
 BLOCKS, SCALES = "_blocks", "_scales"
 WHERE = "quantization_config of config.json"
-KNOWN = {"quant_method": ("mxfp4",), "modules_to_not_convert": anything, "dequantize": nothing}
+KNOWN: Known = {"quant_method": ("mxfp4",), "modules_to_not_convert": anything, "dequantize": nothing}
 
 
 def mxfp4_tensors(tensors: Mapping[str, FileTensor], facts: Mapping[str, Any]) -> dict[str, FileTensor]:

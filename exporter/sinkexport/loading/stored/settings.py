@@ -1,4 +1,4 @@
-"""What a configuration says of how a checkpoint was quantised: known keys alone, each with a value that is understood."""
+"""What a configuration says of how a checkpoint was quantised: known keys, each with a value that is understood."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from sinkrt.errors import UsageError, problem
 
+Known = Mapping[str, Collection[object] | Callable[[Any], bool]]
+"""Keys that are understood, each with its values or a test of them."""
 
 
 def anything(_value: object) -> bool:
@@ -19,7 +21,7 @@ def nothing(value: object) -> bool:
     return not value
 
 
-def checked(facts: object, known: Mapping[str, Collection[object] | Callable[[Any], bool]], where: str) -> dict[str, Any]:
+def checked(facts: object, known: Known, where: str) -> dict[str, Any]:
     """The keys of a table, if all are known and have values that are understood.
 
     Raises: UsageError naming the first that is not.
