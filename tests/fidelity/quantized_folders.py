@@ -72,11 +72,15 @@ def quantized_folder(
     quantization: dict[str, Any],
     *,
     also: tuple[str, ...] = (),
+    never: bool = False,
     seed: int = 0,
     layers: int = 2,
     **config: Any,
 ) -> Folder:
-    """A model, a Llama by default, whose projections are quantised by `pack`, and the modules that `also` names."""
+    """A model, a Llama by default, whose projections are quantised by `pack`, and the modules that `also` names.
+
+    never: none is.
+    """
     torch.manual_seed(seed)
     arguments = {
         "vocab_size": VOCAB,
@@ -102,7 +106,7 @@ def quantized_folder(
         plain = safetensors.torch.load_file(Path(saved) / "model.safetensors")
     for name, tensor in plain.items():
         base = name.removesuffix(".weight")
-        if tensor.ndim == 2 and base != name and (base.rsplit(".", 1)[-1] not in NEVER or base in also):
+        if not never and tensor.ndim == 2 and base != name and (base.rsplit(".", 1)[-1] not in NEVER or base in also):
             packed, weights[name] = pack(base, tuple(tensor.shape), random)
             tensors |= packed
         else:

@@ -258,7 +258,7 @@ def test_per_channel_integers_for_the_plugin(tmp_path: Path) -> None:
 
 def test_floating_point_is_what_the_user_asks_for(tmp_path: Path) -> None:
     folder, bundle = made(tmp_path / "model", "gptq"), tmp_path / "bundle"
-    done = run_cli("export", folder.path, "-o", bundle, "--window", "12", "--recipe", "dequantized").succeeded()
+    done = run_cli("export", folder.path, "-o", bundle, "--window", "12", "--recipe", "stored-float").succeeded()
     assert "quantised weights: 14 x GPTQ 4 bits dequantised" in done.out
     ids = random_ids(1, 10, vocab_size=q.VOCAB)
     assert error(logits(bundle, ids), reference_logits(folder.reference(), ids)) < EXACT
@@ -276,11 +276,11 @@ def test_an_int8_window_goes_with_stored_integers(tmp_path: Path) -> None:
 def test_integers_are_not_rounded_again(recipe: str, tmp_path: Path) -> None:
     folder, bundle = made(tmp_path / "model", "gptq"), tmp_path / "bundle"
     done = run_cli("export", folder.path, "-o", bundle, "--recipe", recipe)
-    done.refusal(f"recipe '{recipe}'", "quantised already", "'stored' or 'dequantized'", "leave --recipe out")
+    done.refusal(f"recipe '{recipe}'", "quantised already", "'stored' or 'stored-float'", "leave --recipe out")
     assert not bundle.exists()
 
 
-@pytest.mark.parametrize("recipe", ["stored", "dequantized"])
+@pytest.mark.parametrize("recipe", ["stored", "stored-float"])
 def test_floating_point_has_nothing_stored(recipe: str, tmp_path: Path) -> None:
     folder = made(tmp_path / "model", "gptq")
     folder.reference()
@@ -455,3 +455,32 @@ def test_transformers_reads_the_same_fp8(tmp_path: Path) -> None:
         scales = folder.tensors[f"{name}_scale_inv"]
         found = Fp8Dequantize(None)._dequantize_one(folder.tensors[name], scales, torch.float32)
         assert torch.equal(found, parameters[name]), name
+
+
+def test_transformers_reads_the_same_mxfp4(tmp_path: Path) -> None:
+    """gpt-oss: experts in FP4, which the export dequantises."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8}
+    pack, _ = KINDS["gptq"]
+    folder = quantized_folder(
+        tmp_path / "model", pack, {"quant_method": "mxfp4"}, never=True, model_type="gpt_oss", pad_token_id=0, **sizes
+    )
+    random, wanted = torch.Generator().manual_seed(0), {}
+    for name in [name for name in folder.tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        count, depth, width = folder.tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (count, width, depth // 32, 16), generator=random).to(torch.uint8)
+        scales = torch.randint(118, 124, (count, width, depth // 32), generator=random).to(torch.uint8)
+        folder.tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        wanted[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    folder.write()
+    parameters = dict(load_model(str(folder.path)).model.named_parameters())
+    assert len(wanted) == 4
+    for name, values in wanted.items():
+        assert torch.equal(parameters[name], values), name
+    manifest = export(str(folder.path), tmp_path / "bundle", ExportConfig(**GEOMETRY | {"window_size": 8}))
+    assert manifest.producer[STORED] == "4 x MXFP4 dequantised"
+    del folder.tensors[f"{next(iter(wanted))}_scales"]
+    folder.write()
+    with refused("without", "_scales"):
+        load_model(str(folder.path))

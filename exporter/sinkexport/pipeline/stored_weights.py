@@ -63,7 +63,7 @@ def recipe_for(recipe: Recipe | None, loaded: LoadedModel) -> Recipe | None:
             problem(
                 f"recipe '{recipe.name}'",
                 received=f"'{loaded.name}', whose weights are quantised already",
-                expected="a recipe for them: 'stored' or 'dequantized'",
+                expected="a recipe for them: 'stored' or 'stored-float'",
                 fix="leave --recipe out (with --kv int8 if the window is to be INT8), or export the "
                 "floating-point original",
             )

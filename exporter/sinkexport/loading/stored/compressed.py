@@ -34,7 +34,7 @@ WHERE = "quantization_config of config.json"
 
 KNOWN: Known = {
     "quant_method": ("compressed-tensors",),
-    "format": FORMATS,
+    "format": (*FORMATS, "mixed-precision"),  # each group's own
     "config_groups": anything,  # checked one by one
     "quantization_status": ("compressed", "frozen"),
     "ignore": anything,

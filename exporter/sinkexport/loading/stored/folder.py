@@ -57,6 +57,8 @@ def quantization_of(folder: Path) -> Mapping[str, Any] | None:
 
     Raises: UsageError for what is no table, or names no method that is understood.
     """
+    if not (folder / CONFIG).is_file():
+        return None
     facts = read_json(folder / CONFIG)
     holders = [facts, *(part for part in facts.values() if isinstance(part, Mapping))]
     found = [holder[key] for holder in holders for key in KEYS if holder.get(key) is not None]
