@@ -144,7 +144,7 @@ def test_types_with_minima_are_dequantised(tmp_path: Path) -> None:
 
 
 def test_without_the_recipe_blocks_are_floating_point(tmp_path: Path) -> None:
-    """As they always were, and other recipes may round them."""
+    """Other recipes may round them, too."""
     origin = locate(str(write(tmp_path / "tiny.gguf", quantised(tiny("llama"), "Q8_0"))))
     model = load_gguf(origin, gguf_config(origin), torch.float32).eval()
     loaded = LoadedModel(model, None, "tiny", origin)

@@ -38,7 +38,7 @@ class WeightScheme:
     wherever the largest weight is negative, and costs nothing elsewhere. Asymmetric: 0 .. 2^bits - 1 with an integer
     zero point in that range; zero is always exact.
     scales: ``absmax``: nothing is clipped; ``mse``: the best of `CLIPPINGS` by squared error, then the least squares
-    scale for the integers found; ``stored``: those of a quantised checkpoint, any number, of which no bit is changed.
+    scale for the integers found; ``stored``: those of a quantised checkpoint, bit by bit, of either sign.
     scale_dtype: ``float32 | float16``, the type that scales are stored in; integers are computed with what it holds.
     """
 

@@ -31,7 +31,7 @@ METHODS: Mapping[str, Callable[[Mapping[str, FileTensor], Mapping[str, Any]], di
 
 WHY_NOT: Mapping[str, str] = {
     "bitsandbytes": "codes look up in tables, and scales are rounded themselves; no target multiplies those",
-    "modelopt": "its scales lie in several layouts that its configuration does not tell apart",
+    "modelopt": "its scales lie in several layouts, and its configuration does not say in which",
     "fbgemm_fp8": "inputs are clipped at run time",
     "quanto": "its tensors are pickled classes",
     "torchao": "its tensors are pickled classes",
