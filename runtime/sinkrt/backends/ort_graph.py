@@ -135,7 +135,6 @@ class Graph:
         graph = manifest.graphs[role]
         batch = graph.inputs[0].shape[0]
         self._role, self._states, self._graph, self._device = role, manifest.states, graph, device
-        self._weights = weights
         self._session = open_graph(
             bundle / graph.file,
             threads,
@@ -165,7 +164,7 @@ class Graph:
         for state in self._states:
             device.bind(binding.bind_input, state.input, arrays[state.input])
             device.bind(binding.bind_output, state.output, arrays[state.input])
-        return Binding(self._role, self._session, binding, device.run_options(index), arrays, self._weights)
+        return Binding(self._role, self._session, binding, device.run_options(index), arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +176,6 @@ class Binding:
     binding: ort.IOBinding
     options: ort.RunOptions | None
     arrays: Mapping[str, Any]  # bound by address: they must live as long
-    weights: SharedWeights | None  # likewise
 
     def run(self) -> None:
         """Run the graph once.
@@ -222,6 +220,7 @@ def open_graph(
         if weights is not None:
             weights.give(path.name, options)
         session = ort.InferenceSession(path, options, providers=providers)
+        session.kept_weights = weights  # it reads them for as long as it lives
     except Exception as error:
         raise BundleError(
             problem(

@@ -8,11 +8,11 @@
 namespace sinkrt {
 namespace {
 
-constexpr uint64_t kVarint = 0, kFixed64 = 1, kBytes = 2, kFixed32 = 5;     // wire types
-constexpr uint64_t kGraph = 7;                                              // of ModelProto
-constexpr uint64_t kInitializer = 5;                                        // of GraphProto
+constexpr uint64_t kVarint = 0, kFixed64 = 1, kBytes = 2, kFixed32 = 5;      // wire types
+constexpr uint64_t kGraph = 7;                                               // of ModelProto
+constexpr uint64_t kInitializer = 5;                                         // of GraphProto
 constexpr uint64_t kDims = 1, kDataType = 2, kName = 8, kExternalData = 13;  // of TensorProto
-constexpr uint64_t kKey = 1, kValue = 2;                                    // of StringStringEntryProto
+constexpr uint64_t kKey = 1, kValue = 2;                                     // of StringStringEntryProto
 constexpr int kMostVarintBytes = 10;
 
 struct Malformed {};

@@ -1,4 +1,5 @@
-// Memory of a session on the CPU: buffers, and the states in one piece. Twin of runtime/sinkrt/backends/state_memory.py.
+// Memory of a session on the CPU: buffers, and the states in one piece. Twin of
+// runtime/sinkrt/backends/state_memory.py.
 #pragma once
 
 #include <cstddef>

@@ -51,7 +51,8 @@ class Graph {
       api.call<ort::AddSessionConfigEntry>(made, "session.force_spinning_stop", "1");
       // Q/DQ nodes are computed as they stand: see sinkrt/backends/ort.py.
       api.call<ort::AddSessionConfigEntry>(made, "session.disable_quant_qdq", "1");
-      // In its first run the prefill graph takes memory tensor by tensor, and that is kept: a plan would take as much again.
+      // In its first run the prefill graph takes memory tensor by tensor, and that is kept: a plan would take as much
+      // again.
       if (role == "prefill") api.call<ort::DisableMemPattern>(made);
       if (!repack) api.call<ort::AddSessionConfigEntry>(made, "session.disable_prepacking", "1");
       if (threads > 0) {
