@@ -81,7 +81,7 @@ def test_a_file_that_is_replaced_stays_as_it_was(cpp_runtime: CppRuntime, own_bu
         ids = np.full((session.batch, 9), 5)
         before = session.prefill(ids).copy()
         (tmp_path / "other").write_bytes(b"\x01" * size)
-        os.replace(tmp_path / "other", own_bundle / "weights.bin")
+        (tmp_path / "other").replace(own_bundle / "weights.bin")
         session.reset()
         np.testing.assert_array_equal(session.prefill(ids), before)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def test_states_of_a_session_lie_together(tmp_path: Path) -> None:
         states = [state for name, state in session.buffers.items() if name.endswith(".0")]
         assert len(states) == 4
         starts = sorted((state.ctypes.data, state.nbytes) for state in states)
-        for (start, size), (following, _) in zip(starts, starts[1:], strict=False):
+        for (start, size), (following, _) in itertools.pairwise(starts):
             assert following - start == -(-size // 64) * 64
 
 

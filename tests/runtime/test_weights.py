@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -90,10 +91,8 @@ def test_what_is_no_graph_is_refused(noise: bytes, place: int, byte: int) -> Non
     changed = bytearray(good)
     changed[place % len(good)] = byte
     for data in (noise, good[: place % len(good)], bytes(changed)):
-        try:
+        with contextlib.suppress(ValueError):
             external_tensors(data)
-        except ValueError:
-            pass
 
 
 # --- what is mapped --------------------------------------------------------------------------------------------------
@@ -117,7 +116,7 @@ def test_a_file_that_is_replaced_stays_as_it_was(bundle: Path, tmp_path: Path) -
     session = open_graph(bundle / "decode.onnx", 1, CPU, repack=False, weights=weights)
     before = logits(session)
     other = build_toy(tmp_path / "other", Toy(seed=1)) / "weights.bin"
-    os.replace(other, bundle / "weights.bin")
+    other.replace(bundle / "weights.bin")
     np.testing.assert_array_equal(logits(session), before)
     assert not np.array_equal(logits(open_graph(bundle / "decode.onnx", 1, CPU)), before)
 

@@ -18,7 +18,7 @@ _KEY, _VALUE = 1, 2  # of StringStringEntryProto
 _MOST_VARINT_BYTES = 10
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ExternalTensor:
     """An initializer of the graph: its place in a file that lies beside the graph's.
 
