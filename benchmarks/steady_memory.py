@@ -74,9 +74,7 @@ def main() -> None:
     check_json(arguments.json)
     result = {"environment": environment(arguments.threads), "bundle": arguments.bundle.name}
     with Session.load(arguments.bundle, backend="ort", threads=arguments.threads) as session:
-        result["points"] = run(
-            session, arguments.steps, arguments.every, arguments.prompt_every, arguments.warm_up
-        )
+        result["points"] = run(session, arguments.steps, arguments.every, arguments.prompt_every, arguments.warm_up)
     print(show(result))
     write_json(arguments.json, result)
 
