@@ -1,4 +1,4 @@
-"""Resident memory over a million steps: whether anything grows from token to token.
+"""Memory over a million steps: whether anything grows from token to token.
 
     python benchmarks/steady_memory.py BUNDLE [--steps 1000000] [--every 100000] [--prompt-every 1000] [--json FILE]
 
@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import check_json, environment, resident_mb, table, where, write_json
+from harness import anonymous_mb, check_json, environment, resident_mb, table, where, write_json
 from sinkrt import Session
 
 KIB_A_MB = 1e6 / 1024
 
 
 def run(session: Session, steps: int, every: int, prompt_every: int, warm_up: int) -> list[dict[str, Any]]:
-    """Resident memory in MB after each `every` steps, the first entry after the warm-up; what was fed until then."""
+    """Memory in MB after each `every` steps, the first entry after the warm-up; what was fed until then.
+
+    resident_mb: with pages of files, libraries among them, which the system drops and reads again as it likes.
+    allocated_mb: without.
+    """
     random = np.random.default_rng(0)
     ids = np.ones(session.batch, np.int64)
     tokens = 0
@@ -38,21 +42,20 @@ def run(session: Session, steps: int, every: int, prompt_every: int, warm_up: in
             tokens += length
         if step == warm_up or step % every == 0:
             seconds = round(time.perf_counter() - start, 1)
-            out.append({"steps": step, "tokens": tokens, "resident_mb": resident_mb(), "seconds": seconds})
+            memory = {"resident_mb": resident_mb(), "allocated_mb": anonymous_mb()}
+            out.append({"steps": step, "tokens": tokens, **memory, "seconds": seconds})
     return out
 
 
 def show(result: dict[str, Any]) -> str:
     """The table for people."""
-    first = result["points"][0]["resident_mb"]
+    points = result["points"]
     rows = []
-    before = first
-    for point in result["points"]:
-        now = point["resident_mb"]
-        growth = (f"{(now - origin) * KIB_A_MB:,.0f}" for origin in (before, first))
-        rows.append([f"{point['steps']:,}", f"{point['tokens']:,}", f"{now:.1f}", *growth])
-        before = now
-    headers = ["steps", "tokens a stream", "resident MB", "KiB more", "KiB more since the warm-up"]
+    for before, point in zip([points[0], *points], points, strict=False):
+        growth = ((point["allocated_mb"] - origin["allocated_mb"]) * KIB_A_MB for origin in (before, points[0]))
+        cells = [f"{point['steps']:,}", f"{point['tokens']:,}", f"{point['resident_mb']:.1f}"]
+        rows.append([*cells, f"{point['allocated_mb']:.1f}", *(f"{kib:,.0f}" for kib in growth)])
+    headers = ["steps", "tokens a stream", "resident MB", "allocated MB", "KiB more", "KiB more since the warm-up"]
     return "\n".join([where(result["environment"]), "", table(headers, rows, texts=())])
 
 

@@ -1,6 +1,6 @@
 """Memory for the states of a session: one piece, in huge pages where the system has them.
 
-Twin of runtime/cpp/src/backends/state_memory.cpp.
+Twin of runtime/cpp/src/backends/memory.cpp.
 """
 
 from __future__ import annotations
