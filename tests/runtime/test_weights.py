@@ -177,7 +177,7 @@ def test_graphs_that_cannot_be_read_are_onnx_runtimes_to_refuse(bundle: Path) ->
             open_graph(bundle / name, 1, CPU, weights=shared(bundle))
 
 
-def test_an_unreadable_file_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_not_mapped(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file's permissions would not keep the superuser, who may run these tests, from reading."""
     real = Path.open
 
@@ -187,7 +187,7 @@ def test_an_unreadable_file_is_named(bundle: Path, monkeypatch: pytest.MonkeyPat
         return real(path, *arguments, **named)
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(BundleError, match=r"weights\.bin: received .*Permission denied"):
+    with pytest.raises(PermissionError, match=r"weights\.bin"):
         Session.load(bundle)
     shared(bundle).give("decode.onnx", ort.SessionOptions())
     assert mappings_of(bundle / "weights.bin") == 0

@@ -45,24 +45,6 @@ def hash_file(path: Path) -> FileFacts:
     return FileFacts(os.path.getsize(path), digest.hexdigest())
 
 
-def _hashed(path: Path) -> FileFacts:
-    """`hash_file` of a file of a bundle.
-
-    Raises: BundleError if it cannot be read.
-    """
-    try:
-        return hash_file(path)
-    except OSError as error:
-        raise BundleError(
-            problem(
-                path.name,
-                received=f"a file that cannot be read ({error.strerror or error})",
-                expected="a readable file",
-                fix="check its permissions",
-            )
-        ) from error
-
-
 def check_files(bundle: Path, manifest: Manifest, *, hashes: bool = True) -> None:
     """Compare every file of the bundle with the manifest: size always, SHA-256 if `hashes`.
 
@@ -79,7 +61,7 @@ def check_files(bundle: Path, manifest: Manifest, *, hashes: bool = True) -> Non
             raise BundleError(
                 problem(name, received=f"{size} bytes", expected=f"{facts.bytes} bytes", fix="copy or export it again")
             )
-        if hashes and (found := _hashed(path).sha256) != facts.sha256:
+        if hashes and (found := hash_file(path).sha256) != facts.sha256:
             raise BundleError(
                 problem(
                     name,
