@@ -38,7 +38,7 @@ def own_bundle(bundle: Path, tmp_path: Path) -> Path:
 
 
 def test_python_maps_weights_once(own_bundle: Path) -> None:
-    """Of a copy: what exported the bundle has its weights mapped as well."""
+    """A copy is loaded: what exported the bundle has its weights mapped as well."""
     with Session.load(own_bundle, threads=1) as session:
         session.prefill(np.full((session.batch, 9), 5))
         session.step([6] * session.batch)
@@ -87,7 +87,7 @@ def test_a_file_that_is_replaced_stays_as_it_was(cpp_runtime: CppRuntime, own_bu
 
 
 def test_weights_that_are_too_short(cpp_runtime: CppRuntime, own_bundle: Path) -> None:
-    """By the manifest's size; by the graph's, where the manifest has been made to fit."""
+    """Refused by the manifest's size; by the graph's, where the manifest has been made to fit."""
     os.truncate(own_bundle / "weights.bin", 100)
     for message in ("weights.bin: received 100 bytes", "a graph that ONNX Runtime refuses"):
         with refused(message):
@@ -108,7 +108,7 @@ def test_weights_that_were_tampered_with(cpp_runtime: CppRuntime, own_bundle: Pa
 
 
 def test_files_that_cannot_be_written(cpp_runtime: CppRuntime, own_bundle: Path) -> None:
-    """As on a file system that is read-only."""
+    """Nothing of a bundle is written, as on a file system that is read-only."""
     for path in (*own_bundle.iterdir(), own_bundle):
         path.chmod(0o555 if path.is_dir() else 0o444)
     with Session.load(own_bundle, threads=1):

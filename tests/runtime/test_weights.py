@@ -37,7 +37,7 @@ def shared(bundle: Path) -> SharedWeights:
 
 
 def logits(session: ort.InferenceSession) -> np.ndarray:
-    """Of one step from an empty cache."""
+    """Logits of one step from an empty cache."""
     feeds: dict[str, Any] = {"ids": np.array([[5]]), "position": np.array([0])}
     for value in session.get_inputs():
         if value.name not in feeds:
