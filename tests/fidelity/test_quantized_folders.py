@@ -23,7 +23,7 @@ from tests.fidelity import quantized_folders as q
 from tests.fidelity.quantized_folders import Folder, Pack, quantized_folder
 from tests.support import nightly_but, random_ids, refused, run_cli
 
-GEOMETRY: dict[str, Any] = {"num_sink_tokens": 2, "window_size": 12, "chunk_size": 4}
+GEOMETRY: dict[str, Any] = {"num_sink_tokens": 2, "window_size": 12, "chunk_size": 4, "target": "onnx"}
 EXACT, ROUNDED = 2e-5, 0.35
 """Largest error of a logit as a share of the logits' spread: of floating-point inputs, and of inputs in 8 bits."""
 
@@ -162,7 +162,7 @@ def test_integers_lie_in_the_graph_bit_by_bit(kind: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", nightly_but(DAILY, KINDS))
 def test_the_cpu_library_reads_the_same_integers(kind: str, tmp_path: Path) -> None:
     folder, bundle = made(tmp_path / "model", kind), tmp_path / "bundle"
-    manifest = export(str(folder.path), bundle, ExportConfig(**GEOMETRY, target="cpu"))
+    manifest = export(str(folder.path), bundle, ExportConfig(**GEOMETRY | {"target": "cpu"}))
     if kind in KEPT:
         assert manifest.producer[STORED] == KEPT[kind][1]
     nodes = [node.op_type for node in onnx.load(bundle / "decode.onnx", load_external_data=False).graph.node]
@@ -207,7 +207,7 @@ def test_what_becomes_of_whole_rows_is_followed(model: str, kind: str, tmp_path:
 def test_experts_of_four_bits_are_kept_in_eight(tmp_path: Path) -> None:
     """The CPU library has no experts of 4 bits: integers less their zero points fit 8."""
     folder = made(tmp_path / "model", "gptq", **MODELS["experts"])
-    manifest = export(str(folder.path), tmp_path / "bundle", ExportConfig(**GEOMETRY, target="cpu"))
+    manifest = export(str(folder.path), tmp_path / "bundle", ExportConfig(**GEOMETRY | {"target": "cpu"}))
     assert "24 x GPTQ 4 bits kept in 8 bits, blocks of 32" in manifest.producer[STORED]
     ids = random_ids(1, 10, vocab_size=q.VOCAB)
     assert error(logits(tmp_path / "bundle", ids), reference_logits(folder.reference(), ids)) < ROUNDED
@@ -241,9 +241,10 @@ def test_half_precision_where_it_holds_the_scales(tmp_path: Path) -> None:
     assert "2 x compressed-tensors 4 bits dequantised to float16" in words  # gate and up are one matmul
 
 
-def test_per_channel_integers_for_the_plugin(tmp_path: Path) -> None:
-    """Int8Linear takes 8 bits with a scale for each output; others become float16."""
-    config = ExportConfig(**GEOMETRY, dtype="fp16", target="tensorrt")
+@pytest.mark.parametrize("native", nightly_but([False], [False, True]))
+def test_per_channel_integers_for_tensorrt(native: bool, tmp_path: Path) -> None:
+    """Int8Linear and Q/DQ take 8 bits with a scale for each output; others become float16."""
+    config = ExportConfig(**GEOMETRY | {"dtype": "fp16", "target": "tensorrt"}, native=native)
     sizes = {"hidden_size": 256}
     kept = export(str(made(tmp_path / "a", "int8", **sizes).path), tmp_path / "b", config, check=False)
     assert kept.producer[STORED] == "14 x compressed-tensors 8 bits kept in 8 bits, a scale for each output"

@@ -97,7 +97,7 @@ def stored(made: Tiny, tmp_path: Path, target: str = "onnx", recipe: str = "stor
     """The model in floating point, and the manifest of ``bundle``."""
     origin = locate(str(write(tmp_path / "tiny.gguf", made)))
     model = load_gguf(origin, gguf_config(origin), torch.float32).eval()
-    config = ExportConfig(**GEOMETRY, target=target, recipe=load_recipe(recipe))
+    config = ExportConfig(**GEOMETRY | {"target": target}, recipe=load_recipe(recipe))
     return model, export_loaded(LoadedModel(model, None, "tiny", origin), tmp_path / "bundle", config)
 
 
