@@ -407,6 +407,20 @@ def test_scales_for_inputs_and_caches_are_left_aside(tmp_path: Path) -> None:
     load_model(str(folder.path))
 
 
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_biases_that_gptq_saves_for_every_matrix(value: float, tmp_path: Path) -> None:
+    """Zeros where the model has none change nothing; numbers there would."""
+    folder = made(tmp_path / "model", "gptq")
+    folder.tensors["model.layers.1.mlp.up_proj.bias"] = torch.zeros(q.FEED_FORWARD)
+    folder.tensors["model.layers.0.mlp.up_proj.bias"] = torch.full((q.FEED_FORWARD,), value)
+    folder.write()
+    done = run_cli("export", folder.path, "-o", tmp_path / "bundle", "--window", "12", "--target", "onnx")
+    if value:
+        done.refusal("1 unexpected", "model.layers.0.mlp.up_proj.bias")
+    else:
+        done.succeeded()
+
+
 @pytest.mark.parametrize("kind", ["gptq", "gptq-own-order", "packed"])
 def test_the_check_of_weights_allows_no_step(kind: str, tmp_path: Path) -> None:
     """A file whose integers are all one step off those in the graph is another file."""

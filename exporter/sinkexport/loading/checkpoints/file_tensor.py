@@ -77,6 +77,11 @@ class FileTensor:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class ZeroBias(FileTensor):
+    """Zeros that a quantising program saves as the bias of every matrix, whether the model has one there or not."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class ReorderedTensor(FileTensor):
     """A tensor whose rows are those of `source`, in another order."""
 

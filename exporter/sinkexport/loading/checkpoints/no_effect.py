@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sinkexport.loading.checkpoints.file_tensor import FileTensor
+from sinkexport.loading.checkpoints.file_tensor import FileTensor, ZeroBias
 
 MASKED_LOGIT = -1e4
 """Largest logit of a masked token in old checkpoints."""
@@ -94,6 +94,7 @@ TABLE = (
     NoEffect(
         re.compile(r"(attn|attention|self_attention)\.masked_bias$"), "the logit of a masked token", _is_masked_logit
     ),
+    NoEffect(re.compile(r"\.bias$"), "zeros that GPTQ's programs save", lambda tensor: isinstance(tensor, ZeroBias)),
     NoEffect(re.compile(r"(^|\.)position_ids$"), "0, 1, 2 ..", _counts_up),
     NoEffect(re.compile(r"(^|\.)mtp(\.|_|$)"), "drafts of later tokens: decoding one by one needs none", family=True),
     NoEffect(re.compile(r"(^|\.)layers\.\d+\."), "a layer that drafts later tokens", family=True),

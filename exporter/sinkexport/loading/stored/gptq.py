@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats, Indices
+from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats, Indices, ZeroBias
 from sinkexport.loading.stored.bit_fields import unpacked
 from sinkexport.loading.stored.settings import Known, anything, checked, is_size, nothing, unknown
 from sinkexport.loading.stored.tensors import ComputedTensor, Parts, computed, grouped, refused, stored
@@ -92,6 +92,10 @@ def gptq_tensors(tensors: Mapping[str, FileTensor], facts: Mapping[str, Any]) ->
     quantizer = str((settings.get("meta") or {}).get("quantizer", "")) if isinstance(settings.get("meta"), dict) else ""
     by_word = "gptqmodel" in quantizer
     groups, others = grouped(tensors, SUFFIXES, "qweight")
+    for parts in groups:
+        bias = others.get(f"{parts.base}.bias")
+        if bias is not None and not bias.array().any():
+            others[bias.name] = ZeroBias(bias.name, bias.shape, bias.dtype, bias.file, bias.array)
     made = (_tensor(parts, settings["bits"], settings["group_size"], is_v1, by_word=by_word) for parts in groups)
     return others | {tensor.name: tensor for tensor in made}
 
