@@ -38,7 +38,7 @@ class AnswerParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     shown: frozenset[str] = frozenset()
-    logits: LogitParams = LogitParams()
+    logits: LogitParams = dataclasses.field(default_factory=LogitParams)
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and (not isinstance(self.max_tokens, (int, np.integer)) or self.max_tokens < 1):

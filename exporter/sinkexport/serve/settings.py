@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import socket
-from pathlib import Path
 
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.serve.keys import KEY_VARIABLE
 from sinkexport.util.process_memory import MIB
 
-KEY_VARIABLE = "SINKEXPORT_API_KEY"
-"""Environment variable with the key that clients must send."""
 BACKLOG = 512
 """Connections that the kernel keeps until they are accepted."""
 SECONDS = ("stall_s", "grace_s", "header_s", "body_s", "keep_alive_s")
@@ -69,46 +67,12 @@ class Limits:
             )
 
 
-def read_api_key(file: Path | None, environment: str | None) -> str | None:
-    """Read the key that clients must send: from the file, without surrounding white space, else from the variable.
-
-    Raises: UsageError if the file is unreadable, or the key is empty or not printable ASCII, which headers need.
-    """
-    if file is not None:
-        try:
-            key, where = file.read_text(encoding="utf-8"), f"'{file}'"
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                problem(
-                    "--api-key-file",
-                    received=f"'{file}' ({error})",
-                    expected="a readable text file",
-                    fix="check the path",
-                )
-            ) from None
-    elif environment is not None:
-        key, where = environment, KEY_VARIABLE
-    else:
-        return None
-    key = key.strip()
-    if not key or not all("!" <= character <= "~" for character in key):
-        raise UsageError(
-            problem(
-                "API key",
-                received=f"{where} without one",
-                expected="printable ASCII without spaces",
-                fix="write one line, for example of 'openssl rand -hex 32'",
-            )
-        )
-    return key
-
-
-def check_exposure(host: str, api_key: str | None) -> None:
+def check_exposure(host: str, *, has_key: bool) -> None:
     """Refuse to serve everybody on a network without a key.
 
     Raises: UsageError, also for a host that does not resolve.
     """
-    if api_key is None and not all(ipaddress.ip_address(address).is_loopback for address in _addresses(host)):
+    if not has_key and not all(ipaddress.ip_address(address).is_loopback for address in _addresses(host)):
         raise UsageError(
             problem(
                 "--host",

@@ -147,9 +147,9 @@ class Tokenizer:
 
     # --- ids to text ---
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids, special tokens left out."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of some ids, special tokens left out unless `special`."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=not special))
 
     @functools.cached_property
     def token_bytes(self) -> TokenBytes:

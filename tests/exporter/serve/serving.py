@@ -7,7 +7,7 @@ import dataclasses
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import openai
@@ -53,14 +53,15 @@ def serving(
     bundle: Path,
     limits: Limits = LIMITS,
     *,
-    api_key: str | None = None,
+    api_key: str | Mapping[str, str] | None = None,
     pin_system: bool = False,
     send_buffer: int | None = None,
 ) -> Iterator[Served]:
     with listen("127.0.0.1", 0) as listener, Session.load(bundle, threads=1) as session:
         if send_buffer:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # connections inherit it
-        server = Server(session, limits, api_key=api_key, pin_system=pin_system)
+        keys = {"default": api_key} if isinstance(api_key, str) else api_key
+        server = Server(session, limits, api_keys=keys, pin_system=pin_system)
         thread = threading.Thread(target=server.run, args=(listener,))
         thread.start()
         try:

@@ -1,0 +1,76 @@
+"""Fields that would change the answer and that this server does not have: they are refused, not ignored."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from sinkexport.serve.errors import ApiError
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """what: what the field asks for. harmless: values that ask for nothing. fix: what to do instead."""
+
+    what: str
+    harmless: tuple[Any, ...] = ()
+    fix: str = "leave it out"
+
+
+_LIMITED = "answers in a given format"
+_CHOSEN = "other ways to choose tokens"
+_TEXTS = "other ways to make a prompt of messages"
+
+REFUSED: Mapping[str, Refused] = {
+    "audio": Refused("answers in sound"),
+    "functions": Refused("functions", ([],)),
+    "moderation": Refused("moderated answers"),
+    "web_search_options": Refused("web searches"),
+    "tools": Refused("tools", ([],)),
+    "response_format": Refused(_LIMITED, ({"type": "text"},)),
+    **dict.fromkeys(
+        ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "json_schema"),
+        Refused(_LIMITED, ({}, [], "")),
+    ),
+    "grammar": Refused(_LIMITED, ("",)),
+    "min_p": Refused(_CHOSEN, (0,)),
+    "typical_p": Refused(_CHOSEN, (1,)),
+    "mirostat": Refused(_CHOSEN, (0,)),
+    "dynatemp_range": Refused(_CHOSEN, (0,)),
+    "xtc_probability": Refused(_CHOSEN, (0,)),
+    "dry_multiplier": Refused(_CHOSEN, (0,)),
+    "repeat_penalty": Refused("llama.cpp's penalties", (1,), "use repetition_penalty"),
+    "use_beam_search": Refused("searches among several beams", (False,)),
+    "length_penalty": Refused("searches among several beams", (1,)),
+    "min_tokens": Refused("shortest lengths", (0,)),
+    "stop_token_ids": Refused(
+        "stops by token id", ([],), 'use stop, which takes names of special tokens ("<|im_end|>")'
+    ),
+    "bad_words": Refused("forbidden words", ([],), "use logit_bias"),
+    "allowed_token_ids": Refused("lists of allowed tokens", ([],), "use logit_bias"),
+    "logits_processors": Refused("programs of a client", ([],)),
+    "n_probs": Refused("llama.cpp's probabilities", (0,), "use logprobs"),
+    "prompt_logprobs": Refused("log probabilities of a prompt", (False,)),
+    "return_token_ids": Refused("ids in answers", (False,), "use /tokenize, or logprobs"),
+    "skip_special_tokens": Refused("special tokens in answers", (True,)),
+    "include_stop_str_in_output": Refused("stop texts in answers", (False,)),
+    "add_generation_prompt": Refused(_TEXTS, (True,)),
+    "continue_final_message": Refused(_TEXTS, (False,)),
+    "chat_template": Refused(_TEXTS),
+    "documents": Refused(_TEXTS, ([],)),
+    "truncate_prompt_tokens": Refused("shortened prompts", (), "send less, or name a conversation, which never ends"),
+    "lora": Refused("adapters", ([], "")),
+}
+"""By name, where a kind of request does not have a field of that name."""
+
+
+def refuse(value: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Look for fields that ask for what there is not. known: fields of the request's kind.
+
+    Raises: ApiError 400.
+    """
+    for name, item in value.items():
+        found = None if name in known or item is None else REFUSED.get(name)
+        if found is not None and item not in found.harmless:
+            raise ApiError(400, f"{name}: {found.what} are not implemented here; {found.fix}", param=name)
