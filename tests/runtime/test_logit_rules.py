@@ -24,23 +24,27 @@ def random_logits(size: int = 100) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(size).astype(np.float32)
 
 
-def test_order_and_formula_are_those_of_vllm() -> None:
+@pytest.mark.parametrize("seed", range(30))
+def test_order_and_formula_are_those_of_vllm(seed: int) -> None:
     """Bias, then the repetition penalty, then frequency times count and presence."""
-    logits, recent = random_logits(), np.array([3, 3, 7, 50])
-    rules = LogitRules(LogitParams(0.5, 0.25, {3: 2.0, 9: -1.0}), 100)
-    for token in (7, 7, 7, 9):
-        rules.take(token)
+    random = np.random.default_rng(seed)
+    logits = (random.standard_normal(12) * 2).astype(np.float32)
+    recent, said = random.integers(-1, 12, 6), random.integers(0, 12, 8)
+    rules = LogitRules(LogitParams(0.5, 0.25, {3: 2.0, 9: -1.0}), 12)
+    for token in said:
+        rules.take(int(token))
     expected = logits.copy()
     expected[3] += 2
     expected[9] -= 1
-    seen = np.array([3, 7, 50])
+    seen = np.unique(recent[recent >= 0])
     expected[seen] = np.where(expected[seen] < 0, expected[seen] * 1.5, expected[seen] / 1.5)
-    expected[7] -= 3 * 0.25 + 0.5
-    expected[9] -= 0.25 + 0.5
-    sampler = Sampler(SamplingParams(repetition_penalty=1.5), 100, rules=rules)
+    counts = np.bincount(said, minlength=12)
+    expected -= 0.25 * counts + 0.5 * (counts > 0)
     before = logits.copy()
-    np.testing.assert_allclose(sampler._changed(logits, recent), expected, rtol=1e-6)
-    assert sampler.sample(logits, recent, 0) == expected.argmax()
+    params = SamplingParams(repetition_penalty=1.5)
+    assert Sampler(params, 12, rules=rules).sample(logits, recent, 0) == expected.argmax()
+    drawn = {Sampler(SamplingParams(1.0, 2, 1.0, 1.5, i), 12, rules=rules).sample(logits, recent, 0) for i in range(60)}
+    assert drawn <= set(np.argsort(expected)[-2:].tolist())
     assert (logits == before).all()
 
 

@@ -59,6 +59,13 @@ def _seconds(_ctx: click.Context, option: click.Parameter, value: float) -> floa
     metavar="MIB",
     callback=not_negative,
 )
+@number_option(
+    "--max-stored-mib",
+    Limits.max_stored_bytes // MIB,
+    "Memory for responses that clients refer to by id.",
+    metavar="MIB",
+    callback=not_negative,
+)
 @number_option("--max-prompt-tokens", Limits.max_prompt_tokens, "Longest prompt.")
 @number_option("--max-tokens", Limits.max_tokens, "Longest answer, and that of requests that do not say.")
 @number_option("--max-body-bytes", Limits.max_body_bytes, "Largest request.")
@@ -97,6 +104,7 @@ def command(
     max_waiting: int,
     max_conversations: int,
     max_parked_mib: int,
+    max_stored_mib: int,
     max_prompt_tokens: int,
     max_tokens: int,
     max_body_bytes: int,
@@ -125,6 +133,7 @@ def command(
         max_tokens=max_tokens,
         max_body_bytes=max_body_bytes,
         max_parked_bytes=max_parked_mib * MIB,
+        max_stored_bytes=max_stored_mib * MIB,
         max_connections=max_connections,
         body_s=body_timeout,
         keep_alive_s=idle_timeout,

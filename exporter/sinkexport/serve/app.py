@@ -31,6 +31,7 @@ from sinkexport.serve.requests import (
     ResponsesRequest,
     TokenizeRequest,
 )
+from sinkexport.serve.response_store import ResponseStore
 from sinkexport.serve.settings import Limits
 
 READ = ["GET", "HEAD"]
@@ -83,6 +84,7 @@ def create_app(
         return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     _add_answers(app, answer, prompts, limits, model)
+    _add_responses(app, answer, prompts, limits, model)
     _add_tokens(app, answer, prompts, limits)
     _handle_errors(app)
     return app
@@ -115,21 +117,38 @@ def _add_answers(app: FastAPI, answer: _Answer, prompts: Prompts, limits: Limits
         )
         return await answer(http, body, lambda new: prompts.completion(body, new), form)
 
-    @app.post("/v1/responses")
-    async def responses(http: HttpRequest) -> Response:
-        body = await _read(http, ResponsesRequest, limits.body_s)
-        form = ResponsesForm(model, body, token_bytes=prompts.token_bytes)
-        return await answer(http, body, lambda new: prompts.chat(body.chat, new), form)
-
-    @app.api_route("/v1/responses/{name:path}", methods=[*READ, "DELETE"])
-    async def stored(name: str) -> Response:
-        raise ApiError(404, f"response {shown(name)} does not exist: responses are not stored here")
-
     @app.post("/v1/embeddings")
     async def embeddings() -> Response:
         raise ApiError(
             400, "embeddings: this server generates text; it has no model for embeddings", code="not_supported"
         )
+
+
+def _add_responses(app: FastAPI, answer: _Answer, prompts: Prompts, limits: Limits, model: str) -> None:
+    """Add the routes of responses, which are kept for a while."""
+    store = ResponseStore(limits.max_stored_bytes)
+
+    @app.post("/v1/responses")
+    async def responses(http: HttpRequest) -> Response:
+        body = await _read(http, ResponsesRequest, limits.body_s)
+        owner = owner_of(http.scope)
+        messages = body.messages(store, owner)
+
+        def keep(response: dict[str, Any]) -> None:
+            if body.store is not False:
+                store.keep(owner, response, messages)
+
+        form = ResponsesForm(model, body, token_bytes=prompts.token_bytes, keep=keep)
+        return await answer(http, body, lambda new: prompts.chat(body.chat(messages), new), form)
+
+    @app.api_route("/v1/responses/{name}", methods=READ)
+    async def stored(http: HttpRequest, name: str) -> Response:
+        return JSONResponse(store.get(owner_of(http.scope), name).response)
+
+    @app.delete("/v1/responses/{name}")
+    async def drop(http: HttpRequest, name: str) -> Response:
+        store.drop(owner_of(http.scope), name)
+        return JSONResponse({"id": name, "object": "response", "deleted": True})
 
 
 def _add_tokens(app: FastAPI, answer: _Answer, prompts: Prompts, limits: Limits) -> None:

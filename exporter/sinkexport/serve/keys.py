@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sinkrt.errors import UsageError, problem
@@ -19,9 +19,10 @@ _LINE = re.compile(r"(?:([A-Za-z0-9._-]{1,64}):[ \t]+)?([!-~]+)")
 
 
 class ApiKeys:
-    """The keys that a server takes, and their names. keys: by name."""
+    """The keys that a server takes, and their names. keys: by name. equal: takes as long for all digests."""
 
-    def __init__(self, keys: Mapping[str, str]) -> None:
+    def __init__(self, keys: Mapping[str, str], equal: Callable[[bytes, bytes], bool] = hmac.compare_digest) -> None:
+        self._equal = equal
         self._digests = {name: _digest(key.encode()) for name, key in keys.items()}
 
     @property
@@ -37,7 +38,7 @@ class ApiKeys:
         scheme, _, given = (authorization[0] if len(authorization) == 1 else b"").partition(b" ")
         digest, found = _digest(given.strip()), None
         for name, other in self._digests.items():
-            if hmac.compare_digest(digest, other):
+            if self._equal(digest, other):
                 found = name
         return found if scheme.lower() == b"bearer" else None
 

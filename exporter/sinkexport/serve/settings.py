@@ -26,6 +26,7 @@ class Limits:
     max_prompt_tokens: of one prompt, with what the cache knows of it already.
     max_tokens: of one answer; also the default of requests that do not say.
     max_body_bytes: of one request. max_parked_bytes: memory for conversations that are in no stream, >= 0.
+    max_stored_bytes: memory for responses that clients may refer to, >= 0.
     stall_s: seconds until a client that takes no text is given up.
     grace_s: seconds that requests get to end when the server is stopped, >= 0.
     max_connections: open at a time.
@@ -41,6 +42,7 @@ class Limits:
     max_tokens: int = 4096
     max_body_bytes: int = MIB
     max_parked_bytes: int = 1024 * MIB
+    max_stored_bytes: int = 16 * MIB
     stall_s: float = 60.0
     grace_s: float = 10.0
     max_connections: int = 256
@@ -49,7 +51,7 @@ class Limits:
     keep_alive_s: float = 30.0
 
     def __post_init__(self) -> None:
-        least = {"max_waiting": 0, "max_parked_bytes": 0, **dict.fromkeys(SECONDS, 0)}
+        least = {"max_waiting": 0, "max_parked_bytes": 0, "max_stored_bytes": 0, **dict.fromkeys(SECONDS, 0)}
         for field in dataclasses.fields(self):
             value, minimum = getattr(self, field.name), least.get(field.name, 1)
             if value < minimum:

@@ -78,11 +78,11 @@ class Alone:
     """What a bundle of one stream says to the same requests."""
 
     def __init__(self, bundle: Path) -> None:
-        self._bundle = bundle
+        self.bundle = bundle
 
     def texts(self, prompts: list[list[int]], max_tokens: int, **options: object) -> list[str]:
         """The answers to prompts that follow each other in one stream."""
-        with Session.load(self._bundle, threads=1, verify=False) as session:
+        with Session.load(self.bundle, threads=1, verify=False) as session:
             return [
                 "".join(session.generate(prompt, max_tokens=max_tokens, **options))  # type: ignore[arg-type]
                 for prompt in prompts
@@ -90,7 +90,7 @@ class Alone:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        with Session.load(self._bundle, threads=1, verify=False) as session:
+        with Session.load(self.bundle, threads=1, verify=False) as session:
             return session.tokenizer
 
 

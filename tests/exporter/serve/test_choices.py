@@ -137,7 +137,7 @@ def test_logprobs_of_a_chat(served: Served, alone: Alone) -> None:
     ids = [entry.bytes[0] for entry in entries]  # the toy's tokens are bytes
     assert bytes(ids).decode("utf-8", "replace") == whole.choices[0].message.content
     prompt = chat_ids(alone.tokenizer, [user("hé")])
-    for entry, token, row in zip(entries, ids, expected_logprobs(alone._bundle, prompt, ids), strict=True):
+    for entry, token, row in zip(entries, ids, expected_logprobs(alone.bundle, prompt, ids), strict=True):
         assert entry.logprob == pytest.approx(row[token], abs=1e-5)
         assert entry.token == bytes([token]).decode("utf-8", "replace")
         best = np.argsort(-row, kind="stable")[:3]
@@ -217,7 +217,7 @@ def test_penalties_end_repetitions(served: Served) -> None:
 def test_the_answer_is_that_of_the_rules_on_the_sessions_logits(served: Served, alone: Alone) -> None:
     wanted = LogitParams(0.7, 0.4, {5: 3.5, 200: -2.0})
     sampling = SamplingParams(0.8, 50, 0.9, 1.3, 11)
-    with Session.load(alone._bundle, threads=1, verify=False) as session:
+    with Session.load(alone.bundle, threads=1, verify=False) as session:
         rules = LogitRules(wanted, 258)
         sampler = Sampler(sampling, 258, rules=rules)
         session.prefill([LONG])

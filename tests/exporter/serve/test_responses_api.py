@@ -12,6 +12,8 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
+from sinkexport.serve.errors import ApiError
+from sinkexport.serve.response_store import ResponseStore
 from sinkexport.serve.settings import Limits
 from sinkrt.sampler import Sampler
 
@@ -115,7 +117,7 @@ def test_the_official_client(served: Served) -> None:
         if event.type == "response.output_text.delta"
     ]
     assert "".join(pieces) == expected
-    with pytest.raises(openai.NotFoundError, match="not stored"):
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.responses.retrieve("resp_1")
     with pytest.raises(openai.BadRequestError, match="embeddings"):
         client.embeddings.create(model="toy", input="hi")
@@ -172,13 +174,13 @@ def test_conversations_go_on(served: Served) -> None:
         ("input", 5, "input: received 5, expected a text, or a list of items"),
         ("input", [{"role": "user"}], "input.0: a message: expected with a role and a content"),
         ("input", [{"type": "function_call", "name": "x"}], 'input.0.type: received "function_call", expected'),
-        ("input", [{"type": "item_reference", "id": "x"}], 'input.0.type: received "item_reference", expected'),
+        ("input", [{"type": "item_reference"}], "input.0: an item_reference: expected with an id"),
         (
             "input",
             [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}],
             'input.0.content.0.type: received "input_image", expected "input_text" or',
         ),
-        ("previous_response_id", "resp_1", 'previous_response_id: received "resp_1", expected null: responses are not'),
+        ("previous_response_id", 5, "previous_response_id: received 5, expected the id of a response"),
         ("background", True, "background: received true, expected false"),
         ("tools", [{"type": "web_search"}], "tools: received a list of 1, expected an empty list"),
         ("text", {"format": {"type": "json_schema"}}, "text.format.type: received"),
@@ -226,6 +228,65 @@ def test_a_failure_in_mid_stream_is_an_event(served: Served, monkeypatch: pytest
     failed = strict(ResponseStreamEvent, found[-1])
     assert failed.response.error.code == "server_error"
     assert "FloatingPointError" in failed.response.error.message
+
+
+# --- responses that are kept ---
+
+
+def test_items_and_responses_are_referred_to_by_id(served: Served) -> None:
+    client = served.client()
+    first = client.responses.create(model="toy", input="hi", instructions="Be brief.", max_output_tokens=5)
+    said = {"role": "assistant", "content": first.output_text}
+    references: list[Any] = [user("hi"), {"type": "item_reference", "id": first.output[0].id}, user("go on")]
+    count = ask(served, {"messages": [user("hi"), said, user("go on")]}, "/tokenize")["count"]
+    assert ask(served, {**BODY, "input": references})["usage"]["input_tokens"] == count
+    second = ask(served, {**BODY, "input": "go on", "previous_response_id": first.id})
+    assert second["usage"]["input_tokens"] == count, "instructions are not carried over"
+    assert second["previous_response_id"] == first.id
+    said = {"role": "assistant", "content": second["output"][0]["content"][0]["text"]}
+    found = events(post(served, {**BODY, "input": "?", "previous_response_id": second["id"], "stream": True}))
+    assert found[-1]["response"]["usage"]["input_tokens"] > count
+    third = found[-1]["response"]["id"]
+    assert client.responses.retrieve(third).output_text == found[-1]["response"]["output"][0]["content"][0]["text"]
+    client.responses.delete(third)
+    for unknown in (third, "resp_1", "../x"):
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(unknown)
+    assert post(served, {**BODY, "previous_response_id": third}).status_code == 404
+    assert post(served, {**BODY, "input": [{"type": "item_reference", "id": "msg_1"}]}).status_code == 404
+
+
+def test_what_is_not_to_be_stored_is_not(served: Served) -> None:
+    response = ask(served, {**BODY, "store": False})
+    assert httpx.get(f"{served.url}/v1/responses/{response['id']}").status_code == 404
+    assert post(served, {**BODY, "previous_response_id": response["id"]}).status_code == 404
+
+
+def test_the_store_is_bounded_and_each_key_has_its_own() -> None:
+    def response(number: int) -> dict[str, Any]:
+        return {"id": f"resp_{number}", "output": [{"id": f"msg_{number}", "text": "x" * 1000}]}
+
+    store = ResponseStore(10_000)
+    for number in range(100):
+        store.keep("ada", response(number), [user("y" * 100)])
+        assert store.get("ada", "resp_0").messages == [user("y" * 100)] if number < 9 else True
+        if number < 9:
+            store.item("ada", "msg_0")
+    assert len(store) == 8
+    assert store.item("ada", "msg_99")["id"] == "msg_99"
+    for owner, name in (("bob", "resp_99"), ("", "resp_99"), ("ada", "resp_90")):
+        with pytest.raises(ApiError, match="does not exist"):
+            store.get(owner, name)
+    with pytest.raises(ApiError):
+        store.item("bob", "msg_99")
+    store.keep("ada", {"id": "big", "output": [{"id": "m", "text": "x" * 20_000}]}, [])
+    assert len(store) == 8, "what is larger than all room is not kept"
+    for number in range(92, 100):
+        store.drop("ada", f"resp_{number}")
+    assert len(store) == 0
+    none = ResponseStore(0)
+    none.keep("", response(1), [])
+    assert len(none) == 0
 
 
 # --- thinking ---

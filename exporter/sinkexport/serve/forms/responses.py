@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sinkrt.logit_rules import TokenLogprob
@@ -33,13 +33,18 @@ class _Item:
 
 
 class ResponsesForm(Form):
-    """`Form` of responses, which have one answer. body: the request, parts of which a response repeats."""
+    """`Form` of responses, which have one answer.
+
+    body: the request, parts of which a response repeats. keep: called with the whole response, once there is one.
+    """
 
     prefix = "resp_"
 
-    def __init__(self, model: str, body: ResponsesRequest, *, token_bytes: Bytes) -> None:
+    def __init__(
+        self, model: str, body: ResponsesRequest, *, token_bytes: Bytes, keep: Callable[[dict[str, Any]], None]
+    ) -> None:
         super().__init__(model, 1, logprobs=body.reported_logprobs is not None, token_bytes=token_bytes)
-        self._body = body
+        self._body, self._keep = body, keep
         self._items: list[_Item] = []
         self._number = 0
         self._reason = ""
@@ -53,7 +58,7 @@ class ResponsesForm(Form):
             self._items.append(_Item(False, answer.reasoning))
         if answer.text or not answer.reasoning:
             self._items.append(_Item(True, answer.text, answer.logprobs))
-        return self._response(self._final, usage)
+        return self._kept(usage)
 
     def opening(self) -> bytes:
         """The first events of a stream."""
@@ -78,7 +83,7 @@ class ResponsesForm(Form):
 
     def end(self, usage: Usage) -> bytes:
         """The last event, once the answer has ended."""
-        return self._event(f"response.{self._final}", response=self._response(self._final, usage))
+        return self._event(f"response.{self._final}", response=self._kept(usage))
 
     def failed(self, error: ApiError) -> bytes:
         """The last event if the answer fails: it is too late for a status."""
@@ -150,6 +155,11 @@ class ResponsesForm(Form):
 
     # --- the response ---
 
+    def _kept(self, usage: Usage) -> dict[str, Any]:
+        response = self._response(self._final, usage)
+        self._keep(response)
+        return response
+
     def _response(self, status: str, usage: Usage | None) -> dict[str, Any]:
         body, done = self._body, status in ("completed", "incomplete")
         last = len(self._items) - 1
@@ -168,7 +178,7 @@ class ResponsesForm(Form):
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
             "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "previous_response_id": None,
+            "previous_response_id": body.previous_response_id,
             "reasoning": {"effort": None if body.reasoning is None else body.reasoning.effort, "summary": None},
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": {"format": {"type": "text"}},

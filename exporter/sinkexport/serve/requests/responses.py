@@ -9,6 +9,7 @@ from sinkrt.logit_rules import MAX_TOP_LOGPROBS
 
 from sinkexport.serve.errors import shown
 from sinkexport.serve.requests.base import CONVERSATION, ChatPrompt, Fields, Nested, Request, StreamOptions
+from sinkexport.serve.response_store import ResponseStore
 
 LOGPROBS = "message.output_text.logprobs"
 """The entry of `include` that asks for log probabilities."""
@@ -24,12 +25,12 @@ class ContentPart(Fields):
 
 
 class InputItem(Fields):
-    """A message, also as an answer gave it, or what the assistant thought before its next message."""
+    """A message, also as an answer gave it; what the assistant thought before its next one; or the id of either."""
 
     nested: ClassVar[Nested] = {"content": ContentPart, "summary": ContentPart}
 
-    type: Literal["message", "reasoning"] = Field(
-        "message", description='"message" or "reasoning": tools and references to items are not implemented here'
+    type: Literal["message", "reasoning", "item_reference"] = Field(
+        "message", description='"message", "reasoning" or "item_reference": tools are not implemented here'
     )
     role: Literal["system", "developer", "user", "assistant"] | None = Field(
         None, description="system, developer, user or assistant"
@@ -47,10 +48,12 @@ class InputItem(Fields):
     def _who_says_what(self) -> InputItem:
         if self.type == "message" and (self.role is None or "content" not in self.model_fields_set):
             raise ValueError("a message: expected with a role and a content")
+        if self.type == "item_reference" and self.id is None:
+            raise ValueError("an item_reference: expected with an id")
         return self
 
     @property
-    def text(self) -> str:
+    def plain(self) -> str:
         """The text of all parts; the summary of a reasoning that has no other."""
         if isinstance(self.content, str) and self.content:
             return self.content
@@ -105,9 +108,7 @@ class ResponsesRequest(Request):
     max_tool_calls: int | None = Field(None, description="an integer")
     truncation: str | None = Field(None, description="a text")
     background: Literal[False] | None = Field(None, description="false: answers in the background are not implemented")
-    previous_response_id: None = Field(
-        None, description="null: responses are not stored here; send all items, or name a conversation"
-    )
+    previous_response_id: str | None = Field(None, description="the id of a response")
     prompt: None = Field(None, description="null: stored prompts are not implemented here")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="an object")
 
@@ -130,21 +131,36 @@ class ResponsesRequest(Request):
         """Likeliest tokens that are reported beside each one of the answer; None: no log probabilities."""
         return self.top_logprobs or 0 if LOGPROBS in self.include else None
 
-    @property
-    def chat(self) -> ChatPrompt:
-        """The chat as the template takes it."""
+    def messages(self, store: ResponseStore, owner: str) -> list[dict[str, Any]]:
+        """The chat as the template takes it, with what was before, and without the instructions.
+
+        Raises: ApiError 404 for ids that the store does not have.
+        """
         messages: list[dict[str, Any]] = []
-        if self.instructions is not None:
-            messages.append({"role": "system", "content": self.instructions})
-        if isinstance(self.input, str):
-            messages.append({"role": "user", "content": self.input})
+        items: list[InputItem] = []
+        if self.previous_response_id is not None:
+            stored = store.get(owner, self.previous_response_id)
+            messages += stored.messages
+            items += [InputItem.model_validate(item) for item in stored.response["output"]]
+        if not isinstance(self.input, str):
+            for item in self.input:
+                reference = item.id if item.type == "item_reference" else None
+                items.append(item if reference is None else InputItem.model_validate(store.item(owner, reference)))
         thought: dict[str, str] = {}
-        for item in () if isinstance(self.input, str) else self.input:
+        for item in items:
             if item.type == "reasoning":
-                thought = {"reasoning_content": item.text} if item.text else {}
+                thought = {"reasoning_content": item.plain} if item.plain else {}
                 continue
             role = "system" if item.role == "developer" else item.role
-            messages.append({"role": role, "content": item.text, **(thought if role == "assistant" else {})})
+            messages.append({"role": role, "content": item.plain, **(thought if role == "assistant" else {})})
             thought = {}
+        if isinstance(self.input, str):
+            messages.append({"role": "user", "content": self.input})
+        return messages
+
+    def chat(self, messages: list[dict[str, Any]]) -> ChatPrompt:
+        """The chat with its instructions and the variables of the template. messages: of `messages`."""
+        system = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
         effort = None if self.reasoning is None else self.reasoning.effort
-        return ChatPrompt(messages, self.chat_template_kwargs or {}, effort, self.allow_special, self.conversation)
+        args = self.chat_template_kwargs or {}
+        return ChatPrompt([*system, *messages], args, effort, self.allow_special, self.conversation)
