@@ -50,7 +50,7 @@ def parse(raw: bytes, kind: type[R]) -> R:
     value = read_json(raw)
     if not isinstance(value, dict):
         raise ApiError(400, f"body: received {shown(value)}, expected a JSON object")
-    refuse(value, kind.model_fields)
+    refuse(value, kind.model_fields, only_prompt=not issubclass(kind, Request))
     try:
         request = kind.model_validate(value)
     except ValidationError as error:

@@ -22,8 +22,8 @@ from sinkrt.text.template_worker import environment
 from sinkrt.text.thinking import Thinking, thinking_in
 
 MAX_TEMPLATE_CHARACTERS = 2**20
-MAX_OPENINGS = 64
-"""Sets of variables for which what opens an answer is remembered."""
+MAX_OPENINGS, MAX_OPENING_KEY = 64, 1024
+"""Sets of variables for which what opens an answer is remembered, and the longest one, characters of JSON."""
 RETRY_S = 60.0
 """How long a template that has failed as a whole is not tried again."""
 
@@ -137,14 +137,17 @@ class ChatTemplate:
 
     def _opening(self, args: Mapping[str, Any] | None) -> str:
         """What opens an answer to a user, under these variables."""
-        key = json.dumps(args or {}, sort_keys=True)
-        if key not in self._openings:
+        key = json.dumps(args or {}, sort_keys=True, default=repr)
+        opening = self._openings.get(key)
+        if opening is None:
             (marker,) = self._markers(1)
             text = self.render([{"role": "user", "content": marker}], args=args, check=False)
+            opening = text.rpartition(marker)[2]
             if len(self._openings) >= MAX_OPENINGS:
                 self._openings.clear()
-            self._openings[key] = text.rpartition(marker)[2]
-        return self._openings[key]
+            if len(key) <= MAX_OPENING_KEY:
+                self._openings[key] = opening
+        return opening
 
     def require_system(self) -> None:
         """Make sure that a system message reaches the model.

@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 from sinkexport.serve.body import MAX_DEPTH, parse
-from sinkexport.serve.requests import ChatRequest, CompletionRequest, refused
+from sinkexport.serve.requests import ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, refused
 from sinkexport.serve.settings import Limits
 from sinkrt.sampler import Sampler
 
@@ -135,9 +135,16 @@ def test_unknown_fields_are_ignored_and_named_in_the_log(served: Served, caplog:
 
 
 def test_refused_fields_are_taken_with_values_that_ask_for_nothing(served: Served) -> None:
-    harmless = {name: found.harmless[0] for name, found in refused.REFUSED.items() if found.harmless}
-    assert text_of(served, {"messages": [user("hi")], **harmless}) == text_of(served, {"messages": [user("hi")]})
-    assert text_of(served, {"prompt": "hi", **harmless}, COMPLETIONS) == text_of(served, {"prompt": "hi"}, COMPLETIONS)
+    for kind, path, needed in (
+        (ChatRequest, CHAT, {"messages": [user("hi")]}),
+        (CompletionRequest, COMPLETIONS, {"prompt": "hi"}),
+    ):
+        harmless = {
+            name: found.harmless[0]
+            for name, found in refused.REFUSED.items()
+            if found.harmless and name not in kind.model_fields
+        }
+        assert text_of(served, {**needed, **harmless}, path) == text_of(served, needed, path)
 
 
 def test_what_changes_nothing_is_taken(served: Served) -> None:
@@ -190,6 +197,8 @@ REFUSED = [
     ("stop_token_ids", [5], "stop_token_ids: stops by token id are not implemented here; use stop, which takes names"),
     ("repeat_penalty", 1.1, "repeat_penalty: llama.cpp's penalties are not implemented here; use repetition_penalty"),
     ("guided_json", {"type": "object"}, "guided_json: answers in a given format are not implemented here"),
+    ("enable_thinking", False, "enable_thinking: other ways to ask for reasoning are not implemented here; use chat_t"),
+    ("max_new_tokens", 5, "max_new_tokens: other names of an answer's longest length are not implemented here"),
     ("continue_final_message", True, "continue_final_message: other ways to make a prompt of messages are not"),
     ("temperature", "hot", 'temperature: received "hot", expected a number from 0 to 2'),
     ("temperature", 10**400, "temperature: received a huge number, expected a number from 0 to 2"),
@@ -319,7 +328,13 @@ def test_head_and_other_methods(served: Served, path: str) -> None:
 
 
 def test_methods_of_the_other_routes_and_unknown_paths(served: Served) -> None:
-    for path, allowed in ((CHAT, "POST"), (COMPLETIONS, "POST"), ("/v1/conversations/x", "DELETE")):
+    for path, allowed in (
+        (CHAT, "POST"),
+        (COMPLETIONS, "POST"),
+        ("/v1/responses", "POST"),
+        ("/tokenize", "POST"),
+        ("/v1/conversations/x", "DELETE"),
+    ):
         for method in ("OPTIONS", "GET", "HEAD"):
             response = httpx.request(method, served.url + path)
             assert (response.status_code, response.headers["allow"]) == (405, allowed)
@@ -400,14 +415,17 @@ def some_json(chance: random.Random, depth: int = 0) -> Any:
 @pytest.mark.parametrize("seed", range(2))
 def test_random_bodies_never_give_a_500(served: Served, seed: int) -> None:
     chance = random.Random(seed)
-    names = [*ChatRequest.model_fields, *CompletionRequest.model_fields, "audio", "x", "\u2029"]
+    kinds = (ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest)
+    names = [*(name for kind in kinds for name in kind.model_fields), "audio", "x", "\u2029"]
     statuses = []
     with httpx.Client(base_url=served.url, timeout=30) as client:
-        for _ in range(300):
+        for _ in range(400):
             body: dict[str, Any] = {"max_tokens": 1, "messages": [user("hi")]}
-            path = chance.choice([CHAT, COMPLETIONS])
+            path = chance.choice([CHAT, COMPLETIONS, "/v1/responses", "/tokenize"])
             if path == COMPLETIONS:
                 body = {"max_tokens": 1, "prompt": "hi"}
+            elif path == "/v1/responses":
+                body = {"max_output_tokens": 1, "input": [user("hi")]}
             for _ in range(chance.randint(0, 3)):
                 body[chance.choice(names)] = some_json(chance)
             if chance.random() < 0.3 and path == CHAT:
@@ -417,6 +435,10 @@ def test_random_bodies_never_give_a_500(served: Served, seed: int) -> None:
                         chance.choice(["content", "name"]): some_json(chance),
                     }
                 ]
+            elif chance.random() < 0.3 and path == "/v1/responses":
+                item = {chance.choice(["role", "content", "id", "summary"]): some_json(chance)}
+                kind = chance.choice(["message", "reasoning", "item_reference", "x"])
+                body["input"] = [{"type": kind, "role": "user", "content": "x", **item}]
             response = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
             assert response.status_code < 500, (body, response.text)
             if response.status_code != 200:

@@ -39,6 +39,8 @@ def test_ids_are_those_of_a_prompt(served: Served, alone: Alone) -> None:
         assert post(served, "/tokenize", {"content": text})["tokens"] == alone.tokenizer.prompt_ids(text, begun=True)
     messages = [{"role": "system", "content": "x"}, user("hi")]
     assert post(served, "/tokenize", {"messages": messages})["tokens"] == chat_ids(alone.tokenizer, messages)
+    whole_body = {"messages": messages, "max_tokens": 5, "stream": True, "enable_thinking": None, "min_p": 0.1}
+    assert post(served, "/tokenize", whole_body)["tokens"] == chat_ids(alone.tokenizer, messages)
     with_text = post(served, "/tokenize", {"prompt": "hé", "return_token_strs": True, "add_special_tokens": False})
     assert with_text["token_strs"] == ["h", "\ufffd", "\ufffd"]
 
@@ -67,6 +69,12 @@ def test_texts_of_ids(served: Served) -> None:
         ("/tokenize", {"prompt": 5}, "prompt: received 5, expected a text"),
         ("/tokenize", {"messages": []}, "messages: received an empty list, expected a list of messages"),
         ("/tokenize", {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role: received"),
+        (
+            "/tokenize",
+            {"content": "a", "add_special": True},
+            "add_special: llama.cpp's options are not implemented here",
+        ),
+        ("/tokenize", {"messages": [user("a")], "tools": [{}]}, "tools: tools are not implemented here"),
         ("/detokenize", {}, "tokens: received nothing, expected a list of token ids"),
         ("/detokenize", {"tokens": [-1]}, "tokens: received -1 among the ids"),
         ("/detokenize", {"tokens": ["a"]}, 'tokens: received "a" among the ids'),
