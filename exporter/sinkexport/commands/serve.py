@@ -91,7 +91,7 @@ def _seconds(_ctx: click.Context, option: click.Parameter, value: float) -> floa
 )
 @click.option("--pin-system", is_flag=True, help="Refuse system messages that the sinks do not keep forever.")
 @template_arg_option(", for requests without chat_template_kwargs of that name")
-@allow_special_option("texts", ", for requests that do not say")
+@allow_special_option("prompts of completions", ", for requests that do not say")
 @backend_option
 @threads_option
 @click.option("--log-requests", is_flag=True, help="Log every request.")

@@ -38,7 +38,8 @@ class Prompts:
     """Encodes prompts.
 
     template_args: variables of the chat template, which a request may change one by one.
-    allow_special: whether names of special tokens in texts become those tokens, for requests that do not say.
+    allow_special: whether names of special tokens in the prompts of completions become those tokens, for requests that
+    do not say. In chats they do so only if the request says so: there the template writes control tokens.
     require_pinned: raises UsageError for a system message that the sinks do not keep; None: any is accepted.
     stopping: whether the server is stopping, so that nobody waits for a chat template that takes long.
     """
@@ -124,7 +125,7 @@ class Prompts:
             for message in messages:
                 if message["role"] == "system":
                     self._require_pinned(message["content"], template_args=args)
-        allow = self._allows(prompt.allow_special, messages)
+        allow = self._allows(bool(prompt.allow_special), messages)
         if new:
             return self._tokenizer.chat_ids(messages, template_args=args, allow_special=allow)
         if len(messages) != 1 or messages[0]["role"] != "user":
@@ -175,7 +176,7 @@ class Prompts:
                 self._noted = True
                 logger.warning(
                     "'%s' in a request was taken as ordinary text; \"allow_special\": true in the request, "
-                    "or --allow-special, makes it a token; said once",
+                    "or --allow-special for completions, makes it a token; said once",
                     name,
                 )
         return allow

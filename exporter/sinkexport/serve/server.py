@@ -32,8 +32,8 @@ class Server:
     model_name: what clients call the model; None for the bundle's name of it.
     api_keys: keys that clients must send, by name; None: anybody on this machine may ask.
     pin_system: refuse system messages that the sinks do not keep forever.
-    template_args: variables of the chat template. allow_special: let names of special tokens in texts become those
-    tokens. A request may change both for itself.
+    template_args: variables of the chat template. allow_special: let names of special tokens in prompts of completions
+    become those tokens. A request may change both for itself.
 
     Raises: UsageError if the bundle has no tokenizer, or too few files may be open.
     """

@@ -105,6 +105,29 @@ def test_each_key_has_its_own_conversations_and_figures(many_bundle: Path) -> No
     assert "sk-" not in text
 
 
+# --- control tokens ---
+
+
+def test_the_option_for_special_tokens_is_for_completions(many_bundle: Path) -> None:
+    """In chats the template writes control tokens, and only a request itself may let its texts do so."""
+    text = "a<eos><bos>"
+
+    def tokens(served: Served, path: str, body: dict[str, Any]) -> int:
+        usage = post(served, path, {"max_tokens": 1, **body}).json()["usage"]
+        return int(usage.get("prompt_tokens", usage.get("input_tokens")))
+
+    with serving(many_bundle, LIMITS, allow_special=True) as served:
+        assert tokens(served, COMPLETIONS, {"prompt": text}) == 3
+        assert tokens(served, COMPLETIONS, {"prompt": text, "allow_special": False}) == len(text)
+        assert post(served, "/tokenize", {"prompt": text}).json()["count"] == 3
+        plain = tokens(served, CHAT, {"messages": [user("x" * len(text))]})
+        assert tokens(served, CHAT, {"messages": [user(text)]}) == plain
+        assert tokens(served, CHAT, {"messages": [user(text)], "allow_special": True}) == plain - len(text) + 3
+        responses = {"max_tokens": None, "max_output_tokens": 1}
+        assert tokens(served, "/v1/responses", {"input": text, **responses}) == plain
+        assert tokens(served, "/v1/responses", {"input": "x", "instructions": text, **responses}) > plain
+
+
 # --- logs ---
 
 
