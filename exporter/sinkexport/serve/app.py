@@ -176,9 +176,10 @@ class _Answer:
     """Answers requests for text. model: what clients call it. batch: B, most answers to one request."""
 
     def __init__(self, decode_loop: DecodeLoop, limits: Limits, model: str, batch: int) -> None:
-        self._decode_loop, self._limits, self._model, self._batch = decode_loop, limits, model, batch
+        self._decode_loop, self._limits, self._model = decode_loop, limits, model
         # No more than conversations: so the scheduler always finds one that it may forget for a new one.
         self._request_limit = RequestLimit(min(batch + limits.max_waiting, limits.max_conversations))
+        self._most_choices = min(batch, limits.max_conversations)
 
     async def __call__(self, http: HttpRequest, body: Request, render: Render, form: Form) -> Response:
         """Answer a request whose prompt `render` makes.
@@ -203,10 +204,10 @@ class _Answer:
         wanted, most = body.max_answer_tokens, self._limits.max_tokens
         if wanted is not None and wanted > most:
             raise ApiError(400, f"max_tokens: received {shown(wanted)}, expected at most {most}", param="max_tokens")
-        if body.choices > self._batch:
+        if body.choices > self._most_choices:
             raise ApiError(
                 400,
-                f"n: received {body.choices}, expected at most {self._batch}, the streams of this server",
+                f"n: received {body.choices}, expected at most {self._most_choices}, the streams of this server",
                 param="n",
             )
         if body.choices > 1 and body.conversation is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from sinkrt.answer import AnswerParams
+from sinkrt.logit_rules import TokenLogprob
 from sinkrt.sampler import SamplingParams
 from sinkrt.text.thinking import Said, Thinking, ThinkingSplitter
 from starlette.requests import Request as HttpRequest
@@ -166,17 +167,11 @@ class RequestHandler:
                 self._decode_loop.resume(responses)
             if piece.error is not None:
                 raise piece.error
-            said = self._answers[piece.choice].take(piece)
             ended = piece.finish_reason is not None
             left -= ended
-            part = Part(
-                piece.choice,
-                said.content,
-                said.reasoning,
-                piece.logprobs,
-                piece.finish_reason,
-                self._facts(piece) if ended else None,
-            )
+            part = self._answers[piece.choice].take(piece)
+            if ended:
+                part = dataclasses.replace(part, facts=self._facts(piece))
             if ended or part.says:
                 yield part
 
@@ -208,6 +203,7 @@ class _Answer:
 
     def __init__(self, thinking: Thinking | None) -> None:
         self._splitter = None if thinking is None else ThinkingSplitter(thinking)
+        self._held: tuple[TokenLogprob, ...] = ()  # of tokens that may begin the thinking
         self.tokens = 0
         self.reasoning_tokens = 0
 
@@ -216,19 +212,23 @@ class _Answer:
         """Whether thinking is taken out of it."""
         return self._splitter is not None
 
-    def take(self, piece: Piece) -> Said:
+    def take(self, piece: Piece) -> Part:
         """Take a piece apart."""
         self.tokens = piece.answer_tokens
-        if self._splitter is None:
-            return Said(content=piece.text)
-        thought = self._splitter.is_thinking
-        said = self._splitter.push(piece.text)
-        if piece.finish_reason is not None:
-            rest = self._splitter.flush()
-            said = Said(said.reasoning + rest.reasoning, said.content + rest.content)
-        if thought or self._splitter.is_thinking or said.reasoning:
+        said, thought, logprobs = Said(content=piece.text), False, self._held + piece.logprobs
+        if self._splitter is not None:
+            thought = self._splitter.is_thinking
+            said = self._splitter.push(piece.text)
+            self._held = ()
+            if piece.finish_reason is not None:
+                rest = self._splitter.flush()
+                said = Said(said.reasoning + rest.reasoning, said.content + rest.content)
+            elif self._splitter.is_undecided:
+                self._held, logprobs = logprobs, ()
+            thought = thought or self._splitter.is_thinking or bool(said.reasoning)
+        if thought:
             self.reasoning_tokens = self.tokens
-        return said
+        return Part(piece.choice, said.content, said.reasoning, logprobs, piece.finish_reason, thought)
 
 
 class _EventStream(StreamingResponse):

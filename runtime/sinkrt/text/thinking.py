@@ -68,6 +68,11 @@ class ThinkingSplitter:
         """Whether what comes next is thought, as far as is known."""
         return self._state in (_State.OPENED, _State.THINKING)
 
+    @property
+    def is_undecided(self) -> bool:
+        """Whether nothing has come yet, or what may become the start tag."""
+        return self._state is _State.BEGUN
+
     def push(self, piece: str) -> Said:
         """Take a piece of the answer."""
         text, self._held = self._held + piece, ""

@@ -365,6 +365,18 @@ def test_reasoning_items_of_responses(thinker: Served, monkeypatch: pytest.Monke
     says(monkeypatch, "<think>Hm.")
     cut = strict(Response, ask(thinker, {"input": "hi", "max_output_tokens": 10}))
     assert [(item.type, item.status) for item in cut.output] == [("reasoning", "incomplete")]
+    for ends in (True, False):  # log probabilities of what is said alone
+        text = THOUGHT + " é" if ends else "<think>Hm."
+        body = {"input": "hi", "include": ["message.output_text.logprobs"], "stream": True}
+        if not ends:
+            body["max_output_tokens"] = len(text)
+        says(monkeypatch, text)
+        last = check_events(events(post(thinker, body)))
+        logs = [entry for item in last.output if item.type == "message" for entry in item.content[0].logprobs]
+        assert bytes(entry.bytes[0] for entry in logs).decode().strip() == ("Yes. é" if ends else "")
+        says(monkeypatch, text)
+        whole = strict(Response, ask(thinker, {**body, "stream": False}))
+        assert [item.content[0] for item in whole.output] == [item.content[0] for item in last.output]
     monkeypatch.undo()
     items = [user("hi"), *[json.loads(item.model_dump_json()) for item in response.output], user("?")]
     thought = {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}

@@ -47,13 +47,18 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one of the answers grew by. facts: of a named conversation, at the end."""
+    """What one of the answers grew by.
+
+    thought: whether the model was thinking, so that the log probabilities are of that. facts: of a named conversation,
+    at the end.
+    """
 
     choice: int = 0
     text: str = ""
     reasoning: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
+    thought: bool = False
     facts: dict[str, Any] | None = None
 
     @property
@@ -64,11 +69,12 @@ class Part:
 
 @dataclasses.dataclass
 class Answered:
-    """A whole answer, put together of its parts."""
+    """A whole answer, put together of its parts. said: log probabilities of what it says, without what was thought."""
 
     text: str = ""
     reasoning: str = ""
     logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
+    said: list[TokenLogprob] = dataclasses.field(default_factory=list)
     finish_reason: str = ""
     facts: dict[str, Any] | None = None
 
@@ -79,6 +85,7 @@ class Answered:
             "".join(part.text for part in parts),
             "".join(part.reasoning for part in parts),
             [entry for part in parts for entry in part.logprobs],
+            [entry for part in parts if not part.thought for entry in part.logprobs],
             next((part.finish_reason for part in parts if part.finish_reason is not None), ""),
             next((part.facts for part in parts if part.facts is not None), None),
         )

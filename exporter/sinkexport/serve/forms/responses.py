@@ -46,6 +46,7 @@ class ResponsesForm(Form):
         super().__init__(model, 1, logprobs=body.reported_logprobs is not None, token_bytes=token_bytes)
         self._body, self._keep = body, keep
         self._items: list[_Item] = []
+        self._held: list[TokenLogprob] = []
         self._number = 0
         self._reason = ""
         self._facts: dict[str, Any] | None = None
@@ -57,7 +58,7 @@ class ResponsesForm(Form):
         if answer.reasoning:
             self._items.append(_Item(False, answer.reasoning))
         if answer.text or not answer.reasoning:
-            self._items.append(_Item(True, answer.text, answer.logprobs))
+            self._items.append(_Item(True, answer.text, answer.said))
         return self._kept(usage)
 
     def opening(self) -> bytes:
@@ -72,8 +73,11 @@ class ResponsesForm(Form):
         events = b""
         if part.reasoning:
             events += self._delta(False, part.reasoning, ())
-        if part.text or (part.logprobs and not part.reasoning and self._says_text):
-            events += self._delta(True, part.text, part.logprobs)
+        if not part.thought:
+            self._held += part.logprobs  # of a token that shows no text yet, for example
+        if part.text or (part.finish_reason is not None and self._held):
+            held, self._held = self._held, []
+            events += self._delta(True, part.text, held)
         if part.finish_reason is not None:
             self._reason, self._facts = part.finish_reason, part.facts
             if not self._items:
@@ -95,10 +99,6 @@ class ResponsesForm(Form):
     @property
     def _final(self) -> str:
         return "incomplete" if self._reason == "length" else "completed"
-
-    @property
-    def _says_text(self) -> bool:
-        return bool(self._items and self._items[-1].is_message)
 
     def _delta(self, is_message: bool, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         events = b""
@@ -139,15 +139,19 @@ class ResponsesForm(Form):
         return {"item_id": item.name, "output_index": self._items.index(item), "content_index": 0}
 
     def _logs(self, item: _Item, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """Log probabilities as events report them: without the bytes, which only items have."""
         if not item.is_message:
             return {}
-        return {"logprobs": entries(logprobs, self._bytes) if self._logprobs else []}
+        found = entries(logprobs, self._bytes) if self._logprobs else []
+        for entry in (*found, *(top for one in found for top in one["top_logprobs"])):
+            del entry["bytes"]
+        return {"logprobs": found}
 
     def _content(self, item: _Item) -> dict[str, Any]:
         if not item.is_message:
             return {"type": "reasoning_text", "text": item.text}
-        logs = self._logs(item, item.logprobs)
-        return {"type": "output_text", "text": item.text, "annotations": [], **logs}
+        logs = entries(item.logprobs, self._bytes) if self._logprobs else []
+        return {"type": "output_text", "text": item.text, "annotations": [], "logprobs": logs}
 
     def _shown(self, item: _Item, status: str) -> dict[str, Any]:
         kind = {"type": "message", "role": "assistant"} if item.is_message else {"type": "reasoning", "summary": []}
