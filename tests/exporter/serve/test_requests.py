@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,6 +133,13 @@ def test_unknown_fields_are_ignored_and_named_in_the_log(served: Served, caplog:
     with caplog.at_level("DEBUG", "sinkexport.serve"):
         assert text_of(served, many, COMPLETIONS) == text_of(served, {"prompt": "hi"}, COMPLETIONS)
     assert max(len(record.getMessage()) for record in caplog.records) < 1000
+
+
+def test_all_fields_of_requests_are_documented() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    kinds = (ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest)
+    names = {*refused.REFUSED, *(name for kind in kinds for name in kind.model_fields)}
+    assert {name for name in names if not re.search(rf"[`\"]{name}[`\".]", text)} == set()
 
 
 def test_refused_fields_are_taken_with_values_that_ask_for_nothing(served: Served) -> None:
