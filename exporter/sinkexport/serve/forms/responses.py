@@ -35,7 +35,7 @@ class _Item:
 class ResponsesForm(Form):
     """`Form` of responses, which have one answer.
 
-    body: the request, parts of which a response repeats. keep: called with the whole response, once there is one.
+    body: the request, which a response repeats in part. keep: called with the whole response, once there is one.
     """
 
     prefix = "resp_"

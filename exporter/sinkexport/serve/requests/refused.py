@@ -99,7 +99,7 @@ REFUSED: Mapping[str, Refused] = {
     "suffix": Refused("texts to be filled in", ("",)),
     "logprobs": Refused("log probabilities of this kind", (False,), 'use include: ["message.output_text.logprobs"]'),
 }
-"""By name, where a kind of request does not have a field of that name."""
+"""Refusals by name of the field, where a kind of request does not have a field of that name."""
 
 
 def refuse(value: Mapping[str, Any], known: Mapping[str, Any], *, only_prompt: bool = False) -> None:
