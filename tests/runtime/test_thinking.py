@@ -69,6 +69,13 @@ def test_tags_of_templates() -> None:
     assert tokenizer.thinking({"force": True}) == OPENED
     assert tokenizer.thinking({"force": True}) == OPENED  # remembered
     tokenizer.close()
+    picky = Tokenizer(
+        toy_tokenizer(),
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}</think>",
+    )
+    assert picky.thinking() == TAGS, "as far as is known"
+    picky.close()
     plain = Tokenizer(toy_tokenizer(), "{% for m in messages %}{{ m.content }}{% endfor %}")
     assert plain.thinking() is None
     plain.close()

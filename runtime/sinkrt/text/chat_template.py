@@ -141,7 +141,10 @@ class ChatTemplate:
         opening = self._openings.get(key)
         if opening is None:
             (marker,) = self._markers(1)
-            text = self.render([{"role": "user", "content": marker}], args=args, check=False)
+            try:
+                text = self.render([{"role": "user", "content": marker}], args=args, check=False)
+            except UsageError:  # it wants other messages: what is known of it without the variables
+                return self.facts.generation_prompt
             opening = text.rpartition(marker)[2]
             if len(self._openings) >= MAX_OPENINGS:
                 self._openings.clear()
