@@ -126,8 +126,32 @@ class Form(abc.ABC):
         """The last events if an answer fails: it is too late for a status."""
         return event(error.body) + DONE
 
-    def _token_text(self, token: int) -> str:
-        return self._bytes(token).decode("utf-8", "replace")
+
+class ChoicesForm(Form):
+    """`Form` of answers in a list of choices. include_usage: whether a stream reports its usage."""
+
+    kind: str
+    """Name of the object of a whole response."""
+    chunk: str
+    """Name of those in a stream."""
+
+    def __init__(self, model: str, choices: int, *, logprobs: bool, token_bytes: Bytes, include_usage: bool) -> None:
+        super().__init__(model, choices, logprobs=logprobs, token_bytes=token_bytes)
+        self._include_usage = include_usage
+
+    def _object(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        head = {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+        return {**head, "choices": choices, **more}
+
+    def _chunk(self, choice: dict[str, Any], **more: Any) -> bytes:
+        """An event with one choice."""
+        if self._include_usage:
+            more["usage"] = None
+        return event(self._object(self.chunk, [choice], **more))
+
+    def end(self, usage: Usage) -> bytes:
+        """The last events, once all answers have ended."""
+        return (event(self._object(self.chunk, [], usage=usage.body)) if self._include_usage else b"") + DONE
 
 
 _LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})

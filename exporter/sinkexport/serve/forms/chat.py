@@ -7,17 +7,14 @@ from typing import Any
 
 from sinkrt.logit_rules import TokenLogprob
 
-from sinkexport.serve.forms.base import DONE, Answered, Bytes, Form, Part, Usage, entries, event, given
+from sinkexport.serve.forms.base import Answered, ChoicesForm, Part, Usage, entries, given
 
 
-class ChatForm(Form):
-    """`Form` of chat completions. include_usage: whether a stream reports its usage."""
+class ChatForm(ChoicesForm):
+    """`Form` of chat completions."""
 
     prefix = "chatcmpl-"
-
-    def __init__(self, model: str, choices: int, *, logprobs: bool, token_bytes: Bytes, include_usage: bool) -> None:
-        super().__init__(model, choices, logprobs=logprobs, token_bytes=token_bytes)
-        self._include_usage = include_usage
+    kind, chunk = "chat.completion", "chat.completion.chunk"
 
     def whole(self, answers: Sequence[Answered], usage: Usage) -> dict[str, Any]:
         """The response to a request without `stream`."""
@@ -35,11 +32,11 @@ class ChatForm(Form):
             }
             for i, answer in enumerate(answers)
         ]
-        return self._object("", choices, usage=usage.body, **given(answers[0].facts))
+        return self._object(self.kind, choices, usage=usage.body, **given(answers[0].facts))
 
     def opening(self) -> bytes:
         """The first events of a stream: each answer begins with a role."""
-        return b"".join(self._chunk(i, {"role": "assistant", "content": ""}) for i in range(self._choices))
+        return b"".join(self._delta(i, {"role": "assistant", "content": ""}) for i in range(self._choices))
 
     def part(self, part: Part) -> bytes:
         """Events for a part of an answer, its end included."""
@@ -48,16 +45,12 @@ class ChatForm(Form):
             said = {"reasoning_content": part.reasoning} if part.reasoning else {}
             if part.text or not said:
                 said["content"] = part.text
-            events += self._chunk(part.choice, said, None, part.logprobs)
+            events += self._delta(part.choice, said, None, part.logprobs)
         if part.finish_reason is not None:
-            events += self._chunk(part.choice, {}, part.finish_reason, **given(part.facts))
+            events += self._delta(part.choice, {}, part.finish_reason, **given(part.facts))
         return events
 
-    def end(self, usage: Usage) -> bytes:
-        """The last events, once all answers have ended."""
-        return (event(self._object(".chunk", [], usage=usage.body)) if self._include_usage else b"") + DONE
-
-    def _chunk(
+    def _delta(
         self,
         choice: int,
         said: dict[str, str],
@@ -66,20 +59,7 @@ class ChatForm(Form):
         **more: Any,
     ) -> bytes:
         reported = self._reported(logprobs) if logprobs else None
-        body = {"index": choice, "delta": said, "finish_reason": reason, "logprobs": reported}
-        if self._include_usage:
-            more["usage"] = None
-        return event(self._object(".chunk", [body], **more))
+        return self._chunk({"index": choice, "delta": said, "finish_reason": reason, "logprobs": reported}, **more)
 
     def _reported(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         return {"content": entries(logprobs, self._bytes), "refusal": None} if self._logprobs else None
-
-    def _object(self, suffix: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": f"chat.completion{suffix}",
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
-            **more,
-        }

@@ -7,17 +7,14 @@ from typing import Any
 
 from sinkrt.logit_rules import TokenLogprob
 
-from sinkexport.serve.forms.base import DONE, Answered, Bytes, Form, Part, Usage, event, given
+from sinkexport.serve.forms.base import Answered, ChoicesForm, Part, Usage, given
 
 
-class CompletionForm(Form):
-    """`Form` of completions. include_usage: whether a stream reports its usage."""
+class CompletionForm(ChoicesForm):
+    """`Form` of completions."""
 
     prefix = "cmpl-"
-
-    def __init__(self, model: str, choices: int, *, logprobs: bool, token_bytes: Bytes, include_usage: bool) -> None:
-        super().__init__(model, choices, logprobs=logprobs, token_bytes=token_bytes)
-        self._include_usage = include_usage
+    kind = chunk = "text_completion"
 
     def whole(self, answers: Sequence[Answered], usage: Usage) -> dict[str, Any]:
         """The response to a request without `stream`."""
@@ -30,7 +27,7 @@ class CompletionForm(Form):
             }
             for i, answer in enumerate(answers)
         ]
-        return self._object(choices, usage=usage.body, **given(answers[0].facts))
+        return self._object(self.kind, choices, usage=usage.body, **given(answers[0].facts))
 
     def opening(self) -> bytes:
         """The first events of a stream: there are none."""
@@ -38,23 +35,16 @@ class CompletionForm(Form):
 
     def part(self, part: Part) -> bytes:
         """Events for a part of an answer, its end included."""
-        events = self._chunk(part.choice, part.text, None, part.logprobs) if part.says else b""
+        events = self._piece(part.choice, part.text, None, part.logprobs) if part.says else b""
         if part.finish_reason is not None:
-            events += self._chunk(part.choice, "", part.finish_reason, **given(part.facts))
+            events += self._piece(part.choice, "", part.finish_reason, **given(part.facts))
         return events
 
-    def end(self, usage: Usage) -> bytes:
-        """The last events, once all answers have ended."""
-        return (event(self._object([], usage=usage.body)) if self._include_usage else b"") + DONE
-
-    def _chunk(
+    def _piece(
         self, choice: int, text: str, reason: str | None, logprobs: Sequence[TokenLogprob] = (), **more: Any
     ) -> bytes:
         reported = self._reported(logprobs) if logprobs else None
-        body = {"index": choice, "text": text, "finish_reason": reason, "logprobs": reported}
-        if self._include_usage:
-            more["usage"] = None
-        return event(self._object([body], **more))
+        return self._chunk({"index": choice, "text": text, "finish_reason": reason, "logprobs": reported}, **more)
 
     def _reported(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         """Log probabilities as completions report them: the chosen token is always among the likeliest."""
@@ -77,13 +67,3 @@ class CompletionForm(Form):
             return raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-    def _object(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
-            **more,
-        }
