@@ -18,6 +18,7 @@
 
 #include "isa.h"
 #include "parallel.h"
+#include "reads.h"
 #include "scratch.h"
 
 namespace sinkexport::cpu {
@@ -92,5 +93,8 @@ const char* rowsProblem(const RowsParams& params, bool shapes_only = false);
 using LinearFunction = void (*)(const LinearParams& params, const Parallel& parallel, Scratch& scratch);
 LinearFunction linearFor(Isa isa);
 void runRows(const RowsParams& params, const Parallel& parallel);
+
+// What each of `threads` workers reads of the matrix of a call with few rows; with experts nothing is known before.
+void linearReads(const LinearParams& params, int threads, Reads& reads);
 
 }  // namespace sinkexport::cpu

@@ -11,6 +11,7 @@
 
 #include "isa.h"
 #include "parallel.h"
+#include "reads.h"
 #include "scratch.h"
 
 namespace sinkexport::cpu {
@@ -89,5 +90,8 @@ const char* sinkAttentionProblem(const SinkAttentionParams& params, bool shapes_
 // allocated but in `scratch`, once for given shapes and threads. The same threads give the same bits.
 using SinkAttentionFunction = void (*)(const SinkAttentionParams& params, const Parallel& parallel, Scratch& scratch);
 SinkAttentionFunction sinkAttentionFor(Isa isa);
+
+// What each of `threads` workers of a step reads of the window that it begins with.
+void sinkAttentionReads(const SinkAttentionParams& params, int threads, Reads& reads);
 
 }  // namespace sinkexport::cpu
