@@ -36,7 +36,7 @@ PackedBytes packedBytes(WeightType weight_type, int64_t num_inputs, int64_t weig
 }
 
 void linearReads(const LinearParams& params, int threads, Reads& reads) {
-  if (params.num_experts > 0) return;
+  if (params.num_experts > 0 || params.num_rows >= kRowsOfFewTasks) return;
   const int64_t unit = params.is_gated ? 2 : 1, units = (params.num_outputs + 15) / 16, tiles = units * unit;
   const PackedBytes bytes =
       packedBytes(params.weight_type, params.num_inputs, tiles * 16, params.block_size, params.scale_type);

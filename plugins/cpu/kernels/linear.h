@@ -94,7 +94,10 @@ using LinearFunction = void (*)(const LinearParams& params, const Parallel& para
 LinearFunction linearFor(Isa isa);
 void runRows(const RowsParams& params, const Parallel& parallel);
 
-// What each of `threads` workers reads of the matrix of a call with few rows; with experts nothing is known before.
+// From so many rows on a call has more tasks than threads, for threads that are held up.
+constexpr int64_t kRowsOfFewTasks = 64;
+
+// What each of `threads` workers reads of the matrix of a call with fewer rows; with experts nothing is known before.
 void linearReads(const LinearParams& params, int threads, Reads& reads);
 
 }  // namespace sinkexport::cpu

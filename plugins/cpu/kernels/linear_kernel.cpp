@@ -27,7 +27,6 @@ constexpr int64_t kRowsAtATime = 240;       // of x, so that they stay in the se
 constexpr int64_t kPackedByEach = 1 << 13;  // values; fewer are packed by every thread for itself, with nobody waiting
 constexpr int64_t kAskedForFirst = 4096;    // bytes of weights that are on their way while a thread packs
 constexpr int64_t kAhead = 6144;            // bytes from what is read to what is asked for
-constexpr int64_t kRowsOfFewTasks = 64;     // from here on ranges are cut finer, for threads that are held up
 
 int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
@@ -319,8 +318,8 @@ struct Run {
 
   void askForWeights(const Segment& segment, int64_t tile) const {
     const TileOperands first = operands(segment, tile);
-    for (int64_t at = 0; at < kAskedForFirst; at += 64) prefetch(first.weight + at);
-    if (first.scale != nullptr) prefetch(first.scale);
+    for (int64_t at = 0; at < kAskedForFirst; at += 64) prefetchOnce(first.weight + at);
+    if (first.scale != nullptr) prefetchOnce(first.scale);
   }
 
   static constexpr int kMostRows = kRows > kFloatRows ? kRows : kFloatRows;

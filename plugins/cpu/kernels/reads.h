@@ -21,6 +21,14 @@ class Reads {
     to.start.store(static_cast<const char*>(start), std::memory_order_relaxed);
   }
 
+  void clear() {
+    for (auto& worker : pieces_) {
+      for (Piece& piece : worker) piece.bytes.store(0, std::memory_order_relaxed);
+    }
+    setNext(nullptr);
+  }
+  bool isKnown() const { return pieces_[0][0].bytes.load(std::memory_order_relaxed) > 0; }
+
   void setNext(const Reads* next) { next_.store(next, std::memory_order_relaxed); }
   const Reads* next() const { return next_.load(std::memory_order_relaxed); }
 

@@ -42,7 +42,7 @@ const struct {
 
 // The operators for one instruction set and number of threads.
 struct Domain {
-  Domain(const Api& used, cpu::Isa isa, int threads) : api(used), library{isa, threads, {}} {
+  Domain(const Api& used, cpu::Isa isa, int threads) : api(used), library(isa, threads) {
     api.call<CreateCustomOpDomain>(kDomain, &handle);
     for (const auto& [name, create] : kOperators) {
       operators.push_back(std::make_unique<Operator>(name, create, api, library));
