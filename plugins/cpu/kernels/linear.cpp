@@ -3,6 +3,7 @@
 #include <initializer_list>
 
 #include "problem.h"
+#include "reads.h"
 
 namespace sinkexport::cpu {
 

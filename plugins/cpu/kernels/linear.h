@@ -18,10 +18,11 @@
 
 #include "isa.h"
 #include "parallel.h"
-#include "reads.h"
 #include "scratch.h"
 
 namespace sinkexport::cpu {
+
+class Reads;
 
 enum class WeightType : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
 enum class ScaleType : int { kFloat32 = 0, kFloat16 = 1 };

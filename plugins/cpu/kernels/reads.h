@@ -14,34 +14,47 @@ class Reads {
   static constexpr int kWorkers = 16;  // those beyond have no hints
   static constexpr int kPieces = 3;    // that a worker reads side by side
 
+  struct Range {
+    const char* start;
+    int64_t bytes;
+  };
+
   void set(int worker, int piece, const void* start, int64_t bytes) {
     if (worker >= kWorkers) return;
-    Piece& to = pieces_[worker][piece];
-    to.bytes.store(bytes, std::memory_order_relaxed);
-    to.start.store(static_cast<const char*>(start), std::memory_order_relaxed);
+    pieces_[worker][piece].bytes.store(bytes, std::memory_order_relaxed);
+    pieces_[worker][piece].start.store(static_cast<const char*>(start), std::memory_order_relaxed);
   }
-
-  void clear() {
-    for (auto& worker : pieces_) {
-      for (Piece& piece : worker) piece.bytes.store(0, std::memory_order_relaxed);
-    }
-    setNext(nullptr);
+  Range of(int worker, int piece) const {
+    const Piece& found = pieces_[worker][piece];
+    return {found.start.load(std::memory_order_relaxed), found.bytes.load(std::memory_order_relaxed)};
   }
-  bool isKnown() const { return pieces_[0][0].bytes.load(std::memory_order_relaxed) > 0; }
+  bool isKnown() const { return of(0, 0).bytes > 0; }
 
   void setNext(const Reads* next) { next_.store(next, std::memory_order_relaxed); }
   const Reads* next() const { return next_.load(std::memory_order_relaxed); }
 
-  // Asks for lines of all pieces of a worker, `begin` .. `begin + bytes` of its reading. Returns whether there were any.
+  void clear() {
+    for (int worker = 0; worker < kWorkers; ++worker) {
+      for (int piece = 0; piece < kPieces; ++piece) set(worker, piece, nullptr, 0);
+    }
+    setNext(nullptr);
+  }
+
+  // Asks for lines of all pieces of a worker, from `begin` on of its reading. Returns false at the reading's end.
   bool ask(int worker, int64_t begin, int64_t bytes) const {
     if (worker >= kWorkers) return false;
-    int64_t sizes[kPieces], total = 0;
-    for (int i = 0; i < kPieces; ++i) total += sizes[i] = pieces_[worker][i].bytes.load(std::memory_order_relaxed);
-    if (begin >= total) return false;
+    Range ranges[kPieces];
+    int64_t total = 0;
     for (int i = 0; i < kPieces; ++i) {
-      const char* start = pieces_[worker][i].start.load(std::memory_order_relaxed);
-      const int64_t from = begin * sizes[i] / total / kLine * kLine, limit = (begin + bytes) * sizes[i] / total;
-      for (int64_t at = from; at < limit && at < sizes[i]; at += kLine) __builtin_prefetch(start + at, 0, 2);
+      ranges[i] = of(worker, i);
+      total += ranges[i].bytes;
+    }
+    if (begin >= total) return false;
+    for (const Range& one : ranges) {
+      const int64_t limit = (begin + bytes) * one.bytes / total;
+      for (int64_t at = begin * one.bytes / total / kLine * kLine; at < limit && at < one.bytes; at += kLine) {
+        __builtin_prefetch(one.start + at, 0, 2);  // to the second-level cache
+      }
     }
     return true;
   }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "reads.h"
 #include "sink_attention_plan.h"
 
 namespace sinkexport::cpu {

@@ -11,10 +11,11 @@
 
 #include "isa.h"
 #include "parallel.h"
-#include "reads.h"
 #include "scratch.h"
 
 namespace sinkexport::cpu {
+
+class Reads;
 
 // float16 and int8 rows are rounded once, when they are written, and take part as what was stored, in their own step
 // too. int8: entry = round(x / scale) to nearest even within -127 .. 127, scale = float16(max |x| / 127) of a row.
