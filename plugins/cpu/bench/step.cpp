@@ -3,8 +3,8 @@
 //
 //   bench_step [THREADS] [REPEATS] [int4|int8|fp32] [fp32|fp16|int8 window] [small|huge|file pages] [W] [GAP] [0|1]
 //
-// GAP: microseconds between nodes in which the caller does something else, as ONNX Runtime does. 1: helpers ask for what
-// the next node reads.
+// GAP: microseconds between nodes in which the caller does something else, as ONNX Runtime does. 1: helpers ask for
+// what the next node reads.
 //
 // Times of each kind of node are sums over the 30 layers: the least of each call, and the median step's. `file` maps
 // weights from a temporary file, as ONNX Runtime maps a bundle's; states are anonymous memory.
@@ -311,10 +311,16 @@ int main(int count, char** arguments) {
     std::fprintf(stderr, "%s\n", problem);
     return 2;
   }
-  const Format format{
-      type == "fp32" ? WeightType::kFloat32 : type == "int8" ? WeightType::kInt8 : WeightType::kInt4,
-      window == "int8" ? WindowType::kInt8 : window == "fp16" ? WindowType::kFloat16 : WindowType::kFloat32,
-      window == "int8" ? 1 : window == "fp16" ? 2 : 4, std::atoi(argument(6, "1020").c_str())};
+  const Format format{type == "fp32"   ? WeightType::kFloat32
+                      : type == "int8" ? WeightType::kInt8
+                                       : WeightType::kInt4,
+                      window == "int8"   ? WindowType::kInt8
+                      : window == "fp16" ? WindowType::kFloat16
+                                         : WindowType::kFloat32,
+                      window == "int8"   ? 1
+                      : window == "fp16" ? 2
+                                         : 4,
+                      std::atoi(argument(6, "1020").c_str())};
   const double gap = std::atof(argument(7, "0").c_str()) * 1e-6;
   const bool asks = argument(8, "1") == "1";
   SpinPool pool(threads);

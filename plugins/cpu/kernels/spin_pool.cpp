@@ -13,7 +13,7 @@ namespace sinkexport::cpu {
 namespace {
 
 constexpr auto kSpin = std::chrono::microseconds(1000);  // then a waiting thread sleeps: a host samples sooner
-constexpr int64_t kMostTasks = 32767;                   // of one call: those beyond are a further call
+constexpr int64_t kMostTasks = 32767;                    // of one call: those beyond are a further call
 
 // Lines that helpers ask for before there is work, in bytes: at a time, and in all.
 constexpr int64_t kAskedAtOnce = 512;
