@@ -17,8 +17,8 @@ using namespace sinkexport::cpu;
 // Hints name memory that is not there. Returns how many tasks did not run exactly once before their call returned.
 SINKEXPORT_API int64_t sinkexport_cpu_pool_faults(int threads, int callers, int64_t calls, int64_t tasks,
                                                   int64_t pause_us) {
+  Reads reads;  // longer than the pool, whose helpers look at it
   SpinPool pool(threads);
-  Reads reads;
   for (int worker = 0; worker < Reads::kWorkers; ++worker) reads.set(worker, 0, reinterpret_cast<char*>(64), 1 << 20);
   reads.setNext(&reads);
   std::atomic<int64_t> faults{0};

@@ -30,8 +30,8 @@ class Reads {
   }
   bool isKnown() const { return of(0, 0).bytes > 0; }
 
-  void setNext(const Reads* next) { next_.store(next, std::memory_order_relaxed); }
-  const Reads* next() const { return next_.load(std::memory_order_relaxed); }
+  void setNext(const Reads* next) { next_.store(next, std::memory_order_release); }
+  const Reads* next() const { return next_.load(std::memory_order_acquire); }
 
   void clear() {
     for (int worker = 0; worker < kWorkers; ++worker) {

@@ -131,7 +131,7 @@ void SpinPool::run(void* pool, int64_t tasks, void (*task)(void*, int64_t), void
 }
 
 void SpinPool::expect(const Reads* reads) {
-  shared_->expected.store(reads, std::memory_order_relaxed);
+  shared_->expected.store(reads, std::memory_order_release);
 }
 
 namespace {
@@ -174,7 +174,7 @@ void SpinPool::work(Shared& shared, int helper) {
     shared.takeTasks();
     const auto start = std::chrono::steady_clock::now();
     for (int turns = 1; !shared.now().hasTasks() && !shared.ends; ++turns) {
-      if (asking.ask(shared.expected.load(std::memory_order_relaxed))) continue;
+      if (asking.ask(shared.expected.load(std::memory_order_acquire))) continue;
       pause();
       if (turns % 64 != 0 || std::chrono::steady_clock::now() - start < kSpin) continue;
       std::unique_lock<std::mutex> lock(shared.mutex);

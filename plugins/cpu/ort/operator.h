@@ -46,11 +46,11 @@ struct Library {
 
   cpu::Isa isa;
   int threads;
-  // A step has over a hundred nodes of a few microseconds: threads of the library's own, which ask for the next node's
-  // weights while ONNX Runtime is between two. Another session that runs at the same time has its own pool's.
-  cpu::SpinPool pool;
   ScratchPool scratch;
   ReadsPool reads;
+  // A step has over a hundred nodes of a few microseconds: threads of the library's own, which ask for the next node's
+  // weights while ONNX Runtime is between two. A session that runs at the same time as another one uses ONNX Runtime's.
+  cpu::SpinPool pool;
 };
 
 // One run of a node.
