@@ -29,6 +29,7 @@ from sinkrt import Session
 from sinkrt.backends.cpu_library import checked_library
 from sinkrt.backends.ort_graph import HostDevice
 from sinkrt.contract import Manifest, TensorSpec, load_manifest
+from sinkrt.contract.constants import THREADS_OPTION
 
 WARM_UP = 20
 
@@ -62,6 +63,8 @@ def profiled_ms(bundle: Path, manifest: Manifest, steps: int, threads: int) -> d
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     if manifest.target == "cpu":
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry(THREADS_OPTION, str(threads))
         options.register_custom_ops_library(str(checked_library()))
     with tempfile.TemporaryDirectory() as folder:
         options.enable_profiling, options.profile_file_prefix = True, f"{folder}/steps"

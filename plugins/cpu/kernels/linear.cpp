@@ -3,6 +3,7 @@
 #include <initializer_list>
 
 #include "problem.h"
+#include "reads.h"
 
 namespace sinkexport::cpu {
 
@@ -33,6 +34,25 @@ PackedBytes packedBytes(WeightType weight_type, int64_t num_inputs, int64_t weig
   return {static_cast<size_t>(is_int4 ? rows * inputs / 2 : rows * inputs),
           static_cast<size_t>(rows * blocks * (scale_type == ScaleType::kFloat16 ? 2 : 4)),
           static_cast<size_t>(is_int4 ? rows * blocks : 0)};
+}
+
+void linearReads(const LinearParams& params, int threads, Reads& reads) {
+  if (params.num_experts > 0 || params.num_rows >= kRowsOfFewTasks) return;
+  const int64_t unit = params.is_gated ? 2 : 1, units = (params.num_outputs + 15) / 16, tiles = units * unit;
+  const PackedBytes bytes =
+      packedBytes(params.weight_type, params.num_inputs, tiles * 16, params.block_size, params.scale_type);
+  const int64_t workers = units < threads ? units : threads < 1 ? 1 : threads;
+  for (int64_t w = 0; w < workers; ++w) {
+    const int64_t first = w * units / workers * unit, count = (w + 1) * units / workers * unit - first;
+    const auto set = [&](int piece, const void* start, size_t all) {
+      const int64_t tile_bytes = static_cast<int64_t>(all) / tiles;
+      if (start == nullptr) return;
+      reads.set(static_cast<int>(w), piece, static_cast<const char*>(start) + first * tile_bytes, count * tile_bytes);
+    };
+    set(0, params.weight, bytes.weight);
+    set(1, params.scale, bytes.scale);
+    set(2, params.zero_point, bytes.zero_point);
+  }
 }
 
 namespace {

@@ -22,6 +22,8 @@
 
 namespace sinkexport::cpu {
 
+class Reads;
+
 enum class WeightType : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
 enum class ScaleType : int { kFloat32 = 0, kFloat16 = 1 };
 enum class Activation : int { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu2 = 4 };
@@ -92,5 +94,11 @@ const char* rowsProblem(const RowsParams& params, bool shapes_only = false);
 using LinearFunction = void (*)(const LinearParams& params, const Parallel& parallel, Scratch& scratch);
 LinearFunction linearFor(Isa isa);
 void runRows(const RowsParams& params, const Parallel& parallel);
+
+// From so many rows on a call has more tasks than threads, for threads that are held up.
+constexpr int64_t kRowsOfFewTasks = 64;
+
+// What each of `threads` workers reads of the matrix of a call with fewer rows; with experts nothing is known before.
+void linearReads(const LinearParams& params, int threads, Reads& reads);
 
 }  // namespace sinkexport::cpu

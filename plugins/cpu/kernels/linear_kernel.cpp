@@ -1,33 +1,15 @@
 // Matmuls by packed weights: rows are packed, then each thread takes a contiguous range of tiles.
+#include "linear_activation.h"
 #include "linear_pack.h"
 #include "linear_tile.h"
-#include "vector_math.h"
 
 namespace sinkexport::cpu::SINKEXPORT_ISA {
 namespace {
-
-template <Activation activation>
-SINKEXPORT_INLINE Floats activate(Floats x) {
-  if constexpr (activation == Activation::kSilu) return x * sigmoid(x);
-  if constexpr (activation == Activation::kGelu) {
-    return broadcast(0.5f) * x * (broadcast(1.0f) + erf(x * broadcast(0.707106781f)));
-  }
-  if constexpr (activation == Activation::kGeluTanh) {
-    const Floats inner = fma(x * x, x * broadcast(0.044715f), x) * broadcast(0.797884561f);
-    return broadcast(0.5f) * x * (broadcast(1.0f) + tanh(inner));
-  }
-  if constexpr (activation == Activation::kRelu2) {
-    const Floats positive = max(x, broadcast(0.0f));
-    return positive * positive;
-  }
-  return x;
-}
 
 constexpr int64_t kRowsAtATime = 240;       // of x, so that they stay in the second-level cache: a multiple of kRows
 constexpr int64_t kPackedByEach = 1 << 13;  // values; fewer are packed by every thread for itself, with nobody waiting
 constexpr int64_t kAskedForFirst = 4096;    // bytes of weights that are on their way while a thread packs
 constexpr int64_t kAhead = 6144;            // bytes from what is read to what is asked for
-constexpr int64_t kRowsOfFewTasks = 64;     // from here on ranges are cut finer, for threads that are held up
 
 int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
@@ -58,13 +40,20 @@ struct Run {
         tiles((p.num_outputs + 15) / 16 * (p.is_gated ? 2 : 1)),
         bytes(packedBytes(p.weight_type, p.num_inputs, tiles * 16, p.block_size, p.scale_type)) {}
 
-  // Tiles are shared out in units of 1, gated of 2.
-  int64_t unit() const { return params.is_gated ? 2 : 1; }
+  // Tiles are shared out in units of as many as are multiplied at once: an odd one would take more than half the time.
+  int64_t unit() const {
+    if (params.is_gated) return 2;
+    return params.num_rows > format.largest_rows ? format.largest_tiles : 1;
+  }
+  int64_t units() const { return (tiles + unit() - 1) / unit(); }
+
+  // Readings of a unit that a segment needs: what a unit of it costs.
+  int64_t cost(const Segment& segment) const { return (segment.rows + format.largest_rows - 1) / format.largest_rows; }
 
   void plan(const Parallel& parallel) {
     const int64_t finer = params.num_rows >= kRowsOfFewTasks ? 4 : 1;
     const int64_t matrices = params.num_experts > 0 ? smaller(params.num_experts, params.num_rows) : 1;
-    tasks = smaller(tiles / unit() * matrices, parallel.threads > 1 ? finer * parallel.threads : 1);
+    tasks = smaller(units() * matrices, parallel.threads > 1 ? finer * parallel.threads : 1);
     copies = params.num_rows * params.num_inputs <= kPackedByEach ? tasks : 1;
   }
 
@@ -154,12 +143,15 @@ struct Run {
   }
 
   void pack(const Parallel& parallel) const {
-    const int64_t parts = num_segments > 1 ? num_segments : smaller(params.num_rows, 2 * parallel.threads);
+    // Rows of a block lie side by side, four bytes of each: two threads that share one would wait for its lines.
+    const int64_t blocks = cost(segments[0]);
+    const int64_t parts = num_segments > 1 ? num_segments : smaller(blocks, 2 * parallel.threads);
     parallelFor(parallel, parts, [&](int64_t part) {
       if (num_segments > 1) {
         packRows(packed, segments[part], 0, segments[part].rows);
       } else {
-        packRows(packed, segments[0], part * params.num_rows / parts, (part + 1) * params.num_rows / parts);
+        const int64_t last = (part + 1) * blocks / parts * format.largest_rows;
+        packRows(packed, segments[0], part * blocks / parts * format.largest_rows, smaller(last, params.num_rows));
       }
     });
   }
@@ -210,14 +202,6 @@ struct Run {
       }
     }
   }
-
-  struct FinishedTile {
-    int64_t first_row;  // packed
-    int rows;
-    int64_t column, width;
-    int64_t bias_at;
-    const float* out;  // sums; gated: of the gate, then of up
-  };
 
   template <Activation activation>
   void finishTile(const FinishedTile& tile) const {
@@ -285,25 +269,39 @@ struct Run {
     }
   }
 
+  // A unit of a segment's matrix.
+  struct Place {
+    int64_t segment, unit;
+  };
+
+  // Where a task begins. Tasks cost about the same: an expert that many rows picked has more of them.
+  Place placeOf(int64_t task) const {
+    int64_t all = 0;
+    for (int64_t s = 0; s < num_segments; ++s) all += units() * cost(segments[s]);
+    int64_t at = task * all / tasks, s = 0;
+    for (; s < num_segments && at >= units() * cost(segments[s]); ++s) at -= units() * cost(segments[s]);
+    return {s, s < num_segments ? at / cost(segments[s]) : 0};
+  }
+
   void multiplyAll(const Parallel& parallel) const {
-    const int64_t units = tiles / unit(), all = units * num_segments;
     parallelFor(parallel, tasks, [&](int64_t task) {
-      int64_t at = task * all / tasks;
-      const int64_t end = (task + 1) * all / tasks;
-      if (at == end) return;
+      Place at = placeOf(task);
+      const Place end = placeOf(task + 1);
+      if (at.segment == end.segment && at.unit == end.unit) return;
       PackedRows rows = packed;
       if (copies > 1) {
         rows = copy(task);
-        askForWeights(segments[at / units], at % units * unit());
+        askForWeights(segments[at.segment], at.unit * unit());
         packAll(rows);
       }
-      while (at < end) {
-        const Segment& segment = segments[at / units];
-        const int64_t first = at % units, last = smaller(units, first + end - at);
+      for (; at.segment < end.segment || at.unit < end.unit; at = {at.segment + 1, 0}) {
+        const Segment& segment = segments[at.segment];
+        const int64_t last = at.segment < end.segment ? units() : end.unit;
         for (int64_t m = 0; m < segment.rows; m += kRowsAtATime) {
-          multiply(rows, segment, first * unit(), last * unit(), m, smaller(segment.rows, m + kRowsAtATime));
+          multiply(rows, segment, at.unit * unit(), smaller(last * unit(), tiles), m,
+                   smaller(segment.rows, m + kRowsAtATime));
         }
-        at += last - first;
+        if (at.segment == end.segment) return;
       }
     });
   }
@@ -319,8 +317,8 @@ struct Run {
 
   void askForWeights(const Segment& segment, int64_t tile) const {
     const TileOperands first = operands(segment, tile);
-    for (int64_t at = 0; at < kAskedForFirst; at += 64) prefetch(first.weight + at);
-    if (first.scale != nullptr) prefetch(first.scale);
+    for (int64_t at = 0; at < kAskedForFirst; at += 64) prefetchOnce(first.weight + at);
+    if (first.scale != nullptr) prefetchOnce(first.scale);
   }
 
   static constexpr int kMostRows = kRows > kFloatRows ? kRows : kFloatRows;

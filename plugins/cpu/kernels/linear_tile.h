@@ -43,6 +43,16 @@ SINKEXPORT_INLINE void storeTile(const Floats (&total)[tiles][rows], float* out)
   }
 }
 
+// A tile is read once by few rows, which take one at a time; more rows go over it again and again.
+template <int rows, int tiles>
+SINKEXPORT_INLINE void prefetchWeights(const void* address) {
+  if constexpr (tiles == 1 && (kTiles > 1 || rows == 1)) {
+    prefetchOnce(address);
+  } else {
+    prefetch(address);
+  }
+}
+
 template <int rows, int tiles>
 void floatTile(const TileOperands& operands, float* out) {
   Floats total[tiles][rows];
@@ -55,7 +65,7 @@ void floatTile(const TileOperands& operands, float* out) {
   for (int64_t k = 0; k < operands.num_steps; ++k, x += rows, weight += 64) {
     Floats w[tiles];
     for (int n = 0; n < tiles; ++n) {
-      prefetch(weight + n * stride + ahead);
+      prefetchWeights<rows, tiles>(weight + n * stride + ahead);
       w[n] = load(reinterpret_cast<const float*>(weight + n * stride));
     }
     for (int r = 0; r < rows; ++r) {
@@ -78,7 +88,7 @@ void bf16Tile(const TileOperands& operands, float* out) {
   for (int64_t k = 0; k < operands.num_steps; ++k, x += 2 * rows, weight += 64) {
     Floats even[tiles], odd[tiles];
     for (int n = 0; n < tiles; ++n) {
-      prefetch(weight + n * stride + ahead);
+      prefetchWeights<rows, tiles>(weight + n * stride + ahead);
       const Bytes pairs = loadBytes(weight + n * stride);
       even[n] = evenBf16(pairs);
       odd[n] = oddBf16(pairs);
@@ -106,7 +116,7 @@ SINKEXPORT_INLINE void addQuads(int64_t steps, const int8_t* x, const char* weig
     for (int64_t k = 0; k < steps; k += 2, x += 8 * rows, weight += 64) {
       Bytes low[tiles], high[tiles];
       for (int n = 0; n < tiles; ++n) {
-        prefetch(weight + n * stride + ahead);
+        prefetchWeights<rows, tiles>(weight + n * stride + ahead);
         const Bytes both = loadBytes(weight + n * stride);
         low[n] = lowNibbles(both);
         high[n] = highNibbles(both);
@@ -121,7 +131,7 @@ SINKEXPORT_INLINE void addQuads(int64_t steps, const int8_t* x, const char* weig
     for (int64_t k = 0; k < steps; ++k, x += 4 * rows, weight += 64) {
       Bytes w[tiles];
       for (int n = 0; n < tiles; ++n) {
-        prefetch(weight + n * stride + ahead);
+        prefetchWeights<rows, tiles>(weight + n * stride + ahead);
         w[n] = prepareInt8(loadBytes(weight + n * stride));
       }
       for (int r = 0; r < rows; ++r) {

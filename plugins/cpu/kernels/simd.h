@@ -27,6 +27,9 @@
 //   prepareInt8(Bytes): what dotInt8 wants as a, once for many b
 //   minusProduct(Ints sum, Ints a, int32_t b): sum - a * b; a 0 .. 255, |b| < 32768
 //   prefetch(const void*): to all caches
+//   prefetchOnce(const void*): what is read once. Where the processor can, past the second-level cache, which then
+//   keeps
+//     what the host's own code wants between two nodes (measured on Zen 5; a plain prefetch on ARM)
 //   kRows: rows of a tile of the integer matmul; kFloatRows: of the others; kTiles, kFloatTiles: 16 outputs each
 #pragma once
 

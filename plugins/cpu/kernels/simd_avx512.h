@@ -158,5 +158,8 @@ SINKEXPORT_INLINE Ints minusProduct(Ints sum, Ints a, int32_t b) {
 SINKEXPORT_INLINE void prefetch(const void* address) {
   _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
 }
+SINKEXPORT_INLINE void prefetchOnce(const void* address) {
+  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_NTA);
+}
 
 }  // namespace sinkexport::cpu::SINKEXPORT_ISA

@@ -177,6 +177,9 @@ SINKEXPORT_INLINE Ints minusProduct(Ints sum, Ints a, int32_t b) {
 SINKEXPORT_INLINE void prefetch(const void* address) {
   __builtin_prefetch(address);
 }
+SINKEXPORT_INLINE void prefetchOnce(const void* address) {
+  __builtin_prefetch(address);
+}
 
 #undef SINKEXPORT_LANES
 #undef SINKEXPORT_PARTS

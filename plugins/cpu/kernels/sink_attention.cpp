@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "reads.h"
 #include "sink_attention_plan.h"
 
 namespace sinkexport::cpu {
@@ -22,15 +23,19 @@ int64_t elementBytes(WindowType type) {
   return type == WindowType::kInt8 ? 1 : type == WindowType::kFloat16 ? 2 : 4;
 }
 
+StreamCache streamOf(const SinkAttentionParams& p, int64_t b) {
+  const int64_t t = p.position[b], past = std::max<int64_t>(t - p.num_sinks, 0);
+  const int64_t valid = p.num_valid == nullptr ? p.num_tokens : p.num_valid[b];
+  StreamCache stream;
+  stream.position = t;
+  stream.num_valid = static_cast<int>(std::clamp<int64_t>(valid, 0, p.num_tokens));
+  stream.num_sinks = static_cast<int>(std::min<int64_t>(t, p.num_sinks));
+  stream.num_ring = static_cast<int>(std::min<int64_t>(past, p.window_size));
+  return stream;
+}
+
 void findStreams(const SinkAttentionParams& p, StreamCache* streams) {
-  for (int b = 0; b < p.batch; ++b) {
-    const int64_t t = p.position[b], past = std::max<int64_t>(t - p.num_sinks, 0);
-    const int64_t valid = p.num_valid == nullptr ? p.num_tokens : p.num_valid[b];
-    streams[b].position = t;
-    streams[b].num_valid = static_cast<int>(std::clamp<int64_t>(valid, 0, p.num_tokens));
-    streams[b].num_sinks = static_cast<int>(std::min<int64_t>(t, p.num_sinks));
-    streams[b].num_ring = static_cast<int>(std::min<int64_t>(past, p.window_size));
-  }
+  for (int b = 0; b < p.batch; ++b) streams[b] = streamOf(p, b);
 }
 
 // Outputs of tokens that do not count.
@@ -97,6 +102,12 @@ int64_t cutBelow(const SinkAttentionParams& p, const StepPlan& plan, int64_t key
   return key - within + within / kStepBlock * kStepBlock;
 }
 
+// Threads that share `keys` cached keys.
+int stepWorkers(const SinkAttentionParams& p, int64_t keys, int threads) {
+  const int64_t bytes = keys * (p.head_dim + p.value_dim) * elementBytes(p.window_type);
+  return static_cast<int>(std::clamp<int64_t>(bytes / kLeastBytes, 1, std::max(threads, 1)));
+}
+
 void runStep(const AttentionKernels& kernels, const SinkAttentionParams& p, const Parallel& parallel,
              Scratch& scratch) {
   const int threads = std::max(parallel.threads, 1);
@@ -111,8 +122,7 @@ void runStep(const AttentionKernels& kernels, const SinkAttentionParams& p, cons
     memory.stream_start[b + 1] = memory.stream_start[b] + cachedKeys(p, memory.streams[b]) * p.num_kv_heads;
   }
   const int64_t keys = memory.stream_start[p.batch];
-  const int64_t bytes = keys * (p.head_dim + p.value_dim) * elementBytes(p.window_type);
-  const int workers = static_cast<int>(std::clamp<int64_t>(bytes / kLeastBytes, 1, threads));
+  const int workers = stepWorkers(p, keys, threads);
   StepPlan plan{memory.streams, memory.stream_start, memory.bounds, memory.work, memory.ended, workers};
   for (int w = 0; w < workers; ++w) {
     memory.ended[w] = 0;
@@ -209,6 +219,27 @@ void runAttention(const AttentionKernels& kernels, const SinkAttentionParams& p,
 }
 
 }  // namespace
+
+void sinkAttentionReads(const SinkAttentionParams& p, int threads, Reads& reads) {
+  int64_t keys = 0;
+  for (int64_t b = 0; b < p.batch; ++b) keys += cachedKeys(p, streamOf(p, b)) * p.num_kv_heads;
+  const int workers = stepWorkers(p, keys, threads);
+  int64_t start = 0, worker = 0;  // of the stream: the first key
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t of_unit = cachedKeys(p, streamOf(p, b)), end = start + of_unit * p.num_kv_heads;
+    const int64_t sinks = std::min<int64_t>(of_unit, p.num_sinks);
+    for (; worker < workers && keys * worker / workers < end; ++worker) {
+      const int64_t key = keys * worker / workers - start, unit = b * p.num_kv_heads + key / of_unit;
+      const int64_t first = std::max<int64_t>(key % of_unit / kStepBlock * kStepBlock - sinks, 0);
+      const int64_t row = unit * p.window_size + first, rows = of_unit - sinks - first;
+      const int64_t k_bytes = p.head_dim * elementBytes(p.window_type);
+      const int64_t v_bytes = p.value_dim * elementBytes(p.window_type);
+      reads.set(static_cast<int>(worker), 0, static_cast<const char*>(p.window_k) + row * k_bytes, rows * k_bytes);
+      reads.set(static_cast<int>(worker), 1, static_cast<const char*>(p.window_v) + row * v_bytes, rows * v_bytes);
+    }
+    start = end;
+  }
+}
 
 #define SINKEXPORT_DECLARE(isa, value)                                                                          \
   namespace isa {                                                                                               \

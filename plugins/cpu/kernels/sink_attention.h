@@ -15,6 +15,8 @@
 
 namespace sinkexport::cpu {
 
+class Reads;
+
 // float16 and int8 rows are rounded once, when they are written, and take part as what was stored, in their own step
 // too. int8: entry = round(x / scale) to nearest even within -127 .. 127, scale = float16(max |x| / 127) of a row.
 enum class WindowType : int { kFloat32 = 0, kFloat16 = 1, kInt8 = 2 };
@@ -89,5 +91,8 @@ const char* sinkAttentionProblem(const SinkAttentionParams& params, bool shapes_
 // allocated but in `scratch`, once for given shapes and threads. The same threads give the same bits.
 using SinkAttentionFunction = void (*)(const SinkAttentionParams& params, const Parallel& parallel, Scratch& scratch);
 SinkAttentionFunction sinkAttentionFor(Isa isa);
+
+// What each of `threads` workers of a step reads of the window that it begins with.
+void sinkAttentionReads(const SinkAttentionParams& params, int threads, Reads& reads);
 
 }  // namespace sinkexport::cpu

@@ -15,7 +15,7 @@ struct KeyTile {
 template <typename Element>
 SINKEXPORT_INLINE void prefetchRow(const Element* row, int dim) {
   const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t at = 0; at < static_cast<int64_t>(dim * sizeof(Element)); at += 64) prefetch(bytes + at + kAhead);
+  for (int64_t at = 0; at < static_cast<int64_t>(dim * sizeof(Element)); at += 64) prefetchOnce(bytes + at + kAhead);
 }
 
 // Logits of H heads and n keys. keys: [n, dim]; q: [H][dim padded], zeros behind; logits: [H][kStepBlock].
@@ -85,7 +85,7 @@ void addValues(const typename Row::Element* values, int n, int dim, int size, co
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       const typename Row::Element* from = values + static_cast<int64_t>(k) * dim + 16 * v;
-      if (v * 16 * sizeof *from % 64 == 0) prefetch(reinterpret_cast<const char*>(from) + kAhead);
+      if (v * 16 * sizeof *from % 64 == 0) prefetchOnce(reinterpret_cast<const char*>(from) + kAhead);
       row[v] = kPart ? Row::readPart(from, size) : Row::read(from);
     }
 #pragma GCC unroll 4

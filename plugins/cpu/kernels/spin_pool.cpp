@@ -1,5 +1,7 @@
 #include "spin_pool.h"
 
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -10,7 +12,13 @@
 namespace sinkexport::cpu {
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(2000);  // then a waiting thread sleeps
+constexpr auto kSpin = std::chrono::microseconds(1000);  // then a waiting thread sleeps: a host samples sooner
+constexpr int64_t kMostTasks = 32767;                    // of one call: those beyond are a further call
+
+// Lines that helpers ask for before there is work, in bytes: at a time, and in all.
+constexpr int64_t kAskedAtOnce = 512;
+constexpr int64_t kAskedAhead = 256 * 1024;
+constexpr int kCallsAhead = 4;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -20,85 +28,160 @@ inline void pause() {
 #endif
 }
 
+// A call's number, how many tasks it has, and the next of them, in one word: whoever takes a task knows which call's.
+struct Ticket {
+  uint64_t word;
+  uint64_t call() const { return word >> 32; }
+  int64_t tasks() const { return static_cast<int64_t>(word >> 16 & 0xffffu); }
+  int64_t next() const { return static_cast<int64_t>(word & 0xffffu); }
+  bool hasTasks() const { return next() < tasks(); }
+};
+
 }  // namespace
 
 struct SpinPool::Shared {
-  // Counts calls: a change is the signal to start.
-  alignas(64) std::atomic<uint64_t> call{0};
-  alignas(64) std::atomic<int64_t> next{0};
-  alignas(64) std::atomic<int> running{0};  // helpers that have not yet ended this call
+  alignas(64) std::atomic<uint64_t> ticket{0};
+  alignas(64) std::atomic<int64_t> done{0};  // tasks of this call
   alignas(64) std::atomic<bool> is_taken{false};
   std::atomic<bool> ends{false};
   std::atomic<int> sleepers{0};
-  int64_t tasks = 0;
+  std::atomic<const Reads*> expected{nullptr};
+  // Of the call that runs: they stay as they are until all of its tasks are done.
   void (*task)(void*, int64_t) = nullptr;
   void* argument = nullptr;
   std::mutex mutex;
   std::condition_variable woken;
   std::vector<std::thread> helpers;
+  const pid_t process = getpid();
+
+  Ticket now() const { return {ticket.load(std::memory_order_acquire)}; }
 
   void takeTasks() {
-    for (int64_t i = next.fetch_add(1); i < tasks; i = next.fetch_add(1)) task(argument, i);
+    while (now().hasTasks()) {
+      const Ticket mine{ticket.fetch_add(1, std::memory_order_acq_rel)};
+      if (!mine.hasTasks()) return;
+      task(argument, mine.next());
+      done.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  void call(int64_t tasks, void (*called)(void*, int64_t), void* with) {
+    task = called;
+    argument = with;
+    done.store(0, std::memory_order_relaxed);
+    // Sequentially consistent, like `sleepers`: one of the two sees the other.
+    ticket.store((now().call() + 1) << 32 | static_cast<uint64_t>(tasks) << 16);
+    if (sleepers.load() > 0) wake();
+    takeTasks();
+    for (int turns = 0; done.load(std::memory_order_acquire) < tasks; ++turns) {
+      if (turns % 4096 == 4095) std::this_thread::yield();  // a helper waits for this processor, maybe
+      pause();
+    }
+  }
+
+  void wake() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+    }
+    woken.notify_all();
   }
 };
 
 SpinPool::SpinPool(int threads) : threads_(threads < 1 ? 1 : threads), shared_(new Shared) {
-  for (int i = 1; i < threads_; ++i) shared_->helpers.emplace_back([this] { work(*shared_); });
+  for (int i = 1; i < threads_; ++i) shared_->helpers.emplace_back([this, i] { work(*shared_, i); });
 }
 
 SpinPool::~SpinPool() {
+  if (shared_->process != getpid()) return;  // a fork has no helpers to wait for
   shared_->ends = true;
-  {
-    std::lock_guard<std::mutex> lock(shared_->mutex);
-    shared_->call.fetch_add(1);
-  }
-  shared_->woken.notify_all();
+  shared_->wake();
   for (std::thread& helper : shared_->helpers) helper.join();
   delete shared_;
 }
 
-void SpinPool::run(void* pool, int64_t tasks, void (*task)(void*, int64_t), void* argument) {
-  Shared& shared = *static_cast<SpinPool*>(pool)->shared_;
-  if (shared.is_taken.exchange(true)) {
-    for (int64_t i = 0; i < tasks; ++i) task(argument, i);
-    return;
-  }
-  shared.tasks = tasks;
-  shared.task = task;
-  shared.argument = argument;
-  shared.next.store(0, std::memory_order_relaxed);
-  shared.running.store(static_cast<int>(shared.helpers.size()), std::memory_order_relaxed);
-  shared.call.fetch_add(1);  // sequentially consistent, like `sleepers`: one of the two sees the other
-  if (shared.sleepers.load() > 0) {
-    {
-      std::lock_guard<std::mutex> lock(shared.mutex);
+bool SpinPool::tryRun(int64_t tasks, void (*task)(void*, int64_t), void* argument) {
+  Shared& shared = *shared_;
+  if (shared.is_taken.exchange(true)) return false;
+  if (tasks <= kMostTasks) {
+    shared.call(tasks, task, argument);
+  } else {
+    struct Slice {
+      void (*task)(void*, int64_t);
+      void* argument;
+      int64_t first;
+    } slice{task, argument, 0};
+    for (; slice.first < tasks; slice.first += kMostTasks) {
+      const int64_t left = tasks - slice.first;
+      shared.call(
+          left < kMostTasks ? left : kMostTasks,
+          [](void* called, int64_t index) {
+            const Slice& one = *static_cast<const Slice*>(called);
+            one.task(one.argument, one.first + index);
+          },
+          &slice);
     }
-    shared.woken.notify_all();
-  }
-  shared.takeTasks();
-  for (int turns = 0; shared.running.load(std::memory_order_acquire) > 0; ++turns) {
-    if (turns % 4096 == 4095) std::this_thread::yield();  // a helper waits for this processor, maybe
-    pause();
   }
   shared.is_taken.store(false, std::memory_order_release);
+  return true;
 }
 
-void SpinPool::work(Shared& shared) {
-  uint64_t seen = 0;
-  while (true) {
+void SpinPool::run(void* pool, int64_t tasks, void (*task)(void*, int64_t), void* argument) {
+  if (static_cast<SpinPool*>(pool)->tryRun(tasks, task, argument)) return;
+  for (int64_t i = 0; i < tasks; ++i) task(argument, i);
+}
+
+void SpinPool::expect(const Reads* reads) {
+  shared_->expected.store(reads, std::memory_order_release);
+}
+
+namespace {
+
+// What one helper has asked for.
+struct Asking {
+  int helper;
+  const Reads* reads = nullptr;
+  int64_t at = 0;  // bytes of each worker's reading
+
+  // A few lines more of what comes next. Returns false if that is enough.
+  bool ask(const Reads* expected) {
+    if (first != expected) {
+      if (reads != expected) reads = expected, at = 0;  // else it goes on where it ended
+      first = expected, asked = at, calls = 0;
+    }
+    if (reads == nullptr || asked >= kAskedAhead || calls >= kCallsAhead) return false;
+    // The caller has other things to do between calls: its share is asked for too.
+    bool is_more = reads->ask(helper, at, kAskedAtOnce);
+    if (helper == 1) is_more |= reads->ask(0, at, kAskedAtOnce);
+    at += kAskedAtOnce;
+    if (is_more) {
+      asked += kAskedAtOnce;
+    } else {
+      reads = reads->next(), at = 0, ++calls;
+    }
+    return true;
+  }
+
+  const Reads* first = nullptr;
+  int64_t asked = 0;
+  int calls = 0;
+};
+
+}  // namespace
+
+void SpinPool::work(Shared& shared, int helper) {
+  Asking asking{helper};
+  while (!shared.ends) {
+    shared.takeTasks();
     const auto start = std::chrono::steady_clock::now();
-    for (int turns = 1; shared.call.load(std::memory_order_acquire) == seen; ++turns) {
+    for (int turns = 1; !shared.now().hasTasks() && !shared.ends; ++turns) {
+      if (asking.ask(shared.expected.load(std::memory_order_acquire))) continue;
       pause();
-      if (turns % 256 != 0 || std::chrono::steady_clock::now() - start < kSpin) continue;
+      if (turns % 64 != 0 || std::chrono::steady_clock::now() - start < kSpin) continue;
       std::unique_lock<std::mutex> lock(shared.mutex);
       shared.sleepers.fetch_add(1);
-      shared.woken.wait(lock, [&] { return shared.call.load() != seen; });
+      shared.woken.wait(lock, [&] { return shared.now().hasTasks() || shared.ends; });
       shared.sleepers.fetch_sub(1);
     }
-    if (shared.ends) return;
-    ++seen;
-    shared.takeTasks();
-    shared.running.fetch_sub(1, std::memory_order_release);
   }
 }
 

@@ -1,9 +1,15 @@
 // What the library exports: its ABI, whether this processor runs it, and the operators for ONNX Runtime.
+#ifdef __linux__
+#include <sched.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
+#include <fstream>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -19,7 +25,7 @@ namespace {
 // one that it was made for (CPU_ABI in sinkrt.contract).
 constexpr const char* kAbi = "2";
 constexpr const char* kDomain = "ai.sinkexport";
-// Threads of the session's pool, which ONNX Runtime does not report to operators.
+// Threads that nodes of the session may use, which ONNX Runtime does not report to operators.
 constexpr const char* kThreadsOption = "sinkexport.threads";
 constexpr const char* kIsaVariable = "SINKEXPORT_CPU_ISA";
 
@@ -42,7 +48,7 @@ const struct {
 
 // The operators for one instruction set and number of threads.
 struct Domain {
-  Domain(const Api& used, cpu::Isa isa, int threads) : api(used), library{isa, threads, {}} {
+  Domain(const Api& used, cpu::Isa isa, int threads) : api(used), library(isa, threads) {
     api.call<CreateCustomOpDomain>(kDomain, &handle);
     for (const auto& [name, create] : kOperators) {
       operators.push_back(std::make_unique<Operator>(name, create, api, library));
@@ -66,6 +72,25 @@ Domain& domainOf(const Api& api, cpu::Isa isa, int threads) {
   return *found;
 }
 
+// As many threads as ONNX Runtime has by itself: of cores that this process may use, each once.
+int physicalCores() {
+  const int logical = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+#ifdef __linux__
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return logical;
+  std::set<std::string> cores;
+  for (int i = 0; i < CPU_SETSIZE; ++i) {
+    if (!CPU_ISSET(i, &allowed)) continue;
+    std::string siblings;
+    std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(i) + "/topology/thread_siblings_list");
+    if (!std::getline(file, siblings)) return logical;
+    cores.insert(siblings);
+  }
+  if (!cores.empty()) return static_cast<int>(cores.size());
+#endif
+  return logical;
+}
+
 int threadsOf(const Api& api, const OrtSessionOptions* options) {
   int is_there = 0;
   char value[16] = "";
@@ -74,7 +99,7 @@ int threadsOf(const Api& api, const OrtSessionOptions* options) {
   if (is_there != 0 && api.succeeds<GetSessionConfigEntry>(options, kThreadsOption, value, &bytes)) {
     return std::max(1, std::atoi(value));
   }
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  return physicalCores();
 }
 
 }  // namespace

@@ -55,6 +55,7 @@ class Linear final : public Kernel {
     if (has_bias_) params.bias = bias_.of<float>(run);
     if (has_residual_) params.residual = residual_.of<float>(run);
     params.y = static_cast<float*>(run.output(0, shape_));
+    if (!run.reads().isKnown()) cpu::linearReads(params, run.parallel().threads, run.reads());
     run_(params, run.parallel(), run.scratch());
   }
 

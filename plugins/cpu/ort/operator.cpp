@@ -12,16 +12,31 @@ const Operator& of(const OrtCustomOp* op) {
 
 // A kernel with what it needs to run.
 struct Instance {
+  Instance(std::unique_ptr<Kernel> made, const Api& used, Library& shared)
+      : kernel(std::move(made)), api(used), library(shared), reads(shared.reads.acquire()) {}
+  Instance(const Instance&) = delete;
+  Instance& operator=(const Instance&) = delete;
+  ~Instance() { library.reads.release(reads); }
+
   std::unique_ptr<Kernel> kernel;
   const Api& api;
   Library& library;
+  cpu::Reads* reads;
 };
+
+// Nodes run in the same order each time: this one follows the thread's last one.
+void noteOrder(const Instance& instance) {
+  thread_local cpu::Reads* last = nullptr;
+  if (last != nullptr && last->next() != instance.reads) last->setNext(instance.reads);
+  last = instance.reads;
+  instance.library.pool.expect(instance.reads->next());
+}
 
 OrtStatus* create(const OrtCustomOp* op, void* const*, const OrtKernelInfo* info, void** kernel) {
   const Operator& found = of(op);
   try {
     Node node(found.api, info, found.operator_name);
-    *kernel = new Instance{found.create(node, found.library), found.api, found.library};
+    *kernel = new Instance(found.create(node, found.library), found.api, found.library);
     return nullptr;
   } catch (const std::exception& error) {
     return found.api.status(kInvalidGraph, error.what());
@@ -31,7 +46,8 @@ OrtStatus* create(const OrtCustomOp* op, void* const*, const OrtKernelInfo* info
 OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   auto& instance = *static_cast<Instance*>(kernel);
   try {
-    Run run(instance.api, context, instance.library);
+    noteOrder(instance);
+    Run run(instance.api, context, instance.library, *instance.reads);
     instance.kernel->compute(run);
     return nullptr;
   } catch (const std::exception& error) {
@@ -63,8 +79,23 @@ void ScratchPool::release(std::unique_ptr<cpu::Scratch> scratch) {
   free_.push_back(std::move(scratch));
 }
 
-Run::Run(const Api& api, OrtKernelContext* context, Library& library)
-    : api_(api), context_(context), library_(library), scratch_(library.scratch.acquire()) {
+cpu::Reads* ReadsPool::acquire() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  free_.reserve(all_.size() + 1);  // for its return
+  if (free_.empty()) return &all_.emplace_back();
+  cpu::Reads* out = free_.back();
+  free_.pop_back();
+  return out;
+}
+
+void ReadsPool::release(cpu::Reads* reads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  reads->clear();
+  free_.push_back(reads);
+}
+
+Run::Run(const Api& api, OrtKernelContext* context, Library& library, cpu::Reads& reads)
+    : api_(api), context_(context), library_(library), reads_(reads), scratch_(library.scratch.acquire()) {
   parallel_.run = runTasks;
   parallel_.pool = this;
   parallel_.threads = library.threads;
@@ -72,6 +103,7 @@ Run::Run(const Api& api, OrtKernelContext* context, Library& library)
 
 void Run::runTasks(void* pool, int64_t tasks, void (*task)(void*, int64_t), void* argument) {
   const Run& run = *static_cast<const Run*>(pool);
+  if (run.library_.pool.tryRun(tasks, task, argument)) return;
   Task wrapped{task, argument};
   run.api_.call<KernelContextParallelFor>(
       static_cast<const OrtKernelContext*>(run.context_),

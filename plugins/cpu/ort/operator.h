@@ -1,6 +1,7 @@
 // Operators as ONNX Runtime knows them: a name, and what makes a kernel of a node.
 #pragma once
 
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -9,7 +10,9 @@
 #include "node.h"
 #include "ort_api.h"
 #include "parallel.h"
+#include "reads.h"
 #include "scratch.h"
+#include "spin_pool.h"
 
 namespace sinkexport::ort {
 
@@ -24,17 +27,36 @@ class ScratchPool {
   std::vector<std::unique_ptr<cpu::Scratch>> free_;
 };
 
+// What nodes read, for helpers that wait. The memory of a node that has ended serves another one, and is never freed: a
+// helper may look at it at any time.
+class ReadsPool {
+ public:
+  cpu::Reads* acquire();
+  void release(cpu::Reads* reads);
+
+ private:
+  std::mutex mutex_;
+  std::deque<cpu::Reads> all_;
+  std::vector<cpu::Reads*> free_;
+};
+
 // What kernels share. threads: as many as ONNX Runtime's pool has.
 struct Library {
+  Library(cpu::Isa used, int count) : isa(used), threads(count), pool(count) {}
+
   cpu::Isa isa;
   int threads;
   ScratchPool scratch;
+  ReadsPool reads;
+  // A step has over a hundred nodes of a few microseconds: threads of the library's own, which ask for the next node's
+  // weights while ONNX Runtime is between two. A session that runs at the same time as another one uses ONNX Runtime's.
+  cpu::SpinPool pool;
 };
 
 // One run of a node.
 class Run {
  public:
-  Run(const Api& api, OrtKernelContext* context, Library& library);
+  Run(const Api& api, OrtKernelContext* context, Library& library, cpu::Reads& reads);
   ~Run() { library_.scratch.release(std::move(scratch_)); }
   Run(const Run&) = delete;
   Run& operator=(const Run&) = delete;
@@ -43,6 +65,7 @@ class Run {
   void* output(size_t index, const std::vector<int64_t>& shape) const;
   const cpu::Parallel& parallel() const { return parallel_; }
   cpu::Scratch& scratch() const { return *scratch_; }
+  cpu::Reads& reads() const { return reads_; }  // the node's own
 
  private:
   static void runTasks(void* pool, int64_t tasks, void (*task)(void*, int64_t), void* argument);
@@ -50,6 +73,7 @@ class Run {
   const Api& api_;
   OrtKernelContext* context_;
   Library& library_;
+  cpu::Reads& reads_;
   cpu::Parallel parallel_;
   std::unique_ptr<cpu::Scratch> scratch_;
 };

@@ -77,6 +77,7 @@ class SinkAttention final : public Kernel {
       params.k_norm_weight = k_norm_.of<float>(run);
     }
     params.out = static_cast<float*>(run.output(0, out_shape_));
+    if (params.num_tokens == 1) cpu::sinkAttentionReads(params, run.parallel().threads, run.reads());
     run_(params, run.parallel(), run.scratch());
   }
 

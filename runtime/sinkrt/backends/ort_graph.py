@@ -259,6 +259,8 @@ def _session_options(threads: int | None, *, repack: bool, library: Path | None)
         options.intra_op_num_threads = threads
         options.add_session_config_entry(THREADS_OPTION, str(threads))
     if library is not None:
+        # The library's own threads spin; ONNX Runtime's, which have little to do, must not do so on the same cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.register_custom_ops_library(str(library))
     return options
 

@@ -172,6 +172,7 @@ def expert_calls(isa: str) -> tuple[list[Call], list[Callable[[], np.ndarray]]]:
     for form in EXPERTS:
         tasks = [Problem(Case(**form, rows=tokens, columns=columns, outputs=outputs), seed) for seed in range(experts)]
         picks = rng.integers(0, experts, (tokens, top_k))
+        picks[: tokens // 2] = 1  # most rows are of one matrix
         picks[picks == 3] = 2  # nobody's
         asked = picks.copy()
         asked[asked == experts - 1] = experts + 7
@@ -188,8 +189,8 @@ def expert_calls(isa: str) -> tuple[list[Call], list[Callable[[], np.ndarray]]]:
         def chosen(alone: list[Call] = alone, picks: np.ndarray = picks) -> np.ndarray:
             return np.stack([alone[pick].results[row // top_k] for row, pick in enumerate(picks.reshape(-1))])
 
-        calls += [*alone, *(Call("linear", numbers, arrays, isa, threads) for threads in (1, 2))]
-        results += [*(lambda call=call: call.results for call in alone), chosen, chosen]
+        calls += [*alone, *(Call("linear", numbers, arrays, isa, threads) for threads in (1, 2, 5))]
+        results += [*(lambda call=call: call.results for call in alone), chosen, chosen, chosen]
     return calls, results
 
 

@@ -60,6 +60,8 @@ class Graph {
         api.call<ort::AddSessionConfigEntry>(made, kThreadsOption, std::to_string(threads).c_str());
       }
       if (!library.empty()) {
+        // The library's own threads spin; ONNX Runtime's, which have little to do, must not do so on the same cores.
+        api.call<ort::AddSessionConfigEntry>(made, "session.intra_op.allow_spinning", "0");
         void* handle = nullptr;  // of the library, which stays loaded
         api.call<ort::RegisterCustomOpsLibrary>(made, library.c_str(), &handle);
       }

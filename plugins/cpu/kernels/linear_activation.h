@@ -1,0 +1,35 @@
+// What stands after a matmul: activations, and where sums go.
+#pragma once
+
+#include "linear.h"
+#include "vector_math.h"
+
+namespace sinkexport::cpu::SINKEXPORT_ISA {
+
+// Sums of 16 outputs of a few rows.
+struct FinishedTile {
+  int64_t first_row;  // packed
+  int rows;
+  int64_t column, width;
+  int64_t bias_at;
+  const float* out;  // gated: of the gate, then of up
+};
+
+template <Activation activation>
+SINKEXPORT_INLINE Floats activate(Floats x) {
+  if constexpr (activation == Activation::kSilu) return x * sigmoid(x);
+  if constexpr (activation == Activation::kGelu) {
+    return broadcast(0.5f) * x * (broadcast(1.0f) + erf(x * broadcast(0.707106781f)));
+  }
+  if constexpr (activation == Activation::kGeluTanh) {
+    const Floats inner = fma(x * x, x * broadcast(0.044715f), x) * broadcast(0.797884561f);
+    return broadcast(0.5f) * x * (broadcast(1.0f) + tanh(inner));
+  }
+  if constexpr (activation == Activation::kRelu2) {
+    const Floats positive = max(x, broadcast(0.0f));
+    return positive * positive;
+  }
+  return x;
+}
+
+}  // namespace sinkexport::cpu::SINKEXPORT_ISA
