@@ -112,7 +112,7 @@ def test_two_workers_of_a_full_window_begin_at_their_halves():
     params, _alive = attention([5000])
     first, second = reads("sink_attention", params, 2)[:2]
     assert first == [(1 << 30, 1020 * 128), (2 << 30, 1020 * 128)]
-    # Key 1536 of 3072 lies in head 1: 512 of its 1024, of which 4 are sinks.
+    # Key 1536 of 3072 is in head 1: the 512th of its 1024, 4 sinks included.
     assert second == [(base + (1020 + 508) * 128, 512 * 128) for base in (1 << 30, 2 << 30)]
 
 
