@@ -45,8 +45,8 @@ class ExportConfig:
     64 for others) or W, whichever is less. 1: no prefill graph, which exports faster.
     pin_system: a system message that the sinks must cover; num_sink_tokens is raised if it is longer.
     dtype: ``fp32 | fp16``, of weights, arithmetic and cache.
-    target: ``onnx | cpu | tensorrt``, whose operators and layers the graphs are made for. ``auto`` becomes ``cpu`` where
-    the CPU library runs and has kernels for the dtype, else ``onnx``: the attribute and the manifest say which.
+    target: ``onnx | cpu | tensorrt``, whose operators and layers the graphs are made for. ``auto`` becomes ``cpu``
+    where the CPU library runs and has kernels for the dtype, else ``onnx``: this attribute and the manifest say which.
     sink_token: a token that begins every text of the bundle, or ``auto``
         (sinkexport/pipeline/sink_token.py); needs a sink.
     native: with target ``tensorrt``, standard ONNX operators alone, without the plugins of plugins/trt.

@@ -25,8 +25,8 @@ from sinkrt.conversation import NO_IDS, Conversation
 from sinkrt.conversation_table import ConversationTable
 from sinkrt.errors import SinkError, UsageError, problem
 from sinkrt.feeding import StreamError, feed_one_each, next_token
-from sinkrt.sampler import SamplingParams
 from sinkrt.graph_runner import shared_chunk
+from sinkrt.sampler import SamplingParams
 from sinkrt.session import Session
 from sinkrt.stream_slots import StreamSlots
 

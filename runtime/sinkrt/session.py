@@ -62,9 +62,7 @@ class Session:
         loaded = load_backend(backend, bundle, manifest, threads, repack_prefill)
         self._table = StreamTable(manifest)
         # None: the session is closed.
-        self._runner: GraphRunner | None = GraphRunner(
-            loaded, self._table, manifest.stream.chunk_size, manifest.target
-        )
+        self._runner: GraphRunner | None = GraphRunner(loaded, self._table, manifest.stream.chunk_size, manifest.target)
         self._tokenizer: Tokenizer | None = None
 
     @classmethod

@@ -112,9 +112,9 @@ STAGES = {
     type=click.Choice((*OPTIONS, AUTO)),
     default=ExportConfig.target,
     show_default=True,
-    help="cpu: kernels of this project's CPU library, which must be there to run the bundle ('sinkexport inspect cpu'). "
-    "onnx: standard operators, which run on any machine. auto: cpu where the library runs here, else onnx; onnx with "
-    "--dtype fp16. tensorrt: for 'sinkexport build', with its plugin (docs/tensorrt.md).",
+    help="onnx: standard operators, which run on any machine. cpu: kernels of this project's CPU library, which must "
+    "be there to run the bundle ('sinkexport inspect cpu'). auto: cpu where the library runs here, else onnx; onnx "
+    "with --dtype fp16. tensorrt: for 'sinkexport build', with its plugin (docs/tensorrt.md).",
 )
 @click.option(
     "--native", is_flag=True, help="With --target tensorrt: standard operators, for TensorRT >= 10.15 without plugin."

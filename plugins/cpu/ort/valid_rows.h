@@ -10,7 +10,8 @@ namespace sinkexport::ort {
 
 // The field num_tokens, T, and the input num_valid, int64 [1]: how many leading tokens count, 1 .. T. 0: no such input,
 // and all rows count. With repeats_last, rows of tokens that do not count get copies of the last row that does: finite
-// where that is, for nodes that read all rows. Without it they hold anything: nodes that leave them out read the result.
+// where that is, for nodes that read all rows. Without it they hold anything: nodes that leave them out read the
+// result.
 class ValidRows {
  public:
   ValidRows() = default;
@@ -18,7 +19,8 @@ class ValidRows {
   ValidRows(Node& node, int64_t rows) : num_tokens_(node.size("num_tokens")), repeats_last_(node.flag("repeats_last")) {
     if (num_tokens_ == 0) return;
     if (rows % num_tokens_ != 0) {
-      node.refuse("num_tokens", std::to_string(num_tokens_), "a number that divides the " + std::to_string(rows) + " rows");
+      node.refuse("num_tokens", std::to_string(num_tokens_),
+                  "a number that divides the " + std::to_string(rows) + " rows");
     }
     num_valid_ = Input(node, node.take("num_valid", kInt64, {1}));
   }

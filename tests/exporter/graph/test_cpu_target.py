@@ -257,6 +257,9 @@ def test_other_backends_do_not_run_it(bundle: Path) -> None:
         ("FloatLinear", "norm", 3, "norm: received 3, expected 0 .. 2"),
         ("FloatLinear", "has_norm_bias", 1, "has_norm_bias: received 1, expected 0 without a layer norm"),
         ("FloatLinear", "multiplier", None, "multiplier: received nothing"),
+        ("FloatLinear", "num_tokens", 3, "num_tokens: received 3, expected a number that divides the 1 rows"),
+        ("FloatLinear", "num_tokens", 1, "num_valid: received nothing"),
+        ("FloatLinear", "repeats_last", 2, "repeats_last: received 2, expected 0 .. 1"),
         ("FloatLinear", "fields", None, "fields: received nothing"),
         ("FloatLinear", "fields", "gated", "fields: received none of name 'activation'"),
         ("SinkAttention", "qk_norm_epsilon", -1.0, "qk_norm_epsilon: received -1, expected a finite number >= 0"),
@@ -313,9 +316,3 @@ def test_a_graph_that_the_library_refuses_is_refused_in_one_line(bundle: Path, t
     onnx.save(model, folder / "decode.onnx")
     with refused("a graph that ONNX Runtime refuses", "layout: received 'n64'", error=BundleError):
         Session.load(folder, verify=False)
-
-
-def test_auto_takes_the_library_where_there_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert ExportConfig(target="auto").target == "cpu"
-    monkeypatch.setenv(CPU_LIBRARY_VARIABLE, str(tmp_path / "nothing.so"))
-    assert ExportConfig(target="auto").target == "onnx"
