@@ -5,6 +5,7 @@ from __future__ import annotations
 import _ctypes
 import collections
 import json
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from sinkexport.config import ExportConfig
 from sinkexport.quant.recipe import load_recipe
 from sinkrt import Session
+from sinkrt.backends.cpu_library import is_usable
 from sinkrt.contract import CPU_ABI
 from sinkrt.contract.constants import CPU_LIBRARY_VARIABLE
 from sinkrt.errors import BackendError, BundleError
@@ -192,13 +194,29 @@ def test_states_in_two_buffers_are_copied(tmp_path: Path, cpu_library: Path) -> 
         assert_close(logits, want[t], 1e-5, f"step {t}")
 
 
-def test_forced_instruction_sets_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = random_ids(1, 30)
-    session = exported("llama", tmp_path / "bundle")
-    want = decoded(session, ids)
-    monkeypatch.setenv("SINKEXPORT_CPU_ISA", "portable")
-    with Session.load(tmp_path / "bundle", threads=1) as portable:
-        assert_close(decoded(portable, ids), want, 1e-4, "portable kernels")
+@pytest.mark.parametrize("recipe", [None, "int8-weights", "int4-nearest"])
+def test_forced_instruction_sets_agree(recipe: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole bundle by all kernels of this processor: chunks, a part of a chunk, and steps past two wraps."""
+    fields = {} if recipe is None else {"recipe": load_recipe(recipe)}
+    exported("llama", tmp_path / "bundle", **fields).close()
+    ids, tried, wanted = random_ids(1, 45), [], {}
+    for name in ("portable", "avx2", "avx2_vnni", "avx512_vnni", "avx512_bf16", "neon_dot", "neon_i8mm"):
+        monkeypatch.setenv("SINKEXPORT_CPU_ISA", name)
+        if not is_usable():
+            continue
+        tried.append(name)
+        with Session.load(tmp_path / "bundle", threads=1) as session:
+            found = {"steps": decoded(session, ids)}
+            for part in (3, 11):
+                session.reset()
+                found[f"chunks of {part} tokens"] = session.prefill(ids[:, :part])[0].copy()
+        for how, logits in found.items():
+            # Its chunks may round what attention multiplies to bfloat16 where weights are rounded anyway.
+            rounds = name == "avx512_bf16" and how != "steps"
+            tolerance = 1e-4 if recipe is None else 0.06 if rounds else 1e-2
+            assert_close(logits, wanted.setdefault(how, logits), tolerance, f"{name}, {how}")
+    assert tried[0] == "portable"
+    assert len(tried) > 1 or platform.machine() not in ("x86_64", "aarch64")
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
