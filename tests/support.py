@@ -186,7 +186,7 @@ def export_model(
     check: bool = True,
     **fields: Any,
 ) -> TinyBundle:
-    """Export a model, or a tiny one by its name, to `folder`, for target onnx unless told otherwise.
+    """Export a model, or a tiny one by its name, to `folder`, for target onnx by default.
 
     fields: of ExportConfig, where there is no `config`.
     """

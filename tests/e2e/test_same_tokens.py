@@ -22,7 +22,7 @@ WINDOW, COUNT = 28, 300
 PROMPT = "Once upon a time, in a village at the edge of a great forest,"
 TIE = 0.1
 """Two logits that are nearer than this share of the logits' spread are a tie, which rounding of inputs may break either
-way. Measured with INT8 weights: 17 of 300 steps have other favourites, which lead by 0.05 at most."""
+way. Measured with INT8 weights: 17 of 300 steps have another top-1 token, by 0.05 at most."""
 
 
 @pytest.fixture(scope="module")

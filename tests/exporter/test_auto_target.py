@@ -57,13 +57,6 @@ def test_standard_operators_elsewhere(model: Path, tmp_path: Path) -> None:
     assert load_manifest(tmp_path / "bundle").target == "onnx"
 
 
-def test_no_library_at_all(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path) -> None:
-    monkeypatch.delenv(CPU_LIBRARY_VARIABLE)
-    monkeypatch.setattr("sinkrt.backends.cpu_library.CPU_LIBRARY", "nothing.so")
-    done = exported(model, tmp_path / "bundle")
-    assert last_line(done) == "target onnx: no CPU library here, see 'sinkexport inspect cpu'"
-
-
 def test_what_the_library_has_no_kernels_for(model: Path, tmp_path: Path) -> None:
     done = exported(model, tmp_path / "bundle", "--dtype", "fp16")
     assert last_line(done) == "target onnx: the CPU library has no kernels for --dtype fp16"
