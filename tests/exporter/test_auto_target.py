@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sinkexport
 from sinkexport.config import ExportConfig
@@ -14,7 +15,7 @@ from sinkrt.contract.constants import CPU_LIBRARY_VARIABLE
 from sinkrt.errors import BackendError, UsageError
 
 from tests.exporter.tiny_models import tiny_model
-from tests.support import Result, refused, run_cli
+from tests.support import Result, export_model, random_ids, refused, run_cli
 
 pytestmark = pytest.mark.usefixtures("cpu_library")
 GEOMETRY = ("--window", 9, "--sink-tokens", 2)
@@ -107,6 +108,26 @@ def test_chunks_of_256_for_the_library(monkeypatch: pytest.MonkeyPatch, request:
     assert ExportConfig(chunk_size=32).num_tokens_per_chunk == 32
     request.getfixturevalue("no_library")
     assert ExportConfig().num_tokens_per_chunk == 64
+
+
+@pytest.mark.parametrize(("family", "chunk"), [("llama", 80), ("gptj", 64)])
+def test_chunks_of_models_that_the_library_does_not_do_whole(family: str, chunk: int, tmp_path: Path) -> None:
+    """GPT-J's rotation keeps its attention in standard operators, which compute rows of a chunk without a token too."""
+    bundle = export_model(family, tmp_path / "bundle", num_sink_tokens=2, window_size=80, target="cpu", check=False)
+    assert bundle.manifest.stream.chunk_size == chunk
+    asked = export_model(family, tmp_path / "asked", window_size=80, chunk_size=70, target="cpu", check=False)
+    assert asked.manifest.stream.chunk_size == 70
+
+
+def test_parts_of_a_chunk_are_what_steps_are(tmp_path: Path) -> None:
+    session = export_model("llama", tmp_path / "bundle", num_sink_tokens=2, window_size=14, target="cpu").session()
+    assert session.smallest_chunk == 2
+    for count in (2, 3, 13, 14, 15, 40):
+        ids = random_ids(1, count, seed=count)
+        session.reset()
+        stepped = [session.step(column)[0].copy() for column in ids.T][-1]
+        session.reset()
+        np.testing.assert_allclose(session.prefill(ids)[0], stepped, atol=1e-4)
 
 
 # --- elsewhere -------------------------------------------------------------------------------------------------------

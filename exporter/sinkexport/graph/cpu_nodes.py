@@ -37,10 +37,10 @@ RMS, LAYER_NORM = 1, 2
 """Values of a linear's field ``norm``."""
 
 OTHER_MATMULS = {
-    *("MatMul", "Gemm", "Einsum", "Conv", "Loop", "Scan"),
+    *("MatMul", "Einsum", "Loop", "Scan"),
     *("MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "DynamicQuantizeMatMul"),
 }
-"""Operators that a chunk takes long for, by name."""
+"""Operators that a chunk takes long for, by name. Convolutions of few tokens and routers (Gemm) are none."""
 
 _FUSED = ("norm", "has_norm_bias", "has_bias", "output_norm", "has_residual")
 """Fields that say which inputs follow the weights, in their order."""
