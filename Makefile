@@ -24,7 +24,7 @@ SOURCES = $(shell find exporter/sinkexport -name '*.py')
 CPU_SOURCES = $(shell find plugins/cpu -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 
 .DELETE_ON_ERROR:
-.PHONY: help venv model demo test test-fast test-families test-nightly test-newest format lint types generated docs plot bench tokenizers clean distclean
+.PHONY: help venv model demo test test-clients test-fast test-families test-nightly test-newest format lint types generated docs plot bench tokenizers clean distclean
 
 help:
 	@echo "make demo       export SmolLM2-135M and stream $(DEMO_TOKENS) tokens: three windows of 1,020"
@@ -33,6 +33,7 @@ help:
 	@echo "make test-families  all causal LM classes of transformers: exact or refused, in ten minutes"
 	@echo "make test-nightly   those, and what make test does for one family of each mechanism, for all others"
 	@echo "make test-newest    families and exporter with the newest torch and transformers, in $(VENV)-newest"
+	@echo "make test-clients   other makers' clients (OpenAI's for JavaScript, LiteLLM, Vercel AI SDK) against serve; needs npm"
 	@echo "make format     ruff format, clang-format; make lint: check them, and the direction of imports; make types: mypy"
 	@echo "make generated  rewrite what comes from code: C++ of sinkrt.contract, tables in docs; make docs: the site, into build/site"
 	@echo "make plot       draw docs/img/endless.svg from benchmarks/results/endless.json"
@@ -165,6 +166,22 @@ test-newest: $(NEWEST)/.installed
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(WORKERS) $(NEWEST_TESTS) $(PYTEST_FLAGS)
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(WORKERS) -m '' tests/families $(PYTEST_FLAGS)
 
+# Clients of other makers against a server with a tiny model. Each has an environment of its own: LiteLLM pins packages
+# that others need in other versions, and the AI SDK wants a newer Node than many systems have.
+CLIENTS = $(VENV)-clients
+
+$(CLIENTS)/.installed: tests/clients/package.json tests/clients/requirements.txt
+	@command -v npm > /dev/null || { echo "npm is needed: install Node.js" >&2; exit 1; }
+	@echo "Installing clients of other makers into $(CLIENTS): a minute"
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r tests/clients/requirements.txt
+	cp tests/clients/package.json $(CLIENTS)
+	cd $(CLIENTS) && npm install --no-package-lock --no-audit --no-fund --loglevel=error
+	@touch $@
+
+test-clients: $(VENV)/.dev $(VENV)/.cpu $(CLIENTS)/.installed
+	PYTHONPATH=exporter:runtime OMP_NUM_THREADS=1 $(BIN)/python -m tests.clients.run $(CLIENTS)
+
 bench: $(VENV)/.bench $(BUNDLE)/manifest.json
 	$(BIN)/python benchmarks/decode_cpu.py $(BUNDLE) --model $(MODEL) --peers $(PEERS),recompute \
 	  --json $(BUNDLES)/decode_cpu.json
@@ -181,4 +198,4 @@ clean:
 	find . -name __pycache__ -not -path './.venv*' -type d -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(NEWEST) $(MODELS)
+	rm -rf $(VENV) $(NEWEST) $(CLIENTS) $(MODELS)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sinkrt.errors import UsageError, problem
+from sinkrt.logit_rules import LogitParams, LogitRules, TokenLogprob
 from sinkrt.sampler import Sampler, SamplingParams
 from sinkrt.text import MAX_PENDING, Tokenizer
 
@@ -28,6 +29,7 @@ class AnswerParams:
     max_tokens: None for no limit. stop: texts that end the answer, which does not show them. Names of special tokens
     count there, although answers do not show those.
     ignore_eos: go on when the model ends its text.
+    shown: names of special tokens that the answer shows, for whoever takes it apart. logits: see `LogitParams`.
 
     Raises: UsageError.
     """
@@ -35,6 +37,8 @@ class AnswerParams:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    shown: frozenset[str] = frozenset()
+    logits: LogitParams = dataclasses.field(default_factory=LogitParams)
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and (not isinstance(self.max_tokens, (int, np.integer)) or self.max_tokens < 1):
@@ -71,7 +75,8 @@ class Answer:
         *,
         after: Sequence[int] = (),
     ) -> None:
-        self._sampler = Sampler(sampling, vocab_size)
+        self._rules = None if params.logits == LogitParams() else LogitRules(params.logits, vocab_size)
+        self._sampler = Sampler(sampling, vocab_size, rules=self._rules)
         self._tokenizer = tokenizer
         self._matcher = StopMatcher(params.stop)
         self._params = params
@@ -79,6 +84,9 @@ class Answer:
         stops = {tokenizer.special_id(text) for text in params.stop} - {None}
         self._ends = frozenset(stops.union(() if params.ignore_eos else eos_token_ids))
         self._num_tokens = 0
+        self._num_characters = 0  # of the text so far, with what is held back
+        self._picked: TokenLogprob | None = None
+        self._logprobs: list[TokenLogprob] = []
         self._finish_reason: str | None = None
         self.follow(earlier or after, goes_on=bool(earlier))
 
@@ -107,12 +115,21 @@ class Answer:
         if token in self._ends:
             self._finish_reason = "stop"
             return None
+        self._picked = None if self._rules is None else self._rules.report(logits, token)
         return token
 
     def push(self, token: int) -> str:
         """Count a token that was fed. Returns the text that it lets be shown, often none or more than one word."""
         self._num_tokens += 1
-        piece = self._matcher.push(self._decoder.push(token), self._tokenizer.special_text(token))
+        if self._rules is not None:
+            self._rules.take(token)
+        if self._picked is not None:
+            self._logprobs.append(dataclasses.replace(self._picked, offset=self._num_characters))
+        text, name = self._decoder.push(token), self._tokenizer.special_text(token)
+        if name in self._params.shown:
+            text, name = text + name, ""
+        self._num_characters += len(text)
+        piece = self._matcher.push(text, name)
         if self._matcher.matched:
             self._finish_reason = "stop"
         elif self._num_tokens == self._params.max_tokens:
@@ -122,6 +139,11 @@ class Answer:
     def flush(self) -> str:
         """Text that was held back, once the answer is over."""
         return self._matcher.flush(self._decoder.flush())
+
+    def take_logprobs(self) -> tuple[TokenLogprob, ...]:
+        """Log probabilities of the tokens pushed since the last call, if `LogitParams.top_logprobs` asks for them."""
+        taken, self._logprobs = tuple(self._logprobs), []
+        return taken
 
 
 class StopMatcher:

@@ -32,6 +32,12 @@ class IdHistory:
         self._hash.update(ids.astype("<i8").tobytes())
         self._count += int(ids.size)
 
+    def copy(self) -> IdHistory:
+        """A record of its own that goes on from here."""
+        other = IdHistory()
+        other._count, other._hash = self._count, self._hash.copy()
+        return other
+
     def digest(self) -> bytes:
         """16 bytes that no other ids give: 128 bits of BLAKE2b, so that a match needs no second look."""
         return self._hash.digest()
@@ -63,6 +69,7 @@ class Conversation:
     on. answer: in progress, or None. lasting: forgotten only if no other can be. paused: has work that must not go on.
     announced: whether an event has reported that it has a stream. placed_tokens: fed since it has had its stream.
     followed: whether the answer knows what it follows. goes_on: whether that is the answer's own text, cut short.
+    leader: the conversation that is fed the same prompt for this one too, its sibling.
     """
 
     name: str
@@ -78,6 +85,8 @@ class Conversation:
     followed: bool = False
     goes_on: bool = False
     history: IdHistory = dataclasses.field(default_factory=IdHistory)
+    leader: Conversation | None = None
+    siblings: list[Conversation] = dataclasses.field(default_factory=list)
 
     @property
     def has_work(self) -> bool:
@@ -87,7 +96,7 @@ class Conversation:
     @property
     def is_ready(self) -> bool:
         """Whether the next step may take part of its work."""
-        return self.has_work and not self.paused
+        return self.has_work and not self.paused and self.leader is None
 
     @property
     def num_pending(self) -> int:
@@ -113,6 +122,21 @@ class Conversation:
         if self.stream is None:
             raise RuntimeError(f"conversation '{self.name}' is in no stream")
         return self.stream
+
+    def follow(self, leader: Conversation) -> None:
+        """Wait until `leader` has been fed the prompt of both."""
+        self.leader = leader
+        leader.siblings.append(self)
+
+    def end_siblings(self) -> list[Conversation]:
+        """Let nobody follow any more, and follow nobody. Returns: those that did follow."""
+        if self.leader is not None:
+            self.leader.siblings.remove(self)
+            self.leader = None
+        free, self.siblings = self.siblings, []
+        for sibling in free:
+            sibling.leader = None
+        return free
 
     def took(self, ids: npt.NDArray[np.int64]) -> None:
         """Count tokens that its stream has taken. ids: int64 [n]."""

@@ -80,12 +80,13 @@ class ConversationTable:
             )
         return idle
 
-    def find_start(self, ids: npt.NDArray[np.int64]) -> Conversation | None:
+    def find_start(self, ids: npt.NDArray[np.int64], prefix: str = "") -> Conversation | None:
         """The idle conversation that has taken exactly the longest start of `ids`, or None; no lasting one.
 
-        ids: int64 [N].
+        ids: int64 [N]. prefix: begins the names of those that count.
         """
-        idle = [c for c in self._by_name.values() if c.history.count and not (c.has_work or c.lasting)]
+        candidates = [c for name, c in self._by_name.items() if name.startswith(prefix)]
+        idle = [c for c in candidates if c.history.count and not (c.has_work or c.lasting)]
         digests = starts(ids, [c.history.count for c in idle])
         found = [c for c in idle if digests.get(c.history.count) == c.history.digest()]
         return max(found, key=lambda c: c.history.count) if found else None

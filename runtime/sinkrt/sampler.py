@@ -1,7 +1,7 @@
 """Pick the next token: greedy, temperature, top-k, top-p and repetition penalty, as transformers defines them.
 
 The order is transformers' too: repetition penalty, temperature, top-k, top-p. Twin of
-runtime/cpp/include/sinkrt/sampler.h, which picks the same tokens.
+runtime/cpp/include/sinkrt/sampler.h, which picks the same tokens. `LogitRules` are Python only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from sinkrt.contract.sampling import MAX_PENALTY, MAX_TOP_K, MIN_PENALTY, SEED_LIMIT, SamplingParams
 from sinkrt.errors import BackendError, UsageError, problem
+from sinkrt.logit_rules import LogitRules
 
 __all__ = [
     "MAX_PENALTY",
@@ -35,15 +36,21 @@ _SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 
 
 class Sampler:
-    """Sampler of one stream. It holds no history: the pick depends on its arguments and the seed alone.
+    """Sampler of one stream. It holds no history: the pick depends on its arguments, the rules and the seed alone.
 
     vocab_size: length of the logits. draw: gives a number in [0, 1) for seed and position; None: `uniform`.
+    rules: further changes of the logits; None: there are none.
     """
 
     def __init__(
-        self, params: SamplingParams, vocab_size: int, draw: Callable[[int, int], float] | None = None
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        draw: Callable[[int, int], float] | None = None,
+        rules: LogitRules | None = None,
     ) -> None:
         self._params = params
+        self._rules = rules
         self._draw = draw or uniform
         self._seed = secrets.randbits(64) if params.seed is None else params.seed
         self._scratch = np.empty(vocab_size, dtype=np.float32)
@@ -68,9 +75,9 @@ class Sampler:
                     fix="reset the stream; if this is an fp16 bundle that overflows, export with --dtype fp32",
                 )
             )
-        if params.repetition_penalty != 1.0:
+        if params.repetition_penalty != 1.0 or self._rules is not None:
             with np.errstate(over="ignore"):  # looked for below
-                logits = penalized(logits, recent, params.repetition_penalty, self._scratch)
+                logits = self._changed(logits, recent)
             best = int(logits.argmax())
             if not math.isfinite(logits[best]):  # the model's numbers are fine: so is its stream
                 raise UsageError(
@@ -88,6 +95,14 @@ class Sampler:
         pick = int(np.searchsorted(cumulative, self._draw(self._seed, position) * cumulative[-1], side="right"))
         # Rounding may carry the scaled draw up to the sum itself: then the last token of any weight is meant.
         return int(ids[min(pick, int(np.searchsorted(cumulative, cumulative[-1])))])
+
+    def _changed(self, logits: npt.NDArray[np.float32], recent: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Logits after bias and penalties, in the scratch memory or as they are."""
+        if self._rules is not None:
+            logits = self._rules.biased(logits, self._scratch)
+        if self._params.repetition_penalty != 1.0:
+            logits = penalized(logits, recent, self._params.repetition_penalty, self._scratch)
+        return logits if self._rules is None else self._rules.penalized(logits, self._scratch)
 
 
 def uniform(seed: int, position: int) -> float:

@@ -24,6 +24,7 @@ from sinkrt.arguments import prompt_ids
 from sinkrt.conversation import NO_IDS, Conversation
 from sinkrt.conversation_table import ConversationTable
 from sinkrt.errors import SinkError, UsageError, problem
+from sinkrt.events import Event, Load
 from sinkrt.feeding import StreamError, feed_one_each, next_token
 from sinkrt.graph_runner import shared_chunk
 from sinkrt.sampler import SamplingParams
@@ -35,34 +36,7 @@ SLICE_TOKENS = 256
 
 MAX_CONVERSATIONS = 64
 
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """Result of one run for one conversation.
-
-    A request's first event is empty: the conversation has a stream. There is one for the first token of the answer
-    too, even if it shows no text yet.
-
-    text: what its answer grew by, whole characters. finish_reason: of `Answer`, or ``error`` or ``cancelled``; None
-    while it goes on. error: the reason, in one line. prompt_tokens, answer_tokens: fed so far for this request.
-    """
-
-    conversation: str
-    text: str
-    finish_reason: str | None
-    error: str | None
-    prompt_tokens: int
-    answer_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """Load of a scheduler, in conversations: in a stream with work, without one but with work, parked, all."""
-
-    running: int
-    waiting: int
-    parked: int
-    conversations: int
+__all__ = ["MAX_CONVERSATIONS", "SLICE_TOKENS", "Event", "Load", "Scheduler"]
 
 
 class Scheduler:
@@ -146,12 +120,13 @@ class Scheduler:
         """
         return self._conversations.known(name).has_work
 
-    def find_start(self, ids: npt.ArrayLike) -> str | None:
+    def find_start(self, ids: npt.ArrayLike, prefix: str = "") -> str | None:
         """The idle conversation that has taken exactly the longest start of `ids`, or None; no `lasting` one.
 
         Submitting the rest of `ids` (from `position` on) to it gives what all of `ids` give to a new one. ids: int [N].
+        prefix: begins the names of those that count.
         """
-        found = self._conversations.find_start(np.asarray(ids, dtype=np.int64))
+        found = self._conversations.find_start(np.asarray(ids, dtype=np.int64), prefix)
         return None if found is None else found.name
 
     def submit(
@@ -195,6 +170,31 @@ class Scheduler:
         conversation.followed, conversation.goes_on = False, not conversation.pending.size
         self._conversations.touch(conversation)
         self._slots.enter(conversation)
+
+    def submit_sibling(
+        self, leader: str, name: str, ids: npt.ArrayLike, sampling: SamplingParams, params: AnswerParams
+    ) -> None:
+        """Queue another answer to the prompt that `leader`, submitted just before, has not been fed whole.
+
+        The new conversation goes on from a copy of the leader's stream once that has taken the prompt. If that cannot
+        be had, because the leader has ended or there is no memory to park a copy, it is fed the prompt by itself.
+        ids: int [N], all that the leader's stream will have taken then.
+
+        Raises: UsageError as `submit`, and for a leader that is unknown or has its prompt already.
+        """
+        first = self._conversations.known(leader)
+        if not first.num_pending or name in self._conversations:
+            raise UsageError(
+                problem(
+                    "sibling",
+                    received=f"'{name}' of '{leader}'",
+                    expected="a new name, and a prompt that is still to be fed",
+                    fix="submit it with its leader",
+                )
+            )
+        self.submit(name, ids, sampling, params)
+        self._conversations.known(name).follow(first)
+        self._slots.stop_waiting(self._conversations.known(name))
 
     def cancel(self, name: str, *, keep_prompt: bool = False) -> Event | None:
         """Stop what a conversation is at; it keeps the tokens that it has taken. Returns its last event, if any.
@@ -280,6 +280,8 @@ class Scheduler:
     def _feed_tokens(self, conversations: list[Conversation]) -> list[Event]:
         events, chosen = [], []
         for conversation in conversations:
+            if conversation.siblings and not conversation.num_pending:
+                self._fork(conversation)
             try:
                 token = next_token(self._session, conversation)
                 rest = conversation.the_answer.flush() if token is None else ""
@@ -299,6 +301,15 @@ class Scheduler:
             else:
                 events += self._took(conversation, token)
         return events
+
+    def _fork(self, leader: Conversation) -> None:
+        """Let the siblings of a conversation, which has just taken its prompt, go on from a copy of its stream."""
+        copy = self._session.copy_stream(leader.the_stream)
+        for sibling in leader.end_siblings():
+            if self._slots.park(sibling, copy):
+                sibling.history = leader.history.copy()
+                sibling.fed = int(sibling.pending.size)
+            self._slots.enter(sibling)
 
     def _took(self, conversation: Conversation, token: int) -> list[Event]:
         conversation.took(np.array([token], dtype=np.int64))
@@ -328,6 +339,8 @@ class Scheduler:
         conversation.pending, conversation.fed = NO_IDS, 0
         self._slots.stop_waiting(conversation)
         self._conversations.touch(conversation)
+        for sibling in conversation.end_siblings():  # nobody feeds the prompt for them any more
+            self._slots.enter(sibling)
         return event
 
     def _broken_off(self, conversation: Conversation, error: Exception) -> Event:
@@ -345,4 +358,6 @@ class Scheduler:
         return event
 
     def _event(self, conversation: Conversation, text: str, reason: str | None) -> Event:
-        return Event(conversation.name, text, reason, None, conversation.fed, conversation.the_answer.num_tokens)
+        answer = conversation.the_answer
+        logprobs = answer.take_logprobs()
+        return Event(conversation.name, text, reason, None, conversation.fed, answer.num_tokens, logprobs)

@@ -9,6 +9,7 @@ import collections
 from collections.abc import Callable, Iterable
 
 from sinkrt.conversation import Conversation
+from sinkrt.graph_runner import StreamCopy
 from sinkrt.session import Session
 
 
@@ -55,6 +56,14 @@ class StreamSlots:
         """Take a conversation out of the queue: it has no work any more, or may not go on with it."""
         if conversation in self._waiting:
             self._waiting.remove(conversation)
+
+    def park(self, conversation: Conversation, copy: StreamCopy) -> bool:
+        """Give a conversation without a stream a copied one, if there is memory for that; returns whether."""
+        if self._max_parked is not None and self._num_parked >= self._max_parked:
+            return False
+        conversation.copy = copy
+        self._num_parked += 1
+        return True
 
     def leave(self, conversation: Conversation) -> None:
         """Forget all that its stream holds."""

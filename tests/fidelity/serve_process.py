@@ -109,7 +109,7 @@ def main() -> None:
     with listen("127.0.0.1", 0) as listener, Session.load(Path(sys.argv[1]), threads=1) as session:
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        server = Server(session, Limits(**options), api_key=key)
+        server = Server(session, Limits(**options), api_keys=None if key is None else {"default": key})
         print(listener.getsockname()[1], flush=True)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal once more in the end
             server.run(listener)

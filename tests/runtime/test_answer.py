@@ -14,7 +14,7 @@ from sinkrt import Session, UsageError
 from sinkrt.answer import MAX_STOPS, Answer, AnswerParams, StopMatcher
 from sinkrt.sampler import SamplingParams
 
-from tests.runtime.toy import EOS, Toy, build_toy
+from tests.runtime.toy import BOS, EOS, VOCAB_SIZE, Toy, build_toy
 
 
 def cut_at_first(text: str, stops: list[str]) -> str:
@@ -153,3 +153,16 @@ def test_a_length_that_is_no_positive_integer_is_refused(value: object) -> None:
     with pytest.raises(UsageError, match="max_tokens: received"):
         AnswerParams(max_tokens=value)  # type: ignore[arg-type]
     assert AnswerParams(max_tokens=10**400).max_tokens == 10**400
+
+
+def test_chosen_special_tokens_are_shown(session: Session) -> None:
+    """For whoever takes the answer apart; stop texts find them once."""
+    for shown, stop, expected in (
+        (frozenset(), (), "ab"),
+        (frozenset({"<bos>"}), (), "a<bos>b"),
+        (frozenset({"<bos>"}), ("<bos>b",), "a"),
+        (frozenset({"<eos>"}), ("a<bos>",), ""),
+    ):
+        params = AnswerParams(stop=stop, shown=shown)
+        answer = Answer(session.tokenizer, (EOS,), VOCAB_SIZE, SamplingParams(), params)
+        assert "".join(answer.push(token) for token in (97, BOS, 98)) + answer.flush() == expected

@@ -103,7 +103,14 @@ def reference_logits(toy: Toy, ids: list[int]) -> np.ndarray:
     return np.array(rows)
 
 
-def build_toy(folder: Path, toy: Toy | None = None, *, tokenizer: bool = True, chat: bool = True) -> Path:
+def build_toy(
+    folder: Path,
+    toy: Toy | None = None,
+    *,
+    tokenizer: bool = True,
+    chat: bool = True,
+    template: str = CHAT_TEMPLATE,
+) -> Path:
     """Write a bundle and return its folder."""
     toy = toy or Toy()
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +128,7 @@ def build_toy(folder: Path, toy: Toy | None = None, *, tokenizer: bool = True, c
     if tokenizer:
         toy_tokenizer().save(str(folder / "tokenizer.json"))
         if chat:
-            (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     facts = TokenizerFacts("tokenizer.json", "chat_template.jinja" if chat else None) if tokenizer else None
     write_manifest(folder, toy_manifest(toy, facts, {f.name: hash_file(f) for f in _bundle_files(folder)}))
     return folder

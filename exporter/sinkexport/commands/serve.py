@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import click
+from sinkrt.errors import UsageError, problem
 
 from sinkexport.commands.options import (
     allow_special_option,
@@ -18,10 +19,24 @@ from sinkexport.commands.options import (
     template_arg_option,
     threads_option,
 )
-from sinkexport.serve.settings import KEY_VARIABLE, Limits, check_exposure, listen, read_api_key
+from sinkexport.serve.keys import KEY_VARIABLE, read_api_keys
+from sinkexport.serve.settings import Limits, check_exposure, listen
 from sinkexport.util.console import geometry
 from sinkexport.util.process_memory import MIB
 from sinkexport.util.signals import handling_signals
+
+MAX_SECONDS = 86_400.0
+
+
+def _seconds(_ctx: click.Context, option: click.Parameter, value: float) -> float:
+    """Refuse what is no time to wait: a callback of options.
+
+    Raises: UsageError.
+    """
+    if not 0 < value <= MAX_SECONDS:  # does not hold for NaN either
+        expected = f"a number above 0, at most {MAX_SECONDS:.0f} seconds"
+        raise UsageError(problem(option.opts[0], received=value, expected=expected, fix="leave it out"))
+    return value
 
 
 @click.command(name="serve")
@@ -30,7 +45,7 @@ from sinkexport.util.signals import handling_signals
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
 @file_option(
     "--api-key-file",
-    help=f"Holds the key that clients must send; else {KEY_VARIABLE} of the environment.",
+    help=f"Holds the key that clients must send, or lines 'NAME: KEY'; else {KEY_VARIABLE} of the environment.",
 )
 @click.option("--model-name", metavar="NAME", help="What clients call the model.  [default: the bundle's name of it]")
 @number_option("--max-waiting", Limits.max_waiting, "Requests at work besides one a stream; more get 429.")
@@ -44,15 +59,39 @@ from sinkexport.util.signals import handling_signals
     metavar="MIB",
     callback=not_negative,
 )
+@number_option(
+    "--max-stored-mib",
+    Limits.max_stored_bytes // MIB,
+    "Memory for responses that clients refer to by id.",
+    metavar="MIB",
+    callback=not_negative,
+)
 @number_option("--max-prompt-tokens", Limits.max_prompt_tokens, "Longest prompt.")
 @number_option("--max-tokens", Limits.max_tokens, "Longest answer, and that of requests that do not say.")
 @number_option("--max-body-bytes", Limits.max_body_bytes, "Largest request.")
 @number_option(
     "--max-connections", Limits.max_connections, "Open connections; silent ones go first when there are more."
 )
+@number_option(
+    "--body-timeout", Limits.body_s, "Seconds in which a request's body must arrive.", metavar="S", callback=_seconds
+)
+@number_option(
+    "--idle-timeout",
+    Limits.keep_alive_s,
+    "Seconds that a connection may be without a request.",
+    metavar="S",
+    callback=_seconds,
+)
+@number_option(
+    "--stall-timeout",
+    Limits.stall_s,
+    "Seconds until a client that takes no text is given up.",
+    metavar="S",
+    callback=_seconds,
+)
 @click.option("--pin-system", is_flag=True, help="Refuse system messages that the sinks do not keep forever.")
 @template_arg_option(", for requests without chat_template_kwargs of that name")
-@allow_special_option("texts", ", for requests that do not say")
+@allow_special_option("prompts of completions", ", for requests that do not say")
 @backend_option
 @threads_option
 @click.option("--log-requests", is_flag=True, help="Log every request.")
@@ -65,10 +104,14 @@ def command(
     max_waiting: int,
     max_conversations: int,
     max_parked_mib: int,
+    max_stored_mib: int,
     max_prompt_tokens: int,
     max_tokens: int,
     max_body_bytes: int,
     max_connections: int,
+    body_timeout: float,
+    idle_timeout: float,
+    stall_timeout: float,
     pin_system: bool,
     template_args: tuple[str, ...],
     allow_special: bool,
@@ -78,7 +121,8 @@ def command(
 ) -> None:
     """Serve the bundle DIR over the OpenAI HTTP API, many conversations at a time.
 
-    POST /v1/chat/completions and /v1/completions, GET /v1/models, /health and /metrics (Prometheus). A bundle that
+    POST /v1/chat/completions, /v1/completions, /v1/responses, /tokenize and /detokenize, GET /v1/models, /health and
+    /metrics (Prometheus). A bundle that
     was exported with --batch B decodes B conversations together. Ctrl-C or SIGTERM ends the server once requests at
     work are done, at the latest after twelve seconds.
     """
@@ -89,10 +133,14 @@ def command(
         max_tokens=max_tokens,
         max_body_bytes=max_body_bytes,
         max_parked_bytes=max_parked_mib * MIB,
+        max_stored_bytes=max_stored_mib * MIB,
         max_connections=max_connections,
+        body_s=body_timeout,
+        keep_alive_s=idle_timeout,
+        stall_s=stall_timeout,
     )
-    api_key = read_api_key(api_key_file, os.environ.get(KEY_VARIABLE))
-    check_exposure(host, api_key)
+    api_keys = read_api_keys(api_key_file, os.environ.get(KEY_VARIABLE))
+    check_exposure(host, has_key=api_keys is not None)
     from sinkrt import Session
     from sinkrt.text.template_args import parse_template_args
 
@@ -104,7 +152,7 @@ def command(
             session,
             limits,
             model_name=model_name,
-            api_key=api_key,
+            api_keys=api_keys,
             pin_system=pin_system,
             log_requests=log_requests,
             template_args=variables,

@@ -7,12 +7,12 @@ import logging
 import re
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.types import Scope
 
 from sinkexport.serve.errors import ApiError, shown
 from sinkexport.serve.middleware import values_of
-from sinkexport.serve.protocol import NESTED, NOT_IMPLEMENTED, Request
+from sinkexport.serve.requests import Fields, Request, refuse
 
 MAX_DEPTH = 64
 """Levels of lists and objects inside each other."""
@@ -20,7 +20,10 @@ MAX_DEPTH = 64
 MAX_ERRORS = 20
 """Errors that are searched for the one to report."""
 
-R = TypeVar("R", bound=Request)
+MAX_UNKNOWN = 20
+"""Unknown fields that the log names."""
+
+R = TypeVar("R", bound=Fields)
 logger = logging.getLogger("sinkexport.serve")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -47,13 +50,16 @@ def parse(raw: bytes, kind: type[R]) -> R:
     value = read_json(raw)
     if not isinstance(value, dict):
         raise ApiError(400, f"body: received {shown(value)}, expected a JSON object")
+    refuse(value, kind.model_fields, only_prompt=not issubclass(kind, Request))
     try:
         request = kind.model_validate(value)
     except ValidationError as error:
         raise invalid(error, kind, value) from None
-    unused = request.unused
-    if unused:
-        logger.debug("taken and not used: %s", ", ".join(unused))
+    if logger.isEnabledFor(logging.DEBUG):
+        if isinstance(request, Request) and request.unused:
+            logger.debug("taken and not used: %s", ", ".join(request.unused))
+        if unknown := kind.unknown(value):
+            logger.debug("ignored, since unknown: %s", ", ".join(map(shown, unknown[:MAX_UNKNOWN])))
     return request
 
 
@@ -84,7 +90,7 @@ def read_json(raw: bytes) -> Any:
     return value
 
 
-def invalid(error: ValidationError, kind: type[BaseModel], body: dict[str, Any]) -> ApiError:
+def invalid(error: ValidationError, kind: type[Fields], body: dict[str, Any]) -> ApiError:
     """Describe the first thing that is wrong: its place in the body, what was received and what is expected."""
     errors = error.errors(include_url=False, include_context=True, include_input=False)[:MAX_ERRORS]
     top = errors[0]["loc"][:1]
@@ -92,12 +98,10 @@ def invalid(error: ValidationError, kind: type[BaseModel], body: dict[str, Any])
     first = max((e for e in errors if e["loc"][:1] == top), key=lambda e: len(_place(e["loc"], kind, body)[0]))
     path, expected, value, found = _place(first["loc"], kind, body)
     where = ".".join(path) or "body"
-    if first["type"] == "extra_forbidden":
-        name = first["loc"][-1]
-        why = NOT_IMPLEMENTED.get(str(name)) if len(path) == 1 else None
-        message = f"{why} are not implemented here; leave it out" if why else "unknown field; leave it out"
-    elif first["type"] == "value_error":
+    if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
+        if not path:  # of the request as a whole: the message says which field
+            return ApiError(400, message[:400], param=message.partition(":")[0])
     else:
         message = f"received {shown(value) if found else 'nothing'}, expected {expected or first['msg']}"
     where = where.encode("ascii", "backslashreplace").decode()[:100]
@@ -105,7 +109,7 @@ def invalid(error: ValidationError, kind: type[BaseModel], body: dict[str, Any])
 
 
 def _place(
-    loc: tuple[int | str, ...], kind: type[BaseModel] | None, value: Any
+    loc: tuple[int | str, ...], kind: type[Fields] | None, value: Any
 ) -> tuple[list[str], str | None, Any, bool]:
     """Find the field that `loc` names, without the names that pydantic gives the parts of a union.
 
@@ -125,7 +129,8 @@ def _place(
             continue
         path.append(str(part))
         if part in fields:
-            expected, kind = fields[str(part)].description, NESTED.get(str(part))
+            nested = {} if kind is None else kind.nested
+            expected, kind = fields[str(part)].description, nested.get(str(part))
     return path, expected, value, found
 
 

@@ -28,25 +28,27 @@ class BegunError(Exception):
 class Work:
     """A request as the decode loop takes it.
 
-    ids: int64 [N], of the whole prompt. name: of the conversation; None for a plain request.
-    new: whether the prompt begins a named conversation.
+    ids: int64 [N], of the whole prompt. samplings: of each of its answers. name: of the conversation; None for a plain
+    request. new: whether the prompt begins a named conversation. owner: name of the key that the request came with.
     """
 
     ids: npt.NDArray[np.int64]
-    sampling: SamplingParams
+    samplings: tuple[SamplingParams, ...]
     params: AnswerParams
     name: str | None = None
     new: bool = True
+    owner: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
     """Where a request went.
 
-    key: the scheduler's name of the conversation. reused: tokens of the prompt that its stream had taken already.
+    keys: the scheduler's names of the conversations, one for each answer. reused: tokens of the prompt that the first
+    one's stream had taken already.
     """
 
-    key: str
+    keys: tuple[str, ...]
     reused: int
 
 
@@ -58,12 +60,12 @@ class Conversations:
         self._limits = limits
         self._numbers = itertools.count(1)
 
-    def begun(self, name: str) -> bool:
+    def begun(self, owner: str, name: str) -> bool:
         """Whether a named conversation goes on with the next request.
 
         Raises: ApiError if it is at work on another.
         """
-        key = named(name)
+        key = named(owner, name)
         if key not in self._scheduler:
             return False
         if self._scheduler.is_at_work(key):
@@ -81,38 +83,51 @@ class Conversations:
         Raises: UsageError for ids that are not the model's, or if no conversation can be forgotten for a new one;
         ApiError if the named conversation is at work; BegunError.
         """
-        placed = self._plain(work) if work.name is None else self._named(work.name, work)
-        ids = work.ids[placed.reused :]
-        self._scheduler.submit(placed.key, ids, work.sampling, work.params, lasting=work.name is not None)
-        return placed
+        key, reused = self._plain(work) if work.name is None else self._named(work.name, work)
+        first, *others = work.samplings
+        lasting = work.name is not None
+        self._scheduler.submit(key, work.ids[reused:], first, work.params, lasting=lasting)
+        keys = [key]
+        try:
+            for sampling in others:
+                sibling = self._new(work.owner)
+                if self._scheduler.num_pending(key):
+                    self._scheduler.submit_sibling(key, sibling, work.ids, sampling, work.params)
+                else:  # its stream has taken the whole prompt before
+                    self._scheduler.submit(sibling, work.ids, sampling, work.params)
+                keys.append(sibling)
+        except Exception:
+            for placed in keys:
+                self._scheduler.cancel(placed)
+            raise
+        return Placed(tuple(keys), reused)
 
-    def delete(self, name: str) -> None:
+    def delete(self, owner: str, name: str) -> None:
         """Forget a named conversation.
 
         Raises: ApiError if it is unknown or at work.
         """
-        if named(name) not in self._scheduler:
+        key = named(owner, name)
+        if key not in self._scheduler:
             raise ApiError(
                 404, f"conversation '{name}' does not exist", param="conversation", code="conversation_not_found"
             )
-        self.begun(name)
-        self._scheduler.forget(named(name))
+        self.begun(owner, name)
+        self._scheduler.forget(key)
 
     def cancel(self, key: str) -> None:
         """Stop a conversation's work. A named one takes the rest of its prompt with the next request."""
         if key in self._scheduler:
             self._scheduler.cancel(key, keep_prompt=is_named(key))
 
-    def _plain(self, work: Work) -> Placed:
-        key = self._scheduler.find_start(work.ids)
-        if key is not None:
-            return Placed(key, self._scheduler.position(key))
-        return Placed(f"plain:{next(self._numbers)}", 0)
+    def _plain(self, work: Work) -> tuple[str, int]:
+        key = self._scheduler.find_start(work.ids, plain(work.owner))
+        return (self._new(work.owner), 0) if key is None else (key, self._scheduler.position(key))
 
-    def _named(self, name: str, work: Work) -> Placed:
-        if self.begun(name) == work.new:
+    def _named(self, name: str, work: Work) -> tuple[str, int]:
+        if self.begun(work.owner, name) == work.new:
             raise BegunError
-        key, limit = named(name), self._limits.max_prompt_tokens
+        key, limit = named(work.owner, name), self._limits.max_prompt_tokens
         left = self._scheduler.num_pending(key) if key in self._scheduler else 0
         if left + work.ids.size > limit:
             raise ApiError(
@@ -121,12 +136,20 @@ class Conversations:
                 f"expected at most {limit}",
                 code="context_length_exceeded",
             )
-        return Placed(key, 0)
+        return key, 0
+
+    def _new(self, owner: str) -> str:
+        return f"{plain(owner)}{next(self._numbers)}"
 
 
-def named(name: str) -> str:
-    """The scheduler's name of a named conversation."""
-    return f"named:{name}"
+def named(owner: str, name: str) -> str:
+    """The scheduler's name of a named conversation: each key has its own."""
+    return f"named:{owner}/{name}" if owner else f"named:{name}"
+
+
+def plain(owner: str) -> str:
+    """Beginning of the scheduler's names of plain conversations: what one key has sent, no other one can find out."""
+    return f"plain:{owner}/"
 
 
 def is_named(key: str) -> bool:

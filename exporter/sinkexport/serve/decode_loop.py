@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -74,34 +74,34 @@ class DecodeLoop:
         """Ask the thread to end, without waiting for it."""
         self._inbox.put(None)
 
-    async def begun(self, name: str) -> bool:
+    async def begun(self, owner: str, name: str) -> bool:
         """See `Conversations.begun`."""
-        return await self._call(lambda: self._conversations.begun(name))
+        return await self._call(lambda: self._conversations.begun(owner, name))
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, owner: str, name: str) -> None:
         """See `Conversations.delete`."""
-        await self._call(lambda: self._conversations.delete(name))
+        await self._call(lambda: self._conversations.delete(owner, name))
 
-    async def submit(self, work: Work, responses: ResponseQueue) -> Placed:
-        """Queue a request, whose pieces come out of `responses`. Whoever awaits this calls `release` in the end.
+    async def submit(self, work: Work, responses: Sequence[ResponseQueue]) -> Placed:
+        """Queue a request, whose answers' pieces come out of `responses`. Whoever awaits this calls `release` for each.
 
         Raises: as `Conversations.submit`; ApiError 503 if the loop is down.
         """
 
         def begin() -> Placed:
             placed = self._conversations.submit(work)
-            self.responses[placed.key] = responses
+            self.responses.update(zip(placed.keys, responses, strict=True))
             self.totals.reused_tokens += placed.reused
             return placed
 
         return await self._call(begin)
 
     def release(self, responses: ResponseQueue) -> None:
-        """End a request for its client: cancel it if it is at work. Callable whatever became of `submit`."""
+        """End an answer for its client: cancel it if it is at work. Callable whatever became of `submit`."""
         self._post(lambda: self._release(responses))
 
     def resume(self, responses: ResponseQueue) -> None:
-        """Go on with a paused request: its client has taken what was waiting."""
+        """Go on with a paused answer: its client has taken what was waiting."""
         self._post(lambda: self._resume(responses))
 
     # --- into the thread ---
@@ -178,7 +178,7 @@ class DecodeLoop:
     def _release(self, responses: ResponseQueue) -> None:
         for key, other in self.responses.items():
             if other is responses:
-                del self.responses[key]
+                self._end(key)
                 self._conversations.cancel(key)
                 self._metrics.finished.labels("cancelled").inc()
                 return
@@ -196,17 +196,25 @@ class DecodeLoop:
             if responses is None:
                 continue
             self._measure(event, responses)
-            if not event.text and event.finish_reason is None:
+            if not (event.text or event.logprobs) and event.finish_reason is None:
                 continue
             if event.error is not None:
                 logger.error("a request has failed: %s", event.error)
             error = None if event.error is None else ApiError(500, event.error, code="engine_error")
             position = self.scheduler.position(event.conversation) if event.conversation in self.scheduler else 0
-            piece = Piece(event.text, event.finish_reason, error, False, event.answer_tokens, position)
+            piece = Piece(
+                event.text,
+                event.finish_reason,
+                error,
+                answer_tokens=event.answer_tokens,
+                position=position,
+                choice=responses.choice,
+                logprobs=event.logprobs,
+            )
             responses.sent += 1
             batches[responses.loop].append((responses, piece))
             if event.finish_reason is not None:
-                del self.responses[event.conversation]
+                self._end(event.conversation)
             elif responses.backlog > HIGH and not responses.paused:
                 self._pause(event.conversation, responses)
         self._send(batches)
@@ -222,12 +230,22 @@ class DecodeLoop:
             if responses.paused and now - responses.paused_since > self._limits.stall_s:
                 self._conversations.cancel(key)
                 self._metrics.finished.labels("stalled").inc()
-                del self.responses[key]
+                self._end(key)
                 message = f"the client has taken no text for {self._limits.stall_s:.0f} s"
                 self._send({responses.loop: [(responses, Piece(error=ApiError(408, message)))]})
 
+    def _end(self, key: str) -> None:
+        """Forget who an answer is for, and put its tokens on the account of the key that it was asked for with."""
+        responses = self.responses.pop(key)
+        if responses.owner:
+            self._metrics.key_tokens.labels(responses.owner, "prompt").inc(responses.prompt_tokens)
+            self._metrics.key_tokens.labels(responses.owner, "answer").inc(responses.answer_tokens)
+
     def _measure(self, event: Event, responses: ResponseQueue) -> None:
         now = time.perf_counter()
+        responses.answer_tokens = event.answer_tokens
+        if responses.choice == 0:  # the other answers share its prompt
+            responses.prompt_tokens = event.prompt_tokens
         if not responses.has_stream:
             responses.has_stream = True
             self._metrics.queue_s.observe(now - responses.arrived)

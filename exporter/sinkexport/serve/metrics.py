@@ -26,6 +26,15 @@ class Metrics:
         self.finished = Counter(
             "sinkexport_answers", "Answers by the reason of their end", ["reason"], registry=self._registry
         )
+        self.key_requests = Counter(
+            "sinkexport_key_requests", "HTTP requests by the key's name", ["key", "status"], registry=self._registry
+        )
+        self.key_tokens = Counter(
+            "sinkexport_key_tokens",
+            "Tokens of prompts that were fed and of answers, by the key's name",
+            ["key", "kind"],
+            registry=self._registry,
+        )
         self.queue_s = self._histogram("queue_seconds", "From a request's arrival until it has a stream", _WAIT_BUCKETS)
         self.first_token_s = self._histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token", _WAIT_BUCKETS

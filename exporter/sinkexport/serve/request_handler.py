@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import numpy as np
 from sinkrt.answer import AnswerParams
+from sinkrt.logit_rules import TokenLogprob
 from sinkrt.sampler import SamplingParams
+from sinkrt.text.thinking import Said, Thinking, ThinkingSplitter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -16,35 +19,53 @@ from starlette.types import Receive, Scope, Send
 from sinkexport.serve.conversations import BegunError, Placed, Work
 from sinkexport.serve.decode_loop import DecodeLoop
 from sinkexport.serve.errors import ApiError
-from sinkexport.serve.response_queue import LOW, Piece, ResponseQueue
-from sinkexport.serve.responses import DONE, Form, Usage, event
+from sinkexport.serve.forms import Answered, Form, Part, Usage
+from sinkexport.serve.prompts import Rendered
+from sinkexport.serve.response_queue import Piece, ResponseQueue
 from sinkexport.serve.settings import Limits
 
 MAX_RENDERINGS = 3
 """Tries to render a prompt while others delete its conversation."""
 
-Render = Callable[[bool], Awaitable[list[int]]]
-"""Takes whether the prompt begins a conversation; gives the prompt's ids."""
+Render = Callable[[bool], Awaitable[Rendered]]
+"""Takes whether the prompt begins a conversation; gives the prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a request asks for, besides its prompt.
+
+    samplings: of each answer. name: of the conversation, or None. owner: name of the key that it came with.
+    """
+
+    samplings: tuple[SamplingParams, ...]
+    params: AnswerParams
+    name: str | None
+    owner: str
+
+
+class _GoneError(Exception):
+    """The client has gone."""
 
 
 class RequestLimit:
-    """Bound on the requests at work. One event loop uses it, so it needs no lock."""
+    """Bound on the answers at work. One event loop uses it, so it needs no lock."""
 
     def __init__(self, count: int) -> None:
         self._free = count
 
-    def acquire(self) -> None:
-        """Count one more request.
+    def acquire(self, count: int = 1) -> None:
+        """Count some more answers.
 
-        Raises: ApiError 429 if as many as may be are at work.
+        Raises: ApiError 429 if more than may be would be at work.
         """
-        if not self._free:
+        if count > self._free:
             raise ApiError(429, "too many requests are waiting; try again soon")
-        self._free -= 1
+        self._free -= count
 
-    def release(self) -> None:
+    def release(self, count: int = 1) -> None:
         """Undo one `acquire`."""
-        self._free += 1
+        self._free += count
 
 
 class RequestHandler:
@@ -53,35 +74,44 @@ class RequestHandler:
     Raises: ApiError 429.
     """
 
-    def __init__(self, decode_loop: DecodeLoop, limits: Limits, request_limit: RequestLimit) -> None:
+    def __init__(self, decode_loop: DecodeLoop, limits: Limits, request_limit: RequestLimit, wanted: Wanted) -> None:
         self._decode_loop = decode_loop
         self._limits = limits
-        request_limit.acquire()
+        self._wanted = wanted
+        count = len(wanted.samplings)
+        request_limit.acquire(count)
         self._request_limit = request_limit
-        self._responses = ResponseQueue()
+        self._queue: asyncio.Queue[Piece] = asyncio.Queue()  # of all answers
+        self._responses = [ResponseQueue(choice, self._queue, wanted.owner) for choice in range(count)]
+        self._answers = [_Answer(None)] * count
         self._open = True
         self._prompt_tokens = 0
-        self._name: str | None = None
         self._new = True
         self._placed: Placed | None = None
 
-    async def begin(self, render: Render, name: str | None, sampling: SamplingParams, params: AnswerParams) -> None:
-        """Render the prompt and queue it. name: of the conversation, or None.
+    async def begin(self, render: Render) -> None:
+        """Render the prompt and queue it.
 
         Raises: ApiError, UsageError.
         """
+        wanted = self._wanted
         for _ in range(MAX_RENDERINGS):
-            new = name is None or not await self._decode_loop.begun(name)
-            ids = await render(new)
-            self._check(ids)
-            work = Work(np.array(ids, dtype=np.int64), sampling, params, name, new)
+            new = wanted.name is None or not await self._decode_loop.begun(wanted.owner, wanted.name)
+            rendered = await render(new)
+            self._check(rendered.ids)
+            thinking, params = rendered.thinking, wanted.params
+            if thinking is not None:  # its tags may be special tokens
+                params = dataclasses.replace(params, shown=frozenset((thinking.start, thinking.end)))
+            ids = np.array(rendered.ids, dtype=np.int64)
+            work = Work(ids, wanted.samplings, params, wanted.name, new, wanted.owner)
             try:
                 self._placed = await self._decode_loop.submit(work, self._responses)
             except BegunError:
                 continue
-            self._prompt_tokens, self._name, self._new = len(ids), name, new
+            self._prompt_tokens, self._new = len(ids), new
+            self._answers = [_Answer(thinking) for _ in self._responses]
             return
-        raise ApiError(409, f"conversation '{name}' is being changed by others", param="conversation")
+        raise ApiError(409, f"conversation '{wanted.name}' is being changed by others", param="conversation")
 
     async def whole(self, http: HttpRequest, form: Form) -> Response:
         """Answer in one piece. A client that goes away cancels the request.
@@ -89,58 +119,61 @@ class RequestHandler:
         Raises: ApiError.
         """
         gone = asyncio.ensure_future(_until_gone(http))
-        gone.add_done_callback(lambda _: self._responses.queue.put_nowait(Piece(gone=True)))
-        texts = []
+        gone.add_done_callback(lambda _: self._queue.put_nowait(Piece(gone=True)))
         try:
-            async for piece in self._pieces():
-                texts.append(piece.text)
-                if piece.gone:
-                    return Response(status_code=499)
-                if piece.finish_reason is not None:
-                    usage = self._usage(piece)
-                    return JSONResponse(form.whole("".join(texts), piece.finish_reason, usage, self._facts(piece)))
+            parts = [part async for part in self._parts()]
+        except _GoneError:
+            return Response(status_code=499)
         finally:
             gone.cancel()
-        raise RuntimeError("an answer ended without an end")
+        answers = [Answered.of([part for part in parts if part.choice == i]) for i in range(len(self._answers))]
+        return JSONResponse(form.whole(answers, self._usage))
 
     def stream(self, form: Form) -> Response:
         """The response as server-sent events; closes this handler in the end."""
         return _EventStream(self._events(form), self.close)
 
     def close(self) -> None:
-        """Stop counting towards the limit; cancel the request if it is still at work. Closing twice is fine."""
+        """Stop counting towards the limit; cancel what is still at work. Closing twice is fine."""
         if self._open:
             self._open = False
-            self._decode_loop.release(self._responses)
-            self._request_limit.release()
+            for responses in self._responses:
+                self._decode_loop.release(responses)
+            self._request_limit.release(len(self._responses))
 
     async def _events(self, form: Form) -> AsyncIterator[bytes]:
         if opening := form.opening():
             yield opening
         try:
-            async for piece in self._pieces():
-                if piece.text:
-                    yield form.part(piece.text)
-                if piece.finish_reason is not None:
-                    yield form.end(piece.finish_reason, self._usage(piece), self._facts(piece))
+            async for part in self._parts():
+                if events := form.part(part):
+                    yield events
+            yield form.end(self._usage)
         except ApiError as error:  # too late for a status
-            yield event(error.body) + DONE
+            yield form.failed(error)
 
-    async def _pieces(self) -> AsyncIterator[Piece]:
-        """Yield all pieces up to the last one.
+    async def _parts(self) -> AsyncIterator[Part]:
+        """Yield what the answers grow by, up to the end of the last one.
 
-        Raises: ApiError if the answer fails.
+        Raises: ApiError if an answer fails; _GoneError.
         """
-        responses = self._responses
-        while True:
-            piece = await responses.take()
-            if responses.paused and responses.backlog <= LOW:
+        left = len(self._answers)
+        while left:
+            piece = await self._queue.get()
+            if piece.gone:
+                raise _GoneError
+            responses = self._responses[piece.choice]
+            if responses.wants():
                 self._decode_loop.resume(responses)
             if piece.error is not None:
                 raise piece.error
-            yield piece
-            if piece.gone or piece.finish_reason is not None:
-                return
+            ended = piece.finish_reason is not None
+            left -= ended
+            part = self._answers[piece.choice].take(piece)
+            if ended:
+                part = dataclasses.replace(part, facts=self._facts(piece))
+            if ended or part.says:
+                yield part
 
     def _check(self, ids: list[int]) -> None:
         if not ids:
@@ -152,12 +185,50 @@ class RequestHandler:
                 code="context_length_exceeded",
             )
 
-    def _usage(self, piece: Piece) -> Usage:
-        return Usage(self._prompt_tokens, piece.answer_tokens, self._placed.reused if self._placed else 0)
+    @property
+    def _usage(self) -> Usage:
+        answers = self._answers
+        reasoning = sum(answer.reasoning_tokens for answer in answers) if answers[0].thinks else None
+        reused = self._placed.reused if self._placed else 0
+        return Usage(self._prompt_tokens, sum(answer.tokens for answer in answers), reused, reasoning)
 
     def _facts(self, piece: Piece) -> dict[str, Any] | None:
         """What a response says about a named conversation."""
-        return None if self._name is None else {"id": self._name, "position": piece.position, "new": self._new}
+        name = self._wanted.name
+        return None if name is None else {"id": name, "position": piece.position, "new": self._new}
+
+
+class _Answer:
+    """One answer as its pieces come. tokens: fed so far. reasoning_tokens: of these, up to the end of the thinking."""
+
+    def __init__(self, thinking: Thinking | None) -> None:
+        self._splitter = None if thinking is None else ThinkingSplitter(thinking)
+        self._held: tuple[TokenLogprob, ...] = ()  # of tokens that may begin the thinking
+        self.tokens = 0
+        self.reasoning_tokens = 0
+
+    @property
+    def thinks(self) -> bool:
+        """Whether thinking is taken out of it."""
+        return self._splitter is not None
+
+    def take(self, piece: Piece) -> Part:
+        """Take a piece apart."""
+        self.tokens = piece.answer_tokens
+        said, thought, logprobs = Said(content=piece.text), False, self._held + piece.logprobs
+        if self._splitter is not None:
+            thought = self._splitter.is_thinking
+            said = self._splitter.push(piece.text)
+            self._held = ()
+            if piece.finish_reason is not None:
+                rest = self._splitter.flush()
+                said = Said(said.reasoning + rest.reasoning, said.content + rest.content)
+            elif self._splitter.is_undecided:
+                self._held, logprobs = logprobs, ()
+            thought = thought or self._splitter.is_thinking or bool(said.reasoning)
+        if thought:
+            self.reasoning_tokens = self.tokens
+        return Part(piece.choice, said.content, said.reasoning, logprobs, piece.finish_reason, thought)
 
 
 class _EventStream(StreamingResponse):

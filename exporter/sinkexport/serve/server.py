@@ -16,6 +16,7 @@ from sinkrt import Session
 from sinkexport.serve.app import create_app
 from sinkexport.serve.connections import ACCEPT_BATCH, Connection, ConnectionTable, free_files
 from sinkexport.serve.decode_loop import DecodeLoop
+from sinkexport.serve.keys import ApiKeys
 from sinkexport.serve.log import bounded_log
 from sinkexport.serve.metrics import Metrics
 from sinkexport.serve.prompts import Prompts
@@ -29,9 +30,10 @@ class Server:
     """A server over `session`, which nobody else may use while it runs.
 
     model_name: what clients call the model; None for the bundle's name of it.
+    api_keys: keys that clients must send, by name; None: anybody on this machine may ask.
     pin_system: refuse system messages that the sinks do not keep forever.
-    template_args: variables of the chat template. allow_special: let names of special tokens in texts become those
-    tokens. A request may change both for itself.
+    template_args: variables of the chat template. allow_special: let names of special tokens in prompts of completions
+    become those tokens. A request may change both for itself.
 
     Raises: UsageError if the bundle has no tokenizer, or too few files may be open.
     """
@@ -42,7 +44,7 @@ class Server:
         limits: Limits,
         *,
         model_name: str | None = None,
-        api_key: str | None = None,
+        api_keys: Mapping[str, str] | None = None,
         pin_system: bool = False,
         log_requests: bool = False,
         template_args: Mapping[str, Any] | None = None,
@@ -61,7 +63,13 @@ class Server:
             lambda: self._uvicorn.should_exit,
         )
         self.app = create_app(
-            self.decode_loop, self._prompts, metrics, limits, model=self.model, batch=session.batch, api_key=api_key
+            self.decode_loop,
+            self._prompts,
+            metrics,
+            limits,
+            model=self.model,
+            batch=session.batch,
+            keys=None if api_keys is None else ApiKeys(api_keys),
         )
         self.app.router.lifespan_context = self._lifespan
         self.connections = ConnectionTable(limits, free_files())

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import socket
-from pathlib import Path
 
 from sinkrt.errors import UsageError, problem
 
+from sinkexport.serve.keys import KEY_VARIABLE
 from sinkexport.util.process_memory import MIB
 
-KEY_VARIABLE = "SINKEXPORT_API_KEY"
-"""Environment variable with the key that clients must send."""
 BACKLOG = 512
 """Connections that the kernel keeps until they are accepted."""
 SECONDS = ("stall_s", "grace_s", "header_s", "body_s", "keep_alive_s")
@@ -28,6 +26,7 @@ class Limits:
     max_prompt_tokens: of one prompt, with what the cache knows of it already.
     max_tokens: of one answer; also the default of requests that do not say.
     max_body_bytes: of one request. max_parked_bytes: memory for conversations that are in no stream, >= 0.
+    max_stored_bytes: memory for responses that clients may refer to, >= 0.
     stall_s: seconds until a client that takes no text is given up.
     grace_s: seconds that requests get to end when the server is stopped, >= 0.
     max_connections: open at a time.
@@ -43,6 +42,7 @@ class Limits:
     max_tokens: int = 4096
     max_body_bytes: int = MIB
     max_parked_bytes: int = 1024 * MIB
+    max_stored_bytes: int = 16 * MIB
     stall_s: float = 60.0
     grace_s: float = 10.0
     max_connections: int = 256
@@ -51,7 +51,7 @@ class Limits:
     keep_alive_s: float = 30.0
 
     def __post_init__(self) -> None:
-        least = {"max_waiting": 0, "max_parked_bytes": 0, **dict.fromkeys(SECONDS, 0)}
+        least = {"max_waiting": 0, "max_parked_bytes": 0, "max_stored_bytes": 0, **dict.fromkeys(SECONDS, 0)}
         for field in dataclasses.fields(self):
             value, minimum = getattr(self, field.name), least.get(field.name, 1)
             if value < minimum:
@@ -69,46 +69,12 @@ class Limits:
             )
 
 
-def read_api_key(file: Path | None, environment: str | None) -> str | None:
-    """Read the key that clients must send: from the file, without surrounding white space, else from the variable.
-
-    Raises: UsageError if the file is unreadable, or the key is empty or not printable ASCII, which headers need.
-    """
-    if file is not None:
-        try:
-            key, where = file.read_text(encoding="utf-8"), f"'{file}'"
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                problem(
-                    "--api-key-file",
-                    received=f"'{file}' ({error})",
-                    expected="a readable text file",
-                    fix="check the path",
-                )
-            ) from None
-    elif environment is not None:
-        key, where = environment, KEY_VARIABLE
-    else:
-        return None
-    key = key.strip()
-    if not key or not all("!" <= character <= "~" for character in key):
-        raise UsageError(
-            problem(
-                "API key",
-                received=f"{where} without one",
-                expected="printable ASCII without spaces",
-                fix="write one line, for example of 'openssl rand -hex 32'",
-            )
-        )
-    return key
-
-
-def check_exposure(host: str, api_key: str | None) -> None:
+def check_exposure(host: str, *, has_key: bool) -> None:
     """Refuse to serve everybody on a network without a key.
 
     Raises: UsageError, also for a host that does not resolve.
     """
-    if api_key is None and not all(ipaddress.ip_address(address).is_loopback for address in _addresses(host)):
+    if not has_key and not all(ipaddress.ip_address(address).is_loopback for address in _addresses(host)):
         raise UsageError(
             problem(
                 "--host",

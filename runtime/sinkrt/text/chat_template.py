@@ -7,6 +7,7 @@ compared with one of the same messages made of marker words: a message that does
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,11 @@ from sinkrt.text.template_args import check_template_args
 from sinkrt.text.template_facts import MODES, TemplateFacts, facts_of, probes
 from sinkrt.text.template_process import TIME_LIMIT_S, TemplateFailure, TemplateProcess, require_jinja
 from sinkrt.text.template_worker import environment
+from sinkrt.text.thinking import Thinking, thinking_in
 
 MAX_TEMPLATE_CHARACTERS = 2**20
+MAX_OPENINGS, MAX_OPENING_KEY = 64, 1024
+"""Sets of variables for which what opens an answer is remembered, and the longest one, characters of JSON."""
 RETRY_S = 60.0
 """How long a template that has failed as a whole is not tried again."""
 
@@ -41,6 +45,7 @@ class ChatTemplate:
         self._process = TemplateProcess(source, time_limit_s)
         self._facts: TemplateFacts | None = None
         self._failure: tuple[str, float] | None = None  # the reason, and when to try again
+        self._openings: dict[str, str] = {}  # by the variables' JSON
         self._word = "q" + secrets.token_hex(8)  # begins every marker: no text of a template or a user has it
 
     @property
@@ -121,6 +126,31 @@ class ChatTemplate:
         past = [{"role": "user", "content": first}, {"role": "assistant", "content": answer}]
         whole = self.render([*past, {"role": "user", "content": message}], args=args, check=check, now=now)
         return whole.rpartition(answer)[2]
+
+    def thinking(self, args: Mapping[str, Any] | None = None) -> Thinking | None:
+        """How the template marks what the model thinks; None if it does not.
+
+        Raises: UsageError as `render`.
+        """
+        literals = self.literals()
+        return None if thinking_in(literals, "") is None else thinking_in(literals, self._opening(args))
+
+    def _opening(self, args: Mapping[str, Any] | None) -> str:
+        """What opens an answer to a user, under these variables."""
+        key = json.dumps(args or {}, sort_keys=True, default=repr)
+        opening = self._openings.get(key)
+        if opening is None:
+            (marker,) = self._markers(1)
+            try:
+                text = self.render([{"role": "user", "content": marker}], args=args, check=False)
+            except UsageError:  # it wants other messages: what is known of it without the variables
+                return self.facts.generation_prompt
+            opening = text.rpartition(marker)[2]
+            if len(self._openings) >= MAX_OPENINGS:
+                self._openings.clear()
+            if len(key) <= MAX_OPENING_KEY:
+                self._openings[key] = opening
+        return opening
 
     def require_system(self) -> None:
         """Make sure that a system message reaches the model.

@@ -21,6 +21,8 @@ from sinkrt.text.chat_template import ChatTemplate, choose_template
 from sinkrt.text.special_text import ControlTokens, Marks, PlainEncoder, pattern, split, texts_in
 from sinkrt.text.stream_decoder import StreamingDecoder
 from sinkrt.text.template_facts import TemplateFacts
+from sinkrt.text.thinking import Thinking
+from sinkrt.text.token_bytes import TokenBytes
 from sinkrt.text.tokenizer_files import read_tokenizer_files
 
 OPENING_MESSAGES = ("0", "?")
@@ -145,9 +147,14 @@ class Tokenizer:
 
     # --- ids to text ---
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids, special tokens left out."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of some ids, special tokens left out unless `special`."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=not special))
+
+    @functools.cached_property
+    def token_bytes(self) -> TokenBytes:
+        """Gives the bytes of single tokens."""
+        return TokenBytes(self._tokenizer)
 
     def streaming_decoder(self, after: Sequence[int] = ()) -> StreamingDecoder:
         """A decoder for ids that come one by one. after: what the stream has taken before, for the first space."""
@@ -245,6 +252,13 @@ class Tokenizer:
         Raises: UsageError as `render_chat` does.
         """
         return self._the_template.render_next_turn(message, args=template_args)
+
+    def thinking(self, template_args: Mapping[str, Any] | None = None) -> Thinking | None:
+        """How the chat template marks what the model thinks; None if it does not.
+
+        Raises: UsageError as `render_chat` does.
+        """
+        return self._the_template.thinking(template_args)
 
     @property
     def _the_template(self) -> ChatTemplate:

@@ -89,10 +89,13 @@ def test_threads_are_at_least_one_in_every_command(name: str, tmp_path: Path) ->
 
 def test_serve_shows_the_limits_of_the_server() -> None:
     shown = {option.name: option.default for option in command_of("serve").params}
-    shown["max_parked_bytes"] = shown.pop("max_parked_mib") * 2**20
+    for name in ("max_parked", "max_stored"):
+        shown[f"{name}_bytes"] = shown.pop(f"{name}_mib") * 2**20
+    for name, option in (("body_s", "body_timeout"), ("keep_alive_s", "idle_timeout"), ("stall_s", "stall_timeout")):
+        shown[name] = shown.pop(option)
     limits = {field.name: field.default for field in dataclasses.fields(Limits)}
     assert {name: shown[name] for name in limits if name in shown} == {
-        name: value for name, value in limits.items() if not name.endswith("_s")
+        name: value for name, value in limits.items() if name not in ("header_s", "grace_s")
     }
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import openai
@@ -53,14 +53,16 @@ def serving(
     bundle: Path,
     limits: Limits = LIMITS,
     *,
-    api_key: str | None = None,
+    api_key: str | Mapping[str, str] | None = None,
     pin_system: bool = False,
+    allow_special: bool = False,
     send_buffer: int | None = None,
 ) -> Iterator[Served]:
     with listen("127.0.0.1", 0) as listener, Session.load(bundle, threads=1) as session:
         if send_buffer:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # connections inherit it
-        server = Server(session, limits, api_key=api_key, pin_system=pin_system)
+        keys = {"default": api_key} if isinstance(api_key, str) else api_key
+        server = Server(session, limits, api_keys=keys, pin_system=pin_system, allow_special=allow_special)
         thread = threading.Thread(target=server.run, args=(listener,))
         thread.start()
         try:
@@ -77,11 +79,11 @@ class Alone:
     """What a bundle of one stream says to the same requests."""
 
     def __init__(self, bundle: Path) -> None:
-        self._bundle = bundle
+        self.bundle = bundle
 
     def texts(self, prompts: list[list[int]], max_tokens: int, **options: object) -> list[str]:
         """The answers to prompts that follow each other in one stream."""
-        with Session.load(self._bundle, threads=1, verify=False) as session:
+        with Session.load(self.bundle, threads=1, verify=False) as session:
             return [
                 "".join(session.generate(prompt, max_tokens=max_tokens, **options))  # type: ignore[arg-type]
                 for prompt in prompts
@@ -89,7 +91,7 @@ class Alone:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        with Session.load(self._bundle, threads=1, verify=False) as session:
+        with Session.load(self.bundle, threads=1, verify=False) as session:
             return session.tokenizer
 
 

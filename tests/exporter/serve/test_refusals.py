@@ -17,7 +17,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from sinkexport.serve.settings import Limits, check_exposure, listen, read_api_key
+from sinkexport.serve.keys import read_api_keys
+from sinkexport.serve.settings import Limits, check_exposure, listen
 from sinkrt import UsageError
 
 from tests.exporter.serve.serving import ENDLESS, Served, many_bundle, serving, user
@@ -66,18 +67,27 @@ BAD_CHATS: dict[str, Any] = {
         for value in (0, -1, 101, 1e-300, 5e-324, 1e-9, 1e300, 10**400)
     ],
     "seed": [{"messages": MESSAGES, "seed": value} for value in (2**64, -(2**63) - 1, "x")],
-    "n": [{"messages": MESSAGES, "n": value} for value in (0, 2, "1")],
-    "frequency_penalty": [{"messages": MESSAGES, "frequency_penalty": value} for value in (0.5, -0.5)],
-    "presence_penalty": [{"messages": MESSAGES, "presence_penalty": 1}],
-    "logit_bias": [{"messages": MESSAGES, "logit_bias": {"5": 1}}],
-    "logprobs": [{"messages": MESSAGES, "logprobs": True}],
+    "n": [{"messages": MESSAGES, "n": value} for value in (0, 4, "1", 1.5, 129)],
+    "frequency_penalty": [{"messages": MESSAGES, "frequency_penalty": value} for value in (2.5, -2.5, "1")],
+    "presence_penalty": [{"messages": MESSAGES, "presence_penalty": value} for value in (2.1, [])],
+    "logit_bias": [
+        {"messages": MESSAGES, "logit_bias": value}
+        for value in ({"5": 101}, {"x": 1}, {"-1": 1}, {"258": 1}, {"5": "1"}, [1], {"": 0}, {"5": True})
+    ],
+    "logprobs": [{"messages": MESSAGES, "logprobs": value} for value in (1, "yes")],
+    "top_logprobs": [
+        {"messages": MESSAGES, "logprobs": True, "top_logprobs": 21},
+        {"messages": MESSAGES, "top_logprobs": 2},
+        {"messages": MESSAGES, "logprobs": True, "top_logprobs": -1},
+    ],
     "tools": [{"messages": MESSAGES, "tools": [{"type": "function"}]}],
     "response_format.type": [{"messages": MESSAGES, "response_format": {"type": "json_object"}}],
     "stream": [{"messages": MESSAGES, "stream": "yes"}],
     "stop": [{"messages": MESSAGES, "stop": value} for value in ("", [""], ["x"] * 17, "x" * 1025, 5)],
     "conversation": [{"messages": MESSAGES, "conversation": value} for value in ("", "a/b", "x" * 65, 5)],
     "stream_options": [{"messages": MESSAGES, "stream_options": {"include_usage": 1}}],
-    "frobnicate": [{"messages": MESSAGES, "frobnicate": 1}],
+    "min_p": [{"messages": MESSAGES, "min_p": 0.1}],
+    "guided_json": [{"messages": MESSAGES, "guided_json": {"type": "object"}}],
 }
 CASES = [(param, body) for param, bodies in BAD_CHATS.items() for body in bodies]
 
@@ -252,10 +262,10 @@ def test_metrics_show_what_happened(many_bundle: Path) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])
 def test_the_network_needs_a_key(host: str) -> None:
     with pytest.raises(UsageError, match="without an API key"):
-        check_exposure(host, None)
-    check_exposure(host, KEY)
-    check_exposure("127.0.0.1", None)
-    check_exposure("localhost", None)
+        check_exposure(host, has_key=False)
+    check_exposure(host, has_key=True)
+    check_exposure("127.0.0.1", has_key=False)
+    check_exposure("localhost", has_key=False)
 
 
 def test_names_of_others_are_no_way_in(strict: Served) -> None:
@@ -313,15 +323,15 @@ def test_serving_needs_no_torch() -> None:
 def test_keys_are_read_and_checked(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text(f"  {KEY}\n")
-    assert read_api_key(file, "other") == KEY
-    assert read_api_key(None, KEY) == KEY
-    assert read_api_key(None, None) is None
+    assert read_api_keys(file, "other") == {"default": KEY}
+    assert read_api_keys(None, KEY) == {"default": KEY}
+    assert read_api_keys(None, None) is None
     for bad in ("", " \n", "two words", "schlüssel"):
         file.write_text(bad, encoding="utf-8")
         with pytest.raises(UsageError, match="API key"):
-            read_api_key(file, None)
+            read_api_keys(file, None)
     with pytest.raises(UsageError, match="--api-key-file"):
-        read_api_key(tmp_path / "missing", None)
+        read_api_keys(tmp_path / "missing", None)
 
 
 def test_a_port_that_is_taken() -> None:

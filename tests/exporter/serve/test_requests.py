@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from sinkexport.serve.body import MAX_DEPTH, parse
-from sinkexport.serve.protocol import ChatRequest, CompletionRequest
+from sinkexport.serve.requests import ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, refused
 from sinkexport.serve.settings import Limits
 from sinkrt.sampler import Sampler
 
@@ -113,7 +114,45 @@ def test_what_changes_nothing_is_named_in_the_log(caplog: pytest.LogCaptureFixtu
     with caplog.at_level("DEBUG", "sinkexport.serve"):
         parse(b'{"prompt": "hi", "user": "ada", "store": null, "n": 1, "seed": 5}', CompletionRequest)
         parse(b'{"prompt": "hi"}', CompletionRequest)
-    assert [record.getMessage() for record in caplog.records] == ["taken and not used: n, user"]
+    assert [record.getMessage() for record in caplog.records] == ["taken and not used: user"]
+
+
+def test_unknown_fields_are_ignored_and_named_in_the_log(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    message = {**user("hi"), "colour": 1, "cache_control": {"type": "ephemeral"}}
+    parts = [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}, "shape": None}]
+    body = {"messages": [message, user("there") | {"content": parts}], "frobnicate": 1, "x\u2028y": [2], "y": None}
+    plain = {"messages": [user("hi"), user("hi")]}
+    with caplog.at_level("DEBUG", "sinkexport.serve"):
+        assert text_of(served, body) == text_of(served, plain)
+    (line,) = {record.getMessage() for record in caplog.records if "unknown" in record.getMessage()}
+    assert line == (
+        'ignored, since unknown: "frobnicate", "messages.cache_control", "messages.colour", '
+        '"messages.content.cache_control", "x\\u2028y"'
+    )
+    many = {"prompt": "hi", **{f"a{i}": 0 for i in range(50_000)}}
+    with caplog.at_level("DEBUG", "sinkexport.serve"):
+        assert text_of(served, many, COMPLETIONS) == text_of(served, {"prompt": "hi"}, COMPLETIONS)
+    assert max(len(record.getMessage()) for record in caplog.records) < 1000
+
+
+def test_all_fields_of_requests_are_documented() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    kinds = (ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest)
+    names = {*refused.REFUSED, *(name for kind in kinds for name in kind.model_fields)}
+    assert {name for name in names if not re.search(rf"[`\"]{name}[`\".]", text)} == set()
+
+
+def test_refused_fields_are_taken_with_values_that_ask_for_nothing(served: Served) -> None:
+    for kind, path, needed in (
+        (ChatRequest, CHAT, {"messages": [user("hi")]}),
+        (CompletionRequest, COMPLETIONS, {"prompt": "hi"}),
+    ):
+        harmless = {
+            name: found.harmless[0]
+            for name, found in refused.REFUSED.items()
+            if found.harmless and name not in kind.model_fields
+        }
+        assert text_of(served, {**needed, **harmless}, path) == text_of(served, needed, path)
 
 
 def test_what_changes_nothing_is_taken(served: Served) -> None:
@@ -150,15 +189,25 @@ REFUSED = [
         "messages.0.tool_calls: received a list of 1, expected null or an empty list: tools are not implemented here",
     ),
     ("messages", [{"role": "assistant", "refusal": "no"}], 'messages.0.refusal: received "no", expected null'),
-    ("messages", [{"role": "user", "content": "x", "colour": 1}], "messages.0.colour: unknown field"),
     ("tools", [{"type": "function"}], "tools: received a list of 1, expected an empty list: tools are not implemented"),
     ("tool_choice", {"type": "function"}, "tool_choice: received an object of 1, expected"),
     ("tool_choice", "required", 'tool_choice: received "required", expected'),
     ("response_format", {"type": "json_object"}, "response_format.type: received"),
-    ("n", 2, "n: received 2, expected 1: several choices are not implemented here"),
-    ("logprobs", True, "logprobs: received true, expected false"),
-    ("logit_bias", {"5": 1}, "logit_bias: received an object of 1, expected an empty object"),
-    ("frequency_penalty", 0.5, "frequency_penalty: received 0.5, expected 0: frequency penalties are not"),
+    ("n", 4, "n: received 4, expected at most 3, the streams of this server"),
+    ("n", 0, "n: received 0, expected an integer from 1 to the number of streams of this server"),
+    ("logprobs", 1, "logprobs: received 1, expected true or false"),
+    ("top_logprobs", 5, "top_logprobs: received 5, expected with logprobs true"),
+    ("logit_bias", {"five": 1}, 'logit_bias: received "five", expected an object of numbers from -100 to 100 by token'),
+    ("logit_bias", {"5": 101}, "logit_bias.5: received 101, expected an object of numbers from -100 to 100"),
+    ("logit_bias", {"258": 1}, "logit_bias: received token 258, expected 0 .. 257"),
+    ("frequency_penalty", 2.5, "frequency_penalty: received 2.5, expected a number from -2 to 2"),
+    ("min_p", 0.1, "min_p: other ways to choose tokens are not implemented here; leave it out"),
+    ("stop_token_ids", [5], "stop_token_ids: stops by token id are not implemented here; use stop, which takes names"),
+    ("repeat_penalty", 1.1, "repeat_penalty: llama.cpp's penalties are not implemented here; use repetition_penalty"),
+    ("guided_json", {"type": "object"}, "guided_json: answers in a given format are not implemented here"),
+    ("enable_thinking", False, "enable_thinking: other ways to ask for reasoning are not implemented here; use chat_t"),
+    ("max_new_tokens", 5, "max_new_tokens: other names of an answer's longest length are not implemented here"),
+    ("continue_final_message", True, "continue_final_message: other ways to make a prompt of messages are not"),
     ("temperature", "hot", 'temperature: received "hot", expected a number from 0 to 2'),
     ("temperature", 10**400, "temperature: received a huge number, expected a number from 0 to 2"),
     ("repetition_penalty", 1e-300, "repetition_penalty: received 1e-300, expected a number from 0.01 to 100"),
@@ -170,9 +219,7 @@ REFUSED = [
     ("audio", {"voice": "x"}, "audio: answers in sound are not implemented here; leave it out"),
     ("reasoning_effort", "low", "reasoning_effort: levels of reasoning are not implemented here"),
     ("web_search_options", {}, "web_search_options: web searches are not implemented here"),
-    ("frobnicate", 1, "frobnicate: unknown field"),
     ("\ud800", 1, "body: a \\u escape is half a character"),
-    ("x\u2028y" * 50, 1, "unknown field"),
     ("model", "a\n\x00\u202e" * 50, "does not exist"),
     ("conversation", "a\n", "conversation: received"),
 ]
@@ -239,7 +286,7 @@ BODIES: list[tuple[bytes, str]] = [
     (b'{"prompt": "a\n"}', "no JSON"),
     (json.dumps({"prompt": [0.5] * 200_000}).encode(), "prompt: received 0.5 among"),
     (json.dumps({"messages": [0] * 300_000}).encode(), "messages.0: received 0"),
-    (json.dumps({"prompt": "a", **{f"a{i}": 0 for i in range(50_000)}}).encode(), "a0: unknown field"),
+    (json.dumps({"prompt": 5, **{f"a{i}": 0 for i in range(50_000)}}).encode(), "prompt: received 5"),
 ]
 
 
@@ -289,7 +336,13 @@ def test_head_and_other_methods(served: Served, path: str) -> None:
 
 
 def test_methods_of_the_other_routes_and_unknown_paths(served: Served) -> None:
-    for path, allowed in ((CHAT, "POST"), (COMPLETIONS, "POST"), ("/v1/conversations/x", "DELETE")):
+    for path, allowed in (
+        (CHAT, "POST"),
+        (COMPLETIONS, "POST"),
+        ("/v1/responses", "POST"),
+        ("/tokenize", "POST"),
+        ("/v1/conversations/x", "DELETE"),
+    ):
         for method in ("OPTIONS", "GET", "HEAD"):
             response = httpx.request(method, served.url + path)
             assert (response.status_code, response.headers["allow"]) == (405, allowed)
@@ -370,14 +423,17 @@ def some_json(chance: random.Random, depth: int = 0) -> Any:
 @pytest.mark.parametrize("seed", range(2))
 def test_random_bodies_never_give_a_500(served: Served, seed: int) -> None:
     chance = random.Random(seed)
-    names = [*ChatRequest.model_fields, *CompletionRequest.model_fields, "audio", "x", "\u2029"]
+    kinds = (ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest)
+    names = [*(name for kind in kinds for name in kind.model_fields), "audio", "x", "\u2029"]
     statuses = []
     with httpx.Client(base_url=served.url, timeout=30) as client:
-        for _ in range(300):
+        for _ in range(400):
             body: dict[str, Any] = {"max_tokens": 1, "messages": [user("hi")]}
-            path = chance.choice([CHAT, COMPLETIONS])
+            path = chance.choice([CHAT, COMPLETIONS, "/v1/responses", "/tokenize"])
             if path == COMPLETIONS:
                 body = {"max_tokens": 1, "prompt": "hi"}
+            elif path == "/v1/responses":
+                body = {"max_output_tokens": 1, "input": [user("hi")]}
             for _ in range(chance.randint(0, 3)):
                 body[chance.choice(names)] = some_json(chance)
             if chance.random() < 0.3 and path == CHAT:
@@ -387,6 +443,10 @@ def test_random_bodies_never_give_a_500(served: Served, seed: int) -> None:
                         chance.choice(["content", "name"]): some_json(chance),
                     }
                 ]
+            elif chance.random() < 0.3 and path == "/v1/responses":
+                item = {chance.choice(["role", "content", "id", "summary"]): some_json(chance)}
+                kind = chance.choice(["message", "reasoning", "item_reference", "x"])
+                body["input"] = [{"type": kind, "role": "user", "content": "x", **item}]
             response = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
             assert response.status_code < 500, (body, response.text)
             if response.status_code != 200:

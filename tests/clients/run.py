@@ -1,0 +1,50 @@
+"""Clients that people use, each in an environment of its own, against a server with a tiny model.
+
+python -m tests.clients.run FOLDER    what `make test-clients` does; FOLDER has Python with LiteLLM, and node_modules
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from sinkexport.serve.settings import Limits
+
+from tests.exporter.serve.serving import MANY, serving
+from tests.runtime.toy import build_toy
+
+HERE = Path(__file__).parent
+SECONDS = 120
+THINKING = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content + eos_token }}</think>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]"
+    "{% if reasoning_effort is defined or (think is defined and think) %}<think>{% endif %}{% endif %}"
+)
+
+
+def main(folder: Path) -> int:
+    """Run all clients; returns the exit code."""
+    folder = folder.absolute()
+    node, python = folder / "node_modules" / ".bin" / "node", folder / "bin" / "python"
+    commands: list[list[str | Path]] = [[python, HERE / "litellm_client.py"]]
+    for script in ("openai_client.mjs", "vercel.mjs"):
+        shutil.copy(HERE / script, folder)  # node looks for packages beside the script
+        commands.append([node, folder / script])
+    failed = 0
+    with tempfile.TemporaryDirectory() as place:
+        bundle = build_toy(Path(place) / "toy", MANY, template=THINKING)
+        with serving(bundle, Limits(max_tokens=100, grace_s=0)) as served:
+            for command in commands:
+                environment = {**os.environ, "BASE_URL": f"{served.url}/v1"}
+                environment.pop("PYTHONPATH", None)
+                failed += subprocess.run(command, check=False, timeout=SECONDS, env=environment).returncode != 0
+    print(f"{len(commands) - failed} of {len(commands)} clients are served as they expect")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1])))
