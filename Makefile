@@ -85,7 +85,8 @@ $(MODEL): | $(VENV)/.export
 
 model: $(MODEL)
 
-$(BUNDLE)/manifest.json: $(MODEL) $(VENV)/.export $(SOURCES) | $(VENV)/.cpu
+# For the CPU library where it was compiled (--target auto), else in standard operators.
+$(BUNDLE)/manifest.json: $(MODEL) $(VENV)/.export $(SOURCES) runtime/sinkrt/contract/constants.py | $(VENV)/.cpu
 	$(BIN)/sinkexport export $(MODEL) -o $(BUNDLE) --overwrite
 
 demo: $(BUNDLE)/manifest.json

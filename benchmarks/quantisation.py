@@ -1,24 +1,28 @@
 """What does each recipe cost, and what does it save? One table over recipes.
 
     python benchmarks/quantisation.py MODEL --text FILE [--bundle DIR ..] [--recipe NAME|FILE ..] [--kv fp,int8]
-                                      [--sink-tokens S] [--window W] [--tokens N] [--threads N]
-                                      [--json FILE]
+                                      [--target TARGET] [--isa NAME,..] [--sink-tokens S] [--window W]
+                                      [--tokens N] [--threads N] [--json FILE]
 
 Every bundle predicts the same tokens as MODEL in float32 with the same sinks and window (see docs/evaluation.md):
 perplexity and its increase, Kullback-Leibler divergence, share of tokens with the same top-1 token, and whether the
 recipe's own thresholds hold. Bundles are those named, and one for each recipe named, which is exported to a temporary
 folder. All must have the same S and W. MODEL is a model folder, a .gguf file, a Hub id, or a floating-point bundle;
-exporting needs a model.
+exporting needs a model. With --isa each bundle for the CPU library is measured by each of these sets of its kernels, as
+SINKEXPORT_CPU_ISA forces them: avx512_bf16, avx512_vnni, avx2_vnni, avx2, portable.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import tempfile
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from harness import check_json, command, environment, table, where, write_json
 from sinkexport.bench.machine import physical_cores
@@ -27,9 +31,11 @@ from sinkexport.evaluation.quality_gate import is_bundle, verify_quality
 from sinkexport.pipeline.export import export_loaded
 from sinkexport.quant.recipe import Recipe, load_recipe, recipe_names
 from sinkexport.sources import LoadedModel, load_model
+from sinkexport.targets import AUTO, OPTIONS
 from sinkexport.util.files import read_text
 from sinkexport.util.progress import shown_progress
 from sinkrt.contract import Manifest, load_manifest
+from sinkrt.contract.constants import CPU
 from sinkrt.errors import SinkError, UsageError, problem
 
 HEADERS = ("bundle", "weights MB", "state MB", "perplexity", "increase", "±", "KL nats", "top-1 equal", "within limits")
@@ -59,6 +65,7 @@ def row(
     return {
         "bundle": name,
         "quantization": None if manifest.quantization is None else dataclasses.asdict(manifest.quantization),
+        "target": manifest.target,
         "weights_dtype": manifest.weights_dtype,
         "num_sink_tokens": manifest.stream.num_sink_tokens,
         "window_size": manifest.stream.window_size,
@@ -69,6 +76,11 @@ def row(
         "prefill_error": report.prefill.max_relative_error,
         "failures": report.failures,
     }
+
+
+def forced(isa: str | None) -> AbstractContextManager[Any]:
+    """Sessions that are loaded meanwhile use these kernels of the CPU library; None: those that it chooses."""
+    return mock.patch.dict(os.environ, {} if isa is None else {"SINKEXPORT_CPU_ISA": isa})
 
 
 def cells(facts: dict[str, Any]) -> list[str]:
@@ -129,15 +141,18 @@ def run(arguments: argparse.Namespace) -> None:
         )
     stream = load_manifest(named[0][1]).stream if named else None
     geometry = (stream.num_sink_tokens, stream.window_size) if stream else (arguments.sink_tokens, arguments.window)
-    configs = [ExportConfig(*geometry, recipe=recipe) for _, recipe in recipes]
+    configs = [ExportConfig(*geometry, target=arguments.target, recipe=recipe) for _, recipe in recipes]
     facts = {"environment": environment(arguments.threads), "model": arguments.model, "text": arguments.text.name}
     against = arguments.model if is_bundle(arguments.model) else load_model(arguments.model)
     rows: list[dict[str, Any]] = []
 
     def add(name: str, bundle: Path, **more: Any) -> None:
-        found = row(name, bundle, against, text, arguments.tokens, arguments.threads)
-        rows.append({**found, **more})
-        write_json(arguments.json, {**facts, "rows": rows})  # after each: a run that is cut short leaves what it found
+        for isa in arguments.isa if load_manifest(bundle).target == CPU and arguments.isa else [None]:
+            with forced(isa):
+                named = name if isa is None else f"{name}, {isa}"
+                found = row(named, bundle, against, text, arguments.tokens, arguments.threads)
+            rows.append({**found, "isa": isa, **more})
+            write_json(arguments.json, {**facts, "rows": rows})  # a run that is cut short leaves what it found
 
     for name, path in named:
         add(name, path)
@@ -169,6 +184,14 @@ def main() -> None:
         default=[],
         metavar="KIND,..",
         help="fp and int8: each recipe with these kinds of window (default: its own)",
+    )
+    parser.add_argument("--target", choices=(*OPTIONS, AUTO), default=AUTO, help="of exports (default: %(default)s)")
+    parser.add_argument(
+        "--isa",
+        type=lambda names: names.split(","),
+        default=[],
+        metavar="NAME,..",
+        help="kernels of the CPU library by which each of its bundles is measured (default: the best for this machine)",
     )
     parser.add_argument(
         "--sink-tokens", type=int, default=DEFAULT_NUM_SINK_TOKENS, metavar="S", help="of exports; the bundles' if any"

@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 import pytest
+from sinkrt.contract.constants import CPU_LIBRARY, CPU_LIBRARY_VARIABLE
 
 from tests import slow_tests
 from tests.support import SharedExports, built_once, read_operators_once, shared_folder
 
 if TYPE_CHECKING:
     from tests.cpp.build import CppRuntime
+
+GIVEN_CPU_LIBRARY = os.environ.get(CPU_LIBRARY_VARIABLE)
+# Exports that name no target would differ between machines with the CPU library and those without: here nobody finds
+# one, nor do programs that tests start, but in files that ask for it by the fixture `cpu_library`.
+os.environ[CPU_LIBRARY_VARIABLE] = "/no-cpu-library-in-this-test"
 
 # A test run that a shell starts in the background inherits an ignored SIGINT, and so would the programs that tests
 # start and then interrupt.
@@ -78,12 +84,10 @@ def cpu_plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built_once(shared_folder(tmp_path_factory) / "cpu-plugins", compile_for_this_machine)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cpu_library(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """The CPU library, which bundles find for the rest of the run: what SINKEXPORT_CPU_LIBRARY names, else our own."""
-    from sinkrt.contract.constants import CPU_LIBRARY, CPU_LIBRARY_VARIABLE
-
-    given = os.environ.get(CPU_LIBRARY_VARIABLE)
+    """The CPU library, which the file's tests find from here on: what SINKEXPORT_CPU_LIBRARY named, else our own."""
+    given = GIVEN_CPU_LIBRARY
     path = Path(given) if given else request.getfixturevalue("cpu_plugins") / "ort" / CPU_LIBRARY
     with mock.patch.dict(os.environ, {CPU_LIBRARY_VARIABLE: str(path)}):
         yield path

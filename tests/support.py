@@ -186,7 +186,10 @@ def export_model(
     check: bool = True,
     **fields: Any,
 ) -> TinyBundle:
-    """Export a model, or a tiny one by its name, to `folder`. fields: of ExportConfig, where there is no `config`."""
+    """Export a model, or a tiny one by its name, to `folder`, for target onnx by default.
+
+    fields: of ExportConfig, where there is no `config`.
+    """
     from sinkexport.config import ExportConfig
     from sinkexport.pipeline.export import export_loaded
     from sinkexport.sources import LoadedModel
@@ -194,7 +197,8 @@ def export_model(
     from tests.exporter.tiny_models import tiny_model
 
     loaded = LoadedModel(tiny_model(model) if isinstance(model, str) else model, tokenizer, name)
-    return TinyBundle(folder, loaded, export_loaded(loaded, folder, config or ExportConfig(**fields), check=check))
+    config = config or ExportConfig(**{"target": "onnx", **fields})
+    return TinyBundle(folder, loaded, export_loaded(loaded, folder, config, check=check))
 
 
 class SharedExports:

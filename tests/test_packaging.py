@@ -89,6 +89,16 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=60)
 
 
+def auto_target(folder: Path) -> str:
+    """What ``--target auto`` takes there, and why."""
+    script = "from sinkexport.auto_target import auto_target as a; print(a('fp32').target.name, a('fp32').reason)"
+    environment = _environment() | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def _environment() -> Mapping[str, str]:
     """This one, without what says where the sources or a library are."""
     ours = ("PYTHONPATH", "CXX", "SINKEXPORT_BUILD_CPU", "SINKEXPORT_CPU_LIBRARY", "SINKEXPORT_CPU_ISA")
@@ -114,6 +124,7 @@ def test_a_wheel_of_this_platform_has_the_library(source: Path, tmp_path: Path) 
         "isa": "avx512_bf16",
         "problem": None,
     }
+    assert auto_target(elsewhere).startswith("cpu the CPU library runs here")
 
 
 def test_without_a_compiler_it_is_a_plain_wheel(source: Path, tmp_path: Path) -> None:
@@ -132,6 +143,7 @@ def test_without_a_compiler_it_is_a_plain_wheel(source: Path, tmp_path: Path) ->
     done = run(elsewhere, "inspect", "cpu")
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
     assert "install sinkexport where there is a C++ compiler" in done.stdout
+    assert auto_target(elsewhere) == "onnx no CPU library here, see 'sinkexport inspect cpu'\n"
     assert run(elsewhere, "--version").returncode == 0
 
 

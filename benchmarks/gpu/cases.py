@@ -132,7 +132,9 @@ def make(root: Path, names: Sequence[str]) -> None:
             "sink_tuning": _sink_tuning(model) if case["sink_scale"] else None,
         }
         folder = folder_of(root, name)
-        export_loaded(LoadedModel(model, None, name), folder / "expected", ExportConfig(**geometry), overwrite=True)
+        export_loaded(
+            LoadedModel(model, None, name), folder / "expected", ExportConfig(**geometry, target="onnx"), overwrite=True
+        )
         export_loaded(
             LoadedModel(model.to(torch.float16), None, name),
             folder / "bundle",

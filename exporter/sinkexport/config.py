@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from sinkrt.backends.cpu_library import is_usable
 from sinkrt.contract.constants import WINDOW_KINDS
 from sinkrt.errors import UsageError, problem
 from sinkrt.ring import Ring
 
-from sinkexport.targets import AUTO, CPU, ONNX, OPTIONS, Target, find_target
+from sinkexport.auto_target import CPU_DTYPE, auto_target
+from sinkexport.targets import AUTO, ONNX, OPTIONS, Target, find_target
 from sinkexport.variants.variant import AttentionVariant
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ MAX_SINK_TOKENS, MAX_WINDOW, MAX_BATCH, MAX_CHUNK = 2**16, 2**24, 2**12, 2**14
 
 DEFAULT_NUM_SINK_TOKENS = 4
 DEFAULT_WINDOW_SIZE = 1020
-DEFAULT_CHUNK_SIZE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +41,12 @@ class ExportConfig:
     num_sink_tokens: S >= 0, first tokens of a stream that are kept forever (StreamingLLM, arXiv:2309.17453).
     window_size: W >= 1, most recent tokens kept.
     batch: B >= 1, streams decoded together, each with a position of its own.
-    chunk_size: T, tokens that the prefill graph takes in one run, 1 .. W; None: `DEFAULT_CHUNK_SIZE` or W, whichever
-    is less. 1: no prefill graph, which exports faster.
+    chunk_size: T, tokens that the prefill graph takes in one run, 1 .. W; None: the target's default (256 for ``cpu``,
+    64 for others) or W, whichever is less. 1: no prefill graph, which exports faster.
     pin_system: a system message that the sinks must cover; num_sink_tokens is raised if it is longer.
     dtype: ``fp32 | fp16``, of weights, arithmetic and cache.
-    target: ``onnx | cpu | tensorrt``, whose operators and layers the graphs are made for. ``auto`` becomes ``cpu`` if
-    the CPU library runs here, else ``onnx``.
+    target: ``onnx | cpu | tensorrt``, whose operators and layers the graphs are made for. ``auto`` becomes ``cpu``
+    where the CPU library runs and has kernels for the dtype, else ``onnx``: this attribute and the manifest say which.
     sink_token: a token that begins every text of the bundle, or ``auto``
         (sinkexport/pipeline/sink_token.py); needs a sink.
     native: with target ``tensorrt``, standard ONNX operators alone, without the plugins of plugins/trt.
@@ -67,7 +66,7 @@ class ExportConfig:
     dtype: str = "fp32"
     chunk_size: int | None = None
     pin_system: str | None = None
-    target: str = "onnx"
+    target: str = AUTO
     recipe: Recipe | None = None
     calibration: Ranges | None = None
     kv: str | None = None
@@ -78,10 +77,10 @@ class ExportConfig:
     affine: AffineFile | None = None
 
     def __post_init__(self) -> None:
-        if self.target == AUTO:
-            object.__setattr__(self, "target", CPU.option if is_usable() else ONNX.option)
         self._check_numbers()
         self._check_choices()
+        if self.target == AUTO:
+            object.__setattr__(self, "target", auto_target(self.dtype).target.option)
         if self.recipe is not None:
             self._check_recipe(self.recipe)
         if self.calibration is not None and (self.recipe is None or not self.recipe.may_need_calibration):
@@ -144,6 +143,8 @@ class ExportConfig:
             if value not in choices:
                 expected = " | ".join(choice for choice in choices if choice is not None)
                 raise UsageError(problem(name, received=repr(value), expected=expected, fix=f"change --{name}"))
+        if self.target == AUTO and not self.native:
+            return
         if find_target(self.target, native=self.native) is None:
             raise UsageError(
                 problem(
@@ -151,6 +152,15 @@ class ExportConfig:
                     received=f"target {self.target}",
                     expected="target tensorrt",
                     fix="leave --native out: other targets are native anyway",
+                )
+            )
+        if target_of(self).has_cpu_library and self.dtype != CPU_DTYPE:
+            raise UsageError(
+                problem(
+                    "dtype",
+                    received=f"{self.dtype} with target {self.target}",
+                    expected=f"{CPU_DTYPE}: the CPU library has no other kernels",
+                    fix=f"use --target {ONNX.option}, or make weights small with --recipe",
                 )
             )
 
@@ -256,7 +266,7 @@ class ExportConfig:
     @property
     def num_tokens_per_chunk(self) -> int:
         """T, with the default filled in."""
-        return min(DEFAULT_CHUNK_SIZE, self.window_size) if self.chunk_size is None else self.chunk_size
+        return min(target_of(self).chunk_size, self.window_size) if self.chunk_size is None else self.chunk_size
 
     @property
     def capacity(self) -> int:

@@ -14,17 +14,35 @@ import numpy as np
 import numpy.typing as npt
 
 from sinkrt.backends.base import Backend, StateArray
-from sinkrt.contract import NO_TOKEN
+from sinkrt.contract import NO_TOKEN, Manifest
+from sinkrt.contract.constants import CPU
 from sinkrt.errors import UsageError, problem
 from sinkrt.stream_table import StreamTable
 
 STEPS_OF_A_CHUNK = 8
 """A chunk of T tokens is about this much faster than T steps (measured on a CPU); shorter rests go step by step."""
 
+SMALLEST_CHUNK = 2
+"""One token is a step."""
 
-def smallest_chunk(chunk_size: int) -> int:
-    """Tokens from which on one run of the prefill graph is quicker than as many steps. chunk_size: T."""
-    return sys.maxsize if chunk_size == 1 else max(2, chunk_size // STEPS_OF_A_CHUNK)
+SHARED_CHUNK = 64
+"""Tokens of a chunk for which streams that are past their prompts are held up, where a part of a chunk costs less."""
+
+
+def smallest_chunk(chunk_size: int, target: str) -> int:
+    """Tokens from which on one run of the prefill graph is quicker than as many steps.
+
+    chunk_size: T. target: of the manifest; matmuls of the CPU library compute rows of tokens alone.
+    """
+    if chunk_size == 1:
+        return sys.maxsize
+    return SMALLEST_CHUNK if target == CPU else max(SMALLEST_CHUNK, chunk_size // STEPS_OF_A_CHUNK)
+
+
+def shared_chunk(manifest: Manifest) -> int:
+    """Most tokens of a chunk while other streams wait for their next token."""
+    size = manifest.stream.chunk_size
+    return min(size, SHARED_CHUNK) if manifest.target == CPU else size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +66,14 @@ class StreamCopy:
 class GraphRunner:
     """A backend and the table of its streams. Arguments are checked by the caller, `Session`.
 
-    chunk_size: T, tokens that one run of the prefill graph takes.
+    chunk_size: T, tokens that one run of the prefill graph takes. target: of the manifest.
     """
 
-    def __init__(self, backend: Backend, table: StreamTable, chunk_size: int) -> None:
+    def __init__(self, backend: Backend, table: StreamTable, chunk_size: int, target: str) -> None:
         self.backend = backend
         self._table = table
         self._chunk_size = chunk_size
-        self._smallest_chunk = smallest_chunk(chunk_size)
+        self._smallest_chunk = smallest_chunk(chunk_size, target)
 
     def step(self, ids: npt.NDArray[np.int64], active: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Feed one token to each active stream. ids, active: int64 [n]. Returns: logits, float32 [B, vocab].

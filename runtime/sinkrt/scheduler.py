@@ -26,6 +26,7 @@ from sinkrt.conversation_table import ConversationTable
 from sinkrt.errors import SinkError, UsageError, problem
 from sinkrt.events import Event, Load
 from sinkrt.feeding import StreamError, feed_one_each, next_token
+from sinkrt.graph_runner import shared_chunk
 from sinkrt.sampler import SamplingParams
 from sinkrt.session import Session
 from sinkrt.stream_slots import StreamSlots
@@ -259,12 +260,13 @@ class Scheduler:
         if in_chunks and (self._stepped_last or not in_steps):
             self._stepped_last = False
             # The one that has had its stream for the fewest tokens goes first: prompts advance side by side.
-            return events + self._feed_chunk(min(in_chunks, key=lambda c: c.placed_tokens))
+            return events + self._feed_chunk(min(in_chunks, key=lambda c: c.placed_tokens), is_alone=not in_steps)
         self._stepped_last = True
         return events + self._feed_tokens(in_steps)
 
-    def _feed_chunk(self, conversation: Conversation) -> list[Event]:
-        size = min(conversation.num_pending, self._session.chunk_size)
+    def _feed_chunk(self, conversation: Conversation, *, is_alone: bool) -> list[Event]:
+        largest = self._session.chunk_size if is_alone else shared_chunk(self._session.manifest)
+        size = min(conversation.num_pending, largest)
         ids = conversation.pending[conversation.fed : conversation.fed + size]
         try:
             self._session.prefill(ids, streams=[conversation.the_stream])

@@ -62,7 +62,7 @@ class Session:
         loaded = load_backend(backend, bundle, manifest, threads, repack_prefill)
         self._table = StreamTable(manifest)
         # None: the session is closed.
-        self._runner: GraphRunner | None = GraphRunner(loaded, self._table, manifest.stream.chunk_size)
+        self._runner: GraphRunner | None = GraphRunner(loaded, self._table, manifest.stream.chunk_size, manifest.target)
         self._tokenizer: Tokenizer | None = None
 
     @classmethod
@@ -130,9 +130,9 @@ class Session:
     def smallest_chunk(self) -> int:
         """Tokens from which on one run of the prefill graph is quicker than as many steps.
 
-        A chunk costs the same however few tokens it holds.
+        A chunk costs the same however few tokens it holds, but for matmuls of the CPU library.
         """
-        return smallest_chunk(self.chunk_size)
+        return smallest_chunk(self.chunk_size, self._manifest.target)
 
     @property
     def tokenizer(self) -> Tokenizer:

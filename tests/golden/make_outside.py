@@ -104,7 +104,7 @@ def bundle_facts(folder: Path) -> dict[str, Any]:
     (folder / "model" / "tokenizer.json").write_text(word_tokenizer().to_str())
     found = {}
     for name, recipe in (("fp32", None), ("int8", load_recipe("int8-window"))):
-        config = ExportConfig(num_sink_tokens=2, window_size=14, chunk_size=4, recipe=recipe)
+        config = ExportConfig(num_sink_tokens=2, window_size=14, chunk_size=4, target="onnx", recipe=recipe)
         manifest = export(str(folder / "model"), folder / name, config, check=False)
         found[name] = {
             "fingerprint": manifest.fingerprint,

@@ -16,6 +16,7 @@ from sinkrt.contract import DTYPE_BYTES, RECURRENT_KINDS, Manifest
 from sinkrt.errors import UsageError, problem
 
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
+from sinkexport.targets import ONNX
 
 SCALE_BYTES = 4
 """Bytes of a scale: a quantised matrix has one for each output, a quantised table one for each row."""
@@ -163,7 +164,7 @@ class ModelShape:
     ) -> DecodeMemory:
         """Estimate the memory of a bundle exported with these options. num_sinks, window, chunk: tokens."""
         rows = 2 * batch * self.num_kv_heads  # of a layer: keys and values
-        config = ExportConfig(num_sink_tokens=num_sinks, window_size=window, batch=batch, chunk_size=1)
+        config = ExportConfig(num_sinks, window, batch=batch, chunk_size=1, target=ONNX.option)
         rings = [config.ring(sliding_window) for sliding_window in self.sliding_windows]
         kept_sinks, kept_window = sum(r.num_sink_tokens for r in rings), sum(r.window_size for r in rings)
         float_bytes = DTYPE_BYTES[WEIGHT_DTYPES[dtype]]

@@ -11,15 +11,15 @@ import click
 from sinkrt.contract.constants import WINDOW_KINDS
 from sinkrt.errors import printable
 
+from sinkexport.auto_target import auto_target
 from sinkexport.commands.options import RenamedOption, file_option, number_option
 from sinkexport.config import (
-    DEFAULT_CHUNK_SIZE,
     DEFAULT_NUM_SINK_TOKENS,
     DEFAULT_WINDOW_SIZE,
     WEIGHT_DTYPES,
     ExportConfig,
 )
-from sinkexport.targets import AUTO, OPTIONS
+from sinkexport.targets import AUTO, CPU, ONNX, OPTIONS
 from sinkexport.util.console import geometry
 from sinkexport.util.garbage import no_garbage_collection
 from sinkexport.util.progress import shown_progress
@@ -54,7 +54,8 @@ STAGES = {
     "--chunk",
     type=int,
     metavar="N",
-    help=f"Tokens that prefill takes at once; 1: no prefill graph.  [default: {DEFAULT_CHUNK_SIZE}, at most W]",
+    help=f"Tokens that prefill takes at once; 1: no prefill graph.  [default: {CPU.chunk_size} with target cpu, else "
+    f"{ONNX.chunk_size}; at most W]",
 )
 @click.option(
     "--pin-system",
@@ -111,8 +112,9 @@ STAGES = {
     type=click.Choice((*OPTIONS, AUTO)),
     default=ExportConfig.target,
     show_default=True,
-    help="cpu: kernels of this project's library, which must be there to run the bundle. tensorrt: for 'sinkexport "
-    "build', with its plugin (docs/tensorrt.md). auto: cpu if the library runs here, else onnx.",
+    help="onnx: standard operators, which run on any machine. cpu: kernels of this project's CPU library, which must "
+    "be there to run the bundle ('sinkexport inspect cpu'). auto: cpu where the library runs here, else onnx; onnx "
+    "with --dtype fp16. tensorrt: for 'sinkexport build', with its plugin (docs/tensorrt.md).",
 )
 @click.option(
     "--native", is_flag=True, help="With --target tensorrt: standard operators, for TensorRT >= 10.15 without plugin."
@@ -182,6 +184,8 @@ def command(
         f"{sum(f.bytes for f in manifest.files.values()) / 1e6:.0f} MB + {manifest.state_bytes / 1e6:.1f} MB state, "
         f"{time.perf_counter() - start:.1f} s"
     )
+    if target == AUTO:
+        click.echo(f"target {config.target}: {auto_target(dtype).reason}")
     if (words := manifest.producer.get(STORED)) is not None:
         click.echo(f"{STORED}: {words}")
 

@@ -30,8 +30,17 @@ BITS_OF_EXPERTS: Mapping[str, int] = {FLOAT_EXPERT_LINEAR: 32, INT8_EXPERT_LINEA
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu2")
 """Names of a linear's activations."""
 
+ALL_TOKENS: Mapping[str, int] = {"num_tokens": 0, "repeats_last": 0}
+"""Fields of a matmul that computes all rows: the last pass but one changes them (skip_cpu_padding)."""
+
 RMS, LAYER_NORM = 1, 2
 """Values of a linear's field ``norm``."""
+
+OTHER_MATMULS = {
+    *("MatMul", "Einsum", "Loop", "Scan"),
+    *("MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "DynamicQuantizeMatMul"),
+}
+"""Operators that a chunk takes long for, by name. Convolutions of few tokens and routers (Gemm) are none."""
 
 _FUSED = ("norm", "has_norm_bias", "has_bias", "output_norm", "has_residual")
 """Fields that say which inputs follow the weights, in their order."""
@@ -44,6 +53,11 @@ def is_cpu_node(node: ir.Node) -> bool:
     if node.op_type == SINK_ATTENTION:
         return "bfloat16_chunks" in node.attributes
     return "layout" in node.attributes  # of the plugin's nodes some have the same names
+
+
+def has_other_matmuls(graph: ir.Graph) -> bool:
+    """Whether matmuls or recurrences are left to other operators, which compute rows of a chunk without a token too."""
+    return any(node.op_type in OTHER_MATMULS for node in graph)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +156,7 @@ class Linear:
             multiplier=float(self.multiplier),
             output_norm=int(self.output_norm_weight is not None),
             output_norm_epsilon=float(self.output_norm_epsilon),
+            **ALL_TOKENS,
         )
 
 
@@ -177,6 +192,7 @@ def write_expert_linear(b: Builder, x: ir.Value, picks: ir.Value, matrix: Packed
         in_features=matrix.num_inputs,
         out_features=matrix.num_outputs,
         num_experts=matrix.num_experts,
+        **ALL_TOKENS,
         **_weight_fields(weights, _block_size(matrix)),
     )
 

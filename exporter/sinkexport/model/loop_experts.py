@@ -180,8 +180,9 @@ def _replaced_attention(module: Any, *, in_place: torch.dtype | None) -> context
         hidden = layer_input.reshape(-1, layer_input.shape[-1])
         chosen, shares = _routed(module.router, hidden)
         weight = module.input_linear.weight  # [E, H, D]
-        if in_place or is_gathered(chosen, weight.shape[0]):
-            queries = expert_matmul(hidden, weight, chosen.reshape(-1), False, in_place)  # [N * k, H]
+        in_library = in_place == hidden.dtype == torch.float32
+        if in_library or is_gathered(chosen, weight.shape[0]):
+            queries = expert_matmul(hidden, weight, chosen.reshape(-1), False, in_library)  # [N * k, H]
         else:
             every = expert_matmul(hidden[None], weight, None, False)  # [E, N, H]
             queries = every[chosen, torch.arange(len(hidden))[:, None]]  # [N, k, H]
@@ -192,8 +193,9 @@ def _replaced_attention(module: Any, *, in_place: torch.dtype | None) -> context
         chosen, shares = topology
         weight = module.output_linear.weight  # [E, D, H]
         rows = heads.reshape(*chosen.shape, -1)  # [N, k, H]
-        if in_place or is_gathered(chosen, weight.shape[0]):
-            out = expert_matmul(rows.flatten(0, 1), weight, chosen.reshape(-1), False, in_place)  # [N * k, D]
+        in_library = in_place == rows.dtype == torch.float32
+        if in_library or is_gathered(chosen, weight.shape[0]):
+            out = expert_matmul(rows.flatten(0, 1), weight, chosen.reshape(-1), False, in_library)  # [N * k, D]
             out = (out.reshape(*chosen.shape, -1) * shares[..., None]).sum(dim=1)
         else:  # without a bias: what an expert was not chosen for is zero
             is_chosen = chosen.T[None] == torch.arange(weight.shape[0])[:, None, None]  # [E, k, N]

@@ -37,6 +37,7 @@ from sinkexport.families.rope import ModelRotary
 from sinkexport.families.shape import AttentionShape
 from sinkexport.families.unread import unread_weights
 from sinkexport.graph.convert import BuiltGraph, build_graph
+from sinkexport.graph.cpu_nodes import has_other_matmuls
 from sinkexport.graph.plugin_nodes import refuse_geometry, refuse_no_attention
 from sinkexport.graph.quantize.plan import Plan
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
@@ -77,7 +78,7 @@ from sinkexport.pipeline.sink_token import with_sink_token
 from sinkexport.pipeline.stored_weights import recipe_for, stored_weights
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel, load_model
-from sinkexport.targets import Target
+from sinkexport.targets import ONNX, Target
 from sinkexport.util.derived_constant import DerivedConstant
 from sinkexport.util.garbage import no_garbage_collection
 from sinkexport.util.progress import Report, silent
@@ -235,7 +236,7 @@ def _write_graphs(
     built.model.metadata_props.update(metadata)
     graphs = {"decode": built.spec("decode.onnx")}
     write_graph(built.model, stage, "decode.onnx", lambda done, total: report("write", done, total))
-    num_tokens = min([config.num_tokens_per_chunk, *(ring.window_size for ring in probed.rings)])
+    num_tokens = min([_chunk_size(config, built), *(ring.window_size for ring in probed.rings)])
     if num_tokens > 1:
         report("prefill", 0, 1)
         # Of one stream: a long prompt then costs the other streams nothing.
@@ -254,6 +255,14 @@ def _write_graphs(
         num_tokens=num_tokens,
         derived=tuple(derived),
     )
+
+
+def _chunk_size(config: ExportConfig, decode: BuiltGraph) -> int:
+    """T as far as the window allows it. A short prompt costs a whole chunk where the CPU library does not do it all."""
+    size = config.num_tokens_per_chunk
+    if config.chunk_size is None and target_of(config).has_cpu_library and has_other_matmuls(decode.model.graph):
+        return min(size, ONNX.chunk_size)
+    return size
 
 
 def _check_weights(stage: Path, loaded: LoadedModel, config: ExportConfig, probed: _Probed, written: _Written) -> None:

@@ -28,6 +28,7 @@ from sinkexport.reference.chunk_attention import CosSin, Entries, logits_of, rot
 from sinkexport.reference.kept_tokens import CacheHeads, KeptTokens, heads_by_cache
 from sinkexport.reference.own_attention import no_reference
 from sinkexport.reference.streaming import LIKE_DENSE, NUM_TRIED
+from sinkexport.targets import ONNX
 from sinkexport.variants.variant import PLAIN, AttentionVariant
 
 
@@ -48,7 +49,7 @@ def chunked_streaming(
 
     Raises: UsageError for a bad geometry and for a model whose attention or positions cannot be followed exactly.
     """
-    config = ExportConfig(num_sink_tokens=num_sink_tokens, window_size=window_size, chunk_size=1, kv=kv)
+    config = ExportConfig(num_sink_tokens, window_size, chunk_size=1, target=ONNX.option, kv=kv)
     variant.check_window_size(window_size)
     shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
     stream = ChunkedStream(model, config, shape, rotary, variant)
@@ -85,7 +86,7 @@ def _max_tokens(model: Any, shape: AttentionShape, rotary: ModelRotary) -> int |
         dense = model(input_ids=ids, use_cache=False).logits.double()  # [1, n, vocab]
     limit = LIKE_DENSE.get(next(model.parameters()).dtype, 1e-3)
     for max_tokens, length in ((None, NUM_TRIED // 2), (1, 1)):
-        stream = ChunkedStream(model, ExportConfig(0, NUM_TRIED, chunk_size=1), shape, rotary)
+        stream = ChunkedStream(model, ExportConfig(0, NUM_TRIED, chunk_size=1, target=ONNX.option), shape, rotary)
         with _streaming(model, stream, rotary):
             logits = torch.cat([stream.feed(part) for part in ids.split(length, dim=1)], dim=1).double()
         error = ((logits - dense).abs().amax(dim=-1) / dense.std(dim=-1).clamp(min=1e-9)).max()

@@ -14,6 +14,7 @@ CPU = Target(
     quantization="cpu",
     has_cpu_library=True,
     experts_in_place="float32",
+    chunk_size=256,  # matmuls read each weight once for it, and rows without a token cost next to nothing
     passes=(
         "fold_weight_transposes",
         "fold_constants",
@@ -38,6 +39,7 @@ CPU = Target(
         "fuse_cpu_activations",  # after biases
         "fuse_layer_norms",
         "fuse_cpu_norms",
+        "skip_cpu_padding",
         "name_cpu_fields",  # last: of finished nodes
     ),
 )

@@ -25,6 +25,7 @@ class Target:
     has_circular_scatter: whether TensorScatter may write past the ring's end.
     has_cpu_library: whether graphs may have nodes that need this project's CPU library (plugins/cpu).
     experts_in_place: type of experts' matrices that nodes read where they lie; None: there are no such nodes.
+    chunk_size: T, tokens of one run of the prefill graph where neither ``--chunk`` nor the window says otherwise.
     passes: names of files in ``graph/passes``, in the order in which they run.
     """
 
@@ -45,3 +46,4 @@ class Target:
     has_int8_window: bool = True
     changes_attention: bool = True
     has_circular_scatter: bool = True
+    chunk_size: int = 64

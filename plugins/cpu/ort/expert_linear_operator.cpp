@@ -1,4 +1,5 @@
 // FloatExpertLinear, Int8ExpertLinear: rows of x by matrices that are chosen at run time, read where they lie.
+#include "valid_rows.h"
 #include "weights.h"
 
 namespace sinkexport::ort {
@@ -25,6 +26,7 @@ class ExpertLinear final : public Kernel {
     weights_->setTypes(params_);
     shape_ = node.input(picks).shape;
     shape_.push_back(params_.num_outputs);
+    valid_rows_ = ValidRows(node, params_.num_x_rows);
     node.finish({{kFloat, shape_}});
     node.refuseIf(cpu::linearProblem(params_, true));
   }
@@ -35,7 +37,10 @@ class ExpertLinear final : public Kernel {
     params.picks = picks_.of<int64_t>(run);
     weights_->setPointers(params, run);
     params.y = static_cast<float*>(run.output(0, shape_));
+    params.num_x_rows = valid_rows_.of(run, params_.num_x_rows);
+    params.num_rows = params_.num_rows / params_.num_x_rows * params.num_x_rows;
     run_(params, run.parallel(), run.scratch());
+    valid_rows_.fill(params.y, params.num_rows, params_.num_rows, params_.num_outputs, run.parallel());
   }
 
  private:
@@ -43,6 +48,7 @@ class ExpertLinear final : public Kernel {
   cpu::LinearParams params_;  // without pointers
   std::vector<int64_t> shape_;
   std::unique_ptr<Weights> weights_;
+  ValidRows valid_rows_;
   Input x_, picks_;
 };
 

@@ -1,5 +1,6 @@
 // FloatLinear, Bf16Linear, Int8Linear, Int4Linear:
 // y = output_norm(activation(norm(x) . W^T + bias) * multiplier) + residual.
+#include "valid_rows.h"
 #include "weights.h"
 
 namespace sinkexport::ort {
@@ -41,6 +42,7 @@ class Linear final : public Kernel {
       output_norm_ = Input(node, node.take("output_norm_weight", kFloat, {outputs}));
     }
     if ((has_residual_ = node.flag("has_residual"))) residual_ = Input(node, node.take("residual", kFloat, shape_));
+    valid_rows_ = ValidRows(node, params_.num_rows);
     node.finish({{kFloat, shape_}});
     node.refuseIf(cpu::linearProblem(params_, true));
   }
@@ -55,8 +57,10 @@ class Linear final : public Kernel {
     if (has_bias_) params.bias = bias_.of<float>(run);
     if (has_residual_) params.residual = residual_.of<float>(run);
     params.y = static_cast<float*>(run.output(0, shape_));
+    params.num_rows = valid_rows_.of(run, params_.num_rows);
     if (!run.reads().isKnown()) cpu::linearReads(params, run.parallel().threads, run.reads());
     run_(params, run.parallel(), run.scratch());
+    valid_rows_.fill(params.y, params.num_rows, params_.num_rows, params_.num_outputs, run.parallel());
   }
 
  private:
@@ -64,6 +68,7 @@ class Linear final : public Kernel {
   cpu::LinearParams params_;  // without pointers
   std::vector<int64_t> shape_;
   std::unique_ptr<Weights> weights_;
+  ValidRows valid_rows_;
   Input x_, norm_, norm_bias_, bias_, output_norm_, residual_;
   bool has_norm_ = false, has_norm_bias_ = false, has_bias_ = false, has_output_norm_ = false, has_residual_ = false;
 };

@@ -14,7 +14,7 @@ from sinkrt.contract import CPU_ABI
 from sinkrt.contract.constants import CPU_LIBRARY, CPU_LIBRARY_VARIABLE
 from sinkrt.errors import BackendError, printable, problem
 
-INSTALL = f"install sinkexport where there is a C++ compiler, or set {CPU_LIBRARY_VARIABLE}; --target onnx needs none"
+INSTALL = f"install sinkexport where there is a C++ compiler, set {CPU_LIBRARY_VARIABLE}, or export with --target onnx"
 
 
 def find_library() -> Path | None:
@@ -47,7 +47,7 @@ def checked_library(abi: str | None = CPU_ABI) -> Path:
     if found.decode() != abi:
         _refuse(f"version {found.decode()} at '{path}'", f"version {abi}", "build the library of this version")
     if reason is not None:
-        raise BackendError(printable(f"CPU library: {reason.decode()}; change it, or use --target onnx"))
+        raise BackendError(printable(f"CPU library: {reason.decode()}; change it, or export with --target onnx"))
     return path
 
 

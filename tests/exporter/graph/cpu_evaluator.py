@@ -53,6 +53,14 @@ def activated(x: np.ndarray, activation: str) -> np.ndarray:
     return np.square(np.maximum(x, 0)) if activation == "relu2" else x
 
 
+def only_valid(y: np.ndarray, num_valid: Any, *, num_tokens: int, repeats_last: int, **_: Any) -> np.ndarray:
+    """Rows of tokens that count; the others are copies of the last of them, or hold no numbers."""
+    rows = y.reshape(-1, y.shape[-1]).copy()
+    valid = len(rows) // num_tokens * int(num_valid[0])
+    rows[valid:] = rows[valid - 1] if repeats_last else np.nan
+    return rows.reshape(y.shape)
+
+
 class _Node(OpRun):
     op_domain = DOMAIN
     bits = 32
@@ -86,6 +94,7 @@ class FloatLinear(_Node):
         y = y * fields["multiplier"]
         y = rms_norm(y, left.pop(0), fields["output_norm_epsilon"]) if fields["output_norm"] else y
         y = y + (left.pop(0) if fields["has_residual"] else 0.0)
+        y = y if not fields["num_tokens"] else only_valid(y, left.pop(0), **fields)
         assert not left
         return (y.astype(np.float32),)
 
@@ -101,7 +110,8 @@ class FloatExpertLinear(_Node):
         matrices = self._weights(list(inputs), fields["out_features"], fields["in_features"], fields)
         assert len(matrices) == fields["num_experts"]
         rows = np.repeat(x.astype(np.float64), len(picks) // len(x), axis=0)
-        return (np.stack([matrices[p] @ row for p, row in zip(picks, rows, strict=True)]).astype(np.float32),)
+        y = np.stack([matrices[p] @ row for p, row in zip(picks, rows, strict=True)])
+        return ((y if not fields["num_tokens"] else only_valid(y, inputs[-1], **fields)).astype(np.float32),)
 
 
 def _narrower(parent: type[_Node], name: str, bits: int) -> type[_Node]:

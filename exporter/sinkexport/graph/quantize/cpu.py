@@ -1,8 +1,8 @@
 """Matmuls by rounded weights, and rounded tables, as nodes of the CPU library.
 
 Its kernels round each token's inputs to 8 bits, in groups of 32 to 128 channels, and sum exactly. So inputs of 8 bits
-that a recipe asks for take the same form, dynamic or static: the kernel's groups are finer than both. Schemes that it
-has no kernels for stay ONNX Runtime's.
+whose scale a recipe leaves to run time take the same form: the kernel's groups are finer. Inputs with ranges from
+calibration, and schemes that it has no kernels for, stay ONNX Runtime's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from sinkexport.graph.edit import known_shape, replace_node
 from sinkexport.graph.matmuls import Matmul
 from sinkexport.graph.packed_weights import packed_integers
 from sinkexport.graph.quantize.ort import OrtForm
-from sinkexport.graph.quantize.plan import InputScale
 from sinkexport.quant.weight import QuantizedWeight
 
 FLOAT = ir.DataType.FLOAT
@@ -33,11 +32,6 @@ class CpuForm(OrtForm):
         """The same node: its inputs are rounded at run time anyway."""
         if not self._write(matmul, weight):
             super().dynamic(matmul, weight)
-
-    def static(self, matmul: Matmul, weight: QuantizedWeight, scale: InputScale) -> None:
-        """The same node, whose scales fit each token."""
-        if not self._write(matmul, weight):
-            super().static(matmul, weight, scale)
 
     def gather(self, node: ir.Node, weight: QuantizedWeight) -> None:
         """Int8Rows or Int4Rows, of the bytes that an output projection may read too."""

@@ -17,7 +17,8 @@ namespace {
 }  // namespace
 
 std::string checkedCpuLibrary(const Manifest& manifest, const BackendOptions& options) {
-  const std::string install = std::string("build plugins/cpu and set ") + kCpuLibraryVariable + " to its path";
+  const std::string install =
+      std::string("build plugins/cpu and set ") + kCpuLibraryVariable + " to its path, or export with --target onnx";
   const char* named = std::getenv(kCpuLibraryVariable);
   const std::string path = !options.plugin_library.empty()        ? options.plugin_library
                            : named != nullptr && named[0] != '\0' ? named

@@ -14,6 +14,17 @@ namespace {
 // A chunk of T tokens is about this much faster than T steps; shorter rests go step by step.
 constexpr int64_t kStepsOfAChunk = 8;
 
+// One token is a step.
+constexpr int64_t kSmallestChunk = 2;
+
+// Tokens from which on one run of the prefill graph is quicker than as many steps. Matmuls of the CPU library compute
+// rows of tokens alone.
+int64_t smallestChunk(const Manifest& manifest) {
+  const int64_t chunk = manifest.stream.chunk_size;
+  if (chunk == 1) return std::numeric_limits<int64_t>::max();
+  return manifest.target == kCpuTarget ? kSmallestChunk : std::max(kSmallestChunk, chunk / kStepsOfAChunk);
+}
+
 // Limit of `tokens_at_once`: beyond it, coming back to the host takes no measurable time.
 constexpr int64_t kMostAtOnce = 4096;
 
@@ -141,8 +152,7 @@ void Session::prefill(const int64_t* ids, int64_t count, int64_t stream) {
   checkIds(ids, count);
   checkRoom(stream, count);
   const int64_t chunk = manifest_.stream.chunk_size;
-  const int64_t smallest =
-      chunk == 1 ? std::numeric_limits<int64_t>::max() : std::max<int64_t>(2, chunk / kStepsOfAChunk);
+  const int64_t smallest = smallestChunk(manifest_);
   int64_t done = 0;
   while (count - done >= smallest) {
     const int64_t size = std::min(count - done, chunk);
