@@ -137,7 +137,7 @@ def export_loaded(
     special_ids = _special_ids(model, loaded.tokenizer)
     check_model(model, config)
     check_calibration(model, config)
-    with staged_bundle(out, overwrite=overwrite) as stage:
+    with no_garbage_collection(), staged_bundle(out, overwrite=overwrite) as stage:
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
         report("probe", 0, 1)
         probed = _probe(model, config)
@@ -323,10 +323,9 @@ def _build(
     recipe, dtype = config.recipe, WEIGHT_DTYPES[config.dtype]
     plan = None if recipe is None else plan_of(recipe, loaded.model, dtype, config.calibration)
     num_sinks = 0 if config.calibration is None else config.calibration.num_sink_tokens
-    with no_garbage_collection():
-        model, derived = traced_graph(step, role)
-        with refusing(loaded.model, f"converting the {role} graph to ONNX"):
-            return build_graph(model, role, step.state_names, target_of(config), num_sinks, plan), derived
+    model, derived = traced_graph(step, role)
+    with refusing(loaded.model, f"converting the {role} graph to ONNX"):
+        return build_graph(model, role, step.state_names, target_of(config), num_sinks, plan), derived
 
 
 def _resolved(config: ExportConfig, family: str) -> ExportConfig:
