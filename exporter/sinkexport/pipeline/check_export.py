@@ -52,7 +52,7 @@ MIN_CHUNK = 8
 """Tokens of a chunk, unless the runtime feeds as many step by step."""
 
 STEPS_AROUND_WRAP, STEPS_AFTER_CHUNK = 4, 2
-"""Steps from a full cache on, half of them past the end of the window's ring, and steps that read what a chunk wrote."""
+"""Steps from a full cache on, half of them past the end of the ring, and steps that read what a chunk wrote."""
 
 MAX_STREAMS = 2
 """Streams of a batch that are compared: the first and the last."""
@@ -69,6 +69,7 @@ MID_STREAM_TOLERANCE_PER_TOKEN, MAX_MID_STREAM_TOLERANCE = 5e-6, 0.25
 
 Few tokens share the attention there, so that each angle's error shows. A missing shift or a token that should be gone
 changes 0.1 and more. Measured: 3e-3 for SmolLM2-135M at position 2,061."""
+
 
 class UncheckedWarning(UserWarning):
     """A bundle was written that nothing was compared with, or not with full caches."""
@@ -88,18 +89,23 @@ def check_export(bundle: Path, manifest: Manifest, model: Any) -> None:
 
     Raises: UsageError if they differ by more than rounding explains; BundleError if ONNX Runtime refuses a graph.
     """
-    with (
-        refusing(model, "comparing the exported graph with it"),
-        static_experts(model),
-        _opened(bundle, manifest) as session,
-    ):
+    with opened(bundle, manifest) as session:
+        compare_graphs(session, bundle, manifest, model)
+
+
+def compare_graphs(session: Callable[[], Session], bundle: Path, manifest: Manifest, model: Any) -> None:
+    """Do what `check_export` does. session: as `opened` gives it.
+
+    Raises: as `check_export`.
+    """
+    with refusing(model, "comparing the exported graph with it"), static_experts(model):
         check = _Check(session, model, manifest, AttentionVariant.of_bundle(bundle, manifest))
         check.start_of_streams()
         check.full_cache()
 
 
 @contextlib.contextmanager
-def _opened(bundle: Path, manifest: Manifest) -> Iterator[Callable[[], Session]]:
+def opened(bundle: Path, manifest: Manifest) -> Iterator[Callable[[], Session]]:
     """Open a bundle beside what is done inside. Yields: waits for the session, and gives it.
 
     Matmuls of floating-point weights read the pages of the file: a copy in another layout would only be faster.

@@ -5,6 +5,7 @@ Read back from the files of the bundle, so that what is compared is what a runti
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
@@ -82,6 +83,13 @@ class GraphMatrix:
     def content(self) -> bytes:
         """Its numbers, whatever their shape."""
         return b"".join(tensor.tobytes() for tensor in self.sources)
+
+    def release(self) -> None:
+        """Unmap the pages of the file, until the next look at them."""
+        for tensor in self.sources:
+            if isinstance(tensor, ir.ExternalTensor):
+                with contextlib.suppress(BufferError):  # somebody else looks at them
+                    tensor.release()
 
     def is_same(self, other: GraphMatrix) -> bool:
         """Whether the two are one place of a file, or have the same content."""

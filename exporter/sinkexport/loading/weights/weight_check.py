@@ -75,8 +75,11 @@ class WeightCheck:
         """
         named, by_layer = self._places(matrices)
         anonymous = [matrix for matrix in matrices if not matrix.parts]
-        left = []
+        left, layer = [], None
         for tensor in self._tensors.values():
+            if layer_of(tensor.name) != layer:  # pages that were looked at count as this process's memory
+                _release(by_layer.get(layer, ()))
+                layer = layer_of(tensor.name)
             places = next((named[name] for name in self.names_of(tensor.name) if name in named), ())
             for place in places:  # several if one of them is smoothed
                 if not self._claim_named(tensor, place):
@@ -92,6 +95,7 @@ class WeightCheck:
                 left.append(tensor)
         if self._is_gguf:
             self._claim_zeros(named)
+        _release(place for one in by_layer.values() for place in one)
         return left
 
     def names_of(self, name: str) -> list[str]:
@@ -331,3 +335,9 @@ class WeightCheck:
     def account(self, name: str) -> None:
         """Note that a parameter came from the file."""
         self.accounted.update(self.names_of(name))
+
+
+def _release(places: Iterable[Place]) -> None:
+    """Unmap the pages of constants."""
+    for place in places:
+        place.matrix.release()
