@@ -283,7 +283,7 @@ def _packed_for_library(
     """A weight in the layout of the CPU library."""
     companions = [values.get(f"{base}{suffix}") for suffix in (".scales", ".zero_points")]
     scales, zeros = (None if one is None else _numbers(one) for one in companions)
-    packed = packed_rows(value, _numbers(value), scales, zeros)
+    packed = packed_rows(value, lambda: _numbers(value), scales, zeros)
     parts, swapped = parameters_of(base), None
     if packed.num_experts:
         swapped = GraphMatrix(
