@@ -79,8 +79,11 @@ def why_unchecked(manifest: Manifest) -> str | None:
     """Reason why a bundle cannot be compared on this machine; None: it can."""
     if manifest.has_tensorrt_plugin:
         return "they need the TensorRT plugin, which ONNX Runtime does not have: use 'sinkexport verify' on the GPU"
-    if manifest.weights_bytes > (free := available_bytes()):
-        return f"they take {manifest.weights_bytes / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+    # Float32 weights are pages of their file. Of float16 each graph gets copies in float32, which a CPU computes in.
+    is_half = manifest.weights_dtype == "float16" and manifest.quantization is None
+    needed = manifest.weights_bytes * (2 * len(manifest.graphs) if is_half else 1)
+    if needed > (free := available_bytes()):
+        return f"they take {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
     return None
 
 
