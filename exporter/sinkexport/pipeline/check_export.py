@@ -279,9 +279,9 @@ class _Check:
             elif state.kind in SCALE_KINDS:
                 values = np.full(shape, max(size, 1e-3) * 3 / 127)
             elif state.dtype == "int8":
-                values = np.clip(np.rint(random.standard_normal(shape) * 127 / 3), -127, 127)
+                values = np.clip(np.rint(random.standard_normal(shape, np.float32) * 127 / 3), -127, 127)
             else:
-                values = random.standard_normal(shape) * size
+                values = random.standard_normal(shape, np.float32) * np.float32(size)
             states[state.input] = values.astype(state.dtype)
         return states
 

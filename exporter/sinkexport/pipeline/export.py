@@ -79,8 +79,7 @@ def export(
     """
     config = config or ExportConfig()
     report("load", 0, 1)
-    with no_garbage_collection():  # the model's code is imported here
-        loaded = load_model(source, WEIGHT_DTYPES[config.dtype])
+    loaded = load_model(source, WEIGHT_DTYPES[config.dtype])
     report("load", 1, 1)
     return export_loaded(loaded, out, config, overwrite=overwrite, check=check, report=report)
 

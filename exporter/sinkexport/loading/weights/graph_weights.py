@@ -5,8 +5,8 @@ Read back from the files of the bundle, so that what is compared is what a runti
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import mmap
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,11 +85,10 @@ class GraphMatrix:
         return b"".join(tensor.tobytes() for tensor in self.sources)
 
     def release(self) -> None:
-        """Unmap the pages of the file, until the next look at them."""
+        """Let go of the pages of the file that were read: they count as this process's memory. Later reads go on."""
         for tensor in self.sources:
-            if isinstance(tensor, ir.ExternalTensor):
-                with contextlib.suppress(BufferError):  # somebody else looks at them
-                    tensor.release()
+            if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
+                tensor.raw.madvise(mmap.MADV_DONTNEED)
 
     def is_same(self, other: GraphMatrix) -> bool:
         """Whether the two are one place of a file, or have the same content."""
@@ -283,7 +282,7 @@ def _packed_for_library(
     """A weight in the layout of the CPU library."""
     companions = [values.get(f"{base}{suffix}") for suffix in (".scales", ".zero_points")]
     scales, zeros = (None if one is None else _numbers(one) for one in companions)
-    packed = packed_rows(value, lambda: _numbers(value), scales, zeros)
+    packed = packed_rows(value, _numbers(value), scales, zeros)
     parts, swapped = parameters_of(base), None
     if packed.num_experts:
         swapped = GraphMatrix(

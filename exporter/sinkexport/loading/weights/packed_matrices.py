@@ -47,15 +47,11 @@ class PackedRows:
 
 
 def packed_rows(
-    value: ir.Value,
-    packed: Callable[[], npt.NDArray[Any]],
-    scales: npt.NDArray[Any] | None,
-    zeros: npt.NDArray[Any] | None,
+    value: ir.Value, packed: npt.NDArray[Any], scales: npt.NDArray[Any] | None, zeros: npt.NDArray[Any] | None
 ) -> PackedRows:
     """What a constant holds.
 
-    value: the constant, whose reader says how it lies. packed: gives uint8 [n], whenever they are read.
-    scales, zeros: [(E,) tiles, groups, 16].
+    value: the constant, whose reader says how it lies. packed: uint8 [n]. scales, zeros: [(E,) tiles, groups, 16].
     """
     fields = _fields(value)
     depth = fields.get("in_features") or fields["row_length"]
@@ -75,14 +71,14 @@ def packed_rows(
     def at(rows: Indices, column: Indices) -> tuple[Floats, Floats]:
         tile, place = places(rows)
         if scales is None:
-            values = packed().view(np.float32).reshape(-1, depth, TILE)[tile, column, place]
+            values = packed.view(np.float32).reshape(-1, depth, TILE)[tile, column, place]
             return values, np.zeros_like(values)
         group = column // block if block else np.zeros_like(column)
         step = scales.reshape(-1, scales.shape[-2], TILE)[tile, group, place].astype(np.float32)
         if bits == 8:
-            codes = packed().view(np.int8).reshape(-1, padded // 4, TILE, 4)[tile, column // 4, place, column % 4]
+            codes = packed.view(np.int8).reshape(-1, padded // 4, TILE, 4)[tile, column // 4, place, column % 4]
             return codes.astype(np.float32) * step, step
-        both = packed().reshape(-1, padded // 8, TILE, 4)[tile, column // 8, place, column % 4]
+        both = packed.reshape(-1, padded // 8, TILE, 4)[tile, column // 8, place, column % 4]
         codes = (both >> (column // 4 % 2 * 4).astype(np.uint8)) & 15
         zero: Any = 8 if zeros is None else zeros.reshape(-1, zeros.shape[-2], TILE)[tile, group, place]
         return (codes.astype(np.int16) - zero).astype(np.float32) * step, step

@@ -338,6 +338,6 @@ class WeightCheck:
 
 
 def _release(places: Iterable[Place]) -> None:
-    """Unmap the pages of constants."""
+    """Let go of the pages of constants."""
     for place in places:
         place.matrix.release()
