@@ -273,6 +273,7 @@ class _Check:
         """States of one stream by input name; those of recurrent layers as they begin."""
         random, states = np.random.default_rng(1), {}
         for state in self._manifest.states:
+            values: np.ndarray
             shape, size = state.shape[1:], sizes[state.layer]["_v" in state.kind] if state.layer in sizes else 0.0
             if state.kind in RECURRENT_KINDS:
                 values = np.zeros(shape)

@@ -6,7 +6,6 @@ Read back from the files of the bundle, so that what is compared is what a runti
 from __future__ import annotations
 
 import dataclasses
-import mmap
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import onnx_ir as ir
 
 from sinkexport.loading.checkpoints.file_tensor import Floats, Indices
 from sinkexport.loading.weights.packed_matrices import PACKED, packed_rows
+from sinkexport.util.process_memory import release_pages
 from sinkexport.util.traced_names import MODEL
 
 BY_HEAD = "const.by_head"
@@ -85,10 +85,10 @@ class GraphMatrix:
         return b"".join(tensor.tobytes() for tensor in self.sources)
 
     def release(self) -> None:
-        """Let go of the pages of the file that were read: they count as this process's memory. Later reads go on."""
+        """Let go of the pages of the bundle's file that were read."""
         for tensor in self.sources:
-            if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
-                tensor.raw.madvise(mmap.MADV_DONTNEED)
+            if isinstance(tensor, ir.ExternalTensor):
+                release_pages(tensor.raw)
 
     def is_same(self, other: GraphMatrix) -> bool:
         """Whether the two are one place of a file, or have the same content."""
