@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from sinkrt.backends.ort import available_bytes
-from sinkrt.contract import RECURRENT_KINDS, SCALE_KINDS, Manifest
+from sinkrt.contract import Manifest
 from sinkrt.errors import UsageError
 from sinkrt.graph_runner import smallest_chunk
 from sinkrt.session import Session, StreamCopy
@@ -39,6 +39,7 @@ from sinkexport.families.adapters import has_alibi
 from sinkexport.families.refusals import refusing
 from sinkexport.model.experts import static_experts
 from sinkexport.pipeline.judge import Judge
+from sinkexport.pipeline.random_caches import random_states, rows_of
 from sinkexport.reference.dense import dense_logits
 from sinkexport.reference.mid_stream import logits_from, typical_sizes
 from sinkexport.reference.streamed import CALL_FOLLOWING, Streamed, streamed_logits
@@ -235,12 +236,15 @@ class _Check:
         kept = {(state.layer, state.kind) for state in self._manifest.states}
         if not {(layer, kind) for layer in sizes for kind in ("window_k", "window_v")} <= kept:
             return False  # layers that share a cache, or whose values are a part of their keys
-        states = self._random_states(sizes)
+        states = random_states(self._manifest, sizes)
         stream = self._manifest.stream
         position = stream.capacity + max(stream.window_size - STEPS_AROUND_WRAP // 2, 0)
         tolerance = min(MID_STREAM_TOLERANCE_PER_TOKEN * position, MAX_MID_STREAM_TOLERANCE)
         dtype = next(self._model.parameters()).dtype
-        layers = {layer: {kind: x.to(dtype) for kind, x in one.items()} for layer, one in self._rows(states).items()}
+        layers = {
+            layer: {kind: x.to(dtype) for kind, x in one.items()}
+            for layer, one in rows_of(self._manifest, states).items()
+        }
         try:
             with refusing(self._model, "running it on random caches"):
                 wanted = logits_from(self._model, torch.from_numpy(ids), position, layers).float().numpy()
@@ -268,34 +272,6 @@ class _Check:
         session.place_stream(stream, start)
         chunked = session.prefill(ids, streams=[stream])[stream][None, None]
         self._judge.correlation(chunked, wanted[:, -1:], "as a chunk", stepped[:, -1:], is_half=is_half)
-
-    def _random_states(self, sizes: dict[int, tuple[float, float]]) -> dict[str, np.ndarray]:
-        """States of one stream by input name; those of recurrent layers as they begin."""
-        random, states = np.random.default_rng(1), {}
-        for state in self._manifest.states:
-            values: np.ndarray
-            shape, size = state.shape[1:], sizes[state.layer]["_v" in state.kind] if state.layer in sizes else 0.0
-            if state.kind in RECURRENT_KINDS:
-                values = np.zeros(shape)
-            elif state.kind in SCALE_KINDS:
-                values = np.full(shape, max(size, 1e-3) * 3 / 127)
-            elif state.dtype == "int8":
-                values = np.clip(np.rint(random.standard_normal(shape, np.float32) * 127 / 3), -127, 127)
-            else:
-                values = random.standard_normal(shape, np.float32) * np.float32(size)
-            states[state.input] = values.astype(state.dtype)
-        return states
-
-    def _rows(self, states: dict[str, np.ndarray]) -> dict[int, dict[str, torch.Tensor]]:
-        """Keys and values [1, Hkv, S or W, D] by layer and kind, float32."""
-        found: dict[int, dict[str, torch.Tensor]] = {}
-        for state in self._manifest.states:
-            found.setdefault(state.layer, {})[state.kind] = torch.from_numpy(states[state.input])[None].float()
-        for one in found.values():
-            for kind in SCALE_KINDS:
-                if kind in one:
-                    one[kind.removesuffix("_scale")] *= one[kind][..., None]
-        return found
 
     def _can_stream(self, num_tokens: int) -> bool:
         work = float(self._manifest.model.num_parameters) * num_tokens
