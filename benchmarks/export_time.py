@@ -59,7 +59,7 @@ def show(result: dict[str, Any]) -> str:
             "",
             f"floor: writing as many bytes takes {result['floor_s']:.2f} s",
             f"sinkexport's memory, files counted once: {watched['proportional_mb']:.0f} MB, {start_mb:.0f} MB of it "
-            f"there before the export beside the model; the rest is {times:.1f} times the weights",
+            f"there before the model is loaded; the rest is {times:.1f} times the weights",
         ]
     )
 

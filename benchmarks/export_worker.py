@@ -49,7 +49,7 @@ class MemoryWatch(threading.Thread):
 def run_sinkexport(folder: str, out: str, variant: str, *, watches: bool = False) -> dict[str, float]:
     """Seconds to load and to export, of these the checks', and those that writing as many bytes takes.
 
-    watches: look at the memory meanwhile, which takes time; before the export, a process has `start_mb` beside weights.
+    watches: look at the memory meanwhile, which takes time; `start_mb` is there before the model.
     """
     from sinkexport.config import ExportConfig
     from sinkexport.pipeline.export import export_loaded
@@ -57,11 +57,10 @@ def run_sinkexport(folder: str, out: str, variant: str, *, watches: bool = False
     from sinkexport.sources import load_model
 
     config = ExportConfig(recipe=None if variant == "fp32" else load_recipe(variant))
-    start = time.perf_counter()
+    start_mb, start = proportional_mb(), time.perf_counter()
     loaded = load_model(folder, "float32")
     load_s = time.perf_counter() - start
     weight_bytes = sum(p.nbytes for p in loaded.model.parameters())
-    start_mb = proportional_mb() - weight_bytes / 1e6
     watch = MemoryWatch() if watches else None
     begun: list[tuple[str, float]] = [("start", time.perf_counter())]
 
