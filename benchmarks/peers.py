@@ -154,9 +154,11 @@ def genai_folder(folder: Path, cache: Path, python: str = sys.executable, precis
     return target
 
 
-def run_export(kind: str, folder: Path, out: Path, python: str, variant: str = "fp32") -> dict[str, float]:
+def run_export(
+    kind: str, folder: Path, out: Path, python: str, variant: str = "fp32", options: Sequence[str] = ()
+) -> dict[str, float]:
     """Run ``export_worker.py``; its figures. What the exporters print is shown only if they fail."""
-    command = [python, str(HERE / "export_worker.py"), kind, str(folder), str(out), variant]
+    command = [python, str(HERE / "export_worker.py"), kind, str(folder), str(out), variant, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{done.stderr[-4000:]}\n{kind}: export ended with exit code {done.returncode}")

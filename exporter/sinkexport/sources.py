@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sinkrt.errors import SinkError, UsageError, problem
 
 from sinkexport.loading.origin import LoadedModel, Origin
+from sinkexport.util.garbage import no_garbage_collection
 
 if TYPE_CHECKING:
     from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
@@ -49,7 +50,7 @@ def load_model(source: str, dtype: str = "float32") -> LoadedModel:
     origin = locate(source)
     for note in checkpoint_notes(origin):
         LOGGER.warning(note)
-    with quiet_transformers(), _readable_errors(source):
+    with no_garbage_collection(), quiet_transformers(), _readable_errors(source):  # the model's code is imported here
         config = _config(origin)
         refuse_architecture(config)
         load = load_gguf if origin.is_gguf else load_checkpoint

@@ -56,10 +56,11 @@ class Session:
         backend: str,
         threads: int | None,
         repack_prefill: bool | None = None,
+        repack_decode: bool = True,
     ) -> None:
         self._bundle = bundle
         self._manifest = manifest
-        loaded = load_backend(backend, bundle, manifest, threads, repack_prefill)
+        loaded = load_backend(backend, bundle, manifest, threads, repack_prefill, repack_decode)
         self._table = StreamTable(manifest)
         # None: the session is closed.
         self._runner: GraphRunner | None = GraphRunner(loaded, self._table, manifest.stream.chunk_size, manifest.target)
@@ -74,6 +75,7 @@ class Session:
         threads: int | None = None,
         verify: bool = True,
         repack_prefill: bool | None = None,
+        repack_decode: bool = True,
     ) -> Session:
         """Open the bundle folder `path`.
 
@@ -81,6 +83,7 @@ class Session:
         verify: compare every file's SHA-256 with the manifest; False compares sizes only, which is faster.
         repack_prefill: whether prefill gets a copy of the weights for itself, which makes it about a seventh faster;
         None: if memory is plentiful.
+        repack_decode: whether steps get one. Without both copies, all of the weights are pages of their file.
 
         Raises: BundleError if the bundle is missing, corrupt or newer; BackendError; UsageError.
         """
@@ -92,7 +95,7 @@ class Session:
         bundle = Path(path)
         manifest = load_manifest(bundle)
         check_files(bundle, manifest, hashes=verify)
-        return cls(bundle, manifest, backend, threads, repack_prefill)
+        return cls(bundle, manifest, backend, threads, repack_prefill, repack_decode)
 
     # --- facts ---
 

@@ -13,8 +13,9 @@ import transformers
 from sinkexport.config import ExportConfig
 from sinkexport.families.refusals import MAX_TEXT, one_line, refusing
 from sinkexport.pipeline import export as pipeline
-from sinkexport.pipeline.check_export import MAX_STREAMED_TOKENS, UncheckedWarning, check_export, correlations
+from sinkexport.pipeline.check_export import MAX_STREAMED_TOKENS, UncheckedWarning, check_export
 from sinkexport.pipeline.export import export_loaded
+from sinkexport.pipeline.judge import correlations
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.reference.mid_stream import logits_from, typical_sizes
 from sinkexport.reference.streaming import streaming_reference

@@ -27,6 +27,9 @@ from sinkexport.recurrent.step_cache import LayerStates
 NUM_BEFORE = 16
 """Tokens before the one that is looked at: what drops tokens once there are many, as experts that are full, shows."""
 
+TEXT = [*range(NUM_BEFORE), 2 * NUM_BEFORE]
+"""Ids of a text, the last of which occurs once."""
+
 FAR = 2**20
 """A position that no factor of position overlooks: some change at every 8,192nd token only."""
 
@@ -42,16 +45,17 @@ Tensors = dict[str, torch.Tensor]
 """Queries, keys, values and options of each attention call, and the logits, of the last token, by name."""
 
 
-def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
+def refuse_other_states(model: Any, rotary: ModelRotary) -> Tensors:
     """Refuse a model whose token depends on others but by attention and by the states of known recurrent layers.
 
     Others are those before it and those of other streams of a batch. Nor may anything but rotation and queries depend
     on where a token stands.
+    Returns: what the last token of TEXT has, whose first is at position 0.
 
     Raises: UsageError.
     """
-    x = [2 * NUM_BEFORE]
-    texts = list(range(NUM_BEFORE)) + x, list(range(NUM_BEFORE, 2 * NUM_BEFORE)) + x
+    x = TEXT[-1:]
+    texts = TEXT, list(range(NUM_BEFORE, 2 * NUM_BEFORE)) + x
     cache = recurrent_cache(model)
     first = _last_token(model, rotary, texts[0], 0, cache)
     has_states = bool(cached_states(cache))
@@ -97,6 +101,7 @@ def refuse_other_states(model: Any, rotary: ModelRotary) -> None:
                 fix="this model cannot be exported exactly",
             )
         )
+    return first
 
 
 def _changed_alone(model: Any, rotary: ModelRotary, first: Tensors, ids: list[int]) -> str | None:
@@ -116,17 +121,17 @@ def _is_end_of_table(error: Exception) -> bool:
     return isinstance(error, IndexError) or "out of bounds" in str(error)
 
 
-def query_scales(model: Any, rotary: ModelRotary, capacity: int) -> dict[int, torch.Tensor]:
+def query_scales(model: Any, rotary: ModelRotary, capacity: int, first: Tensors) -> dict[int, torch.Tensor]:
     """Factors float64 [C] by attention call where the length of a cache, as a position, changes queries.
+
+    first: as `refuse_other_states` returns it.
 
     Raises: UsageError if it changes anything else.
     """
     if recurrent_cache(model) is not None:  # its layers have a length of their own
         return {}
-    ids = list(range(NUM_BEFORE + 1))
-    first = _last_token(model, rotary, ids, 0)
     try:
-        far = _last_token(model, rotary, ids, 0, LongCache(FAR))
+        far = _last_token(model, rotary, TEXT, 0, LongCache(FAR))
     except Exception as error:
         if _is_end_of_table(error):
             raise UsageError(

@@ -98,8 +98,8 @@ def probe_attention(model: torch.nn.Module, num_layers: int, capacity: int = 1) 
             adapted=find_adapter(model) is not None,
         )
         rotary = ModelRotary(tables=tables, calls=calls)
-        refuse_other_states(model, rotary)
-        scales = query_scales(model, rotary, capacity)
+        alone = refuse_other_states(model, rotary)
+        scales = query_scales(model, rotary, capacity, alone)
     return shape, dataclasses.replace(rotary, query_scales=scales)
 
 

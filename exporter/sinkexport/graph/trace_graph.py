@@ -52,4 +52,5 @@ def _stamped(step: StreamStep, repeats: LayerRepeats) -> Traced:
     model = convert(program)
     tensors = {**program.constants, **program.state_dict}
     stamp_layers(model, repeats, tensors, [layer for layer, _, _ in step.state_names])
-    return model, [*derived_constants(program), *repeated_constants(program, repeats)]
+    traced = derived_constants(program)
+    return model, [*traced, *repeated_constants(program, repeats, traced)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NoReturn, Protocol
 
@@ -194,11 +194,19 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             del own[name]
 
 
-def repeated_constants(program: torch.export.ExportedProgram, repeats: LayerRepeats) -> list[DerivedConstant]:
-    """Constants of the layers that are left out of a trace, see `derived_constants`: of each its own parameters."""
+def repeated_constants(
+    program: torch.export.ExportedProgram, repeats: LayerRepeats, traced: Sequence[DerivedConstant]
+) -> list[DerivedConstant]:
+    """Constants of the layers that are left out of a trace, see `derived_constants`: of each its own parameters.
+
+    traced: those of the trace itself.
+    """
     found = []
     for layer, template in repeats.template_of.items():
         prefix = repeats.prefix(template)
+        has_buffers = any(prefix in name for name in program.constants)
+        if not any(_is_of_layer(constant, prefix, has_buffers) for constant in traced):
+            continue
 
         def of_layer(tensors: Mapping[str, Any], layer: int = layer, template: int = template) -> dict[str, Any]:
             return {name: tensors.get(repeats.renamed(name, template, layer), one) for name, one in tensors.items()}
@@ -210,8 +218,12 @@ def repeated_constants(program: torch.export.ExportedProgram, repeats: LayerRepe
             constants=of_layer(program.constants),
         )
         for constant in derived_constants(its_own):
-            is_its_own = not constant.sources and any(prefix in name for name in program.constants)
-            if is_its_own or any(prefix in name for name in constant.sources):
+            if _is_of_layer(constant, prefix, has_buffers):
                 names = {repeats.renamed(name, template, layer): one for name, one in constant.sources.items()}
                 found.append(DerivedConstant(constant.values, names))
     return found
+
+
+def _is_of_layer(constant: DerivedConstant, prefix: str, has_buffers: bool) -> bool:
+    """Whether a constant of a trace may be that of the layer whose names begin so. has_buffers: of its own."""
+    return any(prefix in name for name in constant.sources) if constant.sources else has_buffers

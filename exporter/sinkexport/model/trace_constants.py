@@ -49,15 +49,17 @@ def trace_constants(program: torch.export.ExportedProgram) -> dict[Node, TraceCo
 def _leaves(program: torch.export.ExportedProgram) -> Iterator[tuple[Node, TraceConstant]]:
     """Placeholders of a trace that are no inputs of it, with their tensors."""
     signature = program.graph_signature
+    # Each of these looks through all inputs.
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    of_code, not_in_files = signature.inputs_to_lifted_tensor_constants, set(signature.non_persistent_buffers)
     for node in program.graph_module.graph.nodes:
         if node.op != "placeholder":
             continue
-        if (of_code := signature.inputs_to_lifted_tensor_constants.get(node.name)) is not None:
-            yield node, TraceConstant(program.constants[of_code])
+        if node.name in of_code:
+            yield node, TraceConstant(program.constants[of_code[node.name]])
         if (name := names.get(node.name)) is None:
             continue
-        if name in signature.non_persistent_buffers:
+        if name in not_in_files:
             yield node, TraceConstant(program.constants[name], computed=frozenset({name}))
         elif program.state_dict[name].numel() <= MAX_NUMBERS:
             yield node, TraceConstant(program.state_dict[name].detach(), parameters=frozenset({name}))

@@ -11,8 +11,9 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeGuard
 
 import onnx_ir as ir
@@ -163,10 +164,11 @@ def write_tokenizer(tokenizer: SourceTokenizer | None, folder: Path) -> Tokenize
     return TokenizerFacts(file=TOKENIZER_FILE, chat_template=template)
 
 
-def hash_bundle(folder: Path) -> dict[str, FileFacts]:
-    """Size and SHA-256 of every file of a bundle but the manifest."""
+def hash_bundle(folder: Path, known: Mapping[str, FileFacts] = MappingProxyType({})) -> dict[str, FileFacts]:
+    """Size and SHA-256 of every file of a bundle but the manifest. known: those of files that have been hashed."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
-    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: known.get(name) or hash_file(path) for name, path in names.items()}
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:

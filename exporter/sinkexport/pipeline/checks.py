@@ -44,7 +44,7 @@ def check_model(model: Any, config: ExportConfig) -> None:
                     fix="load the model with that dtype",
                 )
             )
-        if not bool(torch.isfinite(parameter).all()):
+        if not _is_finite(parameter):
             raise UsageError(
                 problem(
                     f"weights '{name}'",
@@ -53,6 +53,12 @@ def check_model(model: Any, config: ExportConfig) -> None:
                     fix="check the model, or use --dtype fp32 if it overflows fp16",
                 )
             )
+
+
+def _is_finite(parameter: torch.Tensor) -> bool:
+    """Whether all numbers are finite: the sum shows it, unless it overflows itself."""
+    with torch.no_grad():
+        return bool(parameter.sum(dtype=torch.float32).isfinite()) or bool(parameter.isfinite().all())
 
 
 def check_calibration(model: Any, config: ExportConfig) -> None:

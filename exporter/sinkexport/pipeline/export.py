@@ -2,90 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import onnx
 from sinkrt.contract import (
     CPU_ABI,
     MANIFEST_NAME,
     PLUGIN_ABI,
     SCHEMA_VERSION,
-    AttentionCache,
     FileFacts,
-    GraphSpec,
     Manifest,
-    ModelFacts,
-    StateSpec,
     StreamFacts,
     TokenizerFacts,
 )
-from sinkrt.contract.constants import LAYOUT_METADATA
-from sinkrt.contract.layout import layout_text
-from sinkrt.ring import POSITION_LIMIT, Ring
+from sinkrt.ring import POSITION_LIMIT
 
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig, target_of
-from sinkexport.families.probe import probe_attention
-from sinkexport.families.refusals import refusing
-from sinkexport.families.rope import ModelRotary
-from sinkexport.families.shape import AttentionShape
 from sinkexport.families.unread import unread_weights
-from sinkexport.graph.convert import BuiltGraph, build_graph
-from sinkexport.graph.cpu_nodes import has_other_matmuls
-from sinkexport.graph.plugin_nodes import refuse_geometry, refuse_no_attention
-from sinkexport.graph.quantize.plan import Plan
 from sinkexport.graph.quantize.recipe_plan import RecipePlan
-from sinkexport.graph.trace_graph import traced_graph
 from sinkexport.loading.tokenizers.source_tokenizer import SourceTokenizer
 from sinkexport.loading.tokenizers.tokenizer_checks import check_template, check_tokens, fitted, named, opening_size
 from sinkexport.loading.tokenizers.turn_ends import beginning_id, end_ids
 from sinkexport.loading.weights.check_weights import check_weights
-from sinkexport.model.decoder import StreamStep
-from sinkexport.model.experts import static_experts
-from sinkexport.model.head_caches import HeadCache, head_caches
 from sinkexport.pipeline.bundle_writer import (
     hash_bundle,
     require_space,
     staged_bundle,
-    write_graph,
-    write_graph_with_weights_of,
     write_tokenizer,
 )
-from sinkexport.pipeline.check_export import UncheckedWarning, check_export, why_unchecked
+from sinkexport.pipeline.check_export import UncheckedWarning, compare_graphs, opened, why_unchecked
 from sinkexport.pipeline.checks import (
     check_calibration,
-    check_memory,
     check_model,
-    check_rings,
-    check_tuned_sinks,
-    check_variant,
-    check_weights_after_rotation,
 )
+from sinkexport.pipeline.graph_files import GraphFiles, PlanOf, write_graphs
 from sinkexport.pipeline.manifest_facts import (
-    attention_caches,
     head_windows,
-    model_facts,
     producers,
     quantization_facts,
 )
+from sinkexport.pipeline.probed import Probed, probed_model
 from sinkexport.pipeline.sink_token import with_sink_token
 from sinkexport.pipeline.stored_weights import recipe_for, stored_weights
 from sinkexport.quant.recipe import load_recipe
 from sinkexport.sources import LoadedModel, load_model
-from sinkexport.targets import ONNX, Target
-from sinkexport.util.derived_constant import DerivedConstant
+from sinkexport.targets import Target
 from sinkexport.util.garbage import no_garbage_collection
 from sinkexport.util.progress import Report, silent
 from sinkexport.variants.affine import FILE_NAME as AFFINE_FILE
 
-PlanOf = Callable[..., Plan]
-"""Arguments as `RecipePlan`'s."""
 LOGGER = logging.getLogger("sinkexport")
 WINDOW_RECIPE = "int8-window"
 """Recipe of ``kv="int8"`` where none is given."""
@@ -110,8 +80,7 @@ def export(
     """
     config = config or ExportConfig()
     report("load", 0, 1)
-    with no_garbage_collection():  # the model's code is imported here
-        loaded = load_model(source, WEIGHT_DTYPES[config.dtype])
+    loaded = load_model(source, WEIGHT_DTYPES[config.dtype])
     report("load", 1, 1)
     return export_loaded(loaded, out, config, overwrite=overwrite, check=check, report=report)
 
@@ -140,132 +109,50 @@ def export_loaded(
     check_model(model, config)
     check_calibration(model, config)
     stored = stored_weights(loaded, config)
-    with staged_bundle(out, overwrite=overwrite) as stage:
+    with no_garbage_collection(), staged_bundle(out, overwrite=overwrite) as stage:
         require_space(stage, sum(p.nbytes for p in model.parameters()) + SMALL_FILES_BYTES)
         report("probe", 0, 1)
-        probed = _probe(model, config)
+        probed = probed_model(model, config)
         if config.affine is not None:
             (stage / AFFINE_FILE).write_bytes(config.affine.raw)
-        written = _write_graphs(stage, loaded, config, probed, report, stored.planner(plan_of), special_ids)
+        written = write_graphs(stage, loaded, config, probed, report, stored.planner(plan_of), special_ids)
         tokenizer_facts = write_tokenizer(loaded.tokenizer, stage)
-        with ThreadPoolExecutor(max_workers=1) as hashing:  # hashing leaves the interpreter to the check
-            hashed = hashing.submit(hash_bundle, stage)
-            if check:
-                report("weights", 0, 1)
-                _check_weights(stage, loaded, config, probed, written)
-            report("hash", 0, 1)
-            files = hashed.result()
-        manifest = stored.described(_manifest(files, config, probed, written, tokenizer_facts), config)
+        report("hash", 0, 1)
+        facts = hash_bundle(stage, written.hashes)
+        manifest = stored.described(_manifest(facts, config, probed, written, tokenizer_facts), config)
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-        if check and (reason := why_unchecked(manifest)) is not None:
-            warnings.warn(f"the graphs were not compared with the model: {reason}", UncheckedWarning, stacklevel=2)
-        elif check:
-            report("check", 0, 1)
-            check_export(stage, manifest, model)
+        if check:
+            _check(stage, loaded, config, probed, written, manifest, report)
     report("done", 1, 1)
     return manifest
 
 
-@dataclasses.dataclass(frozen=True)
-class _Probed:
-    """Findings of the probe about a model, and the caches that its heads get."""
-
-    shape: AttentionShape
-    rotary: ModelRotary
-    caches: tuple[HeadCache, ...]
-
-    @property
-    def rings(self) -> list[Ring]:
-        """Geometry of each cache."""
-        return [cache.ring for cache in self.caches]
-
-
-def _probe(model: Any, config: ExportConfig) -> _Probed:
-    """Find out how a model attends, and what caches it gets.
-
-    Raises: UsageError for a model that cannot be followed, and for one that the config does not fit.
-    """
-    with static_experts(model):  # transformers' own form has demands on sizes that the graph has not
-        shape, rotary = probe_attention(model, model.config.get_text_config().num_hidden_layers, config.capacity)
-    check_variant(model, config, shape)
-    check_weights_after_rotation(config, rotary)
-    probed = _Probed(shape=shape, rotary=rotary, caches=head_caches(config, config.variant, shape))
-    check_rings(config, probed.rings)
-    check_memory(config, probed.caches)
-    if config.has_plugins:
-        if not probed.caches:
-            refuse_no_attention()
-        for cache in probed.caches:
-            refuse_geometry(cache.key_dim, config.batch, cache.ring.capacity)
-    check_tuned_sinks(config, shape, probed.caches)
-    return probed
-
-
-@dataclasses.dataclass(frozen=True)
-class _Written:
-    """Graphs of a bundle that are on the disk. num_tokens: T of the prefill graph; 1: there is none.
-
-    model, attention: what the manifest and the graphs' metadata say of the model and its caches.
-    derived: constants of the graphs that the model's code computes of its parameters.
-    """
-
-    graphs: Mapping[str, GraphSpec]
-    states: tuple[StateSpec, ...]
-    model: ModelFacts
-    attention: tuple[AttentionCache, ...] | None
-    num_tokens: int
-    derived: tuple[DerivedConstant, ...]
-
-
-def _write_graphs(
+def _check(
     stage: Path,
     loaded: LoadedModel,
     config: ExportConfig,
-    probed: _Probed,
+    probed: Probed,
+    written: GraphFiles,
+    manifest: Manifest,
     report: Report,
-    plan_of: PlanOf,
-    special_ids: tuple[int | None, tuple[int, ...]],
-) -> _Written:
-    """Build and write the decode graph, and the prefill graph where chunks have more than one token."""
-    report("decode", 0, 1)
-    built, derived = _build(loaded, config, probed, "decode", config.batch, 1, plan_of)
-    facts = model_facts(loaded, probed.shape, probed.rotary, special_ids, vocab_size=built.outputs[0].shape[-1])
-    attention = attention_caches(facts, probed.caches)
-    layout = layout_text(facts, config.num_sink_tokens, config.window_size, attention)
-    metadata = {} if layout is None else {LAYOUT_METADATA: layout}
-    built.model.metadata_props.update(metadata)
-    graphs = {"decode": built.spec("decode.onnx")}
-    write_graph(built.model, stage, "decode.onnx", lambda done, total: report("write", done, total))
-    num_tokens = min([_chunk_size(config, built), *(ring.window_size for ring in probed.rings)])
-    if num_tokens > 1:
-        report("prefill", 0, 1)
-        # Of one stream: a long prompt then costs the other streams nothing.
-        chunk, more = _build(loaded, config, probed, "prefill", 1, num_tokens, plan_of)
-        derived += more
-        graphs["prefill"] = chunk.spec("prefill.onnx")
-        chunk.model.metadata_props.update(metadata)
-        write_graph_with_weights_of(chunk.model, stage, "prefill.onnx", "decode.onnx")
-    for graph in graphs.values():
-        onnx.checker.check_model(stage / graph.file)
-    return _Written(
-        graphs=graphs,
-        states=built.states,
-        model=facts,
-        attention=attention,
-        num_tokens=num_tokens,
-        derived=tuple(derived),
-    )
+) -> None:
+    """Compare weights with their file, and graphs with the model: ONNX Runtime opens these beside the former.
+
+    Raises: UsageError, BundleError as `compare_graphs`.
+    """
+    reason = why_unchecked(manifest)
+    with contextlib.ExitStack() as stack:
+        session = stack.enter_context(opened(stage, manifest)) if reason is None else None
+        report("weights", 0, 1)
+        _check_weights(stage, loaded, config, probed, written)
+        if session is not None:
+            report("check", 0, 1)
+            compare_graphs(session, stage, manifest, loaded.model)
+    if reason is not None:
+        warnings.warn(f"the graphs were not compared with the model: {reason}", UncheckedWarning, stacklevel=3)
 
 
-def _chunk_size(config: ExportConfig, decode: BuiltGraph) -> int:
-    """T as far as the window allows it. A short prompt costs a whole chunk where the CPU library does not do it all."""
-    size = config.num_tokens_per_chunk
-    if config.chunk_size is None and target_of(config).has_cpu_library and has_other_matmuls(decode.model.graph):
-        return min(size, ONNX.chunk_size)
-    return size
-
-
-def _check_weights(stage: Path, loaded: LoadedModel, config: ExportConfig, probed: _Probed, written: _Written) -> None:
+def _check_weights(stage: Path, loaded: LoadedModel, config: ExportConfig, probed: Probed, written: GraphFiles) -> None:
     """Raises: UsageError if the graphs have other numbers than the file that the model came from."""
     calls = probed.shape.calls
     check_weights(
@@ -283,8 +170,8 @@ def _check_weights(stage: Path, loaded: LoadedModel, config: ExportConfig, probe
 def _manifest(
     files: dict[str, FileFacts],
     config: ExportConfig,
-    probed: _Probed,
-    written: _Written,
+    probed: Probed,
+    written: GraphFiles,
     tokenizer: TokenizerFacts | None,
 ) -> Manifest:
     """The manifest of a bundle of these files."""
@@ -318,28 +205,6 @@ def _library_abi(target: Target) -> str | None:
     if target.has_cpu_library:
         return CPU_ABI
     return PLUGIN_ABI if target.has_plugins else None
-
-
-def _build(
-    loaded: LoadedModel,
-    config: ExportConfig,
-    probed: _Probed,
-    role: str,
-    batch: int,
-    num_tokens: int,
-    plan_of: PlanOf,
-) -> tuple[BuiltGraph, list[DerivedConstant]]:
-    """Trace and convert one graph of B streams and T = num_tokens tokens, and what it computes of parameters."""
-    step = StreamStep(loaded.model, config, probed.shape, probed.rotary, batch=batch, num_tokens=num_tokens).eval()
-    recipe, dtype = config.recipe, WEIGHT_DTYPES[config.dtype]
-    plan = (
-        None if recipe is None or recipe.stored == "float" else plan_of(recipe, loaded.model, dtype, config.calibration)
-    )
-    num_sinks = 0 if config.calibration is None else config.calibration.num_sink_tokens
-    with no_garbage_collection():
-        model, derived = traced_graph(step, role)
-        with refusing(loaded.model, f"converting the {role} graph to ONNX"):
-            return build_graph(model, role, step.state_names, target_of(config), num_sinks, plan), derived
 
 
 def _resolved(config: ExportConfig, loaded: LoadedModel) -> ExportConfig:

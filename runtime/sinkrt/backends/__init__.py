@@ -10,25 +10,32 @@ from sinkrt.contract import Manifest
 from sinkrt.contract.constants import CPU
 from sinkrt.errors import BackendError, UsageError, problem
 
-Loader = Callable[[Path, Manifest, int | None, bool | None], Backend]
-"""Loads graphs and allocates buffers: of a bundle folder, its manifest, threads and repack_prefill (`Session.load`)."""
+Loader = Callable[[Path, Manifest, int | None, bool | None, bool], Backend]
+"""Loads graphs and allocates buffers: of a bundle folder, its manifest, threads, repack_prefill and repack_decode
+(`Session.load`)."""
 
 
-def _load_ort(bundle: Path, manifest: Manifest, threads: int | None, repack_prefill: bool | None) -> Backend:
+def _load_ort(
+    bundle: Path, manifest: Manifest, threads: int | None, repack_prefill: bool | None, repack_decode: bool
+) -> Backend:
     _check_standard("ort", manifest, or_cpu_library=True)
     from sinkrt.backends.ort import OrtBackend
 
-    return OrtBackend(bundle, manifest, threads, repack_prefill)
+    return OrtBackend(bundle, manifest, threads, repack_prefill, repack_decode=repack_decode)
 
 
-def _load_ort_cuda(bundle: Path, manifest: Manifest, threads: int | None, _repack_prefill: bool | None) -> Backend:
+def _load_ort_cuda(
+    bundle: Path, manifest: Manifest, threads: int | None, _repack_prefill: bool | None, _repack_decode: bool
+) -> Backend:
     _check_standard("ort-cuda", manifest)
     from sinkrt.backends.ort_cuda import load_on_gpu
 
     return load_on_gpu(bundle, manifest, threads)
 
 
-def _load_tensorrt(bundle: Path, manifest: Manifest, _threads: int | None, _repack_prefill: bool | None) -> Backend:
+def _load_tensorrt(
+    bundle: Path, manifest: Manifest, _threads: int | None, _repack_prefill: bool | None, _repack_decode: bool
+) -> Backend:
     from sinkrt.backends.tensorrt import TensorrtBackend
 
     return TensorrtBackend(bundle, manifest)
@@ -53,7 +60,12 @@ def check_backend(name: str) -> None:
 
 
 def load_backend(
-    name: str, bundle: Path, manifest: Manifest, threads: int | None, repack_prefill: bool | None = None
+    name: str,
+    bundle: Path,
+    manifest: Manifest,
+    threads: int | None,
+    repack_prefill: bool | None = None,
+    repack_decode: bool = True,
 ) -> Backend:
     """Load the graphs of a bundle and allocate every buffer.
 
@@ -62,7 +74,7 @@ def load_backend(
     """
     check_backend(name)
     check_graphs(manifest)
-    return LOADERS[name](bundle, manifest, threads, repack_prefill)
+    return LOADERS[name](bundle, manifest, threads, repack_prefill, repack_decode)
 
 
 def _check_standard(name: str, manifest: Manifest, *, or_cpu_library: bool = False) -> None:

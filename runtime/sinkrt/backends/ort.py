@@ -28,6 +28,7 @@ class OrtBackend:
     repack_prefill: a second copy of the weights, in the layout that matmuls like best, makes prefill about a seventh
     faster (measured on a CPU with AVX-512). Without it the prefill graph reads the pages of the weights file, which are
     mapped and shared. None: if the copy takes no more than a quarter of the memory that is free.
+    repack_decode: the same of the decode graph.
     device: None: the CPU. not_recorded: what `Backend` reports by that name.
     step, chunks: the decode graph's binding, and the prefill graph's by stream; for inspection.
 
@@ -43,6 +44,8 @@ class OrtBackend:
         repack_prefill: bool | None = None,
         device: Device | None = None,
         not_recorded: str | None = None,
+        *,
+        repack_decode: bool = True,
     ) -> None:
         self.not_recorded = not_recorded
         if repack_prefill is None:
@@ -52,12 +55,12 @@ class OrtBackend:
             device = HostDevice()
         # Opened first: a manifest whose sizes are not the graphs' is refused before memory is asked for.
         library = checked_library(manifest.plugin_abi) if manifest.target == CPU else None
-        # Only there: of other graphs ONNX Runtime keeps repacked copies, and lets go of the file.
-        weights = SharedWeights(bundle, manifest) if library else None
+        # Not where ONNX Runtime keeps repacked copies: it lets go of the file itself.
+        weights = SharedWeights(bundle, manifest) if library or not (repack_decode or repack_prefill) else None
         open_ = functools.partial(
             Graph, bundle, manifest, threads=threads, device=device, library=library, weights=weights
         )
-        decode, prefill = open_("decode", repack=True), manifest.graphs.get("prefill")
+        decode, prefill = open_("decode", repack=repack_decode), manifest.graphs.get("prefill")
         in_chunks = open_("prefill", repack=repack_prefill) if prefill else None
         specs = [TensorSpec(state.input, state.shape, state.dtype) for state in manifest.states]
         self._states = {spec.name: state for spec, state in zip(specs, device.states(specs), strict=True)}

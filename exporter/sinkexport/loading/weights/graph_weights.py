@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from sinkexport.loading.checkpoints.file_tensor import Floats, Indices
 from sinkexport.loading.weights.packed_matrices import PACKED, packed_rows
+from sinkexport.util.process_memory import release_pages
 from sinkexport.util.traced_names import MODEL
 
 BY_HEAD = "const.by_head"
@@ -82,6 +83,12 @@ class GraphMatrix:
     def content(self) -> bytes:
         """Its numbers, whatever their shape."""
         return b"".join(tensor.tobytes() for tensor in self.sources)
+
+    def release(self) -> None:
+        """Let go of the pages of the bundle's file that were read."""
+        for tensor in self.sources:
+            if isinstance(tensor, ir.ExternalTensor):
+                release_pages(tensor.raw)
 
     def is_same(self, other: GraphMatrix) -> bool:
         """Whether the two are one place of a file, or have the same content."""

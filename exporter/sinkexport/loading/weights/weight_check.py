@@ -32,6 +32,7 @@ from sinkexport.loading.weights.weight_rounding import (
     Rounding,
     Transform,
 )
+from sinkexport.util.process_memory import release_pages
 
 SAMPLED_ROWS = 8
 FOLDED = 1 << 20
@@ -75,8 +76,11 @@ class WeightCheck:
         """
         named, by_layer = self._places(matrices)
         anonymous = [matrix for matrix in matrices if not matrix.parts]
-        left = []
+        left, before = [], None
         for tensor in self._tensors.values():
+            if before is not None and layer_of(tensor.name) != layer_of(before.name):
+                _release(by_layer.get(layer_of(before.name), ()), before)
+            before = tensor
             places = next((named[name] for name in self.names_of(tensor.name) if name in named), ())
             for place in places:  # several if one of them is smoothed
                 if not self._claim_named(tensor, place):
@@ -92,6 +96,7 @@ class WeightCheck:
                 left.append(tensor)
         if self._is_gguf:
             self._claim_zeros(named)
+        _release((place for one in by_layer.values() for place in one), before)
         return left
 
     def names_of(self, name: str) -> list[str]:
@@ -331,3 +336,11 @@ class WeightCheck:
     def account(self, name: str) -> None:
         """Note that a parameter came from the file."""
         self.accounted.update(self.names_of(name))
+
+
+def _release(places: Iterable[Place], tensor: FileTensor | None) -> None:
+    """Let go of pages that were read: those of constants, and those of the file that a tensor is in."""
+    for place in places:
+        place.matrix.release()
+    if tensor is not None:
+        release_pages(tensor.array())
