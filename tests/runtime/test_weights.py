@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,34 @@ from sinkrt.backends.external_tensors import ExternalTensor, external_tensors
 from sinkrt.backends.ort_graph import open_graph
 from sinkrt.backends.weights import SharedWeights
 from sinkrt.contract import load_manifest
+from sinkrt.contract.constants import OPERATOR_DOMAIN
 
 from tests.mappings import mappings_of
-from tests.runtime.toy import Toy, build_toy
+from tests.runtime.toy import Toy, build_toy, rehash
 
 CPU = ["CPUExecutionProvider"]
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    return build_toy(tmp_path / "bundle")
+    return of_the_library(build_toy(tmp_path / "bundle"))
+
+
+def of_the_library(bundle: Path) -> Path:
+    """Let nodes of the library's domain read the weights of a toy: functions of the model stand for operators."""
+    model = onnx.load(bundle / "decode.onnx", load_external_data=False)
+    weights = {tensor.name for tensor in model.graph.initializer if tensor.external_data}
+    for node in model.graph.node:
+        if not weights.isdisjoint(node.input):
+            node.domain = OPERATOR_DOMAIN
+    versions = [helper.make_opsetid("", 24)]
+    for kind in ("Gather", "MatMul"):
+        body = [helper.make_node(kind, ["a", "b"], ["c"])]
+        model.functions.append(helper.make_function(OPERATOR_DOMAIN, kind, ["a", "b"], ["c"], body, versions))
+    model.opset_import.append(helper.make_opsetid(OPERATOR_DOMAIN, 1))
+    (bundle / "decode.onnx").write_bytes(model.SerializeToString())
+    rehash(bundle)
+    return bundle
 
 
 def shared(bundle: Path) -> SharedWeights:
@@ -54,8 +73,16 @@ def external(**fields: Any) -> onnx.TensorProto:
     return tensor
 
 
-def model_of(*tensors: onnx.TensorProto) -> bytes:
-    return helper.make_model(helper.make_graph([], "g", [], [], list(tensors))).SerializeToString()
+def model_of(*tensors: onnx.TensorProto, nodes: Sequence[onnx.NodeProto] = (), outputs: Sequence[str] = ()) -> bytes:
+    """A graph of these nodes, and one of the library that reads all tensors."""
+    names = [tensor.name for tensor in tensors]
+    reader = helper.make_node("Reader", names, ["r"], domain=OPERATOR_DOMAIN)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    return helper.make_model(helper.make_graph([reader, *nodes], "g", [], values, list(tensors))).SerializeToString()
+
+
+def found_in(model: bytes) -> list[ExternalTensor]:
+    return external_tensors(model, OPERATOR_DOMAIN)
 
 
 # --- the reader ------------------------------------------------------------------------------------------------------
@@ -68,31 +95,76 @@ def test_the_reader_finds_what_onnx_finds(bundle: Path) -> None:
         if entries:
             place = entries["location"], int(entries["offset"]), int(entries["length"])
             wanted.append(ExternalTensor(tensor.name, tensor.data_type, tuple(tensor.dims), *place))
-    assert external_tensors((bundle / "decode.onnx").read_bytes()) == wanted
+    assert found_in((bundle / "decode.onnx").read_bytes()) == wanted
     assert len(wanted) == 5
 
 
 def test_offset_and_length_may_be_left_out() -> None:
     scalar = TensorProto(name="s", data_type=TensorProto.INT64, int64_data=[1])
-    found = external_tensors(model_of(scalar, external(location="w", checksum="abc")))
+    found = found_in(model_of(scalar, external(location="w", checksum="abc")))
     assert found == [ExternalTensor("x", TensorProto.FLOAT, (3,), "w", 0, None)]
+
+
+def subgraph(*reads: str, domain: str = "") -> onnx.GraphProto:
+    """The branch of a node: one node."""
+    return helper.make_graph([helper.make_node("Sum", list(reads), ["s"], domain=domain)], "branch", [], [])
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"nodes": [helper.make_node("Mul", ["a", "x"], ["y"])]},
+        {"nodes": [helper.make_node("MatMulNBits", ["a", "x"], ["y"], domain="com.microsoft")]},
+        {"nodes": [helper.make_node("If", ["a"], ["y"], then_branch=subgraph("x"))]},
+        {"nodes": [helper.make_node("If", ["a"], ["y"], then_branch=subgraph("x", domain=OPERATOR_DOMAIN))]},
+        {"nodes": [helper.make_node("Many", ["a"], ["y"], bodies=[subgraph("a"), subgraph("x")])]},
+        {"nodes": [helper.make_node("Reader", ["a"], ["y"], domain=OPERATOR_DOMAIN, body=subgraph("x"))]},
+        {"outputs": ["x"]},
+    ],
+)
+def test_what_others_read_too_is_left_to_onnx_runtime(others: dict[str, Any]) -> None:
+    """Standard operators, other domains, subgraphs, and who runs the graph."""
+    other = external(location="w", offset=64)
+    other.name = "z"
+    shared_too = ExternalTensor("z", TensorProto.FLOAT, (3,), "w", 64, None)
+    assert [tensor.name for tensor in found_in(model_of(external(location="w"), other))] == ["x", "z"]
+    assert found_in(model_of(external(location="w"), other, **others)) == [shared_too]
+
+
+def test_a_graph_nested_deeply() -> None:
+    """The reader does not call itself, and ends. onnx cannot write such a file, so it is put together by hand."""
+
+    def field(number: int, data: bytes) -> bytes:
+        size = len(data)  # of three bytes, the lowest first, as this suffices
+        return bytes([number << 3 | 2, size & 0x7F | 0x80, size >> 7 & 0x7F | 0x80, size >> 14]) + data
+
+    graph = field(1, field(1, b"x"))  # a node that reads x
+    for _ in range(3000):
+        graph = field(1, field(5, field(6, graph)))  # node, attribute, subgraph
+    assert found_in(model_of(external(location="w")) + field(7, graph)) == []
+
+
+def test_what_nobody_reads_is_left_to_onnx_runtime() -> None:
+    graph = helper.make_graph([], "g", [], [], [external(location="w")])
+    assert found_in(helper.make_model(graph).SerializeToString()) == []
 
 
 @pytest.mark.parametrize("fields", [{"offset": "x"}, {"length": "1.5"}, {"offset": ""}])
 def test_numbers_that_are_none(fields: dict[str, str]) -> None:
     with pytest.raises(ValueError):
-        external_tensors(model_of(external(location="w", **fields)))
+        found_in(model_of(external(location="w", **fields)))
 
 
 @given(st.binary(max_size=200), st.integers(0, 400), st.integers(0, 255))
 def test_what_is_no_graph_is_refused(noise: bytes, place: int, byte: int) -> None:
     """Any bytes, the beginning of a graph, and a graph with one byte changed: read or refused."""
-    good = model_of(external(location="w", offset=64, length=12), external(location="v"))
+    nodes = [helper.make_node("If", ["x"], ["y"], then_branch=subgraph("x"), else_branch=subgraph("z"))]
+    good = model_of(external(location="w", offset=64, length=12), external(location="v"), nodes=nodes, outputs=["y"])
     changed = bytearray(good)
     changed[place % len(good)] = byte
     for data in (noise, good[: place % len(good)], bytes(changed)):
         with contextlib.suppress(ValueError):
-            external_tensors(data)
+            found_in(data)
 
 
 # --- what is mapped --------------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from typing import Any
 
 import onnx.defs
 from sinkrt.contract import MASS_KIND, SCALE_KINDS, STATE_KINDS
+from sinkrt.contract.constants import OPERATOR_DOMAIN
 
-DOMAIN = "ai.sinkexport"
+DOMAIN = OPERATOR_DOMAIN
 VERSION = 1
 SINK_ATTENTION = "SinkAttention"
 STREAM_ANGLES = "StreamAngles"

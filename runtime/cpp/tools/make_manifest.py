@@ -122,6 +122,8 @@ constexpr const char* kCpuAbi = {quoted(constants.CPU_ABI)};
 constexpr const char* kCpuLibrary = {quoted(constants.CPU_LIBRARY)};
 constexpr const char* kCpuLibraryVariable = {quoted(constants.CPU_LIBRARY_VARIABLE)};
 constexpr const char* kThreadsOption = {quoted(constants.THREADS_OPTION)};
+// Domain of the operators of the TensorRT plugins and the CPU library.
+constexpr const char* kOperatorDomain = {quoted(constants.OPERATOR_DOMAIN)};
 // Where 'sinkexport build' and sinkrt_build put engines and the plugin, and sessions look for them.
 constexpr const char* kEngineFolder = {quoted(constants.ENGINE_FOLDER)};
 constexpr const char* kPluginFile = {quoted(constants.PLUGIN_FILE)};

@@ -1,8 +1,8 @@
-"""Tensors of an ONNX graph whose data lies in another file: where each is.
+"""Tensors of an ONNX graph whose data lies in another file: where each is, and which nodes read it.
 
 A reader of the few fields of the format that say so, since the runtime needs no onnx package. Twin of
-runtime/cpp/src/backends/external_tensors.cpp. Source: onnx.proto3 (ModelProto, GraphProto, TensorProto) and the
-encoding of Protocol Buffers.
+runtime/cpp/src/backends/external_tensors.cpp. Source: onnx.proto3 (ModelProto, GraphProto, NodeProto, TensorProto) and
+the encoding of Protocol Buffers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from collections.abc import Iterator
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 _GRAPH = 7  # of ModelProto
-_INITIALIZER = 5  # of GraphProto
+_NODE, _INITIALIZER, _OUTPUT = 1, 5, 12  # of GraphProto
+_INPUT, _ATTRIBUTE, _DOMAIN = 1, 5, 7  # of NodeProto
+_SUBGRAPHS = 6, 11  # of AttributeProto: one, and a list
+_VALUE_NAME = 1  # of ValueInfoProto
 _DIMS, _DATA_TYPE, _NAME, _EXTERNAL_DATA = 1, 2, 8, 13  # of TensorProto
 _KEY, _VALUE = 1, 2  # of StringStringEntryProto
 _MOST_VARINT_BYTES = 10
@@ -33,18 +36,54 @@ class ExternalTensor:
     num_bytes: int | None
 
 
-def external_tensors(model: bytes) -> list[ExternalTensor]:
-    """Initializers of the main graph with external data, in the graph's order. model: the content of an ONNX file.
+def external_tensors(model: bytes, domain: str) -> list[ExternalTensor]:
+    """Initializers with external data that nodes of `domain` alone read, in the main graph's order.
+
+    What a subgraph names, or is an output of the graph, counts as read by others too. model: the content of an ONNX
+    file.
 
     Raises: ValueError for what is no ONNX file.
     """
-    data = memoryview(model)
+    graphs = list(_submessages(memoryview(model), _GRAPH))
+    names = _read_by_domain_alone(graphs, domain)
     return [
         tensor
-        for graph in _submessages(data, _GRAPH)
+        for graph in graphs
         for initializer in _submessages(graph, _INITIALIZER)
-        if (tensor := _external_tensor(initializer)) is not None
+        if (tensor := _external_tensor(initializer)) is not None and tensor.name in names
     ]
+
+
+def _read_by_domain_alone(main: list[memoryview], domain: str) -> set[str]:
+    by_domain: set[str] = set()
+    by_others: set[str] = set()
+    graphs = [(graph, False) for graph in main]  # a list of what is left, as graphs may be nested deeply
+    while graphs:
+        graph, is_subgraph = graphs.pop()
+        for node in _submessages(graph, _NODE):
+            node_domain, inputs, subgraphs = _node(node)
+            (by_domain if node_domain == domain and not is_subgraph else by_others).update(inputs)
+            graphs += [(subgraph, True) for subgraph in subgraphs]
+        for output in _submessages(graph, _OUTPUT):
+            by_others.update(_text(name) for name in _submessages(output, _VALUE_NAME))
+    return by_domain - by_others
+
+
+def _node(message: memoryview) -> tuple[str, list[str], list[memoryview]]:
+    """Domain, inputs and subgraphs."""
+    domain = ""
+    inputs: list[str] = []
+    subgraphs: list[memoryview] = []
+    for field, value in _fields(message):
+        if isinstance(value, int):
+            continue
+        if field == _INPUT:
+            inputs.append(_text(value))
+        elif field == _DOMAIN:
+            domain = _text(value)
+        elif field == _ATTRIBUTE:
+            subgraphs += [part for kind in _SUBGRAPHS for part in _submessages(value, kind)]
+    return domain, inputs, subgraphs
 
 
 def _external_tensor(message: memoryview) -> ExternalTensor | None:

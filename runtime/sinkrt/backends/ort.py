@@ -55,8 +55,8 @@ class OrtBackend:
             device = HostDevice()
         # Opened first: a manifest whose sizes are not the graphs' is refused before memory is asked for.
         library = checked_library(manifest.plugin_abi) if manifest.target == CPU else None
-        # Not where ONNX Runtime keeps repacked copies: it lets go of the file itself.
-        weights = SharedWeights(bundle, manifest) if library or not (repack_decode or repack_prefill) else None
+        # Only weights that the library's operators read can be shared.
+        weights = SharedWeights(bundle, manifest) if library else None
         open_ = functools.partial(
             Graph, bundle, manifest, threads=threads, device=device, library=library, weights=weights
         )

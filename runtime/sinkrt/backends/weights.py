@@ -1,7 +1,8 @@
 """Weights of a bundle on the CPU: each file mapped once in the process, for all of its graphs.
 
 ONNX Runtime maps the weights of each session by itself, and what two graphs have mapped counts twice in the resident
-size. Twin of runtime/cpp/src/backends/weights.cpp.
+size. Only what the CPU library's operators alone read is given to it. Its optimisations for standard operators may
+replace a constant by another, say a transposed one, and miss constants that it was given. Twin of runtime/cpp/src/backends/weights.cpp.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import onnxruntime as ort
 
 from sinkrt.backends.external_tensors import ExternalTensor, external_tensors
 from sinkrt.contract import Manifest
+from sinkrt.contract.constants import OPERATOR_DOMAIN
 
 _DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16"}
 """NumPy's names of onnx.TensorProto.DataType: what the weights of a bundle are made of."""
@@ -23,8 +25,8 @@ _DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool
 class SharedWeights:
     """Weights that several graphs read from one mapping. It must live as long as the sessions that it was given to.
 
-    A tensor that does not fit its file, or is of another type, is not shared: ONNX Runtime reads it itself, or refuses
-    the graph. A file that is replaced later stays as it was for the sessions that have it mapped.
+    A tensor that other nodes than the library's read is not shared, nor one that does not fit its file or is of another
+    type: ONNX Runtime reads it itself, or refuses the graph. A file that is replaced later stays as it was for the sessions that have it mapped.
     """
 
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
@@ -35,7 +37,7 @@ class SharedWeights:
     def give(self, graph_file: str, options: ort.SessionOptions) -> None:
         """Let a session that is made with `options` use these weights. graph_file: of the bundle."""
         try:
-            tensors = external_tensors((self._bundle / graph_file).read_bytes())
+            tensors = external_tensors((self._bundle / graph_file).read_bytes(), OPERATOR_DOMAIN)
         except (OSError, ValueError):
             return
         named = {tensor.name: tensor for tensor in tensors}

@@ -35,6 +35,9 @@ PLUGIN_ABI = "3"
 CPU_ABI = "3"
 """Version of the CPU library's operators and of its layout of weights, as the graphs of this version have them."""
 
+OPERATOR_DOMAIN = "ai.sinkexport"
+"""Domain of the operators that TensorRT's plugins and the CPU library implement."""
+
 CPU_LIBRARY = "libsinkexport_cpu.so"
 """The CPU library, which is found beside the package."""
 

@@ -102,6 +102,7 @@ def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
     [
         *("llama", "qwen2", "qwen3", "gemma2", "gpt_oss", "gpt_neox", "bloom", "mixtral", "deepseek_v2", "lfm2"),
         *("gemma3_text", "gemma4_text", "granite", "phi3", "stablelm", "cohere", "nanochat", "jetmoe"),
+        *("jamba", "mamba2", "qwen3_next"),  # weights of standard operators too
     ],
 )
 def test_dense_and_past_six_wraps(family: str, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ constexpr const char* kCpuAbi = "3";
 constexpr const char* kCpuLibrary = "libsinkexport_cpu.so";
 constexpr const char* kCpuLibraryVariable = "SINKEXPORT_CPU_LIBRARY";
 constexpr const char* kThreadsOption = "sinkexport.threads";
+// Domain of the operators of the TensorRT plugins and the CPU library.
+constexpr const char* kOperatorDomain = "ai.sinkexport";
 // Where 'sinkexport build' and sinkrt_build put engines and the plugin, and sessions look for them.
 constexpr const char* kEngineFolder = "engines";
 constexpr const char* kPluginFile = "engines/libsinkexport_plugin.so";

@@ -1,16 +1,21 @@
-// A reader of the few fields of the format that say where external data lies, so that no protobuf library is needed.
-// Source: onnx.proto3 (ModelProto, GraphProto, TensorProto) and the encoding of Protocol Buffers.
+// A reader of the few fields of the format that say where external data lies and who reads it, so that no protobuf
+// library is needed. Source: onnx.proto3 (ModelProto, GraphProto, NodeProto, TensorProto) and the encoding of Protocol Buffers.
 #include "backends/external_tensors.h"
 
 #include <charconv>
+#include <set>
 #include <string_view>
+#include <utility>
 
 namespace sinkrt {
 namespace {
 
 constexpr uint64_t kVarint = 0, kFixed64 = 1, kBytes = 2, kFixed32 = 5;      // wire types
 constexpr uint64_t kGraph = 7;                                               // of ModelProto
-constexpr uint64_t kInitializer = 5;                                         // of GraphProto
+constexpr uint64_t kNode = 1, kInitializer = 5, kOutput = 12;                // of GraphProto
+constexpr uint64_t kInput = 1, kAttribute = 5, kDomain = 7;                  // of NodeProto
+constexpr uint64_t kSubgraph = 6, kSubgraphs = 11;                           // of AttributeProto
+constexpr uint64_t kValueName = 1;                                           // of ValueInfoProto
 constexpr uint64_t kDims = 1, kDataType = 2, kName = 8, kExternalData = 13;  // of TensorProto
 constexpr uint64_t kKey = 1, kValue = 2;                                     // of StringStringEntryProto
 constexpr int kMostVarintBytes = 10;
@@ -112,16 +117,72 @@ bool read(Message message, ExternalTensor& out) {
   return is_external;
 }
 
+struct Node {
+  std::string_view domain;
+  std::vector<std::string_view> inputs, subgraphs;
+};
+
+Node readNode(Message message) {
+  Node node;
+  while (message.next()) {
+    if (message.is_number) continue;
+    if (message.field == kInput) node.inputs.push_back(message.bytes);
+    if (message.field == kDomain) node.domain = message.bytes;
+    if (message.field != kAttribute) continue;
+    for (Message attribute(message.bytes); attribute.next();) {
+      const bool is_graph = attribute.field == kSubgraph || attribute.field == kSubgraphs;
+      if (is_graph && !attribute.is_number) node.subgraphs.push_back(attribute.bytes);
+    }
+  }
+  return node;
+}
+
+// Names that nodes of a domain read, and those that others do.
+struct Readers {
+  std::set<std::string_view> by_domain, by_others;
+
+  bool domainAlone(std::string_view name) const { return by_domain.count(name) != 0 && by_others.count(name) == 0; }
+};
+
+Readers readersIn(const std::vector<std::string_view>& main, std::string_view domain) {
+  Readers readers;
+  // What is left to read, as graphs may be nested deeply: a graph, and whether it is a subgraph.
+  std::vector<std::pair<std::string_view, bool>> graphs;
+  for (const std::string_view graph : main) graphs.emplace_back(graph, false);
+  while (!graphs.empty()) {
+    const auto [data, is_subgraph] = graphs.back();
+    graphs.pop_back();
+    for (Message graph(data); graph.next();) {
+      if (graph.is_number) continue;
+      if (graph.field == kNode) {
+        const Node node = readNode(Message(graph.bytes));
+        auto& names = node.domain == domain && !is_subgraph ? readers.by_domain : readers.by_others;
+        names.insert(node.inputs.begin(), node.inputs.end());
+        for (const std::string_view subgraph : node.subgraphs) graphs.emplace_back(subgraph, true);
+      } else if (graph.field == kOutput) {
+        for (Message output(graph.bytes); output.next();) {
+          if (output.field == kValueName && !output.is_number) readers.by_others.insert(output.bytes);
+        }
+      }
+    }
+  }
+  return readers;
+}
+
 }  // namespace
 
-bool externalTensors(const std::string& model, std::vector<ExternalTensor>& out) {
+bool externalTensors(const std::string& model, std::string_view domain, std::vector<ExternalTensor>& out) {
   try {
+    std::vector<std::string_view> graphs;
     for (Message whole(model); whole.next();) {
-      if (whole.field != kGraph || whole.is_number) continue;
-      for (Message graph(whole.bytes); graph.next();) {
+      if (whole.field == kGraph && !whole.is_number) graphs.push_back(whole.bytes);
+    }
+    const Readers readers = readersIn(graphs, domain);
+    for (const std::string_view data : graphs) {
+      for (Message graph(data); graph.next();) {
         if (graph.field != kInitializer || graph.is_number) continue;
         ExternalTensor tensor;
-        if (read(Message(graph.bytes), tensor)) out.push_back(std::move(tensor));
+        if (read(Message(graph.bytes), tensor) && readers.domainAlone(tensor.name)) out.push_back(std::move(tensor));
       }
     }
     return true;

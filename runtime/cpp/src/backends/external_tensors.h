@@ -1,9 +1,10 @@
-// Tensors of an ONNX graph whose data lies in another file: where each is. Twin of
+// Tensors of an ONNX graph whose data lies in another file: where each is, and which nodes read it. Twin of
 // runtime/sinkrt/backends/external_tensors.py.
 #pragma once
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace sinkrt {
@@ -18,8 +19,9 @@ struct ExternalTensor {
   int64_t num_bytes = -1;  // -1: the graph does not say
 };
 
-// Initializers of the main graph with external data, in the graph's order. model: the content of an ONNX file. False
-// for what is no ONNX file.
-bool externalTensors(const std::string& model, std::vector<ExternalTensor>& out);
+// Initializers with external data that nodes of `domain` alone read, in the main graph's order. What a subgraph names,
+// or is an output of the graph, counts as read by others too. model: the content of an ONNX file. False for what is no
+// ONNX file.
+bool externalTensors(const std::string& model, std::string_view domain, std::vector<ExternalTensor>& out);
 
 }  // namespace sinkrt

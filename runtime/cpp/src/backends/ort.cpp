@@ -223,7 +223,7 @@ class OrtBackend final : public Backend {
       refuseMemory(std::to_string(available) + " bytes", manifest.stateBytes());
     }
     // Opened first: a manifest whose sizes are not the graphs' is refused before memory is asked for.
-    // Weights only there: of other graphs ONNX Runtime keeps repacked copies, and lets go of the file.
+    // Only weights that the library's operators read can be shared.
     if (!library.empty()) weights_ = std::make_unique<SharedWeights>(api, bundle, manifest_);
     const auto opened = [&](const std::string& role, bool repack) {
       return std::make_unique<Graph>(api, env, bundle, manifest, role, options.threads, repack, library,

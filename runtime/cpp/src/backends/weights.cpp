@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "files.h"
+#include "sinkrt/constants.h"
 
 namespace sinkrt {
 namespace {
@@ -57,7 +58,9 @@ MappedFile::~MappedFile() {
 void SharedWeights::give(const std::string& graph_file, OrtSessionOptions* options) {
   std::string model;
   std::vector<ExternalTensor> tensors;
-  if (!readFile(joined(bundle_, graph_file), model) || !externalTensors(model, tensors)) return;
+  if (!readFile(joined(bundle_, graph_file), model) || !externalTensors(model, kOperatorDomain, tensors)) {
+    return;
+  }
   std::set<std::string> names;
   for (const ExternalTensor& tensor : tensors) names.insert(tensor.name);
   if (names.size() != tensors.size()) return;

@@ -1,5 +1,5 @@
 // Weights of a bundle on the CPU: each file mapped once in the process, for all of its graphs. Twin of
-// runtime/sinkrt/backends/weights.py.
+// runtime/sinkrt/backends/weights.py, which says why some are left to ONNX Runtime.
 #pragma once
 
 #include <map>
@@ -32,8 +32,8 @@ class MappedFile {
 
 // Weights that several graphs read from one mapping. It must live as long as the sessions that it was given to.
 //
-// A tensor that does not fit its file, or is of another type, is not shared: ONNX Runtime reads it itself, or refuses
-// the graph.
+// A tensor that other nodes than the library's read is not shared, nor one that does not fit its file or is of another
+// type: ONNX Runtime reads it itself, or refuses the graph.
 class SharedWeights {
  public:
   SharedWeights(const OrtApi& api, const std::string& bundle, const Manifest& manifest)
