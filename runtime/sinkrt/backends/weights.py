@@ -1,8 +1,9 @@
 """Weights of a bundle on the CPU: each file mapped once in the process, for all of its graphs.
 
 ONNX Runtime maps the weights of each session by itself, and what two graphs have mapped counts twice in the resident
-size. Only what the CPU library's operators alone read is given to it. Its optimisations for standard operators may
-replace a constant by another, say a transposed one, and miss constants that it was given. Twin of runtime/cpp/src/backends/weights.cpp.
+size. Only what the CPU library's operators alone read is given to it: its optimisations reshape constants of standard
+operators, but not those that it was given (findings/onnxruntime_given_initializer_is_not_transposed.sh). Twin of
+runtime/cpp/src/backends/weights.cpp.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class SharedWeights:
     """Weights that several graphs read from one mapping. It must live as long as the sessions that it was given to.
 
     A tensor that other nodes than the library's read is not shared, nor one that does not fit its file or is of another
-    type: ONNX Runtime reads it itself, or refuses the graph. A file that is replaced later stays as it was for the sessions that have it mapped.
+    type: ONNX Runtime reads it itself, or refuses the graph. A file that is replaced later stays as it was for the
+    sessions that have it mapped.
     """
 
     def __init__(self, bundle: Path, manifest: Manifest) -> None:

@@ -1,5 +1,6 @@
 // A reader of the few fields of the format that say where external data lies and who reads it, so that no protobuf
-// library is needed. Source: onnx.proto3 (ModelProto, GraphProto, NodeProto, TensorProto) and the encoding of Protocol Buffers.
+// library is needed. Source: onnx.proto3 (ModelProto, GraphProto, NodeProto, TensorProto) and the encoding of Protocol
+// Buffers.
 #include "backends/external_tensors.h"
 
 #include <charconv>
