@@ -22,14 +22,11 @@ from sinkexport.graph.operators import (
     SINK_ATTENTION,
     VERSION,
 )
-from sinkexport.graph.packed_weights import LAYOUT, SCALE_TYPES, PackedMatrix, packed_source
+from sinkexport.graph.packed_weights import LAYOUT, ROW_ORDER, SCALE_TYPES, PackedMatrix, packed_source, shown_order
 
 BITS_OF_LINEARS: Mapping[str, int] = {FLOAT_LINEAR: 32, INT8_LINEAR: 8, INT4_LINEAR: 4}
 BITS_OF_ROWS: Mapping[str, int] = {FLOAT_ROWS: 32, INT8_ROWS: 8, INT4_ROWS: 4}
 BITS_OF_EXPERTS: Mapping[str, int] = {FLOAT_EXPERT_LINEAR: 32, INT8_EXPERT_LINEAR: 8}
-ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu2")
-"""Names of a linear's activations."""
-
 RMS, LAYER_NORM = 1, 2
 """Values of a linear's field ``norm``."""
 
@@ -123,6 +120,7 @@ class Linear:
         fused = (self.norm_weight, self.norm_bias, self.bias, self.output_norm_weight, self.residual)
         norm = 0 if self.norm_weight is None else LAYER_NORM if self.is_layer_norm else RMS
         inputs = [self.x, *self.weights, *(value for value in fused if value is not None)]
+        order = None if self.matrix is None else self.matrix.order
         return _op(
             b,
             self.op_type,
@@ -142,13 +140,21 @@ class Linear:
             multiplier=float(self.multiplier),
             output_norm=int(self.output_norm_weight is not None),
             output_norm_epsilon=float(self.output_norm_epsilon),
+            **({} if order is None else {ROW_ORDER: shown_order(order)}),
         )
+
+
+def is_linear(node: ir.Node | None) -> bool:
+    """Whether a node is a linear of the CPU library."""
+    if node is None or node.domain != DOMAIN:
+        return False
+    return node.op_type in BITS_OF_LINEARS and "layout" in node.attributes
 
 
 def find_linears(graph: ir.Graph) -> Iterator[tuple[ir.Node, Linear]]:
     """Every linear of the CPU library. The node that is handed out may be replaced."""
     for node in list(graph):
-        if node.domain == DOMAIN and node.op_type in BITS_OF_LINEARS and "layout" in node.attributes:
+        if node.graph is not None and is_linear(node):
             yield node, Linear.of(node)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -30,6 +31,12 @@ BLOCK_SIZES = (32, 64, 128)
 SCALE_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 """Types by the number that a node's field ``scale_type`` has for them."""
 
+BY_HEAD = ".by_head"
+"""Suffix of the name of a matrix, or of its bias, whose rows are in attention's order."""
+
+ROW_ORDER = "row_order"
+"""Attribute of the node of such a matrix, `shown_order` of its rows: for who compares weights, not for the library."""
+
 _SOURCE = "packed from"
 """Key in the metadata of a packed weight: the `PackedMatrix` that it is of."""
 
@@ -51,6 +58,7 @@ class PackedMatrix:
 
     rows: gives [E * N, K], float32, or integers: int8, or 0 .. 15 if they have 4 bits. num_experts: E; 0: one matrix.
     is_gated: rows are gates, then as many ups, whose tiles alternate. integers: None: float32.
+    order: which of the model's rows each is; None: they are in the model's order.
     """
 
     name: str
@@ -60,6 +68,7 @@ class PackedMatrix:
     integers: Integers | None = None
     is_gated: bool = False
     num_experts: int = 0
+    order: tuple[int, ...] | None = None
 
     @property
     def num_tiles(self) -> int:
@@ -84,8 +93,9 @@ class PackedMatrix:
     def values(self, graph: ir.Graph) -> list[ir.Value]:
         """Constants of the graph: packed bytes uint8 [n], then scales and zero points [(E,) tiles, groups, 16]."""
         bits = 32 if self.integers is None else self.integers.bits
+        name = self.name if self.order is None else f"{self.name}{BY_HEAD}"
         count = max(self.num_experts, 1) * self.num_tiles * TILE * self.padded_inputs * bits // 8
-        packed = lazy_weight(graph, f"{self.name}{PACKED}", ir.DataType.UINT8, (count,), self._bytes)
+        packed = lazy_weight(graph, f"{name}{PACKED}", ir.DataType.UINT8, (count,), self._bytes)
         packed.meta[_SOURCE] = self
         found = [packed]
         if self.integers is None:
@@ -97,8 +107,21 @@ class PackedMatrix:
             of_groups.append((ZERO_POINTS, ir.DataType.UINT8, self.integers.zero_points))
         for suffix, dtype, make in of_groups:
             tiled = functools.partial(self._tiled_groups, make, dtype, shape)
-            found.append(lazy_weight(graph, f"{self.name}{suffix}", dtype, shape, tiled))
+            found.append(lazy_weight(graph, f"{name}{suffix}", dtype, shape, tiled))
         return found
+
+    def reordered(self, rows: np.ndarray) -> PackedMatrix:
+        """The same matrix with its outputs in another order. rows: int64 [N], a permutation."""
+        integers = self.integers
+        if integers is not None:
+            zeros = integers.zero_points
+            integers = dataclasses.replace(
+                integers,
+                scales=functools.partial(_taken, integers.scales, rows),
+                zero_points=None if zeros is None else functools.partial(_taken, zeros, rows),
+            )
+        taken = functools.partial(_taken, self.rows, rows)
+        return dataclasses.replace(self, rows=taken, integers=integers, order=tuple(rows.tolist()))
 
     def _bytes(self) -> np.ndarray:
         rows = self._in_tiles(self.rows())  # [.., tiles, 16, K]
@@ -132,6 +155,13 @@ class PackedMatrix:
         return whole.swapaxes(1, 2).reshape(len(whole), tiles * parts, TILE, rows.shape[-1])
 
 
+def shown_order(rows: Sequence[int]) -> str:
+    """Which of the model's rows each is, as runs ``first:count`` with commas between them."""
+    places = np.asarray(rows)
+    begins = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
+    return ",".join(f"{places[a]}:{b - a}" for a, b in itertools.pairwise(begins))
+
+
 def packed_source(weight: ir.Value) -> PackedMatrix | None:
     """What a packed weight is made of, in a graph that is not written yet."""
     found: PackedMatrix | None = weight.meta.get(_SOURCE)
@@ -163,6 +193,11 @@ def packed_integers(weight: QuantizedWeight, num_experts: int = 0) -> PackedMatr
     integers = Integers(scheme.bits, block, scale_type, weight.scales, zeros)
     outputs = weight.num_outputs // max(num_experts, 1)
     return PackedMatrix(weight.name, outputs, weight.num_inputs, rows, integers, num_experts=num_experts)
+
+
+def _taken(make: Callable[[], np.ndarray], rows: np.ndarray) -> np.ndarray:
+    taken: np.ndarray = make()[rows]
+    return taken
 
 
 def _zero_points(weight: QuantizedWeight) -> np.ndarray:

@@ -31,6 +31,8 @@ CPU = Target(
         "make_reshapes_static",
         "fuse_cpu_slices",
         "fuse_cpu_head_norms",
+        "fuse_cpu_additions",  # biases
+        "order_cpu_heads",
         "pack_heads",
         "fuse_cpu_additions",
         "fuse_cpu_output_norms",  # after biases

@@ -7,7 +7,7 @@ import dataclasses
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.cpu_nodes import Linear, find_linears
+from sinkexport.graph.cpu_nodes import Linear, find_linears, is_linear
 from sinkexport.graph.edit import drop_unused, is_weight, known_shape, only_user, replace_node
 from sinkexport.graph.graph_pass import GraphPass
 
@@ -15,7 +15,10 @@ FLOAT = ir.DataType.FLOAT
 
 
 class FuseCpuAdditions(GraphPass):
-    """A linear whose only reader is an Add takes over what is added: constants [N], then a tensor of y's shape."""
+    """A linear whose only reader is an Add takes over what is added: constants [N], then a tensor of y's shape.
+
+    Of two tensors that are added one after the other, the second goes to the matmul that made the first.
+    """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fuse one addition after the other until none is left."""
@@ -30,7 +33,35 @@ class FuseCpuAdditions(GraphPass):
                 drop_unused(graph)
                 (node,) = (one for one in b.nodes if one.op_type == linear.op_type)
                 modified = True
+        for node, linear in find_linears(graph):
+            modified |= _moved_to_first(graph, node, linear)
         return ir.passes.PassResult(model, modified)
+
+
+def _moved_to_first(graph: ir.Graph, node: ir.Node, linear: Linear) -> bool:
+    """Let the first of two matmuls add what follows the second: ``(a + b) + x`` becomes ``a + (b + x)``.
+
+    A linear has one residual. Where blocks lie side by side (GPT-NeoX, Falcon) the second's is the first's result.
+    """
+    first = None if linear.residual is None else linear.residual.producer()
+    result = node.outputs[0]
+    addition = only_user(result, "Add")
+    if first is None or addition is None or not is_linear(first) or len(list(first.outputs[0].uses())) > 1:
+        return False
+    before = Linear.of(first)
+    other = addition.inputs[1] if addition.inputs[0] is result else addition.inputs[0]
+    if before.residual is not None or first.outputs[0].is_graph_output() or other is None or other is result:
+        return False
+    if other.dtype != FLOAT or is_weight(other) or known_shape(other) != known_shape(result):
+        return False
+    if known_shape(first.outputs[0]) != known_shape(result):
+        return False
+    b = Builder(graph)
+    between = dataclasses.replace(before, residual=other).write(b)  # what it reads is there: only `node` reads it
+    out = dataclasses.replace(linear, residual=between).write(b)
+    replace_node(addition, b.nodes, [out])
+    drop_unused(graph)
+    return True
 
 
 def _with_addition(node: ir.Node, linear: Linear) -> tuple[ir.Node, Linear] | None:

@@ -16,6 +16,10 @@ TILE = 16
 PACKED = ".n16"
 """Suffix of the packed bytes of a weight."""
 
+ROW_ORDER = "row_order"
+"""Attribute of a node whose matrix has its rows in another order than the model's: which of them each is, as runs
+``first:count``."""
+
 At = Callable[[Indices, Indices], tuple[Floats, Floats]]
 """Rows and columns, of shapes that broadcast -> numbers and their steps, of that shape."""
 
@@ -83,8 +87,20 @@ def packed_rows(
         zero: Any = 8 if zeros is None else zeros.reshape(-1, zeros.shape[-2], TILE)[tile, group, place]
         return (codes.astype(np.int16) - zero).astype(np.float32) * step, step
 
+    places_of = row_places(value)
     num_experts = fields.get("num_experts", 0)
+    if places_of is not None:
+        return PackedRows((parts * width, depth), 0, lambda rows, columns: at(places_of[rows], columns))
     return PackedRows((max(num_experts, 1) * parts * width, depth), num_experts, at)
+
+
+def row_places(value: ir.Value) -> Indices | None:
+    """Where each of the model's rows is in a matrix or a bias [N] of reordered rows; None: in the model's order."""
+    shown = next((use.node.attributes[ROW_ORDER] for use in value.uses() if ROW_ORDER in use.node.attributes), None)
+    if shown is None:
+        return None
+    runs = [tuple(map(int, run.split(":"))) for run in shown.as_string().split(",")]
+    return np.argsort(np.concatenate([np.arange(first, first + count) for first, count in runs]))
 
 
 def _fields(value: ir.Value) -> dict[str, Any]:
