@@ -131,7 +131,6 @@ class Linear:
             **_weight_fields(self.weights, self.block_size),
             norm=norm,
             norm_epsilon=float(self.norm_epsilon),
-            norm_offset=0,
             has_norm_bias=int(self.norm_bias is not None),
             has_bias=int(self.bias is not None),
             has_residual=int(self.residual is not None),

@@ -94,7 +94,7 @@ def _name(x: ir.Value, result: ir.Value) -> str | None:
         return None
     points = _points()
     with np.errstate(all="ignore"):
-        got = _computed(result, {x: points})
+        got = computed(result, {x: points})
         for name, activation in _ACTIVATIONS.items():
             want = activation(points)
             if np.all(np.abs(got - want) <= TOLERANCE * np.maximum(np.abs(want), 1)):
@@ -109,7 +109,8 @@ def _points() -> np.ndarray:
     return np.concatenate([-far, np.linspace(-12, 12, 4801), far])
 
 
-def _computed(value: ir.Value, known: dict[ir.Value, np.ndarray]) -> np.ndarray:
+def computed(value: ir.Value, known: dict[ir.Value, np.ndarray]) -> np.ndarray:
+    """What a value is for given ones, by operators that work element by element. known: grows."""
     if value in known:
         return known[value]
     number, node = _number(value), value.producer()
@@ -117,7 +118,7 @@ def _computed(value: ir.Value, known: dict[ir.Value, np.ndarray]) -> np.ndarray:
         return np.asarray(number)
     if node is None:
         raise ValueError(f"'{value.name}' is not computed")
-    given = [_computed(each, known) for each in node.inputs if each is not None]
+    given = [computed(each, known) for each in node.inputs if each is not None]
     if node.op_type == "Gelu":
         is_tanh = "approximate" in node.attributes and node.attributes["approximate"].as_string() == "tanh"
         known[value] = (_gelu_tanh if is_tanh else _gelu)(*given)

@@ -17,7 +17,7 @@ namespace {
 
 // Version of names, inputs and fields of the operators, and of the layout of weights. The manifest of a bundle has the
 // one that it was made for (CPU_ABI in sinkrt.contract).
-constexpr const char* kAbi = "2";
+constexpr const char* kAbi = "3";
 constexpr const char* kDomain = "ai.sinkexport";
 // Threads of the session's pool, which ONNX Runtime does not report to operators.
 constexpr const char* kThreadsOption = "sinkexport.threads";

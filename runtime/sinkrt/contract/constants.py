@@ -32,7 +32,7 @@ STATE_VERSION = "2"
 PLUGIN_ABI = "3"
 """Version of the TensorRT plugins' names, inputs, outputs and fields, as the graphs of this version have them."""
 
-CPU_ABI = "2"
+CPU_ABI = "3"
 """Version of the CPU library's operators and of its layout of weights, as the graphs of this version have them."""
 
 CPU_LIBRARY = "libsinkexport_cpu.so"

@@ -19,7 +19,7 @@ from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION
 
 _ON_THE_WAY = frozenset(
     (
-        *("Add", "Clip", "RMSNormalization", "LayerNormalization", "RotaryEmbedding"),
+        *("Add", "Mul", "Clip", "RMSNormalization", "LayerNormalization", "RotaryEmbedding"),
         *("Split", "Slice", "Gather", "Reshape", "Squeeze", "Unsqueeze", "Transpose"),
     )
 )
