@@ -65,6 +65,7 @@ class Linear:
     bias: ir.Value | None = None
     residual: ir.Value | None = None
     activation: str = "none"
+    activation_limit: float = 0.0
     is_gated: bool = False
     multiplier: float = 1.0
     output_norm_weight: ir.Value | None = None
@@ -98,6 +99,7 @@ class Linear:
             bias=bias,
             residual=residual,
             activation=fields["activation"],
+            activation_limit=fields["activation_limit"],
             is_gated=bool(fields["gated"]),
             multiplier=fields["multiplier"],
             output_norm_weight=output_norm,
@@ -120,7 +122,6 @@ class Linear:
         fused = (self.norm_weight, self.norm_bias, self.bias, self.output_norm_weight, self.residual)
         norm = 0 if self.norm_weight is None else LAYER_NORM if self.is_layer_norm else RMS
         inputs = [self.x, *self.weights, *(value for value in fused if value is not None)]
-        order = None if self.matrix is None else self.matrix.order
         return _op(
             b,
             self.op_type,
@@ -135,11 +136,12 @@ class Linear:
             has_bias=int(self.bias is not None),
             has_residual=int(self.residual is not None),
             activation=self.activation,
+            activation_limit=float(self.activation_limit),
             gated=int(self.is_gated),
             multiplier=float(self.multiplier),
             output_norm=int(self.output_norm_weight is not None),
             output_norm_epsilon=float(self.output_norm_epsilon),
-            **({} if order is None else {ROW_ORDER: shown_order(order)}),
+            **_row_order(self.matrix),
         )
 
 
@@ -171,19 +173,121 @@ def write_rows(b: Builder, ids: ir.Value, matrix: PackedMatrix) -> ir.Value:
     )
 
 
-def write_expert_linear(b: Builder, x: ir.Value, picks: ir.Value, matrix: PackedMatrix) -> ir.Value:
-    """Add a matmul by chosen matrices: x [R, K], picks [P], R a divisor of P -> [P, N]."""
-    weights = matrix.values(b.graph)
-    return _op(
-        b,
-        _of_bits(BITS_OF_EXPERTS, matrix),
-        [x, picks, *weights],
-        (*known_shape(picks), matrix.num_outputs),
-        in_features=matrix.num_inputs,
-        out_features=matrix.num_outputs,
-        num_experts=matrix.num_experts,
-        **_weight_fields(weights, _block_size(matrix)),
-    )
+@dataclasses.dataclass(frozen=True)
+class ExpertLinear:
+    """Each row of x by matrices that are chosen: ``activation(norm(x) . W^T + bias)``, gates and ups in their form.
+
+    x: [R, K] with any leading axes. picks: int64 [P], R a divisor of P, likewise. weights: as `Linear`'s. norm_weight:
+    [K] of an RMS norm, or of a layer norm. bias: [E, N], gated [E, 2N]. pick_weights: [.., top_k], P in all: the result is the weighted sums
+    of top_k rows then, [.., N]. residual: of the result's elements, added last; the result has its shape.
+    """
+
+    op_type: str
+    x: ir.Value
+    picks: ir.Value
+    weights: tuple[ir.Value, ...]
+    in_features: int
+    out_features: int
+    num_experts: int
+    block_size: int
+    norm_weight: ir.Value | None = None
+    norm_epsilon: float = 0.0
+    is_layer_norm: bool = False
+    bias: ir.Value | None = None
+    activation: str = "none"
+    activation_limit: float = 0.0
+    is_gated: bool = False
+    pick_weights: ir.Value | None = None
+    residual: ir.Value | None = None
+
+    @classmethod
+    def made(cls, graph: ir.Graph, x: ir.Value, picks: ir.Value, matrix: PackedMatrix) -> ExpertLinear:
+        """A matmul by matrices, which become constants of the graph. matrix: not gated."""
+        op_type, weights = _of_bits(BITS_OF_EXPERTS, matrix), tuple(matrix.values(graph))
+        sizes = (matrix.num_inputs, matrix.num_outputs, matrix.num_experts)
+        return cls(op_type, x, picks, weights, *sizes, _block_size(matrix))
+
+    @classmethod
+    def of(cls, node: ir.Node) -> ExpertLinear:
+        """What a node says."""
+        fields = {name: attribute.value for name, attribute in node.attributes.items()}
+        num_weights = 1 + (node.op_type == INT8_EXPERT_LINEAR) + fields["has_zero_points"]
+        rest = iter([operand(node, i) for i in range(2 + num_weights, len(node.inputs))])
+        has = ("norm", "has_bias", "has_pick_weights", "has_residual")
+        norm_weight, bias, pick_weights, residual = (next(rest) if fields[name] else None for name in has)
+        return cls(
+            op_type=node.op_type,
+            x=operand(node, 0),
+            picks=operand(node, 1),
+            weights=tuple(operand(node, i) for i in range(2, 2 + num_weights)),
+            in_features=fields["in_features"],
+            out_features=fields["out_features"],
+            num_experts=fields["num_experts"],
+            block_size=fields["block_size"],
+            norm_weight=norm_weight,
+            norm_epsilon=fields["norm_epsilon"],
+            is_layer_norm=fields["norm"] == LAYER_NORM,
+            bias=bias,
+            activation=fields["activation"],
+            activation_limit=fields["activation_limit"],
+            is_gated=bool(fields["gated"]),
+            pick_weights=pick_weights,
+            residual=residual,
+        )
+
+    @property
+    def matrix(self) -> PackedMatrix | None:
+        """What the weights are made of; None: in a graph that came from a file."""
+        return packed_source(self.weights[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the result."""
+        if self.residual is not None:
+            return known_shape(self.residual)
+        leading = known_shape(self.picks) if self.pick_weights is None else known_shape(self.pick_weights)[:-1]
+        return (*leading, self.out_features)
+
+    def write(self, b: Builder) -> ir.Value:
+        """Add the node."""
+        fused = (self.norm_weight, self.bias, self.pick_weights, self.residual)
+        return _op(
+            b,
+            self.op_type,
+            [self.x, self.picks, *self.weights, *(value for value in fused if value is not None)],
+            self.shape,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            num_experts=self.num_experts,
+            **_weight_fields(self.weights, self.block_size),
+            norm=0 if self.norm_weight is None else LAYER_NORM if self.is_layer_norm else RMS,
+            norm_epsilon=float(self.norm_epsilon),
+            has_bias=int(self.bias is not None),
+            activation=self.activation,
+            activation_limit=float(self.activation_limit),
+            gated=int(self.is_gated),
+            has_pick_weights=int(self.pick_weights is not None),
+            has_residual=int(self.residual is not None),
+            **_row_order(self.matrix),
+        )
+
+
+def is_expert_linear(node: ir.Node | None) -> bool:
+    """Whether a node is a matmul by chosen matrices of the CPU library."""
+    if node is None or node.domain != DOMAIN:
+        return False
+    return node.op_type in BITS_OF_EXPERTS and "layout" in node.attributes
+
+
+def find_expert_linears(graph: ir.Graph) -> Iterator[tuple[ir.Node, ExpertLinear]]:
+    """Every matmul by chosen matrices. The node that is handed out may be replaced."""
+    for node in list(graph):
+        if node.graph is not None and is_expert_linear(node):
+            yield node, ExpertLinear.of(node)
+
+
+def _row_order(matrix: PackedMatrix | None) -> dict[str, str]:
+    return {} if matrix is None or matrix.order is None else {ROW_ORDER: shown_order(matrix.order)}
 
 
 def _op(

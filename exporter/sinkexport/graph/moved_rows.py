@@ -30,11 +30,44 @@ def moved(value: ir.Value) -> Moved:
     """Follow a value back to what computes it. Without steps it is its own source."""
     nodes: list[ir.Node] = []
     steps: list[Step] = []
-    while (node := value.producer()) is not None and (step := _step(node, value)) is not None:
+    while (node := value.producer()) is not None:
+        if (whole := _joined_again(node)) is not None:
+            nodes[:0] = [operand(node, 0).producer(), node]  # type: ignore[list-item]
+            value = whole
+            continue
+        step = _step(node, value)
+        if step is None:
+            break
         nodes.insert(0, node)
         steps.insert(0, step)
         value = operand(node, 0)
     return Moved(value, tuple(nodes), tuple(steps))
+
+
+def _joined_again(node: ir.Node) -> ir.Value | None:
+    """What a Concat makes whole again of the parts of a Split."""
+    if node.op_type != "Concat" or node.domain or any(value is None for value in node.inputs):
+        return None
+    parts = [operand(node, i) for i in range(len(node.inputs))]
+    split = parts[0].producer()
+    if split is None or split.op_type != "Split" or split.domain or list(split.outputs) != parts:
+        return None
+    whole = operand(split, 0)
+    is_same = _axis(split, whole) == node.attributes["axis"].as_int() % len(known_shape(whole))
+    return whole if is_same else None
+
+
+def rows_of_columns(steps: tuple[Step, ...], source_shape: tuple[int, ...]) -> np.ndarray | None:
+    """int64 [M]: which column of [P, N] each of [P, M] is. None: rows are not moved as they are."""
+    count, width = source_shape
+    indices = np.arange(count * width, dtype=np.int64).reshape(source_shape)
+    for step in steps:
+        indices = _moved(indices, step)
+    if indices.ndim != 2 or len(indices) != count:
+        return None
+    columns: np.ndarray = indices[0]
+    of_rows = np.arange(count, dtype=np.int64)[:, None] * width
+    return columns if columns.max() < width and np.array_equal(indices, columns + of_rows) else None
 
 
 def rows_of_heads(steps: tuple[Step, ...], source_shape: tuple[int, ...]) -> np.ndarray | None:

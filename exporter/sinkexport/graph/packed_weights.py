@@ -111,8 +111,10 @@ class PackedMatrix:
         return found
 
     def reordered(self, rows: np.ndarray) -> PackedMatrix:
-        """The same matrix with its outputs in another order. rows: int64 [N], a permutation."""
-        integers = self.integers
+        """The same matrix, or matrices, with outputs in another order. rows: int64 [N], a permutation."""
+        integers, order = self.integers, tuple(rows.tolist())
+        if self.num_experts:
+            rows = (np.arange(self.num_experts)[:, None] * self.num_outputs + rows).reshape(-1)
         if integers is not None:
             zeros = integers.zero_points
             integers = dataclasses.replace(
@@ -121,7 +123,7 @@ class PackedMatrix:
                 zero_points=None if zeros is None else functools.partial(_taken, zeros, rows),
             )
         taken = functools.partial(_taken, self.rows, rows)
-        return dataclasses.replace(self, rows=taken, integers=integers, order=tuple(rows.tolist()))
+        return dataclasses.replace(self, rows=taken, integers=integers, order=order)
 
     def _bytes(self) -> np.ndarray:
         rows = self._in_tiles(self.rows())  # [.., tiles, 16, K]

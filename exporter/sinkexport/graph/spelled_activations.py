@@ -17,6 +17,9 @@ import onnx_ir as ir
 from sinkexport.graph.edit import is_weight, known_shape
 from sinkexport.graph.gates import GELU, GELU_TANH, RELU2, SILU, Active
 
+CLAMPED_SWIGLU = "clamped_swiglu"
+"""``g sigmoid(1.702 g) (u + 1)`` of a gate g = min(gate, limit) and an up u within -limit .. limit (gpt-oss)."""
+
 MOST_NODES = 16
 """Nodes that an activation is spelled out in at most."""
 
@@ -37,6 +40,7 @@ _OPERATORS: Mapping[str, Numbers] = {
     "Erf": np.vectorize(math.erf, otypes=[float]),
     "Relu": functools.partial(np.maximum, 0.0),
     "Sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "Clip": lambda x, low=None, high=None: np.clip(x, low, high),
 }
 """Operators that work element by element."""
 
@@ -46,19 +50,69 @@ def find_activations_of(x: ir.Value) -> Iterator[tuple[Active, frozenset[ir.Node
 
     Nothing else reads x or what is between.
     """
-    known: dict[ir.Value, frozenset[ir.Node]] = {x: frozenset()}
-    for node in _readers_in_order(x, known):
-        nodes = known[node.outputs[0]]
-        if not _is_closed(x, node, nodes):
-            continue
+    for node, nodes in _closed_readers((x,)):
         name = _name(x, node.outputs[0])
         if name is not None:
             yield Active(x, name, node), nodes
 
 
-def _readers_in_order(x: ir.Value, known: dict[ir.Value, frozenset[ir.Node]]) -> Iterator[ir.Node]:
-    """Nodes that compute of x and constants alone, each after those whose results it reads."""
-    waiting = [use.node for use in x.uses()]
+@dataclasses.dataclass(frozen=True)
+class SpelledGate:
+    """``activation(gate) * up``, or what an activation of both is (`CLAMPED_SWIGLU`), ending in node `last`."""
+
+    activation: str
+    limit: float
+    last: ir.Node
+
+
+def find_gate_of(gate: ir.Value, up: ir.Value) -> SpelledGate | None:
+    """The gated activation of two values that nothing else reads."""
+    if known_shape(gate) != known_shape(up) or gate.dtype != up.dtype:
+        return None
+    for node, nodes in _closed_readers((gate, up)):
+        result = node.outputs[0]
+        if known_shape(result) != known_shape(gate) or result.dtype != gate.dtype:
+            continue
+        limits = {abs(n) for each in nodes if each.op_type == "Clip" for n in map(_number, each.inputs[1:]) if n}
+        found = _gated_name((gate, up), result, limits)
+        if found is not None:
+            return SpelledGate(*found, node)
+    return None
+
+
+def _gated_name(pair: tuple[ir.Value, ir.Value], result: ir.Value, limits: set[float]) -> tuple[str, float] | None:
+    """The activation of gate and up, and its limit."""
+    gates, ups = np.meshgrid(*[np.concatenate([np.linspace(-12, 12, 97), [-1e3, 1e3]])] * 2)
+    with np.errstate(all="ignore"):
+        got = computed(result, {pair[0]: gates, pair[1]: ups})
+        for name, activation in _ACTIVATIONS.items():
+            if _is_close(got, activation(gates) * ups):
+                return name, 0.0
+        for limit in limits if len(limits) == 1 else ():
+            g, u = np.minimum(gates, limit), np.clip(ups, -limit, limit)
+            if _is_close(got, g / (1 + np.exp(-1.702 * g)) * (u + 1)):
+                return CLAMPED_SWIGLU, limit
+    return None
+
+
+def _is_close(got: np.ndarray, want: np.ndarray) -> bool:
+    return bool(np.all(np.abs(got - want) <= TOLERANCE * np.maximum(np.abs(want), 1)))
+
+
+def _closed_readers(sources: tuple[ir.Value, ...]) -> Iterator[tuple[ir.Node, frozenset[ir.Node]]]:
+    """Nodes that compute of all sources and constants alone, with the nodes on the way, which alone read the sources."""
+    known: dict[ir.Value, frozenset[ir.Node]] = {source: frozenset() for source in sources}
+    for node in _readers_in_order(sources, known):
+        nodes = known[node.outputs[0]]
+        if all(_is_closed(source, node, nodes) for source in sources):
+            yield node, nodes
+
+
+def _readers_in_order(
+    sources: tuple[ir.Value, ...], known: dict[ir.Value, frozenset[ir.Node]]
+) -> Iterator[ir.Node]:
+    """Nodes that compute of the sources and constants alone, each after those whose results it reads."""
+    waiting = [use.node for source in sources for use in source.uses()]
     while waiting and len(known) <= MOST_NODES:
         node = waiting.pop(0)
         if node.outputs[0] in known or not _is_elementwise(node, known):
@@ -72,7 +126,7 @@ def _readers_in_order(x: ir.Value, known: dict[ir.Value, frozenset[ir.Node]]) ->
 def _is_elementwise(node: ir.Node, known: Mapping[ir.Value, object]) -> bool:
     if node.domain or node.op_type not in (*_OPERATORS, "Gelu"):
         return False
-    given = [value for value in node.inputs if value is not None]
+    given = [value for value in node.inputs if value is not None]  # a Clip may have no lower end
     return all(value in known or _number(value) is not None for value in given)
 
 
@@ -96,8 +150,7 @@ def _name(x: ir.Value, result: ir.Value) -> str | None:
     with np.errstate(all="ignore"):
         got = computed(result, {x: points})
         for name, activation in _ACTIVATIONS.items():
-            want = activation(points)
-            if np.all(np.abs(got - want) <= TOLERANCE * np.maximum(np.abs(want), 1)):
+            if _is_close(got, activation(points)):
                 return name
     return None
 
@@ -118,10 +171,10 @@ def computed(value: ir.Value, known: dict[ir.Value, np.ndarray]) -> np.ndarray:
         return np.asarray(number)
     if node is None:
         raise ValueError(f"'{value.name}' is not computed")
-    given = [computed(each, known) for each in node.inputs if each is not None]
+    given = [None if each is None else computed(each, known) for each in node.inputs]
     if node.op_type == "Gelu":
         is_tanh = "approximate" in node.attributes and node.attributes["approximate"].as_string() == "tanh"
-        known[value] = (_gelu_tanh if is_tanh else _gelu)(*given)
+        known[value] = (_gelu_tanh if is_tanh else _gelu)(given[0])  # type: ignore[arg-type]
     else:
         known[value] = _OPERATORS[node.op_type](*given)
     return known[value]

@@ -1,7 +1,7 @@
 """Find weights between two parts of the queries' rotation (Hunyuan; families/weights_after.py says why they are there).
 
-A query turns to its place in the cache, is multiplied by a weight, and turns on by the tokens that lie between that
-place and its position in the stream.
+A query turns to its place in the cache, is multiplied by its weight and by that of keys, and turns on by the tokens
+that lie between that place and its position in the stream.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from sinkexport.graph.edit import is_weight, known_shape, operand, optional
 from sinkexport.graph.operators import STREAM_ANGLES, Input
 from sinkexport.graph.spelled_activations import TOLERANCE, computed
 
+MOST_WEIGHTS = 2
 PLACE, SHIFT = 0.7, 0.4
 """Angles by which expressions of cos and sin are tried: any would do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TurnedWeight:
-    """x: queries before both rotations. weight: float32 [D]. frequency: int64 [R/2], constant."""
+    """x: queries before both rotations. weights: one or two, float32 [D]. frequency: int64 [R/2], constant."""
 
     x: ir.Value
-    weight: ir.Value
+    weights: tuple[ir.Value, ...]
     frequency: np.ndarray
     interleaved: bool
 
@@ -37,20 +38,28 @@ def find_turned_weight(attention: ir.Node) -> TurnedWeight | None:
         return None
     if optional(attention, Input.SHIFT_COS) not in (None, operand(second, 1)):
         return None
-    product = operand(second, 0).producer()
-    if product is None or product.op_type != "Mul" or product.domain or len(list(product.outputs[0].uses())) > 1:
-        return None
-    turned, weight = operand(product, 0), operand(product, 1)
-    if is_weight(turned):
-        turned, weight = weight, turned
-    first, size = _rotation(turned), known_shape(turned)[-1]
-    if first is None or not is_weight(weight) or known_shape(weight) != (size,) or weight.dtype != ir.DataType.FLOAT:
+    turned, weights = _without_weights(operand(second, 0))
+    first = _rotation(turned)
+    if first is None or not 1 <= len(weights) <= MOST_WEIGHTS:
         return None
     interleaved = [_is_interleaved(node) for node in (first, second)]
     frequency = operand(shift, 1).const_value
     if interleaved[0] != interleaved[1] or frequency is None or not _is_of_place(first, shift):
         return None
-    return TurnedWeight(operand(first, 0), weight, frequency.numpy(), interleaved[0])
+    return TurnedWeight(operand(first, 0), weights, frequency.numpy(), interleaved[0])
+
+
+def _without_weights(value: ir.Value) -> tuple[ir.Value, tuple[ir.Value, ...]]:
+    """What is multiplied by weights [D], and these, the first one first."""
+    weights: list[ir.Value] = []
+    while (node := value.producer()) is not None and node.op_type == "Mul" and not node.domain:
+        given = [operand(node, 0), operand(node, 1)]
+        found = [each for each in given if is_weight(each) and known_shape(each) == known_shape(value)[-1:]]
+        if len(found) != 1 or found[0].dtype != ir.DataType.FLOAT:
+            break
+        weights.insert(0, found[0])
+        value = given[0] if given[1] is found[0] else given[1]
+    return value, tuple(weights)
 
 
 def _rotation(value: ir.Value) -> ir.Node | None:

@@ -159,7 +159,7 @@ def make_whole(
     if (gate := find_output_gate(node)) is not None:
         optional_ones["has_gate"] = b.cast(absorb(b, gate, known_shape(q)[1]), dtype)
     inputs += [value for value in optional_ones.values() if value is not None]
-    inputs += [] if turned is None else [turned.weight]
+    inputs += [] if turned is None else turned.weights
     rotation = rotations[0] if rotations else None
     attributes: dict[str, float | int | str] = {
         "scale": node.attributes["scale"].as_float(),

@@ -76,6 +76,9 @@ const char* optionProblem(const SinkAttentionParams& p) {
   if (reads_keys && (p.q_norm_weight == nullptr) != (p.k_norm_weight == nullptr)) {
     return explain("q_norm_weight, k_norm_weight: received one of them, expected both or neither");
   }
+  if (p.k_turned_weight != nullptr && p.q_turned_weight == nullptr) {
+    return explain("k_turned_weight: received without q_turned_weight, expected both or neither");
+  }
   if (p.q_turned_weight != nullptr && p.frequency == nullptr) {
     return explain("q_turned_weight: received without frequency, expected queries that turn here");
   }
@@ -128,6 +131,7 @@ const char* pointersProblem(const SinkAttentionParams& p) {
                        {"k_norm_weight", p.k_norm_weight, false, 4},
                        {"v_norm_weight", p.v_norm_weight, false, 4},
                        {"q_turned_weight", p.q_turned_weight, false, 4},
+                       {"k_turned_weight", p.k_turned_weight, false, 4},
                        {"frequency", p.frequency, false, 8},
                        {"shift_cos", p.shift_cos, false, 4},
                        {"shift_sin", p.shift_sin, false, 4},

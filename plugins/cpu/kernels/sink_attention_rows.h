@@ -181,6 +181,7 @@ inline void turnQuery(const SinkAttentionParams& p, const float* q, const Angles
     return;
   }
   weighted(to_sink, dim, 1.0f, p.q_turned_weight, to_sink);
+  if (p.k_turned_weight != nullptr) weighted(to_sink, dim, 1.0f, p.k_turned_weight, to_sink);
   turn(to_sink, to, dim, angles.half, p.interleaved, angles.shift_cosine, angles.shift_sine, 1.0f);
 }
 

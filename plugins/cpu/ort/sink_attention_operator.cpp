@@ -76,7 +76,8 @@ class SinkAttention final : public Kernel {
     if (has_qk_norm_) params.q_norm_weight = q_norm_.of<float>(run);
     if (has_qk_norm_ && takes_keys_) params.k_norm_weight = k_norm_.of<float>(run);
     if (has_v_norm_) params.v_norm_weight = v_norm_.of<float>(run);
-    if (has_turned_weight_) params.q_turned_weight = turned_.of<float>(run);
+    if (turned_weights_ > 0) params.q_turned_weight = q_turned_.of<float>(run);
+    if (turned_weights_ > 1) params.k_turned_weight = k_turned_.of<float>(run);
     params.out = static_cast<float*>(run.output(0, out_shape_));
     run_(params, run.parallel(), run.scratch());
   }
@@ -193,10 +194,12 @@ class SinkAttention final : public Kernel {
       if (!takes_keys_) node.refuse("has_v_norm", "1", "0 without values");
       v_norm_ = Input(node, node.take("v_norm_weight", kFloat, {params_.value_dim}));
     }
-    if ((has_turned_weight_ = node.flag("has_turned_weight"))) {
-      if (params_.rotary_dim == 0) node.refuse("has_turned_weight", "1", "0 where queries do not turn");
-      turned_ = Input(node, node.take("q_turned_weight", kFloat, {params_.head_dim}));
+    turned_weights_ = static_cast<int>(node.integer("turned_weights", 0, 2));
+    if (turned_weights_ > 0 && params_.rotary_dim == 0) {
+      node.refuse("turned_weights", std::to_string(turned_weights_), "0 where queries do not turn");
     }
+    if (turned_weights_ > 0) q_turned_ = Input(node, node.take("q_turned_weight", kFloat, {params_.head_dim}));
+    if (turned_weights_ > 1) k_turned_ = Input(node, node.take("k_turned_weight", kFloat, {params_.head_dim}));
   }
 
   // [B, Hq, T, 1 or Dv]; of packed tokens, which then are one a stream, the same numbers.
@@ -228,10 +231,11 @@ class SinkAttention final : public Kernel {
   std::vector<int64_t> out_shape_;
   std::vector<State> states_;
   Input q_, k_, v_, position_, frequency_, num_valid_, alibi_, sink_logit_, sink_scale_, gate_;
-  Input q_norm_, k_norm_, v_norm_, turned_;
+  Input q_norm_, k_norm_, v_norm_, q_turned_, k_turned_;
   size_t window_ = 0;  // index of the first state
   bool takes_keys_ = true, has_num_valid_ = false, has_alibi_ = false, has_sink_logit_ = false, has_sink_scale_ = false;
-  bool has_qk_norm_ = false, has_v_norm_ = false, has_turned_weight_ = false;
+  bool has_qk_norm_ = false, has_v_norm_ = false;
+  int turned_weights_ = 0;
 };
 
 }  // namespace

@@ -7,7 +7,14 @@ import dataclasses
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.cpu_nodes import Linear, find_linears, is_linear
+from sinkexport.graph.cpu_nodes import (
+    ExpertLinear,
+    Linear,
+    find_expert_linears,
+    find_linears,
+    is_expert_linear,
+    is_linear,
+)
 from sinkexport.graph.edit import drop_unused, is_weight, known_shape, only_user, replace_node
 from sinkexport.graph.graph_pass import GraphPass
 
@@ -35,6 +42,8 @@ class FuseCpuAdditions(GraphPass):
                 modified = True
         for node, linear in find_linears(graph):
             modified |= _moved_to_first(graph, node, linear)
+        for node, experts in find_expert_linears(graph):
+            modified |= _added_to_experts(graph, node, experts)
         return ir.passes.PassResult(model, modified)
 
 
@@ -46,9 +55,11 @@ def _moved_to_first(graph: ir.Graph, node: ir.Node, linear: Linear) -> bool:
     first = None if linear.residual is None else linear.residual.producer()
     result = node.outputs[0]
     addition = only_user(result, "Add")
-    if first is None or addition is None or not is_linear(first) or len(list(first.outputs[0].uses())) > 1:
+    if first is None or addition is None or len(list(first.outputs[0].uses())) > 1:
         return False
-    before = Linear.of(first)
+    before = Linear.of(first) if is_linear(first) else ExpertLinear.of(first) if is_expert_linear(first) else None
+    if before is None:
+        return False
     other = addition.inputs[1] if addition.inputs[0] is result else addition.inputs[0]
     if before.residual is not None or first.outputs[0].is_graph_output() or other is None or other is result:
         return False
@@ -60,6 +71,25 @@ def _moved_to_first(graph: ir.Graph, node: ir.Node, linear: Linear) -> bool:
     between = dataclasses.replace(before, residual=other).write(b)  # what it reads is there: only `node` reads it
     out = dataclasses.replace(linear, residual=between).write(b)
     replace_node(addition, b.nodes, [out])
+    drop_unused(graph)
+    return True
+
+
+def _added_to_experts(graph: ir.Graph, node: ir.Node, experts: ExpertLinear) -> bool:
+    """Let the sums of a token's experts take over what is added to them."""
+    result = node.outputs[0]
+    view = only_user(result, "Reshape")
+    viewed = result if view is None else view.outputs[0]
+    addition = only_user(viewed, "Add")
+    if addition is None or experts.pick_weights is None or experts.residual is not None:
+        return False
+    other = addition.inputs[1] if addition.inputs[0] is viewed else addition.inputs[0]
+    if other is None or other is viewed or other.dtype != FLOAT or is_weight(other):
+        return False
+    if known_shape(other) != known_shape(viewed) or known_shape(viewed)[-1] != experts.out_features:
+        return False
+    b = Builder(graph)
+    replace_node(addition, b.nodes, [dataclasses.replace(experts, residual=other).write(b)])
     drop_unused(graph)
     return True
 

@@ -86,9 +86,9 @@ def _float(name: str, value: float) -> ir.Attr:
 
 
 def _inputs_before_norms(node: ir.Node) -> int:
-    """Inputs of a node that has no norm of values: its turned weight is the last."""
+    """Inputs of a node that has no norm of values: its turned weights are the last."""
     norms = {0: 0, EACH_HEAD: 2, ALL_HEADS: 2}[node.attributes["qk_norm"].as_int()]
-    return len(node.inputs) - norms - node.attributes["has_turned_weight"].as_int()
+    return len(node.inputs) - norms - node.attributes["turned_weights"].as_int()
 
 
 def _replaced(b: Builder, node: ir.Node, inputs: list[ir.Value | None], fields: Mapping[str, ir.Attr]) -> ir.Node:

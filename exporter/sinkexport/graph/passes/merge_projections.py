@@ -20,7 +20,7 @@ from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION
 _ON_THE_WAY = frozenset(
     (
         *("Add", "Mul", "Clip", "RMSNormalization", "LayerNormalization", "RotaryEmbedding"),
-        *("Split", "Slice", "Gather", "Reshape", "Squeeze", "Unsqueeze", "Transpose"),
+        *("Split", "Slice", "Gather", "Reshape", "Concat", "Squeeze", "Unsqueeze", "Transpose"),
     )
 )
 """Operators between projections and attention."""

@@ -76,7 +76,7 @@ def _replace(graph: ir.Graph, node: ir.Node, shared: Shared | None, *, is_rounde
     fields = {
         "bfloat16_chunks": int(is_rounded),
         "reads_only": int(shared is not None),
-        "has_turned_weight": int(turned is not None),
+        "turned_weights": 0 if turned is None else len(turned.weights),
         **norms,
     }
     frequency = np.dtype(np.int64)

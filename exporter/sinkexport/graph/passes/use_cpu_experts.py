@@ -8,7 +8,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.cpu_nodes import write_expert_linear
+from sinkexport.graph.cpu_nodes import ExpertLinear
 from sinkexport.graph.edit import is_weight, operand, replace_node
 from sinkexport.graph.expert_matmuls import ExpertMatmul, find_expert_matmuls, rows_of_outputs
 from sinkexport.graph.graph_pass import GraphPass
@@ -35,7 +35,7 @@ class UseCpuExperts(GraphPass):
             if matmul.weight in others:
                 continue
             b = Builder(graph)
-            out = write_expert_linear(b, matmul.x, operand(matmul.node, 2), self._matrix(matmul))
+            out = ExpertLinear.made(graph, matmul.x, operand(matmul.node, 2), self._matrix(matmul)).write(b)
             replace_node(matmul.node, b.nodes, [out])
             modified = True
         return ir.passes.PassResult(model, modified)

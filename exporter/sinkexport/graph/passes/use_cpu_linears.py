@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.cpu_nodes import Linear, write_rows
-from sinkexport.graph.edit import known_shape, replace_node
+from sinkexport.graph.edit import is_weight, known_shape, operand, replace_node
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.matmuls import find_matmuls, find_tables
 from sinkexport.graph.packed_weights import packed_floats
@@ -40,7 +40,27 @@ class UseCpuLinears(GraphPass):
             out = Linear.made(graph, matmul.x, matrix).write(b)
             replace_node(matmul.node, b.nodes, [b.reshape(out, known_shape(result))])
             modified = True
+        for node in list(graph):
+            if (linear := _gemm(graph, node)) is not None:
+                b = Builder(graph)
+                replace_node(node, b.nodes, [linear.write(b)])
+                modified = True
         return ir.passes.PassResult(model, modified)
+
+
+def _gemm(graph: ir.Graph, node: ir.Node) -> Linear | None:
+    """The linear that does a Gemm of rows by a constant matrix [N, K] and a bias [N] (routers of experts)."""
+    if node.op_type != "Gemm" or node.domain or len(node.inputs) != 3 or any(v is None for v in node.inputs):
+        return None
+    x, weight, bias = (operand(node, i) for i in range(3))
+    fields = {name: attribute.value for name, attribute in node.attributes.items()}
+    if (fields.get("transA", 0), fields.get("transB", 0), fields.get("alpha", 1.0), fields.get("beta", 1.0)) != (0, 1, 1, 1):
+        return None
+    if not is_weight(weight) or not is_weight(bias) or len(list(weight.uses())) > 1 or weight.const_value is None:
+        return None
+    if any(value.dtype != FLOAT for value in (x, weight, bias)) or known_shape(bias) != known_shape(weight)[:1]:
+        return None
+    return Linear.made(graph, x, packed_floats(str(weight.name), weight.const_value), bias)
 
 
 def _replace_gather(graph: ir.Graph, gather: ir.Node, table: ir.Value, name: str) -> bool:

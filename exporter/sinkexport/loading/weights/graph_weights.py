@@ -132,9 +132,9 @@ def read_graph(path: Path) -> list[GraphMatrix]:
 
 
 def _in_order(name: str, value: ir.Value, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """A bias in the model's order."""
+    """A bias [N], or those of experts [E, N], in the model's order."""
     places = row_places(value) if name.endswith(REORDERED) else None
-    return tensor if places is None else ir.Tensor(tensor.numpy()[places], name=name)
+    return tensor if places is None else ir.Tensor(tensor.numpy()[..., places], name=name)
 
 
 def _has_base(name: str, values: dict[str, ir.Value]) -> bool:

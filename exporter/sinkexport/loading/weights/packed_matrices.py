@@ -90,7 +90,12 @@ def packed_rows(
     places_of = row_places(value)
     num_experts = fields.get("num_experts", 0)
     if places_of is not None:
-        return PackedRows((parts * width, depth), 0, lambda rows, columns: at(places_of[rows], columns))
+        count = parts * width  # rows of a matrix
+
+        def reordered(rows: Indices, columns: Indices) -> tuple[Floats, Floats]:
+            return at(rows // count * count + places_of[rows % count], columns)
+
+        return PackedRows((max(num_experts, 1) * count, depth), num_experts, reordered)
     return PackedRows((max(num_experts, 1) * parts * width, depth), num_experts, at)
 
 
