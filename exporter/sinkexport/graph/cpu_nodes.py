@@ -177,9 +177,10 @@ def write_rows(b: Builder, ids: ir.Value, matrix: PackedMatrix) -> ir.Value:
 class ExpertLinear:
     """Each row of x by matrices that are chosen: ``activation(norm(x) . W^T + bias)``, gates and ups in their form.
 
-    x: [R, K] with any leading axes. picks: int64 [P], R a divisor of P, likewise. weights: as `Linear`'s. norm_weight:
-    [K] of an RMS norm, or of a layer norm. bias: [E, N], gated [E, 2N]. pick_weights: [.., top_k], P in all: the result is the weighted sums
-    of top_k rows then, [.., N]. residual: of the result's elements, added last; the result has its shape.
+    x: [R, K] with any leading axes. picks: int64 [P], R a divisor of P, likewise. weights: as `Linear`'s.
+    norm_weight: [K] of an RMS norm, or of a layer norm. bias: [E, N], gated [E, 2N].
+    pick_weights: [.., top_k], P in all: the result is the weighted sums of top_k rows each then, [.., N].
+    residual: of as many elements as the result, which has its shape; added last.
     """
 
     op_type: str

@@ -7,13 +7,14 @@ Families cut queries, keys and values out of one matrix in many ways: in turns b
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from sinkexport.graph.edit import is_weight, known_shape, operand, optional
 
-Step = tuple[str, tuple[object, ...]]
+Step = tuple[str, tuple[Any, ...]]
 """An operator and what it needs, hashable: layers of a kind have the same steps."""
 
 
@@ -134,13 +135,13 @@ def _slice(numbers: list[np.ndarray | None], rank: int) -> Step | None:
 def _moved(indices: np.ndarray, step: Step) -> np.ndarray:
     name, given = step
     if name == "Reshape":
-        return indices.reshape(given)  # type: ignore[arg-type]
+        return indices.reshape(given)
     if name == "Transpose":
-        return indices.transpose(given)  # type: ignore[arg-type]
+        return indices.transpose(given)
     if name == "Gather":
         axis, shape, places = given
-        return np.take(indices, np.asarray(places).reshape(shape), axis=axis)  # type: ignore[call-overload, no-any-return]
+        return np.take(indices, np.asarray(places).reshape(shape), axis=axis)
     cuts = [slice(None)] * indices.ndim
-    for axis, start, end, stride in given:  # type: ignore[misc]
+    for axis, start, end, stride in given:
         cuts[axis] = slice(start, end, stride)
     return indices[tuple(cuts)]

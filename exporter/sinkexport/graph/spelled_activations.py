@@ -73,7 +73,8 @@ def find_gate_of(gate: ir.Value, up: ir.Value) -> SpelledGate | None:
         result = node.outputs[0]
         if known_shape(result) != known_shape(gate) or result.dtype != gate.dtype:
             continue
-        limits = {abs(n) for each in nodes if each.op_type == "Clip" for n in map(_number, each.inputs[1:]) if n}
+        ends = [value for each in nodes if each.op_type == "Clip" for value in each.inputs[1:] if value is not None]
+        limits = {abs(number) for number in map(_number, ends) if number}
         found = _gated_name((gate, up), result, limits)
         if found is not None:
             return SpelledGate(*found, node)
@@ -100,7 +101,7 @@ def _is_close(got: np.ndarray, want: np.ndarray) -> bool:
 
 
 def _closed_readers(sources: tuple[ir.Value, ...]) -> Iterator[tuple[ir.Node, frozenset[ir.Node]]]:
-    """Nodes that compute of all sources and constants alone, with the nodes on the way, which alone read the sources."""
+    """Nodes that compute of all sources and constants alone, and the nodes on the way, which alone read the sources."""
     known: dict[ir.Value, frozenset[ir.Node]] = {source: frozenset() for source in sources}
     for node in _readers_in_order(sources, known):
         nodes = known[node.outputs[0]]
@@ -108,16 +109,14 @@ def _closed_readers(sources: tuple[ir.Value, ...]) -> Iterator[tuple[ir.Node, fr
             yield node, nodes
 
 
-def _readers_in_order(
-    sources: tuple[ir.Value, ...], known: dict[ir.Value, frozenset[ir.Node]]
-) -> Iterator[ir.Node]:
+def _readers_in_order(sources: tuple[ir.Value, ...], known: dict[ir.Value, frozenset[ir.Node]]) -> Iterator[ir.Node]:
     """Nodes that compute of the sources and constants alone, each after those whose results it reads."""
     waiting = [use.node for source in sources for use in source.uses()]
     while waiting and len(known) <= MOST_NODES:
         node = waiting.pop(0)
         if node.outputs[0] in known or not _is_elementwise(node, known):
             continue
-        before = (known[value] for value in node.inputs if value in known)  # type: ignore[index]
+        before = (known[value] for value in node.inputs if value in known)
         known[node.outputs[0]] = frozenset((node,)).union(*before)
         yield node
         waiting += [use.node for use in node.outputs[0].uses()]

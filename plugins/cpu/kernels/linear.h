@@ -36,7 +36,7 @@ struct LinearParams {
   int block_size = 0;  // inputs that share a scale: int8 0 (all of them), 32, 64 or 128; int4 32, 64 or 128; else 0
   ScaleType scale_type = ScaleType::kFloat32;
   Activation activation = Activation::kNone;
-  bool is_gated = false;       // y = activation(x . gate^T) * (x . up^T)
+  bool is_gated = false;  // y = activation(x . gate^T) * (x . up^T)
   // kClampedSwiglu, gated (gpt-oss): g sigmoid(1.702 g) (u + 1) of g = min(gate, limit), u = up within -limit .. limit
   float activation_limit = 0.0f;
   bool is_layer_norm = false;  // the norm of x takes the mean off first: (x - mean) / sqrt(variance + epsilon)

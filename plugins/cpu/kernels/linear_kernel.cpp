@@ -251,8 +251,9 @@ struct Run {
     for (int r = 0; r < tile.rows; ++r) {
       const int64_t at = rowOfY(tile.first_row + r) * outputs + tile.column;
       const Floats sums = load(tile.out + r * 16) + bias;
-      Floats value = params.is_gated ? activateGated<activation>(sums, load(tile.out + (tile.rows + r) * 16) + up_bias, limit)
-                                     : activate<activation>(sums);
+      Floats value = params.is_gated
+                         ? activateGated<activation>(sums, load(tile.out + (tile.rows + r) * 16) + up_bias, limit)
+                         : activate<activation>(sums);
       value = value * multiplier;
       if (residual != nullptr) value = value + loadUpTo(residual + at, tile.width);
       if (is_whole) {

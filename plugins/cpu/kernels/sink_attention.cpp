@@ -141,7 +141,8 @@ ChunkWork chunkWork(const SinkAttentionParams& p, const ChunkPlan& plan, Slices&
   work.stored_v = slices.take<char>(tokens * value_dim * bytes);
   work.scale_k = slices.take<uint16_t>(tokens);
   work.scale_v = slices.take<uint16_t>(tokens);
-  for (float** one : {&work.row, &work.sink_row, &work.normed}) *one = slices.take<float>(std::max(dim, value_dim) + more);
+  for (float** one : {&work.row, &work.sink_row, &work.normed})
+    *one = slices.take<float>(std::max(dim, value_dim) + more);
   work.q = slices.take<float>(rows * dim);
   work.sink_q = slices.take<float>(rows * dim);
   work.logits = slices.take<float>(plan.block_keys * lanes);

@@ -63,8 +63,8 @@ struct SinkAttentionParams {
   float qk_norm_epsilon = 0.0f;
   const float* v_norm_weight = nullptr;  // [Dv], one for all heads; null: values are taken as they come
   float v_norm_epsilon = 0.0f;
-  // [D]: queries turn to their place in the cache, are multiplied by these, and turn on to the stream's position for the
-  // window (weights of norms that follow the rotation, those of keys too, which are stored without); null: none
+  // [D]: queries turn to their place in the cache, are multiplied by these, and turn on to the stream's position for
+  // the window (weights of norms that follow the rotation, those of keys too, which are stored without); null: none
   const float* q_turned_weight = nullptr;
   const float* k_turned_weight = nullptr;  // only with the other
 

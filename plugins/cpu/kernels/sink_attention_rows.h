@@ -145,8 +145,8 @@ struct Angles {
   float *cosine, *sine;              // [R/2]
   float *sink_cosine, *sink_sine;    // [R/2]
   float *shift_cosine, *shift_sine;  // [R/2], of the tokens between both, without rope_scaling: for turned weights
-  int half = 0;                    // that turn keys and queries
-  int sink_half = 0;               // that turn queries for the sinks
+  int half = 0;                      // that turn keys and queries
+  int sink_half = 0;                 // that turn queries for the sinks
 };
 SINKEXPORT_INLINE void findAngles(const SinkAttentionParams& p, int64_t b, int64_t token, int64_t t, Angles& angles) {
   const int half = p.rotary_dim / 2;

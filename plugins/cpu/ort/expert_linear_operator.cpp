@@ -26,8 +26,7 @@ class ExpertLinear final : public Kernel {
     x_ = Input(node, x);
     picks_ = Input(node, picks);
     const int64_t rows = params_.is_gated ? 2 * params_.num_outputs : params_.num_outputs;
-    weights_ =
-        std::make_unique<Weights>(node, type, params_.num_inputs, rows, params_.num_experts, params_.is_gated);
+    weights_ = std::make_unique<Weights>(node, type, params_.num_inputs, rows, params_.num_experts, params_.is_gated);
     weights_->setTypes(params_);
     shape_ = node.input(picks).shape;
     const int64_t norm = node.integer("norm", 0, 2);  // 1: RMS norm, 2: layer norm

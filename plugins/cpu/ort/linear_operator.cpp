@@ -12,8 +12,7 @@ class Linear final : public Kernel {
     params_.num_inputs = inputs;
     params_.num_outputs = outputs;
     params_.is_gated = node.flag("gated");
-    params_.activation =
-        static_cast<cpu::Activation>(node.choice("activation", kActivations));
+    params_.activation = static_cast<cpu::Activation>(node.choice("activation", kActivations));
     params_.activation_limit = node.number("activation_limit");
     params_.norm_epsilon = node.number("norm_epsilon");
     params_.multiplier = node.number("multiplier");

@@ -103,7 +103,20 @@ def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
     [
         *("llama", "qwen2", "qwen3", "gemma2", "gpt_oss", "gpt_neox", "bloom", "mixtral", "deepseek_v2", "lfm2"),
         *("gemma3_text", "gemma4_text", "granite", "phi3", "stablelm", "cohere", "nanochat"),
-        *("olmo2", "hunyuan_v1_dense", "hunyuan_v1_moe", "qwen3_moe", "lfm2_moe", "dbrx", "gemma3n_text", "phi", "falcon", "falcon-groups", "falcon-alibi", "gpt_neox_japanese"),
+        *(
+            "olmo2",
+            "hunyuan_v1_dense",
+            "hunyuan_v1_moe",
+            "qwen3_moe",
+            "lfm2_moe",
+            "dbrx",
+            "gemma3n_text",
+            "phi",
+            "falcon",
+            "falcon-groups",
+            "falcon-alibi",
+            "gpt_neox_japanese",
+        ),
     ],
 )
 def test_dense_and_past_six_wraps(family: str, tmp_path: Path) -> None:

@@ -96,9 +96,10 @@ def _with_bias(_graph: ir.Graph, node: ir.Node, linear: ExpertLinear) -> Found |
             continue
         table, axis = operand(gather, 0), gather.attributes["axis"].as_int() if "axis" in gather.attributes else 0
         is_table = is_weight(table) and table.dtype == FLOAT and axis == 0
-        if is_table and known_shape(table) == (linear.num_experts, linear.out_features):
-            if _source(operand(gather, 1)) is _source(linear.picks) and _rows(value) == _rows(addition.outputs[0]):
-                return addition, dataclasses.replace(linear, bias=table)
+        is_bias = is_table and known_shape(table) == (linear.num_experts, linear.out_features)
+        is_picked = _source(operand(gather, 1)) is _source(linear.picks)
+        if is_bias and is_picked and _rows(value) == _rows(addition.outputs[0]):
+            return addition, dataclasses.replace(linear, bias=table)
     return None
 
 
@@ -120,18 +121,15 @@ def _with_gate(graph: ir.Graph, node: ir.Node, linear: ExpertLinear) -> Found | 
         return None
     if len(known_shape(result)) != 2 or any(len(list(value.uses())) > 1 for value in linear.weights):
         return None
-    halves = [moved(value) for use in result.uses() for value in use.node.outputs]
-    if len(halves) != 2 or any(half.source is not moved(result).source for half in halves):
+    halves = [value for use in result.uses() for value in use.node.outputs]
+    source = moved(result).source
+    if len(halves) != 2 or any(moved(half).source is not source for half in halves):
         return None
-    for gate, up in itertools.permutations(zip(_values(result), halves, strict=True)):
-        found = find_gate_of(gate[0], up[0])
+    for gate, up in itertools.permutations(halves):
+        found = find_gate_of(gate, up)
         if found is not None:
-            return _gated(graph, linear, found, gate[1], up[1])
+            return _gated(graph, linear, found, moved(gate), moved(up))
     return None
-
-
-def _values(result: ir.Value) -> list[ir.Value]:
-    return [value for use in result.uses() for value in use.node.outputs]
 
 
 def _gated(graph: ir.Graph, linear: ExpertLinear, found: SpelledGate, gate: Moved, up: Moved) -> Found | None:

@@ -43,8 +43,14 @@ class FuseCpuNorms(GraphPass):
             if norm is None or norm.bias is not None or experts.norm_weight is not None:
                 continue
             b = Builder(graph)
-            fields = {"norm_weight": norm.weight, "norm_epsilon": norm.epsilon, "is_layer_norm": norm.is_layer_norm}
-            replace_node(node, b.nodes, [dataclasses.replace(experts, x=norm.x, **fields).write(b)])
+            fused_experts = dataclasses.replace(
+                experts,
+                x=norm.x,
+                norm_weight=norm.weight,
+                norm_epsilon=norm.epsilon,
+                is_layer_norm=norm.is_layer_norm,
+            )
+            replace_node(node, b.nodes, [fused_experts.write(b)])
             modified = True
         drop_unused(graph)
         return ir.passes.PassResult(model, modified)

@@ -54,7 +54,12 @@ def _gemm(graph: ir.Graph, node: ir.Node) -> Linear | None:
         return None
     x, weight, bias = (operand(node, i) for i in range(3))
     fields = {name: attribute.value for name, attribute in node.attributes.items()}
-    if (fields.get("transA", 0), fields.get("transB", 0), fields.get("alpha", 1.0), fields.get("beta", 1.0)) != (0, 1, 1, 1):
+    if (fields.get("transA", 0), fields.get("transB", 0), fields.get("alpha", 1.0), fields.get("beta", 1.0)) != (
+        0,
+        1,
+        1,
+        1,
+    ):
         return None
     if not is_weight(weight) or not is_weight(bias) or len(list(weight.uses())) > 1 or weight.const_value is None:
         return None
