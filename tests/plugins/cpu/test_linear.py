@@ -159,6 +159,7 @@ def test_residual_in_place(isa):
 
 
 EXPERTS = [*FORMATS, {"kind": "int4", "block_size": 64, "activation": "silu", "gated": True, "bias": True}]
+EXPERTS += [{"kind": "float32", "activation": "clamped_swiglu", "gated": True, "bias": True, "limit": 2.5}]
 
 
 def expert_calls(isa: str) -> tuple[list[Call], list[Callable[[], np.ndarray]]]:
