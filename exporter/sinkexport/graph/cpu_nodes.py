@@ -10,6 +10,9 @@ import onnx_ir as ir
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, operand
 from sinkexport.graph.operators import (
+    BF16_EXPERT_LINEAR,
+    BF16_LINEAR,
+    BF16_ROWS,
     DOMAIN,
     FLOAT_EXPERT_LINEAR,
     FLOAT_LINEAR,
@@ -24,9 +27,9 @@ from sinkexport.graph.operators import (
 )
 from sinkexport.graph.packed_weights import LAYOUT, ROW_ORDER, SCALE_TYPES, PackedMatrix, packed_source, shown_order
 
-BITS_OF_LINEARS: Mapping[str, int] = {FLOAT_LINEAR: 32, INT8_LINEAR: 8, INT4_LINEAR: 4}
-BITS_OF_ROWS: Mapping[str, int] = {FLOAT_ROWS: 32, INT8_ROWS: 8, INT4_ROWS: 4}
-BITS_OF_EXPERTS: Mapping[str, int] = {FLOAT_EXPERT_LINEAR: 32, INT8_EXPERT_LINEAR: 8}
+BITS_OF_LINEARS: Mapping[str, int] = {FLOAT_LINEAR: 32, BF16_LINEAR: 16, INT8_LINEAR: 8, INT4_LINEAR: 4}
+BITS_OF_ROWS: Mapping[str, int] = {FLOAT_ROWS: 32, BF16_ROWS: 16, INT8_ROWS: 8, INT4_ROWS: 4}
+BITS_OF_EXPERTS: Mapping[str, int] = {FLOAT_EXPERT_LINEAR: 32, BF16_EXPERT_LINEAR: 16, INT8_EXPERT_LINEAR: 8}
 RMS, LAYER_NORM = 1, 2
 """Values of a linear's field ``norm``."""
 
@@ -82,7 +85,7 @@ class Linear:
     def of(cls, node: ir.Node) -> Linear:
         """What a node says."""
         fields = {name: attribute.value for name, attribute in node.attributes.items()}
-        num_weights = 1 + (node.op_type != FLOAT_LINEAR) + fields["has_zero_points"]
+        num_weights = 1 + (node.op_type in (INT8_LINEAR, INT4_LINEAR)) + fields["has_zero_points"]
         rest = iter([operand(node, i) for i in range(1 + num_weights, len(node.inputs))])
         norm_weight, norm_bias, bias, output_norm, residual = (next(rest) if fields[name] else None for name in _FUSED)
         return cls(
@@ -310,8 +313,7 @@ def _weight_fields(weights: Sequence[ir.Value], block_size: int) -> dict[str, in
 
 
 def _of_bits(names: Mapping[str, int], matrix: PackedMatrix) -> str:
-    bits = 32 if matrix.integers is None else matrix.integers.bits
-    return next(name for name, has in names.items() if has == bits)
+    return next(name for name, has in names.items() if has == matrix.bits)
 
 
 def _block_size(matrix: PackedMatrix) -> int:

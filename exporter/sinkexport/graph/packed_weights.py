@@ -10,6 +10,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -57,7 +58,7 @@ class PackedMatrix:
     """Matrices of N outputs by K inputs to be packed.
 
     rows: gives [E * N, K], float32, or integers: int8, or 0 .. 15 if they have 4 bits. num_experts: E; 0: one matrix.
-    is_gated: rows are gates, then as many ups, whose tiles alternate. integers: None: float32.
+    is_gated: rows are gates, then as many ups, whose tiles alternate. integers: None: float32, or bfloat16.
     order: which of the model's rows each is; None: they are in the model's order.
     """
 
@@ -68,6 +69,7 @@ class PackedMatrix:
     integers: Integers | None = None
     is_gated: bool = False
     num_experts: int = 0
+    is_bfloat16: bool = False
     order: tuple[int, ...] | None = None
 
     @property
@@ -75,6 +77,13 @@ class PackedMatrix:
         """Tiles of a matrix."""
         parts = 2 if self.is_gated else 1
         return parts * -(-self.num_outputs // parts // TILE)
+
+    @property
+    def bits(self) -> int:
+        """Of a stored weight."""
+        if self.integers is not None:
+            return self.integers.bits
+        return 16 if self.is_bfloat16 else 32
 
     @property
     def num_groups(self) -> int:
@@ -86,15 +95,14 @@ class PackedMatrix:
     def padded_inputs(self) -> int:
         """K as it is stored."""
         if self.integers is None:
-            return self.num_inputs
+            return -(-self.num_inputs // 2) * 2 if self.is_bfloat16 else self.num_inputs
         multiple = self.integers.block_size or 4
         return -(-self.num_inputs // multiple) * multiple
 
     def values(self, graph: ir.Graph) -> list[ir.Value]:
         """Constants of the graph: packed bytes uint8 [n], then scales and zero points [(E,) tiles, groups, 16]."""
-        bits = 32 if self.integers is None else self.integers.bits
         name = self.name if self.order is None else f"{self.name}{BY_HEAD}"
-        count = max(self.num_experts, 1) * self.num_tiles * TILE * self.padded_inputs * bits // 8
+        count = max(self.num_experts, 1) * self.num_tiles * TILE * self.padded_inputs * self.bits // 8
         packed = lazy_weight(graph, f"{name}{PACKED}", ir.DataType.UINT8, (count,), self._bytes)
         packed.meta[_SOURCE] = self
         found = [packed]
@@ -131,7 +139,10 @@ class PackedMatrix:
         if missing:
             rows = np.pad(rows, [*[(0, 0)] * (rows.ndim - 1), (0, missing)])
         *tiles, depth = rows.shape
-        if self.integers is None:
+        if self.integers is None and self.is_bfloat16:
+            halves = rows.astype(ml_dtypes.bfloat16).view(np.uint16)  # to the nearest, ties to even
+            packed = np.moveaxis(halves.reshape(*tiles, depth // 2, 2), -3, -2)
+        elif self.integers is None:
             packed = np.swapaxes(rows, -1, -2)
         elif self.integers.bits == 8:
             packed = np.moveaxis(rows.reshape(*tiles, depth // 4, 4), -3, -2)
@@ -170,10 +181,10 @@ def packed_source(weight: ir.Value) -> PackedMatrix | None:
     return found
 
 
-def packed_floats(name: str, transposed: ir.TensorProtocol) -> PackedMatrix:
-    """A float32 matrix [N, K]."""
+def packed_floats(name: str, transposed: ir.TensorProtocol, *, is_bfloat16: bool = False) -> PackedMatrix:
+    """A float32 matrix [N, K], rounded to bfloat16 where that is asked for."""
     num_outputs, num_inputs = (int(n) for n in transposed.shape.numpy())
-    return PackedMatrix(name, num_outputs, num_inputs, transposed.numpy)
+    return PackedMatrix(name, num_outputs, num_inputs, transposed.numpy, is_bfloat16=is_bfloat16)
 
 
 def packed_integers(weight: QuantizedWeight, num_experts: int = 0) -> PackedMatrix | None:

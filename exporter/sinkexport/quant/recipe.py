@@ -15,7 +15,7 @@ import pydantic
 import yaml
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.targets import RECIPE_TARGETS
+from sinkexport.targets import CPU, RECIPE_TARGETS
 
 if TYPE_CHECKING:
     RecipeTarget = str
@@ -129,7 +129,8 @@ class Thresholds(_Spec):
 class Recipe(_Spec):
     """A whole recipe.
 
-    weights: None: all stay in floating point, and only the window is quantised.
+    weights: None: all stay in floating point, and only the window is quantised, or they are rounded to bfloat16.
+    floats: what weights of matmuls that are no integers are stored as: ``float32``, or ``bfloat16`` (target cpu).
 
     lm_head: the output projection: ``same`` as other weights, ``int8`` or ``float``. An embedding that is tied to it is
     stored once, as it is. embeddings: an untied one: ``int8`` (a scale for each row and block) or ``float``.
@@ -143,6 +144,7 @@ class Recipe(_Spec):
     name: str = pydantic.Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str
     weights: Weights | None = None
+    floats: Literal["float32", "bfloat16"] = "float32"
     activations: Activations
     smooth: Smooth | None = None
     lm_head: Literal["same", "int8", "float"] = "same"
@@ -171,8 +173,12 @@ class Recipe(_Spec):
         weights, is_float = self.weights, self.activations.mode == "float"
         if weights is None:
             # What would quantise something else than the window is refused, so that its absence is no oversight.
-            if not is_float or self.smooth or self.lm_head != "same" or self.embeddings != "float" or self.kv != "int8":
-                raise ValueError("without weights a recipe has activations.mode: float, embeddings: float, kv: int8")
+            is_nothing = self.kv != "int8" and self.floats != "bfloat16"
+            has_integers = not is_float or self.smooth or self.lm_head == "int8" or self.embeddings != "float"
+            if is_nothing or has_integers or (self.lm_head != "same" and self.floats != "bfloat16"):
+                raise ValueError(
+                    "without weights a recipe has activations.mode: float, embeddings: float, kv: int8 or floats: bfloat16"
+                )
             return self
         if not is_float and weights.bits != 8:
             raise ValueError("INT8 activations need weights.bits: 8")
@@ -180,6 +186,12 @@ class Recipe(_Spec):
             raise ValueError("INT8 activations need weights.granularity: channel")
         if weights.granularity == "channel" and not weights.symmetric:
             raise ValueError("weights.granularity: channel needs symmetric: true")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_floats(self) -> Recipe:
+        if self.floats == "bfloat16" and self.targets != (CPU.name,):
+            raise ValueError("floats: bfloat16 needs targets: [cpu], which alone has kernels for it")
         return self
 
     @property

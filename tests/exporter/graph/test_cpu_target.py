@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _ctypes
 import collections
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -15,11 +16,12 @@ import onnxruntime as ort
 import pytest
 import torch
 from sinkexport.config import ExportConfig
+from sinkexport.model.moe_layers import routers
 from sinkexport.quant.recipe import load_recipe
 from sinkrt import Session
 from sinkrt.contract import CPU_ABI
 from sinkrt.contract.constants import CPU_LIBRARY_VARIABLE
-from sinkrt.errors import BackendError, BundleError
+from sinkrt.errors import BackendError, BundleError, UsageError
 
 from tests.exporter.pipeline.test_families import WRAPS, assert_close, assert_streams_like_reference
 from tests.exporter.tiny_models import tiny_model
@@ -50,7 +52,7 @@ def decoded(session: Session, ids: np.ndarray) -> np.ndarray:
 # --- nodes -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", [None, "int8-weights", "int4-nearest", "int8-window"])
+@pytest.mark.parametrize("recipe", [None, "int8-weights", "int4-nearest", "int8-window", "bf16-weights"])
 def test_five_nodes_a_layer(recipe: str | None, tmp_path: Path) -> None:
     fields = {} if recipe is None else {"recipe": load_recipe(recipe)}
     session = exported("llama", tmp_path / "bundle", **fields)
@@ -178,6 +180,30 @@ def test_rounding_costs_what_it_costs_in_standard_operators(recipe: str, share: 
     assert 0 < errors["cpu"] <= share * errors["onnx"], errors
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "mixtral", "gpt_oss"])
+def test_bfloat16_weights_are_the_models_rounded(family: str, tmp_path: Path) -> None:
+    """Exact for the model whose matrices are rounded: all but untied embeddings and routers."""
+    model = tiny_model(family)
+    session = exported(model, tmp_path / "bundle", recipe=load_recipe("bf16-weights"))
+    assert any(kind.startswith("Bf16") for kind in kinds(tmp_path / "bundle"))
+    rounded = copy.deepcopy(model)
+    kept = {f"{name}.weight" for name in routers(rounded)}
+    embedding = None if model.config.tie_word_embeddings else rounded.get_input_embeddings().weight
+    for name, parameter in rounded.named_parameters():
+        if parameter.dim() > 1 and name not in kept and parameter is not embedding and "bias" not in name:
+            parameter.data = parameter.data.bfloat16().float()
+    ids = random_ids(1, session.capacity)
+    with torch.no_grad():
+        dense = rounded(torch.from_numpy(ids)).logits.numpy()
+    for t, logits in enumerate(decoded(session, ids)):
+        assert_close(logits, dense[:, t], TOLERANCE, f"position {t}")
+
+
+def test_bfloat16_is_for_the_library_alone() -> None:
+    with refused("recipe 'bf16-weights': received target onnx, expected cpu", error=UsageError):
+        ExportConfig(target="onnx", recipe=load_recipe("bf16-weights"))
+
+
 def test_an_int8_window_is_that_of_the_standard_operators(tmp_path: Path) -> None:
     ids = random_ids(2, 60)
     got, want = (
@@ -276,7 +302,12 @@ def test_other_backends_do_not_run_it(bundle: Path) -> None:
         ("FloatLinear", "fields", None, "fields: received nothing"),
         ("FloatLinear", "fields", "gated", "fields: received none of name 'activation'"),
         ("SinkAttention", "qk_norm_epsilon", -1.0, "qk_norm_epsilon: received -1, expected a finite number >= 0"),
-        ("SinkAttention", "has_qk_norm", 1, "q_norm_weight: received nothing"),
+        ("SinkAttention", "qk_norm", 1, "q_norm_weight: received nothing"),
+        ("SinkAttention", "qk_norm", 3, "qk_norm: received 3, expected 0 .. 2"),
+        ("SinkAttention", "has_v_norm", 1, "v_norm_weight: received nothing"),
+        ("SinkAttention", "turned_weights", 2, "q_turned_weight: received nothing"),
+        ("SinkAttention", "reads_only", 1, "received"),
+        ("FloatLinear", "activation", "clamped_swiglu", "activation: received clamped_swiglu without gates"),
         ("SinkAttention", "num_sinks", 3, "received"),
         ("SinkAttention", "packed_width", 5, "received"),
         ("SinkAttention", "rotary_dim", 1 << 30, "received"),

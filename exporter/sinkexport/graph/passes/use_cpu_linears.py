@@ -1,4 +1,4 @@
-"""Matmuls by float32 weights, and tables that they share, as nodes of the CPU library.
+"""Matmuls by floating-point weights, and tables that they share, as nodes of the CPU library.
 
 One layout serves steps and chunks, and no copy of the weights is made at run time.
 """
@@ -12,7 +12,7 @@ from sinkexport.graph.cpu_nodes import Linear, write_rows
 from sinkexport.graph.edit import is_weight, known_shape, operand, replace_node
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.matmuls import find_matmuls, find_tables
-from sinkexport.graph.packed_weights import packed_floats
+from sinkexport.graph.packed_weights import PackedMatrix, packed_floats
 
 FLOAT = ir.DataType.FLOAT
 
@@ -20,7 +20,7 @@ FLOAT = ir.DataType.FLOAT
 class UseCpuLinears(GraphPass):
     """Hand over every matmul by a constant float32 matrix: FloatLinear(x, W), W packed in tiles of 16 outputs.
 
-    A table that is also an embedding stays one tensor, whose rows FloatRows gives. Quantisation must have taken its
+    Or Bf16Linear where the plan rounds to bfloat16. A table that is also an embedding stays one tensor, whose rows FloatRows gives. Quantisation must have taken its
     matmuls.
     """
 
@@ -32,9 +32,10 @@ class UseCpuLinears(GraphPass):
             if matmul.dtype != FLOAT or matmul.weight.dtype != FLOAT:
                 continue
             name = "+".join(name for name, _ in matmul.rows)
-            matrix = packed_floats(name, matmul.transposed)
+            is_bfloat16 = self._is_bfloat16(matmul.modules[0])  # joined ones are of one kind
+            matrix = packed_floats(name, matmul.transposed, is_bfloat16=is_bfloat16)
             gather = tables.get(matmul.weight) if matmul.is_table else None
-            if gather is not None and not _replace_gather(graph, gather, matmul.weight, name):
+            if gather is not None and not _replace_gather(graph, gather, matmul.weight, matrix):
                 continue
             b, result = Builder(graph), matmul.node.outputs[0]
             out = Linear.made(graph, matmul.x, matrix).write(b)
@@ -46,6 +47,9 @@ class UseCpuLinears(GraphPass):
                 replace_node(node, b.nodes, [linear.write(b)])
                 modified = True
         return ir.passes.PassResult(model, modified)
+
+    def _is_bfloat16(self, module: str) -> bool:
+        return self.context.plan is not None and self.context.plan.is_bfloat16(module)
 
 
 def _gemm(graph: ir.Graph, node: ir.Node) -> Linear | None:
@@ -68,7 +72,7 @@ def _gemm(graph: ir.Graph, node: ir.Node) -> Linear | None:
     return Linear.made(graph, x, packed_floats(str(weight.name), weight.const_value), bias)
 
 
-def _replace_gather(graph: ir.Graph, gather: ir.Node, table: ir.Value, name: str) -> bool:
+def _replace_gather(graph: ir.Graph, gather: ir.Node, table: ir.Value, matrix: PackedMatrix) -> bool:
     """Let an embedding read the packed table. Returns whether it can."""
     ids, result = gather.inputs[1], gather.outputs[0]
     axis = gather.attributes["axis"].as_int() if "axis" in gather.attributes else 0
@@ -76,6 +80,6 @@ def _replace_gather(graph: ir.Graph, gather: ir.Node, table: ir.Value, name: str
     if ids is None or ids.dtype != ir.DataType.INT64 or axis or others or table.const_value is None:
         return False
     b = Builder(graph)
-    rows = write_rows(b, ids, packed_floats(name, table.const_value))
+    rows = write_rows(b, ids, matrix)
     replace_node(gather, b.nodes, [b.reshape(rows, known_shape(result))])
     return True

@@ -20,6 +20,9 @@ ROW_ORDER = "row_order"
 """Attribute of a node whose matrix has its rows in another order than the model's: which of them each is, as runs
 ``first:count``."""
 
+BFLOAT16_STEP = 2.0**-8
+"""Most that a number is changed by rounding to bfloat16, as a share of it."""
+
 At = Callable[[Indices, Indices], tuple[Floats, Floats]]
 """Rows and columns, of shapes that broadcast -> numbers and their steps, of that shape."""
 
@@ -62,9 +65,9 @@ def packed_rows(
     parts = 2 if fields.get("gated") else 1
     width = fields["out_features"] if "out_features" in fields else fields["num_rows"]
     tiles = parts * -(-width // TILE)
-    bits = 32 if scales is None else _bits(value)
+    bits = _bits(value)
     block = fields["block_size"]
-    padded = depth if scales is None else -(-depth // (block or 4)) * (block or 4)
+    padded = -(-depth // 2) * 2 if scales is None else -(-depth // (block or 4)) * (block or 4)
 
     def places(rows: Indices) -> tuple[Indices, Indices]:
         """Tiles, counted over all matrices, and rows in them."""
@@ -74,6 +77,10 @@ def packed_rows(
 
     def at(rows: Indices, column: Indices) -> tuple[Floats, Floats]:
         tile, place = places(rows)
+        if bits == 16:
+            halves = packed.view(np.uint16).reshape(-1, padded // 2, TILE, 2)[tile, column // 2, place, column % 2]
+            values = (halves.astype(np.uint32) << 16).view(np.float32)
+            return values, np.abs(values) * BFLOAT16_STEP
         if scales is None:
             values = packed.view(np.float32).reshape(-1, depth, TILE)[tile, column, place]
             return values, np.zeros_like(values)
@@ -115,4 +122,6 @@ def _fields(value: ir.Value) -> dict[str, Any]:
 
 
 def _bits(value: ir.Value) -> int:
-    return 4 if any(use.node.op_type.startswith("Int4") for use in value.uses()) else 8
+    starts = {"Float": 32, "Bf16": 16, "Int8": 8, "Int4": 4}
+    node = next(iter(value.uses())).node
+    return next(bits for start, bits in starts.items() if node.op_type.startswith(start))
