@@ -140,7 +140,7 @@ class PackedMatrix:
             rows = np.pad(rows, [*[(0, 0)] * (rows.ndim - 1), (0, missing)])
         *tiles, depth = rows.shape
         if self.integers is None and self.is_bfloat16:
-            halves = rows.astype(ml_dtypes.bfloat16).view(np.uint16)  # to the nearest, ties to even
+            halves: np.ndarray = rows.astype(ml_dtypes.bfloat16).view(np.uint16)  # to the nearest, ties to even
             packed = np.moveaxis(halves.reshape(*tiles, depth // 2, 2), -3, -2)
         elif self.integers is None:
             packed = np.swapaxes(rows, -1, -2)

@@ -176,9 +176,8 @@ class Recipe(_Spec):
             is_nothing = self.kv != "int8" and self.floats != "bfloat16"
             has_integers = not is_float or self.smooth or self.lm_head == "int8" or self.embeddings != "float"
             if is_nothing or has_integers or (self.lm_head != "same" and self.floats != "bfloat16"):
-                raise ValueError(
-                    "without weights a recipe has activations.mode: float, embeddings: float, kv: int8 or floats: bfloat16"
-                )
+                allowed = "activations.mode: float, embeddings: float, kv: int8 or floats: bfloat16"
+                raise ValueError(f"without weights a recipe has {allowed}")
             return self
         if not is_float and weights.bits != 8:
             raise ValueError("INT8 activations need weights.bits: 8")

@@ -18,10 +18,11 @@ FLOAT = ir.DataType.FLOAT
 
 
 class UseCpuLinears(GraphPass):
-    """Hand over every matmul by a constant float32 matrix: FloatLinear(x, W), W packed in tiles of 16 outputs.
+    """Hand over every matmul by a constant float32 matrix: FloatLinear(x, W), W packed in tiles of 16 outputs, or
+    Bf16Linear where the plan rounds to bfloat16.
 
-    Or Bf16Linear where the plan rounds to bfloat16. A table that is also an embedding stays one tensor, whose rows FloatRows gives. Quantisation must have taken its
-    matmuls.
+    A table that is also an embedding stays one tensor, whose rows FloatRows or Bf16Rows gives. Quantisation must have
+    taken its matmuls.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

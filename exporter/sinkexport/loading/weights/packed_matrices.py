@@ -80,7 +80,7 @@ def packed_rows(
         if bits == 16:
             halves = packed.view(np.uint16).reshape(-1, padded // 2, TILE, 2)[tile, column // 2, place, column % 2]
             values = (halves.astype(np.uint32) << 16).view(np.float32)
-            return values, np.abs(values) * BFLOAT16_STEP
+            return values, np.abs(values) * np.float32(BFLOAT16_STEP)
         if scales is None:
             values = packed.view(np.float32).reshape(-1, depth, TILE)[tile, column, place]
             return values, np.zeros_like(values)

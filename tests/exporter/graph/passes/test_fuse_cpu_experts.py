@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -130,5 +132,5 @@ def other_picks() -> ir.Model:
 
 
 @pytest.mark.parametrize("make", [other_function, other_sum, other_picks])
-def test_left_alone(make) -> None:  # noqa: ANN001
+def test_left_alone(make: Callable[[], ir.Model]) -> None:
     check_left_alone(make(), FuseCpuExperts())
