@@ -178,7 +178,8 @@ def write_rows(b: Builder, ids: ir.Value, matrix: PackedMatrix) -> ir.Value:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertLinear:
-    """Each row of x by matrices that are chosen: ``activation(norm(x) . W^T + bias)``, gates and ups in their form.
+    """Each row of x by matrices that are chosen: ``activation(norm(x) . W^T + bias) * multiplier``, gates and ups in
+    their form.
 
     x: [R, K] with any leading axes. picks: int64 [P], R a divisor of P, likewise. weights: as `Linear`'s.
     norm_weight: [K] of an RMS norm, or of a layer norm. bias: [E, N], gated [E, 2N].
@@ -201,6 +202,7 @@ class ExpertLinear:
     activation: str = "none"
     activation_limit: float = 0.0
     is_gated: bool = False
+    multiplier: float = 1.0
     pick_weights: ir.Value | None = None
     residual: ir.Value | None = None
 
@@ -235,6 +237,7 @@ class ExpertLinear:
             activation=fields["activation"],
             activation_limit=fields["activation_limit"],
             is_gated=bool(fields["gated"]),
+            multiplier=fields["multiplier"],
             pick_weights=pick_weights,
             residual=residual,
         )
@@ -270,6 +273,7 @@ class ExpertLinear:
             activation=self.activation,
             activation_limit=float(self.activation_limit),
             gated=int(self.is_gated),
+            multiplier=float(self.multiplier),
             has_pick_weights=int(self.pick_weights is not None),
             has_residual=int(self.residual is not None),
             **_row_order(self.matrix),

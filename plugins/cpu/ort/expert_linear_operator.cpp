@@ -15,6 +15,7 @@ class ExpertLinear final : public Kernel {
     params_.activation = static_cast<cpu::Activation>(node.choice("activation", kActivations));
     params_.activation_limit = node.number("activation_limit");
     params_.norm_epsilon = node.number("norm_epsilon");
+    params_.multiplier = node.number("multiplier");
     const size_t x = node.take("x"), picks = node.take("picks");
     if (node.input(x).type != kFloat || node.input(x).shape.empty() ||
         node.input(x).shape.back() != params_.num_inputs) {

@@ -117,7 +117,7 @@ class FloatExpertLinear(_Node):
             y = gate / (1 + np.exp(-1.702 * gate)) * (np.clip(y[:, width:], -limit, limit) + 1)
         else:
             y = activated(y[:, :width], fields["activation"]) * (y[:, width:] if parts == 2 else 1.0)
-        shape = (*picks.shape, width)
+        y, shape = y * fields["multiplier"], (*picks.shape, width)
         if fields["has_pick_weights"]:
             weights = left.pop(0)
             y = (y.reshape(-1, weights.shape[-1], width) * weights.reshape(-1, weights.shape[-1], 1)).sum(axis=1)

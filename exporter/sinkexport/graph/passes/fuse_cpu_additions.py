@@ -15,7 +15,7 @@ from sinkexport.graph.cpu_nodes import (
     is_expert_linear,
     is_linear,
 )
-from sinkexport.graph.edit import drop_unused, is_weight, known_shape, only_user, replace_node
+from sinkexport.graph.edit import drop_unused, is_weight, known_shape, only_user, operand, replace_node
 from sinkexport.graph.graph_pass import GraphPass
 
 FLOAT = ir.DataType.FLOAT
@@ -55,6 +55,10 @@ def _moved_to_first(graph: ir.Graph, node: ir.Node, linear: Linear) -> bool:
     first = None if linear.residual is None else linear.residual.producer()
     result = node.outputs[0]
     addition = only_user(result, "Add")
+    if first is not None and first.op_type == "Reshape" and only_user(operand(first, 0)) is first:
+        view, first = first, operand(first, 0).producer()
+        if not is_expert_linear(first) or len(list(view.outputs[0].uses())) > 1:
+            return False
     if first is None or addition is None or len(list(first.outputs[0].uses())) > 1:
         return False
     before = Linear.of(first) if is_linear(first) else ExpertLinear.of(first) if is_expert_linear(first) else None
@@ -65,7 +69,8 @@ def _moved_to_first(graph: ir.Graph, node: ir.Node, linear: Linear) -> bool:
         return False
     if other.dtype != FLOAT or is_weight(other) or known_shape(other) != known_shape(result):
         return False
-    if known_shape(first.outputs[0]) != known_shape(result):
+    is_sum = isinstance(before, ExpertLinear) and before.pick_weights is not None
+    if not is_sum and known_shape(first.outputs[0]) != known_shape(result):
         return False
     b = Builder(graph)
     between = dataclasses.replace(before, residual=other).write(b)  # what it reads is there: only `node` reads it

@@ -30,7 +30,7 @@ FLOAT = ir.DataType.FLOAT
 
 class FuseCpuExperts(GraphPass):
     """A matmul by chosen matrices takes over what follows it, in this order: a bias of each expert, the gate of which
-    its results are both halves, the sum over a token's experts.
+    its results are both halves, the sum over a token's experts, a multiplier.
 
     Gates and ups that come in turns (gpt-oss) are reordered. Views of its inputs that keep rows are left out.
     """
@@ -39,7 +39,7 @@ class FuseCpuExperts(GraphPass):
         """Fuse one kind after the other."""
         graph = model.graph
         modified = _drop_casts(graph) | drop_unused(graph)
-        for fuse in (_without_views, _with_bias, _with_gate, _with_sums, _without_views):
+        for fuse in (_without_views, _with_bias, _with_gate, _with_sums, _with_multiplier, _without_views):
             for node, linear in find_expert_linears(graph):
                 found = fuse(graph, node, linear)
                 if found is None:
@@ -164,6 +164,20 @@ def _reordered(graph: ir.Graph, bias: ir.Value, order: np.ndarray) -> ir.Value:
         raise ValueError(f"'{bias.name}' has no content")
     name = f"{bias.name}{BY_HEAD}"
     return lazy_weight(graph, name, FLOAT, known_shape(bias), lambda: source.numpy()[:, order])
+
+
+def _with_multiplier(_graph: ir.Graph, node: ir.Node, linear: ExpertLinear) -> Found | None:
+    """Sums times one number (Granite)."""
+    result = _viewed(node, linear)
+    reader = only_user(result, "Mul")
+    if reader is None or linear.pick_weights is None or linear.residual is not None or linear.multiplier != 1.0:
+        return None
+    other = operand(reader, 1) if operand(reader, 0) is result else operand(reader, 0)
+    if not is_weight(other) or other.const_value is None or other.const_value.size != 1 or other.dtype != FLOAT:
+        return None
+    if known_shape(reader.outputs[0]) != known_shape(result):
+        return None
+    return reader, dataclasses.replace(linear, multiplier=float(other.const_value.numpy().reshape(())))
 
 
 def _with_sums(_graph: ir.Graph, node: ir.Node, linear: ExpertLinear) -> Found | None:

@@ -104,13 +104,14 @@ def test_weighted_sums_and_what_is_added_to_them() -> None:
     model, b, y = graph()
     residual = value("residual", (1, TOKENS, M), FLOAT)
     model.graph.inputs.append(residual)
-    total = b.reshape(summed(model, b, y), (1, TOKENS, M))
+    total = b.op("Mul", [b.reshape(summed(model, b, y), (1, TOKENS, M)), b.scalar(0.22, FLOAT)])
     model = finished(model, b, b.op("Add", [residual, total]))
     given = inputs(weights=numbers(TOKENS, TOP_K, seed=3), residual=numbers(1, TOKENS, M, seed=4))
     check_same_results(model, FuseCpuExperts(), given, rtol=1e-5)
     check_same_results(model, FuseCpuAdditions(), given, rtol=1e-5)
     assert kinds(model) == ["FloatExpertLinear"]
     assert linear_of(model).shape == (1, TOKENS, M)
+    assert linear_of(model).multiplier == pytest.approx(0.22)
 
 
 def other_function() -> ir.Model:
