@@ -15,6 +15,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+import transformers
 from sinkexport.config import ExportConfig
 from sinkexport.model.moe_layers import routers
 from sinkexport.quant.recipe import load_recipe
@@ -130,6 +131,22 @@ def test_dense_and_past_six_wraps(family: str, tmp_path: Path) -> None:
     with torch.no_grad():
         dense = model(torch.from_numpy(ids[:, :capacity])).logits.numpy()
     for t, logits in enumerate(decoded(session, ids[:, :capacity])):
+        assert_close(logits, dense[:, t], TOLERANCE, f"position {t}")
+    session.reset()
+    assert_streams_like_reference(session, model, ids, TOLERANCE)
+
+
+def test_pairs_that_turn_in_a_part_of_a_head(tmp_path: Path) -> None:
+    """GPT-J, whose tiny model has heads of a size that the kernel does not take."""
+    config = transformers.GPTJConfig(vocab_size=97, n_positions=256, n_embd=64, n_layer=2, n_head=4, rotary_dim=8)
+    torch.manual_seed(0)
+    model = transformers.GPTJForCausalLM(config).eval()
+    session = exported(model, tmp_path / "bundle")
+    assert sum(kinds(tmp_path / "bundle").values()) == 5 * 2 + 3
+    ids = random_ids(1, session.capacity + WRAPS * session.window_size)
+    with torch.no_grad():
+        dense = model(torch.from_numpy(ids[:, : session.capacity])).logits.numpy()
+    for t, logits in enumerate(decoded(session, ids[:, : session.capacity])):
         assert_close(logits, dense[:, t], TOLERANCE, f"position {t}")
     session.reset()
     assert_streams_like_reference(session, model, ids, TOLERANCE)
