@@ -122,20 +122,28 @@ def peak_memory_mb() -> float:
 
     Not getrusage: its figure survives exec, so a worker would report what its parent had used.
     """
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    return _status_mb("VmHWM")
 
 
 def resident_mb() -> float:
     """Memory that this process has resident now, in MB."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e6
+    return _status_mb("VmRSS")
+
+
+def anonymous_mb() -> float:
+    """Memory that this process has resident now and that belongs to no file, in MB: what it has allocated."""
+    return _status_mb("RssAnon")
 
 
 def proportional_mb() -> float:
     """Memory that this process has resident now, in MB, each page divided by how often it is mapped."""
     rollup = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
     return int(rollup.split("\nPss:")[1].split()[0]) * 1024 / 1e6
+
+
+def _status_mb(field: str) -> float:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024 / 1e6
 
 
 def _commit() -> str:

@@ -5,8 +5,8 @@
 The step is timed first, in a session as users have it. ONNX Runtime's profiler then records each node of as many
 steps. What is left of the step beside the nodes is overhead: ONNX Runtime's and Python's own time between them. A
 profiled step takes longer than a plain one, so the overhead is rather too small here. Memory is that of the first
-session after its prefill graph has run. Pages of the weights file that both graphs have mapped are in memory once, but
-count twice in the resident size; the proportional size counts each page once, if no other process has it mapped.
+session after its prefill graph has run. The proportional size counts each page once, if no other process has it mapped;
+`memory.py` measures it in a process of its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
 // Counts what is allocated while a session decodes: every operator new of the process, by whether it was called from
-// inside ONNX Runtime's library or from anywhere else (this program, libsinkrt, the C++ library).
+// inside ONNX Runtime's library or from anywhere else (this program, libsinkrt, the C++ library), and what the kernels
+// of the CPU library ask C for.
 //
-//   allocations BUNDLE STEPS [TOKENIZER.JSON]..  ->  "ours N onnxruntime N buffers same|moved"
+//   allocations BUNDLE STEPS [TOKENIZER.JSON]..  ->  "ours N onnxruntime N kernels N of N buffers same|moved"
+//
+// kernels: while it decodes, of all since the session began to load.
 //
 // Further tokenizers decode as many ids of their own.
 #include <atomic>
@@ -19,13 +22,28 @@
 namespace {
 
 std::atomic<bool> counting{false};
-std::atomic<long> ours{0}, theirs{0};
+std::atomic<long> ours{0}, theirs{0}, kernels{0}, kernels_ever{0};
+
+bool isFrom(const char* library, void* caller) {
+  Dl_info info{};
+  return ::dladdr(caller, &info) != 0 && info.dli_fname != nullptr && std::strstr(info.dli_fname, library) != nullptr;
+}
+
+// The C library's function of that name, behind the one of this program.
+template <typename Function>
+Function real(Function, const char* name) {
+  return reinterpret_cast<Function>(::dlsym(RTLD_NEXT, name));
+}
+
+void countKernel(void* caller) {
+  if (!isFrom("libsinkexport_cpu", caller)) return;
+  ++kernels_ever;
+  if (counting.load(std::memory_order_relaxed)) ++kernels;
+}
 
 void* counted(std::size_t size, void* caller) {
   if (counting.load(std::memory_order_relaxed)) {
-    Dl_info info{};
-    const bool known = ::dladdr(caller, &info) != 0 && info.dli_fname != nullptr;
-    ++(known && std::strstr(info.dli_fname, "onnxruntime") != nullptr ? theirs : ours);
+    ++(isFrom("onnxruntime", caller) ? theirs : ours);
   }
   if (void* memory = std::malloc(size == 0 ? 1 : size)) return memory;
   throw std::bad_alloc();
@@ -39,6 +57,13 @@ void* countedAligned(std::size_t size, std::align_val_t alignment, void* caller)
 }
 
 }  // namespace
+
+// What kernels keep between their loops comes from here (plugins/cpu/kernels/scratch.cpp).
+extern "C" void* aligned_alloc(std::size_t alignment, std::size_t size) {
+  static const auto function = real(aligned_alloc, "aligned_alloc");
+  countKernel(__builtin_return_address(0));
+  return function(alignment, size);
+}
 
 void* operator new(std::size_t size) {
   return counted(size, __builtin_return_address(0));
@@ -120,7 +145,7 @@ int main(int argc, char** argv) {
     stream.flush();
   }
   counting = false;
-  std::printf("ours %ld onnxruntime %ld buffers %s\n", ours.load(), theirs.load(),
-              session->backend().stateBuffers() == buffers ? "same" : "moved");
+  std::printf("ours %ld onnxruntime %ld kernels %ld of %ld buffers %s\n", ours.load(), theirs.load(), kernels.load(),
+              kernels_ever.load(), session->backend().stateBuffers() == buffers ? "same" : "moved");
   return 0;
 }

@@ -70,11 +70,11 @@ def test_every_kind_of_state(sanitized_cpp_runtime: CppRuntime, tmp_path: Path, 
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["manifest", "state", "tokenizer"])
+@pytest.mark.parametrize("name", ["graph", "manifest", "state", "tokenizer"])
 def test_fuzz(sanitized_cpp_runtime: CppRuntime, tmp_path: Path, name: str) -> None:
     """Mutations of good files by a fixed seed: read or refused, and nothing else."""
     bundle = build_toy(tmp_path / "toy", Toy(chunk_size=4, batch=2))
-    files = [bundle / MANIFEST_NAME]
+    files = [bundle / (MANIFEST_NAME if name == "manifest" else "decode.onnx")]
     if name == "manifest":
         for kind, layout in kinds().items():
             files.append(tmp_path / f"{kind}.json")

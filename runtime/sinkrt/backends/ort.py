@@ -15,6 +15,7 @@ import numpy as np
 from sinkrt.backends.base import StateArray
 from sinkrt.backends.cpu_library import checked_library
 from sinkrt.backends.ort_graph import Binding, Device, Graph, HostDevice
+from sinkrt.backends.weights import SharedWeights
 from sinkrt.contract import Manifest, TensorSpec
 from sinkrt.contract.constants import CPU
 from sinkrt.errors import BackendError, problem
@@ -51,10 +52,15 @@ class OrtBackend:
             device = HostDevice()
         # Opened first: a manifest whose sizes are not the graphs' is refused before memory is asked for.
         library = checked_library(manifest.plugin_abi) if manifest.target == CPU else None
-        open_ = functools.partial(Graph, bundle, manifest, threads=threads, device=device, library=library)
+        # Only there: of other graphs ONNX Runtime keeps repacked copies, and lets go of the file.
+        weights = SharedWeights(bundle, manifest) if library else None
+        open_ = functools.partial(
+            Graph, bundle, manifest, threads=threads, device=device, library=library, weights=weights
+        )
         decode, prefill = open_("decode", repack=True), manifest.graphs.get("prefill")
         in_chunks = open_("prefill", repack=repack_prefill) if prefill else None
-        self._states = {s.input: device.zeros(TensorSpec(s.input, s.shape, s.dtype)) for s in manifest.states}
+        specs = [TensorSpec(state.input, state.shape, state.dtype) for state in manifest.states]
+        self._states = {spec.name: state for spec, state in zip(specs, device.states(specs), strict=True)}
         graph = manifest.graphs["decode"]
         self._arrays = {spec.name: device.staged(spec) for spec in (*graph.inputs, *graph.outputs)}
         self.step = decode.bind({**_devices(self._arrays), **self._states}, 0)

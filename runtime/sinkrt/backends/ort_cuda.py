@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ class CudaDevice:
 
     def zeros(self, spec: TensorSpec) -> Any:
         return self._cuda.zeros(spec)
+
+    def states(self, specs: Sequence[TensorSpec]) -> list[Any]:
+        return [self.zeros(spec) for spec in specs]
 
     def staged(self, spec: TensorSpec) -> Staged:
         return Staged(self._cuda, spec)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
 
+from sinkrt.backends.state_memory import ALIGNMENT_BYTES, states_in_one_piece
+from sinkrt.backends.weights import SharedWeights
 from sinkrt.contract import Manifest, TensorSpec
 from sinkrt.contract.constants import LAYOUT_METADATA, THREADS_OPTION
 from sinkrt.contract.layout import graph_layout
 from sinkrt.errors import BackendError, BundleError, problem
-
-ALIGNMENT_BYTES = 64
-"""A cache line, and the alignment that vector kernels like best."""
 
 _ORT_TYPES = {
     "float32": "tensor(float)",
@@ -40,6 +39,10 @@ class Device(Protocol):
 
         Zero: slots that hold no token yet are masked, but NaN times a weight of zero would be NaN.
         """
+        ...
+
+    def states(self, specs: Sequence[TensorSpec]) -> Sequence[Any]:
+        """Allocate the states of a session, zero like the tensors of `zeros`."""
         ...
 
     def staged(self, spec: TensorSpec) -> Any:
@@ -75,6 +78,10 @@ class HostDevice:
         start = -raw.ctypes.data % ALIGNMENT_BYTES
         return raw[start : start + spec.nbytes].view(spec.dtype).reshape(spec.shape)
 
+    def states(self, specs: Sequence[TensorSpec]) -> list[np.ndarray]:
+        """NumPy arrays one after the other, in huge pages where the system has them."""
+        return states_in_one_piece(specs)
+
     def staged(self, spec: TensorSpec) -> HostArray:
         return HostArray(self.zeros(spec))
 
@@ -108,7 +115,7 @@ class HostArray:
 class Graph:
     """One graph of the bundle, loaded.
 
-    role: ``decode | prefill``. threads, repack, library: as of `open_graph`.
+    role: ``decode | prefill``. threads, repack, library, weights: as of `open_graph`.
 
     Raises: BundleError, BackendError as `open_graph`; BundleError if its tensors are not those of the manifest.
     """
@@ -123,11 +130,20 @@ class Graph:
         *,
         repack: bool,
         library: Path | None = None,
+        weights: SharedWeights | None = None,
     ) -> None:
         graph = manifest.graphs[role]
         batch = graph.inputs[0].shape[0]
         self._role, self._states, self._graph, self._device = role, manifest.states, graph, device
-        self._session = open_graph(bundle / graph.file, threads, device.providers, repack=repack, library=library)
+        self._session = open_graph(
+            bundle / graph.file,
+            threads,
+            device.providers,
+            repack=repack,
+            plan_memory=role == "decode" or not isinstance(device, HostDevice),
+            library=library,
+            weights=weights,
+        )
         shapes = {state.input: (batch, *state.shape[1:]) for state in manifest.states}
         state_inputs = [TensorSpec(s.input, shapes[s.input], s.dtype) for s in manifest.states]
         state_outputs = [TensorSpec(s.output, shapes[s.input], s.dtype) for s in manifest.states]
@@ -180,19 +196,31 @@ class Binding:
 
 
 def open_graph(
-    path: Path, threads: int | None, providers: list[Any], *, repack: bool = True, library: Path | None = None
+    path: Path,
+    threads: int | None,
+    providers: list[Any],
+    *,
+    repack: bool = True,
+    plan_memory: bool = True,
+    library: Path | None = None,
+    weights: SharedWeights | None = None,
 ) -> ort.InferenceSession:
     """Load a graph.
 
     threads: of one operator; None leaves the choice to ONNX Runtime. providers: as of `Device`.
     repack: copy the weights to the layout that ONNX Runtime's matmuls like best. library: has operators of the graph.
+    plan_memory: from the second run on take all intermediate results from one piece. That saves microseconds a run,
+    but the first run's memory is kept beside it. weights: those that graphs share; None: the graph has its own.
 
     Raises: BundleError if ONNX Runtime refuses the graph; BackendError if it cannot load the first provider.
     """
     try:
-        session = ort.InferenceSession(
-            path, _session_options(threads, repack=repack, library=library), providers=providers
-        )
+        options = _session_options(threads, repack=repack, library=library)
+        options.enable_mem_pattern = plan_memory
+        if weights is not None:
+            weights.give(path.name, options)
+        session = ort.InferenceSession(path, options, providers=providers)
+        session.kept_weights = weights  # it reads them for as long as it lives
     except Exception as error:
         raise BundleError(
             problem(

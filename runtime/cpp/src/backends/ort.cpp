@@ -1,12 +1,13 @@
 // ONNX Runtime on the CPU, with every input and output bound to a buffer that is allocated once. Twin of
 // runtime/sinkrt/backends/ort.py.
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
+#include <optional>
 
 #include "backends/cpu_library.h"
+#include "backends/memory.h"
 #include "backends/ort_api.h"
+#include "backends/weights.h"
 #include "files.h"
 #include "sinkrt/backend.h"
 #include "sinkrt/constants.h"
@@ -14,57 +15,14 @@
 namespace sinkrt {
 namespace {
 
-constexpr size_t kAlignment = 64;  // a cache line, and what vector kernels like best
-constexpr int kFatal = 4;          // nothing on stderr
-constexpr int kSequential = 0, kDeviceAllocator = 0, kDefaultMemory = 0;
-
-[[noreturn]] void refuseMemory(const std::string& received, int64_t bytes) {
-  throw Error(Code::kOutOfMemory, problem("memory", received, std::to_string(bytes) + " bytes for the cache",
-                                          "export with a smaller --window or --batch"));
-}
-
-// Aligned, and zero: slots that hold no token yet are masked, but NaN times a weight of zero would be NaN.
-class Buffer {
- public:
-  explicit Buffer(int64_t bytes) : size_(static_cast<size_t>(bytes)) {
-    const size_t padded = (std::max<size_t>(size_, 1) + kAlignment - 1) / kAlignment * kAlignment;
-    if (bytes >= int64_t{1} << 62 || (data_ = static_cast<char*>(std::aligned_alloc(kAlignment, padded))) == nullptr) {
-      refuseMemory("too little", bytes);
-    }
-    clear();
-  }
-  Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_) { other.data_ = nullptr; }
-  ~Buffer() { std::free(data_); }
-
-  void clear() { std::memset(data_, 0, size_); }
-  char* data() const { return data_; }
-  size_t size() const { return size_; }
-  template <typename T>
-  T* as() const {
-    return reinterpret_cast<T*>(data_);
-  }
-
- private:
-  char* data_ = nullptr;
-  size_t size_;
-};
+constexpr int kFatal = 4;  // nothing on stderr
+constexpr int kSequential = 0;
 
 // Where a tensor lies.
 struct Place {
   TensorSpec spec;
   char* data;
 };
-
-// Memory that is free or can be freed at once; 0 where the system does not say.
-int64_t availableBytes() {
-  const File file(std::fopen("/proc/meminfo", "r"));
-  long long kib = 0;
-  char line[256];
-  while (file && std::fgets(line, sizeof line, file.get()) != nullptr) {
-    if (std::sscanf(line, "MemAvailable: %lld", &kib) == 1) return int64_t{kib} * 1024;
-  }
-  return 0;
-}
 
 // A graph with its buffers, ready to run any number of times.
 struct Binding {
@@ -76,7 +34,7 @@ struct Binding {
 class Graph {
  public:
   Graph(const OrtApi& api, OrtEnv* env, const std::string& bundle, const Manifest& manifest, const std::string& role,
-        int threads, bool repack, const std::string& library)
+        int threads, bool repack, const std::string& library, SharedWeights* weights)
       : api_(api), role_(role) {
     const GraphSpec& graph = manifest.graphs.at(role);
     try {
@@ -93,6 +51,9 @@ class Graph {
       api.call<ort::AddSessionConfigEntry>(made, "session.force_spinning_stop", "1");
       // Q/DQ nodes are computed as they stand: see sinkrt/backends/ort.py.
       api.call<ort::AddSessionConfigEntry>(made, "session.disable_quant_qdq", "1");
+      // In its first run the prefill graph takes memory tensor by tensor, and that is kept: a plan would take as much
+      // again.
+      if (role == "prefill") api.call<ort::DisableMemPattern>(made);
       if (!repack) api.call<ort::AddSessionConfigEntry>(made, "session.disable_prepacking", "1");
       if (threads > 0) {
         api.call<ort::SetIntraOpNumThreads>(made, threads);
@@ -102,6 +63,7 @@ class Graph {
         void* handle = nullptr;  // of the library, which stays loaded
         api.call<ort::RegisterCustomOpsLibrary>(made, library.c_str(), &handle);
       }
+      if (weights != nullptr) weights->give(graph.file, made);
       OrtSession* session = nullptr;
       api.call<ort::CreateSession>(env, joined(bundle, graph.file).c_str(), made, &session);
       session_ = {api, session};
@@ -132,7 +94,7 @@ class Graph {
     Binding out;
     try {
       OrtMemoryInfo* made = nullptr;
-      api_.call<ort::CreateCpuMemoryInfo>(kDeviceAllocator, kDefaultMemory, &made);
+      api_.call<ort::CreateCpuMemoryInfo>(ort::kDeviceAllocator, ort::kDefaultMemory, &made);
       const OrtOwned<OrtMemoryInfo, ort::ReleaseMemoryInfo> memory(api_, made);
       OrtIoBinding* binding = nullptr;
       api_.call<ort::CreateIoBinding>(session_.get(), &binding);
@@ -259,13 +221,18 @@ class OrtBackend final : public Backend {
       refuseMemory(std::to_string(available) + " bytes", manifest.stateBytes());
     }
     // Opened first: a manifest whose sizes are not the graphs' is refused before memory is asked for.
-    decode_ = std::make_unique<Graph>(api, env, bundle, manifest, "decode", options.threads, true, library);
+    // Weights only there: of other graphs ONNX Runtime keeps repacked copies, and lets go of the file.
+    if (!library.empty()) weights_ = std::make_unique<SharedWeights>(api, bundle, manifest_);
+    const auto opened = [&](const std::string& role, bool repack) {
+      return std::make_unique<Graph>(api, env, bundle, manifest, role, options.threads, repack, library,
+                                     weights_.get());
+    };
+    decode_ = opened("decode", true);
     const auto found = manifest.graphs.find("prefill");
-    if (found != manifest.graphs.end()) {
-      prefill_ =
-          std::make_unique<Graph>(api, env, bundle, manifest, "prefill", options.threads, repack_prefill, library);
-    }
-    for (const StateSpec& state : manifest.states) states_.emplace_back(state.bytes());
+    if (found != manifest.graphs.end()) prefill_ = opened("prefill", repack_prefill);
+    std::vector<int64_t> state_bytes;
+    for (const StateSpec& state : manifest.states) state_bytes.push_back(state.bytes());
+    states_.emplace(state_bytes);
     const GraphSpec& graph = manifest.graphs.at("decode");
     ids_ = &add(inputs_, graph.inputs, "ids");
     position_ = &add(inputs_, graph.inputs, "position");
@@ -291,7 +258,7 @@ class OrtBackend final : public Backend {
     const int64_t zero = 0;
     for (int64_t b = 0; b < static_cast<int64_t>(chunks_.size()); ++b) prefill(b, &zero, 1, 0);
     logits_[0].clear();
-    for (Buffer& state : states_) state.clear();
+    states_->clear();
   }
 
   const char* name() const override { return "ort"; }
@@ -323,20 +290,20 @@ class OrtBackend final : public Backend {
   const float* logits() override { return logits_[0].as<float>(); }
   void writeLogits(const float* logits) override { std::memcpy(logits_[0].data(), logits, logits_[0].size()); }
   void readState(size_t state, void* target) const override {
-    std::memcpy(target, states_[state].data(), states_[state].size());
+    std::memcpy(target, states_->data(state), states_->size(state));
   }
   void writeState(size_t state, const void* source) override {
-    std::memcpy(states_[state].data(), source, states_[state].size());
+    std::memcpy(states_->data(state), source, states_->size(state));
   }
   void clearStream(int64_t stream) override {
-    for (size_t i = 0; i < states_.size(); ++i) {
+    for (size_t i = 0; i < states_->count(); ++i) {
       const int64_t bytes = manifest_.states[i].rowBytes();
-      std::memset(states_[i].data() + stream * bytes, 0, static_cast<size_t>(bytes));
+      std::memset(states_->data(i) + stream * bytes, 0, static_cast<size_t>(bytes));
     }
   }
   std::vector<const void*> stateBuffers() const override {
     std::vector<const void*> out;
-    for (const Buffer& state : states_) out.push_back(state.data());
+    for (size_t i = 0; i < states_->count(); ++i) out.push_back(states_->data(i));
     return out;
   }
 
@@ -356,15 +323,16 @@ class OrtBackend final : public Backend {
   // Rows `first` .. first + count - 1 of every state.
   std::vector<Place> statePlaces(int64_t first, int64_t count) const {
     std::vector<Place> out;
-    for (size_t i = 0; i < states_.size(); ++i) {
-      Place place{manifest_.states[i].tensor(), states_[i].data() + first * manifest_.states[i].rowBytes()};
+    for (size_t i = 0; i < states_->count(); ++i) {
+      Place place{manifest_.states[i].tensor(), states_->data(i) + first * manifest_.states[i].rowBytes()};
       place.spec.shape[0] = count;
       out.push_back(std::move(place));
     }
     return out;
   }
 
-  std::vector<Buffer> states_;
+  std::unique_ptr<SharedWeights> weights_;  // before the graphs, which read them
+  std::optional<StateMemory> states_;
   std::vector<std::unique_ptr<Buffer>> inputs_;
   Buffer* ids_ = nullptr;             // int64 [B, 1]
   Buffer* position_ = nullptr;        // int64 [B]

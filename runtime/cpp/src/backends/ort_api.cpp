@@ -14,7 +14,7 @@ namespace sinkrt {
 namespace {
 
 // The version of the interface that brought the newest entry used here.
-constexpr uint32_t kApiVersion = 5;
+constexpr uint32_t kApiVersion = 6;
 constexpr int kFatal = 4;  // nothing on stderr: errors are thrown, and reported where they are caught
 
 // What the library's only export returns.

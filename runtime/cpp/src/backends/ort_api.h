@@ -39,6 +39,7 @@ using CreateEnv = OrtEntry<3, OrtStatus*(int severity, const char* name, OrtEnv*
 using CreateSession = OrtEntry<7, OrtStatus*(const OrtEnv*, const char* path, const OrtSessionOptions*, OrtSession**)>;
 using CreateSessionOptions = OrtEntry<10, OrtStatus*(OrtSessionOptions**)>;
 using SetSessionExecutionMode = OrtEntry<13, OrtStatus*(OrtSessionOptions*, int mode)>;
+using DisableMemPattern = OrtEntry<17, OrtStatus*(OrtSessionOptions*)>;
 using SetSessionLogSeverityLevel = OrtEntry<22, OrtStatus*(OrtSessionOptions*, int severity)>;
 using SetIntraOpNumThreads = OrtEntry<24, OrtStatus*(OrtSessionOptions*, int threads)>;
 using RegisterCustomOpsLibrary = OrtEntry<29, OrtStatus*(OrtSessionOptions*, const char* path, void** library)>;
@@ -77,6 +78,9 @@ using CreateIoBinding = OrtEntry<134, OrtStatus*(OrtSession*, OrtIoBinding**)>;
 using ReleaseIoBinding = OrtEntry<135, void(OrtIoBinding*)>;
 using BindInput = OrtEntry<136, OrtStatus*(OrtIoBinding*, const char* name, const OrtValue*)>;
 using BindOutput = OrtEntry<137, OrtStatus*(OrtIoBinding*, const char* name, const OrtValue*)>;
+using AddInitializer = OrtEntry<150, OrtStatus*(OrtSessionOptions*, const char* name, const OrtValue*)>;
+
+constexpr int kDeviceAllocator = 0, kDefaultMemory = 0;  // of CreateCpuMemoryInfo
 }  // namespace ort
 
 // Element types (ONNXTensorElementDataType) of the manifest's dtypes; 0: unknown.
