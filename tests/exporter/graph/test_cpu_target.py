@@ -113,6 +113,7 @@ def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
             "qwen3_moe",
             "lfm2_moe",
             "dbrx",
+            "granitemoe_swa",
             "gemma3n_text",
             "phi",
             "falcon",
