@@ -54,7 +54,8 @@ class FuseCpuExperts(GraphPass):
 
 def _drop_casts(graph: ir.Graph) -> bool:
     """Leave out casts to the type that a value has, which routers are full of."""
-    found = [n for n in graph if n.op_type == "Cast" and not n.domain and operand(n, 0).dtype == n.outputs[0].dtype]
+    casts = [node for node in graph if node.op_type == "Cast" and not node.domain]
+    found = [n for n in casts if n.outputs[0].dtype is not None and operand(n, 0).dtype == n.outputs[0].dtype]
     for node in found:
         ir.convenience.replace_all_uses_with(node.outputs[0], operand(node, 0), replace_graph_outputs=True)
         graph.remove(node, safe=True)
