@@ -165,7 +165,8 @@ class ExportConfig:
             )
 
     def _check_recipe(self, recipe: Recipe) -> None:
-        if target_of(self).recipes not in recipe.targets:
+        target = target_of(self)
+        if not {target.recipes, target.name} & set(recipe.targets):
             raise UsageError(
                 problem(
                     f"recipe '{recipe.name}'",

@@ -98,6 +98,10 @@ class StoredPlan:
             return None  # rows of a table are read as they are
         return self._treatment(found, MATMULS[self._quantization])
 
+    def is_bfloat16(self, module: str) -> bool:  # noqa: ARG002 - as all plans
+        """Never: what is not kept as integers stays exact."""
+        return False
+
     def table(self, module: str) -> WeightScheme | None:  # noqa: ARG002 - as all plans
         """None: see `of_rows`."""
         return None

@@ -16,9 +16,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from sinkexport.loading.checkpoints.file_tensor import Floats, Indices
-from sinkexport.loading.weights.packed_matrices import PACKED, packed_rows
+from sinkexport.loading.weights.packed_matrices import PACKED, packed_rows, row_places
 from sinkexport.util.process_memory import release_pages
 from sinkexport.util.traced_names import MODEL
+
+REORDERED = ".by_head"
+"""Suffix of matrices and biases of the CPU library whose rows are in another order."""
 
 BY_HEAD = "const.by_head"
 """The plugin's copies of the model's numbers of heads, in float32."""
@@ -131,8 +134,14 @@ def read_graph(path: Path) -> list[GraphMatrix]:
         elif suffix is not None and f"{name.removesuffix(suffix)}.scales" in values:
             found.append(_quantized(name.removesuffix(suffix), suffix, value, values, layers))
         elif tensor.dtype.is_floating_point() and not (name.endswith(COMPANIONS) and _has_base(name, values)):
-            found.append(_floating(name, tensor, layers))
+            found.append(_floating(name, _in_order(name, value, tensor), layers))
     return found
+
+
+def _in_order(name: str, value: ir.Value, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """A bias [N], or those of experts [E, N], in the model's order."""
+    places = row_places(value) if name.endswith(REORDERED) else None
+    return tensor if places is None else ir.Tensor(tensor.numpy()[..., places], name=name)
 
 
 def _has_base(name: str, values: dict[str, ir.Value]) -> bool:
@@ -142,7 +151,7 @@ def _has_base(name: str, values: dict[str, ir.Value]) -> bool:
 
 def parameters_of(name: str) -> tuple[str, ...]:
     """Names of the model's parameters in a constant's name, such as ``model.a.weight.T+model.b.weight.T``."""
-    names = [part.removesuffix(".smoothed").removesuffix(".T") for part in name.split("+")]
+    names = [part.removesuffix(".smoothed").removesuffix(".T") for part in name.removesuffix(REORDERED).split("+")]
     if not all(part.startswith(MODEL) for part in names):
         return ()
     return tuple(part.removeprefix(MODEL) for part in names)

@@ -16,6 +16,13 @@ TILE = 16
 PACKED = ".n16"
 """Suffix of the packed bytes of a weight."""
 
+ROW_ORDER = "row_order"
+"""Attribute of a node whose matrix has its rows in another order than the model's: which of them each is, as runs
+``first:count``."""
+
+BFLOAT16_STEP = 2.0**-8
+"""Most that a number is changed by rounding to bfloat16, as a share of it."""
+
 At = Callable[[Indices, Indices], tuple[Floats, Floats]]
 """Rows and columns, of shapes that broadcast -> numbers and their steps, of that shape."""
 
@@ -58,9 +65,9 @@ def packed_rows(
     parts = 2 if fields.get("gated") else 1
     width = fields["out_features"] if "out_features" in fields else fields["num_rows"]
     tiles = parts * -(-width // TILE)
-    bits = 32 if scales is None else _bits(value)
+    bits = _bits(value)
     block = fields["block_size"]
-    padded = depth if scales is None else -(-depth // (block or 4)) * (block or 4)
+    padded = -(-depth // 2) * 2 if scales is None else -(-depth // (block or 4)) * (block or 4)
 
     def places(rows: Indices) -> tuple[Indices, Indices]:
         """Tiles, counted over all matrices, and rows in them."""
@@ -70,6 +77,10 @@ def packed_rows(
 
     def at(rows: Indices, column: Indices) -> tuple[Floats, Floats]:
         tile, place = places(rows)
+        if bits == 16:
+            halves = packed.view(np.uint16).reshape(-1, padded // 2, TILE, 2)[tile, column // 2, place, column % 2]
+            values = (halves.astype(np.uint32) << 16).view(np.float32)
+            return values, np.abs(values) * np.float32(BFLOAT16_STEP)
         if scales is None:
             values = packed.view(np.float32).reshape(-1, depth, TILE)[tile, column, place]
             return values, np.zeros_like(values)
@@ -83,8 +94,25 @@ def packed_rows(
         zero: Any = 8 if zeros is None else zeros.reshape(-1, zeros.shape[-2], TILE)[tile, group, place]
         return (codes.astype(np.int16) - zero).astype(np.float32) * step, step
 
+    places_of = row_places(value)
     num_experts = fields.get("num_experts", 0)
+    if places_of is not None:
+        count = parts * width  # rows of a matrix
+
+        def reordered(rows: Indices, columns: Indices) -> tuple[Floats, Floats]:
+            return at(rows // count * count + places_of[rows % count], columns)
+
+        return PackedRows((max(num_experts, 1) * count, depth), num_experts, reordered)
     return PackedRows((max(num_experts, 1) * parts * width, depth), num_experts, at)
+
+
+def row_places(value: ir.Value) -> Indices | None:
+    """Where each of the model's rows is in a matrix or a bias [N] of reordered rows; None: in the model's order."""
+    shown = next((use.node.attributes[ROW_ORDER] for use in value.uses() if ROW_ORDER in use.node.attributes), None)
+    if shown is None:
+        return None
+    runs = [tuple(map(int, run.split(":"))) for run in shown.as_string().split(",")]
+    return np.argsort(np.concatenate([np.arange(first, first + count) for first, count in runs]))
 
 
 def _fields(value: ir.Value) -> dict[str, Any]:
@@ -94,4 +122,6 @@ def _fields(value: ir.Value) -> dict[str, Any]:
 
 
 def _bits(value: ir.Value) -> int:
-    return 4 if any(use.node.op_type.startswith("Int4") for use in value.uses()) else 8
+    starts = {"Float": 32, "Bf16": 16, "Int8": 8, "Int4": 4}
+    node = next(iter(value.uses())).node
+    return next(bits for start, bits in starts.items() if node.op_type.startswith(start))
