@@ -60,4 +60,51 @@ __device__ __forceinline__ void int8ToHalves<__nv_bfloat16>(uint32_t bytes, uint
   high = subtractPairs<__nv_bfloat162>(__byte_perm(bits, exponent, 0x4342), __byte_perm(sign, exponent, 0x4342));
 }
 
+// Zero points of two rows of INT4, as int4ToHalves subtracts them.
+struct Int4Zeros {
+  uint32_t near, far;
+};
+
+// zeros: the near row's in the lowest byte, the far one's in the next.
+template <typename Half>
+__device__ __forceinline__ Int4Zeros int4Zeros(uint32_t zeros);
+
+// A word of INT4 to the left factor of a multiplyAdd: near rows in the low nibbles, far rows in the high ones, columns 0,
+// 2, 1, 3 of a lane's four by bytes. Exact: q - zero; of far rows kFarInt4 times that.
+template <typename Half>
+__device__ __forceinline__ void int4ToHalves(uint32_t (&a)[4], uint32_t word, const Int4Zeros& zeros);
+
+template <typename Half>
+constexpr float kFarInt4 = 1.0f;
+
+// 0x640q is 1024 + q and 0x64q0 1024 + 16 q: high nibbles need no shift.
+template <>
+constexpr float kFarInt4<__half> = 16.0f;
+template <>
+__device__ __forceinline__ Int4Zeros int4Zeros<__half>(uint32_t zeros) {
+  return {__byte_perm(zeros, 0x64646464u, 0x4040), __byte_perm(zeros << 4, 0x64646464u, 0x4141)};
+}
+template <>
+__device__ __forceinline__ void int4ToHalves<__half>(uint32_t (&a)[4], uint32_t word, const Int4Zeros& zeros) {
+  const uint32_t next = word >> 8, offset = 0x64006400u;
+  a[0] = subtractPairs<__half2>((word & 0x000f000fu) | offset, zeros.near);
+  a[1] = subtractPairs<__half2>((word & 0x00f000f0u) | offset, zeros.far);
+  a[2] = subtractPairs<__half2>((next & 0x000f000fu) | offset, zeros.near);
+  a[3] = subtractPairs<__half2>((next & 0x00f000f0u) | offset, zeros.far);
+}
+
+// 0x430q is 128 + q.
+template <>
+__device__ __forceinline__ Int4Zeros int4Zeros<__nv_bfloat16>(uint32_t zeros) {
+  return {__byte_perm(zeros, 0x43434343u, 0x4040), __byte_perm(zeros, 0x43434343u, 0x4141)};
+}
+template <>
+__device__ __forceinline__ void int4ToHalves<__nv_bfloat16>(uint32_t (&a)[4], uint32_t word, const Int4Zeros& zeros) {
+  const auto pair = [](uint32_t shifted) { return (shifted & 0x000f000fu) | 0x43004300u; };
+  a[0] = subtractPairs<__nv_bfloat162>(pair(word), zeros.near);
+  a[1] = subtractPairs<__nv_bfloat162>(pair(word >> 4), zeros.far);
+  a[2] = subtractPairs<__nv_bfloat162>(pair(word >> 8), zeros.near);
+  a[3] = subtractPairs<__nv_bfloat162>(pair(word >> 12), zeros.far);
+}
+
 }  // namespace sinkexport

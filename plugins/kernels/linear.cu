@@ -1,11 +1,14 @@
-// y = x . W^T * scale + bias with W in INT8, y = x . W^T + bias with W of x's type (linear.h says which shapes).
+// y = x . W^T * scale + bias with W in INT8, y = x . W^T + bias with W of x's type or in INT4 (linear.h says which
+// shapes).
 //
 // Both kernels multiply on the tensor cores, weights as the left factor (16 outputs a tile) and tokens as the right one
 // (8 a tile): even for one token that takes fewer instructions a weight than multiplying and adding one by one, so that
 // reading the weights is what is left. A sum over k has no order of its own. So lanes take 16 consecutive weights of a
 // row (one 16-byte load) as their share of four k16 tiles, and the same k of the tokens: in tile s lane t of four has
 // k = 16 t + 4 s .. + 3 of each 64. A load of half weights is 8 of them, for two tiles: k = 8 t + 4 s .. + 3 of each 32
-// (more tokens: two loads, and k as with INT8).
+// (more tokens: two loads, and k as with INT8). INT4 weights lie as they are multiplied: a load of 16 bytes is a lane's
+// share of four tiles, for both of its rows, and k as with one load of half weights. Two tiles are summed from zero; the
+// block's scale joins as that is added to the rest.
 //
 // - Up to 16 tokens: linear_few.cuh.
 // - More tokens: blocks of 64 or 128 outputs x 32, 64 or 128 tokens, with four warps side by side along the outputs, so
@@ -39,8 +42,57 @@ struct ManyShape {
   static constexpr int kStages = kStages_;
   static constexpr int kThreads = kRowWarps * kTokenWarps * kWarpSize;
   static constexpr int kRows = kRowWarps * 16 * kRowTiles, kTokens = kTokenWarps * 8 * kTokenTiles;
+  static constexpr int kTiles = kRows / kInt4TileOutputs;  // of INT4 weights
+  // Of weights in a stage; with INT4 ones scales and zero points of two blocks a tile included.
   template <typename Weight>
-  static constexpr int kStageBytes = (kRows * static_cast<int>(sizeof(Weight)) + kTokens * 2) * kManyChunk;
+  static constexpr int kWeightBytes = kIsInt4<Weight> ? kTiles * (kInt4TileBytes + 2 * kInt4GroupBytes)
+                                                      : kRows * kManyChunk * kBits<Weight> / 8;
+  template <typename Weight>
+  static constexpr int kStageBytes = kWeightBytes<Weight> + kTokens * kManyChunk * 2;
+};
+
+// Copies of a stage's INT4 weights, by all threads: 64 inputs of some tiles. Layout: weights, scales, zero points.
+template <typename Shape>
+struct ManyInt4 {
+  static constexpr int kTiles = Shape::kTiles;
+  static constexpr int kScalesAt = kTiles * kInt4TileBytes, kZerosAt = kScalesAt + kTiles * 2 * kInt4ScaleBytes;
+
+  static __device__ __forceinline__ void copy(unsigned char* stage, const LinearParams& p, int first_tile, int step) {
+    const Int4Sizes sizes(p);
+    const int last_tile = sizes.num_tiles - 1;
+    const auto* const weight = static_cast<const unsigned char*>(p.weight);
+#pragma unroll
+    for (int i = threadIdx.x; i < kTiles * kWarpSize; i += Shape::kThreads) {
+      const size_t tile = min(first_tile + i / kWarpSize, last_tile);
+      copyAsync(stage + i * 16, weight + (tile * sizes.num_steps + step) * kInt4TileBytes + i % kWarpSize * 16, 16);
+    }
+    // Of two blocks each: four units of scales, two of zero points.
+    constexpr int kUnits = 8;
+    const int tile_of_block = threadIdx.x / kUnits, unit = threadIdx.x % kUnits;
+    if (tile_of_block >= kTiles || unit >= 6) return;
+    const bool is_zeros = unit >= 4;
+    const int which = is_zeros ? unit - 4 : unit / 2, group = (step * kInt4TileInputs >> sizes.block_shift) + which;
+    const bool valid = group < sizes.num_groups && (which == 0 || p.block_size < kInt4TileInputs) &&
+                       !(is_zeros && !p.zero_points);
+    const size_t at = valid ? static_cast<size_t>(min(first_tile + tile_of_block, last_tile)) * sizes.num_groups + group
+                            : 0;
+    if (is_zeros) {
+      const void* const from = valid ? p.zero_points + at * kInt4TileOutputs : p.weight;
+      copyAsync(stage + kZerosAt + (tile_of_block * 2 + which) * kInt4TileOutputs, from, valid ? 16 : 0);
+    } else {
+      const auto* const from = static_cast<const unsigned char*>(p.block_scale) + at * kInt4ScaleBytes + unit % 2 * 16;
+      copyAsync(stage + kScalesAt + (tile_of_block * 2 + which) * kInt4ScaleBytes + unit % 2 * 16, from,
+                valid ? 16 : 0);
+    }
+  }
+
+  template <typename Half>
+  static __device__ __forceinline__ Int4Group<Half> group(const unsigned char* stage, int tile, int which, int g,
+                                                          bool has_zeros) {
+    const unsigned char* const zeros = stage + kZerosAt + (tile * 2 + which) * kInt4TileOutputs;
+    return Int4Group<Half>::read(stage + kScalesAt + (tile * 2 + which) * kInt4ScaleBytes, has_zeros ? zeros : nullptr,
+                                 g);
+  }
 };
 
 // Grid: token tiles, output tiles, splits of k. `partial` [splits, M, N], or null if there is one split.
@@ -50,8 +102,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
   constexpr int kThreads = Shape::kThreads, kRows = Shape::kRows, kTokens = Shape::kTokens;
   constexpr int kRowTiles = Shape::kRowTiles, kTokenTiles = Shape::kTokenTiles;
   constexpr int kStages = Shape::kStages, kStageBytes = Shape::template kStageBytes<Weight>;
-  constexpr int kRowBytes = kManyChunk * static_cast<int>(sizeof(Weight));  // of weights in a stage
-  constexpr int kOddPieces = kIsInt8<Weight> ? 0 : 1;  // by which pieces of odd rows trade places, as tokens' do
+  constexpr int kWeightBytes = Shape::template kWeightBytes<Weight>;
+  constexpr int kRowBytes = kManyChunk * kBits<Weight> / 8;  // of weights in a stage
+  constexpr int kOddPieces = kIsInt8<Weight> ? 0 : 1;        // by which pieces of odd rows trade places, as tokens' do
+  constexpr int kOddTokenPieces = kIsInt4<Weight> ? 4 : 1;   // and those of odd tokens
   constexpr int kPairsAtOnce = Shape::kTokenWarps > 1 ? 1 : 2;  // two would spill where 128 registers are all there is
   extern __shared__ __align__(16) unsigned char shared[];
   const int num_tokens = p.num_rows, num_inputs = p.num_inputs, num_outputs = p.num_outputs;
@@ -65,14 +119,17 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
   waitForEarlierKernels();
 
   // Past the last output or token the last one is read again; sums of those are not stored.
-  const Weight* const weight = static_cast<const Weight*>(p.weight) + static_cast<size_t>(first_row) * num_inputs;
+  [[maybe_unused]] const Weight* const weight =
+      static_cast<const Weight*>(p.weight) + (kIsInt4<Weight> ? 0 : static_cast<size_t>(first_row) * num_inputs);
   const Half* const x = static_cast<const Half*>(p.x) + static_cast<size_t>(first_token) * num_inputs;
   const int last_row = num_outputs - 1 - first_row, last_token = num_tokens - 1 - first_token;
   const auto copyStep = [&](int step) {
     if (step < num_steps) {
       unsigned char* const stage = shared + step % kStages * kStageBytes;
       const int first_k = (first_chunk + step) * kManyChunk;
-      {
+      if constexpr (kIsInt4<Weight>) {
+        ManyInt4<Shape>::copy(stage, p, first_row / kInt4TileOutputs, first_chunk + step);
+      } else {
         constexpr int kUnit = kUnitWeights<Weight>, kPieces = kManyChunk / kUnit;
         const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces, k = first_k + piece * kUnit;
         const int size = k < num_inputs ? 16 : 0;
@@ -87,7 +144,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
         const int token = threadIdx.x / kPieces, piece = threadIdx.x % kPieces, k = first_k + piece * 8;
         const int size = k < num_inputs ? 16 : 0;
         // 16-byte pieces of odd tokens trade places, so that lanes of two tokens read from all banks.
-        unsigned char* const to = stage + kRows * kRowBytes + (token * kPieces + (piece ^ (token & 1))) * 16;
+        unsigned char* const to = stage + kWeightBytes + (token * kPieces + (piece ^ (token & 1) * kOddTokenPieces)) * 16;
 #pragma unroll
         for (int i = 0; i < kTokens; i += kThreads / kPieces) {
           copyAsync(to + i * kManyChunk * 2, x + (size ? min(token + i, last_token) * num_inputs + k : 0), size);
@@ -105,29 +162,50 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
     __syncthreads();
     copyStep(step + kStages - 1);  // into the stage that all threads have read in the step before
     const unsigned char* const stage = shared + step % kStages * kStageBytes;
-    const unsigned char* const tokens = stage + kRows * kRowBytes;
+    const unsigned char* const tokens = stage + kWeightBytes;
 #pragma unroll(kPairsAtOnce)
     for (int pair = 0; pair < 2; ++pair) {  // two k16 tiles, whose share of a token is one 16-byte piece
       uint32_t a[kRowTiles][2][4];
+      [[maybe_unused]] Int4Group<Half> groups[kIsInt4<Weight> ? kRowTiles : 1];
+      if constexpr (kIsInt4<Weight>) {
+        const int which = p.block_size < kInt4TileInputs ? pair : 0, first_tile = row_of_warp / kInt4TileOutputs;
 #pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-        using Words = std::conditional_t<kIsInt8<Weight>, uint2, uint4>;
-        constexpr int kBytes = sizeof(Words);  // of 8 weights
-        const unsigned char* const rows =
-            stage + (row_of_warp + 16 * r + g) * kRowBytes + t * 2 * kBytes + (pair ^ (g & 1) * kOddPieces) * kBytes;
-        const Words near = *reinterpret_cast<const Words*>(rows);
-        const Words far = *reinterpret_cast<const Words*>(rows + 8 * kRowBytes);
-        takeTile<Weight, Half>(a[r][0], near, far, 0);
-        takeTile<Weight, Half>(a[r][1], near, far, 1);
+        for (int r = 0; r < kRowTiles; ++r) {
+          groups[r] = ManyInt4<Shape>::template group<Half>(stage, first_tile + r, which, g, p.zero_points != nullptr);
+          const uint2 words =
+              *reinterpret_cast<const uint2*>(stage + (first_tile + r) * kInt4TileBytes + lane * 16 + pair * 8);
+          int4ToHalves<Half>(a[r][0], words.x, groups[r].zeros);
+          int4ToHalves<Half>(a[r][1], words.y, groups[r].zeros);
+        }
+      } else {
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) {
+          using Words = std::conditional_t<kIsInt8<Weight>, uint2, uint4>;
+          constexpr int kBytes = sizeof(Words);  // of 8 weights
+          const unsigned char* const rows =
+              stage + (row_of_warp + 16 * r + g) * kRowBytes + t * 2 * kBytes + (pair ^ (g & 1) * kOddPieces) * kBytes;
+          const Words near = *reinterpret_cast<const Words*>(rows);
+          const Words far = *reinterpret_cast<const Words*>(rows + 8 * kRowBytes);
+          takeTile<Weight, Half>(a[r][0], near, far, 0);
+          takeTile<Weight, Half>(a[r][1], near, far, 1);
+        }
       }
 #pragma unroll
       for (int j = 0; j < kTokenTiles; ++j) {
-        const int token = token_of_warp + 8 * j + g;
-        const uint4 b = *reinterpret_cast<const uint4*>(tokens + (token * 8 + ((t * 2 + pair) ^ (token & 1))) * 16);
+        const int token = token_of_warp + 8 * j + g, piece = kIsInt4<Weight> ? pair * 4 + t : t * 2 + pair;
+        const uint4 b =
+            *reinterpret_cast<const uint4*>(tokens + (token * 8 + (piece ^ (token & 1) * kOddTokenPieces)) * 16);
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
-          multiplyAdd<Half>(sum[r][j], a[r][0], b.x, b.y);
-          multiplyAdd<Half>(sum[r][j], a[r][1], b.z, b.w);
+          if constexpr (kIsInt4<Weight>) {
+            float part[4] = {};
+            multiplyAdd<Half>(part, a[r][0], b.x, b.y);
+            multiplyAdd<Half>(part, a[r][1], b.z, b.w);
+            groups[r].add(sum[r][j], part);
+          } else {
+            multiplyAdd<Half>(sum[r][j], a[r][0], b.x, b.y);
+            multiplyAdd<Half>(sum[r][j], a[r][1], b.z, b.w);
+          }
         }
       }
     }
@@ -223,8 +301,40 @@ auto withManyShape(const LinearParams& p, Use use) {
   return use(Low{}, planMany<Low>(p, 2 * kWantedBlocks));
 }
 
+#ifndef SINKEXPORT_TUNE
+#define SINKEXPORT_TUNE 0
+#endif
+
+// Tiles are taller than with other weights: tokens are read once a tile, and have four times the bytes.
+template <typename Half>
+cudaError_t launchFewInt4(const LinearParams& p, const Device& device, cudaStream_t stream) {
+  const OneMatrix task{p};
+  constexpr int kShort = kLineBytes / 2;
+  if (p.num_rows <= 2) {
+    if (p.num_inputs < 2048) return launchFew<Int4, Half, 1, 1, 8, 4, kShort>(task, device, stream);
+    return launchFew<Int4, Half, 1, 1, 8, 3>(task, device, stream);
+  }
+  if (p.num_rows <= 8) return launchFew<Int4, Half, 2, 1, 8, 2, kShort>(task, device, stream);
+#if SINKEXPORT_TUNE
+  if (device.overlaps && p.num_rows > 8) {
+    return launchFew<Int4, Half, 4, 2, 4, 2, kShort, SINKEXPORT_TUNE>(task, device, stream);
+  }
+#endif
+  return launchFew<Int4, Half, 2, 2, 4, 3, kShort>(task, device, stream);
+}
+
 template <typename Weight, typename Half>
 cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
+  if constexpr (kIsInt4<Weight>) {
+    if (p.num_rows <= kFewTokens) return launchFewInt4<Half>(p, device, stream);
+  }
+#if SINKEXPORT_TUNE
+  if constexpr (kIsInt8<Weight>) {
+    if (device.overlaps && p.num_rows > 8 && p.num_rows <= kFewTokens) {
+      return launchFew<Weight, Half, 4, 2, 4, 3, 64, SINKEXPORT_TUNE>(OneMatrix{p}, device, stream);
+    }
+  }
+#endif
   if (p.num_rows <= 8) return launchFew<Weight, Half, 1, 1, 8, 3>(OneMatrix{p}, device, stream);
   if (p.num_rows <= kFewTokens) {
     // Taller tiles read the tokens less often, shorter ones spread better.
@@ -242,8 +352,9 @@ cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& de
 
 template <typename Half>
 cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
-  return p.weight_type == WeightType::kInt8 ? launchTyped<int8_t, Half>(p, workspace, device, stream)
-                                            : launchTyped<Half, Half>(p, workspace, device, stream);
+  return withWeight<Half>(p.weight_type, [&](auto weight) {
+    return launchTyped<decltype(weight), Half>(p, workspace, device, stream);
+  });
 }
 
 }  // namespace
@@ -262,14 +373,16 @@ const char* linearProblem(const LinearParams& p) {
   if (p.num_rows < 1 || p.num_rows > kMaxTokens) {
     return explain("num_rows: received %d, expected 1 .. %d", p.num_rows, kMaxTokens);
   }
-  if (const char* problem = weightProblem(p.weight_type, p.num_inputs, p.num_outputs)) return problem;
+  if (const char* problem = weightProblem(p)) return problem;
   if (const char* problem = dtypeProblem(p.dtype)) return problem;
-  const bool is_int8 = p.weight_type == WeightType::kInt8;
-  if (!is_int8 && p.scale) return "scale: received a pointer, expected null with half weights";
   const size_t rows = p.num_rows, inputs = p.num_inputs, outputs = p.num_outputs;
+  const WeightBytes bytes = weightBytes(p);
   return outputProblem({"y", p.y, rows * outputs * 2}, {{"x", p.x, rows * inputs * 2},
-                                                        {"weight", p.weight, outputs * inputs * (is_int8 ? 1 : 2)},
-                                                        {"scale", p.scale, outputs * sizeof(float), !is_int8},
+                                                        {"weight", p.weight, bytes.weight},
+                                                        {"scale", p.scale, bytes.scale, !bytes.scale},
+                                                        {"block_scale", p.block_scale, bytes.block_scale,
+                                                         !bytes.block_scale},
+                                                        {"zero_points", p.zero_points, bytes.zero_points, true},
                                                         {"bias", p.bias, outputs * 2, true}});
 }
 

@@ -3,11 +3,13 @@
 //
 // A block takes tiles of 16 or 32 outputs and its warps split k among them. Each warp has a ring of chunks of its own
 // in shared memory, filled by asynchronous copies. Their sums are added at the end of a tile, in order. Weights are
-// read once. No second launch, no workspace: a few blocks with so much on its way fill the memory's queue.
+// read once. No second launch, no workspace: a few blocks with so much on its way fill the memory's queue. Tiles may be
+// shared by the blocks of a cluster, which split k once more and add their sums through each other's shared memory.
 #pragma once
 
 #include <algorithm>
 
+#include "cluster.cuh"
 #include "linear.cuh"
 
 namespace sinkexport {
@@ -51,46 +53,104 @@ struct OneMatrix {
   };
 };
 
-constexpr int kLineBytes = 128;  // of each weight row in a warp's step
+constexpr int kLineBytes = 128;  // of each weight row in a warp's step, or half of it
 
-template <typename Weight>
-constexpr int kFewChunk = kLineBytes / static_cast<int>(sizeof(Weight));  // k of a step
+template <typename Weight, int kLine>
+constexpr int kFewChunk = kLine * 8 / kBits<Weight>;  // k of a step
 
-template <typename Weight>
+// Of the weights of a tile of 16 outputs in a stage; with INT4 ones scales and zero points of blocks of 32 included.
+template <typename Weight, int kLine>
+constexpr int kFewTileBytes = 16 * kLine + (kIsInt4<Weight> ? kFewChunk<Weight, kLine> / 32 * kInt4GroupBytes : 0);
+
+template <typename Weight, int kLine>
 __host__ __device__ constexpr int fewStageBytes(int row_tiles, int num_tokens) {
-  return 16 * row_tiles * kLineBytes + num_tokens * kFewChunk<Weight> * 2;
+  return row_tiles * kFewTileBytes<Weight, kLine> + num_tokens * kFewChunk<Weight, kLine> * 2;
 }
 
-template <typename Weight>
-__host__ __device__ constexpr int fewSharedBytes(int row_tiles, int num_tokens, int warps, int stages) {
-  const int sum_bytes = 16 * row_tiles * num_tokens * static_cast<int>(sizeof(float));
-  return warps * (stages * fewStageBytes<Weight>(row_tiles, num_tokens) + 2 * sum_bytes);
+// Floats of all sums of a block: of its warps, and of the block where others of a cluster read them; two of each.
+__host__ __device__ constexpr int fewSums(int rows, int num_tokens, int warps, int cluster) {
+  return 2 * (warps + (cluster > 1 ? 1 : 0)) * num_tokens * rows;
 }
 
-// A stage: weights, then tokens, of as many k as kLineBytes of a weight row hold.
-template <typename Weight, int kRowTiles>
+template <typename Weight, int kLine = kLineBytes>
+__host__ __device__ constexpr int fewSharedBytes(int row_tiles, int num_tokens, int warps, int stages,
+                                                 int cluster = 1) {
+  return warps * stages * fewStageBytes<Weight, kLine>(row_tiles, num_tokens) +
+         fewSums(16 * row_tiles, num_tokens, warps, cluster) * static_cast<int>(sizeof(float));
+}
+
+// A stage: weights, then tokens, of as many k as kLine bytes of a weight row hold.
+template <typename Weight, int kRowTiles, int kLine>
 struct FewStage {
-  static constexpr int kChunk = kFewChunk<Weight>;
+  static constexpr int kChunk = kFewChunk<Weight, kLine>;
   static constexpr int kRows = 16 * kRowTiles;      // outputs of a tile
   static constexpr int kTokenBytes = 2 * kChunk;    // of one token in a stage
   static constexpr int kPieces = kTokenBytes / 16;  // the same in units of a copy
-  static constexpr int kWeightBytes = kRows * kLineBytes;
+  static constexpr int kWeightBytes = kRowTiles * kFewTileBytes<Weight, kLine>;
   static constexpr int kUnit = kUnitWeights<Weight>;
-  static constexpr int kOddPieces = kPieces > 8 ? 1 : 4;  // by which pieces of odd tokens trade places
+  static constexpr int kUnits = kLine / 16;  // of a row
+  // By which 16-byte units of odd rows and of odd tokens trade places, so that lanes of two read from all banks.
+  static constexpr int kOddUnits = kUnits / 2;
+  static constexpr int kOddPieces = kIsInt8<Weight> ? 1 : 4;
 
   // By a warp.
-  static __device__ __forceinline__ void copyWeights(unsigned char* stage, const Weight* weight, const FewTile& tile,
-                                                     int first_k, int num_inputs, int num_outputs, int lane) {
-    const int row = lane / 8, unit = lane % 8;  // then 4 rows on, and so on
-    // 16-byte units of odd rows trade places, so that lanes of two rows read from all banks.
-    unsigned char* const to = stage + row * kLineBytes + (unit ^ (row & 1) << 2) * 16;
-    const int first_row = tile.first_row;
-    const size_t offset = (tile.first_output + first_row + row) * num_inputs + first_k + unit * kUnit;
+  static __device__ __forceinline__ void copyWeights(unsigned char* stage, const LinearParams& p, const FewTile& tile,
+                                                     int first_k, int lane) {
+    if constexpr (kIsInt4<Weight>) {
+      copyInt4(stage, p, tile, first_k, lane);
+    } else {
+      const Weight* const weight = static_cast<const Weight*>(p.weight);
+      const int num_inputs = p.num_inputs, num_outputs = p.num_outputs;
+      constexpr int kRowsAtOnce = kWarpSize / kUnits;
+      const int row = lane / kUnits, unit = lane % kUnits;  // then kRowsAtOnce rows on, and so on
+      unsigned char* const to = stage + row * kLine + (unit ^ (row & 1) * kOddUnits) * 16;
+      const int first_row = tile.first_row;
+      const size_t offset = (tile.first_output + first_row + row) * num_inputs + first_k + unit * kUnit;
 #pragma unroll
-    for (int i = 0; i < kRows / 4; ++i) {
-      const bool valid = first_row + row + 4 * i < num_outputs && first_k + unit * kUnit < num_inputs;
-      const Weight* const from = weight + (valid ? offset + static_cast<size_t>(4 * i) * num_inputs : 0);
-      copyAsync(to + 4 * i * kLineBytes, from, valid ? 16 : 0);
+      for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
+        const bool valid = first_row + row + kRowsAtOnce * i < num_outputs && first_k + unit * kUnit < num_inputs;
+        const Weight* const from = weight + (valid ? offset + static_cast<size_t>(kRowsAtOnce * i) * num_inputs : 0);
+        copyAsync(to + kRowsAtOnce * i * kLine, from, valid ? 16 : 0);
+      }
+    }
+  }
+
+  // Layout of INT4: weights of all tiles, scales, zero points.
+  static constexpr int kTilesAlongK = kChunk / kInt4TileInputs, kGroups = kChunk / 32;
+  static constexpr int kScalesAt = kRowTiles * 16 * kLine;
+  static constexpr int kZerosAt = kScalesAt + kRowTiles * kGroups * kInt4ScaleBytes;
+
+  static __device__ __forceinline__ void copyInt4(unsigned char* stage, const LinearParams& p, const FewTile& tile,
+                                                  int first_k, int lane) {
+    const Int4Sizes sizes(p);
+    const auto* const weight = static_cast<const unsigned char*>(p.weight);
+    const auto* const scales = static_cast<const unsigned char*>(p.block_scale);
+    const int step = first_k / kInt4TileInputs, num_steps = sizes.num_steps - step;
+    const int group = first_k >> sizes.block_shift, groups = kChunk >> sizes.block_shift;
+    const int num_groups = min(groups, sizes.num_groups - group);
+    // A lane copies a unit of scales, or one of zero points.
+    const bool is_zeros = lane >= 2 * groups;
+    const int unit = is_zeros ? lane - 2 * groups : lane, of_group = is_zeros ? unit : unit / 2;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      const bool in_matrix = tile.first_row + 16 * r < p.num_outputs;
+      const size_t row_tile = in_matrix ? (tile.first_output + tile.first_row) / kInt4TileOutputs + r : 0;
+      const unsigned char* const from = weight + (row_tile * sizes.num_steps + step) * kInt4TileBytes + lane * 16;
+      unsigned char* const to = stage + r * 16 * kLine + lane * 16;
+#pragma unroll
+      for (int i = 0; i < kTilesAlongK; ++i) {
+        const bool valid = in_matrix && i < num_steps;
+        copyAsync(to + i * kInt4TileBytes, valid ? from + i * kInt4TileBytes : weight, valid ? 16 : 0);
+      }
+      const bool valid = in_matrix && of_group < num_groups;
+      const size_t at = row_tile * sizes.num_groups + group;
+      if (!is_zeros) {
+        copyAsync(stage + kScalesAt + r * kGroups * kInt4ScaleBytes + unit * 16,
+                  valid ? scales + at * kInt4ScaleBytes + unit * 16 : scales, valid ? 16 : 0);
+      } else if (p.zero_points && unit < groups) {
+        const uint8_t* const zeros = valid ? p.zero_points + (at + unit) * kInt4TileOutputs : p.zero_points;
+        copyAsync(stage + kZerosAt + (r * kGroups + unit) * kInt4TileOutputs, zeros, valid ? 16 : 0);
+      }
     }
   }
 
@@ -101,39 +161,94 @@ struct FewStage {
   }
 };
 
-// Each block takes every gridDim.x-th tile; chunks of k go round its warps. To a warp all that is one sequence of
-// steps, so that its copies for a tile are on their way while the one before it is finished.
-template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, typename Task>
+// sum += the chunk's INT4 weights by its tokens. kBlock: inputs that are summed before the scale joins, 32 or 64; a
+// multiple of it is the block of weights.
+template <typename Stage, typename Half, int kRowTiles, int kTokenTiles, int kBlock>
+__device__ __forceinline__ void multiplyInt4(float (&sum)[kRowTiles][kTokenTiles][4], const unsigned char* stage,
+                                             int num_tokens, int block_shift, bool has_zeros, int lane) {
+  const int g = lane / 4, t = lane % 4;
+  const unsigned char* const tokens = stage + Stage::kWeightBytes;
+#pragma unroll
+  for (int step = 0; step < Stage::kTilesAlongK; ++step) {
+    uint4 b[kTokenTiles][2];
+#pragma unroll
+    for (int j = 0; j < kTokenTiles; ++j) {
+      const int token = 8 * j + g;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int piece = (step * 8 + i * 4 + t) ^ (token & 1) * Stage::kOddPieces;
+        b[j][i] = token < num_tokens
+                      ? *reinterpret_cast<const uint4*>(tokens + token * Stage::kTokenBytes + piece * 16)
+                      : uint4{0, 0, 0, 0};
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      const uint4 words =
+          *reinterpret_cast<const uint4*>(stage + (r * Stage::kTilesAlongK + step) * kInt4TileBytes + lane * 16);
+#pragma unroll
+      for (int i = 0; i < kInt4TileInputs / kBlock; ++i) {
+        const int group = r * Stage::kGroups +
+                          (step * kInt4TileInputs + i * kBlock >> block_shift);
+        const auto scales = Int4Group<Half>::read(
+            stage + Stage::kScalesAt + group * kInt4ScaleBytes,
+            has_zeros ? stage + Stage::kZerosAt + group * kInt4TileOutputs : nullptr, g);
+        float part[kTokenTiles][4] = {};
+#pragma unroll
+        for (int s = 0; s < kBlock / 16; ++s) {
+          const int tile = i * (kBlock / 16) + s;
+          uint32_t a[4];
+          int4ToHalves<Half>(a, wordOf(words, tile), scales.zeros);
+#pragma unroll
+          for (int j = 0; j < kTokenTiles; ++j) {
+            const uint4 piece = b[j][tile / 2];
+            multiplyAdd<Half>(part[j], a, tile % 2 ? piece.z : piece.x, tile % 2 ? piece.w : piece.y);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kTokenTiles; ++j) scales.add(sum[r][j], part[j]);
+      }
+    }
+  }
+}
+
+// Each cluster (block, if kCluster is 1) takes every so manieth tile; chunks of k go round its warps. To a warp all
+// that is one sequence of steps, so that its copies for a tile are on their way while the one before it is finished.
+template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, int kLine,
+          int kCluster, typename Task>
 __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) {
-  using S = FewStage<Weight, kRowTiles>;
+  using S = FewStage<Weight, kRowTiles, kLine>;
   constexpr int kRows = S::kRows, kPieces = S::kPieces, kUnit = S::kUnit;
-  constexpr int kUnitPieces = kUnit / 8;  // of a token, beside one unit of weights
+  constexpr int kAllWarps = kWarps * kCluster;
   extern __shared__ __align__(16) unsigned char shared[];
   const LinearParams& p = task.p;
   const int max_tokens = task.maxTokens(), num_inputs = p.num_inputs, num_outputs = p.num_outputs;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-  const int stage_bytes = fewStageBytes<Weight>(kRowTiles, max_tokens);
+  const int rank = kCluster > 1 ? clusterRank() : 0, place_of_warp = rank * kWarps + warp;
+  const int first_tile = blockIdx.x / kCluster, all_tiles = gridDim.x / kCluster;
+  const int stage_bytes = fewStageBytes<Weight, kLine>(kRowTiles, max_tokens);
   unsigned char* const ring = shared + warp * kStages * stage_bytes;
   float* const all_sums = reinterpret_cast<float*>(shared + kWarps * kStages * stage_bytes);
   const int num_chunks = divideUp(num_inputs, S::kChunk);
-  const int num_steps = num_chunks > warp ? divideUp(num_chunks - warp, kWarps) : 0;  // of this warp in a tile
-  const Weight* const weight = static_cast<const Weight*>(p.weight);
+  // Of this warp in a tile.
+  const int num_steps = num_chunks > place_of_warp ? divideUp(num_chunks - place_of_warp, kAllWarps) : 0;
   const Half* const x = static_cast<const Half*>(p.x);
 
   const auto copyWeights = [&](unsigned char* stage, const FewTile& tile, int first_k) {
-    S::copyWeights(stage, weight, tile, first_k, num_inputs, num_outputs, lane);
+    S::copyWeights(stage, p, tile, first_k, lane);
   };
   allowNextKernel();
   if (!Task::kPlansEarly || !p.constant_weight) waitForEarlierKernels();
-  unsigned char* const plan_memory = reinterpret_cast<unsigned char*>(all_sums + 2 * kWarps * max_tokens * kRows);
+  unsigned char* const plan_memory =
+      reinterpret_cast<unsigned char*>(all_sums + fewSums(kRows, max_tokens, kWarps, kCluster));
   const typename Task::template Plan<kRows> plan(task, plan_memory);
   const int num_tiles = plan.numTiles();
-  int copy_index = blockIdx.x, copy_step = 0, copy_stage = 0;  // what is copied next, and where to
+  int copy_index = first_tile, copy_step = 0, copy_stage = 0;  // what is copied next, and where to
   auto copy_place = plan.place(copy_index);
   const auto advanceCopy = [&] {
     commitCopies();
     if (++copy_step >= num_steps) {
-      copy_step = 0, copy_index += gridDim.x;
+      copy_step = 0, copy_index += all_tiles;
       copy_place = plan.place(copy_index);
     }
     if (++copy_stage == kStages) copy_stage = 0;
@@ -141,7 +256,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
   const auto copyNext = [&] {
     if (copy_index < num_tiles) {
       unsigned char* const stage = ring + copy_stage * stage_bytes;
-      const int first_k = (warp + copy_step * kWarps) * S::kChunk;
+      const int first_k = (place_of_warp + copy_step * kAllWarps) * S::kChunk;
       const FewTile tile = plan.tile(copy_place);
       for (int i = lane; i < tile.num_tokens * kPieces; i += kWarpSize) {
         const int k = first_k + i % kPieces * 8;
@@ -157,14 +272,14 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
   if constexpr (Task::kPlansEarly) {
     // The first stage's weights may be allowed to be read early. Not more of them: its tokens would queue behind.
     const FewTile first = plan.tile(copy_place);
-    copyWeights(ring, first, warp * S::kChunk);
+    copyWeights(ring, first, place_of_warp * S::kChunk);
     advanceCopy();
     if (p.constant_weight) waitForEarlierKernels();
     uint4 pieces[kPieces * 8 * kTokenTiles / kWarpSize];
     constexpr int kNumPieces = sizeof pieces / sizeof *pieces;
 #pragma unroll
     for (int j = 0; j < kNumPieces; ++j) {
-      const int i = lane + j * kWarpSize, k = warp * S::kChunk + i % kPieces * 8;
+      const int i = lane + j * kWarpSize, k = place_of_warp * S::kChunk + i % kPieces * 8;
       const bool valid = i < first.num_tokens * kPieces && k < num_inputs;
       const size_t row = plan.inputRow(first, i / kPieces);
       pieces[j] = valid ? *reinterpret_cast<const uint4*>(x + row * num_inputs + k) : uint4{0, 0, 0, 0};
@@ -182,7 +297,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
   }
 
   int read_stage = 0, turn = 0;
-  for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
+  for (int index = first_tile; index < num_tiles; index += all_tiles) {
     const FewTile tile = plan.tile(plan.place(index));
     float sum[kRowTiles][kTokenTiles][4] = {};
     for (int step = 0; step < num_steps; ++step) {
@@ -190,35 +305,47 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
       __syncwarp();
       copyNext();  // into the stage that all lanes have read in the step before
       const unsigned char* const stage = ring + read_stage * stage_bytes;
-      const unsigned char* const tokens = stage + S::kWeightBytes;
       if (++read_stage == kStages) read_stage = 0;
-#pragma unroll
-      for (int part = 0; part < 2; ++part) {  // half of the k
-        uint4 b[kTokenTiles][kUnitPieces];
-#pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) {
-          const int token = 8 * j + g;
-#pragma unroll
-          for (int i = 0; i < kUnitPieces; ++i) {
-            const int piece = ((part * 4 + t) * kUnitPieces + i) ^ (token & 1) * S::kOddPieces;
-            b[j][i] = token < tile.num_tokens
-                          ? *reinterpret_cast<const uint4*>(tokens + token * S::kTokenBytes + piece * 16)
-                          : uint4{0, 0, 0, 0};
-          }
+      if constexpr (kIsInt4<Weight>) {
+        const bool has_zeros = p.zero_points != nullptr;
+        const int block_shift = Int4Sizes(p).block_shift;
+        if (p.block_size == 32) {
+          multiplyInt4<S, Half, kRowTiles, kTokenTiles, 32>(sum, stage, tile.num_tokens, 5, has_zeros, lane);
+        } else {
+          multiplyInt4<S, Half, kRowTiles, kTokenTiles, 64>(sum, stage, tile.num_tokens, block_shift, has_zeros, lane);
         }
+      } else {
+        constexpr int kUnitPieces = kUnit / 8;  // of a token, beside one unit of weights
+        const unsigned char* const tokens = stage + S::kWeightBytes;
 #pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          const unsigned char* const rows = stage + (16 * r + g) * kLineBytes + ((part * 4 + t) ^ (g & 1) << 2) * 16;
-          const uint4 near = *reinterpret_cast<const uint4*>(rows);
-          const uint4 far = *reinterpret_cast<const uint4*>(rows + 8 * kLineBytes);
+        for (int part = 0; part < S::kUnits / 4; ++part) {  // four units of k
+          uint4 b[kTokenTiles][kUnitPieces];
 #pragma unroll
-          for (int s = 0; s < kUnit / 4; ++s) {
-            uint32_t a[4];
-            takeTile<Weight, Half>(a, near, far, s);
+          for (int j = 0; j < kTokenTiles; ++j) {
+            const int token = 8 * j + g;
 #pragma unroll
-            for (int j = 0; j < kTokenTiles; ++j) {
-              const uint4 piece = b[j][s / 2];
-              multiplyAdd<Half>(sum[r][j], a, s % 2 ? piece.z : piece.x, s % 2 ? piece.w : piece.y);
+            for (int i = 0; i < kUnitPieces; ++i) {
+              const int piece = ((part * 4 + t) * kUnitPieces + i) ^ (token & 1) * S::kOddPieces;
+              b[j][i] = token < tile.num_tokens
+                            ? *reinterpret_cast<const uint4*>(tokens + token * S::kTokenBytes + piece * 16)
+                            : uint4{0, 0, 0, 0};
+            }
+          }
+#pragma unroll
+          for (int r = 0; r < kRowTiles; ++r) {
+            const unsigned char* const rows =
+                stage + (16 * r + g) * kLine + ((part * 4 + t) ^ (g & 1) * S::kOddUnits) * 16;
+            const uint4 near = *reinterpret_cast<const uint4*>(rows);
+            const uint4 far = *reinterpret_cast<const uint4*>(rows + 8 * kLine);
+#pragma unroll
+            for (int s = 0; s < kUnit / 4; ++s) {
+              uint32_t a[4];
+              takeTile<Weight, Half>(a, near, far, s);
+#pragma unroll
+              for (int j = 0; j < kTokenTiles; ++j) {
+                const uint4 piece = b[j][s / 2];
+                multiplyAdd<Half>(sum[r][j], a, s % 2 ? piece.z : piece.x, s % 2 ? piece.w : piece.y);
+              }
             }
           }
         }
@@ -242,25 +369,47 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
       }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < tile.num_tokens * kRows; i += kWarps * kWarpSize) {
-      float total = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += sums[w * max_tokens * kRows + i];
+    const auto store = [&](int i, float total) {
       const int output = tile.first_row + i % kRows;
-      if (output >= num_outputs) continue;
+      if (output >= num_outputs) return;
       const size_t row = plan.outputRow(tile, i / kRows);
       const Output<Weight, Half> finish(p, tile.first_output + output);
       static_cast<Half*>(p.y)[row * num_outputs + output] = finish(total);
+    };
+    const int count = tile.num_tokens * kRows;
+    float* const of_block = all_sums + (2 * kWarps + (turn ^ 1)) * max_tokens * kRows;
+    for (int i = threadIdx.x; i < count; i += kWarps * kWarpSize) {
+      float total = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) total += sums[w * max_tokens * kRows + i];
+      if constexpr (kCluster > 1) {
+        of_block[i] = total;
+      } else {
+        store(i, total);
+      }
+    }
+    if constexpr (kCluster > 1) {
+      syncCluster();
+      for (int i = rank * kWarps * kWarpSize + threadIdx.x; i < count; i += kAllWarps * kWarpSize) {
+        float total = 0.0f;
+#pragma unroll
+        for (int block = 0; block < kCluster; ++block) total += readOfBlock(of_block + i, block);
+        store(i, total);
+      }
     }
   }
+  if constexpr (kCluster > 1) syncCluster();  // others may still read this block's sums
 }
 
-template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, typename Task>
+// kCluster > 1: of devices that have clusters (Device::overlaps).
+template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages,
+          int kLine = kLineBytes, int kCluster = 1, typename Task>
 cudaError_t launchFew(const Task& task, const Device& device, cudaStream_t stream) {
-  const int needed_bytes = fewSharedBytes<Weight>(kRowTiles, task.maxTokens(), kWarps, kStages) + task.sharedBytes();
+  const int needed_bytes =
+      fewSharedBytes<Weight, kLine>(kRowTiles, task.maxTokens(), kWarps, kStages, kCluster) + task.sharedBytes();
   if constexpr (kWarps > 4) {
     if (needed_bytes > device.shared_bytes) {
-      return launchFew<Weight, Half, kRowTiles, kTokenTiles, 4, kStages>(task, device, stream);
+      return launchFew<Weight, Half, kRowTiles, kTokenTiles, 4, kStages, kLine>(task, device, stream);
     }
   }
   // Two blocks on a multiprocessor, each with half of the memory even if it needs less: blocks of the next launch then
@@ -269,9 +418,9 @@ cudaError_t launchFew(const Task& task, const Device& device, cudaStream_t strea
   const int share = device.shared_bytes_of_all / kBlocks - kReservedSharedBytes;
   const int shared_bytes = std::max(needed_bytes, std::min(share, device.shared_bytes));
   const int blocks = device.multiprocessors * (needed_bytes <= share ? kBlocks : 1);
-  const dim3 grid(std::min(task.maxTiles(16 * kRowTiles), blocks));
-  return launch(fewTokens<Weight, Half, kRowTiles, kTokenTiles, kWarps, kStages, Task>, grid, kWarps * kWarpSize,
-                shared_bytes, device, stream, task);
+  const dim3 grid(std::min(task.maxTiles(16 * kRowTiles), blocks / kCluster) * kCluster);
+  return launch<kCluster>(fewTokens<Weight, Half, kRowTiles, kTokenTiles, kWarps, kStages, kLine, kCluster, Task>, grid,
+                          kWarps * kWarpSize, shared_bytes, device, stream, task);
 }
 
 }  // namespace linear
