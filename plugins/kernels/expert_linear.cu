@@ -149,17 +149,21 @@ struct ChosenMatrices {
   };
 };
 
+// Of INT4 weights a whole line would have four times its bytes of a group's tokens.
+template <typename Weight>
+constexpr int kExpertLine = kIsInt4<Weight> ? kLineBytes / 2 : kLineBytes;
+
 template <typename Weight, typename Half, int kGroup, int kStages>
 cudaError_t launchGroups(const ChosenMatrices<kGroup>& task, const Device& device, cudaStream_t stream) {
-  constexpr int kTokenTiles = kGroup / 8, kTall = 2, kTallWarps = 4, kTallStages = 3;
+  constexpr int kTokenTiles = kGroup / 8, kTall = 2, kTallWarps = 4, kTallStages = 3, kLine = kExpertLine<Weight>;
   // Taller tiles read the tokens less often and add up less often, shorter ones spread better: outputs that the block
   // with the most of them has, counted for two blocks on each multiprocessor.
   const auto outputs = [&](int rows) { return divideUp(task.maxTiles(rows), 2 * device.multiprocessors) * rows; };
-  const int tall_bytes = fewSharedBytes<Weight>(kTall, kGroup, kTallWarps, kTallStages) + task.sharedBytes();
+  const int tall_bytes = fewSharedBytes<Weight, kLine>(kTall, kGroup, kTallWarps, kTallStages) + task.sharedBytes();
   if (tall_bytes <= device.shared_bytes && 5 * outputs(16 * kTall) <= 6 * outputs(16)) {
-    return launchFew<Weight, Half, kTall, kTokenTiles, kTallWarps, kTallStages>(task, device, stream);
+    return launchFew<Weight, Half, kTall, kTokenTiles, kTallWarps, kTallStages, kLine>(task, device, stream);
   }
-  return launchFew<Weight, Half, 1, kTokenTiles, 8, kStages>(task, device, stream);
+  return launchFew<Weight, Half, 1, kTokenTiles, 8, kStages, kLine>(task, device, stream);
 }
 
 template <typename Weight, typename Half>
@@ -174,7 +178,7 @@ cudaError_t launchTyped(const ExpertLinearParams& params, const Device& device, 
   const ChosenMatrices<kMore> more{p, params.picks, params.num_experts, params.num_picks, outputs};
   // Fuller groups read a matrix less often. Where most would not be full, and where shared memory is short, smaller
   // ones.
-  const bool fits = fewSharedBytes<Weight>(1, kMore, 4, kMoreStages) + more.sharedBytes() <= device.shared_bytes;
+  const bool fits = fewSharedBytes<Weight, kExpertLine<Weight>>(1, kMore, 4, kMoreStages) + more.sharedBytes() <= device.shared_bytes;
   if (fits && params.num_picks >= kFew / 2 * std::min(params.num_experts, params.num_picks)) {
     return launchGroups<Weight, Half, kMore, kMoreStages>(more, device, stream);
   }

@@ -77,6 +77,15 @@ __device__ __forceinline__ void int4ToHalves(uint32_t (&a)[4], uint32_t word, co
 template <typename Half>
 constexpr float kFarInt4 = 1.0f;
 
+// (word & mask) | offset in one instruction. The compiler makes two of it if it knows both constants, of which one
+// instruction holds one: it must not look into `offset`.
+template <uint32_t kMask>
+__device__ __forceinline__ uint32_t maskedWith(uint32_t word, uint32_t offset) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "n"(kMask), "r"(offset));
+  return result;
+}
+
 // 0x640q is 1024 + q and 0x64q0 1024 + 16 q: high nibbles need no shift.
 template <>
 constexpr float kFarInt4<__half> = 16.0f;
@@ -87,10 +96,10 @@ __device__ __forceinline__ Int4Zeros int4Zeros<__half>(uint32_t zeros) {
 template <>
 __device__ __forceinline__ void int4ToHalves<__half>(uint32_t (&a)[4], uint32_t word, const Int4Zeros& zeros) {
   const uint32_t next = word >> 8, offset = 0x64006400u;
-  a[0] = subtractPairs<__half2>((word & 0x000f000fu) | offset, zeros.near);
-  a[1] = subtractPairs<__half2>((word & 0x00f000f0u) | offset, zeros.far);
-  a[2] = subtractPairs<__half2>((next & 0x000f000fu) | offset, zeros.near);
-  a[3] = subtractPairs<__half2>((next & 0x00f000f0u) | offset, zeros.far);
+  a[0] = subtractPairs<__half2>(maskedWith<0x000f000fu>(word, offset), zeros.near);
+  a[1] = subtractPairs<__half2>(maskedWith<0x00f000f0u>(word, offset), zeros.far);
+  a[2] = subtractPairs<__half2>(maskedWith<0x000f000fu>(next, offset), zeros.near);
+  a[3] = subtractPairs<__half2>(maskedWith<0x00f000f0u>(next, offset), zeros.far);
 }
 
 // 0x430q is 128 + q.
@@ -100,7 +109,7 @@ __device__ __forceinline__ Int4Zeros int4Zeros<__nv_bfloat16>(uint32_t zeros) {
 }
 template <>
 __device__ __forceinline__ void int4ToHalves<__nv_bfloat16>(uint32_t (&a)[4], uint32_t word, const Int4Zeros& zeros) {
-  const auto pair = [](uint32_t shifted) { return (shifted & 0x000f000fu) | 0x43004300u; };
+  const auto pair = [](uint32_t shifted) { return maskedWith<0x000f000fu>(shifted, 0x43004300u); };
   a[0] = subtractPairs<__nv_bfloat162>(pair(word), zeros.near);
   a[1] = subtractPairs<__nv_bfloat162>(pair(word >> 4), zeros.far);
   a[2] = subtractPairs<__nv_bfloat162>(pair(word >> 8), zeros.near);

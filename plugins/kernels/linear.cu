@@ -89,9 +89,8 @@ struct ManyInt4 {
   template <typename Half>
   static __device__ __forceinline__ Int4Group<Half> group(const unsigned char* stage, int tile, int which, int g,
                                                           bool has_zeros) {
-    const unsigned char* const zeros = stage + kZerosAt + (tile * 2 + which) * kInt4TileOutputs;
-    return Int4Group<Half>::read(stage + kScalesAt + (tile * 2 + which) * kInt4ScaleBytes, has_zeros ? zeros : nullptr,
-                                 g);
+    return Int4Group<Half>::read(stage + kScalesAt + (tile * 2 + which) * kInt4ScaleBytes,
+                                 stage + kZerosAt + (tile * 2 + which) * kInt4TileOutputs, g, has_zeros);
   }
 };
 
@@ -224,7 +223,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
       for (int j = 0; j < 2 * kTokenTiles; ++j) {
         const int token = first_token + token_of_warp + j / 2 * 8 + 2 * t + j % 2;
         if (token >= num_tokens) continue;
-        const float total = sum[r][j / 2][2 * i + j % 2];
+        const float total = finished<Weight, Half>(sum[r][j / 2], 2 * i + j % 2);
         if (partial) {
           partial[(static_cast<size_t>(blockIdx.z) * num_tokens + token) * num_outputs + output] = total;
         } else {
@@ -324,10 +323,7 @@ cudaError_t launchFewInt4(const LinearParams& p, const Device& device, cudaStrea
 }
 
 template <typename Weight, typename Half>
-cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
-  if constexpr (kIsInt4<Weight>) {
-    if (p.num_rows <= kFewTokens) return launchFewInt4<Half>(p, device, stream);
-  }
+cudaError_t launchFew(const LinearParams& p, const Device& device, cudaStream_t stream) {
 #if SINKEXPORT_TUNE
   if constexpr (kIsInt8<Weight>) {
     if (device.overlaps && p.num_rows > 8 && p.num_rows <= kFewTokens) {
@@ -336,14 +332,23 @@ cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& de
   }
 #endif
   if (p.num_rows <= 8) return launchFew<Weight, Half, 1, 1, 8, 3>(OneMatrix{p}, device, stream);
+  // Taller tiles read the tokens less often, shorter ones spread better.
+  constexpr int kManyOutputs = 1 << 15;
+  if (p.num_outputs >= kManyOutputs && fewSharedBytes<Weight>(2, p.num_rows, 4, 3) <= device.shared_bytes) {
+    return launchFew<Weight, Half, 2, 2, 4, 3>(OneMatrix{p}, device, stream);
+  }
+  constexpr int kStages = kIsInt8<Weight> ? 2 : 3;  // in the same memory: half as many k have half the tokens' bytes
+  return launchFew<Weight, Half, 1, 2, 8, kStages>(OneMatrix{p}, device, stream);
+}
+
+template <typename Weight, typename Half>
+cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
   if (p.num_rows <= kFewTokens) {
-    // Taller tiles read the tokens less often, shorter ones spread better.
-    constexpr int kManyOutputs = 1 << 15;
-    if (p.num_outputs >= kManyOutputs && fewSharedBytes<Weight>(2, p.num_rows, 4, 3) <= device.shared_bytes) {
-      return launchFew<Weight, Half, 2, 2, 4, 3>(OneMatrix{p}, device, stream);
+    if constexpr (kIsInt4<Weight>) {
+      return launchFewInt4<Half>(p, device, stream);
+    } else {
+      return launchFew<Weight, Half>(p, device, stream);
     }
-    constexpr int kStages = kIsInt8<Weight> ? 2 : 3;  // in the same memory: half as many k have half the tokens' bytes
-    return launchFew<Weight, Half, 1, 2, 8, kStages>(OneMatrix{p}, device, stream);
   }
   return withManyShape(p, [&](auto shape, const ManyPlan& plan) {
     return launchMany<Weight, Half, decltype(shape)>(p, plan, workspace, device, stream);

@@ -80,20 +80,28 @@ struct Int4Sizes {
 // Scales of rows g and g + 8 of an INT4 tile, and their zero points, as int4ToHalves and its sums want them.
 template <typename Half>
 struct Int4Group {
-  float near, far;
+  uint32_t scales;  // float16, of both rows
   Int4Zeros zeros;
-  // scales: [16] float16; zeros: [16] bytes, or null.
-  static __device__ __forceinline__ Int4Group read(const unsigned char* scales, const unsigned char* zeros, int g) {
-    const float2 both = __half22float2(reinterpret_cast<const __half2*>(scales)[g]);
-    const uint32_t pair = zeros ? reinterpret_cast<const uint16_t*>(zeros)[g] : 0x0808u;
-    return {both.x, both.y * (1.0f / kFarInt4<Half>), int4Zeros<Half>(pair)};
+  // scales: [16] float16; zeros: [16] bytes.
+  static __device__ __forceinline__ Int4Group read(const unsigned char* scales, const unsigned char* zeros, int g,
+                                                   bool has_zeros) {
+    const uint32_t pair = has_zeros ? reinterpret_cast<const uint16_t*>(zeros)[g] : 0x0808u;
+    return {reinterpret_cast<const uint32_t*>(scales)[g], int4Zeros<Half>(pair)};
   }
-  // sum += scale * part.
+  // sum += scale * part: of row g + 8 kFarInt4 times what it should be, until `finished`.
   __device__ __forceinline__ void add(float (&sum)[4], const float (&part)[4]) const {
+    float near, far;
+    unpackHalves<__half>(scales, near, far);
     sum[0] = fmaf(part[0], near, sum[0]), sum[1] = fmaf(part[1], near, sum[1]);
     sum[2] = fmaf(part[2], far, sum[2]), sum[3] = fmaf(part[3], far, sum[3]);
   }
 };
+
+// A sum's number i, once all is added.
+template <typename Weight, typename Half>
+__device__ __forceinline__ float finished(const float (&sum)[4], int i) {
+  return kIsInt4<Weight> && i >= 2 ? sum[i] * (1.0f / kFarInt4<Half>) : sum[i];
+}
 
 // --- launches ---
 

@@ -123,34 +123,47 @@ struct FewStage {
   static __device__ __forceinline__ void copyInt4(unsigned char* stage, const LinearParams& p, const FewTile& tile,
                                                   int first_k, int lane) {
     const Int4Sizes sizes(p);
-    const auto* const weight = static_cast<const unsigned char*>(p.weight);
-    const auto* const scales = static_cast<const unsigned char*>(p.block_scale);
     const int step = first_k / kInt4TileInputs, num_steps = sizes.num_steps - step;
+    const int row_tile = static_cast<int>((tile.first_output + tile.first_row) / kInt4TileOutputs);
+    const int row_tiles = divideUp(p.num_outputs - tile.first_row, kInt4TileOutputs);
+    const auto* const from = static_cast<const unsigned char*>(p.weight) +
+                             (static_cast<size_t>(row_tile) * sizes.num_steps + step) * kInt4TileBytes + lane * 16;
+    const size_t row_tile_bytes = static_cast<size_t>(sizes.num_steps) * kInt4TileBytes;
+    unsigned char* const to = stage + lane * 16;
+    if (num_steps >= kTilesAlongK && row_tiles >= kRowTiles) {
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+        for (int i = 0; i < kTilesAlongK; ++i) {
+          copyAsync(to + r * 16 * kLine + i * kInt4TileBytes, from + r * row_tile_bytes + i * kInt4TileBytes, 16);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll 1
+        for (int i = 0; i < kTilesAlongK; ++i) {
+          const bool valid = i < num_steps && r < row_tiles;
+          copyAsync(to + r * 16 * kLine + i * kInt4TileBytes,
+                    valid ? from + r * row_tile_bytes + i * kInt4TileBytes : p.weight, valid ? 16 : 0);
+        }
+      }
+    }
+    // A lane copies a unit of scales of each tile, or one of zero points.
     const int group = first_k >> sizes.block_shift, groups = kChunk >> sizes.block_shift;
-    const int num_groups = min(groups, sizes.num_groups - group);
-    // A lane copies a unit of scales, or one of zero points.
+    const int num_groups = sizes.num_groups - group;
     const bool is_zeros = lane >= 2 * groups;
     const int unit = is_zeros ? lane - 2 * groups : lane, of_group = is_zeros ? unit : unit / 2;
+    if (of_group >= groups || (is_zeros && !p.zero_points)) return;
+    const auto* const base = is_zeros ? p.zero_points : static_cast<const uint8_t*>(p.block_scale);
+    const int group_bytes = is_zeros ? kInt4TileOutputs : kInt4ScaleBytes;
+    const size_t at = (static_cast<size_t>(row_tile) * sizes.num_groups + group) * group_bytes + unit * 16;
+    unsigned char* const groups_to = stage + (is_zeros ? kZerosAt : kScalesAt) + unit * 16;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      const bool in_matrix = tile.first_row + 16 * r < p.num_outputs;
-      const size_t row_tile = in_matrix ? (tile.first_output + tile.first_row) / kInt4TileOutputs + r : 0;
-      const unsigned char* const from = weight + (row_tile * sizes.num_steps + step) * kInt4TileBytes + lane * 16;
-      unsigned char* const to = stage + r * 16 * kLine + lane * 16;
-#pragma unroll
-      for (int i = 0; i < kTilesAlongK; ++i) {
-        const bool valid = in_matrix && i < num_steps;
-        copyAsync(to + i * kInt4TileBytes, valid ? from + i * kInt4TileBytes : weight, valid ? 16 : 0);
-      }
-      const bool valid = in_matrix && of_group < num_groups;
-      const size_t at = row_tile * sizes.num_groups + group;
-      if (!is_zeros) {
-        copyAsync(stage + kScalesAt + r * kGroups * kInt4ScaleBytes + unit * 16,
-                  valid ? scales + at * kInt4ScaleBytes + unit * 16 : scales, valid ? 16 : 0);
-      } else if (p.zero_points && unit < groups) {
-        const uint8_t* const zeros = valid ? p.zero_points + (at + unit) * kInt4TileOutputs : p.zero_points;
-        copyAsync(stage + kZerosAt + (r * kGroups + unit) * kInt4TileOutputs, zeros, valid ? 16 : 0);
-      }
+      const bool valid = of_group < num_groups && r < row_tiles;
+      copyAsync(groups_to + r * kGroups * group_bytes, valid ? base + at + r * sizes.num_groups * group_bytes : base,
+                valid ? 16 : 0);
     }
   }
 
@@ -162,25 +175,26 @@ struct FewStage {
 };
 
 // sum += the chunk's INT4 weights by its tokens. kBlock: inputs that are summed before the scale joins, 32 or 64; a
-// multiple of it is the block of weights.
-template <typename Stage, typename Half, int kRowTiles, int kTokenTiles, int kBlock>
+// multiple of it is the block of weights. Tokens past the last are the last one again: their sums are not stored.
+template <typename Stage, typename Half, int kRowTiles, int kTokenTiles, int kBlock, bool kHasZeros>
 __device__ __forceinline__ void multiplyInt4(float (&sum)[kRowTiles][kTokenTiles][4], const unsigned char* stage,
-                                             int num_tokens, int block_shift, bool has_zeros, int lane) {
+                                             int num_tokens, int block_shift, int lane) {
   const int g = lane / 4, t = lane % 4;
-  const unsigned char* const tokens = stage + Stage::kWeightBytes;
+  // Of each token tile: the two pieces of the first 64 inputs.
+  const unsigned char* pieces[kTokenTiles][2];
+#pragma unroll
+  for (int j = 0; j < kTokenTiles; ++j) {
+    const int token = min(8 * j + g, num_tokens - 1), odd = (token & 1) * Stage::kOddPieces;
+    const unsigned char* const of_token = stage + Stage::kWeightBytes + token * Stage::kTokenBytes + t * 16;
+    pieces[j][0] = of_token + odd * 16, pieces[j][1] = of_token + (Stage::kOddPieces - odd) * 16;
+  }
 #pragma unroll
   for (int step = 0; step < Stage::kTilesAlongK; ++step) {
     uint4 b[kTokenTiles][2];
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
-      const int token = 8 * j + g;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int piece = (step * 8 + i * 4 + t) ^ (token & 1) * Stage::kOddPieces;
-        b[j][i] = token < num_tokens
-                      ? *reinterpret_cast<const uint4*>(tokens + token * Stage::kTokenBytes + piece * 16)
-                      : uint4{0, 0, 0, 0};
-      }
+      for (int i = 0; i < 2; ++i) b[j][i] = *reinterpret_cast<const uint4*>(pieces[j][i] + step * kInt4TileInputs * 2);
     }
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
@@ -188,11 +202,10 @@ __device__ __forceinline__ void multiplyInt4(float (&sum)[kRowTiles][kTokenTiles
           *reinterpret_cast<const uint4*>(stage + (r * Stage::kTilesAlongK + step) * kInt4TileBytes + lane * 16);
 #pragma unroll
       for (int i = 0; i < kInt4TileInputs / kBlock; ++i) {
-        const int group = r * Stage::kGroups +
-                          (step * kInt4TileInputs + i * kBlock >> block_shift);
-        const auto scales = Int4Group<Half>::read(
-            stage + Stage::kScalesAt + group * kInt4ScaleBytes,
-            has_zeros ? stage + Stage::kZerosAt + group * kInt4TileOutputs : nullptr, g);
+        const int group =
+            r * Stage::kGroups + (kBlock == 32 ? 2 * step + i : (step * kInt4TileInputs) >> block_shift);
+        const auto scales = Int4Group<Half>::read(stage + Stage::kScalesAt + group * kInt4ScaleBytes,
+                                                  stage + Stage::kZerosAt + group * kInt4TileOutputs, g, kHasZeros);
         float part[kTokenTiles][4] = {};
 #pragma unroll
         for (int s = 0; s < kBlock / 16; ++s) {
@@ -212,11 +225,29 @@ __device__ __forceinline__ void multiplyInt4(float (&sum)[kRowTiles][kTokenTiles
   }
 }
 
+// The same for what the weights have.
+template <typename Stage, typename Half, int kRowTiles, int kTokenTiles>
+__device__ __forceinline__ void multiplyInt4(float (&sum)[kRowTiles][kTokenTiles][4], const unsigned char* stage,
+                                             int num_tokens, const LinearParams& p, int lane) {
+  const int block_shift = Int4Sizes(p).block_shift;
+  if (p.block_size == 32) {
+    if (p.zero_points) {
+      multiplyInt4<Stage, Half, kRowTiles, kTokenTiles, 32, true>(sum, stage, num_tokens, block_shift, lane);
+    } else {
+      multiplyInt4<Stage, Half, kRowTiles, kTokenTiles, 32, false>(sum, stage, num_tokens, block_shift, lane);
+    }
+  } else if (p.zero_points) {
+    multiplyInt4<Stage, Half, kRowTiles, kTokenTiles, 64, true>(sum, stage, num_tokens, block_shift, lane);
+  } else {
+    multiplyInt4<Stage, Half, kRowTiles, kTokenTiles, 64, false>(sum, stage, num_tokens, block_shift, lane);
+  }
+}
+
 // Each cluster (block, if kCluster is 1) takes every so manieth tile; chunks of k go round its warps. To a warp all
 // that is one sequence of steps, so that its copies for a tile are on their way while the one before it is finished.
 template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, int kLine,
           int kCluster, typename Task>
-__global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) {
+__global__ void __launch_bounds__(kWarps* kWarpSize, kIsInt4<Weight> ? 2 : 0) fewTokens(const Task task) {
   using S = FewStage<Weight, kRowTiles, kLine>;
   constexpr int kRows = S::kRows, kPieces = S::kPieces, kUnit = S::kUnit;
   constexpr int kAllWarps = kWarps * kCluster;
@@ -258,6 +289,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
       unsigned char* const stage = ring + copy_stage * stage_bytes;
       const int first_k = (place_of_warp + copy_step * kAllWarps) * S::kChunk;
       const FewTile tile = plan.tile(copy_place);
+      constexpr int kAtOnce = kIsInt4<Weight> ? 1 : 4;
+#pragma unroll(kAtOnce)
       for (int i = lane; i < tile.num_tokens * kPieces; i += kWarpSize) {
         const int k = first_k + i % kPieces * 8;
         const bool valid = k < num_inputs;
@@ -307,13 +340,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
       const unsigned char* const stage = ring + read_stage * stage_bytes;
       if (++read_stage == kStages) read_stage = 0;
       if constexpr (kIsInt4<Weight>) {
-        const bool has_zeros = p.zero_points != nullptr;
-        const int block_shift = Int4Sizes(p).block_shift;
-        if (p.block_size == 32) {
-          multiplyInt4<S, Half, kRowTiles, kTokenTiles, 32>(sum, stage, tile.num_tokens, 5, has_zeros, lane);
-        } else {
-          multiplyInt4<S, Half, kRowTiles, kTokenTiles, 64>(sum, stage, tile.num_tokens, block_shift, has_zeros, lane);
-        }
+        multiplyInt4<S, Half>(sum, stage, tile.num_tokens, p, lane);
       } else {
         constexpr int kUnitPieces = kUnit / 8;  // of a token, beside one unit of weights
         const unsigned char* const tokens = stage + S::kWeightBytes;
@@ -364,7 +391,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
         for (int i = 0; i < 4; ++i) {
           const int token = 8 * j + 2 * t + i % 2;
           if (token < tile.num_tokens)
-            sums[(warp * max_tokens + token) * kRows + 16 * r + g + i / 2 * 8] = sum[r][j][i];
+            sums[(warp * max_tokens + token) * kRows + 16 * r + g + i / 2 * 8] = finished<Weight, Half>(sum[r][j], i);
         }
       }
     }
