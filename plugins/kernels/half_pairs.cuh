@@ -60,25 +60,7 @@ __device__ __forceinline__ void int8ToHalves<__nv_bfloat16>(uint32_t bytes, uint
   high = subtractPairs<__nv_bfloat162>(__byte_perm(bits, exponent, 0x4342), __byte_perm(sign, exponent, 0x4342));
 }
 
-// Zero points of two rows of INT4, as int4ToHalves subtracts them.
-struct Int4Zeros {
-  uint32_t near, far;
-};
-
-// zeros: the near row's in the lowest byte, the far one's in the next.
-template <typename Half>
-__device__ __forceinline__ Int4Zeros int4Zeros(uint32_t zeros);
-
-// A word of INT4 to the left factor of a multiplyAdd: near rows in the low nibbles, far rows in the high ones, columns 0,
-// 2, 1, 3 of a lane's four by bytes. Exact: q - zero; of far rows kFarInt4 times that.
-template <typename Half>
-__device__ __forceinline__ void int4ToHalves(uint32_t (&a)[4], uint32_t word, const Int4Zeros& zeros);
-
-template <typename Half>
-constexpr float kFarInt4 = 1.0f;
-
-// (word & mask) | offset in one instruction. The compiler makes two of it if it knows both constants, of which one
-// instruction holds one: it must not look into `offset`.
+// (word & mask) | offset in one instruction: the compiler makes two of it if it knows both constants.
 template <uint32_t kMask>
 __device__ __forceinline__ uint32_t maskedWith(uint32_t word, uint32_t offset) {
   uint32_t result;
@@ -86,34 +68,45 @@ __device__ __forceinline__ uint32_t maskedWith(uint32_t word, uint32_t offset) {
   return result;
 }
 
+// How INT4 become the left factor of a multiplyAdd. A word has four columns of two rows: the near row's in its low
+// nibbles, the far row's in its high ones, columns 0, 2, 1, 3 by bytes. Exact:
+// q - zero as halves; of the far row kFar times that.
+template <typename Half>
+struct Int4Differences;
+
 // 0x640q is 1024 + q and 0x64q0 1024 + 16 q: high nibbles need no shift.
 template <>
-constexpr float kFarInt4<__half> = 16.0f;
-template <>
-__device__ __forceinline__ Int4Zeros int4Zeros<__half>(uint32_t zeros) {
-  return {__byte_perm(zeros, 0x64646464u, 0x4040), __byte_perm(zeros << 4, 0x64646464u, 0x4141)};
-}
-template <>
-__device__ __forceinline__ void int4ToHalves<__half>(uint32_t (&a)[4], uint32_t word, const Int4Zeros& zeros) {
-  const uint32_t next = word >> 8, offset = 0x64006400u;
-  a[0] = subtractPairs<__half2>(maskedWith<0x000f000fu>(word, offset), zeros.near);
-  a[1] = subtractPairs<__half2>(maskedWith<0x00f000f0u>(word, offset), zeros.far);
-  a[2] = subtractPairs<__half2>(maskedWith<0x000f000fu>(next, offset), zeros.near);
-  a[3] = subtractPairs<__half2>(maskedWith<0x00f000f0u>(next, offset), zeros.far);
-}
+struct Int4Differences<__half> {
+  static constexpr float kFar = 16.0f;
+  uint32_t near, far;
+  // zeros: the near row's in the lowest byte, the far one's in the next.
+  __device__ __forceinline__ explicit Int4Differences(uint32_t zeros) {
+    near = __byte_perm(zeros, 0x64646464u, 0x4040), far = __byte_perm(zeros << 4, 0x64646464u, 0x4141);
+  }
+  __device__ __forceinline__ void take(uint32_t (&a)[4], uint32_t word) const {
+    const uint32_t next = word >> 8, offset = 0x64006400u;
+    a[0] = subtractPairs<__half2>(maskedWith<0x000f000fu>(word, offset), near);
+    a[1] = subtractPairs<__half2>(maskedWith<0x00f000f0u>(word, offset), far);
+    a[2] = subtractPairs<__half2>(maskedWith<0x000f000fu>(next, offset), near);
+    a[3] = subtractPairs<__half2>(maskedWith<0x00f000f0u>(next, offset), far);
+  }
+};
 
 // 0x430q is 128 + q.
 template <>
-__device__ __forceinline__ Int4Zeros int4Zeros<__nv_bfloat16>(uint32_t zeros) {
-  return {__byte_perm(zeros, 0x43434343u, 0x4040), __byte_perm(zeros, 0x43434343u, 0x4141)};
-}
-template <>
-__device__ __forceinline__ void int4ToHalves<__nv_bfloat16>(uint32_t (&a)[4], uint32_t word, const Int4Zeros& zeros) {
-  const auto pair = [](uint32_t shifted) { return maskedWith<0x000f000fu>(shifted, 0x43004300u); };
-  a[0] = subtractPairs<__nv_bfloat162>(pair(word), zeros.near);
-  a[1] = subtractPairs<__nv_bfloat162>(pair(word >> 4), zeros.far);
-  a[2] = subtractPairs<__nv_bfloat162>(pair(word >> 8), zeros.near);
-  a[3] = subtractPairs<__nv_bfloat162>(pair(word >> 12), zeros.far);
-}
+struct Int4Differences<__nv_bfloat16> {
+  static constexpr float kFar = 1.0f;
+  uint32_t near, far;
+  __device__ __forceinline__ explicit Int4Differences(uint32_t zeros) {
+    near = __byte_perm(zeros, 0x43434343u, 0x4040), far = __byte_perm(zeros, 0x43434343u, 0x4141);
+  }
+  __device__ __forceinline__ void take(uint32_t (&a)[4], uint32_t word) const {
+    const auto pair = [](uint32_t shifted) { return maskedWith<0x000f000fu>(shifted, 0x43004300u); };
+    a[0] = subtractPairs<__nv_bfloat162>(pair(word), near);
+    a[1] = subtractPairs<__nv_bfloat162>(pair(word >> 4), far);
+    a[2] = subtractPairs<__nv_bfloat162>(pair(word >> 8), near);
+    a[3] = subtractPairs<__nv_bfloat162>(pair(word >> 12), far);
+  }
+};
 
 }  // namespace sinkexport

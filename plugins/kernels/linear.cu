@@ -86,11 +86,11 @@ struct ManyInt4 {
     }
   }
 
-  template <typename Half>
-  static __device__ __forceinline__ Int4Group<Half> group(const unsigned char* stage, int tile, int which, int g,
-                                                          bool has_zeros) {
-    return Int4Group<Half>::read(stage + kScalesAt + (tile * 2 + which) * kInt4ScaleBytes,
-                                 stage + kZerosAt + (tile * 2 + which) * kInt4TileOutputs, g, has_zeros);
+  template <typename Factors>
+  static __device__ __forceinline__ Int4Group<Factors> group(const unsigned char* stage, int tile, int which, int g,
+                                                             bool has_zeros) {
+    return {stage + kScalesAt + (tile * 2 + which) * kInt4ScaleBytes,
+            stage + kZerosAt + (tile * 2 + which) * kInt4TileOutputs, g, has_zeros};
   }
 };
 
@@ -106,6 +106,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
   constexpr int kOddPieces = kIsInt8<Weight> ? 0 : 1;        // by which pieces of odd rows trade places, as tokens' do
   constexpr int kOddTokenPieces = kIsInt4<Weight> ? 4 : 1;   // and those of odd tokens
   constexpr int kPairsAtOnce = Shape::kTokenWarps > 1 ? 1 : 2;  // two would spill where 128 registers are all there is
+  using Factors = Int4Differences<Half>;
   extern __shared__ __align__(16) unsigned char shared[];
   const int num_tokens = p.num_rows, num_inputs = p.num_inputs, num_outputs = p.num_outputs;
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
@@ -165,16 +166,18 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
 #pragma unroll(kPairsAtOnce)
     for (int pair = 0; pair < 2; ++pair) {  // two k16 tiles, whose share of a token is one 16-byte piece
       uint32_t a[kRowTiles][2][4];
-      [[maybe_unused]] Int4Group<Half> groups[kIsInt4<Weight> ? kRowTiles : 1];
+      [[maybe_unused]] uint32_t scales[kRowTiles];
       if constexpr (kIsInt4<Weight>) {
         const int which = p.block_size < kInt4TileInputs ? pair : 0, first_tile = row_of_warp / kInt4TileOutputs;
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
-          groups[r] = ManyInt4<Shape>::template group<Half>(stage, first_tile + r, which, g, p.zero_points != nullptr);
+          const auto group =
+              ManyInt4<Shape>::template group<Factors>(stage, first_tile + r, which, g, p.zero_points != nullptr);
+          scales[r] = group.scales;
           const uint2 words =
               *reinterpret_cast<const uint2*>(stage + (first_tile + r) * kInt4TileBytes + lane * 16 + pair * 8);
-          int4ToHalves<Half>(a[r][0], words.x, groups[r].zeros);
-          int4ToHalves<Half>(a[r][1], words.y, groups[r].zeros);
+          group.factors.take(a[r][0], words.x);
+          group.factors.take(a[r][1], words.y);
         }
       } else {
 #pragma unroll
@@ -200,7 +203,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 
             float part[4] = {};
             multiplyAdd<Half>(part, a[r][0], b.x, b.y);
             multiplyAdd<Half>(part, a[r][1], b.z, b.w);
-            groups[r].add(sum[r][j], part);
+            addScaled(sum[r][j], part, scales[r]);
           } else {
             multiplyAdd<Half>(sum[r][j], a[r][0], b.x, b.y);
             multiplyAdd<Half>(sum[r][j], a[r][1], b.z, b.w);
@@ -300,56 +303,67 @@ auto withManyShape(const LinearParams& p, Use use) {
   return use(Low{}, planMany<Low>(p, 2 * kWantedBlocks));
 }
 
-#ifndef SINKEXPORT_TUNE
-#define SINKEXPORT_TUNE 0
-#endif
-
-// Tiles are taller than with other weights: tokens are read once a tile, and have four times the bytes.
-template <typename Half>
-cudaError_t launchFewInt4(const LinearParams& p, const Device& device, cudaStream_t stream) {
-  const OneMatrix task{p};
-  constexpr int kShort = kLineBytes / 2;
-  if (p.num_rows <= 2) {
-    if (p.num_inputs < 2048) return launchFew<Int4, Half, 1, 1, 8, 4, kShort>(task, device, stream);
-    return launchFew<Int4, Half, 1, 1, 8, 3>(task, device, stream);
-  }
-  if (p.num_rows <= 8) return launchFew<Int4, Half, 2, 1, 8, 2, kShort>(task, device, stream);
-#if SINKEXPORT_TUNE
-  if (device.overlaps && p.num_rows > 8) {
-    return launchFew<Int4, Half, 4, 2, 4, 2, kShort, SINKEXPORT_TUNE>(task, device, stream);
-  }
-#endif
-  return launchFew<Int4, Half, 2, 2, 4, 3, kShort>(task, device, stream);
+// Outputs that the block with the most of them has, if tiles have this many.
+int mostOutputs(const LinearParams& p, int rows, const Device& device) {
+  return divideUp(divideUp(p.num_outputs, rows), kFewBlocks * device.multiprocessors) * rows;
 }
 
-template <typename Weight, typename Half>
-cudaError_t launchFew(const LinearParams& p, const Device& device, cudaStream_t stream) {
-#if SINKEXPORT_TUNE
-  if constexpr (kIsInt8<Weight>) {
-    if (device.overlaps && p.num_rows > 8 && p.num_rows <= kFewTokens) {
-      return launchFew<Weight, Half, 4, 2, 4, 3, 64, SINKEXPORT_TUNE>(OneMatrix{p}, device, stream);
-    }
-  }
-#endif
-  if (p.num_rows <= 8) return launchFew<Weight, Half, 1, 1, 8, 3>(OneMatrix{p}, device, stream);
-  // Taller tiles read the tokens less often, shorter ones spread better.
+// Up to 16 tokens by tiles of kRowTiles * 16 outputs, if shared memory holds them and no block has many more outputs
+// than with the lowest ones. Taller tiles read the tokens less often, which come from the L2 cache, lower ones spread
+// better. True: launched.
+template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, int kLine>
+bool launchTall(const LinearParams& p, const Device& device, cudaStream_t stream, cudaError_t& error) {
+  if (fewSharedBytes<Weight, kLine>(kRowTiles, p.num_rows, kWarps, kStages) > device.shared_bytes) return false;
+  if (8 * mostOutputs(p, 16 * kRowTiles, device) > 9 * mostOutputs(p, 16, device)) return false;
+  error = launchFew<Weight, Half, kRowTiles, kTokenTiles, kWarps, kStages, kLine>(OneMatrix{p}, device, stream);
+  return true;
+}
+
+template <typename Half>
+cudaError_t launchFew(const LinearParams& p, const Device& device, cudaStream_t stream, Half /*weight*/) {
+  if (p.num_rows <= 8) return launchFew<Half, Half, 1, 1, 8, 3>(OneMatrix{p}, device, stream);
+  cudaError_t error = cudaSuccess;
   constexpr int kManyOutputs = 1 << 15;
-  if (p.num_outputs >= kManyOutputs && fewSharedBytes<Weight>(2, p.num_rows, 4, 3) <= device.shared_bytes) {
-    return launchFew<Weight, Half, 2, 2, 4, 3>(OneMatrix{p}, device, stream);
+  if (p.num_outputs >= kManyOutputs && launchTall<Half, Half, 2, 2, 4, 3, kLineBytes>(p, device, stream, error)) {
+    return error;
   }
-  constexpr int kStages = kIsInt8<Weight> ? 2 : 3;  // in the same memory: half as many k have half the tokens' bytes
-  return launchFew<Weight, Half, 1, 2, 8, kStages>(OneMatrix{p}, device, stream);
+  return launchFew<Half, Half, 1, 2, 8, 3>(OneMatrix{p}, device, stream);
+}
+
+template <typename Half>
+cudaError_t launchFew(const LinearParams& p, const Device& device, cudaStream_t stream, int8_t /*weight*/) {
+  if (p.num_rows <= 8) return launchFew<int8_t, Half, 1, 1, 8, 3>(OneMatrix{p}, device, stream);
+  constexpr int kHalfLine = kLineBytes / 2;
+  cudaError_t error = cudaSuccess;
+  if (launchTall<int8_t, Half, 4, 2, 4, 3, kHalfLine>(p, device, stream, error) ||
+      launchTall<int8_t, Half, 3, 2, 4, 4, kHalfLine>(p, device, stream, error)) {
+    return error;
+  }
+  if (fewSharedBytes<int8_t, kHalfLine>(2, p.num_rows, 8, 4) <= device.shared_bytes) {
+    return launchFew<int8_t, Half, 2, 2, 8, 4, kHalfLine>(OneMatrix{p}, device, stream);
+  }
+  return launchFew<int8_t, Half, 1, 2, 8, 2>(OneMatrix{p}, device, stream);
+}
+
+template <typename Half>
+cudaError_t launchFew(const LinearParams& p, const Device& device, cudaStream_t stream, Int4 /*weight*/) {
+  constexpr int kHalfLine = kLineBytes / 2;
+  cudaError_t error = cudaSuccess;
+  if (p.num_rows <= 8) {
+    if (launchTall<Int4, Half, 3, 1, 4, 2, kLineBytes>(p, device, stream, error)) return error;
+    if (p.num_rows <= 4) return launchFew<Int4, Half, 1, 1, 8, 2>(OneMatrix{p}, device, stream);
+    return launchFew<Int4, Half, 2, 1, 8, 3, kHalfLine>(OneMatrix{p}, device, stream);
+  }
+  if (launchTall<Int4, Half, 3, 2, 4, 2, kHalfLine>(p, device, stream, error)) return error;
+  if (fewSharedBytes<Int4, kHalfLine>(2, p.num_rows, 4, 2) <= device.shared_bytes) {
+    return launchFew<Int4, Half, 2, 2, 8, 2, kHalfLine>(OneMatrix{p}, device, stream);
+  }
+  return launchFew<Int4, Half, 1, 2, 4, 2, kHalfLine>(OneMatrix{p}, device, stream);
 }
 
 template <typename Weight, typename Half>
 cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
-  if (p.num_rows <= kFewTokens) {
-    if constexpr (kIsInt4<Weight>) {
-      return launchFewInt4<Half>(p, device, stream);
-    } else {
-      return launchFew<Weight, Half>(p, device, stream);
-    }
-  }
+  if (p.num_rows <= kFewTokens) return launchFew<Half>(p, device, stream, Weight{});
   return withManyShape(p, [&](auto shape, const ManyPlan& plan) {
     return launchMany<Weight, Half, decltype(shape)>(p, plan, workspace, device, stream);
   });

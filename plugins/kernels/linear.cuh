@@ -77,35 +77,36 @@ struct Int4Sizes {
   }
 };
 
-// Scales of rows g and g + 8 of an INT4 tile, and their zero points, as int4ToHalves and its sums want them.
-template <typename Half>
-struct Int4Group {
-  uint32_t scales;  // float16, of both rows
-  Int4Zeros zeros;
-  // scales: [16] float16; zeros: [16] bytes.
-  static __device__ __forceinline__ Int4Group read(const unsigned char* scales, const unsigned char* zeros, int g,
-                                                   bool has_zeros) {
-    const uint32_t pair = has_zeros ? reinterpret_cast<const uint16_t*>(zeros)[g] : 0x0808u;
-    return {reinterpret_cast<const uint32_t*>(scales)[g], int4Zeros<Half>(pair)};
-  }
-  // sum += scale * part: of row g + 8 kFarInt4 times what it should be, until `finished`.
-  __device__ __forceinline__ void add(float (&sum)[4], const float (&part)[4]) const {
-    float near, far;
-    unpackHalves<__half>(scales, near, far);
-    sum[0] = fmaf(part[0], near, sum[0]), sum[1] = fmaf(part[1], near, sum[1]);
-    sum[2] = fmaf(part[2], far, sum[2]), sum[3] = fmaf(part[3], far, sum[3]);
-  }
-};
+// sum += scale * part, of rows g and g + 8 of an INT4 tile. scales: both, float16. Not what it should be until it is
+// `finished`.
+__device__ __forceinline__ void addScaled(float (&sum)[4], const float (&part)[4], uint32_t scales) {
+  float near, far;
+  unpackHalves<__half>(scales, near, far);
+  sum[0] = fmaf(part[0], near, sum[0]), sum[1] = fmaf(part[1], near, sum[1]);
+  sum[2] = fmaf(part[2], far, sum[2]), sum[3] = fmaf(part[3], far, sum[3]);
+}
 
-// A sum's number i, once all is added.
+// Number i of a multiplyAdd's sums, once all is added.
 template <typename Weight, typename Half>
 __device__ __forceinline__ float finished(const float (&sum)[4], int i) {
-  return kIsInt4<Weight> && i >= 2 ? sum[i] * (1.0f / kFarInt4<Half>) : sum[i];
+  if constexpr (kIsInt4<Weight>) return i < 2 ? sum[i] : sum[i] * (1.0f / Int4Differences<Half>::kFar);
+  return sum[i];
 }
+
+// Scales of rows g and g + 8 of an INT4 tile, and how a block's weights become factors.
+template <typename Factors>
+struct Int4Group {
+  uint32_t scales;
+  Factors factors;
+  // scales_: [16] float16; zeros: [16] bytes.
+  __device__ __forceinline__ Int4Group(const unsigned char* scales_, const unsigned char* zeros, int g, bool has_zeros)
+      : scales(reinterpret_cast<const uint32_t*>(scales_)[g]),
+        factors(has_zeros ? reinterpret_cast<const uint16_t*>(zeros)[g] : 0x0808u) {}
+};
 
 // --- launches ---
 
-template <int kCluster = 1, typename... Parameters, typename... Arguments>
+template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, const Device& device,
                    cudaStream_t stream, Arguments... arguments) {
   constexpr int kFreeSharedBytes = 48 << 10;  // more must be asked for
@@ -113,7 +114,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int sh
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  return launchOverlapping<kCluster>(kernel, grid, dim3(threads), shared_bytes, device.overlaps, stream, arguments...);
+  return launchOverlapping(kernel, grid, dim3(threads), shared_bytes, device.overlaps, stream, arguments...);
 }
 
 // use(a weight of the type), for weights of a type that is known at run time.

@@ -3,13 +3,11 @@
 //
 // A block takes tiles of 16 or 32 outputs and its warps split k among them. Each warp has a ring of chunks of its own
 // in shared memory, filled by asynchronous copies. Their sums are added at the end of a tile, in order. Weights are
-// read once. No second launch, no workspace: a few blocks with so much on its way fill the memory's queue. Tiles may be
-// shared by the blocks of a cluster, which split k once more and add their sums through each other's shared memory.
+// read once. No second launch, no workspace: a few blocks with so much on its way fill the memory's queue.
 #pragma once
 
 #include <algorithm>
 
-#include "cluster.cuh"
 #include "linear.cuh"
 
 namespace sinkexport {
@@ -67,16 +65,10 @@ __host__ __device__ constexpr int fewStageBytes(int row_tiles, int num_tokens) {
   return row_tiles * kFewTileBytes<Weight, kLine> + num_tokens * kFewChunk<Weight, kLine> * 2;
 }
 
-// Floats of all sums of a block: of its warps, and of the block where others of a cluster read them; two of each.
-__host__ __device__ constexpr int fewSums(int rows, int num_tokens, int warps, int cluster) {
-  return 2 * (warps + (cluster > 1 ? 1 : 0)) * num_tokens * rows;
-}
-
 template <typename Weight, int kLine = kLineBytes>
-__host__ __device__ constexpr int fewSharedBytes(int row_tiles, int num_tokens, int warps, int stages,
-                                                 int cluster = 1) {
-  return warps * stages * fewStageBytes<Weight, kLine>(row_tiles, num_tokens) +
-         fewSums(16 * row_tiles, num_tokens, warps, cluster) * static_cast<int>(sizeof(float));
+__host__ __device__ constexpr int fewSharedBytes(int row_tiles, int num_tokens, int warps, int stages) {
+  const int sum_bytes = 16 * row_tiles * num_tokens * static_cast<int>(sizeof(float));
+  return warps * (stages * fewStageBytes<Weight, kLine>(row_tiles, num_tokens) + 2 * sum_bytes);
 }
 
 // A stage: weights, then tokens, of as many k as kLine bytes of a weight row hold.
@@ -179,6 +171,7 @@ struct FewStage {
 template <typename Stage, typename Half, int kRowTiles, int kTokenTiles, int kBlock, bool kHasZeros>
 __device__ __forceinline__ void multiplyInt4(float (&sum)[kRowTiles][kTokenTiles][4], const unsigned char* stage,
                                              int num_tokens, int block_shift, int lane) {
+  using Factors = Int4Differences<Half>;
   const int g = lane / 4, t = lane % 4;
   // Of each token tile: the two pieces of the first 64 inputs.
   const unsigned char* pieces[kTokenTiles][2];
@@ -204,22 +197,23 @@ __device__ __forceinline__ void multiplyInt4(float (&sum)[kRowTiles][kTokenTiles
       for (int i = 0; i < kInt4TileInputs / kBlock; ++i) {
         const int group =
             r * Stage::kGroups + (kBlock == 32 ? 2 * step + i : (step * kInt4TileInputs) >> block_shift);
-        const auto scales = Int4Group<Half>::read(stage + Stage::kScalesAt + group * kInt4ScaleBytes,
-                                                  stage + Stage::kZerosAt + group * kInt4TileOutputs, g, kHasZeros);
+        const Int4Group<Factors> of_block(stage + Stage::kScalesAt + group * kInt4ScaleBytes,
+                                          stage + Stage::kZerosAt + group * kInt4TileOutputs, g, kHasZeros);
         float part[kTokenTiles][4] = {};
 #pragma unroll
         for (int s = 0; s < kBlock / 16; ++s) {
           const int tile = i * (kBlock / 16) + s;
           uint32_t a[4];
-          int4ToHalves<Half>(a, wordOf(words, tile), scales.zeros);
+          of_block.factors.take(a, wordOf(words, tile));
 #pragma unroll
           for (int j = 0; j < kTokenTiles; ++j) {
             const uint4 piece = b[j][tile / 2];
-            multiplyAdd<Half>(part[j], a, tile % 2 ? piece.z : piece.x, tile % 2 ? piece.w : piece.y);
+            const uint32_t b0 = tile % 2 ? piece.z : piece.x, b1 = tile % 2 ? piece.w : piece.y;
+            multiplyAdd<Half>(part[j], a, b0, b1);
           }
         }
 #pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) scales.add(sum[r][j], part[j]);
+        for (int j = 0; j < kTokenTiles; ++j) addScaled(sum[r][j], part[j], of_block.scales);
       }
     }
   }
@@ -243,26 +237,25 @@ __device__ __forceinline__ void multiplyInt4(float (&sum)[kRowTiles][kTokenTiles
   }
 }
 
-// Each cluster (block, if kCluster is 1) takes every so manieth tile; chunks of k go round its warps. To a warp all
-// that is one sequence of steps, so that its copies for a tile are on their way while the one before it is finished.
+// Blocks that a multiprocessor has at a time.
+constexpr int kFewBlocks = 2;
+
+// Each block takes every gridDim.x-th tile; chunks of k go round its warps. To a warp all that is one sequence of
+// steps, so that its copies for a tile are on their way while the one before it is finished.
 template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, int kLine,
-          int kCluster, typename Task>
-__global__ void __launch_bounds__(kWarps* kWarpSize, kIsInt4<Weight> ? 2 : 0) fewTokens(const Task task) {
+          typename Task>
+__global__ void __launch_bounds__(kWarps* kWarpSize, kIsInt4<Weight> ? kFewBlocks : 0) fewTokens(const Task task) {
   using S = FewStage<Weight, kRowTiles, kLine>;
   constexpr int kRows = S::kRows, kPieces = S::kPieces, kUnit = S::kUnit;
-  constexpr int kAllWarps = kWarps * kCluster;
   extern __shared__ __align__(16) unsigned char shared[];
   const LinearParams& p = task.p;
   const int max_tokens = task.maxTokens(), num_inputs = p.num_inputs, num_outputs = p.num_outputs;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-  const int rank = kCluster > 1 ? clusterRank() : 0, place_of_warp = rank * kWarps + warp;
-  const int first_tile = blockIdx.x / kCluster, all_tiles = gridDim.x / kCluster;
   const int stage_bytes = fewStageBytes<Weight, kLine>(kRowTiles, max_tokens);
   unsigned char* const ring = shared + warp * kStages * stage_bytes;
   float* const all_sums = reinterpret_cast<float*>(shared + kWarps * kStages * stage_bytes);
   const int num_chunks = divideUp(num_inputs, S::kChunk);
-  // Of this warp in a tile.
-  const int num_steps = num_chunks > place_of_warp ? divideUp(num_chunks - place_of_warp, kAllWarps) : 0;
+  const int num_steps = num_chunks > warp ? divideUp(num_chunks - warp, kWarps) : 0;  // of this warp in a tile
   const Half* const x = static_cast<const Half*>(p.x);
 
   const auto copyWeights = [&](unsigned char* stage, const FewTile& tile, int first_k) {
@@ -270,16 +263,15 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kIsInt4<Weight> ? 2 : 0) fe
   };
   allowNextKernel();
   if (!Task::kPlansEarly || !p.constant_weight) waitForEarlierKernels();
-  unsigned char* const plan_memory =
-      reinterpret_cast<unsigned char*>(all_sums + fewSums(kRows, max_tokens, kWarps, kCluster));
+  unsigned char* const plan_memory = reinterpret_cast<unsigned char*>(all_sums + 2 * kWarps * max_tokens * kRows);
   const typename Task::template Plan<kRows> plan(task, plan_memory);
   const int num_tiles = plan.numTiles();
-  int copy_index = first_tile, copy_step = 0, copy_stage = 0;  // what is copied next, and where to
+  int copy_index = blockIdx.x, copy_step = 0, copy_stage = 0;  // what is copied next, and where to
   auto copy_place = plan.place(copy_index);
   const auto advanceCopy = [&] {
     commitCopies();
     if (++copy_step >= num_steps) {
-      copy_step = 0, copy_index += all_tiles;
+      copy_step = 0, copy_index += gridDim.x;
       copy_place = plan.place(copy_index);
     }
     if (++copy_stage == kStages) copy_stage = 0;
@@ -287,7 +279,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kIsInt4<Weight> ? 2 : 0) fe
   const auto copyNext = [&] {
     if (copy_index < num_tiles) {
       unsigned char* const stage = ring + copy_stage * stage_bytes;
-      const int first_k = (place_of_warp + copy_step * kAllWarps) * S::kChunk;
+      const int first_k = (warp + copy_step * kWarps) * S::kChunk;
       const FewTile tile = plan.tile(copy_place);
       constexpr int kAtOnce = kIsInt4<Weight> ? 1 : 4;
 #pragma unroll(kAtOnce)
@@ -305,14 +297,14 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kIsInt4<Weight> ? 2 : 0) fe
   if constexpr (Task::kPlansEarly) {
     // The first stage's weights may be allowed to be read early. Not more of them: its tokens would queue behind.
     const FewTile first = plan.tile(copy_place);
-    copyWeights(ring, first, place_of_warp * S::kChunk);
+    copyWeights(ring, first, warp * S::kChunk);
     advanceCopy();
     if (p.constant_weight) waitForEarlierKernels();
     uint4 pieces[kPieces * 8 * kTokenTiles / kWarpSize];
     constexpr int kNumPieces = sizeof pieces / sizeof *pieces;
 #pragma unroll
     for (int j = 0; j < kNumPieces; ++j) {
-      const int i = lane + j * kWarpSize, k = place_of_warp * S::kChunk + i % kPieces * 8;
+      const int i = lane + j * kWarpSize, k = warp * S::kChunk + i % kPieces * 8;
       const bool valid = i < first.num_tokens * kPieces && k < num_inputs;
       const size_t row = plan.inputRow(first, i / kPieces);
       pieces[j] = valid ? *reinterpret_cast<const uint4*>(x + row * num_inputs + k) : uint4{0, 0, 0, 0};
@@ -330,7 +322,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kIsInt4<Weight> ? 2 : 0) fe
   }
 
   int read_stage = 0, turn = 0;
-  for (int index = first_tile; index < num_tiles; index += all_tiles) {
+  for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
     const FewTile tile = plan.tile(plan.place(index));
     float sum[kRowTiles][kTokenTiles][4] = {};
     for (int step = 0; step < num_steps; ++step) {
@@ -390,50 +382,30 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kIsInt4<Weight> ? 2 : 0) fe
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int token = 8 * j + 2 * t + i % 2;
-          if (token < tile.num_tokens)
-            sums[(warp * max_tokens + token) * kRows + 16 * r + g + i / 2 * 8] = finished<Weight, Half>(sum[r][j], i);
+          const float total = finished<Weight, Half>(sum[r][j], i);
+          if (token < tile.num_tokens) sums[(warp * max_tokens + token) * kRows + 16 * r + g + i / 2 * 8] = total;
         }
       }
     }
     __syncthreads();
-    const auto store = [&](int i, float total) {
-      const int output = tile.first_row + i % kRows;
-      if (output >= num_outputs) return;
-      const size_t row = plan.outputRow(tile, i / kRows);
-      const Output<Weight, Half> finish(p, tile.first_output + output);
-      static_cast<Half*>(p.y)[row * num_outputs + output] = finish(total);
-    };
-    const int count = tile.num_tokens * kRows;
-    float* const of_block = all_sums + (2 * kWarps + (turn ^ 1)) * max_tokens * kRows;
-    for (int i = threadIdx.x; i < count; i += kWarps * kWarpSize) {
+    for (int i = threadIdx.x; i < tile.num_tokens * kRows; i += kWarps * kWarpSize) {
       float total = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) total += sums[w * max_tokens * kRows + i];
-      if constexpr (kCluster > 1) {
-        of_block[i] = total;
-      } else {
-        store(i, total);
-      }
-    }
-    if constexpr (kCluster > 1) {
-      syncCluster();
-      for (int i = rank * kWarps * kWarpSize + threadIdx.x; i < count; i += kAllWarps * kWarpSize) {
-        float total = 0.0f;
-#pragma unroll
-        for (int block = 0; block < kCluster; ++block) total += readOfBlock(of_block + i, block);
-        store(i, total);
-      }
+      const int output = tile.first_row + i % kRows;
+      if (output >= num_outputs) continue;
+      const size_t row = plan.outputRow(tile, i / kRows);
+      const Output<Weight, Half> finish(p, tile.first_output + output);
+      static_cast<Half*>(p.y)[row * num_outputs + output] = finish(total);
     }
   }
-  if constexpr (kCluster > 1) syncCluster();  // others may still read this block's sums
 }
 
-// kCluster > 1: of devices that have clusters (Device::overlaps).
 template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages,
-          int kLine = kLineBytes, int kCluster = 1, typename Task>
+          int kLine = kLineBytes, typename Task>
 cudaError_t launchFew(const Task& task, const Device& device, cudaStream_t stream) {
   const int needed_bytes =
-      fewSharedBytes<Weight, kLine>(kRowTiles, task.maxTokens(), kWarps, kStages, kCluster) + task.sharedBytes();
+      fewSharedBytes<Weight, kLine>(kRowTiles, task.maxTokens(), kWarps, kStages) + task.sharedBytes();
   if constexpr (kWarps > 4) {
     if (needed_bytes > device.shared_bytes) {
       return launchFew<Weight, Half, kRowTiles, kTokenTiles, 4, kStages, kLine>(task, device, stream);
@@ -441,13 +413,12 @@ cudaError_t launchFew(const Task& task, const Device& device, cudaStream_t strea
   }
   // Two blocks on a multiprocessor, each with half of the memory even if it needs less: blocks of the next launch then
   // take the places of this one's as they end. With more room they would crowd where there is most of it.
-  constexpr int kBlocks = 2;
-  const int share = device.shared_bytes_of_all / kBlocks - kReservedSharedBytes;
+  const int share = device.shared_bytes_of_all / kFewBlocks - kReservedSharedBytes;
   const int shared_bytes = std::max(needed_bytes, std::min(share, device.shared_bytes));
-  const int blocks = device.multiprocessors * (needed_bytes <= share ? kBlocks : 1);
-  const dim3 grid(std::min(task.maxTiles(16 * kRowTiles), blocks / kCluster) * kCluster);
-  return launch<kCluster>(fewTokens<Weight, Half, kRowTiles, kTokenTiles, kWarps, kStages, kLine, kCluster, Task>, grid,
-                          kWarps * kWarpSize, shared_bytes, device, stream, task);
+  const int blocks = device.multiprocessors * (needed_bytes <= share ? kFewBlocks : 1);
+  const dim3 grid(std::min(task.maxTiles(16 * kRowTiles), blocks));
+  return launch(fewTokens<Weight, Half, kRowTiles, kTokenTiles, kWarps, kStages, kLine, Task>, grid,
+                kWarps * kWarpSize, shared_bytes, device, stream, task);
 }
 
 }  // namespace linear

@@ -37,46 +37,35 @@ inline cudaError_t findOverlap(bool& overlaps) {
   return error;
 }
 
-// `overlaps`: the kernel waits by itself for all work that is ahead of it in the stream. cluster: blocks in a row that
-// share their memories (compute capability 9.0 and above). arguments: addresses of the kernel's parameters, as
-// cudaLaunchKernel takes them. Graphs are captured with such launches from CUDA 12.3 on.
+// `overlaps`: the kernel waits by itself for all work that is ahead of it in the stream. arguments: addresses of the
+// kernel's parameters, as cudaLaunchKernel takes them. Graphs are captured with such launches from CUDA 12.3 on.
 inline cudaError_t launchOverlapping(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, bool overlaps,
-                                     cudaStream_t stream, void** arguments, int cluster = 1) {
+                                     cudaStream_t stream, void** arguments) {
 #if CUDART_VERSION >= 12030
-  cudaLaunchAttribute attributes[2]{};
-  int count = 0;
-  if (overlaps) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim.x = cluster;
-    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
-    ++count;
-  }
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
+  config.attrs = &overlap;
+  config.numAttrs = overlaps ? 1 : 0;
   return cudaLaunchKernelExC(&config, kernel, arguments);
 #else
   (void)overlaps;
-  if (cluster > 1) return cudaErrorNotSupported;
   return cudaLaunchKernel(kernel, grid, block, arguments, shared_bytes, stream);
 #endif
 }
 
-template <int kCluster = 1, typename... Parameters, typename... Arguments>
+template <typename... Parameters, typename... Arguments>
 cudaError_t launchOverlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, bool overlaps,
                               cudaStream_t stream, Arguments... arguments) {
   const auto launch = [&](Parameters... parameters) {
     void* addresses[] = {static_cast<void*>(&parameters)...};
     return launchOverlapping(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, overlaps, stream,
-                             addresses, kCluster);
+                             addresses);
   };
   return launch(Parameters(arguments)...);
 }
