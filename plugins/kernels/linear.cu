@@ -308,13 +308,13 @@ int mostOutputs(const LinearParams& p, int rows, const Device& device) {
   return divideUp(divideUp(p.num_outputs, rows), kFewBlocks * device.multiprocessors) * rows;
 }
 
-// Up to 16 tokens by tiles of kRowTiles * 16 outputs, if shared memory holds them and no block has many more outputs
-// than with the lowest ones. Taller tiles read the tokens less often, which come from the L2 cache, lower ones spread
-// better. True: launched.
+// Up to 16 tokens by tiles of kRowTiles * 16 outputs, if shared memory holds them and no block has more outputs than
+// with the lowest ones, `slack` eighths apart. Taller tiles read the tokens less often, which come from the L2 cache,
+// and have fewer ends; lower ones spread better. True: launched.
 template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, int kLine>
-bool launchTall(const LinearParams& p, const Device& device, cudaStream_t stream, cudaError_t& error) {
+bool launchTall(const LinearParams& p, const Device& device, cudaStream_t stream, cudaError_t& error, int slack = 1) {
   if (fewSharedBytes<Weight, kLine>(kRowTiles, p.num_rows, kWarps, kStages) > device.shared_bytes) return false;
-  if (8 * mostOutputs(p, 16 * kRowTiles, device) > 9 * mostOutputs(p, 16, device)) return false;
+  if (8 * mostOutputs(p, 16 * kRowTiles, device) > (8 + slack) * mostOutputs(p, 16, device)) return false;
   error = launchFew<Weight, Half, kRowTiles, kTokenTiles, kWarps, kStages, kLine>(OneMatrix{p}, device, stream);
   return true;
 }
@@ -350,7 +350,9 @@ cudaError_t launchFew(const LinearParams& p, const Device& device, cudaStream_t 
   constexpr int kHalfLine = kLineBytes / 2;
   cudaError_t error = cudaSuccess;
   if (p.num_rows <= 8) {
-    if (launchTall<Int4, Half, 3, 1, 4, 2, kLineBytes>(p, device, stream, error)) return error;
+    if (p.num_rows <= 4 && launchTall<Int4, Half, 2, 1, 4, 2, 2 * kLineBytes>(p, device, stream, error, 0)) return error;
+    if (p.num_rows <= 2 && launchTall<Int4, Half, 3, 1, 6, 2, kLineBytes>(p, device, stream, error)) return error;
+    if (p.num_rows > 2 && launchTall<Int4, Half, 3, 1, 4, 2, kLineBytes>(p, device, stream, error)) return error;
     if (p.num_rows <= 4) return launchFew<Int4, Half, 1, 1, 8, 2>(OneMatrix{p}, device, stream);
     return launchFew<Int4, Half, 2, 1, 8, 3, kHalfLine>(OneMatrix{p}, device, stream);
   }

@@ -30,3 +30,31 @@ def groups(values: torch.Tensor) -> torch.Tensor:
     whole = padded(values, TILE, 1, 1)
     *leading, rows, count = whole.shape
     return whole.view(*leading, rows // TILE, TILE, count).transpose(-1, -2)[..., ORDER]
+
+
+def integers(packed: torch.Tensor, num_outputs: int, num_inputs: int) -> torch.Tensor:
+    """uint8 [.., tiles, tiles along K, 512] -> uint8 [.., N, K] of 0 .. 15."""
+    *leading, rows, steps, _ = packed.shape
+    whole = torch.empty(*leading, rows, steps, TILE, DEPTH, dtype=torch.uint8)
+    whole[..., NEAR, INPUT], whole[..., NEAR + 8, INPUT] = packed & 15, packed >> 4
+    return whole.transpose(-3, -2).reshape(*leading, rows * TILE, steps * DEPTH)[..., :num_outputs, :num_inputs]
+
+
+def by_output(values: torch.Tensor, num_outputs: int) -> torch.Tensor:
+    """[.., tiles, G, 16], scales or zero points -> [.., N, G]."""
+    ordered = torch.empty_like(values)
+    ordered[..., ORDER] = values
+    return ordered.transpose(-1, -2).flatten(-3, -2)[..., :num_outputs, :]
+
+
+def dense(
+    packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, shape: tuple[int, int], block: int
+) -> torch.Tensor:
+    """float64 [.., N, K]: what weights in this layout stand for."""
+    num_outputs, num_inputs = shape
+
+    def by_input(values: torch.Tensor) -> torch.Tensor:
+        return by_output(values, num_outputs).double().repeat_interleave(block, -1)[..., :num_inputs]
+
+    offset = 8.0 if zeros is None else by_input(zeros)
+    return (integers(packed, num_outputs, num_inputs).double() - offset) * by_input(scales)
