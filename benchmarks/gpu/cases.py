@@ -72,6 +72,8 @@ _TWO_STREAMS = {
 CASES: dict[str, dict[str, Any]] = {
     "fp16 matmuls": _case(),
     "int8 weights": _case(recipe="int8-channel"),
+    "int4 weights": _case(recipe="int4-nearest"),
+    "3 streams, int4 weights, int8 window": _case(recipe="int4-nearest", kv="int8", batch=3),
     "int8 window": _case(recipe="int8-channel", kv="int8"),
     "int8 window, fp16 matmuls": _case(kv="int8"),
     "3 streams": _case(recipe="int8-channel", batch=3),

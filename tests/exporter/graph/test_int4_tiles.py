@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -9,6 +11,7 @@ import torch
 from sinkexport.graph.passes.fold_weight_transposes import FoldWeightTransposes
 from sinkexport.graph.passes.quantize_matmuls import QuantizeMatmuls
 from sinkexport.graph.quantize import int4_tiles
+from sinkexport.loading.weights.packed_matrices import tiled_rows
 from sinkexport.quant.weight import QuantizedWeight, WeightScheme
 from sinkexport.targets import TENSORRT_PLUGIN
 from sinkrt.errors import UsageError
@@ -42,6 +45,28 @@ def test_constants_stand_for_the_rounded_matrix(scheme: WeightScheme) -> None:
     dense = int4_layout.dense(tiles.view(torch.uint8), scales, points, (35, 200), scheme.block_size or 0)
     want = QuantizedWeight("w", ir.tensor(matrix), WeightScheme(4, scheme.block_size, scheme.symmetric, "absmax", "float16"), transposed=True)
     np.testing.assert_allclose(dense.numpy(), want.dequantized(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.block_size}-{s.symmetric}")
+def test_a_written_graph_is_read_back(scheme: WeightScheme) -> None:
+    """By what compares a bundle's weights with the model's file."""
+    matrices = numbers(3, 35, 200)
+    weight = QuantizedWeight("w", ir.tensor(matrices.reshape(105, 200)), scheme, transposed=True)
+    graph = ir.Graph([], [], nodes=[])
+    tiles, scales, *zeros = int4_tiles.stored_int4(graph, weight, (3, 35))
+    x = ir.Value(name="x", shape=ir.Shape((2, 200)))
+    node = ir.node("Int4ExpertLinear", [x, tiles, scales, *zeros], {"num_outputs": 35, **int4_tiles.int4_fields(weight)})
+    graph.append(node)
+    arrays = [value.const_value.numpy() for value in (tiles, scales, *zeros)]
+    found = tiled_rows(tiles, arrays[0], arrays[1], arrays[2] if zeros else None)
+    assert (found.shape, found.num_experts) == ((105, 200), 3)
+    rows, columns = np.array([0, 17, 34, 35, 104]), np.arange(200)
+    rounded = QuantizedWeight(
+        "w", ir.tensor(matrices.reshape(105, 200)), dataclasses.replace(scheme, scale_dtype="float16"), transposed=True
+    )
+    values, steps = found.read(rows, columns)
+    np.testing.assert_allclose(values, rounded.dequantized()[rows], rtol=1e-6)
+    np.testing.assert_array_equal(steps, rounded.scales()[rows].repeat(scheme.block_size or 0, axis=1)[:, :200])
 
 
 def embedding_and_matmul(depth: int, *, tied: bool = False) -> ir.Model:

@@ -17,6 +17,9 @@ TILE_OUTPUTS, TILE_INPUTS, TILE_BYTES = 16, 64, 512
 BLOCK_SIZES = (32, 64, 128)
 """Inputs that share a scale."""
 
+PACKED = "int4x8"
+"""Suffix of the tiles of a weight."""
+
 INPUTS_MULTIPLE = 8
 """Inputs that a kernel reads at once."""
 
@@ -68,8 +71,8 @@ def stored_int4(graph: ir.Graph, weight: QuantizedWeight, outputs: tuple[int, ..
 
     steps = -(-weight.num_inputs // TILE_INPUTS)
     parts = [
-        ("int4x8", ir.DataType.INT32, (*leading, tile_rows, steps, TILE_BYTES // 4), packed),
-        ("block_scales", ir.DataType.FLOAT16, (*leading, tile_rows, count, TILE_OUTPUTS), scales),
+        (PACKED, ir.DataType.INT32, (*leading, tile_rows, steps, TILE_BYTES // 4), packed),
+        ("scales", ir.DataType.FLOAT16, (*leading, tile_rows, count, TILE_OUTPUTS), scales),
     ]
     if not weight.scheme.symmetric:
         parts.append(("zero_points", ir.DataType.INT32, (*leading, tile_rows, count, TILE_OUTPUTS // 4), zeros))
