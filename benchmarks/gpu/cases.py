@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from case_models import case_model
-from reference import float_matmuls
 
 S, W, CHUNK, PROMPT, STEPS = 4, 60, 16, 100, 150
 VOCAB = 1024
@@ -113,6 +111,8 @@ def folder_of(root: Path, name: str) -> Path:
 def make(root: Path, names: Sequence[str]) -> None:
     """Write bundles, tokens and expected logits."""
     import torch
+    from case_models import case_model
+    from reference import float_matmuls
     from sinkexport.config import ExportConfig
     from sinkexport.pipeline.export import export_loaded
     from sinkexport.quant.recipe import load_recipe

@@ -120,9 +120,7 @@ def random_weights(form: str, *shape: int) -> Weights:
             "block_scale": (torch.rand(*leading, tiles, count, 16, device="cuda") * 1e-2 + 1e-3).half(),
         }
         if block.endswith("z"):
-            parts["zero_points"] = torch.randint(
-                0, 16, (*leading, tiles, count, 16), dtype=torch.uint8, device="cuda"
-            )
+            parts["zero_points"] = torch.randint(0, 16, (*leading, tiles, count, 16), dtype=torch.uint8, device="cuda")
     fields |= {name: part.data_ptr() for name, part in parts.items()}
     total = sum(part.numel() * part.element_size() for part in parts.values())
     return Weights(fields, tuple(parts.values()), total // math.prod(leading))

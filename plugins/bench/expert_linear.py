@@ -1,6 +1,6 @@
 """Time of matmuls by chosen matrices beside PyTorch's (cuBLAS over gathered weights), and of copying as many bytes.
 
-    python plugins/bench/expert_linear.py build/plugins/libsinkexport_capi.so [--weights half|int8|int4-128|..] [--json FILE]
+    python plugins/bench/expert_linear.py build/plugins/libsinkexport_capi.so [--weights half|int4-128|..]
 
 Needs a GPU and PyTorch. Times as in linear.py, back to back; each launch has picks of its own, and the experts' weights
 are beyond the L2 cache's reach. PyTorch, float16: the chosen weights are gathered, then multiplied as a batch; for 16

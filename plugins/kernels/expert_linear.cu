@@ -178,7 +178,8 @@ cudaError_t launchTyped(const ExpertLinearParams& params, const Device& device, 
   const ChosenMatrices<kMore> more{p, params.picks, params.num_experts, params.num_picks, outputs};
   // Fuller groups read a matrix less often. Where most would not be full, and where shared memory is short, smaller
   // ones.
-  const bool fits = fewSharedBytes<Weight, kExpertLine<Weight>>(1, kMore, 4, kMoreStages) + more.sharedBytes() <= device.shared_bytes;
+  const bool fits =
+      fewSharedBytes<Weight, kExpertLine<Weight>>(1, kMore, 4, kMoreStages) + more.sharedBytes() <= device.shared_bytes;
   if (fits && params.num_picks >= kFew / 2 * std::min(params.num_experts, params.num_picks)) {
     return launchGroups<Weight, Half, kMore, kMoreStages>(more, device, stream);
   }

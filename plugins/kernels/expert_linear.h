@@ -25,7 +25,7 @@ struct ExpertLinearParams {
   const float* scale = nullptr;    // [E, N], > 0; null but with INT8 weights
   void* y = nullptr;               // half [P, N]; sums are float32
 
-  int block_size = 0;                    // these three as in linear.h, [E, ..]
+  int block_size = 0;  // these three as in linear.h, [E, ..]
   const void* block_scale = nullptr;
   const uint8_t* zero_points = nullptr;
 };

@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "linear.cuh"
+#include "linear_few_int4.cuh"
 
 namespace sinkexport {
 namespace linear {
@@ -80,7 +81,9 @@ struct FewStage {
   static constexpr int kPieces = kTokenBytes / 16;  // the same in units of a copy
   static constexpr int kWeightBytes = kRowTiles * kFewTileBytes<Weight, kLine>;
   static constexpr int kUnit = kUnitWeights<Weight>;
-  static constexpr int kUnits = kLine / 16;  // of a row
+  static constexpr int kUnits = kLine / 16;      // of a row
+  static constexpr int kTileBytes = 16 * kLine;  // of the weights of 16 outputs
+  static constexpr int kNumRowTiles = kRowTiles;
   // By which 16-byte units of odd rows and of odd tokens trade places, so that lanes of two read from all banks.
   static constexpr int kOddUnits = kUnits / 2;
   static constexpr int kOddPieces = kIsInt8<Weight> ? 1 : 4;
@@ -89,7 +92,7 @@ struct FewStage {
   static __device__ __forceinline__ void copyWeights(unsigned char* stage, const LinearParams& p, const FewTile& tile,
                                                      int first_k, int lane) {
     if constexpr (kIsInt4<Weight>) {
-      copyInt4(stage, p, tile, first_k, lane);
+      copyInt4<FewStage>(stage, p, tile.first_output, tile.first_row, first_k, lane);
     } else {
       const Weight* const weight = static_cast<const Weight*>(p.weight);
       const int num_inputs = p.num_inputs, num_outputs = p.num_outputs;
@@ -107,135 +110,12 @@ struct FewStage {
     }
   }
 
-  // Layout of INT4: weights of all tiles, scales, zero points.
-  static constexpr int kTilesAlongK = kChunk / kInt4TileInputs, kGroups = kChunk / 32;
-  static constexpr int kScalesAt = kRowTiles * 16 * kLine;
-  static constexpr int kZerosAt = kScalesAt + kRowTiles * kGroups * kInt4ScaleBytes;
-
-  static __device__ __forceinline__ void copyInt4(unsigned char* stage, const LinearParams& p, const FewTile& tile,
-                                                  int first_k, int lane) {
-    const Int4Sizes sizes(p);
-    const int step = first_k / kInt4TileInputs, num_steps = sizes.num_steps - step;
-    const int row_tile = static_cast<int>((tile.first_output + tile.first_row) / kInt4TileOutputs);
-    const int row_tiles = divideUp(p.num_outputs - tile.first_row, kInt4TileOutputs);
-    const auto* const from = static_cast<const unsigned char*>(p.weight) +
-                             (static_cast<size_t>(row_tile) * sizes.num_steps + step) * kInt4TileBytes + lane * 16;
-    const size_t row_tile_bytes = static_cast<size_t>(sizes.num_steps) * kInt4TileBytes;
-    unsigned char* const to = stage + lane * 16;
-    if (num_steps >= kTilesAlongK && row_tiles >= kRowTiles) {
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-        for (int i = 0; i < kTilesAlongK; ++i) {
-          copyAsync(to + r * 16 * kLine + i * kInt4TileBytes, from + r * row_tile_bytes + i * kInt4TileBytes, 16);
-        }
-      }
-    } else {
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll 1
-        for (int i = 0; i < kTilesAlongK; ++i) {
-          const bool valid = i < num_steps && r < row_tiles;
-          copyAsync(to + r * 16 * kLine + i * kInt4TileBytes,
-                    valid ? from + r * row_tile_bytes + i * kInt4TileBytes : p.weight, valid ? 16 : 0);
-        }
-      }
-    }
-    // A lane copies a unit of scales of each tile, or one of zero points.
-    const int group = first_k >> sizes.block_shift, groups = kChunk >> sizes.block_shift;
-    const int num_groups = sizes.num_groups - group;
-    const bool is_zeros = lane >= 2 * groups;
-    const int unit = is_zeros ? lane - 2 * groups : lane, of_group = is_zeros ? unit : unit / 2;
-    if (of_group >= groups || (is_zeros && !p.zero_points)) return;
-    const auto* const base = is_zeros ? p.zero_points : static_cast<const uint8_t*>(p.block_scale);
-    const int group_bytes = is_zeros ? kInt4TileOutputs : kInt4ScaleBytes;
-    const size_t at = (static_cast<size_t>(row_tile) * sizes.num_groups + group) * group_bytes + unit * 16;
-    unsigned char* const groups_to = stage + (is_zeros ? kZerosAt : kScalesAt) + unit * 16;
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      const bool valid = of_group < num_groups && r < row_tiles;
-      copyAsync(groups_to + r * kGroups * group_bytes, valid ? base + at + r * sizes.num_groups * group_bytes : base,
-                valid ? 16 : 0);
-    }
-  }
-
   // Where the i-th 16-byte piece of the tokens is.
   static __device__ __forceinline__ unsigned char* placeOfPiece(unsigned char* stage, int i) {
     const int token = i / kPieces, piece = i % kPieces;
     return stage + kWeightBytes + token * kTokenBytes + (piece ^ (token & 1) * kOddPieces) * 16;
   }
 };
-
-// sum += the chunk's INT4 weights by its tokens. kBlock: inputs that are summed before the scale joins, 32 or 64; a
-// multiple of it is the block of weights. Tokens past the last are the last one again: their sums are not stored.
-template <typename Stage, typename Half, int kRowTiles, int kTokenTiles, int kBlock, bool kHasZeros>
-__device__ __forceinline__ void multiplyInt4(float (&sum)[kRowTiles][kTokenTiles][4], const unsigned char* stage,
-                                             int num_tokens, int block_shift, int lane) {
-  using Factors = Int4Differences<Half>;
-  const int g = lane / 4, t = lane % 4;
-  // Of each token tile: the two pieces of the first 64 inputs.
-  const unsigned char* pieces[kTokenTiles][2];
-#pragma unroll
-  for (int j = 0; j < kTokenTiles; ++j) {
-    const int token = min(8 * j + g, num_tokens - 1), odd = (token & 1) * Stage::kOddPieces;
-    const unsigned char* const of_token = stage + Stage::kWeightBytes + token * Stage::kTokenBytes + t * 16;
-    pieces[j][0] = of_token + odd * 16, pieces[j][1] = of_token + (Stage::kOddPieces - odd) * 16;
-  }
-#pragma unroll
-  for (int step = 0; step < Stage::kTilesAlongK; ++step) {
-    uint4 b[kTokenTiles][2];
-#pragma unroll
-    for (int j = 0; j < kTokenTiles; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) b[j][i] = *reinterpret_cast<const uint4*>(pieces[j][i] + step * kInt4TileInputs * 2);
-    }
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      const uint4 words =
-          *reinterpret_cast<const uint4*>(stage + (r * Stage::kTilesAlongK + step) * kInt4TileBytes + lane * 16);
-#pragma unroll
-      for (int i = 0; i < kInt4TileInputs / kBlock; ++i) {
-        const int group =
-            r * Stage::kGroups + (kBlock == 32 ? 2 * step + i : (step * kInt4TileInputs) >> block_shift);
-        const Int4Group<Factors> of_block(stage + Stage::kScalesAt + group * kInt4ScaleBytes,
-                                          stage + Stage::kZerosAt + group * kInt4TileOutputs, g, kHasZeros);
-        float part[kTokenTiles][4] = {};
-#pragma unroll
-        for (int s = 0; s < kBlock / 16; ++s) {
-          const int tile = i * (kBlock / 16) + s;
-          uint32_t a[4];
-          of_block.factors.take(a, wordOf(words, tile));
-#pragma unroll
-          for (int j = 0; j < kTokenTiles; ++j) {
-            const uint4 piece = b[j][tile / 2];
-            const uint32_t b0 = tile % 2 ? piece.z : piece.x, b1 = tile % 2 ? piece.w : piece.y;
-            multiplyAdd<Half>(part[j], a, b0, b1);
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) addScaled(sum[r][j], part[j], of_block.scales);
-      }
-    }
-  }
-}
-
-// The same for what the weights have.
-template <typename Stage, typename Half, int kRowTiles, int kTokenTiles>
-__device__ __forceinline__ void multiplyInt4(float (&sum)[kRowTiles][kTokenTiles][4], const unsigned char* stage,
-                                             int num_tokens, const LinearParams& p, int lane) {
-  const int block_shift = Int4Sizes(p).block_shift;
-  if (p.block_size == 32) {
-    if (p.zero_points) {
-      multiplyInt4<Stage, Half, kRowTiles, kTokenTiles, 32, true>(sum, stage, num_tokens, block_shift, lane);
-    } else {
-      multiplyInt4<Stage, Half, kRowTiles, kTokenTiles, 32, false>(sum, stage, num_tokens, block_shift, lane);
-    }
-  } else if (p.zero_points) {
-    multiplyInt4<Stage, Half, kRowTiles, kTokenTiles, 64, true>(sum, stage, num_tokens, block_shift, lane);
-  } else {
-    multiplyInt4<Stage, Half, kRowTiles, kTokenTiles, 64, false>(sum, stage, num_tokens, block_shift, lane);
-  }
-}
 
 // Blocks that a multiprocessor has at a time.
 constexpr int kFewBlocks = 2;
@@ -417,8 +297,8 @@ cudaError_t launchFew(const Task& task, const Device& device, cudaStream_t strea
   const int shared_bytes = std::max(needed_bytes, std::min(share, device.shared_bytes));
   const int blocks = device.multiprocessors * (needed_bytes <= share ? kFewBlocks : 1);
   const dim3 grid(std::min(task.maxTiles(16 * kRowTiles), blocks));
-  return launch(fewTokens<Weight, Half, kRowTiles, kTokenTiles, kWarps, kStages, kLine, Task>, grid,
-                kWarps * kWarpSize, shared_bytes, device, stream, task);
+  return launch(fewTokens<Weight, Half, kRowTiles, kTokenTiles, kWarps, kStages, kLine, Task>, grid, kWarps * kWarpSize,
+                shared_bytes, device, stream, task);
 }
 
 }  // namespace linear

@@ -36,7 +36,9 @@ def test_rows_are_the_tables(library, form, shape, dtype):
     ids = Buffer(shape[0] + 3, dtype=torch.int32)
     ids.tensor.copy_(torch.cat([torch.randperm(shape[0]), torch.tensor([0, -4, 1 << 30])]))
     out = Buffer(shape[0] + 3, shape[1], dtype=dtype)
-    fields = {name: problem.common[name] for name in ("block_scale", "block_size", "zero_points") if name in problem.common}
+    fields = {
+        name: problem.common[name] for name in ("block_scale", "block_size", "zero_points") if name in problem.common
+    }
     params = Int4RowsParams(
         num_ids=shape[0] + 3,
         num_rows=shape[0],

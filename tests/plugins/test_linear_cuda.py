@@ -1,4 +1,4 @@
-"""The linear on a GPU, by INT8, INT4 and half weights, against float64 NumPy and PyTorch's matmul in the same precision.
+"""The linear on a GPU, by INT8, INT4 and half weights, against float64 and PyTorch's matmul in the same precision.
 
 SINKEXPORT_LINEAR: a library that holds capi/linear.cpp; without it one is compiled for this machine's GPU.
 """

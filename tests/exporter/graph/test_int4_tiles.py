@@ -39,11 +39,18 @@ def test_constants_stand_for_the_rounded_matrix(scheme: WeightScheme) -> None:
     matrix = np.random.default_rng(1).normal(size=(35, 200)).astype(np.float32)
     weight = QuantizedWeight("w", ir.tensor(matrix), scheme, transposed=True)
     graph = ir.Graph([], [], nodes=[])
-    tiles, scales, *zeros = (torch.from_numpy(v.const_value.numpy()) for v in int4_tiles.stored_int4(graph, weight, (35,)))
+    tiles, scales, *zeros = (
+        torch.from_numpy(v.const_value.numpy()) for v in int4_tiles.stored_int4(graph, weight, (35,))
+    )
     assert len(zeros) == int4_tiles.int4_fields(weight)["has_zero_points"] == (not scheme.symmetric)
     points = zeros[0].view(torch.uint8) if zeros else None
     dense = int4_layout.dense(tiles.view(torch.uint8), scales, points, (35, 200), scheme.block_size or 0)
-    want = QuantizedWeight("w", ir.tensor(matrix), WeightScheme(4, scheme.block_size, scheme.symmetric, "absmax", "float16"), transposed=True)
+    want = QuantizedWeight(
+        "w",
+        ir.tensor(matrix),
+        WeightScheme(4, scheme.block_size, scheme.symmetric, "absmax", "float16"),
+        transposed=True,
+    )
     np.testing.assert_allclose(dense.numpy(), want.dequantized(), rtol=1e-6)
 
 
@@ -55,7 +62,9 @@ def test_a_written_graph_is_read_back(scheme: WeightScheme) -> None:
     graph = ir.Graph([], [], nodes=[])
     tiles, scales, *zeros = int4_tiles.stored_int4(graph, weight, (3, 35))
     x = ir.Value(name="x", shape=ir.Shape((2, 200)))
-    node = ir.node("Int4ExpertLinear", [x, tiles, scales, *zeros], {"num_outputs": 35, **int4_tiles.int4_fields(weight)})
+    node = ir.node(
+        "Int4ExpertLinear", [x, tiles, scales, *zeros], {"num_outputs": 35, **int4_tiles.int4_fields(weight)}
+    )
     graph.append(node)
     arrays = [value.const_value.numpy() for value in (tiles, scales, *zeros)]
     found = tiled_rows(tiles, arrays[0], arrays[1], arrays[2] if zeros else None)
@@ -76,7 +85,12 @@ def embedding_and_matmul(depth: int, *, tied: bool = False) -> ir.Model:
         f"x = Gather (table, ids) t = Transpose <perm = [1, 0]> ({matrix}) y = MatMul (x, t)",
         "int32[1, 3] ids, int64[1] position",
         f"float16[1, 3, {rows}] y",
-        ", ".join([written("table", numbers(rows, depth, dtype="float16")), written("w", numbers(rows, depth, dtype="float16", seed=1))]),
+        ", ".join(
+            [
+                written("table", numbers(rows, depth, dtype="float16")),
+                written("w", numbers(rows, depth, dtype="float16", seed=1)),
+            ]
+        ),
     )
     FoldWeightTransposes()(model)
     return model
@@ -105,7 +119,11 @@ def test_int8_weights_beside_them_have_a_scale_an_output() -> None:
 @pytest.mark.parametrize(
     ("scheme", "depth", "refusal"),
     [
-        (WeightScheme(4, 16), 32, "received 4 bits, blocks of 16, expected what the Int4Linear plugin takes: blocks of 32"),
+        (
+            WeightScheme(4, 16),
+            32,
+            "received 4 bits, blocks of 16, expected what the Int4Linear plugin takes: blocks of 32",
+        ),
         (WeightScheme(4), 32, "received 4 bits, a scale for each channel, expected what the Int4Linear plugin takes"),
         (WeightScheme(4, 32), 36, "received 36 inputs, expected what the Int4Linear plugin takes: a multiple of 8"),
     ],

@@ -24,8 +24,8 @@ class UseExpertPlugin(GraphPass):
     multiple of 16.
 
     x [R, K], picks int32 [P] -> [P, N], float16. W lies in the file as [E, N, K], whatever the model's orientation,
-    int8 as int32 [E, N, K/4]; scale float32 [E, N]. INT4: sinkexport.graph.quantize.int4_tiles. The form of a matrix does not depend on P: decode and prefill read
-    the same weights.
+    int8 as int32 [E, N, K/4]; scale float32 [E, N]. INT4 weights: sinkexport.graph.quantize.int4_tiles. The form of a
+    matrix does not depend on P: decode and prefill read the same weights.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

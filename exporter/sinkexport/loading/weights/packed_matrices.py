@@ -96,7 +96,9 @@ def packed_rows(
 def tiled_rows(
     value: ir.Value, packed: npt.NDArray[Any], scales: npt.NDArray[Any], zeros: npt.NDArray[Any] | None
 ) -> PackedRows:
-    """What INT4 tiles of the TensorRT plugin hold; columns may be padded where the graph does not say how many there are.
+    """What INT4 tiles of the TensorRT plugin hold.
+
+    Columns may be padded where the graph does not say how many there are.
 
     value: the constant. packed: int32 [(E,) tiles, steps, 128]. scales: [(E,) tiles, groups, 16]. zeros: int32 [.., 4].
     """
@@ -111,9 +113,7 @@ def tiled_rows(
     def at(rows: Indices, column: Indices) -> tuple[Floats, Floats]:
         tile, row = rows // width * tiles + rows % width // TILE, rows % width % TILE
         inner, of_word = column % TILED_INPUTS, np.array([0, 2, 1, 3])[column % 4]
-        both = bytes_[
-            tile, column // TILED_INPUTS, row % 8, inner // 8 % 4, inner // 32, inner // 4 % 2, of_word
-        ]
+        both = bytes_[tile, column // TILED_INPUTS, row % 8, inner // 8 % 4, inner // 32, inner // 4 % 2, of_word]
         codes = (both >> (row // 8 * 4).astype(np.uint8)) & 15
         group, place = column // fields["block_size"], row % 8 * 2 + row // 8
         step = scales.reshape(-1, scales.shape[-2], TILE)[tile, group, place].astype(np.float32)

@@ -27,7 +27,16 @@ from tests.exporter.graph.plugin_evaluator import (
 )
 
 INT4_PLUGINS = [Int4ExpertLinear, Int4Linear, Int4Rows]
-PLUGINS = [GatedActivation, HalfExpertLinear, HalfLinear, Int8ExpertLinear, Int8Linear, Int8Rows, RmsNorm, *INT4_PLUGINS]
+PLUGINS = [
+    GatedActivation,
+    HalfExpertLinear,
+    HalfLinear,
+    Int8ExpertLinear,
+    Int8Linear,
+    Int8Rows,
+    RmsNorm,
+    *INT4_PLUGINS,
+]
 TYPES = {"float32": "float", "float64": "double"}
 
 
