@@ -1,4 +1,4 @@
-"""Kernels compiled for Jetsons fit their multiprocessors: registers of a block, and nothing in local memory.
+"""Kernels compiled for Jetsons fit their multiprocessors: registers of a block, and static shared memory.
 
 Attention's kernels are left out: they compile for minutes. CUDA 13 knows no 7.2 (Xavier).
 """
@@ -28,7 +28,6 @@ class Usage(NamedTuple):
     architecture: str
     kernel: str
     registers: int
-    spilled_bytes: int
     shared_bytes: int
 
 
@@ -52,14 +51,13 @@ def usages(source: str, folder: Path) -> list[Usage]:
     for part in re.split(r"Compiling entry function ", done.stderr)[1:]:
         name, architecture = re.findall(r"'(\S+)'", part)[:2]
         (registers,) = re.findall(r"Used (\d+) registers", part)
-        (spilled,) = re.findall(r"(\d+) bytes spill stores", part)
         shared = re.findall(r"(\d+) bytes smem", part)
-        found.append(Usage(architecture, name, int(registers), int(spilled), sum(map(int, shared))))
+        found.append(Usage(architecture, name, int(registers), sum(map(int, shared))))
     return found
 
 
 def threads_of(kernel: str) -> int:
-    """Most threads of a block: warps are a template parameter of the matmuls of few tokens, others have 256 or fewer."""
+    """Most threads of a block: a template parameter of the matmuls of few tokens; others have 256 or fewer."""
     warps = re.search(r"fewTokens.*?Li\d+ELi\d+ELi(\d+)E", kernel)
     return 32 * int(warps[1]) if warps else 256
 
