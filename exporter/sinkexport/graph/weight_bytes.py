@@ -8,9 +8,9 @@ import onnx_ir as ir
 
 from sinkexport.graph.cpu_nodes import BITS_OF_EXPERTS, BITS_OF_ROWS, ExpertLinear, is_cpu_node
 from sinkexport.graph.edit import known_shape
-from sinkexport.graph.operators import HALF_EXPERT_LINEAR, INT8_EXPERT_LINEAR
+from sinkexport.graph.operators import HALF_EXPERT_LINEAR, INT4_EXPERT_LINEAR, INT8_EXPERT_LINEAR
 
-EXPERT_MATMULS = (HALF_EXPERT_LINEAR, INT8_EXPERT_LINEAR)
+EXPERT_MATMULS = (HALF_EXPERT_LINEAR, INT8_EXPERT_LINEAR, INT4_EXPERT_LINEAR)
 """Nodes of the TensorRT plugin: inputs, matrices (and scales) of all experts, which are chosen."""
 
 
