@@ -32,7 +32,7 @@ class Usage(NamedTuple):
 
 
 def usages(source: str, folder: Path) -> list[Usage]:
-    """Of every kernel of a file, on every architecture."""
+    """Usage of every kernel of a file, on every architecture."""
     targets = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in ARCHITECTURES]
     command = [
         str(NVCC),

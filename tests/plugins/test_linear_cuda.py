@@ -105,7 +105,7 @@ def test_every_weight_value_is_exact(library):
 
 @pytest.mark.parametrize("form", FORMS_OF_INT4)
 def test_every_int4_value_is_exact(library, form):
-    """Of every zero point, at every place of a tile."""
+    """Values with every zero point, at every place of a tile."""
     for dtype in (torch.float16, torch.bfloat16):
         for num_rows in (8, 16, 64):
             problem = OneMatrix(library, num_rows, form, (256, num_rows), dtype, False)

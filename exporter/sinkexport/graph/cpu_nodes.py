@@ -264,7 +264,7 @@ class ExpertLinear:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the result."""
+        """Shape of the result."""
         if self.residual is not None:
             return known_shape(self.residual)
         leading = known_shape(self.picks) if self.pick_weights is None else known_shape(self.pick_weights)[:-1]

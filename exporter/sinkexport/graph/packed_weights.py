@@ -80,7 +80,7 @@ class PackedMatrix:
 
     @property
     def bits(self) -> int:
-        """Of a stored weight."""
+        """Bits of a stored weight."""
         if self.integers is not None:
             return self.integers.bits
         return 16 if self.is_bfloat16 else 32

@@ -56,7 +56,7 @@ def test_constants_stand_for_the_rounded_matrix(scheme: WeightScheme) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.block_size}-{s.symmetric}")
 def test_a_written_graph_is_read_back(scheme: WeightScheme) -> None:
-    """By what compares a bundle's weights with the model's file."""
+    """Through what compares a bundle's weights with the model's file."""
     matrices = numbers(3, 35, 200)
     weight = QuantizedWeight("w", ir.tensor(matrices.reshape(105, 200)), scheme, transposed=True)
     graph = ir.Graph([], [], nodes=[])

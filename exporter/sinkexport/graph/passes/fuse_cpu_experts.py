@@ -29,8 +29,10 @@ FLOAT = ir.DataType.FLOAT
 
 
 class FuseCpuExperts(GraphPass):
-    """A matmul by chosen matrices takes over what follows it, in this order: a bias of each expert, the gate of which
-    its results are both halves, the sum over a token's experts, a multiplier.
+    """A matmul by chosen matrices takes over what follows it.
+
+    In this order: a bias of each expert, the gate whose halves are its results, the sum over a token's experts, a
+    multiplier.
 
     Gates and ups that come in turns (gpt-oss) are reordered. Views of its inputs that keep rows are left out.
     """
