@@ -101,7 +101,8 @@ def recipes() -> str:
     rows = [("recipe", "weights", "inputs of matmuls", "window", "targets", "what it is"), ("---",) * 6]
     for name in recipe_names():
         recipe = load_recipe(name)
-        weights = f"INT{recipe.weights.bits}, {_scales(recipe.weights)}" if recipe.weights else "floating point"
+        floats = "bfloat16" if recipe.floats == "bfloat16" else "floating point"
+        weights = f"INT{recipe.weights.bits}, {_scales(recipe.weights)}" if recipe.weights else floats
         weights = "as stored" if recipe.stored == "keep" else weights
         mode = recipe.activations.mode if recipe.activations else "float"
         inputs = {

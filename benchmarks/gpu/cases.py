@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from case_models import case_model
-from reference import float_matmuls
 
 S, W, CHUNK, PROMPT, STEPS = 4, 60, 16, 100, 150
 VOCAB = 1024
@@ -72,6 +70,8 @@ _TWO_STREAMS = {
 CASES: dict[str, dict[str, Any]] = {
     "fp16 matmuls": _case(),
     "int8 weights": _case(recipe="int8-channel"),
+    "int4 weights": _case(recipe="int4-nearest"),
+    "3 streams, int4 weights, int8 window": _case(recipe="int4-nearest", kv="int8", batch=3),
     "int8 window": _case(recipe="int8-channel", kv="int8"),
     "int8 window, fp16 matmuls": _case(kv="int8"),
     "3 streams": _case(recipe="int8-channel", batch=3),
@@ -111,6 +111,8 @@ def folder_of(root: Path, name: str) -> Path:
 def make(root: Path, names: Sequence[str]) -> None:
     """Write bundles, tokens and expected logits."""
     import torch
+    from case_models import case_model
+    from reference import float_matmuls
     from sinkexport.config import ExportConfig
     from sinkexport.pipeline.export import export_loaded
     from sinkexport.quant.recipe import load_recipe

@@ -165,13 +165,23 @@ class ExportConfig:
             )
 
     def _check_recipe(self, recipe: Recipe) -> None:
-        if target_of(self).recipes not in recipe.targets:
+        target = target_of(self)
+        if not {target.recipes, target.name} & set(recipe.targets):
             raise UsageError(
                 problem(
                     f"recipe '{recipe.name}'",
                     received=f"target {self.target}",
                     expected=" | ".join(recipe.targets),
                     fix="change --target or the recipe",
+                )
+            )
+        if recipe.weights is not None and recipe.weights.bits == 4 and not target_of(self).has_int4_weights:
+            raise UsageError(
+                problem(
+                    f"recipe '{recipe.name}'",
+                    received="INT4 weights and --native",
+                    expected="8 bits, a scale for each channel: standard operators have no INT4 matmul",
+                    fix="leave --native out, for the plugin's, or choose int8-channel",
                 )
             )
         if recipe.needs_calibration and self.calibration is None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +21,9 @@ from plugins.capi.header import WEIGHT_TYPES
 from plugins.capi.library import Launcher
 
 REPLAYS, WARM_UP = 60, 10
+WEIGHTS = ("int8", "half", *(f"int4-{block}{zeros}" for block in (32, 64, 128) for zeros in ("", "z")))
+"""Forms of weights: INT4 ones in blocks of so many inputs, z: with zero points."""
+
 COPY_BYTES = 1 << 30
 
 
@@ -82,6 +87,45 @@ def print_machine(found: dict[str, Any]) -> None:
     print(f"{found['device']}, PyTorch {found['torch']}, copy {found['copy_bytes_per_s'] / 1e9:,.0f} GB/s\n")
 
 
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Random weights of ours, [N, K] with what comes before.
+
+    fields: of the kernel's parameters. kept: the tensors whose addresses they have. bytes_of_matrix: with scales.
+    """
+
+    fields: dict[str, int]
+    kept: tuple[torch.Tensor, ...]
+    bytes_of_matrix: int
+
+
+def random_weights(form: str, *shape: int) -> Weights:
+    """Weights of one of the forms `WEIGHTS`; padding of INT4 tiles counts as bytes."""
+    kind, _, block = form.partition("-")
+    *leading, num_outputs, num_inputs = shape
+    fields = {"weight_type": WEIGHT_TYPES[kind]}
+    if kind == "half":
+        parts = {"weight": torch.empty(shape, dtype=torch.float16, device="cuda").normal_(0, 0.01)}
+    elif kind == "int8":
+        parts = {
+            "weight": torch.randint(-128, 128, shape, dtype=torch.int8, device="cuda"),
+            "scale": torch.rand(*leading, num_outputs, device="cuda") * 1e-3 + 1e-4,
+        }
+    else:
+        fields["block_size"] = size = int(block.removesuffix("z"))
+        tiles, count = -(-num_outputs // 16), -(-num_inputs // size)
+        whole = (*leading, tiles, -(-num_inputs // 64), 512)
+        parts = {
+            "weight": torch.randint(0, 256, whole, dtype=torch.uint8, device="cuda"),
+            "block_scale": (torch.rand(*leading, tiles, count, 16, device="cuda") * 1e-2 + 1e-3).half(),
+        }
+        if block.endswith("z"):
+            parts["zero_points"] = torch.randint(0, 16, (*leading, tiles, count, 16), dtype=torch.uint8, device="cuda")
+    fields |= {name: part.data_ptr() for name, part in parts.items()}
+    total = sum(part.numel() * part.element_size() for part in parts.values())
+    return Weights(fields, tuple(parts.values()), total // math.prod(leading))
+
+
 def run_linear(
     doc: str | None,
     interface: type[Launcher[Any]],
@@ -95,7 +139,7 @@ def run_linear(
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", type=Path)
-    parser.add_argument("--weights", choices=list(WEIGHT_TYPES), default=default_weights, help="of our matmul")
+    parser.add_argument("--weights", choices=WEIGHTS, default=default_weights, help="of our matmul")
     parser.add_argument("--json", type=Path, help="all figures go there")
     arguments = parser.parse_args()
     library, found = interface(arguments.library), machine()

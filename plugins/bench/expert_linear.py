@@ -1,6 +1,6 @@
 """Time of matmuls by chosen matrices beside PyTorch's (cuBLAS over gathered weights), and of copying as many bytes.
 
-    python plugins/bench/expert_linear.py build/plugins/libsinkexport_capi.so [--weights int8|half] [--json FILE]
+    python plugins/bench/expert_linear.py build/plugins/libsinkexport_capi.so [--weights half|int4-128|..]
 
 Needs a GPU and PyTorch. Times as in linear.py, back to back; each launch has picks of its own, and the experts' weights
 are beyond the L2 cache's reach. PyTorch, float16: the chosen weights are gathered, then multiplied as a batch; for 16
@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from plugins.bench import common
-from plugins.capi.header import DTYPES, WEIGHT_TYPES
+from plugins.capi.header import DTYPES
 from plugins.capi.kernels import ExpertLinear, ExpertLinearParams
 
 # Experts, picks of a token, K, N: gate | up and down of Mixtral-8x7B and of Qwen3-30B-A3B
@@ -48,27 +48,24 @@ def measure(
     library: ExpertLinear, weight_type: str, moe: tuple[int, ...], num_tokens: int, bandwidth: float
 ) -> dict[str, Any]:
     num_experts, num_chosen, num_inputs, num_outputs = moe
-    is_int8, num_picks = weight_type == "int8", num_tokens * num_chosen
+    num_picks = num_tokens * num_chosen
     picks = picks_of(num_experts, num_chosen, num_tokens)
     x = torch.randn(num_picks, num_inputs, dtype=torch.float16, device="cuda")
     y = torch.empty(num_picks, num_outputs, dtype=torch.float16, device="cuda")
     half = torch.empty(num_experts, num_outputs, num_inputs, dtype=torch.float16, device="cuda").normal_(0, 0.01)
-    weight = (half * 1000).round_().clamp_(-127, 127).to(torch.int8) if is_int8 else half
-    scale = torch.rand(num_experts, num_outputs, device="cuda") * 1e-3 + 1e-4
+    weights = common.random_weights(weight_type, num_experts, num_outputs, num_inputs)
     params = [
         ExpertLinearParams(
-            num_experts,
-            num_picks,
-            num_picks,
-            num_inputs,
-            num_outputs,
-            DTYPES["float16"],
-            WEIGHT_TYPES[weight_type],
-            row.data_ptr(),
-            x.data_ptr(),
-            weight.data_ptr(),
-            scale.data_ptr() if is_int8 else 0,
-            y.data_ptr(),
+            num_experts=num_experts,
+            num_picks=num_picks,
+            num_rows=num_picks,
+            num_inputs=num_inputs,
+            num_outputs=num_outputs,
+            dtype=DTYPES["float16"],
+            picks=row.data_ptr(),
+            x=x.data_ptr(),
+            y=y.data_ptr(),
+            **weights.fields,
         )
         for row in picks
     ]
@@ -90,8 +87,7 @@ def measure(
     theirs = [statistics.median(common.times_us(gathered, LAUNCHES))] if num_tokens <= 16 else []
     theirs += [statistics.median(common.times_us(every, LAUNCHES))] if num_tokens >= 16 else []
     chosen = statistics.mean(len(row.unique()) for row in picks)
-    num_bytes = chosen * num_outputs * (num_inputs * (1 if is_int8 else 2) + 4 * is_int8)
-    num_bytes += 2 * num_picks * (num_inputs + num_outputs)
+    num_bytes = chosen * weights.bytes_of_matrix + 2 * num_picks * (num_inputs + num_outputs)
     return {
         "moe": moe,
         "num_tokens": num_tokens,

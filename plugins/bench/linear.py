@@ -1,6 +1,6 @@
 """Time of the linear beside PyTorch's fp16 matmul (cuBLAS) and the time of copying as many bytes.
 
-    python plugins/bench/linear.py build/plugins/libsinkexport_capi.so [--weights int8|half] [--json FILE]
+    python plugins/bench/linear.py build/plugins/libsinkexport_capi.so [--weights int8|half|int4-128|..] [--json FILE]
 
 Needs a GPU and PyTorch. Ours and the baseline run from CUDA graphs over as many sets of weights as are beyond the L2
 cache's reach, so that every weight comes from memory; a sample is one replay, timed with CUDA events.
@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from plugins.bench import common
-from plugins.capi.header import DTYPES, WEIGHT_TYPES
+from plugins.capi.header import DTYPES
 from plugins.capi.kernels import Linear, LinearParams
 
 # (K, N): Llama-2-7B's attention, up and down; Llama-3-8B's down and lm_head, Llama-2-7B's; SmolLM2-135M's up
@@ -64,31 +64,26 @@ def times(launch: Callable[[int], Any], sets: int) -> dict[str, Any]:
 def measure(
     library: Linear, weight_type: str, num_rows: int, num_inputs: int, num_outputs: int, bandwidth: float
 ) -> dict[str, Any]:
-    is_int8 = weight_type == "int8"
-    num_weight_bytes = num_inputs * num_outputs * (1 if is_int8 else 2)
-    sets = max(2, -(-BEYOND_L2_BYTES // num_weight_bytes))
+    one = common.random_weights(weight_type, num_outputs, num_inputs)
+    sets = max(2, -(-BEYOND_L2_BYTES // one.bytes_of_matrix))
     x = torch.randn(num_rows, num_inputs, dtype=torch.float16, device="cuda")
     y = torch.empty(num_rows, num_outputs, dtype=torch.float16, device="cuda")
-    scale = torch.rand(num_outputs, device="cuda") * 1e-3 + 1e-4
-    size = (num_outputs, num_inputs)
-    weights = [torch.randint(-128, 128, size, dtype=torch.int8, device="cuda") for _ in range(sets)]
-    # Twice the bytes of an INT8 one each.
-    halves = [weight.half().mul_(2e-4) for weight in weights[: max(2, -(-sets // 2)) if is_int8 else sets]]
-    if not is_int8:
-        weights = halves
+    weights = [one, *(common.random_weights(weight_type, num_outputs, num_inputs) for _ in range(sets - 1))]
+    num_halves = max(2, -(-BEYOND_L2_BYTES // (2 * num_inputs * num_outputs)))
+    halves = [
+        torch.empty(num_outputs, num_inputs, dtype=torch.float16, device="cuda").normal_(0, 0.01)
+        for _ in range(num_halves)
+    ]
     params = [
         LinearParams(
-            num_rows,
-            num_inputs,
-            num_outputs,
-            DTYPES["float16"],
-            x.data_ptr(),
-            weight.data_ptr(),
-            scale.data_ptr() if is_int8 else 0,
-            0,
-            y.data_ptr(),
-            True,
-            WEIGHT_TYPES[weight_type],
+            num_rows=num_rows,
+            num_inputs=num_inputs,
+            num_outputs=num_outputs,
+            dtype=DTYPES["float16"],
+            x=x.data_ptr(),
+            y=y.data_ptr(),
+            constant_weight=True,
+            **weight.fields,
         )
         for weight in weights
     ]
@@ -96,7 +91,7 @@ def measure(
     common.check(library, params[0])
     ours = times(lambda i: common.launch(library, params[i], workspace.data_ptr()), sets)
     theirs = times(lambda i: torch.nn.functional.linear(x, halves[i]), len(halves))
-    num_bytes = num_weight_bytes + 4 * num_outputs * is_int8 + 2 * num_rows * (num_inputs + num_outputs)
+    num_bytes = one.bytes_of_matrix + 2 * num_rows * (num_inputs + num_outputs)
     return {
         "num_inputs": num_inputs,
         "num_outputs": num_outputs,

@@ -32,6 +32,18 @@ class ExpertLinear(Launcher[ExpertLinearParams]):
     NAME, PARAMS = "expert_linear", ExpertLinearParams
 
 
+class Int4RowsParams(ctypes.Structure):
+    """kernels/int4_rows.h."""
+
+    _fields_ = fields("int4_rows.h", "Int4RowsParams")
+
+
+class Int4Rows(Launcher[Int4RowsParams]):
+    """capi/int4_rows.cpp."""
+
+    NAME, PARAMS = "int4_rows", Int4RowsParams
+
+
 class RmsNormParams(ctypes.Structure):
     """kernels/rms_norm.h."""
 

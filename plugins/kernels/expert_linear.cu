@@ -22,7 +22,7 @@ struct ChosenMatrices {
 
   LinearParams p;  // num_rows, weight, scale: R, [E, N, K], [E, N]
   const int32_t* picks;
-  int num_experts, num_picks;
+  int num_experts, num_picks, outputs_of_matrix;  // the last: padding included
 
   struct Group {
     uint16_t expert, first, num_rows;  // first: of its rows, in the plan's order
@@ -137,7 +137,7 @@ struct ChosenMatrices {
       if (index >= numTiles()) return {};
       const Group group = groups[index % num_groups];
       return {index / num_groups * kRows, group.num_rows, group.first,
-              static_cast<size_t>(group.expert) * task.p.num_outputs};
+              static_cast<size_t>(group.expert) * task.outputs_of_matrix};
     }
     __device__ __forceinline__ FewTile tile(const Place& place) const { return place; }
     __device__ __forceinline__ int inputRow(const FewTile& tile, int token) const {
@@ -149,17 +149,21 @@ struct ChosenMatrices {
   };
 };
 
+// Of INT4 weights a whole line would have four times its bytes of a group's tokens.
+template <typename Weight>
+constexpr int kExpertLine = kIsInt4<Weight> ? kLineBytes / 2 : kLineBytes;
+
 template <typename Weight, typename Half, int kGroup, int kStages>
 cudaError_t launchGroups(const ChosenMatrices<kGroup>& task, const Device& device, cudaStream_t stream) {
-  constexpr int kTokenTiles = kGroup / 8, kTall = 2, kTallWarps = 4, kTallStages = 3;
+  constexpr int kTokenTiles = kGroup / 8, kTall = 2, kTallWarps = 4, kTallStages = 3, kLine = kExpertLine<Weight>;
   // Taller tiles read the tokens less often and add up less often, shorter ones spread better: outputs that the block
   // with the most of them has, counted for two blocks on each multiprocessor.
   const auto outputs = [&](int rows) { return divideUp(task.maxTiles(rows), 2 * device.multiprocessors) * rows; };
-  const int tall_bytes = fewSharedBytes<Weight>(kTall, kGroup, kTallWarps, kTallStages) + task.sharedBytes();
+  const int tall_bytes = fewSharedBytes<Weight, kLine>(kTall, kGroup, kTallWarps, kTallStages) + task.sharedBytes();
   if (tall_bytes <= device.shared_bytes && 5 * outputs(16 * kTall) <= 6 * outputs(16)) {
-    return launchFew<Weight, Half, kTall, kTokenTiles, kTallWarps, kTallStages>(task, device, stream);
+    return launchFew<Weight, Half, kTall, kTokenTiles, kTallWarps, kTallStages, kLine>(task, device, stream);
   }
-  return launchFew<Weight, Half, 1, kTokenTiles, 8, kStages>(task, device, stream);
+  return launchFew<Weight, Half, 1, kTokenTiles, 8, kStages, kLine>(task, device, stream);
 }
 
 template <typename Weight, typename Half>
@@ -168,22 +172,25 @@ cudaError_t launchTyped(const ExpertLinearParams& params, const Device& device, 
   p.num_rows = params.num_rows, p.num_inputs = params.num_inputs, p.num_outputs = params.num_outputs;
   p.dtype = params.dtype, p.weight_type = params.weight_type;
   p.x = params.x, p.weight = params.weight, p.scale = params.scale, p.y = params.y;
-  constexpr int kFew = 8, kMore = 16, kMoreStages = kIsInt8<Weight> ? 2 : 3;
-  const ChosenMatrices<kMore> more{p, params.picks, params.num_experts, params.num_picks};
+  p.block_size = params.block_size, p.block_scale = params.block_scale, p.zero_points = params.zero_points;
+  const int outputs = kIsInt4<Weight> ? Int4Sizes(p).num_tiles * kInt4TileOutputs : p.num_outputs;
+  constexpr int kFew = 8, kMore = 16, kMoreStages = kIsHalf<Weight> ? 3 : 2;
+  const ChosenMatrices<kMore> more{p, params.picks, params.num_experts, params.num_picks, outputs};
   // Fuller groups read a matrix less often. Where most would not be full, and where shared memory is short, smaller
   // ones.
-  const bool fits = fewSharedBytes<Weight>(1, kMore, 4, kMoreStages) + more.sharedBytes() <= device.shared_bytes;
+  const bool fits =
+      fewSharedBytes<Weight, kExpertLine<Weight>>(1, kMore, 4, kMoreStages) + more.sharedBytes() <= device.shared_bytes;
   if (fits && params.num_picks >= kFew / 2 * std::min(params.num_experts, params.num_picks)) {
     return launchGroups<Weight, Half, kMore, kMoreStages>(more, device, stream);
   }
-  const ChosenMatrices<kFew> few{p, params.picks, params.num_experts, params.num_picks};
+  const ChosenMatrices<kFew> few{p, params.picks, params.num_experts, params.num_picks, outputs};
   return launchGroups<Weight, Half, kFew, 3>(few, device, stream);
 }
 
 template <typename Half>
 cudaError_t launchTyped(const ExpertLinearParams& params, const Device& device, cudaStream_t stream) {
-  return params.weight_type == WeightType::kInt8 ? launchTyped<int8_t, Half>(params, device, stream)
-                                                 : launchTyped<Half, Half>(params, device, stream);
+  return withWeight<Half>(params.weight_type,
+                          [&](auto weight) { return launchTyped<decltype(weight), Half>(params, device, stream); });
 }
 
 }  // namespace
@@ -201,17 +208,17 @@ const char* expertLinearProblem(const ExpertLinearParams& p) {
   if (p.num_rows < 1 || p.num_picks % p.num_rows) {
     return explain("num_rows: received %d, expected a divisor of num_picks, %d", p.num_rows, p.num_picks);
   }
-  if (const char* problem = weightProblem(p.weight_type, p.num_inputs, p.num_outputs)) return problem;
+  if (const char* problem = weightProblem(p)) return problem;
   if (const char* problem = dtypeProblem(p.dtype)) return problem;
-  const bool is_int8 = p.weight_type == WeightType::kInt8;
-  if (!is_int8 && p.scale) return "scale: received a pointer, expected null with half weights";
   const size_t picks = p.num_picks, rows = p.num_rows, inputs = p.num_inputs;
-  const size_t all_outputs = static_cast<size_t>(p.num_experts) * p.num_outputs;
+  const WeightBytes bytes = weightBytes(p, p.num_experts);
   return outputProblem({"y", p.y, picks * p.num_outputs * 2},
                        {{"picks", p.picks, picks * sizeof(int32_t)},
                         {"x", p.x, rows * inputs * 2},
-                        {"weight", p.weight, all_outputs * inputs * (is_int8 ? 1 : 2)},
-                        {"scale", p.scale, all_outputs * sizeof(float), !is_int8}});
+                        {"weight", p.weight, bytes.weight},
+                        {"scale", p.scale, bytes.scale, !bytes.scale},
+                        {"block_scale", p.block_scale, bytes.block_scale, !bytes.block_scale},
+                        {"zero_points", p.zero_points, bytes.zero_points, true}});
 }
 
 cudaError_t launchExpertLinear(const ExpertLinearParams& params, cudaStream_t stream) {

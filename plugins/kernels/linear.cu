@@ -1,23 +1,24 @@
-// y = x . W^T * scale + bias with W in INT8, y = x . W^T + bias with W of x's type (linear.h says which shapes).
+// y = x . W^T * scale + bias with W in INT8, y = x . W^T + bias with W of x's type or in INT4 (linear.h says which
+// shapes).
 //
 // Both kernels multiply on the tensor cores, weights as the left factor (16 outputs a tile) and tokens as the right one
 // (8 a tile): even for one token that takes fewer instructions a weight than multiplying and adding one by one, so that
 // reading the weights is what is left. A sum over k has no order of its own. So lanes take 16 consecutive weights of a
 // row (one 16-byte load) as their share of four k16 tiles, and the same k of the tokens: in tile s lane t of four has
 // k = 16 t + 4 s .. + 3 of each 64. A load of half weights is 8 of them, for two tiles: k = 8 t + 4 s .. + 3 of each 32
-// (more tokens: two loads, and k as with INT8).
+// (more tokens: two loads, and k as with INT8). INT4 weights lie as they are multiplied: a load of 16 bytes is a lane's
+// share of four tiles, for both of its rows, and k as with one load of half weights. Two tiles are summed from zero;
+// the block's scale joins as that is added to the rest.
 //
 // - Up to 16 tokens: linear_few.cuh.
-// - More tokens: blocks of 64 or 128 outputs x 32, 64 or 128 tokens, with four warps side by side along the outputs, so
-//   that a weight is converted once in a block (twice in the largest). Where the tiles are fewer than the
-//   multiprocessors, k is split over blocks too: float32 partial sums in the workspace, added in order by a second
-//   kernel. The split depends on shapes alone, so that the workspace does not depend on the device.
+// - More tokens: linear_many.cuh.
 #include "linear.h"
 
 #include <algorithm>
 
 #include "linear.cuh"
 #include "linear_few.cuh"
+#include "linear_many.cuh"
 #include "problem.h"
 
 namespace sinkexport {
@@ -27,214 +28,72 @@ namespace {
 constexpr int kFewTokens = 16;
 constexpr int kMaxTokens = 1 << 16;
 
-// --- more tokens ---
-
-constexpr int kRowWarps = 4;    // side by side along the outputs
-constexpr int kManyChunk = 64;  // k of a step
-
-// Tiles of a warp, and warps side by side along the tokens.
-template <int kRowTiles_, int kTokenTiles_, int kTokenWarps_, int kStages_>
-struct ManyShape {
-  static constexpr int kRowTiles = kRowTiles_, kTokenTiles = kTokenTiles_, kTokenWarps = kTokenWarps_;
-  static constexpr int kStages = kStages_;
-  static constexpr int kThreads = kRowWarps * kTokenWarps * kWarpSize;
-  static constexpr int kRows = kRowWarps * 16 * kRowTiles, kTokens = kTokenWarps * 8 * kTokenTiles;
-  template <typename Weight>
-  static constexpr int kStageBytes = (kRows * static_cast<int>(sizeof(Weight)) + kTokens * 2) * kManyChunk;
-};
-
-// Grid: token tiles, output tiles, splits of k. `partial` [splits, M, N], or null if there is one split.
-template <typename Weight, typename Half, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kTokenWarps > 1 ? 2 : 1)
-    manyTokens(const LinearParams p, float* __restrict__ partial, int chunks_per_split) {
-  constexpr int kThreads = Shape::kThreads, kRows = Shape::kRows, kTokens = Shape::kTokens;
-  constexpr int kRowTiles = Shape::kRowTiles, kTokenTiles = Shape::kTokenTiles;
-  constexpr int kStages = Shape::kStages, kStageBytes = Shape::template kStageBytes<Weight>;
-  constexpr int kRowBytes = kManyChunk * static_cast<int>(sizeof(Weight));  // of weights in a stage
-  constexpr int kOddPieces = kIsInt8<Weight> ? 0 : 1;  // by which pieces of odd rows trade places, as tokens' do
-  constexpr int kPairsAtOnce = Shape::kTokenWarps > 1 ? 1 : 2;  // two would spill where 128 registers are all there is
-  extern __shared__ __align__(16) unsigned char shared[];
-  const int num_tokens = p.num_rows, num_inputs = p.num_inputs, num_outputs = p.num_outputs;
-  const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-  const int row_of_warp = threadIdx.x / kWarpSize % kRowWarps * 16 * kRowTiles;
-  const int token_of_warp = threadIdx.x / kWarpSize / kRowWarps * 8 * kTokenTiles;
-  const int first_token = blockIdx.x * kTokens, first_row = blockIdx.y * kRows;
-  const int first_chunk = blockIdx.z * chunks_per_split;
-  const int num_steps = min(divideUp(num_inputs, kManyChunk) - first_chunk, chunks_per_split);
-
-  waitForEarlierKernels();
-
-  // Past the last output or token the last one is read again; sums of those are not stored.
-  const Weight* const weight = static_cast<const Weight*>(p.weight) + static_cast<size_t>(first_row) * num_inputs;
-  const Half* const x = static_cast<const Half*>(p.x) + static_cast<size_t>(first_token) * num_inputs;
-  const int last_row = num_outputs - 1 - first_row, last_token = num_tokens - 1 - first_token;
-  const auto copyStep = [&](int step) {
-    if (step < num_steps) {
-      unsigned char* const stage = shared + step % kStages * kStageBytes;
-      const int first_k = (first_chunk + step) * kManyChunk;
-      {
-        constexpr int kUnit = kUnitWeights<Weight>, kPieces = kManyChunk / kUnit;
-        const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces, k = first_k + piece * kUnit;
-        const int size = k < num_inputs ? 16 : 0;
-        unsigned char* const to = stage + (row * kPieces + (piece ^ (row & 1) * kOddPieces)) * 16;
-#pragma unroll
-        for (int i = 0; i < kRows; i += kThreads / kPieces) {
-          copyAsync(to + i * kRowBytes, weight + (size ? min(row + i, last_row) * num_inputs + k : 0), size);
-        }
-      }
-      {
-        constexpr int kPieces = kManyChunk / 8;
-        const int token = threadIdx.x / kPieces, piece = threadIdx.x % kPieces, k = first_k + piece * 8;
-        const int size = k < num_inputs ? 16 : 0;
-        // 16-byte pieces of odd tokens trade places, so that lanes of two tokens read from all banks.
-        unsigned char* const to = stage + kRows * kRowBytes + (token * kPieces + (piece ^ (token & 1))) * 16;
-#pragma unroll
-        for (int i = 0; i < kTokens; i += kThreads / kPieces) {
-          copyAsync(to + i * kManyChunk * 2, x + (size ? min(token + i, last_token) * num_inputs + k : 0), size);
-        }
-      }
-    }
-    commitCopies();
-  };
-
-  float sum[kRowTiles][kTokenTiles][4] = {};
-#pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) copyStep(step);
-  for (int step = 0; step < num_steps; ++step) {
-    waitForCopies<kStages - 2>();
-    __syncthreads();
-    copyStep(step + kStages - 1);  // into the stage that all threads have read in the step before
-    const unsigned char* const stage = shared + step % kStages * kStageBytes;
-    const unsigned char* const tokens = stage + kRows * kRowBytes;
-#pragma unroll(kPairsAtOnce)
-    for (int pair = 0; pair < 2; ++pair) {  // two k16 tiles, whose share of a token is one 16-byte piece
-      uint32_t a[kRowTiles][2][4];
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-        using Words = std::conditional_t<kIsInt8<Weight>, uint2, uint4>;
-        constexpr int kBytes = sizeof(Words);  // of 8 weights
-        const unsigned char* const rows =
-            stage + (row_of_warp + 16 * r + g) * kRowBytes + t * 2 * kBytes + (pair ^ (g & 1) * kOddPieces) * kBytes;
-        const Words near = *reinterpret_cast<const Words*>(rows);
-        const Words far = *reinterpret_cast<const Words*>(rows + 8 * kRowBytes);
-        takeTile<Weight, Half>(a[r][0], near, far, 0);
-        takeTile<Weight, Half>(a[r][1], near, far, 1);
-      }
-#pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-        const int token = token_of_warp + 8 * j + g;
-        const uint4 b = *reinterpret_cast<const uint4*>(tokens + (token * 8 + ((t * 2 + pair) ^ (token & 1))) * 16);
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          multiplyAdd<Half>(sum[r][j], a[r][0], b.x, b.y);
-          multiplyAdd<Half>(sum[r][j], a[r][1], b.z, b.w);
-        }
-      }
-    }
-  }
-  waitForCopies<0>();
-
-  allowNextKernel();  // not before: the next one's blocks would crowd where there is room now
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int output = first_row + row_of_warp + 16 * r + g + i * 8;
-      if (output >= num_outputs) continue;
-      const Output<Weight, Half> finish(p, output);
-#pragma unroll
-      for (int j = 0; j < 2 * kTokenTiles; ++j) {
-        const int token = first_token + token_of_warp + j / 2 * 8 + 2 * t + j % 2;
-        if (token >= num_tokens) continue;
-        const float total = sum[r][j / 2][2 * i + j % 2];
-        if (partial) {
-          partial[(static_cast<size_t>(blockIdx.z) * num_tokens + token) * num_outputs + output] = total;
-        } else {
-          static_cast<Half*>(p.y)[static_cast<size_t>(token) * num_outputs + output] = finish(total);
-        }
-      }
-    }
-  }
-}
-
-constexpr int kSumThreads = 256;
-
-// y from `partial` [num_splits, M, N], added in order.
-template <typename Weight, typename Half>
-__global__ void __launch_bounds__(kSumThreads)
-    sumSplits(const LinearParams p, const float* __restrict__ partial, int num_splits) {
-  waitForEarlierKernels();
-  const size_t count = static_cast<size_t>(p.num_rows) * p.num_outputs;
-  const size_t i = static_cast<size_t>(blockIdx.x) * kSumThreads + threadIdx.x;
-  if (i >= count) return;
-  float total = 0.0f;
-#pragma unroll 4
-  for (int s = 0; s < num_splits; ++s) total += partial[s * count + i];
-  static_cast<Half*>(p.y)[i] = Output<Weight, Half>(p, static_cast<int>(i % p.num_outputs))(total);
-}
-
 // --- launches ---
 
-// How many tiles and splits of k a matmul of more than 16 tokens has; by shapes alone.
-struct ManyPlan {
-  dim3 grid;
-  int chunks_per_split;
-};
-
-template <typename Shape>
-ManyPlan planMany(const LinearParams& p, int wanted_blocks) {
-  constexpr int kLeastChunks = 8;  // of a split, for its first copies not to be all of it
-  ManyPlan plan{dim3(divideUp(p.num_rows, Shape::kTokens), divideUp(p.num_outputs, Shape::kRows)), 0};
-  const int num_chunks = divideUp(p.num_inputs, kManyChunk);
-  const int tiles = plan.grid.x * plan.grid.y;
-  const int splits = std::max(1, std::min(wanted_blocks / tiles, num_chunks / kLeastChunks));
-  plan.chunks_per_split = divideUp(num_chunks, splits);
-  plan.grid.z = divideUp(num_chunks, plan.chunks_per_split);
-  return plan;
+// Outputs that the block with the most of them has, if tiles have this many.
+int mostOutputs(const LinearParams& p, int rows, const Device& device) {
+  return divideUp(divideUp(p.num_outputs, rows), kFewBlocks * device.multiprocessors) * rows;
 }
 
-template <typename Weight, typename Half, typename Shape>
-cudaError_t launchMany(const LinearParams& p, const ManyPlan& plan, void* workspace, const Device& device,
-                       cudaStream_t stream) {
-  float* const partial = plan.grid.z > 1 ? static_cast<float*>(workspace) : nullptr;
-  const cudaError_t error =
-      launch(manyTokens<Weight, Half, Shape>, plan.grid, Shape::kThreads,
-             Shape::kStages * Shape::template kStageBytes<Weight>, device, stream, p, partial, plan.chunks_per_split);
-  if (error != cudaSuccess || !partial) return error;
-  const size_t count = static_cast<size_t>(p.num_rows) * p.num_outputs;
-  const dim3 grid(static_cast<unsigned>((count + kSumThreads - 1) / kSumThreads));
-  return launch(sumSplits<Weight, Half>, grid, kSumThreads, 0, device, stream, p, partial,
-                static_cast<int>(plan.grid.z));
+// Up to 16 tokens by tiles of kRowTiles * 16 outputs, if shared memory holds them and no block has more outputs than
+// with the lowest ones, `slack` eighths apart. Taller tiles read the tokens less often, which come from the L2 cache,
+// and have fewer ends; lower ones spread better. True: launched.
+template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, int kLine>
+bool launchTall(const LinearParams& p, const Device& device, cudaStream_t stream, cudaError_t& error, int slack = 1) {
+  if (fewSharedBytes<Weight, kLine>(kRowTiles, p.num_rows, kWarps, kStages) > device.shared_bytes) return false;
+  if (8 * mostOutputs(p, 16 * kRowTiles, device) > (8 + slack) * mostOutputs(p, 16, device)) return false;
+  error = launchFew<Weight, Half, kRowTiles, kTokenTiles, kWarps, kStages, kLine>(OneMatrix{p}, device, stream);
+  return true;
 }
 
-using Low = ManyShape<1, 4, 1, 4>;   // 64 outputs x 32 tokens
-using Wide = ManyShape<2, 8, 1, 4>;  // 128 x 64
-using Tall = ManyShape<2, 8, 2, 3>;  // 128 x 128
+template <typename Half>
+cudaError_t launchFew(const LinearParams& p, const Device& device, cudaStream_t stream, Half /*weight*/) {
+  if (p.num_rows <= 8) return launchFew<Half, Half, 1, 1, 8, 3>(OneMatrix{p}, device, stream);
+  cudaError_t error = cudaSuccess;
+  constexpr int kManyOutputs = 1 << 15;
+  if (p.num_outputs >= kManyOutputs && launchTall<Half, Half, 2, 2, 4, 3, kLineBytes>(p, device, stream, error)) {
+    return error;
+  }
+  return launchFew<Half, Half, 1, 2, 8, 3>(OneMatrix{p}, device, stream);
+}
 
-// Calls use(shape, plan) for the shape of tiles that a matmul of more than 16 tokens takes: the largest that makes
-// enough blocks.
-template <typename Use>
-auto withManyShape(const LinearParams& p, Use use) {
-  constexpr unsigned kWantedBlocks = 264, kEnoughBlocks = 192;
-  const auto blocks = [](const ManyPlan& plan) { return plan.grid.x * plan.grid.y * plan.grid.z; };
-  const ManyPlan tall = planMany<Tall>(p, kWantedBlocks), wide = planMany<Wide>(p, kWantedBlocks);
-  if (p.num_rows > Wide::kTokens && blocks(tall) >= kEnoughBlocks) return use(Tall{}, tall);
-  if (p.num_rows > Low::kTokens && blocks(wide) >= kEnoughBlocks) return use(Wide{}, wide);
-  return use(Low{}, planMany<Low>(p, 2 * kWantedBlocks));
+template <typename Half>
+cudaError_t launchFew(const LinearParams& p, const Device& device, cudaStream_t stream, int8_t /*weight*/) {
+  if (p.num_rows <= 8) return launchFew<int8_t, Half, 1, 1, 8, 3>(OneMatrix{p}, device, stream);
+  constexpr int kHalfLine = kLineBytes / 2;
+  cudaError_t error = cudaSuccess;
+  if (launchTall<int8_t, Half, 4, 2, 4, 3, kHalfLine>(p, device, stream, error) ||
+      launchTall<int8_t, Half, 3, 2, 4, 4, kHalfLine>(p, device, stream, error)) {
+    return error;
+  }
+  if (fewSharedBytes<int8_t, kHalfLine>(2, p.num_rows, 8, 4) <= device.shared_bytes) {
+    return launchFew<int8_t, Half, 2, 2, 8, 4, kHalfLine>(OneMatrix{p}, device, stream);
+  }
+  return launchFew<int8_t, Half, 1, 2, 8, 2>(OneMatrix{p}, device, stream);
+}
+
+template <typename Half>
+cudaError_t launchFew(const LinearParams& p, const Device& device, cudaStream_t stream, Int4 /*weight*/) {
+  constexpr int kHalfLine = kLineBytes / 2;
+  cudaError_t error = cudaSuccess;
+  if (p.num_rows <= 8) {
+    if (p.num_rows <= 4 && launchTall<Int4, Half, 2, 1, 4, 2, 2 * kLineBytes>(p, device, stream, error, 0))
+      return error;
+    if (p.num_rows <= 2 && launchTall<Int4, Half, 3, 1, 6, 2, kLineBytes>(p, device, stream, error)) return error;
+    if (p.num_rows > 2 && launchTall<Int4, Half, 3, 1, 4, 2, kLineBytes>(p, device, stream, error)) return error;
+    if (p.num_rows <= 4) return launchFew<Int4, Half, 1, 1, 8, 2>(OneMatrix{p}, device, stream);
+    return launchFew<Int4, Half, 2, 1, 8, 3, kHalfLine>(OneMatrix{p}, device, stream);
+  }
+  if (launchTall<Int4, Half, 3, 2, 4, 2, kHalfLine>(p, device, stream, error)) return error;
+  if (fewSharedBytes<Int4, kHalfLine>(2, p.num_rows, 4, 2) <= device.shared_bytes) {
+    return launchFew<Int4, Half, 2, 2, 8, 2, kHalfLine>(OneMatrix{p}, device, stream);
+  }
+  return launchFew<Int4, Half, 1, 2, 4, 2, kHalfLine>(OneMatrix{p}, device, stream);
 }
 
 template <typename Weight, typename Half>
 cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
-  if (p.num_rows <= 8) return launchFew<Weight, Half, 1, 1, 8, 3>(OneMatrix{p}, device, stream);
-  if (p.num_rows <= kFewTokens) {
-    // Taller tiles read the tokens less often, shorter ones spread better.
-    constexpr int kManyOutputs = 1 << 15;
-    if (p.num_outputs >= kManyOutputs && fewSharedBytes<Weight>(2, p.num_rows, 4, 3) <= device.shared_bytes) {
-      return launchFew<Weight, Half, 2, 2, 4, 3>(OneMatrix{p}, device, stream);
-    }
-    constexpr int kStages = kIsInt8<Weight> ? 2 : 3;  // in the same memory: half as many k have half the tokens' bytes
-    return launchFew<Weight, Half, 1, 2, 8, kStages>(OneMatrix{p}, device, stream);
-  }
+  if (p.num_rows <= kFewTokens) return launchFew<Half>(p, device, stream, Weight{});
   return withManyShape(p, [&](auto shape, const ManyPlan& plan) {
     return launchMany<Weight, Half, decltype(shape)>(p, plan, workspace, device, stream);
   });
@@ -242,8 +101,8 @@ cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& de
 
 template <typename Half>
 cudaError_t launchTyped(const LinearParams& p, void* workspace, const Device& device, cudaStream_t stream) {
-  return p.weight_type == WeightType::kInt8 ? launchTyped<int8_t, Half>(p, workspace, device, stream)
-                                            : launchTyped<Half, Half>(p, workspace, device, stream);
+  return withWeight<Half>(
+      p.weight_type, [&](auto weight) { return launchTyped<decltype(weight), Half>(p, workspace, device, stream); });
 }
 
 }  // namespace
@@ -262,15 +121,17 @@ const char* linearProblem(const LinearParams& p) {
   if (p.num_rows < 1 || p.num_rows > kMaxTokens) {
     return explain("num_rows: received %d, expected 1 .. %d", p.num_rows, kMaxTokens);
   }
-  if (const char* problem = weightProblem(p.weight_type, p.num_inputs, p.num_outputs)) return problem;
+  if (const char* problem = weightProblem(p)) return problem;
   if (const char* problem = dtypeProblem(p.dtype)) return problem;
-  const bool is_int8 = p.weight_type == WeightType::kInt8;
-  if (!is_int8 && p.scale) return "scale: received a pointer, expected null with half weights";
   const size_t rows = p.num_rows, inputs = p.num_inputs, outputs = p.num_outputs;
-  return outputProblem({"y", p.y, rows * outputs * 2}, {{"x", p.x, rows * inputs * 2},
-                                                        {"weight", p.weight, outputs * inputs * (is_int8 ? 1 : 2)},
-                                                        {"scale", p.scale, outputs * sizeof(float), !is_int8},
-                                                        {"bias", p.bias, outputs * 2, true}});
+  const WeightBytes bytes = weightBytes(p);
+  return outputProblem({"y", p.y, rows * outputs * 2},
+                       {{"x", p.x, rows * inputs * 2},
+                        {"weight", p.weight, bytes.weight},
+                        {"scale", p.scale, bytes.scale, !bytes.scale},
+                        {"block_scale", p.block_scale, bytes.block_scale, !bytes.block_scale},
+                        {"zero_points", p.zero_points, bytes.zero_points, true},
+                        {"bias", p.bias, outputs * 2, true}});
 }
 
 cudaError_t launchLinear(const LinearParams& params, void* workspace, cudaStream_t stream) {

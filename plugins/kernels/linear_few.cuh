@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "linear.cuh"
+#include "linear_few_int4.cuh"
 
 namespace sinkexport {
 namespace linear {
@@ -51,46 +52,61 @@ struct OneMatrix {
   };
 };
 
-constexpr int kLineBytes = 128;  // of each weight row in a warp's step
+constexpr int kLineBytes = 128;  // of each weight row in a warp's step, or half of it
 
-template <typename Weight>
-constexpr int kFewChunk = kLineBytes / static_cast<int>(sizeof(Weight));  // k of a step
+template <typename Weight, int kLine>
+constexpr int kFewChunk = kLine * 8 / kBits<Weight>;  // k of a step
 
-template <typename Weight>
+// Of the weights of a tile of 16 outputs in a stage; with INT4 ones scales and zero points of blocks of 32 included.
+template <typename Weight, int kLine>
+constexpr int kFewTileBytes = 16 * kLine + (kIsInt4<Weight> ? kFewChunk<Weight, kLine> / 32 * kInt4GroupBytes : 0);
+
+template <typename Weight, int kLine>
 __host__ __device__ constexpr int fewStageBytes(int row_tiles, int num_tokens) {
-  return 16 * row_tiles * kLineBytes + num_tokens * kFewChunk<Weight> * 2;
+  return row_tiles * kFewTileBytes<Weight, kLine> + num_tokens * kFewChunk<Weight, kLine> * 2;
 }
 
-template <typename Weight>
+template <typename Weight, int kLine = kLineBytes>
 __host__ __device__ constexpr int fewSharedBytes(int row_tiles, int num_tokens, int warps, int stages) {
   const int sum_bytes = 16 * row_tiles * num_tokens * static_cast<int>(sizeof(float));
-  return warps * (stages * fewStageBytes<Weight>(row_tiles, num_tokens) + 2 * sum_bytes);
+  return warps * (stages * fewStageBytes<Weight, kLine>(row_tiles, num_tokens) + 2 * sum_bytes);
 }
 
-// A stage: weights, then tokens, of as many k as kLineBytes of a weight row hold.
-template <typename Weight, int kRowTiles>
+// A stage: weights, then tokens, of as many k as kLine bytes of a weight row hold.
+template <typename Weight, int kRowTiles, int kLine>
 struct FewStage {
-  static constexpr int kChunk = kFewChunk<Weight>;
+  static constexpr int kChunk = kFewChunk<Weight, kLine>;
   static constexpr int kRows = 16 * kRowTiles;      // outputs of a tile
   static constexpr int kTokenBytes = 2 * kChunk;    // of one token in a stage
   static constexpr int kPieces = kTokenBytes / 16;  // the same in units of a copy
-  static constexpr int kWeightBytes = kRows * kLineBytes;
+  static constexpr int kWeightBytes = kRowTiles * kFewTileBytes<Weight, kLine>;
   static constexpr int kUnit = kUnitWeights<Weight>;
-  static constexpr int kOddPieces = kPieces > 8 ? 1 : 4;  // by which pieces of odd tokens trade places
+  static constexpr int kUnits = kLine / 16;      // of a row
+  static constexpr int kTileBytes = 16 * kLine;  // of the weights of 16 outputs
+  static constexpr int kNumRowTiles = kRowTiles;
+  // By which 16-byte units of odd rows and of odd tokens trade places, so that lanes of two read from all banks.
+  static constexpr int kOddUnits = kUnits / 2;
+  static constexpr int kOddPieces = kIsInt8<Weight> ? 1 : 4;
 
   // By a warp.
-  static __device__ __forceinline__ void copyWeights(unsigned char* stage, const Weight* weight, const FewTile& tile,
-                                                     int first_k, int num_inputs, int num_outputs, int lane) {
-    const int row = lane / 8, unit = lane % 8;  // then 4 rows on, and so on
-    // 16-byte units of odd rows trade places, so that lanes of two rows read from all banks.
-    unsigned char* const to = stage + row * kLineBytes + (unit ^ (row & 1) << 2) * 16;
-    const int first_row = tile.first_row;
-    const size_t offset = (tile.first_output + first_row + row) * num_inputs + first_k + unit * kUnit;
+  static __device__ __forceinline__ void copyWeights(unsigned char* stage, const LinearParams& p, const FewTile& tile,
+                                                     int first_k, int lane) {
+    if constexpr (kIsInt4<Weight>) {
+      copyInt4<FewStage>(stage, p, tile.first_output, tile.first_row, first_k, lane);
+    } else {
+      const Weight* const weight = static_cast<const Weight*>(p.weight);
+      const int num_inputs = p.num_inputs, num_outputs = p.num_outputs;
+      constexpr int kRowsAtOnce = kWarpSize / kUnits;
+      const int row = lane / kUnits, unit = lane % kUnits;  // then kRowsAtOnce rows on, and so on
+      unsigned char* const to = stage + row * kLine + (unit ^ (row & 1) * kOddUnits) * 16;
+      const int first_row = tile.first_row;
+      const size_t offset = (tile.first_output + first_row + row) * num_inputs + first_k + unit * kUnit;
 #pragma unroll
-    for (int i = 0; i < kRows / 4; ++i) {
-      const bool valid = first_row + row + 4 * i < num_outputs && first_k + unit * kUnit < num_inputs;
-      const Weight* const from = weight + (valid ? offset + static_cast<size_t>(4 * i) * num_inputs : 0);
-      copyAsync(to + 4 * i * kLineBytes, from, valid ? 16 : 0);
+      for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
+        const bool valid = first_row + row + kRowsAtOnce * i < num_outputs && first_k + unit * kUnit < num_inputs;
+        const Weight* const from = weight + (valid ? offset + static_cast<size_t>(kRowsAtOnce * i) * num_inputs : 0);
+        copyAsync(to + kRowsAtOnce * i * kLine, from, valid ? 16 : 0);
+      }
     }
   }
 
@@ -101,27 +117,29 @@ struct FewStage {
   }
 };
 
+// Blocks that a multiprocessor has at a time.
+constexpr int kFewBlocks = 2;
+
 // Each block takes every gridDim.x-th tile; chunks of k go round its warps. To a warp all that is one sequence of
 // steps, so that its copies for a tile are on their way while the one before it is finished.
-template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, typename Task>
-__global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) {
-  using S = FewStage<Weight, kRowTiles>;
+template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, int kLine,
+          typename Task>
+__global__ void __launch_bounds__(kWarps* kWarpSize, kIsInt4<Weight> ? kFewBlocks : 0) fewTokens(const Task task) {
+  using S = FewStage<Weight, kRowTiles, kLine>;
   constexpr int kRows = S::kRows, kPieces = S::kPieces, kUnit = S::kUnit;
-  constexpr int kUnitPieces = kUnit / 8;  // of a token, beside one unit of weights
   extern __shared__ __align__(16) unsigned char shared[];
   const LinearParams& p = task.p;
   const int max_tokens = task.maxTokens(), num_inputs = p.num_inputs, num_outputs = p.num_outputs;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-  const int stage_bytes = fewStageBytes<Weight>(kRowTiles, max_tokens);
+  const int stage_bytes = fewStageBytes<Weight, kLine>(kRowTiles, max_tokens);
   unsigned char* const ring = shared + warp * kStages * stage_bytes;
   float* const all_sums = reinterpret_cast<float*>(shared + kWarps * kStages * stage_bytes);
   const int num_chunks = divideUp(num_inputs, S::kChunk);
   const int num_steps = num_chunks > warp ? divideUp(num_chunks - warp, kWarps) : 0;  // of this warp in a tile
-  const Weight* const weight = static_cast<const Weight*>(p.weight);
   const Half* const x = static_cast<const Half*>(p.x);
 
   const auto copyWeights = [&](unsigned char* stage, const FewTile& tile, int first_k) {
-    S::copyWeights(stage, weight, tile, first_k, num_inputs, num_outputs, lane);
+    S::copyWeights(stage, p, tile, first_k, lane);
   };
   allowNextKernel();
   if (!Task::kPlansEarly || !p.constant_weight) waitForEarlierKernels();
@@ -143,6 +161,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
       unsigned char* const stage = ring + copy_stage * stage_bytes;
       const int first_k = (warp + copy_step * kWarps) * S::kChunk;
       const FewTile tile = plan.tile(copy_place);
+      constexpr int kAtOnce = kIsInt4<Weight> ? 1 : 4;
+#pragma unroll(kAtOnce)
       for (int i = lane; i < tile.num_tokens * kPieces; i += kWarpSize) {
         const int k = first_k + i % kPieces * 8;
         const bool valid = k < num_inputs;
@@ -190,35 +210,41 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
       __syncwarp();
       copyNext();  // into the stage that all lanes have read in the step before
       const unsigned char* const stage = ring + read_stage * stage_bytes;
-      const unsigned char* const tokens = stage + S::kWeightBytes;
       if (++read_stage == kStages) read_stage = 0;
+      if constexpr (kIsInt4<Weight>) {
+        multiplyInt4<S, Half>(sum, stage, tile.num_tokens, p, lane);
+      } else {
+        constexpr int kUnitPieces = kUnit / 8;  // of a token, beside one unit of weights
+        const unsigned char* const tokens = stage + S::kWeightBytes;
 #pragma unroll
-      for (int part = 0; part < 2; ++part) {  // half of the k
-        uint4 b[kTokenTiles][kUnitPieces];
+        for (int part = 0; part < S::kUnits / 4; ++part) {  // four units of k
+          uint4 b[kTokenTiles][kUnitPieces];
 #pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) {
-          const int token = 8 * j + g;
+          for (int j = 0; j < kTokenTiles; ++j) {
+            const int token = 8 * j + g;
 #pragma unroll
-          for (int i = 0; i < kUnitPieces; ++i) {
-            const int piece = ((part * 4 + t) * kUnitPieces + i) ^ (token & 1) * S::kOddPieces;
-            b[j][i] = token < tile.num_tokens
-                          ? *reinterpret_cast<const uint4*>(tokens + token * S::kTokenBytes + piece * 16)
-                          : uint4{0, 0, 0, 0};
+            for (int i = 0; i < kUnitPieces; ++i) {
+              const int piece = ((part * 4 + t) * kUnitPieces + i) ^ (token & 1) * S::kOddPieces;
+              b[j][i] = token < tile.num_tokens
+                            ? *reinterpret_cast<const uint4*>(tokens + token * S::kTokenBytes + piece * 16)
+                            : uint4{0, 0, 0, 0};
+            }
           }
-        }
 #pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          const unsigned char* const rows = stage + (16 * r + g) * kLineBytes + ((part * 4 + t) ^ (g & 1) << 2) * 16;
-          const uint4 near = *reinterpret_cast<const uint4*>(rows);
-          const uint4 far = *reinterpret_cast<const uint4*>(rows + 8 * kLineBytes);
+          for (int r = 0; r < kRowTiles; ++r) {
+            const unsigned char* const rows =
+                stage + (16 * r + g) * kLine + ((part * 4 + t) ^ (g & 1) * S::kOddUnits) * 16;
+            const uint4 near = *reinterpret_cast<const uint4*>(rows);
+            const uint4 far = *reinterpret_cast<const uint4*>(rows + 8 * kLine);
 #pragma unroll
-          for (int s = 0; s < kUnit / 4; ++s) {
-            uint32_t a[4];
-            takeTile<Weight, Half>(a, near, far, s);
+            for (int s = 0; s < kUnit / 4; ++s) {
+              uint32_t a[4];
+              takeTile<Weight, Half>(a, near, far, s);
 #pragma unroll
-            for (int j = 0; j < kTokenTiles; ++j) {
-              const uint4 piece = b[j][s / 2];
-              multiplyAdd<Half>(sum[r][j], a, s % 2 ? piece.z : piece.x, s % 2 ? piece.w : piece.y);
+              for (int j = 0; j < kTokenTiles; ++j) {
+                const uint4 piece = b[j][s / 2];
+                multiplyAdd<Half>(sum[r][j], a, s % 2 ? piece.z : piece.x, s % 2 ? piece.w : piece.y);
+              }
             }
           }
         }
@@ -236,8 +262,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int token = 8 * j + 2 * t + i % 2;
-          if (token < tile.num_tokens)
-            sums[(warp * max_tokens + token) * kRows + 16 * r + g + i / 2 * 8] = sum[r][j][i];
+          const float total = finished<Weight, Half>(sum[r][j], i);
+          if (token < tile.num_tokens) sums[(warp * max_tokens + token) * kRows + 16 * r + g + i / 2 * 8] = total;
         }
       }
     }
@@ -255,22 +281,23 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) fewTokens(const Task task) 
   }
 }
 
-template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages, typename Task>
+template <typename Weight, typename Half, int kRowTiles, int kTokenTiles, int kWarps, int kStages,
+          int kLine = kLineBytes, typename Task>
 cudaError_t launchFew(const Task& task, const Device& device, cudaStream_t stream) {
-  const int needed_bytes = fewSharedBytes<Weight>(kRowTiles, task.maxTokens(), kWarps, kStages) + task.sharedBytes();
+  const int needed_bytes =
+      fewSharedBytes<Weight, kLine>(kRowTiles, task.maxTokens(), kWarps, kStages) + task.sharedBytes();
   if constexpr (kWarps > 4) {
     if (needed_bytes > device.shared_bytes) {
-      return launchFew<Weight, Half, kRowTiles, kTokenTiles, 4, kStages>(task, device, stream);
+      return launchFew<Weight, Half, kRowTiles, kTokenTiles, 4, kStages, kLine>(task, device, stream);
     }
   }
   // Two blocks on a multiprocessor, each with half of the memory even if it needs less: blocks of the next launch then
   // take the places of this one's as they end. With more room they would crowd where there is most of it.
-  constexpr int kBlocks = 2;
-  const int share = device.shared_bytes_of_all / kBlocks - kReservedSharedBytes;
+  const int share = device.shared_bytes_of_all / kFewBlocks - kReservedSharedBytes;
   const int shared_bytes = std::max(needed_bytes, std::min(share, device.shared_bytes));
-  const int blocks = device.multiprocessors * (needed_bytes <= share ? kBlocks : 1);
+  const int blocks = device.multiprocessors * (needed_bytes <= share ? kFewBlocks : 1);
   const dim3 grid(std::min(task.maxTiles(16 * kRowTiles), blocks));
-  return launch(fewTokens<Weight, Half, kRowTiles, kTokenTiles, kWarps, kStages, Task>, grid, kWarps * kWarpSize,
+  return launch(fewTokens<Weight, Half, kRowTiles, kTokenTiles, kWarps, kStages, kLine, Task>, grid, kWarps * kWarpSize,
                 shared_bytes, device, stream, task);
 }
 

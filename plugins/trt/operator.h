@@ -99,10 +99,13 @@ constexpr const char* kPluginNamespace = "";
 
 std::unique_ptr<Operator> makeSinkAttention();
 std::unique_ptr<Operator> makeInt8Linear();
+std::unique_ptr<Operator> makeInt4Linear();
 std::unique_ptr<Operator> makeHalfLinear();
 std::unique_ptr<Operator> makeInt8ExpertLinear();
+std::unique_ptr<Operator> makeInt4ExpertLinear();
 std::unique_ptr<Operator> makeHalfExpertLinear();
 std::unique_ptr<Operator> makeInt8Rows();
+std::unique_ptr<Operator> makeInt4Rows();
 std::unique_ptr<Operator> makeRmsNorm();
 std::unique_ptr<Operator> makeGatedActivation();
 
@@ -110,10 +113,13 @@ inline const std::vector<OperatorKind>& operatorKinds() {
   static const std::vector<OperatorKind> kinds = {
       {"SinkAttention", makeSinkAttention},
       {"Int8Linear", makeInt8Linear},
+      {"Int4Linear", makeInt4Linear},
       {"HalfLinear", makeHalfLinear},
       {"Int8ExpertLinear", makeInt8ExpertLinear},
+      {"Int4ExpertLinear", makeInt4ExpertLinear},
       {"HalfExpertLinear", makeHalfExpertLinear},
       {"Int8Rows", makeInt8Rows},
+      {"Int4Rows", makeInt4Rows},
       {"RmsNorm", makeRmsNorm},
       {"GatedActivation", makeGatedActivation},
   };

@@ -123,7 +123,7 @@ def numbers_of(bundle: Path) -> Iterator[tuple[str, np.ndarray]]:
 def _parts(matrix: GraphMatrix) -> Iterator[tuple[str, np.ndarray]]:
     count, width = matrix.shape
     values, _ = matrix.read(np.arange(count), np.arange(width))
-    shares = {"q_proj": 64, "k_proj": 32, "v_proj": 32} if len(matrix.parts) == 3 else {}
+    shares = {"q_proj": count // 2, "k_proj": count // 4, "v_proj": count // 4} if len(matrix.parts) == 3 else {}
     start = 0
     for part in matrix.parts:
         rows = shares.get(part.split(".")[-2], count // len(matrix.parts))
@@ -243,15 +243,51 @@ def test_half_precision_where_it_holds_the_scales(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("native", nightly_but([False], [False, True]))
 def test_per_channel_integers_for_tensorrt(native: bool, tmp_path: Path) -> None:
-    """Int8Linear and Q/DQ take 8 bits with a scale for each output; others become float16."""
+    """Int8Linear and Q/DQ take 8 bits with a scale for each output; blocks of 8 bits become float16."""
     config = ExportConfig(**GEOMETRY | {"dtype": "fp16", "target": "tensorrt"}, native=native)
     sizes = {"hidden_size": 256}
     kept = export(str(made(tmp_path / "a", "int8", **sizes).path), tmp_path / "b", config, check=False)
     assert kept.producer[STORED] == "14 x compressed-tensors 8 bits kept in 8 bits, a scale for each output"
-    words = export(str(made(tmp_path / "c", "gptq", **sizes).path), tmp_path / "d", config, check=False).producer[
+    words = export(str(made(tmp_path / "c", "gptq-8", **sizes).path), tmp_path / "d", config, check=False).producer[
         STORED
     ]
-    assert words == "14 x GPTQ 4 bits dequantised to float16"
+    assert words == "14 x GPTQ 8 bits dequantised to float16"
+
+
+FOR_THE_PLUGIN = {
+    "gptq": "14 x GPTQ 4 bits kept in 4 bits, blocks of 32, zero points",
+    "gptq-symmetric": "14 x GPTQ 4 bits kept in 4 bits, blocks of 32",
+    "gptq-channel": "14 x GPTQ 4 bits kept in 4 bits, blocks of 128, zero points",
+    "gptq-3": "14 x GPTQ 3 bits kept in 4 bits, blocks of 32, zero points",
+    "gptq-2": "14 x GPTQ 2 bits dequantised to float16",
+    "gptq-own-order": "14 x GPTQ 4 bits kept in 4 bits, blocks of 32, zero points",
+    "awq-64": "14 x AWQ 4 bits kept in 4 bits, blocks of 64, zero points",
+    "packed": "14 x compressed-tensors 4 bits kept in 4 bits, blocks of 32",
+}
+"""Kinds, and what an export for the TensorRT plugin says. Blocks of 16 are smaller than its kernels have."""
+
+
+@pytest.mark.parametrize("kind", nightly_but(["gptq", "gptq-own-order", "packed"], FOR_THE_PLUGIN))
+def test_four_bits_lie_in_tiles_of_the_plugin(kind: str, tmp_path: Path) -> None:
+    """Read back, they are the format's numbers."""
+    folder, bundle = made(tmp_path / "model", kind, hidden_size=256), tmp_path / "bundle"
+    config = ExportConfig(**GEOMETRY | {"dtype": "fp16", "target": "tensorrt"})
+    assert export(str(folder.path), bundle, config).producer[STORED] == FOR_THE_PLUGIN[kind]
+    if "kept" in FOR_THE_PLUGIN[kind]:
+        found = dict(numbers_of(bundle))
+        for name, values in folder.weights.items():
+            assert np.array_equal(found[name], values), name
+
+
+def test_experts_of_four_bits_for_the_plugin(tmp_path: Path) -> None:
+    folder = made(tmp_path / "model", "gptq", hidden_size=256, **MODELS["experts"])
+    config = ExportConfig(**GEOMETRY | {"dtype": "fp16", "target": "tensorrt"})
+    words = export(str(folder.path), tmp_path / "bundle", config).producer[STORED]
+    assert "dequantised" not in words
+    nodes = [
+        node.op_type for node in onnx.load(tmp_path / "bundle" / "decode.onnx", load_external_data=False).graph.node
+    ]
+    assert nodes.count("Int4ExpertLinear") == 4
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------

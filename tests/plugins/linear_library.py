@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from plugins.capi.kernels import ExpertLinear, Linear
+from plugins.capi.kernels import ExpertLinear, Int4Rows, Linear
 from tests.plugins.compiler import CAPI, KERNELS, compile_sources, link
 
-Interface = TypeVar("Interface", Linear, ExpertLinear)
+Interface = TypeVar("Interface", Linear, ExpertLinear, Int4Rows)
 
 
 def build(interface: type[Interface], folder: Path, architecture: str) -> Interface:

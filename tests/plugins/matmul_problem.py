@@ -9,14 +9,17 @@ import numpy as np
 import torch
 
 from plugins.capi.header import DTYPES, WEIGHT_TYPES
+from tests.plugins import int4_layout
 from tests.plugins.gpu_buffers import Buffer, error
+
+FORMS_OF_INT4 = ("int4-32", "int4-64", "int4-128", "int4-32z", "int4-64z", "int4-128z")
 
 
 class Problem:
-    """Fresh random inputs on the GPU: sums of about unit size, INT8 weights of all 256 values.
+    """Fresh random inputs on the GPU: sums of about unit size, integer weights of all values.
 
-    weights: ``int8 | half``. matrices: [N, K] with what comes before. A scale is there in both cases, all ones with
-    half weights, which it is not given to. A subclass sets ``params`` and says what is expected.
+    weights: ``int8 | half``, or ``int4-32 | int4-64 | int4-128``, blocks of so many inputs, with zero points if a ``z``
+    follows. matrices: [N, K] with what comes before. A subclass sets ``params`` and says what is expected.
     """
 
     params: Any
@@ -30,33 +33,94 @@ class Problem:
         matrices: tuple[int, ...],
         dtype: torch.dtype,
     ) -> None:
-        self.library, self.dtype, self.is_int8 = library, dtype, weights == "int8"
+        self.library, self.dtype = library, dtype
+        self.kind, _, block = weights.partition("-")
         *_, num_outputs, num_inputs = matrices
         self.x = Buffer(num_rows, num_inputs, dtype=dtype)
-        self.weight = Buffer(*matrices, dtype=torch.int8 if self.is_int8 else dtype)
-        self.scale = Buffer(*matrices[:-1], dtype=torch.float32)
         self.y = Buffer(num_results, num_outputs, dtype=dtype)
         self.x.tensor.normal_()
-        if self.is_int8:
-            self.weight.tensor.random_(-128, 128)
-            self.scale.tensor.uniform_(0.5, 1.5).mul_(1 / (74 * num_inputs**0.5))
-        else:
-            self.weight.tensor.normal_().mul_(num_inputs**-0.5)
-            self.scale.tensor.fill_(1.0)
         self.common = {
             "num_rows": num_rows,
             "num_inputs": num_inputs,
             "num_outputs": num_outputs,
             "dtype": DTYPES[str(dtype).removeprefix("torch.")],
-            "weight_type": WEIGHT_TYPES[weights],
+            "weight_type": WEIGHT_TYPES[self.kind],
             "x": self.x.address,
-            "weight": self.weight.address,
-            "scale": self.scale.address if self.is_int8 else 0,
             "y": self.y.address,
         }
+        if self.kind == "int4":
+            self._make_int4(matrices, int(block.removesuffix("z")), has_zeros=block.endswith("z"))
+            return
+        self.weight = Buffer(*matrices, dtype=torch.int8 if self.kind == "int8" else dtype)
+        self.stored = [self.weight]
+        self.common["weight"] = self.weight.address
+        if self.kind == "int8":
+            self.scale = Buffer(*matrices[:-1], dtype=torch.float32)
+            self.weight.tensor.random_(-128, 128)
+            self.scale.tensor.uniform_(0.5, 1.5).mul_(1 / (74 * num_inputs**0.5))
+            self.stored.append(self.scale)
+            self.common["scale"] = self.scale.address
+        else:
+            self.weight.tensor.normal_().mul_(num_inputs**-0.5)
+
+    def _make_int4(self, matrices: tuple[int, ...], block: int, *, has_zeros: bool) -> None:
+        *outputs, num_inputs = matrices
+        count = -(-num_inputs // block)
+        self.block = block
+        # Without zero points as many below zero as above, so that chains of matmuls stay of unit size.
+        least = 0 if has_zeros else 1
+        self.integers = torch.randint(least, 16, matrices, dtype=torch.uint8, device="cuda")
+        self.scales = (torch.rand(*outputs, count, device="cuda") + 0.5).mul_(1 / (5 * num_inputs**0.5)).half()
+        self.zeros = torch.full((*outputs, count), 8, dtype=torch.uint8, device="cuda")
+        if has_zeros:
+            self.zeros.random_(0, 16)
+        parts = {"weight": int4_layout.tiles(self.integers), "block_scale": int4_layout.groups(self.scales)}
+        if has_zeros:
+            parts["zero_points"] = int4_layout.groups(self.zeros)
+        self.stored = [Buffer(*part.shape, dtype=part.dtype) for part in parts.values()]
+        self.common |= {name: buffer.address for name, buffer in zip(parts, self.stored, strict=True)}
+        self.common["block_size"] = block
+        self._store_int4()
+
+    def _store_int4(self) -> None:
+        parts = (int4_layout.tiles(self.integers), int4_layout.groups(self.scales), int4_layout.groups(self.zeros))
+        for buffer, part in zip(self.stored, parts, strict=False):
+            buffer.tensor.copy_(part)
+
+    def use_small_integers(self, scale: float) -> None:
+        """Inputs of -1 .. 1 and weights of -3 .. 3 times `scale`, a power of two: every product is exact."""
+        self.x.tensor.random_(-1, 2)
+        if self.kind == "int4":
+            if len(self.stored) > 2:
+                self.zeros.random_(3, 13)
+            values = torch.randint(-3, 4, self.integers.shape, device="cuda") + self._by_input(self.zeros)
+            self.use_integers(values, scale)
+            return
+        self.weight.tensor.random_(-3, 4)
+        if self.kind == "int8":
+            self.scale.tensor.fill_(scale)
+        else:
+            self.weight.tensor.mul_(scale)
+
+    def use_integers(self, integers: torch.Tensor, scale: float) -> None:
+        """INT4 weights of 0 .. 15, all of one scale."""
+        self.integers.copy_(integers)
+        self.scales.fill_(scale)
+        self._store_int4()
+
+    def _by_input(self, values: torch.Tensor) -> torch.Tensor:
+        """[.., G] -> [.., K]."""
+        return values.repeat_interleave(self.block, -1)[..., : self.integers.shape[-1]]
+
+    def dense(self) -> torch.Tensor:
+        """float64 [.., N, K]: what the weights stand for."""
+        if self.kind == "int4":
+            return (self.integers.double() - self._by_input(self.zeros)) * self._by_input(self.scales.double())
+        weight = self.weight.tensor.double()
+        return weight * self.scale.tensor.double()[..., None] if self.kind == "int8" else weight
 
     def buffers(self) -> tuple[Buffer, ...]:
-        return self.x, self.weight, self.scale, self.y
+        return self.x, self.y, *self.stored
 
     def scratch(self) -> tuple[Buffer, ...]:
         """A launch's workspace, where it has one."""
@@ -79,7 +143,7 @@ class Problem:
 
     def half_weight(self) -> torch.Tensor:
         """Dequantised, as a model in this precision has it."""
-        return (self.weight.tensor.float() * self.scale.tensor[..., None]).to(self.dtype)
+        return self.dense().to(self.dtype)
 
     def float64(self) -> np.ndarray:
         raise NotImplementedError

@@ -22,7 +22,8 @@ class Case:
     value_dim: of values and outputs, 0: head_dim.
     rotation: ``none``, ``caller`` (q and k come rotated, queries are turned back by given cos and sin) or ``kernel``.
     gate_dim: 0 (no gate), 1 or head_dim.
-    qk_norm: RMS norms of queries and keys before the rotation.
+    qk_norm: RMS norms of queries and keys before the rotation. norm_of_rows: they are of all heads of a token.
+    v_norm: RMS norms of values. turned_weights: weights of queries and keys after the rotation, 0, 1 (queries) or 2.
     """
 
     num_q_heads: int
@@ -44,6 +45,9 @@ class Case:
     batch: int = 3
     value_dim: int = 0
     qk_norm: bool = False
+    norm_of_rows: bool = False
+    v_norm: bool = False
+    turned_weights: int = 0
 
     @property
     def value_size(self) -> int:
@@ -58,10 +62,11 @@ class Case:
         return float(self.head_dim**-0.5)
 
     def __str__(self) -> str:
-        names = ("softcap", "alibi", "sink_logit", "sink_scale", "interleaved", "qk_norm")
+        names = ("softcap", "alibi", "sink_logit", "sink_scale", "interleaved", "qk_norm", "norm_of_rows", "v_norm")
         extras = [name for name in names if getattr(self, name)]
         extras += [f"gate{self.gate_dim}"] if self.gate_dim else []
         extras += [f"Dv{self.value_dim}"] if self.value_dim else []
+        extras += [f"turned{self.turned_weights}"] if self.turned_weights else []
         return "-".join(
             (
                 f"Hq{self.num_q_heads}-Hkv{self.num_kv_heads}-D{self.head_dim}-S{self.num_sinks}-W{self.window_size}",
@@ -79,7 +84,8 @@ class Tokens:
     """N tokens of B streams. q: [B, Hq, N, D], k, v: [B, Hkv, N, D], of the case's dtype, rotated if callers do that.
 
     positions: int64 [B, N]: 0 .. S-1, then any ones without gaps. frequency: int64 [R/2], turns a token by 2^-32.
-    gate: [B, Hq, N, gate_dim]. Per head float32 [Hq]: slopes, sink_logit, sink_scale. Norms [D]: q_norm, k_norm.
+    gate: [B, Hq, N, gate_dim]. Per head float32 [Hq]: slopes, sink_logit, sink_scale. Norms [D], or of
+    all heads [H * D]: q_norm, k_norm; [Dv]: v_norm. After the rotation [D]: q_turned, k_turned.
     """
 
     q: torch.Tensor
@@ -93,6 +99,9 @@ class Tokens:
     sink_scale: torch.Tensor | None
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
+    v_norm: torch.Tensor | None = None
+    q_turned: torch.Tensor | None = None
+    k_turned: torch.Tensor | None = None
 
     @classmethod
     def random(cls, case: Case, positions: torch.Tensor) -> Tokens:
@@ -102,6 +111,10 @@ class Tokens:
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, device=device).to(case.dtype)
 
+        def weight(size: int, wanted: bool) -> torch.Tensor | None:
+            return torch.rand(size, device=device) + 0.5 if wanted else None
+
+        heads = (case.num_q_heads, case.num_kv_heads) if case.norm_of_rows else (1, 1)
         base = 10000.0 ** (-torch.arange(0, case.rotary_dim, 2, dtype=torch.float64) / max(case.rotary_dim, 1))
         return cls(
             q=normal(batch, case.num_q_heads, count, case.head_dim) * 1.5,
@@ -113,8 +126,11 @@ class Tokens:
             slopes=torch.rand(case.num_q_heads, device=device) if case.alibi else None,
             sink_logit=torch.randn(case.num_q_heads, device=device) * 3 if case.sink_logit else None,
             sink_scale=torch.rand(case.num_q_heads, device=device) * 3 if case.sink_scale else None,
-            q_norm=torch.rand(case.head_dim, device=device) + 0.5 if case.qk_norm else None,
-            k_norm=torch.rand(case.head_dim, device=device) + 0.5 if case.qk_norm else None,
+            q_norm=weight(heads[0] * case.head_dim, case.qk_norm),
+            k_norm=weight(heads[1] * case.head_dim, case.qk_norm),
+            v_norm=weight(case.value_size, case.v_norm),
+            q_turned=weight(case.head_dim, case.turned_weights > 0),
+            k_turned=weight(case.head_dim, case.turned_weights > 1),
         )
 
     def shift(self, case: Case) -> torch.Tensor:
@@ -142,10 +158,19 @@ def turned(x: torch.Tensor, angle: torch.Tensor, case: Case, scaling: float = 1.
 
 
 def normed(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """Rows of x [.., D] by their RMS norm in float64; x itself without a weight."""
+    """Rows of x [B, H, N, D] by their RMS norm in float64, or all heads of a token by theirs where the weight is of
+    all of them; x itself without a weight."""
     if weight is None:
         return x
     x = x.double()
+    if len(weight) > x.shape[-1]:
+        rows = x.transpose(1, 2).flatten(2)
+        return normed_rows(rows, weight).unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
+    return normed_rows(x, weight)
+
+
+def normed_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """float64 x [.., D] by the RMS norm of the last axis."""
     return x / (x.square().mean(-1, keepdim=True) + QK_EPSILON).sqrt() * weight.double()
 
 
@@ -160,7 +185,7 @@ def stored_rows(case: Case, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]
     k = normed(tokens.k, tokens.k_norm).double()
     if case.rotation == "kernel":
         k = turned(k, angles(tokens.positions, tokens.frequency), case, case.rope_scaling)
-    return k, tokens.v.double()
+    return k, normed(tokens.v, tokens.v_norm).double()
 
 
 def attention(case: Case, tokens: Tokens, dtype: torch.dtype, queries: slice = slice(None)) -> torch.Tensor:
@@ -181,6 +206,10 @@ def attention(case: Case, tokens: Tokens, dtype: torch.dtype, queries: slice = s
     if case.rotation == "kernel":
         q_window = turned(q, angles(positions, tokens.frequency), case, case.rope_scaling)
         q_sink = turned(q, angles(positions - shift, tokens.frequency), case, case.rope_scaling)
+        if tokens.q_turned is not None:
+            q_sink = q_sink * tokens.q_turned.double()
+            q_sink = q_sink if tokens.k_turned is None else q_sink * tokens.k_turned.double()
+            q_window = turned(q_sink, angles(shift, tokens.frequency), case)
     else:
         q_window, q_sink = q.double(), q.double()
         if case.rotation == "caller":

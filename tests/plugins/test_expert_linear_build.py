@@ -54,7 +54,7 @@ REFUSED = [
     ({**HALF, "num_inputs": 68}, "num_inputs: received 68, expected a multiple of 8 in 8 .. 2097152; pad x and weight"),
     ({"num_outputs": 0}, "num_outputs: received 0, expected 1 .. 2097152"),
     ({"dtype": 2}, "dtype: received 2, expected 0 (float16) or 1 (bfloat16)"),
-    ({"weight_type": 2}, "weight_type: received 2, expected 0 (int8) or 1 (half)"),
+    ({"weight_type": 3}, "weight_type: received 3, expected 0 (int8), 1 (half) or 2 (int4)"),
     ({**HALF, "scale": 3 << 30}, "scale: received a pointer, expected null with half weights"),
     *(({name: 0}, f"{name}: received null, expected a device pointer") for name in POINTERS),
     *(

@@ -15,7 +15,14 @@ from plugins.capi.kernels import ExpertLinear, ExpertLinearParams
 from tests.plugins.gpu_buffers import Buffer, error
 from tests.plugins.gpu_tests import library_for_gpu, needs_gpu
 from tests.plugins.linear_library import build
-from tests.plugins.matmul_problem import Problem, check_chain, check_error, check_repeats, check_replays
+from tests.plugins.matmul_problem import (
+    FORMS_OF_INT4,
+    Problem,
+    check_chain,
+    check_error,
+    check_repeats,
+    check_replays,
+)
 
 pytestmark = needs_gpu("SINKEXPORT_LINEAR")
 
@@ -41,6 +48,8 @@ SHAPES = {
     "int8": [(1, 16), (7, 48), (33, 208), (96, 1488), (129, 2064)],
     "half": [(1, 8), (7, 24), (33, 200), (96, 1480), (129, 2056)],
 }
+SHAPES |= {form: [(33, 200), (96, 1480)] for form in FORMS_OF_INT4}
+SHAPES["int4-32z"] = SHAPES["int4-128"] = SHAPES["half"]
 CASES = [(weights, shape) for weights, shapes in SHAPES.items() for shape in shapes]
 
 
@@ -84,7 +93,7 @@ class ChosenMatrices(Problem):
         return self.x.tensor.repeat_interleave(self.params.num_picks // self.params.num_rows, 0)
 
     def float64(self) -> np.ndarray:
-        weight = self.weight.tensor.double() * self.scale.tensor.double()[..., None]
+        weight = self.dense()
         return np.stack(
             [
                 (weight[pick] @ row).cpu().numpy()
@@ -124,9 +133,7 @@ def test_exact_where_floats_are(library):
     for moe in MOES:
         for weights, shape in CASES:
             problem = ChosenMatrices(library, weights, moe, shape, torch.float16)
-            problem.x.tensor.random_(-1, 2)
-            problem.weight.tensor.random_(-3, 4)
-            problem.scale.tensor.fill_(1.0)
+            problem.use_small_integers(1.0)
             np.testing.assert_array_equal(problem.run().double().cpu().numpy(), problem.float64())
 
 

@@ -28,6 +28,13 @@ def params(**changes: int) -> LinearParams:
 
 
 HALF = {"weight_type": WEIGHT_TYPES["half"], "scale": 0}
+INT4 = {
+    "weight_type": WEIGHT_TYPES["int4"],
+    "scale": 0,
+    "block_size": 32,
+    "block_scale": 6 << 30,
+    "zero_points": 7 << 30,
+}
 
 
 def test_what_can_be_launched(library):
@@ -35,6 +42,8 @@ def test_what_can_be_launched(library):
         assert library.problem(params(**changes)) is None
         assert library.problem(params(**changes, **HALF)) is None
     assert library.problem(params(**HALF, num_inputs=8)) is None
+    for changes in ({}, {"zero_points": 0}, {"block_size": 64}, {"block_size": 128}, {"num_inputs": 8}):
+        assert library.problem(params(**INT4 | changes)) is None
 
 
 REFUSED = [
@@ -45,10 +54,21 @@ REFUSED = [
     ({"num_inputs": 0}, "num_inputs: received 0, expected a multiple of 16 in"),
     ({"num_outputs": 0}, "num_outputs: received 0, expected 1 .. 2097152"),
     ({"dtype": 2}, "dtype: received 2, expected 0 (float16) or 1 (bfloat16)"),
-    ({"weight_type": 2}, "weight_type: received 2, expected 0 (int8) or 1 (half)"),
+    ({"weight_type": 3}, "weight_type: received 3, expected 0 (int8), 1 (half) or 2 (int4)"),
     ({**HALF, "num_inputs": 68}, "num_inputs: received 68, expected a multiple of 8 in 8 .. 2097152; pad x and weight"),
     ({**HALF, "num_inputs": 0}, "num_inputs: received 0, expected a multiple of 8 in"),
     ({**HALF, "scale": 3 << 30}, "scale: received a pointer, expected null with half weights"),
+    ({**INT4, "num_inputs": 68}, "num_inputs: received 68, expected a multiple of 8 in 8 .. 2097152; pad x and weight"),
+    ({**INT4, "block_size": 16}, "block_size: received 16, expected 32, 64 or 128"),
+    ({**INT4, "block_size": 0}, "block_size: received 0, expected 32, 64 or 128"),
+    ({**INT4, "scale": 3 << 30}, "scale: received a pointer, expected null with int4 weights"),
+    ({**INT4, "block_scale": 0}, "block_scale: received null, expected a device pointer"),
+    ({**INT4, "zero_points": (1 << 40) + 8}, "zero_points: received 0x10000000008, expected a device pointer that is"),
+    ({"block_size": 32}, "block_size, block_scale, zero_points: received one of them, expected none but with int4"),
+    ({**HALF, "zero_points": 7 << 30}, "block_size, block_scale, zero_points: received one of them, expected none but"),
+    ({**INT4, "y": (2 << 30) + 3 * 512 - 16}, "y: overlaps weight, expected memory of its own"),
+    ({**INT4, "y": (6 << 30) + 3 * 2 * 32 - 16}, "y: overlaps block_scale, expected memory of its own"),
+    ({**INT4, "y": (7 << 30) + 3 * 2 * 16 - 16}, "y: overlaps zero_points, expected memory of its own"),
     ({**HALF, "weight": 0}, "weight: received null, expected a device pointer"),
     *(({name: 0}, f"{name}: received null, expected a device pointer") for name in POINTERS if name != "bias"),
     ({"weight": 0, "bias": 0}, "weight: received null, expected a device pointer"),

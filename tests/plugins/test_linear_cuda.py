@@ -1,4 +1,4 @@
-"""The linear on a GPU, by INT8 and half weights, against float64 NumPy and PyTorch's matmul in the same precision.
+"""The linear on a GPU, by INT8, INT4 and half weights, against float64 and PyTorch's matmul in the same precision.
 
 SINKEXPORT_LINEAR: a library that holds capi/linear.cpp; without it one is compiled for this machine's GPU.
 """
@@ -15,7 +15,14 @@ from plugins.capi.kernels import Linear, LinearParams
 from tests.plugins.gpu_buffers import Buffer
 from tests.plugins.gpu_tests import library_for_gpu, needs_gpu
 from tests.plugins.linear_library import build
-from tests.plugins.matmul_problem import Problem, check_chain, check_error, check_repeats, check_replays
+from tests.plugins.matmul_problem import (
+    FORMS_OF_INT4,
+    Problem,
+    check_chain,
+    check_error,
+    check_repeats,
+    check_replays,
+)
 
 pytestmark = needs_gpu("SINKEXPORT_LINEAR")
 
@@ -27,6 +34,9 @@ SHAPES = {
     "int8": [(1, 16), (7, 48), (33, 208), (99, 1488), (576, 576), (129, 4112), (33001, 48), (24700, 48), (1025, 12304)],
     "half": [(1, 8), (7, 24), (33, 200), (99, 1480), (576, 576), (129, 4104), (33001, 72), (24700, 40), (1025, 12296)],
 }
+# All forms of INT4 at some sizes: a last block, a last tile and a last chunk that are not full, and one block of all
+SHAPES |= {form: [(1, 8), (33, 200), (99, 1480), (576, 576), (1025, 4168)] for form in FORMS_OF_INT4}
+SHAPES["int4-32z"] = SHAPES["int4-128"] = SHAPES["half"]
 CASES = [(weights, shape) for weights, shapes in SHAPES.items() for shape in shapes]
 
 
@@ -50,8 +60,8 @@ class OneMatrix(Problem):
         return (self.workspace,)
 
     def float64(self) -> np.ndarray:
-        x, weight, scale, bias = (b.tensor.double().cpu().numpy() for b in (self.x, self.weight, self.scale, self.bias))
-        return x @ weight.T * scale + (bias if self.has_bias else 0)
+        bias = self.bias.tensor.double() if self.has_bias else 0
+        return (self.x.tensor.double() @ self.dense().mT + bias).cpu().numpy()
 
     def torch(self) -> torch.Tensor:
         bias = self.bias.tensor if self.has_bias else None
@@ -78,12 +88,7 @@ def test_exact_where_floats_are(library):
     for num_rows in NUM_ROWS:
         for weights, shape in CASES:
             problem = OneMatrix(library, num_rows, weights, shape, torch.float16, False)
-            problem.x.tensor.random_(-1, 2)
-            problem.weight.tensor.random_(-3, 4)
-            if problem.is_int8:
-                problem.scale.tensor.fill_(0.25)
-            else:
-                problem.weight.tensor.mul_(0.25)
+            problem.use_small_integers(0.25)
             # Sums of 12304 such products deviate by 181, and float16 holds all quarters up to 512.
             np.testing.assert_array_equal(problem.run().double().cpu().numpy(), problem.float64())
 
@@ -96,6 +101,17 @@ def test_every_weight_value_is_exact(library):
         problem.weight.tensor.copy_(values)
         problem.scale.tensor.fill_(1.0)
         assert torch.equal(problem.run().T.cpu().long(), values)
+
+
+@pytest.mark.parametrize("form", FORMS_OF_INT4)
+def test_every_int4_value_is_exact(library, form):
+    """Values with every zero point, at every place of a tile."""
+    for dtype in (torch.float16, torch.bfloat16):
+        for num_rows in (8, 16, 64):
+            problem = OneMatrix(library, num_rows, form, (256, num_rows), dtype, False)
+            problem.x.tensor.copy_(torch.eye(num_rows))
+            problem.use_integers((torch.arange(256)[:, None] + 7 * torch.arange(num_rows)) % 16, scale=2.0)
+            assert torch.equal(problem.run().T.double(), problem.dense())
 
 
 def test_every_half_weight_is_taken_as_it_is(library):

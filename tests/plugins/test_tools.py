@@ -48,7 +48,7 @@ def test_the_kernels_own_headers():
     assert names[:3] == ["batch", "num_tokens", "num_q_heads"]
     assert names[-1] == "out"
     assert header.DTYPES == {"float16": 0, "bfloat16": 1}
-    assert header.WEIGHT_TYPES == {"int8": 0, "half": 1}
+    assert header.WEIGHT_TYPES == {"int8": 0, "half": 1, "int4": 2}
     assert header.ACTIVATIONS == {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 

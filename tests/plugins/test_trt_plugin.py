@@ -63,13 +63,17 @@ ROWS = {"row_length": "i:64"}
 NORM = {"epsilon": "f:1e-6", "has_residual": "i:1", "float_weight": "i:0"}
 GATE = {"activation": "i:2", "width": "i:64", "is_merged": "i:1"}
 EXPERTS = {"num_outputs": "i:32"}
+INT4 = {"block_size": "i:64", "has_zero_points": "i:1"}
 GOOD = {
     "SinkAttention": ATTENTION,
     "Int8Linear": LINEAR,
+    "Int4Linear": {**LINEAR, **INT4},
     "HalfLinear": LINEAR,
     "Int8ExpertLinear": EXPERTS,
+    "Int4ExpertLinear": {**EXPERTS, **INT4},
     "HalfExpertLinear": EXPERTS,
     "Int8Rows": ROWS,
+    "Int4Rows": {**ROWS, "num_rows": "i:9", **INT4},
     "RmsNorm": NORM,
     "GatedActivation": GATE,
 }
@@ -119,6 +123,10 @@ def test_good_fields(plugin_library: Path, name: str) -> None:
         ("HalfLinear", {"has_bias": "i:2"}, (), "field 'has_bias': received 2, expected 0 or 1"),
         ("Int8ExpertLinear", {"num_outputs": "i:0"}, (), "field 'num_outputs': received 0, expected >= 1"),
         ("HalfExpertLinear", {}, ("has_bias:i:1",), "field 'has_bias': unknown, expected num_outputs"),
+        ("Int4Linear", {"block_size": "i:16"}, (), "field 'block_size': received 16, expected 32, 64 or 128"),
+        ("Int4Linear", {"has_zero_points": "i:2"}, (), "field 'has_zero_points': received 2, expected 0 or 1"),
+        ("Int4ExpertLinear", {"block_size": None}, (), "field 'block_size': missing"),
+        ("Int4Rows", {"num_rows": "i:0"}, (), "field 'num_rows': received 0, expected >= 1"),
         ("Int8Rows", {"row_length": "f:64"}, (), "field 'row_length': received another type, expected an int32"),
         ("RmsNorm", {"epsilon": "f:0"}, (), "field 'epsilon': received 0.000000, expected > 0"),
         ("RmsNorm", {"has_residual": "i:2"}, (), "field 'has_residual': received 2, expected 0 or 1"),

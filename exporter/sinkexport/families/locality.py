@@ -28,7 +28,7 @@ NUM_BEFORE = 16
 """Tokens before the one that is looked at: what drops tokens once there are many, as experts that are full, shows."""
 
 TEXT = [*range(NUM_BEFORE), 2 * NUM_BEFORE]
-"""Ids of a text, the last of which occurs once."""
+"""Ids of a text. The last one occurs once."""
 
 FAR = 2**20
 """A position that no factor of position overlooks: some change at every 8,192nd token only."""

@@ -10,6 +10,9 @@ import onnx_ir as ir
 from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, operand
 from sinkexport.graph.operators import (
+    BF16_EXPERT_LINEAR,
+    BF16_LINEAR,
+    BF16_ROWS,
     DOMAIN,
     FLOAT_EXPERT_LINEAR,
     FLOAT_LINEAR,
@@ -22,17 +25,14 @@ from sinkexport.graph.operators import (
     SINK_ATTENTION,
     VERSION,
 )
-from sinkexport.graph.packed_weights import LAYOUT, SCALE_TYPES, PackedMatrix, packed_source
-
-BITS_OF_LINEARS: Mapping[str, int] = {FLOAT_LINEAR: 32, INT8_LINEAR: 8, INT4_LINEAR: 4}
-BITS_OF_ROWS: Mapping[str, int] = {FLOAT_ROWS: 32, INT8_ROWS: 8, INT4_ROWS: 4}
-BITS_OF_EXPERTS: Mapping[str, int] = {FLOAT_EXPERT_LINEAR: 32, INT8_EXPERT_LINEAR: 8}
-ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu2")
-"""Names of a linear's activations."""
+from sinkexport.graph.packed_weights import LAYOUT, ROW_ORDER, SCALE_TYPES, PackedMatrix, packed_source, shown_order
 
 ALL_TOKENS: Mapping[str, int] = {"num_tokens": 0, "repeats_last": 0}
 """Fields of a matmul that computes all rows: the last pass but one changes them (skip_cpu_padding)."""
 
+BITS_OF_LINEARS: Mapping[str, int] = {FLOAT_LINEAR: 32, BF16_LINEAR: 16, INT8_LINEAR: 8, INT4_LINEAR: 4}
+BITS_OF_ROWS: Mapping[str, int] = {FLOAT_ROWS: 32, BF16_ROWS: 16, INT8_ROWS: 8, INT4_ROWS: 4}
+BITS_OF_EXPERTS: Mapping[str, int] = {FLOAT_EXPERT_LINEAR: 32, BF16_EXPERT_LINEAR: 16, INT8_EXPERT_LINEAR: 8}
 RMS, LAYER_NORM = 1, 2
 """Values of a linear's field ``norm``."""
 
@@ -82,6 +82,7 @@ class Linear:
     bias: ir.Value | None = None
     residual: ir.Value | None = None
     activation: str = "none"
+    activation_limit: float = 0.0
     is_gated: bool = False
     multiplier: float = 1.0
     output_norm_weight: ir.Value | None = None
@@ -98,7 +99,7 @@ class Linear:
     def of(cls, node: ir.Node) -> Linear:
         """What a node says."""
         fields = {name: attribute.value for name, attribute in node.attributes.items()}
-        num_weights = 1 + (node.op_type != FLOAT_LINEAR) + fields["has_zero_points"]
+        num_weights = 1 + (node.op_type in (INT8_LINEAR, INT4_LINEAR)) + fields["has_zero_points"]
         rest = iter([operand(node, i) for i in range(1 + num_weights, len(node.inputs))])
         norm_weight, norm_bias, bias, output_norm, residual = (next(rest) if fields[name] else None for name in _FUSED)
         return cls(
@@ -115,6 +116,7 @@ class Linear:
             bias=bias,
             residual=residual,
             activation=fields["activation"],
+            activation_limit=fields["activation_limit"],
             is_gated=bool(fields["gated"]),
             multiplier=fields["multiplier"],
             output_norm_weight=output_norm,
@@ -147,23 +149,31 @@ class Linear:
             **_weight_fields(self.weights, self.block_size),
             norm=norm,
             norm_epsilon=float(self.norm_epsilon),
-            norm_offset=0,
             has_norm_bias=int(self.norm_bias is not None),
             has_bias=int(self.bias is not None),
             has_residual=int(self.residual is not None),
             activation=self.activation,
+            activation_limit=float(self.activation_limit),
             gated=int(self.is_gated),
             multiplier=float(self.multiplier),
             output_norm=int(self.output_norm_weight is not None),
             output_norm_epsilon=float(self.output_norm_epsilon),
             **ALL_TOKENS,
+            **_row_order(self.matrix),
         )
+
+
+def is_linear(node: ir.Node | None) -> bool:
+    """Whether a node is a linear of the CPU library."""
+    if node is None or node.domain != DOMAIN:
+        return False
+    return node.op_type in BITS_OF_LINEARS and "layout" in node.attributes
 
 
 def find_linears(graph: ir.Graph) -> Iterator[tuple[ir.Node, Linear]]:
     """Every linear of the CPU library. The node that is handed out may be replaced."""
     for node in list(graph):
-        if node.domain == DOMAIN and node.op_type in BITS_OF_LINEARS and "layout" in node.attributes:
+        if node.graph is not None and is_linear(node):
             yield node, Linear.of(node)
 
 
@@ -181,20 +191,127 @@ def write_rows(b: Builder, ids: ir.Value, matrix: PackedMatrix) -> ir.Value:
     )
 
 
-def write_expert_linear(b: Builder, x: ir.Value, picks: ir.Value, matrix: PackedMatrix) -> ir.Value:
-    """Add a matmul by chosen matrices: x [R, K], picks [P], R a divisor of P -> [P, N]."""
-    weights = matrix.values(b.graph)
-    return _op(
-        b,
-        _of_bits(BITS_OF_EXPERTS, matrix),
-        [x, picks, *weights],
-        (*known_shape(picks), matrix.num_outputs),
-        in_features=matrix.num_inputs,
-        out_features=matrix.num_outputs,
-        num_experts=matrix.num_experts,
-        **ALL_TOKENS,
-        **_weight_fields(weights, _block_size(matrix)),
-    )
+@dataclasses.dataclass(frozen=True)
+class ExpertLinear:
+    """Each row of x by matrices that are chosen: ``activation(norm(x) . W^T + bias) * multiplier``, gates and ups in
+    their form.
+
+    x: [R, K] with any leading axes. picks: int64 [P], R a divisor of P, likewise. weights: as `Linear`'s.
+    norm_weight: [K] of an RMS norm, or of a layer norm. bias: [E, N], gated [E, 2N].
+    pick_weights: [.., top_k], P in all: the result is the weighted sums of top_k rows each then, [.., N].
+    residual: of as many elements as the result, which has its shape; added last.
+    """
+
+    op_type: str
+    x: ir.Value
+    picks: ir.Value
+    weights: tuple[ir.Value, ...]
+    in_features: int
+    out_features: int
+    num_experts: int
+    block_size: int
+    norm_weight: ir.Value | None = None
+    norm_epsilon: float = 0.0
+    is_layer_norm: bool = False
+    bias: ir.Value | None = None
+    activation: str = "none"
+    activation_limit: float = 0.0
+    is_gated: bool = False
+    multiplier: float = 1.0
+    pick_weights: ir.Value | None = None
+    residual: ir.Value | None = None
+
+    @classmethod
+    def made(cls, graph: ir.Graph, x: ir.Value, picks: ir.Value, matrix: PackedMatrix) -> ExpertLinear:
+        """A matmul by matrices, which become constants of the graph. matrix: not gated."""
+        op_type, weights = _of_bits(BITS_OF_EXPERTS, matrix), tuple(matrix.values(graph))
+        sizes = (matrix.num_inputs, matrix.num_outputs, matrix.num_experts)
+        return cls(op_type, x, picks, weights, *sizes, _block_size(matrix))
+
+    @classmethod
+    def of(cls, node: ir.Node) -> ExpertLinear:
+        """What a node says."""
+        fields = {name: attribute.value for name, attribute in node.attributes.items()}
+        num_weights = 1 + (node.op_type == INT8_EXPERT_LINEAR) + fields["has_zero_points"]
+        rest = iter([operand(node, i) for i in range(2 + num_weights, len(node.inputs))])
+        has = ("norm", "has_bias", "has_pick_weights", "has_residual")
+        norm_weight, bias, pick_weights, residual = (next(rest) if fields[name] else None for name in has)
+        return cls(
+            op_type=node.op_type,
+            x=operand(node, 0),
+            picks=operand(node, 1),
+            weights=tuple(operand(node, i) for i in range(2, 2 + num_weights)),
+            in_features=fields["in_features"],
+            out_features=fields["out_features"],
+            num_experts=fields["num_experts"],
+            block_size=fields["block_size"],
+            norm_weight=norm_weight,
+            norm_epsilon=fields["norm_epsilon"],
+            is_layer_norm=fields["norm"] == LAYER_NORM,
+            bias=bias,
+            activation=fields["activation"],
+            activation_limit=fields["activation_limit"],
+            is_gated=bool(fields["gated"]),
+            multiplier=fields["multiplier"],
+            pick_weights=pick_weights,
+            residual=residual,
+        )
+
+    @property
+    def matrix(self) -> PackedMatrix | None:
+        """What the weights are made of; None: in a graph that came from a file."""
+        return packed_source(self.weights[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        if self.residual is not None:
+            return known_shape(self.residual)
+        leading = known_shape(self.picks) if self.pick_weights is None else known_shape(self.pick_weights)[:-1]
+        return (*leading, self.out_features)
+
+    def write(self, b: Builder) -> ir.Value:
+        """Add the node."""
+        fused = (self.norm_weight, self.bias, self.pick_weights, self.residual)
+        return _op(
+            b,
+            self.op_type,
+            [self.x, self.picks, *self.weights, *(value for value in fused if value is not None)],
+            self.shape,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            num_experts=self.num_experts,
+            **_weight_fields(self.weights, self.block_size),
+            norm=0 if self.norm_weight is None else LAYER_NORM if self.is_layer_norm else RMS,
+            norm_epsilon=float(self.norm_epsilon),
+            has_bias=int(self.bias is not None),
+            activation=self.activation,
+            activation_limit=float(self.activation_limit),
+            gated=int(self.is_gated),
+            multiplier=float(self.multiplier),
+            has_pick_weights=int(self.pick_weights is not None),
+            has_residual=int(self.residual is not None),
+            **ALL_TOKENS,
+            **_row_order(self.matrix),
+        )
+
+
+def is_expert_linear(node: ir.Node | None) -> bool:
+    """Whether a node is a matmul by chosen matrices of the CPU library."""
+    if node is None or node.domain != DOMAIN:
+        return False
+    return node.op_type in BITS_OF_EXPERTS and "layout" in node.attributes
+
+
+def find_expert_linears(graph: ir.Graph) -> Iterator[tuple[ir.Node, ExpertLinear]]:
+    """Every matmul by chosen matrices. The node that is handed out may be replaced."""
+    for node in list(graph):
+        if node.graph is not None and is_expert_linear(node):
+            yield node, ExpertLinear.of(node)
+
+
+def _row_order(matrix: PackedMatrix | None) -> dict[str, str]:
+    return {} if matrix is None or matrix.order is None else {ROW_ORDER: shown_order(matrix.order)}
 
 
 def _op(
@@ -216,8 +333,7 @@ def _weight_fields(weights: Sequence[ir.Value], block_size: int) -> dict[str, in
 
 
 def _of_bits(names: Mapping[str, int], matrix: PackedMatrix) -> str:
-    bits = 32 if matrix.integers is None else matrix.integers.bits
-    return next(name for name, has in names.items() if has == bits)
+    return next(name for name, has in names.items() if has == matrix.bits)
 
 
 def _block_size(matrix: PackedMatrix) -> int:

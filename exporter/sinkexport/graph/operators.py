@@ -26,13 +26,19 @@ INT8_LINEAR, INT8_ROWS = "Int8Linear", "Int8Rows"
 HALF_LINEAR = "HalfLinear"
 """Matmuls by float16 weights, likewise."""
 HALF_EXPERT_LINEAR, INT8_EXPERT_LINEAR = "HalfExpertLinear", "Int8ExpertLinear"
-"""Matmuls by the matrices of chosen experts, float16 or INT8, likewise."""
+INT4_EXPERT_LINEAR = "Int4ExpertLinear"
+"""Matmuls by the matrices of chosen experts, float16, INT8 or INT4, likewise."""
 RMS_NORM, GATED_ACTIVATION = "RmsNorm", "GatedActivation"
 """What is between matmuls, of the TensorRT plugin: made by graph passes, never traced."""
 FLOAT_LINEAR, INT4_LINEAR = "FloatLinear", "Int4Linear"
-"""Matmuls of the CPU library (plugins/cpu), which has an Int8Linear too: made by graph passes, never traced."""
+"""Matmuls of the CPU library (plugins/cpu), which has an Int8Linear too: made by graph passes, never traced.
+
+The TensorRT plugin has an Int4Linear of its own, with other fields and layout.
+"""
+BF16_LINEAR, BF16_ROWS, BF16_EXPERT_LINEAR = "Bf16Linear", "Bf16Rows", "Bf16ExpertLinear"
+"""The same with weights in bfloat16, likewise."""
 FLOAT_ROWS, INT4_ROWS = "FloatRows", "Int4Rows"
-"""Rows of tables of the CPU library, which has Int8Rows too, likewise."""
+"""Rows of tables of the CPU library, which has Int8Rows too, likewise; the TensorRT plugin has Int4Rows of its own."""
 FLOAT_EXPERT_LINEAR = "FloatExpertLinear"
 """Matmul by the matrices of chosen experts of the CPU library, which has an Int8ExpertLinear too, likewise."""
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -30,6 +32,12 @@ BLOCK_SIZES = (32, 64, 128)
 SCALE_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 """Types by the number that a node's field ``scale_type`` has for them."""
 
+BY_HEAD = ".by_head"
+"""Suffix of the name of a matrix, or of its bias, whose rows are in attention's order."""
+
+ROW_ORDER = "row_order"
+"""Attribute of the node of such a matrix, `shown_order` of its rows: for who compares weights, not for the library."""
+
 _SOURCE = "packed from"
 """Key in the metadata of a packed weight: the `PackedMatrix` that it is of."""
 
@@ -50,7 +58,8 @@ class PackedMatrix:
     """Matrices of N outputs by K inputs to be packed.
 
     rows: gives [E * N, K], float32, or integers: int8, or 0 .. 15 if they have 4 bits. num_experts: E; 0: one matrix.
-    is_gated: rows are gates, then as many ups, whose tiles alternate. integers: None: float32.
+    is_gated: rows are gates, then as many ups, whose tiles alternate. integers: None: float32, or bfloat16.
+    order: which of the model's rows each is; None: they are in the model's order.
     """
 
     name: str
@@ -60,12 +69,21 @@ class PackedMatrix:
     integers: Integers | None = None
     is_gated: bool = False
     num_experts: int = 0
+    is_bfloat16: bool = False
+    order: tuple[int, ...] | None = None
 
     @property
     def num_tiles(self) -> int:
         """Tiles of a matrix."""
         parts = 2 if self.is_gated else 1
         return parts * -(-self.num_outputs // parts // TILE)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored weight."""
+        if self.integers is not None:
+            return self.integers.bits
+        return 16 if self.is_bfloat16 else 32
 
     @property
     def num_groups(self) -> int:
@@ -77,15 +95,15 @@ class PackedMatrix:
     def padded_inputs(self) -> int:
         """K as it is stored."""
         if self.integers is None:
-            return self.num_inputs
+            return -(-self.num_inputs // 2) * 2 if self.is_bfloat16 else self.num_inputs
         multiple = self.integers.block_size or 4
         return -(-self.num_inputs // multiple) * multiple
 
     def values(self, graph: ir.Graph) -> list[ir.Value]:
         """Constants of the graph: packed bytes uint8 [n], then scales and zero points [(E,) tiles, groups, 16]."""
-        bits = 32 if self.integers is None else self.integers.bits
-        count = max(self.num_experts, 1) * self.num_tiles * TILE * self.padded_inputs * bits // 8
-        packed = lazy_weight(graph, f"{self.name}{PACKED}", ir.DataType.UINT8, (count,), self._bytes)
+        name = self.name if self.order is None else f"{self.name}{BY_HEAD}"
+        count = max(self.num_experts, 1) * self.num_tiles * TILE * self.padded_inputs * self.bits // 8
+        packed = lazy_weight(graph, f"{name}{PACKED}", ir.DataType.UINT8, (count,), self._bytes)
         packed.meta[_SOURCE] = self
         found = [packed]
         if self.integers is None:
@@ -97,8 +115,23 @@ class PackedMatrix:
             of_groups.append((ZERO_POINTS, ir.DataType.UINT8, self.integers.zero_points))
         for suffix, dtype, make in of_groups:
             tiled = functools.partial(self._tiled_groups, make, dtype, shape)
-            found.append(lazy_weight(graph, f"{self.name}{suffix}", dtype, shape, tiled))
+            found.append(lazy_weight(graph, f"{name}{suffix}", dtype, shape, tiled))
         return found
+
+    def reordered(self, rows: np.ndarray) -> PackedMatrix:
+        """The same matrix, or matrices, with outputs in another order. rows: int64 [N], a permutation."""
+        integers, order = self.integers, tuple(rows.tolist())
+        if self.num_experts:
+            rows = (np.arange(self.num_experts)[:, None] * self.num_outputs + rows).reshape(-1)
+        if integers is not None:
+            zeros = integers.zero_points
+            integers = dataclasses.replace(
+                integers,
+                scales=functools.partial(_taken, integers.scales, rows),
+                zero_points=None if zeros is None else functools.partial(_taken, zeros, rows),
+            )
+        taken = functools.partial(_taken, self.rows, rows)
+        return dataclasses.replace(self, rows=taken, integers=integers, order=order)
 
     def _bytes(self) -> np.ndarray:
         rows = self._in_tiles(self.rows())  # [.., tiles, 16, K]
@@ -106,7 +139,10 @@ class PackedMatrix:
         if missing:
             rows = np.pad(rows, [*[(0, 0)] * (rows.ndim - 1), (0, missing)])
         *tiles, depth = rows.shape
-        if self.integers is None:
+        if self.integers is None and self.is_bfloat16:
+            halves: np.ndarray = rows.astype(ml_dtypes.bfloat16).view(np.uint16)  # to the nearest, ties to even
+            packed = np.moveaxis(halves.reshape(*tiles, depth // 2, 2), -3, -2)
+        elif self.integers is None:
             packed = np.swapaxes(rows, -1, -2)
         elif self.integers.bits == 8:
             packed = np.moveaxis(rows.reshape(*tiles, depth // 4, 4), -3, -2)
@@ -132,16 +168,23 @@ class PackedMatrix:
         return whole.swapaxes(1, 2).reshape(len(whole), tiles * parts, TILE, rows.shape[-1])
 
 
+def shown_order(rows: Sequence[int]) -> str:
+    """Which of the model's rows each is, as runs ``first:count`` with commas between them."""
+    places = np.asarray(rows)
+    begins = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
+    return ",".join(f"{places[a]}:{b - a}" for a, b in itertools.pairwise(begins))
+
+
 def packed_source(weight: ir.Value) -> PackedMatrix | None:
     """What a packed weight is made of, in a graph that is not written yet."""
     found: PackedMatrix | None = weight.meta.get(_SOURCE)
     return found
 
 
-def packed_floats(name: str, transposed: ir.TensorProtocol) -> PackedMatrix:
-    """A float32 matrix [N, K]."""
+def packed_floats(name: str, transposed: ir.TensorProtocol, *, is_bfloat16: bool = False) -> PackedMatrix:
+    """A float32 matrix [N, K], rounded to bfloat16 where that is asked for."""
     num_outputs, num_inputs = (int(n) for n in transposed.shape.numpy())
-    return PackedMatrix(name, num_outputs, num_inputs, transposed.numpy)
+    return PackedMatrix(name, num_outputs, num_inputs, transposed.numpy, is_bfloat16=is_bfloat16)
 
 
 def packed_integers(weight: QuantizedWeight, num_experts: int = 0) -> PackedMatrix | None:
@@ -170,6 +213,11 @@ def holds_half(scales: np.ndarray) -> bool:
     """Whether float16 holds these scales exactly."""
     with np.errstate(over="ignore"):
         return bool((scales.astype(np.float16).astype(np.float32) == scales).all())
+
+
+def _taken(make: Callable[[], np.ndarray], rows: np.ndarray) -> np.ndarray:
+    taken: np.ndarray = make()[rows]
+    return taken
 
 
 def _zero_points(weight: QuantizedWeight) -> np.ndarray:

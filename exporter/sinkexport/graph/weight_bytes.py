@@ -6,10 +6,11 @@ import math
 
 import onnx_ir as ir
 
-from sinkexport.graph.cpu_nodes import BITS_OF_EXPERTS, BITS_OF_ROWS, is_cpu_node
-from sinkexport.graph.operators import HALF_EXPERT_LINEAR, INT8_EXPERT_LINEAR
+from sinkexport.graph.cpu_nodes import BITS_OF_EXPERTS, BITS_OF_ROWS, ExpertLinear, is_cpu_node
+from sinkexport.graph.edit import known_shape
+from sinkexport.graph.operators import HALF_EXPERT_LINEAR, INT4_EXPERT_LINEAR, INT8_EXPERT_LINEAR
 
-EXPERT_MATMULS = (HALF_EXPERT_LINEAR, INT8_EXPERT_LINEAR)
+EXPERT_MATMULS = (HALF_EXPERT_LINEAR, INT8_EXPERT_LINEAR, INT4_EXPERT_LINEAR)
 """Nodes of the TensorRT plugin: inputs, matrices (and scales) of all experts, which are chosen."""
 
 
@@ -32,8 +33,11 @@ def weight_bytes(model: ir.Model) -> int:
         elif is_cpu_node(node) and node.op_type in BITS_OF_ROWS:
             read_whole.update(names[:1])
         elif is_cpu_node(node) and node.op_type in BITS_OF_EXPERTS:
-            experts = node.attributes["num_experts"].as_int()
-            shares |= dict.fromkeys(names[2:], min(1.0, _rows(node.outputs[0], otherwise=experts) / experts))
+            linear = ExpertLinear.of(node)
+            of_experts = [value.name for value in (*linear.weights, linear.bias) if value is not None]
+            picks = math.prod(known_shape(linear.picks))
+            shares |= dict.fromkeys(of_experts, min(1.0, picks / linear.num_experts))
+            read_whole.update(set(names) - set(of_experts))
         elif node.op_type in EXPERT_MATMULS:
             chosen |= dict.fromkeys(names[1:-1], node.outputs[0])
             read_whole.update((names[0], names[-1]))

@@ -15,6 +15,7 @@ from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import constant, is_weight, known_shape, operand, optional, replace_node, typed
 from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION, STREAM_ANGLES, Input
 from sinkexport.graph.output_gate import absorb, find_output_gate
+from sinkexport.graph.turned_weights import TurnedWeight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,16 @@ class Rotation:
     frequency: np.ndarray
     scaling: float
     interleaved: bool
+
+    def is_like(self, other: Rotation) -> bool:
+        """Whether both turn by the same angles."""
+        is_same = (self.scaling, self.interleaved) == (other.scaling, other.interleaved)
+        return is_same and np.array_equal(self.frequency, other.frequency)
+
+
+def _is_whole(turned: TurnedWeight, of_keys: Rotation) -> bool:
+    is_same = turned.interleaved == of_keys.interleaved and np.array_equal(turned.frequency, of_keys.frequency)
+    return is_same and of_keys.scaling == 1.0
 
 
 def rotation_of(value: ir.Value) -> Rotation | None:
@@ -50,17 +61,34 @@ def rotation_of(value: ir.Value) -> Rotation | None:
     return Rotation(x, frequency.numpy(), scaling, bool(interleaved))
 
 
-def rotations_of(node: ir.Node) -> tuple[Rotation, Rotation] | None:
-    """Rotations of queries and keys.
+def rotations_of(node: ir.Node, turned: TurnedWeight | None = None) -> tuple[Rotation, Rotation] | None:
+    """Rotations of queries and keys. turned: of queries whose rotation is in two parts, that of all of it is the keys'.
 
     None: there are none. Raises: ValueError if these are of a kind that attention cannot do itself.
     """
     of_queries, of_keys = (rotation_of(operand(node, i)) for i in (Input.Q, Input.K))
+    if turned is not None and of_keys is not None:
+        if not _is_whole(turned, of_keys):
+            raise ValueError(f"'{node.name}': queries turn by other angles than keys")
+        return dataclasses.replace(of_keys, x=turned.x), of_keys
     if of_queries is not None and of_keys is not None:
+        if not of_queries.is_like(of_keys):
+            raise ValueError(f"'{node.name}': queries turn by other angles than keys")
         return of_queries, of_keys
     if of_queries is not of_keys or optional(node, Input.SHIFT_COS) is not None:
         raise ValueError(f"'{node.name}': queries and keys are rotated in a way that attention cannot do itself")
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """How a node reads states that another one writes.
+
+    states: as it reads them. takes_keys: whether they lack its tokens, whose keys and values it then takes.
+    """
+
+    states: States
+    takes_keys: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +104,12 @@ class States:
         """In the order of inputs and outputs."""
         return [*self.window, *self.scales, *self.sinks]
 
+    def after(self, node: ir.Node) -> States:
+        """What a node of a library makes of them."""
+        after = list(node.outputs[1:])
+        ends = [len(self.window), len(self.window) + len(self.scales)]
+        return States(after[: ends[0]], after[ends[0] : ends[1]], after[ends[1] :])
+
     @classmethod
     def of(cls, node: ir.Node) -> States:
         """The states of a traced node."""
@@ -88,18 +122,28 @@ class States:
 
 
 def make_whole(
-    graph: ir.Graph, node: ir.Node, *, dtype: ir.DataType, frequency: np.dtype, fields: Mapping[str, float | int | str]
-) -> None:
+    graph: ir.Graph,
+    node: ir.Node,
+    *,
+    dtype: ir.DataType,
+    frequency: np.dtype,
+    fields: Mapping[str, float | int | str],
+    turned: TurnedWeight | None = None,
+    shared: Shared | None = None,
+) -> ir.Node:
     """Replace a traced node. dtype: of all but the states, scales and numbers of heads. frequency: its type's bits.
 
-    fields: attributes beside those that both libraries have.
+    fields: attributes beside those that both libraries have. turned: weights between two parts of the queries'
+    rotation. shared: the node only reads its states; it has no states among its outputs then. Returns: the new node.
 
     Raises: ValueError if queries and keys are rotated in a way that attention cannot do itself.
     """
-    b, states, result = Builder(graph), States.of(node), operand(node, Input.Q).dtype
-    rotations = rotations_of(node)
+    b, result = Builder(graph), operand(node, Input.Q).dtype
+    states = States.of(node) if shared is None else shared.states
+    rotations = rotations_of(node, turned)
     q, k = (r.x for r in rotations) if rotations else (operand(node, i) for i in (Input.Q, Input.K))
-    inputs = [*(b.cast(value, dtype) for value in (q, k, operand(node, Input.V))), operand(node, Input.POSITION)]
+    tokens = [q] if shared is not None and not shared.takes_keys else [q, k, operand(node, Input.V)]
+    inputs = [*(b.cast(value, dtype) for value in tokens), operand(node, Input.POSITION)]
     inputs += states.all
     if rotations:
         turns = rotations[0].frequency  # below 2^32
@@ -115,6 +159,7 @@ def make_whole(
     if (gate := find_output_gate(node)) is not None:
         optional_ones["has_gate"] = b.cast(absorb(b, gate, known_shape(q)[1]), dtype)
     inputs += [value for value in optional_ones.values() if value is not None]
+    inputs += [] if turned is None else turned.weights
     rotation = rotations[0] if rotations else None
     attributes: dict[str, float | int | str] = {
         "scale": node.attributes["scale"].as_float(),
@@ -128,7 +173,7 @@ def make_whole(
         **{name: int(value is not None) for name, value in optional_ones.items()},
         **fields,
     }
-    _replace(node, b, inputs, attributes, states, (dtype, result or dtype))
+    return _replace(node, b, inputs, attributes, states, (dtype, result or dtype), writes=shared is None)
 
 
 def _replace(
@@ -138,21 +183,24 @@ def _replace(
     attributes: dict[str, float | int | str],
     states: States,
     dtypes: tuple[ir.DataType, ir.DataType],
-) -> None:
+    *,
+    writes: bool,
+) -> ir.Node:
     """dtypes: of the new node's result, and of the old one's."""
-    whole = ir.node(SINK_ATTENTION, inputs, attributes, domain=DOMAIN, num_outputs=1 + len(states.all))
+    written = states if writes else States([], [], [])
+    whole = ir.node(SINK_ATTENTION, inputs, attributes, domain=DOMAIN, num_outputs=1 + len(written.all))
     b.nodes.append(whole)
     shape = (*known_shape(inputs[0])[:3], known_shape(operand(node, Input.V))[3])
     typed(whole.outputs[0], shape, dtypes[0])
     out, *after = whole.outputs
-    for new, old in zip(after, states.all, strict=True):
+    for new, old in zip(after, written.all, strict=True):
         typed(new, known_shape(old), old.dtype)
-    ends = [len(states.window), len(states.window) + len(states.scales)]
-    window, scales, sinks = after[: ends[0]], after[ends[0] : ends[1]], after[ends[1] :]
     none: list[ir.Value | None] = [None, None]
-    outputs: list[ir.Value | None] = [b.cast(out, dtypes[1]), *(sinks or none), *window, *(scales or none)]
+    now = written.after(whole)
+    outputs = [b.cast(out, dtypes[1]), *(now.sinks or none), *(now.window or none), *(now.scales or none)]
     outputs.append(None)  # attention_mass: who calls has made sure that there is none
     replace_node(node, b.nodes, outputs)
+    return whole
 
 
 def _float32(b: Builder, value: ir.Value | None) -> ir.Value | None:

@@ -145,7 +145,9 @@ class _Check:
     def _chunk(self) -> int:
         """Tokens of a chunk that is compared; 0 if the bundle has no graph for chunks."""
         chunk_size = self._manifest.stream.chunk_size
-        return 0 if chunk_size == 1 else min(chunk_size, max(smallest_chunk(chunk_size, self._manifest.target), MIN_CHUNK))
+        return (
+            0 if chunk_size == 1 else min(chunk_size, max(smallest_chunk(chunk_size, self._manifest.target), MIN_CHUNK))
+        )
 
     def start_of_streams(self) -> None:
         """Before the first token is evicted, a bundle equals the dense model."""

@@ -15,7 +15,7 @@ import pydantic
 import yaml
 from sinkrt.errors import UsageError, problem
 
-from sinkexport.targets import RECIPE_TARGETS
+from sinkexport.targets import CPU, RECIPE_TARGETS
 
 if TYPE_CHECKING:
     RecipeTarget = str
@@ -129,9 +129,10 @@ class Thresholds(_Spec):
 class Recipe(_Spec):
     """A whole recipe.
 
-    weights: None: all stay in floating point, and only the window is quantised.
+    weights: None: all stay in floating point, and only the window is quantised, or they are rounded to bfloat16.
     stored: of a quantised checkpoint, with nothing else: ``keep``: integers stay what they are where the target takes
     them, and are dequantised elsewhere; ``float``: all are dequantised. None: the recipe is for other checkpoints.
+    floats: what weights of matmuls that are no integers are stored as: ``float32``, or ``bfloat16`` (target cpu).
 
     lm_head: the output projection: ``same`` as other weights, ``int8`` or ``float``. An embedding that is tied to it is
     stored once, as it is. embeddings: an untied one: ``int8`` (a scale for each row and block) or ``float``.
@@ -146,6 +147,7 @@ class Recipe(_Spec):
     description: str
     weights: Weights | None = None
     stored: Literal["keep", "float"] | None = None
+    floats: Literal["float32", "bfloat16"] = "float32"
     activations: Activations
     smooth: Smooth | None = None
     lm_head: Literal["same", "int8", "float"] = "same"
@@ -176,10 +178,14 @@ class Recipe(_Spec):
             # What would quantise something else than the window is refused, so that its absence is no oversight.
             plain = is_float and not self.smooth and self.lm_head == "same" and self.embeddings == "float"
             if self.stored is not None:
-                if not plain:
+                if not plain or self.floats != "float32":
                     raise ValueError("stored goes with activations.mode: float and embeddings: float, and nothing else")
-            elif not plain or self.kv != "int8":
-                raise ValueError("without weights a recipe has activations.mode: float, embeddings: float, kv: int8")
+                return self
+            is_nothing = self.kv != "int8" and self.floats != "bfloat16"
+            has_integers = not is_float or self.smooth or self.lm_head == "int8" or self.embeddings != "float"
+            if is_nothing or has_integers or (self.lm_head != "same" and self.floats != "bfloat16"):
+                allowed = "activations.mode: float, embeddings: float, kv: int8 or floats: bfloat16"
+                raise ValueError(f"without weights a recipe has {allowed}")
             return self
         if self.stored is not None:
             raise ValueError("stored goes without weights: those of the checkpoint are not rounded again")
@@ -189,6 +195,12 @@ class Recipe(_Spec):
             raise ValueError("INT8 activations need weights.granularity: channel")
         if weights.granularity == "channel" and not weights.symmetric:
             raise ValueError("weights.granularity: channel needs symmetric: true")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_floats(self) -> Recipe:
+        if self.floats == "bfloat16" and self.targets != (CPU.name,):
+            raise ValueError("floats: bfloat16 needs targets: [cpu], which alone has kernels for it")
         return self
 
     @property

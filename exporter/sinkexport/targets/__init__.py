@@ -27,8 +27,8 @@ __all__ = [
 TARGETS = (ONNX, CPU, TENSORRT_PLUGIN, TENSORRT_NATIVE)
 """The registry: a new target is one line here and one above."""
 
-RECIPE_TARGETS = tuple(dict.fromkeys(target.recipes for target in TARGETS))
-"""Names that a recipe's ``targets`` may list."""
+RECIPE_TARGETS = (*dict.fromkeys(target.recipes for target in TARGETS), CPU.name)
+"""Names that a recipe's ``targets`` may list: what is for onnx is for cpu, too."""
 
 OPTIONS = tuple(dict.fromkeys(target.option for target in TARGETS))
 """Values of ``--target``, each once."""

@@ -32,6 +32,9 @@ CPU = Target(
         "make_reshapes_static",
         "fuse_cpu_slices",
         "fuse_cpu_head_norms",
+        "fuse_cpu_additions",  # biases
+        "fuse_cpu_experts",
+        "order_cpu_heads",
         "pack_heads",
         "fuse_cpu_additions",
         "fuse_cpu_output_norms",  # after biases

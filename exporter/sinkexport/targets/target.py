@@ -20,6 +20,7 @@ class Target:
     position: ``int64`` [B], or ``int32 words`` [B, 2]: t >> 16 and t & 0xffff.
     quantization: form of quantised matmuls, a key of `sinkexport.graph.quantize.forms.FORMS`.
     has_plugins: whether graphs have nodes that need this project's TensorRT plugins.
+    has_int4_weights: whether weights can be INT4.
     has_int8_window: whether keys and values of the window can be INT8 (``--kv int8``).
     changes_attention: whether attention takes scales, biases and ACT (``--affine``, ``--sink-tuning`` with ``act``).
     has_circular_scatter: whether TensorScatter may write past the ring's end.
@@ -43,6 +44,7 @@ class Target:
     has_plugins: bool = False
     has_cpu_library: bool = False
     experts_in_place: Literal["float16", "float32"] | None = None
+    has_int4_weights: bool = True
     has_int8_window: bool = True
     changes_attention: bool = True
     has_circular_scatter: bool = True

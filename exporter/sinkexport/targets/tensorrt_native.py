@@ -13,6 +13,7 @@ TENSORRT_NATIVE = Target(
     opset=24,
     ir_version=11,
     quantization="qdq",
+    has_int4_weights=False,
     has_int8_window=False,
     has_circular_scatter=False,  # TensorRT's parser refuses it
     passes=(

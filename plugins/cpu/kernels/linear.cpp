@@ -128,7 +128,14 @@ const char* expertProblem(const LinearParams& params, bool shapes_only) {
     return explain("num_x_rows: received %lld, expected a number that divides the %lld rows of y",
                    static_cast<long long>(params.num_x_rows), static_cast<long long>(params.num_rows));
   }
+  if (params.num_sums < 0 || (params.num_sums > 0 && params.num_rows % params.num_sums != 0)) {
+    return explain("num_sums: received %lld, expected 0 or a number that divides the %lld rows",
+                   static_cast<long long>(params.num_sums), static_cast<long long>(params.num_rows));
+  }
   if (shapes_only) return nullptr;
+  if ((params.pick_weights != nullptr) != (params.num_sums > 0)) {
+    return "pick_weights, num_sums: received one of them, expected both or neither";
+  }
   return pointerProblem({{"picks", params.picks, 8}});
 }
 
@@ -140,8 +147,15 @@ const char* linearProblem(const LinearParams& params, bool shapes_only) {
   if (const char* problem = sizeProblem("num_outputs", params.num_outputs, kLargest)) return problem;
   if (const char* problem = formatProblem(params.weight_type, params.block_size, params.scale_type)) return problem;
   const int activation = static_cast<int>(params.activation);
-  if (activation < 0 || activation > 4) {
-    return explain("activation: received %d, expected 0 (none) .. 4 (relu2)", activation);
+  if (activation < 0 || activation > 5) {
+    return explain("activation: received %d, expected 0 (none) .. 5 (clamped_swiglu)", activation);
+  }
+  if (params.activation == Activation::kClampedSwiglu && !params.is_gated) {
+    return "activation: received clamped_swiglu without gates, expected gates and ups";
+  }
+  if (!(params.activation_limit >= 0.0f && params.activation_limit < 1e30f)) {
+    return explain("activation_limit: received %g, expected a number from 0 on",
+                   static_cast<double>(params.activation_limit));
   }
   if (!(params.norm_epsilon >= 0.0f && params.norm_epsilon < 1e30f)) {
     return explain("norm_epsilon: received %g, expected a number from 0 on", static_cast<double>(params.norm_epsilon));
@@ -163,9 +177,12 @@ const char* linearProblem(const LinearParams& params, bool shapes_only) {
     return problem;
   }
   const int64_t x_rows = params.num_experts > 0 ? params.num_x_rows : params.num_rows;
-  const int64_t y_bytes = params.num_rows * params.num_outputs * 4;
+  const int64_t y_bytes = (params.num_sums > 0 ? params.num_sums : params.num_rows) * params.num_outputs * 4;
   if (overlaps(params.y, y_bytes, params.x, x_rows * params.num_inputs * 4)) {
     return "y: overlaps x, expected memory of its own";
+  }
+  if (params.pick_weights != nullptr && (params.num_experts == 0 || params.output_norm_weight != nullptr)) {
+    return "pick_weights: received without experts or with output_norm_weight, expected experts alone";
   }
   if (params.output_norm_weight != nullptr && params.residual == params.y) {
     return "y: is residual's memory, expected memory of its own with output_norm_weight";

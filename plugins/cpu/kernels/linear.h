@@ -26,7 +26,7 @@ class Reads;
 
 enum class WeightType : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
 enum class ScaleType : int { kFloat32 = 0, kFloat16 = 1 };
-enum class Activation : int { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu2 = 4 };
+enum class Activation : int { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu2 = 4, kClampedSwiglu = 5 };
 
 // Pointers are dense and row-major; weight and scale 64-byte aligned, x and y as floats are. y may be residual's
 // memory where nothing is normalised after the matmul; otherwise it has memory of its own.
@@ -38,7 +38,9 @@ struct LinearParams {
   int block_size = 0;  // inputs that share a scale: int8 0 (all of them), 32, 64 or 128; int4 32, 64 or 128; else 0
   ScaleType scale_type = ScaleType::kFloat32;
   Activation activation = Activation::kNone;
-  bool is_gated = false;       // y = activation(x . gate^T) * (x . up^T)
+  bool is_gated = false;  // y = activation(x . gate^T) * (x . up^T)
+  // kClampedSwiglu, gated (gpt-oss): g sigmoid(1.702 g) (u + 1) of g = min(gate, limit), u = up within -limit .. limit
+  float activation_limit = 0.0f;
   bool is_layer_norm = false;  // the norm of x takes the mean off first: (x - mean) / sqrt(variance + epsilon)
   float norm_epsilon = 0.0f;   // of norm_weight
   float multiplier = 1.0f;     // on what the activation gives
@@ -58,6 +60,9 @@ struct LinearParams {
   int num_experts = 0;             // E; 0: one matrix for all rows
   int64_t num_x_rows = 0;          // with experts, divides M: row m of y is of row m / (M / num_x_rows) of x
   const int64_t* picks = nullptr;  // [M], the matrix of each row of y, 0 .. E - 1; what is beyond gives the nearest
+  // [M]: y [num_sums, N] is the weighted sum of M / num_sums rows each, then `residual` [num_sums, N] is added
+  const float* pick_weights = nullptr;
+  int64_t num_sums = 0;  // divides M; 0 without pick_weights
 };
 
 // Rows `ids` of a packed table of N rows: y[i] = W[ids[i]].

@@ -32,4 +32,14 @@ SINKEXPORT_INLINE Floats activate(Floats x) {
   return x;
 }
 
+// Of a gated block: what a gate and an up give.
+template <Activation activation>
+SINKEXPORT_INLINE Floats activateGated(Floats gate, Floats up, Floats limit) {
+  if constexpr (activation == Activation::kClampedSwiglu) {
+    const Floats g = min(gate, limit), u = max(min(up, limit), broadcast(0.0f) - limit);
+    return g * sigmoid(g * broadcast(1.702f)) * (u + broadcast(1.0f));
+  }
+  return activate<activation>(gate) * up;
+}
+
 }  // namespace sinkexport::cpu::SINKEXPORT_ISA

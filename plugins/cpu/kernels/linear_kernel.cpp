@@ -33,6 +33,7 @@ struct Run {
   Segment* segments = nullptr;
   int64_t num_segments = 0;
   int64_t* order = nullptr;  // row of y of a packed row; null: the same
+  float* rows = nullptr;     // [M, N] before they are summed up; with pick_weights
 
   explicit Run(const LinearParams& p)
       : params(p),
@@ -65,13 +66,14 @@ struct Run {
   }
 
   void slice(Slices& slices) {
-    const size_t rows = static_cast<size_t>(params.num_rows), number = static_cast<size_t>(copies);
+    const size_t count = static_cast<size_t>(params.num_rows), number = static_cast<size_t>(copies);
     packed.values = slices.take<char>(number * static_cast<size_t>(valueBytes()));
     packed.scales = slices.take<float>(number * static_cast<size_t>(scaleCount()));
     packed.sums = slices.take<int32_t>(number * static_cast<size_t>(scaleCount()));
     const size_t experts = static_cast<size_t>(params.num_experts);
     segments = slices.take<Segment>(experts > 0 ? experts : 1);
-    if (experts > 0) order = slices.take<int64_t>(rows);
+    if (experts > 0) order = slices.take<int64_t>(count);
+    if (params.pick_weights != nullptr) rows = slices.take<float>(count * static_cast<size_t>(params.num_outputs));
   }
 
   // Of one copy, rounded up to cache lines.
@@ -199,6 +201,9 @@ struct Run {
         case Activation::kRelu2:
           finishTile<Activation::kRelu2>(tile);
           break;
+        case Activation::kClampedSwiglu:
+          finishTile<Activation::kClampedSwiglu>(tile);
+          break;
       }
     }
   }
@@ -207,8 +212,10 @@ struct Run {
   void finishTile(const FinishedTile& tile) const {
     const int64_t outputs = params.num_outputs;
     const bool is_whole = tile.width == 16;
-    const Floats multiplier = broadcast(params.multiplier);
-    const float* residual = params.output_norm_weight == nullptr ? params.residual : nullptr;  // after the norm if any
+    const Floats multiplier = broadcast(params.multiplier), limit = broadcast(params.activation_limit);
+    const bool is_last = params.output_norm_weight == nullptr && rows == nullptr;  // else the residual comes later
+    const float* residual = is_last ? params.residual : nullptr;
+    float* y = rows == nullptr ? params.y : rows;
     Floats bias = broadcast(0.0f), up_bias = bias;
     if (params.bias != nullptr) {
       const float* from = params.bias + tile.bias_at + tile.column;
@@ -217,14 +224,16 @@ struct Run {
     }
     for (int r = 0; r < tile.rows; ++r) {
       const int64_t at = rowOfY(tile.first_row + r) * outputs + tile.column;
-      Floats value = activate<activation>(load(tile.out + r * 16) + bias);
-      if (params.is_gated) value = value * (load(tile.out + (tile.rows + r) * 16) + up_bias);
+      const Floats sums = load(tile.out + r * 16) + bias;
+      Floats value = params.is_gated
+                         ? activateGated<activation>(sums, load(tile.out + (tile.rows + r) * 16) + up_bias, limit)
+                         : activate<activation>(sums);
       value = value * multiplier;
       if (residual != nullptr) value = value + loadUpTo(residual + at, tile.width);
       if (is_whole) {
-        store(params.y + at, value);
+        store(y + at, value);
       } else {
-        storePart(params.y + at, value, tile.width);
+        storePart(y + at, value, tile.width);
       }
     }
   }
@@ -315,6 +324,25 @@ struct Run {
     });
   }
 
+  // Weighted sums of the rows that the experts gave.
+  void sumRows(const Parallel& parallel) const {
+    const int64_t outputs = params.num_outputs, each = params.num_rows / params.num_sums;
+    const int64_t parts = params.num_rows * outputs <= kPackedByEach ? 1 : smaller(params.num_sums, parallel.threads);
+    parallelFor(parallel, parts, [&](int64_t part) {
+      for (int64_t m = part * params.num_sums / parts; m < (part + 1) * params.num_sums / parts; ++m) {
+        for (int64_t n = 0; n < outputs; n += 16) {
+          const int64_t left = outputs - n, at = m * outputs + n;
+          Floats total = broadcast(0.0f);
+          for (int64_t i = m * each; i < (m + 1) * each; ++i) {
+            total = fma(broadcast(params.pick_weights[i]), loadUpTo(rows + i * outputs + n, left), total);
+          }
+          if (params.residual != nullptr) total = total + loadUpTo(params.residual + at, left);
+          storePart(params.y + at, total, left);
+        }
+      }
+    });
+  }
+
   void askForWeights(const Segment& segment, int64_t tile) const {
     const TileOperands first = operands(segment, tile);
     for (int64_t at = 0; at < kAskedForFirst; at += 64) prefetchOnce(first.weight + at);
@@ -342,6 +370,7 @@ void runLinear(const LinearParams& params, const Parallel& parallel, Scratch& sc
   }
   run.multiplyAll(parallel);
   if (params.output_norm_weight != nullptr) run.normaliseOutputs(parallel);
+  if (params.pick_weights != nullptr) run.sumRows(parallel);
 }
 
 }  // namespace sinkexport::cpu::SINKEXPORT_ISA

@@ -61,11 +61,13 @@ StepWork stepWork(const SinkAttentionParams& p, Slices& slices) {
   const int64_t group = p.num_q_heads / p.num_kv_heads, half = p.rotary_dim / 2 + 1;
   const int64_t dim = roundedUp(p.head_dim, 16), value_dim = roundedUp(p.value_dim, 16);
   StepWork work;
-  for (float** one : {&work.cos, &work.sin, &work.sink_cos, &work.sink_sin}) *one = slices.take<float>(half);
+  for (float** one : {&work.cos, &work.sin, &work.sink_cos, &work.sink_sin, &work.shift_cos, &work.shift_sin}) {
+    *one = slices.take<float>(half);
+  }
   work.q = slices.take<float>(group * dim);
   work.sink_q = slices.take<float>(group * dim);
   work.row = slices.take<float>(std::max(dim, value_dim));
-  work.normed = slices.take<float>(dim);
+  work.normed = slices.take<float>(std::max(dim, value_dim));
   work.logits = slices.take<float>(group * kStepBlock);
   work.key_scale = slices.take<float>(kStepBlock);
   work.value_scale = slices.take<float>(kStepBlock);
@@ -140,7 +142,7 @@ ChunkWork chunkWork(const SinkAttentionParams& p, const ChunkPlan& plan, Slices&
   const int64_t lanes = int64_t{plan.tile_vectors} * 16, rows = lanes * plan.tiles_per_item;
   const int64_t bytes = elementBytes(p.window_type);
   ChunkWork work;
-  for (float** one : {&work.cos, &work.sin, &work.sink_cos, &work.sink_sin}) {
+  for (float** one : {&work.cos, &work.sin, &work.sink_cos, &work.sink_sin, &work.shift_cos, &work.shift_sin}) {
     *one = slices.take<float>(p.rotary_dim / 2 + 1);
   }
   work.keys = slices.take<float>(tokens * dim + more);
@@ -149,8 +151,8 @@ ChunkWork chunkWork(const SinkAttentionParams& p, const ChunkPlan& plan, Slices&
   work.stored_v = slices.take<char>(tokens * value_dim * bytes);
   work.scale_k = slices.take<uint16_t>(tokens);
   work.scale_v = slices.take<uint16_t>(tokens);
-  work.row = slices.take<float>(std::max(dim, value_dim) + more);
-  work.normed = slices.take<float>(dim + more);
+  for (float** one : {&work.row, &work.sink_row, &work.normed})
+    *one = slices.take<float>(std::max(dim, value_dim) + more);
   work.q = slices.take<float>(rows * dim);
   work.sink_q = slices.take<float>(rows * dim);
   work.logits = slices.take<float>(plan.block_keys * lanes);

@@ -34,6 +34,9 @@ struct SinkAttentionParams {
   int window_size = 0;   // W >= 1
   WindowType window_type = WindowType::kFloat32;
   bool bfloat16_chunks = false;  // T > 1: the matmuls' operands may be rounded to bfloat16 where that is faster
+  // Another run writes these tokens to the states, which this one only reads. T = 1: it has written them (k and v are
+  // not read). T > 1: it has not, k and v take part.
+  bool reads_only = false;
 
   // --- the tokens of this run ---
   // Heads first: q [B, Hq, T, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv]. Tokens first: q [B, T, Hq, D] and so on; then
@@ -55,10 +58,17 @@ struct SinkAttentionParams {
   uint16_t* window_k_scale = nullptr;  // float16 [B, Hkv, W], int8 windows only
   uint16_t* window_v_scale = nullptr;  // float16 [B, Hkv, W]
 
-  // --- norms of queries and keys, before they turn: each row becomes x / sqrt(mean(x^2) + epsilon) * weight ---
-  const float* q_norm_weight = nullptr;  // [D], one for all query heads; null: no norms
-  const float* k_norm_weight = nullptr;  // [D], there if the other is
+  // --- norms of queries and keys, before they turn, and of values: x / sqrt(mean(x^2) + epsilon) * weight ---
+  const float* q_norm_weight = nullptr;  // [D], one for all query heads; of whole rows [Hq * D]; null: no norms
+  const float* k_norm_weight = nullptr;  // [D] or [Hkv * D], there if the other is and keys are read
+  bool qk_norm_of_rows = false;          // the mean is that of all heads of a token
   float qk_norm_epsilon = 0.0f;
+  const float* v_norm_weight = nullptr;  // [Dv], one for all heads; null: values are taken as they come
+  float v_norm_epsilon = 0.0f;
+  // [D]: queries turn to their place in the cache, are multiplied by these, and turn on to the stream's position for
+  // the window (weights of norms that follow the rotation, those of keys too, which are stored without); null: none
+  const float* q_turned_weight = nullptr;
+  const float* k_turned_weight = nullptr;  // only with the other
 
   // --- positions ---
   // q and k come unrotated and turn here by exact phase, (t * f mod 2^32) * 2 pi / 2^32; rotary_dim 0: no positions ...

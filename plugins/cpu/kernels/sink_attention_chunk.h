@@ -175,8 +175,9 @@ void prepareQueries(const SinkAttentionParams& p, const StreamCache& cache, cons
   const int64_t last_place = int64_t{p.num_sinks} + p.window_size - 1;
   const float factor = logitFactor(p);
   const int64_t tile_bytes = kLanes * p.head_dim * (4 / Matmul::kTogether);
-  Angles angles{work.cos, work.sin, work.sink_cos, work.sink_sin};
+  Angles angles{work.cos, work.sin, work.sink_cos, work.sink_sin, work.shift_cos, work.shift_sin};
   int64_t token = -1;
+  float of_row = 1.0f;
   for (int64_t i = 0; i < item.num_tiles * kLanes; ++i) {
     const int64_t tile = i / kLanes, lane = i % kLanes;
     // Rows behind the last one are copies of it.
@@ -185,13 +186,13 @@ void prepareQueries(const SinkAttentionParams& p, const StreamCache& cache, cons
     if (row / item.group != token) {
       token = row / item.group;
       findAngles(p, item.b, token, cache.position + token, angles);
+      of_row = rowFactor(p, false, item.b, token);
     }
-    const float* q = normalised(p, queryRow(p, item.b, head, token), p.q_norm_weight, work.normed);
-    turn(q, work.row, p.head_dim, angles.half, p.interleaved, angles.cosine, angles.sine, factor);
+    const float* q = normalisedQuery(p, item.b, head, token, of_row, work.normed);
+    turnQuery(p, q, angles, factor, work.row, work.sink_row);
     placeQuery<Matmul>(work.row, p.head_dim, kLanes, lane, static_cast<char*>(work.q) + tile * tile_bytes);
     if (cache.num_sinks > 0) {
-      turn(q, work.row, p.head_dim, angles.sink_half, p.interleaved, angles.sink_cosine, angles.sink_sine, factor);
-      placeQuery<Matmul>(work.row, p.head_dim, kLanes, lane, static_cast<char*>(work.sink_q) + tile * tile_bytes);
+      placeQuery<Matmul>(work.sink_row, p.head_dim, kLanes, lane, static_cast<char*>(work.sink_q) + tile * tile_bytes);
     }
     const int64_t place = cache.position + token;
     work.token[i] = static_cast<float>(token);
@@ -284,7 +285,7 @@ inline void chunkWorker(const SinkAttentionParams& p, const ChunkPlan& plan, int
 #endif
     }
     const int ended = __atomic_add_fetch(plan.ended + item.unit, 1, __ATOMIC_ACQ_REL);
-    if (ended < plan.items_per_unit || item.num_tokens == 0) continue;
+    if (p.reads_only || ended < plan.items_per_unit || item.num_tokens == 0) continue;
     if (left <= 0) prepareRows(p, cache, work, item);
     writeRows(p, cache, work, item);
   }

@@ -19,7 +19,7 @@ inline void prepareRows(const SinkAttentionParams& p, const StreamCache& cache, 
                         const Item& item) {
   for (int i = 0; i < item.num_tokens; ++i) {
     const int64_t t = cache.position + i;
-    Angles angles{work.cos, work.sin, nullptr, nullptr};
+    Angles angles{work.cos, work.sin, nullptr, nullptr, nullptr, nullptr};
     if (p.frequency != nullptr) {
       angles.half = p.rotary_dim / 2;
       anglesOf(t, p.frequency, angles.half, p.rope_scaling, angles.cosine, angles.sine);
@@ -27,10 +27,10 @@ inline void prepareRows(const SinkAttentionParams& p, const StreamCache& cache, 
     for (int part = 0; part < 2; ++part) {
       const bool is_key = part == 0;
       const int n = is_key ? p.head_dim : p.value_dim;
-      const float* row = newRow(p, is_key, item.b, item.kv_head, i);
+      const float* row = is_key ? normalisedKey(p, item.b, item.kv_head, i, work.normed)
+                                : normalisedValue(p, item.b, item.kv_head, i, work.normed);
       float* to = (is_key ? work.keys : work.values) + int64_t{i} * n;
       if (is_key) {
-        row = normalised(p, row, p.k_norm_weight, work.normed);
         turn(row, work.row, n, angles.half, p.interleaved, angles.cosine, angles.sine, 1.0f);
         row = work.row;
       }

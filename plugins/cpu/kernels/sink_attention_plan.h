@@ -18,12 +18,11 @@ struct StreamCache {
 
 // Arrays of one worker of a step. G: query heads of a kv head.
 struct StepWork {
-  float *cos, *sin, *sink_cos, *sink_sin;  // [R/2]
-  float *q, *sink_q;                       // [G][D padded to 16]
-  float* row;                              // [max(D, Dv) padded to 16]
-  float* normed;                           // [D padded to 16]
-  float* logits;                           // [G][kStepBlock]
-  float *key_scale, *value_scale;          // [kStepBlock]
+  float *cos, *sin, *sink_cos, *sink_sin, *shift_cos, *shift_sin;  // [R/2]
+  float *q, *sink_q;                                               // [G][D padded to 16]
+  float *row, *normed;                                             // [max(D, Dv) padded to 16]
+  float* logits;                                                   // [G][kStepBlock]
+  float *key_scale, *value_scale;                                  // [kStepBlock]
   // Sums of a unit that began before this worker's keys, and of the worker's last: [G] largest logits, [G] sums of
   // weights, [G][Dv padded to 16] sums of values.
   float* sums[2];
@@ -42,12 +41,11 @@ struct StepPlan {
 
 // Arrays of one worker of a chunk. n: keys of a block; R: rows of a tile, a multiple of 16.
 struct ChunkWork {
-  float *cos, *sin, *sink_cos, *sink_sin;           // [R/2]
+  float *cos, *sin, *sink_cos, *sink_sin, *shift_cos, *shift_sin;  // [R/2]
   float *keys, *values;                             // [T][D], [T][Dv]: the chunk's rows as they are stored, in float32
   void *stored_k, *stored_v;                        // [T] rows of the window's type
   uint16_t *scale_k, *scale_v;                      // [T]
-  float* row;                                       // [max(D, Dv) padded to 16]
-  float* normed;                                    // [D padded to 16]
+  float *row, *sink_row, *normed;                   // [max(D, Dv) padded to 16]
   void *q, *sink_q;                                 // [tiles][D][R], or pairs of bfloat16 [tiles][D/2][R][2]
   float* logits;                                    // [n][R], then weights
   void* weights;                                    // pairs of bfloat16 [n/2][R][2]

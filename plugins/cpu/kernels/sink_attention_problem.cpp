@@ -65,12 +65,22 @@ const char* valueProblem(const SinkAttentionParams& p) {
     return explain("qk_norm_epsilon: received %g, expected a finite number >= 0",
                    static_cast<double>(p.qk_norm_epsilon));
   }
+  if (!(p.v_norm_epsilon >= 0.0f) || !std::isfinite(p.v_norm_epsilon)) {
+    return explain("v_norm_epsilon: received %g, expected a finite number >= 0", static_cast<double>(p.v_norm_epsilon));
+  }
   return nullptr;
 }
 
 const char* optionProblem(const SinkAttentionParams& p) {
-  if ((p.q_norm_weight == nullptr) != (p.k_norm_weight == nullptr)) {
+  const bool reads_keys = !p.reads_only || p.num_tokens > 1;
+  if (reads_keys && (p.q_norm_weight == nullptr) != (p.k_norm_weight == nullptr)) {
     return explain("q_norm_weight, k_norm_weight: received one of them, expected both or neither");
+  }
+  if (p.k_turned_weight != nullptr && p.q_turned_weight == nullptr) {
+    return explain("k_turned_weight: received without q_turned_weight, expected both or neither");
+  }
+  if (p.q_turned_weight != nullptr && p.frequency == nullptr) {
+    return explain("q_turned_weight: received without frequency, expected queries that turn here");
   }
   if (p.q_norm_weight != nullptr && p.shift_cos != nullptr) {
     return explain("q_norm_weight, shift_cos: received both, expected norms before the rotation");
@@ -102,11 +112,12 @@ struct Named {
 };
 
 const char* pointersProblem(const SinkAttentionParams& p) {
+  const bool reads_keys = !p.reads_only || p.num_tokens > 1;
   const bool has_sinks = p.num_sinks > 0, is_int8 = p.window_type == WindowType::kInt8;
   const size_t element = is_int8 ? 1 : p.window_type == WindowType::kFloat16 ? 2 : 4;
   const Named all[] = {{"q", p.q, true, 4},
-                       {"k", p.k, true, 4},
-                       {"v", p.v, true, 4},
+                       {"k", p.k, reads_keys, 4},
+                       {"v", p.v, reads_keys, 4},
                        {"out", p.out, true, 4},
                        {"position", p.position, true, 8},
                        {"window_k", p.window_k, true, element},
@@ -118,6 +129,9 @@ const char* pointersProblem(const SinkAttentionParams& p) {
                        {"num_valid", p.num_valid, false, 8},
                        {"q_norm_weight", p.q_norm_weight, false, 4},
                        {"k_norm_weight", p.k_norm_weight, false, 4},
+                       {"v_norm_weight", p.v_norm_weight, false, 4},
+                       {"q_turned_weight", p.q_turned_weight, false, 4},
+                       {"k_turned_weight", p.k_turned_weight, false, 4},
                        {"frequency", p.frequency, false, 8},
                        {"shift_cos", p.shift_cos, false, 4},
                        {"shift_sin", p.shift_sin, false, 4},

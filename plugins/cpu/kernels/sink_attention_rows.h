@@ -66,22 +66,57 @@ inline void anglesOf(int64_t t, const int64_t* frequency, int n, float factor, f
   }
 }
 
-// A row of queries or keys by the norm of its kind: x itself, or `normed`, which has room for whole vectors. Steps and
-// chunks share this function and so get the same bits.
-__attribute__((noinline)) inline const float* normalised(const SinkAttentionParams& p, const float* x,
-                                                         const float* weight, float* normed) {
-  const int dim = p.head_dim;
-  if (weight == nullptr) return x;
+// 1 / sqrt(mean(x^2) + epsilon) of `count` rows, `stride` numbers apart. Steps and chunks share this function and the
+// next one, and so get the same bits.
+__attribute__((noinline)) inline float normFactor(const float* x, int64_t count, int64_t stride, int dim,
+                                                  float epsilon) {
   Floats squares = broadcast(0.0f);
-  for (int i = 0; i < dim; i += 16) {
-    const Floats part = loadPart(x + i, dim - i);
-    squares = fma(part, part, squares);
+  for (int64_t row = 0; row < count; ++row, x += stride) {
+    for (int i = 0; i < dim; i += 16) {
+      const Floats part = loadPart(x + i, dim - i);
+      squares = fma(part, part, squares);
+    }
   }
-  const Floats factor = broadcast(1.0f / sqrt(sum(squares) / static_cast<float>(dim) + p.qk_norm_epsilon));
+  return 1.0f / sqrt(sum(squares) / static_cast<float>(count * dim) + epsilon);
+}
+
+// normed = x * factor * weight, in whole vectors.
+__attribute__((noinline)) inline const float* weighted(const float* x, int dim, float factor, const float* weight,
+                                                       float* normed) {
   for (int i = 0; i < dim; i += 16) {
-    store(normed + i, loadPart(x + i, dim - i) * factor * loadPart(weight + i, dim - i));
+    store(normed + i, loadPart(x + i, dim - i) * broadcast(factor) * loadPart(weight + i, dim - i));
   }
   return normed;
+}
+
+// Factor of the norm of all queries, or keys, of a token; where each head has one of its own, any number.
+SINKEXPORT_INLINE float rowFactor(const SinkAttentionParams& p, bool is_key, int64_t b, int64_t t) {
+  if (!p.qk_norm_of_rows || p.q_norm_weight == nullptr) return 1.0f;
+  const float* x = is_key ? newRow(p, true, b, 0, t) : queryRow(p, b, 0, t);
+  const int64_t stride = int64_t{p.head_dim} * (p.tokens_first ? 1 : p.num_tokens);
+  return normFactor(x, is_key ? p.num_kv_heads : p.num_q_heads, stride, p.head_dim, p.qk_norm_epsilon);
+}
+
+// A row of queries or keys after its norm: the row itself, or `normed`. of_row: `rowFactor` of the token.
+SINKEXPORT_INLINE const float* normalised(const SinkAttentionParams& p, const float* x, const float* weight,
+                                          int64_t head, float of_row, float* normed) {
+  if (weight == nullptr) return x;
+  if (p.qk_norm_of_rows) return weighted(x, p.head_dim, of_row, weight + head * p.head_dim, normed);
+  return weighted(x, p.head_dim, normFactor(x, 1, 0, p.head_dim, p.qk_norm_epsilon), weight, normed);
+}
+SINKEXPORT_INLINE const float* normalisedQuery(const SinkAttentionParams& p, int64_t b, int64_t head, int64_t t,
+                                               float of_row, float* normed) {
+  return normalised(p, queryRow(p, b, head, t), p.q_norm_weight, head, of_row, normed);
+}
+SINKEXPORT_INLINE const float* normalisedKey(const SinkAttentionParams& p, int64_t b, int64_t head, int64_t t,
+                                             float* normed) {
+  return normalised(p, newRow(p, true, b, head, t), p.k_norm_weight, head, rowFactor(p, true, b, t), normed);
+}
+SINKEXPORT_INLINE const float* normalisedValue(const SinkAttentionParams& p, int64_t b, int64_t head, int64_t t,
+                                               float* normed) {
+  const float* x = newRow(p, false, b, head, t);
+  if (p.v_norm_weight == nullptr) return x;
+  return weighted(x, p.value_dim, normFactor(x, 1, 0, p.value_dim, p.v_norm_epsilon), p.v_norm_weight, normed);
 }
 
 // y = x turned, times `factor`. half: R/2, 0 for none. Steps and chunks share this function and so get the same bits.
@@ -107,10 +142,11 @@ __attribute__((noinline)) inline void turn(const float* __restrict x, float* __r
 // Both angles of a stream's token t: the stream's for keys and the window, that of its place in the cache for sinks.
 // With angles of the shift alone keys and queries are not turned here, and sine is of a turn back.
 struct Angles {
-  float *cosine, *sine;            // [R/2]
-  float *sink_cosine, *sink_sine;  // [R/2]
-  int half = 0;                    // that turn keys and queries
-  int sink_half = 0;               // that turn queries for the sinks
+  float *cosine, *sine;              // [R/2]
+  float *sink_cosine, *sink_sine;    // [R/2]
+  float *shift_cosine, *shift_sine;  // [R/2], of the tokens between both, without rope_scaling: for turned weights
+  int half = 0;                      // that turn keys and queries
+  int sink_half = 0;                 // that turn queries for the sinks
 };
 SINKEXPORT_INLINE void findAngles(const SinkAttentionParams& p, int64_t b, int64_t token, int64_t t, Angles& angles) {
   const int half = p.rotary_dim / 2;
@@ -119,8 +155,11 @@ SINKEXPORT_INLINE void findAngles(const SinkAttentionParams& p, int64_t b, int64
   if (p.frequency != nullptr && half > 0) {
     angles.half = angles.sink_half = half;
     anglesOf(t, p.frequency, half, p.rope_scaling, angles.cosine, angles.sine);
-    if (p.num_sinks > 0) {
+    if (p.num_sinks > 0 || p.q_turned_weight != nullptr) {
       anglesOf(past > 0 ? t - past : t, p.frequency, half, p.rope_scaling, angles.sink_cosine, angles.sink_sine);
+    }
+    if (p.q_turned_weight != nullptr) {
+      anglesOf(past > 0 ? past : 0, p.frequency, half, 1.0f, angles.shift_cosine, angles.shift_sine);
     }
   } else if (p.shift_cos != nullptr && half > 0) {
     angles.sink_half = half;
@@ -128,6 +167,22 @@ SINKEXPORT_INLINE void findAngles(const SinkAttentionParams& p, int64_t b, int64
     const float* sine = p.shift_sin + (b * p.num_tokens + token) * half;
     for (int i = 0; i < half; ++i) angles.sink_cosine[i] = cosine[i], angles.sink_sine[i] = -sine[i];
   }
+}
+
+// A query as the window's keys meet it, and as those of the sinks do, times `factor`. Both have room for whole vectors.
+inline void turnQuery(const SinkAttentionParams& p, const float* q, const Angles& angles, float factor, float* to,
+                      float* to_sink) {
+  const int dim = p.head_dim;
+  if (p.num_sinks > 0 || p.q_turned_weight != nullptr) {
+    turn(q, to_sink, dim, angles.sink_half, p.interleaved, angles.sink_cosine, angles.sink_sine, factor);
+  }
+  if (p.q_turned_weight == nullptr) {
+    turn(q, to, dim, angles.half, p.interleaved, angles.cosine, angles.sine, factor);
+    return;
+  }
+  weighted(to_sink, dim, 1.0f, p.q_turned_weight, to_sink);
+  if (p.k_turned_weight != nullptr) weighted(to_sink, dim, 1.0f, p.k_turned_weight, to_sink);
+  turn(to_sink, to, dim, angles.half, p.interleaved, angles.shift_cosine, angles.shift_sine, 1.0f);
 }
 
 // A row as float16. to: [n].

@@ -116,20 +116,18 @@ inline void beginUnit(const SinkAttentionParams& p, const StreamCache& cache, co
   const int64_t t = cache.position, group = p.num_q_heads / p.num_kv_heads;
   const int64_t padded = (p.head_dim + 15) / 16 * 16;
   const float factor = logitFactor(p);
+  const float of_row = rowFactor(p, false, b, 0);
   for (int64_t g = 0; g < group; ++g) {
-    const float* q = normalised(p, queryRow(p, b, kv_head * group + g, 0), p.q_norm_weight, work.normed);
+    const float* q = normalisedQuery(p, b, kv_head * group + g, 0, of_row, work.normed);
     float *to = work.q + g * padded, *to_sink = work.sink_q + g * padded;
-    turn(q, to, p.head_dim, angles.half, p.interleaved, angles.cosine, angles.sine, factor);
+    turnQuery(p, q, angles, factor, to, to_sink);
     for (int64_t i = p.head_dim; i < padded; ++i) to[i] = to_sink[i] = 0.0f;
-    if (p.num_sinks > 0) {
-      turn(q, to_sink, p.head_dim, angles.sink_half, p.interleaved, angles.sink_cosine, angles.sink_sine, factor);
-    }
   }
   if (!writes) return;
   const int64_t unit = b * p.num_kv_heads + kv_head;
-  const float* v = newRow(p, false, b, kv_head, 0);
-  const float* k = normalised(p, newRow(p, true, b, kv_head, 0), p.k_norm_weight, work.normed);
+  const float* k = normalisedKey(p, b, kv_head, 0, work.normed);
   turn(k, work.row, p.head_dim, angles.half, p.interleaved, angles.cosine, angles.sine, 1.0f);
+  const float* v = normalisedValue(p, b, kv_head, 0, work.normed);
   if (t < p.num_sinks) {
     std::memcpy(p.sink_k + (unit * p.num_sinks + t) * p.head_dim, work.row, p.head_dim * sizeof(float));
     std::memcpy(p.sink_v + (unit * p.num_sinks + t) * p.value_dim, v, p.value_dim * sizeof(float));
@@ -149,7 +147,7 @@ inline void attendUnit(const SinkAttentionParams& p, const StreamCache& cache, c
   const int64_t sinks = cache.num_sinks + (new_sink ? 1 : 0);
   const int64_t slot = new_sink ? -1 : (t - p.num_sinks) % p.window_size;
   const int64_t own = new_sink ? t : sinks + slot;
-  beginUnit(p, cache, work, angles, b, kv_head, begin <= own && own < end);
+  beginUnit(p, cache, work, angles, b, kv_head, !p.reads_only && begin <= own && own < end);
   for (int64_t g = 0; g < group; ++g) sums.largest[g] = kNoLogit, sums.sums[g] = 0.0f;
   const int64_t padded = (p.value_dim + 15) / 16 * 16;
   for (int64_t i = 0; i < group * padded; i += 16) store(sums.out + i, broadcast(0.0f));
@@ -215,7 +213,7 @@ inline void mergeParts(const SinkAttentionParams& p, const StepPlan& plan, int64
 inline void stepWorker(const SinkAttentionParams& p, const StepPlan& plan, int worker) {
   const int64_t begin = plan.bounds[worker], end = plan.bounds[worker + 1];
   const StepWork& work = plan.work[worker];
-  Angles angles{work.cos, work.sin, work.sink_cos, work.sink_sin};
+  Angles angles{work.cos, work.sin, work.sink_cos, work.sink_sin, work.shift_cos, work.shift_sin};
   for (int64_t b = 0, at = begin; b < p.batch && at < end; ++b) {
     if (at < plan.stream_start[b + 1]) findAngles(p, b, 0, plan.streams[b].position, angles);
     const int64_t start = plan.stream_start[b], keys = (plan.stream_start[b + 1] - start) / p.num_kv_heads;

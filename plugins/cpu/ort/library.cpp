@@ -42,6 +42,7 @@ const struct {
     {"Int8Rows", createInt8Rows},
     {"Int4Rows", createInt4Rows},
     {"FloatExpertLinear", createFloatExpertLinear},
+    {"Bf16ExpertLinear", createBf16ExpertLinear},
     {"Int8ExpertLinear", createInt8ExpertLinear},
     {"SinkAttention", createSinkAttention},
 };

@@ -13,9 +13,8 @@ class Linear final : public Kernel {
     params_.num_inputs = inputs;
     params_.num_outputs = outputs;
     params_.is_gated = node.flag("gated");
-    params_.activation =
-        static_cast<cpu::Activation>(node.choice("activation", {"none", "silu", "gelu", "gelu_tanh", "relu2"}));
-    node.integer("norm_offset", 0, 0);
+    params_.activation = static_cast<cpu::Activation>(node.choice("activation", kActivations));
+    params_.activation_limit = node.number("activation_limit");
     params_.norm_epsilon = node.number("norm_epsilon");
     params_.multiplier = node.number("multiplier");
     params_.output_norm_epsilon = node.number("output_norm_epsilon");

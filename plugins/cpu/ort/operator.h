@@ -123,6 +123,7 @@ std::unique_ptr<Kernel> createInt8Rows(Node& node, const Library& library);
 std::unique_ptr<Kernel> createInt4Rows(Node& node, const Library& library);
 std::unique_ptr<Kernel> createBf16Rows(Node& node, const Library& library);
 std::unique_ptr<Kernel> createFloatExpertLinear(Node& node, const Library& library);
+std::unique_ptr<Kernel> createBf16ExpertLinear(Node& node, const Library& library);
 std::unique_ptr<Kernel> createInt8ExpertLinear(Node& node, const Library& library);
 std::unique_ptr<Kernel> createSinkAttention(Node& node, const Library& library);
 

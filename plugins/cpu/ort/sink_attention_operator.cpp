@@ -2,7 +2,7 @@
 // inputs and fields).
 //
 // A state's input and output are one buffer where a runtime binds them so; two buffers are right too, each run copies
-// the state first then.
+// the state first then. A node that only reads states has none of them among its outputs.
 #include "sink_attention.h"
 
 #include <cstring>
@@ -36,25 +36,26 @@ class SinkAttention final : public Kernel {
     takeStates(node);
     takeExtras(node);
     std::vector<Tensor> outputs = {{kFloat, out_shape_}};
-    for (const State& state : states_) outputs.push_back(state.tensor);
+    if (!params_.reads_only) {
+      for (const State& state : states_) outputs.push_back(state.tensor);
+    }
     node.finish(outputs);
     node.refuseIf(cpu::sinkAttentionProblem(params_, true));
   }
 
   void compute(Run& run) const override {
     cpu::SinkAttentionParams params = params_;
+    params.q = q_.of<float>(run);
     if (params.tokens_first) {
-      params.q = q_.of<float>(run);
       params.k = params.q + params.num_q_heads * params.head_dim;
       params.v = params.k + params.num_kv_heads * params.head_dim;
-    } else {
-      params.q = q_.of<float>(run);
+    } else if (takes_keys_) {
       params.k = k_.of<float>(run);
       params.v = v_.of<float>(run);
     }
     params.position = position_.of<int64_t>(run);
     void* states[6] = {};
-    for (size_t i = 0; i < states_.size(); ++i) states[i] = inPlace(run, i);
+    for (size_t i = 0; i < states_.size(); ++i) states[i] = params.reads_only ? readOnly(run, i) : inPlace(run, i);
     size_t next = 0;
     params.window_k = states[next++];
     params.window_v = states[next++];
@@ -72,10 +73,11 @@ class SinkAttention final : public Kernel {
     if (has_sink_logit_) params.sink_logit = sink_logit_.of<float>(run);
     if (has_sink_scale_) params.sink_scale = sink_scale_.of<float>(run);
     if (params.gate_dim > 0) params.gate = gate_.of<float>(run);
-    if (has_qk_norm_) {
-      params.q_norm_weight = q_norm_.of<float>(run);
-      params.k_norm_weight = k_norm_.of<float>(run);
-    }
+    if (has_qk_norm_) params.q_norm_weight = q_norm_.of<float>(run);
+    if (has_qk_norm_ && takes_keys_) params.k_norm_weight = k_norm_.of<float>(run);
+    if (has_v_norm_) params.v_norm_weight = v_norm_.of<float>(run);
+    if (turned_weights_ > 0) params.q_turned_weight = q_turned_.of<float>(run);
+    if (turned_weights_ > 1) params.k_turned_weight = k_turned_.of<float>(run);
     params.out = static_cast<float*>(run.output(0, out_shape_));
     if (params.num_tokens == 1) cpu::sinkAttentionReads(params, run.parallel().threads, run.reads());
     run_(params, run.parallel(), run.scratch());
@@ -87,7 +89,11 @@ class SinkAttention final : public Kernel {
     const int packed_width = node.size("packed_width");
     const size_t first = node.take("q");
     const std::vector<int64_t> shape = node.input(first).shape;
-    const size_t window = packed_width > 0 ? 2 : 4;  // its place among the inputs
+    params_.reads_only = node.flag("reads_only");
+    const size_t token_axis = packed_width > 0 ? 1 : 2;
+    takes_keys_ = !params_.reads_only || (shape.size() > token_axis && shape[token_axis] > 1);
+    const size_t window = packed_width > 0 || !takes_keys_ ? 2 : 4;  // its place among the inputs
+    window_ = window;
     if (node.inputs() < window + 2) node.refuse("inputs", std::to_string(node.inputs()), "tokens, position and states");
     const std::vector<int64_t>& keys = node.input(window).shape;
     const std::vector<int64_t>& values = node.input(window + 1).shape;
@@ -96,7 +102,7 @@ class SinkAttention final : public Kernel {
     params_.window_size = static_cast<int>(keys[2]);
     params_.head_dim = static_cast<int>(keys[3]);
     params_.value_dim = static_cast<int>(values[3]);
-    const int64_t kv_width = keys[1] * (keys[3] + values[3]);
+    const int64_t kv_width = takes_keys_ ? keys[1] * (keys[3] + values[3]) : 0;
     if (node.input(first).type != kFloat) node.refuse("q", "another type", "float32");
     if (packed_width > 0) {
       if (shape.size() != 3 || shape[2] != packed_width + kv_width || packed_width % keys[3] != 0) {
@@ -111,8 +117,10 @@ class SinkAttention final : public Kernel {
       if (shape.size() != 4 || shape[3] != keys[3]) node.refuse("q", shown(shape), "[B, Hq, T, D]");
       params_.num_q_heads = static_cast<int>(shape[1]);
       params_.num_tokens = static_cast<int>(shape[2]);
-      k_ = Input(node, node.take("k", kFloat, {shape[0], keys[1], shape[2], keys[3]}));
-      v_ = Input(node, node.take("v", kFloat, {shape[0], keys[1], shape[2], values[3]}));
+      if (takes_keys_) {
+        k_ = Input(node, node.take("k", kFloat, {shape[0], keys[1], shape[2], keys[3]}));
+        v_ = Input(node, node.take("v", kFloat, {shape[0], keys[1], shape[2], values[3]}));
+      }
       out_shape_ = {shape[0], shape[1], shape[2], values[3]};
     }
     params_.batch = static_cast<int>(shape[0]);
@@ -124,8 +132,7 @@ class SinkAttention final : public Kernel {
     const int64_t batch = params_.batch, heads = params_.num_kv_heads, window = params_.window_size;
     const int64_t dims[] = {params_.head_dim, params_.value_dim};
     const bool is_int8 = node.flag("int8_window");
-    const size_t first = params_.tokens_first ? 2 : 4;
-    const int type = is_int8 ? kInt8 : node.input(first).type;
+    const int type = is_int8 ? kInt8 : node.input(window_).type;
     if (!is_int8 && type != kFloat && type != kFloat16) node.refuse("window_k", "another type", "float32 or float16");
     params_.window_type = is_int8            ? cpu::WindowType::kInt8
                           : type == kFloat16 ? cpu::WindowType::kFloat16
@@ -170,11 +177,30 @@ class SinkAttention final : public Kernel {
       sink_scale_ = Input(node, node.take("sink_scale", kFloat, {heads}));
     }
     if (node.flag("has_gate")) takeGate(node);
+    takeNorms(node);
+  }
+
+  void takeNorms(Node& node) {
     params_.qk_norm_epsilon = node.number("qk_norm_epsilon");
-    if ((has_qk_norm_ = node.flag("has_qk_norm"))) {
-      q_norm_ = Input(node, node.take("q_norm_weight", kFloat, {params_.head_dim}));
-      k_norm_ = Input(node, node.take("k_norm_weight", kFloat, {params_.head_dim}));
+    params_.v_norm_epsilon = node.number("v_norm_epsilon");
+    const int64_t qk_norm = node.integer("qk_norm", 0, 2);  // 1: of each head, 2: of all heads of a token
+    params_.qk_norm_of_rows = qk_norm == 2;
+    if ((has_qk_norm_ = qk_norm > 0)) {
+      const int64_t dim = params_.head_dim;
+      const int64_t rows[] = {qk_norm == 2 ? params_.num_q_heads : 1, qk_norm == 2 ? params_.num_kv_heads : 1};
+      q_norm_ = Input(node, node.take("q_norm_weight", kFloat, {rows[0] * dim}));
+      if (takes_keys_) k_norm_ = Input(node, node.take("k_norm_weight", kFloat, {rows[1] * dim}));
     }
+    if ((has_v_norm_ = node.flag("has_v_norm"))) {
+      if (!takes_keys_) node.refuse("has_v_norm", "1", "0 without values");
+      v_norm_ = Input(node, node.take("v_norm_weight", kFloat, {params_.value_dim}));
+    }
+    turned_weights_ = static_cast<int>(node.integer("turned_weights", 0, 2));
+    if (turned_weights_ > 0 && params_.rotary_dim == 0) {
+      node.refuse("turned_weights", std::to_string(turned_weights_), "0 where queries do not turn");
+    }
+    if (turned_weights_ > 0) q_turned_ = Input(node, node.take("q_turned_weight", kFloat, {params_.head_dim}));
+    if (turned_weights_ > 1) k_turned_ = Input(node, node.take("k_turned_weight", kFloat, {params_.head_dim}));
   }
 
   // [B, Hq, T, 1 or Dv]; of packed tokens, which then are one a stream, the same numbers.
@@ -187,6 +213,9 @@ class SinkAttention final : public Kernel {
     if (params_.tokens_first && params_.num_tokens > 1) node.refuse("gate", "packed tokens", "one token a stream");
     gate_ = Input(node, index);
   }
+
+  // The kernel takes a pointer to what it could write, and does not.
+  void* readOnly(const Run& run, size_t place) const { return const_cast<void*>(run.input(states_[place].index)); }
 
   void* inPlace(const Run& run, size_t place) const {
     const State& state = states_[place];
@@ -202,9 +231,12 @@ class SinkAttention final : public Kernel {
   cpu::SinkAttentionParams params_;  // without pointers
   std::vector<int64_t> out_shape_;
   std::vector<State> states_;
-  Input q_, k_, v_, position_, frequency_, num_valid_, alibi_, sink_logit_, sink_scale_, gate_, q_norm_, k_norm_;
-  bool has_num_valid_ = false, has_alibi_ = false, has_sink_logit_ = false, has_sink_scale_ = false;
-  bool has_qk_norm_ = false;
+  Input q_, k_, v_, position_, frequency_, num_valid_, alibi_, sink_logit_, sink_scale_, gate_;
+  Input q_norm_, k_norm_, v_norm_, q_turned_, k_turned_;
+  size_t window_ = 0;  // index of the first state
+  bool takes_keys_ = true, has_num_valid_ = false, has_alibi_ = false, has_sink_logit_ = false, has_sink_scale_ = false;
+  bool has_qk_norm_ = false, has_v_norm_ = false;
+  int turned_weights_ = 0;
 };
 
 }  // namespace

@@ -6,6 +6,10 @@
 
 namespace sinkexport::ort {
 
+// Values of a field `activation`, in the order of cpu::Activation.
+constexpr std::initializer_list<const char*> kActivations = {"none",      "silu",  "gelu",
+                                                             "gelu_tanh", "relu2", "clamped_swiglu"};
+
 // A constant that kernels read at any offset: where it does not lie at a multiple of 64 bytes, a copy of it does.
 class AlignedInput {
  public:

@@ -107,11 +107,35 @@ class FloatRows(_Node):
 
 class FloatExpertLinear(_Node):
     def _run(self, x: Any, picks: Any, *inputs: Any, **fields: Any) -> tuple[Any]:
-        matrices = self._weights(list(inputs), fields["out_features"], fields["in_features"], fields)
+        left, depth, width = list(inputs), fields["in_features"], fields["out_features"]
+        parts = 2 if fields["gated"] else 1
+        tiled = parts * TILE * -(-width // TILE)
+        matrices = self._weights(left, tiled if parts == 2 else width, depth, fields)
         assert len(matrices) == fields["num_experts"]
-        rows = np.repeat(x.astype(np.float64), len(picks) // len(x), axis=0)
-        y = np.stack([matrices[p] @ row for p, row in zip(picks, rows, strict=True)])
-        return ((y if not fields["num_tokens"] else only_valid(y, inputs[-1], **fields)).astype(np.float32),)
+        if parts == 2:
+            matrices = matrices.reshape(len(matrices), -1, 2, TILE, depth).swapaxes(1, 2)
+            matrices = matrices.reshape(len(matrices), 2, -1, depth)[:, :, :width].reshape(-1, 2 * width, depth)
+        x, chosen = x.reshape(-1, depth).astype(np.float64), picks.reshape(-1)
+        x = rms_norm(x, left.pop(0), fields["norm_epsilon"]) if fields["norm"] else x
+        rows = np.repeat(x, len(chosen) // len(x), axis=0)
+        y = np.stack([matrices[p] @ row for p, row in zip(chosen, rows, strict=True)])
+        y = y + (left.pop(0)[chosen] if fields["has_bias"] else 0.0)
+        if fields["activation"] == "clamped_swiglu":
+            limit = fields["activation_limit"]
+            gate = np.minimum(y[:, :width], limit)
+            y = gate / (1 + np.exp(-1.702 * gate)) * (np.clip(y[:, width:], -limit, limit) + 1)
+        else:
+            y = activated(y[:, :width], fields["activation"]) * (y[:, width:] if parts == 2 else 1.0)
+        y, shape = y * fields["multiplier"], (*picks.shape, width)
+        if fields["has_pick_weights"]:
+            weights = left.pop(0)
+            y = (y.reshape(-1, weights.shape[-1], width) * weights.reshape(-1, weights.shape[-1], 1)).sum(axis=1)
+            shape = (*weights.shape[:-1], width)
+        y = y.reshape(left[0].shape) + left.pop(0) if fields["has_residual"] else y.reshape(shape)
+        if fields["num_tokens"]:
+            y = only_valid(y, left.pop(0), **fields)
+        assert not left
+        return (y.astype(np.float32),)
 
 
 def _narrower(parent: type[_Node], name: str, bits: int) -> type[_Node]:

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from sinkrt import Session
 from sinkrt.contract import RECURRENT_KINDS, Manifest
 from sinkrt.ring import TURN
 
+from tests.plugins import int4_layout
 from tests.reference.layers import gated_activation, rms_norm
 from tests.reference.oracle import SinkAttentionOracle
 
@@ -32,10 +34,13 @@ class PluginBundle:
         operators = [
             _attention(self._oracles, manifest),
             Int8Linear,
+            Int4Linear,
             HalfLinear,
             Int8ExpertLinear,
+            Int4ExpertLinear,
             HalfExpertLinear,
             Int8Rows,
+            Int4Rows,
             RmsNorm,
             GatedActivation,
             QuantizeLinear,
@@ -159,6 +164,27 @@ class Int8Linear(OpRun):
         return ((x.astype(np.float64) @ rows.T + (0.0 if bias is None else bias)).astype(x.dtype),)
 
 
+def _int4(
+    weight: np.ndarray, scale: np.ndarray, rest: list[Any], attributes: dict[str, Any], shape: tuple[int, int]
+) -> np.ndarray:
+    """float64 [.., N, K] of INT4 weights; takes the zero points out of `rest` if there are any."""
+    zeros = rest.pop(0) if attributes["has_zero_points"] else None
+    assert (weight.dtype, scale.dtype) == (np.int32, np.float16)
+    parts = [torch.from_numpy(np.array(part).view(np.uint8)) for part in (weight, *([] if zeros is None else [zeros]))]
+    scales = torch.from_numpy(np.array(scale))
+    return int4_layout.dense(parts[0], scales, *(parts[1:] or [None]), shape, attributes["block_size"]).numpy()
+
+
+class Int4Linear(OpRun):
+    op_domain = DOMAIN
+
+    def _run(self, x: Any, weight: Any, scale: Any, *more: Any, **attributes: Any) -> tuple[Any]:
+        rest = list(more)
+        rows = _int4(weight, scale, rest, attributes, (attributes["num_outputs"], x.shape[-1]))
+        assert len(rest) == attributes["has_bias"]
+        return ((x.astype(np.float64) @ rows.T + (rest[0] if rest else 0.0)).astype(x.dtype),)
+
+
 class HalfLinear(OpRun):
     op_domain = DOMAIN
 
@@ -195,6 +221,26 @@ class Int8ExpertLinear(OpRun):
         assert scale.shape[1] == attributes["num_outputs"]
         assert (weight.dtype, scale.dtype) == (np.int32, np.float32)
         return ((_by_experts(x, weight.view(np.int8), picks) * scale[picks]).astype(np.float16),)
+
+
+class Int4ExpertLinear(OpRun):
+    op_domain = DOMAIN
+
+    def _run(self, x: Any, weight: Any, scale: Any, *more: Any, **attributes: Any) -> tuple[Any]:
+        rest = list(more)
+        matrices = _int4(weight, scale, rest, attributes, (attributes["num_outputs"], x.shape[1]))
+        (picks,) = rest
+        return (_by_experts(x, matrices, picks).astype(np.float16),)
+
+
+class Int4Rows(OpRun):
+    op_domain = DOMAIN
+
+    def _run(self, ids: Any, table: Any, scale: Any, *more: Any, **attributes: Any) -> tuple[Any]:
+        rest = list(more)
+        rows = _int4(table, scale, rest, attributes, (attributes["num_rows"], attributes["row_length"]))
+        assert not rest
+        return (rows[ids].astype(np.float16),)
 
 
 class Int8Rows(OpRun):

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from sinkexport.config import WEIGHT_DTYPES, ExportConfig
 from sinkexport.graph.passes.lower_to_opset17 import SAME
 from sinkexport.pipeline.export import export
-from sinkexport.quant.recipe import load_recipe
+from sinkexport.quant.recipe import Recipe, load_recipe
+from sinkexport.quant.weight import QuantizedWeight, WeightScheme
 from sinkexport.sources import LoadedModel
 from sinkexport.tensorrt.build_engines import build_bundle
 from sinkexport.tensorrt.builder import float32_values
@@ -109,6 +111,49 @@ def test_the_plugins_graph_computes_what_the_onnx_bundle_does(name: str, config:
     assert np.median(errors) < 0.004
 
 
+def with_int4_weights(model: Any, recipe: Recipe) -> Any:
+    """Every matrix rounded as a recipe of INT4 weights says, in place; a tied table as the output projection."""
+    head, weights = model.get_output_embeddings(), recipe.weights
+    assert weights is not None
+    assert head.weight is model.get_input_embeddings().weight
+    int4 = WeightScheme(4, weights.block_size, weights.symmetric, "absmax", "float16")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            scheme = WeightScheme(8) if module is head and recipe.lm_head == "int8" else int4
+            rounded = QuantizedWeight("w", ir.tensor(module.weight.detach().numpy()), scheme, transposed=True)
+            module.weight.data.copy_(torch.from_numpy(rounded.dequantized()))
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("weights", "lm_head", "kinds"),
+    [
+        ({}, "int8", {"Int4Linear", "Int8Linear", "Int8Rows"}),
+        ({"block_size": 64, "symmetric": True}, "same", {"Int4Linear", "Int4Rows"}),
+    ],
+    ids=["int4-nearest", "table, symmetric"],
+)
+def test_int4_weights_are_the_rounded_models(weights: dict, lm_head: str, kinds: set[str], tmp_path: Path) -> None:
+    asked = load_recipe("int4-nearest")
+    assert asked.weights is not None
+    asked = asked.model_copy(update={"weights": asked.weights.model_copy(update=weights), "lm_head": lm_head})
+    manifest = exported(wide_model("llama-tied"), tmp_path / "plugin", target="tensorrt", recipe=asked)
+    assert manifest.quantization is not None
+    assert manifest.quantization.weights == "int4"
+    for role in ("decode", "prefill"):
+        assert kinds == {kind for kind in plugin_nodes(tmp_path / "plugin", role) if kind.startswith("Int")}
+    exported(with_int4_weights(wide_model("llama-tied"), asked), tmp_path / "onnx")
+    errors = errors_against(tmp_path / "plugin", manifest, tmp_path / "onnx", VOCAB_SIZE)
+    assert max(errors) < 0.01
+    assert np.median(errors) < 0.004
+
+
+def test_int4_weights_need_the_plugin() -> None:
+    with pytest.raises(UsageError, match="received INT4 weights and --native, expected 8 bits"):
+        ExportConfig(recipe=load_recipe("int4-nearest"), target="tensorrt", native=True)
+
+
 def with_smooth(folder: Path, **config: Any) -> Manifest:
     """A bundle whose matmuls have INT8 inputs with static ranges."""
     asked, model = recipe(), wide_model("llama-tied")
@@ -172,7 +217,7 @@ def plugin_nodes(folder: Path, role: str) -> list[str]:
 
 def operators(folder: Path, role: str = "decode") -> list[tuple[str, str]]:
     """Kind and name of the matrix of every matmul of a graph."""
-    kinds = ("MatMul", "Gemm", "HalfLinear", "Int8Linear")
+    kinds = ("MatMul", "Gemm", "HalfLinear", "Int4Linear", "Int8Linear")
     model = onnx.load(folder / f"{role}.onnx", load_external_data=False)
     return [(node.op_type, node.input[1]) for node in model.graph.node if node.op_type in kinds]
 
@@ -252,6 +297,7 @@ class TestBuilding:
         [
             ("fp16", {"kv": "int8"}),
             ("fp16", {"recipe": "int8-channel", "batch": 2}),
+            ("fp16", {"recipe": "int4-nearest"}),
             ("fp32", {"num_sink_tokens": 0}),
             ("fp32", {"native": True}),
         ],

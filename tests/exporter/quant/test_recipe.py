@@ -109,7 +109,7 @@ def test_files_that_hold_no_recipe(content: str, tmp_path: Path) -> None:
 
 
 def test_unknown_names_and_missing_files() -> None:
-    with pytest.raises(UsageError, match=r"received 'int9', expected int4-nearest \| "):
+    with pytest.raises(UsageError, match=r"received 'int9', expected bf16-weights \| "):
         load_recipe("int9")
     with pytest.raises(UsageError, match=r"mine\.yaml.*expected a readable YAML file"):
         load_recipe("mine.yaml")

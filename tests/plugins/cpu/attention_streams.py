@@ -41,6 +41,7 @@ class Streams:
     threads: int = 2
     layout: Layout = Layout()
     bfloat16_chunks: bool = False
+    reads_only: bool = False
     calls: list[tuple[Call, dict[str, np.ndarray]]] = dataclasses.field(default_factory=list, repr=False)
     """Whether to keep `records`: each run as a call with the arrays as they were, and the arrays that it changed."""
     records: bool = False
@@ -66,9 +67,11 @@ class Streams:
         elif case.rotation == "kernel":
             constants["frequency"] = buffer(case.rotary_dim // 2, dtype=torch.int64)
             constants["frequency"].tensor.copy_(self.tokens.frequency)
-        for name, weight in (("q_norm_weight", self.tokens.q_norm), ("k_norm_weight", self.tokens.k_norm)):
+        weights = {f"{x}_norm_weight": getattr(self.tokens, f"{x}_norm") for x in "qkv"}
+        weights |= {f"{x}_turned_weight": getattr(self.tokens, f"{x}_turned") for x in "qk"}
+        for name, weight in weights.items():
             if weight is not None:
-                constants[name] = buffer(case.head_dim)
+                constants[name] = buffer(len(weight))
                 constants[name].tensor.copy_(weight)
         heads = {name: getattr(self.tokens, name) for name in ("sink_logit", "sink_scale")}
         for name, values in (heads | {"alibi_slopes": self.tokens.slopes}).items():
@@ -100,6 +103,9 @@ class Streams:
             "softcap": case.softcap,
             "gate_dim": case.gate_dim,
             "qk_norm_epsilon": QK_EPSILON,
+            "qk_norm_of_rows": case.norm_of_rows,
+            "v_norm_epsilon": QK_EPSILON,
+            "reads_only": self.reads_only,
             "out_tokens_first": self.layout.out_tokens_first,
         }
         addresses |= {name: rows.data_ptr() for name, rows in self._rows.items()}

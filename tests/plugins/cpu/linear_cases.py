@@ -38,6 +38,7 @@ class Case:
     gated: bool = False
     multiplier: float = 1.0
     output_norm: bool = False
+    limit: float = 0.0  # of clamped_swiglu
 
     def __str__(self) -> str:
         words = [self.kind, f"M{self.rows} K{self.columns} N{self.outputs}"]
@@ -61,6 +62,7 @@ class Case:
             "is_gated": self.gated,
             "is_layer_norm": self.layer_norm,
             "norm_epsilon": EPSILON,
+            "activation_limit": self.limit,
             "multiplier": self.multiplier,
             "output_norm_epsilon": EPSILON,
         }
@@ -125,6 +127,9 @@ class Problem:
     def _finish(self, sums: list[np.ndarray]) -> np.ndarray:
         if self.bias is not None:
             sums = [one + part for one, part in zip(sums, np.split(self.bias, len(sums)), strict=True)]
+        if self.case.activation == "clamped_swiglu":
+            gate = np.minimum(sums[0], self.case.limit)
+            sums = [gate / (1 + np.exp(-1.702 * gate)), np.clip(sums[1], -self.case.limit, self.case.limit) + 1]
         y = activate(self.case.activation, sums[0])
         if self.case.gated:
             y = y * sums[1]

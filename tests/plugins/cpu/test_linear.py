@@ -159,6 +159,7 @@ def test_residual_in_place(isa):
 
 
 EXPERTS = [*FORMATS, {"kind": "int4", "block_size": 64, "activation": "silu", "gated": True, "bias": True}]
+EXPERTS += [{"kind": "float32", "activation": "clamped_swiglu", "gated": True, "bias": True, "limit": 2.5}]
 
 
 def expert_calls(isa: str) -> tuple[list[Call], list[Callable[[], np.ndarray]]]:
@@ -199,6 +200,38 @@ def test_experts_are_the_matmuls_of_their_matrices(isa):
     run_here(calls)
     for call, result in zip(calls, results, strict=True):
         assert np.array_equal(call.results, result())
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize(("tokens", "outputs", "threads"), [(1, 40, 1), (23, 41, 2), (300, 64, 3)])
+def test_weighted_sums_of_experts(tokens, outputs, threads, has_residual, isa):
+    rng = np.random.default_rng(5)
+    experts, top_k, columns = 5, 3, 36
+    tasks = [Problem(Case("float32", tokens, columns, outputs), seed) for seed in range(experts)]
+    picks = rng.integers(0, experts, (tokens, top_k))
+    weights = rng.random((tokens, top_k)).astype(np.float32)
+    residual = rng.standard_normal((tokens, outputs)).astype(np.float32) if has_residual else None
+    rows = np.stack([tasks[0].x.astype(np.float64) @ task.weights[0].values.T for task in tasks])
+    want = (rows[picks, np.arange(tokens)[:, None]] * weights[..., None]).sum(axis=1)
+    want = want if residual is None else want + residual
+    numbers = {**tasks[0].case.numbers, "num_rows": tokens * top_k, "num_experts": experts}
+    numbers |= {"num_x_rows": tokens, "num_sums": tokens}
+    packed = np.stack([task.call(isa).arrays["weight"] for task in tasks])
+    y = np.full((tokens, outputs), np.nan, np.float32)
+    arrays = {"weight": packed, "x": tasks[0].x, "picks": picks.reshape(-1), "y": y}
+    arrays |= {"pick_weights": weights.reshape(-1), "residual": residual}
+    call = Call("linear", numbers, arrays, isa, threads)
+    run_here([call])
+    assert error(call.results, want) < 1e-6
+
+
+@pytest.mark.parametrize("outputs", [32, 41])
+def test_clamped_gates(outputs, isa):
+    case = Case("float32", 7, 36, outputs, bias=True, activation="clamped_swiglu", gated=True, limit=2.5)
+    task = Problem(case)
+    call = task.call(isa)
+    run_here([call])
+    assert error(call.results, task.plain()) < 1e-6
 
 
 def row_calls() -> tuple[list[Call], list[np.ndarray]]:
@@ -251,7 +284,12 @@ REFUSED = [
         {"weight_type": 0, "block_size": 0},
         "scale: received a pointer, expected null with weights that are not integers",
     ),
-    ({"activation": 5}, "activation: received 5, expected 0 (none) .. 4 (relu2)"),
+    ({"activation": 6}, "activation: received 6, expected 0 (none) .. 5 (clamped_swiglu)"),
+    ({"activation": 5}, "activation: received clamped_swiglu without gates, expected gates and ups"),
+    ({"activation_limit": -1.0}, "activation_limit: received -1, expected a number from 0 on"),
+    ({"num_experts": 2, "num_x_rows": 3, "num_sums": 2}, "num_sums: received 2, expected 0 or a number that divides"),
+    ({"num_experts": 2, "num_x_rows": 3, "num_sums": 1}, "pick_weights, num_sums: received one of them, expected both"),
+    ({"pick_weights": 1 << 40}, "pick_weights: received without experts or with output_norm_weight"),
     ({"norm_epsilon": float("nan")}, "norm_epsilon: received nan, expected a number from 0 on"),
     ({"multiplier": float("inf")}, "multiplier: received inf, expected a finite number"),
     ({"output_norm_epsilon": -1.0}, "output_norm_epsilon: received -1, expected a number from 0 on"),

@@ -8,12 +8,12 @@ import pytest
 from tests.plugins.cpu.attention_streams import recorded
 from tests.plugins.cpu.calls import replayed
 from tests.plugins.cpu.test_arm import EMULATOR, PROCESSORS, program, pytestmark  # noqa: F401
-from tests.plugins.cpu.test_sink_attention import cases
+from tests.plugins.cpu.test_sink_attention import NORMED, cases
 
 
 @pytest.mark.parametrize("isa", PROCESSORS)
 def test_kernels(isa, program, tmp_path):  # noqa: F811
-    runs = [run for case in cases()[::4] for run in recorded(case, isa)]
+    runs = [run for case in (*cases()[::4], *NORMED) for run in recorded(case, isa)]
     results = replayed([EMULATOR, "-cpu", PROCESSORS[isa], str(program)], [call for call, _ in runs], tmp_path)
     for (call, want), got in zip(runs, results, strict=True):
         for name, array in want.items():

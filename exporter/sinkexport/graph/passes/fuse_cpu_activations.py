@@ -10,11 +10,11 @@ import dataclasses
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.cpu_nodes import BITS_OF_LINEARS, Linear
+from sinkexport.graph.cpu_nodes import Linear, find_linears, is_linear
 from sinkexport.graph.edit import drop_unused, known_shape, only_user, replace_node, split_source
-from sinkexport.graph.gates import Gate, find_activations, gate_of
+from sinkexport.graph.gates import Gate, gate_of
 from sinkexport.graph.graph_pass import GraphPass
-from sinkexport.graph.operators import DOMAIN
+from sinkexport.graph.spelled_activations import find_activations_of
 
 
 class FuseCpuActivations(GraphPass):
@@ -24,27 +24,39 @@ class FuseCpuActivations(GraphPass):
         """Replace each linear and what follows it with one node."""
         graph = model.graph
         modified = drop_unused(graph)  # a view that nothing reads would stand in the way
-        for active in find_activations(graph):
-            gate = gate_of(active)
-            fused = None if gate is None else _gated(graph, gate)
-            last = active.last if gate is None else gate.last
-            if fused is None:
-                fused, last = _plain(active.x, active.activation), active.last
-            if fused is not None:
-                b = Builder(graph)
-                replace_node(last, b.nodes, [b.reshape(fused.write(b), known_shape(last.outputs[0]))])
-                drop_unused(graph)
-                modified = True
+        for x in _results(graph):
+            modified |= _fuse(graph, x)
         return ir.passes.PassResult(model, modified)
 
 
-def _plain(x: ir.Value, activation: str) -> Linear | None:
-    """The linear that makes x, with the activation; None: no linear does, or something else reads x."""
-    readers = {use.node for use in x.uses()}
-    linear = _linear(x)
-    if linear is None or x.is_graph_output() or len(readers) > (2 if activation == "silu" else 1):
-        return None
-    return dataclasses.replace(linear, activation=activation)
+def _results(graph: ir.Graph) -> list[ir.Value]:
+    """What linears make, halves of it, and views of both."""
+    found = []
+    for node, _ in find_linears(graph):
+        pending = [node.outputs[0]]
+        while pending:
+            value = pending.pop()
+            found.append(value)
+            reader = only_user(value)
+            if reader is not None and reader.op_type in ("Reshape", "Split"):
+                pending += reader.outputs
+    return found
+
+
+def _fuse(graph: ir.Graph, x: ir.Value) -> bool:
+    for active, _ in list(find_activations_of(x)):
+        gate = gate_of(active)
+        fused = None if gate is None else _gated(graph, gate)
+        last = active.last if gate is None or fused is None else gate.last
+        if fused is None:
+            linear = _linear(x)
+            fused = None if linear is None else dataclasses.replace(linear, activation=active.activation)
+        if fused is not None:
+            b = Builder(graph)
+            replace_node(last, b.nodes, [b.reshape(fused.write(b), known_shape(last.outputs[0]))])
+            drop_unused(graph)
+            return True
+    return False
 
 
 def _gated(graph: ir.Graph, gate: Gate) -> Linear | None:
@@ -69,7 +81,5 @@ def _linear(value: ir.Value) -> Linear | None:
         source = node.inputs[0]
         alone = source is not None and only_user(source) is node
         node = source.producer() if source is not None and alone else None
-    if node is None or node.domain != DOMAIN or node.op_type not in BITS_OF_LINEARS:
-        return None
-    linear = Linear.of(node)
-    return linear if linear.is_bare else None
+    linear = Linear.of(node) if node is not None and is_linear(node) else None
+    return linear if linear is not None and linear.is_bare else None

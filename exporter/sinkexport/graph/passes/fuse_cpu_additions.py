@@ -7,15 +7,25 @@ import dataclasses
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.cpu_nodes import Linear, find_linears
-from sinkexport.graph.edit import drop_unused, is_weight, known_shape, only_user, replace_node
+from sinkexport.graph.cpu_nodes import (
+    ExpertLinear,
+    Linear,
+    find_expert_linears,
+    find_linears,
+    is_expert_linear,
+    is_linear,
+)
+from sinkexport.graph.edit import drop_unused, is_weight, known_shape, only_user, operand, replace_node
 from sinkexport.graph.graph_pass import GraphPass
 
 FLOAT = ir.DataType.FLOAT
 
 
 class FuseCpuAdditions(GraphPass):
-    """A linear whose only reader is an Add takes over what is added: constants [N], then a tensor of y's shape."""
+    """A linear whose only reader is an Add takes over what is added: constants [N], then a tensor of y's shape.
+
+    Of two tensors that are added one after the other, the second goes to the matmul that made the first.
+    """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fuse one addition after the other until none is left."""
@@ -30,7 +40,63 @@ class FuseCpuAdditions(GraphPass):
                 drop_unused(graph)
                 (node,) = (one for one in b.nodes if one.op_type == linear.op_type)
                 modified = True
+        for node, linear in find_linears(graph):
+            modified |= _moved_to_first(graph, node, linear)
+        for node, experts in find_expert_linears(graph):
+            modified |= _added_to_experts(graph, node, experts)
         return ir.passes.PassResult(model, modified)
+
+
+def _moved_to_first(graph: ir.Graph, node: ir.Node, linear: Linear) -> bool:
+    """Let the first of two matmuls add what follows the second: ``(a + b) + x`` becomes ``a + (b + x)``.
+
+    A linear has one residual. Where blocks lie side by side (GPT-NeoX, Falcon) the second's is the first's result.
+    """
+    first = None if linear.residual is None else linear.residual.producer()
+    result = node.outputs[0]
+    addition = only_user(result, "Add")
+    if first is not None and first.op_type == "Reshape" and only_user(operand(first, 0)) is first:
+        view, first = first, operand(first, 0).producer()
+        if not is_expert_linear(first) or len(list(view.outputs[0].uses())) > 1:
+            return False
+    if first is None or addition is None or len(list(first.outputs[0].uses())) > 1:
+        return False
+    before = Linear.of(first) if is_linear(first) else ExpertLinear.of(first) if is_expert_linear(first) else None
+    if before is None:
+        return False
+    other = addition.inputs[1] if addition.inputs[0] is result else addition.inputs[0]
+    if before.residual is not None or first.outputs[0].is_graph_output() or other is None or other is result:
+        return False
+    if other.dtype != FLOAT or is_weight(other) or known_shape(other) != known_shape(result):
+        return False
+    is_sum = isinstance(before, ExpertLinear) and before.pick_weights is not None
+    if not is_sum and known_shape(first.outputs[0]) != known_shape(result):
+        return False
+    b = Builder(graph)
+    between = dataclasses.replace(before, residual=other).write(b)  # what it reads is there: only `node` reads it
+    out = dataclasses.replace(linear, residual=between).write(b)
+    replace_node(addition, b.nodes, [out])
+    drop_unused(graph)
+    return True
+
+
+def _added_to_experts(graph: ir.Graph, node: ir.Node, experts: ExpertLinear) -> bool:
+    """Let the sums of a token's experts take over what is added to them."""
+    result = node.outputs[0]
+    view = only_user(result, "Reshape")
+    viewed = result if view is None else view.outputs[0]
+    addition = only_user(viewed, "Add")
+    if addition is None or experts.pick_weights is None or experts.residual is not None:
+        return False
+    other = addition.inputs[1] if addition.inputs[0] is viewed else addition.inputs[0]
+    if other is None or other is viewed or other.dtype != FLOAT or is_weight(other):
+        return False
+    if known_shape(other) != known_shape(viewed) or known_shape(viewed)[-1] != experts.out_features:
+        return False
+    b = Builder(graph)
+    replace_node(addition, b.nodes, [dataclasses.replace(experts, residual=other).write(b)])
+    drop_unused(graph)
+    return True
 
 
 def _with_addition(node: ir.Node, linear: Linear) -> tuple[ir.Node, Linear] | None:

@@ -7,10 +7,9 @@ import dataclasses
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.cpu_nodes import BITS_OF_LINEARS, find_linears
+from sinkexport.graph.cpu_nodes import find_expert_linears, find_linears, is_expert_linear, is_linear
 from sinkexport.graph.edit import drop_unused, known_shape, operand, optional, replace_node
 from sinkexport.graph.graph_pass import GraphPass
-from sinkexport.graph.operators import DOMAIN
 from sinkexport.graph.rms_norms import row_norm
 
 FLOAT = ir.DataType.FLOAT
@@ -39,6 +38,20 @@ class FuseCpuNorms(GraphPass):
             )
             replace_node(node, b.nodes, [fused.write(b)])
             modified = True
+        for node, experts in find_expert_linears(graph):
+            norm = _norm(experts.x)
+            if norm is None or norm.bias is not None or experts.norm_weight is not None:
+                continue
+            b = Builder(graph)
+            fused_experts = dataclasses.replace(
+                experts,
+                x=norm.x,
+                norm_weight=norm.weight,
+                norm_epsilon=norm.epsilon,
+                is_layer_norm=norm.is_layer_norm,
+            )
+            replace_node(node, b.nodes, [fused_experts.write(b)])
+            modified = True
         drop_unused(graph)
         return ir.passes.PassResult(model, modified)
 
@@ -53,20 +66,22 @@ class _Norm:
 
 
 def _norm(x: ir.Value) -> _Norm | None:
-    """The norm over the last axis that makes x, maybe through a view; None: it is of another kind, or is read by
+    """The norm over the last axis that makes x, maybe through views; None: it is of another kind, or is read by
     something else."""
     node = x.producer()
-    if node is not None and node.op_type == "Reshape" and not node.domain and _are_linears(x):
-        source = node.inputs[0]
-        if source is None or known_shape(source)[-1:] != known_shape(x)[-1:] or len(list(source.uses())) > 1:
-            return None
-        node = source.producer()
-    elif not _are_linears(x):
-        return None
-    if node is None or node.domain or node.outputs[0].is_graph_output():
+    while node is not None and _keeps_rows(node):
+        node = operand(node, 0).producer()
+    if node is None or node.domain or not _are_linears(node.outputs[0]):
         return None
     rms = row_norm(node)
     return _layer_norm(node) if rms is None else _Norm(rms.x, rms.scale, None, rms.epsilon, is_layer_norm=False)
+
+
+def _keeps_rows(node: ir.Node) -> bool:
+    """Whether a node is a view with the rows of what it views."""
+    if node.op_type != "Reshape" or node.domain:
+        return False
+    return known_shape(operand(node, 0))[-1:] == known_shape(node.outputs[0])[-1:]
 
 
 def _layer_norm(node: ir.Node) -> _Norm | None:
@@ -85,7 +100,11 @@ def _layer_norm(node: ir.Node) -> _Norm | None:
 
 
 def _are_linears(x: ir.Value) -> bool:
-    """Whether all that reads x is the input of a linear."""
-    return not x.is_graph_output() and all(
-        use.node.domain == DOMAIN and use.node.op_type in BITS_OF_LINEARS and use.idx == 0 for use in x.uses()
-    )
+    """Whether all that reads x, maybe through views, is the input of a linear."""
+    if x.is_graph_output():
+        return False
+    for node, index in x.uses():
+        is_read = (is_linear(node) or is_expert_linear(node)) and index == 0
+        if not is_read and not (_keeps_rows(node) and _are_linears(node.outputs[0])):
+            return False
+    return True

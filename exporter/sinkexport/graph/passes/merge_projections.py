@@ -18,7 +18,10 @@ from sinkexport.graph.matmuls import ROWS, bias_addition, module_of, weight_oper
 from sinkexport.graph.operators import DOMAIN, SINK_ATTENTION
 
 _ON_THE_WAY = frozenset(
-    ("Add", "Split", "Reshape", "Transpose", "RMSNormalization", "LayerNormalization", "RotaryEmbedding")
+    (
+        *("Add", "Mul", "Clip", "RMSNormalization", "LayerNormalization", "RotaryEmbedding"),
+        *("Split", "Slice", "Gather", "Reshape", "Concat", "Squeeze", "Unsqueeze", "Transpose"),
+    )
 )
 """Operators between projections and attention."""
 

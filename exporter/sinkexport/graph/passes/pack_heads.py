@@ -34,14 +34,17 @@ def _pack(node: ir.Node, *, takes_chunks: bool) -> bool:
     batch, num_heads, num_tokens, value_dim = known_shape(node.outputs[0])
     if num_tokens > 1 and (not takes_chunks or node.attributes["has_gate"].as_int()):
         return False
-    heads = _whole([operand(node, i) for i in (Input.Q, Input.K, Input.V)], num_tokens)
+    # A step that only reads states has no keys and values.
+    has_queries_alone = num_tokens == 1 and "reads_only" in node.attributes and node.attributes["reads_only"].as_int()
+    parts = (Input.Q,) if has_queries_alone else (Input.Q, Input.K, Input.V)
+    heads = _whole([operand(node, i) for i in parts], num_tokens)
     wanted = (batch, num_tokens, num_heads * value_dim)
     view = _joining_view(node.outputs[0])
     if heads is None or view is None or static_shape(view.outputs[0]) != wanted:
         return False
     width = num_heads * known_shape(operand(node, Input.Q))[3]
     attributes = {**node.attributes, "packed_width": ir.AttrInt64("packed_width", width)}
-    inputs = [heads, *node.inputs[3:]]
+    inputs = [heads, *node.inputs[len(parts) :]]
     packed = ir.node(SINK_ATTENTION, inputs, attributes, domain=DOMAIN, num_outputs=len(node.outputs))
     for new, old in zip(packed.outputs, node.outputs, strict=True):
         typed(new, known_shape(old), old.dtype)
@@ -68,7 +71,10 @@ def _moves_heads(node: ir.Node) -> bool:
 
 
 def _whole(parts: list[ir.Value], num_tokens: int) -> ir.Value | None:
-    """[B, T, N], if `parts` [B, heads, T, D] are views of all that one Split made of its last axis, in order."""
+    """[B, T, N], if `parts` [B, heads, T, D] are views of all that one Split made of its last axis, in order.
+
+    One part is a view of it all.
+    """
     pieces = []
     for part in parts:
         view = part.producer()
@@ -79,6 +85,6 @@ def _whole(parts: list[ir.Value], num_tokens: int) -> ir.Value | None:
         if view is None or view.op_type != "Reshape" or view.domain or view.inputs[0] is None:
             return None
         pieces.append(view.inputs[0])
-    whole = split_source(pieces)
+    whole = pieces[0] if len(pieces) == 1 else split_source(pieces)
     shape = () if whole is None else known_shape(whole)
     return whole if len(shape) == 3 and shape[1] == num_tokens else None

@@ -11,20 +11,21 @@ from sinkexport.graph.builder import Builder
 from sinkexport.graph.edit import known_shape, lazy_weight, operand, replace_node
 from sinkexport.graph.expert_matmuls import ExpertMatmul, find_expert_matmuls, rows_of_outputs
 from sinkexport.graph.graph_pass import GraphPass
-from sinkexport.graph.operators import DOMAIN, HALF_EXPERT_LINEAR, INT8_EXPERT_LINEAR
+from sinkexport.graph.operators import DOMAIN, HALF_EXPERT_LINEAR, INT4_EXPERT_LINEAR, INT8_EXPERT_LINEAR
 from sinkexport.graph.plugin_nodes import PLUGIN_ATTRIBUTES
-from sinkexport.graph.quantize.plugin import INPUTS_MULTIPLE, packed_rows, row_scales
+from sinkexport.graph.quantize.plugin import INPUTS_MULTIPLE, int4_constants, packed_rows, row_scales
 
 HALF = ir.DataType.FLOAT16
 
 
 class UseExpertPlugin(GraphPass):
     """Hand over every matmul that was traced for it: HalfExpertLinear(x, W, picks), or Int8ExpertLinear(x, W, scale,
-    picks) where the plan rounds the matrices and their K is a multiple of 16.
+    picks) or Int4ExpertLinear(x, W, scale, zero points, picks) where the plan rounds the matrices and their K is a
+    multiple of 16.
 
     x [R, K], picks int32 [P] -> [P, N], float16. W lies in the file as [E, N, K], whatever the model's orientation,
-    int8 as int32 [E, N, K/4]; scale float32 [E, N]. The form of a matrix does not depend on P: decode and prefill read
-    the same weights.
+    int8 as int32 [E, N, K/4]; scale float32 [E, N]. INT4 weights: sinkexport.graph.quantize.int4_tiles. The form of a
+    matrix does not depend on P: decode and prefill read the same weights.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -42,8 +43,11 @@ class UseExpertPlugin(GraphPass):
             if picks not in narrow:
                 narrow[picks] = b.cast(picks, ir.DataType.INT32)
             weight = None if plan is None or depth % INPUTS_MULTIPLE else matmul.rounded(plan)
+            fields: dict[str, int] = {}
             if weight is None:
                 op_type, matrices = HALF_EXPERT_LINEAR, [_rows(graph, matmul, laid_out)]
+            elif weight.scheme.bits == 4:
+                op_type, (matrices, fields) = INT4_EXPERT_LINEAR, int4_constants(graph, weight, (count, width))
             else:
                 op_type = INT8_EXPERT_LINEAR
                 matrices = [write(graph, weight, (count, width)) for write in (packed_rows, row_scales)]
@@ -54,6 +58,7 @@ class UseExpertPlugin(GraphPass):
                 HALF,
                 domain=DOMAIN,
                 num_outputs=width,
+                **fields,
                 **PLUGIN_ATTRIBUTES,
             )
             replace_node(matmul.node, b.nodes, [out])

@@ -54,6 +54,9 @@ class Plan(Protocol):
 
     def treatment(self, matmul: Matmul) -> Treatment | None: ...
 
+    def is_bfloat16(self, module: str) -> bool:
+        """Whether weights that stay in floating point are rounded to bfloat16."""
+
     def table(self, module: str) -> WeightScheme | None:
         """Scheme of an embedding that no matmul reads."""
 

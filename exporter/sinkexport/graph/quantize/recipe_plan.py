@@ -46,7 +46,7 @@ class RecipePlan:
 
     def kind(self, module: str) -> object:
         """Projections are joined if they are rounded alike."""
-        return self._scheme(module), self._recipe.input_mode(module)
+        return self._scheme(module), self._recipe.input_mode(module), self.is_bfloat16(module)
 
     def treatment(self, matmul: Matmul) -> Treatment | None:
         """What becomes of a matmul; its modules are all of one kind."""
@@ -78,6 +78,13 @@ class RecipePlan:
         """Only weights are rounded where an input stays in floating point: a larger spread would harm them."""
         weights_only = self._recipe.activations.mode == "float"
         return self._scheme(module) is not None and (weights_only or self._recipe.input_mode(module) != "float")
+
+    def is_bfloat16(self, module: str) -> bool:
+        """Whether a module is rounded to bfloat16: all that is rounded to no integers, but routers and what the recipe
+        keeps."""
+        if self._recipe.floats != "bfloat16" or self._recipe.keeps_float(module) or module in self._routers:
+            return False
+        return module not in self._head or self._recipe.lm_head != "float"
 
     def table(self, module: str) -> WeightScheme | None:
         """How an untied embedding is rounded: a scale for each row, as its rows are what is read.

@@ -16,6 +16,8 @@ import onnx_ir as ir
 from sinkexport.graph.matmuls import Matmul, module_of
 from sinkexport.graph.packed_weights import BLOCK_SIZES as CPU_BLOCKS
 from sinkexport.graph.packed_weights import holds_half
+from sinkexport.graph.quantize.int4_tiles import BLOCK_SIZES as TILE_BLOCKS
+from sinkexport.graph.quantize.int4_tiles import INPUTS_MULTIPLE as TILE_INPUTS
 from sinkexport.graph.quantize.ort import BLOCK_SIZES as ORT_BLOCKS
 from sinkexport.graph.quantize.plan import Treatment, Use
 from sinkexport.graph.quantize.plugin import INPUTS_MULTIPLE
@@ -37,11 +39,12 @@ CPU: Forms = {
     (8, True): (CHANNEL, *CPU_BLOCKS[::-1]),
 }
 PER_CHANNEL: Forms = {(8, True): (CHANNEL,)}
+PLUGIN: Forms = {(4, True): TILE_BLOCKS[::-1], (4, False): TILE_BLOCKS[::-1], **PER_CHANNEL}
 
 MATMULS: Mapping[str, Sequence[Forms]] = {
     "ort": (ORT,),
     "cpu": (CPU, ORT),
-    "plugin": (PER_CHANNEL,),
+    "plugin": (PLUGIN,),
     "qdq": (PER_CHANNEL,),
 }
 """What the operators of each form of quantised matmuls take, a key of `graph.quantize.forms.FORMS`."""
@@ -49,7 +52,7 @@ MATMULS: Mapping[str, Sequence[Forms]] = {
 EXPERTS: Mapping[str, Forms] = {
     "ort": PER_CHANNEL,
     "cpu": {(8, True): (CHANNEL, *CPU_BLOCKS[::-1])},
-    "plugin": PER_CHANNEL,
+    "plugin": PLUGIN,
     "qdq": {},
 }
 """The same of the matrices of experts."""
@@ -98,6 +101,10 @@ class StoredPlan:
             return None  # rows of a table are read as they are
         return self._treatment(found, MATMULS[self._quantization])
 
+    def is_bfloat16(self, module: str) -> bool:  # noqa: ARG002 - as all plans
+        """Never: what is not kept as integers stays exact."""
+        return False
+
     def table(self, module: str) -> WeightScheme | None:  # noqa: ARG002 - as all plans
         """None: see `of_rows`."""
         return None
@@ -122,17 +129,18 @@ class StoredPlan:
         return self._found[name]
 
     def _treatment(self, found: StoredRows, kinds: Sequence[Forms]) -> Treatment | None:
-        is_plugin = self._quantization == "plugin"
-        if self._dtype == "float16" and not is_plugin and not holds_half(found.read().scales):
-            return None
-        if is_plugin and found.first.shape[1] % INPUTS_MULTIPLE:
-            return None
+        is_plugin, depth = self._quantization == "plugin", found.first.shape[1]
         for forms in kinds:
             for bits, symmetric in ((found.first.bits, found.symmetric), (8, True)):
                 size = _block(found, forms.get((bits, symmetric), ()))
                 if size is None or not _fits(found, bits, symmetric=symmetric):
                     continue
-                scale_dtype = "float32" if is_plugin else self._dtype  # the plugin's are always float32
+                if is_plugin and depth % (TILE_INPUTS if bits == 4 else INPUTS_MULTIPLE):
+                    continue
+                # The plugin's are float16 for INT4 and float32 for INT8, whatever the model's numbers are.
+                scale_dtype = self._dtype if not is_plugin else "float16" if bits == 4 else "float32"
+                if scale_dtype == "float16" and not holds_half(found.read().scales):
+                    continue
                 scheme = WeightScheme(bits, size or None, symmetric, "stored", scale_dtype)
                 self.kept |= {matrix.name: scheme for matrix in found.matrices}
                 order = found.first.order

@@ -16,15 +16,18 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from sinkexport.loading.checkpoints.file_tensor import Floats, Indices
-from sinkexport.loading.weights.packed_matrices import PACKED, packed_rows
+from sinkexport.loading.weights.packed_matrices import PACKED, TILED, packed_rows, row_places, tiled_rows
 from sinkexport.util.process_memory import release_pages
 from sinkexport.util.traced_names import MODEL
+
+REORDERED = ".by_head"
+"""Suffix of matrices and biases of the CPU library whose rows are in another order."""
 
 BY_HEAD = "const.by_head"
 """The plugin's copies of the model's numbers of heads, in float32."""
 
 QUANTIZED = (".packed", ".uint8", ".int8x4", ".int8")
-PACKED_OR_QUANTIZED = (*QUANTIZED, PACKED)
+PACKED_OR_QUANTIZED = (*QUANTIZED, PACKED, TILED)
 COMPANIONS = (".scales", ".zero_points", ".sums")
 
 HALF_RANGE = 128
@@ -126,13 +129,20 @@ def read_graph(path: Path) -> list[GraphMatrix]:
             continue
         layers = positions.get(name, (-np.inf, np.inf))
         suffix = next((s for s in QUANTIZED if name.endswith(s)), None)
-        if name.endswith(PACKED):
-            found.append(_packed_for_library(name.removesuffix(PACKED), value, values, layers))
+        layout = next((s for s in (PACKED, TILED) if name.endswith(s)), None)
+        if layout is not None:
+            found.append(_in_tiles(name.removesuffix(layout), layout, value, values, layers))
         elif suffix is not None and f"{name.removesuffix(suffix)}.scales" in values:
             found.append(_quantized(name.removesuffix(suffix), suffix, value, values, layers))
         elif tensor.dtype.is_floating_point() and not (name.endswith(COMPANIONS) and _has_base(name, values)):
-            found.append(_floating(name, tensor, layers))
+            found.append(_floating(name, _in_order(name, value, tensor), layers))
     return found
+
+
+def _in_order(name: str, value: ir.Value, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """A bias [N], or those of experts [E, N], in the model's order."""
+    places = row_places(value) if name.endswith(REORDERED) else None
+    return tensor if places is None else ir.Tensor(tensor.numpy()[..., places], name=name)
 
 
 def _has_base(name: str, values: dict[str, ir.Value]) -> bool:
@@ -142,7 +152,7 @@ def _has_base(name: str, values: dict[str, ir.Value]) -> bool:
 
 def parameters_of(name: str) -> tuple[str, ...]:
     """Names of the model's parameters in a constant's name, such as ``model.a.weight.T+model.b.weight.T``."""
-    names = [part.removesuffix(".smoothed").removesuffix(".T") for part in name.split("+")]
+    names = [part.removesuffix(".smoothed").removesuffix(".T") for part in name.removesuffix(REORDERED).split("+")]
     if not all(part.startswith(MODEL) for part in names):
         return ()
     return tuple(part.removeprefix(MODEL) for part in names)
@@ -277,13 +287,18 @@ def _quantized(
     )
 
 
-def _packed_for_library(
-    base: str, value: ir.Value, values: dict[str, ir.Value], layers: tuple[float, float]
+def _in_tiles(
+    base: str, layout: str, value: ir.Value, values: dict[str, ir.Value], layers: tuple[float, float]
 ) -> GraphMatrix:
-    """A weight in the layout of the CPU library."""
+    """A weight in the layout of the CPU library, or INT4 in that of the TensorRT plugin."""
     companions = [values.get(f"{base}{suffix}") for suffix in (".scales", ".zero_points")]
     scales, zeros = (None if one is None else _numbers(one) for one in companions)
-    packed = packed_rows(value, _numbers(value), scales, zeros)
+    if layout == PACKED:
+        packed = packed_rows(value, _numbers(value), scales, zeros)
+    elif scales is None:
+        raise ValueError(f"'{base}' has no scales")
+    else:
+        packed = tiled_rows(value, _numbers(value), scales, zeros)
     parts, swapped = parameters_of(base), None
     if packed.num_experts:
         swapped = GraphMatrix(

@@ -1,4 +1,7 @@
-"""Weights of the CPU library read back from its packed bytes; plugins/cpu/kernels/linear.h has the layout."""
+"""Weights of the CPU library and INT4 weights of the TensorRT plugin read back from their packed bytes.
+
+plugins/cpu/kernels/linear.h and plugins/kernels/linear.h have the layouts.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,16 @@ from sinkexport.loading.checkpoints.file_tensor import Floats, Indices
 TILE = 16
 PACKED = ".n16"
 """Suffix of the packed bytes of a weight."""
+
+ROW_ORDER = "row_order"
+"""Attribute of a node whose matrix has its rows in another order than the model's: which of them each is, as runs
+``first:count``."""
+
+BFLOAT16_STEP = 2.0**-8
+"""Most that a number is changed by rounding to bfloat16, as a share of it."""
+
+TILED, TILED_INPUTS = ".int4x8", 64
+"""Suffix of the INT4 tiles of a weight, and inputs of a tile."""
 
 At = Callable[[Indices, Indices], tuple[Floats, Floats]]
 """Rows and columns, of shapes that broadcast -> numbers and their steps, of that shape."""
@@ -58,9 +71,9 @@ def packed_rows(
     parts = 2 if fields.get("gated") else 1
     width = fields["out_features"] if "out_features" in fields else fields["num_rows"]
     tiles = parts * -(-width // TILE)
-    bits = 32 if scales is None else _bits(value)
+    bits = _bits(value)
     block = fields["block_size"]
-    padded = depth if scales is None else -(-depth // (block or 4)) * (block or 4)
+    padded = -(-depth // 2) * 2 if scales is None else -(-depth // (block or 4)) * (block or 4)
 
     def places(rows: Indices) -> tuple[Indices, Indices]:
         """Tiles, counted over all matrices, and rows in them."""
@@ -70,6 +83,10 @@ def packed_rows(
 
     def at(rows: Indices, column: Indices) -> tuple[Floats, Floats]:
         tile, place = places(rows)
+        if bits == 16:
+            halves = packed.view(np.uint16).reshape(-1, padded // 2, TILE, 2)[tile, column // 2, place, column % 2]
+            values = (halves.astype(np.uint32) << 16).view(np.float32)
+            return values, np.abs(values) * np.float32(BFLOAT16_STEP)
         if scales is None:
             values = packed.view(np.float32).reshape(-1, depth, TILE)[tile, column, place]
             return values, np.zeros_like(values)
@@ -83,8 +100,62 @@ def packed_rows(
         zero: Any = 8 if zeros is None else zeros.reshape(-1, zeros.shape[-2], TILE)[tile, group, place]
         return (codes.astype(np.int16) - zero).astype(np.float32) * step, step
 
+    places_of = row_places(value)
     num_experts = fields.get("num_experts", 0)
+    if places_of is not None:
+        count = parts * width  # rows of a matrix
+
+        def reordered(rows: Indices, columns: Indices) -> tuple[Floats, Floats]:
+            return at(rows // count * count + places_of[rows % count], columns)
+
+        return PackedRows((max(num_experts, 1) * count, depth), num_experts, reordered)
     return PackedRows((max(num_experts, 1) * parts * width, depth), num_experts, at)
+
+
+def row_places(value: ir.Value) -> Indices | None:
+    """Where each of the model's rows is in a matrix or a bias [N] of reordered rows; None: in the model's order."""
+    shown = next((use.node.attributes[ROW_ORDER] for use in value.uses() if ROW_ORDER in use.node.attributes), None)
+    if shown is None:
+        return None
+    runs = [tuple(map(int, run.split(":"))) for run in shown.as_string().split(",")]
+    return np.argsort(np.concatenate([np.arange(first, first + count) for first, count in runs]))
+
+
+def tiled_rows(
+    value: ir.Value, packed: npt.NDArray[Any], scales: npt.NDArray[Any], zeros: npt.NDArray[Any] | None
+) -> PackedRows:
+    """What INT4 tiles of the TensorRT plugin hold.
+
+    Columns may be padded where the graph does not say how many there are.
+
+    value: the constant. packed: int32 [(E,) tiles, steps, 128]. scales: [(E,) tiles, groups, 16]. zeros: int32 [.., 4].
+    """
+    fields = _fields(value)
+    width = fields["num_rows"] if "num_rows" in fields else fields["num_outputs"]
+    tiles, steps = packed.shape[-3:-1]
+    depth = fields.get("row_length") or _width_of_input(value) or steps * TILED_INPUTS
+    count = packed.shape[0] if packed.ndim == 4 else 0
+    bytes_ = np.ascontiguousarray(packed).view(np.uint8).reshape(-1, steps, 8, 4, 2, 2, 4)
+    points = None if zeros is None else np.ascontiguousarray(zeros).view(np.uint8).reshape(-1, scales.shape[-2], TILE)
+
+    def at(rows: Indices, column: Indices) -> tuple[Floats, Floats]:
+        tile, row = rows // width * tiles + rows % width // TILE, rows % width % TILE
+        inner, of_word = column % TILED_INPUTS, np.array([0, 2, 1, 3])[column % 4]
+        both = bytes_[tile, column // TILED_INPUTS, row % 8, inner // 8 % 4, inner // 32, inner // 4 % 2, of_word]
+        codes = (both >> (row // 8 * 4).astype(np.uint8)) & 15
+        group, place = column // fields["block_size"], row % 8 * 2 + row // 8
+        step = scales.reshape(-1, scales.shape[-2], TILE)[tile, group, place].astype(np.float32)
+        zero: Any = 8 if points is None else points[tile, group, place]
+        return (codes.astype(np.int16) - zero).astype(np.float32) * step, step
+
+    return PackedRows((max(count, 1) * width, depth), count, at)
+
+
+def _width_of_input(value: ir.Value) -> int | None:
+    """Length of the rows that are multiplied by a weight, if the graph has it."""
+    x = next(iter(value.uses())).node.inputs[0]
+    last = None if x is None or x.shape is None or not len(x.shape) else x.shape[-1]
+    return last if isinstance(last, int) else None
 
 
 def _fields(value: ir.Value) -> dict[str, Any]:
@@ -94,4 +165,6 @@ def _fields(value: ir.Value) -> dict[str, Any]:
 
 
 def _bits(value: ir.Value) -> int:
-    return 4 if any(use.node.op_type.startswith("Int4") for use in value.uses()) else 8
+    starts = {"Float": 32, "Bf16": 16, "Int8": 8, "Int4": 4}
+    node = next(iter(value.uses())).node
+    return next(bits for start, bits in starts.items() if node.op_type.startswith(start))

@@ -17,13 +17,26 @@ from tests.exporter.graph.plugin_evaluator import (
     GatedActivation,
     HalfExpertLinear,
     HalfLinear,
+    Int4ExpertLinear,
+    Int4Linear,
+    Int4Rows,
     Int8ExpertLinear,
     Int8Linear,
     Int8Rows,
     RmsNorm,
 )
 
-PLUGINS = [GatedActivation, HalfExpertLinear, HalfLinear, Int8ExpertLinear, Int8Linear, Int8Rows, RmsNorm]
+INT4_PLUGINS = [Int4ExpertLinear, Int4Linear, Int4Rows]
+PLUGINS = [
+    GatedActivation,
+    HalfExpertLinear,
+    HalfLinear,
+    Int8ExpertLinear,
+    Int8Linear,
+    Int8Rows,
+    RmsNorm,
+    *INT4_PLUGINS,
+]
 TYPES = {"float32": "float", "float64": "double"}
 
 

@@ -34,6 +34,9 @@ class SimplePlan:
             return None
         return Treatment(self.scheme, dynamic=self.dynamic, input_scale=self.input_scale)
 
+    def is_bfloat16(self, module: str) -> bool:
+        return False
+
     def table(self, module: str) -> WeightScheme | None:
         return None if module in self.keep else self.scheme
 

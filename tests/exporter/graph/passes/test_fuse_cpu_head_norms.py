@@ -63,7 +63,7 @@ def test_norms_become_the_nodes_own(num_tokens: int, view: str, left: list[str])
     assert FuseCpuHeadNorms()(model).modified
     assert kinds(model) == left
     node = attention_of(model)
-    assert node.attributes["has_qk_norm"].as_int() == 1
+    assert node.attributes["qk_norm"].as_int() == 1
     assert node.attributes["qk_norm_epsilon"].as_float() == pytest.approx(0.01)
     assert len(node.inputs) == num_inputs + 2
     assert node.inputs[0].shape == shape

@@ -12,7 +12,7 @@ from sinkexport.graph.passes.fold_weight_transposes import FoldWeightTransposes
 from sinkexport.graph.passes.quantize_matmuls import QuantizeMatmuls
 from sinkexport.graph.quantize.plan import InputScale
 from sinkexport.quant.weight import WeightScheme
-from sinkexport.targets import ONNX, TARGETS, TENSORRT_NATIVE, TENSORRT_PLUGIN, Target
+from sinkexport.targets import CPU, ONNX, TARGETS, TENSORRT_NATIVE, TENSORRT_PLUGIN, Target
 
 from tests.exporter.graph.passes.pass_checks import check_left_alone, kinds, numbers, parsed, written
 from tests.exporter.graph.passes.plans import SimplePlan, context
@@ -73,6 +73,15 @@ def test_integer_inputs(plan: SimplePlan) -> None:
     assert QuantizeMatmuls(context(plan))(model).modified
     assert "MatMulNBits" not in kinds(model)
     assert 0 < np.abs(run(model) - want).max() < 0.05 * np.abs(want).max()
+
+
+def test_the_cpu_library_s_form_keeps_calibrated_ranges() -> None:
+    """Its kernels find scales at run time: a matmul with a range from calibration stays ONNX Runtime's."""
+    static, dynamic = random_model(), random_model()
+    assert QuantizeMatmuls(context(SimplePlan(input_scale=InputScale(2.0 / 127)), CPU))(static).modified
+    assert QuantizeMatmuls(context(SimplePlan(dynamic=True), CPU))(dynamic).modified
+    assert "Int8Linear" not in kinds(static)
+    assert "Int8Linear" in kinds(dynamic)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)

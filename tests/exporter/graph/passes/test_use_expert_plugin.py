@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from sinkexport.graph.passes.use_expert_plugin import UseExpertPlugin
+from sinkexport.quant.weight import WeightScheme
 
 from tests.exporter.graph.passes.expert_graphs import E, K, M, expert_graph
 from tests.exporter.graph.passes.pass_checks import check_left_alone, evaluated, kinds, numbers
@@ -22,8 +23,13 @@ def graph(*, is_transposed: bool, in_place: bool = True, depth: int = K) -> tupl
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize(
     ("under_test", "kind", "error"),
-    [(UseExpertPlugin(), "HalfExpertLinear", 2e-3), (UseExpertPlugin(context()), "Int8ExpertLinear", 2e-2)],
-    ids=["float16", "int8"],
+    [
+        (UseExpertPlugin(), "HalfExpertLinear", 2e-3),
+        (UseExpertPlugin(context()), "Int8ExpertLinear", 2e-2),
+        (UseExpertPlugin(context(SimplePlan(WeightScheme(4, 32)))), "Int4ExpertLinear", 0.2),
+        (UseExpertPlugin(context(SimplePlan(WeightScheme(4, 32, symmetric=False)))), "Int4ExpertLinear", 0.2),
+    ],
+    ids=["float16", "int8", "int4", "int4-zeros"],
 )
 def test_chosen_experts(under_test: UseExpertPlugin, kind: str, error: float, is_transposed: bool) -> None:
     model, matrices = graph(is_transposed=is_transposed)
