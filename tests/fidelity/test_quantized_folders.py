@@ -351,6 +351,10 @@ def _changed(suffix: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Cal
     return lambda folder: folder.tensors.__setitem__(name, change(folder.tensors[name]))
 
 
+def _also(suffix: str, tensor: torch.Tensor) -> Callable[[Folder], None]:
+    return lambda folder: folder.tensors.__setitem__(f"{LAYER}.{suffix}", tensor)
+
+
 def _filled(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda tensor: torch.full_like(tensor, value)
 
@@ -396,6 +400,22 @@ REFUSED: dict[str, tuple[str, Callable[[Folder], None], str]] = {
     "FP8 of other blocks": ("fp8-blocks", _config(weight_block_size=[16, 16]), "weight_scale_inv"),
     "FP8 without blocks": ("fp8-blocks", _config(weight_block_size=None), "in blocks, and sizes None"),
     "another FP8": ("fp8-blocks", _config(fmt="e5m2"), "fmt 'e5m2'"),
+    "an order that is lost": ("gptq-own-order", _without("g_idx"), "without its g_idx"),
+    "an order by groups that is lost": ("packed", _weights(actorder="group"), "without its weight_g_idx"),
+    "words of 64 bits": ("gptq", _changed("qweight", torch.Tensor.long), "of type I64, expected I32"),
+    "zero points in words of 64 bits": ("gptq", _changed("qzeros", torch.Tensor.long), "of type I64, expected I32"),
+    "AWQ in bytes": ("awq", _changed("qweight", lambda t: t.to(torch.int8)), "of type I8, expected I32"),
+    "packed words of 64 bits": ("packed", _changed("weight_packed", torch.Tensor.long), "of type I64, expected I32"),
+    "FP8 scales as bytes": ("fp8-blocks", _changed("weight_scale_inv", torch.Tensor.byte), "of type U8"),
+    "zero points beyond 8 bits": (
+        "int8-zero-points",
+        _changed("weight_zero_point", lambda t: torch.full_like(t, 300, dtype=torch.int32)),
+        "beyond 8 bits",
+    ),
+    "a weight that is there twice": ("gptq", _also("weight", torch.zeros(64, 64)), "twice"),
+    "AWQ's weight there twice": ("awq", _also("weight", torch.zeros(64, 64)), "twice"),
+    "a method that is a list": ("gptq", _config(quant_method=["gptq"]), "quant_method ['gptq']"),
+    "a group size beyond all": ("gptq", _config(group_size=10**30), "group_size"),
     "tables of codes": ("gptq", _config(quant_method="bitsandbytes"), "codes look up in tables"),
     "an unknown method": ("gptq", _config(quant_method="later"), "quant_method 'later'"),
     "no table": ("gptq", lambda f: f.config.update(quantization_config="gptq"), "no table"),

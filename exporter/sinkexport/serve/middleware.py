@@ -78,6 +78,10 @@ class Middleware:
             if owner is None:
                 raise ApiError(401, "no valid API key; send 'Authorization: Bearer KEY'")
             scope[_OWNER] = owner
+        if values_of(scope, b"content-length") and values_of(scope, b"transfer-encoding"):
+            # What one server on the way takes for a body may be the next request for another (RFC 9112, 6.1).
+            message = "Content-Length and Transfer-Encoding: received both, expected one of them"
+            raise ApiError(400, message, headers={"Connection": "close"})
         # A second one that differs is refused by the HTTP parser.
         length = next(iter(values_of(scope, b"content-length")), b"0")
         if length.isdigit() and (len(length) > 20 or int(length) > self._max_body_bytes):

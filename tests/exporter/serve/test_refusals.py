@@ -152,6 +152,11 @@ def test_oversized_bodies(strict: Served) -> None:
     with socket.create_connection(strict.url.removeprefix("http://").split(":")) as raw:  # type: ignore[arg-type]
         raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n")
         assert raw.recv(100).startswith(b"HTTP/1.1 413 ")
+    with socket.create_connection(strict.url.removeprefix("http://").split(":")) as raw:  # type: ignore[arg-type]
+        lengths = b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n" + lengths)
+        answer = b"".join(iter(lambda: raw.recv(1000), b""))  # which ends, since the server closes
+        assert answer.startswith(b"HTTP/1.1 400 ") and b"received both" in answer
     refusal(httpx.post(strict.url + COMPLETIONS, json={"prompt": "x" * 201}), 400)
     code = refusal(httpx.post(strict.url + CHAT, json={"messages": [user("x" * 201)]}), 400)["code"]
     assert code == "context_length_exceeded"

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from sinkexport.loading.checkpoints.file_tensor import FileTensor, Indices
 from sinkexport.loading.stored.settings import Known, anything, checked, is_size, nothing, unknown
-from sinkexport.loading.stored.tensors import ComputedTensor, Parts, grouped, refused, stored
+from sinkexport.loading.stored.tensors import ComputedTensor, Parts, grouped, joined, refused, stored
 from sinkexport.quant.stored import StoredMatrix
 from sinkexport.quant.weight import Rounded
 
@@ -73,17 +73,17 @@ def awq_tensors(tensors: Mapping[str, FileTensor], facts: Mapping[str, Any]) -> 
         raise unknown(WHERE, "no version", "gemm")
     groups, others = grouped(tensors, SUFFIXES, "qweight")
     made = (_tensor(parts, settings["group_size"]) for parts in groups)
-    return others | {tensor.name: tensor for tensor in made}
+    return joined(others, made)
 
 
 def _tensor(parts: Parts, group_size: int) -> ComputedTensor:
-    words = parts.array("qweight", "i", (None, None))
+    words = parts.words("qweight", (None, None))
     depth, width = len(words), words.shape[1] * FIELDS
     block = depth if group_size == -1 else group_size
     if depth % block:
         raise refused(f"'{parts.base}' with {depth} inputs in groups of {block}", "whole groups")
     scales = parts.scales("scales", (depth // block, width))
-    zeros = _outputs(parts.array("qzeros", "i", (depth // block, width // FIELDS)))
+    zeros = _outputs(parts.words("qzeros", (depth // block, width // FIELDS)))
     symmetric = bool((zeros == HALF).all())
 
     def read(rows: Indices | None) -> Rounded:

@@ -22,7 +22,7 @@ from sinkexport.loading.checkpoints.file_tensor import FileTensor, Indices
 from sinkexport.loading.stored.bit_fields import unpacked
 from sinkexport.loading.stored.float8 import scaled
 from sinkexport.loading.stored.settings import Known, anything, checked, nothing, unknown
-from sinkexport.loading.stored.tensors import ComputedTensor, Parts, grouped, kind_of, refused, stored
+from sinkexport.loading.stored.tensors import ComputedTensor, Parts, grouped, joined, kind_of, refused, stored
 from sinkexport.quant.stored import StoredMatrix
 from sinkexport.quant.weight import Rounded
 
@@ -30,6 +30,8 @@ PACKED, PLAIN = ("pack-quantized",), ("int-quantized", "float-quantized", "naive
 FORMATS = (*PACKED, *PLAIN)
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 WORD_BITS = 32
+BY_GROUP = ("group", "dynamic")
+"""Activation orders that scatter the inputs of a group; the others order them only while weights are rounded."""
 WHERE = "quantization_config of config.json"
 
 KNOWN: Known = {
@@ -83,7 +85,7 @@ def compressed_tensors(tensors: Mapping[str, FileTensor], facts: Mapping[str, An
     rest = {name: tensor for name, tensor in tensors.items() if name in others or not _is_packed(name, tensors)}
     plain, others = _plain(rest)
     made = [*(_packed_tensor(parts, schemes) for parts in packed), *(_plain_tensor(parts, schemes) for parts in plain)]
-    return others | {tensor.name: tensor for tensor in made}
+    return joined(others, made)
 
 
 def _is_packed(name: str, tensors: Mapping[str, FileTensor]) -> bool:
@@ -114,7 +116,7 @@ def _scheme(group: object) -> dict[str, Any]:
 
 
 def _packed_tensor(parts: Parts, schemes: Iterable[Mapping[str, Any]]) -> ComputedTensor:
-    words = parts.array("weight_packed", "i", (None, None))
+    words = parts.words("weight_packed", (None, None))
     width, depth = (int(n) for n in parts.array("weight_shape", "i", (2,)))
     if width != len(words) or depth < 1:
         raise refused(f"'{parts.base}.weight_shape' {width} x {depth}, and {len(words)} rows", "the same number")
@@ -127,7 +129,7 @@ def _packed_tensor(parts: Parts, schemes: Iterable[Mapping[str, Any]]) -> Comput
     scales = parts.scales("weight_scale", (width, num_groups))
     zeros = None
     if not symmetric:
-        fields = parts.array("weight_zero_point", "i", (-(-width * bits // WORD_BITS), num_groups))
+        fields = parts.words("weight_zero_point", (-(-width * bits // WORD_BITS), num_groups))
         zeros = np.ascontiguousarray(unpacked(np.ascontiguousarray(fields.T), bits, width).T)  # [N, G]
     order = _order(parts, depth, block, num_groups)
     offset = 2 ** (bits - 1)
@@ -179,6 +181,8 @@ def _plain_tensor(parts: Parts, schemes: Iterable[Mapping[str, Any]]) -> Compute
     zeros: npt.NDArray[np.uint8] | None = None
     if not symmetric:
         signed = parts.array("weight_zero_point", "i", given if per_tensor else (width, num_groups))
+        if signed.min() < -128 or signed.max() > 127:
+            raise refused(f"'{parts.base}.weight_zero_point' beyond 8 bits", "-128 .. 127")
         zeros = np.broadcast_to((signed.astype(np.int16) + 128).astype(np.uint8), (width, num_groups))
 
     def read(rows: Indices | None) -> Rounded:
@@ -204,7 +208,7 @@ def _block(
     parts: Parts, schemes: Iterable[Mapping[str, Any]], bits: int, depth: int, num_groups: int, *, symmetric: bool
 ) -> int:
     """Inputs that share a scale, as the one scheme of the configuration says that fits the tensors."""
-    fitting = set()
+    fitting, orders = set(), set()
     for scheme in schemes:
         if (scheme["type"], scheme["num_bits"], scheme["symmetric"]) != ("int", bits, symmetric):
             continue
@@ -213,6 +217,9 @@ def _block(
         size = scheme.get("group_size")
         if scheme["strategy"] == "group" and isinstance(size, int) and size > 0 and -(-depth // size) == num_groups:
             fitting.add(min(size, depth))
+            orders.add(scheme.get("actorder") in BY_GROUP)
+    if orders == {True}:
+        parts.array("weight_g_idx", "i", (depth,))  # without it the order of inputs is lost
     if len(fitting) != 1:
         raise refused(
             f"'{parts.base}': {bits} bits, {num_groups} scales a row{'' if symmetric else ', zero points'}, which "

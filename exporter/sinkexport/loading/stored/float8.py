@@ -56,7 +56,10 @@ def scaled(tensor: FileTensor, scale: FileTensor, blocks: Sequence[int] | None) 
 
     Raises: UsageError for scales of another shape, or that are not finite.
     """
-    factors = np.asarray(scale.array(), np.float32)
+    stored = scale.array()
+    if kind_of(stored) not in "f8":
+        raise refused(f"'{scale.name}' of type {scale.dtype}", "floating-point scales")
+    factors = np.asarray(stored, np.float32)
     if not np.isfinite(factors).all():
         raise refused(f"'{scale.name}' with NaN or Inf", "finite scales")
     if len(tensor.shape) < 2:

@@ -68,7 +68,7 @@ def quantization_of(folder: Path) -> Mapping[str, Any] | None:
     if not isinstance(chosen, Mapping) or any(one != chosen for one in found):
         raise refused("quantization_config that is no table, or there twice", "one table")
     method = chosen.get("quant_method")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         reason = WHY_NOT.get(str(method))
         raise UsageError(
             problem(

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats, Indices, ZeroBias
 from sinkexport.loading.stored.bit_fields import unpacked
 from sinkexport.loading.stored.settings import Known, anything, checked, is_size, nothing, unknown
-from sinkexport.loading.stored.tensors import ComputedTensor, Parts, computed, grouped, refused, stored
+from sinkexport.loading.stored.tensors import ComputedTensor, Parts, computed, grouped, joined, refused, stored
 from sinkexport.quant.stored import StoredMatrix
 from sinkexport.quant.weight import Rounded
 
@@ -96,17 +96,20 @@ def gptq_tensors(tensors: Mapping[str, FileTensor], facts: Mapping[str, Any]) ->
         bias = others.get(f"{parts.base}.bias")
         if bias is not None and not bias.array().any():
             others[bias.name] = ZeroBias(bias.name, bias.shape, bias.dtype, bias.file, bias.array)
+    if settings.get("desc_act"):
+        for parts in groups:
+            parts.array("g_idx", "i", (None,))  # without it the order of inputs is lost
     made = (_tensor(parts, settings["bits"], settings["group_size"], is_v1, by_word=by_word) for parts in groups)
-    return others | {tensor.name: tensor for tensor in made}
+    return joined(others, made)
 
 
 def _tensor(parts: Parts, bits: int, group_size: int, is_v1: bool, *, by_word: bool) -> ComputedTensor:
-    words = parts.array("qweight", "i", (None, None))
+    words = parts.words("qweight", (None, None))
     depth, width = len(words) * WORD_BITS // bits, words.shape[1]
     block = depth if group_size == -1 else group_size
     num_groups = -(-depth // block)
     scales = parts.scales("scales", (num_groups, width))
-    fields = parts.array("qzeros", "i", (num_groups, -(-width * bits // WORD_BITS)))
+    fields = parts.words("qzeros", (num_groups, -(-width * bits // WORD_BITS)))
     zeros = _zero_points(fields, bits, width, parts, is_v1=is_v1, by_word=by_word)
     half = 2 ** (bits - 1)
     symmetric = bool((zeros == half).all())

@@ -15,7 +15,7 @@ import numpy as np
 
 from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats, Indices
 from sinkexport.loading.stored.settings import Known, anything, checked, nothing
-from sinkexport.loading.stored.tensors import ComputedTensor, computed, refused
+from sinkexport.loading.stored.tensors import ComputedTensor, computed, joined, refused
 
 NUMBERS = np.array((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0), np.float32)
 BIAS, LARGEST = 127, 254
@@ -30,7 +30,7 @@ def mxfp4_tensors(tensors: Mapping[str, FileTensor], facts: Mapping[str, Any]) -
     Raises: UsageError for settings that are not understood, and for parts that are missing or do not fit.
     """
     checked(facts, KNOWN, WHERE)
-    found = dict(tensors)
+    found, made = dict(tensors), []
     for name, blocks in tensors.items():
         if not name.endswith(BLOCKS):
             continue
@@ -39,8 +39,8 @@ def mxfp4_tensors(tensors: Mapping[str, FileTensor], facts: Mapping[str, Any]) -
         del found[name]
         if scales is None:
             raise refused(f"'{name}' without '{base}{SCALES}'", "every part of each weight")
-        found[base] = _tensor(base, blocks, scales)
-    return found
+        made.append(_tensor(base, blocks, scales))
+    return joined(found, made)
 
 
 def _tensor(name: str, blocks: FileTensor, scales: FileTensor) -> ComputedTensor:

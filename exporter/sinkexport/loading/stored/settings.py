@@ -55,4 +55,4 @@ def unknown(where: str, received: str, expected: str) -> UsageError:
 
 def is_size(value: object) -> bool:
     """A whole number above 0, or -1, which stands for all."""
-    return isinstance(value, int) and not isinstance(value, bool) and (value > 0 or value == -1)
+    return isinstance(value, int) and not isinstance(value, bool) and (0 < value < 2**31 or value == -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ from sinkrt.errors import UsageError, problem
 from sinkexport.loading.checkpoints.file_tensor import FileTensor, Floats, Indices
 from sinkexport.loading.checkpoints.weight_files import listed
 from sinkexport.quant.stored import StoredMatrix
+
+WORD_BYTES = 4
+"""Size of what integers are packed into."""
 
 Read = Callable[[Indices | None], Floats]
 """Rows [n] or None, all -> float32 [n, length of a row]."""
@@ -78,6 +81,17 @@ class Parts:
             raise refused(f"'{tensor.name}' {list(tensor.shape)}", f"{wanted}, as its other parts say")
         return array
 
+    def words(self, suffix: str, shape: Sequence[int | None]) -> npt.NDArray[Any]:
+        """Packed integers of one, int32.
+
+        Raises: UsageError if it is not there, or of another type or shape.
+        """
+        array = self.array(suffix, "i", shape)
+        if array.dtype.itemsize != WORD_BYTES:
+            tensor = self.by_suffix[suffix]
+            raise refused(f"'{tensor.name}' of type {tensor.dtype}", "I32")
+        return array
+
     def scales(self, suffix: str, shape: Sequence[int | None]) -> Callable[[], Floats]:
         """Reader of scales as float32.
 
@@ -115,6 +129,19 @@ def grouped(
     if strays:
         raise refused(f"{listed(strays)} without its {leading}", "every part of each weight")
     return [Parts(base, parts) for base, parts in found.items()], others
+
+
+def joined(others: Mapping[str, FileTensor], made: Iterable[FileTensor]) -> dict[str, FileTensor]:
+    """All tensors of a model. made: those that others stand for.
+
+    Raises: UsageError if the file has one of these a second time.
+    """
+    result = dict(others)
+    for tensor in made:
+        if tensor.name in result:
+            raise refused(f"'{tensor.name}' twice: by itself and as quantised parts", "one of them")
+        result[tensor.name] = tensor
+    return result
 
 
 def refused(

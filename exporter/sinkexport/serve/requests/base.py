@@ -22,7 +22,7 @@ PENALTY = f"a number from {-MAX_ANSWER_PENALTY:g} to {MAX_ANSWER_PENALTY:g}"
 BIAS = f"an object of numbers from {-MAX_BIAS:g} to {MAX_BIAS:g} by token id"
 CONVERSATION = "a name of 1 .. 64 letters, digits, '.', '_' and '-'"
 ALSO_UNUSED = frozenset({"parallel_tool_calls", "prediction", "verbosity", "tools", "tool_choice", "function_call"})
-_ID = re.compile(r"[0-9]{1,10}")
+_ID = re.compile(r"0|[1-9][0-9]{0,9}")  # one spelling for each
 
 
 Nested = Mapping[str, Any]

@@ -121,6 +121,12 @@ class ResponsesRequest(Request):
                 raise ValueError(f"received {shown(value)}, expected {CONVERSATION}")
         return value
 
+    @model_validator(mode="after")
+    def _one_past(self) -> ResponsesRequest:
+        if self.previous_response_id is not None and self.conversation is not None:
+            raise ValueError("previous_response_id and conversation: received both, expected one of them")
+        return self
+
     @property
     def max_answer_tokens(self) -> int | None:
         """Longest answer, tokens."""
