@@ -19,10 +19,13 @@ from tests.support import SharedExports, built_once, read_operators_once, shared
 if TYPE_CHECKING:
     from tests.cpp.build import CppRuntime
 
-GIVEN_CPU_LIBRARY = os.environ.get(CPU_LIBRARY_VARIABLE)
 # Exports that name no target would differ between machines with the CPU library and those without: here nobody finds
-# one, nor do programs that tests start, but in files that ask for it by the fixture `cpu_library`.
-os.environ[CPU_LIBRARY_VARIABLE] = "/no-cpu-library-in-this-test"
+# one, nor do programs that tests start, but in files that ask for it by the fixture `cpu_library`. Workers of
+# pytest-xdist inherit what the first process has set.
+NO_CPU_LIBRARY, GIVEN_VARIABLE = "/no-cpu-library-in-this-test", "SINKEXPORT_TESTS_CPU_LIBRARY"
+if os.environ.get(CPU_LIBRARY_VARIABLE, NO_CPU_LIBRARY) != NO_CPU_LIBRARY:
+    os.environ[GIVEN_VARIABLE] = os.environ[CPU_LIBRARY_VARIABLE]
+os.environ[CPU_LIBRARY_VARIABLE] = NO_CPU_LIBRARY
 
 # A test run that a shell starts in the background inherits an ignored SIGINT, and so would the programs that tests
 # start and then interrupt.
@@ -87,7 +90,7 @@ def cpu_plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cpu_library(request: pytest.FixtureRequest) -> Iterator[Path]:
     """The CPU library, which the file's tests find from here on: what SINKEXPORT_CPU_LIBRARY named, else our own."""
-    given = GIVEN_CPU_LIBRARY
+    given = os.environ.get(GIVEN_VARIABLE)
     path = Path(given) if given else request.getfixturevalue("cpu_plugins") / "ort" / CPU_LIBRARY
     with mock.patch.dict(os.environ, {CPU_LIBRARY_VARIABLE: str(path)}):
         yield path

@@ -1,6 +1,6 @@
 #include "spin_pool.h"
 
-#include <unistd.h>
+#include <pthread.h>
 
 #include <atomic>
 #include <chrono>
@@ -19,6 +19,15 @@ constexpr int64_t kMostTasks = 32767;                    // of one call: those b
 constexpr int64_t kAskedAtOnce = 512;
 constexpr int64_t kAskedAhead = 256 * 1024;
 constexpr int kCallsAhead = 4;
+
+// How often this process is the child of a fork: a child has none of its parent's helpers, and a helper may have held
+// the mutex.
+std::atomic<int> forks{0};
+
+int numForks() {
+  [[maybe_unused]] static const int is_watched = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
+  return forks.load(std::memory_order_relaxed);
+}
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -52,7 +61,9 @@ struct SpinPool::Shared {
   std::mutex mutex;
   std::condition_variable woken;
   std::vector<std::thread> helpers;
-  const pid_t process = getpid();
+  const int made_after_forks = numForks();
+
+  bool hasHelpers() const { return made_after_forks == forks.load(std::memory_order_relaxed); }
 
   Ticket now() const { return {ticket.load(std::memory_order_acquire)}; }
 
@@ -92,7 +103,7 @@ SpinPool::SpinPool(int threads) : threads_(threads < 1 ? 1 : threads), shared_(n
 }
 
 SpinPool::~SpinPool() {
-  if (shared_->process != getpid()) return;  // a fork has no helpers to wait for
+  if (!shared_->hasHelpers()) return;
   shared_->ends = true;
   shared_->wake();
   for (std::thread& helper : shared_->helpers) helper.join();
@@ -101,6 +112,10 @@ SpinPool::~SpinPool() {
 
 bool SpinPool::tryRun(int64_t tasks, void (*task)(void*, int64_t), void* argument) {
   Shared& shared = *shared_;
+  if (!shared.hasHelpers()) {
+    for (int64_t i = 0; i < tasks; ++i) task(argument, i);
+    return true;
+  }
   if (shared.is_taken.exchange(true)) return false;
   if (tasks <= kMostTasks) {
     shared.call(tasks, task, argument);

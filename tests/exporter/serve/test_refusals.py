@@ -72,7 +72,7 @@ BAD_CHATS: dict[str, Any] = {
     "presence_penalty": [{"messages": MESSAGES, "presence_penalty": value} for value in (2.1, [])],
     "logit_bias": [
         {"messages": MESSAGES, "logit_bias": value}
-        for value in ({"5": 101}, {"x": 1}, {"-1": 1}, {"258": 1}, {"5": "1"}, [1], {"": 0}, {"5": True})
+        for value in ({"5": 101}, {"x": 1}, {"-1": 1}, {"258": 1}, {"5": "1"}, [1], {"": 0}, {"5": True}, {"05": 1})
     ],
     "logprobs": [{"messages": MESSAGES, "logprobs": value} for value in (1, "yes")],
     "top_logprobs": [

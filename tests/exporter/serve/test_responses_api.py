@@ -254,6 +254,9 @@ def test_items_and_responses_are_referred_to_by_id(served: Served) -> None:
             client.responses.retrieve(unknown)
     assert post(served, {**BODY, "previous_response_id": third}).status_code == 404
     assert post(served, {**BODY, "input": [{"type": "item_reference", "id": "msg_1"}]}).status_code == 404
+    both = post(served, {**BODY, "previous_response_id": second["id"], "conversation": "new"})
+    assert both.status_code == 400
+    assert "received both" in both.text
 
 
 def test_what_is_not_to_be_stored_is_not(served: Served) -> None:
