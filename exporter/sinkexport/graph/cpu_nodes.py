@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import known_shape, operand
+from sinkexport.graph.edit import drop_unused, known_shape, operand, replace_node
 from sinkexport.graph.operators import (
     BF16_EXPERT_LINEAR,
     BF16_LINEAR,
@@ -42,8 +43,30 @@ OTHER_MATMULS = {
 }
 """Operators that a chunk takes long for, by name. Convolutions of few tokens and routers (Gemm) are none."""
 
-_FUSED = ("norm", "has_norm_bias", "has_bias", "output_norm", "has_residual")
-"""Fields that say which inputs follow the weights, in their order."""
+_FUSED = {
+    "norm": "norm_weight",
+    "has_norm_bias": "norm_bias",
+    "has_bias": "bias",
+    "output_norm": "output_norm_weight",
+    "has_residual": "residual",
+}
+"""Inputs that follow the weights, in their order, by the fields that say whether they are there."""
+
+_FUSED_OF_EXPERTS = {
+    "norm": "norm_weight",
+    "has_bias": "bias",
+    "has_pick_weights": "pick_weights",
+    "has_residual": "residual",
+}
+"""The same of matmuls by chosen matrices."""
+
+AS_FIELDS = (
+    *("in_features", "out_features", "block_size", "norm_epsilon"),
+    *("activation", "activation_limit", "multiplier"),
+)
+"""Facts of a matmul that are fields of the same name."""
+
+WITH_SCALES = (INT8_LINEAR, INT4_LINEAR, INT8_EXPERT_LINEAR)
 
 
 def is_cpu_node(node: ir.Node) -> bool:
@@ -60,13 +83,12 @@ def has_other_matmuls(graph: ir.Graph) -> bool:
     return any(node.op_type in OTHER_MATMULS for node in graph)
 
 
-@dataclasses.dataclass(frozen=True)
-class Linear:
-    """``y = output_norm(activation(norm(x) . W^T + bias) * multiplier) + residual``; gates and ups in their gated form.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CpuMatmul:
+    """What matmuls by one matrix and by chosen ones share.
 
     weights: packed bytes, then scales and zero points if there are any. in_features, out_features: of x and y.
-    norm_weight: [K] of an RMS norm of x, or of a layer norm with norm_bias [K] or None; None: no norm.
-    output_norm_weight: [N] of an RMS norm of each row of the result.
+    norm_weight: [K] of an RMS norm of x, or of a layer norm.
     """
 
     op_type: str
@@ -77,51 +99,77 @@ class Linear:
     block_size: int
     norm_weight: ir.Value | None = None
     norm_epsilon: float = 0.0
-    norm_bias: ir.Value | None = None
     is_layer_norm: bool = False
     bias: ir.Value | None = None
-    residual: ir.Value | None = None
     activation: str = "none"
     activation_limit: float = 0.0
     is_gated: bool = False
     multiplier: float = 1.0
+    residual: ir.Value | None = None
+
+    @property
+    def matrix(self) -> PackedMatrix | None:
+        """What the weights are made of; None: in a graph that came from a file."""
+        return packed_source(self.weights[0])
+
+    def _fields(self) -> dict[str, int | float | str]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            **_weight_fields(self.weights, self.block_size),
+            "norm": 0 if self.norm_weight is None else LAYER_NORM if self.is_layer_norm else RMS,
+            "norm_epsilon": float(self.norm_epsilon),
+            "has_bias": int(self.bias is not None),
+            "has_residual": int(self.residual is not None),
+            "activation": self.activation,
+            "activation_limit": float(self.activation_limit),
+            "gated": int(self.is_gated),
+            "multiplier": float(self.multiplier),
+            **ALL_TOKENS,
+            **_row_order(self.matrix),
+        }
+
+
+def _read(node: ir.Node, first: int, optional_inputs: Mapping[str, str]) -> dict[str, Any]:
+    """What a node says that all matmuls have, and its inputs after the weights, by name.
+
+    first: index of the weights among the inputs. optional_inputs: name of each, by the field that says if it is there.
+    """
+    fields = {name: attribute.value for name, attribute in node.attributes.items()}
+    num_weights = 1 + (node.op_type in WITH_SCALES) + fields["has_zero_points"]
+    rest = iter([operand(node, i) for i in range(first + num_weights, len(node.inputs))])
+    return {
+        "op_type": node.op_type,
+        "x": operand(node, 0),
+        "weights": tuple(operand(node, i) for i in range(first, first + num_weights)),
+        "is_layer_norm": fields["norm"] == LAYER_NORM,
+        "is_gated": bool(fields["gated"]),
+        **{name: fields[name] for name in AS_FIELDS},
+        **{name: next(rest) if fields[field] else None for field, name in optional_inputs.items()},
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear(CpuMatmul):
+    """``y = output_norm(activation(norm(x) . W^T + bias) * multiplier) + residual``; gates and ups in their gated form.
+
+    norm_bias: [K] of a layer norm, or None. output_norm_weight: [N] of an RMS norm of each row of the result.
+    """
+
+    norm_bias: ir.Value | None = None
     output_norm_weight: ir.Value | None = None
     output_norm_epsilon: float = 0.0
 
     @classmethod
     def made(cls, graph: ir.Graph, x: ir.Value, matrix: PackedMatrix, bias: ir.Value | None = None) -> Linear:
         """A matmul by a matrix, which becomes constants of the graph. matrix: not gated."""
-        op_type = _of_bits(BITS_OF_LINEARS, matrix)
-        weights = tuple(matrix.values(graph))
-        return cls(op_type, x, weights, matrix.num_inputs, matrix.num_outputs, _block_size(matrix), bias=bias)
+        return cls(x=x, bias=bias, **_made(graph, BITS_OF_LINEARS, matrix))
 
     @classmethod
     def of(cls, node: ir.Node) -> Linear:
         """What a node says."""
-        fields = {name: attribute.value for name, attribute in node.attributes.items()}
-        num_weights = 1 + (node.op_type in (INT8_LINEAR, INT4_LINEAR)) + fields["has_zero_points"]
-        rest = iter([operand(node, i) for i in range(1 + num_weights, len(node.inputs))])
-        norm_weight, norm_bias, bias, output_norm, residual = (next(rest) if fields[name] else None for name in _FUSED)
-        return cls(
-            op_type=node.op_type,
-            x=operand(node, 0),
-            weights=tuple(operand(node, i) for i in range(1, 1 + num_weights)),
-            in_features=fields["in_features"],
-            out_features=fields["out_features"],
-            block_size=fields["block_size"],
-            norm_weight=norm_weight,
-            norm_epsilon=fields["norm_epsilon"],
-            norm_bias=norm_bias,
-            is_layer_norm=fields["norm"] == LAYER_NORM,
-            bias=bias,
-            residual=residual,
-            activation=fields["activation"],
-            activation_limit=fields["activation_limit"],
-            is_gated=bool(fields["gated"]),
-            multiplier=fields["multiplier"],
-            output_norm_weight=output_norm,
-            output_norm_epsilon=fields["output_norm_epsilon"],
-        )
+        epsilon = node.attributes["output_norm_epsilon"].as_float()
+        return cls(output_norm_epsilon=epsilon, **_read(node, 1, _FUSED))
 
     @property
     def is_bare(self) -> bool:
@@ -129,45 +177,24 @@ class Linear:
         is_scaled = self.multiplier != 1.0 or self.output_norm_weight is not None
         return self.activation == "none" and self.residual is None and not is_scaled
 
-    @property
-    def matrix(self) -> PackedMatrix | None:
-        """What the weights are made of; None: in a graph that came from a file."""
-        return packed_source(self.weights[0])
-
     def write(self, b: Builder) -> ir.Value:
         """Add the node."""
         fused = (self.norm_weight, self.norm_bias, self.bias, self.output_norm_weight, self.residual)
-        norm = 0 if self.norm_weight is None else LAYER_NORM if self.is_layer_norm else RMS
-        inputs = [self.x, *self.weights, *(value for value in fused if value is not None)]
         return _op(
             b,
             self.op_type,
-            inputs,
+            [self.x, *self.weights, *(value for value in fused if value is not None)],
             (*known_shape(self.x)[:-1], self.out_features),
-            in_features=self.in_features,
-            out_features=self.out_features,
-            **_weight_fields(self.weights, self.block_size),
-            norm=norm,
-            norm_epsilon=float(self.norm_epsilon),
+            **self._fields(),
             has_norm_bias=int(self.norm_bias is not None),
-            has_bias=int(self.bias is not None),
-            has_residual=int(self.residual is not None),
-            activation=self.activation,
-            activation_limit=float(self.activation_limit),
-            gated=int(self.is_gated),
-            multiplier=float(self.multiplier),
             output_norm=int(self.output_norm_weight is not None),
             output_norm_epsilon=float(self.output_norm_epsilon),
-            **ALL_TOKENS,
-            **_row_order(self.matrix),
         )
 
 
 def is_linear(node: ir.Node | None) -> bool:
     """Whether a node is a linear of the CPU library."""
-    if node is None or node.domain != DOMAIN:
-        return False
-    return node.op_type in BITS_OF_LINEARS and "layout" in node.attributes
+    return node is not None and is_cpu_node(node) and node.op_type in BITS_OF_LINEARS
 
 
 def find_linears(graph: ir.Graph) -> Iterator[tuple[ir.Node, Linear]]:
@@ -191,76 +218,31 @@ def write_rows(b: Builder, ids: ir.Value, matrix: PackedMatrix) -> ir.Value:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class ExpertLinear:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertLinear(CpuMatmul):
     """Each row of x by matrices that are chosen: ``activation(norm(x) . W^T + bias) * multiplier``, gates and ups in
     their form.
 
-    x: [R, K] with any leading axes. picks: int64 [P], R a divisor of P, likewise. weights: as `Linear`'s.
-    norm_weight: [K] of an RMS norm, or of a layer norm. bias: [E, N], gated [E, 2N].
+    x: [R, K] with any leading axes. picks: int64 [P], R a divisor of P, likewise. bias: [E, N], gated [E, 2N].
     pick_weights: [.., top_k], P in all: the result is the weighted sums of top_k rows each then, [.., N].
     residual: of as many elements as the result, which has its shape; added last.
     """
 
-    op_type: str
-    x: ir.Value
     picks: ir.Value
-    weights: tuple[ir.Value, ...]
-    in_features: int
-    out_features: int
     num_experts: int
-    block_size: int
-    norm_weight: ir.Value | None = None
-    norm_epsilon: float = 0.0
-    is_layer_norm: bool = False
-    bias: ir.Value | None = None
-    activation: str = "none"
-    activation_limit: float = 0.0
-    is_gated: bool = False
-    multiplier: float = 1.0
     pick_weights: ir.Value | None = None
-    residual: ir.Value | None = None
 
     @classmethod
     def made(cls, graph: ir.Graph, x: ir.Value, picks: ir.Value, matrix: PackedMatrix) -> ExpertLinear:
         """A matmul by matrices, which become constants of the graph. matrix: not gated."""
-        op_type, weights = _of_bits(BITS_OF_EXPERTS, matrix), tuple(matrix.values(graph))
-        sizes = (matrix.num_inputs, matrix.num_outputs, matrix.num_experts)
-        return cls(op_type, x, picks, weights, *sizes, _block_size(matrix))
+        made = _made(graph, BITS_OF_EXPERTS, matrix)
+        return cls(x=x, picks=picks, num_experts=matrix.num_experts, **made)
 
     @classmethod
     def of(cls, node: ir.Node) -> ExpertLinear:
         """What a node says."""
-        fields = {name: attribute.value for name, attribute in node.attributes.items()}
-        num_weights = 1 + (node.op_type == INT8_EXPERT_LINEAR) + fields["has_zero_points"]
-        rest = iter([operand(node, i) for i in range(2 + num_weights, len(node.inputs))])
-        has = ("norm", "has_bias", "has_pick_weights", "has_residual")
-        norm_weight, bias, pick_weights, residual = (next(rest) if fields[name] else None for name in has)
-        return cls(
-            op_type=node.op_type,
-            x=operand(node, 0),
-            picks=operand(node, 1),
-            weights=tuple(operand(node, i) for i in range(2, 2 + num_weights)),
-            in_features=fields["in_features"],
-            out_features=fields["out_features"],
-            num_experts=fields["num_experts"],
-            block_size=fields["block_size"],
-            norm_weight=norm_weight,
-            norm_epsilon=fields["norm_epsilon"],
-            is_layer_norm=fields["norm"] == LAYER_NORM,
-            bias=bias,
-            activation=fields["activation"],
-            activation_limit=fields["activation_limit"],
-            is_gated=bool(fields["gated"]),
-            multiplier=fields["multiplier"],
-            pick_weights=pick_weights,
-            residual=residual,
-        )
-
-    @property
-    def matrix(self) -> PackedMatrix | None:
-        """What the weights are made of; None: in a graph that came from a file."""
-        return packed_source(self.weights[0])
+        num_experts = node.attributes["num_experts"].as_int()
+        return cls(picks=operand(node, 1), num_experts=num_experts, **_read(node, 2, _FUSED_OF_EXPERTS))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -278,29 +260,15 @@ class ExpertLinear:
             self.op_type,
             [self.x, self.picks, *self.weights, *(value for value in fused if value is not None)],
             self.shape,
-            in_features=self.in_features,
-            out_features=self.out_features,
+            **self._fields(),
             num_experts=self.num_experts,
-            **_weight_fields(self.weights, self.block_size),
-            norm=0 if self.norm_weight is None else LAYER_NORM if self.is_layer_norm else RMS,
-            norm_epsilon=float(self.norm_epsilon),
-            has_bias=int(self.bias is not None),
-            activation=self.activation,
-            activation_limit=float(self.activation_limit),
-            gated=int(self.is_gated),
-            multiplier=float(self.multiplier),
             has_pick_weights=int(self.pick_weights is not None),
-            has_residual=int(self.residual is not None),
-            **ALL_TOKENS,
-            **_row_order(self.matrix),
         )
 
 
 def is_expert_linear(node: ir.Node | None) -> bool:
     """Whether a node is a matmul by chosen matrices of the CPU library."""
-    if node is None or node.domain != DOMAIN:
-        return False
-    return node.op_type in BITS_OF_EXPERTS and "layout" in node.attributes
+    return node is not None and is_cpu_node(node) and node.op_type in BITS_OF_EXPERTS
 
 
 def find_expert_linears(graph: ir.Graph) -> Iterator[tuple[ir.Node, ExpertLinear]]:
@@ -330,6 +298,41 @@ def _weight_fields(weights: Sequence[ir.Value], block_size: int) -> dict[str, in
         "scale_type": 0 if scale_type is None else SCALE_TYPES.index(scale_type),
         "layout": LAYOUT,
     }
+
+
+def _made(graph: ir.Graph, names: Mapping[str, int], matrix: PackedMatrix) -> dict[str, Any]:
+    """What a new matmul says of its matrix. names: of operators, by their bits."""
+    return {
+        "op_type": _of_bits(names, matrix),
+        "weights": tuple(matrix.values(graph)),
+        "in_features": matrix.num_inputs,
+        "out_features": matrix.num_outputs,
+        "block_size": _block_size(matrix),
+    }
+
+
+_Kind = TypeVar("_Kind", Linear, ExpertLinear)
+
+
+def absorb(
+    graph: ir.Graph,
+    matmuls: Iterable[tuple[ir.Node, _Kind]],
+    found_after: Callable[[ir.Node, _Kind], tuple[ir.Node, _Kind] | None],
+) -> bool:
+    """Let matmuls take over what follows them. Returns whether any did.
+
+    found_after: the last node that is taken over, and the matmul that does so; None: nothing is.
+    """
+    modified = False
+    for node, matmul in matmuls:
+        if (found := found_after(node, matmul)) is None:
+            continue
+        last, fused = found
+        b = Builder(graph)
+        replace_node(last, b.nodes, [b.reshape(fused.write(b), known_shape(last.outputs[0]))])
+        drop_unused(graph)
+        modified = True
+    return modified
 
 
 def _of_bits(names: Mapping[str, int], matrix: PackedMatrix) -> str:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
 import onnx_ir as ir
 
-from sinkexport.graph.builder import Builder
-from sinkexport.graph.cpu_nodes import ExpertLinear, find_expert_linears
+from sinkexport.graph.cpu_nodes import ExpertLinear, absorb, find_expert_linears
 from sinkexport.graph.edit import (
     drop_unused,
     is_weight,
     known_shape,
     lazy_weight,
+    number_times,
     only_user,
     operand,
     optional,
-    replace_node,
 )
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.moved_rows import Moved, moved, rows_of_columns
@@ -41,16 +41,9 @@ class FuseCpuExperts(GraphPass):
         """Fuse one kind after the other."""
         graph = model.graph
         modified = _drop_casts(graph) | drop_unused(graph)
-        for fuse in (_without_views, _with_bias, _with_gate, _with_sums, _with_multiplier, _without_views):
-            for node, linear in find_expert_linears(graph):
-                found = fuse(graph, node, linear)
-                if found is None:
-                    continue
-                last, linear = found
-                b = Builder(graph)
-                replace_node(last, b.nodes, [b.reshape(linear.write(b), known_shape(last.outputs[0]))])
-                drop_unused(graph)
-                modified = True
+        with_gate = functools.partial(_with_gate, graph)
+        for fuse in (_without_views, _with_bias, with_gate, _with_sums, _with_multiplier, _without_views):
+            modified |= absorb(graph, find_expert_linears(graph), fuse)
         return ir.passes.PassResult(model, modified)
 
 
@@ -81,7 +74,7 @@ def _source(value: ir.Value) -> ir.Value:
     return value
 
 
-def _without_views(_graph: ir.Graph, node: ir.Node, linear: ExpertLinear) -> Found | None:
+def _without_views(node: ir.Node, linear: ExpertLinear) -> Found | None:
     x, picks = _source(linear.x), _source(linear.picks)
     x = x if known_shape(x)[-1] == linear.in_features else linear.x
     if x is linear.x and picks is linear.picks:
@@ -89,7 +82,7 @@ def _without_views(_graph: ir.Graph, node: ir.Node, linear: ExpertLinear) -> Fou
     return node, dataclasses.replace(linear, x=x, picks=picks)
 
 
-def _with_bias(_graph: ir.Graph, node: ir.Node, linear: ExpertLinear) -> Found | None:
+def _with_bias(node: ir.Node, linear: ExpertLinear) -> Found | None:
     addition = only_user(_viewed(node, linear), "Add")
     if addition is None or linear.bias is not None or linear.activation != "none":
         return None
@@ -169,21 +162,16 @@ def _reordered(graph: ir.Graph, bias: ir.Value, order: np.ndarray) -> ir.Value:
     return lazy_weight(graph, name, FLOAT, known_shape(bias), lambda: source.numpy()[:, order])
 
 
-def _with_multiplier(_graph: ir.Graph, node: ir.Node, linear: ExpertLinear) -> Found | None:
+def _with_multiplier(node: ir.Node, linear: ExpertLinear) -> Found | None:
     """Sums times one number (Granite)."""
-    result = _viewed(node, linear)
-    reader = only_user(result, "Mul")
-    if reader is None or linear.pick_weights is None or linear.residual is not None or linear.multiplier != 1.0:
+    found = number_times(_viewed(node, linear))
+    if found is None or linear.pick_weights is None or linear.residual is not None or linear.multiplier != 1.0:
         return None
-    other = operand(reader, 1) if operand(reader, 0) is result else operand(reader, 0)
-    if not is_weight(other) or other.const_value is None or other.const_value.size != 1 or other.dtype != FLOAT:
-        return None
-    if known_shape(reader.outputs[0]) != known_shape(result):
-        return None
-    return reader, dataclasses.replace(linear, multiplier=float(other.const_value.numpy().reshape(())))
+    reader, number = found
+    return reader, dataclasses.replace(linear, multiplier=number)
 
 
-def _with_sums(_graph: ir.Graph, node: ir.Node, linear: ExpertLinear) -> Found | None:
+def _with_sums(node: ir.Node, linear: ExpertLinear) -> Found | None:
     """Rows times the weights of their picks, summed up over the experts of a token."""
     result = _viewed(node, linear)
     product = only_user(result, "Mul")

@@ -6,13 +6,10 @@ import dataclasses
 
 import onnx_ir as ir
 
-from sinkexport.graph.builder import Builder
-from sinkexport.graph.cpu_nodes import Linear, find_linears
-from sinkexport.graph.edit import drop_unused, is_weight, known_shape, only_user, operand, replace_node
+from sinkexport.graph.cpu_nodes import Linear, absorb, find_linears
+from sinkexport.graph.edit import drop_unused, is_weight, known_shape, number_times, only_user
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.rms_norms import row_norm
-
-FLOAT = ir.DataType.FLOAT
 
 
 class FuseCpuOutputNorms(GraphPass):
@@ -25,15 +22,7 @@ class FuseCpuOutputNorms(GraphPass):
         """Fuse the multiplier, then the norm."""
         graph, modified = model.graph, drop_unused(model.graph)
         for fuse in (_with_multiplier, _with_norm):
-            for node, linear in find_linears(graph):
-                found = fuse(_result(node), linear)
-                if found is None:
-                    continue
-                reader, linear = found
-                b = Builder(graph)
-                replace_node(reader, b.nodes, [b.reshape(linear.write(b), known_shape(reader.outputs[0]))])
-                drop_unused(graph)
-                modified = True
+            modified |= absorb(graph, find_linears(graph), fuse)
         return ir.passes.PassResult(model, modified)
 
 
@@ -45,22 +34,18 @@ def _result(node: ir.Node) -> ir.Value:
     return view.outputs[0] if view is not None and keeps_rows else result
 
 
-def _with_multiplier(result: ir.Value, linear: Linear) -> tuple[ir.Node, Linear] | None:
-    reader = only_user(result, "Mul")
-    if reader is None or linear.multiplier != 1.0 or linear.residual is not None:
+def _with_multiplier(node: ir.Node, linear: Linear) -> tuple[ir.Node, Linear] | None:
+    found = number_times(_result(node))
+    if found is None or linear.multiplier != 1.0 or linear.residual is not None:
         return None
     if linear.output_norm_weight is not None:
         return None
-    other = operand(reader, 1) if operand(reader, 0) is result else operand(reader, 0)
-    if other is result or not is_weight(other) or other.const_value is None or other.const_value.size != 1:
-        return None
-    if other.dtype != FLOAT or known_shape(reader.outputs[0]) != known_shape(result):
-        return None
-    number = float(other.const_value.numpy().reshape(()))
+    reader, number = found
     return reader, dataclasses.replace(linear, multiplier=number)
 
 
-def _with_norm(result: ir.Value, linear: Linear) -> tuple[ir.Node, Linear] | None:
+def _with_norm(node: ir.Node, linear: Linear) -> tuple[ir.Node, Linear] | None:
+    result = _result(node)
     reader = only_user(result, "RMSNormalization")
     norm = row_norm(reader)
     if reader is None or norm is None or norm.x is not result or not is_weight(norm.scale):
