@@ -65,10 +65,7 @@ def awq_tensors(tensors: Mapping[str, FileTensor], facts: Mapping[str, Any]) -> 
 
     Raises: UsageError for settings that are not understood, and for parts that are missing or do not fit.
     """
-    settings = checked(facts, KNOWN, WHERE)
-    for key in ("bits", "group_size"):
-        if key not in settings:
-            raise unknown(WHERE, f"no {key}", "bits and group_size")
+    settings = checked(facts, KNOWN, WHERE, needed=("bits", "group_size"))
     if settings.get("version") is None and settings.get("format") is None:
         raise unknown(WHERE, "no version", "gemm")
     groups, others = grouped(tensors, SUFFIXES, "qweight")

@@ -81,10 +81,7 @@ def gptq_tensors(tensors: Mapping[str, FileTensor], facts: Mapping[str, Any]) ->
 
     Raises: UsageError for settings that are not understood, and for parts that are missing or do not fit.
     """
-    settings = checked(facts, KNOWN, WHERE)
-    for key in ("bits", "group_size"):
-        if key not in settings:
-            raise unknown(WHERE, f"no {key}", "bits and group_size")
+    settings = checked(facts, KNOWN, WHERE, needed=("bits", "group_size"))
     versions = {version for key in ("checkpoint_format", "format") if (version := settings.get(key)) is not None}
     if len(versions) > 1:
         raise unknown(WHERE, f"formats {' and '.join(sorted(versions))}", "one")
@@ -96,14 +93,11 @@ def gptq_tensors(tensors: Mapping[str, FileTensor], facts: Mapping[str, Any]) ->
         bias = others.get(f"{parts.base}.bias")
         if bias is not None and not bias.array().any():
             others[bias.name] = ZeroBias(bias.name, bias.shape, bias.dtype, bias.file, bias.array)
-    if settings.get("desc_act"):
-        for parts in groups:
-            parts.array("g_idx", "i", (None,))  # without it the order of inputs is lost
-    made = (_tensor(parts, settings["bits"], settings["group_size"], is_v1, by_word=by_word) for parts in groups)
-    return joined(others, made)
+    return joined(others, (_tensor(parts, settings, is_v1, by_word=by_word) for parts in groups))
 
 
-def _tensor(parts: Parts, bits: int, group_size: int, is_v1: bool, *, by_word: bool) -> ComputedTensor:
+def _tensor(parts: Parts, settings: Mapping[str, Any], is_v1: bool, *, by_word: bool) -> ComputedTensor:
+    bits, group_size = settings["bits"], settings["group_size"]
     words = parts.words("qweight", (None, None))
     depth, width = len(words) * WORD_BITS // bits, words.shape[1]
     block = depth if group_size == -1 else group_size
@@ -114,7 +108,7 @@ def _tensor(parts: Parts, bits: int, group_size: int, is_v1: bool, *, by_word: b
     half = 2 ** (bits - 1)
     symmetric = bool((zeros == half).all())
     groups = np.arange(depth) // block
-    if "g_idx" in parts.by_suffix:
+    if settings.get("desc_act") or "g_idx" in parts.by_suffix:  # without it the order of inputs would be lost
         groups = np.asarray(parts.array("g_idx", "i", (depth,)), np.int64)
         if groups.min() < 0 or groups.max() >= num_groups:
             raise refused(f"'{parts.base}.g_idx' with group {groups.max()}", f"groups 0 .. {num_groups - 1}")

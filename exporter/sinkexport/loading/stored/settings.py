@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from sinkrt.errors import UsageError, problem
@@ -21,8 +21,8 @@ def nothing(value: object) -> bool:
     return not value
 
 
-def checked(facts: object, known: Known, where: str) -> dict[str, Any]:
-    """The keys of a table, if all are known and have values that are understood.
+def checked(facts: object, known: Known, where: str, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a table, if all are known and have values that are understood. needed: those that must be there.
 
     Raises: UsageError naming the first that is not.
     """
@@ -38,6 +38,9 @@ def checked(facts: object, known: Known, where: str) -> dict[str, Any]:
         elif not any(value == one and type(value) is type(one) for one in allowed):
             expected = " | ".join("none" if one is None else str(one) for one in allowed)
             raise unknown(where, f"{key} {value!r:.60}", expected)
+    for key in needed:
+        if key not in facts:
+            raise unknown(where, f"no {key}", " and ".join(needed))
     return dict(facts)
 
 
