@@ -103,12 +103,17 @@ def _experts(
     return mixed(experts, hidden, chosen, shares, in_place=in_place)
 
 
+def is_in_cpu_library(in_place: torch.dtype | None, hidden: torch.Tensor) -> bool:
+    """Whether the CPU library, which has no limits, reads the experts of such rows where they lie."""
+    return in_place == hidden.dtype == torch.float32
+
+
 def mixed(
     experts: Experts, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, *, in_place: torch.dtype | None
 ) -> torch.Tensor:
     """Sum of the outputs of each token's experts by their shares: hidden [N, D], chosen, shares [N, k] -> [N, D]."""
     num_tokens, num_chosen = chosen.shape
-    if in_place == hidden.dtype == torch.float32:  # the CPU library has no limits
+    if is_in_cpu_library(in_place, hidden):
         return _chosen_experts(experts, hidden, chosen, shares, in_place=True)
     if in_place == hidden.dtype == torch.float16 and num_chosen <= MAX_PICKS and _fits_plugin(experts):
         # All experts never, not even for more tokens than a node takes: both graphs share one form of the weights.

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from sinkexport.model.experts import Experts, expert_matmul, is_gathered, mixed
+from sinkexport.model.experts import Experts, expert_matmul, is_gathered, is_in_cpu_library, mixed
 
 
 def loop_experts(model: Any) -> dict[str, int]:
@@ -180,7 +180,7 @@ def _replaced_attention(module: Any, *, in_place: torch.dtype | None) -> context
         hidden = layer_input.reshape(-1, layer_input.shape[-1])
         chosen, shares = _routed(module.router, hidden)
         weight = module.input_linear.weight  # [E, H, D]
-        in_library = in_place == hidden.dtype == torch.float32
+        in_library = is_in_cpu_library(in_place, hidden)
         if in_library or is_gathered(chosen, weight.shape[0]):
             queries = expert_matmul(hidden, weight, chosen.reshape(-1), False, in_library)  # [N * k, H]
         else:
@@ -193,7 +193,7 @@ def _replaced_attention(module: Any, *, in_place: torch.dtype | None) -> context
         chosen, shares = topology
         weight = module.output_linear.weight  # [E, D, H]
         rows = heads.reshape(*chosen.shape, -1)  # [N, k, H]
-        in_library = in_place == rows.dtype == torch.float32
+        in_library = is_in_cpu_library(in_place, rows)
         if in_library or is_gathered(chosen, weight.shape[0]):
             out = expert_matmul(rows.flatten(0, 1), weight, chosen.reshape(-1), False, in_library)  # [N * k, D]
             out = (out.reshape(*chosen.shape, -1) * shares[..., None]).sum(dim=1)
