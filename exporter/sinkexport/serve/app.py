@@ -93,29 +93,26 @@ def create_app(
 def _add_answers(app: FastAPI, answer: _Answer, prompts: Prompts, limits: Limits, model: str) -> None:
     """Add the routes that answer with text, and those that clients look for and that there are not."""
 
-    @app.post("/v1/chat/completions")
-    async def chat(http: HttpRequest) -> Response:
-        body = await _read(http, ChatRequest, limits.body_s)
-        form = ChatForm(
+    def form_of(
+        kind: type[ChatForm] | type[CompletionForm], body: ChatRequest | CompletionRequest
+    ) -> ChatForm | CompletionForm:
+        return kind(
             model,
             body.choices,
-            logprobs=body.logprobs,
+            logprobs=body.reported_logprobs is not None,
             token_bytes=prompts.token_bytes,
             include_usage=body.include_usage,
         )
-        return await answer(http, body, lambda new: prompts.chat(body.chat, new), form)
+
+    @app.post("/v1/chat/completions")
+    async def chat(http: HttpRequest) -> Response:
+        body = await _read(http, ChatRequest, limits.body_s)
+        return await answer(http, body, lambda new: prompts.chat(body.chat, new), form_of(ChatForm, body))
 
     @app.post("/v1/completions")
     async def completions(http: HttpRequest) -> Response:
         body = await _read(http, CompletionRequest, limits.body_s)
-        form = CompletionForm(
-            model,
-            body.choices,
-            logprobs=body.logprobs is not None,
-            token_bytes=prompts.token_bytes,
-            include_usage=body.include_usage,
-        )
-        return await answer(http, body, lambda new: prompts.completion(body, new), form)
+        return await answer(http, body, lambda new: prompts.completion(body, new), form_of(CompletionForm, body))
 
     @app.post("/v1/embeddings")
     async def embeddings() -> Response:
