@@ -29,6 +29,10 @@ int numForks() {
   return forks.load(std::memory_order_relaxed);
 }
 
+void runAlone(int64_t tasks, void (*task)(void*, int64_t), void* argument) {
+  for (int64_t i = 0; i < tasks; ++i) task(argument, i);
+}
+
 inline void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -113,7 +117,7 @@ SpinPool::~SpinPool() {
 bool SpinPool::tryRun(int64_t tasks, void (*task)(void*, int64_t), void* argument) {
   Shared& shared = *shared_;
   if (!shared.hasHelpers()) {
-    for (int64_t i = 0; i < tasks; ++i) task(argument, i);
+    runAlone(tasks, task, argument);
     return true;
   }
   if (shared.is_taken.exchange(true)) return false;
@@ -141,8 +145,7 @@ bool SpinPool::tryRun(int64_t tasks, void (*task)(void*, int64_t), void* argumen
 }
 
 void SpinPool::run(void* pool, int64_t tasks, void (*task)(void*, int64_t), void* argument) {
-  if (static_cast<SpinPool*>(pool)->tryRun(tasks, task, argument)) return;
-  for (int64_t i = 0; i < tasks; ++i) task(argument, i);
+  if (!static_cast<SpinPool*>(pool)->tryRun(tasks, task, argument)) runAlone(tasks, task, argument);
 }
 
 void SpinPool::expect(const Reads* reads) {
