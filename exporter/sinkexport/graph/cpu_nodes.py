@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
-from sinkexport.graph.edit import drop_unused, known_shape, operand, replace_node
+from sinkexport.graph.edit import known_shape, operand
 from sinkexport.graph.operators import (
     BF16_EXPERT_LINEAR,
     BF16_LINEAR,
@@ -26,7 +26,14 @@ from sinkexport.graph.operators import (
     SINK_ATTENTION,
     VERSION,
 )
-from sinkexport.graph.packed_weights import LAYOUT, ROW_ORDER, SCALE_TYPES, PackedMatrix, packed_source, shown_order
+from sinkexport.graph.packed_weights import (
+    LAYOUT,
+    ROW_ORDER,
+    SCALE_TYPES,
+    PackedMatrix,
+    packed_source,
+    shown_order,
+)
 
 ALL_TOKENS: Mapping[str, int] = {"num_tokens": 0, "repeats_last": 0}
 """Fields of a matmul that computes all rows: the last pass but one changes them (skip_cpu_padding)."""
@@ -111,6 +118,11 @@ class CpuMatmul:
     def matrix(self) -> PackedMatrix | None:
         """What the weights are made of; None: in a graph that came from a file."""
         return packed_source(self.weights[0])
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether other nodes read the weights too."""
+        return any(len(list(value.uses())) > 1 for value in self.weights)
 
     def _fields(self) -> dict[str, int | float | str]:
         return {
@@ -309,30 +321,6 @@ def _made(graph: ir.Graph, names: Mapping[str, int], matrix: PackedMatrix) -> di
         "out_features": matrix.num_outputs,
         "block_size": _block_size(matrix),
     }
-
-
-_Kind = TypeVar("_Kind", Linear, ExpertLinear)
-
-
-def absorb(
-    graph: ir.Graph,
-    matmuls: Iterable[tuple[ir.Node, _Kind]],
-    found_after: Callable[[ir.Node, _Kind], tuple[ir.Node, _Kind] | None],
-) -> bool:
-    """Let matmuls take over what follows them. Returns whether any did.
-
-    found_after: the last node that is taken over, and the matmul that does so; None: nothing is.
-    """
-    modified = False
-    for node, matmul in matmuls:
-        if (found := found_after(node, matmul)) is None:
-            continue
-        last, fused = found
-        b = Builder(graph)
-        replace_node(last, b.nodes, [b.reshape(fused.write(b), known_shape(last.outputs[0]))])
-        drop_unused(graph)
-        modified = True
-    return modified
 
 
 def _of_bits(names: Mapping[str, int], matrix: PackedMatrix) -> str:

@@ -56,17 +56,23 @@ def only_user(value: ir.Value, op_type: str | None = None) -> ir.Node | None:
     return uses[0].node if op_type in (None, uses[0].node.op_type) else None
 
 
+def number_of(value: ir.Value) -> float | None:
+    """The number that a weight of one element is; None: it is no such weight."""
+    if not is_weight(value) or value.const_value is None or value.const_value.size != 1:
+        return None
+    return float(value.const_value.numpy().reshape(()))
+
+
 def number_times(value: ir.Value) -> tuple[ir.Node, float] | None:
     """The Mul by one number of float32 that alone reads a value and keeps its shape, and the number."""
     reader = only_user(value, "Mul")
     if reader is None:
         return None
     other = operand(reader, 1) if operand(reader, 0) is value else operand(reader, 0)
-    if not is_weight(other) or other.const_value is None or other.const_value.size != 1:
+    number = number_of(other)
+    if number is None or other.dtype != ir.DataType.FLOAT or known_shape(reader.outputs[0]) != known_shape(value):
         return None
-    if other.dtype != ir.DataType.FLOAT or known_shape(reader.outputs[0]) != known_shape(value):
-        return None
-    return reader, float(other.const_value.numpy().reshape(()))
+    return reader, number
 
 
 def split_source(parts: Sequence[ir.Value]) -> ir.Value | None:

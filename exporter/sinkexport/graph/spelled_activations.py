@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from sinkexport.graph.edit import is_weight, known_shape
+from sinkexport.graph.edit import known_shape, number_of
 from sinkexport.graph.gates import GELU, GELU_TANH, RELU2, SILU, Active
 
 CLAMPED_SWIGLU = "clamped_swiglu"
@@ -74,7 +74,7 @@ def find_gate_of(gate: ir.Value, up: ir.Value) -> SpelledGate | None:
         if known_shape(result) != known_shape(gate) or result.dtype != gate.dtype:
             continue
         ends = [value for each in nodes if each.op_type == "Clip" for value in each.inputs[1:] if value is not None]
-        limits = {abs(number) for number in map(_number, ends) if number}
+        limits = {abs(number) for number in map(number_of, ends) if number}
         found = _gated_name((gate, up), result, limits)
         if found is not None:
             return SpelledGate(*found, node)
@@ -126,19 +126,13 @@ def _is_elementwise(node: ir.Node, known: Mapping[ir.Value, object]) -> bool:
     if node.domain or node.op_type not in (*_OPERATORS, "Gelu"):
         return False
     given = [value for value in node.inputs if value is not None]  # a Clip may have no lower end
-    return all(value in known or _number(value) is not None for value in given)
+    return all(value in known or number_of(value) is not None for value in given)
 
 
 def _is_closed(x: ir.Value, last: ir.Node, nodes: frozenset[ir.Node]) -> bool:
     """Whether x and what is on the way to the last node are read on that way alone."""
     values = [x, *(node.outputs[0] for node in nodes if node is not last)]
     return not any(value.is_graph_output() or any(use.node not in nodes for use in value.uses()) for value in values)
-
-
-def _number(value: ir.Value) -> float | None:
-    if not is_weight(value) or value.const_value is None or value.const_value.size != 1:
-        return None
-    return float(value.const_value.numpy().reshape(()))
 
 
 def _name(x: ir.Value, result: ir.Value) -> str | None:
@@ -165,7 +159,7 @@ def computed(value: ir.Value, known: dict[ir.Value, np.ndarray]) -> np.ndarray:
     """What a value is for given ones, by operators that work element by element. known: grows."""
     if value in known:
         return known[value]
-    number, node = _number(value), value.producer()
+    number, node = number_of(value), value.producer()
     if number is not None:
         return np.asarray(number)
     if node is None:

@@ -10,6 +10,7 @@ import dataclasses
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
+from sinkexport.graph.cpu_fusion import repacked
 from sinkexport.graph.cpu_nodes import Linear, find_linears, is_linear
 from sinkexport.graph.edit import drop_unused, known_shape, only_user, replace_node, split_source
 from sinkexport.graph.gates import Gate, gate_of
@@ -64,11 +65,9 @@ def _gated(graph: ir.Graph, gate: Gate) -> Linear | None:
     whole = split_source([gate.gate, gate.up])
     linear = None if whole is None or only_user(whole, "Split") is None else _linear(whole)
     matrix = None if linear is None else linear.matrix
-    if linear is None or matrix is None or any(len(list(value.uses())) > 1 for value in linear.weights):
+    if linear is None or matrix is None or linear.shares_weights:
         return None
-    for value in linear.weights:
-        graph.initializers.pop(str(value.name))
-    weights = tuple(dataclasses.replace(matrix, is_gated=True).values(graph))
+    weights = repacked(graph, linear, dataclasses.replace(matrix, is_gated=True))
     return dataclasses.replace(
         linear, weights=weights, out_features=linear.out_features // 2, activation=gate.activation, is_gated=True
     )

@@ -7,6 +7,7 @@ import dataclasses
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
+from sinkexport.graph.cpu_fusion import absorb
 from sinkexport.graph.cpu_nodes import (
     ExpertLinear,
     Linear,
@@ -42,8 +43,7 @@ class FuseCpuAdditions(GraphPass):
                 modified = True
         for node, linear in find_linears(graph):
             modified |= _moved_to_first(graph, node, linear)
-        for node, experts in find_expert_linears(graph):
-            modified |= _added_to_experts(graph, node, experts)
+        modified |= absorb(graph, find_expert_linears(graph), _with_addition_to_sums)
         return ir.passes.PassResult(model, modified)
 
 
@@ -80,23 +80,20 @@ def _moved_to_first(graph: ir.Graph, node: ir.Node, linear: Linear) -> bool:
     return True
 
 
-def _added_to_experts(graph: ir.Graph, node: ir.Node, experts: ExpertLinear) -> bool:
-    """Let the sums of a token's experts take over what is added to them."""
+def _with_addition_to_sums(node: ir.Node, experts: ExpertLinear) -> tuple[ir.Node, ExpertLinear] | None:
+    """The Add that alone reads the sums of a token's experts, and the experts with what is added."""
     result = node.outputs[0]
     view = only_user(result, "Reshape")
     viewed = result if view is None else view.outputs[0]
     addition = only_user(viewed, "Add")
     if addition is None or experts.pick_weights is None or experts.residual is not None:
-        return False
+        return None
     other = addition.inputs[1] if addition.inputs[0] is viewed else addition.inputs[0]
     if other is None or other is viewed or other.dtype != FLOAT or is_weight(other):
-        return False
+        return None
     if known_shape(other) != known_shape(viewed) or known_shape(viewed)[-1] != experts.out_features:
-        return False
-    b = Builder(graph)
-    replace_node(addition, b.nodes, [dataclasses.replace(experts, residual=other).write(b)])
-    drop_unused(graph)
-    return True
+        return None
+    return addition, dataclasses.replace(experts, residual=other)
 
 
 def _with_addition(node: ir.Node, linear: Linear) -> tuple[ir.Node, Linear] | None:

@@ -9,12 +9,12 @@ import itertools
 import numpy as np
 import onnx_ir as ir
 
-from sinkexport.graph.cpu_nodes import ExpertLinear, absorb, find_expert_linears
+from sinkexport.graph.cpu_fusion import absorb, reordered_bias, repacked
+from sinkexport.graph.cpu_nodes import ExpertLinear, find_expert_linears
 from sinkexport.graph.edit import (
     drop_unused,
     is_weight,
     known_shape,
-    lazy_weight,
     number_times,
     only_user,
     operand,
@@ -22,7 +22,6 @@ from sinkexport.graph.edit import (
 )
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.moved_rows import Moved, moved, rows_of_columns
-from sinkexport.graph.packed_weights import BY_HEAD
 from sinkexport.graph.spelled_activations import SpelledGate, find_gate_of
 
 FLOAT = ir.DataType.FLOAT
@@ -115,7 +114,7 @@ def _with_gate(graph: ir.Graph, node: ir.Node, linear: ExpertLinear) -> Found | 
     result, matrix = _viewed(node, linear), linear.matrix
     if matrix is None or linear.is_gated or linear.pick_weights is not None or linear.residual is not None:
         return None
-    if len(known_shape(result)) != 2 or any(len(list(value.uses())) > 1 for value in linear.weights):
+    if len(known_shape(result)) != 2 or linear.shares_weights:
         return None
     halves = [value for use in result.uses() for value in use.node.outputs]
     source = moved(result).source
@@ -137,14 +136,12 @@ def _gated(graph: ir.Graph, linear: ExpertLinear, found: SpelledGate, gate: Move
     order, bias = np.concatenate([rows[0], rows[1]]), linear.bias
     if not np.array_equal(np.sort(order), np.arange(linear.out_features)):
         return None
-    for value in linear.weights:
-        graph.initializers.pop(str(value.name))
     if not np.array_equal(order, np.arange(len(order))):
         matrix = matrix.reordered(order)
-        bias = None if bias is None else _reordered(graph, bias, order)
+        bias = None if bias is None else reordered_bias(graph, bias, order)
     fused = dataclasses.replace(
         linear,
-        weights=tuple(dataclasses.replace(matrix, is_gated=True).values(graph)),
+        weights=repacked(graph, linear, dataclasses.replace(matrix, is_gated=True)),
         out_features=linear.out_features // 2,
         bias=bias,
         is_gated=True,
@@ -152,14 +149,6 @@ def _gated(graph: ir.Graph, linear: ExpertLinear, found: SpelledGate, gate: Move
         activation_limit=found.limit,
     )
     return found.last, fused
-
-
-def _reordered(graph: ir.Graph, bias: ir.Value, order: np.ndarray) -> ir.Value:
-    source = bias.const_value
-    if source is None:
-        raise ValueError(f"'{bias.name}' has no content")
-    name = f"{bias.name}{BY_HEAD}"
-    return lazy_weight(graph, name, FLOAT, known_shape(bias), lambda: source.numpy()[:, order])
 
 
 def _with_multiplier(node: ir.Node, linear: ExpertLinear) -> Found | None:

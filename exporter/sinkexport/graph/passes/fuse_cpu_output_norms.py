@@ -6,7 +6,8 @@ import dataclasses
 
 import onnx_ir as ir
 
-from sinkexport.graph.cpu_nodes import Linear, absorb, find_linears
+from sinkexport.graph.cpu_fusion import absorb
+from sinkexport.graph.cpu_nodes import Linear, find_linears
 from sinkexport.graph.edit import drop_unused, is_weight, known_shape, number_times, only_user
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.rms_norms import row_norm

@@ -14,13 +14,13 @@ import numpy as np
 import onnx_ir as ir
 
 from sinkexport.graph.builder import Builder
+from sinkexport.graph.cpu_fusion import reordered_bias, repacked
 from sinkexport.graph.cpu_nodes import Linear, is_cpu_node, is_linear
-from sinkexport.graph.edit import drop_unused, known_shape, lazy_weight, operand, split_source
+from sinkexport.graph.edit import drop_unused, known_shape, operand, split_source
 from sinkexport.graph.graph_pass import GraphPass
 from sinkexport.graph.moved_rows import Moved, moved, rows_of_heads
 from sinkexport.graph.operators import SINK_ATTENTION, Input
 from sinkexport.graph.output_gate import BY_TOKEN
-from sinkexport.graph.packed_weights import BY_HEAD
 
 HEADS = (Input.Q, Input.K, Input.V)
 
@@ -81,7 +81,7 @@ def _linear(source: ir.Value) -> Linear | None:
         return None
     linear = Linear.of(node)
     has_others = linear.is_gated or linear.residual is not None or linear.output_norm_weight is not None
-    if has_others or linear.matrix is None or any(len(list(value.uses())) > 1 for value in linear.weights):
+    if has_others or linear.matrix is None or linear.shares_weights:
         return None
     return linear
 
@@ -108,10 +108,8 @@ def _reorder(graph: ir.Graph, node: ir.Node, order: _Order) -> None:
     linear, matrix, before = order.linear, order.linear.matrix, order.source.producer()
     if matrix is None or before is None:
         raise ValueError(f"'{node.name}' has lost its matmul")
-    for value in linear.weights:
-        graph.initializers.pop(str(value.name))
-    weights = tuple(matrix.reordered(order.rows).values(graph))
-    bias = None if linear.bias is None else _reordered(graph, linear.bias, order.rows)
+    weights = repacked(graph, linear, matrix.reordered(order.rows))
+    bias = None if linear.bias is None else reordered_bias(graph, linear.bias, order.rows)
     b = Builder(graph)
     whole = dataclasses.replace(linear, weights=weights, bias=bias).write(b)
     shapes = [known_shape(operand(node, i)) for i in HEADS]
@@ -126,11 +124,3 @@ def _reorder(graph: ir.Graph, node: ir.Node, order: _Order) -> None:
             rows = b.op("Transpose", [rows], (batch, heads, tokens, size), perm=list(BY_TOKEN))
         node.replace_input_with(i, rows)
     graph.insert_before(before, b.nodes)
-
-
-def _reordered(graph: ir.Graph, bias: ir.Value, rows: np.ndarray) -> ir.Value:
-    source = bias.const_value
-    if source is None:
-        raise ValueError(f"'{bias.name}' has no content")
-    name = f"{bias.name}{BY_HEAD}"
-    return lazy_weight(graph, name, ir.DataType.FLOAT, known_shape(bias), lambda: source.numpy()[rows])
