@@ -55,12 +55,19 @@ class Sampler:
         self._seed = secrets.randbits(64) if params.seed is None else params.seed
         self._scratch = np.empty(vocab_size, dtype=np.float32)
 
-    def sample(self, logits: npt.NDArray[np.float32], recent: npt.NDArray[np.int64], position: int) -> int:
+    def sample(
+        self,
+        logits: npt.NDArray[np.float32],
+        recent: npt.NDArray[np.int64],
+        position: int,
+        allowed: npt.NDArray[np.bool_] | None = None,
+    ) -> int:
         """The token that follows.
 
         logits: float32 [vocab], left as they are. recent: int64 [N], tokens for the repetition penalty; negative
         entries are none. position: where in the stream the new token will lie. With the same seed, the random draw
         depends on the position only, so a stream that is saved and loaded goes on as if nothing had happened.
+        allowed: bool [vocab], of which tokens one is picked, not all False; None: of all.
 
         Raises: BackendError if the logits are not numbers; UsageError if the penalty makes them so large.
         """
@@ -75,9 +82,11 @@ class Sampler:
                     fix="reset the stream; if this is an fp16 bundle that overflows, export with --dtype fp32",
                 )
             )
-        if params.repetition_penalty != 1.0 or self._rules is not None:
+        if params.repetition_penalty != 1.0 or self._rules is not None or allowed is not None:
             with np.errstate(over="ignore"):  # looked for below
                 logits = self._changed(logits, recent)
+            if allowed is not None:
+                logits = self._masked(logits, allowed)
             best = int(logits.argmax())
             if not math.isfinite(logits[best]):  # the model's numbers are fine: so is its stream
                 raise UsageError(
@@ -103,6 +112,13 @@ class Sampler:
         if self._params.repetition_penalty != 1.0:
             logits = penalized(logits, recent, self._params.repetition_penalty, self._scratch)
         return logits if self._rules is None else self._rules.penalized(logits, self._scratch)
+
+    def _masked(self, logits: npt.NDArray[np.float32], allowed: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+        """Logits in the scratch memory, minus infinity where nothing is allowed."""
+        if logits is not self._scratch:
+            np.copyto(self._scratch, logits)
+        np.copyto(self._scratch, -np.inf, where=~allowed)
+        return self._scratch
 
 
 def uniform(seed: int, position: int) -> float:

@@ -1,0 +1,19 @@
+"""Answers in a given form: JSON schemas, regular expressions and grammars, by the package llguidance.
+
+`Grammar` says what an answer must match and needs no package. `GrammarCompiler` makes it ready for one tokenizer, and
+a `Matcher` follows one answer: which tokens may come next is computed while the model's step runs.
+"""
+
+from sinkrt.grammar.compiler import CompiledGrammar, GrammarCompiler, require_library
+from sinkrt.grammar.matcher import MAX_GRAMMAR_TOKENS, Matcher
+from sinkrt.grammar.spec import Grammar, grammar_of
+
+__all__ = [
+    "MAX_GRAMMAR_TOKENS",
+    "CompiledGrammar",
+    "Grammar",
+    "GrammarCompiler",
+    "Matcher",
+    "grammar_of",
+    "require_library",
+]
