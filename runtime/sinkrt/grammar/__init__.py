@@ -4,6 +4,7 @@
 a `Matcher` follows one answer: which tokens may come next is computed while the model's step runs.
 """
 
+from sinkrt.grammar.answers import calling, formatted, loosened
 from sinkrt.grammar.compiler import CompiledGrammar, GrammarCompiler, require_library
 from sinkrt.grammar.matcher import MAX_GRAMMAR_TOKENS, Matcher
 from sinkrt.grammar.spec import Grammar, grammar_of
@@ -14,6 +15,9 @@ __all__ = [
     "Grammar",
     "GrammarCompiler",
     "Matcher",
+    "calling",
+    "formatted",
     "grammar_of",
+    "loosened",
     "require_library",
 ]
