@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from sinkrt import UsageError
+from sinkrt.grammar import Calls, CompiledGrammar, Grammar, GrammarCompiler, answer_grammar, loosened
 from sinkrt.text import Tokenizer
+from sinkrt.text.answer_parts import AnswerParts
 from sinkrt.text.special_text import texts_in
-from sinkrt.text.thinking import Thinking
 
 from sinkexport.serve.errors import ApiError, shown
-from sinkexport.serve.requests import ChatPrompt, CompletionRequest, TokenizeRequest
+from sinkexport.serve.requests import ChatPrompt, CompletionRequest, Offered, TokenizeRequest
 
 CHAT_THREADS = 2
 LOOK_S = 0.5
@@ -28,10 +30,14 @@ logger = logging.getLogger("sinkexport.serve")
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A prompt as the model takes it. thinking: how its answer is taken apart; None: it is not."""
+    """A prompt as the model takes it.
+
+    parts: how its answer is taken apart; None: it is not. grammar: what the answer must match; None: anything.
+    """
 
     ids: list[int]
-    thinking: Thinking | None = None
+    parts: AnswerParts | None = None
+    grammar: CompiledGrammar | None = None
 
 
 class Prompts:
@@ -41,7 +47,7 @@ class Prompts:
     allow_special: whether names of special tokens in the prompts of completions become those tokens, for requests that
     do not say. In chats they do so only if the request says so: there the template writes control tokens.
     require_pinned: raises UsageError for a system message that the sinks do not keep; None: any is accepted.
-    stopping: whether the server is stopping, so that nobody waits for a chat template that takes long.
+    grammars: makes grammars ready. stopping: whether the server is stopping, so that nobody waits for a chat template that takes long.
     """
 
     def __init__(
@@ -50,12 +56,14 @@ class Prompts:
         template_args: Mapping[str, Any],
         allow_special: bool,
         require_pinned: Callable[..., None] | None,
+        grammars: GrammarCompiler,
         stopping: Callable[[], bool],
     ) -> None:
         self._tokenizer = tokenizer
         self._template_args = template_args
         self._allow_special = allow_special
         self._require_pinned = require_pinned
+        self._grammars = grammars
         self._stopping = stopping
         self._noted = False
         # Threads of their own: a chat template that takes long holds up no other kind of request.
@@ -92,7 +100,7 @@ class Prompts:
 
         Raises: UsageError.
         """
-        return Rendered(await asyncio.to_thread(self.completion_ids, body, new))
+        return await self._in_thread(lambda: self.completion_prompt(body, new))
 
     def close(self) -> None:
         """Drop what is not done: a template that takes long must not hold up the server's end."""
@@ -103,7 +111,35 @@ class Prompts:
         """Do the work of `chat` in the caller's thread."""
         args = self._args(prompt)
         ids = self._chat_ids(prompt, args, new)
-        return Rendered(ids, self._tokenizer.thinking(args) if prompt.split else None)
+        parts = self._parts(prompt, args)
+        return Rendered(ids, parts if prompt.split or parts.calls else None, self._grammar(prompt, parts))
+
+    def _parts(self, prompt: ChatPrompt, args: Mapping[str, Any]) -> AnswerParts:
+        """How the answer is taken apart. Thinking counts for its grammar even if it stays in the content."""
+        offered = prompt.offered or Offered()
+        calls = self._tokenizer.tools().format if offered.functions else None
+        return AnswerParts(self._tokenizer.thinking(args), calls, offered.tools, self._tokenizer.has_channels)
+
+    def _grammar(self, prompt: ChatPrompt, parts: AnswerParts) -> CompiledGrammar | None:
+        """What the answer must match.
+
+        Raises: UsageError.
+        """
+        offered = prompt.offered or Offered()
+        if prompt.grammar is None and not offered.is_bound:
+            return None
+        calls = None
+        if offered.functions and parts.calls is not None:
+            calls = Calls(offered.tools, offered.parallel and parts.calls.many, offered.must_call)
+        body = None if offered.must_call else prompt.grammar
+        try:
+            return self._grammars.compile(answer_grammar(body, calls, parts, self._tokenizer))
+        except UsageError:
+            if calls is None or all(tool.strict for tool in calls.tools):
+                raise
+            # Schemas of tools that are not strict are hints.
+            calls = dataclasses.replace(calls, tools=loosened(calls.tools))
+            return self._grammars.compile(answer_grammar(body, calls, parts, self._tokenizer))
 
     def _args(self, prompt: ChatPrompt) -> dict[str, Any]:
         """Variables of the template: the server's, and the request's, which go first."""
@@ -120,14 +156,15 @@ class Prompts:
         return args
 
     def _chat_ids(self, prompt: ChatPrompt, args: Mapping[str, Any], new: bool) -> list[int]:
-        messages = prompt.messages
+        messages, offered = prompt.messages, prompt.offered or Offered()
         if self._require_pinned is not None:
             for message in messages:
                 if message["role"] == "system":
                     self._require_pinned(message["content"], template_args=args)
-        allow = self._allows(bool(prompt.allow_special), messages)
+        tools = offered.shown
+        allow = self._allows(bool(prompt.allow_special), [messages, tools])
         if new:
-            return self._tokenizer.chat_ids(messages, template_args=args, allow_special=allow)
+            return self._tokenizer.chat_ids(messages, template_args=args, tools=tools, allow_special=allow)
         if len(messages) != 1 or messages[0]["role"] != "user":
             roles = ", ".join(message["role"] for message in messages)
             raise ApiError(
@@ -138,8 +175,15 @@ class Prompts:
             )
         return self._tokenizer.next_turn_ids(messages[0]["content"], template_args=args, allow_special=allow)
 
-    def completion_ids(self, body: CompletionRequest, new: bool) -> list[int]:
+    def completion_prompt(self, body: CompletionRequest, new: bool) -> Rendered:
         """Do the work of `completion` in the caller's thread."""
+        grammar: Grammar | None = body.grammar
+        return Rendered(
+            self.completion_ids(body, new), None, None if grammar is None else self._grammars.compile(grammar)
+        )
+
+    def completion_ids(self, body: CompletionRequest, new: bool) -> list[int]:
+        """The ids of a completion's prompt."""
         if isinstance(body.prompt, str):
             allow = self._allows(body.allow_special, body.prompt)
             return self._tokenizer.prompt_ids(body.prompt, begun=not new, allow_special=allow)

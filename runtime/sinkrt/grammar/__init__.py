@@ -4,19 +4,19 @@
 a `Matcher` follows one answer: which tokens may come next is computed while the model's step runs.
 """
 
-from sinkrt.grammar.answers import calling, formatted, loosened
+from sinkrt.grammar.answers import Calls, answer_grammar, loosened
 from sinkrt.grammar.compiler import CompiledGrammar, GrammarCompiler, require_library
 from sinkrt.grammar.matcher import MAX_GRAMMAR_TOKENS, Matcher
 from sinkrt.grammar.spec import Grammar, grammar_of
 
 __all__ = [
     "MAX_GRAMMAR_TOKENS",
+    "Calls",
     "CompiledGrammar",
     "Grammar",
     "GrammarCompiler",
     "Matcher",
-    "calling",
-    "formatted",
+    "answer_grammar",
     "grammar_of",
     "loosened",
     "require_library",

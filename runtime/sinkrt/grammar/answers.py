@@ -9,56 +9,86 @@ from sinkrt.grammar.schema import checked_schema
 from sinkrt.grammar.spec import Grammar, lark_json, lark_text
 from sinkrt.text import Tokenizer
 from sinkrt.text.answer_parts import AnswerParts
-from sinkrt.text.tools import Harmony, Tool, ToolFormat
+from sinkrt.text.tools import Tool
 from sinkrt.text.tools.calls import ANY_OBJECT
 from sinkrt.text.tools.formats import LarkWriter, Llama
 from sinkrt.text.tools.harmony import CHANNEL, ENDS, MESSAGE, START
 
+Mark = Callable[[str], str]
 _TEXT = "any_text: /(?s:.*)/\n"
 _SPACE = "space: /[ \\n]{0,4}/\n"
 
 
-def formatted(grammar: Grammar, parts: AnswerParts, tokenizer: Tokenizer) -> Grammar:
-    """A grammar of answers whose text, behind what is thought, matches another."""
-    if parts.has_channels:
-        mark = _marker(tokenizer)
-        opening = f'analysis? {mark(CHANNEL)} "final" {mark(MESSAGE)}'
-        return dataclasses.replace(grammar, opening=opening, rules=_analysis(tokenizer))
-    opening, rules = _thinking(parts, tokenizer)
-    return dataclasses.replace(grammar, opening=opening, rules=rules) if opening else grammar
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """Calls that an answer may hold. many: whether there may be several. must: whether there has to be one."""
+
+    tools: Sequence[Tool]
+    many: bool = True
+    must: bool = False
 
 
-def calling(
-    form: ToolFormat, tools: Sequence[Tool], parts: AnswerParts, tokenizer: Tokenizer, *, must: bool, many: bool
-) -> Grammar:
-    """A grammar of answers that call tools, behind what is thought.
+def answer_grammar(body: Grammar | None, calls: Calls | None, parts: AnswerParts, tokenizer: Tokenizer) -> Grammar:
+    """A grammar of whole answers, behind what is thought.
 
-    must: whether there has to be a call; otherwise any text may be there instead, or before it. many: whether there may
-    be several calls. Arguments match the tools' schemas.
+    body: what the text of an answer matches; None: any text. calls: that it may hold instead of such a text, or behind
+    any text; their arguments match the tools' schemas. parts: how the answer is taken apart.
 
-    Raises: UsageError for a schema that the format cannot follow.
+    Raises: UsageError for a schema that the format of calls cannot follow.
     """
-    mark = _marker(tokenizer)
-    for tool in tools:
+    rules = "" if calls is None else _call_rules(calls, parts, tokenizer)
+    around = _in_channels if parts.has_channels else _in_text
+    start, more = around(body, calls, parts, _marker(tokenizer), tokenizer)
+    rules = _once(more + rules)
+    if body is None:
+        return Grammar("lark", f"start: {start}\n{rules}")
+    return body if start == "@body" else dataclasses.replace(body, around=start, rules=rules)
+
+
+def _call_rules(calls: Calls, parts: AnswerParts, tokenizer: Tokenizer) -> str:
+    if parts.calls is None:
+        raise ValueError("calls without their format")
+    for tool in calls.tools:
         checked_schema(tool.parameters)
-    rules = form.lark(tools, LarkWriter(mark, lark_text, lark_json), many=many)
-    if isinstance(form, Harmony):
-        said = "" if must else f' | "final" {mark(MESSAGE)} any_text'
-        start = f'start: analysis? {mark(CHANNEL)} ("commentary" calls{said})\n'
-        return Grammar("lark", start + _analysis(tokenizer) + rules)
-    opening, thought = _thinking(parts, tokenizer)
-    more = thought
-    if isinstance(form, Llama):
-        start = "calls" if must else "(calls | /[^{ \\n](?s:.*)/)"
-    elif must:
-        start = f"{mark(form.start)} calls"
-    elif tokenizer.special_id(form.start) is not None:
-        start = f"any_text ({mark(form.start)} calls)?"
-        more += "" if "any_text:" in thought else _TEXT
+    return parts.calls.lark(calls.tools, LarkWriter(_marker(tokenizer), lark_text, lark_json), many=calls.many)
+
+
+def _in_channels(
+    body: Grammar | None, calls: Calls | None, _parts: AnswerParts, mark: Mark, _tokenizer: Tokenizer
+) -> tuple[str, str]:
+    """Start and rules of an answer in gpt-oss's channels."""
+    choices = [] if calls is None else ["\"commentary\" calls"]
+    if calls is None or not calls.must:
+        choices.append(f'"final" {mark(MESSAGE)} {"any_text" if body is None else "@body"}')
+    analysis = f'{mark(CHANNEL)} "analysis" {mark(MESSAGE)} any_text {mark(ENDS[0])} {mark(START)} "assistant"'
+    return f"analysis? {mark(CHANNEL)} ({' | '.join(choices)})", f"analysis: {analysis}\n{_TEXT}"
+
+
+def _in_text(
+    body: Grammar | None, calls: Calls | None, parts: AnswerParts, mark: Mark, tokenizer: Tokenizer
+) -> tuple[str, str]:
+    """Start and rules of an answer as text with tags."""
+    opening, rules = _thinking(parts, tokenizer)
+    if calls is None or parts.calls is None:
+        return f"{opening} @body".strip(), rules
+    call = f"{mark(parts.calls.start)} calls" if parts.calls.start else "calls"
+    if calls.must:
+        start = call
+    elif body is not None:
+        start = f"(@body | {call})"
+    elif isinstance(parts.calls, Llama):
+        start = "(calls | /[^{ \\n](?s:.*)/)"
+    elif tokenizer.special_id(parts.calls.start) is not None:
+        start, rules = f"any_text ({call})?", rules + _TEXT
     else:  # lazy: from its first mark on, an answer is a call
-        start = "(head calls | any_text)"
-        more += f"head[suffix={lark_text(form.start)}]: /(?s:.*)/\n" + ("" if "any_text:" in thought else _TEXT)
-    return Grammar("lark", f"start: {opening} {start}\n{more}{rules}")
+        head = f"head[suffix={lark_text(parts.calls.start)}]: /(?s:.*)/\n"
+        start, rules = "(head calls | any_text)", rules + head + _TEXT
+    return f"{opening} {start}".strip(), rules
+
+
+def _once(rules: str) -> str:
+    """Rules, each of them once."""
+    return "".join(f"{rule}\n" for rule in dict.fromkeys(rules.splitlines()))
 
 
 def loosened(tools: Sequence[Tool]) -> tuple[Tool, ...]:
@@ -80,14 +110,7 @@ def _thinking(parts: AnswerParts, tokenizer: Tokenizer) -> tuple[str, str]:
     return opening, thought + _SPACE
 
 
-def _analysis(tokenizer: Tokenizer) -> str:
-    """Rule of a message of gpt-oss in which it thinks, and the start of the next one."""
-    mark = _marker(tokenizer)
-    begun = f'{mark(CHANNEL)} "analysis" {mark(MESSAGE)}'
-    return f'analysis: {begun} any_text {mark(ENDS[0])} {mark(START)} "assistant"\n{_TEXT}'
-
-
-def _marker(tokenizer: Tokenizer) -> Callable[[str], str]:
+def _marker(tokenizer: Tokenizer) -> Mark:
     """Gives the expression of Lark for a mark: the token of that name if it is special, else the text."""
 
     def mark(text: str) -> str:

@@ -147,9 +147,9 @@ def _source(library: Any, grammar: Grammar) -> str:
     else:
         convert = importlib.import_module("llguidance.gbnf_to_lark").any_to_lark
         body = {"lark_grammar": convert(grammar.text)}
-    if not grammar.opening:
+    if not grammar.around:
         return json.dumps({"grammars": [body]})
-    start = f"start: {grammar.opening} @body\n{grammar.rules}"
+    start = f"start: {grammar.around}\n{grammar.rules}"
     return json.dumps({"grammars": [{"lark_grammar": start}, {"name": "body", **body}]})
 
 

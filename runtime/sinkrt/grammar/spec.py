@@ -23,13 +23,13 @@ class Grammar:
     """What an answer must match. Make one with a class method.
 
     kind: of `text`, which is llguidance's: a JSON schema, a regular expression or a grammar in its dialect of Lark.
-    opening: an expression of Lark for what may come before, such as a model's thinking; "": nothing.
-    rules: rules of Lark that the opening names.
+    around: an expression of Lark with ``@body`` in it, which is `text`: what may come before it, such as a model's
+    thinking, and what may come instead. "": nothing. rules: rules of Lark that `around` names.
     """
 
     kind: Kind
     text: str
-    opening: str = ""
+    around: str = ""
     rules: str = ""
 
     @classmethod

@@ -12,6 +12,10 @@ from typing import Any
 from sinkrt.text.said import ToolCall
 from sinkrt.text.tools.calls import Tool, call_of, json_object, json_prefix
 
+_QUOTE = re.compile(r'(?<!\\)(?:\\\\)*"')
+"""A quotation mark that is not escaped."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LarkWriter:
     """Writes expressions of Lark: for a mark, which may be a special token, a text, and the JSON texts of a schema."""
@@ -38,6 +42,10 @@ class ToolFormat(abc.ABC):
         """Texts that the parser looks for, and that may be special tokens."""
         return frozenset({self.start, self.end} - {""})
 
+    def ends_inside(self, body: str) -> bool:  # noqa: ARG002 - for formats that can tell
+        """Whether an end mark behind this text is inside a value of the call, and no end."""
+        return False
+
     @abc.abstractmethod
     def parse(self, body: str) -> list[ToolCall] | None:
         """The calls in a text between the marks, or None if it is something else."""
@@ -56,6 +64,10 @@ class Hermes(ToolFormat):
 
     name = "hermes"
     start, end = "<tool_call>", "</tool_call>"
+
+    def ends_inside(self, body: str) -> bool:
+        """See `ToolFormat`: a mark may be a part of a text."""
+        return len(_QUOTE.findall(body)) % 2 == 1
 
     def parse(self, body: str) -> list[ToolCall] | None:
         """See `ToolFormat`."""

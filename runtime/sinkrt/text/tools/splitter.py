@@ -42,12 +42,15 @@ class ToolSplitter:
                 text = before.rstrip()
                 said += Said(content=self._shown(text))
                 self._in_call, self._space, self._held = True, before[len(text) :], rest
-            body, mark, rest = self._held.partition(self._format.end or self._format.start)
-            if not mark:
+            mark = self._format.end or self._format.start
+            at = self._held.find(mark)
+            while at >= 0 and self._format.ends_inside(self._held[:at]):
+                at = self._held.find(mark, at + 1)
+            if at < 0:
                 return said
-            said += self._call(body, mark if self._format.end else "")
+            said += self._call(self._held[:at], self._format.end)
             self._in_call = not self._format.end  # its next start mark is this one's end
-            self._held = rest
+            self._held = self._held[at + len(mark) :]
 
     def flush(self) -> Said:
         """What was held back, once the answer is over."""
