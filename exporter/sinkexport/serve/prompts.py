@@ -130,7 +130,7 @@ class Prompts:
             return None
         calls = None
         if offered.functions and parts.calls is not None:
-            calls = Calls(offered.tools, offered.parallel and parts.calls.many, offered.must_call)
+            calls = Calls(offered.tools, offered.many and parts.calls.many, offered.must_call)
         body = None if offered.must_call else prompt.grammar
         try:
             return self._grammars.compile(answer_grammar(body, calls, parts, self._tokenizer))

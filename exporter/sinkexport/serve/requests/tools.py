@@ -86,6 +86,18 @@ class CalledFunction(Fields):
         return value or "{}"
 
 
+class FunctionTool(Function):
+    """A tool of responses: a function without an object of its own."""
+
+    type: Literal["function"] = Field(description='"function": other tools are not implemented here')
+
+
+class FunctionChoice(NamedFunction):
+    """The one function that a response has to call."""
+
+    type: Literal["function"] = Field(description='"function": other choices are not implemented here')
+
+
 class ToolCallField(Fields):
     """A call of an earlier answer, as OpenAI's clients give it back."""
 
@@ -143,6 +155,11 @@ class Offered:
     def must_call(self) -> bool:
         """Whether the answer has to be a call."""
         return bool(self.functions) and self.choice != "auto"
+
+    @property
+    def many(self) -> bool:
+        """Whether an answer may hold several calls: one that has to call a named function calls it once."""
+        return self.parallel and self.choice in ("auto", "required")
 
     @property
     def is_bound(self) -> bool:
