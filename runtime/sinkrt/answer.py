@@ -87,8 +87,8 @@ class Answer:
         if params.grammar is not None:
             self._max_tokens = min(params.max_tokens or MAX_GRAMMAR_TOKENS, MAX_GRAMMAR_TOKENS)
         # A stop sequence that is one special token ends the text as the model's own end does: it is not fed.
-        stops = {tokenizer.special_id(text) for text in params.stop} - {None}
-        self._ends = frozenset(stops.union(() if params.ignore_eos else eos_token_ids))
+        stops = frozenset(token for text in params.stop if (token := tokenizer.special_id(text)) is not None)
+        self._ends = stops.union(() if params.ignore_eos else eos_token_ids)
         self._grammar = None if params.grammar is None else params.grammar.matcher(self._ends)
         self._num_tokens = 0
         self._num_characters = 0  # of the text so far, with what is held back

@@ -71,7 +71,7 @@ LLAMA = """{{ bos_token }}{%- for m in messages %}
 
 {{ m.content | tojson }}<|eot_id|>
 {%- elif m.tool_calls %}
-{%- if m.tool_calls | length != 1 %}{{ raise_exception('This model only supports single tool-calls at once!') }}{% endif %}
+{%- if m.tool_calls | length != 1 %}{{ raise_exception('single tool-calls only') }}{% endif %}
 {%- set call = m.tool_calls[0].function %}<|start_header_id|>assistant<|end_header_id|>
 
 {"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}<|eot_id|>
@@ -84,7 +84,7 @@ LLAMA = """{{ bos_token }}{%- for m in messages %}
 {% endif %}"""
 
 _MISTRAL = """{{ bos_token }}{%- for m in messages %}
-{%- if m.role == 'user' %}{% if tools and loop.last or tools and loop.index0 == 0 %}[AVAILABLE_TOOLS] {{ tools | tojson }}
+{%- if m.role == 'user' %}{% if tools and loop.index0 == 0 %}[AVAILABLE_TOOLS] {{ tools | tojson }}
 {{- '[/AVAILABLE_TOOLS]' }}{% endif %}[INST]{{ m.content }}[/INST]
 {%- elif m.tool_calls %}CALLS{{ eos_token }}
 {%- elif m.role == 'tool' %}
@@ -94,7 +94,7 @@ _MISTRAL = """{{ bos_token }}{%- for m in messages %}
 
 MISTRAL = _MISTRAL.replace(
     "CALLS",
-    "[TOOL_CALLS] [{% for call in m.tool_calls %}{{ (call.function | tojson)[:-1] }}, \"id\": \"{{ call.id }}\"}"
+    '[TOOL_CALLS] [{% for call in m.tool_calls %}{{ (call.function | tojson)[:-1] }}, "id": "{{ call.id }}"}'
     "{{ ', ' if not loop.last }}{% endfor %}]",
 )
 """Mistral Nemo, Small 3.1."""
@@ -115,7 +115,8 @@ GPT_OSS = """{%- set last = namespace(name='') %}<|start|>system<|message|># Val
 {{- m.content | tojson }}<|end|>
 {%- elif m.tool_calls %}{% set call = m.tool_calls[0].function %}{% set last.name = call.name %}
 {%- if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif -%}
-<|start|>assistant to=functions.{{ call.name }}<|channel|>commentary json<|message|>{{ call.arguments | tojson }}<|call|>
+<|start|>assistant to=functions.{{ call.name }}<|channel|>commentary json<|message|>
+{{- call.arguments | tojson }}<|call|>
 {%- elif m.role == 'assistant' %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>
 {%- else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}
 {%- if add_generation_prompt %}<|start|>assistant{% endif %}"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sinkrt import Session, UsageError
 from sinkrt.errors import problem
@@ -18,7 +19,7 @@ MAX_FILE_BYTES = 2**20
 class AnswerForm:
     """The options of `Session.generate` that say what answers must match, and the grammar that they ask for."""
 
-    options: Mapping[str, str | None]
+    options: Mapping[str, Any]
     grammar: Grammar | None
 
     @classmethod

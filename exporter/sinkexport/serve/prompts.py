@@ -47,7 +47,8 @@ class Prompts:
     allow_special: whether names of special tokens in the prompts of completions become those tokens, for requests that
     do not say. In chats they do so only if the request says so: there the template writes control tokens.
     require_pinned: raises UsageError for a system message that the sinks do not keep; None: any is accepted.
-    grammars: makes grammars ready. stopping: whether the server is stopping, so that nobody waits for a chat template that takes long.
+    grammars: makes grammars ready. stopping: whether the server is stopping, so that nobody waits for a chat template
+    that takes long.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Prompts:
 
         Raises: UsageError.
         """
-        return await self._in_thread(lambda: self.completion_prompt(body, new))
+        return await asyncio.to_thread(self.completion_prompt, body, new)
 
     def close(self) -> None:
         """Drop what is not done: a template that takes long must not hold up the server's end."""

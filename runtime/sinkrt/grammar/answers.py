@@ -57,7 +57,7 @@ def _in_channels(
     body: Grammar | None, calls: Calls | None, _parts: AnswerParts, mark: Mark, _tokenizer: Tokenizer
 ) -> tuple[str, str]:
     """Start and rules of an answer in gpt-oss's channels."""
-    choices = [] if calls is None else ["\"commentary\" calls"]
+    choices = [] if calls is None else ['"commentary" calls']
     if calls is None or not calls.must:
         choices.append(f'"final" {mark(MESSAGE)} {"any_text" if body is None else "@body"}')
     analysis = f'{mark(CHANNEL)} "analysis" {mark(MESSAGE)} any_text {mark(ENDS[0])} {mark(START)} "assistant"'

@@ -63,7 +63,9 @@ def checked_schema(schema: JsonSchema | str) -> JsonSchema:
 
 def schema_text(schema: JsonSchema) -> str:
     """A checked schema as llguidance takes it, with the options that make it strict, whatever it says itself."""
-    return json.dumps({**({} if schema is True else {"not": {}} if schema is False else schema), "x-guidance": _OPTIONS})
+    return json.dumps(
+        {**({} if schema is True else {"not": {}} if schema is False else schema), "x-guidance": _OPTIONS}
+    )
 
 
 def _check_part(part: Mapping[str, Any]) -> None:

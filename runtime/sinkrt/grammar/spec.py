@@ -134,5 +134,3 @@ def _nesting(text: str) -> int:
         depth += (character == "(") - (character == ")")
         deepest, depth = max(deepest, depth), max(depth, 0)
     return deepest
-
-

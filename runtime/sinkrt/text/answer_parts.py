@@ -80,5 +80,3 @@ class AnswerSplitter:
         if not self._typed:
             return said
         return dataclasses.replace(said, calls=tuple(typed(call, self._typed) for call in said.calls))
-
-

@@ -88,8 +88,8 @@ class ChatTemplate:
         """The text of a conversation.
 
         messages: each with ``role`` and ``content``, a text, text parts or None. args: further variables. tools: as
-        OpenAI has them. check: make sure that every message and tool is in the text. now: the time that it shows, in seconds since 1970; None:
-        that of the call.
+        OpenAI has them. check: make sure that every message and tool is in the text. now: the time that it shows, in
+        seconds since 1970; None: that of the call.
 
         Raises: UsageError if the template refuses the messages, leaves one out, or fails.
         """
@@ -288,9 +288,7 @@ class ChatTemplate:
                     )
                 )
 
-    def _check_tools(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], text: str
-    ) -> None:
+    def _check_tools(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], text: str) -> None:
         """Make sure that every tool and every call is in the text.
 
         Raises: UsageError.

@@ -18,13 +18,13 @@ from sinkrt.contract import Manifest
 from sinkrt.errors import UsageError, problem
 from sinkrt.text.chat_messages import joined, message_text
 from sinkrt.text.chat_template import ChatTemplate, choose_template
-from sinkrt.text.special_text import ControlTokens, Marks, PlainEncoder, pattern, split, texts_in
+from sinkrt.text.special_text import ControlTokens, Marks, PlainEncoder, names_in, pattern, split, texts_in
 from sinkrt.text.stream_decoder import StreamingDecoder
 from sinkrt.text.template_facts import TemplateFacts
 from sinkrt.text.thinking import Thinking
-from sinkrt.text.tools import ToolFacts
 from sinkrt.text.token_bytes import TokenBytes
 from sinkrt.text.tokenizer_files import read_tokenizer_files
+from sinkrt.text.tools import ToolFacts
 
 OPENING_MESSAGES = ("0", "?")
 """Two user messages that begin differently: what two conversations share up to them is their opening."""
@@ -194,7 +194,7 @@ class Tokenizer:
         Raises: UsageError as `render_chat`.
         """
         messages = [joined(message) for message in messages]  # two parts can make a control token together
-        given = {"args": template_args or {}, "tools": list(tools)}
+        given: dict[str, Any] = {"args": template_args or {}, "tools": list(tools)}
         # One time for all renderings: they are compared.
         render = functools.partial(
             self._the_template.render, add_generation_prompt=add_generation_prompt, now=time.time()
@@ -215,7 +215,7 @@ class Tokenizer:
 
         now = time.time()
 
-        given = {"args": template_args or {}}
+        given: dict[str, Any] = {"args": template_args or {}}
 
         def render(messages: Sequence[Mapping[str, Any]], *, args: Any, check: bool = True) -> str:
             return self._the_template.render_next_turn(message_text(messages[0]), args=args, check=check, now=now)
@@ -311,6 +311,16 @@ class Tokenizer:
 
     def _has_control(self, messages: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> bool:
         control = pattern(self._chat_control.all)
+        wrong = next((name for name in names_in([given, *messages]) if control.search(name)), None)
+        if wrong is not None:
+            raise UsageError(
+                problem(
+                    "chat",
+                    received=f"a field whose name '{wrong}' holds a control token",
+                    expected="control tokens in texts only, where they are ordinary text",
+                    fix="rename it",
+                )
+            )
         return any(control.search(text) for text in texts_in([*messages, given]))
 
     def _pieces(

@@ -41,6 +41,6 @@ class Item:
         if self.kind == "function_call":
             call = {"call_id": self.call_id, "name": self.function, "arguments": self.text}
             return {"id": self.name, "type": self.kind, **call, "status": status}
-        about = {"role": "assistant"} if self.kind == "message" else {"summary": []}
+        about: dict[str, Any] = {"role": "assistant"} if self.kind == "message" else {"summary": []}
         content = [self.content(token_bytes)]
         return {"id": self.name, "type": self.kind, **about, "status": status, "content": content}

@@ -1,9 +1,9 @@
 """Requests: OpenAI's chat completions, completions and responses, and the fields that only this server has.
 
-A request that asks for what this server cannot do (pictures, other ways to choose tokens) is refused: an answer that silently
-lacks something is worse than none. A field that changes nothing of an answer, or that nobody knows, is ignored, and
-the log says so at level DEBUG. A null means that the field is absent. Descriptions of fields say what is expected,
-for error messages.
+A request that asks for what this server cannot do (pictures, other ways to choose tokens) is refused: an answer that
+silently lacks something is worse than none. A field that changes nothing of an answer, or that nobody knows, is
+ignored, and the log says so at level DEBUG. A null means that the field is absent. Descriptions of fields say what is
+expected, for error messages.
 """
 
 from sinkexport.serve.requests.base import NAME_PATTERN, ChatPrompt, Fields, Request

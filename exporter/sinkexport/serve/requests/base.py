@@ -66,9 +66,9 @@ class StreamOptions(Fields):
 class ChatPrompt:
     """A chat as the chat template takes it.
 
-    messages: each with ``role`` and ``content``, and OpenAI's calls of tools. args: variables of the template. effort: its ``reasoning_effort``.
-    allow_special: see `Request`. conversation: the name, or None. split: whether thinking is taken out of the answer.
-    offered: tools. grammar: what the text of the answer must match; None: anything.
+    messages: each with ``role`` and ``content``, and OpenAI's calls of tools. args: variables of the template.
+    effort: its ``reasoning_effort``. allow_special: see `Request`. conversation: the name, or None. split: whether
+    thinking is taken out of the answer. offered: tools. grammar: what the text of the answer must match; None: any.
     """
 
     messages: list[dict[str, Any]]

@@ -126,7 +126,9 @@ class ChatRequest(ChoicesRequest, FormFields):
         for message in self.messages:
             called |= {call.id for call in message.tool_calls or ()}
             if message.tool_call_id is not None and message.tool_call_id not in called:
-                raise ValueError("messages: received a message of the role tool, expected after the call that it answers")
+                raise ValueError(
+                    "messages: received a message of the role tool, expected after the call that it answers"
+                )
         return self
 
     @property

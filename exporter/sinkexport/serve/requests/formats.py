@@ -10,7 +10,9 @@ from sinkrt.text.tools.calls import ANY_OBJECT
 
 from sinkexport.serve.requests.base import Fields, Nested
 
-FORMAT = '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"name": .., "schema": ..}}'
+FORMAT = (
+    '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"name": .., "schema": ..}}'
+)
 
 
 class NamedSchema(Fields):
@@ -97,7 +99,8 @@ class FormFields(Fields):
 
     @model_validator(mode="after")
     def _one_form(self) -> FormFields:
-        if self.structured_outputs is not None and self.response_format not in (None, ResponseFormat(type="text")):
+        form = None if self.response_format is None else self.response_format.type
+        if self.structured_outputs is not None and form not in (None, "text"):
             raise ValueError("response_format and structured_outputs: received both, expected one of them")
         return self
 

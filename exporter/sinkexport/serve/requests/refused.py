@@ -42,9 +42,7 @@ REFUSED: Mapping[str, Refused] = {
     "web_search_options": Refused("web searches"),
     "tools": Refused("tools of this kind", ([],), of_prompt=True),
     "response_format": Refused(_LIMITED, ({"type": "text"},), "use text.format"),
-    **dict.fromkeys(
-        ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "json_schema"), _FORMED
-    ),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "json_schema"), _FORMED),
     "grammar": _FORMED,
     "structured_outputs": Refused(_LIMITED, ({},), "use text.format"),
     "min_p": Refused(_CHOSEN, (0,)),

@@ -84,6 +84,12 @@ class TextFormat(NamedSchema):
 
     type: Literal["text", "json_object", "json_schema"] = Field(description='"text", "json_object" or "json_schema"')
 
+    @model_validator(mode="after")
+    def _has_schema(self) -> TextFormat:
+        if self.type == "json_schema" and self.schema_ is None:
+            raise ValueError("schema: expected with the type json_schema")
+        return self
+
 
 class TextOptions(Fields):
     """How the text of the answer looks."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -86,10 +86,14 @@ class CalledFunction(Fields):
         return value or "{}"
 
 
-class FunctionTool(Function):
-    """A tool of responses: a function without an object of its own."""
+class FunctionType(Fields):
+    """The type of a tool; first of its fields, so that other tools are refused by their type."""
 
     type: Literal["function"] = Field(description='"function": other tools are not implemented here')
+
+
+class FunctionTool(Function, FunctionType):
+    """A tool of responses: a function without an object of its own."""
 
 
 class FunctionChoice(NamedFunction):
@@ -121,7 +125,7 @@ class Offered:
     parallel: bool = True
 
     @classmethod
-    def of(cls, functions: list[Function], choice: str | None, named: str | None, parallel: bool | None) -> Offered:
+    def of(cls, functions: Sequence[Function], choice: str | None, named: str | None, parallel: bool | None) -> Offered:
         """Tools that a request offers; none if it chooses none. choice: its word; named: the function that it names.
 
         Raises: ApiError 400.

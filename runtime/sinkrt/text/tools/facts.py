@@ -64,7 +64,11 @@ class ToolFacts:
     def _calling(self, message: Mapping[str, Any], after: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
         calls = [self._call(call) for call in message["tool_calls"]]
         rest = {key: value for key, value in message.items() if key != "tool_calls"}
-        if isinstance(self.format, Harmony) and (thought := rest.pop("reasoning_content", None)) and not rest["content"]:
+        if (
+            isinstance(self.format, Harmony)
+            and (thought := rest.pop("reasoning_content", None))
+            and not rest["content"]
+        ):
             rest["thinking"] = thought
         if not self.shows_calls:
             written = self.format.write([ToolCall(c["function"]["name"], c["function"]["arguments"]) for c in calls])

@@ -121,7 +121,7 @@ class Llama(ToolFormat):
     def lark(self, tools: Sequence[Tool], write: LarkWriter, *, many: bool) -> str:
         """See `ToolFormat`."""
         more = ' ("; " one_call)*' if many else ""
-        return f'calls: one_call{more}\n{_one_of(tools, "parameters", write)}'
+        return f"calls: one_call{more}\n{_one_of(tools, 'parameters', write)}"
 
 
 class MistralList(ToolFormat):

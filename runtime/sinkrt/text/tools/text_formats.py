@@ -108,7 +108,9 @@ class Tags(ToolFormat):
                     choices = " | ".join(write.text(choice) for choice in _texts(schema))
                     inner = f'({choices}) "\\n</parameter>\\n"'
                 elif _may_be_text(schema):
-                    raise _unwritable(f"the argument '{key}' of '{tool.name}'", "a plain text, a choice of texts, or none")
+                    raise _unwritable(
+                        f"the argument '{key}' of '{tool.name}'", "a plain text, a choice of texts, or none"
+                    )
                 else:
                     inner = f'{write.json(schema)} "\\n</parameter>\\n"'
                 head = write.text(f"<parameter={key}>\n")
@@ -145,7 +147,12 @@ def arguments_of(tool: Tool, *, named: bool = False) -> list[tuple[str, dict[str
     properties, required = schema.get("properties", {}), schema.get("required", [])
     others = set(schema) - {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
     others -= {"title", "description", "$schema", "strict", "default", "examples", "$comment"}
-    if not isinstance(properties, Mapping) or not isinstance(required, list) or others or set(required) - set(properties):
+    if (
+        not isinstance(properties, Mapping)
+        or not isinstance(required, list)
+        or others
+        or set(required) - set(properties)
+    ):
         raise _unwritable(f"the parameters of '{tool.name}'", "an object with properties, and nothing besides")
     wrong = [key for key in properties if named and not key.isidentifier()]
     if wrong:
