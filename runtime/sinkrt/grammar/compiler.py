@@ -11,6 +11,8 @@ from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from sinkrt.errors import UsageError, problem
 from sinkrt.grammar.matcher import Matcher, reason_of
 from sinkrt.grammar.spec import Grammar
@@ -21,6 +23,8 @@ BUILD_S = 10.0
 """Longest time to build a grammar."""
 MAX_CACHED = 32
 """Grammars that are kept, the last ones asked for."""
+TRIED_TOKENS = 4
+"""Tokens for which a grammar is followed before it is used."""
 LIMITS = {
     "max_items_in_row": 2000,
     "initial_lexer_fuel": 1_000_000,
@@ -128,14 +132,26 @@ class GrammarCompiler:
         if is_error or messages:  # a warning says what would be ignored
             raise _refused(reason_of(messages[0]))
         native = library.LLMatcher(table, text, log_level=0, limits=self._limits)
-        probe = native.deep_copy()
-        mask = b"" if probe.is_error() else probe.compute_bitmask()
-        if probe.is_error():
-            reason = reason_of(probe.get_error())
-            raise _refused("one that no text matches" if reason.startswith("NoExtension") else reason)
-        if not any(mask):
-            raise _refused("one that no text matches")
+        _try(native.deep_copy(), self._vocab_size)
         return native
+
+
+def _try(native: Any, vocab_size: int) -> None:
+    """Follow the grammar for some tokens: one that is too much for its limits mostly is so from the beginning.
+
+    Raises: UsageError.
+    """
+    for count in range(TRIED_TOKENS):
+        mask = b"" if native.is_error() else native.compute_bitmask()
+        if native.is_error():
+            reason = reason_of(native.get_error())
+            raise _refused("one that no text matches" if reason.startswith("NoExtension") else reason)
+        allowed = np.flatnonzero(np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little"))
+        if not (allowed.size or count):
+            raise _refused("one that no text matches")
+        if not allowed.size or allowed[0] >= vocab_size or native.is_stopped():
+            return
+        native.consume_token(int(allowed[0]))
 
 
 def _source(library: Any, grammar: Grammar) -> str:
