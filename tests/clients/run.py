@@ -15,6 +15,7 @@ from pathlib import Path
 from sinkexport.serve.settings import Limits
 
 from tests.exporter.serve.serving import MANY, serving
+from tests.runtime import tool_templates
 from tests.runtime.toy import build_toy
 
 HERE = Path(__file__).parent
@@ -37,9 +38,11 @@ def main(folder: Path) -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as place:
         bundle = build_toy(Path(place) / "toy", MANY, template=THINKING)
-        with serving(bundle, Limits(max_tokens=100, grace_s=0)) as served:
+        calling = build_toy(Path(place) / "calling", MANY, template=tool_templates.HERMES)
+        limits = Limits(max_tokens=900, grace_s=0)
+        with serving(bundle, limits) as served, serving(calling, limits) as tools:
             for command in commands:
-                environment = {**os.environ, "BASE_URL": f"{served.url}/v1"}
+                environment = {**os.environ, "BASE_URL": f"{served.url}/v1", "TOOLS_URL": f"{tools.url}/v1"}
                 environment.pop("PYTHONPATH", None)
                 failed += subprocess.run(command, check=False, timeout=SECONDS, env=environment).returncode != 0
     print(f"{len(commands) - failed} of {len(commands)} clients are served as they expect")

@@ -163,6 +163,8 @@ class Prompts:
                 if message["role"] == "system":
                     self._require_pinned(message["content"], template_args=args)
         tools = offered.shown
+        if prompt.conversation is not None and tools:  # their results would be more than one user message
+            raise ApiError(400, "tools: received some, expected none in a named conversation", param="tools")
         allow = self._allows(bool(prompt.allow_special), [messages, tools])
         if new:
             return self._tokenizer.chat_ids(messages, template_args=args, tools=tools, allow_special=allow)

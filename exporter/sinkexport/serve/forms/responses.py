@@ -128,8 +128,7 @@ class ResponsesForm(Form):
         elif item.kind == "reasoning":
             events = self._event("response.reasoning_text.done", **where, text=item.text)
         else:
-            done = {"name": item.function, "arguments": item.text}
-            events = self._event("response.function_call_arguments.done", **where, **done)
+            events = self._event("response.function_call_arguments.done", **where, arguments=item.text)
         return events + self._event(
             "response.output_item.done", output_index=where["output_index"], item=self._shown(item, self._final)
         )

@@ -17,6 +17,7 @@ MAX_TOOLS = 128
 TOOL_NAME = r"^[A-Za-z0-9_-]{1,64}$"
 NAME = "a name of 1 .. 64 letters, digits, '_' and '-'"
 TOOLS = f"a list of at most {MAX_TOOLS} functions with different names"
+NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 CHOICE = '"none", "auto", "required", or the name of one function'
 
 
@@ -41,7 +42,7 @@ class Function(Fields):
 
     @property
     def _schema(self) -> dict[str, Any]:
-        return {"type": "object", "properties": {}} if self.parameters is None else self.parameters
+        return NO_ARGUMENTS if self.parameters is None else self.parameters
 
 
 class ChatTool(Fields):
