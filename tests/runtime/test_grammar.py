@@ -113,7 +113,10 @@ def test_regular_expressions_hold_as_a_whole(compiler: GrammarCompiler, regex: s
 
 @pytest.mark.parametrize(
     "text",
-    ['root ::= word (", " word)*\nword ::= [a-c]+ | "\\"x\\""\n', 'start: word (", " word)*\nword: /[a-c]+/ | "\\"x\\""\n'],
+    [
+        'root ::= word (", " word)*\nword ::= [a-c]+ | "\\"x\\""\n',
+        'start: word (", " word)*\nword: /[a-c]+/ | "\\"x\\""\n',
+    ],
     ids=["GBNF", "Lark"],
 )
 def test_grammars(compiler: GrammarCompiler, text: str) -> None:
@@ -218,7 +221,14 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.M
 
 def sentencepiece_like() -> tokenizers.Tokenizer:
     """A vocabulary that puts a space before every text, writes spaces as U+2581 and other characters as bytes."""
-    pieces = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", *"abcxyz{}\":,[]0123456789", "\u2581a", "\u2581{"]
+    pieces = [
+        "<unk>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "\u2581",
+        *'abcxyz{}":,[]0123456789',
+        "\u2581a",
+        "\u2581{",
+    ]
     made = tokenizers.Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], byte_fallback=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -317,7 +327,9 @@ def test_the_mask_is_the_last_change_of_the_logits() -> None:
     assert Sampler(SamplingParams(), 4).sample(logits, np.array([1]), 0, allowed) == 1
     penalized = SamplingParams(repetition_penalty=10.0)
     assert Sampler(penalized, 4).sample(logits, np.array([1]), 0, allowed) == 2
-    drawn = {Sampler(SamplingParams(1.0, top_k=3, top_p=0.9, seed=s), 4).sample(logits, NONE, 0, allowed) for s in range(50)}
+    drawn = {
+        Sampler(SamplingParams(1.0, top_k=3, top_p=0.9, seed=s), 4).sample(logits, NONE, 0, allowed) for s in range(50)
+    }
     assert drawn == {1, 2}
     assert logits.tolist() == [3.0, 2.0, 1.0, 0.5]
 
@@ -353,9 +365,10 @@ def test_each_stream_has_its_own_matcher_with_penalties_and_log_probabilities(tm
         forms = {"a": "[ab]{40}", "b": r"\{(c|d){30}\}", "c": "e{5}", "d": "f{9}g"}
         for name, regex in forms.items():
             params = AnswerParams(
-                100, ignore_eos=True, logits=LogitParams(0.5, 0.5, top_logprobs=2), grammar=session.grammars.compile(
-                    Grammar.of_regex(regex)
-                )
+                100,
+                ignore_eos=True,
+                logits=LogitParams(0.5, 0.5, top_logprobs=2),
+                grammar=session.grammars.compile(Grammar.of_regex(regex)),
             )
             scheduler.submit(name, list(b"hello there " + name.encode()), SamplingParams(1.2, seed=3), params)
         texts, logprobs, ends = dict.fromkeys(forms, ""), dict.fromkeys(forms, 0), {}

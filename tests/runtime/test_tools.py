@@ -39,7 +39,12 @@ TEMPLATES = {
     "MISTRAL_NAMED": (MistralNamed, "tools", True, False, True),
     "GPT_OSS": (Harmony, "tools", True, False, False),
 }
-CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
 OPENAI = [
     {"type": "function", "function": {"name": name, "description": "d", "parameters": CITY}} for name in ("get", "see")
 ]
@@ -128,6 +133,9 @@ def test_control_tokens_in_tools_and_calls_stay_text() -> None:
 # --- parsers ---------------------------------------------------------------------------------------------------------
 
 A, B = ToolCall("get", '{"city": "Oslo"}'), ToolCall("see", '{"city": "</tool_call> \\"x"}')
+NO_KEYWORD = "<|tool_call_start|>[get('Oslo')]<|tool_call_end|>"
+NO_LITERAL = "<|tool_call_start|>[get(city=open('x'))]<|tool_call_end|>"
+NO_PARAMETER = "<tool_call>\n<function=get>\nx</function>\n</tool_call>"
 CASES: list[tuple[ToolFormat, str, str, list[ToolCall]]] = [
     (Hermes(), 'Yes.\n<tool_call>\n{"name": "get", "arguments": {"city": "Oslo"}}\n</tool_call>\n', "Yes.", [A]),
     (Hermes(), Hermes().write([A, B]), "", [A, B]),
@@ -151,10 +159,10 @@ CASES: list[tuple[ToolFormat, str, str, list[ToolCall]]] = [
     (MistralNamed(), '[TOOL_CALLS]get[CALL_ID]abc[ARGS]{"city": "Oslo"}', "", [A]),
     (MistralNamed(), "[TOOL_CALLS]get[ARGS]{", "[TOOL_CALLS]get[ARGS]{", []),
     (Pythonic(), "<|tool_call_start|>[get(city='Oslo'), now()]<|tool_call_end|>Hm.", "Hm.", [A, ToolCall("now", "{}")]),
-    (Pythonic(), "<|tool_call_start|>[get('Oslo')]<|tool_call_end|>", "<|tool_call_start|>[get('Oslo')]<|tool_call_end|>", []),
-    (Pythonic(), "<|tool_call_start|>[get(city=open('x'))]<|tool_call_end|>", "<|tool_call_start|>[get(city=open('x'))]<|tool_call_end|>", []),
+    (Pythonic(), NO_KEYWORD, NO_KEYWORD, []),
+    (Pythonic(), NO_LITERAL, NO_LITERAL, []),
     (Tags(), "<tool_call>\n<function=get>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>", "", [A]),
-    (Tags(), "<tool_call>\n<function=get>\nx</function>\n</tool_call>", "<tool_call>\n<function=get>\nx</function>\n</tool_call>", []),
+    (Tags(), NO_PARAMETER, NO_PARAMETER, []),
 ]  # fmt: skip
 
 
@@ -168,7 +176,9 @@ def split(parts: AnswerParts, text: str, size: int) -> Said:
 
 @pytest.mark.parametrize(("form", "text", "content", "calls"), CASES, ids=range(len(CASES)))
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_calls_however_they_are_cut(form: ToolFormat, text: str, content: str, calls: list[ToolCall], size: int) -> None:
+def test_calls_however_they_are_cut(
+    form: ToolFormat, text: str, content: str, calls: list[ToolCall], size: int
+) -> None:
     said = split(AnswerParts(calls=form), text, size)
     assert said.content == content
     assert [(c.name, values_of(c)) for c in said.calls] == [(c.name, values_of(c)) for c in calls]
@@ -185,7 +195,10 @@ def test_text_is_shown_as_soon_as_it_is_no_call() -> None:
 
 
 def test_values_of_tags_have_the_types_of_the_schema() -> None:
-    tool = Tool("f", {"type": "object", "properties": {"n": {"type": "integer"}, "s": {"type": "string"}, "b": {"type": "boolean"}}})
+    tool = Tool(
+        "f",
+        {"type": "object", "properties": {"n": {"type": "integer"}, "s": {"type": "string"}, "b": {"type": "boolean"}}},
+    )
     text = Tags().write([ToolCall("f", '{"n": "5", "s": "5", "b": "maybe"}')])
     said = split(AnswerParts(calls=Tags(), tools=(tool,)), text, 4)
     assert values_of(said.calls[0]) == {"n": 5, "s": "5", "b": "maybe"}  # fmt: skip

@@ -1,11 +1,10 @@
-"""Tools and forms over HTTP: OpenAI's types and client, whole and streamed, and second turns with what came of calls."""
+"""Tools and forms over HTTP: OpenAI's types and client, whole and streamed, and second turns with results of calls."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -43,7 +42,11 @@ SHORT = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 99
 FORM = {"type": "json_schema", "json_schema": {"name": "short", "schema": SHORT, "strict": True}}
 
 
-DRAWN: dict[str, Any] = {"temperature": 1, "seed": 5, "logit_bias": {"9": -5, "10": -2, "13": -5, "32": -5, str(EOS): 5}}
+DRAWN: dict[str, Any] = {
+    "temperature": 1,
+    "seed": 5,
+    "logit_bias": {"9": -5, "10": -2, "13": -5, "32": -5, str(EOS): 5},
+}
 """White space is seldom and ends are likely, so that random answers are short."""
 
 
@@ -345,6 +348,9 @@ def test_forms_of_responses(served: Served) -> None:
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
+BROKEN = {"id": "a", "function": {"name": "x", "arguments": "["}}
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -357,8 +363,7 @@ def test_forms_of_responses(served: Served) -> None:
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "received regex and choice, expected one of"),
         ({"structured_outputs": {"regex": "("}}, "unclosed group"),
         ({"guided_regex": "a"}, "use response_format, or structured_outputs"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "x", "arguments": "["}}]}]},
-         "the text of a JSON object"),
+        ({"messages": [{"role": "assistant", "tool_calls": [BROKEN]}]}, "the text of a JSON object"),
     ],
 )  # fmt: skip
 def test_refusals(served: Served, body: dict[str, Any], words: str) -> None:
