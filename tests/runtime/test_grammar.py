@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tokenizers
 from sinkrt import Scheduler, Session, UsageError
+from sinkrt.allowed import FEW, Allowed
 from sinkrt.answer import AnswerParams
 from sinkrt.grammar import MAX_GRAMMAR_TOKENS, Grammar, GrammarCompiler, Matcher, grammar_of
 from sinkrt.grammar.schema import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
@@ -75,7 +76,7 @@ def walk(matcher: Matcher, seed: int, most: int = 3000) -> list[int] | None:
         allowed = matcher.allowed()
         if allowed is None:
             return ids
-        weights = allowed.astype(float)
+        weights = allowed.mask.astype(float)
         weights[[9, 10, 13, 32]] *= 0.05
         weights[[EOS, ord('"')]] *= 4
         token = int(chance.choice(weights.size, p=weights / weights.sum()))
@@ -84,6 +85,12 @@ def walk(matcher: Matcher, seed: int, most: int = 3000) -> list[int] | None:
         matcher.take(token)
         ids.append(token)
     return None
+
+
+def mask(matcher: Matcher) -> np.ndarray:
+    allowed = matcher.allowed()
+    assert allowed is not None
+    return allowed.mask
 
 
 def text_of(ids: list[int]) -> str:
@@ -246,8 +253,8 @@ def test_tokens_with_byte_fallback_and_a_space_before_each_text() -> None:
     for _ in range(5):
         matcher, ids = compiled.matcher([]), []
         while (allowed := matcher.allowed()) is not None:
-            assert not allowed[size:].any()
-            ids.append(int(chance.choice(np.flatnonzero(allowed))))
+            assert not allowed.mask[size:].any()
+            ids.append(int(chance.choice(np.flatnonzero(allowed.mask))))
             matcher.take(ids[-1])
         decoder = tokenizer.streaming_decoder(tokenizer.encode("a"))
         found = json.loads("".join(map(decoder.push, ids)) + decoder.flush())
@@ -281,9 +288,9 @@ def test_a_matcher_rolls_back_and_judges_drafts(compiler: GrammarCompiler) -> No
     assert matcher.num_allowed(list(b"abcx")) == 3 and matcher.num_tokens == 0
     for token in b"abcd":
         matcher.take(token)
-    assert list(np.flatnonzero(matcher.allowed())) == [ord("f")]
+    assert list(np.flatnonzero(mask(matcher))) == [ord("f")]
     matcher.rollback(2)
-    assert list(np.flatnonzero(matcher.allowed())) == [ord("c")]
+    assert list(np.flatnonzero(mask(matcher))) == [ord("c")]
     assert matcher.num_allowed(list(b"cefz")) == 3
     for token in b"cef":
         matcher.take(token)
@@ -291,7 +298,7 @@ def test_a_matcher_rolls_back_and_judges_drafts(compiler: GrammarCompiler) -> No
     matcher.rollback(1)
     assert not matcher.is_over
     matcher.rollback(matcher.num_tokens)
-    assert list(np.flatnonzero(matcher.allowed())) == [ord("a")]
+    assert list(np.flatnonzero(mask(matcher))) == [ord("a")]
     with pytest.raises(ValueError, match="taken back"):
         matcher.rollback(1)
 
@@ -311,10 +318,9 @@ def test_masks_come_from_the_thread(compiler: GrammarCompiler) -> None:
 
 def test_ends_are_allowed_where_the_text_may_end(compiler: GrammarCompiler) -> None:
     matcher = compiler.compile(Grammar.of_regex("ab*")).matcher([EOS])
-    allowed = matcher.allowed()
-    assert allowed is not None and not allowed[EOS]
+    assert not mask(matcher)[EOS]
     matcher.take(ord("a"))
-    assert set(np.flatnonzero(matcher.allowed())) == {ord("b"), EOS}
+    assert set(np.flatnonzero(mask(matcher))) == {ord("b"), EOS}
 
 
 def test_a_grammar_is_built_once(compiler: GrammarCompiler) -> None:
@@ -323,7 +329,7 @@ def test_a_grammar_is_built_once(compiler: GrammarCompiler) -> None:
 
 def test_the_mask_is_the_last_change_of_the_logits() -> None:
     logits = np.array([3.0, 2.0, 1.0, 0.5], dtype=np.float32)
-    allowed = np.array([False, True, True, False])
+    allowed = Allowed(np.packbits([0, 1, 1, 0] + [0] * 28, bitorder="little"), 4)
     assert Sampler(SamplingParams(), 4).sample(logits, np.array([1]), 0, allowed) == 1
     penalized = SamplingParams(repetition_penalty=10.0)
     assert Sampler(penalized, 4).sample(logits, np.array([1]), 0, allowed) == 2
@@ -335,6 +341,24 @@ def test_the_mask_is_the_last_change_of_the_logits() -> None:
 
 
 NONE = np.zeros(0, dtype=np.int64)
+
+
+@pytest.mark.parametrize("count", [1, 7, FEW, FEW + 1, 3000])
+def test_few_and_many_allowed_tokens_are_picked_alike(count: int) -> None:
+    size = 3001
+    chance = np.random.default_rng(count)
+    bits = np.zeros(3008, dtype=np.uint8)
+    bits[chance.choice(size, count, replace=False)] = 1
+    allowed = Allowed(np.packbits(bits, bitorder="little"), size)
+    assert (allowed.ids is None) == (count > FEW) and np.array_equal(allowed.mask, bits[:size] > 0)
+    logits = chance.normal(size=size).astype(np.float32)
+    forbidden = np.where(allowed.mask, logits, np.float32(-1e30))
+    for params in (SamplingParams(), SamplingParams(1.3, 50, 0.9, 1.2, 5), SamplingParams(0.7, seed=2)):
+        recent = chance.integers(0, size, 20)
+        for position in range(5):
+            picked = Sampler(params, size).sample(logits, recent, position, allowed)
+            assert picked == Sampler(params, size).sample(forbidden, recent, position)
+            assert allowed.mask[picked]
 
 
 # --- sessions and schedulers -----------------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def answers(tokenizer: Tokenizer, grammar: Grammar, parts: AnswerParts, count: i
     for _ in range(count):
         matcher, text, decoder = compiled.matcher(ends), "", tokenizer.streaming_decoder(tokenizer.encode("a"))
         while len(text) < 4000 and (allowed := matcher.allowed()) is not None:
-            weights = allowed.astype(float)
+            weights = allowed.mask.astype(float)
             weights[256:] *= 40
             weights[[9, 10, 13, 32]] *= 0.05
             token = int(chance.choice(size, p=weights / weights.sum()))

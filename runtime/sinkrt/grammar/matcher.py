@@ -7,8 +7,8 @@ from concurrent.futures import Executor, Future
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from sinkrt.allowed import Allowed
 from sinkrt.errors import UsageError, problem
 
 MAX_GRAMMAR_TOKENS = 2**16
@@ -26,12 +26,19 @@ class Matcher:
 
     def __init__(self, begin: Callable[[], Any], vocab_size: int, ends: Collection[int], thread: Executor) -> None:
         self._vocab_size = vocab_size
-        self._ends = np.array(sorted(end for end in ends if end < vocab_size), dtype=np.int64)
+        bits: dict[int, int] = {}  # of the ends, by the byte that holds them
+        for end in ends:
+            if end < vocab_size:
+                bits[end // 8] = bits.get(end // 8, 0) | 1 << end % 8
+        self._end_bytes = np.array(list(bits), dtype=np.int64)
+        self._end_bits = np.array(list(bits.values()), dtype=np.uint8)
+        self._other_bits = ~self._end_bits
         self._thread = thread
-        self._words = np.zeros(vocab_size // 32 + 1, dtype=np.int32)  # one bit a token, and that of the end
+        self._num_words = vocab_size // 32 + 1  # one bit a token, and that of the end
         self._native: Any = None
+        self._last: tuple[np.ndarray, Allowed] | None = None
         self._num_tokens = 0
-        self._future: Future[npt.NDArray[np.bool_] | None] = thread.submit(self._begin, begin)
+        self._future: Future[Allowed | None] = thread.submit(self._begin, begin)
 
     @property
     def num_tokens(self) -> int:
@@ -43,10 +50,8 @@ class Matcher:
         """Whether the text is whole and nothing can follow. Waits for the mask."""
         return self._result() is None
 
-    def allowed(self) -> npt.NDArray[np.bool_] | None:
-        """Which tokens may come next: bool [vocab]; None if the text is whole and nothing can follow.
-
-        Waits for the thread. The array is valid until the next `take` or `rollback`.
+    def allowed(self) -> Allowed | None:
+        """Which tokens may come next; None if the text is whole and nothing can follow. Waits for the thread.
 
         Raises: UsageError if the grammar needs more time or memory than it may.
         """
@@ -72,35 +77,40 @@ class Matcher:
 
     # --- the thread ---
 
-    def _result(self) -> npt.NDArray[np.bool_] | None:
+    def _result(self) -> Allowed | None:
         return self._future.result()
 
-    def _begin(self, begin: Callable[[], Any]) -> npt.NDArray[np.bool_] | None:
+    def _begin(self, begin: Callable[[], Any]) -> Allowed | None:
         self._native = begin()
         return self._mask()
 
-    def _advance(self, before: Future[Any], tokens: list[int]) -> npt.NDArray[np.bool_] | None:
+    def _advance(self, before: Future[Any], tokens: list[int]) -> Allowed | None:
         before.result()  # an error stays one
         self._native.consume_tokens(tokens)
         return self._mask()
 
-    def _retreat(self, before: Future[Any], count: int) -> npt.NDArray[np.bool_] | None:
+    def _retreat(self, before: Future[Any], count: int) -> Allowed | None:
         before.result()
         self._native.rollback(count)
         return self._mask()
 
-    def _mask(self) -> npt.NDArray[np.bool_] | None:
-        native = self._native
+    def _mask(self) -> Allowed | None:
         self._check()
-        native.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+        words = np.zeros(self._num_words, dtype=np.uint32)
+        self._native.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         self._check()
-        bits = np.unpackbits(self._words.view(np.uint8), bitorder="little")
-        allowed = bits[: self._vocab_size].view(np.bool_)
-        may_end = bool(bits[self._vocab_size])
-        allowed[self._ends] = False
-        if allowed.any():
-            allowed[self._ends] = may_end
-            return allowed
+        packed = words.view(np.uint8)
+        end_byte, end_bit = divmod(self._vocab_size, 8)
+        may_end = bool(packed[end_byte] >> end_bit & 1)
+        packed[end_byte] &= (1 << end_bit) - 1  # the bits behind the vocabulary
+        packed[self._end_bytes] &= self._other_bits
+        if words.any():
+            if may_end:
+                packed[self._end_bytes] |= self._end_bits
+            last = self._last  # inside a text, the next token mostly has the same choice
+            if last is None or not np.array_equal(last[0], packed):
+                last = self._last = packed, Allowed(packed, self._vocab_size)
+            return last[1]
         if may_end:
             return None
         raise _failure("one that no token of the model goes on with")
