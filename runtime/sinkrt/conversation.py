@@ -70,6 +70,8 @@ class Conversation:
     announced: whether an event has reported that it has a stream. placed_tokens: fed since it has had its stream.
     followed: whether the answer knows what it follows. goes_on: whether that is the answer's own text, cut short.
     leader: the conversation that is fed the same prompt for this one too, its sibling.
+    owner: whose beginnings of prompts it shares. boundaries: numbers of ids, ascending, after which its stream is worth
+    keeping for others.
     """
 
     name: str
@@ -87,6 +89,8 @@ class Conversation:
     history: IdHistory = dataclasses.field(default_factory=IdHistory)
     leader: Conversation | None = None
     siblings: list[Conversation] = dataclasses.field(default_factory=list)
+    owner: str = ""
+    boundaries: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def has_work(self) -> bool:
@@ -102,6 +106,12 @@ class Conversation:
     def num_pending(self) -> int:
         """Ids of the prompt that are not fed yet."""
         return int(self.pending.size) - self.fed
+
+    @property
+    def num_in_one_go(self) -> int:
+        """Ids of the prompt that may be fed in one go: up to where its stream is to be kept, or all."""
+        ahead = [boundary - self.history.count for boundary in self.boundaries if boundary > self.history.count]
+        return min([self.num_pending, *ahead])
 
     @property
     def the_answer(self) -> Answer:

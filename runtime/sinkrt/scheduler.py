@@ -27,6 +27,7 @@ from sinkrt.errors import SinkError, UsageError, problem
 from sinkrt.events import Event, Load
 from sinkrt.feeding import StreamError, feed_one_each, next_token
 from sinkrt.graph_runner import shared_chunk
+from sinkrt.prefix_store import PrefixStore
 from sinkrt.sampler import SamplingParams
 from sinkrt.session import Session
 from sinkrt.stream_slots import StreamSlots
@@ -47,6 +48,7 @@ class Scheduler:
     slice_tokens: how long a conversation keeps its stream while others wait.
     max_parked_bytes: memory for parked streams (see `stream_slots.stream_bytes`); None: whatever max_conversations
     takes. When it is full, idle conversations are forgotten; those at work wait until a stream is free.
+    prefixes: beginnings of prompts that several conversations share; None: none are kept.
 
     Raises: UsageError.
     """
@@ -58,6 +60,7 @@ class Scheduler:
         max_conversations: int = MAX_CONVERSATIONS,
         slice_tokens: int = SLICE_TOKENS,
         max_parked_bytes: int | None = None,
+        prefixes: PrefixStore | None = None,
     ) -> None:
         for name, value in (("max_conversations", max_conversations), ("slice_tokens", slice_tokens)):
             if value < 1:
@@ -67,6 +70,7 @@ class Scheduler:
         self._session = session
         self._conversations = ConversationTable(max_conversations)
         self._slots = StreamSlots(session, slice_tokens, max_parked_bytes, lambda c: self.forget(c.name))
+        self._prefixes = prefixes
         self._stepped_last = False
         self._prompt_tokens = 0
         self._answer_tokens = 0
@@ -129,6 +133,10 @@ class Scheduler:
         found = self._conversations.find_start(np.asarray(ids, dtype=np.int64), prefix)
         return None if found is None else found.name
 
+    def kept_start(self, owner: str, ids: npt.ArrayLike) -> int:
+        """Number of first ids that a new conversation of `owner` need not be fed. ids: int [N]."""
+        return 0 if self._prefixes is None else self._prefixes.longest(owner, np.asarray(ids, dtype=np.int64))
+
     def submit(
         self,
         name: str,
@@ -137,11 +145,15 @@ class Scheduler:
         params: AnswerParams,
         *,
         lasting: bool = False,
+        owner: str = "",
+        opening: int = 0,
     ) -> None:
         """Queue a prompt and its answer for a conversation, which begins with it if it is new.
 
         ids: int [N]; N = 0 lets a conversation that has begun go on. lasting: of a new conversation, that it is
-        forgotten only if no other can be.
+        forgotten only if no other can be. owner, opening: of a new conversation, who may share beginnings of prompts
+        with it, and how many of its ids others are likely to begin with, 0: unknown.
+        Its stream begins with the longest beginning that is kept; `position` says with how many tokens.
 
         Raises: UsageError if the ids are not the model's, the conversation is at work already, or all of
         max_conversations are.
@@ -163,13 +175,25 @@ class Scheduler:
         if conversation is None:
             if (idle := self._conversations.in_the_way()) is not None:
                 self.forget(idle.name)
-            conversation = Conversation(name, lasting)
+            conversation = Conversation(name, lasting, owner=owner)
+            tokens = self._begin(conversation, tokens, opening)
         rest = conversation.pending[conversation.fed :]  # of a prompt that was cut short
         conversation.pending, conversation.fed = np.concatenate([rest, tokens]), 0
         conversation.answer, conversation.announced, conversation.paused = answer, False, False
         conversation.followed, conversation.goes_on = False, not conversation.pending.size
         self._conversations.touch(conversation)
         self._slots.enter(conversation)
+
+    def _begin(self, conversation: Conversation, ids: npt.NDArray[np.int64], opening: int) -> npt.NDArray[np.int64]:
+        """Give a new conversation the stream of a kept beginning, if there is one. Returns: the ids that are left."""
+        if self._prefixes is None:
+            return ids
+        found = self._prefixes.find(conversation.owner, ids)  # first: a damaged one is dropped, and then kept anew
+        conversation.boundaries = self._prefixes.boundaries(conversation.owner, ids, opening)
+        if found is None or not self._slots.park(conversation, found.copy):
+            return ids
+        conversation.history = found.history
+        return ids[found.history.count :]
 
     def submit_sibling(
         self, leader: str, name: str, ids: npt.ArrayLike, sampling: SamplingParams, params: AnswerParams
@@ -266,7 +290,7 @@ class Scheduler:
 
     def _feed_chunk(self, conversation: Conversation, *, is_alone: bool) -> list[Event]:
         largest = self._session.chunk_size if is_alone else shared_chunk(self._session.manifest)
-        size = min(conversation.num_pending, largest)
+        size = min(conversation.num_in_one_go, largest)
         ids = conversation.pending[conversation.fed : conversation.fed + size]
         try:
             self._session.prefill(ids, streams=[conversation.the_stream])
@@ -275,6 +299,7 @@ class Scheduler:
         conversation.fed += size
         conversation.took(ids)
         self._prompt_tokens += size
+        self._keep(conversation)
         return []
 
     def _feed_tokens(self, conversations: list[Conversation]) -> list[Event]:
@@ -302,6 +327,13 @@ class Scheduler:
                 events += self._took(conversation, token)
         return events
 
+    def _keep(self, conversation: Conversation) -> None:
+        """Keep the stream of a conversation for others that begin alike, if it has taken just what they share."""
+        if self._prefixes is not None and conversation.history.count in conversation.boundaries:
+            conversation.boundaries.remove(conversation.history.count)
+            copy = self._session.copy_stream(conversation.the_stream)
+            self._prefixes.keep(conversation.owner, conversation.history, copy)
+
     def _fork(self, leader: Conversation) -> None:
         """Let the siblings of a conversation, which has just taken its prompt, go on from a copy of its stream."""
         copy = self._session.copy_stream(leader.the_stream)
@@ -316,6 +348,7 @@ class Scheduler:
         if conversation.num_pending:
             conversation.fed += 1
             self._prompt_tokens += 1
+            self._keep(conversation)
             return []
         self._answer_tokens += 1
         answer = conversation.the_answer

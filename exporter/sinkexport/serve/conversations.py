@@ -30,6 +30,7 @@ class Work:
 
     ids: int64 [N], of the whole prompt. samplings: of each of its answers. name: of the conversation; None for a plain
     request. new: whether the prompt begins a named conversation. owner: name of the key that the request came with.
+    opening: number of first ids that other conversations of the same application begin with too.
     """
 
     ids: npt.NDArray[np.int64]
@@ -38,6 +39,7 @@ class Work:
     name: str | None = None
     new: bool = True
     owner: str = ""
+    opening: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,12 @@ class Conversations:
         key, reused = self._plain(work) if work.name is None else self._named(work.name, work)
         first, *others = work.samplings
         lasting = work.name is not None
-        self._scheduler.submit(key, work.ids[reused:], first, work.params, lasting=lasting)
+        is_new = key not in self._scheduler
+        self._scheduler.submit(
+            key, work.ids[reused:], first, work.params, lasting=lasting, owner=work.owner, opening=work.opening
+        )
+        if is_new:
+            reused = self._scheduler.position(key)
         keys = [key]
         try:
             for sampling in others:
@@ -122,7 +129,9 @@ class Conversations:
 
     def _plain(self, work: Work) -> tuple[str, int]:
         key = self._scheduler.find_start(work.ids, plain(work.owner))
-        return (self._new(work.owner), 0) if key is None else (key, self._scheduler.position(key))
+        if key is None or self._scheduler.position(key) < self._scheduler.kept_start(work.owner, work.ids):
+            return self._new(work.owner), 0
+        return key, self._scheduler.position(key)
 
     def _named(self, name: str, work: Work) -> tuple[str, int]:
         if self.begun(work.owner, name) == work.new:

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from sinkrt import Session
+from sinkrt.prefix_store import PrefixStore
 from sinkrt.scheduler import Event, Scheduler
 
 from sinkexport.serve.conversations import Conversations, Placed, Work
@@ -33,18 +34,22 @@ logger = logging.getLogger("sinkexport.serve")
 
 
 class DecodeLoop:
-    """Runs the scheduler of `session`. Both belong to the loop's thread from `start` on.
+    """Runs the scheduler of `session`. Both belong to the loop's thread from `start` on, and so does `prefixes`.
 
     If the thread dies, `failure` says why. Every request at work gets 503, and so does every later one.
     """
 
-    def __init__(self, session: Session, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, session: Session, limits: Limits, metrics: Metrics, prefixes: PrefixStore | None = None) -> None:
         self._session = session
         self._limits = limits
         self._metrics = metrics
         self.scheduler = Scheduler(
-            session, max_conversations=limits.max_conversations, max_parked_bytes=limits.max_parked_bytes
+            session,
+            max_conversations=limits.max_conversations,
+            max_parked_bytes=limits.max_parked_bytes,
+            prefixes=prefixes,
         )
+        self._prefixes = prefixes
         self._conversations = Conversations(self.scheduler, limits)
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()  # None: stop
         self.responses: dict[str, ResponseQueue] = {}  # of requests at work, by the scheduler's name
@@ -69,6 +74,8 @@ class DecodeLoop:
         self.request_stop()
         if self._thread.is_alive():
             self._thread.join(STOP_S)
+        if self._prefixes is not None:
+            self._prefixes.close()
 
     def request_stop(self) -> None:
         """Ask the thread to end, without waiting for it."""
@@ -262,6 +269,8 @@ class DecodeLoop:
         totals = self.totals
         totals.running, totals.waiting, totals.parked = load.running, load.waiting, load.parked
         totals.conversations = load.conversations
+        if self._prefixes is not None:
+            totals.prefixes, totals.prefix_bytes = len(self._prefixes), self._prefixes.num_bytes
         totals.prompt_tokens, totals.answer_tokens = self.scheduler.prompt_tokens, self.scheduler.answer_tokens
 
     @staticmethod
