@@ -27,6 +27,13 @@ class IdHistory:
         """Ids taken."""
         return self._count
 
+    @classmethod
+    def counted(cls, count: int) -> IdHistory:
+        """A record of `count` ids that nobody knows any more: its digest is that of no ids."""
+        history = cls()
+        history._count = count
+        return history
+
     def take(self, ids: npt.NDArray[np.int64]) -> None:
         """Add ids, int64 [n]."""
         self._hash.update(ids.astype("<i8").tobytes())
@@ -71,7 +78,7 @@ class Conversation:
     followed: whether the answer knows what it follows. goes_on: whether that is the answer's own text, cut short.
     leader: the conversation that is fed the same prompt for this one too, its sibling.
     owner: whose beginnings of prompts it shares. boundaries: numbers of ids, ascending, after which its stream is worth
-    keeping for others.
+    keeping for others. saved_at: ids that its stream had taken when it was saved.
     """
 
     name: str
@@ -91,6 +98,7 @@ class Conversation:
     siblings: list[Conversation] = dataclasses.field(default_factory=list)
     owner: str = ""
     boundaries: list[int] = dataclasses.field(default_factory=list)
+    saved_at: int = 0
 
     @property
     def has_work(self) -> bool:

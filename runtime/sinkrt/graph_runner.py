@@ -66,6 +66,15 @@ class StreamCopy:
         """Bytes held."""
         return sum(a.nbytes for a in (*self.states.values(), self.recent_ids, self.logits))
 
+    def without_empty_rows(self, windows: frozenset[str]) -> StreamCopy:
+        """The copy without the rows of window rings that no token has been written to. windows: `window_states`."""
+        rows = self.position  # a token less than that for each sink: it does not matter
+        states = {
+            name: state[:, :rows].copy() if name in windows and rows < state.shape[1] else state
+            for name, state in self.states.items()
+        }
+        return dataclasses.replace(self, states=states, shortened=windows)
+
 
 class GraphRunner:
     """A backend and the table of its streams. Arguments are checked by the caller, `Session`.

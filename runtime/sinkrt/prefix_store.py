@@ -99,7 +99,7 @@ class PrefixStore:
     def keep(self, owner: str, history: IdHistory, copy: StreamCopy) -> None:
         """Keep the copy of a stream that has taken what `history` says; nothing if it is larger than all the memory."""
         key = Key(owner, history.digest())
-        copy = self._shortened(copy)
+        copy = copy.without_empty_rows(self._windows)
         if self._folder is not None:
             self._folder.keep(owner, key.digest, copy)
         self._add(key, copy)
@@ -139,15 +139,6 @@ class PrefixStore:
         while self._num_bytes > self._max_bytes:
             _, (_, oldest) = self._kept.popitem(last=False)
             self._num_bytes -= oldest.nbytes
-
-    def _shortened(self, copy: StreamCopy) -> StreamCopy:
-        """The copy without the rows of window rings that no token has been written to yet."""
-        rows = copy.position  # a token less than that for each sink: it does not matter
-        states = {
-            name: state[:, :rows].copy() if name in self._windows and rows < state.shape[1] else state
-            for name, state in copy.states.items()
-        }
-        return dataclasses.replace(copy, states=states, shortened=self._windows)
 
     def _remember(self, owner: str, ids: npt.NDArray[np.int64]) -> None:
         history = IdHistory()

@@ -194,7 +194,7 @@ def test_a_damaged_file_is_dropped_and_the_prompt_fed(session: Session, tmp_path
         "other": raw.replace(session.manifest.fingerprint.encode(), b"0" * 64),
     }
     if damage == "position":
-        copy = read_stream(file, session.manifest)
+        copy, _ = read_stream(file, session.manifest)
         save_stream(file, session.manifest, dataclasses.replace(copy, position=copy.position + 1))
     else:
         file.write_bytes(changed[damage])
@@ -202,7 +202,7 @@ def test_a_damaged_file_is_dropped_and_the_prompt_fed(session: Session, tmp_path
     assert ask(Scheduler(session, prefixes=store), "b", prompt(2)) == 0
     store.close()
     (file,) = tmp_path.glob("*/*.safetensors")  # written anew
-    assert read_stream(file, session.manifest).position == OPENING
+    assert read_stream(file, session.manifest)[0].position == OPENING
 
 
 def test_a_stream_file_of_another_geometry_is_refused(session: Session, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_stream_file_of_another_geometry_is_refused(session: Session, tmp_path
     session.prefill(toy_ids(12), streams=[1])
     copy = session.copy_stream(1)
     save_stream(file, session.manifest, copy)
-    assert same(read_stream(file, session.manifest), copy)
+    assert same(read_stream(file, session.manifest)[0], copy)
     name = next(iter(copy.states))
     for states in ({**copy.states, name: copy.states[name][:, :, :-1]}, {**copy.states, "more": copy.states[name]}):
         save_stream(file, session.manifest, dataclasses.replace(copy, states=states))

@@ -79,6 +79,13 @@ def _seconds(_ctx: click.Context, option: click.Parameter, value: float) -> floa
 @number_option(
     "--max-prefix-dir-mib", Limits.max_prefix_dir_bytes // MIB, "Most that these files may take.", metavar="MIB"
 )
+@file_option(
+    "--state-dir",
+    metavar="DIR",
+    help="Keeps named conversations on the disk, beyond the server's end. They show what was said.",
+)
+@number_option("--save-every", Limits.save_every, "Tokens after which one at work is saved there again.")
+@number_option("--max-state-mib", Limits.max_state_bytes // MIB, "Most that these files may take.", metavar="MIB")
 @number_option("--max-prompt-tokens", Limits.max_prompt_tokens, "Longest prompt.")
 @number_option("--max-tokens", Limits.max_tokens, "Longest answer, and that of requests that do not say.")
 @number_option("--max-body-bytes", Limits.max_body_bytes, "Largest request.")
@@ -121,6 +128,9 @@ def command(
     max_prefix_mib: int,
     prefix_dir: Path | None,
     max_prefix_dir_mib: int,
+    state_dir: Path | None,
+    save_every: int,
+    max_state_mib: int,
     max_prompt_tokens: int,
     max_tokens: int,
     max_body_bytes: int,
@@ -152,6 +162,8 @@ def command(
         max_stored_bytes=max_stored_mib * MIB,
         max_prefix_bytes=max_prefix_mib * MIB,
         max_prefix_dir_bytes=max_prefix_dir_mib * MIB,
+        max_state_bytes=max_state_mib * MIB,
+        save_every=save_every,
         max_connections=max_connections,
         body_s=body_timeout,
         keep_alive_s=idle_timeout,
@@ -185,6 +197,7 @@ def command(
             template_args=variables,
             allow_special=allow_special,
             prefix_dir=prefix_dir,
+            state_dir=state_dir,
         )
         where = f"[{host}]" if ":" in host else host
         facts = session.manifest.stream

@@ -13,6 +13,7 @@ import itertools
 import numpy as np
 import numpy.typing as npt
 from sinkrt.answer import AnswerParams
+from sinkrt.errors import UsageError
 from sinkrt.sampler import SamplingParams
 from sinkrt.scheduler import Scheduler
 
@@ -68,7 +69,7 @@ class Conversations:
         Raises: ApiError if it is at work on another.
         """
         key = named(owner, name)
-        if key not in self._scheduler:
+        if not self._recalled(key):
             return False
         if self._scheduler.is_at_work(key):
             raise ApiError(
@@ -114,13 +115,36 @@ class Conversations:
 
         Raises: ApiError if it is unknown or at work.
         """
+        key = self._existing(owner, name)
+        self.begun(owner, name)
+        self._scheduler.delete(key)
+
+    def position(self, owner: str, name: str) -> tuple[int, bool]:
+        """Tokens that a named conversation's stream has taken, and whether it is at work.
+
+        Raises: ApiError if it is unknown.
+        """
+        key = self._existing(owner, name)
+        return self._scheduler.position(key), self._scheduler.is_at_work(key)
+
+    def _existing(self, owner: str, name: str) -> str:
+        """The scheduler's name of a named conversation. Raises: ApiError if there is none."""
         key = named(owner, name)
-        if key not in self._scheduler:
+        if not self._recalled(key):
             raise ApiError(
                 404, f"conversation '{name}' does not exist", param="conversation", code="conversation_not_found"
             )
-        self.begun(owner, name)
-        self._scheduler.forget(key)
+        return key
+
+    def _recalled(self, key: str) -> bool:
+        """Whether there is a conversation, which is taken up from the disk if need be.
+
+        Raises: ApiError if there is no room for it.
+        """
+        try:
+            return self._scheduler.recall(key)
+        except UsageError as error:
+            raise ApiError(503, str(error), code="no_room") from error
 
     def cancel(self, key: str) -> None:
         """Stop a conversation's work. A named one takes the rest of its prompt with the next request."""

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from sinkrt import Session
+from sinkrt.conversation_folder import ConversationFolder
 from sinkrt.prefix_store import PrefixStore
 from sinkrt.scheduler import Event, Scheduler
 
@@ -34,12 +35,19 @@ logger = logging.getLogger("sinkexport.serve")
 
 
 class DecodeLoop:
-    """Runs the scheduler of `session`. Both belong to the loop's thread from `start` on, and so does `prefixes`.
+    """Runs the scheduler of `session`, with `prefixes` and `folder`. All belong to the loop's thread from `start` on.
 
     If the thread dies, `failure` says why. Every request at work gets 503, and so does every later one.
     """
 
-    def __init__(self, session: Session, limits: Limits, metrics: Metrics, prefixes: PrefixStore | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        limits: Limits,
+        metrics: Metrics,
+        prefixes: PrefixStore | None = None,
+        folder: ConversationFolder | None = None,
+    ) -> None:
         self._session = session
         self._limits = limits
         self._metrics = metrics
@@ -48,6 +56,8 @@ class DecodeLoop:
             max_conversations=limits.max_conversations,
             max_parked_bytes=limits.max_parked_bytes,
             prefixes=prefixes,
+            folder=folder,
+            save_every=limits.save_every,
         )
         self._prefixes = prefixes
         self._conversations = Conversations(self.scheduler, limits)
@@ -74,8 +84,6 @@ class DecodeLoop:
         self.request_stop()
         if self._thread.is_alive():
             self._thread.join(STOP_S)
-        if self._prefixes is not None:
-            self._prefixes.close()
 
     def request_stop(self) -> None:
         """Ask the thread to end, without waiting for it."""
@@ -84,6 +92,10 @@ class DecodeLoop:
     async def begun(self, owner: str, name: str) -> bool:
         """See `Conversations.begun`."""
         return await self._call(lambda: self._conversations.begun(owner, name))
+
+    async def position(self, owner: str, name: str) -> tuple[int, bool]:
+        """See `Conversations.position`."""
+        return await self._call(lambda: self._conversations.position(owner, name))
 
     async def delete(self, owner: str, name: str) -> None:
         """See `Conversations.delete`."""
@@ -153,6 +165,10 @@ class DecodeLoop:
             reason = f"the decode loop has failed: {type(error).__name__}: {' '.join(str(error).split())}"
             self._failure = reason
             self.totals.failed = True
+        try:
+            self.scheduler.close(save=self._failure is None)
+        except Exception:
+            logger.exception("conversations could not be saved")
         with self._lock:
             self._closed = True
         while not self._inbox.empty():  # commands that came too late: nobody must wait for them forever

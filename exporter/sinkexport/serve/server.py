@@ -13,6 +13,7 @@ from typing import Any, cast
 import uvicorn
 from fastapi import FastAPI
 from sinkrt import Session
+from sinkrt.conversation_folder import ConversationFolder
 from sinkrt.prefix_store import open_prefix_store
 
 from sinkexport.serve.app import create_app
@@ -36,7 +37,8 @@ class Server:
     pin_system: refuse system messages that the sinks do not keep forever.
     template_args: variables of the chat template. allow_special: let names of special tokens in prompts of completions
     become those tokens. A request may change both for itself.
-    prefix_dir: folder that keeps beginnings of prompts; None: they end with the server.
+    prefix_dir: folder that keeps beginnings of prompts; None: they end with the server. state_dir: the same of named
+    conversations.
 
     Raises: UsageError if the bundle has no tokenizer, too few files may be open, or the folder cannot be written.
     """
@@ -53,6 +55,7 @@ class Server:
         template_args: Mapping[str, Any] | None = None,
         allow_special: bool = False,
         prefix_dir: Path | None = None,
+        state_dir: Path | None = None,
     ) -> None:
         if template_args:  # a variable that the template does not read is refused now, not with every request
             session.tokenizer.render_chat([{"role": "user", "content": "?"}], template_args=template_args)
@@ -62,7 +65,10 @@ class Server:
         if limits.max_prefix_bytes:
             manifest, most = session.manifest, limits.max_prefix_dir_bytes
             prefixes = open_prefix_store(manifest, limits.max_prefix_bytes, prefix_dir, most)
-        self.decode_loop = DecodeLoop(session, limits, metrics, prefixes)
+        folder = None
+        if state_dir is not None:
+            folder = ConversationFolder(state_dir, session.manifest, limits.max_state_bytes)
+        self.decode_loop = DecodeLoop(session, limits, metrics, prefixes, folder)
         self._prompts = Prompts(
             session.tokenizer,
             dict(template_args or {}),

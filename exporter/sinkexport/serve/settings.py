@@ -7,6 +7,7 @@ import ipaddress
 import socket
 
 from sinkrt.errors import UsageError, problem
+from sinkrt.keeper import SAVE_EVERY
 
 from sinkexport.serve.keys import KEY_VARIABLE
 from sinkexport.util.process_memory import MIB
@@ -28,7 +29,8 @@ class Limits:
     max_body_bytes: of one request. max_parked_bytes: memory for conversations that are in no stream, >= 0.
     max_stored_bytes: memory for responses that clients may refer to, >= 0.
     max_prefix_bytes: memory for beginnings of prompts that clients share, >= 0; 0: none are kept.
-    max_prefix_dir_bytes: all files of such beginnings.
+    max_prefix_dir_bytes, max_state_bytes: all files of such beginnings, and of named conversations.
+    save_every: tokens after which a named conversation at work is saved again.
     stall_s: seconds until a client that takes no text is given up.
     grace_s: seconds that requests get to end when the server is stopped, >= 0.
     max_connections: open at a time.
@@ -47,6 +49,8 @@ class Limits:
     max_stored_bytes: int = 16 * MIB
     max_prefix_bytes: int = 256 * MIB
     max_prefix_dir_bytes: int = 4096 * MIB
+    max_state_bytes: int = 4096 * MIB
+    save_every: int = SAVE_EVERY
     stall_s: float = 60.0
     grace_s: float = 10.0
     max_connections: int = 256
