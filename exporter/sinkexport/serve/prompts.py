@@ -16,6 +16,7 @@ from sinkrt.text.answer_parts import AnswerParts
 from sinkrt.text.special_text import texts_in
 
 from sinkexport.serve.errors import ApiError, shown
+from sinkexport.serve.openings import Openings
 from sinkexport.serve.requests import ChatPrompt, CompletionRequest, Offered, TokenizeRequest
 
 CHAT_THREADS = 2
@@ -32,11 +33,13 @@ logger = logging.getLogger("sinkexport.serve")
 class Rendered:
     """A prompt as the model takes it.
 
-    parts: how its answer is taken apart; None: it is not. grammar: what the answer must match; None: anything.
+    parts: how its answer is taken apart; None: it is not. opening: number of first ids that all chats with these
+    system messages begin with; 0: unknown. grammar: what the answer must match; None: anything.
     """
 
     ids: list[int]
     parts: AnswerParts | None = None
+    opening: int = 0
     grammar: CompiledGrammar | None = None
 
 
@@ -67,6 +70,7 @@ class Prompts:
         self._grammars = grammars
         self._stopping = stopping
         self._noted = False
+        self._openings = Openings(lambda prompt, args: self._chat_ids(prompt, args, True))
         # Threads of their own: a chat template that takes long holds up no other kind of request.
         self._threads = ThreadPoolExecutor(CHAT_THREADS, "sinkexport-chat")
 
@@ -113,7 +117,8 @@ class Prompts:
         args = self._args(prompt)
         ids = self._chat_ids(prompt, args, new)
         parts = self._parts(prompt, args)
-        return Rendered(ids, parts if prompt.split or parts.calls else None, self._grammar(prompt, parts))
+        opening = self._openings.size(ids, prompt, args) if new else 0
+        return Rendered(ids, parts if prompt.split or parts.calls else None, opening, self._grammar(prompt, parts))
 
     def _parts(self, prompt: ChatPrompt, args: Mapping[str, Any]) -> AnswerParts:
         """How the answer is taken apart. Thinking counts for its grammar even if it stays in the content."""
@@ -181,9 +186,8 @@ class Prompts:
     def completion_prompt(self, body: CompletionRequest, new: bool) -> Rendered:
         """Do the work of `completion` in the caller's thread."""
         grammar: Grammar | None = body.grammar
-        return Rendered(
-            self.completion_ids(body, new), None, None if grammar is None else self._grammars.compile(grammar)
-        )
+        compiled = None if grammar is None else self._grammars.compile(grammar)
+        return Rendered(self.completion_ids(body, new), grammar=compiled)
 
     def completion_ids(self, body: CompletionRequest, new: bool) -> list[int]:
         """The ids of a completion's prompt."""
