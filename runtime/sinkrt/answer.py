@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sinkrt.errors import UsageError, problem
-from sinkrt.grammar import MAX_GRAMMAR_TOKENS, CompiledGrammar
+from sinkrt.grammar import CompiledGrammar
 from sinkrt.logit_rules import LogitParams, LogitRules, TokenLogprob
 from sinkrt.sampler import Sampler, SamplingParams
 from sinkrt.text import MAX_PENDING, Tokenizer
@@ -31,7 +31,8 @@ class AnswerParams:
     count there, although answers do not show those.
     ignore_eos: go on when the model ends its text.
     shown: names of special tokens that the answer shows, for whoever takes it apart. logits: see `LogitParams`.
-    grammar: what the answer must match; it ends where that says so, and after MAX_GRAMMAR_TOKENS.
+    grammar: what the answer must match; it ends where that says so, and after the tokens that
+    may be under one.
 
     Raises: UsageError.
     """
@@ -85,7 +86,7 @@ class Answer:
         self._params = params
         self._max_tokens = params.max_tokens
         if params.grammar is not None:
-            self._max_tokens = min(params.max_tokens or MAX_GRAMMAR_TOKENS, MAX_GRAMMAR_TOKENS)
+            self._max_tokens = min(params.max_tokens or params.grammar.max_tokens, params.grammar.max_tokens)
         # A stop sequence that is one special token ends the text as the model's own end does: it is not fed.
         stops = frozenset(token for text in params.stop if (token := tokenizer.special_id(text)) is not None)
         self._ends = stops.union(() if params.ignore_eos else eos_token_ids)

@@ -68,7 +68,7 @@ class Sampler:
         logits: float32 [vocab], left as they are. recent: int64 [N], tokens for the repetition penalty; negative
         entries are none. position: where in the stream the new token will lie. With the same seed, the random draw
         depends on the position only, so a stream that is saved and loaded goes on as if nothing had happened.
-        allowed: tokens of which one is picked; None: of all.
+        allowed: tokens to pick from; None: all.
 
         Raises: BackendError if the logits are not numbers; UsageError if the penalty makes them so large.
         """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import sys
@@ -19,7 +18,7 @@ import pytest
 import tokenizers
 from sinkrt import Scheduler, Session, UsageError
 from sinkrt.allowed import FEW, Allowed
-from sinkrt.answer import AnswerParams
+from sinkrt.answer import Answer, AnswerParams
 from sinkrt.grammar import MAX_GRAMMAR_TOKENS, Grammar, GrammarCompiler, Matcher, grammar_of
 from sinkrt.grammar.schema import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
 from sinkrt.grammar.spec import MAX_GRAMMAR_CHARACTERS, MAX_NESTING
@@ -406,14 +405,32 @@ def test_each_stream_has_its_own_matcher_with_penalties_and_log_probabilities(tm
             assert logprobs[name] == len(texts[name]) and ends[name] == "stop"
 
 
-def test_an_answer_under_a_grammar_has_an_end(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_under_a_grammar_has_an_end(bundle: Path) -> None:
     assert MAX_GRAMMAR_TOKENS == 65536
-    monkeypatch.setattr(importlib.import_module("sinkrt.answer"), "MAX_GRAMMAR_TOKENS", 50)
     with Session.load(bundle, threads=1) as session:
         assert len("".join(session.generate("hi", regex="a*b", ignore_eos=True, temperature=0, max_tokens=20))) <= 20
-        before = session.position[0]
-        "".join(session.generate("hi", regex="a{60,}", ignore_eos=True))
-        assert session.position[0] - before == 2 + 50
+        short = GrammarCompiler(session.tokenizer, VOCAB_SIZE, max_tokens=50)
+        params = AnswerParams(grammar=short.compile(Grammar.of_regex("a{60,}")))
+        answer = Answer(session.tokenizer, [EOS], VOCAB_SIZE, SamplingParams(), params)
+        logits = np.zeros(VOCAB_SIZE, dtype=np.float32)
+        while answer.finish_reason is None:
+            token = answer.pick(logits, NONE, answer.num_tokens)
+            assert token == ord("a")
+            answer.push(token)
+        assert (answer.num_tokens, answer.finish_reason) == (50, "length")
+        short.close()
+
+
+def test_a_token_that_was_never_fed_does_not_count(bundle: Path) -> None:
+    with Session.load(bundle, threads=1) as session:
+        params = AnswerParams(grammar=session.grammars.compile(Grammar.of_regex("abc")))
+        answer = Answer(session.tokenizer, [EOS], VOCAB_SIZE, SamplingParams(), params)
+        logits = np.zeros(VOCAB_SIZE, dtype=np.float32)
+        for expected in b"abc":
+            for _ in range(3):  # an error between picking and feeding, twice
+                assert answer.pick(logits, NONE, 0) == expected
+            answer.push(expected)
+        assert answer.finish_reason == "stop"
 
 
 def test_no_thread_is_left(bundle: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sinkrt.errors import UsageError, problem
-from sinkrt.grammar.matcher import Matcher, reason_of
+from sinkrt.grammar.matcher import MAX_GRAMMAR_TOKENS, Matcher, reason_of
 from sinkrt.grammar.spec import Grammar
 from sinkrt.grammar.tokens import TokenTable
 from sinkrt.text import Tokenizer
@@ -55,10 +55,14 @@ def require_library() -> Any:
 
 
 class CompiledGrammar:
-    """A grammar ready for the tokenizer of one model. Make one with `GrammarCompiler.compile`."""
+    """A grammar ready for the tokenizer of one model. Make one with `GrammarCompiler.compile`.
 
-    def __init__(self, native: Any, vocab_size: int, thread: ThreadPoolExecutor) -> None:
+    max_tokens: of an answer under it.
+    """
+
+    def __init__(self, native: Any, vocab_size: int, thread: ThreadPoolExecutor, max_tokens: int) -> None:
         self._native, self._vocab_size, self._thread = native, vocab_size, thread
+        self.max_tokens = max_tokens
 
     def matcher(self, ends: Collection[int]) -> Matcher:
         """The state of one answer. ends: tokens that end it."""
@@ -68,11 +72,19 @@ class CompiledGrammar:
 class GrammarCompiler:
     """Makes grammars ready for a tokenizer and the vocabulary of a model. Callable from any thread.
 
-    vocab_size: of the model. build_s: longest time to build one.
+    vocab_size: of the model. build_s: longest time to build one. max_tokens: of an answer under one.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, *, build_s: float = BUILD_S) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        *,
+        build_s: float = BUILD_S,
+        max_tokens: int = MAX_GRAMMAR_TOKENS,
+    ) -> None:
         self._tokenizer, self._vocab_size, self._build_s = tokenizer, vocab_size, build_s
+        self._max_tokens = max_tokens
         self._lock = threading.Lock()
         self._table: Any = None
         self._limits: Any = None
@@ -98,7 +110,7 @@ class GrammarCompiler:
         except concurrent.futures.TimeoutError:
             building.cancel()
             raise _refused(f"one that takes more than {self._build_s:g} s to build") from None
-        compiled = CompiledGrammar(native, self._vocab_size, self._masks)
+        compiled = CompiledGrammar(native, self._vocab_size, self._masks, self._max_tokens)
         with self._lock:
             self._compiled[grammar] = compiled
             while len(self._compiled) > MAX_CACHED:

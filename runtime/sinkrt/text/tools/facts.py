@@ -19,7 +19,7 @@ from sinkrt.text.tools.text_formats import Pythonic, Tags
 VARIABLES = ("tools", "xml_tools")
 """Names under which templates read tools: the second one is SmolLM3's."""
 FORMATS: tuple[ToolFormat, ...] = (Harmony(), MistralList(), MistralNamed(), Hermes(), Tags(), Pythonic())
-"""Formats with marks, each of which no other one's parser reads."""
+"""Formats with marks: what one writes, no other one's parser reads."""
 _ID = re.compile(r"[a-zA-Z0-9]{9}")
 """Ids of calls that Mistral's templates take."""
 
@@ -180,7 +180,7 @@ def _facts(variable: str, texts: Sequence[str], word: str, ends: Sequence[str]) 
     for form in FORMATS:  # it does not show calls, but may describe them
         if form.start and form.start in told:
             return ToolFacts(form, variable, False, False, True)
-    if "<|tool_list_start|>" in told:  # LFM2, which tells its models nothing else
+    if "<|tool_list_start|>" in told:  # LFM2, whose prompt says nothing else
         return ToolFacts(Pythonic(), variable, False, False, True)
     return "neither shows calls nor describes them"
 

@@ -42,7 +42,7 @@ class ToolFormat(abc.ABC):
         """Texts that the parser looks for, and that may be special tokens."""
         return frozenset({self.start, self.end} - {""})
 
-    def ends_inside(self, body: str) -> bool:  # noqa: ARG002 - for formats that can tell
+    def ends_inside(self, body: str) -> bool:  # noqa: ARG002 - for formats with texts in quotes
         """Whether an end mark behind this text is inside a value of the call, and no end."""
         return False
 

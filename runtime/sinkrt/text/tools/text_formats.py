@@ -169,7 +169,7 @@ def _in_order(keys: Sequence[tuple[str, str, bool]]) -> str:
     if not keys:
         return '""'
     expression = ""
-    for i in range(len(keys) - 1, -1, -1):  # of those from i on, the first of which has no comma before it
+    for i in range(len(keys) - 1, -1, -1):  # of those from i on, without a comma before the first
         key, value, must = keys[i]
         rest = "".join(f' (", " {k} {v}){"" if m else "?"}' for k, v, m in keys[i + 1 :])
         here = f"{key} {value}{rest}"
