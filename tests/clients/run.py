@@ -48,11 +48,11 @@ def main(folder: Path) -> int:
     with tempfile.TemporaryDirectory() as place:
         bundle = build_toy(Path(place) / "toy", MANY, template=THINKING)
         calling = build_toy(Path(place) / "calling", MANY, template=tool_templates.HERMES)
-        limits = Limits(max_tokens=900, grace_s=0)
+        limits, longer = Limits(max_tokens=100, grace_s=0), Limits(max_tokens=900, grace_s=0)
         with (
             serving(bundle, limits) as served,
             serving(bundle, limits, api_key=key) as locked,
-            serving(calling, limits) as tools,
+            serving(calling, longer) as tools,
         ):
             found = {"LOCKED_URL": locked.url, "KEY": key, "CHROMIUM": chromium or ""}
             found |= {"BASE_URL": f"{served.url}/v1", "TOOLS_URL": f"{tools.url}/v1"}
