@@ -203,7 +203,7 @@ class Prompts:
         """
         chat = body.chat
         if chat is not None:
-            return (await self.chat(chat, True)).ids
+            return await self._in_thread(lambda: self._chat_ids(chat, self._args(chat), True))
         text = body.prompt if body.content is None else body.content
         allow = self._allows(body.allow_special, text)
         return await asyncio.to_thread(
