@@ -61,7 +61,8 @@ def activated(x: np.ndarray, activation: str) -> np.ndarray:
     if activation == "gelu":
         return x * np.vectorize(math.erfc, otypes=[float])(-x / math.sqrt(2)) / 2
     if activation == "gelu_tanh":
-        return x / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        with np.errstate(over="ignore"):  # far below zero, where the result is 0
+            return x / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     return np.square(np.maximum(x, 0)) if activation == "relu2" else x
 
 
