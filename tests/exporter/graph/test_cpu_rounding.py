@@ -108,7 +108,7 @@ def test_every_node_rounds_as_documented(family: str, recipe: str, shared_export
     assert any(kind.startswith(("Int8", "Int4", "Bf16")) for kind in kinds)
 
 
-@pytest.mark.parametrize("wrong", ["group of 32 inputs", "scale of 128", "one output", "one token's bfloat16"])
+@pytest.mark.parametrize("wrong", ["group of 64 inputs", "scale of 128", "one output", "one token's bfloat16"])
 def test_a_fault_is_seen(
     wrong: str, shared_export: Any, cpu_library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,8 +117,8 @@ def test_a_fault_is_seen(
     bundle = ShownBundle(folder, cpu_library, "portable")
     bundle.step(5)
     worst = {}
-    if wrong == "group of 32 inputs":
-        monkeypatch.setattr(linear_cases, "ACTIVATION_GROUP", 32)
+    if wrong == "group of 64 inputs":
+        monkeypatch.setattr(linear_cases, "ACTIVATION_GROUP", 64)
     for node in bundle.nodes:
         if node.kind not in BITS_OF_LINEARS:
             continue
@@ -130,7 +130,7 @@ def test_a_fault_is_seen(
         if wrong == "scale of 128":
             got = got + (got - (node.inputs[-1] if node.fields["has_residual"] else 0)) / 127
         worst[node.name] = cpu_judge.judged(node._replace(outputs=[got]))
-    assert min(worst.values()) > 1 if wrong != "group of 32 inputs" else max(worst.values()) > 1, worst
+    assert min(worst.values()) > 1 if wrong != "group of 64 inputs" else max(worst.values()) > 1, worst
 
 
 @pytest.mark.parametrize(("family", "recipe"), nightly_but(DAILY, CASES))
